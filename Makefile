@@ -1,0 +1,52 @@
+# make generate PROMPT="ankle boot"   installs what is needed (once) and writes ankle-boot.png
+# make test | quick | lint            the whole test run | without the slow tests | ruff and pyright
+#
+# Needs Python >= 3.11 with venv and pip, git and make. PYTHON=python3.12 picks another interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PROMPT ?= ankle boot
+ARGS ?=
+export PROMPT
+
+.PHONY: generate install install-test test quick lint law clean
+
+generate: $(VENV)/.installed
+	@$(VENV)/bin/sfumato generate "$$PROMPT" $(ARGS)
+
+install: $(VENV)/.installed
+install-test: $(VENV)/.installed-test
+
+# The stamps are newer than what they were made from only if every step went well.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "installing sfumato into $(VENV) (once; PyTorch is large)"
+	@$(PYTHON) -c 'import sys; sys.exit("sfumato needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": name another with PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "installing the test tools into $(VENV) (once)"
+	@$(PIP) -e '.[test]'
+	@touch $@
+
+# Two workers, one thread each: oversubscribed OpenMP is several times slower.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-header -rs
+
+test: $(VENV)/.installed-test
+	@$(PYTEST) $(ARGS)
+
+quick: $(VENV)/.installed-test
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+lint: $(VENV)/.installed-test
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+law: $(VENV)/.installed-test
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --no-header -q tests/contracts/test_import_law.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info

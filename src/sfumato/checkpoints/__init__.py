@@ -1,0 +1,1 @@
+"""Models on disk: diffusers folders in, diffusers folders out. `names/` holds two-way tables of other layouts."""

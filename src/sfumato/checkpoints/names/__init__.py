@@ -1,0 +1,1 @@
+"""Two-way tables between our names and those of other layouts."""

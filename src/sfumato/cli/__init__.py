@@ -1,0 +1,73 @@
+"""The command line: `sfumato COMMAND ...`, one file a command in this folder.
+
+A command called `x` is the function `x(arguments: list[str])` in `x.py`; the first line of its docstring is its line in the help.
+Nothing heavy is imported before the arguments are known to be good: `--help` answers at once.
+
+Exit codes: 0 done; 1 something unforeseen; 2 wrong input (`UserError`, or arguments that do not parse); 3 a value that is not
+finite (`NumericalError`); 130 stopped with Ctrl-C. Errors are one sentence on stderr; `SFUMATO_DEBUG=1` adds the traceback.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from sfumato.errors import NumericalError, UserError, unknown
+
+CODES: dict[type[BaseException], int] = {UserError: 2, NumericalError: 3, KeyboardInterrupt: 130}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code. `arguments` without the program's name; None means the process's own."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _run(given)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # the reader has gone (`sfumato info fashion | head`): nothing left to say, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("SFUMATO_DEBUG") == "1":
+            import traceback
+
+            traceback.print_exc()
+        print(f"sfumato: {_sentence(error)}", file=sys.stderr)
+        return next((code for kind, code in CODES.items() if isinstance(error, kind)), 1)
+
+
+def _run(arguments: list[str]) -> None:
+    from sfumato.registry import find, names
+
+    if not arguments:
+        print(_overview(), file=sys.stderr)
+        raise UserError("no command was given: name one of those above")
+    command, *rest = arguments
+    if command in ("-h", "--help"):
+        print(_overview())
+    elif command in ("-V", "--version"):
+        from sfumato import __version__
+
+        print(f"sfumato {__version__}")
+    elif command not in names("cli"):
+        raise unknown("command", command, names("cli"))
+    else:
+        find("cli", command)(rest)
+
+
+def _overview() -> str:
+    from sfumato.registry import find, names
+
+    lines = ["usage: sfumato COMMAND ...", "", "Latent diffusion: train, sample, measure.", "", "commands:"]
+    for name in names("cli"):
+        lines.append(f"  {name:<10} {(find('cli', name).__doc__ or '').strip().splitlines()[0]}")
+    return "\n".join([*lines, "", "`sfumato COMMAND --help` tells more; `sfumato --version` tells the version."])
+
+
+def _sentence(error: BaseException) -> str:
+    """What went wrong, on one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped"
+    if isinstance(error, (UserError, NumericalError)):
+        return text
+    return f"unforeseen {type(error).__name__}: {text or 'no message'} (SFUMATO_DEBUG=1 shows where)"

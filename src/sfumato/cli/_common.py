@@ -1,0 +1,80 @@
+"""What commands share: parsing, clocks, checks that need no torch, and a progress bar where somebody watches."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import tyro
+
+from sfumato.errors import UserError
+
+T = TypeVar("T")
+
+
+def unset(meaning: str) -> Any:
+    """For a flag whose default is None: what the help says instead of None."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {meaning})")
+
+
+MODELS = "the model's"
+"""What `unset` says where the model decides."""
+
+
+def parse(kind: type[T], arguments: Sequence[str], command: str, default: T | None = None, description: str | None = None) -> T:
+    """The dataclass `kind` filled from the command line; arguments that do not parse print why and exit with code 2."""
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    config = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
+    return tyro.cli(kind, args=list(arguments), prog=f"sfumato {command}", description=description, config=config, **options)
+
+
+def at_least(low: int, **values: int | None) -> None:
+    """Refuses numbers below `low`; None means that the model decides."""
+    for name, value in values.items():
+        if value is not None and value < low:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {value} is too small: expected a whole number of at least {low}")
+
+
+class Clock:
+    """Seconds spent in named stages, in order."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Books the time since the last lap on `stage`."""
+        now = time.perf_counter()
+        self.stages[stage] = self.stages.get(stage, 0.0) + now - self._last
+        self._last = now
+
+    def __str__(self) -> str:
+        split = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in self.stages.items())
+        return f"{sum(self.stages.values()):.2f} s ({split})"
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields `update(done, total)` for a bar on stderr; without a terminal it does nothing."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def readable_size(size: int) -> str:
+    """Bytes for people: 1234567 -> '1.2 MB'."""
+    number = float(size)
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"

@@ -1,0 +1,222 @@
+"""`sfumato generate`: words in, PNG files out, each with all that is needed to make it again, bit for bit.
+
+The parameters in the PNG (decode/image.py) become the defaults of the command when `--from` names it; flags that are given win.
+Image k of a request is made from seed + k, but arithmetic may depend on the batch it is part of: so one image of several is made
+again with its whole request, and taken out of it.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from sfumato.cli._common import MODELS, Clock, at_least, parse, progress, unset
+from sfumato.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from sfumato.diffuse.sample import Step
+    from sfumato.model import LatentDiffusion
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Makes pictures and writes them as PNG, with their parameters inside."""
+
+    prompt: tyro.conf.Positional[Annotated[str | None, unset("no words")]] = None
+    """What to draw: words, or the name of a class (`sfumato info MODEL` lists them)."""
+    model: str = "fashion"
+    """A bundled name, a folder in the diffusers layout, a single file or a hub id."""
+    n: int = 16
+    """How many pictures. Picture k is drawn from seed + k."""
+    steps: Annotated[int | None, unset(MODELS)] = None
+    """Sampling steps. More is slower and closer to the model's own distribution."""
+    sampler: Annotated[str | None, unset(MODELS)] = None
+    """The sampler's name."""
+    guidance: Annotated[float | None, unset(MODELS)] = None
+    """How strongly to follow the prompt; 1 is off."""
+    negative_prompt: Annotated[str | None, unset("none")] = None
+    """What to keep away from."""
+    height: Annotated[int | None, unset(MODELS)] = None
+    """In pixels."""
+    width: Annotated[int | None, unset(MODELS)] = None
+    """In pixels."""
+    seed: int = 0
+    """The same seed gives the same picture."""
+    out: Annotated[Path | None, unset("PROMPT.png in the current folder")] = None
+    """The PNG to write, or a folder for it."""
+    grid: bool = True
+    """One PNG with all pictures, or one PNG a picture (NAME-0.png, NAME-1.png, ...)."""
+    source: Annotated[Path | None, tyro.conf.arg(name="from", metavar="PNG", help_behavior_hint="")] = None
+    """Make the picture in this PNG again; flags that are given change what they name."""
+    allow_other_model: bool = False
+    """With --from: go on although the model is not the one that made the PNG."""
+    threads: Annotated[int | None, unset("all cores")] = None
+    """CPU threads."""
+
+
+# What a PNG carries of the request, and of which type.
+RECORDED: dict[str, type | tuple[type, ...]] = {
+    "prompt": (str, type(None)),
+    "model": str,
+    "n": int,
+    "steps": int,
+    "sampler": str,
+    "guidance": (int, float),
+    "negative_prompt": (str, type(None)),
+    "height": int,
+    "width": int,
+    "seed": int,
+    "grid": bool,
+}
+
+
+def generate(arguments: Sequence[str]) -> None:
+    """Makes pictures from words or a class name, or makes one again from its PNG."""
+    clock = Clock()
+    options = parse(Generate, arguments, "generate")
+    recorded: dict[str, Any] = {}
+    index: int | None = None
+    if options.source is not None:
+        from sfumato.decode.image import read_parameters
+
+        recorded = read_parameters(options.source)
+        before = _recorded_options(recorded, options.source)
+        options = parse(Generate, arguments, "generate", default=before)
+        # One picture of a request stays one picture, unless the request itself is changed.
+        index = recorded.get("index") if (options.n, options.grid) == (before.n, before.grid) else None
+    _check(options)
+    base = _target(options)
+
+    import torch
+
+    from sfumato.decode.image import grid, write_png
+    from sfumato.model import load
+
+    _set_threads(options.threads, recorded.get("threads"))
+    clock.lap("import")
+    model = load(options.model)
+    if recorded and not options.allow_other_model:
+        _same_model(model.hash, options, recorded)
+    clock.lap("load")
+    pictures, settings = _sample(model, options, clock)
+
+    parameters = {
+        "prompt": options.prompt,
+        "negative_prompt": options.negative_prompt,
+        "index": None,
+        "grid": options.grid,
+        "seed": options.seed,
+        **settings,
+        **_provenance(options, model, torch.get_num_threads(), str(torch.__version__)),
+    }
+    if index is not None:
+        written = [write_png(base, pictures[index], {**parameters, "index": index})]
+    elif options.grid:
+        written = [write_png(base, grid(pictures), parameters)]
+    else:
+        names = [base.with_name(f"{base.stem}-{k}.png") for k in range(len(pictures))]
+        written = [
+            write_png(name, picture, {**parameters, "index": k}) for k, (name, picture) in enumerate(zip(names, pictures, strict=True))
+        ]
+    clock.lap("write")
+    for path in written:
+        print(path)
+    print(f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {clock}")
+
+
+def _same_model(found: str, options: Generate, recorded: dict[str, Any]) -> None:
+    """Refuses a model that is not the one that made the PNG: the picture would be another."""
+    made_with = str(recorded.get("model_hash"))
+    if found != made_with:
+        raise UserError(
+            f"{options.source} was made by model {recorded['model']!r} with hash {made_with[:12]}, but {options.model!r} has hash "
+            f"{found[:12]}: the picture would differ; name the right model with --model, or add --allow-other-model"
+        )
+
+
+def _sample(model: "LatentDiffusion", options: Generate, clock: Clock) -> tuple[list["Image"], dict[str, Any]]:
+    """The pictures and the settings that made them, the model's defaults filled in."""
+    settings = model.settings(
+        n=options.n, steps=options.steps, sampler=options.sampler, guidance=options.guidance, height=options.height, width=options.width
+    )
+    with progress("sampling") as update:
+
+        def on_step(step: "Step") -> None:
+            clock.lap("sample")
+            update(step.index + 1, step.count)
+
+        pictures = model.generate(
+            options.prompt, seed=options.seed, negative_prompt=options.negative_prompt, on_step=on_step, **settings
+        )
+    clock.lap("decode")
+    return pictures, settings
+
+
+def _provenance(options: Generate, model: "LatentDiffusion", threads: int, torch_version: str) -> dict[str, Any]:
+    from sfumato import __version__
+
+    return {"model": options.model, "model_hash": model.hash, "version": __version__, "torch": torch_version, "threads": threads}
+
+
+def _recorded_options(recorded: dict[str, Any], source: Path) -> Generate:
+    """The request that a PNG remembers, as defaults for the command."""
+    for name, kind in RECORDED.items():
+        value = recorded.get(name)
+        if name not in recorded or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise UserError(f"the parameters in {source} lack a usable {name!r} (got {value!r}): the file was changed after it was made")
+    index = recorded.get("index")
+    if index is not None and (not isinstance(index, int) or not 0 <= index < recorded["n"]):
+        raise UserError(f"the parameters in {source} name picture {index!r} of {recorded['n']}: the file was changed after it was made")
+    return replace(Generate(), **{name: recorded[name] for name in RECORDED})
+
+
+def _check(options: Generate) -> None:
+    """What can be refused before torch is imported."""
+    at_least(1, n=options.n, steps=options.steps, height=options.height, width=options.width, threads=options.threads)
+    at_least(0, seed=options.seed)
+    if options.guidance is not None and not abs(options.guidance) < float("inf"):
+        raise UserError(f"--guidance {options.guidance} is not a number to multiply with: expected a finite one, 1 is off")
+    if options.allow_other_model and options.source is None:
+        raise UserError("--allow-other-model says what to do with --from PNG, which was not given")
+
+
+def _target(options: Generate) -> Path:
+    """The PNG to write; with several pictures their numbers are added to its name."""
+    name = f"{options.source.stem}-again" if options.source else slug(options.prompt)
+    out = options.out
+    if out is None:
+        return Path(f"{name}.png")
+    if out.is_dir():
+        return out / f"{name}.png"
+    if out.suffix.lower() not in ("", ".png"):
+        raise UserError(
+            f"--out {out} ends in {out.suffix}: pictures are written as PNG, which keeps parameters; name it {out.with_suffix('.png')}"
+        )
+    parent = next((p for p in out.absolute().parents if p.exists()), Path("/"))
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--out {out} cannot be written: {parent} is not a folder that you may write to; choose another place")
+    return out if out.suffix else out.with_name(out.name + ".png")
+
+
+def slug(prompt: str | None) -> str:
+    """A file name for a prompt: 'Ankle boot, red!' -> 'ankle-boot-red'."""
+    words = re.sub(r"[\W_]+", "-", (prompt or "").lower()).strip("-")
+    while len(words.encode()) > 100:  # file systems allow 255 bytes, numbers and temporary names come on top
+        words = words[:-1]
+    return words.strip("-") or "sfumato"
+
+
+def _set_threads(asked: int | None, recorded: Any) -> None:
+    """As many threads as asked for, or as the PNG was made with where this machine has them: sums may be split by threads."""
+    import torch
+
+    if asked is not None:
+        torch.set_num_threads(asked)
+    elif isinstance(recorded, int) and 0 < recorded <= (os.cpu_count() or 1):
+        torch.set_num_threads(recorded)

@@ -1,0 +1,82 @@
+"""`sfumato info MODEL`: what a model is made of, as a table for people or as JSON for programs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from sfumato.cli._common import parse, readable_size
+
+
+@dataclass(frozen=True)
+class Info:
+    """Tells what a model is made of: parts, parameters, latent space, schedule, defaults, classes, hash, files."""
+
+    model: tyro.conf.Positional[str] = "fashion"
+    """A bundled name, a folder in the diffusers layout, a single file or a hub id."""
+    json: bool = False
+    """JSON instead of a table."""
+
+
+def info(arguments: Sequence[str]) -> None:
+    """Tells what a model is made of: parts, parameters, latent space, schedule, defaults, hash, files."""
+    options = parse(Info, arguments, "info")
+
+    from sfumato.model import load
+
+    model = load(options.model)
+    facts: dict[str, Any] = {"model": options.model, "hash": model.hash, **model.describe()}
+    facts.setdefault("class_names", list(model.class_names))
+    facts["files"] = _files(options.model)
+    if options.json:
+        print(json.dumps(facts, indent=2, default=str))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in _rows(facts):
+        table.add_row(f"[bold]{name}[/bold]" if value == "" else name, value)
+    Console().print(table)
+
+
+def _rows(facts: Mapping[str, Any], depth: int = 0) -> list[tuple[str, str]]:
+    """(name, value) in reading order; a table inside becomes a heading with indented rows."""
+    rows: list[tuple[str, str]] = []
+    for name, value in facts.items():
+        label = "  " * depth + str(name).replace("_", " ")
+        if isinstance(value, Mapping):
+            rows += [(label, ""), *_rows(value, depth + 1)] if value else []
+        else:
+            rows.append((label, _text(value)))
+    return rows
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(_text(v) for v in value) or "none"
+    return str(value)
+
+
+def _files(model: str) -> dict[str, str]:
+    """The files of a model that lies on this disk and their sizes; nothing for one in the hub's cache."""
+    import sfumato
+
+    bundled = Path(sfumato.__file__).parent / "bundled" / model
+    place = next((p for p in (Path(model).expanduser(), bundled) if p.exists()), None)
+    if place is None:
+        return {}
+    files = [place] if place.is_file() else sorted(f for f in place.rglob("*") if f.is_file())
+    sizes = {str(f.relative_to(place)) if f != place else f.name: f.stat().st_size for f in files}
+    return {**{name: readable_size(size) for name, size in sizes.items()}, "all": readable_size(sum(sizes.values()))}

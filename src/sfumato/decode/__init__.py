@@ -1,0 +1,1 @@
+"""Act 4, decode: z -> image. Ways to run a decoder (whole, tiled, preview), and pixels in and out."""

@@ -1,0 +1,35 @@
+"""Previews without a decoder: image ~ W z + b at the latent's own resolution, with W, b fitted by least squares to real pairs.
+
+A linear map from latent channels to colour is what a glance at a running sample needs; it costs nothing (the same idea is known as
+latent2rgb). Fitted once per autoencoder, from images of any kind.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Preview:
+    """weight (colours, C) and bias (colours,), float32."""
+
+    weight: Float[Tensor, "c C"]
+    bias: Float[Tensor, " c"]
+
+    @classmethod
+    def fit(cls, z: Float[Tensor, "B C h w"], image: Float[Tensor, "B c H W"]) -> "Preview":
+        """Least squares from latents to the images reduced to the latents' resolution (ridge 1e-3, in case there are few)."""
+        small = F.interpolate(image.double(), z.shape[2:], mode="area")
+        features = z.double().permute(0, 2, 3, 1).flatten(0, 2)  # (N, C)
+        features = torch.cat([features, torch.ones_like(features[:, :1])], 1)
+        targets = small.permute(0, 2, 3, 1).flatten(0, 2)
+        ridge = 1e-3 * torch.eye(features.shape[1], dtype=torch.float64)
+        solved = torch.linalg.solve(features.T @ features + ridge, features.T @ targets).float()
+        return cls(solved[:-1].T.contiguous(), solved[-1])
+
+    def __call__(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B c h w"]:
+        """z -> a small image in [-1, 1]."""
+        return (torch.einsum("oc,bchw->bohw", self.weight.to(z), z) + self.bias.to(z)[:, None, None]).clamp(-1, 1)

@@ -1,0 +1,59 @@
+"""Decode in overlapping tiles: memory grows with the tile, not with the image.
+
+Each tile is decoded with `overlap` latent cells of its neighbours around it and blended into them with a linear ramp. A decoder's
+group norms see the tile and not the image, so that this is an approximation; where one tile covers everything it is exact.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sfumato.compress.base import Autoencoder
+from sfumato.decode.whole import check_decoded, whole
+from sfumato.errors import UserError
+
+
+def _starts(length: int, tile: int, stride: int) -> list[int]:
+    """Where tiles begin along one side; the last one ends at the edge."""
+    if length <= tile:
+        return [0]
+    return [*range(0, length - tile, stride), length - tile]
+
+
+def _ramp(start: int, tile: int, length: int, overlap: int) -> Tensor:
+    """Weights along one side of a tile: rising and falling over the overlap, but not at the image's own edges."""
+    position = torch.arange(tile, dtype=torch.float32) + 0.5
+    weight = torch.ones(tile)
+    if start > 0:
+        weight = torch.minimum(weight, position / overlap)
+    if start + tile < length:
+        weight = torch.minimum(weight, (tile - position) / overlap)
+    return weight
+
+
+@torch.inference_mode()
+def tiled(autoencoder: Autoencoder, z: Float[Tensor, "B C h w"], tile: int = 64, overlap: int = 16) -> Float[Tensor, "B c H W"]:
+    """z -> image in [-1, 1] by tiles of `tile` latent cells that share `overlap` cells; `UserError` unless 0 < overlap < tile."""
+    if not 0 < overlap < tile:
+        raise UserError(f"tile={tile}, overlap={overlap}: expected 0 < overlap < tile, in latent cells")
+    h, w = z.shape[2:]
+    if h <= tile and w <= tile:
+        return whole(autoencoder, z)
+    f = autoencoder.space.factor
+    image: Tensor | None = None
+    total = torch.zeros(1, 1, h * f, w * f, device=z.device)
+    for top in _starts(h, tile, tile - overlap):
+        for left in _starts(w, tile, tile - overlap):
+            piece = z[:, :, top : top + tile, left : left + tile].to(autoencoder.dtype)
+            pixels = autoencoder.decode(piece).float()
+            check_decoded(pixels, autoencoder.dtype)
+            height, width = pixels.shape[2:]
+            rows = _ramp(top * f, height, h * f, overlap * f)
+            columns = _ramp(left * f, width, w * f, overlap * f)
+            weight = (rows[:, None] * columns[None, :]).to(z.device)
+            if image is None:
+                image = torch.zeros(len(z), pixels.shape[1], h * f, w * f, device=z.device)
+            image[:, :, top * f : top * f + height, left * f : left * f + width] += weight * pixels
+            total[:, :, top * f : top * f + height, left * f : left * f + width] += weight
+    assert image is not None
+    return (image / total).clamp(-1, 1)

@@ -1,0 +1,31 @@
+"""DDPM ancestral sampling (Ho et al. 2020, arXiv:2006.11239, eq. 6-7): a draw from the posterior q(x_s | x_t, x0).
+
+With r = alpha_t / alpha_s and beta = sigma_t^2 - r^2 sigma_s^2 (the variance added between s and t):
+mean = r*(sigma_s^2/sigma_t^2)*x_t + alpha_s*(beta/sigma_t^2)*x0, variance beta*sigma_s^2/sigma_t^2 ("small") or beta ("large").
+Any spacing: s and t need not be neighbours in the table.
+"""
+
+from collections.abc import Generator, Sequence
+from itertools import pairwise
+from typing import Literal
+
+from torch import Tensor
+
+from sfumato.diffuse.schedule import Schedule
+from sfumato.types import Noise, Prediction
+
+
+def ddpm(
+    x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, variance: Literal["small", "large"] = "small"
+) -> Generator[tuple[Tensor, float], Prediction, Tensor]:
+    """variance: eq. 7's beta-tilde ("small", exact for a point) or beta ("large", exact for a standard normal). One call a step."""
+    for t, s in pairwise(times):
+        prediction = yield x, t
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t), schedule.at(s)
+        ratio = alpha_t / alpha_s
+        added = sigma_t**2 - ratio**2 * sigma_s**2
+        x = float(ratio * sigma_s**2 / sigma_t**2) * x + float(alpha_s * added / sigma_t**2) * prediction.x0
+        if sigma_s > 0:  # the last step is its mean: no noise is added at t = 0
+            spread = added * (sigma_s**2 / sigma_t**2 if variance == "small" else 1.0)
+            x = x + float(spread.sqrt()) * noise()
+    return x

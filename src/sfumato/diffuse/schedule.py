@@ -1,0 +1,163 @@
+"""Noise schedules: t in [0, 1] -> (alpha, sigma) in float64 with x_t = alpha*z + sigma*eps; t = 0 is clean, t = 1 is noise.
+
+Discrete tables (variance preserving, alpha^2 + sigma^2 = 1): alpha_i^2 = prod_{j<=i} (1 - beta_j) (Ho et al. 2020, arXiv:2006.11239, eq. 4)
+at t = (i+1)/T, log-SNR interpolated between. Rectified flow: alpha = 1 - t, sigma = t (Liu et al. 2023, arXiv:2209.03003, eq. 1).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import unknown
+
+
+class Schedule(ABC):
+    """t -> (alpha, sigma), float64, and back from the log signal-to-noise ratio log(alpha^2 / sigma^2)."""
+
+    @abstractmethod
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) for t in [0, 1], any shape; float64 in and out."""
+
+    @abstractmethod
+    def timestep(self, t: Tensor) -> Tensor:
+        """t in the units that networks are given: 0..T-1 for tables of T steps, 0..1000 for flows."""
+
+    @abstractmethod
+    def time(self, timestep: Tensor) -> Tensor:
+        """The inverse of `timestep`."""
+
+    @abstractmethod
+    def from_log_snr(self, log_snr: Tensor) -> Tensor:
+        """t at which log(alpha^2 / sigma^2) has a value; values outside the schedule's range are clamped to its ends."""
+
+    @abstractmethod
+    def sample_times(self, u: Tensor) -> Tensor:
+        """Maps u in (0, 1), however distributed, to the times that training visits (never 0; discrete tables: the grid)."""
+
+    def at(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) of a number or tensor t as float64 tensors of its shape."""
+        return self.coefficients(torch.as_tensor(t, dtype=torch.float64))
+
+    def log_snr(self, t: float | Tensor) -> Tensor:
+        """log(alpha^2 / sigma^2): +inf at t = 0, falling in t."""
+        alpha, sigma = self.at(t)
+        return 2 * (alpha.log() - sigma.log())
+
+
+@dataclass(frozen=True)
+class BetaTable(Schedule):
+    """A table of T betas. `kind` names it in configs ("linear", "scaled_linear", "cosine", "sigmoid" or "table")."""
+
+    betas: tuple[float, ...]
+    kind: str = "table"
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not self.betas or not all(0 < b < 1 for b in self.betas):
+            raise ValueError(f"a beta table needs values strictly between 0 and 1, got {len(self.betas)} values")
+
+    @cached_property
+    def _log_snr_table(self) -> Tensor:
+        """Log-SNR at t = 1/T, 2/T ... 1."""
+        log_alpha2 = torch.log1p(-torch.tensor(self.betas, dtype=torch.float64)).cumsum(0)
+        return log_alpha2 - torch.log(-torch.expm1(log_alpha2))
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        table, count = self._log_snr_table.to(t.device), len(self.betas)
+        position = (t.double() * count - 1).clamp(0, count - 1)
+        low = position.floor().long().clamp(max=max(count - 2, 0))
+        high = (low + 1).clamp(max=count - 1)
+        log_snr = torch.lerp(table[low], table[high], position - low)
+        alpha2, sigma2 = torch.sigmoid(log_snr), torch.sigmoid(-log_snr)
+        inside = (t.double() * count).clamp(max=1)  # below the first step sigma^2 falls linearly to 0: t = 0 is exactly clean
+        sigma2 = sigma2 * inside
+        return torch.where(inside < 1, 1 - sigma2, alpha2).sqrt(), sigma2.sqrt()
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return t.double() * len(self.betas) - 1
+
+    def time(self, timestep: Tensor) -> Tensor:
+        return (timestep.double() + 1) / len(self.betas)
+
+    def from_log_snr(self, log_snr: Tensor) -> Tensor:
+        table, count = self._log_snr_table.to(log_snr.device), len(self.betas)
+        value = log_snr.double()
+        rising = table.flip(0)
+        high = torch.searchsorted(rising, value.contiguous()).clamp(1, count - 1)
+        weight = ((value - rising[high - 1]) / (rising[high] - rising[high - 1])).clamp(0, 1)
+        inner = (count - (high - 1 + weight)) / count
+        below = torch.sigmoid(-value) / torch.sigmoid(-table[0]) / count  # sigma^2 is linear below the first step
+        return torch.where(value > table[0], below, inner)
+
+    def sample_times(self, u: Tensor) -> Tensor:
+        count = len(self.betas)
+        return ((u.double() * count).floor().clamp(0, count - 1) + 1) / count
+
+
+@dataclass(frozen=True)
+class RectifiedFlow(Schedule):
+    """alpha = 1 - t, sigma = t. Networks are given t * 1000, as SD3 and FLUX are."""
+
+    kind: str = "flow"
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.double()
+        return 1 - t, t.clone()
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return t.double() * 1000
+
+    def time(self, timestep: Tensor) -> Tensor:
+        return timestep.double() / 1000
+
+    def from_log_snr(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-log_snr.double() / 2)
+
+    def sample_times(self, u: Tensor) -> Tensor:
+        return u.double().clamp(1e-5, 1.0)
+
+
+def _table(kind: str, betas: Tensor, start: float = 0.0001, end: float = 0.02) -> BetaTable:
+    return BetaTable(tuple(betas.tolist()), kind, start, end)
+
+
+def linear(steps: int = 1000, start: float = 0.0001, end: float = 0.02) -> BetaTable:
+    """Betas on a line (Ho et al. 2020, section 4)."""
+    return _table("linear", torch.linspace(start, end, steps, dtype=torch.float64), start, end)
+
+
+def scaled_linear(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> BetaTable:
+    """Square roots of betas on a line: Latent Diffusion's and Stable Diffusion's."""
+    return _table("scaled_linear", torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square(), start, end)
+
+
+def cosine(steps: int = 1000) -> BetaTable:
+    """alpha(t)^2 = cos^2((t + 0.008) / 1.008 * pi/2), betas at most 0.999 (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17)."""
+    edge = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
+    return BetaTable(tuple(min(1 - edge[i + 1] / edge[i], 0.999) for i in range(steps)), "cosine")
+
+
+def sigmoid(steps: int = 1000, start: float = 0.0001, end: float = 0.02) -> BetaTable:
+    """Betas on a sigmoid between start and end over [-6, 6] (GeoDiff, Xu et al. 2022, arXiv:2203.02923, and diffusers)."""
+    ramp = torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid()
+    return _table("sigmoid", ramp * (end - start) + start, start, end)
+
+
+def flow() -> RectifiedFlow:
+    """Rectified flow: x = (1 - t) z + t eps."""
+    return RectifiedFlow()
+
+
+SCHEDULES = {"linear": linear, "scaled_linear": scaled_linear, "cosine": cosine, "sigmoid": sigmoid, "flow": flow}
+
+
+def schedule(name: str, **options: float) -> Schedule:
+    """A schedule by name: linear, scaled_linear, cosine, sigmoid or flow, with its own options."""
+    if name not in SCHEDULES:
+        raise unknown("schedule", name, SCHEDULES)
+    return SCHEDULES[name](**options)

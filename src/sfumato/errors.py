@@ -1,0 +1,26 @@
+"""The two ways in which sfumato says no.
+
+`UserError`: the input is wrong; the message is one sentence with the value, what was expected and what to do. The command
+line prints it and exits with code 2, the server answers 4xx.
+`NumericalError`: a NaN or an infinity was found; the message names the stage, the step and the dtype. Nothing is written.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Wrong input, explained in one sentence."""
+
+
+class NumericalError(ArithmeticError):
+    """A value that is not finite, with the stage, step and dtype in which it appeared."""
+
+
+def unknown(kind: str, value: object, known: Iterable[str]) -> UserError:
+    """The error for a name that is not in a list: says what is known, nearest first."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(value).lower(), [n.lower() for n in names], n=3, cutoff=0.5)
+    close = [n for n in names if n.lower() in near]
+    hint = f"did you mean {' or '.join(repr(n) for n in close)}? " if close else ""
+    return UserError(f"unknown {kind} {value!r}: {hint}known are {', '.join(names) or 'none'}")

@@ -1,0 +1,124 @@
+"""Attention in the shapes that U-Nets and autoencoders use, over torch's scaled_dot_product_attention.
+
+softmax(Q K^T / sqrt(d)) V (Vaswani et al. 2017, arXiv:1706.03762, eq. 1). Parameter names are diffusers', so state dicts load as they are.
+"""
+
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `width` channels to a context of `context_width` (default: to itself).
+
+    x (B, N, width), context (B, L, context_width), mask (B, L) True where a context token counts -> (B, N, width).
+    """
+
+    def __init__(self, width: int, heads: int, head_width: int, context_width: int | None = None, qkv_bias: bool = False):
+        super().__init__()
+        inner = heads * head_width
+        self.heads = heads
+        self.to_q = nn.Linear(width, inner, bias=qkv_bias)
+        self.to_k = nn.Linear(context_width or width, inner, bias=qkv_bias)
+        self.to_v = nn.Linear(context_width or width, inner, bias=qkv_bias)
+        self.to_out = nn.ModuleList([nn.Linear(inner, width)])
+
+    def forward(
+        self,
+        x: Float[Tensor, "B N D"],
+        context: Float[Tensor, "B L E"] | None = None,
+        mask: Bool[Tensor, "B L"] | None = None,
+    ) -> Float[Tensor, "B N D"]:
+        context = x if context is None else context
+        q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])  # (B, heads, N, d)
+        return self.to_out[0](y.transpose(1, 2).flatten(2))
+
+
+class SpatialAttention(Attention):
+    """Self-attention over the positions of a feature map, group-normed, with a residual: x (B, C, H, W) -> (B, C, H, W).
+
+    It is the attention of the autoencoder's middle and of "AttnDownBlock2D".
+    """
+
+    def __init__(self, channels: int, head_width: int, groups: int, eps: float):
+        super().__init__(channels, channels // head_width, head_width, qkv_bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, eps)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
+        return x + super().forward(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class GEGLU(nn.Module):
+    """a * gelu(b) with (a, b) = W x (Shazeer 2020, arXiv:2002.05202): (..., D) -> (..., E)."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU and a linear map back, inner width 4 D: (..., D) -> (..., D)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each pre-normed with a residual: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width: int, heads: int, head_width: int, context_width: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, heads, head_width)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, heads, head_width, context_width)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(
+        self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B L E"], mask: Bool[Tensor, "B L"] | None = None
+    ) -> Float[Tensor, "B N D"]:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context, mask)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the positions of a feature map, attending to context tokens, with a residual around all of it.
+
+    The projections in and out are 1x1 convolutions (SD 1) or linear maps (SD 2, SDXL): the same arithmetic in other shapes.
+    """
+
+    def __init__(self, channels: int, heads: int, head_width: int, depth: int, context_width: int, groups: int, linear: bool):
+        super().__init__()
+        self.linear = linear
+        inner = heads * head_width
+        self.norm = nn.GroupNorm(groups, channels, 1e-6)
+        self.proj_in = nn.Linear(channels, inner) if linear else nn.Conv2d(channels, inner, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(inner, heads, head_width, context_width) for _ in range(depth)])
+        self.proj_out = nn.Linear(inner, channels) if linear else nn.Conv2d(inner, channels, 1)
+
+    def forward(
+        self, x: Float[Tensor, "B C H W"], context: Float[Tensor, "B L E"], mask: Bool[Tensor, "B L"] | None = None
+    ) -> Float[Tensor, "B C H W"]:
+        size = x.shape[2:]
+        y = self.norm(x)
+        if self.linear:
+            y = self.proj_in(y.flatten(2).transpose(1, 2))  # (B, H*W, D)
+        else:
+            y = self.proj_in(y).flatten(2).transpose(1, 2)
+        for block in self.transformer_blocks:
+            y = block(y, context, mask)
+        if self.linear:
+            return x + self.proj_out(y).transpose(1, 2).unflatten(2, size)
+        return x + self.proj_out(y.transpose(1, 2).unflatten(2, size))

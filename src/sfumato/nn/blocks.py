@@ -1,0 +1,81 @@
+"""Residual block, halving and doubling of a feature map: the convolutional parts of U-Nets and autoencoders.
+
+Pre-activation residual blocks (He et al. 2016, arXiv:1603.05027) with group norm (Wu & He 2018, arXiv:1803.08494) and SiLU, as in DDPM
+(Ho et al. 2020, arXiv:2006.11239, appendix B). Parameter names are diffusers'.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class ResnetBlock(nn.Module):
+    """norm, SiLU, conv, time embedding, norm, SiLU, dropout, conv, plus the input: (B, C, H, W) -> (B, D, H, W).
+
+    time (B, T) is added between the convolutions ("default") or scales and shifts the second norm ("scale_shift", Dhariwal & Nichol
+    2021, arXiv:2105.05233, eq. 3). `time_width` None: no embedding.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        groups: int,
+        eps: float,
+        time_width: int | None = None,
+        scale_shift: bool = False,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_width, out_channels * (2 if scale_shift else 1)) if time_width else None
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B T"] | None = None) -> Float[Tensor, "B D H W"]:
+        y = self.conv1(F.silu(self.norm1(x)))
+        if self.time_emb_proj is None:
+            y = self.norm2(y)
+        else:
+            assert time is not None, "this block was built with a time embedding"
+            shift = self.time_emb_proj(F.silu(time))[:, :, None, None]
+            if self.scale_shift:
+                scale, shift = shift.chunk(2, dim=1)
+                y = self.norm2(y) * (1 + scale) + shift
+            else:
+                y = self.norm2(y + shift)
+        y = self.conv2(self.dropout(F.silu(y)))
+        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nn.Module):
+    """Convolution of stride 2: (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)) with padding 1.
+
+    padding 0 pads one pixel at the right and bottom only, as autoencoders of the Stable Diffusion family do: sizes round down then.
+    """
+
+    def __init__(self, channels: int, padding: int):
+        super().__init__()
+        self.asymmetric = padding == 0
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C h w"]:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour to twice the size (or to `size`, for maps with an odd side) and a convolution: (B, C, h, w) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "B C h w"], size: torch.Size | None = None) -> Float[Tensor, "B C H W"]:
+        if size is None or size == (2 * x.shape[-2], 2 * x.shape[-1]):
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))

@@ -1,0 +1,1 @@
+"""Guidance: wrappers around a denoiser, one file each, found by name."""

@@ -1,0 +1,253 @@
+"""U-Net with cross-attention: the denoiser of Stable Diffusion (Rombach et al. 2022, arXiv:2112.10752, section 3.3, appendix E.2).
+
+y = U(x, t, conditioning): residual blocks with a time embedding at each resolution, transformer blocks that attend to tokens, skips from
+the way down to the way up. Module names and config are diffusers' UNet2DConditionModel.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sfumato.config import read_config
+from sfumato.errors import UserError
+from sfumato.nn.attention import SpatialAttention, SpatialTransformer
+from sfumato.nn.blocks import Downsample, ResnetBlock, Upsample
+from sfumato.nn.embeddings import TimestepEmbedding, sinusoidal
+from sfumato.types import Conditioning
+
+_KINDS = {"DownBlock2D": None, "UpBlock2D": None, "AttnDownBlock2D": "self", "AttnUpBlock2D": "self"}
+_KINDS |= {"CrossAttnDownBlock2D": "cross", "CrossAttnUpBlock2D": "cross"}
+
+# fields of UNet2DConditionModel that we stand for with one value only
+_FIXED: dict[str, Any] = {
+    "center_input_sample": False,
+    "only_cross_attention": False,
+    "mid_block_scale_factor": 1,
+    "act_fn": "silu",
+    "reverse_transformer_layers_per_block": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "num_attention_heads": None,
+    "dual_cross_attention": False,
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "upcast_attention": False,
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "time_embedding_type": "positional",
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "time_cond_proj_dim": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "attention_type": "default",
+    "class_embeddings_concat": False,
+    "mid_block_only_cross_attention": None,
+    "cross_attention_norm": None,
+    "addition_embed_type_num_heads": 64,
+}
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The numbers of a U-Net, with diffusers' names and defaults.
+
+    attention_head_dim is, as in diffusers, the number of heads of cross-attention blocks and the width of a head of plain attention
+    blocks ("AttnDownBlock2D").
+    """
+
+    sample_size: int | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    up_block_types: tuple[str, ...] = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    downsample_padding: int = 1
+    dropout: float = 0.0
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int | tuple[int, ...] = 1280
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8
+    use_linear_projection: bool = False
+    class_embed_type: str | None = None
+    num_class_embeds: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+    resnet_time_scale_shift: str = "default"
+    time_embedding_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.block_out_channels)
+        if len(self.down_block_types) != n or len(self.up_block_types) != n:
+            raise UserError(
+                f"a U-Net of {n} block_out_channels needs {n} down_block_types and {n} up_block_types, "
+                f"got {len(self.down_block_types)} and {len(self.up_block_types)}"
+            )
+        for kind in (*self.down_block_types, *self.up_block_types):
+            if kind not in _KINDS:
+                raise UserError(f"block type {kind!r} is not supported: expected one of {', '.join(sorted(_KINDS))}")
+        if self.mid_block_type not in ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None):
+            raise UserError(f"mid_block_type {self.mid_block_type!r} is not supported: expected UNetMidBlock2DCrossAttn, UNetMidBlock2D or null")
+        if self.resnet_time_scale_shift not in ("default", "scale_shift"):
+            raise UserError(f"resnet_time_scale_shift {self.resnet_time_scale_shift!r}: expected 'default' or 'scale_shift'")
+        if self.class_embed_type not in (None, "projection"):
+            raise UserError(f"class_embed_type {self.class_embed_type!r} is not supported: expected null or 'projection'")
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups:
+                raise UserError(f"block_out_channels {width} is not a multiple of norm_num_groups {self.norm_num_groups}: change one of them")
+
+    def at(self, field: str, level: int) -> int:
+        """A field that holds one number for all levels or one a level."""
+        value = getattr(self, field)
+        return value[level] if isinstance(value, tuple) else value
+
+    @property
+    def attends_to_tokens(self) -> bool:
+        """Whether any block has cross-attention, so that `Conditioning.tokens` is required."""
+        kinds = (*self.down_block_types, *self.up_block_types, self.mid_block_type or "")
+        return any("CrossAttn" in kind for kind in kinds)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "UNetConfig":
+        """Reads a diffusers config; a field that this class does not know, or a value it cannot honour, is refused."""
+        return read_config(cls, values, _FIXED)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON that diffusers' UNet2DConditionModel reads."""
+        return {"_class_name": "UNet2DConditionModel", **asdict(self), **_FIXED}
+
+
+class _Block(nn.Module):
+    """Residual blocks at one resolution, each with its attention; the way down keeps every output as a skip, the way up takes them."""
+
+    def __init__(self, config: UNetConfig, level: int, kind: str | None, widths: list[tuple[int, int]], step: str | None):
+        super().__init__()
+        channels, heads = config.block_out_channels[level], config.at("attention_head_dim", level)
+        groups, eps = config.norm_num_groups, config.norm_eps
+        time_width = config.time_embedding_dim or 4 * config.block_out_channels[0]
+        scale_shift = config.resnet_time_scale_shift == "scale_shift"
+        self.resnets = nn.ModuleList(ResnetBlock(i, o, groups, eps, time_width, scale_shift, config.dropout) for i, o in widths)
+        self.kind = kind
+        count = len(widths) if step != "middle" else len(widths) - 1
+        if kind == "cross":
+            depth, context = config.at("transformer_layers_per_block", level), config.at("cross_attention_dim", level)
+            linear = config.use_linear_projection
+            self.attentions = nn.ModuleList(
+                SpatialTransformer(channels, heads, channels // heads, depth, context, groups, linear) for _ in range(count)
+            )
+        elif kind == "self":
+            self.attentions = nn.ModuleList(SpatialAttention(channels, heads, groups, eps) for _ in range(count))
+        if step == "down":
+            self.downsamplers = nn.ModuleList([Downsample(channels, config.downsample_padding)])
+        elif step == "up":
+            self.upsamplers = nn.ModuleList([Upsample(channels)])
+
+    def attend(self, i: int, x: Float[Tensor, "B C H W"], cond: Conditioning) -> Float[Tensor, "B C H W"]:
+        """The i-th attention of this block, if it has any."""
+        if self.kind == "cross":
+            return self.attentions[i](x, cond.tokens, cond.mask)
+        return self.attentions[i](x) if self.kind == "self" else x
+
+
+class UNet(nn.Module):
+    """The U-Net: see the module's docstring. Built from a `UNetConfig`; weights are random until loaded.
+
+    The way down, the middle and the way up are written out in `forward`.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        widths = config.block_out_channels
+        time_width = config.time_embedding_dim or 4 * widths[0]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(widths[0], time_width)
+        if config.class_embed_type == "projection":
+            self.class_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim or 0, time_width)
+        elif config.num_class_embeds is not None:
+            self.class_embedding = nn.Embedding(config.num_class_embeds, time_width)
+        else:
+            self.class_embedding = None
+
+        skips = [widths[0]]
+        self.down_blocks = nn.ModuleList()
+        for level, kind in enumerate(config.down_block_types):
+            pairs = [(skips[-1] if i == 0 else widths[level], widths[level]) for i in range(config.at("layers_per_block", level))]
+            self.down_blocks.append(_Block(config, level, _KINDS[kind], pairs, "down" if level < last else None))
+            skips += [widths[level]] * (len(pairs) + (level < last))
+
+        wide = widths[-1]
+        if config.mid_block_type == "UNetMidBlock2DCrossAttn":
+            self.mid_block = _Block(config, last, "cross", [(wide, wide)] * 2, "middle")
+        else:
+            self.mid_block = None if config.mid_block_type is None else _Block(config, last, None, [(wide, wide)], "middle")
+
+        self.up_blocks = nn.ModuleList()
+        below = wide
+        for position, kind in enumerate(config.up_block_types):
+            level = last - position
+            pairs = []
+            for _ in range(config.at("layers_per_block", level) + 1):
+                pairs.append((below + skips.pop(), widths[level]))
+                below = widths[level]
+            self.up_blocks.append(_Block(config, level, _KINDS[kind], pairs, "up" if level > 0 else None))
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def embed(self, timestep: Float[Tensor, " B"], cond: Conditioning, dtype: torch.dtype) -> Float[Tensor, "B T"]:
+        """Time, and the conditioning vector (class weights or features), as one embedding."""
+        c = self.config
+        features = sinusoidal(timestep, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
+        time = self.time_embedding(features.to(dtype))
+        if self.class_embedding is not None:
+            if cond.vector is None:
+                raise UserError("this U-Net is class-conditional: Conditioning.vector (B, classes) is missing")
+            vector = cond.vector.to(dtype)
+            table = self.class_embedding
+            time = time + (vector @ table.weight.to(dtype) if isinstance(table, nn.Embedding) else table(vector))
+        return time
+
+    def forward(self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning) -> Float[Tensor, "B D h w"]:
+        """x noisy latent, timestep in the units the network was trained with (0..1000), conditioning -> y, the network's target."""
+        if cond.concat is not None:
+            x = torch.cat([x, cond.concat], dim=1)
+        if self.config.attends_to_tokens and cond.tokens is None:
+            raise UserError(f"this U-Net attends to tokens of width {self.config.cross_attention_dim}: Conditioning.tokens (B, L, D) is missing")
+        time = self.embed(timestep, cond, x.dtype)
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down_blocks:
+            for i, resnet in enumerate(block.resnets):
+                x = block.attend(i, resnet(x, time), cond)
+                skips.append(x)
+            for step in getattr(block, "downsamplers", ()):
+                x = step(x)
+                skips.append(x)
+        residuals = cond.residuals or ()
+        if residuals:  # ControlNet (Zhang et al. 2023, arXiv:2302.05543): one a skip, the last for the middle
+            skips = [s + r for s, r in zip(skips, residuals[:-1], strict=True)]
+        if self.mid_block is not None:
+            x = self.mid_block.resnets[0](x, time)
+            for i, resnet in enumerate(self.mid_block.resnets[1:]):
+                x = resnet(self.mid_block.attend(i, x, cond), time)
+        if residuals:
+            x = x + residuals[-1]
+        for block in self.up_blocks:
+            for i, resnet in enumerate(block.resnets):
+                x = block.attend(i, resnet(torch.cat([x, skips.pop()], dim=1), time), cond)
+            for step in getattr(block, "upsamplers", ()):
+                x = step(x, skips[-1].shape[2:])
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def to_config(self) -> dict[str, Any]:
+        """The JSON of config.json, with diffusers' names."""
+        return self.config.to_dict()

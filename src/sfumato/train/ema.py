@@ -1,0 +1,30 @@
+"""Exponential moving average of weights: avg <- d*avg + (1-d)*w with d = min(decay, (1+n)/(10+n)) at update n.
+
+The ramp forgets the random start (Tan & Le 2019's implementation of Polyak averaging); averages are float32 whatever the weights are.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """Keeps the average of a network's floating-point weights; `network` is a frozen copy that carries it."""
+
+    def __init__(self, network: nn.Module, decay: float):
+        self.decay = decay
+        self.network = copy.deepcopy(network).float().eval().requires_grad_(False)
+
+    def state(self) -> dict[str, Tensor]:
+        """The averaged state dict."""
+        return self.network.state_dict()
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, updates: int) -> None:
+        """Takes in the weights after `updates` earlier updates."""
+        decay = min(self.decay, (1 + updates) / (10 + updates))
+        ours, theirs = list(self.network.parameters()), [p.detach().float() for p in network.parameters()]
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
+        for a, b in zip(self.network.buffers(), network.buffers(), strict=True):
+            a.copy_(b)

@@ -1,0 +1,189 @@
+"""The training loop: every objective, one process or several (accelerate), and exact resume.
+
+Step n's batch, noise and learning rate depend on (seed, n) alone, so k steps, a kill, and N-k steps are the N steps, bit for bit.
+AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), linear warm-up, cosine or linear decay, gradient clipping, weight averaging.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import NumericalError, UserError
+from sfumato.files import hash_bytes, hash_json
+from sfumato.train import checkpoint
+from sfumato.train.ema import EMA
+from sfumato.train.objective import Objective
+from sfumato.train.record import Record
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long and how fast. Counts are optimizer steps; batch_size is over all processes together."""
+
+    steps: int = 10_000
+    batch_size: int = 64
+    lr: float = 1e-4
+    warmup: int = 100
+    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    final_lr: float = 0.0
+    """The learning rate at the last step, as a fraction of lr."""
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0
+    ema: float = 0.999
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    seed: int = 0
+    save_every: int = 1000
+    show_every: int = 1000
+    log_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "save_every", "show_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: expected at least 1")
+        if not self.lr > 0 or not 0 <= self.ema < 1 or not self.clip > 0:
+            raise UserError(f"lr={self.lr}, ema={self.ema}, clip={self.clip}: expected lr > 0, 0 <= ema < 1, clip > 0")
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of step 0..steps-1."""
+        rise = min(1.0, (step + 1) / max(self.warmup, 1))
+        done = min(1.0, max(0, step - self.warmup) / max(self.steps - self.warmup, 1))
+        fall = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.decay]
+        return self.lr * rise * (self.final_lr + (1 - self.final_lr) * fall)
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed that is a function of the parts."""
+    return int(hash_bytes(*(str(p) for p in parts))[:16], 16) >> 1
+
+
+def batch_indices(size: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """The examples of a step: consecutive pieces of a new permutation an epoch, across the epochs' seams."""
+    first = step * batch_size
+    pieces, taken = [], 0
+    while taken < batch_size:
+        epoch, offset = divmod(first + taken, size)
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch)))
+        piece = order[offset : offset + batch_size - taken]
+        pieces.append(piece)
+        taken += len(piece)
+    return torch.cat(pieces)
+
+
+class _Order:
+    """`batch_indices` with the current epoch's permutation kept: the same numbers without a shuffle a step."""
+
+    def __init__(self, size: int, batch_size: int, seed: int):
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.epoch, self.order = -1, torch.empty(0)
+
+    def __call__(self, step: int) -> Tensor:
+        epoch, offset = divmod(step * self.batch_size, self.size)
+        if offset + self.batch_size > self.size:
+            return batch_indices(self.size, self.batch_size, self.seed, step)
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
+            self.epoch, self.order = epoch, torch.randperm(self.size, generator=generator)
+        return self.order[offset : offset + self.batch_size]
+
+
+def train(
+    objective: Objective, settings: LoopSettings, out: Path, *, resume: bool = True, on_step: Callable[[int], None] | None = None
+) -> nn.Module:
+    """Trains to `settings.steps` and returns the averaged main network (float32, eval mode).
+
+    out/checkpoints holds the state, out/log.jsonl the numbers, out/samples the pictures, out/tensorboard both. With `resume` a run
+    that stopped goes on from its newest checkpoint; without, a folder that has one is refused. `on_step` is called after each step.
+    """
+    from accelerate import Accelerator
+
+    precision = {"fp32": "no"}.get(settings.precision, settings.precision)
+    accelerator = Accelerator(mixed_precision=precision, step_scheduler_with_optimizer=False)
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    if settings.batch_size % processes:
+        raise UserError(f"batch_size={settings.batch_size} does not divide among {processes} processes: choose a multiple")
+    plain = objective.networks
+    for network in plain.values():
+        network.to(accelerator.device).train()
+    optimizers = {
+        name: torch.optim.AdamW(network.parameters(), settings.lr, settings.betas, weight_decay=settings.weight_decay)
+        for name, network in plain.items()
+    }
+    average = EMA(plain[objective.main], settings.ema)
+    settings_hash = hash_json(asdict(settings))
+    checkpoints = out / "checkpoints"
+    if not resume and checkpoint.steps(checkpoints):
+        raise UserError(f"{checkpoints} holds a run already: resume it, or train into another folder")
+    state = checkpoint.load(checkpoints, plain, average.network, optimizers, settings_hash)
+    first = state["step"] if state else 0
+    wrapped = {name: accelerator.prepare(network) for name, network in plain.items()}
+    stepped = {name: accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
+    if state and state.get("scaler") and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+
+    order = _Order(objective.size, settings.batch_size, settings.seed)
+    share = settings.batch_size // processes
+    record = Record(out, first, settings.steps, objective.stage, active=accelerator.is_main_process)
+    with record:
+        for step in range(first, settings.steps):
+            batch = objective.batch(order(step)[rank * share : (rank + 1) * share])
+            batch = {k: v.to(accelerator.device) for k, v in batch.items()}
+            torch.manual_seed(derive_seed(settings.seed, "layers", step, rank))  # dropout
+            generator = torch.Generator().manual_seed(derive_seed(settings.seed, "draws", step, rank))
+            numbers: dict[str, float] = {"lr": settings.lr_at(step)}
+            for phase in plain:
+                if not objective.active(phase, step):
+                    continue
+                numbers |= _update(objective, phase, wrapped, stepped[phase], batch, step, generator, settings, accelerator)
+            average.update(plain[objective.main], step)
+            done = step + 1
+            record.step(done, numbers, log=done % settings.log_every == 0 or done == settings.steps)
+            if done % settings.show_every == 0 or done == settings.steps:
+                if accelerator.is_main_process:
+                    record.show(done, *objective.show(average.network, done))
+                accelerator.wait_for_everyone()
+            if done % settings.save_every == 0 or done == settings.steps:
+                if accelerator.is_main_process:
+                    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+                    extra = {"settings": settings_hash, "scaler": scaler}
+                    checkpoint.save(checkpoints, done, plain, average.state(), optimizers, extra)
+                accelerator.wait_for_everyone()
+            if on_step is not None:
+                on_step(done)
+    return average.network
+
+
+def _update(
+    objective: Objective,
+    phase: str,
+    networks: dict[str, nn.Module],
+    optimizer: Any,
+    batch: dict[str, Tensor],
+    step: int,
+    generator: torch.Generator,
+    settings: LoopSettings,
+    accelerator: Any,
+) -> dict[str, float]:
+    """One optimizer step of one phase; the loss must be finite."""
+    for group in optimizer.param_groups:
+        group["lr"] = settings.lr_at(step)
+    with accelerator.autocast():
+        loss, numbers = objective.loss(phase, networks, batch, step, generator)
+    if not torch.isfinite(loss):
+        raise NumericalError(
+            f"the loss is {loss.item()} in {objective.stage} ({phase}) at step {step + 1} ({settings.precision}): "
+            "nothing after the last checkpoint was kept; lower lr, or train in fp32"
+        )
+    optimizer.zero_grad(set_to_none=True)
+    accelerator.backward(loss)
+    norm = accelerator.clip_grad_norm_(networks[phase].parameters(), settings.clip)
+    optimizer.step()
+    return {f"{phase}/loss": float(loss.detach()), f"{phase}/grad_norm": float(norm) if norm is not None else 0.0, **numbers}

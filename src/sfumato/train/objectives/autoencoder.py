@@ -1,0 +1,132 @@
+"""Trains a KL autoencoder: reconstruction + perceptual + KL + adversarial (Rombach et al. 2022, arXiv:2112.10752, appendix G, eq. 25).
+
+loss = |x - x^| (or squared), mean over pixels + w_p * perceptual + w_kl * KL / pixels + lambda * w_g * L_G.
+The KL in nats is divided by the number of pixel values, so that weights such as 1e-6 mean what they mean in Latent Diffusion, whose
+losses are sums over the image.
+"""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from PIL import Image as PIL
+from torch import Tensor, nn
+
+from sfumato.compress.base import Autoencoder, Posterior
+from sfumato.data import ImageSet
+from sfumato.decode.image import grid, to_pil
+from sfumato.errors import UserError
+from sfumato.evaluate.features import Features
+from sfumato.evaluate.frechet import frechet_distance, gaussian
+from sfumato.evaluate.reconstruction import reconstruction
+from sfumato.train.discriminator import PatchDiscriminator, adaptive_weight, hinge
+from sfumato.train.objective import Objective
+from sfumato.train.perceptual import feature_maps, perceptual_distance
+
+
+@dataclass(frozen=True)
+class AutoencoderLoss:
+    """Weights of the terms. A weight of 0 leaves a term and its network out."""
+
+    pixel: Literal["l1", "l2"] = "l1"
+    kl: float = 1e-6
+    perceptual: float = 0.0
+    perceptual_network: str = "efficientnet-lite0"
+    adversarial: float = 0.0
+    adversarial_start: int = 0
+    """The first step at which the discriminator takes part, and the generator hears it."""
+    discriminator_width: int = 64
+    discriminator_layers: int = 2
+
+    def __post_init__(self) -> None:
+        if min(self.kl, self.perceptual, self.adversarial) < 0:
+            raise UserError(f"loss weights kl={self.kl}, perceptual={self.perceptual}, adversarial={self.adversarial}: expected none below 0")
+
+
+class AutoencoderObjective(Objective):
+    """Phases: the autoencoder and, with an adversarial weight, the discriminator."""
+
+    main = "autoencoder"
+    stage = "train autoencoder"
+
+    def __init__(self, autoencoder: Autoencoder, images: ImageSet, held_out: ImageSet, loss: AutoencoderLoss, features: Features | None = None):
+        self.images, self.held_out, self.weights, self.features = images, held_out, loss, features
+        self.networks: dict[str, nn.Module] = {"autoencoder": autoencoder}
+        if loss.adversarial:
+            self.networks["discriminator"] = PatchDiscriminator(autoencoder.channels, loss.discriminator_width, loss.discriminator_layers)
+        self.maps = feature_maps(loss.perceptual_network) if loss.perceptual else None
+        self.fake: Tensor | None = None  # this step's reconstructions, for the discriminator's turn
+
+    @property
+    def size(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+        return self.images.batch(indices)
+
+    def active(self, phase: str, step: int) -> bool:
+        return phase == "autoencoder" or step >= self.weights.adversarial_start
+
+    def loss(
+        self, phase: str, networks: Mapping[str, nn.Module], batch: dict[str, Tensor], step: int, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        image = batch["image"]
+        if phase == "discriminator":
+            assert self.fake is not None
+            logits = networks["discriminator"](torch.cat([image, self.fake])).float()
+            real, fake = logits.chunk(2)
+            self.fake = None
+            return hinge(real, fake), {"discriminator/real": float(real.detach().mean()), "discriminator/fake": float(fake.detach().mean())}
+
+        w = self.weights
+        space = _plain(networks["autoencoder"]).space
+        shape = (len(image), space.channels, image.shape[2] // space.factor, image.shape[3] // space.factor)
+        noise = torch.randn(shape, generator=generator).to(image.device)
+        rebuilt, mean, std = (v.float() for v in networks["autoencoder"](image, noise))
+        pixel = F.l1_loss(rebuilt, image) if w.pixel == "l1" else F.mse_loss(rebuilt, image)
+        kl = Posterior(mean, std).kl().mean()
+        numbers = {"autoencoder/pixel": float(pixel.detach()), "autoencoder/kl": float(kl.detach())}
+        total = pixel
+        if self.maps is not None:
+            perceptual = perceptual_distance(self.maps, rebuilt, image).mean()
+            numbers["autoencoder/perceptual"] = float(perceptual.detach())
+            total = total + w.perceptual * perceptual
+        if w.adversarial and step >= w.adversarial_start:
+            discriminator = _plain(networks["discriminator"]).requires_grad_(False)
+            fooled = -discriminator(rebuilt).float().mean()
+            scale = adaptive_weight(total, fooled, _plain(networks["autoencoder"]).decoder.conv_out.weight)  # pyright: ignore
+            discriminator.requires_grad_(True)
+            numbers |= {"autoencoder/adversarial": float(fooled.detach()), "autoencoder/adaptive_weight": float(scale)}
+            total = total + w.adversarial * scale * fooled
+            self.fake = rebuilt.detach()
+        return total + w.kl * kl / image[0].numel(), numbers
+
+    @torch.no_grad()
+    def show(self, network: nn.Module, step: int) -> tuple[dict[str, float], dict[str, PIL.Image]]:
+        """PSNR, SSIM and the Frechet distance of reconstructions on held-out images, and pairs of them (original above)."""
+        assert isinstance(network, Autoencoder)
+        chosen = random.Random(0).sample(range(len(self.held_out)), min(2000, len(self.held_out)))
+        originals, rebuilt = [], []
+        device = next(network.parameters()).device
+        for start in range(0, len(chosen), 250):
+            image = self.held_out.batch(chosen[start : start + 250])["image"]
+            originals.append(image)
+            rebuilt.append(network.decode(network.encode(image.to(device))).cpu().clamp(-1, 1))
+        a, b = torch.cat(originals), torch.cat(rebuilt)
+        found = reconstruction((a + 1) / 2, (b + 1) / 2)
+        numbers = {"held_out/psnr": found.psnr, "held_out/ssim": found.ssim}
+        if self.features is not None and len(a) > 1:
+            net = self.features
+            real, fake = (torch.cat([net((part + 1) / 2) for part in whole.split(250)]) for whole in (a, b))
+            numbers["held_out/frechet"] = frechet_distance(gaussian(real), gaussian(fake))
+        rows = min(16, len(a))
+        pairs = [p for start in range(0, rows, 8) for whole in (a, b) for p in to_pil(whole[start : min(start + 8, rows)])]
+        return numbers, {"reconstructions": grid(pairs, columns=min(8, rows))}
+
+
+def _plain(network: nn.Module) -> nn.Module:
+    """The network inside a wrapper such as DDP."""
+    return getattr(network, "module", network)

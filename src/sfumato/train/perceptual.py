@@ -1,0 +1,64 @@
+"""Perceptual loss: distance between the features that a frozen network sees in two images (LPIPS, Zhang et al. 2018, arXiv:1801.03924, eq. 1).
+
+d = sum_l mean_{h,w} || phi_l(x)/|phi_l(x)| - phi_l(y)/|phi_l(y)| ||^2, channels unit-normed at each position, uniform weights.
+The network is pluggable: any function from images (B, 3, H, W) in [-1, 1] to a list of feature maps.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from sfumato.errors import unknown
+
+FeatureMaps = Callable[[Tensor], Sequence[Tensor]]
+"""Images (B, 3, H, W) in [-1, 1] -> feature maps (B, C_l, h_l, w_l), differentiable in the images."""
+
+
+def perceptual_distance(features: FeatureMaps, a: Float[Tensor, "B C H W"], b: Float[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
+    """The distance of each pair; gradients flow to both images, and none to the network if it is frozen. Grey is repeated to RGB."""
+    images = torch.cat([a, b]).expand(-1, 3, -1, -1)
+    total = torch.zeros(len(a), device=a.device)
+    for maps in features(images):
+        unit = F.normalize(maps.float(), dim=1, eps=1e-6)
+        x, y = unit.chunk(2)
+        total = total + (x - y).square().sum(1).mean((1, 2))
+    return total
+
+
+def efficientnet_lite0(size: int = 64, blocks: int = 5) -> FeatureMaps:
+    """Maps of the stem and the first `blocks` blocks (strides 2, 4, 8) of an ImageNet EfficientNet-lite0, at `size` pixels.
+
+    Its weights come from a package that is installed apart (`UserError` where it is not); they are used in place, not copied.
+    """
+    from sfumato.evaluate.efficientnet import load
+
+    network = load().requires_grad_(False)
+
+    def maps(images: Tensor) -> list[Tensor]:
+        x = F.interpolate((images + 1) / 2, (size, size), mode="bilinear", align_corners=False, antialias=False)
+        x = F.relu6(network._bn0(network._conv_stem((255 * x - 127) / 128)))
+        found = [x]
+        for block in list(network._blocks)[:blocks]:
+            x = block(x)
+            found.append(x)
+        return found
+
+    return maps
+
+
+NETWORKS: dict[str, Callable[[], FeatureMaps]] = {"efficientnet-lite0": efficientnet_lite0}
+
+
+def feature_maps(name: str) -> FeatureMaps:
+    """The feature maps of a network by name; `module:function` names a function of yours that returns them."""
+    if ":" in name:
+        import importlib
+
+        module, attribute = name.split(":", 1)
+        return getattr(importlib.import_module(module), attribute)()
+    if name not in NETWORKS:
+        raise unknown("perceptual network", name, NETWORKS)
+    return NETWORKS[name]()

@@ -1,0 +1,118 @@
+"""What a run leaves for people: a progress bar, log.jsonl, TensorBoard scalars and pictures, sample grids and a picture of the curves."""
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image as PIL
+
+from sfumato.files import atomic_file
+
+logger = logging.getLogger(__name__)
+
+
+class Record:
+    """Writes while a run goes on. Lines past `first` (of a run that was killed after its last checkpoint) are removed at the start."""
+
+    def __init__(self, out: Path, first: int, total: int, stage: str, active: bool = True):
+        self.out, self.first, self.total, self.stage, self.active = out, first, total, stage, active
+        self.path = out / "log.jsonl"
+        self.writer: Any = None
+        self.progress: Any = None
+
+    def __enter__(self) -> Self:
+        if not self.active:
+            return self
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        (self.out / "samples").mkdir(parents=True, exist_ok=True)
+        kept = [line for line in self.lines() if line["step"] <= self.first]
+        self.before = max((line["seconds"] for line in kept), default=0.0)
+        with atomic_file(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.file = self.path.open("a")
+        self.writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.first + 1)
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, TextColumn("{task.fields[loss]}"), refresh_per_second=2)
+        self.progress.start()
+        self.task = self.progress.add_task(self.stage, total=self.total, completed=self.first, loss="")
+        self.started = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self.active:
+            return
+        self.progress.stop()
+        self.writer.close()
+        self.file.close()
+        self.curves()
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What log.jsonl holds; a last line cut short by a kill is left out."""
+        if not self.path.exists():
+            return []
+        found = []
+        for line in self.path.read_text().splitlines():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return found
+
+    def _write(self, step: int, numbers: dict[str, float]) -> None:
+        line = {"step": step, "seconds": round(self.before + time.perf_counter() - self.started, 2), **numbers}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
+
+    def step(self, step: int, numbers: dict[str, float], log: bool) -> None:
+        """A step is done; its numbers are written when `log`."""
+        if not self.active:
+            return
+        losses = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items() if k.endswith("/loss"))
+        self.progress.update(self.task, completed=step, loss=losses)
+        if log:
+            self._write(step, numbers)
+
+    def show(self, step: int, numbers: dict[str, float], pictures: dict[str, PIL.Image]) -> None:
+        """Held-out numbers and pictures at a step."""
+        if not self.active:
+            return
+        if numbers:
+            self._write(step, numbers)
+            logger.info("%s step %d: %s", self.stage, step, "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+        for name, picture in pictures.items():
+            with atomic_file(self.out / "samples" / f"{name}-{step:08d}.png") as temporary:
+                picture.save(temporary, format="PNG")
+            self.writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        self.writer.flush()
+
+    def curves(self) -> None:
+        """Draws every logged number against the step: out/curves.png."""
+        lines = self.lines()
+        names = sorted({name for line in lines for name in line} - {"step", "seconds"})
+        if not names:
+            return
+        from matplotlib.figure import Figure
+
+        columns = min(3, len(names))
+        rows = -(-len(names) // columns)
+        figure = Figure(figsize=(4.2 * columns, 2.6 * rows), layout="constrained")
+        for i, name in enumerate(names):
+            axes = figure.add_subplot(rows, columns, i + 1)
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            axes.plot(*zip(*points, strict=True), linewidth=1, marker="." if len(points) < 30 else None)
+            axes.set_title(name, fontsize=9)
+            axes.tick_params(labelsize=7)
+            axes.grid(alpha=0.3)
+            if name.endswith("loss") and all(value > 0 for _, value in points):
+                axes.set_yscale("log")
+        with atomic_file(self.out / "curves.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=90)

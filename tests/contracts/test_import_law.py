@@ -1,0 +1,227 @@
+"""The import law: who may know whom, read from the syntax tree of every file of the library (nothing is imported).
+
+    types, registry, errors, files <- nn <- compress, predict        compress and diffuse never meet; diffuse knows no nn
+    diffuse.process <- predict      compress <- decode
+    the four acts <- checkpoints <- model <- tasks <- deploy, cli
+    acts + data + evaluate + checkpoints + model <- train            evaluate imports no act, data neither
+
+Imports inside functions and under TYPE_CHECKING count: knowing is knowing. Asking the registry for a folder counts as importing it.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[2] / "src" / "sfumato"
+
+BOTTOM = ("types", "errors", "files", "registry", "config")
+ACTS = ("compress", "diffuse", "predict", "decode")
+
+# zone -> what its files may import from sfumato, besides the zone itself. The longest zone that holds a file is its zone.
+LAW: dict[str, tuple[str, ...]] = {
+    "": ("model",),  # __init__.py
+    "errors": (),
+    "types": ("errors",),
+    "files": ("errors",),
+    "registry": ("errors",),
+    "config": ("errors", "files", "registry", "types"),
+    "nn": BOTTOM,
+    "compress": (*BOTTOM, "nn"),
+    "diffuse": BOTTOM,
+    "diffuse.samplers": ("types", "errors", "diffuse.schedule"),
+    "predict": (*BOTTOM, "nn", "diffuse.process"),
+    "predict.guidance": ("types", "errors"),
+    "decode": (*BOTTOM, "compress"),
+    "decode.image": ("types", "errors", "files"),
+    "checkpoints": (*BOTTOM, *ACTS),
+    "model": (*BOTTOM, *ACTS, "checkpoints"),
+    "data": BOTTOM,
+    "evaluate": BOTTOM,
+    "train": (*BOTTOM, *ACTS, "nn", "data", "checkpoints", "evaluate", "model"),  # a run ends by saving a model
+    "tasks": (*BOTTOM, *ACTS, "model"),
+    "deploy": (*BOTTOM, *ACTS, "", "model", "tasks", "checkpoints", "data", "evaluate"),
+    "cli": (*BOTTOM, *ACTS, "", "model", "tasks", "checkpoints", "data", "evaluate", "train", "deploy"),
+}
+
+# Installed by an extra, or slow to import: only inside the function that needs them.
+HEAVY = {"transformers", "accelerate", "datasets", "tensorboard", "torchmetrics", "matplotlib", "scipy", "peft", "fastapi", "uvicorn"}
+HEAVY |= {
+    "gradio",
+    "ray",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "openvino",
+    "nncf",
+    "torchao",
+    "pandas",
+    "pyarrow",
+    "efficientnet_lite_pytorch",
+}
+NOWHERE = {"diffusers", "torchvision"}
+
+
+def module_of(file: Path) -> str:
+    """`diffuse/samplers/ddim.py` -> `diffuse.samplers.ddim`; a package's `__init__.py` is the package."""
+    parts = file.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_of(f): f for f in sorted(SOURCE.rglob("*.py"))}
+
+
+def within(module: str, zone: str) -> bool:
+    """Whether a module is `zone` or lies inside it. The face of the package (zone "") holds only itself."""
+    return module == zone or (zone != "" and module.startswith(zone + "."))
+
+
+def zone_of(module: str) -> str | None:
+    """The longest zone that holds the module."""
+    return max((z for z in LAW if within(module, z)), key=len, default=None)
+
+
+def imports(tree: ast.Module, module: str, is_package: bool, known: set[str]) -> Iterator[tuple[int, str]]:
+    """(line, absolute module name) of everything a file imports, dynamic imports with a literal name included."""
+    package = module if is_package else module.rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".") if package else []
+                above = above[: len(above) - (node.level - 1)]
+                base = ".".join(["sfumato", *above, *([base] if base else [])])
+            named = [alias for alias in node.names if (base, alias.name) != ("sfumato", "__version__")]  # a number, not a module
+            for alias in named:  # `from sfumato.diffuse import process` names a module, `from sfumato.types import Noise` does not
+                inner = f"{base}.{alias.name}"
+                yield node.lineno, inner if inner.removeprefix("sfumato.") in known else base
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in ("import_module", "__import__"):
+                yield node.lineno, node.args[0].value
+            elif name in ("find", "names") and node.args[0].value in known:
+                yield node.lineno, f"sfumato.{node.args[0].value}"
+
+
+def offences(text: str, module: str, is_package: bool = False, known: set[str] | None = None) -> list[str]:
+    """What breaks the law in a file's text."""
+    known = set(FILES) if known is None else known
+    tree = ast.parse(text)
+    zone = zone_of(module)
+    if zone is None:
+        return [f"no zone of LAW holds sfumato.{module}: say there whom it may know"]
+    found = []
+    for line, target in imports(tree, module, is_package, known):
+        top = target.split(".")[0]
+        if top in NOWHERE:
+            found.append(f"{line}: {top} is imported nowhere in the library")
+        if top != "sfumato":
+            continue
+        inner = target.removeprefix("sfumato").removeprefix(".")
+        # The nearest zone decides: `diffuse` may be imported by a file that may import `diffuse`, and a zone knows itself.
+        if not any(within(inner, allowed) for allowed in (zone, *LAW[zone])):
+            found.append(
+                f"{line}: sfumato.{module} may not know {target} (zone {zone or 'sfumato'!r} may know {', '.join(LAW[zone]) or 'nobody'})"
+            )
+    for line, target in imports_at_load(tree):
+        if target.split(".")[0] in HEAVY:
+            found.append(f"{line}: {target} is imported when the file is: move it into the function that needs it")
+    return found
+
+
+def imports_at_load(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Imports that run when the file is imported: outside functions and outside `if TYPE_CHECKING`."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.lineno, node.module or ""
+        waiting += ast.iter_child_nodes(node)
+
+
+@pytest.mark.parametrize("module", FILES, ids=[m or "sfumato" for m in FILES])
+def test_file_keeps_the_law(module: str) -> None:
+    file = FILES[module]
+    found = offences(file.read_text(), module, file.name == "__init__.py")
+    assert not found, "\n".join(f"{file.relative_to(SOURCE)}:{line}" for line in found)
+
+
+KNOWN = {
+    "diffuse",
+    "diffuse.process",
+    "diffuse.schedule",
+    "diffuse.samplers",
+    "nn",
+    "nn.attention",
+    "compress",
+    "compress.kl",
+    "model",
+    "types",
+}
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        ("diffuse.process", "from sfumato.nn.attention import Attention"),
+        ("diffuse.process", "import sfumato.compress.kl"),
+        ("compress.kl", "from sfumato.diffuse import process"),
+        ("compress.kl", "from sfumato import diffuse"),
+        ("compress.kl", "from ..diffuse import process"),
+        ("compress.kl", "def f():\n    from sfumato.diffuse.process import Process"),
+        ("compress.kl", "if TYPE_CHECKING:\n    from sfumato.diffuse.process import Process"),
+        ("compress.kl", "find('diffuse.samplers', 'ddim')"),
+        ("compress.kl", "registry.names('diffuse.samplers')"),
+        ("compress.kl", "importlib.import_module('sfumato.diffuse')"),
+        ("diffuse.samplers.ddim", "from sfumato.diffuse.process import Process"),
+        ("diffuse.samplers.ddim", "from sfumato.diffuse.sample import sample"),
+        ("predict.guidance.cfg", "from sfumato.predict.networks.unet import UNet"),
+        ("predict.denoiser", "from sfumato.diffuse.sample import sample"),
+        ("predict.denoiser", "import sfumato.model"),
+        ("evaluate.frechet", "from sfumato.decode.image import to_pil"),
+        ("data.latents", "from sfumato.compress.kl import KL"),
+        ("checkpoints.folders", "from sfumato.model import LatentDiffusion"),
+        ("model", "from sfumato.train.loop import run"),
+        ("model", "from sfumato import load, __version__"),
+        ("nn.attention", "import sfumato"),
+        ("train.loop", "import accelerate"),
+        ("train.loop", "from torchmetrics.image import PSNR"),
+        ("train.loop", "try:\n    import matplotlib.pyplot as plt\nexcept ImportError:\n    plt = None"),
+        ("train.loop", "class A:\n    import datasets"),
+        ("train.loop", "def f():\n    import torchvision"),
+        ("checkpoints.folders", "def f():\n    from diffusers import UNet2DModel"),
+        ("surprise.new", "import math"),
+    ],
+)
+def test_the_law_can_be_broken(module: str, text: str) -> None:
+    assert len(offences(text, module, known=KNOWN)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        (
+            "diffuse.process",
+            "from sfumato.diffuse.schedule import Schedule\nfrom .schedule import Schedule\nfrom sfumato.types import Prediction",
+        ),
+        ("diffuse.samplers.ddim", "from sfumato.types import Noise\nfrom sfumato.diffuse.schedule import Schedule"),
+        ("predict.denoiser", "from sfumato.diffuse.process import Process\nfrom sfumato.nn import attention"),
+        ("decode.tiled", "from sfumato.compress.kl import KL"),
+        ("train.loop", "def f():\n    import accelerate, datasets\nif TYPE_CHECKING:\n    import accelerate"),
+        ("checkpoints.folders", "from sfumato import __version__"),
+        ("cli.info", "import sfumato\nfrom sfumato import load, model"),
+        ("model", "find('diffuse.samplers', name)"),
+    ],
+)
+def test_what_the_law_allows(module: str, text: str) -> None:
+    assert not offences(text, module, known=KNOWN)

@@ -1,0 +1,523 @@
+"""The command line as a user meets it: exit codes, one-sentence errors, fast help, and PNG files that can be made again."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sfumato.cli import main
+from sfumato.cli.generate import slug
+from sfumato.decode.image import read_parameters, to_pil, write_png
+from sfumato.errors import NumericalError, UserError
+from sfumato.registry import names
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+
+
+class StubModel:
+    """Stands for a model: pictures are noise that depends on every setting, so that a setting lost on the way shows."""
+
+    def __init__(self, hash: str = "a" * 64) -> None:
+        self.hash = hash
+        self.requests: list[dict[str, Any]] = []
+
+    def settings(self, **given: Any) -> dict[str, Any]:
+        defaults = {"steps": 3, "sampler": "ddim", "guidance": 2.0, "height": 8, "width": 8}
+        return {**defaults, **{k: v for k, v in given.items() if v is not None}}
+
+    def generate(
+        self, prompt: str | None, *, n: int, seed: int, on_step: Callable[[object], bool | None], **rest: Any
+    ) -> list[Image.Image]:
+        self.requests.append({"prompt": prompt, "n": n, "seed": seed, **rest})
+        if prompt == "interrupt":
+            raise KeyboardInterrupt
+        if prompt == "nan":
+            raise NumericalError("sample: step 2 of 3 gave NaN in float16")
+        if prompt == "crash":
+            raise RuntimeError("deep\ninside")
+        if rest["sampler"] == "bogus":
+            raise UserError("unknown sampler 'bogus': known are ddim")
+        for k in range(rest["steps"]):
+            assert on_step(types.SimpleNamespace(index=k, count=rest["steps"])) is None
+        # n takes part: arithmetic may depend on the batch, so an image of a batch must be made again with its batch.
+        words = repr((prompt, n, seed, sorted(rest.items()))).encode()
+        noise = torch.Generator().manual_seed(zlib.crc32(words))
+        return to_pil(torch.rand(n, 1, rest["height"], rest["width"], generator=noise) * 2 - 1)
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, StubModel]:
+    """Replaces sfumato.model by stubs, by name; the current folder is a fresh one, the terminal is not one."""
+    models = {"fashion": StubModel(), "other": StubModel("b" * 64)}
+    module = types.ModuleType("sfumato.model")
+    module.load = lambda name: models[name]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sfumato.model", module)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SFUMATO_DEBUG", raising=False)
+    threads = torch.get_num_threads()
+    yield models  # type: ignore[misc]
+    torch.set_num_threads(threads)
+
+
+def pixels(path: str | Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def run(*arguments: str) -> int:
+    """main, with argparse-like exits turned into their codes."""
+    try:
+        return main(arguments)
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+
+
+# ---- generate -------------------------------------------------------------------------------------------------------------
+
+
+def test_generate_writes_a_grid_named_after_the_prompt(stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", "Ankle boot!") == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == "ankle-boot.png"
+    assert err == ""
+    assert pixels("ankle-boot.png").shape == (4 * 10 - 2, 4 * 10 - 2)  # 16 pictures of 8x8 with 2 pixels between
+    for stage in ("import", "load", "sample", "decode", "write"):
+        assert stage in out.splitlines()[1]
+    assert stub["fashion"].requests == [
+        {
+            "prompt": "Ankle boot!",
+            "n": 16,
+            "seed": 0,
+            "negative_prompt": None,
+            "steps": 3,
+            "sampler": "ddim",
+            "guidance": 2.0,
+            "height": 8,
+            "width": 8,
+        }
+    ]
+
+
+def test_every_flag_reaches_the_model_and_the_png(stub: dict[str, StubModel]) -> None:
+    flags = "--model other --n 2 --steps 5 --sampler heun --guidance 1.5 --negative-prompt sole --height 4 --width 6 --seed 9 --out a/b.png"
+    assert run("generate", "boot", *flags.split()) == 0
+    asked = {
+        "prompt": "boot",
+        "negative_prompt": "sole",
+        "n": 2,
+        "seed": 9,
+        "steps": 5,
+        "sampler": "heun",
+        "guidance": 1.5,
+        "height": 4,
+        "width": 6,
+    }
+    assert stub["other"].requests == [asked]
+    recorded = read_parameters("a/b.png")
+    assert asked.items() <= recorded.items()
+    assert {"index": None, "grid": True, "model": "other", "model_hash": "b" * 64, "version": "0.1.0"}.items() <= recorded.items()
+
+
+def test_no_grid_writes_one_png_a_picture(stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", "boot", "--n", "3", "--no-grid") == 0
+    assert capsys.readouterr().out.splitlines()[:3] == ["boot-0.png", "boot-1.png", "boot-2.png"]
+    assert [read_parameters(f"boot-{k}.png")["index"] for k in range(3)] == [0, 1, 2]
+    assert pixels("boot-0.png").shape == (8, 8)
+
+
+def test_from_makes_a_grid_again_without_touching_the_source(stub: dict[str, StubModel]) -> None:
+    assert run("generate", "boot", "--n", "5", "--seed", "3", "--steps", "7", "--guidance", "3", "--out", "boots.png") == 0
+    before = Path("boots.png").read_bytes()
+    assert run("generate", "--from", "boots.png") == 0
+    assert np.array_equal(pixels("boots.png"), pixels("boots-again.png"))
+    assert read_parameters("boots.png") == read_parameters("boots-again.png")
+    assert Path("boots.png").read_bytes() == before
+
+
+def test_from_makes_one_picture_of_a_request_again(stub: dict[str, StubModel]) -> None:
+    assert run("generate", "boot", "--n", "3", "--no-grid") == 0
+    assert run("generate", "--from", "boot-1.png", "--out", "again.png") == 0
+    assert np.array_equal(pixels("boot-1.png"), pixels("again.png"))
+    assert not np.array_equal(pixels("boot-0.png"), pixels("again.png"))
+    assert read_parameters("again.png") == read_parameters("boot-1.png")
+    assert [r["n"] for r in stub["fashion"].requests] == [3, 3]
+
+
+def test_flags_that_are_given_win_over_the_png(stub: dict[str, StubModel]) -> None:
+    assert run("generate", "boot", "--n", "2", "--seed", "3") == 0
+    assert run("generate", "bag", "--from", "boot.png", "--steps", "9", "--no-grid", "--out", "x.png") == 0
+    second = stub["fashion"].requests[1]
+    assert (second["prompt"], second["n"], second["seed"], second["steps"]) == ("bag", 2, 3, 9)
+    assert sorted(p.name for p in Path().iterdir()) == ["boot.png", "x-0.png", "x-1.png"]
+    assert run("generate", "--from", "x-1.png", "--n", "4", "--out", "y.png") == 0  # another request: all of its pictures
+    assert sorted(p.name for p in Path().glob("y*")) == [f"y-{k}.png" for k in range(4)]
+
+
+def test_from_refuses_another_model_unless_told(stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", "boot") == 0
+    stub["fashion"] = StubModel("c" * 64)
+    capsys.readouterr()
+    assert run("generate", "--from", "boot.png") == 2
+    err = capsys.readouterr().err
+    assert "aaaaaaaaaaaa" in err and "cccccccccccc" in err and "--allow-other-model" in err
+    assert not Path("boot-again.png").exists()
+    assert run("generate", "--from", "boot.png", "--allow-other-model") == 0
+    assert read_parameters("boot-again.png")["model_hash"] == "c" * 64
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"n": "many"}, "'n'"), ({"steps": None}, "'steps'"), ({"seed": True}, "'seed'"), ({"index": 99}, "99"), ({"grid": 1}, "'grid'")],
+)
+def test_from_a_png_with_odd_parameters_is_explained(
+    stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str], change: dict[str, Any], word: str
+) -> None:
+    assert run("generate", "boot", "--out", "a.png") == 0
+    write_png("a.png", Image.new("L", (2, 2)), {**read_parameters("a.png"), **change})
+    assert run("generate", "--from", "a.png") == 2
+    assert word in capsys.readouterr().err
+
+
+def test_threads_are_recorded_and_used_again(stub: dict[str, StubModel]) -> None:
+    cores = os.cpu_count() or 1
+    assert run("generate", "boot", "--threads", str(cores)) == 0
+    assert read_parameters("boot.png")["threads"] == cores
+    torch.set_num_threads(1)
+    assert run("generate", "--from", "boot.png") == 0
+    assert torch.get_num_threads() == cores
+
+
+def test_out_may_be_a_folder_or_lack_its_ending(stub: dict[str, StubModel]) -> None:
+    Path("folder").mkdir()
+    assert run("generate", "boot", "--n", "1", "--out", "folder") == 0
+    assert run("generate", "boot", "--n", "1", "--out", "name") == 0
+    assert Path("folder/boot.png").exists() and Path("name.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("Ankle boot!", "ankle-boot"),
+        (None, "sfumato"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("été 靴", "été-靴"),
+        ("...", "sfumato"),
+        ("a" * 500, "a" * 100),
+    ],
+)
+def test_slug_is_a_safe_file_name(prompt: str | None, name: str) -> None:
+    assert slug(prompt) == name
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ("generate boot --n 0", 2, "--n 0"),
+        ("generate boot --n -3", 2, "--n -3"),
+        ("generate boot --steps 0", 2, "--steps 0"),
+        ("generate boot --height 0", 2, "--height 0"),
+        ("generate boot --threads 0", 2, "--threads 0"),
+        ("generate boot --seed -1", 2, "--seed -1"),
+        ("generate boot --guidance nan", 2, "--guidance nan"),
+        ("generate boot --out boot.jpg", 2, "boot.png"),
+        ("generate boot --out /dev/null/boot.png", 2, "/dev/null"),
+        ("generate --from nowhere.png", 2, "nowhere.png is missing"),
+        ("generate boot --allow-other-model", 2, "--from"),
+        ("generate boot --sampler bogus", 2, "unknown sampler 'bogus'"),
+        ("generate nan", 3, "step 2 of 3"),
+        ("generate interrupt", 130, "stopped"),
+        ("generate crash", 1, "unforeseen RuntimeError: deep inside (SFUMATO_DEBUG=1"),
+        ("generat boot", 2, "did you mean 'generate'"),
+    ],
+)
+def test_an_error_is_one_sentence_and_a_code(
+    stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str], arguments: str, code: int, words: str
+) -> None:
+    assert run(*arguments.split()) == code
+    out, err = capsys.readouterr()
+    assert words in err
+    assert len(err.splitlines()) == 1 and err.startswith("sfumato: ")
+    assert out == ""
+    assert not list(Path().iterdir()), "nothing may be written"
+
+
+@pytest.mark.parametrize(
+    "arguments", ["generate boot --n many", "generate boot --bogus 1", "generate boot bag", "generate boot --steps", ""]
+)
+def test_arguments_that_do_not_parse_exit_with_2(stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str], arguments: str) -> None:
+    assert run(*arguments.split()) == 2
+    out, err = capsys.readouterr()
+    assert err and "Traceback" not in err and out == ""
+
+
+def test_the_traceback_is_there_for_those_who_ask(
+    stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFUMATO_DEBUG", "1")
+    assert run("generate", "crash") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+# ---- train ----------------------------------------------------------------------------------------------------------------
+
+RECIPE = """
+import json
+from dataclasses import asdict, dataclass
+
+@dataclass(frozen=True)
+class Network:
+    width: int = 4
+
+@dataclass(frozen=True)
+class Settings:
+    steps: int = 10
+    rate: float = 1e-3
+    network: Network = Network()
+
+    def run(self, out, resume):
+        out.mkdir(parents=True)
+        (out / "ran.json").write_text(json.dumps([asdict(self), resume]))
+
+autoencoder = Settings(steps=20, network=Network(width=8))
+denoiser = "not settings"
+"""
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_train_runs_the_recipes_settings_with_typed_changes(stub: dict[str, StubModel], by_name: bool) -> None:
+    Path("recipes").mkdir()
+    Path("recipes/toy.py").write_text(RECIPE)
+    recipe = "toy" if by_name else "recipes/toy.py"
+    assert run("train", "autoencoder", recipe) == 0
+    assert json.loads(Path("runs/toy/autoencoder/ran.json").read_text()) == [{"steps": 20, "rate": 1e-3, "network": {"width": 8}}, True]
+    assert run("train", "autoencoder", recipe, "--network.width", "2", "--rate", "0.5", "--no-resume", "--out", "there") == 0
+    assert json.loads(Path("there/ran.json").read_text()) == [{"steps": 20, "rate": 0.5, "network": {"width": 2}}, False]
+
+
+def test_train_lists_the_recipes_settings(stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("toy.py").write_text(RECIPE)
+    assert run("train", "autoencoder", "toy.py", "--help") == 0
+    out = capsys.readouterr().out
+    for words in ("--network.width", "(default: 8)", "--out", "--resume, --no-resume"):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("train denoiser toy.py", "no settings called 'denoiser'"),
+        ("train autoencoder nowhere.py", "nowhere.py is missing"),
+        ("train autoencoder tooy", "unknown recipe 'tooy'"),
+        ("train autoencoder toy.py --steps many", "--steps"),
+        ("train autoencoder toy.py --stepz 3", "--stepz"),
+        ("train decoder toy.py", "decoder"),
+        ("train autoencoder", "RECIPE"),
+        ("train", "STAGE"),
+    ],
+)
+def test_train_explains_what_is_wrong(stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str], arguments: str, words: str) -> None:
+    Path("toy.py").write_text(RECIPE)
+    assert run(*arguments.split()) == 2
+    err = capsys.readouterr().err
+    assert words in err and "Traceback" not in err
+    assert not Path("runs").exists()
+
+
+# ---- evaluate -------------------------------------------------------------------------------------------------------------
+
+
+class Parrot:
+    """A model that has learnt its training images by heart, image k for seed k, and whose autoencoder is the identity."""
+
+    hash = "d" * 64
+    class_names = ("boot", "bag")
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+        self.requests: list[tuple[Any, int, int]] = []
+
+    def settings(self, **given: Any) -> dict[str, Any]:
+        return {"steps": 2, "sampler": "ddim", "guidance": 1.0, "height": 12, "width": 12}
+
+    def generate(
+        self, prompt: list[str] | None, *, n: int, seed: int, on_step: Callable[[object], bool | None], **rest: Any
+    ) -> torch.Tensor:
+        assert rest["output"] == "tensor"
+        assert on_step(types.SimpleNamespace(index=0, count=1)) is None
+        self.requests.append((prompt, n, seed))
+        count = n * len(prompt or [""])
+        return self.images[[k % len(self.images) for k in range(seed, seed + count)]]
+
+    def compress(self, image: torch.Tensor) -> torch.Tensor:
+        return image
+
+    decode = compress
+
+
+class Pooled(torch.nn.Module):
+    """Features that are easy to check: a 2x2 picture."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images, 2).mean(1).flatten(1)
+
+
+def test_evaluate_measures_a_model_that_knows_its_training_images(
+    stub: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dice = torch.Generator().manual_seed(0)
+    for split in ("train", "test"):
+        for name in ("bag", "boot"):
+            Path("data", split, name).mkdir(parents=True)
+            for k, picture in enumerate(to_pil(torch.rand(8, 1, 12, 12, generator=dice) * 2 - 1)):
+                picture.save(Path("data", split, name, f"{k}.png"))
+    from sfumato.data import open_images
+
+    train = open_images("data", split="train")
+    stub["parrot"] = parrot = Parrot(train.batch(range(16))["image"])
+    features = types.ModuleType("pooled_features")
+    features.network = Pooled  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pooled_features", features)
+    flags = "--samples 16 --unconditional-samples 8 --batch 6 --features pooled_features:network --out report"
+    assert run("evaluate", "parrot", "--data", "data", *flags.split()) == 0
+
+    names = ["boot", "bag"] * 8
+    conditional = [(names[s : s + 6], 1, s) for s in (0, 6, 12)]  # balanced, seeds go on from batch to batch
+    assert parrot.requests == [*conditional, (None, 6, 0), (None, 2, 6)]
+    report = json.loads(Path("report/report.json").read_text())
+    metrics = {name: found["value"] for name, found in report["metrics"].items()}
+    assert abs(metrics["frechet_distance"]) < 1e-6
+    assert (metrics["precision"], metrics["recall"], metrics["coverage"]) == (1.0, 1.0, 1.0)
+    assert metrics["memorisation_ratio"] == 0.0
+    assert metrics["psnr"] == "infinite"
+    assert metrics["unconditional_frechet_distance"] > 1e-4
+    assert {"model": "parrot", "model_hash": "d" * 64, "n": 16, "unconditional_n": 8}.items() <= report["settings"].items()
+    assert "<html" in Path("report/report.html").read_text()
+    assert "frechet_distance" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--data d --samples 3", "--samples 3"),
+        ("--data d --unconditional-samples 2", "--unconditional-samples 2"),
+        ("--data d --out file", "--out file"),
+        ("--data nowhere --features fashion", "nowhere"),
+        ("--data d --features bogus", "'bogus'"),
+    ],
+)
+def test_evaluate_explains_what_is_wrong(stub: dict[str, Any], capsys: pytest.CaptureFixture[str], arguments: str, words: str) -> None:
+    Path("file").touch()
+    assert run("evaluate", "fashion", *arguments.split()) == 2
+    err = capsys.readouterr().err
+    assert words in err and len(err.splitlines()) == 1
+
+
+# ---- info -----------------------------------------------------------------------------------------------------------------
+
+
+def test_info_tells_what_the_model_says(stub: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("folder/vae").mkdir(parents=True)
+    Path("folder/vae/weights.safetensors").write_bytes(bytes(1500))
+    facts = {"parts": {"autoencoder": {"parameters": 1234567}}, "latent_space": {"std": (1.0, 0.5)}, "class_names": ["boot", "bag"]}
+    stub["folder"] = types.SimpleNamespace(hash="e" * 64, class_names=("boot", "bag"), describe=lambda: facts)
+    assert run("info", "folder") == 0
+    out = capsys.readouterr().out
+    for words in ("1,234,567", "1, 0.5", "boot, bag", "e" * 20, "vae/weights.safetensors", "1.5 kB"):
+        assert words in out
+    assert run("info", "folder", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["parts"] == facts["parts"]
+
+
+# ---- the terminal ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_bar_is_drawn_for_a_terminal_only() -> None:
+    """The same program with stderr on a pseudo-terminal and on a pipe."""
+    program = """
+from sfumato.cli._common import progress
+with progress("sampling") as update:
+    for k in range(3):
+        update(k + 1, 3)
+"""
+    pty = pytest.importorskip("pty")
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "TERM": "xterm", "COLUMNS": "80"}
+    ours, theirs = pty.openpty()
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, stderr=theirs)
+    os.close(theirs)
+    assert b"sampling" in os.read(ours, 65536)
+    os.close(ours)
+    assert subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True).stderr == b""
+
+
+# ---- help -----------------------------------------------------------------------------------------------------------------
+
+COMMANDS = names("cli")
+
+
+def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    out = capsys.readouterr().out
+    assert {"generate", "train", "evaluate", "info"} <= set(COMMANDS)
+    for name in COMMANDS:
+        assert f"\n  {name} " in out
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("sfumato 0.1.0")
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--version", *(f"{name} --help" for name in COMMANDS)])
+def test_help_answers_without_torch(arguments: str) -> None:
+    """A fresh interpreter; the time is the best of three, measured inside it from the first import of sfumato."""
+    program = f"""
+import contextlib, io, json, sys, time
+start = time.perf_counter()
+from sfumato.cli import main
+with contextlib.redirect_stdout(io.StringIO()) as said:
+    try:
+        code = main({arguments.split()!r})
+    except SystemExit as stop:
+        code = stop.code
+print(json.dumps([code, time.perf_counter() - start, len(said.getvalue()), [m for m in ("torch", "numpy", "PIL") if m in sys.modules]]))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    answers = [
+        json.loads(subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True).stdout)
+        for _ in range(3)
+    ]
+    for code, _, length, heavy in answers:
+        assert code in (0, None) and length > 10
+        assert heavy == []
+    assert min(seconds for _, seconds, _, _ in answers) < 0.5
+
+
+def test_importing_sfumato_costs_nothing() -> None:
+    watched = ("torch", "numpy", "PIL", "tyro", "rich", "sfumato")
+    program = f"import sys, sfumato; print(sorted(m for m in sys.modules if m.split('.')[0] in {watched}))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(SOURCE)}, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "['sfumato']"
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = [sys.executable, "-u", "-m", "sfumato.cli", "--help"]
+    with subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": str(SOURCE)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
