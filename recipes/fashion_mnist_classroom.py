@@ -22,7 +22,16 @@ autoencoder = AutoencoderRecipe(
     network=KLConfig(block_out_channels=(32, 64, 96), layers_per_block=1, latent_channels=4, norm_num_groups=16, sample_size=28),
     loss=AutoencoderLoss(pixel="l2", kl=1e-6),
     loop=LoopSettings(
-        steps=1900, batch_size=32, lr=1e-4, warmup=0, decay="constant", weight_decay=0.01, ema=0.995, precision="bf16", save_every=500, show_every=950
+        steps=1900,
+        batch_size=32,
+        lr=1e-4,
+        warmup=0,
+        decay="constant",
+        weight_decay=0.01,
+        ema=0.995,
+        precision="bf16",
+        save_every=500,
+        show_every=950,
     ),
     features="fashion",
 )
@@ -42,7 +51,16 @@ denoiser = DenoiserRecipe(
     parameterization="eps",
     loss=DenoiserLoss(drop=0.1),
     loop=LoopSettings(
-        steps=12_000, batch_size=32, lr=1e-4, warmup=0, decay="constant", weight_decay=0.01, ema=0.995, precision="bf16", save_every=1000, show_every=3000
+        steps=12_000,
+        batch_size=32,
+        lr=1e-4,
+        warmup=0,
+        decay="constant",
+        weight_decay=0.01,
+        ema=0.995,
+        precision="bf16",
+        save_every=1000,
+        show_every=3000,
     ),
     defaults=Defaults(steps=20, sampler="ddim", guidance=1.25),
     name="classroom",

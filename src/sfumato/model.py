@@ -1,9 +1,10 @@
 """LatentDiffusion: the four acts on one page, with parts that can be swapped one by one.
 
-    image --compress--> z --diffuse--> x_t --predict--> (x0, eps) --diffuse back--> z --decode--> image
+image --compress--> z --diffuse--> x_t --predict--> (x0, eps) --diffuse back--> z --decode--> image
 """
 
 import copy
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,15 +18,16 @@ from PIL import Image as PIL
 from torch import Tensor
 
 from sfumato import __version__
-from sfumato.checkpoints.folder import index, load_part, save_part
+from sfumato.checkpoints.folder import explained, index, load_part, read_table, save_part
 from sfumato.checkpoints.names.scheduler import from_scheduler_config, to_scheduler_config
+from sfumato.checkpoints.single_file import fold, unfold
 from sfumato.compress.base import Autoencoder
 from sfumato.decode.image import to_pil, to_tensor
-from sfumato.decode.whole import whole
-from sfumato.diffuse.sample import SeededNoise, Step, sample
-from sfumato.diffuse.timesteps import check_times, timesteps
-from sfumato.errors import UserError, unknown
-from sfumato.files import atomic_folder, hash_json, hash_tensors, read_json, write_json
+from sfumato.decode.whole import check_latent, whole
+from sfumato.diffuse.sample import SeededNoise, Step, check_finite, sample
+from sfumato.diffuse.timesteps import SPACINGS, check_times, timesteps
+from sfumato.errors import NumericalError, UserError, unknown
+from sfumato.files import atomic_folder, hash_json, hash_tensors, write_json
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.guidance.classifier_free import classifier_free
 from sfumato.registry import find, names
@@ -46,10 +48,12 @@ class Defaults:
     def __post_init__(self) -> None:
         if self.sampler not in names("diffuse.samplers"):
             raise unknown("sampler", self.sampler, names("diffuse.samplers"))
-        if self.steps < 1:
-            raise UserError(f"steps={self.steps}: expected at least 1")
-        if not 0 <= self.guidance < float("inf"):
-            raise UserError(f"guidance={self.guidance}: expected a number of at least 0; 1 is off")
+        if self.spacing not in SPACINGS:
+            raise unknown("timestep spacing", self.spacing, SPACINGS)
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise UserError(f"steps={self.steps!r}: expected a whole number of at least 1")
+        if not isinstance(self.guidance, int | float) or not 0 <= self.guidance < float("inf"):
+            raise UserError(f"guidance={self.guidance!r}: expected a number of at least 0; 1 is off")
 
 
 @dataclass(frozen=True)
@@ -64,36 +68,51 @@ class LatentDiffusion:
 
     # ---- the four acts -------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def compress(self, image: PIL.Image | Sequence[PIL.Image] | Float[Tensor, "B C H W"], seed: int | None = None) -> Float[Tensor, "B c h w"]:
-        """Image(s) -> z, standardised: PIL images, or a tensor in [-1, 1]. With a seed a draw from the posterior, else its mean."""
+        """Image(s) -> z, standardised: PIL images, or a tensor in [-1, 1]. With a seed a draw from the posterior, else its mean.
+
+        Image k's draw is seeded with seed + k. Colour becomes grey (ITU-R 601 luma) and grey colour where the autoencoder needs it.
+        """
         pixels = image if isinstance(image, Tensor) else to_tensor(image)
+        if pixels.ndim != 4 or not pixels.is_floating_point() or not pixels.numel():
+            raise UserError(f"image is {pixels.dtype} of shape {tuple(pixels.shape)}: expected floating-point pixels (B, C, H, W) in [-1, 1]")
+        low, high = (float(v) for v in pixels.aminmax())
+        if not (low >= -1.001 and high <= 1.001):  # a NaN fails too
+            raise UserError(f"image has pixels from {low:.4g} to {high:.4g}: expected [-1, 1]; bytes become so by value / 127.5 - 1")
         channels = self.autoencoder.channels
-        if pixels.shape[1] != channels and 1 in (pixels.shape[1], channels):
-            pixels = pixels.expand(-1, channels, -1, -1) if pixels.shape[1] == 1 else pixels.mean(1, keepdim=True)
+        if pixels.shape[1] == 1:
+            pixels = pixels.expand(-1, channels, -1, -1)
+        elif pixels.shape[1] == 3 and channels == 1:
+            pixels = torch.einsum("bchw,c->bhw", pixels, pixels.new_tensor([0.299, 0.587, 0.114]))[:, None]
         shape = self._latent_shape(*pixels.shape[2:])
-        noise = None if seed is None else SeededNoise(shape, [seed + i for i in range(len(pixels))], self.device)()
-        return self.autoencoder.encode(pixels.to(self.device, self.autoencoder.dtype), noise).float()
+        noise = None if seed is None else SeededNoise(shape, _seeds(seed, len(pixels)), self.device)()
+        with torch.inference_mode():
+            z = self.autoencoder.encode(pixels.to(self.device, self.autoencoder.dtype), noise).float()
+        check_finite(z, f"compress, with the autoencoder in {_name(self.autoencoder.dtype)}")
+        return z.clone()  # a plain tensor, which training can use: those of inference mode cannot be saved for a gradient
 
     def diffuse(self, z: Float[Tensor, "B C h w"], t: float, seed: int = 0) -> Float[Tensor, "B C h w"]:
         """z -> x at time t in [0, 1]: alpha*z + sigma*eps, with image k's noise from seed + k."""
         if not 0 <= t <= 1:
             raise UserError(f"t={t}: expected a time in [0, 1], 0 is clean and 1 is noise")
-        eps = SeededNoise(z.shape[1:], [seed + k for k in range(len(z))], z.device)()
+        check_latent(self.autoencoder.space, z)
+        eps = SeededNoise(z.shape[1:], _seeds(seed, len(z)), z.device)()
         return self.denoiser.process.add_noise(z, eps, t)
 
-    @torch.inference_mode()
     def predict(self, x: Float[Tensor, "B C h w"], t: float, conditioning: Conditioning | Prompt = None) -> Prediction:
-        """(x, t, conditioning or prompt(s)) -> Prediction(x0, eps). t in (0, 1]."""
+        """(x, t, conditioning or prompt(s)) -> Prediction(x0, eps), without guidance. t in (0, 1]."""
         if not 0 < t <= 1:
             raise UserError(f"t={t}: expected a time in (0, 1]")
+        check_latent(self.autoencoder.space, x)
         if not isinstance(conditioning, Conditioning):
             conditioning = self.conditioner(_prompts(conditioning, len(x)))
-        return self.denoiser(x, t, conditioning.to(self.device))
+        with torch.inference_mode():
+            found = self.denoiser(x.to(self.device), t, conditioning.to(self.device))
+        return Prediction(found.x0.clone(), found.eps.clone())
 
     def decode(self, z: Float[Tensor, "B C h w"]) -> list[PIL.Image]:
-        """z -> PIL images. `sfumato.decode` has tiled and preview decoding, and tensors."""
-        return to_pil(whole(self.autoencoder, z))
+        """z -> PIL images, mode L from a grey autoencoder, else RGB. `sfumato.decode` has tiled and preview decoding, and tensors."""
+        return to_pil(whole(self.autoencoder, z.to(self.device)))
 
     # ---- the main job --------------------------------------------------------------------------------------------------
 
@@ -107,18 +126,17 @@ class LatentDiffusion:
         width: int | None = None,
     ) -> dict[str, Any]:
         """The settings that `generate` would run with: the model's defaults where the caller says None. `UserError` for impossible ones."""
-        if n < 1:
-            raise UserError(f"n={n}: expected at least 1 image")
+        if not isinstance(n, int) or n < 1:
+            raise UserError(f"n={n!r}: expected a whole number of at least 1 image")
         given = {"steps": steps, "sampler": sampler, "guidance": guidance}
         chosen = replace(self.defaults, **{k: v for k, v in given.items() if v is not None})
         size = self.sample_size
-        height, width = height or size, width or size
+        height, width = size if height is None else height, size if width is None else width
         factor = self.autoencoder.space.factor
-        if height < factor or width < factor or height % factor or width % factor:
+        if not all(isinstance(side, int) and side > 0 and side % factor == 0 for side in (height, width)):
             raise UserError(f"height={height}, width={width}: expected positive multiples of {factor} pixels")
         return {"n": n, "steps": chosen.steps, "sampler": chosen.sampler, "guidance": chosen.guidance, "height": height, "width": width}
 
-    @torch.inference_mode()
     def generate(
         self,
         prompt: Prompt = None,
@@ -136,12 +154,14 @@ class LatentDiffusion:
         output: Literal["pil", "tensor", "latent"] = "pil",
         on_step: Callable[[Step], bool | None] | None = None,
     ) -> Any:
-        """Prompt -> n images: a list of PIL images, or "tensor" (n, C, H, W) in [0, 1], or "latent" (n, c, h, w).
+        """Prompt -> n images: a list of PIL images, or "tensor" (n, 3, H, W) in [0, 1], or "latent" (n, c, h, w).
 
         prompt: one for all or one an image (then n is their number); None draws unconditionally. Image k uses seed + k.
         timesteps: the times to visit, falling, 1 is noise and the last is where the run ends (0: clean); overrides `steps`.
-        noise: the start (n, c, h, w) instead of the seeds' own. on_step sees each step and cancels by returning False (returns []
-        then, or an empty tensor). Raises `UserError` for impossible settings and `NumericalError` for NaN or infinity.
+        noise: the start (n, c, h, w) instead of the seeds' own; what a sampler adds later is the seeds' in any case. on_step sees
+        each step and cancels by returning False (returns [] then, or a tensor of no images). A grey model's "tensor" has three equal
+        channels, so that every model gives the same shape; its PIL images have mode L.
+        Raises `UserError` for impossible settings and `NumericalError` for NaN or infinity.
         """
         if output not in ("pil", "tensor", "latent"):
             raise unknown("output", output, ("pil", "tensor", "latent"))
@@ -149,30 +169,49 @@ class LatentDiffusion:
             if n not in (1, len(prompt)):
                 raise UserError(f"n={n} with {len(prompt)} prompts: expected one image a prompt")
             n = len(prompt)
-        chosen = self.settings(n, len(timesteps) - 1 if timesteps is not None else steps, sampler, guidance, height, width)
-        if not isinstance(seed, int) or not -(2**63) <= seed < 2**63 - n:
-            raise UserError(f"seed={seed!r}: expected a whole number of at most 63 bits")
-        times = self.times(chosen["steps"]) if timesteps is None else check_times(timesteps)
-        shape = self._latent_shape(chosen["height"], chosen["width"])
-        draw = SeededNoise(shape, [seed + k for k in range(n)], self.device)
-        if noise is not None and tuple(noise.shape) != (n, *shape):
-            raise UserError(f"noise of shape {tuple(noise.shape)}: expected {(n, *shape)}")
-        start = draw() if noise is None else noise.to(self.device, torch.float32)
-        _, sigma = self.denoiser.process.schedule.at(times[0])
-        conditioning = self.conditioner(_prompts(prompt, n)).to(self.device)
-        reference = self.conditioner(_prompts(negative_prompt, n)).to(self.device)
-        weight = chosen["guidance"]
-        if _same(conditioning, reference):
-            weight = 1.0  # the two passes would be one: an unconditional draw needs no guidance
-        guided = classifier_free(self.denoiser, reference, weight)
-        generator = find("diffuse.samplers", chosen["sampler"])(float(sigma) * start, times, self.denoiser.process.schedule, draw)
-        z = sample(generator, lambda x, t: guided(x, t, conditioning), len(times) - 1, on_step)
+        given = None if timesteps is None else check_times(timesteps)
+        chosen = self.settings(n, steps if given is None else len(given) - 1, sampler, guidance, height, width)
+        times = given or self.times(chosen["steps"])
+        seeds = _seeds(seed, n)
+        conditioning, reference = (self.conditioner(_prompts(words, n)).to(self.device) for words in (prompt, negative_prompt))
+        z = self._sample(times, chosen, seeds, noise, conditioning, reference, on_step)
         if z is None:
-            return [] if output == "pil" else start[:0]
+            z = torch.empty(0, *self._latent_shape(chosen["height"], chosen["width"]), device=self.device)
         if output == "latent":
-            return z
+            return z.clone()  # a plain tensor: those of inference mode cannot be saved for a gradient
         image = whole(self.autoencoder, z)
-        return to_pil(image) if output == "pil" else (image + 1) / 2
+        if output == "pil":
+            return to_pil(image)
+        return (image.expand(-1, 3, -1, -1) if image.shape[1] == 1 else image).add(1).div(2)
+
+    @torch.inference_mode()
+    def _sample(
+        self,
+        times: Sequence[float],
+        chosen: dict[str, Any],
+        seeds: Sequence[int],
+        noise: Tensor | None,
+        conditioning: Conditioning,
+        reference: Conditioning,
+        on_step: Callable[[Step], bool | None] | None,
+    ) -> Tensor | None:
+        """The latents of a run, or None if `on_step` cancelled it."""
+        process, dtype = self.denoiser.process, next(self.denoiser.network.parameters()).dtype
+        draw = SeededNoise(self._latent_shape(chosen["height"], chosen["width"]), seeds, self.device)
+        start = draw()  # drawn also where `noise` takes its place: what is drawn next is then the same
+        if noise is not None:
+            if noise.shape != start.shape or not torch.isfinite(noise).all():
+                raise UserError(f"noise of shape {tuple(noise.shape)}: expected finite numbers of shape {tuple(start.shape)}")
+            start = noise.to(self.device, torch.float32)
+        # Where the two passes would be one, as for an unconditional draw, there is nothing to guide.
+        weight = 1.0 if _same(conditioning, reference) else chosen["guidance"]
+        guided = classifier_free(self.denoiser, reference, weight)
+        _, sigma = process.schedule.at(times[0])
+        run = find("diffuse.samplers", chosen["sampler"])(float(sigma) * start, times, process.schedule, draw)
+        try:
+            return sample(run, lambda x, t: guided(x, t, conditioning), len(times) - 1, on_step)
+        except NumericalError as error:
+            raise error if dtype == torch.float32 else NumericalError(f"{error} (the network ran in {_name(dtype)})") from error
 
     def times(self, steps: int) -> list[float]:
         """The times a run of `steps` network calls visits, by the model's default spacing."""
@@ -218,13 +257,28 @@ class LatentDiffusion:
         }
 
     def to(self, device: str | torch.device) -> "LatentDiffusion":
-        """The same model on a device; this one is left where it is."""
-        network = copy.deepcopy(self.denoiser.network).to(device)
-        return replace(self, autoencoder=copy.deepcopy(self.autoencoder).to(device), denoiser=replace(self.denoiser, network=network))
+        """The same model on a device ("cpu", "cuda", "cuda:1"); this one is left where it is."""
+        try:
+            autoencoder, network = (copy.deepcopy(m).to(device) for m in (self.autoencoder, self.denoiser.network))
+        except (RuntimeError, AssertionError) as error:  # torch's words for a name that it does not know, or a device that is not there
+            raise UserError(f"device {str(device)!r} cannot be used ({str(error).splitlines()[0]}): expected one such as cpu or cuda") from error
+        return replace(self, autoencoder=autoencoder, denoiser=replace(self.denoiser, network=network))
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes the model as a diffusers folder, atomically; `dtype` (e.g. torch.float16) changes what is stored."""
-        with atomic_folder(folder) as temporary:
+        """Writes the model as a diffusers folder, atomically; `dtype` (e.g. torch.float16) changes what is stored.
+
+        A name that ends in .safetensors gets the same in one file, which `load` opens too. A model of that name is replaced as a whole;
+        `UserError` for a file or folder that is something else, or a full disk, `NumericalError` for weights that are not finite in `dtype`.
+        """
+        if Path(folder).suffix == ".safetensors":
+            with tempfile.TemporaryDirectory() as temporary:
+                self.save(Path(temporary) / "model", dtype)
+                fold(Path(temporary) / "model", folder)
+            return
+        target = Path(folder).expanduser().resolve()  # through a link: the folder behind it is replaced, not the link
+        if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "model_index.json").exists()):
+            raise UserError(f"{folder} exists and is not a model folder: it is left as it is; choose another name or remove it first")
+        with atomic_folder(target) as temporary:
             save_part(temporary / "vae", self.autoencoder, dtype)
             save_part(temporary / "unet", self.denoiser.network, dtype)  # pyright: ignore[reportArgumentType]
             (temporary / "scheduler").mkdir()
@@ -251,9 +305,22 @@ def _prompts(prompt: Prompt, n: int) -> list[str | None]:
     """One prompt an image."""
     if prompt is None or isinstance(prompt, str):
         return [prompt] * n
+    if not isinstance(prompt, Sequence) or not all(p is None or isinstance(p, str) for p in prompt):
+        raise UserError(f"prompt {prompt!r}: expected text, a list of texts, or None")
     if len(prompt) != n:
         raise UserError(f"{len(prompt)} prompts for {n} images: expected one, or one an image")
     return list(prompt)
+
+
+def _seeds(seed: int, n: int) -> list[int]:
+    """Image k's seed is seed + k; all of them must be numbers that torch's generators take."""
+    if not isinstance(seed, int) or not -(2**63) <= seed <= 2**63 - n:
+        raise UserError(f"seed={seed!r}: expected a whole number from -2^63 to 2^63 - {n}, for {n} image{'s' if n > 1 else ''}")
+    return [seed + k for k in range(n)]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _same(a: Conditioning, b: Conditioning) -> bool:
@@ -269,33 +336,63 @@ def bundled() -> dict[str, Path]:
 
 
 def load(source: str | Path, device: str = "cpu") -> LatentDiffusion:
-    """Opens a model: a bundled name ("fashion"), a folder in diffusers' layout, or a hub id ("name/model"; its files are cached)."""
+    """Opens a model: a bundled name ("fashion"), a folder in diffusers' layout, a single file, or a hub id
+
+    ("owner/name"; its files are cached by `huggingface_hub`).
+    """
     found = bundled()
     path = found.get(str(source), Path(source).expanduser())
     if path.is_file():
-        raise UserError(f"{source} is a single file: this version opens folders in diffusers' layout, not single files; give the folder")
+        with tempfile.TemporaryDirectory() as temporary:
+            unfold(path, temporary)
+            return _open(Path(temporary), path.stem, device)
     if not path.is_dir():
         if str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")):
             path = _from_hub(str(source))
         else:
             known = ", ".join(found) or "none"
-            raise UserError(f"model {str(source)!r} was not found: expected a bundled name ({known}), a folder, or a hub id such as owner/name")
+            raise UserError(
+                f"model {str(source)!r} was not found: expected a bundled name ({known}), a folder, or a hub id such as owner/name"
+            )
+    return _open(path, path.name, device)
+
+
+def _open(path: Path, name: str, device: str) -> LatentDiffusion:
+    """Builds a model from a folder in diffusers' layout."""
     parts = index(path)
     if "unet" not in parts or "vae" not in parts:
-        raise UserError(f"{path}/model_index.json names {', '.join(k for k in parts if not k.startswith('_'))}: expected at least vae and unet")
-    notes = parts.get("_sfumato", {})
+        raise UserError(
+            f"{path}/model_index.json names {', '.join(k for k in parts if not k.startswith('_'))}: expected at least vae and unet"
+        )
     autoencoder = load_part(path / "vae", "AutoencoderKL")
     network = load_part(path / "unet", "UNet2DConditionModel")
-    process = from_scheduler_config(read_json(path / "scheduler" / "scheduler_config.json"))
-    config = path / "conditioner" / "config.json"
+    scheduler, config = path / "scheduler" / "scheduler_config.json", path / "conditioner" / "config.json"
+    with explained(scheduler):
+        process = from_scheduler_config(read_table(scheduler))
     if not config.exists():
         raise UserError(f"{path} has no conditioner/config.json: this version opens models that sfumato saved; text encoders come later")
-    values = read_json(config)
-    conditioner = find("predict.conditioners", values["_class_name"]).from_config(values)
+    with explained(config):
+        values = read_table(config)
+        conditioner = find("predict.conditioners", values.get("_class_name", "")).from_config(values)
+    with explained(path / "model_index.json"):
+        notes = parts.get("_sfumato", {})
+        defaults = Defaults(**{k: v for k, v in notes.get("defaults", {}).items() if k in Defaults.__dataclass_fields__})
     assert isinstance(autoencoder, Autoencoder)
-    known = {k: v for k, v in notes.get("defaults", {}).items() if k in Defaults.__dataclass_fields__}
-    model = LatentDiffusion(autoencoder, Denoiser(network, process), conditioner, Defaults(**known), notes.get("name", path.name))
+    _check_parts(path, autoencoder, network, conditioner)
+    model = LatentDiffusion(autoencoder, Denoiser(network, process), conditioner, defaults, str(notes.get("name", name)))
     return model if device == "cpu" else model.to(device)
+
+
+def _check_parts(path: Path, autoencoder: Autoencoder, network: Any, conditioner: Any) -> None:
+    """`UserError` where the parts of a folder belong to different models."""
+    channels, config, classes = autoencoder.space.channels, network.config, len(getattr(conditioner, "names", ()))
+    if (config.in_channels, config.out_channels) != (channels, channels):
+        found = f"unet takes {config.in_channels} channels and gives {config.out_channels}, latents of vae have {channels}"
+    elif config.class_embed_type is None and (config.num_class_embeds or 0) != (classes + 1 if classes else 0):
+        found = f"unet has {config.num_class_embeds or 0} class embeddings, conditioner has {classes} classes (and one for none)"
+    else:
+        return
+    raise UserError(f"the parts of {path} do not fit: {found}; use parts of one model")
 
 
 def _from_hub(name: str) -> Path:
@@ -305,4 +402,6 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
     except Exception as error:  # the library raises a dozen kinds: all of them mean that the model is not to be had
-        raise UserError(f"model {name!r} could not be had from the hub ({type(error).__name__}): check the name and the network, or give a folder") from error
+        raise UserError(
+            f"model {name!r} could not be had from the hub ({type(error).__name__}): check the name and the network, or give a folder"
+        ) from error

@@ -109,7 +109,9 @@ class LatentSpace:
 
     def __post_init__(self) -> None:
         if len(self.mean) != self.channels or len(self.std) != self.channels or min(self.std, default=1.0) <= 0:
-            raise ValueError(f"a latent space of {self.channels} channels needs as many means and positive stds, got {self.mean} and {self.std}")
+            raise ValueError(
+                f"a latent space of {self.channels} channels needs as many means and positive stds, got {self.mean} and {self.std}"
+            )
 
     def _column(self, values: tuple[float, ...], like: Tensor) -> Tensor:
         return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(1, -1, 1, 1)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import types
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class StubModel:
         self.requests: list[dict[str, Any]] = []
 
     def settings(self, **given: Any) -> dict[str, Any]:
-        defaults = {"steps": 3, "sampler": "ddim", "guidance": 2.0, "height": 8, "width": 8}
+        defaults = {"n": 1, "steps": 3, "sampler": "ddim", "guidance": 2.0, "height": 8, "width": 8}
         return {**defaults, **{k: v for k, v in given.items() if v is not None}}
 
     def generate(
@@ -56,16 +56,22 @@ class StubModel:
 
 
 @pytest.fixture
-def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, StubModel]:
-    """Replaces sfumato.model by stubs, by name; the current folder is a fresh one, the terminal is not one."""
+def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A fresh current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SFUMATO_DEBUG", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch, place: Path) -> Iterator[dict[str, Any]]:
+    """Replaces sfumato.model by stubs, by name, in a fresh folder."""
     models = {"fashion": StubModel(), "other": StubModel("b" * 64)}
     module = types.ModuleType("sfumato.model")
     module.load = lambda name: models[name]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sfumato.model", module)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("SFUMATO_DEBUG", raising=False)
     threads = torch.get_num_threads()
-    yield models  # type: ignore[misc]
+    yield models
     torch.set_num_threads(threads)
 
 
@@ -278,19 +284,23 @@ RECIPE = """
 import json
 from dataclasses import asdict, dataclass
 
+from sfumato.train import AutoencoderRecipe
+
 @dataclass(frozen=True)
 class Network:
     width: int = 4
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(AutoencoderRecipe):
     steps: int = 10
     rate: float = 1e-3
     network: Network = Network()
 
-    def run(self, out, resume):
+    def run(self, out, resume=True):
         out.mkdir(parents=True)
-        (out / "ran.json").write_text(json.dumps([asdict(self), resume]))
+        given = asdict(self)
+        (out / "ran.json").write_text(json.dumps([{name: given[name] for name in ("steps", "rate", "network")}, resume]))
+        return out
 
 autoencoder = Settings(steps=20, network=Network(width=8))
 denoiser = "not settings"
@@ -298,17 +308,17 @@ denoiser = "not settings"
 
 
 @pytest.mark.parametrize("by_name", [False, True])
-def test_train_runs_the_recipes_settings_with_typed_changes(stub: dict[str, StubModel], by_name: bool) -> None:
+def test_train_runs_the_recipes_settings_with_typed_changes(place: Path, by_name: bool) -> None:
     Path("recipes").mkdir()
     Path("recipes/toy.py").write_text(RECIPE)
     recipe = "toy" if by_name else "recipes/toy.py"
     assert run("train", "autoencoder", recipe) == 0
-    assert json.loads(Path("runs/toy/autoencoder/ran.json").read_text()) == [{"steps": 20, "rate": 1e-3, "network": {"width": 8}}, True]
+    assert json.loads(Path("runs/toy/ran.json").read_text()) == [{"steps": 20, "rate": 1e-3, "network": {"width": 8}}, True]
     assert run("train", "autoencoder", recipe, "--network.width", "2", "--rate", "0.5", "--no-resume", "--out", "there") == 0
     assert json.loads(Path("there/ran.json").read_text()) == [{"steps": 20, "rate": 0.5, "network": {"width": 2}}, False]
 
 
-def test_train_lists_the_recipes_settings(stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_lists_the_recipes_settings(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("toy.py").write_text(RECIPE)
     assert run("train", "autoencoder", "toy.py", "--help") == 0
     out = capsys.readouterr().out
@@ -319,9 +329,9 @@ def test_train_lists_the_recipes_settings(stub: dict[str, StubModel], capsys: py
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("train denoiser toy.py", "no settings called 'denoiser'"),
-        ("train autoencoder nowhere.py", "nowhere.py is missing"),
-        ("train autoencoder tooy", "unknown recipe 'tooy'"),
+        ("train denoiser toy.py", "denoiser"),
+        ("train autoencoder nowhere.py", "nowhere.py"),
+        ("train autoencoder tooy", "'tooy'"),
         ("train autoencoder toy.py --steps many", "--steps"),
         ("train autoencoder toy.py --stepz 3", "--stepz"),
         ("train decoder toy.py", "decoder"),
@@ -329,7 +339,7 @@ def test_train_lists_the_recipes_settings(stub: dict[str, StubModel], capsys: py
         ("train", "STAGE"),
     ],
 )
-def test_train_explains_what_is_wrong(stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str], arguments: str, words: str) -> None:
+def test_train_explains_what_is_wrong(place: Path, capsys: pytest.CaptureFixture[str], arguments: str, words: str) -> None:
     Path("toy.py").write_text(RECIPE)
     assert run(*arguments.split()) == 2
     err = capsys.readouterr().err
@@ -337,76 +347,7 @@ def test_train_explains_what_is_wrong(stub: dict[str, StubModel], capsys: pytest
     assert not Path("runs").exists()
 
 
-# ---- evaluate -------------------------------------------------------------------------------------------------------------
-
-
-class Parrot:
-    """A model that has learnt its training images by heart, image k for seed k, and whose autoencoder is the identity."""
-
-    hash = "d" * 64
-    class_names = ("boot", "bag")
-
-    def __init__(self, images: torch.Tensor) -> None:
-        self.images = images
-        self.requests: list[tuple[Any, int, int]] = []
-
-    def settings(self, **given: Any) -> dict[str, Any]:
-        return {"steps": 2, "sampler": "ddim", "guidance": 1.0, "height": 12, "width": 12}
-
-    def generate(
-        self, prompt: list[str] | None, *, n: int, seed: int, on_step: Callable[[object], bool | None], **rest: Any
-    ) -> torch.Tensor:
-        assert rest["output"] == "tensor"
-        assert on_step(types.SimpleNamespace(index=0, count=1)) is None
-        self.requests.append((prompt, n, seed))
-        count = n * len(prompt or [""])
-        return self.images[[k % len(self.images) for k in range(seed, seed + count)]]
-
-    def compress(self, image: torch.Tensor) -> torch.Tensor:
-        return image
-
-    decode = compress
-
-
-class Pooled(torch.nn.Module):
-    """Features that are easy to check: a 2x2 picture."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.adaptive_avg_pool2d(images, 2).mean(1).flatten(1)
-
-
-def test_evaluate_measures_a_model_that_knows_its_training_images(
-    stub: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dice = torch.Generator().manual_seed(0)
-    for split in ("train", "test"):
-        for name in ("bag", "boot"):
-            Path("data", split, name).mkdir(parents=True)
-            for k, picture in enumerate(to_pil(torch.rand(8, 1, 12, 12, generator=dice) * 2 - 1)):
-                picture.save(Path("data", split, name, f"{k}.png"))
-    from sfumato.data import open_images
-
-    train = open_images("data", split="train")
-    stub["parrot"] = parrot = Parrot(train.batch(range(16))["image"])
-    features = types.ModuleType("pooled_features")
-    features.network = Pooled  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "pooled_features", features)
-    flags = "--samples 16 --unconditional-samples 8 --batch 6 --features pooled_features:network --out report"
-    assert run("evaluate", "parrot", "--data", "data", *flags.split()) == 0
-
-    names = ["boot", "bag"] * 8
-    conditional = [(names[s : s + 6], 1, s) for s in (0, 6, 12)]  # balanced, seeds go on from batch to batch
-    assert parrot.requests == [*conditional, (None, 6, 0), (None, 2, 6)]
-    report = json.loads(Path("report/report.json").read_text())
-    metrics = {name: found["value"] for name, found in report["metrics"].items()}
-    assert abs(metrics["frechet_distance"]) < 1e-6
-    assert (metrics["precision"], metrics["recall"], metrics["coverage"]) == (1.0, 1.0, 1.0)
-    assert metrics["memorisation_ratio"] == 0.0
-    assert metrics["psnr"] == "infinite"
-    assert metrics["unconditional_frechet_distance"] > 1e-4
-    assert {"model": "parrot", "model_hash": "d" * 64, "n": 16, "unconditional_n": 8}.items() <= report["settings"].items()
-    assert "<html" in Path("report/report.html").read_text()
-    assert "frechet_distance" in capsys.readouterr().out
+# ---- evaluate (what is measured: test_cli_model.py) -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

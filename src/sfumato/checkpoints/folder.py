@@ -5,6 +5,8 @@
 Weights are checked against the network key by key before anything is used: a missing, extra or misshapen key is an error that lists them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,32 @@ from torch import Tensor, nn
 
 from sfumato.compress.base import Autoencoder
 from sfumato.compress.kl import AutoencoderKL, KLConfig
-from sfumato.errors import UserError
+from sfumato.errors import NumericalError, UserError
 from sfumato.files import read_json, read_tensors, write_json, write_tensors
 from sfumato.predict.networks.unet import UNet, UNetConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NETWORKS = {"AutoencoderKL": (AutoencoderKL, KLConfig), "UNet2DConditionModel": (UNet, UNetConfig)}
+
+
+def read_table(path: str | Path) -> dict[str, Any]:
+    """A JSON object; anything else in the file is a `UserError` that names it."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}: expected a JSON object with named fields")
+    return values
+
+
+@contextmanager
+def explained(path: str | Path) -> Iterator[None]:
+    """Around what is built from a file's values: every error that they lead to becomes a `UserError` that names the file."""
+    try:
+        yield
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} has a value of the wrong kind ({type(error).__name__}: {reason}): correct it, or copy the file again") from error
 
 
 def check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], where: object) -> None:
@@ -42,27 +64,41 @@ def check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], where: obj
 def load_part(folder: str | Path, expected: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A network from a folder with config.json and weights, in eval mode, in `dtype`; weights with NaN or infinity are refused."""
     folder = Path(folder)
-    values = read_json(folder / "config.json")
+    config = folder / "config.json"
+    values = read_table(config)
     name = values.get("_class_name")
-    if name not in NETWORKS or (expected is not None and name != expected):
-        raise UserError(f"{folder / 'config.json'} is of class {name!r}: expected {expected or ' or '.join(NETWORKS)}")
+    if not isinstance(name, str) or name not in NETWORKS or (expected is not None and name != expected):
+        raise UserError(f"{config} is of class {name!r}: expected {expected or ' or '.join(NETWORKS)}")
     network_class, config_class = NETWORKS[name]
-    with torch.device("meta"):
+    with explained(config), torch.device("meta"):
         network = network_class(config_class.from_dict(values))
-    tensors = read_tensors(folder / WEIGHTS)
-    check_keys(network.state_dict(), tensors, folder / WEIGHTS)
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{folder / WEIGHTS}: {key} has NaN or infinite numbers; the file is damaged or its training diverged")
-    network.load_state_dict({k: v.to(dtype) for k, v in tensors.items()}, assign=True)
+        _ = getattr(network, "space", None)  # the statistics of the latent are checked when they are read
+    found = read_tensors(folder / WEIGHTS)
+    check_keys(network.state_dict(), found, folder / WEIGHTS)
+    tensors = {k: v.to(dtype) for k, v in found.items()}
+    for key in _not_finite(tensors):
+        raise UserError(f"{folder / WEIGHTS}: {key} has NaN or infinite numbers; the file is damaged or its training diverged")
+    network.load_state_dict(tensors, assign=True)
     return network.eval().requires_grad_(False)
 
 
+def _not_finite(tensors: dict[str, Tensor]) -> Iterator[str]:
+    return (k for k, v in tensors.items() if not torch.isfinite(v).all())
+
+
 def save_part(folder: str | Path, network: UNet | Autoencoder, dtype: torch.dtype | None = None) -> None:
-    """Writes config.json and the weights (in `dtype`, by default their own), which diffusers opens."""
+    """Writes config.json and the weights (in `dtype`, by default their own), which diffusers opens.
+
+    `NumericalError` for a weight that is NaN or infinite in `dtype` (float16 ends at 65504): `load_part` would refuse the file.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if dtype is not None and not dtype.is_floating_point:
+        raise UserError(f"dtype {dtype}: weights are stored as floating-point numbers such as torch.float32 or torch.float16")
     tensors = {k: v if dtype is None else v.to(dtype) for k, v in network.state_dict().items()}
+    for key in _not_finite(tensors):
+        kind = str(tensors[key].dtype).removeprefix("torch.")
+        raise NumericalError(f"weight {key} is NaN or infinite in {kind}: nothing was written; store it in float32, or repair the training")
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", network.to_config())
     write_tensors(folder / WEIGHTS, tensors)
 
@@ -72,4 +108,4 @@ def index(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "model_index.json"
     if not path.exists():
         raise UserError(f"{folder} is not a model folder: it has no model_index.json; give a folder that `model.save` or diffusers wrote")
-    return read_json(path)
+    return read_table(path)

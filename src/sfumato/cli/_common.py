@@ -22,10 +22,15 @@ MODELS = "the model's"
 """What `unset` says where the model decides."""
 
 
-def parse(kind: type[T], arguments: Sequence[str], command: str, default: T | None = None, description: str | None = None) -> T:
-    """The dataclass `kind` filled from the command line; arguments that do not parse print why and exit with code 2."""
+def parse(
+    kind: type[T], arguments: Sequence[str], command: str, default: T | None = None, description: str | None = None, none: bool = False
+) -> T:
+    """The dataclass `kind` filled from the command line; arguments that do not parse print why and exit with code 2.
+
+    none: whether the word None may be given for a setting that can be None.
+    """
     options: dict[str, Any] = {} if default is None else {"default": default}
-    config = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
+    config = (tyro.conf.PositionalMetavarFromFieldName, *(() if none else (tyro.conf.DisallowNone,)))
     return tyro.cli(kind, args=list(arguments), prog=f"sfumato {command}", description=description, config=config, **options)
 
 

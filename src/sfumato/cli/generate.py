@@ -151,9 +151,7 @@ def _sample(model: "LatentDiffusion", options: Generate, clock: Clock) -> tuple[
             clock.lap("sample")
             update(step.index + 1, step.count)
 
-        pictures = model.generate(
-            options.prompt, seed=options.seed, negative_prompt=options.negative_prompt, on_step=on_step, **settings
-        )
+        pictures = model.generate(options.prompt, seed=options.seed, negative_prompt=options.negative_prompt, on_step=on_step, **settings)
     clock.lap("decode")
     return pictures, settings
 

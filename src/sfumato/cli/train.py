@@ -6,6 +6,7 @@ command line (`sfumato train denoiser RECIPE --help` lists them, with their type
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,10 +43,18 @@ def train(arguments: Sequence[str]) -> None:
     from sfumato.train import load_recipe
 
     settings = load_recipe(recipe, stage)
-    chosen: Any = parse(_options(settings, recipe), rest, f"train {stage} {recipe}", description=type(settings).__doc__)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("sfumato").setLevel(logging.INFO)
+    chosen: Any = parse(_options(settings, recipe), rest, f"train {stage} {recipe}", description=type(settings).__doc__, none=True)
+    logger = logging.getLogger("sfumato")
+    logger.addHandler(_Lines())
+    logger.setLevel(logging.INFO)
     print(chosen.settings.run(chosen.out, chosen.resume))
+
+
+class _Lines(logging.Handler):
+    """Log lines on whatever stderr is at that moment: a progress bar puts itself there, and lets lines pass above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
 
 
 def _options(settings: Any, recipe: str) -> type:

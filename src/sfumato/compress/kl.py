@@ -44,10 +44,14 @@ class KLConfig:
 
     def __post_init__(self) -> None:
         if not 2 <= len(self.block_out_channels) <= 6:
-            raise UserError(f"block_out_channels {self.block_out_channels} has {len(self.block_out_channels)} levels: 2 to 6 make factors 2 to 32")
+            raise UserError(
+                f"block_out_channels {self.block_out_channels} has {len(self.block_out_channels)} levels: 2 to 6 make factors 2 to 32"
+            )
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
-                raise UserError(f"block_out_channels {width} is not a multiple of norm_num_groups {self.norm_num_groups}: change one of them")
+                raise UserError(
+                    f"block_out_channels {width} is not a multiple of norm_num_groups {self.norm_num_groups}: change one of them"
+                )
 
     @property
     def space(self) -> LatentSpace:

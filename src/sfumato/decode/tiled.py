@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.compress.base import Autoencoder
-from sfumato.decode.whole import check_decoded, whole
+from sfumato.decode.whole import check_decoded, check_latent, whole
 from sfumato.errors import UserError
 
 
@@ -31,11 +31,12 @@ def _ramp(start: int, tile: int, length: int, overlap: int) -> Tensor:
     return weight
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def tiled(autoencoder: Autoencoder, z: Float[Tensor, "B C h w"], tile: int = 64, overlap: int = 16) -> Float[Tensor, "B c H W"]:
     """z -> image in [-1, 1] by tiles of `tile` latent cells that share `overlap` cells; `UserError` unless 0 < overlap < tile."""
     if not 0 < overlap < tile:
         raise UserError(f"tile={tile}, overlap={overlap}: expected 0 < overlap < tile, in latent cells")
+    check_latent(autoencoder.space, z)
     h, w = z.shape[2:]
     if h <= tile and w <= tile:
         return whole(autoencoder, z)

@@ -5,6 +5,7 @@ Lin et al. 2023 (arXiv:2305.08891, table 2) on the grid of a discrete table.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from sfumato.errors import UserError, unknown
 
@@ -49,7 +50,9 @@ def timesteps(spacing: str, steps: int, start: float = 1.0, **options: int) -> l
 def check_times(times: Sequence[float]) -> list[float]:
     """The same times as floats, or a `UserError`: they must fall strictly, within [0, 1]."""
     values = [float(t) for t in times]
-    if len(values) < 2 or not all(a > b for a, b in zip(values, values[1:], strict=False)) or values[0] > 1 or values[-1] < 0:
+    if len(values) < 2 or not all(a > b for a, b in pairwise(values)) or values[0] > 1 or values[-1] < 0:
         shown = ", ".join(f"{t:.4g}" for t in values[:8])
-        raise UserError(f"timesteps [{shown}{', ...' if len(values) > 8 else ''}]: expected at least two numbers in [0, 1] that fall strictly, 1 is noise and 0 is clean")
+        raise UserError(
+            f"timesteps [{shown}{', ...' if len(values) > 8 else ''}]: expected at least two numbers in [0, 1] that fall strictly, 1 is noise and 0 is clean"
+        )
     return values

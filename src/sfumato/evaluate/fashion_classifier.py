@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sfumato.errors import UserError
 from sfumato.files import atomic_folder, hash_json, hash_tensors, read_json, read_tensors, write_json, write_tensors
 
-CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+CLASS_NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 MakeConv = Callable[[int, int, int, int], nn.Module]
 """(channels in, channels out, kernel, stride) -> a convolution with padding kernel // 2, of whatever kind."""

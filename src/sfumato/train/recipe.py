@@ -93,7 +93,9 @@ class AutoencoderRecipe:
         latents = encode_all(images.unflipped(), trained, out / "latents")
         trained.set_statistics(*latents.statistics())
         save_part(out / "autoencoder" / "vae", trained)
-        write_json(out / "autoencoder" / "finished.json", {"seconds_this_run": round(time.perf_counter() - started, 1), "images": len(images)})
+        write_json(
+            out / "autoencoder" / "finished.json", {"seconds_this_run": round(time.perf_counter() - started, 1), "images": len(images)}
+        )
         return out / "autoencoder" / "vae"
 
 
@@ -172,7 +174,9 @@ def load_recipe(recipe: str | Path, stage: str) -> AutoencoderRecipe | DenoiserR
     spec.loader.exec_module(module)
     found = getattr(module, stage, None)
     if not isinstance(found, AutoencoderRecipe | DenoiserRecipe):
-        raise UserError(f"recipe {path} defines no {stage!r}: expected an {'AutoencoderRecipe' if stage == 'autoencoder' else 'DenoiserRecipe'} of that name")
+        raise UserError(
+            f"recipe {path} defines no {stage!r}: expected an {'AutoencoderRecipe' if stage == 'autoencoder' else 'DenoiserRecipe'} of that name"
+        )
     return found
 
 

@@ -4,8 +4,9 @@ The network multiplies it by its embedding table (a look-up), so mixtures of cla
 null condition of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, section 3.2).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,15 @@ from sfumato.types import Conditioning
 
 
 def _key(text: str) -> str:
-    return " ".join(text.lower().replace("-", " ").replace("_", " ").split())
+    """Case, hyphens, underscores and spaces do not tell names apart."""
+    return " ".join(text.casefold().replace("-", " ").replace("_", " ").replace("/", " / ").split())
+
+
+def _forms(key: str) -> Iterable[str]:
+    """The words as they are, then one fewer or one more: "boots" is "boot", "dresses" is "dress", "bag" may stand for "bags"."""
+    yield key
+    yield from (key.removesuffix(end) for end in ("s", "es") if key.endswith(end))
+    yield from (key + end for end in ("s", "es"))
 
 
 @dataclass(frozen=True)
@@ -27,17 +36,39 @@ class ClassNames:
 
     names: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if not self.names or not all(isinstance(n, str) and n.strip() for n in self.names) or len(set(self.names)) < len(self.names):
+            raise UserError(f"class names {list(self.names)!r}: expected at least one, all of them different texts that are not empty")
+
+    @cached_property
+    def _tables(self) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+        """Labels by whole name, and by part of a name."""
+        whole: dict[str, list[int]] = {}
+        parts: dict[str, list[int]] = {}
+        for i, name in enumerate(self.names):
+            whole.setdefault(_key(name), []).append(i)
+            for part in {_key(part) for part in name.split("/")}:
+                parts.setdefault(part, []).append(i)
+        return whole, parts
+
     def label(self, prompt: str | None) -> int:
-        """The label of a prompt; the null row, `len(names)`, for None or an empty prompt; `UserError` with near matches otherwise."""
+        """The label of a prompt; the null row, `len(names)`, for None or an empty prompt.
+
+        `UserError` with near matches for an unknown name, and for one that stands for several classes.
+        """
         if prompt is None or not prompt.strip():
             return len(self.names)
-        table = {_key(part): i for i, name in enumerate(self.names) for part in (name, *name.split("/"))}
-        key = _key(prompt)
-        if key not in table and key.endswith("s"):
-            key = key.removesuffix("s")
-        if key not in table:
-            raise unknown("class", prompt, self.names)
-        return table[key]
+        if prompt in self.names:
+            return self.names.index(prompt)
+        for form in _forms(_key(prompt)):
+            for table in self._tables:
+                found = table.get(form, [])
+                if len(found) == 1:
+                    return found[0]
+                if found:
+                    choices = " or ".join(repr(self.names[i]) for i in found)
+                    raise UserError(f"class {prompt!r} is ambiguous: write {choices}")
+        raise unknown("class", prompt, self.names)
 
     def __call__(self, prompts: Sequence[str | None]) -> Conditioning:
         """Prompts -> Conditioning with `vector` (B, len(names) + 1)."""
@@ -61,4 +92,7 @@ class ClassNames:
     @classmethod
     def from_config(cls, values: dict[str, Any]) -> "ClassNames":
         """The inverse of `to_config`."""
-        return cls(tuple(values["names"]))
+        names = values.get("names")
+        if not isinstance(names, list):
+            raise UserError(f"names is {names!r}: expected a list of class names")
+        return cls(tuple(names))

@@ -95,14 +95,18 @@ class UNetConfig:
             if kind not in _KINDS:
                 raise UserError(f"block type {kind!r} is not supported: expected one of {', '.join(sorted(_KINDS))}")
         if self.mid_block_type not in ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None):
-            raise UserError(f"mid_block_type {self.mid_block_type!r} is not supported: expected UNetMidBlock2DCrossAttn, UNetMidBlock2D or null")
+            raise UserError(
+                f"mid_block_type {self.mid_block_type!r} is not supported: expected UNetMidBlock2DCrossAttn, UNetMidBlock2D or null"
+            )
         if self.resnet_time_scale_shift not in ("default", "scale_shift"):
             raise UserError(f"resnet_time_scale_shift {self.resnet_time_scale_shift!r}: expected 'default' or 'scale_shift'")
         if self.class_embed_type not in (None, "projection"):
             raise UserError(f"class_embed_type {self.class_embed_type!r} is not supported: expected null or 'projection'")
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
-                raise UserError(f"block_out_channels {width} is not a multiple of norm_num_groups {self.norm_num_groups}: change one of them")
+                raise UserError(
+                    f"block_out_channels {width} is not a multiple of norm_num_groups {self.norm_num_groups}: change one of them"
+                )
 
     def at(self, field: str, level: int) -> int:
         """A field that holds one number for all levels or one a level."""
@@ -221,7 +225,9 @@ class UNet(nn.Module):
         if cond.concat is not None:
             x = torch.cat([x, cond.concat], dim=1)
         if self.config.attends_to_tokens and cond.tokens is None:
-            raise UserError(f"this U-Net attends to tokens of width {self.config.cross_attention_dim}: Conditioning.tokens (B, L, D) is missing")
+            raise UserError(
+                f"this U-Net attends to tokens of width {self.config.cross_attention_dim}: Conditioning.tokens (B, L, D) is missing"
+            )
         time = self.embed(timestep, cond, x.dtype)
         x = self.conv_in(x)
         skips = [x]

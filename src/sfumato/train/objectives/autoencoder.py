@@ -43,7 +43,9 @@ class AutoencoderLoss:
 
     def __post_init__(self) -> None:
         if min(self.kl, self.perceptual, self.adversarial) < 0:
-            raise UserError(f"loss weights kl={self.kl}, perceptual={self.perceptual}, adversarial={self.adversarial}: expected none below 0")
+            raise UserError(
+                f"loss weights kl={self.kl}, perceptual={self.perceptual}, adversarial={self.adversarial}: expected none below 0"
+            )
 
 
 class AutoencoderObjective(Objective):
@@ -52,7 +54,9 @@ class AutoencoderObjective(Objective):
     main = "autoencoder"
     stage = "train autoencoder"
 
-    def __init__(self, autoencoder: Autoencoder, images: ImageSet, held_out: ImageSet, loss: AutoencoderLoss, features: Features | None = None):
+    def __init__(
+        self, autoencoder: Autoencoder, images: ImageSet, held_out: ImageSet, loss: AutoencoderLoss, features: Features | None = None
+    ):
         self.images, self.held_out, self.weights, self.features = images, held_out, loss, features
         self.networks: dict[str, nn.Module] = {"autoencoder": autoencoder}
         if loss.adversarial:

@@ -1,0 +1,188 @@
+"""The command line on a whole, real model with random weights: the same pixels again, and the numbers that were really measured."""
+
+import json
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sfumato.cli import main
+from sfumato.data import open_images
+from sfumato.decode.image import read_parameters, to_pil
+from sfumato.decode.whole import whole
+from sfumato.evaluate.reconstruction import psnr
+from sfumato.model import LatentDiffusion, load
+
+
+@pytest.fixture(autouse=True)
+def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A fresh current folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def pixels(path: str | Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+# ---- generate -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_is_made_again_bit_for_bit(tiny: Path) -> None:
+    assert main(["generate", "boot", "--model", str(tiny), "--n", "5", "--seed", "3", "--guidance", "1.7", "--negative-prompt", "bag"]) == 0
+    assert main(["generate", "--from", "boot.png"]) == 0
+    first = pixels("boot.png")
+    assert first.shape == (2 * 18 - 2, 3 * 18 - 2) and first.std() > 5
+    assert np.array_equal(first, pixels("boot-again.png"))
+    assert read_parameters("boot.png") == read_parameters("boot-again.png")
+    assert read_parameters("boot.png")["model_hash"] == load(tiny).hash
+
+
+def test_one_picture_of_several_is_made_again_bit_for_bit(tiny: Path) -> None:
+    assert main(["generate", "bag", "--model", str(tiny), "--n", "3", "--no-grid"]) == 0
+    for k in range(3):
+        assert main(["generate", "--from", f"bag-{k}.png"]) == 0
+        assert np.array_equal(pixels(f"bag-{k}.png"), pixels(f"bag-{k}-again.png"))
+    assert not np.array_equal(pixels("bag-0.png"), pixels("bag-1.png"))
+
+
+def test_the_pictures_are_those_of_the_library(tiny: Path) -> None:
+    assert main(["generate", "bag", "--model", str(tiny), "--n", "2", "--steps", "4", "--seed", "8", "--no-grid"]) == 0
+    for k, picture in enumerate(load(tiny).generate("bag", n=2, steps=4, seed=8)):
+        assert np.array_equal(pixels(f"bag-{k}.png"), np.asarray(picture))
+
+
+def test_the_models_defaults_are_written_down(tiny: Path) -> None:
+    assert main(["generate", "--model", str(tiny), "--n", "1"]) == 0
+    recorded = read_parameters("sfumato.png")
+    expected = {"prompt": None, "n": 1, "steps": 3, "sampler": "ddim", "guidance": 2.0, "height": 16, "width": 16, "seed": 0, "index": None}
+    assert expected.items() <= recorded.items()
+
+
+def test_another_models_picture_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "boot", "--model", str(tiny), "--n", "1"]) == 0
+    model = load(tiny)
+    with torch.no_grad():
+        next(iter(model.denoiser.network.parameters())).view(-1)[0] += 1e-3
+    model.save(tmp_path / "other")
+    assert main(["generate", "--from", "boot.png", "--model", "other"]) == 2
+    assert "--allow-other-model" in capsys.readouterr().err
+    assert main(["generate", "--from", "boot.png", "--model", "other", "--allow-other-model"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("boat", "'boot'"),
+        ("boot --sampler dim", "'ddim'"),
+        ("boot --height 15", "height=15"),
+        ("boot --guidance -1", "guidance=-1"),
+        ("boot --negative-prompt boat", "'boot'"),
+        ("boot --seed 9223372036854775807", "seed=9223372036854775807"),
+        ("boot --model nowhere", "'nowhere'"),
+    ],
+)
+def test_wrong_requests_are_explained(tiny: Path, capsys: pytest.CaptureFixture[str], flags: str, words: str) -> None:
+    given = flags.split()
+    assert main(["generate", *given, *([] if "--model" in given else ["--model", str(tiny)])]) == 2
+    err = capsys.readouterr().err
+    assert words in err and len(err.splitlines()) == 1
+    assert not list(Path().iterdir())
+
+
+def test_a_model_that_overflows_writes_nothing(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = load(tiny)
+    with torch.no_grad():
+        for parameter in model.denoiser.network.parameters():
+            parameter.fill_(float("nan"))
+    model.save(tmp_path / "broken")
+    assert main(["generate", "boot", "--model", "broken"]) == 3
+    assert "step 1 of 3" in capsys.readouterr().err
+    assert not list(Path().glob("*.png"))
+
+
+# ---- info -----------------------------------------------------------------------------------------------------------------
+
+
+def test_info_counts_the_parameters_and_files(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = load(tiny)
+    assert main(["info", str(tiny), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["hash"] == model.hash
+    assert facts["parts"]["denoiser"]["parameters"] == sum(p.numel() for p in model.denoiser.network.parameters())
+    assert facts["class_names"] == ["boot", "bag"]
+    assert "unet/diffusion_pytorch_model.safetensors" in facts["files"]
+    assert main(["info", str(tiny)]) == 0
+    out = capsys.readouterr().out
+    for words in ("AutoencoderKL", f"{facts['parts']['denoiser']['parameters']:,}", "boot, bag", "flow", "all"):
+        assert words in out
+
+
+# ---- evaluate -------------------------------------------------------------------------------------------------------------
+
+
+class Pooled(torch.nn.Module):
+    """Features that are easy to check: a 2x2 picture."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images, 2).mean(1).flatten(1)
+
+
+@pytest.fixture
+def data(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Noise pictures of the tiny model's size and classes, 16 to train on and 16 to test on; and features to measure them with."""
+    dice = torch.Generator().manual_seed(0)
+    for split in ("train", "test"):
+        for name in ("bag", "boot"):
+            Path("data", split, name).mkdir(parents=True)
+            for k, picture in enumerate(to_pil(torch.rand(8, 1, 16, 16, generator=dice) * 2 - 1)):
+                picture.save(Path("data", split, name, f"{k}.png"))
+    features = types.ModuleType("pooled_features")
+    features.network = Pooled  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pooled_features", features)
+    return Path("data")
+
+
+FLAGS = ["--samples", "16", "--unconditional-samples", "8", "--batch", "6", "--features", "pooled_features:network", "--out", "report"]
+
+
+def test_evaluate_a_real_model(tiny: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(tiny), "--data", str(data), *FLAGS, "--steps", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "frechet_distance" in out and "report/report.json" in out and "sample" in out.splitlines()[-1]
+    report = json.loads(Path("report/report.json").read_text())
+    assert {"model_hash": load(tiny).hash, "steps": 2, "guidance": 2.0, "n": 16, "unconditional_n": 8}.items() <= report["settings"].items()
+    # The report's PSNR is that of the held-out images through the autoencoder, found here on another way.
+    model, test = load(tiny), open_images(data, split="test").batch(range(16))["image"]
+    rebuilt = whole(model.autoencoder, model.compress(test))
+    assert report["metrics"]["psnr"]["value"] == pytest.approx(psnr((test + 1) / 2, (rebuilt + 1) / 2), abs=1e-6)
+    assert "<html" in Path("report/report.html").read_text()
+
+
+def test_evaluate_knows_a_model_that_learnt_by_heart(tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that answers seed k with training image k: no distance, everything covered, all of it memorised."""
+    train = open_images(data, split="train").batch(range(16))["image"]
+    requests: list[tuple[Any, int, int]] = []
+
+    def parrot(
+        self: LatentDiffusion, prompt: Any = None, *, n: int, seed: int, output: str, on_step: Callable[..., Any], **_: Any
+    ) -> torch.Tensor:
+        assert output == "tensor"
+        requests.append((prompt, n, seed))
+        return (train[[k % 16 for k in range(seed, seed + n * len(prompt or [""]))]] + 1) / 2
+
+    monkeypatch.setattr(LatentDiffusion, "generate", parrot)
+    assert main(["evaluate", str(tiny), "--data", str(data), *FLAGS]) == 0
+    names = ["boot", "bag"] * 8  # balanced; seeds go on from batch to batch
+    assert requests == [*((names[s : s + 6], 1, s) for s in (0, 6, 12)), (None, 6, 0), (None, 2, 6)]
+    metrics = {name: found["value"] for name, found in json.loads(Path("report/report.json").read_text())["metrics"].items()}
+    assert abs(metrics["frechet_distance"]) < 1e-6
+    assert (metrics["precision"], metrics["recall"], metrics["coverage"]) == (1.0, 1.0, 1.0)
+    assert metrics["memorisation_ratio"] == 0.0
+    assert metrics["unconditional_frechet_distance"] > 1e-5
