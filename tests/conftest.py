@@ -4,7 +4,7 @@ import os
 import sys
 import types
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args, runtime_checkable
 
 # Before any import that reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,9 +16,24 @@ from beartype import BeartypeConf, FrozenDict, beartype
 from jaxtyping import install_import_hook
 
 assert not any(name.split(".")[0] == "sfumato" for name in sys.modules), "sfumato was imported before its shapes could be checked"
-# The hook decorates methods one by one, where beartype cannot know what Self is: it is not checked. The hook takes a name only.
-checker = types.ModuleType("sfumato_typechecker")
-checker.check = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({Self: object})))  # type: ignore[attr-defined]
+# The hook decorates methods one by one, where beartype cannot know what Self is: it is not checked. An int is a fine float
+# (PEP 484's tower).
+settings = BeartypeConf(hint_overrides=FrozenDict({Self: object}), is_pep484_tower=True)
+
+
+def check_types(function: Any) -> Any:
+    """beartype, with protocols made checkable (by their methods' names) where the library had no need to."""
+    waiting = list(getattr(function, "__annotations__", {}).values())
+    while waiting:
+        hint = waiting.pop()
+        if isinstance(hint, type) and getattr(hint, "_is_protocol", False):
+            runtime_checkable(hint)
+        waiting += get_args(hint)
+    return beartype(function, conf=settings)
+
+
+checker = types.ModuleType("sfumato_typechecker")  # the hook takes a name only
+checker.check = check_types  # type: ignore[attr-defined]
 sys.modules[checker.__name__] = checker
 install_import_hook("sfumato", "sfumato_typechecker.check")
 

@@ -68,14 +68,18 @@ class LatentDiffusion:
 
     # ---- the four acts -------------------------------------------------------------------------------------------------
 
-    def compress(self, image: PIL.Image | Sequence[PIL.Image] | Float[Tensor, "B C H W"], seed: int | None = None) -> Float[Tensor, "B c h w"]:
+    def compress(
+        self, image: PIL.Image | Sequence[PIL.Image] | Float[Tensor, "B C H W"], seed: int | None = None
+    ) -> Float[Tensor, "B c h w"]:
         """Image(s) -> z, standardised: PIL images, or a tensor in [-1, 1]. With a seed a draw from the posterior, else its mean.
 
         Image k's draw is seeded with seed + k. Colour becomes grey (ITU-R 601 luma) and grey colour where the autoencoder needs it.
         """
         pixels = image if isinstance(image, Tensor) else to_tensor(image)
         if pixels.ndim != 4 or not pixels.is_floating_point() or not pixels.numel():
-            raise UserError(f"image is {pixels.dtype} of shape {tuple(pixels.shape)}: expected floating-point pixels (B, C, H, W) in [-1, 1]")
+            raise UserError(
+                f"image is {pixels.dtype} of shape {tuple(pixels.shape)}: expected floating-point pixels (B, C, H, W) in [-1, 1]"
+            )
         low, high = (float(v) for v in pixels.aminmax())
         if not (low >= -1.001 and high <= 1.001):  # a NaN fails too
             raise UserError(f"image has pixels from {low:.4g} to {high:.4g}: expected [-1, 1]; bytes become so by value / 127.5 - 1")
@@ -261,7 +265,9 @@ class LatentDiffusion:
         try:
             autoencoder, network = (copy.deepcopy(m).to(device) for m in (self.autoencoder, self.denoiser.network))
         except (RuntimeError, AssertionError) as error:  # torch's words for a name that it does not know, or a device that is not there
-            raise UserError(f"device {str(device)!r} cannot be used ({str(error).splitlines()[0]}): expected one such as cpu or cuda") from error
+            raise UserError(
+                f"device {str(device)!r} cannot be used ({str(error).splitlines()[0]}): expected one such as cpu or cuda"
+            ) from error
         return replace(self, autoencoder=autoencoder, denoiser=replace(self.denoiser, network=network))
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:

@@ -40,7 +40,9 @@ def explained(path: str | Path) -> Iterator[None]:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} has a value of the wrong kind ({type(error).__name__}: {reason}): correct it, or copy the file again") from error
+        raise UserError(
+            f"{path} has a value of the wrong kind ({type(error).__name__}: {reason}): correct it, or copy the file again"
+        ) from error
 
 
 def check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], where: object) -> None:

@@ -185,7 +185,7 @@ def _draw(model: "LatentDiffusion", asked: "Tensor | None", count: int, options:
                 on_step=on_step,
                 **chosen,
             )
-            parts.append(images)
+            parts.append(images[:, : model.autoencoder.channels])  # grey models return three equal channels
     return torch.cat(parts)
 
 

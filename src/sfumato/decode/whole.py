@@ -12,7 +12,9 @@ from sfumato.types import LatentSpace
 def check_latent(space: LatentSpace, z: Tensor) -> None:
     """`UserError` for a tensor that is not a batch of latents of this space."""
     if z.ndim != 4 or z.shape[1] != space.channels or not z.is_floating_point():
-        raise UserError(f"latent is {z.dtype} of shape {tuple(z.shape)}: expected floating-point numbers of shape (B, {space.channels}, h, w)")
+        raise UserError(
+            f"latent is {z.dtype} of shape {tuple(z.shape)}: expected floating-point numbers of shape (B, {space.channels}, h, w)"
+        )
 
 
 def check_decoded(image: Tensor, dtype: torch.dtype) -> None:

@@ -1,0 +1,69 @@
+"""Whole models in one file, and models from a hub cache on this machine: both open to the same model as the folder."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sfumato
+from sfumato.errors import UserError
+
+
+def test_single_file_is_the_folder(tiny: Path, tmp_path: Path) -> None:
+    model = sfumato.load(tiny)
+    model.save(tmp_path / "one.safetensors")
+    again = sfumato.load(tmp_path / "one.safetensors")
+    assert again.hash == model.hash and again.defaults == model.defaults and again.class_names == model.class_names
+    a, b = (m.generate(model.class_names[0], steps=2, output="latent", seed=3) for m in (model, again))
+    assert torch.equal(a, b)
+
+
+def test_a_changed_weight_is_another_model(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "one.safetensors"
+    sfumato.load(tiny).save(path)
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(path)
+    tensors["unet.conv_in.bias"] += 1e-3
+    save_file(tensors, path, metadata=metadata)
+    assert sfumato.load(path).hash != sfumato.load(tiny).hash
+
+
+def test_truncated_and_foreign_files_are_refused(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "one.safetensors"
+    sfumato.load(tiny).save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="truncated"):
+        sfumato.load(path)
+    save_file({"model.diffusion_model.x": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match="not written by sfumato"):
+        sfumato.load(path)
+
+
+def test_a_path_in_the_file_cannot_leave_its_folder(tmp_path: Path) -> None:
+    path = tmp_path / "evil.safetensors"
+    save_file({"vae.x": torch.zeros(2)}, path, metadata={"sfumato": json.dumps({"../../evil.json": {}})})
+    with pytest.raises(UserError, match="outside"):
+        sfumato.load(path)
+    save_file({"../vae.x": torch.zeros(2)}, path, metadata={"sfumato": "{}"})
+    with pytest.raises(UserError, match="plain name"):
+        sfumato.load(path)
+
+
+def test_hub_id_from_the_local_cache(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--someone--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    shutil.copytree(tiny, cached / "snapshots" / commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert sfumato.load("someone/tiny").hash == sfumato.load(tiny).hash
+    with pytest.raises(UserError, match="someone/else"):
+        sfumato.load("someone/else")
