@@ -66,6 +66,6 @@ denoiser = DenoiserRecipe(
         save_every=500,
         show_every=1000,
     ),
-    defaults=Defaults(steps=20, sampler="ddim", guidance=1.5),
+    defaults=Defaults(steps=20, sampler="ddim", guidance=1.25),
     name="fashion",
 )

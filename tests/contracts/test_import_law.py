@@ -22,6 +22,7 @@ ACTS = ("compress", "diffuse", "predict", "decode")
 # zone -> what its files may import from sfumato, besides the zone itself. The longest zone that holds a file is its zone.
 LAW: dict[str, tuple[str, ...]] = {
     "": ("model",),  # __init__.py
+    "__main__": ("cli",),
     "errors": (),
     "types": ("errors",),
     "files": ("errors",),

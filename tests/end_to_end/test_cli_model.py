@@ -119,6 +119,7 @@ def test_info_counts_the_parameters_and_files(tiny: Path, capsys: pytest.Capture
     assert "unet/diffusion_pytorch_model.safetensors" in facts["files"]
     assert main(["info", str(tiny)]) == 0
     out = capsys.readouterr().out
+    assert model.hash in "".join(out.split())  # folded over lines, not cut
     for words in ("AutoencoderKL", f"{facts['parts']['denoiser']['parameters']:,}", "boot, bag", "flow", "all"):
         assert words in out
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sfumato.compress.base import Autoencoder
 from sfumato.compress.kl import AutoencoderKL, KLConfig
@@ -63,6 +64,17 @@ def check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], where: obj
         raise UserError(f"{where} does not fit its config: keys {'; '.join(problems)}; use the weights that belong to the config")
 
 
+class _Unfilled(TorchFunctionMode):
+    """Layers are built without random weights, which the file's replace. On the meta device torch would draw them in Python, and import
+    its compiler to do so: more than a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def load_part(folder: str | Path, expected: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A network from a folder with config.json and weights, in eval mode, in `dtype`; weights with NaN or infinity are refused."""
     folder = Path(folder)
@@ -72,7 +84,7 @@ def load_part(folder: str | Path, expected: str | None = None, dtype: torch.dtyp
     if not isinstance(name, str) or name not in NETWORKS or (expected is not None and name != expected):
         raise UserError(f"{config} is of class {name!r}: expected {expected or ' or '.join(NETWORKS)}")
     network_class, config_class = NETWORKS[name]
-    with explained(config), torch.device("meta"):
+    with explained(config), torch.device("meta"), _Unfilled():
         network = network_class(config_class.from_dict(values))
         _ = getattr(network, "space", None)  # the statistics of the latent are checked when they are read
     found = read_tensors(folder / WEIGHTS)

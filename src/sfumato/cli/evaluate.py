@@ -119,6 +119,7 @@ def _measure(
     from sfumato.evaluate import evaluate_reconstruction, evaluate_samples
 
     settings = model.settings(steps=options.steps, sampler=options.sampler, guidance=options.guidance)
+    del settings["n"]  # of one call; the report has its own
     facts = {
         "model": options.model,
         "model_hash": model.hash,
@@ -166,7 +167,6 @@ def _draw(model: "LatentDiffusion", asked: "Tensor | None", count: int, options:
     """`count` samples, (N, C, H, W) in [0, 1]; with `asked`, sample k is of class `asked[k]`. Sample k is drawn from seed + k."""
     import torch
 
-    chosen = {name: value for name, value in settings.items() if name != "n"}
     parts = []
     starts = range(0, count, options.batch)
     with progress("sampling") as update:
@@ -183,7 +183,7 @@ def _draw(model: "LatentDiffusion", asked: "Tensor | None", count: int, options:
                 seed=options.seed + start,
                 output="tensor",
                 on_step=on_step,
-                **chosen,
+                **settings,
             )
             parts.append(images[:, : model.autoencoder.channels])  # grey models return three equal channels
     return torch.cat(parts)

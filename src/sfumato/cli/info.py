@@ -38,6 +38,8 @@ def info(arguments: Sequence[str]) -> None:
     from rich.table import Table
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")  # a hash stays whole
     for name, value in _rows(facts):
         table.add_row(f"[bold]{name}[/bold]" if value == "" else name, value)
     Console().print(table)
@@ -47,7 +49,7 @@ def _rows(facts: Mapping[str, Any], depth: int = 0) -> list[tuple[str, str]]:
     """(name, value) in reading order; a table inside becomes a heading with indented rows."""
     rows: list[tuple[str, str]] = []
     for name, value in facts.items():
-        label = "  " * depth + str(name).replace("_", " ")
+        label = "  " * depth + (name if "." in name else name.replace("_", " "))  # a file keeps its name
         if isinstance(value, Mapping):
             rows += [(label, ""), *_rows(value, depth + 1)] if value else []
         else:

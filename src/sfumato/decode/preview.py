@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from sfumato.decode.whole import check_decoded
+
 
 @dataclass(frozen=True)
 class Preview:
@@ -31,5 +33,7 @@ class Preview:
         return cls(solved[:-1].T.contiguous(), solved[-1])
 
     def __call__(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B c h w"]:
-        """z -> a small image in [-1, 1]."""
-        return (torch.einsum("oc,bchw->bohw", self.weight.to(z), z) + self.bias.to(z)[:, None, None]).clamp(-1, 1)
+        """z -> a small image in [-1, 1]; `NumericalError` for NaN or infinity, which the limits would hide."""
+        image = torch.einsum("oc,bchw->bohw", self.weight.to(z), z) + self.bias.to(z)[:, None, None]
+        check_decoded(image, z.dtype)
+        return image.clamp(-1, 1)

@@ -1,7 +1,9 @@
 """Decode in overlapping tiles: memory grows with the tile, not with the image.
 
-Each tile is decoded with `overlap` latent cells of its neighbours around it and blended into them with a linear ramp. A decoder's
-group norms see the tile and not the image, so that this is an approximation; where one tile covers everything it is exact.
+Neighbours share `overlap` latent cells. Over these a tile's weight is 0 in the outer quarter, where its decoder saw a border that is not
+the image's, rises linearly over the middle half, and is 1 in the inner quarter; the weights of all tiles sum to 1 at every pixel. So a
+decoder whose output depends on no latent cell farther away than overlap/4 gives the same image as all at once. Group norms and
+attention see the tile and not the image: for them this is an approximation, exact where one tile covers everything.
 """
 
 import torch
@@ -21,13 +23,12 @@ def _starts(length: int, tile: int, stride: int) -> list[int]:
 
 
 def _ramp(start: int, tile: int, length: int, overlap: int) -> Tensor:
-    """Weights along one side of a tile: rising and falling over the overlap, but not at the image's own edges."""
+    """Weights (tile,) along one side of a tile: rising and falling over the overlap, but not at the image's own edges."""
     position = torch.arange(tile, dtype=torch.float32) + 0.5
     weight = torch.ones(tile)
-    if start > 0:
-        weight = torch.minimum(weight, position / overlap)
-    if start + tile < length:
-        weight = torch.minimum(weight, (tile - position) / overlap)
+    for meets_neighbour, depth in ((start > 0, position), (start + tile < length, tile - position)):
+        if meets_neighbour:
+            weight = torch.minimum(weight, (2 * depth / overlap - 0.5).clamp(0, 1))
     return weight
 
 

@@ -59,7 +59,8 @@ def run(sampler: Generator[tuple[Tensor, float], Prediction, Tensor], denoise: D
         index = 0
         while True:
             prediction = denoise(x, t)
-            check_finite(prediction.x0, f"step {index + 1} of {count} (t = {t:.4g})")
+            for part in (prediction.x0, prediction.eps):
+                check_finite(part, f"step {index + 1} of {count} (t = {t:.4g})")
             yield Step(index, count, t, x, prediction)
             index += 1
             x, t = sampler.send(prediction)

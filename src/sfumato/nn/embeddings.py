@@ -17,7 +17,9 @@ def sinusoidal(position: Float[Tensor, " B"], width: int, cos_first: bool = True
     `cos_first` is diffusers' `flip_sin_to_cos`, `shift` its `freq_shift`.
     """
     half = width // 2
-    frequency = torch.exp(-math.log(10000.0) / (half - shift) * torch.arange(half, dtype=torch.float32, device=position.device))
+    # In the order of operations that checkpoints were trained with: position 999 makes a rounding of the frequency a thousand times larger.
+    exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=position.device) / (half - shift)
+    frequency = torch.exp(exponent)
     angle = position.float()[:, None] * frequency
     pair = (angle.cos(), angle.sin()) if cos_first else (angle.sin(), angle.cos())
     return torch.cat(pair, dim=-1)

@@ -1,5 +1,6 @@
 """diffusers' scheduler_config.json <-> our process: schedule, parameterization."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from sfumato.diffuse.parameterization import parameterization
@@ -10,19 +11,31 @@ from sfumato.errors import UserError
 _KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
 _TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 _TABLE_CLASSES = ("DDIMScheduler", "DDPMScheduler")
-_NOT_OURS = {"rescale_betas_zero_snr": False, "trained_betas": None, "thresholding": False}
+_FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
+
+# Fields that decide the process, which we read.
+_READ = {"num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type"}
+# Fields that we stand for with one value only: (diffusers' default, ours).
+_TABLE_FIXED = {"rescale_betas_zero_snr": (False, False), "trained_betas": (None, None), "thresholding": (False, False)}
+_TABLE_FIXED |= {"clip_sample": (True, False)}  # latents have no bounds
+_FLOW_FIXED = {"num_train_timesteps": (1000, 1000), "shift": (1.0, 1.0), "shift_terminal": (None, None), "invert_sigmas": (False, False)}
+_FLOW_FIXED |= {f"use_{k}": (False, False) for k in ("dynamic_shifting", "karras_sigmas", "exponential_sigmas", "beta_sigmas")}
+# Fields that say how a run is sampled, which is asked for elsewhere, or that only matter beside a value refused above.
+_TABLE_FREE = {"timestep_spacing", "steps_offset", "set_alpha_to_one", "variance_type", "skip_prk_steps"}
+_TABLE_FREE |= {"clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"}
+_FLOW_FREE = {"stochastic_sampling", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"}
 
 
 def to_scheduler_config(process: Process) -> dict[str, Any]:
-    """A DDIMScheduler or FlowMatchEulerDiscreteScheduler config that stands for the same process."""
+    """A DDIMScheduler, DDPMScheduler (sigmoid) or FlowMatchEulerDiscreteScheduler config that stands for the same process."""
     table, kind = process.schedule, process.parameterization.name
     if isinstance(table, RectifiedFlow) and kind == "flow":
-        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
+        return {"_class_name": _FLOW_CLASS, "num_train_timesteps": 1000, "shift": 1.0}
     if not isinstance(table, BetaTable) or table.kind not in _KINDS or kind not in _TYPES:
         raise UserError(
             f"no scheduler of the ecosystem stands for schedule {getattr(table, 'kind', table)!r} with parameterization {kind!r}: save in another pair"
         )
-    return {
+    values = {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": len(table.betas),
         "beta_schedule": _KINDS[table.kind],
@@ -31,25 +44,33 @@ def to_scheduler_config(process: Process) -> dict[str, Any]:
         "prediction_type": _TYPES[kind],
         "timestep_spacing": "trailing",
         "clip_sample": False,
-        "set_alpha_to_one": True,
         "steps_offset": 0,
     }
+    if table.kind == "sigmoid":  # DDIMScheduler has no such schedule
+        return values | {"_class_name": "DDPMScheduler"}
+    return values | {"set_alpha_to_one": True}
+
+
+def _check(values: Mapping[str, Any], fixed: Mapping[str, tuple[Any, Any]], free: set[str]) -> None:
+    """`UserError` for a field that would change the result and that we do not honour."""
+    for field, (default, ours) in fixed.items():
+        if values.get(field, default) != ours:
+            given = f"{field}={values[field]!r}" if field in values else f"without {field}, whose default is {default!r},"
+            raise UserError(f"scheduler config {given} is not supported: expected {field}={ours!r}")
+    for field in sorted(values.keys() - fixed.keys() - free):
+        if not field.startswith("_"):
+            raise UserError(f"scheduler config field {field}={values[field]!r} is not known: it might change the result, so it is refused")
 
 
 def from_scheduler_config(values: dict[str, Any]) -> Process:
-    """The process that a scheduler config stands for; a class or a field that we would not honour is refused."""
+    """The process that a scheduler config stands for; a class or a field that we would not honour is a `UserError`."""
     name = values.get("_class_name")
-    if name == "FlowMatchEulerDiscreteScheduler":
-        if values.get("shift", 1.0) != 1.0 or values.get("use_dynamic_shifting", False):
-            raise UserError("a flow-matching scheduler with a shift is not supported yet: expected shift 1.0")
+    if name == _FLOW_CLASS:
+        _check(values, _FLOW_FIXED, _FLOW_FREE)
         return Process(schedule("flow"), parameterization("flow"))
     if name not in _TABLE_CLASSES:
-        raise UserError(
-            f"scheduler class {name!r} is not supported: expected one of {', '.join((*_TABLE_CLASSES, 'FlowMatchEulerDiscreteScheduler'))}"
-        )
-    for field, expected in _NOT_OURS.items():
-        if values.get(field, expected) != expected:
-            raise UserError(f"scheduler config {field}={values[field]!r} is not supported: expected {expected!r}")
+        raise UserError(f"scheduler class {name!r} is not supported: expected one of {', '.join((*_TABLE_CLASSES, _FLOW_CLASS))}")
+    _check(values, _TABLE_FIXED, _TABLE_FREE | _READ)
     kinds, types = {v: k for k, v in _KINDS.items()}, {v: k for k, v in _TYPES.items()}
     kind, prediction = values.get("beta_schedule", "linear"), values.get("prediction_type", "epsilon")
     if kind not in kinds or prediction not in types:

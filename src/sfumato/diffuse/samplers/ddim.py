@@ -10,13 +10,16 @@ from itertools import pairwise
 from torch import Tensor
 
 from sfumato.diffuse.schedule import Schedule
+from sfumato.errors import UserError
 from sfumato.types import Noise, Prediction
 
 
 def ddim(
     x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 0.0
 ) -> Generator[tuple[Tensor, float], Prediction, Tensor]:
-    """eta in [0, 1]. Order 1; one network call a step."""
+    """eta in [0, 1] (`UserError` otherwise). Order 1; one network call a step."""
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta={eta}: expected a number in [0, 1], 0 is deterministic and 1 is DDPM")
     for t, s in pairwise(times):
         prediction = yield x, t
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t), schedule.at(s)

@@ -12,6 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from sfumato.diffuse.schedule import Schedule
+from sfumato.errors import unknown
 from sfumato.types import Noise, Prediction
 
 
@@ -19,6 +20,8 @@ def ddpm(
     x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, variance: Literal["small", "large"] = "small"
 ) -> Generator[tuple[Tensor, float], Prediction, Tensor]:
     """variance: eq. 7's beta-tilde ("small", exact for a point) or beta ("large", exact for a standard normal). One call a step."""
+    if variance not in ("small", "large"):
+        raise unknown("variance", variance, ("small", "large"))
     for t, s in pairwise(times):
         prediction = yield x, t
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t), schedule.at(s)

@@ -93,6 +93,6 @@ class ClassNames:
     def from_config(cls, values: dict[str, Any]) -> "ClassNames":
         """The inverse of `to_config`."""
         names = values.get("names")
-        if not isinstance(names, list):
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
             raise UserError(f"names is {names!r}: expected a list of class names")
         return cls(tuple(names))

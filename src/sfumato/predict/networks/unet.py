@@ -240,6 +240,9 @@ class UNet(nn.Module):
                 skips.append(x)
         residuals = cond.residuals or ()
         if residuals:  # ControlNet (Zhang et al. 2023, arXiv:2302.05543): one a skip, the last for the middle
+            wanted, found = [s.shape for s in (*skips, x)], [r.shape for r in residuals]
+            if wanted != found:
+                raise UserError(f"residuals of shapes {[*map(tuple, found)]} do not fit this U-Net: expected {[*map(tuple, wanted)]}")
             skips = [s + r for s, r in zip(skips, residuals[:-1], strict=True)]
         if self.mid_block is not None:
             x = self.mid_block.resnets[0](x, time)

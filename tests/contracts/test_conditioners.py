@@ -1,0 +1,169 @@
+"""The contract of every conditioner: a file in predict/conditioners is tested by being there.
+
+Each is built by its own `from_config` from EXAMPLE, a config with a field for every kind; what a conditioner does not know it ignores.
+"""
+
+import json
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from sfumato.errors import UserError
+from sfumato.predict.conditioners.class_names import ClassNames
+from sfumato.predict.conditioners.nothing import Nothing
+from sfumato.registry import find, names
+from sfumato.types import Conditioning
+
+CONDITIONERS = {name: find("predict.conditioners", name) for name in names("predict.conditioners")}
+LABELS = ["t-shirt/top", "ankle boot", "bag", "dress"]
+EXAMPLE: dict[str, Any] = {"names": LABELS}
+every = pytest.mark.parametrize("name", CONDITIONERS)
+
+
+def build(name: str) -> Any:
+    return CONDITIONERS[name].from_config({"_class_name": name, **EXAMPLE})
+
+
+def prompts_of(conditioner: Any) -> list[str | None]:
+    """Something to ask for: the names it knows, or nothing."""
+    return [*getattr(conditioner, "names", ()), None, ""]
+
+
+def doors(conditioning: Conditioning) -> dict[str, torch.Tensor]:
+    found = {f.name: getattr(conditioning, f.name) for f in fields(conditioning)}
+    return {k: v for k, v in found.items() if isinstance(v, torch.Tensor)}
+
+
+def equal(a: Conditioning, b: Conditioning) -> bool:
+    left, right = doors(a), doors(b)
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_the_folder_is_the_registry() -> None:
+    assert {"class_names": ClassNames, "nothing": Nothing}.items() <= CONDITIONERS.items()
+
+
+@every
+def test_its_config_is_json_and_comes_back(name: str) -> None:
+    conditioner = build(name)
+    config = json.loads(json.dumps(conditioner.to_config(), allow_nan=False))
+    assert config["_class_name"] == name  # how `load` finds it again
+    again = find("predict.conditioners", config["_class_name"]).from_config(config)
+    assert again.to_config() == conditioner.to_config() and type(again) is type(conditioner)
+    assert equal(again(prompts_of(conditioner)), conditioner(prompts_of(conditioner)))
+    if is_dataclass(conditioner):
+        assert again == conditioner
+
+
+@every
+def test_one_row_a_prompt_each_for_itself(name: str) -> None:
+    conditioner = build(name)
+    prompts = prompts_of(conditioner)
+    together = conditioner(prompts)
+    assert isinstance(together, Conditioning)
+    for tensor in doors(together).values():
+        assert len(tensor) == len(prompts) and torch.isfinite(tensor.float()).all()
+    for k, prompt in enumerate(prompts):
+        assert equal(conditioner([prompt]), together[k : k + 1])
+    assert equal(conditioner(prompts), together)  # the same again: no state
+
+
+@every
+@pytest.mark.parametrize("count", [1, 3])
+def test_no_prompt_and_an_empty_one_are_the_null_condition(name: str, count: int) -> None:
+    conditioner = build(name)
+    null = conditioner.null(count)
+    for prompt in (None, "", "  "):
+        assert equal(conditioner([prompt] * count), null)
+    assert equal(conditioner.from_labels(torch.full((count,), -1)), null)
+    assert all(len(v) == count for v in doors(null).values())
+
+
+@every
+def test_labels_are_the_names_in_their_order(name: str) -> None:
+    conditioner = build(name)
+    known = list(getattr(conditioner, "names", ()))
+    count = max(len(known), 1)
+    assert equal(conditioner.from_labels(torch.arange(count)), conditioner(known or [None]))
+
+
+@every
+def test_conditions_join_the_null_condition_for_guidance(name: str) -> None:
+    """Same doors, same shapes: `cat` and `drop` must work for every prompt."""
+    conditioner = build(name)
+    some = conditioner(prompts_of(conditioner)[:2])
+    null = conditioner.null(2)
+    both = Conditioning.cat([some, null])
+    assert equal(both[:2], some) and equal(both[2:], null)
+    assert equal(some.drop(torch.tensor([True, True]), null), null) and equal(some.drop(torch.tensor([False, False]), null), some)
+
+
+@every
+def test_a_prompt_it_does_not_know_is_refused_in_one_sentence(name: str) -> None:
+    """Never a silent fallback to the null condition (a text encoder knows every prompt: it says nothing here)."""
+    conditioner = build(name)
+    try:
+        found = conditioner(["a zebra on the moon"])
+    except UserError as error:
+        assert "a zebra on the moon" in str(error) and "\n" not in str(error)
+    else:
+        assert not equal(found, conditioner.null(1))
+
+
+@every
+def test_it_is_frozen_and_has_its_docstrings(name: str) -> None:
+    conditioner = build(name)
+    for method in ("__call__", "null", "from_labels", "to_config", "from_config"):
+        assert getattr(type(conditioner), method).__doc__, method
+    if is_dataclass(conditioner) and fields(conditioner):
+        with pytest.raises(AttributeError):
+            setattr(conditioner, fields(conditioner)[0].name, ())
+
+
+# ---- class names -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "label"),
+    [
+        *[(name, i) for i, name in enumerate(LABELS)],
+        ("Ankle Boot", 1), ("ankle_boots", 1), ("ankle-boot", 1), ("T-shirt", 0), ("top", 0), ("tops", 0), ("T-Shirt/Top", 0),
+        ("bags", 2), ("dresses", 3), (" bag ", 2), (None, 4), ("", 4),
+    ],
+)  # fmt: skip
+def test_names_answer_to_their_forms(prompt: str | None, label: int) -> None:
+    vector = ClassNames(tuple(LABELS))([prompt]).vector
+    assert vector is not None and vector.shape == (1, 5) and vector.dtype == torch.float32
+    assert vector.argmax() == label and vector.sum() == 1
+
+
+def test_names_that_mean_two_classes_are_refused() -> None:
+    shoes = ClassNames(("shoe/boot", "boot/sandal", "hat"))
+    with pytest.raises(UserError, match="class 'boot' is ambiguous: write 'shoe/boot' or 'boot/sandal'"):
+        shoes(["boot"])
+    assert shoes.label("sandals") == 1
+    exact = ClassNames(("boot", "boots"))
+    assert (exact.label("boot"), exact.label("boots")) == (0, 1)  # a whole name comes first
+    with pytest.raises(UserError, match="unknown class 'bgg': did you mean 'bag'"):
+        ClassNames(tuple(LABELS))(["bgg"])
+
+
+@pytest.mark.parametrize("wrong", [(), ("a", "a"), ("a", " "), ("",)])
+def test_impossible_lists_of_names_are_refused(wrong: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match="expected at least one, all of them different"):
+        ClassNames(wrong)
+
+
+@pytest.mark.parametrize("wrong", [{}, {"names": "boot"}, {"names": [1, 2]}, {"names": None}])
+def test_configs_with_wrong_names_are_refused(wrong: dict) -> None:
+    with pytest.raises(UserError, match="names"):
+        ClassNames.from_config(wrong)
+
+
+def test_labels_out_of_range_are_refused() -> None:
+    conditioner = ClassNames(tuple(LABELS))
+    assert conditioner.from_labels(torch.tensor([4, -1])).vector.argmax(1).tolist() == [4, 4]
+    with pytest.raises(UserError, match="label 5: expected 0 to 3, or -1 for none"):
+        conditioner.from_labels(torch.tensor([0, 5]))

@@ -1,0 +1,537 @@
+"""Parity with diffusers: the same keys, the same outputs, the same folders, the same steps. It is a reference here and nothing else."""
+
+import inspect
+import json
+import runpy
+from collections.abc import Callable
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sfumato.checkpoints.folder import load_part, save_part
+from sfumato.checkpoints.names.scheduler import from_scheduler_config, to_scheduler_config
+from sfumato.compress.kl import AutoencoderKL, KLConfig
+from sfumato.diffuse.parameterization import parameterization
+from sfumato.diffuse.process import Process
+from sfumato.diffuse.sample import SeededNoise, Step, run
+from sfumato.diffuse.samplers.ddim import ddim
+from sfumato.diffuse.samplers.ddpm import ddpm
+from sfumato.diffuse.schedule import schedule
+from sfumato.diffuse.timesteps import timesteps
+from sfumato.errors import UserError
+from sfumato.model import LatentDiffusion, load
+from sfumato.predict.denoiser import Denoiser
+from sfumato.predict.networks.unet import _FIXED, UNet, UNetConfig
+from sfumato.types import Conditioning
+
+build: Callable[..., LatentDiffusion] = runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_tiny.py"))["build"]
+THEIR_NAMES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
+THEIR_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(ours: Tensor, theirs: Tensor, relative: float = 1e-5) -> None:
+    assert ours.shape == theirs.shape
+    scale = float(theirs.abs().max())
+    assert float((ours - theirs).abs().max()) <= relative * scale, (float((ours - theirs).abs().max()), scale)
+
+
+def randomise(network: Any, seed: int = 0) -> Any:
+    """Norms start at 1 and 0 and some layers at 0, where mistakes would not show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return network.eval().requires_grad_(False)
+
+
+# ---- autoencoders ------------------------------------------------------------------------------------------------------
+
+SMALL = {"layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 3, "sample_size": 16}
+AUTOENCODERS: dict[str, dict[str, Any]] = {
+    "f2": {"block_out_channels": (4, 8)},
+    "f4 grey": {"block_out_channels": (4, 6, 8), "in_channels": 1, "out_channels": 1, "layers_per_block": 2},
+    "f8": {"block_out_channels": (4, 4, 6, 8), "scaling_factor": 1.5, "shift_factor": 0.06},
+    "f32": {"block_out_channels": (2, 2, 4, 4, 4, 8), "latent_channels": 5},
+    "no quant convs": {"block_out_channels": (4, 8), "use_quant_conv": False, "use_post_quant_conv": False},
+    "no attention": {"block_out_channels": (4, 4, 8), "mid_block_add_attention": False, "in_channels": 1, "out_channels": 1},
+    "statistics": {"block_out_channels": (4, 8), "latents_mean": (0.1, 0.2, 0.3), "latents_std": (1.0, 2.0, 0.5), "force_upcast": False},
+}
+
+
+def same_autoencoder(ours: Any, theirs: Any) -> None:
+    """Equal keys, moments and pictures."""
+    assert list(ours.state_dict()) == list(theirs.state_dict()) or ours.state_dict().keys() == theirs.state_dict().keys()
+    image = normal(2, ours.channels, 64, 32)
+    expected = theirs.encode(image).latent_dist
+    found = ours.posterior(image)
+    close(found.mean, expected.mean)
+    close(found.std, expected.std)
+    close(ours.reconstruct(found.mean), theirs.decode(expected.mean).sample)
+    for name in ("scaling_factor", "shift_factor", "force_upcast", "latent_channels", "block_out_channels"):
+        assert getattr(ours.config, name) == _tuples(theirs.config[name])
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+@torch.inference_mode()
+def test_autoencoders_in_both_directions_through_folders(name: str, tmp_path: Path) -> None:
+    values = SMALL | AUTOENCODERS[name]
+    ours = randomise(AutoencoderKL(KLConfig(**values)))
+    save_part(tmp_path / "ours", ours)
+    same_autoencoder(ours, diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours"))
+    count = len(values["block_out_channels"])
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * count, "up_block_types": ("UpDecoderBlock2D",) * count}
+    theirs = randomise(diffusers.AutoencoderKL(**values, **blocks), seed=1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = load_part(tmp_path / "theirs", "AutoencoderKL")
+    same_autoencoder(loaded, theirs)
+    assert loaded.config == ours.config  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# ---- U-Nets ------------------------------------------------------------------------------------------------------------
+
+PLAIN = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+SELF = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+CROSS = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+CROSS3 = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (8, 8, 16),
+}
+EVERY = {
+    "down_block_types": ("CrossAttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (8, 16, 8),
+}
+MIDDLE = {"mid_block_type": "UNetMidBlock2D"}
+TINY = {"sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 16), "layers_per_block": 1}
+TINY |= {"norm_num_groups": 4, "attention_head_dim": 4, "cross_attention_dim": 12}
+UNETS: dict[str, dict[str, Any]] = {
+    "plain, no middle": {**PLAIN, "mid_block_type": None},
+    "plain, scale_shift": {**PLAIN, **MIDDLE, "resnet_time_scale_shift": "scale_shift", "layers_per_block": 2},
+    "self-attention, classes": {**SELF, **MIDDLE, "num_class_embeds": 5},
+    "self-attention, scale_shift, classes": {**SELF, **MIDDLE, "num_class_embeds": 3, "resnet_time_scale_shift": "scale_shift"},
+    "cross-attention": {**CROSS},
+    "cross-attention, no middle": {**CROSS, "mid_block_type": None},
+    "linear projection, depth 2": {**CROSS, "use_linear_projection": True, "transformer_layers_per_block": 2},
+    "SDXL's shape": {**CROSS3, "use_linear_projection": True, "transformer_layers_per_block": (1, 2, 3), "attention_head_dim": (1, 2, 4)},
+    "tuples": {**CROSS3, "layers_per_block": (1, 2, 1), "cross_attention_dim": (12, 12, 12), "attention_head_dim": (2, 4, 8)},
+    "every kind of block": {**EVERY, "attention_head_dim": (2, 4, 8), "num_class_embeds": 4, "layers_per_block": 2},
+    "time embedding": {**CROSS, "time_embedding_dim": 24, "flip_sin_to_cos": False, "freq_shift": 1},
+    "padding 0, eps": {**SELF, **MIDDLE, "downsample_padding": 0, "norm_eps": 1e-3},
+    "projected vector": {**SELF, **MIDDLE, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 6},
+    "inpainting channels": {**CROSS, "in_channels": 7, "out_channels": 3},
+}
+
+
+def inputs(config: UNetConfig, size: tuple[int, int], mask: bool = False) -> tuple[Tensor, Tensor, Conditioning, dict[str, Any]]:
+    """x (2, 3, h, w), timesteps and the same conditioning in our words and in theirs."""
+    cross = any("Cross" in str(k) for k in (*config.down_block_types, *config.up_block_types, config.mid_block_type))
+    tokens = normal(2, 5, 12, seed=1) if cross else None
+    kept = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]], dtype=torch.bool) if mask and cross else None
+    labels = torch.tensor([1, 2])
+    vector, their_labels = None, None
+    if config.class_embed_type == "projection":
+        vector = their_labels = normal(2, config.projection_class_embeddings_input_dim or 0, seed=2)
+    elif config.num_class_embeds:
+        vector, their_labels = torch.eye(config.num_class_embeds)[labels], labels
+    concat = normal(2, config.in_channels - 3, *size, seed=3) if config.in_channels > 3 else None
+    ours = Conditioning(tokens=tokens, mask=kept, vector=vector, concat=concat)
+    theirs = {"encoder_hidden_states": tokens, "encoder_attention_mask": kept, "class_labels": their_labels}
+    return normal(2, 3, *size), torch.tensor([999.0, 333.25]), ours, theirs
+
+
+def same_unet(ours: Any, theirs: Any, size: tuple[int, int] = (8, 8), mask: bool = False) -> None:
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    x, timestep, cond, words = inputs(ours.config, size, mask)
+    joined = x if cond.concat is None else torch.cat([x, cond.concat], 1)
+    close(ours(x, timestep, cond), theirs(joined, timestep, **words).sample)
+
+
+@pytest.mark.parametrize("name", UNETS)
+@torch.inference_mode()
+def test_unets_in_both_directions_through_folders(name: str, tmp_path: Path) -> None:
+    values = TINY | UNETS[name]
+    ours = randomise(UNet(UNetConfig(**values)))
+    save_part(tmp_path / "ours", ours)
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "ours")
+    same_unet(ours, theirs)
+    sizes = [(4, 12)] if "AttnUpBlock2D" in values["up_block_types"] else [(7, 7), (6, 9)]  # odd maps fail in their AttnUpBlock2D
+    for size in sizes:
+        same_unet(ours, theirs, size, mask=True)
+    theirs = randomise(diffusers.UNet2DConditionModel(**values), seed=1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = load_part(tmp_path / "theirs", "UNet2DConditionModel")
+    same_unet(loaded, theirs)
+    assert loaded.config == ours.config  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@torch.inference_mode()
+def test_odd_maps_where_theirs_fail() -> None:
+    """AttnUpBlock2D doubles to the skip's own size: padding the input by hand and cropping would be the alternative."""
+    ours = randomise(UNet(UNetConfig(**(TINY | SELF | MIDDLE))))
+    x, timestep, cond, _ = inputs(ours.config, (7, 5))
+    assert ours(x, timestep, cond).shape == (2, 3, 7, 5)
+
+
+@torch.inference_mode()
+def test_every_input_shows_in_the_output() -> None:
+    """Without this, parity could hold because nothing matters: tokens, mask, vector, time, concat each change y."""
+    ours = randomise(UNet(UNetConfig(**(TINY | EVERY | {"in_channels": 4, "num_class_embeds": 4, "attention_head_dim": 4}))))
+    x, timestep, cond, _ = inputs(ours.config, (8, 8), mask=True)
+    y = ours(x, timestep, cond)
+    assert cond.tokens is not None and cond.concat is not None
+    unmasked = cond.tokens.clone()
+    unmasked[0, 4] += 5  # a token that is masked out
+    assert torch.equal(ours(x, timestep, replace(cond, tokens=unmasked)), y)
+    changes = [{"tokens": cond.tokens + 1}, {"mask": None}, {"vector": torch.eye(4)[[3, 3]]}, {"concat": cond.concat + 1}]
+    for change in changes:
+        assert (ours(x, timestep, replace(cond, **change)) - y).abs().max() > 1e-3, change
+    assert (ours(x, timestep - 100, cond) - y).abs().max() > 1e-3
+    missing = [{"tokens": None}, {"vector": None}]
+    for change in missing:
+        with pytest.raises(UserError, match="is missing"):
+            ours(x, timestep, replace(cond, **change))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 7)])
+@torch.inference_mode()
+def test_controlnet_residuals(size: tuple[int, int]) -> None:
+    """The residuals of a real ControlNet go through our door `Conditioning.residuals`: its down blocks' in order, then the middle's."""
+    values = TINY | CROSS | {"mid_block_type": "UNetMidBlock2DCrossAttn"}
+    ours = randomise(UNet(UNetConfig(**values)))
+    theirs = diffusers.UNet2DConditionModel(**values).eval()
+    theirs.load_state_dict(ours.state_dict())
+    control = randomise(diffusers.ControlNetModel.from_unet(theirs, conditioning_channels=3), seed=2)
+    x, timestep, cond, words = inputs(ours.config, size)
+    picture = normal(2, 3, 8 * size[0], 8 * size[1], seed=4)
+    down, middle = control(x, timestep, words["encoder_hidden_states"], picture, return_dict=False)
+    expected = theirs(x, timestep, **words, down_block_additional_residuals=down, mid_block_additional_residual=middle).sample
+    close(ours(x, timestep, replace(cond, residuals=(*down, middle))), expected)
+    assert (expected - ours(x, timestep, cond)).abs().max() > 1e-2
+    for wrong in ((*down[1:], middle), (*down, middle, middle), (*down, middle[:, :8])):
+        with pytest.raises(UserError, match="do not fit this U-Net: expected"):
+            ours(x, timestep, replace(cond, residuals=wrong))
+
+
+# ---- configs -----------------------------------------------------------------------------------------------------------
+
+
+def defaults_of(config: type) -> dict[str, Any]:
+    return {f.name: f.default for f in fields(config) if f.default is not MISSING}
+
+
+def test_we_know_every_field_of_their_configs_with_its_default() -> None:
+    theirs = {k: p.default for k, p in inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters.items() if k != "self"}
+    assert defaults_of(UNetConfig) | _FIXED == theirs
+    theirs = {k: p.default for k, p in inspect.signature(diffusers.AutoencoderKL.__init__).parameters.items() if k != "self"}
+    assert {*defaults_of(KLConfig), "act_fn", "down_block_types", "up_block_types"} == theirs.keys()
+
+
+def another(value: Any) -> Any:
+    """A value that is not this one."""
+    return not value if isinstance(value, bool) else 7
+
+
+def saved_unet(tmp_path: Path) -> Path:
+    save_part(tmp_path / "unet", UNet(UNetConfig(**(TINY | PLAIN | MIDDLE))))
+    return tmp_path / "unet"
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        *((k, another(v), "is not supported") for k, v in _FIXED.items()),
+        ("adapter_strength", 0.5, "adapter_strength=0.5 is not known to UNetConfig: it might change the result"),
+        ("down_block_types", ["KDownBlock2D", "DownBlock2D"], "block type 'KDownBlock2D' is not supported"),
+        ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn", "is not supported"),
+        ("class_embed_type", "timestep", "class_embed_type 'timestep' is not supported"),
+        ("resnet_time_scale_shift", "spatial", "expected 'default' or 'scale_shift'"),
+        ("block_out_channels", [8, 18], "18 is not a multiple of norm_num_groups 4"),
+        ("up_block_types", ["UpBlock2D"], "needs 2 down_block_types and 2 up_block_types"),
+        ("out_channels", 4, "does not fit its config"),
+        ("norm_num_groups", 0, "value of the wrong kind"),
+    ],
+)
+def test_fields_we_would_not_honour_are_refused(tmp_path: Path, field: str, value: Any, words: str) -> None:
+    folder = saved_unet(tmp_path)
+    change_config(folder, **{field: value})
+    with pytest.raises(UserError, match=words) as caught:
+        load_part(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"act_fn": "gelu"}, "act_fn='gelu' is not supported by KLConfig: expected 'silu'"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 2}, "is not supported"),
+        ({"double_z": False}, "double_z=False is not known"),
+        ({"block_out_channels": [4], "down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]}, "2 to 6"),
+        ({"latents_std": [1.0, 0.0, 1.0]}, "positive stds"),
+        ({"latents_mean": [0.0]}, "as many means"),
+        ({"_class_name": "AutoencoderTiny"}, "of class 'AutoencoderTiny'"),
+    ],
+)
+def test_autoencoder_fields_we_would_not_honour_are_refused(tmp_path: Path, values: dict[str, Any], words: str) -> None:
+    save_part(tmp_path, AutoencoderKL(KLConfig(**(SMALL | AUTOENCODERS["statistics"]))))
+    change_config(tmp_path, **values)
+    with pytest.raises(UserError, match=words):
+        load_part(tmp_path, "AutoencoderKL")
+
+
+# ---- schedules and schedulers ------------------------------------------------------------------------------------------
+
+
+def their_scheduler(process: Process) -> Any:
+    values = to_scheduler_config(process)
+    return getattr(diffusers, values["_class_name"]).from_config(values)
+
+
+@pytest.mark.parametrize("kind", THEIR_NAMES)
+def test_tables_equal_theirs(kind: str) -> None:
+    """alpha^2 and sigma^2 at every grid point, to 1e-6 plus what they lose by float32: each beta is rounded to 2^-24 of itself.
+
+    The product is taken over their betas in float64: their own cumulative product adds up to 1e-4 of rounding, checked last.
+    """
+    process = Process(schedule(kind), parameterization("v"))
+    theirs = their_scheduler(process)
+    betas = theirs.betas.double()
+    products = torch.log1p(-betas).cumsum(0)
+    lost = 1e-6 + (2**-24 * betas / (1 - betas)).cumsum(0)
+    alpha, sigma = process.schedule.at(process.schedule.time(torch.arange(1000)))
+    assert ((alpha.square() / products.exp() - 1).abs() < lost).all()
+    assert ((sigma.square() / -torch.expm1(products) - 1).abs() < lost).all()
+    assert lost[:-1].max() < 2e-6 and lost[-1] < 1e-4  # only the last beta of cosine, 0.999, costs more
+    torch.testing.assert_close(alpha.square().float(), theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", THEIR_NAMES)
+@pytest.mark.parametrize("name", THEIR_TYPES)
+def test_scheduler_configs_in_both_directions_through_folders(kind: str, name: str, tmp_path: Path) -> None:
+    options = {} if kind == "cosine" else {"start": 0.0003, "end": 0.015}
+    process = Process(schedule(kind, steps=500, **options), parameterization(name))
+    config = to_scheduler_config(process)
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    theirs = getattr(diffusers, config["_class_name"]).from_pretrained(tmp_path)
+    assert theirs.config.prediction_type == THEIR_TYPES[name] and theirs.config.beta_schedule == THEIR_NAMES[kind]
+    assert len(theirs.alphas_cumprod) == 500 and not theirs.config.clip_sample
+    theirs.save_pretrained(tmp_path / "again")
+    assert from_scheduler_config(json.loads((tmp_path / "again" / "scheduler_config.json").read_text())) == process
+    assert from_scheduler_config(config) == process
+
+
+def test_flow_scheduler_in_both_directions(tmp_path: Path) -> None:
+    process = Process(schedule("flow"), parameterization("flow"))
+    theirs = their_scheduler(process)
+    theirs.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert len(values) > 12 and from_scheduler_config(values) == process
+    with pytest.raises(UserError, match="no scheduler of the ecosystem stands for schedule 'flow' with parameterization 'v'"):
+        to_scheduler_config(Process(schedule("flow"), parameterization("v")))
+
+
+FLOW, TABLE = "FlowMatchEulerDiscreteScheduler", "DDIMScheduler"
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("PNDMScheduler", {}, "scheduler class 'PNDMScheduler' is not supported: expected one of DDIMScheduler"),
+        (TABLE, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True is not supported"),
+        (TABLE, {"trained_betas": [0.1, 0.2]}, "trained_betas"),
+        (TABLE, {"thresholding": True}, "thresholding=True"),
+        (TABLE, {"clip_sample": True}, "clip_sample=True is not supported: expected clip_sample=False"),
+        (TABLE, {"clip_sample": None}, "clip_sample"),
+        (TABLE, {"beta_schedule": "laplace"}, "beta_schedule='laplace'"),
+        (TABLE, {"prediction_type": "flow"}, "prediction_type='flow'"),
+        (TABLE, {"solver_order": 2}, "solver_order=2 is not known"),
+        (FLOW, {"shift": 3.0}, "shift=3.0 is not supported"),
+        (FLOW, {"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
+        (FLOW, {"use_karras_sigmas": True}, "use_karras_sigmas=True"),
+        (FLOW, {"num_train_timesteps": 500}, "num_train_timesteps=500"),
+        (FLOW, {"beta_start": 0.1}, "beta_start=0.1 is not known"),
+    ],
+)
+def test_schedulers_we_would_not_honour_are_refused(name: str, values: dict[str, Any], words: str) -> None:
+    good = {"clip_sample": False} if name != FLOW else {}
+    if name != "PNDMScheduler":
+        from_scheduler_config({"_class_name": name, **good})
+    with pytest.raises(UserError, match=words):
+        from_scheduler_config({"_class_name": name, **good, **values})
+    with pytest.raises(UserError, match="without clip_sample, whose default is True"):
+        from_scheduler_config({"_class_name": TABLE})
+
+
+# ---- timesteps ---------------------------------------------------------------------------------------------------------
+
+COUNTS = [1, 2, 3, 4, 5, 7, 10, 20, 25, 28, 30, 50, 99, 100, 250, 333, 500, 600, 999, 1000]
+
+
+def their_timesteps(spacing: str, steps: int, offset: int = 0) -> np.ndarray:
+    scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing, steps_offset=offset)
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps.numpy()
+
+
+def our_timesteps(spacing: str, steps: int, **options: int) -> np.ndarray:
+    table = schedule("linear")
+    return table.timestep(torch.tensor(timesteps(spacing, steps, **options)[:-1], dtype=torch.float64)).numpy()
+
+
+@pytest.mark.parametrize("steps", COUNTS)
+def test_trailing_timesteps(steps: int) -> None:
+    """Theirs are rounded to whole timesteps, ours are not: the schedule is continuous. Equal where the steps divide the table."""
+    ours, theirs = our_timesteps("trailing", steps), their_timesteps("trailing", steps)
+    assert len(theirs) == steps
+    assert np.abs(ours - theirs).max() <= 0.5 + 1e-9
+    if 1000 % steps == 0:
+        np.testing.assert_allclose(ours, theirs, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", COUNTS)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_leading_timesteps(steps: int, offset: int) -> None:
+    """Equal. Where an offset takes theirs beyond the table (1000 steps, offset 1: timestep 1000), ours are refused."""
+    theirs = their_timesteps("leading", steps, offset)
+    if theirs.max() > 999:
+        with pytest.raises(UserError, match="fall strictly"):
+            our_timesteps("leading", steps, offset=offset)
+    else:
+        np.testing.assert_allclose(our_timesteps("leading", steps, offset=offset), theirs, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", COUNTS)
+def test_linspace_timesteps(steps: int) -> None:
+    """Equal, but for a single step: theirs begins at timestep 0, where there is nothing left to remove; ours at the full noise."""
+    ours, theirs = our_timesteps("linspace", steps), their_timesteps("linspace", steps)
+    if steps == 1:
+        assert (ours, theirs) == ([999], [0])
+    else:
+        np.testing.assert_allclose(ours, theirs, atol=1e-9)
+
+
+# ---- steps -------------------------------------------------------------------------------------------------------------
+
+
+def output(x: Tensor, t: float) -> Tensor:
+    """A network's stand-in."""
+    return 0.8 * torch.tanh(1.5 * x + t) + 0.1 * x.roll(1, -1)
+
+
+def our_run(sampler: Any, process: Process, steps: int, x: Tensor, noise: Callable[[], Tensor], **options: Any) -> list[Tensor]:
+    """Every x that was asked about, and the result."""
+    times = timesteps("trailing", steps)
+    events = run(sampler(x, times, process.schedule, noise, **options), lambda x, t: process.split(x, output(x, t), t), steps)
+    return [e.x if isinstance(e, Step) else e for e in events]
+
+
+def their_run(scheduler: Any, x: Tensor, steps: int, **options: Any) -> list[Tensor]:
+    scheduler.set_timesteps(steps)
+    seen = [x]
+    for i, timestep in enumerate(scheduler.timesteps):
+        y = output(x, (int(timestep) + 1) / 1000)
+        x = scheduler.step(y, timestep, x, **{k: v(i) if callable(v) else v for k, v in options.items()}).prev_sample
+        seen.append(x)
+    return seen
+
+
+@pytest.mark.parametrize("kind", THEIR_NAMES)
+@pytest.mark.parametrize("name", THEIR_TYPES)
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_ddpm_step_by_step(kind: str, name: str, variance: Any) -> None:
+    """The same noise tensors, every intermediate x. Their "fixed_large" adds noise in the last step too, after which nothing removes it."""
+    process, x = Process(schedule(kind), parameterization(name)), normal(1, 2, 4, 4)
+    config = {**to_scheduler_config(process), "_class_name": "DDPMScheduler", "variance_type": f"fixed_{variance}"}
+    theirs = their_run(diffusers.DDPMScheduler.from_config(config), x, 8, generator=torch.Generator().manual_seed(7))
+    generator = torch.Generator().manual_seed(7)
+    ours = our_run(ddpm, process, 8, x, lambda: torch.randn(x.shape, generator=generator), variance=variance)
+    assert len(ours) == len(theirs) == 9
+    for a, b in list(zip(ours, theirs, strict=True))[: None if variance == "small" else -1]:
+        close(a, b, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "cosine"])
+@pytest.mark.parametrize("name", THEIR_TYPES)
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_step_by_step(kind: str, name: str, eta: float) -> None:
+    process, x = Process(schedule(kind), parameterization(name)), normal(1, 2, 4, 4)
+    theirs = their_run(their_scheduler(process), x, 8, eta=eta, variance_noise=lambda i: normal(1, 2, 4, 4, seed=50 + i) if eta else None)
+    count = iter(range(50, 60))
+    ours = our_run(ddim, process, 8, x, lambda: normal(1, 2, 4, 4, seed=next(count)), eta=eta)
+    for a, b in zip(ours, theirs, strict=True):
+        close(a, b, 1e-4)
+
+
+# ---- whole models ------------------------------------------------------------------------------------------------------
+
+
+class Theirs(nn.Module):
+    """A model folder opened with diffusers, and a sampling loop by hand."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        self.unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet").eval()
+        self.vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae").eval()
+        self.scheduler = getattr(diffusers, config["_class_name"]).from_pretrained(folder / "scheduler")
+
+    @torch.inference_mode()
+    def forward(self, noise: Tensor, labels: list[int], null: int, steps: int, weight: float) -> Tensor:
+        if isinstance(self.scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+            self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))  # its own default ends at sigma 0.001, not at 1/steps
+        else:
+            self.scheduler.set_timesteps(steps)
+        x = noise
+        for timestep in self.scheduler.timesteps:
+            y, reference = (
+                self.unet(x, timestep, encoder_hidden_states=None, class_labels=torch.tensor(k)).sample
+                for k in (labels, [null] * len(labels))
+            )
+            x = self.scheduler.step(reference + weight * (y - reference), timestep, x).prev_sample
+        return x
+
+    @torch.inference_mode()
+    def decode(self, z: Tensor) -> Tensor:
+        mean, std = (torch.tensor(self.vae.config[k])[:, None, None] for k in ("latents_mean", "latents_std"))
+        return self.vae.decode(z * std + mean).sample.clamp(-1, 1).add(1).div(2)
+
+
+@pytest.mark.parametrize("pair", [("cosine", "eps"), ("cosine", "v"), ("linear", "eps"), ("linear", "v"), ("flow", "flow")], ids="-".join)
+@pytest.mark.parametrize("weight", [1.0, 2.5])
+def test_a_whole_model_makes_the_same_latents_and_pictures(pair: tuple[str, str], weight: float, tmp_path: Path) -> None:
+    model = build()
+    process = Process(schedule(pair[0]), parameterization(pair[1]))
+    model = replace(model, denoiser=Denoiser(model.denoiser.network, process))
+    model.save(tmp_path / "model")
+    theirs, names = Theirs(tmp_path / "model"), model.class_names
+    noise = SeededNoise((2, 8, 8), [11, 12, 13])()
+    labels = [0, 2, 1]
+    settings = {"prompt": [names[k] for k in labels], "seed": 11, "steps": 5, "guidance": weight}
+    ours = model.generate(**settings, output="latent")
+    expected = theirs(noise, labels, len(names), 5, weight)
+    close(ours, expected, 1e-4)
+    if pair[1] != "eps":  # a random network's eps errors are divided by alpha(1): those latents are far out of any picture's range
+        pictures = model.generate(**settings, output="tensor")
+        assert (pictures - theirs.decode(expected)).abs().max() < 1e-3
+        assert pictures.std() > 0.01
+    again = load(tmp_path / "model")  # what was read from the folder is the model that was written
+    assert torch.equal(again.generate(**settings, output="latent"), ours)

@@ -1,0 +1,514 @@
+"""Act 2 against exact answers: closed forms of the schedules, the 2x2 solve, and samplers on a Gaussian mixture whose denoiser is known.
+
+With data sum_k w_k N(m_k, s_k^2 I) and x = alpha*z + sigma*eps, E[z | x] = sum_k r_k(x) (m_k + alpha s_k^2/v_k (x - alpha m_k)) with
+v_k = alpha^2 s_k^2 + sigma^2 and responsibilities r_k proportional to w_k N(x; alpha m_k, v_k I) (Bayes' rule for Gaussians).
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from itertools import pairwise, product
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import Tensor
+
+from sfumato.diffuse.parameterization import PARAMETERIZATIONS, parameterization
+from sfumato.diffuse.process import Process
+from sfumato.diffuse.sample import SeededNoise, Step, check_finite, run, sample
+from sfumato.diffuse.samplers.ddim import ddim
+from sfumato.diffuse.samplers.ddpm import ddpm
+from sfumato.diffuse.schedule import SCHEDULES, BetaTable, schedule
+from sfumato.diffuse.timesteps import SPACINGS, check_times, timesteps
+from sfumato.diffuse.weighting import draw_times, loss_weight
+from sfumato.errors import NumericalError, UserError
+from sfumato.types import Prediction
+
+F64 = torch.float64
+TABLES = ("linear", "scaled_linear", "cosine", "sigmoid")
+quick = settings(max_examples=40, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+
+# The mixture: three round components of different sizes in two dimensions.
+WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=F64)
+MEANS = torch.tensor([[-2.0, 0.0], [1.5, 1.0], [1.0, -2.0]], dtype=F64)
+STDS = torch.tensor([0.5, 0.3, 0.7], dtype=F64)
+
+
+def log_density(points: Tensor, alpha: float, sigma: float) -> Tensor:
+    """log(w_k N(x; alpha m_k, v_k I)) for points (N, 2): (N, 3)."""
+    v = (alpha * STDS).square() + sigma**2
+    return WEIGHTS.log() - torch.log(2 * math.pi * v) - (points[:, None] - alpha * MEANS).square().sum(-1) / (2 * v)
+
+
+def exact(process_schedule, calls: list | None = None) -> Callable[[Tensor, float], Prediction]:
+    """The mixture's own denoiser, in float64; `calls` collects the times at which it was asked."""
+
+    def denoise(x: Tensor, t: float) -> Prediction:
+        if calls is not None:
+            calls.append(t)
+        alpha, sigma = (float(v) for v in process_schedule.at(t))
+        points = x.flatten(1)
+        r = log_density(points, alpha, sigma).softmax(1)
+        gain = alpha * STDS.square() / ((alpha * STDS).square() + sigma**2)
+        x0 = (r[..., None] * (MEANS + gain[:, None] * (points[:, None] - alpha * MEANS))).sum(1).reshape(x.shape)
+        return Prediction(x0, (x - alpha * x0) / sigma)
+
+    return denoise
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def stream(shape, seed: int = 1) -> Callable[[], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(shape, generator=generator, dtype=F64)
+
+
+def never() -> Tensor:
+    raise AssertionError("a deterministic run asked for noise")
+
+
+def test_the_oracle_obeys_tweedies_formula() -> None:
+    """eps = -sigma * grad log p_t(x) (Efron 2011, eq. 1.5), with the gradient from autograd."""
+    table = schedule("cosine")
+    x = 2 * normal(50, 2, 1, 1)
+    for t in (0.05, 0.4, 0.9):
+        alpha, sigma = (float(v) for v in table.at(t))
+        points = x.flatten(1).requires_grad_()
+        (score,) = torch.autograd.grad(log_density(points, alpha, sigma).logsumexp(1).sum(), points)
+        assert torch.allclose(exact(table)(x, t).eps.flatten(1), -sigma * score, atol=1e-12)
+
+
+# ---- schedules ---------------------------------------------------------------------------------------------------------
+
+
+def closed_form(kind: str, steps: int) -> list[float]:
+    """log alpha_i^2 = sum of log(1 - beta_j), in Python's own floats."""
+    ramp = [i / (steps - 1) for i in range(steps)]
+    if kind == "cosine":
+        f = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
+        betas = [min(1 - b / a, 0.999) for a, b in pairwise(f)]
+    elif kind == "scaled_linear":
+        low, high = math.sqrt(0.00085), math.sqrt(0.012)
+        betas = [(low + (high - low) * u) ** 2 for u in ramp]
+    elif kind == "sigmoid":
+        betas = [0.0001 + 0.0199 / (1 + math.exp(6 - 12 * u)) for u in ramp]
+    else:
+        betas = [0.0001 + 0.0199 * u for u in ramp]
+    return [math.fsum(math.log1p(-b) for b in betas[: i + 1]) for i in range(steps)]
+
+
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("steps", [50, 200])
+def test_tables_are_the_products_of_their_papers(kind: str, steps: int) -> None:
+    expected = torch.tensor(closed_form(kind, steps), dtype=F64)
+    alpha, sigma = schedule(kind, steps=steps).at(torch.arange(1, steps + 1, dtype=F64) / steps)
+    torch.testing.assert_close(alpha.square(), expected.exp(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(sigma.square(), -torch.expm1(expected), rtol=1e-10, atol=0)
+
+
+def test_cosine_is_nichols_closed_form_until_the_clip() -> None:
+    """Products telescope: alpha_i^2 = f((i+1)/T) / f(0), eq. 17, but for the last beta, which is cut to 0.999."""
+    t = torch.arange(1, 1000, dtype=F64) / 1000
+    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2).square() / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+    torch.testing.assert_close(schedule("cosine").at(t)[0].square(), f, rtol=1e-8, atol=0)
+    torch.testing.assert_close(schedule("cosine").at(1.0)[0].square(), f[-1] * 0.001, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_every_schedule_runs_from_clean_to_noise(kind: str) -> None:
+    """alpha falls, sigma rises, the log-SNR falls strictly: on the grid, between its points and below the first of them."""
+    chosen = schedule(kind)
+    t = torch.cat([torch.linspace(0, 0.003, 61, dtype=F64), torch.linspace(0.003, 1, 2500, dtype=F64)[1:]])
+    alpha, sigma = chosen.at(t)
+    assert alpha.dtype == sigma.dtype == F64
+    assert (alpha[0], sigma[0]) == (1, 0)
+    assert alpha[-1] < 0.1 and sigma[-1] > 0.99
+    log_snr = chosen.log_snr(t)
+    assert log_snr[0] == math.inf and (log_snr.diff() < 0).all()
+    if kind == "flow":
+        assert torch.equal(alpha, 1 - t) and torch.equal(sigma, t)
+    else:
+        assert (alpha.square() + sigma.square() - 1).abs().max() < 1e-14  # variance preserving
+        edge = torch.tensor([0.001 - 1e-12, 0.001], dtype=F64)  # no jump where the table begins
+        assert chosen.at(edge)[1].diff().abs() < 1e-10
+
+
+@quick
+@given(kind=st.sampled_from(list(SCHEDULES)), t=st.floats(1e-4, 1 - 1e-4), steps=st.integers(2, 1200))
+def test_log_snr_and_timestep_have_inverses(kind: str, t: float, steps: int) -> None:
+    chosen = schedule(kind) if kind == "flow" else schedule(kind, steps=min(steps, 100) if kind == "cosine" else steps)
+    assert float(chosen.from_log_snr(chosen.log_snr(t))) == pytest.approx(t, abs=1e-7)
+    assert float(chosen.time(chosen.timestep(torch.tensor(t)))) == pytest.approx(t, abs=1e-7)
+    many = torch.tensor([[t, 0.5], [1.0, t / 2]], dtype=F64)
+    assert torch.allclose(chosen.from_log_snr(chosen.log_snr(many)), many, atol=1e-7)  # any shape
+    ends = chosen.from_log_snr(torch.tensor([math.inf, 800.0, -800.0, -math.inf], dtype=F64))
+    assert torch.allclose(ends, torch.tensor([0.0, 0, 1, 1], dtype=F64), atol=1e-9)
+
+
+def test_units_of_time() -> None:
+    t = torch.tensor([0.001, 0.5, 1.0], dtype=F64)
+    assert torch.allclose(schedule("linear").timestep(t), torch.tensor([0.0, 499, 999], dtype=F64))
+    assert torch.allclose(schedule("flow").timestep(t), torch.tensor([1.0, 500, 1000], dtype=F64))
+    assert torch.allclose(schedule("linear", steps=10).time(torch.tensor([0, 9])), torch.tensor([0.1, 1.0], dtype=F64))
+
+
+def test_unknown_and_impossible_schedules_are_refused() -> None:
+    with pytest.raises(UserError, match="unknown schedule 'cosin': did you mean 'cosine'"):
+        schedule("cosin")
+    for betas in ((), (0.1, 1.0), (0.0, 0.1)):
+        with pytest.raises(ValueError, match="strictly between 0 and 1"):
+            BetaTable(betas)
+
+
+# ---- parameterizations and the process ---------------------------------------------------------------------------------
+
+PAIRS = [pair for pair in product(SCHEDULES, PARAMETERIZATIONS) if pair != ("flow", "eps")]
+
+
+@pytest.mark.parametrize(("kind", "name"), PAIRS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_split_inverts_add_noise_and_target(kind: str, name: str, dtype: torch.dtype) -> None:
+    """For every pair and t in (0, 1], up to the rounding of x and y times the size of the solve's coefficients."""
+    process = Process(schedule(kind), parameterization(name))
+    t = torch.tensor([1e-3, 0.0123, 0.3, 0.77, 0.999, 1.0], dtype=F64)
+    z, eps = (normal(6, 3, 4, 5, seed=s, dtype=dtype) for s in (0, 1))
+    x, y = process.add_noise(z, eps, t), process.target(z, eps, t)
+    found = process.split(x, y, t)
+    condition = 1 / process.parameterization.determinant(*process.schedule.at(t)).abs()
+    bound = (20 * torch.finfo(dtype).eps * condition.clamp_min(1)).reshape(-1, 1, 1, 1)
+    assert found.x0.dtype == found.eps.dtype == dtype
+    assert ((found.x0 - z).abs() < bound).all() and ((found.eps - eps).abs() < bound).all()
+    for i, one in enumerate(t.tolist()):  # a t an image is the same as each image with its own t
+        alone = process.split(x[i : i + 1], y[i : i + 1], one)
+        assert torch.equal(alone.x0, found.x0[i : i + 1]) and torch.equal(process.add_noise(z, eps, one)[i], x[i])
+
+
+def test_targets_are_the_published_ones() -> None:
+    z, eps = normal(2, 1, 2, 2, seed=0), normal(2, 1, 2, 2, seed=1)
+    table = schedule("cosine")
+    alpha, sigma = (float(v) for v in table.at(0.3))
+    assert torch.equal(Process(table, parameterization("eps")).target(z, eps, 0.3), eps)
+    assert torch.equal(Process(table, parameterization("x0")).target(z, eps, 0.3), z)
+    assert torch.allclose(Process(table, parameterization("v")).target(z, eps, 0.3), alpha * eps - sigma * z)
+    assert torch.allclose(Process(schedule("flow"), parameterization("flow")).target(z, eps, 0.3), eps - z)
+
+
+def test_pairs_that_cannot_be_solved_are_refused_when_they_are_built() -> None:
+    with pytest.raises(UserError, match=r"'eps' cannot be solved at t = 1: there alpha is 0.*use v or x0"):
+        Process(schedule("flow"), parameterization("eps"))
+    with pytest.raises(UserError, match="unknown parameterization 'velocity'"):
+        parameterization("velocity")
+
+
+# ---- samplers on the mixture -------------------------------------------------------------------------------------------
+
+
+def start(chosen, count: int, seed: int = 0) -> Tensor:
+    return float(chosen.at(1.0)[1]) * normal(count, 2, 1, 1, seed=seed)
+
+
+def solve(sampler, chosen, steps: int, x: Tensor, noise=never, **options) -> Tensor:
+    calls: list[float] = []
+    times = timesteps("trailing", steps)
+    result = sample(sampler(x, times, chosen, noise, **options), exact(chosen, calls), steps)
+    assert calls == times[:-1]  # one network call a step, and none at t = 0
+    assert result is not None
+    return result
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "flow"])
+def test_ddim_converges_with_order_one(kind: str) -> None:
+    """Slope of log error over log step size, against 2*x_512 - x_256 (Richardson: the reference's own error is of order two)."""
+    chosen = schedule(kind)
+    x = start(chosen, 64)
+    reference = 2 * solve(ddim, chosen, 512, x) - solve(ddim, chosen, 256, x)
+    counts = [8, 16, 32, 64]
+    errors = [(solve(ddim, chosen, n, x) - reference).square().mean().sqrt().item() for n in counts]
+    fit = stats.linregress([math.log(n) for n in counts], [math.log(e) for e in errors])
+    assert -fit.slope == pytest.approx(1, abs=0.3), errors
+    assert errors[-1] < 0.05
+
+
+def features(points: Tensor) -> Tensor:
+    """What is compared: the coordinates, their products, and which component a point belongs to (soft): (N, 8)."""
+    a, b = points.T
+    return torch.cat([torch.stack([a, b, a * a, a * b, b * b], 1), log_density(points, 1.0, 0.0).softmax(1)], 1)
+
+
+def truth() -> Tensor:
+    mean = WEIGHTS @ MEANS
+    second = torch.einsum("k,ki,kj->ij", WEIGHTS, MEANS, MEANS) + (WEIGHTS @ STDS.square()) * torch.eye(2, dtype=F64)
+    # E[r_k(z)] = w_k: responsibilities average to the weights of the components
+    return torch.cat([mean, second[[0, 0, 1], [0, 1, 1]], WEIGHTS])
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "flow"])
+@pytest.mark.parametrize("run_of", [(ddpm, {}), (ddim, {"eta": 1.0}), (ddim, {"eta": 0.0})], ids=["ddpm", "ddim eta 1", "ddim"])
+def test_samples_have_the_mixtures_mean_covariance_and_mode_weights(kind: str, run_of) -> None:
+    """Each of 8 averages over 4000 points within 5 standard errors.
+
+    False alarms: with 72 comparisons at 5 standard errors, of which the discretisation (100 steps) uses up at most one, below
+    72 * 2 * P(N > 4) = 0.5 % if the seed were drawn anew; it is fixed.
+    """
+    sampler, options = run_of
+    chosen, count = schedule(kind), 4000
+    found = features(solve(sampler, chosen, 100, start(chosen, count), stream((count, 2, 1, 1)), **options).flatten(1))
+    score = (found.mean(0) - truth()) / (found.std(0) / math.sqrt(count))
+    assert score.abs().max() < 5, score
+
+
+def test_the_statistical_test_can_fail() -> None:
+    """Half of DDPM's noise left out is seen at once."""
+    chosen, count = schedule("cosine"), 1000
+    draw = stream((count, 2, 1, 1))
+    found = features(solve(ddpm, chosen, 50, start(chosen, count), lambda: 0.5 * draw()).flatten(1))
+    assert ((found.mean(0) - truth()) / (found.std(0) / math.sqrt(count))).abs().max() > 10
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_ddim_with_eta_one_is_ddpm_step_by_step(kind: str) -> None:
+    chosen = schedule(kind)
+    x, times, denoise = start(chosen, 20), timesteps("trailing", 25), exact(chosen)
+    a = run(ddim(x, times, chosen, stream(x.shape), eta=1.0), denoise, 25)
+    b = run(ddpm(x, times, chosen, stream(x.shape)), denoise, 25)
+    for left, right in zip(a, b, strict=True):
+        left, right = (e.x if isinstance(e, Step) else e for e in (left, right))
+        torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_ddim_is_euler_in_sigma_over_alpha(kind: str) -> None:
+    """x/alpha moves along d(x/alpha) = eps d(sigma/alpha) (Song et al. 2021, eq. 14); for a flow also along dx = (eps - z) dt."""
+    chosen = schedule(kind)
+    denoise, times = exact(chosen), timesteps("trailing", 20, start=0.98)
+    x = start(chosen, 20)
+    found = sample(ddim(x, times, chosen, never), denoise, 20)
+    y, flow = x, x
+    for t, s in pairwise(times):
+        (a_t, s_t), (a_s, s_s) = chosen.at(t), chosen.at(s)
+        y = a_s * (y / a_t + (s_s / a_s - s_t / a_t) * denoise(y, t).eps)
+        p = denoise(flow, t)
+        flow = flow + (s - t) * (p.eps - p.x0)
+    torch.testing.assert_close(found, y, rtol=1e-9, atol=1e-10)
+    if kind == "flow":
+        torch.testing.assert_close(found, flow, rtol=1e-9, atol=1e-10)
+
+
+def linear_response(sampler, chosen, t: float, s: float, denoise, **options) -> tuple[float, float]:
+    """(A, B) of one step x_s = A x_t + B noise + const."""
+    outputs = []
+    for x, n in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)):
+        noise = torch.full((1, 1, 1, 1), n, dtype=F64)
+        outputs.append(float(sample(sampler(torch.full((1, 1, 1, 1), x, dtype=F64), [t, s], chosen, lambda: noise, **options), denoise, 1)))  # noqa: B023
+    return outputs[1] - outputs[0], outputs[2] - outputs[0]
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize(("t", "s"), [(1.0, 0.6), (0.5, 0.35), (0.02, 0.004)])
+def test_one_step_keeps_the_variance(kind: str, t: float, s: float) -> None:
+    """For a point, x_s ~ N(alpha_s p, sigma_s^2) for every eta and for "small"; for a standard normal "large" keeps the variance."""
+    chosen = schedule(kind)
+    (a_t, s_t), (a_s, s_s) = ((float(v) for v in chosen.at(u)) for u in (t, s))
+
+    def point(x: Tensor, _: float) -> Prediction:
+        return Prediction(torch.full_like(x, 0.7), (x - 0.7 * a_t) / s_t)
+
+    for sampler, options in ((ddpm, {}), (ddim, {"eta": 0.0}), (ddim, {"eta": 0.4}), (ddim, {"eta": 1.0})):
+        gain, spread = linear_response(sampler, chosen, t, s, point, **options)
+        assert (gain * s_t) ** 2 + spread**2 == pytest.approx(s_s**2, rel=1e-9)
+        mean = sample(
+            sampler(torch.full((1, 1, 1, 1), 0.7 * a_t, dtype=F64), [t, s], chosen, lambda: torch.zeros(1, 1, 1, 1), **options), point, 1
+        )
+        assert float(mean) == pytest.approx(0.7 * a_s, rel=1e-9)
+    if kind != "flow":  # variance preserving: x ~ N(0, 1) at all times, with E[z | x] = alpha x
+
+        def standard(x: Tensor, _: float) -> Prediction:
+            return Prediction(a_t * x, (x - a_t**2 * x) / s_t)
+
+        gain, spread = linear_response(ddpm, chosen, t, s, standard, variance="large")
+        assert gain**2 + spread**2 == pytest.approx(1, rel=1e-9)
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.5, math.nan])
+def test_eta_out_of_range_is_refused(bad: float) -> None:
+    with pytest.raises(UserError, match=r"expected a number in \[0, 1\]"):
+        next(ddim(torch.zeros(1, 2, 1, 1), [1.0, 0.0], schedule("flow"), never, eta=bad))
+
+
+# ---- running a sampler -------------------------------------------------------------------------------------------------
+
+
+def test_run_streams_a_step_a_call_and_ends_with_the_latent() -> None:
+    chosen, calls = schedule("flow"), []
+    times = timesteps("trailing", 5)
+    events = run(ddim(start(chosen, 3), times, chosen, never), exact(chosen, calls), 5)
+    for index in range(5):
+        step = next(events)
+        assert isinstance(step, Step) and len(calls) == index + 1  # nothing runs ahead
+        assert (step.index, step.count, step.t) == (index, 5, times[index])
+        assert torch.equal(step.prediction.x0, exact(chosen)(step.x, step.t).x0)
+    assert torch.equal(next(events), solve(ddim, chosen, 5, start(chosen, 3)))
+    assert next(events, None) is None and len(calls) == 5
+
+
+def test_cancelling_stops_the_calls_and_closes_the_sampler() -> None:
+    chosen, calls = schedule("flow"), []
+    sampler = ddim(start(chosen, 3), timesteps("trailing", 10), chosen, never)
+    assert sample(sampler, exact(chosen, calls), 10, lambda step: step.index < 3) is None
+    assert len(calls) == 4
+    sampler = ddim(start(chosen, 3), timesteps("trailing", 10), chosen, never)
+    events = run(sampler, exact(chosen, calls), 10)
+    next(events), next(events)
+    events.close()
+    assert len(calls) == 6 and inspect.getgeneratorstate(sampler) == inspect.GEN_CLOSED
+    assert sample(ddim(start(chosen, 3), [1.0, 0.0], chosen, never), exact(chosen), 1, lambda step: None) is not None
+
+
+@pytest.mark.parametrize("part", ["x0", "eps"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_stops_the_run(part: str, value: float) -> None:
+    chosen, calls = schedule("flow"), []
+    oracle = exact(chosen, calls)
+
+    def broken(x: Tensor, t: float) -> Prediction:
+        found = oracle(x, t)
+        if len(calls) == 3:
+            getattr(found, part)[0, 0, 0, 0] = value
+        return Prediction(found.x0.float(), found.eps.float())
+
+    with pytest.raises(NumericalError, match=r"1 of 6 numbers .* step 3 of 8 \(t = 0\.75\) \(float32\)"):
+        sample(ddim(start(chosen, 3).float(), timesteps("trailing", 8), chosen, never), broken, 8)
+    assert len(calls) == 3
+    with pytest.raises(NumericalError, match=r"the decoder \(bfloat16\)"):
+        check_finite(torch.tensor([value], dtype=torch.bfloat16), "the decoder")
+
+
+def test_image_k_of_a_batch_has_the_noise_of_its_own_seed() -> None:
+    together = SeededNoise((4, 5, 3), [7, 8, 9])
+    first, second = together(), together()
+    assert first.shape == (3, 4, 5, 3) and first.dtype == torch.float32 and not torch.equal(first, second)
+    for k, seed in enumerate([7, 8, 9]):
+        alone = SeededNoise((4, 5, 3), [seed])
+        assert torch.equal(alone()[0], first[k]) and torch.equal(alone()[0], second[k])
+    assert not torch.equal(first[0], first[1])
+
+
+# ---- timesteps ---------------------------------------------------------------------------------------------------------
+
+
+@quick
+@given(spacing=st.sampled_from(list(SPACINGS)), steps=st.integers(1, 1000))
+def test_times_fall_strictly_for_every_spacing_and_number_of_steps(spacing: str, steps: int) -> None:
+    times = timesteps(spacing, steps)
+    assert len(times) == steps + 1 and times[-1] == 0 and 0 < times[0] <= 1
+    assert all(a > b for a, b in pairwise(times))
+    if spacing != "leading":
+        assert times[0] == 1  # the full noise
+
+
+@quick
+@given(spacing=st.sampled_from(list(SPACINGS)), steps=st.integers(1, 300), first=st.floats(0.31, 1.0))
+def test_times_begin_at_the_start_that_is_asked_for(spacing: str, steps: int, first: float) -> None:
+    times = timesteps(spacing, steps, start=first)
+    assert len(times) == steps + 1 and all(a > b for a, b in pairwise(times))
+    assert times[0] <= first + 0.0011 and (spacing == "leading" or times[0] >= first - 0.0011)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "steps", "options", "words"),
+    [
+        ("karras", 10, {}, "unknown timestep spacing 'karras'"),
+        ("trailing", 0, {}, "steps=0: expected at least 1"),
+        ("trailing", 5, {"start": 0.0}, "start=0.0: expected a time"),
+        ("trailing", 5, {"start": 1.1}, "start=1.1: expected a time"),
+        ("leading", 1001, {}, "fall strictly"),
+        ("linspace", 1001, {}, "fall strictly"),
+    ],
+)
+def test_impossible_times_are_refused(spacing: str, steps: int, options: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        timesteps(spacing, steps, **options)
+
+
+@pytest.mark.parametrize("times", [[1.0], [1.0, 1.0, 0.0], [0.5, 0.7], [1.2, 0.0], [0.5, -0.1], [math.nan, 0.0]])
+def test_lists_of_times_that_do_not_fall_are_refused(times: list[float]) -> None:
+    with pytest.raises(UserError, match="fall strictly"):
+        check_times(times)
+
+
+# ---- weights and times of training -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_min_snr_is_the_published_closed_form(kind: str) -> None:
+    """Hang et al. 2023, section 3.4: min(SNR, 5) for x0, min(SNR, 5)/SNR for eps, min(SNR, 5)/(SNR + 1) for v."""
+    chosen = schedule(kind)
+    t = torch.linspace(0.001, 0.999, 200, dtype=F64)
+    snr = chosen.log_snr(t).exp()
+    clipped = snr.clamp(max=5)
+    expected = {"x0": clipped, "eps": clipped / snr, "v": clipped / (snr + 1), "flow": clipped * t.square()}
+    if kind == "flow":  # v = alpha*eps - sigma*z there has alpha^2 + sigma^2 != 1, and eps is refused
+        del expected["eps"], expected["v"]
+    else:
+        del expected["flow"]
+    for name, values in expected.items():
+        found = loss_weight("min_snr", Process(chosen, parameterization(name)), t)
+        torch.testing.assert_close(found, values, rtol=1e-9, atol=0)
+        assert torch.equal(loss_weight("plain", Process(chosen, parameterization(name)), t), torch.ones(200, dtype=F64))
+    assert loss_weight("min_snr", Process(chosen, parameterization("x0")), t[:1], gamma=2.0) == pytest.approx(2)
+    with pytest.raises(UserError, match="unknown weighting"):
+        loss_weight("p2", Process(chosen, parameterization("v")), t)
+
+
+@pytest.mark.parametrize(("kind", "name"), PAIRS)
+def test_min_snr_weighs_the_error_of_x0_alike_in_every_parameterization(kind: str, name: str) -> None:
+    """weight * |y' - y|^2 = min(SNR, 5) * |x0' - x0|^2, whatever y is."""
+    process = Process(schedule(kind), parameterization(name))
+    x, y, other = (normal(1, 1, 2, 2, seed=s) for s in range(3))
+    for t in (0.05, 0.5, 0.9):
+        moved = process.split(x, other, t).x0 - process.split(x, y, t).x0
+        weight = loss_weight("min_snr", process, torch.tensor([t], dtype=F64))
+        left = weight * (other - y).square().sum()
+        assert float(left) == pytest.approx(float(process.schedule.log_snr(t).exp().clamp(max=5) * moved.square().sum()), rel=1e-6)
+
+
+ALARM = 1e-4  # false alarms of each distribution test, if its seed were drawn anew
+
+
+def test_uniform_times_are_stratified_and_each_of_them_is_uniform() -> None:
+    process = Process(schedule("flow"), parameterization("flow"))
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([draw_times("uniform", process, 16, generator) for _ in range(1500)])
+    assert torch.equal((draws * 16).floor().sort(1).values, torch.arange(16, dtype=F64).expand(1500, 16))  # one in each interval
+    for column in (draws[:, 0], draws[:, 7]):
+        assert stats.kstest(column.numpy(), "uniform").pvalue > ALARM
+    assert abs(stats.pearsonr(draws[:, 0].numpy(), draws[:, 1].numpy()).statistic) < 0.2  # -1/15 in theory: no order in the batch
+
+
+def test_logit_normal_times_have_their_distribution() -> None:
+    process = Process(schedule("flow"), parameterization("flow"))
+    for mean, std in ((0.0, 1.0), (-0.5, 1.3)):
+        t = draw_times("logit_normal", process, 4000, torch.Generator().manual_seed(1), mean=mean, std=std)
+        assert stats.kstest(torch.logit(t).numpy(), "norm", args=(mean, std)).pvalue > ALARM
+        assert stats.kstest(torch.logit(t).numpy(), "norm", args=(mean + 0.2, std)).pvalue < ALARM  # it can fail
+    with pytest.raises(UserError, match="unknown distribution"):
+        draw_times("cosmap", process, 4, torch.Generator())
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_training_visits_every_time_and_never_zero(kind: str) -> None:
+    process = Process(schedule(kind), parameterization("v"))
+    t = draw_times("uniform", process, 5000, torch.Generator().manual_seed(0))
+    assert t.dtype == F64 and t.min() > 0 and t.max() <= 1
+    if kind == "flow":
+        assert t.min() < 0.0005 and t.max() > 0.9995
+    else:  # the grid itself: 5 draws at each of 1000 points, because they are stratified
+        values, counts = torch.unique((t * 1000).round(), return_counts=True)
+        assert torch.equal(values, torch.arange(1, 1001, dtype=F64)) and (counts == 5).all()
+        assert (t * 1000 - (t * 1000).round()).abs().max() < 1e-9
+    assert process.schedule.sample_times(torch.tensor([0.0, 1.0])).min() > 0
