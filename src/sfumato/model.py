@@ -108,10 +108,9 @@ class LatentDiffusion:
         if not 0 < t <= 1:
             raise UserError(f"t={t}: expected a time in (0, 1]")
         check_latent(self.autoencoder.space, x)
-        if not isinstance(conditioning, Conditioning):
-            conditioning = self.conditioner(_prompts(conditioning, len(x)))
+        given = conditioning if isinstance(conditioning, Conditioning) else self.conditioner(_prompts(conditioning, len(x)))
         with torch.inference_mode():
-            found = self.denoiser(x.to(self.device), t, conditioning.to(self.device))
+            found = self.denoiser(x.to(self.device), t, given.to(self.device))
         return Prediction(found.x0.clone(), found.eps.clone())
 
     def decode(self, z: Float[Tensor, "B C h w"]) -> list[PIL.Image]:
@@ -215,7 +214,9 @@ class LatentDiffusion:
         try:
             return sample(run, lambda x, t: guided(x, t, conditioning), len(times) - 1, on_step)
         except NumericalError as error:
-            raise error if dtype == torch.float32 else NumericalError(f"{error} (the network ran in {_name(dtype)})") from error
+            if dtype == torch.float32:
+                raise
+            raise NumericalError(f"{error} (the network ran in {_name(dtype)})") from error
 
     def times(self, steps: int) -> list[float]:
         """The times a run of `steps` network calls visits, by the model's default spacing."""
@@ -350,8 +351,12 @@ def load(source: str | Path, device: str = "cpu") -> LatentDiffusion:
     path = found.get(str(source), Path(source).expanduser())
     if path.is_file():
         with tempfile.TemporaryDirectory() as temporary:
-            unfold(path, temporary)
-            return _open(Path(temporary), path.stem, device)
+            try:
+                with explained(path):
+                    unfold(path, temporary)
+                return _open(Path(temporary), path.stem, device)
+            except UserError as error:  # what is wrong is wrong in the file that the user named
+                raise UserError(str(error).replace(temporary, str(path))) from error
     if not path.is_dir():
         if str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")):
             path = _from_hub(str(source))

@@ -520,6 +520,16 @@ def test_a_loaded_model_makes_the_same_images_bit_for_bit(each: LatentDiffusion,
     assert contents(tmp_path / "m") == contents(tmp_path / "n"), "saving what was loaded gives the same files"
 
 
+def test_a_model_in_one_file_is_the_same_model(each: LatentDiffusion, tmp_path: Path) -> None:
+    each.save(tmp_path / "m.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+    loaded = sfumato.load(tmp_path / "m.safetensors")
+    assert (loaded.hash, loaded.name, loaded.defaults) == (each.hash, each.name, each.defaults)
+    assert torch.equal(latents(loaded, n=2, seed=8), latents(each, n=2, seed=8))
+    each.save(tmp_path / "m.safetensors", dtype=torch.float16)
+    assert sfumato.load(tmp_path / "m.safetensors").hash != each.hash
+
+
 def test_half_precision_on_disk_is_rounded_weights(model: LatentDiffusion, tmp_path: Path) -> None:
     model.save(tmp_path / "half", dtype=torch.float16)
     model.save(tmp_path / "full")

@@ -164,17 +164,29 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "index is a list": (content(INDEX, lambda b: b"[1, 2]"), "holds a list: expected a JSON object"),
     "index lacks a part": (change(INDEX, lambda v: v.pop("unet")), "expected at least vae and unet"),
     "index with odd defaults": (change(INDEX, lambda v: v["_sfumato"]["defaults"].update(steps="many")), "steps='many'"),
-    "index with an unknown sampler": (change(INDEX, lambda v: v["_sfumato"]["defaults"].update(sampler="bogus")), "unknown sampler 'bogus'"),
-    "index with notes of another kind": (change(INDEX, lambda v: v.update(_sfumato=["x"])), "model_index.json has a value of the wrong kind"),
+    "index with an unknown sampler": (
+        change(INDEX, lambda v: v["_sfumato"]["defaults"].update(sampler="bogus")),
+        "unknown sampler 'bogus'",
+    ),
+    "index with notes of another kind": (
+        change(INDEX, lambda v: v.update(_sfumato=["x"])),
+        "model_index.json has a value of the wrong kind",
+    ),
     "truncated config": (content(UNET, lambda b: b[: len(b) // 2]), "not valid JSON.*truncated"),
     "empty config": (content(VAE, lambda b: b""), "not valid JSON"),
     "config that is no text": (content(VAE, lambda b: b"\xff\xfe\x00"), "not valid JSON"),
     "config is a number": (content(UNET, lambda b: b"5"), "holds a int: expected a JSON object"),
     "no config": (content(UNET, lambda b: None), r"unet/config\.json is missing"),
     "unknown field": (change(UNET, lambda v: v.update(flash=True)), "unet/config.json: config field flash=True is not known"),
-    "field with another value": (change(UNET, lambda v: v.update(act_fn="gelu")), "unet/config.json: config field act_fn='gelu' is not supported"),
+    "field with another value": (
+        change(UNET, lambda v: v.update(act_fn="gelu")),
+        "unet/config.json: config field act_fn='gelu' is not supported",
+    ),
     "field of another kind": (change(UNET, lambda v: v.update(layers_per_block="two")), "unet/config.json has a value of the wrong kind"),
-    "widths of another kind": (change(UNET, lambda v: v.update(block_out_channels=["a", "b"])), "unet/config.json has a value of the wrong kind"),
+    "widths of another kind": (
+        change(UNET, lambda v: v.update(block_out_channels=["a", "b"])),
+        "unet/config.json has a value of the wrong kind",
+    ),
     "impossible widths": (change(VAE, lambda v: v.update(block_out_channels=[9, 16])), "9 is not a multiple"),
     "zero groups": (change(VAE, lambda v: v.update(norm_num_groups=0)), "vae/config.json has a value of the wrong kind"),
     "statistics of another length": (change(VAE, lambda v: v.update(latents_std=[1.0])), "vae/config.json has a value of the wrong kind"),
@@ -236,6 +248,45 @@ def test_the_sound_model_is_not_refused(folder: Path, child: Child) -> None:
     assert sfumato.load(folder).hash == TINY["build"]().hash
 
 
+def single(edit: Callable[[dict[str, torch.Tensor], dict[str, Any]], object]) -> Callable[[Path], None]:
+    """A model in one file, with its tensors and the JSON in its header changed."""
+
+    def make(path: Path) -> None:
+        from safetensors import safe_open
+
+        TINY["build"]().save(path)
+        tensors = {k: v.clone() for k, v in read_tensors(path).items()}
+        with safe_open(path, "pt") as opened:
+            configs = json.loads(opened.metadata()["sfumato"])
+        text = edit(tensors, configs)
+        write_tensors(path, tensors, {"sfumato": text if isinstance(text, str) else json.dumps(configs)})
+
+    return make
+
+
+SINGLE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no tensors at all": (lambda p: p.write_bytes(b"<html>" * 9), "not a whole safetensors file"),
+    "empty": (lambda p: p.write_bytes(b""), "not a whole safetensors file"),
+    "from another tool": (lambda p: write_tensors(p, {"model.diffusion_model.x": torch.zeros(1)}), "was not written by sfumato"),
+    "header that is no JSON": (single(lambda t, c: "{"), "value of the wrong kind"),
+    "header that is a list": (single(lambda t, c: "[1]"), "value of the wrong kind"),
+    "path outside": (single(lambda t, c: c.update({"../../evil.json": {}})), "names a path outside its folder"),
+    "tensor of no part": (single(lambda t, c: t.update(lost=torch.zeros(1))), "value of the wrong kind"),
+    "missing key": (single(lambda t, c: t.pop("unet.conv_in.bias")), r"missing \(conv_in\.bias\)"),
+    "unknown field": (single(lambda t, c: c["unet/config.json"].update(flash=1)), "config field flash=1 is not known"),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_broken_single_file_is_refused_in_one_sentence(tmp_path: Path, child: Child, name: str) -> None:
+    make, words = SINGLE[name]
+    make(tmp_path / "m.safetensors")
+    code, out, err = child("generate", "bag", "--model", "m.safetensors", folder=tmp_path)
+    assert (code, out) == (2, "") and re.search(words, err) and len(err.splitlines()) == 1, err
+    assert is_one_sentence(err.strip()) and "m.safetensors" in err and "/tmp/tmp" not in err
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
 class Trap:
     """An object whose pickle makes a file when it is read."""
 
@@ -246,7 +297,9 @@ class Trap:
         return os.mkdir, (str(self.marker),)
 
 
-@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.pt", "model.ckpt", "diffusion_pytorch_model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.pt", "model.ckpt", "diffusion_pytorch_model.safetensors"]
+)
 def test_pickles_are_never_opened(folder: Path, tmp_path: Path, name: str) -> None:
     marker = tmp_path / "code has run"
     trap = pickle.dumps(Trap(marker))
@@ -316,7 +369,11 @@ def test_arguments_that_do_not_parse(saved: Path, child: Child, tmp_path: Path, 
 
 @pytest.mark.parametrize(
     ("prompt", "words"),
-    [("ankel boot", "did you mean 'ankle boot'"), ("quux", "known are ankle boot, bag, t-shirt/top"), ("../../etc/passwd", "unknown class")],
+    [
+        ("ankel boot", "did you mean 'ankle boot'"),
+        ("quux", "known are ankle boot, bag, t-shirt/top"),
+        ("../../etc/passwd", "unknown class"),
+    ],
 )
 def test_an_unknown_class(saved: Path, child: Child, tmp_path: Path, prompt: str, words: str) -> None:
     code, out, err = child("generate", prompt, "--model", str(saved), folder=tmp_path)
@@ -546,7 +603,11 @@ def test_a_folder_with_one_picture_is_enough_to_open(tmp_path: Path) -> None:
 DATA: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "missing folder": (lambda p: None, "nowhere", "nowhere does not exist: expected fashion-mnist, a folder of pictures"),
     "empty folder": (lambda p: (p / "pictures").mkdir(), "pictures", "holds no pictures (found nothing)"),
-    "no pictures in it": (lambda p: (p / "pictures/a.txt", (p / "pictures").mkdir(), (p / "pictures/a.txt").touch()), "pictures", "(found .txt)"),
+    "no pictures in it": (
+        lambda p: (p / "pictures/a.txt", (p / "pictures").mkdir(), (p / "pictures/a.txt").touch()),
+        "pictures",
+        "(found .txt)",
+    ),
     "a file": (lambda p: png(p / "a.png"), "a.png", "a.png is a .png file: expected a .parquet file, or the folder"),
     "labels are missing": (lambda p: idx(p / "d", images=20), "d", "has no train-labels-idx1-ubyte"),
     "truncated idx file": (lambda p: idx(p / "d", images=20, labels=9), "d", "train-images-idx3-ubyte"),

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.slow
 
 
 def quiet_environment() -> dict[str, str]:
-    """No way back to the checkout: not through PYTHONPATH, not through the current folder."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV", "COV_"))}
+    """No way back to the checkout, not through PYTHONPATH or the current folder, and no word of a make that runs these tests."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV", "COV_", "MAKE", "MFLAGS", "ARGS", "PROMPT"))}
     return {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 
 

@@ -24,7 +24,7 @@ class EMA:
     def update(self, network: nn.Module, updates: int) -> None:
         """Takes in the weights after `updates` earlier updates."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
-        ours, theirs = list(self.network.parameters()), [p.detach().float() for p in network.parameters()]
-        torch._foreach_lerp_(ours, theirs, 1 - decay)
+        for a, b in zip(self.network.parameters(), network.parameters(), strict=True):
+            a.lerp_(b.detach().float(), 1 - decay)
         for a, b in zip(self.network.buffers(), network.buffers(), strict=True):
             a.copy_(b)

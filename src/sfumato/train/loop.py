@@ -113,7 +113,7 @@ def train(
     plain = objective.networks
     for network in plain.values():
         network.to(accelerator.device).train()
-    optimizers = {
+    optimizers: dict[str, torch.optim.Optimizer] = {
         name: torch.optim.AdamW(network.parameters(), settings.lr, settings.betas, weight_decay=settings.weight_decay)
         for name, network in plain.items()
     }

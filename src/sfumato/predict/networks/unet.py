@@ -4,8 +4,9 @@ y = U(x, t, conditioning): residual blocks with a time embedding at each resolut
 the way down to the way up. Module names and config are diffusers' UNet2DConditionModel.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,8 @@ class UNetConfig:
     """The numbers of a U-Net, with diffusers' names and defaults.
 
     attention_head_dim is, as in diffusers, the number of heads of cross-attention blocks and the width of a head of plain attention
-    blocks ("AttnDownBlock2D").
+    blocks ("AttnDownBlock2D"). Of several numbers, one a level, the k-th is also for the k-th plain attention block on the way up: there
+    diffusers does not reverse them as it does for everything else.
     """
 
     sample_size: int | None = None
@@ -130,9 +132,14 @@ class UNetConfig:
 
 
 class _Block(nn.Module):
-    """Residual blocks at one resolution, each with its attention; the way down keeps every output as a skip, the way up takes them."""
+    """Residual blocks at one resolution, each with its attention; the way down keeps every output as a skip, the way up takes them.
 
-    def __init__(self, config: UNetConfig, level: int, kind: str | None, widths: list[tuple[int, int]], step: str | None):
+    `position` counts the blocks on the way up, from the lowest resolution.
+    """
+
+    def __init__(
+        self, config: UNetConfig, level: int, kind: str | None, widths: list[tuple[int, int]], step: str | None, position: int | None = None
+    ):
         super().__init__()
         channels, heads = config.block_out_channels[level], config.at("attention_head_dim", level)
         groups, eps = config.norm_num_groups, config.norm_eps
@@ -148,7 +155,8 @@ class _Block(nn.Module):
                 SpatialTransformer(channels, heads, channels // heads, depth, context, groups, linear) for _ in range(count)
             )
         elif kind == "self":
-            self.attentions = nn.ModuleList(SpatialAttention(channels, heads, groups, eps) for _ in range(count))
+            head_width = config.at("attention_head_dim", level if position is None else position)
+            self.attentions = nn.ModuleList(SpatialAttention(channels, head_width, groups, eps) for _ in range(count))
         if step == "down":
             self.downsamplers = nn.ModuleList([Downsample(channels, config.downsample_padding)])
         elif step == "up":
@@ -203,7 +211,7 @@ class UNet(nn.Module):
             for _ in range(config.at("layers_per_block", level) + 1):
                 pairs.append((below + skips.pop(), widths[level]))
                 below = widths[level]
-            self.up_blocks.append(_Block(config, level, _KINDS[kind], pairs, "up" if level > 0 else None))
+            self.up_blocks.append(_Block(config, level, _KINDS[kind], pairs, "up" if level > 0 else None, position))
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
@@ -231,7 +239,7 @@ class UNet(nn.Module):
         time = self.embed(timestep, cond, x.dtype)
         x = self.conv_in(x)
         skips = [x]
-        for block in self.down_blocks:
+        for block in cast("Iterable[_Block]", self.down_blocks):
             for i, resnet in enumerate(block.resnets):
                 x = block.attend(i, resnet(x, time), cond)
                 skips.append(x)
@@ -250,7 +258,7 @@ class UNet(nn.Module):
                 x = resnet(self.mid_block.attend(i, x, cond), time)
         if residuals:
             x = x + residuals[-1]
-        for block in self.up_blocks:
+        for block in cast("Iterable[_Block]", self.up_blocks):
             for i, resnet in enumerate(block.resnets):
                 x = block.attend(i, resnet(torch.cat([x, skips.pop()], dim=1), time), cond)
             for step in getattr(block, "upsamplers", ()):

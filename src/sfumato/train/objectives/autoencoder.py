@@ -16,6 +16,7 @@ from PIL import Image as PIL
 from torch import Tensor, nn
 
 from sfumato.compress.base import Autoencoder, Posterior
+from sfumato.compress.kl import AutoencoderKL
 from sfumato.data import ImageSet
 from sfumato.decode.image import grid, to_pil
 from sfumato.errors import UserError
@@ -86,7 +87,9 @@ class AutoencoderObjective(Objective):
             return hinge(real, fake), {"discriminator/real": float(real.detach().mean()), "discriminator/fake": float(fake.detach().mean())}
 
         w = self.weights
-        space = _plain(networks["autoencoder"]).space
+        autoencoder = _plain(networks["autoencoder"])
+        assert isinstance(autoencoder, AutoencoderKL)
+        space = autoencoder.space
         shape = (len(image), space.channels, image.shape[2] // space.factor, image.shape[3] // space.factor)
         noise = torch.randn(shape, generator=generator).to(image.device)
         rebuilt, mean, std = (v.float() for v in networks["autoencoder"](image, noise))
@@ -101,7 +104,7 @@ class AutoencoderObjective(Objective):
         if w.adversarial and step >= w.adversarial_start:
             discriminator = _plain(networks["discriminator"]).requires_grad_(False)
             fooled = -discriminator(rebuilt).float().mean()
-            scale = adaptive_weight(total, fooled, _plain(networks["autoencoder"]).decoder.conv_out.weight)  # pyright: ignore
+            scale = adaptive_weight(total, fooled, autoencoder.decoder.conv_out.weight)
             discriminator.requires_grad_(True)
             numbers |= {"autoencoder/adversarial": float(fooled.detach()), "autoencoder/adaptive_weight": float(scale)}
             total = total + w.adversarial * scale * fooled
