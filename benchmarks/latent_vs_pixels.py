@@ -37,6 +37,7 @@ from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.train.loop import LoopSettings, train
+from sfumato.train.objective import Draw
 from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective
 from sfumato.train.recipe import encode_all
 from sfumato.types import LatentSpace
@@ -103,12 +104,12 @@ def cost(objective: DenoiserObjective, batch_size: int) -> tuple[float, float, f
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    batch = objective.batch(torch.arange(batch_size))
-    generator = torch.Generator().manual_seed(0)
+    draw = Draw(torch.Generator().manual_seed(0), batch_size)
+    batch = objective.batch(torch.arange(batch_size), draw)
     weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
     with FlopCounterMode(display=False) as flops, torch.autocast("cpu", torch.bfloat16):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss, _ = objective.loss("denoiser", objective.networks, batch, 0, generator)
+            loss, _ = objective.loss("denoiser", objective.networks, batch, 0, draw)
         loss.backward()
     network.zero_grad(set_to_none=True)
     parameters = sum(p.numel() for p in network.parameters())

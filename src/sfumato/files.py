@@ -1,14 +1,17 @@
 """Files that are whole or absent: atomic writes, JSON with clear errors, content hashes.
 
 A writer fills a temporary name in the same folder, calls fsync and renames; a full disk or a kill leaves the old file.
+Temporary names are .NAME.PID.tmp; `recover` clears those of writers that are gone.
 """
 
+import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +21,68 @@ if TYPE_CHECKING:
     import torch
 
 
+_TEMPORARY = re.compile(r"\.(.+)\.(\d+)\.(tmp|old)")
+
+
+class NotWritten(UserError):
+    """A file could not be written (full disk, permissions); what was there before is unchanged."""
+
+    def __init__(self, path: Path, error: OSError):
+        reason = error.strerror or error
+        super().__init__(f"could not write {path}: {reason}; what was there is unchanged: free some space or choose another place")
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _alive(process: int) -> bool:
+    """Whether another process has this number. What carries our own number was left by an earlier process that had it."""
+    if process == os.getpid() or os.name == "nt":  # Windows: signal 0 is Ctrl-C; what is left there stays
+        return os.name == "nt"
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def recover(folder: str | Path, name: str | None = None) -> None:
+    """Clears what killed writers left in a folder, of one `name` or of all: half-written things go, and a thing that a writer had
+    moved aside (see `atomic_folder`) takes its place again if nothing stands there. What living processes write is not touched."""
+    for left in sorted(Path(folder).glob(".*")):
+        found = _TEMPORARY.fullmatch(left.name)
+        if found is None or name not in (None, found[1]) or _alive(int(found[2])):
+            continue
+        if found[3] == "old" and not (left.parent / found[1]).exists():
+            with suppress(OSError):
+                os.replace(left, left.parent / found[1])
+        else:
+            _remove(left)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swaps the names of two folders in one step, so that at every moment both exist. False where the system cannot (not Linux)."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(a), here, os.fsencode(b), swap) == 0
 
 
 @contextmanager
@@ -38,40 +97,45 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
-        raise UserError(
-            f"could not write {path}: {error.strerror or error}; the file that was there is unchanged: free some space or choose another place"
-        ) from error
+        raise NotWritten(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`; it takes the name `path` (replacing what was there) when the block ends well."""
+    """Yields a temporary folder beside `path`; it takes the name `path` (replacing what was there) when the block ends well.
+
+    A kill at any moment leaves the old folder or the new one under the name. Where the system cannot swap two names in one step
+    (not Linux), a kill between two renames leaves the old one moved aside: `recover`, or the next writer, puts it back.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
+        recover(path.parent, path.name)
         temporary.mkdir()
         yield temporary
-        for file in temporary.rglob("*"):
+        for file in (temporary, *temporary.rglob("*")):
             _sync(file)
-        if path.exists():
+        if not path.exists():
+            os.replace(temporary, path)
+        elif not _exchange(temporary, path):  # after an exchange, `temporary` is what was there before
             os.replace(path, old)
-        os.replace(temporary, path)
+            os.replace(temporary, path)
         _sync(path.parent)
-    except OSError as error:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        raise UserError(
-            f"could not write {path}: {error.strerror or error}; what was there is unchanged: free some space or choose another place"
-        ) from error
+    except (OSError, NotWritten) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        raise NotWritten(path, cause if isinstance(cause, OSError) else OSError(str(cause))) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not path.exists():
+            with suppress(OSError):
+                os.replace(old, path)
+        _remove(temporary)
         if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
 
 
 def write_json(path: str | Path, value: object) -> None:

@@ -334,6 +334,13 @@ def test_one_step_keeps_the_variance(kind: str, t: float, s: float) -> None:
         assert gain**2 + spread**2 == pytest.approx(1, rel=1e-9)
 
 
+@pytest.mark.parametrize(("sampler", "options"), [(ddpm, {}), (ddpm, {"variance": "large"}), (ddim, {"eta": 1.0})])
+def test_the_last_step_draws_no_noise(sampler, options) -> None:
+    """At t = 0 nothing would remove it; `never` raises if it is asked."""
+    chosen = schedule("cosine")
+    assert sample(sampler(start(chosen, 5), [0.3, 0.0], chosen, never, **options), exact(chosen), 1) is not None
+
+
 @pytest.mark.parametrize("bad", [-0.1, 1.5, math.nan])
 def test_eta_out_of_range_is_refused(bad: float) -> None:
     with pytest.raises(UserError, match=r"expected a number in \[0, 1\]"):

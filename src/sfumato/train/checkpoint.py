@@ -4,16 +4,23 @@ All other state is a function of (seed, step), so that these files are enough to
 data and every random draw are computed from the step's number.
 """
 
+import json
+import logging
+import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sfumato.checkpoints.folder import check_keys
 from sfumato.errors import UserError
-from sfumato.files import atomic_folder, read_json, read_tensors, write_json, write_tensors
+from sfumato.files import atomic_folder, read_json, read_tensors, recover, write_json, write_tensors
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -31,7 +38,7 @@ def _unflatten(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> Non
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in flat.items():
         index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
+        state.setdefault(int(index), {})[key] = value.clone()  # the optimizer keeps what it is given: not a map of the file
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -41,18 +48,23 @@ def save(
     networks: dict[str, nn.Module],
     average: dict[str, Tensor],
     optimizers: dict[str, torch.optim.Optimizer],
-    extra: dict[str, Any],
+    run: dict[str, Any],
+    scaler: dict[str, Any] | None = None,
     keep: int = 2,
 ) -> None:
-    """Writes folder/step-XXXXXXXX atomically, then removes all but the newest `keep`."""
+    """Writes folder/step-XXXXXXXX atomically, then removes all but the newest `keep`. `run` says what the checkpoint belongs to."""
     with atomic_folder(folder / f"step-{step:08d}") as temporary:
         for name, network in networks.items():
             write_tensors(temporary / f"{name}.safetensors", network.state_dict())
             write_tensors(temporary / f"{name}.optimizer.safetensors", _flatten(optimizers[name]))
         write_tensors(temporary / "average.safetensors", average)
-        write_json(temporary / "state.json", {"step": step, **extra})
+        write_json(temporary / "state.json", {"step": step, "run": run, "scaler": scaler})
     for old in steps(folder)[:-keep]:
-        shutil.rmtree(folder / f"step-{old:08d}", ignore_errors=True)
+        # Renamed first: a kill in the middle of removing leaves no half checkpoint under the name of a whole one.
+        gone = folder / f".step-{old:08d}.{os.getpid()}.tmp"
+        with suppress(OSError):
+            os.replace(folder / f"step-{old:08d}", gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def steps(folder: Path) -> list[int]:
@@ -62,28 +74,73 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(m[1]) for f in folder.iterdir() if (m := _NAME.fullmatch(f.name)) and (f / "state.json").exists())
 
 
+def clean(folder: Path) -> None:
+    """Clears what a killed save left behind. One process does this, before any loads."""
+    recover(folder)
+
+
 def load(
-    folder: Path,
-    networks: dict[str, nn.Module],
-    average: nn.Module,
-    optimizers: dict[str, torch.optim.Optimizer],
-    settings_hash: str,
+    folder: Path, networks: dict[str, nn.Module], average: nn.Module, optimizers: dict[str, torch.optim.Optimizer], run: dict[str, Any]
 ) -> dict[str, Any] | None:
     """Restores the newest checkpoint in place and returns its state.json; None where there is none.
 
-    Settings other than those it was made with are a `UserError`: the result would be neither run.
+    A damaged one is passed over, with a warning, for the one before it. `UserError`: none is whole, or the newest was made by a run
+    with other settings or data, so that going on would give neither run's result.
     """
-    found = steps(folder)
-    for leftover in folder.glob(".step-*.tmp") if folder.is_dir() else ():
-        shutil.rmtree(leftover, ignore_errors=True)
-    if not found:
-        return None
-    newest = folder / f"step-{found[-1]:08d}"
-    state = read_json(newest / "state.json")
-    if state["settings"] != settings_hash:
-        raise UserError(f"{newest} was made with other settings or data: resume with the same ones, or train into another folder")
-    for name, network in networks.items():
-        network.load_state_dict(read_tensors(newest / f"{name}.safetensors"))
-        _unflatten(optimizers[name], read_tensors(newest / f"{name}.optimizer.safetensors"))
-    average.load_state_dict(read_tensors(newest / "average.safetensors"))
-    return state
+    damage: list[str] = []
+    for step in reversed(steps(folder)):
+        place = folder / f"step-{step:08d}"
+        try:
+            state = read_json(place / "state.json")
+            if not isinstance(state, dict) or state.get("step") != step:
+                raise UserError(f"{place / 'state.json'} does not say that it is step {step}: it is damaged or of another version")
+            _same_run(place, state.get("run"), run)
+            found = {name: _read(place, name, network) for name, network in networks.items()}
+            averaged = _read(place, "average", average)
+            optimized = {name: read_tensors(place / f"{name}.optimizer.safetensors") for name in networks}
+        except OtherRun:
+            raise
+        except UserError as error:
+            damage.append(str(error))
+            logger.warning("checkpoint %s is passed over: %s", place, error)
+            continue
+        for name, network in networks.items():
+            network.load_state_dict(found[name])
+            _unflatten(optimizers[name], optimized[name])
+        average.load_state_dict(averaged)
+        return state
+    if damage:
+        raise UserError(f"no checkpoint in {folder} is whole ({damage[0]}): put a copy of one there, or train into another folder")
+    return None
+
+
+def _read(place: Path, name: str, network: nn.Module) -> dict[str, Tensor]:
+    tensors = read_tensors(place / f"{name}.safetensors")
+    check_keys(network.state_dict(), tensors, place / f"{name}.safetensors")
+    return tensors
+
+
+class OtherRun(UserError):
+    """A checkpoint of a run with other settings or data."""
+
+
+def _same_run(place: Path, made: Any, run: dict[str, Any]) -> None:
+    """`OtherRun`, naming the settings that differ."""
+    changed = _differences(made, json.loads(json.dumps(run)), "run")
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise OtherRun(
+            f"{place} was made with other settings or data ({'; '.join(changed[:3])}{more}): "
+            "resume with the same ones, or train into another folder"
+        )
+
+
+def _differences(a: Any, b: Any, name: str) -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [d for key in sorted(a.keys() | b.keys()) for d in _differences(a.get(key), b.get(key), key)]
+    return [] if a == b else [f"{name}: {_short(a)} there, {_short(b)} now"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 
 class PatchDiscriminator(nn.Module):
-    """image (B, C, H, W) in [-1, 1] -> logits (B, 1, h, w), one a patch. Group norm instead of batch norm: real and fake need no common batch.
+    """image (B, C, H, W) in [-1, 1] -> logits (B, 1, h, w), one a patch.
 
+    Group norm instead of batch norm: real and fake need no common batch.
     layers: how many times the side is halved (3 is the 70x70 PatchGAN; 2 suits images of 32 pixels).
     """
 
@@ -39,7 +40,14 @@ def hinge(real: Float[Tensor, "..."], fake: Float[Tensor, "..."]) -> Float[Tenso
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """How much of the adversarial loss balances the reconstruction loss at `last_layer`; at most 1e4, no gradient."""
-    (a,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (b,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (a.norm() / (b.norm() + 1e-4)).clamp(0, 1e4).detach()
+    """How much of the adversarial loss balances the reconstruction loss at `last_layer`; at most 1e4, no gradient.
+
+    With several processes the gradients are those of the whole batch, so that every process weighs alike.
+    """
+    gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (reconstruction, adversarial)]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient)
+            gradient /= torch.distributed.get_world_size()
+    a, b = (gradient.norm() for gradient in gradients)
+    return (a / (b + 1e-4)).clamp(0, 1e4).detach()

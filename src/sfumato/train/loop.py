@@ -1,6 +1,7 @@
 """The training loop: every objective, one process or several (accelerate), and exact resume.
 
-Step n's batch, noise and learning rate depend on (seed, n) alone, so k steps, a kill, and N-k steps are the N steps, bit for bit.
+Step n's batch, noise and learning rate depend on (seed, n) alone, so k steps, a kill, and N-k steps are the N steps, bit for bit; and
+N processes make the steps of one, up to the order of summation (dropout apart, which each process draws for its own examples).
 AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), linear warm-up, cosine or linear decay, gradient clipping, weight averaging.
 """
 
@@ -9,19 +10,22 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from sfumato.errors import NumericalError, UserError
-from sfumato.files import hash_bytes, hash_json
+from sfumato.errors import NumericalError, UserError, unknown
+from sfumato.files import hash_bytes
 from sfumato.train import checkpoint
 from sfumato.train.ema import EMA
-from sfumato.train.objective import Objective
+from sfumato.train.objective import Draw, Objective
 from sfumato.train.record import Record
 
 logger = logging.getLogger(__name__)
+
+DECAYS = ("constant", "linear", "cosine")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class LoopSettings:
     warmup: int = 100
     decay: Literal["constant", "linear", "cosine"] = "cosine"
     final_lr: float = 0.0
-    """The learning rate at the last step, as a fraction of lr."""
+    """What the decay falls to at the end of the run, as a fraction of lr."""
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0
@@ -46,6 +50,9 @@ class LoopSettings:
     log_every: int = 50
 
     def __post_init__(self) -> None:
+        for kind, name, known in (("decay", self.decay, DECAYS), ("precision", self.precision, PRECISIONS)):
+            if name not in known:
+                raise unknown(kind, name, known)
         for name in ("steps", "batch_size", "save_every", "show_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: expected at least 1")
@@ -58,6 +65,12 @@ class LoopSettings:
         done = min(1.0, max(0, step - self.warmup) / max(self.steps - self.warmup, 1))
         fall = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.decay]
         return self.lr * rise * (self.final_lr + (1 - self.final_lr) * fall)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the weights. How often to look does not; how far to go does not either, if no decay depends on it."""
+        free = {"save_every", "show_every", "log_every", *(["steps", "final_lr"] if self.decay == "constant" else [])}
+        return {name: str(value) if value == math.inf else value for name, value in asdict(self).items() if name not in free}
 
 
 def derive_seed(*parts: object) -> int:
@@ -95,6 +108,28 @@ class _Order:
         return self.order[offset : offset + self.batch_size]
 
 
+def start(settings: LoopSettings) -> Any:
+    """accelerate's Accelerator in the precision of the settings; `UserError` where this machine cannot."""
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+    except ImportError as error:
+        raise UserError(f"training needs the package {error.name}: run `pip install 'sfumato[train]'`") from error
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
+    precision = {"fp32": "no"}.get(settings.precision, settings.precision)
+    try:
+        # Told that there are only CPUs, accelerate joins the processes of torchrun; else each would think that it is alone.
+        cpu = not torch.accelerator.is_available()
+        accelerator = Accelerator(cpu=cpu, mixed_precision=precision, step_scheduler_with_optimizer=False)
+    except ValueError as error:
+        raise UserError(f"precision={settings.precision!r} is not possible here ({error}): use another") from error
+    if settings.precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would run in fp32 and not say so
+        raise UserError("precision='fp16' needs a GPU, and this machine trains on its CPU: use bf16 or fp32")
+    if settings.batch_size % accelerator.num_processes:
+        raise UserError(f"batch_size={settings.batch_size} does not divide among {accelerator.num_processes} processes: choose a multiple")
+    return accelerator
+
+
 def train(
     objective: Objective, settings: LoopSettings, out: Path, *, resume: bool = True, on_step: Callable[[int], None] | None = None
 ) -> nn.Module:
@@ -103,14 +138,11 @@ def train(
     out/checkpoints holds the state, out/log.jsonl the numbers, out/samples the pictures, out/tensorboard both. With `resume` a run
     that stopped goes on from its newest checkpoint; without, a folder that has one is refused. `on_step` is called after each step.
     """
-    from accelerate import Accelerator
-
-    precision = {"fp32": "no"}.get(settings.precision, settings.precision)
-    accelerator = Accelerator(mixed_precision=precision, step_scheduler_with_optimizer=False)
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    if settings.batch_size % processes:
-        raise UserError(f"batch_size={settings.batch_size} does not divide among {processes} processes: choose a multiple")
-    plain = objective.networks
+    accelerator = start(settings)
+    processes, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
+    plain, checkpoints = objective.networks, out / "checkpoints"
+    if not resume and checkpoint.steps(checkpoints):
+        raise UserError(f"{checkpoints} holds a run already: resume it, or train into another folder")
     for network in plain.values():
         network.to(accelerator.device).train()
     optimizers: dict[str, torch.optim.Optimizer] = {
@@ -118,11 +150,11 @@ def train(
         for name, network in plain.items()
     }
     average = EMA(plain[objective.main], settings.ema)
-    settings_hash = hash_json(asdict(settings))
-    checkpoints = out / "checkpoints"
-    if not resume and checkpoint.steps(checkpoints):
-        raise UserError(f"{checkpoints} holds a run already: resume it, or train into another folder")
-    state = checkpoint.load(checkpoints, plain, average.network, optimizers, settings_hash)
+    run = {"loop": settings.identity, "objective": objective.identity}
+    if main:
+        checkpoint.clean(checkpoints)
+    accelerator.wait_for_everyone()
+    state = checkpoint.load(checkpoints, plain, average.network, optimizers, run)
     first = state["step"] if state else 0
     wrapped = {name: accelerator.prepare(network) for name, network in plain.items()}
     stepped = {name: accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
@@ -131,30 +163,30 @@ def train(
 
     order = _Order(objective.size, settings.batch_size, settings.seed)
     share = settings.batch_size // processes
-    record = Record(out, first, settings.steps, objective.stage, active=accelerator.is_main_process)
-    with record:
+    mine = slice(rank * share, (rank + 1) * share)
+    with Record(out, first, settings.steps, objective.stage, active=main) as record:
         for step in range(first, settings.steps):
-            batch = objective.batch(order(step)[rank * share : (rank + 1) * share])
-            batch = {k: v.to(accelerator.device) for k, v in batch.items()}
             torch.manual_seed(derive_seed(settings.seed, "layers", step, rank))  # dropout
-            generator = torch.Generator().manual_seed(derive_seed(settings.seed, "draws", step, rank))
+            draw = Draw(torch.Generator().manual_seed(derive_seed(settings.seed, "draws", step)), settings.batch_size, mine)
+            batch = {k: v.to(accelerator.device) for k, v in objective.batch(order(step)[mine], draw).items()}
             numbers: dict[str, float] = {"lr": settings.lr_at(step)}
             for phase in plain:
-                if not objective.active(phase, step):
-                    continue
-                numbers |= _update(objective, phase, wrapped, stepped[phase], batch, step, generator, settings, accelerator)
+                if objective.active(phase, step):
+                    numbers |= _update(objective, phase, wrapped, stepped[phase], batch, step, draw, settings, accelerator)
             average.update(plain[objective.main], step)
             done = step + 1
-            record.step(done, numbers, log=done % settings.log_every == 0 or done == settings.steps)
-            if done % settings.show_every == 0 or done == settings.steps:
-                if accelerator.is_main_process:
-                    record.show(done, *objective.show(average.network, done))
-                accelerator.wait_for_everyone()
-            if done % settings.save_every == 0 or done == settings.steps:
-                if accelerator.is_main_process:
-                    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-                    extra = {"settings": settings_hash, "scaler": scaler}
-                    checkpoint.save(checkpoints, done, plain, average.state(), optimizers, extra)
+            logs, shows, saves = (
+                done % n == 0 or done == settings.steps for n in (settings.log_every, settings.show_every, settings.save_every)
+            )
+            record.step(done, _mean(numbers, accelerator) if logs else numbers, log=logs)
+            if main and shows:
+                record.show(done, *objective.show(average.network, done))
+            if saves:
+                _check_weights(objective, {**plain, "average": average.network}, done, settings)
+            if main and saves:
+                scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+                checkpoint.save(checkpoints, done, plain, average.state(), optimizers, run, scaler)
+            if shows or saves:
                 accelerator.wait_for_everyone()
             if on_step is not None:
                 on_step(done)
@@ -168,22 +200,45 @@ def _update(
     optimizer: Any,
     batch: dict[str, Tensor],
     step: int,
-    generator: torch.Generator,
+    draw: Draw,
     settings: LoopSettings,
     accelerator: Any,
 ) -> dict[str, float]:
-    """One optimizer step of one phase; the loss must be finite."""
+    """One optimizer step of one phase; the loss and its gradient must be finite."""
     for group in optimizer.param_groups:
         group["lr"] = settings.lr_at(step)
     with accelerator.autocast():
-        loss, numbers = objective.loss(phase, networks, batch, step, generator)
+        loss, numbers = objective.loss(phase, networks, batch, step, draw)
     if not torch.isfinite(loss):
-        raise NumericalError(
-            f"the loss is {loss.item()} in {objective.stage} ({phase}) at step {step + 1} ({settings.precision}): "
-            "nothing after the last checkpoint was kept; lower lr, or train in fp32"
-        )
+        _refuse(f"the loss is {loss.item()}", objective.stage, phase, step + 1, settings)
     optimizer.zero_grad(set_to_none=True)
     accelerator.backward(loss)
-    norm = accelerator.clip_grad_norm_(networks[phase].parameters(), settings.clip)
+    found = accelerator.clip_grad_norm_(networks[phase].parameters(), settings.clip)
+    norm = float(found) if found is not None else 0.0
+    if not math.isfinite(norm) and accelerator.scaler is None:  # with a scaler (fp16) such a step is left out, by design
+        _refuse(f"the gradient's norm is {norm}", objective.stage, phase, step + 1, settings)
     optimizer.step()
-    return {f"{phase}/loss": float(loss.detach()), f"{phase}/grad_norm": float(norm) if norm is not None else 0.0, **numbers}
+    return {f"{phase}/loss": float(loss.detach()), f"{phase}/grad_norm": norm, **numbers}
+
+
+def _mean(numbers: dict[str, float], accelerator: Any) -> dict[str, float]:
+    """Each number's mean over the processes."""
+    if accelerator.num_processes == 1:
+        return numbers
+    values = torch.tensor(list(numbers.values()), dtype=torch.float32, device=accelerator.device)
+    return dict(zip(numbers, accelerator.reduce(values, "mean").tolist(), strict=True))
+
+
+def _check_weights(objective: Objective, networks: dict[str, nn.Module], step: int, settings: LoopSettings) -> None:
+    """What is about to be saved must be finite."""
+    for name, network in networks.items():
+        for key, tensor in network.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                _refuse(f"the weight {key} is not finite", objective.stage, name, step, settings)
+
+
+def _refuse(what: str, stage: str, phase: str, step: int, settings: LoopSettings) -> NoReturn:
+    raise NumericalError(
+        f"{what} in {stage} ({phase}) at step {step} ({settings.precision}): "
+        "nothing after the last checkpoint was kept; lower lr, or train in fp32"
+    )

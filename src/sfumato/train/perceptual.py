@@ -1,5 +1,6 @@
-"""Perceptual loss: distance between the features that a frozen network sees in two images (LPIPS, Zhang et al. 2018, arXiv:1801.03924, eq. 1).
+"""Perceptual loss: distance between the features that a frozen network sees in two images.
 
+LPIPS without its learnt weights (Zhang et al. 2018, arXiv:1801.03924, eq. 1):
 d = sum_l mean_{h,w} || phi_l(x)/|phi_l(x)| - phi_l(y)/|phi_l(y)| ||^2, channels unit-normed at each position, uniform weights.
 The network is pluggable: any function from images (B, 3, H, W) in [-1, 1] to a list of feature maps.
 """
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.errors import unknown
+from sfumato.errors import UserError, unknown
 
 FeatureMaps = Callable[[Tensor], Sequence[Tensor]]
 """Images (B, 3, H, W) in [-1, 1] -> feature maps (B, C_l, h_l, w_l), differentiable in the images."""
@@ -38,6 +39,7 @@ def efficientnet_lite0(size: int = 64, blocks: int = 5) -> FeatureMaps:
     network = load().requires_grad_(False)
 
     def maps(images: Tensor) -> list[Tensor]:
+        network.to(images.device)
         x = F.interpolate((images + 1) / 2, (size, size), mode="bilinear", align_corners=False, antialias=False)
         x = F.relu6(network._bn0(network._conv_stem((255 * x - 127) / 128)))
         found = [x]
@@ -53,12 +55,16 @@ NETWORKS: dict[str, Callable[[], FeatureMaps]] = {"efficientnet-lite0": efficien
 
 
 def feature_maps(name: str) -> FeatureMaps:
-    """The feature maps of a network by name; `module:function` names a function of yours that returns them."""
+    """The feature maps of a network by name; `module:function` names a function of yours, without arguments, that returns them."""
     if ":" in name:
         import importlib
 
         module, attribute = name.split(":", 1)
-        return getattr(importlib.import_module(module), attribute)()
+        try:
+            make = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(f"perceptual network {name!r} could not be imported ({error}): expected module:function") from error
+        return make()
     if name not in NETWORKS:
         raise unknown("perceptual network", name, NETWORKS)
     return NETWORKS[name]()

@@ -24,13 +24,13 @@ from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
 from sfumato.errors import UserError
 from sfumato.evaluate.features import Features, load_features
-from sfumato.files import hash_tensors, write_json
+from sfumato.files import atomic_folder, hash_tensors, write_json
 from sfumato.model import Defaults, LatentDiffusion
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.conditioners.nothing import Nothing
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.unet import UNet, UNetConfig
-from sfumato.train.loop import LoopSettings, train
+from sfumato.train.loop import LoopSettings, start, train
 from sfumato.train.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective
 from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective
 
@@ -57,7 +57,8 @@ class DataSettings:
         images = open_images(self.source, split="train", limit=self.limit, flip=self.flip, **options)
         try:
             return images, open_images(self.source, split="test", **options)
-        except UserError:
+        except UserError as error:
+            logger.info("no test split (%s): a share of %g is held out of the training images", error, self.held_out)
             count = len(images)
             order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
             kept = max(1, round(self.held_out * count))
@@ -90,12 +91,14 @@ class AutoencoderRecipe:
         objective = AutoencoderObjective(network, images, held_out, self.loss, _features(self.features))
         trained = train(objective, self.loop, out / "autoencoder", resume=resume)
         assert isinstance(trained, AutoencoderKL)
-        latents = encode_all(images.unflipped(), trained, out / "latents")
-        trained.set_statistics(*latents.statistics())
-        save_part(out / "autoencoder" / "vae", trained)
-        write_json(
-            out / "autoencoder" / "finished.json", {"seconds_this_run": round(time.perf_counter() - started, 1), "images": len(images)}
-        )
+        accelerator = start(self.loop)
+        with accelerator.main_process_first():  # the others find the first one's cache
+            trained.set_statistics(*encode_all(images.unflipped(), trained, out / "latents").statistics())
+        if accelerator.is_main_process:
+            with atomic_folder(out / "autoencoder" / "vae") as temporary:
+                save_part(temporary, trained)
+            _finish(out / "autoencoder", started, len(images))
+        accelerator.wait_for_everyone()
         return out / "autoencoder" / "vae"
 
 
@@ -124,7 +127,9 @@ class DenoiserRecipe:
         autoencoder = load_part(folder, "AutoencoderKL")
         assert isinstance(autoencoder, AutoencoderKL)
         images, _ = replace(self.data, flip=False).open()
-        latents = encode_all(images, autoencoder, out / "latents")
+        accelerator = start(self.loop)
+        with accelerator.main_process_first():
+            latents = encode_all(images, autoencoder, out / "latents")
         conditioner = ClassNames(images.class_names) if images.class_names and images.labels is not None else Nothing()
         space = autoencoder.space
         shape = {"sample_size": latents.shape[-1], "in_channels": space.channels, "out_channels": space.channels}
@@ -142,9 +147,15 @@ class DenoiserRecipe:
 
         objective = DenoiserObjective(network, process, latents, space, conditioner, self.loss, preview)
         trained = train(objective, self.loop, out / "denoiser", resume=resume)
-        model(trained).save(out / "model")
-        write_json(out / "denoiser" / "finished.json", {"seconds_this_run": round(time.perf_counter() - started, 1), "images": len(images)})
+        if accelerator.is_main_process:
+            model(trained).save(out / "model")
+            _finish(out / "denoiser", started, len(images))
+        accelerator.wait_for_everyone()
         return out / "model"
+
+
+def _finish(folder: Path, started: float, images: int) -> None:
+    write_json(folder / "finished.json", {"seconds_this_run": round(time.perf_counter() - started, 1), "images": images})
 
 
 def encode_all(images: ImageSet, autoencoder: AutoencoderKL, folder: Path, batch_size: int = 250) -> LatentSet:
@@ -174,9 +185,8 @@ def load_recipe(recipe: str | Path, stage: str) -> AutoencoderRecipe | DenoiserR
     spec.loader.exec_module(module)
     found = getattr(module, stage, None)
     if not isinstance(found, AutoencoderRecipe | DenoiserRecipe):
-        raise UserError(
-            f"recipe {path} defines no {stage!r}: expected an {'AutoencoderRecipe' if stage == 'autoencoder' else 'DenoiserRecipe'} of that name"
-        )
+        expected = "an AutoencoderRecipe" if stage == "autoencoder" else "a DenoiserRecipe"
+        raise UserError(f"recipe {path} defines no {stage!r}: expected {expected} of that name")
     return found
 
 

@@ -4,15 +4,26 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from PIL import Image as PIL
 
-from sfumato.files import atomic_file
+from sfumato.files import NotWritten, atomic_file, recover
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Failures of the disk as one sentence. What training needs is in the checkpoints: after a failure, the run goes on from the last."""
+    try:
+        yield
+    except OSError as error:
+        raise NotWritten(path, error) from error
 
 
 class Record:
@@ -27,30 +38,41 @@ class Record:
     def __enter__(self) -> Self:
         if not self.active:
             return self
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        (self.out / "samples").mkdir(parents=True, exist_ok=True)
-        kept = [line for line in self.lines() if line["step"] <= self.first]
-        self.before = max((line["seconds"] for line in kept), default=0.0)
-        with atomic_file(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.file = self.path.open("a")
-        self.writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.first + 1)
+        with _writing(self.out):
+            (self.out / "samples").mkdir(parents=True, exist_ok=True)
+            for folder in (self.out, self.out / "samples"):
+                recover(folder)
+            kept = [line for line in self.lines() if line["step"] <= self.first]
+            self.before = max((line["seconds"] for line in kept), default=0.0)
+            with atomic_file(self.path) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            self.file = self.path.open("a")
+            self.writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.first + 1)
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, TextColumn("{task.fields[loss]}"), refresh_per_second=2)
+        console = Console(stderr=True)  # stdout belongs to the program's answer
+        self.progress = Progress(*columns, TextColumn("{task.fields[loss]}"), console=console, refresh_per_second=2)
         self.progress.start()
         self.task = self.progress.add_task(self.stage, total=self.total, completed=self.first, loss="")
         self.started = time.perf_counter()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not self.active:
             return
         self.progress.stop()
-        self.writer.close()
-        self.file.close()
-        self.curves()
+        failures: list[OSError | NotWritten] = []
+        for close in (self.writer.close, self.file.close, self.curves):
+            try:
+                close()
+            except (OSError, NotWritten) as failure:
+                failures.append(failure)
+        if failures and error is None:  # else the error that ended the run is the one to tell
+            first = failures[0]
+            raise first if isinstance(first, NotWritten) else NotWritten(self.out, first) from first
 
     def lines(self) -> list[dict[str, Any]]:
         """What log.jsonl holds; a last line cut short by a kill is left out."""
@@ -66,11 +88,13 @@ class Record:
 
     def _write(self, step: int, numbers: dict[str, float]) -> None:
         line = {"step": step, "seconds": round(self.before + time.perf_counter() - self.started, 2), **numbers}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        for name, value in numbers.items():
-            self.writer.add_scalar(name, value, step)
+        with _writing(self.path):
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        with _writing(self.out / "tensorboard"):
+            for name, value in numbers.items():
+                self.writer.add_scalar(name, value, step)
 
     def step(self, step: int, numbers: dict[str, float], log: bool) -> None:
         """A step is done; its numbers are written when `log`."""
@@ -91,8 +115,10 @@ class Record:
         for name, picture in pictures.items():
             with atomic_file(self.out / "samples" / f"{name}-{step:08d}.png") as temporary:
                 picture.save(temporary, format="PNG")
-            self.writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
-        self.writer.flush()
+            with _writing(self.out / "tensorboard"):
+                self.writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        with _writing(self.out / "tensorboard"):
+            self.writer.flush()
 
     def curves(self) -> None:
         """Draws every logged number against the step: out/curves.png."""

@@ -7,8 +7,8 @@ losses are sums over the image.
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,12 @@ from sfumato.compress.base import Autoencoder, Posterior
 from sfumato.compress.kl import AutoencoderKL
 from sfumato.data import ImageSet
 from sfumato.decode.image import grid, to_pil
-from sfumato.errors import UserError
+from sfumato.errors import UserError, unknown
 from sfumato.evaluate.features import Features
 from sfumato.evaluate.frechet import frechet_distance, gaussian
 from sfumato.evaluate.reconstruction import reconstruction
 from sfumato.train.discriminator import PatchDiscriminator, adaptive_weight, hinge
-from sfumato.train.objective import Objective
+from sfumato.train.objective import Draw, Objective, config_of
 from sfumato.train.perceptual import feature_maps, perceptual_distance
 
 
@@ -43,6 +43,8 @@ class AutoencoderLoss:
     discriminator_layers: int = 2
 
     def __post_init__(self) -> None:
+        if self.pixel not in ("l1", "l2"):
+            raise unknown("pixel loss", self.pixel, ("l1", "l2"))
         if min(self.kl, self.perceptual, self.adversarial) < 0:
             raise UserError(
                 f"loss weights kl={self.kl}, perceptual={self.perceptual}, adversarial={self.adversarial}: expected none below 0"
@@ -58,7 +60,8 @@ class AutoencoderObjective(Objective):
     def __init__(
         self, autoencoder: Autoencoder, images: ImageSet, held_out: ImageSet, loss: AutoencoderLoss, features: Features | None = None
     ):
-        self.images, self.held_out, self.weights, self.features = images, held_out, loss, features
+        self.images, self.held_out, self.weights, self.features = images.unflipped(), held_out, loss, features
+        self.flip = images.transform.flip  # mirrored here and not by the data, so that a resumed run mirrors the same images
         self.networks: dict[str, nn.Module] = {"autoencoder": autoencoder}
         if loss.adversarial:
             self.networks["discriminator"] = PatchDiscriminator(autoencoder.channels, loss.discriminator_width, loss.discriminator_layers)
@@ -69,14 +72,23 @@ class AutoencoderObjective(Objective):
     def size(self) -> int:
         return len(self.images)
 
-    def batch(self, indices: Tensor) -> dict[str, Tensor]:
-        return self.images.batch(indices)
+    @property
+    def identity(self) -> dict[str, Any]:
+        data = {"pixels": self.images.fingerprint, "transform": self.images.transform.hash, "flip": self.flip}
+        return {"network": config_of(self.networks["autoencoder"]), "loss": asdict(self.weights), "data": data}
+
+    def batch(self, indices: Tensor, draw: Draw) -> dict[str, Tensor]:
+        found = self.images.batch(indices)
+        if self.flip:
+            mirrored = draw(lambda n, generator: torch.rand(n, generator=generator) < 0.5)
+            found["image"][mirrored] = found["image"][mirrored].flip(-1)
+        return found
 
     def active(self, phase: str, step: int) -> bool:
         return phase == "autoencoder" or step >= self.weights.adversarial_start
 
     def loss(
-        self, phase: str, networks: Mapping[str, nn.Module], batch: dict[str, Tensor], step: int, generator: torch.Generator
+        self, phase: str, networks: Mapping[str, nn.Module], batch: dict[str, Tensor], step: int, draw: Draw
     ) -> tuple[Tensor, dict[str, float]]:
         image = batch["image"]
         if phase == "discriminator":
@@ -90,8 +102,8 @@ class AutoencoderObjective(Objective):
         autoencoder = _plain(networks["autoencoder"])
         assert isinstance(autoencoder, AutoencoderKL)
         space = autoencoder.space
-        shape = (len(image), space.channels, image.shape[2] // space.factor, image.shape[3] // space.factor)
-        noise = torch.randn(shape, generator=generator).to(image.device)
+        shape = (space.channels, image.shape[2] // space.factor, image.shape[3] // space.factor)
+        noise = draw(lambda n, generator: torch.randn(n, *shape, generator=generator)).to(image.device)
         rebuilt, mean, std = (v.float() for v in networks["autoencoder"](image, noise))
         pixel = F.l1_loss(rebuilt, image) if w.pixel == "l1" else F.mse_loss(rebuilt, image)
         kl = Posterior(mean, std).kl().mean()

@@ -5,22 +5,26 @@ classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, algorithm 1).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image as PIL
 from torch import Tensor, nn
 
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.weighting import draw_times, loss_weight
-from sfumato.errors import UserError
-from sfumato.train.objective import Objective
+from sfumato.diffuse.weighting import TIMES, WEIGHTINGS, draw_times, loss_weight
+from sfumato.errors import UserError, unknown
+from sfumato.files import hash_bytes, hash_tensors
+from sfumato.train.objective import Draw, Objective, config_of
 from sfumato.types import Conditioning, LatentSpace
 
 
 class Latents(Protocol):
-    """What a latent cache offers: raw posterior "mean" and "std" (B, C, h, w) and "label" (B,) by image number."""
+    """What a latent cache offers: raw posterior "mean" and "std" (B, C, h, w) and "label" (B,) by image number.
+
+    A `key` (hash of what it was made from) and `labels` (N,), where it has them, say whether a resumed run has the same data.
+    """
 
     def __len__(self) -> int: ...
     def batch(self, indices: Tensor, /) -> dict[str, Tensor]: ...
@@ -46,6 +50,9 @@ class DenoiserLoss:
     """The share of conditions replaced by the null condition."""
 
     def __post_init__(self) -> None:
+        for kind, name, known in (("weighting", self.weighting, WEIGHTINGS), ("distribution of times", self.times, TIMES)):
+            if name not in known:
+                raise unknown(kind, name, known)
         if not 0 <= self.drop <= 1:
             raise UserError(f"drop={self.drop}: expected a share in [0, 1]")
 
@@ -74,19 +81,27 @@ class DenoiserObjective(Objective):
     def size(self) -> int:
         return len(self.latents)
 
-    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+    @property
+    def identity(self) -> dict[str, Any]:
+        labels = getattr(self.latents, "labels", None)
+        data = {"latents": getattr(self.latents, "key", ""), "count": len(self.latents)}
+        data |= {"labels": None if labels is None else hash_tensors({"labels": labels})}
+        process = f"{self.process.parameterization.name}, {hash_bytes(repr(self.process.schedule))[:16]}"
+        parts = {"network": config_of(self.networks["denoiser"]), "conditioner": config_of(self.conditioner), "space": asdict(self.space)}
+        return {**parts, "process": process, "loss": asdict(self.settings), "data": data}
+
+    def batch(self, indices: Tensor, draw: Draw) -> dict[str, Tensor]:
         return self.latents.batch(indices)
 
     def loss(
-        self, phase: str, networks: Mapping[str, nn.Module], batch: dict[str, Tensor], step: int, generator: torch.Generator
+        self, phase: str, networks: Mapping[str, nn.Module], batch: dict[str, Tensor], step: int, draw: Draw
     ) -> tuple[Tensor, dict[str, float]]:
         mean, device, s = batch["mean"], batch["mean"].device, self.settings
-        count = len(mean)
-        first, second = (torch.randn(mean.shape, generator=generator).to(device) for _ in range(2))
+        first, second = (draw(lambda n, g: torch.randn(n, *mean.shape[1:], generator=g)).to(device) for _ in range(2))
         z = self.space.standardise(mean + batch["std"] * first)
-        t = draw_times(s.times, self.process, count, generator, s.times_mean, s.times_std)
-        dropped = torch.rand(count, generator=generator) < s.drop
-        condition = self.conditioner.from_labels(batch["label"].cpu()).drop(dropped, self.conditioner.null(count)).to(device)
+        t = draw(lambda n, g: draw_times(s.times, self.process, n, g, s.times_mean, s.times_std))
+        dropped = draw(lambda n, g: torch.rand(n, generator=g)) < s.drop
+        condition = self.conditioner.from_labels(batch["label"].cpu()).drop(dropped, self.conditioner.null(len(mean))).to(device)
         x = self.process.add_noise(z, second, t)
         timestep = self.process.schedule.timestep(t).to(device, torch.float32)
         y = networks["denoiser"](x, timestep, condition).float()
