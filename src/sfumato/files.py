@@ -152,6 +152,8 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} is missing: expected a JSON file there") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): it may be truncated; copy or download it again") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): expected a JSON file that you may read") from error
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, "torch.Tensor"], metadata: dict[str, str] | None = None) -> None:

@@ -244,7 +244,7 @@ class LatentDiffusion:
         """SHA-256 over all weights and settings that decide an image."""
         configs = [self.autoencoder.to_config(), self.denoiser.network.to_config(), self.conditioner.to_config()]  # pyright: ignore
         weights = [hash_tensors(m.state_dict()) for m in (self.autoencoder, self.denoiser.network)]
-        return hash_json([configs, to_scheduler_config(self.denoiser.process), weights])
+        return hash_json([configs, to_scheduler_config(self.denoiser.process), self.defaults.spacing, weights])
 
     def describe(self) -> dict[str, Any]:
         """Parts, sizes and defaults, for `sfumato info`."""

@@ -49,7 +49,10 @@ def timesteps(spacing: str, steps: int, start: float = 1.0, **options: int) -> l
 
 def check_times(times: Sequence[float]) -> list[float]:
     """The same times as floats, or a `UserError`: they must fall strictly, within [0, 1]."""
-    values = [float(t) for t in times]
+    try:
+        values = [float(t) for t in times]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"timesteps {times!r}: expected numbers in [0, 1]") from error
     if len(values) < 2 or not all(a > b for a, b in pairwise(values)) or values[0] > 1 or values[-1] < 0:
         shown = ", ".join(f"{t:.4g}" for t in values[:8])
         raise UserError(
