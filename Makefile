@@ -1,5 +1,5 @@
 # make generate PROMPT="ankle boot"   installs what is needed (once) and writes ankle-boot.png
-# make test | resume | quick | lint   the test run | real kills of training runs | without the slow tests | ruff and pyright
+# make test | quick | lint            the test run | without the slow tests | ruff and pyright
 #
 # Needs Python >= 3.11 with venv and pip, git and make. PYTHON=python3.12 picks another interpreter.
 
@@ -10,7 +10,7 @@ PROMPT ?= ankle boot
 ARGS ?=
 export PROMPT
 
-.PHONY: generate install install-test test resume quick lint law clean
+.PHONY: generate install install-test test quick lint law clean
 
 generate: $(VENV)/.installed
 	@$(VENV)/bin/sfumato generate "$$PROMPT" $(ARGS)
@@ -34,15 +34,11 @@ $(VENV)/.installed-test: $(VENV)/.installed
 # Two workers, one thread each: oversubscribed OpenMP is several times slower.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-header -rs
 
-# The tests that kill a training run fork a warm interpreter; beside xdist's threads a fork can hang, so they run on their own.
 test: $(VENV)/.installed-test
-	@$(PYTEST) --ignore=tests/end_to_end/test_resume.py $(ARGS)
-
-resume: $(VENV)/.installed-test
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --no-header -rs tests/end_to_end/test_resume.py $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 quick: $(VENV)/.installed-test
-	@$(PYTEST) --ignore=tests/end_to_end/test_resume.py -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 lint: $(VENV)/.installed-test
 	@$(VENV)/bin/ruff check .

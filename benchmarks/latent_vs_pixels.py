@@ -35,11 +35,11 @@ from sfumato.files import write_json
 from sfumato.model import load
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.denoiser import Denoiser
-from sfumato.predict.networks.unet import UNet, UNetConfig
+from sfumato.predict.networks.unet import UNet
 from sfumato.train.loop import LoopSettings, train
 from sfumato.train.objective import Draw
 from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective
-from sfumato.train.recipe import encode_all
+from sfumato.train.recipe import DenoiserRecipe, encode_all, load_recipe
 from sfumato.types import LatentSpace
 
 
@@ -76,23 +76,11 @@ class Pixels:
         return {"mean": found["image"], "std": torch.zeros_like(found["image"]), "label": found["label"]}
 
 
-def unet(channels: int, classes: int) -> UNet:
+def unet(channels: int, classes: int, size: int) -> UNet:
     """The network of the bundled model's recipe, for `channels` in and out."""
-    return UNet(
-        UNetConfig(
-            in_channels=channels,
-            out_channels=channels,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            mid_block_type="UNetMidBlock2D",
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(64, 128),
-            layers_per_block=1,
-            norm_num_groups=16,
-            attention_head_dim=32,
-            resnet_time_scale_shift="scale_shift",
-            num_class_embeds=classes + 1,
-        )
-    )
+    recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "fashion_mnist.py", "denoiser")
+    assert isinstance(recipe, DenoiserRecipe)
+    return UNet(replace(recipe.network, in_channels=channels, out_channels=channels, sample_size=size, num_class_embeds=classes + 1))
 
 
 def cost(objective: DenoiserObjective, batch_size: int) -> tuple[float, float, float]:
@@ -202,9 +190,9 @@ def main(settings: Settings) -> None:
     c, classes = images.shape[0], len(images.class_names)
     everywhere = LatentSpace(c, 1, (float(pixels.mean()),) * c, (float(pixels.std()),) * c)
     torch.manual_seed(settings.seed)
-    latent = DenoiserObjective(unet(latents.shape[0], classes), process, latents, autoencoder.space, conditioner, loss)
+    latent = DenoiserObjective(unet(latents.shape[0], classes, latents.shape[-1]), process, latents, autoencoder.space, conditioner, loss)
     torch.manual_seed(settings.seed)
-    pixel = DenoiserObjective(unet(c, classes), process, Pixels(images), everywhere, conditioner, loss)
+    pixel = DenoiserObjective(unet(c, classes, images.shape[-1]), process, Pixels(images), everywhere, conditioner, loss)
     runs = [
         Run("latent", latent, lambda z: whole(autoencoder, z), latents.shape, settings, reference),
         Run("pixels", pixel, lambda z: everywhere.restore(z).clamp(-1, 1), images.shape, settings, reference),

@@ -8,6 +8,9 @@ line prints it and exits with code 2, the server answers 4xx.
 import difflib
 from collections.abc import Iterable
 
+SHOWN = 50
+"""How many known names an error lists: ImageNet's thousand would bury the sentence."""
+
 
 class UserError(ValueError):
     """Wrong input, explained in one sentence."""
@@ -18,9 +21,10 @@ class NumericalError(ArithmeticError):
 
 
 def unknown(kind: str, value: object, known: Iterable[str]) -> UserError:
-    """The error for a name that is not in a list: says what is known, nearest first."""
+    """The error for a name that is not in a list: says what is known, at most `SHOWN`, and what is near."""
     names = sorted(known)
     near = difflib.get_close_matches(str(value).lower(), [n.lower() for n in names], n=3, cutoff=0.5)
     close = [n for n in names if n.lower() in near]
     hint = f"did you mean {' or '.join(repr(n) for n in close)}? " if close else ""
-    return UserError(f"unknown {kind} {value!r}: {hint}known are {', '.join(names) or 'none'}")
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return UserError(f"unknown {kind} {value!r}: {hint}known are {', '.join(names[:SHOWN]) or 'none'}{more}")

@@ -209,8 +209,9 @@ class LatentDiffusion:
         # Where the two passes would be one, as for an unconditional draw, there is nothing to guide.
         weight = 1.0 if _same(conditioning, reference) else chosen["guidance"]
         guided = classifier_free(self.denoiser, reference, weight)
-        _, sigma = process.schedule.at(times[0])
-        run = find("diffuse.samplers", chosen["sampler"])(float(sigma) * start, times, process.schedule, draw)
+        # x_t of standardised latents has variance alpha^2 + sigma^2, at full noise and where a run begins later.
+        scale = float(torch.hypot(*process.schedule.at(times[0])))
+        run = find("diffuse.samplers", chosen["sampler"])(scale * start, times, process.schedule, draw)
         try:
             return sample(run, lambda x, t: guided(x, t, conditioning), len(times) - 1, on_step)
         except NumericalError as error:
@@ -219,8 +220,14 @@ class LatentDiffusion:
             raise NumericalError(f"{error} (the network ran in {_name(dtype)})") from error
 
     def times(self, steps: int) -> list[float]:
-        """The times a run of `steps` network calls visits, by the model's default spacing."""
-        return timesteps(self.defaults.spacing, steps)
+        """The times a run of `steps` network calls visits, by the model's default spacing, on its table where it has one."""
+        betas = getattr(self.denoiser.process.schedule, "betas", None)
+        if betas is None:
+            return timesteps(self.defaults.spacing, steps)
+        if steps > len(betas):
+            raise UserError(f"steps={steps}: the noise table of this model has {len(betas)} times, expected at most as many steps")
+        grid = {"grid": len(betas)} if self.defaults.spacing in ("leading", "linspace") else {}
+        return timesteps(self.defaults.spacing, steps, **grid)
 
     # ---- what it is ----------------------------------------------------------------------------------------------------
 

@@ -150,6 +150,13 @@ def test_names_that_mean_two_classes_are_refused() -> None:
         ClassNames(tuple(LABELS))(["bgg"])
 
 
+def test_a_thousand_known_classes_do_not_bury_the_sentence() -> None:
+    names = ClassNames(tuple(f"class {k}" for k in range(1000)))
+    with pytest.raises(UserError, match=r"unknown class 'clas 777': did you mean .*'class 777'.* and 950 more") as refused:
+        names(["clas 777"])
+    assert len(str(refused.value)) < 1000
+
+
 @pytest.mark.parametrize("wrong", [(), ("a", "a"), ("a", " "), ("",)])
 def test_impossible_lists_of_names_are_refused(wrong: tuple[str, ...]) -> None:
     with pytest.raises(UserError, match="expected at least one, all of them different"):

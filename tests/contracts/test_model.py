@@ -23,12 +23,17 @@ from sfumato.checkpoints import folder as folders
 from sfumato.decode.image import to_pil, to_tensor
 from sfumato.decode.preview import Preview
 from sfumato.decode.whole import whole
+from sfumato.diffuse.parameterization import parameterization
+from sfumato.diffuse.process import Process
 from sfumato.diffuse.sample import SeededNoise, Step
+from sfumato.diffuse.schedule import schedule
+from sfumato.diffuse.timesteps import SPACINGS
 from sfumato.errors import NumericalError, UserError
 from sfumato.files import read_tensors, write_tensors
 from sfumato.model import Defaults, LatentDiffusion
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.conditioners.nothing import Nothing
+from sfumato.predict.denoiser import Denoiser
 
 TINY = runpy.run_path(str(Path(__file__).with_name("_tiny.py")))
 build, CLASSES, LATENT = TINY["build"], TINY["CLASSES"], TINY["LATENT"]
@@ -272,8 +277,21 @@ def test_a_run_that_ends_early_returns_the_noisy_latent_there(each: LatentDiffus
 def test_a_run_that_starts_late_is_scaled_to_its_time(each: LatentDiffusion) -> None:
     seen: list[Step] = []
     latents(each, timesteps=[0.5, 0.0], seed=2, on_step=seen.append)
-    expected = each.diffuse(torch.zeros(1, *LATENT), 0.5, seed=2)
-    assert near(seen[0].x, expected)
+    alpha, sigma = each.denoiser.process.schedule.at(0.5)
+    assert near(seen[0].x, float(torch.hypot(alpha, sigma)) * SeededNoise(LATENT, [2])()), "the variance of x_t of standardised latents"
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_a_run_visits_the_models_own_table(model: LatentDiffusion, spacing: str) -> None:
+    """A table of 40 times: every spacing visits grid times of that table, and more steps than it has are refused."""
+    process = Process(schedule("linear", steps=40), parameterization("v"))
+    short = replace(model, denoiser=Denoiser(model.denoiser.network, process), defaults=replace(model.defaults, spacing=spacing))
+    times = torch.tensor(short.times(8), dtype=torch.float64)
+    assert torch.allclose(times * 40, (times * 40).round()) and float(times[0]) >= 36 / 40
+    assert process.schedule.timestep(times).min() >= 0
+    assert len(short.times(40)) == 41
+    with pytest.raises(UserError, match="steps=41: the noise table of this model has 40 times, expected at most as many steps"):
+        short.generate(steps=41)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])

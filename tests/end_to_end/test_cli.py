@@ -358,6 +358,7 @@ def test_train_explains_what_is_wrong(place: Path, capsys: pytest.CaptureFixture
     [
         ("--data d --samples 3", "--samples 3"),
         ("--data d --unconditional-samples 2", "--unconditional-samples 2"),
+        ("--data d --unconditional-steps 0", "--unconditional-steps 0"),
         ("--data d --out file", "--out file"),
         ("--data nowhere --features fashion", "nowhere"),
         ("--data d --features bogus", "'bogus'"),

@@ -521,7 +521,10 @@ class Theirs(nn.Module):
         return self.vae.decode(z * std + mean).sample.clamp(-1, 1).add(1).div(2)
 
 
-@pytest.mark.parametrize("pair", [("cosine", "eps"), ("cosine", "v"), ("linear", "eps"), ("linear", "v"), ("flow", "flow")], ids="-".join)
+PAIRS = [("cosine", "eps"), ("cosine", "v"), ("linear", "eps"), ("linear", "v"), ("scaled_linear", "v"), ("flow", "flow")]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 @pytest.mark.parametrize("weight", [1.0, 2.5])
 def test_a_whole_model_makes_the_same_latents_and_pictures(pair: tuple[str, str], weight: float, tmp_path: Path) -> None:
     model = build()

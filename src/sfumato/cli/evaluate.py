@@ -37,6 +37,8 @@ class Evaluate:
     """How many samples to draw, balanced over the classes where the model has classes."""
     unconditional_samples: int = 2000
     """How many samples to draw without a class, measured apart; 0 for none."""
+    unconditional_steps: Annotated[int | None, unset("as --steps")] = None
+    """Sampling steps without a class. Guidance makes two network calls a step, so twice the steps cost the same here."""
     batch: int = 250
     """Samples drawn at a time."""
     seed: int = 0
@@ -63,7 +65,14 @@ def evaluate(arguments: Sequence[str]) -> None:
     """Measures a model against real images and writes report.json and report.html."""
     clock = Clock()
     options = parse(Evaluate, arguments, "evaluate")
-    at_least(1, batch=options.batch, steps=options.steps, limit=options.limit, threads=options.threads)
+    at_least(
+        1,
+        batch=options.batch,
+        steps=options.steps,
+        unconditional_steps=options.unconditional_steps,
+        limit=options.limit,
+        threads=options.threads,
+    )
     at_least(6, samples=options.samples)  # k + 1 neighbours
     at_least(0, seed=options.seed)
     if options.unconditional_samples and options.unconditional_samples < 6:
@@ -152,7 +161,9 @@ def _measure(
     found = report(samples, _translate(asked, model.class_names, features.class_names), f"{options.model} on {options.data}")
     clock.lap("measure")
     if kinds and options.unconditional_samples:
-        free = _draw(model, None, options.unconditional_samples, options, settings)
+        steps = settings["steps"] if options.unconditional_steps is None else options.unconditional_steps
+        facts["unconditional_steps"] = steps
+        free = _draw(model, None, options.unconditional_samples, options, {**settings, "steps": steps})
         clock.lap("sample")
         found = found.join(_renamed(report(free, None, "Samples without a class"), "unconditional"))
         clock.lap("measure")
@@ -219,5 +230,6 @@ def _renamed(report: "Report", prefix: str) -> "Report":
     tables = tuple(replace(t, title=f"{t.title} ({prefix})") for t in report.tables)
     pictures = tuple(replace(p, title=f"{p.title} ({prefix})") for p in report.pictures if p.title != "Real images")
     data = {f"{prefix}_{key}" if key == "samples" else key: value for key, value in report.data.items()}
-    settings = {f"{prefix}_n": report.settings["n"], f"{prefix}_floor_n": report.settings["floor_n"]}
+    names = {"n": "n", "floor_n": "floor_n", f"{prefix}_steps": "steps"}
+    settings = {f"{prefix}_{new}": report.settings[old] for old, new in names.items()}
     return replace(report, metrics=metrics, tables=tables, pictures=pictures, data=data, settings=settings)

@@ -79,7 +79,7 @@ class BetaTable(Schedule):
         return torch.where(inside < 1, 1 - sigma2, alpha2).sqrt(), sigma2.sqrt()
 
     def timestep(self, t: Tensor) -> Tensor:
-        return t.double() * len(self.betas) - 1
+        return (t.double() * len(self.betas) - 1).clamp(min=0)  # networks know no noise below the table's first
 
     def time(self, timestep: Tensor) -> Tensor:
         return (timestep.double() + 1) / len(self.betas)
