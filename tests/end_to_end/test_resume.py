@@ -120,7 +120,9 @@ def run(kind: str, out: Path, settings: LoopSettings = LOOP, **options: Any) -> 
 
 
 SERVER = multiprocessing.get_context("forkserver") if hasattr(os, "fork") else multiprocessing.get_context("spawn")
-SERVER.set_forkserver_preload(["accelerate", "numpy", "PIL.Image", "pytest", "tensorboard", "sfumato.model", "sfumato.train.recipe"])
+SERVER.set_forkserver_preload(
+    ["torch._dynamo", "accelerate", "numpy", "PIL.Image", "pytest", "tensorboard", "sfumato.model", "sfumato.train.recipe"]
+)
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # lambdas and this file's classes travel to the server
 
 
