@@ -35,10 +35,10 @@ class Evaluate:
     """The network whose features are compared: fashion, efficientnet-lite0, inception:PATH, module:attribute or a folder."""
     samples: int = 5000
     """How many samples to draw, balanced over the classes where the model has classes."""
-    unconditional_samples: int = 2000
+    unconditional_samples: int = 5000
     """How many samples to draw without a class, measured apart; 0 for none."""
-    unconditional_steps: Annotated[int | None, unset("as --steps")] = None
-    """Sampling steps without a class. Guidance makes two network calls a step, so twice the steps cost the same here."""
+    unconditional_steps: Annotated[int | None, unset("as many network calls")] = None
+    """Sampling steps without a class. Guidance calls the network twice a step, so by default twice the steps where there is guidance."""
     batch: int = 250
     """Samples drawn at a time."""
     seed: int = 0
@@ -161,7 +161,8 @@ def _measure(
     found = report(samples, _translate(asked, model.class_names, features.class_names), f"{options.model} on {options.data}")
     clock.lap("measure")
     if kinds and options.unconditional_samples:
-        steps = settings["steps"] if options.unconditional_steps is None else options.unconditional_steps
+        equal = settings["steps"] * (1 if settings["guidance"] == 1 else 2)
+        steps = equal if options.unconditional_steps is None else options.unconditional_steps
         facts["unconditional_steps"] = steps
         free = _draw(model, None, options.unconditional_samples, options, {**settings, "steps": steps})
         clock.lap("sample")
