@@ -221,13 +221,7 @@ class LatentDiffusion:
 
     def times(self, steps: int) -> list[float]:
         """The times a run of `steps` network calls visits, by the model's default spacing, on its table where it has one."""
-        betas = getattr(self.denoiser.process.schedule, "betas", None)
-        if betas is None:
-            return timesteps(self.defaults.spacing, steps)
-        if steps > len(betas):
-            raise UserError(f"steps={steps}: the noise table of this model has {len(betas)} times, expected at most as many steps")
-        grid = {"grid": len(betas)} if self.defaults.spacing in ("leading", "linspace") else {}
-        return timesteps(self.defaults.spacing, steps, **grid)
+        return timesteps(self.defaults.spacing, steps, grid=self.denoiser.process.schedule.grid)
 
     # ---- what it is ----------------------------------------------------------------------------------------------------
 

@@ -290,7 +290,7 @@ def test_a_run_visits_the_models_own_table(model: LatentDiffusion, spacing: str)
     assert torch.allclose(times * 40, (times * 40).round()) and float(times[0]) >= 36 / 40
     assert process.schedule.timestep(times).min() >= 0
     assert len(short.times(40)) == 41
-    with pytest.raises(UserError, match="steps=41: the noise table of this model has 40 times, expected at most as many steps"):
+    with pytest.raises(UserError, match="steps=41: the model's noise table has 40 times, expected at most as many steps"):
         short.generate(steps=41)
 
 

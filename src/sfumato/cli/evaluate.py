@@ -140,7 +140,7 @@ def _measure(
     real_train, real_test = _pixels(train), _pixels(test)
     train_labels, test_labels = _as_classes(train, features), _as_classes(test, features)
 
-    def report(samples: "Tensor", labels: "Tensor | None", title: str) -> "Report":
+    def report(samples: "Tensor", labels: "Tensor | None", title: str, **changed: Any) -> "Report":
         return evaluate_samples(
             samples,
             labels,
@@ -150,7 +150,7 @@ def _measure(
             train_labels=train_labels,
             test_labels=test_labels,
             seed=options.seed,
-            settings=facts,
+            settings={**facts, **changed},
             title=title,
         )
 
@@ -163,10 +163,9 @@ def _measure(
     if kinds and options.unconditional_samples:
         equal = settings["steps"] * (1 if settings["guidance"] == 1 else 2)
         steps = equal if options.unconditional_steps is None else options.unconditional_steps
-        facts["unconditional_steps"] = steps
         free = _draw(model, None, options.unconditional_samples, options, {**settings, "steps": steps})
         clock.lap("sample")
-        found = found.join(_renamed(report(free, None, "Samples without a class"), "unconditional"))
+        found = found.join(_renamed(report(free, None, "Samples without a class", steps=steps), "unconditional"))
         clock.lap("measure")
     rebuilt = _reconstruct(model, real_test, options.batch)
     clock.lap("reconstruct")
@@ -231,6 +230,5 @@ def _renamed(report: "Report", prefix: str) -> "Report":
     tables = tuple(replace(t, title=f"{t.title} ({prefix})") for t in report.tables)
     pictures = tuple(replace(p, title=f"{p.title} ({prefix})") for p in report.pictures if p.title != "Real images")
     data = {f"{prefix}_{key}" if key == "samples" else key: value for key, value in report.data.items()}
-    names = {"n": "n", "floor_n": "floor_n", f"{prefix}_steps": "steps"}
-    settings = {f"{prefix}_{new}": report.settings[old] for old, new in names.items()}
+    settings = {f"{prefix}_{key}": report.settings[key] for key in ("n", "floor_n", "steps")}
     return replace(report, metrics=metrics, tables=tables, pictures=pictures, data=data, settings=settings)

@@ -38,6 +38,11 @@ class Schedule(ABC):
     def sample_times(self, u: Tensor) -> Tensor:
         """Maps u in (0, 1), however distributed, to the times that training visits (never 0; discrete tables: the grid)."""
 
+    @property
+    def grid(self) -> int | None:
+        """How many times a discrete table has; None for a continuous schedule."""
+        return None
+
     def at(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) of a number or tensor t as float64 tensors of its shape."""
         return self.coefficients(torch.as_tensor(t, dtype=torch.float64))
@@ -77,6 +82,10 @@ class BetaTable(Schedule):
         inside = (t.double() * count).clamp(max=1)  # below the first step sigma^2 falls linearly to 0: t = 0 is exactly clean
         sigma2 = sigma2 * inside
         return torch.where(inside < 1, 1 - sigma2, alpha2).sqrt(), sigma2.sqrt()
+
+    @property
+    def grid(self) -> int:
+        return len(self.betas)
 
     def timestep(self, t: Tensor) -> Tensor:
         return (t.double() * len(self.betas) - 1).clamp(min=0)  # networks know no noise below the table's first

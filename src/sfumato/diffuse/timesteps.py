@@ -10,14 +10,14 @@ from itertools import pairwise
 from sfumato.errors import UserError, unknown
 
 
-def trailing(steps: int, start: float = 1.0) -> list[float]:
-    """start, start*(1 - 1/steps) ... start/steps, 0: begins at the full noise. Right for every schedule."""
+def trailing(steps: int, start: float = 1.0, grid: int = 1000) -> list[float]:
+    """start, start*(1 - 1/steps) ... start/steps, 0: begins at the full noise. Right for every schedule, whatever its grid."""
     return [start * (steps - i) / steps for i in range(steps)] + [0.0]
 
 
-def uniform(steps: int, start: float = 1.0) -> list[float]:
+def uniform(steps: int, start: float = 1.0, grid: int = 1000) -> list[float]:
     """Another name for even spacing from start to 0."""
-    return trailing(steps, start)
+    return trailing(steps, start, grid)
 
 
 def leading(steps: int, start: float = 1.0, grid: int = 1000, offset: int = 0) -> list[float]:
@@ -36,15 +36,17 @@ def linspace(steps: int, start: float = 1.0, grid: int = 1000) -> list[float]:
 SPACINGS: dict[str, Callable[..., list[float]]] = {"trailing": trailing, "uniform": uniform, "leading": leading, "linspace": linspace}
 
 
-def timesteps(spacing: str, steps: int, start: float = 1.0, **options: int) -> list[float]:
-    """The times of a run by spacing name; `steps` from 1 to what the spacing's grid can hold."""
+def timesteps(spacing: str, steps: int, start: float = 1.0, grid: int | None = None, **options: int) -> list[float]:
+    """The times of a run by spacing name; `steps` from 1 to the size of the schedule's grid (`Schedule.grid`), where it has one."""
     if spacing not in SPACINGS:
         raise unknown("timestep spacing", spacing, SPACINGS)
     if steps < 1:
         raise UserError(f"steps={steps}: expected at least 1 network call")
+    if grid is not None and steps > grid:
+        raise UserError(f"steps={steps}: the model's noise table has {grid} times, expected at most as many steps")
     if not 0 < start <= 1:
         raise UserError(f"start={start}: expected a time in (0, 1]")
-    return check_times(SPACINGS[spacing](steps, start, **options))
+    return check_times(SPACINGS[spacing](steps, start, grid or 1000, **options))
 
 
 def check_times(times: Sequence[float]) -> list[float]:
