@@ -4,6 +4,7 @@ image --compress--> z --diffuse--> x_t --predict--> (x0, eps) --diffuse back--> 
 """
 
 import copy
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,12 +25,15 @@ from sfumato.checkpoints.single_file import fold, unfold
 from sfumato.compress.base import Autoencoder
 from sfumato.decode.image import to_pil, to_tensor
 from sfumato.decode.whole import check_latent, whole
-from sfumato.diffuse.sample import SeededNoise, Step, check_finite, sample
+from sfumato.diffuse.sample import SeededNoise, Step, answered, check_finite, conduct
+from sfumato.diffuse.samplers import calls
 from sfumato.diffuse.timesteps import SPACINGS, check_times, timesteps
 from sfumato.errors import NumericalError, UserError, unknown
 from sfumato.files import atomic_folder, hash_json, hash_tensors, write_json
-from sfumato.predict.denoiser import Denoiser
-from sfumato.predict.guidance.classifier_free import classifier_free
+from sfumato.predict.denoiser import Denoiser, answer
+from sfumato.predict.guidance.combines.linear import Linear
+from sfumato.predict.guidance.guide import guide
+from sfumato.predict.guidance.weights.constant import Constant
 from sfumato.registry import find, names
 from sfumato.types import Conditioning, Prediction
 
@@ -208,12 +212,13 @@ class LatentDiffusion:
             start = noise.to(self.device, torch.float32)
         # Where the two passes would be one, as for an unconditional draw, there is nothing to guide.
         weight = 1.0 if _same(conditioning, reference) else chosen["guidance"]
-        guided = classifier_free(self.denoiser, reference, weight)
+        ask = guide(self.denoiser, conditioning, [(self.denoiser, reference)], Constant(weight), Linear(), process.schedule.point)
         # x_t of standardised latents has variance alpha^2 + sigma^2, at full noise and where a run begins later.
-        scale = float(torch.hypot(*process.schedule.at(times[0])))
-        run = find("diffuse.samplers", chosen["sampler"])(scale * start, times, process.schedule, draw)
+        sampler, schedule = find("diffuse.samplers", chosen["sampler"]), process.schedule
+        x = math.hypot(*schedule.point(times[0])) * start
+        questions = conduct(sampler(x, times, schedule, draw), ask, calls(sampler, times, schedule), on_step)
         try:
-            return sample(run, lambda x, t: guided(x, t, conditioning), len(times) - 1, on_step)
+            return answered(questions, answer)
         except NumericalError as error:
             if dtype == torch.float32:
                 raise
@@ -221,7 +226,7 @@ class LatentDiffusion:
 
     def times(self, steps: int) -> list[float]:
         """The times a run of `steps` network calls visits, by the model's default spacing, on its table where it has one."""
-        return timesteps(self.defaults.spacing, steps, grid=self.denoiser.process.schedule.grid)
+        return timesteps(self.defaults.spacing, steps, self.denoiser.process.schedule)
 
     # ---- what it is ----------------------------------------------------------------------------------------------------
 

@@ -4,13 +4,15 @@ One letter, one meaning: `image` in [-1, 1], `z` clean standardised latent, `x` 
 0 clean and 1 noise, and x = alpha*z + sigma*eps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
+
+T = TypeVar("T")
 
 Image = Float[Tensor, "B C H W"]
 """Pixels in [-1, 1]."""
@@ -91,6 +93,26 @@ class Prediction:
 
     x0: Shaped[Tensor, "B C h w"]
     eps: Shaped[Tensor, "B C h w"]
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """One question to a denoiser: x (B, C, h, w) at one time t, under a conditioning of B rows. The answer is a `Prediction` of B rows.
+
+    Whoever answers several at once may put those to the same denoiser into one forward pass.
+    """
+
+    denoiser: Any
+    x: Tensor
+    t: float
+    conditioning: Conditioning
+
+
+Asking = Generator[list[Query], list[Prediction], T]
+"""Work that needs predictions: yields questions, is sent their answers in the same order, ends with a T."""
+
+Ask = Callable[[Tensor, float], Asking[Prediction]]
+"""(x, t) -> what is there, by asking one denoiser, or several, or nobody: guidance and wrappers are of this kind, and stack."""
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def test_a_sampler_is_a_generator_function_of_x_times_schedule_and_noise(name: s
 @everywhere
 def test_it_asks_once_a_step_at_the_times_it_was_given(name: str, kind: str) -> None:
     chosen = schedule(kind)
-    times = timesteps("trailing", 7)
+    times = timesteps("trailing", 7, chosen)
     steps = list(run(begin(name, chosen, times, [0, 1]), gaussian(chosen), 7))
     asked = [s.t for s in steps if isinstance(s, Step)]
     assert asked == times[:-1] and isinstance(steps[-1], Tensor)
@@ -95,7 +95,7 @@ def test_every_number_is_finite_from_t_one_to_t_zero(name: str, kind: str, steps
     """`run` raises at the first NaN; the last step lands at t = 0 on what the denoiser said, without noise."""
     chosen = schedule(kind)
     for spacing in ("trailing", "linspace", "leading"):
-        *asked, result = run(begin(name, chosen, timesteps(spacing, steps), [0]), gaussian(chosen), steps)
+        *asked, result = run(begin(name, chosen, timesteps(spacing, steps, chosen), [0]), gaussian(chosen), steps)
         assert isinstance(result, Tensor) and torch.isfinite(result).all() and len(asked) == steps
         assert isinstance(asked[-1], Step) and torch.allclose(result, asked[-1].prediction.x0, atol=1e-5)
 
@@ -105,7 +105,7 @@ def test_every_number_is_finite_from_t_one_to_t_zero(name: str, kind: str, steps
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_distribution_that_is_one_point_is_reached_exactly(name: str, kind: str, steps: int) -> None:
     chosen = schedule(kind)
-    found = finish(name, chosen, timesteps("trailing", steps), [3, 4], point(chosen), torch.float64)
+    found = finish(name, chosen, timesteps("trailing", steps, chosen), [3, 4], point(chosen), torch.float64)
     assert torch.allclose(found, MEAN.expand(2, *SHAPE), atol=1e-8)
 
 
@@ -123,7 +123,7 @@ def test_samples_have_the_mean_and_variance_of_the_data(name: str, kind: str) ->
         return torch.randn((count, *SHAPE), generator=generator, dtype=torch.float64)
 
     x = float(chosen.at(1.0)[1]) * draw()
-    found = sample(SAMPLERS[name](x, timesteps("trailing", 100), chosen, draw), gaussian(chosen), 100)
+    found = sample(SAMPLERS[name](x, timesteps("trailing", 100, chosen), chosen, draw), gaussian(chosen), 100)
     assert found is not None
     assert ((found.mean(0) - MEAN) / (STD / math.sqrt(count))).abs().max() < 5.5
     assert ((found.var(0) - STD.square()) / (STD.square() * math.sqrt(2 / count))).abs().max() < 5.5
@@ -134,7 +134,7 @@ def test_samples_have_the_mean_and_variance_of_the_data(name: str, kind: str) ->
 def test_two_interleaved_runs_are_two_separate_runs(name: str, kind: str) -> None:
     """Nothing is held outside the generator: other steps, seeds and data in between change no bit."""
     chosen, other = schedule(kind), schedule("flow")
-    times, more = timesteps("trailing", 6), timesteps("trailing", 9)
+    times, more = timesteps("trailing", 6, chosen), timesteps("trailing", 9, chosen)
     alone = finish(name, chosen, times, [0, 1], gaussian(chosen)), finish(name, other, more, [5], gaussian(other))
     runs = [run(begin(name, chosen, times, [0, 1]), gaussian(chosen), 6), run(begin(name, other, more, [5]), gaussian(other), 9)]
     latest: list = [None, None]
@@ -146,7 +146,7 @@ def test_two_interleaved_runs_are_two_separate_runs(name: str, kind: str) -> Non
 
 @every
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(name: str) -> None:
-    chosen, times = schedule("cosine"), timesteps("trailing", 8)
+    chosen, times = schedule("cosine"), timesteps("trailing", 8, chosen)
     first, again = (finish(name, chosen, times, [0, 1], gaussian(chosen)) for _ in range(2))
     assert torch.equal(first, again)
     assert not torch.allclose(first[0], first[1], atol=1e-3)
@@ -155,7 +155,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(name: str) -> No
 
 @every
 def test_image_k_of_a_batch_is_the_image_of_its_seed_alone(name: str) -> None:
-    chosen, times = schedule("scaled_linear"), timesteps("trailing", 8)
+    chosen, times = schedule("scaled_linear"), timesteps("trailing", 8, chosen)
     together = finish(name, chosen, times, [10, 11, 12], gaussian(chosen))
     for k in range(3):
         assert torch.equal(finish(name, chosen, times, [10 + k], gaussian(chosen))[0], together[k])
@@ -163,7 +163,7 @@ def test_image_k_of_a_batch_is_the_image_of_its_seed_alone(name: str) -> None:
 
 @every
 def test_tensors_that_come_in_are_not_written_to(name: str) -> None:
-    chosen, times = schedule("cosine"), timesteps("trailing", 4)
+    chosen, times = schedule("cosine"), timesteps("trailing", 4, chosen)
     x = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
     start, given = x.clone(), []
     noise = torch.ones(1, *SHAPE)
@@ -184,7 +184,7 @@ def test_tensors_that_come_in_are_not_written_to(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_dtype_is_kept(name: str, kind: str, dtype: torch.dtype) -> None:
     chosen = schedule(kind)
-    for event in run(begin(name, chosen, timesteps("trailing", 3), [0], dtype), gaussian(chosen), 3):
+    for event in run(begin(name, chosen, timesteps("trailing", 3, chosen), [0], dtype), gaussian(chosen), 3):
         assert (event.x if isinstance(event, Step) else event).dtype == dtype
 
 
@@ -207,7 +207,7 @@ def test_a_run_may_end_before_t_zero(name: str, kind: str) -> None:
 @every
 def test_cancelling_closes_it(name: str) -> None:
     chosen = schedule("flow")
-    sampler = begin(name, chosen, timesteps("trailing", 9), [0])
+    sampler = begin(name, chosen, timesteps("trailing", 9, chosen), [0])
     asked: list[float] = []
     assert sample(sampler, gaussian(chosen, asked), 9, lambda step: step.index < 2) is None
     assert len(asked) == 3 and next(sampler, "closed") == "closed"

@@ -406,7 +406,7 @@ def our_timesteps(spacing: str, steps: int, **options: int) -> np.ndarray:
 @pytest.mark.parametrize("steps", COUNTS)
 def test_trailing_timesteps(steps: int) -> None:
     """Theirs are rounded to whole timesteps, ours are not: the schedule is continuous. Equal where the steps divide the table."""
-    ours, theirs = our_timesteps("trailing", steps), their_timesteps("trailing", steps)
+    ours, theirs = our_timesteps("trailing", steps, chosen), their_timesteps("trailing", steps, chosen)
     assert len(theirs) == steps
     assert np.abs(ours - theirs).max() <= 0.5 + 1e-9
     if 1000 % steps == 0:
@@ -445,7 +445,7 @@ def output(x: Tensor, t: float) -> Tensor:
 
 def our_run(sampler: Any, process: Process, steps: int, x: Tensor, noise: Callable[[], Tensor], **options: Any) -> list[Tensor]:
     """Every x that was asked about, and the result."""
-    times = timesteps("trailing", steps)
+    times = timesteps("trailing", steps, chosen)
     events = run(sampler(x, times, process.schedule, noise, **options), lambda x, t: process.split(x, output(x, t), t), steps)
     return [e.x if isinstance(e, Step) else e for e in events]
 

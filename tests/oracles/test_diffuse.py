@@ -215,7 +215,7 @@ def start(chosen, count: int, seed: int = 0) -> Tensor:
 
 def solve(sampler, chosen, steps: int, x: Tensor, noise=never, **options) -> Tensor:
     calls: list[float] = []
-    times = timesteps("trailing", steps)
+    times = timesteps("trailing", steps, chosen)
     result = sample(sampler(x, times, chosen, noise, **options), exact(chosen, calls), steps)
     assert calls == times[:-1]  # one network call a step, and none at t = 0
     assert result is not None
@@ -274,7 +274,7 @@ def test_the_statistical_test_can_fail() -> None:
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_ddim_with_eta_one_is_ddpm_step_by_step(kind: str) -> None:
     chosen = schedule(kind)
-    x, times, denoise = start(chosen, 20), timesteps("trailing", 25), exact(chosen)
+    x, times, denoise = start(chosen, 20), timesteps("trailing", 25, chosen), exact(chosen)
     a = run(ddim(x, times, chosen, stream(x.shape), eta=1.0), denoise, 25)
     b = run(ddpm(x, times, chosen, stream(x.shape)), denoise, 25)
     for left, right in zip(a, b, strict=True):
@@ -286,7 +286,7 @@ def test_ddim_with_eta_one_is_ddpm_step_by_step(kind: str) -> None:
 def test_ddim_is_euler_in_sigma_over_alpha(kind: str) -> None:
     """x/alpha moves along d(x/alpha) = eps d(sigma/alpha) (Song et al. 2021, eq. 14); for a flow also along dx = (eps - z) dt."""
     chosen = schedule(kind)
-    denoise, times = exact(chosen), timesteps("trailing", 20, start=0.98)
+    denoise, times = exact(chosen), timesteps("trailing", 20, chosen, start=0.98)
     x = start(chosen, 20)
     found = sample(ddim(x, times, chosen, never), denoise, 20)
     y, flow = x, x
@@ -353,7 +353,7 @@ def test_eta_out_of_range_is_refused(bad: float) -> None:
 
 def test_run_streams_a_step_a_call_and_ends_with_the_latent() -> None:
     chosen, calls = schedule("flow"), []
-    times = timesteps("trailing", 5)
+    times = timesteps("trailing", 5, chosen)
     events = run(ddim(start(chosen, 3), times, chosen, never), exact(chosen, calls), 5)
     for index in range(5):
         step = next(events)
@@ -366,10 +366,10 @@ def test_run_streams_a_step_a_call_and_ends_with_the_latent() -> None:
 
 def test_cancelling_stops_the_calls_and_closes_the_sampler() -> None:
     chosen, calls = schedule("flow"), []
-    sampler = ddim(start(chosen, 3), timesteps("trailing", 10), chosen, never)
+    sampler = ddim(start(chosen, 3), timesteps("trailing", 10, chosen), chosen, never)
     assert sample(sampler, exact(chosen, calls), 10, lambda step: step.index < 3) is None
     assert len(calls) == 4
-    sampler = ddim(start(chosen, 3), timesteps("trailing", 10), chosen, never)
+    sampler = ddim(start(chosen, 3), timesteps("trailing", 10, chosen), chosen, never)
     events = run(sampler, exact(chosen, calls), 10)
     next(events), next(events)
     events.close()
@@ -390,7 +390,7 @@ def test_a_number_that_is_not_finite_stops_the_run(part: str, value: float) -> N
         return Prediction(found.x0.float(), found.eps.float())
 
     with pytest.raises(NumericalError, match=r"1 of 6 numbers .* step 3 of 8 \(t = 0\.75\) \(float32\)"):
-        sample(ddim(start(chosen, 3).float(), timesteps("trailing", 8), chosen, never), broken, 8)
+        sample(ddim(start(chosen, 3).float(), timesteps("trailing", 8, chosen), chosen, never), broken, 8)
     assert len(calls) == 3
     with pytest.raises(NumericalError, match=r"the decoder \(bfloat16\)"):
         check_finite(torch.tensor([value], dtype=torch.bfloat16), "the decoder")
@@ -412,7 +412,7 @@ def test_image_k_of_a_batch_has_the_noise_of_its_own_seed() -> None:
 @quick
 @given(spacing=st.sampled_from(list(SPACINGS)), steps=st.integers(1, 1000))
 def test_times_fall_strictly_for_every_spacing_and_number_of_steps(spacing: str, steps: int) -> None:
-    times = timesteps(spacing, steps)
+    times = timesteps(spacing, steps, chosen)
     assert len(times) == steps + 1 and times[-1] == 0 and 0 < times[0] <= 1
     assert all(a > b for a, b in pairwise(times))
     if spacing != "leading":
@@ -422,7 +422,7 @@ def test_times_fall_strictly_for_every_spacing_and_number_of_steps(spacing: str,
 @quick
 @given(spacing=st.sampled_from(list(SPACINGS)), steps=st.integers(1, 300), first=st.floats(0.31, 1.0))
 def test_times_begin_at_the_start_that_is_asked_for(spacing: str, steps: int, first: float) -> None:
-    times = timesteps(spacing, steps, start=first)
+    times = timesteps(spacing, steps, chosen, start=first)
     assert len(times) == steps + 1 and all(a > b for a, b in pairwise(times))
     assert times[0] <= first + 0.0011 and (spacing == "leading" or times[0] >= first - 0.0011)
 

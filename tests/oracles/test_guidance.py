@@ -13,11 +13,25 @@ from sfumato.diffuse.parameterization import PARAMETERIZATIONS, parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import SCHEDULES, schedule
 from sfumato.errors import UserError
-from sfumato.predict.denoiser import Denoiser
-from sfumato.predict.guidance.classifier_free import classifier_free
+from sfumato.diffuse.sample import answered
+from sfumato.predict.denoiser import Denoiser, answer
+from sfumato.predict.guidance.combines.linear import Linear
+from sfumato.predict.guidance.guide import guide
+from sfumato.predict.guidance.weights.constant import Constant
 from sfumato.types import Conditioning, Prediction
 
 PAIRS = [pair for pair in product(SCHEDULES, PARAMETERIZATIONS) if pair != ("flow", "eps")]
+
+
+def classifier_free(denoiser, reference, weight):
+    """The guided denoiser as a function."""
+
+    def guided(x: Tensor, t: float, conditioning: Conditioning) -> Prediction:
+        point = denoiser.process.schedule.point if isinstance(denoiser, Denoiser) else schedule("cosine").point
+        ask = guide(denoiser, conditioning, [(denoiser, reference)], Constant(weight), Linear(), point)
+        return answered(ask(x, t), answer)
+
+    return guided
 
 
 class Counted(nn.Module):

@@ -2,6 +2,8 @@
 
 With x = alpha*z + sigma*eps and det = alpha*b - sigma*a:  x0 = (b*x - sigma*y) / det,  eps = (alpha*y - a*x) / det.
 eps: Ho et al. 2020; v: Salimans & Ho 2022, arXiv:2202.00512, appendix D; flow eps - z: Lipman et al. 2023, arXiv:2210.02747.
+edm (Karras et al. 2022, arXiv:2206.00364, eq. 7 and table 1) for any (alpha, sigma), with S^2 = alpha^2 d^2 + sigma^2 and d the data's standard
+deviation: D = (alpha d^2 x + sigma d S y) / S^2 is the row (sigma/(d S), -alpha d/S), and the network is given x/S. det = -S/d is never zero.
 """
 
 from collections.abc import Callable
@@ -10,15 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sfumato.errors import unknown
+from sfumato.errors import UserError, unknown
 
 
 @dataclass(frozen=True)
 class Parameterization:
-    """A row (a, b) as functions of (alpha, sigma), float64 tensors."""
+    """A row (a, b) as functions of (alpha, sigma), float64 tensors; and what the network's input is multiplied by, if anything."""
 
     name: str
     row: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    input_scale: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def determinant(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """alpha*b - sigma*a; zero where y says nothing new about z."""
@@ -34,8 +37,35 @@ PARAMETERIZATIONS = {
 }
 
 
+@dataclass(frozen=True)
+class _EDMRow:
+    sigma_data: float
+
+    def __call__(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        total = torch.hypot(alpha * self.sigma_data, sigma)
+        return sigma / (self.sigma_data * total), -alpha * self.sigma_data / total
+
+
+@dataclass(frozen=True)
+class _EDMInput:
+    sigma_data: float
+
+    def __call__(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return 1 / torch.hypot(alpha * self.sigma_data, sigma)
+
+
+def edm(sigma_data: float = 1.0) -> Parameterization:
+    """Karras et al.'s preconditioning; latents here are standardised, so the data's standard deviation is 1 (theirs was 0.5)."""
+    if not 0 < sigma_data < float("inf"):
+        raise UserError(f"sigma_data={sigma_data}: expected the positive standard deviation of the data")
+    return Parameterization("edm", _EDMRow(sigma_data), _EDMInput(sigma_data))
+
+
+PARAMETERIZATIONS["edm"] = edm()
+
+
 def parameterization(name: str) -> Parameterization:
-    """A parameterization by name: eps, x0, v or flow."""
+    """A parameterization by name: eps, x0, v, flow or edm."""
     if name not in PARAMETERIZATIONS:
         raise unknown("parameterization", name, PARAMETERIZATIONS)
     return PARAMETERIZATIONS[name]

@@ -4,6 +4,7 @@ add_noise: x = alpha*z + sigma*eps;  target: y = a*z + b*eps;  split: (x, y) -> 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -47,10 +48,30 @@ class Process:
         a, b = _columns(z, *self.parameterization.row(*self.schedule.at(t)))
         return a * z + b * eps
 
+    def network_input(self, x: Float[Tensor, "B C h w"], t: float | Tensor) -> Float[Tensor, "B C h w"]:
+        """What the network is shown of x: x itself, or x scaled to unit variance where the parameterization says so (edm)."""
+        scale = self.parameterization.input_scale
+        return x if scale is None else x * _columns(x, scale(*self.schedule.at(t)))[0]
+
     def split(self, x: Float[Tensor, "B C h w"], y: Float[Tensor, "B C h w"], t: float | Tensor) -> Prediction:
         """The clean latent and the noise that the output y claims for x at t in (0, 1]."""
-        alpha, sigma = self.schedule.at(t)
-        a, b = self.parameterization.row(alpha, sigma)
-        det = alpha * b - sigma * a
-        x_x0, y_x0, x_eps, y_eps = _columns(x, b / det, -sigma / det, -a / det, alpha / det)
+        if isinstance(t, Tensor):
+            x_x0, y_x0, x_eps, y_eps = _columns(x, *_solution(self, t))
+        else:
+            x_x0, y_x0, x_eps, y_eps = _solution_at(self, float(t))
         return Prediction(x_x0 * x + y_x0 * y, x_eps * x + y_eps * y)
+
+
+def _solution(process: Process, t: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The coefficients of x and y in x0 and in eps, float64."""
+    alpha, sigma = process.schedule.at(t)
+    a, b = process.parameterization.row(alpha, sigma)
+    det = alpha * b - sigma * a
+    return b / det, -sigma / det, -a / det, alpha / det
+
+
+@lru_cache(maxsize=8192)
+def _solution_at(process: Process, t: float) -> tuple[float, float, float, float]:
+    """The same as numbers, remembered: runs visit the same times again."""
+    w, x, y, z = _solution(process, t)
+    return float(w), float(x), float(y), float(z)

@@ -1,14 +1,23 @@
-"""Runs a sampler against a denoiser: one step at a time, with previews, cancellation and a check that every number is finite."""
+"""Runs a sampler against a denoiser: one step at a time, with previews, cancellation and a check that every number is finite.
 
+A run is a string of questions (`conduct`); many runs are one string (`together`), so that one forward pass answers all that ask at once.
+"""
+
+import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.errors import NumericalError
-from sfumato.types import Prediction
+from sfumato.types import Ask, Asking, Conditioning, Prediction, Query
+
+T = TypeVar("T")
+Sampling = Generator[tuple[Tensor, float], Prediction, Tensor]
+"""A sampler at work: asks about (x, t), is sent the prediction, ends with the latent."""
 
 Denoise = Callable[[Tensor, float], Prediction]
 """(x, t) -> Prediction: a denoiser with its conditioning and guidance already inside."""
@@ -41,7 +50,7 @@ class SeededNoise:
 
 def check_finite(value: Tensor, stage: str) -> None:
     """`NumericalError` naming the stage and dtype if any number is NaN or infinite."""
-    if not torch.isfinite(value).all():
+    if not torch.isfinite(value.sum()) and not torch.isfinite(value).all():  # the sum alone is quicker, and finite if all numbers are
         bad = int((~torch.isfinite(value)).sum())
         raise NumericalError(
             f"{bad} of {value.numel()} numbers are NaN or infinite in {stage} ({str(value.dtype).removeprefix('torch.')}): nothing was written; "
@@ -49,38 +58,95 @@ def check_finite(value: Tensor, stage: str) -> None:
         )
 
 
-def run(sampler: Generator[tuple[Tensor, float], Prediction, Tensor], denoise: Denoise, count: int) -> Iterator[Step | Tensor]:
-    """Yields a `Step` after each network call and, last, the final latent. Stop iterating to cancel: nothing is left behind.
+def conduct(sampler: Sampling, ask: Ask, count: int, on_step: Callable[[Step], bool | None] | None = None) -> Asking[Tensor | None]:
+    """A run as a string of questions, so that whoever answers can answer many runs at once. Ends with the latent, None if cancelled.
 
-    count: the number of calls to expect, for progress. Raises `NumericalError` at the first step whose output is not finite.
+    count: the number of times that the sampler asks. on_step sees each step and cancels the run by returning False. Raises `NumericalError`
+    at the first step whose prediction is not finite.
     """
     try:
         x, t = next(sampler)
-        index = 0
-        while True:
-            prediction = denoise(x, t)
+        for index in itertools.count():
+            prediction = yield from ask(x, t)
             for part in (prediction.x0, prediction.eps):
                 check_finite(part, f"step {index + 1} of {count} (t = {t:.4g})")
-            yield Step(index, count, t, x, prediction)
-            index += 1
+            if on_step is not None and on_step(Step(index, count, t, x, prediction)) is False:
+                return None
             x, t = sampler.send(prediction)
     except StopIteration as stop:
         check_finite(stop.value, "the last step")
-        yield stop.value
+        return stop.value
     finally:
         sampler.close()
 
 
-def sample(
-    sampler: Generator[tuple[Tensor, float], Prediction, Tensor],
-    denoise: Denoise,
-    count: int,
-    on_step: Callable[[Step], bool | None] | None = None,
-) -> Tensor | None:
+def together(runs: Sequence[Asking[T]]) -> Asking[list[T]]:
+    """Several strings of questions as one: what they ask at the same moment is asked at once. Ends with what each ended with."""
+    results: list[Any] = [None] * len(runs)
+    waiting: dict[int, list[Query]] = {}
+
+    def go_on(k: int, answers: list[Prediction] | None) -> None:
+        try:
+            waiting[k] = next(runs[k]) if answers is None else runs[k].send(answers)
+        except StopIteration as stop:
+            waiting.pop(k, None)
+            results[k] = stop.value
+
+    try:
+        for k in range(len(runs)):
+            go_on(k, None)
+        while waiting:
+            asked = list(waiting.items())
+            answers = yield [query for _, queries in asked for query in queries]
+            for k, queries in asked:
+                go_on(k, answers[: len(queries)])
+                answers = answers[len(queries) :]
+        return results
+    finally:
+        for run in runs:
+            run.close()
+
+
+def answered(questions: Asking[T], answer: Callable[[list[Query]], list[Prediction]]) -> T:
+    """Puts each list of questions to `answer`, and returns what they end with."""
+    try:
+        asked = next(questions)
+        while True:
+            asked = questions.send(answer(asked))
+    except StopIteration as stop:
+        return stop.value
+    finally:
+        questions.close()
+
+
+def run(sampler: Sampling, denoise: Denoise, count: int) -> Iterator[Step | Tensor]:
+    """Yields a `Step` after each network call and, last, the final latent. Stop iterating to cancel: nothing is left behind.
+
+    count: the number of calls to expect, for progress. Raises `NumericalError` at the first step whose output is not finite.
+    """
+    steps: list[Step] = []
+    questions = conduct(sampler, lambda x, t: _plainly(denoise, x, t), count, steps.append)
+    try:
+        asked = next(questions)
+        while True:
+            prediction = denoise(asked[0].x, asked[0].t)
+            try:
+                asked = questions.send([prediction])
+            finally:
+                yield from steps
+                steps.clear()
+    except StopIteration as stop:
+        assert stop.value is not None
+        yield stop.value
+    finally:
+        questions.close()
+
+
+def _plainly(denoise: Denoise, x: Tensor, t: float) -> Asking[Prediction]:
+    return (yield [Query(denoise, x, t, Conditioning())])[0]
+
+
+def sample(sampler: Sampling, denoise: Denoise, count: int, on_step: Callable[[Step], bool | None] | None = None) -> Tensor | None:
     """Runs to the end and returns the latent; `on_step` sees every step and cancels the run by returning False (then: None)."""
-    for event in run(sampler, denoise, count):
-        if isinstance(event, Tensor):
-            return event
-        if on_step is not None and on_step(event) is False:
-            return None
-    return None
+    questions = conduct(sampler, lambda x, t: _plainly(denoise, x, t), count, on_step)
+    return answered(questions, lambda asked: [denoise(query.x, query.t) for query in asked])

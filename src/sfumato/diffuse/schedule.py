@@ -1,18 +1,21 @@
 """Noise schedules: t in [0, 1] -> (alpha, sigma) in float64 with x_t = alpha*z + sigma*eps; t = 0 is clean, t = 1 is noise.
 
 Discrete tables (variance preserving, alpha^2 + sigma^2 = 1): alpha_i^2 = prod_{j<=i} (1 - beta_j) (Ho et al. 2020, arXiv:2006.11239, eq. 4)
-at t = (i+1)/T, log-SNR interpolated between. Rectified flow: alpha = 1 - t, sigma = t (Liu et al. 2023, arXiv:2209.03003, eq. 1).
+at t = (i+1)/T, log-SNR interpolated between. Continuous: variance preserving and exploding (Song et al. 2021, arXiv:2011.13456, appendix C),
+rectified flow alpha = 1 - t, sigma = t (Liu et al. 2023, arXiv:2209.03003, eq. 1), EDM (Karras et al. 2022, arXiv:2206.00364).
+Wrappers (zero terminal SNR, shift) are in rescale.py.
 """
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
-from sfumato.errors import unknown
+from sfumato.errors import UserError, unknown
 
 
 class Schedule(ABC):
@@ -43,6 +46,29 @@ class Schedule(ABC):
         """How many times a discrete table has; None for a continuous schedule."""
         return None
 
+    @property
+    def first(self) -> float:
+        """The least noisy time that networks were trained at: where spacings by noise level put their last call."""
+        return 0.001 if self.grid is None else 1 / self.grid
+
+    @property
+    def bounded(self) -> bool:
+        """Whether sigma/alpha is finite everywhere. It is not for flows and at zero terminal SNR: there alpha is 0 at t = 1."""
+        return self.point(1.0)[0] > 0
+
+    def point(self, t: float) -> tuple[float, float]:
+        """(alpha, sigma) at a time as plain numbers, for the algebra of samplers. Remembered: runs visit the same times again."""
+        return _point(self, float(t))
+
+    def noise_level(self, t: float) -> float:
+        """sigma/alpha at a time; inf where alpha is 0."""
+        alpha, sigma = self.point(t)
+        return sigma / alpha if alpha > 0 else math.inf
+
+    def at_noise_level(self, level: float) -> float:
+        """The time at which sigma/alpha has a value, clamped to [0, 1]."""
+        return float(self.from_log_snr(torch.tensor(-2 * math.log(level) if level > 0 else math.inf, dtype=torch.float64)))
+
     def at(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) of a number or tensor t as float64 tensors of its shape."""
         return self.coefficients(torch.as_tensor(t, dtype=torch.float64))
@@ -51,6 +77,12 @@ class Schedule(ABC):
         """log(alpha^2 / sigma^2): +inf at t = 0, falling in t."""
         alpha, sigma = self.at(t)
         return 2 * (alpha.log() - sigma.log())
+
+
+@lru_cache(maxsize=8192)
+def _point(schedule: Schedule, t: float) -> tuple[float, float]:
+    alpha, sigma = schedule.at(t)
+    return float(alpha), float(sigma)
 
 
 @dataclass(frozen=True)
@@ -65,6 +97,13 @@ class BetaTable(Schedule):
     def __post_init__(self) -> None:
         if not self.betas or not all(0 < b < 1 for b in self.betas):
             raise ValueError(f"a beta table needs values strictly between 0 and 1, got {len(self.betas)} values")
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.kind, self.betas))
+
+    def __hash__(self) -> int:  # a thousand numbers each time would cost more than what is remembered by it
+        return self._hash
 
     @cached_property
     def _log_snr_table(self) -> Tensor:
@@ -108,8 +147,15 @@ class BetaTable(Schedule):
         return ((u.double() * count).floor().clamp(0, count - 1) + 1) / count
 
 
+class Continuous(Schedule):
+    """What schedules without a table share: training visits all of (0, 1]."""
+
+    def sample_times(self, u: Tensor) -> Tensor:
+        return u.double().clamp(1e-5, 1.0)
+
+
 @dataclass(frozen=True)
-class RectifiedFlow(Schedule):
+class RectifiedFlow(Continuous):
     """alpha = 1 - t, sigma = t. Networks are given t * 1000, as SD3 and FLUX are."""
 
     kind: str = "flow"
@@ -127,8 +173,103 @@ class RectifiedFlow(Schedule):
     def from_log_snr(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(-log_snr.double() / 2)
 
-    def sample_times(self, u: Tensor) -> Tensor:
-        return u.double().clamp(1e-5, 1.0)
+
+@dataclass(frozen=True)
+class VariancePreserving(Continuous):
+    """log alpha = -t^2 (b - a)/4 - t a/2 for beta(t) = a + t (b - a) (Song et al. 2021, eq. 33). Networks are given t * 999, as theirs are."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    kind: str = "vp"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_min <= self.beta_max < 200:  # e^-50 of signal is as good as none
+            raise UserError(f"beta_min={self.beta_min}, beta_max={self.beta_max}: expected 0 < beta_min <= beta_max < 200")
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.double()
+        log_alpha2 = -t.square() * (self.beta_max - self.beta_min) / 2 - t * self.beta_min
+        return (log_alpha2 / 2).exp(), (-torch.expm1(log_alpha2)).sqrt()
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return t.double() * 999
+
+    def time(self, timestep: Tensor) -> Tensor:
+        return timestep.double() / 999
+
+    def from_log_snr(self, log_snr: Tensor) -> Tensor:
+        added = torch.nn.functional.softplus(-log_snr.double())  # -log alpha^2 = (b - a)/2 t^2 + a t
+        slope, low = self.beta_max - self.beta_min, self.beta_min
+        return (2 * added / ((low**2 + 2 * slope * added).sqrt() + low)).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class VarianceExploding(Continuous):
+    """alpha = 1, sigma = sigma_min (sigma_max/sigma_min)^t (Song et al. 2021, eq. 30); below t = 0.001 it falls linearly to 0.
+
+    Networks are given sigma.
+    """
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+    kind: str = "ve"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise UserError(f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: expected 0 < sigma_min < sigma_max")
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.double()
+        foot = (t / self.first).clamp(max=1)
+        return torch.ones_like(t), self.sigma_min * (self.sigma_max / self.sigma_min) ** t.clamp(min=self.first) * foot
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return self.coefficients(t.double().clamp(min=self.first))[1]
+
+    def time(self, timestep: Tensor) -> Tensor:
+        return self.from_log_snr(-2 * timestep.double().log())
+
+    def from_log_snr(self, log_snr: Tensor) -> Tensor:
+        growth = math.log(self.sigma_max / self.sigma_min)
+        above = (-log_snr.double() / 2 - math.log(self.sigma_min)) / growth
+        foot = (-log_snr.double() / 2 - math.log(self.sigma_min) - growth * self.first).exp() * self.first
+        return torch.where(above >= self.first, above, foot).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class EDM(Continuous):
+    """alpha = 1, sigma = sigma_max * t^rho: even times are Karras et al.'s spacing (2022, eq. 5) drawn out to sigma = 0.
+
+    Networks are given log(sigma)/4 (their table 1, c_noise), with no noise below sigma_min known to them.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    kind: str = "edm"
+
+    def __post_init__(self) -> None:
+        if not (0 < self.sigma_min < self.sigma_max < math.inf and 1 <= self.rho <= 20):
+            raise UserError(
+                f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}, rho={self.rho}: expected 0 < sigma_min < sigma_max and rho in [1, 20]"
+            )
+
+    @property
+    def first(self) -> float:
+        return (self.sigma_min / self.sigma_max) ** (1 / self.rho)
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.double()
+        return torch.ones_like(t), self.sigma_max * t**self.rho
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return self.coefficients(t.double().clamp(min=self.first))[1].log() / 4
+
+    def time(self, timestep: Tensor) -> Tensor:
+        return self.from_log_snr(-8 * timestep.double())
+
+    def from_log_snr(self, log_snr: Tensor) -> Tensor:
+        return ((-log_snr.double() / 2 - math.log(self.sigma_max)) / self.rho).exp().clamp(0, 1)
 
 
 def _table(kind: str, betas: Tensor, start: float = 0.0001, end: float = 0.02) -> BetaTable:
@@ -157,16 +298,28 @@ def sigmoid(steps: int = 1000, start: float = 0.0001, end: float = 0.02) -> Beta
     return _table("sigmoid", ramp * (end - start) + start, start, end)
 
 
-def flow() -> RectifiedFlow:
-    """Rectified flow: x = (1 - t) z + t eps."""
-    return RectifiedFlow()
+def table(betas: Sequence[float]) -> BetaTable:
+    """A table of one's own: betas strictly between 0 and 1, from the least noisy step on."""
+    values = tuple(float(b) for b in betas)
+    if not values or not all(0 < b < 1 for b in values):
+        raise UserError(f"a beta table of {len(values)} values: expected numbers strictly between 0 and 1")
+    return BetaTable(values)
 
 
-SCHEDULES = {"linear": linear, "scaled_linear": scaled_linear, "cosine": cosine, "sigmoid": sigmoid, "flow": flow}
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "linear": linear,
+    "scaled_linear": scaled_linear,
+    "cosine": cosine,
+    "sigmoid": sigmoid,
+    "flow": RectifiedFlow,
+    "vp": VariancePreserving,
+    "ve": VarianceExploding,
+    "edm": EDM,
+}
 
 
 def schedule(name: str, **options: float) -> Schedule:
-    """A schedule by name: linear, scaled_linear, cosine, sigmoid or flow, with its own options."""
+    """A schedule by name, with its own options: linear, scaled_linear, cosine, sigmoid, flow, vp, ve or edm. `table` takes your own betas."""
     if name not in SCHEDULES:
         raise unknown("schedule", name, SCHEDULES)
     return SCHEDULES[name](**options)

@@ -1,52 +1,179 @@
-"""Which times a run visits: from `start` (1 is pure noise) down to 0, `steps` network calls, no duplicates.
+"""Which times a run visits: from `start` (1 is pure noise) down to 0, `steps` of them and the end, no duplicates.
 
-Each spacing returns steps+1 floats, strictly descending, the last 0. "trailing", "leading" and "linspace" are the conventions named in
-Lin et al. 2023 (arXiv:2305.08891, table 2) on the grid of a discrete table.
+Each spacing returns steps+1 floats, strictly descending, the last 0. By time: "trailing", "leading" and "linspace" are the conventions named
+in Lin et al. 2023 (arXiv:2305.08891, table 2); "beta" is Lee et al. 2024 (arXiv:2407.12173). By noise level sigma/alpha (for flows and zero
+terminal SNR, where it is infinite at t = 1: by sigma/(alpha + sigma), a flow's own t): "karras" (2022, arXiv:2206.00364, eq. 5) and
+"exponential"; by log-SNR: "log_snr" (Lu et al. 2022, arXiv:2206.00927, section 3.4). "align_your_steps": Sabour et al. 2024 (arXiv:2404.14507).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
+
+from sfumato.diffuse.rescale import shifted_time
+from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError, unknown
 
-
-def trailing(steps: int, start: float = 1.0, grid: int = 1000) -> list[float]:
-    """start, start*(1 - 1/steps) ... start/steps, 0: begins at the full noise. Right for every schedule, whatever its grid."""
-    return [start * (steps - i) / steps for i in range(steps)] + [0.0]
-
-
-def uniform(steps: int, start: float = 1.0, grid: int = 1000) -> list[float]:
-    """Another name for even spacing from start to 0."""
-    return trailing(steps, start, grid)
+# Timesteps of 1000 that the paper's authors published for ten steps of these models.
+ALIGN_YOUR_STEPS = {
+    "sd15": (999, 850, 736, 645, 545, 455, 343, 233, 124, 24),
+    "sdxl": (999, 845, 730, 587, 443, 310, 193, 116, 53, 13),
+}
 
 
-def leading(steps: int, start: float = 1.0, grid: int = 1000, offset: int = 0) -> list[float]:
+# ---- by time -----------------------------------------------------------------------------------------------------------
+
+
+def trailing(steps: int, schedule: Schedule, start: float = 1.0, whole: bool = False) -> list[float]:
+    """start, start*(1 - 1/steps) ... start/steps, 0: begins at the full noise. `whole` rounds to a table's grid, as diffusers does."""
+    times = [start * (steps - i) / steps for i in range(steps)]
+    if whole and schedule.grid is not None:
+        times = [round(t * schedule.grid) / schedule.grid for t in times]
+    return [*times, 0.0]
+
+
+def leading(steps: int, schedule: Schedule, start: float = 1.0, offset: int = 0) -> list[float]:
     """Multiples of grid // steps, plus an offset (DDIM's original; SD 1 uses offset 1). Never reaches full noise."""
+    grid = schedule.grid or 1000
     stride = max(int(grid * start) // steps, 1)
     return [min(stride * i + offset + 1, grid) / grid for i in reversed(range(steps))] + [0.0]
 
 
-def linspace(steps: int, start: float = 1.0, grid: int = 1000) -> list[float]:
-    """Both ends of the grid and evenly between, rounded to the grid (DDPM, Nichol & Dhariwal 2021, section 4)."""
+def linspace(steps: int, schedule: Schedule, start: float = 1.0, whole: bool = True) -> list[float]:
+    """From start to the least time that the network knows, evenly; `whole` rounds to a table's grid (Nichol & Dhariwal 2021, section 4)."""
     if steps == 1:
         return [start, 0.0]
-    return [(round((grid * start - 1) * (steps - 1 - i) / (steps - 1)) + 1) / grid for i in range(steps)] + [0.0]
+    grid = schedule.grid
+    if grid is None:
+        low = min(schedule.first, start / steps)
+        return [start + (low - start) * i / (steps - 1) for i in range(steps)] + [0.0]
+    exact = [(grid * start - 1) * (steps - 1 - i) / (steps - 1) for i in range(steps)]
+    return [((round(value) if whole else value) + 1) / grid for value in exact] + [0.0]
 
 
-SPACINGS: dict[str, Callable[..., list[float]]] = {"trailing": trailing, "uniform": uniform, "leading": leading, "linspace": linspace}
+def shifted(steps: int, schedule: Schedule, start: float = 1.0, shift: float = 3.0) -> list[float]:
+    """Even times moved towards the noise: s t / (1 + (s - 1) t) (Esser et al. 2024, arXiv:2403.03206, eq. 23). 3 is SD3's.
+
+    `rescale.dynamic_shift` gives FLUX's shift for an image of so many tokens.
+    """
+    if not 0 < shift < math.inf:
+        raise UserError(f"shift={shift}: expected a positive number, 1 changes nothing")
+    inner = start / (shift - (shift - 1) * start)  # so that the first time is `start` itself
+    return [shifted_time(inner * (steps - i) / steps, shift) for i in range(steps)] + [0.0]
 
 
-def timesteps(spacing: str, steps: int, start: float = 1.0, grid: int | None = None, **options: int) -> list[float]:
-    """The times of a run by spacing name; `steps` from 1 to the size of the schedule's grid (`Schedule.grid`), where it has one."""
+def beta(
+    steps: int, schedule: Schedule, start: float = 1.0, a: float = 0.6, b: float = 0.6, over: str = "time", end: float | None = None
+) -> list[float]:
+    """Quantiles of Beta(a, b): dense where times are near 1 and near 0. `over`: "time" as published, or "noise", the level (diffusers)."""
+    if over not in ("time", "noise"):
+        raise unknown("over", over, ("time", "noise"))
+    if not (0 < a < math.inf and 0 < b < math.inf):
+        raise UserError(f"a={a}, b={b}: expected two positive numbers")
+    if over == "time":
+        places = _beta_quantiles(np.arange(steps, 0, -1) / steps, a, b)
+        return [*(start * places).tolist(), 0.0]
+    places = _beta_quantiles(np.linspace(1, 0, steps), a, b) if steps > 1 else np.ones(1)
+    return _by_level(places, schedule, start, end, lambda high, low, u: low + u * (high - low))
+
+
+def lcm(steps: int, schedule: Schedule, start: float = 1.0, original: int = 50) -> list[float]:
+    """`steps` of the `original` times that a latent consistency model was distilled at (Luo et al. 2023, arXiv:2310.04378)."""
+    grid = schedule.grid or 1000
+    known = [(i + 1) * (grid // original) / grid for i in range(int(original * start))][::-1]
+    if steps > len(known):
+        raise UserError(f"steps={steps}: a model distilled at {original} times has {len(known)} of them up to start={start}")
+    return [known[int(i * len(known) / steps)] for i in range(steps)] + [0.0]
+
+
+# ---- by noise level ----------------------------------------------------------------------------------------------------
+
+
+def karras(steps: int, schedule: Schedule, start: float = 1.0, rho: float = 7.0, end: float | None = None) -> list[float]:
+    """Noise levels whose rho-th roots are evenly spaced, from `start` to `end` (default: the least that the network knows), then 0."""
+    if not 0 < rho < math.inf:
+        raise UserError(f"rho={rho}: expected a positive number, 7 is Karras et al.'s")
+    return _by_level(_ramp(steps), schedule, start, end, lambda h, lo, u: (lo ** (1 / rho) + u * (h ** (1 / rho) - lo ** (1 / rho))) ** rho)
+
+
+def exponential(steps: int, schedule: Schedule, start: float = 1.0, end: float | None = None) -> list[float]:
+    """Noise levels in equal ratios, from `start` to `end` (default: the least that the network knows), then 0."""
+    return _by_level(_ramp(steps), schedule, start, end, lambda high, low, u: low * (high / low) ** u)
+
+
+def log_snr(steps: int, schedule: Schedule, start: float = 1.0, end: float | None = None) -> list[float]:
+    """Equal steps of log-SNR from `start` to `end` (default: the least noise that the network knows), then 0.
+
+    Where there is no signal at `start`, the first step goes to t = 0.999 start and the others are equal.
+    """
+    low = _end(schedule, start, end)
+    infinite = math.isinf(schedule.noise_level(start))
+    if steps == 1 or (infinite and steps == 2):
+        return [start, low, 0.0] if steps == 2 else [start, 0.0]
+    head, top = ([start], 0.999 * start) if infinite else ([], start)
+    a, b, count = math.log(schedule.noise_level(top)), math.log(schedule.noise_level(low)), steps - len(head)
+    inner = [schedule.at_noise_level(math.exp(a + (b - a) * i / (count - 1))) for i in range(count)]
+    return [*head, top, *inner[1:-1], low, 0.0]
+
+
+def align_your_steps(steps: int, schedule: Schedule, start: float = 1.0, table: str = "sd15") -> list[float]:
+    """The published ten times of "sd15" or "sdxl"; other numbers of steps interpolate their log noise levels, as the authors do."""
+    if table not in ALIGN_YOUR_STEPS:
+        raise unknown("align-your-steps table", table, ALIGN_YOUR_STEPS)
+    return resample([(i + 1) / 1000 for i in ALIGN_YOUR_STEPS[table]], steps, schedule, start)
+
+
+def resample(times: Sequence[float], steps: int, schedule: Schedule, start: float = 1.0) -> list[float]:
+    """A table of times drawn out to another number of steps, linearly in the log of the noise level, then 0."""
+    known = [t for t in times if 0 < t < start]
+    known = [start, *known]
+    if len(known) == steps:
+        return [*known, 0.0]
+    levels = [math.log(_level(schedule, t)) for t in known]
+    places = np.interp(np.linspace(0, 1, steps), np.linspace(0, 1, len(levels)), levels) if steps > 1 else levels[:1]
+    found = [_time(schedule, math.exp(v)) for v in places]
+    return [start, *found[1:], 0.0]
+
+
+SPACINGS: dict[str, Callable[..., list[float]]] = {
+    "trailing": trailing,
+    "uniform": trailing,  # another name for even spacing from start to 0
+    "leading": leading,
+    "linspace": linspace,
+    "shifted": shifted,
+    "beta": beta,
+    "karras": karras,
+    "exponential": exponential,
+    "log_snr": log_snr,
+    "align_your_steps": align_your_steps,
+    "lcm": lcm,
+}
+
+
+def timesteps(spacing: str, steps: int, schedule: Schedule, start: float = 1.0, **options: Any) -> list[float]:
+    """The times of a run by spacing name; `steps` from 1 to the size of the schedule's grid, where it has one. `UserError` otherwise."""
     if spacing not in SPACINGS:
         raise unknown("timestep spacing", spacing, SPACINGS)
     if steps < 1:
-        raise UserError(f"steps={steps}: expected at least 1 network call")
-    if grid is not None and steps > grid:
-        raise UserError(f"steps={steps}: the model's noise table has {grid} times, expected at most as many steps")
+        raise UserError(f"steps={steps}: expected at least 1")
+    if schedule.grid is not None and steps > schedule.grid:
+        raise UserError(f"steps={steps}: the model's noise table has {schedule.grid} times, expected at most as many steps")
     if not 0 < start <= 1:
         raise UserError(f"start={start}: expected a time in (0, 1]")
-    return check_times(SPACINGS[spacing](steps, start, grid or 1000, **options))
+    return check_times(SPACINGS[spacing](steps, schedule, start, **options))
+
+
+def truncate(times: Sequence[float], start: float) -> list[float]:
+    """The tail of a run that begins with less noise (image-to-image): `start`, and the times below it."""
+    values = check_times(times)
+    if not values[-1] < start <= values[0]:
+        raise UserError(
+            f"start={start}: expected a time above {values[-1]:.4g}, where the run ends, and at most {values[0]:.4g}, where it begins"
+        )
+    return [start, *(t for t in values if t < start)]
 
 
 def check_times(times: Sequence[float]) -> list[float]:
@@ -61,3 +188,70 @@ def check_times(times: Sequence[float]) -> list[float]:
             f"timesteps [{shown}{', ...' if len(values) > 8 else ''}]: expected at least two numbers in [0, 1] that fall strictly, 1 is noise and 0 is clean"
         )
     return values
+
+
+# ---- levels ------------------------------------------------------------------------------------------------------------
+
+
+def _level(schedule: Schedule, t: float) -> float:
+    """sigma/alpha; sigma/(alpha + sigma) for schedules where that is infinite at t = 1."""
+    alpha, sigma = schedule.point(t)
+    return sigma / alpha if schedule.bounded else sigma / (alpha + sigma)
+
+
+def _time(schedule: Schedule, level: float) -> float:
+    """The inverse of `_level`."""
+    if schedule.bounded:
+        return schedule.at_noise_level(level)
+    return 1.0 if level >= 1 else schedule.at_noise_level(level / (1 - level))
+
+
+def _ramp(steps: int) -> np.ndarray:
+    """1 to 0."""
+    return np.linspace(1, 0, steps) if steps > 1 else np.ones(1)
+
+
+def _end(schedule: Schedule, start: float, end: float | None) -> float:
+    if end is not None and not 0 < end < start:
+        raise UserError(f"end={end}: expected the time of the last network call, above 0 and below start={start}")
+    return min(schedule.first, start / 2) if end is None else end
+
+
+def _by_level(
+    places: np.ndarray, schedule: Schedule, start: float, end: float | None, curve: Callable[[float, float, float], float]
+) -> list[float]:
+    """Times whose levels are curve(highest, lowest, u) for u from 1 to 0; the ends are the asked times themselves."""
+    last = _end(schedule, start, end)
+    high, low = _level(schedule, start), _level(schedule, last)
+    found = [_time(schedule, curve(high, low, float(u))) for u in places]
+    if places[0] == 1:
+        found[0] = start
+    if len(places) > 1 and places[-1] == 0:
+        found[-1] = last
+    return [*found, 0.0]
+
+
+def _beta_quantiles(u: np.ndarray, a: float, b: float) -> np.ndarray:
+    """x with I_x(a, b) = u, by bisection.
+
+    The integral of s^(a-1) (1-s)^(b-1) up to x <= 1/2 is that of (1 - v^(1/a))^(b-1) / a up to v = x^a, which is smooth: Gauss's rule
+    of 64 points is exact to about 1e-10; above 1/2 the roles of a and b are exchanged.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(64)
+
+    def lower(x: np.ndarray, a: float, b: float) -> np.ndarray:
+        v = np.multiply.outer(x**a, (nodes + 1) / 2)
+        return ((1 - v ** (1 / a)) ** (b - 1) @ weights) * x**a / (2 * a)
+
+    half = np.array([0.5])
+    below, above = float(lower(half, a, b)[0]), float(lower(half, b, a)[0])
+    target = np.asarray(u, dtype=float) * (below + above)
+    mirrored = target > below
+    left = np.where(mirrored, below + above - target, target)
+    low, high = np.zeros_like(left), np.full_like(left, 0.5)
+    for _ in range(60):
+        middle = (low + high) / 2
+        under = np.where(mirrored, lower(middle, b, a), lower(middle, a, b)) < left
+        low, high = np.where(under, middle, low), np.where(under, high, middle)
+    found = (low + high) / 2
+    return np.where(mirrored, 1 - found, found)

@@ -3,14 +3,16 @@
 Coefficients are float64, the state float32, the network runs in its own dtype.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfumato.diffuse.process import Process
-from sfumato.types import Conditioning, Prediction
+from sfumato.types import Conditioning, Prediction, Query
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,59 @@ class Denoiser:
         """The network's raw output y at x, float32."""
         dtype = next(self.network.parameters()).dtype
         timestep = self.process.schedule.timestep(torch.as_tensor(t, dtype=torch.float64)).to(x.device, torch.float32)
-        y = self.network(x.to(dtype), timestep.expand(len(x)), conditioning.to(x.device, dtype))
+        shown = self.process.network_input(x, t)
+        y = self.network(shown.to(dtype), timestep.expand(len(x)), conditioning.to(x.device, dtype))
         return y.float()
 
     def __call__(self, x: Float[Tensor, "B C h w"], t: float | Tensor, conditioning: Conditioning) -> Prediction:
         """What x is made of, according to the network: x0 and eps, float32."""
         return self.process.split(x.float(), self.output(x, t, conditioning), t)
+
+
+def answer(queries: Sequence[Query], rows: int | None = None) -> list[Prediction]:
+    """Answers questions, those that fit into one forward pass of the same denoiser together; `rows` bounds a pass's batch.
+
+    Each answer is what its question alone would get: on the CPU in float32 to the last bit.
+    """
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for k, query in enumerate(queries):
+        groups.setdefault((id(query.denoiser), *_shape(query)), []).append(k)
+    found: dict[int, Prediction] = {}
+    for members in groups.values():
+        asked = [queries[k] for k in members]
+        found |= zip(members, _one_pass(asked, rows), strict=True)
+    return [found[k] for k in range(len(queries))]
+
+
+def _one_pass(queries: Sequence[Query], rows: int | None) -> list[Prediction]:
+    """Answers to questions of one shape to one denoiser."""
+    denoiser = queries[0].denoiser
+    if not isinstance(denoiser, Denoiser):  # somebody else's, who may answer only one time at once
+        return [denoiser(q.x, q.t, q.conditioning) for q in queries]
+    many = len(queries) > 1
+    x = torch.cat([q.x for q in queries]) if many else queries[0].x
+    t: float | Tensor = queries[0].t
+    if any(q.t != t for q in queries):
+        t = torch.tensor([q.t for q in queries for _ in range(len(q.x))], dtype=torch.float64)
+    conditioning = Conditioning.cat([q.conditioning for q in queries]) if many else queries[0].conditioning
+    x = x.float()
+    if rows is None or len(x) <= rows:
+        y = denoiser.output(x, t, conditioning)
+    else:
+        parts = [slice(i, i + rows) for i in range(0, len(x), rows)]
+        y = torch.cat([denoiser.output(x[p], t[p] if isinstance(t, Tensor) else t, conditioning[p]) for p in parts])
+    answers, done = [], 0
+    for q in queries:
+        end = done + len(q.x)
+        answers.append(denoiser.process.split(x[done:end], y[done:end], q.t))
+        done = end
+    return answers
+
+
+def _shape(query: Query) -> tuple[Any, ...]:
+    """What must agree for questions to share a pass: sizes of everything but the batch."""
+
+    def size(value: Any) -> Any:
+        return tuple(map(size, value)) if isinstance(value, tuple) else None if value is None else value.shape[1:]
+
+    return tuple(query.x.shape[1:]), *(size(getattr(query.conditioning, f.name)) for f in fields(query.conditioning))

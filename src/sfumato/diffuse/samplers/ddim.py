@@ -4,27 +4,28 @@ nu is the standard deviation of eq. 16 written for any (alpha, sigma):
 nu^2 = eta^2 * sigma_s^2 * (1 - (alpha_t*sigma_s / (alpha_s*sigma_t))^2). eta 0 is deterministic, eta 1 is DDPM.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor
 
+from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers._steps import ancestral, place
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError
-from sfumato.types import Noise, Prediction
+from sfumato.types import Noise
 
 
-def ddim(
-    x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 0.0
-) -> Generator[tuple[Tensor, float], Prediction, Tensor]:
-    """eta in [0, 1] (`UserError` otherwise). Order 1; one network call a step."""
+@traits(order=1, both=True)
+def ddim(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 0.0) -> Run:
+    """eta in [0, 1] (`UserError` otherwise). One network call a step."""
     if not 0 <= eta <= 1:
         raise UserError(f"eta={eta}: expected a number in [0, 1], 0 is deterministic and 1 is DDPM")
     for t, s in pairwise(times):
         prediction = yield x, t
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t), schedule.at(s)
-        nu2 = eta**2 * sigma_s**2 * (1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2)
-        x = float(alpha_s) * prediction.x0 + float((sigma_s**2 - nu2).sqrt()) * prediction.eps
-        if nu2 > 0:
-            x = x + float(nu2.sqrt()) * noise()
+        here, there = schedule.point(t), schedule.point(s)
+        down, up = ancestral(here, there, eta)
+        x = place(prediction, (there[0], down))
+        if up > 0:
+            x = x + up * noise()
     return x

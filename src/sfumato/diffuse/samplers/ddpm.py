@@ -5,30 +5,31 @@ mean = r*(sigma_s^2/sigma_t^2)*x_t + alpha_s*(beta/sigma_t^2)*x0, variance beta*
 Any spacing: s and t need not be neighbours in the table.
 """
 
-from collections.abc import Generator, Sequence
+import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor
 
+from sfumato.diffuse.samplers import Run, traits
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import unknown
-from sfumato.types import Noise, Prediction
+from sfumato.types import Noise
 
 
-def ddpm(
-    x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, variance: Literal["small", "large"] = "small"
-) -> Generator[tuple[Tensor, float], Prediction, Tensor]:
+@traits(order=1, noise=True)
+def ddpm(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, variance: Literal["small", "large"] = "small") -> Run:
     """variance: eq. 7's beta-tilde ("small", exact for a point) or beta ("large", exact for a standard normal). One call a step."""
     if variance not in ("small", "large"):
         raise unknown("variance", variance, ("small", "large"))
     for t, s in pairwise(times):
         prediction = yield x, t
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t), schedule.at(s)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.point(t), schedule.point(s)
         ratio = alpha_t / alpha_s
         added = sigma_t**2 - ratio**2 * sigma_s**2
-        x = float(ratio * sigma_s**2 / sigma_t**2) * x + float(alpha_s * added / sigma_t**2) * prediction.x0
+        x = (ratio * sigma_s**2 / sigma_t**2) * x + (alpha_s * added / sigma_t**2) * prediction.x0
         if sigma_s > 0:  # the last step is its mean: no noise is added at t = 0
             spread = added * (sigma_s**2 / sigma_t**2 if variance == "small" else 1.0)
-            x = x + float(spread.sqrt()) * noise()
+            x = x + math.sqrt(spread) * noise()
     return x

@@ -1,0 +1,150 @@
+"""Schedules made from schedules: zero terminal SNR, and more time spent in noise for larger images.
+
+Zero terminal SNR (Lin et al. 2023, arXiv:2305.08891, algorithm 1): alpha is shifted and scaled so that alpha(1) = 0 and the first step's
+alpha is kept. Shift (Esser et al. 2024, arXiv:2403.03206, eq. 23): t -> s t / (1 + (s - 1) t), which for a flow divides alpha/sigma by s.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sfumato.diffuse.schedule import Schedule
+from sfumato.errors import UserError
+
+
+@dataclass(frozen=True)
+class ZeroTerminalSNR(Schedule):
+    """`base` (variance preserving) with alpha(1)^2 = `last`: 0, or a little more for solvers that divide by alpha.
+
+    Only v and x0 can be solved at alpha = 0: `Process` refuses eps.
+    """
+
+    base: Schedule
+    last: float = 0.0
+
+    def __post_init__(self) -> None:
+        alpha, sigma = self.base.at(torch.tensor([self.base.first, 0.5, 1.0], dtype=torch.float64))
+        if (alpha.square() + sigma.square() - 1).abs().max() > 1e-9:
+            raise UserError(
+                "zero terminal SNR is for variance-preserving schedules (alpha^2 + sigma^2 = 1): flows end without signal anyway"
+            )
+        if not 0 <= self.last < float(alpha[-1]) ** 2:
+            raise UserError(
+                f"last={self.last}: expected alpha^2 at t = 1 from 0 to below {float(alpha[-1]) ** 2:.3g}, what the schedule has now"
+            )
+
+    @property
+    def kind(self) -> str:
+        """The base's."""
+        return getattr(self.base, "kind", "?")
+
+    @property
+    def grid(self) -> int | None:
+        return self.base.grid
+
+    @property
+    def _ends(self) -> tuple[float, float]:
+        """alpha at the first step and at t = 1, of the base."""
+        return self.base.point(0.0 if self.grid is None else self.first)[0], self.base.point(1.0)[0]
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        first, end = self._ends
+        alpha = first - (first - self.base.coefficients(t)[0]) * (first - math.sqrt(self.last)) / (first - end)
+        if self.grid is None:
+            sigma2 = 1 - alpha.square()
+        else:  # below the first step sigma^2 is linear in t, as in the base
+            inside = (t.double() * self.grid).clamp(max=1)
+            alpha = torch.where(inside < 1, first, alpha)
+            sigma2 = (1 - alpha.square()) * inside
+            alpha = torch.where(inside < 1, (1 - sigma2).sqrt(), alpha)
+        end_alpha = torch.where(t >= 1, math.sqrt(self.last), alpha)  # exactly: a rounding error would be a signal
+        return end_alpha, torch.where(t >= 1, math.sqrt(1 - self.last), sigma2.clamp(min=0).sqrt())
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return self.base.timestep(t)
+
+    def time(self, timestep: Tensor) -> Tensor:
+        return self.base.time(timestep)
+
+    def from_log_snr(self, log_snr: Tensor) -> Tensor:
+        first, end = self._ends
+        value = log_snr.double()
+        alpha = torch.sigmoid(value).sqrt().clamp(min=math.sqrt(self.last))
+        base = (first - (first - alpha) * (first - end) / (first - math.sqrt(self.last))).clamp(max=1.0)
+        inner = self.base.from_log_snr(2 * base.log() - torch.log1p(-base.square()))
+        if self.grid is None:
+            return inner
+        below = torch.sigmoid(-value) / (1 - first**2) / self.grid
+        return torch.where(alpha > first, below, inner)
+
+    def sample_times(self, u: Tensor) -> Tensor:
+        return self.base.sample_times(u)
+
+
+def shifted_time(t: float, shift: float) -> float:
+    """shift * t / (1 + (shift - 1) t): the ends stay, times between move to the noise for shift > 1."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+@dataclass(frozen=True)
+class Shifted(Schedule):
+    """`base` with its time shifted; networks are still told the noise level that they see. shift > 1: more time in noise."""
+
+    base: Schedule
+    shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.shift < math.inf:
+            raise UserError(f"shift={self.shift}: expected a positive number, 1 changes nothing, 3 is SD3's")
+
+    @property
+    def kind(self) -> str:
+        """The base's."""
+        return getattr(self.base, "kind", "?")
+
+    @property
+    def grid(self) -> int | None:
+        return self.base.grid
+
+    @property
+    def first(self) -> float:
+        return float(self._back(torch.tensor(self.base.first, dtype=torch.float64)))
+
+    def _forth(self, t: Tensor) -> Tensor:
+        t = t.double()
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def _back(self, t: Tensor) -> Tensor:
+        t = t.double()
+        return t / (self.shift - (self.shift - 1) * t)
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.base.coefficients(self._forth(t))
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return self.base.timestep(self._forth(t))
+
+    def time(self, timestep: Tensor) -> Tensor:
+        return self._back(self.base.time(timestep))
+
+    def from_log_snr(self, log_snr: Tensor) -> Tensor:
+        return self._back(self.base.from_log_snr(log_snr))
+
+    def sample_times(self, u: Tensor) -> Tensor:
+        times = self._forth(u)  # u is spread over this schedule's own time; a table's grid is the base's
+        return self._back(self.base.sample_times(times))
+
+
+def dynamic_shift(
+    tokens: int, base: tuple[int, float] = (256, 0.5), top: tuple[int, float] = (4096, 1.15), exponential: bool = True
+) -> float:
+    """The shift for an image of so many tokens: mu on the line through two (tokens, mu) points; e^mu (FLUX, SD3.5's dynamic) or mu itself.
+
+    The defaults are FLUX.1's (scheduler_config.json: base_image_seq_len, base_shift, max_image_seq_len, max_shift).
+    """
+    if tokens < 1:
+        raise UserError(f"tokens={tokens}: expected the number of image tokens, at least 1")
+    mu = base[1] + (tokens - base[0]) * (top[1] - base[1]) / (top[0] - base[0])
+    return math.exp(mu) if exponential else mu

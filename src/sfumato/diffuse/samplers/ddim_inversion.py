@@ -1,0 +1,30 @@
+"""DDIM run backwards, from a clean latent to the noise that DDIM would make it from (Song et al. 2021, arXiv:2010.02502, section 4.3).
+
+x_s = (alpha_s/alpha_t) x_t + (sigma_s - sigma_t alpha_s/alpha_t) eps(x_s, s) is what DDIM's step from s to t inverts exactly. It is implicit
+in x_s: `iterations` fixed-point steps solve it (Pan et al. 2023, arXiv:2309.04907); one, begun at x_t, is the usual approximation.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor
+
+from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers._steps import along
+from sfumato.diffuse.schedule import Schedule
+from sfumato.errors import UserError
+from sfumato.types import Noise
+
+
+@traits(order=1, upward=True)
+def ddim_inversion(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, iterations: int = 1) -> Run:
+    """x is the latent at the last of the times (0: clean); the result is the latent at the first. `iterations` network calls a step."""
+    if iterations < 1:
+        raise UserError(f"iterations={iterations}: expected at least 1 network call a step")
+    for t, s in pairwise(reversed(list(times))):
+        here, there, found = schedule.point(t), schedule.point(s), x
+        for _ in range(iterations):
+            prediction = yield found, s
+            found = along(x, prediction.eps, here, there)
+        x = found
+    return x

@@ -1,0 +1,35 @@
+"""DPM-Solver-2, singlestep (Lu et al. 2022, arXiv:2206.00927, algorithm 1): the noise at a middle point corrects the step.
+
+With h the step in log(alpha/sigma) and m at r1 of it: u = (alpha_m/alpha_t) x - sigma_m (e^(r1 h) - 1) eps_t, then
+x_s = (alpha_s/alpha_t) x - sigma_s (e^h - 1) (eps_t + (eps_m - eps_t)/(2 r1)). Steps from or to an end, where h is infinite, are DDIM's.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor
+
+from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers._steps import along, between, half_log_snr, place
+from sfumato.diffuse.schedule import Schedule
+from sfumato.errors import UserError
+from sfumato.types import Noise
+
+
+@traits(order=2, calls=2)
+def dpm_solver_2(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, r1: float = 0.5) -> Run:
+    """r1 in (0, 1). Two network calls a step, one for a step from alpha = 0 or to sigma = 0."""
+    if not 0 < r1 < 1:
+        raise UserError(f"r1={r1}: expected a number in (0, 1), 0.5 is the midpoint")
+    for t, s in pairwise(times):
+        first = yield x, t
+        here, there = schedule.point(t), schedule.point(s)
+        h = between(here, there)
+        if math.isinf(h):
+            x = place(first, there)
+            continue
+        m = schedule.at_noise_level(math.exp(-half_log_snr(here) - r1 * h))
+        second = yield along(x, first.eps, here, schedule.point(m)), m
+        x = along(x, first.eps + (second.eps - first.eps) * (0.5 / r1), here, there)
+    return x

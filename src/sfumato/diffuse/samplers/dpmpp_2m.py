@@ -1,0 +1,20 @@
+"""DPM-Solver++(2M), multistep (Lu et al. 2022, arXiv:2211.01095, algorithm 2): the step before bends this one.
+
+x_s = (sigma_s/sigma_t) x + alpha_s (1 - e^-h) (x0 + (x0 - x0_before) h/(2 h_before)), h the step in log(alpha/sigma). The first step, and steps
+from or to an end, where h is infinite, are DDIM's.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers.dpmpp_2m_sde import dpmpp_2m_sde
+from sfumato.diffuse.schedule import Schedule
+from sfumato.types import Noise
+
+
+@traits(order=2)
+def dpmpp_2m(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise) -> Run:
+    """One network call a step."""
+    return (yield from dpmpp_2m_sde(x, times, schedule, noise, eta=0.0))

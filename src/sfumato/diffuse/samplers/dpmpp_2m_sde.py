@@ -1,0 +1,48 @@
+"""DPM-Solver++(2M) for the stochastic equation (Lu et al. 2022, arXiv:2211.01095, section 5 and appendix; k-diffusion's `eta`).
+
+With h the step in log(alpha/sigma) and k = (1 + eta) h:
+x_s = (sigma_s/sigma_t) e^(-eta h) x + alpha_s (1 - e^-k) (x0 + (x0 - x0_before) h/(2 h_before)) + sigma_s sqrt(1 - e^(-2 eta h)) noise.
+`solver="heun"` weighs the difference by alpha_s (1 - (1 - e^-k)/k) instead of alpha_s (1 - e^-k)/2. eta 0 is DPM-Solver++(2M).
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+from torch import Tensor
+
+from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers._steps import between
+from sfumato.diffuse.schedule import Schedule
+from sfumato.errors import UserError, unknown
+from sfumato.types import Noise
+
+
+@traits(order=2, noise=True)
+def dpmpp_2m_sde(
+    x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 1.0, solver: Literal["midpoint", "heun"] = "midpoint"
+) -> Run:
+    """eta >= 0: how much of the noise is drawn anew. One network call a step; from or to an end, first-order steps."""
+    if not 0 <= eta < math.inf:
+        raise UserError(f"eta={eta}: expected a number of at least 0; 0 is deterministic, 1 is the usual")
+    if solver not in ("midpoint", "heun"):
+        raise unknown("solver", solver, ("midpoint", "heun"))
+    before: tuple[Tensor, float] | None = None
+    for t, s in pairwise(times):
+        x0 = (yield x, t).x0
+        here, there = schedule.point(t), schedule.point(s)
+        h = between(here, there)
+        if there[1] == 0:
+            x = x0
+            continue
+        kept = math.exp(-eta * h) if eta else 1.0
+        gain = -math.expm1(-(1 + eta) * h)  # 1 - e^-k
+        x = (there[1] / here[1] * kept) * x + (there[0] * gain) * x0
+        if before is not None and not math.isinf(h):
+            bend = gain / 2 if solver == "midpoint" else 1 - gain / ((1 + eta) * h)
+            x = x + (there[0] * bend * h / before[1]) * (x0 - before[0])
+        if eta:
+            x = x + (there[1] * math.sqrt(1 - kept**2)) * noise()
+        before = x0, h
+    return x

@@ -1,0 +1,16 @@
+"""DPM-Solver++(3M), multistep: two steps before bend this one (Lu et al. 2022, arXiv:2211.01095, appendix; formula in dpmpp_3m_sde.py, eta 0)."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers.dpmpp_3m_sde import dpmpp_3m_sde
+from sfumato.diffuse.schedule import Schedule
+from sfumato.types import Noise
+
+
+@traits(order=3)
+def dpmpp_3m(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise) -> Run:
+    """One network call a step."""
+    return (yield from dpmpp_3m_sde(x, times, schedule, noise, eta=0.0))

@@ -1,0 +1,40 @@
+"""DPM-Solver++(2S) for the stochastic equation, singlestep (Lu et al. 2022, arXiv:2211.01095; k-diffusion's "DPM++ SDE").
+
+An ancestral step to the middle in log(alpha/sigma), then the whole step again with x0 = (1 - 1/(2r)) x0_t + x0_m/(2r), each with its own noise.
+Steps from or to an end, where the middle is nowhere, are single ancestral ones.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor
+
+from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers._steps import Point, ancestral, between, half_log_snr, towards
+from sfumato.diffuse.schedule import Schedule
+from sfumato.errors import UserError
+from sfumato.types import Noise
+
+
+@traits(order=2, calls=2, noise=True)
+def dpmpp_sde(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 1.0, r: float = 0.5) -> Run:
+    """eta in [0, 1], r in (0, 1). Two network calls a step, one for a step from alpha = 0 or to sigma = 0."""
+    if not (0 <= eta <= 1 and 0 < r < 1):
+        raise UserError(f"eta={eta}, r={r}: expected eta in [0, 1] and r in (0, 1)")
+
+    def step(x0: Tensor, here: Point, there: Point) -> Tensor:
+        down, up = ancestral(here, there, eta)
+        moved = towards(x, x0, here, (there[0], down))
+        return moved + up * noise() if up > 0 else moved
+
+    for t, s in pairwise(times):
+        first = yield x, t
+        here, there = schedule.point(t), schedule.point(s)
+        h, x0 = between(here, there), first.x0
+        if not math.isinf(h):
+            m = schedule.at_noise_level(math.exp(-half_log_snr(here) - r * h))
+            second = yield step(x0, here, schedule.point(m)), m
+            x0 = x0 * (1 - 0.5 / r) + second.x0 * (0.5 / r)
+        x = step(x0, here, there)
+    return x

@@ -1,0 +1,20 @@
+"""Heun's method on the flow: a step of Euler, the slope at its end, and the step again with the mean of both slopes.
+
+Karras et al. 2022 (arXiv:2206.00364, algorithm 1), in x/alpha over sigma/alpha; for flows and zero terminal SNR, where that is infinite at
+t = 1, in x/(alpha + sigma) over sigma/(alpha + sigma), which for a flow is x over t.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers.edm import edm
+from sfumato.diffuse.schedule import Schedule
+from sfumato.types import Noise
+
+
+@traits(order=2, calls=2)
+def heun(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise) -> Run:
+    """Two network calls a step, one for a last step to t = 0."""
+    return (yield from edm(x, times, schedule, noise, churn=0.0))

@@ -1,0 +1,32 @@
+"""Latent consistency models' sampler (Luo et al. 2023, arXiv:2310.04378, algorithm 3): consistency sampling behind a boundary condition.
+
+f = c_skip x + c_out x0 with c_skip = d^2/(k^2 + d^2), c_out = k/sqrt(k^2 + d^2), k = scaling * timestep: the identity at timestep 0, x0 almost
+everywhere else. x_s = alpha_s f + sigma_s noise.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.schedule import Schedule
+from sfumato.errors import UserError
+from sfumato.types import Noise
+
+
+@traits(order=1, noise=True, network="consistency")
+def lcm(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, scaling: float = 10.0, sigma_data: float = 0.5) -> Run:
+    """scaling and sigma_data as in the model's config (diffusers: timestep_scaling). One network call a step."""
+    if not (scaling > 0 and sigma_data > 0):
+        raise UserError(f"scaling={scaling}, sigma_data={sigma_data}: expected positive numbers")
+    for t, s in pairwise(times):
+        prediction = yield x, t
+        alpha, sigma = schedule.point(s)
+        k = scaling * float(schedule.timestep(torch.tensor(t, dtype=torch.float64)))
+        skip, out = sigma_data**2 / (k**2 + sigma_data**2), k / math.hypot(k, sigma_data)
+        clean = skip * x + out * prediction.x0
+        x = clean if sigma == 0 else alpha * clean + sigma * noise()
+    return x

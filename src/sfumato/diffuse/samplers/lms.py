@@ -1,0 +1,46 @@
+"""Linear multistep (Adams-Bashforth) for uneven steps, in the coordinates of Karras et al. (2022, arXiv:2206.00364); k-diffusion's "LMS".
+
+x/c moves by the integral of the polynomial through the last slopes over B (see _steps.Straight: B is sigma/alpha and the slope eps; for flows B
+is t and the slope eps - x0).
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+from torch import Tensor
+
+from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers._steps import Straight
+from sfumato.diffuse.schedule import Schedule
+from sfumato.errors import UserError
+from sfumato.types import Noise
+
+
+def coefficients(points: Sequence[float], end: float) -> list[float]:
+    """Integrals from points[0] to `end` of the Lagrange polynomials through `points`, the latest first."""
+    width = end - points[0]  # in units of the step, where the numbers are near 1
+    shifted, found = [(p - points[0]) / width for p in points], []
+    for i, p in enumerate(shifted):
+        others = [q for j, q in enumerate(shifted) if j != i]
+        basis = np.polyint(np.atleast_1d(np.poly(others))) / math.prod(p - q for q in others)
+        found.append(float(np.polyval(basis, 1.0)) * width)
+    return found
+
+
+@traits(order=4)
+def lms(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, order: int = 4) -> Run:
+    """order from 1 (Euler) to 4. One network call a step."""
+    if not 1 <= order <= 4:
+        raise UserError(f"order={order}: expected 1 to 4")
+    straight = Straight(schedule)
+    known: list[tuple[Tensor, float]] = []  # (slope, B), the latest first
+    for t, s in pairwise(times):
+        prediction = yield x, t
+        (c_t, b_t), (c_s, b_s) = straight.at(t), straight.at(s)
+        known = [(straight.slope(prediction), b_t), *known][:order]
+        x = (c_s / c_t) * x
+        for (slope, _), c in zip(known, coefficients([b for _, b in known], b_s), strict=True):
+            x = x + (c_s * c) * slope
+    return x

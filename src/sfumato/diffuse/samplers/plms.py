@@ -1,0 +1,47 @@
+"""PLMS: the pseudo linear multistep method begun by a pseudo improved Euler step (Liu et al. 2022, arXiv:2202.09778, eq. 12 and 22).
+
+DDIM's step with e' = (55 e_0 - 59 e_1 + 37 e_2 - 9 e_3)/24 of the last noises (fewer at first), as for even steps in t. The first step is made
+twice: with e_0, and again with the mean of e_0 and the noise found at its end. It is Stable Diffusion's first default sampler.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor
+
+from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers._steps import Point, along, place
+from sfumato.diffuse.schedule import Schedule
+from sfumato.types import Noise, Prediction
+
+ADAMS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def multistep(noises: Sequence[Tensor]) -> Tensor:
+    """Adams-Bashforth's mean of the last noises, the latest first."""
+    weights = ADAMS[len(noises) - 1]
+    total = weights[0] * noises[0]
+    for weight, eps in zip(weights[1:], noises[1:], strict=True):
+        total = total + weight * eps
+    return total
+
+
+def transfer(x: Tensor, prediction: Prediction, eps: Tensor, here: Point, there: Point) -> Tensor:
+    """DDIM's step from x with another eps. Without signal at `here` eps cannot be told from x: the prediction's own pair is taken."""
+    return along(x, eps, here, there) if here[0] > 0 else place(prediction, there)
+
+
+@traits(order=2, calls=2)
+def plms(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise) -> Run:
+    """One network call a step, two for the first."""
+    noises: list[Tensor] = []
+    for t, s in pairwise(times):
+        prediction = yield x, t
+        here, there = schedule.point(t), schedule.point(s)
+        noises = [prediction.eps, *noises][:4]
+        if len(noises) == 1 and there[1] > 0:
+            end = yield transfer(x, prediction, prediction.eps, here, there), s
+            x = transfer(x, prediction, (prediction.eps + end.eps) * 0.5, here, there)
+        else:
+            x = transfer(x, prediction, multistep(noises), here, there)
+    return x

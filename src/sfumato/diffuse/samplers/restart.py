@@ -1,0 +1,51 @@
+"""Restart (Xu et al. 2023, arXiv:2306.14878, algorithm 1): Heun's method, and once at a low noise level, back up with fresh noise and down again.
+
+When the run passes the noise level `low` (sigma/alpha), `restarts` times: noise is added up to `high`, and `inner` steps of Heun, spaced as Karras
+et al.'s, come back. The noise contracts the errors made above; the deterministic steps keep those made below small.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor
+
+from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers._steps import noisier
+from sfumato.diffuse.samplers.heun import heun
+from sfumato.diffuse.schedule import Schedule
+from sfumato.errors import UserError
+from sfumato.types import Noise
+
+
+@traits(order=2, calls=2, noise=True)
+def restart(
+    x: Tensor,
+    times: Sequence[float],
+    schedule: Schedule,
+    noise: Noise,
+    low: float = 0.1,
+    high: float = 2.0,
+    restarts: int = 2,
+    inner: int = 9,
+    rho: float = 7.0,
+) -> Run:
+    """Two network calls a step, and 2 * restarts * inner more; a run that never passes `low` and `high` is Heun's alone."""
+    if not (0 < low < high < math.inf and restarts >= 0 and inner >= 1):
+        raise UserError(f"low={low}, high={high}, restarts={restarts}, inner={inner}: expected 0 < low < high, restarts >= 0, inner >= 1")
+    bottom, top = schedule.at_noise_level(low), schedule.at_noise_level(high)
+    crossing = next((i for i, s in enumerate(times) if 0 < s <= bottom), None)
+    if restarts == 0 or crossing in (None, 0) or top > times[0] or top <= times[crossing]:
+        return (yield from heun(x, times, schedule, noise))
+    s = times[crossing]
+    x = yield from heun(x, times[: crossing + 1], schedule, noise)
+    levels = [schedule.noise_level(top) ** (1 / rho), schedule.noise_level(s) ** (1 / rho)]
+    ladder = [schedule.at_noise_level((levels[0] + (levels[1] - levels[0]) * i / inner) ** rho) for i in range(inner)]
+    ladder = [top, *ladder[1:], s]
+    assert all(a > b for a, b in pairwise(ladder))
+    for _ in range(restarts):
+        x = noisier(x, noise(), schedule.point(s), schedule.point(top))
+        x = yield from heun(x, ladder, schedule, noise)
+    if crossing == len(times) - 1:
+        return x
+    return (yield from heun(x, times[crossing:], schedule, noise))

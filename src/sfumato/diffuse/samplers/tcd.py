@@ -1,0 +1,33 @@
+"""Trajectory consistency distillation's sampler (Zheng et al. 2024, arXiv:2402.19159, algorithm 4, strategic stochastic sampling).
+
+Each step goes past its end, to s' = (1 - eta) s (rounded down to a table's grid), by DDIM's step, and comes back by adding noise:
+x_s = (alpha_s/alpha_s') x_s' + sqrt(sigma_s^2 - (alpha_s sigma_s'/alpha_s')^2) noise. eta 0 is DDIM, eta 1 is consistency sampling.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor
+
+from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers._steps import noisier, place
+from sfumato.diffuse.schedule import Schedule
+from sfumato.errors import UserError
+from sfumato.types import Noise
+
+
+@traits(order=1, noise=True, network="consistency", exact={"eta": 1.0})
+def tcd(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 0.3) -> Run:
+    """eta in [0, 1]: how much of each step is noise drawn anew. One network call a step."""
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta={eta}: expected a number in [0, 1], 0 is deterministic")
+    for t, s in pairwise(times):
+        prediction = yield x, t
+        past, there = (1 - eta) * s, schedule.point(s)
+        if schedule.grid is not None and past > 0:
+            past = math.floor(round(past * schedule.grid, 6)) / schedule.grid
+        x = place(prediction, schedule.point(past))
+        if past < s:
+            x = noisier(x, noise(), schedule.point(past), there)
+    return x

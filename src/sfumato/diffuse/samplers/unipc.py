@@ -1,0 +1,90 @@
+"""UniPC: a multistep predictor, and a corrector that uses the next call's answer too (Zhao et al. 2023, arXiv:2302.04867, algorithms 5 and 6).
+
+Data prediction, with h the step in log(alpha/sigma), D_i = (x0_i - x0_t)/r_i for the points before at r_i h and, for the corrector, the end
+itself (r = 1): x_s = (sigma_s/sigma_t) x + alpha_s (1 - e^-h) x0_t - alpha_s B sum_i rho_i D_i, where sum_i rho_i r_i^(k-1) = k! phi_k/B with
+phi_1 = (e^-h - 1)/(-h) - 1 and phi_(k+1) = phi_k/(-h) - 1/(k+1)!; B = -h ("bh1") or e^-h - 1 ("bh2"). One network call a step: the corrector
+takes the next one's.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers._steps import Point, half_log_snr, towards
+from sfumato.diffuse.schedule import Schedule
+from sfumato.errors import UserError, unknown
+from sfumato.types import Noise
+
+
+def weights(ratios: Sequence[float], h: float, kind: str) -> list[float]:
+    """B(h) rho_i for points at ratios r_i of the step h."""
+    k = -h
+    scale = k if kind == "bh1" else math.expm1(k)
+    phi, factorial, right = math.expm1(k) / k - 1, 1, []
+    for i in range(1, len(ratios) + 1):
+        right.append(phi * factorial / scale)
+        factorial *= i + 1
+        phi = phi / k - 1 / factorial
+    if len(ratios) == 1:  # the paper's choice for one point: as accurate, and independent of B
+        return [scale * 0.5]
+    matrix = np.array([[r**p for r in ratios] for p in range(len(ratios))])
+    return (scale * np.linalg.solve(matrix, np.array(right))).tolist()
+
+
+@traits(order=2)
+def unipc(
+    x: Tensor,
+    times: Sequence[float],
+    schedule: Schedule,
+    noise: Noise,
+    order: int = 2,
+    variant: Literal["bh1", "bh2"] = "bh2",
+    corrector: bool = True,
+    lower_order_final: bool = True,
+) -> Run:
+    """order from 1 to 4 (the predictor's; the corrector adds up to one). `lower_order_final` lowers it over the last steps, which is stabler.
+
+    One network call a step.
+    """
+    if not 1 <= order <= 4:
+        raise UserError(f"order={order}: expected 1 to 4; 2 is the usual with guidance, 3 without")
+    if variant not in ("bh1", "bh2"):
+        raise unknown("variant", variant, ("bh1", "bh2"))
+    last: tuple[Tensor, Point, list[tuple[Tensor, float]], float, int] | None = None  # what the corrector begins from
+    known: list[tuple[Tensor, float]] = []  # (x0, log(alpha/sigma)) of the calls before, the latest first
+    count = len(times) - 1
+    for index, (t, s) in enumerate(pairwise(times)):
+        x0 = (yield x, t).x0
+        here, there = schedule.point(t), schedule.point(s)
+        if corrector and last is not None:
+            begin, point, points, h, used = last
+            x = _step(begin, points[:used], (x0, half_log_snr(here)), point, here, h, variant)
+        known = [(x0, half_log_snr(here)), *known][:order]
+        finite = [p for p in known if not math.isinf(p[1])]
+        used = min(len(finite), order, count - index if lower_order_final else order)
+        h = half_log_snr(there) - half_log_snr(here)
+        last = None
+        if math.isinf(h):
+            x = towards(x, x0, here, there)
+            continue
+        last = x, here, finite, h, used
+        x = _step(x, finite[:used], None, here, there, h, variant)
+    return x
+
+
+def _step(
+    x: Tensor, points: Sequence[tuple[Tensor, float]], end: tuple[Tensor, float] | None, here: Point, there: Point, h: float, kind: str
+) -> Tensor:
+    """From `here` with the values known before and, for the corrector, the value at the end."""
+    x0, place = points[0]
+    others = [*points[1:], *([end] if end is not None else [])]
+    moved = towards(x, x0, here, there)
+    ratios = [(at - place) / h for _, at in others]
+    for (value, _), ratio, weight in zip(others, ratios, weights(ratios, h, kind) if others else (), strict=True):
+        moved = moved - (there[0] * weight / ratio) * (value - x0)
+    return moved
