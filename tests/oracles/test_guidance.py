@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from sfumato.diffuse.parameterization import PARAMETERIZATIONS, parameterization
 from sfumato.diffuse.process import Process
+from sfumato.diffuse.sample import answered
 from sfumato.diffuse.schedule import SCHEDULES, schedule
 from sfumato.errors import UserError
-from sfumato.diffuse.sample import answered
 from sfumato.predict.denoiser import Denoiser, answer
 from sfumato.predict.guidance.combines.linear import Linear
 from sfumato.predict.guidance.guide import guide

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from sfumato.errors import UserError, unknown
 
+NO_SIGNAL = 5000.0
+"""The noise level sigma/alpha above which a latent counts as pure noise: what remains of z is below float32's rounding of a prediction."""
+
 
 class Schedule(ABC):
     """t -> (alpha, sigma), float64, and back from the log signal-to-noise ratio log(alpha^2 / sigma^2)."""
@@ -53,8 +56,8 @@ class Schedule(ABC):
 
     @property
     def bounded(self) -> bool:
-        """Whether sigma/alpha is finite everywhere. It is not for flows and at zero terminal SNR: there alpha is 0 at t = 1."""
-        return self.point(1.0)[0] > 0
+        """Whether there is signal at t = 1. There is none for flows, at zero terminal SNR and in the cosine table."""
+        return self.noise_level(1.0) < NO_SIGNAL
 
     def point(self, t: float) -> tuple[float, float]:
         """(alpha, sigma) at a time as plain numbers, for the algebra of samplers. Remembered: runs visit the same times again."""

@@ -7,14 +7,24 @@ import math
 
 from torch import Tensor
 
-from sfumato.diffuse.schedule import Schedule
+from sfumato.diffuse.schedule import NO_SIGNAL, Schedule
 from sfumato.types import Prediction
 
 Point = tuple[float, float]
 
 
+def no_signal(point: Point) -> bool:
+    """Whether x is as good as pure noise there: a step from there by eps divides by next to nothing, one of first order by x0 does not."""
+    return point[1] >= NO_SIGNAL * point[0]
+
+
+def only_first_order(here: Point, there: Point) -> bool:
+    """Steps from pure noise and to no noise, which log(alpha/sigma) does not measure: DDIM's step is taken there."""
+    return no_signal(here) or there[1] == 0
+
+
 def half_log_snr(point: Point) -> float:
-    """log(alpha/sigma): -inf without signal, inf without noise."""
+    """log(alpha/sigma): -inf where alpha is 0, inf where sigma is."""
     alpha, sigma = point
     return -math.inf if alpha == 0 else math.inf if sigma == 0 else math.log(alpha) - math.log(sigma)
 

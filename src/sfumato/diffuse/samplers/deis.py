@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import along, place
+from sfumato.diffuse.samplers._steps import along, no_signal, place
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError
 from sfumato.types import Noise
@@ -43,7 +43,7 @@ def deis(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, or
     for index, (t, s) in enumerate(pairwise(times)):
         prediction = yield x, t
         here, there = schedule.point(t), schedule.point(s)
-        if here[0] == 0:
+        if no_signal(here):
             x = place(prediction, there)
             continue
         known = [(prediction.eps, math.log(here[1] / here[0])), *known][:order]

@@ -11,7 +11,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import along, between, half_log_snr, place
+from sfumato.diffuse.samplers._steps import along, between, half_log_snr, only_first_order, place
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError
 from sfumato.types import Noise
@@ -25,10 +25,10 @@ def dpm_solver_2(x: Tensor, times: Sequence[float], schedule: Schedule, noise: N
     for t, s in pairwise(times):
         first = yield x, t
         here, there = schedule.point(t), schedule.point(s)
-        h = between(here, there)
-        if math.isinf(h):
+        if only_first_order(here, there):
             x = place(first, there)
             continue
+        h = between(here, there)
         m = schedule.at_noise_level(math.exp(-half_log_snr(here) - r1 * h))
         second = yield along(x, first.eps, here, schedule.point(m)), m
         x = along(x, first.eps + (second.eps - first.eps) * (0.5 / r1), here, there)

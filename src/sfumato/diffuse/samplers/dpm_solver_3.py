@@ -12,7 +12,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import along, between, half_log_snr, place
+from sfumato.diffuse.samplers._steps import along, between, half_log_snr, only_first_order, place
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError
 from sfumato.types import Noise
@@ -26,10 +26,10 @@ def dpm_solver_3(x: Tensor, times: Sequence[float], schedule: Schedule, noise: N
     for t, s in pairwise(times):
         first = yield x, t
         here, there = schedule.point(t), schedule.point(s)
-        h = between(here, there)
-        if math.isinf(h):
+        if only_first_order(here, there):
             x = place(first, there)
             continue
+        h = between(here, there)
         t1, t2 = (schedule.at_noise_level(math.exp(-half_log_snr(here) - r * h)) for r in (r1, r2))
         p1, p2 = schedule.point(t1), schedule.point(t2)
         d1 = (yield along(x, first.eps, here, p1), t1).eps - first.eps

@@ -11,6 +11,6 @@ from sfumato.types import Noise
 
 
 @traits(order=3)
-def dpmpp_3m(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise) -> Run:
-    """One network call a step."""
-    return (yield from dpmpp_3m_sde(x, times, schedule, noise, eta=0.0))
+def dpmpp_3m(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, published: bool = False) -> Run:
+    """published: with half of the quadratic term, as other implementations have it (order two). One network call a step."""
+    return (yield from dpmpp_3m_sde(x, times, schedule, noise, eta=0.0, published=published))

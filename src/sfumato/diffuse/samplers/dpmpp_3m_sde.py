@@ -1,8 +1,9 @@
 """DPM-Solver++(3M) for the stochastic equation: two steps before bend this one (Lu et al. 2022, arXiv:2211.01095; k-diffusion's `eta`).
 
-With h the step in log(alpha/sigma), k = (1 + eta) h, and the derivatives D1, D2 of x0 that the quadratic through the last three values has:
-x_s = (sigma_s/sigma_t) e^(-eta h) x + alpha_s ((1 - e^-k) x0 + phi2 h D1 + phi3 h^2 D2) + sigma_s sqrt(1 - e^(-2 eta h)) noise,
-phi2 = 1 - (1 - e^-k)/k, phi3 = 1/2 - phi2/k (times 2, in D2).
+With h the step in log(alpha/sigma), k = (1 + eta) h, and x0 + u c1 + u^2 c2 the parabola through the last three clean latents (u = 1 at the end):
+x_s = (sigma_s/sigma_t) e^(-eta h) x + alpha_s ((1 - e^-k) x0 + phi c1 + (1 - 2 phi/k) c2) + sigma_s sqrt(1 - e^(-2 eta h)) noise with
+phi = 1 - (1 - e^-k)/k. The authors' code, k-diffusion and diffusers have 1/2 - phi/k at c2, half of the integral, and so are of order two:
+`published=True` gives their results.
 """
 
 import math
@@ -12,14 +13,14 @@ from itertools import pairwise
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import between
+from sfumato.diffuse.samplers._steps import between, no_signal
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError
 from sfumato.types import Noise
 
 
 @traits(order=3, noise=True)
-def dpmpp_3m_sde(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 1.0) -> Run:
+def dpmpp_3m_sde(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 1.0, published: bool = False) -> Run:
     """eta >= 0: how much of the noise is drawn anew. One network call a step; from or to an end, first-order steps."""
     if not 0 <= eta < math.inf:
         raise UserError(f"eta={eta}: expected a number of at least 0; 0 is deterministic, 1 is the usual")
@@ -32,19 +33,19 @@ def dpmpp_3m_sde(x: Tensor, times: Sequence[float], schedule: Schedule, noise: N
             x = x0
             continue
         kept, k = (math.exp(-eta * h) if eta else 1.0), (1 + eta) * h
-        gain = -math.expm1(-k)
+        gain = -math.expm1(-k)  # 1 - e^-k
         x = (there[1] / here[1] * kept) * x + (there[0] * gain) * x0
-        known = [(old, width / h) for old, width in before if not math.isinf(width)]  # none from where there was no signal
+        known = [(old, width / h) for old, width in before]
         if known:
-            phi2 = 1 - gain / k
+            phi = 1 - gain / k
             first = (x0 - known[0][0]) * (1 / known[0][1])
             if len(known) > 1:
                 r0, r1 = known[0][1], known[1][1]
                 change = (first - (known[0][0] - known[1][0]) * (1 / r1)) * (1 / (r0 + r1))
                 first = first + r0 * change
-                x = x - (there[0] * (phi2 / k - 0.5)) * change
-            x = x + (there[0] * phi2) * first
+                x = x + (there[0] * (0.5 if published else 1.0) * (1 - 2 * phi / k)) * change
+            x = x + (there[0] * phi) * first
         if eta:
             x = x + (there[1] * math.sqrt(1 - kept**2)) * noise()
-        before = [(x0, h), *before[:1]]
+        before = [] if no_signal(here) else [(x0, h), *before[:1]]
     return x

@@ -10,7 +10,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import Point, along, place
+from sfumato.diffuse.samplers._steps import Point, along, no_signal, place
 from sfumato.diffuse.schedule import Schedule
 from sfumato.types import Noise, Prediction
 
@@ -28,7 +28,7 @@ def multistep(noises: Sequence[Tensor]) -> Tensor:
 
 def transfer(x: Tensor, prediction: Prediction, eps: Tensor, here: Point, there: Point) -> Tensor:
     """DDIM's step from x with another eps. Without signal at `here` eps cannot be told from x: the prediction's own pair is taken."""
-    return along(x, eps, here, there) if here[0] > 0 else place(prediction, there)
+    return place(prediction, there) if no_signal(here) else along(x, eps, here, there)
 
 
 @traits(order=2, calls=2)

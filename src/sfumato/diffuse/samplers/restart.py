@@ -30,12 +30,13 @@ def restart(
     inner: int = 9,
     rho: float = 7.0,
 ) -> Run:
-    """Two network calls a step, and 2 * restarts * inner more; a run that never passes `low` and `high` is Heun's alone."""
+    """Two network calls a step, and 2 * restarts * inner more; a run that does not come down from above `high` is Heun's alone."""
     if not (0 < low < high < math.inf and restarts >= 0 and inner >= 1):
         raise UserError(f"low={low}, high={high}, restarts={restarts}, inner={inner}: expected 0 < low < high, restarts >= 0, inner >= 1")
     bottom, top = schedule.at_noise_level(low), schedule.at_noise_level(high)
-    crossing = next((i for i, s in enumerate(times) if 0 < s <= bottom), None)
-    if restarts == 0 or crossing in (None, 0) or top > times[0] or top <= times[crossing]:
+    positive = [i for i, s in enumerate(times) if s > 0]
+    crossing = next((i for i in positive if times[i] <= bottom), positive[-1])  # a run of few steps jumps over `low`: its last time then
+    if restarts == 0 or crossing == 0 or not times[crossing] < top < times[0]:
         return (yield from heun(x, times, schedule, noise))
     s = times[crossing]
     x = yield from heun(x, times[: crossing + 1], schedule, noise)

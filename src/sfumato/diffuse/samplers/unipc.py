@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import Point, half_log_snr, towards
+from sfumato.diffuse.samplers._steps import Point, between, half_log_snr, only_first_order, towards
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError, unknown
 from sfumato.types import Noise
@@ -64,16 +64,15 @@ def unipc(
         if corrector and last is not None:
             begin, point, points, h, used = last
             x = _step(begin, points[:used], (x0, half_log_snr(here)), point, here, h, variant)
-        known = [(x0, half_log_snr(here)), *known][:order]
-        finite = [p for p in known if not math.isinf(p[1])]
-        used = min(len(finite), order, count - index if lower_order_final else order)
-        h = half_log_snr(there) - half_log_snr(here)
         last = None
-        if math.isinf(h):
+        if only_first_order(here, there):
             x = towards(x, x0, here, there)
             continue
-        last = x, here, finite, h, used
-        x = _step(x, finite[:used], None, here, there, h, variant)
+        known = [(x0, half_log_snr(here)), *known][:order]
+        used = min(len(known), order, count - index if lower_order_final else order)
+        h = between(here, there)
+        last = x, here, known, h, used
+        x = _step(x, known[:used], None, here, there, h, variant)
     return x
 
 
