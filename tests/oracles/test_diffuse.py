@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from itertools import pairwise, product
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -16,19 +17,31 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from sfumato.diffuse.parameterization import PARAMETERIZATIONS, parameterization
+from sfumato.diffuse.parameterization import PARAMETERIZATIONS, edm, parameterization
 from sfumato.diffuse.process import Process
+from sfumato.diffuse.rescale import Shifted, ZeroTerminalSNR, dynamic_shift
 from sfumato.diffuse.sample import SeededNoise, Step, check_finite, run, sample
+from sfumato.diffuse.samplers import traits_of
 from sfumato.diffuse.samplers.ddim import ddim
 from sfumato.diffuse.samplers.ddpm import ddpm
-from sfumato.diffuse.schedule import SCHEDULES, BetaTable, schedule
-from sfumato.diffuse.timesteps import SPACINGS, check_times, timesteps
+from sfumato.diffuse.schedule import SCHEDULES, BetaTable, schedule, table
+from sfumato.diffuse.timesteps import ALIGN_YOUR_STEPS, SPACINGS, check_times, timesteps, truncate
 from sfumato.diffuse.weighting import draw_times, loss_weight
 from sfumato.errors import NumericalError, UserError
+from sfumato.registry import find, names
 from sfumato.types import Prediction
 
 F64 = torch.float64
 TABLES = ("linear", "scaled_linear", "cosine", "sigmoid")
+EXPLODING = ("ve", "edm")  # alpha is 1, sigma large
+PRESERVING = (*TABLES, "vp")  # alpha^2 + sigma^2 = 1
+WRAPPED = {
+    "zero terminal SNR": ZeroTerminalSNR(schedule("scaled_linear")),
+    "zero terminal SNR, continuous": ZeroTerminalSNR(schedule("vp")),
+    "shifted flow": Shifted(schedule("flow"), 3.0),
+    "shifted table": Shifted(schedule("linear"), 0.5),
+}
+ALL = {name: schedule(name) for name in SCHEDULES} | WRAPPED
 quick = settings(max_examples=40, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 
 # The mixture: three round components of different sizes in two dimensions.
@@ -119,36 +132,122 @@ def test_cosine_is_nichols_closed_form_until_the_clip() -> None:
     torch.testing.assert_close(schedule("cosine").at(1.0)[0].square(), f[-1] * 0.001, rtol=1e-8, atol=0)
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("kind", ALL)
 def test_every_schedule_runs_from_clean_to_noise(kind: str) -> None:
     """alpha falls, sigma rises, the log-SNR falls strictly: on the grid, between its points and below the first of them."""
-    chosen = schedule(kind)
+    chosen = ALL[kind]
     t = torch.cat([torch.linspace(0, 0.003, 61, dtype=F64), torch.linspace(0.003, 1, 2500, dtype=F64)[1:]])
     alpha, sigma = chosen.at(t)
     assert alpha.dtype == sigma.dtype == F64
     assert (alpha[0], sigma[0]) == (1, 0)
-    assert alpha[-1] < 0.1 and sigma[-1] > 0.99
     log_snr = chosen.log_snr(t)
-    assert log_snr[0] == math.inf and (log_snr.diff() < 0).all()
-    if kind == "flow":
-        assert torch.equal(alpha, 1 - t) and torch.equal(sigma, t)
+    assert log_snr[0] == math.inf and (log_snr.diff() < 0).all() and log_snr[-1] < 2 * math.log(0.1)
+    assert np.allclose([chosen.point(float(v)) for v in t[::100]], torch.stack([alpha, sigma], 1)[::100], rtol=1e-12, atol=0)
+    if kind in EXPLODING:
+        assert (alpha == 1).all() and sigma[-1] == pytest.approx({"ve": 50, "edm": 80}[kind])
+    elif "flow" in kind:
+        assert torch.allclose(alpha + sigma, torch.ones_like(t), atol=1e-15) and alpha[-1] == 0
+        assert kind != "flow" or torch.equal(sigma, t)
     else:
         assert (alpha.square() + sigma.square() - 1).abs().max() < 1e-14  # variance preserving
-        edge = torch.tensor([0.001 - 1e-12, 0.001], dtype=F64)  # no jump where the table begins
-        assert chosen.at(edge)[1].diff().abs() < 1e-10
+    assert chosen.bounded == (kind not in ("flow", "shifted flow", "cosine") and "zero" not in kind)
+    if "zero" in kind:
+        assert chosen.point(1.0) == (0.0, 1.0)
+    edge = torch.tensor([chosen.first * (1 - 1e-9), chosen.first], dtype=F64)  # no jump where a table or a foot begins
+    assert chosen.at(edge)[1].diff().abs() < 1e-8
 
 
 @quick
-@given(kind=st.sampled_from(list(SCHEDULES)), t=st.floats(1e-4, 1 - 1e-4), steps=st.integers(2, 1200))
+@given(kind=st.sampled_from(list(ALL)), t=st.floats(1e-4, 1 - 1e-4), steps=st.integers(2, 1200))
 def test_log_snr_and_timestep_have_inverses(kind: str, t: float, steps: int) -> None:
-    chosen = schedule(kind) if kind == "flow" else schedule(kind, steps=min(steps, 100) if kind == "cosine" else steps)
+    chosen = schedule(kind, steps=min(steps, 100) if kind == "cosine" else steps) if kind in TABLES else ALL[kind]
     assert float(chosen.from_log_snr(chosen.log_snr(t))) == pytest.approx(t, abs=1e-7)
-    first = 0.0 if chosen.grid is None else 1 / chosen.grid  # networks know no noise below the table's first
-    assert float(chosen.time(chosen.timestep(torch.tensor(t)))) == pytest.approx(max(t, first), abs=1e-7)
+    known = max(t, chosen.first if chosen.grid or kind in EXPLODING else 0.0)  # networks know no noise below the first
+    assert float(chosen.time(chosen.timestep(torch.tensor(t, dtype=F64)))) == pytest.approx(known, abs=1e-7)
     many = torch.tensor([[t, 0.5], [1.0, t / 2]], dtype=F64)
     assert torch.allclose(chosen.from_log_snr(chosen.log_snr(many)), many, atol=1e-7)  # any shape
     ends = chosen.from_log_snr(torch.tensor([math.inf, 800.0, -800.0, -math.inf], dtype=F64))
     assert torch.allclose(ends, torch.tensor([0.0, 0, 1, 1], dtype=F64), atol=1e-9)
+    level = chosen.noise_level(t)
+    assert chosen.at_noise_level(level) == pytest.approx(t, abs=1e-7) and chosen.at_noise_level(0.0) == 0
+
+
+def test_continuous_schedules_are_those_of_their_papers() -> None:
+    t = torch.linspace(0.01, 1, 100, dtype=F64)
+    a, b = 0.1, 20.0  # Song et al. 2021, eq. 33: the mean's coefficient is exp(-t^2 (b - a)/4 - t a/2)
+    torch.testing.assert_close(schedule("vp").at(t)[0], torch.exp(-0.25 * t**2 * (b - a) - 0.5 * t * a), rtol=1e-12, atol=0)
+    torch.testing.assert_close(schedule("ve").at(t)[1], 0.01 * 5000.0**t, rtol=1e-12, atol=0)  # eq. 30
+    ladder = (80 ** (1 / 7) + (1 - t) * (0 - 80 ** (1 / 7))) ** 7  # Karras et al. 2022, eq. 5 with sigma_min 0
+    torch.testing.assert_close(schedule("edm").at(t)[1], ladder, rtol=1e-10, atol=1e-30)
+    # A table of many small betas tends to the continuous schedule: beta_i = beta(i/T)/T.
+    fine = schedule("linear", steps=20_000, start=a / 20_000, end=b / 20_000)
+    torch.testing.assert_close(fine.at(t)[0], schedule("vp").at(t)[0], rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear"])
+def test_zero_terminal_snr_is_lins_algorithm(kind: str) -> None:
+    """Algorithm 1 on the square roots of the cumulative products: shifted so that the last is 0, scaled so that the first stays."""
+    base = schedule(kind)
+    grid = torch.arange(1, 1001, dtype=F64) / 1000
+    root = torch.tensor(closed_form(kind, 1000), dtype=F64).exp().sqrt()
+    expected = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    found = ZeroTerminalSNR(base)
+    torch.testing.assert_close(found.at(grid)[0], expected, rtol=1e-9, atol=1e-12)
+    assert torch.equal(found.timestep(grid), base.timestep(grid))
+    nearly = ZeroTerminalSNR(base, last=2.0**-24)
+    assert nearly.point(1.0)[0] == pytest.approx(2.0**-12) and nearly.point(0.001)[0] == pytest.approx(float(root[0]))
+    for wrong in (schedule("flow"), schedule("edm")):
+        with pytest.raises(UserError, match="zero terminal SNR is for variance-preserving schedules"):
+            ZeroTerminalSNR(wrong)
+    with pytest.raises(UserError, match="last="):
+        ZeroTerminalSNR(base, last=0.9)
+    with pytest.raises(UserError, match="'eps' cannot be solved at t = 1"):
+        Process(found, parameterization("eps"))
+    Process(found, parameterization("v")), Process(nearly, parameterization("eps"))
+
+
+def test_shift_divides_the_signal_to_noise_ratio_of_a_flow() -> None:
+    """Esser et al. 2024, eq. 23: t' = s t / (1 + (s - 1) t); and networks are told the noise that they see."""
+    t = torch.linspace(0.01, 1, 50, dtype=F64)
+    for shift in (0.5, 3.0):
+        found, base = Shifted(schedule("flow"), shift), schedule("flow")
+        alpha, sigma = found.at(t)
+        torch.testing.assert_close(sigma, shift * t / (1 + (shift - 1) * t), rtol=1e-12, atol=0)
+        torch.testing.assert_close(alpha / sigma, (1 - t) / t / shift, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found.timestep(t), 1000 * sigma, rtol=1e-12, atol=0)
+        # Even steps of the shifted schedule are the shifted steps of the plain one.
+        shifted_steps = [base.point(v) for v in timesteps("shifted", 7, base, shift=shift)]
+        assert np.allclose(shifted_steps, [found.point(v) for v in timesteps("trailing", 7, found)], atol=1e-12)
+    with pytest.raises(UserError, match="shift=0"):
+        Shifted(schedule("flow"), 0)
+
+
+def test_dynamic_shift_is_a_line_in_tokens() -> None:
+    """FLUX: mu is 0.5 at 256 tokens and 1.15 at 4096, the shift its exponential."""
+    assert dynamic_shift(256) == pytest.approx(math.exp(0.5)) and dynamic_shift(4096) == pytest.approx(math.exp(1.15))
+    assert dynamic_shift(2176, exponential=False) == pytest.approx(0.825)
+    with pytest.raises(UserError, match="tokens=0"):
+        dynamic_shift(0)
+
+
+def test_edm_is_karras_preconditioning() -> None:
+    """D = c_skip x + c_out F(c_in x, c_noise), table 1, for their sigma_data 0.5 on their own schedule."""
+    process = Process(schedule("edm"), edm(0.5))
+    x, raw = normal(3, 1, 2, 2, seed=0), normal(3, 1, 2, 2, seed=1)
+    for t in (0.3, 0.6, 1.0):
+        sigma = process.schedule.point(t)[1]
+        total = math.sqrt(sigma**2 + 0.25)
+        expected = 0.25 / total**2 * x + sigma * 0.5 / total * raw
+        torch.testing.assert_close(process.split(x, raw, t).x0, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(process.network_input(x, t), x / total, rtol=1e-12, atol=0)
+        assert float(process.schedule.timestep(torch.tensor(t))) == pytest.approx(math.log(sigma) / 4)
+    other = Process(schedule("vp"), edm(1.0))  # on a variance-preserving schedule with unit data it is -v
+    torch.testing.assert_close(other.target(x, raw, 0.4), -Process(schedule("vp"), parameterization("v")).target(x, raw, 0.4))
+    mixed = torch.tensor([0.3, 0.6, 1.0], dtype=F64)
+    assert torch.equal(process.network_input(x, mixed)[1:2], process.network_input(x[1:2], 0.6))
+    assert edm(0.5) == edm(0.5) != edm(1.0)
+    with pytest.raises(UserError, match="sigma_data=-1"):
+        edm(-1)
 
 
 def test_units_of_time() -> None:
@@ -164,6 +263,12 @@ def test_unknown_and_impossible_schedules_are_refused() -> None:
     for betas in ((), (0.1, 1.0), (0.0, 0.1)):
         with pytest.raises(ValueError, match="strictly between 0 and 1"):
             BetaTable(betas)
+        with pytest.raises(UserError, match="strictly between 0 and 1"):
+            table(betas)
+    assert table(schedule("linear", steps=30).betas).at(0.4) == schedule("linear", steps=30).at(0.4)
+    for kind, options in (("vp", {"beta_min": 0}), ("ve", {"sigma_max": 0.001}), ("edm", {"rho": 0.1})):
+        with pytest.raises(UserError, match="expected"):
+            schedule(kind, **options)
 
 
 # ---- parameterizations and the process ---------------------------------------------------------------------------------
@@ -176,12 +281,13 @@ PAIRS = [pair for pair in product(SCHEDULES, PARAMETERIZATIONS) if pair != ("flo
 def test_split_inverts_add_noise_and_target(kind: str, name: str, dtype: torch.dtype) -> None:
     """For every pair and t in (0, 1], up to the rounding of x and y times the size of the solve's coefficients."""
     process = Process(schedule(kind), parameterization(name))
-    t = torch.tensor([1e-3, 0.0123, 0.3, 0.77, 0.999, 1.0], dtype=F64)
+    t = torch.tensor([1e-3, 0.0123, 0.3, 0.77, 0.999, 1.0], dtype=F64).clamp(min=process.schedule.first)
     z, eps = (normal(6, 3, 4, 5, seed=s, dtype=dtype) for s in (0, 1))
     x, y = process.add_noise(z, eps, t), process.target(z, eps, t)
     found = process.split(x, y, t)
     condition = 1 / process.parameterization.determinant(*process.schedule.at(t)).abs()
-    bound = (20 * torch.finfo(dtype).eps * condition.clamp_min(1)).reshape(-1, 1, 1, 1)
+    size = process.schedule.at(t)[1].clamp(min=1)  # x is as large as the noise
+    bound = (20 * torch.finfo(dtype).eps * condition.clamp_min(1) * size).reshape(-1, 1, 1, 1)
     assert found.x0.dtype == found.eps.dtype == dtype
     assert ((found.x0 - z).abs() < bound).all() and ((found.eps - eps).abs() < bound).all()
     for i, one in enumerate(t.tolist()):  # a t an image is the same as each image with its own t
@@ -248,17 +354,43 @@ def truth() -> Tensor:
     return torch.cat([mean, second[[0, 0, 1], [0, 1, 1]], WEIGHTS])
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear", "flow"])
-@pytest.mark.parametrize("run_of", [(ddpm, {}), (ddim, {"eta": 1.0}), (ddim, {"eta": 0.0})], ids=["ddpm", "ddim eta 1", "ddim"])
-def test_samples_have_the_mixtures_mean_covariance_and_mode_weights(kind: str, run_of) -> None:
-    """Each of 8 averages over 4000 points within 5 standard errors.
+NOISY = [name for name in names("diffuse.samplers") if traits_of(find("diffuse.samplers", name)).noise]
 
-    False alarms: with 72 comparisons at 5 standard errors, of which the discretisation (100 steps) uses up at most one, below
-    72 * 2 * P(N > 4) = 0.5 % if the seed were drawn anew; it is fixed.
+
+def flow_end(chosen) -> Callable[[Tensor, float], Prediction]:
+    """What a perfectly distilled network would say: x0 is the end of the flow through x, by DPM-Solver-3 in 60 steps of log-SNR."""
+    solver = find("diffuse.samplers", "dpm_solver_3")
+
+    def end(x: Tensor, t: float) -> Prediction:
+        alpha, sigma = chosen.point(t)
+        x0 = sample(solver(x, timesteps("log_snr", 60, chosen, start=t), chosen, never), exact(chosen), 1)
+        assert x0 is not None
+        return Prediction(x0, (x - alpha * x0) / sigma)
+
+    return end
+
+
+@pytest.mark.parametrize("kind", ["scaled_linear", "flow", "edm"])
+@pytest.mark.parametrize("name", [*NOISY, "ddim", "ddim, eta 1"])
+def test_samples_have_the_mixtures_mean_covariance_and_mode_weights(kind: str, name: str) -> None:
+    """Each of 8 averages over 4000 points within 5 standard errors, for every sampler of the folder that draws noise.
+
+    False alarms: with 8 comparisons a run at 5 standard errors, of which the discretisation (100 steps; 4 for consistency samplers) uses up
+    at most one, below 8 * 2 * P(N > 4) = 0.05 % if the seed were drawn anew; it is fixed. From the exact marginal at t = 1.
     """
-    sampler, options = run_of
-    chosen, count = schedule(kind), 4000
-    found = features(solve(sampler, chosen, 100, start(chosen, count), stream((count, 2, 1, 1)), **options).flatten(1))
+    sampler, options = find("diffuse.samplers", name.split(",")[0]), {"eta": 1.0} if "eta" in name else {}
+    promised, chosen, count = traits_of(sampler), schedule(kind), 4000
+    distilled = promised.network == "consistency"
+    generator = torch.Generator().manual_seed(0)
+    which = torch.multinomial(WEIGHTS, count, replacement=True, generator=generator)
+    clean = (MEANS[which] + STDS[which, None] * normal(count, 2, seed=1)).reshape(count, 2, 1, 1)
+    alpha, sigma = chosen.point(1.0)
+    x = alpha * clean + sigma * normal(count, 2, 1, 1, seed=2)
+    times = timesteps("karras" if kind == "edm" else "trailing", 4 if distilled else 100, chosen)
+    denoise = flow_end(chosen) if distilled else exact(chosen)
+    end = sample(sampler(x, times, chosen, stream((count, 2, 1, 1)), **(promised.exact | options)), denoise, 1)
+    assert end is not None
+    found = features(end.flatten(1))
     score = (found.mean(0) - truth()) / (found.std(0) / math.sqrt(count))
     assert score.abs().max() < 5, score
 
@@ -326,7 +458,7 @@ def test_one_step_keeps_the_variance(kind: str, t: float, s: float) -> None:
             sampler(torch.full((1, 1, 1, 1), 0.7 * a_t, dtype=F64), [t, s], chosen, lambda: torch.zeros(1, 1, 1, 1), **options), point, 1
         )
         assert float(mean) == pytest.approx(0.7 * a_s, rel=1e-9)
-    if kind != "flow":  # variance preserving: x ~ N(0, 1) at all times, with E[z | x] = alpha x
+    if kind in PRESERVING:  # variance preserving: x ~ N(0, 1) at all times, with E[z | x] = alpha x
 
         def standard(x: Tensor, _: float) -> Prediction:
             return Prediction(a_t * x, (x - a_t**2 * x) / s_t)
@@ -409,38 +541,97 @@ def test_image_k_of_a_batch_has_the_noise_of_its_own_seed() -> None:
 # ---- timesteps ---------------------------------------------------------------------------------------------------------
 
 
-@quick
-@given(spacing=st.sampled_from(list(SPACINGS)), steps=st.integers(1, 1000))
-def test_times_fall_strictly_for_every_spacing_and_number_of_steps(spacing: str, steps: int) -> None:
-    times = timesteps(spacing, steps, chosen)
+def largest(spacing: str, chosen) -> int:
+    return 50 if spacing == "lcm" else 10 if chosen.grid is None and spacing == "align_your_steps" else 1000
+
+
+@settings(quick, max_examples=150)
+@given(spacing=st.sampled_from(list(SPACINGS)), kind=st.sampled_from(list(ALL)), steps=st.integers(1, 1000))
+def test_times_fall_strictly_for_every_spacing_and_number_of_steps(spacing: str, kind: str, steps: int) -> None:
+    steps = min(steps, largest(spacing, ALL[kind]))
+    times = timesteps(spacing, steps, ALL[kind])
     assert len(times) == steps + 1 and times[-1] == 0 and 0 < times[0] <= 1
     assert all(a > b for a, b in pairwise(times))
     if spacing != "leading":
         assert times[0] == 1  # the full noise
 
 
-@quick
-@given(spacing=st.sampled_from(list(SPACINGS)), steps=st.integers(1, 300), first=st.floats(0.31, 1.0))
-def test_times_begin_at_the_start_that_is_asked_for(spacing: str, steps: int, first: float) -> None:
-    times = timesteps(spacing, steps, chosen, start=first)
+@settings(quick, max_examples=150)
+@given(spacing=st.sampled_from(list(SPACINGS)), kind=st.sampled_from(list(ALL)), steps=st.integers(1, 300), first=st.floats(0.31, 1.0))
+def test_times_begin_at_the_start_that_is_asked_for(spacing: str, kind: str, steps: int, first: float) -> None:
+    steps = min(steps, largest(spacing, ALL[kind]) // 5)
+    times = timesteps(spacing, steps, ALL[kind], start=first)
     assert len(times) == steps + 1 and all(a > b for a, b in pairwise(times))
-    assert times[0] <= first + 0.0011 and (spacing == "leading" or times[0] >= first - 0.0011)
+    close = 0.021 if spacing == "lcm" else 0.0011
+    assert times[0] <= first + 0.0011 and (spacing == "leading" or times[0] >= first - close)
+
+
+@pytest.mark.parametrize("kind", ["scaled_linear", "vp", "ve", "edm"])
+def test_spacings_by_noise_level_are_their_formulas(kind: str) -> None:
+    chosen = ALL[kind]
+    levels = {name: [chosen.noise_level(t) for t in timesteps(name, 9, chosen)[:-1]] for name in ("karras", "exponential", "log_snr")}
+    high, low = chosen.noise_level(1.0), chosen.noise_level(chosen.first)
+    ramp = torch.linspace(0, 1, 9, dtype=F64)
+    karras = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+    assert np.allclose(levels["karras"], karras, rtol=1e-9)
+    assert np.allclose(levels["exponential"], torch.exp(math.log(high) + ramp * (math.log(low) - math.log(high))), rtol=1e-9)
+    assert np.allclose(levels["log_snr"], levels["exponential"], rtol=1e-9)  # the same thing where the level is finite at t = 1
+    ended = timesteps("karras", 9, chosen, end=0.5)
+    assert ended[-2] == 0.5 and len(ended) == 10
+
+
+def test_spacings_of_a_flow_are_over_its_own_time() -> None:
+    """sigma/alpha is infinite at t = 1: levels there are sigma/(alpha + sigma) = t, as in diffusers' flow schedulers."""
+    flow = schedule("flow")
+    assert np.allclose(timesteps("exponential", 5, flow)[:-1], np.geomspace(1, 0.001, 5))
+    karras = (1 + np.linspace(0, 1, 5) * (0.001 ** (1 / 7) - 1)) ** 7
+    assert np.allclose(timesteps("karras", 5, flow)[:-1], karras)
+    lam = [float(flow.log_snr(t)) for t in timesteps("log_snr", 7, flow)[1:-1]]
+    assert np.allclose(np.diff(lam), np.diff(lam)[0])
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.6, 0.6), (1.0, 1.0), (0.4, 2.0), (3.0, 0.7)])
+def test_beta_times_are_quantiles(a: float, b: float) -> None:
+    times = timesteps("beta", 20, schedule("flow"), a=a, b=b)
+    assert np.allclose(stats.beta.cdf(times, a, b), np.arange(20, -1, -1) / 20, atol=1e-6)
+
+
+def test_align_your_steps_is_its_table_at_ten_steps_and_log_linear_elsewhere() -> None:
+    chosen = schedule("scaled_linear")
+    ten = timesteps("align_your_steps", 10, chosen)
+    assert [round(1000 * t) - 1 for t in ten[:-1]] == list(ALIGN_YOUR_STEPS["sd15"])
+    nineteen = timesteps("align_your_steps", 19, chosen)
+    assert np.allclose(nineteen[:-1:2], ten[:-1], atol=1e-9)  # every second is the table's
+    for low, middle, high in zip(nineteen[2:-1:2], nineteen[1:-2:2], nineteen[:-3:2], strict=True):
+        assert chosen.noise_level(middle) == pytest.approx(math.sqrt(chosen.noise_level(low) * chosen.noise_level(high)), rel=1e-6)
+
+
+def test_truncated_runs_begin_where_they_are_told() -> None:
+    times = [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert truncate(times, 0.6) == [0.6, 0.5, 0.25, 0.0] and truncate(times, 0.5) == [0.5, 0.25, 0.0] and truncate(times, 1.0) == times
+    for start in (0.0, 1.1):
+        with pytest.raises(UserError, match="start="):
+            truncate(times, start)
 
 
 @pytest.mark.parametrize(
     ("spacing", "steps", "options", "words"),
     [
-        ("karras", 10, {}, "unknown timestep spacing 'karras'"),
+        ("karas", 10, {}, "unknown timestep spacing 'karas': did you mean 'karras'"),
         ("trailing", 0, {}, "steps=0: expected at least 1"),
         ("trailing", 5, {"start": 0.0}, "start=0.0: expected a time"),
         ("trailing", 5, {"start": 1.1}, "start=1.1: expected a time"),
-        ("leading", 1001, {}, "fall strictly"),
-        ("linspace", 1001, {}, "fall strictly"),
+        ("leading", 1001, {}, "the model's noise table has 1000 times"),
+        ("karras", 5, {"rho": 0.0}, "rho=0.0"),
+        ("karras", 5, {"end": 1.0}, "end=1.0"),
+        ("shifted", 5, {"shift": -1.0}, "shift=-1.0"),
+        ("beta", 5, {"a": 0.0}, "a=0.0"),
+        ("lcm", 51, {}, "steps=51: a model distilled at 50 times"),
     ],
 )
 def test_impossible_times_are_refused(spacing: str, steps: int, options: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        timesteps(spacing, steps, **options)
+        timesteps(spacing, steps, schedule("scaled_linear"), **options)
 
 
 @pytest.mark.parametrize("times", [[1.0], [1.0, 1.0, 0.0], [0.5, 0.7], [1.2, 0.0], [0.5, -0.1], [math.nan, 0.0]])
@@ -452,7 +643,7 @@ def test_lists_of_times_that_do_not_fall_are_refused(times: list[float]) -> None
 # ---- weights and times of training -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("kind", (*PRESERVING, "flow"))
 def test_min_snr_is_the_published_closed_form(kind: str) -> None:
     """Hang et al. 2023, section 3.4: min(SNR, 5) for x0, min(SNR, 5)/SNR for eps, min(SNR, 5)/(SNR + 1) for v."""
     chosen = schedule(kind)
@@ -478,7 +669,7 @@ def test_min_snr_weighs_the_error_of_x0_alike_in_every_parameterization(kind: st
     """weight * |y' - y|^2 = min(SNR, 5) * |x0' - x0|^2, whatever y is."""
     process = Process(schedule(kind), parameterization(name))
     x, y, other = (normal(1, 1, 2, 2, seed=s) for s in range(3))
-    for t in (0.05, 0.5, 0.9):
+    for t in (max(0.05, process.schedule.first), 0.5, 0.9):
         moved = process.split(x, other, t).x0 - process.split(x, y, t).x0
         weight = loss_weight("min_snr", process, torch.tensor([t], dtype=F64))
         left = weight * (other - y).square().sum()
@@ -513,7 +704,7 @@ def test_training_visits_every_time_and_never_zero(kind: str) -> None:
     process = Process(schedule(kind), parameterization("v"))
     t = draw_times("uniform", process, 5000, torch.Generator().manual_seed(0))
     assert t.dtype == F64 and t.min() > 0 and t.max() <= 1
-    if kind == "flow":
+    if kind not in TABLES:
         assert t.min() < 0.0005 and t.max() > 0.9995
     else:  # the grid itself: 5 draws at each of 1000 points, because they are stratified
         values, counts = torch.unique((t * 1000).round(), return_counts=True)

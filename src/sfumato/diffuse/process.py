@@ -23,13 +23,13 @@ def _columns(like: Tensor, *values: Tensor) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Process:
-    """Schedule + parameterization. A pair that cannot be solved somewhere in (0, 1] is refused when it is built (`UserError`)."""
+    """Schedule + parameterization. A pair that cannot be solved at a time that networks know is refused when it is built (`UserError`)."""
 
     schedule: Schedule
     parameterization: Parameterization
 
     def __post_init__(self) -> None:
-        t = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
+        t = torch.linspace(self.schedule.first, 1, 1000, dtype=torch.float64)
         det = self.parameterization.determinant(*self.schedule.at(t))
         worst = int(det.abs().argmin())
         if det[worst].abs() < 1e-9:

@@ -201,7 +201,7 @@ class VariancePreserving(Continuous):
         return timestep.double() / 999
 
     def from_log_snr(self, log_snr: Tensor) -> Tensor:
-        added = torch.nn.functional.softplus(-log_snr.double())  # -log alpha^2 = (b - a)/2 t^2 + a t
+        added = torch.nn.functional.softplus(-log_snr.double()).clamp(max=1e6)  # -log alpha^2 = (b - a)/2 t^2 + a t
         slope, low = self.beta_max - self.beta_min, self.beta_min
         return (2 * added / ((low**2 + 2 * slope * added).sqrt() + low)).clamp(0, 1)
 

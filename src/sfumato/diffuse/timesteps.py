@@ -12,9 +12,10 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 
 from sfumato.diffuse.rescale import shifted_time
-from sfumato.diffuse.schedule import Schedule
+from sfumato.diffuse.schedule import NO_SIGNAL, Schedule
 from sfumato.errors import UserError, unknown
 
 # Timesteps of 1000 that the paper's authors published for ten steps of these models.
@@ -110,12 +111,12 @@ def log_snr(steps: int, schedule: Schedule, start: float = 1.0, end: float | Non
     Where there is no signal at `start`, the first step goes to t = 0.999 start and the others are equal.
     """
     low = _end(schedule, start, end)
-    infinite = math.isinf(schedule.noise_level(start))
+    infinite = schedule.noise_level(start) >= NO_SIGNAL
     if steps == 1 or (infinite and steps == 2):
         return [start, low, 0.0] if steps == 2 else [start, 0.0]
     head, top = ([start], 0.999 * start) if infinite else ([], start)
     a, b, count = math.log(schedule.noise_level(top)), math.log(schedule.noise_level(low)), steps - len(head)
-    inner = [schedule.at_noise_level(math.exp(a + (b - a) * i / (count - 1))) for i in range(count)]
+    inner = schedule.from_log_snr(-2 * torch.linspace(a, b, count, dtype=torch.float64)).tolist()
     return [*head, top, *inner[1:-1], low, 0.0]
 
 
@@ -134,8 +135,7 @@ def resample(times: Sequence[float], steps: int, schedule: Schedule, start: floa
         return [*known, 0.0]
     levels = [math.log(_level(schedule, t)) for t in known]
     places = np.interp(np.linspace(0, 1, steps), np.linspace(0, 1, len(levels)), levels) if steps > 1 else levels[:1]
-    found = [_time(schedule, math.exp(v)) for v in places]
-    return [start, *found[1:], 0.0]
+    return [start, *_times(schedule, np.exp(places))[1:], 0.0]
 
 
 SPACINGS: dict[str, Callable[..., list[float]]] = {
@@ -199,11 +199,11 @@ def _level(schedule: Schedule, t: float) -> float:
     return sigma / alpha if schedule.bounded else sigma / (alpha + sigma)
 
 
-def _time(schedule: Schedule, level: float) -> float:
-    """The inverse of `_level`."""
-    if schedule.bounded:
-        return schedule.at_noise_level(level)
-    return 1.0 if level >= 1 else schedule.at_noise_level(level / (1 - level))
+def _times(schedule: Schedule, levels: np.ndarray) -> list[float]:
+    """The inverse of `_level`, for many at once."""
+    with np.errstate(divide="ignore"):
+        ratio = torch.from_numpy(levels if schedule.bounded else levels / np.maximum(1 - levels, 0.0))
+    return schedule.from_log_snr(-2 * ratio.log()).tolist()
 
 
 def _ramp(steps: int) -> np.ndarray:
@@ -223,7 +223,7 @@ def _by_level(
     """Times whose levels are curve(highest, lowest, u) for u from 1 to 0; the ends are the asked times themselves."""
     last = _end(schedule, start, end)
     high, low = _level(schedule, start), _level(schedule, last)
-    found = [_time(schedule, curve(high, low, float(u))) for u in places]
+    found = _times(schedule, np.array([curve(high, low, float(u)) for u in places]))
     if places[0] == 1:
         found[0] = start
     if len(places) > 1 and places[-1] == 0:
