@@ -32,7 +32,7 @@ from sfumato.diffuse.timesteps import timesteps
 from sfumato.evaluate import extract, load_features
 from sfumato.evaluate.frechet import frechet_distance, gaussian
 from sfumato.files import write_json
-from sfumato.model import load
+from sfumato.loading import load
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.unet import UNet

@@ -8,8 +8,8 @@ that the classes come out evenly when none is asked for.
 """
 
 from sfumato.compress.kl import KLConfig
-from sfumato.model import Defaults
 from sfumato.predict.networks.unet import UNetConfig
+from sfumato.sampling import Defaults
 from sfumato.train.loop import LoopSettings
 from sfumato.train.objectives.autoencoder import AutoencoderLoss
 from sfumato.train.objectives.denoiser import DenoiserLoss

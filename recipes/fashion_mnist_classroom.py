@@ -8,8 +8,8 @@ squared error with KL 1e-6, and the usual noise prediction, so that the comparis
 """
 
 from sfumato.compress.kl import KLConfig
-from sfumato.model import Defaults
 from sfumato.predict.networks.unet import UNetConfig
+from sfumato.sampling import Defaults
 from sfumato.train.loop import LoopSettings
 from sfumato.train.objectives.autoencoder import AutoencoderLoss
 from sfumato.train.objectives.denoiser import DenoiserLoss

@@ -75,10 +75,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from sfumato.diffuse.parameterization import parameterization
     from sfumato.diffuse.process import Process
     from sfumato.diffuse.schedule import schedule
-    from sfumato.model import Defaults, LatentDiffusion
+    from sfumato.model import LatentDiffusion
     from sfumato.predict.conditioners.class_names import ClassNames
     from sfumato.predict.denoiser import Denoiser
     from sfumato.predict.networks.unet import UNet, UNetConfig
+    from sfumato.sampling import Defaults
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -9,7 +9,7 @@ import pkgutil
 from functools import cache
 from typing import Any
 
-from sfumato.errors import unknown
+from sfumato.errors import UserError, unknown
 
 
 @cache
@@ -29,3 +29,26 @@ def find(package: str, name: str) -> Any:
     module = importlib.import_module(f"sfumato.{package}.{name}")
     camel = "".join(part.capitalize() for part in name.split("_"))
     return getattr(module, name, None) or getattr(module, camel)
+
+
+def choice(spec: str) -> tuple[str, dict[str, Any]]:
+    """ "name" or "name:option=value,option=value" -> the name and its options; values are numbers, true, false or words."""
+    name, _, rest = str(spec).partition(":")
+    options: dict[str, Any] = {}
+    for part in filter(None, (p.strip() for p in rest.split(","))):
+        key, equals, value = (p.strip() for p in part.partition("="))
+        if not (key and equals and value):
+            raise UserError(f"{spec!r}: expected NAME or NAME:OPTION=VALUE,OPTION=VALUE, and {part!r} is no OPTION=VALUE")
+        options[key.replace("-", "_")] = _value(value)
+    return name.strip().replace("-", "_"), options
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -9,11 +9,12 @@ from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
-from sfumato.model import Defaults, LatentDiffusion
+from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.conditioners.nothing import Nothing
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.unet import UNet, UNetConfig
+from sfumato.sampling import Defaults
 
 CLASSES = ("t-shirt/top", "ankle boot", "bag")
 LATENT = (2, 8, 8)

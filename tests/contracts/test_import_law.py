@@ -21,7 +21,7 @@ ACTS = ("compress", "diffuse", "predict", "decode")
 
 # zone -> what its files may import from sfumato, besides the zone itself. The longest zone that holds a file is its zone.
 LAW: dict[str, tuple[str, ...]] = {
-    "": ("model",),  # __init__.py
+    "": ("model", "loading", "sampling"),  # __init__.py
     "__main__": ("cli",),
     "errors": (),
     "types": ("errors",),
@@ -37,13 +37,15 @@ LAW: dict[str, tuple[str, ...]] = {
     "decode": (*BOTTOM, "compress"),
     "decode.image": ("types", "errors", "files"),
     "checkpoints": (*BOTTOM, *ACTS),
-    "model": (*BOTTOM, *ACTS, "checkpoints"),
+    "sampling": (*BOTTOM, *ACTS),
+    "model": (*BOTTOM, *ACTS, "checkpoints", "sampling"),
+    "loading": (*BOTTOM, *ACTS, "checkpoints", "sampling", "model"),
     "data": BOTTOM,
     "evaluate": BOTTOM,
-    "train": (*BOTTOM, *ACTS, "nn", "data", "checkpoints", "evaluate", "model"),  # a run ends by saving a model
-    "tasks": (*BOTTOM, *ACTS, "model"),
-    "deploy": (*BOTTOM, *ACTS, "", "model", "tasks", "checkpoints", "data", "evaluate"),
-    "cli": (*BOTTOM, *ACTS, "", "model", "tasks", "checkpoints", "data", "evaluate", "train", "deploy"),
+    "train": (*BOTTOM, *ACTS, "nn", "data", "checkpoints", "evaluate", "model", "sampling"),  # a run ends by saving a model
+    "tasks": (*BOTTOM, *ACTS, "model", "sampling"),
+    "deploy": (*BOTTOM, *ACTS, "", "model", "loading", "sampling", "tasks", "checkpoints", "data", "evaluate"),
+    "cli": (*BOTTOM, *ACTS, "", "model", "loading", "sampling", "tasks", "checkpoints", "data", "evaluate", "train", "deploy"),
 }
 
 # Installed by an extra, or slow to import: only inside the function that needs them.

@@ -27,7 +27,7 @@ from sfumato.checkpoints.folder import WEIGHTS
 from sfumato.data import open_images
 from sfumato.errors import UserError
 from sfumato.files import read_json, read_tensors, write_json, write_tensors
-from sfumato.model import bundled
+from sfumato.loading import bundled
 from sfumato.train.recipe import DataSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
 
 WARM = """
 import json, os, runpy, sys, tempfile, traceback
-import torch, sfumato.model, sfumato.cli.generate, sfumato.cli.info
+import torch, sfumato.loading, sfumato.cli.generate, sfumato.cli.info
 torch.set_num_threads(1)
 print("ready", flush=True)
 for line in sys.stdin:

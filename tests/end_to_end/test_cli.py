@@ -32,7 +32,7 @@ class StubModel:
         self.requests: list[dict[str, Any]] = []
 
     def settings(self, **given: Any) -> dict[str, Any]:
-        defaults = {"n": 1, "steps": 3, "sampler": "ddim", "guidance": 2.0, "height": 8, "width": 8}
+        defaults = {"n": 1, "steps": 3, "sampler": "ddim", "spacing": "trailing", "guidance": 2.0, "height": 8, "width": 8}
         return {**defaults, **{k: v for k, v in given.items() if v is not None}}
 
     def describe(self) -> dict[str, Any]:
@@ -68,11 +68,11 @@ def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch, place: Path) -> Iterator[dict[str, Any]]:
-    """Replaces sfumato.model by stubs, by name, in a fresh folder."""
+    """Replaces sfumato.loading by stubs, by name, in a fresh folder."""
     models = {"fashion": StubModel(), "other": StubModel("b" * 64)}
-    module = types.ModuleType("sfumato.model")
+    module = types.ModuleType("sfumato.loading")
     module.load = lambda name: models[name]  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "sfumato.model", module)
+    monkeypatch.setitem(sys.modules, "sfumato.loading", module)
     threads = torch.get_num_threads()
     yield models
     torch.set_num_threads(threads)
@@ -111,6 +111,7 @@ def test_generate_writes_a_grid_named_after_the_prompt(stub: dict[str, StubModel
             "negative_prompt": None,
             "steps": 3,
             "sampler": "ddim",
+            "spacing": "trailing",
             "guidance": 2.0,
             "height": 8,
             "width": 8,
@@ -119,7 +120,7 @@ def test_generate_writes_a_grid_named_after_the_prompt(stub: dict[str, StubModel
 
 
 def test_every_flag_reaches_the_model_and_the_png(stub: dict[str, StubModel]) -> None:
-    flags = "--model other --n 2 --steps 5 --sampler heun --guidance 1.5 --negative-prompt sole --height 4 --width 6 --seed 9 --out a/b.png"
+    flags = "--model other --n 2 --steps 5 --sampler heun --spacing karras:rho=5 --guidance 1.5 --negative-prompt sole --height 4 --width 6 --seed 9 --out a/b.png"
     assert run("generate", "boot", *flags.split()) == 0
     asked = {
         "prompt": "boot",
@@ -128,6 +129,7 @@ def test_every_flag_reaches_the_model_and_the_png(stub: dict[str, StubModel]) ->
         "seed": 9,
         "steps": 5,
         "sampler": "heun",
+        "spacing": "karras:rho=5",
         "guidance": 1.5,
         "height": 4,
         "width": 6,

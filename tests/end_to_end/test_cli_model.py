@@ -17,7 +17,8 @@ from sfumato.data import open_images
 from sfumato.decode.image import read_parameters, to_pil
 from sfumato.decode.whole import whole
 from sfumato.evaluate.reconstruction import psnr
-from sfumato.model import LatentDiffusion, load
+from sfumato.loading import load
+from sfumato.model import LatentDiffusion
 
 
 @pytest.fixture(autouse=True)

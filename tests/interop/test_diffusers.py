@@ -25,7 +25,8 @@ from sfumato.diffuse.samplers.ddpm import ddpm
 from sfumato.diffuse.schedule import schedule
 from sfumato.diffuse.timesteps import timesteps
 from sfumato.errors import UserError
-from sfumato.model import LatentDiffusion, load
+from sfumato.loading import load
+from sfumato.model import LatentDiffusion
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.unet import _FIXED, UNet, UNetConfig
 from sfumato.types import Conditioning

@@ -84,7 +84,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     from rich.console import Console
 
     from sfumato.evaluate import load_features
-    from sfumato.model import load
+    from sfumato.loading import load
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -37,7 +37,9 @@ class Generate:
     steps: Annotated[int | None, unset(MODELS)] = None
     """Sampling steps. More is slower and closer to the model's own distribution."""
     sampler: Annotated[str | None, unset(MODELS)] = None
-    """The sampler's name."""
+    """The sampler's name, with options if need be: ddim:eta=0.5 (docs/samplers.md lists them)."""
+    spacing: Annotated[str | None, unset(MODELS)] = None
+    """How the times are spaced: trailing, karras, karras:rho=5, tuned ..."""
     guidance: Annotated[float | None, unset(MODELS)] = None
     """How strongly to follow the prompt; 1 is off."""
     negative_prompt: Annotated[str | None, unset("none")] = None
@@ -67,6 +69,7 @@ RECORDED: dict[str, type | tuple[type, ...]] = {
     "n": int,
     "steps": int,
     "sampler": str,
+    "spacing": (str, type(None)),
     "guidance": (int, float),
     "negative_prompt": (str, type(None)),
     "height": int,
@@ -96,7 +99,7 @@ def generate(arguments: Sequence[str]) -> None:
     import torch
 
     from sfumato.decode.image import grid, write_png
-    from sfumato.model import load
+    from sfumato.loading import load
 
     _set_threads(options.threads, recorded.get("threads"))
     clock.lap("import")
@@ -143,7 +146,13 @@ def _same_model(found: str, options: Generate, recorded: dict[str, Any]) -> None
 def _sample(model: "LatentDiffusion", options: Generate, clock: Clock) -> tuple[list["Image"], dict[str, Any]]:
     """The pictures and the settings that made them, the model's defaults filled in."""
     settings = model.settings(
-        n=options.n, steps=options.steps, sampler=options.sampler, guidance=options.guidance, height=options.height, width=options.width
+        n=options.n,
+        steps=options.steps,
+        sampler=options.sampler,
+        spacing=options.spacing,
+        guidance=options.guidance,
+        height=options.height,
+        width=options.width,
     )
     with progress("sampling") as update:
 
@@ -166,12 +175,14 @@ def _recorded_options(recorded: dict[str, Any], source: Path) -> Generate:
     """The request that a PNG remembers, as defaults for the command."""
     for name, kind in RECORDED.items():
         value = recorded.get(name)
+        if name == "spacing" and value is None:  # pictures of before there was a choice
+            continue
         if name not in recorded or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise UserError(f"the parameters in {source} lack a usable {name!r} (got {value!r}): the file was changed after it was made")
     index = recorded.get("index")
     if index is not None and (not isinstance(index, int) or not 0 <= index < recorded["n"]):
         raise UserError(f"the parameters in {source} name picture {index!r} of {recorded['n']}: the file was changed after it was made")
-    return replace(Generate(), **{name: recorded[name] for name in RECORDED})
+    return replace(Generate(), **{name: recorded[name] for name in RECORDED if name in recorded})
 
 
 def _check(options: Generate) -> None:

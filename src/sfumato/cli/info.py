@@ -25,7 +25,7 @@ def info(arguments: Sequence[str]) -> None:
     """Tells what a model is made of: parts, parameters, latent space, schedule, defaults, hash, files."""
     options = parse(Info, arguments, "info")
 
-    from sfumato.model import load
+    from sfumato.loading import load
 
     model = load(options.model)
     facts: dict[str, Any] = {"model": options.model, "hash": model.hash, **model.describe()}

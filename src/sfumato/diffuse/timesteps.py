@@ -84,6 +84,7 @@ def beta(
 def lcm(steps: int, schedule: Schedule, start: float = 1.0, original: int = 50) -> list[float]:
     """`steps` of the `original` times that a latent consistency model was distilled at (Luo et al. 2023, arXiv:2310.04378)."""
     grid = schedule.grid or 1000
+    original = min(original, grid)
     known = [(i + 1) * (grid // original) / grid for i in range(int(original * start))][::-1]
     if steps > len(known):
         raise UserError(f"steps={steps}: a model distilled at {original} times has {len(known)} of them up to start={start}")

@@ -25,11 +25,12 @@ from sfumato.diffuse.schedule import schedule
 from sfumato.errors import UserError
 from sfumato.evaluate.features import Features, load_features
 from sfumato.files import atomic_folder, hash_tensors, write_json
-from sfumato.model import Defaults, LatentDiffusion
+from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.conditioners.nothing import Nothing
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.unet import UNet, UNetConfig
+from sfumato.sampling import Defaults
 from sfumato.train.loop import LoopSettings, start, train
 from sfumato.train.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective
 from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective

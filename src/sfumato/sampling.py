@@ -1,0 +1,212 @@
+"""From a request to a run: defaults filled in, wrong settings refused, and the run as a string of questions to the denoiser.
+
+`model` in this file is a `LatentDiffusion`, or anything with its autoencoder, denoiser, conditioner, defaults, sample_size and device.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.diffuse.sample import SeededNoise, Step, conduct
+from sfumato.diffuse.samplers import calls, traits_of
+from sfumato.diffuse.timesteps import SPACINGS, check_times, timesteps
+from sfumato.errors import UserError, unknown
+from sfumato.predict.guidance.combines.linear import Linear
+from sfumato.predict.guidance.guide import guide
+from sfumato.predict.guidance.weights.constant import Constant
+from sfumato.registry import choice, find
+from sfumato.types import Asking, Conditioning
+
+Prompt = str | None | Sequence[str | None]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What `generate` uses where the caller says nothing. They travel with the model.
+
+    tuned: times found for this model by `sfumato tune-timesteps`, as {sampler: [times, ...]}; used where sampler and steps agree.
+    """
+
+    steps: int = 20
+    sampler: str = "ddim"
+    guidance: float = 1.0
+    spacing: str = "trailing"
+    tuned: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sampler_of(self.sampler)
+        spacing_of(self.spacing)
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise UserError(f"steps={self.steps!r}: expected a whole number of at least 1")
+        if not isinstance(self.guidance, int | float) or not 0 <= self.guidance < float("inf"):
+            raise UserError(f"guidance={self.guidance!r}: expected a number of at least 0; 1 is off")
+        for sampler, tables in self.tuned.items():
+            sampler_of(sampler)
+            for times in tables:
+                check_times(times)
+
+    def tuned_for(self, sampler: str, steps: int) -> list[float] | None:
+        """The tuned times of a sampler for so many steps, if there are any."""
+        return next((list(times) for times in self.tuned.get(sampler, ()) if len(times) == steps + 1), None)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for. None: the model decides. `LatentDiffusion.generate` says what each field means."""
+
+    prompt: Prompt = None
+    n: int = 1
+    steps: int | None = None
+    sampler: str | None = None
+    spacing: str | None = None
+    guidance: float | None = None
+    seed: int = 0
+    negative_prompt: Prompt = None
+    height: int | None = None
+    width: int | None = None
+    timesteps: Sequence[float] | None = None
+    noise: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """How many images: n, or as many as there are prompts."""
+        if self.prompt is None or isinstance(self.prompt, str) or not isinstance(self.prompt, Sequence):
+            return self.n
+        if self.n not in (1, len(self.prompt)):
+            raise UserError(f"n={self.n} with {len(self.prompt)} prompts: expected one image a prompt")
+        return len(self.prompt)
+
+
+def request_from(values: Mapping[str, Any]) -> Request:
+    """A request from its fields; `UserError` for a field that there is not."""
+    known = [f.name for f in fields(Request)]
+    for name in values:
+        if name not in known:
+            raise unknown("field of a request", name, known)
+    return Request(**values)
+
+
+def sampler_of(spec: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The sampler that "name" or "name:option=value,..." means, and its options; `UserError` for one that there is not."""
+    name, options = choice(spec)
+    sampler = find("diffuse.samplers", name)
+    _check_options(f"sampler {name}", sampler, 4, options)
+    return sampler, options
+
+
+def spacing_of(spec: str) -> tuple[str, dict[str, Any]]:
+    """The spacing that "name" or "name:option=value,..." means, and its options."""
+    name, options = choice(spec)
+    if name not in SPACINGS:
+        raise unknown("timestep spacing", name, [*SPACINGS, "tuned"])
+    _check_options(f"spacing {name}", SPACINGS[name], 3, options)
+    return name, options
+
+
+def _check_options(what: str, function: Callable[..., Any], skip: int, options: Mapping[str, Any]) -> None:
+    """`UserError` for an option that a sampler or spacing does not have (after its first `skip` parameters), or words for a number."""
+    allowed = list(inspect.signature(function).parameters.values())[skip:]
+    for option, value in options.items():
+        found = next((p for p in allowed if p.name == option), None)
+        if found is None:
+            raise unknown(f"option of {what}", option, [p.name for p in allowed])
+        if isinstance(value, str) != isinstance(found.default, str):
+            raise UserError(f"{what}: {option}={value!r}: expected {'a word' if isinstance(found.default, str) else 'a number'}")
+
+
+def settings(model: Any, request: Request) -> dict[str, Any]:
+    """n, steps, sampler, spacing, guidance, height and width that a request runs with. `UserError` for impossible ones."""
+    defaults, n = model.defaults, request.count
+    if not isinstance(n, int) or n < 1:
+        raise UserError(f"n={n!r}: expected a whole number of at least 1 image")
+    steps = defaults.steps if request.steps is None else request.steps
+    if request.timesteps is not None:
+        steps = len(check_times(request.timesteps)) - 1
+    guidance = defaults.guidance if request.guidance is None else request.guidance
+    sampler = defaults.sampler if request.sampler is None else request.sampler
+    Defaults(steps, sampler, guidance)  # says what is wrong with them
+    if traits_of(sampler_of(sampler)[0]).upward:
+        raise UserError(f"sampler {sampler!r} goes from an image to noise: expected one that draws; `invert` is what it is for")
+    spacing = request.spacing
+    if spacing is None:
+        spacing = defaults.spacing if defaults.tuned_for(sampler, steps) is None else "tuned"
+    elif spacing == "tuned" and defaults.tuned_for(sampler, steps) is None:
+        there = ", ".join(f"{name} in {len(times) - 1} steps" for name, tables in defaults.tuned.items() for times in tables) or "none"
+        raise UserError(
+            f"spacing 'tuned' for {sampler} in {steps} steps: this model has tuned times for {there}; `sfumato tune-timesteps` finds more"
+        )
+    elif spacing != "tuned":
+        spacing_of(spacing)
+    size, factor = model.sample_size, model.autoencoder.space.factor
+    height, width = (size if side is None else side for side in (request.height, request.width))
+    if not all(isinstance(side, int) and side > 0 and side % factor == 0 for side in (height, width)):
+        raise UserError(f"height={height}, width={width}: expected positive multiples of {factor} pixels")
+    return {"n": n, "steps": steps, "sampler": sampler, "spacing": spacing, "guidance": guidance, "height": height, "width": width}
+
+
+def times_of(model: Any, request: Request) -> list[float]:
+    """The times that a request's run visits."""
+    if request.timesteps is not None:
+        return check_times(request.timesteps)
+    chosen = settings(model, request)
+    if chosen["spacing"] == "tuned":
+        tuned = model.defaults.tuned_for(chosen["sampler"], chosen["steps"])
+        assert tuned is not None
+        return tuned
+    name, options = spacing_of(chosen["spacing"])
+    return timesteps(name, chosen["steps"], model.denoiser.process.schedule, **options)
+
+
+def questions(model: Any, request: Request, on_step: Callable[[Step], bool | None] | None = None) -> Asking[Tensor | None]:
+    """A request's run, checked and ready: a string of questions that ends with the latents (None: cancelled)."""
+    chosen, times = settings(model, request), times_of(model, request)
+    n, schedule = chosen["n"], model.denoiser.process.schedule
+    draw = SeededNoise(latent_shape(model, chosen["height"], chosen["width"]), seeds_of(request.seed, n), model.device)
+    start = draw()  # drawn also where `noise` takes its place: what is drawn next is then the same
+    if request.noise is not None:
+        if request.noise.shape != start.shape or not torch.isfinite(request.noise).all():
+            raise UserError(f"noise of shape {tuple(request.noise.shape)}: expected finite numbers of shape {tuple(start.shape)}")
+        start = request.noise.to(model.device, torch.float32)
+    given, reference = (model.conditioner(prompts(words, n)).to(model.device) for words in (request.prompt, request.negative_prompt))
+    # Where the two passes would be one, as for an unconditional draw, there is nothing to guide.
+    weight = 1.0 if same(given, reference) else chosen["guidance"]
+    ask = guide(model.denoiser, given, [(model.denoiser, reference)], Constant(weight), Linear(), schedule.point)
+    sampler, options = sampler_of(chosen["sampler"])
+    # x_t of standardised latents has variance alpha^2 + sigma^2, at full noise and where a run begins later.
+    x = math.hypot(*schedule.point(times[0])) * start
+    return conduct(sampler(x, times, schedule, draw, **options), ask, calls(sampler, times, schedule, **options), on_step)
+
+
+def latent_shape(model: Any, height: int, width: int) -> tuple[int, int, int]:
+    """(C, h, w) of an image's latent."""
+    space = model.autoencoder.space
+    return space.channels, height // space.factor, width // space.factor
+
+
+def prompts(prompt: Prompt, n: int) -> list[str | None]:
+    """One prompt an image."""
+    if prompt is None or isinstance(prompt, str):
+        return [prompt] * n
+    if not isinstance(prompt, Sequence) or not all(p is None or isinstance(p, str) for p in prompt):
+        raise UserError(f"prompt {prompt!r}: expected text, a list of texts, or None")
+    if len(prompt) != n:
+        raise UserError(f"{len(prompt)} prompts for {n} images: expected one, or one an image")
+    return list(prompt)
+
+
+def seeds_of(seed: int, n: int) -> list[int]:
+    """Image k's seed is seed + k; all of them must be numbers that torch's generators take."""
+    if not isinstance(seed, int) or not -(2**63) <= seed <= 2**63 - n:
+        raise UserError(f"seed={seed!r}: expected a whole number from -2^63 to 2^63 - {n}, for {n} image{'s' if n > 1 else ''}")
+    return [seed + k for k in range(n)]
+
+
+def same(a: Conditioning, b: Conditioning) -> bool:
+    """Whether two conditionings are equal, door by door."""
+    pairs = [(getattr(a, k), getattr(b, k)) for k in ("tokens", "mask", "vector", "concat", "image_tokens")]
+    return all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs) and a.residuals is b.residuals
