@@ -39,13 +39,14 @@ LAW: dict[str, tuple[str, ...]] = {
     "checkpoints": (*BOTTOM, *ACTS),
     "sampling": (*BOTTOM, *ACTS),
     "model": (*BOTTOM, *ACTS, "checkpoints", "sampling"),
+    "tuning": (*BOTTOM, *ACTS, "checkpoints", "sampling", "model"),
     "loading": (*BOTTOM, *ACTS, "checkpoints", "sampling", "model"),
     "data": BOTTOM,
     "evaluate": BOTTOM,
     "train": (*BOTTOM, *ACTS, "nn", "data", "checkpoints", "evaluate", "model", "sampling"),  # a run ends by saving a model
     "tasks": (*BOTTOM, *ACTS, "model", "sampling"),
-    "deploy": (*BOTTOM, *ACTS, "", "model", "loading", "sampling", "tasks", "checkpoints", "data", "evaluate"),
-    "cli": (*BOTTOM, *ACTS, "", "model", "loading", "sampling", "tasks", "checkpoints", "data", "evaluate", "train", "deploy"),
+    "deploy": (*BOTTOM, *ACTS, "", "model", "loading", "sampling", "tuning", "tasks", "checkpoints", "data", "evaluate"),
+    "cli": (*BOTTOM, *ACTS, "", "model", "loading", "sampling", "tuning", "tasks", "checkpoints", "data", "evaluate", "train", "deploy"),
 }
 
 # Installed by an extra, or slow to import: only inside the function that needs them.

@@ -1,6 +1,6 @@
 """The command line: `sfumato COMMAND ...`, one file a command in this folder.
 
-A command called `x` is the function `x(arguments: list[str])` in `x.py`; the first line of its docstring is its line in the help.
+A command called `x-y` is the function `x_y` in `x_y.py`, one called `x` is the function `x(arguments: list[str])` in `x.py`; the first line of its docstring is its line in the help.
 Nothing heavy is imported before the arguments are known to be good: `--help` answers at once.
 
 Exit codes: 0 done; 1 something unforeseen; 2 wrong input (`UserError`, or arguments that do not parse); 3 a value that is not
@@ -48,10 +48,10 @@ def _run(arguments: list[str]) -> None:
         from sfumato import __version__
 
         print(f"sfumato {__version__}")
-    elif command not in names("cli"):
-        raise unknown("command", command, names("cli"))
+    elif command.replace("-", "_") not in names("cli"):
+        raise unknown("command", command, [name.replace("_", "-") for name in names("cli")])
     else:
-        find("cli", command)(rest)
+        find("cli", command.replace("-", "_"))(rest)
 
 
 def _overview() -> str:
@@ -59,7 +59,7 @@ def _overview() -> str:
 
     lines = ["usage: sfumato COMMAND ...", "", "Latent diffusion: train, sample, measure.", "", "commands:"]
     for name in names("cli"):
-        lines.append(f"  {name:<10} {(find('cli', name).__doc__ or '').strip().splitlines()[0]}")
+        lines.append(f"  {name.replace('_', '-'):<15} {(find('cli', name).__doc__ or '').strip().splitlines()[0]}")
     return "\n".join([*lines, "", "`sfumato COMMAND --help` tells more; `sfumato --version` tells the version."])
 
 

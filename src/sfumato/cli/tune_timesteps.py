@@ -1,0 +1,101 @@
+"""`sfumato tune-timesteps MODEL --steps 8`: finds the best times for a budget of steps and stores them with the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from sfumato.cli._common import MODELS, Clock, at_least, parse, progress, unset
+from sfumato.errors import UserError
+
+
+@dataclass(frozen=True)
+class TuneTimesteps:
+    """Finds the times whose runs end nearest to a run of a thousand steps, and stores them with the model.
+
+    `generate` then uses them for that sampler and number of steps (spacing "tuned"). The table compares them with the fixed spacings on
+    images that the search did not see.
+    """
+
+    model: tyro.conf.Positional[str] = "fashion"
+    """A bundled name, a folder in the diffusers layout, a single file or a hub id."""
+    steps: tuple[int, ...] = (8,)
+    """One number of steps, or several."""
+    sampler: Annotated[str | None, unset(MODELS)] = None
+    """A deterministic sampler's name, with options if need be."""
+    guidance: Annotated[float | None, unset(MODELS)] = None
+    """How strongly to follow the prompt; 1 is off."""
+    prompts: tuple[str, ...] = ()
+    """What to draw while searching; class-conditional models draw their classes in turn."""
+    images: int = 64
+    """How many images the search sees; as many others judge the result."""
+    reference_steps: int = 1000
+    """Steps of the run that counts as exact."""
+    iterations: int = 6
+    """Rounds of the search: each costs about twice as many runs as there are steps."""
+    seed: int = 0
+    """The first image's seed."""
+    out: Annotated[Path | None, unset("the model's own folder")] = None
+    """A folder for a copy of the model with the new times; needed where the model is not a folder that may be written."""
+    threads: Annotated[int | None, unset("all cores")] = None
+    """CPU threads."""
+
+
+def tune_timesteps(arguments: Sequence[str]) -> None:
+    """Finds the best times for a budget of steps and stores them with the model."""
+    clock = Clock()
+    options = parse(TuneTimesteps, arguments, "tune-timesteps")
+    at_least(2, images=options.images, **{"steps": min(options.steps, default=None)})
+    at_least(0, seed=options.seed, iterations=options.iterations)
+    at_least(1, threads=options.threads)
+    if not options.steps:
+        raise UserError("--steps is empty: expected one number of steps, or several")
+    folder = Path(options.model).expanduser()
+    if options.out is None and not (folder / "model_index.json").is_file():
+        raise UserError(f"{options.model!r} is not a folder that can keep the times: add --out FOLDER for a copy of the model with them")
+
+    import torch
+
+    from sfumato.loading import load
+    from sfumato.tuning import store_tuned, with_tuned
+    from sfumato.tuning import tune_timesteps as search
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    model = load(options.model)
+    clock.lap("load")
+    with progress("searching") as update:
+        found = search(
+            model,
+            options.steps,
+            sampler=options.sampler,
+            guidance=options.guidance,
+            prompts=options.prompts or None,
+            images=options.images,
+            seed=options.seed,
+            reference_steps=options.reference_steps,
+            iterations=options.iterations,
+            progress=lambda what, done, total: update(done, total),
+        )
+    clock.lap("search")
+    if options.out is not None:
+        with_tuned(model, found).save(options.out)
+    else:
+        store_tuned(folder, found)
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"distance to {options.reference_steps} steps, {found[0].sampler}, guidance {found[0].guidance:g}")
+    table.add_column("spacing")
+    for tuned in found:
+        table.add_column(f"{len(tuned.times) - 1} steps", justify="right")
+    for name in found[0].errors:
+        table.add_row(name, *(f"{tuned.errors[name]:.4f}" for tuned in found), style="bold" if name == "tuned" else None)
+    Console().print(table)
+    for tuned in found:
+        print(f"{len(tuned.times) - 1} steps: {', '.join(f'{t:.4f}' for t in tuned.times)}")
+    print(options.out or folder)
+    print(f"tuned in {clock}")

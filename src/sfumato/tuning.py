@@ -1,0 +1,220 @@
+"""The best times for a budget of steps: those whose end is nearest to that of a run of a thousand.
+
+1. A reference of many DDIM steps, whose predictions say what a single step from any time to any other would get wrong.
+2. The path of N steps with the least sum of those squared errors, by dynamic programming (Watson et al. 2021, arXiv:2106.03802, section 3).
+3. From there, and from the best of the fixed spacings, Levenberg-Marquardt on the distance of the run's real end to the reference's, over the
+   N gaps (softmax, so that times fall). It is the objective of Sabour et al. 2024 (arXiv:2404.14507) taken at the end of the run.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.checkpoints.folder import explained, read_table
+from sfumato.diffuse.sample import Step
+from sfumato.diffuse.samplers import traits_of
+from sfumato.diffuse.timesteps import SPACINGS, timesteps
+from sfumato.errors import UserError
+from sfumato.files import write_json
+from sfumato.model import LatentDiffusion
+from sfumato.sampling import Request as _Request
+from sfumato.sampling import sampler_of, settings
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Times found, and how far runs end from the reference: root mean square over latents of images that the search did not see.
+
+    errors: by name of spacing, and "tuned".
+    """
+
+    sampler: str
+    guidance: float
+    times: tuple[float, ...]
+    errors: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Ends (B, C, h, w) of long runs, and x and predictions on the way at a coarser grid of times."""
+
+    end: Tensor
+    times: tuple[float, ...]
+    x: tuple[Tensor, ...]
+    x0: tuple[Tensor, ...]
+    eps: tuple[Tensor, ...]
+
+
+def tune_timesteps(
+    model: LatentDiffusion,
+    steps: Sequence[int],
+    *,
+    sampler: str | None = None,
+    guidance: float | None = None,
+    prompts: Sequence[str | None] | None = None,
+    images: int = 64,
+    seed: int = 0,
+    reference_steps: int = 1000,
+    iterations: int = 6,
+    progress: Progress | None = None,
+) -> list[Tuned]:
+    """The best times for each number of steps, with a deterministic sampler (`UserError` for others).
+
+    images: how many the search sees, and as many others that judge it; their prompts go round `prompts` (default: the model's class names).
+    """
+    chosen = settings(model, _Request(sampler=sampler, guidance=guidance))
+    name, weight = chosen["sampler"], chosen["guidance"]
+    if traits_of(sampler_of(name)[0]).noise:
+        raise UserError(f"sampler {name!r} draws noise on the way: there is no one end to come near to; tune with a deterministic one")
+    for what, value, low in (
+        ("images", images, 2),
+        ("reference_steps", reference_steps, 50),
+        ("iterations", iterations, 0),
+        *(("steps", s, 2) for s in steps),
+    ):
+        if value < low:
+            raise UserError(f"{what}={value}: expected at least {low}")
+    words = list(prompts or model.class_names or [None])
+    words = [words[k % len(words)] for k in range(images)]
+    run = _Runner(model, words, name, weight)
+    say = progress or (lambda what, done, total: None)
+    seen = _reference(run, seed, reference_steps, say)
+    judge = _reference(run, seed + images, reference_steps, say, path=False)
+    found = []
+    for count in steps:
+        say(f"search for {count} steps", 0, iterations)
+        fixed = {name: timesteps(name, count, model.denoiser.process.schedule) for name in SPACINGS if name != "uniform"}
+        scores = {name: run.error(times, seed, seen.end) for name, times in fixed.items()}
+        starts = [_shortest_path(seen, model, count), fixed[min(scores, key=lambda name: scores[name])]]
+        best = min((_descend(run, times, seed, seen.end, iterations, count, say) for times in starts), key=lambda pair: pair[0])[1]
+        errors = {name: run.error(times, seed + images, judge.end) for name, times in {**fixed, "tuned": best}.items()}
+        found.append(Tuned(name, weight, tuple(best), errors))
+    return found
+
+
+@dataclass(frozen=True)
+class _Runner:
+    model: LatentDiffusion
+    prompts: list[str | None]
+    sampler: str
+    guidance: float
+
+    def __call__(
+        self, times: Sequence[float], seed: int, sampler: str | None = None, on_step: Callable[[Step], None] | None = None
+    ) -> Tensor:
+        return self.model.generate(
+            self.prompts,
+            timesteps=times,
+            sampler=sampler or self.sampler,
+            guidance=self.guidance,
+            seed=seed,
+            output="latent",
+            on_step=on_step,
+        )
+
+    def error(self, times: Sequence[float], seed: int, end: Tensor) -> float:
+        return float((self(times, seed) - end).square().mean().sqrt())
+
+
+def _reference(run: _Runner, seed: int, steps: int, say: Progress, path: bool = True) -> _Reference:
+    """A long DDIM run; where `path`, with every (steps/100)-th of its predictions."""
+    times = timesteps("trailing", steps, run.model.denoiser.process.schedule)
+    kept: list[Step] = []
+
+    def keep(step: Step) -> None:
+        say("reference", step.index + 1, step.count)
+        if path and step.index % max(steps // 100, 1) == 0:
+            kept.append(step)
+
+    end = run(times, seed, "ddim", keep)
+    x, x0, eps = ([step.x for step in kept], [s.prediction.x0 for s in kept], [s.prediction.eps for s in kept])
+    return _Reference(end, (*(s.t for s in kept), 0.0), (*x, end), tuple(x0), tuple(eps))
+
+
+def _shortest_path(reference: _Reference, model: LatentDiffusion, steps: int) -> list[float]:
+    """The path of `steps` steps over the reference's times with the least sum of squared errors of its single steps."""
+    n, point = len(reference.x0), model.denoiser.process.schedule.point
+    points = [point(t) for t in reference.times]
+    cost = torch.full((n + 1, n + 1), math.inf, dtype=torch.float64)
+    for i in range(n):
+        for j in range(i + 1, n + 1):
+            alpha, sigma = points[j]
+            # An error at s reaches the end shrunk by what the flow does to it: by about 1/sqrt(alpha^2 + sigma^2) of unit data.
+            off = (alpha * reference.x0[i] + sigma * reference.eps[i] - reference.x[j]).square().mean() / (alpha**2 + sigma**2)
+            cost[i, j] = float(off)
+    best, back = cost[0].clone(), []
+    best[0] = math.inf
+    for _ in range(steps - 1):
+        total = best[:, None] + cost
+        best, before = total.min(0)
+        back.append(before)
+    place, path = n, [n]
+    for before in reversed(back):
+        place = int(before[place])
+        path.append(place)
+    return [1.0, *(reference.times[k] for k in reversed(path))]
+
+
+def _descend(
+    run: _Runner, times: Sequence[float], seed: int, end: Tensor, iterations: int, steps: int, say: Progress
+) -> tuple[float, list[float]]:
+    """Levenberg-Marquardt over the gaps between times: (error on the seen images, times)."""
+    start = times[0]
+    gaps = torch.tensor([a - b for a, b in pairwise(times)], dtype=torch.float64) / start
+    theta = gaps.log()
+
+    def unfold(theta: Tensor) -> list[float]:
+        shares = theta.softmax(0) * start
+        return [*(start - shares.cumsum(0).roll(1).index_fill(0, torch.tensor([0]), 0)).tolist(), 0.0]
+
+    def residual(theta: Tensor) -> Tensor:
+        return ((run(unfold(theta), seed) - end) / math.sqrt(end.numel())).flatten()
+
+    now = residual(theta)
+    damping = 0.1
+    for k in range(iterations):
+        columns = [(residual(theta + 0.03 * unit) - now) / 0.03 for unit in torch.eye(len(theta), dtype=torch.float64)]
+        jacobian = torch.stack(columns, 1).double()
+        normal, slope = jacobian.T @ jacobian, jacobian.T @ now.double()
+        for _ in range(4):
+            step = torch.linalg.solve(normal + damping * torch.diag(normal.diag() + 1e-12), -slope).clamp(-0.7, 0.7)
+            there = residual(theta + step)
+            if there.square().sum() < now.square().sum():
+                theta, now, damping = theta + step, there, damping / 3
+                break
+            damping *= 4
+        else:
+            break
+        say(f"search for {steps} steps", k + 1, iterations)
+    return float(now.square().sum().sqrt()), unfold(theta)
+
+
+def with_tuned(model: LatentDiffusion, found: Sequence[Tuned]) -> LatentDiffusion:
+    """The same model, whose `generate` uses these times where sampler and steps agree."""
+    return replace(model, defaults=replace(model.defaults, tuned=_merged(model.defaults.tuned, found)))
+
+
+def store_tuned(folder: str | Path, found: Sequence[Tuned]) -> None:
+    """Writes times into the model_index.json of a model's folder, beside those already there for other samplers and steps."""
+    path = Path(folder) / "model_index.json"
+    with explained(path):
+        values: dict[str, Any] = read_table(path)
+    notes = values.setdefault("_sfumato", {})
+    defaults = notes.setdefault("defaults", {})
+    defaults["tuned"] = _merged(defaults.get("tuned", {}), found)
+    write_json(path, values)
+
+
+def _merged(before: Any, found: Sequence[Tuned]) -> dict[str, list[list[float]]]:
+    tables = {sampler: {len(times): list(times) for times in known} for sampler, known in before.items()}
+    for tuned in found:
+        tables.setdefault(tuned.sampler, {})[len(tuned.times)] = [round(t, 6) for t in tuned.times]
+    return {sampler: [known[n] for n in sorted(known)] for sampler, known in tables.items()}
