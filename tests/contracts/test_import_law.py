@@ -34,6 +34,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "diffuse.samplers": ("types", "errors", "diffuse.schedule"),
     "predict": (*BOTTOM, "nn", "diffuse.process"),
     "predict.guidance": ("types", "errors"),
+    "predict.guidance.settings": ("types", "errors", "registry", "predict.guidance", "predict.references"),  # puts names together
     "decode": (*BOTTOM, "compress"),
     "decode.image": ("types", "errors", "files"),
     "checkpoints": (*BOTTOM, *ACTS),

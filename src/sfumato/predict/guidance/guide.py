@@ -5,23 +5,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from sfumato.errors import UserError
 from sfumato.types import Ask, Asking, Conditioning, Prediction, Query
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A time of a run and what is there: x = alpha*z + sigma*eps."""
+    """A time of a run and what is there: x = alpha*z + sigma*eps. `index` counts the times that the run has visited before it."""
 
     t: float
     alpha: float
     sigma: float
+    index: int = 0
 
     @property
     def log_snr(self) -> float:
-        """log(alpha^2/sigma^2); -inf without signal."""
-        return -math.inf if self.alpha == 0 else 2 * (math.log(self.alpha) - math.log(self.sigma))
+        """log(alpha^2/sigma^2); -inf without signal, inf without noise."""
+        if self.alpha == 0 or self.sigma == 0:
+            return -math.inf if self.alpha == 0 else math.inf
+        return 2 * (math.log(self.alpha) - math.log(self.sigma))
 
 
 def guide(
@@ -34,19 +39,35 @@ def guide(
 ) -> Ask:
     """The guided denoiser of one run, as questions to answer.
 
-    references: (denoiser, conditioning) pairs to move away from: the same denoiser without the condition, or a weaker one with it.
+    references: (denoiser, conditioning) pairs to move away from: the same denoiser without the condition, or a weaker one with it; as
+    many as the combine takes (`UserError` otherwise), or none: then nothing is guided.
     weight, combine: settings from `weights` and `combines`. point: t -> (alpha, sigma).
-    All questions of a time are put at once; where the weight is 1 only the conditional one.
+    All questions of a time are put at once; where the weight is 1 only the conditional one, unless the combine needs them `always`.
     """
+    if references and len(references) != combine.references:
+        raise UserError(f"{len(references)} references for {combine}: it takes {combine.references}")
     weigh, join = weight.begin(), combine.begin()
+    index, visited = -1, math.nan
 
     def ask(x: Tensor, t: float) -> Asking[Prediction]:
-        moment = Moment(t, *point(t))
+        nonlocal index, visited
+        if t != visited:  # a sampler that asks twice at one time is still at that time
+            index, visited = index + 1, t
+        moment = Moment(t, *point(t), index)
         first = Query(denoiser, x, t, conditioning)
         if not references or not (combine.always or weight.active(moment)):
             return (yield [first])[0]
         predictions = yield [first, *(Query(who, x, t, given) for who, given in references)]
         w = weigh(moment, predictions[0], predictions[1])
-        return join(x, moment, predictions, w)
+        found = join(x, moment, predictions, w)
+        return found if combine.always else _off_is_off(predictions[0], found, w)
 
     return ask
+
+
+def _off_is_off(conditional: Prediction, found: Prediction, w: float | Tensor) -> Prediction:
+    """The conditional prediction itself, to the last bit, for the images whose w is 1: as if nobody had asked the references."""
+    if not isinstance(w, Tensor):
+        return conditional if w == 1 else found
+    off = w == 1
+    return Prediction(torch.where(off, conditional.x0, found.x0), torch.where(off, conditional.eps, found.eps))

@@ -1,0 +1,61 @@
+"""Guidance with two references, p1 and p2, and two scales, w and `second`; p is x0 and eps alike.
+
+chain   p = p2 + second (p1 - p2) + w (p_c - p1): p1 has one of two conditions and p2 none (Brooks et al. 2023, arXiv:2211.09800, eq. 3)
+sum     p = p1 + second (p2 - p1) + w (p_c - p1): p1 has no condition and p2 another one (Liu et al. 2022, arXiv:2206.01714)
+away    p = p_c + (w - 1) (p_c - p1) + (second - 1) (p_c - p2): away from both, as from no condition and from perturbed attention (Ahn et
+        al. 2024, arXiv:2403.17377)
+
+The weights of the three predictions sum to 1, so it is the same in every parameterization. Where p1 = p2 the first two are plain guidance
+with w, and the third with w + second - 1.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sfumato.errors import UserError, unknown
+from sfumato.predict.guidance.algebra import mixed
+from sfumato.predict.guidance.combines import Join
+from sfumato.predict.guidance.guide import Moment
+from sfumato.types import Prediction
+
+KINDS = {"chain": 1.0, "sum": 0.0, "away": 1.0}
+"""What there is, and the second scale at which w = 1 is the conditional prediction."""
+
+
+@dataclass(frozen=True)
+class Dual:
+    """kind: "chain", "sum" or "away". second: the second scale, at every time the same."""
+
+    kind: str = "chain"
+    second: float = 1.5
+
+    references = 2
+    consistent = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise unknown("kind of dual guidance", self.kind, KINDS)
+        if not abs(self.second) < math.inf:
+            raise UserError(f"guidance dual second={self.second}: expected a finite number, {KINDS[self.kind]:g} is off")
+
+    @property
+    def always(self) -> bool:
+        """Whether the second scale acts where w is 1."""
+        return self.second != KINDS[self.kind]
+
+    def begin(self) -> Join:
+        def both(conditional: Tensor, one: Tensor, two: Tensor, w: float | Tensor) -> Tensor:
+            if self.kind == "chain":
+                return mixed(one, two, self.second) + w * (conditional - one)
+            if self.kind == "sum":
+                return mixed(two, one, self.second) + w * (conditional - one)
+            return conditional + (w - 1) * (conditional - one) + (self.second - 1) * (conditional - two)
+
+        def join(x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor) -> Prediction:
+            conditional, one, two = predictions
+            return Prediction(both(conditional.x0, one.x0, two.x0, w), both(conditional.eps, one.eps, two.eps, w))
+
+        return join

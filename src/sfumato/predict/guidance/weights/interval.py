@@ -1,0 +1,31 @@
+"""Guidance in a limited interval (Kynkaanniemi et al. 2024, arXiv:2404.07724): w(t) = scale where low <= t <= high, 1 elsewhere.
+
+At high noise guidance takes variety away, at low noise it changes nothing to speak of; in between it helps. Outside of the interval the
+second pass is not made. Their best for EDM2-XXL, noise levels 0.28 to 5.42, is t from 0.22 to 0.84 for a flow: hence the defaults.
+"""
+
+from dataclasses import dataclass
+
+from sfumato.errors import UserError
+from sfumato.predict.guidance.guide import Moment
+from sfumato.predict.guidance.weights import Weigh, finite
+
+
+@dataclass(frozen=True)
+class Interval:
+    """low, high: times in [0, 1], 1 is noise."""
+
+    scale: float = 1.0
+    low: float = 0.2
+    high: float = 0.85
+
+    def __post_init__(self) -> None:
+        finite(scale=self.scale)
+        if not 0 <= self.low <= self.high <= 1:
+            raise UserError(f"guidance interval low={self.low}, high={self.high}: expected times with 0 <= low <= high <= 1, 1 is noise")
+
+    def active(self, moment: Moment) -> bool:
+        return self.scale != 1 and self.low <= moment.t <= self.high
+
+    def begin(self) -> Weigh:
+        return lambda moment, conditional, reference: self.scale if self.active(moment) else 1.0

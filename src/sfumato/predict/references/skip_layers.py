@@ -1,0 +1,59 @@
+"""Skip-layer guidance: the same network with some of its layers left out (the residual branches; what they are added to goes on).
+
+It is autoguidance (Karras et al. 2024, arXiv:2406.02507) by a network that costs nothing to train, as perturbed attention is; spatio-temporal
+skip guidance (Hyung et al. 2024, arXiv:2411.18664) names layers in the same way.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.nn.attention import Attention, FeedForward, SpatialAttention, SpatialTransformer, TransformerBlock
+from sfumato.nn.blocks import ResnetBlock
+from sfumato.predict.references._copies import weakened
+from sfumato.types import Conditioning
+
+
+class PassedOn(nn.Module):
+    """In place of a layer with its own residual: the input, through the shortcut where the layer changes the width."""
+
+    def __init__(self, shortcut: nn.Module | None = None):
+        super().__init__()
+        self.conv_shortcut = shortcut
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return x if self.conv_shortcut is None else self.conv_shortcut(x)
+
+
+class AddedNothing(nn.Module):
+    """In place of a branch that somebody adds to something: zeros."""
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def branches(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, what takes its place) of every layer that can be left out."""
+    for name, module in network.named_modules():
+        if isinstance(module, SpatialAttention | SpatialTransformer | TransformerBlock):
+            yield name, PassedOn()
+        elif isinstance(module, ResnetBlock):
+            yield name, PassedOn(module.conv_shortcut)
+        elif isinstance(module, Attention | FeedForward):
+            yield name, AddedNothing()
+
+
+@dataclass(frozen=True)
+class SkipLayers:
+    """layers: names of modules, as in the state dict: residual blocks, transformer blocks, their parts, or all that a block has of them."""
+
+    layers: tuple[str, ...] = ("mid_block.attentions",)
+
+    condition = False
+
+    def pair(self, denoiser: Any, conditioning: Conditioning, reference: Conditioning, weaker: Any) -> tuple[Any, Conditioning]:
+        """`UserError` for layers that cannot be left out."""
+        return weakened(denoiser, self.layers, branches, "layer that can be left out"), conditioning
