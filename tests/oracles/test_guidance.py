@@ -1,7 +1,7 @@
 """Guidance against its algebra: linear, the same in every parameterization, one call where it is off and one of twice the size where it is on."""
 
 import math
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -16,11 +16,24 @@ from sfumato.diffuse.schedule import SCHEDULES, schedule
 from sfumato.errors import UserError
 from sfumato.predict.denoiser import Denoiser, answer
 from sfumato.predict.guidance.combines.linear import Linear
-from sfumato.predict.guidance.guide import guide
+from sfumato.predict.guidance.guide import Moment, guide
+from sfumato.predict.guidance.settings import Guidance, build
 from sfumato.predict.guidance.weights.constant import Constant
-from sfumato.types import Conditioning, Prediction
+from sfumato.registry import find
+from sfumato.types import Ask, Conditioning, Prediction
 
-PAIRS = [pair for pair in product(SCHEDULES, PARAMETERIZATIONS) if pair != ("flow", "eps")]
+
+def solvable(kind: str, name: str) -> bool:
+    """Whether `Process` takes the pair: it refuses those with a time at which y says nothing about z, or x nothing about eps."""
+    try:
+        Process(schedule(kind), parameterization(name))
+    except UserError:
+        return False
+    return True
+
+
+PAIRS = [pair for pair in product(SCHEDULES, PARAMETERIZATIONS) if solvable(*pair)]
+assert ("flow", "eps") not in PAIRS and len(PAIRS) > 30
 
 
 def classifier_free(denoiser, reference, weight):
@@ -66,6 +79,13 @@ def test_calls_are_counted(weight: float) -> None:
     assert found.x0.shape == found.eps.shape == x.shape
 
 
+def condition(process: Process, t: float) -> float:
+    """By how much `split` may enlarge a rounding error of x and y: the largest coefficient of its 2x2 solve."""
+    alpha, sigma = process.schedule.at(t)
+    a, b = process.parameterization.row(alpha, sigma)
+    return max(1.0, float(torch.stack([a, b, alpha, sigma]).abs().max() / process.parameterization.determinant(alpha, sigma).abs()))
+
+
 @pytest.mark.parametrize(("kind", "name"), PAIRS)
 @pytest.mark.parametrize("weight", [0.0, 0.4, 1.0, 3.0, 7.5])
 def test_the_combination_does_not_depend_on_the_parameterization(kind: str, name: str, weight: float) -> None:
@@ -75,7 +95,7 @@ def test_the_combination_does_not_depend_on_the_parameterization(kind: str, name
     ours, theirs = (denoiser.output(x, t, c).double() for c in (conditioning, reference))
     expected = denoiser.process.split(x.double(), theirs + weight * (ours - theirs), t)
     found = classifier_free(denoiser, reference, weight)(x, t, conditioning)
-    size = 2e-6 * (1 + weight) * max(1.0, float(1 / denoiser.process.parameterization.determinant(*denoiser.process.schedule.at(t))))
+    size = 2e-6 * (1 + weight) * condition(denoiser.process, t)
     for a, b in ((found.x0, expected.x0), (found.eps, expected.eps)):
         assert (a - b).abs().max() < size * max(1.0, float(b.abs().max()))
     # and what it claims is consistent: x = alpha*x0 + sigma*eps
@@ -136,10 +156,31 @@ def test_a_batch_is_guided_row_by_row() -> None:
         assert torch.allclose(alone.x0, together.x0[row], atol=1e-6)
 
 
-def test_conditions_with_different_doors_are_refused() -> None:
-    denoiser, x, conditioning, _ = setup()
-    with pytest.raises(ValueError, match="'vector' is set in some parts"):
-        classifier_free(denoiser, Conditioning(), 2.0)(x, 0.4, conditioning)
+class Open(nn.Module):
+    """A network that takes a vector, tokens or nothing, and remembers the size of each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.calls: list[int] = []
+
+    def forward(self, x: Tensor, timestep: Tensor, given: Conditioning) -> Tensor:
+        self.calls.append(len(x))
+        pulls = [v.flatten(1).sum(1)[:, None, None, None] for v in (given.vector, given.tokens) if v is not None]
+        return 0.3 * x + sum(pulls, torch.zeros(()))
+
+
+def test_conditions_with_different_doors_are_asked_in_two_passes() -> None:
+    """An image prompt against no image prompt, say: questions whose open doors differ cannot be one batch, and need not be."""
+    _, x, conditioning, other = setup()
+    denoiser = Denoiser(Open(), Process(schedule("cosine"), parameterization("v")))
+    nothing, tokens = Conditioning(), Conditioning(tokens=torch.ones(3, 2, 2))
+    for reference, calls in ((other, [6]), (nothing, [3, 3]), (tokens, [3, 3])):
+        denoiser.network.calls.clear()
+        found = classifier_free(denoiser, reference, 2.0)(x, 0.4, conditioning)
+        assert denoiser.network.calls == calls
+        on, off = denoiser(x, 0.4, conditioning), denoiser(x, 0.4, reference)
+        assert torch.equal(found.x0, off.x0 + 2.0 * (on.x0 - off.x0)) and torch.equal(found.eps, off.eps + 2.0 * (on.eps - off.eps))
 
 
 class InItsOwnDtype(nn.Module):
@@ -185,10 +226,251 @@ def test_dropping_and_joining_conditions() -> None:
         Conditioning.cat([a, Conditioning(tokens=a.tokens)])
 
 
-@pytest.mark.parametrize("file", ["ddim", "classifier_fre"])
-def test_unknown_guidance_is_refused(file: str) -> None:
-    from sfumato.registry import find, names
+@pytest.mark.parametrize("folder", ["predict.guidance.weights", "predict.guidance.combines", "predict.references"])
+def test_unknown_parts_are_refused(folder: str) -> None:
+    with pytest.raises(UserError, match=f"unknown {folder.split('.')[-1][:-1]} 'interva'"):
+        find(folder, "interva")
+    assert find("predict.guidance.weights", "constant") is Constant and find("predict.guidance.combines", "linear") is Linear
 
-    assert find("predict.guidance", "classifier_free") is classifier_free and "classifier_free" in names("predict.guidance")
-    with pytest.raises(UserError, match=f"unknown guidance {file!r}"):
-        find("predict.guidance", file)
+
+# ---- the formulas of combines, written again -------------------------------------------------------------------------------
+
+POINTS = [(0.0, 1.0), (0.3, 0.954), (0.5, 0.5), (1.0, 14.6), (0.999, 0.04)]
+points = pytest.mark.parametrize("point", POINTS)
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape or (3, 2, 4, 5), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def pair(x: Tensor, velocity: Tensor, point: tuple[float, float]) -> Prediction:
+    """The prediction at x with eps - x0 = velocity."""
+    alpha, sigma = point
+    return Prediction((x - sigma * velocity) / (alpha + sigma), (x + alpha * velocity) / (alpha + sigma))
+
+
+def predictions(point: tuple[float, float], count: int = 2, seed: int = 0) -> tuple[Tensor, Moment, list[Prediction]]:
+    x = normal(seed)
+    return x, Moment(0.5, *point, index=9), [pair(x, 0.4 * x + normal(seed + k + 1), point) for k in range(count)]
+
+
+def join(name: str, given: tuple[Tensor, Moment, list[Prediction]], w: float | Tensor, **options) -> Prediction:
+    return find("predict.guidance.combines", name)(**options).begin()(*given, w)
+
+
+def near(found: Prediction, expected: Prediction, tolerance: float = 1e-10) -> None:
+    for a, b in ((found.x0, expected.x0), (found.eps, expected.eps)):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@points
+@pytest.mark.parametrize("phi", [0.0, 0.7, 1.0])
+def test_rescale_keeps_the_conditionals_contrast(point: tuple[float, float], phi: float) -> None:
+    """Lin et al., eq. 15-16, on x0: at phi 1 each image has the conditional's standard deviation, at phi 0 that of plain guidance."""
+    given = predictions(point)
+    found, (conditional, _), plain = join("rescale", given, 5.0, phi=phi), given[2], join("linear", given, 5.0)
+    width, wide, kept = (p.x0.flatten(1).std(1) for p in (found, plain, conditional))
+    torch.testing.assert_close(width, phi * kept + (1 - phi) * wide)
+    direction = [(p.x0 / p.x0.flatten(1).norm(dim=1)[:, None, None, None]) for p in (found, plain)]
+    torch.testing.assert_close(*direction)  # only the length changes
+    if phi == 0:
+        near(found, plain, 1e-8)
+
+
+@points
+def test_projection_with_nothing_taken_away_is_plain_guidance(point: tuple[float, float]) -> None:
+    given = predictions(point)
+    near(join("project", given, 4.0, eta=1.0), join("linear", given, 4.0), 1e-8)
+
+
+@points
+@pytest.mark.parametrize("eta", [0.0, 0.3])
+def test_projection_damps_what_lies_along_the_conditional(point: tuple[float, float], eta: float) -> None:
+    """Of the step from x0_c, the part along x0_c is eta times that of plain guidance, and the part across is the same."""
+    given = predictions(point)
+    base = given[2][0].x0
+    steps = [join("project", given, 4.0, eta=eta).x0 - base, join("linear", given, 4.0).x0 - base]
+    along = [torch.linalg.vecdot(s.flatten(1), base.flatten(1)) / base.flatten(1).square().sum(1) for s in steps]
+    across = [s - a[:, None, None, None] * base for s, a in zip(steps, along, strict=True)]
+    torch.testing.assert_close(along[0], eta * along[1])
+    torch.testing.assert_close(*across)
+
+
+def test_projection_bounds_its_step_and_remembers() -> None:
+    """Each image's ||x0 - x0_c|| is at most (w - 1) times the threshold; momentum is D_k + m D_(k-1) + m^2 D_(k-2) ..."""
+    given = [predictions((0.5, 0.5), seed=10 * k) for k in range(3)]
+    steps = [g[2][0].x0 - g[2][1].x0 for g in given]
+    bound = 0.7 * steps[0].flatten(1).norm(dim=1).median()
+    for k, size in enumerate(
+        (join("project", given[0], 3.0, eta=1.0, threshold=float(bound)).x0 - given[0][2][0].x0).flatten(1).norm(dim=1)
+    ):
+        torch.testing.assert_close(size, 2.0 * torch.minimum(bound, steps[0][k].norm()))
+    combine = find("predict.guidance.combines", "project")(eta=1.0, momentum=-0.5).begin()
+    for k in range(3):
+        found = combine(*given[k], 3.0)
+        torch.testing.assert_close(found.x0 - given[k][2][0].x0, 2.0 * sum((-0.5) ** (k - j) * steps[j] for j in range(k + 1)))
+
+
+@points
+@pytest.mark.parametrize("w", [0.0, 1.0, 3.5])
+def test_zero_star_scales_the_reference_as_well_as_can_be(point: tuple[float, float], w: float) -> None:
+    """v = (1 - w) s v_ref + w v_c, where s minimises ||v_c - s v_ref||: no other s is nearer, and the residual is orthogonal to v_ref."""
+    given = predictions(point)
+    found = join("zero_star", given, w, zero_steps=0)
+    ours, theirs = (p.eps - p.x0 for p in given[2])
+    flat = [v.flatten(1) for v in (ours, theirs)]
+    s = torch.stack([torch.linalg.lstsq(b[:, None], a[:, None]).solution[0, 0] for a, b in zip(*flat, strict=True)])[:, None, None, None]
+    torch.testing.assert_close(found.eps - found.x0, (1 - w) * s * theirs + w * ours)
+    left = (ours - s * theirs).flatten(1)
+    assert torch.linalg.vecdot(left, flat[1]).abs().max() < 1e-10
+    assert all((left.norm(dim=1) <= (ours - (s + d) * theirs).flatten(1).norm(dim=1)).all() for d in (-0.1, -1e-3, 1e-3, 0.1))
+
+
+@points
+def test_zero_star_begins_without_moving(point: tuple[float, float]) -> None:
+    """At the first times of a run x/(alpha + sigma) stays where it is: for a flow x itself, by one step of Euler."""
+    x, _, given = predictions(point)
+    for index in range(3):
+        found = join("zero_star", (x, Moment(0.5, *point, index), given), 3.0, zero_steps=2)
+        assert torch.allclose(found.x0, found.eps) == (index < 2)
+        if index < 2:
+            torch.testing.assert_close(0.3 * found.x0 + 0.7 * found.eps, x / sum(point))
+
+
+def test_zero_steps_are_those_of_the_run_and_not_of_the_guidance() -> None:
+    """With an interval that begins later nothing stands still in the middle of the run; two questions at one time are one time."""
+    denoiser, x, conditioning, reference = setup("flow", "flow")
+    point = denoiser.process.schedule.point
+    combine, weight = find("predict.guidance.combines", "zero_star")(), find("predict.guidance.weights", "interval")(3.0, low=0.0, high=0.5)
+    ask = guide(denoiser, conditioning, [(denoiser, reference)], weight, combine, point)
+
+    def stands(ask: Ask, t: float) -> bool:
+        found = answered(ask(x, t), answer)
+        return torch.equal(found.x0, found.eps)
+
+    assert not any(stands(ask, t) for t in (1.0, 0.7, 0.5, 0.2))
+    always = guide(denoiser, conditioning, [(denoiser, reference)], Constant(3.0), combine, point)
+    assert [stands(always, t) for t in (1.0, 1.0, 0.7, 0.7)] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("kind", ["cosine", "ve", "edm", "scaled_linear"])
+@pytest.mark.parametrize(("t", "s"), [(0.9, 0.7), (0.5, 0.45), (0.3, 0.0)])
+@pytest.mark.parametrize("scale", [0.2, 0.6, 1.0])
+def test_plus_plus_by_ddim_is_plain_guidance_by_ddim_with_a_weight_of_the_step(kind: str, t: float, s: float, scale: float) -> None:
+    """alpha_s x0_lambda + sigma_s eps_ref is DDIM's step with w = lambda/(1 - e^-h), h the step in log(alpha/sigma).
+
+    Pairs that add up to x have eps_c - eps_ref = -(alpha/sigma)(x0_c - x0_ref); put that into both.
+    """
+    table = schedule(kind)
+    here, there = table.point(t), table.point(s)
+    given = predictions(here)
+    decay = there[1] * here[0] / (there[0] * here[1])  # e^-h
+    ends = []
+    for name, w in (("plus_plus", scale), ("linear", scale / (1 - decay))):
+        sampler = find("diffuse.samplers", "ddim")(given[0], [t, s], table, lambda: given[0])
+        next(sampler)
+        with pytest.raises(StopIteration) as stop:
+            sampler.send(join(name, given, w))
+        ends.append(stop.value.value)
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-9)
+
+
+@points
+@pytest.mark.parametrize("kind", ["chain", "sum", "away"])
+def test_two_references(point: tuple[float, float], kind: str) -> None:
+    """Brooks et al. eq. 3, Liu et al. and the sum of two guidances; with equal references all are plain guidance."""
+    given = predictions(point, 3)
+    x, moment, (c, one, two) = given
+    expected = {
+        "chain": lambda c, a, b: b + 2.5 * (a - b) + 7.0 * (c - a),
+        "sum": lambda c, a, b: a + 7.0 * (c - a) + 2.5 * (b - a),
+        "away": lambda c, a, b: c + 6.0 * (c - a) + 1.5 * (c - b),
+    }[kind]
+    found = join("dual", given, 7.0, kind=kind, second=2.5)
+    near(found, Prediction(expected(c.x0, one.x0, two.x0), expected(c.eps, one.eps, two.eps)))
+    same = join("dual", (x, moment, [c, one, one]), 7.0, kind=kind, second=2.5)
+    near(same, join("linear", (x, moment, [c, one]), 8.5 if kind == "away" else 7.0))
+
+
+@settings(max_examples=40, deadline=None, database=None)
+@given(w=st.floats(0, 12), seed=st.integers(0, 999), t=st.floats(0.02, 0.98))
+def test_what_is_linear_is_the_same_in_every_parameterization(w: float, seed: int, t: float) -> None:
+    """A mixture of predictions is the prediction of the mixture of outputs, here of v: with one reference and with two."""
+    alpha, sigma = point = (math.cos(math.pi / 2 * t), math.sin(math.pi / 2 * t))
+    x, _, (c, one, two) = given = predictions(point, 3, seed)
+    v = [alpha * p.eps - sigma * p.x0 for p in (c, one, two)]
+    for name, count, mix in (("linear", 2, (w, 1 - w, 0.0)), ("dual", 3, (w, 2.0 - w, -1.0))):
+        found = join(name, (x, given[1], [c, one, two][:count]), w, **({"kind": "chain", "second": 2.0} if name == "dual" else {}))
+        output = sum(k * value for k, value in zip(mix, v, strict=True))
+        torch.testing.assert_close(alpha * found.eps - sigma * found.x0, output, rtol=1e-9, atol=1e-8)
+
+
+# ---- weights along the run -------------------------------------------------------------------------------------------------
+
+
+def weight_at(weight, t: float, point: tuple[float, float] = (0.6, 0.8), given: list[Prediction] | None = None) -> float | Tensor:
+    return weight.begin()(Moment(t, *point), *(given or predictions(point)[2]))
+
+
+@pytest.mark.parametrize("weight", ["interval:low=0.3,high=0.6", "adaptive:low=-1.5,high=1", "ramp:first=0,last=1", "ramp:first=1,last=0"])
+def test_the_second_pass_is_made_only_where_the_weight_is_not_one(weight: str) -> None:
+    """Counted at the network: B images where w is 1, 2B elsewhere."""
+    denoiser, x, conditioning, reference = setup("flow", "flow")
+    point = denoiser.process.schedule.point
+    ask = build(Guidance(3.0, weight=weight), denoiser, conditioning, reference, point)
+    times = [1.0, 0.8, 0.6, 0.45, 0.3, 0.1]
+    for t in times:
+        answered(ask(x, t), answer)
+    inside = {"interval": [0.6, 0.45, 0.3], "adaptive": [0.6, 0.45], "ramp": times[1:] if "first=0" in weight else times}
+    assert denoiser.network.calls == [6 if t in inside[weight.split(":")[0]] else 3 for t in times]
+
+
+def test_ramps_go_from_first_to_last() -> None:
+    ramp = find("predict.guidance.weights", "ramp")
+    for shape in ("linear", "cosine", "power"):
+        weight = ramp(5.0, first=0.5, last=2.0, shape=shape, power=3.0)
+        values = [weight_at(weight, t) for t in (1.0, 0.75, 0.5, 0.25, 0.0)]
+        assert values[0] == 3.0 and values[-1] == 9.0 and values == sorted(values)
+    assert weight_at(ramp(5.0, shape="linear"), 0.25) == 4.0
+    assert weight_at(ramp(5.0, shape="cosine"), 0.5) == pytest.approx(3.0)
+    assert weight_at(ramp(5.0, shape="power", power=2.0), 0.5) == 4.0
+    mean = sum(weight_at(ramp(5.0, 0.0, 2.0), (k + 0.5) / 100) for k in range(100)) / 100
+    assert mean == pytest.approx(5.0), "Wang et al.'s linear scheduler keeps the mean"
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(
+    scale=st.floats(-2, 12),
+    threshold=st.floats(0.01, 3),
+    power=st.floats(0.3, 4),
+    ratios=st.lists(st.floats(0, 50), min_size=2, max_size=8),
+    lowers=st.booleans(),
+)
+def test_adaptive_weights_are_bounded_and_monotone(scale: float, threshold: float, power: float, ratios: list[float], lowers: bool) -> None:
+    """w lies between 1 and scale, is half way at the threshold, and moves with the disagreement as it says."""
+    ratios = sorted([*ratios, threshold])
+    reference = normal(1, 1, 2, 4, 5).expand(len(ratios), -1, -1, -1)
+    away = normal(2, 1, 2, 4, 5)
+    away = away * reference[:1].norm() / away.norm()
+    eps = reference + torch.tensor(ratios, dtype=torch.float64)[:, None, None, None] * away
+    weight = find("predict.guidance.weights", "adaptive")(scale, "lowers" if lowers else "raises", threshold, power)
+    pairs = [Prediction(reference, e) for e in (eps, reference)]
+    w = torch.as_tensor(weight_at(weight, 0.5, given=pairs), dtype=torch.float64).expand(len(ratios), 1, 1, 1).flatten()
+    part = (w - 1) / (scale - 1) if scale != 1 else torch.full_like(w, 0.5)
+    assert (part >= -1e-12).all() and (part <= 1 + 1e-12).all() and part[ratios.index(threshold)] == pytest.approx(0.5)
+    steps = part.diff() if lowers else -part.diff()
+    assert (steps <= 1e-12).all()
+    if lowers and power == 1.0:
+        assert ((w - 1).abs() * torch.tensor(ratios, dtype=torch.float64) <= abs(scale - 1) * threshold + 1e-9).all()
+
+
+def test_adaptive_steps_stay_below_the_threshold() -> None:
+    """(w - 1)||eps_c - eps_ref|| < (scale - 1) threshold ||eps_ref||, with power 1, however far the two are apart."""
+    weight = find("predict.guidance.weights", "adaptive")(8.0, threshold=0.2)
+    reference = normal(0)
+    sizes = []
+    for ratio in (0.01, 0.2, 1.0, 100.0, 1e6):
+        conditional = reference + ratio * normal(1)
+        w = weight_at(weight, 0.5, given=[Prediction(reference, e) for e in (conditional, reference)])
+        sizes.append(((w - 1) * (conditional - reference)).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1))
+    assert all((a < b).all() for a, b in pairwise(sizes)) and (sizes[-1] <= 7.0 * 0.2).all()

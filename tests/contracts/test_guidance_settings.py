@@ -1,0 +1,244 @@
+"""`Guidance`: numbers, lines of text and JSON mean the same thing, come back as they were, and what cannot be is refused in one sentence."""
+
+import json
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sfumato.diffuse.sample import answered
+from sfumato.errors import UserError
+from sfumato.predict.denoiser import answer
+from sfumato.predict.guidance import settings as module
+from sfumato.predict.guidance.settings import Guidance, build, same
+from sfumato.types import Conditioning, Prediction
+
+LINES: dict[str, tuple[Guidance, Any]] = {
+    "2": (Guidance(2), 2.0),
+    "1": (Guidance(), 1.0),
+    " 2.50 constant linear condition ": (Guidance(2.5), 2.5),
+    "2.5 interval:low=0.1,high=0.8": (
+        Guidance(2.5, "interval:low=0.1,high=0.8"),
+        {"scale": 2.5, "weight": "interval:low=0.1,high=0.8"},
+    ),
+    "interval:high=.80,low=.1 2.5": (
+        Guidance(2.5, "interval:low=0.1,high=0.8"),
+        {"scale": 2.5, "weight": "interval:low=0.1,high=0.8"},
+    ),
+    "7.5 rescale:phi=0.7": (Guidance(7.5, combine="rescale"), {"scale": 7.5, "combine": "rescale"}),
+    "0.6 plus_plus": (Guidance(0.6, combine="plus_plus"), {"scale": 0.6, "combine": "plus_plus"}),
+    "4 project:momentum=-0.5,threshold=1e-05 ramp": (
+        Guidance(4, "ramp", "project:threshold=1e-05,momentum=-0.5"),
+        {"scale": 4.0, "weight": "ramp", "combine": "project:threshold=1e-05,momentum=-0.5"},
+    ),
+    "3 perturbed_attention:layers=a.b+c": (
+        Guidance(3, reference="perturbed_attention:layers=a.b+c"),
+        {"scale": 3.0, "reference": "perturbed_attention:layers=a.b+c"},
+    ),
+    "2 model:path=runs/small.safetensors": (
+        Guidance(2, reference="model:path=runs/small.safetensors"),
+        {"scale": 2.0, "reference": "model:path=runs/small.safetensors"},
+    ),
+    "4 dual:kind=away,second=3 condition skip_layers:layers=x": (
+        Guidance(4, combine="dual:kind=away,second=3", reference="condition skip_layers:layers=x"),
+        {"scale": 4.0, "combine": "dual:kind=away,second=3", "reference": "condition skip_layers:layers=x"},
+    ),
+    "4 adaptive:low=-2,disagreement=raises": (
+        Guidance(4, "adaptive:disagreement=raises,low=-2"),
+        {"scale": 4.0, "weight": "adaptive:disagreement=raises,low=-2"},
+    ),
+    "2 zero_star:zero_steps=2": (Guidance(2, combine="zero_star:zero_steps=2"), {"scale": 2.0, "combine": "zero_star:zero_steps=2"}),
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_lines_objects_and_json_are_one(line: str) -> None:
+    expected, stored = LINES[line]
+    found = Guidance.parse(line)
+    assert found == expected and hash(found) == hash(expected) and Guidance.parse(found) is found
+    assert found.to_json() == stored and type(found.to_json()) is type(stored)
+    assert Guidance.parse(json.loads(json.dumps(stored, allow_nan=False))) == found
+    assert Guidance.parse(str(found)) == found and str(Guidance.parse(str(found))) == str(found)
+    assert pickle.loads(pickle.dumps(found)) == found
+
+
+def test_the_lines_of_the_docstring_are_read() -> None:
+    lines = [line.strip() for line in (module.__doc__ or "").splitlines() if line.startswith("    ") and line[4] != " "]
+    texts = [line.split("   ")[0] for line in lines]
+    assert len(texts) == 8 and "2" in texts
+    for text in texts:
+        found = Guidance.parse(text)
+        assert Guidance.parse(found.to_json()) == found
+
+
+@pytest.mark.parametrize(
+    "value", [2, 2.0, "2", {"scale": 2}, {"scale": 2.0, "weight": "constant"}, {"scale": 2, "combine": {"name": "linear"}}]
+)
+def test_a_number_stays_a_number(value: Any) -> None:
+    """What is recorded in pictures and models that know a scale only stays as it was."""
+    found = Guidance.parse(value).to_json()
+    assert found == 2.0 and type(found) is float
+
+
+def test_json_may_name_options_one_by_one() -> None:
+    weight = {"name": "interval", "low": 0, "high": 0.5}
+    references = ["condition", {"name": "perturbed_attention", "layers": ["a", "b.c"]}]
+    found = Guidance.parse({"scale": 3, "weight": weight, "combine": {"name": "dual", "kind": "away"}, "reference": references})
+    assert found == Guidance.parse("3 interval:low=0,high=0.5 dual:kind=away condition perturbed_attention:layers=a+b.c")
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(
+    scale=st.floats(0, 1e6),
+    low=st.floats(0, 1),
+    high=st.floats(0, 1),
+    phi=st.floats(0, 1),
+    layers=st.lists(st.text("abc_.019", min_size=1, max_size=8), min_size=1, max_size=3),
+)
+def test_every_number_comes_back_to_the_last_bit(scale: float, low: float, high: float, phi: float, layers: list[str]) -> None:
+    low, high = sorted((low, high))
+    found = Guidance(scale, f"interval:low={low!r},high={high!r}", f"rescale:phi={phi!r}", "skip_layers:layers=" + "+".join(layers))
+    for again in (Guidance.parse(str(found)), Guidance.parse(json.loads(json.dumps(found.to_json())))):
+        assert again == found
+        weight, combine, (reference,) = again.parts()
+        assert (weight.scale, weight.low, weight.high, combine.phi, list(reference.layers)) == (scale, low, high, phi, layers)
+
+
+BAD: list[tuple[Any, str]] = [
+    (float("nan"), "guidance=nan: expected a number of at least 0; 1 is off"),
+    (float("inf"), "guidance=inf: expected a number of at least 0; 1 is off"),
+    (-0.5, "guidance=-0.5: expected a number of at least 0; 1 is off"),
+    ("-1", "guidance=-1.0: expected a number of at least 0"),
+    ("nan", "guidance=nan: expected a number"),
+    (True, "guidance=True: expected a number"),
+    (None, "guidance=None: expected a number"),
+    ([2.0], r"guidance=\[2.0\]: expected a number"),
+    (b"2", "guidance=b'2': expected a number"),
+    ("", "guidance='': expected one number, the scale"),
+    ("interval", "guidance='interval': expected one number, the scale .* found 0"),
+    ("2 3", "guidance='2 3': expected one number, the scale .* found 2"),
+    ("strong", "guidance='strong': unknown guidance 'strong'"),
+    ("2 intervall", "guidance='2 intervall': unknown guidance 'intervall': did you mean 'interval'"),
+    ("2 interval ramp", "two of one kind, interval and ramp: expected one weight"),
+    ("2 rescale project", "two of one kind, rescale and project: expected one combine"),
+    ("2 interval:lo=0.2", "unknown option of interval 'lo': did you mean 'low'.*known are high, low"),
+    ("2 interval:scale=3", "unknown option of interval 'scale'"),
+    ("2 linear:phi=1", "unknown option of linear 'phi': known are none"),
+    ("2 interval:low=a", "interval:low='a': expected a number"),
+    ("2 interval:low=0.1,low=0.2", "gives low twice"),
+    ("2 interval:", "expected NAME or NAME:OPTION=VALUE"),
+    ("2 interval:low", "expected NAME or NAME:OPTION=VALUE,OPTION=VALUE, found 'low'"),
+    ("2 interval:low=", "found 'low='"),
+    ("2 interval:low=0.9,high=0.1", "low=0.9, high=0.1: expected times with 0 <= low <= high <= 1"),
+    ("2 interval:low=nan", "low=nan"),
+    ("2 interval:high=1.5", "high=1.5"),
+    ("2 ramp:shape=square", "unknown shape of a guidance ramp 'square': known are cosine, linear, power"),
+    ("2 ramp:power=0", "power=0.0: expected a positive number"),
+    ("2 ramp:first=inf", "guidance first=inf: expected a finite number"),
+    ("2 adaptive:disagreement=maybe", "unknown effect of disagreement .* 'maybe'"),
+    ("2 adaptive:threshold=0", "threshold=0.0: expected a positive number"),
+    ("2 adaptive:power=-1", "power=-1.0: expected a positive number"),
+    ("2 adaptive:low=3,high=1", "low=3.0, high=1.0: expected log-SNRs with low <= high"),
+    ("2 adaptive:low=nan", "low=nan"),
+    ("2 rescale:phi=1.1", "phi=1.1: expected a number in"),
+    ("2 project:momentum=1", "momentum=1.0: expected a number between -1 and 1"),
+    ("2 project:threshold=-1", "threshold=-1.0: expected a number of at least 0"),
+    ("2 project:eta=nan", "eta=nan: expected a finite number"),
+    ("2 zero_star:zero_steps=1.5", "zero_star:zero_steps='1.5': expected a whole number"),
+    ("2 zero_star:zero_steps=inf", "zero_star:zero_steps='inf': expected a whole number"),
+    ("2 zero_star:zero_steps=-1", "zero_steps=-1: expected a whole number of at least 0"),
+    ("2 dual:kind=double condition model", "unknown kind of dual guidance 'double'"),
+    ("2 dual:second=nan condition model", "second=nan: expected a finite number"),
+    ("2 dual", "guidance dual with the reference condition: it takes 2; name as many of"),
+    ("2 condition perturbed_attention", "guidance linear with the reference condition perturbed_attention: it takes 1"),
+    ("0.5 plus_plus interval", "guidance plus_plus with the weight interval: expected constant"),
+    ({}, "expected a scale"),
+    ({"weight": "interval"}, "expected a scale"),
+    ({"scale": "2"}, "guidance='2': expected a number"),
+    ({"scale": 2, "weigth": "interval"}, "unknown guidance setting 'weigth': did you mean 'weight'"),
+    ({"scale": 2, "weight": "interval ramp"}, "expected one weight"),
+    ({"scale": 2, "weight": ["interval", "ramp"]}, "expected one weight"),
+    ({"scale": 2, "weight": 3}, "guidance weight=3: expected a word"),
+    ({"scale": 2, "weight": None}, "guidance weight=None: expected a word"),
+    ({"scale": 2, "weight": {"low": 0.2}}, "expected a word .* or an object with a name"),
+    ({"scale": 2, "weight": "rescale"}, "unknown guidance weight 'rescale'"),
+    ({"scale": 2, "weight": {"name": "rescale"}}, "unknown guidance weight 'rescale'"),
+    ({"scale": 2, "weight": {"name": "interval", "low": [1]}}, r"interval:low=\[1\]: expected a number"),
+    ({"scale": 2, "weight": {"name": "interval", "low": True}}, "interval:low=True: expected a number"),
+    ({"scale": 2, "reference": {"name": "skip_layers", "layers": []}}, r"skip_layers:layers=\[\]: expected one or more names"),
+    ({"scale": 2, "reference": {"name": "skip_layers", "layers": 3}}, "skip_layers:layers=3: expected one or more names"),
+    ({"scale": 2, "reference": {"name": "model", "path": "my model"}}, "path='my model': expected a value without spaces and commas"),
+    ({"scale": 2, "reference": []}, "it takes 1"),
+]
+
+
+@pytest.mark.parametrize(("value", "said"), BAD, ids=[str(b[0]) for b in BAD])
+def test_what_cannot_be_is_refused(value: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        Guidance.parse(value)
+    assert "\n" not in str(error.value)
+
+
+# ---- build -------------------------------------------------------------------------------------------------------------
+
+
+def toy(asked: list[tuple[float, float]]):
+    """A denoiser that notes (t, condition) of each question."""
+
+    def denoise(x: Tensor, t: float, conditioning: Conditioning) -> Prediction:
+        assert conditioning.vector is not None
+        asked.append((t, float(conditioning.vector[0, 0])))
+        velocity = torch.sin(x) + conditioning.vector[:, :1, None, None]
+        return Prediction(x - t * velocity, x + (1 - t) * velocity)
+
+    return denoise
+
+
+def vector(value: float) -> Conditioning:
+    return Conditioning(vector=torch.full((2, 1), value))
+
+
+def asked_by(line: str, reference: Any, conditioning: Conditioning | None = None) -> list[float]:
+    """Under which conditions a guided denoiser asks at t = 0.5."""
+    asked: list[tuple[float, float]] = []
+    ask = build(Guidance.parse(line), toy(asked), conditioning or vector(1.0), reference, lambda t: (1 - t, t))
+    answered(ask(torch.zeros(2, 1, 2, 2), 0.5), answer)
+    return [condition for _, condition in asked]
+
+
+def test_who_is_asked() -> None:
+    one, two = vector(2.0), vector(3.0)
+    assert asked_by("2", one) == [1, 2] and asked_by("1", one) == [1] and asked_by("0", one) == [1, 2]
+    assert asked_by("2 interval:low=0.6", one) == [1] and asked_by("2 interval:low=0.4", one) == [1, 2]
+    assert asked_by("1 plus_plus", one) == [1, 2], "there 1 is not off"
+    assert asked_by("1 dual:second=2 condition condition", [one, two]) == [1, 2, 3], "the second scale acts"
+    assert asked_by("1 dual:second=1 condition condition", [one, two]) == [1]
+    assert asked_by("2 dual condition condition", one) == [1, 2, 2]
+    with pytest.raises(UserError, match="3 conditionings to move away from, for guidance 2 dual condition condition: expected 2"):
+        asked_by("2 dual condition condition", [one, two, one])
+
+
+@pytest.mark.parametrize("line", ["3", "3 ramp:first=1", "0.5 plus_plus", "3 zero_star", "3 dual condition condition", "3 project"])
+def test_nothing_is_guided_by_its_own_condition(line: str) -> None:
+    """An unconditional draw, or the prompt as its own negative prompt: one pass, and the prediction as it is."""
+    assert asked_by(line, vector(1.0)) == [1]
+
+
+def test_off_and_consistent_say_what_the_caller_needs_to_know() -> None:
+    assert Guidance.parse(1).off and Guidance.parse("1 ramp").off and not Guidance.parse("0").off and not Guidance.parse("1 plus_plus").off
+    assert not Guidance.parse("1 dual:second=2 condition model").off and Guidance.parse("1 dual:second=1 condition model").off
+    assert Guidance.parse("2 project").consistent and not Guidance.parse("0.6 plus_plus").consistent
+
+
+def test_conditionings_are_compared_door_by_door() -> None:
+    full = Conditioning(tokens=torch.ones(2, 3, 4), mask=torch.ones(2, 3, dtype=torch.bool), residuals=(torch.ones(2, 1, 2, 2),))
+    again = full.to(dtype=torch.float32)
+    assert same(full, again) and same(Conditioning(), Conditioning()) and not same(full, Conditioning())
+    assert not same(full, Conditioning(tokens=full.tokens, mask=~full.mask, residuals=full.residuals))
+    assert not same(full, Conditioning(tokens=full.tokens, mask=full.mask, residuals=(torch.zeros(2, 1, 2, 2),)))
+    assert not same(full, Conditioning(tokens=full.tokens, mask=full.mask, residuals=()))
+    assert not same(full, Conditioning(tokens=full.tokens[:1], mask=full.mask[:1], residuals=full.residuals))

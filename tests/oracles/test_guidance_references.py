@@ -1,0 +1,247 @@
+"""What guidance moves away from: weaker copies share every parameter, change what they say they change, and nothing else."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import sfumato.nn.attention
+from sfumato.diffuse.parameterization import parameterization
+from sfumato.diffuse.process import Process
+from sfumato.diffuse.sample import answered, together
+from sfumato.diffuse.schedule import schedule
+from sfumato.errors import UserError
+from sfumato.predict.denoiser import Denoiser, answer
+from sfumato.predict.guidance.settings import Guidance, build
+from sfumato.predict.networks.unet import UNet, UNetConfig
+from sfumato.predict.references import _copies
+from sfumato.predict.references.perturbed_attention import PerturbedAttention
+from sfumato.predict.references.skip_layers import SkipLayers
+from sfumato.types import Conditioning, Query
+
+COMMON: dict[str, Any] = {"sample_size": 8, "in_channels": 2, "out_channels": 2, "block_out_channels": (8, 16), "norm_num_groups": 4}
+COMMON |= {"layers_per_block": 1, "attention_head_dim": 4}
+KINDS: dict[str, dict[str, Any]] = {
+    "self": {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "mid_block_type": "UNetMidBlock2D",
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    },
+    "cross": {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 12,
+    },
+}
+ATTENTION = {"self": ["down_blocks.1", "up_blocks.0"], "cross": ["down_blocks.0", "mid_block", "up_blocks.1"]}
+every = pytest.mark.parametrize("kind", KINDS)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def setup(kind: str, seed: int = 0) -> tuple[Denoiser, Tensor, Conditioning]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = UNet(UNetConfig(**(COMMON | KINDS[kind])))
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    denoiser = Denoiser(network.eval().requires_grad_(False), Process(schedule("flow"), parameterization("flow")))
+    return denoiser, normal(3, 2, 8, 8, seed=1), Conditioning(tokens=normal(3, 5, 12, seed=2) if kind == "cross" else None)
+
+
+def weaker(reference: Any, denoiser: Denoiser, given: Conditioning) -> Denoiser:
+    whom, condition = reference.pair(denoiser, given, Conditioning(), None)
+    assert condition is given  # the same condition: what is missing is in the network
+    return whom
+
+
+@every
+@torch.inference_mode()
+def test_perturbed_attention_is_attention_by_the_identity(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every self-attention map forced to the identity in the original, both are one network: softmax(...) V is V."""
+    denoiser, x, given = setup(kind)
+    whom = weaker(PerturbedAttention(tuple(ATTENTION[kind])), denoiser, given)
+    found, plain = whom(x, 0.5, given), denoiser(x, 0.5, given)
+    assert (found.x0 - plain.x0).abs().max() > 1e-3
+
+    def identity(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        if q.shape[2] == k.shape[2]:  # to itself: the condition has five tokens, feature maps have 16 or 64 places
+            return torch.eye(q.shape[2]) @ v
+        return true(q, k, v, attn_mask=attn_mask)
+
+    true = F.scaled_dot_product_attention
+    monkeypatch.setattr(sfumato.nn.attention.F, "scaled_dot_product_attention", identity)
+    forced = denoiser(x, 0.5, given)
+    torch.testing.assert_close(found.x0, forced.x0, rtol=1e-5, atol=1e-5)
+    again = whom(x, 0.5, given)
+    torch.testing.assert_close(again.x0, forced.x0, rtol=1e-5, atol=1e-5)  # where maps are the identity it changes nothing
+
+
+@every
+@torch.inference_mode()
+def test_only_the_named_layers_are_perturbed(kind: str) -> None:
+    denoiser, x, given = setup(kind)
+    each = [weaker(PerturbedAttention((layer,)), denoiser, given)(x, 0.5, given).x0 for layer in ATTENTION[kind]]
+    both = weaker(PerturbedAttention(tuple(ATTENTION[kind])), denoiser, given)(x, 0.5, given).x0
+    different = [denoiser(x, 0.5, given).x0, *each, both]
+    assert all((a - b).abs().max() > 1e-5 for i, a in enumerate(different) for b in different[:i])
+    name = ATTENTION[kind][0] + ".attentions.0"
+    assert torch.equal(weaker(PerturbedAttention((name,)), denoiser, given)(x, 0.5, given).x0, each[0])
+
+
+@every
+@pytest.mark.parametrize("reference", [PerturbedAttention(("up_blocks",)), SkipLayers(("up_blocks",))])
+def test_a_copy_shares_every_parameter_and_leaves_the_original_alone(kind: str, reference: Any) -> None:
+    denoiser, x, given = setup(kind)
+    before = {name: id(module) for name, module in denoiser.network.named_modules()}
+    plain = denoiser(x, 0.5, given)
+    whom = weaker(reference, denoiser, given)
+    ours = {id(p) for p in denoiser.network.parameters()}
+    assert all(id(p) in ours for p in whom.network.parameters()) and whom.process is denoiser.process
+    modules = {id(m) for m in denoiser.network.modules()}
+    assert not any(id(m) in modules for m in whom.network.modules()), "modules are its own: replacing one must not reach the original"
+    assert before == {name: id(module) for name, module in denoiser.network.named_modules()}
+    assert torch.equal(denoiser(x, 0.5, given).x0, plain.x0)
+    first = whom(x, 0.5, given).x0
+    with torch.no_grad():
+        denoiser.network.conv_out.weight.mul_(1.5)
+    assert not torch.allclose(whom(x, 0.5, given).x0, first), "it follows the weights"
+
+
+@torch.inference_mode()
+def test_what_is_left_out_is_left_out() -> None:
+    """A residual branch whose last layer is zero adds nothing: leaving it out is then no change, for each kind of layer."""
+    silent = {
+        "down_blocks.0.resnets.0": ["conv2"],
+        "down_blocks.1.resnets.0": ["conv2"],  # with a shortcut, which stays
+        "mid_block.attentions.0": ["proj_out"],
+        "mid_block.attentions.0.transformer_blocks.0": ["attn1.to_out.0", "attn2.to_out.0", "ff.net.2"],
+        "mid_block.attentions.0.transformer_blocks.0.attn1": ["to_out.0"],
+        "mid_block.attentions.0.transformer_blocks.0.attn2": ["to_out.0"],
+        "mid_block.attentions.0.transformer_blocks.0.ff": ["net.2"],
+    }
+    for layer, last in silent.items():
+        denoiser, x, given = setup("cross")
+        whom = weaker(SkipLayers((layer,)), denoiser, given)
+        assert (whom(x, 0.5, given).x0 - denoiser(x, 0.5, given).x0).abs().max() > 1e-5
+        for name in last:
+            for parameter in denoiser.network.get_submodule(f"{layer}.{name}").parameters():
+                parameter.zero_()
+        torch.testing.assert_close(whom(x, 0.5, given).x0, denoiser(x, 0.5, given).x0)
+    denoiser, x, given = setup("self")
+    whom = weaker(SkipLayers(("down_blocks.1.attentions",)), denoiser, given)
+    for parameter in denoiser.network.down_blocks[1].attentions[0].to_out[0].parameters():
+        parameter.zero_()
+    torch.testing.assert_close(whom(x, 0.5, given).x0, denoiser(x, 0.5, given).x0)
+
+
+@every
+@torch.inference_mode()
+def test_a_block_is_left_out_with_all_that_is_in_it(kind: str) -> None:
+    denoiser, x, given = setup(kind)
+    names = [f"up_blocks.0.resnets.{i}" for i in range(2)] + ([f"up_blocks.0.attentions.{i}" for i in range(2)] if kind == "self" else [])
+    one, many = (weaker(SkipLayers(tuple(layers)), denoiser, given)(x, 0.5, given) for layers in (["up_blocks.0"], names))
+    assert torch.equal(one.x0, many.x0)
+    nested = weaker(SkipLayers(("up_blocks", "up_blocks.0", "up_blocks.0.resnets.0")), denoiser, given)(x, 0.5, given)
+    assert torch.equal(nested.x0, weaker(SkipLayers(("up_blocks",)), denoiser, given)(x, 0.5, given).x0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reference", "said"),
+    [
+        (
+            "self",
+            PerturbedAttention(),
+            "unknown layer with self-attention 'mid_block': .*known are down_blocks.1, down_blocks.1.attentions.0, up_bl",
+        ),
+        ("cross", PerturbedAttention(("mid",)), "unknown layer with self-attention 'mid': did you mean 'mid_block'"),
+        ("cross", PerturbedAttention(("mid_block", "down_blocks.1")), "unknown layer with self-attention 'down_blocks.1'"),
+        ("cross", PerturbedAttention(("mid_block.attentions.0.transformer_blocks.0.attn2",)), "unknown layer with self-attention"),
+        ("self", SkipLayers(), "unknown layer that can be left out 'mid_block.attentions'"),
+        ("cross", SkipLayers(("conv_in",)), "unknown layer that can be left out 'conv_in': .*known are down_blocks.0"),
+        ("cross", SkipLayers(("",)), "unknown layer that can be left out ''"),
+        ("cross", SkipLayers(()), "no layers to change: name at least one layer that can be left out"),
+    ],
+)
+def test_layers_that_are_not_there_are_refused(kind: str, reference: Any, said: str) -> None:
+    denoiser, _, given = setup(kind)
+    with pytest.raises(UserError, match=said):
+        weaker(reference, denoiser, given)
+
+
+def test_a_copy_is_made_once_and_goes_with_its_denoiser() -> None:
+    denoiser, x, given = setup("cross")
+    reference = PerturbedAttention()
+    whom = weaker(reference, denoiser, given)
+    assert weaker(PerturbedAttention(), denoiser, given) is whom and weaker(SkipLayers(), denoiser, given) is not whom
+    other, _, _ = setup("cross")
+    assert weaker(reference, other, given) is not whom
+    denoiser.network.conv_out = torch.nn.Conv2d(8, 2, 3, padding=1)  # a part is swapped: an old copy would not follow
+    fresh = weaker(reference, denoiser, given)
+    assert fresh is not whom and fresh.network.conv_out.weight is denoiser.network.conv_out.weight
+    denoiser.network.train()
+    assert weaker(reference, denoiser, given).network.training
+    kept, gone = len(_copies._MADE), weakref.ref(denoiser.network)
+    del denoiser, whom, fresh, x
+    gc.collect()
+    assert gone() is None and len(_copies._MADE) < kept
+
+
+def counting(passes: list[list[int]]) -> Callable[[list[Query]], list]:
+    """Answers, and notes how many images each denoiser was asked about, in the order of first questions."""
+
+    def answers(queries: list[Query]) -> list:
+        sizes: dict[int, int] = {}
+        for query in queries:
+            sizes[id(query.denoiser)] = sizes.get(id(query.denoiser), 0) + len(query.x)
+        passes.append(list(sizes.values()))
+        return answer(queries)
+
+    return answers
+
+
+@torch.inference_mode()
+def test_weaker_networks_are_asked_where_they_count_and_runs_share_them() -> None:
+    denoiser, x, given = setup("cross")
+    point = denoiser.process.schedule.point
+    guidance = Guidance.parse("3 perturbed_attention interval:low=0.3,high=0.7")
+    passes: list[list[int]] = []
+    asks = [build(guidance, denoiser, given, given, point) for _ in range(2)]  # equal conditionings: here they say nothing
+    for t in (0.9, 0.5, 0.1):
+        answered(together([ask(x, t) for ask in asks]), counting(passes))
+    assert passes == [[6], [6, 6], [6]]
+    dual = build(
+        Guidance.parse("3 dual:kind=away,second=2 condition skip_layers"), denoiser, given, Conditioning(tokens=0 * given.tokens), point
+    )
+    passes.clear()
+    found = answered(dual(x, 0.5), counting(passes))
+    assert passes == [[6, 3]]
+    on, off = denoiser(x, 0.5, given), denoiser(x, 0.5, Conditioning(tokens=0 * given.tokens))
+    bad = weaker(SkipLayers(), denoiser, given)(x, 0.5, given)
+    torch.testing.assert_close(found.x0, on.x0 + 2 * (on.x0 - off.x0) + (on.x0 - bad.x0))
+
+
+@torch.inference_mode()
+def test_autoguidance_is_the_line_through_two_models() -> None:
+    """x0 = weak + w (strong - weak), both under the same condition (Karras et al. 2024)."""
+    denoiser, x, given = setup("cross")
+    small, _, _ = setup("cross", seed=9)
+    on, off = denoiser(x, 0.4, given), small(x, 0.4, given)
+    for w in (0.0, 1.0, 2.5):
+        ask = build(Guidance.parse(f"{w} model:path=small"), denoiser, given, given, denoiser.process.schedule.point, weaker=small)
+        found = answered(ask(x, 0.4), answer)
+        for a, b, c in ((found.x0, on.x0, off.x0), (found.eps, on.eps, off.eps)):
+            torch.testing.assert_close(a, c + w * (b - c), rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match=r"a weaker model \(small\) needs that model's denoiser: none was given"):
+        build(Guidance.parse("2 model:path=small"), denoiser, given, given, denoiser.process.schedule.point)
+    cosine = Denoiser(small.network, Process(schedule("cosine"), parameterization("v")))
+    with pytest.raises(UserError, match="has the schedule cosine, the model flow: expected the same schedule"):
+        build(Guidance.parse("2 model"), denoiser, given, given, denoiser.process.schedule.point, weaker=cosine)
