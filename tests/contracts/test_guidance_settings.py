@@ -218,6 +218,9 @@ def test_who_is_asked() -> None:
     assert asked_by("1 dual:second=2 condition condition", [one, two]) == [1, 2, 3], "the second scale acts"
     assert asked_by("1 dual:second=1 condition condition", [one, two]) == [1]
     assert asked_by("2 dual condition condition", one) == [1, 2, 2]
+    assert asked_by("1 model:path=elsewhere", one) == [1], "what is off needs no other model"
+    with pytest.raises(UserError, match="needs that model's denoiser"):
+        asked_by("2 model:path=elsewhere", one)
     with pytest.raises(UserError, match="3 conditionings to move away from, for guidance 2 dual condition condition: expected 2"):
         asked_by("2 dual condition condition", [one, two, one])
 

@@ -15,6 +15,7 @@ from sfumato.diffuse.sample import answered
 from sfumato.diffuse.schedule import SCHEDULES, schedule
 from sfumato.errors import UserError
 from sfumato.predict.denoiser import Denoiser, answer
+from sfumato.predict.guidance.algebra import total
 from sfumato.predict.guidance.combines.linear import Linear
 from sfumato.predict.guidance.guide import Moment, guide
 from sfumato.predict.guidance.settings import Guidance, build
@@ -474,3 +475,17 @@ def test_adaptive_steps_stay_below_the_threshold() -> None:
         w = weight_at(weight, 0.5, given=[Prediction(reference, e) for e in (conditional, reference)])
         sizes.append(((w - 1) * (conditional - reference)).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1))
     assert all((a < b).all() for a, b in pairwise(sizes)) and (sizes[-1] <= 7.0 * 0.2).all()
+
+
+def test_sums_over_an_image_do_not_depend_on_its_batch_or_the_threads() -> None:
+    """A sum over dims (1, 2, 3) does, from 32768 numbers and two threads on: alone an image is split among them, in a batch it is not."""
+    value, before = torch.randn(4, 4, 256, 256, generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        together = total(value)
+        for k in range(4):
+            assert torch.equal(total(value[k : k + 1]), together[k : k + 1])
+            assert torch.equal(total(value.to(memory_format=torch.channels_last)[k : k + 1]), together[k : k + 1])
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(together.flatten(), value.sum((1, 2, 3)), rtol=1e-4, atol=1e-2)

@@ -34,7 +34,7 @@ def moved(start: Prediction, x0: Tensor, moment: Moment) -> Prediction:
 
     That is (x - alpha*x0)/sigma without the cancellation; without signal (alpha = 0) eps is x/sigma whatever x0 is.
     """
-    if moment.alpha == 0 or moment.sigma == 0:
+    if moment.sigma == 0:  # clean: any eps adds up
         return Prediction(x0, start.eps)
     return Prediction(x0, start.eps - moment.alpha / moment.sigma * (x0 - start.x0))
 

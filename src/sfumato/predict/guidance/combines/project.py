@@ -1,4 +1,4 @@
-"""Adaptive projected guidance, APG (Sadat et al. 2024, arXiv:2410.02416, algorithm 1).
+"""Adaptive projected guidance, APG (Sadat et al. 2024, arXiv:2410.02416).
 
 With D = x0_c - x0_ref:  D <- D + momentum D_before;  D <- D min(1, threshold/||D||);  D = D_par + D_orth, along and across x0_c;
 x0 = x0_c + (w - 1) (D_orth + eta D_par). Saturated colours come from the part along x0_c, so eta < 1 damps it; the threshold bounds the
@@ -23,7 +23,7 @@ from sfumato.types import Prediction
 class Project:
     """eta: how much of the part along x0_c stays; 1 without threshold and momentum is plain guidance.
 
-    threshold: of ||D||, which grows with the latent's size (the paper: 2.5 to 15); 0 is none. momentum in (-1, 1), 0 is none.
+    threshold: of ||D||, which grows with the latent's size (in use are 2.5 to 15); 0 is none. momentum in (-1, 1), 0 is none.
     """
 
     eta: float = 0.0

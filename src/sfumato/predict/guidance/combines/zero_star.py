@@ -19,7 +19,7 @@ from sfumato.types import Prediction
 
 @dataclass(frozen=True)
 class ZeroStar:
-    """zero_steps: at how many of a run's first times nothing moves (the paper: 1); where w is 1 there, they are not touched."""
+    """zero_steps: at how many of a run's first times nothing moves (one is usual); where w is 1 there, they are as they are."""
 
     zero_steps: int = 1
 
