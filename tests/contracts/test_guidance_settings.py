@@ -1,4 +1,4 @@
-"""`Guidance`: numbers, lines of text and JSON mean the same thing, come back as they were, and what cannot be is refused in one sentence."""
+"""`Guidance`: numbers, lines of text and JSON mean the same, come back as they were, and what cannot be is refused in one sentence."""
 
 import json
 import pickle

@@ -66,7 +66,7 @@ def test_rescale(w: float, phi: float) -> None:
 @SCALES
 @pytest.mark.parametrize("options", [{"eta": 1.0}, {"eta": 0.0}, {"eta": 0.4, "threshold": 5.0}, {"momentum": -0.5, "threshold": 20.0}])
 def test_adaptive_projected_guidance(w: float, options: dict[str, float]) -> None:
-    """Over four steps, for the momentum. Theirs starts from the unconditional prediction by default, the paper's code from the conditional."""
+    """Over four steps, for the momentum. Theirs starts from the unconditional prediction by default, ours from the conditional."""
     guider = guiders.AdaptiveProjectedGuidance(
         guidance_scale=w - 1,
         eta=options.get("eta", 0.0),

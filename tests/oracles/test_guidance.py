@@ -1,4 +1,4 @@
-"""Guidance against its algebra: linear, the same in every parameterization, one call where it is off and one of twice the size where it is on."""
+"""Guidance against its algebra: linear, the same in every parameterization, one call where it is off, one of twice the size elsewhere."""
 
 import math
 from itertools import pairwise, product

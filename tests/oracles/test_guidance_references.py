@@ -243,5 +243,5 @@ def test_autoguidance_is_the_line_through_two_models() -> None:
     with pytest.raises(UserError, match=r"a weaker model \(small\) needs that model's denoiser: none was given"):
         build(Guidance.parse("2 model:path=small"), denoiser, given, given, denoiser.process.schedule.point)
     cosine = Denoiser(small.network, Process(schedule("cosine"), parameterization("v")))
-    with pytest.raises(UserError, match="has the schedule cosine, the model flow: expected the same schedule"):
+    with pytest.raises(UserError, match="has the schedule cosine, the model flow: expected the same one"):
         build(Guidance.parse("2 model"), denoiser, given, given, denoiser.process.schedule.point, weaker=cosine)

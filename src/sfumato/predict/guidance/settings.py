@@ -178,9 +178,9 @@ def build(
 ) -> Ask:
     """The guided denoiser of one run, as questions to answer.
 
-    reference: the conditioning to move away from (none, or a negative prompt); for two references of that kind one or two, in their order.
+    reference: the conditioning to move away from (none, or a negative prompt); for two references of that kind one or two.
     point: t -> (alpha, sigma), the schedule's. weaker: the denoiser for the reference "model".
-    Where all there is to move away from is the condition itself, as in an unconditional draw, there is nothing to guide, and one pass a time.
+    Where all there is to move away from is the condition itself, as in an unconditional draw, nothing is guided: one pass a time.
     """
     weight, combine, references = guidance.parts()
     if guidance.off:

@@ -25,7 +25,7 @@ class Model:
         ours, theirs = (getattr(getattr(d, "process", None), "schedule", None) for d in (denoiser, weaker))
         if ours is not None and theirs is not None and ours != theirs:
             raise UserError(
-                f"the weaker model {self.path or ''} has the schedule {_name(theirs)}, the model {_name(ours)}: expected the same schedule, "
+                f"the weaker model {self.path or ''} has the schedule {_name(theirs)}, the model {_name(ours)}: expected the same one, "
                 "so that both mean the same noise by a time"
             )
         return weaker, conditioning

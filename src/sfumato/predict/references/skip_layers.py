@@ -1,7 +1,7 @@
 """Skip-layer guidance: the same network with some of its layers left out (the residual branches; what they are added to goes on).
 
-It is autoguidance (Karras et al. 2024, arXiv:2406.02507) by a network that costs nothing to train, as perturbed attention is; spatio-temporal
-skip guidance (Hyung et al. 2024, arXiv:2411.18664) names layers in the same way.
+It is autoguidance (Karras et al. 2024, arXiv:2406.02507) by a network that costs nothing to train, as perturbed attention is;
+spatio-temporal skip guidance (Hyung et al. 2024, arXiv:2411.18664) names layers in the same way.
 """
 
 from collections.abc import Iterator

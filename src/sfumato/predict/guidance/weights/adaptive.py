@@ -8,8 +8,9 @@ d = ||grad log p(c|x)|| / ||grad log p(x)||, a number without units. f is monoto
 lies between 1 and scale. With power 1, where disagreement lowers w, what is added to eps_c, (w - 1)||eps_c - eps_ref||, stays below
 (scale - 1) threshold ||eps_ref||, however much the two disagree. Where disagreement raises w, what the condition has settled is left alone
 (the observation of Castillo et al. 2023, arXiv:2312.12487; Koulischer et al. 2025, arXiv:2506.06085, also let w follow the predictions).
-The default threshold is the middle of what the bundled model says: d from 0.009 to 0.12, at t from 0.95 to 0.05 (DDIM, 20 steps, scales 1 and
-2, two images a class, seeds 0 to 19); 0 at t = 1, where eps is x whatever the condition. Only outside of [low, high] is the second pass saved: inside, d has to be seen first.
+The default threshold is the middle of what the bundled model says: d from 0.009 to 0.12, t from 0.95 to 0.05 (DDIM, 20 steps, scales 1 and
+2, two images a class, seeds 0 to 19); 0 at t = 1, where eps is x whatever the condition.
+Only outside of [low, high] is the second pass saved: inside, d has to be seen first.
 """
 
 import math

@@ -1,6 +1,7 @@
 """A weight that rises or falls along the run (Wang et al. 2024, arXiv:2404.13040, who compare such schedulers).
 
-w(t) = 1 + (scale - 1) r(t),  r(t) = last + (first - last) f(t),  f = t, (1 - cos(pi t))/2 or t^power: r is `first` at t = 1 and `last` at t = 0.
+w(t) = 1 + (scale - 1) r(t),  r(t) = last + (first - last) f(t),  f = t, (1 - cos(pi t))/2 or t^power:
+r is `first` at t = 1 and `last` at t = 0.
 The defaults go from off to scale; their "linear" scheduler, which keeps the mean over the run, is first 0, last 2.
 """
 
