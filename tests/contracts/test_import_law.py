@@ -1,6 +1,6 @@
 """The import law: who may know whom, read from the syntax tree of every file of the library (nothing is imported).
 
-    types, registry, errors, files <- nn <- compress, predict        compress and diffuse never meet; diffuse knows no nn
+    types, asking, registry, errors, files <- nn <- compress, predict        compress and diffuse never meet; diffuse knows no nn
     diffuse.process <- predict      compress <- decode
     the four acts <- checkpoints <- model <- tasks <- deploy, cli
     acts + data + evaluate + checkpoints + model <- train            evaluate imports no act, data neither
@@ -16,7 +16,7 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "sfumato"
 
-BOTTOM = ("types", "errors", "files", "registry", "config")
+BOTTOM = ("types", "asking", "errors", "files", "registry", "config")
 ACTS = ("compress", "diffuse", "predict", "decode")
 
 # zone -> what its files may import from sfumato, besides the zone itself. The longest zone that holds a file is its zone.
@@ -25,6 +25,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "__main__": ("cli",),
     "errors": (),
     "types": ("errors",),
+    "asking": ("types",),
     "files": ("errors",),
     "registry": ("errors",),
     "config": ("errors", "files", "registry", "types"),
@@ -35,6 +36,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "predict": (*BOTTOM, "nn", "diffuse.process"),
     "predict.guidance": ("types", "errors"),
     "predict.guidance.settings": ("types", "errors", "registry", "predict.guidance", "predict.references"),  # puts names together
+    "predict.wrappers": ("types", "asking", "errors"),
     "decode": (*BOTTOM, "compress"),
     "decode.image": ("types", "errors", "files"),
     "checkpoints": (*BOTTOM, *ACTS),

@@ -1,21 +1,21 @@
 """Runs a sampler against a denoiser: one step at a time, with previews, cancellation and a check that every number is finite.
 
-A run is a string of questions (`conduct`); many runs are one string (`together`), so that one forward pass answers all that ask at once.
+A run is a string of questions (`conduct`); many runs are one string (`sfumato.asking.together`), so that one forward pass answers all that
+ask at once.
 """
 
 import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sfumato.asking import answered
 from sfumato.errors import NumericalError
 from sfumato.types import Ask, Asking, Conditioning, Prediction, Query
 
-T = TypeVar("T")
 Sampling = Generator[tuple[Tensor, float], Prediction, Tensor]
 """A sampler at work: asks about (x, t), is sent the prediction, ends with the latent."""
 
@@ -78,45 +78,6 @@ def conduct(sampler: Sampling, ask: Ask, count: int, on_step: Callable[[Step], b
         return stop.value
     finally:
         sampler.close()
-
-
-def together(runs: Sequence[Asking[T]]) -> Asking[list[T]]:
-    """Several strings of questions as one: what they ask at the same moment is asked at once. Ends with what each ended with."""
-    results: list[Any] = [None] * len(runs)
-    waiting: dict[int, list[Query]] = {}
-
-    def go_on(k: int, answers: list[Prediction] | None) -> None:
-        try:
-            waiting[k] = next(runs[k]) if answers is None else runs[k].send(answers)
-        except StopIteration as stop:
-            waiting.pop(k, None)
-            results[k] = stop.value
-
-    try:
-        for k in range(len(runs)):
-            go_on(k, None)
-        while waiting:
-            asked = list(waiting.items())
-            answers = yield [query for _, queries in asked for query in queries]
-            for k, queries in asked:
-                go_on(k, answers[: len(queries)])
-                answers = answers[len(queries) :]
-        return results
-    finally:
-        for run in runs:
-            run.close()
-
-
-def answered(questions: Asking[T], answer: Callable[[list[Query]], list[Prediction]]) -> T:
-    """Puts each list of questions to `answer`, and returns what they end with."""
-    try:
-        asked = next(questions)
-        while True:
-            asked = questions.send(answer(asked))
-    except StopIteration as stop:
-        return stop.value
-    finally:
-        questions.close()
 
 
 def run(sampler: Sampling, denoise: Denoise, count: int) -> Iterator[Step | Tensor]:

@@ -4,7 +4,7 @@ y = U(x, t, conditioning): residual blocks with a time embedding at each resolut
 the way down to the way up. Module names and config are diffusers' UNet2DConditionModel.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -169,10 +169,18 @@ class _Block(nn.Module):
         return self.attentions[i](x) if self.kind == "self" else x
 
 
+def _joined(skips: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor]:
+    """ControlNet (Zhang et al. 2023, arXiv:2302.05543): one residual a skip, and the last for the middle."""
+    wanted, found = [s.shape for s in skips], [r.shape for r in residuals]
+    if wanted != found:
+        raise UserError(f"residuals of shapes {[*map(tuple, found)]} do not fit this U-Net: expected {[*map(tuple, wanted)]}")
+    return [s + r for s, r in zip(skips, residuals, strict=True)]
+
+
 class UNet(nn.Module):
     """The U-Net: see the module's docstring. Built from a `UNetConfig`; weights are random until loaded.
 
-    The way down, the middle and the way up are written out in `forward`.
+    The way down, the middle and the way up are `shallow_down`, `deep` and `shallow_up`; `forward` is one after the other.
     """
 
     def __init__(self, config: UNetConfig):
@@ -230,40 +238,78 @@ class UNet(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning) -> Float[Tensor, "B D h w"]:
         """x noisy latent, timestep in the units the network was trained with (0..1000), conditioning -> y, the network's target."""
+        skips, time = self.shallow_down(x, timestep, cond, 1)
+        return self.shallow_up(self.deep(skips[-1], time, cond, 1), skips, time, cond)
+
+    # A pass in three parts, cut at the `count`-th skip: what lies below it can be run or, as in wrappers/feature_cache.py, remembered.
+
+    def shallow_down(
+        self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning, count: int
+    ) -> tuple[list[Tensor], Float[Tensor, "B T"]]:
+        """The way down to the `count`-th skip (the first is conv_in's): those skips, and the time embedding."""
         if cond.concat is not None:
             x = torch.cat([x, cond.concat], dim=1)
         if self.config.attends_to_tokens and cond.tokens is None:
             raise UserError(
                 f"this U-Net attends to tokens of width {self.config.cross_attention_dim}: Conditioning.tokens (B, L, D) is missing"
             )
+        if not 1 <= count <= len(self._way_up()):
+            raise UserError(f"{count} skips: expected from 1 to {len(self._way_up())}, which is how many this U-Net has")
         time = self.embed(timestep, cond, x.dtype)
-        x = self.conv_in(x)
-        skips = [x]
-        for block in cast("Iterable[_Block]", self.down_blocks):
-            for i, resnet in enumerate(block.resnets):
-                x = block.attend(i, resnet(x, time), cond)
-                skips.append(x)
-            for step in getattr(block, "downsamplers", ()):
-                x = step(x)
-                skips.append(x)
-        residuals = cond.residuals or ()
-        if residuals:  # ControlNet (Zhang et al. 2023, arXiv:2302.05543): one a skip, the last for the middle
-            wanted, found = [s.shape for s in (*skips, x)], [r.shape for r in residuals]
-            if wanted != found:
-                raise UserError(f"residuals of shapes {[*map(tuple, found)]} do not fit this U-Net: expected {[*map(tuple, wanted)]}")
-            skips = [s + r for s, r in zip(skips, residuals[:-1], strict=True)]
+        return self._descend(self.conv_in(x), self._way_down()[: count - 1], time, cond), time
+
+    def deep(self, x: Float[Tensor, "B E k l"], time: Float[Tensor, "B T"], cond: Conditioning, count: int) -> Float[Tensor, "B G k l"]:
+        """From the `count`-th skip x down, through the middle, and up to where that skip joins."""
+        _, *skips = reached = self._descend(x, self._way_down()[count - 1 :], time, cond)
+        low = reached[-1]
         if self.mid_block is not None:
-            x = self.mid_block.resnets[0](x, time)
+            low = self.mid_block.resnets[0](low, time)
             for i, resnet in enumerate(self.mid_block.resnets[1:]):
-                x = resnet(self.mid_block.attend(i, x, cond), time)
-        if residuals:
-            x = x + residuals[-1]
-        for block in cast("Iterable[_Block]", self.up_blocks):
-            for i, resnet in enumerate(block.resnets):
-                x = block.attend(i, resnet(torch.cat([x, skips.pop()], dim=1), time), cond)
-            for step in getattr(block, "upsamplers", ()):
-                x = step(x, skips[-1].shape[2:])
+                low = resnet(self.mid_block.attend(i, low, cond), time)
+        if cond.residuals:
+            *skips, low = _joined([*skips, low], cond.residuals[count:])
+        return self._ascend(low, skips, self._way_up()[:-count], time, cond, x.shape[2:])
+
+    def shallow_up(
+        self, x: Float[Tensor, "B G k l"], skips: list[Tensor], time: Float[Tensor, "B T"], cond: Conditioning
+    ) -> Float[Tensor, "B D h w"]:
+        """The rest of the way up, with what `deep` and `shallow_down` gave."""
+        if cond.residuals:
+            skips = _joined(skips, cond.residuals[: len(skips)])
+        x = self._ascend(x, skips, self._way_up()[-len(skips) :], time, cond, skips[0].shape[2:])
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def _way_down(self) -> list[tuple[_Block, int | None]]:
+        """Who makes each skip after conv_in's: a block's residual block of that index, or (None) its downsampler."""
+        steps: list[tuple[_Block, int | None]] = []
+        for block in cast("Iterable[_Block]", self.down_blocks):
+            steps += [(block, i) for i in range(len(block.resnets))]
+            steps += [(block, None) for _ in getattr(block, "downsamplers", ())]
+        return steps
+
+    def _way_up(self) -> list[tuple[_Block, int]]:
+        """Who takes each skip, the last one first."""
+        return [(block, i) for block in cast("Iterable[_Block]", self.up_blocks) for i in range(len(block.resnets))]
+
+    def _descend(self, x: Tensor, steps: list[tuple[_Block, int | None]], time: Tensor, cond: Conditioning) -> list[Tensor]:
+        """x, and what each step makes of the one before."""
+        skips = [x]
+        for block, i in steps:
+            x = block.downsamplers[0](x) if i is None else block.attend(i, block.resnets[i](x, time), cond)
+            skips.append(x)
+        return skips
+
+    def _ascend(
+        self, x: Tensor, skips: list[Tensor], steps: list[tuple[_Block, int]], time: Tensor, cond: Conditioning, size: torch.Size
+    ) -> Tensor:
+        """x with the skips, from the last one; `size` is the next skip's when all are taken."""
+        waiting = list(skips)
+        for block, i in steps:
+            x = block.attend(i, block.resnets[i](torch.cat([x, waiting.pop()], dim=1), time), cond)
+            if i == len(block.resnets) - 1:
+                for step in getattr(block, "upsamplers", ()):
+                    x = step(x, waiting[-1].shape[2:] if waiting else size)
+        return x
 
     def to_config(self) -> dict[str, Any]:
         """The JSON of config.json, with diffusers' names."""

@@ -1,0 +1,121 @@
+"""The contract of every wrapper: a file in predict/wrappers/ is tested by being there."""
+
+import inspect
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sfumato.asking import answered, together
+from sfumato.diffuse.sample import SeededNoise, Step, conduct
+from sfumato.errors import UserError
+from sfumato.predict.denoiser import answer
+from sfumato.predict.guidance.combines.linear import Linear
+from sfumato.predict.guidance.guide import guide
+from sfumato.predict.guidance.weights.constant import Constant
+from sfumato.registry import find, names
+from sfumato.types import Ask, Asking, Prediction, Query
+
+build = runpy.run_path(str(Path(__file__).parent / "_tiny.py"))["build"]
+WRAPPERS = {name: find("predict.wrappers", name) for name in names("predict.wrappers")}
+every = pytest.mark.parametrize("name", WRAPPERS)
+MODEL = build("flow")
+SCHEDULE = MODEL.denoiser.process.schedule
+SHAPE = (2, 8, 8)
+
+
+def guided(prompts: list[str], weight: float = 2.0) -> Ask:
+    conditioning, null = MODEL.conditioner(prompts), MODEL.conditioner([None] * len(prompts))
+    return guide(MODEL.denoiser, conditioning, [(MODEL.denoiser, null)], Constant(weight), Linear(), SCHEDULE.point)
+
+
+def off(name: str, ask: Ask, x: Tensor) -> Ask:
+    return WRAPPERS[name](ask, **vars(inspect.getmodule(WRAPPERS[name]))["off"](x, SCHEDULE.point))
+
+
+def begin(sampler: str, ask: Ask, seeds: list[int], steps: list[Step]) -> Asking[Tensor | None]:
+    draw = SeededNoise(SHAPE, seeds)
+    return conduct(find("diffuse.samplers", sampler)(draw(), MODEL.times(4), SCHEDULE, draw), ask, 4, steps.append)
+
+
+def test_the_folder_is_the_registry() -> None:
+    assert {"known_region", "large_canvas", "feature_cache"} <= WRAPPERS.keys()
+
+
+@every
+def test_a_wrapper_is_a_function_from_ask_to_ask_that_says_whose_it_is(name: str) -> None:
+    inside = inspect.unwrap(WRAPPERS[name])
+    assert inspect.isfunction(inside) and inside.__name__ == name and inside.__doc__
+    assert next(iter(inspect.signature(inside).parameters)) == "ask"
+    module = inspect.getmodule(inside)
+    assert module is not None and module.__doc__ and "arXiv" in module.__doc__
+    assert list(inspect.signature(module.off).parameters) == ["x", "point"] and module.off.__doc__
+    assert not [k for k, v in vars(module).items() if isinstance(v, list | dict | set | Tensor) and not k.startswith("__")]  # no state
+
+
+@every
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "ddpm"])
+@torch.inference_mode()
+def test_off_it_changes_no_bit_and_asks_the_same(name: str, sampler: str) -> None:
+    x, prompts = torch.zeros(2, *SHAPE), ["bag", "ankle boot"]
+    seen: list[tuple[list[int], list[Step], Tensor]] = []
+    for ask in (guided(prompts), off(name, guided(prompts), x)):
+        asked: list[int] = []
+        steps: list[Step] = []
+        found = answered(begin(sampler, ask, [3, 4], steps), lambda queries, asked=asked: (asked.append(len(queries)), answer(queries))[1])
+        seen.append((asked, steps, found))
+    (asked, steps, found), (asked_too, steps_too, found_too) = seen
+    assert asked == asked_too and torch.equal(found, found_too)
+    for step, other in zip(steps, steps_too, strict=True):
+        assert torch.equal(step.prediction.x0, other.prediction.x0) and torch.equal(step.prediction.eps, other.prediction.eps)
+
+
+@every
+@torch.inference_mode()
+def test_runs_put_together_are_the_runs_alone(name: str) -> None:
+    x = torch.zeros(1, *SHAPE)
+
+    def run(k: int) -> Asking[Tensor | None]:
+        return begin("ddim", off(name, guided([["bag"], ["t-shirt/top"]][k]), x), [k], [])
+
+    both = answered(together([run(0), run(1)]), answer)  # rounding: convolutions choose their algorithm by the batch
+    assert all(torch.allclose(both[k], answered(run(k), answer), atol=1e-3) for k in range(2))
+    assert not torch.allclose(both[0], both[1], atol=0.1)
+
+
+@every
+def test_tensors_that_come_in_are_not_written_to(name: str) -> None:
+    x, given = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0)), []
+
+    def remembered(queries: list[Query]) -> list[Prediction]:
+        found = answer(queries)
+        given.extend((p, p.x0.clone(), p.eps.clone()) for p in found)
+        return found
+
+    before = x.clone()
+    answered(off(name, guided(["bag"]), x)(x, 0.7), remembered)
+    assert torch.equal(x, before)
+    assert all(torch.equal(p.x0, x0) and torch.equal(p.eps, eps) for p, x0, eps in given)
+
+
+@every
+def test_what_is_inside_is_closed_and_its_errors_come_out(name: str) -> None:
+    closed: list[bool] = []
+    x = torch.zeros(1, *SHAPE)
+
+    def ask(x: Tensor, t: float) -> Asking[Prediction]:
+        try:
+            if t < 0.5:
+                raise UserError("too late")
+            return (yield [Query(MODEL.denoiser, x, t, MODEL.conditioner(["bag"]))])[0]
+        finally:
+            closed.append(True)
+
+    questions = off(name, ask, x)(x, 0.7)
+    assert len(next(questions)) == 1 and not closed
+    questions.close()
+    assert closed == [True]
+    with pytest.raises(UserError, match="too late"):
+        next(off(name, ask, x)(x, 0.2))
