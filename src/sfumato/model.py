@@ -18,13 +18,14 @@ from PIL import Image as PIL
 from torch import Tensor
 
 from sfumato import __version__
+from sfumato.asking import answered, together
 from sfumato.checkpoints.folder import save_part
 from sfumato.checkpoints.names.scheduler import to_scheduler_config
 from sfumato.checkpoints.single_file import fold
 from sfumato.compress.base import Autoencoder
 from sfumato.decode.image import to_pil, to_tensor
 from sfumato.decode.whole import check_latent, whole
-from sfumato.diffuse.sample import SeededNoise, Step, answered, check_finite, sample, together
+from sfumato.diffuse.sample import SeededNoise, Step, check_finite, sample
 from sfumato.errors import NumericalError, UserError, unknown
 from sfumato.files import atomic_folder, hash_json, hash_tensors, write_json
 from sfumato.predict.denoiser import Denoiser, answer
@@ -111,13 +112,17 @@ class LatentDiffusion:
         steps: int | None = None,
         sampler: str | None = None,
         spacing: str | None = None,
-        guidance: float | None = None,
+        guidance: Any = None,
         seed: int = 0,
         negative_prompt: Prompt = None,
         height: int | None = None,
         width: int | None = None,
         timesteps: Sequence[float] | None = None,
         noise: Tensor | None = None,
+        known: tuple[Tensor, Tensor] | None = None,
+        canvas: tuple[int, int] | None = None,
+        cache: int | Sequence[int] | None = None,
+        weaker: Any = None,
         output: Literal["pil", "tensor", "latent"] = "pil",
         on_step: Callable[[Step], bool | None] | None = None,
         batch: int | None = None,
@@ -127,6 +132,10 @@ class LatentDiffusion:
         prompt: one for all or one an image (then n is their number); None draws unconditionally. Image k uses seed + k.
         sampler, spacing: a name, with options if need be ("ddim:eta=0.5", "karras:rho=5"). timesteps: the times to visit, falling, 1 is noise
         and the last is where the run ends (0: clean); overrides `steps` and `spacing`.
+        guidance: a number (1 is off), or more ("3 interval:low=0.2,high=0.8", see predict/guidance/settings.py); weaker: the model that the
+        reference "model" (autoguidance) moves away from.
+        known: (z, mask), latents to keep where the mask (n or 1, 1 or c, h, w) is 1. canvas: (size, stride) in latent cells, for images larger
+        than the model's, drawn through overlapping windows. cache: the network's deep features are made anew at every so-many-th call only.
         noise: the start (n, c, h, w) instead of the seeds' own; what a sampler adds later is the seeds' in any case. on_step sees
         each network call and cancels by returning False (returns [] then, or a tensor of no images). batch bounds the rows of a forward pass.
         A grey model's "tensor" has three equal channels, so that every model gives the same shape; its PIL images have mode L.
@@ -135,6 +144,7 @@ class LatentDiffusion:
         if output not in ("pil", "tensor", "latent"):
             raise unknown("output", output, ("pil", "tensor", "latent"))
         request = Request(prompt, n, steps, sampler, spacing, guidance, seed, negative_prompt, height, width, timesteps, noise)
+        request = replace(request, known=known, canvas=canvas, cache=cache, weaker=weaker)
         (z,) = self._latents([request], batch, None if on_step is None else lambda k, step: on_step(step))
         return self._output(z, request, output)
 

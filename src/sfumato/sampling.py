@@ -16,11 +16,14 @@ from sfumato.diffuse.sample import SeededNoise, Step, conduct
 from sfumato.diffuse.samplers import calls, traits_of
 from sfumato.diffuse.timesteps import SPACINGS, check_times, timesteps
 from sfumato.errors import UserError, unknown
-from sfumato.predict.guidance.combines.linear import Linear
-from sfumato.predict.guidance.guide import guide
-from sfumato.predict.guidance.weights.constant import Constant
+from sfumato.predict.guidance.settings import Guidance, build
+from sfumato.predict.wrappers.feature_cache import feature_cache
+from sfumato.predict.wrappers.known_region import finish as finish_known
+from sfumato.predict.wrappers.known_region import known_region
+from sfumato.predict.wrappers.known_region import start as begin_known
+from sfumato.predict.wrappers.large_canvas import large_canvas
 from sfumato.registry import choice, find
-from sfumato.types import Asking, Conditioning
+from sfumato.types import Asking
 
 Prompt = str | None | Sequence[str | None]
 
@@ -29,12 +32,13 @@ Prompt = str | None | Sequence[str | None]
 class Defaults:
     """What `generate` uses where the caller says nothing. They travel with the model.
 
+    guidance: a number, or what else `Guidance.parse` reads; kept as a number or a JSON object.
     tuned: times found for this model by `sfumato tune-timesteps`, as {sampler: [times, ...]}; used where sampler and steps agree.
     """
 
     steps: int = 20
     sampler: str = "ddim"
-    guidance: float = 1.0
+    guidance: Any = 1.0
     spacing: str = "trailing"
     tuned: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
 
@@ -43,8 +47,7 @@ class Defaults:
         spacing_of(self.spacing)
         if not isinstance(self.steps, int) or self.steps < 1:
             raise UserError(f"steps={self.steps!r}: expected a whole number of at least 1")
-        if not isinstance(self.guidance, int | float) or not 0 <= self.guidance < float("inf"):
-            raise UserError(f"guidance={self.guidance!r}: expected a number of at least 0; 1 is off")
+        object.__setattr__(self, "guidance", Guidance.parse(self.guidance).to_json())  # one form, which JSON can hold
         for sampler, tables in self.tuned.items():
             sampler_of(sampler)
             for times in tables:
@@ -64,13 +67,17 @@ class Request:
     steps: int | None = None
     sampler: str | None = None
     spacing: str | None = None
-    guidance: float | None = None
+    guidance: Any = None
     seed: int = 0
     negative_prompt: Prompt = None
     height: int | None = None
     width: int | None = None
     timesteps: Sequence[float] | None = None
     noise: Tensor | None = None
+    known: tuple[Tensor, Tensor] | None = None
+    canvas: tuple[int, int] | None = None
+    cache: int | Sequence[int] | None = None
+    weaker: Any = None
 
     @property
     def count(self) -> int:
@@ -127,10 +134,14 @@ def settings(model: Any, request: Request) -> dict[str, Any]:
     steps = defaults.steps if request.steps is None else request.steps
     if request.timesteps is not None:
         steps = len(check_times(request.timesteps)) - 1
-    guidance = defaults.guidance if request.guidance is None else request.guidance
+    guidance = Guidance.parse(defaults.guidance if request.guidance is None else request.guidance)
     sampler = defaults.sampler if request.sampler is None else request.sampler
-    Defaults(steps, sampler, guidance)  # says what is wrong with them
-    if traits_of(sampler_of(sampler)[0]).upward:
+    Defaults(steps, sampler)  # says what is wrong with them
+    promised = traits_of(sampler_of(sampler)[0])
+    if not (guidance.consistent or promised.both):
+        able = ", ".join(name for name in names("diffuse.samplers") if traits_of(find("diffuse.samplers", name)).both)
+        raise UserError(f"guidance {guidance} with sampler {sampler!r}: its x0 and eps do not add up to x; expected one of {able}")
+    if promised.upward:
         raise UserError(f"sampler {sampler!r} goes from an image to noise: expected one that draws; `invert` is what it is for")
     spacing = request.spacing
     if spacing is None:
@@ -146,7 +157,15 @@ def settings(model: Any, request: Request) -> dict[str, Any]:
     height, width = (size if side is None else side for side in (request.height, request.width))
     if not all(isinstance(side, int) and side > 0 and side % factor == 0 for side in (height, width)):
         raise UserError(f"height={height}, width={width}: expected positive multiples of {factor} pixels")
-    return {"n": n, "steps": steps, "sampler": sampler, "spacing": spacing, "guidance": guidance, "height": height, "width": width}
+    return {
+        "n": n,
+        "steps": steps,
+        "sampler": sampler,
+        "spacing": spacing,
+        "guidance": guidance.to_json(),
+        "height": height,
+        "width": width,
+    }
 
 
 def times_of(model: Any, request: Request) -> list[float]:
@@ -163,7 +182,7 @@ def times_of(model: Any, request: Request) -> list[float]:
 
 
 def questions(model: Any, request: Request, on_step: Callable[[Step], bool | None] | None = None) -> Asking[Tensor | None]:
-    """A request's run, checked and ready: a string of questions that ends with the latents (None: cancelled)."""
+    """A request's run: a string of questions that ends with the latents (None: cancelled). What is wrong shows at the first question."""
     chosen, times = settings(model, request), times_of(model, request)
     n, schedule = chosen["n"], model.denoiser.process.schedule
     draw = SeededNoise(latent_shape(model, chosen["height"], chosen["width"]), seeds_of(request.seed, n), model.device)
@@ -173,13 +192,22 @@ def questions(model: Any, request: Request, on_step: Callable[[Step], bool | Non
             raise UserError(f"noise of shape {tuple(request.noise.shape)}: expected finite numbers of shape {tuple(start.shape)}")
         start = request.noise.to(model.device, torch.float32)
     given, reference = (model.conditioner(prompts(words, n)).to(model.device) for words in (request.prompt, request.negative_prompt))
-    # Where the two passes would be one, as for an unconditional draw, there is nothing to guide.
-    weight = 1.0 if same(given, reference) else chosen["guidance"]
-    ask = guide(model.denoiser, given, [(model.denoiser, reference)], Constant(weight), Linear(), schedule.point)
-    sampler, options = sampler_of(chosen["sampler"])
+    weaker = getattr(request.weaker, "denoiser", request.weaker)
+    ask = build(Guidance.parse(chosen["guidance"]), model.denoiser, given, reference, schedule.point, weaker)
+    if request.canvas is not None:
+        ask = large_canvas(ask, *request.canvas)
+    if request.cache is not None:
+        ask = feature_cache(ask, request.cache)
     # x_t of standardised latents has variance alpha^2 + sigma^2, at full noise and where a run begins later.
     x = math.hypot(*schedule.point(times[0])) * start
-    return conduct(sampler(x, times, schedule, draw, **options), ask, calls(sampler, times, schedule, **options), on_step)
+    if request.known is not None:
+        z, mask = (part.to(model.device, torch.float32) for part in request.known)
+        ask, x = known_region(ask, z, mask, schedule.point), begin_known(start, z, mask, schedule.point, times[0])
+    sampler, options = sampler_of(chosen["sampler"])
+    found = yield from conduct(sampler(x, times, schedule, draw, **options), ask, calls(sampler, times, schedule, **options), on_step)
+    if found is not None and request.known is not None and times[-1] == 0:
+        found = finish_known(found, z, mask)
+    return found
 
 
 def latent_shape(model: Any, height: int, width: int) -> tuple[int, int, int]:
@@ -204,9 +232,3 @@ def seeds_of(seed: int, n: int) -> list[int]:
     if not isinstance(seed, int) or not -(2**63) <= seed <= 2**63 - n:
         raise UserError(f"seed={seed!r}: expected a whole number from -2^63 to 2^63 - {n}, for {n} image{'s' if n > 1 else ''}")
     return [seed + k for k in range(n)]
-
-
-def same(a: Conditioning, b: Conditioning) -> bool:
-    """Whether two conditionings are equal, door by door."""
-    pairs = [(getattr(a, k), getattr(b, k)) for k in ("tokens", "mask", "vector", "concat", "image_tokens")]
-    return all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs) and a.residuals is b.residuals

@@ -37,7 +37,7 @@ class Tuned:
     """
 
     sampler: str
-    guidance: float
+    guidance: Any
     times: tuple[float, ...]
     errors: dict[str, float]
 
@@ -58,7 +58,7 @@ def tune_timesteps(
     steps: Sequence[int],
     *,
     sampler: str | None = None,
-    guidance: float | None = None,
+    guidance: Any = None,
     prompts: Sequence[str | None] | None = None,
     images: int = 64,
     seed: int = 0,
@@ -105,7 +105,7 @@ class _Runner:
     model: LatentDiffusion
     prompts: list[str | None]
     sampler: str
-    guidance: float
+    guidance: Any
 
     def __call__(
         self, times: Sequence[float], seed: int, sampler: str | None = None, on_step: Callable[[Step], None] | None = None

@@ -46,9 +46,11 @@ class Evaluate:
     steps: Annotated[int | None, unset(MODELS)] = None
     """Sampling steps."""
     sampler: Annotated[str | None, unset(MODELS)] = None
-    """The sampler's name."""
-    guidance: Annotated[float | None, unset(MODELS)] = None
-    """How strongly to follow the class; 1 is off."""
+    """The sampler's name, with options if need be."""
+    spacing: Annotated[str | None, unset(MODELS)] = None
+    """How the times are spaced."""
+    guidance: Annotated[str | None, unset(MODELS)] = None
+    """How strongly to follow the class: a number, 1 is off; or more, as "3 interval:low=0.2,high=0.8"."""
     train_split: str = "train"
     """The split that the model was trained on: the reference."""
     test_split: str = "test"
@@ -127,7 +129,7 @@ def _measure(
 
     from sfumato.evaluate import evaluate_reconstruction, evaluate_samples
 
-    settings = model.settings(steps=options.steps, sampler=options.sampler, guidance=options.guidance)
+    settings = model.settings(steps=options.steps, sampler=options.sampler, spacing=options.spacing, guidance=options.guidance)
     del settings["n"]  # of one call; the report has its own
     facts = {
         "model": options.model,
@@ -163,7 +165,7 @@ def _measure(
     if kinds and options.unconditional_samples:
         equal = settings["steps"] * (1 if settings["guidance"] == 1 else 2)
         steps = equal if options.unconditional_steps is None else options.unconditional_steps
-        free = _draw(model, None, options.unconditional_samples, options, {**settings, "steps": steps})
+        free = _draw(model, None, options.unconditional_samples, options, {**settings, "steps": steps, "spacing": options.spacing})
         clock.lap("sample")
         found = found.join(_renamed(report(free, None, "Samples without a class", steps=steps), "unconditional"))
         clock.lap("measure")

@@ -5,6 +5,7 @@ Image k of a request is made from seed + k, but arithmetic may depend on the bat
 again with its whole request, and taken out of it.
 """
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -40,8 +41,8 @@ class Generate:
     """The sampler's name, with options if need be: ddim:eta=0.5 (docs/samplers.md lists them)."""
     spacing: Annotated[str | None, unset(MODELS)] = None
     """How the times are spaced: trailing, karras, karras:rho=5, tuned ..."""
-    guidance: Annotated[float | None, unset(MODELS)] = None
-    """How strongly to follow the prompt; 1 is off."""
+    guidance: Annotated[str | None, unset(MODELS)] = None
+    """How strongly to follow the prompt: a number, 1 is off; or more, as "3 interval:low=0.2,high=0.8" (docs/guidance.md)."""
     negative_prompt: Annotated[str | None, unset("none")] = None
     """What to keep away from."""
     height: Annotated[int | None, unset(MODELS)] = None
@@ -70,7 +71,7 @@ RECORDED: dict[str, type | tuple[type, ...]] = {
     "steps": int,
     "sampler": str,
     "spacing": (str, type(None)),
-    "guidance": (int, float),
+    "guidance": (int, float, dict),
     "negative_prompt": (str, type(None)),
     "height": int,
     "width": int,
@@ -145,12 +146,15 @@ def _same_model(found: str, options: Generate, recorded: dict[str, Any]) -> None
 
 def _sample(model: "LatentDiffusion", options: Generate, clock: Clock) -> tuple[list["Image"], dict[str, Any]]:
     """The pictures and the settings that made them, the model's defaults filled in."""
+    from sfumato.predict.guidance.settings import Guidance
+
+    guidance = None if options.guidance is None else Guidance.parse(options.guidance)
     settings = model.settings(
         n=options.n,
         steps=options.steps,
         sampler=options.sampler,
         spacing=options.spacing,
-        guidance=options.guidance,
+        guidance=guidance,
         height=options.height,
         width=options.width,
     )
@@ -182,15 +186,14 @@ def _recorded_options(recorded: dict[str, Any], source: Path) -> Generate:
     index = recorded.get("index")
     if index is not None and (not isinstance(index, int) or not 0 <= index < recorded["n"]):
         raise UserError(f"the parameters in {source} name picture {index!r} of {recorded['n']}: the file was changed after it was made")
-    return replace(Generate(), **{name: recorded[name] for name in RECORDED if name in recorded})
+    known = {name: recorded[name] for name in RECORDED if name in recorded}
+    return replace(Generate(), **{**known, "guidance": json.dumps(known["guidance"])})
 
 
 def _check(options: Generate) -> None:
     """What can be refused before torch is imported."""
     at_least(1, n=options.n, steps=options.steps, height=options.height, width=options.width, threads=options.threads)
     at_least(0, seed=options.seed)
-    if options.guidance is not None and not abs(options.guidance) < float("inf"):
-        raise UserError(f"--guidance {options.guidance} is not a number to multiply with: expected a finite one, 1 is off")
     if options.allow_other_model and options.source is None:
         raise UserError("--allow-other-model says what to do with --from PNG, which was not given")
 

@@ -25,7 +25,7 @@ class TuneTimesteps:
     """One number of steps, or several."""
     sampler: Annotated[str | None, unset(MODELS)] = None
     """A deterministic sampler's name, with options if need be."""
-    guidance: Annotated[float | None, unset(MODELS)] = None
+    guidance: Annotated[str | None, unset(MODELS)] = None
     """How strongly to follow the prompt; 1 is off."""
     prompts: tuple[str, ...] = ()
     """What to draw while searching; class-conditional models draw their classes in turn."""
@@ -88,7 +88,7 @@ def tune_timesteps(arguments: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"distance to {options.reference_steps} steps, {found[0].sampler}, guidance {found[0].guidance:g}")
+    table = Table(title=f"distance to {options.reference_steps} steps, {found[0].sampler}, guidance {found[0].guidance}")
     table.add_column("spacing")
     for tuned in found:
         table.add_column(f"{len(tuned.times) - 1} steps", justify="right")

@@ -15,6 +15,7 @@ A line of text is words in any order, with spaces between them: one number, the 
 What is not said is: constant, linear, condition. Names lie in three folders, and no name is in two of them.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -88,6 +89,12 @@ class Guidance:
         if isinstance(value, Guidance):
             return value
         if isinstance(value, str):
+            if value.lstrip().startswith("{"):
+                try:
+                    value = json.loads(value)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"guidance={value!r} is not JSON: {error}") from error
+                return _from_json(value)
             return _from_text(value)
         if isinstance(value, Mapping):
             return _from_json(value)
