@@ -22,7 +22,7 @@ from sfumato.predict.wrappers.known_region import finish as finish_known
 from sfumato.predict.wrappers.known_region import known_region
 from sfumato.predict.wrappers.known_region import start as begin_known
 from sfumato.predict.wrappers.large_canvas import large_canvas
-from sfumato.registry import choice, find
+from sfumato.registry import choice, find, names
 from sfumato.types import Asking
 
 Prompt = str | None | Sequence[str | None]

@@ -19,11 +19,8 @@ from sfumato.checkpoints.names.scheduler import from_scheduler_config, to_schedu
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.sample import SeededNoise, Step, run
-from sfumato.diffuse.samplers.ddim import ddim
-from sfumato.diffuse.samplers.ddpm import ddpm
+from sfumato.diffuse.sample import SeededNoise
 from sfumato.diffuse.schedule import schedule
-from sfumato.diffuse.timesteps import timesteps
 from sfumato.errors import UserError
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
@@ -386,106 +383,6 @@ def test_schedulers_we_would_not_honour_are_refused(name: str, values: dict[str,
         from_scheduler_config({"_class_name": name, **good, **values})
     with pytest.raises(UserError, match="without clip_sample, whose default is True"):
         from_scheduler_config({"_class_name": TABLE})
-
-
-# ---- timesteps ---------------------------------------------------------------------------------------------------------
-
-COUNTS = [1, 2, 3, 4, 5, 7, 10, 20, 25, 28, 30, 50, 99, 100, 250, 333, 500, 600, 999, 1000]
-
-
-def their_timesteps(spacing: str, steps: int, offset: int = 0) -> np.ndarray:
-    scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing, steps_offset=offset)
-    scheduler.set_timesteps(steps)
-    return scheduler.timesteps.numpy()
-
-
-def our_timesteps(spacing: str, steps: int, **options: int) -> np.ndarray:
-    table = schedule("linear")
-    return table.timestep(torch.tensor(timesteps(spacing, steps, **options)[:-1], dtype=torch.float64)).numpy()
-
-
-@pytest.mark.parametrize("steps", COUNTS)
-def test_trailing_timesteps(steps: int) -> None:
-    """Theirs are rounded to whole timesteps, ours are not: the schedule is continuous. Equal where the steps divide the table."""
-    ours, theirs = our_timesteps("trailing", steps, chosen), their_timesteps("trailing", steps, chosen)
-    assert len(theirs) == steps
-    assert np.abs(ours - theirs).max() <= 0.5 + 1e-9
-    if 1000 % steps == 0:
-        np.testing.assert_allclose(ours, theirs, atol=1e-9)
-
-
-@pytest.mark.parametrize("steps", COUNTS)
-@pytest.mark.parametrize("offset", [0, 1])
-def test_leading_timesteps(steps: int, offset: int) -> None:
-    """Equal. Where an offset takes theirs beyond the table (1000 steps, offset 1: timestep 1000), ours are refused."""
-    theirs = their_timesteps("leading", steps, offset)
-    if theirs.max() > 999:
-        with pytest.raises(UserError, match="fall strictly"):
-            our_timesteps("leading", steps, offset=offset)
-    else:
-        np.testing.assert_allclose(our_timesteps("leading", steps, offset=offset), theirs, atol=1e-9)
-
-
-@pytest.mark.parametrize("steps", COUNTS)
-def test_linspace_timesteps(steps: int) -> None:
-    """Equal, but for a single step: theirs begins at timestep 0, where there is nothing left to remove; ours at the full noise."""
-    ours, theirs = our_timesteps("linspace", steps), their_timesteps("linspace", steps)
-    if steps == 1:
-        assert (ours, theirs) == ([999], [0])
-    else:
-        np.testing.assert_allclose(ours, theirs, atol=1e-9)
-
-
-# ---- steps -------------------------------------------------------------------------------------------------------------
-
-
-def output(x: Tensor, t: float) -> Tensor:
-    """A network's stand-in."""
-    return 0.8 * torch.tanh(1.5 * x + t) + 0.1 * x.roll(1, -1)
-
-
-def our_run(sampler: Any, process: Process, steps: int, x: Tensor, noise: Callable[[], Tensor], **options: Any) -> list[Tensor]:
-    """Every x that was asked about, and the result."""
-    times = timesteps("trailing", steps, chosen)
-    events = run(sampler(x, times, process.schedule, noise, **options), lambda x, t: process.split(x, output(x, t), t), steps)
-    return [e.x if isinstance(e, Step) else e for e in events]
-
-
-def their_run(scheduler: Any, x: Tensor, steps: int, **options: Any) -> list[Tensor]:
-    scheduler.set_timesteps(steps)
-    seen = [x]
-    for i, timestep in enumerate(scheduler.timesteps):
-        y = output(x, (int(timestep) + 1) / 1000)
-        x = scheduler.step(y, timestep, x, **{k: v(i) if callable(v) else v for k, v in options.items()}).prev_sample
-        seen.append(x)
-    return seen
-
-
-@pytest.mark.parametrize("kind", THEIR_NAMES)
-@pytest.mark.parametrize("name", THEIR_TYPES)
-@pytest.mark.parametrize("variance", ["small", "large"])
-def test_ddpm_step_by_step(kind: str, name: str, variance: Any) -> None:
-    """The same noise tensors, every intermediate x. Their "fixed_large" adds noise in the last step too, after which nothing removes it."""
-    process, x = Process(schedule(kind), parameterization(name)), normal(1, 2, 4, 4)
-    config = {**to_scheduler_config(process), "_class_name": "DDPMScheduler", "variance_type": f"fixed_{variance}"}
-    theirs = their_run(diffusers.DDPMScheduler.from_config(config), x, 8, generator=torch.Generator().manual_seed(7))
-    generator = torch.Generator().manual_seed(7)
-    ours = our_run(ddpm, process, 8, x, lambda: torch.randn(x.shape, generator=generator), variance=variance)
-    assert len(ours) == len(theirs) == 9
-    for a, b in list(zip(ours, theirs, strict=True))[: None if variance == "small" else -1]:
-        close(a, b, 1e-4)
-
-
-@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "cosine"])
-@pytest.mark.parametrize("name", THEIR_TYPES)
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_ddim_step_by_step(kind: str, name: str, eta: float) -> None:
-    process, x = Process(schedule(kind), parameterization(name)), normal(1, 2, 4, 4)
-    theirs = their_run(their_scheduler(process), x, 8, eta=eta, variance_noise=lambda i: normal(1, 2, 4, 4, seed=50 + i) if eta else None)
-    count = iter(range(50, 60))
-    ours = our_run(ddim, process, 8, x, lambda: normal(1, 2, 4, 4, seed=next(count)), eta=eta)
-    for a, b in zip(ours, theirs, strict=True):
-        close(a, b, 1e-4)
 
 
 # ---- whole models ------------------------------------------------------------------------------------------------------

@@ -30,40 +30,52 @@ ALIGN_YOUR_STEPS = {
 
 def trailing(steps: int, schedule: Schedule, start: float = 1.0, whole: bool = False) -> list[float]:
     """start, start*(1 - 1/steps) ... start/steps, 0: begins at the full noise. `whole` rounds to a table's grid, as diffusers does."""
-    times = [start * (steps - i) / steps for i in range(steps)]
     if whole and schedule.grid is not None:
-        times = [round(t * schedule.grid) / schedule.grid for t in times]
-    return [*times, 0.0]
+        return [round(schedule.grid * start * (steps - i) / steps) / schedule.grid for i in range(steps)] + [0.0]
+    return [start * (steps - i) / steps for i in range(steps)] + [0.0]
 
 
-def leading(steps: int, schedule: Schedule, start: float = 1.0, offset: int = 0) -> list[float]:
-    """Multiples of grid // steps, plus an offset (DDIM's original; SD 1 uses offset 1). Never reaches full noise."""
+def leading(steps: int, schedule: Schedule, start: float = 1.0, offset: int = 0, drop_last: bool = False) -> list[float]:
+    """Multiples of grid // steps, plus an offset (DDIM's original; SD 1 uses offset 1). Never reaches full noise.
+
+    `drop_last` spaces one more step and leaves out the least time, as diffusers' multistep solvers do.
+    """
+    if drop_last:
+        return leading(steps + 1, schedule, start, offset)[:steps] + [0.0]
     grid = schedule.grid or 1000
     stride = max(int(grid * start) // steps, 1)
     return [min(stride * i + offset + 1, grid) / grid for i in reversed(range(steps))] + [0.0]
 
 
-def linspace(steps: int, schedule: Schedule, start: float = 1.0, whole: bool = True) -> list[float]:
-    """From start to the least time that the network knows, evenly; `whole` rounds to a table's grid (Nichol & Dhariwal 2021, section 4)."""
+def linspace(steps: int, schedule: Schedule, start: float = 1.0, whole: bool = True, drop_last: bool = False) -> list[float]:
+    """From start to the least time that the network knows, evenly; `whole` rounds to a table's grid (Nichol & Dhariwal 2021, section 4).
+
+    `drop_last` spaces one more step and leaves out the least time, as diffusers' multistep solvers do.
+    """
+    if drop_last:
+        return linspace(steps + 1, schedule, start, whole)[:steps] + [0.0]
     if steps == 1:
         return [start, 0.0]
     grid = schedule.grid
     if grid is None:
         low = min(schedule.first, start / steps)
         return [start + (low - start) * i / (steps - 1) for i in range(steps)] + [0.0]
-    exact = [(grid * start - 1) * (steps - 1 - i) / (steps - 1) for i in range(steps)]
-    return [((round(value) if whole else value) + 1) / grid for value in exact] + [0.0]
+    exact = np.linspace(0, grid * start - 1, steps)[::-1]
+    return [*(((exact.round() if whole else exact) + 1) / grid).tolist(), 0.0]
 
 
-def shifted(steps: int, schedule: Schedule, start: float = 1.0, shift: float = 3.0) -> list[float]:
+def shifted(steps: int, schedule: Schedule, start: float = 1.0, shift: float = 3.0, end: float | None = None) -> list[float]:
     """Even times moved towards the noise: s t / (1 + (s - 1) t) (Esser et al. 2024, arXiv:2403.03206, eq. 23). 3 is SD3's.
 
-    `rescale.dynamic_shift` gives FLUX's shift for an image of so many tokens.
+    `rescale.dynamic_shift` gives FLUX's shift for an image of so many tokens. `end`: the time of the last network call (default: one even
+    step from 0).
     """
     if not 0 < shift < math.inf:
         raise UserError(f"shift={shift}: expected a positive number, 1 changes nothing")
-    inner = start / (shift - (shift - 1) * start)  # so that the first time is `start` itself
-    return [shifted_time(inner * (steps - i) / steps, shift) for i in range(steps)] + [0.0]
+    inner = shifted_time(start, 1 / shift)  # the shift undone
+    last = inner / steps if end is None else shifted_time(_end(schedule, start, end), 1 / shift)
+    found = [shifted_time(last + (inner - last) * u, shift) for u in _ramp(steps).tolist()]
+    return [start, *found[1:], 0.0]
 
 
 def beta(
@@ -101,9 +113,14 @@ def karras(steps: int, schedule: Schedule, start: float = 1.0, rho: float = 7.0,
     return _by_level(_ramp(steps), schedule, start, end, lambda h, lo, u: (lo ** (1 / rho) + u * (h ** (1 / rho) - lo ** (1 / rho))) ** rho)
 
 
-def exponential(steps: int, schedule: Schedule, start: float = 1.0, end: float | None = None) -> list[float]:
-    """Noise levels in equal ratios, from `start` to `end` (default: the least that the network knows), then 0."""
-    return _by_level(_ramp(steps), schedule, start, end, lambda high, low, u: low * (high / low) ** u)
+def exponential(steps: int, schedule: Schedule, start: float = 1.0, end: float | None = None, rho: float = 1.0) -> list[float]:
+    """Noise levels in equal ratios, from `start` to `end` (default: the least that the network knows), then 0.
+
+    rho bends the logarithm of the level: above 1 there are more steps at little noise (k-diffusion's "polyexponential").
+    """
+    if not 0 < rho < math.inf:
+        raise UserError(f"rho={rho}: expected a positive number, 1 is equal ratios")
+    return _by_level(_ramp(steps), schedule, start, end, lambda high, low, u: low * (high / low) ** (u**rho))
 
 
 def log_snr(steps: int, schedule: Schedule, start: float = 1.0, end: float | None = None) -> list[float]:

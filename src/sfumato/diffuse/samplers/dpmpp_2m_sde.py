@@ -21,15 +21,25 @@ from sfumato.types import Noise
 
 @traits(order=2, noise=True)
 def dpmpp_2m_sde(
-    x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 1.0, solver: Literal["midpoint", "heun"] = "midpoint"
+    x: Tensor,
+    times: Sequence[float],
+    schedule: Schedule,
+    noise: Noise,
+    eta: float = 1.0,
+    solver: Literal["midpoint", "heun"] = "midpoint",
+    lower_order_final: bool = False,
 ) -> Run:
-    """eta >= 0: how much of the noise is drawn anew. One network call a step; from or to an end, first-order steps."""
+    """eta >= 0: how much of the noise is drawn anew. One network call a step; from or to an end, first-order steps.
+
+    `lower_order_final` makes the last step a first-order one, wherever it ends (at t = 0 it always is).
+    """
     if not 0 <= eta < math.inf:
         raise UserError(f"eta={eta}: expected a number of at least 0; 0 is deterministic, 1 is the usual")
     if solver not in ("midpoint", "heun"):
         raise unknown("solver", solver, ("midpoint", "heun"))
     before: tuple[Tensor, float] | None = None
-    for t, s in pairwise(times):
+    last = len(times) - 2 if lower_order_final else None
+    for index, (t, s) in enumerate(pairwise(times)):
         x0 = (yield x, t).x0
         here, there = schedule.point(t), schedule.point(s)
         h = between(here, there)
@@ -39,7 +49,7 @@ def dpmpp_2m_sde(
         kept = math.exp(-eta * h) if eta else 1.0  # e^-inf = 0 where alpha is 0
         gain = -math.expm1(-(1 + eta) * h)  # 1 - e^-k
         x = (there[1] / here[1] * kept) * x + (there[0] * gain) * x0
-        if before is not None and not only_first_order(here, there):
+        if before is not None and index != last and not only_first_order(here, there):
             bend = gain / 2 if solver == "midpoint" else 1 - gain / ((1 + eta) * h)
             x = x + (there[0] * bend * h / before[1]) * (x0 - before[0])
         if eta:

@@ -1,6 +1,7 @@
 """DPM-Solver++(3M), multistep: two steps before bend this one (Lu et al. 2022, arXiv:2211.01095, appendix; formula in dpmpp_3m_sde.py, eta 0)."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor
 
@@ -11,6 +12,18 @@ from sfumato.types import Noise
 
 
 @traits(order=3)
-def dpmpp_3m(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, published: bool = False) -> Run:
-    """published: with half of the quadratic term, as other implementations have it (order two). One network call a step."""
-    return (yield from dpmpp_3m_sde(x, times, schedule, noise, eta=0.0, published=published))
+def dpmpp_3m(
+    x: Tensor,
+    times: Sequence[float],
+    schedule: Schedule,
+    noise: Noise,
+    published: bool = False,
+    solver: Literal["midpoint", "heun"] = "heun",
+    lower_order_final: bool = False,
+) -> Run:
+    """The options are dpmpp_3m_sde's. One network call a step."""
+    return (
+        yield from dpmpp_3m_sde(
+            x, times, schedule, noise, eta=0.0, published=published, solver=solver, lower_order_final=lower_order_final
+        )
+    )

@@ -9,23 +9,41 @@ phi = 1 - (1 - e^-k)/k. The authors' code, k-diffusion and diffusers have 1/2 - 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
 from sfumato.diffuse.samplers._steps import between, no_signal
 from sfumato.diffuse.schedule import Schedule
-from sfumato.errors import UserError
+from sfumato.errors import UserError, unknown
 from sfumato.types import Noise
 
 
 @traits(order=3, noise=True)
-def dpmpp_3m_sde(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 1.0, published: bool = False) -> Run:
-    """eta >= 0: how much of the noise is drawn anew. One network call a step; from or to an end, first-order steps."""
+def dpmpp_3m_sde(
+    x: Tensor,
+    times: Sequence[float],
+    schedule: Schedule,
+    noise: Noise,
+    eta: float = 1.0,
+    published: bool = False,
+    solver: Literal["midpoint", "heun"] = "heun",
+    lower_order_final: bool = False,
+) -> Run:
+    """eta >= 0: how much of the noise is drawn anew. One network call a step; from or to an end, first-order steps.
+
+    published: with half of the quadratic term, as other implementations have it (order two).
+    `solver` is how the second-order steps are made (see dpmpp_2m_sde.py): the second one, where the third order has too little to go by.
+    `lower_order_final` lowers the order to 2 and 1 over the last two steps, which is stabler when they are few.
+    """
     if not 0 <= eta < math.inf:
         raise UserError(f"eta={eta}: expected a number of at least 0; 0 is deterministic, 1 is the usual")
+    if solver not in ("midpoint", "heun"):
+        raise unknown("solver", solver, ("midpoint", "heun"))
     before: list[tuple[Tensor, float]] = []  # (x0, h) of the last steps, the latest first
-    for t, s in pairwise(times):
+    count = len(times) - 1
+    for index, (t, s) in enumerate(pairwise(times)):
         x0 = (yield x, t).x0
         here, there = schedule.point(t), schedule.point(s)
         h = between(here, there)
@@ -36,6 +54,8 @@ def dpmpp_3m_sde(x: Tensor, times: Sequence[float], schedule: Schedule, noise: N
         gain = -math.expm1(-k)  # 1 - e^-k
         x = (there[1] / here[1] * kept) * x + (there[0] * gain) * x0
         known = [(old, width / h) for old, width in before]
+        if lower_order_final:
+            known = known[: count - index - 1]
         if known:
             phi = 1 - gain / k
             first = (x0 - known[0][0]) * (1 / known[0][1])
@@ -44,6 +64,8 @@ def dpmpp_3m_sde(x: Tensor, times: Sequence[float], schedule: Schedule, noise: N
                 change = (first - (known[0][0] - known[1][0]) * (1 / r1)) * (1 / (r0 + r1))
                 first = first + r0 * change
                 x = x + (there[0] * (0.5 if published else 1.0) * (1 - 2 * phi / k)) * change
+            elif solver == "midpoint":
+                phi = gain / 2
             x = x + (there[0] * phi) * first
         if eta:
             x = x + (there[1] * math.sqrt(1 - kept**2)) * noise()

@@ -1,6 +1,6 @@
 """Trajectory consistency distillation's sampler (Zheng et al. 2024, arXiv:2402.19159, algorithm 4, strategic stochastic sampling).
 
-Each step goes past its end, to s' = (1 - eta) s (rounded down to a table's grid), by DDIM's step, and comes back by adding noise:
+Each step goes past its end, to s' = (1 - eta) s (on a table: in timesteps, rounded down), by DDIM's step, and comes back by adding noise:
 x_s = (alpha_s/alpha_s') x_s' + sqrt(sigma_s^2 - (alpha_s sigma_s'/alpha_s')^2) noise. eta 0 is DDIM, eta 1 is consistency sampling.
 """
 
@@ -25,8 +25,8 @@ def tcd(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta
     for t, s in pairwise(times):
         prediction = yield x, t
         past, there = (1 - eta) * s, schedule.point(s)
-        if schedule.grid is not None and past > 0:
-            past = math.floor(round(past * schedule.grid, 6)) / schedule.grid
+        if schedule.grid is not None and past > 0:  # in whole timesteps, of which the first, 0, is at t = 1/grid
+            past = (math.floor(round((1 - eta) * (s * schedule.grid - 1), 6)) + 1) / schedule.grid
         x = place(prediction, schedule.point(past))
         if past < s:
             x = noisier(x, noise(), schedule.point(past), there)

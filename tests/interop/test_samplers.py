@@ -1,0 +1,1034 @@
+"""Parity with diffusers' schedulers (0.42): the same network, times and noise make the same latents, at every network call and at the end.
+
+Their tables, levels and casts are float32. To compare the algebra and not its rounding, a scheduler's module is lent float64 under the name
+of float32 (`Doubled`): its own code, unchanged, then agrees with ours to 1e-9 (most of it to 1e-12; only what divides by a difference of
+levels loses more). `test_as_shipped` runs them as they are, within 1e-5. Noise is handed to both from one list. Some of theirs work in
+x/alpha; what is compared is what the network is shown, and the result. Their networks are told whole timesteps where levels lie between
+them: ours is then told the same (`Case.told`), and a test says so.
+
+What differs, and why; each has a test below that fails when theirs changes (numbers are diffusers' issues):
+
+| theirs | ours | test |
+|---|---|---|
+| DDIM, PNDM step by T // steps whatever the spacing (9261, 11347, 12633) | to the next time of the list | they_step_by_a_fixed_stride |
+| DDPM, fixed_large: noise after the last step, if that begins above timestep 0 | the last step is its mean | they_leave_noise_at_the_end |
+| Euler, Heun, LMS: sigma linear between whole timesteps | log-SNR linear | between_timesteps_they_interpolate_sigma |
+| multistep: levels between timesteps, networks told whole ones | the level's own timestep | their_networks_are_told_whole_timesteps |
+| the same: equal whole timesteps end in an IndexError (12771) | times are real numbers | their_whole_timesteps_collide |
+| trailing by np.arange: 61 steps are 62, down to timestep -1 | steps are counted | their_trailing_steps_are_summed_in_floating_point |
+| leading with 1000 steps and offset 1 leaves the table (10003) | refused | leading_timesteps |
+| linspace with one step begins at timestep 0 | at full noise | linspace_timesteps |
+| sde-dpmsolver++ of order 3: one sign (since pull request 9104) | as k-diffusion and as eta 0 | their_third_order_sde_has_a_sign_wrong |
+| EDM sde-dpmsolver++ of order 3: raises | dpmpp_3m_sde | their_third_order_sde_of_edm_is_missing |
+| UniPC to sigma 0 with bh1, or with lower_order_final=False: not finite | first order there, exact | their_unipc_is_not_finite_at_zero |
+| DPM-Solver-3 singlestep: second point by the midpoint rule (its NaN, 9007, is mended) | as the paper | their_third_order_singlestep |
+| churn: noise added after the network was asked; v read at the old level | Karras et al.'s | their_churn_comes_after_the_network |
+| flows: the least time is shifted twice (13243) | once; `end` gives theirs | their_flows_are_shifted_twice |
+| eps at zero terminal SNR: divides by 0 (3851) | refused when built | eps_at_zero_terminal_snr |
+| alpha^2 = 2^-24 put at the end of a table that falls to 0 | the table drawn out to it | nearly_zero_terminal_snr |
+| and with linear betas two levels before it are noisier | falls to the end | their_nearly_zero_snr_can_rise_again |
+| PNDM: means of v read at one point | each at its own | their_pndm_reads_v_at_one_point |
+| DDIMInverse: v read at the wrong end of the step | at the end that was asked about | their_inversion_reads_v_at_the_wrong_end |
+| TCD with eta 1: each step by way of timestep 0 | by way of the clean latent | their_tcd_with_eta_one_keeps_the_least_noise |
+| Euler's first noise in x/alpha: sigma, or sqrt(sigma^2 + 1) for leading | sqrt(sigma^2 + 1) | their_first_noise |
+| DEIS: ends at timestep 0; by noise level its last step has no length | ends at t = 0 | their_deis_repeats_its_last_level |
+| DPM-Solver++, DEIS: lower_order_final counts below 15 steps only | always, where asked for | tables (20 steps) |
+| DPM-Solver++ of order 3: second step by the midpoint rule | as k-diffusion's; `solver` says | tables |
+| flow multistep solvers: DPM-Solver++ begins at 0.999, UniPC at 1 - 1e-6 | at 1 | flow_multistep |
+| consistency models end at sigma_min | at 0 | consistency_models |
+| ScoreSdeVe: noise after the last step | the last step is its mean | score_sde_ve |
+
+Without a counterpart here: clipping and thresholding, learned variances, invert_sigmas, shift_terminal (give the times), sde-dpmsolver
+(not ++), SDE singlestep solvers, multistep dpmsolver (not ++), UniPC's predict_x0=False and solver_p, KDPM2Ancestral, DPMSolverSDE
+(a Brownian tree), SASolver, IPNDM, RePaint.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import diffusers as _diffusers
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sfumato.diffuse.parameterization import edm as edm_parameterization
+from sfumato.diffuse.parameterization import parameterization
+from sfumato.diffuse.process import Process
+from sfumato.diffuse.rescale import ZeroTerminalSNR, shifted_time
+from sfumato.diffuse.sample import sample
+from sfumato.diffuse.samplers import calls
+from sfumato.diffuse.samplers.consistency import consistency
+from sfumato.diffuse.samplers.ddim import ddim
+from sfumato.diffuse.samplers.ddim_inversion import ddim_inversion
+from sfumato.diffuse.samplers.ddpm import ddpm
+from sfumato.diffuse.samplers.deis import deis
+from sfumato.diffuse.samplers.dpm_solver_2 import dpm_solver_2
+from sfumato.diffuse.samplers.dpm_solver_3 import dpm_solver_3
+from sfumato.diffuse.samplers.dpmpp_2m import dpmpp_2m
+from sfumato.diffuse.samplers.dpmpp_2m_sde import dpmpp_2m_sde
+from sfumato.diffuse.samplers.dpmpp_2s import dpmpp_2s
+from sfumato.diffuse.samplers.dpmpp_3m import dpmpp_3m
+from sfumato.diffuse.samplers.dpmpp_3m_sde import dpmpp_3m_sde
+from sfumato.diffuse.samplers.euler import euler
+from sfumato.diffuse.samplers.euler_ancestral import euler_ancestral
+from sfumato.diffuse.samplers.heun import heun
+from sfumato.diffuse.samplers.lcm import lcm
+from sfumato.diffuse.samplers.lms import lms
+from sfumato.diffuse.samplers.plms import plms
+from sfumato.diffuse.samplers.pndm import pndm
+from sfumato.diffuse.samplers.tcd import tcd
+from sfumato.diffuse.samplers.unipc import unipc
+from sfumato.diffuse.schedule import Schedule, schedule, table
+from sfumato.diffuse.timesteps import timesteps
+from sfumato.errors import UserError
+from sfumato.types import Prediction
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of theirs: numpy's copy, names to come
+
+diffusers: Any = _diffusers  # its names are made at run time
+SHAPE = (1, 2, 4, 4)
+DOUBLE = torch.float64
+
+
+def draws(seed: int = 5) -> Iterator[Tensor]:
+    """The same noise tensors for both."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.randn(SHAPE, generator=generator, dtype=DOUBLE)
+
+
+def network(x: Tensor, timestep: float) -> Tensor:
+    """A network's stand-in: smooth, nonlinear, and different at every timestep."""
+    return 0.8 * torch.tanh(1.2 * x + math.sin(timestep / 150 + 1)) + 0.1 * x.roll(1, -1)
+
+
+class Doubled:
+    """torch or numpy with float64 in the place of float32: what a scheduler's module is given, so that its own code runs in float64."""
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.float32 = module, module.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+@pytest.fixture
+def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
+    """Their classes by name, in float64 and with our noise."""
+
+    def theirs(name: str) -> Any:
+        found = getattr(diffusers, name)
+        module, noise = sys.modules[found.__module__], draws()
+        for part, value in (("torch", Doubled(torch)), ("np", Doubled(np)), ("randn_tensor", lambda *_, **__: next(noise))):
+            if hasattr(module, part):
+                monkeypatch.setattr(module, part, value)
+        return found
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DOUBLE)  # where they write torch.tensor(1.0) or torch.linspace(...)
+    yield theirs
+    torch.set_default_dtype(before)
+
+
+def our_run(
+    sampler: Any, process: Process, times: Sequence[float], start: Tensor, told: Sequence[float] | None = None, **options: Any
+) -> tuple[list[Tensor], list[float]]:
+    """What the network was shown in every call and, last, the result; and the timesteps that it was told, which are `told` where given."""
+    noise, shown, heard = draws(), [], []
+
+    def denoise(x: Tensor, t: float) -> Any:
+        heard.append(float(process.schedule.timestep(torch.tensor(t, dtype=DOUBLE))) if told is None else told[len(heard)])
+        shown.append(process.network_input(x, t))
+        return process.split(x, network(shown[-1], heard[-1]), t)
+
+    run = sampler(start, times, process.schedule, lambda: next(noise), **options)
+    result = sample(run, denoise, calls(sampler, times, process.schedule, **options))
+    assert result is not None
+    return [*shown, result], heard
+
+
+def their_run(scheduler: Any, start: Tensor, last: float = 1.0, **options: Any) -> tuple[list[Tensor], list[float]]:
+    """The same of theirs. `last` takes the result to our coordinates: alpha at the end, for schedulers that work in x/alpha."""
+    x, shown = start, []
+    for timestep in scheduler.timesteps:
+        shown.append(scheduler.scale_model_input(x, timestep))
+        x = scheduler.step(network(shown[-1], float(timestep)), timestep, x, **options).prev_sample
+    return [*shown, x * last], scheduler.timesteps.tolist()
+
+
+def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest difference of any latent, relative to its size."""
+    assert len(ours) == len(theirs)
+    return float(torch.stack([(a - b).norm() / b.norm() for a, b in zip(ours, theirs, strict=True)]).max())  # NaN if any is
+
+
+# ---- schedulers that have a table -----------------------------------------------------------------------------------------
+
+TABLES: dict[str, tuple[dict[str, Any], Schedule]] = {
+    "linear": ({"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}, schedule("linear")),
+    "scaled_linear": ({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, schedule("scaled_linear")),
+    "cosine": ({"beta_schedule": "squaredcos_cap_v2"}, schedule("cosine")),
+    "sigmoid": ({"beta_schedule": "sigmoid", "beta_start": 0.0001, "beta_end": 0.02}, schedule("sigmoid")),  # DDPM's alone knows it
+    "trained": ({"trained_betas": [0.001 + 0.00001 * i for i in range(1000)]}, table([0.001 + 0.00001 * i for i in range(1000)])),
+}
+PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+NEVER_CLIP = ("DDIM", "DDPM", "DDIMInverse", "LCM", "TCD", "HeunDiscrete")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A scheduler with its options, and what ours is called with to do the same.
+
+    end         where the run ends, for schedulers that do not go to t = 0
+    again       theirs asks the network once more at the end, for a step of no length
+    our_steps   where theirs counts network calls and ours steps
+    told        their network is told a timestep that is not that of its noise level (rounded to whole ones): ours is then told the same
+    scaled      their latents are x/alpha
+    """
+
+    theirs: str
+    sampler: Any
+    spacing: str = "trailing"
+    config: dict[str, Any] = field(default_factory=dict)
+    space: dict[str, Any] = field(default_factory=dict)
+    ours: dict[str, Any] = field(default_factory=dict)
+    step: dict[str, Any] = field(default_factory=dict)
+    steps: int = 10
+    our_steps: int = 0
+    end: float = 0.0
+    again: bool = False
+    told: bool = False
+    scaled: bool = False
+    predictions: tuple[str, ...] = tuple(PREDICTIONS)
+
+    def __str__(self) -> str:
+        options = {**self.config, **self.step, "end": self.end, "steps": self.steps}
+        return f"{self.theirs}-{self.spacing}-" + ",".join(f"{k}={v}" for k, v in options.items() if v not in (0.0, False, 10))
+
+    def scheduler(self, found: Any, kind: str, prediction: str) -> Any:
+        values = {"num_train_timesteps": 1000, **TABLES[kind][0], "prediction_type": prediction, **self.config}
+        if self.theirs in NEVER_CLIP:
+            values["clip_sample"] = False
+        made = found(**values)
+        made.set_timesteps(self.steps)
+        return made
+
+    def times(self, chosen: Schedule) -> list[float]:
+        found = timesteps(self.spacing, self.our_steps or self.steps, chosen, **self.space)
+        return found if self.end == 0 else [t for t in found if t > self.end] + [self.end]
+
+
+def at(timestep: float) -> float:
+    """The time of a timestep in a table of 1000."""
+    return (timestep + 1) / 1000
+
+
+TRAILING, LEADING = {"timestep_spacing": "trailing"}, {"timestep_spacing": "leading"}
+LINSPACE, SD = {"timestep_spacing": "linspace"}, {"timestep_spacing": "leading", "steps_offset": 1}
+WHOLE: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    ("trailing", TRAILING, {"whole": True}, {}),
+    ("leading", LEADING, {}, {}),
+    ("leading", SD, {"offset": 1}, {}),
+    ("linspace", LINSPACE, {}, {}),
+]
+"""(our spacing, their options, our options, what else a case is): the spacings by time."""
+
+MULTISTEP: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    ("trailing", TRAILING, {"whole": True}, {}),
+    ("leading", LEADING, {"drop_last": True}, {}),
+    ("leading", SD, {"offset": 1, "drop_last": True}, {}),
+    ("linspace", LINSPACE, {"drop_last": True}, {}),
+    ("karras", {"use_karras_sigmas": True}, {}, {"told": True}),
+    ("exponential", {"use_exponential_sigmas": True}, {}, {"told": True}),
+    ("beta", {"use_beta_sigmas": True}, {"over": "noise"}, {"told": True}),
+]
+SIGMAS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    *WHOLE,
+    ("karras", {"use_karras_sigmas": True, **LINSPACE}, {}, {}),
+    ("exponential", {"use_exponential_sigmas": True, **LINSPACE}, {}, {}),
+    ("beta", {"use_beta_sigmas": True, **LINSPACE}, {"over": "noise"}, {}),
+    # By noise level between the ends of another spacing: what SDXL's and Stable Video Diffusion's configs say.
+    ("karras", {"use_karras_sigmas": True, **SD}, {"start": at(901), "end": at(1)}, {}),
+    ("karras", {"use_karras_sigmas": True, **TRAILING}, {"end": at(99)}, {}),
+    ("exponential", {"use_exponential_sigmas": True, **SD}, {"start": at(901), "end": at(1)}, {}),
+    ("beta", {"use_beta_sigmas": True, **TRAILING}, {"over": "noise", "end": at(99)}, {}),
+]
+
+
+def cases(spacings: Sequence[Any], theirs: str, sampler: Any, config: dict[str, Any] | None = None, **rest: Any) -> list[Case]:
+    """One case a spacing."""
+    return [
+        replace(Case(theirs, sampler, spacing, {**(config or {}), **their}, our, **rest), **more) for spacing, their, our, more in spacings
+    ]
+
+
+OUT: dict[str, Any] = {"predictions": ("epsilon", "v_prediction")}
+EPS: dict[str, Any] = {"predictions": ("epsilon",)}
+CASES: list[Case] = [
+    *cases(WHOLE, "DDPM", ddpm),
+    *cases(WHOLE[:1], "DDPM", ddpm, steps=7),
+    *cases([WHOLE[1], WHOLE[3]], "DDPM", ddpm, {"variance_type": "fixed_large"}, ours={"variance": "large"}),  # that end at timestep 0
+    *(case for eta in (0.0, 0.5, 1.0) for case in cases(WHOLE[:3], "DDIM", ddim, step={"eta": eta}, ours={"eta": eta})),
+    *cases(WHOLE[2:3], "DDIM", ddim, {"set_alpha_to_one": False}, end=at(0)),
+    *cases(WHOLE[1:2], "DDIM", ddim, {"set_alpha_to_one": False}, end=at(0), again=True),
+    *cases(WHOLE[1:3], "DDIM", ddim, steps=7),
+    *cases(WHOLE[:3], "PNDM", pndm, {"set_alpha_to_one": True}, **EPS),
+    *cases(WHOLE[:3], "PNDM", plms, {"set_alpha_to_one": True, "skip_prk_steps": True}, **EPS),
+    *cases(WHOLE[2:3], "PNDM", plms, {"set_alpha_to_one": False, "skip_prk_steps": True}, end=at(0), **EPS),  # Stable Diffusion 1's
+    *cases(WHOLE[2:3], "PNDM", pndm, {"set_alpha_to_one": False}, end=at(0), **EPS),
+    *cases(WHOLE[1:2], "PNDM", plms, {"set_alpha_to_one": False, "skip_prk_steps": True}, end=at(0), again=True, **EPS),
+    *cases(SIGMAS, "EulerDiscrete", euler, scaled=True),
+    *cases(WHOLE[:1], "EulerDiscrete", euler, {"final_sigmas_type": "sigma_min"}, end=at(0), scaled=True),
+    *cases(WHOLE, "EulerAncestralDiscrete", euler_ancestral, scaled=True, **OUT),
+    *cases(SIGMAS, "HeunDiscrete", heun, scaled=True),
+    *cases(SIGMAS, "LMSDiscrete", lms, scaled=True),
+    *cases(WHOLE[:1], "LMSDiscrete", lms, step={"order": 2}, ours={"order": 2}, scaled=True),
+    *cases(WHOLE, "KDPM2Discrete", dpm_solver_2, scaled=True, **OUT),
+    *cases(SIGMAS[4:8], "KDPM2Discrete", dpm_solver_2, scaled=True, told=True, **OUT),
+    *cases(MULTISTEP, "DPMSolverMultistep", dpmpp_2m),
+    *cases(MULTISTEP[:5], "DPMSolverMultistep", dpmpp_2m, {"lower_order_final": False}, steps=12),
+    *cases(MULTISTEP, "DPMSolverMultistep", dpmpp_3m, {"solver_order": 3}, ours={"solver": "midpoint", "lower_order_final": True}),
+    *cases(MULTISTEP, "DPMSolverMultistep", dpmpp_3m, {"solver_order": 3, "lower_order_final": False}, ours={"solver": "midpoint"}),
+    *cases(MULTISTEP, "DPMSolverMultistep", dpmpp_3m, {"solver_order": 3, "solver_type": "heun"}, ours={"lower_order_final": True}),
+    # from 15 steps on theirs lowers nothing but the step to 0
+    *cases(MULTISTEP[:1], "DPMSolverMultistep", dpmpp_3m, {"solver_order": 3}, ours={"solver": "midpoint"}, steps=20),
+    *cases(MULTISTEP, "DPMSolverMultistep", dpmpp_2m_sde, {"algorithm_type": "sde-dpmsolver++"}),
+    *cases(
+        MULTISTEP[:5],
+        "DPMSolverMultistep",
+        dpmpp_2m_sde,
+        {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"},
+        ours={"solver": "heun"},
+    ),
+    *cases(MULTISTEP[:1], "DPMSolverMultistep", ddim, {"solver_order": 1}),
+    *cases(MULTISTEP[:1], "DPMSolverMultistep", dpmpp_2m_sde, {"solver_type": "heun"}, ours={"eta": 0.0, "solver": "heun"}),
+    Case("DPMSolverMultistep", dpmpp_2m, "log_snr", {"use_lu_lambdas": True}, told=True),
+    *(
+        case
+        for final in (True, False)
+        for order, sampler, ours in ((2, dpmpp_2m, {}), (3, dpmpp_3m, {"solver": "midpoint"}))
+        for case in cases(
+            MULTISTEP[:4],
+            "DPMSolverMultistep",
+            sampler,
+            {"final_sigmas_type": "sigma_min", "lower_order_final": final, "solver_order": order},
+            ours={**ours, "lower_order_final": final},
+            end=at(0),
+        )
+    ),
+    # Theirs counts calls: a step of two has its middle at the level between, which is half-way in log-SNR where levels are in equal ratios.
+    Case("DPMSolverSinglestep", dpmpp_2s, "exponential", {"use_exponential_sigmas": True}, steps=9, our_steps=5, told=True),
+    Case(
+        "DPMSolverSinglestep",
+        dpm_solver_2,
+        "exponential",
+        {"use_exponential_sigmas": True, "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+        steps=9,
+        our_steps=5,
+        end=at(0),
+        again=True,
+        told=True,
+    ),
+    Case("DPMSolverSinglestep", ddim, "linspace", {"solver_order": 1}, {"drop_last": True}),
+    *(
+        case
+        for order in (1, 2, 3)
+        for kind in ("bh1", "bh2")
+        for case in cases(
+            MULTISTEP[:4],
+            "UniPCMultistep",
+            unipc,
+            {"solver_order": order, "solver_type": kind, "final_sigmas_type": "sigma_min"},
+            ours={"order": order, "variant": kind},
+            end=at(0),
+        )
+    ),
+    *(case for order in (1, 2, 3) for case in cases(MULTISTEP, "UniPCMultistep", unipc, {"solver_order": order}, ours={"order": order})),
+    *cases(MULTISTEP[:4], "UniPCMultistep", unipc, {"disable_corrector": list(range(20))}, ours={"corrector": False}),
+    *(
+        case
+        for order in (1, 2, 3)
+        for case in cases(MULTISTEP[:4], "DEISMultistep", deis, {"solver_order": order}, ours={"order": order}, end=at(0))
+    ),
+    *(
+        case
+        for order in (1, 2, 3)
+        for case in cases(
+            MULTISTEP[4:],
+            "DEISMultistep",
+            deis,
+            {"solver_order": order, "lower_order_final": False},
+            ours={"order": order, "lower_order_final": False},
+            end=at(0),
+            again=True,
+        )
+    ),
+    *(Case("LCM", lcm, "lcm", steps=steps) for steps in (1, 4, 8)),
+    *(
+        Case("TCD", tcd, "lcm", step={"eta": eta}, ours={"eta": eta}, steps=steps, end=at(0))
+        for eta in (0.0, 0.3, 0.33)
+        for steps in (1, 4, 8)
+    ),
+]
+
+
+def coordinates(case: Case, chosen: Schedule, times: list[float]) -> tuple[Tensor, Tensor, float]:
+    """The same start in our coordinates and in theirs, and alpha at the end where theirs are x/alpha."""
+    start, first, last = next(draws(9)), chosen.point(times[0])[0], chosen.point(times[-1])[0]
+    return start, start / first if case.scaled else start, last if case.scaled else 1.0
+
+
+def rotated() -> list[Any]:
+    """Each case with one table and one prediction type, in turns; the first of each scheduler and sampler with all of them."""
+    found, seen = [], set()
+    for turn, case in enumerate(CASES):
+        first = (case.theirs, case.sampler) not in seen
+        kinds = [kind for kind in TABLES if kind != "sigmoid" or case.theirs == "DDPM"]
+        seen.add((case.theirs, case.sampler))
+        for i in range(turn, turn + (len(kinds) if first else 1)):
+            kind, prediction = kinds[i % len(kinds)], case.predictions[i % len(case.predictions)]
+            if kind == "cosine" and case.told and case.spacing != "exponential":
+                kind = "linear"  # levels of cosine's end collide on whole timesteps: issue 12771, below
+            found.append(pytest.param(case, kind, prediction, id=f"{case}-{kind}-{prediction}"))
+    return found
+
+
+@pytest.mark.parametrize(("case", "kind", "prediction"), rotated())
+def test_tables(case: Case, kind: str, prediction: str, double: Callable[[str], Any]) -> None:
+    """Every latent that the network is shown, the timestep that it is told, and the result."""
+    chosen = TABLES[kind][1]
+    scheduler, times = case.scheduler(double(case.theirs + "Scheduler"), kind, prediction), case.times(chosen)
+    start, their_start, last = coordinates(case, chosen, times)
+    theirs, told = their_run(scheduler, their_start, last, **case.step)
+    if case.again:
+        theirs, told = [*theirs[:-2], theirs[-1]], told[:-1]
+    process = Process(chosen, parameterization(PREDICTIONS[prediction]))
+    ours, heard = our_run(case.sampler, process, times, start, told if case.told else None, **case.ours)
+    np.testing.assert_allclose(heard, told, atol=1e-6)
+    assert difference(ours, theirs) < 1e-9
+
+
+def shipped() -> list[Any]:
+    """One case a scheduler, sampler and kind of spacing."""
+    found = {(case.theirs, case.sampler, case.spacing): case for case in CASES if (case.steps, case.end) == (10, 0.0)}
+    return [case for (_, _, spacing), case in found.items() if spacing in ("trailing", "karras")]
+
+
+@pytest.mark.parametrize("case", shipped(), ids=str)
+def test_as_shipped(case: Case) -> None:
+    """The same without lending them float64: what is left is float32's rounding, of tables, levels and latents, and no more."""
+    prediction = case.predictions[-1]  # v, where they have it: in x0 eps's rounding is divided by alpha, 1/15 at the first step
+    scheduler = case.scheduler(getattr(diffusers, case.theirs + "Scheduler"), "scaled_linear", prediction)
+    noise, module = draws(), sys.modules[type(scheduler).__module__]
+    chosen = TABLES["scaled_linear"][1]
+    times = case.times(chosen)
+    start, their_start, last = coordinates(case, chosen, times)
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(module, "randn_tensor"):
+            patch.setattr(module, "randn_tensor", lambda *_, **__: next(noise).float())
+        theirs, told = their_run(scheduler, their_start.float(), last, **case.step)
+    process = Process(chosen, parameterization(PREDICTIONS[prediction]))
+    ours, _ = our_run(case.sampler, process, times, start, told, **case.ours)
+    assert difference(ours, theirs) < 1e-5
+
+
+# ---- zero terminal SNR ------------------------------------------------------------------------------------------------------
+
+
+def zero_snr(name: str, double: Callable[[str], Any], prediction: str = "v_prediction", kind: str = "scaled_linear", **options: Any) -> Any:
+    """Their scheduler with rescale_betas_zero_snr and ten trailing steps."""
+    clip = {"clip_sample": False} if name in NEVER_CLIP else {}
+    values = {**TABLES[kind][0], "prediction_type": prediction, "rescale_betas_zero_snr": True, **TRAILING, **clip, **options}
+    made = double(name + "Scheduler")(**values)
+    made.set_timesteps(10 if name not in ("LCM", "TCD") else 5)
+    return made
+
+
+EXACT = [("DDIM", ddim, 0.0), ("DDPM", ddpm, 0.0), ("LCM", lcm, 0.0), ("TCD", tcd, at(0))]
+
+
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "cosine"])
+@pytest.mark.parametrize(("name", "sampler", "end"), EXACT, ids=[name for name, _, _ in EXACT])
+def test_zero_terminal_snr(name: str, sampler: Any, end: float, kind: str, double: Callable[[str], Any]) -> None:
+    """Where alpha is exactly 0 at t = 1."""
+    chosen = ZeroTerminalSNR(TABLES[kind][1])
+    times = Case(name, sampler, "lcm" if name in ("LCM", "TCD") else "trailing", steps=5 if name in ("LCM", "TCD") else 10, end=end).times(
+        chosen
+    )
+    for prediction in ("sample", "v_prediction"):
+        start = next(draws(9))
+        theirs, told = their_run(zero_snr(name, double, prediction, kind), start)
+        ours, heard = our_run(sampler, Process(chosen, parameterization(PREDICTIONS[prediction])), times, start)
+        np.testing.assert_allclose(heard, told, atol=1e-6)
+        assert difference(ours, theirs) < 1e-9
+
+
+NEARLY = [
+    ("EulerDiscrete", euler, {}),
+    ("EulerAncestralDiscrete", euler_ancestral, {}),
+    ("DPMSolverMultistep", dpmpp_2m, {}),
+    ("UniPCMultistep", unipc, {}),
+]
+
+
+@pytest.mark.parametrize(("name", "sampler", "options"), NEARLY, ids=[name for name, _, _ in NEARLY])
+def test_nearly_zero_terminal_snr(name: str, sampler: Any, options: dict[str, Any], double: Callable[[str], Any]) -> None:
+    """Where theirs puts alpha^2 = 2^-24 at the end of the table that falls to 0. Ours, told the same betas, makes the same latents.
+
+    `ZeroTerminalSNR(last=2**-24)` draws the whole table out to 2^-24 instead, and is as smooth there as anywhere: alpha differs by
+    2^-12 at most, and the latents after the first steps by as little.
+    """
+    scheduler = zero_snr(name, double)
+    products = scheduler.alphas_cumprod.tolist()
+    same = table([1 - products[0], *(1 - b / a for a, b in pairwise(products))])
+    scaled, start = name.startswith("Euler"), next(draws(9))
+    theirs, told = their_run(scheduler, start / same.point(1.0)[0] if scaled else start)
+    times = timesteps("trailing", 10, same)
+    ours, heard = our_run(sampler, Process(same, parameterization("v")), times, start, **options)
+    np.testing.assert_allclose(heard, told, atol=1e-6)
+    assert difference(ours, theirs) < 1e-9
+    smooth = ZeroTerminalSNR(TABLES["scaled_linear"][1], last=2**-24)
+    other, _ = our_run(sampler, Process(smooth, parameterization("v")), times, start, **options)
+    assert 1e-7 < difference(other, theirs) < 2e-3
+
+
+# ---- inversion ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("clean", [True, False])
+def test_inversion(clean: bool, offset: int, double: Callable[[str], Any]) -> None:
+    """From the clean latent up, or where theirs is told that it begins at timestep 0 (set_alpha_to_one=False), from there."""
+    chosen = TABLES["scaled_linear"][1]
+    options = {"steps_offset": offset, "set_alpha_to_one": clean, "clip_sample": False}
+    scheduler = double("DDIMInverseScheduler")(**TABLES["scaled_linear"][0], **options)
+    scheduler.set_timesteps(10)
+    start = next(draws(9))
+    theirs, told = their_run(scheduler, start)
+    times = [t for t in timesteps("leading", 10, chosen, offset=offset) if t > 0]
+    if clean:
+        times.append(0.0)
+    elif offset:
+        times.append(at(0))
+    else:  # theirs begins with a step of no length
+        theirs, told = theirs[1:], told[1:]
+    ours, heard = our_run(ddim_inversion, Process(chosen, parameterization("eps")), times, start)
+    np.testing.assert_allclose(heard, told, atol=1e-6)
+    assert difference(ours, theirs) < 1e-9
+
+
+# ---- flows ------------------------------------------------------------------------------------------------------------------
+
+FLOW = Process(schedule("flow"), parameterization("flow"))
+
+
+def twice(shift: float) -> float:
+    """The time at which their flow schedulers end by default: 0.001, shifted when they are made and again when the run is spaced."""
+    return shifted_time(shifted_time(0.001, shift), shift)
+
+
+FLOWS: dict[str, tuple[dict[str, Any], dict[str, Any], str, dict[str, Any]]] = {
+    "plain": ({}, {}, "linspace", {}),
+    "sd3": ({"shift": 3.0}, {}, "shifted", {"shift": 3.0, "end": twice(3.0)}),
+    "flux": (
+        {"use_dynamic_shifting": True},
+        {"mu": 0.9, "sigmas": np.linspace(1, 1 / 10, 10)},
+        "shifted",
+        {"shift": math.exp(0.9)},
+    ),
+    "dynamic": (
+        {"use_dynamic_shifting": True},
+        {"mu": 0.9},
+        "shifted",
+        {"shift": math.exp(0.9), "end": shifted_time(0.001, math.exp(0.9))},
+    ),
+    "dynamic linear": (
+        {"use_dynamic_shifting": True, "time_shift_type": "linear"},
+        {"mu": 2.5},
+        "shifted",
+        {"shift": 2.5, "end": shifted_time(0.001, 2.5)},
+    ),
+    "karras": ({"use_karras_sigmas": True}, {}, "karras", {}),
+    "exponential": ({"use_exponential_sigmas": True}, {}, "exponential", {}),
+    "beta": ({"use_beta_sigmas": True}, {}, "beta", {"over": "noise"}),
+    "karras shifted": ({"use_karras_sigmas": True, "shift": 3.0}, {}, "karras", {"end": twice(3.0)}),
+    "even": ({}, {"sigmas": np.linspace(1, 1 / 10, 10)}, "trailing", {}),
+}
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_flow_euler(stochastic: bool, name: str, double: Callable[[str], Any]) -> None:
+    """Euler's method and, where theirs is stochastic, multistep consistency sampling."""
+    config, spacing_options, spacing, space = FLOWS[name]
+    scheduler = double("FlowMatchEulerDiscreteScheduler")(stochastic_sampling=stochastic, **config)
+    scheduler.set_timesteps(10, **spacing_options)
+    start = next(draws(9))
+    theirs, told = flow_run(scheduler, start)
+    ours, heard = our_run(consistency if stochastic else euler, FLOW, timesteps(spacing, 10, FLOW.schedule, **space), start)
+    np.testing.assert_allclose(heard, told, atol=1e-6)
+    assert difference(ours, theirs) < 1e-9
+
+
+def flow_run(scheduler: Any, start: Tensor) -> tuple[list[Tensor], list[float]]:
+    """`their_run` for schedulers that scale no input."""
+    scheduler.scale_model_input = lambda x, timestep: x
+    return their_run(scheduler, start)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_heun(shift: float, double: Callable[[str], Any]) -> None:
+    scheduler = double("FlowMatchHeunDiscreteScheduler")(shift=shift)
+    scheduler.set_timesteps(8)
+    start = next(draws(9))
+    theirs, told = flow_run(scheduler, start)
+    ours, heard = our_run(heun, FLOW, timesteps("shifted", 8, FLOW.schedule, shift=shift, end=twice(shift)), start)
+    np.testing.assert_allclose(heard, told, atol=1e-6)
+    assert difference(ours, theirs) < 1e-9
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_flow_multistep(order: int, shift: float, double: Callable[[str], Any]) -> None:
+    """DPM-Solver++ begins at the time 0.999 shifted, UniPC at 1 - 1e-6. Their networks are told whole timesteps, rounded down."""
+    values = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift, "solver_order": order}
+    start = next(draws(9))
+    scheduler = double("DPMSolverMultistepScheduler")(**values)
+    scheduler.set_timesteps(10)
+    theirs, told = their_run(scheduler, start)
+    times = timesteps("shifted", 10, FLOW.schedule, start=shifted_time(0.999, shift), shift=shift)
+    samplers: dict[int, tuple[Any, dict[str, Any]]] = {
+        1: (euler, {}),
+        2: (dpmpp_2m, {}),
+        3: (dpmpp_3m, {"solver": "midpoint", "lower_order_final": True}),
+    }
+    sampler, options = samplers[order]
+    ours, _ = our_run(sampler, FLOW, times, start, told, **options)
+    assert difference(ours, theirs) < 1e-9
+    assert told == [math.floor(1000 * t) for t in times[:-1]]
+
+    scheduler = double("UniPCMultistepScheduler")(**values)
+    scheduler.set_timesteps(10)
+    theirs, told = their_run(scheduler, start)
+    times = timesteps("shifted", 11, FLOW.schedule, shift=shift, end=shifted_time(0.001, shift))
+    times = [1 - 1e-6, *times[1:10], 0.0]
+    ours, _ = our_run(unipc, FLOW, times, start, told, order=order)
+    assert difference(ours, theirs) < 1e-8
+    assert told == [math.floor(1000 * t) for t in times[:-1]]
+
+
+# ---- schedulers of noise levels ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["karras", "exponential"])
+@pytest.mark.parametrize(
+    ("name", "sampler", "config", "ours"),
+    [
+        ("EDMEuler", euler, {}, {}),
+        ("EDMDPMSolverMultistep", euler, {"solver_order": 1}, {}),
+        ("EDMDPMSolverMultistep", dpmpp_2m, {}, {}),
+        ("EDMDPMSolverMultistep", dpmpp_3m, {"solver_order": 3}, {"solver": "midpoint", "lower_order_final": True}),
+        ("EDMDPMSolverMultistep", dpmpp_3m, {"solver_order": 3, "solver_type": "heun", "lower_order_final": False}, {}),
+        ("EDMDPMSolverMultistep", dpmpp_2m_sde, {"algorithm_type": "sde-dpmsolver++"}, {}),
+    ],
+)
+def test_edm(name: str, sampler: Any, config: dict[str, Any], ours: dict[str, Any], kind: str, double: Callable[[str], Any]) -> None:
+    """Karras et al.'s preconditioning, with their standard deviation of the data."""
+    process = Process(schedule("edm"), edm_parameterization(0.5))
+    scheduler = double(name + "Scheduler")(sigma_schedule=kind, **config)
+    scheduler.set_timesteps(10)
+    start = 80 * next(draws(9))
+    theirs, told = their_run(scheduler, start)
+    mine, heard = our_run(sampler, process, timesteps(kind, 10, process.schedule), start, **ours)
+    np.testing.assert_allclose(heard, told, atol=1e-6)
+    assert difference(mine, theirs) < 1e-9
+
+
+def test_score_sde_ve(double: Callable[[str], Any]) -> None:
+    """The reverse SDE's predictor is DDPM's step with the larger variance, whose score is -eps/sigma. The corrector has no counterpart."""
+    scheduler = double("ScoreSdeVeScheduler")(sigma_min=0.02, sigma_max=40.0)
+    scheduler.set_timesteps(12)
+    scheduler.set_sigmas(12)
+    chosen = schedule("ve", sigma_min=0.02, sigma_max=40.0)
+    times = timesteps("exponential", 12, chosen, end=chosen.at_noise_level(0.02))
+    levels = [chosen.noise_level(t) for t in times]
+    np.testing.assert_allclose(scheduler.discrete_sigmas.flip(0), levels[:-1], rtol=1e-9)
+    x, theirs, result = 40 * next(draws(9)), [], None
+    start = x
+    for timestep, level in zip(scheduler.timesteps, levels, strict=False):
+        theirs.append(x)
+        score = -network(x / 40, level) / level
+        x, result = scheduler.step_pred(score, timestep, x, return_dict=False)
+    assert result is not None  # without the last noise, which theirs adds and its pipeline leaves out
+    noise, ours = draws(), []
+
+    def denoise(x: Tensor, t: float) -> Any:
+        ours.append(x)
+        level = chosen.noise_level(t)
+        return Process(chosen, parameterization("eps")).split(x, network(x / 40, level), t)
+
+    end = sample(ddpm(start, times, chosen, lambda: next(noise), variance="large"), denoise, 12)
+    assert end is not None and difference([*ours, end], [*theirs, result]) < 1e-9
+    torch.testing.assert_close(x - result, 0.02 * [n for n, _ in zip(draws(), range(12), strict=False)][-1])
+
+
+def test_consistency_models(double: Callable[[str], Any]) -> None:
+    """Theirs ends at sigma_min and adds sqrt(sigma^2 - sigma_min^2) of noise (Song et al. 2023, algorithm 1); ours ends at 0 and adds sigma.
+
+    With times at the levels of that noise the latents are the same, if the network is told what theirs is.
+    """
+    scheduler = double("CMStochasticIterativeScheduler")(clip_denoised=False)
+    scheduler.set_timesteps(4)
+    start = 80 * next(draws(9))
+    theirs, told = their_run(scheduler, start)
+    chosen, levels = schedule("edm"), scheduler.sigmas.tolist()
+    times = [chosen.at_noise_level(level) for level in (levels[0], *(math.sqrt(s**2 - 0.002**2) for s in levels[1:]))]
+    noise, shown = draws(), []
+
+    def denoise(x: Tensor, t: float) -> Any:
+        sigma, timestep = levels[len(shown)], told[len(shown)]
+        shown.append(x / math.hypot(sigma, 0.5))
+        skip, out = 0.25 / ((sigma - 0.002) ** 2 + 0.25), (sigma - 0.002) * 0.5 / math.hypot(sigma, 0.5)
+        x0 = skip * x + out * network(shown[-1], timestep)
+        return Prediction(x0, (x - x0) / chosen.noise_level(t))
+
+    result = sample(consistency(start, times, chosen, lambda: next(noise)), denoise, 4)
+    assert result is not None and times[-1] == 0
+    assert difference([*shown, result], theirs) < 1e-9
+
+
+# ---- which times ------------------------------------------------------------------------------------------------------------
+
+COUNTS = [1, 2, 3, 4, 5, 7, 10, 20, 25, 28, 30, 50, 99, 100, 250, 333, 500, 600, 999, 1000]
+
+
+def their_timesteps(name: str, steps: int, **options: Any) -> np.ndarray:
+    made = getattr(diffusers, name + "Scheduler")(**options)
+    made.set_timesteps(steps)
+    return made.timesteps.numpy()
+
+
+def our_timesteps(spacing: str, steps: int, **options: Any) -> np.ndarray:
+    chosen = TABLES["linear"][1]
+    return chosen.timestep(torch.tensor(timesteps(spacing, steps, chosen, **options)[:-1], dtype=DOUBLE)).numpy()
+
+
+@pytest.mark.parametrize("steps", COUNTS)
+def test_trailing_timesteps(steps: int) -> None:
+    """Theirs are rounded to whole timesteps; ours are where that is asked for, as the schedule is continuous."""
+    theirs = their_timesteps("DDIM", steps, **TRAILING)
+    np.testing.assert_allclose(our_timesteps("trailing", steps, whole=True), theirs, atol=1e-9)
+    np.testing.assert_allclose(our_timesteps("trailing", steps), theirs, atol=1e-9 if 1000 % steps == 0 else 0.5 + 1e-9)
+
+
+@pytest.mark.parametrize("steps", COUNTS)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_leading_timesteps(steps: int, offset: int) -> None:
+    """Where an offset takes theirs beyond the table (1000 steps, offset 1: timestep 1000, issue 10003), ours are refused."""
+    theirs = their_timesteps("DDIM", steps, steps_offset=offset, **LEADING)
+    if theirs.max() > 999:
+        with pytest.raises(UserError, match="fall strictly"):
+            our_timesteps("leading", steps, offset=offset)
+    else:
+        np.testing.assert_allclose(our_timesteps("leading", steps, offset=offset), theirs, atol=1e-9)
+    if steps + 1 + offset <= 1000:
+        theirs = their_timesteps("DPMSolverMultistep", steps, steps_offset=offset, **LEADING)
+        np.testing.assert_allclose(our_timesteps("leading", steps, offset=offset, drop_last=True), theirs, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", COUNTS)
+def test_linspace_timesteps(steps: int) -> None:
+    """For a single step theirs begins at timestep 0, where there is nothing left to remove; ours at the full noise."""
+    ours, theirs = our_timesteps("linspace", steps), their_timesteps("DDIM", steps, **LINSPACE)
+    if steps == 1:
+        assert (ours, theirs) == ([999], [0])
+    else:
+        np.testing.assert_allclose(ours, theirs, atol=1e-9)
+        np.testing.assert_allclose(our_timesteps("linspace", steps, whole=False), their_timesteps("EulerDiscrete", steps), atol=1e-4)
+    if steps < 1000:
+        np.testing.assert_allclose(
+            our_timesteps("linspace", steps, drop_last=True), their_timesteps("DPMSolverMultistep", steps), atol=1e-9
+        )
+
+
+def test_halves_are_rounded_alike() -> None:
+    """Where a timestep falls between two whole ones, at a third of all numbers of steps."""
+    chosen, wanted = TABLES["linear"][1], diffusers.DPMSolverMultistepScheduler()
+    for steps in range(1, 1000, 3):
+        wanted.set_timesteps(steps)
+        ours = np.array(timesteps("linspace", steps, chosen, drop_last=True)[:-1]) * 1000 - 1
+        np.testing.assert_allclose(ours, wanted.timesteps, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "cosine"])
+@pytest.mark.parametrize("steps", [2, 3, 9, 30])
+def test_noise_levels(steps: int, kind: str, double: Callable[[str], Any]) -> None:
+    """Karras et al.'s, exponential and beta levels, and their timesteps, at more numbers of steps."""
+    chosen = TABLES[kind][1]
+    levels: dict[str, dict[str, Any]] = {"karras": {}, "exponential": {}, "beta": {"over": "noise"}}
+    for spacing, options in levels.items():
+        scheduler = double("EulerDiscreteScheduler")(**TABLES[kind][0], **{f"use_{spacing}_sigmas": True})
+        scheduler.set_timesteps(steps)
+        times = timesteps(spacing, steps, chosen, **options)
+        np.testing.assert_allclose([chosen.noise_level(t) for t in times], scheduler.sigmas, rtol=1e-8)
+        np.testing.assert_allclose(chosen.timestep(torch.tensor(times[:-1], dtype=DOUBLE)), scheduler.timesteps, atol=1e-6)
+
+
+# ---- differences: each test fails when theirs changes ------------------------------------------------------------------------
+
+SD_TABLE, SCALED = TABLES["scaled_linear"]
+
+
+def first_step(scheduler: Any, start: Tensor) -> Tensor:
+    timestep = scheduler.timesteps[0]
+    return scheduler.step(network(scheduler.scale_model_input(start, timestep), float(timestep)), timestep, start).prev_sample
+
+
+@pytest.mark.parametrize("name", ["DDIM", "PNDM"])
+def test_they_step_by_a_fixed_stride(name: str, double: Callable[[str], Any]) -> None:
+    """From 999 theirs goes to 999 - 100 and says that it is at 888: the timesteps are spaced evenly, the steps as for "leading"."""
+    clip = {"clip_sample": False} if name == "DDIM" else {"skip_prk_steps": True}
+    scheduler, start = double(name + "Scheduler")(**SD_TABLE, **LINSPACE, **clip), next(draws(9))
+    scheduler.set_timesteps(10)
+    assert scheduler.timesteps[:2].tolist() == [999, 888]
+    process = Process(SCALED, parameterization("eps"))
+    to = {timestep: our_run(ddim, process, [1.0, at(timestep)], start)[0][-1] for timestep in (899, 888)}
+    theirs = first_step(scheduler, start)
+    assert difference([to[899]], [theirs]) < 1e-9 and difference([to[888]], [theirs]) > 1e-2
+
+
+@pytest.mark.parametrize(("spacing", "config", "space"), [("trailing", TRAILING, {}), ("leading", SD, {"offset": 1})])
+def test_they_leave_noise_at_the_end(spacing: str, config: Any, space: Any, double: Callable[[str], Any]) -> None:
+    """DDPM's larger variance is added in the last step too if that begins above timestep 0, and nothing is left to remove it."""
+    case = Case("DDPM", ddpm, spacing, {"variance_type": "fixed_large", **config}, space)
+    scheduler = case.scheduler(double("DDPMScheduler"), "scaled_linear", "v_prediction")
+    start, times = next(draws(9)), case.times(SCALED)
+    theirs, _ = their_run(scheduler, start)
+    ours, _ = our_run(ddpm, Process(SCALED, parameterization("v")), times, start, variance="large")
+    assert difference(ours[:-1], theirs[:-1]) < 1e-9
+    last = [noise for noise, _ in zip(draws(), range(10), strict=False)][-1]
+    torch.testing.assert_close(theirs[-1] - ours[-1], SCALED.point(times[-2])[1] * last)
+
+
+@pytest.mark.parametrize("name", ["EulerDiscrete", "HeunDiscrete", "LMSDiscrete"])
+def test_between_timesteps_they_interpolate_sigma(name: str, double: Callable[[str], Any]) -> None:
+    """Ours is linear in log-SNR, as their own way back from sigma to timesteps is. Told their levels, ours makes their latents."""
+    scheduler = double(name + "Scheduler")(**SD_TABLE)
+    scheduler.set_timesteps(8)
+    times = timesteps("linspace", 8, SCALED, whole=False)
+    told = list(dict.fromkeys(scheduler.timesteps.tolist()))
+    np.testing.assert_allclose(SCALED.timestep(torch.tensor(times[:-1], dtype=DOUBLE)), told, atol=1e-9)
+    sigmas = list(dict.fromkeys(scheduler.sigmas.tolist()))
+    apart = np.abs(np.array([SCALED.noise_level(t) for t in times[:-1]]) / sigmas[:-1] - 1)
+    assert 1e-7 < apart.max() < 1e-3
+    start, process = next(draws(9)), Process(SCALED, parameterization("eps"))
+    same = [1.0, *(SCALED.at_noise_level(sigma) for sigma in sigmas[1:])]
+    theirs, told = their_run(scheduler, start / SCALED.point(1.0)[0])
+    ours, _ = our_run({"E": euler, "H": heun, "L": lms}[name[0]], process, same, start, told)
+    assert difference(ours, theirs) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistep", "UniPCMultistep", "DEISMultistep"])
+def test_their_networks_are_told_whole_timesteps(name: str, double: Callable[[str], Any]) -> None:
+    """By noise level: the latents are at the levels asked for, and the network is told the timestep nearest (Karras) or below (others)."""
+    for spacing, rounded in (("karras", np.round), ("exponential", np.floor)):
+        scheduler = double(name + "Scheduler")(**SD_TABLE, **{f"use_{spacing}_sigmas": True})
+        scheduler.set_timesteps(10)
+        exact = SCALED.timestep(torch.tensor(timesteps(spacing, 10, SCALED)[:-1], dtype=DOUBLE)).numpy()
+        assert scheduler.timesteps.tolist() == rounded(exact + 1e-9).tolist() and np.abs(exact - rounded(exact)).max() > 0.2
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistep", "DEISMultistep"])
+def test_their_whole_timesteps_collide(name: str) -> None:
+    """Issue 12771: the first level is looked up by its timestep, and where two have the same the second is taken."""
+    scheduler = getattr(diffusers, name + "Scheduler")(beta_schedule="squaredcos_cap_v2", use_karras_sigmas=True)
+    scheduler.set_timesteps(20)
+    assert len(set(scheduler.timesteps.tolist())) < 20
+    with pytest.raises(IndexError, match="out of bounds"):
+        their_run(scheduler, next(draws(9)).float())
+    assert len(set(timesteps("karras", 20, TABLES["cosine"][1]))) == 21
+
+
+@pytest.mark.parametrize("name", ["DDIM", "DDPM", "EulerDiscrete", "DPMSolverMultistep"])
+def test_their_trailing_steps_are_summed_in_floating_point(name: str) -> None:
+    """np.arange with a step of 1000/61 runs one too far, to timestep -1; with 1000/48 four timesteps are rounded the other way."""
+    assert their_timesteps(name, 61, **TRAILING)[-2:].tolist() == [15, -1]
+    assert our_timesteps("trailing", 61, whole=True)[-1] == pytest.approx(15)
+    apart = our_timesteps("trailing", 48, whole=True) - their_timesteps(name, 48, **TRAILING)
+    assert np.count_nonzero(apart.round()) == 4 and np.abs(apart).max() == pytest.approx(1)
+
+
+def test_their_third_order_sde_has_a_sign_wrong(double: Callable[[str], Any]) -> None:
+    """The second difference weighs alpha ((1 - e^-2h - 2h)/(2h)^2 + 1/2), as at eta 0; theirs subtracts the half. k-diffusion adds it."""
+    case = Case("DPMSolverMultistep", dpmpp_3m_sde, config={**TRAILING, "algorithm_type": "sde-dpmsolver++", "solver_order": 3})
+    scheduler = case.scheduler(double("DPMSolverMultistepScheduler"), "scaled_linear", "sample")
+    times, start = timesteps("trailing", 10, SCALED), next(draws(9))
+    theirs, told = their_run(scheduler, start)
+    ours, _ = our_run(dpmpp_3m_sde, Process(SCALED, parameterization("x0")), times, start, solver="midpoint")
+    assert difference(ours[:3], theirs[:3]) < 1e-9
+    x0 = [network(x, timestep) for x, timestep in zip(ours[:3], told, strict=False)]
+    at_log = [-math.log(SCALED.noise_level(t)) for t in times[:4]]
+    h = [b - a for a, b in pairwise(at_log)]
+    slopes = (x0[2] - x0[1]) * (h[2] / h[1]), (x0[1] - x0[0]) * (h[2] / h[0])
+    second = (slopes[0] - slopes[1]) / ((h[1] + h[0]) / h[2])
+    torch.testing.assert_close(ours[3] - theirs[3], SCALED.point(times[3])[0] * second)
+
+
+def test_their_third_order_sde_of_edm_is_missing(double: Callable[[str], Any]) -> None:
+    scheduler = double("EDMDPMSolverMultistepScheduler")(solver_order=3, algorithm_type="sde-dpmsolver++")
+    scheduler.set_timesteps(5)
+    with pytest.raises(UnboundLocalError):
+        their_run(scheduler, next(draws(9)))
+
+
+@pytest.mark.parametrize(
+    ("config", "ours"),
+    [
+        ({"solver_type": "bh1"}, {"variant": "bh1"}),
+        ({"lower_order_final": False}, {"lower_order_final": False}),
+    ],
+)
+def test_their_unipc_is_not_finite_at_zero(config: dict[str, Any], ours: dict[str, Any], double: Callable[[str], Any]) -> None:
+    """At sigma 0 the step in log-SNR is infinite, and B(h) = -h of "bh1" with it, or the ratios to it of the second order: inf times 0.
+
+    Ours makes that step as the first order does, which is exact there.
+    """
+    scheduler = double("UniPCMultistepScheduler")(**SD_TABLE, **TRAILING, **config)
+    scheduler.set_timesteps(10)
+    start = next(draws(9))
+    theirs, _ = their_run(scheduler, start)
+    mine, _ = our_run(unipc, Process(SCALED, parameterization("eps")), timesteps("trailing", 10, SCALED), start, **ours)
+    assert difference(mine[:-1], theirs[:-1]) < 1e-9
+    assert not bool(theirs[-1].isfinite().any()) and bool(mine[-1].isfinite().all())
+
+
+def test_their_third_order_singlestep(double: Callable[[str], Any]) -> None:
+    """Its second point is reached by the midpoint rule; the paper's (arXiv:2206.00927, algorithm 2) by the rule of exponential integrators.
+
+    Levels in equal ratios put theirs at 1/3 and 2/3 of a step, as ours. (3n - 1 steps ended in NaN until 0.33, issue 9007: no more.)
+    """
+    options = {"use_exponential_sigmas": True, "solver_order": 3}
+    scheduler = double("DPMSolverSinglestepScheduler")(**SD_TABLE, **options, algorithm_type="dpmsolver", final_sigmas_type="sigma_min")
+    scheduler.set_timesteps(7)
+    start = next(draws(9))
+    theirs, told = their_run(scheduler, start)
+    times = [*timesteps("exponential", 3, SCALED)[:2], at(0)]
+    process = Process(SCALED, parameterization("eps"))
+    ours, _ = our_run(dpm_solver_3, process, times, start, told)
+    assert difference(ours[:2], theirs[:2]) < 1e-9 < 1e-2 < difference(ours[2:3], theirs[2:3])
+    midpoint, _ = our_run(dpm_solver_2, process, [1.0, SCALED.at_noise_level(float(scheduler.sigmas[2]))], start, told)
+    assert difference(midpoint[2:], theirs[2:3]) < 1e-9
+    scheduler = double("DPMSolverSinglestepScheduler")(**SD_TABLE, solver_order=3, lower_order_final=True)
+    scheduler.set_timesteps(11)
+    assert bool(their_run(scheduler, start)[0][-1].isfinite().all())
+
+
+def test_their_churn_comes_after_the_network(double: Callable[[str], Any]) -> None:
+    """Karras et al.'s algorithm 2 asks the network about the noisier latent, at its level. Theirs adds the noise when it has its answer."""
+    scheduler = double("EulerDiscreteScheduler")(**SD_TABLE, **TRAILING)
+    scheduler.set_timesteps(10)
+    start, timestep = next(draws(9)), scheduler.timesteps[0]
+    sigma, after = float(scheduler.sigmas[0]), float(scheduler.sigmas[1])
+    higher = sigma * math.sqrt(2)
+    answer = network(scheduler.scale_model_input(start, timestep), 999)
+    theirs = scheduler.step(answer, timestep, start, s_churn=40.0).prev_sample
+    noisy = start + next(draws()) * math.sqrt(higher**2 - sigma**2)
+    torch.testing.assert_close(theirs, noisy + (after - higher) * answer)
+    # and a v is read at the level that the latent no longer has
+    scheduler = double("EulerDiscreteScheduler")(**SD_TABLE, **TRAILING, prediction_type="v_prediction")
+    scheduler.set_timesteps(10)
+    scheduler.scale_model_input(start, timestep)
+    theirs = scheduler.step(answer, timestep, start, s_churn=40.0).prev_sample
+    x0 = noisy / (sigma**2 + 1) - answer * sigma / math.sqrt(sigma**2 + 1)
+    torch.testing.assert_close(theirs, noisy + (after - higher) * (noisy - x0) / higher)
+
+
+def test_their_flows_are_shifted_twice(double: Callable[[str], Any]) -> None:
+    """Issue 13243: the least time is shifted when the scheduler is made and again when a run is spaced. Ours says it with `end`."""
+    for name in ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete"):
+        scheduler = double(name + "Scheduler")(shift=3.0)
+        assert float(scheduler.sigmas[-1]) == pytest.approx(shifted_time(0.001, 3.0))
+        scheduler.set_timesteps(10)
+        assert float(scheduler.sigmas[-2]) == pytest.approx(twice(3.0)) and twice(3.0) > 2.9 * shifted_time(0.001, 3.0)
+
+
+def test_eps_at_zero_terminal_snr(double: Callable[[str], Any]) -> None:
+    """Issue 3851: theirs divides by 0 and goes on; ours does not build such a process."""
+    theirs, _ = their_run(zero_snr("DDIM", double, "epsilon"), next(draws(9)))
+    assert not bool(theirs[1].isfinite().any())
+    with pytest.raises(UserError, match="cannot be solved"):
+        Process(ZeroTerminalSNR(SCALED), parameterization("eps"))
+
+
+def test_their_nearly_zero_snr_can_rise_again(double: Callable[[str], Any]) -> None:
+    """With the linear betas the table falls below 2^-24 before its end, which is put there: the last level is quieter than the two before.
+
+    Ours falls to the end.
+    """
+    scheduler = double("EulerDiscreteScheduler")(rescale_betas_zero_snr=True)
+    levels = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()
+    assert float(levels[-1]) == pytest.approx(4096) and float(levels[-2]) > 15000 and float(levels[-3]) > 7000
+    ours = ZeroTerminalSNR(TABLES["linear"][1], last=2**-24)
+    assert ours.noise_level(1.0) == pytest.approx(4096) and ours.noise_level(at(998)) < 4096
+
+
+@pytest.mark.parametrize("sampler", [plms, pndm])
+def test_their_pndm_reads_v_at_one_point(sampler: Any, double: Callable[[str], Any]) -> None:
+    """A mean of v from several points is turned into noise with the coefficients and the latent of one; ours turns each at its own."""
+    case = Case("PNDM", sampler, config={"set_alpha_to_one": True, "skip_prk_steps": sampler is plms, **TRAILING}, space={"whole": True})
+    scheduler = case.scheduler(double("PNDMScheduler"), "scaled_linear", "v_prediction")
+    start = next(draws(9))
+    theirs, _ = their_run(scheduler, start)
+    ours, _ = our_run(sampler, Process(SCALED, parameterization("v")), case.times(SCALED), start)
+    assert difference(ours[:2], theirs[:2]) < 1e-9 < 1e-4 < difference(ours[2:3], theirs[2:3])
+
+
+def test_their_inversion_reads_v_at_the_wrong_end(double: Callable[[str], Any]) -> None:
+    """The network is told the timestep that the step goes to, and its v is turned into noise with the coefficients that it comes from."""
+    scheduler = double("DDIMInverseScheduler")(**SD_TABLE, prediction_type="v_prediction", clip_sample=False)
+    scheduler.set_timesteps(10)
+    x, timestep = next(draws(9)), scheduler.timesteps[5]
+    y, here, there = network(x, float(timestep)), SCALED.point(at(400)), SCALED.point(at(500))
+    theirs = scheduler.step(y, timestep, x).prev_sample
+    torch.testing.assert_close(theirs, there[0] * (here[0] * x - here[1] * y) + there[1] * (here[0] * y + here[1] * x))
+    ours, _ = our_run(ddim_inversion, Process(SCALED, parameterization("v")), [at(500), at(400)], x)
+    assert difference(ours[-1:], [theirs]) > 1e-2
+
+
+def test_their_tcd_with_eta_one_keeps_the_least_noise(double: Callable[[str], Any]) -> None:
+    """Each step of theirs goes to timestep 0 before noise is added, ours to the clean latent: consistency sampling, as the paper says."""
+    case = Case("TCD", tcd, "lcm", steps=4, end=at(0))
+    scheduler = case.scheduler(double("TCDScheduler"), "scaled_linear", "v_prediction")
+    start, process = next(draws(9)), Process(SCALED, parameterization("v"))
+    theirs, _ = their_run(scheduler, start, eta=1.0)
+    ours, _ = our_run(tcd, process, case.times(SCALED), start, eta=1.0)
+    plain, _ = our_run(consistency, process, [*case.times(SCALED)[:-1], 0.0], start)
+    assert difference(ours[:-1], plain[:-1]) < 1e-12
+    assert 1e-4 < difference(ours[:-1], theirs[:-1]) < 0.05
+
+
+@pytest.mark.parametrize(("config", "size"), [(TRAILING, 14.6), (LINSPACE, 14.6), (LEADING, 12.0)])
+def test_their_first_noise(config: dict[str, Any], size: float) -> None:
+    """In x/alpha theirs begins with noise of sigma (even spacings) or sqrt(sigma^2 + 1) (leading); ours is always the second."""
+    scheduler = diffusers.EulerDiscreteScheduler(**SD_TABLE, **config)
+    scheduler.set_timesteps(10)
+    sigma = float(scheduler.sigmas[0])
+    assert sigma == pytest.approx(size, abs=4)
+    theirs = float(scheduler.init_noise_sigma) / math.sqrt(sigma**2 + 1)  # times alpha
+    assert theirs == pytest.approx(1 if config is LEADING else sigma / math.sqrt(sigma**2 + 1))
+
+
+def test_their_deis_repeats_its_last_level(double: Callable[[str], Any]) -> None:
+    """By noise level, DEIS asks once more at the least one, for a step of no length; and it never goes to t = 0."""
+    for config in ({"use_karras_sigmas": True}, {"use_exponential_sigmas": True}):
+        scheduler = double("DEISMultistepScheduler")(**SD_TABLE, **config)
+        scheduler.set_timesteps(10)
+        assert float(scheduler.sigmas[-1]) == float(scheduler.sigmas[-2]) == pytest.approx(SCALED.noise_level(at(0)))
+    scheduler = double("DEISMultistepScheduler")(**SD_TABLE)
+    scheduler.set_timesteps(10)
+    assert float(scheduler.sigmas[-1]) == pytest.approx(SCALED.noise_level(at(0)))
