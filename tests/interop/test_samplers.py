@@ -678,7 +678,7 @@ def test_score_sde_ve(double: Callable[[str], Any]) -> None:
 
 
 def test_consistency_models(double: Callable[[str], Any]) -> None:
-    """Theirs ends at sigma_min and adds sqrt(sigma^2 - sigma_min^2) of noise (Song et al. 2023, algorithm 1); ours ends at 0 and adds sigma.
+    """Theirs ends at sigma_min and adds sqrt(sigma^2 - sigma_min^2) of noise (Song et al. 2023, algorithm 1); ours ends at 0, with sigma.
 
     With times at the levels of that noise the latents are the same, if the network is told what theirs is.
     """
