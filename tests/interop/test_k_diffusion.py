@@ -155,8 +155,8 @@ SAMPLERS: dict[str, tuple[Any, str, dict[str, Any], dict[str, Any]]] = {
     "2m_sde heun": (dpmpp_2m_sde, "sample_dpmpp_2m_sde", {"solver": "heun"}, {"solver_type": "heun", "noise": True}),
     "2m_sde half": (dpmpp_2m_sde, "sample_dpmpp_2m_sde", {"eta": 0.5}, {"eta": 0.5, "noise": True}),
     "2m heun": (dpmpp_2m_sde, "sample_dpmpp_2m_sde", {"eta": 0.0, "solver": "heun"}, {"eta": 0.0, "solver_type": "heun", "noise": True}),
-    "3m_sde": (dpmpp_3m_sde, "sample_dpmpp_3m_sde", {}, {"noise": True}),
-    "3m": (dpmpp_3m_sde, "sample_dpmpp_3m_sde", {"eta": 0.0}, {"eta": 0.0, "noise": True}),
+    "3m_sde": (dpmpp_3m_sde, "sample_dpmpp_3m_sde", {"published": True}, {"noise": True}),
+    "3m": (dpmpp_3m_sde, "sample_dpmpp_3m_sde", {"eta": 0.0, "published": True}, {"eta": 0.0, "noise": True}),
 }
 
 

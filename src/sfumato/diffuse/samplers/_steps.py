@@ -18,9 +18,9 @@ def no_signal(point: Point) -> bool:
     return point[1] >= NO_SIGNAL * point[0]
 
 
-def only_first_order(here: Point, there: Point) -> bool:
-    """Steps from pure noise and to no noise, which log(alpha/sigma) does not measure: DDIM's step is taken there."""
-    return no_signal(here) or there[1] == 0
+def at_an_end(here: Point, there: Point) -> bool:
+    """Steps from alpha = 0 and to sigma = 0, which log(alpha/sigma) does not measure: DDIM's step is taken there."""
+    return here[0] == 0 or there[1] == 0
 
 
 def half_log_snr(point: Point) -> float:

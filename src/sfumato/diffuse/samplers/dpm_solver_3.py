@@ -12,7 +12,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import along, between, half_log_snr, only_first_order, place
+from sfumato.diffuse.samplers._steps import along, between, half_log_snr, no_signal, place
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError
 from sfumato.types import Noise
@@ -26,7 +26,7 @@ def dpm_solver_3(x: Tensor, times: Sequence[float], schedule: Schedule, noise: N
     for t, s in pairwise(times):
         first = yield x, t
         here, there = schedule.point(t), schedule.point(s)
-        if only_first_order(here, there):
+        if no_signal(here) or there[1] == 0:
             x = place(first, there)
             continue
         h = between(here, there)

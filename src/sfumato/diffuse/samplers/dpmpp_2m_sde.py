@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import between, no_signal, only_first_order
+from sfumato.diffuse.samplers._steps import at_an_end, between
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError, unknown
 from sfumato.types import Noise
@@ -49,10 +49,10 @@ def dpmpp_2m_sde(
         kept = math.exp(-eta * h) if eta else 1.0  # e^-inf = 0 where alpha is 0
         gain = -math.expm1(-(1 + eta) * h)  # 1 - e^-k
         x = (there[1] / here[1] * kept) * x + (there[0] * gain) * x0
-        if before is not None and index != last and not only_first_order(here, there):
+        if before is not None and index != last and not at_an_end(here, there):
             bend = gain / 2 if solver == "midpoint" else 1 - gain / ((1 + eta) * h)
             x = x + (there[0] * bend * h / before[1]) * (x0 - before[0])
         if eta:
             x = x + (there[1] * math.sqrt(1 - kept**2)) * noise()
-        before = None if no_signal(here) else (x0, h)
+        before = None if here[0] == 0 else (x0, h)
     return x

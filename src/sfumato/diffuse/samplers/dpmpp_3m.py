@@ -23,7 +23,5 @@ def dpmpp_3m(
 ) -> Run:
     """The options are dpmpp_3m_sde's. One network call a step."""
     return (
-        yield from dpmpp_3m_sde(
-            x, times, schedule, noise, eta=0.0, published=published, solver=solver, lower_order_final=lower_order_final
-        )
+        yield from dpmpp_3m_sde(x, times, schedule, noise, eta=0.0, published=published, solver=solver, lower_order_final=lower_order_final)
     )

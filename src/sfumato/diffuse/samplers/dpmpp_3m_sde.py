@@ -14,7 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import between, no_signal
+from sfumato.diffuse.samplers._steps import between
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError, unknown
 from sfumato.types import Noise
@@ -69,5 +69,5 @@ def dpmpp_3m_sde(
             x = x + (there[0] * phi) * first
         if eta:
             x = x + (there[1] * math.sqrt(1 - kept**2)) * noise()
-        before = [] if no_signal(here) else [(x0, h), *before[:1]]
+        before = [] if here[0] == 0 else [(x0, h), *before[:1]]
     return x

@@ -11,7 +11,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import Point, ancestral, between, half_log_snr, only_first_order, towards
+from sfumato.diffuse.samplers._steps import Point, ancestral, at_an_end, between, half_log_snr, towards
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError
 from sfumato.types import Noise
@@ -32,7 +32,7 @@ def dpmpp_sde(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Nois
         first = yield x, t
         here, there = schedule.point(t), schedule.point(s)
         x0 = first.x0
-        if not only_first_order(here, there):
+        if not at_an_end(here, there):
             h = between(here, there)
             m = schedule.at_noise_level(math.exp(-half_log_snr(here) - r * h))
             second = yield step(x0, here, schedule.point(m)), m

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import Point, between, half_log_snr, only_first_order, towards
+from sfumato.diffuse.samplers._steps import Point, at_an_end, between, half_log_snr, towards
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError, unknown
 from sfumato.types import Noise
@@ -65,7 +65,7 @@ def unipc(
             begin, point, points, h, used = last
             x = _step(begin, points[:used], (x0, half_log_snr(here)), point, here, h, variant)
         last = None
-        if only_first_order(here, there):
+        if at_an_end(here, there):
             x = towards(x, x0, here, there)
             continue
         known = [(x0, half_log_snr(here)), *known][:order]
