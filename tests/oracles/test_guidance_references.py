@@ -13,7 +13,7 @@ from torch import Tensor
 import sfumato.nn.attention
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.sample import answered, together
+from sfumato.asking import answered, together
 from sfumato.diffuse.schedule import schedule
 from sfumato.errors import UserError
 from sfumato.predict.denoiser import Denoiser, answer

@@ -1,0 +1,60 @@
+"""What a run costs beside the network: the sampler's algebra, guidance, checks, questions and answers.
+
+    python benchmarks/sampler_overhead.py [--n 16] [--steps 20] [--repeats 15]
+
+Every sampler of the registry on the bundled model: seconds of whole runs, less the seconds inside the network's `forward`, per network call and
+as a share of one. The limit is the algebra's own memory traffic: a few passes over x, which is 1000 times smaller than the network's activations.
+Decoding and drawing the first noise are not part of a run's steps and are left out by running from given noise to latents.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from sfumato.diffuse.samplers import traits_of
+from sfumato.loading import load
+from sfumato.registry import find, names
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--n", type=int, default=16, help="images in a run")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--guidance", default=None)
+    options = parser.parse_args()
+    model = load("fashion")
+    network, inside, calls = model.denoiser.network, [], []
+    forward = network.forward
+
+    def timed(*arguments):
+        begin = time.perf_counter()
+        y = forward(*arguments)
+        calls.append(time.perf_counter() - begin)
+        return y
+
+    network.forward = timed
+    noise = torch.randn(options.n, *(12, 7, 7), generator=torch.Generator().manual_seed(0))
+    print(f"n={options.n}, {options.steps} steps, {torch.get_num_threads()} threads, torch {torch.__version__}, median of {options.repeats} runs\n")
+    print("| sampler | calls | ms a call in the network | ms beside it | share |")
+    print("|---|---|---|---|---|")
+    for name in names("diffuse.samplers"):
+        if traits_of(find("diffuse.samplers", name)).upward:
+            continue
+        beside, inside = [], []
+        for repeat in range(options.repeats + 2):
+            calls.clear()
+            begin = time.perf_counter()
+            model.generate("bag", n=options.n, steps=options.steps, sampler=name, noise=noise, guidance=options.guidance, output="latent")
+            total = time.perf_counter() - begin
+            if repeat >= 2:  # the first runs fill memories
+                beside.append((total - sum(calls)) / len(calls))
+                inside.append(sum(calls) / len(calls))
+        a, b = statistics.median(inside), statistics.median(beside)
+        print(f"| {name} | {len(calls)} | {1e3 * a:.2f} | {1e3 * b:.3f} | {100 * b / a:.2f} % |")
+
+
+if __name__ == "__main__":
+    main()
