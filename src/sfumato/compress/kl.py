@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfumato.compress.base import Autoencoder, Posterior
 from sfumato.config import read_config
 from sfumato.errors import UserError
+from sfumato.nn import invariant
 from sfumato.nn.attention import SpatialAttention
 from sfumato.nn.blocks import Downsample, ResnetBlock, Upsample
 from sfumato.types import LatentSpace
@@ -114,20 +114,20 @@ class Encoder(nn.Module):
     def __init__(self, config: KLConfig):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = invariant.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             _Level(widths[max(i - 1, 0)], w, config.layers_per_block, groups, Downsample(w, 0) if i < len(widths) - 1 else None, down=True)
             for i, w in enumerate(widths)
         )
         self.mid_block = _Middle(widths[-1], groups, config.mid_block_add_attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], _EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = invariant.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
         x = self.conv_in(image)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(invariant.silu(self.conv_norm_out(self.mid_block(x))))
 
 
 class Decoder(nn.Module):
@@ -136,20 +136,20 @@ class Decoder(nn.Module):
     def __init__(self, config: KLConfig):
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = invariant.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = _Middle(widths[0], groups, config.mid_block_add_attention)
         self.up_blocks = nn.ModuleList(
             _Level(widths[max(i - 1, 0)], w, config.layers_per_block + 1, groups, Upsample(w) if i < len(widths) - 1 else None, down=False)
             for i, w in enumerate(widths)
         )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], _EPS)
-        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+        self.conv_out = invariant.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, raw: Float[Tensor, "B c h w"]) -> Float[Tensor, "B C H W"]:
         x = self.mid_block(self.conv_in(raw))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(invariant.silu(self.conv_norm_out(x)))
 
 
 class AutoencoderKL(Autoencoder):
@@ -162,8 +162,8 @@ class AutoencoderKL(Autoencoder):
         c = config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1) if config.use_quant_conv else None
-        self.post_quant_conv = nn.Conv2d(c, c, 1) if config.use_post_quant_conv else None
+        self.quant_conv = invariant.Conv2d(2 * c, 2 * c, 1) if config.use_quant_conv else None
+        self.post_quant_conv = invariant.Conv2d(c, c, 1) if config.use_post_quant_conv else None
 
     @property
     def space(self) -> LatentSpace:  # pyright: ignore[reportIncompatibleVariableOverride]

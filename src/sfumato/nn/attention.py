@@ -3,9 +3,10 @@
 softmax(Q K^T / sqrt(d)) V (Vaswani et al. 2017, arXiv:1706.03762, eq. 1). Parameter names are diffusers', so state dicts load as they are.
 """
 
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+from sfumato.nn import invariant
 
 
 class Attention(nn.Module):
@@ -18,10 +19,10 @@ class Attention(nn.Module):
         super().__init__()
         inner = heads * head_width
         self.heads = heads
-        self.to_q = nn.Linear(width, inner, bias=qkv_bias)
-        self.to_k = nn.Linear(context_width or width, inner, bias=qkv_bias)
-        self.to_v = nn.Linear(context_width or width, inner, bias=qkv_bias)
-        self.to_out = nn.ModuleList([nn.Linear(inner, width)])
+        self.to_q = invariant.Linear(width, inner, bias=qkv_bias)
+        self.to_k = invariant.Linear(context_width or width, inner, bias=qkv_bias)
+        self.to_v = invariant.Linear(context_width or width, inner, bias=qkv_bias)
+        self.to_out = nn.ModuleList([invariant.Linear(inner, width)])
 
     def forward(
         self,
@@ -30,9 +31,7 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "B N D"]:
         context = x if context is None else context
-        q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])  # (B, heads, N, d)
-        return self.to_out[0](y.transpose(1, 2).flatten(2))
+        return self.to_out[0](invariant.attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, mask))
 
 
 class SpatialAttention(Attention):
@@ -55,11 +54,11 @@ class GEGLU(nn.Module):
 
     def __init__(self, width: int, inner: int):
         super().__init__()
-        self.proj = nn.Linear(width, 2 * inner)
+        self.proj = invariant.Linear(width, 2 * inner)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
         value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return value * invariant.gelu(gate)
 
 
 class FeedForward(nn.Module):
@@ -67,7 +66,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), invariant.Linear(4 * width, width))
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         return self.net(x)
@@ -104,9 +103,9 @@ class SpatialTransformer(nn.Module):
         self.linear = linear
         inner = heads * head_width
         self.norm = nn.GroupNorm(groups, channels, 1e-6)
-        self.proj_in = nn.Linear(channels, inner) if linear else nn.Conv2d(channels, inner, 1)
+        self.proj_in = invariant.Linear(channels, inner) if linear else invariant.Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(inner, heads, head_width, context_width) for _ in range(depth)])
-        self.proj_out = nn.Linear(inner, channels) if linear else nn.Conv2d(inner, channels, 1)
+        self.proj_out = invariant.Linear(inner, channels) if linear else invariant.Conv2d(inner, channels, 1)
 
     def forward(
         self, x: Float[Tensor, "B C H W"], context: Float[Tensor, "B L E"], mask: Bool[Tensor, "B L"] | None = None

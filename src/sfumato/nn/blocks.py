@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sfumato.nn import invariant
+
 
 class ResnetBlock(nn.Module):
     """norm, SiLU, conv, time embedding, norm, SiLU, dropout, conv, plus the input: (B, C, H, W) -> (B, D, H, W).
@@ -30,26 +32,26 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_width, out_channels * (2 if scale_shift else 1)) if time_width else None
+        self.conv1 = invariant.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = invariant.Linear(time_width, out_channels * (2 if scale_shift else 1)) if time_width else None
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv2 = invariant.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = invariant.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B T"] | None = None) -> Float[Tensor, "B D H W"]:
-        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv1(invariant.silu(self.norm1(x)))
         if self.time_emb_proj is None:
             y = self.norm2(y)
         else:
             assert time is not None, "this block was built with a time embedding"
-            shift = self.time_emb_proj(F.silu(time))[:, :, None, None]
+            shift = self.time_emb_proj(invariant.silu(time))[:, :, None, None]
             if self.scale_shift:
                 scale, shift = shift.chunk(2, dim=1)
                 y = self.norm2(y) * (1 + scale) + shift
             else:
                 y = self.norm2(y + shift)
-        y = self.conv2(self.dropout(F.silu(y)))
+        y = self.conv2(self.dropout(invariant.silu(y)))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -62,7 +64,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, padding: int):
         super().__init__()
         self.asymmetric = padding == 0
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = invariant.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C h w"]:
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
@@ -73,7 +75,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = invariant.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "B C h w"], size: torch.Size | None = None) -> Float[Tensor, "B C H W"]:
         if size is None or size == (2 * x.shape[-2], 2 * x.shape[-1]):

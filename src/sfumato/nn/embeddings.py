@@ -6,9 +6,10 @@ feature_i(p) = sin or cos of p * 10000^(-i / (D/2 - shift)) (Vaswani et al. 2017
 import math
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from sfumato.nn import invariant
 
 
 def sinusoidal(position: Float[Tensor, " B"], width: int, cos_first: bool = True, shift: float = 0.0) -> Float[Tensor, "B D"]:
@@ -30,8 +31,8 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, width: int, out_width: int):
         super().__init__()
-        self.linear_1 = nn.Linear(width, out_width)
-        self.linear_2 = nn.Linear(out_width, out_width)
+        self.linear_1 = invariant.Linear(width, out_width)
+        self.linear_2 = invariant.Linear(out_width, out_width)
 
     def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B E"]:
-        return self.linear_2(F.silu(self.linear_1(x)))
+        return self.linear_2(invariant.silu(self.linear_1(x)))

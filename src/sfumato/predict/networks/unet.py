@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfumato.config import read_config
 from sfumato.errors import UserError
+from sfumato.nn import invariant
 from sfumato.nn.attention import SpatialAttention, SpatialTransformer
 from sfumato.nn.blocks import Downsample, ResnetBlock, Upsample
 from sfumato.nn.embeddings import TimestepEmbedding, sinusoidal
@@ -189,7 +189,7 @@ class UNet(nn.Module):
         widths = config.block_out_channels
         time_width = config.time_embedding_dim or 4 * widths[0]
         last = len(widths) - 1
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = invariant.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], time_width)
         if config.class_embed_type == "projection":
             self.class_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim or 0, time_width)
@@ -221,7 +221,7 @@ class UNet(nn.Module):
                 below = widths[level]
             self.up_blocks.append(_Block(config, level, _KINDS[kind], pairs, "up" if level > 0 else None, position))
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.conv_out = invariant.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def embed(self, timestep: Float[Tensor, " B"], cond: Conditioning, dtype: torch.dtype) -> Float[Tensor, "B T"]:
         """Time, and the conditioning vector (class weights or features), as one embedding."""
@@ -233,7 +233,7 @@ class UNet(nn.Module):
                 raise UserError("this U-Net is class-conditional: Conditioning.vector (B, classes) is missing")
             vector = cond.vector.to(dtype)
             table = self.class_embedding
-            time = time + (vector @ table.weight.to(dtype) if isinstance(table, nn.Embedding) else table(vector))
+            time = time + (invariant.linear(vector, table.weight.to(dtype).T) if isinstance(table, nn.Embedding) else table(vector))
         return time
 
     def forward(self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning) -> Float[Tensor, "B D h w"]:
@@ -277,7 +277,7 @@ class UNet(nn.Module):
         if cond.residuals:
             skips = _joined(skips, cond.residuals[: len(skips)])
         x = self._ascend(x, skips, self._way_up()[-len(skips) :], time, cond, skips[0].shape[2:])
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(invariant.silu(self.conv_norm_out(x)))
 
     def _way_down(self) -> list[tuple[_Block, int | None]]:
         """Who makes each skip after conv_in's: a block's residual block of that index, or (None) its downsampler."""

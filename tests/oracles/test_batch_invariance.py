@@ -1,0 +1,230 @@
+"""Image k of a batch has the bits that it has alone: layers one by one, whole networks, and the way from latents to pixels.
+
+Equality is `torch.equal` throughout. OMP_NUM_THREADS=2 runs all of it with two threads; without, one test does, since threads that
+outnumber the processors wait for each other.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sfumato.decode.whole import whole
+from sfumato.nn import invariant
+from sfumato.nn.attention import FeedForward, SpatialAttention, SpatialTransformer
+from sfumato.nn.blocks import Downsample, ResnetBlock, Upsample
+from sfumato.predict.networks.unet import UNet, UNetConfig
+from sfumato.types import Conditioning
+
+BATCHES = (2, 3, 4, 5, 7, 11, 16, 17, 32, 33)
+SOME = (2, 11, 17)
+COUNT = 34
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def shaken(network: Any) -> Any:
+    """Weights of which none is 0, for inference."""
+    with torch.no_grad():
+        for k, parameter in enumerate(network.parameters()):
+            parameter.add_(0.1 * normal(*parameter.shape, seed=k))
+    return network.eval()
+
+
+def differing(run: Callable[[Tensor], Tensor], batches: tuple[int, ...] = BATCHES) -> list[tuple[int, int]]:
+    """(batch size, position) of each image whose bits are not those of a batch of one; `run` takes the indices of images.
+
+    Batches begin at image 0 and at image 1, so that an image is seen at even and odd positions.
+    """
+    with torch.inference_mode():
+        alone = [run(torch.tensor([i]))[0] for i in range(max(batches) + 1)]
+        found = []
+        for size in batches:
+            for first in (0, 1):
+                together = run(torch.arange(first, first + size))
+                found += [(size, i) for i in range(size) if not torch.equal(together[i], alone[first + i])]
+        return found
+
+
+# ---- layers ------------------------------------------------------------------------------------------------------------
+
+CONVOLUTIONS = [(12, 64, 3, 1, 7, 7), (64, 64, 3, 2, 7, 7), (128, 128, 3, 1, 4, 4), (5, 7, 3, 1, 6, 9), (8, 8, 3, 2, 3, 5)]
+CONVOLUTIONS += [(128, 64, 1, 1, 7, 7), (8, 16, 1, 1, 4, 5), (24, 16, 1, 1, 3, 5), (16, 24, 1, 1, 1, 1), (6, 6, 1, 1, 7, 7)]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
+def test_convolutions(shape: tuple[int, ...], last: bool) -> None:
+    inputs, outputs, kernel, stride, height, width = shape
+    layer, x = shaken(invariant.Conv2d(inputs, outputs, kernel, stride, kernel // 2)), normal(COUNT, inputs, height, width)
+    layout = torch.channels_last if last else torch.contiguous_format
+    assert not differing(lambda rows: layer(x[rows].contiguous(memory_format=layout)))
+
+
+@pytest.mark.parametrize("tokens", [None, 3, 9, 49])
+@pytest.mark.parametrize("widths", [(64, 256), (256, 128), (8, 64), (12, 8), (11, 256), (6, 6), (13, 8)], ids=str)
+def test_linear_maps(widths: tuple[int, int], tokens: int | None) -> None:
+    layer, x = shaken(invariant.Linear(*widths)), normal(COUNT, *([] if tokens is None else [tokens]), widths[0])
+    assert not differing(lambda rows: layer(x[rows]))
+    if tokens is not None:  # as they come from a feature map: channels first in memory
+        assert not differing(lambda rows: layer(x[rows].mT.contiguous().mT))
+
+
+@pytest.mark.parametrize("shape", [(8, 7, 7), (96, 7, 7), (24, 3, 5), (32,), (5,)], ids=str)
+@pytest.mark.parametrize("function", [invariant.silu, invariant.gelu])
+def test_activations(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> None:
+    x = 3 * normal(COUNT, *shape)
+    assert not differing(lambda rows: function(x[rows]))
+    halves = 3 * normal(COUNT, *shape[:-1], 2 * shape[-1])
+    assert not differing(lambda rows: function(halves[rows].chunk(2, dim=-1)[1]))
+
+
+@pytest.mark.parametrize("tokens", [(16, 16), (49, 49), (6, 6), (15, 15), (49, 5), (9, 77), (1, 5)], ids=str)
+@pytest.mark.parametrize(("heads", "width"), [(1, 96), (2, 8), (8, 8), (1, 6), (3, 15)])
+def test_attention(heads: int, width: int, tokens: tuple[int, int]) -> None:
+    n, length = tokens
+    q, k, v = normal(COUNT, n, width), normal(COUNT, length, width, seed=1), normal(COUNT, length, width, seed=2)
+    mask = (normal(COUNT, length, seed=3) > -0.5) | (torch.arange(length) == 0)
+    assert not differing(lambda rows: invariant.attention(q[rows], k[rows], v[rows], heads), SOME)
+    assert not differing(lambda rows: invariant.attention(q[rows], k[rows], v[rows], heads, mask[rows]), SOME)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 7), (3, 5)], ids=str)
+def test_blocks(size: tuple[int, int]) -> None:
+    x, time, tokens = normal(COUNT, 8, *size), normal(COUNT, 32, seed=1), normal(COUNT, 5, 12, seed=2)
+    resnet = shaken(ResnetBlock(8, 24, 4, 1e-5, time_width=32, scale_shift=True))
+    assert not differing(lambda rows: resnet(x[rows], time[rows]), SOME)
+    for linear in (False, True):
+        transformer = shaken(SpatialTransformer(8, 4, 2, depth=1, context_width=12, groups=4, linear=linear))
+        assert not differing(lambda rows, layer=transformer: layer(x[rows], tokens[rows]), SOME)
+    for layer in map(shaken, (SpatialAttention(8, 4, 4, 1e-5), Downsample(8, 0), Downsample(8, 1), Upsample(8))):
+        assert not differing(lambda rows, layer=layer: layer(x[rows]), SOME)
+    feed = shaken(FeedForward(8))
+    assert not differing(lambda rows: feed(x[rows].flatten(2).mT), SOME)
+
+
+# ---- whole networks ----------------------------------------------------------------------------------------------------
+
+SMALL: dict[str, Any] = {"in_channels": 3, "out_channels": 3, "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4}
+SMALL |= {"cross_attention_dim": 12, "block_out_channels": (8, 16)}
+CROSS = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+SELF = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+UNETS: dict[str, dict[str, Any]] = {
+    "cross-attention": CROSS,
+    "linear projection": CROSS | {"use_linear_projection": True},
+    "classes": SELF | {"mid_block_type": "UNetMidBlock2D", "num_class_embeds": 5, "resnet_time_scale_shift": "scale_shift"},
+    "projected vector": SELF | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 5},
+}
+
+
+@pytest.mark.parametrize("size", [(7, 7), (6, 9)], ids=str)
+@pytest.mark.parametrize("name", UNETS)
+def test_small_unets(name: str, size: tuple[int, int]) -> None:
+    network = shaken(UNet(UNetConfig(**(SMALL | UNETS[name]))))
+    vector = None if "cross_attention_dim" in UNETS[name] or UNETS[name].get("use_linear_projection") else normal(COUNT, 5).softmax(1)
+    mask = (normal(COUNT, 5) > -0.5) | (torch.arange(5) == 0)
+    cond = Conditioning(tokens=normal(COUNT, 5, 12, seed=1), mask=mask, vector=vector)
+    x, t = normal(COUNT, 3, *size, seed=2), 1000 * torch.rand(COUNT, generator=torch.Generator().manual_seed(3))
+    assert not differing(lambda rows: network(x[rows], t[rows], cond[rows]), SOME)
+
+
+def test_the_bundled_network(fashion: Any) -> None:
+    network, classes = fashion.denoiser.network, len(fashion.class_names) + 1
+    x, t = normal(COUNT, 12, 7, 7), 1000 * torch.rand(COUNT, generator=torch.Generator().manual_seed(1))
+    cond = Conditioning(vector=torch.eye(classes)[torch.arange(COUNT) % classes])
+    assert not differing(lambda rows: network(x[rows], t[rows], cond[rows]), (2, 3, 7, 16, 33))
+
+
+def test_the_bundled_autoencoder(fashion: Any) -> None:
+    z, image = normal(COUNT, 12, 7, 7), normal(COUNT, 1, 28, 28, seed=1).tanh()
+    assert not differing(lambda rows: whole(fashion.autoencoder, z[rows]), (2, 7, 17))
+    assert not differing(lambda rows: fashion.autoencoder.encode(image[rows]), (2, 7))
+    together = whole(fashion.autoencoder, z[:7], batch=3)
+    assert torch.equal(together, whole(fashion.autoencoder, z[:7])), "however the batch is cut"
+
+
+def test_generated_pictures(fashion: Any) -> None:
+    """Through sampling with guidance: picture 2 of 3 is the picture of its own seed."""
+    words = {"steps": 3, "guidance": 2.0, "output": "tensor"}
+    together = fashion.generate("bag", n=3, seed=5, **words)
+    assert torch.equal(together[2:], fashion.generate("bag", n=1, seed=7, **words))
+
+
+def test_with_two_threads() -> None:
+    """Two cut a batch in the middle, and MKL and oneDNN choose other kernels for them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        linear, conv, pixel = shaken(invariant.Linear(64, 256)), shaken(invariant.Conv2d(8, 8, 3, 2, 1)), shaken(invariant.Conv2d(8, 16, 1))
+        rows_in, maps, wide = normal(COUNT, 64), normal(COUNT, 8, 7, 7), normal(COUNT, 96, 7, 7)
+        assert not differing(lambda rows: linear(rows_in[rows]), (2, 5, 11))
+        assert not differing(lambda rows: conv(maps[rows]), (2, 3))
+        assert not differing(lambda rows: pixel(maps[rows]), (2, 3))
+        assert not differing(lambda rows: invariant.silu(wide[rows]), (7, 9))
+        network = shaken(UNet(UNetConfig(**(SMALL | CROSS))))
+        x, t, cond = normal(COUNT, 3, 7, 7), torch.full((COUNT,), 500.0), Conditioning(tokens=normal(COUNT, 5, 12, seed=1))
+        assert not differing(lambda rows: network(x[rows], t[rows], cond[rows]), (2, 11))
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- what it leaves alone, and whether it can fail ---------------------------------------------------------------------
+
+
+def test_the_plain_layers_differ() -> None:
+    """Otherwise the tests above would hold for any layers."""
+    plain = {"linear": nn.Linear(64, 256), "3x3": nn.Conv2d(12, 64, 3, padding=1), "1x1": nn.Conv2d(128, 64, 1)}
+    inputs = {"linear": normal(COUNT, 64), "3x3": normal(COUNT, 12, 7, 7), "1x1": normal(COUNT, 128, 7, 7)}
+    found = [differing(lambda rows, x=inputs[name], layer=layer: layer(x[rows]), SOME) for name, layer in plain.items()]
+    if not any(found):
+        pytest.skip("the kernels of this machine give plain layers' rows the same bits, so that they cannot show a difference")
+
+
+def test_training_is_torchs_own() -> None:
+    """With gradients the layers are nn's, to the bit, forwards and backwards; and so are the keys of their weights."""
+    pairs: list[tuple[Any, Any, Tensor]] = [
+        (invariant.Linear(6, 8), nn.Linear(6, 8), normal(3, 6)),
+        (invariant.Conv2d(6, 8, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1), normal(3, 6, 5, 5)),
+        (invariant.Conv2d(6, 8, 1), nn.Conv2d(6, 8, 1), normal(1, 6, 5, 5)),
+    ]
+    for ours, theirs, x in pairs:
+        theirs.load_state_dict(ours.state_dict())
+        a, b = ours(x), theirs(x)
+        a.square().sum().backward()
+        b.square().sum().backward()
+        assert torch.equal(a, b) and all(torch.equal(p.grad, q.grad) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+@torch.inference_mode()
+def test_values_are_torchs() -> None:
+    """To rounding: what is filled up does not show in the output, nor in its shape; of nothing comes nothing."""
+    linear, conv, pixel = shaken(invariant.Linear(6, 5)), shaken(invariant.Conv2d(6, 8, 3, 2, 1)), shaken(invariant.Conv2d(6, 8, 1))
+    for count in (0, 1, 3, 17):
+        x, maps = normal(count, 3, 6), normal(count, 6, 5, 4)
+        torch.testing.assert_close(linear(x), nn.functional.linear(x, linear.weight, linear.bias))
+        torch.testing.assert_close(conv(maps), nn.functional.conv2d(maps, conv.weight, conv.bias, 2, 1))
+        torch.testing.assert_close(pixel(maps), nn.functional.conv2d(maps, pixel.weight, pixel.bias))
+        torch.testing.assert_close(invariant.silu(x), nn.functional.silu(x))
+        torch.testing.assert_close(invariant.gelu(x), nn.functional.gelu(x))
+    q, k, v = normal(2, 7, 6), normal(2, 5, 6, seed=1), normal(2, 5, 6, seed=2)
+    mask = torch.tensor([[True, False, True, True, False], [True] * 5])
+    scores = (q.unflatten(-1, (2, 3)).transpose(1, 2) @ k.unflatten(-1, (2, 3)).transpose(1, 2).mT) / 3**0.5
+    weights = scores.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
+    expected = (weights @ v.unflatten(-1, (2, 3)).transpose(1, 2)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(invariant.attention(q, k, v, 2, mask), expected)
+
+
+def test_other_dtypes_and_compilers_are_left_alone() -> None:
+    layer, x = shaken(invariant.Conv2d(4, 8, 3, padding=1)), normal(2, 4, 5, 5)
+    with torch.inference_mode():
+        assert invariant.applies(x) and not invariant.applies(x.bfloat16()) and not invariant.applies(x.to("meta"))
+        assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    alone, both = (layer.float().requires_grad_(False)(x[:n])[0] for n in (1, 2))
+    assert torch.equal(alone, both), "where no gradient is wanted there need be no context manager"
+    with torch.no_grad():
+        program = torch.export.export(layer, (x,))
+        assert "mkldnn" not in str(program.graph), "an exported graph holds operations that other runtimes know"
