@@ -37,7 +37,9 @@ def main() -> None:
 
     network.forward = timed
     noise = torch.randn(options.n, *(12, 7, 7), generator=torch.Generator().manual_seed(0))
-    print(f"n={options.n}, {options.steps} steps, {torch.get_num_threads()} threads, torch {torch.__version__}, median of {options.repeats} runs\n")
+    print(
+        f"n={options.n}, {options.steps} steps, {torch.get_num_threads()} threads, torch {torch.__version__}, median of {options.repeats} runs\n"
+    )
     print("| sampler | calls | ms a call in the network | ms beside it | share |")
     print("|---|---|---|---|---|")
     for name in names("diffuse.samplers"):

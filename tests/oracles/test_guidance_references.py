@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sfumato.nn.attention
+from sfumato.asking import answered, together
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
-from sfumato.asking import answered, together
 from sfumato.diffuse.schedule import schedule
 from sfumato.errors import UserError
 from sfumato.predict.denoiser import Denoiser, answer
