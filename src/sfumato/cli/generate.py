@@ -148,7 +148,7 @@ def _sample(model: "LatentDiffusion", options: Generate, clock: Clock) -> tuple[
     """The pictures and the settings that made them, the model's defaults filled in."""
     from sfumato.predict.guidance.settings import Guidance
 
-    guidance = None if options.guidance is None else Guidance.parse(options.guidance)
+    guidance = None if options.guidance is None else Guidance.parse(options.guidance).to_json()
     settings = model.settings(
         n=options.n,
         steps=options.steps,

@@ -1,0 +1,114 @@
+"""Fixed against time-varying guidance on the bundled model: quality, distance from the fixed one's pictures, network calls.
+
+    python benchmarks/guidance.py [--samples 2000] [--settings quick|all|"TEXT; TEXT; ..."] [--steps 20] [--sampler ddim] [--spacing trailing]
+
+Every setting draws the same classes from the same seeds. Frechet distance, precision, recall, density, coverage and class accuracy are those of
+`sfumato evaluate` (features of the bundled classifier; the 60,000 training images as reference); the first row is real test images. PSNR and SSIM
+are to the pictures of the first setting, the fixed weight: how much of it a cheaper or a varying weight keeps. Network calls are rows of forward
+passes an image. Differences below twice the spread between `--repeat` sets of seeds are chance: the last column gives the distance of a second set.
+"""
+
+import argparse
+import time
+
+import torch
+from torch import Tensor
+
+from sfumato.data import open_images
+from sfumato.evaluate import extract, load_features
+from sfumato.evaluate.classes import classes
+from sfumato.evaluate.features import classify
+from sfumato.evaluate.frechet import frechet_distance, gaussian
+from sfumato.evaluate.inputs import choose
+from sfumato.evaluate.manifold import manifold
+from sfumato.evaluate.reconstruction import psnr, ssim
+from sfumato.loading import load
+
+FIXED = ["1.25", "1", "1.1", "1.5", "2"]
+VARYING = [
+    "1.25 interval:low=0.1,high=0.9",
+    "1.5 interval:low=0.2,high=0.8",
+    "2 interval:low=0.3,high=0.7",
+    "1.5 interval:low=0.0,high=0.6",
+    "1.5 interval:low=0.4,high=1.0",
+    "1.25 ramp",
+    "1.5 ramp",
+    "1.5 ramp:shape=cosine",
+    "1.5 ramp:first=1,last=0",
+    "1.5 adaptive",
+    "2 adaptive",
+    "1.5 adaptive:disagreement=raises",
+    "2 adaptive:disagreement=raises",
+]
+COMBINES = ["1.25 project", "1.5 rescale", "1.25 zero_star:zero_steps=0", "0.6 plus_plus", "2 perturbed_attention", "2 skip_layers"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--settings", default="all")
+    parser.add_argument("--model", default="fashion")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--sampler", default="ddim")
+    parser.add_argument("--spacing", default=None)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--second", type=int, default=0, help="samples of a second set of seeds, whose distance shows the chance in it")
+    options = parser.parse_args()
+    groups = {"quick": FIXED[:1] + VARYING[:2], "all": FIXED + VARYING + COMBINES}
+    asked = groups.get(options.settings) or [text.strip() for text in options.settings.split(";")]
+
+    model, features = load(options.model), load_features("fashion")
+    images = {split: _pixels(open_images("fashion-mnist", split=split, size=28, channels=1)) for split in ("train", "test")}
+    f_train, f_test = (extract(features, images[split]) for split in ("train", "test"))
+    reference = gaussian(f_train, features.hash)
+    near = f_train[choose(len(f_train), options.samples, 0)]
+    floor = f_test[choose(len(f_test), options.samples, 0)]
+    passes = [0]
+    model.denoiser.network.register_forward_hook(lambda module, inputs, y: passes.__setitem__(0, passes[0] + len(y)))
+
+    def draw(text: str, count: int, seed: int) -> Tensor:
+        parts = []
+        for start in range(0, count, 250):
+            size = min(250, count - start)
+            words = [model.class_names[(start + k) % len(model.class_names)] for k in range(size)]
+            settings = {"steps": options.steps, "sampler": options.sampler, "spacing": options.spacing, "guidance": text}
+            parts.append(model.generate(words, seed=seed + start, output="tensor", **settings)[:, :1])
+        return torch.cat(parts)
+
+    print(f"{options.samples} samples, {options.sampler}, {options.steps} steps, {options.spacing or 'default spacing'}, seed {options.seed}\n")
+    print("| guidance | Frechet distance | precision | recall | density | coverage | class accuracy | PSNR | SSIM | calls | seconds | second set |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    found = manifold(near, floor, 5)
+    print(f"| real images | {frechet_distance(gaussian(floor, features.hash), reference):.3f} | {_shares(found)} | | | | | | |", flush=True)
+    first: Tensor | None = None
+    for text in asked:
+        passes[0], begin = 0, time.perf_counter()
+        samples = draw(text, options.samples, options.seed)
+        seconds, calls = time.perf_counter() - begin, passes[0] / options.samples
+        first = samples if first is None else first
+        f = extract(features, samples)
+        labels = torch.tensor([features.class_names.index(model.class_names[k % 10]) for k in range(options.samples)])
+        accuracy = classes(classify(features, samples), labels).accuracy
+        moved = "| " if samples is first else f"{psnr(first, samples):.2f} | {ssim(first, samples):.4f}"
+        second = ""
+        if options.second:
+            again = extract(features, draw(text, options.second, options.seed + 1_000_000))
+            second = f"{frechet_distance(gaussian(again, features.hash), reference):.3f}"
+        distance = frechet_distance(gaussian(f, features.hash), reference)
+        print(
+            f"| {text} | {distance:.3f} | {_shares(manifold(near, f, 5))} | {accuracy:.3f} | {moved} | {calls:.1f} | {seconds:.0f} | {second} |",
+            flush=True,
+        )
+
+
+def _shares(found) -> str:
+    return f"{found.precision:.3f} | {found.recall:.3f} | {found.density:.3f} | {found.coverage:.3f}"
+
+
+def _pixels(images) -> Tensor:
+    parts = [images.batch(range(start, min(start + 1000, len(images))))["image"] for start in range(0, len(images), 1000)]
+    return (torch.cat(parts) + 1) / 2
+
+
+if __name__ == "__main__":
+    main()
