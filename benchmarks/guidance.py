@@ -75,8 +75,12 @@ def main() -> None:
             parts.append(model.generate(words, seed=seed + start, output="tensor", **settings)[:, :1])
         return torch.cat(parts)
 
-    print(f"{options.samples} samples, {options.sampler}, {options.steps} steps, {options.spacing or 'default spacing'}, seed {options.seed}\n")
-    print("| guidance | Frechet distance | precision | recall | density | coverage | class accuracy | PSNR | SSIM | calls | seconds | second set |")
+    print(
+        f"{options.samples} samples, {options.sampler}, {options.steps} steps, {options.spacing or 'default spacing'}, seed {options.seed}\n"
+    )
+    print(
+        "| guidance | Frechet distance | precision | recall | density | coverage | class accuracy | PSNR | SSIM | calls | seconds | second set |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     found = manifold(near, floor, 5)
     print(f"| real images | {frechet_distance(gaussian(floor, features.hash), reference):.3f} | {_shares(found)} | | | | | | |", flush=True)

@@ -243,7 +243,7 @@ def test_slug_is_a_safe_file_name(prompt: str | None, name: str) -> None:
         ("generate boot --height 0", 2, "--height 0"),
         ("generate boot --threads 0", 2, "--threads 0"),
         ("generate boot --seed -1", 2, "--seed -1"),
-        ("generate boot --guidance nan", 2, "--guidance nan"),
+        ("generate boot --guidance nan", 2, "guidance=nan: expected a number"),
         ("generate boot --out boot.jpg", 2, "boot.png"),
         ("generate boot --out /dev/null/boot.png", 2, "/dev/null"),
         ("generate --from nowhere.png", 2, "nowhere.png is missing"),
@@ -420,7 +420,7 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
     out = capsys.readouterr().out
     assert {"generate", "train", "evaluate", "info"} <= set(COMMANDS)
     for name in COMMANDS:
-        assert f"\n  {name} " in out
+        assert f"\n  {name.replace('_', '-')} " in out
     assert run("--version") == 0
     assert capsys.readouterr().out.startswith("sfumato 0.1.0")
 

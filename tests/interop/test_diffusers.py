@@ -19,8 +19,10 @@ from sfumato.checkpoints.names.scheduler import from_scheduler_config, to_schedu
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
+from sfumato.diffuse.rescale import Shifted, ZeroTerminalSNR
 from sfumato.diffuse.sample import SeededNoise
-from sfumato.diffuse.schedule import schedule
+from sfumato.diffuse.schedule import schedule, table
+from sfumato.diffuse.timesteps import timesteps
 from sfumato.errors import UserError
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
@@ -360,7 +362,6 @@ FLOW, TABLE = "FlowMatchEulerDiscreteScheduler", "DDIMScheduler"
     ("name", "values", "words"),
     [
         ("PNDMScheduler", {}, "scheduler class 'PNDMScheduler' is not supported: expected one of DDIMScheduler"),
-        (TABLE, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True is not supported"),
         (TABLE, {"trained_betas": [0.1, 0.2]}, "trained_betas"),
         (TABLE, {"thresholding": True}, "thresholding=True"),
         (TABLE, {"clip_sample": True}, "clip_sample=True is not supported: expected clip_sample=False"),
@@ -368,7 +369,6 @@ FLOW, TABLE = "FlowMatchEulerDiscreteScheduler", "DDIMScheduler"
         (TABLE, {"beta_schedule": "laplace"}, "beta_schedule='laplace'"),
         (TABLE, {"prediction_type": "flow"}, "prediction_type='flow'"),
         (TABLE, {"solver_order": 2}, "solver_order=2 is not known"),
-        (FLOW, {"shift": 3.0}, "shift=3.0 is not supported"),
         (FLOW, {"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
         (FLOW, {"use_karras_sigmas": True}, "use_karras_sigmas=True"),
         (FLOW, {"num_train_timesteps": 500}, "num_train_timesteps=500"),
@@ -442,3 +442,32 @@ def test_a_whole_model_makes_the_same_latents_and_pictures(pair: tuple[str, str]
         assert pictures.std() > 0.01
     again = load(tmp_path / "model")  # what was read from the folder is the model that was written
     assert torch.equal(again.generate(**settings, output="latent"), ours)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "parameter"),
+    [
+        (ZeroTerminalSNR(schedule("scaled_linear")), "v"),
+        (ZeroTerminalSNR(schedule("linear", steps=50)), "x0"),
+        (table(schedule("cosine", steps=30).betas), "eps"),
+    ],
+)
+def test_rescaled_and_own_tables_in_both_directions(chosen: Any, parameter: str) -> None:
+    """Their scheduler built from our config has our table, and our config read again is the same process."""
+    process = Process(chosen, parameterization(parameter))
+    config = to_scheduler_config(process)
+    theirs: Any = diffusers.DDIMScheduler.from_config(config)
+    grid = torch.arange(1, chosen.grid + 1, dtype=torch.float64) / chosen.grid
+    torch.testing.assert_close(theirs.alphas_cumprod.double(), chosen.at(grid)[0].square(), rtol=1e-4, atol=1e-6)
+    again = from_scheduler_config(json.loads(json.dumps(config)))
+    assert again.parameterization == process.parameterization and again.schedule.at(0.37) == chosen.at(0.37)
+
+
+def test_a_shifted_flow_in_both_directions() -> None:
+    process = Process(Shifted(schedule("flow"), 3.0), parameterization("flow"))
+    config = to_scheduler_config(process)
+    theirs: Any = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+    theirs.set_timesteps(sigmas=np.linspace(1, 0.1, 10))
+    ours = [process.schedule.point(t)[1] for t in timesteps("trailing", 10, process.schedule)]
+    np.testing.assert_allclose(theirs.sigmas.numpy(), ours, atol=1e-6)
+    assert from_scheduler_config(config) == process

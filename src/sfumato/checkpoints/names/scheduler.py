@@ -5,7 +5,8 @@ from typing import Any
 
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.schedule import BetaTable, RectifiedFlow, schedule
+from sfumato.diffuse.rescale import Shifted, ZeroTerminalSNR
+from sfumato.diffuse.schedule import BetaTable, RectifiedFlow, schedule, table
 from sfumato.errors import UserError
 
 _KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
@@ -14,31 +15,35 @@ _TABLE_CLASSES = ("DDIMScheduler", "DDPMScheduler")
 _FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
 
 # Fields that decide the process, which we read.
-_READ = {"num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type"}
+_READ = {"num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type", "trained_betas", "rescale_betas_zero_snr"}
 # Fields that we stand for with one value only: (diffusers' default, ours).
-_TABLE_FIXED = {"rescale_betas_zero_snr": (False, False), "trained_betas": (None, None), "thresholding": (False, False)}
+_TABLE_FIXED: dict[str, tuple[Any, Any]] = {"thresholding": (False, False)}
 _TABLE_FIXED |= {"clip_sample": (True, False)}  # latents have no bounds
-_FLOW_FIXED = {"num_train_timesteps": (1000, 1000), "shift": (1.0, 1.0), "shift_terminal": (None, None), "invert_sigmas": (False, False)}
+_FLOW_FIXED = {"num_train_timesteps": (1000, 1000), "shift_terminal": (None, None), "invert_sigmas": (False, False)}
 _FLOW_FIXED |= {f"use_{k}": (False, False) for k in ("dynamic_shifting", "karras_sigmas", "exponential_sigmas", "beta_sigmas")}
 # Fields that say how a run is sampled, which is asked for elsewhere, or that only matter beside a value refused above.
 _TABLE_FREE = {"timestep_spacing", "steps_offset", "set_alpha_to_one", "variance_type", "skip_prk_steps"}
 _TABLE_FREE |= {"clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"}
+_FLOW_READ = {"shift"}
 _FLOW_FREE = {"stochastic_sampling", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"}
 
 
 def to_scheduler_config(process: Process) -> dict[str, Any]:
     """A DDIMScheduler, DDPMScheduler (sigmoid) or FlowMatchEulerDiscreteScheduler config that stands for the same process."""
     table, kind = process.schedule, process.parameterization.name
-    if isinstance(table, RectifiedFlow) and kind == "flow":
-        return {"_class_name": _FLOW_CLASS, "num_train_timesteps": 1000, "shift": 1.0}
-    if not isinstance(table, BetaTable) or table.kind not in _KINDS or kind not in _TYPES:
+    shift, flow = (table.shift, table.base) if isinstance(table, Shifted) else (1.0, table)
+    if isinstance(flow, RectifiedFlow) and kind == "flow":
+        return {"_class_name": _FLOW_CLASS, "num_train_timesteps": 1000, "shift": shift}
+    zero = isinstance(table, ZeroTerminalSNR) and table.last == 0
+    table = table.base if isinstance(table, ZeroTerminalSNR) and zero else table
+    if not isinstance(table, BetaTable) or table.kind not in (*_KINDS, "table") or kind not in _TYPES:
         raise UserError(
             f"no scheduler of the ecosystem stands for schedule {getattr(table, 'kind', table)!r} with parameterization {kind!r}: save in another pair"
         )
     values = {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": len(table.betas),
-        "beta_schedule": _KINDS[table.kind],
+        "beta_schedule": _KINDS.get(table.kind, "linear"),
         "beta_start": table.beta_start,
         "beta_end": table.beta_end,
         "prediction_type": _TYPES[kind],
@@ -46,6 +51,10 @@ def to_scheduler_config(process: Process) -> dict[str, Any]:
         "clip_sample": False,
         "steps_offset": 0,
     }
+    if table.kind == "table":
+        values["trained_betas"] = list(table.betas)
+    if zero:
+        values["rescale_betas_zero_snr"] = True
     if table.kind == "sigmoid":  # DDIMScheduler has no such schedule
         return values | {"_class_name": "DDPMScheduler"}
     return values | {"set_alpha_to_one": True}
@@ -66,8 +75,9 @@ def from_scheduler_config(values: dict[str, Any]) -> Process:
     """The process that a scheduler config stands for; a class or a field that we would not honour is a `UserError`."""
     name = values.get("_class_name")
     if name == _FLOW_CLASS:
-        _check(values, _FLOW_FIXED, _FLOW_FREE)
-        return Process(schedule("flow"), parameterization("flow"))
+        _check(values, _FLOW_FIXED, _FLOW_FREE | _FLOW_READ)
+        shift = values.get("shift", 1.0)
+        return Process(schedule("flow") if shift == 1 else Shifted(schedule("flow"), shift), parameterization("flow"))
     if name not in _TABLE_CLASSES:
         raise UserError(f"scheduler class {name!r} is not supported: expected one of {', '.join((*_TABLE_CLASSES, _FLOW_CLASS))}")
     _check(values, _TABLE_FIXED, _TABLE_FREE | _READ)
@@ -77,6 +87,11 @@ def from_scheduler_config(values: dict[str, Any]) -> Process:
         raise UserError(
             f"scheduler config beta_schedule={kind!r}, prediction_type={prediction!r}: expected one of {sorted(kinds)} and {sorted(types)}"
         )
+    betas, zero = values.get("trained_betas"), values.get("rescale_betas_zero_snr", False)
+    if betas is not None:
+        chosen = table(betas)
+        return Process(ZeroTerminalSNR(chosen) if zero else chosen, parameterization(types[prediction]))
     steps = int(values.get("num_train_timesteps", 1000))
     ends = {} if kind == "squaredcos_cap_v2" else {"start": values.get("beta_start", 0.0001), "end": values.get("beta_end", 0.02)}
-    return Process(schedule(kinds[kind], steps=steps, **ends), parameterization(types[prediction]))
+    chosen = schedule(kinds[kind], steps=steps, **ends)
+    return Process(ZeroTerminalSNR(chosen) if zero else chosen, parameterization(types[prediction]))
