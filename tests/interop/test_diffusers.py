@@ -362,7 +362,7 @@ FLOW, TABLE = "FlowMatchEulerDiscreteScheduler", "DDIMScheduler"
     ("name", "values", "words"),
     [
         ("PNDMScheduler", {}, "scheduler class 'PNDMScheduler' is not supported: expected one of DDIMScheduler"),
-        (TABLE, {"trained_betas": [0.1, 0.2]}, "trained_betas"),
+        (TABLE, {"trained_betas": [0.1, 1.2]}, "strictly between 0 and 1"),
         (TABLE, {"thresholding": True}, "thresholding=True"),
         (TABLE, {"clip_sample": True}, "clip_sample=True is not supported: expected clip_sample=False"),
         (TABLE, {"clip_sample": None}, "clip_sample"),
