@@ -5,7 +5,7 @@
 Every setting draws the same classes from the same seeds. Frechet distance, precision, recall, density, coverage and class accuracy are those of
 `sfumato evaluate` (features of the bundled classifier; the 60,000 training images as reference); the first row is real test images. PSNR and SSIM
 are to the pictures of the first setting, the fixed weight: how much of it a cheaper or a varying weight keeps. Network calls are rows of forward
-passes an image. Differences below twice the spread between `--repeat` sets of seeds are chance: the last column gives the distance of a second set.
+passes an image. A setting may name its own sampler, spacing and steps: "1.25 @ dpmpp_2m @ karras @ 10". Differences below twice the spread between `--repeat` sets of seeds are chance: the last column gives the distance of a second set.
 """
 
 import argparse
@@ -71,8 +71,7 @@ def main() -> None:
         for start in range(0, count, 250):
             size = min(250, count - start)
             words = [model.class_names[(start + k) % len(model.class_names)] for k in range(size)]
-            settings = {"steps": options.steps, "sampler": options.sampler, "spacing": options.spacing, "guidance": text}
-            parts.append(model.generate(words, seed=seed + start, output="tensor", **settings)[:, :1])
+            parts.append(model.generate(words, seed=seed + start, output="tensor", **settings_of(text, options))[:, :1])
         return torch.cat(parts)
 
     print(
@@ -103,6 +102,13 @@ def main() -> None:
             f"| {text} | {distance:.3f} | {_shares(manifold(near, f, 5))} | {accuracy:.3f} | {moved} | {calls:.1f} | {seconds:.0f} | {second} |",
             flush=True,
         )
+
+
+def settings_of(text: str, options: argparse.Namespace) -> dict[str, object]:
+    """guidance [@ sampler [@ spacing [@ steps]]]"""
+    guidance, *rest = (part.strip() for part in text.split("@"))
+    sampler, spacing, steps = (*rest, *(options.sampler, options.spacing, options.steps)[len(rest) :])
+    return {"guidance": guidance, "sampler": sampler, "spacing": spacing or None, "steps": int(steps)}
 
 
 def _shares(found) -> str:
