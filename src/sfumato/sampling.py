@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -98,6 +99,7 @@ def request_from(values: Mapping[str, Any]) -> Request:
     return Request(**values)
 
 
+@lru_cache(maxsize=256)
 def sampler_of(spec: str) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The sampler that "name" or "name:option=value,..." means, and its options; `UserError` for one that there is not."""
     name, options = choice(spec)
@@ -106,6 +108,7 @@ def sampler_of(spec: str) -> tuple[Callable[..., Any], dict[str, Any]]:
     return sampler, options
 
 
+@lru_cache(maxsize=256)
 def spacing_of(spec: str) -> tuple[str, dict[str, Any]]:
     """The spacing that "name" or "name:option=value,..." means, and its options."""
     name, options = choice(spec)

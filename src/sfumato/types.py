@@ -5,7 +5,7 @@ One letter, one meaning: `image` in [-1, 1], `z` clean standardised latent, `x` 
 """
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Self, TypeVar
 
 import torch
@@ -44,7 +44,7 @@ class Conditioning:
         def apply(value: Tensor | tuple[Tensor, ...] | None) -> Tensor | tuple[Tensor, ...] | None:
             return None if value is None else tuple(map(change, value)) if isinstance(value, tuple) else change(value)
 
-        return replace(self, **{f.name: apply(getattr(self, f.name)) for f in fields(self)})
+        return type(self)(*(apply(getattr(self, door)) for door in DOORS))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """The same conditioning on a device and, for its floating-point tensors, in a dtype."""
@@ -71,17 +71,21 @@ class Conditioning:
     @classmethod
     def _join(cls, parts: Sequence["Conditioning"], join: Callable[[Sequence[Tensor]], Tensor]) -> "Conditioning":
         joined: dict[str, Tensor | tuple[Tensor, ...] | None] = {}
-        for field in fields(cls):
-            values = [getattr(p, field.name) for p in parts]
+        for door in DOORS:
+            values = [getattr(p, door) for p in parts]
             if any(v is None for v in values):
                 if any(v is not None for v in values):
-                    raise ValueError(f"conditionings differ: {field.name!r} is set in some parts of the batch and missing in others")
-                joined[field.name] = None
+                    raise ValueError(f"conditionings differ: {door!r} is set in some parts of the batch and missing in others")
+                joined[door] = None
             elif isinstance(values[0], tuple):
-                joined[field.name] = tuple(join(column) for column in zip(*values, strict=True))
+                joined[door] = tuple(join(column) for column in zip(*values, strict=True))
             else:
-                joined[field.name] = join(values)
+                joined[door] = join(values)
         return cls(**joined)  # pyright: ignore[reportArgumentType]
+
+
+DOORS = tuple(f.name for f in fields(Conditioning))
+"""The names of a conditioning's fields, in order."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Coefficients are float64, the state float32, the network runs in its own dtype.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfumato.diffuse.process import Process
-from sfumato.types import Conditioning, Prediction, Query
+from sfumato.types import DOORS, Conditioning, Prediction, Query
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,12 @@ def _one_pass(queries: Sequence[Query], rows: int | None) -> list[Prediction]:
     else:
         parts = [slice(i, i + rows) for i in range(0, len(x), rows)]
         y = torch.cat([denoiser.output(x[p], t[p] if isinstance(t, Tensor) else t, conditioning[p]) for p in parts])
+    if not isinstance(t, Tensor):  # the usual case, in one go
+        found = denoiser.process.split(x, y, t)
+        if not many:
+            return [found]
+        sizes = [len(q.x) for q in queries]
+        return [Prediction(x0, eps) for x0, eps in zip(found.x0.split(sizes), found.eps.split(sizes), strict=True)]
     answers, done = [], 0
     for q in queries:
         end = done + len(q.x)
@@ -86,4 +92,4 @@ def _shape(query: Query) -> tuple[Any, ...]:
     def size(value: Any) -> Any:
         return tuple(map(size, value)) if isinstance(value, tuple) else None if value is None else value.shape[1:]
 
-    return tuple(query.x.shape[1:]), *(size(getattr(query.conditioning, f.name)) for f in fields(query.conditioning))
+    return query.x.shape[1:], *(size(getattr(query.conditioning, door)) for door in DOORS)
