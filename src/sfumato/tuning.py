@@ -3,7 +3,7 @@
 1. A reference of many DDIM steps, whose predictions say what a single step from any time to any other would get wrong.
 2. The path of N steps with the least sum of those squared errors, by dynamic programming (Watson et al. 2021, arXiv:2106.03802, section 3).
 3. From there, and from the best of the fixed spacings, Levenberg-Marquardt on the distance of the run's real end to the reference's, over the
-   N gaps (softmax, so that times fall). It is the objective of Sabour et al. 2024 (arXiv:2404.14507) taken at the end of the run.
+   first time and the gaps (softmax, so that times fall). It is the objective of Sabour et al. 2024 (arXiv:2404.14507) taken at the end of the run.
 """
 
 import math
@@ -166,14 +166,15 @@ def _shortest_path(reference: _Reference, model: LatentDiffusion, steps: int) ->
 def _descend(
     run: _Runner, times: Sequence[float], seed: int, end: Tensor, iterations: int, steps: int, say: Progress
 ) -> tuple[float, list[float]]:
-    """Levenberg-Marquardt over the gaps between times: (error on the seen images, times)."""
-    start = times[0]
-    gaps = torch.tensor([a - b for a, b in pairwise(times)], dtype=torch.float64) / start
-    theta = gaps.log()
+    """Levenberg-Marquardt over the first time and the gaps: (error on the seen images, times)."""
+    # What is searched: how [0, 1] is shared between the part that is left out above the first time and the gaps. No share vanishes.
+    least = 1e-3
+    shares = torch.tensor([1 - times[0], *(a - b for a, b in pairwise(times))], dtype=torch.float64).clamp(min=2 * least)
+    theta = (shares / shares.sum() - least).log()
 
     def unfold(theta: Tensor) -> list[float]:
-        shares = theta.softmax(0) * start
-        return [*(start - shares.cumsum(0).roll(1).index_fill(0, torch.tensor([0]), 0)).tolist(), 0.0]
+        shares = least + (1 - least * len(theta)) * theta.softmax(0)
+        return [*(1 - shares.cumsum(0)[:-1]).tolist(), 0.0]
 
     def residual(theta: Tensor) -> Tensor:
         return ((run(unfold(theta), seed) - end) / math.sqrt(end.numel())).flatten()

@@ -316,6 +316,18 @@ def test_cancelling_closes_it(name: str) -> None:
     assert len(asked) == 3 and next(sampler, "closed") == "closed"
 
 
+def test_half_of_the_quadratic_term_costs_an_order() -> None:
+    """DPM-Solver++(3M) as its authors, k-diffusion and diffusers have it (`published=True`) is of order two."""
+    chosen, slopes = KINDS["cosine"], []
+    x = math.hypot(*chosen.point(0.95)) * torch.randn((16, *SHAPE), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    reference, counts = solved("dpm_solver_3", "cosine", tuple(graded(1000))), [90, 135, 200, 300]
+    for published in (False, True):
+        ends = [sample(SAMPLERS["dpmpp_3m"](x, graded(n, 3), chosen, lambda: x, published=published), wavy(chosen), 1) for n in counts]
+        errors = [float((end - reference).square().mean().sqrt()) for end in ends if end is not None]
+        slopes.append(-stats.linregress(np.log(counts), np.log(errors)).slope)
+    assert slopes[0] > 2.7 and slopes[1] < 2.4, slopes
+
+
 @pytest.mark.parametrize("name", UP)
 @everywhere
 def test_upward_ones_end_at_the_first_time_and_come_back(name: str, kind: str) -> None:
