@@ -67,6 +67,6 @@ denoiser = DenoiserRecipe(
         save_every=1500,
         show_every=2625,
     ),
-    defaults=Defaults(steps=20, sampler="ddim", guidance=1.25),
+    defaults=Defaults(steps=20, sampler="ddim", guidance="1.5 interval:low=0.2,high=0.8"),  # chosen by benchmarks/guidance.py
     name="fashion",
 )
