@@ -5,6 +5,7 @@ image --compress--> z --diffuse--> x_t --predict--> (x0, eps) --diffuse back--> 
 
 import copy
 import math
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -234,11 +235,10 @@ class LatentDiffusion:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 over all weights and settings that decide an image."""
+        """SHA-256 over all weights and settings that decide an image; defaults, which a request may change, are not among them."""
         configs = [self.autoencoder.to_config(), self.denoiser.network.to_config(), self.conditioner.to_config()]  # pyright: ignore
         weights = [hash_tensors(m.state_dict()) for m in (self.autoencoder, self.denoiser.network)]
-        times = {"spacing": self.defaults.spacing, "tuned": self.defaults.tuned} if self.defaults.tuned else self.defaults.spacing
-        return hash_json([configs, to_scheduler_config(self.denoiser.process), times, weights])
+        return hash_json([configs, to_scheduler_config(self.denoiser.process), weights])
 
     def describe(self) -> dict[str, Any]:
         """Parts, sizes and defaults, for `sfumato info`."""
@@ -276,9 +276,7 @@ class LatentDiffusion:
                 self.save(Path(temporary) / "model", dtype)
                 fold(Path(temporary) / "model", folder)
             return
-        target = Path(folder).expanduser().resolve()  # through a link: the folder behind it is replaced, not the link
-        if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "model_index.json").exists()):
-            raise UserError(f"{folder} exists and is not a model folder: it is left as it is; choose another name or remove it first")
+        target = check_target(folder)
         with atomic_folder(target) as temporary:
             save_part(temporary / "vae", self.autoencoder, dtype)
             save_part(temporary / "unet", self.denoiser.network, dtype)  # pyright: ignore[reportArgumentType]
@@ -300,3 +298,14 @@ class LatentDiffusion:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def check_target(folder: str | Path) -> Path:
+    """Where a model would be saved; `UserError` for a place that holds something else, or that may not be written."""
+    target = Path(folder).expanduser().resolve()  # through a link: the folder behind it is replaced, not the link
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "model_index.json").exists()):
+        raise UserError(f"{folder} exists and is not a model folder: it is left as it is; choose another name or remove it first")
+    parent = next((p for p in target.parents if p.exists()), Path("/"))
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{folder} cannot be written: {parent} is not a folder that you may write to; choose another place")
+    return target

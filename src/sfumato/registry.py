@@ -39,6 +39,8 @@ def choice(spec: str) -> tuple[str, dict[str, Any]]:
         key, equals, value = (p.strip() for p in part.partition("="))
         if not (key and equals and value):
             raise UserError(f"{spec!r}: expected NAME or NAME:OPTION=VALUE,OPTION=VALUE, and {part!r} is no OPTION=VALUE")
+        if key.replace("-", "_") in options:
+            raise UserError(f"{spec!r} gives {key} twice: give it once")
         options[key.replace("-", "_")] = _value(value)
     return name.strip().replace("-", "_"), options
 

@@ -55,8 +55,10 @@ class Defaults:
                 check_times(times)
 
     def tuned_for(self, sampler: str, steps: int) -> list[float] | None:
-        """The tuned times of a sampler for so many steps, if there are any."""
-        return next((list(times) for times in self.tuned.get(sampler, ()) if len(times) == steps + 1), None)
+        """The tuned times of a sampler, however it is spelled, for so many steps, if there are any."""
+        asked = _canonical(sampler)
+        tables = (tables for name, tables in self.tuned.items() if _canonical(name) == asked)
+        return next((list(times) for known in tables for times in known if len(times) == steps + 1), None)
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,13 @@ def spacing_of(spec: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
+def _canonical(spec: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """A sampler's name and those of its options that are not the defaults."""
+    sampler, options = sampler_of(spec)
+    defaults = {name: p.default for name, p in inspect.signature(sampler).parameters.items()}
+    return choice(spec)[0], tuple(sorted((key, value) for key, value in options.items() if value != defaults[key]))
+
+
 def _check_options(what: str, function: Callable[..., Any], skip: int, options: Mapping[str, Any]) -> None:
     """`UserError` for an option that a sampler or spacing does not have (after its first `skip` parameters), or words for a number."""
     allowed = list(inspect.signature(function).parameters.values())[skip:]
@@ -125,12 +134,18 @@ def _check_options(what: str, function: Callable[..., Any], skip: int, options: 
         found = next((p for p in allowed if p.name == option), None)
         if found is None:
             raise unknown(f"option of {what}", option, [p.name for p in allowed])
-        if isinstance(value, str) != isinstance(found.default, str):
-            raise UserError(f"{what}: {option}={value!r}: expected {'a word' if isinstance(found.default, str) else 'a number'}")
+        wanted = type(found.default) if found.default is not None else float
+        fits = isinstance(value, wanted) or (wanted is float and isinstance(value, int))
+        if not fits or (isinstance(value, bool) and wanted is not bool) or (isinstance(value, float) and math.isnan(value)):
+            kinds = {str: "a word", int: "a whole number", float: "a number", bool: "true or false"}
+            raise UserError(f"{what}: {option}={value!r}: expected {kinds[wanted]}")
 
 
 def settings(model: Any, request: Request) -> dict[str, Any]:
-    """n, steps, sampler, spacing, guidance, height and width that a request runs with. `UserError` for impossible ones."""
+    """n, steps, sampler, spacing ("given" where its times are), guidance, height and width of a request's run.
+
+    `UserError` for impossible ones.
+    """
     defaults, n = model.defaults, request.count
     if not isinstance(n, int) or n < 1:
         raise UserError(f"n={n!r}: expected a whole number of at least 1 image")
@@ -147,7 +162,9 @@ def settings(model: Any, request: Request) -> dict[str, Any]:
     if promised.upward:
         raise UserError(f"sampler {sampler!r} goes from an image to noise: expected one that draws; `invert` is what it is for")
     spacing = request.spacing
-    if spacing is None:
+    if request.timesteps is not None:
+        spacing = "given"
+    elif spacing is None:
         spacing = defaults.spacing if defaults.tuned_for(sampler, steps) is None else "tuned"
     elif spacing == "tuned" and defaults.tuned_for(sampler, steps) is None:
         there = ", ".join(f"{name} in {len(times) - 1} steps" for name, tables in defaults.tuned.items() for times in tables) or "none"
@@ -195,8 +212,10 @@ def questions(model: Any, request: Request, on_step: Callable[[Step], bool | Non
             raise UserError(f"noise of shape {tuple(request.noise.shape)}: expected finite numbers of shape {tuple(start.shape)}")
         start = request.noise.to(model.device, torch.float32)
     given, reference = (model.conditioner(prompts(words, n)).to(model.device) for words in (request.prompt, request.negative_prompt))
-    weaker = getattr(request.weaker, "denoiser", request.weaker)
-    ask = build(Guidance.parse(chosen["guidance"]), model.denoiser, given, reference, schedule.point, weaker)
+    weaker, guidance = getattr(request.weaker, "denoiser", request.weaker), Guidance.parse(chosen["guidance"])
+    if request.canvas is not None and getattr(guidance.parts()[1], "momentum", 0):
+        raise UserError(f"guidance {guidance} on a canvas: its momentum would pass from window to window; expected momentum=0")
+    ask = build(guidance, model.denoiser, given, reference, schedule.point, weaker)
     if request.canvas is not None:
         ask = large_canvas(ask, *request.canvas)
     if request.cache is not None:

@@ -6,6 +6,7 @@
    first time and the gaps (softmax, so that times fall). It is the objective of Sabour et al. 2024 (arXiv:2404.14507) taken at the end of the run.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from sfumato.checkpoints.folder import explained, read_table
 from sfumato.diffuse.sample import Step
-from sfumato.diffuse.samplers import traits_of
+from sfumato.diffuse.samplers import draws_noise
+from sfumato.diffuse.schedule import Schedule
 from sfumato.diffuse.timesteps import SPACINGS, timesteps
 from sfumato.errors import UserError
 from sfumato.files import write_json
@@ -72,7 +74,9 @@ def tune_timesteps(
     """
     chosen = settings(model, _Request(sampler=sampler, guidance=guidance))
     name, weight = chosen["sampler"], chosen["guidance"]
-    if traits_of(sampler_of(name)[0]).noise:
+    schedule = model.denoiser.process.schedule
+    sampler_itself, its_options = sampler_of(name)
+    if draws_noise(sampler_itself, timesteps("trailing", 20, schedule), schedule, **its_options):
         raise UserError(f"sampler {name!r} draws noise on the way: there is no one end to come near to; tune with a deterministic one")
     for what, value, low in (
         ("images", images, 2),
@@ -82,6 +86,10 @@ def tune_timesteps(
     ):
         if value < low:
             raise UserError(f"{what}={value}: expected at least {low}")
+    most = min(reference_steps, 100, schedule.grid or 100)
+    if max(steps) > most:
+        raise UserError(f"steps={max(steps)}: expected at most {most}; with more, the spacings hardly differ")
+    fixed = {count: _fixed(count, schedule) for count in steps}
     words = list(prompts or model.class_names or [None])
     words = [words[k % len(words)] for k in range(images)]
     run = _Runner(model, words, name, weight)
@@ -91,12 +99,24 @@ def tune_timesteps(
     found = []
     for count in steps:
         say(f"search for {count} steps", 0, iterations)
-        fixed = {name: timesteps(name, count, model.denoiser.process.schedule) for name in SPACINGS if name != "uniform"}
-        scores = {name: run.error(times, seed, seen.end) for name, times in fixed.items()}
-        starts = [_shortest_path(seen, model, count), fixed[min(scores, key=lambda name: scores[name])]]
+        scores = {name: run.error(times, seed, seen.end) for name, times in fixed[count].items()}
+        starts = [_shortest_path(seen, model, count), fixed[count][min(scores, key=lambda name: scores[name])]]
         best = min((_descend(run, times, seed, seen.end, iterations, count, say) for times in starts), key=lambda pair: pair[0])[1]
-        errors = {name: run.error(times, seed + images, judge.end) for name, times in {**fixed, "tuned": best}.items()}
+        errors = {name: run.error(times, seed + images, judge.end) for name, times in {**fixed[count], "tuned": best}.items()}
+        winner = min(errors, key=lambda spacing: errors[spacing])
+        if winner != "tuned":  # by chance a fixed spacing judged better: then its times are kept
+            best, errors["tuned"] = fixed[count][winner], errors[winner]
         found.append(Tuned(name, weight, tuple(best), errors))
+    return found
+
+
+def _fixed(steps: int, schedule: Schedule) -> dict[str, list[float]]:
+    """The times of every spacing that has so many steps (lcm has 50 at most)."""
+    found: dict[str, list[float]] = {}
+    for name in SPACINGS:
+        with contextlib.suppress(UserError):
+            found[name] = timesteps(name, steps, schedule)
+    found.pop("uniform", None)  # trailing's other name
     return found
 
 
@@ -217,5 +237,5 @@ def store_tuned(folder: str | Path, found: Sequence[Tuned]) -> None:
 def _merged(before: Any, found: Sequence[Tuned]) -> dict[str, list[list[float]]]:
     tables = {sampler: {len(times): list(times) for times in known} for sampler, known in before.items()}
     for tuned in found:
-        tables.setdefault(tuned.sampler, {})[len(tuned.times)] = [round(t, 6) for t in tuned.times]
+        tables.setdefault(tuned.sampler, {})[len(tuned.times)] = list(tuned.times)
     return {sampler: [known[n] for n in sorted(known)] for sampler, known in tables.items()}

@@ -44,7 +44,7 @@ class Conditioning:
         def apply(value: Tensor | tuple[Tensor, ...] | None) -> Tensor | tuple[Tensor, ...] | None:
             return None if value is None else tuple(map(change, value)) if isinstance(value, tuple) else change(value)
 
-        return type(self)(*(apply(getattr(self, door)) for door in DOORS))
+        return type(self)(*(apply(getattr(self, door)) for door in DOORS))  # pyright: ignore[reportArgumentType]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """The same conditioning on a device and, for its floating-point tensors, in a dtype."""

@@ -23,13 +23,15 @@ from sfumato.checkpoints import folder as folders
 from sfumato.decode.image import to_pil, to_tensor
 from sfumato.decode.preview import Preview
 from sfumato.decode.whole import whole
-from sfumato.diffuse.parameterization import parameterization
+from sfumato.diffuse.parameterization import edm, parameterization
 from sfumato.diffuse.process import Process
+from sfumato.diffuse.rescale import Shifted, ZeroTerminalSNR
 from sfumato.diffuse.sample import SeededNoise, Step
 from sfumato.diffuse.schedule import schedule
 from sfumato.diffuse.timesteps import SPACINGS
 from sfumato.errors import NumericalError, UserError
 from sfumato.files import read_tensors, write_tensors
+from sfumato.loading import load
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.conditioners.nothing import Nothing
@@ -497,7 +499,7 @@ def test_defaults_are_those_of_the_model(model: LatentDiffusion) -> None:
     assert other.settings() == {**chosen, "steps": 2, "sampler": "ddpm", "guidance": 1.0, "spacing": "linspace"}
     assert torch.equal(latents(other, "bag"), latents(model, "bag", sampler="ddpm", guidance=1.0, timesteps=other.times(2)))
     tuned = replace(model, defaults=Defaults(steps=2, tuned={"ddim": [[1.0, 0.4, 0.0]], "heun": [[1.0, 0.8, 0.5, 0.0]]}))
-    assert tuned.times() == [1.0, 0.4, 0.0] and tuned.settings()["spacing"] == "tuned" and tuned.hash != model.hash
+    assert tuned.times() == [1.0, 0.4, 0.0] and tuned.settings()["spacing"] == "tuned"
     assert (
         tuned.times(3) == model.times(3)
         and tuned.times(3, "heun") == [1.0, 0.8, 0.5, 0.0]
@@ -871,12 +873,59 @@ def test_impossible_requests_are_refused(model: LatentDiffusion, values: dict, w
         model.sample_many([{"prompt": "bag"}, values])
 
 
-def test_inversion_finds_the_noise_that_makes_the_image_again(each: LatentDiffusion) -> None:
-    prompt = "bag" if each.class_names else None
-    z = latents(each, prompt, n=2, steps=15, guidance=1.0, seed=5)
+def test_inversion_finds_the_noise_that_makes_the_image_again(fashion: LatentDiffusion) -> None:
+    z = latents(fashion, ["dress", "bag"], steps=15, guidance=1.0, seed=5)
     errors = []
-    for iterations in (1, 12):
-        noise = each.invert(z, prompt, steps=15, iterations=iterations)
-        again = latents(each, prompt, n=2, noise=noise, steps=15, guidance=1.0)
-        errors.append(float((again - z).abs().max() / z.abs().max()))
-    assert errors[1] < errors[0] / 2, errors  # random weights contract little: a trained model comes far closer
+    for iterations in (1, 5, 20):
+        noise = fashion.invert(z, ["dress", "bag"], steps=15, iterations=iterations)
+        again = latents(fashion, ["dress", "bag"], noise=noise, steps=15, guidance=1.0)
+        errors.append(float((again - z).norm() / z.norm()))
+    assert errors[2] < 0.01 and errors[1] < errors[0] / 5, errors
+
+
+def test_what_is_guided_does_not_depend_on_its_neighbours(model: LatentDiffusion) -> None:
+    """CFG-Zero* begins without moving: not for an image without a condition, which has nothing to move away from, as when it is alone."""
+    together = latents(model, [None, "bag"], seed=3, guidance="2 zero_star")
+    assert torch.equal(together[:1], latents(model, None, seed=3, guidance="2 zero_star"))
+    assert torch.equal(together[1:], latents(model, "bag", seed=4, guidance="2 zero_star"))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"guidance": "2 project:momentum=-0.5", "canvas": (8, 4)}, "its momentum would pass from window to window"),
+        ({"cache": ()}, "every=.*: expected a whole number"),
+        ({"sampler": "restart:rho=0.0"}, "rho=0.0"),
+        ({"sampler": "lms:order=2.5"}, "order=2.5: expected a whole number"),
+        ({"sampler": "ddim:eta=true"}, "eta=True: expected a number"),
+        ({"sampler": "edm:churn_from=nan"}, "churn_from=nan: expected a number"),
+        ({"sampler": "ddim:eta=0.5,eta=0.7"}, "gives eta twice"),
+    ],
+)
+def test_settings_that_would_be_silently_wrong_are_refused(model: LatentDiffusion, values: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        model.generate("bag", **values)
+
+
+def test_tuned_times_are_found_however_the_sampler_is_spelled(model: LatentDiffusion) -> None:
+    tuned = replace(model, defaults=Defaults(tuned={"ddim": [[1.0, 0.4, 0.0]]}))
+    assert tuned.times(2, "ddim:eta=0") == tuned.times(2, "ddim:eta=0.0") == [1.0, 0.4, 0.0] != tuned.times(2, "ddim:eta=0.5")
+    assert tuned.hash == model.hash  # times are a default: the same request with its own times draws the same picture
+
+
+@pytest.mark.parametrize(
+    "process",
+    [
+        Process(schedule("vp"), parameterization("v")),
+        Process(schedule("ve", sigma_max=30.0), parameterization("eps")),
+        Process(schedule("edm"), edm(0.7)),
+        Process(Shifted(ZeroTerminalSNR(schedule("scaled_linear", steps=30)), 2.0), parameterization("x0")),
+        Process(schedule("cosine", steps=20), parameterization("edm")),
+    ],
+)
+def test_processes_without_a_name_in_the_ecosystem_are_saved_all_the_same(model: LatentDiffusion, process: Process, tmp_path: Path) -> None:
+    made = replace(model, denoiser=Denoiser(model.denoiser.network, process))
+    made.save(tmp_path / "model")
+    again = load(tmp_path / "model")
+    assert again.denoiser.process == process and again.hash == made.hash
+    assert torch.equal(latents(made, "bag", seed=1), latents(again, "bag", seed=1))

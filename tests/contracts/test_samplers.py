@@ -316,6 +316,20 @@ def test_cancelling_closes_it(name: str) -> None:
     assert len(asked) == 3 and next(sampler, "closed") == "closed"
 
 
+@pytest.mark.parametrize("kind", ["cosine", "flow"])
+@pytest.mark.parametrize("steps", [3, 4, 7])
+def test_tcd_without_noise_is_ddim_whatever_the_steps(kind: str, steps: int) -> None:
+    """Times off the table's grid are not rounded away: eta 0 draws nothing."""
+    chosen, x = KINDS[kind], torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    times = timesteps("trailing", steps, chosen)
+
+    def never() -> Tensor:
+        raise AssertionError("eta 0 asked for noise")
+
+    found = [sample(SAMPLERS[n](x, times, chosen, never, **o), gaussian(chosen), 1) for n, o in (("tcd", {"eta": 0.0}), ("ddim", {}))]
+    assert torch.equal(found[0], found[1])
+
+
 def test_half_of_the_quadratic_term_costs_an_order() -> None:
     """DPM-Solver++(3M) as its authors, k-diffusion and diffusers have it (`published=True`) is of order two."""
     chosen, slopes = KINDS["cosine"], []
@@ -331,10 +345,10 @@ def test_half_of_the_quadratic_term_costs_an_order() -> None:
 @pytest.mark.parametrize("name", UP)
 @everywhere
 def test_upward_ones_end_at_the_first_time_and_come_back(name: str, kind: str) -> None:
-    """From a clean latent to noise; with enough iterations DDIM makes the very latent again from it."""
+    """From a clean latent to noise; with enough iterations DDIM makes the very latent again from it, also from alpha = 0."""
     chosen = KINDS[kind]
     z = MEAN + STD * torch.randn((3, *SHAPE), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    times = timesteps("linspace", 12, chosen, start=0.9 if kind != "edm" else 0.6)
+    times = timesteps("linspace", 12, chosen, start=1.0 if "flow" in kind else 0.9 if kind != "edm" else 0.6)
     asked: list[float] = []
     x = sample(SAMPLERS[name](z, times, chosen, lambda: z, iterations=60), gaussian(chosen, asked), 12 * 60)
     assert x is not None and asked[-1] == times[0] and min(asked) == times[-2]

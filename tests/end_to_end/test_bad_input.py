@@ -205,7 +205,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown scheduler": (change(SCHEDULER, lambda v: v.update(_class_name="Dpm")), "scheduler class 'Dpm'"),
     "scheduler of another kind": (
         content(SCHEDULER, lambda b: b'{"_class_name": "DDIMScheduler", "clip_sample": false, "num_train_timesteps": "many"}'),
-        "scheduler_config.json has a value of the wrong kind",
+        "num_train_timesteps='many'",
     ),
     "scheduler that cannot be solved": (
         content(SCHEDULER, lambda b: b'{"_class_name": "DDIMScheduler", "clip_sample": false, "beta_start": 2.0, "beta_end": 3.0}'),
@@ -407,6 +407,8 @@ WRONG_KINDS = {
     "model.generate(steps='many')": "steps='many'",
     "model.generate(sampler=3)": "unknown sampler '3'",
     "model.generate(guidance='strong')": "guidance='strong'",
+    "model.generate(cache=1.5)": "every=1.5",
+    "model.generate(cache='abc')": "every='abc'",
     "model.generate(seed=1.5)": "seed=1.5",
     "model.generate(seed=None)": "seed=None",
     "model.generate(3)": "prompt 3",

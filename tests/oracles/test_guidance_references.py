@@ -159,22 +159,34 @@ def test_a_block_is_left_out_with_all_that_is_in_it(kind: str) -> None:
     [
         (
             "self",
-            PerturbedAttention(),
+            PerturbedAttention(("mid_block",)),
             "unknown layer with self-attention 'mid_block': .*known are down_blocks.1, down_blocks.1.attentions.0, up_bl",
         ),
         ("cross", PerturbedAttention(("mid",)), "unknown layer with self-attention 'mid': did you mean 'mid_block'"),
         ("cross", PerturbedAttention(("mid_block", "down_blocks.1")), "unknown layer with self-attention 'down_blocks.1'"),
         ("cross", PerturbedAttention(("mid_block.attentions.0.transformer_blocks.0.attn2",)), "unknown layer with self-attention"),
-        ("self", SkipLayers(), "unknown layer that can be left out 'mid_block.attentions'"),
+        ("self", SkipLayers(("mid_block.attentions",)), "unknown layer that can be left out 'mid_block.attentions'"),
         ("cross", SkipLayers(("conv_in",)), "unknown layer that can be left out 'conv_in': .*known are down_blocks.0"),
         ("cross", SkipLayers(("",)), "unknown layer that can be left out ''"),
-        ("cross", SkipLayers(()), "no layers to change: name at least one layer that can be left out"),
     ],
 )
 def test_layers_that_are_not_there_are_refused(kind: str, reference: Any, said: str) -> None:
     denoiser, _, given = setup(kind)
     with pytest.raises(UserError, match=said):
         weaker(reference, denoiser, given)
+
+
+@every
+@torch.inference_mode()
+def test_no_layers_means_the_deepest_attention_that_there_is(kind: str) -> None:
+    """The middle block's where it has any, else that of the last block of the way down that has."""
+    denoiser, x, given = setup(kind)
+    named = "mid_block" if kind == "cross" else "down_blocks.1"
+    for reference in (PerturbedAttention, SkipLayers):
+        layers = (named,) if reference is PerturbedAttention else (f"{named}.attentions",)
+        assert torch.equal(
+            weaker(reference(), denoiser, given)(x, 0.5, given).x0, weaker(reference(layers), denoiser, given)(x, 0.5, given).x0
+        )
 
 
 def test_a_copy_is_made_once_and_goes_with_its_denoiser() -> None:

@@ -668,6 +668,8 @@ def test_a_denoiser_learns_one_latent_by_heart(tmp_path: Path) -> None:
     found = Denoiser(network, process)
     nothing = Conditioning()
     with torch.no_grad():
-        drawn = sample(ddim(draw(), timesteps("trailing", 5, process.schedule), process.schedule, draw), lambda x, t: found(x, t, nothing), 5)
+        drawn = sample(
+            ddim(draw(), timesteps("trailing", 5, process.schedule), process.schedule, draw), lambda x, t: found(x, t, nothing), 5
+        )
     assert drawn is not None
     assert (drawn - z).square().mean() < 0.02 * z.square().mean()

@@ -34,6 +34,15 @@ def parse(
     return tyro.cli(kind, args=list(arguments), prog=f"sfumato {command}", description=description, config=config, **options)
 
 
+def weaker_for(guidance: Any) -> Any:
+    """The model that guidance by a weaker one names ("2 model:path=small"), opened; None for other guidance."""
+    from sfumato.loading import load
+    from sfumato.predict.guidance.settings import Guidance
+
+    paths = [path for path in (getattr(r, "path", None) for r in Guidance.parse(guidance).parts()[2]) if path]
+    return load(paths[0]) if paths else None
+
+
 def at_least(low: int, **values: int | None) -> None:
     """Refuses numbers below `low`; None means that the model decides."""
     for name, value in values.items():

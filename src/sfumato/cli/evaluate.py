@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from sfumato.cli._common import MODELS, Clock, at_least, parse, progress, unset
+from sfumato.cli._common import MODELS, Clock, at_least, parse, progress, unset, weaker_for
 from sfumato.errors import UserError
 
 if TYPE_CHECKING:
@@ -128,6 +128,7 @@ def _measure(
     import torch
 
     from sfumato.evaluate import evaluate_reconstruction, evaluate_samples
+    from sfumato.predict.guidance.settings import Guidance
 
     settings = model.settings(steps=options.steps, sampler=options.sampler, spacing=options.spacing, guidance=options.guidance)
     del settings["n"]  # of one call; the report has its own
@@ -157,17 +158,19 @@ def _measure(
         )
 
     kinds = len(model.class_names)
+    equal = settings["steps"] * (1 if Guidance.parse(settings["guidance"]).off else 2)
+    spacing = None if options.spacing == "tuned" else options.spacing  # there may be no tuned times for so many steps
+    free = model.settings(steps=options.unconditional_steps or equal, sampler=options.sampler, spacing=spacing, guidance=options.guidance)
+    del free["n"]
     asked = torch.arange(options.samples) % kinds if kinds else None
     samples = _draw(model, asked, options.samples, options, settings)
     clock.lap("sample")
     found = report(samples, _translate(asked, model.class_names, features.class_names), f"{options.model} on {options.data}")
     clock.lap("measure")
     if kinds and options.unconditional_samples:
-        equal = settings["steps"] * (1 if settings["guidance"] == 1 else 2)
-        steps = equal if options.unconditional_steps is None else options.unconditional_steps
-        free = _draw(model, None, options.unconditional_samples, options, {**settings, "steps": steps, "spacing": options.spacing})
+        drawn = _draw(model, None, options.unconditional_samples, options, free)
         clock.lap("sample")
-        found = found.join(_renamed(report(free, None, "Samples without a class", steps=steps), "unconditional"))
+        found = found.join(_renamed(report(drawn, None, "Samples without a class", steps=free["steps"]), "unconditional"))
         clock.lap("measure")
     rebuilt = _reconstruct(model, real_test, options.batch)
     clock.lap("reconstruct")
@@ -180,7 +183,7 @@ def _draw(model: "LatentDiffusion", asked: "Tensor | None", count: int, options:
     """`count` samples, (N, C, H, W) in [0, 1]; with `asked`, sample k is of class `asked[k]`. Sample k is drawn from seed + k."""
     import torch
 
-    parts = []
+    parts, weaker = [], weaker_for(settings["guidance"])
     starts = range(0, count, options.batch)
     with progress("sampling") as update:
         for run, start in enumerate(starts):
@@ -196,6 +199,7 @@ def _draw(model: "LatentDiffusion", asked: "Tensor | None", count: int, options:
                 seed=options.seed + start,
                 output="tensor",
                 on_step=on_step,
+                weaker=weaker,
                 **settings,
             )
             parts.append(images[:, : model.autoencoder.channels])  # grey models return three equal channels

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from sfumato.cli._common import MODELS, Clock, at_least, parse, progress, unset
+from sfumato.cli._common import MODELS, Clock, at_least, parse, progress, unset, weaker_for
 from sfumato.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class Generate:
     """The sampler's name, with options if need be: ddim:eta=0.5 (docs/samplers.md lists them)."""
     spacing: Annotated[str | None, unset(MODELS)] = None
     """How the times are spaced: trailing, karras, karras:rho=5, tuned ..."""
+    timesteps: tuple[float, ...] = ()
+    """The times to visit themselves, falling from noise (1) to clean (0), instead of --steps and --spacing."""
     guidance: Annotated[str | None, unset(MODELS)] = None
     """How strongly to follow the prompt: a number, 1 is off; or more, as "3 interval:low=0.2,high=0.8" (docs/guidance.md)."""
     negative_prompt: Annotated[str | None, unset("none")] = None
@@ -71,6 +73,7 @@ RECORDED: dict[str, type | tuple[type, ...]] = {
     "steps": int,
     "sampler": str,
     "spacing": (str, type(None)),
+    "timesteps": (list, type(None)),
     "guidance": (int, float, dict),
     "negative_prompt": (str, type(None)),
     "height": int,
@@ -91,7 +94,7 @@ def generate(arguments: Sequence[str]) -> None:
 
         recorded = read_parameters(options.source)
         before = _recorded_options(recorded, options.source)
-        options = parse(Generate, arguments, "generate", default=before)
+        options = _settled(parse(Generate, arguments, "generate", default=before), before)
         # One picture of a request stays one picture, unless the request itself is changed.
         index = recorded.get("index") if (options.n, options.grid) == (before.n, before.grid) else None
     _check(options)
@@ -149,24 +152,30 @@ def _sample(model: "LatentDiffusion", options: Generate, clock: Clock) -> tuple[
     from sfumato.predict.guidance.settings import Guidance
 
     guidance = None if options.guidance is None else Guidance.parse(options.guidance).to_json()
+    times = list(options.timesteps) or None
     settings = model.settings(
         n=options.n,
         steps=options.steps,
         sampler=options.sampler,
         spacing=options.spacing,
+        timesteps=times,
         guidance=guidance,
         height=options.height,
         width=options.width,
     )
+    more = {"timesteps": times, "weaker": weaker_for(settings["guidance"])}
+    words = {"seed": options.seed, "negative_prompt": options.negative_prompt, **{k: v for k, v in more.items() if v is not None}}
     with progress("sampling") as update:
 
         def on_step(step: "Step") -> None:
             clock.lap("sample")
             update(step.index + 1, step.count)
 
-        pictures = model.generate(options.prompt, seed=options.seed, negative_prompt=options.negative_prompt, on_step=on_step, **settings)
+        pictures = model.generate(options.prompt, on_step=on_step, **words, **settings)
     clock.lap("decode")
-    return pictures, settings
+    if settings["spacing"] == "tuned":  # the model may be tuned again: the picture remembers its own times
+        times = model.times(settings["steps"], settings["sampler"], "tuned")
+    return pictures, {**settings, "timesteps": times}
 
 
 def _provenance(options: Generate, model: "LatentDiffusion", threads: int, torch_version: str) -> dict[str, Any]:
@@ -179,7 +188,7 @@ def _recorded_options(recorded: dict[str, Any], source: Path) -> Generate:
     """The request that a PNG remembers, as defaults for the command."""
     for name, kind in RECORDED.items():
         value = recorded.get(name)
-        if name == "spacing" and value is None:  # pictures of before there was a choice
+        if name in ("spacing", "timesteps") and value is None:  # pictures of before there was a choice
             continue
         if name not in recorded or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise UserError(f"the parameters in {source} lack a usable {name!r} (got {value!r}): the file was changed after it was made")
@@ -187,7 +196,18 @@ def _recorded_options(recorded: dict[str, Any], source: Path) -> Generate:
     if index is not None and (not isinstance(index, int) or not 0 <= index < recorded["n"]):
         raise UserError(f"the parameters in {source} name picture {index!r} of {recorded['n']}: the file was changed after it was made")
     known = {name: recorded[name] for name in RECORDED if name in recorded}
-    return replace(Generate(), **{**known, "guidance": json.dumps(known["guidance"])})
+    times = tuple(known.get("timesteps") or ())
+    return replace(Generate(), **{**known, "guidance": json.dumps(known["guidance"]), "timesteps": times})
+
+
+def _settled(options: Generate, before: Generate) -> Generate:
+    """A picture's own times hold as long as nobody asks for other steps, another sampler or another spacing."""
+    asked = (options.steps, options.sampler, options.spacing) != (before.steps, before.sampler, before.spacing)
+    if options.timesteps == before.timesteps and asked:
+        options = replace(options, timesteps=())
+    if not options.timesteps and options.spacing == before.spacing and options.spacing in ("given", "tuned") and asked:
+        options = replace(options, spacing=None)  # nobody asked for it: the times were the picture's, or the model's choice
+    return options
 
 
 def _check(options: Generate) -> None:

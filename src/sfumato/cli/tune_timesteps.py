@@ -58,13 +58,18 @@ def tune_timesteps(arguments: Sequence[str]) -> None:
 
     import torch
 
-    from sfumato.loading import load
+    from sfumato.loading import bundled, load
+    from sfumato.model import check_target
     from sfumato.tuning import store_tuned, with_tuned
     from sfumato.tuning import tune_timesteps as search
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if options.out is None and options.model in bundled():
+        raise UserError(f"{options.model!r} is the bundled model: say ./{options.model} for the folder of that name, or add --out FOLDER")
     model = load(options.model)
+    if options.out is not None:
+        check_target(options.out)
     clock.lap("load")
     with progress("searching") as update:
         found = search(
@@ -80,11 +85,6 @@ def tune_timesteps(arguments: Sequence[str]) -> None:
             progress=lambda what, done, total: update(done, total),
         )
     clock.lap("search")
-    if options.out is not None:
-        with_tuned(model, found).save(options.out)
-    else:
-        store_tuned(folder, found)
-
     from rich.console import Console
     from rich.table import Table
 
@@ -97,5 +97,9 @@ def tune_timesteps(arguments: Sequence[str]) -> None:
     Console().print(table)
     for tuned in found:
         print(f"{len(tuned.times) - 1} steps: {', '.join(f'{t:.4f}' for t in tuned.times)}")
+    if options.out is not None:
+        with_tuned(model, found).save(options.out)
+    else:
+        store_tuned(folder, found)
     print(options.out or folder)
     print(f"tuned in {clock}")

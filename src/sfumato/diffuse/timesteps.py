@@ -181,7 +181,13 @@ def timesteps(spacing: str, steps: int, schedule: Schedule, start: float = 1.0, 
         raise UserError(f"steps={steps}: the model's noise table has {schedule.grid} times, expected at most as many steps")
     if not 0 < start <= 1:
         raise UserError(f"start={start}: expected a time in (0, 1]")
-    return check_times(SPACINGS[spacing](steps, schedule, start, **options))
+    times = SPACINGS[spacing](steps, schedule, start, **options)
+    if not all(a > b for a, b in pairwise(times)):
+        said = "".join(f", {key}={value}" for key, value in options.items())
+        raise UserError(
+            f"spacing {spacing!r} has no {steps} different times from start={start:g}{said}: expected fewer steps, or another spacing"
+        )
+    return check_times(times)
 
 
 def truncate(times: Sequence[float], start: float) -> list[float]:

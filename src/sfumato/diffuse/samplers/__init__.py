@@ -64,14 +64,28 @@ def traits_of(sampler: Callable[..., Run]) -> Traits:
 
 
 def calls(sampler: Callable[..., Run], times: Sequence[float], schedule: Any, **options: Any) -> int:
-    """How many network calls a run makes: counted on one number, with answers of nothing."""
-    nothing = torch.zeros(1, 1, 1, 1)
-    run, count = sampler(nothing, times, schedule, lambda: nothing, **options), 0
-    answer = Prediction(nothing, nothing)
+    """How many network calls a run makes."""
+    return _empty_run(sampler, times, schedule, options)[0]
+
+
+def draws_noise(sampler: Callable[..., Run], times: Sequence[float], schedule: Any, **options: Any) -> bool:
+    """Whether a run draws noise on the way, with these options."""
+    return _empty_run(sampler, times, schedule, options)[1]
+
+
+def _empty_run(sampler: Callable[..., Run], times: Sequence[float], schedule: Any, options: dict[str, Any]) -> tuple[int, bool]:
+    """(network calls, whether noise was drawn) of a run on one number, with answers of nothing."""
+    nothing, drawn = torch.zeros(1, 1, 1, 1), []
+
+    def noise() -> Tensor:
+        drawn.append(True)
+        return nothing
+
+    run, count, answer = sampler(nothing, times, schedule, noise, **options), 0, Prediction(nothing, nothing)
     try:
         next(run)
         while True:
             count += 1
             run.send(answer)
     except StopIteration:
-        return count
+        return count, bool(drawn)

@@ -6,7 +6,6 @@ et al.'s, come back. The noise contracts the errors made above; the deterministi
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 from torch import Tensor
 
@@ -31,8 +30,9 @@ def restart(
     rho: float = 7.0,
 ) -> Run:
     """Two network calls a step, and 2 * restarts * inner more; a run that does not come down from above `high` is Heun's alone."""
-    if not (0 < low < high < math.inf and restarts >= 0 and inner >= 1):
-        raise UserError(f"low={low}, high={high}, restarts={restarts}, inner={inner}: expected 0 < low < high, restarts >= 0, inner >= 1")
+    if not (0 < low < high < math.inf and restarts >= 0 and inner >= 1 and 0 < rho < math.inf):
+        found = f"low={low}, high={high}, restarts={restarts}, inner={inner}, rho={rho}"
+        raise UserError(f"{found}: expected 0 < low < high, restarts >= 0, inner >= 1, rho > 0")
     bottom, top = schedule.at_noise_level(low), schedule.at_noise_level(high)
     positive = [i for i, s in enumerate(times) if s > 0]
     crossing = next((i for i in positive if times[i] <= bottom), positive[-1])  # a run of few steps jumps over `low`: its last time then
@@ -43,7 +43,6 @@ def restart(
     levels = [schedule.noise_level(top) ** (1 / rho), schedule.noise_level(s) ** (1 / rho)]
     ladder = [schedule.at_noise_level((levels[0] + (levels[1] - levels[0]) * i / inner) ** rho) for i in range(inner)]
     ladder = [top, *ladder[1:], s]
-    assert all(a > b for a, b in pairwise(ladder))
     for _ in range(restarts):
         x = noisier(x, noise(), schedule.point(s), schedule.point(top))
         x = yield from heun(x, ladder, schedule, noise)

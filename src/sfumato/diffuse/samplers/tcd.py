@@ -25,7 +25,7 @@ def tcd(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta
     for t, s in pairwise(times):
         prediction = yield x, t
         past, there = (1 - eta) * s, schedule.point(s)
-        if schedule.grid is not None and past > 0:  # in whole timesteps, of which the first, 0, is at t = 1/grid
+        if schedule.grid is not None and 0 < past < s:  # in whole timesteps, of which the first, 0, is at t = 1/grid
             past = (math.floor(round((1 - eta) * (s * schedule.grid - 1), 6)) + 1) / schedule.grid
         x = place(prediction, schedule.point(past))
         if past < s:

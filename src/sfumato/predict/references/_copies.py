@@ -34,10 +34,12 @@ def shared_copy(network: nn.Module) -> nn.Module:
 def changed(network: nn.Module, layers: Sequence[str], find: Find, kind: str) -> nn.Module:
     """A shared copy in which `find`'s replacements stand at and below the named layers, the outermost where they are nested.
 
-    `UserError` that lists what can be named, for a layer at and below which there is nothing to replace.
+    No layers: the deepest block that has any, the middle of a U-Net or the end of its way down. `UserError` that lists what can be named,
+    for a layer at and below which there is nothing to replace.
     """
     copied = shared_copy(network)
     found = dict(find(copied))
+    layers = layers or deepest(found)
     chosen: set[str] = set()
     for layer in layers:
         inside = {name for name in found if _within(name, layer)}
@@ -50,6 +52,20 @@ def changed(network: nn.Module, layers: Sequence[str], find: Find, kind: str) ->
         if not any(name != other and _within(name, other) for other in chosen):
             copied.set_submodule(name, found[name])
     return copied
+
+
+def deepest(found: Iterable[str]) -> list[str]:
+    """The names in the middle block; where it has none, those in the last block of the way down; else the middle one of all.
+
+    Attention comes first: only where there is none, other layers.
+    """
+    known = list(found)
+    known = [name for name in known if "attention" in name or "attn" in name] or known
+    for prefix in ("mid_block.", *(f"down_blocks.{i}." for i in reversed(range(10)))):
+        inside = [name for name in known if name.startswith(prefix)]
+        if inside:
+            return inside
+    return known[len(known) // 2 :][:1]
 
 
 def weakened(denoiser: Any, layers: Sequence[str], find: Find, kind: str) -> Any:

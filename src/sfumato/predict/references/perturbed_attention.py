@@ -51,7 +51,7 @@ def self_attentions(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 class PerturbedAttention:
     """layers: names of modules, as in the state dict; all self-attention in them is perturbed. The paper's choice is the middle."""
 
-    layers: tuple[str, ...] = ("mid_block",)
+    layers: tuple[str, ...] = ()
 
     condition = False
 

@@ -50,7 +50,7 @@ def branches(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 class SkipLayers:
     """layers: names of modules, as in the state dict: residual blocks, transformer blocks, their parts, or all that a block has of them."""
 
-    layers: tuple[str, ...] = ("mid_block.attentions",)
+    layers: tuple[str, ...] = ()
 
     condition = False
 

@@ -93,6 +93,10 @@ class _Rule:
 
     def __post_init__(self) -> None:
         every, threshold = self.every, self.threshold
+        listed = isinstance(every, Sequence) and not isinstance(every, str) and len(every) > 0
+        whole = [every] if not listed else list(every)  # pyright: ignore[reportArgumentType]
+        if every is not None and not all(isinstance(call, int) and not isinstance(call, bool) for call in whole):
+            raise UserError(f"every={every!r}: expected a whole number of at least 1, or the calls at which the network runs whole")
         if every is None and threshold is None:
             raise UserError("every=None without a threshold: expected one or the other, to say when the network runs whole")
         if (isinstance(every, int) and every < 1) or (isinstance(every, Sequence) and any(call < 0 for call in every)):
