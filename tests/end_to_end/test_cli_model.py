@@ -19,6 +19,7 @@ from sfumato.decode.whole import whole
 from sfumato.evaluate.reconstruction import psnr
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
+from sfumato.tuning import Tuned, store_tuned
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +58,31 @@ def test_the_pictures_are_those_of_the_library(tiny: Path) -> None:
     assert main(["generate", "bag", "--model", str(tiny), "--n", "2", "--steps", "4", "--seed", "8", "--no-grid"]) == 0
     for k, picture in enumerate(load(tiny).generate("bag", n=2, steps=4, seed=8)):
         assert np.array_equal(pixels(f"bag-{k}.png"), np.asarray(picture))
+
+
+def test_a_picture_remembers_its_tuned_times_and_its_guidance(tiny: Path, tmp_path: Path) -> None:
+    """Whatever the model is tuned to later; and other steps, asked for, are other steps."""
+    copy = tmp_path / "copy"
+    load(tiny).save(copy)
+    store_tuned(copy, [Tuned("ddim", 1.0, (1.0, 0.4, 0.0), {})])
+    flags = ["--model", str(copy), "--n", "1", "--guidance", "3 interval:low=0.3,high=1.0 rescale"]
+    assert main(["generate", "bag", *flags, "--steps", "2", "--out", "a.png"]) == 0
+    recorded = read_parameters("a.png")
+    assert recorded["timesteps"] == [1.0, 0.4, 0.0] and recorded["spacing"] == "tuned"
+    assert recorded["guidance"] == {"scale": 3.0, "weight": "interval:low=0.3,high=1", "combine": "rescale"}
+    store_tuned(copy, [Tuned("ddim", 1.0, (1.0, 0.9, 0.0), {})])
+    assert main(["generate", "--from", "a.png", "--out", "b.png"]) == 0
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
+    assert main(["generate", "--from", "b.png", "--out", "c.png"]) == 0
+    assert np.array_equal(pixels("a.png"), pixels("c.png"))
+    assert main(["generate", "--from", "a.png", "--steps", "3", "--out", "d.png"]) == 0
+    assert read_parameters("d.png")["spacing"] == "trailing" and read_parameters("d.png")["timesteps"] is None
+    assert main(["generate", "bag", *flags, "--steps", "2", "--out", "e.png"]) == 0
+    assert not np.array_equal(pixels("a.png"), pixels("e.png"))
+    assert main(["generate", "bag", *flags, "--timesteps", "1.0", "0.4", "0.0", "--out", "f.png"]) == 0
+    assert np.array_equal(pixels("a.png"), pixels("f.png"))
+    assert main(["generate", "--from", "f.png", "--out", "g.png"]) == 0
+    assert np.array_equal(pixels("a.png"), pixels("g.png"))
 
 
 def test_the_models_defaults_are_written_down(tiny: Path) -> None:

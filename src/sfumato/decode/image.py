@@ -139,7 +139,15 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     return found
 
 
-_LABELS = {"steps": "Steps", "sampler": "Sampler", "guidance": "CFG scale", "seed": "Seed", "model": "Model", "model_hash": "Model hash"}
+_LABELS = {
+    "steps": "Steps",
+    "sampler": "Sampler",
+    "spacing": "Schedule type",
+    "guidance": "CFG scale",
+    "seed": "Seed",
+    "model": "Model",
+    "model_hash": "Model hash",
+}
 
 
 def readable_parameters(parameters: Mapping[str, Any]) -> str:
@@ -147,7 +155,11 @@ def readable_parameters(parameters: Mapping[str, Any]) -> str:
     lines = [str(parameters.get("prompt") or "")]
     if parameters.get("negative_prompt"):
         lines.append(f"Negative prompt: {parameters['negative_prompt']}")
-    pairs = [f"{label}: {parameters[key]}" for key, label in _LABELS.items() if parameters.get(key) is not None]
+    shown = dict(parameters)
+    if isinstance(shown.get("guidance"), Mapping):  # more than a scale: the scale, and the words for the rest
+        rest = [f"{key} {value}" for key, value in shown["guidance"].items() if key != "scale"]
+        shown["guidance"] = f"{shown['guidance'].get('scale')}, Guidance: {' '.join(rest)}"
+    pairs = [f"{label}: {shown[key]}" for key, label in _LABELS.items() if shown.get(key) is not None]
     if parameters.get("width") and parameters.get("height"):
         pairs.append(f"Size: {parameters['width']}x{parameters['height']}")
     lines.append(", ".join([*pairs, f"Version: sfumato {parameters.get('version', 'unknown')}"]))
