@@ -711,3 +711,36 @@ def test_training_visits_every_time_and_never_zero(kind: str) -> None:
         assert torch.equal(values, torch.arange(1, 1001, dtype=F64)) and (counts == 5).all()
         assert (t * 1000 - (t * 1000).round()).abs().max() < 1e-9
     assert process.schedule.sample_times(torch.tensor([0.0, 1.0])).min() > 0
+
+
+IDENTITIES = [
+    ("euler", {}, "ddim", {}),
+    ("dpm_solver_1", {}, "ddim", {}),
+    ("lms", {"order": 1}, "ddim", {}),
+    ("deis", {"order": 1}, "ddim", {}),
+    ("unipc", {"order": 1, "corrector": False}, "ddim", {}),
+    ("tcd", {"eta": 0.0}, "ddim", {}),
+    ("euler_ancestral", {"eta": 0.0}, "ddim", {}),
+    ("dpmpp_2m_sde", {"eta": 0.0}, "dpmpp_2m", {}),
+    ("dpmpp_3m_sde", {"eta": 0.0}, "dpmpp_3m", {}),
+    ("edm", {"churn": 0.0}, "heun", {}),
+    ("restart", {"restarts": 0}, "heun", {}),
+    ("dpmpp_sde", {"eta": 0.0}, "dpmpp_2s", {}),
+    ("euler_ancestral", {"eta": 1.0}, "ddpm", {}),
+    ("ddim", {"eta": 1.0}, "ddpm", {}),
+    ("tcd", {"eta": 1.0}, "consistency", {}),
+]
+
+
+@pytest.mark.parametrize("kind", ["scaled_linear", "cosine", "flow", "edm", "zero terminal SNR"])
+@pytest.mark.parametrize(("one", "options", "other", "others"), IDENTITIES, ids=lambda v: str(v) if isinstance(v, str) else "")
+def test_samplers_that_are_one_and_the_same(kind: str, one: str, options: dict, other: str, others: dict) -> None:
+    """With the same noise, in the coordinates of every schedule, up to rounding."""
+    chosen = ALL[kind]
+    times = timesteps("trailing", 9, chosen) if kind != "edm" else timesteps("karras", 9, chosen)
+    x = math.hypot(*chosen.point(1.0)) * normal(20, 2, 1, 1)
+    ends = [
+        sample(find("diffuse.samplers", name)(x, times, chosen, stream(x.shape), **given), exact(chosen), 1)
+        for name, given in ((one, options), (other, others))
+    ]
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-7, atol=1e-7)
