@@ -120,6 +120,7 @@ def spacing_of(spec: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
+@lru_cache(maxsize=256)
 def _canonical(spec: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
     """A sampler's name and those of its options that are not the defaults."""
     sampler, options = sampler_of(spec)
@@ -188,11 +189,11 @@ def settings(model: Any, request: Request) -> dict[str, Any]:
     }
 
 
-def times_of(model: Any, request: Request) -> list[float]:
-    """The times that a request's run visits."""
+def times_of(model: Any, request: Request, chosen: Mapping[str, Any] | None = None) -> list[float]:
+    """The times that a request's run visits; `chosen` are its settings, if they are at hand."""
     if request.timesteps is not None:
         return check_times(request.timesteps)
-    chosen = settings(model, request)
+    chosen = settings(model, request) if chosen is None else chosen
     if chosen["spacing"] == "tuned":
         tuned = model.defaults.tuned_for(chosen["sampler"], chosen["steps"])
         assert tuned is not None
@@ -203,7 +204,8 @@ def times_of(model: Any, request: Request) -> list[float]:
 
 def questions(model: Any, request: Request, on_step: Callable[[Step], bool | None] | None = None) -> Asking[Tensor | None]:
     """A request's run: a string of questions that ends with the latents (None: cancelled). What is wrong shows at the first question."""
-    chosen, times = settings(model, request), times_of(model, request)
+    chosen = settings(model, request)
+    times = times_of(model, request, chosen)
     n, schedule = chosen["n"], model.denoiser.process.schedule
     draw = SeededNoise(latent_shape(model, chosen["height"], chosen["width"]), seeds_of(request.seed, n), model.device)
     start = draw()  # drawn also where `noise` takes its place: what is drawn next is then the same

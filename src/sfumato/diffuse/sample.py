@@ -46,7 +46,10 @@ class SeededNoise:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self) -> Float[Tensor, "B C h w"]:
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+        drawn = torch.empty(len(self.generators), *self.shape)
+        for row, generator in zip(drawn, self.generators, strict=True):
+            torch.randn(self.shape, generator=generator, out=row)
+        return drawn.to(self.device)
 
 
 def check_finite(value: Tensor, stage: str) -> None:

@@ -6,6 +6,7 @@ log rho. With u = log(rho/rho_t): integral of u^k d(rho) = rho u^k - k (integral
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -18,7 +19,8 @@ from sfumato.errors import UserError
 from sfumato.types import Noise
 
 
-def coefficients(points: Sequence[float], end: float) -> list[float]:
+@lru_cache(maxsize=1024)
+def coefficients(points: tuple[float, ...], end: float) -> list[float]:
     """c_i for log-rhos `points`, the latest first, from the first of them to the level `end` (a rho, which may be 0)."""
     begin = math.exp(points[0])
     u = math.log(end / begin) if end > 0 else 0.0  # end = 0: end * u^k -> 0, whatever k
@@ -52,6 +54,6 @@ def deis(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, or
             x = along(x, prediction.eps, here, there)
             continue
         x = (there[0] / here[0]) * x
-        for (eps, _), c in zip(used, coefficients([p for _, p in used], there[1] / there[0]), strict=True):
+        for (eps, _), c in zip(used, coefficients(tuple(p for _, p in used), there[1] / there[0]), strict=True):
             x = x + (there[0] * c) * eps
     return x

@@ -6,6 +6,7 @@ is t and the slope eps - x0).
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -18,7 +19,8 @@ from sfumato.errors import UserError
 from sfumato.types import Noise
 
 
-def coefficients(points: Sequence[float], end: float) -> list[float]:
+@lru_cache(maxsize=1024)
+def coefficients(points: tuple[float, ...], end: float) -> list[float]:
     """Integrals from points[0] to `end` of the Lagrange polynomials through `points`, the latest first."""
     width = end - points[0]  # in units of the step, where the numbers are near 1
     shifted, found = [(p - points[0]) / width for p in points], []
@@ -41,6 +43,6 @@ def lms(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, ord
         (c_t, b_t), (c_s, b_s) = straight.at(t), straight.at(s)
         known = [(straight.slope(prediction), b_t), *known][:order]
         x = (c_s / c_t) * x
-        for (slope, _), c in zip(known, coefficients([b for _, b in known], b_s), strict=True):
+        for (slope, _), c in zip(known, coefficients(tuple(b for _, b in known), b_s), strict=True):
             x = x + (c_s * c) * slope
     return x

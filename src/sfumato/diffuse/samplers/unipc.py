@@ -8,6 +8,7 @@ takes the next one's.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -21,7 +22,8 @@ from sfumato.errors import UserError, unknown
 from sfumato.types import Noise
 
 
-def weights(ratios: Sequence[float], h: float, kind: str) -> list[float]:
+@lru_cache(maxsize=1024)
+def weights(ratios: tuple[float, ...], h: float, kind: str) -> list[float]:
     """B(h) rho_i for points at ratios r_i of the step h."""
     k = -h
     scale = k if kind == "bh1" else math.expm1(k)
@@ -83,7 +85,7 @@ def _step(
     x0, place = points[0]
     others = [*points[1:], *([end] if end is not None else [])]
     moved = towards(x, x0, here, there)
-    ratios = [(at - place) / h for _, at in others]
+    ratios = tuple((at - place) / h for _, at in others)
     for (value, _), ratio, weight in zip(others, ratios, weights(ratios, h, kind) if others else (), strict=True):
         moved = moved - (there[0] * weight / ratio) * (value - x0)
     return moved

@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -70,8 +71,8 @@ class Guidance:
 
     def parts(self) -> tuple[Any, Any, list[Any]]:
         """The weight, the combine and the references as objects."""
-        weight, combine = _part("weight", self.weight, scale=self.scale), _part("combine", self.combine)
-        return weight, combine, [_part("reference", word) for word in self.reference.split()]
+        weight, combine, references = _parts(self.scale, self.weight, self.combine, self.reference)
+        return weight, combine, list(references)
 
     @property
     def off(self) -> bool:
@@ -115,6 +116,13 @@ def _scale(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise UserError(f"guidance={value!r}: expected a number of at least 0; 1 is off")
     return float(value)
+
+
+@lru_cache(maxsize=256)
+def _parts(scale: float, weight: str, combine: str, reference: str) -> tuple[Any, Any, tuple[Any, ...]]:
+    """Remembered: they are settings, frozen, and every request asks for them several times."""
+    words = reference.split()
+    return _part("weight", weight, scale=scale), _part("combine", combine), tuple(_part("reference", word) for word in words)
 
 
 def _part(setting: str, word: str, **given: Any) -> Any:
