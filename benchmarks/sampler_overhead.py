@@ -1,6 +1,6 @@
 """What a run costs beside the network: the sampler's algebra, guidance, checks, questions and answers.
 
-    python benchmarks/sampler_overhead.py [--n 16] [--steps 20] [--repeats 15]
+    python benchmarks/sampler_overhead.py [--n 16] [--steps 20] [--repeats 15] [--samplers ddim ...]
 
 Every sampler of the registry on the bundled model: seconds of whole runs, less the seconds inside the network's `forward`, per network call and
 as a share of one. The limit is the algebra's own memory traffic: a few passes over x, which is 1000 times smaller than the network's activations.
@@ -24,9 +24,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--guidance", default=None)
+    parser.add_argument("--samplers", nargs="*", default=None, help="all of them, if none is named")
     options = parser.parse_args()
     model = load("fashion")
-    network, inside, calls = model.denoiser.network, [], []
+    network, calls = model.denoiser.network, []
     forward = network.forward
 
     def timed(*arguments):
@@ -42,7 +43,7 @@ def main() -> None:
     )
     print("| sampler | calls | ms a call in the network | ms beside it | share |")
     print("|---|---|---|---|---|")
-    for name in names("diffuse.samplers"):
+    for name in options.samplers or names("diffuse.samplers"):
         if traits_of(find("diffuse.samplers", name)).upward:
             continue
         beside, inside = [], []

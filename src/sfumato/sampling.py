@@ -215,6 +215,16 @@ def questions(model: Any, request: Request, on_step: Callable[[Step], bool | Non
         start = request.noise.to(model.device, torch.float32)
     given, reference = (model.conditioner(prompts(words, n)).to(model.device) for words in (request.prompt, request.negative_prompt))
     weaker, guidance = getattr(request.weaker, "denoiser", request.weaker), Guidance.parse(chosen["guidance"])
+    if request.negative_prompt is not None and guidance.off:
+        raise UserError(
+            f"negative prompt {request.negative_prompt!r} with guidance {guidance}: nothing is moved away from it; raise the guidance"
+        )
+    if weaker is not None and "model" not in guidance.reference:
+        raise UserError(f"a weaker model with guidance {guidance}: expected the reference model, as in '2 model:path=NAME'")
+    if request.canvas is not None and not (
+        isinstance(request.canvas, tuple | list) and len(request.canvas) == 2 and all(isinstance(n, int) and n > 0 for n in request.canvas)
+    ):
+        raise UserError(f"canvas={request.canvas!r}: expected (size, stride) of the windows in latent cells, as (32, 16)")
     if request.canvas is not None and getattr(guidance.parts()[1], "momentum", 0):
         raise UserError(f"guidance {guidance} on a canvas: its momentum would pass from window to window; expected momentum=0")
     ask = build(guidance, model.denoiser, given, reference, schedule.point, weaker)

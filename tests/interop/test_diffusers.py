@@ -351,8 +351,12 @@ def test_flow_scheduler_in_both_directions(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "scheduler_config.json").read_text())
     assert len(values) > 12 and from_scheduler_config(values) == process
-    with pytest.raises(UserError, match="no scheduler of the ecosystem stands for schedule 'flow' with parameterization 'v'"):
-        to_scheduler_config(Process(schedule("flow"), parameterization("v")))
+    other = Process(schedule("flow"), parameterization("v"))  # no scheduler of theirs stands for it: a config of our own does
+    config = to_scheduler_config(other)
+    assert config["_class_name"] == "SfumatoProcess" and from_scheduler_config(json.loads(json.dumps(config))) == other
+    for change, words in (({"schedule": {"class": "Flow"}}, "expected a class of"), ({"shift": 3}, "'shift' is not known")):
+        with pytest.raises(UserError, match=words):
+            from_scheduler_config({**config, **change})
 
 
 FLOW, TABLE = "FlowMatchEulerDiscreteScheduler", "DDIMScheduler"
@@ -362,7 +366,7 @@ FLOW, TABLE = "FlowMatchEulerDiscreteScheduler", "DDIMScheduler"
     ("name", "values", "words"),
     [
         ("PNDMScheduler", {}, "scheduler class 'PNDMScheduler' is not supported: expected one of DDIMScheduler"),
-        (TABLE, {"trained_betas": [0.1, 1.2]}, "strictly between 0 and 1"),
+        (TABLE, {"trained_betas": [0.1, 1.2], "num_train_timesteps": 2}, "strictly between 0 and 1"),
         (TABLE, {"thresholding": True}, "thresholding=True"),
         (TABLE, {"clip_sample": True}, "clip_sample=True is not supported: expected clip_sample=False"),
         (TABLE, {"clip_sample": None}, "clip_sample"),

@@ -59,7 +59,7 @@ class Process:
             x_x0, y_x0, x_eps, y_eps = _columns(x, *_solution(self, t))
         else:
             x_x0, y_x0, x_eps, y_eps = _solution_at(self, float(t))
-        return Prediction(x_x0 * x + y_x0 * y, x_eps * x + y_eps * y)
+        return Prediction((x_x0 * x).add_(y_x0 * y), (x_eps * x).add_(y_eps * y))  # in place: one tensor less to find memory for
 
 
 def _solution(process: Process, t: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -36,19 +36,19 @@ def between(here: Point, there: Point) -> float:
 
 def place(prediction: Prediction, there: Point) -> Tensor:
     """alpha*x0 + sigma*eps: the forward process with what was predicted (DDIM, Song et al. 2021, eq. 12, eta 0)."""
-    return there[0] * prediction.x0 + there[1] * prediction.eps
+    return (there[0] * prediction.x0).add_(there[1] * prediction.eps)
 
 
 def towards(x: Tensor, x0: Tensor, here: Point, there: Point) -> Tensor:
     """The exact solution of the flow if x0 stays: (sigma_s/sigma_t) x + (alpha_s - alpha_t sigma_s/sigma_t) x0."""
     ratio = there[1] / here[1]
-    return ratio * x + (there[0] - here[0] * ratio) * x0
+    return (ratio * x).add_((there[0] - here[0] * ratio) * x0)
 
 
 def along(x: Tensor, eps: Tensor, here: Point, there: Point) -> Tensor:
     """The exact solution of the flow if eps stays: (alpha_s/alpha_t) x + (sigma_s - sigma_t alpha_s/alpha_t) eps. Needs alpha_t > 0."""
     ratio = there[0] / here[0]
-    return ratio * x + (there[1] - here[1] * ratio) * eps
+    return (ratio * x).add_((there[1] - here[1] * ratio) * eps)
 
 
 def noisier(x: Tensor, noise: Tensor, here: Point, there: Point) -> Tensor:

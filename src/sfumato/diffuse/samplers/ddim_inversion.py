@@ -24,9 +24,9 @@ def ddim_inversion(x: Tensor, times: Sequence[float], schedule: Schedule, noise:
         raise UserError(f"iterations={iterations}: expected at least 1 network call a step")
     for t, s in pairwise(reversed(list(times))):
         here, there, found = schedule.point(t), schedule.point(s), x
-        for _ in range(iterations):
+        for k in range(iterations):
             prediction = yield found, s
-            by_x0 = there[0] < there[1] and here[1] > 0
+            by_x0 = k > 0 and there[0] < there[1] and here[1] > 0  # the first is the published one
             found = towards(x, prediction.x0, here, there) if by_x0 else along(x, prediction.eps, here, there)
         x = found
     return x

@@ -12,7 +12,7 @@ from sfumato.types import Prediction
 
 def mixed(conditional: Tensor, reference: Tensor, w: float | Tensor) -> Tensor:
     """reference + w (conditional - reference), one rounding at a time so that bits do not depend on the batch."""
-    return reference + w * (conditional - reference)
+    return (w * (conditional - reference)).add_(reference)
 
 
 def total(value: Tensor) -> Tensor:
