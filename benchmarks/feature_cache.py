@@ -22,11 +22,10 @@ from sfumato.asking import answered
 from sfumato.decode.whole import whole
 from sfumato.diffuse.sample import SeededNoise, conduct
 from sfumato.evaluate.reconstruction import psnr
-from sfumato.model import LatentDiffusion, load
+from sfumato.loading import load
+from sfumato.model import LatentDiffusion
 from sfumato.predict.denoiser import answer
-from sfumato.predict.guidance.combines.linear import Linear
-from sfumato.predict.guidance.guide import guide
-from sfumato.predict.guidance.weights.constant import Constant
+from sfumato.predict.guidance.settings import Guidance, build
 from sfumato.predict.wrappers.feature_cache import feature_cache
 from sfumato.registry import find
 
@@ -54,8 +53,8 @@ def run(model: LatentDiffusion, settings: Settings, n: int, **cache: Any) -> Ten
     classes = [model.class_names[k % len(model.class_names)] for k in range(n)] if model.class_names else [None] * n
     conditioning, null = model.conditioner(classes), model.conditioner([None] * n)
     schedule, times = model.denoiser.process.schedule, model.times(settings.steps)
-    weight = Constant(model.defaults.guidance if model.class_names else 1.0)
-    ask = feature_cache(guide(model.denoiser, conditioning, [(model.denoiser, null)], weight, Linear(), schedule.point), **cache)
+    guided = build(Guidance.parse(model.defaults.guidance), model.denoiser, conditioning, null, schedule.point)
+    ask = feature_cache(guided, **cache)
     side = model.sample_size // model.autoencoder.space.factor
     draw = SeededNoise((model.autoencoder.space.channels, side, side), [settings.seed + k for k in range(n)])
     sampler = find("diffuse.samplers", model.defaults.sampler)

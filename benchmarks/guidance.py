@@ -5,7 +5,8 @@
 Every setting draws the same classes from the same seeds. Frechet distance, precision, recall, density, coverage and class accuracy are those of
 `sfumato evaluate` (features of the bundled classifier; the 60,000 training images as reference); the first row is real test images. PSNR and SSIM
 are to the pictures of the first setting, the fixed weight: how much of it a cheaper or a varying weight keeps. Network calls are rows of forward
-passes an image. A setting may name its own sampler, spacing and steps: "1.25 @ dpmpp_2m @ karras @ 10". Differences below twice the spread between `--repeat` sets of seeds are chance: the last column gives the distance of a second set.
+passes an image. A setting may name its own sampler, spacing and steps: "1.25 @ dpmpp_2m @ karras @ 10".
+The last column is the distance of a second set of seeds, of `--second` samples: what differs by as much is chance.
 """
 
 import argparse

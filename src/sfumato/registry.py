@@ -33,16 +33,22 @@ def find(package: str, name: str) -> Any:
 
 def choice(spec: str) -> tuple[str, dict[str, Any]]:
     """ "name" or "name:option=value,option=value" -> the name and its options; values are numbers, true, false or words."""
-    name, _, rest = str(spec).partition(":")
-    options: dict[str, Any] = {}
-    for part in filter(None, (p.strip() for p in rest.split(","))):
-        key, equals, value = (p.strip() for p in part.partition("="))
+    name, options = split(str(spec))
+    return name.replace("-", "_"), {key.replace("-", "_"): _value(value) for key, value in options.items()}
+
+
+def split(word: str) -> tuple[str, dict[str, str]]:
+    """The name and the options of a word, unread."""
+    name, colon, rest = word.partition(":")
+    options: dict[str, str] = {}
+    for item in rest.split(",") if colon else ():
+        key, equals, value = (part.strip() for part in item.partition("="))
         if not (key and equals and value):
-            raise UserError(f"{spec!r}: expected NAME or NAME:OPTION=VALUE,OPTION=VALUE, and {part!r} is no OPTION=VALUE")
-        if key.replace("-", "_") in options:
-            raise UserError(f"{spec!r} gives {key} twice: give it once")
-        options[key.replace("-", "_")] = _value(value)
-    return name.strip().replace("-", "_"), options
+            raise UserError(f"{word!r}: expected NAME or NAME:OPTION=VALUE,OPTION=VALUE, found {item!r}")
+        if key in options:
+            raise UserError(f"{word!r} gives {key} twice: give it once")
+        options[key] = value
+    return name.strip(), options
 
 
 def _value(text: str) -> Any:

@@ -224,7 +224,7 @@ def test_deterministic_ones_have_the_order_that_they_promise(name: str, kind: st
         errors.append(float((solved(name, kind, times) - reference).square().mean().sqrt()))
     slope = -stats.linregress(np.log(counts), np.log(errors)).slope
     assert slope > promised.order - 0.3, (slope, errors)
-    assert slope < promised.order + (0.3 if name not in ("unipc", "plms", "pndm") else 1.3), (slope, errors)  # theirs is at least that
+    assert slope < promised.order + 0.3, (slope, errors)
 
 
 @every

@@ -39,6 +39,7 @@ WRAPPED = {
     "zero terminal SNR": ZeroTerminalSNR(schedule("scaled_linear")),
     "zero terminal SNR, continuous": ZeroTerminalSNR(schedule("vp")),
     "shifted flow": Shifted(schedule("flow"), 3.0),
+    "zero terminal SNR, shifted": ZeroTerminalSNR(Shifted(schedule("linear"), 0.3)),
     "shifted table": Shifted(schedule("linear"), 0.5),
 }
 ALL = {name: schedule(name) for name in SCHEDULES} | WRAPPED

@@ -6,6 +6,7 @@ alpha is kept. Shift (Esser et al. 2024, arXiv:2403.03206, eq. 23): t -> s t / (
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +15,35 @@ from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError
 
 
+class Wrapped(Schedule):
+    """What is the base's, unless a wrapper says otherwise."""
+
+    base: Schedule
+
+    @property
+    def kind(self) -> str:
+        return getattr(self.base, "kind", "?")
+
+    @property
+    def grid(self) -> int | None:
+        return self.base.grid
+
+    @property
+    def first(self) -> float:
+        return self.base.first
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return self.base.timestep(t)
+
+    def time(self, timestep: Tensor) -> Tensor:
+        return self.base.time(timestep)
+
+    def sample_times(self, u: Tensor) -> Tensor:
+        return self.base.sample_times(u)
+
+
 @dataclass(frozen=True)
-class ZeroTerminalSNR(Schedule):
+class ZeroTerminalSNR(Wrapped):
     """`base` (variance preserving) with alpha(1)^2 = `last`: 0, or a little more for solvers that divide by alpha.
 
     Only v and x0 can be solved at alpha = 0: `Process` refuses eps.
@@ -36,15 +64,6 @@ class ZeroTerminalSNR(Schedule):
             )
 
     @property
-    def kind(self) -> str:
-        """The base's."""
-        return getattr(self.base, "kind", "?")
-
-    @property
-    def grid(self) -> int | None:
-        return self.base.grid
-
-    @property
     def _ends(self) -> tuple[float, float]:
         """alpha at the first step and at t = 1, of the base."""
         return self.base.point(0.0 if self.grid is None else self.first)[0], self.base.point(1.0)[0]
@@ -55,18 +74,12 @@ class ZeroTerminalSNR(Schedule):
         if self.grid is None:
             sigma2 = 1 - alpha.square()
         else:  # below the first step sigma^2 is linear in t, as in the base
-            inside = (t.double() * self.grid).clamp(max=1)
+            inside = (t.double() / self.first).clamp(max=1)
             alpha = torch.where(inside < 1, first, alpha)
             sigma2 = (1 - alpha.square()) * inside
             alpha = torch.where(inside < 1, (1 - sigma2).sqrt(), alpha)
         end_alpha = torch.where(t >= 1, math.sqrt(self.last), alpha)  # exactly: a rounding error would be a signal
         return end_alpha, torch.where(t >= 1, math.sqrt(1 - self.last), sigma2.clamp(min=0).sqrt())
-
-    def timestep(self, t: Tensor) -> Tensor:
-        return self.base.timestep(t)
-
-    def time(self, timestep: Tensor) -> Tensor:
-        return self.base.time(timestep)
 
     def from_log_snr(self, log_snr: Tensor) -> Tensor:
         first, end = self._ends
@@ -76,20 +89,20 @@ class ZeroTerminalSNR(Schedule):
         inner = self.base.from_log_snr(2 * base.log() - torch.log1p(-base.square()))
         if self.grid is None:
             return inner
-        below = torch.sigmoid(-value) / (1 - first**2) / self.grid
+        below = torch.sigmoid(-value) / (1 - first**2) * self.first
         return torch.where(alpha > first, below, inner)
 
-    def sample_times(self, u: Tensor) -> Tensor:
-        return self.base.sample_times(u)
+
+T = TypeVar("T", float, Tensor)
 
 
-def shifted_time(t: float, shift: float) -> float:
+def shifted_time(t: T, shift: float) -> T:
     """shift * t / (1 + (shift - 1) t): the ends stay, times between move to the noise for shift > 1."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 @dataclass(frozen=True)
-class Shifted(Schedule):
+class Shifted(Wrapped):
     """`base` with its time shifted; networks are still told the noise level that they see. shift > 1: more time in noise."""
 
     base: Schedule
@@ -100,25 +113,14 @@ class Shifted(Schedule):
             raise UserError(f"shift={self.shift}: expected a positive number, 1 changes nothing, 3 is SD3's")
 
     @property
-    def kind(self) -> str:
-        """The base's."""
-        return getattr(self.base, "kind", "?")
-
-    @property
-    def grid(self) -> int | None:
-        return self.base.grid
-
-    @property
     def first(self) -> float:
         return float(self._back(torch.tensor(self.base.first, dtype=torch.float64)))
 
     def _forth(self, t: Tensor) -> Tensor:
-        t = t.double()
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        return shifted_time(t.double(), self.shift)
 
     def _back(self, t: Tensor) -> Tensor:
-        t = t.double()
-        return t / (self.shift - (self.shift - 1) * t)
+        return shifted_time(t.double(), 1 / self.shift)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.base.coefficients(self._forth(t))

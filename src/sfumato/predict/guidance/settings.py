@@ -27,8 +27,8 @@ from torch import Tensor
 
 from sfumato.errors import UserError, unknown
 from sfumato.predict.guidance.guide import guide
-from sfumato.predict.guidance.words import number, read, split, write
-from sfumato.registry import find, names
+from sfumato.predict.guidance.words import number, read, write
+from sfumato.registry import find, names, split
 from sfumato.types import Ask, Conditioning
 
 FOLDERS = {"weight": "predict.guidance.weights", "combine": "predict.guidance.combines", "reference": "predict.references"}

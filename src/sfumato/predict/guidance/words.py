@@ -13,20 +13,6 @@ SCALE = "scale"
 """A weight's first setting is not among its options: it is the number that everybody gives."""
 
 
-def split(word: str) -> tuple[str, dict[str, str]]:
-    """The name and the options of a word, unread."""
-    name, colon, rest = word.partition(":")
-    options: dict[str, str] = {}
-    for item in rest.split(",") if colon else ():
-        key, equals, value = item.partition("=")
-        if not (key and equals and value):
-            raise UserError(f"{word!r}: expected NAME or NAME:OPTION=VALUE,OPTION=VALUE, found {item!r}")
-        if key in options:
-            raise UserError(f"{word!r} gives {key} twice: give it once")
-        options[key] = value
-    return name, options
-
-
 def options_of(part: Any) -> dict[str, Field[Any]]:
     """The options of a part's class, by name."""
     return {f.name: f for f in fields(part) if f.name != SCALE}
