@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.diffuse.sample import SeededNoise, Step, conduct
+from sfumato.diffuse.sample import SeededNoise, Step, all_finite, conduct
 from sfumato.diffuse.samplers import calls, traits_of
 from sfumato.diffuse.timesteps import SPACINGS, check_times, timesteps
 from sfumato.errors import UserError, unknown
@@ -147,6 +147,12 @@ def settings(model: Any, request: Request) -> dict[str, Any]:
 
     `UserError` for impossible ones.
     """
+    chosen = _chosen(model, request)
+    return {**chosen, "guidance": chosen["guidance"].to_json()}
+
+
+def _chosen(model: Any, request: Request) -> dict[str, Any]:
+    """The same with the guidance as an object."""
     defaults, n = model.defaults, request.count
     if not isinstance(n, int) or n < 1:
         raise UserError(f"n={n!r}: expected a whole number of at least 1 image")
@@ -183,7 +189,7 @@ def settings(model: Any, request: Request) -> dict[str, Any]:
         "steps": steps,
         "sampler": sampler,
         "spacing": spacing,
-        "guidance": guidance.to_json(),
+        "guidance": guidance,
         "height": height,
         "width": width,
     }
@@ -193,7 +199,7 @@ def times_of(model: Any, request: Request, chosen: Mapping[str, Any] | None = No
     """The times that a request's run visits; `chosen` are its settings, if they are at hand."""
     if request.timesteps is not None:
         return check_times(request.timesteps)
-    chosen = settings(model, request) if chosen is None else chosen
+    chosen = _chosen(model, request) if chosen is None else chosen
     if chosen["spacing"] == "tuned":
         tuned = model.defaults.tuned_for(chosen["sampler"], chosen["steps"])
         assert tuned is not None
@@ -204,17 +210,17 @@ def times_of(model: Any, request: Request, chosen: Mapping[str, Any] | None = No
 
 def questions(model: Any, request: Request, on_step: Callable[[Step], bool | None] | None = None) -> Asking[Tensor | None]:
     """A request's run: a string of questions that ends with the latents (None: cancelled). What is wrong shows at the first question."""
-    chosen = settings(model, request)
+    chosen = _chosen(model, request)
     times = times_of(model, request, chosen)
-    n, schedule = chosen["n"], model.denoiser.process.schedule
+    n, guidance, schedule = chosen["n"], chosen["guidance"], model.denoiser.process.schedule
     draw = SeededNoise(latent_shape(model, chosen["height"], chosen["width"]), seeds_of(request.seed, n), model.device)
     start = draw()  # drawn also where `noise` takes its place: what is drawn next is then the same
     if request.noise is not None:
-        if request.noise.shape != start.shape or not torch.isfinite(request.noise).all():
+        if request.noise.shape != start.shape or not all_finite(request.noise):
             raise UserError(f"noise of shape {tuple(request.noise.shape)}: expected finite numbers of shape {tuple(start.shape)}")
         start = request.noise.to(model.device, torch.float32)
     given, reference = (model.conditioner(prompts(words, n)).to(model.device) for words in (request.prompt, request.negative_prompt))
-    weaker, guidance = getattr(request.weaker, "denoiser", request.weaker), Guidance.parse(chosen["guidance"])
+    weaker = getattr(request.weaker, "denoiser", request.weaker)
     if request.negative_prompt is not None and guidance.off:
         raise UserError(
             f"negative prompt {request.negative_prompt!r} with guidance {guidance}: nothing is moved away from it; raise the guidance"

@@ -240,8 +240,19 @@ def test_off_and_consistent_say_what_the_caller_needs_to_know() -> None:
 def test_conditionings_are_compared_door_by_door() -> None:
     full = Conditioning(tokens=torch.ones(2, 3, 4), mask=torch.ones(2, 3, dtype=torch.bool), residuals=(torch.ones(2, 1, 2, 2),))
     again = full.to(dtype=torch.float32)
-    assert same(full, again) and same(Conditioning(), Conditioning()) and not same(full, Conditioning())
-    assert not same(full, Conditioning(tokens=full.tokens, mask=~full.mask, residuals=full.residuals))
-    assert not same(full, Conditioning(tokens=full.tokens, mask=full.mask, residuals=(torch.zeros(2, 1, 2, 2),)))
-    assert not same(full, Conditioning(tokens=full.tokens, mask=full.mask, residuals=()))
-    assert not same(full, Conditioning(tokens=full.tokens[:1], mask=full.mask[:1], residuals=full.residuals))
+    assert same(full, again).tolist() == [True, True] and same(Conditioning(), Conditioning()).tolist() == [True]
+    others = [
+        (Conditioning(), [False, False]),
+        (Conditioning(tokens=full.tokens, mask=~full.mask, residuals=full.residuals), [False, False]),
+        (Conditioning(tokens=full.tokens, mask=full.mask, residuals=(torch.zeros(2, 1, 2, 2),)), [False, False]),
+        (Conditioning(tokens=full.tokens, mask=full.mask, residuals=()), [False, False]),
+        (Conditioning(tokens=full.tokens[:1], mask=full.mask[:1], residuals=full.residuals), [False, False]),
+        (Conditioning(tokens=torch.ones(2, 9, 4), mask=torch.ones(2, 9, dtype=torch.bool), residuals=full.residuals), [False, False]),
+        (
+            Conditioning(tokens=full.tokens * torch.tensor([1.0, 2.0])[:, None, None], mask=full.mask, residuals=full.residuals),
+            [True, False],
+        ),
+    ]
+    for other, expected in others:
+        assert same(full, other).tolist() == expected
+    assert same(Conditioning(), full).tolist() == [False]

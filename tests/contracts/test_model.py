@@ -35,8 +35,10 @@ from sfumato.loading import load
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.conditioners.nothing import Nothing
-from sfumato.predict.denoiser import Denoiser
+from sfumato.predict.denoiser import Denoiser, answer
+from sfumato.registry import names
 from sfumato.sampling import Defaults, Request
+from sfumato.types import Query
 
 TINY = runpy.run_path(str(Path(__file__).with_name("_tiny.py")))
 build, CLASSES, LATENT = TINY["build"], TINY["CLASSES"], TINY["LATENT"]
@@ -83,6 +85,33 @@ def watched(model: LatentDiffusion) -> Iterator[list[int]]:
 
 
 # ---- what comes out -------------------------------------------------------------------------------------------------------
+
+
+def test_conditions_asked_together_again_are_joined_again_only_if_they_are_the_same() -> None:
+    """A run's joined condition is remembered in inference; another second condition, a third, or fewer must not get it."""
+    denoiser = build().denoiser
+    conditions = [build().conditioner([name]) for name in CLASSES]
+    x = torch.randn(1, *LATENT, generator=torch.Generator().manual_seed(0))
+    alone = [denoiser(x, 0.5, c) for c in conditions]
+    with torch.inference_mode():
+        for order in ([0, 1], [0, 1], [0, 2], [0, 1, 2], [0], [0, 1], [1, 0], [0, 0]):
+            found = answer([Query(denoiser, x, 0.5, conditions[k]) for k in order])
+            assert all(torch.equal(p.x0, alone[k].x0) and torch.equal(p.eps, alone[k].eps) for p, k in zip(found, order, strict=True))
+    found = answer([Query(denoiser, x.requires_grad_(), 0.5, conditions[k]) for k in (0, 1)])  # what inference remembers has no gradient
+    found[1].x0.sum().backward()
+    assert x.grad is not None
+
+
+def test_a_denoiser_follows_its_network_to_another_dtype() -> None:
+    """Where the first weight lies is remembered, not what it is."""
+    denoiser, condition = build().denoiser, build().conditioner([CLASSES[0]])
+    x = torch.randn(1, *LATENT, generator=torch.Generator().manual_seed(0))
+    before = denoiser(x, 0.5, condition).x0
+    denoiser.network.to(torch.bfloat16)
+    coarse = denoiser(x, 0.5, condition).x0
+    assert coarse.dtype == torch.float32 and not torch.equal(coarse, before)
+    denoiser.network.to(torch.float64)
+    torch.testing.assert_close(denoiser(x, 0.5, condition).x0, coarse, rtol=0.2, atol=0.2)
 
 
 def test_outputs_are_one_picture_in_three_forms(each: LatentDiffusion) -> None:
@@ -329,7 +358,7 @@ def test_on_step_sees_the_run(each: LatentDiffusion) -> None:
     for now, then in zip(seen, [*seen[1:], None], strict=True):
         if then is not None:
             alpha, sigma = (float(v) for v in schedule.at(then.t))
-            assert torch.equal(then.x, alpha * now.prediction.x0 + sigma * now.prediction.eps)
+            assert near(then.x, alpha * now.prediction.x0 + sigma * now.prediction.eps)
 
 
 def test_previews_are_pictures(each: LatentDiffusion) -> None:
@@ -884,11 +913,16 @@ def test_inversion_finds_the_noise_that_makes_the_image_again(fashion: LatentDif
     assert errors[2] < 0.01 and errors[1] < errors[0] / 5, errors
 
 
-def test_what_is_guided_does_not_depend_on_its_neighbours(model: LatentDiffusion) -> None:
-    """CFG-Zero* begins without moving: not for an image without a condition, which has nothing to move away from, as when it is alone."""
-    together = latents(model, [None, "bag"], seed=3, guidance="2 zero_star")
-    assert torch.equal(together[:1], latents(model, None, seed=3, guidance="2 zero_star"))
-    assert torch.equal(together[1:], latents(model, "bag", seed=4, guidance="2 zero_star"))
+@pytest.mark.parametrize("combine", names("predict.guidance.combines"))
+@pytest.mark.parametrize("weight", names("predict.guidance.weights"))
+def test_what_is_guided_does_not_depend_on_its_neighbours(model: LatentDiffusion, combine: str, weight: str) -> None:
+    """An image without a condition has nothing to move away from, beside guided ones as alone (CFG-Zero*, say, does not hold it)."""
+    guidance = {"scale": 2.0, "weight": weight, "combine": combine, "reference": ["condition"] * (2 if combine == "dual" else 1)}
+    if combine == "plus_plus" and weight != "constant":
+        pytest.skip("refused: 1 is full guidance there")
+    together = latents(model, [None, "bag"], seed=3, guidance=guidance)
+    assert torch.equal(together[:1], latents(model, None, seed=3, guidance=guidance))
+    assert torch.equal(together[1:], latents(model, "bag", seed=4, guidance=guidance))
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,15 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from sfumato.diffuse.parameterization import parameterization
+from sfumato.diffuse.process import Process
 from sfumato.diffuse.rescale import Shifted, ZeroTerminalSNR
 from sfumato.diffuse.sample import SeededNoise, Step, run, sample
 from sfumato.diffuse.samplers import calls, traits_of
 from sfumato.diffuse.schedule import SCHEDULES, Schedule, schedule
 from sfumato.diffuse.timesteps import timesteps
 from sfumato.registry import find, names
-from sfumato.types import Prediction
+from sfumato.types import LinearPrediction, Prediction
 
 SAMPLERS = {name: find("diffuse.samplers", name) for name in names("diffuse.samplers")}
 TRAITS = {name: traits_of(sampler) for name, sampler in SAMPLERS.items()}
@@ -259,6 +261,24 @@ def test_image_k_of_a_batch_is_the_image_of_its_seed_alone(name: str) -> None:
     together = finish(name, chosen, times, [10, 11, 12], gaussian(chosen))
     for k in range(3):
         assert torch.equal(finish(name, chosen, times, [10 + k], gaussian(chosen))[0], together[k])
+
+
+@every
+@everywhere
+def test_an_answer_that_is_worked_out_late_is_the_pair_that_it_stands_for(name: str, kind: str) -> None:
+    """A network's output is kept as it is (`LinearPrediction`); the same run with x0 and eps themselves ends at the same place."""
+    chosen = KINDS[kind]
+    process, times, late = Process(chosen, parameterization("v")), timesteps("trailing", 5, chosen), []
+
+    def denoise(x: Tensor, t: float) -> Prediction:
+        pair = wavy(chosen)(x, t)
+        late.append(process.split(x, process.target(pair.x0, pair.eps, t), t))
+        return late[-1]
+
+    found = finish(name, chosen, times, [0, 1], denoise, torch.float64)
+    assert all(isinstance(p, LinearPrediction) for p in late)
+    expected = finish(name, chosen, times, [0, 1], wavy(chosen), torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7 * float(expected.abs().max()))
 
 
 @every

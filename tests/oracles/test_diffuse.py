@@ -296,6 +296,52 @@ def test_split_inverts_add_noise_and_target(kind: str, name: str, dtype: torch.d
         assert torch.equal(alone.x0, found.x0[i : i + 1]) and torch.equal(process.add_noise(z, eps, one)[i], x[i])
 
 
+@pytest.mark.parametrize(("kind", "name"), PAIRS)
+def test_what_is_worked_out_late_is_what_the_pair_gives(kind: str, name: str) -> None:
+    """Combinations, lines through two predictions, and the finite check of a `LinearPrediction` against those of its x0 and eps."""
+    process = Process(schedule(kind), parameterization(name))
+    x, y, other, elsewhere = (normal(3, 2, 2, 2, seed=s, dtype=F64) for s in range(4))
+    w = torch.tensor([1.0, 2.5, 0.3], dtype=F64).reshape(-1, 1, 1, 1)
+    for t in (max(0.05, process.schedule.first), 0.5, 0.9):
+        late, reference = process.split(x, y, t), process.split(x, other, t)
+        moved = [process.split(elsewhere, other, t), Process(schedule(kind), parameterization("v")).split(x, other, t)]
+        now, then = Prediction(late.x0, late.eps), Prediction(reference.x0, reference.eps)
+        close = {
+            "rtol": 1e-9,
+            "atol": 1e-9 * float(max(now.x0.abs().max(), now.eps.abs().max(), then.x0.abs().max(), then.eps.abs().max())),
+        }
+        for alpha, sigma in ((0.7, 0.4), (1.0, 0.0), (0.0, 1.0), (-1.0, 1.0)):
+            assert torch.allclose(late.at(alpha, sigma), alpha * now.x0 + sigma * now.eps, **close)
+            for place in (x, elsewhere, x.clone()):
+                expected = alpha * now.x0 + sigma * now.eps + 0.6 * place
+                assert torch.allclose(late.at(alpha, sigma, 0.6, place), expected, **close)
+                assert torch.allclose(now.at(alpha, sigma, 0.6, place), expected, **close)
+        for scale in (1.5, w):
+            for one, two in ((late, reference), (now, then), (late, then), (now, reference)):
+                found = one.away(two, scale)
+                assert torch.allclose(found.x0, then.x0 + scale * (now.x0 - then.x0), **close)
+                assert torch.allclose(found.eps, then.eps + scale * (now.eps - then.eps), **close)
+            for far in moved:  # asked elsewhere, or of a network that speaks otherwise: not one line through one x
+                found = late.away(far, scale)
+                assert torch.allclose(found.x0, far.x0 + scale * (now.x0 - far.x0), rtol=1e-9, atol=1e-6)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        wrong = y.clone()
+        wrong[2, 1, 0, 1] = bad
+        assert not math.isfinite(float(process.split(x, wrong, 0.5).size())) and not math.isfinite(float(Prediction(x, wrong).size()))
+        assert not math.isfinite(float(Prediction(wrong, x).size()))
+
+
+def test_a_step_at_nearly_pure_noise_loses_nothing() -> None:
+    """eps there is x, and x0 = (x - sigma eps)/alpha is what float32's rounding leaves; one combination of x and y does not go through it."""
+    process, t, s = Process(schedule("cosine"), parameterization("eps")), 1.0, 0.999
+    x, y = (normal(1, 4, 8, 8, seed=k, dtype=torch.float32) for k in (0, 1))
+    exact = process.split(x.double(), y.double(), t).at(*process.schedule.point(s))
+    late = process.split(x, y, t)
+    size = exact.abs().max()
+    assert (late.at(*process.schedule.point(s)) - exact).abs().max() < 1e-6 * size
+    assert torch.isfinite(Prediction(late.x0, late.eps).at(*process.schedule.point(s))).all()
+
+
 def test_targets_are_the_published_ones() -> None:
     z, eps = normal(2, 1, 2, 2, seed=0), normal(2, 1, 2, 2, seed=1)
     table = schedule("cosine")
@@ -537,6 +583,14 @@ def test_image_k_of_a_batch_has_the_noise_of_its_own_seed() -> None:
         alone = SeededNoise((4, 5, 3), [seed])
         assert torch.equal(alone()[0], first[k]) and torch.equal(alone()[0], second[k])
     assert not torch.equal(first[0], first[1])
+
+
+def test_noise_is_what_torch_draws_from_the_seed_one_draw_after_the_other() -> None:
+    """As with `torch.Generator().manual_seed(seed)` in other libraries, whatever is drawn in advance; odd sizes too."""
+    for shape in ((4, 5, 3), (12, 7, 7), (1, 1, 1)):
+        draw, generators = SeededNoise(shape, [7, 8]), [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+        for _ in range(11):
+            torch.testing.assert_close(draw(), torch.stack([torch.randn(shape, generator=g) for g in generators]), rtol=0, atol=0)
 
 
 # ---- timesteps ---------------------------------------------------------------------------------------------------------

@@ -181,7 +181,8 @@ def test_conditions_with_different_doors_are_asked_in_two_passes() -> None:
         found = classifier_free(denoiser, reference, 2.0)(x, 0.4, conditioning)
         assert denoiser.network.calls == calls
         on, off = denoiser(x, 0.4, conditioning), denoiser(x, 0.4, reference)
-        assert torch.equal(found.x0, off.x0 + 2.0 * (on.x0 - off.x0)) and torch.equal(found.eps, off.eps + 2.0 * (on.eps - off.eps))
+        torch.testing.assert_close(found.x0, off.x0 + 2.0 * (on.x0 - off.x0))
+        torch.testing.assert_close(found.eps, off.eps + 2.0 * (on.eps - off.eps))
 
 
 class InItsOwnDtype(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor
 from sfumato.diffuse.parameterization import Parameterization
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError
-from sfumato.types import Prediction
+from sfumato.types import LinearPrediction, Prediction
 
 
 def _columns(like: Tensor, *values: Tensor) -> list[Tensor]:
@@ -48,6 +48,12 @@ class Process:
         a, b = _columns(z, *self.parameterization.row(*self.schedule.at(t)))
         return a * z + b * eps
 
+    def timestep(self, t: float | Tensor, device: torch.device) -> Float[Tensor, "..."]:
+        """A time, or one an image (B,), in the units that the network knows: float32, of t's shape."""
+        if isinstance(t, Tensor):
+            return self.schedule.timestep(t.double()).to(device, torch.float32)
+        return _timestep_at(self.schedule, float(t), device)
+
     def network_input(self, x: Float[Tensor, "B C h w"], t: float | Tensor) -> Float[Tensor, "B C h w"]:
         """What the network is shown of x: x itself, or x scaled to unit variance where the parameterization says so (edm)."""
         scale = self.parameterization.input_scale
@@ -57,9 +63,12 @@ class Process:
         """The clean latent and the noise that the output y claims for x at t in (0, 1]."""
         if isinstance(t, Tensor):
             x_x0, y_x0, x_eps, y_eps = _columns(x, *_solution(self, t))
-        else:
-            x_x0, y_x0, x_eps, y_eps = _solution_at(self, float(t))
-        return Prediction((x_x0 * x).add_(y_x0 * y), (x_eps * x).add_(y_eps * y))  # in place: one tensor less to find memory for
+            return Prediction(x_x0 * x + y_x0 * y, x_eps * x + y_eps * y)
+        return LinearPrediction(x, y, self.solution(t))
+
+    def solution(self, t: float) -> tuple[float, float, float, float]:
+        """(a, b, c, d) with x0 = a*x + b*y and eps = c*x + d*y at a time. Remembered: runs visit the same times again."""
+        return _solution_at(self, float(t))
 
 
 def _solution(process: Process, t: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -72,6 +81,11 @@ def _solution(process: Process, t: float | Tensor) -> tuple[Tensor, Tensor, Tens
 
 @lru_cache(maxsize=8192)
 def _solution_at(process: Process, t: float) -> tuple[float, float, float, float]:
-    """The same as numbers, remembered: runs visit the same times again."""
     w, x, y, z = _solution(process, t)
     return float(w), float(x), float(y), float(z)
+
+
+@lru_cache(maxsize=1024)
+def _timestep_at(schedule: Schedule, t: float, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # remembered for training too
+        return schedule.timestep(torch.tensor(t, dtype=torch.float64)).to(device, torch.float32)

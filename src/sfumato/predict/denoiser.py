@@ -5,6 +5,7 @@ Coefficients are float64, the state float32, the network runs in its own dtype.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfumato.diffuse.process import Process
-from sfumato.types import DOORS, Conditioning, Prediction, Query
+from sfumato.types import Conditioning, Prediction, Query
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,15 @@ class Denoiser:
 
     def output(self, x: Float[Tensor, "B C h w"], t: float | Tensor, conditioning: Conditioning) -> Float[Tensor, "B C h w"]:
         """The network's raw output y at x, float32."""
-        dtype = next(self.network.parameters()).dtype
-        timestep = self.process.schedule.timestep(torch.as_tensor(t, dtype=torch.float64)).to(x.device, torch.float32)
-        shown = self.process.network_input(x, t)
-        y = self.network(shown.to(dtype), timestep.expand(len(x)), conditioning.to(x.device, dtype))
-        return y.float()
+        module, name = self._weight
+        dtype = getattr(module, name).dtype
+        timestep = self.process.timestep(t, x.device).expand(len(x))
+        return self.network(self.process.network_input(x, t).to(dtype), timestep, conditioning.to(x.device, dtype)).float()
+
+    @cached_property
+    def _weight(self) -> tuple[nn.Module, str]:
+        """Where the network's first weight is: its dtype is asked for at every call, and to look for it takes longer than to ask."""
+        return next((module, name) for module in self.network.modules() for name, _ in module.named_parameters(recurse=False))
 
     def __call__(self, x: Float[Tensor, "B C h w"], t: float | Tensor, conditioning: Conditioning) -> Prediction:
         """What x is made of, according to the network: x0 and eps, float32."""
@@ -45,7 +50,7 @@ def answer(queries: Sequence[Query], rows: int | None = None) -> list[Prediction
     groups: dict[tuple[Any, ...], list[int]] = {}
     for k, query in enumerate(queries):
         who = getattr(query.denoiser, "group", id(query.denoiser))
-        groups.setdefault((who, *_shape(query)), []).append(k)
+        groups.setdefault((who, query.x.shape[1:], query.conditioning.sizes), []).append(k)
     found: dict[int, Prediction] = {}
     for members in groups.values():
         asked = [queries[k] for k in members]
@@ -65,31 +70,29 @@ def _one_pass(queries: Sequence[Query], rows: int | None) -> list[Prediction]:
     t: float | Tensor = queries[0].t
     if any(q.t != t for q in queries):
         t = torch.tensor([q.t for q in queries for _ in range(len(q.x))], dtype=torch.float64)
-    conditioning = Conditioning.cat([q.conditioning for q in queries]) if many else queries[0].conditioning
+    conditioning = _joined([q.conditioning for q in queries]) if many else queries[0].conditioning
     x = x.float()
     if rows is None or len(x) <= rows:
         y = denoiser.output(x, t, conditioning)
     else:
         parts = [slice(i, i + rows) for i in range(0, len(x), rows)]
         y = torch.cat([denoiser.output(x[p], t[p] if isinstance(t, Tensor) else t, conditioning[p]) for p in parts])
-    if not isinstance(t, Tensor):  # the usual case, in one go
-        found = denoiser.process.split(x, y, t)
-        if not many:
-            return [found]
-        sizes = [len(q.x) for q in queries]
-        return [Prediction(x0, eps) for x0, eps in zip(found.x0.split(sizes), found.eps.split(sizes), strict=True)]
+    if not many:
+        return [denoiser.process.split(x, y, queries[0].t)]
     answers, done = [], 0
     for q in queries:
         end = done + len(q.x)
-        answers.append(denoiser.process.split(x[done:end], y[done:end], q.t))
+        answers.append(denoiser.process.split(q.x if q.x.dtype == torch.float32 else q.x.float(), y[done:end], q.t))
         done = end
     return answers
 
 
-def _shape(query: Query) -> tuple[Any, ...]:
-    """What must agree for questions to share a pass: sizes of everything but the batch."""
-
-    def size(value: Any) -> Any:
-        return tuple(map(size, value)) if isinstance(value, tuple) else None if value is None else value.shape[1:]
-
-    return query.x.shape[1:], *(size(getattr(query.conditioning, door)) for door in DOORS)
+def _joined(parts: Sequence[Conditioning]) -> Conditioning:
+    """The parts as one batch. In inference the first part remembers the last join that it began: a run asks with the same at every step."""
+    if not torch.is_inference_mode_enabled():
+        return Conditioning.cat(parts)
+    others, whole = parts[0].__dict__.get("_joined", ((), None))
+    if whole is None or len(others) != len(parts) - 1 or any(a is not b for a, b in zip(others, parts[1:], strict=True)):
+        whole = Conditioning.cat(parts)
+        parts[0].__dict__["_joined"] = tuple(parts[1:]), whole
+    return whole

@@ -123,6 +123,7 @@ def start(settings: LoopSettings) -> Any:
         accelerator = Accelerator(cpu=cpu, mixed_precision=precision, step_scheduler_with_optimizer=False)
     except ValueError as error:
         raise UserError(f"precision={settings.precision!r} is not possible here ({error}): use another") from error
+    accelerator.wait_for_everyone()  # one that refuses its settings and leaves would fail the others in the middle of joining
     if settings.precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would run in fp32 and not say so
         raise UserError("precision='fp16' needs a GPU, and this machine trains on its CPU: use bf16 or fp32")
     if settings.batch_size % accelerator.num_processes:

@@ -13,6 +13,7 @@ whole tensors, one at a time, so that an image's bits do not depend on its batch
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -65,15 +66,18 @@ def traits_of(sampler: Callable[..., Run]) -> Traits:
 
 def calls(sampler: Callable[..., Run], times: Sequence[float], schedule: Any, **options: Any) -> int:
     """How many network calls a run makes."""
-    return _empty_run(sampler, times, schedule, options)[0]
+    return _empty_run(sampler, tuple(times), schedule, tuple(options.items()))[0]
 
 
 def draws_noise(sampler: Callable[..., Run], times: Sequence[float], schedule: Any, **options: Any) -> bool:
     """Whether a run draws noise on the way, with these options."""
-    return _empty_run(sampler, times, schedule, options)[1]
+    return _empty_run(sampler, tuple(times), schedule, tuple(options.items()))[1]
 
 
-def _empty_run(sampler: Callable[..., Run], times: Sequence[float], schedule: Any, options: dict[str, Any]) -> tuple[int, bool]:
+@lru_cache(maxsize=256)
+def _empty_run(
+    sampler: Callable[..., Run], times: tuple[float, ...], schedule: Any, options: tuple[tuple[str, Any], ...]
+) -> tuple[int, bool]:
     """(network calls, whether noise was drawn) of a run on one number, with answers of nothing."""
     nothing, drawn = torch.zeros(1, 1, 1, 1), []
 
@@ -81,7 +85,7 @@ def _empty_run(sampler: Callable[..., Run], times: Sequence[float], schedule: An
         drawn.append(True)
         return nothing
 
-    run, count, answer = sampler(nothing, times, schedule, noise, **options), 0, Prediction(nothing, nothing)
+    run, count, answer = sampler(nothing, times, schedule, noise, **dict(options)), 0, Prediction(nothing, nothing)
     try:
         next(run)
         while True:

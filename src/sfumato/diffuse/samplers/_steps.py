@@ -36,25 +36,40 @@ def between(here: Point, there: Point) -> float:
 
 def place(prediction: Prediction, there: Point) -> Tensor:
     """alpha*x0 + sigma*eps: the forward process with what was predicted (DDIM, Song et al. 2021, eq. 12, eta 0)."""
-    return (there[0] * prediction.x0).add_(there[1] * prediction.eps)
+    return prediction.at(*there)
 
 
-def towards(x: Tensor, x0: Tensor, here: Point, there: Point) -> Tensor:
-    """The exact solution of the flow if x0 stays: (sigma_s/sigma_t) x + (alpha_s - alpha_t sigma_s/sigma_t) x0."""
+def towards(x: Tensor, x0: Tensor | Prediction, here: Point, there: Point) -> Tensor:
+    """The exact solution of the flow if x0 (a prediction's, or another) stays: (sigma_s/sigma_t) x + (alpha_s - alpha_t sigma_s/sigma_t) x0."""
     ratio = there[1] / here[1]
-    return (ratio * x).add_((there[0] - here[0] * ratio) * x0)
+    rest = there[0] - here[0] * ratio
+    return x0.at(rest, 0.0, ratio, x) if isinstance(x0, Prediction) else total((ratio, x), (rest, x0))
 
 
 def along(x: Tensor, eps: Tensor, here: Point, there: Point) -> Tensor:
     """The exact solution of the flow if eps stays: (alpha_s/alpha_t) x + (sigma_s - sigma_t alpha_s/alpha_t) eps. Needs alpha_t > 0."""
     ratio = there[0] / here[0]
-    return (ratio * x).add_((there[1] - here[1] * ratio) * eps)
+    return total((ratio, x), (there[1] - here[1] * ratio, eps))
+
+
+def total(*terms: tuple[float, Tensor]) -> Tensor:
+    """The sum of numbers times tensors, in that order, one rounding at a time."""
+    found = terms[0][0] * terms[0][1]
+    for weight, value in terms[1:]:
+        found.add_(weight * value)
+    return found
 
 
 def noisier(x: Tensor, noise: Tensor, here: Point, there: Point) -> Tensor:
     """A draw from q(x_s | x_t) for s > t: (alpha_s/alpha_t) x + sqrt(sigma_s^2 - (alpha_s sigma_t/alpha_t)^2) noise."""
+    ratio, added = rise(here, there)
+    return total((ratio, x), (added, noise))
+
+
+def rise(here: Point, there: Point) -> tuple[float, float]:
+    """The weights of x and of the noise in `noisier`."""
     ratio = there[0] / here[0]
-    return ratio * x + math.sqrt(max(there[1] ** 2 - (ratio * here[1]) ** 2, 0.0)) * noise
+    return ratio, math.sqrt(max(there[1] ** 2 - (ratio * here[1]) ** 2, 0.0))
 
 
 def ancestral(here: Point, there: Point, eta: float = 1.0) -> tuple[float, float]:
@@ -78,12 +93,10 @@ class Straight:
 
     def __init__(self, schedule: Schedule):
         self.schedule, self.flow = schedule, not schedule.bounded
+        self.slope = (-1.0, 1.0) if self.flow else (0.0, 1.0)  # of x0 and of eps
 
     def at(self, t: float) -> tuple[float, float]:
         """(c, B)."""
         alpha, sigma = self.schedule.point(t)
         c = alpha + sigma if self.flow else alpha
         return c, sigma / c
-
-    def slope(self, prediction: Prediction) -> Tensor:
-        return prediction.eps - prediction.x0 if self.flow else prediction.eps

@@ -19,5 +19,7 @@ def consistency(x: Tensor, times: Sequence[float], schedule: Schedule, noise: No
     for t, s in pairwise(times):
         prediction = yield x, t
         alpha, sigma = schedule.point(s)
-        x = alpha * prediction.x0 if sigma == 0 else alpha * prediction.x0 + sigma * noise()
+        x = prediction.at(alpha, 0.0)
+        if sigma > 0:
+            x.add_(sigma * noise())
     return x

@@ -27,5 +27,5 @@ def ddim(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, et
         down, up = ancestral(here, there, eta)
         x = place(prediction, (there[0], down))
         if up > 0:
-            x = x + up * noise()
+            x.add_(up * noise())
     return x

@@ -28,8 +28,8 @@ def ddpm(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, va
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.point(t), schedule.point(s)
         ratio = alpha_t / alpha_s
         added = sigma_t**2 - ratio**2 * sigma_s**2
-        x = (ratio * sigma_s**2 / sigma_t**2) * x + (alpha_s * added / sigma_t**2) * prediction.x0
+        x = prediction.at(alpha_s * added / sigma_t**2, 0.0, ratio * sigma_s**2 / sigma_t**2, x)
         if sigma_s > 0:  # the last step is its mean: no noise is added at t = 0
             spread = added * (sigma_s**2 / sigma_t**2 if variance == "small" else 1.0)
-            x = x + math.sqrt(spread) * noise()
+            x.add_(math.sqrt(spread) * noise())
     return x

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import along, no_signal, place
+from sfumato.diffuse.samplers._steps import along, no_signal, place, total
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError
 from sfumato.types import Noise
@@ -53,7 +53,6 @@ def deis(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, or
         if len(used) == 1:
             x = along(x, prediction.eps, here, there)
             continue
-        x = (there[0] / here[0]) * x
-        for (eps, _), c in zip(used, coefficients(tuple(p for _, p in used), there[1] / there[0]), strict=True):
-            x = x + (there[0] * c) * eps
+        weights = coefficients(tuple(p for _, p in used), there[1] / there[0])
+        x = total((there[0] / here[0], x), *((there[0] * c, eps) for (eps, _), c in zip(used, weights, strict=True)))
     return x

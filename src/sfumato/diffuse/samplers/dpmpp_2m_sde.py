@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import at_an_end, between
+from sfumato.diffuse.samplers._steps import at_an_end, between, total
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError, unknown
 from sfumato.types import Noise
@@ -48,11 +48,14 @@ def dpmpp_2m_sde(
             continue
         kept = math.exp(-eta * h) if eta else 1.0  # e^-inf = 0 where alpha is 0
         gain = -math.expm1(-(1 + eta) * h)  # 1 - e^-k
-        x = (there[1] / here[1] * kept) * x + (there[0] * gain) * x0
+        stay = there[1] / here[1] * kept, x
         if before is not None and index != last and not at_an_end(here, there):
             bend = gain / 2 if solver == "midpoint" else 1 - gain / ((1 + eta) * h)
-            x = x + (there[0] * bend * h / before[1]) * (x0 - before[0])
+            bend *= h / before[1]
+            x = total(stay, (there[0] * (gain + bend), x0), (-there[0] * bend, before[0]))
+        else:
+            x = total(stay, (there[0] * gain, x0))
         if eta:
-            x = x + (there[1] * math.sqrt(1 - kept**2)) * noise()
+            x.add_((there[1] * math.sqrt(1 - kept**2)) * noise())
         before = None if here[0] == 0 else (x0, h)
     return x

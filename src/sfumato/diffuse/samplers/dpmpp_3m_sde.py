@@ -14,7 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import between
+from sfumato.diffuse.samplers._steps import between, total
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError, unknown
 from sfumato.types import Noise
@@ -52,22 +52,24 @@ def dpmpp_3m_sde(
             continue
         kept, k = (math.exp(-eta * h) if eta else 1.0), (1 + eta) * h
         gain = -math.expm1(-k)  # 1 - e^-k
-        x = (there[1] / here[1] * kept) * x + (there[0] * gain) * x0
-        known = [(old, width / h) for old, width in before]
-        if lower_order_final:
-            known = known[: count - index - 1]
+        known = before[: count - index - 1] if lower_order_final else before
+        weights = [gain]  # of x0 and of those known before it
         if known:
-            phi = 1 - gain / k
-            first = (x0 - known[0][0]) * (1 / known[0][1])
+            r0, phi = known[0][1] / h, 1 - gain / k
+            slope, bend = [1 / r0, -1 / r0], [0.0, 0.0]  # divided differences, as weights of the same
             if len(known) > 1:
-                r0, r1 = known[0][1], known[1][1]
-                change = (first - (known[0][0] - known[1][0]) * (1 / r1)) * (1 / (r0 + r1))
-                first = first + r0 * change
-                x = x + (there[0] * (0.5 if published else 1.0) * (1 - 2 * phi / k)) * change
+                r1 = known[1][1] / h
+                slope, second = [*slope, 0.0], [0.0, 1 / r1, -1 / r1]
+                bend = [(a - b) / (r0 + r1) for a, b in zip(slope, second, strict=True)]
+                slope = [a + r0 * b for a, b in zip(slope, bend, strict=True)]
             elif solver == "midpoint":
                 phi = gain / 2
-            x = x + (there[0] * phi) * first
+            curve = (0.5 if published else 1.0) * (1 - 2 * phi / k)
+            weights = [phi * a + curve * b for a, b in zip(slope, bend, strict=True)]
+            weights[0] += gain
+        points = [x0, *(old for old, _ in known)]
+        x = total((there[1] / here[1] * kept, x), *((there[0] * weight, old) for weight, old in zip(weights, points, strict=True)))
         if eta:
-            x = x + (there[1] * math.sqrt(1 - kept**2)) * noise()
+            x.add_((there[1] * math.sqrt(1 - kept**2)) * noise())
         before = [] if here[0] == 0 else [(x0, h), *before[:1]]
     return x

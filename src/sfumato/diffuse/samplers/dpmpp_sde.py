@@ -11,10 +11,10 @@ from itertools import pairwise
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import Point, ancestral, at_an_end, between, half_log_snr, towards
+from sfumato.diffuse.samplers._steps import Point, ancestral, at_an_end, between, half_log_snr, total, towards
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError
-from sfumato.types import Noise
+from sfumato.types import Noise, Prediction
 
 
 @traits(order=2, calls=2, noise=True)
@@ -23,19 +23,18 @@ def dpmpp_sde(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Nois
     if not (0 <= eta <= 1 and 0 < r < 1):
         raise UserError(f"eta={eta}, r={r}: expected eta in [0, 1] and r in (0, 1)")
 
-    def step(x0: Tensor, here: Point, there: Point) -> Tensor:
+    def step(x0: Tensor | Prediction, here: Point, there: Point) -> Tensor:
         down, up = ancestral(here, there, eta)
         moved = towards(x, x0, here, (there[0], down))
-        return moved + up * noise() if up > 0 else moved
+        return moved.add_(up * noise()) if up > 0 else moved
 
     for t, s in pairwise(times):
         first = yield x, t
         here, there = schedule.point(t), schedule.point(s)
-        x0 = first.x0
-        if not at_an_end(here, there):
-            h = between(here, there)
-            m = schedule.at_noise_level(math.exp(-half_log_snr(here) - r * h))
-            second = yield step(x0, here, schedule.point(m)), m
-            x0 = x0 * (1 - 0.5 / r) + second.x0 * (0.5 / r)
-        x = step(x0, here, there)
+        if at_an_end(here, there):
+            x = step(first, here, there)
+            continue
+        m = schedule.at_noise_level(math.exp(-half_log_snr(here) - r * between(here, there)))
+        second = yield step(first, here, schedule.point(m)), m
+        x = step(total((1 - 0.5 / r, first.x0), (0.5 / r, second.x0)), here, there)
     return x

@@ -64,6 +64,6 @@ def edm(
             return end
         second = yield end, s
         (c_t, b_t), (c_s, b_s) = straight.at(t), straight.at(s)
-        mean = (straight.slope(first) + straight.slope(second)) * 0.5
-        x = (c_s / c_t) * x + (c_s * (b_s - b_t)) * mean
+        half, (of_x0, of_eps) = c_s * (b_s - b_t) / 2, straight.slope
+        x = first.at(half * of_x0, half * of_eps, c_s / c_t, x).add_(second.at(half * of_x0, half * of_eps))
     return x

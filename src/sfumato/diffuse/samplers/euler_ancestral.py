@@ -26,7 +26,7 @@ def euler_ancestral(x: Tensor, times: Sequence[float], schedule: Schedule, noise
         prediction = yield x, t
         here, there = schedule.point(t), schedule.point(s)
         down, up = ancestral(here, there, eta)
-        x = towards(x, prediction.x0, here, (there[0], down))
+        x = towards(x, prediction, here, (there[0], down))
         if up > 0:
-            x = x + (up * noise_scale) * noise()
+            x.add_((up * noise_scale) * noise())
     return x

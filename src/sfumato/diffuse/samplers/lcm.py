@@ -26,6 +26,7 @@ def lcm(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, sca
         alpha, sigma = schedule.point(s)
         k = scaling * 1000 * max(t - schedule.first, 0.0)  # the timestep of a table of 1000
         skip, out = sigma_data**2 / (k**2 + sigma_data**2), k / math.hypot(k, sigma_data)
-        clean = skip * x + out * prediction.x0
-        x = clean if sigma == 0 else alpha * clean + sigma * noise()
+        x = prediction.at(alpha * out, 0.0, alpha * skip, x)
+        if sigma > 0:
+            x.add_(sigma * noise())
     return x

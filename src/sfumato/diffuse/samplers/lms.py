@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import Straight
+from sfumato.diffuse.samplers._steps import Straight, total
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError
 from sfumato.types import Noise
@@ -41,8 +41,7 @@ def lms(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, ord
     for t, s in pairwise(times):
         prediction = yield x, t
         (c_t, b_t), (c_s, b_s) = straight.at(t), straight.at(s)
-        known = [(straight.slope(prediction), b_t), *known][:order]
-        x = (c_s / c_t) * x
-        for (slope, _), c in zip(known, coefficients(tuple(b for _, b in known), b_s), strict=True):
-            x = x + (c_s * c) * slope
+        known = [(prediction.at(*straight.slope), b_t), *known][:order]
+        weights = coefficients(tuple(b for _, b in known), b_s)
+        x = total((c_s / c_t, x), *((c_s * c, slope) for (slope, _), c in zip(known, weights, strict=True)))
     return x

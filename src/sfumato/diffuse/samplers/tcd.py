@@ -11,7 +11,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import noisier, place
+from sfumato.diffuse.samplers._steps import rise
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError
 from sfumato.types import Noise
@@ -27,7 +27,9 @@ def tcd(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta
         past, there = (1 - eta) * s, schedule.point(s)
         if schedule.grid is not None and 0 < past < s:  # in whole timesteps, of which the first, 0, is at t = 1/grid
             past = (math.floor(round((1 - eta) * (s * schedule.grid - 1), 6)) + 1) / schedule.grid
-        x = place(prediction, schedule.point(past))
+        alpha, sigma = schedule.point(past)
+        ratio, added = rise((alpha, sigma), there)
+        x = prediction.at(ratio * alpha, ratio * sigma)
         if past < s:
-            x = noisier(x, noise(), schedule.point(past), there)
+            x.add_(added * noise())
     return x

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import Point, at_an_end, between, half_log_snr, towards
+from sfumato.diffuse.samplers._steps import Point, at_an_end, between, half_log_snr, total, towards
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError, unknown
 from sfumato.types import Noise
@@ -84,8 +84,9 @@ def _step(
     """From `here` with the values known before and, for the corrector, the value at the end."""
     x0, place = points[0]
     others = [*points[1:], *([end] if end is not None else [])]
-    moved = towards(x, x0, here, there)
     ratios = tuple((at - place) / h for _, at in others)
-    for (value, _), ratio, weight in zip(others, ratios, weights(ratios, h, kind) if others else (), strict=True):
-        moved = moved - (there[0] * weight / ratio) * (value - x0)
-    return moved
+    bends = [there[0] * weight / ratio for weight, ratio in zip(weights(ratios, h, kind) if others else (), ratios, strict=True)]
+    stay = there[1] / here[1]
+    return total(
+        (stay, x), (there[0] - here[0] * stay + sum(bends), x0), *((-bend, value) for bend, (value, _) in zip(bends, others, strict=True))
+    )

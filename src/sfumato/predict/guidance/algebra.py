@@ -10,11 +10,6 @@ from sfumato.predict.guidance.guide import Moment
 from sfumato.types import Prediction
 
 
-def mixed(conditional: Tensor, reference: Tensor, w: float | Tensor) -> Tensor:
-    """reference + w (conditional - reference), one rounding at a time so that bits do not depend on the batch."""
-    return (w * (conditional - reference)).add_(reference)
-
-
 def total(value: Tensor) -> Tensor:
     """The sum over each image's numbers: (B, C, h, w) -> (B, 1, 1, 1).
 

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from sfumato.errors import UserError
@@ -36,12 +38,14 @@ def guide(
     weight: Any,
     combine: Any,
     point: Callable[[float], tuple[float, float]],
+    unguided: Bool[Tensor, " B"] | None = None,
 ) -> Ask:
     """The guided denoiser of one run, as questions to answer.
 
     references: (denoiser, conditioning) pairs to move away from: the same denoiser without the condition, or a weaker one with it; as
     many as the combine takes (`UserError` otherwise), or none: then nothing is guided.
     weight, combine: settings from `weights` and `combines`. point: t -> (alpha, sigma).
+    unguided: the images that have nothing to move away from, as a draw without a condition: each is as it is alone, to the last bit.
     All questions of a time are put at once; where the weight is 1 only the conditional one, unless the combine needs them `always`.
     """
     if references and len(references) != combine.references:
@@ -60,7 +64,9 @@ def guide(
         predictions = yield [first, *(Query(who, x, t, given) for who, given in references)]
         w = weigh(moment, predictions[0], predictions[1])
         found = join(x, moment, predictions, w)
-        return found if combine.always else _off_is_off(predictions[0], found, w)
+        if not combine.always:
+            found = _off_is_off(predictions[0], found, w)
+        return found if unguided is None else Chosen(unguided.reshape(-1, 1, 1, 1), predictions[0], found)
 
     return ask
 
@@ -69,5 +75,28 @@ def _off_is_off(conditional: Prediction, found: Prediction, w: float | Tensor) -
     """The conditional prediction itself, to the last bit, for the images whose w is 1: as if nobody had asked the references."""
     if not isinstance(w, Tensor):
         return conditional if w == 1 else found
-    off = w == 1
-    return Prediction(torch.where(off, conditional.x0, found.x0), torch.where(off, conditional.eps, found.eps))
+    return Chosen(w == 1, conditional, found)
+
+
+class Chosen(Prediction):
+    """One prediction for the images where `first` (B, 1, 1, 1) is True, another for the others: each worked out as it would be alone."""
+
+    parts: tuple[Tensor, Prediction, Prediction]
+
+    def __init__(self, first: Tensor, one: Prediction, other: Prediction):
+        self.__dict__.update(parts=(first, one, other))
+
+    @cached_property
+    def x0(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.at(1.0, 0.0)
+
+    @cached_property
+    def eps(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.at(0.0, 1.0)
+
+    def at(self, alpha: float, sigma: float, k: float = 0.0, x: Tensor | None = None) -> Tensor:
+        first, one, other = self.parts
+        return torch.where(first, one.at(alpha, sigma, k, x), other.at(alpha, sigma, k, x))
+
+    def size(self) -> Tensor:
+        return self.parts[1].size() + self.parts[2].size()

@@ -23,6 +23,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from sfumato.errors import UserError, unknown
@@ -208,17 +209,21 @@ def build(
         raise UserError(f"{len(given)} conditionings to move away from, for guidance {guidance}: expected {wanted}")
     taken = iter(given)
     pairs = [r.pair(denoiser, conditioning, next(taken) if r.condition else conditioning, weaker) for r in references]
-    if all(r.condition and same(conditioning, other) for r, (_, other) in zip(references, pairs, strict=True)):
-        pairs = []
-    return guide(denoiser, conditioning, pairs, weight, combine, point)
+    unguided = None
+    if all(r.condition for r in references):
+        unguided = torch.stack([same(conditioning, other) for _, other in pairs]).all(0)
+        if not unguided.any():
+            unguided = None
+        elif unguided.all():
+            pairs, unguided = [], None
+    return guide(denoiser, conditioning, pairs, weight, combine, point, unguided)
 
 
-def same(a: Conditioning, b: Conditioning) -> bool:
-    """Whether two conditionings are equal, door by door."""
-
-    def equal(x: Tensor | tuple[Tensor, ...] | None, y: Tensor | tuple[Tensor, ...] | None) -> bool:
-        if isinstance(x, tuple) and isinstance(y, tuple):
-            return len(x) == len(y) and all(map(equal, x, y))
-        return x is y or (isinstance(x, Tensor) and isinstance(y, Tensor) and torch.equal(x, y))
-
-    return all(equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+def same(a: Conditioning, b: Conditioning) -> Bool[Tensor, " B"]:
+    """The images of `a` for which two conditionings are equal, door by door; (1,) if `a` has no doors."""
+    alike = torch.full((len(a.tensors[0]) if a.tensors else 1,), a.sizes == b.sizes)
+    if a.sizes != b.sizes or any(len(x) != len(y) for x, y in zip(a.tensors, b.tensors, strict=True)):
+        return torch.zeros_like(alike)
+    for x, y in zip(a.tensors, b.tensors, strict=True):
+        alike = alike.to(x.device) & (x == y).flatten(1).all(1)
+    return alike

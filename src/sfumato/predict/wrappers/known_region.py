@@ -43,6 +43,7 @@ def known_region(ask: Ask, z: Float[Tensor, "N C h w"], mask: Float[Tensor, "M K
     point: t -> (alpha, sigma). Begin the run at `start`, and give what it ends with to `finish`. `UserError` for what does not fit.
     """
     _check(z, mask)
+    nothing = not mask.any()
 
     def known(x: Tensor, t: float) -> Asking[Prediction]:
         found = yield from ask(x, t)
@@ -50,6 +51,8 @@ def known_region(ask: Ask, z: Float[Tensor, "N C h w"], mask: Float[Tensor, "M K
         if not sigma > 0:
             raise UserError(f"t={t}: there is no noise, and so nothing to ask: expected a time in (0, 1]")
         kept, m = _like(x, z, mask)
+        if nothing:
+            return found
         eps = (x - alpha * kept) * (1 / sigma)
         return Prediction(_mixed(kept, found.x0, m), _mixed(eps, found.eps, m))
 

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sfumato.errors import UserError, unknown
-from sfumato.predict.guidance.algebra import mixed
 from sfumato.predict.guidance.combines import Join
 from sfumato.predict.guidance.guide import Moment
-from sfumato.types import Prediction
+from sfumato.types import Prediction, mixed
 
 KINDS = {"chain": 1.0, "sum": 0.0, "away": 1.0}
 """What there is, and the second scale at which w = 1 is the conditional prediction."""

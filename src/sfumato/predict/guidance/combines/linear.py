@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sfumato.predict.guidance.algebra import mixed
 from sfumato.predict.guidance.combines import Join
 from sfumato.predict.guidance.guide import Moment
 from sfumato.types import Prediction
@@ -26,6 +25,6 @@ class Linear:
     def begin(self) -> Join:
         def join(x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor) -> Prediction:
             conditional, reference = predictions
-            return Prediction(mixed(conditional.x0, reference.x0, w), mixed(conditional.eps, reference.eps, w))
+            return conditional.away(reference, w)
 
         return join

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sfumato.predict.guidance.algebra import mixed
 from sfumato.predict.guidance.combines import Join
 from sfumato.predict.guidance.guide import Moment
-from sfumato.types import Prediction
+from sfumato.types import Prediction, mixed
 
 
 @dataclass(frozen=True)

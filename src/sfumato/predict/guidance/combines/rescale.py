@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.predict.guidance.algebra import mixed, moved, ratio, total
+from sfumato.predict.guidance.algebra import moved, ratio, total
 from sfumato.predict.guidance.combines import Join
 from sfumato.predict.guidance.guide import Moment
-from sfumato.types import Prediction
+from sfumato.types import Prediction, mixed
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,13 @@ x/(alpha + sigma) where it is: for a flow that is x.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.predict.guidance.algebra import from_velocity, mixed, ratio, total
+from sfumato.predict.guidance.algebra import from_velocity, ratio, total
 from sfumato.predict.guidance.combines import Join
 from sfumato.predict.guidance.guide import Moment
-from sfumato.types import Prediction
+from sfumato.types import Prediction, mixed
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,8 @@ class ZeroStar:
         def join(x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor) -> Prediction:
             conditional, reference = (p.eps - p.x0 for p in predictions)
             if moment.index < self.zero_steps:
-                found = from_velocity(x, 0 * conditional, moment)
-            else:
-                s = ratio(total(conditional * reference), total(reference.square()), 1.0)
-                found = from_velocity(x, mixed(conditional, s * reference, w), moment)
-            # An image with nothing to move away from is as it is alone, where it is not guided at all.
-            same = total((conditional - reference).abs()) == 0
-            return Prediction(torch.where(same, predictions[0].x0, found.x0), torch.where(same, predictions[0].eps, found.eps))
+                return from_velocity(x, 0 * conditional, moment)
+            s = ratio(total(conditional * reference), total(reference.square()), 1.0)
+            return from_velocity(x, mixed(conditional, s * reference, w), moment)
 
         return join
