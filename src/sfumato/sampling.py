@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -46,13 +46,17 @@ class Defaults:
     def __post_init__(self) -> None:
         sampler_of(self.sampler)
         spacing_of(self.spacing)
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise UserError(f"steps={self.steps!r}: expected a whole number of at least 1")
+        _check_steps(self.steps)
         object.__setattr__(self, "guidance", Guidance.parse(self.guidance).to_json())  # one form, which JSON can hold
         for sampler, tables in self.tuned.items():
             sampler_of(sampler)
             for times in tables:
                 check_times(times)
+
+    @cached_property
+    def guided(self) -> Guidance:
+        """The guidance as an object."""
+        return Guidance.parse(self.guidance)
 
     def tuned_for(self, sampler: str, steps: int) -> list[float] | None:
         """The tuned times of a sampler, however it is spelled, for so many steps, if there are any."""
@@ -128,6 +132,11 @@ def _canonical(spec: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
     return choice(spec)[0], tuple(sorted((key, value) for key, value in options.items() if value != defaults[key]))
 
 
+def _check_steps(steps: Any) -> None:
+    if not isinstance(steps, int) or steps < 1:
+        raise UserError(f"steps={steps!r}: expected a whole number of at least 1")
+
+
 def _check_options(what: str, function: Callable[..., Any], skip: int, options: Mapping[str, Any]) -> None:
     """`UserError` for an option that a sampler or spacing does not have (after its first `skip` parameters), or words for a number."""
     allowed = list(inspect.signature(function).parameters.values())[skip:]
@@ -159,9 +168,9 @@ def _chosen(model: Any, request: Request) -> dict[str, Any]:
     steps = defaults.steps if request.steps is None else request.steps
     if request.timesteps is not None:
         steps = len(check_times(request.timesteps)) - 1
-    guidance = Guidance.parse(defaults.guidance if request.guidance is None else request.guidance)
+    guidance = defaults.guided if request.guidance is None else Guidance.parse(request.guidance)
     sampler = defaults.sampler if request.sampler is None else request.sampler
-    Defaults(steps, sampler)  # says what is wrong with them
+    _check_steps(steps)
     promised = traits_of(sampler_of(sampler)[0])
     if not (guidance.consistent or promised.both):
         able = ", ".join(name for name in names("diffuse.samplers") if traits_of(find("diffuse.samplers", name)).both)

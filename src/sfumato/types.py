@@ -151,7 +151,8 @@ class LinearPrediction(Prediction):
     solution: tuple[float, float, float, float]
 
     def __init__(self, x: Shaped[Tensor, "B C h w"], y: Shaped[Tensor, "B C h w"], solution: tuple[float, float, float, float]):
-        self.__dict__.update(x=x, y=y, solution=solution)
+        mine = self.__dict__  # frozen, but for this
+        mine["x"], mine["y"], mine["solution"] = x, y, solution
 
     @cached_property
     def x0(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]

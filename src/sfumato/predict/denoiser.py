@@ -47,10 +47,14 @@ def answer(queries: Sequence[Query], rows: int | None = None) -> list[Prediction
     question; if it has an `answer(queries, one_pass)`, that is given all questions whose denoisers have the same `group`, and `one_pass`,
     which puts questions to a `Denoiser`.
     """
+    if len(queries) == 1:
+        return _one_pass(queries, rows)
     groups: dict[tuple[Any, ...], list[int]] = {}
     for k, query in enumerate(queries):
         who = getattr(query.denoiser, "group", id(query.denoiser))
         groups.setdefault((who, query.x.shape[1:], query.conditioning.sizes), []).append(k)
+    if len(groups) == 1:
+        return _one_pass(queries, rows)
     found: dict[int, Prediction] = {}
     for members in groups.values():
         asked = [queries[k] for k in members]

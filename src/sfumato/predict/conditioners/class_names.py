@@ -72,7 +72,8 @@ class ClassNames:
 
     def __call__(self, prompts: Sequence[str | None]) -> Conditioning:
         """Prompts -> Conditioning with `vector` (B, len(names) + 1)."""
-        return self.from_labels(torch.tensor([self.label(p) for p in prompts]))
+        labels = {p: self.label(p) for p in set(prompts)}
+        return Conditioning(vector=F.one_hot(torch.tensor([labels[p] for p in prompts]), len(self.names) + 1).float())
 
     def from_labels(self, labels: Int[Tensor, " B"]) -> Conditioning:
         """Labels (B,) int64 -> Conditioning; -1 (no label) and `len(names)` are the null row."""

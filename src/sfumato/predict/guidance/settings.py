@@ -19,7 +19,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any
 
 import torch
@@ -211,19 +211,14 @@ def build(
     pairs = [r.pair(denoiser, conditioning, next(taken) if r.condition else conditioning, weaker) for r in references]
     unguided = None
     if all(r.condition for r in references):
-        unguided = torch.stack([same(conditioning, other) for _, other in pairs]).all(0)
-        if not unguided.any():
-            unguided = None
-        elif unguided.all():
-            pairs, unguided = [], None
+        alike = reduce(torch.logical_and, (same(conditioning, other) for _, other in pairs))
+        if alike.any():
+            pairs, unguided = ([], None) if alike.all() else (pairs, alike)
     return guide(denoiser, conditioning, pairs, weight, combine, point, unguided)
 
 
 def same(a: Conditioning, b: Conditioning) -> Bool[Tensor, " B"]:
     """The images of `a` for which two conditionings are equal, door by door; (1,) if `a` has no doors."""
-    alike = torch.full((len(a.tensors[0]) if a.tensors else 1,), a.sizes == b.sizes)
-    if a.sizes != b.sizes or any(len(x) != len(y) for x, y in zip(a.tensors, b.tensors, strict=True)):
-        return torch.zeros_like(alike)
-    for x, y in zip(a.tensors, b.tensors, strict=True):
-        alike = alike.to(x.device) & (x == y).flatten(1).all(1)
-    return alike
+    if a.sizes != b.sizes or not a.tensors or any(len(x) != len(y) for x, y in zip(a.tensors, b.tensors, strict=True)):
+        return torch.full((len(a.tensors[0]) if a.tensors else 1,), a.sizes == b.sizes and not a.tensors)
+    return reduce(torch.logical_and, ((x == y).flatten(1).all(1) for x, y in zip(a.tensors, b.tensors, strict=True)))
