@@ -190,8 +190,8 @@ class LatentDiffusion:
         self, requests: Sequence[Request], batch: int | None, on_step: Callable[[int, Step], bool | None] | None
     ) -> list[Tensor | None]:
         """The latents of each request, None where `on_step` cancelled it."""
-        if batch is not None and batch < 1:
-            raise UserError(f"batch={batch}: expected at least 1 row in a forward pass")
+        if batch is not None and (not isinstance(batch, int) or batch < 1):
+            raise UserError(f"batch={batch!r}: expected a whole number of at least 1 row in a forward pass")
         runs = [questions(self, r, None if on_step is None else partial(on_step, k)) for k, r in enumerate(requests)]
         try:
             return answered(together(runs), partial(answer, rows=batch))

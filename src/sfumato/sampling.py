@@ -250,6 +250,11 @@ def questions(model: Any, request: Request, on_step: Callable[[Step], bool | Non
     # x_t of standardised latents has variance alpha^2 + sigma^2, at full noise and where a run begins later.
     x = math.hypot(*schedule.point(times[0])) * start
     if request.known is not None:
+        pair = isinstance(request.known, tuple | list) and len(request.known) == 2
+        if not pair or not all(isinstance(part, Tensor) and part.ndim == 4 for part in request.known):
+            raise UserError(
+                "known: expected (z, mask), a latent (n, c, h, w) to keep and where to keep it (n or 1, 1 or c, h, w), 1 is known"
+            )
         z, mask = (part.to(model.device, torch.float32) for part in request.known)
         ask, x = known_region(ask, z, mask, schedule.point), begin_known(start, z, mask, schedule.point, times[0])
     sampler, options = sampler_of(chosen["sampler"])

@@ -930,6 +930,9 @@ def test_what_is_guided_does_not_depend_on_its_neighbours(model: LatentDiffusion
     [
         ({"guidance": "2 project:momentum=-0.5", "canvas": (8, 4)}, "its momentum would pass from window to window"),
         ({"cache": ()}, "every=.*: expected a whole number"),
+        ({"known": (torch.zeros(LATENT), torch.zeros(LATENT))}, r"known: expected \(z, mask\)"),
+        ({"guidance": "2 model", "weaker": build(classes=("bag", "hat"))}, "knows 3 classes .* the model 4: expected one"),
+        ({"guidance": "2 model", "weaker": build(classes=())}, "knows no classes .* the model 4: expected one"),
         ({"negative_prompt": "ankle boot", "guidance": 1.0}, "nothing is moved away from it"),
         ({"canvas": (8, 0)}, r"canvas=\(8, 0\): expected \(size, stride\)"),
         ({"sampler": "restart:rho=0.0"}, "rho=0.0"),
@@ -940,8 +943,8 @@ def test_what_is_guided_does_not_depend_on_its_neighbours(model: LatentDiffusion
     ],
 )
 def test_settings_that_would_be_silently_wrong_are_refused(model: LatentDiffusion, values: dict, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        model.generate("bag", **values)
+    with pytest.raises(UserError, match=words):  # a mapping, as from JSON: no type checker stands before it
+        model.sample_many([{"prompt": "bag", **values}])
 
 
 def test_tuned_times_are_found_however_the_sampler_is_spelled(model: LatentDiffusion) -> None:
