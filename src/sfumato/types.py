@@ -48,15 +48,18 @@ class Conditioning:
         return type(self)(*(apply(getattr(self, door)) for door in DOORS))  # pyright: ignore[reportArgumentType]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """The same conditioning on a device and, for its floating-point tensors, in a dtype; itself, if it is so already."""
+        """The same conditioning on a device and, for its floating-point tensors, in a dtype; itself, if it is so already.
+
+        `vector` keeps its dtype: it may hold sizes in pixels, which bfloat16 cannot tell apart. Networks cast what they make of it.
+        """
         where = None if device is None else torch.device(device)
 
-        def fits(v: Tensor) -> bool:
-            return (where is None or v.device == where) and (dtype is None or v.dtype == dtype or not v.is_floating_point())
+        def kind(v: Tensor) -> torch.dtype | None:
+            return dtype if v.is_floating_point() and v is not self.vector else None
 
-        if all(map(fits, self.tensors)):
+        if all((where is None or v.device == where) and kind(v) in (None, v.dtype) for v in self.tensors):
             return self
-        return self._map(lambda v: v.to(device=where, dtype=dtype if v.is_floating_point() else None))
+        return self._map(lambda v: v.to(device=where, dtype=kind(v)))
 
     @cached_property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -122,6 +122,14 @@ EVERY = {
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
     "block_out_channels": (8, 16, 8),
 }
+FOUR = {
+    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+    "block_out_channels": (4, 8, 8, 16),
+}
+DOWN4 = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
+UP4 = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+SIZES = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "attention_head_dim": 2, "use_linear_projection": True}
 MIDDLE = {"mid_block_type": "UNetMidBlock2D"}
 TINY = {"sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 16), "layers_per_block": 1}
 TINY |= {"norm_num_groups": 4, "attention_head_dim": 4, "cross_attention_dim": 12}
@@ -139,6 +147,16 @@ UNETS: dict[str, dict[str, Any]] = {
     "time embedding": {**CROSS, "time_embedding_dim": 24, "flip_sin_to_cos": False, "freq_shift": 1},
     "padding 0, eps": {**SELF, **MIDDLE, "downsample_padding": 0, "norm_eps": 1e-3},
     "projected vector": {**SELF, **MIDDLE, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 6},
+    "class kinds: timestep": {**SELF, **MIDDLE, "class_embed_type": "timestep"},
+    "class kinds: simple projection": {**CROSS, "class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 6},
+    "class kinds: identity": {**CROSS, "class_embed_type": "identity"},
+    "SD 1": {**FOUR, "attention_head_dim": 4},
+    "SD 2": {**FOUR, "attention_head_dim": (1, 2, 4, 4), "use_linear_projection": True, "upcast_attention": True, "layers_per_block": 2},
+    "SDXL": {**CROSS3, **SIZES, "projection_class_embeddings_input_dim": 7 + 6 * 8, "transformer_layers_per_block": (1, 2, 3)},
+    "SDXL refiner": {**FOUR, **SIZES, "projection_class_embeddings_input_dim": 7 + 5 * 8, "down_block_types": DOWN4, "up_block_types": UP4},
+    "x4 upscaler": {**FOUR, "only_cross_attention": (True, True, True, False), "num_class_embeds": 7, "in_channels": 7, "out_channels": 3},
+    "only cross-attention": {**CROSS, "only_cross_attention": True, "use_linear_projection": True},
+    "only cross-attention, not in the middle": {**CROSS, "only_cross_attention": True, "mid_block_only_cross_attention": False},
     "inpainting channels": {**CROSS, "in_channels": 7, "out_channels": 3},
 }
 
@@ -149,14 +167,21 @@ def inputs(config: UNetConfig, size: tuple[int, int], mask: bool = False) -> tup
     tokens = normal(2, 5, 12, seed=1) if cross else None
     kept = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]], dtype=torch.bool) if mask and cross else None
     labels = torch.tensor([1, 2])
-    vector, their_labels = None, None
-    if config.class_embed_type == "projection":
-        vector = their_labels = normal(2, config.projection_class_embeddings_input_dim or 0, seed=2)
+    vector, their_labels, added = None, None, None
+    if config.addition_embed_type:
+        text, count = normal(2, 7, seed=2), ((config.projection_class_embeddings_input_dim or 0) - 7) // 8
+        sizes = torch.tensor([[1024.0, 1021, 3, 0, 768, 512], [333, 1024, 0, 77, 1536, 640]])[:, :count]
+        vector, added = torch.cat([text, sizes], 1), {"text_embeds": text, "time_ids": sizes}
+    elif config.class_embed_type == "timestep":
+        their_labels = torch.tensor([20.0, 350.0])
+        vector = their_labels[:, None]
+    elif config.class_embed_type is not None:
+        vector = their_labels = normal(2, config.projection_class_embeddings_input_dim or 4 * config.block_out_channels[0], seed=2)
     elif config.num_class_embeds:
         vector, their_labels = torch.eye(config.num_class_embeds)[labels], labels
     concat = normal(2, config.in_channels - 3, *size, seed=3) if config.in_channels > 3 else None
     ours = Conditioning(tokens=tokens, mask=kept, vector=vector, concat=concat)
-    theirs = {"encoder_hidden_states": tokens, "encoder_attention_mask": kept, "class_labels": their_labels}
+    theirs = {"encoder_hidden_states": tokens, "encoder_attention_mask": kept, "class_labels": their_labels, "added_cond_kwargs": added}
     return normal(2, 3, *size), torch.tensor([999.0, 333.25]), ours, theirs
 
 
@@ -177,7 +202,7 @@ def test_unets_in_both_directions_through_folders(name: str, tmp_path: Path) -> 
     same_unet(ours, theirs)
     sizes = [(4, 12)] if "AttnUpBlock2D" in values["up_block_types"] else [(7, 7), (6, 9)]  # odd maps fail in their AttnUpBlock2D
     for size in sizes:
-        same_unet(ours, theirs, size, mask=True)
+        same_unet(ours, theirs, size, mask="only_cross_attention" not in values)  # there their first attention takes no mask
     theirs = randomise(diffusers.UNet2DConditionModel(**values), seed=1)
     theirs.save_pretrained(tmp_path / "theirs")
     loaded = load_part(tmp_path / "theirs", "UNet2DConditionModel")

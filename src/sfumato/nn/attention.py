@@ -73,12 +73,16 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each pre-normed with a residual: (B, N, D) -> (B, N, D)."""
+    """Self-attention, cross-attention, feed-forward, each pre-normed with a residual: (B, N, D) -> (B, N, D).
 
-    def __init__(self, width: int, heads: int, head_width: int, context_width: int):
+    `only_cross`: the first attends to the context too, and nothing to itself.
+    """
+
+    def __init__(self, width: int, heads: int, head_width: int, context_width: int, only_cross: bool = False):
         super().__init__()
+        self.only_cross = only_cross
         self.norm1 = nn.LayerNorm(width)
-        self.attn1 = Attention(width, heads, head_width)
+        self.attn1 = Attention(width, heads, head_width, context_width if only_cross else None)
         self.norm2 = nn.LayerNorm(width)
         self.attn2 = Attention(width, heads, head_width, context_width)
         self.norm3 = nn.LayerNorm(width)
@@ -87,7 +91,7 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B L E"], mask: Bool[Tensor, "B L"] | None = None
     ) -> Float[Tensor, "B N D"]:
-        x = x + self.attn1(self.norm1(x))
+        x = x + (self.attn1(self.norm1(x), context, mask) if self.only_cross else self.attn1(self.norm1(x)))
         x = x + self.attn2(self.norm2(x), context, mask)
         return x + self.ff(self.norm3(x))
 
@@ -98,13 +102,23 @@ class SpatialTransformer(nn.Module):
     The projections in and out are 1x1 convolutions (SD 1) or linear maps (SD 2, SDXL): the same arithmetic in other shapes.
     """
 
-    def __init__(self, channels: int, heads: int, head_width: int, depth: int, context_width: int, groups: int, linear: bool):
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        head_width: int,
+        depth: int,
+        context_width: int,
+        groups: int,
+        linear: bool,
+        only_cross: bool = False,
+    ):
         super().__init__()
         self.linear = linear
         inner = heads * head_width
         self.norm = nn.GroupNorm(groups, channels, 1e-6)
         self.proj_in = invariant.Linear(channels, inner) if linear else invariant.Conv2d(channels, inner, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(inner, heads, head_width, context_width) for _ in range(depth)])
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(inner, heads, head_width, context_width, only_cross) for _ in range(depth))
         self.proj_out = invariant.Linear(inner, channels) if linear else invariant.Conv2d(inner, channels, 1)
 
     def forward(

@@ -21,12 +21,12 @@ from sfumato.nn.embeddings import TimestepEmbedding, sinusoidal
 from sfumato.types import Conditioning
 
 _KINDS = {"DownBlock2D": None, "UpBlock2D": None, "AttnDownBlock2D": "self", "AttnUpBlock2D": "self"}
+_CLASS_KINDS = ("timestep", "identity", "projection", "simple_projection")
 _KINDS |= {"CrossAttnDownBlock2D": "cross", "CrossAttnUpBlock2D": "cross"}
 
 # fields of UNet2DConditionModel that we stand for with one value only
 _FIXED: dict[str, Any] = {
     "center_input_sample": False,
-    "only_cross_attention": False,
     "mid_block_scale_factor": 1,
     "act_fn": "silu",
     "reverse_transformer_layers_per_block": None,
@@ -34,9 +34,6 @@ _FIXED: dict[str, Any] = {
     "encoder_hid_dim_type": None,
     "num_attention_heads": None,
     "dual_cross_attention": False,
-    "addition_embed_type": None,
-    "addition_time_embed_dim": None,
-    "upcast_attention": False,
     "resnet_skip_time_act": False,
     "resnet_out_scale_factor": 1.0,
     "time_embedding_type": "positional",
@@ -47,7 +44,6 @@ _FIXED: dict[str, Any] = {
     "conv_out_kernel": 3,
     "attention_type": "default",
     "class_embeddings_concat": False,
-    "mid_block_only_cross_attention": None,
     "cross_attention_norm": None,
     "addition_embed_type_num_heads": 64,
 }
@@ -60,6 +56,10 @@ class UNetConfig:
     attention_head_dim is, as in diffusers, the number of heads of cross-attention blocks and the width of a head of plain attention
     blocks ("AttnDownBlock2D"). Of several numbers, one a level, the k-th is also for the k-th plain attention block on the way up: there
     diffusers does not reverse them as it does for everything else.
+    only_cross_attention: blocks (one value, or one a level) whose first attention is to the tokens as well (the x4 upscaler).
+    addition_embed_type "text_time" (SDXL): `Conditioning.vector` is a pooled text and after it numbers such as sizes in pixels, each of
+    which becomes `addition_time_embed_dim` sinusoidal features; together `projection_class_embeddings_input_dim` wide.
+    upcast_attention: kept for the file's sake. Attention sums in float32 in every dtype, as torch's fused kernels do.
     """
 
     sample_size: int | None = None
@@ -76,13 +76,18 @@ class UNetConfig:
     dropout: float = 0.0
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
+    only_cross_attention: bool | tuple[bool, ...] = False
+    mid_block_only_cross_attention: bool | None = None
     cross_attention_dim: int | tuple[int, ...] = 1280
     transformer_layers_per_block: int | tuple[int, ...] = 1
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
+    upcast_attention: bool = False
     class_embed_type: str | None = None
     num_class_embeds: int | None = None
     projection_class_embeddings_input_dim: int | None = None
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
     resnet_time_scale_shift: str = "default"
     time_embedding_dim: int | None = None
 
@@ -102,13 +107,36 @@ class UNetConfig:
             )
         if self.resnet_time_scale_shift not in ("default", "scale_shift"):
             raise UserError(f"resnet_time_scale_shift {self.resnet_time_scale_shift!r}: expected 'default' or 'scale_shift'")
-        if self.class_embed_type not in (None, "projection"):
-            raise UserError(f"class_embed_type {self.class_embed_type!r} is not supported: expected null or 'projection'")
+        if self.class_embed_type not in (None, *_CLASS_KINDS):
+            raise UserError(
+                f"class_embed_type {self.class_embed_type!r} is not supported: expected null or one of {', '.join(_CLASS_KINDS)}"
+            )
+        if self.addition_embed_type not in (None, "text_time"):
+            raise UserError(f"addition_embed_type {self.addition_embed_type!r} is not supported: expected null or 'text_time'")
+        if self.addition_embed_type and not (self.addition_time_embed_dim and self.projection_class_embeddings_input_dim):
+            raise UserError(
+                "addition_embed_type 'text_time' needs addition_time_embed_dim and projection_class_embeddings_input_dim: set both"
+            )
+        if self.class_embed_type in ("projection", "simple_projection") and not self.projection_class_embeddings_input_dim:
+            raise UserError(f"class_embed_type {self.class_embed_type!r} needs projection_class_embeddings_input_dim: set it")
+        if self.addition_embed_type and (self.class_embed_type or self.num_class_embeds):
+            raise UserError("class embeddings beside addition_embed_type are not supported: both would be read from one vector")
+        only = self.only_cross_attention
+        if not isinstance(only, bool) and len(only) != n:
+            raise UserError(f"only_cross_attention {only}: expected one value, or one for each of {n} levels")
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
                 raise UserError(
                     f"block_out_channels {width} is not a multiple of norm_num_groups {self.norm_num_groups}: change one of them"
                 )
+
+    def only_cross(self, level: int | None) -> bool:
+        """Whether the blocks of a level (None: the middle) attend to tokens alone."""
+        only = self.only_cross_attention
+        if level is not None:
+            return only if isinstance(only, bool) else only[level]
+        middle = self.mid_block_only_cross_attention
+        return isinstance(only, bool) and only if middle is None else middle
 
     def at(self, field: str, level: int) -> int:
         """A field that holds one number for all levels or one a level."""
@@ -150,9 +178,9 @@ class _Block(nn.Module):
         count = len(widths) if step != "middle" else len(widths) - 1
         if kind == "cross":
             depth, context = config.at("transformer_layers_per_block", level), config.at("cross_attention_dim", level)
-            linear = config.use_linear_projection
+            linear, only = config.use_linear_projection, config.only_cross(None if step == "middle" else level)
             self.attentions = nn.ModuleList(
-                SpatialTransformer(channels, heads, channels // heads, depth, context, groups, linear) for _ in range(count)
+                SpatialTransformer(channels, heads, channels // heads, depth, context, groups, linear, only) for _ in range(count)
             )
         elif kind == "self":
             head_width = config.at("attention_head_dim", level if position is None else position)
@@ -191,12 +219,21 @@ class UNet(nn.Module):
         last = len(widths) - 1
         self.conv_in = invariant.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], time_width)
+        vector_width = config.projection_class_embeddings_input_dim or 0
         if config.class_embed_type == "projection":
-            self.class_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim or 0, time_width)
+            self.class_embedding = TimestepEmbedding(vector_width, time_width)
+        elif config.class_embed_type == "timestep":
+            self.class_embedding = TimestepEmbedding(widths[0], time_width)
+        elif config.class_embed_type == "simple_projection":
+            self.class_embedding = invariant.Linear(vector_width, time_width)
+        elif config.class_embed_type == "identity":
+            self.class_embedding = nn.Identity()
         elif config.num_class_embeds is not None:
             self.class_embedding = nn.Embedding(config.num_class_embeds, time_width)
         else:
             self.class_embedding = None
+        if config.addition_embed_type is not None:
+            self.add_embedding = TimestepEmbedding(vector_width, time_width)
 
         skips = [widths[0]]
         self.down_blocks = nn.ModuleList()
@@ -224,17 +261,39 @@ class UNet(nn.Module):
         self.conv_out = invariant.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def embed(self, timestep: Float[Tensor, " B"], cond: Conditioning, dtype: torch.dtype) -> Float[Tensor, "B T"]:
-        """Time, and the conditioning vector (class weights or features), as one embedding."""
+        """Time, and the conditioning vector (class weights, features, or a pooled text and sizes), as one embedding."""
         c = self.config
-        features = sinusoidal(timestep, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
+        features = self._waves(timestep, c.block_out_channels[0])
         time = self.time_embedding(features.to(dtype))
-        if self.class_embedding is not None:
-            if cond.vector is None:
-                raise UserError("this U-Net is class-conditional: Conditioning.vector (B, classes) is missing")
-            vector = cond.vector.to(dtype)
-            table = self.class_embedding
-            time = time + (invariant.linear(vector, table.weight.to(dtype).T) if isinstance(table, nn.Embedding) else table(vector))
-        return time
+        if self.class_embedding is None and c.addition_embed_type is None:
+            return time
+        if cond.vector is None:
+            what = "class-conditional" if c.addition_embed_type is None else "conditioned on a pooled text and sizes"
+            raise UserError(f"this U-Net is {what}: Conditioning.vector (B, V) is missing")
+        if c.addition_embed_type is not None:
+            return time + self.add_embedding(self._text_and_numbers(cond.vector).to(dtype))
+        table = cast("nn.Module", self.class_embedding)
+        if isinstance(table, nn.Embedding):
+            return time + invariant.linear(cond.vector.to(dtype), table.weight.to(dtype).T)
+        if c.class_embed_type == "timestep":
+            return time + table(self._waves(cond.vector[:, 0], c.block_out_channels[0]).to(dtype))
+        return time + table(cond.vector.to(dtype))
+
+    def _waves(self, numbers: Float[Tensor, " B"], width: int) -> Float[Tensor, "B D"]:
+        return sinusoidal(numbers, width, self.config.flip_sin_to_cos, self.config.freq_shift)
+
+    def _text_and_numbers(self, vector: Float[Tensor, "B V"]) -> Float[Tensor, "B P"]:
+        """(text, n numbers) -> (text, n * A features). P = V - n + n A says how many of V are numbers (SDXL, Podell et al. 2023,
+        arXiv:2307.01952, section 2.2)."""
+        wanted, each = self.config.projection_class_embeddings_input_dim or 0, self.config.addition_time_embed_dim or 0
+        count, rest = divmod(wanted - vector.shape[1], each - 1)
+        if rest or not 0 <= count <= vector.shape[1]:
+            raise UserError(
+                f"a conditioning vector of {vector.shape[1]} numbers: with features of width {each} for sizes they cannot be made {wanted}; "
+                "use the text encoders and settings of this model"
+            )
+        text, numbers = vector.split([vector.shape[1] - count, count], dim=1)
+        return torch.cat([text, self._waves(numbers.flatten(), each).unflatten(0, numbers.shape).flatten(1)], dim=1)
 
     def forward(self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning) -> Float[Tensor, "B D h w"]:
         """x noisy latent, timestep in the units the network was trained with (0..1000), conditioning -> y, the network's target."""
