@@ -294,7 +294,7 @@ def change_config(folder: Path, **values: Any) -> None:
         ("adapter_strength", 0.5, "adapter_strength=0.5 is not known to UNetConfig: it might change the result"),
         ("down_block_types", ["KDownBlock2D", "DownBlock2D"], "block type 'KDownBlock2D' is not supported"),
         ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn", "is not supported"),
-        ("class_embed_type", "timestep", "class_embed_type 'timestep' is not supported"),
+        ("class_embed_type", "text", "class_embed_type 'text' is not supported"),
         ("resnet_time_scale_shift", "spatial", "expected 'default' or 'scale_shift'"),
         ("block_out_channels", [8, 18], "18 is not a multiple of norm_num_groups 4"),
         ("up_block_types", ["UpBlock2D"], "needs 2 down_block_types and 2 up_block_types"),

@@ -56,7 +56,8 @@ class UNetConfig:
     attention_head_dim is, as in diffusers, the number of heads of cross-attention blocks and the width of a head of plain attention
     blocks ("AttnDownBlock2D"). Of several numbers, one a level, the k-th is also for the k-th plain attention block on the way up: there
     diffusers does not reverse them as it does for everything else.
-    only_cross_attention: blocks (one value, or one a level) whose first attention is to the tokens as well (the x4 upscaler).
+    only_cross_attention: blocks (one value, or one a level) whose first attention is to the tokens as well (the x4 upscaler); never the
+    middle's: mid_block_only_cross_attention is kept for the file's sake, and means other kinds of middle in diffusers.
     addition_embed_type "text_time" (SDXL): `Conditioning.vector` is a pooled text and after it numbers such as sizes in pixels, each of
     which becomes `addition_time_embed_dim` sinusoidal features; together `projection_class_embeddings_input_dim` wide.
     upcast_attention: kept for the file's sake. Attention sums in float32 in every dtype, as torch's fused kernels do.
@@ -130,15 +131,7 @@ class UNetConfig:
                     f"block_out_channels {width} is not a multiple of norm_num_groups {self.norm_num_groups}: change one of them"
                 )
 
-    def only_cross(self, level: int | None) -> bool:
-        """Whether the blocks of a level (None: the middle) attend to tokens alone."""
-        only = self.only_cross_attention
-        if level is not None:
-            return only if isinstance(only, bool) else only[level]
-        middle = self.mid_block_only_cross_attention
-        return isinstance(only, bool) and only if middle is None else middle
-
-    def at(self, field: str, level: int) -> int:
+    def at(self, field: str, level: int) -> Any:
         """A field that holds one number for all levels or one a level."""
         value = getattr(self, field)
         return value[level] if isinstance(value, tuple) else value
@@ -178,7 +171,7 @@ class _Block(nn.Module):
         count = len(widths) if step != "middle" else len(widths) - 1
         if kind == "cross":
             depth, context = config.at("transformer_layers_per_block", level), config.at("cross_attention_dim", level)
-            linear, only = config.use_linear_projection, config.only_cross(None if step == "middle" else level)
+            linear, only = config.use_linear_projection, step != "middle" and config.at("only_cross_attention", level)
             self.attentions = nn.ModuleList(
                 SpatialTransformer(channels, heads, channels // heads, depth, context, groups, linear, only) for _ in range(count)
             )
