@@ -159,7 +159,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated header": (content(FILE, lambda b: b[:20]), "not a whole safetensors file"),
     "empty weights": (content(FILE, lambda b: b""), "not a whole safetensors file"),
     "a web page instead": (content(FILE, lambda b: b"<!doctype html><title>Not found</title>" * 9), "not a whole safetensors file"),
-    "no weights": (content(FILE, lambda b: None), "is missing: expected a safetensors file"),
+    "no weights": (content(FILE, lambda b: None), r"has no weights diffusion_pytorch_model.safetensors \(it has config.json\)"),
     "no index": (content(INDEX, lambda b: None), "is not a model folder: it has no model_index.json"),
     "index is a list": (content(INDEX, lambda b: b"[1, 2]"), "holds a list: expected a JSON object"),
     "index lacks a part": (change(INDEX, lambda v: v.pop("unet")), "expected at least vae and unet"),
@@ -311,7 +311,11 @@ def test_pickles_are_never_opened(folder: Path, tmp_path: Path, name: str) -> No
         (folder / "unet" / WEIGHTS).unlink()
     else:
         (folder / "unet" / WEIGHTS).write_bytes(trap)
-    with pytest.raises(UserError, match="expected a safetensors file" if name != WEIGHTS else "not a whole safetensors file"):
+    words = {
+        ".bin": "is a pickle that holds more than tensors, or is damaged: it is refused",
+        WEIGHTS[-12:]: "not a whole safetensors file",
+    }
+    with pytest.raises(UserError, match=words.get(Path(name).suffix, "has no weights diffusion_pytorch_model.safetensors")):
         sfumato.load(folder)
     if name.endswith(".ckpt"):
         with pytest.raises(UserError, match="not a whole safetensors file"):
@@ -319,6 +323,58 @@ def test_pickles_are_never_opened(folder: Path, tmp_path: Path, name: str) -> No
     assert not marker.exists()
     pickle.loads(trap)
     assert marker.exists(), "the trap works"
+
+
+def test_a_pickle_of_tensors_that_wants_more_is_refused_too(folder: Path, tmp_path: Path) -> None:
+    """As torch writes them, in its zip format: with tensors alone it opens, with one trap among them nothing of it is used."""
+    tensors = read_tensors(folder / "unet" / WEIGHTS)
+    (folder / "unet" / WEIGHTS).unlink()
+    torch.save(tensors, folder / "unet" / "diffusion_pytorch_model.bin")
+    assert sfumato.load(folder).hash == TINY["build"]().hash
+    marker = tmp_path / "code has run"
+    torch.save({**tensors, "trap": Trap(marker)}, folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="more than tensors"):
+        sfumato.load(folder)
+    assert not marker.exists()
+    torch.save([1, 2], folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="holds a list: expected a table of tensors"):
+        sfumato.load(folder)
+    torch.save({**tensors, "epoch": 7}, folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="things that are not tensors"):
+        sfumato.load(folder)
+    data = (folder / "unet" / "diffusion_pytorch_model.bin").read_bytes()
+    for cut in (0, 10, len(data) // 2, len(data) - 30):
+        (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(data[:cut])
+        with pytest.raises(UserError, match="damaged|truncated"):
+            sfumato.load(folder)
+
+
+def test_shards(folder: Path) -> None:
+    """An index beside files that hold a part each, as diffusers cuts large networks; and the ways in which that goes wrong."""
+    tensors, stem = read_tensors(folder / "unet" / WEIGHTS), folder / "unet" / "diffusion_pytorch_model"
+    (folder / "unet" / WEIGHTS).unlink()
+    keys = sorted(tensors)
+    files = {f"{stem.name}-0000{i + 1}-of-00003.safetensors": keys[i::3] for i in range(3)}
+    for name, mine in files.items():
+        write_tensors(stem.with_name(name), {k: tensors[k] for k in mine})
+    index = stem.with_name(f"{WEIGHTS}.index.json")
+    good = {"metadata": {}, "weight_map": {k: name for name, mine in files.items() for k in mine}}
+    write_json(index, good)
+    assert sfumato.load(folder).hash == TINY["build"]().hash
+    for bad, words in (
+        ({"weight_map": {k: "../../vae/" + WEIGHTS for k in keys}}, "names a path outside its folder"),
+        ({"weight_map": {}}, "has no weight_map"),
+        ([], "has no weight_map"),
+        ({"weight_map": {k: v for k, v in good["weight_map"].items() if v not in list(files)[:1]}}, "missing"),
+        ({"weight_map": {**good["weight_map"], "more": "gone.safetensors"}}, "gone.safetensors is missing"),
+    ):
+        write_json(index, bad)
+        with pytest.raises(UserError, match=words):
+            sfumato.load(folder)
+    write_json(index, good)
+    write_tensors(stem.with_name(next(iter(files))), tensors)
+    with pytest.raises(UserError, match="which another shard holds too"):
+        sfumato.load(folder)
 
 
 def test_an_index_cannot_name_code(folder: Path) -> None:

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sfumato.checkpoints.weights import read_weights
 from sfumato.compress.base import Autoencoder
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.errors import NumericalError, UserError
-from sfumato.files import read_json, read_tensors, write_json, write_tensors
+from sfumato.files import read_json, write_json, write_tensors
 from sfumato.predict.networks.unet import UNet, UNetConfig
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+STEM = "diffusion_pytorch_model"
+WEIGHTS = f"{STEM}.safetensors"
 NETWORKS = {"AutoencoderKL": (AutoencoderKL, KLConfig), "UNet2DConditionModel": (UNet, UNetConfig)}
 
 
@@ -77,8 +79,11 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def load_part(folder: str | Path, expected: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A network from a folder with config.json and weights, in eval mode, in `dtype`; weights with NaN or infinity are refused."""
+def load_part(folder: str | Path, expected: str | None = None, dtype: torch.dtype = torch.float32, variant: str | None = None) -> nn.Module:
+    """A network from a folder with config.json and weights, in eval mode, in `dtype`; weights with NaN or infinity are refused.
+
+    variant: the files to prefer, such as "fp16". Shards and pickled files are read too: see weights.py.
+    """
     folder = Path(folder)
     config = folder / "config.json"
     values = read_table(config)
@@ -89,17 +94,18 @@ def load_part(folder: str | Path, expected: str | None = None, dtype: torch.dtyp
     with explained(config), torch.device("meta"), _Unfilled():
         network = network_class(config_class.from_dict(values))
         _ = getattr(network, "space", None)  # the statistics of the latent are checked when they are read
-    found = read_tensors(folder / WEIGHTS)
-    check_keys(network.state_dict(), found, folder / WEIGHTS)
-    tensors = {k: v.to(dtype) for k, v in found.items()}
+    found = read_weights(folder, STEM, variant)
+    check_keys(network.state_dict(), found, folder)
+    tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in found.items()}
     for key in _not_finite(tensors):
-        raise UserError(f"{folder / WEIGHTS}: {key} has NaN or infinite numbers; the file is damaged or its training diverged")
+        raise UserError(f"{folder}: {key} has NaN or infinite numbers; the file is damaged or its training diverged")
     network.load_state_dict(tensors, assign=True)
     return network.eval().requires_grad_(False)
 
 
 def _not_finite(tensors: dict[str, Tensor]) -> Iterator[str]:
-    return (k for k, v in tensors.items() if not torch.isfinite(v).all())
+    """Keys with NaN or infinity. A finite sum says that there are none, for less than to look at each number."""
+    return (k for k, v in tensors.items() if not (v.sum(dtype=torch.float32).isfinite() or v.isfinite().all()))
 
 
 def save_part(folder: str | Path, network: UNet | Autoencoder, dtype: torch.dtype | None = None) -> None:

@@ -1,0 +1,95 @@
+"""The weights of one part of a model folder, however its files are cut: whole or in shards, a variant such as fp16, safetensors or pickled.
+
+    diffusion_pytorch_model.safetensors              diffusion_pytorch_model.fp16.safetensors
+    diffusion_pytorch_model.safetensors.index.json   {"weight_map": {key: file of a shard}}         .bin instead of .safetensors: pickled
+
+Safetensors come first and are memory-mapped. Pickled files are read with `weights_only`, which makes tensors and runs nothing; what wants
+more is refused.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import UserError
+from sfumato.files import read_json, read_tensors
+
+ENDINGS = (".safetensors", ".bin")
+
+
+def read_pickled(path: str | Path) -> dict[str, Any]:
+    """What a .bin, .ckpt or .pt file of torch holds, memory-mapped where its format allows; `UserError` for one that would run code."""
+    try:
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format of before torch 1.6 cannot be mapped
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: expected a file of weights there") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is a pickle that holds more than tensors, or is damaged: it is refused, because such files can run any program; "
+            "use safetensors, or convert it where you trust it"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is not a whole file of weights ({reason}): it may be truncated; copy or download it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__}: expected a table of tensors")
+    return found
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    found = read_pickled(path)
+    strange = [k for k, v in found.items() if not isinstance(k, str) or not isinstance(v, Tensor)]
+    if strange:
+        raise UserError(f"{path} holds things that are not tensors ({', '.join(map(repr, strange[:8]))}): expected a table of tensors")
+    return found
+
+
+def find_weights(folder: str | Path, stem: str, variant: str | None = None) -> list[Path]:
+    """The file of a part's weights, or its shards: `stem` with the variant, or without one; `UserError` that lists what is there if none."""
+    folder = Path(folder)
+    marks = [f".{variant}", ""] if variant else [""]
+    for mark in marks:
+        for ending in ENDINGS:
+            whole, listed = folder / f"{stem}{mark}{ending}", folder / f"{stem}{ending}.index{mark}.json"
+            if whole.exists():
+                return [whole]
+            if listed.exists():
+                return _shards(listed)
+    there = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_file())) if folder.is_dir() else "nothing"
+    others = sorted({p.name.removeprefix(f"{stem}.").split(".")[0] for p in folder.glob(f"{stem}.*.safetensors")} - {"safetensors"})
+    hint = f"ask for variant {' or '.join(map(repr, others))}" if others else "copy or download it again"
+    raise UserError(f"{folder} has no weights {stem}{''.join(marks[:1])}.safetensors (it has {there}): {hint}")
+
+
+def _shards(listed: Path) -> list[Path]:
+    """The files that an index names; all must lie beside it."""
+    names = read_json(listed)
+    names = names.get("weight_map") if isinstance(names, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
+        raise UserError(f"{listed} has no weight_map of keys and files: copy or download it again")
+    found = []
+    for name in sorted(set(names.values())):
+        if Path(name).name != name:
+            raise UserError(f"{listed} names a path outside its folder ({name!r}): it is refused")
+        found.append(listed.parent / name)
+    return found
+
+
+def read_weights(folder: str | Path, stem: str, variant: str | None = None) -> dict[str, Tensor]:
+    """Every tensor of a part. Shards may not hold a key twice (`UserError`)."""
+    tensors: dict[str, Tensor] = {}
+    for path in find_weights(folder, stem, variant):
+        found = _read(path)
+        twice = tensors.keys() & found.keys()
+        if twice:
+            raise UserError(f"{path} holds {min(twice)!r}, which another shard holds too: copy or download the folder again")
+        tensors |= found
+    return tensors
