@@ -4,6 +4,7 @@ image --compress--> z --diffuse--> x_t --predict--> (x0, eps) --diffuse back--> 
 """
 
 import copy
+import logging
 import math
 import os
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image as PIL
 from torch import Tensor
@@ -26,13 +28,15 @@ from sfumato.checkpoints.single_file import fold
 from sfumato.compress.base import Autoencoder
 from sfumato.decode.image import to_pil, to_tensor
 from sfumato.decode.whole import check_latent, whole
-from sfumato.diffuse.sample import SeededNoise, Step, check_finite, sample
+from sfumato.diffuse.sample import SeededNoise, Step, all_finite, check_finite, sample
 from sfumato.errors import NumericalError, UserError, unknown
 from sfumato.files import atomic_folder, hash_json, hash_tensors, write_json
 from sfumato.predict.denoiser import Denoiser, answer
 from sfumato.registry import find
 from sfumato.sampling import Defaults, Prompt, Request, latent_shape, prompts, questions, request_from, seeds_of, settings, times_of
 from sfumato.types import Conditioning, Prediction
+
+LOG = logging.getLogger("sfumato")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class LatentDiffusion:
     ) -> Float[Tensor, "B c h w"]:
         """Image(s) -> z, standardised: PIL images, or a tensor in [-1, 1]. With a seed a draw from the posterior, else its mean.
 
+        Sides that are no multiples of the autoencoder's factor are filled up with the image's edge, at the right and the bottom.
         Image k's draw is seeded with seed + k. Colour becomes grey (ITU-R 601 luma) and grey colour where the autoencoder needs it.
         """
         pixels = image if isinstance(image, Tensor) else to_tensor(image)
@@ -67,10 +72,16 @@ class LatentDiffusion:
             pixels = pixels.expand(-1, channels, -1, -1)
         elif pixels.shape[1] == 3 and channels == 1:
             pixels = torch.einsum("bchw,c->bhw", pixels, pixels.new_tensor([0.299, 0.587, 0.114]))[:, None]
-        shape = latent_shape(self, *pixels.shape[2:])
+        shape, factor = latent_shape(self, *pixels.shape[2:]), self.autoencoder.space.factor
         noise = None if seed is None else SeededNoise(shape, seeds_of(seed, len(pixels)), self.device)()
+        bottom, right = (cells * factor - side for cells, side in zip(shape[1:], pixels.shape[2:], strict=True))
+        if bottom or right:  # the last cells cover more than the image: its edge goes on there
+            pixels = F.pad(pixels, (0, right, 0, bottom), mode="replicate")
         with torch.inference_mode():
             z = self.autoencoder.encode(pixels.to(self.device, self.autoencoder.dtype), noise).float()
+            if self.autoencoder.dtype != torch.float32 and not all_finite(z):
+                LOG.warning("the autoencoder's %s overflowed; encoding again in float32", _name(self.autoencoder.dtype))
+                z = copy.deepcopy(self.autoencoder).float().encode(pixels.to(self.device, torch.float32), noise)
         check_finite(z, f"compress, with the autoencoder in {_name(self.autoencoder.dtype)}")
         return z.clone()  # a plain tensor, which training can use: those of inference mode cannot be saved for a gradient
 
@@ -94,7 +105,7 @@ class LatentDiffusion:
 
     def decode(self, z: Float[Tensor, "B C h w"]) -> list[PIL.Image]:
         """z -> PIL images, mode L from a grey autoencoder, else RGB. `sfumato.decode` has tiled and preview decoding, and tensors."""
-        return to_pil(whole(self.autoencoder, z.to(self.device)))
+        return to_pil(self._decoded(z.to(self.device)))
 
     # ---- the main job --------------------------------------------------------------------------------------------------
 
@@ -207,10 +218,22 @@ class LatentDiffusion:
             z = torch.empty(0, *latent_shape(self, chosen["height"], chosen["width"]), device=self.device)
         if output == "latent":
             return z.clone()  # a plain tensor: those of inference mode cannot be saved for a gradient
-        image = whole(self.autoencoder, z)
+        chosen = settings(self, request)
+        image = self._decoded(z)[:, :, : chosen["height"], : chosen["width"]]
         if output == "pil":
             return to_pil(image)
         return (image.expand(-1, 3, -1, -1) if image.shape[1] == 1 else image).add(1).div(2)
+
+    def _decoded(self, z: Tensor) -> Tensor:
+        """z -> image in [-1, 1]; where half precision overflows (SDXL's autoencoder in float16), again in float32, said aloud."""
+        dtype = self.autoencoder.dtype
+        try:
+            return whole(self.autoencoder, z)
+        except NumericalError as error:
+            if dtype == torch.float32 or not all_finite(z):
+                raise
+            LOG.warning("%s; decoding again in float32 (load the model in bfloat16 or float32 to save the time)", error)
+            return whole(copy.deepcopy(self.autoencoder).float(), z)
 
     def times(self, steps: int | None = None, sampler: str | None = None, spacing: str | None = None) -> list[float]:
         """The times that a run visits, from noise to 0: by `spacing` or the model's own, tuned ones where it has them for these steps."""

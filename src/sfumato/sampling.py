@@ -189,10 +189,9 @@ def _chosen(model: Any, request: Request) -> dict[str, Any]:
         )
     elif spacing != "tuned":
         spacing_of(spacing)
-    size, factor = model.sample_size, model.autoencoder.space.factor
-    height, width = (size if side is None else side for side in (request.height, request.width))
-    if not all(isinstance(side, int) and side > 0 and side % factor == 0 for side in (height, width)):
-        raise UserError(f"height={height}, width={width}: expected positive multiples of {factor} pixels")
+    height, width = (model.sample_size if side is None else side for side in (request.height, request.width))
+    if not all(isinstance(side, int) and side > 0 for side in (height, width)):
+        raise UserError(f"height={height!r}, width={width!r}: expected whole numbers of pixels, at least 1")
     return {
         "n": n,
         "steps": steps,
@@ -265,9 +264,9 @@ def questions(model: Any, request: Request, on_step: Callable[[Step], bool | Non
 
 
 def latent_shape(model: Any, height: int, width: int) -> tuple[int, int, int]:
-    """(C, h, w) of an image's latent."""
+    """(C, h, w) of an image's latent: as many cells as cover it, of which what is too much is cut off again after decoding."""
     space = model.autoencoder.space
-    return space.channels, height // space.factor, width // space.factor
+    return space.channels, -(-height // space.factor), -(-width // space.factor)
 
 
 def prompts(prompt: Prompt, n: int) -> list[str | None]:

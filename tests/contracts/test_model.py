@@ -277,10 +277,38 @@ def test_sizes(each: LatentDiffusion) -> None:
     assert torch.equal(latents(each), latents(each, height=16, width=16))
 
 
-@pytest.mark.parametrize("size", [{"height": 15}, {"width": 0}, {"height": 0}, {"width": -16}, {"height": 1}, {"height": 16, "width": 17}])
+@pytest.mark.parametrize("size", [{"width": 0}, {"height": 0}, {"width": -16}])
 def test_sizes_that_are_not_possible(model: LatentDiffusion, size: dict[str, int]) -> None:
-    with pytest.raises(UserError, match=r"height=-?\d+, width=-?\d+: expected positive multiples of 2 pixels"):
+    with pytest.raises(UserError, match=r"height=-?\d+, width=-?\d+: expected whole numbers of pixels, at least 1"):
         model.generate(**size)
+
+
+def test_any_size_is_cut_from_the_next_that_the_latent_covers(each: LatentDiffusion) -> None:
+    whole = each.generate(height=16, width=18, steps=2, output="tensor")
+    assert torch.equal(each.generate(height=15, width=17, steps=2, output="tensor"), whole[:, :, :15, :17])
+    assert each.generate(height=15, width=17, steps=1)[0].size == (17, 15)
+    assert each.generate(height=1, width=1, steps=1)[0].size == (1, 1)
+    image = whole[:, : each.autoencoder.channels].mul(2).sub(1)
+    filled = torch.cat([image[:, :, :15], image[:, :, 14:15]], 2)
+    assert torch.equal(each.compress(image[:, :, :15]), each.compress(filled)), "the edge goes on"
+
+
+def test_half_precision_that_overflows_is_decoded_again(model: LatentDiffusion, caplog: pytest.LogCaptureFixture) -> None:
+    """As SDXL's autoencoder does in float16: black pictures elsewhere (diffusers 4325), here that stage alone in float32."""
+    wide = build(seed=1)
+    with torch.no_grad():  # activations above 65504, where float16 ends, from weights below it
+        weight = wide.autoencoder.decoder.conv_in.weight
+        weight.mul_(6e4 / weight.abs().max())
+    z = torch.randn(1, *LATENT, generator=torch.Generator().manual_seed(0))
+    expected = wide.decode(z)[0]
+    half = replace(wide, autoencoder=wide.autoencoder.half())
+    with caplog.at_level("WARNING", logger="sfumato"):
+        found = half.decode(z)[0]
+    assert "decoding again in float32" in caplog.text
+    assert half.autoencoder.dtype == torch.float16, "the model is left as it is"
+    assert np.abs(np.asarray(found, dtype=int) - np.asarray(expected, dtype=int)).max() <= 3
+    with pytest.raises(NumericalError):  # what is wrong in the latent is no overflow
+        half.decode(z * float("nan"))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
@@ -427,7 +455,6 @@ def test_compress_turns_colour_to_grey_and_back(models: dict[str, LatentDiffusio
 @pytest.mark.parametrize(
     ("pixels", "words"),
     [
-        (torch.zeros(1, 1, 15, 16), r"\(1, 1, 15, 16\).*multiples of 2"),
         (torch.zeros(1, 2, 16, 16), r"\(1, 2, 16, 16\).*1 channels"),
         (torch.full((1, 1, 16, 16), 255.0), r"pixels from 255 to 255: expected \[-1, 1\]"),
         (torch.full((1, 1, 16, 16), float("nan")), "pixels from nan"),
@@ -829,8 +856,7 @@ def test_the_decoder_breaks(model: LatentDiffusion) -> None:
     assert latents(other).isfinite().all(), "the latent is sound"
     with pytest.raises(NumericalError, match="after decode"):
         model.decode(torch.full((1, *LATENT), float("nan")))
-    other.autoencoder.to(torch.bfloat16)
-    with pytest.raises(NumericalError, match=r"after decode \(bfloat16\).*decode in float32"):
+    with pytest.raises(NumericalError, match=r"after decode \(float32\)"):  # tried again in float32, where it is no better
         other.decode(z)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sfumato.checkpoints.weights import read_weights
+from sfumato.checkpoints.weights import find_weights, read_weights
 from sfumato.compress.base import Autoencoder
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.errors import NumericalError, UserError
@@ -94,11 +94,12 @@ def load_part(folder: str | Path, expected: str | None = None, dtype: torch.dtyp
     with explained(config), torch.device("meta"), _Unfilled():
         network = network_class(config_class.from_dict(values))
         _ = getattr(network, "space", None)  # the statistics of the latent are checked when they are read
-    found = read_weights(folder, STEM, variant)
-    check_keys(network.state_dict(), found, folder)
+    files = find_weights(folder, STEM, variant)
+    found, where = read_weights(files), files[0] if len(files) == 1 else folder
+    check_keys(network.state_dict(), found, where)
     tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in found.items()}
     for key in _not_finite(tensors):
-        raise UserError(f"{folder}: {key} has NaN or infinite numbers; the file is damaged or its training diverged")
+        raise UserError(f"{where}: {key} has NaN or infinite numbers; the file is damaged or its training diverged")
     network.load_state_dict(tensors, assign=True)
     return network.eval().requires_grad_(False)
 

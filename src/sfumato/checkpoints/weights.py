@@ -8,6 +8,7 @@ more is refused.
 """
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,10 @@ def _shards(listed: Path) -> list[Path]:
     return found
 
 
-def read_weights(folder: str | Path, stem: str, variant: str | None = None) -> dict[str, Tensor]:
-    """Every tensor of a part. Shards may not hold a key twice (`UserError`)."""
+def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
+    """Every tensor of a part's files. Shards may not hold a key twice (`UserError`)."""
     tensors: dict[str, Tensor] = {}
-    for path in find_weights(folder, stem, variant):
+    for path in files:
         found = _read(path)
         twice = tensors.keys() & found.keys()
         if twice:

@@ -301,6 +301,12 @@ class UNet(nn.Module):
         """The way down to the `count`-th skip (the first is conv_in's): those skips, and the time embedding."""
         if cond.concat is not None:
             x = torch.cat([x, cond.concat], dim=1)
+        if x.shape[1] != self.config.in_channels:
+            joined = 0 if cond.concat is None else cond.concat.shape[1]
+            raise UserError(
+                f"this U-Net takes {self.config.in_channels} channels and was given {x.shape[1]}, {joined} of them by Conditioning.concat: "
+                "models that also take a mask, a picture or a depth map need the task that gives it"
+            )
         if self.config.attends_to_tokens and cond.tokens is None:
             raise UserError(
                 f"this U-Net attends to tokens of width {self.config.cross_attention_dim}: Conditioning.tokens (B, L, D) is missing"
