@@ -4,14 +4,17 @@ One letter, one meaning: `image` in [-1, 1], `z` clean standardised latent, `x` 
 0 clean and 1 noise, and x = alpha*z + sigma*eps.
 """
 
+import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Self, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
+
+from sfumato.errors import UserError
 
 T = TypeVar("T")
 
@@ -112,6 +115,72 @@ class Conditioning:
 
 DOORS = tuple(f.name for f in fields(Conditioning))
 """The names of a conditioning's fields, in order."""
+
+
+Pair = tuple[float, float]
+
+
+def _checked(name: str, value: Any, count: int, least: float) -> None:
+    """`UserError` unless `value` is `count` finite numbers of at least `least` (count 1: the number itself)."""
+    numbers = value if count > 1 and isinstance(value, tuple) else (value,)
+    if len(numbers) != count or not all(
+        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and v >= least for v in numbers
+    ):
+        expected = "a number" if count == 1 else f"a tuple of {count} numbers"
+        raise UserError(f"picture: {name}={value!r}: expected {expected} of at least {least:g}")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The picture that is asked for, as far as a conditioner may tell a network about it; conditioners without a use for it ignore it.
+
+    height, width    in pixels
+    original_size    (height, width) of the training picture that it shall look like, before any resizing; None: as large as asked for
+    crop             (top, left) in pixels: where the training picture would have been cut
+    target_size      (height, width) after cutting; None: as large as asked for
+    aesthetic_score  how liked it would be, in about 1 to 10
+
+    These are SDXL's micro-conditionings (Podell et al. 2023, arXiv:2307.01952, section 2.2; the score is its refiner's). Fields named
+    negative_* are what the reference of guidance is told instead; None: the same.
+    """
+
+    height: int
+    width: int
+    original_size: Pair | None = None
+    crop: Pair = (0, 0)
+    target_size: Pair | None = None
+    aesthetic_score: float = 6.0
+    negative_original_size: Pair | None = None
+    negative_crop: Pair | None = None
+    negative_target_size: Pair | None = None
+    negative_aesthetic_score: float = 2.5
+
+    def __post_init__(self) -> None:
+        for side in ("height", "width"):
+            if not isinstance(getattr(self, side), int):
+                raise UserError(f"picture: {side}={getattr(self, side)!r}: expected a whole number of pixels")
+            _checked(side, getattr(self, side), 1, 1)
+        for name in ("original_size", "target_size", "negative_original_size", "negative_target_size", "crop", "negative_crop"):
+            if getattr(self, name) is not None or name == "crop":
+                _checked(name, getattr(self, name), 2, 0)
+        for name in ("aesthetic_score", "negative_aesthetic_score"):
+            _checked(name, getattr(self, name), 1, 0)
+
+    @property
+    def size(self) -> Pair:
+        """(height, width)."""
+        return self.height, self.width
+
+    @property
+    def negative(self) -> "Picture":
+        """The picture that the reference of guidance is told about."""
+        return replace(
+            self,
+            original_size=self.negative_original_size or self.original_size,
+            crop=self.negative_crop or self.crop,
+            target_size=self.negative_target_size or self.target_size,
+            aesthetic_score=self.negative_aesthetic_score,
+        )
 
 
 @dataclass(frozen=True)

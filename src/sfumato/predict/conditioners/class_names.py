@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sfumato.errors import UserError, unknown
-from sfumato.types import Conditioning
+from sfumato.types import Conditioning, Picture
 
 
 def _key(text: str) -> str:
@@ -70,8 +70,8 @@ class ClassNames:
                     raise UserError(f"class {prompt!r} is ambiguous: write {choices}")
         raise unknown("class", prompt, self.names)
 
-    def __call__(self, prompts: Sequence[str | None]) -> Conditioning:
-        """Prompts -> Conditioning with `vector` (B, len(names) + 1)."""
+    def __call__(self, prompts: Sequence[str | None], picture: Picture | None = None) -> Conditioning:
+        """Prompts -> Conditioning with `vector` (B, len(names) + 1). The picture makes no difference."""
         labels = {p: self.label(p) for p in set(prompts)}
         return Conditioning(vector=F.one_hot(torch.tensor([labels[p] for p in prompts]), len(self.names) + 1).float())
 
@@ -82,7 +82,7 @@ class ClassNames:
             raise UserError(f"label {int(rows.max())}: expected 0 to {len(self.names) - 1}, or -1 for none")
         return Conditioning(vector=F.one_hot(rows, len(self.names) + 1).float())
 
-    def null(self, count: int) -> Conditioning:
+    def null(self, count: int, picture: Picture | None = None) -> Conditioning:
         """The unconditional row, `count` times."""
         return self.from_labels(torch.full((count,), -1))
 

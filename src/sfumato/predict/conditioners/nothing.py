@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.types import Conditioning
+from sfumato.types import Conditioning, Picture
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Nothing:
 
     names: tuple[str, ...] = ()
 
-    def __call__(self, prompts: Sequence[str | None]) -> Conditioning:
-        """An empty Conditioning; `UserError` if a prompt says something."""
+    def __call__(self, prompts: Sequence[str | None], picture: Picture | None = None) -> Conditioning:
+        """An empty Conditioning; `UserError` if a prompt says something. The picture makes no difference."""
         for prompt in prompts:
             if prompt is not None and prompt.strip():
                 raise UserError(f"prompt {prompt!r}: this model is unconditional, it takes no prompt; leave it empty")
@@ -28,7 +28,7 @@ class Nothing:
         """Labels are not used."""
         return Conditioning()
 
-    def null(self, count: int) -> Conditioning:
+    def null(self, count: int, picture: Picture | None = None) -> Conditioning:
         """An empty Conditioning."""
         return Conditioning()
 

@@ -1,0 +1,229 @@
+"""One CLIP text encoder with its tokenizer, read from and written to folders in diffusers' layout, run by transformers.
+
+A causal transformer over at most 77 tokens: begin, words, end, padding (Radford et al. 2021, arXiv:2103.00020, section 2.4). The state of the
+end token, projected, stands for the whole text (SDXL's "pooled" vector).
+
+    tokenizer/      tokenizer.json, or vocab.json and merges.txt; tokenizer_config.json
+    text_encoder/   config.json and model.safetensors, its keys with or without the "text_model." that older versions put before them
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sfumato.errors import NumericalError, UserError
+from sfumato.files import hash_json, read_json, read_tensors, write_json, write_tensors
+from sfumato.predict.conditioners._chunks import Token
+
+CLASSES = {False: "CLIPTextModel", True: "CLIPTextModelWithProjection"}
+PREFIX = "text_model."
+WEIGHTS = ("model.safetensors", "model.fp16.safetensors")
+PICKLE = "pytorch_model.bin"
+POSITIONS = "embeddings.position_ids"
+"""0, 1, 2 ...: a key of old files, not a weight."""
+LEGACY_END = 2
+"""The end token's id in configs that name it wrongly: transformers then takes the highest id of the text, which is the end token's."""
+
+
+@dataclass(frozen=True, eq=False)
+class ClipEncoder:
+    """tokenizer: a `CLIPTokenizer`. model: a `CLIPTextModel`, or a `CLIPTextModelWithProjection` where `projected`."""
+
+    tokenizer: Any
+    model: Any
+    projected: bool
+
+    def __post_init__(self) -> None:
+        config, tokenizer = self.model.config, self.tokenizer
+        special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+        if None in special or len(tokenizer) < 4:
+            raise UserError(
+                f"tokenizer has {len(tokenizer)} tokens, begin, end and padding are {special}: expected a CLIP tokenizer; copy its files again"
+            )
+        if max(len(tokenizer) - 1, *special) >= config.vocab_size:
+            raise UserError(f"tokenizer has {len(tokenizer)} tokens, text encoder {config.vocab_size}: use parts of one model")
+        if config.eos_token_id not in (LEGACY_END, tokenizer.eos_token_id):
+            raise UserError(f"text encoder has end token {config.eos_token_id}, tokenizer {tokenizer.eos_token_id}: use parts of one model")
+
+    @property
+    def length(self) -> int:
+        """Positions of a chunk, with the begin and the end token."""
+        return min(self.model.config.max_position_embeddings, self.tokenizer.model_max_length)
+
+    @property
+    def width(self) -> int:
+        """Channels of a position's state."""
+        return self.model.config.hidden_size
+
+    @property
+    def pooled_width(self) -> int:
+        """Channels of the pooled vector."""
+        return self.model.config.projection_dim
+
+    @property
+    def layers(self) -> int:
+        """How many layers it has."""
+        return self.model.config.num_hidden_layers
+
+    def tokens(self, pieces: Sequence[tuple[str, float]]) -> list[Token]:
+        """[(text, weight)] -> tokens without begin and end; every piece is tokenized for itself."""
+        found: list[Token] = []
+        for text, weight in pieces:
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            for id, word in zip(ids, self.tokenizer.convert_ids_to_tokens(ids), strict=True):
+                last = word.endswith("</w>") or id in self.tokenizer.added_tokens_decoder
+                found.append(Token(id, weight, last, comma=word == ",</w>"))
+        return found
+
+    @torch.no_grad()
+    def encode(self, chunk: Sequence[Token], layer: int, norm: bool) -> tuple[Float[Tensor, "L D"], Float[Tensor, " V"] | None]:
+        """One chunk -> the states of all positions (padding counts: so the models were trained) and the pooled vector, in float32.
+
+        layer: 1 is the last, 2 the one before. norm: whether the model's final norm follows.
+        """
+        tokenizer, network = self.tokenizer, getattr(self.model, "text_model", self.model)
+        ids = [tokenizer.bos_token_id, *(token.id for token in chunk), tokenizer.eos_token_id]
+        ids += [tokenizer.pad_token_id] * (self.length - len(ids))
+        # One row at a time: a matrix product of several rows may round otherwise, and a prompt's bits would depend on its neighbours.
+        found = self.model(torch.tensor([ids], device=self.model.device), output_hidden_states=True)
+        states = found.hidden_states[-layer]
+        states = network.final_layer_norm(states) if norm else states
+        return states[0].float(), found.text_embeds[0].float() if self.projected else None
+
+    def identity(self) -> dict[str, Any]:
+        """What decides its states besides the weights, as JSON: its config, and a hash over the tokenizer's vocabulary and merges."""
+        model = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"]
+        special = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, self.length]
+        notes = {"transformers_version", "dtype", "torch_dtype", "architectures", "_name_or_path"}
+        config = {key: value for key, value in self.model.config.to_diff_dict().items() if key not in notes}
+        return {"config": config, "tokenizer": hash_json([self.tokenizer.get_vocab(), model["merges"], special])}
+
+    def save(self, tokenizer: Path, encoder: Path, dtype: torch.dtype | None = None) -> None:
+        """Writes both folders; the weights in `dtype`, by default their own. `NumericalError` for weights that are not finite in it."""
+        tensors = {
+            key if key.startswith((PREFIX, "text_projection.")) else PREFIX + key: tensor if dtype is None else tensor.to(dtype)
+            for key, tensor in self.model.state_dict().items()
+        }
+        for key in _not_finite(tensors):
+            raise NumericalError(f"weight {key} of {encoder.name} is NaN or infinite in {tensors[key].dtype}: nothing was written")
+        stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        for folder in (tokenizer, encoder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_json(
+            encoder / "config.json", {**self.model.config.to_dict(), "architectures": [CLASSES[self.projected]], "torch_dtype": stored}
+        )
+        write_tensors(encoder / WEIGHTS[0], tensors)
+        self.tokenizer.save_pretrained(tokenizer)
+        self.tokenizer.backend_tokenizer.model.save(str(tokenizer))  # vocab.json and merges.txt, which older programs read
+
+
+def read_encoder(tokenizer: Path, encoder: Path, projected: bool, dtype: torch.dtype) -> ClipEncoder:
+    """Opens both folders; `UserError` for what is missing, of another kind, or not finite."""
+    opened, model = _read_tokenizer(tokenizer), _read_model(encoder, projected, dtype)
+    with explained(tokenizer):
+        return ClipEncoder(opened, model, projected)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Around what is made from a file: the libraries raise a dozen kinds of errors about its values, here one sentence that names it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be used ({type(error).__name__}: {reason}): correct it, or copy the files again") from error
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A JSON object; anything else in the file is a `UserError`."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}: expected a JSON object with named fields")
+    return values
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    # Without its files the library makes a tokenizer of two tokens, and says nothing.
+    if not (folder / "tokenizer.json").exists() and not all((folder / name).exists() for name in ("vocab.json", "merges.txt")):
+        raise UserError(f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
+    config = folder / "tokenizer_config.json"
+    name = str(read_table(config).get("tokenizer_class", "CLIPTokenizer")) if config.exists() else "CLIPTokenizer"
+    if name.removesuffix("Fast") != "CLIPTokenizer":
+        raise UserError(f"{config} is of class {name!r}: expected CLIPTokenizer")
+    with explained(folder):
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _read_model(folder: Path, projected: bool, dtype: torch.dtype) -> Any:
+    """Built without weights, then filled: transformers would draw what a file lacks, and say so in a log."""
+    import transformers
+
+    path = folder / "config.json"
+    values = read_table(path)
+    built_as = values.get("architectures") or [CLASSES[projected]]
+    if values.get("model_type") != "clip_text_model" or built_as != [CLASSES[projected]]:
+        raise UserError(f"{path} is of type {values.get('model_type')!r}, {built_as}: expected clip_text_model, {CLASSES[projected]}")
+    if values.get("use_attention_mask"):
+        raise UserError(
+            f"{path}: use_attention_mask={values['use_attention_mask']!r} is not supported: expected an encoder that reads padding"
+        )
+    file, tensors = _read_weights(folder)
+    with explained(path), torch.device("meta"):
+        model = getattr(transformers, CLASSES[projected])(transformers.CLIPTextConfig.from_dict(values))
+    names = {key.removeprefix(PREFIX): key for key in model.state_dict()}
+    _check_keys({name: model.state_dict()[key].shape for name, key in names.items()}, tensors, file)
+    for key in _not_finite(tensors):
+        raise UserError(f"{file}: {key} has NaN or infinite numbers; the file is damaged or its training diverged")
+    model.load_state_dict({names[name]: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    embeddings = getattr(model, "text_model", model).embeddings
+    embeddings.register_buffer("position_ids", torch.arange(model.config.max_position_embeddings)[None], persistent=False)
+    return model.eval().requires_grad_(False)
+
+
+def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The file with the weights, and they, by names without `PREFIX`."""
+    file = next((folder / name for name in WEIGHTS if (folder / name).exists()), folder / WEIGHTS[0])
+    if not file.exists() and (folder / PICKLE).exists():
+        file = folder / PICKLE
+        tensors = _read_pickle(file)
+    else:
+        tensors = read_tensors(file)
+    return file, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if not key.endswith(POSITIONS)}
+
+
+def _read_pickle(file: Path) -> Mapping[str, Tensor]:
+    """Only tensors are read from a pickle; one with anything else in it could run code, and is refused."""
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's unpickler raises whatever the file makes it raise
+        raise UserError(f"{file} cannot be read as plain tensors ({type(error).__name__}): convert it to {WEIGHTS[0]}") from error
+    if not isinstance(tensors, Mapping) or not all(isinstance(v, Tensor) for v in tensors.values()):
+        raise UserError(f"{file} does not hold named tensors: convert it to {WEIGHTS[0]}")
+    return tensors
+
+
+def _check_keys(expected: Mapping[str, Sequence[int]], found: Mapping[str, Tensor], file: Path) -> None:
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    shapes = sorted(key for key in expected.keys() & found.keys() if tuple(expected[key]) != tuple(found[key].shape))
+    problems = [
+        f"{len(names)} {what} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
+        for what, names in (("missing", missing), ("not expected", extra), ("of another shape", shapes))
+        if names
+    ]
+    if problems:
+        raise UserError(f"{file} does not fit its config: keys {'; '.join(problems)}; use the weights that belong to the config")
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    return (key for key, tensor in tensors.items() if not torch.isfinite(tensor).all())

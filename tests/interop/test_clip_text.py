@@ -1,0 +1,197 @@
+"""Parity with diffusers' prompts: the same tokens, embeddings and numbers from the same folders, for Stable Diffusion 1, 2, XL and its refiner."""
+
+import json
+import runpy
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig
+from sfumato.types import Picture
+
+tiny: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_clip.py")))
+PROMPTS = ["a cat, a red dog", "", "Ein Hund & zwei Katzen: 3 Fälle!", "a cat, a red dog", "x" * 75, "<|endoftext|> cat", "  a \n cat "]
+BOTH = ("sdxl", "sdxl_text")
+PICTURE = Picture(64, 48, original_size=(100, 90), crop=(5, 7), target_size=(64, 50), aesthetic_score=6.5)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: tiny.write(tmp_path_factory.mktemp("clip") / kind, kind) for kind in tiny.KINDS}
+
+
+@pytest.fixture(scope="module")
+def ours(folders: dict[str, Path]) -> dict[str, ClipText]:
+    """Brackets are text in diffusers."""
+    return {kind: plain(ClipText.from_folder(folder)) for kind, folder in folders.items()}
+
+
+def plain(conditioner: ClipText, **settings: Any) -> ClipText:
+    return replace(conditioner, config=replace(conditioner.config, weighting=False, **settings))
+
+
+def pipeline(kind: str, folder: Path | None = None) -> Any:
+    """diffusers' pipeline of the same parts, or of those in a folder; without the networks that prompts do not need."""
+    import diffusers
+
+    name = {"sd1": "StableDiffusionPipeline", "sd2": "StableDiffusionPipeline", "refiner": "StableDiffusionXLImg2ImgPipeline"}
+    cls = getattr(diffusers, name.get(kind, "StableDiffusionXLPipeline"))
+    rest: dict[str, Any] = {"vae": None, "unet": None, "scheduler": None}
+    if kind in ("sd1", "sd2"):
+        rest |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    else:
+        rest |= {"add_watermarker": False}
+    if folder is not None:
+        return cls.from_pretrained(folder, local_files_only=True, **rest)
+    parts = tiny.parts(kind)
+    if kind == "refiner":
+        parts |= {"tokenizer": None, "text_encoder": None}
+    return cls(**parts, **tiny.KINDS[kind][1], **rest)
+
+
+def close(found: Tensor | None, theirs: Tensor) -> None:
+    assert found is not None and found.shape == theirs.shape and found.dtype == theirs.dtype == torch.float32
+    assert float((found - theirs).abs().max()) <= 1e-6 * float(theirs.abs().max())
+
+
+def ask(pipe: Any, prompt: Any, negative: Any = None, **more: Any) -> Any:
+    with torch.no_grad():
+        return pipe.encode_prompt(
+            prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt=negative, **more
+        )
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_one_encoder(kind: str, ours: dict[str, ClipText]) -> None:
+    negative = ["ugly"] * (len(PROMPTS) - 1) + ["a dog"]
+    theirs = ask(pipeline(kind), PROMPTS, negative)
+    for prompts, tokens in zip((PROMPTS, negative), theirs, strict=True):
+        found = ours[kind](prompts)
+        close(found.tokens, tokens)
+        assert found.mask is None and found.vector is None
+    close(ours[kind].null(2).tokens, ask(pipeline(kind), ["a", "b"])[1])  # no negative prompt is an empty one
+
+
+@pytest.mark.parametrize("skip", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_clip_skip(kind: str, skip: int, ours: dict[str, ClipText]) -> None:
+    pipe = pipeline(kind)
+    pipe.text_encoder.__dict__["text_model"] = pipe.text_encoder  # diffusers 0.42 looks for the norm where transformers 4 had it
+    theirs = ask(pipe, PROMPTS, clip_skip=skip)[0]
+    close(plain(ours[kind], clip_skip=skip)(PROMPTS).tokens, theirs)
+    if skip:
+        assert not torch.allclose(theirs, ours[kind](PROMPTS).tokens, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [*BOTH, "refiner"])
+@pytest.mark.parametrize("skip", [None, 0, 1])
+def test_two_encoders_and_the_refiner(kind: str, skip: int | None, ours: dict[str, ClipText]) -> None:
+    theirs = ask(pipeline(kind), PROMPTS, ["ugly, red"] * len(PROMPTS), clip_skip=skip)
+    found = plain(ours[kind], clip_skip=skip)(PROMPTS, PICTURE)
+    close(found.tokens, theirs[0])
+    assert found.vector is not None
+    close(found.vector[:, :10], theirs[2])
+    negative = ours[kind](["ugly, red"] * len(PROMPTS), PICTURE)  # theirs knows no clip_skip for negative prompts
+    assert negative.vector is not None
+    close(negative.tokens, theirs[1])
+    close(negative.vector[:, :10], theirs[3])
+
+
+@pytest.mark.parametrize("kind", [*BOTH, "refiner"])
+def test_no_prompt_is_zeros_where_the_model_says_so_and_an_empty_prompt_is_text(kind: str, ours: dict[str, ClipText]) -> None:
+    for asked, given in ((None, None), ("", "")):
+        _, tokens, _, pooled = ask(pipeline(kind), "a cat", asked)
+        found = ours[kind]([given], PICTURE)
+        assert found.vector is not None
+        torch.testing.assert_close(found.tokens, tokens, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found.vector[:, :10], pooled, rtol=1e-6, atol=1e-6)
+        assert (not tokens.any()) == (asked is None and kind != "sdxl_text")
+
+
+def network(numbers: int) -> Any:
+    """As much of a U-Net as they ask how many numbers it takes."""
+    widths = SimpleNamespace(in_features=4 * numbers + 10)
+    return SimpleNamespace(config=SimpleNamespace(addition_time_embed_dim=4), add_embedding=SimpleNamespace(linear_1=widths))
+
+
+@pytest.mark.parametrize(
+    "picture", [PICTURE, Picture(64, 48), Picture(64, 64, negative_original_size=(32, 33), negative_target_size=(64, 63))]
+)
+def test_sizes_and_crops(picture: Picture, ours: dict[str, ClipText]) -> None:
+    import diffusers
+
+    pipe = SimpleNamespace(unet=network(6))
+    method: Any = diffusers.StableDiffusionXLPipeline._get_add_time_ids
+    given = [picture.original_size or picture.size, picture.crop, picture.target_size or picture.size]
+    theirs = method(pipe, *given, dtype=torch.float32, text_encoder_projection_dim=10)
+    found = ours["sdxl"](["a", "b"], picture).vector
+    assert found is not None and torch.equal(found[:, 10:], theirs.expand(2, -1))
+    given = [picture.negative_original_size or given[0], picture.crop, picture.negative_target_size or given[2]]
+    theirs = method(pipe, *given, dtype=torch.float32, text_encoder_projection_dim=10)
+    found = ours["sdxl"].null(1, picture.negative).vector
+    assert found is not None and torch.equal(found[:, 10:], theirs) and not found[:, :10].any()
+
+
+def test_the_refiners_score(ours: dict[str, ClipText]) -> None:
+    import diffusers
+
+    pipe = SimpleNamespace(unet=network(5), config=SimpleNamespace(requires_aesthetics_score=True))
+    sizes = [PICTURE.original_size, PICTURE.crop, PICTURE.target_size]
+    scores = [PICTURE.aesthetic_score, PICTURE.negative_aesthetic_score]
+    method: Any = diffusers.StableDiffusionXLImg2ImgPipeline._get_add_time_ids
+    theirs = method(pipe, *sizes, *scores, *sizes, dtype=torch.float32, text_encoder_projection_dim=10)
+    for picture, numbers in zip((PICTURE, PICTURE.negative), theirs, strict=True):
+        found = ours["refiner"](["a"], picture).vector
+        assert found is not None and torch.equal(found[:, 10:], numbers)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_what_is_saved_opens_in_diffusers_and_here(kind: str, ours: dict[str, ClipText], tmp_path: Path) -> None:
+    ours[kind].save(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": type(pipeline(kind)).__name__, **ours[kind].index()}))
+    before, after = (ask(pipe, PROMPTS, PROMPTS) for pipe in (pipeline(kind), pipeline(kind, tmp_path)))
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    again = ClipText.from_folder(tmp_path)
+    assert again.config == ours[kind].config and again.identity() == ours[kind].identity()
+    assert all(torch.equal(a, b) for a, b in zip(again(PROMPTS, PICTURE).tensors, ours[kind](PROMPTS, PICTURE).tensors, strict=True))
+    assert again.tensors().keys() == ours[kind].tensors().keys()
+    assert all(torch.equal(tensor, ours[kind].tensors()[key]) for key, tensor in again.tensors().items())
+
+
+def test_folders_of_older_versions_open(folders: dict[str, Path], ours: dict[str, ClipText], tmp_path: Path) -> None:
+    """vocab.json and merges.txt without tokenizer.json, "text_model." before the keys, position_ids among them, and a .bin."""
+    from safetensors.torch import load_file
+
+    vocabulary = {
+        "vocab.json": json.dumps(tiny.vocabulary()),
+        "merges.txt": "#version: 0.2\n" + "\n".join(" ".join(m) for m in tiny.MERGES),
+    }
+    (tmp_path / "tokenizer").mkdir()
+    for name, text in vocabulary.items():
+        (tmp_path / "tokenizer" / name).write_text(text)
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": tiny.END, "do_lower_case": True}
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "text_encoder").mkdir()
+    config = json.loads((folders["sd1"] / "text_encoder" / "config.json").read_text())
+    (tmp_path / "text_encoder" / "config.json").write_text(
+        json.dumps(config | {"transformers_version": "4.22.0.dev0", "torch_dtype": "float32"})
+    )
+    tensors = {"text_model." + k: v for k, v in load_file(folders["sd1"] / "text_encoder" / "model.safetensors").items()}
+    torch.save({**tensors, "text_model.embeddings.position_ids": torch.arange(77)[None]}, tmp_path / "text_encoder" / "pytorch_model.bin")
+    found = plain(ClipText.from_folder(tmp_path))
+    assert torch.equal(found(PROMPTS).tensors[0], ours["sd1"](PROMPTS).tensors[0])
+    assert found.identity() == ours["sd1"].identity() and found.config == ClipTextConfig(weighting=False)
+
+
+def test_the_real_tokenizers_rules_are_transformers_own(ours: dict[str, ClipText]) -> None:
+    """Begin, words, end, padding: built here by hand, by theirs with its template."""
+    encoder = ours["sd2"].encoder
+    assert encoder is not None and encoder.tokenizer.pad_token_id == 0
+    for prompt in PROMPTS:
+        theirs = encoder.tokenizer(prompt).input_ids
+        assert [token.id for token in encoder.tokens([(prompt, 1.0)])] == theirs[1:-1]
