@@ -23,6 +23,7 @@ from torch import Tensor
 from sfumato import __version__
 from sfumato.asking import answered, together
 from sfumato.checkpoints.folder import save_part
+from sfumato.checkpoints.names.pipeline import pipeline_index
 from sfumato.checkpoints.names.scheduler import to_scheduler_config
 from sfumato.checkpoints.single_file import fold
 from sfumato.compress.base import Autoencoder
@@ -34,7 +35,7 @@ from sfumato.files import atomic_folder, hash_json, hash_tensors, write_json
 from sfumato.predict.denoiser import Denoiser, answer
 from sfumato.registry import find
 from sfumato.sampling import Defaults, Prompt, Request, latent_shape, prompts, questions, request_from, seeds_of, settings, times_of
-from sfumato.types import Conditioning, Prediction
+from sfumato.types import Conditioning, Picture, Prediction
 
 LOG = logging.getLogger("sfumato")
 
@@ -98,7 +99,9 @@ class LatentDiffusion:
         if not 0 < t <= 1:
             raise UserError(f"t={t}: expected a time in (0, 1]")
         check_latent(self.autoencoder.space, x)
-        given = conditioning if isinstance(conditioning, Conditioning) else self.conditioner(prompts(conditioning, len(x)))
+        factor = self.autoencoder.space.factor
+        picture = Picture(x.shape[2] * factor, x.shape[3] * factor)
+        given = conditioning if isinstance(conditioning, Conditioning) else self.conditioner(prompts(conditioning, len(x)), picture)
         with torch.inference_mode():
             found = self.denoiser(x.to(self.device), t, given.to(self.device))
         return Prediction(found.x0.clone(), found.eps.clone())
@@ -135,6 +138,7 @@ class LatentDiffusion:
         canvas: tuple[int, int] | None = None,
         cache: int | Sequence[int] | None = None,
         weaker: Any = None,
+        picture: Picture | None = None,
         output: Literal["pil", "tensor", "latent"] = "pil",
         on_step: Callable[[Step], bool | None] | None = None,
         batch: int | None = None,
@@ -148,6 +152,7 @@ class LatentDiffusion:
         reference "model" (autoguidance) moves away from.
         known: (z, mask), latents to keep where the mask (n or 1, 1 or c, h, w) is 1. canvas: (size, stride) in latent cells, for images larger
         than the model's, drawn through overlapping windows. cache: the network's deep features are made anew at every so-many-th call only.
+        picture: what an SDXL-class model is told about sizes, crops and quality; by default a picture of this height and width, not cut.
         noise: the start (n, c, h, w) instead of the seeds' own; what a sampler adds later is the seeds' in any case. on_step sees
         each network call and cancels by returning False (returns [] then, or a tensor of no images). batch bounds the rows of a forward pass.
         A grey model's "tensor" has three equal channels, so that every model gives the same shape; its PIL images have mode L.
@@ -156,7 +161,7 @@ class LatentDiffusion:
         if output not in ("pil", "tensor", "latent"):
             raise unknown("output", output, ("pil", "tensor", "latent"))
         request = Request(prompt, n, steps, sampler, spacing, guidance, seed, negative_prompt, height, width, timesteps, noise)
-        request = replace(request, known=known, canvas=canvas, cache=cache, weaker=weaker)
+        request = replace(request, known=known, canvas=canvas, cache=cache, weaker=weaker, picture=picture)
         (z,) = self._latents([request], batch, None if on_step is None else lambda k, step: on_step(step))
         return self._output(z, request, output)
 
@@ -189,7 +194,9 @@ class LatentDiffusion:
         check_latent(self.autoencoder.space, z)
         n, schedule = len(z), self.denoiser.process.schedule
         times = times_of(self, Request(n=n, steps=steps, sampler="ddim", spacing=spacing))
-        conditioning = self.conditioner(prompts(prompt, n)).to(self.device)
+        factor = self.autoencoder.space.factor
+        picture = Picture(z.shape[2] * factor, z.shape[3] * factor)
+        conditioning = self.conditioner(prompts(prompt, n), picture).to(self.device)
         sampler = find("diffuse.samplers", "ddim_inversion")(z.to(self.device).float(), times, schedule, torch.empty, iterations=iterations)
         with torch.inference_mode():
             x = sample(sampler, lambda x, t: self.denoiser(x, t, conditioning), iterations * (len(times) - 1))
@@ -259,8 +266,11 @@ class LatentDiffusion:
     @cached_property
     def hash(self) -> str:
         """SHA-256 over all weights and settings that decide an image; defaults, which a request may change, are not among them."""
-        configs = [self.autoencoder.to_config(), self.denoiser.network.to_config(), self.conditioner.to_config()]  # pyright: ignore
+        texts = getattr(self.conditioner, "identity", self.conditioner.to_config)()
+        configs = [self.autoencoder.to_config(), self.denoiser.network.to_config(), texts]  # pyright: ignore
         weights = [hash_tensors(m.state_dict()) for m in (self.autoencoder, self.denoiser.network)]
+        if hasattr(self.conditioner, "tensors"):
+            weights.append(hash_tensors(self.conditioner.tensors()))
         return hash_json([configs, to_scheduler_config(self.denoiser.process), weights])
 
     def describe(self) -> dict[str, Any]:
@@ -286,7 +296,8 @@ class LatentDiffusion:
             raise UserError(
                 f"device {str(device)!r} cannot be used ({str(error).splitlines()[0]}): expected one such as cpu or cuda"
             ) from error
-        return replace(self, autoencoder=autoencoder, denoiser=replace(self.denoiser, network=network))
+        conditioner = self.conditioner.to(device) if hasattr(self.conditioner, "to") else self.conditioner
+        return replace(self, autoencoder=autoencoder, denoiser=replace(self.denoiser, network=network), conditioner=conditioner)
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes the model as a diffusers folder, atomically; `dtype` (e.g. torch.float16) changes what is stored.
@@ -306,15 +317,18 @@ class LatentDiffusion:
             (temporary / "scheduler").mkdir()
             scheduler = to_scheduler_config(self.denoiser.process)
             write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
-            (temporary / "conditioner").mkdir()
-            write_json(temporary / "conditioner" / "config.json", self.conditioner.to_config())
+            if hasattr(self.conditioner, "save"):
+                self.conditioner.save(temporary, dtype)
+            else:
+                (temporary / "conditioner").mkdir()
+                write_json(temporary / "conditioner" / "config.json", self.conditioner.to_config())
+            notes = {"version": __version__, "name": self.name, "defaults": asdict(self.defaults)}
             parts = {
-                "_class_name": "LatentDiffusion",
-                "_sfumato": {"version": __version__, "name": self.name, "defaults": asdict(self.defaults)},
-                "vae": ["diffusers", "AutoencoderKL"],
+                **pipeline_index(self.denoiser.network, self.conditioner),
+                "_sfumato": notes,
+                "vae": ["diffusers", self.autoencoder.to_config()["_class_name"]],
                 "unet": ["diffusers", "UNet2DConditionModel"],
                 "scheduler": ["diffusers", scheduler["_class_name"]],
-                "conditioner": ["sfumato", self.conditioner.to_config()["_class_name"]],
             }
             write_json(temporary / "model_index.json", parts)
 

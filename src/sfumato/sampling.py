@@ -24,7 +24,7 @@ from sfumato.predict.wrappers.known_region import known_region
 from sfumato.predict.wrappers.known_region import start as begin_known
 from sfumato.predict.wrappers.large_canvas import large_canvas
 from sfumato.registry import choice, find, names
-from sfumato.types import Asking
+from sfumato.types import Asking, Picture
 
 Prompt = str | None | Sequence[str | None]
 
@@ -85,6 +85,7 @@ class Request:
     canvas: tuple[int, int] | None = None
     cache: int | Sequence[int] | None = None
     weaker: Any = None
+    picture: Picture | None = None
 
     @property
     def count(self) -> int:
@@ -227,7 +228,9 @@ def questions(model: Any, request: Request, on_step: Callable[[Step], bool | Non
         if request.noise.shape != start.shape or not all_finite(request.noise):
             raise UserError(f"noise of shape {tuple(request.noise.shape)}: expected finite numbers of shape {tuple(start.shape)}")
         start = request.noise.to(model.device, torch.float32)
-    given, reference = (model.conditioner(prompts(words, n)).to(model.device) for words in (request.prompt, request.negative_prompt))
+    picture = request.picture or Picture(chosen["height"], chosen["width"])
+    given = model.conditioner(prompts(request.prompt, n), picture).to(model.device)
+    reference = model.conditioner(prompts(request.negative_prompt, n), picture.negative).to(model.device)
     weaker = getattr(request.weaker, "denoiser", request.weaker)
     if request.negative_prompt is not None and guidance.off:
         raise UserError(

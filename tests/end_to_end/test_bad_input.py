@@ -197,7 +197,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "conditioner is a path": (change(CONDITIONER, lambda v: v.update(_class_name="../../etc")), "unknown conditioner '../../etc'"),
     "conditioner is a module": (change(CONDITIONER, lambda v: v.update(_class_name="os.system")), "unknown conditioner 'os.system'"),
     "conditioner without a class": (change(CONDITIONER, lambda v: v.pop("_class_name")), "unknown conditioner ''"),
-    "no conditioner": (content(CONDITIONER, lambda b: None), "no conditioner/config.json"),
+    "no conditioner": (content(CONDITIONER, lambda b: None), "neither a text encoder nor a conditioner/config.json"),
     "names are text": (change(CONDITIONER, lambda v: v.update(names="bag")), "conditioner/config.json: names is 'bag'"),
     "names twice": (change(CONDITIONER, lambda v: v.update(names=["bag", "bag", "boot"])), "class names"),
     "one class too many": (change(CONDITIONER, lambda v: v["names"].append("hat")), "4 class embeddings, conditioner has 4 classes"),

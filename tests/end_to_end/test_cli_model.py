@@ -108,7 +108,7 @@ def test_another_models_picture_is_refused(tiny: Path, tmp_path: Path, capsys: p
     [
         ("boat", "'boot'"),
         ("boot --sampler dim", "'ddim'"),
-        ("boot --height 15", "height=15"),
+        ("boot --height 0", "height 0"),
         ("boot --guidance -1", "guidance=-1"),
         ("boot --negative-prompt boat", "'boot'"),
         ("boot --seed 9223372036854775807", "seed=9223372036854775807"),

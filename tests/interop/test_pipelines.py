@@ -1,0 +1,154 @@
+"""Whole pipelines beside diffusers': the same folder, prompt, seeds and steps give the same pictures, to 1e-3 of white in float32.
+
+Small random models of every family, with the shapes that make the family: what diffusers saved we open, what we save diffusers opens.
+"""
+
+import runpy
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from sfumato.loading import load
+from sfumato.model import LatentDiffusion
+from sfumato.predict.conditioners.clip_text import ClipText
+
+clip: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_clip.py")))
+
+FOUR = {
+    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+    "block_out_channels": (8, 8, 16, 16),
+}
+SDXL = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (8, 16, 16),
+    "transformer_layers_per_block": (1, 2, 3),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 10 + 6 * 8,
+}
+SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False, "set_alpha_to_one": True}
+SCALED |= {"steps_offset": 1}
+FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # pipeline, U-Net, scheduler, text encoders
+    "SD 1": ("StableDiffusionPipeline", {**FOUR, "attention_head_dim": 2}, {}, "sd1"),
+    "SD 2 with v": (
+        "StableDiffusionPipeline",
+        {**FOUR, "attention_head_dim": (1, 2, 4, 4), "use_linear_projection": True, "upcast_attention": True},
+        {"prediction_type": "v_prediction"},
+        "sd2",
+    ),
+    "SD 2, zero terminal SNR": (
+        "StableDiffusionPipeline",
+        {**FOUR, "attention_head_dim": (1, 2, 4, 4), "use_linear_projection": True},
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "steps_offset": 0},
+        "sd2",
+    ),
+    "SDXL": ("StableDiffusionXLPipeline", {**SDXL, "attention_head_dim": (1, 2, 4), "use_linear_projection": True}, {}, "sdxl"),
+}
+NORMS = {"layers_per_block": 1, "norm_num_groups": 4}
+STEPS = {"SD 2, zero terminal SNR": "trailing:whole=true"}
+
+
+def randomise(network: Any, seed: int) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return network.eval().requires_grad_(False)
+
+
+def theirs(family: str) -> Any:
+    """diffusers' pipeline with small random parts."""
+    name, shape, scheduler, texts = FAMILIES[family]
+    parts = clip.parts(texts)
+    width = sum(part.config.hidden_size for key, part in parts.items() if key.startswith("text_encoder"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = diffusers.UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, cross_attention_dim=width, **shape, **NORMS)
+        vae = diffusers.AutoencoderKL(
+            block_out_channels=(4, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            sample_size=16,
+            **NORMS,
+        )
+    parts |= {"unet": randomise(unet, 1), "vae": randomise(vae, 2), "scheduler": diffusers.DDIMScheduler(**{**SCALED, **scheduler})}
+    if "XL" in name:
+        parts |= {"force_zeros_for_empty_prompt": True, "add_watermarker": False}
+    else:
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipe = getattr(diffusers, name)(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {}
+    for family in FAMILIES:
+        found[family] = tmp_path_factory.mktemp("pipelines") / family.replace(" ", "_")
+        theirs(family).save_pretrained(found[family])
+    return found
+
+
+def their_pictures(pipe: Any, prompts: list[str], **asked: Any) -> Tensor:
+    """(n, 3, H, W) in [0, 1]; image k from seed k."""
+    generators = [torch.Generator().manual_seed(k) for k in range(len(prompts))]
+    return torch.from_numpy(pipe(prompts, generator=generators, output_type="np", **asked).images).permute(0, 3, 1, 2)
+
+
+def plain(model: LatentDiffusion) -> LatentDiffusion:
+    """Brackets are text in diffusers."""
+    assert isinstance(model.conditioner, ClipText)
+    return replace(model, conditioner=replace(model.conditioner, config=replace(model.conditioner.config, weighting=False)))
+
+
+def same(ours: LatentDiffusion, pipe: Any, spacing: str = "leading:offset=1") -> None:
+    """Prompts, a negative prompt or none, guidance on and off, another size. 5 divides 1000: their DDIM steps by 1000 // steps."""
+    prompts = ["a red cat", "a dog, (very) red"]
+    for negative, guidance, size in ((None, 5.0, 16), ("a cat", 7.5, 16), (None, 1.0, 16), ("dog", 3.0, 24)):
+        asked: dict[str, Any] = {"height": size, "width": 16}
+        their_negative = None if negative is None else [negative] * 2
+        if guidance == 1:
+            negative = their_negative = None
+        expected = their_pictures(pipe, prompts, negative_prompt=their_negative, guidance_scale=guidance, num_inference_steps=5, **asked)
+        found = plain(ours).generate(
+            prompts, negative_prompt=negative, guidance=guidance, steps=5, sampler="ddim", spacing=spacing, output="tensor", **asked
+        )
+        assert found.shape == expected.shape
+        assert (found - expected).abs().max() < 1e-3, float((found - expected).abs().max())
+        assert expected.std() > 0.05, "a picture in which something can be seen"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_diffusers_saved(family: str, folders: dict[str, Path]) -> None:
+    pipe = type(theirs(family)).from_pretrained(folders[family])
+    pipe.set_progress_bar_config(disable=True)
+    same(load(folders[family]), pipe, STEPS.get(family, "leading:offset=1"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_we_save(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    ours = load(folders[family])
+    ours.save(tmp_path / "ours")
+    again = load(tmp_path / "ours")
+    assert again.hash == ours.hash and again.defaults == ours.defaults
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
+    assert type(pipe).__name__ == FAMILIES[family][0]
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers.DDIMScheduler(**{**SCALED, **FAMILIES[family][2]})
+    same(again, pipe, STEPS.get(family, "leading:offset=1"))
+
+
+def test_defaults_are_those_of_their_pipelines(folders: dict[str, Path]) -> None:
+    for family, guidance in (("SD 1", 7.5), ("SDXL", 5.0)):
+        defaults = load(folders[family]).defaults
+        assert (defaults.steps, defaults.guidance) == (50, guidance)
