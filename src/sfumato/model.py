@@ -27,14 +27,15 @@ from sfumato.checkpoints.names.pipeline import pipeline_index
 from sfumato.checkpoints.names.scheduler import to_scheduler_config
 from sfumato.checkpoints.single_file import fold
 from sfumato.compress.base import Autoencoder
-from sfumato.decode.image import to_pil, to_tensor
+from sfumato.decode.image import pasted, to_pil, to_tensor
 from sfumato.decode.whole import check_latent, whole
 from sfumato.diffuse.sample import SeededNoise, Step, all_finite, check_finite, sample
 from sfumato.errors import NumericalError, UserError, unknown
 from sfumato.files import atomic_folder, hash_json, hash_tensors, write_json
 from sfumato.predict.denoiser import Denoiser, answer
 from sfumato.registry import find
-from sfumato.sampling import Defaults, Prompt, Request, latent_shape, prompts, questions, request_from, seeds_of, settings, times_of
+from sfumato.running import questions
+from sfumato.sampling import Defaults, Prompt, Request, latent_shape, prompts, request_from, seeds_of, settings, times_of
 from sfumato.types import Conditioning, Picture, Prediction
 
 LOG = logging.getLogger("sfumato")
@@ -60,6 +61,12 @@ class LatentDiffusion:
         Sides that are no multiples of the autoencoder's factor are filled up with the image's edge, at the right and the bottom.
         Image k's draw is seeded with seed + k. Colour becomes grey (ITU-R 601 luma) and grey colour where the autoencoder needs it.
         """
+        pixels = self.pixels(image)
+        shape = latent_shape(self, *pixels.shape[2:])
+        return self.encode(pixels, None if seed is None else SeededNoise(shape, seeds_of(seed, len(pixels)), self.device)())
+
+    def pixels(self, image: PIL.Image | Sequence[PIL.Image] | Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """Image(s) as this model's autoencoder takes them: in [-1, 1], grey or colour. `UserError` for what are no pixels."""
         pixels = image if isinstance(image, Tensor) else to_tensor(image)
         if pixels.ndim != 4 or not pixels.is_floating_point() or not pixels.numel():
             raise UserError(
@@ -73,8 +80,11 @@ class LatentDiffusion:
             pixels = pixels.expand(-1, channels, -1, -1)
         elif pixels.shape[1] == 3 and channels == 1:
             pixels = torch.einsum("bchw,c->bhw", pixels, pixels.new_tensor([0.299, 0.587, 0.114]))[:, None]
+        return pixels
+
+    def encode(self, pixels: Float[Tensor, "B C H W"], noise: Float[Tensor, "B c h w"] | None = None) -> Float[Tensor, "B c h w"]:
+        """`pixels` -> z: the posterior's mean, or a draw with this noise. `compress` says what happens to odd sides and overflow."""
         shape, factor = latent_shape(self, *pixels.shape[2:]), self.autoencoder.space.factor
-        noise = None if seed is None else SeededNoise(shape, seeds_of(seed, len(pixels)), self.device)()
         bottom, right = (cells * factor - side for cells, side in zip(shape[1:], pixels.shape[2:], strict=True))
         if bottom or right:  # the last cells cover more than the image: its edge goes on there
             pixels = F.pad(pixels, (0, right, 0, bottom), mode="replicate")
@@ -165,6 +175,19 @@ class LatentDiffusion:
         (z,) = self._latents([request], batch, None if on_step is None else lambda k, step: on_step(step))
         return self._output(z, request, output)
 
+    def run(
+        self,
+        request: Request,
+        *,
+        output: Literal["pil", "tensor", "latent"] = "pil",
+        on_step: Callable[[Step], bool | None] | None = None,
+        batch: int | None = None,
+    ) -> Any:
+        """What `generate` returns, for a request: one that a task made of pictures, say (`sfumato.tasks`)."""
+        return self.sample_many([request], output=output, on_step=None if on_step is None else lambda k, step: on_step(step), batch=batch)[
+            0
+        ]
+
     def sample_many(
         self,
         requests: Sequence[Request | Mapping[str, Any]],
@@ -227,6 +250,8 @@ class LatentDiffusion:
             return z.clone()  # a plain tensor: those of inference mode cannot be saved for a gradient
         chosen = settings(self, request)
         image = self._decoded(z)[:, :, : chosen["height"], : chosen["width"]]
+        if request.paste is not None:
+            image = pasted(image, *request.paste)
         if output == "pil":
             return to_pil(image)
         return (image.expand(-1, 3, -1, -1) if image.shape[1] == 1 else image).add(1).div(2)

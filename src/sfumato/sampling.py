@@ -10,21 +10,14 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sfumato.diffuse.sample import SeededNoise, Step, all_finite, conduct
-from sfumato.diffuse.samplers import calls, traits_of
+from sfumato.diffuse.samplers import traits_of
 from sfumato.diffuse.timesteps import SPACINGS, check_times, timesteps
 from sfumato.errors import UserError, unknown
-from sfumato.predict.guidance.settings import Guidance, build
-from sfumato.predict.wrappers.feature_cache import feature_cache
-from sfumato.predict.wrappers.known_region import finish as finish_known
-from sfumato.predict.wrappers.known_region import known_region
-from sfumato.predict.wrappers.known_region import start as begin_known
-from sfumato.predict.wrappers.large_canvas import large_canvas
+from sfumato.predict.guidance.settings import Guidance
 from sfumato.registry import choice, find, names
-from sfumato.types import Asking, Picture
+from sfumato.types import Picture
 
 Prompt = str | None | Sequence[str | None]
 
@@ -67,7 +60,14 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for. None: the model decides. `LatentDiffusion.generate` says what each field means."""
+    """What is asked for. None: the model decides. `LatentDiffusion.generate` says what most fields mean; these are for tasks:
+
+    begin   a latent (n or 1, c, h, w) that the run begins with, made as noisy as its first time says (image-to-image)
+    concat  joins x along channels (n or 1, k, h, w): masks and pictures, for networks that take them; a tuple where the condition and each of
+            its references have their own
+    paste   (image, mask): pixels (n or 1, c, H, W) in [-1, 1] to be put back where the mask (n or 1, 1, H, W) is below 1, by what is missing to 1
+    drawn   how many draws of each image's noise were used before the run: it goes on with the next
+    """
 
     prompt: Prompt = None
     n: int = 1
@@ -86,6 +86,10 @@ class Request:
     cache: int | Sequence[int] | None = None
     weaker: Any = None
     picture: Picture | None = None
+    begin: Tensor | None = None
+    concat: Tensor | tuple[Tensor, ...] | None = None
+    paste: tuple[Tensor, Tensor] | None = None
+    drawn: int = 0
 
     @property
     def count(self) -> int:
@@ -157,11 +161,11 @@ def settings(model: Any, request: Request) -> dict[str, Any]:
 
     `UserError` for impossible ones.
     """
-    chosen = _chosen(model, request)
+    chosen = chosen_settings(model, request)
     return {**chosen, "guidance": chosen["guidance"].to_json()}
 
 
-def _chosen(model: Any, request: Request) -> dict[str, Any]:
+def chosen_settings(model: Any, request: Request) -> dict[str, Any]:
     """The same with the guidance as an object."""
     defaults, n = model.defaults, request.count
     if not isinstance(n, int) or n < 1:
@@ -208,62 +212,13 @@ def times_of(model: Any, request: Request, chosen: Mapping[str, Any] | None = No
     """The times that a request's run visits; `chosen` are its settings, if they are at hand."""
     if request.timesteps is not None:
         return check_times(request.timesteps)
-    chosen = _chosen(model, request) if chosen is None else chosen
+    chosen = chosen_settings(model, request) if chosen is None else chosen
     if chosen["spacing"] == "tuned":
         tuned = model.defaults.tuned_for(chosen["sampler"], chosen["steps"])
         assert tuned is not None
         return tuned
     name, options = spacing_of(chosen["spacing"])
     return timesteps(name, chosen["steps"], model.denoiser.process.schedule, **options)
-
-
-def questions(model: Any, request: Request, on_step: Callable[[Step], bool | None] | None = None) -> Asking[Tensor | None]:
-    """A request's run: a string of questions that ends with the latents (None: cancelled). What is wrong shows at the first question."""
-    chosen = _chosen(model, request)
-    times = times_of(model, request, chosen)
-    n, guidance, schedule = chosen["n"], chosen["guidance"], model.denoiser.process.schedule
-    draw = SeededNoise(latent_shape(model, chosen["height"], chosen["width"]), seeds_of(request.seed, n), model.device)
-    start = draw()  # drawn also where `noise` takes its place: what is drawn next is then the same
-    if request.noise is not None:
-        if request.noise.shape != start.shape or not all_finite(request.noise):
-            raise UserError(f"noise of shape {tuple(request.noise.shape)}: expected finite numbers of shape {tuple(start.shape)}")
-        start = request.noise.to(model.device, torch.float32)
-    picture = request.picture or Picture(chosen["height"], chosen["width"])
-    given = model.conditioner(prompts(request.prompt, n), picture).to(model.device)
-    reference = model.conditioner(prompts(request.negative_prompt, n), picture.negative).to(model.device)
-    weaker = getattr(request.weaker, "denoiser", request.weaker)
-    if request.negative_prompt is not None and guidance.off:
-        raise UserError(
-            f"negative prompt {request.negative_prompt!r} with guidance {guidance}: nothing is moved away from it; raise the guidance"
-        )
-    if weaker is not None and "model" not in guidance.reference:
-        raise UserError(f"a weaker model with guidance {guidance}: expected the reference model, as in '2 model:path=NAME'")
-    if request.canvas is not None and not (
-        isinstance(request.canvas, tuple | list) and len(request.canvas) == 2 and all(isinstance(n, int) and n > 0 for n in request.canvas)
-    ):
-        raise UserError(f"canvas={request.canvas!r}: expected (size, stride) of the windows in latent cells, as (32, 16)")
-    if request.canvas is not None and getattr(guidance.parts()[1], "momentum", 0):
-        raise UserError(f"guidance {guidance} on a canvas: its momentum would pass from window to window; expected momentum=0")
-    ask = build(guidance, model.denoiser, given, reference, schedule.point, weaker)
-    if request.canvas is not None:
-        ask = large_canvas(ask, *request.canvas)
-    if request.cache is not None:
-        ask = feature_cache(ask, request.cache)
-    # x_t of standardised latents has variance alpha^2 + sigma^2, at full noise and where a run begins later.
-    x = math.hypot(*schedule.point(times[0])) * start
-    if request.known is not None:
-        pair = isinstance(request.known, tuple | list) and len(request.known) == 2
-        if not pair or not all(isinstance(part, Tensor) and part.ndim == 4 for part in request.known):
-            raise UserError(
-                "known: expected (z, mask), a latent (n, c, h, w) to keep and where to keep it (n or 1, 1 or c, h, w), 1 is known"
-            )
-        z, mask = (part.to(model.device, torch.float32) for part in request.known)
-        ask, x = known_region(ask, z, mask, schedule.point), begin_known(start, z, mask, schedule.point, times[0])
-    sampler, options = sampler_of(chosen["sampler"])
-    found = yield from conduct(sampler(x, times, schedule, draw, **options), ask, calls(sampler, times, schedule, **options), on_step)
-    if found is not None and request.known is not None and times[-1] == 0:
-        found = finish_known(found, z, mask)
-    return found
 
 
 def latent_shape(model: Any, height: int, width: int) -> tuple[int, int, int]:

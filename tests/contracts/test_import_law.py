@@ -41,13 +41,14 @@ LAW: dict[str, tuple[str, ...]] = {
     "decode.image": ("types", "errors", "files"),
     "checkpoints": (*BOTTOM, *ACTS),
     "sampling": (*BOTTOM, *ACTS),
-    "model": (*BOTTOM, *ACTS, "checkpoints", "sampling"),
+    "running": (*BOTTOM, *ACTS, "sampling"),
+    "model": (*BOTTOM, *ACTS, "checkpoints", "sampling", "running"),
     "tuning": (*BOTTOM, *ACTS, "checkpoints", "sampling", "model"),
     "loading": (*BOTTOM, *ACTS, "checkpoints", "sampling", "model"),
     "data": BOTTOM,
     "evaluate": BOTTOM,
     "train": (*BOTTOM, *ACTS, "nn", "data", "checkpoints", "evaluate", "model", "sampling"),  # a run ends by saving a model
-    "tasks": (*BOTTOM, *ACTS, "model", "sampling"),
+    "tasks": (*BOTTOM, *ACTS, "model", "sampling", "running"),
     "deploy": (*BOTTOM, *ACTS, "", "model", "loading", "sampling", "tuning", "tasks", "checkpoints", "data", "evaluate"),
     "cli": (*BOTTOM, *ACTS, "", "model", "loading", "sampling", "tuning", "tasks", "checkpoints", "data", "evaluate", "train", "deploy"),
 }

@@ -8,7 +8,7 @@ import errno
 import runpy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -886,7 +886,8 @@ def test_many_requests_get_what_each_would_have_alone(model: LatentDiffusion, ro
     calls: list[int] = []
     hook = network.register_forward_hook(lambda module, inputs, y: calls.append(len(y)))
     try:
-        alone = [model.generate(output="latent", **{k: v for k, v in vars(r).items() if k != "prompt"}, prompt=r.prompt) for r in MIXED]
+        said = [{f.name: getattr(r, f.name) for f in fields(r) if getattr(r, f.name) != f.default} for r in MIXED]
+        alone = [model.generate(output="latent", **values) for values in said]
         separate = calls.copy()
         calls.clear()
         together = model.sample_many(MIXED, output="latent", batch=rows)

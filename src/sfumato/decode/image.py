@@ -77,6 +77,17 @@ def _plain(picture: pil.Image) -> pil.Image:
     return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
 
 
+def pasted(image: Float[Tensor, "B c H W"], original: Float[Tensor, "N c H W"], mask: Float[Tensor, "M _ H W"]) -> Float[Tensor, "B c H W"]:
+    """image where the mask is 1, original where it is 0 (to the last bit), between them in between. `UserError` for other sizes."""
+    if original.shape[1:] != image.shape[1:] or mask.shape[1:] != (1, *image.shape[2:]) or {len(original), len(mask)} - {1, len(image)}:
+        raise UserError(
+            f"an original of shape {tuple(original.shape)} and a mask of shape {tuple(mask.shape)} for images of shape {tuple(image.shape)}: "
+            "expected as many, or one, of the same size"
+        )
+    original, mask = original.to(image), mask.to(image)
+    return torch.where(mask == 0, original, mask * image + (1 - mask) * original)
+
+
 def grid(images: Sequence[pil.Image], columns: int | None = None, pad: int = 2) -> pil.Image:
     """One picture of many of the same size, row by row, with `pad` white pixels between them (none around).
 

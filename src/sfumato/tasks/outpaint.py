@@ -1,0 +1,67 @@
+"""Outpainting: a picture grows at any side; what is added is drawn, what was there stays, to the last bit of its pixels."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sfumato.errors import UserError
+from sfumato.sampling import Request
+from sfumato.tasks._pictures import Picture
+from sfumato.tasks.inpaint import inpaint
+
+
+def outpaint(
+    model: Any,
+    picture: Picture,
+    request: Request | None = None,
+    *,
+    left: int = 0,
+    right: int = 0,
+    top: int = 0,
+    bottom: int = 0,
+    overlap: int = 0,
+    strength: float = 1.0,
+    posterior: str = "mean",
+) -> Request:
+    """left, right, top, bottom: pixels to add. overlap: pixels of the picture beside them that may change too, blended in.
+
+    Under what is added lies the picture's edge, drawn out: with a strength below 1 the run begins with it. `UserError` if nothing is added.
+    """
+    sides = {"left": left, "right": right, "top": top, "bottom": bottom, "overlap": overlap}
+    for name, value in sides.items():
+        if not isinstance(value, int) or value < 0:
+            raise UserError(f"{name}={value!r}: expected a whole number of pixels, 0 or more")
+    if not (left or right or top or bottom):
+        raise UserError("left, right, top and bottom are 0: say how many pixels to add, and where")
+    pixels = model.pixels(picture)
+    if overlap >= min(pixels.shape[2:]):
+        raise UserError(f"overlap={overlap} for a picture of {pixels.shape[2]} x {pixels.shape[3]}: expected less than its sides")
+    wide = F.pad(pixels, (left, right, top, bottom), mode="replicate")
+    return inpaint(
+        model,
+        wide,
+        grown_mask(pixels, sides),
+        replace(request or Request(), height=wide.shape[2], width=wide.shape[3]),
+        strength=strength,
+        posterior=posterior,
+    )
+
+
+def grown_mask(pixels: Tensor, sides: dict[str, int]) -> Tensor:
+    """1 where pixels are added, falling to 0 over the overlap: (1, 1, H, W)."""
+
+    def along(length: int, before: int, after: int) -> Tensor:
+        inside = pixels.new_ones(length).cumsum(0)  # 1 ... length
+        ramp = sides["overlap"] + 1
+        near = pixels.new_zeros(length)
+        if before:
+            near = near.maximum(1 - inside / ramp)
+        if after:
+            near = near.maximum(1 - inside.flip(0) / ramp)
+        return F.pad(near.clamp(0, 1), (before, after), value=1.0)
+
+    height, width = pixels.shape[2:]
+    rows, columns = along(height, sides["top"], sides["bottom"]), along(width, sides["left"], sides["right"])
+    return rows[:, None].maximum(columns[None])[None, None]
