@@ -65,9 +65,9 @@ def _same(field: str, value: Any, other: Any, given: Mapping[str, Any], levels: 
     if field == "vq_embed_dim" and value is None:
         return other == given["latent_channels"]
     a, b = _spread(value, levels), _spread(other, levels)
-    if field == "transformer_layers_per_block" and len(a) == levels:  # levels that do not attend have none; the middle is as the last
-        kinds = given["down_block_types"]
-        used = [i for i in range(levels) if "CrossAttn" in kinds[i] or i == levels - 1]
+    if field in ("transformer_layers_per_block", "only_cross_attention") and len(a) == levels:  # of levels that do not attend: nothing
+        last = levels - 1 if field == "transformer_layers_per_block" else None  # which the middle follows
+        used = [i for i in range(levels) if "CrossAttn" in given["down_block_types"][i] or i == last]
         return [a[i] for i in used] == [b[i] for i in used]
     if isinstance(value, float) and isinstance(other, float):
         return abs(value - other) <= 1e-6 * abs(value)
