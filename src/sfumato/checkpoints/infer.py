@@ -68,18 +68,17 @@ class Shapes:
         """Whether any key starts so."""
         return any(k.startswith(self.prefix + start) for k in self.table)
 
-    def size(self, key: str, axis: int = 0) -> int:
-        """One side of one tensor; `UserError` where it is missing or has fewer."""
-        shape = self.table.get(self.prefix + key)
-        if shape is None:
-            raise UserError(f"{self.where} lacks {self.prefix + key}, which tells its architecture: it may be damaged; copy it again")
-        if not -len(shape) <= axis < len(shape):
-            raise UserError(f"{self.where}: {self.prefix + key} has shape {shape}: expected {axis + 1} dimensions or more")
-        return shape[axis]
+    def size(self, key: str, axis: int = 0, rank: int = 1) -> int:
+        """One side of a tensor of `rank` dimensions; `UserError` where it is missing or has another number of them."""
+        if self.rank(key) != rank:
+            shape = self.table[self.prefix + key]
+            raise UserError(f"{self.where}: {self.prefix + key} has shape {shape}: expected {rank} dimensions; it may be damaged")
+        return self.table[self.prefix + key][axis]
 
     def rank(self, key: str) -> int:
-        """The number of dimensions of one tensor."""
-        self.size(key, -1)
+        """The number of dimensions of one tensor; `UserError` where it is missing."""
+        if self.prefix + key not in self.table:
+            raise UserError(f"{self.where} lacks {self.prefix + key}, which tells its architecture: it may be damaged; copy it again")
         return len(self.table[self.prefix + key])
 
     def count(self, start: str) -> int:
@@ -108,16 +107,16 @@ def unet_config(s: Shapes, kind: Family, heads: int | None, head_width: int | No
     if all(d in (None, depth) for d in depths):
         depths = [depth] * len(widths)  # levels that do not attend have none, whatever is said of them
     depths[-1] = depth
-    context = s.size(f"{middle}.transformer_blocks.0.attn2.to_k.weight", 1)
+    context = s.size(f"{middle}.transformer_blocks.0.attn2.to_k.weight", 1, 2)
     only = [
-        a and s.size(f"input_blocks.{b[0]}.1.transformer_blocks.0.attn1.to_k.weight", 1) != w
+        a and s.size(f"input_blocks.{b[0]}.1.transformer_blocks.0.attn1.to_k.weight", 1, 2) != w
         for b, a, w in zip(levels, attends, widths, strict=True)
     ]
     down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends]
     shift = s.size("input_blocks.1.0.emb_layers.1.bias") == 2 * widths[0]
     return UNET_STANDARD | {
         "sample_size": kind.sample_size,
-        "in_channels": s.size("input_blocks.0.0.weight", 1),
+        "in_channels": s.size("input_blocks.0.0.weight", 1, 4),
         "out_channels": s.size("out.2.bias"),
         "down_block_types": down,
         "up_block_types": [k.replace("Down", "Up") for k in reversed(down)],
@@ -160,10 +159,10 @@ def _heads(s: Shapes, widths: list[int], heads: int | None, head_width: int | No
 def _labels(s: Shapes, kind: Family) -> dict[str, Any]:
     """What joins the time embedding."""
     if s.has("label_emb.weight"):
-        return {"num_class_embeds": s.size("label_emb.weight")}
+        return {"num_class_embeds": s.size("label_emb.weight", 0, 2)}
     if not s.has("label_emb.0."):
         return {}
-    width = s.size("label_emb.0.0.weight", 1)
+    width = s.size("label_emb.0.0.weight", 1, 2)
     if not kind.sizes:
         return {"class_embed_type": "projection", "projection_class_embeddings_input_dim": width}
     text = kind.texts[-1].prefix + "text_projection"
@@ -187,7 +186,7 @@ def vae_config(s: Shapes, scaling_factor: float, sample_size: int = 512) -> dict
     config: dict[str, Any] = {
         "_class_name": "VQModel" if vq else "AutoencoderKL",
         **VAE_STANDARD,
-        "in_channels": s.size("encoder.conv_in.weight", 1),
+        "in_channels": s.size("encoder.conv_in.weight", 1, 4),
         "out_channels": s.size("decoder.conv_out.bias"),
         "down_block_types": down,
         "up_block_types": [k.replace("DownEncoder", "UpDecoder") for k in reversed(down)],
@@ -199,7 +198,7 @@ def vae_config(s: Shapes, scaling_factor: float, sample_size: int = 512) -> dict
         "mid_block_add_attention": s.has("encoder.mid.attn_1."),
     }
     if vq:
-        codes = {axis: s.size("quantize.embedding.weight", axis) for axis in (0, 1)}
+        codes = {axis: s.size("quantize.embedding.weight", axis, 2) for axis in (0, 1)}
         return config | {"num_vq_embeddings": codes[0], "vq_embed_dim": codes[1], **VQ_STANDARD}
     return config | KL_STANDARD | {"use_quant_conv": s.has("quant_conv."), "use_post_quant_conv": s.has("post_quant_conv.")}
 
@@ -207,7 +206,7 @@ def vae_config(s: Shapes, scaling_factor: float, sample_size: int = 512) -> dict
 def text_config(s: Shapes, text: Text) -> dict[str, Any]:
     """The config of a conditioner: transformers' CLIP fields, diffusers' LDMBert fields, or those of a table of classes."""
     if text.layout == "classes":
-        n, width = (s.size("embedding.weight", axis) for axis in (0, 1))
+        n, width = (s.size("embedding.weight", axis, 2) for axis in (0, 1))
         return {"_class_name": "ClassEmbedder", "n_classes": n, "embed_dim": width}
     return _bert(s) if text.layout == "bert" else _clip(s, text)
 
@@ -219,10 +218,10 @@ def _bert(s: Shapes) -> dict[str, Any]:
         "d_model": s.size("norm.weight"),
         "encoder_layers": s.count("attn_layers.layers.") // 2,
         "encoder_attention_heads": 8,  # x-transformers' default, with heads of one eighth of the inner width
-        "head_dim": s.size("attn_layers.layers.0.1.to_q.weight") // 8,
+        "head_dim": s.size("attn_layers.layers.0.1.to_q.weight", 0, 2) // 8,
         "encoder_ffn_dim": s.size("attn_layers.layers.1.1.net.0.0.bias"),
-        "vocab_size": s.size("token_emb.weight"),
-        "max_position_embeddings": s.size("pos_emb.emb.weight"),
+        "vocab_size": s.size("token_emb.weight", 0, 2),
+        "max_position_embeddings": s.size("pos_emb.emb.weight", 0, 2),
         "activation_function": "gelu",
         "scale_embedding": False,
         "pad_token_id": 0,
@@ -250,9 +249,9 @@ def _clip(s: Shapes, text: Text) -> dict[str, Any]:
         "intermediate_size": s.size(blocks),
         "num_hidden_layers": layers - 1 if text.penultimate and _whole_tower(s, layers) else layers,
         "num_attention_heads": max(1, width // 64),
-        "vocab_size": s.size(tokens),
-        "max_position_embeddings": s.size(positions),
-        "projection_dim": s.size("text_projection", 1) if projecting else width,
+        "vocab_size": s.size(tokens, 0, 2),
+        "max_position_embeddings": s.size(positions, 0, 2),
+        "projection_dim": s.size("text_projection", 1, 2) if projecting else width,
         "hidden_act": "gelu" if text.layout == "open_clip" else "quick_gelu",
         "layer_norm_eps": 1e-5,
         "bos_token_id": 0,

@@ -145,7 +145,7 @@ def _family(tensors: Mapping[str, Tensor], where: object) -> tuple[str, Family]:
     s = Shapes({k: tuple(v.shape) for k, v in tensors.items()}, "", where)
     if s.rank(projection) == 2:
         return "sd2", family("sd2")
-    return "sd1", family("sd1") if s.size(tokens, -1) == 768 else Family()
+    return "sd1", family("sd1") if s.size(tokens, 1, 2) == 768 else Family()
 
 
 def _unused(text: Text, config: Mapping[str, Any], keys: Mapping[str, Tensor]) -> set[str]:
@@ -170,7 +170,7 @@ def _scaling_factor(tensors: Mapping[str, Tensor], notes: Mapping[str, str], kin
     if reading.scaling_factor is not None:
         return reading.scaling_factor
     if "scale_factor" in tensors and tensors["scale_factor"].numel() == 1:
-        return float(f"{tensors['scale_factor'].item():.7g}")
+        return float(str(tensors["scale_factor"].float().reshape(()).numpy()))  # the shortest decimal that is this float32
     if reading.original_config.scaling_factor is not None:
         return reading.original_config.scaling_factor
     if not kind.texts and "xl" in notes.get("modelspec.architecture", ""):
