@@ -171,9 +171,9 @@ def test_missing_extra_misshapen_and_integer_keys_are_in_one_message() -> None:
 
 
 def test_every_single_fault_is_refused_and_names_its_key() -> None:
-    """One key at a time of a whole file: gone, renamed, transposed or flattened, of whole numbers. None goes through."""
+    """One key in three, one at a time: gone, renamed, transposed or flattened, of whole numbers. None goes through."""
     whole = sd1()
-    for count, (key, value) in enumerate(whole.items()):
+    for count, (key, value) in enumerate(list(whole.items())[::3]):
         rest = {k: v for k, v in whole.items() if k != key}
         faulty = [rest, rest | {key + "_": value}, rest | {key: value.unsqueeze(0)}, rest | {key: value.to(torch.int32)}][count % 4]
         with pytest.raises(UserError) as caught:
@@ -230,7 +230,7 @@ def test_what_is_predicted_is_said_by_caller_file_or_default(tmp_path: Path) -> 
     assert asked({"modelspec.architecture": "stable-diffusion-v2-768-v"}) == ("v_prediction", 96)
     torch.save({"global_step": 875000, "state_dict": sd2()}, tmp_path / "base.ckpt")
     assert split(tmp_path / "base.ckpt").schedulers["scheduler"]["prediction_type"] == "epsilon"
-    with pytest.raises(UserError, match="modelspec.prediction_type"):
+    with pytest.raises(UserError, match="note modelspec"):
         asked({"modelspec.prediction_type": "banana"})
     with pytest.raises(UserError, match="unknown prediction_type"):
         Reading(prediction_type="flow")
@@ -385,7 +385,10 @@ def test_yaml_says_what_keys_do_not(tmp_path: Path) -> None:
     assert found.networks["unet"].config["attention_head_dim"] == [1, 2]
     assert found.networks["vae"].config["scaling_factor"] == 1.0
     assert found.schedulers["scheduler"]["prediction_type"] == "epsilon"
-    more = said(a=("num_head_channels: 32", "num_heads: 4"), b=("image_size: 8\n", "image_size: 8\n    parameterization: v\n    scale_factor: 0.5\n"))
+    more = said(
+        a=("num_head_channels: 32", "num_heads: 4"),
+        b=("image_size: 8\n", "image_size: 8\n    parameterization: v\n    scale_factor: 0.5\n"),
+    )
     found = split_tensors(ldm_class(), {}, "file", Reading(original_config=more))
     assert found.networks["unet"].config["attention_head_dim"] == 4 and found.networks["vae"].config["scaling_factor"] == 0.5
     assert found.schedulers["scheduler"]["prediction_type"] == "v_prediction"

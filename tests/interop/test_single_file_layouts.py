@@ -26,7 +26,13 @@ LEVELS = {
     "D": ("DownBlock2D", "UpBlock2D"),
     "C": ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"),
 }
-SCHEDULER = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
+SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+}
 
 
 def unet(levels: str, widths: tuple[int, ...], **fields: Any) -> diffusers.UNet2DConditionModel:
@@ -61,7 +67,11 @@ def sd1(**fields: Any) -> dict[str, nn.Module]:
 
 def sd2(**fields: Any) -> dict[str, nn.Module]:
     heads = {"attention_head_dim": [1, 2, 2], "use_linear_projection": True}
-    return {"unet": unet("CCD", (64, 128, 128), **heads | fields), "vae": vae(), "text_encoder": clip(hidden_act="gelu", num_hidden_layers=23)}
+    return {
+        "unet": unet("CCD", (64, 128, 128), **heads | fields),
+        "vae": vae(),
+        "text_encoder": clip(hidden_act="gelu", num_hidden_layers=23),
+    }
 
 
 def upscaler() -> dict[str, nn.Module]:
@@ -205,7 +215,10 @@ FOUR, XL = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], ["DownBlock2D"] + ["C
 ADDED = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "use_linear_projection": True}
 PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
     "sd1": (686, {"cross_attention_dim": 768, "down_block_types": FOUR}),
-    "sd2": (686, {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True, "down_block_types": FOUR}),
+    "sd2": (
+        686,
+        {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True, "down_block_types": FOUR},
+    ),
     "sdxl": (
         1680,
         ADDED
@@ -220,7 +233,12 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "x4": (
         687,
-        {"cross_attention_dim": 1024, "block_out_channels": [256, 512, 512, 1024], "down_block_types": [FOUR[-1], *FOUR[:3]], "in_channels": 7}
+        {
+            "cross_attention_dim": 1024,
+            "block_out_channels": [256, 512, 512, 1024],
+            "down_block_types": [FOUR[-1], *FOUR[:3]],
+            "in_channels": 7,
+        }
         | {"only_cross_attention": [True, True, True, False], "num_class_embeds": 1000, "use_linear_projection": True},
     ),
 }
@@ -279,7 +297,10 @@ def test_json_configs(tmp_path: Path) -> None:
     for each in (*(p.config for p in again.networks.values()), *again.schedulers.values()):
         assert json.loads(json.dumps(each)) == each
     assert UNET_STANDARD.keys() <= again.networks["unet"].config.keys()
-    for kind, config in ((diffusers.UNet2DConditionModel, again.networks["unet"].config), (diffusers.DDIMScheduler, again.schedulers["scheduler"])):
+    for kind, config in (
+        (diffusers.UNet2DConditionModel, again.networks["unet"].config),
+        (diffusers.DDIMScheduler, again.schedulers["scheduler"]),
+    ):
         _, unused, _ = kind.extract_init_dict(config)
         assert not unused
 

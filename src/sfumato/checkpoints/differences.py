@@ -35,7 +35,7 @@ def differences(parts: "Parts", again: "Parts") -> list[str]:
             given = _CLIP_DEFAULTS | {"architectures": ["CLIPTextModel"]} | dict(given)
             lost += [_clause(name, k, given.get(k), found[k]) for k in fields if given.get(k) != found[k]]
         else:
-            lost += [_clause(name, k, given.get(k), v) for k, v in found.items() if k in given and given[k] != v]
+            lost += [_clause(name, k, given.get(k), v) for k, v in found.items() if given.get(k) not in (None, v)]
     return lost + _schedules(parts.schedulers.get("scheduler"), again.schedulers.get("scheduler"))
 
 
