@@ -178,8 +178,7 @@ def test_every_single_fault_is_refused_and_names_its_key() -> None:
         faulty = [rest, rest | {key + "_": value}, rest | {key: value.unsqueeze(0)}, rest | {key: value.to(torch.int32)}][count % 4]
         with pytest.raises(UserError) as caught:
             split_tensors(faulty, {}, "file")
-        if not key.endswith(("transformer_blocks.0.attn2.to_k.weight",)):
-            assert key in str(caught.value), key
+        assert key in str(caught.value), key
         if count % 2 and value.ndim == 2 and value.shape[0] != value.shape[1]:
             with pytest.raises(UserError):
                 split_tensors(rest | {key: value.T}, {}, "file")
