@@ -179,7 +179,15 @@ def test_folders_of_older_versions_open(folders: dict[str, Path], ours: dict[str
     (tmp_path / "text_encoder").mkdir()
     config = json.loads((folders["sd1"] / "text_encoder" / "config.json").read_text())
     (tmp_path / "text_encoder" / "config.json").write_text(
-        json.dumps(config | {"transformers_version": "4.22.0.dev0", "torch_dtype": "float32"})
+        json.dumps(
+            config
+            | {
+                "transformers_version": "4.22.0.dev0",
+                "torch_dtype": "float32",
+                "dropout": 0.0,
+                "_name_or_path": "openai/clip-vit-large-patch14",
+            }
+        )
     )
     tensors = {"text_model." + k: v for k, v in load_file(folders["sd1"] / "text_encoder" / "model.safetensors").items()}
     torch.save({**tensors, "text_model.embeddings.position_ids": torch.arange(77)[None]}, tmp_path / "text_encoder" / "pytorch_model.bin")

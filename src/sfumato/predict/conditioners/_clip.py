@@ -28,6 +28,10 @@ WEIGHTS = ("model.safetensors", "model.fp16.safetensors")
 PICKLE = "pytorch_model.bin"
 POSITIONS = "embeddings.position_ids"
 """0, 1, 2 ...: a key of old files, not a weight."""
+HARMLESS = {"dropout", "torch_dtype", "transformers_version", "architectures", "model_type"}
+"""Fields of old configs that change no state."""
+DECISIVE = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id")
+"""Fields that change states, and that the shapes of the weights do not show."""
 LEGACY_END = 2
 """The end token's id in configs that name it wrongly: transformers then takes the highest id of the text, which is the end token's."""
 
@@ -47,6 +51,8 @@ class ClipEncoder:
             raise UserError(
                 f"tokenizer has {len(tokenizer)} tokens, begin, end and padding are {special}: expected a CLIP tokenizer; copy its files again"
             )
+        if not isinstance(tokenizer.model_max_length, int) or tokenizer.model_max_length < 3:
+            raise UserError(f"tokenizer's model_max_length={tokenizer.model_max_length!r}: expected a whole number such as 77")
         if max(len(tokenizer) - 1, *special) >= config.vocab_size:
             raise UserError(f"tokenizer has {len(tokenizer)} tokens, text encoder {config.vocab_size}: use parts of one model")
         if config.eos_token_id not in (LEGACY_END, tokenizer.eos_token_id):
@@ -98,12 +104,13 @@ class ClipEncoder:
         return states[0].float(), found.text_embeds[0].float() if self.projected else None
 
     def identity(self) -> dict[str, Any]:
-        """What decides its states besides the weights, as JSON: its config, and a hash over the tokenizer's vocabulary and merges."""
+        """What decides its states besides the weights, as JSON: fields of its config, and a hash over the tokenizer's vocabulary and merges."""
         model = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"]
         special = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, self.length]
-        notes = {"transformers_version", "dtype", "torch_dtype", "architectures", "_name_or_path"}
-        config = {key: value for key, value in self.model.config.to_diff_dict().items() if key not in notes}
-        return {"config": config, "tokenizer": hash_json([self.tokenizer.get_vocab(), model["merges"], special])}
+        return {
+            "config": {field: getattr(self.model.config, field) for field in DECISIVE},
+            "tokenizer": hash_json([self.tokenizer.get_vocab(), model["merges"], special]),
+        }
 
     def save(self, tokenizer: Path, encoder: Path, dtype: torch.dtype | None = None) -> None:
         """Writes both folders; the weights in `dtype`, by default their own. `NumericalError` for weights that are not finite in it."""
@@ -174,13 +181,16 @@ def _read_model(folder: Path, projected: bool, dtype: torch.dtype) -> Any:
     built_as = values.get("architectures") or [CLASSES[projected]]
     if values.get("model_type") != "clip_text_model" or built_as != [CLASSES[projected]]:
         raise UserError(f"{path} is of type {values.get('model_type')!r}, {built_as}: expected clip_text_model, {CLASSES[projected]}")
-    if values.get("use_attention_mask"):
+    known = transformers.CLIPTextConfig().to_dict().keys() | HARMLESS
+    for field in sorted(field for field in values.keys() - known if not field.startswith("_")):
         raise UserError(
-            f"{path}: use_attention_mask={values['use_attention_mask']!r} is not supported: expected an encoder that reads padding"
+            f"{path}: {field}={values[field]!r} is not known to a CLIP text encoder: it might change the result, so it is refused"
         )
     file, tensors = _read_weights(folder)
     with explained(path), torch.device("meta"):
-        model = getattr(transformers, CLASSES[projected])(transformers.CLIPTextConfig.from_dict(values))
+        config = transformers.CLIPTextConfig.from_dict(values)
+        _check_config(config)
+        model = getattr(transformers, CLASSES[projected])(config)
     names = {key.removeprefix(PREFIX): key for key in model.state_dict()}
     _check_keys({name: model.state_dict()[key].shape for name, key in names.items()}, tensors, file)
     for key in _not_finite(tensors):
@@ -189,6 +199,17 @@ def _read_model(folder: Path, projected: bool, dtype: torch.dtype) -> Any:
     embeddings = getattr(model, "text_model", model).embeddings
     embeddings.register_buffer("position_ids", torch.arange(model.config.max_position_embeddings)[None], persistent=False)
     return model.eval().requires_grad_(False)
+
+
+def _check_config(config: Any) -> None:
+    """What transformers would build and then stumble over."""
+    counts = ("vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads")
+    for field, least in (*((field, 1) for field in counts), ("max_position_embeddings", 3)):
+        value = getattr(config, field)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(f"{field}={value!r}: expected a whole number of at least {least}")
+    if not isinstance(config.layer_norm_eps, float) or config.layer_norm_eps <= 0:
+        raise UserError(f"layer_norm_eps={config.layer_norm_eps!r}: expected a number above 0")
 
 
 def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:

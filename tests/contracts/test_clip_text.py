@@ -1,0 +1,291 @@
+"""What a folder of CLIP text encoders, a prompt and a picture must be: everything else is refused in one sentence that says what to do."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sfumato.errors import NumericalError, UserError
+from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig
+from sfumato.types import Picture
+
+tiny: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_clip.py"))))
+Change = Callable[[Path], Any]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: tiny.write(tmp_path_factory.mktemp("clip") / kind, kind) for kind in tiny.KINDS}
+
+
+@pytest.fixture(scope="module")
+def opened(folders: dict[str, Path]) -> dict[str, ClipText]:
+    return {kind: ClipText.from_folder(folder) for kind, folder in folders.items()}
+
+
+def table(file: str, **values: Any) -> Change:
+    """Other fields in a JSON file; `...` takes a field away."""
+
+    def change(folder: Path) -> None:
+        path = folder / file
+        found = (json.loads(path.read_text()) if path.exists() else {}) | values
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({key: value for key, value in found.items() if value is not ...}))
+
+    return change
+
+
+def text(file: str, content: str) -> Change:
+    return lambda folder: (folder / file).write_text(content)
+
+
+def gone(name: str) -> Change:
+    return lambda folder: (folder / name).unlink() if (folder / name).is_file() else shutil.rmtree(folder / name)
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
+    def write(folder: Path) -> None:
+        tensors = load_file(folder / "text_encoder" / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "text_encoder" / "model.safetensors")
+
+    return write
+
+
+def pickled(value: Any) -> Change:
+    def write(folder: Path) -> None:
+        gone("text_encoder/model.safetensors")(folder)
+        torch.save(value, folder / "text_encoder" / "pytorch_model.bin")
+
+    return write
+
+
+def shards(folder: Path) -> None:
+    (folder / "text_encoder" / "model.safetensors").rename(folder / "text_encoder" / "model-00001-of-00002.safetensors")
+
+
+NORM = "final_layer_norm.weight"
+CONFIG = "text_encoder/config.json"
+BAD: list[tuple[str, Change, str]] = [
+    ("sd1", gone("text_encoder"), r"text_encoder/config.json is missing"),
+    ("sd1", lambda folder: (gone("text_encoder")(folder), gone("model_index.json")(folder)), "has no text encoder: expected text_encoder"),
+    ("sd1", gone("tokenizer"), "tokenizer has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"),
+    ("sd1", gone("tokenizer/tokenizer.json"), "expected tokenizer.json, or vocab.json and merges.txt"),
+    ("sd1", text("tokenizer/tokenizer.json", "{"), r"tokenizer cannot be used"),
+    ("sd1", table("tokenizer/tokenizer_config.json", tokenizer_class="T5TokenizerFast"), "'T5TokenizerFast': expected CLIPTokenizer"),
+    ("sd1", table("tokenizer/tokenizer_config.json", model_max_length="77"), "tokenizer: tokenizer's model_max_length='77': expected a whole"),
+    ("sd1", table("tokenizer/tokenizer_config.json", model_max_length=2), "model_max_length=2: expected a whole number such as 77"),
+    ("sd1", text("tokenizer/tokenizer_config.json", "[]"), "holds a list: expected a JSON object"),
+    ("sd1", lambda folder: (gone("tokenizer/tokenizer.json")(folder), text("tokenizer/vocab.json", '{"a": 0}')(folder), text("tokenizer/merges.txt", "")(folder)), "tokenizer"),
+    ("sd1", gone("text_encoder/model.safetensors"), "model.safetensors is missing"),
+    ("sd1", shards, "model.safetensors is missing"),
+    ("sd1", text("text_encoder/model.safetensors", "not tensors"), "is not a whole safetensors file"),
+    ("sd1", weights(lambda t: t.pop(NORM)), r"does not fit its config: keys 1 missing \(final_layer_norm.weight\)"),
+    ("sd1", weights(lambda t: t.update(extra=torch.ones(1))), r"1 not expected \(extra\)"),
+    ("sd1", weights(lambda t: t.update({NORM: torch.ones(3)})), r"1 of another shape \(final_layer_norm.weight\)"),
+    ("sd1", weights(lambda t: t.update({NORM: torch.full((16,), torch.nan)})), "final_layer_norm.weight has NaN or infinite numbers"),
+    ("sd1", pickled({"code": print}), "cannot be read as plain tensors"),
+    ("sd1", pickled([1, 2]), "does not hold named tensors"),
+    ("sd1", table(CONFIG, model_type="t5", architectures=["T5EncoderModel"]), "'t5', .*: expected clip_text_model, CLIPTextModel"),
+    ("sd1", table(CONFIG, architectures=["CLIPTextModelWithProjection"]), "expected clip_text_model, CLIPTextModel"),
+    ("sdxl", table("text_encoder_2/config.json", architectures=["CLIPTextModel"]), "expected clip_text_model, CLIPTextModelWithProjection"),
+    ("sd1", table(CONFIG, use_attention_mask=True), "use_attention_mask=True is not known"),
+    ("sd1", table(CONFIG, hidden_act="tahn"), "config.json cannot be used"),
+    ("sd1", table(CONFIG, num_attention_heads=3), "config.json cannot be used"),
+    ("sd1", table(CONFIG, hidden_size="wide"), "config.json cannot be used"),
+    ("sd1", table(CONFIG, num_hidden_layers=2), "not expected"),
+    ("sd1", table(CONFIG, num_hidden_layers=5), "missing"),
+    ("sd1", table(CONFIG, eos_token_id=7), r"text encoder has end token 7, tokenizer \d+: use parts of one model"),
+    ("sd1", text(CONFIG, ""), "config.json is not valid JSON"),
+    ("sd1", text("model_index.json", "7"), "model_index.json holds a int"),
+    ("sdxl", table("tokenizer/tokenizer_config.json", model_max_length=50), "text encoders read 50 and 77 tokens"),
+    ("sdxl", table("model_index.json", text_encoder_3=["transformers", "T5EncoderModel"]), "text_encoder_3: expected text_encoder, text_encoder_2"),
+    ("sd1", table("model_index.json", requires_aesthetics_score=True), "without a second text encoder"),
+    ("sd1", table("conditioner/config.json", _class_name="class_names"), "of class 'class_names': expected clip_text"),
+    ("sd1", table("conditioner/config.json", _class_name="clip_text", weightning=True), "config field weightning=True is not known"),
+    ("sd1", table("conditioner/config.json", _class_name="clip_text", long="truncate"), "config.json: unknown way with long prompts 'truncate'"),
+    ("sd1", table("conditioner/config.json", _class_name="clip_text", clip_skip=4), "clip_skip=4: expected at most 3"),
+    ("sdxl", table("conditioner/config.json", _class_name="clip_text", clip_skip=3), "clip_skip=3: expected at most 2"),
+    ("sdxl", table("conditioner/config.json", _class_name="clip_text", force_zeros_for_empty_prompt=False), "expected the same in both"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "change", "words"), BAD, ids=range(len(BAD)))
+def test_a_folder_that_is_wrong_is_refused(kind: str, change: Change, words: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders[kind], tmp_path / "model"))
+    ClipText.from_folder(folder)
+    change(folder)
+    with pytest.raises(UserError, match=words) as caught:
+        ClipText.from_folder(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [None, -1, 0, 1.5, "x", [], {}, True])
+@pytest.mark.parametrize("field", ["hidden_size", "num_attention_heads", "max_position_embeddings", "layer_norm_eps", "eos_token_id"])
+def test_a_config_with_any_value_opens_or_is_refused(field: str, value: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["sd1"], tmp_path / "model"))
+    table(CONFIG, **{field: value})(folder)
+    try:
+        found = ClipText.from_folder(folder)(["a cat"])
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert found.tokens is not None and torch.isfinite(found.tokens).all()
+
+
+def test_settings_come_from_the_folder(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["sdxl"], tmp_path / "model"))
+    assert ClipText.from_folder(folder).config == ClipTextConfig(force_zeros_for_empty_prompt=True)
+    table("model_index.json", force_zeros_for_empty_prompt=...)(folder)  # diffusers' own default
+    assert ClipText.from_folder(folder).config == ClipTextConfig(force_zeros_for_empty_prompt=True)
+    settings = ClipTextConfig(
+        weighting=False, long="refuse", clip_skip=1, force_zeros_for_empty_prompt=False, requires_aesthetics_score=True
+    )
+    replace(ClipText.from_folder(folder), config=settings).save(folder)
+    assert ClipText.from_folder(folder).config == settings
+
+
+def test_weights_are_read_and_written_in_other_types(opened: dict[str, ClipText], tmp_path: Path) -> None:
+    opened["sdxl"].save(tmp_path, torch.float16)
+    file = tmp_path / "text_encoder" / "model.safetensors"
+    assert {t.dtype for t in load_file(file).values()} == {torch.float16}
+    assert all(key.startswith("text_model.") for key in load_file(file))  # as programs of before transformers 5 expect
+    file.rename(file.with_name("model.fp16.safetensors"))
+    found = ClipText.from_folder(tmp_path, torch.bfloat16)
+    assert {t.dtype for t in found.tensors().values()} == {torch.bfloat16}
+    for key, tensor in opened["sdxl"].tensors().items():
+        assert torch.equal(found.tensors()[key], tensor.half().bfloat16()), key
+
+
+def test_weights_that_are_not_finite_are_not_written(folders: dict[str, Path], tmp_path: Path) -> None:
+    conditioner = ClipText.from_folder(folders["sd1"])
+    assert conditioner.encoder is not None
+    conditioner.encoder.model.final_layer_norm.weight.data[0] = 1e6  # finite, but not in float16
+    conditioner.save(tmp_path / "whole")
+    with pytest.raises(
+        NumericalError, match=r"weight text_model.final_layer_norm.weight of text_encoder is NaN or infinite in torch.float16"
+    ):
+        conditioner.save(tmp_path / "half", torch.float16)
+    assert not list((tmp_path / "half").rglob("*.safetensors"))
+
+
+def test_identity_tells_models_apart(opened: dict[str, ClipText], folders: dict[str, Path], tmp_path: Path) -> None:
+    found = {json.dumps(c.identity(), sort_keys=True) for c in opened.values()}
+    assert len(found) == len(opened)
+    folder = Path(shutil.copytree(folders["sd1"], tmp_path / "model"))
+    same = json.dumps(opened["sd1"].identity())
+    for change in (table(CONFIG, hidden_act="gelu"), table(CONFIG, hidden_act="quick_gelu", num_attention_heads=4)):
+        change(folder)
+        assert json.dumps(ClipText.from_folder(folder).identity()) != same
+    table(CONFIG, num_attention_heads=2)(folder)
+    assert json.dumps(ClipText.from_folder(folder).identity()) == same
+    content = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
+    content["model"]["merges"].pop()
+    (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps(content))
+    assert json.dumps(ClipText.from_folder(folder).identity()) != same
+
+
+def test_a_moved_copy_leaves_the_first_where_it_is(opened: dict[str, ClipText]) -> None:
+    first = opened["sdxl"]
+    moved = first.to("cpu")
+    pairs = [(moved.tensors()[key], tensor) for key, tensor in first.tensors().items()]
+    assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in pairs)
+    assert first.to("meta").device.type == "meta" and first.device.type == "cpu"
+    with pytest.raises(UserError, match="device 'nonsense' cannot be used"):
+        first.to("nonsense")
+
+
+@pytest.mark.parametrize("prompts", ["a cat", []])
+def test_prompts_that_are_not_a_list_of_texts_are_refused(prompts: Any, opened: dict[str, ClipText]) -> None:
+    with pytest.raises(UserError, match="expected a list of at least one, each a text or None"):
+        opened["sd1"](prompts)
+
+
+KINDS = [
+    ("Picture(1.5, 64)", "height=1.5: expected a whole number of pixels"),
+    ("Picture(64, '64')", "width='64': expected a whole number of pixels"),
+    ("Picture(64, 64, crop=(1,))", "crop=(1,): expected a tuple of 2 numbers of at least 0"),
+    ("Picture(64, 64, crop=None)", "crop=None: expected a tuple"),
+    ("Picture(64, 64, original_size=64)", "original_size=64: expected a tuple of 2"),
+    ("Picture(64, 64, negative_crop=(1, 2, 3))", "negative_crop=(1, 2, 3): expected a tuple of 2"),
+    ("Picture(64, 64, aesthetic_score='good')", "aesthetic_score='good': expected a number of at least 0"),
+    ("ClipTextConfig(weighting=1)", "weighting=1: expected true or false"),
+    ("ClipTextConfig(force_zeros_for_empty_prompt='no')", "force_zeros_for_empty_prompt='no': expected true or false"),
+    ("ClipTextConfig(clip_skip=1.0)", "clip_skip=1.0: expected a whole number of layers"),
+    ("ClipTextConfig(long=None)", "unknown way with long prompts None: known are chunks, refuse"),
+    ("model(['a', b'b'])", "prompts ['a', b'b']: expected a list of at least one, each a text or None"),
+    ("model([None, ['a']])", "expected a list of at least one, each a text or None"),
+]
+
+
+def test_arguments_of_other_types_are_refused_in_a_sentence(folders: dict[str, Path], source: Path) -> None:
+    """In a process without the tests' check of types, which users do not have."""
+    lines = ["from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig", "from sfumato.types import Picture"]
+    lines += ["from sfumato.errors import UserError", f"model = ClipText.from_folder({str(folders['sd1'])!r})"]
+    for call, _ in KINDS:
+        lines += ["try:", f"    {call}", "except UserError as error:", "    print(error)", "else:", "    print('accepted')"]
+    run = [sys.executable, "-c", "\n".join(lines)]
+    found = subprocess.run(run, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(source.parent)}, check=True)
+    said = found.stdout.splitlines()
+    assert len(said) == len(KINDS)
+    for line, (call, words) in zip(said, KINDS, strict=True):
+        assert words in line, call
+
+
+def test_sdxl_is_told_the_size_and_others_need_no_picture(opened: dict[str, ClipText]) -> None:
+    for kind in ("sdxl", "refiner"):
+        with pytest.raises(UserError, match=r"told the size of the picture: expected picture=Picture\(height, width\)"):
+            opened[kind](["a cat"])
+    assert all(torch.equal(a, b) for a, b in zip(opened["sd2"](["a"]).tensors, opened["sd2"](["a"], Picture(8, 8)).tensors, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"height": 0}, "picture: height=0: expected a number of at least 1"),
+        ({"width": True}, "width=True"),
+        ({"crop": (0, -1)}, r"crop=\(0, -1\)"),
+        ({"target_size": (1, float("inf"))}, "target_size"),
+        ({"aesthetic_score": float("nan")}, "aesthetic_score=nan: expected a number of at least 0"),
+    ],
+)
+def test_a_picture_that_cannot_be_is_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Picture(**({"height": 64, "width": 64} | values))
+
+
+def test_the_picture_of_the_reference() -> None:
+    assert Picture(8, 9).negative == Picture(8, 9, aesthetic_score=2.5)
+    told = Picture(8, 9, (1, 2), (3, 4), (5, 6), 7.0, (11, 12), (0, 0), (15, 16), 1.0).negative
+    assert (told.original_size, told.crop, told.target_size, told.aesthetic_score) == ((11, 12), (0, 0), (15, 16), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"long": "truncate"}, "unknown way with long prompts 'truncate': .*known are chunks, refuse"),
+        ({"clip_skip": -1}, "clip_skip=-1: expected a whole number of layers"),
+        ({"clip_skip": True}, "clip_skip=True"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        ClipTextConfig(**values)
+
+
+def test_encoders_in_the_wrong_places_are_refused(opened: dict[str, ClipText]) -> None:
+    first, second = opened["sdxl"].encoder, opened["sdxl"].encoder_2
+    for pair in ((None, None), (second, None), (None, first), (second, first)):
+        with pytest.raises(UserError, match="expected one without, one with, or one of each in this order"):
+            ClipText(*pair)

@@ -1,0 +1,314 @@
+"""Weighted and long prompts: the grammar against trees that were written out, chunks and weights against encoding by hand."""
+
+import runpy
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sfumato.errors import UserError
+from sfumato.predict.conditioners._chunks import BACK, Token, cut
+from sfumato.predict.conditioners._clip import ClipEncoder
+from sfumato.predict.conditioners._prompt import parse
+from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig, weighed
+from sfumato.types import Picture
+
+tiny: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_clip.py")))
+quick = hypothesis_settings(max_examples=200, deadline=None)
+
+# ---- the grammar -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pieces"),
+    [
+        ("", [("", 1.0)]),
+        ("a cat: 3 o'clock, c:\\windows", [("a cat: 3 o'clock, c:\\windows", 1.0)]),
+        ("a (red) hat", [("a ", 1.0), ("red", 1.1), (" hat", 1.0)]),
+        ("a (red:1.3) hat", [("a ", 1.0), ("red", 1.3), (" hat", 1.0)]),
+        ("a (red: +.5 )", [("a ", 1.0), ("red", 0.5)]),
+        ("(no:-1.)", [("no", -1.0)]),
+        ("((red))", [("red", 1.1 * 1.1)]),
+        ("(a (b:2) c:0.5)", [("a ", 0.5), ("b", 1.0), (" c", 0.5)]),
+        ("[pale] (a)(b)", [("pale", 1 / 1.1), (" ", 1.0), ("ab", 1.1)]),
+        ("[a (b:1.2)]", [("a ", 1 / 1.1), ("b", 1.2 / 1.1)]),
+        (r"a \(red\) \[hat\] \\ \n", [(r"a (red) [hat] \ \n", 1.0)]),
+        (r"(\(red\):2)", [("(red)", 2.0)]),
+        (r"(a:1.2\)", [("a:1.2)", 1.1)]),
+        ("a (red hat", [("a ", 1.0), ("red hat", 1.1)]),  # never closed: to the end
+        ("a [red (hat", [("a ", 1.0), ("red ", 1 / 1.1), ("hat", 1.1 / 1.1)]),
+        ("a red) hat] :1.2)", [("a red) hat] :1.2)", 1.0)]),  # never opened: text
+        ("(a [b) c]", [("a ", 1.1), ("b", 1.1 / 1.1), (" c", 1 / 1.1)]),  # crossed
+        ("(a:b)", [("a:b", 1.1)]),
+        ("(a:1.2:3)", [("a:1.2", 3.0)]),
+        ("()", [("", 1.0)]),
+        ("(a|b)", [("a|b", 1.1)]),
+        (r"\[a|b\] \[10:30\]", [("[a|b] [10:30]", 1.0)]),
+    ],
+)
+def test_examples(prompt: str, pieces: list[tuple[str, float]]) -> None:
+    assert parse(prompt) == [(text, pytest.approx(weight, rel=1e-15)) for text, weight in pieces]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("lunch (at 12:30)", r"weight 30 in prompt 'lunch \(at 12:30\)': expected -10 to 10; write"),
+        ("(a:-11)", "weight -11"),
+        ("(a:" + "9" * 400 + ")", "expected -10 to 10"),
+        ("a [cat:dog:0.5]", r"has \[from:to:when\] or \[one\|other\]"),
+        ("a [cat:10]", "expected one prompt for all steps"),
+        ("a [cat|(dog:1.2)] b", "expected one prompt for all steps"),
+    ],
+)
+def test_what_is_refused(prompt: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        parse(prompt)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+
+
+Tree = Any  # a text, or (bracket, number or None, trees)
+texts = st.text(alphabet=r"ab ,()[]\.1", min_size=1, max_size=6)
+numbers = st.one_of(st.none(), st.sampled_from(["1.3", "0.5", "-2", ".75", "+1", "10."]))
+
+
+def groups(inner: st.SearchStrategy[Tree]) -> st.SearchStrategy[Tree]:
+    return st.tuples(st.sampled_from("(["), numbers, st.lists(inner, min_size=1, max_size=3))
+
+
+trees = st.lists(st.recursive(texts, groups, max_leaves=8), max_size=4)
+
+
+def written(tree: Tree) -> str:
+    if isinstance(tree, str):
+        return "".join("\\" + c if c in r"()[]\ ".strip() else c for c in tree)
+    bracket, number, inner = tree
+    body = "".join(map(written, inner))
+    return f"[{body}]" if bracket == "[" else f"({body}{'' if number is None else ':' + number})"
+
+
+def weights(tree: Tree) -> Iterator[tuple[str, float]]:
+    if isinstance(tree, str):
+        yield tree, 1.0
+        return
+    bracket, number, inner = tree
+    factor = 1 / 1.1 if bracket == "[" else 1.1 if number is None else float(number)
+    yield from ((text, weight * factor) for part in inner for text, weight in weights(part))
+
+
+def joined(pieces: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Letter by letter: neighbours may be joined or not."""
+    return [(letter, weight) for text, weight in pieces for letter in text]
+
+
+@quick
+@given(trees)
+def test_weights_nest_and_multiply_and_all_text_survives(forest: list[Tree]) -> None:
+    found = parse("".join(map(written, forest)))
+    assert joined(found) == joined([piece for tree in forest for piece in weights(tree)])
+    assert all(a[1] != b[1] for a, b in pairwise(found)) and len(found) >= 1
+
+
+@quick
+@given(st.text(alphabet=st.characters(blacklist_characters="()[]\\", blacklist_categories=("Cs",))), st.integers(1, 4))
+def test_plain_text_is_itself(text: str, depth: int) -> None:
+    assert parse(text) == [(text, 1.0)]
+    assert parse(text + ")" * depth) == [(text + ")" * depth, 1.0)]
+    weight = 1.0
+    for _ in range(depth):
+        weight *= 1.1
+    if text:
+        assert parse("(" * depth + text) == [(text, weight)]
+
+
+@quick
+@given(st.text(alphabet=r"a:1.|()[]\ ,"))
+def test_any_text_is_read_or_refused_in_a_sentence(text: str) -> None:
+    try:
+        pieces = parse(text)
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert pieces and all(abs(weight) < float("inf") for _, weight in pieces)
+        kept = iter(text)  # no letter is invented, and none changes places
+        assert all(letter in kept for part, _ in pieces for letter in part)
+
+
+# ---- chunks ------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def sentences(draw: st.DrawFn) -> list[Token]:
+    kinds = draw(st.lists(st.sampled_from(["part", "word", "word", "word", "comma"]), max_size=120))
+    return [Token(i, last=kind != "part", comma=kind == "comma") for i, kind in enumerate(kinds)]
+
+
+@quick
+@given(sentences(), st.integers(3, 40))
+def test_chunks_are_the_tokens_in_order_cut_between_words(tokens: list[Token], room: int) -> None:
+    chunks = cut(tokens, room)
+    assert [token for chunk in chunks for token in chunk] == tokens
+    assert all(0 < len(chunk) <= room for chunk in chunks) or chunks == [[]]
+    assert len(chunks) == 1 or len(tokens) > room
+    words = [0, *accumulate(token.last for token in tokens)]  # which word a token belongs to
+    sizes = Counter(words[token.id] for token in tokens)
+    for chunk, following in pairwise(chunks):
+        word = words[following[0].id]
+        if not chunk[-1].last:  # a word is cut: it could not be kept whole
+            assert sizes[word] > room
+        elif not chunk[-1].comma:  # then none was near, and the next word would not have fitted
+            assert not any(token.comma for token in chunk[-BACK:])
+            assert len(chunk) + sizes[word] > room
+
+
+def test_a_chunk_ends_at_a_comma_that_is_near_and_at_a_word_otherwise() -> None:
+    def sizes(*commas: int) -> list[int]:
+        return [len(chunk) for chunk in cut([Token(i, comma=i in commas) for i in range(100)], 75)]
+
+    assert sizes() == [75, 25]
+    assert sizes(10, 60, 70) == [71, 29]
+    assert sizes(55) == [56, 44]
+    assert sizes(54) == [75, 25]  # more than BACK tokens before the end
+    assert [len(c) for c in cut([Token(i, last=i % 50 == 49) for i in range(100)], 75)] == [50, 50]
+    assert [len(c) for c in cut([Token(i, last=False) for i in range(160)], 75)] == [75, 75, 10]
+
+
+# ---- encoders ----------------------------------------------------------------------------------------------------------
+
+PICTURE = Picture(64, 48)
+
+
+@pytest.fixture(scope="module")
+def sd() -> ClipText:
+    return ClipText(ClipEncoder(tiny.tokenizer(), tiny.encoder(False, 0), False))
+
+
+@pytest.fixture(scope="module")
+def sdxl(sd: ClipText) -> ClipText:
+    config = ClipTextConfig(force_zeros_for_empty_prompt=True)
+    return ClipText(sd.encoder, ClipEncoder(tiny.tokenizer("!"), tiny.encoder(True, 1), True), config)
+
+
+def tokens(conditioner: ClipText, *prompts: str | None) -> Tensor:
+    found = conditioner(prompts, PICTURE).tokens
+    assert found is not None
+    return found
+
+
+def pooled(conditioner: ClipText, *prompts: str | None) -> Tensor:
+    found = conditioner(prompts, PICTURE).vector
+    assert found is not None
+    return found[:, :10]
+
+
+CATS, DOGS = "cat " * 75, "dog " * 75
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_a_long_prompt_is_its_chunks_each_encoded_alone(kind: str, request: pytest.FixtureRequest) -> None:
+    conditioner: ClipText = request.getfixturevalue(kind)
+    assert tokens(conditioner, CATS).shape[1] == 77  # 75 words fit
+    assert tokens(conditioner, CATS + "dog").shape[1] == 2 * 77
+    for prompt, parts in ((CATS + DOGS + "red", [CATS, DOGS, "red"]), ("cat " * 70 + ", " + "dog " * 10, ["cat " * 70 + ",", "dog " * 10])):
+        expected = torch.cat([tokens(conditioner, part) for part in parts], 1)
+        assert torch.equal(tokens(conditioner, prompt), expected)
+        if kind == "sdxl":
+            assert torch.equal(pooled(conditioner, prompt), pooled(conditioner, parts[0]))
+    weighted = tokens(conditioner, CATS + "(dog:1.4)")
+    assert torch.equal(weighted[:, :77], tokens(conditioner, CATS)) and torch.equal(weighted[:, 77:], tokens(conditioner, "(dog:1.4)"))
+
+
+def test_rows_are_what_they_are_alone_and_the_mask_says_where_they_end(sdxl: ClipText) -> None:
+    prompts = ["red dog", CATS + DOGS + "red", None, CATS + "red", "red dog", ""]
+    found, lengths = sdxl(prompts, PICTURE), [77, 231, 77, 154, 77, 77]
+    assert found.mask is not None and found.tokens is not None and found.vector is not None
+    assert found.mask.sum(1).tolist() == lengths
+    for k, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        alone = sdxl([prompt], PICTURE)
+        assert alone.mask is None and alone.tokens is not None and alone.vector is not None
+        assert torch.equal(found.tokens[k, :length], alone.tokens[0]) and torch.equal(found.vector[k], alone.vector[0])
+        assert not found.tokens[k, length:].any() and found.mask[k, :length].all()
+    assert sdxl(["a", "b", None], PICTURE).mask is None
+
+
+def test_attention_does_not_see_where_a_short_row_was_padded(sd: ClipText) -> None:
+    from sfumato.nn.attention import Attention
+
+    layer, x = Attention(8, 2, 4, context_width=sd.width).eval(), torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
+    both = sd(["red dog", CATS + "red"])
+    assert both.mask is not None and both.tokens is not None
+    with torch.no_grad():
+        padded = layer(x.expand(2, -1, -1), both.tokens, both.mask)[0]
+        torch.testing.assert_close(padded, layer(x, tokens(sd, "red dog"))[0], rtol=1e-5, atol=1e-6)
+
+
+def test_each_prompt_is_encoded_once(sd: ClipText, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    before = ClipEncoder.encode
+
+    def counted(self: Any, chunk: Any, **more: Any) -> Any:
+        seen.append(len(chunk))
+        return before(self, chunk, **more)
+
+    monkeypatch.setattr(ClipEncoder, "encode", counted)
+    sd(["cat", "red dog", "cat", "cat"])
+    assert seen == [1, 2]
+
+
+def test_a_long_prompt_can_be_refused_and_nothing_is_cut_off(sd: ClipText) -> None:
+    strict = replace(sd, config=replace(sd.config, long="refuse"))
+    assert torch.equal(tokens(strict, CATS), tokens(sd, CATS))
+    with pytest.raises(UserError, match=r"prompt 'cat cat .* dog' has 76 tokens: expected at most 75; shorten it, or set long='chunks'"):
+        strict(["cat", CATS + "dog"])
+    for count in (74, 75, 76, 149, 150, 151):  # the last word always shows
+        assert not torch.equal(tokens(sd, "cat " * count), tokens(sd, "cat " * (count - 1) + "dog"))
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_weights_multiply_states_and_restore_the_mean(kind: str, request: pytest.FixtureRequest) -> None:
+    conditioner: ClipText = request.getfixturevalue(kind)
+    plain, found = tokens(conditioner, "a cat, red dog")[0], tokens(conditioner, "a (cat:1.5), [red dog]")[0]
+    column = torch.ones(77, 1)
+    column[2], column[4:6] = 1.5, 1 / 1.1  # begin, a, cat, comma, red, dog
+    for width in (slice(0, 16), slice(16, 40))[: 1 + (kind == "sdxl")]:  # each encoder for itself
+        by_hand = plain[:, width].double() * column
+        by_hand *= plain[:, width].double().mean() / by_hand.mean()
+        torch.testing.assert_close(found[:, width].double(), by_hand, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[:, width].mean(), plain[:, width].mean(), rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(found, plain, rtol=1e-2)
+    if kind == "sdxl":
+        assert torch.equal(pooled(conditioner, "a (cat:1.5), [red dog]"), pooled(conditioner, "a cat, red dog"))
+
+
+def test_a_weight_of_one_changes_no_bit_and_brackets_can_be_text(sd: ClipText) -> None:
+    plain = tokens(sd, "a cat, red dog")
+    for prompt in ("(a cat, red dog:1)", "a (cat:1.0), red dog", "a ([cat]), red dog", "a cat(), red dog"):
+        assert torch.equal(tokens(sd, prompt), plain)
+    off = replace(sd, config=replace(sd.config, weighting=False))
+    assert torch.equal(tokens(off, "a (cat:1.5)"), tokens(sd, r"a \(cat:1.5\)"))
+    assert not torch.equal(tokens(off, "a (cat:1.5)"), tokens(sd, "a (cat:1.5)"))
+
+
+def test_weights_that_leave_nothing_are_refused() -> None:
+    with pytest.raises(UserError, match=r"weights \[-2.0\] leave nothing"):
+        weighed(torch.ones(3, 2), [Token(0, -2.0)])  # 1 - 2 + 1
+
+
+def test_half_precision_gives_float32_near_by(sdxl: ClipText) -> None:
+    assert sdxl.encoder is not None and sdxl.encoder_2 is not None
+    encoders = [replace(e, model=tiny.encoder(e.projected, int(e.projected)).to(torch.bfloat16)) for e in (sdxl.encoder, sdxl.encoder_2)]
+    found = ClipText(encoders[0], encoders[1], sdxl.config)(["a (cat:1.5)", CATS + "red", None], PICTURE)
+    exact = sdxl(["a (cat:1.5)", CATS + "red", None], PICTURE)
+    assert [t.dtype for t in found.tensors] == [torch.float32, torch.bool, torch.float32]
+    for ours, theirs in zip(found.tensors, exact.tensors, strict=True):
+        assert float((ours.float() - theirs.float()).abs().max()) <= 0.1 * float(theirs.float().abs().max())
