@@ -144,6 +144,12 @@ def test_a_config_with_any_value_opens_or_is_refused(field: str, value: Any, fol
         assert found.tokens is not None and torch.isfinite(found.tokens).all()
 
 
+def test_without_transformers_a_sentence_says_what_to_install(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match="text prompts need the package transformers: run `pip install 'transformers>=5'`"):
+        ClipText.from_folder(folders["sd1"])
+
+
 def test_settings_come_from_the_folder(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(folders["sdxl"], tmp_path / "model"))
     assert ClipText.from_folder(folder).config == ClipTextConfig(force_zeros_for_empty_prompt=True)

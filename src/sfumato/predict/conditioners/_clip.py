@@ -133,6 +133,10 @@ class ClipEncoder:
 
 def read_encoder(tokenizer: Path, encoder: Path, projected: bool, dtype: torch.dtype) -> ClipEncoder:
     """Opens both folders; `UserError` for what is missing, of another kind, or not finite."""
+    try:
+        import transformers  # noqa: F401  (asked for once, here, so that its absence is one sentence)
+    except ImportError as error:
+        raise UserError("text prompts need the package transformers: run `pip install 'transformers>=5'`") from error
     opened, model = _read_tokenizer(tokenizer), _read_model(encoder, projected, dtype)
     with explained(tokenizer):
         return ClipEncoder(opened, model, projected)

@@ -6,7 +6,7 @@ r"""Weighted prompts: "a (red:1.3) hat, [trees]" -> pieces of text with a weight
 Brackets nest, and their factors multiply. As in AUTOMATIC1111's web UI (wiki, "Attention/emphasis"), from which people know this syntax: a
 bracket that never closes acts to the end of the prompt, one that closes nothing is text, and so is a colon that no number and ")" follow.
 Two other notations of that program, [from:to:when] and [one|other], change the prompt from step to step: they are refused, not read
-as emphasis.
+as emphasis. Its words BREAK and AND are words here.
 """
 
 import re

@@ -35,9 +35,10 @@ FLAGS = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
 
 @dataclass(frozen=True)
 class ClipTextConfig:
-    """weighting: whether brackets weigh words; off, every character is text.
+    """weighting: whether brackets weigh words, as most people who write prompts expect; off, every character is text, as in diffusers.
     long: "chunks" reads a prompt of any length, "refuse" wants one that fits; nothing is ever cut off.
-    clip_skip: 1 takes the states one layer earlier than the model does by itself, and so on; for all prompts, negative ones too.
+    clip_skip: 1 takes the states one layer earlier than the model does by itself, and so on; for all prompts (diffusers
+    leaves negative ones as they are).
     force_zeros_for_empty_prompt: no prompt (None) is zeros, as SDXL wants it, not the encoding of "".
     requires_aesthetics_score: the picture's numbers end in its score (SDXL's refiner), not in its target size.
     """
