@@ -14,9 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from sfumato.errors import UserError
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.clip_text import ClipText
+from sfumato.sampling import Request
+from sfumato.tasks.edit import edit
+from sfumato.tasks.image_to_image import image_to_image
+from sfumato.tasks.inpaint import inpaint
 
 clip: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_clip.py")))
 
@@ -50,6 +55,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # pipe
         {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "steps_offset": 0},
         "sd2",
     ),
+    "SD 1 inpainting": ("StableDiffusionInpaintPipeline", {**FOUR, "attention_head_dim": 2, "in_channels": 9}, {}, "sd1"),
+    "InstructPix2Pix": ("StableDiffusionInstructPix2PixPipeline", {**FOUR, "attention_head_dim": 2, "in_channels": 8}, {}, "sd1"),
     "SDXL": ("StableDiffusionXLPipeline", {**SDXL, "attention_head_dim": (1, 2, 4), "use_linear_projection": True}, {}, "sdxl"),
 }
 NORMS = {"layers_per_block": 1, "norm_num_groups": 4}
@@ -71,7 +78,8 @@ def theirs(family: str) -> Any:
     width = sum(part.config.hidden_size for key, part in parts.items() if key.startswith("text_encoder"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet = diffusers.UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, cross_attention_dim=width, **shape, **NORMS)
+        shape = {"in_channels": 4, **shape, **NORMS}
+        unet = diffusers.UNet2DConditionModel(sample_size=8, out_channels=4, cross_attention_dim=width, **shape)
         vae = diffusers.AutoencoderKL(
             block_out_channels=(4, 8),
             down_block_types=("DownEncoderBlock2D",) * 2,
@@ -128,14 +136,17 @@ def same(ours: LatentDiffusion, pipe: Any, spacing: str = "leading:offset=1") ->
         assert expected.std() > 0.05, "a picture in which something can be seen"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+TEXT_TO_IMAGE = [family for family, (_, shape, _, _) in FAMILIES.items() if "in_channels" not in shape]
+
+
+@pytest.mark.parametrize("family", TEXT_TO_IMAGE)
 def test_what_diffusers_saved(family: str, folders: dict[str, Path]) -> None:
     pipe = type(theirs(family)).from_pretrained(folders[family])
     pipe.set_progress_bar_config(disable=True)
     same(load(folders[family]), pipe, STEPS.get(family, "leading:offset=1"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEXT_TO_IMAGE)
 def test_what_we_save(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     ours = load(folders[family])
     ours.save(tmp_path / "ours")
@@ -152,3 +163,81 @@ def test_defaults_are_those_of_their_pipelines(folders: dict[str, Path]) -> None
     for family, guidance in (("SD 1", 7.5), ("SDXL", 5.0)):
         defaults = load(folders[family]).defaults
         assert (defaults.steps, defaults.guidance) == (50, guidance)
+
+
+# ---- tasks -------------------------------------------------------------------------------------------------------------
+
+
+def picture(seed: int = 5, height: int = 24, width: int = 16) -> Tensor:
+    """Smooth colours in [0, 1]: what an autoencoder with random weights leaves something of."""
+    small = torch.rand(1, 3, 3, 2, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(small, (height, width), mode="bilinear")
+
+
+def opened(folder: Path, name: str) -> Any:
+    pipe = getattr(diffusers, name).from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+REQUEST = Request(["a red cat", "a dog"], steps=5, sampler="ddim", spacing="leading:offset=1", guidance=4.0)
+
+
+def compare(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape and expected.std() > 0.05
+    assert (found - expected).abs().max() < 1e-3, float((found - expected).abs().max())
+
+
+@pytest.mark.parametrize(("family", "name"), [("SD 1", "StableDiffusionImg2ImgPipeline"), ("SDXL", "StableDiffusionXLImg2ImgPipeline")])
+@pytest.mark.parametrize("strength", [0.4, 0.8, 1.0])
+def test_image_to_image(family: str, name: str, strength: float, folders: dict[str, Path]) -> None:
+    image = picture()
+    asked = {"image": image.expand(2, -1, -1, -1), "strength": strength, "guidance_scale": 4.0, "num_inference_steps": 5}
+    expected = their_pictures(opened(folders[family], name), REQUEST.prompt, negative_prompt=["ugly"] * 2, **asked)
+    ours = plain(load(folders[family]))
+    request = image_to_image(ours, image * 2 - 1, replace(REQUEST, negative_prompt="ugly"), strength=strength, posterior="sample")
+    compare(ours.run(request, output="tensor"), expected)
+
+
+def hole(height: int = 24, width: int = 16) -> Tensor:
+    mask = torch.zeros(1, 1, height, width)
+    mask[:, :, 4:14, 6:16] = 1
+    return mask
+
+
+@pytest.mark.parametrize(("family", "strength"), [("SD 1", 0.6), ("SD 1 inpainting", 1.0), ("SD 1 inpainting", 0.6)])
+def test_inpainting(family: str, strength: float, folders: dict[str, Path]) -> None:
+    """With an ordinary model, and with one that is told the mask and the rest of the picture."""
+    image, mask = picture(), hole()
+    asked: dict[str, Any] = {"height": 24, "width": 16, "strength": strength, "guidance_scale": 4.0}
+    asked |= {"image": image.expand(2, -1, -1, -1), "mask_image": mask.expand(2, -1, -1, -1)}  # one a prompt: each from its own generator
+    expected = their_pictures(opened(folders[family], "StableDiffusionInpaintPipeline"), REQUEST.prompt, num_inference_steps=5, **asked)
+    ours = plain(load(folders[family]))
+    request = inpaint(ours, image * 2 - 1, mask, REQUEST, strength=strength, posterior="sample", paste=False)
+    compare(ours.run(request, output="tensor"), expected)
+    kept = ours.run(inpaint(ours, image * 2 - 1, mask, REQUEST, strength=strength), output="tensor")
+    outside = (mask == 0).expand(2, 3, -1, -1)
+    assert torch.equal(kept[outside], (image * 2 - 1).add(1).div(2).expand(2, -1, -1, -1)[outside]), "to the last bit"
+    assert not torch.equal(kept[0], kept[1])
+
+
+def test_instructions(folders: dict[str, Path]) -> None:
+    image = picture(height=16)
+    pipe = opened(folders["InstructPix2Pix"], "StableDiffusionInstructPix2PixPipeline")
+    expected = their_pictures(
+        pipe, REQUEST.prompt, image=image.expand(2, -1, -1, -1), guidance_scale=4.0, image_guidance_scale=1.7, num_inference_steps=5
+    )
+    ours = plain(load(folders["InstructPix2Pix"]))
+    compare(ours.run(edit(ours, image * 2 - 1, REQUEST, picture_guidance=1.7), output="tensor"), expected)
+
+
+def test_networks_that_want_more_say_so(folders: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"takes 9 channels and was given 4.*need the task that gives it"):
+        load(folders["SD 1 inpainting"]).generate("a cat", steps=1)
+    for family in ("SD 1 inpainting", "InstructPix2Pix"):
+        with pytest.raises(UserError, match="use the task that it was trained for"):
+            image_to_image(load(folders[family]), picture() * 2 - 1)
+    with pytest.raises(UserError, match="instructions need a model that takes a picture"):
+        edit(load(folders["SD 1"]), picture() * 2 - 1)
+    with pytest.raises(UserError, match="takes 4 channels beside the latent: inpainting needs none, or a mask and a picture"):
+        inpaint(load(folders["InstructPix2Pix"]), picture() * 2 - 1, hole())

@@ -9,7 +9,7 @@ Wrappers (zero terminal SNR, shift) are in rescale.py.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 import torch
@@ -92,7 +92,7 @@ def _point(schedule: Schedule, t: float) -> tuple[float, float]:
 class BetaTable(Schedule):
     """A table of T betas. `kind` names it in configs ("linear", "scaled_linear", "cosine", "sigmoid" or "table")."""
 
-    betas: tuple[float, ...]
+    betas: tuple[float, ...] = field(repr=False)
     kind: str = "table"
     beta_start: float = 0.0001
     beta_end: float = 0.02

@@ -65,7 +65,7 @@ class Draws:
         return self.noise()
 
 
-def encoded(model: Any, pixels: Float[Tensor, "N C H W"], posterior: str, draws: Draws) -> Float[Tensor, "N c h w"]:
+def encoded(model: Any, pixels: Float[Tensor, "N C H W"], posterior: str, draws: Draws) -> Float[Tensor, "M c h w"]:
     """z of the pixels: the posterior's mean, or a "sample" of it for each image of the request."""
     if posterior not in POSTERIORS:
         raise unknown("posterior", posterior, POSTERIORS)
