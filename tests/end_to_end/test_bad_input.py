@@ -312,7 +312,7 @@ def test_pickles_are_never_opened(folder: Path, tmp_path: Path, name: str) -> No
     else:
         (folder / "unet" / WEIGHTS).write_bytes(trap)
     words = {
-        ".bin": "is a pickle that holds more than tensors, or is damaged: it is refused",
+        ".bin": "is refused: it is",
         WEIGHTS[-12:]: "not a whole safetensors file",
     }
     with pytest.raises(UserError, match=words.get(Path(name).suffix, "has no weights diffusion_pytorch_model.safetensors")):
@@ -333,11 +333,11 @@ def test_a_pickle_of_tensors_that_wants_more_is_refused_too(folder: Path, tmp_pa
     assert sfumato.load(folder).hash == TINY["build"]().hash
     marker = tmp_path / "code has run"
     torch.save({**tensors, "trap": Trap(marker)}, folder / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(UserError, match="more than tensors"):
+    with pytest.raises(UserError, match="it is a pickle that wants to run code"):
         sfumato.load(folder)
     assert not marker.exists()
     torch.save([1, 2], folder / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(UserError, match="holds a list: expected a table of tensors"):
+    with pytest.raises(UserError, match="holds a list: expected a dictionary of tensors"):
         sfumato.load(folder)
     torch.save({**tensors, "epoch": 7}, folder / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match="things that are not tensors"):
@@ -345,7 +345,7 @@ def test_a_pickle_of_tensors_that_wants_more_is_refused_too(folder: Path, tmp_pa
     data = (folder / "unet" / "diffusion_pytorch_model.bin").read_bytes()
     for cut in (0, 10, len(data) // 2, len(data) - 30):
         (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(data[:cut])
-        with pytest.raises(UserError, match=r"damaged|truncated"):
+        with pytest.raises(UserError, match="truncated"):
             sfumato.load(folder)
 
 

@@ -87,6 +87,14 @@ def load_part(folder: str | Path, expected: str | None = None, dtype: torch.dtyp
     folder = Path(folder)
     config = folder / "config.json"
     values = read_table(config)
+    files = find_weights(folder, STEM, variant)
+    return build_part(values, read_weights(files), config, files[0] if len(files) == 1 else folder, expected, dtype)
+
+
+def build_part(
+    values: dict[str, Any], found: dict[str, Tensor], config: Path, where: Path, expected: str | None, dtype: torch.dtype
+) -> nn.Module:
+    """`load_part` for a config and tensors in memory; config and where: what they were read from, for what is said about them."""
     name = values.get("_class_name")
     if not isinstance(name, str) or name not in NETWORKS or (expected is not None and name != expected):
         raise UserError(f"{config} is of class {name!r}: expected {expected or ' or '.join(NETWORKS)}")
@@ -94,8 +102,6 @@ def load_part(folder: str | Path, expected: str | None = None, dtype: torch.dtyp
     with explained(config), torch.device("meta"), _Unfilled():
         network = network_class(config_class.from_dict(values))
         _ = getattr(network, "space", None)  # the statistics of the latent are checked when they are read
-    files = find_weights(folder, STEM, variant)
-    found, where = read_weights(files), files[0] if len(files) == 1 else folder
     check_keys(network.state_dict(), found, where)
     tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in found.items()}
     for key in _not_finite(tensors):

@@ -23,9 +23,9 @@ from sfumato.checkpoints.names import betas
 from sfumato.checkpoints.names.ldm_unet import unet_rows
 from sfumato.checkpoints.names.ldm_vae import quantised, vae_rows
 from sfumato.checkpoints.names.rows import Row, check, to_ours, to_theirs, under
-from sfumato.checkpoints.pickles import read_pickle, state_dict
 from sfumato.errors import UserError, unknown
 from sfumato.files import read_tensors, write_tensors
+from sfumato.pickles import read_pickle, state_dict
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 PREDICTIONS = (EPSILON, VELOCITY, "sample")

@@ -7,47 +7,23 @@ Safetensors come first and are memory-mapped. Pickled files are read with `weigh
 more is refused.
 """
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.files import read_json, read_tensors
+from sfumato.pickles import read_pickle
 
 ENDINGS = (".safetensors", ".bin")
-
-
-def read_pickled(path: str | Path) -> dict[str, Any]:
-    """What a .bin, .ckpt or .pt file of torch holds, memory-mapped where its format allows; `UserError` for one that would run code."""
-    try:
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the format of before torch 1.6 cannot be mapped
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: expected a file of weights there") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is a pickle that holds more than tensors, or is damaged: it is refused, because such files can run any program; "
-            "use safetensors, or convert it where you trust it"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is not a whole file of weights ({reason}): it may be truncated; copy or download it again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__}: expected a table of tensors")
-    return found
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_tensors(path)
-    found = read_pickled(path)
-    strange = [k for k, v in found.items() if not isinstance(k, str) or not isinstance(v, Tensor)]
+    found = read_pickle(path)
+    strange = [k for k, v in found.items() if not isinstance(v, Tensor)]
     if strange:
         raise UserError(f"{path} holds things that are not tensors ({', '.join(map(repr, strange[:8]))}): expected a table of tensors")
     return found

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sfumato.errors import NumericalError, UserError
 from sfumato.files import hash_json, read_json, read_tensors, write_json, write_tensors
+from sfumato.pickles import read_pickle
 from sfumato.predict.conditioners._chunks import Token
 
 CLASSES = {False: "CLIPTextModel", True: "CLIPTextModelWithProjection"}
@@ -177,11 +178,20 @@ def _read_tokenizer(folder: Path) -> Any:
 
 
 def _read_model(folder: Path, projected: bool, dtype: torch.dtype) -> Any:
-    """Built without weights, then filled: transformers would draw what a file lacks, and say so in a log."""
-    import transformers
-
+    """The encoder of a folder with config.json and weights."""
     path = folder / "config.json"
     values = read_table(path)
+    file, tensors = _read_weights(folder)
+    return build_model(values, tensors, projected, dtype, path, file)
+
+
+def build_model(values: dict[str, Any], tensors: dict[str, Tensor], projected: bool, dtype: torch.dtype, path: Path, file: Path) -> Any:
+    """Built without weights, then filled: transformers would draw what a file lacks, and say so in a log.
+
+    tensors: by names without `PREFIX`. path, file: where the config and the weights are from, for what is said about them.
+    """
+    import transformers
+
     built_as = values.get("architectures") or [CLASSES[projected]]
     if values.get("model_type") != "clip_text_model" or built_as != [CLASSES[projected]]:
         raise UserError(f"{path} is of type {values.get('model_type')!r}, {built_as}: expected clip_text_model, {CLASSES[projected]}")
@@ -190,7 +200,6 @@ def _read_model(folder: Path, projected: bool, dtype: torch.dtype) -> Any:
         raise UserError(
             f"{path}: {field}={values[field]!r} is not known to a CLIP text encoder: it might change the result, so it is refused"
         )
-    file, tensors = _read_weights(folder)
     with explained(path), torch.device("meta"):
         config = transformers.CLIPTextConfig.from_dict(values)
         _check_config(config)
@@ -229,11 +238,8 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 
 def _read_pickle(file: Path) -> Mapping[str, Tensor]:
     """Only tensors are read from a pickle; one with anything else in it could run code, and is refused."""
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's unpickler raises whatever the file makes it raise
-        raise UserError(f"{file} cannot be read as plain tensors ({type(error).__name__}): convert it to {WEIGHTS[0]}") from error
-    if not isinstance(tensors, Mapping) or not all(isinstance(v, Tensor) for v in tensors.values()):
+    tensors = read_pickle(file)
+    if not all(isinstance(v, Tensor) for v in tensors.values()):
         raise UserError(f"{file} does not hold named tensors: convert it to {WEIGHTS[0]}")
     return tensors
 
