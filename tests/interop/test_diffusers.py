@@ -314,7 +314,7 @@ def test_fields_we_would_not_honour_are_refused(tmp_path: Path, field: str, valu
     ("values", "words"),
     [
         ({"act_fn": "gelu"}, "act_fn='gelu' is not supported by KLConfig: expected 'silu'"),
-        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 2}, "is not supported"),
+        ({"down_block_types": ["AttnDownBlock2D"] * 2}, "is not supported"),
         ({"double_z": False}, "double_z=False is not known"),
         ({"block_out_channels": [4], "down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]}, "2 to 6"),
         ({"latents_std": [1.0, 0.0, 1.0]}, "positive stds"),

@@ -14,16 +14,27 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sfumato.checkpoints.names.vae import modern
 from sfumato.checkpoints.weights import find_weights, read_weights
 from sfumato.compress.base import Autoencoder
 from sfumato.compress.kl import AutoencoderKL, KLConfig
+from sfumato.compress.kl_flux2 import AutoencoderKLFlux2, KLFlux2Config
+from sfumato.compress.tiny import AutoencoderTiny, TinyConfig
+from sfumato.compress.vq import VQConfig, VQModel
 from sfumato.errors import NumericalError, UserError
 from sfumato.files import read_json, write_json, write_tensors
 from sfumato.predict.networks.unet import UNet, UNetConfig
 
 STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"
-NETWORKS = {"AutoencoderKL": (AutoencoderKL, KLConfig), "UNet2DConditionModel": (UNet, UNetConfig)}
+NETWORKS = {
+    "AutoencoderKL": (AutoencoderKL, KLConfig),
+    "AutoencoderKLFlux2": (AutoencoderKLFlux2, KLFlux2Config),
+    "AutoencoderTiny": (AutoencoderTiny, TinyConfig),
+    "SfumatoAutoencoderTiny": (AutoencoderTiny, TinyConfig),
+    "VQModel": (VQModel, VQConfig),
+    "UNet2DConditionModel": (UNet, UNetConfig),
+}
 
 
 def read_table(path: str | Path) -> dict[str, Any]:
@@ -102,12 +113,26 @@ def build_part(
     with explained(config), torch.device("meta"), _Unfilled():
         network = network_class(config_class.from_dict(values))
         _ = getattr(network, "space", None)  # the statistics of the latent are checked when they are read
+    if isinstance(network, Autoencoder):
+        found = modern(found)
     check_keys(network.state_dict(), found, where)
-    tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in found.items()}
+    tensors = {k: _in(v, dtype) for k, v in found.items()}
+    require_finite(tensors, where)
+    network.load_state_dict(tensors, assign=True)
+    with explained(where):
+        _ = getattr(network, "space", None)  # some keep the statistics of the latent among the weights
+    return network.eval().requires_grad_(False)
+
+
+def _in(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A weight in `dtype`; what counts (a batch norm's batches) stays a whole number."""
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def require_finite(tensors: dict[str, Tensor], where: object) -> None:
+    """`UserError` that names the first weight with NaN or infinity in it."""
     for key in _not_finite(tensors):
         raise UserError(f"{where}: {key} has NaN or infinite numbers; the file is damaged or its training diverged")
-    network.load_state_dict(tensors, assign=True)
-    return network.eval().requires_grad_(False)
 
 
 def _not_finite(tensors: dict[str, Tensor]) -> Iterator[str]:
@@ -123,7 +148,7 @@ def save_part(folder: str | Path, network: UNet | Autoencoder, dtype: torch.dtyp
     folder = Path(folder)
     if dtype is not None and not dtype.is_floating_point:
         raise UserError(f"dtype {dtype}: weights are stored as floating-point numbers such as torch.float32 or torch.float16")
-    tensors = {k: v if dtype is None else v.to(dtype) for k, v in network.state_dict().items()}
+    tensors = {k: _in(v, dtype) for k, v in network.state_dict().items()}
     for key in _not_finite(tensors):
         kind = str(tensors[key].dtype).removeprefix("torch.")
         raise NumericalError(f"weight {key} is NaN or infinite in {kind}: nothing was written; store it in float32, or repair the training")

@@ -1,0 +1,159 @@
+"""The two halves that KL and VQ autoencoders share: an encoder that halves the image level by level, and a decoder that doubles it back.
+
+Residual blocks at each resolution, halved between resolutions (factor = 2^(levels-1)), self-attention at the lowest one and, where a config
+says so, after every residual block of a level (Rombach et al. 2022, arXiv:2112.10752, appendix G.1; VQGAN, Esser et al. 2021,
+arXiv:2012.09841, appendix A, table 7). Module names are diffusers'.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sfumato.errors import UserError
+from sfumato.nn import invariant
+from sfumato.nn.attention import SpatialAttention
+from sfumato.nn.blocks import Downsample, ResnetBlock, Upsample
+
+_EPS = 1e-6
+_DOWN = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
+_UP = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The numbers of one half.
+
+    widths            channels at each resolution, the image's first
+    depth             residual blocks a level of the encoder; a decoder has one more
+    groups            of the group norms; divides every width
+    attention         for each width, whether its residual blocks are followed by self-attention
+    middle_attention  whether there is self-attention between the two residual blocks at the lowest resolution
+    """
+
+    widths: tuple[int, ...]
+    depth: int
+    groups: int
+    attention: tuple[bool, ...]
+    middle_attention: bool = True
+
+    def __post_init__(self) -> None:
+        if not 2 <= len(self.widths) <= 6:
+            raise UserError(f"block_out_channels {self.widths} has {len(self.widths)} levels: 2 to 6 make factors 2 to 32")
+        for width in self.widths:
+            if width % self.groups:
+                raise UserError(f"block_out_channels {width} is not a multiple of norm_num_groups {self.groups}: change one of them")
+
+
+def down_attention(types: Sequence[str] | None, levels: int) -> tuple[bool, ...]:
+    """Which levels of an encoder have attention, by diffusers' `down_block_types` (None: none has); `UserError` for other names."""
+    return _attention("down_block_types", types, levels, _DOWN)
+
+
+def up_attention(types: Sequence[str] | None, levels: int) -> tuple[bool, ...]:
+    """The same of a decoder, by `up_block_types`, which begin at the lowest resolution; the answer begins at the image's."""
+    return _attention("up_block_types", types, levels, _UP)[::-1]
+
+
+def block_types(levels: int) -> dict[str, list[str]]:
+    """What configs write for levels without attention."""
+    return {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+
+
+def _attention(field: str, types: Sequence[str] | None, levels: int, known: dict[str, bool]) -> tuple[bool, ...]:
+    if types is None:
+        return (False,) * levels
+    if isinstance(types, str) or len(types) != levels or any(t not in known for t in types):
+        raise UserError(f"config field {field}={types!r} is not supported: expected {levels} names, each {' or '.join(known)}")
+    return tuple(known[t] for t in types)
+
+
+def check_image(image: Tensor, channels: int, factor: int) -> None:
+    """`UserError` for an image (B, C, H, W) of other channels, or with a side that does not divide into latent cells."""
+    if image.shape[1] != channels or image.shape[2] % factor or image.shape[3] % factor:
+        raise UserError(
+            f"image of shape {tuple(image.shape)}: this autoencoder takes {channels} channels and sides that are multiples of {factor}"
+        )
+
+
+class _Middle(nn.Module):
+    """Residual block, attention, residual block, at the lowest resolution: (B, C, h, w) -> (B, C, h, w)."""
+
+    def __init__(self, channels: int, groups: int, attention: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups, _EPS) for _ in range(2)])
+        self.attentions = nn.ModuleList([SpatialAttention(channels, channels, groups, _EPS)] if attention else [])
+
+    def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class _Level(nn.Module):
+    """Residual blocks at one resolution, each with attention or none, then (except at the last level) a step to the next one."""
+
+    def __init__(self, in_channels: int, channels: int, depth: int, groups: int, attention: bool, step: Downsample | Upsample | None):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(in_channels if i == 0 else channels, channels, groups, _EPS) for i in range(depth)])
+        if attention:
+            self.attentions = nn.ModuleList([SpatialAttention(channels, channels, groups, _EPS) for _ in range(depth)])
+        if step is not None:
+            self.add_module("downsamplers" if isinstance(step, Downsample) else "upsamplers", nn.ModuleList([step]))
+        self.attention = attention
+        self.step = [step] if step is not None else []  # a plain list: the module is registered under its own name above
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x)
+            if self.attention:
+                x = self.attentions[i](x)
+        for step in self.step:
+            x = step(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """image (B, in_channels, H, W) in [-1, 1] -> (B, out_channels, h, w), what the latent is made of."""
+
+    def __init__(self, in_channels: int, out_channels: int, levels: Levels):
+        super().__init__()
+        widths, groups, last = levels.widths, levels.groups, len(levels.widths) - 1
+        self.conv_in = invariant.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            _Level(widths[max(i - 1, 0)], w, levels.depth, groups, levels.attention[i], Downsample(w, 0) if i < last else None)
+            for i, w in enumerate(widths)
+        )
+        self.mid_block = _Middle(widths[-1], groups, levels.middle_attention)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], _EPS)
+        self.conv_out = invariant.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
+        x = self.conv_in(image)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(invariant.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """Latent (B, in_channels, h, w) -> image (B, out_channels, H, W), about [-1, 1], not clamped."""
+
+    def __init__(self, in_channels: int, out_channels: int, levels: Levels):
+        super().__init__()
+        widths, attention, groups, last = levels.widths[::-1], levels.attention[::-1], levels.groups, len(levels.widths) - 1
+        self.conv_in = invariant.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.mid_block = _Middle(widths[0], groups, levels.middle_attention)
+        self.up_blocks = nn.ModuleList(
+            _Level(widths[max(i - 1, 0)], w, levels.depth + 1, groups, attention[i], Upsample(w) if i < last else None)
+            for i, w in enumerate(widths)
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], _EPS)
+        self.conv_out = invariant.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, latent: Float[Tensor, "B c h w"]) -> Float[Tensor, "B C H W"]:
+        x = self.mid_block(self.conv_in(latent))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(invariant.silu(self.conv_norm_out(x)))

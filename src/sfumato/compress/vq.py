@@ -1,0 +1,164 @@
+"""Vector-quantised autoencoder of Latent Diffusion: VQ-f4, f8, f16 (Rombach et al. 2022, arXiv:2112.10752, section 3.1, appendix G).
+
+Each cell of the encoder's output h becomes the nearest of K learned codes (van den Oord et al. 2017, arXiv:1711.00937, eq. 1-2),
+
+    code(h) = argmin_k |h - e_k|^2 = argmin_k |e_k|^2 - 2 <h, e_k>,
+
+and the decoder sees e_code(h). Gradients pass straight through: d e / d h = 1 (section 3.2). As in Latent Diffusion the quantisation is the
+decoder's first layer: the latent is h, which a denoiser can be trained on, and `reconstruct` quantises. The halves are those of
+`compress.halves`. Config and names are diffusers' VQModel.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sfumato.compress.base import Autoencoder, Posterior
+from sfumato.compress.halves import Decoder, Encoder, Levels, block_types, check_image, down_attention, up_attention
+from sfumato.compress.kl import plain_types_left_out
+from sfumato.config import read_config
+from sfumato.errors import UserError
+from sfumato.nn import invariant
+from sfumato.types import LatentSpace
+
+_FIXED = {"act_fn": "silu", "norm_type": "group"}
+_ROWS = 4096  # cells that are compared with the codebook at a time: 4096 by 8192 codes are 128 MiB
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """The numbers of a vector-quantised autoencoder, with diffusers' names.
+
+    num_vq_embeddings: codes K; vq_embed_dim: numbers in a code, and channels of the latent (None: `latent_channels`, which are the
+    channels inside the halves). `sample_size`, `force_upcast` and `lookup_from_codebook` (how other tools decode codes) are notes.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 3
+    sample_size: int | tuple[int, ...] = 256
+    num_vq_embeddings: int = 8192
+    norm_num_groups: int = 32
+    vq_embed_dim: int | None = None
+    scaling_factor: float = 0.18215
+    mid_block_add_attention: bool = True
+    lookup_from_codebook: bool = False
+    force_upcast: bool = False
+    down_block_types: tuple[str, ...] | None = None
+    up_block_types: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.encoder_levels, self.decoder_levels
+        if self.num_vq_embeddings < 1 or self.code_channels < 1:
+            raise UserError(f"num_vq_embeddings {self.num_vq_embeddings}, vq_embed_dim {self.vq_embed_dim}: expected 1 or more of each")
+
+    @property
+    def encoder_levels(self) -> Levels:
+        """The numbers of the encoder."""
+        return self._levels(down_attention(self.down_block_types, len(self.block_out_channels)))
+
+    @property
+    def decoder_levels(self) -> Levels:
+        """The numbers of the decoder."""
+        return self._levels(up_attention(self.up_block_types, len(self.block_out_channels)))
+
+    def _levels(self, attention: tuple[bool, ...]) -> Levels:
+        return Levels(self.block_out_channels, self.layers_per_block, self.norm_num_groups, attention, self.mid_block_add_attention)
+
+    @property
+    def code_channels(self) -> int:
+        """Numbers in a code: the channels of the latent."""
+        return self.latent_channels if self.vq_embed_dim is None else self.vq_embed_dim
+
+    @property
+    def space(self) -> LatentSpace:
+        """The statistics that one scaling factor stands for."""
+        c = self.code_channels
+        return LatentSpace(c, 2 ** (len(self.block_out_channels) - 1), (0.0,) * c, (1.0 / self.scaling_factor,) * c)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "VQConfig":
+        """Reads a diffusers config, with diffusers' defaults; a field or a value that this class cannot honour is refused."""
+        theirs = {"layers_per_block": 1, "sample_size": 32, "num_vq_embeddings": 256}
+        return read_config(cls, theirs | plain_types_left_out(values), _FIXED)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON that diffusers' VQModel reads."""
+        types = {k: getattr(self, k) or v for k, v in block_types(len(self.block_out_channels)).items()}
+        return {"_class_name": "VQModel", **asdict(self), **types, **_FIXED}
+
+
+class _Codebook(nn.Module):
+    """K codes of C numbers, and the nearest of them to each cell."""
+
+    def __init__(self, count: int, channels: int):
+        super().__init__()
+        self.embedding = nn.Embedding(count, channels)
+
+    def nearest(self, h: Float[Tensor, "B C h w"]) -> Int[Tensor, "B h w"]:
+        """The index of the nearest code, the first of several at the same distance."""
+        codes = self.embedding.weight.detach()
+        lengths = codes.square().sum(1)
+        cells = h.detach().movedim(1, -1).flatten(0, -2)  # (B*h*w, C)
+        found = [torch.argmin(lengths - 2 * invariant.linear(part, codes), dim=1) for part in cells.split(_ROWS)]
+        return torch.cat(found).unflatten(0, (h.shape[0], *h.shape[2:]))
+
+    def look_up(self, indices: Int[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
+        """The codes themselves."""
+        return self.embedding(indices).movedim(-1, 1).contiguous()
+
+    def forward(self, h: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+        """The nearest code in place of each cell; its gradient goes to h unchanged, and none to the codes."""
+        quantised = self.look_up(self.nearest(h)).detach()
+        return quantised + (h - h.detach()) if h.requires_grad else quantised  # h - h is exactly 0: the value is the code's, to the bit
+
+
+class VQModel(Autoencoder):
+    """The vector-quantised autoencoder: see the module's docstring. Built from a `VQConfig`; weights are random until loaded."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        self.config = config
+        self.channels = config.in_channels
+        inner, code = config.latent_channels, config.code_channels
+        self.encoder = Encoder(config.in_channels, inner, config.encoder_levels)
+        self.quant_conv = invariant.Conv2d(inner, code, 1)
+        self.quantize = _Codebook(config.num_vq_embeddings, code)
+        self.post_quant_conv = invariant.Conv2d(code, inner, 1)
+        self.decoder = Decoder(inner, config.out_channels, config.decoder_levels)
+
+    @property
+    def space(self) -> LatentSpace:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Channels, factor and statistics of the latent."""
+        return self.config.space
+
+    def posterior(self, image: Float[Tensor, "B C H W"]) -> Posterior:
+        """A point, before quantisation: std is 0."""
+        check_image(image, self.channels, self.space.factor)
+        raw = self.quant_conv(self.encoder(image))
+        return Posterior(raw, torch.zeros_like(raw))
+
+    def reconstruct(self, raw: Float[Tensor, "B c h w"]) -> Float[Tensor, "B C H W"]:
+        """Quantises, then decodes."""
+        return self.decoder(self.post_quant_conv(self.quantize(raw)))
+
+    def codes(self, image: Float[Tensor, "B C H W"]) -> Int[Tensor, "B h w"]:
+        """image -> the index of each cell's code, 0 to num_vq_embeddings - 1: the whole picture in log2(K) bits a cell."""
+        return self.quantize.nearest(self.posterior(image).mean)
+
+    def from_codes(self, indices: Int[Tensor, "B h w"]) -> Float[Tensor, "B C H W"]:
+        """Indices of codes -> image, not clamped; `UserError` for an index that is not in the codebook."""
+        count = self.config.num_vq_embeddings
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < count:
+            raise UserError(
+                f"code indices from {int(indices.min())} to {int(indices.max())}: expected 0 to {count - 1}, as `codes` returns"
+            )
+        return self.decoder(self.post_quant_conv(self.quantize.look_up(indices)))
+
+    def to_config(self) -> dict[str, Any]:
+        return self.config.to_dict()
