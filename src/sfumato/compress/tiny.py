@@ -141,14 +141,7 @@ class _Decoder(nn.Module):
         self.layers = nn.Sequential(*layers, _conv(width, config.out_channels))
 
     def forward(self, raw: Float[Tensor, "B c h w"]) -> Float[Tensor, "B C H W"]:
-        return self.layers(3 * _tanh(raw / 3)) * 2 - 1
-
-
-def _tanh(x: Float[Tensor, "B *S"]) -> Float[Tensor, "B *S"]:
-    """tanh; one image at a time where bits must not depend on the batch, since vector instructions and what remains round otherwise."""
-    if not len(x) or not invariant.applies(x):
-        return torch.tanh(x)
-    return torch.stack([torch.tanh(image.clone()) for image in x])
+        return self.layers(3 * torch.tanh(raw / 3)) * 2 - 1
 
 
 class AutoencoderTiny(Autoencoder):
