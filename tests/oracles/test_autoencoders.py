@@ -125,6 +125,18 @@ def test_the_nearest_code_by_counting() -> None:
     assert book.nearest(book.look_up(torch.tensor([[[200]]]))).item() == 7
 
 
+@torch.inference_mode()
+def test_cells_between_two_codes_take_the_same_one_in_any_batch() -> None:
+    """Each cell is as far from e as from -e, so that the last bit of a product decides."""
+    book = shaken(VQModel(VQConfig(block_out_channels=(4, 8), num_vq_embeddings=2, vq_embed_dim=61, **SMALL))).quantize
+    e = F.normalize(normal(61), dim=0)
+    book.embedding.weight.copy_(torch.stack([e, -e]))
+    h = normal(18, 61, 3, 3, seed=1)
+    h = h - torch.einsum("c,bchw,d->bdhw", e, h, e)
+    assert len(book.nearest(h).unique()) == 2
+    assert not differing(lambda rows: book.nearest(h[rows]), (2, 3, 5, 7, 11, 16, 17))
+
+
 def test_gradients_pass_straight_through() -> None:
     """d quantise(h) / d h = 1 to the bit, the value is the code's to the bit, and the codes get nothing."""
     book = VQModel(VQConfig(block_out_channels=(4, 8), num_vq_embeddings=11, vq_embed_dim=4, **SMALL)).quantize
