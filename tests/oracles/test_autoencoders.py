@@ -26,6 +26,12 @@ from sfumato.decode.whole import whole
 from sfumato.errors import UserError
 
 
+@pytest.fixture(autouse=True)
+def weights() -> None:
+    """Layers draw their weights from torch's own generator: the same ones in every run, whatever ran before."""
+    torch.manual_seed(0)
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
