@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 
-from sfumato.checkpoints.folder import explained, index, load_part, read_table
-from sfumato.checkpoints.names.pipeline import pipeline_defaults
+from sfumato.checkpoints.folder import build_part, explained, index, load_part, read_table
+from sfumato.checkpoints.names.pipeline import pipeline_class, pipeline_defaults
 from sfumato.checkpoints.names.scheduler import from_scheduler_config
-from sfumato.checkpoints.single_file import unfold
+from sfumato.checkpoints.original import PICKLES, Parts, Reading, split
+from sfumato.checkpoints.single_file import KEY_OF_OURS, notes_of, unfold
+from sfumato.checkpoints.tokenizer import END, clip_tokenizer
 from sfumato.compress.base import Autoencoder
 from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
+from sfumato.predict.conditioners._clip import POSITIONS, PREFIX, ClipEncoder, build_model
+from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig
 from sfumato.predict.denoiser import Denoiser
 from sfumato.registry import find
 from sfumato.sampling import Defaults
@@ -26,17 +30,27 @@ def bundled() -> dict[str, Path]:
     return {p.name: p for p in sorted(root.iterdir()) if (p / "model_index.json").exists()} if root.is_dir() else {}
 
 
-def load(source: str | Path, device: str = "cpu", dtype: torch.dtype | None = None, variant: str | None = None) -> LatentDiffusion:
+def load(
+    source: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    reading: Reading | None = None,
+    tokenizer: str | Path | None = None,
+) -> LatentDiffusion:
     """Opens a model: a bundled name ("fashion"), a folder in diffusers' layout, a single file, or a hub id
 
     ("owner/name"; its files are cached by `huggingface_hub`). dtype: of all weights (default: float32). variant: the files to prefer, such
-    as "fp16".
+    as "fp16". For single files in the original layout (.safetensors, .ckpt): reading, what the file itself does not say; tokenizer, a folder
+    with CLIP's vocab.json and merges.txt.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise UserError(f"dtype={dtype}: expected a floating-point one such as torch.bfloat16")
-    how = _How(device, dtype or torch.float32, variant)
+    how = _How(device, dtype or torch.float32, variant, reading, tokenizer)
     found = bundled()
     path = found.get(str(source), Path(source).expanduser())
+    if path.is_file() and (path.suffix in PICKLES or KEY_OF_OURS not in notes_of(path)):
+        return _open_original(path, how)
     if path.is_file():
         with tempfile.TemporaryDirectory() as temporary:
             try:
@@ -61,6 +75,8 @@ class _How:
     device: str
     dtype: torch.dtype
     variant: str | None
+    reading: Reading | None
+    tokenizer: str | Path | None
 
 
 def _open(path: Path, name: str, how: _How) -> LatentDiffusion:
@@ -85,6 +101,44 @@ def _open(path: Path, name: str, how: _How) -> LatentDiffusion:
     _check_parts(path, autoencoder, network, conditioner)
     model = LatentDiffusion(autoencoder, Denoiser(network, process), conditioner, defaults, str(notes.get("name", name)))
     return model if how.device == "cpu" else model.to(how.device)
+
+
+def _open_original(path: Path, how: _How) -> LatentDiffusion:
+    """Builds a model from a single file in the layout of its first publication."""
+    parts = split(path, how.reading)
+    if not {"unet", "vae"} <= parts.networks.keys():
+        raise UserError(
+            f"{path} holds {' and '.join(parts.networks)}: a model needs a U-Net and an autoencoder; give the file that has both"
+        )
+    autoencoder, network = (
+        build_part(p.config, p.tensors, path, path, None, how.dtype) for p in (parts.networks[k] for k in ("vae", "unet"))
+    )
+    with explained(path):
+        process = from_scheduler_config(parts.schedulers["scheduler"])
+    conditioner = _texts(path, parts, how)
+    assert isinstance(autoencoder, Autoencoder)
+    _check_parts(path, autoencoder, network, conditioner)
+    defaults = Defaults(**pipeline_defaults({"_class_name": pipeline_class(network, conditioner)}))
+    model = LatentDiffusion(autoencoder, Denoiser(network, process), conditioner, defaults, path.stem)
+    return model if how.device == "cpu" else model.to(how.device)
+
+
+def _texts(path: Path, parts: Parts, how: _How) -> Any:
+    """The text encoders of a single file, with a tokenizer from elsewhere."""
+    others = sorted(parts.networks.keys() - {"unet", "vae", "text_encoder", "text_encoder_2"})
+    ends = [end for end in ("", "_2") if f"text_encoder{end}" in parts.networks]
+    if others or not ends:
+        raise UserError(f"{path} is conditioned by {' and '.join(others) or 'nothing'}: only CLIP's text encoders are run by this version")
+    notes, encoders = {} if path.suffix in PICKLES else notes_of(path), dict[str, Any]()
+    for end in ends:
+        part, projected = parts.networks[f"text_encoder{end}"], end == "_2"
+        tensors = {key.removeprefix(PREFIX): tensor for key, tensor in part.tensors.items() if not key.endswith(POSITIONS)}
+        model = build_model(part.config, tensors, projected, how.dtype, path, path)
+        pad = END if parts.family.startswith(("sd1", "sdxl")) and not projected else "!"  # as they were trained
+        tokenizer = clip_tokenizer(pad, model.config.max_position_embeddings, how.tokenizer, notes)
+        encoders[end] = ClipEncoder(tokenizer, model, projected)
+    settings = ClipTextConfig(force_zeros_for_empty_prompt="_2" in ends, requires_aesthetics_score=ends == ["_2"])
+    return ClipText(encoders.get(""), encoders.get("_2"), settings)
 
 
 def _conditioner(path: Path, parts: dict[str, Any], how: _How) -> Any:

@@ -22,16 +22,18 @@ from torch import Tensor
 
 from sfumato import __version__
 from sfumato.asking import answered, together
-from sfumato.checkpoints.folder import save_part
+from sfumato.checkpoints.folder import save_part, storable
 from sfumato.checkpoints.names.pipeline import pipeline_index
 from sfumato.checkpoints.names.scheduler import to_scheduler_config
+from sfumato.checkpoints.original import Part, gather, join, notes
 from sfumato.checkpoints.single_file import fold
+from sfumato.checkpoints.tokenizer import KEY, packed
 from sfumato.compress.base import Autoencoder
 from sfumato.decode.image import pasted, to_pil, to_tensor
 from sfumato.decode.whole import check_latent, whole
 from sfumato.diffuse.sample import SeededNoise, Step, all_finite, check_finite, sample
 from sfumato.errors import NumericalError, UserError, unknown
-from sfumato.files import atomic_folder, hash_json, hash_tensors, write_json
+from sfumato.files import atomic_folder, hash_json, hash_tensors, write_json, write_tensors
 from sfumato.predict.denoiser import Denoiser, answer
 from sfumato.registry import find
 from sfumato.running import questions
@@ -327,9 +329,13 @@ class LatentDiffusion:
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes the model as a diffusers folder, atomically; `dtype` (e.g. torch.float16) changes what is stored.
 
-        A name that ends in .safetensors gets the same in one file, which `load` opens too. A model of that name is replaced as a whole;
+        A name that ends in .safetensors gets the same in one file, which `load` opens too: models with CLIP's text encoders in the layout of
+        their first publication, which other programs open, others in our own. A model of that name is replaced as a whole;
         `UserError` for a file or folder that is something else, or a full disk, `NumericalError` for weights that are not finite in `dtype`.
         """
+        if Path(folder).suffix == ".safetensors" and getattr(self.conditioner, "encoders", None):
+            self._save_original(folder, dtype)
+            return
         if Path(folder).suffix == ".safetensors":
             with tempfile.TemporaryDirectory() as temporary:
                 self.save(Path(temporary) / "model", dtype)
@@ -356,6 +362,21 @@ class LatentDiffusion:
                 "scheduler": ["diffusers", scheduler["_class_name"]],
             }
             write_json(temporary / "model_index.json", parts)
+
+    def _save_original(self, file: str | Path, dtype: torch.dtype | None) -> None:
+        """One file under the original names; what is beside the weights there (the tokenizer) goes into its metadata."""
+        networks = {"unet": self.denoiser.network, "vae": self.autoencoder}
+        configs = {name: network.to_config() for name, network in networks.items()}  # pyright: ignore
+        tensors = {name: network.state_dict() for name, network in networks.items()}
+        vocabulary = ""
+        for end, encoder in self.conditioner.encoders.items():
+            configs[f"text_encoder{end}"], tensors[f"text_encoder{end}"] = encoder.to_config(), encoder.tensors()
+            vocabulary = packed(encoder.tokenizer)
+        cast = {name: storable(table, dtype) for name, table in tensors.items()}
+        parts = gather(
+            {name: Part(configs[name], table) for name, table in cast.items()}, {"scheduler": to_scheduler_config(self.denoiser.process)}
+        )
+        write_tensors(file, join(parts), {**notes(parts), KEY: vocabulary})
 
 
 def _name(dtype: torch.dtype) -> str:

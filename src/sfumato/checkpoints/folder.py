@@ -145,16 +145,21 @@ def save_part(folder: str | Path, network: UNet | Autoencoder, dtype: torch.dtyp
 
     `NumericalError` for a weight that is NaN or infinite in `dtype` (float16 ends at 65504): `load_part` would refuse the file.
     """
-    folder = Path(folder)
-    if dtype is not None and not dtype.is_floating_point:
-        raise UserError(f"dtype {dtype}: weights are stored as floating-point numbers such as torch.float32 or torch.float16")
-    tensors = {k: _in(v, dtype) for k, v in network.state_dict().items()}
-    for key in _not_finite(tensors):
-        kind = str(tensors[key].dtype).removeprefix("torch.")
-        raise NumericalError(f"weight {key} is NaN or infinite in {kind}: nothing was written; store it in float32, or repair the training")
+    folder, tensors = Path(folder), storable(network.state_dict(), dtype)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", network.to_config())
     write_tensors(folder / WEIGHTS, tensors)
+
+
+def storable(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Weights in the dtype that is to be stored (None: their own); `NumericalError` for one that is NaN or infinite in it."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise UserError(f"dtype {dtype}: weights are stored as floating-point numbers such as torch.float32 or torch.float16")
+    tensors = {k: _in(v, dtype) for k, v in tensors.items()}
+    for key in _not_finite(tensors):
+        kind = str(tensors[key].dtype).removeprefix("torch.")
+        raise NumericalError(f"weight {key} is NaN or infinite in {kind}: nothing was written; store it in float32, or repair the training")
+    return tensors
 
 
 def index(folder: str | Path) -> dict[str, Any]:

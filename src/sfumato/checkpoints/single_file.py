@@ -2,7 +2,7 @@
 
     vae.encoder.conv_in.weight ...  unet.conv_in.weight ...      metadata "sfumato": {"model_index.json": {...}, "vae/config.json": {...}, ...}
 
-It is the folder, folded: `fold` and `unfold` are inverses. Other tools' single files (original Stable Diffusion layouts) are not read here.
+It is the folder, folded: `fold` and `unfold` are inverses. Single files in original layouts are read by original.py.
 """
 
 import json
@@ -25,20 +25,26 @@ def fold(folder: str | Path, file: str | Path) -> None:
     write_tensors(file, tensors, {"sfumato": json.dumps(configs, sort_keys=True)})
 
 
-def unfold(file: str | Path, folder: str | Path) -> None:
-    """Writes the folder that `fold` read into `folder`; `UserError` for a file that sfumato did not write."""
+KEY_OF_OURS = "sfumato"
+
+
+def notes_of(file: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file; `UserError` for one that is not whole."""
     from safetensors import SafetensorError, safe_open
 
-    file, folder = Path(file), Path(folder)
     try:
         with safe_open(file, "pt") as opened:
-            text = (opened.metadata() or {}).get("sfumato")
+            return opened.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a whole safetensors file ({error}): it may be truncated; copy or download it again") from error
+
+
+def unfold(file: str | Path, folder: str | Path) -> None:
+    """Writes the folder that `fold` read into `folder`; `UserError` for a file that sfumato did not write."""
+    file, folder = Path(file), Path(folder)
+    text = notes_of(file).get(KEY_OF_OURS)
     if text is None:
-        raise UserError(
-            f"{file} was not written by sfumato: single files in other layouts are not supported yet; give a folder in diffusers' layout"
-        )
+        raise UserError(f"{file} was not written by sfumato in its own layout: `sfumato.load` opens the original ones too")
     for name, value in json.loads(text).items():
         target = (folder / name).resolve()
         if not target.is_relative_to(folder.resolve()):

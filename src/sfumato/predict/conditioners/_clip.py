@@ -113,20 +113,25 @@ class ClipEncoder:
             "tokenizer": hash_json([self.tokenizer.get_vocab(), model["merges"], special]),
         }
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights by the names that files have. Not copies."""
+        return {
+            key if key.startswith((PREFIX, "text_projection.")) else PREFIX + key: tensor for key, tensor in self.model.state_dict().items()
+        }
+
+    def to_config(self) -> dict[str, Any]:
+        """The JSON of config.json, as transformers writes it."""
+        return {**self.model.config.to_dict(), "architectures": [CLASSES[self.projected]]}
+
     def save(self, tokenizer: Path, encoder: Path, dtype: torch.dtype | None = None) -> None:
         """Writes both folders; the weights in `dtype`, by default their own. `NumericalError` for weights that are not finite in it."""
-        tensors = {
-            key if key.startswith((PREFIX, "text_projection.")) else PREFIX + key: tensor if dtype is None else tensor.to(dtype)
-            for key, tensor in self.model.state_dict().items()
-        }
+        tensors = {key: tensor if dtype is None else tensor.to(dtype) for key, tensor in self.tensors().items()}
         for key in _not_finite(tensors):
             raise NumericalError(f"weight {key} of {encoder.name} is NaN or infinite in {tensors[key].dtype}: nothing was written")
         stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         for folder in (tokenizer, encoder):
             folder.mkdir(parents=True, exist_ok=True)
-        write_json(
-            encoder / "config.json", {**self.model.config.to_dict(), "architectures": [CLASSES[self.projected]], "torch_dtype": stored}
-        )
+        write_json(encoder / "config.json", {**self.to_config(), "torch_dtype": stored})
         write_tensors(encoder / WEIGHTS[0], tensors)
         self.tokenizer.save_pretrained(tokenizer)
         self.tokenizer.backend_tokenizer.model.save(str(tokenizer))  # vocab.json and merges.txt, which older programs read
