@@ -241,3 +241,67 @@ def test_networks_that_want_more_say_so(folders: dict[str, Path]) -> None:
         edit(load(folders["SD 1"]), picture() * 2 - 1)
     with pytest.raises(UserError, match="takes 4 channels beside the latent: inpainting needs none, or a mask and a picture"):
         inpaint(load(folders["InstructPix2Pix"]), picture() * 2 - 1, hole())
+
+
+# ---- single files in the original layout -------------------------------------------------------------------------------
+
+# The layout's own numbers, which its files do not say: norms of 32 groups, 8 heads or heads 64 wide.
+WIDE = {"norm_num_groups": 32, "layers_per_block": 1}
+ORIGINALS: dict[str, dict[str, Any]] = {
+    "SD 1": {"block_out_channels": (32, 32, 64, 64), "attention_head_dim": 8},
+    "SD 2 with v": {"block_out_channels": (64, 64, 128, 128), "attention_head_dim": (1, 1, 2, 2)},
+    "SDXL": {"block_out_channels": (64, 64, 128), "attention_head_dim": (1, 1, 2), "addition_time_embed_dim": 256},
+}
+SIDES = {"SD 1": 64, "SD 2 with v": 96, "SDXL": 128}
+
+
+def original(family: str) -> Any:
+    """diffusers' pipeline of a family with the numbers that its single files imply, otherwise as small as can be."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    name, shape, scheduler, texts = FAMILIES[family]
+    parts, size = clip.parts(texts), len(clip.vocabulary())
+    act = "gelu" if texts == "sd2" else "quick_gelu"
+    for key in [k for k in parts if k.startswith("text_encoder")]:
+        two = key.endswith("_2")
+        values = CLIPTextConfig(
+            vocab_size=size, hidden_size=128 if two else 64, intermediate_size=512 if two else 256, num_hidden_layers=3,
+            num_attention_heads=2 if two else 1, projection_dim=128 if two else 64, hidden_act="gelu" if two else act,
+            bos_token_id=size - 2, eos_token_id=size - 1,
+        )  # fmt: skip
+        parts[key] = randomise((CLIPTextModelWithProjection if two else CLIPTextModel)(values), 3)
+    width = sum(part.config.hidden_size for key, part in parts.items() if key.startswith("text_encoder"))
+    shape = {"in_channels": 4, **shape, **WIDE, **ORIGINALS[family]}
+    if texts == "sdxl":
+        shape["projection_class_embeddings_input_dim"] = 128 + 6 * 256
+    unet = diffusers.UNet2DConditionModel(sample_size=SIDES[family], out_channels=4, cross_attention_dim=width, **shape)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "block_out_channels": (32, 32)}
+    scale = {"scaling_factor": 0.13025} if texts == "sdxl" else {}
+    vae = diffusers.AutoencoderKL(**blocks, latent_channels=4, sample_size=SIDES[family] * 8, **scale, **WIDE)
+    parts |= {"unet": randomise(unet, 1), "vae": randomise(vae, 2), "scheduler": diffusers.DDIMScheduler(**{**SCALED, **scheduler})}
+    if texts == "sdxl":
+        parts |= {"force_zeros_for_empty_prompt": True, "add_watermarker": False}
+    else:
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipe = getattr(diffusers, name)(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("family", ORIGINALS)
+def test_single_files_both_ways(family: str, tmp_path: Path) -> None:
+    """diffusers' folder -> our single file -> diffusers and we open it -> the same pictures."""
+    pipe = original(family)
+    pipe.save_pretrained(tmp_path / "folder")
+    folder = load(tmp_path / "folder")
+    folder.save(tmp_path / "one.safetensors")
+    ours = load(tmp_path / "one.safetensors")
+    found = [m.generate("a (red:1.2) cat", steps=3, height=16, width=24, seed=4, output="tensor") for m in (folder, ours)]
+    assert torch.equal(*found)
+    assert ours.denoiser.process == folder.denoiser.process
+    theirs = type(pipe).from_single_file(tmp_path / "one.safetensors", config=str(tmp_path / "folder"), local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = pipe.scheduler
+    expected = their_pictures(theirs, ["a red cat"], num_inference_steps=5, guidance_scale=4.0, height=16, width=24)
+    asked: dict[str, Any] = {"steps": 5, "sampler": "ddim", "spacing": "leading:offset=1", "guidance": 4.0, "height": 16, "width": 24}
+    compare(plain(ours).generate(["a red cat"], output="tensor", **asked), expected)

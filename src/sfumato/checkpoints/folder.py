@@ -116,7 +116,7 @@ def build_part(
     if isinstance(network, Autoencoder):
         found = modern(found)
     check_keys(network.state_dict(), found, where)
-    tensors = {k: _in(v, dtype) for k, v in found.items()}
+    tensors = {k: _in(v, dtype).contiguous() for k, v in found.items()}
     require_finite(tensors, where)
     network.load_state_dict(tensors, assign=True)
     with explained(where):

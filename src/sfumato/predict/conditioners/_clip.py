@@ -213,7 +213,7 @@ def build_model(values: dict[str, Any], tensors: dict[str, Tensor], projected: b
     _check_keys({name: model.state_dict()[key].shape for name, key in names.items()}, tensors, file)
     for key in _not_finite(tensors):
         raise UserError(f"{file}: {key} has NaN or infinite numbers; the file is damaged or its training diverged")
-    model.load_state_dict({names[name]: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    model.load_state_dict({names[name]: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, assign=True)
     embeddings = getattr(model, "text_model", model).embeddings
     embeddings.register_buffer("position_ids", torch.arange(model.config.max_position_embeddings)[None], persistent=False)
     return model.eval().requires_grad_(False)
