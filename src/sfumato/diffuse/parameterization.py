@@ -40,9 +40,10 @@ PARAMETERIZATIONS = {
 @dataclass(frozen=True)
 class _EDMRow:
     sigma_data: float
+    sign: int = 1
 
     def __call__(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        total = torch.hypot(alpha * self.sigma_data, sigma)
+        total = torch.hypot(alpha * self.sigma_data, sigma) * self.sign
         return sigma / (self.sigma_data * total), -alpha * self.sigma_data / total
 
 
@@ -54,11 +55,14 @@ class _EDMInput:
         return 1 / torch.hypot(alpha * self.sigma_data, sigma)
 
 
-def edm(sigma_data: float = 1.0) -> Parameterization:
-    """Karras et al.'s preconditioning; latents here are standardised, so the data's standard deviation is 1 (theirs was 0.5)."""
+def edm(sigma_data: float = 1.0, flipped: bool = False) -> Parameterization:
+    """Karras et al.'s preconditioning; latents here are standardised, so the data's standard deviation is 1 (theirs was 0.5).
+
+    flipped: the network gives -y. With sigma_data 1 that is v of x/S, what CosXL and Stable Video Diffusion are trained for ("edm_v").
+    """
     if not 0 < sigma_data < float("inf"):
         raise UserError(f"sigma_data={sigma_data}: expected the positive standard deviation of the data")
-    return Parameterization("edm", _EDMRow(sigma_data), _EDMInput(sigma_data))
+    return Parameterization("edm_v" if flipped else "edm", _EDMRow(sigma_data, -1 if flipped else 1), _EDMInput(sigma_data))
 
 
 PARAMETERIZATIONS["edm"] = edm()

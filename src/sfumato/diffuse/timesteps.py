@@ -4,10 +4,13 @@ Each spacing returns steps+1 floats, strictly descending, the last 0. By time: "
 in Lin et al. 2023 (arXiv:2305.08891, table 2); "beta" is Lee et al. 2024 (arXiv:2407.12173). By noise level sigma/alpha (for flows and zero
 terminal SNR, where it is infinite at t = 1: by sigma/(alpha + sigma), a flow's own t): "karras" (2022, arXiv:2206.00364, eq. 5) and
 "exponential"; by log-SNR: "log_snr" (Lu et al. 2022, arXiv:2206.00927, section 3.4). "align_your_steps": Sabour et al. 2024 (arXiv:2404.14507).
+All take `clean=False`: the run then ends at the least noise that the network knows and not at 0 (see `SPACINGS`).
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
+from functools import wraps
 from itertools import pairwise
 from typing import Any
 
@@ -47,41 +50,59 @@ def leading(steps: int, schedule: Schedule, start: float = 1.0, offset: int = 0,
     return [min(stride * i + offset + 1, grid) / grid for i in reversed(range(steps))] + [0.0]
 
 
-def linspace(steps: int, schedule: Schedule, start: float = 1.0, whole: bool = True, drop_last: bool = False) -> list[float]:
+def linspace(
+    steps: int, schedule: Schedule, start: float = 1.0, whole: bool = True, drop_last: bool = False, end: float | None = None
+) -> list[float]:
     """From start to the least time that the network knows, evenly; `whole` rounds to a table's grid (Nichol & Dhariwal 2021, section 4).
 
-    `drop_last` spaces one more step and leaves out the least time, as diffusers' multistep solvers do.
+    `drop_last` spaces one more step and leaves out the least time, as diffusers' multistep solvers do. `end`: the least time instead.
     """
     if drop_last:
-        return linspace(steps + 1, schedule, start, whole)[:steps] + [0.0]
+        return linspace(steps + 1, schedule, start, whole, end=end)[:steps] + [0.0]
     if steps == 1:
         return [start, 0.0]
     grid = schedule.grid
-    if grid is None:
-        low = min(schedule.first, start / steps)
+    if grid is None or end is not None:
+        low = min(schedule.first, start / steps) if end is None else _end(schedule, start, end)
         return [start + (low - start) * i / (steps - 1) for i in range(steps)] + [0.0]
     exact = np.linspace(0, grid * start - 1, steps)[::-1]
     return [*(((exact.round() if whole else exact) + 1) / grid).tolist(), 0.0]
 
 
-def shifted(steps: int, schedule: Schedule, start: float = 1.0, shift: float = 3.0, end: float | None = None) -> list[float]:
+def shifted(
+    steps: int, schedule: Schedule, start: float = 1.0, shift: float = 3.0, end: float | None = None, terminal: float = 0.0
+) -> list[float]:
     """Even times moved towards the noise: s t / (1 + (s - 1) t) (Esser et al. 2024, arXiv:2403.03206, eq. 23). 3 is SD3's.
 
     `rescale.dynamic_shift` gives FLUX's shift for an image of so many tokens. `end`: the time of the last network call (default: one even
-    step from 0).
+    step from 0). `terminal`: the same by another way, 1 - t of all times stretched alike (LTX-Video's and Qwen-Image's `shift_terminal`).
     """
     if not 0 < shift < math.inf:
         raise UserError(f"shift={shift}: expected a positive number, 1 changes nothing")
     inner = shifted_time(start, 1 / shift)  # the shift undone
     last = inner / steps if end is None else shifted_time(_end(schedule, start, end), 1 / shift)
     found = [shifted_time(last + (inner - last) * u, shift) for u in _ramp(steps).tolist()]
+    if terminal and steps > 1:
+        stretch = (start - _end(schedule, start, terminal)) / (start - found[-1])
+        found = [start - (start - t) * stretch for t in found]
     return [start, *found[1:], 0.0]
 
 
 def beta(
-    steps: int, schedule: Schedule, start: float = 1.0, a: float = 0.6, b: float = 0.6, over: str = "time", end: float | None = None
+    steps: int,
+    schedule: Schedule,
+    start: float = 1.0,
+    a: float = 0.6,
+    b: float = 0.6,
+    over: str = "time",
+    end: float | None = None,
+    between: str = "ends",
+    offset: int = 0,
 ) -> list[float]:
-    """Quantiles of Beta(a, b): dense where times are near 1 and near 0. `over`: "time" as published, or "noise", the level (diffusers)."""
+    """Quantiles of Beta(a, b): dense where times are near 1 and near 0. `over`: "time" as published, or "noise", the level (diffusers).
+
+    `between` and `offset` as for `karras`, over noise.
+    """
     if over not in ("time", "noise"):
         raise unknown("over", over, ("time", "noise"))
     if not (0 < a < math.inf and 0 < b < math.inf):
@@ -90,6 +111,7 @@ def beta(
         places = _beta_quantiles(np.arange(steps, 0, -1) / steps, a, b)
         return [*(start * places).tolist(), 0.0]
     places = _beta_quantiles(np.linspace(1, 0, steps), a, b) if steps > 1 else np.ones(1)
+    start, end = _between(between, offset, steps, schedule, start, end)
     return _by_level(places, schedule, start, end, lambda high, low, u: low + u * (high - low))
 
 
@@ -106,20 +128,42 @@ def lcm(steps: int, schedule: Schedule, start: float = 1.0, original: int = 50) 
 # ---- by noise level ----------------------------------------------------------------------------------------------------
 
 
-def karras(steps: int, schedule: Schedule, start: float = 1.0, rho: float = 7.0, end: float | None = None) -> list[float]:
-    """Noise levels whose rho-th roots are evenly spaced, from `start` to `end` (default: the least that the network knows), then 0."""
+def karras(
+    steps: int,
+    schedule: Schedule,
+    start: float = 1.0,
+    rho: float = 7.0,
+    end: float | None = None,
+    between: str = "ends",
+    offset: int = 0,
+) -> list[float]:
+    """Noise levels whose rho-th roots are evenly spaced, from `start` to `end` (default: the least that the network knows), then 0.
+
+    `between="leading"` (with its `offset`) or "trailing": from the first to the last call of that spacing, as diffusers' Euler has it.
+    """
     if not 0 < rho < math.inf:
         raise UserError(f"rho={rho}: expected a positive number, 7 is Karras et al.'s")
+    start, end = _between(between, offset, steps, schedule, start, end)
     return _by_level(_ramp(steps), schedule, start, end, lambda h, lo, u: (lo ** (1 / rho) + u * (h ** (1 / rho) - lo ** (1 / rho))) ** rho)
 
 
-def exponential(steps: int, schedule: Schedule, start: float = 1.0, end: float | None = None, rho: float = 1.0) -> list[float]:
+def exponential(
+    steps: int,
+    schedule: Schedule,
+    start: float = 1.0,
+    end: float | None = None,
+    rho: float = 1.0,
+    between: str = "ends",
+    offset: int = 0,
+) -> list[float]:
     """Noise levels in equal ratios, from `start` to `end` (default: the least that the network knows), then 0.
 
-    rho bends the logarithm of the level: above 1 there are more steps at little noise (k-diffusion's "polyexponential").
+    rho bends the logarithm of the level: above 1 there are more steps at little noise (k-diffusion's "polyexponential"). `between` and
+    `offset` as for `karras`.
     """
     if not 0 < rho < math.inf:
         raise UserError(f"rho={rho}: expected a positive number, 1 is equal ratios")
+    start, end = _between(between, offset, steps, schedule, start, end)
     return _by_level(_ramp(steps), schedule, start, end, lambda high, low, u: low * (high / low) ** (u**rho))
 
 
@@ -156,18 +200,35 @@ def resample(times: Sequence[float], steps: int, schedule: Schedule, start: floa
     return [start, *_times(schedule, np.exp(places))[1:], 0.0]
 
 
+def _may_stop(spacing: Callable[..., list[float]]) -> Callable[..., list[float]]:
+    """The spacing with one option more, `clean` (True). False: the run ends at the least noise that the network knows, not at 0.
+
+    So do diffusers' `set_alpha_to_one=False` (Stable Diffusion 1's) and `final_sigmas_type="sigma_min"`: that much noise is left.
+    """
+
+    @wraps(spacing)
+    def spaced(steps: int, schedule: Schedule, start: float = 1.0, clean: bool = True, **options: Any) -> list[float]:
+        times = spacing(steps, schedule, start, **options)
+        return times if clean else [*(t for t in times if t > schedule.first * (1 + 1e-9)), schedule.first]
+
+    known = inspect.signature(spacing)
+    clean = inspect.Parameter("clean", inspect.Parameter.KEYWORD_ONLY, default=True, annotation=bool)
+    vars(spaced)["__signature__"] = known.replace(parameters=[*known.parameters.values(), clean])  # the options that there are, for checks
+    return spaced
+
+
 SPACINGS: dict[str, Callable[..., list[float]]] = {
-    "trailing": trailing,
-    "uniform": trailing,  # another name for even spacing from start to 0
-    "leading": leading,
-    "linspace": linspace,
-    "shifted": shifted,
-    "beta": beta,
-    "karras": karras,
-    "exponential": exponential,
-    "log_snr": log_snr,
-    "align_your_steps": align_your_steps,
-    "lcm": lcm,
+    "trailing": _may_stop(trailing),
+    "uniform": _may_stop(trailing),  # another name for even spacing from start to 0
+    "leading": _may_stop(leading),
+    "linspace": _may_stop(linspace),
+    "shifted": _may_stop(shifted),
+    "beta": _may_stop(beta),
+    "karras": _may_stop(karras),
+    "exponential": _may_stop(exponential),
+    "log_snr": _may_stop(log_snr),
+    "align_your_steps": _may_stop(align_your_steps),
+    "lcm": _may_stop(lcm),
 }
 
 
@@ -239,6 +300,18 @@ def _end(schedule: Schedule, start: float, end: float | None) -> float:
     if end is not None and not 0 < end < start:
         raise UserError(f"end={end}: expected the time of the last network call, above 0 and below start={start}")
     return min(schedule.first, start / 2) if end is None else end
+
+
+def _between(
+    name: str, offset: int, steps: int, schedule: Schedule, start: float, end: float | None
+) -> tuple[float, float | None]:
+    """The times of the first and the last call: `start` and `end`, or those of an even spacing of the same steps."""
+    if name not in ("ends", "leading", "trailing"):
+        raise unknown("between", name, ("ends", "leading", "trailing"))
+    if name == "ends":
+        return start, end
+    even = leading(steps, schedule, start, offset) if name == "leading" else trailing(steps, schedule, start, whole=True)
+    return even[0], even[-2] if end is None and steps > 1 else end
 
 
 def _by_level(

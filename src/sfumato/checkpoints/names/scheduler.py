@@ -1,33 +1,123 @@
-"""diffusers' scheduler_config.json <-> our process: schedule, parameterization."""
+"""diffusers' scheduler_config.json <-> process, sampler and spacing.
 
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+`read_scheduler` takes a config apart: what the weights were trained for (`scheduler_process.py`, strict), and how a run goes
+(`scheduler_runs.py`, a choice: what is not here is replaced by what is nearest, and said). `write_scheduler` is its inverse by search: it goes
+through the classes and the values that their fields can have, and takes the first that reads as the same. Where none does, the nearest
+config that diffusers opens with the same process is written, with a note for us ("_sfumato") of the sampler and the spacing.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
-from sfumato.diffuse.parameterization import edm, parameterization
+from sfumato.checkpoints.names.scheduler_fields import CLASSES, EDM_CLASSES, OWN_CLASS, TABLE_CLASSES, read_fields
+from sfumato.checkpoints.names.scheduler_process import (
+    KINDS,
+    TYPES,
+    edm_fields,
+    flow_shift,
+    own_fields,
+    own_process,
+    process_of,
+    table_fields,
+)
+from sfumato.checkpoints.names.scheduler_runs import Way, way_of
+from sfumato.checkpoints.names.scheduler_times import DynamicShift, canonical, sampler_word, spacing_word
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.rescale import Shifted, ZeroTerminalSNR
-from sfumato.diffuse.schedule import EDM, BetaTable, RectifiedFlow, VarianceExploding, VariancePreserving, schedule, table
-from sfumato.errors import UserError, unknown
+from sfumato.diffuse.rescale import ZeroTerminalSNR
+from sfumato.errors import UserError
+from sfumato.registry import choice
 
-_KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
-_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-_TABLE_CLASSES = ("DDIMScheduler", "DDPMScheduler")
+log = logging.getLogger("sfumato")
+
 _FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
-_OWN_CLASS = "SfumatoProcess"
+# Pipelines that give FlowMatchEuler even times down to one step from 0; Stable Diffusion 3's and others leave them to the scheduler.
+_EVEN_PIPELINES = ("Flux", "QwenImage", "Chroma", "Lumina2", "ZImage", "Bria", "OvisImage", "VisualCloze", "LTX")
 
-# Fields that decide the process, which we read.
-_READ = {"num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type", "trained_betas", "rescale_betas_zero_snr"}
-# Fields that we stand for with one value only: (diffusers' default, ours).
-_TABLE_FIXED: dict[str, tuple[Any, Any]] = {"thresholding": (False, False)}
-_TABLE_FIXED |= {"clip_sample": (True, False)}  # latents have no bounds
-_FLOW_FIXED = {"num_train_timesteps": (1000, 1000), "shift_terminal": (None, None), "invert_sigmas": (False, False)}
-_FLOW_FIXED |= {f"use_{k}": (False, False) for k in ("dynamic_shifting", "karras_sigmas", "exponential_sigmas", "beta_sigmas")}
-# Fields that say how a run is sampled, which is asked for elsewhere, or that only matter beside a value refused above.
-_TABLE_FREE = {"timestep_spacing", "steps_offset", "set_alpha_to_one", "variance_type", "skip_prk_steps"}
-_TABLE_FREE |= {"clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"}
-_FLOW_READ = {"shift"}
-_FLOW_FREE = {"stochastic_sampling", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"}
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a scheduler config says: the process that the weights were trained for, and the run that it stands for.
+
+    sampler, spacing: words for `generate`, as "dpmpp_2m" and "leading:offset=1". dynamic: where the spacing follows the image's size;
+    `spacing` is then that of the largest. notes: what is done otherwise than the config says, a sentence each.
+    """
+
+    process: Process
+    sampler: str
+    spacing: str
+    dynamic: DynamicShift | None = None
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    def spacing_for(self, tokens: int) -> str:
+        """The spacing for an image of so many tokens (FLUX: 2x2 latent cells are one)."""
+        return self.spacing if self.dynamic is None else self.dynamic.spacing(tokens)
+
+
+def gives_even_times(pipeline: str) -> bool:
+    """Whether a pipeline (the `_class_name` of model_index.json) gives a flow's scheduler its own even times: `even` below."""
+    return pipeline.startswith(_EVEN_PIPELINES)
+
+
+def read_scheduler(values: Mapping[str, Any], even: bool | None = None, strict: bool = False) -> Recipe:
+    """The recipe of a scheduler config.
+
+    even: whether the model's pipeline gives a flow's scheduler its own even times (`gives_even_times`); None: where its shift is dynamic.
+    strict: whether a sampler or an option that is not here is a `UserError`. Otherwise the nearest is taken, and the logger "sfumato" warns.
+    A process that is not here, a field that is not known and a value of the wrong kind are always a `UserError`.
+    """
+    recipe = _read(values, even)
+    for note in recipe.notes:
+        if strict:
+            raise UserError(f"{values.get('_class_name')}: {note}")
+        log.warning("%s: %s", values.get("_class_name"), note)
+    return recipe
+
+
+def from_scheduler_config(values: Mapping[str, Any]) -> Process:
+    """The process of a scheduler config alone: how it samples is not asked, and not warned about."""
+    return _read(values, None).process
+
+
+def _read(values: Mapping[str, Any], even: bool | None) -> Recipe:
+    if not isinstance(values, Mapping):
+        raise UserError(f"scheduler config {values!r}: expected a JSON object")
+    notes = values.get("_sfumato")
+    notes = notes if isinstance(notes, Mapping) else {}
+    if values.get("_class_name") == OWN_CLASS:
+        way = Way(sampler_word("ddim"), spacing_word("trailing"))
+        return _recipe(_own(values), _noted(way, notes))
+    name, fields = read_fields(values)
+    even = notes.get("even") if even is None and isinstance(notes.get("even"), bool) else even
+    return _recipe(process_of(name, fields), _noted(way_of(name, fields, even), notes))
+
+
+def _recipe(process: Process, way: Way) -> Recipe:
+    return Recipe(process, way.sampler, way.spacing, way.dynamic, way.notes)
+
+
+def _own(values: Mapping[str, Any]) -> Process:
+    try:
+        return own_process(values)
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"scheduler config of {OWN_CLASS} has a value of the wrong kind: {error}") from error
+
+
+def _noted(way: Way, notes: Mapping[str, Any]) -> Way:
+    """The run of our note, if it was written beside these fields: who changes them afterwards wants what they say."""
+    if notes.get("instead_of") != [way.sampler, way.spacing]:
+        return way
+    sampler, spacing = notes.get("sampler"), notes.get("spacing")
+    if not isinstance(sampler, str) or not isinstance(spacing, str):
+        raise UserError(f"scheduler config _sfumato: sampler={sampler!r}, spacing={spacing!r}: expected two words")
+    return Way(canonical(sampler, sampler_word), canonical(spacing, spacing_word), way.dynamic)
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------------
 
 
 def to_scheduler_config(process: Process) -> dict[str, Any]:
@@ -35,110 +125,134 @@ def to_scheduler_config(process: Process) -> dict[str, Any]:
 
     Where the ecosystem has none (continuous VP, VE, EDM, ...) a config of our own, "SfumatoProcess", which only sfumato opens.
     """
-    table, kind = process.schedule, process.parameterization.name
-    shift, flow = (table.shift, table.base) if isinstance(table, Shifted) else (1.0, table)
-    if isinstance(flow, RectifiedFlow) and kind == "flow":
+    shift, values = flow_shift(process), table_fields(process)
+    if shift is not None and process.parameterization.name == "flow":
         return {"_class_name": _FLOW_CLASS, "num_train_timesteps": 1000, "shift": shift}
-    zero = isinstance(table, ZeroTerminalSNR) and table.last == 0
-    table = table.base if isinstance(table, ZeroTerminalSNR) and zero else table
-    if not isinstance(table, BetaTable) or table.kind not in (*_KINDS, "table") or kind not in _TYPES:
-        return _own_config(process)
-    values = {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": len(table.betas),
-        "beta_schedule": _KINDS.get(table.kind, "linear"),
-        "beta_start": table.beta_start,
-        "beta_end": table.beta_end,
-        "prediction_type": _TYPES[kind],
-        "timestep_spacing": "trailing",
-        "clip_sample": False,
-        "steps_offset": 0,
-    }
-    if table.kind == "table":
-        values["trained_betas"] = list(table.betas)
-    if zero:
-        values["rescale_betas_zero_snr"] = True
-    if table.kind == "sigmoid":  # DDIMScheduler has no such schedule
-        return values | {"_class_name": "DDPMScheduler"}
-    return values | {"set_alpha_to_one": True}
+    if values is None or (isinstance(process.schedule, ZeroTerminalSNR) and process.schedule.last > 0):
+        return own_fields(process)
+    rest = {"timestep_spacing": "trailing", "clip_sample": False, "steps_offset": 0}
+    zero = {k: values.pop(k) for k in ("trained_betas", "rescale_betas_zero_snr") if k in values}
+    if values["beta_schedule"] == KINDS["sigmoid"]:  # DDIMScheduler has no such schedule
+        return {"_class_name": "DDPMScheduler", **values, **rest, **zero}
+    return {"_class_name": "DDIMScheduler", **values, **rest, **zero, "set_alpha_to_one": True}
 
 
-def _own_config(process: Process) -> dict[str, Any]:
-    """Schedule and parameterization by their own names and numbers."""
+def write_scheduler(process: Process, sampler: str, spacing: str, dynamic: DynamicShift | None = None) -> dict[str, Any]:
+    """A config with which diffusers' class makes the same run as `sampler` and `spacing` here, if it has one.
 
-    def described(chosen: Any) -> dict[str, Any]:
-        values: dict[str, Any] = {"class": type(chosen).__name__}
-        for field in fields(chosen):
-            value = getattr(chosen, field.name)
-            values[field.name] = described(value) if is_dataclass(value) else value
-        return values
-
-    parameter = process.parameterization
-    sigma_data = {} if parameter.name != "edm" else {"sigma_data": parameter.row.sigma_data}  # pyright: ignore[reportFunctionMemberAccess]
-    return {"_class_name": _OWN_CLASS, "schedule": described(process.schedule), "parameterization": parameter.name, **sigma_data}
-
-
-def _own_process(values: Mapping[str, Any]) -> Process:
-    """The inverse; `UserError` for what it does not know."""
-    classes: dict[str, Any] = {
-        c.__name__: c for c in (BetaTable, RectifiedFlow, VariancePreserving, VarianceExploding, EDM, ZeroTerminalSNR, Shifted)
-    }
-
-    def built(described: Any) -> Any:
-        if not isinstance(described, Mapping) or described.get("class") not in classes:
-            raise UserError(f"scheduler config schedule {described!r}: expected a class of {', '.join(classes)} with its numbers")
-        chosen = classes[described["class"]]
-        known = {field.name for field in fields(chosen)}
-        given = {key: value for key, value in described.items() if key != "class"}
-        if not given.keys() <= known:
-            raise unknown(f"number of schedule {chosen.__name__}", min(given.keys() - known), known)
-        return chosen(**{k: built(v) if k == "base" else tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-
-    name, rest = values.get("parameterization", ""), values.keys() - {"_class_name", "schedule", "parameterization", "sigma_data"}
-    if rest:
-        raise UserError(f"scheduler config field {min(rest)!r} is not known: it might change the result, so it is refused")
-    return Process(built(values.get("schedule")), edm(values["sigma_data"]) if "sigma_data" in values else parameterization(name))
+    Otherwise one with the same process, if it has that, and a note of the run that only sfumato reads. `dynamic`: of a `Recipe`.
+    `read_scheduler` gives back what was written, in any case.
+    """
+    wanted = Recipe(process, canonical(sampler, sampler_word), canonical(spacing, spacing_word), dynamic)
+    known = list(_classes(process, dynamic))
+    found = next((values for name, base in known if (values := _search(name, base, wanted))), None)
+    if found is None:
+        found = to_scheduler_config(process)
+        if found["_class_name"] == OWN_CLASS and known:  # a class that has the process at least
+            name, base = known[0]
+            found = {"_class_name": name, **base}
+    if dynamic is not None and not dynamic.even:
+        found["_sfumato"] = {"even": False}
+    read = _read(found, None)
+    if read != wanted:
+        run = {"sampler": wanted.sampler, "spacing": wanted.spacing, "instead_of": [read.sampler, read.spacing]}
+        found["_sfumato"] = found.get("_sfumato", {}) | run
+    return found
 
 
-def _check(values: Mapping[str, Any], fixed: Mapping[str, tuple[Any, Any]], free: set[str]) -> None:
-    """`UserError` for a field that would change the result and that we do not honour."""
-    for field, (default, ours) in fixed.items():
-        if values.get(field, default) != ours:
-            given = f"{field}={values[field]!r}" if field in values else f"without {field}, whose default is {default!r},"
-            raise UserError(f"scheduler config {given} is not supported: expected {field}={ours!r}")
-    for field in sorted(values.keys() - fixed.keys() - free):
-        if not field.startswith("_"):
-            raise UserError(f"scheduler config field {field}={values[field]!r} is not known: it might change the result, so it is refused")
+def _classes(process: Process, dynamic: DynamicShift | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Classes that have a process, each with the fields that say so."""
+    shift, kind = flow_shift(process), process.parameterization.name
+    if shift is not None and kind in ("flow", "x0"):
+        if kind == "flow":
+            for name in ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"):
+                sizes = _dynamic_fields(dynamic) if dynamic and name == _FLOW_CLASS else {}
+                if dynamic is None or sizes:
+                    yield name, {"num_train_timesteps": 1000, "shift": shift, **sizes}
+        flow = {"prediction_type": "flow_prediction" if kind == "flow" else "sample", "use_flow_sigmas": True, "flow_shift": shift}
+        yield from ((name, flow) for name, known in TABLE_CLASSES.items() if "use_flow_sigmas" in known and dynamic is None)
+    if (levels := edm_fields(process)) is not None:
+        yield from ((name, levels) for name in EDM_CLASSES)
+    if (values := table_fields(process)) is None:
+        return
+    for name, known in TABLE_CLASSES.items():
+        able = values["beta_schedule"] != KINDS["sigmoid"] or name == "DDPMScheduler"
+        able &= kind != "x0" or name not in _NO_SAMPLE
+        fields = {k: v for k, v in values.items() if k in known} | ({"clip_sample": False} if "clip_sample" in known else {})
+        if able and process_of(name, known | fields) == process:
+            yield name, fields
 
 
-def from_scheduler_config(values: dict[str, Any]) -> Process:
-    """The process that a scheduler config stands for; a class or a field that we would not honour is a `UserError`."""
-    name = values.get("_class_name")
-    if name == _OWN_CLASS:
-        return _own_process(values)
-    if name == _FLOW_CLASS:
-        _check(values, _FLOW_FIXED, _FLOW_FREE | _FLOW_READ)
-        shift = values.get("shift", 1.0)
-        return Process(schedule("flow") if shift == 1 else Shifted(schedule("flow"), shift), parameterization("flow"))
-    if name not in _TABLE_CLASSES:
-        raise UserError(f"scheduler class {name!r} is not supported: expected one of {', '.join((*_TABLE_CLASSES, _FLOW_CLASS))}")
-    _check(values, _TABLE_FIXED, _TABLE_FREE | _READ)
-    kinds, types = {v: k for k, v in _KINDS.items()}, {v: k for k, v in _TYPES.items()}
-    kind, prediction = values.get("beta_schedule", "linear"), values.get("prediction_type", "epsilon")
-    if kind not in kinds or prediction not in types:
-        raise UserError(
-            f"scheduler config beta_schedule={kind!r}, prediction_type={prediction!r}: expected one of {sorted(kinds)} and {sorted(types)}"
-        )
-    betas, zero = values.get("trained_betas"), values.get("rescale_betas_zero_snr", False)
-    steps = values.get("num_train_timesteps", 1000)
-    if not isinstance(steps, int) or not isinstance(zero, bool) or (betas is not None and len(betas) != steps):
-        raise UserError(
-            f"scheduler config num_train_timesteps={steps!r}, rescale_betas_zero_snr={zero!r}, {0 if betas is None else len(betas)} trained_betas: "
-            "expected a whole number, true or false, and as many betas"
-        )
-    if betas is not None:
-        chosen = table(betas)
-        return Process(ZeroTerminalSNR(chosen) if zero else chosen, parameterization(types[prediction]))
-    ends = {} if kind == "squaredcos_cap_v2" else {"start": values.get("beta_start", 0.0001), "end": values.get("beta_end", 0.02)}
-    chosen = schedule(kinds[kind], steps=steps, **ends)
-    return Process(ZeroTerminalSNR(chosen) if zero else chosen, parameterization(types[prediction]))
+_NO_SAMPLE = ("PNDMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
+_NO_SAMPLE += ("DPMSolverSDEScheduler",)
+"""Classes that do not know prediction_type "sample"."""
+
+
+def _dynamic_fields(dynamic: DynamicShift) -> dict[str, Any]:
+    (low, base), (high, top) = dynamic.base, dynamic.top
+    values = {"use_dynamic_shifting": True, "base_image_seq_len": low, "base_shift": base, "max_image_seq_len": high, "max_shift": top}
+    values["time_shift_type"] = "exponential" if dynamic.exponential else "linear"
+    return values | ({"shift_terminal": dynamic.terminal} if dynamic.terminal else {})
+
+
+def _search(name: str, base: Mapping[str, Any], wanted: Recipe) -> dict[str, Any] | None:
+    """The fields with which a class makes the run: first those of the times, then those of the solver. None: there are none."""
+    known = CLASSES[name] | base
+    for times in _choices(known, _time_values(wanted.spacing)):
+        if way_of(name, known | times).spacing != wanted.spacing:
+            continue
+        for solver in _choices(known, _solver_values(wanted.sampler)):
+            try:
+                way = way_of(name, known | times | solver)
+            except UserError:  # an order that the class does not go up to
+                continue
+            if (way.sampler, way.spacing, way.dynamic, way.notes) == (wanted.sampler, wanted.spacing, wanted.dynamic, ()):
+                return {"_class_name": name, **base, **times, **solver}
+    return None
+
+
+def _choices(known: Mapping[str, Any], values: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """All ways to choose one of each list, of fields that the class has."""
+    lists = [[option for option in options if option.keys() <= known.keys()] for options in values]
+    for chosen in product(*(options for options in lists if options)):
+        yield {key: value for part in chosen for key, value in part.items()}
+
+
+def _each(key: str, *values: Any) -> list[dict[str, Any]]:
+    return [{key: value} for value in values]
+
+
+def _time_values(spacing: str) -> list[list[dict[str, Any]]]:
+    """What the fields of times can be, for a spacing: the plain first."""
+    options = choice(spacing)[1]
+    levels = [{}, *(_each(f"use_{kind}_sigmas", True)[0] for kind in ("karras", "exponential", "beta"))]
+    return [
+        _each("timestep_spacing", "leading", "trailing", "linspace"),
+        _each("steps_offset", *dict.fromkeys((options.get("offset", 0), 0))),
+        [*levels, {"use_lu_lambdas": True}],
+        _each("final_sigmas_type", "zero", "sigma_min"),
+        _each("set_alpha_to_one", True, False),
+        _each("original_inference_steps", options.get("original", 50)),
+        _each("sigma_schedule", "karras", "exponential"),
+        _each("rho", float(options.get("rho", 7.0))),
+    ]
+
+
+def _solver_values(sampler: str) -> list[list[dict[str, Any]]]:
+    """What the fields of a solver can be."""
+    name, options = choice(sampler)
+    order = 1 if name in ("ddim", "ddpm") else 3 if "3m" in name else options.get("order", 2)
+    return [
+        _each("skip_prk_steps", True, False),
+        _each("variance_type", "fixed_small", "fixed_large"),
+        _each("algorithm_type", "dpmsolver++", "sde-dpmsolver++"),
+        _each("solver_order", order),
+        _each("solver_type", "midpoint", "heun", "bh2", "bh1", "logrho"),
+        _each("lower_order_final", True, False),
+        _each("disable_corrector", [], list(range(1000))),
+        _each("timestep_scaling", float(options.get("scaling", 10.0))),
+        _each("stochastic_sampling", False, True),
+    ]
+
+
+__all__ = ["TYPES", "DynamicShift", "Recipe", "from_scheduler_config", "gives_even_times", "read_scheduler", "to_scheduler_config", "write_scheduler"]
