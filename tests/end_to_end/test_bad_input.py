@@ -209,7 +209,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "scheduler that cannot be solved": (
         content(SCHEDULER, lambda b: b'{"_class_name": "DDIMScheduler", "clip_sample": false, "beta_start": 2.0, "beta_end": 3.0}'),
-        "scheduler_config.json has a value of the wrong kind",
+        "beta_start=2.0, beta_end=3.0: expected numbers between 0 and 1",
     ),
 }
 

@@ -9,9 +9,8 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +118,13 @@ def times_of(recipe: Recipe, steps: int, tokens: int | None = None) -> list[floa
     return timesteps(name, steps, recipe.process.schedule, **options)
 
 
-def our_run(recipe: Recipe, times: list[float], start: Tensor) -> Tensor:
+def our_run(recipe: Recipe, times: list[float], start: Tensor, told: list[float] | None = None) -> Tensor:
+    """The end of a run here; the network is told the timesteps `told` where they are given."""
     sampler, options = sampler_of(recipe.sampler)
-    noise, y, process = draws(), network(recipe.process), recipe.process
+    noise, y, process, known = draws(), network(recipe.process), recipe.process, iter(told or ())
 
     def denoise(x: Tensor, t: float) -> Any:
-        timestep = float(process.schedule.timestep(torch.tensor(t, dtype=DOUBLE)))
+        timestep = float(process.schedule.timestep(torch.tensor(t, dtype=DOUBLE))) if told is None else next(known)
         return process.split(x, y(process.network_input(x, t), timestep), t)
 
     run = sampler(start, times, process.schedule, lambda: next(noise), **options)
@@ -141,15 +141,451 @@ def their_run(scheduler: Any, process: Process, start: Tensor) -> Tensor:
     return x
 
 
-def apart(made: Any, values: dict[str, Any], steps: int, spaced: dict[str, Any] | None = None, recipe: Recipe | None = None) -> float:
-    """How far the two ends are from each other, relative to their size; both begin at the same x."""
-    recipe = recipe or read_scheduler(values)
+def apart(made: Any, values: Mapping[str, Any], steps: int, told: bool = False, even: bool | None = None, **spaced: Any) -> float:
+    """How far the two ends are from each other, relative to their size; both begin at the same x.
+
+    told: our network is told the (whole) timesteps that theirs is. spaced: what their `set_timesteps` is given besides the steps.
+    """
+    recipe = read_scheduler(values, even)
     scheduler = made.from_config(values)
-    scheduler.set_timesteps(**(spaced or {"num_inference_steps": steps}))
+    scheduler.set_timesteps(**(spaced if "sigmas" in spaced else {"num_inference_steps": steps} | spaced))
     times = times_of(recipe, steps)
     first, last, start = recipe.process.schedule.point(times[0]), recipe.process.schedule.point(times[-1]), next(draws(9))
     start = start * math.hypot(*first)
     scaled = made.__name__.startswith(SCALED)
     theirs = their_run(scheduler, recipe.process, start / first[0] if scaled else start) * (last[0] if scaled else 1)
-    ours = our_run(recipe, times, start)
+    ours = our_run(recipe, times, start, scheduler.timesteps.tolist() if told else None)
     return float((ours - theirs).norm() / theirs.norm())
+
+
+# ---- the same run from the same config -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A class and its fields; `within`: how far apart the ends may be, with the reason where that is more than rounding."""
+
+    name: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    told: bool = False
+    within: float = 1e-9
+    why: str = ""
+    steps: tuple[int, ...] = (7, 20)
+
+    def __str__(self) -> str:
+        return f"{self.name}-" + ",".join(f"{key}={value}" for key, value in self.fields.items())
+
+    @property
+    def config(self) -> dict[str, Any]:
+        name = self.name + "Scheduler"
+        table = {} if name in FLOW_CLASSES or name.startswith("EDM") or self.fields.get("use_flow_sigmas") else SD
+        clip = {"clip_sample": False} if "clip_sample" in CLASSES[name] else {}
+        return {"_class_name": name, **table, **clip, **self.fields}
+
+
+TRAILING, LINSPACE = {"timestep_spacing": "trailing"}, {"timestep_spacing": "linspace"}
+LEADING, LEADING_0 = {"timestep_spacing": "leading", "steps_offset": 1}, {"timestep_spacing": "leading"}
+SPACINGS: list[dict[str, Any]] = [TRAILING, LEADING, LEADING_0, LINSPACE]
+LEVELS: list[dict[str, Any]] = [{"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True}]
+V: dict[str, Any] = {"prediction_type": "v_prediction"}
+X0: dict[str, Any] = {"prediction_type": "sample"}
+TO_NOISE: dict[str, Any] = {"final_sigmas_type": "sigma_min"}
+ZERO: dict[str, Any] = {"rescale_betas_zero_snr": True, **V, **TRAILING}
+SDE: dict[str, Any] = {"algorithm_type": "sde-dpmsolver++"}
+FLOW: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+MULTISTEP: list[tuple[str, dict[str, Any]]] = [
+    ("DPMSolverMultistep", {}),
+    ("DPMSolverMultistep", {"solver_order": 1}),
+    ("DPMSolverMultistep", {"solver_order": 3}),
+    ("DPMSolverMultistep", {"solver_order": 3, "solver_type": "heun", "lower_order_final": False}),
+    ("DPMSolverMultistep", {"solver_type": "heun"}),
+    ("DPMSolverMultistep", SDE),
+    ("DPMSolverMultistep", SDE | {"solver_order": 1}),
+    ("DPMSolverMultistep", SDE | {"solver_type": "heun"}),
+    ("DPMSolverMultistep", TO_NOISE),
+    ("UniPCMultistep", {}),
+    ("UniPCMultistep", {"solver_order": 3}),
+    ("UniPCMultistep", {"disable_corrector": list(range(20))}),
+    ("DEISMultistep", {}),
+    ("DEISMultistep", {"solver_order": 3, "lower_order_final": False}),
+]
+OLD_LEVELS = ("EulerDiscrete", "HeunDiscrete", "LMSDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE")
+SIGMA = {"within": 5e-6, "why": "between timesteps their sigma is linear, ours in log-SNR"}
+NEAR = {"within": 3e-4, "why": "their table is put to 2^-24 at its end, ours drawn out to it"}
+LATE = {"within": 4e-3, "why": "their flows begin at 0.999"}
+CASES: list[Case] = [
+    *(Case("DDIM", s | p) for s in (LEADING, LEADING_0) for p in ({}, V | {"set_alpha_to_one": False})),
+    *(Case("DDIM", TRAILING | p, steps=(5, 20)) for p in (V, X0, ZERO, V | {"set_alpha_to_one": False})),
+    *(Case("DDPM", s | p) for s, p in zip(SPACINGS, ({}, V, X0, V), strict=True)),
+    Case("DDPM", LINSPACE | {"variance_type": "fixed_large"}),
+    Case("DDPM", {"beta_schedule": "sigmoid", "beta_start": 0.0001, "beta_end": 0.02, **LEADING}),
+    *(Case("PNDM", s | {"skip_prk_steps": skip}) for s in (LEADING, LEADING_0) for skip in (True, False)),
+    Case("PNDM", LEADING | {"skip_prk_steps": True, "set_alpha_to_one": True}),
+    *(
+        Case(name, s | p, **(SIGMA if s is LINSPACE else {}))
+        for name in (*OLD_LEVELS, "EulerAncestralDiscrete")
+        for s, p in zip(SPACINGS, ({}, V, {}, V), strict=True)
+    ),
+    *(
+        Case(name, s | level, told=name.startswith("KDPM2"))
+        for name in OLD_LEVELS
+        for i, level in enumerate(LEVELS)
+        for s in ((SPACINGS[i], LINSPACE) if name == "EulerDiscrete" else (SPACINGS[i],))
+    ),
+    *(Case("EulerDiscrete", s | TO_NOISE) for s in (TRAILING, LEADING)),
+    *(Case(name, ZERO, **NEAR) for name in ("EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "UniPCMultistep")),
+    *(Case("EulerDiscrete", V | LEVELS[0] | {"timestep_type": "continuous"} | s) for s in ({}, {"sigma_min": 0.002, "sigma_max": 700.0})),
+    *(Case(name, s | more) for i, (name, more) in enumerate(MULTISTEP) for s in (SPACINGS if not more else SPACINGS[i % 4 :][:1])),
+    *(Case(name, x | more, told=True) for i, (name, more) in enumerate(MULTISTEP) for x in (LEVELS if not more else LEVELS[i % 3 :][:1])),
+    *(
+        Case("DPMSolverMultistep", s | TO_NOISE | more)
+        for s in (TRAILING, LEADING)
+        for more in ({"euler_at_final": True}, {"lower_order_final": False}, {"solver_order": 3})
+    ),
+    Case("UniPCMultistep", TRAILING | TO_NOISE | {"solver_type": "bh1"}),
+    Case("DPMSolverMultistep", {"use_lu_lambdas": True}, told=True),
+    Case("DPMSolverSinglestep", {"solver_order": 1}),
+    *(Case("DPMSolverMultistep", FLOW | {"solver_order": k}, told=True, **LATE) for k in (1, 2, 3)),
+    *(Case("UniPCMultistep", FLOW | {"solver_order": k}, told=True, within=1e-3, why="theirs begins at 1 - 1e-6") for k in (1, 2, 3)),
+    *(Case("LCM", more, steps=(1, 4, 8)) for more in ({}, V | {"original_inference_steps": 25}, {"timestep_scaling": 5.0})),
+    *(Case("TCD", more, steps=(1, 4, 8)) for more in ({}, V)),
+    *(
+        Case(name, more)
+        for name in ("EDMEuler", "EDMDPMSolverMultistep")
+        for more in ({}, V | {"sigma_data": 1.0, "sigma_max": 120.0}, {"sigma_schedule": "exponential"}, {"rho": 5.0})
+    ),
+    Case("EDMEuler", TO_NOISE),
+    *(Case("EDMDPMSolverMultistep", more) for more in ({"solver_order": 3}, {"solver_order": 1}, SDE)),
+    *(
+        Case(name, shift | level)
+        for name in ("FlowMatchEulerDiscrete", "FlowMatchLCM")
+        for shift in ({}, {"shift": 3.0})
+        for level in ({}, *LEVELS)
+    ),
+    Case("FlowMatchEulerDiscrete", {"stochastic_sampling": True, "shift": 3.0}),
+    *(Case("FlowMatchHeunDiscrete", shift) for shift in ({}, {"shift": 3.0})),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_theirs_and_ours_end_alike(case: Case, double: Callable[[str], Any]) -> None:
+    assert not read_scheduler(case.config, strict=True).notes
+    for steps in case.steps:
+        assert apart(double(case.name + "Scheduler"), case.config, steps, case.told) < case.within, case.why
+
+
+DIFFERENT: list[tuple[Case, str]] = [
+    (Case("DDIM", LINSPACE), "they step by a fixed stride whatever the spacing"),
+    (Case("PNDM", TRAILING | {"skip_prk_steps": True}, steps=(7,)), "they step by a fixed stride whatever the spacing"),
+    (Case("PNDM", V | LEADING | {"skip_prk_steps": True}), "they read means of v at one point"),
+    (Case("DDPM", LEADING | {"variance_type": "fixed_large"}), "they leave noise at the end"),
+    (Case("DPMSolverMultistep", SDE | {"solver_order": 3}), "their third order has a sign wrong"),
+    (
+        Case("DPMSolverMultistep", LEVELS[0] | TO_NOISE | {"solver_order": 3}, steps=(7,)),
+        "their last step has no length, and lowers the one before",
+    ),
+]
+
+
+@pytest.mark.parametrize(("case", "why"), DIFFERENT, ids=lambda value: str(value)[:60])
+def test_where_ours_is_chosen(case: Case, why: str, double: Callable[[str], Any]) -> None:
+    """Defects of theirs that are not copied: this fails when they are mended, or when ours moves without a word."""
+    assert not read_scheduler(case.config, strict=True).notes
+    assert all(1e-4 < apart(double(case.name + "Scheduler"), case.config, steps) < 1 for steps in case.steps), why
+
+
+SIZES: list[tuple[int, dict[str, Any]]] = [
+    (256, {}),
+    (4096, {}),
+    (1024, {"max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}),  # Qwen-Image's
+    (2000, {"time_shift_type": "linear", "base_shift": 1.5, "max_shift": 3.0}),
+]
+
+
+@pytest.mark.parametrize(("tokens", "more"), SIZES)
+@pytest.mark.parametrize("even", [True, False])
+def test_a_flow_shifted_by_the_images_size(even: bool, tokens: int, more: dict[str, Any], double: Callable[[str], Any]) -> None:
+    """Even times as FLUX's pipelines give them, and the scheduler's own. mu is what the pipelines compute of the config's four numbers."""
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, **more}
+    recipe, values = read_scheduler(config, even), CLASSES["FlowMatchEulerDiscreteScheduler"] | more
+    low, high = values["base_image_seq_len"], values["max_image_seq_len"]
+    mu = values["base_shift"] + (values["max_shift"] - values["base_shift"]) * (tokens - low) / (high - low)
+    for steps in (1, 7, 20):
+        scheduler = double("FlowMatchEulerDiscreteScheduler").from_config(config)
+        if steps == 1 and more.get("shift_terminal"):
+            continue  # theirs stretches the only time, from which nothing can begin
+        spaced = {"sigmas": np.linspace(1, 1 / steps, steps)} if even else {"num_inference_steps": steps}
+        scheduler.set_timesteps(mu=mu, **spaced)
+        np.testing.assert_allclose(times_of(recipe, steps, tokens), scheduler.sigmas, atol=1e-9)
+    assert recipe.dynamic is not None and recipe.spacing == recipe.spacing_for(high)
+    start = next(draws(9))
+    theirs = their_run(scheduler, recipe.process, start)
+    ours = our_run(recipe, times_of(recipe, 20, tokens), start)
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-9
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_even_times_of_a_flow(shift: float, double: Callable[[str], Any]) -> None:
+    """FLUX.1-schnell: no dynamic shift, and its pipeline gives even times."""
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift}
+    assert read_scheduler(config, even=True).spacing == "trailing" != read_scheduler(config).spacing
+    for steps in (4, 20):
+        assert apart(double("FlowMatchEulerDiscreteScheduler"), config, steps, even=True, sigmas=np.linspace(1, 1 / steps, steps)) < 1e-9
+    assert gives_even_times("FluxPipeline") and gives_even_times("QwenImagePipeline") and not gives_even_times("StableDiffusion3Pipeline")
+
+
+# ---- published families -----------------------------------------------------------------------------------------------------
+
+WAYS = {
+    "sd1": ("plms", "leading:clean=false,offset=1", "eps"),
+    "sd2-base": ("plms", "leading:clean=false,offset=1", "eps"),
+    "sd2": ("ddim", "leading:clean=false,offset=1", "v"),
+    "sdxl": ("euler", "leading:offset=1", "eps"),
+    "sdxl-refiner": ("euler", "leading:offset=1", "eps"),
+    "sdxl-turbo": ("euler_ancestral", "trailing:whole=true", "eps"),
+    "sd-turbo": ("euler_ancestral", "trailing:whole=true", "eps"),
+    "x4-upscaler": ("ddim", "leading:clean=false,offset=1", "v"),
+    "x4-upscaler-low-res": ("ddpm", "leading", "eps"),
+    "lcm": ("lcm", "lcm", "eps"),
+    "sd3": ("euler", "linspace:end=0.0029940119760479044", "flow"),
+    "sd3.5": ("euler", "linspace:end=0.0029940119760479044", "flow"),
+    "flux-dev": ("euler", f"shifted:shift={math.exp(1.15)}", "flow"),
+    "flux-schnell": ("euler", "linspace", "flow"),
+    "cosxl": ("euler", "exponential", "edm_v"),
+    "playground-v2.5": ("dpmpp_2m", "karras", "edm"),
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_published_families(family: str, double: Callable[[str], Any]) -> None:
+    """Each is read as expected, accepted as a model's defaults, and ends where diffusers' scheduler does."""
+    config = PUBLISHED[family]
+    recipe = read_scheduler(config)
+    assert (recipe.sampler, recipe.spacing, recipe.process.parameterization.name) == WAYS[family]
+    assert bool(recipe.notes) == (family == "x4-upscaler-low-res")  # clip_sample, in a scheduler that only adds noise
+    Defaults(sampler=recipe.sampler, spacing=recipe.spacing)
+    config = {**config, "clip_sample": False} if "clip_sample" in config else config
+    for steps in {"lcm": (4, 8), "sdxl-turbo": (1, 4), "sd-turbo": (1, 4)}.get(family, (7, 20)):
+        spaced = {"mu": 1.15, "sigmas": np.linspace(1, 1 / steps, steps)} if family == "flux-dev" else {}
+        assert apart(double(config["_class_name"]), config, steps, **spaced) < 1e-9
+
+
+# ---- back -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_is_read_is_written_so_that_theirs_makes_the_same_run(case: Case, double: Callable[[str], Any]) -> None:
+    """Their class built from what we write has the same times and levels as from the config that we read, and we read the same again."""
+    recipe = read_scheduler(case.config)
+    written = json.loads(json.dumps(write_scheduler(recipe.process, recipe.sampler, recipe.spacing, recipe.dynamic)))
+    assert read_scheduler(written, strict=True) == recipe and "_sfumato" not in written
+    strides = written["_class_name"] == "DDIMScheduler" and not case.name.startswith("DDIM")  # see they_step_by_a_fixed_stride
+    for steps in (5,) if strides else case.steps[:1]:
+        results = []
+        for values in (case.config, written):
+            scheduler = double(values["_class_name"]).from_config(values)
+            scheduler.set_timesteps(steps)
+            x = next(draws(9)) * (1 if case.name.startswith(SCALED) else math.hypot(*recipe.process.schedule.point(1.0)))
+            results.append((scheduler.timesteps, getattr(scheduler, "sigmas", None), their_run(scheduler, recipe.process, x)))
+        for once, again in zip(*results, strict=True):
+            assert once is None or again is None or torch.allclose(once.double(), again.double(), rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+NOT_THEIRS: list[tuple[Process, str, str]] = [
+    (Process(schedule("flow"), parameterization("flow")), "euler", "trailing"),
+    (Process(schedule("flow"), parameterization("flow")), "unipc", "karras:rho=5"),
+    (Process(schedule("flow"), parameterization("v")), "heun", "linspace"),
+    (Process(Shifted(schedule("flow"), 3.0), parameterization("flow")), "restart", "beta"),
+    (Process(schedule("cosine"), parameterization("v")), "edm:churn=10", "trailing"),
+    (Process(schedule("scaled_linear"), parameterization("eps")), "ddim:eta=0.5", "align_your_steps"),
+    (Process(schedule("sigmoid"), parameterization("x0")), "dpmpp_2m", "karras"),
+    (Process(ZeroTerminalSNR(schedule("scaled_linear")), parameterization("v")), "dpmpp_2m", "trailing"),
+    (Process(ZeroTerminalSNR(schedule("scaled_linear"), 2.0**-24), parameterization("v")), "restart", "trailing"),
+    (Process(schedule("vp"), parameterization("eps")), "dpmpp_3m", "log_snr"),
+    (Process(schedule("edm"), edm(0.5, flipped=True)), "edm", "karras"),
+    (Process(table(schedule("cosine", steps=30).betas), parameterization("x0")), "lms:order=2", "trailing"),
+]
+
+
+@pytest.mark.parametrize(("process", "sampler", "spacing"), NOT_THEIRS, ids=lambda value: value if isinstance(value, str) else "")
+def test_runs_that_diffusers_has_not_come_back_too(process: Process, sampler: str, spacing: str, tmp_path: Path) -> None:
+    """The process is in a class of theirs where there is one, and theirs opens it; the run is in a note of ours."""
+    written = write_scheduler(process, sampler, spacing)
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(written))
+    read = read_scheduler(json.loads((tmp_path / "scheduler_config.json").read_text()), strict=True)
+    assert read == Recipe(process, read.sampler, read.spacing) and "_sfumato" in written
+    assert sampler_of(read.sampler)[0] is sampler_of(sampler)[0]
+    assert {**spacing_of(spacing)[1]} == {key: value for key, value in spacing_of(read.spacing)[1].items()}
+    if written["_class_name"] == "SfumatoProcess":
+        return
+    theirs: Any = getattr(diffusers, written["_class_name"]).from_pretrained(tmp_path)
+    theirs.set_timesteps(5)
+    chosen = process.schedule
+    if isinstance(chosen, BetaTable):
+        betas = torch.tensor(chosen.betas)
+        torch.testing.assert_close(theirs.betas, betas, rtol=1e-4, atol=1e-7)
+
+
+def test_a_note_is_dropped_when_the_fields_beside_it_change() -> None:
+    """Who turns on Karras' levels, or another class, in a file that we wrote wants these."""
+    written = write_scheduler(Process(schedule("scaled_linear"), parameterization("eps")), "restart", "trailing")
+    assert read_scheduler(written).sampler == "restart"
+    assert read_scheduler({**written, "timestep_spacing": "leading"}).spacing == "leading"
+    assert read_scheduler({**written, "_class_name": "EulerDiscreteScheduler"}).sampler == "euler"
+
+
+@pytest.mark.parametrize("dynamic", [DynamicShift(), DynamicShift(even=False), DynamicShift((256, 0.5), (8192, 0.9), True, True, 0.02)])
+def test_dynamic_shifts_come_back(dynamic: DynamicShift) -> None:
+    process = Process(schedule("flow"), parameterization("flow"))
+    for sampler in ("euler", "heun", "consistency"):
+        recipe = Recipe(process, sampler, dynamic.spacing(dynamic.top[0]), dynamic)
+        assert read_scheduler(json.loads(json.dumps(write_scheduler(process, sampler, recipe.spacing, dynamic)))) == recipe
+    assert dynamic_shift(256) < dynamic_shift(4096)
+
+
+# ---- words and refusals ----------------------------------------------------------------------------------------------------
+
+
+def test_we_know_every_field_of_their_classes_with_its_default() -> None:
+    """A field or a default that theirs changes is seen here."""
+    for name, ours in CLASSES.items():
+        theirs = {k: p.default for k, p in inspect.signature(their_class(name).__init__).parameters.items() if k != "self"}
+        assert ours == theirs, name
+
+
+NOTED: list[tuple[str, dict[str, Any], str, str]] = [
+    ("DDIM", {"clip_sample": True}, "ddim", "clip_sample=True is for pixels"),
+    ("DPMSolverMultistep", {"thresholding": True}, "dpmpp_2m", "thresholding=True is for pixels"),
+    ("DPMSolverMultistep", {"algorithm_type": "dpmsolver", **TO_NOISE}, "dpmpp_2m:lower_below=15", "dpmsolver\\+\\+"),
+    ("DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver"}, "dpmpp_2m_sde", "sde-dpmsolver\\+\\+"),
+    ("DPMSolverMultistep", {"lambda_min_clipped": -5.1}, "dpmpp_2m", "lambda_min_clipped=-5.1"),
+    ("DPMSolverSinglestep", {}, "dpmpp_2s", "counts network calls"),
+    ("DPMSolverSinglestep", {"algorithm_type": "dpmsolver", "solver_order": 3}, "dpm_solver_3", "counts network calls"),
+    ("UniPCMultistep", {"predict_x0": False}, "unipc", "predict_x0=False"),
+    ("UniPCMultistep", {"disable_corrector": [3]}, "unipc:corrector=false", "disable_corrector"),
+    ("DDPM", {"variance_type": "learned_range"}, "ddpm", "learned_range"),
+    ("EulerDiscrete", {"interpolation_type": "log_linear"}, "euler", "log_linear"),
+    ("EulerDiscrete", {"sigma_max": 10.0, "use_karras_sigmas": True}, "euler", "sigma_max=10.0"),
+    ("FlowMatchLCM", {"scale_factors": [0.5]}, "consistency", "scale_factors"),
+    ("FlowMatchEulerDiscrete", {"shift_terminal": 0.1}, "euler", "shift_terminal=0.1"),
+    ("DEISMultistep", FLOW, "deis:lower_below=15,lower_order_final=false", "ends at t = 0"),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "sampler", "words"), NOTED)
+def test_what_is_done_otherwise_is_said(
+    name: str, fields: dict[str, Any], sampler: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning with the nearest; an error where that is asked for; nothing where only the process is."""
+    config = Case(name, fields).config
+    with caplog.at_level(logging.WARNING, "sfumato"):
+        assert from_scheduler_config(config) and not caplog.records
+        recipe = read_scheduler(config)
+    assert recipe.sampler == sampler and len(recipe.notes) == len(caplog.records) == 1
+    with pytest.raises(UserError, match=words):
+        read_scheduler(config, strict=True)
+    Defaults(sampler=recipe.sampler, spacing=recipe.spacing)
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("DDIM", {"prediction_type": "flow"}, "prediction_type='flow': expected one of"),
+    ("DDIM", {"prediction_type": "flow_prediction"}, "expected epsilon, sample or v_prediction"),
+    ("DDIM", {"beta_schedule": "laplace"}, "beta_schedule='laplace'"),
+    ("DDIM", {"beta_start": 2.0}, "between 0 and 1"),
+    ("DDIM", {"num_train_timesteps": 0}, "num_train_timesteps=0"),
+    ("DDIM", {"num_train_timesteps": True}, "num_train_timesteps=True: expected a whole number"),
+    ("DDIM", {"trained_betas": [0.1, "0.2"], "num_train_timesteps": 2}, "expected as many numbers"),
+    ("DDIM", {"trained_betas": 3}, "trained_betas=3"),
+    ("DDIM", {"rescale_betas_zero_snr": True}, "cannot be solved"),
+    ("DDIM", {"rescale_betas_zero_snr": 1}, "expected true or false"),
+    ("DDIM", {"timestep_spacing": "even"}, "timestep_spacing='even'"),
+    ("DDIM", {"steps_offset": -1}, "steps_offset=-1"),
+    ("DDIM", {"snr_shift_scale": 3.0}, "snr_shift_scale=3.0 is not known"),
+    ("EulerDiscrete", {"use_karras_sigmas": True, "use_beta_sigmas": True}, "expected one of them"),
+    ("DPMSolverMultistep", {"solver_order": 4}, "expected 1 to 3"),
+    ("DPMSolverMultistep", {"use_flow_sigmas": True}, "prediction_type='epsilon': expected flow_prediction or sample"),
+    ("UniPCMultistep", {"disable_corrector": "all"}, "expected a list of steps"),
+    ("EDMEuler", X0, "expected epsilon or v_prediction"),
+    ("EDMEuler", {"sigma_max": 0.001}, "expected 0 < sigma_min < sigma_max"),
+    ("FlowMatchEulerDiscrete", {"num_train_timesteps": 500}, "num_train_timesteps=500"),
+    ("FlowMatchEulerDiscrete", {"invert_sigmas": True}, "invert_sigmas=True"),
+    ("FlowMatchEulerDiscrete", {"shift": 0}, "shift=0: expected a positive number"),
+    ("FlowMatchEulerDiscrete", {"shift_terminal": 2.0}, "shift_terminal=2.0"),
+    ("FlowMatchEulerDiscrete", {"use_dynamic_shifting": True, "max_image_seq_len": 9}, "expected 0 < base < max"),
+    ("FlowMatchEulerDiscrete", {"beta_start": 0.1}, "beta_start=0.1 is not known"),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "words"), REFUSED)
+def test_what_we_do_not_stand_for_is_refused(name: str, fields: dict[str, Any], words: str) -> None:
+    good = Case(name, {}).config
+    read_scheduler(good, strict=True)
+    with pytest.raises(UserError, match=words) as caught:
+        read_scheduler({**good, **fields})
+    assert "\n" not in str(caught.value)
+
+
+def test_classes_that_are_not_known() -> None:
+    for name in ("EulerScheduler", "IPNDMScheduler", None, 3, ["DDIMScheduler"]):
+        with pytest.raises(UserError, match="is not known: ") as caught:
+            read_scheduler({"_class_name": name})
+    with pytest.raises(UserError, match="did you mean"):
+        read_scheduler({"_class_name": "EulerDiscrete"})
+    assert "\n" not in str(caught.value)
+
+
+def test_fields_of_sister_classes_are_passed_over_as_theirs_does() -> None:
+    """SDXL's Euler config has fields of PNDM and DDIM."""
+    config = {**PUBLISHED["sdxl"], "skip_prk_steps": True, "set_alpha_to_one": False, "clip_sample": True, "sample_max_value": 1.0}
+    assert read_scheduler(config, strict=True) == read_scheduler(PUBLISHED["sdxl"])
+
+
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 2000),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.floats(0.1, 0.2), max_size=3),
+    st.just({}),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(name=st.sampled_from(sorted(CLASSES)), data=st.data())
+def test_any_config_is_read_or_refused_in_one_sentence(name: str, data: st.DataObject) -> None:
+    """Whatever the fields hold: a recipe that `generate` takes, and that comes back when it is written; or one sentence."""
+    logging.getLogger("sfumato").disabled = True
+    fields = sorted({*CLASSES[name], "solver_order", "nonsense"})
+    choices = ["linspace", "leading", "trailing", "v_prediction", "sample", "flow_prediction", "heun", "bh1", "sigma_min", "karras"]
+    values = data.draw(st.dictionaries(st.sampled_from(fields), ODD | st.sampled_from(choices), max_size=4))
+    try:
+        recipe = read_scheduler({"_class_name": name, **values})
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    finally:
+        logging.getLogger("sfumato").disabled = False
+    Defaults(sampler=recipe.sampler, spacing=recipe.spacing)
+    assert isinstance(recipe.process.schedule, Schedule)
+    if recipe.process.schedule.grid in (None, 1000):
+        written = json.loads(json.dumps(write_scheduler(recipe.process, recipe.sampler, recipe.spacing, recipe.dynamic)))
+        assert read_scheduler(written) == recipe
+
+
+def test_both_ways_for_processes_alone() -> None:
+    """`to_scheduler_config` says no more than the process: what models were saved with, and are told apart by."""
+    assert to_scheduler_config(Process(schedule("flow"), parameterization("flow"))) == {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": 1.0,
+    }
+    for process, _, _ in NOT_THEIRS:
+        assert from_scheduler_config(json.loads(json.dumps(to_scheduler_config(process)))) == process
+
+
+def test_a_flow_trained_here_runs_there_with_our_defaults(double: Callable[[str], Any]) -> None:
+    """ddim in even times is DPM-Solver++ of order 1 over flow sigmas, but for its first 0.001; FlowMatchEuler would end elsewhere."""
+    written = write_scheduler(Process(schedule("flow"), parameterization("flow")), "ddim", "trailing")
+    assert written["_class_name"] == "DPMSolverMultistepScheduler" and "_sfumato" not in written
+    assert apart(double("DPMSolverMultistepScheduler"), written, 20, told=True) < 1e-3

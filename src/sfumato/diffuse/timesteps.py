@@ -302,9 +302,7 @@ def _end(schedule: Schedule, start: float, end: float | None) -> float:
     return min(schedule.first, start / 2) if end is None else end
 
 
-def _between(
-    name: str, offset: int, steps: int, schedule: Schedule, start: float, end: float | None
-) -> tuple[float, float | None]:
+def _between(name: str, offset: int, steps: int, schedule: Schedule, start: float, end: float | None) -> tuple[float, float | None]:
     """The times of the first and the last call: `start` and `end`, or those of an even spacing of the same steps."""
     if name not in ("ends", "leading", "trailing"):
         raise unknown("between", name, ("ends", "leading", "trailing"))

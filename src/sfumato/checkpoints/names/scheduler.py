@@ -8,7 +8,7 @@ config that diffusers opens with the same process is written, with a note for us
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -148,7 +148,7 @@ def write_scheduler(process: Process, sampler: str, spacing: str, dynamic: Dynam
     found = next((values for name, base in known if (values := _search(name, base, wanted))), None)
     if found is None:
         found = to_scheduler_config(process)
-        if found["_class_name"] == OWN_CLASS and known:  # a class that has the process at least
+        if known and (dynamic is not None or found["_class_name"] == OWN_CLASS):  # a class that has the process at least
             name, base = known[0]
             found = {"_class_name": name, **base}
     if dynamic is not None and not dynamic.even:
@@ -197,7 +197,7 @@ def _dynamic_fields(dynamic: DynamicShift) -> dict[str, Any]:
 
 def _search(name: str, base: Mapping[str, Any], wanted: Recipe) -> dict[str, Any] | None:
     """The fields with which a class makes the run: first those of the times, then those of the solver. None: there are none."""
-    known = CLASSES[name] | base
+    known = {**CLASSES[name], **base}
     for times in _choices(known, _time_values(wanted.spacing)):
         if way_of(name, known | times).spacing != wanted.spacing:
             continue
@@ -248,11 +248,21 @@ def _solver_values(sampler: str) -> list[list[dict[str, Any]]]:
         _each("algorithm_type", "dpmsolver++", "sde-dpmsolver++"),
         _each("solver_order", order),
         _each("solver_type", "midpoint", "heun", "bh2", "bh1", "logrho"),
-        _each("lower_order_final", True, False),
+        _each("lower_order_final", False, True),
+        _each("euler_at_final", False, True),
         _each("disable_corrector", [], list(range(1000))),
         _each("timestep_scaling", float(options.get("scaling", 10.0))),
         _each("stochastic_sampling", False, True),
     ]
 
 
-__all__ = ["TYPES", "DynamicShift", "Recipe", "from_scheduler_config", "gives_even_times", "read_scheduler", "to_scheduler_config", "write_scheduler"]
+__all__ = [
+    "TYPES",
+    "DynamicShift",
+    "Recipe",
+    "from_scheduler_config",
+    "gives_even_times",
+    "read_scheduler",
+    "to_scheduler_config",
+    "write_scheduler",
+]

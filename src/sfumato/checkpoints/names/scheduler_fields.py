@@ -4,11 +4,12 @@ A config is read as diffusers reads it: an absent field has its class's default,
 the fields of the class that they were made with: SDXL's Euler has `skip_prk_steps`). A field that no sister has is refused.
 """
 
+import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from sfumato.errors import UserError, unknown
+from sfumato.errors import UserError
 
 OWN_CLASS = "SfumatoProcess"
 
@@ -170,7 +171,12 @@ def read_fields(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """(class, all of its fields) of a config. `UserError` for a class or field that is not known and for a value that no field takes."""
     name = values.get("_class_name")
     if not isinstance(name, str) or name not in CLASSES:
-        raise unknown("scheduler class", name, [*CLASSES, OWN_CLASS])
+        near = difflib.get_close_matches(str(name), CLASSES, n=2, cutoff=0.6)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UserError(
+            f"scheduler class {name!r} is not known: {hint}"
+            "DDIMScheduler and EulerDiscreteScheduler sample any table of betas, FlowMatchEulerDiscreteScheduler any flow"
+        )
     known, sisters = CLASSES[name], _OLD.union(*(FLOW_CLASSES if name in FLOW_CLASSES else {**TABLE_CLASSES, **EDM_CLASSES}).values())
     for field, value in values.items():
         if field not in known and field not in sisters and not field.startswith("_"):
@@ -189,11 +195,16 @@ def _checked(field: str, value: Any, default: Any) -> Any:
             raise UserError(f"scheduler config {field}={value!r}: expected one of {', '.join(_CHOICES[field])}")
         return value
     kind = float if field in _NUMBERS else type(default)
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    fits = {bool: isinstance(value, bool), int: whole and value >= 0, float: whole or isinstance(value, float)}[kind]
-    if fits and kind is float:
+    fits = isinstance(value, bool) is (kind is bool) and isinstance(value, int if kind is int else int | float)
+    if fits and kind is int:
+        fits = value >= 0
+    elif fits and kind is float:
         fits = not math.isnan(value) and (math.isfinite(value) or value == default) and (value > 0 or field not in _POSITIVE)
     if not fits:
-        kinds = {bool: "true or false", int: "a whole number of at least 0", float: "a positive number" if field in _POSITIVE else "a number"}
+        kinds = {
+            bool: "true or false",
+            int: "a whole number of at least 0",
+            float: "a positive number" if field in _POSITIVE else "a number",
+        }
         raise UserError(f"scheduler config {field}={value!r}: expected {kinds[kind]}")
     return value

@@ -37,7 +37,9 @@ def process_of(name: str, values: Mapping[str, Any]) -> Process:
     kind = values["prediction_type"]
     if name in EDM_CLASSES:
         if kind not in ("epsilon", "v_prediction"):
-            raise UserError(f"{name} with prediction_type={kind!r}: expected epsilon or v_prediction, which EDM's preconditioning is written for")
+            raise UserError(
+                f"{name} with prediction_type={kind!r}: expected epsilon or v_prediction, which EDM's preconditioning is written for"
+            )
         return _levels_process(values["sigma_min"], values["sigma_max"], values["sigma_data"], kind == "v_prediction")
     types = {theirs: ours for ours, theirs in TYPES.items()}
     if kind not in types:

@@ -14,7 +14,12 @@ _SD_LEADING = _SD | {"timestep_spacing": "leading", "steps_offset": 1, "predicti
 _DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False}
 _FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
 _SIZES = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
-_TURBO = _SD | {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing", "steps_offset": 1, "prediction_type": "epsilon"}
+_TURBO = _SD | {
+    "_class_name": "EulerAncestralDiscreteScheduler",
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
+}
 
 PUBLISHED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -22,7 +27,12 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "sd2-base": {"_class_name": "PNDMScheduler", **_SD_LEADING, "skip_prk_steps": True, "set_alpha_to_one": False},
         "sd2": {**_DDIM, **_SD_LEADING, "prediction_type": "v_prediction"},
         "sdxl": {"_class_name": "EulerDiscreteScheduler", **_SD_LEADING, "interpolation_type": "linear", "use_karras_sigmas": False},
-        "sdxl-refiner": {"_class_name": "EulerDiscreteScheduler", **_SD_LEADING, "interpolation_type": "linear", "use_karras_sigmas": False},
+        "sdxl-refiner": {
+            "_class_name": "EulerDiscreteScheduler",
+            **_SD_LEADING,
+            "interpolation_type": "linear",
+            "use_karras_sigmas": False,
+        },
         "sdxl-turbo": _TURBO,
         "sd-turbo": _TURBO,
         "x4-upscaler": {**_DDIM, **_SD, "beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "v_prediction", "steps_offset": 1},
@@ -35,7 +45,13 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "variance_type": "fixed_small",
             "clip_sample": True,  # it only adds noise to the small image
         },
-        "lcm": {"_class_name": "LCMScheduler", **_SD, "original_inference_steps": 50, "timestep_scaling": 10.0, "prediction_type": "epsilon"},
+        "lcm": {
+            "_class_name": "LCMScheduler",
+            **_SD,
+            "original_inference_steps": 50,
+            "timestep_scaling": 10.0,
+            "prediction_type": "epsilon",
+        },
         "sd3": {**_FLOW, "shift": 3.0},
         "sd3.5": {**_FLOW, "shift": 3.0},
         "flux-dev": {**_FLOW, **_SIZES, "shift": 3.0, "use_dynamic_shifting": True},

@@ -16,8 +16,8 @@
 Honoured by options: steps_offset, set_alpha_to_one=False and final_sigmas_type="sigma_min" (`clean=false`), solver_order and -type, DEIS's end
 at timestep 0, flows whose least time is shifted twice (`end`). Done our way, without a word, as theirs is a defect or the difference is small
 (the table of tests/interop/test_samplers.py): fixed strides of DDIM and PNDM whatever the spacing, PNDM's means of v, sigma linear between
-timesteps (interpolation_type), whole timesteps told between levels, the first noise of x/alpha, flow solvers that begin at 0.999, orders
-that are lowered at the end below 15 steps only (here always), UniPC at sigma 0 with bh1. What is left is said in `notes`.
+timesteps (interpolation_type), whole timesteps told between levels, the first noise of x/alpha, flow solvers that begin at 0.999,
+sde-dpmsolver++ of order 3, UniPC at sigma 0 with bh1. What is left is said in `notes`.
 
 clip_sample and thresholding are for pixels in [-1, 1] and are left out, with a note: latents have no bounds, and diffusers' own Stable
 Diffusion pipelines turn clip_sample off.
@@ -33,11 +33,13 @@ from sfumato.checkpoints.names.scheduler_times import (
     ends_clean,
     flow_solver_spacing,
     flow_spacing,
+    level_of,
     sampler_word,
     spacing_word,
     table_spacing,
 )
 from sfumato.errors import UserError
+
 
 @dataclass(frozen=True)
 class Way:
@@ -117,9 +119,20 @@ def _order(name: str, values: Mapping[str, Any], highest: int) -> int:
     return values["solver_order"]
 
 
-def _lowered(values: Mapping[str, Any]) -> bool:
-    """Whether the last steps are of lower order, where the run does not end at sigma 0 (a step to there is of first order anyway)."""
-    return values["lower_order_final"] or values.get("euler_at_final", False)
+FEW = 15
+"""Steps below which DPM-Solver and DEIS lower the order of the last ones there."""
+
+
+def _lowered(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """How the order falls at the end: `lower_order_final` in runs of few steps, `euler_at_final` in all. A step to sigma 0 is of first order
+    anyway, and where levels end at the least of the table the last step there has no length: nothing is lowered but that.
+    """
+    to_noise, order = not ends_clean(name, values), values["solver_order"]
+    if to_noise and (level_of(values) or name == "EDMDPMSolverMultistepScheduler"):
+        return {}
+    if values.get("euler_at_final") and to_noise and order == 2:
+        return {"lower_order_final": True}
+    return {"lower_below": FEW} if values["lower_order_final"] and (to_noise or order == 3) else {}
 
 
 def _multistep(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
@@ -130,16 +143,14 @@ def _multistep(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
         notes.append(f"algorithm_type={kind!r} is not here: {kind}++, by the clean latent instead of the noise, is taken in its place")
     if order == 1:
         return sampler_word("ddpm" if stochastic else "ddim")
-    to_noise = values["final_sigmas_type"] == "sigma_min"
+    last = _lowered(name, values)
     if order == 3:
-        last = _lowered(values) if to_noise else values["lower_order_final"]
-        return sampler_word("dpmpp_3m_sde" if stochastic else "dpmpp_3m", published=True, solver=solver, lower_order_final=last)
-    last = to_noise and _lowered(values)
+        return sampler_word("dpmpp_3m_sde" if stochastic else "dpmpp_3m", published=True, solver=solver, **last)
     if stochastic:
-        return sampler_word("dpmpp_2m_sde", solver=solver, lower_order_final=last)
+        return sampler_word("dpmpp_2m_sde", solver=solver, **last)
     if solver == "heun":
-        return sampler_word("dpmpp_2m_sde", eta=0.0, solver=solver, lower_order_final=last)
-    return sampler_word("dpmpp_2m", lower_order_final=last)
+        return sampler_word("dpmpp_2m_sde", eta=0.0, solver=solver, **last)
+    return sampler_word("dpmpp_2m", **last)
 
 
 def _singlestep(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
@@ -166,12 +177,13 @@ def _unipc(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
     if never and list(never) != list(range(len(never))):
         notes.append(f"disable_corrector={list(never)!r}: the corrector is left out of all steps")
     variant = "bh1" if values["solver_type"] == "bh1" else "bh2"  # theirs takes the words of DPM-Solver and DEIS for bh2
-    options = {"variant": variant, "corrector": not never, "lower_order_final": values["lower_order_final"]}
+    stops = not ends_clean(name, values) and level_of(values)  # the last step there has no length
+    options = {"variant": variant, "corrector": not never, "lower_order_final": values["lower_order_final"] and not stops}
     return sampler_word("unipc", order=_order(name, values, 4), **options)
 
 
 def _deis(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
-    return sampler_word("deis", order=_order(name, values, 3), lower_order_final=values["lower_order_final"])
+    return sampler_word("deis", order=_order(name, values, 3), lower_order_final=False, **_lowered(name, values))
 
 
 _SAMPLERS: dict[str, Callable[[str, Mapping[str, Any], list[str]], str]] = {

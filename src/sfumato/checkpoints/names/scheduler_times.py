@@ -77,7 +77,7 @@ def ends_clean(name: str, values: Mapping[str, Any]) -> bool:
     return values.get("final_sigmas_type", "zero") == "zero" and values.get("set_alpha_to_one", True)
 
 
-def _level(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+def level_of(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """The spacing by noise level that the fields ask for, if any."""
     asked = [kind for kind in ("karras", "exponential", "beta") if values.get(f"use_{kind}_sigmas")]
     if len(asked) > 1:
@@ -87,7 +87,7 @@ def _level(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
 
 def table_spacing(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
     """Even times, or levels between the ends of even times: all of a table for solvers that remember, theirs for the others."""
-    clean, by_level, offset = ends_clean(name, values), _level(values), values.get("steps_offset", 0)
+    clean, by_level, offset = ends_clean(name, values), level_of(values), values.get("steps_offset", 0)
     even, remember = values.get("timestep_spacing", "linspace"), name in _REMEMBER
     continuous = values.get("timestep_type") == "continuous" and values["prediction_type"] == "v_prediction"
     for field in ("sigma_min", "sigma_max"):
@@ -127,7 +127,7 @@ def _dynamic(values: Mapping[str, Any], even: bool) -> DynamicShift:
 
 def flow_spacing(values: Mapping[str, Any], even: bool | None, notes: list[str]) -> tuple[DynamicShift | None, str]:
     """Of the FlowMatch classes: their own times down to 0.001, or even ones that the pipeline gives; then the shift; then levels."""
-    by_level, shift, terminal = _level(values), float(values["shift"]), values.get("shift_terminal")
+    by_level, shift, terminal = level_of(values), float(values["shift"]), values.get("shift_terminal")
     if terminal is not None and not 0 <= terminal < 1:
         raise UserError(f"scheduler config shift_terminal={terminal}: expected a time in [0, 1)")
     if values.get("use_dynamic_shifting"):
@@ -149,7 +149,7 @@ def _level_options(by_level: tuple[str, dict[str, Any]] | None, **more: Any) -> 
 
 def flow_solver_spacing(name: str, values: Mapping[str, Any], notes: list[str]) -> tuple[DynamicShift | None, str]:
     """Of the table classes with use_flow_sigmas: even times but the last, shifted; they end at t = 0."""
-    if _level(values):
+    if level_of(values):
         notes.append("use_flow_sigmas with levels of a table of betas is not here: only the flow's own times are kept")
     if not ends_clean(name, values):
         notes.append("a flow that ends before its last step is not here: the run ends at t = 0")

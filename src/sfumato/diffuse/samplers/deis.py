@@ -36,12 +36,24 @@ def coefficients(points: tuple[float, ...], end: float) -> list[float]:
 
 
 @traits(order=2)
-def deis(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, order: int = 2, lower_order_final: bool = True) -> Run:
-    """order from 1 (DDIM) to 4. `lower_order_final` lowers it over the last steps, which is stabler. One network call a step."""
+def deis(
+    x: Tensor,
+    times: Sequence[float],
+    schedule: Schedule,
+    noise: Noise,
+    order: int = 2,
+    lower_order_final: bool = True,
+    lower_below: int = 0,
+) -> Run:
+    """order from 1 (DDIM) to 4. `lower_order_final` lowers it over the last steps, which is stabler. One network call a step.
+
+    `lower_below`: does so in runs of fewer steps than that, where `lower_order_final` does not (diffusers: 15).
+    """
     if not 1 <= order <= 4:
         raise UserError(f"order={order}: expected 1 to 4")
     known: list[tuple[Tensor, float]] = []  # (eps, log rho), the latest first
     count = len(times) - 1
+    lower = lower_order_final or count < lower_below
     for index, (t, s) in enumerate(pairwise(times)):
         prediction = yield x, t
         here, there = schedule.point(t), schedule.point(s)
@@ -49,7 +61,7 @@ def deis(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, or
             x = place(prediction, there)
             continue
         known = [(prediction.eps, math.log(here[1] / here[0])), *known][:order]
-        used = known[: min(order, count - index) if lower_order_final else order]
+        used = known[: min(order, count - index) if lower else order]
         if len(used) == 1:
             x = along(x, prediction.eps, here, there)
             continue

@@ -15,6 +15,11 @@ from sfumato.types import Noise
 
 
 @traits(order=2)
-def dpmpp_2m(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, lower_order_final: bool = False) -> Run:
-    """`lower_order_final` makes the last step a first-order one, wherever it ends (at t = 0 it always is). One network call a step."""
-    return (yield from dpmpp_2m_sde(x, times, schedule, noise, eta=0.0, lower_order_final=lower_order_final))
+def dpmpp_2m(
+    x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, lower_order_final: bool = False, lower_below: int = 0
+) -> Run:
+    """`lower_order_final` makes the last step a first-order one, wherever it ends (at t = 0 it always is). One network call a step.
+
+    `lower_below` does so in runs of fewer steps than that (diffusers: 15).
+    """
+    return (yield from dpmpp_2m_sde(x, times, schedule, noise, eta=0.0, lower_order_final=lower_order_final, lower_below=lower_below))

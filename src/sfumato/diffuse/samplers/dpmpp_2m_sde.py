@@ -28,17 +28,19 @@ def dpmpp_2m_sde(
     eta: float = 1.0,
     solver: Literal["midpoint", "heun"] = "midpoint",
     lower_order_final: bool = False,
+    lower_below: int = 0,
 ) -> Run:
     """eta >= 0: how much of the noise is drawn anew. One network call a step; from or to an end, first-order steps.
 
-    `lower_order_final` makes the last step a first-order one, wherever it ends (at t = 0 it always is).
+    `lower_order_final` makes the last step a first-order one, wherever it ends (at t = 0 it always is); `lower_below` in runs of fewer steps
+    than that (diffusers: 15).
     """
     if not 0 <= eta < math.inf:
         raise UserError(f"eta={eta}: expected a number of at least 0; 0 is deterministic, 1 is the usual")
     if solver not in ("midpoint", "heun"):
         raise unknown("solver", solver, ("midpoint", "heun"))
     before: tuple[Tensor, float] | None = None
-    last = len(times) - 2 if lower_order_final else None
+    last = len(times) - 2 if lower_order_final or len(times) <= lower_below else None
     for index, (t, s) in enumerate(pairwise(times)):
         x0 = (yield x, t).x0
         here, there = schedule.point(t), schedule.point(s)

@@ -20,8 +20,19 @@ def dpmpp_3m(
     published: bool = False,
     solver: Literal["midpoint", "heun"] = "heun",
     lower_order_final: bool = False,
+    lower_below: int = 0,
 ) -> Run:
     """The options are dpmpp_3m_sde's. One network call a step."""
     return (
-        yield from dpmpp_3m_sde(x, times, schedule, noise, eta=0.0, published=published, solver=solver, lower_order_final=lower_order_final)
+        yield from dpmpp_3m_sde(
+            x,
+            times,
+            schedule,
+            noise,
+            eta=0.0,
+            published=published,
+            solver=solver,
+            lower_order_final=lower_order_final,
+            lower_below=lower_below,
+        )
     )

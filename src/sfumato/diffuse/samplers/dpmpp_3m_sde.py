@@ -30,12 +30,14 @@ def dpmpp_3m_sde(
     published: bool = False,
     solver: Literal["midpoint", "heun"] = "heun",
     lower_order_final: bool = False,
+    lower_below: int = 0,
 ) -> Run:
     """eta >= 0: how much of the noise is drawn anew. One network call a step; from or to an end, first-order steps.
 
     published: with half of the quadratic term, as other implementations have it (order two).
     `solver` is how the second-order steps are made (see dpmpp_2m_sde.py): the second one, where the third order has too little to go by.
-    `lower_order_final` lowers the order to 2 and 1 over the last two steps, which is stabler when they are few.
+    `lower_order_final` lowers the order to 2 and 1 over the last two steps, which is stabler when they are few; `lower_below` in runs of fewer steps
+    than that (diffusers: 15).
     """
     if not 0 <= eta < math.inf:
         raise UserError(f"eta={eta}: expected a number of at least 0; 0 is deterministic, 1 is the usual")
@@ -43,6 +45,7 @@ def dpmpp_3m_sde(
         raise unknown("solver", solver, ("midpoint", "heun"))
     before: list[tuple[Tensor, float]] = []  # (x0, h) of the last steps, the latest first
     count = len(times) - 1
+    lower = lower_order_final or count < lower_below
     for index, (t, s) in enumerate(pairwise(times)):
         x0 = (yield x, t).x0
         here, there = schedule.point(t), schedule.point(s)
@@ -52,7 +55,7 @@ def dpmpp_3m_sde(
             continue
         kept, k = (math.exp(-eta * h) if eta else 1.0), (1 + eta) * h
         gain = -math.expm1(-k)  # 1 - e^-k
-        known = before[: count - index - 1] if lower_order_final else before
+        known = before[: count - index - 1] if lower else before
         weights = [gain]  # of x0 and of those known before it
         if known:
             r0, phi = known[0][1] / h, 1 - gain / k
