@@ -33,12 +33,14 @@ from sfumato.checkpoints.names.scheduler import (
 )
 from sfumato.checkpoints.names.scheduler_fields import CLASSES, FLOW_CLASSES
 from sfumato.checkpoints.names.scheduler_published import PUBLISHED
+from sfumato.checkpoints.names.scheduler_times import canonical, sampler_word, spacing_word
 from sfumato.diffuse.parameterization import edm, parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.rescale import Shifted, ZeroTerminalSNR, dynamic_shift
 from sfumato.diffuse.sample import sample
 from sfumato.diffuse.samplers import calls
-from sfumato.diffuse.schedule import BetaTable, Schedule, schedule, table
+from sfumato.diffuse.schedule import BetaTable, Schedule, cosine, schedule, table
+from sfumato.diffuse.timesteps import SPACINGS as OUR_SPACINGS
 from sfumato.diffuse.timesteps import timesteps
 from sfumato.errors import UserError
 from sfumato.sampling import Defaults, sampler_of, spacing_of
@@ -403,7 +405,7 @@ NOT_THEIRS: list[tuple[Process, str, str]] = [
     (Process(ZeroTerminalSNR(schedule("scaled_linear"), 2.0**-24), parameterization("v")), "restart", "trailing"),
     (Process(schedule("vp"), parameterization("eps")), "dpmpp_3m", "log_snr"),
     (Process(schedule("edm"), edm(0.5, flipped=True)), "edm", "karras"),
-    (Process(table(schedule("cosine", steps=30).betas), parameterization("x0")), "lms:order=2", "trailing"),
+    (Process(table(cosine(30).betas), parameterization("x0")), "lms:order=2", "trailing"),
 ]
 
 
@@ -415,15 +417,14 @@ def test_runs_that_diffusers_has_not_come_back_too(process: Process, sampler: st
     read = read_scheduler(json.loads((tmp_path / "scheduler_config.json").read_text()), strict=True)
     assert read == Recipe(process, read.sampler, read.spacing) and "_sfumato" in written
     assert sampler_of(read.sampler)[0] is sampler_of(sampler)[0]
-    assert {**spacing_of(spacing)[1]} == {key: value for key, value in spacing_of(read.spacing)[1].items()}
+    assert spacing_of(spacing) == spacing_of(read.spacing)
     if written["_class_name"] == "SfumatoProcess":
         return
     theirs: Any = getattr(diffusers, written["_class_name"]).from_pretrained(tmp_path)
     theirs.set_timesteps(5)
     chosen = process.schedule
     if isinstance(chosen, BetaTable):
-        betas = torch.tensor(chosen.betas)
-        torch.testing.assert_close(theirs.betas, betas, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(theirs.betas, torch.tensor(chosen.betas), rtol=1e-4, atol=1e-7)
 
 
 def test_a_note_is_dropped_when_the_fields_beside_it_change() -> None:
@@ -589,3 +590,30 @@ def test_a_flow_trained_here_runs_there_with_our_defaults(double: Callable[[str]
     written = write_scheduler(Process(schedule("flow"), parameterization("flow")), "ddim", "trailing")
     assert written["_class_name"] == "DPMSolverMultistepScheduler" and "_sfumato" not in written
     assert apart(double("DPMSolverMultistepScheduler"), written, 20, told=True) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["scaled_linear", "cosine", "flow", "edm"])
+@pytest.mark.parametrize("name", [name for name in OUR_SPACINGS if name != "uniform"])
+def test_every_spacing_may_end_early_and_by_level_between_others(name: str, kind: str) -> None:
+    chosen = schedule(kind)
+    for steps in (2, 7, 20):
+        whole, stopped = timesteps(name, steps, chosen), timesteps(name, steps, chosen, clean=False)
+        assert whole[-1] == 0 and stopped[-1] == chosen.first and stopped[:-1] == [t for t in whole if t > chosen.first * (1 + 1e-9)]
+    if name in ("karras", "exponential", "beta"):
+        options: dict[str, Any] = {"over": "noise"} if name == "beta" else {}
+        for even, offset in (("leading", 1), ("trailing", 0)):
+            spaced: dict[str, Any] = {"offset": offset} if even == "leading" else {"whole": True}
+            ends = timesteps(even, 10, chosen, **spaced)
+            found = timesteps(name, 10, chosen, between=even, offset=offset, **options)
+            assert found[0] == ends[0] and chosen.noise_level(found[-2]) == pytest.approx(chosen.noise_level(ends[-2]), abs=1e-9)
+        with pytest.raises(UserError, match="unknown between 'linspace'"):
+            timesteps(name, 10, chosen, between="linspace", **options)
+
+
+def test_words_have_one_spelling() -> None:
+    assert canonical("karras:rho=5", spacing_word) == canonical("karras:rho=5.0,clean=true", spacing_word) == "karras:rho=5.0"
+    assert canonical("lms:order=4", sampler_word) == "lms"
+    with pytest.raises(UserError, match="ddim has no option order"):
+        canonical("ddim:order=2", sampler_word)
+    with pytest.raises(UserError, match="unknown timestep spacing 'tuned'"):
+        canonical("tuned", spacing_word)

@@ -195,11 +195,12 @@ def _checked(field: str, value: Any, default: Any) -> Any:
             raise UserError(f"scheduler config {field}={value!r}: expected one of {', '.join(_CHOICES[field])}")
         return value
     kind = float if field in _NUMBERS else type(default)
+    number: Any = value
     fits = isinstance(value, bool) is (kind is bool) and isinstance(value, int if kind is int else int | float)
     if fits and kind is int:
-        fits = value >= 0
+        fits = number >= 0
     elif fits and kind is float:
-        fits = not math.isnan(value) and (math.isfinite(value) or value == default) and (value > 0 or field not in _POSITIVE)
+        fits = not math.isnan(number) and (math.isfinite(number) or number == default) and (number > 0 or field not in _POSITIVE)
     if not fits:
         kinds = {
             bool: "true or false",

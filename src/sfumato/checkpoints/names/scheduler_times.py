@@ -13,7 +13,7 @@ from typing import Any
 
 from sfumato.diffuse.rescale import dynamic_shift, shifted_time
 from sfumato.diffuse.timesteps import SPACINGS
-from sfumato.errors import UserError
+from sfumato.errors import UserError, unknown
 from sfumato.registry import choice, find
 
 _WHOLE = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "PNDMScheduler")
@@ -27,6 +27,8 @@ def sampler_word(name: str, **options: Any) -> str:
 
 def spacing_word(name: str, **options: Any) -> str:
     """The same of a spacing."""
+    if name not in SPACINGS:
+        raise unknown("timestep spacing", name, SPACINGS)
     return _word(name, SPACINGS[name], options)
 
 
@@ -38,11 +40,17 @@ def canonical(word: str, make: Callable[..., str]) -> str:
 
 def _word(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> str:
     defaults = {key: p.default for key, p in signature(function).parameters.items()}
-    unknown = sorted(options.keys() - defaults.keys())
-    if unknown:
-        raise UserError(f"{name}:{unknown[0]}={options[unknown[0]]}: {name} has no option {unknown[0]}")
-    said = {key: value for key, value in sorted(options.items()) if value != defaults[key]}
+    if not options.keys() <= defaults.keys():
+        option = min(options.keys() - defaults.keys())
+        raise UserError(f"{name}:{option}={options[option]}: {name} has no option {option}")
+    exact = {key: float(value) if _is_number(value, defaults[key]) else value for key, value in sorted(options.items())}
+    said = {key: value for key, value in exact.items() if value != defaults[key]}
     return name + ":" * bool(said) + ",".join(f"{key}={str(value).lower()}" for key, value in said.items())
+
+
+def _is_number(value: Any, default: Any) -> bool:
+    """Whether an option is a real number, so that 5 and 5.0 are one word (None is the default of times)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and (default is None or isinstance(default, float))
 
 
 @dataclass(frozen=True)
