@@ -244,6 +244,9 @@ CASES: list[Case] = [
         for s in (TRAILING, LEADING)
         for more in ({"euler_at_final": True}, {"lower_order_final": False}, {"solver_order": 3})
     ),
+    *(
+        Case(name, LEADING | {"solver_order": 3}, steps=(14, 15)) for name in ("DPMSolverMultistep", "DEISMultistep")
+    ),  # on either side of 15
     Case("UniPCMultistep", TRAILING | TO_NOISE | {"solver_type": "bh1"}),
     Case("DPMSolverMultistep", {"use_lu_lambdas": True}, told=True),
     Case("DPMSolverSinglestep", {"solver_order": 1}),
@@ -345,7 +348,7 @@ WAYS = {
     "sdxl": ("euler", "leading:offset=1", "eps"),
     "sdxl-refiner": ("euler", "leading:offset=1", "eps"),
     "sdxl-turbo": ("euler_ancestral", "trailing:whole=true", "eps"),
-    "sd-turbo": ("euler_ancestral", "trailing:whole=true", "eps"),
+    "sd-turbo": ("euler", "trailing:whole=true", "eps"),
     "x4-upscaler": ("ddim", "leading:clean=false,offset=1", "v"),
     "x4-upscaler-low-res": ("ddpm", "leading", "eps"),
     "lcm": ("lcm", "lcm", "eps"),

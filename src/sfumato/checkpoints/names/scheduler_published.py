@@ -1,7 +1,7 @@
 """The scheduler configs of published model families, as data: for single files, which carry none, and as examples.
 
-Each is what the scheduler/scheduler_config.json of the family's first repository says, less the fields that its class does not read. Facts from
-the model cards: CompVis/stable-diffusion-v1-4, stabilityai/stable-diffusion-2-1, -xl-base-1.0, -xl-refiner-1.0, sdxl-turbo, sd-turbo,
+Each says what the scheduler/scheduler_config.json of the family's first repository does, less the fields that its class does not read. They were
+written down without these files at hand: a config that comes with a model always goes first. The repositories: CompVis/stable-diffusion-v1-4, stabilityai/stable-diffusion-2-1, -xl-base-1.0, -xl-refiner-1.0, sdxl-turbo, sd-turbo,
 -x4-upscaler, -3-medium, -3.5-large, SimianLuo/LCM_Dreamshaper_v7, black-forest-labs/FLUX.1-dev and -schnell, cosxl, playground-v2.5.
 """
 
@@ -34,7 +34,7 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "use_karras_sigmas": False,
         },
         "sdxl-turbo": _TURBO,
-        "sd-turbo": _TURBO,
+        "sd-turbo": {**_TURBO, "_class_name": "EulerDiscreteScheduler"},
         "x4-upscaler": {**_DDIM, **_SD, "beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "v_prediction", "steps_offset": 1},
         "x4-upscaler-low-res": {
             "_class_name": "DDPMScheduler",
