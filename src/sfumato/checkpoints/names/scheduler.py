@@ -15,7 +15,6 @@ from typing import Any
 from sfumato.checkpoints.names.scheduler_fields import CLASSES, EDM_CLASSES, OWN_CLASS, TABLE_CLASSES, read_fields
 from sfumato.checkpoints.names.scheduler_process import (
     KINDS,
-    TYPES,
     edm_fields,
     flow_shift,
     own_fields,
@@ -254,15 +253,3 @@ def _solver_values(sampler: str) -> list[list[dict[str, Any]]]:
         _each("timestep_scaling", float(options.get("scaling", 10.0))),
         _each("stochastic_sampling", False, True),
     ]
-
-
-__all__ = [
-    "TYPES",
-    "DynamicShift",
-    "Recipe",
-    "from_scheduler_config",
-    "gives_even_times",
-    "read_scheduler",
-    "to_scheduler_config",
-    "write_scheduler",
-]
