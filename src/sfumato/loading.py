@@ -1,5 +1,6 @@
 """Opens models: bundled names, folders in diffusers' layout, single files, hub ids."""
 
+import json
 import tempfile
 from dataclasses import dataclass
 from importlib import resources
@@ -10,10 +11,10 @@ import torch
 
 from sfumato.checkpoints.folder import build_part, explained, index, load_part, read_table
 from sfumato.checkpoints.names.pipeline import pipeline_class, pipeline_defaults
-from sfumato.checkpoints.names.scheduler import from_scheduler_config
+from sfumato.checkpoints.names.scheduler import gives_even_times, read_scheduler
 from sfumato.checkpoints.original import PICKLES, Parts, Reading, split
 from sfumato.checkpoints.single_file import KEY_OF_OURS, notes_of, unfold
-from sfumato.checkpoints.tokenizer import END, clip_tokenizer
+from sfumato.checkpoints.tokenizer import END, SCHEDULER, clip_tokenizer
 from sfumato.compress.base import Autoencoder
 from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
@@ -92,14 +93,15 @@ def _open(path: Path, name: str, how: _How) -> LatentDiffusion:
         raise UserError(f"{path}/vae is a {type(autoencoder).__name__}: expected an autoencoder")
     scheduler = path / "scheduler" / "scheduler_config.json"
     with explained(scheduler):
-        process = from_scheduler_config(read_table(scheduler))
+        recipe = read_scheduler(read_table(scheduler), even=gives_even_times(str(parts.get("_class_name"))) or None)
     conditioner = _conditioner(path, parts, how)
     with explained(path / "model_index.json"):
         notes = parts.get("_sfumato", {})
-        given = notes.get("defaults", {} if "_sfumato" in parts else pipeline_defaults(parts))
+        run = {"sampler": recipe.sampler, "spacing": recipe.spacing}
+        given = notes.get("defaults", {} if "_sfumato" in parts else pipeline_defaults(parts) | run)
         defaults = Defaults(**{k: v for k, v in given.items() if k in Defaults.__dataclass_fields__})
     _check_parts(path, autoencoder, network, conditioner)
-    model = LatentDiffusion(autoencoder, Denoiser(network, process), conditioner, defaults, str(notes.get("name", name)))
+    model = LatentDiffusion(autoencoder, Denoiser(network, recipe.process), conditioner, defaults, str(notes.get("name", name)))
     return model if how.device == "cpu" else model.to(how.device)
 
 
@@ -114,12 +116,14 @@ def _open_original(path: Path, how: _How) -> LatentDiffusion:
         build_part(p.config, p.tensors, path, path, None, how.dtype) for p in (parts.networks[k] for k in ("vae", "unet"))
     )
     with explained(path):
-        process = from_scheduler_config(parts.schedulers["scheduler"])
+        noted = None if path.suffix in PICKLES else notes_of(path).get(SCHEDULER)
+        recipe = read_scheduler(parts.schedulers["scheduler"] if noted is None else json.loads(noted))
     conditioner = _texts(path, parts, how)
     assert isinstance(autoencoder, Autoencoder)
     _check_parts(path, autoencoder, network, conditioner)
-    defaults = Defaults(**pipeline_defaults({"_class_name": pipeline_class(network, conditioner)}))
-    model = LatentDiffusion(autoencoder, Denoiser(network, process), conditioner, defaults, path.stem)
+    begin = pipeline_defaults({"_class_name": pipeline_class(network, conditioner)})
+    defaults = Defaults(**begin, sampler=recipe.sampler, spacing=recipe.spacing)
+    model = LatentDiffusion(autoencoder, Denoiser(network, recipe.process), conditioner, defaults, path.stem)
     return model if how.device == "cpu" else model.to(how.device)
 
 

@@ -4,6 +4,7 @@ image --compress--> z --diffuse--> x_t --predict--> (x0, eps) --diffuse back--> 
 """
 
 import copy
+import json
 import logging
 import math
 import os
@@ -24,10 +25,10 @@ from sfumato import __version__
 from sfumato.asking import answered, together
 from sfumato.checkpoints.folder import save_part, storable
 from sfumato.checkpoints.names.pipeline import pipeline_index
-from sfumato.checkpoints.names.scheduler import to_scheduler_config
+from sfumato.checkpoints.names.scheduler import to_scheduler_config, write_scheduler
 from sfumato.checkpoints.original import Part, gather, join, notes
 from sfumato.checkpoints.single_file import fold
-from sfumato.checkpoints.tokenizer import KEY, packed
+from sfumato.checkpoints.tokenizer import KEY, SCHEDULER, packed
 from sfumato.compress.base import Autoencoder
 from sfumato.decode.image import pasted, to_pil, to_tensor
 from sfumato.decode.whole import check_latent, whole
@@ -346,7 +347,7 @@ class LatentDiffusion:
             save_part(temporary / "vae", self.autoencoder, dtype)
             save_part(temporary / "unet", self.denoiser.network, dtype)  # pyright: ignore[reportArgumentType]
             (temporary / "scheduler").mkdir()
-            scheduler = to_scheduler_config(self.denoiser.process)
+            scheduler = write_scheduler(self.denoiser.process, self.defaults.sampler, self.defaults.spacing)
             write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
             if hasattr(self.conditioner, "save"):
                 self.conditioner.save(temporary, dtype)
@@ -373,10 +374,9 @@ class LatentDiffusion:
             configs[f"text_encoder{end}"], tensors[f"text_encoder{end}"] = encoder.to_config(), encoder.tensors()
             vocabulary = packed(encoder.tokenizer)
         cast = {name: storable(table, dtype) for name, table in tensors.items()}
-        parts = gather(
-            {name: Part(configs[name], table) for name, table in cast.items()}, {"scheduler": to_scheduler_config(self.denoiser.process)}
-        )
-        write_tensors(file, join(parts), {**notes(parts), KEY: vocabulary})
+        scheduler = write_scheduler(self.denoiser.process, self.defaults.sampler, self.defaults.spacing)
+        parts = gather({name: Part(configs[name], table) for name, table in cast.items()}, {"scheduler": scheduler})
+        write_tensors(file, join(parts), {**notes(parts), KEY: vocabulary, SCHEDULER: json.dumps(scheduler)})
 
 
 def _name(dtype: torch.dtype) -> str:

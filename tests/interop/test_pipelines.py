@@ -41,6 +41,14 @@ SDXL = {
 }
 SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False, "set_alpha_to_one": True}
 SCALED |= {"steps_offset": 1}
+SCALED_AS_PUBLISHED = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+}
+SCALED_AS_PUBLISHED |= {"timestep_spacing": "leading"}
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # pipeline, U-Net, scheduler, text encoders
     "SD 1": ("StableDiffusionPipeline", {**FOUR, "attention_head_dim": 2}, {}, "sd1"),
     "SD 2 with v": (
@@ -157,6 +165,31 @@ def test_what_we_save(family: str, folders: dict[str, Path], tmp_path: Path) -> 
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = diffusers.DDIMScheduler(**{**SCALED, **FAMILIES[family][2]})
     same(again, pipe, STEPS.get(family, "leading:offset=1"))
+
+
+PUBLISHED = {  # as the folders on the hub have them
+    "SD 1": diffusers.PNDMScheduler(**SCALED_AS_PUBLISHED, skip_prk_steps=True),
+    "SD 2 with v": diffusers.DDIMScheduler(**SCALED_AS_PUBLISHED, prediction_type="v_prediction", clip_sample=False),
+    "SDXL": diffusers.EulerDiscreteScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading", steps_offset=1
+    ),
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_runs_without_a_word_about_samplers(family: str, tmp_path: Path) -> None:
+    """The scheduler of the folder is the sampler, spacing and end of our run, also after we saved it."""
+    pipe = theirs(family)
+    pipe.scheduler = PUBLISHED[family]
+    pipe.save_pretrained(tmp_path / "theirs")
+    ours = load(tmp_path / "theirs")
+    ours.save(tmp_path / "ours")
+    again = type(pipe).from_pretrained(tmp_path / "ours")
+    again.set_progress_bar_config(disable=True)
+    expected = their_pictures(pipe, ["a red cat", "a dog"], num_inference_steps=10)
+    assert (their_pictures(again, ["a red cat", "a dog"], num_inference_steps=10) - expected).abs().max() < 1e-3
+    for model in (ours, load(tmp_path / "ours")):
+        compare(plain(model).generate(["a red cat", "a dog"], steps=10, output="tensor"), expected)
 
 
 def test_defaults_are_those_of_their_pipelines(folders: dict[str, Path]) -> None:
