@@ -98,14 +98,14 @@ def generate(arguments: Sequence[str]) -> None:
         # One picture of a request stays one picture, unless the request itself is changed.
         index = recorded.get("index") if (options.n, options.grid) == (before.n, before.grid) else None
     _check(options)
-    base = _target(options)
+    base = target(options.out, f"{options.source.stem}-again" if options.source else slug(options.prompt))
 
     import torch
 
     from sfumato.decode.image import grid, write_png
     from sfumato.loading import load
 
-    _set_threads(options.threads, recorded.get("threads"))
+    set_threads(options.threads, recorded.get("threads"))
     clock.lap("import")
     model = load(options.model)
     if recorded and not options.allow_other_model:
@@ -120,7 +120,7 @@ def generate(arguments: Sequence[str]) -> None:
         "grid": options.grid,
         "seed": options.seed,
         **settings,
-        **_provenance(options, model, torch.get_num_threads(), str(torch.__version__)),
+        **provenance(options.model, model, torch.get_num_threads(), str(torch.__version__)),
     }
     if index is not None:
         written = [write_png(base, pictures[index], {**parameters, "index": index})]
@@ -178,14 +178,19 @@ def _sample(model: "LatentDiffusion", options: Generate, clock: Clock) -> tuple[
     return pictures, {**settings, "timesteps": times}
 
 
-def _provenance(options: Generate, model: "LatentDiffusion", threads: int, torch_version: str) -> dict[str, Any]:
+def provenance(name: str, model: "LatentDiffusion", threads: int, torch_version: str) -> dict[str, Any]:
+    """What a PNG remembers of the model and the machine."""
     from sfumato import __version__
 
-    return {"model": options.model, "model_hash": model.hash, "version": __version__, "torch": torch_version, "threads": threads}
+    return {"model": name, "model_hash": model.hash, "version": __version__, "torch": torch_version, "threads": threads}
 
 
 def _recorded_options(recorded: dict[str, Any], source: Path) -> Generate:
     """The request that a PNG remembers, as defaults for the command."""
+    if "task" in recorded:
+        raise UserError(
+            f"{source} was made by `sfumato {recorded['task']}` from {recorded.get('picture')!r}: run that command with the same picture and seed"
+        )
     for name, kind in RECORDED.items():
         value = recorded.get(name)
         if name in ("spacing", "timesteps") and value is None:  # pictures of before there was a choice
@@ -218,10 +223,8 @@ def _check(options: Generate) -> None:
         raise UserError("--allow-other-model says what to do with --from PNG, which was not given")
 
 
-def _target(options: Generate) -> Path:
-    """The PNG to write; with several pictures their numbers are added to its name."""
-    name = f"{options.source.stem}-again" if options.source else slug(options.prompt)
-    out = options.out
+def target(out: Path | None, name: str) -> Path:
+    """The PNG to write, of that name if `out` does not say another; with several pictures their numbers are added to it."""
     if out is None:
         return Path(f"{name}.png")
     if out.is_dir():
@@ -244,7 +247,7 @@ def slug(prompt: str | None) -> str:
     return words.strip("-") or "sfumato"
 
 
-def _set_threads(asked: int | None, recorded: Any) -> None:
+def set_threads(asked: int | None, recorded: Any) -> None:
     """As many threads as asked for, or as the PNG was made with where this machine has them: sums may be split by threads."""
     import torch
 

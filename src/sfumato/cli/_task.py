@@ -1,0 +1,129 @@
+"""What the commands that begin with a picture share: options, the run, the PNG files and what they remember."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from sfumato.cli._common import MODELS, Clock, at_least, progress, unset, weaker_for
+from sfumato.cli.generate import provenance, set_threads, target
+from sfumato.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from sfumato.diffuse.sample import Step
+    from sfumato.model import LatentDiffusion
+    from sfumato.sampling import Request
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """A picture, words, and how the run goes."""
+
+    picture: tyro.conf.Positional[Path]
+    """The picture to begin with (PNG, JPEG, WebP ...)."""
+    prompt: tyro.conf.Positional[Annotated[str | None, unset("no words")]] = None
+    """What to draw: words, or the name of a class."""
+    model: str = "fashion"
+    """A bundled name, a folder in the diffusers layout, a single file or a hub id."""
+    n: int = 1
+    """How many pictures. Picture k is drawn from seed + k."""
+    steps: Annotated[int | None, unset(MODELS)] = None
+    """Sampling steps of a whole run; a strength below 1 makes the last part of them."""
+    sampler: Annotated[str | None, unset(MODELS)] = None
+    """The sampler's name, with options if need be: ddim:eta=0.5 (docs/samplers.md lists them)."""
+    spacing: Annotated[str | None, unset(MODELS)] = None
+    """How the times are spaced: trailing, karras, karras:rho=5, tuned ..."""
+    guidance: Annotated[str | None, unset(MODELS)] = None
+    """How strongly to follow the prompt: a number, 1 is off; or more, as "3 interval:low=0.2,high=0.8" (docs/guidance.md)."""
+    negative_prompt: Annotated[str | None, unset("none")] = None
+    """What to keep away from."""
+    seed: int = 0
+    """The same seed gives the same picture."""
+    out: Annotated[Path | None, unset("PICTURE-TASK.png in the current folder")] = None
+    """The PNG to write, or a folder for it."""
+    grid: bool = False
+    """One PNG with all pictures, instead of one PNG a picture (NAME-0.png, NAME-1.png, ...)."""
+    threads: Annotated[int | None, unset("all cores")] = None
+    """CPU threads."""
+
+
+def read_picture(path: Path) -> "Image":
+    """A picture from a file; `UserError` for one that is missing or none."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            return opened
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: expected a picture there") from error
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path} could not be read as a picture ({error}): it may be truncated; copy or download it again") from error
+
+
+def run_task(
+    name: str,
+    options: TaskOptions,
+    own: dict[str, Any],
+    prepare: Callable[["LatentDiffusion", "Image", "Request"], "Request"],
+) -> None:
+    """Makes the pictures of a task and writes them. own: the task's own settings, which the PNG files remember beside the usual ones."""
+    clock = Clock()
+    at_least(1, n=options.n, steps=options.steps, threads=options.threads)
+    at_least(0, seed=options.seed)
+    base = target(options.out, f"{options.picture.stem}-{name}")
+    picture = read_picture(options.picture)
+
+    import torch
+
+    from sfumato.decode.image import grid, write_png
+    from sfumato.files import hash_bytes
+    from sfumato.loading import load
+    from sfumato.predict.guidance.settings import Guidance
+    from sfumato.sampling import Request
+
+    set_threads(options.threads, None)
+    clock.lap("import")
+    model = load(options.model)
+    clock.lap("load")
+    guidance = None if options.guidance is None else Guidance.parse(options.guidance).to_json()
+    asked = {"n": options.n, "steps": options.steps, "sampler": options.sampler, "spacing": options.spacing, "guidance": guidance}
+    settings = model.settings(**asked)
+    request = Request(
+        options.prompt, seed=options.seed, negative_prompt=options.negative_prompt, weaker=weaker_for(settings["guidance"]), **asked
+    )
+    request = prepare(model, picture, request)
+    with progress(name) as update:
+
+        def on_step(step: "Step") -> None:
+            clock.lap("sample")
+            update(step.index + 1, step.count)
+
+        pictures = model.run(request, on_step=on_step)
+    clock.lap("decode")
+    parameters = {
+        "task": name,
+        "picture": str(options.picture),
+        "picture_hash": hash_bytes(options.picture.read_bytes()),
+        "prompt": options.prompt,
+        "negative_prompt": options.negative_prompt,
+        "seed": options.seed,
+        **settings,
+        "height": pictures[0].height,
+        "width": pictures[0].width,
+        **own,
+        **provenance(options.model, model, torch.get_num_threads(), str(torch.__version__)),
+    }
+    if options.grid:
+        written = [write_png(base, grid(pictures), parameters)]
+    else:
+        names = [base] if len(pictures) == 1 else [base.with_name(f"{base.stem}-{k}.png") for k in range(len(pictures))]
+        written = [write_png(path, one, {**parameters, "index": k}) for k, (path, one) in enumerate(zip(names, pictures, strict=True))]
+    clock.lap("write")
+    for path in written:
+        print(path)
+    print(f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {clock}")
