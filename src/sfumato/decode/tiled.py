@@ -1,16 +1,19 @@
-"""Decode in overlapping tiles: memory grows with the tile, not with the image.
+"""Decode and encode in overlapping tiles: memory grows with the tile, not with the image. For the exact result see `sfumato.decode.exact`.
 
 Neighbours share `overlap` latent cells. Over these a tile's weight is 0 in the outer quarter, where its decoder saw a border that is not
 the image's, rises linearly over the middle half, and is 1 in the inner quarter; the weights of all tiles sum to 1 at every pixel. So a
 decoder whose output depends on no latent cell farther away than overlap/4 gives the same image as all at once. Group norms and
-attention see the tile and not the image: for them this is an approximation, exact where one tile covers everything.
+attention see the tile and not the image: for them this is an approximation, exact where one tile covers everything. Encoders the same, with
+tiles of whole cells.
 """
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.compress.base import Autoencoder
+from sfumato.compress.base import Autoencoder, Posterior
 from sfumato.decode.whole import check_decoded, check_latent, whole
 from sfumato.errors import UserError
 
@@ -35,27 +38,59 @@ def _ramp(start: int, tile: int, length: int, overlap: int) -> Tensor:
 @torch.no_grad()
 def tiled(autoencoder: Autoencoder, z: Float[Tensor, "B C h w"], tile: int = 64, overlap: int = 16) -> Float[Tensor, "B c H W"]:
     """z -> image in [-1, 1] by tiles of `tile` latent cells that share `overlap` cells; `UserError` unless 0 < overlap < tile."""
-    if not 0 < overlap < tile:
-        raise UserError(f"tile={tile}, overlap={overlap}: expected 0 < overlap < tile, in latent cells")
+    _check(tile, overlap)
     check_latent(autoencoder.space, z)
     h, w = z.shape[2:]
     if h <= tile and w <= tile:
         return whole(autoencoder, z)
     f = autoencoder.space.factor
-    image: Tensor | None = None
-    total = torch.zeros(1, 1, h * f, w * f, device=z.device)
+
+    def run(top: int, left: int) -> Tensor:
+        pixels = autoencoder.decode(z[:, :, top : top + tile, left : left + tile].to(autoencoder.dtype)).float()
+        check_decoded(pixels, autoencoder.dtype)
+        return pixels
+
+    return _blend(run, h, w, tile, overlap, f).clamp(-1, 1)
+
+
+@torch.no_grad()
+def tiled_posterior(autoencoder: Autoencoder, image: Float[Tensor, "B C H W"], tile: int = 64, overlap: int = 16) -> Posterior:
+    """image in [-1, 1] -> the distribution of raw latents, float32, by tiles as in `tiled`: means and stds are blended each by itself."""
+    _check(tile, overlap)
+    f = autoencoder.space.factor
+    if image.shape[2] % f or image.shape[3] % f:
+        raise UserError(f"image of shape {tuple(image.shape)}: this autoencoder takes sides that are multiples of {f}")
+    h, w = image.shape[2] // f, image.shape[3] // f
+
+    def run(top: int, left: int) -> Tensor:
+        piece = image[:, :, top * f : (top + tile) * f, left * f : (left + tile) * f]
+        found = autoencoder.posterior(piece.to(autoencoder.dtype))
+        return torch.cat([found.mean, found.std], 1).float()
+
+    mean, std = _blend(run, h, w, tile, overlap, 1).chunk(2, dim=1)
+    return Posterior(mean, std)
+
+
+def _check(tile: int, overlap: int) -> None:
+    if not 0 < overlap < tile:
+        raise UserError(f"tile={tile}, overlap={overlap}: expected 0 < overlap < tile, in latent cells")
+
+
+def _blend(run: Callable[[int, int], Tensor], h: int, w: int, tile: int, overlap: int, f: int) -> Tensor:
+    """The weighted mean of what `run` makes of the tile at (top, left) latent cells; f: numbers along a side that it makes of a cell."""
+    made: Tensor | None = None
+    total = torch.zeros(1, 1, h * f, w * f)
     for top in _starts(h, tile, tile - overlap):
         for left in _starts(w, tile, tile - overlap):
-            piece = z[:, :, top : top + tile, left : left + tile].to(autoencoder.dtype)
-            pixels = autoencoder.decode(piece).float()
-            check_decoded(pixels, autoencoder.dtype)
-            height, width = pixels.shape[2:]
+            piece = run(top, left)
+            height, width = piece.shape[2:]
             rows = _ramp(top * f, height, h * f, overlap * f)
             columns = _ramp(left * f, width, w * f, overlap * f)
-            weight = (rows[:, None] * columns[None, :]).to(z.device)
-            if image is None:
-                image = torch.zeros(len(z), pixels.shape[1], h * f, w * f, device=z.device)
-            image[:, :, top * f : top * f + height, left * f : left * f + width] += weight * pixels
+            weight = (rows[:, None] * columns[None, :]).to(piece.device)
+            if made is None:
+                made = torch.zeros(*piece.shape[:2], h * f, w * f, device=piece.device)
+                total = total.to(piece.device)
+            made[:, :, top * f : top * f + height, left * f : left * f + width] += weight * piece
             total[:, :, top * f : top * f + height, left * f : left * f + width] += weight
-    assert image is not None
-    return (image / total).clamp(-1, 1)
+    assert made is not None
+    return made / total

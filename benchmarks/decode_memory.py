@@ -1,0 +1,170 @@
+"""Ways to decode (or encode) one large image: seconds, peak memory, and the largest error against all at once.
+
+    python benchmarks/decode_memory.py                          512 pixels
+    python benchmarks/decode_memory.py --size 2048 --tile 64    about 18 GB and an hour of processor time
+    python benchmarks/decode_memory.py --part encode
+
+The autoencoder has the shape of Stable Diffusion's and random weights, as its norms and attention are there whatever the weights; the latent
+is normal noise, the image to encode uniform noise. Each way runs in a process of its own. Its peak is the largest resident memory (VmHWM of
+Linux) above what was resident before: weights, libraries and a first small run. diffusers, if it is installed, has the same weights; its
+tiles are as large as ours. Errors are of images in [-1, 1], or of the posterior's means (of its own units).
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter, process_time
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sfumato.compress.kl import AutoencoderKL, KLConfig
+from sfumato.decode.exact import exact, exact_posterior
+from sfumato.decode.tiled import tiled, tiled_posterior
+from sfumato.decode.whole import whole
+from sfumato.files import write_tensors
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is compared."""
+
+    size: int = 512
+    """Pixels along a side."""
+    part: Literal["decode", "encode"] = "decode"
+    ways: tuple[str, ...] = ("whole", "exact", "tiled", "diffusers", "diffusers tiled")
+    """The first is what the others are held against. "exact 4.5": with maps of 4.5 GB between layers; "exact 0 8": in strips of 8 rows."""
+    tile: int = 32
+    """Latent cells along a tile; a quarter of them overlap."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    threads: int = 2
+    seed: int = 0
+    only: str | None = None
+    """For the processes that this one starts: run this way only, ..."""
+    into: Path | None = None
+    """... and write what it gave into this folder."""
+
+
+def build(settings: Settings) -> AutoencoderKL:
+    """Of Stable Diffusion's shape. The last convolution is smaller than torch makes it, so that few pixels are limited to [-1, 1]."""
+    torch.manual_seed(settings.seed)
+    autoencoder = AutoencoderKL(KLConfig(block_out_channels=(128, 256, 512, 512), latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4))
+    autoencoder.decoder.conv_out.weight.data.mul_(0.5)
+    return autoencoder.eval().requires_grad_(False).to(getattr(torch, settings.dtype))
+
+
+def theirs(autoencoder: AutoencoderKL, settings: Settings, tiles: bool) -> Any:
+    """diffusers' autoencoder with the same weights."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Theirs
+
+    config = {k: v for k, v in autoencoder.to_config().items() if k not in ("_class_name", "latents_mean", "latents_std")}
+    other: Any = Theirs.from_config(config)
+    other.load_state_dict(autoencoder.state_dict())
+    if tiles:
+        other.enable_tiling()
+        other.tile_latent_min_size, other.tile_sample_min_size = settings.tile, 8 * settings.tile
+    return nn.Module.to(other.eval().requires_grad_(False), autoencoder.dtype)  # its own `to` warns of float32 modules that it has not
+
+
+def runner(settings: Settings, way: str) -> Callable[[Tensor], Tensor]:
+    """The way as a function of the latent, or of the image to encode."""
+    autoencoder, decodes = build(settings), settings.part == "decode"
+    kind, *numbers = way.split()
+    if kind == "diffusers":
+        other = theirs(autoencoder, settings, tiles="tiled" in numbers)
+        if decodes:
+            return lambda z: other.decode(z.to(other.dtype)).sample.float().clamp(-1, 1)
+        return lambda image: other.encode(image.to(other.dtype)).latent_dist.mean.float()
+    if kind == "whole":
+        return (lambda z: whole(autoencoder, z)) if decodes else (lambda image: autoencoder.posterior(image.to(autoencoder.dtype)).mean)
+    if kind == "exact":
+        memory = int(float(numbers[0]) * 1e9) or None if numbers else None
+        rows = int(numbers[1]) if len(numbers) > 1 else None
+        if decodes:
+            return lambda z: exact(autoencoder, z, rows, memory)
+        return lambda image: exact_posterior(autoencoder, image, rows, memory).mean
+    tile, overlap = settings.tile, settings.tile // 4
+    if decodes:
+        return lambda z: tiled(autoencoder, z, tile, overlap)
+    return lambda image: tiled_posterior(autoencoder, image, tile, overlap).mean
+
+
+def resident(field: Literal["VmRSS", "VmHWM"]) -> int:
+    """Bytes, of this process: now, or at most so far."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+@torch.inference_mode()
+def measure(settings: Settings, way: str, folder: Path) -> None:
+    """Runs one way in this process; writes its numbers and what it made."""
+    torch.set_num_threads(settings.threads)
+    run = runner(settings, way)
+    generator = torch.Generator().manual_seed(settings.seed)
+    side = settings.size // 8
+    given = torch.randn(1, 4, side, side, generator=generator)
+    if settings.part == "encode":
+        given = torch.rand(1, 3, settings.size, settings.size, generator=generator) * 2 - 1
+    small = 8 if settings.part == "decode" else 64
+    run(given[:, :, :small, :small])
+    Path("/proc/self/clear_refs").write_text("5")  # the mark of the highest memory begins anew
+    before, begun, busy = resident("VmRSS"), perf_counter(), process_time()
+    made = run(given)
+    numbers = {"seconds": perf_counter() - begun, "busy": process_time() - busy, "peak": resident("VmHWM") - before}
+    (folder / "numbers.json").write_text(json.dumps(numbers))
+    write_tensors(folder / "made.safetensors", {"made": made.float().contiguous()})
+
+
+def in_a_process(settings: Settings, way: str, folder: Path) -> tuple[dict[str, float], Tensor]:
+    """The numbers of `measure`, and what was made."""
+    words = [f"--{name}={getattr(settings, name)}" for name in ("size", "part", "tile", "dtype", "threads", "seed")]
+    subprocess.run([sys.executable, __file__, *words, "--only", way, "--into", str(folder)], check=True)
+    return json.loads((folder / "numbers.json").read_text()), load_file(folder / "made.safetensors")["made"]
+
+
+def main(settings: Settings) -> None:
+    if settings.only is not None:
+        assert settings.into is not None
+        return measure(settings, settings.only, settings.into)
+    console = Console()
+    table = Table(
+        title=f"{settings.part} {settings.size}x{settings.size}, {settings.dtype}, tiles of {settings.tile} cells, "
+        f"seed {settings.seed}, {torch.__version__}, {settings.threads} threads"
+    )
+    for column in ("way", "seconds", "CPU seconds", "peak GB", "of the first", "largest error", "mean"):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    reference: tuple[dict[str, float], Tensor] | None = None
+    for way in settings.ways:
+        if way.startswith("diffusers") and find_spec("diffusers") is None:
+            continue
+        with TemporaryDirectory() as folder, console.status(way):
+            numbers, made = in_a_process(settings, way, Path(folder))
+        reference = reference or (numbers, made)
+        error = (made - reference[1]).abs()
+        table.add_row(
+            way,
+            f"{numbers['seconds']:.1f}",
+            f"{numbers['busy']:.1f}",
+            f"{numbers['peak'] / 1e9:.2f}",
+            f"{numbers['peak'] / reference[0]['peak']:.2f}",
+            f"{float(error.max()):.1e}",
+            f"{float(error.mean()):.1e}",
+        )
+    console.print(table)
+    if reference is not None:
+        limited = float((reference[1].abs() == 1).float().mean()) if settings.part == "decode" else 0.0
+        console.print(f"{settings.ways[0]}: standard deviation {float(reference[1].std()):.3f}, {limited:.2%} limited to [-1, 1]")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

@@ -1,0 +1,220 @@
+"""A KL autoencoder run in horizontal strips: the numbers of the whole image at once, in a fraction of the memory.
+
+The layers (`sfumato.nn.strips`) see a few rows at a time. What cannot be had from a few rows are the means and variances of group norms and
+the keys and values of attention: each needs a pass over all rows before the next layer may begin. Between passes one map is *kept*, in
+strips that are let go as the next kept map grows; layers that lie *ahead* of it are run again in every pass.
+
+What is kept, and what is worked out again, follows from how many bytes maps may take (`memory`). At each norm and block:
+
+    keep           what lies ahead is worked out once and kept, if the new map fits
+    both halves    of a residual block: its first half and its shortcut are kept, if they fit together
+    again          else a pass goes by for the moments alone, and nothing is kept of it
+
+By default maps may take what the largest map after a residual block takes: less would mean to work out whole blocks again for each norm
+above. In Stable Diffusion's decoder this is one map of 128 channels at the image's size, where the whole at once holds eight of them; what
+is done again are the last doubling (twice) and first convolutions of the last level's three blocks, 8 % of the products of the whole.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sfumato.compress.base import Posterior
+from sfumato.compress.kl import AutoencoderKL, Decoder, Encoder
+from sfumato.errors import UserError
+from sfumato.nn import strips as by
+from sfumato.nn.attention import SpatialAttention
+from sfumato.nn.blocks import Downsample, ResnetBlock, Upsample
+
+STRIP = 2**23
+"""Bytes of one strip at most, where no number of rows is given: a sixteenth of what maps may take, but no more than this."""
+
+
+def reconstruct(
+    autoencoder: AutoencoderKL, raw: Float[Tensor, "B c h w"], rows: int | None = None, memory: int | None = None
+) -> Float[Tensor, "B C H W"]:
+    """Raw latent -> image, not clamped, without gradient: as `autoencoder.reconstruct`, image by image and strip by strip.
+
+    rows: about how many rows of any map a strip has (default: as many as make 8 MB, or less for small images). memory: bytes that kept maps may take; more than the
+    default saves repeated work, less costs more of it.
+    """
+    first = [] if autoencoder.post_quant_conv is None else [autoencoder.post_quant_conv]
+    return _run([*first, *_modules(autoencoder.decoder)], raw, rows, memory)
+
+
+def posterior(autoencoder: AutoencoderKL, image: Float[Tensor, "B C H W"], rows: int | None = None, memory: int | None = None) -> Posterior:
+    """The distribution of raw latents, without gradient: as `autoencoder.posterior`. rows and memory: see `reconstruct`."""
+    factor = autoencoder.space.factor
+    if image.shape[1] != autoencoder.channels or image.shape[2] % factor or image.shape[3] % factor:
+        raise UserError(
+            f"image of shape {tuple(image.shape)}: this autoencoder takes {autoencoder.channels} channels and sides that are multiples of {factor}"
+        )
+    last = [] if autoencoder.quant_conv is None else [autoencoder.quant_conv]
+    mean, log_variance = _run([*_modules(autoencoder.encoder), *last], image, rows, memory).chunk(2, dim=1)
+    return Posterior(mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)))
+
+
+def _modules(network: Encoder | Decoder) -> list[nn.Module]:
+    """The parts in the order in which they run. A group norm has SiLU after it."""
+    middle = [network.mid_block.resnets[0], *network.mid_block.attentions, network.mid_block.resnets[1]]
+    blocks = network.down_blocks if isinstance(network, Encoder) else network.up_blocks
+    levels = [part for level in blocks for parts in level.children() for part in parts.children()]  # residual blocks, then the step
+    inner = [*levels, *middle] if isinstance(network, Encoder) else [*middle, *levels]
+    return [network.conv_in, *inner, network.conv_norm_out, network.conv_out]
+
+
+Size = tuple[int, int, int]
+"""Channels, height, width."""
+
+
+def _after(module: nn.Module, size: Size) -> Size:
+    """The size of what a part makes."""
+    _, h, w = size
+    match module:
+        case ResnetBlock():
+            return module.conv2.out_channels, h, w
+        case Upsample():
+            return module.conv.out_channels, 2 * h, 2 * w
+        case Downsample():
+            odd = 0 if module.asymmetric else 1
+            return module.conv.out_channels, (h + odd) // 2, (w + odd) // 2
+        case nn.Conv2d():
+            return module.out_channels, h, w
+    return size
+
+
+def least(modules: Sequence[nn.Module], size: Size) -> int:
+    """Numbers in the largest map after a residual block."""
+    largest = 0
+    for module in modules:
+        size = _after(module, size)
+        largest = max(largest, _numbers(size)) if isinstance(module, ResnetBlock) else largest
+    return largest
+
+
+def _numbers(size: Size) -> int:
+    return size[0] * size[1] * size[2]
+
+
+@torch.no_grad()
+def _run(modules: Sequence[nn.Module], x: Tensor, rows: int | None, memory: int | None) -> Tensor:
+    """Each image by itself, so that memory does not grow with the batch (and so that no image depends on it)."""
+    for name, value in (("rows", rows), ("memory", memory)):
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value}: expected at least 1, or None for the default")
+    size: Size = (x.shape[1], x.shape[2], x.shape[3])
+    if min(size) < 1:
+        raise UserError(f"a map of shape {tuple(x.shape)} is empty: expected at least one row and one column")
+    allowed = memory or least(modules, size) * x.element_size()
+    for module in modules:
+        size = _after(module, size)
+    out = x.new_empty(len(x), *size)
+    for k in range(len(x)):
+        walk = _Walk(x[k : k + 1], rows, allowed)
+        for module in modules:
+            walk.go(module)
+        top = 0
+        for strip in walk.strips(release=True):
+            out[k : k + 1, :, top : top + strip.shape[2]] = strip
+            top += strip.shape[2]
+    return out
+
+
+class _Kept(by.Store):
+    """A kept map with its size and moments."""
+
+    def __init__(self, strips: by.Strips, size: Size):
+        super().__init__(size[1])
+        self.size, self.moments = size, by.Moments()
+        by.finish(map(self.add, self.moments.watch(strips)))
+
+
+class _Walk:
+    """One image on its way: the map that is kept, and the layers ahead of it that were not run or will be run again."""
+
+    def __init__(self, x: Tensor, rows: int | None, memory: int):
+        self.rows, self.memory, self.bytes = rows, memory, x.element_size()
+        self.strip = min(STRIP, memory // 16)
+        self.size: Size = (x.shape[1], x.shape[2], x.shape[3])  # after all that lies ahead
+        self.kept = _Kept(iter([x]), self.size)
+        self.ahead: list[by.Layer] = []
+
+    def go(self, module: nn.Module) -> None:
+        """Past one part."""
+        after = _after(module, self.size)
+        match module:
+            case ResnetBlock():
+                self._settle()
+                self._resnet(module, after)
+            case SpatialAttention():
+                self._keep()
+                self.ahead.append(by.attention(module, self.kept.moments, self.strips()))
+                self._keep()
+            case nn.GroupNorm():
+                self._settle()
+                self.ahead.append(self._moments().norm(module, silu=True))
+            case Upsample():
+                self._settle()
+                rows = max(1, self._rows(after) // 2)
+                self.ahead += [lambda strips: by.split(strips, rows), by.doubling(module)]
+            case Downsample():
+                self.ahead.append(by.halving(module))
+            case nn.Conv2d():
+                self.ahead.append(by.convolution(module))
+            case _:
+                raise UserError(f"{type(module).__name__} cannot be run in strips: use another way to run this autoencoder")
+        self.size = after
+
+    def strips(self, release: bool = False) -> by.Strips:
+        """The map after all layers ahead, strip by strip; `release` lets go of the kept map on the way."""
+        return by.series(self.ahead)(self.kept.read(self._rows(self.kept.size), release))
+
+    def _rows(self, size: Size) -> int:
+        return self.rows or max(1, self.strip // (size[0] * size[2] * self.bytes))
+
+    def _fits(self, *sizes: Size) -> bool:
+        """Whether maps that grow together while the kept one is let go stay within the memory."""
+        return max(_numbers(self.kept.size), sum(map(_numbers, sizes))) * self.bytes <= self.memory
+
+    def _keep(self) -> None:
+        """Runs what lies ahead and keeps the map."""
+        if self.ahead:
+            self.kept = _Kept(self.strips(release=True), self.size)
+            self.ahead = []
+
+    def _settle(self) -> None:
+        if self._fits(self.size):
+            self._keep()
+
+    def _moments(self, *layers: by.Layer) -> by.Moments:
+        """Of the map after all layers ahead, and these: known, or from a pass that keeps nothing."""
+        if not self.ahead and not layers:
+            return self.kept.moments
+        moments = by.Moments()
+        by.finish(moments.watch(by.series(layers)(self.strips())))
+        return moments
+
+    def _resnet(self, block: ResnetBlock, after: Size) -> None:
+        """norm, SiLU, conv, norm, SiLU, conv, plus the input or a 1x1 convolution of it."""
+        assert block.time_emb_proj is None, "blocks of autoencoders know no time"
+        first = by.series([self._moments().norm(block.norm1, silu=True), by.convolution(block.conv1)])
+        shortcut = block.conv_shortcut
+        if not self._fits(after, after):
+            second = by.series([self._moments(first).norm(block.norm2, silu=True), by.convolution(block.conv2)])
+            add = (lambda y, x: y.add_(x)) if shortcut is None else (lambda y, x: y.add_(shortcut(x)))
+            self.ahead.append(by.residual(by.series([first, second]), add))
+            return
+        aside = by.Store(after[1])
+
+        def put_aside(y: Tensor, x: Tensor) -> Tensor:
+            aside.add(x if shortcut is None else shortcut(x))
+            return y
+
+        self.ahead.append(by.residual(first, put_aside))
+        self.size = after
+        self._keep()
+        second = by.series([self.kept.moments.norm(block.norm2, silu=True), by.convolution(block.conv2)])
+        self.ahead.append(lambda strips: map(lambda y: y.add_(by.take(aside.slabs, y.shape[2])), second(strips)))
+        self._keep()  # at once: what was put aside can be read only once
