@@ -16,6 +16,7 @@ is done again are the last doubling (twice) and first convolutions of the last l
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -208,13 +209,15 @@ class _Walk:
             return
         aside = by.Store(after[1])
 
-        def put_aside(y: Tensor, x: Tensor) -> Tensor:
-            aside.add(x if shortcut is None else shortcut(x))
-            return y
-
-        self.ahead.append(by.residual(first, put_aside))
+        self.ahead.append(by.residual(first, partial(_put_aside, aside, shortcut)))
         self.size = after
         self._keep()
         second = by.series([self.kept.moments.norm(block.norm2, silu=True), by.convolution(block.conv2)])
         self.ahead.append(lambda strips: map(lambda y: y.add_(by.take(aside.slabs, y.shape[2])), second(strips)))
         self._keep()  # at once: what was put aside can be read only once
+
+
+def _put_aside(aside: by.Store, shortcut: nn.Module | None, y: Tensor, x: Tensor) -> Tensor:
+    """Keeps the input, or its 1x1 convolution, beside y."""
+    aside.add(x if shortcut is None else shortcut(x))
+    return y

@@ -12,6 +12,7 @@ Iterators are chained with `map`, which forgets a strip when it hands it on; a g
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial, reduce
 from itertools import chain
 
 import torch
@@ -98,22 +99,29 @@ def windows(run: Callable[[Tensor], Tensor], strips: Strips, kernel: int, stride
 
     run: (n - 1) * stride + kernel rows -> the output's rows for these n positions.
     """
-    held: Tensor | None = None
-
-    def step(strip: Tensor | None) -> Tensor:
-        nonlocal held
-        if strip is None:  # the end
-            assert held is not None, "a map has at least one strip"
-            strip = held.new_zeros(*held.shape[:2], bottom, held.shape[3])
-        if held is None:
-            held = strip.new_zeros(*strip.shape[:2], top, strip.shape[3])
-        rows = torch.cat([held, strip], 2) if held.shape[2] else strip
-        n = max(0, (rows.shape[2] - kernel) // stride + 1)
-        held = rows[:, :, n * stride :].clone()  # not a view, which would keep all rows
-        return run(rows[:, :, : (n - 1) * stride + kernel]) if n else rows[:, :, :0]
-
     steps: Iterable[Tensor | None] = chain(strips, [None])
-    return filter(_has_rows, map(step, steps))
+    return filter(_has_rows, map(_Window(run, kernel, stride, top, bottom).step, steps))
+
+
+class _Window:
+    """The last rows of a map, which the next ones need."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor], kernel: int, stride: int, top: int, bottom: int):
+        self.run, self.kernel, self.stride, self.top, self.bottom = run, kernel, stride, top, bottom
+        self.held: Tensor | None = None
+
+    def step(self, strip: Tensor | None) -> Tensor:
+        """What can be made of these rows and those before them; None: no more come."""
+        held = self.held
+        if strip is None:
+            assert held is not None, "a map has at least one strip"
+            strip = held.new_zeros(*held.shape[:2], self.bottom, held.shape[3])
+        if held is None:
+            held = strip.new_zeros(*strip.shape[:2], self.top, strip.shape[3])
+        rows = torch.cat([held, strip], 2) if held.shape[2] else strip
+        n = max(0, (rows.shape[2] - self.kernel) // self.stride + 1)
+        self.held = rows[:, :, n * self.stride :].clone()  # not a view, which would keep all rows
+        return self.run(rows[:, :, : (n - 1) * self.stride + self.kernel]) if n else rows[:, :, :0]
 
 
 def _has_rows(strip: Tensor) -> bool:
@@ -149,17 +157,19 @@ def doubling(up: Upsample) -> Layer:
         return lambda strips: plain(map(lambda s: F.interpolate(s, scale_factor=2.0, mode="nearest"), strips))
     kernels = [[_sums(_sums(conv.weight.detach().double(), 2, a), 3, b).to(conv.weight.dtype) for b in (0, 1)] for a in (0, 1)]
 
-    def run(rows: Tensor) -> Tensor:
-        n, width = rows.shape[2] - 2, rows.shape[3]
-        padded = F.pad(rows, (1, 1))
-        out = rows.new_empty(len(rows), conv.out_channels, 2 * n, 2 * width)
-        for a in (0, 1):
-            for b in (0, 1):
-                part = padded[:, :, a : a + n + 1, b : b + width + 1]
-                out[:, :, a::2, b::2] = _plain_convolve(part, kernels[a][b], conv.bias)
-        return out
-
+    run = partial(_double, kernels, conv.bias)
     return lambda strips: windows(run, strips, 3, 1, 1, 1)
+
+
+def _double(kernels: list[list[Tensor]], bias: Tensor | None, rows: Tensor) -> Tensor:
+    n, width = rows.shape[2] - 2, rows.shape[3]
+    padded = F.pad(rows, (1, 1))
+    out = rows.new_empty(len(rows), len(kernels[0][0]), 2 * n, 2 * width)
+    for a in (0, 1):
+        for b in (0, 1):
+            part = padded[:, :, a : a + n + 1, b : b + width + 1]
+            out[:, :, a::2, b::2] = _plain_convolve(part, kernels[a][b], bias)
+    return out
 
 
 def _sums(weight: Tensor, dim: int, odd: int) -> Tensor:
@@ -194,29 +204,30 @@ def _plain_convolve(
 
 def residual(branch: Layer, join: Callable[[Tensor, Tensor], Tensor]) -> Layer:
     """join(branch(x), x), row by row: x waits until the branch, which sees some rows farther, has caught up."""
+    return lambda strips: _Beside(join).run(branch, strips)
 
-    def layer(strips: Strips) -> Strips:
-        waiting: deque[Tensor] = deque()
 
-        def watch(strip: Tensor) -> Tensor:
-            waiting.append(strip)
-            return strip
+class _Beside:
+    """The rows of x that wait."""
 
-        return map(lambda y: join(y, take(waiting, y.shape[2])), branch(map(watch, strips)))
+    def __init__(self, join: Callable[[Tensor, Tensor], Tensor]):
+        self.join, self.waiting = join, deque[Tensor]()
 
-    return layer
+    def run(self, branch: Layer, strips: Strips) -> Strips:
+        return map(self.meet, branch(map(self.watch, strips)))
+
+    def watch(self, strip: Tensor) -> Tensor:
+        self.waiting.append(strip)
+        return strip
+
+    def meet(self, y: Tensor) -> Tensor:
+        return self.join(y, take(self.waiting, y.shape[2]))
 
 
 def series(layers: Iterable[Layer]) -> Layer:
     """One after the other."""
     layers = list(layers)
-
-    def layer(strips: Strips) -> Strips:
-        for each in layers:
-            strips = each(strips)
-        return strips
-
-    return layer
+    return lambda strips: reduce(lambda found, layer: layer(found), layers, strips)
 
 
 # ---- what needs the whole map ------------------------------------------------------------------------------------------
@@ -234,15 +245,19 @@ class Moments:
         """Counts a strip and returns it."""
         numbers = strip.float() if strip.dtype.itemsize < 4 else strip
         new = strip.shape[2] * strip.shape[3]
-        # Sums over a row, which torch adds in pairs, are good to a few bits of their dtype; the many sums of rows are added in float64.
-        mean = numbers.sum(3).double().sum(2) / new
-        squares = (numbers - mean.to(numbers)[:, :, None, None]).square_().sum(3).double().sum(2)
+        # Around a number near the mean nothing cancels. Sums over a row, which torch adds in pairs, are good to a few bits of their dtype;
+        # the many sums of rows are added in float64.
+        near = numbers.mean((2, 3), keepdim=True)
+        apart = numbers - near
+        beside = apart.sum(3).double().sum(2) / new
+        mean = near[:, :, 0, 0].double() + beside
+        squares = apart.square_().sum(3).double().sum(2) - new * beside.square()
         if self.mean is None or self.squares is None:
             self.mean, self.squares = mean, squares
         else:
-            apart = mean - self.mean
-            self.mean = self.mean + apart * (new / (self.count + new))
-            self.squares = self.squares + squares + apart.square() * (self.count * new / (self.count + new))
+            between = mean - self.mean
+            self.mean = self.mean + between * (new / (self.count + new))
+            self.squares = self.squares + squares + between.square() * (self.count * new / (self.count + new))
         self.count += new
         return strip
 
@@ -267,12 +282,15 @@ class Moments:
         shift = norm.bias.double() - mean.expand_as(means).flatten(1) * scale
         scale, shift = scale[:, :, None, None], shift[:, :, None, None]
 
-        def run(strip: Tensor) -> Tensor:
-            at = torch.float32 if strip.dtype.itemsize < 4 else strip.dtype
-            y = torch.addcmul(shift.to(at), strip.to(at), scale.to(at)).to(strip.dtype)
-            return F.silu(y, inplace=True) if silu else y
-
+        run = partial(_affine, scale, shift, silu)
         return lambda strips: map(run, strips)
+
+
+def _affine(scale: Tensor, shift: Tensor, silu: bool, strip: Tensor) -> Tensor:
+    """scale * strip + shift, in float32 at least, rounded once; then SiLU or not."""
+    at = torch.float32 if strip.dtype.itemsize < 4 else strip.dtype
+    y = torch.addcmul(shift.to(at), strip.to(at), scale.to(at)).to(strip.dtype)
+    return F.silu(y, inplace=True) if silu else y
 
 
 def attention(module: SpatialAttention, moments: Moments, strips: Strips) -> Layer:
@@ -282,15 +300,16 @@ def attention(module: SpatialAttention, moments: Moments, strips: Strips) -> Lay
     for strip in normed(strips):
         keys.append(module.to_k(_tokens(strip)))
         values.append(module.to_v(_tokens(strip)))
-    k, v = torch.cat(keys, 1), torch.cat(values, 1)
+    attend = partial(_attend, module, torch.cat(keys, 1), torch.cat(values, 1))
+    return residual(lambda s: map(attend, normed(s)), torch.add)
+
+
+def _attend(module: SpatialAttention, k: Tensor, v: Tensor, strip: Tensor) -> Tensor:
+    """What the positions of a strip take from all; some queries at a time."""
     chunk = max(16, _SCORES // (k.shape[1] * module.heads))
-
-    def run(strip: Tensor) -> Tensor:
-        queries = module.to_q(_tokens(strip)).split(chunk, 1)
-        y = torch.cat([invariant.attention(q, k, v, module.heads) for q in queries], 1)
-        return module.to_out[0](y).transpose(1, 2).unflatten(2, strip.shape[2:])
-
-    return residual(lambda s: map(run, normed(s)), torch.add)
+    queries = module.to_q(_tokens(strip)).split(chunk, 1)
+    y = torch.cat([invariant.attention(q, k, v, module.heads) for q in queries], 1)
+    return module.to_out[0](y).transpose(1, 2).unflatten(2, strip.shape[2:])
 
 
 def _tokens(strip: Tensor) -> Tensor:

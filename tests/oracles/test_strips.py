@@ -1,0 +1,369 @@
+"""Strips against the whole: layers one by one, autoencoders of many shapes, in every height of strips and at every memory; and what it takes.
+
+In float64 the results agree to 1e-10, so that a halo, a border or a statistic that is only nearly right shows.
+"""
+
+import math
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sfumato.compress import strips as walk
+from sfumato.compress.base import Autoencoder
+from sfumato.compress.kl import AutoencoderKL, KLConfig
+from sfumato.compress.strips import posterior, reconstruct
+from sfumato.decode.exact import exact, exact_posterior
+from sfumato.decode.tiled import tiled_posterior
+from sfumato.decode.whole import whole
+from sfumato.errors import NumericalError, UserError
+from sfumato.nn import invariant
+from sfumato.nn import strips as by
+from sfumato.nn.attention import SpatialAttention
+from sfumato.nn.blocks import Downsample, Upsample
+
+MEMORIES = (None, 1, 10**4, 10**9)
+"""Bytes for maps: the default; nothing fits; some fit; all fit."""
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def shaken(network: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """Weights of which none is 0 or 1, for inference."""
+    with torch.no_grad():
+        for k, parameter in enumerate(network.parameters()):
+            parameter.add_(0.1 * normal(*parameter.shape, seed=k))
+    return network.eval().requires_grad_(False).to(dtype)
+
+
+def kl(dtype: torch.dtype = torch.float64, **changes: Any) -> AutoencoderKL:
+    torch.manual_seed(0)
+    values = {"block_out_channels": (8, 16, 12), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 3}
+    return shaken(AutoencoderKL(KLConfig(**{**values, **changes})), dtype)
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest number."""
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def cut(x: Tensor, rows: int) -> by.Strips:
+    return iter(x.split(rows, 2))
+
+
+def joined(strips: by.Strips) -> Tensor:
+    return torch.cat(list(strips), 2)
+
+
+# ---- layers ------------------------------------------------------------------------------------------------------------
+
+LAYERS: dict[str, Callable[[], tuple[nn.Module, Callable[[Any], by.Layer]]]] = {
+    "3x3": lambda: (invariant.Conv2d(4, 6, 3, padding=1), by.convolution),
+    "1x1": lambda: (invariant.Conv2d(4, 6, 1), by.convolution),
+    "5x5": lambda: (nn.Conv2d(4, 6, 5, padding=2, groups=2), by.convolution),
+    "5x5 in threes": lambda: (nn.Conv2d(4, 6, 5, stride=3, padding=1, bias=False), by.convolution),
+    "halving": lambda: (Downsample(4, 0), by.halving),
+    "halving evenly": lambda: (Downsample(4, 1), by.halving),
+    "doubling": lambda: (Upsample(4), by.doubling),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_makes_the_same_map(name: str, dtype: torch.dtype) -> None:
+    module, of = LAYERS[name]()
+    shaken(module, dtype)
+    for height, width in ((1, 4), (2, 3), (7, 5), (12, 8)):
+        if "5x5" in name and height < 3:
+            continue  # smaller than the kernel with its padding
+        x = normal(2, 4, height, width, dtype=dtype)
+        if name.startswith("halving") and height == 1:
+            continue  # nothing is left
+        expected = module(x)
+        for rows in (1, 2, 3, height):
+            limit = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+            assert apart(joined(of(module)(cut(x, rows))), expected) < limit, (height, width, rows)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_attention_over_strips(heads: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where queries are taken a few at a time."""
+    module, x = shaken(SpatialAttention(8, 8 // heads, 4, 1e-6)), normal(2, 8, 5, 6, dtype=torch.float64)
+    moments = by.Moments()
+    by.finish(moments.watch(cut(x, rows)))
+    for scores in (2**26, 1):
+        monkeypatch.setattr(by, "_SCORES", scores)
+        assert apart(joined(by.attention(module, moments, cut(x, rows))(cut(x, rows))), module(x)) < 1e-12
+
+
+@pytest.mark.parametrize("rows", [1, 3, 11])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_moments_are_those_of_the_whole_map(rows: int, offset: float) -> None:
+    """In float32, far from zero, a sum of squares would have lost the variance: 1e8 has steps of 8."""
+    x = normal(2, 8, 11, 30) + offset + 3 * torch.arange(8)[:, None, None]
+    moments, norm = by.Moments(), shaken(nn.GroupNorm(4, 8, 1e-6), torch.float32)
+    assert torch.equal(joined(moments.watch(cut(x, rows))), x)
+    assert moments.mean is not None and moments.squares is not None
+    assert (moments.mean - x.double().mean((2, 3))).abs().max() < 1e-6 * (1 + offset)
+    assert apart(moments.squares / x[0, 0].numel(), x.double().var((2, 3), correction=0)) < 1e-5
+    expected = F.silu(norm.double()(x.double())).float()
+    found = joined(moments.norm(norm.float(), silu=True)(cut(x, 4)))
+    assert apart(found, expected) < (1e-6 if offset == 0 else 1e-2)  # x itself is rounded to 1e-3 of its spread there
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 13), st.integers(1, 13))
+def test_what_is_put_in_comes_out_in_order(height: int, slab: int, rows: int, again: int) -> None:
+    """A store, whatever the slabs; read once or twice; and the rows that wait beside a branch."""
+    x = normal(1, 2, height, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(by, "_SLAB", (slab - 1) * x[:, :, :1].numel() * 4)
+        store = by.Store(height)
+        for strip in cut(x, rows):
+            store.add(strip)
+    assert all(s.shape[2] <= slab for s in store.slabs)
+    strips = list(store.read(again, release=False))
+    assert torch.equal(torch.cat(strips, 2), x) and max(s.shape[2] for s in strips) <= again
+    waiting, parts = deque(store.slabs), []
+    while waiting:
+        parts.append(by.take(waiting, min(again, sum(s.shape[2] for s in waiting))))
+    assert torch.equal(torch.cat(parts, 2), x) and all(p.shape[2] == again for p in parts[:-1])
+    assert torch.equal(joined(store.read(again, release=True)), x) and not store.slabs
+
+
+def test_slabs_are_let_go_as_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the memory would be that of two maps."""
+    monkeypatch.setattr(by, "_SLAB", 0)
+    store, alive = by.Store(6), []
+    store.add(normal(1, 1, 6, 4))
+    slabs = [weakref.ref(slab) for slab in store.slabs]
+    for _ in by.convolution(shaken(nn.Conv2d(1, 1, 3, padding=1), torch.float32))(store.read(2, release=True)):
+        alive.append(sum(slab() is not None for slab in slabs))
+    assert len(slabs) == 6 and alive == sorted(alive, reverse=True) and alive[0] > alive[-1] and max(alive) <= 6 and alive[-1] <= 1
+
+
+# ---- autoencoders ------------------------------------------------------------------------------------------------------
+
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"block_out_channels": (8, 16), "layers_per_block": 2},
+    {"block_out_channels": (16, 8, 8, 24), "norm_num_groups": 8, "use_quant_conv": False, "use_post_quant_conv": False},
+    {"mid_block_add_attention": False, "in_channels": 1, "out_channels": 1},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=range(len(SHAPES)))
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_decoding_and_encoding_in_strips_is_the_whole(shape: dict[str, Any], memory: int | None) -> None:
+    autoencoder = kl(**shape)
+    for height, width in ((1, 1), (5, 3)):
+        raw = normal(2, 3, height, width, dtype=torch.float64)
+        image = autoencoder.reconstruct(raw)
+        expected = autoencoder.posterior(image.tanh())
+        for rows in (1, 3, None):
+            assert apart(reconstruct(autoencoder, raw, rows, memory), image) < 1e-10
+            found = posterior(autoencoder, image.tanh(), rows, memory)
+            assert apart(found.mean, expected.mean) < 1e-10 and apart(found.std, expected.std) < 1e-10
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    st.lists(st.sampled_from([8, 12]), min_size=2, max_size=4),
+    st.integers(1, 2),
+    st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    st.integers(1, 40),
+    st.integers(1, 2**18),
+)
+def test_any_shape_any_strips_any_memory(widths: list[int], depth: int, cells: tuple[int, int], rows: int, memory: int) -> None:
+    autoencoder = kl(block_out_channels=tuple(widths), layers_per_block=depth)
+    raw = normal(1, 3, *cells, dtype=torch.float64)
+    image = autoencoder.reconstruct(raw)
+    assert apart(reconstruct(autoencoder, raw, rows, memory), image) < 1e-10
+    assert apart(posterior(autoencoder, image, rows, memory).mean, autoencoder.posterior(image).mean) < 1e-10
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_exact_is_whole_in_the_dtype_of_the_weights(dtype: torch.dtype, limit: float) -> None:
+    """In half precision two ways to round, no more: bfloat16's steps are 1/256, and there are some twenty layers."""
+    autoencoder, z = kl(dtype), 0.2 * normal(2, 3, 9, 7)
+    expected = whole(autoencoder, z)
+    found = exact(autoencoder, z, rows=2)
+    assert expected.std() > 0.1 and apart(found, expected) < limit
+    image = expected.clone()
+    mean, again = autoencoder.posterior(image.to(dtype)).mean, exact_posterior(autoencoder, image, rows=3).mean
+    assert again.dtype == dtype and apart(again.float(), mean.float()) < limit
+    assert not found.is_inference() and not found.requires_grad
+
+
+def test_no_image_depends_on_the_batch_and_nothing_given_is_changed() -> None:
+    autoencoder, z = kl(torch.float32), normal(3, 3, 6, 5)
+    before, image = z.clone(), exact(autoencoder, z, rows=2)
+    assert torch.equal(z, before)
+    assert all(torch.equal(exact(autoencoder, z[k : k + 1], rows=2), image[k : k + 1]) for k in range(3))
+    given = image.clone()
+    exact_posterior(autoencoder, image, rows=2, memory=10**9)
+    assert torch.equal(image, given)
+    assert exact(autoencoder, z[:0]).shape == (0, 3, 24, 20)
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes of tensors made under it that were alive at the end of an operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.known[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.known = {k: v for k, v in self.known.items() if not v[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.known.values()))
+        return out
+
+
+@pytest.mark.parametrize("part", ["decode", "encode"])
+def test_nothing_near_the_size_of_two_maps_is_alive(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest map once, some strips, and what was asked for; the whole holds several such maps."""
+    monkeypatch.setattr(by, "_SLAB", 2**12)
+    autoencoder = kl(torch.float32, block_out_channels=(16, 16, 16), layers_per_block=2, mid_block_add_attention=False)
+    raw, image, largest = normal(1, 3, 40, 4), normal(1, 3, 160, 16), 16 * 160 * 16 * 4
+    with torch.no_grad(), Alive() as strips:
+        _ = reconstruct(autoencoder, raw, rows=2) if part == "decode" else posterior(autoencoder, image, rows=2)
+    with torch.no_grad(), Alive() as at_once:
+        _ = autoencoder.reconstruct(raw) if part == "decode" else autoencoder.posterior(image)
+    assert largest < strips.most < 1.7 * largest  # an image of 3 channels is 0.2 of it
+    assert at_once.most > 1.8 * strips.most
+
+
+def test_more_memory_saves_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolved numbers by memory: with room for all maps, no convolution of rows is done twice."""
+    autoencoder, raw, real, done = kl(), normal(1, 3, 6, 4, dtype=torch.float64), by._plain_convolve, []
+
+    def counted(*arguments: Any) -> Tensor:
+        y = real(*arguments)
+        done.append(y.numel() * arguments[1][0].numel())
+        return y
+
+    monkeypatch.setattr(by, "_plain_convolve", counted)
+    work = []
+    for memory in (1, None, 10**9):
+        done.clear()
+        reconstruct(autoencoder, raw, 2, memory)
+        work.append(sum(done))
+    once = sum(_products(autoencoder, raw))
+    assert work[0] > work[1] > work[2] == once
+
+
+def _products(autoencoder: AutoencoderKL, raw: Tensor) -> list[int]:
+    """Multiplications of each convolution of a whole run, doublings counted as four 2x2 kernels."""
+    found: list[int] = []
+    doubled = {m.conv for m in autoencoder.modules() if isinstance(m, Upsample)}
+
+    def count(module: nn.Module, _: Any, y: Tensor) -> None:
+        found.append(y.numel() * module.weight[0].numel() * (4 if module in doubled else 9) // 9)  # pyright: ignore
+
+    convolutions = {k: m for k, m in autoencoder.named_modules() if isinstance(m, nn.Conv2d)}
+    hooks = [m.register_forward_hook(count) for k, m in convolutions.items() if "shortcut" not in k]  # called as they are
+    autoencoder.reconstruct(raw)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["latent", "weights", "last weights"])
+def test_a_number_that_is_not_finite_never_becomes_a_picture(value: float, where: str) -> None:
+    autoencoder, z = kl(torch.float32), normal(1, 3, 6, 5)
+    if where == "latent":
+        z[0, 1, 5, 2] = value
+    else:
+        (autoencoder.decoder.conv_in if where == "weights" else autoencoder.decoder.conv_out).weight[0, 0, 1, 1] = value
+    for way in (whole, exact):
+        with pytest.raises(NumericalError, match=r"NaN or infinite.*float32\).*nothing was written"):
+            way(autoencoder, z)
+
+
+def test_wrong_input_is_refused() -> None:
+    autoencoder = kl(torch.float32)
+    with pytest.raises(UserError, match=r"expected .* \(B, 3, h, w\)"):
+        exact(autoencoder, torch.zeros(1, 4, 8, 8))
+    for shape in ((1, 1, 8, 8), (1, 3, 9, 8), (1, 3, 8, 6)):
+        with pytest.raises(UserError, match="sides that are multiples of 4"):
+            exact_posterior(autoencoder, torch.zeros(shape))
+    with pytest.raises(UserError, match="rows=0: expected at least 1"):
+        exact(autoencoder, torch.zeros(1, 3, 4, 4), rows=0)
+    with pytest.raises(UserError, match="memory=-5: expected at least 1"):
+        exact_posterior(autoencoder, torch.zeros(1, 3, 4, 4), memory=-5)
+    with pytest.raises(UserError, match="is empty"):
+        exact(autoencoder, torch.zeros(1, 3, 0, 4))
+    with pytest.raises(UserError, match="Other cannot be run in strips, only AutoencoderKL can: use whole or tiled"):
+        exact(Other(), torch.zeros(1, 3, 4, 4))
+    with pytest.raises(UserError, match="Linear cannot be run in strips"):
+        walk._run([nn.Linear(2, 2)], torch.zeros(1, 3, 4, 4), None, None)
+
+
+class Other(Autoencoder):
+    """Of another kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.space = KLConfig(latent_channels=3).space
+
+    def posterior(self, image: Tensor) -> Any:
+        raise NotImplementedError
+
+    def reconstruct(self, raw: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def to_config(self) -> dict[str, Any]:
+        return {}
+
+
+# ---- encoding in tiles -------------------------------------------------------------------------------------------------
+
+
+def test_one_tile_that_covers_everything_encodes_the_whole() -> None:
+    autoencoder, image = kl(torch.float32), normal(2, 3, 20, 32)
+    expected, found = autoencoder.posterior(image), tiled_posterior(autoencoder, image, tile=8, overlap=3)
+    assert apart(found.mean, expected.mean) < 1e-6 and apart(found.std, expected.std) < 1e-6
+
+
+def test_tiles_encode_the_whole_where_the_overlap_covers_what_a_cell_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without norms and attention (here the norms do nothing) a cell depends on its neighbourhood only."""
+    autoencoder, image = kl(mid_block_add_attention=False), normal(1, 3, 4 * 80, 4 * 10, dtype=torch.float64)
+    for block in autoencoder.encoder.modules():
+        for name in ("norm1", "norm2", "conv_norm_out"):
+            if isinstance(getattr(block, name, None), nn.GroupNorm):
+                setattr(block, name, nn.Identity())
+    expected = autoencoder.posterior(image)
+    found = tiled_posterior(autoencoder, image, tile=64, overlap=48)
+    assert found.mean.shape == expected.mean.shape and apart(found.mean, expected.mean.float()) < 1e-5
+    assert apart(tiled_posterior(autoencoder, image, tile=16, overlap=1).mean, expected.mean.float()) > 1e-4  # so it can fail
+
+
+def test_wrong_tiles_and_images_are_refused() -> None:
+    autoencoder = kl(torch.float32)
+    with pytest.raises(UserError, match="tile=8, overlap=8: expected 0 < overlap < tile"):
+        tiled_posterior(autoencoder, torch.zeros(1, 3, 8, 8), tile=8, overlap=8)
+    with pytest.raises(UserError, match="sides that are multiples of 4"):
+        tiled_posterior(autoencoder, torch.zeros(1, 3, 10, 8))
