@@ -11,8 +11,9 @@ What is kept, and what is worked out again, follows from how many bytes maps may
     again          else a pass goes by for the moments alone, and nothing is kept of it
 
 By default maps may take what the largest map after a residual block takes: less would mean to work out whole blocks again for each norm
-above. In Stable Diffusion's decoder this is one map of 128 channels at the image's size, where the whole at once holds eight of them; what
-is done again are the last doubling (twice) and first convolutions of the last level's three blocks, 8 % of the products of the whole.
+above. In Stable Diffusion's decoder this is one map of 128 channels at the image's size. Then the last doubling is done three times and the
+first convolutions of the last three blocks twice: 8 % more products than at once. With twice the memory nothing is done again, and there are
+16 % fewer than at once, since doublings are convolved where they are small (14 % more, and as many, for the encoder; counted).
 """
 
 from collections.abc import Sequence
