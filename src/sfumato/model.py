@@ -30,7 +30,9 @@ from sfumato.checkpoints.original import Part, gather, join, notes
 from sfumato.checkpoints.single_file import fold
 from sfumato.checkpoints.tokenizer import KEY, SCHEDULER, packed
 from sfumato.compress.base import Autoencoder
+from sfumato.decode.exact import exact
 from sfumato.decode.image import pasted, to_pil, to_tensor
+from sfumato.decode.tiled import tiled
 from sfumato.decode.whole import check_latent, whole
 from sfumato.diffuse.sample import SeededNoise, Step, all_finite, check_finite, sample
 from sfumato.errors import NumericalError, UserError, unknown
@@ -155,6 +157,7 @@ class LatentDiffusion:
         output: Literal["pil", "tensor", "latent"] = "pil",
         on_step: Callable[[Step], bool | None] | None = None,
         batch: int | None = None,
+        decoding: str = "whole",
     ) -> Any:
         """Prompt -> n images: a list of PIL images, or "tensor" (n, 3, H, W) in [0, 1], or "latent" (n, c, h, w).
 
@@ -168,13 +171,14 @@ class LatentDiffusion:
         picture: what an SDXL-class model is told about sizes, crops and quality; by default a picture of this height and width, not cut.
         noise: the start (n, c, h, w) instead of the seeds' own; what a sampler adds later is the seeds' in any case. on_step sees
         each network call and cancels by returning False (returns [] then, or a tensor of no images). batch bounds the rows of a forward pass.
+        decoding: "whole", "exact" (the same in strips, about an eighth of the memory for more time) or "tiled" (approximate).
         A grey model's "tensor" has three equal channels, so that every model gives the same shape; its PIL images have mode L.
         Raises `UserError` for impossible settings and `NumericalError` for NaN or infinity.
         """
         if output not in ("pil", "tensor", "latent"):
             raise unknown("output", output, ("pil", "tensor", "latent"))
         request = Request(prompt, n, steps, sampler, spacing, guidance, seed, negative_prompt, height, width, timesteps, noise)
-        request = replace(request, known=known, canvas=canvas, cache=cache, weaker=weaker, picture=picture)
+        request = replace(request, known=known, canvas=canvas, cache=cache, weaker=weaker, picture=picture, decoding=decoding)
         (z,) = self._latents([request], batch, None if on_step is None else lambda k, step: on_step(step))
         return self._output(z, request, output)
 
@@ -252,23 +256,23 @@ class LatentDiffusion:
         if output == "latent":
             return z.clone()  # a plain tensor: those of inference mode cannot be saved for a gradient
         chosen = settings(self, request)
-        image = self._decoded(z)[:, :, : chosen["height"], : chosen["width"]]
+        image = self._decoded(z, request.decoding)[:, :, : chosen["height"], : chosen["width"]]
         if request.paste is not None:
             image = pasted(image, *request.paste)
         if output == "pil":
             return to_pil(image)
         return (image.expand(-1, 3, -1, -1) if image.shape[1] == 1 else image).add(1).div(2)
 
-    def _decoded(self, z: Tensor) -> Tensor:
+    def _decoded(self, z: Tensor, way: str = "whole") -> Tensor:
         """z -> image in [-1, 1]; where half precision overflows (SDXL's autoencoder in float16), again in float32, said aloud."""
-        dtype = self.autoencoder.dtype
+        dtype, run = self.autoencoder.dtype, {"whole": whole, "exact": exact, "tiled": tiled}[way]
         try:
-            return whole(self.autoencoder, z)
+            return run(self.autoencoder, z)
         except NumericalError as error:
             if dtype == torch.float32 or not all_finite(z):
                 raise
             LOG.warning("%s; decoding again in float32 (load the model in bfloat16 or float32 to save the time)", error)
-            return whole(copy.deepcopy(self.autoencoder).float(), z)
+            return run(copy.deepcopy(self.autoencoder).float(), z)
 
     def times(self, steps: int | None = None, sampler: str | None = None, spacing: str | None = None) -> list[float]:
         """The times that a run visits, from noise to 0: by `spacing` or the model's own, tuned ones where it has them for these steps."""

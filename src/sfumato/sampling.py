@@ -20,6 +20,7 @@ from sfumato.registry import choice, find, names
 from sfumato.types import Picture
 
 Prompt = str | None | Sequence[str | None]
+DECODINGS = ("whole", "exact", "tiled")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Request:
             its references have their own
     paste   (image, mask): pixels (n or 1, c, H, W) in [-1, 1] to be put back where the mask (n or 1, 1, H, W) is below 1, by what is missing to 1
     drawn   how many draws of each image's noise were used before the run: it goes on with the next
+    decoding  "whole" (all at once), "exact" (the same in strips: about an eighth of the memory, more time), "tiled" (approximate)
     """
 
     prompt: Prompt = None
@@ -90,6 +92,7 @@ class Request:
     concat: Tensor | tuple[Tensor, ...] | None = None
     paste: tuple[Tensor, Tensor] | None = None
     drawn: int = 0
+    decoding: str = "whole"
 
     @property
     def count(self) -> int:
@@ -168,6 +171,8 @@ def settings(model: Any, request: Request) -> dict[str, Any]:
 def chosen_settings(model: Any, request: Request) -> dict[str, Any]:
     """The same with the guidance as an object."""
     defaults, n = model.defaults, request.count
+    if request.decoding not in DECODINGS:
+        raise unknown("way to decode", request.decoding, DECODINGS)
     if not isinstance(n, int) or n < 1:
         raise UserError(f"n={n!r}: expected a whole number of at least 1 image")
     steps = defaults.steps if request.steps is None else request.steps

@@ -293,6 +293,15 @@ def test_any_size_is_cut_from_the_next_that_the_latent_covers(each: LatentDiffus
     assert torch.equal(each.compress(image[:, :, :15]), each.compress(filled)), "the edge goes on"
 
 
+def test_ways_to_decode(model: LatentDiffusion) -> None:
+    expected = model.generate("bag", height=31, width=17, steps=2, output="tensor")
+    found = model.generate("bag", height=31, width=17, steps=2, output="tensor", decoding="exact")
+    assert (found - expected).abs().max() < 1e-5
+    assert model.generate("bag", steps=2, output="tensor", decoding="tiled").shape == (1, 3, 16, 16)
+    with pytest.raises(UserError, match="unknown way to decode 'hole'"):
+        model.generate("bag", decoding="hole")
+
+
 def test_half_precision_that_overflows_is_decoded_again(model: LatentDiffusion, caplog: pytest.LogCaptureFixture) -> None:
     """As SDXL's autoencoder does in float16: black pictures elsewhere (diffusers 4325), here that stage alone in float32."""
     wide = build(seed=1)
