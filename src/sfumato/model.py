@@ -351,7 +351,7 @@ class LatentDiffusion:
             save_part(temporary / "vae", self.autoencoder, dtype)
             save_part(temporary / "unet", self.denoiser.network, dtype)  # pyright: ignore[reportArgumentType]
             (temporary / "scheduler").mkdir()
-            scheduler = write_scheduler(self.denoiser.process, self.defaults.sampler, self.defaults.spacing)
+            scheduler = self._scheduler()
             write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
             if hasattr(self.conditioner, "save"):
                 self.conditioner.save(temporary, dtype)
@@ -368,6 +368,12 @@ class LatentDiffusion:
             }
             write_json(temporary / "model_index.json", parts)
 
+    def _scheduler(self) -> dict[str, Any]:
+        """The scheduler config of its folder: for diffusers' pipelines the run too, for models that only sfumato runs the process."""
+        if not getattr(self.conditioner, "encoders", None):
+            return to_scheduler_config(self.denoiser.process)
+        return write_scheduler(self.denoiser.process, self.defaults.sampler, self.defaults.spacing)
+
     def _save_original(self, file: str | Path, dtype: torch.dtype | None) -> None:
         """One file under the original names; what is beside the weights there (the tokenizer) goes into its metadata."""
         networks = {"unet": self.denoiser.network, "vae": self.autoencoder}
@@ -378,7 +384,7 @@ class LatentDiffusion:
             configs[f"text_encoder{end}"], tensors[f"text_encoder{end}"] = encoder.to_config(), encoder.tensors()
             vocabulary = packed(encoder.tokenizer)
         cast = {name: storable(table, dtype) for name, table in tensors.items()}
-        scheduler = write_scheduler(self.denoiser.process, self.defaults.sampler, self.defaults.spacing)
+        scheduler = self._scheduler()
         parts = gather({name: Part(configs[name], table) for name, table in cast.items()}, {"scheduler": scheduler})
         write_tensors(file, join(parts), {**notes(parts), KEY: vocabulary, SCHEDULER: json.dumps(scheduler)})
 

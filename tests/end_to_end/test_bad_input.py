@@ -267,7 +267,10 @@ def single(edit: Callable[[dict[str, torch.Tensor], dict[str, Any]], object]) ->
 SINGLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tensors at all": (lambda p: p.write_bytes(b"<html>" * 9), "not a whole safetensors file"),
     "empty": (lambda p: p.write_bytes(b""), "not a whole safetensors file"),
-    "from another tool": (lambda p: write_tensors(p, {"model.diffusion_model.x": torch.zeros(1)}), "was not written by sfumato"),
+    "from another tool": (
+        lambda p: write_tensors(p, {"model.diffusion_model.x": torch.zeros(1)}),
+        "lacks model.diffusion_model.*, which tells its architecture",
+    ),
     "header that is no JSON": (single(lambda t, c: "{"), "value of the wrong kind"),
     "header that is a list": (single(lambda t, c: "[1]"), "value of the wrong kind"),
     "path outside": (single(lambda t, c: c.update({"../../evil.json": {}})), "names a path outside its folder"),
@@ -318,7 +321,7 @@ def test_pickles_are_never_opened(folder: Path, tmp_path: Path, name: str) -> No
     with pytest.raises(UserError, match=words.get(Path(name).suffix, "has no weights diffusion_pytorch_model.safetensors")):
         sfumato.load(folder)
     if name.endswith(".ckpt"):
-        with pytest.raises(UserError, match="not a whole safetensors file"):
+        with pytest.raises(UserError, match="is refused: it is a pickle that wants to run code"):
             sfumato.load(folder / "unet" / name)
     assert not marker.exists()
     pickle.loads(trap)

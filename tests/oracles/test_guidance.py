@@ -205,7 +205,8 @@ def test_the_denoiser_casts_for_the_network_and_back(dtype: torch.dtype) -> None
     denoiser = Denoiser(network, Process(schedule("linear"), parameterization("v")))
     x = torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(0))
     found = denoiser(x, 0.5, Conditioning(vector=torch.ones(2, 3)))
-    assert network.seen == (dtype, torch.float32, dtype, [499.0, 499.0])  # timesteps stay exact: 999 is no bfloat16
+    # Timesteps and the vector, which may hold sizes in pixels, stay exact: 999 is no bfloat16.
+    assert network.seen == (dtype, torch.float32, torch.float32, [499.0, 499.0])
     assert found.x0.dtype == found.eps.dtype == torch.float32
     alpha, sigma = (float(v) for v in denoiser.process.schedule.at(0.5))
     assert torch.allclose(found.x0, alpha * x) and torch.allclose(found.eps, sigma * x)  # v = 0
