@@ -146,7 +146,7 @@ def test_a_config_with_any_value_opens_or_is_refused(field: str, value: Any, fol
 
 def test_without_transformers_a_sentence_says_what_to_install(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match="text prompts need the package transformers: run `pip install 'transformers>=5'`"):
+    with pytest.raises(UserError, match="text prompts need the package transformers: run `pip install 'sfumato\[text\]'`"):
         ClipText.from_folder(folders["sd1"])
 
 

@@ -162,6 +162,11 @@ SHAPES: list[dict[str, Any]] = [
     {"block_out_channels": (8, 16), "layers_per_block": 2},
     {"block_out_channels": (16, 8, 8, 24), "norm_num_groups": 8, "use_quant_conv": False, "use_post_quant_conv": False},
     {"mid_block_add_attention": False, "in_channels": 1, "out_channels": 1},
+    {
+        "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+        "block_out_channels": (8, 16),
+    },
 ]
 
 

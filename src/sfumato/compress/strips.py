@@ -62,9 +62,16 @@ def _modules(network: Encoder | Decoder) -> list[nn.Module]:
     """The parts in the order in which they run. A group norm has SiLU after it."""
     middle = [network.mid_block.resnets[0], *network.mid_block.attentions, network.mid_block.resnets[1]]
     blocks = network.down_blocks if isinstance(network, Encoder) else network.up_blocks
-    levels = [part for level in blocks for parts in level.children() for part in parts.children()]  # residual blocks, then the step
+    levels = [part for level in blocks for part in _in_order(level)]
     inner = [*levels, *middle] if isinstance(network, Encoder) else [*middle, *levels]
     return [network.conv_in, *inner, network.conv_norm_out, network.conv_out]
+
+
+def _in_order(level: nn.Module) -> list[nn.Module]:
+    """Residual blocks, each with the attention after it if there is one, then the step to the next resolution."""
+    attentions = getattr(level, "attentions", None)
+    inner = [part for i, block in enumerate(level.resnets) for part in ((block,) if attentions is None else (block, attentions[i]))]  # pyright: ignore
+    return [*inner, *level.step]  # pyright: ignore
 
 
 Size = tuple[int, int, int]

@@ -142,7 +142,7 @@ def read_encoder(tokenizer: Path, encoder: Path, projected: bool, dtype: torch.d
     try:
         import transformers  # noqa: F401  (asked for once, here, so that its absence is one sentence)
     except ImportError as error:
-        raise UserError("text prompts need the package transformers: run `pip install 'transformers>=5'`") from error
+        raise UserError("text prompts need the package transformers: run `pip install 'sfumato[text]'`") from error
     opened, model = _read_tokenizer(tokenizer), _read_model(encoder, projected, dtype)
     with explained(tokenizer):
         return ClipEncoder(opened, model, projected)
