@@ -11,7 +11,7 @@ import torch
 
 from sfumato.checkpoints.folder import build_part, explained, index, load_part, read_table
 from sfumato.checkpoints.names.pipeline import pipeline_class, pipeline_defaults
-from sfumato.checkpoints.names.scheduler import gives_even_times, read_scheduler
+from sfumato.checkpoints.names.scheduler import from_scheduler_config, gives_even_times, read_scheduler
 from sfumato.checkpoints.original import PICKLES, Parts, Reading, split
 from sfumato.checkpoints.single_file import KEY_OF_OURS, notes_of, unfold
 from sfumato.checkpoints.tokenizer import END, SCHEDULER, clip_tokenizer
@@ -101,7 +101,10 @@ def _open(path: Path, name: str, how: _How) -> LatentDiffusion:
         given = notes.get("defaults", {} if "_sfumato" in parts else pipeline_defaults(parts) | run)
         defaults = Defaults(**{k: v for k, v in given.items() if k in Defaults.__dataclass_fields__})
     _check_parts(path, autoencoder, network, conditioner)
-    model = LatentDiffusion(autoencoder, Denoiser(network, recipe.process), conditioner, defaults, str(notes.get("name", name)))
+    small = path / "low_res_scheduler" / "scheduler_config.json"
+    with explained(small):
+        low_res = from_scheduler_config(read_table(small)) if small.exists() else None
+    model = LatentDiffusion(autoencoder, Denoiser(network, recipe.process), conditioner, defaults, str(notes.get("name", name)), low_res)
     return model if how.device == "cpu" else model.to(how.device)
 
 
@@ -123,7 +126,8 @@ def _open_original(path: Path, how: _How) -> LatentDiffusion:
     _check_parts(path, autoencoder, network, conditioner)
     begin = pipeline_defaults({"_class_name": pipeline_class(network, conditioner)})
     defaults = Defaults(**begin, sampler=recipe.sampler, spacing=recipe.spacing)
-    model = LatentDiffusion(autoencoder, Denoiser(network, recipe.process), conditioner, defaults, path.stem)
+    low_res = from_scheduler_config(parts.schedulers["low_res_scheduler"]) if "low_res_scheduler" in parts.schedulers else None
+    model = LatentDiffusion(autoencoder, Denoiser(network, recipe.process), conditioner, defaults, path.stem, low_res)
     return model if how.device == "cpu" else model.to(how.device)
 
 

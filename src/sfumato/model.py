@@ -34,6 +34,7 @@ from sfumato.decode.exact import exact
 from sfumato.decode.image import pasted, to_pil, to_tensor
 from sfumato.decode.tiled import tiled
 from sfumato.decode.whole import check_latent, whole
+from sfumato.diffuse.process import Process
 from sfumato.diffuse.sample import SeededNoise, Step, all_finite, check_finite, sample
 from sfumato.errors import NumericalError, UserError, unknown
 from sfumato.files import atomic_folder, hash_json, hash_tensors, write_json, write_tensors
@@ -55,6 +56,7 @@ class LatentDiffusion:
     conditioner: Any
     defaults: Defaults = field(default_factory=Defaults)
     name: str = "model"
+    low_res: Process | None = None  # how small pictures are made noisy, for networks that enlarge them
 
     # ---- the four acts -------------------------------------------------------------------------------------------------
 
@@ -301,6 +303,8 @@ class LatentDiffusion:
         texts = getattr(self.conditioner, "identity", self.conditioner.to_config)()
         configs = [self.autoencoder.to_config(), self.denoiser.network.to_config(), texts]  # pyright: ignore
         weights = [hash_tensors(m.state_dict()) for m in (self.autoencoder, self.denoiser.network)]
+        if self.low_res is not None:
+            configs.append(to_scheduler_config(self.low_res))
         if hasattr(self.conditioner, "tensors"):
             weights.append(hash_tensors(self.conditioner.tensors()))
         return hash_json([configs, to_scheduler_config(self.denoiser.process), weights])
@@ -366,6 +370,12 @@ class LatentDiffusion:
                 "unet": ["diffusers", "UNet2DConditionModel"],
                 "scheduler": ["diffusers", scheduler["_class_name"]],
             }
+            if self.low_res is not None:
+                small = {**to_scheduler_config(self.low_res), "_class_name": "DDPMScheduler"}  # the class that diffusers' upscaler wants
+                small.pop("set_alpha_to_one", None)
+                (temporary / "low_res_scheduler").mkdir()
+                write_json(temporary / "low_res_scheduler" / "scheduler_config.json", small)
+                parts["low_res_scheduler"] = ["diffusers", "DDPMScheduler"]
             write_json(temporary / "model_index.json", parts)
 
     def _scheduler(self) -> dict[str, Any]:

@@ -72,6 +72,11 @@ def _conditions(model: Any, request: Request, chosen: dict[str, Any]) -> tuple[C
     n, picture = chosen["n"], request.picture or Picture(chosen["height"], chosen["width"])
     given = model.conditioner(prompts(request.prompt, n), picture).to(model.device)
     reference = model.conditioner(prompts(request.negative_prompt, n), picture.negative).to(model.device)
+    if request.vector is not None:
+        if given.vector is not None:
+            raise UserError("this model's conditioner fills the vector itself: expected vector=None")
+        vector = request.vector.to(model.device, torch.float32).expand(n, -1)
+        given, reference = replace(given, vector=vector), replace(reference, vector=vector)
     if request.concat is None:
         return given, [reference]
     joined = request.concat if isinstance(request.concat, tuple) else (request.concat, request.concat)

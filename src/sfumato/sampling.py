@@ -66,6 +66,7 @@ class Request:
     begin   a latent (n or 1, c, h, w) that the run begins with, made as noisy as its first time says (image-to-image)
     concat  joins x along channels (n or 1, k, h, w): masks and pictures, for networks that take them; a tuple where the condition and each of
             its references have their own
+    vector  joins the time embedding (n or 1, V), for networks that are told a number, such as how much noise a small picture has
     paste   (image, mask): pixels (n or 1, c, H, W) in [-1, 1] to be put back where the mask (n or 1, 1, H, W) is below 1, by what is missing to 1
     drawn   how many draws of each image's noise were used before the run: it goes on with the next
     decoding  "whole" (all at once), "exact" (the same in strips: about an eighth of the memory, more time), "tiled" (approximate)
@@ -90,6 +91,7 @@ class Request:
     picture: Picture | None = None
     begin: Tensor | None = None
     concat: Tensor | tuple[Tensor, ...] | None = None
+    vector: Tensor | None = None
     paste: tuple[Tensor, Tensor] | None = None
     drawn: int = 0
     decoding: str = "whole"

@@ -22,6 +22,7 @@ from sfumato.sampling import Request
 from sfumato.tasks.edit import edit
 from sfumato.tasks.image_to_image import image_to_image
 from sfumato.tasks.inpaint import inpaint
+from sfumato.tasks.upscale import upscale
 
 clip: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_clip.py")))
 
@@ -65,6 +66,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # pipe
     ),
     "SD 1 inpainting": ("StableDiffusionInpaintPipeline", {**FOUR, "attention_head_dim": 2, "in_channels": 9}, {}, "sd1"),
     "InstructPix2Pix": ("StableDiffusionInstructPix2PixPipeline", {**FOUR, "attention_head_dim": 2, "in_channels": 8}, {}, "sd1"),
+    "x4 upscaler": (
+        "StableDiffusionUpscalePipeline",
+        {**FOUR, "in_channels": 7, "attention_head_dim": 2, "use_linear_projection": True, "num_class_embeds": 1000}
+        | {"only_cross_attention": (True, True, True, False)},
+        {"prediction_type": "v_prediction"},
+        "sd2",
+    ),
     "SDXL": ("StableDiffusionXLPipeline", {**SDXL, "attention_head_dim": (1, 2, 4), "use_linear_projection": True}, {}, "sdxl"),
 }
 NORMS = {"layers_per_block": 1, "norm_num_groups": 4}
@@ -97,7 +105,11 @@ def theirs(family: str) -> Any:
             **NORMS,
         )
     parts |= {"unet": randomise(unet, 1), "vae": randomise(vae, 2), "scheduler": diffusers.DDIMScheduler(**{**SCALED, **scheduler})}
-    if "XL" in name:
+    if "Upscale" in name:
+        small = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.0001, beta_end=0.02, clip_sample=False)
+        parts["vae"].register_to_config(scaling_factor=0.08333)
+        parts |= {"safety_checker": None, "feature_extractor": None, "low_res_scheduler": small}
+    elif "XL" in name:
         parts |= {"force_zeros_for_empty_prompt": True, "add_watermarker": False}
     else:
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -262,6 +274,29 @@ def test_instructions(folders: dict[str, Path]) -> None:
     )
     ours = plain(load(folders["InstructPix2Pix"]))
     compare(ours.run(edit(ours, image * 2 - 1, REQUEST, picture_guidance=1.7), output="tensor"), expected)
+
+
+def test_enlarging(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The small picture made noisy, beside the latent; here by the tiny autoencoder's factor, 2. And as we save it."""
+    image = picture(height=14, width=10)
+    asked = {"image": image.expand(2, -1, -1, -1) * 2 - 1, "noise_level": 37, "guidance_scale": 4.0, "num_inference_steps": 5}
+    expected = their_pictures(opened(folders["x4 upscaler"], "StableDiffusionUpscalePipeline"), REQUEST.prompt, **asked)
+    ours = plain(load(folders["x4 upscaler"]))
+    ours.save(tmp_path / "ours")
+    again = plain(load(tmp_path / "ours"))
+    assert again.hash == ours.hash and again.low_res == ours.low_res is not None
+    for model in (ours, again):
+        found = model.run(upscale(model, image * 2 - 1, REQUEST, noise_level=37), output="tensor")
+        assert found.shape == (2, 3, 28, 20)
+        compare(found, expected)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers.DDIMScheduler(**{**SCALED, "prediction_type": "v_prediction"})
+    compare(their_pictures(pipe, REQUEST.prompt, **asked), expected)
+    with pytest.raises(UserError, match="noise_level=1000: expected a whole number from 0 to 999"):
+        upscale(ours, image * 2 - 1, noise_level=1000)
+    with pytest.raises(UserError, match="was not trained to enlarge pictures"):
+        upscale(load(folders["SD 1"]), image * 2 - 1)
 
 
 def test_networks_that_want_more_say_so(folders: dict[str, Path]) -> None:

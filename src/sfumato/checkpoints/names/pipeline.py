@@ -47,6 +47,7 @@ def pipeline_index(network: Any, conditioner: Any) -> dict[str, Any]:
     empty = {"safety_checker": _NOTHING, "feature_extractor": _NOTHING, "image_encoder": _NOTHING, "requires_safety_checker": False}
     if name == "StableDiffusionUpscalePipeline":
         del empty["image_encoder"], empty["requires_safety_checker"]
+        empty["watermarker"] = _NOTHING
     return {**entries, **empty}
 
 
