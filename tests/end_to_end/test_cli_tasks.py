@@ -12,6 +12,7 @@ from sfumato.decode.image import read_parameters, to_tensor
 from sfumato.errors import UserError
 from sfumato.loading import load
 from sfumato.sampling import Request
+from sfumato.tasks.enlarge import enlarge, two_pass
 from sfumato.tasks.image_to_image import image_to_image
 from sfumato.tasks.inpaint import inpaint
 from sfumato.tasks.outpaint import grown_mask, outpaint
@@ -144,3 +145,18 @@ def test_pictures_that_do_not_fit_the_request(tiny: Path) -> None:
         inpaint(model, pixels[:1], torch.linspace(0, 2, 256).reshape(1, 1, 16, 16))
     with pytest.raises(UserError, match="unknown posterior"):
         image_to_image(model, pixels[:1], posterior="mode")
+
+
+def test_enlarging_keeps_the_composition(tiny: Path) -> None:
+    model, picture = load(tiny), Image.open("photo.png")
+    assert main(["upscale", "photo.png", "boot", "--model", str(tiny), "--scale", "1.5", "--steps", "10", "--strength", "0.2"]) == 0
+    assert pixels("photo-upscale.png").shape == (22, 32)
+    large = picture.resize((32, 22), Image.Resampling.BICUBIC)
+    z = model.compress(to_tensor(large))
+    words = Request("boot", steps=20, guidance=1.0)
+    near, far = (float((model.run(enlarge(model, picture, words, scale=1.5, strength=s), output="latent") - z).norm()) for s in (0.05, 1))
+    assert near < 0.5 * far
+    second = two_pass(model, Request("bag", n=2, steps=3), scale=2)
+    assert [p.size for p in model.run(second)] == [(32, 32)] * 2
+    with pytest.raises(UserError, match=r"scale=0\.5: expected a number of at least 1"):
+        enlarge(model, picture, scale=0.5)

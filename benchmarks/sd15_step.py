@@ -1,0 +1,107 @@
+"""One call of Stable Diffusion 1.5's U-Net (860 M parameters), batch 2, 64x64 latents: ours beside diffusers, on the same weights, in one run.
+
+    python benchmarks/sd15_step.py [--dtypes float32 bfloat16] [--compile] [--repeats 3] [--threads 2] [--device cpu]
+
+Ways take turns, so that a machine that changes its pace changes it for all; the median of each is printed, and the limit: the same arithmetic
+at the machine's rate for a 3x3 convolution of the network's shape (320 channels at 64x64), measured in the same run. --compile adds torch.compile of both
+(minutes each). Weights are random: they do not change the time.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sfumato.predict.networks.unet import UNet, UNetConfig
+from sfumato.types import Conditioning
+
+CONFIG = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+
+
+def filled(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights of the usual size, without torch's own slow drawing of each layer."""
+    generator = torch.Generator().manual_seed(seed)
+    network.to_empty(device="cpu")
+    for name, weight in network.named_parameters():
+        weight.data.normal_(0, 0.02, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            weight.data.add_(1)
+    return network.eval().requires_grad_(False)
+
+
+def timed(call: Callable[[], Tensor], device: str) -> float:
+    begin = time.perf_counter()
+    call()
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="SD 1.5's U-Net: ours beside diffusers.")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    import diffusers
+
+    with torch.device("meta"):
+        ours, theirs = UNet(UNetConfig(**CONFIG)), diffusers.UNet2DConditionModel(**CONFIG)
+    filled(ours)
+    theirs.load_state_dict(ours.state_dict(), assign=True)
+    theirs.eval().requires_grad_(False)
+    print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, {options.device}, {torch.get_num_threads()} threads\n")
+    print("| dtype | way | seconds a call | of diffusers eager | largest difference |\n|---|---|---|---|---|")
+    for name in options.dtypes:
+        compare(ours.to(options.device, getattr(torch, name)), theirs.to(options.device, getattr(torch, name)), name, options)
+
+
+@torch.inference_mode()
+def compare(ours: nn.Module, theirs: nn.Module, name: str, options: argparse.Namespace) -> None:
+    dtype, device = getattr(torch, name), options.device
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 4, 64, 64, generator=generator).to(device, dtype)
+    tokens = torch.randn(2, 77, 768, generator=generator).to(device, dtype)
+    t = torch.full((2,), 500.0, device=device)
+    cond = Conditioning(tokens=tokens)
+    ways: dict[str, Callable[[], Tensor]] = {
+        "diffusers eager": lambda: theirs(x, t, encoder_hidden_states=tokens).sample,
+        "ours eager": lambda: ours(x, t, cond),
+    }
+    if options.compile:
+        fast, slow = torch.compile(ours), torch.compile(theirs)
+        ways |= {"diffusers compiled": lambda: slow(x, t, encoder_hidden_states=tokens).sample, "ours compiled": lambda: fast(x, t, cond)}
+    expected = ways["diffusers eager"]().float()
+    scale = expected.abs().max()
+    error = {way: float((call().float() - expected).abs().max() / scale) for way, call in ways.items()}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(options.repeats):
+        for way, call in ways.items():
+            seconds[way].append(timed(call, device))
+    base = statistics.median(seconds["diffusers eager"])
+    for way, found in seconds.items():
+        mine = statistics.median(found)
+        print(f"| {name} | {way} | {mine:.2f} | {mine / base:.2f} | {error[way]:.1e} |", flush=True)
+    with FlopCounterMode(display=False) as counter:
+        ways["diffusers eager"]()
+    conv = nn.Conv2d(320, 320, 3, padding=1).to(device, dtype)
+    image = torch.randn(2, 320, 64, 64, device=device).to(dtype)
+    conv(image)
+    rate = 2 * 320 * 320 * 9 * 2 * 64 * 64 / min(timed(lambda: conv(image), device) for _ in range(8))
+    limit = counter.get_total_flops() / rate
+    print(
+        f"| {name} | limit: {counter.get_total_flops() / 1e12:.2f} TFLOP at {rate / 1e9:.0f} GFLOP/s | {limit:.2f} | {limit / base:.2f} | |",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
