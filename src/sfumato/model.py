@@ -313,6 +313,7 @@ class LatentDiffusion:
         """Parts, sizes and defaults, for `sfumato info`."""
         space, process = self.autoencoder.space, self.denoiser.process
         networks = {"autoencoder": self.autoencoder, "denoiser": self.denoiser.network}
+        networks |= {f"text_encoder{end}": encoder.model for end, encoder in getattr(self.conditioner, "encoders", {}).items()}
         return {
             "name": self.name,
             "hash": self.hash,

@@ -204,6 +204,12 @@ def test_runs_without_a_word_about_samplers(family: str, tmp_path: Path) -> None
         compare(plain(model).generate(["a red cat", "a dog"], steps=10, output="tensor"), expected)
 
 
+def test_a_model_tells_its_parts(folders: dict[str, Path]) -> None:
+    parts = load(folders["SDXL"]).describe()["parts"]
+    assert [*parts] == ["autoencoder", "denoiser", "text_encoder", "text_encoder_2"]
+    assert parts["text_encoder_2"]["class"] == "CLIPTextModelWithProjection" and parts["text_encoder"]["parameters"] > 0
+
+
 def test_defaults_are_those_of_their_pipelines(folders: dict[str, Path]) -> None:
     for family, guidance in (("SD 1", 7.5), ("SDXL", 5.0)):
         defaults = load(folders[family]).defaults
