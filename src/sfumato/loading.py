@@ -14,8 +14,9 @@ from sfumato.checkpoints.names.pipeline import pipeline_class, pipeline_defaults
 from sfumato.checkpoints.names.scheduler import from_scheduler_config, gives_even_times, read_scheduler
 from sfumato.checkpoints.original import PICKLES, Parts, Reading, split
 from sfumato.checkpoints.single_file import KEY_OF_OURS, notes_of, unfold
-from sfumato.checkpoints.tokenizer import END, SCHEDULER, clip_tokenizer
+from sfumato.checkpoints.tokenizer import CONDITIONER, END, LOW_RES, SCHEDULER, clip_tokenizer
 from sfumato.compress.base import Autoencoder
+from sfumato.config import read_config
 from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners._clip import POSITIONS, PREFIX, ClipEncoder, build_model
@@ -118,26 +119,30 @@ def _open_original(path: Path, how: _How) -> LatentDiffusion:
     autoencoder, network = (
         build_part(p.config, p.tensors, path, path, None, how.dtype) for p in (parts.networks[k] for k in ("vae", "unet"))
     )
-    with explained(path):
-        noted = None if path.suffix in PICKLES else notes_of(path).get(SCHEDULER)
-        recipe = read_scheduler(parts.schedulers["scheduler"] if noted is None else json.loads(noted))
-    conditioner = _texts(path, parts, how)
+    notes = {} if path.suffix in PICKLES else notes_of(path)
+    with explained(path):  # our own notes, where the layout says nothing
+        schedulers = parts.schedulers | {k: json.loads(notes[key]) for k, key in _NOTED.items() if key in notes}
+        recipe = read_scheduler(schedulers["scheduler"])
+        low_res = from_scheduler_config(schedulers["low_res_scheduler"]) if "low_res_scheduler" in schedulers else None
+    conditioner = _texts(path, parts, how, notes)
     assert isinstance(autoencoder, Autoencoder)
     _check_parts(path, autoencoder, network, conditioner)
     begin = pipeline_defaults({"_class_name": pipeline_class(network, conditioner)})
     defaults = Defaults(**begin, sampler=recipe.sampler, spacing=recipe.spacing)
-    low_res = from_scheduler_config(parts.schedulers["low_res_scheduler"]) if "low_res_scheduler" in parts.schedulers else None
     model = LatentDiffusion(autoencoder, Denoiser(network, recipe.process), conditioner, defaults, path.stem, low_res)
     return model if how.device == "cpu" else model.to(how.device)
 
 
-def _texts(path: Path, parts: Parts, how: _How) -> Any:
+_NOTED = {"scheduler": SCHEDULER, "low_res_scheduler": LOW_RES}
+
+
+def _texts(path: Path, parts: Parts, how: _How, notes: dict[str, str]) -> Any:
     """The text encoders of a single file, with a tokenizer from elsewhere."""
     others = sorted(parts.networks.keys() - {"unet", "vae", "text_encoder", "text_encoder_2"})
     ends = [end for end in ("", "_2") if f"text_encoder{end}" in parts.networks]
     if others or not ends:
         raise UserError(f"{path} is conditioned by {' and '.join(others) or 'nothing'}: only CLIP's text encoders are run by this version")
-    notes, encoders = {} if path.suffix in PICKLES else notes_of(path), dict[str, Any]()
+    encoders: dict[str, Any] = {}
     for end in ends:
         part, projected = parts.networks[f"text_encoder{end}"], end == "_2"
         tensors = {key.removeprefix(PREFIX): tensor for key, tensor in part.tensors.items() if not key.endswith(POSITIONS)}
@@ -145,7 +150,9 @@ def _texts(path: Path, parts: Parts, how: _How) -> Any:
         pad = END if parts.family.startswith(("sd1", "sdxl")) and not projected else "!"  # as they were trained
         tokenizer = clip_tokenizer(pad, model.config.max_position_embeddings, how.tokenizer, notes)
         encoders[end] = ClipEncoder(tokenizer, model, projected)
-    settings = ClipTextConfig(force_zeros_for_empty_prompt="_2" in ends, requires_aesthetics_score=ends == ["_2"])
+    flags = {"force_zeros_for_empty_prompt": "_2" in ends, "requires_aesthetics_score": ends == ["_2"]}
+    with explained(path):
+        settings = read_config(ClipTextConfig, flags | json.loads(notes.get(CONDITIONER, "{}")), {})
     return ClipText(encoders.get(""), encoders.get("_2"), settings)
 
 

@@ -28,7 +28,7 @@ from sfumato.checkpoints.names.pipeline import pipeline_index
 from sfumato.checkpoints.names.scheduler import to_scheduler_config, write_scheduler
 from sfumato.checkpoints.original import Part, gather, join, notes
 from sfumato.checkpoints.single_file import fold
-from sfumato.checkpoints.tokenizer import KEY, SCHEDULER, packed
+from sfumato.checkpoints.tokenizer import CONDITIONER, KEY, LOW_RES, SCHEDULER, packed
 from sfumato.compress.base import Autoencoder
 from sfumato.decode.exact import exact
 from sfumato.decode.image import pasted, to_pil, to_tensor
@@ -397,7 +397,10 @@ class LatentDiffusion:
         cast = {name: storable(table, dtype) for name, table in tensors.items()}
         scheduler = self._scheduler()
         parts = gather({name: Part(configs[name], table) for name, table in cast.items()}, {"scheduler": scheduler})
-        write_tensors(file, join(parts), {**notes(parts), KEY: vocabulary, SCHEDULER: json.dumps(scheduler)})
+        ours = {KEY: vocabulary, SCHEDULER: json.dumps(scheduler), CONDITIONER: json.dumps(self.conditioner.to_config())}
+        if self.low_res is not None:
+            ours[LOW_RES] = json.dumps(to_scheduler_config(self.low_res))
+        write_tensors(file, join(parts), {**notes(parts), **ours})
 
 
 def _name(dtype: torch.dtype) -> str:

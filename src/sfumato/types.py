@@ -210,7 +210,19 @@ class Prediction:
         return self.x0.sum() + self.eps.sum()
 
 
-class LinearPrediction(Prediction):
+class LatePrediction(Prediction):
+    """A prediction of which only `at` and `size` are given: x0 and eps are worked out where somebody looks."""
+
+    @cached_property
+    def x0(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.at(1.0, 0.0)
+
+    @cached_property
+    def eps(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.at(0.0, 1.0)
+
+
+class LinearPrediction(LatePrediction):
     """x0 = a*x + b*y and eps = c*x + d*y, of a latent x and a network's output y: worked out only where somebody looks.
 
     What samplers and guidance want is mostly one combination of x and y: made at once it is half of the work, its coefficients are added in
@@ -225,14 +237,6 @@ class LinearPrediction(Prediction):
     def __init__(self, x: Shaped[Tensor, "B C h w"], y: Shaped[Tensor, "B C h w"], solution: tuple[float, float, float, float]):
         mine = self.__dict__  # frozen, but for this
         mine["x"], mine["y"], mine["solution"] = x, y, solution
-
-    @cached_property
-    def x0(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.at(1.0, 0.0)
-
-    @cached_property
-    def eps(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.at(0.0, 1.0)
 
     def at(self, alpha: float, sigma: float, k: float = 0.0, x: Tensor | None = None) -> Tensor:
         a, b, c, d = self.solution

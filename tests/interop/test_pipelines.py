@@ -368,6 +368,10 @@ def test_single_files_both_ways(family: str, tmp_path: Path) -> None:
     pipe = original(family)
     pipe.save_pretrained(tmp_path / "folder")
     folder = load(tmp_path / "folder")
+    assert isinstance(folder.conditioner, ClipText)
+    skipping = replace(folder.conditioner, config=replace(folder.conditioner.config, clip_skip=1, long="refuse"))
+    replace(folder, conditioner=skipping).save(tmp_path / "skips.safetensors")
+    assert load(tmp_path / "skips.safetensors").conditioner.config == skipping.config, "how prompts are read is not lost"
     folder.save(tmp_path / "one.safetensors")
     ours = load(tmp_path / "one.safetensors")
     found = [m.generate("a (red:1.2) cat", steps=3, height=16, width=24, seed=4, output="tensor") for m in (folder, ours)]

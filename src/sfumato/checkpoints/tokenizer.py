@@ -15,7 +15,9 @@ from sfumato.files import read_json
 KEY = "sfumato.tokenizer"
 """Metadata of files that sfumato wrote: {"vocab": {...}, "merges": [...]} as JSON."""
 SCHEDULER = "sfumato.scheduler"
-"""Metadata beside it: the model's scheduler config, which the layout has no place for either."""
+LOW_RES = "sfumato.low_res_scheduler"
+CONDITIONER = "sfumato.conditioner"
+"""Metadata beside it that the layout has no place for either: the model's scheduler configs, and how it reads prompts."""
 HUB = "openai/clip-vit-large-patch14"
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = 49152 - 256 - 2  # of the list that OpenAI published, those that were used

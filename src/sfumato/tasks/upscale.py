@@ -40,4 +40,4 @@ def upscale(model: Any, picture: Picture, request: Request | None = None, *, noi
     t = float(process.schedule.time(torch.tensor(float(noise_level))))
     small = process.add_noise(pixels.expand(count, -1, -1, -1).to(eps), eps, t)
     told = F.one_hot(torch.tensor([noise_level]), levels).float()
-    return replace(request, height=height, width=width, noise=noise, concat=small, vector=told, drawn=1 + request.drawn)
+    return replace(request, height=height, width=width, noise=noise, concat=small, vector=told, drawn=1)

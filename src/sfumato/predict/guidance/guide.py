@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.types import Ask, Asking, Conditioning, Prediction, Query
+from sfumato.types import Ask, Asking, Conditioning, LatePrediction, Prediction, Query
 
 
 @dataclass(frozen=True)
@@ -78,21 +77,13 @@ def _off_is_off(conditional: Prediction, found: Prediction, w: float | Tensor) -
     return Chosen(w == 1, conditional, found)
 
 
-class Chosen(Prediction):
+class Chosen(LatePrediction):
     """One prediction for the images where `first` (B, 1, 1, 1) is True, another for the others: each worked out as it would be alone."""
 
     parts: tuple[Tensor, Prediction, Prediction]
 
     def __init__(self, first: Tensor, one: Prediction, other: Prediction):
         self.__dict__.update(parts=(first, one, other))
-
-    @cached_property
-    def x0(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.at(1.0, 0.0)
-
-    @cached_property
-    def eps(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.at(0.0, 1.0)
 
     def at(self, alpha: float, sigma: float, k: float = 0.0, x: Tensor | None = None) -> Tensor:
         first, one, other = self.parts
