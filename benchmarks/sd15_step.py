@@ -2,7 +2,8 @@
 
     python benchmarks/sd15_step.py [--dtypes float32 bfloat16] [--compile] [--repeats 3] [--threads 2] [--device cpu]
 
-Ways take turns, so that a machine that changes its pace changes it for all; the median of each is printed, and the limit: the same arithmetic
+"ours packed" is what `LatentDiffusion.optimized()` and the command line run on the CPU (nn/packed.py), "ours compiled" is
+`optimized(compile=True)`: torch.compile with constant weights. Ways take turns, so that a machine that changes its pace changes it for all; the median of each is printed, and the limit: the same arithmetic
 at the machine's rate for a 3x3 convolution of the network's shape (320 channels at 64x64), measured in the same run. --compile adds torch.compile of both
 (minutes each). Weights are random: they do not change the time.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sfumato.nn.packed import packable, packed
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.types import Conditioning
 
@@ -76,8 +78,11 @@ def compare(ours: nn.Module, theirs: nn.Module, name: str, options: argparse.Nam
         "diffusers eager": lambda: theirs(x, t, encoder_hidden_states=tokens).sample,
         "ours eager": lambda: ours(x, t, cond),
     }
+    if packable(ours):
+        quick = packed(ours)
+        ways["ours packed"] = lambda: quick(x, t, cond)
     if options.compile:
-        fast, slow = torch.compile(ours), torch.compile(theirs)
+        fast, slow = torch.compile(ours, options={"freezing": True}), torch.compile(theirs)
         ways |= {"diffusers compiled": lambda: slow(x, t, encoder_hidden_states=tokens).sample, "ours compiled": lambda: fast(x, t, cond)}
     expected = ways["diffusers eager"]().float()
     scale = expected.abs().max()

@@ -31,10 +31,10 @@ class ResnetBlock(nn.Module):
     ):
         super().__init__()
         self.scale_shift = scale_shift
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.norm1 = invariant.GroupNorm(groups, in_channels, eps)
         self.conv1 = invariant.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = invariant.Linear(time_width, out_channels * (2 if scale_shift else 1)) if time_width else None
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.norm2 = invariant.GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = invariant.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = invariant.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
@@ -51,8 +51,7 @@ class ResnetBlock(nn.Module):
                 y = self.norm2(y) * (1 + scale) + shift
             else:
                 y = self.norm2(y + shift)
-        y = self.conv2(self.dropout(invariant.silu(y)))
-        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return self.conv2(self.dropout(invariant.silu(y)), x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class Downsample(nn.Module):

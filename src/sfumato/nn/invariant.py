@@ -5,15 +5,21 @@ by some 1e-6 between a batch of 1, of 2 and of 16. What each op needs, so that e
 (PyTorch 2.13 with oneDNN 3.12 and MKL 2024.2, on an AMD EPYC with AVX-512, with 1 and 2 threads; no library promises it):
 
     convolution   torch calls oneDNN, or MKL image by image, by the size of the batch and the number of threads: oneDNN is called always.
-    linear        MKL's kernels take rows in fours, and a few rows, or the rest of a few, otherwise: few rows are filled up.
+    linear        MKL's kernels take rows in fours, and a few rows, or the rest of a few, otherwise: few rows are filled up. For large
+                  weights oneDNN is called, which is quicker there, and takes one row otherwise than two and more: one becomes two.
     attention     as linear in each head's product of queries and keys; and it depends on how images, and the scratch memory of threads,
                   lie in the cache lines: queries are filled up, and the keys and values of each image begin on a cache line.
     SiLU, GELU    vector instructions do 32 numbers at a time, and the C library, which rounds otherwise, what remains at the end of a
                   thread's part: SiLU's numbers are filled up until nothing remains; GELU needs contiguous ones, which oneDNN does.
 
+    group norm    of large maps with channels last in memory threads share the images out: such images go one by one.
+
 Group norms of contiguous maps, layer norms, interpolation and arithmetic need nothing. This is for inference in float32 on the CPU; with
 gradients, in other dtypes, on other devices and under compilers the calls are torch's own.
 """
+
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +28,7 @@ from torch import Tensor, nn
 
 _LINE = 16  # float32 numbers in a cache line of 64 bytes
 _ROWS = 4  # the rows that MKL's kernels take together; of 16 rows and more the rest gets the same bits as well
+_LARGE = 2**16  # weights of more numbers are oneDNN's: below, what a call costs counts for more
 _VECTOR = 32  # numbers that torch's loops give to vector instructions at a time with AVX-512; a multiple of what other processors need
 _GRAIN = 32768  # numbers (at::internal::GRAIN_SIZE) for each thread that torch gives elementwise work to
 
@@ -46,6 +53,8 @@ def linear(x: Float[Tensor, "*B D"], weight: Float[Tensor, "E D"], bias: Float[T
     # One contiguous matrix: torch would multiply image by image, or a transposed matrix, by the strides, and those of one image differ.
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     count = len(rows)
+    if weight.numel() > _LARGE and count and onednn() is not None:
+        return onednn_linear(rows, weight.contiguous(), bias).view(*x.shape[:-1], len(weight))
     missing = -count % _ROWS if count < 4 * _ROWS else 0
     # Products with few columns depend on how a row lies to 16 bytes.
     short = -rows.shape[1] % 4 if len(weight) < 16 else 0
@@ -56,10 +65,41 @@ def linear(x: Float[Tensor, "*B D"], weight: Float[Tensor, "E D"], bias: Float[T
     return F.linear(rows, weight, bias)[:count].view(*x.shape[:-1], len(weight))
 
 
+@cache
+def onednn() -> Any:
+    """torch's own operations over oneDNN, with weights that may be packed and products that end in a function; None where it has none."""
+    ours = ("_linear_pointwise", "_convolution_pointwise", "_reorder_linear_weight", "_reorder_convolution_weight")
+    known = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in ours)
+    return torch.ops.mkldnn if known else None
+
+
+def onednn_linear(
+    x: Float[Tensor, "*B D"],
+    weight: Tensor,
+    bias: Float[Tensor, " E"] | None,
+    end: str = "none",
+    other: Float[Tensor, "*B E"] | None = None,
+) -> Float[Tensor, "*B E"]:
+    """x W^T + b, with its end in the same pass: "gelu" of it, or "add" or "mul" with another (B, E). The weight may be packed."""
+    alone = x.numel() == x.shape[-1]
+    if alone:
+        x, other = x.expand(2, *x.shape), None if other is None else other.expand(2, *other.shape)
+    if other is None:
+        y = onednn()._linear_pointwise(x, weight, bias, end, [], "none" if end == "gelu" else "")
+    else:
+        y = onednn()._linear_pointwise.binary(x, other, weight, bias, end)
+    return y[0] if alone else y
+
+
 def attention(
     q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, mask: Bool[Tensor, "B L"] | None = None
 ) -> Float[Tensor, "B N D"]:
-    """softmax(Q K^T / sqrt(D / heads)) V in each head, side by side in D; mask True where a key counts."""
+    """softmax(Q K^T / sqrt(D / heads)) V in each head, side by side in D; mask True where a key counts.
+
+    In bfloat16 on the CPU it is done in float32: torch's kernel takes a fifth longer to round on the way (64 x 64 cells, 8 heads of 40).
+    """
+    if q.dtype == torch.bfloat16 and q.is_cpu and not torch.is_grad_enabled():
+        return attention(q.float(), k.float(), v.float(), heads, mask).bfloat16()
     count = q.shape[1]
     if applies(q):
         missing = -count % _LINE
@@ -81,6 +121,8 @@ def silu(x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
     """`F.silu` whose numbers do not depend on where they lie in the tensor."""
     if not applies(x):
         return F.silu(x)
+    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return silu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     numbers = x.numel()
     threads = max(1, min(torch.get_num_threads(), -(-numbers // _GRAIN)))
     missing = -numbers % (_VECTOR * threads)
@@ -95,17 +137,38 @@ def gelu(x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` whose rows do not depend on their number: see `linear`."""
+    """`nn.Linear` whose rows do not depend on their number: see `linear`. `plus` is added to what it gives."""
 
-    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return linear(x, self.weight, self.bias)
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Float[Tensor, "*B D"], plus: Float[Tensor, "*B E"] | None = None
+    ) -> Float[Tensor, "*B E"]:
+        y = linear(x, self.weight, self.bias)
+        return y if plus is None else plus + y
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d`, padded with zeros, whose images do not depend on their number."""
+    """`nn.Conv2d`, padded with zeros, whose images do not depend on their number. `plus` is added to what it gives."""
 
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Float[Tensor, "B C H W"], plus: Float[Tensor, "B D h w"] | None = None
+    ) -> Float[Tensor, "B D h w"]:
+        y = self._convolve(x)
+        return y if plus is None else plus + y
+
+    def _convolve(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
         if not applies(x, self.weight) or isinstance(self.padding, str) or not torch.backends.mkldnn.is_available():
             return super().forward(x)
         # contiguous: the layout of the input becomes the output's, and group norms of large maps with channels last sum by threads
         return torch.mkldnn_convolution(x.contiguous(), self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups)
+
+
+class GroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm` whose images do not depend on their number, also with channels last in memory."""
+
+    def forward(self, input: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        if len(input) < 2 or input.is_contiguous() or not applies(input, self.weight):
+            return super().forward(input)
+        y = torch.empty_like(input)
+        for image, place in zip(input.split(1), y.split(1), strict=True):
+            place.copy_(super().forward(image))
+        return y

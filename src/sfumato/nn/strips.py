@@ -24,6 +24,7 @@ from sfumato.errors import NumericalError
 from sfumato.nn import invariant
 from sfumato.nn.attention import SpatialAttention
 from sfumato.nn.blocks import Downsample, Upsample
+from sfumato.nn.doubling import double, kernels
 
 Strips = Iterator[Tensor]
 Layer = Callable[[Strips], Strips]
@@ -147,35 +148,19 @@ def halving(down: Downsample) -> Layer:
 def doubling(up: Upsample) -> Layer:
     """`Upsample` to twice the size.
 
-    A row of the doubled map and its neighbours hold two different rows of the map, and so with columns: each of the four kinds of pixel
-    (even or odd row, even or odd column) is a convolution of the map itself with 2x2 sums of the 3x3 weights, 4/9 of the products. In half
-    precision the sums would be rounded coarsely; there the map is doubled and convolved as it is written.
+    As four convolutions of the map itself (nn/doubling.py). In half precision their sums of weights would be rounded coarsely; there the map
+    is doubled and convolved as it is written.
     """
     conv = up.conv
     if conv.weight.dtype not in (torch.float32, torch.float64):
         plain = convolution(conv)
         return lambda strips: plain(map(lambda s: F.interpolate(s, scale_factor=2.0, mode="nearest"), strips))
-    kernels = [[_sums(_sums(conv.weight.detach().double(), 2, a), 3, b).to(conv.weight.dtype) for b in (0, 1)] for a in (0, 1)]
-
-    run = partial(_double, kernels, conv.bias)
+    run = partial(_double, kernels(conv.weight), conv.bias)
     return lambda strips: windows(run, strips, 3, 1, 1, 1)
 
 
-def _double(kernels: list[list[Tensor]], bias: Tensor | None, rows: Tensor) -> Tensor:
-    n, width = rows.shape[2] - 2, rows.shape[3]
-    padded = F.pad(rows, (1, 1))
-    out = rows.new_empty(len(rows), len(kernels[0][0]), 2 * n, 2 * width)
-    for a in (0, 1):
-        for b in (0, 1):
-            part = padded[:, :, a : a + n + 1, b : b + width + 1]
-            out[:, :, a::2, b::2] = _plain_convolve(part, kernels[a][b], bias)
-    return out
-
-
-def _sums(weight: Tensor, dim: int, odd: int) -> Tensor:
-    """Three taps on a doubled map as two on the map: (w0, w1 + w2) for even places, (w0 + w1, w2) for odd ones."""
-    w0, w1, w2 = weight.unbind(dim)
-    return torch.stack([w0 + w1, w2] if odd else [w0, w1 + w2], dim)
+def _double(four: list[list[Tensor]], bias: Tensor | None, rows: Tensor) -> Tensor:
+    return double(F.pad(rows, (1, 1)), len(four[0][0]), lambda part, a, b: _plain_convolve(part, four[a][b], bias))
 
 
 def _numbers(conv: nn.Conv2d) -> tuple[int, int]:

@@ -250,7 +250,7 @@ class UNet(nn.Module):
                 pairs.append((below + skips.pop(), widths[level]))
                 below = widths[level]
             self.up_blocks.append(_Block(config, level, _KINDS[kind], pairs, "up" if level > 0 else None, position))
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_norm_out = invariant.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = invariant.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def embed(self, timestep: Float[Tensor, " B"], cond: Conditioning, dtype: torch.dtype) -> Float[Tensor, "B T"]:

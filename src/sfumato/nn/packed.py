@@ -1,0 +1,190 @@
+"""Networks prepared for inference on the CPU: weights in the order in which oneDNN's kernels read them, products that end in what follows them.
+
+oneDNN wants a convolution's weights in blocks, and makes them so at each call: at 16 x 16 and below that takes as long as the convolution.
+`packed` does it once. A sum with the residual, GELU and its product with the other half of a GEGLU are done on the numbers that a product
+has just made; feature maps have their channels last in memory, as the kernels read and write them; and doubling is done as in
+nn/doubling.py. Rows of a batch keep the same bits whatever the batch (see nn/invariant.py), whatever size the weights were packed for.
+
+Such a network has no gradients and takes no new weights; `state_dict` gives the plain weights, bit for bit.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sfumato.errors import UserError
+from sfumato.nn import invariant
+from sfumato.nn.attention import GEGLU
+from sfumato.nn.blocks import Upsample
+from sfumato.nn.doubling import double, kernels
+
+
+def packable(network: nn.Module) -> bool:
+    """Whether torch and this processor have such kernels for the network: on the CPU, in float32, or in bfloat16 where it knows that."""
+    ours = invariant.onednn()
+    if ours is None or not all(p.device.type == "cpu" and p.dtype == next(network.parameters()).dtype for p in network.parameters()):
+        return False
+    dtype = next(network.parameters()).dtype
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and ours._is_mkldnn_bf16_supported())
+
+
+def packed(network: nn.Module) -> nn.Module:
+    """The same network with packed weights: its own, not shared with the one given, which is left as it is. `packable` says for which."""
+    assert packable(network), "see packable"
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()}
+    shared |= {id(buffer): buffer.detach() for buffer in network.buffers()}
+    found = _with_packed(copy.deepcopy(network, shared)).eval()
+    for tensor in (*found.parameters(), *found.buffers()):
+        if not tensor.is_mkldnn:
+            tensor.data = tensor.detach().clone()
+    return found
+
+
+def _with_packed(module: nn.Module) -> nn.Module:
+    for name, child in module.named_children():
+        kind = next((kind for known, kind in _KINDS.items() if isinstance(child, known)), None)
+        if kind is None:
+            _with_packed(child)
+        else:
+            setattr(module, name, kind(child))
+    return module
+
+
+class _Packed(nn.Module):
+    """A packed layer of a dtype. Its state is the plain layer's."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def plain(self) -> dict[str, Tensor]:
+        """The plain layer's state."""
+        return {name: p.to_dense(self.dtype) if p.is_mkldnn else p.detach() for name, p in self.named_parameters(recurse=False)}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        del keep_vars
+        for name, tensor in self.plain().items():
+            destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        raise UserError("a network prepared for inference takes no weights: give them to the one that it was made from")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Packed":
+        probe = fn(torch.empty(0, dtype=self.dtype))
+        if probe.dtype != self.dtype or probe.device.type != "cpu":
+            raise UserError("a network prepared for inference stays on the CPU, in its dtype: move the one that it was made from")
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Packed":
+        return self  # nothing in it changes
+
+
+def _check(x: Tensor, dtype: torch.dtype) -> None:
+    if x.dtype != dtype or not x.is_cpu or (torch.is_grad_enabled() and x.requires_grad):
+        wrong = "needs a gradient" if x.requires_grad else f"is {x.dtype} on {x.device}"
+        raise UserError(f"a network prepared for inference in {dtype} on the CPU was given what {wrong}: use the one that it was made from")
+
+
+class _Convolution(_Packed):
+    """`nn.Conv2d` padded with zeros."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__(conv.weight.dtype)
+        assert not isinstance(conv.padding, str) and conv.padding_mode == "zeros"
+        self.settings = [*conv.padding], [*conv.stride], [*conv.dilation], conv.groups
+        size = [1, conv.in_channels, 64, 64]
+        self.weight = _frozen(invariant.onednn()._reorder_convolution_weight(_last(conv.weight), *self.settings, size))
+        self.bias = conv.bias
+
+    def forward(self, x: Float[Tensor, "B C H W"], plus: Float[Tensor, "B D h w"] | None = None) -> Float[Tensor, "B D h w"]:
+        _check(x, self.dtype)
+        x = _last(x)
+        if plus is None:
+            return invariant.onednn()._convolution_pointwise(x, self.weight, self.bias, *self.settings, "none", [], "")
+        added = invariant.onednn()._convolution_pointwise.binary
+        return added(x, _last(plus), self.weight, self.bias, *self.settings, "add", 1, None, [], None)
+
+
+class _Linear(_Packed):
+    """`nn.Linear`."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear.weight.dtype)
+        self.weight = _pack(linear.weight)
+        self.bias = linear.bias
+
+    def forward(self, x: Float[Tensor, "*B D"], plus: Float[Tensor, "*B E"] | None = None) -> Float[Tensor, "*B E"]:
+        _check(x, self.dtype)
+        end = "none" if plus is None else "add"
+        return invariant.onednn_linear(x.contiguous(), self.weight, self.bias, end, plus if plus is None else plus.contiguous())
+
+
+class _Gated(_Packed):
+    """`GEGLU`: the gate's product ends in GELU, the value's in the product with it."""
+
+    def __init__(self, gated: GEGLU):
+        super().__init__(gated.proj.weight.dtype)
+        value, gate = gated.proj.weight.chunk(2)
+        self.value, self.gate, self.bias = _pack(value), _pack(gate), gated.proj.bias
+
+    def plain(self) -> dict[str, Tensor]:
+        parts = super().plain()
+        return {"proj.weight": torch.cat([parts["value"], parts["gate"]]), "proj.bias": parts["bias"]}
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
+        _check(x, self.dtype)
+        value, gate = self.bias.chunk(2)
+        opened = invariant.onednn_linear(x.contiguous(), self.gate, gate, "gelu")
+        return invariant.onednn_linear(x.contiguous(), self.value, value, "mul", opened)
+
+
+class _Doubling(_Packed):
+    """`Upsample`: four convolutions of the map itself, where it is doubled exactly."""
+
+    def __init__(self, up: Upsample):
+        super().__init__(up.conv.weight.dtype)
+        conv = up.conv
+        self.conv = _Convolution(conv)  # for maps with an odd side; and the state's weights
+        self.width = conv.out_channels
+        size = [1, conv.in_channels, 64, 64]
+        self.four = [
+            [invariant.onednn()._reorder_convolution_weight(_last(w), [0, 0], [1, 1], [1, 1], 1, size) for w in row]
+            for row in kernels(conv.weight)
+        ]
+
+    def forward(self, x: Float[Tensor, "B C h w"], size: torch.Size | None = None) -> Float[Tensor, "B C H W"]:
+        if size is not None and tuple(size) != (2 * x.shape[-2], 2 * x.shape[-1]):
+            return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
+        _check(x, self.dtype)
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).permute(0, 3, 1, 2)
+        return double(padded, self.width, self._convolve)
+
+    def _convolve(self, part: Tensor, a: int, b: int) -> Tensor:
+        weight, bias = self.four[a][b], self.conv.bias
+        return invariant.onednn()._convolution_pointwise(_last(part), weight, bias, [0, 0], [1, 1], [1, 1], 1, "none", [], "")
+
+
+def _pack(weight: Float[Tensor, "E D"]) -> nn.Parameter:
+    return _frozen(invariant.onednn()._reorder_linear_weight(weight.detach().contiguous(), 16))
+
+
+def _frozen(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight, requires_grad=False)
+
+
+def _last(x: Tensor) -> Tensor:
+    """Channels last in memory."""
+    return x.detach().contiguous(memory_format=torch.channels_last)
+
+
+_KINDS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    Upsample: _Doubling,
+    GEGLU: _Gated,
+    nn.Conv2d: _Convolution,
+    nn.Linear: _Linear,
+}
