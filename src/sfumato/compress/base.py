@@ -5,6 +5,7 @@ Standardised latents everywhere: z = (raw - mean) / std per channel with statist
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,3 +70,26 @@ class Autoencoder(nn.Module, ABC):
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
         return next(self.parameters()).dtype
+
+
+class InParts(Autoencoder):
+    """An autoencoder whose halves are parts in a row, each given what the one before it made, so that they can be run strip by strip.
+
+    posterior: `to_posterior` of what the encoder's parts make of the image; reconstruct: what the decoder's parts make of `to_cells`.
+    """
+
+    @abstractmethod
+    def encoder_parts(self) -> Sequence[nn.Module]:
+        """From the image on, in the order in which they run. A group norm has SiLU after it."""
+
+    @abstractmethod
+    def decoder_parts(self) -> Sequence[nn.Module]:
+        """From the cells to the image, as `encoder_parts`."""
+
+    def to_cells(self, raw: Float[Tensor, "B c h w"]) -> Float[Tensor, "B d y x"]:
+        """Raw latent -> what the decoder's first part is given."""
+        return raw
+
+    @abstractmethod
+    def to_posterior(self, made: Float[Tensor, "B d y x"]) -> Posterior:
+        """What the encoder's last part made -> the distribution of raw latents."""

@@ -7,10 +7,12 @@ arXiv:2012.09841, appendix A, table 7). Module names are diffusers'.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sfumato.compress.base import InParts, Posterior
 from sfumato.errors import UserError
 from sfumato.nn import invariant
 from sfumato.nn.attention import SpatialAttention
@@ -86,10 +88,13 @@ class _Middle(nn.Module):
         self.attentions = nn.ModuleList([SpatialAttention(channels, channels, groups, _EPS)] if attention else [])
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
-        x = self.resnets[0](x)
-        for attention in self.attentions:
-            x = attention(x)
-        return self.resnets[1](x)
+        for part in self.parts():
+            x = part(x)
+        return x
+
+    def parts(self) -> list[nn.Module]:
+        """In the order in which they run."""
+        return [self.resnets[0], *self.attentions, self.resnets[1]]
 
 
 class _Level(nn.Module):
@@ -106,13 +111,14 @@ class _Level(nn.Module):
         self.step = [step] if step is not None else []  # a plain list: the module is registered under its own name above
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(x)
-            if self.attention:
-                x = self.attentions[i](x)
-        for step in self.step:
-            x = step(x)
+        for part in self.parts():
+            x = part(x)
         return x
+
+    def parts(self) -> list[nn.Module]:
+        """In the order in which they run."""
+        blocks = zip(self.resnets, self.attentions, strict=True) if self.attention else ((resnet,) for resnet in self.resnets)
+        return [*chain.from_iterable(blocks), *self.step]
 
 
 class Encoder(nn.Module):
@@ -136,6 +142,11 @@ class Encoder(nn.Module):
             x = block(x)
         return self.conv_out(invariant.silu(self.conv_norm_out(self.mid_block(x))))
 
+    def parts(self) -> list[nn.Module]:
+        """In the order in which they run; SiLU comes after the norm."""
+        levels = [part for block in self.down_blocks for part in block.parts()]
+        return [self.conv_in, *levels, *self.mid_block.parts(), self.conv_norm_out, self.conv_out]
+
 
 class Decoder(nn.Module):
     """Latent (B, in_channels, h, w) -> image (B, out_channels, H, W), about [-1, 1], not clamped."""
@@ -157,3 +168,38 @@ class Decoder(nn.Module):
         for block in self.up_blocks:
             x = block(x)
         return self.conv_out(invariant.silu(self.conv_norm_out(x)))
+
+    def parts(self) -> list[nn.Module]:
+        """In the order in which they run; SiLU comes after the norm."""
+        levels = [part for block in self.up_blocks for part in block.parts()]
+        return [self.conv_in, *self.mid_block.parts(), *levels, self.conv_norm_out, self.conv_out]
+
+
+class Halved(InParts):
+    """What KL and VQ autoencoders have in common: an encoder and a decoder, with a 1x1 convolution at the latent's side of each, or None.
+
+    The halves' parts see what `to_cells` makes of a raw latent, and `to_posterior` is given what the encoder's side ends with.
+    """
+
+    encoder: Encoder
+    decoder: Decoder
+    quant_conv: invariant.Conv2d | None
+    post_quant_conv: invariant.Conv2d | None
+
+    def posterior(self, image: Float[Tensor, "B C H W"]) -> Posterior:
+        check_image(image, self.channels, self.space.factor)
+        made = self.encoder(image)
+        return self.to_posterior(made if self.quant_conv is None else self.quant_conv(made))
+
+    def reconstruct(self, raw: Float[Tensor, "B c h w"]) -> Float[Tensor, "B C H W"]:
+        return self.from_cells(self.to_cells(raw))
+
+    def from_cells(self, cells: Float[Tensor, "B d h w"]) -> Float[Tensor, "B C H W"]:
+        """What `to_cells` made -> image, not clamped."""
+        return self.decoder(cells if self.post_quant_conv is None else self.post_quant_conv(cells))
+
+    def encoder_parts(self) -> list[nn.Module]:
+        return [*self.encoder.parts(), *([] if self.quant_conv is None else [self.quant_conv])]
+
+    def decoder_parts(self) -> list[nn.Module]:
+        return [*([] if self.post_quant_conv is None else [self.post_quant_conv]), *self.decoder.parts()]

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.compress.base import Autoencoder, Posterior
-from sfumato.compress.halves import Decoder, Encoder, Levels, block_types, check_image, down_attention, up_attention
+from sfumato.compress.base import Posterior
+from sfumato.compress.halves import Decoder, Encoder, Halved, Levels, block_types, down_attention, up_attention
 from sfumato.config import read_config
 from sfumato.nn import invariant
 from sfumato.types import LatentSpace
@@ -98,7 +98,7 @@ def plain_types_left_out(values: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k not in plain or list(v or plain[k]) != plain[k]}
 
 
-class AutoencoderKL(Autoencoder):
+class AutoencoderKL(Halved):
     """The KL autoencoder: see the module's docstring. Built from a `KLConfig`; weights are random until loaded."""
 
     def __init__(self, config: KLConfig):
@@ -120,13 +120,9 @@ class AutoencoderKL(Autoencoder):
         """Stores per-channel statistics of raw latents, measured over the data, so that z is standardised."""
         self.config = replace(self.config, latents_mean=tuple(mean), latents_std=tuple(std), scaling_factor=1.0)
 
-    def posterior(self, image: Float[Tensor, "B C H W"]) -> Posterior:
-        check_image(image, self.channels, self.space.factor)
-        moments = self.encoder(image)
-        return gaussian(moments if self.quant_conv is None else self.quant_conv(moments))
-
-    def reconstruct(self, raw: Float[Tensor, "B c h w"]) -> Float[Tensor, "B C H W"]:
-        return self.decoder(raw if self.post_quant_conv is None else self.post_quant_conv(raw))
+    def to_posterior(self, made: Float[Tensor, "B D h w"]) -> Posterior:
+        """Means and log variances, one after the other along the channels."""
+        return gaussian(made)
 
     def to_config(self) -> dict[str, Any]:
         return self.config.to_dict()

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sfumato.compress.base import Autoencoder, Posterior
-from sfumato.compress.halves import Decoder, Encoder, Levels, block_types, check_image
+from sfumato.compress.base import Posterior
+from sfumato.compress.halves import Decoder, Encoder, Halved, Levels, block_types
 from sfumato.compress.kl import gaussian
 from sfumato.config import read_config
 from sfumato.errors import UserError
@@ -94,7 +94,7 @@ class KLFlux2Config:
         return {"_class_name": "AutoencoderKLFlux2", **asdict(self), **block_types(len(self.block_out_channels)), "act_fn": "silu"}
 
 
-class AutoencoderKLFlux2(Autoencoder):
+class AutoencoderKLFlux2(Halved):
     """FLUX.2's autoencoder: see the module's docstring. Its latents are packed: (B, 128, H/16, W/16) with the default numbers."""
 
     def __init__(self, config: KLFlux2Config):
@@ -136,15 +136,14 @@ class AutoencoderKLFlux2(Autoencoder):
             self.bn.running_mean.copy_(torch.tensor(mean))
             self.bn.running_var.copy_(torch.tensor(std, dtype=torch.float64).square() - self.config.batch_norm_eps)
 
-    def posterior(self, image: Float[Tensor, "B C H W"]) -> Posterior:
-        check_image(image, self.channels, self.config.factor)
-        moments = self.encoder(image)
-        cells = gaussian(moments if self.quant_conv is None else self.quant_conv(moments))
-        return Posterior(F.pixel_unshuffle(cells.mean, self.patch), F.pixel_unshuffle(cells.std, self.patch))
+    def to_cells(self, raw: Float[Tensor, "B c h w"]) -> Float[Tensor, "B d y x"]:
+        """Unpacks: four times fewer channels, twice the sides."""
+        return F.pixel_shuffle(raw, self.patch)
 
-    def reconstruct(self, raw: Float[Tensor, "B c h w"]) -> Float[Tensor, "B C H W"]:
-        cells = F.pixel_shuffle(raw, self.patch)
-        return self.decoder(cells if self.post_quant_conv is None else self.post_quant_conv(cells))
+    def to_posterior(self, made: Float[Tensor, "B d y x"]) -> Posterior:
+        """Means and log variances of the cells, packed."""
+        cells = gaussian(made)
+        return Posterior(F.pixel_unshuffle(cells.mean, self.patch), F.pixel_unshuffle(cells.std, self.patch))
 
     def to_config(self) -> dict[str, Any]:
         return self.config.to_dict()

@@ -1,4 +1,4 @@
-"""A KL autoencoder run in horizontal strips: the numbers of the whole image at once, in a fraction of the memory.
+"""Autoencoders run in horizontal strips: the numbers of the whole image at once, in a fraction of the memory.
 
 The layers (`sfumato.nn.strips`) see a few rows at a time. What cannot be had from a few rows are the means and variances of group norms and
 the keys and values of attention: each needs a pass over all rows before the next layer may begin. Between passes one map is *kept*, in
@@ -14,6 +14,8 @@ By default maps may take what the largest map after a residual block takes: less
 above. In Stable Diffusion's decoder this is one map of 128 channels at the image's size. Then the last doubling is done three times and the
 first convolutions of the last three blocks twice: 8 % more products than at once. With twice the memory nothing is done again, and there are
 16 % fewer than at once, since doublings are convolved where they are small (14 % more, and as many, for the encoder; counted).
+
+Tiny autoencoders have no norms but taef2's, at the lowest resolution: their strips pass from end to end, and no large map is kept.
 """
 
 from collections.abc import Sequence
@@ -23,8 +25,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sfumato.compress.base import Posterior
-from sfumato.compress.kl import AutoencoderKL, Decoder, Encoder
+from sfumato.compress.base import InParts, Posterior
+from sfumato.compress.halves import check_image
+from sfumato.compress.tiny import Block, Scale
 from sfumato.errors import UserError
 from sfumato.nn import strips as by
 from sfumato.nn.attention import SpatialAttention
@@ -35,43 +38,20 @@ STRIP = 2**23
 
 
 def reconstruct(
-    autoencoder: AutoencoderKL, raw: Float[Tensor, "B c h w"], rows: int | None = None, memory: int | None = None
+    autoencoder: InParts, raw: Float[Tensor, "B c h w"], rows: int | None = None, memory: int | None = None
 ) -> Float[Tensor, "B C H W"]:
     """Raw latent -> image, not clamped, without gradient: as `autoencoder.reconstruct`, image by image and strip by strip.
 
     rows: about how many rows of any map a strip has (default: as many as make 8 MB, or less for small images). memory: bytes that kept maps may take; more than the
     default saves repeated work, less costs more of it.
     """
-    first = [] if autoencoder.post_quant_conv is None else [autoencoder.post_quant_conv]
-    return _run([*first, *_modules(autoencoder.decoder)], raw, rows, memory)
+    return _run(autoencoder.decoder_parts(), autoencoder.to_cells(raw), rows, memory)
 
 
-def posterior(autoencoder: AutoencoderKL, image: Float[Tensor, "B C H W"], rows: int | None = None, memory: int | None = None) -> Posterior:
+def posterior(autoencoder: InParts, image: Float[Tensor, "B C H W"], rows: int | None = None, memory: int | None = None) -> Posterior:
     """The distribution of raw latents, without gradient: as `autoencoder.posterior`. rows and memory: see `reconstruct`."""
-    factor = autoencoder.space.factor
-    if image.shape[1] != autoencoder.channels or image.shape[2] % factor or image.shape[3] % factor:
-        raise UserError(
-            f"image of shape {tuple(image.shape)}: this autoencoder takes {autoencoder.channels} channels and sides that are multiples of {factor}"
-        )
-    last = [] if autoencoder.quant_conv is None else [autoencoder.quant_conv]
-    mean, log_variance = _run([*_modules(autoencoder.encoder), *last], image, rows, memory).chunk(2, dim=1)
-    return Posterior(mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)))
-
-
-def _modules(network: Encoder | Decoder) -> list[nn.Module]:
-    """The parts in the order in which they run. A group norm has SiLU after it."""
-    middle = [network.mid_block.resnets[0], *network.mid_block.attentions, network.mid_block.resnets[1]]
-    blocks = network.down_blocks if isinstance(network, Encoder) else network.up_blocks
-    levels = [part for level in blocks for part in _in_order(level)]
-    inner = [*levels, *middle] if isinstance(network, Encoder) else [*middle, *levels]
-    return [network.conv_in, *inner, network.conv_norm_out, network.conv_out]
-
-
-def _in_order(level: nn.Module) -> list[nn.Module]:
-    """Residual blocks, each with the attention after it if there is one, then the step to the next resolution."""
-    attentions = getattr(level, "attentions", None)
-    inner = [part for i, block in enumerate(level.resnets) for part in ((block,) if attentions is None else (block, attentions[i]))]  # pyright: ignore
-    return [*inner, *level.step]  # pyright: ignore
+    check_image(image, autoencoder.channels, autoencoder.space.factor)
+    return autoencoder.to_posterior(_run(autoencoder.encoder_parts(), image, rows, memory))
 
 
 Size = tuple[int, int, int]
@@ -89,8 +69,11 @@ def _after(module: nn.Module, size: Size) -> Size:
         case Downsample():
             odd = 0 if module.asymmetric else 1
             return module.conv.out_channels, (h + odd) // 2, (w + odd) // 2
+        case nn.Upsample():
+            return size[0], 2 * h, 2 * w
         case nn.Conv2d():
-            return module.out_channels, h, w
+            high, wide = (by.positions(module, k, side) for k, side in enumerate((h, w)))
+            return module.out_channels, high, wide
     return size
 
 
@@ -99,7 +82,7 @@ def least(modules: Sequence[nn.Module], size: Size) -> int:
     largest = 0
     for module in modules:
         size = _after(module, size)
-        largest = max(largest, _numbers(size)) if isinstance(module, ResnetBlock) else largest
+        largest = max(largest, _numbers(size)) if isinstance(module, ResnetBlock | Block) else largest
     return largest
 
 
@@ -161,17 +144,22 @@ class _Walk:
                 self._keep()
                 self.ahead.append(by.attention(module, self.kept.moments, self.strips()))
                 self._keep()
+            case Block():
+                self._tiny_block(module)
             case nn.GroupNorm():
                 self._settle()
                 self.ahead.append(self._moments().norm(module, silu=True))
             case Upsample():
                 self._settle()
-                rows = max(1, self._rows(after) // 2)
-                self.ahead += [lambda strips: by.split(strips, rows), by.doubling(module)]
+                self.ahead += [self._split(after, 0.5), by.doubling(module)]
+            case nn.Upsample():
+                self.ahead += [self._split(after, 0.5), by.pointwise(module)]
             case Downsample():
                 self.ahead.append(by.halving(module))
             case nn.Conv2d():
-                self.ahead.append(by.convolution(module))
+                self.ahead += [self._split(after, module.stride[0]), by.convolution(module)]
+            case nn.ReLU() | Scale():
+                self.ahead.append(by.pointwise(module))
             case _:
                 raise UserError(f"{type(module).__name__} cannot be run in strips: use another way to run this autoencoder")
         self.size = after
@@ -182,6 +170,11 @@ class _Walk:
 
     def _rows(self, size: Size) -> int:
         return self.rows or max(1, self.strip // (size[0] * size[2] * self.bytes))
+
+    def _split(self, after: Size, step: float) -> by.Layer:
+        """Strips small enough for what a layer makes of them, each of whose rows needs `step` rows."""
+        rows = max(1, int(self._rows(after) * step))
+        return lambda strips: by.split(strips, rows)
 
     def _fits(self, *sizes: Size) -> bool:
         """Whether maps that grow together while the kept one is let go stay within the memory."""
@@ -223,6 +216,18 @@ class _Walk:
         second = by.series([self.kept.moments.norm(block.norm2, silu=True), by.convolution(block.conv2)])
         self.ahead.append(lambda strips: map(lambda y: y.add_(by.take(aside.slabs, y.shape[2])), second(strips)))
         self._keep()  # at once: what was put aside can be read only once
+
+    def _tiny_block(self, block: Block) -> None:
+        """relu(convs(x) + x), after the branch with a norm where there is one."""
+        if block.pool is not None:
+            self._settle()
+            first, norm, relu, last = block.pool
+            assert isinstance(first, nn.Conv2d) and isinstance(norm, nn.GroupNorm) and isinstance(last, nn.Conv2d)
+            wide = by.convolution(first)
+            normed = self._moments(wide).norm(norm, silu=False)
+            self.ahead.append(by.residual(by.series([wide, normed, by.pointwise(relu), by.convolution(last)]), torch.add))
+        layers = [by.convolution(part) if isinstance(part, nn.Conv2d) else by.pointwise(part) for part in block.conv]
+        self.ahead.append(by.residual(by.series(layers), lambda y, x: y.add_(x).relu_()))
 
 
 def _put_aside(aside: by.Store, shortcut: nn.Module | None, y: Tensor, x: Tensor) -> Tensor:

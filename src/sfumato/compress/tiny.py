@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sfumato.compress.base import Autoencoder, Posterior
+from sfumato.compress.base import InParts, Posterior
 from sfumato.compress.halves import check_image
 from sfumato.config import read_config
 from sfumato.errors import UserError
@@ -89,7 +89,7 @@ class TinyConfig:
         return {"_class_name": "AutoencoderTiny", **values}
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """relu(convs(x) + x), with the branch added to x before where there is one: (B, C, h, w) -> (B, C, h, w)."""
 
     def __init__(self, width: int, branch: bool):
@@ -107,6 +107,17 @@ class _Block(nn.Module):
         return torch.relu(self.conv(x) + x)
 
 
+class Scale(nn.Module):
+    """factor * x + shift, number by number: from an image's range to the network's, or back."""
+
+    def __init__(self, factor: float, shift: float):
+        super().__init__()
+        self.factor, self.shift = factor, shift
+
+    def forward(self, x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+        return x * self.factor + self.shift
+
+
 def _conv(inputs: int, outputs: int, stride: int = 1, bias: bool = True) -> invariant.Conv2d:
     return invariant.Conv2d(inputs, outputs, 3, stride, 1, bias=bias)
 
@@ -120,31 +131,33 @@ class _Encoder(nn.Module):
         layers: list[nn.Module] = []
         for i, count in enumerate(counts):
             layers.append(_conv(width, width, stride=2, bias=False) if i else _conv(config.in_channels, width))
-            layers += [_Block(width, config.use_midblock_gn and i == len(counts) - 1) for _ in range(count)]
+            layers += [Block(width, config.use_midblock_gn and i == len(counts) - 1) for _ in range(count)]
         self.layers = nn.Sequential(*layers, _conv(width, config.latent_channels))
+        self.scale = Scale(0.5, 0.5)
 
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B c h w"]:
-        return self.layers((image + 1) / 2)
+        return self.layers(self.scale(image))
 
 
 class _Decoder(nn.Module):
-    """Raw latent (B, c, h, w) -> image (B, C, H, W), about [-1, 1]."""
+    """Latent (B, c, h, w), limited to [-3, 3] -> image (B, C, H, W), about [-1, 1]."""
 
     def __init__(self, config: TinyConfig):
         super().__init__()
         width, counts = config.decoder_block_out_channels[0], config.num_decoder_blocks
         layers: list[nn.Module] = [_conv(config.latent_channels, width), nn.ReLU()]
         for i, count in enumerate(counts):
-            layers += [_Block(width, config.use_midblock_gn and i == 0) for _ in range(count)]
+            layers += [Block(width, config.use_midblock_gn and i == 0) for _ in range(count)]
             if i < len(counts) - 1:
                 layers += [nn.Upsample(scale_factor=2, mode="nearest"), _conv(width, width, bias=False)]
         self.layers = nn.Sequential(*layers, _conv(width, config.out_channels))
+        self.scale = Scale(2, -1)
 
-    def forward(self, raw: Float[Tensor, "B c h w"]) -> Float[Tensor, "B C H W"]:
-        return self.layers(3 * torch.tanh(raw / 3)) * 2 - 1
+    def forward(self, limited: Float[Tensor, "B c h w"]) -> Float[Tensor, "B C H W"]:
+        return self.scale(self.layers(limited))
 
 
-class AutoencoderTiny(Autoencoder):
+class AutoencoderTiny(InParts):
     """A tiny autoencoder: see the module's docstring. Built from a `TinyConfig`; weights are random until loaded."""
 
     def __init__(self, config: TinyConfig):
@@ -160,13 +173,25 @@ class AutoencoderTiny(Autoencoder):
         return self.config.space
 
     def posterior(self, image: Float[Tensor, "B C H W"]) -> Posterior:
-        """A point: std is 0."""
         check_image(image, self.channels, self.space.factor)
-        raw = self.encoder(image)
-        return Posterior(raw, torch.zeros_like(raw))
+        return self.to_posterior(self.encoder(image))
 
     def reconstruct(self, raw: Float[Tensor, "B c h w"]) -> Float[Tensor, "B C H W"]:
-        return self.decoder(raw)
+        return self.decoder(self.to_cells(raw))
+
+    def encoder_parts(self) -> list[nn.Module]:
+        return [self.encoder.scale, *self.encoder.layers]
+
+    def decoder_parts(self) -> list[nn.Module]:
+        return [*self.decoder.layers, self.decoder.scale]
+
+    def to_cells(self, raw: Float[Tensor, "B c h w"]) -> Float[Tensor, "B c h w"]:
+        """Softly limited to [-3, 3]."""
+        return 3 * torch.tanh(raw / 3)
+
+    def to_posterior(self, made: Float[Tensor, "B c h w"]) -> Posterior:
+        """A point: std is 0."""
+        return Posterior(made, torch.zeros_like(made))
 
     def to_config(self) -> dict[str, Any]:
         return self.config.to_dict()

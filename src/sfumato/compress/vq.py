@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sfumato.compress.base import Autoencoder, Posterior
-from sfumato.compress.halves import Decoder, Encoder, Levels, block_types, check_image, down_attention, up_attention
+from sfumato.compress.base import Posterior
+from sfumato.compress.halves import Decoder, Encoder, Halved, Levels, block_types, down_attention, up_attention
 from sfumato.compress.kl import plain_types_left_out
 from sfumato.config import read_config
 from sfumato.errors import UserError
@@ -118,7 +118,7 @@ class _Codebook(nn.Module):
         return quantised + (h - h.detach()) if h.requires_grad else quantised  # h - h is exactly 0: the value is the code's, to the bit
 
 
-class VQModel(Autoencoder):
+class VQModel(Halved):
     """The vector-quantised autoencoder: see the module's docstring. Built from a `VQConfig`; weights are random until loaded."""
 
     def __init__(self, config: VQConfig):
@@ -137,15 +137,13 @@ class VQModel(Autoencoder):
         """Channels, factor and statistics of the latent."""
         return self.config.space
 
-    def posterior(self, image: Float[Tensor, "B C H W"]) -> Posterior:
+    def to_posterior(self, made: Float[Tensor, "B c h w"]) -> Posterior:
         """A point, before quantisation: std is 0."""
-        check_image(image, self.channels, self.space.factor)
-        raw = self.quant_conv(self.encoder(image))
-        return Posterior(raw, torch.zeros_like(raw))
+        return Posterior(made, torch.zeros_like(made))
 
-    def reconstruct(self, raw: Float[Tensor, "B c h w"]) -> Float[Tensor, "B C H W"]:
-        """Quantises, then decodes."""
-        return self.decoder(self.post_quant_conv(self.quantize(raw)))
+    def to_cells(self, raw: Float[Tensor, "B c h w"]) -> Float[Tensor, "B c h w"]:
+        """Quantises: the decoder sees codes only."""
+        return self.quantize(raw)
 
     def codes(self, image: Float[Tensor, "B C H W"]) -> Int[Tensor, "B h w"]:
         """image -> the index of each cell's code, 0 to num_vq_embeddings - 1: the whole picture in log2(K) bits a cell."""
@@ -158,7 +156,7 @@ class VQModel(Autoencoder):
             raise UserError(
                 f"code indices from {int(indices.min())} to {int(indices.max())}: expected 0 to {count - 1}, as `codes` returns"
             )
-        return self.decoder(self.post_quant_conv(self.quantize.look_up(indices)))
+        return self.from_cells(self.quantize.look_up(indices))
 
     def to_config(self) -> dict[str, Any]:
         return self.config.to_dict()

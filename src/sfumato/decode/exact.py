@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.compress.base import Autoencoder, Posterior
-from sfumato.compress.kl import AutoencoderKL
+from sfumato.compress.base import Autoencoder, InParts, Posterior
 from sfumato.compress.strips import posterior, reconstruct
 from sfumato.decode.whole import check_decoded, check_latent
 from sfumato.errors import UserError
@@ -23,7 +22,7 @@ def exact(
 
     rows: about how many rows of any feature map are worked on at a time (default: as many as make 8 MB, or less). memory: bytes that feature maps
     may take between layers (default: the largest map after a residual block; more is quicker, less slower). `UserError` for autoencoders
-    that are not `AutoencoderKL`, `NumericalError` for NaN or infinity.
+    that do not say what their parts are (`InParts`: all of sfumato's do), `NumericalError` for NaN or infinity.
     """
     known = _known(autoencoder)
     check_latent(autoencoder.space, z)
@@ -40,7 +39,7 @@ def exact_posterior(
     return posterior(_known(autoencoder), image.to(autoencoder.dtype), rows, memory)
 
 
-def _known(autoencoder: Autoencoder) -> AutoencoderKL:
-    if not isinstance(autoencoder, AutoencoderKL):
-        raise UserError(f"{type(autoencoder).__name__} cannot be run in strips, only AutoencoderKL can: use whole or tiled")
+def _known(autoencoder: Autoencoder) -> InParts:
+    if not isinstance(autoencoder, InParts):
+        raise UserError(f"{type(autoencoder).__name__} does not say what its parts are, and cannot be run in strips: use whole or tiled")
     return autoencoder

@@ -132,6 +132,11 @@ def _has_rows(strip: Tensor) -> bool:
 # ---- layers ------------------------------------------------------------------------------------------------------------
 
 
+def pointwise(run: Callable[[Tensor], Tensor]) -> Layer:
+    """A function of each number, or of each row, by itself."""
+    return lambda strips: map(run, strips)
+
+
 def convolution(conv: nn.Conv2d) -> Layer:
     """A convolution padded with zeros, the same at all sides."""
     (kernel, _), (stride, _), (above, aside) = conv.kernel_size, conv.stride, _numbers(conv)
@@ -161,6 +166,11 @@ def doubling(up: Upsample) -> Layer:
 
 def _double(four: list[list[Tensor]], bias: Tensor | None, rows: Tensor) -> Tensor:
     return double(F.pad(rows, (1, 1)), len(four[0][0]), lambda part, a, b: _plain_convolve(part, four[a][b], bias))
+
+
+def positions(conv: nn.Conv2d, axis: int, length: int) -> int:
+    """How many numbers a convolution makes of `length`, along the height (axis 0) or the width (1)."""
+    return (length + 2 * _numbers(conv)[axis] - conv.kernel_size[axis]) // conv.stride[axis] + 1
 
 
 def _numbers(conv: nn.Conv2d) -> tuple[int, int]:
