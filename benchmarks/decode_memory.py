@@ -1,16 +1,24 @@
-"""Ways to decode (or encode) one large image: seconds, peak memory, and the largest error against all at once.
+"""Ways to decode and to encode one large image: seconds, peak memory, and the errors against all at once.
 
-    python benchmarks/decode_memory.py                          512 pixels
-    python benchmarks/decode_memory.py --size 2048 --tile 64    about 18 GB and an hour of processor time
-    python benchmarks/decode_memory.py --part encode
+    python benchmarks/decode_memory.py                                        512 pixels
+    python benchmarks/decode_memory.py --size 2048 --ways whole exact tiled   about 17 GB and an hour of processor time
+    python benchmarks/decode_memory.py --parts encode
+
+With `--keep FOLDER` what each way gave stays there, and is not worked out again: ways can be run one by one, and the last command prints all.
+
+    python benchmarks/decode_memory.py --size 2048 --keep runs/2048 --ways whole --parts decode
+    python benchmarks/decode_memory.py --size 2048 --keep runs/2048 --ways exact
+    python benchmarks/decode_memory.py --size 2048 --keep runs/2048 --ways whole exact tiled
 
 The autoencoder has the shape of Stable Diffusion's and random weights, as its norms and attention are there whatever the weights; the latent
 is normal noise, the image to encode uniform noise. Each way runs in a process of its own. Its peak is the largest resident memory (VmHWM of
 Linux) above what was resident before: weights, libraries and a first small run. diffusers, if it is installed, has the same weights; its
-tiles are as large as ours. Errors are of images in [-1, 1], or of the posterior's means (of its own units).
+tiles are as large as ours. Errors are of images in [-1, 1], or of the posterior's means (of its own units), against the first way; PSNR is
+10 log10(range^2 / mean squared error), where the range is 2 for pixels, and from the lowest to the highest for means.
 """
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,7 +49,7 @@ class Settings:
 
     size: int = 512
     """Pixels along a side."""
-    part: Literal["decode", "encode"] = "decode"
+    parts: tuple[Literal["decode", "encode"], ...] = ("decode", "encode")
     ways: tuple[str, ...] = ("whole", "exact", "tiled", "diffusers", "diffusers tiled")
     """The first is what the others are held against. "exact 4.5": with maps of 4.5 GB between layers; "exact 0 8": in strips of 8 rows."""
     tile: int = 32
@@ -49,10 +57,18 @@ class Settings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     threads: int = 2
     seed: int = 0
-    only: str | None = None
-    """For the processes that this one starts: run this way only, ..."""
+    keep: Path | None = None
+    """A folder in which what was made stays: ways whose results lie there are not run again."""
     into: Path | None = None
-    """... and write what it gave into this folder."""
+    """For the processes that this one starts: run the one way and the one part here, and write what they gave into this folder."""
+
+    @property
+    def title(self) -> str:
+        """What every way has in common."""
+        return (
+            f"{self.size}x{self.size}, {self.dtype}, tiles of {self.tile} cells, seed {self.seed}, {torch.__version__}, "
+            f"{self.threads} threads"
+        )
 
 
 def build(settings: Settings) -> AutoencoderKL:
@@ -76,9 +92,9 @@ def theirs(autoencoder: AutoencoderKL, settings: Settings, tiles: bool) -> Any:
     return nn.Module.to(other.eval().requires_grad_(False), autoencoder.dtype)  # its own `to` warns of float32 modules that it has not
 
 
-def runner(settings: Settings, way: str) -> Callable[[Tensor], Tensor]:
+def runner(settings: Settings, way: str, part: str) -> Callable[[Tensor], Tensor]:
     """The way as a function of the latent, or of the image to encode."""
-    autoencoder, decodes = build(settings), settings.part == "decode"
+    autoencoder, decodes = build(settings), part == "decode"
     kind, *numbers = way.split()
     if kind == "diffusers":
         other = theirs(autoencoder, settings, tiles="tiled" in numbers)
@@ -106,64 +122,77 @@ def resident(field: Literal["VmRSS", "VmHWM"]) -> int:
 
 
 @torch.inference_mode()
-def measure(settings: Settings, way: str, folder: Path) -> None:
+def measure(settings: Settings, way: str, part: str, folder: Path) -> None:
     """Runs one way in this process; writes its numbers and what it made."""
     torch.set_num_threads(settings.threads)
-    run = runner(settings, way)
+    run = runner(settings, way, part)
     generator = torch.Generator().manual_seed(settings.seed)
     side = settings.size // 8
     given = torch.randn(1, 4, side, side, generator=generator)
-    if settings.part == "encode":
+    if part == "encode":
         given = torch.rand(1, 3, settings.size, settings.size, generator=generator) * 2 - 1
-    small = 8 if settings.part == "decode" else 64
+    small = 8 if part == "decode" else 64
     run(given[:, :, :small, :small])
     Path("/proc/self/clear_refs").write_text("5")  # the mark of the highest memory begins anew
     before, begun, busy = resident("VmRSS"), perf_counter(), process_time()
     made = run(given)
     numbers = {"seconds": perf_counter() - begun, "busy": process_time() - busy, "peak": resident("VmHWM") - before}
-    (folder / "numbers.json").write_text(json.dumps(numbers))
     write_tensors(folder / "made.safetensors", {"made": made.float().contiguous()})
+    (folder / "numbers.json").write_text(json.dumps({**numbers, "title": settings.title}))  # last: with it the results are whole
 
 
-def in_a_process(settings: Settings, way: str, folder: Path) -> tuple[dict[str, float], Tensor]:
-    """The numbers of `measure`, and what was made."""
-    words = [f"--{name}={getattr(settings, name)}" for name in ("size", "part", "tile", "dtype", "threads", "seed")]
-    subprocess.run([sys.executable, __file__, *words, "--only", way, "--into", str(folder)], check=True)
-    return json.loads((folder / "numbers.json").read_text()), load_file(folder / "made.safetensors")["made"]
+def results(settings: Settings, way: str, part: str, folder: Path) -> tuple[dict[str, Any], Tensor]:
+    """The numbers of `measure` in a process of its own, and what was made; of an earlier run where they lie in the folder."""
+    numbers = folder / "numbers.json"
+    if not numbers.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        words = [f"--{name}={getattr(settings, name)}" for name in ("size", "tile", "dtype", "threads", "seed")]
+        subprocess.run([sys.executable, __file__, *words, "--ways", way, "--parts", part, "--into", str(folder)], check=True)
+    found = json.loads(numbers.read_text())
+    if found["title"] != settings.title:
+        raise SystemExit(f"{folder} is of another run ({found['title']}): give another folder to keep this one in ({settings.title})")
+    return found, load_file(folder / "made.safetensors")["made"]
+
+
+def cells(numbers: dict[str, Any], made: Tensor, first: tuple[dict[str, Any], Tensor], part: str) -> list[str]:
+    """A row of the table, without its name: cost, and what is different from the first way."""
+    error, low, high = (made - first[1]).abs(), float(first[1].min()), float(first[1].max())
+    square = float(error.double().square().mean())
+    peak = 2.0 if part == "decode" else high - low
+    return [
+        f"{numbers['seconds']:.1f}",
+        f"{numbers['busy']:.1f}",
+        f"{numbers['peak'] / 1e9:.2f}",
+        f"{numbers['peak'] / first[0]['peak']:.2f}",
+        f"{float(error.max()):.1e}",
+        f"{float(error.mean()):.1e}",
+        f"{10 * math.log10(peak**2 / square):.1f}" if square else "same",
+    ]
 
 
 def main(settings: Settings) -> None:
-    if settings.only is not None:
-        assert settings.into is not None
-        return measure(settings, settings.only, settings.into)
+    if settings.into is not None:
+        return measure(settings, settings.ways[0], settings.parts[0], settings.into)
     console = Console()
-    table = Table(
-        title=f"{settings.part} {settings.size}x{settings.size}, {settings.dtype}, tiles of {settings.tile} cells, "
-        f"seed {settings.seed}, {torch.__version__}, {settings.threads} threads"
-    )
-    for column in ("way", "seconds", "CPU seconds", "peak GB", "of the first", "largest error", "mean"):
-        table.add_column(column, justify="left" if column == "way" else "right")
-    reference: tuple[dict[str, float], Tensor] | None = None
-    for way in settings.ways:
-        if way.startswith("diffusers") and find_spec("diffusers") is None:
-            continue
-        with TemporaryDirectory() as folder, console.status(way):
-            numbers, made = in_a_process(settings, way, Path(folder))
-        reference = reference or (numbers, made)
-        error = (made - reference[1]).abs()
-        table.add_row(
-            way,
-            f"{numbers['seconds']:.1f}",
-            f"{numbers['busy']:.1f}",
-            f"{numbers['peak'] / 1e9:.2f}",
-            f"{numbers['peak'] / reference[0]['peak']:.2f}",
-            f"{float(error.max()):.1e}",
-            f"{float(error.mean()):.1e}",
-        )
+    table, below = Table(title=settings.title), []
+    for column in ("", "way", "seconds", "CPU seconds", "peak GB", "of the first", "largest error", "mean error", "PSNR dB"):
+        table.add_column(column, justify="left" if column in ("", "way") else "right")
+    with TemporaryDirectory() as temporary:
+        for part in settings.parts:
+            first: tuple[dict[str, Any], Tensor] | None = None
+            for way in settings.ways:
+                if way.startswith("diffusers") and find_spec("diffusers") is None:
+                    continue
+                with console.status(f"{part} {way}"):
+                    found = results(settings, way, part, (settings.keep or Path(temporary)) / f"{part} {way}")
+                first = first or found
+                table.add_row(part, way, *cells(*found, first, part))
+            table.add_section()
+            if first is not None:
+                limited = f", {float((first[1].abs() == 1).float().mean()):.2%} limited to [-1, 1]" if part == "decode" else ""
+                below.append(f"{part} {settings.ways[0]}: standard deviation {float(first[1].std()):.3f}{limited}")
     console.print(table)
-    if reference is not None:
-        limited = float((reference[1].abs() == 1).float().mean()) if settings.part == "decode" else 0.0
-        console.print(f"{settings.ways[0]}: standard deviation {float(reference[1].std()):.3f}, {limited:.2%} limited to [-1, 1]")
+    console.print("\n".join(below))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ says so, after every residual block of a level (Rombach et al. 2022, arXiv:2112.
 arXiv:2012.09841, appendix A, table 7). Module names are diffusers'.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -144,7 +145,7 @@ class Encoder(nn.Module):
 
     def parts(self) -> list[nn.Module]:
         """In the order in which they run; SiLU comes after the norm."""
-        levels = [part for block in self.down_blocks for part in block.parts()]
+        levels = [part for block in cast("Iterable[_Level]", self.down_blocks) for part in block.parts()]
         return [self.conv_in, *levels, *self.mid_block.parts(), self.conv_norm_out, self.conv_out]
 
 
@@ -171,7 +172,7 @@ class Decoder(nn.Module):
 
     def parts(self) -> list[nn.Module]:
         """In the order in which they run; SiLU comes after the norm."""
-        levels = [part for block in self.up_blocks for part in block.parts()]
+        levels = [part for block in cast("Iterable[_Level]", self.up_blocks) for part in block.parts()]
         return [self.conv_in, *self.mid_block.parts(), *levels, self.conv_norm_out, self.conv_out]
 
 
