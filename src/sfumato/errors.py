@@ -6,10 +6,14 @@ line prints it and exits with code 2, the server answers 4xx.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 SHOWN = 50
 """How many known names an error lists: ImageNet's thousand would bury the sentence."""
+WRONG = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What Python and torch raise for a value that is not what it should be."""
 
 
 class UserError(ValueError):
@@ -28,3 +32,19 @@ def unknown(kind: str, value: object, known: Iterable[str]) -> UserError:
     hint = f"did you mean {' or '.join(repr(n) for n in close)}? " if close else ""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return UserError(f"unknown {kind} {value!r}: {hint}known are {', '.join(names[:SHOWN]) or 'none'}{more}")
+
+
+@contextmanager
+def explained(path: str | Path, kinds: tuple[type[Exception], ...] = WRONG) -> Iterator[None]:
+    """Around what is built from a file's values: every error of these kinds that they lead to becomes a `UserError` that names the file."""
+    try:
+        yield
+    except UserError as error:
+        if str(path) in str(error):
+            raise
+        raise UserError(f"{path}: {error}") from error
+    except kinds as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{path} has a value of the wrong kind ({type(error).__name__}: {reason}): correct it, or copy the file again"
+        ) from error

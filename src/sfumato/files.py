@@ -156,6 +156,14 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} cannot be read ({error.strerror}): expected a JSON file that you may read") from error
 
 
+def read_table(path: str | Path) -> dict[str, Any]:
+    """A JSON object; anything else in the file is a `UserError` that names it."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}: expected a JSON object with named fields")
+    return values
+
+
 def write_tensors(path: str | Path, tensors: Mapping[str, "torch.Tensor"], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file atomically (contiguous copies on the CPU; `format: pt` is what diffusers expects)."""
     from safetensors import SafetensorError

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sfumato.checkpoints.folder import build_part, explained, index, load_part, read_table
+from sfumato.checkpoints.folder import build_part, index, load_part
 from sfumato.checkpoints.names.pipeline import pipeline_class, pipeline_defaults
 from sfumato.checkpoints.names.scheduler import from_scheduler_config, gives_even_times, read_scheduler
 from sfumato.checkpoints.original import PICKLES, Parts, Reading, split
@@ -17,7 +17,8 @@ from sfumato.checkpoints.single_file import KEY_OF_OURS, notes_of, unfold
 from sfumato.checkpoints.tokenizer import CONDITIONER, END, LOW_RES, SCHEDULER, clip_tokenizer
 from sfumato.compress.base import Autoencoder
 from sfumato.config import read_config
-from sfumato.errors import UserError
+from sfumato.errors import UserError, explained
+from sfumato.files import read_table
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners._clip import POSITIONS, PREFIX, ClipEncoder, build_model
 from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig

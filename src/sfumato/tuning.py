@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.folder import explained, read_table
 from sfumato.diffuse.sample import Step
 from sfumato.diffuse.samplers import draws_noise
 from sfumato.diffuse.schedule import Schedule
 from sfumato.diffuse.timesteps import SPACINGS, timesteps
-from sfumato.errors import UserError
-from sfumato.files import write_json
+from sfumato.errors import UserError, explained
+from sfumato.files import read_table, write_json
 from sfumato.model import LatentDiffusion
 from sfumato.sampling import Request as _Request
 from sfumato.sampling import sampler_of, settings

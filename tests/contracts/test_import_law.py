@@ -16,7 +16,7 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "sfumato"
 
-BOTTOM = ("types", "asking", "errors", "files", "pickles", "registry", "config")
+BOTTOM = ("types", "asking", "errors", "files", "pickles", "registry", "config", "weights")
 ACTS = ("compress", "diffuse", "predict", "decode")
 
 # zone -> what its files may import from sfumato, besides the zone itself. The longest zone that holds a file is its zone.
@@ -28,6 +28,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "asking": ("types",),
     "files": ("errors",),
     "pickles": ("errors",),
+    "weights": ("errors", "files", "pickles"),
     "registry": ("errors",),
     "config": ("errors", "files", "registry", "types"),
     "nn": BOTTOM,

@@ -5,8 +5,6 @@
 Weights are checked against the network key by key before anything is used: a missing, extra or misshapen key is an error that lists them.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sfumato.checkpoints.names.vae import modern
-from sfumato.checkpoints.weights import find_weights, read_weights
 from sfumato.compress.base import Autoencoder
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.compress.kl_flux2 import AutoencoderKLFlux2, KLFlux2Config
 from sfumato.compress.tiny import AutoencoderTiny, TinyConfig
 from sfumato.compress.vq import VQConfig, VQModel
-from sfumato.errors import NumericalError, UserError
-from sfumato.files import read_json, write_json, write_tensors
+from sfumato.errors import NumericalError, UserError, explained
+from sfumato.files import read_table, write_json, write_tensors
 from sfumato.predict.networks.unet import UNet, UNetConfig
+from sfumato.weights import check_keys, find_weights, not_finite, read_weights, require_finite
 
 STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"
@@ -35,48 +33,6 @@ NETWORKS = {
     "VQModel": (VQModel, VQConfig),
     "UNet2DConditionModel": (UNet, UNetConfig),
 }
-
-
-def read_table(path: str | Path) -> dict[str, Any]:
-    """A JSON object; anything else in the file is a `UserError` that names it."""
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}: expected a JSON object with named fields")
-    return values
-
-
-@contextmanager
-def explained(path: str | Path) -> Iterator[None]:
-    """Around what is built from a file's values: every error that they lead to becomes a `UserError` that names the file."""
-    try:
-        yield
-    except UserError as error:
-        if str(path) in str(error):
-            raise
-        raise UserError(f"{path}: {error}") from error
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path} has a value of the wrong kind ({type(error).__name__}: {reason}): correct it, or copy the file again"
-        ) from error
-
-
-def check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], where: object) -> None:
-    """`UserError` that lists every missing, extra and misshapen key (the first eight of each)."""
-    missing = sorted(expected.keys() - found.keys())
-    extra = sorted(found.keys() - expected.keys())
-    shapes = [
-        f"{k} {tuple(found[k].shape)} instead of {tuple(expected[k].shape)}"
-        for k in sorted(expected.keys() & found.keys())
-        if found[k].shape != expected[k].shape
-    ]
-    problems = [
-        f"{len(names)} {what} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
-        for what, names in (("missing", missing), ("not expected", extra), ("of another shape", shapes))
-        if names
-    ]
-    if problems:
-        raise UserError(f"{where} does not fit its config: keys {'; '.join(problems)}; use the weights that belong to the config")
 
 
 class _Unfilled(TorchFunctionMode):
@@ -129,17 +85,6 @@ def _in(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
-def require_finite(tensors: dict[str, Tensor], where: object) -> None:
-    """`UserError` that names the first weight with NaN or infinity in it."""
-    for key in _not_finite(tensors):
-        raise UserError(f"{where}: {key} has NaN or infinite numbers; the file is damaged or its training diverged")
-
-
-def _not_finite(tensors: dict[str, Tensor]) -> Iterator[str]:
-    """Keys with NaN or infinity. A finite sum says that there are none, for less than to look at each number."""
-    return (k for k, v in tensors.items() if not (v.sum(dtype=torch.float32).isfinite() or v.isfinite().all()))
-
-
 def save_part(folder: str | Path, network: UNet | Autoencoder, dtype: torch.dtype | None = None) -> None:
     """Writes config.json and the weights (in `dtype`, by default their own), which diffusers opens.
 
@@ -156,7 +101,7 @@ def storable(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str,
     if dtype is not None and not dtype.is_floating_point:
         raise UserError(f"dtype {dtype}: weights are stored as floating-point numbers such as torch.float32 or torch.float16")
     tensors = {k: _in(v, dtype) for k, v in tensors.items()}
-    for key in _not_finite(tensors):
+    for key in not_finite(tensors):
         kind = str(tensors[key].dtype).removeprefix("torch.")
         raise NumericalError(f"weight {key} is NaN or infinite in {kind}: nothing was written; store it in float32, or repair the training")
     return tensors

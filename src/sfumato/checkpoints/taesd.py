@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.folder import check_keys, load_part, require_finite
+from sfumato.checkpoints.folder import load_part
 from sfumato.checkpoints.names.taesd import config_of, from_original, to_original
 from sfumato.compress.tiny import AutoencoderTiny
 from sfumato.errors import UserError
 from sfumato.files import read_tensors, write_tensors
+from sfumato.weights import check_keys, require_finite
 
 _HALVES = ("encoder", "decoder")
 

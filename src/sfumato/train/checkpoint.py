@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.checkpoints.folder import check_keys
 from sfumato.errors import UserError
 from sfumato.files import atomic_folder, read_json, read_tensors, recover, write_json, write_tensors
+from sfumato.weights import check_keys
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,7 @@ end token, projected, stands for the whole text (SDXL's "pooled" vector).
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.errors import NumericalError, UserError
-from sfumato.files import hash_json, read_json, read_tensors, write_json, write_tensors
+from sfumato.errors import NumericalError, UserError, explained
+from sfumato.files import hash_json, read_table, read_tensors, write_json, write_tensors
 from sfumato.pickles import read_pickle
 from sfumato.predict.conditioners._chunks import Token
+from sfumato.weights import check_keys, not_finite, require_finite
 
 CLASSES = {False: "CLIPTextModel", True: "CLIPTextModelWithProjection"}
 PREFIX = "text_model."
@@ -33,6 +33,8 @@ HARMLESS = {"dropout", "torch_dtype", "transformers_version", "architectures", "
 """Fields of old configs that change no state."""
 DECISIVE = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id")
 """Fields that change states, and that the shapes of the weights do not show."""
+ANY = (Exception,)
+"""The libraries raise a dozen kinds of errors about a file's values, some of them no more than `Exception`."""
 LEGACY_END = 2
 """The end token's id in configs that name it wrongly: transformers then takes the highest id of the text, which is the end token's."""
 
@@ -126,7 +128,7 @@ class ClipEncoder:
     def save(self, tokenizer: Path, encoder: Path, dtype: torch.dtype | None = None) -> None:
         """Writes both folders; the weights in `dtype`, by default their own. `NumericalError` for weights that are not finite in it."""
         tensors = {key: tensor if dtype is None else tensor.to(dtype) for key, tensor in self.tensors().items()}
-        for key in _not_finite(tensors):
+        for key in not_finite(tensors):
             raise NumericalError(f"weight {key} of {encoder.name} is NaN or infinite in {tensors[key].dtype}: nothing was written")
         stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         for folder in (tokenizer, encoder):
@@ -144,28 +146,8 @@ def read_encoder(tokenizer: Path, encoder: Path, projected: bool, dtype: torch.d
     except ImportError as error:
         raise UserError("text prompts need the package transformers: run `pip install 'sfumato[text]'`") from error
     opened, model = _read_tokenizer(tokenizer), _read_model(encoder, projected, dtype)
-    with explained(tokenizer):
+    with explained(tokenizer, ANY):
         return ClipEncoder(opened, model, projected)
-
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Around what is made from a file: the libraries raise a dozen kinds of errors about its values, here one sentence that names it."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be used ({type(error).__name__}: {reason}): correct it, or copy the files again") from error
-
-
-def read_table(path: Path) -> dict[str, Any]:
-    """A JSON object; anything else in the file is a `UserError`."""
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}: expected a JSON object with named fields")
-    return values
 
 
 def _read_tokenizer(folder: Path) -> Any:
@@ -178,7 +160,7 @@ def _read_tokenizer(folder: Path) -> Any:
     name = str(read_table(config).get("tokenizer_class", "CLIPTokenizer")) if config.exists() else "CLIPTokenizer"
     if name.removesuffix("Fast") != "CLIPTokenizer":
         raise UserError(f"{config} is of class {name!r}: expected CLIPTokenizer")
-    with explained(folder):
+    with explained(folder, ANY):
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -205,14 +187,13 @@ def build_model(values: dict[str, Any], tensors: dict[str, Tensor], projected: b
         raise UserError(
             f"{path}: {field}={values[field]!r} is not known to a CLIP text encoder: it might change the result, so it is refused"
         )
-    with explained(path), torch.device("meta"):
+    with explained(path, ANY), torch.device("meta"):
         config = transformers.CLIPTextConfig.from_dict(values)
         _check_config(config)
         model = getattr(transformers, CLASSES[projected])(config)
     names = {key.removeprefix(PREFIX): key for key in model.state_dict()}
-    _check_keys({name: model.state_dict()[key].shape for name, key in names.items()}, tensors, file)
-    for key in _not_finite(tensors):
-        raise UserError(f"{file}: {key} has NaN or infinite numbers; the file is damaged or its training diverged")
+    check_keys({name: model.state_dict()[key] for name, key in names.items()}, tensors, file)
+    require_finite(tensors, file)
     model.load_state_dict({names[name]: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, assign=True)
     embeddings = getattr(model, "text_model", model).embeddings
     embeddings.register_buffer("position_ids", torch.arange(model.config.max_position_embeddings)[None], persistent=False)
@@ -247,19 +228,3 @@ def _read_pickle(file: Path) -> Mapping[str, Tensor]:
     if not all(isinstance(v, Tensor) for v in tensors.values()):
         raise UserError(f"{file} does not hold named tensors: convert it to {WEIGHTS[0]}")
     return tensors
-
-
-def _check_keys(expected: Mapping[str, Sequence[int]], found: Mapping[str, Tensor], file: Path) -> None:
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    shapes = sorted(key for key in expected.keys() & found.keys() if tuple(expected[key]) != tuple(found[key].shape))
-    problems = [
-        f"{len(names)} {what} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
-        for what, names in (("missing", missing), ("not expected", extra), ("of another shape", shapes))
-        if names
-    ]
-    if problems:
-        raise UserError(f"{file} does not fit its config: keys {'; '.join(problems)}; use the weights that belong to the config")
-
-
-def _not_finite(tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    return (key for key, tensor in tensors.items() if not torch.isfinite(tensor).all())

@@ -21,10 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.config import read_config
-from sfumato.errors import UserError, unknown
-from sfumato.files import write_json
+from sfumato.errors import UserError, explained, unknown
+from sfumato.files import read_table, write_json
 from sfumato.predict.conditioners._chunks import Token, cut
-from sfumato.predict.conditioners._clip import CLASSES, ClipEncoder, explained, read_encoder, read_table
+from sfumato.predict.conditioners._clip import CLASSES, ClipEncoder, read_encoder
 from sfumato.predict.conditioners._prompt import parse, shown
 from sfumato.types import Conditioning, Picture
 

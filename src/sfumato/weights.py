@@ -7,9 +7,10 @@ Safetensors come first and are memory-mapped. Pickled files are read with `weigh
 more is refused.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sfumato.errors import UserError
@@ -70,3 +71,32 @@ def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
             raise UserError(f"{path} holds {min(twice)!r}, which another shard holds too: copy or download the folder again")
         tensors |= found
     return tensors
+
+
+def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: object) -> None:
+    """`UserError` that lists every missing, extra and misshapen key (the first eight of each)."""
+    missing = sorted(expected.keys() - found.keys())
+    extra = sorted(found.keys() - expected.keys())
+    shapes = [
+        f"{k} {tuple(found[k].shape)} instead of {tuple(expected[k].shape)}"
+        for k in sorted(expected.keys() & found.keys())
+        if found[k].shape != expected[k].shape
+    ]
+    problems = [
+        f"{len(names)} {what} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
+        for what, names in (("missing", missing), ("not expected", extra), ("of another shape", shapes))
+        if names
+    ]
+    if problems:
+        raise UserError(f"{where} does not fit its config: keys {'; '.join(problems)}; use the weights that belong to the config")
+
+
+def require_finite(tensors: Mapping[str, Tensor], where: object) -> None:
+    """`UserError` that names the first weight with NaN or infinity in it."""
+    for key in not_finite(tensors):
+        raise UserError(f"{where}: {key} has NaN or infinite numbers; the file is damaged or its training diverged")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Keys with NaN or infinity. A finite sum says that there are none, for less than to look at each number."""
+    return (k for k, v in tensors.items() if not (v.sum(dtype=torch.float32).isfinite() or v.isfinite().all()))
