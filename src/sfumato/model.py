@@ -4,13 +4,10 @@ image --compress--> z --diffuse--> x_t --predict--> (x0, eps) --diffuse back--> 
 """
 
 import copy
-import json
 import logging
 import math
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,14 +18,8 @@ from jaxtyping import Float
 from PIL import Image as PIL
 from torch import Tensor
 
-from sfumato import __version__
 from sfumato.asking import answered, together
-from sfumato.checkpoints.folder import save_part, storable
-from sfumato.checkpoints.names.pipeline import pipeline_index
-from sfumato.checkpoints.names.scheduler import to_scheduler_config, write_scheduler
-from sfumato.checkpoints.original import Part, gather, join, notes
-from sfumato.checkpoints.single_file import fold
-from sfumato.checkpoints.tokenizer import CONDITIONER, KEY, LOW_RES, SCHEDULER, packed
+from sfumato.checkpoints.names.scheduler import to_scheduler_config
 from sfumato.compress.base import Autoencoder
 from sfumato.decode.exact import exact
 from sfumato.decode.image import pasted, to_pil, to_tensor
@@ -37,11 +28,12 @@ from sfumato.decode.whole import check_latent, whole
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.sample import SeededNoise, Step, all_finite, check_finite, sample
 from sfumato.errors import NumericalError, UserError, unknown
-from sfumato.files import atomic_folder, hash_json, hash_tensors, write_json, write_tensors
+from sfumato.files import hash_json, hash_tensors
 from sfumato.predict.denoiser import Denoiser, answer
 from sfumato.registry import find
 from sfumato.running import questions
 from sfumato.sampling import Defaults, Prompt, Request, latent_shape, prompts, request_from, seeds_of, settings, times_of
+from sfumato.saving import save_model
 from sfumato.types import Conditioning, Picture, Prediction
 
 LOG = logging.getLogger("sfumato")
@@ -343,76 +335,8 @@ class LatentDiffusion:
         their first publication, which other programs open, others in our own. A model of that name is replaced as a whole;
         `UserError` for a file or folder that is something else, or a full disk, `NumericalError` for weights that are not finite in `dtype`.
         """
-        if Path(folder).suffix == ".safetensors" and getattr(self.conditioner, "encoders", None):
-            self._save_original(folder, dtype)
-            return
-        if Path(folder).suffix == ".safetensors":
-            with tempfile.TemporaryDirectory() as temporary:
-                self.save(Path(temporary) / "model", dtype)
-                fold(Path(temporary) / "model", folder)
-            return
-        target = check_target(folder)
-        with atomic_folder(target) as temporary:
-            save_part(temporary / "vae", self.autoencoder, dtype)
-            save_part(temporary / "unet", self.denoiser.network, dtype)  # pyright: ignore[reportArgumentType]
-            (temporary / "scheduler").mkdir()
-            scheduler = self._scheduler()
-            write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
-            if hasattr(self.conditioner, "save"):
-                self.conditioner.save(temporary, dtype)
-            else:
-                (temporary / "conditioner").mkdir()
-                write_json(temporary / "conditioner" / "config.json", self.conditioner.to_config())
-            notes = {"version": __version__, "name": self.name, "defaults": asdict(self.defaults)}
-            parts = {
-                **pipeline_index(self.denoiser.network, self.conditioner),
-                "_sfumato": notes,
-                "vae": ["diffusers", self.autoencoder.to_config()["_class_name"]],
-                "unet": ["diffusers", "UNet2DConditionModel"],
-                "scheduler": ["diffusers", scheduler["_class_name"]],
-            }
-            if self.low_res is not None:
-                small = {**to_scheduler_config(self.low_res), "_class_name": "DDPMScheduler"}  # the class that diffusers' upscaler wants
-                small.pop("set_alpha_to_one", None)
-                (temporary / "low_res_scheduler").mkdir()
-                write_json(temporary / "low_res_scheduler" / "scheduler_config.json", small)
-                parts["low_res_scheduler"] = ["diffusers", "DDPMScheduler"]
-            write_json(temporary / "model_index.json", parts)
-
-    def _scheduler(self) -> dict[str, Any]:
-        """The scheduler config of its folder: for diffusers' pipelines the run too, for models that only sfumato runs the process."""
-        if not getattr(self.conditioner, "encoders", None):
-            return to_scheduler_config(self.denoiser.process)
-        return write_scheduler(self.denoiser.process, self.defaults.sampler, self.defaults.spacing)
-
-    def _save_original(self, file: str | Path, dtype: torch.dtype | None) -> None:
-        """One file under the original names; what is beside the weights there (the tokenizer) goes into its metadata."""
-        networks = {"unet": self.denoiser.network, "vae": self.autoencoder}
-        configs = {name: network.to_config() for name, network in networks.items()}  # pyright: ignore
-        tensors = {name: network.state_dict() for name, network in networks.items()}
-        vocabulary = ""
-        for end, encoder in self.conditioner.encoders.items():
-            configs[f"text_encoder{end}"], tensors[f"text_encoder{end}"] = encoder.to_config(), encoder.tensors()
-            vocabulary = packed(encoder.tokenizer)
-        cast = {name: storable(table, dtype) for name, table in tensors.items()}
-        scheduler = self._scheduler()
-        parts = gather({name: Part(configs[name], table) for name, table in cast.items()}, {"scheduler": scheduler})
-        ours = {KEY: vocabulary, SCHEDULER: json.dumps(scheduler), CONDITIONER: json.dumps(self.conditioner.to_config())}
-        if self.low_res is not None:
-            ours[LOW_RES] = json.dumps(to_scheduler_config(self.low_res))
-        write_tensors(file, join(parts), {**notes(parts), **ours})
+        save_model(self, folder, dtype)
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def check_target(folder: str | Path) -> Path:
-    """Where a model would be saved; `UserError` for a place that holds something else, or that may not be written."""
-    target = Path(folder).expanduser().resolve()  # through a link: the folder behind it is replaced, not the link
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "model_index.json").exists()):
-        raise UserError(f"{folder} exists and is not a model folder: it is left as it is; choose another name or remove it first")
-    parent = next((p for p in target.parents if p.exists()), Path("/"))
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{folder} cannot be written: {parent} is not a folder that you may write to; choose another place")
-    return target

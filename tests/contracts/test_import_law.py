@@ -18,6 +18,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "sfumato"
 
 BOTTOM = ("types", "asking", "errors", "files", "pickles", "registry", "config", "weights")
 ACTS = ("compress", "diffuse", "predict", "decode")
+MODEL = ("", "model", "loading", "saving", "sampling", "tuning", "tasks")
 
 # zone -> what its files may import from sfumato, besides the zone itself. The longest zone that holds a file is its zone.
 LAW: dict[str, tuple[str, ...]] = {
@@ -44,15 +45,16 @@ LAW: dict[str, tuple[str, ...]] = {
     "checkpoints": (*BOTTOM, *ACTS),
     "sampling": (*BOTTOM, *ACTS),
     "running": (*BOTTOM, *ACTS, "sampling"),
-    "model": (*BOTTOM, *ACTS, "checkpoints", "sampling", "running"),
+    "saving": (*BOTTOM, *ACTS, "checkpoints"),
+    "model": (*BOTTOM, *ACTS, "checkpoints", "sampling", "running", "saving"),
     "tuning": (*BOTTOM, *ACTS, "checkpoints", "sampling", "model"),
     "loading": (*BOTTOM, *ACTS, "checkpoints", "sampling", "model"),
     "data": BOTTOM,
     "evaluate": BOTTOM,
     "train": (*BOTTOM, *ACTS, "nn", "data", "checkpoints", "evaluate", "model", "sampling"),  # a run ends by saving a model
     "tasks": (*BOTTOM, *ACTS, "model", "sampling", "running"),
-    "deploy": (*BOTTOM, *ACTS, "", "model", "loading", "sampling", "tuning", "tasks", "checkpoints", "data", "evaluate"),
-    "cli": (*BOTTOM, *ACTS, "", "model", "loading", "sampling", "tuning", "tasks", "checkpoints", "data", "evaluate", "train", "deploy"),
+    "deploy": (*BOTTOM, *ACTS, *MODEL, "checkpoints", "data", "evaluate"),
+    "cli": (*BOTTOM, *ACTS, *MODEL, "checkpoints", "data", "evaluate", "train", "deploy"),
 }
 
 # Installed by an extra, or slow to import: only inside the function that needs them.

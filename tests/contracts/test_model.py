@@ -690,7 +690,7 @@ def test_a_full_disk_loses_nothing(model: LatentDiffusion, tmp_path: Path, monke
         return wrapped
 
     monkeypatch.setattr(folders, "write_tensors", full(write))
-    monkeypatch.setattr("sfumato.model.write_json", full(write_json))
+    monkeypatch.setattr("sfumato.saving.write_json", full(write_json))
     with pytest.raises(UserError, match=r"could not write .*No space left on device; what was there is unchanged"):
         build(seed=1).save(target)
     assert contents(target) == before

@@ -59,7 +59,7 @@ def tune_timesteps(arguments: Sequence[str]) -> None:
     import torch
 
     from sfumato.loading import bundled, load
-    from sfumato.model import check_target
+    from sfumato.saving import check_target
     from sfumato.tuning import store_tuned, with_tuned
     from sfumato.tuning import tune_timesteps as search
 

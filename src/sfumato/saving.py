@@ -1,0 +1,102 @@
+"""Writes models: a folder in diffusers' layout, or one file.
+
+`model` in this file is a `LatentDiffusion`, or anything with its autoencoder, denoiser, conditioner, defaults, name and low_res.
+"""
+
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sfumato import __version__
+from sfumato.checkpoints.folder import save_part, storable
+from sfumato.checkpoints.names.pipeline import pipeline_index
+from sfumato.checkpoints.names.scheduler import to_scheduler_config, write_scheduler
+from sfumato.checkpoints.original import Part, gather, join, notes
+from sfumato.checkpoints.single_file import fold
+from sfumato.checkpoints.tokenizer import CONDITIONER, KEY, LOW_RES, SCHEDULER, packed
+from sfumato.errors import UserError
+from sfumato.files import atomic_folder, write_json, write_tensors
+
+
+def save_model(model: Any, place: str | Path, dtype: torch.dtype | None) -> None:
+    """`LatentDiffusion.save`: a folder, or a file where the name ends in .safetensors."""
+    if Path(place).suffix != ".safetensors":
+        _save_folder(model, place, dtype)
+    elif getattr(model.conditioner, "encoders", None):
+        _save_original(model, place, dtype)
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            _save_folder(model, Path(temporary) / "model", dtype)
+            fold(Path(temporary) / "model", place)
+
+
+def _save_folder(model: Any, folder: str | Path, dtype: torch.dtype | None) -> None:
+    """Each part in a folder of its own, and model_index.json, which names them."""
+    with atomic_folder(check_target(folder)) as temporary:
+        save_part(temporary / "vae", model.autoencoder, dtype)
+        save_part(temporary / "unet", model.denoiser.network, dtype)
+        scheduler = _scheduler(model)
+        _write(temporary / "scheduler" / "scheduler_config.json", scheduler)
+        if hasattr(model.conditioner, "save"):
+            model.conditioner.save(temporary, dtype)
+        else:
+            _write(temporary / "conditioner" / "config.json", model.conditioner.to_config())
+        parts = {
+            **pipeline_index(model.denoiser.network, model.conditioner),
+            "_sfumato": {"version": __version__, "name": model.name, "defaults": asdict(model.defaults)},
+            "vae": ["diffusers", model.autoencoder.to_config()["_class_name"]],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "scheduler": ["diffusers", scheduler["_class_name"]],
+        }
+        if model.low_res is not None:
+            small = {**to_scheduler_config(model.low_res), "_class_name": "DDPMScheduler"}  # the class that diffusers' upscaler wants
+            small.pop("set_alpha_to_one", None)
+            _write(temporary / "low_res_scheduler" / "scheduler_config.json", small)
+            parts["low_res_scheduler"] = ["diffusers", "DDPMScheduler"]
+        write_json(temporary / "model_index.json", parts)
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.parent.mkdir()
+    write_json(path, values)
+
+
+def _scheduler(model: Any) -> dict[str, Any]:
+    """The scheduler config of a model's folder: for diffusers' pipelines the run too, for models that only sfumato runs the process."""
+    if not getattr(model.conditioner, "encoders", None):
+        return to_scheduler_config(model.denoiser.process)
+    return write_scheduler(model.denoiser.process, model.defaults.sampler, model.defaults.spacing)
+
+
+def _save_original(model: Any, file: str | Path, dtype: torch.dtype | None) -> None:
+    """One file under the original names; what is beside the weights there (the tokenizer) goes into its metadata."""
+    networks = {"unet": model.denoiser.network, "vae": model.autoencoder}
+    configs = {name: network.to_config() for name, network in networks.items()}
+    tensors = {name: network.state_dict() for name, network in networks.items()}
+    vocabulary = ""
+    for end, encoder in model.conditioner.encoders.items():
+        configs[f"text_encoder{end}"], tensors[f"text_encoder{end}"] = encoder.to_config(), encoder.tensors()
+        vocabulary = packed(encoder.tokenizer)
+    cast = {name: storable(table, dtype) for name, table in tensors.items()}
+    scheduler = _scheduler(model)
+    parts = gather({name: Part(configs[name], table) for name, table in cast.items()}, {"scheduler": scheduler})
+    ours = {KEY: vocabulary, SCHEDULER: json.dumps(scheduler), CONDITIONER: json.dumps(model.conditioner.to_config())}
+    if model.low_res is not None:
+        ours[LOW_RES] = json.dumps(to_scheduler_config(model.low_res))
+    write_tensors(file, join(parts), {**notes(parts), **ours})
+
+
+def check_target(folder: str | Path) -> Path:
+    """Where a model would be saved; `UserError` for a place that holds something else, or that may not be written."""
+    target = Path(folder).expanduser().resolve()  # through a link: the folder behind it is replaced, not the link
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "model_index.json").exists()):
+        raise UserError(f"{folder} exists and is not a model folder: it is left as it is; choose another name or remove it first")
+    parent = next((p for p in target.parents if p.exists()), Path("/"))
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{folder} cannot be written: {parent} is not a folder that you may write to; choose another place")
+    return target
