@@ -27,7 +27,7 @@ from sfumato.errors import UserError
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
 from sfumato.predict.denoiser import Denoiser
-from sfumato.predict.networks.unet import _FIXED, UNet, UNetConfig
+from sfumato.predict.networks.unet import FIXED, UNet, UNetConfig
 from sfumato.types import Conditioning
 
 build: Callable[..., LatentDiffusion] = runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_tiny.py"))["build"]
@@ -267,7 +267,7 @@ def defaults_of(config: type) -> dict[str, Any]:
 
 def test_we_know_every_field_of_their_configs_with_its_default() -> None:
     theirs = {k: p.default for k, p in inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters.items() if k != "self"}
-    assert defaults_of(UNetConfig) | _FIXED == theirs
+    assert defaults_of(UNetConfig) | FIXED == theirs
     theirs = {k: p.default for k, p in inspect.signature(diffusers.AutoencoderKL.__init__).parameters.items() if k != "self"}
     assert {*defaults_of(KLConfig), "act_fn", "down_block_types", "up_block_types"} == theirs.keys()
 
@@ -290,7 +290,7 @@ def change_config(folder: Path, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        *((k, another(v), "is not supported") for k, v in _FIXED.items()),
+        *((k, another(v), "is not supported") for k, v in FIXED.items()),
         ("adapter_strength", 0.5, "adapter_strength=0.5 is not known to UNetConfig: it might change the result"),
         ("down_block_types", ["KDownBlock2D", "DownBlock2D"], "block type 'KDownBlock2D' is not supported"),
         ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn", "is not supported"),

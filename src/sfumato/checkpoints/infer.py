@@ -11,19 +11,17 @@ from typing import Any
 
 from sfumato.checkpoints.families import Family, Text
 from sfumato.errors import UserError
+from sfumato.predict.networks.unet import FIXED
 
 # What the original layout stands for, in diffusers' fields: a config that says otherwise cannot be told by a file.
-UNET_STANDARD: dict[str, Any] = {
+UNET_STANDARD: dict[str, Any] = FIXED | {
     "_class_name": "UNet2DConditionModel",
-    "center_input_sample": False,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "mid_block_only_cross_attention": None,
     "only_cross_attention": False,
     "downsample_padding": 1,
-    "mid_block_scale_factor": 1,
-    "act_fn": "silu",
     "norm_num_groups": 32,
     "norm_eps": 1e-5,
     "class_embed_type": None,
@@ -32,24 +30,7 @@ UNET_STANDARD: dict[str, Any] = {
     "addition_time_embed_dim": None,
     "projection_class_embeddings_input_dim": None,
     "resnet_time_scale_shift": "default",
-    "reverse_transformer_layers_per_block": None,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "num_attention_heads": None,
-    "dual_cross_attention": False,
-    "resnet_skip_time_act": False,
-    "resnet_out_scale_factor": 1.0,
-    "time_embedding_type": "positional",
     "time_embedding_dim": None,
-    "time_embedding_act_fn": None,
-    "timestep_post_act": None,
-    "time_cond_proj_dim": None,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "attention_type": "default",
-    "class_embeddings_concat": False,
-    "cross_attention_norm": None,
-    "addition_embed_type_num_heads": 64,
 }
 VAE_STANDARD: dict[str, Any] = {"act_fn": "silu", "norm_num_groups": 32}
 KL_STANDARD: dict[str, Any] = {"shift_factor": None, "latents_mean": None, "latents_std": None}

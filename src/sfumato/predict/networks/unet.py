@@ -24,8 +24,8 @@ _KINDS = {"DownBlock2D": None, "UpBlock2D": None, "AttnDownBlock2D": "self", "At
 _CLASS_KINDS = ("timestep", "identity", "projection", "simple_projection")
 _KINDS |= {"CrossAttnDownBlock2D": "cross", "CrossAttnUpBlock2D": "cross"}
 
-# fields of UNet2DConditionModel that we stand for with one value only
-_FIXED: dict[str, Any] = {
+# Fields of UNet2DConditionModel that we stand for with one value only.
+FIXED: dict[str, Any] = {
     "center_input_sample": False,
     "mid_block_scale_factor": 1,
     "act_fn": "silu",
@@ -145,11 +145,11 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "UNetConfig":
         """Reads a diffusers config; a field that this class does not know, or a value it cannot honour, is refused."""
-        return read_config(cls, values, _FIXED)
+        return read_config(cls, values, FIXED)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON that diffusers' UNet2DConditionModel reads."""
-        return {"_class_name": "UNet2DConditionModel", **asdict(self), **_FIXED}
+        return {"_class_name": "UNet2DConditionModel", **asdict(self), **FIXED}
 
 
 class _Block(nn.Module):
