@@ -6,9 +6,9 @@ arXiv:2012.09841, appendix A, table 7). Module names are diffusers'.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -49,14 +49,56 @@ class Levels:
                 raise UserError(f"block_out_channels {width} is not a multiple of norm_num_groups {self.groups}: change one of them")
 
 
-def down_attention(types: Sequence[str] | None, levels: int) -> tuple[bool, ...]:
-    """Which levels of an encoder have attention, by diffusers' `down_block_types` (None: none has); `UserError` for other names."""
-    return _attention("down_block_types", types, levels, _DOWN)
+@dataclass(frozen=True)
+class HalvesConfig:
+    """The numbers that configs of KL and VQ autoencoders share, with diffusers' names.
+
+    `down_block_types` and `up_block_types` (from the lowest resolution on): None for levels without attention, otherwise diffusers' names.
+    `sample_size` and `force_upcast` are notes that other tools read.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int | tuple[int, ...] = 256
+    mid_block_add_attention: bool = True
+    down_block_types: tuple[str, ...] | None = None
+    up_block_types: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.encoder_levels, self.decoder_levels  # they refuse what does not fit
+
+    @property
+    def encoder_levels(self) -> Levels:
+        """The numbers of the encoder."""
+        return self._levels(_attention("down_block_types", self.down_block_types, len(self.block_out_channels), _DOWN))
+
+    @property
+    def decoder_levels(self) -> Levels:
+        """The numbers of the decoder."""
+        return self._levels(_attention("up_block_types", self.up_block_types, len(self.block_out_channels), _UP)[::-1])
+
+    def _levels(self, attention: tuple[bool, ...]) -> Levels:
+        return Levels(self.block_out_channels, self.layers_per_block, self.norm_num_groups, attention, self.mid_block_add_attention)
+
+    @property
+    def factor(self) -> int:
+        """Pixels along a side for one latent cell."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    def fields(self) -> dict[str, Any]:
+        """All numbers by their names, block types spelled out as configs do."""
+        plain = block_types(len(self.block_out_channels))
+        return {**asdict(self), **{name: getattr(self, name) or types for name, types in plain.items()}}
 
 
-def up_attention(types: Sequence[str] | None, levels: int) -> tuple[bool, ...]:
-    """The same of a decoder, by `up_block_types`, which begin at the lowest resolution; the answer begins at the image's."""
-    return _attention("up_block_types", types, levels, _UP)[::-1]
+def plain_types_left_out(values: dict[str, Any]) -> dict[str, Any]:
+    """A config without the block types that say no more than that no level has attention, so that equal networks have equal configs."""
+    plain = block_types(len(values.get("block_out_channels", (64,))))
+    return {k: v for k, v in values.items() if k not in plain or list(v or plain[k]) != plain[k]}
 
 
 def block_types(levels: int) -> dict[str, list[str]]:
@@ -182,13 +224,14 @@ class Halved(InParts):
     The halves' parts see what `to_cells` makes of a raw latent, and `to_posterior` is given what the encoder's side ends with.
     """
 
+    config: Any  # with `factor`, the pixels along a side for one latent cell
     encoder: Encoder
     decoder: Decoder
     quant_conv: invariant.Conv2d | None
     post_quant_conv: invariant.Conv2d | None
 
     def posterior(self, image: Float[Tensor, "B C H W"]) -> Posterior:
-        check_image(image, self.channels, self.space.factor)
+        check_image(image, self.channels, self.config.factor)
         made = self.encoder(image)
         return self.to_posterior(made if self.quant_conv is None else self.quant_conv(made))
 

@@ -4,7 +4,7 @@ encoder: image -> (mean, log variance) of a Gaussian; decoder: raw latent -> ima
 names are diffusers' AutoencoderKL: Stable Diffusion 1 to 3 and XL, FLUX.1 and LDM's kl-f4 to kl-f32 are numbers of this class.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.compress.base import Posterior
-from sfumato.compress.halves import Decoder, Encoder, Halved, Levels, block_types, down_attention, up_attention
+from sfumato.compress.halves import Decoder, Encoder, Halved, HalvesConfig, plain_types_left_out
 from sfumato.config import read_config
 from sfumato.nn import invariant
 from sfumato.types import LatentSpace
@@ -21,20 +21,9 @@ _UNSAID = 0.18215  # what a config carries as its scaling factor where nobody ch
 
 
 @dataclass(frozen=True)
-class KLConfig:
-    """The numbers of a KL autoencoder, with diffusers' names. `latents_mean` and `latents_std` hold the measured statistics.
+class KLConfig(HalvesConfig):
+    """The numbers of a KL autoencoder, with diffusers' names. `latents_mean` and `latents_std` hold the measured statistics."""
 
-    `down_block_types` and `up_block_types`: None for levels without attention, otherwise diffusers' names. `sample_size` and
-    `force_upcast` are notes that other tools read.
-    """
-
-    in_channels: int = 3
-    out_channels: int = 3
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    latent_channels: int = 4
-    norm_num_groups: int = 32
-    sample_size: int | tuple[int, ...] = 256
     scaling_factor: float = _UNSAID
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
@@ -42,25 +31,6 @@ class KLConfig:
     force_upcast: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
-    mid_block_add_attention: bool = True
-    down_block_types: tuple[str, ...] | None = None
-    up_block_types: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        _ = self.encoder_levels, self.decoder_levels  # they refuse what does not fit
-
-    @property
-    def encoder_levels(self) -> Levels:
-        """The numbers of the encoder."""
-        return self._levels(down_attention(self.down_block_types, len(self.block_out_channels)))
-
-    @property
-    def decoder_levels(self) -> Levels:
-        """The numbers of the decoder."""
-        return self._levels(up_attention(self.up_block_types, len(self.block_out_channels)))
-
-    def _levels(self, attention: tuple[bool, ...]) -> Levels:
-        return Levels(self.block_out_channels, self.layers_per_block, self.norm_num_groups, attention, self.mid_block_add_attention)
 
     @property
     def space(self) -> LatentSpace:
@@ -68,7 +38,7 @@ class KLConfig:
         c = self.latent_channels
         mean = self.latents_mean or (self.shift_factor or 0.0,) * c
         std = self.latents_std or (1.0 / self.scaling_factor,) * c
-        return LatentSpace(c, 2 ** (len(self.block_out_channels) - 1), tuple(mean), tuple(std))
+        return LatentSpace(c, self.factor, tuple(mean), tuple(std))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "KLConfig":
@@ -85,21 +55,16 @@ class KLConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON that diffusers' AutoencoderKL reads."""
-        levels = len(self.block_out_channels)
-        values = {**asdict(self), **{k: getattr(self, k) or v for k, v in block_types(levels).items()}, "act_fn": "silu"}
+        values = {**self.fields(), "act_fn": "silu"}
         if self.latents_std is not None and self.scaling_factor != _UNSAID:
             values["scaling_factor"] = 1.0  # the statistics have come first: who reads both must find the same latents
         return {"_class_name": "AutoencoderKL", **values}
 
 
-def plain_types_left_out(values: dict[str, Any]) -> dict[str, Any]:
-    """A config without the block types that say no more than that no level has attention, so that equal networks have equal configs."""
-    plain = block_types(len(values.get("block_out_channels", (64,))))
-    return {k: v for k, v in values.items() if k not in plain or list(v or plain[k]) != plain[k]}
-
-
 class AutoencoderKL(Halved):
     """The KL autoencoder: see the module's docstring. Built from a `KLConfig`; weights are random until loaded."""
+
+    config: KLConfig
 
     def __init__(self, config: KLConfig):
         super().__init__()

@@ -97,6 +97,8 @@ class KLFlux2Config:
 class AutoencoderKLFlux2(Halved):
     """FLUX.2's autoencoder: see the module's docstring. Its latents are packed: (B, 128, H/16, W/16) with the default numbers."""
 
+    config: KLFlux2Config
+
     def __init__(self, config: KLFlux2Config):
         super().__init__()
         self.config = config

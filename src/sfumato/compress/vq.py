@@ -9,7 +9,7 @@ decoder's first layer: the latent is h, which a denoiser can be trained on, and 
 `compress.halves`. Config and names are diffusers' VQModel.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sfumato.compress.base import Posterior
-from sfumato.compress.halves import Decoder, Encoder, Halved, Levels, block_types, down_attention, up_attention
-from sfumato.compress.kl import plain_types_left_out
+from sfumato.compress.halves import Decoder, Encoder, Halved, HalvesConfig, plain_types_left_out
 from sfumato.config import read_config
 from sfumato.errors import UserError
 from sfumato.nn import invariant
@@ -29,46 +28,25 @@ _ROWS = 4096  # cells that are compared with the codebook at a time: 4096 by 819
 
 
 @dataclass(frozen=True)
-class VQConfig:
+class VQConfig(HalvesConfig):
     """The numbers of a vector-quantised autoencoder, with diffusers' names.
 
     num_vq_embeddings: codes K; vq_embed_dim: numbers in a code, and channels of the latent (None: `latent_channels`, which are the
-    channels inside the halves). `sample_size`, `force_upcast` and `lookup_from_codebook` (how other tools decode codes) are notes.
+    channels inside the halves). `lookup_from_codebook` (how other tools decode codes) is a note.
     """
 
-    in_channels: int = 3
-    out_channels: int = 3
     block_out_channels: tuple[int, ...] = (128, 256, 512)
-    layers_per_block: int = 2
     latent_channels: int = 3
-    sample_size: int | tuple[int, ...] = 256
     num_vq_embeddings: int = 8192
-    norm_num_groups: int = 32
     vq_embed_dim: int | None = None
     scaling_factor: float = 0.18215
-    mid_block_add_attention: bool = True
     lookup_from_codebook: bool = False
     force_upcast: bool = False
-    down_block_types: tuple[str, ...] | None = None
-    up_block_types: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        _ = self.encoder_levels, self.decoder_levels
+        super().__post_init__()
         if self.num_vq_embeddings < 1 or self.code_channels < 1:
             raise UserError(f"num_vq_embeddings {self.num_vq_embeddings}, vq_embed_dim {self.vq_embed_dim}: expected 1 or more of each")
-
-    @property
-    def encoder_levels(self) -> Levels:
-        """The numbers of the encoder."""
-        return self._levels(down_attention(self.down_block_types, len(self.block_out_channels)))
-
-    @property
-    def decoder_levels(self) -> Levels:
-        """The numbers of the decoder."""
-        return self._levels(up_attention(self.up_block_types, len(self.block_out_channels)))
-
-    def _levels(self, attention: tuple[bool, ...]) -> Levels:
-        return Levels(self.block_out_channels, self.layers_per_block, self.norm_num_groups, attention, self.mid_block_add_attention)
 
     @property
     def code_channels(self) -> int:
@@ -79,7 +57,7 @@ class VQConfig:
     def space(self) -> LatentSpace:
         """The statistics that one scaling factor stands for."""
         c = self.code_channels
-        return LatentSpace(c, 2 ** (len(self.block_out_channels) - 1), (0.0,) * c, (1.0 / self.scaling_factor,) * c)
+        return LatentSpace(c, self.factor, (0.0,) * c, (1.0 / self.scaling_factor,) * c)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "VQConfig":
@@ -89,8 +67,7 @@ class VQConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON that diffusers' VQModel reads."""
-        types = {k: getattr(self, k) or v for k, v in block_types(len(self.block_out_channels)).items()}
-        return {"_class_name": "VQModel", **asdict(self), **types, **_FIXED}
+        return {"_class_name": "VQModel", **self.fields(), **_FIXED}
 
 
 class _Codebook(nn.Module):
@@ -120,6 +97,8 @@ class _Codebook(nn.Module):
 
 class VQModel(Halved):
     """The vector-quantised autoencoder: see the module's docstring. Built from a `VQConfig`; weights are random until loaded."""
+
+    config: VQConfig
 
     def __init__(self, config: VQConfig):
         super().__init__()
