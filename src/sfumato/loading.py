@@ -160,7 +160,7 @@ def _texts(path: Path, parts: Parts, how: _How, notes: dict[str, str]) -> Any:
 def _conditioner(path: Path, parts: dict[str, Any], how: _How) -> Any:
     """What turns prompts into conditioning: the text encoders of the folder, or the conditioner that sfumato wrote."""
     if any(key.startswith("text_encoder") and value != [None, None] for key, value in parts.items()):
-        return find("predict.conditioners", "clip_text").from_folder(path, how.dtype)
+        return find("predict.conditioners", "clip_text").from_folder(path, how.dtype, how.variant)
     config = path / "conditioner" / "config.json"
     if not config.exists():
         raise UserError(f"{path} has neither a text encoder nor a conditioner/config.json: nothing there reads prompts")

@@ -7,6 +7,7 @@ Safetensors come first and are memory-mapped. Pickled files are read with `weigh
 more is refused.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -30,19 +31,23 @@ def _read(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def find_weights(folder: str | Path, stem: str, variant: str | None = None) -> list[Path]:
-    """The file of a part's weights, or its shards: `stem` with the variant, or without one; `UserError` that lists what is there if none."""
-    folder = Path(folder)
+def find_weights(folder: str | Path, stem: str, variant: str | None = None, pickled: str | None = None) -> list[Path]:
+    """The file of a part's weights, or its shards: `stem` with the variant, or without one; `UserError` that lists what is there if none.
+
+    pickled: the stem of pickled files, where it is another one.
+    """
+    folder, stems = Path(folder), {ENDINGS[0]: stem, ENDINGS[1]: pickled or stem}
     marks = [f".{variant}", ""] if variant else [""]
     for mark in marks:
         for ending in ENDINGS:
-            whole, listed = folder / f"{stem}{mark}{ending}", folder / f"{stem}{ending}.index{mark}.json"
+            whole, listed = folder / f"{stems[ending]}{mark}{ending}", folder / f"{stems[ending]}{ending}.index{mark}.json"
             if whole.exists():
                 return [whole]
             if listed.exists():
                 return _shards(listed)
     there = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_file())) if folder.is_dir() else "nothing"
-    others = sorted({p.name.removeprefix(f"{stem}.").split(".")[0] for p in folder.glob(f"{stem}.*.safetensors")} - {"safetensors"})
+    marked = {p.name.removeprefix(f"{stem}.").split(".")[0] for p in folder.glob(f"{stem}.*.safetensors")}
+    others = sorted({re.sub(r"-\d+-of-\d+$", "", mark) for mark in marked} - {"safetensors"})
     hint = f"ask for variant {' or '.join(map(repr, others))}" if others else "copy or download it again"
     raise UserError(f"{folder} has no weights {stem}{''.join(marks[:1])}.safetensors (it has {there}): {hint}")
 
@@ -84,7 +89,11 @@ def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], wher
     ]
     problems = [
         f"{len(names)} {what} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
-        for what, names in (("missing", missing), ("not expected", extra), ("of another shape", shapes))
+        for what, names in (
+            ("missing", missing),
+            ("not expected", extra),
+            ("of another shape", shapes),
+        )
         if names
     ]
     if problems:

@@ -71,8 +71,34 @@ def pickled(value: Any) -> Change:
     return write
 
 
-def shards(folder: Path) -> None:
-    (folder / "text_encoder" / "model.safetensors").rename(folder / "text_encoder" / "model-00001-of-00002.safetensors")
+def renamed(name: str) -> Change:
+    return lambda folder: (folder / "text_encoder" / "model.safetensors").rename(folder / "text_encoder" / name)
+
+
+shards = renamed("model-00001-of-00002.safetensors")
+
+
+def listed(folder: Path, names: dict[str, str], mark: str = "") -> None:
+    """An index of shards."""
+    (folder / f"model.safetensors.index{mark}.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+def cut(change: Callable[[Path, list[Path]], object], mark: str = "", part: str = "text_encoder") -> Change:
+    """The weights in three shards with an index, as transformers writes them, and then a change to the folder and the shards."""
+
+    def write(folder: Path) -> None:
+        whole = folder / part / "model.safetensors"
+        tensors, names = load_file(whole), {}
+        whole.unlink()
+        files = [folder / part / f"model{mark}-{k:05d}-of-00003.safetensors" for k in (1, 2, 3)]
+        for k, file in enumerate(files):
+            keys = sorted(tensors)[k::3]
+            save_file({key: tensors[key] for key in keys}, file, {"format": "pt"})
+            names |= dict.fromkeys(keys, file.name)
+        listed(folder / part, names, mark)
+        change(folder / part, files)
+
+    return write
 
 
 NORM = "final_layer_norm.weight"
@@ -88,8 +114,15 @@ BAD: list[tuple[str, Change, str]] = [
     ("sd1", table("tokenizer/tokenizer_config.json", model_max_length=2), "model_max_length=2: expected a whole number such as 77"),
     ("sd1", text("tokenizer/tokenizer_config.json", "[]"), "holds a list: expected a JSON object"),
     ("sd1", lambda folder: (gone("tokenizer/tokenizer.json")(folder), text("tokenizer/vocab.json", '{"a": 0}')(folder), text("tokenizer/merges.txt", "")(folder)), "tokenizer"),
-    ("sd1", gone("text_encoder/model.safetensors"), "model.safetensors is missing"),
-    ("sd1", shards, "model.safetensors is missing"),
+    ("sd1", gone("text_encoder/model.safetensors"), r"text_encoder has no weights model.safetensors \(it has config.json\): copy or download it again"),
+    ("sd1", shards, r"has no weights model.safetensors \(it has config.json, model-00001-of-00002.safetensors\)"),
+    ("sd1", renamed("model.fp16.safetensors"), "ask for variant 'fp16'"),
+    ("sd1", renamed("model.fp16-00001-of-00001.safetensors"), "ask for variant 'fp16'"),
+    ("sd1", cut(lambda folder, files: files.pop().unlink()), "model-00003-of-00003.safetensors is missing"),
+    ("sd1", cut(lambda folder, files: shutil.copy(files[0], files[1])), "which another shard holds too"),
+    ("sd1", cut(lambda folder, files: listed(folder, {"a": "../model.safetensors"})), "names a path outside its folder"),
+    ("sd1", cut(lambda folder, files: listed(folder, {"a": files[0].name})), r"00001-of-00003.safetensors does not fit its config: keys \d+ missing"),
+    ("sd1", cut(lambda folder, files: (folder / "model.safetensors.index.json").write_text("{}")), "has no weight_map of keys and files"),
     ("sd1", text("text_encoder/model.safetensors", "not tensors"), "is not a whole safetensors file"),
     ("sd1", weights(lambda t: t.pop(NORM)), r"does not fit its config: keys 1 missing \(final_layer_norm.weight\)"),
     ("sd1", weights(lambda t: t.update(extra=torch.ones(1))), r"1 not expected \(extra\)"),
@@ -168,10 +201,36 @@ def test_weights_are_read_and_written_in_other_types(opened: dict[str, ClipText]
     assert {t.dtype for t in load_file(file).values()} == {torch.float16}
     assert all(key.startswith("text_model.") for key in load_file(file))  # as programs of before transformers 5 expect
     file.rename(file.with_name("model.fp16.safetensors"))
-    found = ClipText.from_folder(tmp_path, torch.bfloat16)
+    (tmp_path / "text_encoder_2" / "model.safetensors").rename(tmp_path / "text_encoder_2" / "model.fp16.safetensors")
+    found = ClipText.from_folder(tmp_path, torch.bfloat16, "fp16")
     assert {t.dtype for t in found.tensors().values()} == {torch.bfloat16}
     for key, tensor in opened["sdxl"].tensors().items():
         assert torch.equal(found.tensors()[key], tensor.half().bfloat16()), key
+
+
+@pytest.mark.parametrize("kind", ["shards", "shards of a variant", "a variant beside others", "pickled shards"])
+def test_shards_and_variants_are_the_same_encoders(
+    kind: str, opened: dict[str, ClipText], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folders["sdxl"], tmp_path / "model"))
+    variant = "fp16" if "variant" in kind else None
+    for part in ("text_encoder", "text_encoder_2"):
+        whole = folder / part / "model.safetensors"
+        if kind == "a variant beside others":
+            tensors = load_file(whole)
+            save_file({k: torch.zeros_like(v) for k, v in tensors.items()}, whole)
+            save_file(tensors, folder / part / "model.fp16.safetensors")
+        elif kind == "pickled shards":
+            tensors, names = load_file(whole), {}
+            whole.unlink()
+            for k in (0, 1):
+                names |= dict.fromkeys(sorted(tensors)[k::2], f"pytorch_model-0000{k + 1}-of-00002.bin")
+                torch.save({key: tensors[key] for key in sorted(tensors)[k::2]}, folder / part / f"pytorch_model-0000{k + 1}-of-00002.bin")
+            (folder / part / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+        else:
+            cut(lambda folder, files: None, ".fp16" if variant else "", part)(folder)
+    found, expected = ClipText.from_folder(folder, variant=variant).tensors(), opened["sdxl"].tensors()
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_weights_that_are_not_finite_are_not_written(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -4,11 +4,11 @@ A causal transformer over at most 77 tokens: begin, words, end, padding (Radford
 end token, projected, stands for the whole text (SDXL's "pooled" vector).
 
     tokenizer/      tokenizer.json, or vocab.json and merges.txt; tokenizer_config.json
-    text_encoder/   config.json and model.safetensors, its keys with or without the "text_model." that older versions put before them
+    text_encoder/   config.json and model.safetensors (or shards, or a variant), its keys with or without the "text_model." that older versions put before them
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.errors import NumericalError, UserError, explained
-from sfumato.files import hash_json, read_table, read_tensors, write_json, write_tensors
-from sfumato.pickles import read_pickle
+from sfumato.files import hash_json, read_table, write_json, write_tensors
 from sfumato.predict.conditioners._chunks import Token
-from sfumato.weights import check_keys, not_finite, require_finite
+from sfumato.weights import check_keys, find_weights, not_finite, read_weights, require_finite
 
 CLASSES = {False: "CLIPTextModel", True: "CLIPTextModelWithProjection"}
 PREFIX = "text_model."
-WEIGHTS = ("model.safetensors", "model.fp16.safetensors")
-PICKLE = "pytorch_model.bin"
+STEM, PICKLED = "model", "pytorch_model"
+"""What files of weights are called, with shards and variants: see sfumato.weights."""
 POSITIONS = "embeddings.position_ids"
 """0, 1, 2 ...: a key of old files, not a weight."""
 HARMLESS = {"dropout", "torch_dtype", "transformers_version", "architectures", "model_type"}
@@ -134,18 +133,18 @@ class ClipEncoder:
         for folder in (tokenizer, encoder):
             folder.mkdir(parents=True, exist_ok=True)
         write_json(encoder / "config.json", {**self.to_config(), "torch_dtype": stored})
-        write_tensors(encoder / WEIGHTS[0], tensors)
+        write_tensors(encoder / f"{STEM}.safetensors", tensors)
         self.tokenizer.save_pretrained(tokenizer)
         self.tokenizer.backend_tokenizer.model.save(str(tokenizer))  # vocab.json and merges.txt, which older programs read
 
 
-def read_encoder(tokenizer: Path, encoder: Path, projected: bool, dtype: torch.dtype) -> ClipEncoder:
-    """Opens both folders; `UserError` for what is missing, of another kind, or not finite."""
+def read_encoder(tokenizer: Path, encoder: Path, projected: bool, dtype: torch.dtype, variant: str | None = None) -> ClipEncoder:
+    """Opens both folders; `UserError` for what is missing, of another kind, or not finite. variant: the weights to prefer, such as "fp16"."""
     try:
         import transformers  # noqa: F401  (asked for once, here, so that its absence is one sentence)
     except ImportError as error:
         raise UserError("text prompts need the package transformers: run `pip install 'sfumato[text]'`") from error
-    opened, model = _read_tokenizer(tokenizer), _read_model(encoder, projected, dtype)
+    opened, model = _read_tokenizer(tokenizer), _read_model(encoder, projected, dtype, variant)
     with explained(tokenizer, ANY):
         return ClipEncoder(opened, model, projected)
 
@@ -164,12 +163,13 @@ def _read_tokenizer(folder: Path) -> Any:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _read_model(folder: Path, projected: bool, dtype: torch.dtype) -> Any:
+def _read_model(folder: Path, projected: bool, dtype: torch.dtype, variant: str | None) -> Any:
     """The encoder of a folder with config.json and weights."""
     path = folder / "config.json"
     values = read_table(path)
-    file, tensors = _read_weights(folder)
-    return build_model(values, tensors, projected, dtype, path, file)
+    files = find_weights(folder, STEM, variant, PICKLED)
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in read_weights(files).items() if not key.endswith(POSITIONS)}
+    return build_model(values, tensors, projected, dtype, path, files[0] if len(files) == 1 else folder)
 
 
 def build_model(values: dict[str, Any], tensors: dict[str, Tensor], projected: bool, dtype: torch.dtype, path: Path, file: Path) -> Any:
@@ -209,22 +209,3 @@ def _check_config(config: Any) -> None:
             raise UserError(f"{field}={value!r}: expected a whole number of at least {least}")
     if not isinstance(config.layer_norm_eps, float) or config.layer_norm_eps <= 0:
         raise UserError(f"layer_norm_eps={config.layer_norm_eps!r}: expected a number above 0")
-
-
-def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The file with the weights, and they, by names without `PREFIX`."""
-    file = next((folder / name for name in WEIGHTS if (folder / name).exists()), folder / WEIGHTS[0])
-    if not file.exists() and (folder / PICKLE).exists():
-        file = folder / PICKLE
-        tensors = _read_pickle(file)
-    else:
-        tensors = read_tensors(file)
-    return file, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if not key.endswith(POSITIONS)}
-
-
-def _read_pickle(file: Path) -> Mapping[str, Tensor]:
-    """Only tensors are read from a pickle; one with anything else in it could run code, and is refused."""
-    tensors = read_pickle(file)
-    if not all(isinstance(v, Tensor) for v in tensors.values()):
-        raise UserError(f"{file} does not hold named tensors: convert it to {WEIGHTS[0]}")
-    return tensors

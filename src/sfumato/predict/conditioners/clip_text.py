@@ -199,8 +199,10 @@ class ClipText:
         write_json(Path(folder) / "conditioner" / "config.json", self.to_config())
 
     @classmethod
-    def from_folder(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "ClipText":
+    def from_folder(cls, folder: str | Path, dtype: torch.dtype = torch.float32, variant: str | None = None) -> "ClipText":
         """Opens the encoders of a folder in diffusers' layout, as diffusers or `save` wrote it; weights become `dtype`.
+
+        variant: the files of weights to prefer, such as "fp16".
 
         Settings come from conditioner/config.json where there is one, else from model_index.json. `UserError` for other kinds of encoders,
         for parts that do not fit each other, and where the two files disagree.
@@ -212,7 +214,7 @@ class ClipText:
         if not there or there - {"text_encoder", "text_encoder_2"}:
             raise UserError(f"{folder} has {', '.join(sorted(there)) or 'no text encoder'}: expected text_encoder, text_encoder_2 or both")
         read = [
-            read_encoder(folder / f"tokenizer{end}", folder / f"text_encoder{end}", end == "_2", dtype)
+            read_encoder(folder / f"tokenizer{end}", folder / f"text_encoder{end}", end == "_2", dtype, variant)
             if f"text_encoder{end}" in there
             else None
             for end in ("", "_2")
