@@ -17,7 +17,7 @@ from sfumato.checkpoints.single_file import KEY_OF_OURS, notes_of, unfold
 from sfumato.checkpoints.tokenizer import CONDITIONER, END, LOW_RES, SCHEDULER, clip_tokenizer
 from sfumato.compress.base import Autoencoder
 from sfumato.config import read_config
-from sfumato.errors import UserError, explained
+from sfumato.errors import WRONG, UserError, explained
 from sfumato.files import read_table
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners._clip import POSITIONS, PREFIX, ClipEncoder, build_model
@@ -57,7 +57,7 @@ def load(
     if path.is_file():
         with tempfile.TemporaryDirectory() as temporary:
             try:
-                with explained(path):
+                with explained(path, (*WRONG, OSError)):  # names that no file can have
                     unfold(path, temporary)
                 return _open(Path(temporary), path.stem, how)
             except UserError as error:  # what is wrong is wrong in the file that the user named
@@ -149,8 +149,9 @@ def _texts(path: Path, parts: Parts, how: _How, notes: dict[str, str]) -> Any:
         tensors = {key.removeprefix(PREFIX): tensor for key, tensor in part.tensors.items() if not key.endswith(POSITIONS)}
         model = build_model(part.config, tensors, projected, how.dtype, path, path)
         pad = END if parts.family.startswith(("sd1", "sdxl")) and not projected else "!"  # as they were trained
-        tokenizer = clip_tokenizer(pad, model.config.max_position_embeddings, how.tokenizer, notes)
-        encoders[end] = ClipEncoder(tokenizer, model, projected)
+        with explained(path, (Exception,)):  # the libraries raise anything about a vocabulary that is none
+            tokenizer = clip_tokenizer(pad, model.config.max_position_embeddings, how.tokenizer, notes)
+            encoders[end] = ClipEncoder(tokenizer, model, projected)
     flags = {"force_zeros_for_empty_prompt": "_2" in ends, "requires_aesthetics_score": ends == ["_2"]}
     with explained(path):
         settings = read_config(ClipTextConfig, flags | json.loads(notes.get(CONDITIONER, "{}")), {})

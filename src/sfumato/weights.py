@@ -79,7 +79,10 @@ def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: object) -> None:
-    """`UserError` that lists every missing, extra and misshapen key (the first eight of each)."""
+    """`UserError` that lists every missing, extra and misshapen key, and weights of whole or complex numbers (the first eight of each).
+
+    Whole numbers are what quantised files hold: without their scales, which are kept elsewhere, they are not the weights.
+    """
     missing = sorted(expected.keys() - found.keys())
     extra = sorted(found.keys() - expected.keys())
     shapes = [
@@ -87,12 +90,18 @@ def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], wher
         for k in sorted(expected.keys() & found.keys())
         if found[k].shape != expected[k].shape
     ]
+    kinds = [
+        f"{k} {str(found[k].dtype).removeprefix('torch.')}"
+        for k in sorted(expected.keys() & found.keys())
+        if expected[k].is_floating_point() and not found[k].is_floating_point()
+    ]
     problems = [
         f"{len(names)} {what} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
         for what, names in (
             ("missing", missing),
             ("not expected", extra),
             ("of another shape", shapes),
+            ("not of floating-point numbers", kinds),
         )
         if names
     ]

@@ -23,7 +23,7 @@ from sfumato.checkpoints.names import betas
 from sfumato.checkpoints.names.ldm_unet import unet_rows
 from sfumato.checkpoints.names.ldm_vae import quantised, vae_rows
 from sfumato.checkpoints.names.rows import Row, check, to_ours, to_theirs, under
-from sfumato.errors import UserError, unknown
+from sfumato.errors import UserError, explained, unknown
 from sfumato.files import read_tensors, write_tensors
 from sfumato.pickles import read_pickle, state_dict
 
@@ -89,10 +89,13 @@ def split(path: str | Path, reading: Reading | None = None) -> Parts:
     if path.suffix in PICKLES:
         values = read_pickle(path)
         notes = {"global_step": str(values["global_step"])} if isinstance(values.get("global_step"), int) else {}
-        return split_tensors(state_dict(values, path), notes, path, reading)
-    if path.suffix != ".safetensors":
+        tensors: Mapping[str, Tensor] = state_dict(values, path)
+    elif path.suffix == ".safetensors":
+        tensors, notes = read_tensors(path), _notes(path)
+    else:
         raise UserError(f"{path}: expected a file that ends in .safetensors, {', '.join(PICKLES)}")
-    return split_tensors(read_tensors(path), _notes(path), path, reading)
+    with explained(path):
+        return split_tensors(tensors, notes, path, reading)
 
 
 def _notes(path: Path) -> dict[str, str]:
