@@ -157,9 +157,12 @@ def damages(key: str, value: Tensor) -> dict[str, Callable[[dict[str, Tensor]], 
 def test_the_sound_model_opens(sound: tuple[Path, str]) -> None:
     """Else all of this would prove nothing."""
     place, expected = sound
-    assert sfumato.load(place / "model").hash == expected
-    one = sfumato.load(place / "model.safetensors")
-    assert all(torch.equal(v, sfumato.load(place / "model").denoiser.network.state_dict()[k]) for k, v in one.denoiser.network.state_dict().items())  # pyright: ignore  # fmt: skip
+    folder, one = sfumato.load(place / "model"), sfumato.load(place / "model.safetensors")
+    assert folder.hash == expected
+    for ours, theirs in ((one.autoencoder, folder.autoencoder), (one.denoiser.network, folder.denoiser.network)):
+        weights: dict[str, Tensor] = ours.state_dict()  # pyright: ignore
+        assert all(torch.equal(v, weights[k]) for k, v in theirs.state_dict().items())  # pyright: ignore
+    assert all(torch.equal(v, one.conditioner.tensors()[k]) for k, v in folder.conditioner.tensors().items())
 
 
 @pytest.mark.parametrize("part", PARTS)
