@@ -209,7 +209,12 @@ class LatentDiffusion:
         return [self._output(z, r, output) for z, r in zip(self._latents(asked, batch, on_step), asked, strict=True)]
 
     def invert(
-        self, z: Float[Tensor, "B C h w"], prompt: Prompt = None, steps: int = 50, iterations: int = 5, spacing: str = "trailing"
+        self,
+        z: Float[Tensor, "B C h w"],
+        prompt: Conditioning | Prompt = None,
+        steps: int = 50,
+        iterations: int = 5,
+        spacing: str = "trailing",
     ) -> Float[Tensor, "B C h w"]:
         """z -> the noise that DDIM would make it from: `generate(prompt, noise=..., sampler="ddim", guidance=1, ...)` with the same steps and
 
@@ -220,7 +225,8 @@ class LatentDiffusion:
         times = times_of(self, Request(n=n, steps=steps, sampler="ddim", spacing=spacing))
         factor = self.autoencoder.space.factor
         picture = Picture(z.shape[2] * factor, z.shape[3] * factor)
-        conditioning = self.conditioner(prompts(prompt, n), picture).to(self.device)
+        given = prompt if isinstance(prompt, Conditioning) else self.conditioner(prompts(prompt, n), picture)
+        conditioning = given.to(self.device)
         sampler = find("diffuse.samplers", "ddim_inversion")(z.to(self.device).float(), times, schedule, torch.empty, iterations=iterations)
         with torch.inference_mode():
             x = sample(sampler, lambda x, t: self.denoiser(x, t, conditioning), iterations * (len(times) - 1))

@@ -4,32 +4,34 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sfumato.diffuse.blend import BlendedNoise
 from sfumato.diffuse.sample import SeededNoise, Step, all_finite, conduct
 from sfumato.diffuse.samplers import calls
 from sfumato.errors import UserError
+from sfumato.predict.conditioners._between import between
 from sfumato.predict.guidance.settings import Guidance, build
 from sfumato.predict.wrappers.feature_cache import feature_cache
 from sfumato.predict.wrappers.known_region import finish as finish_known
 from sfumato.predict.wrappers.known_region import known_region
 from sfumato.predict.wrappers.known_region import start as begin_known
 from sfumato.predict.wrappers.large_canvas import large_canvas
-from sfumato.sampling import Request, chosen_settings, latent_shape, prompts, sampler_of, seeds_of, times_of
-from sfumato.types import Ask, Asking, Conditioning, Picture
+from sfumato.sampling import Prompt, Request, chosen_settings, latent_shape, prompts, sampler_of, seeds_of, times_of
+from sfumato.types import Ask, Asking, Conditioning, Noise, Picture
 
 
 def questions(model: Any, request: Request, on_step: Callable[[Step], bool | None] | None = None) -> Asking[Tensor | None]:
     """A request's run: a string of questions that ends with the latents (None: cancelled). What is wrong shows at the first question."""
     chosen = chosen_settings(model, request)
     times = times_of(model, request, chosen)
-    n, schedule = chosen["n"], model.denoiser.process.schedule
-    draw = SeededNoise(latent_shape(model, chosen["height"], chosen["width"]), seeds_of(request.seed, n), model.device)
+    schedule = model.denoiser.process.schedule
+    draw = noise_of(model, request, latent_shape(model, chosen["height"], chosen["width"]))
     for _ in range(request.drawn):
         draw()
     start = draw()  # drawn also where `noise` takes its place: what is drawn next is then the same
@@ -37,22 +39,49 @@ def questions(model: Any, request: Request, on_step: Callable[[Step], bool | Non
         if request.noise.shape != start.shape or not all_finite(request.noise):
             raise UserError(f"noise of shape {tuple(request.noise.shape)}: expected finite numbers of shape {tuple(start.shape)}")
         start = request.noise.to(model.device, torch.float32)
-    ask = _asked(model, request, chosen)
-    if request.begin is None:  # x_t of standardised latents has variance alpha^2 + sigma^2, at full noise and where a run begins later
-        x = math.hypot(*schedule.point(times[0])) * start
-    else:
-        alpha, sigma = schedule.point(times[0])
-        x = alpha * _latent(model, "begin", request.begin, start) + sigma * start
-    known = request.known
+    ask, x, known = _asked(model, request, chosen), _start(model, request, schedule.point(times[0]), start), request.known
     if known is not None:
         z, mask = known = _known(model, known)
-        ask = known_region(ask, z, mask, schedule.point)
-        x = begin_known(start, z, mask, schedule.point, times[0]) if request.begin is None else x
+        ask = known_region(ask, z, mask, schedule.point, x if request.blind_start else None)
+        if request.begin is None and request.resume is None:
+            x = begin_known(start, z, mask, schedule.point, times[0])
     sampler, options = sampler_of(chosen["sampler"])
     found = yield from conduct(sampler(x, times, schedule, draw, **options), ask, calls(sampler, times, schedule, **options), on_step)
     if found is not None and known is not None and times[-1] == 0:
         found = finish_known(found, *known)
     return found
+
+
+def noise_of(model: Any, request: Request, shape: Sequence[int]) -> Noise:
+    """What a request draws: image k's from seed + k; with `other_noise` between that of two seeds."""
+    n = request.count
+    if request.other_noise is None:
+        return SeededNoise(shape, seeds_of(request.seed, n), model.device)
+    seeds, shares = request.other_noise
+    if len(seeds) != n:
+        raise UserError(f"other_noise with {len(seeds)} seeds for {n} images: expected one an image")
+    check_shares("other_noise", shares, n)
+    first = SeededNoise(shape, seeds_of(request.seed, 1) * n, model.device)
+    second = SeededNoise(shape, [seed for given in seeds for seed in seeds_of(given, 1)], model.device)
+    return BlendedNoise(first, second, shares)
+
+
+def check_shares(name: str, shares: Sequence[float], n: int) -> None:
+    """`UserError` unless there is a number in [0, 1] for each image."""
+    if len(shares) != n or not all(isinstance(share, int | float) and 0 <= share <= 1 for share in shares):
+        raise UserError(f"{name} with shares {list(shares)}: expected a number from 0 to 1 for each of {n} images")
+
+
+def _start(model: Any, request: Request, point: tuple[float, float], noise: Tensor) -> Tensor:
+    """x at the first time: what a request gives, or noise as strong as x is there."""
+    alpha, sigma = point
+    if request.resume is not None:
+        if request.begin is not None or request.noise is not None:
+            raise UserError("resume with begin or noise: expected one of them, resume is all that a run begins with")
+        return _latent(model, "resume", request.resume, noise).expand(len(noise), -1, -1, -1)
+    if request.begin is not None:
+        return alpha * _latent(model, "begin", request.begin, noise) + sigma * noise
+    return math.hypot(alpha, sigma) * noise  # the variance of x_t of standardised latents, also where a run begins later than at t = 1
 
 
 def _asked(model: Any, request: Request, chosen: dict[str, Any]) -> Ask:
@@ -70,8 +99,8 @@ def _asked(model: Any, request: Request, chosen: dict[str, Any]) -> Ask:
 def _conditions(model: Any, request: Request, chosen: dict[str, Any]) -> tuple[Conditioning, list[Conditioning]]:
     """The condition, and what there is to move away from."""
     n, picture = chosen["n"], request.picture or Picture(chosen["height"], chosen["width"])
-    given = model.conditioner(prompts(request.prompt, n), picture).to(model.device)
-    reference = model.conditioner(prompts(request.negative_prompt, n), picture.negative).to(model.device)
+    given = told(model, request, n, picture)
+    reference = _read(model, "negative_prompt", request.negative_prompt, request.negative_prompt_2, n, picture.negative)
     if request.vector is not None:
         if given.vector is not None:
             raise UserError("this model's conditioner fills the vector itself: expected vector=None")
@@ -87,12 +116,34 @@ def _conditions(model: Any, request: Request, chosen: dict[str, Any]) -> tuple[C
     return replace(given, concat=maps[0]), [replace(reference, concat=part) for part in maps[1:]]
 
 
+def told(model: Any, request: Request, n: int, picture: Picture) -> Conditioning:
+    """What the network is told by the request's words: its prompt's, or what lies between two."""
+    given = _read(model, "prompt", request.prompt, request.prompt_2, n, picture)
+    if request.other_prompt is None:
+        return given
+    prompt, shares = request.other_prompt
+    check_shares("other_prompt", shares, n)
+    if not all(words is None or isinstance(words, str) for words in (request.prompt, request.prompt_2, prompt)):
+        raise UserError(f"other_prompt with a list of prompts ({request.prompt!r}): expected one text for all images at each end")
+    return between(given, _read(model, "prompt", prompt, request.prompt_2, n, picture), shares)
+
+
+def _read(model: Any, name: str, prompt: Prompt, second: Prompt, n: int, picture: Picture) -> Conditioning:
+    """Words for each image, read by the conditioner; `second` by its second text encoder."""
+    if second is None:
+        return model.conditioner(prompts(prompt, n), picture).to(model.device)
+    if len(getattr(model.conditioner, "encoders", {})) < 2:
+        raise UserError(f"{name}_2 {second!r}: this model has no second text encoder to read it, put everything into {name}")
+    if prompt is None:
+        raise UserError(f"{name}_2 {second!r} without {name}: say what the first text encoder reads too; '' is no words")
+    return model.conditioner(prompts(prompt, n), picture, prompts(second, n)).to(model.device)
+
+
 def _check_guidance(request: Request, guidance: Guidance) -> None:
     """`UserError` for settings that guidance would not obey."""
-    if request.negative_prompt is not None and guidance.off:
-        raise UserError(
-            f"negative prompt {request.negative_prompt!r} with guidance {guidance}: nothing is moved away from it; raise the guidance"
-        )
+    negative = request.negative_prompt if request.negative_prompt is not None else request.negative_prompt_2
+    if negative is not None and guidance.off:
+        raise UserError(f"negative prompt {negative!r} with guidance {guidance}: nothing is moved away from it; raise the guidance")
     if request.weaker is not None and "model" not in guidance.reference:
         raise UserError(f"a weaker model with guidance {guidance}: expected the reference model, as in '2 model:path=NAME'")
     canvas = request.canvas

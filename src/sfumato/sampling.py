@@ -64,10 +64,16 @@ class Request:
     """What is asked for. None: the model decides. `LatentDiffusion.generate` says what most fields mean; these are for tasks:
 
     begin   a latent (n or 1, c, h, w) that the run begins with, made as noisy as its first time says (image-to-image)
+    resume  a noisy latent (n or 1, c, h, w) as it is at the first time: the run goes on with it, whoever made it
     concat  joins x along channels (n or 1, k, h, w): masks and pictures, for networks that take them; a tuple where the condition and each of
             its references have their own
     vector  joins the time embedding (n or 1, V), for networks that are told a number, such as how much noise a small picture has
     paste   (image, mask): pixels (n or 1, c, H, W) in [-1, 1] to be put back where the mask (n or 1, 1, H, W) is below 1, by what is missing to 1
+    blind_start   the first look of the network is at noise alone, where `known` is known too, as in diffusers' inpainting
+    prompt_2, negative_prompt_2   what SDXL's second text encoder reads instead; None: the same as the first
+    other_prompt  (prompt, shares): image k is told what lies between the request's prompt (share 0) and this one (1), at shares[k]
+    other_noise   (seeds, shares): all that image k draws lies on the arc from `seed`'s noise (share 0) to that of seeds[k] (1), at shares[k];
+                  image k's own seed is then `seed` too, not seed + k
     drawn   how many draws of each image's noise were used before the run: it goes on with the next
     decoding  "whole" (all at once), "exact" (the same in strips: about an eighth of the memory, more time), "tiled" (approximate)
     """
@@ -90,9 +96,15 @@ class Request:
     weaker: Any = None
     picture: Picture | None = None
     begin: Tensor | None = None
+    resume: Tensor | None = None
     concat: Tensor | tuple[Tensor, ...] | None = None
     vector: Tensor | None = None
     paste: tuple[Tensor, Tensor] | None = None
+    blind_start: bool = False
+    prompt_2: Prompt = None
+    negative_prompt_2: Prompt = None
+    other_prompt: tuple[str | None, Sequence[float]] | None = None
+    other_noise: tuple[Sequence[int], Sequence[float]] | None = None
     drawn: int = 0
     decoding: str = "whole"
 

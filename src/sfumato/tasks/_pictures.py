@@ -10,9 +10,9 @@ from PIL import Image as pil
 from torch import Tensor
 
 from sfumato.decode.image import to_tensor
-from sfumato.diffuse.sample import SeededNoise
 from sfumato.errors import UserError, unknown
-from sfumato.sampling import Request, latent_shape, seeds_of, times_of
+from sfumato.running import noise_of
+from sfumato.sampling import Request, latent_shape, times_of
 
 Picture = pil.Image | Sequence[pil.Image] | Tensor
 POSTERIORS = ("mean", "sample")
@@ -56,7 +56,7 @@ class Draws:
     def __init__(self, model: Any, request: Request):
         assert request.height is not None and request.width is not None
         self.request, self.used = request, request.drawn
-        self.noise = SeededNoise(latent_shape(model, request.height, request.width), seeds_of(request.seed, request.count), model.device)
+        self.noise = noise_of(model, request, latent_shape(model, request.height, request.width))
         for _ in range(request.drawn):
             self.noise()
 

@@ -25,11 +25,13 @@ def inpaint(
     strength: float = 1.0,
     posterior: str = "mean",
     paste: bool = True,
+    blind: bool = False,
 ) -> Request:
     """picture: one for all images, or one an image. mask: white, or 1 in (1, 1, H, W), is drawn anew; grey is blended at the end.
 
     strength below 1 begins with the picture under the mask too (image_to_image). paste: the pixels that the mask leaves alone are put back
-    as they were; without, they went through the autoencoder. `UserError` for what does not fit.
+    as they were; without, they went through the autoencoder. blind: an ordinary model's first look, at strength 1, is at noise alone, as in
+    diffusers; otherwise it sees there what is known, as faint as the first time says. `UserError` for what does not fit.
     """
     pixels, request = sized(model, picture, request or Request())
     mask, extra, channels = mask_like(pixels, mask), extra_channels(model), model.autoencoder.space.channels
@@ -37,13 +39,17 @@ def inpaint(
         raise UserError(
             f"this model takes {extra} channels beside the latent: inpainting needs none, or a mask and a picture ({1 + channels})"
         )
+    if blind and (extra or strength < 1):
+        raise UserError(
+            f"blind=True with strength={strength} and {extra} channels beside the latent: expected strength 1 and an ordinary model"
+        )
     times, draws = later(model, request, strength), Draws(model, request)
     made = replace(request, timesteps=times, paste=(pixels, mask) if paste else None)
     z = encoded(model, pixels, posterior, draws) if strength < 1 or not extra else None
     begin = z if strength < 1 else None
     if not extra:
         assert z is not None
-        return replace(made, begin=begin, known=(z, 1 - covered(model, mask)), drawn=draws.used)
+        return replace(made, begin=begin, known=(z, 1 - covered(model, mask)), blind_start=blind, drawn=draws.used)
     noise = draws()
     hidden = torch.where(mask >= 0.5, torch.zeros_like(pixels), pixels)
     count = request.count

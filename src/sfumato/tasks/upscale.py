@@ -34,6 +34,8 @@ def upscale(model: Any, picture: Picture, request: Request | None = None, *, noi
         raise UserError(
             f"height={request.height}, width={request.width}: a picture of {pixels.shape[2]} x {pixels.shape[3]} becomes {height} x {width}"
         )
+    if request.other_noise is not None:
+        raise UserError("other_noise for an upscaler: it draws noise of two kinds from each seed; expected None")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds_of(request.seed, count)]
     eps = torch.stack([torch.randn(pixels.shape[1:], generator=g) for g in generators])  # before the run's own noise, from the same seed
     noise = torch.stack([torch.randn(latent_shape(model, height, width), generator=g) for g in generators])

@@ -71,14 +71,19 @@ def calls(sampler: Callable[..., Run], times: Sequence[float], schedule: Any, **
 
 def draws_noise(sampler: Callable[..., Run], times: Sequence[float], schedule: Any, **options: Any) -> bool:
     """Whether a run draws noise on the way, with these options."""
+    return draws(sampler, times, schedule, **options) > 0
+
+
+def draws(sampler: Callable[..., Run], times: Sequence[float], schedule: Any, **options: Any) -> int:
+    """How many times a run draws noise on the way."""
     return _empty_run(sampler, tuple(times), schedule, tuple(options.items()))[1]
 
 
 @lru_cache(maxsize=256)
 def _empty_run(
     sampler: Callable[..., Run], times: tuple[float, ...], schedule: Any, options: tuple[tuple[str, Any], ...]
-) -> tuple[int, bool]:
-    """(network calls, whether noise was drawn) of a run on one number, with answers of nothing."""
+) -> tuple[int, int]:
+    """(network calls, draws of noise) of a run on one number, with answers of nothing."""
     nothing, drawn = torch.zeros(1, 1, 1, 1), []
 
     def noise() -> Tensor:
@@ -92,4 +97,4 @@ def _empty_run(
             count += 1
             run.send(answer)
     except StopIteration:
-        return count, bool(drawn)
+        return count, len(drawn)

@@ -84,17 +84,22 @@ class ClipText:
 
     # ---- prompts -> Conditioning -------------------------------------------------------------------------------------------
 
-    def __call__(self, prompts: Sequence[str | None], picture: Picture | None = None) -> Conditioning:
+    def __call__(
+        self, prompts: Sequence[str | None], picture: Picture | None = None, prompts_2: Sequence[str | None] | None = None
+    ) -> Conditioning:
         """Prompts -> Conditioning of float32: `tokens` (B, L, width); `mask` (B, L), only where some prompts have more chunks than
         others; for SDXL also `vector` (B, V), which needs the `picture`.
 
         None is no prompt: "" or zeros, see the config. A row's numbers do not depend on the other prompts; shorter rows end in
         masked zeros. `UserError` for what is not text, a wrong weight, or a long prompt where the config refuses those.
+        prompts_2: what the second encoder reads instead, where there are two; None there is the same prompt.
         """
-        if isinstance(prompts, str) or not prompts or not all(p is None or isinstance(p, str) for p in prompts):
-            raise UserError(f"prompts {prompts!r}: expected a list of at least one, each a text or None")
-        read = {prompt: self._read(prompt) for prompt in dict.fromkeys(prompts)}
-        rows = [read[prompt] for prompt in prompts]
+        for given in (prompts, prompts if prompts_2 is None else prompts_2):
+            if isinstance(given, str) or not given or not all(p is None or isinstance(p, str) for p in given):
+                raise UserError(f"prompts {given!r}: expected a list of at least one, each a text or None")
+        pairs = [(prompt, None) for prompt in prompts] if prompts_2 is None else self._pairs(prompts, prompts_2)
+        read = {pair: self._read(*pair) for pair in dict.fromkeys(pairs)}
+        rows = [read[pair] for pair in pairs]
         lengths = torch.tensor([len(tokens) for tokens, _ in rows])
         tokens = torch.nn.utils.rnn.pad_sequence([tokens for tokens, _ in rows], batch_first=True)  # (B, L, D)
         mask = None if len(set(lengths.tolist())) == 1 else torch.arange(tokens.shape[1]) < lengths[:, None]
@@ -108,12 +113,24 @@ class ClipText:
         """No prompt, `count` times."""
         return self([None] * count, picture)
 
-    def _read(self, prompt: str | None) -> tuple[Float[Tensor, "L D"], Float[Tensor, " V"] | None]:
-        """A prompt's states, chunk after chunk, and its pooled vector where there is a second encoder."""
+    def _pairs(self, prompts: Sequence[str | None], prompts_2: Sequence[str | None]) -> list[tuple[str | None, str | None]]:
+        """What each encoder reads, row by row. `UserError` where that cannot be."""
+        if len(self._all) < 2 or len(prompts) != len(prompts_2):
+            raise UserError(
+                f"{len(prompts_2)} prompts for a second text encoder, {len(prompts)} for the first of {len(self._all)}: expected as many, for two"
+            )
+        for one, two in zip(prompts, prompts_2, strict=True):
+            if one is None and two is not None:
+                raise UserError(f"no prompt but {shown(two)} for the second text encoder: expected both; '' is no words")
+        return list(zip(prompts, prompts_2, strict=True))
+
+    def _read(self, prompt: str | None, second: str | None) -> tuple[Float[Tensor, "L D"], Float[Tensor, " V"] | None]:
+        """A prompt's states, chunk after chunk, and its pooled vector where there is a second encoder; which reads `second`, if that is given."""
         if prompt is None and self.config.force_zeros_for_empty_prompt:
             pooled = None if self.encoder_2 is None else torch.zeros(self.encoder_2.pooled_width, device=self.device)
             return torch.zeros(self._all[0].length, self.width, device=self.device), pooled
-        chunks = [self._chunks(encoder, prompt or "") for encoder in self._all]
+        texts = (prompt or "", second if second is not None else prompt or "")
+        chunks = [self._chunks(encoder, text) for encoder, text in zip(self._all, texts, strict=False)]
         most = max(map(len, chunks))  # equal, but for tokenizers that split words differently
         states, pooled = zip(*(self._encoded(e, c + [[]] * (most - len(c))) for e, c in zip(self._all, chunks, strict=True)), strict=True)
         return torch.cat(states, 1), pooled[-1]

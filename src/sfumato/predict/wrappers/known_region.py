@@ -36,17 +36,21 @@ from sfumato.types import Ask, Asking, Prediction
 Point = Callable[[float], tuple[float, float]]
 
 
-def known_region(ask: Ask, z: Float[Tensor, "N C h w"], mask: Float[Tensor, "M K H W"], point: Point) -> Ask:
+def known_region(
+    ask: Ask, z: Float[Tensor, "N C h w"], mask: Float[Tensor, "M K H W"], point: Point, first: Float[Tensor, "B C h w"] | None = None
+) -> Ask:
     """z is kept where mask is 1 and found where it is 0; in between the predictions are blended.
 
     z: (B or 1, C, h, w), standardised; what lies under 0 is not looked at, but must be finite. mask: (B or 1, 1 or C, h, w) in [0, 1].
     point: t -> (alpha, sigma). Begin the run at `start`, and give what it ends with to `finish`. `UserError` for what does not fit.
+    first: what the network sees at the first question in place of x, from which it may differ where z is known.
     """
     _check(z, mask)
     nothing = not mask.any()
+    waiting = [] if first is None or nothing else [first]
 
     def known(x: Tensor, t: float) -> Asking[Prediction]:
-        found = yield from ask(x, t)
+        found = yield from ask(waiting.pop() if waiting else x, t)
         alpha, sigma = point(t)
         if not sigma > 0:
             raise UserError(f"t={t}: there is no noise, and so nothing to ask: expected a time in (0, 1]")

@@ -1,0 +1,221 @@
+"""Tasks beside diffusers' pipelines, to 1e-3 of white: the hand-over to a refiner, inpainting of SDXL and at full strength, two prompts.
+
+The small random models are those of `test_pipelines.py`, with SDXL's refiner and its inpainting model beside them.
+"""
+
+import runpy
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from sfumato.errors import UserError
+from sfumato.loading import load
+from sfumato.model import LatentDiffusion
+from sfumato.predict.conditioners.clip_text import ClipText
+from sfumato.sampling import Request
+from sfumato.tasks.image_to_image import image_to_image
+from sfumato.tasks.inpaint import inpaint
+from sfumato.tasks.refine import first_part, last_part, refine
+from sfumato.types import Picture
+
+shared: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("test_pipelines.py"))))
+compare, picture, hole, opened, plain, their_pictures = (
+    getattr(shared, name) for name in ("compare", "picture", "hole", "opened", "plain", "their_pictures")
+)
+REFINER = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (8, 8, 16, 16),
+    "transformer_layers_per_block": 2,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 10 + 5 * 8,
+    "attention_head_dim": (1, 1, 2, 2),
+    "use_linear_projection": True,
+}
+NAMES = {  # of test_pipelines' families, and two more
+    "SD 1": "StableDiffusionPipeline",
+    "SD 1 inpainting": "StableDiffusionInpaintPipeline",
+    "SDXL": "StableDiffusionXLPipeline",
+    "SDXL inpainting": "StableDiffusionXLInpaintPipeline",
+    "refiner": "StableDiffusionXLImg2ImgPipeline",
+}
+shared.FAMILIES["SDXL inpainting"] = (
+    NAMES["SDXL inpainting"],
+    {**shared.FAMILIES["SDXL"][1], "in_channels": 9},
+    *shared.FAMILIES["SDXL"][2:],
+)
+shared.FAMILIES["refiner"] = (NAMES["refiner"], REFINER, {}, "refiner")
+PROMPTS = ["a red cat", "a dog"]
+SCALE = 4.0
+REQUEST = Request(PROMPTS, steps=5, sampler="ddim", spacing="leading:offset=1", guidance=SCALE)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {}
+    for family in NAMES:
+        found[family] = tmp_path_factory.mktemp("pipelines") / family.replace(" ", "_")
+        pipe = refiner() if family == "refiner" else shared.theirs(family)
+        pipe.save_pretrained(found[family])
+    return found
+
+
+def refiner() -> Any:
+    """A refiner with the base's autoencoder, as theirs."""
+    parts = shared.clip.parts("refiner")
+    base = shared.theirs("SDXL")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, cross_attention_dim=24, **{**REFINER, **shared.NORMS}
+        )
+    parts |= {"unet": shared.randomise(unet, 5), "vae": base.vae, "scheduler": base.scheduler, "text_encoder": None, "tokenizer": None}
+    pipe = diffusers.StableDiffusionXLImg2ImgPipeline(
+        **parts, requires_aesthetics_score=True, force_zeros_for_empty_prompt=True, add_watermarker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def ours(folder: Path) -> LatentDiffusion:
+    return plain(load(folder))
+
+
+def generators() -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(k) for k in range(len(PROMPTS))]
+
+
+# ---- base and refiner --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("at", "steps"), [(0.8, 10), (0.5, 8), (0.33, 10)])
+def test_hand_over_to_a_refiner(at: float, steps: int, folders: dict[str, Path]) -> None:
+    base, second = opened(folders["SDXL"], "StableDiffusionXLPipeline"), opened(folders["refiner"], NAMES["refiner"])
+    asked: dict[str, Any] = {"guidance_scale": SCALE, "num_inference_steps": steps, "negative_prompt": ["ugly"] * 2}
+    latents = base(PROMPTS, generator=generators(), denoising_end=at, output_type="latent", **asked).images
+    expected = their_pictures(second, PROMPTS, image=latents, denoising_start=at, **asked)
+    request = replace(REQUEST, steps=steps, negative_prompt="ugly")
+    first, last = ours(folders["SDXL"]), ours(folders["refiner"])
+    begun = first.run(first_part(first, request, at=at), output="latent")
+    assert (begun - latents).abs().max() < 1e-4
+    compare(last.run(last_part(first, last, begun, request, at=at), output="tensor"), expected)
+    assert torch.equal(
+        last.run(refine(first, last, request, at=at), output="tensor"),
+        last.run(last_part(first, last, begun, request, at=at), output="tensor"),
+    )
+
+
+def test_hand_over_without_a_word_about_samplers(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As published: Euler's method for both models, whose latents diffusers scales by 1/alpha."""
+    published = shared.PUBLISHED["SDXL"]
+    asked: dict[str, Any] = {"num_inference_steps": 10}
+    pipes = [opened(folders["SDXL"], NAMES["SDXL"]), opened(folders["refiner"], NAMES["refiner"])]
+    for name, pipe in zip(("base", "refiner"), pipes, strict=True):
+        pipe.scheduler = type(published).from_config(published.config)
+        pipe.save_pretrained(tmp_path / name)
+    latents = pipes[0](PROMPTS, generator=generators(), denoising_end=0.7, output_type="latent", **asked).images
+    expected = their_pictures(pipes[1], PROMPTS, image=latents, denoising_start=0.7, **asked)
+    base, second = ours(tmp_path / "base"), ours(tmp_path / "refiner")
+    assert base.defaults.sampler.startswith("euler") and second.defaults.guidance == 5.0
+    compare(second.run(refine(base, second, Request(PROMPTS, steps=10), at=0.7), output="tensor"), expected)
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.8])
+def test_a_refiner_begins_with_a_picture(strength: float, folders: dict[str, Path]) -> None:
+    image = picture()
+    asked: dict[str, Any] = {"image": image.expand(2, -1, -1, -1), "strength": strength, "guidance_scale": SCALE, "num_inference_steps": 10}
+    scores: dict[str, Any] = {"aesthetic_score": 7.5, "negative_aesthetic_score": 1.5}
+    expected = their_pictures(opened(folders["refiner"], NAMES["refiner"]), PROMPTS, **asked, **scores)
+    model = ours(folders["refiner"])
+    request = replace(REQUEST, steps=10, picture=Picture(24, 16, **scores))
+    compare(model.run(image_to_image(model, image * 2 - 1, request, strength=strength, posterior="sample"), output="tensor"), expected)
+    other = image_to_image(model, image * 2 - 1, replace(request, picture=None), strength=strength, posterior="sample")
+    assert (model.run(other, output="tensor") - expected).abs().max() > 1e-3, "the score is told"
+
+
+def test_a_refiner_is_saved_and_opened(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = ours(folders["refiner"])
+    model.save(tmp_path / "ours")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
+    assert type(pipe).__name__ == NAMES["refiner"] and load(tmp_path / "ours").hash == model.hash
+
+
+# ---- inpainting --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "strength"),
+    [
+        ("SD 1", "StableDiffusionInpaintPipeline", 1.0),
+        ("SDXL", "StableDiffusionXLInpaintPipeline", 1.0),
+        ("SDXL", "StableDiffusionXLInpaintPipeline", 0.6),
+        ("SDXL inpainting", "StableDiffusionXLInpaintPipeline", 1.0),
+        ("SDXL inpainting", "StableDiffusionXLInpaintPipeline", 0.6),
+    ],
+)
+def test_inpainting(family: str, name: str, strength: float, folders: dict[str, Path]) -> None:
+    """Ordinary models at full strength: told to, the first look is at noise alone, as theirs."""
+    image, mask = picture(), hole()
+    asked: dict[str, Any] = {"height": 24, "width": 16, "strength": strength, "guidance_scale": SCALE, "num_inference_steps": 5}
+    asked |= {"image": image.expand(2, -1, -1, -1), "mask_image": mask.expand(2, -1, -1, -1)}
+    expected = their_pictures(opened(folders[family], name), PROMPTS, **asked)
+    model, blind = ours(folders[family]), strength == 1 and "inpainting" not in family
+    task = {"strength": strength, "posterior": "sample", "paste": False, "blind": blind}
+    compare(model.run(inpaint(model, image * 2 - 1, mask, REQUEST, **task), output="tensor"), expected)
+    if blind:
+        seeing = inpaint(model, image * 2 - 1, mask, REQUEST, **{**task, "blind": False})
+        assert (model.run(seeing, output="tensor") - expected).abs().max() > 1e-3, "they differ by alpha(T) z"
+
+
+def test_a_blind_start_is_for_ordinary_models_at_full_strength(folders: dict[str, Path]) -> None:
+    for family, strength in (("SDXL inpainting", 1.0), ("SDXL", 0.6)):
+        with pytest.raises(UserError, match="blind=True with strength"):
+            inpaint(ours(folders[family]), picture() * 2 - 1, hole(), REQUEST, strength=strength, blind=True)
+
+
+# ---- two prompts -------------------------------------------------------------------------------------------------------
+
+
+def test_each_encoder_reads_its_own_prompt(folders: dict[str, Path]) -> None:
+    pipe, model = opened(folders["SDXL"], NAMES["SDXL"]), ours(folders["SDXL"])
+    words = {"prompt": "a cat", "prompt_2": "a red dog", "negative_prompt": "dog", "negative_prompt_2": "red"}
+    tokens, not_tokens, pooled, not_pooled = pipe.encode_prompt(**words, do_classifier_free_guidance=True)
+    assert isinstance(model.conditioner, ClipText)
+    for one, two, expected, vector in (
+        ("a cat", "a red dog", tokens, pooled),
+        ("dog", "red", not_tokens, not_pooled),
+    ):
+        found = model.conditioner([one], Picture(16, 16), [two])
+        assert found.tokens is not None and found.vector is not None
+        assert (found.tokens - expected).abs().max() < 1e-5 and (found.vector[:, :10] - vector).abs().max() < 1e-5
+    pictures = pipe(**words, generator=[torch.Generator().manual_seed(0)], guidance_scale=SCALE, num_inference_steps=5, output_type="np")
+    request = replace(REQUEST, **words)
+    compare(model.run(request, output="tensor"), torch.from_numpy(pictures.images).permute(0, 3, 1, 2))
+
+
+def test_second_prompts_that_nobody_reads(folders: dict[str, Path]) -> None:
+    for family, asked, said in (
+        ("SD 1", {"prompt_2": "a dog"}, "this model has no second text encoder to read it"),
+        ("refiner", {"prompt_2": "a dog"}, "this model has no second text encoder to read it"),
+        ("SDXL", {"prompt_2": "a dog", "prompt": None}, "without prompt: say what the first text encoder reads too"),
+        ("SDXL", {"negative_prompt_2": "a dog"}, "negative_prompt_2 'a dog' without negative_prompt"),
+        ("SDXL", {"prompt_2": ["a dog", "a cat"], "prompt": "a cat"}, "2 prompts for 1 images"),
+        ("SDXL", {"negative_prompt": "", "negative_prompt_2": "a dog", "guidance": 1.0}, "nothing is moved away from it"),
+    ):
+        request = replace(Request("a cat", steps=1, guidance=2.0), **asked)
+        with pytest.raises(UserError, match=said):
+            ours(folders[family]).run(request)
+
+
+def test_a_refiner_reads_the_first_prompt(folders: dict[str, Path]) -> None:
+    base, second = ours(folders["SDXL"]), ours(folders["refiner"])
+    request = replace(REQUEST, prompt="a cat", prompt_2="a red dog")
+    handed = refine(base, second, request, at=0.5)
+    assert handed.prompt == "a cat" and handed.prompt_2 is None
+    assert refine(base, base, request, at=0.5).prompt_2 == "a red dog"
