@@ -1,4 +1,4 @@
-"""What the commands that begin with a picture share: options, the run, the PNG files and what they remember."""
+"""What the commands that make pictures of pictures, or series of them, share: options, the run, the PNG files and what they remember."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from sfumato.cli._common import MODELS, Clock, at_least, progress, unset, weaker_for
-from sfumato.cli.generate import provenance, set_threads, target
+from sfumato.cli._files import provenance, set_threads, target
 from sfumato.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,14 +19,10 @@ if TYPE_CHECKING:
     from sfumato.sampling import Request
 
 
-@dataclass(frozen=True)
-class TaskOptions:
-    """A picture, words, and how the run goes."""
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a run goes, and where its pictures go."""
 
-    picture: tyro.conf.Positional[Path]
-    """The picture to begin with (PNG, JPEG, WebP ...)."""
-    prompt: tyro.conf.Positional[Annotated[str | None, unset("no words")]] = None
-    """What to draw: words, or the name of a class."""
     model: str = "fashion"
     """A bundled name, a folder in the diffusers layout, a single file or a hub id."""
     n: int = 1
@@ -41,14 +37,28 @@ class TaskOptions:
     """How strongly to follow the prompt: a number, 1 is off; or more, as "3 interval:low=0.2,high=0.8" (docs/guidance.md)."""
     negative_prompt: Annotated[str | None, unset("none")] = None
     """What to keep away from."""
+    prompt_2: Annotated[str | None, unset("the prompt")] = None
+    """What SDXL's second text encoder reads instead."""
+    negative_prompt_2: Annotated[str | None, unset("the negative prompt")] = None
+    """What SDXL's second text encoder reads of what to keep away from."""
     seed: int = 0
     """The same seed gives the same picture."""
-    out: Annotated[Path | None, unset("PICTURE-TASK.png in the current folder")] = None
+    out: Annotated[Path | None, unset("NAME-COMMAND.png in the current folder")] = None
     """The PNG to write, or a folder for it."""
     grid: bool = False
     """One PNG with all pictures, instead of one PNG a picture (NAME-0.png, NAME-1.png, ...)."""
     threads: Annotated[int | None, unset("all cores")] = None
     """CPU threads."""
+
+
+@dataclass(frozen=True)
+class TaskOptions(RunOptions):
+    """A picture, words, and how the run goes."""
+
+    picture: tyro.conf.Positional[Path]
+    """The picture to begin with (PNG, JPEG, WebP ...)."""
+    prompt: tyro.conf.Positional[Annotated[str | None, unset("no words")]] = None
+    """What to draw: words, or the name of a class."""
 
 
 def read_picture(path: Path) -> "Image":
@@ -72,31 +82,47 @@ def run_task(
     prepare: Callable[["LatentDiffusion", "Image", "Request"], "Request"],
 ) -> None:
     """Makes the pictures of a task and writes them. own: the task's own settings, which the PNG files remember beside the usual ones."""
-    clock = Clock()
+    base = checked(options, f"{options.picture.stem}-{name}")
+    picture = read_picture(options.picture)
+    make(name, options, base, remembered(options.picture) | own, options.prompt, lambda model, request: prepare(model, picture, request))
+
+
+def checked(options: RunOptions, name: str) -> Path:
+    """Where the pictures are to be written; `UserError` for what can be refused before torch is imported."""
     at_least(1, n=options.n, steps=options.steps, threads=options.threads)
     at_least(0, seed=options.seed)
-    base = target(options.out, f"{options.picture.stem}-{name}")
-    picture = read_picture(options.picture)
+    return target(options.out, name)
 
+
+def remembered(picture: Path) -> dict[str, Any]:
+    """What a PNG remembers of a picture that it was made from."""
+    from sfumato.files import hash_bytes
+
+    return {"picture": str(picture), "picture_hash": hash_bytes(picture.read_bytes())}
+
+
+def make(
+    name: str,
+    options: RunOptions,
+    base: Path,
+    own: dict[str, Any],
+    prompt: str | None,
+    prepare: Callable[["LatentDiffusion", "Request"], "Request"],
+    columns: int | None = None,
+) -> None:
+    """Runs the request that `prepare` makes of the options' plain one, and writes its pictures; columns: of the grid, if not square."""
+    clock = Clock()
     import torch
 
     from sfumato.decode.image import grid, write_png
-    from sfumato.files import hash_bytes
     from sfumato.loading import load
-    from sfumato.predict.guidance.settings import Guidance
-    from sfumato.sampling import Request
 
     set_threads(options.threads, None)
     clock.lap("import")
     model = load(options.model)
     clock.lap("load")
-    guidance = None if options.guidance is None else Guidance.parse(options.guidance).to_json()
-    asked = {"n": options.n, "steps": options.steps, "sampler": options.sampler, "spacing": options.spacing, "guidance": guidance}
-    settings = model.settings(**asked)
-    request = Request(
-        options.prompt, seed=options.seed, negative_prompt=options.negative_prompt, weaker=weaker_for(settings["guidance"]), **asked
-    )
-    request = prepare(model, picture, request)
+    request, settings = _request(model, options, prompt)
+    request = prepare(model, request)
     with progress(name) as update:
 
         def on_step(step: "Step") -> None:
@@ -105,12 +131,12 @@ def run_task(
 
         pictures = model.run(request, on_step=on_step)
     clock.lap("decode")
+    second = {key: value for key in ("prompt_2", "negative_prompt_2") if (value := getattr(options, key)) is not None}
     parameters = {
         "task": name,
-        "picture": str(options.picture),
-        "picture_hash": hash_bytes(options.picture.read_bytes()),
-        "prompt": options.prompt,
+        "prompt": prompt,
         "negative_prompt": options.negative_prompt,
+        **second,
         "seed": options.seed,
         **settings,
         "height": pictures[0].height,
@@ -119,7 +145,7 @@ def run_task(
         **provenance(options.model, model, torch.get_num_threads(), str(torch.__version__)),
     }
     if options.grid:
-        written = [write_png(base, grid(pictures), parameters)]
+        written = [write_png(base, grid(pictures, columns), parameters)]
     else:
         names = [base] if len(pictures) == 1 else [base.with_name(f"{base.stem}-{k}.png") for k in range(len(pictures))]
         written = [write_png(path, one, {**parameters, "index": k}) for k, (path, one) in enumerate(zip(names, pictures, strict=True))]
@@ -127,3 +153,23 @@ def run_task(
     for path in written:
         print(path)
     print(f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {clock}")
+
+
+def _request(model: "LatentDiffusion", options: RunOptions, prompt: str | None) -> tuple["Request", dict[str, Any]]:
+    """What the options ask for, and the settings that a PNG remembers of it."""
+    from sfumato.predict.guidance.settings import Guidance
+    from sfumato.sampling import Request
+
+    guidance = None if options.guidance is None else Guidance.parse(options.guidance).to_json()
+    asked = {"n": options.n, "steps": options.steps, "sampler": options.sampler, "spacing": options.spacing, "guidance": guidance}
+    settings = model.settings(**asked)
+    request = Request(
+        prompt,
+        seed=options.seed,
+        negative_prompt=options.negative_prompt,
+        prompt_2=options.prompt_2,
+        negative_prompt_2=options.negative_prompt_2,
+        weaker=weaker_for(settings["guidance"]),
+        **asked,
+    )
+    return request, settings

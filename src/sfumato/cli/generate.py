@@ -6,8 +6,6 @@ again with its whole request, and taken out of it.
 """
 
 import json
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from sfumato.cli._common import MODELS, Clock, at_least, parse, progress, unset, weaker_for
+from sfumato.cli._files import provenance, set_threads, slug, target
 from sfumato.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from sfumato.diffuse.sample import Step
     from sfumato.model import LatentDiffusion
+    from sfumato.sampling import Request
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,24 @@ class Generate:
     """How strongly to follow the prompt: a number, 1 is off; or more, as "3 interval:low=0.2,high=0.8" (docs/guidance.md)."""
     negative_prompt: Annotated[str | None, unset("none")] = None
     """What to keep away from."""
+    prompt_2: Annotated[str | None, unset("the prompt")] = None
+    """What SDXL's second text encoder reads instead."""
+    negative_prompt_2: Annotated[str | None, unset("the negative prompt")] = None
+    """What SDXL's second text encoder reads of what to keep away from."""
     height: Annotated[int | None, unset(MODELS)] = None
     """In pixels."""
     width: Annotated[int | None, unset(MODELS)] = None
     """In pixels."""
     seed: int = 0
     """The same seed gives the same picture."""
+    variation_strength: Annotated[float | None, unset("off")] = None
+    """Variations of the one picture of --seed: 0 is that picture, 1 others; 0.1 to 0.3 keeps what it shows."""
+    variation_seed: Annotated[int | None, unset("seed + 1")] = None
+    """The seed that they go towards: picture k to that of variation-seed + k."""
+    refiner: Annotated[str | None, unset("none")] = None
+    """A second model that finishes the pictures, such as SDXL's refiner, with the same steps, sampler, spacing and guidance."""
+    handover: Annotated[float | None, unset("0.8")] = None
+    """With --refiner: the share of the process that is the first model's."""
     out: Annotated[Path | None, unset("PROMPT.png in the current folder")] = None
     """The PNG to write, or a folder for it."""
     grid: bool = True
@@ -64,6 +76,9 @@ class Generate:
     threads: Annotated[int | None, unset("all cores")] = None
     """CPU threads."""
 
+
+HANDOVER = 0.8
+"""The share of the process that the first model has, as SDXL's authors advise."""
 
 # What a PNG carries of the request, and of which type.
 RECORDED: dict[str, type | tuple[type, ...]] = {
@@ -80,6 +95,15 @@ RECORDED: dict[str, type | tuple[type, ...]] = {
     "width": int,
     "seed": int,
     "grid": bool,
+}
+# The same, of what may be missing: a picture that was made without it.
+OPTIONAL: dict[str, type | tuple[type, ...]] = {
+    "prompt_2": str,
+    "negative_prompt_2": str,
+    "variation_strength": (int, float),
+    "variation_seed": int,
+    "refiner": str,
+    "handover": (int, float),
 }
 
 
@@ -98,6 +122,7 @@ def generate(arguments: Sequence[str]) -> None:
         # One picture of a request stays one picture, unless the request itself is changed.
         index = recorded.get("index") if (options.n, options.grid) == (before.n, before.grid) else None
     _check(options)
+    options = _spelled_out(options)
     base = target(options.out, f"{options.source.stem}-again" if options.source else slug(options.prompt))
 
     import torch
@@ -109,9 +134,12 @@ def generate(arguments: Sequence[str]) -> None:
     clock.lap("import")
     model = load(options.model)
     if recorded and not options.allow_other_model:
-        _same_model(model.hash, options, recorded)
+        _same_model(model.hash, "model", options.model, options.source, recorded)
+    refiner = None if options.refiner is None else load(options.refiner)
+    if recorded.get("refiner") and refiner is not None and not options.allow_other_model:
+        _same_model(refiner.hash, "refiner", options.refiner, options.source, recorded)
     clock.lap("load")
-    pictures, settings = _sample(model, options, clock)
+    pictures, settings = _sample(model, refiner, options, clock)
 
     parameters = {
         "prompt": options.prompt,
@@ -120,6 +148,8 @@ def generate(arguments: Sequence[str]) -> None:
         "grid": options.grid,
         "seed": options.seed,
         **settings,
+        **{name: value for name in OPTIONAL if (value := getattr(options, name)) is not None},
+        **({} if refiner is None else {"refiner_hash": refiner.hash}),
         **provenance(options.model, model, torch.get_num_threads(), str(torch.__version__)),
     }
     if index is not None:
@@ -137,19 +167,44 @@ def generate(arguments: Sequence[str]) -> None:
     print(f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {clock}")
 
 
-def _same_model(found: str, options: Generate, recorded: dict[str, Any]) -> None:
+def _same_model(found: str, role: str, name: str | None, source: Path | None, recorded: dict[str, Any]) -> None:
     """Refuses a model that is not the one that made the PNG: the picture would be another."""
-    made_with = str(recorded.get("model_hash"))
+    made_with = str(recorded.get(f"{role}_hash"))
     if found != made_with:
         raise UserError(
-            f"{options.source} was made by model {recorded['model']!r} with hash {made_with[:12]}, but {options.model!r} has hash "
-            f"{found[:12]}: the picture would differ; name the right model with --model, or add --allow-other-model"
+            f"{source} was made by {role} {recorded[role]!r} with hash {made_with[:12]}, but {name!r} has hash "
+            f"{found[:12]}: the picture would differ; name the right model with --{role}, or add --allow-other-model"
         )
 
 
-def _sample(model: "LatentDiffusion", options: Generate, clock: Clock) -> tuple[list["Image"], dict[str, Any]]:
+def _sample(
+    model: "LatentDiffusion", refiner: "LatentDiffusion | None", options: Generate, clock: Clock
+) -> tuple[list["Image"], dict[str, Any]]:
     """The pictures and the settings that made them, the model's defaults filled in."""
+    request, settings = _request(model, options)
+    with progress("sampling") as update:
+
+        def on_step(step: "Step") -> None:
+            clock.lap("sample")
+            update(step.index + 1, step.count)
+
+        if refiner is not None:
+            from sfumato.tasks.refine import check_pair, first_part, last_part
+
+            check_pair(model, refiner)
+            at = HANDOVER if options.handover is None else options.handover
+            x = model.run(first_part(model, request, at=at), output="latent", on_step=on_step)
+            request = last_part(model, refiner, x, request, at=at)
+        pictures = (refiner or model).run(request, on_step=on_step)
+    clock.lap("decode")
+    return pictures, settings
+
+
+def _request(model: "LatentDiffusion", options: Generate) -> tuple["Request", dict[str, Any]]:
+    """What the options ask for, and the settings that a PNG remembers of it."""
     from sfumato.predict.guidance.settings import Guidance
+    from sfumato.sampling import Request
+    from sfumato.tasks.variations import vary
 
     guidance = None if options.guidance is None else Guidance.parse(options.guidance).to_json()
     times = list(options.timesteps) or None
@@ -163,26 +218,21 @@ def _sample(model: "LatentDiffusion", options: Generate, clock: Clock) -> tuple[
         height=options.height,
         width=options.width,
     )
-    more = {"timesteps": times, "weaker": weaker_for(settings["guidance"])}
-    words = {"seed": options.seed, "negative_prompt": options.negative_prompt, **{k: v for k, v in more.items() if v is not None}}
-    with progress("sampling") as update:
-
-        def on_step(step: "Step") -> None:
-            clock.lap("sample")
-            update(step.index + 1, step.count)
-
-        pictures = model.generate(options.prompt, on_step=on_step, **words, **settings)
-    clock.lap("decode")
     if settings["spacing"] == "tuned":  # the model may be tuned again: the picture remembers its own times
         times = model.times(settings["steps"], settings["sampler"], "tuned")
-    return pictures, {**settings, "timesteps": times}
-
-
-def provenance(name: str, model: "LatentDiffusion", threads: int, torch_version: str) -> dict[str, Any]:
-    """What a PNG remembers of the model and the machine."""
-    from sfumato import __version__
-
-    return {"model": name, "model_hash": model.hash, "version": __version__, "torch": torch_version, "threads": threads}
+    request = Request(
+        options.prompt,
+        seed=options.seed,
+        negative_prompt=options.negative_prompt,
+        prompt_2=options.prompt_2,
+        negative_prompt_2=options.negative_prompt_2,
+        timesteps=times,
+        weaker=weaker_for(settings["guidance"]),
+        **settings,
+    )
+    if options.variation_strength is not None:
+        request = vary(request, seed=options.variation_seed, strength=options.variation_strength)
+    return request, {**settings, "timesteps": times}
 
 
 def _recorded_options(recorded: dict[str, Any], source: Path) -> Generate:
@@ -191,16 +241,16 @@ def _recorded_options(recorded: dict[str, Any], source: Path) -> Generate:
         raise UserError(
             f"{source} was made by `sfumato {recorded['task']}` from {recorded.get('picture')!r}: run that command with the same picture and seed"
         )
-    for name, kind in RECORDED.items():
+    for name, kind in {**RECORDED, **OPTIONAL}.items():
         value = recorded.get(name)
-        if name in ("spacing", "timesteps") and value is None:  # pictures of before there was a choice
+        if value is None and name in (*OPTIONAL, "spacing", "timesteps"):  # pictures of before there was a choice
             continue
         if name not in recorded or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise UserError(f"the parameters in {source} lack a usable {name!r} (got {value!r}): the file was changed after it was made")
     index = recorded.get("index")
     if index is not None and (not isinstance(index, int) or not 0 <= index < recorded["n"]):
         raise UserError(f"the parameters in {source} name picture {index!r} of {recorded['n']}: the file was changed after it was made")
-    known = {name: recorded[name] for name in RECORDED if name in recorded}
+    known = {name: recorded[name] for name in (*RECORDED, *OPTIONAL) if name in recorded}
     times = tuple(known.get("timesteps") or ())
     return replace(Generate(), **{**known, "guidance": json.dumps(known["guidance"]), "timesteps": times})
 
@@ -215,43 +265,27 @@ def _settled(options: Generate, before: Generate) -> Generate:
     return options
 
 
+def _spelled_out(options: Generate) -> Generate:
+    """Defaults that depend on other options, for the PNG to remember."""
+    if options.refiner is not None and options.handover is None:
+        options = replace(options, handover=HANDOVER)
+    if options.variation_strength is not None and options.variation_seed is None:
+        options = replace(options, variation_seed=options.seed + 1)
+    return options
+
+
 def _check(options: Generate) -> None:
     """What can be refused before torch is imported."""
     at_least(1, n=options.n, steps=options.steps, height=options.height, width=options.width, threads=options.threads)
     at_least(0, seed=options.seed)
     if options.allow_other_model and options.source is None:
         raise UserError("--allow-other-model says what to do with --from PNG, which was not given")
-
-
-def target(out: Path | None, name: str) -> Path:
-    """The PNG to write, of that name if `out` does not say another; with several pictures their numbers are added to it."""
-    if out is None:
-        return Path(f"{name}.png")
-    if out.is_dir():
-        return out / f"{name}.png"
-    if out.suffix.lower() not in ("", ".png"):
-        raise UserError(
-            f"--out {out} ends in {out.suffix}: pictures are written as PNG, which keeps parameters; name it {out.with_suffix('.png')}"
-        )
-    parent = next((p for p in out.absolute().parents if p.exists()), Path("/"))
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--out {out} cannot be written: {parent} is not a folder that you may write to; choose another place")
-    return out if out.suffix else out.with_name(out.name + ".png")
-
-
-def slug(prompt: str | None) -> str:
-    """A file name for a prompt: 'Ankle boot, red!' -> 'ankle-boot-red'."""
-    words = re.sub(r"[\W_]+", "-", (prompt or "").lower()).strip("-")
-    while len(words.encode()) > 100:  # file systems allow 255 bytes, numbers and temporary names come on top
-        words = words[:-1]
-    return words.strip("-") or "sfumato"
-
-
-def set_threads(asked: int | None, recorded: Any) -> None:
-    """As many threads as asked for, or as the PNG was made with where this machine has them: sums may be split by threads."""
-    import torch
-
-    if asked is not None:
-        torch.set_num_threads(asked)
-    elif isinstance(recorded, int) and 0 < recorded <= (os.cpu_count() or 1):
-        torch.set_num_threads(recorded)
+    if options.handover is not None and options.refiner is None:
+        raise UserError(f"--handover {options.handover} without --refiner: name the model to hand over to")
+    if options.handover is not None and not 0 < options.handover < 1:
+        raise UserError(f"--handover {options.handover}: expected a number above 0 and below 1, the share of the first model")
+    strength = options.variation_strength
+    if options.variation_seed is not None and strength is None:
+        raise UserError(f"--variation-seed {options.variation_seed} without --variation-strength: say how far to go there, 0.2 is a little")
+    if strength is not None and not 0 <= strength <= 1:
+        raise UserError(f"--variation-strength {strength}: expected a number from 0, the picture of --seed, to 1, others")

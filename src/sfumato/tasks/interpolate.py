@@ -1,7 +1,7 @@
 """A series of n pictures on the way from one to another: between two prompts, two seeds, two pictures, or several of these at once.
 
 Words: the network's condition goes straight from one to the other (`predict/conditioners/_between.py`). Seeds: all noise goes along the arc
-from one seed's to the other's (`diffuse/blend.py`). Pictures: their latents, made as noisy as the run's first time says, or the noise that
+from one seed's to the other's (`diffuse/blend.py`). Pictures: their latents, then made as noisy as the run's first time says, or the noise that
 DDIM inversion finds for them, go along the arc. The first and the last picture are those of the plain requests at both ends.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from sfumato.diffuse.blend import slerp
 from sfumato.errors import UserError, unknown
 from sfumato.sampling import Request
-from sfumato.tasks._pictures import Draws, Picture, extra_channels, later, sized
+from sfumato.tasks._pictures import Picture, extra_channels, later, sized
 from sfumato.tasks.variations import WAYS, inverted, invertible, words_of
 
 
@@ -54,27 +54,18 @@ def interpolate_pictures(
         raise UserError(f"pictures of shapes {shapes[0]} and {shapes[1]}: expected one at each end, of the same size")
     z = [model.encode(pixels) for pixels, _ in ends]
     made = _on_the_way(request, to_prompt, to_seed)
-    if way == "noise":
-        return _by_noise(model, z, made, strength)
+    if way == "noise":  # noise and latents each on an arc of their own: together, shared noise would come out too strong between the ends
+        if extra_channels(model):
+            raise UserError(
+                f"this model takes {extra_channels(model)} channels beside the latent: expected one that takes the latent alone"
+            )
+        return replace(made, timesteps=later(model, made, strength), begin=_arc(z, _shares(made.count)))
     if to_seed is not None:
         raise UserError(f"to_seed={to_seed} with way 'inversion': the noise is that of the pictures; expected None")
     made = invertible(model, made)
     words = words_of(model, made)
     noise = [inverted(model, *end, made) for end in zip(z, (words[:1], words[-1:]), strict=True)]
     return replace(made, noise=_arc(noise, _shares(made.count)))
-
-
-def _by_noise(model: Any, z: Sequence[Tensor], made: Request, strength: float) -> Request:
-    """Both latents with noise of the first time, and the runs from between them."""
-    if extra_channels(model):
-        raise UserError(f"this model takes {extra_channels(model)} channels beside the latent: expected one that takes the latent alone")
-    times = later(model, made, strength)
-    alpha, sigma = model.denoiser.process.schedule.point(times[0])
-    assert made.other_noise is not None
-    seeds = made.seed, made.other_noise[0][-1]
-    noise = [Draws(model, replace(made, n=1, prompt=None, seed=seed, other_noise=None))() for seed in seeds]
-    x = [alpha * latent.to(eps.device) + sigma * eps for latent, eps in zip(z, noise, strict=True)]
-    return replace(made, timesteps=times, resume=_arc(x, _shares(made.count)))
 
 
 def _on_the_way(request: Request, to_prompt: str | None, to_seed: int | None) -> Request:
