@@ -10,9 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from sfumato.cli import main
+from sfumato.decode.image import read_parameters, to_pil
 from sfumato.errors import UserError
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
@@ -20,7 +24,9 @@ from sfumato.predict.conditioners.clip_text import ClipText
 from sfumato.sampling import Request
 from sfumato.tasks.image_to_image import image_to_image
 from sfumato.tasks.inpaint import inpaint
+from sfumato.tasks.interpolate import interpolate, interpolate_pictures
 from sfumato.tasks.refine import first_part, last_part, refine
+from sfumato.tasks.variations import variations, vary
 from sfumato.types import Picture
 
 shared: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("test_pipelines.py"))))
@@ -38,12 +44,14 @@ REFINER = {
     "attention_head_dim": (1, 1, 2, 2),
     "use_linear_projection": True,
 }
-NAMES = {  # of test_pipelines' families, and two more
+NAMES = {  # of test_pipelines' families, and two more: SDXL for inpainting, and its refiner
     "SD 1": "StableDiffusionPipeline",
     "SD 1 inpainting": "StableDiffusionInpaintPipeline",
     "SDXL": "StableDiffusionXLPipeline",
     "SDXL inpainting": "StableDiffusionXLInpaintPipeline",
     "refiner": "StableDiffusionXLImg2ImgPipeline",
+    "InstructPix2Pix": "StableDiffusionInstructPix2PixPipeline",
+    "x4 upscaler": "StableDiffusionUpscalePipeline",
 }
 shared.FAMILIES["SDXL inpainting"] = (
     NAMES["SDXL inpainting"],
@@ -219,3 +227,79 @@ def test_a_refiner_reads_the_first_prompt(folders: dict[str, Path]) -> None:
     handed = refine(base, second, request, at=0.5)
     assert handed.prompt == "a cat" and handed.prompt_2 is None
     assert refine(base, base, request, at=0.5).prompt_2 == "a red dog"
+
+
+# ---- series between prompts of different lengths -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["SD 1", "SDXL"])
+def test_a_series_between_a_short_and_a_long_prompt(family: str, folders: dict[str, Path]) -> None:
+    """One chunk of 77 tokens and three: both ends are the plain pictures, and nothing jumps beside them."""
+    model, long = ours(folders[family]), " ".join(["a red dog"] * 50)
+    asked = Request("a cat", n=3, steps=3, guidance=SCALE, seed=4)
+    series = model.run(interpolate(asked, to_prompt=long), output="tensor")
+    for found, words in ((series[0], "a cat"), (series[-1], long)):
+        assert (found - model.run(replace(asked, n=1, prompt=words), output="tensor")[0]).abs().max() < 1e-5
+    assert not torch.equal(series[0], series[1]) and not torch.equal(series[1], series[2])
+    near = replace(asked, n=2, other_prompt=(long, [0.0, 1e-4]), other_noise=([4, 4], [0.0, 0.0]))
+    first, beside = model.run(near, output="tensor")
+    assert 0 < (first - beside).abs().max() < 1e-2
+
+
+def test_the_other_tasks_with_refiners_inpainting_and_instructions(folders: dict[str, Path]) -> None:
+    """Variations and series are for networks that take the latent alone; the others say so."""
+    for family in ("SDXL inpainting", "InstructPix2Pix"):
+        model = ours(folders[family])
+        for way in ("noise", "inversion"):
+            with pytest.raises(UserError, match="channels beside the latent"):
+                variations(model, picture() * 2 - 1, way=way)
+            with pytest.raises(UserError, match="channels beside the latent"):
+                interpolate_pictures(model, picture() * 2 - 1, picture(6) * 2 - 1, Request(n=2), way=way)
+    second = ours(folders["refiner"])
+    found = second.run(vary(Request("a cat", n=2, steps=2), strength=0.3), output="tensor")
+    assert torch.isfinite(found).all() and not torch.equal(found[0], found[1])
+
+
+# ---- on the command line -----------------------------------------------------------------------------------------------
+
+
+def test_commands_with_text_models(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo, made = str(tmp_path / "photo.png"), tmp_path / "made.png"
+    to_pil(picture() * 2 - 1)[0].save(photo)
+    out = ["--steps", "4", "--n", "1", "--out", str(made)]
+    xl, second = (load(folders[name]) for name in ("SDXL", "refiner"))
+    words = ["a cat", "--prompt-2", "a red dog", "--negative-prompt", "dog", "--negative-prompt-2", "red", "--model", str(folders["SDXL"])]
+    asked = Request("a cat", steps=4, prompt_2="a red dog", negative_prompt="dog", negative_prompt_2="red")
+    assert main(["generate", *words, *out]) == 0
+    assert same(made, xl.run(asked)[0]) and read_parameters(made)["prompt_2"] == "a red dog"
+    assert main(["generate", "--from", str(made), "--out", str(tmp_path / "again.png")]) == 0 and same(
+        tmp_path / "again.png", xl.run(asked)[0]
+    )
+    assert main(["generate", *words, *out, "--refiner", str(folders["refiner"]), "--handover", "0.5"]) == 0
+    assert same(made, second.run(refine(xl, second, asked, at=0.5))[0])
+    assert main(["edit", photo, *words, *out, "--strength", "0.5"]) == 0, "style transfer: an ordinary model and a description"
+    assert same(made, xl.run(image_to_image(xl, picture_of(photo), asked, strength=0.5))[0])
+    for arguments, said in (
+        (["edit", photo, "red", "--strength", "0.5", "--model", str(folders["InstructPix2Pix"])], "this model follows instructions"),
+        (["edit", photo, "red", "--model", str(folders["SDXL inpainting"])], "use the task that it was trained for"),
+        (["vary", photo, "red", "--model", str(folders["SDXL inpainting"])], "use the task that it was trained for"),
+        (["upscale", photo, "red", "--scale", "2", "--model", str(folders["x4 upscaler"])], "--scale 2.0: this model is an upscaler"),
+        (
+            ["upscale", photo, "red", "--strength", "0.2", "--model", str(folders["x4 upscaler"])],
+            "--strength 0.2: this model is an upscaler",
+        ),
+        (["generate", "red", "--negative-prompt-2", "cat", "--model", str(folders["SDXL"])], "without negative_prompt"),
+    ):
+        made.unlink(missing_ok=True)
+        assert main([*arguments, *out]) == 2 and not made.exists()
+        assert said in capsys.readouterr().err
+
+
+def picture_of(path: str) -> Image.Image:
+    with Image.open(path) as found:
+        found.load()
+        return found
+
+
+def same(path: Path, expected: Image.Image) -> bool:
+    return np.array_equal(np.asarray(picture_of(str(path))), np.asarray(expected))
