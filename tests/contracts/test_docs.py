@@ -75,3 +75,10 @@ def test_every_part_of_guidance_is_named(folder: str, name: str) -> None:
     if not page.exists():
         pytest.skip("docs/guidance.md is not written yet")
     assert re.search(rf"\b{name}\b", page.read_text()), f"{folder}.{name} is not named in docs/guidance.md"
+
+
+def test_every_task_has_a_row_and_every_command_of_the_page_is_there() -> None:
+    text = (DOCS / "tasks.md").read_text()
+    assert table(text, "## All tasks").keys() == set(names("tasks"))
+    commands = set(re.findall(r"sfumato ([a-z-]+)", text.replace("sfumato.", "")))
+    assert commands and commands <= {name.replace("_", "-") for name in names("cli")}

@@ -7,6 +7,7 @@ import sys
 import types
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sfumato.cli.generate import slug
 from sfumato.decode.image import read_parameters, to_pil, write_png
 from sfumato.errors import NumericalError, UserError
 from sfumato.registry import names
+from sfumato.sampling import Request
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 
@@ -38,10 +40,13 @@ class StubModel:
     def describe(self) -> dict[str, Any]:
         return {"image": {"channels": 1, "height": 8, "width": 8}}
 
-    def generate(
-        self, prompt: str | None, *, n: int, seed: int, on_step: Callable[[object], bool | None], **rest: Any
-    ) -> list[Image.Image]:
-        self.requests.append({"prompt": prompt, "n": n, "seed": seed, **rest})
+    def run(self, request: Request, *, on_step: Callable[[object], bool | None]) -> list[Image.Image]:
+        asked = {
+            f.name: value for f in fields(Request) if (value := getattr(request, f.name)) != f.default or f.name in ("prompt", "n", "seed")
+        }
+        self.requests.append(asked)
+        prompt, n, seed = (asked[name] for name in ("prompt", "n", "seed"))
+        rest = {name: value for name, value in asked.items() if name not in ("prompt", "n", "seed")}
         if prompt == "interrupt":
             raise KeyboardInterrupt
         if prompt == "nan":

@@ -115,8 +115,7 @@ def test_a_series_between_pictures(tiny: Path) -> None:
     assert (noted["picture"], noted["to_picture"], noted["strength"], noted["way"]) == ("a.png", "b.png", 0.3, "noise")
     asked = ["--pictures", "a.png", "b.png", "--steps", "10", "--way", "inversion", "--n", "3", "--no-grid", "--out", "i.png"]
     assert run("interpolate", "boot", *asked, model=tiny) == 0
-    pictures = [Image.open(name) for name in ("a.png", "b.png")]
-    expected = model.run(interpolate_pictures(model, *pictures, replace(words, n=3), way="inversion"))
+    expected = model.run(interpolate_pictures(model, Image.open("a.png"), Image.open("b.png"), replace(words, n=3), way="inversion"))
     assert all(np.array_equal(pixels(f"i-{k}.png"), pixels(one)) for k, one in enumerate(expected))
 
 

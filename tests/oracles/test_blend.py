@@ -85,7 +85,7 @@ def test_conditions_between_two() -> None:
     draw = torch.Generator().manual_seed(0)
     a, b = (Conditioning(tokens=torch.randn(1, 6, 4, generator=draw), vector=torch.randn(1, 3, generator=draw)) for _ in range(2))
     three = [Conditioning(tokens=c.tokens.expand(3, -1, -1), vector=c.vector.expand(3, -1)) for c in (a, b)]  # pyright: ignore
-    found = between(*three, [0.0, 0.25, 1.0])
+    found = between(three[0], three[1], [0.0, 0.25, 1.0])
     for door in ("tokens", "vector"):
         ours, first, last = (getattr(c, door) for c in (found, a, b))
         assert torch.equal(ours[0], first[0]) and torch.equal(ours[2], last[0])
@@ -190,7 +190,7 @@ def alone_at(request: Request, k: int) -> dict[str, Any]:
 @pytest.mark.parametrize("more", [{}, {"to_prompt": "ankle boot"}, {"to_seed": 9}])
 def test_a_series_between_pictures(kind: str, more: dict[str, Any]) -> None:
     model, asked = MODELS[kind], Request("bag", n=5, steps=6, sampler="ddpm", seed=5, guidance=1.0)
-    series = latents(model, interpolate_pictures(model, *PICTURES, asked, strength=0.5, **more))
+    series = latents(model, interpolate_pictures(model, PICTURES[0], PICTURES[1], asked, strength=0.5, **more))
     ends = [replace(asked, n=1), replace(asked, n=1, prompt=more.get("to_prompt", "bag"), seed=more.get("to_seed", 5))]
     for found, end, image in zip(series[[0, -1]], ends, PICTURES, strict=True):
         assert (found - latents(model, image_to_image(model, image, end, strength=0.5))[0]).abs().max() < 1e-5
@@ -201,7 +201,7 @@ def test_a_series_between_pictures(kind: str, more: dict[str, Any]) -> None:
 @every
 def test_a_series_between_inverted_pictures(kind: str) -> None:
     model, asked = MODELS[kind], Request("bag", n=3, steps=10, guidance=1.0)
-    request = interpolate_pictures(model, *PICTURES, asked, way="inversion", to_prompt="ankle boot")
+    request = interpolate_pictures(model, PICTURES[0], PICTURES[1], asked, way="inversion", to_prompt="ankle boot")
     series = latents(model, request)
     z = torch.cat([model.encode(image) for image in PICTURES])
     assert (series[[0, -1]] - z).norm() < 0.1 * z.norm(), "both ends are the pictures"
@@ -212,21 +212,22 @@ def test_a_series_between_inverted_pictures(kind: str) -> None:
 
 def test_series_that_cannot_be() -> None:
     model, asked = MODELS["flow"], Request("bag", n=3)
-    for request, way, said in (
+    cases: tuple[tuple[Request, dict[str, Any], str], ...] = (
         (asked, {}, "nothing to go to"),
         (replace(asked, n=1), {"to_seed": 1}, "at least 2 pictures"),
         (replace(asked, prompt=["bag"] * 3), {"to_seed": 1}, "one text for the first"),
         (interpolate(asked, to_seed=2), {"to_seed": 1}, "between two prompts or seeds already"),
         (asked, {"to_seed": True}, "to_seed=True: expected a whole number"),
-    ):
+    )
+    for request, way, said in cases:
         with pytest.raises(UserError, match=said):
             interpolate(request, **way)
     with pytest.raises(UserError, match="of the same size"):
         interpolate_pictures(model, PICTURES[0], torch.zeros(1, 1, 16, 20), asked)
     with pytest.raises(UserError, match="the noise is that of the pictures"):
-        interpolate_pictures(model, *PICTURES, asked, way="inversion", to_seed=1)
+        interpolate_pictures(model, PICTURES[0], PICTURES[1], asked, way="inversion", to_seed=1)
     with pytest.raises(UserError, match="unknown way between pictures"):
-        interpolate_pictures(model, *PICTURES, asked, way="magic")
+        interpolate_pictures(model, PICTURES[0], PICTURES[1], asked, way="magic")
     with pytest.raises(UserError, match="unknown class 'dog'"):
         model.run(interpolate(asked, to_prompt="dog"))
     with pytest.raises(UserError, match="expected one text for all images at each end"):

@@ -65,7 +65,7 @@ def interpolate(arguments: Sequence[str]) -> None:
         from sfumato.tasks import interpolate as tasks
 
         if pictures:
-            return tasks.interpolate_pictures(model, *pictures, request, strength=strength, way=way, **ends)
+            return tasks.interpolate_pictures(model, pictures[0], pictures[1], request, strength=strength, way=way, **ends)
         return tasks.interpolate(replace(request, height=options.height, width=options.width), **ends)
 
     make("interpolate", options, base, own, options.prompt, prepare, columns=options.n if options.n <= COLUMNS else None)
