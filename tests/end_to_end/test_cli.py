@@ -41,9 +41,8 @@ class StubModel:
         return {"image": {"channels": 1, "height": 8, "width": 8}}
 
     def run(self, request: Request, *, on_step: Callable[[object], bool | None]) -> list[Image.Image]:
-        asked = {
-            f.name: value for f in fields(Request) if (value := getattr(request, f.name)) != f.default or f.name in ("prompt", "n", "seed")
-        }
+        always = ("prompt", "n", "seed", "negative_prompt")
+        asked = {f.name: value for f in fields(Request) if (value := getattr(request, f.name)) != f.default or f.name in always}
         self.requests.append(asked)
         prompt, n, seed = (asked[name] for name in ("prompt", "n", "seed"))
         rest = {name: value for name, value in asked.items() if name not in ("prompt", "n", "seed")}

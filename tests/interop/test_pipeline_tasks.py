@@ -102,13 +102,16 @@ def generators() -> list[torch.Generator]:
 # ---- base and refiner --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("at", "steps"), [(0.8, 10), (0.5, 8), (0.33, 10)])
-def test_hand_over_to_a_refiner(at: float, steps: int, folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize(("at", "steps", "offset"), [(0.8, 10, 1), (0.8, 10, 0), (0.33, 8, 1)])
+def test_hand_over_to_a_refiner(at: float, steps: int, offset: int, folders: dict[str, Path]) -> None:
+    """Offset 0: a timestep lies on the border, 200 of 1000, and is the base's."""
     base, second = opened(folders["SDXL"], "StableDiffusionXLPipeline"), opened(folders["refiner"], NAMES["refiner"])
+    for pipe in (base, second):
+        pipe.scheduler.register_to_config(steps_offset=offset)
     asked: dict[str, Any] = {"guidance_scale": SCALE, "num_inference_steps": steps, "negative_prompt": ["ugly"] * 2}
     latents = base(PROMPTS, generator=generators(), denoising_end=at, output_type="latent", **asked).images
     expected = their_pictures(second, PROMPTS, image=latents, denoising_start=at, **asked)
-    request = replace(REQUEST, steps=steps, negative_prompt="ugly")
+    request = replace(REQUEST, steps=steps, spacing=f"leading:offset={offset}", negative_prompt="ugly")
     first, last = ours(folders["SDXL"]), ours(folders["refiner"])
     begun = first.run(first_part(first, request, at=at), output="latent")
     assert (begun - latents).abs().max() < 1e-4
