@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sfumato.nn.packed import packable, packed
+from sfumato.nn.packed import compiled, packable, packed
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.types import Conditioning
 
@@ -82,7 +82,7 @@ def compare(ours: nn.Module, theirs: nn.Module, name: str, options: argparse.Nam
         quick = packed(ours)
         ways["ours packed"] = lambda: quick(x, t, cond)
     if options.compile:
-        fast, slow = torch.compile(ours, options={"freezing": True}), torch.compile(theirs)
+        fast, slow = compiled(ours), torch.compile(theirs)
         ways |= {"diffusers compiled": lambda: slow(x, t, encoder_hidden_states=tokens).sample, "ours compiled": lambda: fast(x, t, cond)}
     expected = ways["diffusers eager"]().float()
     scale = expected.abs().max()

@@ -334,6 +334,19 @@ class LatentDiffusion:
         conditioner = self.conditioner.to(device) if hasattr(self.conditioner, "to") else self.conditioner
         return replace(self, autoencoder=autoencoder, denoiser=replace(self.denoiser, network=network), conditioner=conditioner)
 
+    def optimized(self, compile: bool = False) -> "LatentDiffusion":
+        """The same model with a network made ready for inference where it is; this one is left as it is, for training and saving.
+
+        On the CPU, in float32 and in bfloat16 where the processor knows that, weights are packed for the kernels that read them
+        (`nn/packed.py`); on other devices feature maps have their channels last in memory. Results differ from this model's by rounding.
+        compile: by torch.compile instead, with the weights as constants on the CPU; the first picture of each size waits for the compiler,
+        which takes minutes for large networks. What cannot be made ready stays as it is.
+        """
+        found = replace(self, denoiser=self.denoiser.optimized(compile))
+        if "hash" in self.__dict__:  # of the same weights: to unpack them takes memory
+            found.__dict__["hash"] = self.hash
+        return found
+
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes the model as a diffusers folder, atomically; `dtype` (e.g. torch.float16) changes what is stored.
 

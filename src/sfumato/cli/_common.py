@@ -4,11 +4,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
 from sfumato.errors import UserError
+
+if TYPE_CHECKING:
+    from sfumato.model import LatentDiffusion
 
 T = TypeVar("T")
 
@@ -32,6 +35,15 @@ def parse(
     options: dict[str, Any] = {} if default is None else {"default": default}
     config = (tyro.conf.PositionalMetavarFromFieldName, *(() if none else (tyro.conf.DisallowNone,)))
     return tyro.cli(kind, args=list(arguments), prog=f"sfumato {command}", description=description, config=config, **options)
+
+
+def ready(source: str) -> "LatentDiffusion":
+    """A model ready to make pictures. Its hash, which they carry, is made before the weights are packed."""
+    from sfumato.loading import load
+
+    model = load(source)
+    _ = model.hash
+    return model.optimized()
 
 
 def weaker_for(guidance: Any) -> Any:

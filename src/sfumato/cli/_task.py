@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from sfumato.cli._common import MODELS, Clock, at_least, progress, unset, weaker_for
+from sfumato.cli._common import MODELS, Clock, at_least, progress, ready, unset, weaker_for
 from sfumato.cli._files import provenance, set_threads, target
 from sfumato.errors import UserError
 
@@ -115,11 +115,10 @@ def make(
     import torch
 
     from sfumato.decode.image import grid, write_png
-    from sfumato.loading import load
 
     set_threads(options.threads, None)
     clock.lap("import")
-    model = load(options.model)
+    model = ready(options.model)
     clock.lap("load")
     request, settings = _request(model, options, prompt)
     request = prepare(model, request)

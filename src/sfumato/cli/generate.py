@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from sfumato.cli._common import MODELS, Clock, at_least, parse, progress, unset, weaker_for
+from sfumato.cli._common import MODELS, Clock, at_least, parse, progress, ready, unset, weaker_for
 from sfumato.cli._files import provenance, set_threads, slug, target
 from sfumato.errors import UserError
 
@@ -128,14 +128,13 @@ def generate(arguments: Sequence[str]) -> None:
     import torch
 
     from sfumato.decode.image import grid, write_png
-    from sfumato.loading import load
 
     set_threads(options.threads, recorded.get("threads"))
     clock.lap("import")
-    model = load(options.model)
+    model = ready(options.model)
     if recorded and not options.allow_other_model:
         _same_model(model.hash, "model", options.model, options.source, recorded)
-    refiner = None if options.refiner is None else load(options.refiner)
+    refiner = None if options.refiner is None else ready(options.refiner)
     if recorded.get("refiner") and refiner is not None and not options.allow_other_model:
         _same_model(refiner.hash, "refiner", options.refiner, options.source, recorded)
     clock.lap("load")

@@ -36,13 +36,32 @@ def packable(network: nn.Module) -> bool:
 def packed(network: nn.Module) -> nn.Module:
     """The same network with packed weights: its own, not shared with the one given, which is left as it is. `packable` says for which."""
     assert packable(network), "see packable"
-    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()}
-    shared |= {id(buffer): buffer.detach() for buffer in network.buffers()}
-    found = _with_packed(copy.deepcopy(network, shared)).eval()
+    found = _with_packed(shared(network))
     for tensor in (*found.parameters(), *found.buffers()):
         if not tensor.is_mkldnn:
             tensor.data = tensor.detach().clone()
     return found
+
+
+def compiled(network: nn.Module) -> nn.Module:
+    """The same network by torch.compile, sharing its memory; on the CPU with weights as constants, which the compiler packs as above."""
+    found = shared(network).requires_grad_(False)
+    quick, constant = torch.compile(found.forward), next(network.parameters()).device.type == "cpu"
+
+    def forward(*given: Any) -> Tensor:
+        # The setting is read while the network is traced, not among torch.compile's own options.
+        with torch._inductor.config.patch(freezing=constant):  # pyright: ignore[reportAttributeAccessIssue]
+            return quick(*given)
+
+    found.forward = forward
+    return found
+
+
+def shared(network: nn.Module) -> nn.Module:
+    """The same network for inference, another object that holds the same memory."""
+    memory: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()}
+    memory |= {id(buffer): buffer.detach() for buffer in network.buffers()}
+    return copy.deepcopy(network, memory).eval()
 
 
 def _with_packed(module: nn.Module) -> nn.Module:

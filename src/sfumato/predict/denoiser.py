@@ -4,7 +4,7 @@ Coefficients are float64, the state float32, the network runs in its own dtype.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfumato.diffuse.process import Process
+from sfumato.nn.packed import compiled, packable, packed, shared
 from sfumato.types import Conditioning, Prediction, Query
 
 
@@ -34,6 +35,19 @@ class Denoiser:
     def _weight(self) -> tuple[nn.Module, str]:
         """Where the network's first weight is: its dtype is asked for at every call, and to look for it takes longer than to ask."""
         return next((module, name) for module in self.network.modules() for name, _ in module.named_parameters(recurse=False))
+
+    def optimized(self, compile: bool = False) -> "Denoiser":
+        """The same with a network made ready for inference where it is: see `LatentDiffusion.optimized`."""
+        device = next(self.network.parameters()).device
+        if compile:
+            network = compiled(self.network)
+        elif packable(self.network):
+            network = packed(self.network)
+        elif device.type == "cpu":
+            return self
+        else:
+            network = shared(self.network).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        return replace(self, network=network)
 
     def __call__(self, x: Float[Tensor, "B C h w"], t: float | Tensor, conditioning: Conditioning) -> Prediction:
         """What x is made of, according to the network: x0 and eps, float32."""

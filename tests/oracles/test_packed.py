@@ -1,0 +1,141 @@
+"""Networks with packed weights: the plain network's answers to rounding, bits that do not depend on the batch, the plain weights back."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import UserError
+from sfumato.nn import invariant
+from sfumato.nn.blocks import Upsample
+from sfumato.nn.packed import packable, packed
+from sfumato.predict.networks.unet import UNet, UNetConfig
+from sfumato.types import Conditioning
+
+CROSS: dict[str, Any] = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 12,
+}
+UNETS: dict[str, dict[str, Any]] = {
+    "convolutions around transformers": CROSS,
+    "linear maps around transformers": CROSS | {"use_linear_projection": True},
+    "plain attention": {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "mid_block_type": "UNetMidBlock2D",
+        "resnet_time_scale_shift": "scale_shift",
+    },
+}
+
+pytestmark = pytest.mark.skipif(invariant.onednn() is None, reason="this torch has no oneDNN")
+
+
+def unet(name: str, dtype: torch.dtype = torch.float32) -> UNet:
+    network = UNet(UNetConfig(in_channels=3, out_channels=3, norm_num_groups=4, block_out_channels=(8, 16), **UNETS[name]))
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return network.to(dtype).eval()
+
+
+def asked(count: int, *size: int) -> tuple[Tensor, Tensor, Conditioning]:
+    generator = torch.Generator().manual_seed(1)
+    x, tokens = torch.randn(count, 3, *size, generator=generator), torch.randn(count, 5, 12, generator=generator)
+    return x, 1000 * torch.rand(count, generator=generator), Conditioning(tokens=tokens)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (40, 36)], ids=str)
+@pytest.mark.parametrize("name", UNETS)
+@torch.inference_mode()
+def test_the_same_to_rounding(name: str, size: tuple[int, int]) -> None:
+    """Also more rows than the feed-forward layers take at a time, and sides that do not halve."""
+    network = unet(name)
+    quick = packed(network)
+    assert any(p.is_mkldnn for p in quick.parameters()), "something was packed"
+    x, t, cond = asked(2, *size)
+    expected, found = network(x, t, cond), quick(x, t, cond)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", UNETS)
+@torch.inference_mode()
+def test_bits_do_not_depend_on_the_batch(name: str) -> None:
+    quick = packed(unet(name))
+    for size in ((8, 8), (40, 36)):
+        x, t, cond = asked(5, *size)
+        together = quick(x, t, cond)
+        for i in (0, 4):
+            assert torch.equal(quick(x[i : i + 1], t[i : i + 1], cond[i : i + 1])[0], together[i])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_plain_weights_come_back(dtype: torch.dtype) -> None:
+    network = unet("convolutions around transformers", dtype)
+    if not packable(network):
+        pytest.skip(f"this processor has no products of {dtype}")
+    quick = packed(network)
+    given, found = network.state_dict(), quick.state_dict()
+    assert list(found) == list(given)
+    assert all(torch.equal(found[k], given[k]) and found[k].dtype == dtype for k in given)
+    assert sum(p.numel() for p in quick.parameters()) == sum(p.numel() for p in network.parameters())
+
+
+@torch.inference_mode()
+def test_bfloat16_is_as_near_to_float32_as_the_plain_network() -> None:
+    network = unet("convolutions around transformers", torch.bfloat16)
+    if not packable(network):
+        pytest.skip("this processor has no products of bfloat16")
+    x, t, cond = asked(2, 16, 16)
+    small, narrow = x.bfloat16(), cond.to("cpu", torch.bfloat16)
+    wide = Conditioning(tokens=None if narrow.tokens is None else narrow.tokens.float())
+    quick = packed(network)(small, t, narrow).float()
+    plain = network(small, t, narrow).float()
+    exact = network.float()(small.float(), t, wide)
+    assert (quick - exact).square().mean() < 1.5 * (plain - exact).square().mean()
+
+
+@torch.inference_mode()
+def test_doubling_is_a_convolution_of_the_doubled_map() -> None:
+    for size in ((1, 1), (3, 5), (8, 8)):
+        up, x = Upsample(6), torch.randn(2, 6, *size)
+        quick = packed(nn.Sequential(up))
+        torch.testing.assert_close(quick(x), up(x), atol=1e-5, rtol=1e-5)
+
+
+def test_it_is_a_copy_for_inference() -> None:
+    """What is done to the network afterwards does not reach the packed one, and nothing is taken that would be silently wrong."""
+    network = unet("convolutions around transformers")
+    quick, (x, t, cond) = packed(network), asked(1, 8, 8)
+    with torch.no_grad():
+        before = quick(x, t, cond)
+        for p in network.parameters():
+            p.zero_()
+        assert torch.equal(quick(x, t, cond), before)
+    assert all(p.requires_grad for p in network.parameters())
+    for wrong in (lambda: quick.bfloat16(), lambda: quick.load_state_dict(network.state_dict()), lambda: quick.to("meta")):
+        with pytest.raises(UserError, match="made from"):
+            wrong()
+    with pytest.raises(UserError, match="gradient"):
+        quick(x.requires_grad_(), t, cond)
+    assert not packable(network.half()), "float16 is left to torch"
+
+
+def test_a_model_made_ready(fashion: Any) -> None:
+    """Pictures to rounding, the hash and the bits of pictures made alone; the model that it was made from is left as it was."""
+    ready = replace(fashion).optimized()
+    assert ready.hash == fashion.hash and ready.describe()["parts"] == fashion.describe()["parts"]
+    words = {"steps": 3, "seed": 5, "output": "tensor"}
+    expected, found = fashion.generate("bag", n=3, **words), ready.generate("bag", n=3, **words)
+    assert (found - expected).abs().max() < 1e-4
+    assert torch.equal(ready.generate("bag", **words | {"seed": 7})[0], found[2])
+    assert not any(p.is_mkldnn for p in fashion.denoiser.network.parameters())
+
+
+def test_a_ready_model_is_saved_like_any_other(fashion: Any, tmp_path: Any) -> None:
+    from sfumato.loading import load
+
+    fashion.optimized().save(tmp_path / "model")
+    assert load(tmp_path / "model").hash == fashion.hash
