@@ -9,20 +9,21 @@ from typing import Any
 
 import torch
 
+from sfumato.checkpoints.conditioners import Source, from_parts
 from sfumato.checkpoints.folder import build_part, index, load_part
-from sfumato.checkpoints.names.pipeline import pipeline_class, pipeline_defaults
+from sfumato.checkpoints.names.pipeline import autoencoder_name, autoencoder_unsaid, pipeline_class, pipeline_defaults
 from sfumato.checkpoints.names.scheduler import from_scheduler_config, gives_even_times, read_scheduler
-from sfumato.checkpoints.original import PICKLES, Parts, Reading, split
+from sfumato.checkpoints.original import PICKLES, Reading, split
 from sfumato.checkpoints.single_file import KEY_OF_OURS, notes_of, unfold
-from sfumato.checkpoints.tokenizer import CONDITIONER, END, LOW_RES, SCHEDULER, clip_tokenizer
+from sfumato.checkpoints.tokenizer import LOW_RES, SCHEDULER
 from sfumato.compress.base import Autoencoder
-from sfumato.config import read_config
 from sfumato.errors import WRONG, UserError, explained
 from sfumato.files import read_table
 from sfumato.model import LatentDiffusion
-from sfumato.predict.conditioners._clip import POSITIONS, PREFIX, ClipEncoder, build_model
-from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig
+from sfumato.predict.conditioners.class_embedding import ClassEmbedding
+from sfumato.predict.conditioners.nothing import Nothing
 from sfumato.predict.denoiser import Denoiser
+from sfumato.predict.networks.unet import UNet
 from sfumato.registry import find
 from sfumato.sampling import Defaults
 
@@ -45,7 +46,7 @@ def load(
 
     ("owner/name"; its files are cached by `huggingface_hub`). dtype: of all weights (default: float32). variant: the files to prefer, such
     as "fp16". For single files in the original layout (.safetensors, .ckpt): reading, what the file itself does not say; tokenizer, a folder
-    with CLIP's vocab.json and merges.txt.
+    with CLIP's vocab.json and merges.txt, or BERT's vocab.txt.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise UserError(f"dtype={dtype}: expected a floating-point one such as torch.bfloat16")
@@ -85,18 +86,22 @@ class _How:
 def _open(path: Path, name: str, how: _How) -> LatentDiffusion:
     """Builds a model from a folder in diffusers' layout."""
     parts = index(path)
-    if "unet" not in parts or "vae" not in parts:
+    pipeline = parts.get("_class_name")
+    vae = autoencoder_name(pipeline)
+    if "unet" not in parts or vae not in parts:
         raise UserError(
-            f"{path}/model_index.json names {', '.join(k for k in parts if not k.startswith('_'))}: expected at least vae and unet"
+            f"{path}/model_index.json names {', '.join(k for k in parts if not k.startswith('_'))}: expected at least {vae} and unet"
         )
-    autoencoder = load_part(path / "vae", None, how.dtype, how.variant)
-    network = load_part(path / "unet", "UNet2DConditionModel", how.dtype, how.variant)
-    if not isinstance(autoencoder, Autoencoder):
-        raise UserError(f"{path}/vae is a {type(autoencoder).__name__}: expected an autoencoder")
+    autoencoder = load_part(path / vae, None, how.dtype, how.variant, autoencoder_unsaid(pipeline))
+    network = load_part(path / "unet", None, how.dtype, how.variant)
+    for part, found, wanted in ((vae, autoencoder, Autoencoder), ("unet", network, UNet)):
+        if not isinstance(found, wanted):
+            raise UserError(f"{path}/{part} is a {type(found).__name__}: expected {'an autoencoder' if part == vae else 'a U-Net'}")
+    assert isinstance(autoencoder, Autoencoder)
     scheduler = path / "scheduler" / "scheduler_config.json"
     with explained(scheduler):
-        recipe = read_scheduler(read_table(scheduler), even=gives_even_times(str(parts.get("_class_name"))) or None)
-    conditioner = _conditioner(path, parts, how)
+        recipe = read_scheduler(read_table(scheduler), even=gives_even_times(str(pipeline)) or None)
+    conditioner = _conditioner(path, parts, network, how)
     with explained(path / "model_index.json"):
         notes = parts.get("_sfumato", {})
         run = {"sampler": recipe.sampler, "spacing": recipe.spacing}
@@ -125,10 +130,10 @@ def _open_original(path: Path, how: _How) -> LatentDiffusion:
         schedulers = parts.schedulers | {k: json.loads(notes[key]) for k, key in _NOTED.items() if key in notes}
         recipe = read_scheduler(schedulers["scheduler"])
         low_res = from_scheduler_config(schedulers["low_res_scheduler"]) if "low_res_scheduler" in schedulers else None
-    conditioner = _texts(path, parts, how, notes)
+    conditioner = from_parts(parts, Source(path, notes, how.tokenizer, how.dtype, how.reading or Reading()))
     assert isinstance(autoencoder, Autoencoder)
     _check_parts(path, autoencoder, network, conditioner)
-    begin = pipeline_defaults({"_class_name": pipeline_class(network, conditioner)})
+    begin = pipeline_defaults({"_class_name": pipeline_class(network, conditioner)}) | _guidance(conditioner)
     defaults = Defaults(**begin, sampler=recipe.sampler, spacing=recipe.spacing)
     model = LatentDiffusion(autoencoder, Denoiser(network, recipe.process), conditioner, defaults, path.stem, low_res)
     return model if how.device == "cpu" else model.to(how.device)
@@ -137,37 +142,30 @@ def _open_original(path: Path, how: _How) -> LatentDiffusion:
 _NOTED = {"scheduler": SCHEDULER, "low_res_scheduler": LOW_RES}
 
 
-def _texts(path: Path, parts: Parts, how: _How, notes: dict[str, str]) -> Any:
-    """The text encoders of a single file, with a tokenizer from elsewhere."""
-    others = sorted(parts.networks.keys() - {"unet", "vae", "text_encoder", "text_encoder_2"})
-    ends = [end for end in ("", "_2") if f"text_encoder{end}" in parts.networks]
-    if others or not ends:
-        raise UserError(f"{path} is conditioned by {' and '.join(others) or 'nothing'}: only CLIP's text encoders are run by this version")
-    encoders: dict[str, Any] = {}
-    for end in ends:
-        part, projected = parts.networks[f"text_encoder{end}"], end == "_2"
-        tensors = {key.removeprefix(PREFIX): tensor for key, tensor in part.tensors.items() if not key.endswith(POSITIONS)}
-        model = build_model(part.config, tensors, projected, how.dtype, path, path)
-        pad = END if parts.family.startswith(("sd1", "sdxl")) and not projected else "!"  # as they were trained
-        with explained(path, (Exception,)):  # the libraries raise anything about a vocabulary that is none
-            tokenizer = clip_tokenizer(pad, model.config.max_position_embeddings, how.tokenizer, notes)
-            encoders[end] = ClipEncoder(tokenizer, model, projected)
-    flags = {"force_zeros_for_empty_prompt": "_2" in ends, "requires_aesthetics_score": ends == ["_2"]}
-    with explained(path):
-        settings = read_config(ClipTextConfig, flags | json.loads(notes.get(CONDITIONER, "{}")), {})
-    return ClipText(encoders.get(""), encoders.get("_2"), settings)
+def _guidance(conditioner: Any) -> dict[str, Any]:
+    """How strongly to follow what diffusers has no pipeline for: classes as in the paper's table 3 (arXiv:2112.10752, LDM-4-G, s = 1.5)."""
+    if isinstance(conditioner, ClassEmbedding):
+        return {"guidance": 1.5 if conditioner.unconditional else 1.0}
+    return {"guidance": 1.0} if isinstance(conditioner, Nothing) else {}
 
 
-def _conditioner(path: Path, parts: dict[str, Any], how: _How) -> Any:
-    """What turns prompts into conditioning: the text encoders of the folder, or the conditioner that sfumato wrote."""
+def _conditioner(path: Path, parts: dict[str, Any], network: Any, how: _How) -> Any:
+    """What turns prompts into conditioning: the text encoders of the folder, or the conditioner that sfumato wrote; a network that is told
+    nothing needs none."""
+    if parts.get("bert", [None, None]) != [None, None]:
+        return find("predict.conditioners", "bert_text").from_folder(path, how.dtype)
     if any(key.startswith("text_encoder") and value != [None, None] for key, value in parts.items()):
         return find("predict.conditioners", "clip_text").from_folder(path, how.dtype, how.variant)
     config = path / "conditioner" / "config.json"
+    told = network.config.attends_to_tokens or network.config.class_embed_type or network.config.num_class_embeds is not None
+    if not config.exists() and not told:
+        return Nothing()
     if not config.exists():
         raise UserError(f"{path} has neither a text encoder nor a conditioner/config.json: nothing there reads prompts")
     with explained(config):
         values = read_table(config)
-        return find("predict.conditioners", values.get("_class_name", "")).from_config(values)
+        kind = find("predict.conditioners", values.get("_class_name", ""))
+        return kind.from_folder(path, how.dtype) if hasattr(kind, "from_folder") else kind.from_config(values)
 
 
 def _check_parts(path: Path, autoencoder: Autoencoder, network: Any, conditioner: Any) -> None:

@@ -350,8 +350,8 @@ class LatentDiffusion:
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes the model as a diffusers folder, atomically; `dtype` (e.g. torch.float16) changes what is stored.
 
-        A name that ends in .safetensors gets the same in one file, which `load` opens too: models with CLIP's text encoders in the layout of
-        their first publication, which other programs open, others in our own. A model of that name is replaced as a whole;
+        A name that ends in .safetensors gets the same in one file, which `load` opens too: Stable Diffusion's and Latent Diffusion's models in
+        the layout of their first publication, which other programs open, others in our own. A model of that name is replaced as a whole;
         `UserError` for a file or folder that is something else, or a full disk, `NumericalError` for weights that are not finite in `dtype`.
         """
         save_model(self, folder, dtype)

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from sfumato import __version__
+from sfumato.checkpoints.conditioners import has_original, to_notes, to_parts
 from sfumato.checkpoints.folder import save_part, storable
-from sfumato.checkpoints.names.pipeline import pipeline_index
+from sfumato.checkpoints.names.pipeline import autoencoder_name, pipeline_index
 from sfumato.checkpoints.names.scheduler import to_scheduler_config, write_scheduler
 from sfumato.checkpoints.original import Part, gather, join, notes
 from sfumato.checkpoints.single_file import fold
-from sfumato.checkpoints.tokenizer import CONDITIONER, KEY, LOW_RES, SCHEDULER, packed
+from sfumato.checkpoints.tokenizer import LOW_RES, SCHEDULER
 from sfumato.errors import UserError
 from sfumato.files import atomic_folder, write_json, write_tensors
 
@@ -27,7 +28,7 @@ def save_model(model: Any, place: str | Path, dtype: torch.dtype | None) -> None
     """`LatentDiffusion.save`: a folder, or a file where the name ends in .safetensors."""
     if Path(place).suffix != ".safetensors":
         _save_folder(model, place, dtype)
-    elif getattr(model.conditioner, "encoders", None):
+    elif has_original(model.denoiser.network, model.conditioner):
         _save_original(model, place, dtype)
     else:
         with tempfile.TemporaryDirectory() as temporary:
@@ -37,8 +38,10 @@ def save_model(model: Any, place: str | Path, dtype: torch.dtype | None) -> None
 
 def _save_folder(model: Any, folder: str | Path, dtype: torch.dtype | None) -> None:
     """Each part in a folder of its own, and model_index.json, which names them."""
+    entries = pipeline_index(model.denoiser.network, model.conditioner)
+    vae = autoencoder_name(entries["_class_name"])
     with atomic_folder(check_target(folder)) as temporary:
-        save_part(temporary / "vae", model.autoencoder, dtype)
+        save_part(temporary / vae, model.autoencoder, dtype)
         save_part(temporary / "unet", model.denoiser.network, dtype)
         scheduler = _scheduler(model)
         _write(temporary / "scheduler" / "scheduler_config.json", scheduler)
@@ -47,10 +50,10 @@ def _save_folder(model: Any, folder: str | Path, dtype: torch.dtype | None) -> N
         else:
             _write(temporary / "conditioner" / "config.json", model.conditioner.to_config())
         parts = {
-            **pipeline_index(model.denoiser.network, model.conditioner),
+            **entries,
             "_sfumato": {"version": __version__, "name": model.name, "defaults": asdict(model.defaults)},
-            "vae": ["diffusers", model.autoencoder.to_config()["_class_name"]],
-            "unet": ["diffusers", "UNet2DConditionModel"],
+            vae: ["diffusers", model.autoencoder.to_config()["_class_name"]],
+            "unet": ["diffusers", model.denoiser.network.to_config()["_class_name"]],
             "scheduler": ["diffusers", scheduler["_class_name"]],
         }
         if model.low_res is not None:
@@ -67,8 +70,8 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 
 
 def _scheduler(model: Any) -> dict[str, Any]:
-    """The scheduler config of a model's folder: for diffusers' pipelines the run too, for models that only sfumato runs the process."""
-    if not getattr(model.conditioner, "encoders", None):
+    """The scheduler config of a model's folder: for published kinds of models the run too, for others the process."""
+    if not has_original(model.denoiser.network, model.conditioner):
         return to_scheduler_config(model.denoiser.process)
     return write_scheduler(model.denoiser.process, model.defaults.sampler, model.defaults.spacing)
 
@@ -78,14 +81,12 @@ def _save_original(model: Any, file: str | Path, dtype: torch.dtype | None) -> N
     networks = {"unet": model.denoiser.network, "vae": model.autoencoder}
     configs = {name: network.to_config() for name, network in networks.items()}
     tensors = {name: network.state_dict() for name, network in networks.items()}
-    vocabulary = ""
-    for end, encoder in model.conditioner.encoders.items():
-        configs[f"text_encoder{end}"], tensors[f"text_encoder{end}"] = encoder.to_config(), encoder.tensors()
-        vocabulary = packed(encoder.tokenizer)
+    for name, (config, table) in to_parts(model.conditioner).items():
+        configs[name], tensors[name] = config, table
     cast = {name: storable(table, dtype) for name, table in tensors.items()}
     scheduler = _scheduler(model)
     parts = gather({name: Part(configs[name], table) for name, table in cast.items()}, {"scheduler": scheduler})
-    ours = {KEY: vocabulary, SCHEDULER: json.dumps(scheduler), CONDITIONER: json.dumps(model.conditioner.to_config())}
+    ours = {SCHEDULER: json.dumps(scheduler), **to_notes(model.conditioner)}
     if model.low_res is not None:
         ours[LOW_RES] = json.dumps(to_scheduler_config(model.low_res))
     write_tensors(file, join(parts), {**notes(parts), **ours})

@@ -1,7 +1,7 @@
 """The contract of every conditioner: a file in predict/conditioners is tested by being there.
 
 Each is built by its own `from_config` from EXAMPLE, a config with a field for every kind; what a conditioner does not know it ignores. One
-with weights is built by `from_folder` from a folder that holds every kind's weights, and comes back from what its `save` writes.
+with weights is built by `from_folder` from a folder that `_clip.py` or `_ldm.py` writes, and comes back from what its `save` writes.
 """
 
 import json
@@ -30,9 +30,10 @@ labelled = pytest.mark.parametrize("name", [name for name, c in CONDITIONERS.ite
 
 @cache
 def opened(name: str) -> Any:
-    write = runpy.run_path(str(Path(__file__).with_name("_clip.py")))["write"]
+    file, kind = ("_clip.py", "sd1") if name == "clip_text" else ("_ldm.py", name)
+    write = runpy.run_path(str(Path(__file__).with_name(file)))["write"]
     with tempfile.TemporaryDirectory() as folder:
-        return CONDITIONERS[name].from_folder(write(Path(folder), "sd1"))
+        return CONDITIONERS[name].from_folder(write(Path(folder), kind))
 
 
 def build(name: str) -> Any:

@@ -464,4 +464,5 @@ def test_a_part_that_is_wholly_absent_is_absent(tmp_path: Path) -> None:
 
 
 def test_every_family_is_reachable() -> None:
-    assert FAMILIES.keys() == {"sd1", "sd2", "x4-upscaler", "sdxl", "sdxl-refiner", "ldm-text", "ldm-class", "autoencoder"}
+    ldm = {"ldm-text", "ldm-class", "ldm-unconditional"}
+    assert FAMILIES.keys() == {"sd1", "sd2", "x4-upscaler", "sdxl", "sdxl-refiner", *ldm, "autoencoder"}

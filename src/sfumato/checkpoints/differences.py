@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sfumato.checkpoints.infer import KL_STANDARD, UNET_STANDARD, VAE_STANDARD, VQ_STANDARD
+from sfumato.checkpoints.infer_plain import PLAIN_STANDARD
 from sfumato.checkpoints.names import betas
+from sfumato.checkpoints.names.ldm_unet import is_plain
 
 if TYPE_CHECKING:
     from sfumato.checkpoints.original import Parts
 
 # Fields that do not change what a network computes from given weights, or that the tensors themselves were held against.
-_FREE = {"sample_size", "dropout", "upcast_attention", "force_upcast"}
+_FREE = {"sample_size", "dropout", "upcast_attention", "force_upcast", "num_train_timesteps"}
 _DEFAULTS: dict[str, Any] = {"attention_head_dim": 8, "transformer_layers_per_block": 1, "use_linear_projection": False}
 _CLIP = ("hidden_act", "num_attention_heads", "layer_norm_eps", "num_hidden_layers", "architectures", "projection_dim")
 _CLIP_DEFAULTS = {"hidden_act": "quick_gelu", "num_attention_heads": 8, "layer_norm_eps": 1e-5, "num_hidden_layers": 12}
@@ -24,7 +26,8 @@ def differences(parts: "Parts", again: "Parts") -> list[str]:
     for name, part in parts.networks.items():
         given, found = part.config, again.networks[name].config
         if name == "unet":
-            lost += _unequal(name, UNET_STANDARD | _DEFAULTS | dict(given), found, len(given["block_out_channels"]))
+            standard = PLAIN_STANDARD | {"attention_head_dim": 8} if is_plain(given) else UNET_STANDARD | _DEFAULTS
+            lost += _unequal(name, standard | dict(given), found, len(given["block_out_channels"]))
         elif name == "vae":
             n = len(given["block_out_channels"])
             standard = VAE_STANDARD | (KL_STANDARD if found["_class_name"] == "AutoencoderKL" else VQ_STANDARD)

@@ -71,6 +71,7 @@ FAMILIES = {
     ),
     "ldm-text": Family((Text("bert", "cond_stage_model.transformer.", "bert"),), heads=8, sample_size=32),
     "ldm-class": Family((Text("class_embedder", "cond_stage_model.", "classes"),), betas=(0.0015, 0.0195), scaling_factor=1.0),
+    "ldm-unconditional": Family(betas=(0.0015, 0.0195), scaling_factor=1.0),
     "autoencoder": Family(),
 }
 
@@ -90,6 +91,8 @@ def family_of_keys(keys: Iterable[str], where: object) -> str:
     def any_under(*prefixes: str) -> bool:
         return any(k.startswith(prefixes) for k in keys)
 
+    if any_under(f"{UNET}middle_block.1.qkv."):
+        return "ldm-unconditional"
     labels = any_under(f"{UNET}label_emb.0.")
     if any_under("edm_mean", "edm_std"):
         raise UserError(
@@ -123,6 +126,11 @@ def variant(name: str, config: Mapping[str, Any], where: object) -> str:
     suffixes = {given: "", 2 * given: "-pix2pix", 2 * given + 1: "-inpainting"}
     if name == "x4-upscaler" and taken == given + 3:
         return name
+    if name == "ldm-unconditional" and taken != given:
+        raise UserError(
+            f"{where}: a U-Net without tokens that takes {taken} channels and gives {given} is conditioned on a picture (Latent Diffusion's "
+            "inpainting, super-resolution, semantic synthesis): that is not supported"
+        )
     if taken not in suffixes or name == "x4-upscaler":
         raise UserError(
             f"{where}: a U-Net of {taken} channels in and {given} out is of no known kind: expected {', '.join(map(str, suffixes))} in"

@@ -21,6 +21,7 @@ from sfumato.compress.vq import VQConfig, VQModel
 from sfumato.errors import NumericalError, UserError, explained
 from sfumato.files import read_table, write_json, write_tensors
 from sfumato.predict.networks.unet import UNet, UNetConfig
+from sfumato.predict.networks.unet_2d import OWN_CLASS, UNet2DConfig
 from sfumato.weights import check_keys, find_weights, not_finite, read_weights, require_finite
 
 STEM = "diffusion_pytorch_model"
@@ -32,6 +33,8 @@ NETWORKS = {
     "SfumatoAutoencoderTiny": (AutoencoderTiny, TinyConfig),
     "VQModel": (VQModel, VQConfig),
     "UNet2DConditionModel": (UNet, UNetConfig),
+    "UNet2DModel": (UNet, UNet2DConfig),
+    OWN_CLASS: (UNet, UNet2DConfig),
 }
 
 
@@ -46,14 +49,21 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def load_part(folder: str | Path, expected: str | None = None, dtype: torch.dtype = torch.float32, variant: str | None = None) -> nn.Module:
+def load_part(
+    folder: str | Path,
+    expected: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    unsaid: dict[str, Any] | None = None,
+) -> nn.Module:
     """A network from a folder with config.json and weights, in eval mode, in `dtype`; weights with NaN or infinity are refused.
 
-    variant: the files to prefer, such as "fp16". Shards and pickled files are read too: see weights.py.
+    variant: the files to prefer, such as "fp16". Shards and pickled files are read too: see weights.py. unsaid: fields of the config, where
+    it does not have them.
     """
     folder = Path(folder)
     config = folder / "config.json"
-    values = read_table(config)
+    values = {**(unsaid or {}), **read_table(config)}
     files = find_weights(folder, STEM, variant)
     return build_part(values, read_weights(files), config, files[0] if len(files) == 1 else folder, expected, dtype)
 
@@ -69,9 +79,7 @@ def build_part(
     with explained(config), torch.device("meta"), _Unfilled():
         network = network_class(config_class.from_dict(values))
         _ = getattr(network, "space", None)  # the statistics of the latent are checked when they are read
-    if isinstance(network, Autoencoder):
-        found = modern(found)
-    check_keys(network.state_dict(), found, where)
+    check_keys(network.state_dict(), found := modern(found), where)
     tensors = {k: _in(v, dtype).contiguous() for k, v in found.items()}
     require_finite(tensors, where)
     network.load_state_dict(tensors, assign=True)

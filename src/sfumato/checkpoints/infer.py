@@ -79,8 +79,8 @@ def unet_config(s: Shapes, kind: Family, heads: int | None, head_width: int | No
     widths = [s.size(f"input_blocks.{blocks[0]}.0.out_layers.0.weight") for blocks in levels]
     attends = [s.has(f"input_blocks.{blocks[0]}.1.") for blocks in levels]
     middle = "middle_block.1"
-    if s.has(f"{middle}.qkv.") or not s.has(f"{middle}.transformer_blocks."):
-        raise UserError(f"{s.where}: a U-Net whose middle does not attend to tokens (unconditional Latent Diffusion) is not supported")
+    if not s.has(f"{middle}.transformer_blocks."):
+        raise UserError(f"{s.where}: a U-Net whose middle attends neither to tokens nor to itself is not supported")
     depth = s.count(f"{middle}.transformer_blocks.")
     depths = [s.count(f"input_blocks.{b[0]}.1.transformer_blocks.") if a else None for b, a in zip(levels, attends, strict=True)]
     if attends[-1] and depths[-1] != depth:

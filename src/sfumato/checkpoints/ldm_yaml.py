@@ -42,8 +42,12 @@ _FREE_UNET = {"image_size", "use_checkpoint", "legacy", "use_fp16", "use_bf16", 
 _READ_UNET = {"in_channels", "out_channels", "model_channels", "attention_resolutions", "num_res_blocks", "channel_mult", "num_heads"}
 _READ_UNET |= {"num_head_channels", "transformer_depth", "context_dim", "use_linear_in_transformer", "num_classes", "use_scale_shift_norm"}
 _READ_UNET |= {"disable_self_attentions"}
-_FIXED_UNET: dict[str, Any] = {"use_spatial_transformer": True, "conv_resample": True, "dims": 2, "resblock_updown": False}
-_FIXED_UNET |= {"disable_middle_self_attn": False, "use_new_attention_order": False, "spatial_transformer_attn_type": "softmax"}
+_FIXED_UNET: dict[str, Any] = {"conv_resample": True, "dims": 2}
+_WITH_TOKENS: dict[str, Any] = {"use_spatial_transformer": True, "resblock_updown": False, "use_new_attention_order": False}
+_WITH_TOKENS |= {"disable_middle_self_attn": False, "spatial_transformer_attn_type": "softmax"}
+_WITHOUT: dict[str, Any] = {"use_spatial_transformer": False, "transformer_depth": 1, "context_dim": None, "num_classes": None}
+_WITHOUT |= {"use_linear_in_transformer": False, "disable_self_attentions": None}
+_UNCONDITIONAL = "__is_unconditional__"
 _FREE_VAE = {"lossconfig", "monitor", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels", "batch_resize_range", "lr_g_factor"}
 _FREE_VAE |= {"scheduler_config", "use_ema"}
 _READ_DD = {"z_channels", "in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resolution", "double_z"}
@@ -54,7 +58,7 @@ _SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear"}
 @dataclass(frozen=True)
 class OriginalConfig:
     """What a YAML says. `parts`: fields of diffusers' configs by part, which the file's own must equal; the rest, where given, decides what
-    keys and shapes leave open. One that says nothing is the default."""
+    keys and shapes leave open (`heads`, `head_width` and `new_attention_order`: see `Reading`). One that says nothing is the default."""
 
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     heads: int | None = None
@@ -62,6 +66,7 @@ class OriginalConfig:
     prediction_type: str | None = None
     schedule: Mapping[str, Any] | None = None
     scaling_factor: float | None = None
+    new_attention_order: bool | None = None
 
     def agree(self, configs: Mapping[str, Mapping[str, Any]], where: object) -> None:
         """`UserError` that lists where configs read from a file are not what the YAML says."""
@@ -119,7 +124,7 @@ def _only(kind: str, given: Mapping[str, Any], known: set[str], fixed: Mapping[s
 
 
 def _model(params: Mapping[str, Any], where: object) -> OriginalConfig:
-    _only("model", params, _FREE_MODEL | _READ_MODEL, {"clip_denoised": False, "v_posterior": 0.0})
+    _only("model", params, _FREE_MODEL | _READ_MODEL, {"clip_denoised": False, "v_posterior": 0.0, "concat_mode": False})
     kind, prediction = params.get("beta_schedule", "linear"), params.get("parameterization", "eps")
     if kind not in _SCHEDULES or prediction not in _PREDICTIONS:
         raise UserError(f"beta_schedule {kind!r}, parameterization {prediction!r}: expected one of {[*_SCHEDULES]} and {[*_PREDICTIONS]}")
@@ -130,19 +135,29 @@ def _model(params: Mapping[str, Any], where: object) -> OriginalConfig:
     for given, known, name in ((unet, _UNETS, "U-Net"), (first, _VAES, "first stage")):
         if given["target"] not in known:
             raise unknown(f"target of a {name}", given["target"], known)
-    parts = {"unet": _unet(unet["params"]), "vae": _vae(first["target"], first["params"], where), **_text(params.get("cond_stage_config"))}
+    texts = _text(params.get("cond_stage_config"))
+    told = None if params.get("cond_stage_config") is None else bool(texts)
+    parts = {"unet": _unet(unet["params"], told), "vae": _vae(first["target"], first["params"], where), **texts}
     scale = None if params.get("scale_by_std") else float(params.get("scale_factor", 1.0))
     heads, width = unet["params"].get("num_heads", -1), unet["params"].get("num_head_channels", -1)
     if (heads == -1) == (width == -1):
         raise UserError(f"num_heads {heads}, num_head_channels {width}: expected one of them")
     heads, width = (None if n == -1 else int(n) for n in (heads, width))
-    return OriginalConfig(parts, heads, width, _PREDICTIONS[prediction], schedule, scale)
+    order = unet["params"].get("use_new_attention_order")
+    return OriginalConfig(parts, heads, width, _PREDICTIONS[prediction], schedule, scale, order)
 
 
-def _unet(params: Mapping[str, Any]) -> dict[str, Any]:
-    _only("U-Net", params, _FREE_UNET | _READ_UNET, _FIXED_UNET)
-    if params.get("use_spatial_transformer") is not True:
-        raise UserError("a U-Net without use_spatial_transformer does not attend to tokens: it is not supported")
+def _unet(params: Mapping[str, Any], told: bool | None) -> dict[str, Any]:
+    """`told`: whether there is a conditioner, whose tokens the U-Net must attend to; None: nothing is said of one."""
+    tokens = params.get("use_spatial_transformer", False)
+    if told is not None and tokens is not told:
+        raise UserError(
+            f"use_spatial_transformer={tokens} {'with' if told else 'without'} a conditioner is not supported: expected {told}, because tokens "
+            "are the only way in which a conditioner is heard"
+        )
+    if not tokens:
+        return _plain_unet(params)
+    _only("U-Net", params, _FREE_UNET | _READ_UNET, _FIXED_UNET | _WITH_TOKENS)
     mult, context, classes = list(params["channel_mult"]), params["context_dim"], params.get("num_classes")
     context = context if isinstance(context, int) else one_or_all(list(context))
     down = ["CrossAttnDownBlock2D" if 2**k in params["attention_resolutions"] else "DownBlock2D" for k in range(len(mult))]
@@ -159,6 +174,27 @@ def _unet(params: Mapping[str, Any]) -> dict[str, Any]:
         "use_linear_projection": bool(params.get("use_linear_in_transformer", False)),
         "num_class_embeds": classes if isinstance(classes, int) else None,
         "only_cross_attention": [o and "Cross" in k for o, k in zip(only, down, strict=True)] if only else False,
+        "resnet_time_scale_shift": "scale_shift" if params.get("use_scale_shift_norm") else "default",
+    }
+
+
+def _plain_unet(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A U-Net without tokens."""
+    _only(
+        "U-Net",
+        params,
+        (_FREE_UNET | _READ_UNET | {"resblock_updown", "use_new_attention_order"}) - _WITHOUT.keys(),
+        _FIXED_UNET | _WITHOUT,
+    )
+    mult, by_block = list(params["channel_mult"]), bool(params.get("resblock_updown", False))
+    rest = "ResnetDownsampleBlock2D" if by_block else "DownBlock2D"
+    return {
+        "in_channels": params["in_channels"],
+        "out_channels": params["out_channels"],
+        "block_out_channels": [params["model_channels"] * m for m in mult],
+        "down_block_types": ["AttnDownBlock2D" if 2**k in params["attention_resolutions"] else rest for k in range(len(mult))],
+        "layers_per_block": params["num_res_blocks"],
+        "downsample_type": "resnet" if by_block else "conv",
         "resnet_time_scale_shift": "scale_shift" if params.get("use_scale_shift_norm") else "default",
     }
 
@@ -186,10 +222,14 @@ def _vae(target: str, params: Mapping[str, Any], where: object) -> dict[str, Any
     return found | ({"num_vq_embeddings": params["n_embed"], "vq_embed_dim": params["embed_dim"]} if vq else {})
 
 
-def _text(given: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+def _text(given: Mapping[str, Any] | str | None) -> dict[str, dict[str, Any]]:
     """The conditioner by its class; of classes and BERT also the sizes. `UserError` for one that is not known."""
-    if given is None:
+    if given is None or given == _UNCONDITIONAL:
         return {}
+    if isinstance(given, str):
+        raise UserError(
+            f"cond_stage_config {given!r} (conditioned on a picture) is not supported: expected a conditioner or {_UNCONDITIONAL!r}"
+        )
     name = str(given["target"]).removeprefix(_ENCODERS)
     if name not in _TEXTS or name == given["target"]:
         raise unknown("target of a conditioner", given["target"], {_ENCODERS + t for t in _TEXTS})

@@ -6,6 +6,7 @@
 not tell a reader. No network is built and nothing is copied: tensors stay mapped to the file.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,8 +19,9 @@ from torch import Tensor
 from sfumato.checkpoints.differences import differences
 from sfumato.checkpoints.families import EPSILON, UNET, VAES, VELOCITY, Family, Text, family, family_of_keys, variant
 from sfumato.checkpoints.infer import Shapes, text_config, unet_config, vae_config
+from sfumato.checkpoints.infer_plain import is_plain, plain_config
 from sfumato.checkpoints.ldm_yaml import OriginalConfig
-from sfumato.checkpoints.names import betas
+from sfumato.checkpoints.names import betas, ldm_unet
 from sfumato.checkpoints.names.ldm_unet import unet_rows
 from sfumato.checkpoints.names.ldm_vae import quantised, vae_rows
 from sfumato.checkpoints.names.rows import Row, check, to_ours, to_theirs, under
@@ -28,6 +30,9 @@ from sfumato.files import read_tensors, write_tensors
 from sfumato.pickles import read_pickle, state_dict
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+HEADS = "sfumato.heads"
+"""Metadata of files that sfumato wrote, where a family's files differ: {"num_heads": 8} or {"num_head_channels": 32}, Latent Diffusion's words."""
+_AT_256 = ("ldm-class", "ldm-unconditional")  # all that were published were trained on pictures of 256 pixels
 PREDICTIONS = (EPSILON, VELOCITY, "sample")
 _SD2_BASE_STEPS = 875000  # the only trace by which diffusers knows SD 2.0 base
 _NOTES = {"epsilon": EPSILON, "eps": EPSILON, "v": VELOCITY, "v_prediction": VELOCITY, "sample": "sample", "x0": "sample"}
@@ -49,11 +54,15 @@ class Reading:
     `prediction_type`: "epsilon", "v_prediction" or "sample"; else the YAML, the file's notes (`modelspec.*`, `v_pred`), 875000 training
     steps (SD 2.0 base), and last the family's default decide, for SD 2 "v_prediction" as in diffusers: say "epsilon" for its base models.
     `heads`: of attention. `scaling_factor`: of latents. `ema`: take the running average of the U-Net (`model_ema.*`), which is
-    ignored otherwise, as in diffusers. `original_config`: the YAML beside the file.
+    ignored otherwise, as in diffusers; Latent Diffusion's own scripts take it. `original_config`: the YAML beside the file.
+    `new_attention_order`: how a U-Net without tokens stores q, k and v (`names/ldm_unet.py`); none of the published ones has the new one.
+    `class_names`: of a model with a table of classes, in the order of its rows.
     """
 
     prediction_type: str | None = None
     heads: int | None = None
+    new_attention_order: bool | None = None
+    class_names: tuple[str, ...] = ()
     scaling_factor: float | None = None
     ema: bool = False
     original_config: OriginalConfig = field(default_factory=OriginalConfig)
@@ -116,16 +125,17 @@ def split_tensors(tensors: Mapping[str, Tensor], notes: Mapping[str, str], where
     tables: dict[str, list[Row]] = {}
     spare = {k for k in tensors if _KNOWN.fullmatch(k)}
     if any(k.startswith(UNET) for k in tensors):
-        heads, width = (reading.heads or said.heads, said.head_width or kind.head_width)
-        heads = heads if heads or said.head_width else kind.heads
-        configs["unet"] = unet_config(Shapes(shapes, UNET, where), kind, heads, width)
+        configs["unet"] = _unet_config(Shapes(shapes, UNET, where), kind, notes, reading)
         name = variant(name, configs["unet"], where)
-        tables["unet"] = under(unet_rows(configs["unet"]), UNET)
+        new_order = said.new_attention_order if reading.new_attention_order is None else reading.new_attention_order
+        tables["unet"] = under(unet_rows(configs["unet"], bool(new_order)), UNET)
     prefix = next((p for p in VAES if any(k.startswith(p) for k in tensors)), "" if name == "autoencoder" else None)
     if prefix is not None:
         configs["vae"] = vae_config(Shapes(shapes, prefix, where), 1.0)
         configs["vae"]["scaling_factor"] = _scaling_factor(tensors, notes, kind, reading, quantised(configs["vae"]))
         tables["vae"] = under(vae_rows(configs["vae"]), prefix)
+        if name in _AT_256 and "unet" in configs:
+            configs["unet"]["sample_size"] = 256 >> (len(configs["vae"]["block_out_channels"]) - 1)
     for text in kind.texts:
         if any(k.startswith(text.prefix) for k in tensors):
             configs[text.part] = text_config(Shapes(shapes, text.prefix, where), text)
@@ -137,6 +147,26 @@ def split_tensors(tensors: Mapping[str, Tensor], notes: Mapping[str, str], where
     check((row for rows in tables.values() for row in rows), tensors, where, spare - weights)
     networks = {part: Part(configs[part], to_ours(rows, tensors)) for part, rows in tables.items()}
     return Parts(name, networks, _schedulers(name, kind, tensors, notes, where, reading, networks))
+
+
+def _unet_config(s: Shapes, kind: Family, notes: Mapping[str, str], reading: Reading) -> dict[str, Any]:
+    """diffusers' config of the U-Net, with the heads that the caller, the YAML, our notes in the file or the family say, in this order."""
+    said = reading.original_config
+    known = [(reading.heads, None), (said.heads, said.head_width), _noted_heads(notes, s.where)]
+    heads, width = next((pair for pair in known if pair != (None, None)), (kind.heads, kind.head_width))
+    return plain_config(s, heads, width) if is_plain(s) else unet_config(s, kind, heads, width)
+
+
+def _noted_heads(notes: Mapping[str, str], where: object) -> tuple[int | None, int | None]:
+    """The number of heads, or their width, of `HEADS`."""
+    try:
+        noted = json.loads(notes.get(HEADS, "{}"))
+        found = noted.get("num_heads"), noted.get("num_head_channels")
+    except (ValueError, AttributeError):
+        noted, found = notes[HEADS], (0, 0)
+    if not all(n is None or (isinstance(n, int) and n > 0) for n in found):
+        raise UserError(f"{where}: its note {HEADS}={noted!r} is no number of heads or width of a head: it may be damaged; copy it again")
+    return found
 
 
 def _family(tensors: Mapping[str, Tensor], where: object) -> tuple[str, Family]:
@@ -240,7 +270,9 @@ def _schedulers(
 def gather(networks: Mapping[str, Part], schedulers: Mapping[str, dict[str, Any]]) -> Parts:
     """Parts of a folder, with the family that they make together; `UserError` where they make none."""
     unet = networks["unet"].config if "unet" in networks else {}
-    if "text_encoder_2" in networks:
+    if ldm_unet.is_plain(unet):
+        name = "ldm-unconditional"
+    elif "text_encoder_2" in networks:
         name = "sdxl" if "text_encoder" in networks else "sdxl-refiner"
     elif "text_encoder" in networks:
         open_clip = networks["text_encoder"].config.get("hidden_act", "quick_gelu") == "gelu"
@@ -277,8 +309,7 @@ def join(parts: Parts) -> dict[str, Tensor]:
             raise UserError(f"part {name!r} has no place in a single file of the {parts.family} family: save a folder instead")
         tensors |= to_theirs(rows, part.tensors, name)
     tensors |= _buffers(parts, kind)
-    heads = parts.networks["unet"].config.get("attention_head_dim") if parts.family == "ldm-class" and "unet" in parts.networks else None
-    again = split_tensors(tensors, notes(parts), "the single file", Reading(heads=heads if isinstance(heads, int) else None))
+    again = split_tensors(tensors, notes(parts), "the single file")
     lost = differences(parts, again)
     if lost:
         raise UserError(f"the original layout cannot tell {'; '.join(lost)}: save a folder instead")
@@ -303,9 +334,26 @@ def _buffers(parts: Parts, kind: Family) -> dict[str, Tensor]:
 
 
 def notes(parts: Parts) -> dict[str, str]:
-    """The metadata of the file: what is predicted, by Stability AI's modelspec."""
+    """The metadata of the file: what is predicted, by Stability AI's modelspec; and the heads, where the family's files differ."""
+    if "unet" not in parts.networks:
+        return {}
     prediction = parts.schedulers.get("scheduler", {}).get("prediction_type", EPSILON)
-    return {"modelspec.prediction_type": "v" if prediction == VELOCITY else prediction} if "unet" in parts.networks else {}
+    found = {"modelspec.prediction_type": "v" if prediction == VELOCITY else prediction}
+    heads = _heads_note(parts.networks["unet"].config) if parts.family in _AT_256 else {}
+    return found | ({HEADS: json.dumps(heads)} if heads else {})
+
+
+def _heads_note(config: Mapping[str, Any]) -> dict[str, int]:
+    """`HEADS` for a U-Net; empty where one number does not say it."""
+    heads = config.get("attention_head_dim", 8)
+    if ldm_unet.is_plain(config):
+        if config.get("num_attention_heads") or heads is None:
+            return {"num_heads": config.get("num_attention_heads") or 1}
+        return {"num_head_channels": heads}
+    if isinstance(heads, int):
+        return {"num_heads": heads}
+    each = {width // n for width, n in zip(config["block_out_channels"], heads, strict=True)}
+    return {"num_head_channels": each.pop()} if len(each) == 1 else {}
 
 
 def save(path: str | Path, parts: Parts) -> None:

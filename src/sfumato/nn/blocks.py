@@ -16,7 +16,9 @@ class ResnetBlock(nn.Module):
     """norm, SiLU, conv, time embedding, norm, SiLU, dropout, conv, plus the input: (B, C, H, W) -> (B, D, H, W).
 
     time (B, T) is added between the convolutions ("default") or scales and shifts the second norm ("scale_shift", Dhariwal & Nichol
-    2021, arXiv:2105.05233, eq. 3). `time_width` None: no embedding.
+    2021, arXiv:2105.05233, eq. 3). `time_width` None: no embedding. `resample` "down" or "up": what enters the first convolution, and the
+    input that is added at the end, are halved (means of 2x2) or doubled (nearest neighbour) first (the same paper, section 3: "BigGAN
+    up/downsampling").
     """
 
     def __init__(
@@ -28,9 +30,11 @@ class ResnetBlock(nn.Module):
         time_width: int | None = None,
         scale_shift: bool = False,
         dropout: float = 0.0,
+        resample: str | None = None,
     ):
         super().__init__()
         self.scale_shift = scale_shift
+        self.resample = resample
         self.norm1 = invariant.GroupNorm(groups, in_channels, eps)
         self.conv1 = invariant.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = invariant.Linear(time_width, out_channels * (2 if scale_shift else 1)) if time_width else None
@@ -39,8 +43,14 @@ class ResnetBlock(nn.Module):
         self.conv2 = invariant.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = invariant.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B T"] | None = None) -> Float[Tensor, "B D H W"]:
-        y = self.conv1(invariant.silu(self.norm1(x)))
+    def forward(
+        self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B T"] | None = None, size: torch.Size | None = None
+    ) -> Float[Tensor, "B D h w"]:
+        """`size`: what "up" makes, where that is not twice the input (maps with an odd side)."""
+        y = invariant.silu(self.norm1(x))
+        if self.resample is not None:
+            x, y = self._resampled(x, size), self._resampled(y, size)
+        y = self.conv1(y)
         if self.time_emb_proj is None:
             y = self.norm2(y)
         else:
@@ -52,6 +62,11 @@ class ResnetBlock(nn.Module):
             else:
                 y = self.norm2(y + shift)
         return self.conv2(self.dropout(invariant.silu(y)), x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+    def _resampled(self, x: Float[Tensor, "B C H W"], size: torch.Size | None) -> Float[Tensor, "B C h w"]:
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, size=tuple(size or (2 * x.shape[-2], 2 * x.shape[-1])), mode="nearest")
 
 
 class Downsample(nn.Module):

@@ -1,19 +1,32 @@
-"""UNet2DConditionModel <-> `model.diffusion_model.*`, the U-Net of Latent Diffusion (Rombach et al. 2022, arXiv:2112.10752).
+"""UNet2DConditionModel, UNet2DModel <-> `model.diffusion_model.*`, the U-Net of Latent Diffusion (Rombach et al. 2022, arXiv:2112.10752).
 
 Theirs counts blocks from input to output: input_blocks.N is the first convolution (N = 0), a residual block (.0) with its transformer (.1),
 or a step down (.0.op); output_blocks.N is a residual block (.0), its transformer (.1) and, at the end of a level, a step up (.1 or .2).
 Ours counts levels. The rows follow from the config alone. Linear and 1x1 projections are what they are in both.
+
+Without tokens (UNet2DModel) .1 is plain attention: norm, one convolution for q, k and v, and one behind. Its 3 C channels hold, head by head,
+q, k and v of the head ("legacy"), or with `use_new_attention_order` all of q, then k, then v. A step down or up may be a residual block
+(`resblock_updown`): input_blocks.N.0 as others, without attention, and output_blocks.N.1 or .2.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sfumato.checkpoints.names.rows import Row, pair, row
+from sfumato.checkpoints.names.rows import Form, Row, pair, row
 from sfumato.errors import UserError
+from sfumato.predict.networks.unet_2d import OWN_CLASS
 
 DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
+PLAIN_DOWN = {"DownBlock2D": False, "ResnetDownsampleBlock2D": False, "AttnDownBlock2D": True}
+PLAIN_UP = {"UpBlock2D": False, "ResnetUpsampleBlock2D": False, "AttnUpBlock2D": True}
+PLAIN = ("UNet2DModel", OWN_CLASS)
 Config = Mapping[str, Any]
+
+
+def is_plain(config: Config) -> bool:
+    """Whether the config is of a U-Net without tokens."""
+    return config.get("_class_name") in PLAIN
 
 
 def at(config: Config, field: str, level: int, default: Any = None) -> Any:
@@ -24,25 +37,53 @@ def at(config: Config, field: str, level: int, default: Any = None) -> Any:
 
 def _refuse(config: Config) -> None:
     """`UserError` for what the original layout has no names for."""
-    kinds = [k for k in config["down_block_types"] if k not in DOWN] + [k for k in config["up_block_types"] if k not in UP]
+    plain = is_plain(config)
+    down, up = (PLAIN_DOWN, PLAIN_UP) if plain else (DOWN, UP)
+    kinds = [k for k in config["down_block_types"] if k not in down] + [k for k in config["up_block_types"] if k not in up]
     if kinds:
-        raise UserError(f"block type {kinds[0]!r} has no name in the original layout: expected one of {', '.join((*DOWN, *UP))}")
+        raise UserError(f"block type {kinds[0]!r} has no name in the original layout: expected one of {', '.join((*down, *up))}")
     n = len(config["block_out_channels"])
     if (len(config["down_block_types"]), len(config["up_block_types"])) != (n, n):
         raise UserError(f"a U-Net of {n} block_out_channels needs {n} down_block_types and {n} up_block_types")
-    if [DOWN[k] for k in config["down_block_types"]] != [UP[k] for k in config["up_block_types"]][::-1]:
+    if [down[k] for k in config["down_block_types"]] != [up[k] for k in config["up_block_types"]][::-1]:
         raise UserError("up_block_types that are not the reverse of down_block_types have no name in the original layout")
-    if config.get("mid_block_type", "UNetMidBlock2DCrossAttn") != "UNetMidBlock2DCrossAttn":
-        raise UserError(f"mid_block_type {config['mid_block_type']!r} has no name in the original layout: expected UNetMidBlock2DCrossAttn")
+    middle = "UNetMidBlock2D" if plain else "UNetMidBlock2DCrossAttn"
+    if config.get("mid_block_type", middle) != middle or not config.get("add_attention", True):
+        raise UserError(
+            f"mid_block_type {config.get('mid_block_type')!r} has no name in the original layout: expected {middle} with attention"
+        )
+    if plain and len(set(_steps(config))) > 1:
+        raise UserError("steps of which some are residual blocks have no name in the original layout: expected all of them, or none")
 
 
-def unet_rows(config: Config) -> list[Row]:
-    """The whole table for diffusers' config fields, without the prefix `model.diffusion_model.`; `UserError` for what has no name there."""
+def _steps(config: Config) -> list[bool]:
+    """Of each step down and up of a U-Net without tokens, whether it is a residual block."""
+    last = len(config["block_out_channels"]) - 1
+    found = []
+    for way in ("down", "up"):
+        for kind in config[f"{way}_block_types"][:last]:
+            own = kind.startswith("Attn") and config.get(f"{way}sample_type", "conv") == "resnet"
+            found.append(own or kind.startswith("Resnet"))
+    return found
+
+
+def heads_at(config: Config, width: int) -> int:
+    """How many heads the attention of a U-Net without tokens has where it is so wide."""
+    return config.get("num_attention_heads") or width // (config.get("attention_head_dim", 8) or width)
+
+
+def unet_rows(config: Config, new_order: bool = False) -> list[Row]:
+    """The whole table for diffusers' config fields, without the prefix `model.diffusion_model.`; `UserError` for what has no name there.
+
+    new_order: of q, k and v, for U-Nets without tokens.
+    """
     _refuse(config)
-    return list(_unet(config))
+    return list(_unet(config, new_order))
 
 
-def _unet(config: Config) -> Iterator[Row]:
+def _unet(config: Config, new_order: bool) -> Iterator[Row]:
+    by_block = is_plain(config) and any(_steps(config))
+    attending = [(DOWN | PLAIN_DOWN)[kind] for kind in config["down_block_types"]]
     widths = list(config["block_out_channels"])
     time, last = 4 * widths[0], len(widths) - 1
     yield from pair("time_embed.0", "time_embedding.linear_1", time, widths[0])
@@ -54,29 +95,36 @@ def _unet(config: Config) -> Iterator[Row]:
         for layer in range(at(config, "layers_per_block", level)):
             theirs, ours = f"input_blocks.{count}", f"down_blocks.{level}"
             yield from _resnet(f"{theirs}.0", f"{ours}.resnets.{layer}", channels, width, time, config)
-            if DOWN[config["down_block_types"][level]]:
-                yield from _transformer(f"{theirs}.1", f"{ours}.attentions.{layer}", width, level, config)
+            if attending[level]:
+                yield from _attends(f"{theirs}.1", f"{ours}.attentions.{layer}", width, level, config, new_order)
             channels, count = width, count + 1
             skips.append(width)
         if level < last:
-            yield from pair(f"input_blocks.{count}.0.op", f"down_blocks.{level}.downsamplers.0.conv", width, width, 3, 3)
+            theirs, ours = f"input_blocks.{count}.0", f"down_blocks.{level}.downsamplers.0"
+            if by_block:
+                yield from _resnet(theirs, ours, width, width, time, config)
+            else:
+                yield from pair(f"{theirs}.op", f"{ours}.conv", width, width, 3, 3)
             count += 1
             skips.append(width)
     yield from _resnet("middle_block.0", "mid_block.resnets.0", channels, channels, time, config)
-    yield from _transformer("middle_block.1", "mid_block.attentions.0", channels, None, config)
+    yield from _attends("middle_block.1", "mid_block.attentions.0", channels, None, config, new_order)
     yield from _resnet("middle_block.2", "mid_block.resnets.1", channels, channels, time, config)
     count = 0
     for level in reversed(range(len(widths))):
-        width, ours, attends = widths[level], f"up_blocks.{last - level}", DOWN[config["down_block_types"][level]]
+        width, ours, attends = widths[level], f"up_blocks.{last - level}", attending[level]
         for layer in range(at(config, "layers_per_block", level) + 1):
             theirs = f"output_blocks.{count}"
             yield from _resnet(f"{theirs}.0", f"{ours}.resnets.{layer}", channels + skips.pop(), width, time, config)
             if attends:
-                yield from _transformer(f"{theirs}.1", f"{ours}.attentions.{layer}", width, level, config)
+                yield from _attends(f"{theirs}.1", f"{ours}.attentions.{layer}", width, level, config, new_order)
             channels, count = width, count + 1
         if level:
-            step = f"output_blocks.{count - 1}.{2 if attends else 1}.conv"
-            yield from pair(step, f"{ours}.upsamplers.0.conv", width, width, 3, 3)
+            step, ours = f"output_blocks.{count - 1}.{2 if attends else 1}", f"{ours}.upsamplers.0"
+            if by_block:
+                yield from _resnet(step, ours, width, width, time, config)
+            else:
+                yield from pair(f"{step}.conv", f"{ours}.conv", width, width, 3, 3)
     yield from pair("out.0", "conv_norm_out", widths[0])
     yield from pair("out.2", "conv_out", config["out_channels"], widths[0], 3, 3)
 
@@ -104,6 +152,22 @@ def _resnet(theirs: str, ours: str, channels: int, width: int, time: int, config
     yield from pair(f"{theirs}.out_layers.3", f"{ours}.conv2", width, width, 3, 3)
     if channels != width:
         yield from pair(f"{theirs}.skip_connection", f"{ours}.conv_shortcut", width, channels, 1, 1)
+
+
+def _attends(theirs: str, ours: str, width: int, level: int | None, config: Config, new_order: bool) -> Iterator[Row]:
+    if is_plain(config):
+        yield from _attention(theirs, ours, width, 1 if new_order else heads_at(config, width))
+    else:
+        yield from _transformer(theirs, ours, width, level, config)
+
+
+def _attention(theirs: str, ours: str, width: int, heads: int) -> Iterator[Row]:
+    """Plain attention; `heads`: as stacked, see `Row`."""
+    yield from pair(f"{theirs}.norm", f"{ours}.group_norm", width)
+    for kind, shape, form in (("weight", (width, width), Form.STACKED_LINE), ("bias", (width,), Form.STACKED)):
+        yield Row(f"{theirs}.qkv.{kind}", tuple(f"{ours}.to_{a}.{kind}" for a in "qkv"), shape, form, heads)
+    yield row(f"{theirs}.proj_out.weight", f"{ours}.to_out.0.weight", width, width, form=Form.LINE)
+    yield row(f"{theirs}.proj_out.bias", f"{ours}.to_out.0.bias", width)
 
 
 def _transformer(theirs: str, ours: str, width: int, level: int | None, config: Config) -> Iterator[Row]:

@@ -1,7 +1,8 @@
 """model_index.json: which of diffusers' pipelines opens a folder, and what a run of it begins with there.
 
 The pipeline follows from the U-Net's inputs: nothing but the latent, a mask and a masked picture (inpainting), a picture (InstructPix2Pix) or
-a small picture (the x4 upscaler); and from the text encoders, one, two, or the second alone (SDXL's refiner).
+a small picture (the x4 upscaler); and from the text encoders, one, two, or the second alone (SDXL's refiner). Latent Diffusion's own pipelines
+are told by BERT, or by a U-Net without tokens; they call the autoencoder "vqvae".
 """
 
 from typing import Any
@@ -16,18 +17,40 @@ _FAMILIES = {  # by (channels beyond the latent's, second encoder): the class
     (4, True): "StableDiffusionXLInstructPix2PixPipeline",
 }
 _NOTHING = [None, None]
+_LDM = {"LDMTextToImagePipeline", "LDMPipeline"}
 _DEFAULTS: dict[str, dict[str, Any]] = {  # as diffusers' pipelines are called without a word: steps 50, guidance 7.5
     "StableDiffusionXLPipeline": {"guidance": 5.0},
     "StableDiffusionXLImg2ImgPipeline": {"guidance": 5.0},
     "StableDiffusionXLInpaintPipeline": {"guidance": 7.5},
     "StableDiffusionInstructPix2PixPipeline": {"steps": 100},
     "StableDiffusionUpscalePipeline": {"steps": 75, "guidance": 9.0},
+    "LDMTextToImagePipeline": {"guidance": 1.0},
+    "LDMPipeline": {"guidance": 1.0},
 }
+
+
+def autoencoder_name(pipeline: Any) -> str:
+    """What a pipeline (the `_class_name` of model_index.json) calls its autoencoder."""
+    return "vqvae" if pipeline in _LDM else "vae"
+
+
+def autoencoder_unsaid(pipeline: Any) -> dict[str, Any]:
+    """Fields that a pipeline's autoencoder has where its config does not say them: the scale of latents, 1, of unconditional Latent Diffusion.
+
+    Such folders are of the time before the field; diffusers now takes 0.18215 there, and CompVis/ldm-celebahq-256 then draws noise
+    (https://github.com/huggingface/diffusers/issues/6725).
+    """
+    return {"scaling_factor": 1.0} if pipeline == "LDMPipeline" else {}
 
 
 def pipeline_class(network: Any, conditioner: Any) -> str:
     """The name of diffusers' pipeline for these parts; "LatentDiffusion", which only sfumato opens, where it has none."""
     encoders = getattr(conditioner, "encoders", {})
+    kind = conditioner.to_config()["_class_name"]
+    if kind == "bert_text":
+        return "LDMTextToImagePipeline"
+    if kind == "nothing" and network.to_config()["_class_name"] == "UNet2DModel":
+        return "LDMPipeline"
     if not encoders:
         return "LatentDiffusion"
     if "" not in encoders:  # the refiner
@@ -39,9 +62,13 @@ def pipeline_class(network: Any, conditioner: Any) -> str:
 def pipeline_index(network: Any, conditioner: Any) -> dict[str, Any]:
     """The entries of model_index.json that depend on the kind of model."""
     name = pipeline_class(network, conditioner)
+    if name == "LDMPipeline":
+        return {"_class_name": name}
     if not hasattr(conditioner, "index"):
         return {"_class_name": name, "conditioner": ["sfumato", conditioner.to_config()["_class_name"]]}
     entries = {"_class_name": name, **conditioner.index()}
+    if name in _LDM or not getattr(conditioner, "encoders", {}):
+        return entries
     if "XL" in name:
         return {**entries, "feature_extractor": _NOTHING, "image_encoder": _NOTHING}
     empty = {"safety_checker": _NOTHING, "feature_extractor": _NOTHING, "image_encoder": _NOTHING, "requires_safety_checker": False}

@@ -1,7 +1,7 @@
 """Rows of a two-way key table: a name of theirs, our name or names for the same numbers, and the shape that we hold them in.
 
 A table is a list of rows made from a config. `check` holds a file against it and lists all that is wrong in one message; `to_ours` and
-`to_theirs` are inverses, and copy nothing but what has to be stacked.
+`to_theirs` are inverses, and copy nothing but what has to be stacked or is mixed head by head.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -18,34 +18,55 @@ SHOWN = 8
 
 
 class Form(Enum):
-    """How their tensor holds ours: as it is, as a 1x1 convolution of our matrix, transposed, or several of ours on top of each other."""
+    """How their tensor holds ours: as it is, as a 1x1 convolution of our matrix, transposed, or several of ours on top of each other.
+
+    LINE and STACKED_LINE: the same as convolutions of one dimension.
+    """
 
     SAME = "same"
     POINT = "point"
+    LINE = "line"
     TURNED = "turned"
     STACKED = "stacked"
+    STACKED_LINE = "stacked line"
+
+
+_BEHIND = {Form.POINT: (1, 1), Form.LINE: (1,), Form.STACKED_LINE: (1,)}
 
 
 class Row(NamedTuple):
-    """`shape` is that of each of ours; there is one but for `Form.STACKED`."""
+    """`shape` is that of each of ours; there is one but where they are stacked.
+
+    heads: stacked by heads, the first of each of ours, then the second of each, and so on; 1 is one after the other.
+    """
 
     theirs: str
     ours: tuple[str, ...]
     shape: tuple[int, ...]
     form: Form = Form.SAME
+    heads: int = 1
 
     @property
     def stored(self) -> tuple[int, ...]:
         """The shape of theirs."""
-        if self.form is Form.POINT:
-            return (*self.shape, 1, 1)
         if self.form is Form.TURNED:
             return self.shape[::-1]
-        return (self.shape[0] * len(self.ours), *self.shape[1:])
+        return (self.shape[0] * len(self.ours), *self.shape[1:], *_BEHIND.get(self.form, ()))
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """1x1 convolutions that somebody stored as matrices are the same numbers."""
-        return shape == self.stored or (self.form is Form.POINT and shape == self.shape)
+        behind = len(_BEHIND.get(self.form, ()))
+        return shape == self.stored or (behind > 0 and shape == self.stored[:-behind])
+
+    def cut(self, stack: Tensor) -> list[Tensor]:
+        """Theirs -> ours, where several of ours are stacked."""
+        parts = stack.reshape(self.heads, len(self.ours), -1, *self.shape[1:])
+        return [parts[:, k].reshape(self.shape) for k in range(len(self.ours))]
+
+    def stack(self, values: list[Tensor]) -> Tensor:
+        """Its inverse."""
+        parts = torch.stack([v.reshape(self.heads, -1, *self.shape[1:]) for v in values], 1)
+        return parts.reshape(self.stored)
 
 
 def row(theirs: str, ours: str, *shape: int, form: Form = Form.SAME) -> Row:
@@ -96,10 +117,11 @@ def to_ours(rows: Iterable[Row], found: Mapping[str, Tensor]) -> dict[str, Tenso
     tensors: dict[str, Tensor] = {}
     for r in rows:
         value = found[r.theirs]
-        if r.form is Form.STACKED:
-            tensors |= zip(r.ours, value.chunk(len(r.ours)), strict=True)
-        else:
-            tensors[r.ours[0]] = value.reshape(r.shape) if r.form is Form.POINT else value.T if r.form is Form.TURNED else value
+        if len(r.ours) > 1:
+            tensors |= zip(r.ours, r.cut(value), strict=True)
+            continue
+        (name,) = r.ours
+        tensors[name] = value.T if r.form is Form.TURNED else value.reshape(r.shape)
     return tensors
 
 
@@ -113,8 +135,8 @@ def to_theirs(rows: Iterable[Row], tensors: Mapping[str, Tensor], where: object)
     result: dict[str, Tensor] = {}
     for r in rows:
         values = [tensors[name] for name in r.ours]
-        if r.form is Form.STACKED:
-            result[r.theirs] = torch.cat(values)
+        if len(r.ours) > 1:
+            result[r.theirs] = r.stack(values)
         else:
             result[r.theirs] = values[0].T if r.form is Form.TURNED else values[0].reshape(r.stored)
     return result

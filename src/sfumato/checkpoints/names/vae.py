@@ -1,4 +1,4 @@
-"""Autoencoders' old key names -> today's. Attention's layers were called query, key, value and proj_attn until diffusers 0.17 (2023)."""
+"""Old key names of autoencoders, and of U-Nets without tokens -> today's. Attention's layers were called query, key, value and proj_attn until diffusers 0.17 (2023)."""
 
 import re
 

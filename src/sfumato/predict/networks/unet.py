@@ -21,6 +21,7 @@ from sfumato.nn.embeddings import TimestepEmbedding, sinusoidal
 from sfumato.types import Conditioning
 
 _KINDS = {"DownBlock2D": None, "UpBlock2D": None, "AttnDownBlock2D": "self", "AttnUpBlock2D": "self"}
+_KINDS |= {"ResnetDownsampleBlock2D": None, "ResnetUpsampleBlock2D": None}
 _CLASS_KINDS = ("timestep", "identity", "projection", "simple_projection")
 _KINDS |= {"CrossAttnDownBlock2D": "cross", "CrossAttnUpBlock2D": "cross"}
 
@@ -136,6 +137,23 @@ class UNetConfig:
         value = getattr(self, field)
         return value[level] if isinstance(value, tuple) else value
 
+    def attention(self, kind: str) -> str | None:
+        """What blocks of a kind (the middle's too) attend to: "cross" (tokens), "self" (the map itself) or None."""
+        return "cross" if kind == "UNetMidBlock2DCrossAttn" else _KINDS.get(kind)
+
+    def head_width(self, level: int, position: int) -> int:
+        """Channels of a head of plain attention at a level; `position`: of the block on its way."""
+        return self.at("attention_head_dim", position)
+
+    def steps_by_block(self, kind: str) -> bool:
+        """Whether blocks of a kind change the map's size by a residual block instead of a convolution."""
+        return kind.startswith("Resnet")
+
+    @property
+    def middle_resnets(self) -> int:
+        """Residual blocks in the middle, if there is one."""
+        return 1 if self.mid_block_type == "UNetMidBlock2D" else 2
+
     @property
     def attends_to_tokens(self) -> bool:
         """Whether any block has cross-attention, so that `Conditioning.tokens` is required."""
@@ -159,7 +177,7 @@ class _Block(nn.Module):
     """
 
     def __init__(
-        self, config: UNetConfig, level: int, kind: str | None, widths: list[tuple[int, int]], step: str | None, position: int | None = None
+        self, config: UNetConfig, level: int, kind: str, widths: list[tuple[int, int]], step: str | None, position: int | None = None
     ):
         super().__init__()
         channels, heads = config.block_out_channels[level], config.at("attention_head_dim", level)
@@ -167,27 +185,41 @@ class _Block(nn.Module):
         time_width = config.time_embedding_dim or 4 * config.block_out_channels[0]
         scale_shift = config.resnet_time_scale_shift == "scale_shift"
         self.resnets = nn.ModuleList(ResnetBlock(i, o, groups, eps, time_width, scale_shift, config.dropout) for i, o in widths)
-        self.kind = kind
+        self.kind = config.attention(kind)
         count = len(widths) if step != "middle" else len(widths) - 1
-        if kind == "cross":
+        if self.kind == "cross":
             depth, context = config.at("transformer_layers_per_block", level), config.at("cross_attention_dim", level)
             linear, only = config.use_linear_projection, step != "middle" and config.at("only_cross_attention", level)
             self.attentions = nn.ModuleList(
                 SpatialTransformer(channels, heads, channels // heads, depth, context, groups, linear, only) for _ in range(count)
             )
-        elif kind == "self":
-            head_width = config.at("attention_head_dim", level if position is None else position)
+        elif self.kind == "self":
+            head_width = config.head_width(level, level if position is None else position)
             self.attentions = nn.ModuleList(SpatialAttention(channels, head_width, groups, eps) for _ in range(count))
-        if step == "down":
-            self.downsamplers = nn.ModuleList([Downsample(channels, config.downsample_padding)])
-        elif step == "up":
-            self.upsamplers = nn.ModuleList([Upsample(channels)])
+        if step not in ("down", "up"):
+            return
+        if config.steps_by_block(kind):
+            resampler: nn.Module = ResnetBlock(channels, channels, groups, eps, time_width, scale_shift, config.dropout, step)
+        else:
+            resampler = Downsample(channels, config.downsample_padding) if step == "down" else Upsample(channels)
+        self.add_module(f"{step}samplers", nn.ModuleList([resampler]))
 
     def attend(self, i: int, x: Float[Tensor, "B C H W"], cond: Conditioning) -> Float[Tensor, "B C H W"]:
         """The i-th attention of this block, if it has any."""
         if self.kind == "cross":
             return self.attentions[i](x, cond.tokens, cond.mask)
         return self.attentions[i](x) if self.kind == "self" else x
+
+    def smaller(self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B T"]) -> Float[Tensor, "B C h w"]:
+        """The map at half the size."""
+        (step,) = cast("nn.ModuleList", self.downsamplers)
+        return step(x, time) if isinstance(step, ResnetBlock) else step(x)
+
+    def larger(self, x: Float[Tensor, "B C h w"], time: Float[Tensor, "B T"], size: torch.Size) -> Float[Tensor, "B C H W"]:
+        """The map at the next level's size; where there is no next level, itself."""
+        for step in getattr(self, "upsamplers", ()):
+            x = step(x, time, size) if isinstance(step, ResnetBlock) else step(x, size)
+        return x
 
 
 def _joined(skips: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor]:
@@ -232,14 +264,14 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList()
         for level, kind in enumerate(config.down_block_types):
             pairs = [(skips[-1] if i == 0 else widths[level], widths[level]) for i in range(config.at("layers_per_block", level))]
-            self.down_blocks.append(_Block(config, level, _KINDS[kind], pairs, "down" if level < last else None))
+            self.down_blocks.append(_Block(config, level, kind, pairs, "down" if level < last else None))
             skips += [widths[level]] * (len(pairs) + (level < last))
 
         wide = widths[-1]
-        if config.mid_block_type == "UNetMidBlock2DCrossAttn":
-            self.mid_block = _Block(config, last, "cross", [(wide, wide)] * 2, "middle")
+        if config.mid_block_type is None:
+            self.mid_block = None
         else:
-            self.mid_block = None if config.mid_block_type is None else _Block(config, last, None, [(wide, wide)], "middle")
+            self.mid_block = _Block(config, last, config.mid_block_type, [(wide, wide)] * config.middle_resnets, "middle")
 
         self.up_blocks = nn.ModuleList()
         below = wide
@@ -249,7 +281,7 @@ class UNet(nn.Module):
             for _ in range(config.at("layers_per_block", level) + 1):
                 pairs.append((below + skips.pop(), widths[level]))
                 below = widths[level]
-            self.up_blocks.append(_Block(config, level, _KINDS[kind], pairs, "up" if level > 0 else None, position))
+            self.up_blocks.append(_Block(config, level, kind, pairs, "up" if level > 0 else None, position))
         self.conv_norm_out = invariant.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = invariant.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
@@ -353,7 +385,7 @@ class UNet(nn.Module):
         """x, and what each step makes of the one before."""
         skips = [x]
         for block, i in steps:
-            x = block.downsamplers[0](x) if i is None else block.attend(i, block.resnets[i](x, time), cond)
+            x = block.smaller(x, time) if i is None else block.attend(i, block.resnets[i](x, time), cond)
             skips.append(x)
         return skips
 
@@ -365,8 +397,7 @@ class UNet(nn.Module):
         for block, i in steps:
             x = block.attend(i, block.resnets[i](torch.cat([x, waiting.pop()], dim=1), time), cond)
             if i == len(block.resnets) - 1:
-                for step in getattr(block, "upsamplers", ()):
-                    x = step(x, waiting[-1].shape[2:] if waiting else size)
+                x = block.larger(x, time, waiting[-1].shape[2:] if waiting else size)
         return x
 
     def to_config(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def branches(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in network.named_modules():
         if isinstance(module, SpatialAttention | SpatialTransformer | TransformerBlock):
             yield name, PassedOn()
-        elif isinstance(module, ResnetBlock):
+        elif isinstance(module, ResnetBlock) and module.resample is None:  # what changes the size of the map has to stay
             yield name, PassedOn(module.conv_shortcut)
         elif isinstance(module, Attention | FeedForward):
             yield name, AddedNothing()

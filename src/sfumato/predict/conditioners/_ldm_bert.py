@@ -1,0 +1,116 @@
+"""The text transformer of Latent Diffusion (Rombach et al. 2022, arXiv:2112.10752, section 4.3.1, appendix E.2.1), trained with its U-Net.
+
+    x = E[token] + P[position];   in each layer x += A(norm(x)), x += W2 gelu(W1 norm(x));   at the end norm(x)
+
+A(x): attention of every position to all, padding too (Vaswani et al. 2017, arXiv:1706.03762), whose q, k and v have no bias. Names and config
+are diffusers' LDMBertModel.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sfumato.config import read_config
+from sfumato.errors import UserError
+from sfumato.nn import invariant
+
+_FIXED: dict[str, Any] = {"activation_function": "gelu", "scale_embedding": False, "pad_token_id": 0, "model_type": "ldmbert"}
+_NOTES = set(
+    "dropout attention_dropout activation_dropout encoder_layerdrop classifier_dropout init_std use_cache num_hidden_layers architectures "
+    "torch_dtype dtype transformers_version return_dict output_hidden_states output_attentions chunk_size_feed_forward is_encoder_decoder "
+    "id2label label2id problem_type".split()
+)
+"""Fields of configs, transformers' among them, that change no state in inference."""
+
+
+@dataclass(frozen=True)
+class LDMBertConfig:
+    """The numbers of the transformer, with diffusers' names and defaults. head_dim: the width of a head; encoder_ffn_dim: of the layer between."""
+
+    vocab_size: int = 30522
+    max_position_embeddings: int = 77
+    encoder_layers: int = 32
+    encoder_ffn_dim: int = 5120
+    encoder_attention_heads: int = 8
+    head_dim: int = 64
+    d_model: int = 1280
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"{name}={value!r}: expected a whole number of at least 1")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "LDMBertConfig":
+        """Reads an LDMBertModel's config; a field that is not known, or a value it cannot honour, is refused."""
+        return read_config(cls, {k: v for k, v in values.items() if k not in _NOTES}, _FIXED)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON that diffusers' LDMBertModel reads."""
+        return {"architectures": ["LDMBertModel"], **_FIXED, **asdict(self)}
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: LDMBertConfig):
+        super().__init__()
+        wide, inner = config.d_model, config.encoder_attention_heads * config.head_dim
+        self.heads = config.encoder_attention_heads
+        self.k_proj = invariant.Linear(wide, inner, bias=False)
+        self.v_proj = invariant.Linear(wide, inner, bias=False)
+        self.q_proj = invariant.Linear(wide, inner, bias=False)
+        self.out_proj = invariant.Linear(inner, wide)
+
+    def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        return self.out_proj(invariant.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads))
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: LDMBertConfig):
+        super().__init__()
+        self.self_attn = _Attention(config)
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
+        self.fc1 = invariant.Linear(config.d_model, config.encoder_ffn_dim)
+        self.fc2 = invariant.Linear(config.encoder_ffn_dim, config.d_model)
+        self.final_layer_norm = nn.LayerNorm(config.d_model)
+
+    def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        x = x + self.self_attn(self.self_attn_layer_norm(x))
+        return x + self.fc2(invariant.gelu(self.fc1(self.final_layer_norm(x))))
+
+
+class _Encoder(nn.Module):
+    def __init__(self, config: LDMBertConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.d_model)
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.encoder_layers))
+        self.layer_norm = nn.LayerNorm(config.d_model)
+
+    def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+        x = self.embed_tokens(tokens) + self.embed_positions.weight[: tokens.shape[1]]
+        for layer in self.layers:
+            x = layer(x)
+        return self.layer_norm(x)
+
+
+class LDMBert(nn.Module):
+    """Token ids (B, L) -> states (B, L, d_model). `to_logits` is a weight of the files that nothing here uses, kept for their sake."""
+
+    def __init__(self, config: LDMBertConfig):
+        super().__init__()
+        self.config = config
+        self.model = _Encoder(config)
+        self.to_logits = nn.Linear(config.d_model, config.vocab_size)
+
+    def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+        if tokens.shape[1] > self.config.max_position_embeddings:
+            raise UserError(f"{tokens.shape[1]} tokens: this text transformer has {self.config.max_position_embeddings} positions")
+        return self.model(tokens)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.to_logits.weight.device

@@ -1,0 +1,120 @@
+"""The U-Net without tokens: unconditional Latent Diffusion (Rombach et al. 2022, arXiv:2112.10752, appendix E.1, table 12).
+
+It is the U-Net of `unet.py` with attention of the map to itself, in the middle too (Dhariwal & Nichol 2021, arXiv:2105.05233, section 3).
+The config is diffusers' UNet2DModel, which shares its names of weights.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from sfumato.config import read_config
+from sfumato.errors import UserError
+from sfumato.predict.networks.unet import UNetConfig
+
+OWN_CLASS = "SfumatoUNet2DModel"
+"""In place of "UNet2DModel" where `num_attention_heads` says what diffusers' class has no field for, and would pass over."""
+_STEPS = ("conv", "resnet")
+_SHARED = (
+    "sample_size in_channels out_channels flip_sin_to_cos freq_shift down_block_types mid_block_type up_block_types block_out_channels "
+    "layers_per_block downsample_padding dropout norm_num_groups norm_eps resnet_time_scale_shift class_embed_type num_class_embeds "
+    "time_embedding_dim attention_head_dim"
+).split()
+"""Fields of UNet2DModel that mean what they do in UNet2DConditionModel."""
+_OWN = ("add_attention", "downsample_type", "upsample_type", "attn_norm_num_groups", "num_train_timesteps")
+_FIXED: dict[str, Any] = {"center_input_sample": False, "time_embedding_type": "positional", "mid_block_scale_factor": 1, "act_fn": "silu"}
+
+
+@dataclass(frozen=True)
+class UNet2DConfig(UNetConfig):
+    """The numbers of a U-Net without tokens, with diffusers' names and defaults.
+
+    attention_head_dim: the width of a head in every attention; None: one head. num_attention_heads: their number instead (ours).
+    add_attention: in the middle. downsample_type, upsample_type: "conv" or "resnet", of blocks with attention; others say it by their names
+    ("DownBlock2D", "ResnetDownsampleBlock2D"). attn_norm_num_groups: of the middle's attention; None: `norm_num_groups`, or with
+    "scale_shift" no norm at all, which is not supported. num_train_timesteps: kept for the file's sake.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
+    mid_block_type: str | None = "UNetMidBlock2D"
+    up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
+    attention_head_dim: int | None = 8  # pyright: ignore[reportIncompatibleVariableOverride]
+    add_attention: bool = True
+    downsample_type: str = "conv"
+    upsample_type: str = "conv"
+    attn_norm_num_groups: int | None = None
+    num_train_timesteps: int | None = None
+    num_attention_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.attends_to_tokens:
+            raise UserError(f"block types {self.down_block_types}, {self.mid_block_type}: a U-Net without tokens has no cross-attention")
+        for field in ("downsample_type", "upsample_type"):
+            if getattr(self, field) not in _STEPS:
+                raise UserError(f"{field} {getattr(self, field)!r} is not supported: expected one of {', '.join(_STEPS)}")
+        groups = self.attn_norm_num_groups or (self.norm_num_groups if self.resnet_time_scale_shift == "default" else None)
+        if self.mid_block_type is not None and self.add_attention and groups != self.norm_num_groups:
+            raise UserError(
+                f"attn_norm_num_groups {self.attn_norm_num_groups} with resnet_time_scale_shift {self.resnet_time_scale_shift!r} and "
+                f"norm_num_groups {self.norm_num_groups}: attention in the middle is supported with the norm of the other blocks only"
+            )
+        if self.num_attention_heads is not None and self.attention_head_dim is not None:
+            raise UserError(
+                f"attention_head_dim {self.attention_head_dim} beside num_attention_heads {self.num_attention_heads}: set one of them to null"
+            )
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        """`UserError` where a width does not divide into heads."""
+        for level, kind in enumerate(self.down_block_types):
+            wide = self.block_out_channels[level]
+            middle = level == len(self.block_out_channels) - 1 and self.mid_block_type is not None and self.add_attention
+            attends = middle or "self" in (self.attention(kind), self.attention(self.up_block_types[-1 - level]))
+            by = self.num_attention_heads if self.num_attention_heads is not None else self.attention_head_dim
+            if attends and by is not None and (by < 1 or wide % by):
+                name = "num_attention_heads" if self.num_attention_heads is not None else "attention_head_dim"
+                raise UserError(f"block_out_channels {wide} does not divide by {name} {by}: change one of them")
+
+    def attention(self, kind: str) -> str | None:
+        """As `UNetConfig.attention`, where the middle attends to itself."""
+        if kind == "UNetMidBlock2D":
+            return "self" if self.add_attention else None
+        return super().attention(kind)
+
+    def head_width(self, level: int, position: int) -> int:
+        """One number for all levels, or of heads."""
+        wide = self.block_out_channels[level]
+        return wide // self.num_attention_heads if self.num_attention_heads else self.attention_head_dim or wide
+
+    def steps_by_block(self, kind: str) -> bool:
+        """See the class's docstring."""
+        own = {"AttnDownBlock2D": self.downsample_type, "AttnUpBlock2D": self.upsample_type}
+        return own.get(kind) == "resnet" or super().steps_by_block(kind)
+
+    @property
+    def middle_resnets(self) -> int:
+        """Two, with attention between them or not."""
+        return 2
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "UNet2DConfig":
+        """Reads a UNet2DModel's config; a field that it does not have, or a value it cannot honour, is refused."""
+        own = values.get("_class_name") == OWN_CLASS
+        foreign = {f.name for f in fields(cls)} - {*_SHARED, *_OWN, *(["num_attention_heads"] if own else [])}
+        odd = sorted(foreign & values.keys())
+        if odd:
+            raise UserError(
+                f"config field {odd[0]}={values[odd[0]]!r} is not known to UNet2DModel: it might change the result, so it is refused"
+            )
+        return read_config(cls, values, _FIXED)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON that diffusers' UNet2DModel reads; with `num_attention_heads` one that only sfumato reads."""
+        values = asdict(self)
+        kept = {name: values[name] for name in (*_SHARED, *_OWN)} | _FIXED
+        if self.num_attention_heads is None:
+            return {"_class_name": "UNet2DModel", **kept}
+        return {"_class_name": OWN_CLASS, **kept, "num_attention_heads": self.num_attention_heads}

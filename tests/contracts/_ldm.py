@@ -1,0 +1,55 @@
+"""Small random parts of Latent Diffusion's own models; read by the tests with runpy, because tests are no package."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz(),.:0123456789", *(f"##{c}" for c in "abcdeort"), "red"]
+WORDS += ["cat", "dog", "##s", "very"]
+ROWS = 5
+
+
+def tokenizer(length: int = 77) -> Any:
+    from transformers import BertTokenizer
+
+    return BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}, model_max_length=length)
+
+
+def bert_config(**fields: Any) -> Any:
+    from sfumato.predict.conditioners._ldm_bert import LDMBertConfig
+
+    small = {"vocab_size": len(WORDS), "encoder_layers": 2, "encoder_ffn_dim": 48, "head_dim": 4, "d_model": 24}
+    return LDMBertConfig(**{**small, **fields})
+
+
+def randomised(network: Any, seed: int) -> Any:
+    """Norms start at 1 and 0, where mistakes would not show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return network.eval().requires_grad_(False)
+
+
+def bert_text(**fields: Any) -> Any:
+    from sfumato.predict.conditioners._bert import BertEncoder
+    from sfumato.predict.conditioners._ldm_bert import LDMBert
+    from sfumato.predict.conditioners.bert_text import BertText
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return BertText(BertEncoder(tokenizer(), randomised(LDMBert(bert_config(**fields)), 1)))
+
+
+def class_embedding(rows: int = ROWS, width: int = 24, **fields: Any) -> Any:
+    from sfumato.predict.conditioners.class_embedding import ClassEmbedding, ClassEmbeddingConfig
+
+    table = torch.randn(rows, width, generator=torch.Generator().manual_seed(2))
+    return ClassEmbedding(table, ClassEmbeddingConfig(**fields))
+
+
+def write(folder: Path, kind: str) -> Path:
+    """A folder of one of these conditioners, by the name of its file."""
+    {"bert_text": bert_text, "class_embedding": class_embedding}[kind]().save(folder)
+    return folder
