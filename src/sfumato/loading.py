@@ -187,8 +187,12 @@ def _from_hub(name: str) -> Path:
     """The local snapshot of a hub repository (`huggingface_hub`), fetched when it is not there and the network is."""
     from huggingface_hub import snapshot_download
 
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        found = Path(snapshot_download(name, allow_patterns=wanted))
+        if any(found.glob("*/*.safetensors")):
+            return found
+        return Path(snapshot_download(name, allow_patterns=[*wanted, "*.bin"]))  # of the time before safetensors: pickled
     except Exception as error:  # the library raises a dozen kinds: all of them mean that the model is not to be had
         raise UserError(
             f"model {name!r} could not be had from the hub ({type(error).__name__}): check the name and the network, or give a folder"

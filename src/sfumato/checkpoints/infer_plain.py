@@ -33,7 +33,7 @@ PLAIN_STANDARD: dict[str, Any] = {
     "num_class_embeds": None,
 }
 _HEAD_WIDTH, _HEADS = 32, 8
-_ATTENTION = "middle_block.1.qkv.weight"
+_ATTENTION = "middle_block.1.qkv."
 
 
 def is_plain(s: Shapes) -> bool:

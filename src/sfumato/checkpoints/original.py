@@ -6,7 +6,6 @@
 not tell a reader. No network is built and nothing is copied: tensors stay mapped to the file.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from sfumato.checkpoints.differences import differences
 from sfumato.checkpoints.families import EPSILON, UNET, VAES, VELOCITY, Family, Text, family, family_of_keys, variant
+from sfumato.checkpoints.heads import heads_note, noted_heads
 from sfumato.checkpoints.infer import Shapes, text_config, unet_config, vae_config
 from sfumato.checkpoints.infer_plain import is_plain, plain_config
 from sfumato.checkpoints.ldm_yaml import OriginalConfig
@@ -30,8 +30,6 @@ from sfumato.files import read_tensors, write_tensors
 from sfumato.pickles import read_pickle, state_dict
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
-HEADS = "sfumato.heads"
-"""Metadata of files that sfumato wrote, where a family's files differ: {"num_heads": 8} or {"num_head_channels": 32}, Latent Diffusion's words."""
 _AT_256 = ("ldm-class", "ldm-unconditional")  # all that were published were trained on pictures of 256 pixels
 PREDICTIONS = (EPSILON, VELOCITY, "sample")
 _SD2_BASE_STEPS = 875000  # the only trace by which diffusers knows SD 2.0 base
@@ -152,21 +150,9 @@ def split_tensors(tensors: Mapping[str, Tensor], notes: Mapping[str, str], where
 def _unet_config(s: Shapes, kind: Family, notes: Mapping[str, str], reading: Reading) -> dict[str, Any]:
     """diffusers' config of the U-Net, with the heads that the caller, the YAML, our notes in the file or the family say, in this order."""
     said = reading.original_config
-    known = [(reading.heads, None), (said.heads, said.head_width), _noted_heads(notes, s.where)]
+    known = [(reading.heads, None), (said.heads, said.head_width), noted_heads(notes, s.where)]
     heads, width = next((pair for pair in known if pair != (None, None)), (kind.heads, kind.head_width))
     return plain_config(s, heads, width) if is_plain(s) else unet_config(s, kind, heads, width)
-
-
-def _noted_heads(notes: Mapping[str, str], where: object) -> tuple[int | None, int | None]:
-    """The number of heads, or their width, of `HEADS`."""
-    try:
-        noted = json.loads(notes.get(HEADS, "{}"))
-        found = noted.get("num_heads"), noted.get("num_head_channels")
-    except (ValueError, AttributeError):
-        noted, found = notes[HEADS], (0, 0)
-    if not all(n is None or (isinstance(n, int) and n > 0) for n in found):
-        raise UserError(f"{where}: its note {HEADS}={noted!r} is no number of heads or width of a head: it may be damaged; copy it again")
-    return found
 
 
 def _family(tensors: Mapping[str, Tensor], where: object) -> tuple[str, Family]:
@@ -339,21 +325,7 @@ def notes(parts: Parts) -> dict[str, str]:
         return {}
     prediction = parts.schedulers.get("scheduler", {}).get("prediction_type", EPSILON)
     found = {"modelspec.prediction_type": "v" if prediction == VELOCITY else prediction}
-    heads = _heads_note(parts.networks["unet"].config) if parts.family in _AT_256 else {}
-    return found | ({HEADS: json.dumps(heads)} if heads else {})
-
-
-def _heads_note(config: Mapping[str, Any]) -> dict[str, int]:
-    """`HEADS` for a U-Net; empty where one number does not say it."""
-    heads = config.get("attention_head_dim", 8)
-    if ldm_unet.is_plain(config):
-        if config.get("num_attention_heads") or heads is None:
-            return {"num_heads": config.get("num_attention_heads") or 1}
-        return {"num_head_channels": heads}
-    if isinstance(heads, int):
-        return {"num_heads": heads}
-    each = {width // n for width, n in zip(config["block_out_channels"], heads, strict=True)}
-    return {"num_head_channels": each.pop()} if len(each) == 1 else {}
+    return found | (heads_note(parts.networks["unet"].config) if parts.family in _AT_256 else {})
 
 
 def save(path: str | Path, parts: Parts) -> None:

@@ -32,6 +32,7 @@ class Form(Enum):
 
 
 _BEHIND = {Form.POINT: (1, 1), Form.LINE: (1,), Form.STACKED_LINE: (1,)}
+_STACKED = (Form.STACKED, Form.STACKED_LINE)
 
 
 class Row(NamedTuple):
@@ -117,11 +118,10 @@ def to_ours(rows: Iterable[Row], found: Mapping[str, Tensor]) -> dict[str, Tenso
     tensors: dict[str, Tensor] = {}
     for r in rows:
         value = found[r.theirs]
-        if len(r.ours) > 1:
+        if r.form in _STACKED:
             tensors |= zip(r.ours, r.cut(value), strict=True)
-            continue
-        (name,) = r.ours
-        tensors[name] = value.T if r.form is Form.TURNED else value.reshape(r.shape)
+        else:
+            tensors[r.ours[0]] = value.T if r.form is Form.TURNED else value.reshape(r.shape)
     return tensors
 
 
@@ -135,7 +135,7 @@ def to_theirs(rows: Iterable[Row], tensors: Mapping[str, Tensor], where: object)
     result: dict[str, Tensor] = {}
     for r in rows:
         values = [tensors[name] for name in r.ours]
-        if len(r.ours) > 1:
+        if r.form in _STACKED:
             result[r.theirs] = r.stack(values)
         else:
             result[r.theirs] = values[0].T if r.form is Form.TURNED else values[0].reshape(r.stored)

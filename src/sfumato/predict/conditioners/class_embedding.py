@@ -40,8 +40,6 @@ class ClassEmbeddingConfig:
     def __post_init__(self) -> None:
         if self.class_names:
             ClassNames(self.class_names)  # which refuses what are no names
-        if self.unconditional not in (None, True, False):
-            raise UserError(f"unconditional={self.unconditional!r}: expected true, false or null")
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,9 +165,12 @@ class ClassEmbedding:
             raise UserError(f"{where} holds {listed[:200] or 'nothing'}: expected {KEY} alone, a table (classes, width)")
         if not torch.isfinite(table).all():
             raise UserError(f"{where}: {KEY} has NaN or infinite numbers; the file is damaged or its training diverged")
+        names, last = values.get("class_names", []), values.get("unconditional")
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or not (last is None or isinstance(last, bool)):
+            raise UserError(
+                f"{where}: class_names={str(names)[:80]}, unconditional={last!r}: expected a list of names, and true, false or null"
+            )
         try:
             return cls(table.to(dtype).contiguous(), read_config(ClassEmbeddingConfig, values, {}))
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-        except TypeError as error:  # what is no list of names
-            raise UserError(f"{where}: class_names is {values.get('class_names')!r}: expected a list of names") from error
