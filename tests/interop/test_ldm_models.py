@@ -37,6 +37,7 @@ from sfumato.predict.conditioners._bert import build_bert
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.predict.networks.unet_2d import UNet2DConfig
+from sfumato.predict.references.skip_layers import branches
 from sfumato.sampling import Defaults
 from sfumato.types import Conditioning
 
@@ -529,6 +530,19 @@ def test_unconditional_single_files(name: str, tmp_path: Path) -> None:
         compare(load(tmp_path / "folder").generate(n=2, steps=5, output="tensor"), expected)
     else:  # 8 heads at every width: diffusers' class has no field for it, and would pass over ours
         assert kind["_class_name"] == "LatentDiffusion" and kind["unet"] == ["diffusers", "SfumatoUNet2DModel"]
+
+
+def test_wrappers_and_references_of_a_network_without_tokens() -> None:
+    """Deep features reused, weaker copies: steps that are residual blocks stay where they are, and every way runs."""
+    model = unconditional("churches")
+    asked: dict[str, Any] = {"height": 32, "width": 32, "steps": 3, "seed": 4, "output": "latent"}
+    whole = model.generate(**asked)
+    assert torch.equal(model.generate(cache=1, **asked), whole)
+    for other in ({"cache": 2}, {"guidance": "2 perturbed_attention"}, {"guidance": "2 skip_layers:layers=up_blocks.0"}):
+        found = model.generate(**other, **asked)
+        assert found.isfinite().all() and not torch.equal(found, whole), other
+    names = {name for name, _ in branches(model.denoiser.network)}
+    assert "down_blocks.0.resnets.0" in names and "down_blocks.0.downsamplers.0" not in names
 
 
 CLASS_UNET = {**TEXT_UNET, **WIDE, "in_channels": 3, "out_channels": 3, "sample_size": 64}
