@@ -7,6 +7,7 @@ Safetensors come first and are memory-mapped. Pickled files are read with `weigh
 more is refused.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -112,9 +113,57 @@ def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], wher
 def require_finite(tensors: Mapping[str, Tensor], where: object) -> None:
     """`UserError` that names the first weight with NaN or infinity in it."""
     for key in not_finite(tensors):
-        raise UserError(f"{where}: {key} has NaN or infinite numbers; the file is damaged or its training diverged")
+        raise _damage(where, key)
+
+
+def looked_at(files: Sequence[Path], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
+    """Looks for NaN and infinity (`UserError`) in the files of memory-mapped tensors that are used as they lie there, in `dtype`.
+
+    The numbers are read some at a time, beside the mapping: to look at them there would make every page of it resident. False: not looked,
+    because the files are pickled or the tensors will be converted.
+    """
+    mapped = dtype in _KINDS.values() and all(path.suffix == ENDINGS[0] for path in files)
+    if not mapped or any(t.is_floating_point() and t.dtype != dtype for t in tensors.values()):
+        return False
+    for path in files:
+        for key in _damaged(path):
+            raise _damage(path, key)
+    return True
+
+
+_KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PIECE = 2**22  # bytes, which stay in the processor's cache
+
+
+def _damaged(path: Path) -> Iterator[str]:
+    """Keys of a sound safetensors file with NaN or infinity: 8 bytes that give the length of a JSON table, the table, and the numbers."""
+    piece = bytearray(_PIECE)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        table = json.loads(file.read(length))
+        for key, entry in table.items():
+            kind = _KINDS.get(entry.get("dtype", ""))
+            if kind is None:
+                continue
+            begin, end = entry["data_offsets"]
+            file.seek(8 + length + begin)
+            while begin < end:
+                count = file.readinto(memoryview(piece)[: min(_PIECE, end - begin)])
+                begin += count
+                if not _finite(torch.frombuffer(piece, dtype=kind, count=count // kind.itemsize)):
+                    yield key
+                    break
+
+
+def _finite(numbers: Tensor) -> bool:
+    """A finite sum says that all are, for less than to look at each number."""
+    return bool(numbers.sum(dtype=torch.float32).isfinite() or numbers.isfinite().all())
+
+
+def _damage(where: object, key: str) -> UserError:
+    return UserError(f"{where}: {key} has NaN or infinite numbers; the file is damaged or its training diverged")
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """Keys with NaN or infinity. A finite sum says that there are none, for less than to look at each number."""
-    return (k for k, v in tensors.items() if not (v.sum(dtype=torch.float32).isfinite() or v.isfinite().all()))
+    """Keys with NaN or infinity."""
+    return (k for k, v in tensors.items() if not _finite(v))

@@ -5,6 +5,7 @@
 Weights are checked against the network key by key before anything is used: a missing, extra or misshapen key is an error that lists them.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sfumato.errors import NumericalError, UserError, explained
 from sfumato.files import read_table, write_json, write_tensors
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.predict.networks.unet_2d import OWN_CLASS, UNet2DConfig
-from sfumato.weights import check_keys, find_weights, not_finite, read_weights, require_finite
+from sfumato.weights import check_keys, find_weights, looked_at, not_finite, read_weights, require_finite
 
 STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"
@@ -65,13 +66,25 @@ def load_part(
     config = folder / "config.json"
     values = {**(unsaid or {}), **read_table(config)}
     files = find_weights(folder, STEM, variant)
-    return build_part(values, read_weights(files), config, files[0] if len(files) == 1 else folder, expected, dtype)
+    found = read_weights(files)
+    return build_part(
+        values, found, config, files[0] if len(files) == 1 else folder, expected, dtype, lambda: looked_at(files, found, dtype)
+    )
 
 
 def build_part(
-    values: dict[str, Any], found: dict[str, Tensor], config: Path, where: Path, expected: str | None, dtype: torch.dtype
+    values: dict[str, Any],
+    found: dict[str, Tensor],
+    config: Path,
+    where: Path,
+    expected: str | None,
+    dtype: torch.dtype,
+    looked: Callable[[], bool] = lambda: False,
 ) -> nn.Module:
-    """`load_part` for a config and tensors in memory; config and where: what they were read from, for what is said about them."""
+    """`load_part` for a config and tensors in memory; config and where: what they were read from, for what is said about them.
+
+    looked: looks for NaN and infinity where they were read from, and says whether it did.
+    """
     name = values.get("_class_name")
     if not isinstance(name, str) or name not in NETWORKS or (expected is not None and name != expected):
         raise UserError(f"{config} is of class {name!r}: expected {expected or ' or '.join(NETWORKS)}")
@@ -81,7 +94,8 @@ def build_part(
         _ = getattr(network, "space", None)  # the statistics of the latent are checked when they are read
     check_keys(network.state_dict(), found := modern(found), where)
     tensors = {k: _in(v, dtype).contiguous() for k, v in found.items()}
-    require_finite(tensors, where)
+    if not looked():
+        require_finite(tensors, where)
     network.load_state_dict(tensors, assign=True)
     with explained(where):
         _ = getattr(network, "space", None)  # some keep the statistics of the latent among the weights

@@ -8,7 +8,7 @@ end token, projected, stands for the whole text (SDXL's "pooled" vector).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from sfumato.errors import NumericalError, UserError, explained
 from sfumato.files import hash_json, read_table, write_json, write_tensors
 from sfumato.predict.conditioners._chunks import Token
-from sfumato.weights import check_keys, find_weights, not_finite, read_weights, require_finite
+from sfumato.weights import check_keys, find_weights, looked_at, not_finite, read_weights, require_finite
 
 CLASSES = {False: "CLIPTextModel", True: "CLIPTextModelWithProjection"}
 PREFIX = "text_model."
@@ -169,13 +169,23 @@ def _read_model(folder: Path, projected: bool, dtype: torch.dtype, variant: str 
     values = read_table(path)
     files = find_weights(folder, STEM, variant, PICKLED)
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in read_weights(files).items() if not key.endswith(POSITIONS)}
-    return build_model(values, tensors, projected, dtype, path, files[0] if len(files) == 1 else folder)
+    where = files[0] if len(files) == 1 else folder
+    return build_model(values, tensors, projected, dtype, path, where, lambda: looked_at(files, tensors, dtype))
 
 
-def build_model(values: dict[str, Any], tensors: dict[str, Tensor], projected: bool, dtype: torch.dtype, path: Path, file: Path) -> Any:
+def build_model(
+    values: dict[str, Any],
+    tensors: dict[str, Tensor],
+    projected: bool,
+    dtype: torch.dtype,
+    path: Path,
+    file: Path,
+    looked: Callable[[], bool] = lambda: False,
+) -> Any:
     """Built without weights, then filled: transformers would draw what a file lacks, and say so in a log.
 
-    tensors: by names without `PREFIX`. path, file: where the config and the weights are from, for what is said about them.
+    tensors: by names without `PREFIX`. path, file: where the config and the weights are from, for what is said about them. looked: looks
+    for NaN and infinity there, and says whether it did.
     """
     import transformers
 
@@ -193,7 +203,8 @@ def build_model(values: dict[str, Any], tensors: dict[str, Tensor], projected: b
         model = getattr(transformers, CLASSES[projected])(config)
     names = {key.removeprefix(PREFIX): key for key in model.state_dict()}
     check_keys({name: model.state_dict()[key] for name, key in names.items()}, tensors, file)
-    require_finite(tensors, file)
+    if not looked():
+        require_finite(tensors, file)
     model.load_state_dict({names[name]: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, assign=True)
     embeddings = getattr(model, "text_model", model).embeddings
     embeddings.register_buffer("position_ids", torch.arange(model.config.max_position_embeddings)[None], persistent=False)
