@@ -88,7 +88,7 @@ def _asked(model: Any, request: Request, chosen: dict[str, Any]) -> Ask:
     """The denoiser under the request's conditions, with guidance and the wrappers asked for."""
     guidance: Guidance = chosen["guidance"]
     _check_guidance(request, guidance)
-    given, references = _conditions(model, request, chosen)
+    given, references = _conditions(model, request, chosen, guidance)
     schedule = model.denoiser.process.schedule
     ask = build(guidance, model.denoiser, given, references, schedule.point, getattr(request.weaker, "denoiser", request.weaker))
     if request.canvas is not None:
@@ -96,11 +96,12 @@ def _asked(model: Any, request: Request, chosen: dict[str, Any]) -> Ask:
     return ask if request.cache is None else feature_cache(ask, request.cache)
 
 
-def _conditions(model: Any, request: Request, chosen: dict[str, Any]) -> tuple[Conditioning, list[Conditioning]]:
-    """The condition, and what there is to move away from."""
+def _conditions(model: Any, request: Request, chosen: dict[str, Any], guidance: Guidance) -> tuple[Conditioning, list[Conditioning]]:
+    """The condition, and what there is to move away from, which is not read where nothing is."""
     n, picture = chosen["n"], request.picture or Picture(chosen["height"], chosen["width"])
     given = told(model, request, n, picture)
-    reference = _read(model, "negative_prompt", request.negative_prompt, request.negative_prompt_2, n, picture.negative)
+    words = request.negative_prompt, request.negative_prompt_2
+    reference = given if guidance.off else _read(model, "negative_prompt", *words, n, picture.negative)
     if request.vector is not None:
         if given.vector is not None:
             raise UserError("this model's conditioner fills the vector itself: expected vector=None")

@@ -88,22 +88,20 @@ class ClassEmbedding:
         raise UserError(f"class {prompt[:80]!r}: expected a number from 0 to {self.count - 1}, this model does not know its classes' names")
 
     def __call__(self, prompts: Sequence[str | None], picture: Picture | None = None) -> Conditioning:
-        """Prompts -> Conditioning with `tokens` (B, 1, width), float32. The picture makes no difference.
-
-        Rows for "no class" of a table that has none are NaN: guidance, which would use them, then fails and is not silently wrong.
-        """
+        """Prompts -> Conditioning with `tokens` (B, 1, width), float32. The picture makes no difference."""
         if isinstance(prompts, str) or not prompts or not all(p is None or isinstance(p, str) for p in prompts):
             raise UserError(f"prompts {prompts!r}: expected a list of at least one, each a class's number or name, or None")
         return self.from_labels(torch.tensor([self.label(prompt) for prompt in prompts]))
 
     def from_labels(self, labels: Int[Tensor, " B"]) -> Conditioning:
-        """Labels (B,) int64 -> Conditioning; -1 is no class."""
+        """Labels (B,) int64 -> Conditioning; -1 is no class (`UserError` where the table has no row for that)."""
         if len(labels) and not -1 <= int(labels.min()) <= int(labels.max()) < self.count:
             raise UserError(f"labels from {int(labels.min())} to {int(labels.max())}: expected 0 to {self.count - 1}, or -1 for none")
+        if not self.unconditional and bool((labels < 0).any()):
+            raise UserError("this model has no row for no class: expected a class for every image, and guidance 1")
         labels = labels.to(self.table.device)
         rows = torch.where(labels < 0, len(self.table) - 1, labels)
-        tokens = self.table[rows].float()[:, None]
-        return Conditioning(tokens if self.unconditional else torch.where((labels < 0)[:, None, None], torch.nan, tokens))
+        return Conditioning(self.table[rows].float()[:, None])
 
     def null(self, count: int, picture: Picture | None = None) -> Conditioning:
         """No class, `count` times."""
