@@ -1,9 +1,10 @@
 """Networks prepared for inference on the CPU: weights in the order in which oneDNN's kernels read them, products that end in what follows them.
 
 oneDNN wants a convolution's weights in blocks, and makes them so at each call: at 16 x 16 and below that takes as long as the convolution.
-`packed` does it once. A sum with the residual, GELU and its product with the other half of a GEGLU are done on the numbers that a product
-has just made; feature maps have their channels last in memory, as the kernels read and write them; and doubling is done as in
-nn/doubling.py. Rows of a batch keep the same bits whatever the batch (see nn/invariant.py), whatever size the weights were packed for.
+`packed` does it once. (Matrices would gain 3 %, and have to be copied: they stay as they are.) A sum with the residual, GELU and its product
+with the other half of a GEGLU are done on the numbers that a product has just made; feature maps have their channels last in memory, as the
+kernels read and write them; and doubling is done as in nn/doubling.py. Rows of a batch keep the same bits whatever the batch (see
+nn/invariant.py), whatever size the weights were packed for.
 
 Such a network has no gradients and takes no new weights; `state_dict` gives the plain weights, bit for bit.
 """
@@ -34,11 +35,16 @@ def packable(network: nn.Module) -> bool:
 
 
 def packed(network: nn.Module) -> nn.Module:
-    """The same network with packed weights: its own, not shared with the one given, which is left as it is. `packable` says for which."""
+    """The same network with packed convolutions; the one given is left as it is. `packable` says for which.
+
+    Weights that are not packed are copies, except matrices that want no gradient, such as those of a file: they are shared, and may lie in
+    the file. Whoever changes such weights in place prepares the network again.
+    """
     assert packable(network), "see packable"
+    kept = {p.data_ptr() for p in network.parameters() if p.ndim > 1 and not p.requires_grad}
     found = _with_packed(shared(network))
     for tensor in (*found.parameters(), *found.buffers()):
-        if not tensor.is_mkldnn:
+        if not tensor.is_mkldnn and tensor.data_ptr() not in kept:
             tensor.data = tensor.detach().clone()
     return found
 
@@ -134,8 +140,7 @@ class _Linear(_Packed):
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear.weight.dtype)
-        self.weight = _pack(linear.weight)
-        self.bias = linear.bias
+        self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Float[Tensor, "*B D"], plus: Float[Tensor, "*B E"] | None = None) -> Float[Tensor, "*B E"]:
         _check(x, self.dtype)
@@ -148,18 +153,15 @@ class _Gated(_Packed):
 
     def __init__(self, gated: GEGLU):
         super().__init__(gated.proj.weight.dtype)
-        value, gate = gated.proj.weight.chunk(2)
-        self.value, self.gate, self.bias = _pack(value), _pack(gate), gated.proj.bias
+        self.weight, self.bias = gated.proj.weight, gated.proj.bias
 
     def plain(self) -> dict[str, Tensor]:
-        parts = super().plain()
-        return {"proj.weight": torch.cat([parts["value"], parts["gate"]]), "proj.bias": parts["bias"]}
+        return {f"proj.{name}": tensor for name, tensor in super().plain().items()}
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
         _check(x, self.dtype)
-        value, gate = self.bias.chunk(2)
-        opened = invariant.onednn_linear(x.contiguous(), self.gate, gate, "gelu")
-        return invariant.onednn_linear(x.contiguous(), self.value, value, "mul", opened)
+        x, (value, gate), (first, second) = x.contiguous(), self.weight.chunk(2), self.bias.chunk(2)
+        return invariant.onednn_linear(x, value, first, "mul", invariant.onednn_linear(x, gate, second, "gelu"))
 
 
 class _Doubling(_Packed):
@@ -186,10 +188,6 @@ class _Doubling(_Packed):
     def _convolve(self, part: Tensor, a: int, b: int) -> Tensor:
         weight, bias = self.four[a][b], self.conv.bias
         return invariant.onednn()._convolution_pointwise(_last(part), weight, bias, [0, 0], [1, 1], [1, 1], 1, "none", [], "")
-
-
-def _pack(weight: Float[Tensor, "E D"]) -> nn.Parameter:
-    return _frozen(invariant.onednn()._reorder_linear_weight(weight.detach().contiguous(), 16))
 
 
 def _frozen(weight: Tensor) -> nn.Parameter:
