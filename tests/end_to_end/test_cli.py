@@ -40,6 +40,9 @@ class StubModel:
     def describe(self) -> dict[str, Any]:
         return {"image": {"channels": 1, "height": 8, "width": 8}}
 
+    def optimized(self) -> "StubModel":
+        return self
+
     def run(self, request: Request, *, on_step: Callable[[object], bool | None]) -> list[Image.Image]:
         always = ("prompt", "n", "seed", "negative_prompt")
         asked = {f.name: value for f in fields(Request) if (value := getattr(request, f.name)) != f.default or f.name in always}

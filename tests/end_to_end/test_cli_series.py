@@ -62,7 +62,7 @@ def test_variations_of_a_seed_and_the_same_again(tiny: Path) -> None:
 
 
 def test_variations_of_a_picture(tiny: Path) -> None:
-    model, words = load(tiny), Request("boot", n=4, steps=10)
+    model, words = load(tiny).optimized(), Request("boot", n=4, steps=10)
     for way, more in (("noise", ["--strength", "0.5"]), ("inversion", ["--way", "inversion"])):
         assert run("vary", "a.png", "boot", "--steps", "10", *more, "--out", f"{way}.png", model=tiny) == 0
         request = variations(model, Image.open("a.png"), words, strength=0.5 if way == "noise" else 0.3, way=way)
@@ -91,7 +91,7 @@ def cells(path: str, count: int, columns: int, width: int, height: int) -> list[
     ],
 )
 def test_a_series_is_a_row_from_one_plain_picture_to_the_other(words: list[str], ends: dict[str, Any], tiny: Path) -> None:
-    model = load(tiny)
+    model = load(tiny).optimized()
     assert run("interpolate", *words, "--n", "6", "--seed", "3", "--out", "s.png", model=tiny) == 0
     row = cells("s.png", 6, 6, 16, 16)
     for found, prompt, seed in ((row[0], "boot", 3), (row[-1], ends.get("to_prompt", "boot"), ends.get("to_seed", 3))):
@@ -105,7 +105,7 @@ def test_a_series_is_a_row_from_one_plain_picture_to_the_other(words: list[str],
 
 
 def test_a_series_between_pictures(tiny: Path) -> None:
-    model, words = load(tiny), Request("boot", n=12, steps=10)
+    model, words = load(tiny).optimized(), Request("boot", n=12, steps=10)
     assert run("interpolate", "boot", "--pictures", "a.png", "b.png", "--steps", "10", "--strength", "0.3", "--n", "12", model=tiny) == 0
     found = cells("a-interpolate.png", 12, 4, 20, 16)  # too many for one row
     for one, name in ((found[0], "a.png"), (found[-1], "b.png")):
@@ -123,14 +123,14 @@ def test_a_series_between_pictures(tiny: Path) -> None:
 
 
 def test_a_second_model_finishes(tiny: Path, tmp_path: Path) -> None:
-    model = load(tiny)
+    model = load(tiny).optimized()
     other = replace(model, defaults=replace(model.defaults, steps=7, guidance=3.0))
     for parameter in other.denoiser.network.parameters():
         parameter.data.mul_(1.1)
     other.save(tmp_path / "second")
     asked = ("generate", "boot", "--n", "2", "--steps", "10", "--seed", "3")
     assert run(*asked, "--refiner", "second", "--handover", "0.6", "--out", "r.png", model=tiny) == 0
-    model = load(tiny)
+    model = load(tiny).optimized()
     request = refine(model, load("second"), Request("boot", n=2, steps=10, seed=3, guidance=2.0), at=0.6)
     assert np.array_equal(pixels("r.png"), pixels(grid(load("second").run(request))))
     noted = read_parameters("r.png")

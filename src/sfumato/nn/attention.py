@@ -33,10 +33,11 @@ class Attention(nn.Module):
         x: Float[Tensor, "B N D"],
         context: Float[Tensor, "B L E"] | None = None,
         mask: Bool[Tensor, "B L"] | None = None,
+        *,
         plus: Float[Tensor, "B N D"] | None = None,
     ) -> Float[Tensor, "B N D"]:
         context = x if context is None else context
-        return self.to_out[0](invariant.attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, mask), plus)
+        return self.to_out[0](invariant.attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, mask), plus=plus)
 
 
 class SpatialAttention(Attention):
@@ -73,13 +74,13 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), invariant.Linear(4 * width, width))
 
-    def forward(self, x: Float[Tensor, "*B D"], plus: Float[Tensor, "*B D"] | None = None) -> Float[Tensor, "*B D"]:
+    def forward(self, x: Float[Tensor, "*B D"], *, plus: Float[Tensor, "*B D"] | None = None) -> Float[Tensor, "*B D"]:
         widen, _, back = self.net
         if not _by_parts(x):
-            return back(widen(x), plus)
+            return back(widen(x), plus=plus)
         # On the CPU a part's inner rows stay in the cache; all of them at once are fresh memory at each call, which takes twice as long.
         rows, added = x.flatten(0, -2), [None] * -(-x[..., 0].numel() // _ROWS) if plus is None else plus.flatten(0, -2).split(_ROWS)
-        return torch.cat([back(widen(part), beside) for part, beside in zip(rows.split(_ROWS), added, strict=True)]).view(x.shape)
+        return torch.cat([back(widen(part), plus=beside) for part, beside in zip(rows.split(_ROWS), added, strict=True)]).view(x.shape)
 
 
 def _by_parts(x: Tensor) -> bool:
@@ -107,9 +108,9 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B L E"], mask: Bool[Tensor, "B L"] | None = None
     ) -> Float[Tensor, "B N D"]:
-        x = self.attn1(self.norm1(x), context, mask, x) if self.only_cross else self.attn1(self.norm1(x), plus=x)
-        x = self.attn2(self.norm2(x), context, mask, x)
-        return self.ff(self.norm3(x), x)
+        x = self.attn1(self.norm1(x), context, mask, plus=x) if self.only_cross else self.attn1(self.norm1(x), plus=x)
+        x = self.attn2(self.norm2(x), context, mask, plus=x)
+        return self.ff(self.norm3(x), plus=x)
 
 
 class SpatialTransformer(nn.Module):
@@ -150,4 +151,4 @@ class SpatialTransformer(nn.Module):
             y = block(y, context, mask)
         if self.linear:
             return x + self.proj_out(y).transpose(1, 2).unflatten(2, size)
-        return self.proj_out(y.transpose(1, 2).unflatten(2, size), x)
+        return self.proj_out(y.transpose(1, 2).unflatten(2, size), plus=x)

@@ -61,7 +61,7 @@ class ResnetBlock(nn.Module):
                 y = self.norm2(y) * (1 + scale) + shift
             else:
                 y = self.norm2(y + shift)
-        return self.conv2(self.dropout(invariant.silu(y)), x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return self.conv2(self.dropout(invariant.silu(y)), plus=x if self.conv_shortcut is None else self.conv_shortcut(x))
 
     def _resampled(self, x: Float[Tensor, "B C H W"], size: torch.Size | None) -> Float[Tensor, "B C h w"]:
         if self.resample == "down":

@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 def kernels(weight: Float[Tensor, "D C 3 3"]) -> list[list[Float[Tensor, "D C 2 2"]]]:
-    """kernels(W)[odd row][odd column]. Sums are made in float64; in half precision they would be rounded coarsely all the same."""
-    wide = weight.detach().double()
+    """kernels(W)[odd row][odd column]. Sums are made in float32 at least, and rounded once."""
+    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     return [[_sums(_sums(wide, 2, a), 3, b).to(weight.dtype) for b in (0, 1)] for a in (0, 1)]
 
 

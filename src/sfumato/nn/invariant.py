@@ -140,7 +140,7 @@ class Linear(nn.Linear):
     """`nn.Linear` whose rows do not depend on their number: see `linear`. `plus` is added to what it gives."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Float[Tensor, "*B D"], plus: Float[Tensor, "*B E"] | None = None
+        self, x: Float[Tensor, "*B D"], *, plus: Float[Tensor, "*B E"] | None = None
     ) -> Float[Tensor, "*B E"]:
         y = linear(x, self.weight, self.bias)
         return y if plus is None else plus + y
@@ -150,7 +150,7 @@ class Conv2d(nn.Conv2d):
     """`nn.Conv2d`, padded with zeros, whose images do not depend on their number. `plus` is added to what it gives."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Float[Tensor, "B C H W"], plus: Float[Tensor, "B D h w"] | None = None
+        self, x: Float[Tensor, "B C H W"], *, plus: Float[Tensor, "B D h w"] | None = None
     ) -> Float[Tensor, "B D h w"]:
         y = self._convolve(x)
         return y if plus is None else plus + y

@@ -123,10 +123,10 @@ class _Convolution(_Packed):
         assert not isinstance(conv.padding, str) and conv.padding_mode == "zeros"
         self.settings = [*conv.padding], [*conv.stride], [*conv.dilation], conv.groups
         size = [1, conv.in_channels, 64, 64]
-        self.weight = _frozen(invariant.onednn()._reorder_convolution_weight(_last(conv.weight), *self.settings, size))
+        self.weight = _frozen(invariant.onednn()._reorder_convolution_weight(conv.weight.detach().contiguous(), *self.settings, size))
         self.bias = conv.bias
 
-    def forward(self, x: Float[Tensor, "B C H W"], plus: Float[Tensor, "B D h w"] | None = None) -> Float[Tensor, "B D h w"]:
+    def forward(self, x: Float[Tensor, "B C H W"], *, plus: Float[Tensor, "B D h w"] | None = None) -> Float[Tensor, "B D h w"]:
         _check(x, self.dtype)
         x = _last(x)
         if plus is None:
@@ -142,7 +142,7 @@ class _Linear(_Packed):
         super().__init__(linear.weight.dtype)
         self.weight, self.bias = linear.weight, linear.bias
 
-    def forward(self, x: Float[Tensor, "*B D"], plus: Float[Tensor, "*B E"] | None = None) -> Float[Tensor, "*B E"]:
+    def forward(self, x: Float[Tensor, "*B D"], *, plus: Float[Tensor, "*B E"] | None = None) -> Float[Tensor, "*B E"]:
         _check(x, self.dtype)
         end = "none" if plus is None else "add"
         return invariant.onednn_linear(x.contiguous(), self.weight, self.bias, end, plus if plus is None else plus.contiguous())
@@ -174,7 +174,7 @@ class _Doubling(_Packed):
         self.width = conv.out_channels
         size = [1, conv.in_channels, 64, 64]
         self.four = [
-            [invariant.onednn()._reorder_convolution_weight(_last(w), [0, 0], [1, 1], [1, 1], 1, size) for w in row]
+            [invariant.onednn()._reorder_convolution_weight(w.contiguous(), [0, 0], [1, 1], [1, 1], 1, size) for w in row]
             for row in kernels(conv.weight)
         ]
 

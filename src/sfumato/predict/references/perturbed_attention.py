@@ -22,8 +22,8 @@ class IdentityAttention(nn.Module):
         super().__init__()
         self.to_v, self.to_out = attention.to_v, attention.to_out
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.to_out[0](self.to_v(x))
+    def forward(self, x: Tensor, *, plus: Tensor | None = None) -> Tensor:
+        return self.to_out[0](self.to_v(x), plus=plus)
 
 
 class IdentitySpatialAttention(IdentityAttention):
@@ -33,7 +33,7 @@ class IdentitySpatialAttention(IdentityAttention):
         super().__init__(attention)
         self.group_norm = attention.group_norm
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
         return x + super().forward(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
 

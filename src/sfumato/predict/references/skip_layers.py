@@ -29,10 +29,10 @@ class PassedOn(nn.Module):
 
 
 class AddedNothing(nn.Module):
-    """In place of a branch that somebody adds to something: zeros."""
+    """In place of a branch that is added to something: `plus` as it is, or zeros."""
 
-    def forward(self, x: Tensor, *rest: Any) -> Tensor:
-        return torch.zeros_like(x)
+    def forward(self, x: Tensor, *rest: Any, plus: Tensor | None = None) -> Tensor:
+        return torch.zeros_like(x) if plus is None else plus
 
 
 def branches(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
