@@ -1,5 +1,9 @@
 """Networks with packed weights: the plain network's answers to rounding, bits that do not depend on the batch, the plain weights back."""
 
+import copy
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +14,7 @@ from torch import Tensor, nn
 from sfumato.errors import UserError
 from sfumato.nn import invariant
 from sfumato.nn.blocks import Upsample
-from sfumato.nn.packed import packable, packed
+from sfumato.nn.packed import compiled, packable, packed
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.types import Conditioning
 
@@ -139,3 +143,39 @@ def test_a_ready_model_is_saved_like_any_other(fashion: Any, tmp_path: Any) -> N
 
     fashion.optimized().save(tmp_path / "model")
     assert load(tmp_path / "model").hash == fashion.hash
+
+
+@torch.inference_mode()
+def test_a_copy_of_a_compiled_network_is_its_own() -> None:
+    """Guidance weakens copies; one that still called the compiled network would not be weaker, and nobody would see it."""
+    network, (x, t, cond) = unet("convolutions around transformers"), asked(1, 8, 8)
+    changed, expected = copy.deepcopy(compiled(network)), copy.deepcopy(network)
+    for one in (changed, expected):
+        one.get_submodule("conv_out").bias.add_(1)
+    assert torch.equal(changed(x, t, cond), expected(x, t, cond)) and not torch.equal(changed(x, t, cond), network(x, t, cond))
+
+
+COMPILED = """
+import torch
+from sfumato.nn.packed import compiled
+from sfumato.predict.networks.unet import UNet, UNetConfig
+from sfumato.types import Conditioning
+
+torch.manual_seed(0)
+small = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4, "mid_block_type": "UNetMidBlock2D"}
+network = UNet(UNetConfig(in_channels=3, out_channels=3, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), **small)).eval()
+x, t, cond = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 900.0]), Conditioning()
+with torch.inference_mode():
+    quick, expected = compiled(network), network(x, t, cond)
+    found = quick(x, t, cond)
+assert (found - expected).abs().max() < 1e-5 * expected.abs().max(), (found - expected).abs().max()
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "it was compiled, in one piece"
+assert list(quick.state_dict()) == list(network.state_dict())
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_is_the_same_to_rounding() -> None:
+    """In a process of its own: the compiler cannot look through the checks of types and shapes that tests run with."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

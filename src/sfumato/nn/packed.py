@@ -50,16 +50,21 @@ def packed(network: nn.Module) -> nn.Module:
 
 
 def compiled(network: nn.Module) -> nn.Module:
-    """The same network by torch.compile, sharing its memory; on the CPU with weights as constants, which the compiler packs as above."""
-    found = shared(network).requires_grad_(False)
-    quick, constant = torch.compile(found.forward), next(network.parameters()).device.type == "cpu"
+    """The same network by torch.compile, sharing its memory; on the CPU with weights as constants, which the compiler packs as above.
 
-    def forward(*given: Any) -> Tensor:
+    Copies of it, such as those that guidance weakens, are not compiled: torch leaves a module's compiled call out of them.
+    """
+    found = shared(network).requires_grad_(False)
+    found.compile()
+    quick, constant = found._compiled_call_impl, next(network.parameters()).device.type == "cpu"
+    assert quick is not None
+
+    def call(*given: Any) -> Tensor:
         # The setting is read while the network is traced, not among torch.compile's own options.
         with torch._inductor.config.patch(freezing=constant):  # pyright: ignore[reportAttributeAccessIssue]
             return quick(*given)
 
-    found.forward = forward
+    found._compiled_call_impl = call
     return found
 
 
