@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.nn import invariant
+from sfumato.nn import invariant, winograd
 from sfumato.nn.blocks import Upsample
-from sfumato.nn.packed import compiled, packable, packed
+from sfumato.nn.packed import _Convolution, _Winograd, compiled, packable, packed
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.types import Conditioning
 
@@ -32,13 +33,20 @@ UNETS: dict[str, dict[str, Any]] = {
         "mid_block_type": "UNetMidBlock2D",
         "resnet_time_scale_shift": "scale_shift",
     },
+    "many channels": {
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "mid_block_type": "UNetMidBlock2D",
+        "block_out_channels": (256,),
+        "layers_per_block": 1,
+    },
 }
 
 pytestmark = pytest.mark.skipif(invariant.onednn() is None, reason="this torch has no oneDNN")
 
 
 def unet(name: str, dtype: torch.dtype = torch.float32) -> UNet:
-    network = UNet(UNetConfig(in_channels=3, out_channels=3, norm_num_groups=4, block_out_channels=(8, 16), **UNETS[name]))
+    network = UNet(UNetConfig(**{"in_channels": 3, "out_channels": 3, "norm_num_groups": 4, "block_out_channels": (8, 16)} | UNETS[name]))
     with torch.no_grad():
         for p in network.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -59,6 +67,10 @@ def test_the_same_to_rounding(name: str, size: tuple[int, int]) -> None:
     network = unet(name)
     quick = packed(network)
     assert any(p.is_mkldnn for p in quick.parameters()), "something was packed"
+    assert any(isinstance(m, _Winograd) for m in quick.modules()) == (name == "many channels")
+    if name == "many channels" and packable(copy.deepcopy(network).bfloat16()):
+        coarse = packed(copy.deepcopy(network).bfloat16())
+        assert not any(isinstance(m, _Winograd) for m in coarse.modules()), "they round more there: only where they save most"
     x, t, cond = asked(2, *size)
     expected, found = network(x, t, cond), quick(x, t, cond)
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -75,9 +87,10 @@ def test_bits_do_not_depend_on_the_batch(name: str) -> None:
             assert torch.equal(quick(x[i : i + 1], t[i : i + 1], cond[i : i + 1])[0], together[i])
 
 
+@pytest.mark.parametrize("name", ["convolutions around transformers", "many channels"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_plain_weights_come_back(dtype: torch.dtype) -> None:
-    network = unet("convolutions around transformers", dtype)
+def test_the_plain_weights_come_back(dtype: torch.dtype, name: str) -> None:
+    network = unet(name, dtype)
     if not packable(network):
         pytest.skip(f"this processor has no products of {dtype}")
     quick = packed(network)
@@ -99,6 +112,31 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_network() -> None:
     plain = network(small, t, narrow).float()
     exact = network.float()(small.float(), t, wide)
     assert (quick - exact).square().mean() < 1.5 * (plain - exact).square().mean()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 8), (40, 70)], ids=str)
+def test_fewer_products_are_the_same_convolution(size: tuple[int, int]) -> None:
+    """To the last digits of float64; maps of odd sides, and of more tiles than are done at a time."""
+    weight, x, plus = torch.randn(5, 4, 3, 3).double(), torch.randn(3, *size, 4).double(), torch.randn(3, *size, 5).double()
+    u, bias = [row.clone() for row in winograd.kernels(weight)], torch.randn(5).double()
+
+    def product(i: int, j: int, rows: Tensor, added: Tensor | None) -> Tensor:
+        y = rows @ u[i][j].T + (bias if (i, j) in ((0, 1), (3, 1)) else 0)
+        return y if added is None else y + added
+
+    found = winograd.convolve(x, 5, product, plus)
+    expected = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1).permute(0, 2, 3, 1) + plus
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(winograd.convolve(x, 5, product), expected - plus, atol=1e-12, rtol=1e-12)
+
+
+@torch.inference_mode()
+def test_fewer_products_are_as_exact_as_the_kernel_they_replace() -> None:
+    conv, x = nn.Conv2d(256, 320, 3, padding=1), torch.randn(2, 256, 20, 22)
+    exact = conv.double()(x.double())
+    conv.float()
+    plain, found = _Convolution(conv)(x) - exact, _Winograd(conv)(x) - exact
+    assert found.square().mean() < plain.square().mean()
 
 
 @torch.inference_mode()
@@ -151,7 +189,7 @@ def test_a_copy_of_a_compiled_network_is_its_own() -> None:
     network, (x, t, cond) = unet("convolutions around transformers"), asked(1, 8, 8)
     changed, expected = copy.deepcopy(compiled(network)), copy.deepcopy(network)
     for one in (changed, expected):
-        one.get_submodule("conv_out").bias.add_(1)
+        one.get_parameter("conv_out.bias").add_(1)
     assert torch.equal(changed(x, t, cond), expected(x, t, cond)) and not torch.equal(changed(x, t, cond), network(x, t, cond))
 
 

@@ -118,7 +118,7 @@ def make(
 
     set_threads(options.threads, None)
     clock.lap("import")
-    model = ready(options.model)
+    model = ready(options.model, options.steps)
     clock.lap("load")
     request, settings = _request(model, options, prompt)
     request = prepare(model, request)

@@ -131,10 +131,11 @@ def generate(arguments: Sequence[str]) -> None:
 
     set_threads(options.threads, recorded.get("threads"))
     clock.lap("import")
-    model = ready(options.model)
+    steps = max(len(options.timesteps) - 1, 1) if options.timesteps else options.steps
+    model = ready(options.model, steps)
     if recorded and not options.allow_other_model:
         _same_model(model.hash, "model", options.model, options.source, recorded)
-    refiner = None if options.refiner is None else ready(options.refiner)
+    refiner = None if options.refiner is None else ready(options.refiner, steps)
     if recorded.get("refiner") and refiner is not None and not options.allow_other_model:
         _same_model(refiner.hash, "refiner", options.refiner, options.source, recorded)
     clock.lap("load")

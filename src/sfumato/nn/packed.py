@@ -1,10 +1,12 @@
 """Networks prepared for inference on the CPU: weights in the order in which oneDNN's kernels read them, products that end in what follows them.
 
 oneDNN wants a convolution's weights in blocks, and makes them so at each call: at 16 x 16 and below that takes as long as the convolution.
-`packed` does it once. (Matrices would gain 3 %, and have to be copied: they stay as they are.) A sum with the residual, GELU and its product
-with the other half of a GEGLU are done on the numbers that a product has just made; feature maps have their channels last in memory, as the
-kernels read and write them; and doubling is done as in nn/doubling.py. Rows of a batch keep the same bits whatever the batch (see
-nn/invariant.py), whatever size the weights were packed for.
+`packed` does it once. (In float32 matrices would gain nothing, and have to be copied: they stay as they are.) 3x3 convolutions of many channels
+are done as in nn/winograd.py, with 16/9 of the memory; in bfloat16 that rounds three times as much as the plain sum, so that it is kept to
+the lower levels, where it takes the most time away. A sum with the residual, GELU and its product with the other half of a GEGLU are done on
+the numbers that a product has just made; feature maps have their channels last in memory, as the kernels read and write them; and doubling is
+done as in nn/doubling.py. Rows of a batch keep the same bits whatever the batch (see nn/invariant.py), whatever size the weights were packed
+for.
 
 Such a network has no gradients and takes no new weights; `state_dict` gives the plain weights, bit for bit.
 """
@@ -19,10 +21,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.nn import invariant
+from sfumato.nn import invariant, winograd
 from sfumato.nn.attention import GEGLU
 from sfumato.nn.blocks import Upsample
 from sfumato.nn.doubling import double, kernels
+
+_MANY = {torch.float32: 256, torch.bfloat16: 640}  # channels from which on 3x3 convolutions are done as in nn/winograd.py
+_ROWS = 1024  # that matrices are packed for
 
 
 def packable(network: nn.Module) -> bool:
@@ -37,8 +42,9 @@ def packable(network: nn.Module) -> bool:
 def packed(network: nn.Module) -> nn.Module:
     """The same network with packed convolutions; the one given is left as it is. `packable` says for which.
 
-    Weights that are not packed are copies, except matrices that want no gradient, such as those of a file: they are shared, and may lie in
-    the file. Whoever changes such weights in place prepares the network again.
+    Weights that are not packed, and those that `state_dict` gives again and that are not read otherwise, are copies, except where they want no
+    gradient, such as those of a file: matrices and kernels are shared then, and may lie in the file. Whoever changes such weights in place
+    prepares the network again.
     """
     assert packable(network), "see packable"
     kept = {p.data_ptr() for p in network.parameters() if p.ndim > 1 and not p.requires_grad}
@@ -140,12 +146,37 @@ class _Convolution(_Packed):
         return added(x, _last(plus), self.weight, self.bias, *self.settings, "add", 1, None, [], None)
 
 
+class _Winograd(_Packed):
+    """A 3x3 convolution with as many pixels as its input, by fewer products."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__(conv.weight.dtype)
+        self.weight, self.bias = conv.weight, conv.bias
+        self.products = [[_matrix(u) for u in row] for row in winograd.kernels(conv.weight)]
+
+    def forward(self, x: Float[Tensor, "B C H W"], *, plus: Float[Tensor, "B D H W"] | None = None) -> Float[Tensor, "B D H W"]:
+        _check(x, self.dtype)
+        plus = None if plus is None else plus.detach().permute(0, 2, 3, 1)
+        return winograd.convolve(x.detach().permute(0, 2, 3, 1), len(self.weight), self._product, plus).permute(0, 3, 1, 2)
+
+    def _product(self, i: int, j: int, rows: Tensor, added: Tensor | None) -> Tensor:
+        bias = self.bias if (i, j) in ((0, 1), (3, 1)) else None
+        return invariant.onednn_linear(rows, self.products[i][j], bias, "none" if added is None else "add", added)
+
+
+def _convolution(conv: nn.Conv2d) -> _Packed:
+    plain = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    many = min(conv.in_channels, conv.out_channels) >= _MANY[conv.weight.dtype]
+    return _Winograd(conv) if plain and many else _Convolution(conv)
+
+
 class _Linear(_Packed):
     """`nn.Linear`."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear.weight.dtype)
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight = _frozen(_matrix(linear.weight)) if self.dtype == torch.bfloat16 else linear.weight
+        self.bias = linear.bias
 
     def forward(self, x: Float[Tensor, "*B D"], *, plus: Float[Tensor, "*B E"] | None = None) -> Float[Tensor, "*B E"]:
         _check(x, self.dtype)
@@ -158,14 +189,21 @@ class _Gated(_Packed):
 
     def __init__(self, gated: GEGLU):
         super().__init__(gated.proj.weight.dtype)
-        self.weight, self.bias = gated.proj.weight, gated.proj.bias
+        weight, self.bias = gated.proj.weight, gated.proj.bias
+        if self.dtype == torch.bfloat16:
+            self.value, self.gate = (_frozen(_matrix(half)) for half in weight.chunk(2))
+        else:
+            self.weight = weight
 
     def plain(self) -> dict[str, Tensor]:
-        return {f"proj.{name}": tensor for name, tensor in super().plain().items()}
+        state = super().plain()
+        weight = state["weight"] if "weight" in state else torch.cat([state["value"], state["gate"]])
+        return {"proj.weight": weight, "proj.bias": state["bias"]}
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
         _check(x, self.dtype)
-        x, (value, gate), (first, second) = x.contiguous(), self.weight.chunk(2), self.bias.chunk(2)
+        value, gate = (self.value, self.gate) if self.dtype == torch.bfloat16 else self.weight.chunk(2)
+        x, (first, second) = x.contiguous(), self.bias.chunk(2)
         return invariant.onednn_linear(x, value, first, "mul", invariant.onednn_linear(x, gate, second, "gelu"))
 
 
@@ -195,6 +233,10 @@ class _Doubling(_Packed):
         return invariant.onednn()._convolution_pointwise(_last(part), weight, bias, [0, 0], [1, 1], [1, 1], 1, "none", [], "")
 
 
+def _matrix(weight: Tensor) -> Tensor:
+    return invariant.onednn()._reorder_linear_weight(weight.detach().contiguous(), _ROWS)
+
+
 def _frozen(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight, requires_grad=False)
 
@@ -207,6 +249,6 @@ def _last(x: Tensor) -> Tensor:
 _KINDS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     Upsample: _Doubling,
     GEGLU: _Gated,
-    nn.Conv2d: _Convolution,
+    nn.Conv2d: _convolution,
     nn.Linear: _Linear,
 }
