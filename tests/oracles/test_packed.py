@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sfumato.errors import UserError
 from sfumato.nn import invariant, winograd
 from sfumato.nn.blocks import Upsample
-from sfumato.nn.packed import _Convolution, _Winograd, compiled, packable, packed
+from sfumato.nn.packed import Convolution, Winograd, compiled, packable, packed
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.types import Conditioning
 
@@ -67,10 +67,10 @@ def test_the_same_to_rounding(name: str, size: tuple[int, int]) -> None:
     network = unet(name)
     quick = packed(network)
     assert any(p.is_mkldnn for p in quick.parameters()), "something was packed"
-    assert any(isinstance(m, _Winograd) for m in quick.modules()) == (name == "many channels")
+    assert any(isinstance(m, Winograd) for m in quick.modules()) == (name == "many channels")
     if name == "many channels" and packable(copy.deepcopy(network).bfloat16()):
         coarse = packed(copy.deepcopy(network).bfloat16())
-        assert not any(isinstance(m, _Winograd) for m in coarse.modules()), "they round more there: only where they save most"
+        assert not any(isinstance(m, Winograd) for m in coarse.modules()), "they round more there: only where they save most"
     x, t, cond = asked(2, *size)
     expected, found = network(x, t, cond), quick(x, t, cond)
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -135,7 +135,7 @@ def test_fewer_products_are_as_exact_as_the_kernel_they_replace() -> None:
     conv, x = nn.Conv2d(256, 320, 3, padding=1), torch.randn(2, 256, 20, 22)
     exact = conv.double()(x.double())
     conv.float()
-    plain, found = _Convolution(conv)(x) - exact, _Winograd(conv)(x) - exact
+    plain, found = Convolution(conv)(x) - exact, Winograd(conv)(x) - exact
     assert found.square().mean() < plain.square().mean()
 
 

@@ -126,7 +126,7 @@ def _check(x: Tensor, dtype: torch.dtype) -> None:
         raise UserError(f"a network prepared for inference in {dtype} on the CPU was given what {wrong}: use the one that it was made from")
 
 
-class _Convolution(_Packed):
+class Convolution(_Packed):
     """`nn.Conv2d` padded with zeros."""
 
     def __init__(self, conv: nn.Conv2d):
@@ -146,12 +146,12 @@ class _Convolution(_Packed):
         return added(x, _last(plus), self.weight, self.bias, *self.settings, "add", 1, None, [], None)
 
 
-class _Winograd(_Packed):
+class Winograd(_Packed):
     """A 3x3 convolution with as many pixels as its input, by fewer products."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__(conv.weight.dtype)
-        self.weight, self.bias = conv.weight, conv.bias
+        self.in_channels, self.weight, self.bias = conv.in_channels, conv.weight, conv.bias
         self.products = [[_matrix(u) for u in row] for row in winograd.kernels(conv.weight)]
 
     def forward(self, x: Float[Tensor, "B C H W"], *, plus: Float[Tensor, "B D H W"] | None = None) -> Float[Tensor, "B D H W"]:
@@ -167,7 +167,7 @@ class _Winograd(_Packed):
 def _convolution(conv: nn.Conv2d) -> _Packed:
     plain = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
     many = min(conv.in_channels, conv.out_channels) >= _MANY[conv.weight.dtype]
-    return _Winograd(conv) if plain and many else _Convolution(conv)
+    return Winograd(conv) if plain and many else Convolution(conv)
 
 
 class _Linear(_Packed):
@@ -213,7 +213,7 @@ class _Doubling(_Packed):
     def __init__(self, up: Upsample):
         super().__init__(up.conv.weight.dtype)
         conv = up.conv
-        self.conv = _Convolution(conv)  # for maps with an odd side; and the state's weights
+        self.conv = Convolution(conv)  # for maps with an odd side; and the state's weights
         self.width = conv.out_channels
         size = [1, conv.in_channels, 64, 64]
         self.four = [
