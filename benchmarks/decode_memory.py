@@ -1,7 +1,7 @@
 """Ways to decode and to encode one large image: seconds, peak memory, and the errors against all at once.
 
     python benchmarks/decode_memory.py                                        512 pixels
-    python benchmarks/decode_memory.py --size 2048 --ways whole exact tiled   about 17 GB and an hour of processor time
+    python benchmarks/decode_memory.py --size 2048 --ways whole exact tiled   about 17 GB and an hour of processor time (30 minutes on two cores)
     python benchmarks/decode_memory.py --parts encode
 
 With `--keep FOLDER` what each way gave stays there, and is not worked out again: ways can be run one by one, and the last command prints all.
@@ -173,7 +173,7 @@ def cells(numbers: dict[str, Any], made: Tensor, first: tuple[dict[str, Any], Te
 def main(settings: Settings) -> None:
     if settings.into is not None:
         return measure(settings, settings.ways[0], settings.parts[0], settings.into)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)  # rich cuts what is wider than a terminal it assumes
     table, below = Table(title=settings.title), []
     for column in ("", "way", "seconds", "CPU seconds", "peak GB", "of the first", "largest error", "mean error", "PSNR dB"):
         table.add_column(column, justify="left" if column in ("", "way") else "right")
