@@ -475,3 +475,13 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 0
+
+
+@pytest.mark.parametrize(("steps", "packs"), [(None, False), (4, False), (5, True)])
+def test_weights_are_packed_where_steps_are_enough_to_pay_for_it(steps: int | None, packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sfumato.cli import _common
+
+    model, packed = StubModel(), StubModel()  # whose own steps are 3
+    monkeypatch.setattr(model, "optimized", lambda: packed)
+    monkeypatch.setattr("sfumato.loading.load", lambda source: model)
+    assert _common.ready("somewhere", steps) is (packed if packs else model)
