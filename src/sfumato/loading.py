@@ -23,9 +23,12 @@ from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.class_embedding import ClassEmbedding
 from sfumato.predict.conditioners.nothing import Nothing
 from sfumato.predict.denoiser import Denoiser
-from sfumato.predict.networks.unet import UNet
+from sfumato.predict.networks._network import Network
 from sfumato.registry import find
 from sfumato.sampling import Defaults
+
+NETWORK_PARTS = ("unet", "transformer")
+"""What the network is called in model_index.json."""
 
 
 def bundled() -> dict[str, Path]:
@@ -88,16 +91,18 @@ def _open(path: Path, name: str, how: _How) -> LatentDiffusion:
     parts = index(path)
     pipeline = parts.get("_class_name")
     vae = autoencoder_name(pipeline)
-    if "unet" not in parts or vae not in parts:
+    part = next((name for name in NETWORK_PARTS if parts.get(name, [None, None]) != [None, None]), None)
+    if part is None or vae not in parts:
         raise UserError(
-            f"{path}/model_index.json names {', '.join(k for k in parts if not k.startswith('_'))}: expected at least {vae} and unet"
+            f"{path}/model_index.json names {', '.join(k for k in parts if not k.startswith('_'))}: expected at least {vae} and "
+            f"{' or '.join(NETWORK_PARTS)}"
         )
     autoencoder = load_part(path / vae, None, how.dtype, how.variant, autoencoder_unsaid(pipeline))
-    network = load_part(path / "unet", None, how.dtype, how.variant)
-    for part, found, wanted in ((vae, autoencoder, Autoencoder), ("unet", network, UNet)):
-        if not isinstance(found, wanted):
-            raise UserError(f"{path}/{part} is a {type(found).__name__}: expected {'an autoencoder' if part == vae else 'a U-Net'}")
-    assert isinstance(autoencoder, Autoencoder)
+    network = load_part(path / part, None, how.dtype, how.variant)
+    if not isinstance(autoencoder, Autoencoder):
+        raise UserError(f"{path}/{vae} is a {type(autoencoder).__name__}: expected an autoencoder")
+    if not isinstance(network, Network):
+        raise UserError(f"{path}/{part} is a {type(network).__name__}: expected a network that predicts, such as a U-Net")
     scheduler = path / "scheduler" / "scheduler_config.json"
     with explained(scheduler):
         recipe = read_scheduler(read_table(scheduler), even=gives_even_times(str(pipeline)) or None)
@@ -157,8 +162,7 @@ def _conditioner(path: Path, parts: dict[str, Any], network: Any, how: _How) -> 
     if any(key.startswith("text_encoder") and value != [None, None] for key, value in parts.items()):
         return find("predict.conditioners", "clip_text").from_folder(path, how.dtype, how.variant)
     config = path / "conditioner" / "config.json"
-    told = network.config.attends_to_tokens or network.config.class_embed_type or network.config.num_class_embeds is not None
-    if not config.exists() and not told:
+    if not config.exists() and not network.told:
         return Nothing()
     if not config.exists():
         raise UserError(f"{path} has neither a text encoder nor a conditioner/config.json: nothing there reads prompts")
@@ -170,14 +174,16 @@ def _conditioner(path: Path, parts: dict[str, Any], network: Any, how: _How) -> 
 
 def _check_parts(path: Path, autoencoder: Autoencoder, network: Any, conditioner: Any) -> None:
     """`UserError` where the parts of a folder belong to different models."""
-    channels, config, classes = autoencoder.space.channels, network.config, len(getattr(conditioner, "names", ()))
-    text, wide = getattr(conditioner, "width", None), config.cross_attention_dim if config.attends_to_tokens else None
-    if config.out_channels != channels or config.in_channels < channels:
-        found = f"unet takes {config.in_channels} channels and gives {config.out_channels}, latents of vae have {channels}"
+    part, classes, text = network.part, len(getattr(conditioner, "names", ())), getattr(conditioner, "width", None)
+    channels, wide, vector = autoencoder.space.channels, network.token_width, getattr(conditioner, "vector_width", None)
+    if network.channels != channels or network.in_channels < channels:
+        found = f"{part} takes {network.in_channels} channels and gives {network.channels}, latents of vae have {channels}"
     elif text != wide and wide != (text,) * len(wide if isinstance(wide, tuple) else ()):
-        found = f"unet attends to tokens of width {wide}, the text encoders give {text}"
-    elif text is None and config.class_embed_type is None and (config.num_class_embeds or 0) != (classes + 1 if classes else 0):
-        found = f"unet has {config.num_class_embeds or 0} class embeddings, conditioner has {classes} classes (and one for none)"
+        found = f"{part} attends to tokens of width {wide}, the text encoders give {text}"
+    elif text is None and (network.classes or not network.told) and network.classes != (classes + 1 if classes else 0):
+        found = f"{part} has {network.classes} class embeddings, conditioner has {classes} classes (and one for none)"
+    elif None not in (vector, network.vector_width) and vector != network.vector_width:
+        found = f"{part} takes a vector of {network.vector_width} numbers, the text encoders give {vector}"
     else:
         return
     raise UserError(f"the parts of {path} do not fit: {found}; use parts of one model")

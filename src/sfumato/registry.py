@@ -7,6 +7,7 @@ edited. Nothing is imported until it is asked for.
 import importlib
 import pkgutil
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 from sfumato.errors import UserError, unknown
@@ -26,9 +27,14 @@ def find(package: str, name: str) -> Any:
     """
     if name not in names(package):
         raise unknown(package.rsplit(".", 1)[-1].removesuffix("s"), name, names(package))
-    module = importlib.import_module(f"sfumato.{package}.{name}")
+    module = module_of(package, name)
     camel = "".join(part.capitalize() for part in name.split("_"))
     return getattr(module, name, None) or getattr(module, camel)
+
+
+def module_of(package: str, name: str) -> ModuleType:
+    """A file of a registered folder, imported."""
+    return importlib.import_module(f"sfumato.{package}.{name}")
 
 
 def choice(spec: str) -> tuple[str, dict[str, Any]]:

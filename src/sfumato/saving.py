@@ -42,7 +42,8 @@ def _save_folder(model: Any, folder: str | Path, dtype: torch.dtype | None) -> N
     vae = autoencoder_name(entries["_class_name"])
     with atomic_folder(check_target(folder)) as temporary:
         save_part(temporary / vae, model.autoencoder, dtype)
-        save_part(temporary / "unet", model.denoiser.network, dtype)
+        network = model.denoiser.network
+        save_part(temporary / network.part, network, dtype)
         scheduler = _scheduler(model)
         _write(temporary / "scheduler" / "scheduler_config.json", scheduler)
         if hasattr(model.conditioner, "save"):
@@ -53,7 +54,7 @@ def _save_folder(model: Any, folder: str | Path, dtype: torch.dtype | None) -> N
             **entries,
             "_sfumato": {"version": __version__, "name": model.name, "defaults": asdict(model.defaults)},
             vae: ["diffusers", model.autoencoder.to_config()["_class_name"]],
-            "unet": ["diffusers", model.denoiser.network.to_config()["_class_name"]],
+            network.part: ["diffusers", network.to_config()["_class_name"]],
             "scheduler": ["diffusers", scheduler["_class_name"]],
         }
         if model.low_res is not None:

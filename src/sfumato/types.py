@@ -35,6 +35,7 @@ class Conditioning:
     concat     (B, K, h, w) joins x along channels: masks, low-resolution images, maps
     residuals  tuple of (B, c, h, w), added inside the network (ControlNet)
     image_tokens (B, M, D)  a second token set, for image prompts
+    references tuple of (B, C, k, l), clean latents of other pictures, of any sizes, that are read beside x (FLUX.1 Kontext, FLUX.2)
     """
 
     tokens: Float[Tensor, "B L D"] | None = None
@@ -43,6 +44,7 @@ class Conditioning:
     concat: Float[Tensor, "B K h w"] | None = None
     residuals: tuple[Tensor, ...] | None = None
     image_tokens: Float[Tensor, "B M D"] | None = None
+    references: tuple[Tensor, ...] | None = None
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
         def apply(value: Tensor | tuple[Tensor, ...] | None) -> Tensor | tuple[Tensor, ...] | None:

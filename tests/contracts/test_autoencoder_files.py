@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sfumato.checkpoints.folder import NETWORKS, WEIGHTS, load_part, save_part
+from sfumato.checkpoints.folder import AUTOENCODERS, WEIGHTS, load_part, save_part
 from sfumato.checkpoints.names.taesd import config_of, from_original, to_original
 from sfumato.checkpoints.names.vae import modern
 from sfumato.checkpoints.taesd import load_taesd, save_taesd
@@ -75,7 +75,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("name", "values", "words"), REFUSED, ids=[f"{n}-{v}" for n, v, _ in REFUSED])
 def test_fields_we_would_not_honour_are_refused(tmp_path: Path, name: str, values: dict[str, Any], words: str) -> None:
     save_part(tmp_path, MODELS[name]())
-    assert type(load_part(tmp_path)) is NETWORKS[name][0]
+    assert type(load_part(tmp_path)) is AUTOENCODERS[name][0]
     change_config(tmp_path, **values)
     with pytest.raises(UserError) as caught:
         load_part(tmp_path)

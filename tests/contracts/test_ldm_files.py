@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sfumato.checkpoints.folder import NETWORKS
 from sfumato.checkpoints.ldm_yaml import from_yaml
 from sfumato.checkpoints.names.ldm_conditioner import bert_rows, class_rows
 from sfumato.checkpoints.names.ldm_unet import unet_rows
@@ -23,6 +22,7 @@ from sfumato.errors import NumericalError, UserError
 from sfumato.predict.conditioners._ldm_bert import LDMBert, LDMBertConfig
 from sfumato.predict.conditioners.bert_text import BertText
 from sfumato.predict.conditioners.class_embedding import ClassEmbedding, ClassEmbeddingConfig
+from sfumato.predict.networks._network import registered
 
 ldm: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_ldm.py"))))
 
@@ -122,7 +122,7 @@ def test_published_configurations(name: str) -> None:
     found = split_tensors(file, {}, "file", Reading(original_config=from_yaml(published_yaml(name))))
     unet = found.networks["unet"].config
     assert {k: unet.get(k) for k in given["heads"]} == given["heads"] and unet["sample_size"] == given["side"]
-    network_class, config_class = NETWORKS[unet["_class_name"]]
+    network_class, config_class = registered()[unet["_class_name"]]
     with torch.device("meta"):
         network = network_class(config_class.from_dict(unet))
     count = sum(p.numel() for p in network.parameters())

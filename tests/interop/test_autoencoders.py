@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sfumato.checkpoints.folder import NETWORKS, WEIGHTS, load_part, save_part
+from sfumato.checkpoints.folder import AUTOENCODERS, WEIGHTS, load_part, save_part
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.compress.kl_flux2 import KLFlux2Config
 from sfumato.compress.tiny import TinyConfig
@@ -156,7 +156,7 @@ def same(ours: Any, theirs: Any) -> None:
 
 def pair(name: str) -> tuple[Any, Any, dict[str, Any]]:
     kind, values = FAMILIES[name]
-    network, config = NETWORKS[kind]
+    network, config = AUTOENCODERS[kind]
     return network, config, values
 
 
@@ -319,7 +319,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
 def test_published_configs(name: str) -> None:
     """Full size, without weights: the same keys and shapes, and the statistics that their pipelines use."""
     values, mean, std = PUBLISHED[name]
-    network, config = NETWORKS[values["_class_name"]]
+    network, config = AUTOENCODERS[values["_class_name"]]
     with torch.device("meta"):
         ours: Any = network(config.from_dict(values))
         theirs: Any = getattr(diffusers, values["_class_name"]).from_config(values)

@@ -21,22 +21,19 @@ from sfumato.compress.tiny import AutoencoderTiny, TinyConfig
 from sfumato.compress.vq import VQConfig, VQModel
 from sfumato.errors import NumericalError, UserError, explained
 from sfumato.files import read_table, write_json, write_tensors
-from sfumato.predict.networks.unet import UNet, UNetConfig
-from sfumato.predict.networks.unet_2d import OWN_CLASS, UNet2DConfig
+from sfumato.predict.networks._network import Network, registered
 from sfumato.weights import check_keys, find_weights, looked_at, not_finite, read_weights, require_finite
 
 STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"
-NETWORKS = {
+AUTOENCODERS = {
     "AutoencoderKL": (AutoencoderKL, KLConfig),
     "AutoencoderKLFlux2": (AutoencoderKLFlux2, KLFlux2Config),
     "AutoencoderTiny": (AutoencoderTiny, TinyConfig),
     "SfumatoAutoencoderTiny": (AutoencoderTiny, TinyConfig),
     "VQModel": (VQModel, VQConfig),
-    "UNet2DConditionModel": (UNet, UNetConfig),
-    "UNet2DModel": (UNet, UNet2DConfig),
-    OWN_CLASS: (UNet, UNet2DConfig),
 }
+"""Autoencoders; networks are found by their folder."""
 
 
 class _Unfilled(TorchFunctionMode):
@@ -86,9 +83,10 @@ def build_part(
     looked: looks for NaN and infinity where they were read from, and says whether it did.
     """
     name = values.get("_class_name")
-    if not isinstance(name, str) or name not in NETWORKS or (expected is not None and name != expected):
-        raise UserError(f"{config} is of class {name!r}: expected {expected or ' or '.join(NETWORKS)}")
-    network_class, config_class = NETWORKS[name]
+    known: dict[str, Any] = AUTOENCODERS if name in AUTOENCODERS else {**AUTOENCODERS, **registered()}
+    if not isinstance(name, str) or name not in known or (expected is not None and name != expected):
+        raise UserError(f"{config} is of class {name!r}: expected {expected or ' or '.join(known)}")
+    network_class, config_class = known[name]
     with explained(config), torch.device("meta"), _Unfilled():
         network = network_class(config_class.from_dict(values))
         _ = getattr(network, "space", None)  # the statistics of the latent are checked when they are read
@@ -107,7 +105,7 @@ def _in(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
-def save_part(folder: str | Path, network: UNet | Autoencoder, dtype: torch.dtype | None = None) -> None:
+def save_part(folder: str | Path, network: Network | Autoencoder, dtype: torch.dtype | None = None) -> None:
     """Writes config.json and the weights (in `dtype`, by default their own), which diffusers opens.
 
     `NumericalError` for a weight that is NaN or infinite in `dtype` (float16 ends at 65504): `load_part` would refuse the file.

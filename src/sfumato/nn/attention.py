@@ -67,12 +67,42 @@ class GEGLU(nn.Module):
         return value * invariant.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    """GEGLU and a linear map back, inner width 4 D: (..., D) -> (..., D). `plus` is added to what it gives."""
+class SwiGLU(nn.Module):
+    """silu(a) * b with (a, b) = W x (Shazeer 2020, arXiv:2002.05202, eq. 6), without bias: (..., D) -> (..., E)."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, inner: int):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), invariant.Linear(4 * width, width))
+        self.proj = invariant.Linear(width, 2 * inner, bias=False)
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
+        gate, value = self.proj(x).chunk(2, dim=-1)
+        return invariant.silu(gate) * value
+
+
+class GELU(nn.Module):
+    """gelu(W x) by the tanh approximation (Hendrycks & Gimpel 2016, arXiv:1606.08415): (..., D) -> (..., E)."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.proj = invariant.Linear(width, inner)
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
+        return invariant.gelu(self.proj(x), tanh=True)
+
+
+_INNER = {"geglu": GEGLU, "gelu": GELU, "swiglu": SwiGLU}
+
+
+class FeedForward(nn.Module):
+    """A layer of `kind` "geglu", "gelu" or "swiglu" and a linear map back: (..., D) -> (..., D). `plus` is added to what it gives.
+
+    inner: the width between, 4 D by default. bias: of the map back.
+    """
+
+    def __init__(self, width: int, kind: str = "geglu", inner: int | None = None, bias: bool = True):
+        super().__init__()
+        inner = inner or 4 * width
+        self.net = nn.Sequential(_INNER[kind](width, inner), nn.Identity(), invariant.Linear(inner, width, bias=bias))
 
     def forward(self, x: Float[Tensor, "*B D"], *, plus: Float[Tensor, "*B D"] | None = None) -> Float[Tensor, "*B D"]:
         widen, _, back = self.net

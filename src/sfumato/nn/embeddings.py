@@ -4,8 +4,10 @@ feature_i(p) = sin or cos of p * 10000^(-i / (D/2 - shift)) (Vaswani et al. 2017
 """
 
 import math
+from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -36,3 +38,49 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B E"]:
         return self.linear_2(invariant.silu(self.linear_1(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Patches of a latent as tokens, and where they lie: (B, C, h, w) -> (B, h/p * w/p, D), row by row (Dosovitskiy et al. 2020, arXiv:2010.11929).
+
+    Sides that are no multiple of the patch's are the caller's to fill up: see `padded`.
+    """
+
+    def __init__(self, channels: int, width: int, patch: int):
+        super().__init__()
+        self.proj = invariant.Conv2d(channels, width, patch, stride=patch)
+
+    def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B N D"]:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+def unpatched(y: Float[Tensor, "B N D"], rows: int, patch: int) -> Float[Tensor, "B C h w"]:
+    """Tokens in rows of patches -> a map: D = patch * patch * C numbers a token, channels last."""
+    b, n, _ = y.shape
+    y = y.reshape(b, rows, n // rows, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
+    return y.reshape(b, y.shape[1], rows * patch, -1)
+
+
+@lru_cache(maxsize=16)
+def sincos_2d(width: int, rows: int, columns: int, base: int, scale: float = 1.0) -> Float[Tensor, "N D"]:
+    """Sinusoidal features of the places of a map of tokens, row by row, float32 on the CPU: (rows * columns, width); not to be changed.
+
+    The first half of a token's numbers is of its column, the second of its row; in each, sines come first (MAE, He et al. 2021,
+    arXiv:2111.06377; DiT). Places are stretched so that any map covers what `base` tokens cover, divided by `scale`.
+    """
+    half = width // 2
+
+    def waves(count: int) -> Tensor:  # (count, half)
+        frequency = 10000.0 ** (-torch.arange(half // 2, dtype=torch.float64) / (half / 2))
+        angle = (torch.arange(count, dtype=torch.float64) * (base / count) / scale)[:, None] * frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    with torch.device("cpu"), torch.inference_mode(False):
+        across, down = waves(columns).expand(rows, -1, -1), waves(rows)[:, None].expand(-1, columns, -1)
+        return torch.cat([across, down], dim=-1).flatten(0, 1).float()
+
+
+def padded(x: Float[Tensor, "B C h w"], patch: int) -> Float[Tensor, "B C k l"]:
+    """The map with its edge going on, at the bottom and the right, until whole patches cover it."""
+    down, right = -x.shape[2] % patch, -x.shape[3] % patch
+    return F.pad(x, (0, right, 0, down), mode="replicate") if down or right else x

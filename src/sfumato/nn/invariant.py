@@ -10,7 +10,7 @@ by some 1e-6 between a batch of 1, of 2 and of 16. What each op needs, so that e
     attention     as linear in each head's product of queries and keys; and it depends on how images, and the scratch memory of threads,
                   lie in the cache lines: queries are filled up, and the keys and values of each image begin on a cache line.
     SiLU, GELU    vector instructions do 32 numbers at a time, and the C library, which rounds otherwise, what remains at the end of a
-                  thread's part: SiLU's numbers are filled up until nothing remains; GELU needs contiguous ones, which oneDNN does.
+                  thread's part: SiLU's numbers (GELU's by tanh, too) are filled up until nothing remains; GELU needs contiguous ones, which oneDNN does.
 
     group norm    of large maps with channels last in memory threads share the images out: such images go one by one.
 
@@ -18,6 +18,7 @@ Group norms of contiguous maps, layer norms, interpolation and arithmetic need n
 gradients, in other dtypes, on other devices and under compilers the calls are torch's own.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -94,24 +95,31 @@ def onednn_linear(
 def attention(
     q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, mask: Bool[Tensor, "B L"] | None = None
 ) -> Float[Tensor, "B N D"]:
-    """softmax(Q K^T / sqrt(D / heads)) V in each head, side by side in D; mask True where a key counts.
+    """softmax(Q K^T / sqrt(D / heads)) V in each head, side by side in D; mask True where a key counts."""
+    return attend(*(p.unflatten(-1, (heads, -1)) for p in (q, k, v)), mask)
+
+
+def attend(
+    q: Float[Tensor, "B N H d"], k: Float[Tensor, "B L H d"], v: Float[Tensor, "B L H d"], mask: Bool[Tensor, "B L"] | None = None
+) -> Float[Tensor, "B N D"]:
+    """The same for heads that are cut already (D = H d), as where queries and keys are normed or turned before.
 
     In bfloat16 on the CPU it is done in float32: torch's kernel takes a fifth longer to round on the way (64 x 64 cells, 8 heads of 40).
     """
     if q.dtype == torch.bfloat16 and q.is_cpu and not torch.is_grad_enabled():
-        return attention(q.float(), k.float(), v.float(), heads, mask).bfloat16()
+        return attend(q.float(), k.float(), v.float(), mask).bfloat16()
     count = q.shape[1]
     if applies(q):
         missing = -count % _LINE
-        q, k, v = F.pad(q, (0, 0, 0, missing)) if missing else q, _on_lines(k), _on_lines(v)
-    q, k, v = (p.unflatten(-1, (heads, -1)).transpose(1, 2) for p in (q, k, v))  # (B, heads, N, d)
+        q, k, v = F.pad(q, (0, 0, 0, 0, 0, missing)) if missing else q, _on_lines(k), _on_lines(v)
+    q, k, v = (p.transpose(1, 2) for p in (q, k, v))  # (B, H, N, d)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
     return y.transpose(1, 2).flatten(2)[:, :count]
 
 
-def _on_lines(x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+def _on_lines(x: Float[Tensor, "B L H d"]) -> Float[Tensor, "B L H d"]:
     """The same numbers, with unused memory between the images so that each begins on a cache line."""
-    numbers = x.shape[1] * x.shape[2]
+    numbers = x[0].numel()
     if numbers % _LINE == 0:
         return x
     return F.pad(x.flatten(1), (0, -numbers % _LINE))[:, :numbers].unflatten(1, x.shape[1:])
@@ -119,21 +127,30 @@ def _on_lines(x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
 
 def silu(x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
     """`F.silu` whose numbers do not depend on where they lie in the tensor."""
-    if not applies(x):
-        return F.silu(x)
+    return _by_vectors(x, F.silu) if applies(x) else F.silu(x)
+
+
+def gelu(x: Float[Tensor, "*S"], tanh: bool = False) -> Float[Tensor, "*S"]:
+    """`F.gelu` whose numbers do not depend on where they lie in the tensor; `tanh`: its approximation by that function."""
+    if tanh:
+        return _by_vectors(x, _gelu_tanh) if applies(x) else _gelu_tanh(x)
+    return F.gelu(x.contiguous() if applies(x) else x)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _by_vectors(x: Float[Tensor, "*S"], function: Callable[[Tensor], Tensor]) -> Float[Tensor, "*S"]:
+    """An elementwise function of numbers that are all taken by vector instructions."""
     if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return silu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return _by_vectors(x.permute(0, 2, 3, 1), function).permute(0, 3, 1, 2)
     numbers = x.numel()
     threads = max(1, min(torch.get_num_threads(), -(-numbers // _GRAIN)))
     missing = -numbers % (_VECTOR * threads)
     if not missing:
-        return F.silu(x.contiguous())
-    return F.silu(F.pad(x.flatten(), (0, missing)), inplace=True)[:numbers].view(x.shape)
-
-
-def gelu(x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
-    """`F.gelu` whose numbers do not depend on where they lie in the tensor."""
-    return F.gelu(x.contiguous() if applies(x) else x)
+        return function(x.contiguous())
+    return function(F.pad(x.flatten(), (0, missing)))[:numbers].view(x.shape)
 
 
 class Linear(nn.Linear):

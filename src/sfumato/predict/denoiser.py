@@ -29,7 +29,8 @@ class Denoiser:
         module, name = self._weight
         dtype = getattr(module, name).dtype
         timestep = self.process.timestep(t, x.device).expand(len(x))
-        return self.network(self.process.network_input(x, t).to(dtype), timestep, conditioning.to(x.device, dtype)).float()
+        y = self.network(self.process.network_input(x, t).to(dtype), timestep, conditioning.to(x.device, dtype))
+        return y[:, : x.shape[1]].float()  # some predict a variance too, in channels behind (Nichol & Dhariwal 2021, arXiv:2102.09672)
 
     @cached_property
     def _weight(self) -> tuple[nn.Module, str]:

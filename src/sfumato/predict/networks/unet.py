@@ -18,6 +18,7 @@ from sfumato.nn import invariant
 from sfumato.nn.attention import SpatialAttention, SpatialTransformer
 from sfumato.nn.blocks import Downsample, ResnetBlock, Upsample
 from sfumato.nn.embeddings import TimestepEmbedding, sinusoidal
+from sfumato.predict.networks._network import Network
 from sfumato.types import Conditioning
 
 _KINDS = {"DownBlock2D": None, "UpBlock2D": None, "AttnDownBlock2D": "self", "AttnUpBlock2D": "self"}
@@ -230,11 +231,14 @@ def _joined(skips: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor
     return [s + r for s, r in zip(skips, residuals, strict=True)]
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """The U-Net: see the module's docstring. Built from a `UNetConfig`; weights are random until loaded.
 
     The way down, the middle and the way up are `shallow_down`, `deep` and `shallow_up`; `forward` is one after the other.
     """
+
+    part = "unet"
+    config: UNetConfig
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -400,6 +404,25 @@ class UNet(nn.Module):
                 x = block.larger(x, time, waiting[-1].shape[2:] if waiting else size)
         return x
 
-    def to_config(self) -> dict[str, Any]:
-        """The JSON of config.json, with diffusers' names."""
-        return self.config.to_dict()
+    @property
+    def channels(self) -> int:
+        """Channels of the latents that it predicts."""
+        return self.config.out_channels
+
+    @property
+    def token_width(self) -> int | tuple[int, ...] | None:
+        """The width of the tokens that it attends to, one for all levels or one a level; None: it attends to none."""
+        return self.config.cross_attention_dim if self.config.attends_to_tokens else None
+
+    @property
+    def told(self) -> bool:
+        """Whether it is conditioned on anything."""
+        return super().told or self.config.class_embed_type is not None
+
+    @property
+    def classes(self) -> int:
+        """How many classes it was trained with, none at all being one of them; 0: it is told no class."""
+        return (self.config.num_class_embeds or 0) if self.config.class_embed_type is None else 0
+
+
+CLASSES = {"UNet2DConditionModel": (UNet, UNetConfig)}

@@ -9,7 +9,7 @@ from typing import Any
 
 from sfumato.config import read_config
 from sfumato.errors import UserError
-from sfumato.predict.networks.unet import UNetConfig
+from sfumato.predict.networks.unet import UNet, UNetConfig
 
 OWN_CLASS = "SfumatoUNet2DModel"
 """In place of "UNet2DModel" where `num_attention_heads` says what diffusers' class has no field for, and would pass over."""
@@ -118,3 +118,6 @@ class UNet2DConfig(UNetConfig):
         if self.num_attention_heads is None:
             return {"_class_name": "UNet2DModel", **kept}
         return {"_class_name": OWN_CLASS, **kept, "num_attention_heads": self.num_attention_heads}
+
+
+CLASSES = {"UNet2DModel": (UNet, UNet2DConfig), OWN_CLASS: (UNet, UNet2DConfig)}

@@ -1,0 +1,60 @@
+"""Norms that are steered from outside: LayerNorm(x) (1 + scale) + shift, and gates (adaLN; Peebles & Xie 2022, arXiv:2212.09748, section 3.2).
+
+scale, shift and gate are linear in SiLU of an embedding of time and condition. Parameter names are diffusers'.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sfumato.nn import invariant
+
+
+class Modulation(nn.Module):
+    """SiLU and a linear map: embedding (B, E) -> `parts` vectors (B, 1, D), each to scale, shift or gate tokens."""
+
+    def __init__(self, width: int, parts: int, embedding_width: int | None = None, bias: bool = True):
+        super().__init__()
+        self.parts = parts
+        self.linear = invariant.Linear(embedding_width or width, parts * width, bias=bias)
+
+    def forward(self, embedding: Float[Tensor, "B E"]) -> tuple[Tensor, ...]:
+        return self.linear(invariant.silu(embedding))[:, None].chunk(self.parts, dim=-1)
+
+
+def modulated(
+    x: Float[Tensor, "B N D"], scale: Float[Tensor, "B 1 D"], shift: Float[Tensor, "B 1 D"], eps: float = 1e-6
+) -> Float[Tensor, "B N D"]:
+    """LayerNorm(x) (1 + scale) + shift, without weights of its own."""
+    width = x.shape[-1:]
+    if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.layer_norm(x, width, eps=eps) * (1 + scale) + shift
+    # One pass over memory for each image instead of three over all: a layer norm's own weight and bias are those of its image.
+    weight = 1 + scale
+    if len(x) == 1:
+        return F.layer_norm(x, width, weight[0, 0], shift[0, 0], eps)
+    return torch.stack([F.layer_norm(image, width, w[0], b[0], eps) for image, w, b in zip(x, weight, shift, strict=True)])
+
+
+def gated(x: Float[Tensor, "B N D"], gate: Float[Tensor, "B 1 D"], y: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    """x + gate * y."""
+    return torch.addcmul(x, gate, y)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4). The mean is taken in float32.
+
+    torch's own is up to 18 times slower on the CPU in bfloat16 (4.6 k tokens of 24 heads of 128: 70 ms).
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6, affine: bool = True):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        factor = (size.square() / x.shape[-1] + self.eps).rsqrt()
+        y = x * factor.to(x.dtype) if x.dtype != torch.float16 else (x * factor).to(x.dtype)
+        return y if self.weight is None else y * self.weight

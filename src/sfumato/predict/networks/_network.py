@@ -1,0 +1,72 @@
+"""What every network tells the rest of the house about itself, and how the folder finds it."""
+
+from functools import cache
+from typing import Any, ClassVar
+
+from torch import nn
+
+from sfumato.registry import module_of, names
+
+
+class Network(nn.Module):
+    """(x, timestep, conditioning) -> y: a network is built from a frozen config with diffusers' field names and saved with `to_config`.
+
+    A file of this folder has a table CLASSES: {"_class_name" of config.json: (network, config)}, by which it is found. Latents whose sides are no
+    multiple of `patch` are the network's own affair: it fills them up and cuts the answer.
+    """
+
+    part: ClassVar[str] = "transformer"
+    """The network's folder in diffusers' layout."""
+
+    config: Any
+
+    @property
+    def channels(self) -> int:
+        """Channels of the latents that it predicts."""
+        return self.config.in_channels
+
+    @property
+    def in_channels(self) -> int:
+        """Channels that it takes: the latent's, and those that `Conditioning.concat` adds."""
+        return self.config.in_channels
+
+    @property
+    def token_width(self) -> int | tuple[int, ...] | None:
+        """The width of the tokens that it attends to; None: it attends to none."""
+        return None
+
+    @property
+    def classes(self) -> int:
+        """How many classes it was trained with, none at all being one of them; 0: it is told no class."""
+        return 0
+
+    @property
+    def vector_width(self) -> int | None:
+        """The width of the vector that it must be given, without the number of `learned_guidance`; None: that is not checked."""
+        return None
+
+    @property
+    def learned_guidance(self) -> bool:
+        """Whether it is told how strongly to follow the condition, as the last number of `Conditioning.vector`."""
+        return False
+
+    @property
+    def told(self) -> bool:
+        """Whether it is conditioned on anything."""
+        return self.token_width is not None or self.classes > 0 or self.vector_width is not None
+
+    @property
+    def patch(self) -> int:
+        """Latent cells along a side of one token; 1 for networks without tokens."""
+        return 1
+
+    def to_config(self) -> dict[str, Any]:
+        """The JSON of config.json, with diffusers' names."""
+        return self.config.to_dict()
+
+
+@cache
+def registered() -> dict[str, tuple[type[nn.Module], Any]]:
+    """Every network of this folder and its config, by the "_class_name" of config.json."""
+    package = "predict.networks"
+    return {name: entry for file in names(package) for name, entry in module_of(package, file).CLASSES.items()}
