@@ -59,6 +59,10 @@ class _Lines(logging.Handler):
 
 def _options(settings: Any, recipe: str) -> type:
     """A dataclass of what the command line can change: the recipe's settings, without a prefix, and the run's own two."""
+    if dataclasses.is_dataclass(getattr(settings, "network", None)):  # the settings of this recipe's network, of the many that there are
+        narrow = [("network", type(settings.network), dataclasses.field(default=settings.network))]
+        values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+        settings = dataclasses.make_dataclass(type(settings).__name__, narrow, bases=(type(settings),), frozen=True)(**values)
     out = Annotated[Path, tyro.conf.arg(help="The folder of the run, the same for both stages.")]
     resume = Annotated[bool, tyro.conf.arg(help="Go on where an earlier run in the folder stopped, or start anew.")]
     return dataclasses.make_dataclass(

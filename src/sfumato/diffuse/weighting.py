@@ -4,6 +4,8 @@
 clips the weight of the x0 error at gamma; in another parameterization y the x0 error is (sigma/det)^2 times y's.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from sfumato.diffuse.process import Process
 from sfumato.errors import unknown
 
 WEIGHTINGS = ("plain", "min_snr")
-TIMES = ("uniform", "logit_normal")
+TIMES = ("uniform", "logit_normal", "mode")
 
 
 def loss_weight(name: str, process: Process, t: Tensor, gamma: float = 5.0) -> Tensor:
@@ -28,16 +30,34 @@ def loss_weight(name: str, process: Process, t: Tensor, gamma: float = 5.0) -> T
     return (alpha / sigma).square().clamp(max=gamma) * (sigma / det).square()
 
 
-def draw_times(name: str, process: Process, count: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """Training times (count,) float64 in (0, 1]: uniform, or logit-normal(mean, std) (Esser et al. 2024, arXiv:2403.03206, eq. 19).
+def draw_times(
+    name: str,
+    process: Process,
+    count: int,
+    generator: torch.Generator,
+    mean: float = 0.0,
+    std: float = 1.0,
+    scale: float = 1.29,
+    shift: float = 1.0,
+) -> Tensor:
+    """Training times (count,) float64 in (0, 1], of a distribution of Esser et al. 2024 (arXiv:2403.03206), section 3.1:
 
-    Uniform draws are stratified over the batch: one in each of `count` equal intervals, which lowers the loss's variance and keeps
-    every marginal uniform (Kingma et al. 2021, arXiv:2107.00630, appendix I.1).
+    uniform; logit_normal(mean, std), eq. 19; mode(scale), eq. 20: 1 - u - scale (cos^2(pi u / 2) - 1 + u), around the middle for scales above
+    0, from -1 to 2/(pi - 2). shift: all of them moved towards the noise as sampling times are, eq. 23.
+
+    u is stratified over the batch: one in each of `count` equal intervals, which lowers the loss's variance and keeps every marginal uniform
+    (Kingma et al. 2021, arXiv:2107.00630, appendix I.1).
     """
     if name not in TIMES:
         raise unknown("distribution of times", name, TIMES)
-    if name == "uniform":
-        u = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator, dtype=torch.float64)) / count
-    else:
+    if name == "logit_normal":
         u = torch.sigmoid(torch.randn(count, generator=generator, dtype=torch.float64) * std + mean)
-    return process.schedule.sample_times(u)
+    else:
+        u = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator, dtype=torch.float64)) / count
+    if name == "mode":
+        u = 1 - u - scale * ((math.pi / 2 * u).cos().square() - 1 + u)
+    return process.schedule.sample_times(shift * u / (1 + (shift - 1) * u) if shift != 1 else u)
+
+
+MODE_SCALES = (-1.0, 2 / (math.pi - 2))
+"""Between these the map of "mode" rises all the way, so that its times are a distribution on (0, 1)."""

@@ -57,4 +57,4 @@ class RMSNorm(nn.Module):
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         factor = (size.square() / x.shape[-1] + self.eps).rsqrt()
         y = x * factor.to(x.dtype) if x.dtype != torch.float16 else (x * factor).to(x.dtype)
-        return y if self.weight is None else y * self.weight
+        return y if self.weight is None else y * self.weight.to(y.dtype)

@@ -6,6 +6,7 @@ Pairs are neighbours: (0, 1), (2, 3), ...
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -31,10 +32,29 @@ def grid(height: int, width: int, device: torch.device | None = None) -> Float[T
 
 def rotate(x: Float[Tensor, "B N H D"], turn: Float[Tensor, "N d 2"]) -> Float[Tensor, "B N H D"]:
     """Turns each head's pairs by the angles of its place. In float32, whatever the dtype of x, which the result has again."""
-    pairs, turn = x.float().unflatten(-1, (-1, 2)), turn[:, None]
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.requires_grad:  # pyright: ignore[reportPrivateImportUsage]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        pairs, turn = x.float().unflatten(-1, (-1, 2)), turn[:, None]
         a, b, c, s = pairs[..., 0], pairs[..., 1], turn[..., 0], turn[..., 1]
         return torch.stack([a * c - b * s, a * s + b * c], dim=-1).flatten(-2).to(x.dtype)
-    # Complex numbers do it in one pass over memory.
-    turned = torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(turn)
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    place = torch.view_as_complex(turn)[:, None]
+    return _Turn.apply(x, place) if x.requires_grad else _turned(x, place)  # pyright: ignore[reportReturnType]
+
+
+def _turned(x: Tensor, place: Tensor) -> Tensor:
+    """As complex numbers, in one pass over memory."""
+    pairs = x.float().unflatten(-1, (-1, 2)).contiguous()
+    return torch.view_as_real(torch.view_as_complex(pairs).mul(place)).flatten(-2).to(x.dtype)
+
+
+class _Turn(torch.autograd.Function):
+    """The gradient turns back: nothing but the angles has to be kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(place)
+        return _turned(x, place)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (place,) = ctx.saved_tensors
+        return _turned(gradient, place.conj()), None

@@ -29,7 +29,8 @@ from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.conditioners.nothing import Nothing
 from sfumato.predict.denoiser import Denoiser
-from sfumato.predict.networks.unet import UNet, UNetConfig
+from sfumato.predict.networks._network import build
+from sfumato.predict.networks.unet import UNetConfig
 from sfumato.sampling import Defaults
 from sfumato.train.loop import LoopSettings, start, train
 from sfumato.train.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective
@@ -105,12 +106,13 @@ class AutoencoderRecipe:
 
 @dataclass(frozen=True)
 class DenoiserRecipe:
-    """Act 3: trains a U-Net on the latents of a trained autoencoder and writes out/model."""
+    """Act 3: trains a network on the latents of a trained autoencoder and writes out/model."""
 
     autoencoder: Path | None = None
     """A folder with a trained autoencoder; none: out/autoencoder/vae."""
     data: DataSettings = field(default_factory=DataSettings)
-    network: UNetConfig = field(default_factory=UNetConfig)
+    network: Any = field(default_factory=UNetConfig)
+    """The config of any network that is told nothing, or classes."""
     schedule: str = "cosine"
     parameterization: str = "v"
     loss: DenoiserLoss = field(default_factory=DenoiserLoss)
@@ -136,7 +138,7 @@ class DenoiserRecipe:
         shape = {"sample_size": latents.shape[-1], "in_channels": space.channels, "out_channels": space.channels}
         classes = {"num_class_embeds": len(images.class_names) + 1} if isinstance(conditioner, ClassNames) else {}
         torch.manual_seed(self.loop.seed)
-        network = UNet(replace(self.network, **shape, **classes))
+        network = build(replace(self.network, **shape, **classes))
 
         def model(denoiser: nn.Module) -> LatentDiffusion:
             return LatentDiffusion(autoencoder, Denoiser(denoiser, process), conditioner, self.defaults, self.name)

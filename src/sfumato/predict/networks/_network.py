@@ -70,3 +70,9 @@ def registered() -> dict[str, tuple[type[nn.Module], Any]]:
     """Every network of this folder and its config, by the "_class_name" of config.json."""
     package = "predict.networks"
     return {name: entry for file in names(package) for name, entry in module_of(package, file).CLASSES.items()}
+
+
+def build(config: Any) -> nn.Module:
+    """The network of a config, with random weights."""
+    network, _ = registered()[config.to_dict()["_class_name"]]
+    return network(config)

@@ -4,6 +4,7 @@ z is drawn from the autoencoder's posterior at every visit; a share of the condi
 classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, algorithm 1).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
@@ -13,7 +14,7 @@ from PIL import Image as PIL
 from torch import Tensor, nn
 
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.weighting import TIMES, WEIGHTINGS, draw_times, loss_weight
+from sfumato.diffuse.weighting import MODE_SCALES, TIMES, WEIGHTINGS, draw_times, loss_weight
 from sfumato.errors import UserError, unknown
 from sfumato.files import hash_bytes, hash_tensors
 from sfumato.train.objective import Draw, Objective, config_of
@@ -43,9 +44,14 @@ class DenoiserLoss:
 
     weighting: Literal["plain", "min_snr"] = "plain"
     min_snr_gamma: float = 5.0
-    times: Literal["uniform", "logit_normal"] = "uniform"
+    times: Literal["uniform", "logit_normal", "mode"] = "uniform"
     times_mean: float = 0.0
+    """Of logit_normal."""
     times_std: float = 1.0
+    times_scale: float = 1.29
+    """Of mode."""
+    times_shift: float = 1.0
+    """All times are moved towards the noise by it, as for large pictures; 1 leaves them."""
     drop: float = 0.1
     """The share of conditions replaced by the null condition."""
 
@@ -53,6 +59,10 @@ class DenoiserLoss:
         for kind, name, known in (("weighting", self.weighting, WEIGHTINGS), ("distribution of times", self.times, TIMES)):
             if name not in known:
                 raise unknown(kind, name, known)
+        if not MODE_SCALES[0] <= self.times_scale <= MODE_SCALES[1]:
+            raise UserError(f"times_scale={self.times_scale}: expected from {MODE_SCALES[0]:g} to {MODE_SCALES[1]:.4g}")
+        if not 0 < self.times_shift < math.inf or not 0 < self.times_std < math.inf:
+            raise UserError(f"times_shift={self.times_shift}, times_std={self.times_std}: expected positive numbers")
         if not 0 <= self.drop <= 1:
             raise UserError(f"drop={self.drop}: expected a share in [0, 1]")
 
@@ -99,7 +109,7 @@ class DenoiserObjective(Objective):
         mean, device, s = batch["mean"], batch["mean"].device, self.settings
         first, second = (draw(lambda n, g: torch.randn(n, *mean.shape[1:], generator=g)).to(device) for _ in range(2))
         z = self.space.standardise(mean + batch["std"] * first)
-        t = draw(lambda n, g: draw_times(s.times, self.process, n, g, s.times_mean, s.times_std))
+        t = draw(lambda n, g: draw_times(s.times, self.process, n, g, s.times_mean, s.times_std, s.times_scale, s.times_shift))
         dropped = draw(lambda n, g: torch.rand(n, generator=g)) < s.drop
         condition = self.conditioner.from_labels(batch["label"].cpu()).drop(dropped, self.conditioner.null(len(mean))).to(device)
         x = self.process.add_noise(z, second, t)
