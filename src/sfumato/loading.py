@@ -109,7 +109,7 @@ def _open(path: Path, name: str, how: _How) -> LatentDiffusion:
     conditioner = _conditioner(path, parts, network, how)
     with explained(path / "model_index.json"):
         notes = parts.get("_sfumato", {})
-        run = {"sampler": recipe.sampler, "spacing": recipe.spacing}
+        run = {"sampler": recipe.sampler, "spacing": recipe.spacing_word}
         given = notes.get("defaults", {} if "_sfumato" in parts else pipeline_defaults(parts) | run)
         defaults = Defaults(**{k: v for k, v in given.items() if k in Defaults.__dataclass_fields__})
     _check_parts(path, autoencoder, network, conditioner)
@@ -139,7 +139,7 @@ def _open_original(path: Path, how: _How) -> LatentDiffusion:
     assert isinstance(autoencoder, Autoencoder)
     _check_parts(path, autoencoder, network, conditioner)
     begin = pipeline_defaults({"_class_name": pipeline_class(network, conditioner)}) | _guidance(conditioner)
-    defaults = Defaults(**begin, sampler=recipe.sampler, spacing=recipe.spacing)
+    defaults = Defaults(**begin, sampler=recipe.sampler, spacing=recipe.spacing_word)
     model = LatentDiffusion(autoencoder, Denoiser(network, recipe.process), conditioner, defaults, path.stem, low_res)
     return model if how.device == "cpu" else model.to(how.device)
 

@@ -31,7 +31,7 @@ from sfumato.errors import NumericalError, UserError, unknown
 from sfumato.files import hash_json, hash_tensors
 from sfumato.predict.denoiser import Denoiser, answer
 from sfumato.registry import find
-from sfumato.running import questions
+from sfumato.running import questions, told_guidance
 from sfumato.sampling import Defaults, Prompt, Request, latent_shape, prompts, request_from, seeds_of, settings, times_of
 from sfumato.saving import save_model
 from sfumato.types import Conditioning, Picture, Prediction
@@ -110,7 +110,7 @@ class LatentDiffusion:
         check_latent(self.autoencoder.space, x)
         factor = self.autoencoder.space.factor
         picture = Picture(x.shape[2] * factor, x.shape[3] * factor)
-        given = conditioning if isinstance(conditioning, Conditioning) else self.conditioner(prompts(conditioning, len(x)), picture)
+        given = conditioning if isinstance(conditioning, Conditioning) else self._read(prompts(conditioning, len(x)), picture)
         with torch.inference_mode():
             found = self.denoiser(x.to(self.device), t, given.to(self.device))
         return Prediction(found.x0.clone(), found.eps.clone())
@@ -152,6 +152,7 @@ class LatentDiffusion:
         on_step: Callable[[Step], bool | None] | None = None,
         batch: int | None = None,
         decoding: str = "whole",
+        learned_guidance: float | None = None,
     ) -> Any:
         """Prompt -> n images: a list of PIL images, or "tensor" (n, 3, H, W) in [0, 1], or "latent" (n, c, h, w).
 
@@ -160,6 +161,8 @@ class LatentDiffusion:
         and the last is where the run ends (0: clean); overrides `steps` and `spacing`.
         guidance: a number (1 is off), or more ("3 interval:low=0.2,high=0.8", see predict/guidance/settings.py); weaker: the model that the
         reference "model" (autoguidance) moves away from.
+        learned_guidance: what a network is told that learned guidance (FLUX.1 dev); for such a model a `guidance` that is given alone, as a
+        number, is that: there is no second pass then.
         known: (z, mask), latents to keep where the mask (n or 1, 1 or c, h, w) is 1. canvas: (size, stride) in latent cells, for images larger
         than the model's, drawn through overlapping windows. cache: the network's deep features are made anew at every so-many-th call only.
         picture: what an SDXL-class model is told about sizes, crops and quality; by default a picture of this height and width, not cut.
@@ -172,7 +175,16 @@ class LatentDiffusion:
         if output not in ("pil", "tensor", "latent"):
             raise unknown("output", output, ("pil", "tensor", "latent"))
         request = Request(prompt, n, steps, sampler, spacing, guidance, seed, negative_prompt, height, width, timesteps, noise)
-        request = replace(request, known=known, canvas=canvas, cache=cache, weaker=weaker, picture=picture, decoding=decoding)
+        request = replace(
+            request,
+            known=known,
+            canvas=canvas,
+            cache=cache,
+            weaker=weaker,
+            picture=picture,
+            decoding=decoding,
+            learned_guidance=learned_guidance,
+        )
         (z,) = self._latents([request], batch, None if on_step is None else lambda k, step: on_step(step))
         return self._output(z, request, output)
 
@@ -225,13 +237,18 @@ class LatentDiffusion:
         times = times_of(self, Request(n=n, steps=steps, sampler="ddim", spacing=spacing))
         factor = self.autoencoder.space.factor
         picture = Picture(z.shape[2] * factor, z.shape[3] * factor)
-        given = prompt if isinstance(prompt, Conditioning) else self.conditioner(prompts(prompt, n), picture)
+        given = prompt if isinstance(prompt, Conditioning) else self._read(prompts(prompt, n), picture)
         conditioning = given.to(self.device)
         sampler = find("diffuse.samplers", "ddim_inversion")(z.to(self.device).float(), times, schedule, torch.empty, iterations=iterations)
         with torch.inference_mode():
             x = sample(sampler, lambda x, t: self.denoiser(x, t, conditioning), iterations * (len(times) - 1))
         assert x is not None
         return x.clone() / math.hypot(*schedule.point(times[0]))
+
+    def _read(self, words: Sequence[str | None], picture: Picture) -> Conditioning:
+        """What the network is told by words alone; one that learned guidance is told the model's own strength of it."""
+        learned = self.settings().get("learned_guidance")
+        return told_guidance(self.conditioner(words, picture), len(words), learned, self.device)
 
     @torch.inference_mode()
     def _latents(
@@ -288,7 +305,8 @@ class LatentDiffusion:
     @property
     def sample_size(self) -> int:
         """The default height and width of images, in pixels."""
-        return (self.denoiser.network.config.sample_size or 64) * self.autoencoder.space.factor  # pyright: ignore
+        network: Any = self.denoiser.network
+        return network.sample_size * self.autoencoder.space.factor
 
     @property
     def class_names(self) -> tuple[str, ...]:

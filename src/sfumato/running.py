@@ -107,6 +107,8 @@ def _conditions(model: Any, request: Request, chosen: dict[str, Any], guidance: 
             raise UserError("this model's conditioner fills the vector itself: expected vector=None")
         vector = request.vector.to(model.device, torch.float32).expand(n, -1)
         given, reference = replace(given, vector=vector), replace(reference, vector=vector)
+    learned = chosen.get("learned_guidance")
+    given, reference = told_guidance(given, n, learned, model.device), told_guidance(reference, n, learned, model.device)
     if request.concat is None:
         return given, [reference]
     joined = request.concat if isinstance(request.concat, tuple) else (request.concat, request.concat)
@@ -115,6 +117,14 @@ def _conditions(model: Any, request: Request, chosen: dict[str, Any], guidance: 
     if any(part.shape[2:] != cells for part in maps):
         raise UserError(f"concat of shapes {[tuple(part.shape) for part in maps]}: expected maps of {cells[0]} x {cells[1]} latent cells")
     return replace(given, concat=maps[0]), [replace(reference, concat=part) for part in maps[1:]]
+
+
+def told_guidance(given: Conditioning, n: int, learned: float | None, device: torch.device) -> Conditioning:
+    """The same with the strength of a learned guidance as the vector's last number, if there is one."""
+    if learned is None:
+        return given
+    column = torch.full((n, 1), learned, device=device)
+    return replace(given, vector=column if given.vector is None else torch.cat([given.vector.float(), column], dim=1))
 
 
 def told(model: Any, request: Request, n: int, picture: Picture) -> Conditioning:

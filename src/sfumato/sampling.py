@@ -28,6 +28,8 @@ class Defaults:
     """What `generate` uses where the caller says nothing. They travel with the model.
 
     guidance: a number, or what else `Guidance.parse` reads; kept as a number or a JSON object.
+    learned_guidance: how strongly to follow the prompt, told to networks that learned guidance from a teacher (FLUX.1 dev; Meng et al. 2023,
+    arXiv:2210.03142); others have no use for it.
     tuned: times found for this model by `sfumato tune-timesteps`, as {sampler: [times, ...]}; used where sampler and steps agree.
     """
 
@@ -35,12 +37,14 @@ class Defaults:
     sampler: str = "ddim"
     guidance: Any = 1.0
     spacing: str = "trailing"
+    learned_guidance: float = 3.5
     tuned: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sampler_of(self.sampler)
         spacing_of(self.spacing)
         _check_steps(self.steps)
+        _check_learned(self.learned_guidance)
         object.__setattr__(self, "guidance", Guidance.parse(self.guidance).to_json())  # one form, which JSON can hold
         for sampler, tables in self.tuned.items():
             sampler_of(sampler)
@@ -75,6 +79,8 @@ class Request:
     other_noise   (seeds, shares): all that image k draws lies on the arc from `seed`'s noise (share 0) to that of seeds[k] (1), at shares[k];
                   image k's own seed is then `seed` too, not seed + k
     drawn   how many draws of each image's noise were used before the run: it goes on with the next
+    learned_guidance  what networks with learned guidance are told. Where only `guidance` is given, and as a number, it is that which they are told,
+              and guidance by two passes is off: a network that learned it needs no second pass
     decoding  "whole" (all at once), "exact" (the same in strips: about an eighth of the memory, more time), "tiled" (approximate)
     """
 
@@ -107,6 +113,7 @@ class Request:
     other_noise: tuple[Sequence[int], Sequence[float]] | None = None
     drawn: int = 0
     decoding: str = "whole"
+    learned_guidance: float | None = None
 
     @property
     def count(self) -> int:
@@ -154,6 +161,25 @@ def _canonical(spec: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
     return choice(spec)[0], tuple(sorted((key, value) for key, value in options.items() if value != defaults[key]))
 
 
+def _check_learned(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise UserError(f"learned_guidance={value!r}: expected a number of at least 0")
+
+
+def _guided(model: Any, request: Request) -> tuple[Guidance, float | None]:
+    """Guidance by two passes, and what the network is told of it: None for those that learned none."""
+    defaults, learned = model.defaults, request.learned_guidance
+    if not getattr(model.denoiser.network, "learned_guidance", False):
+        if learned is not None:
+            raise UserError(f"learned_guidance={learned}: this model has not learned guidance; expected guidance={learned}")
+        return defaults.guided if request.guidance is None else Guidance.parse(request.guidance), None
+    guidance = defaults.guided if request.guidance is None else Guidance.parse(request.guidance)
+    if learned is None and request.guidance is not None and isinstance(guidance.to_json(), int | float):
+        return Guidance(), guidance.scale
+    _check_learned(defaults.learned_guidance if learned is None else learned)
+    return guidance, float(defaults.learned_guidance if learned is None else learned)
+
+
 def _check_steps(steps: Any) -> None:
     if not isinstance(steps, int) or steps < 1:
         raise UserError(f"steps={steps!r}: expected a whole number of at least 1")
@@ -174,7 +200,7 @@ def _check_options(what: str, function: Callable[..., Any], skip: int, options: 
 
 
 def settings(model: Any, request: Request) -> dict[str, Any]:
-    """n, steps, sampler, spacing ("given" where its times are), guidance, height and width of a request's run.
+    """n, steps, sampler, spacing ("given" where its times are), guidance, height and width of a request's run, and learned_guidance where that is.
 
     `UserError` for impossible ones.
     """
@@ -192,7 +218,7 @@ def chosen_settings(model: Any, request: Request) -> dict[str, Any]:
     steps = defaults.steps if request.steps is None else request.steps
     if request.timesteps is not None:
         steps = len(check_times(request.timesteps)) - 1
-    guidance = defaults.guided if request.guidance is None else Guidance.parse(request.guidance)
+    guidance, learned = _guided(model, request)
     sampler = defaults.sampler if request.sampler is None else request.sampler
     _check_steps(steps)
     promised = traits_of(sampler_of(sampler)[0])
@@ -224,6 +250,7 @@ def chosen_settings(model: Any, request: Request) -> dict[str, Any]:
         "guidance": guidance,
         "height": height,
         "width": width,
+        **({} if learned is None else {"learned_guidance": learned}),
     }
 
 
@@ -237,7 +264,15 @@ def times_of(model: Any, request: Request, chosen: Mapping[str, Any] | None = No
         assert tuned is not None
         return tuned
     name, options = spacing_of(chosen["spacing"])
+    if name == "dynamic" and "tokens" not in options:
+        options = {**options, "tokens": tokens_of(model, chosen["height"], chosen["width"])}
     return timesteps(name, chosen["steps"], model.denoiser.process.schedule, **options)
+
+
+def tokens_of(model: Any, height: int, width: int) -> int:
+    """How many tokens the network makes of an image."""
+    patch = getattr(model.denoiser.network, "patch", 1)
+    return math.prod(-(-cells // patch) for cells in latent_shape(model, height, width)[1:])
 
 
 def latent_shape(model: Any, height: int, width: int) -> tuple[int, int, int]:

@@ -17,6 +17,7 @@ from sfumato.checkpoints.conditioners import has_original, to_notes, to_parts
 from sfumato.checkpoints.folder import save_part, storable
 from sfumato.checkpoints.names.pipeline import autoencoder_name, pipeline_index
 from sfumato.checkpoints.names.scheduler import to_scheduler_config, write_scheduler
+from sfumato.checkpoints.names.scheduler_times import DynamicShift
 from sfumato.checkpoints.original import Part, gather, join, notes
 from sfumato.checkpoints.single_file import fold
 from sfumato.checkpoints.tokenizer import LOW_RES, SCHEDULER
@@ -72,9 +73,12 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 
 def _scheduler(model: Any) -> dict[str, Any]:
     """The scheduler config of a model's folder: for published kinds of models the run too, for others the process."""
-    if not has_original(model.denoiser.network, model.conditioner):
-        return to_scheduler_config(model.denoiser.process)
-    return write_scheduler(model.denoiser.process, model.defaults.sampler, model.defaults.spacing)
+    process, sampler, spacing = model.denoiser.process, model.defaults.sampler, model.defaults.spacing
+    dynamic = DynamicShift.from_word(spacing)
+    if dynamic is not None:
+        return write_scheduler(process, sampler, dynamic.spacing(dynamic.top[0]), dynamic)
+    known = has_original(model.denoiser.network, model.conditioner) or model.denoiser.network.part == "transformer"
+    return write_scheduler(process, sampler, spacing) if known else to_scheduler_config(process)
 
 
 def _save_original(model: Any, file: str | Path, dtype: torch.dtype | None) -> None:

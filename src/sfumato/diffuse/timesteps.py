@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sfumato.diffuse.rescale import shifted_time
+from sfumato.diffuse.rescale import dynamic_shift, shifted_time
 from sfumato.diffuse.schedule import NO_SIGNAL, Schedule
 from sfumato.errors import UserError, unknown
 
@@ -86,6 +86,30 @@ def shifted(
         stretch = (start - _end(schedule, start, terminal)) / (start - found[-1])
         found = [start - (start - t) * stretch for t in found]
     return [start, *found[1:], 0.0]
+
+
+def dynamic(
+    steps: int,
+    schedule: Schedule,
+    start: float = 1.0,
+    tokens: int = 4096,
+    base_tokens: int = 256,
+    base: float = 0.5,
+    top_tokens: int = 4096,
+    top: float = 1.15,
+    exponential: bool = True,
+    even: bool = True,
+    terminal: float = 0.0,
+) -> list[float]:
+    """`shifted` by what an image of so many tokens needs (`rescale.dynamic_shift`): larger images are moved further towards the noise.
+
+    tokens: filled in by the size of the picture that is asked for. even: even times are shifted down to one step from 0 (FLUX's pipelines), else
+    down to 0.001. terminal: as for `shifted`. The defaults are FLUX.1's.
+    """
+    shift = dynamic_shift(tokens, (base_tokens, base), (top_tokens, top), exponential)
+    if shift <= 0:
+        raise UserError(f"{tokens} tokens: the shift between {base} and {top} would be {shift:g}; expected more tokens")
+    return shifted(steps, schedule, start, shift, None if even else shifted_time(0.001, shift), terminal)
 
 
 def beta(
@@ -223,6 +247,7 @@ SPACINGS: dict[str, Callable[..., list[float]]] = {
     "leading": _may_stop(leading),
     "linspace": _may_stop(linspace),
     "shifted": _may_stop(shifted),
+    "dynamic": _may_stop(dynamic),
     "beta": _may_stop(beta),
     "karras": _may_stop(karras),
     "exponential": _may_stop(exponential),

@@ -97,7 +97,8 @@ def attention(
     q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, mask: Bool[Tensor, "B L"] | None = None
 ) -> Float[Tensor, "B N D"]:
     """softmax(Q K^T / sqrt(D / heads)) V in each head, side by side in D; mask True where a key counts."""
-    return attend(*(p.unflatten(-1, (heads, -1)) for p in (q, k, v)), mask)
+    q, k, v = (p.unflatten(-1, (heads, -1)) for p in (q, k, v))
+    return attend(q, k, v, mask)
 
 
 def attend(

@@ -91,7 +91,7 @@ def later(model: Any, request: Request, strength: float) -> list[float]:
 
 def extra_channels(model: Any) -> int:
     """What the network takes beside the latent: 0, a mask and a masked picture (1 + c), a picture (c) ..."""
-    return model.denoiser.network.config.in_channels - model.autoencoder.space.channels
+    return model.denoiser.network.in_channels - model.denoiser.network.channels
 
 
 def nearest(model: Any, mask: Float[Tensor, "M _ H W"]) -> Float[Tensor, "M _ h w"]:

@@ -50,6 +50,11 @@ class Recipe:
     dynamic: DynamicShift | None = None
     notes: tuple[str, ...] = field(default=(), compare=False)
 
+    @property
+    def spacing_word(self) -> str:
+        """The spacing for images of any size."""
+        return self.spacing if self.dynamic is None else self.dynamic.word
+
     def spacing_for(self, tokens: int) -> str:
         """The spacing for an image of so many tokens (FLUX: 2x2 latent cells are one)."""
         return self.spacing if self.dynamic is None else self.dynamic.spacing(tokens)

@@ -67,6 +67,23 @@ class DynamicShift:
     even: bool = True
     terminal: float = 0.0
 
+    @property
+    def word(self) -> str:
+        """The spacing that follows the size of the image."""
+        (base_tokens, base), (top_tokens, top) = self.base, self.top
+        ends = {"base_tokens": base_tokens, "base": base, "top_tokens": top_tokens, "top": top}
+        return spacing_word("dynamic", **ends, exponential=self.exponential, even=self.even, terminal=self.terminal)
+
+    @classmethod
+    def from_word(cls, spacing: str) -> "DynamicShift | None":
+        """The inverse of `word`; None for another spacing, and for one of so many tokens."""
+        name, said = choice(spacing)
+        if name != "dynamic" or "tokens" in said:
+            return None
+        known = {key: p.default for key, p in signature(SPACINGS[name]).parameters.items()} | said
+        ends = (known["base_tokens"], float(known["base"])), (known["top_tokens"], float(known["top"]))
+        return cls(*ends, known["exponential"], known["even"], float(known["terminal"]))
+
     def spacing(self, tokens: int) -> str:
         """The spacing for an image of so many tokens (FLUX: 2x2 latent cells are one)."""
         shift = dynamic_shift(tokens, self.base, self.top, self.exponential)

@@ -31,6 +31,11 @@ class Network(nn.Module):
         return self.config.in_channels
 
     @property
+    def sample_size(self) -> int:
+        """The side of the latents that it draws if nobody says otherwise, in cells."""
+        return getattr(self.config, "sample_size", None) or 64
+
+    @property
     def token_width(self) -> int | tuple[int, ...] | None:
         """The width of the tokens that it attends to; None: it attends to none."""
         return None
