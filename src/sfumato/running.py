@@ -109,6 +109,9 @@ def _conditions(model: Any, request: Request, chosen: dict[str, Any], guidance: 
         given, reference = replace(given, vector=vector), replace(reference, vector=vector)
     learned = chosen.get("learned_guidance")
     given, reference = told_guidance(given, n, learned, model.device), told_guidance(reference, n, learned, model.device)
+    if request.references is not None:
+        read = tuple(z.to(model.device, torch.float32).expand(n, -1, -1, -1) for z in request.references)
+        given, reference = replace(given, references=read), replace(reference, references=read)
     if request.concat is None:
         return given, [reference]
     joined = request.concat if isinstance(request.concat, tuple) else (request.concat, request.concat)

@@ -30,6 +30,7 @@ class Defaults:
     guidance: a number, or what else `Guidance.parse` reads; kept as a number or a JSON object.
     learned_guidance: how strongly to follow the prompt, told to networks that learned guidance from a teacher (FLUX.1 dev; Meng et al. 2023,
     arXiv:2210.03142); others have no use for it.
+    references: how many pictures the model was trained to read beside x (FLUX.1 Kontext: 1); `tasks/edit.py` asks.
     tuned: times found for this model by `sfumato tune-timesteps`, as {sampler: [times, ...]}; used where sampler and steps agree.
     """
 
@@ -38,6 +39,7 @@ class Defaults:
     guidance: Any = 1.0
     spacing: str = "trailing"
     learned_guidance: float = 3.5
+    references: int = 0
     tuned: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -45,6 +47,8 @@ class Defaults:
         spacing_of(self.spacing)
         _check_steps(self.steps)
         _check_learned(self.learned_guidance)
+        if not isinstance(self.references, int) or self.references < 0:
+            raise UserError(f"references={self.references!r}: expected how many pictures the model reads, 0 or more")
         object.__setattr__(self, "guidance", Guidance.parse(self.guidance).to_json())  # one form, which JSON can hold
         for sampler, tables in self.tuned.items():
             sampler_of(sampler)
@@ -71,6 +75,7 @@ class Request:
     resume  a noisy latent (n or 1, c, h, w) as it is at the first time: the run goes on with it, whoever made it
     concat  joins x along channels (n or 1, k, h, w): masks and pictures, for networks that take them; a tuple where the condition and each of
             its references have their own
+    references  latents of other pictures (n or 1, c, k, l) that the network reads beside x, for networks that were trained so
     vector  joins the time embedding (n or 1, V), for networks that are told a number, such as how much noise a small picture has
     paste   (image, mask): pixels (n or 1, c, H, W) in [-1, 1] to be put back where the mask (n or 1, 1, H, W) is below 1, by what is missing to 1
     blind_start   the first look of the network is at noise alone, where `known` is known too, as in diffusers' inpainting
@@ -114,6 +119,7 @@ class Request:
     drawn: int = 0
     decoding: str = "whole"
     learned_guidance: float | None = None
+    references: tuple[Tensor, ...] | None = None
 
     @property
     def count(self) -> int:

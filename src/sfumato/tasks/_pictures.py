@@ -98,3 +98,10 @@ def nearest(model: Any, mask: Float[Tensor, "M _ H W"]) -> Float[Tensor, "M _ h 
     """The mask at the latent's resolution, each cell by its first pixel, 0 or 1: as inpainting networks were trained."""
     factor = model.autoencoder.space.factor
     return (mask[:, :, ::factor, ::factor] >= 0.5).float()
+
+
+def by_pixels(model: Any, mask: Float[Tensor, "M _ H W"]) -> Float[Tensor, "M K h w"]:
+    """The mask, 0 or 1, with the pixels of each latent cell as channels, row by row."""
+    factor, (height, width) = model.autoencoder.space.factor, mask.shape[2:]
+    whole = F.pad(mask, (0, -width % factor, 0, -height % factor), mode="replicate")
+    return F.pixel_unshuffle((whole >= 0.5).float(), factor)

@@ -1,7 +1,8 @@
 """Inpainting: a part of a picture is drawn anew, the rest stays, to the last bit of its pixels.
 
 An ordinary model keeps what is known at every noise level (`predict/wrappers/known_region.py`). One trained for it (9 channels; Rombach et al.
-2022, arXiv:2112.10752, section 4.5) is told the mask and the masked picture: x, mask, latent of the picture with grey under the mask.
+2022, arXiv:2112.10752, section 4.5) is told the mask and the masked picture: x, mask, latent of the picture with grey under the mask. FLUX.1
+Fill is told the latent first, and then every pixel of the mask: a latent cell's pixels are channels (16 + 64).
 """
 
 from dataclasses import replace
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.sampling import Request
-from sfumato.tasks._pictures import Draws, Picture, covered, encoded, extra_channels, later, mask_like, nearest, sized
+from sfumato.tasks._pictures import Draws, Picture, by_pixels, covered, encoded, extra_channels, later, mask_like, nearest, sized
 
 
 def inpaint(
@@ -35,9 +36,10 @@ def inpaint(
     """
     pixels, request = sized(model, picture, request or Request())
     mask, extra, channels = mask_like(pixels, mask), extra_channels(model), model.autoencoder.space.channels
-    if extra not in (0, 1 + channels):
+    every = channels + model.autoencoder.space.factor**2  # the mask by pixels
+    if extra not in (0, 1 + channels, every):
         raise UserError(
-            f"this model takes {extra} channels beside the latent: inpainting needs none, or a mask and a picture ({1 + channels})"
+            f"this model takes {extra} channels beside the latent: inpainting needs none, or a mask and a picture ({1 + channels} or {every})"
         )
     if blind and (extra or strength < 1):
         raise UserError(
@@ -53,7 +55,8 @@ def inpaint(
     noise = draws()
     hidden = torch.where(mask >= 0.5, torch.zeros_like(pixels), pixels)
     count = request.count
-    told = [nearest(model, mask), encoded(model, hidden, posterior, draws)]
+    shown = encoded(model, hidden, posterior, draws)
+    told = [shown, by_pixels(model, mask)] if extra == every else [nearest(model, mask), shown]
     concat = torch.cat([part.expand(count, -1, -1, -1) for part in told], 1)
     # The run's own first draw is replaced by `noise`, which was drawn before the masked picture's.
     return replace(made, begin=begin, noise=noise, concat=concat, drawn=draws.used - 1)

@@ -1,0 +1,197 @@
+"""Every network of the folder keeps the promises of `_network.py`: found by its file, built small from its own config.
+
+A new network is tested without being named here, as long as its config speaks the field's usual names (see SMALL).
+"""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sfumato.checkpoints.folder import load_part, save_part
+from sfumato.errors import UserError
+from sfumato.predict.networks._network import Network, build, registered
+from sfumato.types import Conditioning
+
+SMALL: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "mid_block_type": "UNetMidBlock2D",
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "joint_attention_dim": 12,
+    "caption_channels": 12,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 10,
+    "cross_attention_dim": 32,
+    "pos_embed_max_size": 12,
+    "axes_dims_rope": (4, 6, 6),
+    "num_embeds_ada_norm": 5,
+}
+ONE_OF: dict[str, dict[str, Any]] = {"UNet2DModel": {"attention_head_dim": 8, "num_attention_heads": None}}
+ONE_OF |= {"UNet2DConditionModel": {"attention_head_dim": 8, "num_class_embeds": 6}}
+ONE_OF |= {"SfumatoUNet2DModel": {"attention_head_dim": None, "num_attention_heads": 2}, "SfumatoDiT": {"num_class_embeds": 6}}
+ONE_OF |= {"Flux2Transformer2DModel": {"axes_dims_rope": (4, 4, 4, 4)}}
+NETWORKS = sorted(registered())
+SIZES = [(8, 8), (12, 6), (7, 9)]
+
+
+def small(name: str) -> Network:
+    """A network of which every weight shows, at rest."""
+    config_class = registered()[name][1]
+    known = {f.name for f in fields(config_class)}
+    values = {key: value for key, value in SMALL.items() if key in known} | ONE_OF.get(name, {})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = build(config_class(**values))
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    assert isinstance(network, Network)
+    return network.eval()
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def told(network: Network, n: int, size: tuple[int, int]) -> Conditioning:
+    """Something through every door that the network has."""
+    width, vector = network.token_width, network.vector_width
+    if network.classes:
+        given = torch.eye(network.classes)[torch.arange(n) % network.classes]
+    else:
+        given = None if vector is None else 30 * normal(n, vector, seed=1).abs()
+    if network.learned_guidance:
+        strength = 3 + torch.arange(n, dtype=torch.float32)[:, None]
+        given = strength if given is None else torch.cat([given, strength], 1)
+    extra = network.in_channels - network.channels
+    return Conditioning(
+        tokens=None if width is None else normal(n, 5, width if isinstance(width, int) else width[0], seed=2),
+        vector=given,
+        concat=normal(n, extra, *size, seed=3) if extra > 0 else None,
+    )
+
+
+def inputs(network: Network, n: int = 3, size: tuple[int, int] = (8, 8)) -> tuple[Tensor, Tensor, Conditioning]:
+    return normal(n, network.channels, *size), 1000 * (torch.arange(n) + 0.5) / n, told(network, n, size)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_an_image_has_the_bits_that_it_has_alone(name: str, size: tuple[int, int]) -> None:
+    network = small(name)
+    x, t, cond = inputs(network, 5, size)
+    with torch.inference_mode():
+        whole = network(x, t, cond)
+        alone = torch.cat([network(x[k : k + 1], t[k : k + 1], cond[k : k + 1]) for k in range(5)])
+    assert whole.shape[0] == 5 and whole.shape[2:] == size and whole.shape[1] >= network.channels
+    assert torch.equal(whole, alone)
+    assert len({float(row.sum()) for row in whole}) == 5
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_all_that_comes_in_is_heard(name: str) -> None:
+    """x, the time and whatever comes through the doors change the answer."""
+    network = small(name)
+    x, t, cond = inputs(network)
+    with torch.inference_mode():
+        y = network(x, t, cond)
+        assert not torch.allclose(network(x + 0.1, t, cond), y)
+        assert not torch.allclose(network(x, t + 100, cond), y)
+        for door in ("tokens", "vector"):
+            value = getattr(cond, door)
+            if value is not None and network.told:
+                changed = Conditioning(**_with(cond, door, value.roll(1, 0)))
+                assert not torch.allclose(network(x, t, changed), y), door
+
+
+def _with(cond: Conditioning, door: str, value: Any) -> dict[str, Any]:
+    return {f.name: value if f.name == door else getattr(cond, f.name) for f in fields(cond)}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_masked_token_is_as_if_it_were_not_there(name: str) -> None:
+    network = small(name)
+    if network.token_width is None:
+        pytest.skip("it reads no tokens")
+    x, t, cond = inputs(network)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[1, 3:] = False
+    assert cond.tokens is not None
+    with torch.inference_mode():
+        one = network(x, t, Conditioning(**_with(Conditioning(**_with(cond, "mask", mask)), "tokens", cond.tokens)))
+        other = cond.tokens.clone()
+        other[1, 3:] = 7.0
+        two = network(x, t, Conditioning(**_with(Conditioning(**_with(cond, "mask", mask)), "tokens", other)))
+        unmasked = network(x, t, cond)
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(one[1], unmasked[1], atol=1e-4) and torch.allclose(one[0], unmasked[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_missing_is_said_in_one_sentence(name: str) -> None:
+    network = small(name)
+    x, t, cond = inputs(network)
+    for door in ("tokens", "vector"):
+        if getattr(cond, door) is not None and (door == "tokens" or network.classes or network.learned_guidance):
+            with pytest.raises(UserError, match=door):
+                network(x, t, Conditioning(**_with(cond, door, None)))
+    with pytest.raises(UserError, match="channels"):
+        network(torch.cat([x, x], 1), t, cond)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_folder_gives_the_same_network_back(name: str, tmp_path: Path) -> None:
+    network = small(name)
+    save_part(tmp_path, network)
+    again = load_part(tmp_path)
+    assert isinstance(again, Network) and again.to_config() == network.to_config() and type(again.config) is type(network.config)
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in network.state_dict().items()}
+    x, t, cond = inputs(network)
+    with torch.inference_mode():
+        assert torch.equal(again(x, t, cond), network(x, t, cond))
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"a_new_field": 1}))
+    with pytest.raises(UserError, match="a_new_field"):
+        load_part(tmp_path)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_weight_is_trained(name: str) -> None:
+    network = small(name).train()
+    x, t, cond = inputs(network)
+    network(x, t, cond).square().sum().backward()
+    silent = [key for key, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not silent
+    gone = [key for key, p in network.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    assert not gone
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_half_precision_is_near(name: str) -> None:
+    network = small(name)
+    x, t, cond = inputs(network)
+    with torch.inference_mode():
+        exact = network(x, t, cond)
+        half = network.bfloat16()(x.bfloat16(), t, cond.to(dtype=torch.bfloat16))
+    assert half.dtype == torch.bfloat16
+    assert float((half.float() - exact).norm() / exact.norm()) < 0.08
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_it_says_of_itself(name: str) -> None:
+    network = small(name)
+    assert network.part in ("unet", "transformer")
+    assert network.channels >= 1 and network.in_channels >= network.channels and network.patch >= 1 and network.sample_size >= 1
+    assert all(isinstance(module, nn.Module) for module in network.children())
