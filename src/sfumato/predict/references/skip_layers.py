@@ -1,7 +1,8 @@
 """Skip-layer guidance: the same network with some of its layers left out (the residual branches; what they are added to goes on).
 
 It is autoguidance (Karras et al. 2024, arXiv:2406.02507) by a network that costs nothing to train, as perturbed attention is;
-spatio-temporal skip guidance (Hyung et al. 2024, arXiv:2411.18664) names layers in the same way.
+spatio-temporal skip guidance (Hyung et al. 2024, arXiv:2411.18664) names layers in the same way. Stability AI recommends it for Stable
+Diffusion 3.5 medium, without blocks 7, 8 and 9 (`layers=transformer_blocks.7+transformer_blocks.8+transformer_blocks.9`).
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from sfumato.nn.attention import Attention, FeedForward, SpatialAttention, SpatialTransformer, TransformerBlock
 from sfumato.nn.blocks import ResnetBlock
+from sfumato.nn.joint import JointAttention, JointBlock
 from sfumato.predict.references._copies import weakened
 from sfumato.types import Conditioning
 
@@ -35,13 +37,31 @@ class AddedNothing(nn.Module):
         return torch.zeros_like(x) if plus is None else plus
 
 
+class BothPassedOn(nn.Module):
+    """In place of a block of two streams: both as they are."""
+
+    def forward(self, x: Tensor, text: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        return x, text
+
+
+class AddedNothingToBoth(nn.Module):
+    """In place of the attention of two streams, which is added to them: zeros."""
+
+    def forward(self, x: Tensor, text: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(x), torch.zeros_like(text)
+
+
 def branches(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, what takes its place) of every layer that can be left out."""
     for name, module in network.named_modules():
         if isinstance(module, SpatialAttention | SpatialTransformer | TransformerBlock):
             yield name, PassedOn()
+        elif isinstance(module, JointBlock):
+            yield name, BothPassedOn()
         elif isinstance(module, ResnetBlock) and module.resample is None:  # what changes the size of the map has to stay
             yield name, PassedOn(module.conv_shortcut)
+        elif isinstance(module, JointAttention):
+            yield name, AddedNothingToBoth()
         elif isinstance(module, Attention | FeedForward):
             yield name, AddedNothing()
 
