@@ -31,10 +31,10 @@ def sinusoidal(position: Float[Tensor, " B"], width: int, cos_first: bool = True
 class TimestepEmbedding(nn.Module):
     """Two linear layers with a SiLU between: (B, D) -> (B, E)."""
 
-    def __init__(self, width: int, out_width: int):
+    def __init__(self, width: int, out_width: int, bias: bool = True):
         super().__init__()
-        self.linear_1 = invariant.Linear(width, out_width)
-        self.linear_2 = invariant.Linear(out_width, out_width)
+        self.linear_1 = invariant.Linear(width, out_width, bias=bias)
+        self.linear_2 = invariant.Linear(out_width, out_width, bias=bias)
 
     def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B E"]:
         return self.linear_2(invariant.silu(self.linear_1(x)))
@@ -59,6 +59,20 @@ def unpatched(y: Float[Tensor, "B N D"], rows: int, patch: int) -> Float[Tensor,
     b, n, _ = y.shape
     y = y.reshape(b, rows, n // rows, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
     return y.reshape(b, y.shape[1], rows * patch, -1)
+
+
+def patches(x: Float[Tensor, "B C h w"], patch: int) -> Float[Tensor, "B N D"]:
+    """A map as tokens, row by row of patches: token[c p^2 + i p + j] = x[c, p y + i, p z + j] for the patch at (y, z). Sides are multiples of p."""
+    b, c, h, w = x.shape
+    x = x.reshape(b, c, h // patch, patch, w // patch, patch).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(b, -1, c * patch * patch)
+
+
+def from_patches(y: Float[Tensor, "B N D"], rows: int, patch: int) -> Float[Tensor, "B C h w"]:
+    """`patches`, undone; `rows` of patches."""
+    b, n, d = y.shape
+    y = y.reshape(b, rows, n // rows, d // patch**2, patch, patch).permute(0, 3, 1, 4, 2, 5)
+    return y.reshape(b, d // patch**2, rows * patch, -1)
 
 
 @lru_cache(maxsize=16)
