@@ -20,6 +20,7 @@ from sfumato.compress.base import Autoencoder
 from sfumato.errors import WRONG, UserError, explained
 from sfumato.files import read_table
 from sfumato.model import LatentDiffusion
+from sfumato.predict.conditioners import reader_of
 from sfumato.predict.conditioners.class_embedding import ClassEmbedding
 from sfumato.predict.conditioners.nothing import Nothing
 from sfumato.predict.denoiser import Denoiser
@@ -110,7 +111,7 @@ def _open(path: Path, name: str, how: _How) -> LatentDiffusion:
     with explained(path / "model_index.json"):
         notes = parts.get("_sfumato", {})
         run = {"sampler": recipe.sampler, "spacing": recipe.spacing_word}
-        given = notes.get("defaults", {} if "_sfumato" in parts else pipeline_defaults(parts) | run)
+        given = notes.get("defaults", {} if "_sfumato" in parts else pipeline_defaults(parts, network) | run)
         defaults = Defaults(**{k: v for k, v in given.items() if k in Defaults.__dataclass_fields__})
     _check_parts(path, autoencoder, network, conditioner)
     small = path / "low_res_scheduler" / "scheduler_config.json"
@@ -138,7 +139,7 @@ def _open_original(path: Path, how: _How) -> LatentDiffusion:
     conditioner = from_parts(parts, Source(path, notes, how.tokenizer, how.dtype, how.reading or Reading()))
     assert isinstance(autoencoder, Autoencoder)
     _check_parts(path, autoencoder, network, conditioner)
-    begin = pipeline_defaults({"_class_name": pipeline_class(network, conditioner)}) | _guidance(conditioner)
+    begin = pipeline_defaults({"_class_name": pipeline_class(network, conditioner)}, network) | _guidance(conditioner)
     defaults = Defaults(**begin, sampler=recipe.sampler, spacing=recipe.spacing_word)
     model = LatentDiffusion(autoencoder, Denoiser(network, recipe.process), conditioner, defaults, path.stem, low_res)
     return model if how.device == "cpu" else model.to(how.device)
@@ -157,10 +158,9 @@ def _guidance(conditioner: Any) -> dict[str, Any]:
 def _conditioner(path: Path, parts: dict[str, Any], network: Any, how: _How) -> Any:
     """What turns prompts into conditioning: the text encoders of the folder, or the conditioner that sfumato wrote; a network that is told
     nothing needs none."""
-    if parts.get("bert", [None, None]) != [None, None]:
-        return find("predict.conditioners", "bert_text").from_folder(path, how.dtype)
-    if any(key.startswith("text_encoder") and value != [None, None] for key, value in parts.items()):
-        return find("predict.conditioners", "clip_text").from_folder(path, how.dtype, how.variant)
+    there = {key: str(value[1]) for key, value in parts.items() if key.startswith(("text_encoder", "bert")) and value != [None, None]}
+    if there:
+        return reader_of(there, path).from_folder(path, how.dtype, how.variant)
     config = path / "conditioner" / "config.json"
     if not config.exists() and not network.told:
         return Nothing()

@@ -39,7 +39,7 @@ def save_model(model: Any, place: str | Path, dtype: torch.dtype | None) -> None
 
 def _save_folder(model: Any, folder: str | Path, dtype: torch.dtype | None) -> None:
     """Each part in a folder of its own, and model_index.json, which names them."""
-    entries = pipeline_index(model.denoiser.network, model.conditioner)
+    entries = pipeline_index(model.denoiser.network, model.conditioner, model.defaults)
     vae = autoencoder_name(entries["_class_name"])
     with atomic_folder(check_target(folder)) as temporary:
         save_part(temporary / vae, model.autoencoder, dtype)

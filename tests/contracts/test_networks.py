@@ -42,6 +42,8 @@ ONE_OF: dict[str, dict[str, Any]] = {"UNet2DModel": {"attention_head_dim": 8, "n
 ONE_OF |= {"UNet2DConditionModel": {"attention_head_dim": 8, "num_class_embeds": 6}}
 ONE_OF |= {"SfumatoUNet2DModel": {"attention_head_dim": None, "num_attention_heads": 2}, "SfumatoDiT": {"num_class_embeds": 6}}
 ONE_OF |= {"Flux2Transformer2DModel": {"axes_dims_rope": (4, 4, 4, 4)}}
+UNHEARD = {"SD3Transformer2DModel": "transformer_blocks.1.attn.add_q_proj"}
+"""What published files hold and nothing hears: the questions of text in the last block."""
 NETWORKS = sorted(registered())
 SIZES = [(8, 8), (12, 6), (7, 9)]
 
@@ -173,7 +175,7 @@ def test_every_weight_is_trained(name: str) -> None:
     x, t, cond = inputs(network)
     network(x, t, cond).square().sum().backward()
     silent = [key for key, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert not silent
+    assert not [key for key in silent if not key.startswith(UNHEARD.get(name, "-"))]
     gone = [key for key, p in network.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     assert not gone
 

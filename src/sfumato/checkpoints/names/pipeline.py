@@ -7,6 +7,8 @@ are told by BERT, or by a U-Net without tokens; they call the autoencoder "vqvae
 
 from typing import Any
 
+from sfumato.checkpoints.names.pipeline_transformer import transformer_class, transformer_defaults, transformer_entries
+
 _FAMILIES = {  # by (channels beyond the latent's, second encoder): the class
     (0, False): "StableDiffusionPipeline",
     (5, False): "StableDiffusionInpaintPipeline",
@@ -43,8 +45,10 @@ def autoencoder_unsaid(pipeline: Any) -> dict[str, Any]:
     return {"scaling_factor": 1.0} if pipeline == "LDMPipeline" else {}
 
 
-def pipeline_class(network: Any, conditioner: Any) -> str:
+def pipeline_class(network: Any, conditioner: Any, references: int = 0) -> str:
     """The name of diffusers' pipeline for these parts; "LatentDiffusion", which only sfumato opens, where it has none."""
+    if network.part == "transformer":
+        return transformer_class(network, conditioner, references) or "LatentDiffusion"
     encoders = getattr(conditioner, "encoders", {})
     kind = conditioner.to_config()["_class_name"]
     if kind == "bert_text":
@@ -59,9 +63,11 @@ def pipeline_class(network: Any, conditioner: Any) -> str:
     return _FAMILIES.get((config.in_channels - config.out_channels, "_2" in encoders), "LatentDiffusion")
 
 
-def pipeline_index(network: Any, conditioner: Any) -> dict[str, Any]:
-    """The entries of model_index.json that depend on the kind of model."""
-    name = pipeline_class(network, conditioner)
+def pipeline_index(network: Any, conditioner: Any, defaults: Any) -> dict[str, Any]:
+    """The entries of model_index.json that depend on the kind of model. defaults: the model's."""
+    name = pipeline_class(network, conditioner, defaults.references)
+    if network.part == "transformer" and hasattr(conditioner, "index"):
+        return {"_class_name": name, **conditioner.index(), **transformer_entries(name, defaults.guidance)}
     if name == "LDMPipeline":
         return {"_class_name": name}
     if not hasattr(conditioner, "index"):
@@ -78,6 +84,8 @@ def pipeline_index(network: Any, conditioner: Any) -> dict[str, Any]:
     return {**entries, **empty}
 
 
-def pipeline_defaults(index: dict[str, Any]) -> dict[str, Any]:
+def pipeline_defaults(index: dict[str, Any], network: Any) -> dict[str, Any]:
     """Steps and guidance with which diffusers runs a folder's pipeline."""
+    if network.part == "transformer":
+        return {"steps": 50, "guidance": 1.0} | transformer_defaults(index, network)
     return {"steps": 50, "guidance": 7.5} | _DEFAULTS.get(str(index.get("_class_name")), {})

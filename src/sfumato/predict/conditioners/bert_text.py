@@ -18,6 +18,8 @@ from sfumato.files import write_json
 from sfumato.predict.conditioners._bert import BertEncoder, read_encoder
 from sfumato.types import Conditioning, Picture
 
+READS = ({"bert": "LDMBertModel"},)
+
 
 @dataclass(frozen=True, eq=False)
 class BertText:
@@ -81,6 +83,7 @@ class BertText:
         write_json(Path(folder) / "conditioner" / "config.json", self.to_config())
 
     @classmethod
-    def from_folder(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "BertText":
-        """Opens bert/ and tokenizer/ of a folder in diffusers' layout; weights become `dtype`. `UserError` for what does not fit."""
+    def from_folder(cls, folder: str | Path, dtype: torch.dtype = torch.float32, variant: str | None = None) -> "BertText":
+        """Opens bert/ and tokenizer/ of a folder in diffusers' layout; weights become `dtype`. `UserError` for what does not fit; there are
+        no variants."""
         return cls(read_encoder(Path(folder) / "tokenizer", Path(folder) / "bert", dtype))

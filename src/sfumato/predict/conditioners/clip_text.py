@@ -29,6 +29,8 @@ from sfumato.predict.conditioners._prompt import parse, shown
 from sfumato.types import Conditioning, Picture
 
 LONG = ("chunks", "refuse")
+_ONE, _TWO = {"text_encoder": "CLIPTextModel"}, {"text_encoder_2": "CLIPTextModelWithProjection"}
+READS = (_ONE, _ONE | _TWO, _TWO)
 FLAGS = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
 """The settings that diffusers keeps in model_index.json."""
 
