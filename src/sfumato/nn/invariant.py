@@ -82,12 +82,13 @@ def onednn_linear(
     end: str = "none",
     other: Float[Tensor, "*B E"] | None = None,
 ) -> Float[Tensor, "*B E"]:
-    """x W^T + b, with its end in the same pass: "gelu" of it, or "add" or "mul" with another (B, E). The weight may be packed."""
+    """x W^T + b, with its end in the same pass: "gelu" or "gelu tanh" of it, or "add" or "mul" with another (B, E). The weight may be packed."""
     alone = x.numel() == x.shape[-1]
     if alone:
         x, other = x.expand(2, *x.shape), None if other is None else other.expand(2, *other.shape)
     if other is None:
-        y = onednn()._linear_pointwise(x, weight, bias, end, [], "none" if end == "gelu" else "")
+        name, _, way = end.partition(" ")
+        y = onednn()._linear_pointwise(x, weight, bias, name, [], (way or "none") if name == "gelu" else "")
     else:
         y = onednn()._linear_pointwise.binary(x, other, weight, bias, end)
     return y[0] if alone else y

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import UserError
 from sfumato.nn import invariant, winograd
-from sfumato.nn.attention import GEGLU
+from sfumato.nn.attention import GEGLU, GELU
 from sfumato.nn.blocks import Upsample
 from sfumato.nn.doubling import double, kernels
 
@@ -207,6 +207,22 @@ class _Gated(_Packed):
         return invariant.onednn_linear(x, value, first, "mul", invariant.onednn_linear(x, gate, second, "gelu"))
 
 
+class _Curved(_Packed):
+    """`GELU`: the product ends in the function."""
+
+    def __init__(self, layer: GELU):
+        super().__init__(layer.proj.weight.dtype)
+        weight, self.bias = layer.proj.weight, layer.proj.bias
+        self.weight = _frozen(_matrix(weight)) if self.dtype == torch.bfloat16 else weight
+
+    def plain(self) -> dict[str, Tensor]:
+        return {f"proj.{name}": value for name, value in super().plain().items()}
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
+        _check(x, self.dtype)
+        return invariant.onednn_linear(x.contiguous(), self.weight, self.bias, "gelu tanh")
+
+
 class _Doubling(_Packed):
     """`Upsample`: four convolutions of the map itself, where it is doubled exactly."""
 
@@ -249,6 +265,7 @@ def _last(x: Tensor) -> Tensor:
 _KINDS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     Upsample: _Doubling,
     GEGLU: _Gated,
+    GELU: _Curved,
     nn.Conv2d: _convolution,
     nn.Linear: _Linear,
 }
