@@ -253,6 +253,18 @@ def test_skipped_blocks(layers: tuple[int, ...]) -> None:
 
 
 @torch.inference_mode()
+def test_away_from_no_condition_and_from_skipped_blocks() -> None:
+    """Both at once, as diffusers' pipeline does from 1 to 20 % of its steps: y_0 + 7 (y - y_0) + 2.8 (y - y without the blocks)."""
+    ours = ours_of("SD 3.5 medium")
+    theirs, denoiser, (x, _, cond) = theirs_of(ours), denoiser_of(ours), asked(ours, (8, 6))
+    none, t = Conditioning(tokens=normal(2, 5, 12, seed=8), vector=normal(2, 10, seed=9)), torch.full((2,), 400.0)
+    y, off, without = (theirs(x, **said(c, t), skip_layers=s).sample for c, s in ((cond, None), (none, None), (cond, [1])))
+    words = "7 dual:kind=away,second=3.8 condition skip_layers:layers=transformer_blocks.1"
+    found = answered(build(Guidance.parse(words), denoiser, cond, none, denoiser.process.schedule.point)(x, 0.4), answer)
+    close(found.x0, denoiser.process.split(x, off + 7 * (y - off) + 2.8 * (y - without), 0.4).x0, 5e-5)
+
+
+@torch.inference_mode()
 def test_parts_of_a_block_are_left_out() -> None:
     """A branch that adds nothing, as its last layers are 0, is as one that is left out."""
     silent = {
@@ -328,8 +340,9 @@ def test_the_second_attention_is_perturbed_to_its_values() -> None:
 # ---- inference ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prepare", [copy.deepcopy, packed], ids=["plain", "packed"])
-@every
+@pytest.mark.parametrize(
+    ("kind", "prepare"), [*((kind, copy.deepcopy) for kind in KINDS), ("SD 3.5 medium", packed), ("patches of three", packed)]
+)
 def test_bits_do_not_depend_on_the_batch(kind: str, prepare: Callable[[Any], Any]) -> None:
     plain = ours_of(kind)
     if prepare is packed and not packable(plain):
@@ -398,6 +411,7 @@ def test_every_parameter_that_is_used_gets_a_gradient(kind: str) -> None:
     x, t, cond = asked(ours, SIZES[ours.patch][0])
     ours(x, t, cond).square().mean().backward()
     idle = {name for name, p in ours.named_parameters() if p.grad is None}
+    assert idle == {name for name, p in SD3(ours.config).named_parameters() if not p.requires_grad}, "nobody waits for what never comes"
     last = f"transformer_blocks.{ours.config.num_layers - 1}.attn"
     assert idle == {f"{last}.add_q_proj.weight", f"{last}.add_q_proj.bias"} | (
         {f"{last}.norm_added_q.weight"} if ours.config.qk_norm else set()
@@ -422,6 +436,20 @@ def test_a_new_network_answers_nothing_and_learns() -> None:
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_training_in_mixed_precision() -> None:
+    """Under autocast, as in the training loop: gradients near float32's."""
+    network = ours_of("SD 3.5 medium").requires_grad_(True).train()
+    x, t, cond = asked(network, (8, 8))
+    found = []
+    for mixed in (False, True):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = (network(x, t, cond).float() - x).square().mean()
+        loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+    assert torch.cosine_similarity(*found, dim=0) > 0.999
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------------------

@@ -54,6 +54,9 @@ class JointAttention(NormedAttention):
         self.add_q_proj, self.add_k_proj, self.add_v_proj = (invariant.Linear(width, width) for _ in range(3))
         self.norm_added_q, self.norm_added_k = (_norm(width // heads, normed) for _ in range(2))
         self.to_add_out = None if last else invariant.Linear(width, width)
+        if last:  # what nobody reads gets no gradient, for which processes that train together would wait
+            for idle in (self.add_q_proj, self.norm_added_q):
+                idle.requires_grad_(False)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Float[Tensor, "B N D"], text: Float[Tensor, "B L D"], mask: Bool[Tensor, "B S"] | None = None
