@@ -46,25 +46,30 @@ class Places:
     line: bool
 
     def turns(self, text: int, maps: tuple[tuple[int, int], ...], device: torch.device) -> Float[Tensor, "N d 2"]:
-        """cos and sin for `text` tokens and then the tokens of maps of (rows, columns); remembered, not to be changed."""
-        if torch.compiler.is_compiling():  # what a compiler looks at is no tensor to remember
-            return _turns.__wrapped__(self, text, maps, device)
-        return _turns(self, text, maps, device)
+        """cos and sin for `text` tokens and then the tokens of maps of (rows, columns), float32; remembered, not to be changed."""
+        if torch.compiler.is_compiling():  # a program makes them itself: what a compiler looks at is no tensor to remember
+            return self.made(text, maps, device).to(device)
+        return _remembered(self, text, maps, device)
+
+    def made(self, text: int, maps: tuple[tuple[int, int], ...], device: torch.device) -> Float[Tensor, "N d 2"]:
+        """The same, made where the device knows float64, and otherwise on the CPU."""
+        where, axes = torch.device("cpu") if device.type == "mps" else device, len(self.widths)
+        words = torch.zeros(text, axes, device=where)
+        if self.line:
+            words[:, -1] = torch.arange(text, device=where)
+        found = [words]
+        for k, (rows, columns) in enumerate(maps):
+            cells = torch.zeros(rows * columns, axes, device=where)
+            cells[:, 0] = self.apart * k
+            cells[:, 1:3] = rope.grid(rows, columns, where)
+            found.append(cells)
+        return rope.angles(torch.cat(found), self.widths, self.theta)
 
 
 @lru_cache(maxsize=16)
-def _turns(places: Places, text: int, maps: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    with torch.device("cpu"), torch.inference_mode(False):  # later calls may want gradients; and not all devices know float64
-        words = torch.zeros(text, len(places.widths))
-        if places.line:
-            words[:, -1] = torch.arange(text)
-        found = [words]
-        for k, (rows, columns) in enumerate(maps):
-            cells = torch.zeros(rows * columns, len(places.widths))
-            cells[:, 0] = places.apart * k
-            cells[:, 1:3] = rope.grid(rows, columns)
-            found.append(cells)
-        return rope.angles(torch.cat(found), places.widths, places.theta).to(device)
+def _remembered(places: Places, text: int, maps: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # later calls may want gradients
+        return places.made(text, maps, torch.device("cpu")).to(device)
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------------
@@ -225,6 +230,8 @@ class Streams(Network):
                 "the strength of guidance"
             ] * self.learned_guidance
             raise UserError(f"{name} needs {' and '.join(what)}: Conditioning.vector (B, {vector}) is {found}")
+        if cond.image_tokens is not None:
+            raise UserError(f"{name} has no attention to Conditioning.image_tokens {tuple(cond.image_tokens.shape)}: leave them out")
         whole = x if cond.concat is None else torch.cat([x, cond.concat], 1)
         if whole.shape[1] != self.in_channels:
             raise UserError(
