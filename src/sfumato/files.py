@@ -165,11 +165,19 @@ def read_table(path: str | Path) -> dict[str, Any]:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, "torch.Tensor"], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file atomically (contiguous copies on the CPU; `format: pt` is what diffusers expects)."""
+    """Writes a safetensors file atomically (contiguous copies on the CPU; `format: pt` is what diffusers expects).
+
+    A tensor of several names is written under each: the library refuses that, unless the others are copies.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    ready = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    ready: dict[str, torch.Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        ready[name] = tensor.clone() if tensor.data_ptr() in places and tensor.numel() else tensor
+        places.add(tensor.data_ptr())
     with atomic_file(path) as temporary:
         try:
             save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})})

@@ -22,6 +22,7 @@ from sfumato.files import read_table
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners import reader_of
 from sfumato.predict.conditioners.class_embedding import ClassEmbedding
+from sfumato.predict.conditioners.class_labels import ClassLabels
 from sfumato.predict.conditioners.nothing import Nothing
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks._network import Network
@@ -164,6 +165,9 @@ def _conditioner(path: Path, parts: dict[str, Any], network: Any, how: _How) -> 
     config = path / "conditioner" / "config.json"
     if not config.exists() and not network.told:
         return Nothing()
+    if not config.exists() and parts.get("_class_name") == "DiTPipeline" and network.classes > 1:
+        with explained(path / "model_index.json"):
+            return ClassLabels.from_id2label(parts.get("id2label"), network.classes - 1)
     if not config.exists():
         raise UserError(f"{path} has neither a text encoder nor a conditioner/config.json: nothing there reads prompts")
     with explained(config):

@@ -15,7 +15,7 @@ import torch
 from sfumato import __version__
 from sfumato.checkpoints.conditioners import has_original, to_notes, to_parts
 from sfumato.checkpoints.folder import save_part, storable
-from sfumato.checkpoints.names.pipeline import autoencoder_name, pipeline_index
+from sfumato.checkpoints.names.pipeline import autoencoder_name, pipeline_class, pipeline_index
 from sfumato.checkpoints.names.scheduler import to_scheduler_config, write_scheduler
 from sfumato.checkpoints.names.scheduler_times import DynamicShift
 from sfumato.checkpoints.original import Part, gather, join, notes
@@ -77,8 +77,10 @@ def _scheduler(model: Any) -> dict[str, Any]:
     dynamic = DynamicShift.from_word(spacing)
     if dynamic is not None:
         return write_scheduler(process, sampler, dynamic.spacing(dynamic.top[0]), dynamic)
-    known = has_original(model.denoiser.network, model.conditioner) or model.denoiser.network.part == "transformer"
-    return write_scheduler(process, sampler, spacing) if known else to_scheduler_config(process)
+    network, conditioner = model.denoiser.network, model.conditioner
+    if not has_original(network, conditioner) and pipeline_class(network, conditioner) == "LatentDiffusion":
+        return to_scheduler_config(process)
+    return write_scheduler(process, sampler, spacing)
 
 
 def _save_original(model: Any, file: str | Path, dtype: torch.dtype | None) -> None:

@@ -70,6 +70,8 @@ def pipeline_index(network: Any, conditioner: Any, defaults: Any) -> dict[str, A
         return {"_class_name": name, **conditioner.index(), **transformer_entries(name, defaults.guidance)}
     if name == "LDMPipeline":
         return {"_class_name": name}
+    if name == "DiTPipeline":
+        return {"_class_name": name, "id2label": conditioner.to_id2label()}
     if not hasattr(conditioner, "index"):
         return {"_class_name": name, "conditioner": ["sfumato", conditioner.to_config()["_class_name"]]}
     entries = {"_class_name": name, **conditioner.index()}

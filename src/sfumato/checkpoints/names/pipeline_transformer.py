@@ -5,6 +5,7 @@
                       FluxKontextPipeline where it reads pictures
     FLUX.2            Flux2Pipeline (Mistral), Flux2KleinPipeline (Qwen)
     PixArt            PixArtAlphaPipeline (120 tokens), PixArtSigmaPipeline (300)
+    DiT               DiTPipeline, which knows ImageNet's thousand classes: class 1000 is none
 
 Steps and guidance are those with which diffusers calls them; where a model was distilled to few steps, those of its card.
 """
@@ -41,6 +42,8 @@ def transformer_class(network: Any, conditioner: Any, references: int = 0) -> st
         return "Flux2Pipeline" if "Mistral" in conditioner.index()["text_encoder"][1] else "Flux2KleinPipeline"
     if (kind, reader) == ("PixArtTransformer2DModel", "t5_text"):
         return "PixArtAlphaPipeline" if conditioner.config.max_sequence_length <= 120 else "PixArtSigmaPipeline"
+    if (kind, reader) == ("DiTTransformer2DModel", "class_labels") and network.classes == 1001:
+        return "DiTPipeline"
     return None
 
 

@@ -1,0 +1,150 @@
+"""What DiT and PixArt share: a latent cut into patches as tokens with sine positions, and tokens put together as a picture again.
+
+tokens = W patch + places (Peebles & Xie 2022, arXiv:2212.09748, section 3.2). The places are stretched, so that a map of any size and aspect
+covers what the map of training covered (diffusers' PatchEmbed).
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sfumato.errors import UserError
+from sfumato.nn.embeddings import PatchEmbed, padded, sincos_2d, unpatched
+from sfumato.predict.networks._network import Network
+from sfumato.types import Conditioning
+
+WAVES = 256
+"""Sinusoidal features of a timestep, or of a size."""
+
+ACTIVATIONS = {"gelu-approximate": "gelu", "geglu": "geglu"}
+"""diffusers' `activation_fn` -> the kind of nn.attention.FeedForward."""
+
+LEGACY: dict[str, Any] = {
+    "num_vector_embeds": None,
+    "only_cross_attention": False,
+    "double_self_attention": False,
+    "use_linear_projection": False,
+    "attention_type": "default",
+    "positional_embeddings": None,
+    "num_positional_embeddings": None,
+}
+"""Fields of Transformer2DModel, the class of DiT's and PixArt's first files, with the values that they have there."""
+
+
+@dataclass(frozen=True)
+class PatchConfig:
+    """The numbers of a transformer over patches, with diffusers' names.
+
+    out_channels: with those of a learned variance, which come behind the others (Nichol & Dhariwal 2021, arXiv:2102.09672); None:
+    in_channels. sample_size: sides of the latents of training, in cells. norm_num_groups and upcast_attention are kept for the file's sake:
+    there is no group norm, and attention sums in float32 in every dtype.
+    """
+
+    num_attention_heads: int = 16
+    attention_head_dim: int = 72
+    in_channels: int = 4
+    out_channels: int | None = None
+    num_layers: int = 28
+    norm_num_groups: int = 32
+    attention_bias: bool = True
+    sample_size: int = 32
+    patch_size: int = 2
+    activation_fn: str = "gelu-approximate"
+    num_embeds_ada_norm: int = 1000
+    upcast_attention: bool = False
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "patch_size", "num_embeds_ada_norm"):
+            whole(name, getattr(self, name))
+        whole("sample_size", self.sample_size, self.patch_size)
+        flag("attention_bias", self.attention_bias)
+        if self.out_channels is not None:
+            whole("out_channels", self.out_channels, self.in_channels)
+        if self.width % 4:
+            raise UserError(f"num_attention_heads * attention_head_dim is {self.width}: sine positions need a multiple of 4")
+        if not isinstance(self.activation_fn, str) or self.activation_fn not in ACTIVATIONS:
+            raise UserError(f"activation_fn {self.activation_fn!r} is not supported: expected one of {', '.join(ACTIVATIONS)}")
+        if isinstance(self.norm_eps, bool) or not isinstance(self.norm_eps, int | float) or not 0 < self.norm_eps < 1:
+            raise UserError(f"norm_eps {self.norm_eps!r}: expected a small number above 0, such as 1e-6")
+
+    @property
+    def width(self) -> int:
+        """Numbers of a token."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def outputs(self) -> int:
+        """Channels of the network's answer."""
+        return self.out_channels or self.in_channels
+
+    @property
+    def stretch(self) -> float:
+        """What places are divided by: the size of training over that for which the places were made."""
+        return 1.0
+
+
+def whole(name: str, value: Any, least: int = 1) -> None:
+    """`UserError` unless a field is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{name} {value!r}: expected a whole number of at least {least}")
+
+
+def flag(name: str, value: Any) -> None:
+    """`UserError` unless a field is true or false."""
+    if not isinstance(value, bool):
+        raise UserError(f"{name} {value!r}: expected true or false")
+
+
+def zeroed(linear: nn.Linear) -> nn.Linear:
+    """A layer that answers 0 until it is trained."""
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class PatchNetwork(Network):
+    """A transformer over patches: `tokens` on the way in, `picture` on the way out."""
+
+    config: PatchConfig
+
+    def __init__(self, config: PatchConfig):
+        super().__init__()
+        self.config = config
+        self.pos_embed = PatchEmbed(config.in_channels, config.width, config.patch_size)
+
+    @property
+    def patch(self) -> int:
+        """Latent cells along a side of one token."""
+        return self.config.patch_size
+
+    def tokens(self, x: Float[Tensor, "B C h w"], cond: Conditioning) -> Float[Tensor, "B N D"]:
+        """Patches as tokens, with their places; `UserError` for other channels than the network's, and for doors that it does not have."""
+        c = self.config
+        if x.shape[1] != c.in_channels:
+            raise UserError(f"this {type(self).__name__} takes latents of {c.in_channels} channels and was given {x.shape[1]}")
+        for door in ("concat", "residuals", "image_tokens", "references"):
+            if getattr(cond, door) is not None:
+                raise UserError(
+                    f"this {type(self).__name__} has no use for Conditioning.{door}: leave it out, or take a model that reads it"
+                )
+        rows, columns = (-(-side // c.patch_size) for side in x.shape[2:])
+        places = _places(c.width, rows, columns, c.sample_size // c.patch_size, c.stretch, x.device)
+        # places first: torch lays the sum out in memory as its first term, and theirs is token by token
+        return (places + self.pos_embed(padded(x, c.patch_size))).to(x.dtype)
+
+    def picture(self, y: Float[Tensor, "B N E"], size: torch.Size) -> Float[Tensor, "B K h w"]:
+        """Tokens of patch * patch * K numbers as a map of `size` (h, w)."""
+        height, width = size
+        return unpatched(y, -(-height // self.patch), self.patch)[:, :, :height, :width]
+
+
+@lru_cache(maxsize=16)
+def _places(width: int, rows: int, columns: int, base: int, stretch: float, device: torch.device) -> Float[Tensor, "N D"]:
+    """`sincos_2d` on a device; not to be changed."""
+    with torch.inference_mode(False):
+        return sincos_2d(width, rows, columns, base, stretch).to(device)

@@ -1,0 +1,35 @@
+"""Transformer2DModel: the class that DiT's and PixArt's first files name; how their norms are steered says which of the two it is.
+
+    facebook/DiT-XL-2-256, -512        norm_type "ada_norm_zero"
+    PixArt-alpha/PixArt-XL-2-*         norm_type "ada_norm_single"
+
+Such models are saved under the names that diffusers has for them now.
+"""
+
+from typing import Any
+
+from sfumato.errors import UserError
+from sfumato.predict.networks.dit import DiT, DiTConfig
+from sfumato.predict.networks.pixart import PixArt, PixArtConfig
+
+_KINDS = {"ada_norm_zero": DiTConfig, "ada_norm_single": PixArtConfig}
+
+
+class Either:
+    """Reads such a config."""
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> DiTConfig | PixArtConfig:
+        """The config of a DiT or a PixArt; `UserError` for another norm_type, and as those two say."""
+        kind = values.get("norm_type")
+        if kind not in _KINDS:
+            raise UserError(f"norm_type {kind!r} of Transformer2DModel is not supported: expected one of {', '.join(_KINDS)}")
+        return _KINDS[kind].from_dict(values)
+
+
+def built(config: DiTConfig | PixArtConfig) -> DiT | PixArt:
+    """The network of a config."""
+    return DiT(config) if isinstance(config, DiTConfig) else PixArt(config)
+
+
+CLASSES = {"Transformer2DModel": (built, Either)}

@@ -1,0 +1,408 @@
+"""DiT and PixArt beside diffusers': the same keys, outputs and files, at any size that theirs can do; and what ours does beyond."""
+
+import json
+import runpy
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from sfumato.checkpoints.folder import load_part, save_part
+from sfumato.errors import UserError
+from sfumato.predict.networks._network import registered
+from sfumato.predict.networks.dit import DiT, DiTConfig
+from sfumato.predict.networks.pixart import PixArt, PixArtConfig
+from sfumato.types import Conditioning
+
+differing: Callable[..., Any] = runpy.run_path(str(Path(__file__).resolve().parents[1] / "oracles" / "test_batch_invariance.py"))[
+    "differing"
+]
+SMALL: dict[str, Any] = {"num_attention_heads": 3, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8, "out_channels": 8}
+CLASSES = 5
+DITS: dict[str, dict[str, Any]] = {
+    "DiT": {},
+    "DiT, patches of 4": {"patch_size": 4, "sample_size": 16},
+    "DiT, a single cell a patch": {"patch_size": 1, "in_channels": 3, "out_channels": 3},
+    "DiT without a variance": {"out_channels": None, "attention_bias": False},
+    "DiT, GEGLU": {"activation_fn": "geglu", "norm_eps": 1e-3},
+}
+PIXARTS: dict[str, dict[str, Any]] = {
+    "PixArt": {"caption_channels": 12},
+    "PixArt, sizes": {"caption_channels": 12, "sample_size": 128},
+    "PixArt, sizes asked for": {"caption_channels": 12, "use_additional_conditions": True, "norm_eps": 1e-3},
+    "PixArt Sigma": {"caption_channels": 12, "sample_size": 128, "use_additional_conditions": False, "interpolation_scale": 2},
+    "PixArt, no projection": {"cross_attention_dim": 12, "attention_bias": False, "activation_fn": "geglu"},
+    "PixArt, stretched": {"caption_channels": 12, "interpolation_scale": 0.5, "out_channels": None},
+}
+every = pytest.mark.parametrize("name", [*DITS, *PIXARTS])
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randomise(network: Any, seed: int = 0) -> Any:
+    """No weight is 0, so that mistakes show; in place, where modules that are shared stay shared."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return network.eval().requires_grad_(False)
+
+
+def theirs(name: str, alike: bool = True) -> Any:
+    """diffusers' network; a DiT's layers for time and class are the same in all blocks, as in published files, unless told otherwise."""
+    if name in PIXARTS:
+        values = SMALL | {"cross_attention_dim": 24} | PIXARTS[name]
+        return randomise(diffusers.PixArtTransformer2DModel(**values), 1)
+    network = randomise(diffusers.DiTTransformer2DModel(num_embeds_ada_norm=CLASSES - 1, **(SMALL | DITS[name])), 1)
+    if alike:
+        for block in network.transformer_blocks:
+            block.norm1.emb.load_state_dict(network.transformer_blocks[0].norm1.emb.state_dict())
+    return network
+
+
+def opened(network: Any, folder: Path) -> Any:
+    network.save_pretrained(folder)
+    return load_part(folder)
+
+
+def close(ours: Tensor, expected: Tensor, relative: float = 1e-5) -> None:
+    assert ours.shape == expected.shape
+    scale = float(expected.abs().max())
+    assert float((ours - expected).abs().max()) <= relative * scale, (float((ours - expected).abs().max()), scale)
+
+
+def asked(ours: Any, size: tuple[int, int], batch: int = 2) -> tuple[Tensor, Tensor, Conditioning]:
+    """x, times and a condition for each image: all doors of the network are in use, and some text is masked."""
+    x, timestep = normal(batch, ours.config.in_channels, *size), torch.linspace(7, 999, batch) if batch > 1 else torch.tensor([999.0])
+    if isinstance(ours, DiT):
+        return x, timestep, Conditioning(vector=torch.eye(CLASSES)[torch.arange(batch) % CLASSES])
+    mask = (normal(batch, 6, seed=3) > -0.5) | (torch.arange(6) == 0)
+    picture = torch.tensor([[1024.0, 768.0, 1024 / 768], [512.0, 1021.0, 512 / 1021]])[torch.arange(batch) % 2]
+    return x, timestep, Conditioning(tokens=normal(batch, 6, ours.token_width, seed=1), mask=mask, vector=picture)
+
+
+def their_answer(network: Any, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+    """What diffusers' network gives; its DiT puts tokens together as squares only, which is done here for it."""
+    if isinstance(network, diffusers.PixArtTransformer2DModel):
+        picture: Any = cond.vector
+        added = {"resolution": picture[:, :2], "aspect_ratio": picture[:, 2:]}
+        return network(x, cond.tokens, timestep, added, encoder_attention_mask=cond.mask).sample
+    tokens: list[Tensor] = []
+    hook = network.proj_out_2.register_forward_hook(lambda module, given, found: tokens.append(found))
+    vector: Any = cond.vector
+    try:
+        whole = network(x, timestep, vector.argmax(1)).sample
+    except RuntimeError:
+        whole = None
+    hook.remove()
+    patch, (rows, columns) = network.config.patch_size, (side // network.config.patch_size for side in x.shape[2:])
+    map = tokens[0].unflatten(2, (patch, patch, -1)).unflatten(1, (rows, columns))  # (B, rows, columns, down, right, C)
+    found = map.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+    assert rows != columns or (whole is not None and torch.equal(found, whole))
+    return found
+
+
+# ---- parity ------------------------------------------------------------------------------------------------------------
+
+
+@every
+@torch.inference_mode()
+def test_parity_and_folders_in_both_directions(name: str, tmp_path: Path) -> None:
+    network = theirs(name)
+    ours = opened(network, tmp_path / "theirs")
+    save_part(tmp_path / "ours", ours)
+    again = type(network).from_pretrained(tmp_path / "ours")
+    before, after = network.state_dict(), again.state_dict()
+    assert ours.state_dict().keys() == before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    for size in ((8, 8), (16, 16), (4, 12), (20, 8), (4, 4)):
+        x, timestep, cond = asked(ours, size)
+        expected = their_answer(network, x, timestep, cond)
+        assert expected.shape[2:] == size and expected.std() > 0.05
+        close(ours(x, timestep, cond), expected)
+        close(their_answer(again, x, timestep, cond), expected, 0)
+
+
+@torch.inference_mode()
+def test_a_dit_whose_blocks_are_told_by_layers_of_their_own(tmp_path: Path) -> None:
+    """diffusers lets them differ, and uses each block's; also in place, in a network that shared them before, and back again."""
+    network = theirs("DiT", alike=False)
+    ours = opened(network, tmp_path / "theirs")
+    x, timestep, cond = asked(ours, (8, 8))
+    close(ours(x, timestep, cond), their_answer(network, x, timestep, cond))
+    first, second = (block.norm1.emb for block in ours.transformer_blocks)
+    assert first is not second
+    shared = DiT(ours.config).eval()
+    assert shared.transformer_blocks[0].norm1.emb is shared.transformer_blocks[1].norm1.emb
+    shared.load_state_dict(network.state_dict())
+    close(shared(x, timestep, cond), their_answer(network, x, timestep, cond))
+    save_part(tmp_path / "ours", shared)
+    again = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "ours")
+    close(their_answer(again, x, timestep, cond), their_answer(network, x, timestep, cond), 0)
+    network = theirs("DiT")
+    shared.load_state_dict(network.state_dict())
+    assert shared.transformer_blocks[0].norm1.emb is shared.transformer_blocks[1].norm1.emb
+    close(shared(x, timestep, cond), their_answer(network, x, timestep, cond))
+
+
+@torch.inference_mode()
+def test_what_all_blocks_of_a_dit_are_told_is_there_once(tmp_path: Path) -> None:
+    ours = opened(theirs("DiT"), tmp_path)
+    own = sum(p.numel() for p in theirs("DiT").parameters())
+    once = sum(p.numel() for p in ours.transformer_blocks[0].norm1.emb.parameters())
+    assert sum(p.numel() for p in ours.parameters()) == own - once
+    calls: list[int] = []
+    ours.transformer_blocks[1].norm1.emb.register_forward_hook(lambda *_: calls.append(1))
+    ours(*asked(ours, (8, 8)))
+    assert len(calls) == 1
+
+
+@every
+@torch.inference_mode()
+def test_every_input_shows_in_the_output(name: str, tmp_path: Path) -> None:
+    """Without this, parity could hold because nothing matters."""
+    ours = opened(theirs(name), tmp_path)
+    x, timestep, cond = asked(ours, (8, 8))
+    y = ours(x, timestep, cond)
+    changes: list[dict[str, Any]] = [{"vector": cond.vector.flip(0)}] if ours.vector_width or ours.classes else []
+    if cond.tokens is not None:
+        changes += [{"tokens": cond.tokens + 1}, {"mask": None}]
+        masked = torch.where(cond.mask[:, :, None], cond.tokens, 7.0)
+        assert not cond.mask.all() and torch.equal(ours(x, timestep, replace(cond, tokens=masked)), y), "what is masked is not read"
+    for change in changes:
+        assert (ours(x, timestep, replace(cond, **change)) - y).abs().max() > 1e-3, change
+    assert (ours(x, timestep - 5, cond) - y).abs().max() > 1e-3
+    assert (ours(x.roll(2, 3), timestep, cond).roll(-2, 3) - y).abs().max() > 1e-3, "places are told apart"
+    if name in PIXARTS and not ours.vector_width:
+        assert torch.equal(ours(x, timestep, replace(cond, vector=None)), y)
+
+
+@pytest.mark.parametrize("name", ["DiT", "DiT, patches of 4", "PixArt"])
+@torch.inference_mode()
+def test_sides_that_are_no_multiple_of_the_patch(name: str, tmp_path: Path) -> None:
+    """They go on with their edge, and the answer is cut."""
+    ours = opened(theirs(name), tmp_path)
+    x, timestep, cond = asked(ours, (7, 9))
+    patch = ours.patch
+    filled = torch.nn.functional.pad(x, (0, -9 % patch, 0, -7 % patch), mode="replicate")
+    y = ours(x, timestep, cond)
+    assert y.shape == (2, 8, 7, 9) and torch.equal(y, ours(filled, timestep, cond)[:, :, :7, :9])
+
+
+# ---- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["DiT", "PixArt", "PixArt, sizes"])
+def test_the_class_of_the_first_files(name: str, tmp_path: Path) -> None:
+    """Transformer2DModel: diffusers reads such folders as what they are, and so do we."""
+    network = theirs(name)
+    network.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {
+        "_class_name": "Transformer2DModel",
+        "num_vector_embeds": None,
+        "only_cross_attention": False,
+        "use_linear_projection": False,
+    }
+    config |= {"double_self_attention": False} | ({} if name in PIXARTS else {"cross_attention_dim": None})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours = load_part(tmp_path)
+    assert type(diffusers.Transformer2DModel.from_pretrained(tmp_path)) is type(network)
+    assert ours.to_config()["_class_name"] == type(network).__name__  # pyright: ignore[reportCallIssue]
+    with torch.inference_mode():
+        x, timestep, cond = asked(ours, (8, 8))
+        close(ours(x, timestep, cond), their_answer(network, x, timestep, cond))
+    config["norm_type"] = "ada_norm"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="norm_type 'ada_norm' of Transformer2DModel is not supported: expected one of ada_norm_zero"):
+        load_part(tmp_path)
+
+
+@every
+def test_configs_come_back(name: str) -> None:
+    config = theirs(name).config
+    kind = PixArtConfig if name in PIXARTS else DiTConfig
+    read = kind.from_dict(json.loads(json.dumps(dict(config))))
+    assert {k: v for k, v in read.to_dict().items() if k != "_class_name"} == {k: v for k, v in config.items() if not k.startswith("_")}
+    assert kind.from_dict(read.to_dict()) == read
+
+
+FULL: dict[str, tuple[str, dict[str, Any], int]] = {
+    # millions of parameters: Peebles & Xie 2022 (arXiv:2212.09748), table 1: 675; Chen et al. 2023 (arXiv:2310.00426), table 2: 0.6 billion
+    "DiT-XL/2 256": ("DiTTransformer2DModel", {"out_channels": 8}, 675),
+    "DiT-XL/2 512": ("DiTTransformer2DModel", {"out_channels": 8, "sample_size": 64}, 675),
+    "PixArt-alpha 512": ("PixArtTransformer2DModel", {"caption_channels": 4096, "sample_size": 64}, 611),
+    "PixArt-alpha 1024": ("PixArtTransformer2DModel", {"caption_channels": 4096}, 611),
+    "PixArt-Sigma 1024": (
+        "PixArtTransformer2DModel",
+        {"caption_channels": 4096, "use_additional_conditions": False, "interpolation_scale": 2},
+        611,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_full_sizes(name: str) -> None:
+    """Without memory for their numbers: names, shapes and counts."""
+    kind, values, millions = FULL[name]
+    network, config = registered()[kind]
+    with torch.device("meta"):
+        ours, expected = network(config.from_dict(values)), getattr(diffusers, kind)(**values)
+    shapes = [{k: tuple(v.shape) for k, v in n.state_dict().items()} for n in (ours, expected)]
+    assert shapes[0] == shapes[1]
+    assert round(sum(p.numel() for p in ours.parameters()) / 1e6) == millions
+
+
+# ---- bits, dtypes, training ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9)])
+@pytest.mark.parametrize("name", ["DiT", "DiT, GEGLU", "PixArt", "PixArt, sizes asked for", "PixArt, no projection"])
+def test_an_image_has_the_bits_that_it_has_alone(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+    ours = opened(theirs(name), tmp_path)
+    x, timestep, cond = asked(ours, size, 12)
+    assert not differing(lambda rows: ours(x[rows], timestep[rows], cond[rows]), (2, 3, 11))
+
+
+def test_a_wide_network_has_them_too() -> None:
+    """Weights that go other ways than small ones: the table of classes, and oneDNN's."""
+    ours = randomise(DiT(DiTConfig(num_attention_heads=4, attention_head_dim=72, num_layers=1, sample_size=8)))
+    x, timestep = normal(5, 4, 6, 8), torch.linspace(0, 999, 5)
+    cond = Conditioning(vector=torch.eye(1001)[[1, 1000, 7, 1000, 999]])
+    assert not differing(lambda rows: ours(x[rows], timestep[rows], cond[rows]), (2, 4))
+
+
+@pytest.mark.parametrize("name", ["DiT", "PixArt, sizes asked for"])
+@torch.inference_mode()
+def test_bfloat16(name: str, tmp_path: Path) -> None:
+    ours = opened(theirs(name), tmp_path)
+    x, timestep, cond = asked(ours, (8, 12))
+    expected = ours(x, timestep, cond)
+    half = load_part(tmp_path, dtype=torch.bfloat16)
+    found = half(x.bfloat16(), timestep, cond.to(dtype=torch.bfloat16))
+    assert found.dtype == torch.bfloat16
+    close(found.float(), expected, 0.05)
+
+
+@pytest.mark.parametrize("name", ["DiT", "DiT, a single cell a patch", "PixArt, sizes asked for", "PixArt, no projection"])
+def test_training(name: str) -> None:
+    """A fresh network answers 0, as both papers begin; every weight has a gradient; and with gradients the numbers are the same."""
+    kind = (PixArt, PixArtConfig) if name in PIXARTS else (DiT, DiTConfig)
+    values = {"cross_attention_dim": 24} | PIXARTS[name] if name in PIXARTS else {"num_embeds_ada_norm": CLASSES - 1} | DITS[name]
+    ours: Any = kind[0](kind[1](**(SMALL | values)))
+    x, timestep, cond = asked(ours, (8, 8), CLASSES)
+    assert not ours(x, timestep, cond).any()
+    randomise(ours)
+    with torch.inference_mode():
+        expected = ours(x, timestep, cond)
+    y = ours.requires_grad_(True)(x, timestep, cond)
+    close(y.detach(), expected)
+    y.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in ours.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["DiT", "PixArt"])
+@torch.inference_mode()
+def test_prepared_for_inference(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    from sfumato.nn.packed import packable, packed
+
+    ours = opened(theirs(name), tmp_path).to(dtype)
+    if not packable(ours):
+        pytest.skip("this processor has no such kernels")
+    x, timestep, cond = asked(ours, (8, 8))
+    x, cond = x.to(dtype), cond.to(dtype=dtype)
+    ready = packed(ours)
+    close(ready(x, timestep, cond), ours(x, timestep, cond), 1e-5 if dtype == torch.float32 else 0.05)
+    assert all(torch.equal(a, ours.state_dict()[key]) for key, a in ready.state_dict().items())
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_doors_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:
+    dit, pixart = opened(theirs("DiT"), tmp_path / "a"), opened(theirs("PixArt, sizes"), tmp_path / "b")
+    wrong: list[tuple[Any, dict[str, Any], str]] = [
+        (dit, {"vector": None}, r"this DiT is class-conditional: Conditioning.vector \(B, 5\) is missing"),
+        (dit, {"vector": torch.eye(4)[[0, 1]]}, "this DiT has 5 classes, none at all being one of them: Conditioning.vector has 4 numbers"),
+        (pixart, {"tokens": None}, r"attends to tokens of width 12: Conditioning.tokens \(B, L, 12\) is missing"),
+        (pixart, {"tokens": normal(2, 6, 11)}, "attends to tokens of width 12: .* is 11 wide"),
+        (pixart, {"vector": None}, r"told the picture's height, width and height/width: Conditioning.vector \(B, 3\) is missing"),
+        (pixart, {"vector": normal(2, 2)}, r"Conditioning.vector \(B, 3\) has 2 numbers"),
+        (pixart, {"residuals": (normal(2, 4, 8, 8),)}, "this PixArt has no use for Conditioning.residuals"),
+        (dit, {"concat": normal(2, 4, 8, 8)}, "this DiT has no use for Conditioning.concat"),
+    ]
+    for network, change, sentence in wrong:
+        x, timestep, cond = asked(network, (8, 8))
+        with pytest.raises(UserError, match=sentence):
+            network(x, timestep, replace(cond, **change))
+    with pytest.raises(UserError, match="this DiT takes latents of 4 channels and was given 3"):
+        dit(normal(2, 3, 8, 8), *asked(dit, (8, 8))[1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"num_layers": 0}, "num_layers 0: expected a whole number of at least 1"),
+        ({"num_attention_heads": True}, "num_attention_heads True: expected a whole number"),
+        ({"sample_size": 1}, "sample_size 1: expected a whole number of at least 2"),
+        ({"out_channels": 3}, "out_channels 3: expected a whole number of at least 4"),
+        ({"attention_head_dim": 7}, "num_attention_heads \\* attention_head_dim is 21: sine positions need a multiple of 4"),
+        ({"activation_fn": "relu"}, "activation_fn 'relu' is not supported"),
+        ({"norm_eps": 0.0}, "norm_eps 0.0: expected a small number above 0"),
+        ({"norm_type": "layer_norm"}, "norm_type='layer_norm' is not supported"),
+        ({"dropout": 0.1}, "dropout=0.1 is not supported"),
+        ({"surprise": 1}, "surprise=1 is not known"),
+    ],
+)
+def test_impossible_configs(change: dict[str, Any], sentence: str) -> None:
+    for kind in (DiTConfig, PixArtConfig):
+        values = asdict(kind(**(SMALL | ({"cross_attention_dim": 24} if kind is PixArtConfig else {}))))
+        with pytest.raises(UserError, match=sentence):
+            kind.from_dict(values | change)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("DiT", {"patch_size": "2"}),
+        ("DiT", {"norm_eps": "small"}),
+        ("DiT", {"num_layers": [2]}),
+        ("DiT", {"activation_fn": {}}),
+        ("DiT", {"sample_size": [8, 8]}),
+        ("DiT", {"attention_bias": "yes"}),
+        ("PixArt", {"cross_attention_dim": None}),
+        ("PixArt", {"interpolation_scale": "2"}),
+        ("PixArt", {"caption_channels": 12.5}),
+        ("PixArt", {"use_additional_conditions": "no"}),
+    ],
+)
+def test_values_of_the_wrong_kind(name: str, change: dict[str, Any], tmp_path: Path) -> None:
+    theirs(name).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_part(tmp_path)
+
+
+def test_impossible_configs_of_pixart_alone() -> None:
+    values = SMALL | {"cross_attention_dim": 24, "caption_channels": 12}
+    for change, sentence in (
+        ({"cross_attention_dim": 16}, "cross_attention_dim 16 with caption_channels: expected the network's own width, 24"),
+        ({"caption_channels": 0}, "caption_channels 0: expected a whole number"),
+        ({"interpolation_scale": 0}, "interpolation_scale 0: expected a number above 0, or null"),
+        (
+            {"num_attention_heads": 2, "cross_attention_dim": 16, "use_additional_conditions": True},
+            "use_additional_conditions with a width of 16: height, width and aspect need a third of it each",
+        ),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            PixArtConfig.from_dict(values | change)

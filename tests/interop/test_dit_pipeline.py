@@ -1,0 +1,201 @@
+"""DiTPipeline beside ours: the same folder, classes, seeds and steps give the same pictures, to 1e-3 of white in float32."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from sfumato.errors import UserError
+from sfumato.loading import load
+from sfumato.predict.conditioners.class_labels import ClassLabels
+from sfumato.predict.denoiser import Denoiser
+from sfumato.predict.networks.dit import DiT, DiTConfig
+
+LABELS = {"0": "tench, Tinca tinca", "1": "goldfish, Carassius auratus", "134": "crane", "517": "crane", "999": "toilet tissue"}
+
+
+def randomise(network: Any, seed: int) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
+    return network.eval().requires_grad_(False)
+
+
+def theirs(**shape: Any) -> Any:
+    """A small random DiTPipeline. DiT's own has a thousand classes: that the next is none is written into it."""
+    shape = {"num_attention_heads": 3, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8, "out_channels": 8} | shape
+    transformer = randomise(diffusers.DiTTransformer2DModel(**shape), 1)
+    for block in transformer.transformer_blocks:
+        block.norm1.emb.load_state_dict(transformer.transformer_blocks[0].norm1.emb.state_dict())
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 4}
+    vae = randomise(diffusers.AutoencoderKL(block_out_channels=(4, 8), latent_channels=4, sample_size=16, **blocks), 2)
+    pipe = diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler(clip_sample=False))  # as published: linear betas
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def labelled(folder: Path, labels: Any = None) -> Path:
+    """As the folders on the hub are; diffusers leaves the labels out when it saves."""
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"id2label": LABELS if labels is None else labels}))
+    return folder
+
+
+def their_pictures(pipe: Any, classes: list[int], **asked: Any) -> Tensor:
+    generators = [torch.Generator().manual_seed(k) for k in range(len(classes))]
+    return torch.from_numpy(pipe(classes, generator=generators, output_type="np", **asked).images).permute(0, 3, 1, 2)
+
+
+def same(ours: Any, pipe: Any, **asked: Any) -> None:
+    """With and without guidance, and by the model's defaults."""
+    prompts, classes = ["tench", "Carassius auratus", "7", "517"], [0, 1, 7, 517]
+    for guidance in (4.0, 1.0, 1.5):
+        expected = their_pictures(pipe, classes, guidance_scale=guidance, num_inference_steps=10)
+        found = ours.generate(prompts, guidance=guidance, steps=10, output="tensor")
+        assert found.shape == expected.shape == (4, 3, 16, 16)
+        assert (found - expected).abs().max() < 1e-3, float((found - expected).abs().max())
+        assert expected.std() > 0.05 and (expected[0] - expected[1]).abs().max() > 0.05, "pictures in which something can be seen"
+    expected = their_pictures(pipe, classes[:2])
+    assert (ours.generate(prompts[:2], output="tensor") - expected).abs().max() < 1e-3
+    assert (ours.generate(prompts[:2], guidance=1, output="tensor") - expected).abs().max() > 0.01, "guidance shows"
+
+
+def test_what_diffusers_saved(tmp_path: Path) -> None:
+    pipe = theirs()
+    pipe.save_pretrained(tmp_path)
+    ours = load(labelled(tmp_path))
+    assert (ours.defaults.steps, ours.defaults.guidance, ours.defaults.sampler) == (50, 4.0, "ddim")
+    assert len(ours.class_names) == 1000 and ours.class_names[:2] == ("tench, Tinca tinca", LABELS["1"])
+    assert (ours.class_names[7], ours.class_names[134], ours.class_names[517]) == ("7", "crane (134)", "crane (517)")
+    same(ours, pipe)
+
+
+def test_what_we_save(tmp_path: Path) -> None:
+    theirs().save_pretrained(tmp_path / "theirs")
+    ours = load(labelled(tmp_path / "theirs"))
+    ours.save(tmp_path / "ours")
+    again = load(tmp_path / "ours")
+    assert again.hash == ours.hash and again.defaults == ours.defaults and again.conditioner == ours.conditioner
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
+    assert type(pipe).__name__ == "DiTPipeline" and pipe.get_label_ids(["Tinca tinca", "toilet tissue"]) == [0, 999]
+    pipe.set_progress_bar_config(disable=True)
+    same(again, pipe)
+    ours.save(tmp_path / "ours.safetensors")
+    assert load(tmp_path / "ours.safetensors").hash == ours.hash
+
+
+def test_folders_of_the_first_class(tmp_path: Path) -> None:
+    """facebook/DiT-XL-2-256 names Transformer2DModel, and has pickled weights or safetensors."""
+    pipe = theirs()
+    pipe.save_pretrained(tmp_path)
+    for file, change in (
+        ("model_index.json", {"transformer": ["diffusers", "Transformer2DModel"]}),
+        ("transformer/config.json", {"_class_name": "Transformer2DModel", "num_vector_embeds": None, "cross_attention_dim": None}),
+    ):
+        values = json.loads((tmp_path / file).read_text())
+        (tmp_path / file).write_text(json.dumps(values | change))
+    again = diffusers.DiTPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    expected = their_pictures(again, [3], num_inference_steps=5)
+    assert (load(tmp_path).generate("3", steps=5, output="tensor") - expected).abs().max() < 1e-3
+
+
+def test_another_scheduler(tmp_path: Path) -> None:
+    """The sampler of the folder is the run's, also after we saved it."""
+    pipe = theirs()
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / "theirs")
+    expected = their_pictures(pipe, [3, 5], num_inference_steps=10)
+    ours = load(tmp_path / "theirs")
+    ours.save(tmp_path / "ours")
+    again = diffusers.DiTPipeline.from_pretrained(tmp_path / "ours")
+    again.set_progress_bar_config(disable=True)
+    assert (their_pictures(again, [3, 5], num_inference_steps=10) - expected).abs().max() < 1e-3
+    for model in (ours, load(tmp_path / "ours")):
+        assert (model.generate(["3", "5"], steps=10, output="tensor") - expected).abs().max() < 1e-3
+
+
+def test_other_sizes(tmp_path: Path) -> None:
+    """diffusers' DiT draws squares of one size only."""
+    theirs().save_pretrained(tmp_path)
+    ours = load(tmp_path)
+    picture = ours.generate("3", steps=2, height=18, width=33, output="tensor")
+    assert picture.shape == (1, 3, 18, 33) and torch.isfinite(picture).all()
+    together = ours.generate(["3", "4", None], steps=2, height=18, width=33, output="tensor")
+    assert torch.equal(together[:1], picture), "a picture of a batch is the one that it is alone"
+
+
+def test_other_numbers_of_classes_are_not_for_their_pipeline(tmp_path: Path) -> None:
+    """It takes class 1000 for none, whatever the table: such models are saved as ours."""
+    theirs().save_pretrained(tmp_path / "theirs")
+    ours = load(tmp_path / "theirs")
+    network = randomise(DiT(DiTConfig(num_attention_heads=3, attention_head_dim=8, num_layers=1, sample_size=8, num_embeds_ada_norm=2)), 3)
+    few = type(ours)(ours.autoencoder, Denoiser(network, ours.denoiser.process), ClassLabels(("shoe, boot", "bag")), ours.defaults, "few")
+    few.save(tmp_path / "few")
+    assert json.loads((tmp_path / "few" / "model_index.json").read_text())["_class_name"] == "LatentDiffusion"
+    again = load(tmp_path / "few")
+    assert again.hash == few.hash and again.class_names == ("shoe, boot", "bag")
+    boot, shoe, bag = (m.generate(p, steps=2, output="latent") for m, p in ((again, "boot"), (few, "shoe"), (few, "bag")))
+    assert torch.equal(boot, shoe) and not torch.equal(shoe, bag)
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        ({"1000": "more"}, "id2label has '1000': expected numbers of classes from 0 to 999"),
+        ({"fish": "more"}, "id2label has 'fish': expected numbers of classes from 0 to 999"),
+        ({"0": 5}, "expected an object with the label of each class's number"),
+        (["tench"], "expected an object with the label of each class's number"),
+        ({"0": " "}, "expected at least one, texts that are not empty"),
+    ],
+)
+def test_labels_that_are_none(labels: Any, sentence: str, tmp_path: Path) -> None:
+    theirs(num_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=sentence) as refused:
+        load(labelled(tmp_path, labels))
+    assert "model_index.json" in str(refused.value)
+
+
+# ---- the conditioner -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "label"),
+    [
+        ("tench, Tinca tinca", 0), ("tench", 0), ("Tinca tinca", 0), (" TENCH ", 0), ("tinca  tinca", 0), ("0", 0), ("4", 4), ("5", 5),
+        ("sunglass", 1), ("Cardigan", 2), ("cardigan", 3), ("CARDIGAN", 3), ("crane (4)", 4), ("crane (5)", 5), ("maillot", 6),
+        ("tank suit", 7), ("9", 8), ("8", 8), (None, 10), ("", 10),
+    ],
+)  # fmt: skip
+def test_prompts(prompt: str | None, label: int) -> None:
+    """As ImageNet's labels are: names of two classes but for their case, whole labels that are parts of others, the same label twice."""
+    labels = ("tench, Tinca tinca", "sunglass", "Cardigan, Welsh corgi", "cardigan", "crane", "crane")
+    found = ClassLabels((*labels, "maillot", "maillot, tank suit", "9", "last"))([prompt]).vector
+    assert found is not None and found.shape == (1, 11) and found.argmax() == label and found.sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [
+        ("crane", r"class 'crane' is ambiguous: write its number, 1 \(crane\) or 2 \(crane\)"),
+        ("tench tench", "unknown class 'tench tench': did you mean 'tench'"),
+        ("4", "class number 4: expected 0 to 3; for no class leave the prompt empty"),
+        ("-1", "class number -1: expected 0 to 3"),
+        ("99999999999999999999", "class number 99999999999999999999: expected 0 to 3"),
+        ("Bird", "class 'Bird' is ambiguous: write its number, 0 .* or 3"),
+    ],
+)
+def test_prompts_that_mean_no_class_or_several(prompt: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        ClassLabels(("tench, bird", "crane", "crane", "hen, BIRD"))([prompt])
+
+
+@pytest.mark.parametrize("wrong", [(), ("",), ("a", " "), ("a", "a", "a (1)")])
+def test_labels_that_cannot_be_told_apart(wrong: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match="class labels"):
+        ClassLabels(wrong)
