@@ -1,26 +1,30 @@
 """One CLIP text encoder with its tokenizer, read from and written to folders in diffusers' layout, run by transformers.
 
 A causal transformer over at most 77 tokens: begin, words, end, padding (Radford et al. 2021, arXiv:2103.00020, section 2.4). The state of the
-end token, projected, stands for the whole text (SDXL's "pooled" vector).
+end token after the final norm stands for the whole text (FLUX.1's "pooled" vector), or its projection where there is one (SDXL's, SD 3's).
 
     tokenizer/      tokenizer.json, or vocab.json and merges.txt; tokenizer_config.json
     text_encoder/   config.json and model.safetensors (or shards, or a variant), its keys with or without the "text_model." that older versions put before them
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sfumato.errors import NumericalError, UserError, explained
 from sfumato.files import hash_json, read_table, write_json, write_tensors
 from sfumato.predict.conditioners._chunks import Token
+from sfumato.predict.conditioners._prompt import shown
 from sfumato.weights import check_keys, find_weights, looked_at, not_finite, read_weights, require_finite
+
+logger = logging.getLogger(__name__)
 
 CLASSES = {False: "CLIPTextModel", True: "CLIPTextModelWithProjection"}
 PREFIX = "text_model."
@@ -73,7 +77,7 @@ class ClipEncoder:
     @property
     def pooled_width(self) -> int:
         """Channels of the pooled vector."""
-        return self.model.config.projection_dim
+        return self.model.config.projection_dim if self.projected else self.width
 
     @property
     def layers(self) -> int:
@@ -91,7 +95,7 @@ class ClipEncoder:
         return found
 
     @torch.no_grad()
-    def encode(self, chunk: Sequence[Token], layer: int, norm: bool) -> tuple[Float[Tensor, "L D"], Float[Tensor, " V"] | None]:
+    def encode(self, chunk: Sequence[Token], layer: int, norm: bool) -> tuple[Float[Tensor, "L D"], Float[Tensor, " V"]]:
         """One chunk -> the states of all positions (padding counts: so the models were trained) and the pooled vector, in float32.
 
         layer: 1 is the last, 2 the one before. norm: whether the model's final norm follows.
@@ -103,7 +107,17 @@ class ClipEncoder:
         found = self.model(torch.tensor([ids], device=self.model.device), output_hidden_states=True)
         states = found.hidden_states[-layer]
         states = network.final_layer_norm(states) if norm else states
-        return states[0].float(), found.text_embeds[0].float() if self.projected else None
+        return states[0].float(), (found.text_embeds if self.projected else found.pooler_output)[0].float()
+
+    def read(self, text: str, layer: int, norm: bool) -> tuple[Float[Tensor, "L D"], Float[Tensor, " V"], Bool[Tensor, " L"]]:
+        """`encode` of as much of a text as there is room for, as models read it that have a second encoder for the rest; and where there are
+        words, their begin and their end."""
+        found = self.tokens([(text, 1.0)])
+        room = self.length - 2
+        if len(found) > room:
+            logger.info("CLIP reads the first %d of %d tokens of prompt %s", room, len(found), shown(text))
+        states, pooled = self.encode(found[:room], layer, norm)
+        return states, pooled, torch.arange(self.length, device=states.device) < min(len(found), room) + 2
 
     def identity(self) -> dict[str, Any]:
         """What decides its states besides the weights, as JSON: fields of its config, and a hash over the tokenizer's vocabulary and merges."""

@@ -1,0 +1,190 @@
+"""The encoder half of T5 with its tokenizer (Raffel et al. 2020, arXiv:1910.10683, section 2.1), read from and written to folders in
+diffusers' layout, run by transformers.
+
+Words in pieces (SentencePiece), the end token, padding; the states of all positions after the final norm. Positions are told by a bias of the
+attention that depends on their distance, so that any length will do. PixArt, SD 3 and FLUX.1 read T5 version 1.1 XXL, 4096 wide.
+
+    tokenizer/      tokenizer.json or spiece.model; tokenizer_config.json
+    text_encoder/   config.json and model.safetensors (or shards, or a variant)
+
+In float16 the sums of the feed-forward layers overflow: as in transformers, their second matrix (`wo`) stays in float32 there.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sfumato.errors import UserError, explained
+from sfumato.files import atomic_file, read_table
+from sfumato.predict.conditioners._parts import (
+    ANY,
+    PICKLED,
+    STEM,
+    check_fields,
+    fill,
+    padded,
+    require_count,
+    require_finite_states,
+    require_transformers,
+    table,
+    tokenizer_hash,
+    write_network,
+)
+from sfumato.weights import find_weights, looked_at, read_weights
+
+CLASS = "T5EncoderModel"
+SHARED, EMBED = "shared.weight", "encoder.embed_tokens.weight"
+"""One table of tokens under two names; files have either, or both."""
+SPIECE = "spiece.model"
+DECISIVE = (
+    *("num_heads", "feed_forward_proj", "dense_act_fn", "is_gated_act", "layer_norm_epsilon"),
+    *("relative_attention_num_buckets", "relative_attention_max_distance"),
+)
+"""Fields that change states, and that the shapes of the weights do not all show."""
+HARMLESS = {"decoder_start_token_id", "tie_word_embeddings", "n_positions", "bos_token_id"}
+"""Fields of configs that change nothing in the encoder."""
+
+
+@dataclass(frozen=True, eq=False)
+class T5Encoder:
+    """tokenizer: a `T5Tokenizer`. model: a `T5EncoderModel`. spiece: the bytes of spiece.model, which older programs read, if the folder had it."""
+
+    tokenizer: Any
+    model: Any
+    spiece: bytes | None = None
+
+    def __post_init__(self) -> None:
+        special = [self.tokenizer.eos_token_id, self.tokenizer.pad_token_id]
+        if None in special or len(self.tokenizer) < 4:
+            raise UserError(f"tokenizer has {len(self.tokenizer)} tokens, end and padding are {special}: expected T5's; copy its files again")
+        if max(len(self.tokenizer) - 1, *special) >= self.model.config.vocab_size:
+            raise UserError(f"tokenizer has {len(self.tokenizer)} tokens, text encoder {self.model.config.vocab_size}: use parts of one model")
+
+    @property
+    def width(self) -> int:
+        """Channels of a position's state."""
+        return self.model.config.d_model
+
+    @torch.no_grad()
+    def encode(self, text: str, length: int, masked: bool, long: str) -> tuple[Float[Tensor, "L D"], Bool[Tensor, " L"]]:
+        """The states of `length` positions in float32, and where they are more than padding.
+
+        masked: whether words look away from padding. long: "refuse" (`UserError`) or "cut" a text of more tokens.
+        `NumericalError` where the numbers of the model's type do not suffice.
+        """
+        ids, mask = padded(self.tokenizer, text, length, long, text)
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        # One row at a time: a matrix product of several rows may round otherwise, and a prompt's bits would depend on its neighbours.
+        states = self.model(ids[None], attention_mask=mask[None].long() if masked else None).last_hidden_state[0].float()
+        require_finite_states(states, self.model, text)
+        return states, mask
+
+    def identity(self) -> dict[str, Any]:
+        """What decides its states besides the weights, as JSON."""
+        return {
+            "config": {field: getattr(self.model.config, field) for field in DECISIVE},
+            "tokenizer": tokenizer_hash(self.tokenizer),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights by the names that files have. Not copies."""
+        return {key: tensor for key, tensor in self.model.state_dict().items() if key != EMBED}
+
+    def to_config(self) -> dict[str, Any]:
+        """The JSON of config.json, as transformers writes it."""
+        return {**self.model.config.to_dict(), "architectures": [CLASS]}
+
+    def save(self, tokenizer: Path, encoder: Path, dtype: torch.dtype | None = None) -> None:
+        """Writes both folders; the weights in `dtype`, by default their own. `NumericalError` for weights that are not finite in it."""
+        write_network(encoder, self.to_config(), self.tensors(), dtype)
+        tokenizer.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(tokenizer)
+        if self.spiece is not None:
+            with atomic_file(tokenizer / SPIECE) as temporary:
+                temporary.write_bytes(self.spiece)
+
+
+def read_t5(tokenizer: Path, encoder: Path, dtype: torch.dtype, variant: str | None = None) -> T5Encoder:
+    """Opens both folders; `UserError` for what is missing, of another kind, or not finite. variant: the weights to prefer, such as "fp16"."""
+    require_transformers()
+    opened, model = _read_tokenizer(tokenizer), _read_model(encoder, dtype, variant)
+    spiece = (tokenizer / SPIECE).read_bytes() if (tokenizer / SPIECE).exists() else None
+    with explained(tokenizer, ANY):
+        return T5Encoder(opened, model, spiece)
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    from transformers import T5Tokenizer
+
+    # Without its files the library makes a tokenizer of a few tokens, and says nothing.
+    if not (folder / "tokenizer.json").exists():
+        if not (folder / SPIECE).exists():
+            raise UserError(f"{folder} has no tokenizer: expected T5's tokenizer.json or {SPIECE}")
+        _require_sentencepiece(folder)
+    config = folder / "tokenizer_config.json"
+    name = str(table(config).get("tokenizer_class", "T5Tokenizer"))
+    if name.removesuffix("Fast") != "T5Tokenizer":
+        raise UserError(f"{config} is of class {name!r}: expected T5Tokenizer")
+    with explained(folder, ANY):
+        return T5Tokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _require_sentencepiece(folder: Path) -> None:
+    """`UserError` without the packages that read spiece.model: transformers would take the file for one of another kind."""
+    try:
+        import google.protobuf  # noqa: F401
+        import sentencepiece
+
+        sentencepiece.SentencePieceProcessor(model_file=str(folder / SPIECE))
+    except ImportError as error:
+        raise UserError(f"{folder}/{SPIECE} needs the packages sentencepiece and protobuf: run `pip install 'sfumato[text]'`") from error
+    except (OSError, RuntimeError, TypeError) as error:
+        raise UserError(f"{folder}/{SPIECE} is not a SentencePiece model: copy or download it again") from error
+
+
+def _read_model(folder: Path, dtype: torch.dtype, variant: str | None) -> Any:
+    path = folder / "config.json"
+    values = read_table(path)
+    files = find_weights(folder, STEM, variant, PICKLED)
+    tensors = read_weights(files)
+    return build_t5(values, tensors, dtype, path, files[0] if len(files) == 1 else folder, lambda: looked_at(files, tensors, dtype))
+
+
+def build_t5(values: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype, path: Path, file: Path, looked: Any = lambda: False) -> Any:
+    """The encoder of a config and its weights. path, file: where they are from, for what is said about them. looked: looks for NaN and
+    infinity there, and says whether it did."""
+    import transformers
+
+    built_as = values.get("architectures") or [CLASS]
+    if values.get("model_type") != "t5" or built_as not in ([CLASS], ["T5ForConditionalGeneration"]):
+        raise UserError(f"{path} is of type {values.get('model_type')!r}, {built_as}: expected t5, {CLASS}")
+    check_fields(values, set(transformers.T5Config().to_dict()) | HARMLESS, path, "a T5 text encoder")
+
+    def build() -> Any:
+        config = transformers.T5Config.from_dict(values)
+        _check_config(config)
+        return transformers.T5EncoderModel(config)
+
+    ours = {key: tensor for key, tensor in tensors.items() if not key.startswith(("decoder.", "lm_head.")) and key != EMBED}
+    if SHARED not in ours and EMBED in tensors:
+        ours[SHARED] = tensors[EMBED]
+    return fill(build, ours, {EMBED: SHARED}, lambda key: torch.float32 if _is_wide(key, dtype) else dtype, path, file, looked)
+
+
+def _is_wide(key: str, dtype: torch.dtype) -> bool:
+    """Whether a weight stays in float32."""
+    return dtype == torch.float16 and key.endswith(".DenseReluDense.wo.weight")
+
+
+def _check_config(config: Any) -> None:
+    """What transformers would build and then stumble over."""
+    for field in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"):
+        require_count(field, getattr(config, field))
+    require_count("relative_attention_num_buckets", config.relative_attention_num_buckets, 4)
+    require_count("relative_attention_max_distance", config.relative_attention_max_distance, config.relative_attention_num_buckets // 4 + 1)
+    if not isinstance(config.layer_norm_epsilon, float) or not 0 < config.layer_norm_epsilon < 1:
+        raise UserError(f"layer_norm_epsilon={config.layer_norm_epsilon!r}: expected a number above 0 and below 1")

@@ -1,0 +1,252 @@
+"""Parity with diffusers' prompts for PixArt, SD 3, FLUX.1 and FLUX.2: the same tokens, masks and vectors from the same folders, both ways."""
+
+import json
+import logging
+import runpy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sfumato.registry import find
+from sfumato.types import Conditioning, Picture
+
+tiny: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_text.py")))
+KINDS = list(tiny.PIPELINES)
+NAMES = {"pixart": "t5_text", "sd3": "sd3_text", "flux": "flux_text", "flux2": "flux2_text"}
+PROMPTS = ["a cat, a red dog", "", "Ein Hund & zwei Katzen: 3 Fälle!", "a cat, a red dog", "A (cat:1.3) in [IMG] brackets", "  a \n cat "]
+LONG = "a cat sat on the mat " * 40
+"""Longer than any of them reads: CLIP's 75 tokens, T5's 512, a language model's 512."""
+
+
+def named(kind: str) -> Any:
+    return find("predict.conditioners", NAMES[kind.split("_")[0]])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: tiny.write(tmp_path_factory.mktemp("text") / kind, kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def ours(folders: dict[str, Path]) -> dict[str, Any]:
+    return {kind: named(kind).from_folder(folder) for kind, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """diffusers' pipelines of the same parts, which went through no file."""
+    return {kind: pipeline(kind, tiny.parts(kind, tmp_path_factory.mktemp("parts") / kind)) for kind in KINDS}
+
+
+def empty(kind: str) -> dict[str, Any]:
+    """The rest of a pipeline, which prompts do not need."""
+    rest: dict[str, Any] = {"vae": None, "transformer": None, "scheduler": None}
+    if kind == "sd3_without_t5":  # it asks the network for its width
+        rest["transformer"] = SimpleNamespace(config=SimpleNamespace(sample_size=8, patch_size=2, **tiny.NETWORKS[kind]))
+    return rest
+
+
+def pipeline(kind: str, parts: dict[str, Any]) -> Any:
+    import diffusers
+
+    found = object.__new__(getattr(diffusers, tiny.PIPELINES[kind]))
+    with pytest.MonkeyPatch.context() as patch:  # the stand-in for a network is not a model that could be registered
+        patch.setattr(type(found), "register_modules", lambda self, **modules: self.__dict__.update(modules))
+        patch.setattr(type(found), "register_to_config", lambda self, **values: None)
+        found.__init__(**parts, **empty(kind))
+    return found
+
+
+def asked(pipe: Any, kind: str, prompts: list[str], second: list[str] | None = None, negative: bool = False) -> Conditioning:
+    """What diffusers makes of prompts, by our names. negative: as the negative prompts, where it treats those apart."""
+    with torch.no_grad():
+        if kind.startswith("pixart"):
+            length = 120 if kind == "pixart_alpha" else 300
+            say = {"negative_prompt": prompts} if negative else {}
+            found = pipe.encode_prompt(["a"] * len(prompts) if negative else prompts, negative, device="cpu", max_sequence_length=length, **say)
+            return Conditioning(*(found[2:4] if negative else found[:2]))
+        if kind.startswith("sd3"):
+            say = {"negative_prompt": prompts} if negative else {}
+            first = ["a"] * len(prompts) if negative else prompts
+            tokens, no_tokens, pooled, no_pooled = pipe.encode_prompt(
+                first, second, second, device="cpu", do_classifier_free_guidance=negative, **say
+            )
+            return Conditioning(no_tokens, vector=no_pooled) if negative else Conditioning(tokens, vector=pooled)
+        if kind.startswith("flux2"):
+            return Conditioning(pipe.encode_prompt(prompts, device="cpu")[0])
+        length = 256 if kind == "flux_schnell" else 512
+        tokens, pooled, _ = pipe.encode_prompt(prompts, second, device="cpu", max_sequence_length=length)
+        return Conditioning(tokens, vector=pooled)
+
+
+def close(found: Conditioning, theirs: Conditioning) -> None:
+    for name in ("tokens", "vector"):
+        a, b = getattr(found, name), getattr(theirs, name)
+        assert (a is None) == (b is None), name
+        if a is not None:
+            assert a.shape == b.shape and a.dtype == b.dtype == torch.float32, name
+            assert float((a - b).abs().max()) <= 1e-5 * float(b.abs().max()), name
+    assert (found.mask is None) == (theirs.mask is None)
+    assert found.mask is None or torch.equal(found.mask, theirs.mask.bool())  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_are_read_as_diffusers_reads_them(kind: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    found = ours[kind](PROMPTS)
+    close(found, asked(theirs[kind], kind, PROMPTS))
+    assert torch.equal(found.tokens[0], found.tokens[3]) and not torch.allclose(found.tokens[0], found.tokens[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_prompt_is_the_empty_one_as_the_negative_prompt_is_there(kind: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    negative = kind.startswith(("pixart", "sd3"))
+    close(ours[kind].null(2), asked(theirs[kind], kind, ["", ""], negative=negative))
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_second_prompts_go_where_diffusers_sends_them(kind: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    second = ["two dogs", "a fox", "", "mat", "a cat", "runs"]
+    close(ours[kind](PROMPTS, None, second), asked(theirs[kind], kind, PROMPTS, second))
+    same = ours[kind](PROMPTS, None, [None] * len(PROMPTS))
+    assert all(torch.equal(a, b) for a, b in zip(same.tensors, ours[kind](PROMPTS).tensors, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_prompt_is_cut_where_diffusers_cuts_it(kind: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    cut = replace(ours[kind], config=replace(ours[kind].config, long="cut"))
+    close(cut(["a cat", LONG, LONG + "and a dog"]), asked(theirs[kind], kind, ["a cat", LONG, LONG + "and a dog"]))
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_what_clip_does_not_read_t5_does_and_the_log_says_so(
+    kind: str, ours: dict[str, Any], theirs: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    prompt = "a cat and a red dog " * 6 + "fox"
+    with caplog.at_level(logging.INFO):
+        found = ours[kind]([prompt])
+    assert any("CLIP reads the first 75 of" in record.message for record in caplog.records)
+    close(found, asked(theirs[kind], kind, [prompt]))
+    shorter = ours[kind]([prompt.removesuffix("fox")])
+    assert torch.equal(found.vector, shorter.vector) and not torch.equal(found.tokens, shorter.tokens)
+
+
+@pytest.mark.parametrize("kind", ["pixart_alpha", "pixart_sigma"])
+def test_pixart_is_told_the_picture_as_diffusers_tells_it(kind: str, ours: dict[str, Any]) -> None:
+    """added_cond_kwargs of a network for 1024 pixels: resolution (height, width) and aspect_ratio height / width."""
+    height, width = 832, 1216
+    theirs = torch.cat([torch.tensor([height, width]).repeat(2, 1), torch.tensor([float(height / width)]).repeat(2, 1)], 1)
+    for found in (ours[kind](["a cat", ""], Picture(height, width)), ours[kind].null(2, Picture(height, width))):
+        assert found.vector.dtype == torch.float32 and torch.equal(found.vector, theirs)
+    assert ours[kind](["a cat"]).vector is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_opens_in_diffusers_and_here(kind: str, ours: dict[str, Any], theirs: dict[str, Any], tmp_path: Path) -> None:
+    import diffusers
+
+    ours[kind].save(tmp_path)
+    index = {"_class_name": tiny.PIPELINES[kind], **ours[kind].index()}
+    assert index.keys() - {"_class_name"} == tiny.parts(kind, tmp_path / "scratch").keys()
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    rest = {key: None for key in empty(kind)}
+    loaded = getattr(diffusers, tiny.PIPELINES[kind]).from_pretrained(tmp_path, local_files_only=True, **rest)
+    parts = {name: getattr(loaded, name) for name in index if name != "_class_name"}
+    close(asked(pipeline(kind, parts), kind, PROMPTS), asked(theirs[kind], kind, PROMPTS))
+    again = named(kind).from_folder(tmp_path)
+    assert again.config == ours[kind].config and again.identity() == ours[kind].identity() and again.index() == ours[kind].index()
+    assert all(torch.equal(a, b) for a, b in zip(again(PROMPTS).tensors, ours[kind](PROMPTS).tensors, strict=True))
+    assert again.tensors().keys() == ours[kind].tensors().keys()
+    assert all(torch.equal(tensor, ours[kind].tensors()[key]) for key, tensor in again.tensors().items())
+
+
+@pytest.mark.parametrize("kind", ["pixart_alpha", "sd3", "flux", "flux2_dev", "flux2_klein"])
+def test_the_widths_that_networks_are_told(kind: str, ours: dict[str, Any]) -> None:
+    found = ours[kind](["a"])
+    assert found.tokens.shape[-1] == ours[kind].width
+    assert ours[kind].device == torch.device("cpu")
+
+
+def old(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.clone() for key, tensor in tensors.items()}
+
+
+def with_decoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A whole T5, of which the encoder is wanted."""
+    return old(tensors) | {"decoder.final_layer_norm.weight": torch.ones(48), "lm_head.weight": torch.ones(192, 48)}
+
+
+def both_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return old(tensors) | {"encoder.embed_tokens.weight": tensors["shared.weight"].clone()}
+
+
+def other_name(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.replace("shared.", "encoder.embed_tokens."): tensor.clone() for key, tensor in tensors.items()}
+
+
+def newer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Mistral 3's names within transformers."""
+    swaps = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
+    swaps |= {"vision_tower.": "model.vision_tower.", "multi_modal_projector.": "model.multi_modal_projector."}
+    return {next(new + k.removeprefix(a) for a, new in swaps.items() if k.startswith(a)): t.clone() for k, t in tensors.items()}
+
+
+def without_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.clone() for key, tensor in tensors.items() if "lm_head" not in key}
+
+
+def with_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return old(tensors) | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        *(("pixart_alpha", change) for change in (with_decoder, both_names, other_name)),
+        *(("flux2_dev", change) for change in (newer, without_head)),
+        ("flux2_klein", with_head),
+    ],
+)
+def test_files_with_other_names_are_the_same_weights(
+    kind: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], ours: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(folders[kind], tmp_path / "model"))
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    changed = change(tensors)
+    assert changed.keys() != tensors.keys()
+    save_file(changed, file, {"format": "pt"})
+    found = named(kind).from_folder(folder)
+    assert torch.equal(found(PROMPTS).tokens, ours[kind](PROMPTS).tokens)
+
+
+def test_a_spiece_and_a_tokenizer_json_read_alike(ours: dict[str, Any]) -> None:
+    from_spiece, from_json = ours["pixart_alpha"].encoder.tokenizer, ours["flux"].encoder_2.tokenizer
+    assert ours["pixart_alpha"].encoder.identity()["tokenizer"] == ours["flux"].encoder_2.identity()["tokenizer"]
+    for prompt in [*PROMPTS, LONG]:
+        assert from_spiece(prompt).input_ids == from_json(prompt).input_ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_transformers_own(dtype: torch.dtype, folders: dict[str, Path]) -> None:
+    """In float16 the same weights stay in float32, and the states are the same bits."""
+    from transformers import T5EncoderModel
+
+    found = named("pixart_alpha").from_folder(folders["pixart_alpha"], dtype)
+    model = T5EncoderModel.from_pretrained(folders["pixart_alpha"] / "text_encoder", dtype=dtype)
+    kinds = {key: tensor.dtype for key, tensor in model.state_dict().items()}
+    assert {key: tensor.dtype for key, tensor in found.encoder.model.state_dict().items()} == kinds
+    assert (torch.float32 in kinds.values()) == (dtype == torch.float16)
+    ids = found.encoder.tokenizer("a cat", padding="max_length", max_length=120, return_tensors="pt")
+    with torch.no_grad():
+        states = model(ids.input_ids, attention_mask=ids.attention_mask).last_hidden_state
+    assert torch.equal(found(["a cat"]).tokens, states.float())
