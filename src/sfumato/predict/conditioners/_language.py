@@ -52,8 +52,7 @@ DECISIVE = (
 )
 """Fields that change states, and that the shapes of the weights do not all show."""
 HARMLESS = set(
-    "rope_theta rope_scaling bos_token_id eos_token_id pad_token_id tie_word_embeddings "
-    "vision_feature_layer is_composition".split()
+    "rope_theta rope_scaling bos_token_id eos_token_id pad_token_id tie_word_embeddings vision_feature_layer is_composition".split()
 )
 """Fields of older configs, which transformers takes into newer ones, and such as change nothing where only text is read."""
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "chat_template.json")
@@ -177,7 +176,9 @@ def read_language_model(tokenizer: Path, encoder: Path, dtype: torch.dtype, vari
     opened = _read_tokenizer(tokenizer)
     template = opened.chat_template or table(tokenizer / PROCESSOR[2]).get("chat_template")
     if not isinstance(template, str):
-        raise UserError(f"{tokenizer} has no chat template: expected one in tokenizer_config.json or chat_template.jinja; copy its files again")
+        raise UserError(
+            f"{tokenizer} has no chat template: expected one in tokenizer_config.json or chat_template.jinja; copy its files again"
+        )
     with explained(tokenizer, ANY):
         return LanguageModel(opened, model, template, kept)
 
@@ -236,7 +237,8 @@ def _check_fields(values: Mapping[str, Any], kind: str, path: Path) -> None:
 
 def _check_config(config: Any) -> None:
     """What transformers would build and then stumble over."""
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"):
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "head_dim")
+    for name in (*sizes, "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
         require_count(name, getattr(config, name))
     if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
         raise UserError(

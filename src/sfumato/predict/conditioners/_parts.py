@@ -61,7 +61,9 @@ def pairs(prompts: Sequence[str | None], prompts_2: Sequence[str | None] | None,
     return [(a, a if given is None else b) for a, b, given in zip(first, second, prompts_2, strict=True)]
 
 
-def padded(tokenizer: Any, text: str, length: int, long: str, about: str, special: bool = True) -> tuple[Int[Tensor, " L"], Bool[Tensor, " L"]]:
+def padded(
+    tokenizer: Any, text: str, length: int, long: str, about: str, special: bool = True
+) -> tuple[Int[Tensor, " L"], Bool[Tensor, " L"]]:
     """A text's token ids and where they are more than padding, as the model's own tokenizer cuts and pads to `length`.
 
     `UserError` for a longer text, unless `long` is "cut". about: the prompt, for that sentence. special: whether the tokenizer adds its own

@@ -60,9 +60,13 @@ class T5Encoder:
     def __post_init__(self) -> None:
         special = [self.tokenizer.eos_token_id, self.tokenizer.pad_token_id]
         if None in special or len(self.tokenizer) < 4:
-            raise UserError(f"tokenizer has {len(self.tokenizer)} tokens, end and padding are {special}: expected T5's; copy its files again")
+            raise UserError(
+                f"tokenizer has {len(self.tokenizer)} tokens, end and padding are {special}: expected T5's; copy its files again"
+            )
         if max(len(self.tokenizer) - 1, *special) >= self.model.config.vocab_size:
-            raise UserError(f"tokenizer has {len(self.tokenizer)} tokens, text encoder {self.model.config.vocab_size}: use parts of one model")
+            raise UserError(
+                f"tokenizer has {len(self.tokenizer)} tokens, text encoder {self.model.config.vocab_size}: use parts of one model"
+            )
 
     @property
     def width(self) -> int:
@@ -154,7 +158,9 @@ def _read_model(folder: Path, dtype: torch.dtype, variant: str | None) -> Any:
     return build_t5(values, tensors, dtype, path, files[0] if len(files) == 1 else folder, lambda: looked_at(files, tensors, dtype))
 
 
-def build_t5(values: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype, path: Path, file: Path, looked: Any = lambda: False) -> Any:
+def build_t5(
+    values: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype, path: Path, file: Path, looked: Any = lambda: False
+) -> Any:
     """The encoder of a config and its weights. path, file: where they are from, for what is said about them. looked: looks for NaN and
     infinity there, and says whether it did."""
     import transformers
@@ -188,3 +194,10 @@ def _check_config(config: Any) -> None:
     require_count("relative_attention_max_distance", config.relative_attention_max_distance, config.relative_attention_num_buckets // 4 + 1)
     if not isinstance(config.layer_norm_epsilon, float) or not 0 < config.layer_norm_epsilon < 1:
         raise UserError(f"layer_norm_epsilon={config.layer_norm_epsilon!r}: expected a number above 0 and below 1")
+    gate, _, act = config.feed_forward_proj.rpartition("-")
+    follows = "gelu_new" if config.feed_forward_proj == "gated-gelu" else act
+    if (config.dense_act_fn, config.is_gated_act) != (follows, gate == "gated"):
+        raise UserError(
+            f"feed_forward_proj={config.feed_forward_proj!r} with dense_act_fn={config.dense_act_fn!r}, is_gated_act={config.is_gated_act!r}: "
+            f"expected {follows!r}, {gate == 'gated'}"
+        )

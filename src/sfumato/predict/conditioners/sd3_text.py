@@ -66,9 +66,13 @@ class Sd3Text:
         if self.encoder.length != self.encoder_2.length:
             raise UserError(f"text encoders read {self.encoder.length} and {self.encoder_2.length} tokens: use parts of one model")
         if self.config.joint_attention_dim is None and self.encoder_3 is None:
-            raise UserError("SD 3 without T5: expected the setting joint_attention_dim, the width of the network's tokens (4096 as published)")
+            raise UserError(
+                "SD 3 without T5: expected the setting joint_attention_dim, the width of the network's tokens (4096 as published)"
+            )
         if self.encoder_3 is not None and self.config.joint_attention_dim not in (None, self.encoder_3.width):
-            raise UserError(f"joint_attention_dim={self.config.joint_attention_dim}, T5 is {self.encoder_3.width} wide: use parts of one model")
+            raise UserError(
+                f"joint_attention_dim={self.config.joint_attention_dim}, T5 is {self.encoder_3.width} wide: use parts of one model"
+            )
         if self.width < self.encoder.width + self.encoder_2.width:
             raise UserError(
                 f"tokens {self.width} wide, the CLIPs {self.encoder.width} and {self.encoder_2.width}: expected room for both side by side"
@@ -152,7 +156,7 @@ class Sd3Text:
         clip |= {f"tokenizer{end}": ["transformers", "CLIPTokenizer"] for end in ("", "_2")}
         there = self.encoder_3 is not None
         t5 = {"text_encoder_3": ["transformers", CLASS], "tokenizer_3": ["transformers", "T5TokenizerFast"]}
-        return {**clip, **(t5 if there else dict.fromkeys(t5, [None, None]))}
+        return {**clip, **(t5 if there else {name: [None, None] for name in t5})}
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes tokenizer/, text_encoder/ and their _2 and _3 into a model's folder, as transformers and diffusers open them, and
