@@ -28,7 +28,7 @@ PIPELINES = {
 }
 NETWORKS = {"sd3_without_t5": {"joint_attention_dim": 48}, "flux": {"guidance_embeds": True}, "flux_schnell": {"guidance_embeds": False}}
 """As much of transformer/config.json as conditioners look at."""
-MISTRAL_MARKS: list[str] = "<unk> <s> </s> <pad> [INST] [/INST] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [IMG] [IMG_BREAK] [IMG_END]".split()
+MISTRAL_MARKS = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]"]
 MISTRAL_CHAT = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content[0].text }}[/SYSTEM_PROMPT]\
 {% else %}[INST]{{ m.content[0].text }}[/INST]{% endif %}{% endfor %}"""
 QWEN_MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]

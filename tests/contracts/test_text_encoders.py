@@ -175,6 +175,53 @@ def test_a_folder_that_is_wrong_is_refused(kind: str, change: Change, words: str
     assert "\n" not in str(caught.value)
 
 
+PUBLISHED = {
+    "pixart_alpha": ("T5 1.1 XXL, whose encoder has 219 tensors, one of them under two names", 220, {
+        "_name_or_path": "google/t5-v1_1-xxl", "architectures": ["T5EncoderModel"], "classifier_dropout": 0.0, "d_ff": 10240, "d_kv": 64,
+        "d_model": 4096, "decoder_start_token_id": 0, "dense_act_fn": "gelu_new", "dropout_rate": 0.1, "eos_token_id": 1,
+        "feed_forward_proj": "gated-gelu", "initializer_factor": 1.0, "is_encoder_decoder": True, "is_gated_act": True,
+        "layer_norm_epsilon": 1e-06, "model_type": "t5", "num_decoder_layers": 24, "num_heads": 64, "num_layers": 24, "output_past": True,
+        "pad_token_id": 0, "relative_attention_max_distance": 128, "relative_attention_num_buckets": 32, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.43.0.dev0", "use_cache": True, "vocab_size": 32128,
+    }),
+    "flux2_klein": ("Qwen3 4B: 11 tensors in each of 36 layers, and three", 399, {
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2560, "initializer_range": 0.02,
+        "intermediate_size": 9728, "max_position_embeddings": 40960, "max_window_layers": 36, "model_type": "qwen3",
+        "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None,
+        "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+    }),
+    "flux2_dev": ("Mistral Small 3 24B: 9 tensors in each of 40 layers and three; 9 in each of the eyes' 24 and two; four between", 585, {
+        "architectures": ["Mistral3ForConditionalGeneration"], "dtype": "bfloat16", "image_token_index": 10, "model_type": "mistral3",
+        "multimodal_projector_bias": False, "projector_hidden_act": "gelu", "spatial_merge_size": 2, "transformers_version": "4.57.1",
+        "vision_feature_layer": -1,
+        "text_config": {
+            "attention_dropout": 0.0, "dtype": "bfloat16", "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120,
+            "initializer_range": 0.02, "intermediate_size": 32768, "max_position_embeddings": 131072, "model_type": "mistral",
+            "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+            "rope_theta": 1000000000.0, "sliding_window": None, "use_cache": True, "vocab_size": 131072,
+        },
+        "vision_config": {
+            "attention_dropout": 0.0, "dtype": "bfloat16", "head_dim": 64, "hidden_act": "silu", "hidden_size": 1024, "image_size": 1540,
+            "initializer_range": 0.02, "intermediate_size": 4096, "model_type": "pixtral", "num_attention_heads": 16, "num_channels": 3,
+            "num_hidden_layers": 24, "patch_size": 14, "rope_theta": 10000.0,
+        },
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_configs_of_the_published_sizes_are_known(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Of transformers 4's time. Without weights: all that is said is that those are missing, and how many."""
+    _, count, values = PUBLISHED[kind]
+    folder = Path(shutil.copytree(folders[kind], tmp_path / "model"))
+    text(CONFIG, json.dumps(values))(folder)
+    save_file({}, folder / "text_encoder" / "model.safetensors")
+    with pytest.raises(UserError, match=rf"does not fit its config: keys {count} missing .*(?<!not expected); use the weights"):
+        named(kind).from_folder(folder)
+
+
 FIELDS = [
     *(
         ("pixart_alpha", field)
@@ -425,8 +472,26 @@ def test_weights_are_read_and_written_in_other_types(kind: str, opened: dict[str
     found = named(kind).from_folder(tmp_path, torch.bfloat16)
     assert {t.dtype for t in found.tensors().values()} == {torch.bfloat16}
     assert found(["a cat"]).tokens.dtype == torch.float32 and found.identity() == opened[kind].identity()
+    tensors = found.tensors()
     for key, tensor in opened[kind].tensors().items():
-        assert torch.equal(found.tensors()[key], tensor.half().bfloat16()), key
+        assert torch.equal(tensors[key], tensor.half().bfloat16()), key
+
+
+@pytest.mark.parametrize("kind", ["flux2_dev", "flux2_klein"])
+def test_older_programs_find_the_base_of_positions(kind: str, folders: dict[str, Path], opened: dict[str, Any], tmp_path: Path) -> None:
+    """transformers 4 wrote and reads `rope_theta`, 5 `rope_parameters`; the published models are of both times."""
+    folder = Path(shutil.copytree(folders[kind], tmp_path / "model"))
+    rope = {"rope_parameters": ..., "rope_theta": 50000.0}
+    whole = json.loads((folder / CONFIG).read_text())
+    changed = {**whole.get("text_config", whole), **rope}
+    changed = {key: value for key, value in changed.items() if value is not ...}
+    (folder / CONFIG).write_text(json.dumps({**whole, "text_config": changed} if "text_config" in whole else changed))
+    found = named(kind).from_folder(folder)
+    assert not torch.allclose(found(["a cat"]).tokens, opened[kind](["a cat"]).tokens)
+    found.save(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / CONFIG).read_text())
+    assert written.get("text_config", written)["rope_theta"] == 50000.0
+    assert torch.equal(named(kind).from_folder(tmp_path / "again")(["a cat"]).tokens, found(["a cat"]).tokens)
 
 
 def test_states_beyond_the_type_are_an_error_that_says_so(folders: dict[str, Path]) -> None:
@@ -482,6 +547,7 @@ def test_a_moved_copy_leaves_the_first_where_it_is(kind: str, opened: dict[str, 
     assert {b.device.type for e in moved.encoders.values() for b in e.model.buffers()} <= {"meta"}
     same = first.to("cpu")
     assert all(torch.equal(a, b) for a, b in zip(same(["a"]).tensors, first(["a"]).tensors, strict=True))
-    assert all(same.tensors()[key].data_ptr() == tensor.data_ptr() for key, tensor in first.tensors().items())  # nothing is there twice
+    pairs = zip(same.tensors().values(), first.tensors().values(), strict=True)
+    assert all(a.data_ptr() == b.data_ptr() for a, b in pairs)  # nothing is there twice
     with pytest.raises(UserError, match="device 'nonsense' cannot be used"):
         first.to("nonsense")

@@ -164,8 +164,8 @@ def test_what_is_saved_opens_in_diffusers_and_here(kind: str, ours: dict[str, An
     again = named(kind).from_folder(tmp_path)
     assert again.config == ours[kind].config and again.identity() == ours[kind].identity() and again.index() == ours[kind].index()
     assert all(torch.equal(a, b) for a, b in zip(again(PROMPTS).tensors, ours[kind](PROMPTS).tensors, strict=True))
-    assert again.tensors().keys() == ours[kind].tensors().keys()
-    assert all(torch.equal(tensor, ours[kind].tensors()[key]) for key, tensor in again.tensors().items())
+    written, kept = again.tensors(), ours[kind].tensors()
+    assert written.keys() == kept.keys() and all(torch.equal(tensor, kept[key]) for key, tensor in written.items())
 
 
 @pytest.mark.parametrize("kind", ["pixart_alpha", "sd3", "flux", "flux2_dev", "flux2_klein"])
@@ -229,7 +229,7 @@ def test_files_with_other_names_are_the_same_weights(
     assert changed.keys() != tensors.keys()
     save_file(changed, file, {"format": "pt"})
     found = named(kind).from_folder(folder)
-    assert torch.equal(found(PROMPTS).tokens, ours[kind](PROMPTS).tokens)
+    assert torch.equal(found(PROMPTS[:1]).tokens, ours[kind](PROMPTS[:1]).tokens)
 
 
 def test_a_spiece_and_a_tokenizer_json_read_alike(ours: dict[str, Any]) -> None:

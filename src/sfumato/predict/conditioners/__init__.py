@@ -3,7 +3,7 @@
 A conditioner has `__call__(prompts, picture=None) -> Conditioning`, `null(count, picture=None) -> Conditioning`, `from_labels(labels) ->
 Conditioning` where the data have labels, and `to_config()`. It comes back by `from_config(values)`; one with weights has `save(folder)` and
 `from_folder(folder)` instead, `to(device)`, `tensors()`, `identity()` (all that decides its answers, for hashing) and `index()` (its entries
-of model_index.json). One with two text encoders takes `prompts_2` beside, what the second reads.
+of model_index.json). One with several text encoders takes `prompts_2` beside, what those after the first read.
 
 A file whose conditioner has text encoders has a table READS: the parts that it reads, as {name in model_index.json: class}, a row for each
 combination that there is. By it the encoders of a folder find their conditioner.

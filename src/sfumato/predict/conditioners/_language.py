@@ -146,8 +146,8 @@ class LanguageModel:
         return {_renamed(key, [(new, old) for old, new in NAMES]) if self.kind == "mistral3" else key: t for key, t in found.items()}
 
     def to_config(self) -> dict[str, Any]:
-        """The JSON of config.json, as transformers writes it."""
-        return {**self.model.config.to_dict(), "architectures": [CLASSES[self.kind]]}
+        """The JSON of config.json, as transformers writes it, and as its versions before 5 read it."""
+        return {**_with_theta(self.model.config.to_dict()), "architectures": [CLASSES[self.kind]]}
 
     def index(self) -> dict[str, Any]:
         """The entries of model_index.json."""
@@ -216,6 +216,13 @@ def _read_model(folder: Path, dtype: torch.dtype, variant: str | None) -> Any:
     where = files[0] if len(files) == 1 else folder
     # The head is not run: where a file has none, the table of tokens stands for it, as in models that tie the two.
     return fill(build, ours, {HEAD: embed}, lambda key: dtype, path, where, lambda: looked_at(files, tensors, dtype))
+
+
+def _with_theta(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config, and those within it, with the base of rotary positions where transformers 4 looks for it: it would take another, and say nothing."""
+    found = {key: _with_theta(value) if key.endswith("_config") and isinstance(value, dict) else value for key, value in config.items()}
+    theta = (found.get("rope_parameters") or {}).get("rope_theta")
+    return found if theta is None else {**found, "rope_theta": theta}
 
 
 def _renamed(key: str, names: Sequence[tuple[str, str]]) -> str:

@@ -52,7 +52,8 @@ class Sd3TextConfig:
 class Sd3Text:
     """encoder: CLIP L. encoder_2: CLIP G; both with their projections. encoder_3: T5, or None. Every character is text: brackets weigh nothing.
 
-    `dataclasses.replace` changes the settings, or leaves T5 out (encoder_3=None); the encoders are shared, not copied.
+    `dataclasses.replace` changes the settings, or leaves T5 out (encoder_3=None, with joint_attention_dim told by the settings); the encoders
+    are shared, not copied.
     """
 
     encoder: ClipEncoder
