@@ -20,6 +20,7 @@ from sfumato.compress.base import Autoencoder
 from sfumato.errors import WRONG, UserError, explained
 from sfumato.files import read_table
 from sfumato.model import LatentDiffusion
+from sfumato.pages import read_size
 from sfumato.predict.conditioners import reader_of
 from sfumato.predict.conditioners.class_embedding import ClassEmbedding
 from sfumato.predict.conditioners.class_labels import ClassLabels
@@ -46,21 +47,27 @@ def load(
     variant: str | None = None,
     reading: Reading | None = None,
     tokenizer: str | Path | None = None,
+    memory: int | str | None = None,
 ) -> LatentDiffusion:
     """Opens a model: a bundled name ("fashion"), a folder in diffusers' layout, a single file, or a hub id
 
     ("owner/name"; its files are cached by `huggingface_hub`). dtype: of all weights (default: float32). variant: the files to prefer, such
     as "fp16". For single files in the original layout (.safetensors, .ckpt): reading, what the file itself does not say; tokenizer, a folder
-    with CLIP's vocab.json and merges.txt, or BERT's vocab.txt.
+    with CLIP's vocab.json and merges.txt, or BERT's vocab.txt. memory: what the process may take, in bytes or as "3GB": the weights are streamed
+    from the files then, as in `LatentDiffusion.streamed`, with the same pictures.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise UserError(f"dtype={dtype}: expected a floating-point one such as torch.bfloat16")
-    how = _How(device, dtype or torch.float32, variant, reading, tokenizer)
+    how = _How(device, dtype or torch.float32, variant, reading, tokenizer, None if memory is None else read_size(memory))
     found = bundled()
     path = found.get(str(source), Path(source).expanduser())
     if path.is_file() and (path.suffix in PICKLES or KEY_OF_OURS not in notes_of(path)):
         return _open_original(path, how)
     if path.is_file():
+        if memory is not None:
+            raise UserError(
+                f"{path} cannot be streamed, a single file of sfumato's own is unpacked to be read: open it, `save` it as a folder, and stream that"
+            )
         with tempfile.TemporaryDirectory() as temporary:
             try:
                 with explained(path, (*WRONG, OSError)):  # names that no file can have
@@ -86,6 +93,18 @@ class _How:
     variant: str | None
     reading: Reading | None
     tokenizer: str | Path | None
+    memory: int | None
+
+    @property
+    def opened(self) -> torch.dtype | None:
+        """What weights become when they are opened: None, as stored, where they are streamed."""
+        return self.dtype if self.memory is None else None
+
+    def placed(self, model: LatentDiffusion) -> LatentDiffusion:
+        """The model where it is wanted."""
+        if self.memory is not None:
+            return model.streamed(self.memory, self.dtype, self.device)
+        return model if self.device == "cpu" else model.to(self.device)
 
 
 def _open(path: Path, name: str, how: _How) -> LatentDiffusion:
@@ -99,8 +118,8 @@ def _open(path: Path, name: str, how: _How) -> LatentDiffusion:
             f"{path}/model_index.json names {', '.join(k for k in parts if not k.startswith('_'))}: expected at least {vae} and "
             f"{' or '.join(NETWORK_PARTS)}"
         )
-    autoencoder = load_part(path / vae, None, how.dtype, how.variant, autoencoder_unsaid(pipeline))
-    network = load_part(path / part, None, how.dtype, how.variant)
+    autoencoder = load_part(path / vae, None, how.opened, how.variant, autoencoder_unsaid(pipeline))
+    network = load_part(path / part, None, how.opened, how.variant)
     if not isinstance(autoencoder, Autoencoder):
         raise UserError(f"{path}/{vae} is a {type(autoencoder).__name__}: expected an autoencoder")
     if not isinstance(network, Network):
@@ -118,32 +137,35 @@ def _open(path: Path, name: str, how: _How) -> LatentDiffusion:
     small = path / "low_res_scheduler" / "scheduler_config.json"
     with explained(small):
         low_res = from_scheduler_config(read_table(small)) if small.exists() else None
-    model = LatentDiffusion(autoencoder, Denoiser(network, recipe.process), conditioner, defaults, str(notes.get("name", name)), low_res)
-    return model if how.device == "cpu" else model.to(how.device)
+    return how.placed(
+        LatentDiffusion(autoencoder, Denoiser(network, recipe.process), conditioner, defaults, str(notes.get("name", name)), low_res)
+    )
 
 
 def _open_original(path: Path, how: _How) -> LatentDiffusion:
     """Builds a model from a single file in the layout of its first publication."""
+    if how.memory is not None and path.suffix in PICKLES:
+        raise UserError(f"{path} is pickled and cannot be streamed: open it without memory=, `save` it as safetensors, and stream that")
     parts = split(path, how.reading)
     if not {"unet", "vae"} <= parts.networks.keys():
         raise UserError(
             f"{path} holds {' and '.join(parts.networks)}: a model needs a U-Net and an autoencoder; give the file that has both"
         )
     autoencoder, network = (
-        build_part(p.config, p.tensors, path, path, None, how.dtype) for p in (parts.networks[k] for k in ("vae", "unet"))
+        build_part(p.config, p.tensors, path, path, None, how.opened, lambda: how.memory is not None)
+        for p in (parts.networks[k] for k in ("vae", "unet"))
     )
     notes = {} if path.suffix in PICKLES else notes_of(path)
     with explained(path):  # our own notes, where the layout says nothing
         schedulers = parts.schedulers | {k: json.loads(notes[key]) for k, key in _NOTED.items() if key in notes}
         recipe = read_scheduler(schedulers["scheduler"])
         low_res = from_scheduler_config(schedulers["low_res_scheduler"]) if "low_res_scheduler" in schedulers else None
-    conditioner = from_parts(parts, Source(path, notes, how.tokenizer, how.dtype, how.reading or Reading()))
+    conditioner = from_parts(parts, Source(path, notes, how.tokenizer, how.dtype, how.reading or Reading(), how.memory is not None))
     assert isinstance(autoencoder, Autoencoder)
     _check_parts(path, autoencoder, network, conditioner)
     begin = pipeline_defaults({"_class_name": pipeline_class(network, conditioner)}, network) | _guidance(conditioner)
     defaults = Defaults(**begin, sampler=recipe.sampler, spacing=recipe.spacing_word)
-    model = LatentDiffusion(autoencoder, Denoiser(network, recipe.process), conditioner, defaults, path.stem, low_res)
-    return model if how.device == "cpu" else model.to(how.device)
+    return how.placed(LatentDiffusion(autoencoder, Denoiser(network, recipe.process), conditioner, defaults, path.stem, low_res))
 
 
 _NOTED = {"scheduler": SCHEDULER, "low_res_scheduler": LOW_RES}
@@ -161,7 +183,7 @@ def _conditioner(path: Path, parts: dict[str, Any], network: Any, how: _How) -> 
     nothing needs none."""
     there = {key: str(value[1]) for key, value in parts.items() if key.startswith(("text_encoder", "bert")) and value != [None, None]}
     if there:
-        return reader_of(there, path).from_folder(path, how.dtype, how.variant)
+        return reader_of(there, path).from_folder(path, how.opened, how.variant)
     config = path / "conditioner" / "config.json"
     if not config.exists() and not network.told:
         return Nothing()

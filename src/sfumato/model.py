@@ -29,11 +29,13 @@ from sfumato.diffuse.process import Process
 from sfumato.diffuse.sample import SeededNoise, Step, all_finite, check_finite, sample
 from sfumato.errors import NumericalError, UserError, unknown
 from sfumato.files import hash_json, hash_tensors
+from sfumato.pages import read_size
 from sfumato.predict.denoiser import Denoiser, answer
 from sfumato.registry import find
 from sfumato.running import questions, told_guidance
 from sfumato.sampling import Defaults, Prompt, Request, latent_shape, prompts, request_from, seeds_of, settings, times_of
 from sfumato.saving import save_model
+from sfumato.streaming import refuse, state, stream_model, stream_of, words_state
 from sfumato.types import Conditioning, Picture, Prediction
 
 LOG = logging.getLogger("sfumato")
@@ -286,7 +288,7 @@ class LatentDiffusion:
         try:
             return run(self.autoencoder, z)
         except NumericalError as error:
-            if dtype == torch.float32 or not all_finite(z):
+            if dtype == torch.float32 or not all_finite(z) or stream_of(self) is not None:
                 raise
             LOG.warning("%s; decoding again in float32 (load the model in bfloat16 or float32 to save the time)", error)
             return run(copy.deepcopy(self.autoencoder).float(), z)
@@ -318,11 +320,11 @@ class LatentDiffusion:
         """SHA-256 over all weights and settings that decide an image; defaults, which a request may change, are not among them."""
         texts = getattr(self.conditioner, "identity", self.conditioner.to_config)()
         configs = [self.autoencoder.to_config(), self.denoiser.network.to_config(), texts]  # pyright: ignore
-        weights = [hash_tensors(m.state_dict()) for m in (self.autoencoder, self.denoiser.network)]
+        weights = [hash_tensors(state(m)) for m in (self.autoencoder, self.denoiser.network)]
         if self.low_res is not None:
             configs.append(to_scheduler_config(self.low_res))
         if hasattr(self.conditioner, "tensors"):
-            weights.append(hash_tensors(self.conditioner.tensors()))
+            weights.append(hash_tensors(words_state(self.conditioner)))
         return hash_json([configs, to_scheduler_config(self.denoiser.process), weights])
 
     def describe(self) -> dict[str, Any]:
@@ -343,6 +345,7 @@ class LatentDiffusion:
 
     def to(self, device: str | torch.device) -> "LatentDiffusion":
         """The same model on a device ("cpu", "cuda", "cuda:1"); this one is left where it is."""
+        refuse(self, "moving", "open it with the device wanted")
         try:
             autoencoder, network = (copy.deepcopy(m).to(device) for m in (self.autoencoder, self.denoiser.network))
         except (RuntimeError, AssertionError) as error:  # torch's words for a name that it does not know, or a device that is not there
@@ -360,10 +363,27 @@ class LatentDiffusion:
         compile: by torch.compile instead, with the weights as constants on the CPU; the first picture of each size waits for the compiler,
         which takes minutes for large networks. What cannot be made ready stays as it is.
         """
+        refuse(self, "packing", "use it as it is, or open it without memory=")
         found = replace(self, denoiser=self.denoiser.optimized(compile))
         if "hash" in self.__dict__:  # of the same weights: to unpack them takes memory
             found.__dict__["hash"] = self.hash
         return found
+
+    def streamed(self, memory: int | str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> "LatentDiffusion":
+        """The same model in no more memory than said, in bytes or as "3GB", where the feature maps of its pictures leave room for a layer's weights.
+
+        Weights come from their files layer by layer, in `dtype` (default: the denoiser's), and go when the layer has run; what memory is left
+        keeps layers from step to step (`sfumato.nn.streamed`). The pictures are this model's, bit for bit, if it has that dtype and device.
+        memory counts all that the process holds, or on a GPU what lies there. `load(..., memory=...)` is this for a model that is not in memory
+        yet; weights that are stay there. Not for training, saving or `optimized`. `UserError` for less memory than works.
+        """
+        return stream_model(self, read_size(memory), dtype, device)
+
+    def release(self) -> None:
+        """Gives back the memory of the weights that a streamed model holds at the moment; others keep theirs."""
+        found = stream_of(self)
+        if found is not None:
+            found.memory.release()
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes the model as a diffusers folder, atomically; `dtype` (e.g. torch.float16) changes what is stored.
@@ -372,6 +392,7 @@ class LatentDiffusion:
         the layout of their first publication, which other programs open, others in our own. A model of that name is replaced as a whole;
         `UserError` for a file or folder that is something else, or a full disk, `NumericalError` for weights that are not finite in `dtype`.
         """
+        refuse(self, "saving", "open it without memory=, or copy its files")
         save_model(self, folder, dtype)
 
 

@@ -116,12 +116,16 @@ def require_finite(tensors: Mapping[str, Tensor], where: object) -> None:
         raise _damage(where, key)
 
 
-def looked_at(files: Sequence[Path], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
+def looked_at(files: Sequence[Path], tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> bool:
     """Looks for NaN and infinity (`UserError`) in the files of memory-mapped tensors that are used as they lie there, in `dtype`.
+
+    None: they are streamed, and looked at when they are first used.
 
     The numbers are read some at a time, beside the mapping: to look at them there would make every page of it resident. False: not looked,
     because the files are pickled or the tensors will be converted.
     """
+    if dtype is None:
+        return True
     mapped = dtype in _KINDS.values() and all(path.suffix == ENDINGS[0] for path in files)
     if not mapped or any(t.is_floating_point() and t.dtype != dtype for t in tensors.values()):
         return False

@@ -16,7 +16,7 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "sfumato"
 
-BOTTOM = ("types", "asking", "errors", "files", "pickles", "registry", "config", "weights")
+BOTTOM = ("types", "asking", "errors", "files", "pickles", "registry", "config", "weights", "pages")
 ACTS = ("compress", "diffuse", "predict", "decode")
 MODEL = ("", "model", "loading", "saving", "sampling", "tuning", "tasks")
 
@@ -29,6 +29,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "asking": ("types",),
     "files": ("errors",),
     "pickles": ("errors",),
+    "pages": ("errors",),
     "weights": ("errors", "files", "pickles"),
     "registry": ("errors",),
     "config": ("errors", "files", "registry", "types"),
@@ -46,7 +47,8 @@ LAW: dict[str, tuple[str, ...]] = {
     "sampling": (*BOTTOM, *ACTS),
     "running": (*BOTTOM, *ACTS, "sampling"),
     "saving": (*BOTTOM, *ACTS, "checkpoints"),
-    "model": (*BOTTOM, *ACTS, "checkpoints", "sampling", "running", "saving"),
+    "streaming": (*BOTTOM, "nn"),  # what networks are, it is given
+    "model": (*BOTTOM, *ACTS, "checkpoints", "sampling", "running", "saving", "streaming"),
     "tuning": (*BOTTOM, *ACTS, "checkpoints", "sampling", "model"),
     "loading": (*BOTTOM, *ACTS, "checkpoints", "sampling", "model"),
     "data": BOTTOM,

@@ -29,13 +29,22 @@ from sfumato.predict.conditioners.nothing import Nothing
 
 @dataclass(frozen=True)
 class Source:
-    """A single file: its metadata, a folder with a tokenizer if the caller gave one, the dtype wanted, what the caller knows of it."""
+    """A single file: its metadata, a folder with a tokenizer if the caller gave one, the dtype wanted, what the caller knows of it.
+
+    as_stored: text encoders keep the file's dtype, and are not looked at: to be streamed.
+    """
 
     path: Path
     notes: Mapping[str, str]
     tokenizer: str | Path | None
     dtype: torch.dtype
     reading: Reading
+    as_stored: bool = False
+
+    @property
+    def opened(self) -> torch.dtype | None:
+        """What the weights of text encoders become (None: what they are)."""
+        return None if self.as_stored else self.dtype
 
 
 def has_original(network: Any, conditioner: Any) -> bool:
@@ -84,7 +93,7 @@ def from_parts(parts: Parts, source: Source) -> Any:
 
 def _bert(parts: Parts, source: Source) -> BertText:
     part, path = parts.networks["bert"], source.path
-    model = build_bert(part.config, part.tensors, source.dtype, path, path)
+    model = build_bert(part.config, part.tensors, source.opened, path, path)
     with explained(path, (Exception,)):
         tokenizer = bert_tokenizer.bert_tokenizer(model.config.max_position_embeddings, source.tokenizer, source.notes)
         return BertText(BertEncoder(tokenizer, model))
@@ -106,7 +115,7 @@ def _clip(parts: Parts, source: Source) -> ClipText:
     for end in ends:
         part, projected = parts.networks[f"text_encoder{end}"], end == "_2"
         tensors = {key.removeprefix(PREFIX): tensor for key, tensor in part.tensors.items() if not key.endswith(POSITIONS)}
-        model = build_model(part.config, tensors, projected, source.dtype, path, path)
+        model = build_model(part.config, tensors, projected, source.opened, path, path)
         pad = END if parts.family.startswith(("sd1", "sdxl")) and not projected else "!"  # as they were trained
         with explained(path, (Exception,)):  # the libraries raise anything about a vocabulary that is none
             tokenizer = clip_tokenizer(pad, model.config.max_position_embeddings, source.tokenizer, dict(source.notes))

@@ -50,13 +50,13 @@ class _Unfilled(TorchFunctionMode):
 def load_part(
     folder: str | Path,
     expected: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     variant: str | None = None,
     unsaid: dict[str, Any] | None = None,
 ) -> nn.Module:
     """A network from a folder with config.json and weights, in eval mode, in `dtype`; weights with NaN or infinity are refused.
 
-    variant: the files to prefer, such as "fp16". Shards and pickled files are read too: see weights.py. unsaid: fields of the config, where
+    dtype None: as stored, and nothing is read yet nor looked for NaN; who streams the weights does both. variant: the files to prefer, such as "fp16". Shards and pickled files are read too: see weights.py. unsaid: fields of the config, where
     it does not have them.
     """
     folder = Path(folder)
@@ -75,7 +75,7 @@ def build_part(
     config: Path,
     where: Path,
     expected: str | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     looked: Callable[[], bool] = lambda: False,
 ) -> nn.Module:
     """`load_part` for a config and tensors in memory; config and where: what they were read from, for what is said about them.

@@ -83,8 +83,8 @@ class BertEncoder:
         self.tokenizer.backend_tokenizer.model.save(str(tokenizer))  # vocab.txt, which older programs read
 
 
-def read_encoder(tokenizer: Path, bert: Path, dtype: torch.dtype) -> BertEncoder:
-    """Opens both folders; `UserError` for what is missing, of another kind, or not finite."""
+def read_encoder(tokenizer: Path, bert: Path, dtype: torch.dtype | None) -> BertEncoder:
+    """Opens both folders; `UserError` for what is missing, of another kind, or not finite. dtype None: as stored, to be streamed."""
     opened = read_tokenizer(tokenizer)
     config = bert / "config.json"
     values = read_table(config)
@@ -113,11 +113,12 @@ def read_tokenizer(folder: Path) -> Any:
         return BertTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def build_bert(values: dict[str, Any], found: dict[str, Any], dtype: torch.dtype, path: Path, file: Path) -> LDMBert:
+def build_bert(values: dict[str, Any], found: dict[str, Any], dtype: torch.dtype | None, path: Path, file: Path) -> LDMBert:
     """The network of a config and its weights. path, file: where they are from, for what is said about them."""
     with explained(path), torch.device("meta"):
         model = LDMBert(LDMBertConfig.from_dict(values))
     check_keys(model.state_dict(), found, file)
-    require_finite(found, file)
-    model.load_state_dict({k: v.to(dtype).contiguous() for k, v in found.items()}, assign=True)
+    if dtype is not None:  # else they are looked at when they are used
+        require_finite(found, file)
+    model.load_state_dict({k: (v if dtype is None else v.to(dtype)).contiguous() for k, v in found.items()}, assign=True)
     return model.eval().requires_grad_(False)

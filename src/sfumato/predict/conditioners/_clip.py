@@ -152,8 +152,11 @@ class ClipEncoder:
         self.tokenizer.backend_tokenizer.model.save(str(tokenizer))  # vocab.json and merges.txt, which older programs read
 
 
-def read_encoder(tokenizer: Path, encoder: Path, projected: bool, dtype: torch.dtype, variant: str | None = None) -> ClipEncoder:
-    """Opens both folders; `UserError` for what is missing, of another kind, or not finite. variant: the weights to prefer, such as "fp16"."""
+def read_encoder(tokenizer: Path, encoder: Path, projected: bool, dtype: torch.dtype | None, variant: str | None = None) -> ClipEncoder:
+    """Opens both folders; `UserError` for what is missing, of another kind, or not finite. variant: the weights to prefer, such as "fp16".
+
+    dtype None: as stored, not read and not looked at yet: to be streamed.
+    """
     try:
         import transformers  # noqa: F401  (asked for once, here, so that its absence is one sentence)
     except ImportError as error:
@@ -177,7 +180,7 @@ def _read_tokenizer(folder: Path) -> Any:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _read_model(folder: Path, projected: bool, dtype: torch.dtype, variant: str | None) -> Any:
+def _read_model(folder: Path, projected: bool, dtype: torch.dtype | None, variant: str | None) -> Any:
     """The encoder of a folder with config.json and weights."""
     path = folder / "config.json"
     values = read_table(path)
@@ -191,7 +194,7 @@ def build_model(
     values: dict[str, Any],
     tensors: dict[str, Tensor],
     projected: bool,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     path: Path,
     file: Path,
     looked: Callable[[], bool] = lambda: False,
@@ -217,9 +220,11 @@ def build_model(
         model = getattr(transformers, CLASSES[projected])(config)
     names = {key.removeprefix(PREFIX): key for key in model.state_dict()}
     check_keys({name: model.state_dict()[key] for name, key in names.items()}, tensors, file)
-    if not looked():
+    if dtype is not None and not looked():
         require_finite(tensors, file)
-    model.load_state_dict({names[name]: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, assign=True)
+    model.load_state_dict(
+        {names[name]: (tensor if dtype is None else tensor.to(dtype)).contiguous() for name, tensor in tensors.items()}, assign=True
+    )
     embeddings = getattr(model, "text_model", model).embeddings
     embeddings.register_buffer("position_ids", torch.arange(model.config.max_position_embeddings)[None], persistent=False)
     return model.eval().requires_grad_(False)

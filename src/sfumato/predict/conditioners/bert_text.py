@@ -83,7 +83,7 @@ class BertText:
         write_json(Path(folder) / "conditioner" / "config.json", self.to_config())
 
     @classmethod
-    def from_folder(cls, folder: str | Path, dtype: torch.dtype = torch.float32, variant: str | None = None) -> "BertText":
-        """Opens bert/ and tokenizer/ of a folder in diffusers' layout; weights become `dtype`. `UserError` for what does not fit; there are
-        no variants."""
+    def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = torch.float32, variant: str | None = None) -> "BertText":
+        """Opens bert/ and tokenizer/ of a folder in diffusers' layout; weights become `dtype` (None: as stored). `UserError` for what does not
+        fit; there are no variants."""
         return cls(read_encoder(Path(folder) / "tokenizer", Path(folder) / "bert", dtype))

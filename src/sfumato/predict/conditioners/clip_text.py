@@ -218,8 +218,8 @@ class ClipText:
         write_json(Path(folder) / "conditioner" / "config.json", self.to_config())
 
     @classmethod
-    def from_folder(cls, folder: str | Path, dtype: torch.dtype = torch.float32, variant: str | None = None) -> "ClipText":
-        """Opens the encoders of a folder in diffusers' layout, as diffusers or `save` wrote it; weights become `dtype`.
+    def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = torch.float32, variant: str | None = None) -> "ClipText":
+        """Opens the encoders of a folder in diffusers' layout, as diffusers or `save` wrote it; weights become `dtype` (None: as stored).
 
         variant: the files of weights to prefer, such as "fp16".
 

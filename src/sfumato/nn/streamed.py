@@ -1,0 +1,395 @@
+"""Networks larger than memory: each layer's weights are there while it runs, and given back after it.
+
+A layer is a module with weights of its own and no modules inside. What is done with its weights depends on where they lie:
+
+    mapped   in a file, in the dtype that is computed in, on the CPU: the layer computes from the file's pages, which are dropped afterwards
+    copied   anything else: they are converted, or sent to the device, into a ring of places that is used again (nn/transfer.py)
+
+Layers that follow are asked for while one runs. The order is what the last pass showed; before that, the one in which they are registered. After
+a first pass it is known what a pass needs besides; what is left of the memory given (`Memory`) then keeps layers from pass to pass, and
+only the rest is streamed. A network whose turn is over gives all of it back to the next, so that text encoders, denoiser and decoder
+never hold weights at the same time. Numbers are the plain network's, bit for bit: the same kernels read the same weights.
+
+Outside their turn copied weights are placeholders without memory, on the meta device (the first: NaN, where the network is, for whoever asks a
+network where it is). To compute with one is an error, and no wrong number.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato import pages
+from sfumato.errors import UserError
+from sfumato.nn.transfer import Copies, OnCPU, OnGPU, Ring, padded, place, room
+from sfumato.weights import require_finite
+
+SMALL = 2**16
+"""Bytes of a layer up to which its weights stay: norms and the like, which are no burden and would be many."""
+AHEAD = 2**28
+"""Bytes of mapped layers that the disk is asked for while one runs."""
+_MARK = "_sfumato_stream"
+
+
+class Memory:
+    """What the process may take, in bytes (of the GPU's memory, if that is the device); the networks that stream in it take turns."""
+
+    def __init__(self, limit: int, device: torch.device):
+        self.limit, self.device = limit, device
+        self.lock = threading.RLock()
+        self.holder: Stream | None = None
+
+    def now(self) -> int | None:
+        """Bytes that are held."""
+        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else pages.held()
+
+    def peak(self) -> int | None:
+        """The most that was held so far."""
+        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else pages.held(peak=True)
+
+    def spare(self) -> int:
+        """Bytes that the peak so far leaves, less a little for what is not the same in every pass; below 0 where it was above the limit."""
+        peak = self.peak()
+        return 0 if peak is None else self.limit - self.limit // 32 - peak
+
+    def turn(self, stream: "Stream") -> bool:
+        """Makes it somebody's turn; whoever had it gives back what it held. False if it was theirs."""
+        if self.holder is stream:
+            return False
+        if self.holder is not None:
+            self.holder.release()
+        self.holder = stream
+        return True
+
+    def release(self) -> None:
+        """All weights go; the next layer that runs brings its own again."""
+        with self.lock:
+            if self.holder is not None:
+                self.holder.release()
+            self.holder = None
+
+
+class _Layer:
+    """One layer's weights: as they are stored, and as they are computed with."""
+
+    def __init__(self, name: str, stored: dict[str, Tensor], dtype: torch.dtype, mapped: bool, by_rows: bool, at: torch.device | None):
+        self.name, self.stored, self.mapped = name, stored, mapped
+        self.dtypes = {key: _computed(tensor, dtype) for key, tensor in stored.items()}
+        self.by_rows = mapped and by_rows  # a table of which a few rows are read, and their pages only
+        self.size = 0 if self.by_rows else sum(padded(t.numel() * self.dtypes[key].itemsize) for key, t in stored.items())
+        self.away = {key: _placeholder(t.shape, self.dtypes[key], at) for key, t in stored.items()}
+        self.stays = False  # from pass to pass
+        self.kept: dict[str, nn.Parameter] | None = None  # a copied one that stays
+        self.copied: tuple[dict[str, nn.Parameter], Any] | None = None  # in the ring: the weights, and what to wait for
+        self.looked = False  # whether NaN and infinity were looked for
+
+
+class Stream:
+    """What brings the weights of one network and takes them away: see `stream`."""
+
+    def __init__(self, network: nn.Module, memory: Memory, dtype: torch.dtype, where: object, small: int):
+        self.memory, self.dtype, self.where = memory, dtype, where
+        self.layers: list[_Layer] = []
+        self.resting: list[Tensor] = []  # stored tensors of what is always there
+        device, files = memory.device, pages.Mapped()
+        first = next((module for module in network.modules() if any(p is not None for p in module._parameters.values())), None)
+        for name, module in network.named_modules():
+            own = {key: p.detach() for key, p in module._parameters.items() if p is not None}
+            size = sum(t.numel() * _computed(t, dtype).itemsize for t in own.values())
+            as_stored = device.type == "cpu" and all(t.dtype == _computed(t, dtype) for t in own.values())
+            mapped = as_stored and all(t in files for t in own.values())
+            self._settle_buffers(module)
+            if size <= small or next(module.children(), None) is not None or (as_stored and not mapped):
+                self._settle(module, own)
+                continue
+            layer = _Layer(name, own, dtype, mapped, isinstance(module, nn.Embedding), device if module is first else None)
+            self.layers.append(layer)
+            if not mapped:
+                module._parameters.update(layer.away)
+            module.register_forward_pre_hook(_Hook(self, layer, self.begin), with_kwargs=True)
+            module.register_forward_hook(_Hook(self, layer, self.end), with_kwargs=True, always_call=True)
+            module.register_state_dict_post_hook(_Hook(self, layer, self.listed))
+        copied = [layer for layer in self.layers if not layer.mapped]
+        self.largest = max((layer.size for layer in self.layers), default=0)
+        self.window = 2 * self.largest  # bytes of mapped layers that wait to be dropped: some are called again at once
+        self.ring_size = (3 if device.type == "cuda" else 2) * max((layer.size for layer in copied), default=0)
+        self.files = files
+        self.resting = [t for t in self.resting if t in files]
+        self.after = dict(zip(self.layers, self.layers[1:], strict=False))
+        self._forget()
+
+    def _forget(self) -> None:
+        """As before a first pass."""
+        self.owner: int | None = None
+        self.ring: Ring | None = None
+        self.room: Tensor | None = None
+        self.copies: Copies | None = None
+        self.mark: Any = None
+        self.done: OrderedDict[_Layer, None] = OrderedDict()  # mapped layers that have run, whose pages are still there
+        self.asked: set[_Layer] = set()
+        self.first: _Layer | None = None
+        self.last: _Layer | None = None
+        self.seen = 0
+
+    @property
+    def least(self) -> int:
+        """Bytes of weights below which it cannot run: the largest layers, and the pages that a copy is made from."""
+        source = max((sum(t.nbytes for t in layer.stored.values()) for layer in self.layers if not layer.mapped), default=0)
+        return max(self.ring_size + source, self.window)
+
+    def _settle(self, module: nn.Module, own: dict[str, Tensor]) -> None:
+        """Weights that are always there."""
+        require_finite(own, self.where)
+        for key, tensor in own.items():
+            self.resting.append(tensor)
+            settled = tensor.to(self.memory.device, _computed(tensor, self.dtype))
+            module._parameters[key] = nn.Parameter(settled, requires_grad=False)
+
+    def _settle_buffers(self, module: nn.Module) -> None:
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = buffer.to(self.memory.device, _computed(buffer, self.dtype))
+
+    # ---- a layer's turn ------------------------------------------------------------------------------------------------
+
+    def begin(self, layer: _Layer, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Before a layer runs: its weights come, those of the next ones are asked for."""
+        _refuse_gradients(module, (*given, *named.values()))
+        self.memory.lock.acquire()  # weights in the ring are one thread's at a time
+        self.owner = threading.get_ident()
+        if self.memory.turn(self):
+            self._forget()
+            self.owner, self.seen = threading.get_ident(), self.memory.peak() or 0
+        self._follow(layer)
+        self._ask_ahead(layer)
+        if layer.mapped:
+            self.done.pop(layer, None)
+        else:
+            module._parameters.update(self._brought(layer))
+        if not layer.looked:
+            self._look(layer, module)
+
+    def end(self, layer: _Layer, module: nn.Module, *_: Any) -> None:
+        """After a layer has run, or failed."""
+        if self.owner != threading.get_ident():  # it never began
+            return
+        if not layer.mapped:
+            module._parameters.update(layer.away)
+            self._bring_next(layer)
+        elif not layer.stays:
+            self.done[layer] = None
+            while sum(other.size for other in self.done) > self.window:
+                self._drop(self.done.popitem(last=False)[0])
+        self.owner = None
+        self.memory.lock.release()
+
+    def _follow(self, layer: _Layer) -> None:
+        """Remembers the order; where a pass begins again, decides what stays."""
+        if layer is self.last:
+            return
+        if self.last is not None:
+            self.after[self.last] = layer
+        if self.first is None:
+            self.first = layer
+        elif layer is self.first:
+            self._share_out()
+        self.last = layer
+
+    def _share_out(self) -> None:
+        """More layers stay, as far as the memory goes; fewer, if the last pass went beyond it."""
+        spare, peak = self.memory.spare(), self.memory.peak() or 0
+        if spare < 0 and peak > self.seen:
+            for layer in reversed(self.layers):
+                if layer.stays and spare < 0:
+                    self._let_go(layer)
+                    spare += layer.size
+        else:
+            for layer in self.layers:
+                if not layer.stays and layer.size <= spare:
+                    layer.stays = True
+                    spare -= layer.size
+        self.seen = peak
+
+    def _look(self, layer: _Layer, module: nn.Module) -> None:
+        """`UserError` for NaN and infinity; of a table piece by piece, since most of it is not wanted otherwise."""
+        for key in layer.stored:
+            tensor = module._parameters[key]
+            assert tensor is not None
+            for piece in tensor.detach().split(2**10) if layer.by_rows else (tensor.detach(),):
+                require_finite({f"{layer.name}.{key}": piece}, self.where)
+                if layer.by_rows:
+                    pages.drop(piece)
+        layer.looked = True
+
+    # ---- mapped --------------------------------------------------------------------------------------------------------
+
+    def _ask_ahead(self, layer: _Layer) -> None:
+        self.asked.discard(layer)
+        left, at = AHEAD, layer
+        while (at := self.after.get(at)) is not None and at is not layer and at.size <= left:
+            left -= at.size
+            if at.stays or at.by_rows or at in self.asked:
+                continue
+            self.asked.add(at)
+            for tensor in at.stored.values():
+                if tensor in self.files:
+                    pages.ask(tensor)
+
+    def _drop(self, layer: _Layer) -> None:
+        for tensor in layer.stored.values():
+            if tensor in self.files:
+                pages.drop(tensor)
+
+    # ---- copied --------------------------------------------------------------------------------------------------------
+
+    def _brought(self, layer: _Layer) -> dict[str, nn.Parameter]:
+        """A layer's weights on the device."""
+        weights = self._copied(layer)
+        assert self.copies is not None and weights is not None and layer.copied is not None
+        self.copies.wait(layer.copied[1])
+        self.mark = self.copies.mark()
+        return weights
+
+    def _bring_next(self, layer: _Layer) -> None:
+        """After a layer was asked to compute: the weights of the next one are sent meanwhile."""
+        follows = self.after.get(layer)
+        if self.copies is not None and self.copies.ahead and follows is not None and not (follows.mapped or follows.stays):
+            self._copied(follows, layer, self.mark)
+
+    def _copied(self, layer: _Layer, keep: _Layer | None = None, since: Any = None) -> dict[str, nn.Parameter] | None:
+        """A layer's weights in the ring, or in their own room if they stay; None if `keep` would lose its place."""
+        if self.ring is None:
+            self.ring, self.room = Ring(self.ring_size), room(self.ring_size, self.memory.device)
+            self.copies = OnCPU() if self.memory.device.type == "cpu" else OnGPU(self.memory.device, self.ring_size // 3)
+        assert self.room is not None and self.copies is not None
+        if layer.kept is not None:
+            return layer.kept
+        if not layer.stays and layer.copied is not None and self.ring.find(layer) is not None:
+            return layer.copied[0]
+        at, mine = (0, room(layer.size, self.memory.device)) if layer.stays else (self.ring.take(layer, layer.size, keep), self.room)
+        if at is None:
+            return None
+        pairs, weights = [], {}
+        for key, tensor in layer.stored.items():
+            to = place(mine, at, layer.dtypes[key], tensor.shape)
+            pairs.append((to, tensor))
+            weights[key] = nn.Parameter(to, requires_grad=False)
+            at += padded(to.nbytes)
+        layer.copied = weights, self.copies.write(pairs, since)
+        layer.kept = weights if layer.stays else None
+        self._drop(layer)
+        return weights
+
+    # ---- all of it -----------------------------------------------------------------------------------------------------
+
+    def _let_go(self, layer: _Layer) -> None:
+        layer.stays, layer.kept, layer.copied = False, None, None
+        self._drop(layer)
+
+    def release(self) -> None:
+        """Gives back what is held between layers. Which layers stay is remembered for the next turn."""
+        if self.copies is not None:
+            self.copies.finish()
+        for layer in self.layers:
+            layer.kept = layer.copied = None
+            self._drop(layer)
+        for tensor in self.resting:
+            pages.drop(tensor)
+        self._forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Stream":
+        return self  # copies of a network have the same weights
+
+    def listed(self, layer: _Layer, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        """In a state dict stand placeholders that know their source: see `read_through`."""
+        for key in layer.stored:
+            if not layer.mapped:
+                state[prefix + key] = layer.away[key]
+                setattr(state[prefix + key], _MARK, layer.stored[key])
+
+
+class _Hook:
+    """A hook that copies of a module share: they have the same weights."""
+
+    def __init__(self, stream: Stream, layer: _Layer, call: Any):
+        self.stream, self.layer, self.call = stream, layer, call
+
+    def __call__(self, *given: Any) -> Any:
+        return self.call(self.layer, *given)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
+        return self
+
+
+def _computed(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What a weight is computed with; what counts stays a whole number."""
+    return dtype if tensor.is_floating_point() else tensor.dtype
+
+
+def _refuse_gradients(module: nn.Module, given: tuple[Any, ...]) -> None:
+    wanted = any(p is not None and p.requires_grad for p in module._parameters.values())
+    asked = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given)
+    if wanted or asked:
+        raise UserError("a network whose weights are streamed has no gradients: open the model without memory= to train it")
+
+
+def _refuse_weights(*_: Any, **__: Any) -> None:
+    raise UserError(
+        "a network whose weights are streamed takes no others, and stays where it is and in its dtype: open the model without memory="
+    )
+
+
+def _placeholder(shape: torch.Size, dtype: torch.dtype, at: torch.device | None) -> nn.Parameter:
+    """What stands for a weight that is not there; with a device, one that lies there."""
+    if at is None:
+        return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+    return nn.Parameter(torch.full((), torch.nan, dtype=dtype, device=at).expand(shape), requires_grad=False)
+
+
+def stream(network: nn.Module, memory: Memory, dtype: torch.dtype, where: object, small: int = SMALL) -> nn.Module:
+    """Makes a network, given with its weights as they are stored, stream them from now on, and returns it.
+
+    It computes in `dtype` on the memory's device. where: what the weights were read from, for what is said about them: `UserError` for NaN and
+    infinity when a weight is first used. small: bytes of a layer up to which its weights stay. Weights that lie in no file and need no
+    conversion stay where they are. The network has no gradients then, takes no other weights, and stays where it is.
+    """
+    made = Stream(network, memory, dtype, where, small)
+    network.__dict__[_MARK] = made
+    network.__dict__["_apply"] = _refuse_weights  # .to(), .float() and the like
+    network.register_load_state_dict_pre_hook(_refuse_weights)
+    return network.eval()
+
+
+def streamed(network: nn.Module) -> Stream | None:
+    """What streams a network's weights, if something does. Copies of a network know theirs too."""
+    return network.__dict__.get(_MARK)
+
+
+class _Through(Mapping[str, Tensor]):
+    """A state dict of which only one tensor is in memory at a time."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self._tensors, self._files = tensors, pages.Mapped()
+
+    def __getitem__(self, key: str) -> Tensor:
+        found = self._tensors[key]
+        stored = getattr(found, _MARK, found)
+        value = stored.to(found.dtype, copy=True)
+        if stored in self._files:
+            pages.drop(stored)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def read_through(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A streamed network's `state_dict` to be read tensor by tensor: each is a copy, in the dtype that is computed in, on the CPU for those that
+    are not on the device."""
+    return _Through(tensors)
