@@ -41,10 +41,15 @@ FEW = 4
 """Steps for which packed weights do not pay: to pack them takes as long as three steps of one Stable Diffusion picture gain."""
 
 
-def ready(source: str, steps: int | None) -> "LatentDiffusion":
-    """A model ready to make pictures in so many steps (None: its own). Its hash, which they carry, is made before weights are packed."""
+def ready(source: str, steps: int | None, memory: int | None = None) -> "LatentDiffusion":
+    """A model ready to make pictures in so many steps (None: its own). Its hash, which they carry, is made before weights are packed.
+
+    memory: bytes that the process may take; weights are streamed then, and not packed.
+    """
     from sfumato.loading import load
 
+    if memory is not None:
+        return load(source, memory=memory)
     model = load(source)
     if model.settings(steps=steps)["steps"] <= FEW:
         return model

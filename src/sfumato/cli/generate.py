@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from sfumato.cli._common import MODELS, Clock, at_least, parse, progress, ready, unset, weaker_for
+from sfumato.cli._common import MODELS, Clock, at_least, parse, progress, readable_size, ready, unset, weaker_for
 from sfumato.cli._files import provenance, set_threads, slug, target
 from sfumato.errors import UserError
 
@@ -75,6 +75,8 @@ class Generate:
     """With --from: go on although the model is not the one that made the PNG."""
     threads: Annotated[int | None, unset("all cores")] = None
     """CPU threads."""
+    memory: Annotated[str | None, unset("all weights in memory")] = None
+    """What the program may take, as 3GB: weights come from the files layer by layer. Slower; `sfumato info MODEL` says what fits."""
 
 
 HANDOVER = 0.8
@@ -123,6 +125,7 @@ def generate(arguments: Sequence[str]) -> None:
         index = recorded.get("index") if (options.n, options.grid) == (before.n, before.grid) else None
     _check(options)
     options = _spelled_out(options)
+    memory = _memory(options)
     base = target(options.out, f"{options.source.stem}-again" if options.source else slug(options.prompt))
 
     import torch
@@ -132,10 +135,10 @@ def generate(arguments: Sequence[str]) -> None:
     set_threads(options.threads, recorded.get("threads"))
     clock.lap("import")
     steps = max(len(options.timesteps) - 1, 1) if options.timesteps else options.steps
-    model = ready(options.model, steps)
+    model = ready(options.model, steps, **memory)
     if recorded and not options.allow_other_model:
         _same_model(model.hash, "model", options.model, options.source, recorded)
-    refiner = None if options.refiner is None else ready(options.refiner, steps)
+    refiner = None if options.refiner is None else ready(options.refiner, steps, **memory)
     if recorded.get("refiner") and refiner is not None and not options.allow_other_model:
         _same_model(refiner.hash, "refiner", options.refiner, options.source, recorded)
     clock.lap("load")
@@ -165,6 +168,25 @@ def generate(arguments: Sequence[str]) -> None:
     for path in written:
         print(path)
     print(f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {clock}")
+    if memory:
+        print(f"at most {_peak()} of memory")
+
+
+def _memory(options: Generate) -> dict[str, int]:
+    """The memory asked for, in bytes, for `ready`; nothing where none was."""
+    if options.memory is None:
+        return {}
+    from sfumato.pages import read_size
+
+    return {"memory": read_size(options.memory)}
+
+
+def _peak() -> str:
+    """The most that this process has held."""
+    from sfumato.pages import held
+
+    peak = held(peak=True)
+    return "an unknown size" if peak is None else readable_size(peak)
 
 
 def _same_model(found: str, role: str, name: str | None, source: Path | None, recorded: dict[str, Any]) -> None:
@@ -195,6 +217,8 @@ def _sample(
             at = HANDOVER if options.handover is None else options.handover
             x = model.run(first_part(model, request, at=at), output="latent", on_step=on_step)
             request = last_part(model, refiner, x, request, at=at)
+            if options.memory is not None:
+                model.release()
         pictures = (refiner or model).run(request, on_step=on_step)
     clock.lap("decode")
     return pictures, settings

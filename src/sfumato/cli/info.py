@@ -1,4 +1,4 @@
-"""`sfumato info MODEL`: what a model is made of, as a table for people or as JSON for programs."""
+"""`sfumato info MODEL`: what a model is made of and what fits into this machine, as a table for people or as JSON for programs."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from sfumato.cli._common import parse, readable_size
 
 @dataclass(frozen=True)
 class Info:
-    """Tells what a model is made of: parts, parameters, latent space, schedule, defaults, classes, hash, files."""
+    """Tells what a model is made of: parts, parameters, latent space, schedule, defaults, classes, hash, files; and what memory it takes."""
 
     model: tyro.conf.Positional[str] = "fashion"
     """A bundled name, a folder in the diffusers layout, a single file or a hub id."""
@@ -22,14 +22,19 @@ class Info:
 
 
 def info(arguments: Sequence[str]) -> None:
-    """Tells what a model is made of: parts, parameters, latent space, schedule, defaults, hash, files."""
+    """Tells what a model is made of and what memory it takes: parts, parameters, latent space, schedule, defaults, hash, files."""
     options = parse(Info, arguments, "info")
 
+    from sfumato.deploy.offload import report
     from sfumato.loading import load
 
-    model = load(options.model)
+    memory = report(options.model)  # before any weight is read
+    tight = memory is not None and not memory["ways"].get("in memory, float32", {}).get("fits", True)
+    model = load(options.model, memory=memory["machine"]["available"]) if memory and tight else load(options.model)
     facts: dict[str, Any] = {"model": options.model, "hash": model.hash, **model.describe()}
     facts.setdefault("class_names", list(model.class_names))
+    if memory is not None:
+        facts["memory"] = memory
     facts["files"] = _files(options.model)
     if options.json:
         print(json.dumps(facts, indent=2, default=str))
@@ -40,9 +45,30 @@ def info(arguments: Sequence[str]) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")  # a hash stays whole
-    for name, value in _rows(facts):
+    for name, value in _rows(facts if memory is None else {**facts, "memory": _in_words(memory)}):
         table.add_row(f"[bold]{name}[/bold]" if value == "" else name, value)
     Console().print(table)
+
+
+def _in_words(memory: Mapping[str, Any]) -> dict[str, Any]:
+    """What `report` says, for people."""
+    weights = {
+        name: readable_size(part) if isinstance(part, int) else f"{readable_size(part['stored'])} ({', '.join(part['dtypes'])})"
+        for name, part in memory["weights"].items()
+    }
+    machine = {name: "-" if size is None else readable_size(size) for name, size in memory["machine"].items()}
+    beside = {
+        dtype: ", ".join(f"{what} {readable_size(size)}" for what, size in sizes.items()) for dtype, sizes in memory["beside"].items()
+    }
+    ways = {}
+    for way, said in memory["ways"].items():
+        fits = [f"{_fits(said[key])}{where}" for key, where in (("fits", ""), ("fits_gpu", " into the GPU")) if key in said]
+        ways[way] = f"{readable_size(said['needs'])}: {', '.join(fits)}"
+    return {"weights": weights, "beside them, counted": {k: v or "not known" for k, v in beside.items()}, "machine": machine, "ways": ways}
+
+
+def _fits(said: bool | None) -> str:
+    return "not known whether it fits" if said is None else "fits" if said else "does not fit"
 
 
 def _rows(facts: Mapping[str, Any], depth: int = 0) -> list[tuple[str, str]]:

@@ -11,12 +11,14 @@ only the rest is streamed. A network whose turn is over gives all of it back to 
 never hold weights at the same time. Numbers are the plain network's, bit for bit: the same kernels read the same weights.
 
 Outside their turn copied weights are placeholders without memory, on the meta device (the first: NaN, where the network is, for whoever asks a
-network where it is). To compute with one is an error, and no wrong number.
+network where it is). To compute with one is an error, and no wrong number. Who asks a layer for its weight by name, without running it,
+is given a copy.
 """
 
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -81,6 +83,8 @@ class _Layer:
         self.by_rows = mapped and by_rows  # a table of which a few rows are read, and their pages only
         self.size = 0 if self.by_rows else sum(padded(t.numel() * self.dtypes[key].itemsize) for key, t in stored.items())
         self.away = {key: _placeholder(t.shape, self.dtypes[key], at) for key, t in stored.items()}
+        for key, parameter in self.away.items():
+            setattr(parameter, _MARK, (self, key))
         self.stays = False  # from pass to pass
         self.kept: dict[str, nn.Parameter] | None = None  # a copied one that stays
         self.copied: tuple[dict[str, nn.Parameter], Any] | None = None  # in the ring: the weights, and what to wait for
@@ -109,9 +113,11 @@ class Stream:
             self.layers.append(layer)
             if not mapped:
                 module._parameters.update(layer.away)
+                module.__class__ = _with_access(type(module), tuple(own))
+                module.__dict__[_MARK] = self
             module.register_forward_pre_hook(_Hook(self, layer, self.begin), with_kwargs=True)
             module.register_forward_hook(_Hook(self, layer, self.end), with_kwargs=True, always_call=True)
-            module.register_state_dict_post_hook(_Hook(self, layer, self.listed))
+            module.register_state_dict_post_hook(_Hook(self, layer, _listed))
         copied = [layer for layer in self.layers if not layer.mapped]
         self.largest = max((layer.size for layer in self.layers), default=0)
         self.window = 2 * self.largest  # bytes of mapped layers that wait to be dropped: some are called again at once
@@ -127,6 +133,7 @@ class Stream:
         self.ring: Ring | None = None
         self.room: Tensor | None = None
         self.copies: Copies | None = None
+        self.asked_for: _Layer | None = None  # the last one whose weights were asked for by name, with its own copy of them
         self.mark: Any = None
         self.done: OrderedDict[_Layer, None] = OrderedDict()  # mapped layers that have run, whose pages are still there
         self.asked: set[_Layer] = set()
@@ -138,7 +145,8 @@ class Stream:
     def least(self) -> int:
         """Bytes of weights below which it cannot run: the largest layers, and the pages that a copy is made from."""
         source = max((sum(t.nbytes for t in layer.stored.values()) for layer in self.layers if not layer.mapped), default=0)
-        return max(self.ring_size + source, self.window)
+        copied = self.ring_size // (3 if self.memory.device.type == "cuda" else 2)
+        return max(self.ring_size + copied + source, self.window)
 
     def _settle(self, module: nn.Module, own: dict[str, Tensor]) -> None:
         """Weights that are always there."""
@@ -159,10 +167,8 @@ class Stream:
         """Before a layer runs: its weights come, those of the next ones are asked for."""
         _refuse_gradients(module, (*given, *named.values()))
         self.memory.lock.acquire()  # weights in the ring are one thread's at a time
+        self._take_turn()
         self.owner = threading.get_ident()
-        if self.memory.turn(self):
-            self._forget()
-            self.owner, self.seen = threading.get_ident(), self.memory.peak() or 0
         self._follow(layer)
         self._ask_ahead(layer)
         if layer.mapped:
@@ -170,7 +176,28 @@ class Stream:
         else:
             module._parameters.update(self._brought(layer))
         if not layer.looked:
-            self._look(layer, module)
+            self._look(layer, module._parameters)
+
+    def _take_turn(self) -> None:
+        if self.memory.turn(self):
+            self._forget()
+            self.seen = self.memory.peak() or 0
+
+    def by_name(self, layer: _Layer, key: str) -> nn.Parameter:
+        """A copied weight while its layer does not run. It is not in the ring: nobody knows how long it is held."""
+        with self.memory.lock:
+            self._take_turn()
+            if self.asked_for is not layer or layer.kept is None:
+                if self.asked_for is not None and not self.asked_for.stays:
+                    self.asked_for.kept = None
+                self.asked_for = layer
+                weights = self._copied(layer, own=True)
+                assert self.copies is not None and weights is not None and layer.copied is not None
+                self.copies.wait(layer.copied[1])
+            assert layer.kept is not None
+            if not layer.looked:
+                self._look(layer, layer.kept)
+            return layer.kept[key]
 
     def end(self, layer: _Layer, module: nn.Module, *_: Any) -> None:
         """After a layer has run, or failed."""
@@ -213,10 +240,10 @@ class Stream:
                     spare -= layer.size
         self.seen = peak
 
-    def _look(self, layer: _Layer, module: nn.Module) -> None:
+    def _look(self, layer: _Layer, weights: Mapping[str, Tensor | None]) -> None:
         """`UserError` for NaN and infinity; of a table piece by piece, since most of it is not wanted otherwise."""
         for key in layer.stored:
-            tensor = module._parameters[key]
+            tensor = weights[key]
             assert tensor is not None
             for piece in tensor.detach().split(2**10) if layer.by_rows else (tensor.detach(),):
                 require_finite({f"{layer.name}.{key}": piece}, self.where)
@@ -259,17 +286,18 @@ class Stream:
         if self.copies is not None and self.copies.ahead and follows is not None and not (follows.mapped or follows.stays):
             self._copied(follows, layer, self.mark)
 
-    def _copied(self, layer: _Layer, keep: _Layer | None = None, since: Any = None) -> dict[str, nn.Parameter] | None:
-        """A layer's weights in the ring, or in their own room if they stay; None if `keep` would lose its place."""
+    def _copied(self, layer: _Layer, keep: _Layer | None = None, since: Any = None, own: bool = False) -> dict[str, nn.Parameter] | None:
+        """A layer's weights in the ring, or in their `own` room, as those that stay; None if `keep` would lose its place."""
         if self.ring is None:
             self.ring, self.room = Ring(self.ring_size), room(self.ring_size, self.memory.device)
             self.copies = OnCPU() if self.memory.device.type == "cpu" else OnGPU(self.memory.device, self.ring_size // 3)
         assert self.room is not None and self.copies is not None
         if layer.kept is not None:
             return layer.kept
-        if not layer.stays and layer.copied is not None and self.ring.find(layer) is not None:
+        own = own or layer.stays
+        if not own and layer.copied is not None and self.ring.find(layer) is not None:
             return layer.copied[0]
-        at, mine = (0, room(layer.size, self.memory.device)) if layer.stays else (self.ring.take(layer, layer.size, keep), self.room)
+        at, mine = (0, room(layer.size, self.memory.device)) if own else (self.ring.take(layer, layer.size, keep), self.room)
         if at is None:
             return None
         pairs, weights = [], {}
@@ -279,7 +307,7 @@ class Stream:
             weights[key] = nn.Parameter(to, requires_grad=False)
             at += padded(to.nbytes)
         layer.copied = weights, self.copies.write(pairs, since)
-        layer.kept = weights if layer.stays else None
+        layer.kept = weights if own else None
         self._drop(layer)
         return weights
 
@@ -303,12 +331,28 @@ class Stream:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Stream":
         return self  # copies of a network have the same weights
 
-    def listed(self, layer: _Layer, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        """In a state dict stand placeholders that know their source: see `read_through`."""
-        for key in layer.stored:
-            if not layer.mapped:
-                state[prefix + key] = layer.away[key]
-                setattr(state[prefix + key], _MARK, layer.stored[key])
+
+def _listed(layer: _Layer, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """In a state dict stand placeholders that know their source: see `read_through`."""
+    for key, parameter in layer.away.items():
+        if not layer.mapped:
+            state[prefix + key] = parameter
+
+
+@cache
+def _with_access(kind: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
+    """The same kind of layer, whose weights can be had by name at any time."""
+
+    def access(key: str) -> property:
+        def get(module: nn.Module) -> nn.Parameter:
+            found = module._parameters[key]
+            assert found is not None
+            mark = getattr(found, _MARK, None)  # of a placeholder
+            return found if mark is None else module.__dict__[_MARK].by_name(*mark)
+
+        return property(get)
+
+    return type(kind.__name__, (kind,), {**{key: access(key) for key in keys}, "__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 class _Hook:
@@ -376,7 +420,8 @@ class _Through(Mapping[str, Tensor]):
 
     def __getitem__(self, key: str) -> Tensor:
         found = self._tensors[key]
-        stored = getattr(found, _MARK, found)
+        layer, name = getattr(found, _MARK, (None, ""))
+        stored = found if layer is None else layer.stored[name]
         value = stored.to(found.dtype, copy=True)
         if stored in self._files:
             pages.drop(stored)

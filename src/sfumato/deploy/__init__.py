@@ -1,0 +1,1 @@
+"""Models in use: what runs where, in which memory."""
