@@ -91,7 +91,7 @@ class LatentDiffusion:
             pixels = F.pad(pixels, (0, right, 0, bottom), mode="replicate")
         with torch.inference_mode():
             z = self.autoencoder.encode(pixels.to(self.device, self.autoencoder.dtype), noise).float()
-            if self.autoencoder.dtype != torch.float32 and not all_finite(z):
+            if self.autoencoder.dtype != torch.float32 and not all_finite(z) and stream_of(self) is None:
                 LOG.warning("the autoencoder's %s overflowed; encoding again in float32", _name(self.autoencoder.dtype))
                 z = copy.deepcopy(self.autoencoder).float().encode(pixels.to(self.device, torch.float32), noise)
         check_finite(z, f"compress, with the autoencoder in {_name(self.autoencoder.dtype)}")

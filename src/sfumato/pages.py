@@ -89,7 +89,7 @@ class Mapped:
         if can_drop():
             for line in Path("/proc/self/maps").read_text().splitlines():
                 addresses, _, _, _, inode, *path = line.split(maxsplit=5)
-                if inode != "0" and path and path[0].startswith("/"):
+                if inode != "0" and path and path[0].startswith("/") and not path[0].startswith("/dev/"):
                     begin, end = addresses.split("-")
                     self._ranges.append((int(begin, 16), int(end, 16)))
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
+from sfumato.nn.away import read_through
 from sfumato.nn.packed import shared
-from sfumato.nn.streamed import SMALL, Memory, Stream, read_through, stream, streamed
+from sfumato.nn.streamed import Memory, Stream, stream, streamed
 from sfumato.pages import can_drop
 
 ROOM = 2**25
@@ -44,18 +45,20 @@ def refuse(model: Any, what: str, instead: str) -> None:
         raise UserError(f"{what} needs all weights in memory, and this model streams them: {instead}")
 
 
-def stream_model(model: Any, limit: int, dtype: torch.dtype | None, device: str | torch.device, small: int = SMALL) -> Any:
+def stream_model(model: Any, limit: int, dtype: torch.dtype | None, device: str | torch.device) -> Any:
     """`LatentDiffusion.streamed`. `UserError` for a limit below what works, which it says, and for systems that cannot."""
     refuse(model, "streaming", "open it anew with the memory wanted")
     where = _device(device)
     if where.type == "cpu" and not can_drop():
         raise UserError("memory= on the CPU needs Linux, where pages of files can be given back: open the model without it")
-    memory, dtype = Memory(limit, where), dtype or next(model.denoiser.network.parameters()).dtype
+    memory, computed = Memory(limit, where), dtype or next(model.denoiser.network.parameters()).dtype
     streams: list[Stream] = []
 
     def streaming(network: nn.Module, part: str) -> nn.Module:
-        found = stream(shared(network), memory, dtype, f"the {part.replace('_', ' ')} of {model.name}", small)
-        streams.append(found.__dict__["_sfumato_stream"])
+        found = stream(shared(network), memory, computed, f"the {part.replace('_', ' ')} of {model.name}")
+        mine = streamed(found)
+        assert mine is not None
+        streams.append(mine)
         return found
 
     encoders = {name: replace(encoder, model=streaming(encoder.model, name)) for name, encoder in _encoders(model.conditioner).items()}

@@ -17,8 +17,7 @@ is given a copy.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from sfumato import pages
 from sfumato.errors import UserError
+from sfumato.nn.away import MARK, Layer, computed, listed, with_access
 from sfumato.nn.transfer import Copies, OnCPU, OnGPU, Ring, padded, place, room
 from sfumato.weights import require_finite
 
@@ -33,7 +33,6 @@ SMALL = 2**16
 """Bytes of a layer up to which its weights stay: norms and the like, which are no burden and would be many."""
 AHEAD = 2**28
 """Bytes of mapped layers that the disk is asked for while one runs."""
-_MARK = "_sfumato_stream"
 
 
 class Memory:
@@ -74,54 +73,36 @@ class Memory:
             self.holder = None
 
 
-class _Layer:
-    """One layer's weights: as they are stored, and as they are computed with."""
-
-    def __init__(self, name: str, stored: dict[str, Tensor], dtype: torch.dtype, mapped: bool, by_rows: bool, at: torch.device | None):
-        self.name, self.stored, self.mapped = name, stored, mapped
-        self.dtypes = {key: _computed(tensor, dtype) for key, tensor in stored.items()}
-        self.by_rows = mapped and by_rows  # a table of which a few rows are read, and their pages only
-        self.size = 0 if self.by_rows else sum(padded(t.numel() * self.dtypes[key].itemsize) for key, t in stored.items())
-        self.away = {key: _placeholder(t.shape, self.dtypes[key], at) for key, t in stored.items()}
-        for key, parameter in self.away.items():
-            setattr(parameter, _MARK, (self, key))
-        self.stays = False  # from pass to pass
-        self.kept: dict[str, nn.Parameter] | None = None  # a copied one that stays
-        self.copied: tuple[dict[str, nn.Parameter], Any] | None = None  # in the ring: the weights, and what to wait for
-        self.looked = False  # whether NaN and infinity were looked for
-
-
 class Stream:
     """What brings the weights of one network and takes them away: see `stream`."""
 
-    def __init__(self, network: nn.Module, memory: Memory, dtype: torch.dtype, where: object, small: int):
+    def __init__(self, network: nn.Module, memory: Memory, dtype: torch.dtype, where: object):
         self.memory, self.dtype, self.where = memory, dtype, where
-        self.layers: list[_Layer] = []
+        self.layers: list[Layer] = []
         self.resting: list[Tensor] = []  # stored tensors of what is always there
-        device, files = memory.device, pages.Mapped()
+        device, files, wide = memory.device, pages.Mapped(), _wide(network, dtype)
         first = next((module for module in network.modules() if any(p is not None for p in module._parameters.values())), None)
         for name, module in network.named_modules():
             own = {key: p.detach() for key, p in module._parameters.items() if p is not None}
-            size = sum(t.numel() * _computed(t, dtype).itemsize for t in own.values())
-            as_stored = device.type == "cpu" and all(t.dtype == _computed(t, dtype) for t in own.values())
+            kind = torch.float32 if wide.intersection(name.split(".")) else dtype
+            size = sum(t.numel() * computed(t, kind).itemsize for t in own.values())
+            as_stored = device.type == "cpu" and all(t.dtype == computed(t, kind) for t in own.values())
             mapped = as_stored and all(t in files for t in own.values())
             self._settle_buffers(module)
-            if size <= small or next(module.children(), None) is not None or (as_stored and not mapped):
-                self._settle(module, own)
+            if size <= SMALL or next(module.children(), None) is not None or (as_stored and not mapped):
+                self._settle(module, own, kind)
                 continue
-            layer = _Layer(name, own, dtype, mapped, isinstance(module, nn.Embedding), device if module is first else None)
+            layer = Layer(name, own, kind, mapped, isinstance(module, nn.Embedding), device if module is first else None)
             self.layers.append(layer)
             if not mapped:
                 module._parameters.update(layer.away)
-                module.__class__ = _with_access(type(module), tuple(own))
-                module.__dict__[_MARK] = self
+                module.__class__ = with_access(type(module), tuple(own))
+                module.__dict__[MARK] = self
             module.register_forward_pre_hook(_Hook(self, layer, self.begin), with_kwargs=True)
             module.register_forward_hook(_Hook(self, layer, self.end), with_kwargs=True, always_call=True)
-            module.register_state_dict_post_hook(_Hook(self, layer, _listed))
-        copied = [layer for layer in self.layers if not layer.mapped]
-        self.largest = max((layer.size for layer in self.layers), default=0)
-        self.window = 2 * self.largest  # bytes of mapped layers that wait to be dropped: some are called again at once
-        self.ring_size = (3 if device.type == "cuda" else 2) * max((layer.size for layer in copied), default=0)
+            module.register_state_dict_post_hook(_Hook(self, layer, listed))
+        self.window = 2 * self._largest(mapped=True)  # bytes of mapped layers that wait to be dropped: some are called again at once
+        self.ring_size = (3 if device.type == "cuda" else 2) * self._largest(mapped=False)
         self.files = files
         self.resting = [t for t in self.resting if t in files]
         self.after = dict(zip(self.layers, self.layers[1:], strict=False))
@@ -133,37 +114,39 @@ class Stream:
         self.ring: Ring | None = None
         self.room: Tensor | None = None
         self.copies: Copies | None = None
-        self.asked_for: _Layer | None = None  # the last one whose weights were asked for by name, with its own copy of them
+        self.asked_for: Layer | None = None  # the last one whose weights were asked for by name, with its own copy of them
         self.mark: Any = None
-        self.done: OrderedDict[_Layer, None] = OrderedDict()  # mapped layers that have run, whose pages are still there
-        self.asked: set[_Layer] = set()
-        self.first: _Layer | None = None
-        self.last: _Layer | None = None
+        self.done: OrderedDict[Layer, None] = OrderedDict()  # mapped layers that have run, whose pages are still there
+        self.asked: set[Layer] = set()
+        self.first: Layer | None = None
+        self.last: Layer | None = None
         self.seen = 0
+
+    def _largest(self, mapped: bool) -> int:
+        return max((layer.size for layer in self.layers if layer.mapped == mapped), default=0)
 
     @property
     def least(self) -> int:
-        """Bytes of weights below which it cannot run: the largest layers, and the pages that a copy is made from."""
+        """Bytes of weights below which it cannot run: the largest layers, one asked for by name, and the pages that a copy is made from."""
         source = max((sum(t.nbytes for t in layer.stored.values()) for layer in self.layers if not layer.mapped), default=0)
-        copied = self.ring_size // (3 if self.memory.device.type == "cuda" else 2)
-        return max(self.ring_size + copied + source, self.window)
+        return self.window + self.ring_size + self._largest(mapped=False) + (source if self.memory.device.type == "cpu" else 0)
 
-    def _settle(self, module: nn.Module, own: dict[str, Tensor]) -> None:
+    def _settle(self, module: nn.Module, own: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Weights that are always there."""
         require_finite(own, self.where)
         for key, tensor in own.items():
             self.resting.append(tensor)
-            settled = tensor.to(self.memory.device, _computed(tensor, self.dtype))
+            settled = tensor.to(self.memory.device, computed(tensor, dtype))
             module._parameters[key] = nn.Parameter(settled, requires_grad=False)
 
     def _settle_buffers(self, module: nn.Module) -> None:
         for key, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[key] = buffer.to(self.memory.device, _computed(buffer, self.dtype))
+                module._buffers[key] = buffer.to(self.memory.device, computed(buffer, self.dtype))
 
     # ---- a layer's turn ------------------------------------------------------------------------------------------------
 
-    def begin(self, layer: _Layer, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def begin(self, layer: Layer, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Before a layer runs: its weights come, those of the next ones are asked for."""
         _refuse_gradients(module, (*given, *named.values()))
         self.memory.lock.acquire()  # weights in the ring are one thread's at a time
@@ -183,7 +166,7 @@ class Stream:
             self._forget()
             self.seen = self.memory.peak() or 0
 
-    def by_name(self, layer: _Layer, key: str) -> nn.Parameter:
+    def by_name(self, layer: Layer, key: str) -> nn.Parameter:
         """A copied weight while its layer does not run. It is not in the ring: nobody knows how long it is held."""
         with self.memory.lock:
             self._take_turn()
@@ -199,7 +182,7 @@ class Stream:
                 self._look(layer, layer.kept)
             return layer.kept[key]
 
-    def end(self, layer: _Layer, module: nn.Module, *_: Any) -> None:
+    def end(self, layer: Layer, module: nn.Module, *_: Any) -> None:
         """After a layer has run, or failed."""
         if self.owner != threading.get_ident():  # it never began
             return
@@ -213,7 +196,7 @@ class Stream:
         self.owner = None
         self.memory.lock.release()
 
-    def _follow(self, layer: _Layer) -> None:
+    def _follow(self, layer: Layer) -> None:
         """Remembers the order; where a pass begins again, decides what stays."""
         if layer is self.last:
             return
@@ -240,7 +223,7 @@ class Stream:
                     spare -= layer.size
         self.seen = peak
 
-    def _look(self, layer: _Layer, weights: Mapping[str, Tensor | None]) -> None:
+    def _look(self, layer: Layer, weights: Mapping[str, Tensor | None]) -> None:
         """`UserError` for NaN and infinity; of a table piece by piece, since most of it is not wanted otherwise."""
         for key in layer.stored:
             tensor = weights[key]
@@ -253,7 +236,7 @@ class Stream:
 
     # ---- mapped --------------------------------------------------------------------------------------------------------
 
-    def _ask_ahead(self, layer: _Layer) -> None:
+    def _ask_ahead(self, layer: Layer) -> None:
         self.asked.discard(layer)
         left, at = AHEAD, layer
         while (at := self.after.get(at)) is not None and at is not layer and at.size <= left:
@@ -265,14 +248,14 @@ class Stream:
                 if tensor in self.files:
                     pages.ask(tensor)
 
-    def _drop(self, layer: _Layer) -> None:
+    def _drop(self, layer: Layer) -> None:
         for tensor in layer.stored.values():
             if tensor in self.files:
                 pages.drop(tensor)
 
     # ---- copied --------------------------------------------------------------------------------------------------------
 
-    def _brought(self, layer: _Layer) -> dict[str, nn.Parameter]:
+    def _brought(self, layer: Layer) -> dict[str, nn.Parameter]:
         """A layer's weights on the device."""
         weights = self._copied(layer)
         assert self.copies is not None and weights is not None and layer.copied is not None
@@ -280,13 +263,13 @@ class Stream:
         self.mark = self.copies.mark()
         return weights
 
-    def _bring_next(self, layer: _Layer) -> None:
+    def _bring_next(self, layer: Layer) -> None:
         """After a layer was asked to compute: the weights of the next one are sent meanwhile."""
         follows = self.after.get(layer)
         if self.copies is not None and self.copies.ahead and follows is not None and not (follows.mapped or follows.stays):
             self._copied(follows, layer, self.mark)
 
-    def _copied(self, layer: _Layer, keep: _Layer | None = None, since: Any = None, own: bool = False) -> dict[str, nn.Parameter] | None:
+    def _copied(self, layer: Layer, keep: Layer | None = None, since: Any = None, own: bool = False) -> dict[str, nn.Parameter] | None:
         """A layer's weights in the ring, or in their `own` room, as those that stay; None if `keep` would lose its place."""
         if self.ring is None:
             self.ring, self.room = Ring(self.ring_size), room(self.ring_size, self.memory.device)
@@ -313,7 +296,7 @@ class Stream:
 
     # ---- all of it -----------------------------------------------------------------------------------------------------
 
-    def _let_go(self, layer: _Layer) -> None:
+    def _let_go(self, layer: Layer) -> None:
         layer.stays, layer.kept, layer.copied = False, None, None
         self._drop(layer)
 
@@ -332,33 +315,10 @@ class Stream:
         return self  # copies of a network have the same weights
 
 
-def _listed(layer: _Layer, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """In a state dict stand placeholders that know their source: see `read_through`."""
-    for key, parameter in layer.away.items():
-        if not layer.mapped:
-            state[prefix + key] = parameter
-
-
-@cache
-def _with_access(kind: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
-    """The same kind of layer, whose weights can be had by name at any time."""
-
-    def access(key: str) -> property:
-        def get(module: nn.Module) -> nn.Parameter:
-            found = module._parameters[key]
-            assert found is not None
-            mark = getattr(found, _MARK, None)  # of a placeholder
-            return found if mark is None else module.__dict__[_MARK].by_name(*mark)
-
-        return property(get)
-
-    return type(kind.__name__, (kind,), {**{key: access(key) for key in keys}, "__module__": kind.__module__, "__doc__": kind.__doc__})
-
-
 class _Hook:
     """A hook that copies of a module share: they have the same weights."""
 
-    def __init__(self, stream: Stream, layer: _Layer, call: Any):
+    def __init__(self, stream: Stream, layer: Layer, call: Any):
         self.stream, self.layer, self.call = stream, layer, call
 
     def __call__(self, *given: Any) -> Any:
@@ -368,9 +328,9 @@ class _Hook:
         return self
 
 
-def _computed(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """What a weight is computed with; what counts stays a whole number."""
-    return dtype if tensor.is_floating_point() else tensor.dtype
+def _wide(network: nn.Module, dtype: torch.dtype) -> set[str]:
+    """Names of the modules that transformers keeps in float32 where the rest is in float16, as T5's, which overflows."""
+    return set(getattr(network, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
 
 
 def _refuse_gradients(module: nn.Module, given: tuple[Any, ...]) -> None:
@@ -386,22 +346,15 @@ def _refuse_weights(*_: Any, **__: Any) -> None:
     )
 
 
-def _placeholder(shape: torch.Size, dtype: torch.dtype, at: torch.device | None) -> nn.Parameter:
-    """What stands for a weight that is not there; with a device, one that lies there."""
-    if at is None:
-        return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
-    return nn.Parameter(torch.full((), torch.nan, dtype=dtype, device=at).expand(shape), requires_grad=False)
-
-
-def stream(network: nn.Module, memory: Memory, dtype: torch.dtype, where: object, small: int = SMALL) -> nn.Module:
+def stream(network: nn.Module, memory: Memory, dtype: torch.dtype, where: object) -> nn.Module:
     """Makes a network, given with its weights as they are stored, stream them from now on, and returns it.
 
     It computes in `dtype` on the memory's device. where: what the weights were read from, for what is said about them: `UserError` for NaN and
-    infinity when a weight is first used. small: bytes of a layer up to which its weights stay. Weights that lie in no file and need no
-    conversion stay where they are. The network has no gradients then, takes no other weights, and stays where it is.
+    infinity when a weight is first used. Weights that lie in no file and need no conversion stay where they are. The network has no
+    gradients then, takes no other weights, and stays where it is.
     """
-    made = Stream(network, memory, dtype, where, small)
-    network.__dict__[_MARK] = made
+    made = Stream(network, memory, dtype, where)
+    network.__dict__[MARK] = made
     network.__dict__["_apply"] = _refuse_weights  # .to(), .float() and the like
     network.register_load_state_dict_pre_hook(_refuse_weights)
     return network.eval()
@@ -409,32 +362,4 @@ def stream(network: nn.Module, memory: Memory, dtype: torch.dtype, where: object
 
 def streamed(network: nn.Module) -> Stream | None:
     """What streams a network's weights, if something does. Copies of a network know theirs too."""
-    return network.__dict__.get(_MARK)
-
-
-class _Through(Mapping[str, Tensor]):
-    """A state dict of which only one tensor is in memory at a time."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self._tensors, self._files = tensors, pages.Mapped()
-
-    def __getitem__(self, key: str) -> Tensor:
-        found = self._tensors[key]
-        layer, name = getattr(found, _MARK, (None, ""))
-        stored = found if layer is None else layer.stored[name]
-        value = stored.to(found.dtype, copy=True)
-        if stored in self._files:
-            pages.drop(stored)
-        return value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
-def read_through(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """A streamed network's `state_dict` to be read tensor by tensor: each is a copy, in the dtype that is computed in, on the CPU for those that
-    are not on the device."""
-    return _Through(tensors)
+    return network.__dict__.get(MARK)

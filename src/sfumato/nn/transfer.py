@@ -19,7 +19,8 @@ LINE = 256
 def room(size: int, device: torch.device) -> Tensor:
     """`size` bytes. On the CPU they are the system's again as soon as nobody holds them; the C library would keep them."""
     if device.type == "cpu":
-        return torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        return torch.frombuffer(mmap.mmap(-1, max(size, 1), **private), dtype=torch.uint8)
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
