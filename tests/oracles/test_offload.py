@@ -510,10 +510,10 @@ def test_a_step_is_counted(folders: dict[tuple[str, str], Path], name: str) -> N
 
 
 def test_what_fits(folders: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = str(folders["text", "bfloat16"])
+    folder = folders["text", "bfloat16"]
     said = report(folder)
-    assert said is not None and report("owner/name") is None
-    ways, parts = said["ways"], parts_of(Path(folder))
+    assert said is not None and report(Path("owner/name")) is None
+    ways, parts = said["ways"], parts_of(folder)
     numbers, largest = sum(p.numbers for p in parts.values()), max(p.largest for p in parts.values())
     for dtype, width in (("float32", 4), ("bfloat16", 2)):
         beside = max(said["beside"][dtype].values())

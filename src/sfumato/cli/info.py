@@ -28,7 +28,8 @@ def info(arguments: Sequence[str]) -> None:
     from sfumato.deploy.offload import report
     from sfumato.loading import load
 
-    memory = report(options.model)  # before any weight is read
+    place = _place(options.model)
+    memory = None if place is None else report(place)  # before any weight is read
     tight = memory is not None and not memory["ways"].get("in memory, float32", {}).get("fits", True)
     model = load(options.model, memory=memory["machine"]["available"]) if memory and tight else load(options.model)
     facts: dict[str, Any] = {"model": options.model, "hash": model.hash, **model.describe()}
@@ -97,12 +98,17 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _files(model: str) -> dict[str, str]:
-    """The files of a model that lies on this disk and their sizes; nothing for one in the hub's cache."""
+def _place(model: str) -> Path | None:
+    """Where a model lies on this disk; None for one in the hub's cache."""
     import sfumato
 
     bundled = Path(sfumato.__file__).parent / "bundled" / model
-    place = next((p for p in (Path(model).expanduser(), bundled) if p.exists()), None)
+    return next((p for p in (Path(model).expanduser(), bundled) if p.exists()), None)
+
+
+def _files(model: str) -> dict[str, str]:
+    """The files of a model and their sizes."""
+    place = _place(model)
     if place is None:
         return {}
     files = [place] if place.is_file() else sorted(f for f in place.rglob("*") if f.is_file())

@@ -26,7 +26,6 @@ from sfumato import pages
 from sfumato.checkpoints.folder import NETWORKS, index
 from sfumato.errors import WRONG, UserError
 from sfumato.files import read_table
-from sfumato.loading import bundled
 from sfumato.types import Conditioning
 from sfumato.weights import find_weights
 
@@ -252,9 +251,8 @@ def _built(config: Path, dtype: torch.dtype) -> nn.Module | None:
 # ---- what fits ---------------------------------------------------------------------------------------------------------
 
 
-def report(source: str, variant: str | None = None) -> dict[str, Any] | None:
-    """Weights, what running takes, what the machine has, and which ways fit, all in bytes; None for a model that is not on this disk."""
-    path = bundled().get(source, Path(source).expanduser())
+def report(path: Path, variant: str | None = None) -> dict[str, Any] | None:
+    """Weights, what running takes, what the machine has, and which ways fit, all in bytes; None for a path at which no model is."""
     if not path.is_file() and not (path / "model_index.json").exists():
         return None
     parts = parts_of(path, variant)
