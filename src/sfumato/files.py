@@ -7,10 +7,11 @@ Temporary names are .NAME.PID.tmp; `recover` clears those of writers that are go
 import ctypes
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,6 +185,46 @@ def write_tensors(path: str | Path, tensors: Mapping[str, "torch.Tensor"], metad
         except SafetensorError as error:  # the library wraps "No space left on device"
             raise OSError(None, str(error)) from error
         temporary.chmod(0o644)  # the library makes files that only their owner can read
+
+
+def write_streamed(
+    path: str | Path,
+    table: Mapping[str, tuple["torch.dtype", tuple[int, ...]]],
+    tensors: Iterable[tuple[str, "torch.Tensor"]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a safetensors file atomically, one tensor at a time: never more of them in memory than one.
+
+    table: dtype and shape of each, in the order in which `tensors` gives them; numbers of more bytes come first, so that all lie aligned.
+    The format: 8 bytes that give the length of a JSON table, the table, and the numbers one after the other.
+    """
+    import torch
+
+    head: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end, before = 0, None
+    for name, (dtype, shape) in table.items():
+        if before is not None and dtype.itemsize > before:
+            raise ValueError(f"{name}: numbers of {dtype.itemsize} bytes after those of {before}")
+        begin, before = end, dtype.itemsize
+        end += math.prod(shape) * dtype.itemsize
+        head[name] = {"dtype": _NAMES[str(dtype).removeprefix("torch.")], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        expected = iter(table.items())
+        for name, tensor in tensors:
+            wanted, (dtype, shape) = next(expected)
+            if (name, tensor.dtype, tuple(tensor.shape)) != (wanted, dtype, shape):
+                raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)} where {wanted} {dtype} {shape} was announced")
+            file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        if left := next(expected, None):
+            raise ValueError(f"{left[0]} was announced and did not come")
+
+
+_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+_NAMES |= {"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
+"""torch's names of dtypes and those of safetensors."""
 
 
 def read_tensors(path: str | Path) -> dict[str, "torch.Tensor"]:

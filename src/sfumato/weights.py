@@ -20,6 +20,8 @@ from sfumato.files import read_json, read_tensors
 from sfumato.pickles import read_pickle
 
 ENDINGS = (".safetensors", ".bin")
+EIGHTS = (torch.float8_e4m3fn, torch.float8_e5m2)
+"""Formats of eight bits; the largest numbers are 448 and 57344 (Micikevicius et al. 2022, arXiv:2209.05433)."""
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -136,6 +138,7 @@ def looked_at(files: Sequence[Path], tensors: Mapping[str, Tensor], dtype: torch
 
 
 _KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_KINDS |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _PIECE = 2**22  # bytes, which stay in the processor's cache
 
 
@@ -161,7 +164,59 @@ def _damaged(path: Path) -> Iterator[str]:
 
 def _finite(numbers: Tensor) -> bool:
     """A finite sum says that all are, for less than to look at each number."""
+    if numbers.dtype in EIGHTS:  # torch has no arithmetic for them: bytes that are not finite are few
+        bits = numbers.contiguous().view(torch.uint8) & 0x7F
+        return not bool((bits >= (0x7F if numbers.dtype is torch.float8_e4m3fn else 0x7C)).any())
     return bool(numbers.sum(dtype=torch.float32).isfinite() or numbers.isfinite().all())
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers in `dtype`. Those beyond the largest of a format of eight bits become NaN, as in wider formats infinity: torch would
+    write the largest instead, and nobody could tell."""
+    if dtype not in EIGHTS or tensor.dtype == dtype:
+        return tensor.to(dtype)
+    wide = tensor.float()
+    return wide.masked_fill(~(wide.abs() <= torch.finfo(dtype).max), torch.nan).to(dtype)
+
+
+def scale_of(key: str, tensors: Mapping[str, object]) -> str | None:
+    """The key of the number by which a weight of eight bits is multiplied, if a file has one; `UserError` where it has two."""
+    stem, _, last = key.rpartition(".")
+    found = [name for name in (f"{stem}.scale_weight", f"{stem}.weight_scale") if last == "weight" and name in tensors]
+    if len(found) > 1:
+        raise UserError(f"{key} has two scales ({' and '.join(found)}): expected one; use a file of one layout")
+    return found[0] if found else None
+
+
+def scaled(key: str, weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """weight * scale, in float32 and then in `dtype`: one scale for all, or one for each row; `UserError` for scales of another shape."""
+    rows = weight.shape[0] if weight.ndim else 1
+    if scale.numel() not in (1, rows) or scale.numel() != max([1, *scale.shape]):
+        raise UserError(f"the scale of {key} has shape {tuple(scale.shape)}: expected one number, or one for each of {rows} rows")
+    shape = () if scale.numel() == 1 else (rows, *[1] * (weight.ndim - 1))
+    return (weight.float() * scale.float().reshape(shape)).to(dtype)
+
+
+def aside(kinds: Mapping[str, torch.dtype]) -> set[str]:
+    """Keys that files with scaled weights of eight bits hold beside them and that are no weights: the scales, those of activations, marks."""
+    found = {key for key in kinds if key.rpartition(".")[2] in ("scaled_fp8", "comfy_quant")}
+    for key, kind in kinds.items():
+        stem, _, last = key.rpartition(".")
+        if kind in EIGHTS and last == "weight":
+            names = (scale_of(key, kinds), f"{stem}.scale_input", f"{stem}.input_scale")
+            found |= {name for name in names if name in kinds}
+    return found
+
+
+def unscaled(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The weights themselves, in `dtype` where a file holds them in eight bits and a scale (`weight_scale`, `scale_weight`) beside each."""
+    beside = aside({key: value.dtype for key, value in tensors.items()})
+    found: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        scale = scale_of(key, tensors) if value.dtype in EIGHTS else None
+        if key not in beside:
+            found[key] = value if scale is None else scaled(key, value, tensors[scale], dtype)
+    return found
 
 
 def _damage(where: object, key: str) -> UserError:

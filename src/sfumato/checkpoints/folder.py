@@ -22,7 +22,7 @@ from sfumato.compress.vq import VQConfig, VQModel
 from sfumato.errors import NumericalError, UserError, explained
 from sfumato.files import read_table, write_json, write_tensors
 from sfumato.predict.networks._network import Network, registered
-from sfumato.weights import check_keys, find_weights, looked_at, not_finite, read_weights, require_finite
+from sfumato.weights import EIGHTS, cast, check_keys, find_weights, looked_at, not_finite, read_weights, require_finite, unscaled
 
 STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"
@@ -90,7 +90,9 @@ def build_part(
     with explained(config), torch.device("meta"), _Unfilled():
         network = network_class(config_class.from_dict(values))
         _ = getattr(network, "space", None)  # the statistics of the latent are checked when they are read
-    check_keys(network.state_dict(), found := modern(found), where)
+    with explained(where):
+        found = unscaled(modern(found), dtype)
+    check_keys(network.state_dict(), found, where)
     tensors = {k: _in(v, dtype).contiguous() for k, v in found.items()}
     if not looked():
         require_finite(tensors, where)
@@ -102,7 +104,7 @@ def build_part(
 
 def _in(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A weight in `dtype`; what counts (a batch norm's batches) stays a whole number."""
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    return cast(tensor, dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 def save_part(folder: str | Path, network: Network | Autoencoder, dtype: torch.dtype | None = None) -> None:
@@ -123,6 +125,11 @@ def storable(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str,
     tensors = {k: _in(v, dtype) for k, v in tensors.items()}
     for key in not_finite(tensors):
         kind = str(tensors[key].dtype).removeprefix("torch.")
+        if dtype in EIGHTS:
+            raise NumericalError(
+                f"weight {key} is NaN or beyond {torch.finfo(dtype).max:g}, the largest number of {kind}: nothing was written; store it in "
+                "bfloat16, or scaled"
+            )
         raise NumericalError(f"weight {key} is NaN or infinite in {kind}: nothing was written; store it in float32, or repair the training")
     return tensors
 

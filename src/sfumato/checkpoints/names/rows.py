@@ -4,7 +4,7 @@ A table is a list of rows made from a config. `check` holds a file against it an
 `to_theirs` are inverses, and copy nothing but what has to be stacked or is mixed head by head.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -20,7 +20,8 @@ SHOWN = 8
 class Form(Enum):
     """How their tensor holds ours: as it is, as a 1x1 convolution of our matrix, transposed, or several of ours on top of each other.
 
-    LINE and STACKED_LINE: the same as convolutions of one dimension.
+    LINE and STACKED_LINE: the same as convolutions of one dimension. PILED: on top of each other, of unequal heights. SWAPPED: the upper half
+    of theirs is the lower half of ours (shift and scale of a modulation). SHARED: each of ours is a copy of theirs.
     """
 
     SAME = "same"
@@ -29,6 +30,9 @@ class Form(Enum):
     TURNED = "turned"
     STACKED = "stacked"
     STACKED_LINE = "stacked line"
+    PILED = "piled"
+    SWAPPED = "swapped"
+    SHARED = "shared"
 
 
 _BEHIND = {Form.POINT: (1, 1), Form.LINE: (1,), Form.STACKED_LINE: (1,)}
@@ -36,9 +40,10 @@ _STACKED = (Form.STACKED, Form.STACKED_LINE)
 
 
 class Row(NamedTuple):
-    """`shape` is that of each of ours; there is one but where they are stacked.
+    """`shape` is that of each of ours; there is one but where they are stacked, piled or shared.
 
     heads: stacked by heads, the first of each of ours, then the second of each, and so on; 1 is one after the other.
+    heights: of each of ours where they are piled; `shape` is then that of the pile.
     """
 
     theirs: str
@@ -46,28 +51,69 @@ class Row(NamedTuple):
     shape: tuple[int, ...]
     form: Form = Form.SAME
     heads: int = 1
+    heights: tuple[int, ...] = ()
 
     @property
     def stored(self) -> tuple[int, ...]:
         """The shape of theirs."""
         if self.form is Form.TURNED:
             return self.shape[::-1]
+        if self.form in (Form.PILED, Form.SHARED):
+            return self.shape
         return (self.shape[0] * len(self.ours), *self.shape[1:], *_BEHIND.get(self.form, ()))
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shape of each of ours."""
+        return [(h, *self.shape[1:]) for h in self.heights] if self.form is Form.PILED else [self.shape] * len(self.ours)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """1x1 convolutions that somebody stored as matrices are the same numbers."""
         behind = len(_BEHIND.get(self.form, ()))
         return shape == self.stored or (behind > 0 and shape == self.stored[:-behind])
 
-    def cut(self, stack: Tensor) -> list[Tensor]:
-        """Theirs -> ours, where several of ours are stacked."""
+    def take(self, theirs: Tensor) -> list[Tensor]:
+        """Theirs -> ours, in the order of their names: views, but for SWAPPED."""
+        if self.form in _STACKED:
+            return self._cut(theirs)
+        if self.form is Form.PILED:
+            return list(theirs.split(self.heights))
+        if self.form is Form.SHARED:
+            return [theirs] * len(self.ours)
+        if self.form is Form.SWAPPED:
+            return [_swapped(theirs)]
+        return [theirs.T if self.form is Form.TURNED else theirs.reshape(self.shape)]
+
+    def give(self, ours: list[Tensor]) -> Tensor:
+        """Its inverse. `UserError` for copies that differ where they have to be one tensor."""
+        if self.form in _STACKED:
+            return self._stack(ours)
+        if self.form is Form.PILED:
+            return torch.cat(ours)
+        if self.form is Form.SHARED:
+            odd = [name for name, value in zip(self.ours, ours, strict=True) if not torch.equal(value, ours[0])]
+            if odd:
+                raise UserError(
+                    f"{odd[0]} differs from {self.ours[0]}: the original layout has one {self.theirs} for both; save a folder instead"
+                )
+            return ours[0]
+        if self.form is Form.SWAPPED:
+            return _swapped(ours[0])
+        return ours[0].T if self.form is Form.TURNED else ours[0].reshape(self.stored)
+
+    def _cut(self, stack: Tensor) -> list[Tensor]:
         parts = stack.reshape(self.heads, len(self.ours), -1, *self.shape[1:])
         return [parts[:, k].reshape(self.shape) for k in range(len(self.ours))]
 
-    def stack(self, values: list[Tensor]) -> Tensor:
-        """Its inverse."""
+    def _stack(self, values: list[Tensor]) -> Tensor:
         parts = torch.stack([v.reshape(self.heads, -1, *self.shape[1:]) for v in values], 1)
         return parts.reshape(self.stored)
+
+
+def _swapped(value: Tensor) -> Tensor:
+    """The halves of the first dimension in the other order; its own inverse."""
+    upper, lower = value.chunk(2)
+    return torch.cat([lower, upper])
 
 
 def row(theirs: str, ours: str, *shape: int, form: Form = Form.SAME) -> Row:
@@ -79,6 +125,20 @@ def pair(theirs: str, ours: str, *shape: int) -> Iterator[Row]:
     """Weight and bias of a layer whose weight has this shape."""
     yield row(f"{theirs}.weight", f"{ours}.weight", *shape)
     yield row(f"{theirs}.bias", f"{ours}.bias", shape[0])
+
+
+def stacked(theirs: str, ours: Sequence[str], *shape: int, bias: bool = True) -> Iterator[Row]:
+    """Weights, and biases, of layers of one shape that they hold as one layer on top of each other."""
+    yield Row(f"{theirs}.weight", tuple(f"{name}.weight" for name in ours), shape, Form.STACKED)
+    if bias:
+        yield Row(f"{theirs}.bias", tuple(f"{name}.bias" for name in ours), shape[:1], Form.STACKED)
+
+
+def swapped(theirs: str, ours: str, *shape: int, bias: bool = True) -> Iterator[Row]:
+    """Weight, and bias, of a modulation of two vectors: (shift, scale) in theirs, (scale, shift) in ours."""
+    yield row(f"{theirs}.weight", f"{ours}.weight", *shape, form=Form.SWAPPED)
+    if bias:
+        yield row(f"{theirs}.bias", f"{ours}.bias", shape[0], form=Form.SWAPPED)
 
 
 def under(rows: Iterable[Row], prefix: str) -> list[Row]:
@@ -117,26 +177,19 @@ def to_ours(rows: Iterable[Row], found: Mapping[str, Tensor]) -> dict[str, Tenso
     """Their tensors under our names (views). The file has been held against the rows before: see `check`."""
     tensors: dict[str, Tensor] = {}
     for r in rows:
-        value = found[r.theirs]
-        if r.form in _STACKED:
-            tensors |= zip(r.ours, r.cut(value), strict=True)
-        else:
-            tensors[r.ours[0]] = value.T if r.form is Form.TURNED else value.reshape(r.shape)
+        tensors |= zip(r.ours, r.take(found[r.theirs]), strict=True)
     return tensors
+
+
+def check_ours(rows: Iterable[Row], tensors: Mapping[str, Tensor], where: object, spare: Collection[str] = ()) -> None:
+    """`UserError` that lists what is missing, extra or misshapen among our tensors."""
+    problems = faults((Row(name, (name,), shape) for r in rows for name, shape in zip(r.ours, r.shapes, strict=True)), tensors, spare)
+    if problems:
+        raise UserError(f"{where} does not fit its config: keys {problems}; use the weights that belong to the config")
 
 
 def to_theirs(rows: Iterable[Row], tensors: Mapping[str, Tensor], where: object) -> dict[str, Tensor]:
     """Our tensors under their names; `UserError` that lists what is missing, extra or misshapen."""
     rows = list(rows)
-    ours = [Row(name, (name,), r.shape) for r in rows for name in r.ours]
-    problems = faults(ours, tensors)
-    if problems:
-        raise UserError(f"{where} does not fit its config: keys {problems}; use the weights that belong to the config")
-    result: dict[str, Tensor] = {}
-    for r in rows:
-        values = [tensors[name] for name in r.ours]
-        if r.form in _STACKED:
-            result[r.theirs] = r.stack(values)
-        else:
-            result[r.theirs] = values[0].T if r.form is Form.TURNED else values[0].reshape(r.stored)
-    return result
+    check_ours(rows, tensors, where)
+    return {r.theirs: r.give([tensors[name] for name in r.ours]) for r in rows}
