@@ -214,10 +214,10 @@ def write_streamed(
         file.write(len(text).to_bytes(8, "little") + text)
         expected = iter(table.items())
         for name, tensor in tensors:
-            wanted, (dtype, shape) = next(expected)
-            if (name, tensor.dtype, tuple(tensor.shape)) != (wanted, dtype, shape):
-                raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)} where {wanted} {dtype} {shape} was announced")
-            file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            given, wanted = (name, (tensor.dtype, tuple(tensor.shape))), next(expected, None)
+            if given != wanted:
+                raise ValueError(f"{given} came where {wanted} was announced")
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         if left := next(expected, None):
             raise ValueError(f"{left[0]} was announced and did not come")
 

@@ -204,7 +204,7 @@ def aside(kinds: Mapping[str, torch.dtype]) -> set[str]:
         stem, _, last = key.rpartition(".")
         if kind in EIGHTS and last == "weight":
             names = (scale_of(key, kinds), f"{stem}.scale_input", f"{stem}.input_scale")
-            found |= {name for name in names if name in kinds}
+            found |= {name for name in names if name is not None and name in kinds}
     return found
 
 

@@ -9,6 +9,7 @@ A block of a row becomes numbers by one scale d, or by eight small ones (d, m fl
 Files of diffusion models hold the original names of one network, with or without `model.diffusion_model.` (stable-diffusion.cpp, ComfyUI).
 """
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from sfumato.errors import UserError
 MAGIC = b"GGUF"
 _SHAPE = "comfy.gguf.orig_shape."
 """Notes of ComfyUI's converter: the shape of a tensor whose rows do not divide into blocks, and which it stored in another."""
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_TEXT, _LIST = 8, 9
+"""Kinds of notes by their numbers in the file, and how many bytes one takes."""
 _PLAIN = ("F16", "F32", "F64")
 
 
@@ -75,9 +79,46 @@ def _opened(path: Path) -> Any:
     except ImportError as error:
         raise UserError(f"{path} is read with the package gguf, which is not installed: pip install 'sfumato[gguf]'") from error
     try:
+        _check_lists(path)
         return GGUFReader(path)
     except Exception as error:  # a damaged table leads anywhere
         raise _damaged(path, error) from error
+
+
+def _check_lists(path: Path) -> None:
+    """ValueError for a list among the notes that is longer than the file: the package would count its way through it."""
+    with path.open("rb") as file:
+        left = path.stat().st_size
+
+        def number(kind: str) -> int:
+            data = file.read(struct.calcsize(kind))
+            return struct.unpack(kind, data)[0]
+
+        def skip(kind: int) -> None:
+            if kind == _TEXT:
+                jump(number("<Q"))
+            elif kind == _LIST:
+                inner, count = number("<I"), number("<Q")
+                if inner in _SIZES:
+                    jump(count * _SIZES[inner])
+                else:
+                    for _ in range(count):
+                        skip(inner)
+            else:
+                jump(_SIZES[kind])
+
+        def jump(count: int) -> None:
+            if file.tell() + count > left:
+                raise ValueError(f"a note of {count} bytes in a file of {left}")
+            file.seek(count, 1)
+
+        file.read(4)
+        if not number("<I") & 0xFFFF:  # of a machine with the other order of bytes, which the package knows
+            return
+        _, notes = number("<Q"), number("<Q")
+        for _ in range(notes):
+            skip(_TEXT)
+            skip(number("<I"))
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

@@ -22,7 +22,7 @@ from sfumato.checkpoints.names.dit import dit_rows
 from sfumato.checkpoints.names.flux import flux_rows
 from sfumato.checkpoints.names.flux2 import flux2_rows
 from sfumato.checkpoints.names.pixart import pixart_rows
-from sfumato.checkpoints.names.rows import Row, check, check_ours
+from sfumato.checkpoints.names.rows import Row, check, check_ours, under
 from sfumato.checkpoints.names.sd3 import sd3_rows
 from sfumato.errors import UserError, explained
 
@@ -87,10 +87,11 @@ def read_transformer(
     table = {k.removeprefix(prefix): v for k, v in theirs.items() if k.startswith(prefix)}
     shapes = {prefix + k: v.shape for k, v in table.items()}
     values = _config(layout, Shapes(shapes, prefix, where), config, notes or {})
-    with explained(where):
+    with explained(str(where)):
         rows, made = layout.rows(values), layout.made(values)
     table = _without_ones(rows, table)
-    check(rows, outlines(table), where, {*made, *layout.dropped})
+    known = {prefix + k for k in (*made, *layout.dropped)}
+    check(under(rows, prefix), {prefix + k: v for k, v in outlines(table).items()}, where, known)
     for key, value in made.items():
         if key in table and not _same(table[key].make(), value):
             raise UserError(

@@ -1,0 +1,69 @@
+"""`sfumato convert SOURCE TARGET`: a model from one layout on disk to another, in another dtype if asked for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from sfumato.cli._common import parse, progress, readable_size, unset
+from sfumato.errors import UserError
+
+Dtype = Literal["bf16", "fp16", "fp32", "fp8", "fp8-scaled"]
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Converts a model between a folder in diffusers' layout and one file in the layout of its first publication; reads GGUF too.
+
+    A file with a transformer alone becomes a folder with transformer/ in it, and back. Transformers are converted one tensor at a time and need
+    little memory, whatever their size; models with a U-Net are loaded first.
+    """
+
+    source: tyro.conf.Positional[Path]
+    """A model's folder, one part's folder, a single file (.safetensors, .sft, .ckpt, .pt, .pth, .bin) or a .gguf file."""
+    target: tyro.conf.Positional[Path]
+    """What to write: one file if the name ends in .safetensors, else a folder. It must not exist."""
+    dtype: Annotated[Dtype | None, unset("as in the source; bf16 for GGUF, fp32 for U-Nets")] = None
+    """How to store weights. fp8: matrices of transformers in eight bits (e4m3), the rest in bf16; fp8-scaled: with a scale for each matrix."""
+    config: Annotated[Path | None, unset("from the file's keys and shapes")] = None
+    """A folder with the config.json of what a file holds, or a model's folder, whose scheduler and tokenizers are copied too."""
+
+
+def convert(arguments: Sequence[str]) -> None:
+    """Converts a model: folder, original single file, GGUF; bf16, fp16, fp32, fp8."""
+    options = parse(Convert, arguments, "convert")
+    source, target = options.source.expanduser(), options.target.expanduser()
+    whole = target.suffix == ".safetensors"
+    if target.exists():
+        raise UserError(f"{options.target} exists: it is left as it is; choose another name or remove it first")
+    if target.suffix in (".gguf", ".sft", ".ckpt", ".pt", ".pth", ".bin"):
+        raise UserError(f"{options.target}: single files are written as .safetensors only; choose such a name, or a folder's")
+
+    import torch
+
+    from sfumato.checkpoints.conversion import Storing, has_unet, open_source, to_file, to_folder
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    eights = {"fp8": torch.float8_e4m3fn, "fp8-scaled": torch.float8_e4m3fn}
+    dtype = (dtypes | eights)[options.dtype] if options.dtype else None
+    if has_unet(source):
+        if options.dtype in eights or options.config is not None:
+            flag = f"--dtype {options.dtype}" if options.dtype in eights else "--config"
+            raise UserError(f"{flag} is for diffusion transformers, and {options.source} holds a U-Net: leave it out")
+        from sfumato.loading import load
+
+        load(str(source), dtype=dtype).save(target, dtype=dtype)
+        print(f"{options.target}: {_size(target)}")
+        return
+    storing = Storing(dtype, options.dtype == "fp8-scaled")
+    found = open_source(source, options.config.expanduser() if options.config else None, storing)
+    with progress("converting") as update:
+        counts = to_file(found, target, storing, options.source, update) if whole else to_folder(found, target, storing, update)
+    print(f"{options.target}: {', '.join(f'{name} ({n} tensors)' for name, n in counts.items())}, {_size(target)}")
+
+
+def _size(target: Path) -> str:
+    files = [target] if target.is_file() else [f for f in target.rglob("*") if f.is_file()]
+    return readable_size(sum(f.stat().st_size for f in files))

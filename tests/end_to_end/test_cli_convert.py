@@ -1,0 +1,271 @@
+"""`sfumato convert` as a user meets it: there and back with the same bits, in little memory, and one sentence where it cannot."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import gguf
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from sfumato.cli import main
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+FLUX: dict[str, Any] = {"in_channels": 64, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2}
+FLUX |= {"joint_attention_dim": 32, "pooled_projection_dim": 64, "axes_dims_rope": (4, 14, 14), "guidance_embeds": True}
+E4 = torch.float8_e4m3fn
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SFUMATO_DEBUG", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def flux(place: Path) -> dict[str, Tensor]:
+    """A small FLUX transformer's folder, flux/transformer, in bfloat16."""
+    torch.manual_seed(0)
+    network = diffusers.FluxTransformer2DModel(**FLUX).bfloat16()
+    network.save_pretrained("flux/transformer")
+    return network.state_dict()
+
+
+def run(*arguments: str) -> int:
+    return main(["convert", *arguments])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> str:
+    capsys.readouterr()
+    assert run(*arguments) == code
+    said = capsys.readouterr().err
+    assert said.startswith("sfumato: ") and said.count("\n") == 1
+    return said
+
+
+def weights(folder: str) -> dict[str, Tensor]:
+    return load_file(Path(folder) / "diffusion_pytorch_model.safetensors")
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_there_and_back(flux: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
+    """A part's folder, a folder with one, a file; diffusers opens each of them as the same network."""
+    assert run("flux/transformer", "a.safetensors") == 0
+    assert "a.safetensors: transformer" in capsys.readouterr().out
+    assert run("flux", "b.safetensors") == 0 and equal(load_file("a.safetensors"), load_file("b.safetensors"))
+    assert "double_blocks.0.img_attn.qkv.weight" in load_file("a.safetensors")
+    assert run("a.safetensors", "again") == 0
+    assert equal(weights("again/transformer"), flux) and sorted(p.name for p in Path("again").iterdir()) == ["transformer"]
+    opened = diffusers.FluxTransformer2DModel.from_pretrained("again/transformer", torch_dtype=torch.bfloat16)
+    assert equal(opened.state_dict(), flux) and opened.config.axes_dims_rope == [4, 14, 14]
+    prefixed = {f"model.diffusion_model.{k}": v for k, v in load_file("a.safetensors").items()}
+    save_file(prefixed, "p.sft")
+    assert run("p.sft", "from_prefixed") == 0 and equal(weights("from_prefixed/transformer"), flux)
+    torch.save({"state_dict": load_file("a.safetensors")}, "a.pt")
+    assert run("a.pt", "from_pickle") == 0 and equal(weights("from_pickle/transformer"), flux)
+    assert run("flux/transformer", "copy") == 0 and equal(weights("copy/transformer"), flux)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp16", torch.float16), ("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_dtypes(name: str, dtype: torch.dtype, flux: dict[str, Tensor]) -> None:
+    assert run("flux", "a.safetensors", "--dtype", name) == 0 and run("a.safetensors", "again") == 0
+    assert run("flux", "direct", "--dtype", name) == 0
+    for folder in ("again/transformer", "direct/transformer"):
+        assert equal(weights(folder), {k: v.to(dtype) for k, v in flux.items()})
+
+
+def test_eight_bits(flux: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
+    """Matrices in eight bits, vectors in bfloat16; with scales they are nearer, and read back by us as the very same numbers."""
+    assert run("flux", "plain.safetensors", "--dtype", "fp8") == 0 and run("flux", "folder", "--dtype", "fp8") == 0
+    rounded = {k: v.to(E4) if v.ndim > 1 else v for k, v in flux.items()}
+    assert equal(weights("folder/transformer"), rounded)
+    held = load_file("plain.safetensors")
+    assert {str(v.dtype) for k, v in held.items() if v.ndim > 1} == {"torch.float8_e4m3fn"}
+    assert {str(v.dtype) for k, v in held.items() if v.ndim == 1} == {"torch.bfloat16"}
+    assert run("plain.safetensors", "wide", "--dtype", "bf16") == 0
+    assert equal(weights("wide/transformer"), {k: v.bfloat16() for k, v in rounded.items()})
+    assert run("flux", "scaled.safetensors", "--dtype", "fp8-scaled") == 0
+    with safe_open("scaled.safetensors", "pt") as opened:
+        assert "scaled_fp8" in opened.keys() and "double_blocks.0.img_attn.qkv.scale_weight" in opened.keys()
+    assert run("scaled.safetensors", "near", "--dtype", "bf16") == 0
+    near, far = weights("near/transformer"), weights("wide/transformer")
+    error = {n: sum(float((t[k] - flux[k]).float().square().sum()) for k in flux) for n, t in (("near", near), ("far", far))}
+    assert 0 < error["near"] < error["far"]
+    assert "for single files" in refused(capsys, "flux", "x", "--dtype", "fp8-scaled")
+    torch.manual_seed(0)
+    large = {k: 1000 * v for k, v in flux.items()}
+    save_file(large, "flux/transformer/diffusion_pytorch_model.safetensors")
+    said = refused(capsys, "flux", "x.safetensors", "--dtype", "fp8", code=3)
+    assert "beyond 448" in said and not Path("x.safetensors").exists()
+    assert run("flux", "large.safetensors", "--dtype", "fp8-scaled") == 0
+    assert not [p for p in Path().iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.F16], ids=lambda k: k.name)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_gguf(kind: Kind, prefix: str, flux: dict[str, Tensor]) -> None:
+    assert run("flux", "a.safetensors", "--dtype", "fp32") == 0
+    writer, wanted = gguf.GGUFWriter("a.gguf", "flux"), {}
+    for name, value in load_file("a.safetensors").items():
+        stored = kind if value.ndim > 1 else Kind.F32
+        data = gguf.quants.quantize(value.numpy(), stored)
+        writer.add_tensor(prefix + name, data, raw_dtype=stored)
+        wanted[name] = torch.from_numpy(gguf.quants.dequantize(data, stored).copy())
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    assert run("a.gguf", "b.safetensors", "--dtype", "fp32") == 0 and equal(load_file("b.safetensors"), wanted)
+    assert run("a.gguf", "folder") == 0 and run("b.safetensors", "other", "--dtype", "bf16") == 0
+    assert equal(weights("folder/transformer"), weights("other/transformer"))
+    assert {v.dtype for v in weights("folder/transformer").values()} == {torch.bfloat16}
+    error = max(float((weights("folder/transformer")[k] - v).abs().max()) for k, v in flux.items())
+    assert 0 <= error < {"Q8_0": 0.01, "Q4_0": 0.1, "F16": 0.01}[kind.name]
+    Path("cut.gguf").write_bytes(Path("a.gguf").read_bytes()[:-2000])
+    assert run("cut.gguf", "x") == 2 and not Path("x").exists()
+
+
+def whole(place: Path) -> None:
+    """The rest of a FLUX folder beside flux/transformer, tokenizers too."""
+    torch.manual_seed(1)
+    levels = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2, "block_out_channels": [32, 32]}
+    bare = {"use_quant_conv": False, "use_post_quant_conv": False, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+    diffusers.AutoencoderKL(**levels, layers_per_block=1, latent_channels=16, **bare).save_pretrained("flux/vae")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 50}
+    CLIPTextModel(CLIPTextConfig(**sizes, max_position_embeddings=9, projection_dim=64)).save_pretrained("flux/text_encoder")
+    t5 = {"vocab_size": 30, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 1, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
+    T5EncoderModel(T5Config(**t5)).save_pretrained("flux/text_encoder_2")
+    Path("flux/tokenizer").mkdir()
+    Path("flux/tokenizer/vocab.json").write_text("{}")
+    diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained("flux/scheduler")
+    parts = {"transformer": "FluxTransformer2DModel", "vae": "AutoencoderKL", "scheduler": "FlowMatchEulerDiscreteScheduler"}
+    index = {k: ["diffusers", v] for k, v in parts.items()} | {"text_encoder": ["transformers", "CLIPTextModel"]}
+    index |= {"text_encoder_2": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    Path("flux/model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", **index}))
+
+
+def test_whole_model(flux: dict[str, Tensor], place: Path) -> None:
+    whole(place)
+    assert run("flux", "all.safetensors") == 0
+    assert run("all.safetensors", "again", "--config", "flux") == 0
+    assert run("all.safetensors", "alone") == 0
+    assert run("flux", "copy", "--dtype", "fp8") == 0
+    for part in ("transformer", "vae"):
+        assert equal(weights(f"again/{part}"), weights(f"flux/{part}")) and equal(weights(f"alone/{part}"), weights(f"flux/{part}"))
+        assert json.loads(Path(f"again/{part}/config.json").read_text()) == json.loads(Path(f"flux/{part}/config.json").read_text())
+    for part in ("text_encoder", "text_encoder_2"):
+        for folder in ("again", "alone"):
+            opened = (CLIPTextModel if part == "text_encoder" else T5EncoderModel).from_pretrained(f"{folder}/{part}").state_dict()
+            wanted = (CLIPTextModel if part == "text_encoder" else T5EncoderModel).from_pretrained(f"flux/{part}").state_dict()
+            assert equal(opened, wanted), (folder, part)
+    assert {v.dtype for v in weights("copy/vae").values()} == {torch.bfloat16}
+    assert E4 in {v.dtype for v in load_file("copy/text_encoder_2/model.safetensors").values()}
+    for folder in ("again", "copy"):
+        assert Path(folder, "tokenizer/vocab.json").read_text() == "{}"
+        assert json.loads(Path(folder, "model_index.json").read_text()) == json.loads(Path("flux/model_index.json").read_text())
+    made = json.loads(Path("alone/model_index.json").read_text())
+    assert (
+        made["_class_name"] == "FluxPipeline" and made["text_encoder_2"] == ["transformers", "T5EncoderModel"] and "tokenizer" not in made
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained("alone/scheduler")
+    assert scheduler.config.use_dynamic_shifting and scheduler.config.shift == 3.0
+
+
+def test_autoencoder_alone(flux: dict[str, Tensor], place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole(place)
+    assert run("flux/vae", "ae.safetensors") == 0
+    assert "does not tell the scale" in refused(capsys, "ae.safetensors", "x")
+    assert run("ae.safetensors", "again", "--config", "flux/vae") == 0 and equal(weights("again/vae"), weights("flux/vae"))
+    assert run("ae.safetensors", "more", "--config", "flux") == 0 and not Path("more/model_index.json").exists()
+    assert "which ae.safetensors does not hold" in refused(capsys, "ae.safetensors", "x", "--config", "flux/transformer")
+
+
+def test_what_cannot_be(flux: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("flux", "a.safetensors") == 0
+    before = Path("a.safetensors").read_bytes()
+    assert "a.safetensors exists" in refused(capsys, "flux", "a.safetensors")
+    assert "flux exists" in refused(capsys, "a.safetensors", "flux")
+    assert Path("a.safetensors").read_bytes() == before
+    assert "was not found" in refused(capsys, "nothing", "x")
+    assert "was not found" in refused(capsys, "nothing.safetensors", "x")
+    Path("empty").mkdir()
+    assert "holds no model" in refused(capsys, "empty", "x")
+    Path("words.txt").write_text("hello")
+    assert "expected a file that ends in" in refused(capsys, "words.txt", "x")
+    assert "is not a GGUF file" in refused(capsys, Path("words.txt").rename("words.gguf").name, "x")
+    Path("cut.safetensors").write_bytes(before[: len(before) // 2])
+    assert "may be truncated" in refused(capsys, "cut.safetensors", "x")
+    assert "written as .safetensors only" in refused(capsys, "flux", "x.ckpt")
+    assert "--config flux is for single files" in refused(capsys, "flux", "x", "--config", "flux")
+    assert "--config empty: expected a folder with config.json" in refused(capsys, "a.safetensors", "x", "--config", "empty")
+    save_file(load_file("a.safetensors") | {"one.more": torch.ones(1)}, "more.safetensors")
+    assert "1 not expected (one.more)" in refused(capsys, "more.safetensors", "x")
+    table = load_file("a.safetensors")
+    table["txt_in.bias"][3] = float("nan")
+    save_file(table, "nan.safetensors")
+    assert "txt_in.bias has NaN" in refused(capsys, "nan.safetensors", "x")
+    save_file({"a.weight": torch.ones(3)}, "other.safetensors")
+    assert "of no known layout" in refused(capsys, "other.safetensors", "x")
+    assert not [p for p in Path().iterdir() if p.name == "x" or p.name.startswith(".")]
+
+
+def test_models_with_a_unet(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The bundled model, into one file and back."""
+    import sfumato
+
+    folder = Path(sfumato.__file__).parent / "bundled" / "fashion"
+    assert run(str(folder), "fashion.safetensors") == 0 and run("fashion.safetensors", "again", "--dtype", "fp16") == 0
+    assert {v.dtype for v in weights("again/unet").values()} == {torch.float16}
+    assert "holds a U-Net" in refused(capsys, str(folder), "x", "--dtype", "fp8")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's accounts of memory")
+def test_little_memory(place: Path) -> None:
+    """150 MB of weights, both ways and in eight bits: what is held is a few tensors, 19 MB the largest."""
+    fields = FLUX | {
+        "num_attention_heads": 10,
+        "axes_dims_rope": (8, 28, 28),
+        "attention_head_dim": 64,
+        "num_single_layers": 12,
+        "num_layers": 1,
+    }
+    torch.manual_seed(0)
+    diffusers.FluxTransformer2DModel(**fields).bfloat16().save_pretrained("flux/transformer")
+    program = """
+import sys, threading
+from pathlib import Path
+def held():
+    return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("RssAnon")).split()[1])
+import torch
+from sfumato.checkpoints import conversion
+from sfumato.cli import main
+torch.set_num_threads(1)
+before = peak = held()
+stop = threading.Event()
+def watch():
+    global peak
+    while not stop.wait(0.001):
+        peak = max(peak, held())
+threading.Thread(target=watch, daemon=True).start()
+assert main(sys.argv[1:]) == 0
+stop.set()
+print(peak - before)
+"""
+    env = {"PYTHONPATH": str(SOURCE), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    size = Path("flux/transformer/diffusion_pytorch_model.safetensors").stat().st_size
+    assert size > 100e6
+    for arguments in ("flux a.safetensors", "a.safetensors again", "a.safetensors b.safetensors --dtype fp8"):
+        done = subprocess.run([sys.executable, "-c", program, "convert", *arguments.split()], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout.split()[-1]) * 1024 < size / 2, arguments
+    assert equal(weights("again/transformer"), weights("flux/transformer"))
