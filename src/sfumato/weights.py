@@ -175,8 +175,9 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     write the largest instead, and nobody could tell."""
     if dtype not in EIGHTS or tensor.dtype == dtype:
         return tensor.to(dtype)
-    wide = tensor.float()
-    return wide.masked_fill(~(wide.abs() <= torch.finfo(dtype).max), torch.nan).to(dtype)
+    wide, largest = tensor.float(), torch.finfo(dtype).max
+    beyond = (wide > largest) | (wide < -largest)
+    return (wide.masked_fill(beyond, torch.nan) if beyond.any() else wide).to(dtype)
 
 
 def scale_of(key: str, tensors: Mapping[str, object]) -> str | None:

@@ -67,17 +67,21 @@ def _pickled(path: Path) -> dict[str, torch.Tensor]:
     return state_dict(read_pickle(path), path)
 
 
-def open_source(source: Path, config: Path | None, storing: Storing) -> Source:
-    """Reads the tables of a folder, a single file or a GGUF; weights stay where they are. config: a folder with configs, for files.
+def open_source(source: Path, storing: Storing, config: Path | None = None, variant: str | None = None) -> Source:
+    """Reads the tables of a folder, a single file or a GGUF; weights stay where they are.
+
+    config: a folder with configs, for files. variant: of a folder's files those to prefer, such as "fp16".
 
     `UserError` for a source that is missing, damaged, or of no known layout.
     """
     if source.is_dir():
         if config is not None:
             raise UserError(f"--config {config} is for single files: the folder {source} has its own configs")
-        return _open_folder(source)
+        return _open_folder(source, variant)
     if not source.is_file():
         raise UserError(f"{source} was not found: expected a model's folder, a single file or a GGUF file")
+    if variant is not None:
+        raise UserError(f"--variant {variant} is for folders: {source} is one file")
     configs = {} if config is None else _configs(config)
     if is_gguf(source) or source.suffix == ".gguf":
         dtype = torch.bfloat16 if storing.dtype is None else torch.float32 if storing.dtype in EIGHTS else storing.dtype
@@ -117,11 +121,11 @@ def _part_of(config: Mapping[str, Any], folder: Path) -> str:
     )
 
 
-def _open_folder(folder: Path) -> Source:
+def _open_folder(folder: Path, variant: str | None) -> Source:
     if (folder / "config.json").exists():
         values = read_table(folder / "config.json")
-        return Source({_part_of(values, folder): _open_part(folder, values)})
-    parts = {p: _open_part(folder / p, c) for p, c in _configs_of_model(folder).items()}
+        return Source({_part_of(values, folder): _open_part(folder, values, variant)})
+    parts = {p: _open_part(folder / p, c, variant) for p, c in _configs_of_model(folder).items()}
     return Source(parts, folder if (folder / "model_index.json").exists() else None)
 
 
@@ -132,8 +136,9 @@ def _configs_of_model(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _open_part(folder: Path, config: dict[str, Any]) -> LazyPart:
-    files = find_weights(folder, STEM if "_class_name" in config else "model", None, None if "_class_name" in config else "pytorch_model")
+def _open_part(folder: Path, config: dict[str, Any], variant: str | None) -> LazyPart:
+    stem, pickled = (STEM, STEM) if "_class_name" in config else ("model", "pytorch_model")
+    files = find_weights(folder, stem, variant, pickled)
     return LazyPart(config, sound(without_scales(present(read_weights(files))), folder))
 
 

@@ -29,6 +29,8 @@ class Convert:
     """How to store weights. fp8: matrices of transformers in eight bits (e4m3), the rest in bf16; fp8-scaled: with a scale for each matrix."""
     config: Annotated[Path | None, unset("from the file's keys and shapes")] = None
     """A folder with the config.json of what a file holds, or a model's folder, whose scheduler and tokenizers are copied too."""
+    variant: Annotated[str | None, unset("none")] = None
+    """Of a folder's files those to prefer, such as fp16."""
 
 
 def convert(arguments: Sequence[str]) -> None:
@@ -54,11 +56,11 @@ def convert(arguments: Sequence[str]) -> None:
             raise UserError(f"{flag} is for diffusion transformers, and {options.source} holds a U-Net: leave it out")
         from sfumato.loading import load
 
-        load(str(source), dtype=dtype).save(target, dtype=dtype)
+        load(str(source), dtype=dtype, variant=options.variant).save(target, dtype=dtype)
         print(f"{options.target}: {_size(target)}")
         return
     storing = Storing(dtype, options.dtype == "fp8-scaled")
-    found = open_source(source, options.config.expanduser() if options.config else None, storing)
+    found = open_source(source, storing, options.config.expanduser() if options.config else None, options.variant)
     with progress("converting") as update:
         counts = to_file(found, target, storing, options.source, update) if whole else to_folder(found, target, storing, update)
     print(f"{options.target}: {', '.join(f'{name} ({n} tensors)' for name, n in counts.items())}, {_size(target)}")
