@@ -219,7 +219,7 @@ def _from_hub(name: str) -> Path:
     """The local snapshot of a hub repository (`huggingface_hub`), fetched when it is not there and the network is."""
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
         found = Path(snapshot_download(name, allow_patterns=wanted))
         if any(found.glob("*/*.safetensors")):

@@ -83,15 +83,15 @@ def build_part(
     looked: looks for NaN and infinity where they were read from, and says whether it did.
     """
     name = values.get("_class_name")
-    known: dict[str, Any] = AUTOENCODERS if name in AUTOENCODERS else {**AUTOENCODERS, **registered()}
-    if not isinstance(name, str) or name not in known or (expected is not None and name != expected):
-        raise UserError(f"{config} is of class {name!r}: expected {expected or ' or '.join(known)}")
-    network_class, config_class = known[name]
+    known = known_class(name)
+    if known is None or (expected is not None and name != expected):
+        raise UserError(f"{config} is of class {name!r}: expected {expected or ' or '.join([*AUTOENCODERS, *registered()])}")
+    network_class, config_class = known
     with explained(config), torch.device("meta"), _Unfilled():
         network = network_class(config_class.from_dict(values))
         _ = getattr(network, "space", None)  # the statistics of the latent are checked when they are read
     with explained(where):
-        found = unscaled(modern(found), dtype)
+        found = unscaled(modern(found), dtype or torch.float32)
     check_keys(network.state_dict(), found, where)
     tensors = {k: _in(v, dtype).contiguous() for k, v in found.items()}
     if not looked():
@@ -100,6 +100,13 @@ def build_part(
     with explained(where):
         _ = getattr(network, "space", None)  # some keep the statistics of the latent among the weights
     return network.eval().requires_grad_(False)
+
+
+def known_class(name: Any) -> tuple[Any, Any] | None:
+    """The network or autoencoder, and its config, that a config.json's "_class_name" means; None for one that there is not."""
+    if not isinstance(name, str):
+        return None
+    return AUTOENCODERS[name] if name in AUTOENCODERS else registered().get(name)
 
 
 def _in(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

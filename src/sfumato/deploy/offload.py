@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sfumato import pages
-from sfumato.checkpoints.folder import NETWORKS, index
+from sfumato.checkpoints.folder import index, known_class
 from sfumato.errors import WRONG, UserError
 from sfumato.files import read_table
+from sfumato.predict.networks._network import Network
 from sfumato.types import Conditioning
 from sfumato.weights import find_weights
 
@@ -41,7 +42,8 @@ PREFIXES = {
 """How single files in the layouts of their first publication name their parts."""
 DENOISERS, AUTOENCODERS = ("unet", "transformer", "prior"), ("vae", "vqvae")
 WIDTHS = {torch.float32: 4, torch.bfloat16: 2}
-TOKENS = 77
+TOKENS = {"unet": 77, "transformer": 512}
+"""Text tokens that models are told: CLIP's; T5's, the most that is usual."""
 
 
 @dataclass(frozen=True)
@@ -182,30 +184,25 @@ def counted(run: Any) -> int:
     return counting.most
 
 
-def step_bytes(network: nn.Module, size: tuple[int, int], rows: int = 2) -> int:
+def step_bytes(network: Network, size: tuple[int, int], rows: int = 2) -> int:
     """What one call of a denoiser on the meta device takes for latents of `size`, beside its weights."""
-    config, dtype = network.config, next(network.parameters()).dtype  # pyright: ignore[reportAttributeAccessIssue]
-    x = torch.empty(rows, config.in_channels, *size, dtype=dtype, device="meta")  # pyright: ignore
-    asked = _conditions(config, rows, dtype)
+    dtype = next(network.parameters()).dtype
+    x = torch.empty(rows, network.in_channels, *size, dtype=dtype, device="meta")
+    asked = _conditions(network, rows, dtype)
     return x.nbytes + counted(lambda: network(x, torch.empty(rows, device="meta"), asked))
 
 
-def _conditions(config: Any, rows: int, dtype: torch.dtype) -> Conditioning:
-    """What such a network is told, as far as its config says: tokens, and a vector."""
-    width = next(
-        (w for name in ("cross_attention_dim", "joint_attention_dim", "caption_channels") if (w := getattr(config, name, None))), None
-    )
-    tokens = (
-        None if width is None else torch.empty(rows, TOKENS, max(width) if isinstance(width, tuple) else width, dtype=dtype, device="meta")
-    )
-    classes, pooled = getattr(config, "num_class_embeds", None), getattr(config, "pooled_projection_dim", None)
-    joined = getattr(config, "projection_class_embeddings_input_dim", None)
-    each = getattr(config, "addition_time_embed_dim", None)
+def _conditions(network: Network, rows: int, dtype: torch.dtype) -> Conditioning:
+    """What such a network is told, as far as it says: tokens, and a vector."""
+    config, wide = network.config, network.token_width
+    width, count = max(wide) if isinstance(wide, tuple) else wide, TOKENS[network.part]
+    tokens = None if width is None else torch.empty(rows, count, width, dtype=dtype, device="meta")
+    joined, each = (getattr(config, name, None) for name in ("projection_class_embeddings_input_dim", "addition_time_embed_dim"))
     if joined and each:  # six numbers beside the pooled text, or SDXL's refiner's five
         numbers = 6 if joined - 6 * each > 0 and (joined - 6 * each) % 256 == 0 else 5
         joined += numbers - numbers * each
-    vector = next((v for v in (joined, pooled, classes) if v), None)
-    return Conditioning(tokens, vector=None if vector is None else torch.empty(rows, vector, device="meta"))
+    vector = (joined or network.vector_width or network.classes or 0) + network.learned_guidance
+    return Conditioning(tokens, vector=torch.empty(rows, vector, device="meta") if vector else None)
 
 
 def decode_bytes(autoencoder: nn.Module, size: tuple[int, int]) -> int:
@@ -223,8 +220,8 @@ def running(path: Path, dtype: torch.dtype) -> dict[str, int]:
     built = {name: _built(config, dtype) for name, config in parts.items() if config.exists()}
     network = next((n for name in DENOISERS if (n := built.get(name)) is not None), None)
     decoder = next((n for name in AUTOENCODERS if (n := built.get(name)) is not None), None)
-    side = getattr(getattr(network, "config", None), "sample_size", None) or 64
-    size = (side, side) if isinstance(side, int) else tuple(side)
+    side = network.sample_size if isinstance(network, Network) else 64
+    size = (side, side)
     found: dict[str, int] = {}
     for name, count in (("step", lambda: step_bytes(network, size)), ("decode", lambda: decode_bytes(decoder, size))):  # pyright: ignore
         if (network if name == "step" else decoder) is not None:
@@ -237,10 +234,10 @@ def running(path: Path, dtype: torch.dtype) -> dict[str, int]:
 
 def _built(config: Path, dtype: torch.dtype) -> nn.Module | None:
     values = read_table(config)
-    kind = values.get("_class_name")
-    if kind not in NETWORKS:
+    known = known_class(values.get("_class_name"))
+    if known is None:
         return None
-    network, settings = NETWORKS[kind]
+    network, settings = known
     try:
         with torch.device("meta"):
             return network(settings.from_dict(values)).to(dtype).eval()  # pyright: ignore

@@ -168,7 +168,7 @@ class LanguageModel:
                 temporary.write_bytes(content)
 
 
-def read_language_model(tokenizer: Path, encoder: Path, dtype: torch.dtype, variant: str | None = None) -> LanguageModel:
+def read_language_model(tokenizer: Path, encoder: Path, dtype: torch.dtype | None, variant: str | None = None) -> LanguageModel:
     """Opens both folders; `UserError` for what is missing, of another kind, or not finite. variant: the weights to prefer, such as "fp16"."""
     require_transformers()
     model = _read_model(encoder, dtype, variant)
@@ -194,7 +194,7 @@ def _read_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def _read_model(folder: Path, dtype: torch.dtype, variant: str | None) -> Any:
+def _read_model(folder: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
     import transformers
 
     path = folder / "config.json"

@@ -154,14 +154,14 @@ def fill(
     build: Callable[[], Any],
     tensors: Mapping[str, Tensor],
     ties: Mapping[str, str],
-    kind: Callable[[str], torch.dtype],
+    kind: Callable[[str], torch.dtype | None],
     path: Path,
     file: Path,
     looked: Callable[[], bool] = lambda: False,
 ) -> Any:
     """A network of transformers with the weights of its files; `UserError` for keys and numbers that do not fit.
 
-    ties: {key that a file may lack: key whose weight it is then}. kind: the dtype of a key's weight. path, file: where the config and the
+    ties: {key that a file may lack: key whose weight it is then}. kind: the dtype of a key's weight (None: as stored, to be streamed). path, file: where the config and the
     weights are from, for what is said about them. looked: looks for NaN and infinity there, and says whether it did.
     """
     with explained(path, ANY), torch.device("meta"):
@@ -171,7 +171,7 @@ def fill(
     check_keys({key: tensor for key, tensor in expected.items() if key not in missing}, tensors, file)
     if not looked():
         require_finite(tensors, file)
-    ready = {key: tensor.to(kind(key)).contiguous() for key, tensor in tensors.items()}
+    ready = {key: tensor.to(kind(key) or tensor.dtype).contiguous() for key, tensor in tensors.items()}
     model.load_state_dict(ready | {key: ready[ties[key]] for key in missing}, assign=True)
     for key in missing:  # one parameter under two names, not two with the same numbers: it is moved once
         place, _, name = key.rpartition(".")

@@ -112,7 +112,7 @@ class T5Encoder:
                 temporary.write_bytes(self.spiece)
 
 
-def read_t5(tokenizer: Path, encoder: Path, dtype: torch.dtype, variant: str | None = None) -> T5Encoder:
+def read_t5(tokenizer: Path, encoder: Path, dtype: torch.dtype | None, variant: str | None = None) -> T5Encoder:
     """Opens both folders; `UserError` for what is missing, of another kind, or not finite. variant: the weights to prefer, such as "fp16"."""
     require_transformers()
     opened, model = _read_tokenizer(tokenizer), _read_model(encoder, dtype, variant)
@@ -150,7 +150,7 @@ def _require_sentencepiece(folder: Path) -> None:
         raise UserError(f"{folder}/{SPIECE} is not a SentencePiece model: copy or download it again") from error
 
 
-def _read_model(folder: Path, dtype: torch.dtype, variant: str | None) -> Any:
+def _read_model(folder: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
     path = folder / "config.json"
     values = read_table(path)
     files = find_weights(folder, STEM, variant, PICKLED)
@@ -159,7 +159,7 @@ def _read_model(folder: Path, dtype: torch.dtype, variant: str | None) -> Any:
 
 
 def build_t5(
-    values: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype, path: Path, file: Path, looked: Any = lambda: False
+    values: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype | None, path: Path, file: Path, looked: Any = lambda: False
 ) -> Any:
     """The encoder of a config and its weights. path, file: where they are from, for what is said about them. looked: looks for NaN and
     infinity there, and says whether it did."""
@@ -181,7 +181,7 @@ def build_t5(
     return fill(build, ours, {EMBED: SHARED}, lambda key: torch.float32 if _is_wide(key, dtype) else dtype, path, file, looked)
 
 
-def _is_wide(key: str, dtype: torch.dtype) -> bool:
+def _is_wide(key: str, dtype: torch.dtype | None) -> bool:
     """Whether a weight stays in float32."""
     return dtype == torch.float16 and key.endswith(".DenseReluDense.wo.weight")
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.predict.conditioners._language import LanguageModel, read_language_model
+from sfumato.predict.conditioners._language import CLASSES, LanguageModel, read_language_model
 from sfumato.predict.conditioners._parts import check_settings, moved, read_settings, texts, write_settings
 from sfumato.types import Conditioning, Picture
 
@@ -32,6 +32,9 @@ TRAINED: dict[str, dict[str, Any]] = {
     "qwen3": {"layers": (9, 18, 27), "system_message": None},
 }
 """The settings that the published models were trained with, by the `model_type` of their reader."""
+
+
+READS = tuple({"text_encoder": name} for name in CLASSES.values())
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,8 @@ class Flux2Text:
         write_settings(Path(folder), self.to_config())
 
     @classmethod
-    def from_folder(cls, folder: str | Path, dtype: torch.dtype = torch.float32, variant: str | None = None) -> "Flux2Text":
-        """Opens text_encoder/ and tokenizer/ of a folder in diffusers' layout; weights become `dtype`. `UserError` for what does not fit.
+    def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = torch.float32, variant: str | None = None) -> "Flux2Text":
+        """Opens text_encoder/ and tokenizer/ of a folder in diffusers' layout; weights become `dtype` (None: as stored). `UserError` for what does not fit.
 
         variant: the files of weights to prefer, such as "fp16". Settings come from conditioner/config.json where there is one, else they
         are those that the published model with such a reader was trained with.

@@ -25,6 +25,9 @@ SCHNELL = 256
 """T5's positions of the model that is not told the strength of guidance: schnell."""
 
 
+READS = ({"text_encoder": CLASSES[False], "text_encoder_2": CLASS},)
+
+
 @dataclass(frozen=True)
 class FluxTextConfig:
     """max_sequence_length: T5's positions of a prompt, its end token among them.
@@ -128,8 +131,8 @@ class FluxText:
         write_settings(Path(folder), self.to_config())
 
     @classmethod
-    def from_folder(cls, folder: str | Path, dtype: torch.dtype = torch.float32, variant: str | None = None) -> "FluxText":
-        """Opens the encoders of a folder in diffusers' layout; weights become `dtype`. `UserError` for what does not fit.
+    def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = torch.float32, variant: str | None = None) -> "FluxText":
+        """Opens the encoders of a folder in diffusers' layout; weights become `dtype` (None: as stored). `UserError` for what does not fit.
 
         variant: the files of weights to prefer, such as "fp16". Settings come from conditioner/config.json where there is one, else T5 has
         `SCHNELL` positions for a network without `guidance_embeds` (transformer/config.json) and 512 for others.

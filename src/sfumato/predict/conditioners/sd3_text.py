@@ -29,6 +29,10 @@ Row = tuple[Tensor, Tensor, Tensor]
 """What a prompt becomes: tokens (L, D), mask (L,), vector (V,)."""
 
 
+_CLIPS = {f"text_encoder{end}": CLASSES[True] for end in ("", "_2")}
+READS = (_CLIPS, _CLIPS | {"text_encoder_3": CLASS})
+
+
 @dataclass(frozen=True)
 class Sd3TextConfig:
     """max_sequence_length: T5's positions of a prompt, its end token among them.
@@ -167,8 +171,8 @@ class Sd3Text:
         write_settings(Path(folder), self.to_config())
 
     @classmethod
-    def from_folder(cls, folder: str | Path, dtype: torch.dtype = torch.float32, variant: str | None = None) -> "Sd3Text":
-        """Opens the encoders of a folder in diffusers' layout; weights become `dtype`. `UserError` for what does not fit.
+    def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = torch.float32, variant: str | None = None) -> "Sd3Text":
+        """Opens the encoders of a folder in diffusers' layout; weights become `dtype` (None: as stored). `UserError` for what does not fit.
 
         variant: the files of weights to prefer, such as "fp16". T5 is left out where model_index.json leaves it out ([null, null]), or
         where there is neither an entry nor a folder; the width is then the network's (transformer/config.json). Settings come from

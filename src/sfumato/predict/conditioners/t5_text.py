@@ -27,6 +27,9 @@ LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 """Positions by the `_class_name` of model_index.json."""
 
 
+READS = ({"text_encoder": CLASS},)
+
+
 @dataclass(frozen=True)
 class T5TextConfig:
     """max_sequence_length: positions of a prompt, its end token among them.
@@ -136,8 +139,8 @@ class T5Text:
         write_settings(Path(folder), self.to_config())
 
     @classmethod
-    def from_folder(cls, folder: str | Path, dtype: torch.dtype = torch.float32, variant: str | None = None) -> "T5Text":
-        """Opens text_encoder/ and tokenizer/ of a folder in diffusers' layout; weights become `dtype`. `UserError` for what does not fit.
+    def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = torch.float32, variant: str | None = None) -> "T5Text":
+        """Opens text_encoder/ and tokenizer/ of a folder in diffusers' layout; weights become `dtype` (None: as stored). `UserError` for what does not fit.
 
         variant: the files of weights to prefer, such as "fp16". Settings come from conditioner/config.json where there is one, else the
         length is that of the pipeline which model_index.json names.
