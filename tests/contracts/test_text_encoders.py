@@ -327,6 +327,13 @@ def test_a_prompt_that_does_not_fit_is_refused_with_its_counts(kind: str, opened
         replace(room, config=replace(room.config, max_sequence_length=length + has - most - 1))([LONG])
 
 
+def test_a_prompt_for_clip_alone_may_be_long(opened: dict[str, Any]) -> None:
+    """T5 does not read it, so it has nothing to refuse."""
+    assert opened["flux"]([LONG], None, ["a cat"]).tokens.shape == (1, 512, 48)
+    with pytest.raises(UserError, match="shorten it"):
+        opened["flux"](["a cat"], None, [LONG])
+
+
 @pytest.mark.parametrize("kind", ["pixart_alpha", "sd3", "flux", "flux2_dev"])
 @pytest.mark.parametrize("prompts", ["a cat", []])
 def test_prompts_that_are_not_a_list_of_texts_are_refused(kind: str, prompts: Any, opened: dict[str, Any]) -> None:
@@ -376,6 +383,14 @@ def test_sd3_without_t5_has_zeros_in_its_place(opened: dict[str, Any]) -> None:
     without = replace(opened["sd3"], encoder_3=None, config=replace(opened["sd3"].config, joint_attention_dim=48))(["a cat"])
     assert torch.equal(whole.tokens[:, :77], without.tokens[:, :77]) and torch.equal(whole.vector, without.vector)
     assert not without.tokens[:, 77:].any() and whole.tokens[:, 77:].any() and whole.tokens.shape == without.tokens.shape
+
+
+def test_the_mask_of_sd3_counts_words_with_their_begin_and_end(opened: dict[str, Any]) -> None:
+    masked = replace(opened["sd3"], config=replace(opened["sd3"].config, masked=True))
+    mask = masked(["a cat", "", "a cat " * 60]).mask
+    assert mask[:, :77].sum(1).tolist() == [4, 2, 77]  # the tiny CLIP has "a" and "cat" whole
+    assert mask[:2, 77:].sum(1).tolist() == [len(masked.encoder_3.tokenizer(t).input_ids) for t in ("a cat", "")]
+    assert not replace(opened["sd3_without_t5"], config=replace(opened["sd3_without_t5"].config, masked=True))(["a"]).mask[:, 77:].any()
 
 
 def test_encoders_in_the_wrong_places_are_refused(opened: dict[str, Any]) -> None:
@@ -545,6 +560,8 @@ def test_a_moved_copy_leaves_the_first_where_it_is(kind: str, opened: dict[str, 
         "meta"
     }
     assert {b.device.type for e in moved.encoders.values() for b in e.model.buffers()} <= {"meta"}
+    if kind == "pixart_alpha":  # one table of tokens, with two names, here and there
+        assert all(c.encoder.model.shared.weight is c.encoder.model.encoder.embed_tokens.weight for c in (first, moved))
     same = first.to("cpu")
     assert all(torch.equal(a, b) for a, b in zip(same(["a"]).tensors, first(["a"]).tensors, strict=True))
     pairs = zip(same.tensors().values(), first.tensors().values(), strict=True)
