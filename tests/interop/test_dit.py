@@ -152,6 +152,15 @@ def test_a_dit_whose_blocks_are_told_by_layers_of_their_own(tmp_path: Path) -> N
     close(shared(x, timestep, cond), their_answer(network, x, timestep, cond))
 
 
+def test_weights_of_a_checkpoint_come_into_the_parameters_that_an_optimizer_holds() -> None:
+    """A resumed training goes on with the same objects, and with one module for all blocks."""
+    ours, network = DiT(DiTConfig(num_embeds_ada_norm=CLASSES - 1, **SMALL)), theirs("DiT")
+    before = list(ours.parameters())
+    ours.load_state_dict(network.state_dict())
+    assert all(a is b for a, b in zip(before, ours.parameters(), strict=True))
+    assert all(torch.equal(tensor, network.state_dict()[key]) for key, tensor in ours.state_dict().items())
+
+
 @torch.inference_mode()
 def test_what_all_blocks_of_a_dit_are_told_is_there_once(tmp_path: Path) -> None:
     ours = opened(theirs("DiT"), tmp_path)
@@ -235,7 +244,8 @@ def test_configs_come_back(name: str) -> None:
 
 
 FULL: dict[str, tuple[str, dict[str, Any], int]] = {
-    # millions of parameters: Peebles & Xie 2022 (arXiv:2212.09748), table 1: 675; Chen et al. 2023 (arXiv:2310.00426), table 2: 0.6 billion
+    # millions of parameters: 675 of DiT-XL/2 (Peebles & Xie 2022, arXiv:2212.09748); diffusers' class has 750, with 27 copies of the same layers.
+    # The paper of PixArt says 0.6 billion (Chen et al. 2023, arXiv:2310.00426); 611 is what diffusers' class has with the published configs.
     "DiT-XL/2 256": ("DiTTransformer2DModel", {"out_channels": 8}, 675),
     "DiT-XL/2 512": ("DiTTransformer2DModel", {"out_channels": 8, "sample_size": 64}, 675),
     "PixArt-alpha 512": ("PixArtTransformer2DModel", {"caption_channels": 4096, "sample_size": 64}, 611),

@@ -55,8 +55,8 @@ def same(ours: Any, pipe: Any, **asked: Any) -> None:
     """With and without guidance, and by the model's defaults."""
     prompts, classes = ["tench", "Carassius auratus", "7", "517"], [0, 1, 7, 517]
     for guidance in (4.0, 1.0, 1.5):
-        expected = their_pictures(pipe, classes, guidance_scale=guidance, num_inference_steps=10)
-        found = ours.generate(prompts, guidance=guidance, steps=10, output="tensor")
+        expected = their_pictures(pipe, classes, guidance_scale=guidance, num_inference_steps=5)
+        found = ours.generate(prompts, guidance=guidance, steps=5, output="tensor")
         assert found.shape == expected.shape == (4, 3, 16, 16)
         assert (found - expected).abs().max() < 1e-3, float((found - expected).abs().max())
         assert expected.std() > 0.05 and (expected[0] - expected[1]).abs().max() > 0.05, "pictures in which something can be seen"
