@@ -276,11 +276,11 @@ def test_t5(tmp_path: Path, dtype: torch.dtype) -> None:
     config = transformers.T5Config(
         vocab_size=50, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu", use_cache=False
     )
-    first = transformers.T5EncoderModel(config).eval()
+    first: Any = transformers.T5EncoderModel(config).eval()
     tensors = {k: v for k, v in first.state_dict().items() if k != "encoder.embed_tokens.weight"}
     save_file(tensors, tmp_path / "t5.safetensors")
     ids = torch.tensor([[3, 7, 7, 1]])
-    plain = copy.deepcopy(first).to(dtype)
+    plain: Any = copy.deepcopy(first).to(dtype)
     if dtype == torch.float16:
         for block, original in zip(plain.encoder.block, first.encoder.block, strict=True):
             block.layer[-1].DenseReluDense.wo = original.layer[-1].DenseReluDense.wo
