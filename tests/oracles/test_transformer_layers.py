@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sfumato.nn import invariant
+from sfumato.nn import blockwise, invariant
 from sfumato.nn.attention import FeedForward
 from sfumato.nn.embeddings import PatchEmbed, padded, sincos_2d, unpatched
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
@@ -123,6 +123,36 @@ def test_attention_in_training_is_attention_in_inference(masked: bool) -> None:
         assert float((half.float() - exact).norm() / exact.norm()) < 0.02
     with torch.inference_mode():
         torch.testing.assert_close(invariant.attend(q, k, v, mask), found[0][0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("width, count", [(128, 1030), (64, 2050)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_blocks_is_attention(width: int, count: int, masked: bool) -> None:
+    """In bfloat16, many tokens: about as near to the exact result as torch's own kernel, whatever the scores, or not done at all."""
+    mask = (torch.arange(count) < torch.tensor([[count], [701]])) if masked else None
+    for strength in (1.0, 2.0, 8.0):
+        q, k, v = (normal(2, count, 2, width, seed=s) for s in range(3))
+        q, k = (strength * F.rms_norm(x, (width,)) for x in (q, 0.6 * k + 0.4 * q.roll(1, 1)))
+        q, k, v = (x.bfloat16() for x in (q, k, v))
+        exact = invariant.attend(q.double(), k.double(), v.double(), mask)
+        with torch.inference_mode():
+            assert blockwise.fits(q, k)
+            ours = invariant.onednn()
+            found = None if ours is None or not ours._is_mkldnn_bf16_supported() else blockwise.attend(q, k, v, mask, ours)
+            used = invariant.attend(q, k, v, mask)
+        bits = mask is None and F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2).flatten(2)
+        limit = 0.006 if mask is not None else 2.5 * float((bits.double() - exact).norm() / exact.norm())  # pyright: ignore
+        for y in (used, found):
+            assert y is None or float((y.double() - exact).norm() / exact.norm()) < max(limit, 0.004)
+        assert found is None if strength == 8.0 else (found is None or torch.equal(found, used))
+
+
+def test_attention_in_blocks_does_not_touch_what_it_should_not() -> None:
+    q = normal(1, 1024, 1, 128)
+    with torch.inference_mode():
+        assert not blockwise.fits(q, q) and not blockwise.fits(q[:, :1000].bfloat16(), q.bfloat16())
+        assert not blockwise.fits(q[..., :64].bfloat16(), q[..., :64].bfloat16())
+    assert not blockwise.fits(q.bfloat16(), q.bfloat16())  # a gradient may be wanted
 
 
 # ---- patches and places ------------------------------------------------------------------------------------------------

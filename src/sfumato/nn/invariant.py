@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from sfumato.nn import blockwise
+
 _LINE = 16  # float32 numbers in a cache line of 64 bytes
 _ROWS = 4  # the rows that MKL's kernels take together; of 16 rows and more the rest gets the same bits as well
 _LARGE = 2**16  # weights of more numbers are oneDNN's: below, what a call costs counts for more
@@ -107,9 +109,13 @@ def attend(
 ) -> Float[Tensor, "B N D"]:
     """The same for heads that are cut already (D = H d), as where queries and keys are normed or turned before.
 
-    In bfloat16 on the CPU narrow heads are done in float32: torch's kernel takes a fifth longer to round on the way (64 x 64 cells, 8 heads of
+    In bfloat16 on the CPU many tokens go as in nn/blockwise.py, and else narrow heads are done in float32: torch's kernel takes a fifth longer to round on the way (64 x 64 cells, 8 heads of
     40; a tenth for heads of 64, and a tenth less for heads of 128).
     """
+    if blockwise.fits(q, k) and (ours := onednn()) is not None and ours._is_mkldnn_bf16_supported():
+        y = blockwise.attend(q, k, v, mask, ours)
+        if y is not None:
+            return y
     if q.dtype == torch.bfloat16 and q.is_cpu and q.shape[-1] < 128 and not torch.is_grad_enabled():
         return attend(q.float(), k.float(), v.float(), mask).bfloat16()
     count = q.shape[1]
