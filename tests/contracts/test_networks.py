@@ -3,6 +3,7 @@
 A new network is tested without being named here, as long as its config speaks the field's usual names (see SMALL).
 """
 
+import copy
 import json
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -13,8 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.checkpoints.folder import load_part, save_part
+from sfumato.diffuse.parameterization import parameterization
+from sfumato.diffuse.process import Process
+from sfumato.diffuse.schedule import schedule
 from sfumato.errors import UserError
+from sfumato.nn.packed import packable, packed
+from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks._network import Network, build, registered
+from sfumato.predict.references.skip_layers import SkipLayers
 from sfumato.types import Conditioning
 
 SMALL: dict[str, Any] = {
@@ -197,3 +204,36 @@ def test_what_it_says_of_itself(name: str) -> None:
     assert network.part in ("unet", "transformer")
     assert network.channels >= 1 and network.in_channels >= network.channels and network.patch >= 1 and network.sample_size >= 1
     assert all(isinstance(module, nn.Module) for module in network.children())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_that_is_ready_for_inference_answers_the_same(name: str) -> None:
+    network = small(name).requires_grad_(False)
+    x, t, cond = inputs(network)
+    if not packable(network):
+        pytest.skip("this processor has no such kernels")
+    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+        network.to(dtype)
+        ready = packed(network)
+        with torch.inference_mode():
+            plain, quick = (net(x.to(dtype), t, cond.to(dtype=dtype)).float() for net in (network, ready))
+        assert float((quick - plain).norm() / plain.norm()) < limit, dtype
+        weights, again = network.state_dict(), ready.state_dict()
+        assert weights.keys() == again.keys() and not [key for key in weights if not torch.equal(weights[key], again[key])]
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if registered()[name][0].part == "transformer"])
+def test_blocks_can_be_left_out(name: str) -> None:
+    """Without its last block the network is the one with a block less."""
+    network = small(name)
+    x, t, cond = inputs(network)
+    denoiser = Denoiser(network, Process(schedule("flow"), parameterization("flow")))
+    for group in ("transformer_blocks", "single_transformer_blocks"):
+        if not hasattr(network, group):
+            continue
+        weaker, _ = SkipLayers((f"{group}.0",)).pair(denoiser, cond, cond, None)
+        shorter = copy.deepcopy(network)
+        del getattr(shorter, group)[0]
+        with torch.inference_mode():
+            assert torch.equal(weaker.network(x, t, cond), shorter(x, t, cond)), group
+            assert not torch.allclose(network(x, t, cond), shorter(x, t, cond))

@@ -83,6 +83,8 @@ class JointBlock(nn.Module):
     dual: with a second attention, of the picture to itself. last: the text is only read, and comes back as it is.
     """
 
+    streams = 2  # it takes and gives two streams of tokens
+
     def __init__(self, width: int, heads: int, normed: bool = False, dual: bool = False, last: bool = False):
         super().__init__()
         self.norm1 = Modulation(width, 9 if dual else 6)

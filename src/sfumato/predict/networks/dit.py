@@ -10,7 +10,7 @@ copies of what the paper has once: blocks whose weights are the same, as in ever
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -77,6 +77,8 @@ class _Norm(Modulation):
 class _Block(nn.Module):
     """Attention of all patches to each other and a feed-forward layer, both steered by c."""
 
+    streams = 1  # it takes and gives one stream of tokens
+
     def __init__(self, config: DiTConfig, told: _Told):
         super().__init__()
         width, heads, head_width = config.width, config.num_attention_heads, config.attention_head_dim
@@ -119,8 +121,8 @@ class DiT(PatchNetwork):
         told = first(waves, classes)  # (B, D)
 
         y = self.tokens(x, cond)  # (B, N, D)
-        for block in self._blocks():
-            own = block.norm1.emb
+        for block in self.transformer_blocks:
+            own = block.norm1.emb if isinstance(block, _Block) else first  # one that is left out asks for nothing
             y = block(y, told if own is first else own(waves, classes))
 
         scale, shift = self._last(told)
@@ -141,7 +143,7 @@ class DiT(PatchNetwork):
         return scale, shift
 
     def _blocks(self) -> "list[_Block]":
-        return list(cast("Iterable[_Block]", self.transformer_blocks))
+        return [block for block in self.transformer_blocks if isinstance(block, _Block)]
 
     # ---- one module for c, or one a block --------------------------------------------------------------------------------
 

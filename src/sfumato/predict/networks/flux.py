@@ -74,6 +74,8 @@ class FluxConfig:
 class DoubleBlock(nn.Module):
     """Attention of both streams to both, and a feed-forward layer for each: picture (B, N, D), text (B, L, D) -> the same."""
 
+    streams = 2  # it takes and gives two streams of tokens
+
     def __init__(self, heads: int, head_width: int):
         super().__init__()
         width = heads * head_width
@@ -126,6 +128,8 @@ class SelfAttention(nn.Module):
 
 class SingleBlock(nn.Module):
     """Attention and a feed-forward layer side by side, with one map back for both: (B, S, D) -> (B, S, D)."""
+
+    streams = 1  # it takes and gives one stream of tokens
 
     def __init__(self, heads: int, head_width: int):
         super().__init__()

@@ -101,6 +101,8 @@ class FeedForward(nn.Module):
 class DoubleBlock(nn.Module):
     """Attention of both streams to both, and a feed-forward layer for each: picture (B, N, D), text (B, L, D) -> the same."""
 
+    streams = 2  # it takes and gives two streams of tokens
+
     def __init__(self, config: Flux2Config):
         super().__init__()
         self.eps = config.eps
@@ -154,6 +156,8 @@ class ParallelAttention(nn.Module):
 
 class SingleBlock(nn.Module):
     """Parallel attention, pre-normed and gated: (B, S, D) -> (B, S, D)."""
+
+    streams = 1  # it takes and gives one stream of tokens
 
     def __init__(self, config: Flux2Config):
         super().__init__()

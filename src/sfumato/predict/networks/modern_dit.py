@@ -119,6 +119,8 @@ class _Attention(nn.Module):
 class _Block(nn.Module):
     """Attention and feed-forward, both steered and gated by the embedding of time and condition."""
 
+    streams = 1  # it takes and gives one stream of tokens
+
     def __init__(self, config: ModernDiTConfig):
         super().__init__()
         self.modulation = Modulation(config.width, 6)

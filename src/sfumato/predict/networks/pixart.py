@@ -138,6 +138,8 @@ class _Caption(nn.Module):
 class _Block(nn.Module):
     """Attention of all patches to each other, steered; to the text; and a feed-forward layer, steered."""
 
+    streams = 1  # it takes and gives one stream of tokens
+
     def __init__(self, config: PixArtConfig):
         super().__init__()
         width, heads, head_width = config.width, config.num_attention_heads, config.attention_head_dim

@@ -217,7 +217,7 @@ class SD3(Network):
 
     def _residuals(self, cond: Conditioning, shape: torch.Size) -> Iterable[Tensor | None]:
         """What is added behind each block: the k-th of n residuals, with k the whole part of i / (m / n) for the i-th of m blocks, but the last."""
-        count, given = self.config.num_layers, cond.residuals
+        count, given = len(self.transformer_blocks), cond.residuals
         if not given:
             return [None] * count
         if len(given) > count or any(r.shape != shape for r in given):

@@ -28,7 +28,7 @@ class Model:
                 f"the weaker model {self.path or ''} has the schedule {_name(theirs)}, the model {_name(ours)}: expected the same one, "
                 "so that both mean the same noise by a time"
             )
-        here, there = (getattr(getattr(getattr(d, "network", None), "config", None), "num_class_embeds", None) for d in (denoiser, weaker))
+        here, there = (getattr(getattr(d, "network", None), "classes", 0) for d in (denoiser, weaker))
         if here != there:
             raise UserError(
                 f"the weaker model {self.path or ''} knows {there or 'no'} classes (with the one for none), the model {here or 'no'}: "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.nn.attention import Attention, SpatialAttention, TransformerBlock
+from sfumato.nn.attention import Attention, SpatialAttention
 from sfumato.nn.joint import JointAttention, NormedAttention
 from sfumato.predict.references._copies import weakened
 from sfumato.types import Conditioning
@@ -77,8 +77,8 @@ def self_attentions(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in network.named_modules():
         if isinstance(module, SpatialAttention):
             yield name, IdentitySpatialAttention(module)
-        elif isinstance(module, TransformerBlock) and isinstance(module.attn1, Attention):
-            yield f"{name}.attn1", IdentityAttention(module.attn1)
+        elif isinstance(module, Attention) and name.rpartition(".")[2] == "attn1":
+            yield name, IdentityAttention(module)
         elif isinstance(module, JointAttention):
             yield name, IdentityJointAttention(module)
         elif isinstance(module, NormedAttention):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sfumato.nn.attention import Attention, FeedForward, SpatialAttention, SpatialTransformer, TransformerBlock
 from sfumato.nn.blocks import ResnetBlock
-from sfumato.nn.joint import JointAttention, JointBlock
+from sfumato.nn.joint import JointAttention
 from sfumato.predict.references._copies import weakened
 from sfumato.types import Conditioning
 
@@ -56,8 +56,8 @@ def branches(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in network.named_modules():
         if isinstance(module, SpatialAttention | SpatialTransformer | TransformerBlock):
             yield name, PassedOn()
-        elif isinstance(module, JointBlock):
-            yield name, BothPassedOn()
+        elif hasattr(module, "streams"):  # a transformer's block
+            yield name, BothPassedOn() if module.streams == 2 else PassedOn()
         elif isinstance(module, ResnetBlock) and module.resample is None:  # what changes the size of the map has to stay
             yield name, PassedOn(module.conv_shortcut)
         elif isinstance(module, JointAttention):
