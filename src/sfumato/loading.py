@@ -12,6 +12,7 @@ import torch
 from sfumato.checkpoints.conditioners import Source, from_parts
 from sfumato.checkpoints.folder import build_part, index, load_part
 from sfumato.checkpoints.names.pipeline import autoencoder_name, autoencoder_unsaid, pipeline_class, pipeline_defaults
+from sfumato.checkpoints.names.pipeline_transformer import transformer_spacing
 from sfumato.checkpoints.names.scheduler import from_scheduler_config, gives_even_times, read_scheduler
 from sfumato.checkpoints.original import PICKLES, Reading, split
 from sfumato.checkpoints.single_file import KEY_OF_OURS, notes_of, unfold
@@ -130,7 +131,7 @@ def _open(path: Path, name: str, how: _How) -> LatentDiffusion:
     conditioner = _conditioner(path, parts, network, how)
     with explained(path / "model_index.json"):
         notes = parts.get("_sfumato", {})
-        run = {"sampler": recipe.sampler, "spacing": recipe.spacing_word}
+        run = {"sampler": recipe.sampler, "spacing": transformer_spacing(str(pipeline), recipe.spacing_word)}
         given = notes.get("defaults", {} if "_sfumato" in parts else pipeline_defaults(parts, network) | run)
         defaults = Defaults(**{k: v for k, v in given.items() if k in Defaults.__dataclass_fields__})
     _check_parts(path, autoencoder, network, conditioner)

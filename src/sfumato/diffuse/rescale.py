@@ -150,3 +150,16 @@ def dynamic_shift(
         raise UserError(f"tokens={tokens}: expected the number of image tokens, at least 1")
     mu = base[1] + (tokens - base[0]) * (top[1] - base[1]) / (top[0] - base[0])
     return math.exp(mu) if exponential else mu
+
+
+def flux2_shift(tokens: int, steps: int, exponential: bool = True) -> float:
+    """The same by FLUX.2's rule, which counts the steps too (compute_empirical_mu, github.com/black-forest-labs/flux2, src/flux2/sampling.py).
+
+    mu is on a line over the tokens for 10 steps, on another for 200, and on the line over the steps through both; above 4300 tokens it is that
+    of 200 steps for any number.
+    """
+    if tokens < 1 or steps < 1:
+        raise UserError(f"tokens={tokens}, steps={steps}: expected numbers of image tokens and of steps, at least 1")
+    few, many = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
+    mu = many if tokens > 4300 else many + (few - many) * (200 - steps) / 190
+    return math.exp(mu) if exponential else mu

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sfumato.diffuse.rescale import dynamic_shift, shifted_time
+from sfumato.diffuse.rescale import dynamic_shift, flux2_shift, shifted_time
 from sfumato.diffuse.schedule import NO_SIGNAL, Schedule
 from sfumato.errors import UserError, unknown
 
@@ -100,13 +100,18 @@ def dynamic(
     exponential: bool = True,
     even: bool = True,
     terminal: float = 0.0,
+    rule: str = "line",
 ) -> list[float]:
     """`shifted` by what an image of so many tokens needs (`rescale.dynamic_shift`): larger images are moved further towards the noise.
 
     tokens: filled in by the size of the picture that is asked for. even: even times are shifted down to one step from 0 (FLUX's pipelines), else
-    down to 0.001. terminal: as for `shifted`. The defaults are FLUX.1's.
+    down to 0.001. terminal: as for `shifted`. The defaults are FLUX.1's. rule: "line", through the two points (base_tokens, base) and
+    (top_tokens, top), or "flux2", which has numbers of its own and counts the steps too (`rescale.flux2_shift`).
     """
-    shift = dynamic_shift(tokens, (base_tokens, base), (top_tokens, top), exponential)
+    if rule not in ("line", "flux2"):
+        raise unknown("rule", rule, ("line", "flux2"))
+    line = rule == "line"
+    shift = dynamic_shift(tokens, (base_tokens, base), (top_tokens, top), exponential) if line else flux2_shift(tokens, steps, exponential)
     if shift <= 0:
         raise UserError(f"{tokens} tokens: the shift between {base} and {top} would be {shift:g}; expected more tokens")
     return shifted(steps, schedule, start, shift, None if even else shifted_time(0.001, shift), terminal)

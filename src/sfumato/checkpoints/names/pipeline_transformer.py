@@ -13,6 +13,9 @@ Steps and guidance are those with which diffusers calls them; where a model was 
 from collections.abc import Mapping
 from typing import Any
 
+from sfumato.checkpoints.names.scheduler_times import spacing_word
+from sfumato.registry import choice
+
 _NOTHING = [None, None]
 _FLUX = {0: "FluxPipeline", 16: "FluxControlPipeline", 80: "FluxFillPipeline"}
 """By channels beyond the latent's."""
@@ -54,6 +57,12 @@ def transformer_entries(name: str, guidance: Any) -> dict[str, Any]:
     if name in ("StableDiffusion3Pipeline", "FluxPipeline", "FluxKontextPipeline"):
         return {"image_encoder": _NOTHING, "feature_extractor": _NOTHING}
     return {}
+
+
+def transformer_spacing(pipeline: str, spacing: str) -> str:
+    """A scheduler's spacing as a pipeline (the `_class_name` of model_index.json) runs it: FLUX.2's gives a shift by the size its own rule."""
+    name, options = choice(spacing)
+    return spacing_word(name, **options, rule="flux2") if pipeline.startswith("Flux2") and name == "dynamic" else spacing
 
 
 def transformer_defaults(index: Mapping[str, Any], network: Any) -> dict[str, Any]:

@@ -1,0 +1,205 @@
+"""diffusers' pipelines of FLUX.2 beside ours, with small random networks: the same folder, words, pictures and noise give the same pictures.
+
+Flux2Pipeline (Mistral, learned guidance) and Flux2KleinPipeline (Qwen; with guidance by two passes, or distilled), drawing from words alone and
+reading pictures. All is float32; pictures are compared in [0, 1]. What we save opens in diffusers with the same tensors under the same names.
+"""
+
+import json
+import math
+import runpy
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from torch import Tensor
+
+from sfumato.decode.image import to_pil
+from sfumato.diffuse.rescale import flux2_shift
+from sfumato.errors import UserError
+from sfumato.loading import load
+from sfumato.sampling import Request, times_of
+from sfumato.tasks.edit import edit
+
+text: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_text.py")))
+KINDS = {"dev": "Flux2Pipeline", "klein": "Flux2KleinPipeline", "distilled": "Flux2KleinPipeline"}
+PARTS = ("transformer", "vae", "text_encoder")
+PROMPTS = ["a red cat", "two dogs, 3 cats"]
+SIZES = [(32, 48), (64, 32)]
+CLOSE = 1e-4
+
+
+@cache
+def autoencoder() -> Any:
+    """Eight channels at an eighth of the sides, packed to 32 at a sixteenth; statistics that are not 0 and 1."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "norm_num_groups": 4}
+    vae = text.drawn(
+        lambda: diffusers.AutoencoderKLFlux2(block_out_channels=(4, 4, 8, 8), latent_channels=8, layers_per_block=1, sample_size=64, **blocks),
+        2,
+    )
+    generator = torch.Generator().manual_seed(3)
+    vae.bn.running_mean.copy_(0.2 * torch.randn(32, generator=generator))
+    vae.bn.running_var.copy_(0.5 + torch.rand(32, generator=generator))
+    return vae
+
+
+def theirs(kind: str, scratch: Path) -> Any:
+    numbers = {"in_channels": 32, "num_layers": 1, "num_single_layers": 1, "axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 32}
+    width = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 36}
+    network = text.drawn(lambda: diffusers.Flux2Transformer2DModel(**numbers, **width, guidance_embeds=kind == "dev"), 1)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=True)
+    parts = text.parts("flux2_dev" if kind == "dev" else "flux2_klein", scratch)
+    more = {"is_distilled": kind == "distilled"} if kind != "dev" else {}
+    return quiet(getattr(diffusers, KINDS[kind])(**parts, vae=autoencoder(), transformer=network, scheduler=scheduler, **more))
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {kind: tmp_path_factory.mktemp("flux2") / kind for kind in KINDS}
+    for kind, folder in found.items():
+        theirs(kind, tmp_path_factory.mktemp("scratch")).save_pretrained(folder)
+    return found
+
+
+def opened(folder: Path) -> Any:
+    return quiet(diffusers.DiffusionPipeline.from_pretrained(folder))
+
+
+def pictures(pipe: Any, count: int = 2, **asked: Any) -> Tensor:
+    """Of seeds 0, 1 ..., as ours."""
+    generators = [torch.Generator().manual_seed(k) for k in range(count)]
+    found = pipe(generator=generators, output_type="np", **({"prompt": PROMPTS[:count]} | asked)).images
+    return torch.from_numpy(found).permute(0, 3, 1, 2)
+
+
+def photo(seed: int = 5, height: int = 64, width: int = 96) -> Any:
+    """A picture of something smooth; diffusers takes none below 64 pixels."""
+    rough = torch.rand(1, 3, 4, 6, generator=torch.Generator().manual_seed(seed))
+    return to_pil(torch.nn.functional.interpolate(rough, (height, width), mode="bicubic").clamp(0, 1) * 2 - 1)[0]
+
+
+def compare(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape
+    assert expected.std() > 0.02, "pictures in which something can be seen"
+    assert (found - expected).abs().max() < CLOSE, float((found - expected).abs().max())
+
+
+# ---- times -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 256, 4096, 4300, 4301, 16384])
+@pytest.mark.parametrize("steps", [1, 4, 10, 50, 200, 500])
+def test_the_shift_of_a_size_and_a_number_of_steps(tokens: int, steps: int) -> None:
+    mu = compute_empirical_mu(tokens, steps)
+    assert math.isclose(flux2_shift(tokens, steps, exponential=False), mu, rel_tol=1e-9, abs_tol=1e-9)
+    assert math.isclose(flux2_shift(tokens, steps), math.exp(mu), rel_tol=1e-9)
+
+
+def test_shifts_of_nothing() -> None:
+    for tokens, steps in ((0, 4), (4, 0)):
+        with pytest.raises(UserError, match="at least 1"):
+            flux2_shift(tokens, steps)
+
+
+@pytest.mark.parametrize(("height", "width", "steps"), [(1024, 1024, 50), (1024, 1024, 4), (1536, 1024, 28), (2048, 1024, 20)])
+def test_times_of_large_pictures(height: int, width: int, steps: int, folders: dict[str, Path]) -> None:
+    """The times alone, at sizes on which the network would take too long here."""
+    model = load(folders["dev"])
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folders["dev"] / "scheduler")
+    even = torch.linspace(1, 1 / steps, steps).tolist()
+    scheduler.set_timesteps(sigmas=even, mu=compute_empirical_mu(height * width // 256, steps))
+    found = torch.tensor(times_of(model, Request(steps=steps, height=height, width=width)))
+    assert (found - scheduler.sigmas).abs().max() < 1e-6
+
+
+def test_another_rule_is_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match="rule"):
+        load(folders["dev"]).generate("a cat", spacing="dynamic:rule=flux3", height=32, width=32)
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------------
+
+
+def test_defaults(folders: dict[str, Path]) -> None:
+    """Steps and guidance as the pipelines are called without a word; of a distilled model as its card calls it."""
+    found = {kind: load(folder).defaults for kind, folder in folders.items()}
+    assert [(d.steps, d.guidance, d.references) for d in found.values()] == [(50, 1.0, 10), (50, 4.0, 4), (4, 1.0, 4)]
+    assert found["dev"].learned_guidance == 4.0
+    assert {(d.sampler, d.spacing) for d in found.values()} == {("euler", "dynamic:rule=flux2")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_text_to_image(kind: str, size: tuple[int, int], folders: dict[str, Path]) -> None:
+    pipe, model = opened(folders[kind]), load(folders[kind])
+    asked: dict[str, Any] = {"height": size[0], "width": size[1]}
+    compare(model.generate(PROMPTS, steps=3, output="tensor", **asked), pictures(pipe, num_inference_steps=3, **asked))
+
+
+def test_strengths_of_guidance(folders: dict[str, Path]) -> None:
+    asked: dict[str, Any] = {"height": 32, "width": 32}
+    for kind, scale in (("dev", 1.5), ("klein", 2.0), ("klein", 1.0)):
+        pipe, model = opened(folders[kind]), load(folders[kind])
+        expected = pictures(pipe, num_inference_steps=2, guidance_scale=scale, **asked)
+        compare(model.generate(PROMPTS, steps=2, guidance=scale, output="tensor", **asked), expected)
+        assert (expected - pictures(pipe, num_inference_steps=2, **asked)).abs().max() > 1e-3, "guidance shows"
+
+
+def test_another_negative_prompt(folders: dict[str, Path]) -> None:
+    pipe, model = opened(folders["klein"]), load(folders["klein"])
+    asked: dict[str, Any] = {"height": 32, "width": 32}
+    tokens, _ = pipe.encode_prompt(["a dog"] * 2)
+    expected = pictures(pipe, num_inference_steps=2, negative_prompt_embeds=tokens, **asked)
+    compare(model.generate(PROMPTS, steps=2, negative_prompt="a dog", output="tensor", **asked), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1, 2])
+def test_pictures_that_are_read(kind: str, count: int, folders: dict[str, Path]) -> None:
+    """One picture and two, of another size than what is drawn."""
+    pipe, model = opened(folders[kind]), load(folders[kind])
+    read = [photo(5), photo(6, 80, 64)][:count]
+    asked: dict[str, Any] = {"height": 48, "width": 32}
+    expected = pictures(pipe, image=list(read), num_inference_steps=2, **asked)
+    found = model.run(edit(model, read[0], Request(PROMPTS, steps=2, **asked), also=read[1:]), output="tensor")
+    compare(found, expected)
+    assert (expected - pictures(pipe, num_inference_steps=2, **asked)).abs().max() > 1e-3, "the pictures show"
+
+
+def test_a_picture_that_is_not_of_whole_tokens(folders: dict[str, Path]) -> None:
+    """What is too much at the sides is left out; what is drawn has the size that is left."""
+    pipe, model = opened(folders["distilled"]), load(folders["distilled"])
+    read = photo(7, 75, 109)
+    expected = pictures(pipe, image=read, num_inference_steps=2)
+    assert expected.shape[2:] == (64, 96)
+    compare(model.run(edit(model, read, Request(PROMPTS, steps=2)), output="tensor"), expected)
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_we_save(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """The same class, the same tensors under the same names, and the same pictures."""
+    model = load(folders[kind])
+    model.save(tmp_path / "ours")
+    again, pipe, before = load(tmp_path / "ours"), opened(tmp_path / "ours"), opened(folders[kind])
+    assert type(pipe).__name__ == KINDS[kind] and again.hash == model.hash and again.defaults == model.defaults
+    assert pipe.config.get("is_distilled") == before.config.get("is_distilled")
+    for name in PARTS:
+        ours, published = (getattr(which, name).state_dict() for which in (pipe, before))
+        assert ours.keys() == published.keys() and all(torch.equal(ours[key], published[key]) for key in ours), name
+    assert pipe.scheduler.config["use_dynamic_shifting"]
+    index = json.loads((tmp_path / "ours" / "model_index.json").read_text())
+    assert {key for key in index if not key.startswith("_")} == {key for key in pipe.config if not key.startswith("_")}
+    asked: dict[str, Any] = {"num_inference_steps": 2, "height": 32, "width": 32}
+    assert torch.equal(pictures(pipe, **asked), pictures(before, **asked))

@@ -1,0 +1,267 @@
+"""diffusers' pipelines of FLUX.1 beside ours, with small random networks: the same folder, words and noise give the same pictures.
+
+FluxPipeline (dev and schnell), FluxImg2ImgPipeline, FluxInpaintPipeline, FluxFillPipeline, FluxControlPipeline, FluxKontextPipeline. All is
+float32; pictures are compared in [0, 1]. What we save opens in diffusers with the same tensors under the same names.
+"""
+
+import json
+import runpy
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from sfumato.errors import UserError
+from sfumato.loading import load
+from sfumato.model import LatentDiffusion
+from sfumato.sampling import Request
+from sfumato.tasks.control import control
+from sfumato.tasks.edit import edit
+from sfumato.tasks.image_to_image import image_to_image
+from sfumato.tasks.inpaint import inpaint
+
+text: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_text.py")))
+NAMES = {  # by channels beside the latent's and whether guidance is embedded: the pipeline that is saved
+    "dev": ("FluxPipeline", 0, True),
+    "schnell": ("FluxPipeline", 0, False),
+    "fill": ("FluxFillPipeline", 80, True),
+    "control": ("FluxControlPipeline", 16, True),
+    "kontext": ("FluxKontextPipeline", 0, True),
+}
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+PROMPTS = ["a red cat", "two dogs, 3 cats"]
+SIZE = {"height": 32, "width": 48}
+CLOSE = 1e-4
+FEW: dict[str, Any] = {"max_sequence_length": 256}
+"""What schnell was trained with; diffusers' pipelines have to be told."""
+
+
+@cache
+def parts() -> dict[str, Any]:
+    """Text encoders and the autoencoder, which all kinds share: sixteen channels at an eighth of the sides, as the published."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "norm_num_groups": 4}
+    numbers = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False, "layers_per_block": 1}
+    vae = text.drawn(
+        lambda: diffusers.AutoencoderKL(block_out_channels=(4, 4, 8, 8), latent_channels=16, sample_size=64, **blocks, **numbers), 2
+    )
+    return {"vae": vae}
+
+
+def theirs(kind: str, scratch: Path) -> Any:
+    name, extra, guided = NAMES[kind]
+    numbers = {"in_channels": 4 * (16 + extra), "out_channels": 64, "num_layers": 1, "num_single_layers": 1, "axes_dims_rope": (4, 6, 6)}
+    width = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 48, "pooled_projection_dim": 16}
+    network = text.drawn(lambda: diffusers.FluxTransformer2DModel(**numbers, **width, guidance_embeds=guided), 1)
+    moved = {"shift": 1.0} if kind == "schnell" else {"shift": 3.0, "use_dynamic_shifting": True, "max_shift": 1.15}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, **moved)
+    return quiet(getattr(diffusers, name)(**text.parts("flux", scratch), **parts(), transformer=network, scheduler=scheduler))
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {kind: tmp_path_factory.mktemp("flux") / kind for kind in NAMES}
+    for kind, folder in found.items():
+        theirs(kind, tmp_path_factory.mktemp("scratch")).save_pretrained(folder)
+    return found
+
+
+def as_tensor(pictures: Any) -> Tensor:
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+
+
+def pictures(pipe: Any, count: int = 2, **asked: Any) -> Tensor:
+    """Of seeds 0, 1 ..., as ours."""
+    generators = [torch.Generator().manual_seed(k) for k in range(count)]
+    return as_tensor(pipe(generator=generators, output_type="np", **({"prompt": PROMPTS[:count]} | asked)).images)
+
+
+def photo(seed: int = 5, height: int = SIZE["height"], width: int = SIZE["width"]) -> Tensor:
+    """Pixels in [0, 1] of something smooth: (1, 3, height, width)."""
+    rough = torch.rand(1, 3, 4, 6, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(rough, (height, width), mode="bicubic").clamp(0, 1)
+
+
+def twice(picture: Tensor) -> Tensor:
+    """One for each image: of a lone picture diffusers draws one sample, from the first image's generator."""
+    return picture.expand(2, -1, -1, -1)
+
+
+def hole() -> Tensor:
+    """A mask of whole latent cells."""
+    mask = torch.zeros(1, 1, SIZE["height"], SIZE["width"])
+    mask[:, :, 8:24, 16:40] = 1
+    return mask
+
+
+def compare(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape
+    assert expected.std() > 0.02, "pictures in which something can be seen"
+    assert (found - expected).abs().max() < CLOSE, float((found - expected).abs().max())
+
+
+def opened(folder: Path, name: str | None = None) -> Any:
+    kind = diffusers.DiffusionPipeline if name is None else getattr(diffusers, name)
+    return quiet(kind.from_pretrained(folder))
+
+
+# ---- text to image ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("dev", 28), ("schnell", 4), ("fill", 50), ("control", 28), ("kontext", 28)])
+def test_defaults(kind: str, steps: int, folders: dict[str, Path]) -> None:
+    """As the pipelines are called without a word; the shift by the picture's size is dev's, schnell has none."""
+    defaults = load(folders[kind]).defaults
+    assert (defaults.steps, defaults.sampler, defaults.guidance) == (steps, "euler", 1.0)
+    assert defaults.spacing == ("trailing" if kind == "schnell" else "dynamic")
+    assert defaults.references == (1 if kind == "kontext" else 0)
+    assert defaults.learned_guidance == (30.0 if kind == "fill" else 3.5)
+
+
+@pytest.mark.parametrize("kind", ["dev", "schnell"])
+@pytest.mark.parametrize("size", [(32, 48), (64, 32)])
+def test_text_to_image(kind: str, size: tuple[int, int], folders: dict[str, Path]) -> None:
+    pipe, model = opened(folders[kind]), load(folders[kind])
+    asked: dict[str, Any] = {"height": size[0], "width": size[1]}
+    theirs = asked | (FEW if kind == "schnell" else {})
+    compare(model.generate(PROMPTS, steps=3, output="tensor", **asked), pictures(pipe, num_inference_steps=3, **theirs))
+    compare(model.generate("a cat", steps=2, output="tensor", **asked), pictures(pipe, 1, prompt="a cat", num_inference_steps=2, **theirs))
+
+
+def test_learned_guidance_and_a_second_pass(folders: dict[str, Path]) -> None:
+    """A bare number is what the network is told; with `learned_guidance` beside it, it is the scale of two passes (their true CFG)."""
+    pipe, model = opened(folders["dev"]), load(folders["dev"])
+    plain = pictures(pipe, num_inference_steps=3, guidance_scale=7.0, **SIZE)
+    compare(model.generate(PROMPTS, steps=3, guidance=7.0, output="tensor", **SIZE), plain)
+    compare(model.generate(PROMPTS, steps=3, learned_guidance=7.0, output="tensor", **SIZE), plain)
+    words: dict[str, Any] = {"negative_prompt": ["a dog"] * 2}
+    twice = pictures(pipe, num_inference_steps=3, guidance_scale=2.5, true_cfg_scale=2.0, **words, **SIZE)
+    found = model.generate(PROMPTS, steps=3, guidance=2.0, learned_guidance=2.5, negative_prompt="a dog", output="tensor", **SIZE)
+    compare(found, twice)
+    assert (plain - twice).abs().max() > 0.01
+
+
+def test_schnell_by_two_passes(folders: dict[str, Path]) -> None:
+    pipe, model = opened(folders["schnell"]), load(folders["schnell"])
+    words: dict[str, Any] = {"negative_prompt": ["ugly", "a dog"]}
+    twice = pictures(pipe, num_inference_steps=2, true_cfg_scale=3.0, **words, **FEW, **SIZE)
+    compare(model.generate(PROMPTS, steps=2, guidance=3.0, output="tensor", **words, **SIZE), twice)
+    with pytest.raises(UserError, match="has not learned guidance"):
+        model.generate(PROMPTS, steps=2, learned_guidance=3.0, **SIZE)
+
+
+def test_a_second_prompt(folders: dict[str, Path]) -> None:
+    """T5 reads the second, CLIP the first."""
+    pipe, model = opened(folders["dev"]), load(folders["dev"])
+    expected = pictures(pipe, num_inference_steps=2, prompt_2=["the mat"] * 2, **SIZE)
+    compare(model.run(Request(PROMPTS, steps=2, prompt_2="the mat", **SIZE), output="tensor"), expected)
+    assert (expected - pictures(pipe, num_inference_steps=2, **SIZE)).abs().max() > 1e-3
+
+
+# ---- with pictures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "strength"), [("dev", 0.5), ("dev", 1.0), ("schnell", 0.75)])
+def test_image_to_image(kind: str, strength: float, folders: dict[str, Path]) -> None:
+    pipe, model = opened(folders[kind], "FluxImg2ImgPipeline"), load(folders[kind])
+    asked = SIZE | (FEW if kind == "schnell" else {})
+    expected = pictures(pipe, image=twice(photo()), strength=strength, num_inference_steps=4, guidance_scale=3.5, **asked)
+    request = Request(PROMPTS, steps=4)
+    compare(model.run(image_to_image(model, photo() * 2 - 1, request, strength=strength, posterior="sample"), output="tensor"), expected)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_inpainting_with_an_ordinary_model(strength: float, folders: dict[str, Path]) -> None:
+    pipe, model = opened(folders["dev"], "FluxInpaintPipeline"), load(folders["dev"])
+    asked: dict[str, Any] = {"image": twice(photo()), "mask_image": twice(hole()), "strength": strength, "guidance_scale": 3.5}
+    expected = pictures(pipe, num_inference_steps=4, **asked, **SIZE)
+    task = {"strength": strength, "posterior": "sample", "paste": False, "blind": strength == 1}
+    compare(model.run(inpaint(model, photo() * 2 - 1, hole(), Request(PROMPTS, steps=4), **task), output="tensor"), expected)
+
+
+def fill(model: LatentDiffusion, request: Request, **options: Any) -> Tensor:
+    return model.run(inpaint(model, photo() * 2 - 1, options.pop("mask", hole()), request, paste=False, **options), output="tensor")
+
+
+def test_fill(folders: dict[str, Path]) -> None:
+    """The mask by pixels: one that is not of whole cells."""
+    pipe, model = opened(folders["fill"]), load(folders["fill"])
+    mask = hole()
+    mask[:, :, 3:9, 5:11] = 1
+    asked: dict[str, Any] = {"image": twice(photo()), "mask_image": twice(mask)}
+    expected = pictures(pipe, num_inference_steps=4, guidance_scale=10.0, strength=0.5, **asked, **SIZE)
+    compare(fill(model, Request(PROMPTS, steps=4, guidance=10.0), mask=mask, strength=0.5, posterior="sample"), expected)
+    expected = pictures(settled(pipe), num_inference_steps=3, **asked, **SIZE)
+    compare(fill(model, Request(PROMPTS, steps=3), mask=mask), expected)
+
+
+def settled(pipe: Any) -> Any:
+    """The pipeline with an autoencoder that says the mean where it is asked for a sample, and draws nothing for it."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    made = pipe.vae.encode
+
+    class Certain(DiagonalGaussianDistribution):
+        def sample(self, generator: Any = None) -> Tensor:
+            return self.mode()
+
+    def encode(x: Tensor) -> Any:
+        return SimpleNamespace(latent_dist=Certain(made(x).latent_dist.parameters))
+
+    pipe.vae.encode = encode
+    return pipe
+
+
+def test_control(folders: dict[str, Path]) -> None:
+    pipe, model = opened(folders["control"]), load(folders["control"])
+    expected = pictures(pipe, control_image=photo() * 2 - 1, guidance_scale=10.0, num_inference_steps=3, **SIZE)
+    sampled = control(model, photo() * 2 - 1, Request(PROMPTS, steps=3, guidance=10.0), posterior="sample")
+    compare(model.run(sampled, output="tensor"), expected)
+    expected = pictures(settled(pipe), control_image=photo(6) * 2 - 1, num_inference_steps=3, **SIZE)
+    compare(model.run(control(model, photo(6) * 2 - 1, Request(PROMPTS, steps=3)), output="tensor"), expected)
+
+
+@pytest.mark.parametrize("size", [(32, 48), (48, 32)])
+def test_kontext(size: tuple[int, int], folders: dict[str, Path]) -> None:
+    """The picture of one size, what is drawn of another; two passes too."""
+    pipe, model = opened(folders["kontext"]), load(folders["kontext"])
+    asked: dict[str, Any] = {"height": size[0], "width": size[1]}
+    given: dict[str, Any] = {"image": photo(), "_auto_resize": False, "max_area": size[0] * size[1], "num_inference_steps": 3} | asked
+    request = Request(PROMPTS, steps=3, **asked)
+    compare(model.run(edit(model, photo() * 2 - 1, request), output="tensor"), pictures(pipe, **given))
+    expected = pictures(pipe, negative_prompt=["ugly"] * 2, true_cfg_scale=2.0, guidance_scale=4.0, **given)
+    request = Request(PROMPTS, steps=3, guidance=2.0, learned_guidance=4.0, negative_prompt="ugly", **asked)
+    compare(model.run(edit(model, photo() * 2 - 1, request), output="tensor"), expected)
+    del given["image"]
+    compare(model.generate(PROMPTS, steps=3, output="tensor", **asked), pictures(pipe, **given))
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_what_we_save(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """The same class, the same tensors under the same names, the same configs of networks, and the same pictures."""
+    model = load(folders[kind])
+    model.save(tmp_path / "ours")
+    again, pipe, before = load(tmp_path / "ours"), opened(tmp_path / "ours"), opened(folders[kind])
+    assert type(pipe).__name__ == NAMES[kind][0] and again.hash == model.hash and again.defaults == model.defaults
+    for name in PARTS:
+        ours, published = (getattr(which, name).state_dict() for which in (pipe, before))
+        assert ours.keys() == published.keys() and all(torch.equal(ours[key], published[key]) for key in ours), name
+    for name in ("use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"):
+        assert pipe.scheduler.config[name] == before.scheduler.config[name]
+    index = json.loads((tmp_path / "ours" / "model_index.json").read_text())
+    assert {key for key in index if not key.startswith("_")} == {key for key in pipe.config if not key.startswith("_")}
+    asked: dict[str, Any] = {"num_inference_steps": 2, "max_sequence_length": 64, **SIZE}
+    asked |= {"fill": {"image": photo(), "mask_image": hole()}, "control": {"control_image": photo() * 2 - 1}}.get(kind, {})
+    assert torch.equal(pictures(pipe, **asked), pictures(before, **asked))
