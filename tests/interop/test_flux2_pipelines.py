@@ -38,7 +38,9 @@ def autoencoder() -> Any:
     """Eight channels at an eighth of the sides, packed to 32 at a sixteenth; statistics that are not 0 and 1."""
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "norm_num_groups": 4}
     vae = text.drawn(
-        lambda: diffusers.AutoencoderKLFlux2(block_out_channels=(4, 4, 8, 8), latent_channels=8, layers_per_block=1, sample_size=64, **blocks),
+        lambda: diffusers.AutoencoderKLFlux2(
+            block_out_channels=(4, 4, 8, 8), latent_channels=8, layers_per_block=1, sample_size=64, **blocks
+        ),
         2,
     )
     generator = torch.Generator().manual_seed(3)
@@ -182,6 +184,24 @@ def test_a_picture_that_is_not_of_whole_tokens(folders: dict[str, Path]) -> None
     expected = pictures(pipe, image=read, num_inference_steps=2)
     assert expected.shape[2:] == (64, 96)
     compare(model.run(edit(model, read, Request(PROMPTS, steps=2)), output="tensor"), expected)
+
+
+def test_pictures_that_are_too_large(folders: dict[str, Path]) -> None:
+    """Made smaller as theirs are, but for the filter (Lanczos there, bicubic here), and then cut; a tiny one is drawn out to a token."""
+    from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+
+    model, read, largest = load(folders["distilled"]), photo(7, 150, 230), 100 * 100
+    seen = []
+    spied = SimpleNamespace(
+        autoencoder=model.autoencoder, denoiser=model.denoiser, defaults=model.defaults, pixels=model.pixels,
+        encode=lambda pixels: seen.append(pixels) or pixels,
+    )  # fmt: skip
+    made = edit(spied, read, Request("a cat"), also=[photo(8, 5, 40)], largest=largest)
+    small = Flux2ImageProcessor._resize_to_target_area(read, largest)
+    height, width = small.height // 16 * 16, small.width // 16 * 16
+    expected = Flux2ImageProcessor().preprocess(small, height=height, width=width, resize_mode="crop")
+    assert seen[0].shape == expected.shape and (seen[0] - expected).abs().max() < 0.1
+    assert seen[1].shape[2:] == (16, 32) and (made.height, made.width) == (height, width)
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------------

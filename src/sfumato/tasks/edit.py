@@ -45,8 +45,8 @@ def edit(
     """picture: one for all images, or one an image. The request's prompt is the instruction, its guidance (one number) the first scale.
 
     picture_guidance: the second, 1 is off; for models with two. also: more pictures, each for all images or one an image, for models that
-    read several (FLUX.2). largest: pictures of more pixels are made smaller before such models read them; what is drawn has the (first)
-    picture's size then, or the request's. `UserError` for a model that was not trained for instructions: use image_to_image with it.
+    read several (FLUX.2). largest: pictures of more pixels are made smaller before such models read them, and all are cut to whole tokens; what is
+    drawn has the (first) picture's size then, or the request's. `UserError` for a model that was not trained for instructions: use image_to_image with it.
     """
     if kind_of_edit(model) == "reference":
         return _by_reference(model, (picture, *also), request or Request(), largest)
@@ -86,10 +86,12 @@ def _by_reference(model: Any, pictures: Sequence[Picture], request: Request, lar
 
 
 def _fitted(model: Any, pixels: Tensor, largest: int) -> Tensor:
-    """Pixels whose sides are whole tokens, at most `largest` of them, of the nearest aspect."""
+    """Pixels whose sides are whole tokens, at most `largest` of them: made smaller, then what is too much is cut off around the middle, as FLUX.2
+    was trained. A side of less than a token is drawn out to one."""
     cell, (height, width) = model.autoencoder.space.factor * model.denoiser.network.patch, pixels.shape[2:]
     scale = min(1.0, math.sqrt(largest / (height * width)))
-    wanted = tuple(max(cell, round(side * scale / cell) * cell) for side in (height, width))
-    if wanted == (height, width):
-        return pixels
-    return F.interpolate(pixels, size=wanted, mode="bicubic", antialias=True).clamp(-1, 1)
+    wanted = [max(cell, int(side * scale + 1e-6)) for side in (height, width)]
+    if wanted != [height, width]:
+        pixels = F.interpolate(pixels, size=wanted, mode="bicubic", antialias=True).clamp(-1, 1)
+    (top, rows), (left, columns) = ((side % cell // 2, side // cell * cell) for side in wanted)
+    return pixels[:, :, top : top + rows, left : left + columns]
