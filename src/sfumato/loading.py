@@ -127,7 +127,7 @@ def _open(path: Path, name: str, how: _How) -> LatentDiffusion:
         raise UserError(f"{path}/{part} is a {type(network).__name__}: expected a network that predicts, such as a U-Net")
     scheduler = path / "scheduler" / "scheduler_config.json"
     with explained(scheduler):
-        recipe = read_scheduler(read_table(scheduler), even=gives_even_times(str(pipeline)) or None)
+        recipe = read_scheduler(read_table(scheduler), even=gives_even_times(str(pipeline)))
     conditioner = _conditioner(path, parts, network, how)
     with explained(path / "model_index.json"):
         notes = parts.get("_sfumato", {})

@@ -32,8 +32,9 @@ from sfumato.registry import choice
 log = logging.getLogger("sfumato")
 
 _FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
-# Pipelines that give FlowMatchEuler even times down to one step from 0; Stable Diffusion 3's and others leave them to the scheduler.
+# Pipelines that give FlowMatchEuler even times down to one step from 0; and those that leave them to the scheduler.
 _EVEN_PIPELINES = ("Flux", "QwenImage", "Chroma", "Lumina2", "ZImage", "Bria", "OvisImage", "VisualCloze", "LTX")
+_OWN_PIPELINES = ("StableDiffusion3",)
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,11 @@ class Recipe:
         return self.spacing if self.dynamic is None else self.dynamic.spacing(tokens)
 
 
-def gives_even_times(pipeline: str) -> bool:
-    """Whether a pipeline (the `_class_name` of model_index.json) gives a flow's scheduler its own even times: `even` below."""
-    return pipeline.startswith(_EVEN_PIPELINES)
+def gives_even_times(pipeline: str) -> bool | None:
+    """Whether a pipeline (the `_class_name` of model_index.json) gives a flow's scheduler its own even times: `even` below. None: not known."""
+    if pipeline.startswith(_OWN_PIPELINES):
+        return False
+    return True if pipeline.startswith(_EVEN_PIPELINES) else None
 
 
 def read_scheduler(values: Mapping[str, Any], even: bool | None = None, strict: bool = False) -> Recipe:
