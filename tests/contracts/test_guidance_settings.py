@@ -153,6 +153,7 @@ BAD: list[tuple[Any, str]] = [
     ("2 zero_star:zero_steps=-1", "zero_steps=-1: expected a whole number of at least 0"),
     ("2 dual:kind=double condition model", "unknown kind of dual guidance 'double'"),
     ("2 dual:second=nan condition model", "second=nan: expected a finite number"),
+    ("2 dual:low=0.6,high=0.5 condition model", "dual low=0.6, high=0.5: expected times with 0 <= low <= high <= 1"),
     ("2 dual", "guidance dual with the reference condition: it takes 2; name as many of"),
     ("2 condition perturbed_attention", "guidance linear with the reference condition perturbed_attention: it takes 1"),
     ("0.5 plus_plus interval", "guidance plus_plus with the weight interval: expected constant"),
@@ -218,6 +219,8 @@ def test_who_is_asked() -> None:
     assert asked_by("1 dual:second=2 condition condition", [one, two]) == [1, 2, 3], "the second scale acts"
     assert asked_by("1 dual:second=1 condition condition", [one, two]) == [1]
     assert asked_by("2 dual condition condition", one) == [1, 2, 2]
+    assert asked_by("2 dual:low=0.9 condition condition", [one, two]) == [1, 2], "the second is off at this time"
+    assert asked_by("1 dual:low=0.9 condition condition", [one, two]) == [1], "and so is the first"
     assert asked_by("1 model:path=elsewhere", one) == [1], "what is off needs no other model"
     with pytest.raises(UserError, match="needs that model's denoiser"):
         asked_by("2 model:path=elsewhere", one)

@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sfumato
+from sfumato.checkpoints.single_file import fold, unfold
 from sfumato.errors import UserError
+from sfumato.files import write_json
 
 
 def test_single_file_is_the_folder(tiny: Path, tmp_path: Path) -> None:
@@ -53,6 +55,34 @@ def test_a_path_in_the_file_cannot_leave_its_folder(tmp_path: Path) -> None:
     save_file({"../vae.x": torch.zeros(2)}, path, metadata={"sfumato": "{}"})
     with pytest.raises(UserError, match="plain name"):
         sfumato.load(path)
+    for more in ({"others": {"../../evil.txt": "AAAA"}}, {"weights": {"vae": "../../evil.safetensors"}}):
+        save_file({"vae.x": torch.zeros(2)}, path, metadata={"sfumato": "{}", "sfumato_files": json.dumps(more)})
+        with pytest.raises(UserError, match="outside"):
+            sfumato.load(path)
+
+
+def test_a_folder_is_folded_whole(tmp_path: Path) -> None:
+    """Files of every kind and weights of any name, byte for byte; weights in several files are refused, not lost."""
+    folder = tmp_path / "model"
+    for part, name in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        (folder / part).mkdir(parents=True)
+        save_file({"a.b": torch.rand(3)}, folder / part / f"{name}.safetensors")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "spiece.model").write_bytes(bytes(range(256)))
+    write_json(folder / "model_index.json", {"a": 1})
+    fold(folder, tmp_path / "one.safetensors")
+    unfold(tmp_path / "one.safetensors", tmp_path / "again")
+    files, others = (sorted(p.relative_to(at) for p in at.rglob("*") if p.is_file()) for at in (folder, tmp_path / "again"))
+    assert files == others and len(files) == 4
+    for file in files:
+        if file.suffix == ".safetensors":
+            assert torch.equal(load_file(folder / file)["a.b"], load_file(tmp_path / "again" / file)["a.b"])
+        else:
+            assert (folder / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+    save_file({"c": torch.rand(3)}, folder / "vae" / "more.safetensors")
+    with pytest.raises(UserError, match=r"more.safetensors cannot be folded into one file"):
+        fold(folder, tmp_path / "two.safetensors")
+    assert not (tmp_path / "two.safetensors").exists()
 
 
 def test_hub_id_from_the_local_cache(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

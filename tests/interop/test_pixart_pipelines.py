@@ -111,7 +111,6 @@ def test_what_diffusers_saved_and_what_we_save(kind: str, folders: dict[str, Pat
     assert type(second).__name__ == name
     second.set_progress_bar_config(disable=True)
     same(again, second)
-    assert all(second.scheduler.config[key] == value for key, value in pipe.scheduler.config.items() if not key.startswith("_"))
     assert key_for_key(folders[kind], tmp_path / "ours") == 3
     again.save(tmp_path / "ours.safetensors")
     assert load(tmp_path / "ours.safetensors").hash == ours.hash

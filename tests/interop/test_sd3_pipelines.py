@@ -22,7 +22,7 @@ from torch import Tensor
 from sfumato.cli import main
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
-from sfumato.sampling import Request
+from sfumato.sampling import Request, times_of
 from sfumato.tasks.image_to_image import image_to_image
 from sfumato.tasks.inpaint import inpaint
 
@@ -132,20 +132,21 @@ def test_by_the_models_own_settings(folders: dict[str, Path]) -> None:
     compare(load(folders[kind]).generate(PROMPTS, output="tensor"), expected)
 
 
-def test_away_from_skipped_layers(folders: dict[str, Path]) -> None:
-    """Their scale adds to one: 1.8 there is 2.8 here. They leave the layers out in a part of the steps, which is all of them here."""
+@pytest.mark.parametrize(
+    ("part", "interval"), [((-1.0, 2.0), ""), ((0.1, 0.7), ",low={low:.3f},high={high:.3f}")], ids=["always", "steps 1 to 3"]
+)
+def test_away_from_skipped_layers(part: tuple[float, float], interval: str, folders: dict[str, Path]) -> None:
+    """Their scale adds to one: 1.8 there is 2.8 here. They leave the layers out in the steps between two shares of the run, we between two times."""
     kind = "SD 3.5 without T5"
-    skipped = {
-        "skip_guidance_layers": [0, 2],
-        "skip_layer_guidance_scale": 1.8,
-        "skip_layer_guidance_start": -1.0,
-        "skip_layer_guidance_stop": 2.0,
-    }
     pipe, ours, asked = opened(folders[kind]), load(folders[kind]), {"height": 16, "width": 12}
-    expected = their_pictures(pipe, PROMPTS, guidance_scale=4.0, num_inference_steps=3, **skipped, **asked)
-    words = f"4 dual:kind=away,second=2.8 condition skip_layers:layers={LAYERS}"
-    compare(ours.generate(PROMPTS, guidance=words, steps=3, output="tensor", **asked), expected)
-    assert (ours.generate(PROMPTS, guidance=4, steps=3, output="tensor", **asked) - expected).abs().max() > 0.01, "it shows"
+    start, stop = part
+    skipped = {"skip_guidance_layers": [0, 2], "skip_layer_guidance_scale": 1.8, "skip_layer_guidance_start": start}
+    expected = their_pictures(pipe, PROMPTS, guidance_scale=4.0, num_inference_steps=5, skip_layer_guidance_stop=stop, **skipped, **asked)
+    times = times_of(ours, Request(steps=5, **asked))
+    between = interval.format(low=(times[3] + times[4]) / 2, high=(times[0] + times[1]) / 2)
+    words = f"4 dual:kind=away,second=2.8{between} condition skip_layers:layers={LAYERS}"
+    compare(ours.generate(PROMPTS, guidance=words, steps=5, output="tensor", **asked), expected)
+    assert (ours.generate(PROMPTS, guidance=4, steps=5, output="tensor", **asked) - expected).abs().max() > 0.01, "it shows"
 
 
 # ---- tasks -------------------------------------------------------------------------------------------------------------

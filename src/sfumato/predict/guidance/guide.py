@@ -50,6 +50,7 @@ def guide(
     if references and len(references) != combine.references:
         raise UserError(f"{len(references)} references for {combine}: it takes {combine.references}")
     weigh, join = weight.begin(), combine.begin()
+    needed = getattr(combine, "needed", lambda moment: combine.references)
     index, visited = -1, math.nan
 
     def ask(x: Tensor, t: float) -> Asking[Prediction]:
@@ -58,12 +59,14 @@ def guide(
             index, visited = index + 1, t
         moment = Moment(t, *point(t), index)
         first = Query(denoiser, x, t, conditioning)
-        if not references or not (combine.always or weight.active(moment)):
+        count = needed(moment)
+        always = combine.always and count == combine.references
+        if not references or not (always or weight.active(moment)):
             return (yield [first])[0]
-        predictions = yield [first, *(Query(who, x, t, given) for who, given in references)]
+        predictions = yield [first, *(Query(who, x, t, given) for who, given in references[:count])]
         w = weigh(moment, predictions[0], predictions[1])
         found = join(x, moment, predictions, w)
-        if not combine.always:
+        if not always:
             found = _off_is_off(predictions[0], found, w)
         return found if unguided is None else Chosen(unguided.reshape(-1, 1, 1, 1), predictions[0], found)
 

@@ -6,7 +6,8 @@ away    p = p_c + (w - 1) (p_c - p1) + (second - 1) (p_c - p2): away from both, 
         al. 2024, arXiv:2403.17377)
 
 The weights of the three predictions sum to 1, so it is the same in every parameterization. Where p1 = p2 the first two are plain guidance
-with w, and the third with w + second - 1.
+with w, and the third with w + second - 1. The second scale can be limited to an interval, as Stability AI has it for skipped layers in early
+steps: elsewhere it is off, p = p1 + w (p_c - p1), and p2 is not asked.
 """
 
 import math
@@ -26,10 +27,12 @@ KINDS = {"chain": 1.0, "sum": 0.0, "away": 1.0}
 
 @dataclass(frozen=True)
 class Dual:
-    """kind: "chain", "sum" or "away". second: the second scale, at every time the same."""
+    """kind: "chain", "sum" or "away". second: the second scale, at times from low to high, in [0, 1], 1 is noise."""
 
     kind: str = "chain"
     second: float = 1.5
+    low: float = 0.0
+    high: float = 1.0
 
     references = 2
     consistent = True
@@ -39,6 +42,12 @@ class Dual:
             raise unknown("kind of dual guidance", self.kind, KINDS)
         if not abs(self.second) < math.inf:
             raise UserError(f"guidance dual second={self.second}: expected a finite number, {KINDS[self.kind]:g} is off")
+        if not 0 <= self.low <= self.high <= 1:
+            raise UserError(f"guidance dual low={self.low}, high={self.high}: expected times with 0 <= low <= high <= 1, 1 is noise")
+
+    def needed(self, moment: Moment) -> int:
+        """How many of the references count at a time: both, or the first alone."""
+        return 2 if self.low <= moment.t <= self.high else 1
 
     @property
     def always(self) -> bool:
@@ -54,7 +63,10 @@ class Dual:
             return conditional + (w - 1) * (conditional - one) + (self.second - 1) * (conditional - two)
 
         def join(x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor) -> Prediction:
-            conditional, one, two = predictions
+            conditional, one, *rest = predictions
+            if not rest:
+                return conditional.away(one, w)
+            (two,) = rest
             return Prediction(both(conditional.x0, one.x0, two.x0, w), both(conditional.eps, one.eps, two.eps, w))
 
         return join
