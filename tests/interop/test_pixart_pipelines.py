@@ -66,7 +66,7 @@ def their_pictures(pipe: Any, prompts: list[str], **asked: Any) -> Tensor:
     """(n, 3, H, W) in [0, 1]; image k from seed k. Of the size asked for, not of the nearest that the model was trained on; of the words as
     they are, not cleaned like captions from the web."""
     generators = [torch.Generator().manual_seed(k) for k in range(len(prompts))]
-    usual = {"output_type": "np", "use_resolution_binning": False, "clean_caption": False}
+    usual: dict[str, Any] = {"output_type": "np", "use_resolution_binning": False, "clean_caption": False}
     found = pipe(prompts, generator=generators, **usual, **asked).images
     return torch.from_numpy(found).permute(0, 3, 1, 2)
 
@@ -80,8 +80,8 @@ def compare(found: Tensor, expected: Tensor) -> None:
 def same(ours: LatentDiffusion, pipe: Any) -> None:
     """Guidance on and off, a negative prompt or none, sizes and shapes, an odd and an even number of steps."""
     for guidance, negative, steps, height, width in ((4.5, None, 3, 16, 16), (1.0, None, 4, 24, 8), (3.0, "the lazy dog", 4, 8, 40)):
-        asked = {"height": height, "width": width}
-        their_negative = {} if negative is None else {"negative_prompt": negative}
+        asked: dict[str, Any] = {"height": height, "width": width}
+        their_negative: dict[str, Any] = {} if negative is None else {"negative_prompt": negative}
         expected = their_pictures(pipe, PROMPTS, guidance_scale=guidance, num_inference_steps=steps, **their_negative, **asked)
         compare(ours.generate(PROMPTS, guidance=guidance, steps=steps, negative_prompt=negative, output="tensor", **asked), expected)
 
@@ -125,7 +125,8 @@ def test_by_the_models_own_settings(folders: dict[str, Path]) -> None:
 
 def test_the_size_is_told(folders: dict[str, Path]) -> None:
     """Alpha's model for 1024 pixels draws another picture where it is told another size; and it begins with a picture as others do."""
-    ours, size = load(folders["alpha, 1024 pixels"]), {"height": 16, "width": 24}
+    ours = load(folders["alpha, 1024 pixels"])
+    size: dict[str, Any] = {"height": 16, "width": 24}
     usual, other = (ours.generate("a cat", steps=3, output="tensor", picture=p, **size) for p in (None, Picture(1024, 512)))
     assert (usual - other).abs().max() > 1e-3
     image = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(3)) * 2 - 1

@@ -96,11 +96,12 @@ def key_for_key(one: Path, other: Path) -> int:
 
 def same(ours: LatentDiffusion, pipe: Any) -> None:
     """Guidance on and off, a negative prompt or none, other words for the second encoder, other sizes."""
-    for guidance, words, size in (
+    cases: tuple[tuple[float, dict[str, Any], dict[str, Any]], ...] = (
         (7.0, {}, {"height": 16, "width": 16}),
         (1.0, {}, {"height": 24, "width": 12}),
         (4.0, {"negative_prompt": "ugly", "prompt_2": "two cats", "negative_prompt_2": "the lazy dog"}, {"height": 12, "width": 20}),
-    ):
+    )
+    for guidance, words, size in cases:
         said = {key: [value] * 2 for key, value in words.items()}
         said |= {key.replace("_2", "_3"): value for key, value in said.items() if key.endswith("_2")}  # T5 reads what the second CLIP reads
         expected = their_pictures(pipe, PROMPTS, guidance_scale=guidance, num_inference_steps=3, **said, **size)
@@ -138,8 +139,8 @@ def test_by_the_models_own_settings(folders: dict[str, Path]) -> None:
 def test_away_from_skipped_layers(part: tuple[float, float], interval: str, folders: dict[str, Path]) -> None:
     """Their scale adds to one: 1.8 there is 2.8 here. They leave the layers out in the steps between two shares of the run, we between two times."""
     kind = "SD 3.5 without T5"
-    pipe, ours, asked = opened(folders[kind]), load(folders[kind]), {"height": 16, "width": 12}
-    start, stop = part
+    pipe, ours, (start, stop) = opened(folders[kind]), load(folders[kind]), part
+    asked: dict[str, Any] = {"height": 16, "width": 12}
     skipped = {"skip_guidance_layers": [0, 2], "skip_layer_guidance_scale": 1.8, "skip_layer_guidance_start": start}
     expected = their_pictures(pipe, PROMPTS, guidance_scale=4.0, num_inference_steps=5, skip_layer_guidance_stop=stop, **skipped, **asked)
     times = times_of(ours, Request(steps=5, **asked))
