@@ -133,7 +133,9 @@ def test_another_rule_is_refused(folders: dict[str, Path]) -> None:
 
 def test_defaults(folders: dict[str, Path]) -> None:
     """Steps and guidance as the pipelines are called without a word; of a distilled model as its card calls it."""
-    found = {kind: load(folder).defaults for kind, folder in folders.items()}
+    models = {kind: load(folder) for kind, folder in folders.items()}
+    assert [model.sample_size for model in models.values()] == [1024] * 3
+    found = {kind: model.defaults for kind, model in models.items()}
     assert [(d.steps, d.guidance, d.references) for d in found.values()] == [(50, 1.0, 10), (50, 4.0, 4), (4, 1.0, 4)]
     assert found["dev"].learned_guidance == 4.0
     assert {(d.sampler, d.spacing) for d in found.values()} == {("euler", "dynamic:rule=flux2")}
@@ -162,6 +164,14 @@ def test_another_negative_prompt(folders: dict[str, Path]) -> None:
     tokens, _ = pipe.encode_prompt(["a dog"] * 2)
     expected = pictures(pipe, num_inference_steps=2, negative_prompt_embeds=tokens, **asked)
     compare(model.generate(PROMPTS, steps=2, negative_prompt="a dog", output="tensor", **asked), expected)
+
+
+@pytest.mark.parametrize("kind", ["dev", "klein"])
+def test_streamed(kind: str, folders: dict[str, Path]) -> None:
+    """The networks' weights read from the files as they are needed: the same pictures to the last bit."""
+    whole, streamed = load(folders[kind]), load(folders[kind], memory="2GB")
+    request = edit(whole, photo(), Request(PROMPTS, steps=2, height=32, width=32))
+    assert torch.equal(streamed.run(request, output="tensor"), whole.run(request, output="tensor"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -124,9 +124,11 @@ def opened(folder: Path, name: str | None = None) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "steps"), [("dev", 28), ("schnell", 4), ("fill", 50), ("control", 28), ("kontext", 28)])
-def test_defaults(kind: str, steps: int, folders: dict[str, Path]) -> None:
+def test_defaults(kind: str, steps: int, folders: dict[str, Path], tmp_path: Path) -> None:
     """As the pipelines are called without a word; the shift by the picture's size is dev's, schnell has none."""
-    defaults = load(folders[kind]).defaults
+    model = load(folders[kind])
+    defaults = model.defaults
+    assert model.sample_size == theirs(kind, tmp_path).default_sample_size * 8 == 1024
     assert (defaults.steps, defaults.sampler, defaults.guidance) == (steps, "euler", 1.0)
     assert defaults.spacing == ("trailing" if kind == "schnell" else "dynamic")
     assert defaults.references == (1 if kind == "kontext" else 0)
@@ -171,6 +173,13 @@ def test_a_second_prompt(folders: dict[str, Path]) -> None:
     expected = pictures(pipe, num_inference_steps=2, prompt_2=["the mat"] * 2, **SIZE)
     compare(model.run(Request(PROMPTS, steps=2, prompt_2="the mat", **SIZE), output="tensor"), expected)
     assert (expected - pictures(pipe, num_inference_steps=2, **SIZE)).abs().max() > 1e-3
+
+
+def test_streamed(folders: dict[str, Path]) -> None:
+    """The networks' weights read from the files as they are needed: the same pictures to the last bit."""
+    asked: dict[str, Any] = {"steps": 2, "guidance": 2.0, "learned_guidance": 3.0, "negative_prompt": "a dog", "output": "tensor", **SIZE}
+    whole, streamed = load(folders["dev"]), load(folders["dev"], memory="2GB")
+    assert torch.equal(streamed.generate(PROMPTS, **asked), whole.generate(PROMPTS, **asked))
 
 
 # ---- with pictures ---------------------------------------------------------------------------------------------------------

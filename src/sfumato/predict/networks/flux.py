@@ -180,6 +180,11 @@ class FluxTransformer(Streams):
         return self.time_text_embed(timestep, vector, dtype)
 
     @property
+    def sample_size(self) -> int:
+        """Cells of a picture of 1024 pixels, which the published models draw; no config says it."""
+        return 128
+
+    @property
     def vector_width(self) -> int:
         """The width of the pooled text that `Conditioning.vector` begins with."""
         return self.config.pooled_projection_dim
