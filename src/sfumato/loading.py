@@ -182,7 +182,8 @@ def _guidance(conditioner: Any) -> dict[str, Any]:
 def _conditioner(path: Path, parts: dict[str, Any], network: Any, how: _How) -> Any:
     """What turns prompts into conditioning: the text encoders of the folder, or the conditioner that sfumato wrote; a network that is told
     nothing needs none."""
-    there = {key: str(value[1]) for key, value in parts.items() if key.startswith(("text_encoder", "bert")) and value != [None, None]}
+    with explained(path / "model_index.json"):
+        there = {key: str(value[1]) for key, value in parts.items() if key.startswith(("text_encoder", "bert")) and value != [None, None]}
     if there:
         return reader_of(there, path).from_folder(path, how.opened, how.variant)
     config = path / "conditioner" / "config.json"
