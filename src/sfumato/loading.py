@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -10,14 +11,24 @@ from typing import Any
 import torch
 
 from sfumato.checkpoints.conditioners import Source, from_parts
+from sfumato.checkpoints.conversion import SAFE, open_table
 from sfumato.checkpoints.folder import build_part, index, load_part
+from sfumato.checkpoints.gguf import is_gguf
+from sfumato.checkpoints.lazily import sound
+from sfumato.checkpoints.lone_network import load_network, require_mapped
 from sfumato.checkpoints.names.pipeline import autoencoder_name, autoencoder_unsaid, pipeline_class, pipeline_defaults
 from sfumato.checkpoints.names.pipeline_transformer import transformer_spacing
 from sfumato.checkpoints.names.scheduler import from_scheduler_config, gives_even_times, read_scheduler
+from sfumato.checkpoints.names.whole import extras
 from sfumato.checkpoints.original import PICKLES, Reading, split
 from sfumato.checkpoints.single_file import KEY_OF_OURS, notes_of, unfold
-from sfumato.checkpoints.tokenizer import LOW_RES, SCHEDULER
+from sfumato.checkpoints.tokenizer import LOW_RES, MODEL, SCHEDULER
+from sfumato.checkpoints.transformer_files import layout_of_class, layout_of_keys
+from sfumato.checkpoints.whole_files import TOWERS, read_whole
+from sfumato.checkpoints.whole_models import read_configs
+from sfumato.checkpoints.whole_texts import read_texts
 from sfumato.compress.base import Autoencoder
+from sfumato.diffuse.process import Process
 from sfumato.errors import WRONG, UserError, explained
 from sfumato.files import read_table
 from sfumato.model import LatentDiffusion
@@ -49,19 +60,26 @@ def load(
     reading: Reading | None = None,
     tokenizer: str | Path | None = None,
     memory: int | str | None = None,
+    transformer: str | Path | None = None,
 ) -> LatentDiffusion:
     """Opens a model: a bundled name ("fashion"), a folder in diffusers' layout, a single file, or a hub id
 
     ("owner/name"; its files are cached by `huggingface_hub`). dtype: of all weights (default: float32). variant: the files to prefer, such
     as "fp16". For single files in the original layout (.safetensors, .ckpt): reading, what the file itself does not say; tokenizer, a folder
-    with CLIP's vocab.json and merges.txt, or BERT's vocab.txt. memory: what the process may take, in bytes or as "3GB": the weights are streamed
+    with CLIP's vocab.json and merges.txt, or BERT's vocab.txt, or for whole files of SD 3 and FLUX.1 a model's folder. transformer: for folders,
+    a file with the network alone (original, GGUF, fp8), which is taken in place of the folder's; whose weights need not be there. memory: what the process may take, in bytes or as "3GB": the weights are streamed
     from the files then, as in `LatentDiffusion.streamed`, with the same pictures.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise UserError(f"dtype={dtype}: expected a floating-point one such as torch.bfloat16")
-    how = _How(device, dtype or torch.float32, variant, reading, tokenizer, None if memory is None else read_size(memory))
+    network = None if transformer is None else Path(transformer).expanduser()
+    how = _How(device, dtype or torch.float32, variant, reading, tokenizer, None if memory is None else read_size(memory), network)
     found = bundled()
     path = found.get(str(source), Path(source).expanduser())
+    if path.is_file() and network is not None:
+        raise UserError(f"transformer={transformer} with the file {path}: expected a model's folder, which has the other parts")
+    if path.is_file() and is_gguf(path):
+        raise _alone(path, "a network")
     if path.is_file() and (path.suffix in PICKLES or KEY_OF_OURS not in notes_of(path)):
         return _open_original(path, how)
     if path.is_file():
@@ -95,6 +113,7 @@ class _How:
     reading: Reading | None
     tokenizer: str | Path | None
     memory: int | None
+    transformer: Path | None = None
 
     @property
     def opened(self) -> torch.dtype | None:
@@ -114,13 +133,17 @@ def _open(path: Path, name: str, how: _How) -> LatentDiffusion:
     pipeline = parts.get("_class_name")
     vae = autoencoder_name(pipeline)
     part = next((name for name in NETWORK_PARTS if parts.get(name, [None, None]) != [None, None]), None)
+    if how.transformer is not None and part == "unet":
+        raise UserError(f"{path} is a model with a U-Net: transformer={how.transformer} has no place in it")
+    part = "transformer" if how.transformer is not None else part
     if part is None or vae not in parts:
         raise UserError(
             f"{path}/model_index.json names {', '.join(k for k in parts if not k.startswith('_'))}: expected at least {vae} and "
             f"{' or '.join(NETWORK_PARTS)}"
         )
     autoencoder = load_part(path / vae, None, how.opened, how.variant, autoencoder_unsaid(pipeline))
-    network = load_part(path / part, None, how.opened, how.variant)
+    lone = how.transformer
+    network = load_part(path / part, None, how.opened, how.variant) if lone is None else load_network(lone, path, how.opened)
     if not isinstance(autoencoder, Autoencoder):
         raise UserError(f"{path}/{vae} is a {type(autoencoder).__name__}: expected an autoencoder")
     if not isinstance(network, Network):
@@ -128,6 +151,7 @@ def _open(path: Path, name: str, how: _How) -> LatentDiffusion:
     scheduler = path / "scheduler" / "scheduler_config.json"
     with explained(scheduler):
         recipe = read_scheduler(read_table(scheduler), even=gives_even_times(str(pipeline)))
+    _check_process(scheduler, network, recipe.process)
     conditioner = _conditioner(path, parts, network, how)
     with explained(path / "model_index.json"):
         notes = parts.get("_sfumato", {})
@@ -147,6 +171,8 @@ def _open_original(path: Path, how: _How) -> LatentDiffusion:
     """Builds a model from a single file in the layout of its first publication."""
     if how.memory is not None and path.suffix in PICKLES:
         raise UserError(f"{path} is pickled and cannot be streamed: open it without memory=, `save` it as safetensors, and stream that")
+    if layout_of_keys(_table(path)) is not None:
+        return _open_whole(path, how)
     parts = split(path, how.reading)
     if not {"unet", "vae"} <= parts.networks.keys():
         raise UserError(
@@ -167,6 +193,58 @@ def _open_original(path: Path, how: _How) -> LatentDiffusion:
     begin = pipeline_defaults({"_class_name": pipeline_class(network, conditioner)}, network) | _guidance(conditioner)
     defaults = Defaults(**begin, sampler=recipe.sampler, spacing=recipe.spacing_word)
     return how.placed(LatentDiffusion(autoencoder, Denoiser(network, recipe.process), conditioner, defaults, path.stem, low_res))
+
+
+def _table(path: Path) -> Mapping[str, Any]:
+    """What a single file holds, by its keys; nothing of a file of unknown kind, of which `split` says what is wrong."""
+    return open_table(path, torch.float32)[0] if path.suffix in (*SAFE, *PICKLES) else {}
+
+
+def _alone(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path} holds {what} alone: give a folder with the other parts of its model, and this as its transformer "
+        "(load(FOLDER, transformer=FILE), --transformer FILE)"
+    )
+
+
+def _open_whole(path: Path, how: _How) -> LatentDiffusion:
+    """Builds a model from a single file with a diffusion transformer, its autoencoder and its text encoders."""
+    if how.reading is not None:
+        raise UserError(f"{path} holds a diffusion transformer, of which there is nothing to say in reading=: leave it out")
+    if how.memory is not None:
+        require_mapped(path)
+    table, notes = open_table(path, how.dtype)
+    parts = read_whole(table if how.memory is not None else sound(table, path), notes, path, read_configs(notes, path))
+    layout = layout_of_class(parts["transformer"].config["_class_name"])
+    texts = TOWERS.get(layout.name if layout else "", {})
+    if "vae" not in parts or not {part for part in texts if part != "text_encoder_3"} <= parts.keys() or layout is None:
+        raise _alone(path, " and ".join(name.replace("vae", "an autoencoder").replace("transformer", "a network") for name in parts))
+    autoencoder, network = (
+        build_part(p.config, {k: lazy.make() for k, lazy in p.tensors.items()}, path, path, None, how.opened, lambda: True)
+        for p in (parts[k] for k in ("vae", "transformer"))
+    )
+    assert isinstance(autoencoder, Autoencoder)
+    conditioner = read_texts(layout.name, parts, network, Source(path, notes, how.tokenizer, how.dtype, Reading(), how.memory is not None))
+    _check_parts(path, autoencoder, network, conditioner)
+    with explained(path):
+        ours = json.loads(notes.get(MODEL, "{}"))
+        scheduler = json.loads(notes[SCHEDULER]) if SCHEDULER in notes else extras(parts)["scheduler/scheduler_config.json"]
+        pipeline = pipeline_class(network, conditioner, ours.get("defaults", {}).get("references", 0))
+        recipe = read_scheduler(scheduler, even=gives_even_times(pipeline) or None)
+        begin = pipeline_defaults({"_class_name": pipeline}, network) | {"sampler": recipe.sampler, "spacing": recipe.spacing_word}
+        defaults = Defaults(**{k: v for k, v in ours.get("defaults", begin).items() if k in Defaults.__dataclass_fields__})
+    _check_process(path, network, recipe.process)
+    name = str(ours.get("name", path.stem))
+    return how.placed(LatentDiffusion(autoencoder, Denoiser(network, recipe.process), conditioner, defaults, name))
+
+
+def _check_process(where: Path, network: Any, process: Process) -> None:
+    """`UserError` for a scheduler of another process than the network was trained for, where all of its class have one."""
+    if network.parameterization not in (None, process.parameterization.name):
+        raise UserError(
+            f"{where} is of a process with target {process.parameterization.name!r}, and a {type(network).__name__} answers "
+            f"{network.parameterization!r}: put a scheduler of its kind there, such as FlowMatchEulerDiscreteScheduler"
+        )
 
 
 _NOTED = {"scheduler": SCHEDULER, "low_res_scheduler": LOW_RES}

@@ -20,7 +20,8 @@ from sfumato.checkpoints.names.scheduler import to_scheduler_config, write_sched
 from sfumato.checkpoints.names.scheduler_times import DynamicShift
 from sfumato.checkpoints.original import Part, gather, join, notes
 from sfumato.checkpoints.single_file import fold
-from sfumato.checkpoints.tokenizer import LOW_RES, SCHEDULER
+from sfumato.checkpoints.tokenizer import LOW_RES, MODEL, SCHEDULER
+from sfumato.checkpoints.whole_models import has_whole, write_model
 from sfumato.errors import UserError
 from sfumato.files import atomic_folder, write_json, write_tensors
 
@@ -31,7 +32,7 @@ def save_model(model: Any, place: str | Path, dtype: torch.dtype | None) -> None
         _save_folder(model, place, dtype)
     elif has_original(model.denoiser.network, model.conditioner):
         _save_original(model, place, dtype)
-    else:
+    elif not _save_whole(model, place, dtype):
         with tempfile.TemporaryDirectory() as temporary:
             _save_folder(model, Path(temporary) / "model", dtype)
             fold(Path(temporary) / "model", place)
@@ -97,6 +98,20 @@ def _save_original(model: Any, file: str | Path, dtype: torch.dtype | None) -> N
     if model.low_res is not None:
         ours[LOW_RES] = json.dumps(to_scheduler_config(model.low_res))
     write_tensors(file, join(parts), {**notes(parts), **ours})
+
+
+def _save_whole(model: Any, file: str | Path, dtype: torch.dtype | None) -> bool:
+    """One file with a diffusion transformer under the original names; False, and nothing is written, where others would read another model."""
+    network, conditioner = model.denoiser.network, model.conditioner
+    if not has_whole(network, conditioner, model.denoiser.process) or model.low_res is not None:
+        return False
+    found = write_model(network, model.autoencoder, conditioner, dtype)
+    if found is None:
+        return False
+    tensors, notes = found
+    ours = {SCHEDULER: json.dumps(_scheduler(model)), MODEL: json.dumps({"name": model.name, "defaults": asdict(model.defaults)})}
+    write_tensors(file, tensors, {**notes, **ours})
+    return True
 
 
 def check_target(folder: str | Path) -> Path:

@@ -67,36 +67,49 @@ def _pickled(path: Path) -> dict[str, torch.Tensor]:
     return state_dict(read_pickle(path), path)
 
 
-def open_source(source: Path, storing: Storing, config: Path | None = None, variant: str | None = None) -> Source:
+def open_source(
+    source: Path, storing: Storing, config: Path | None = None, variant: str | None = None, network: str | None = None
+) -> Source:
     """Reads the tables of a folder, a single file or a GGUF; weights stay where they are.
 
-    config: a folder with configs, for files. variant: of a folder's files those to prefer, such as "fp16".
+    config: a folder with configs, for files. variant: of a folder's files those to prefer, such as "fp16". network: the class of a file's
+    transformer, where its keys do not tell it.
 
     `UserError` for a source that is missing, damaged, or of no known layout.
     """
     if source.is_dir():
         if config is not None:
             raise UserError(f"--config {config} is for single files: the folder {source} has its own configs")
+        if network is not None:
+            raise UserError(f"--network is for single files: the folder {source} has its own configs")
         return _open_folder(source, variant)
     if not source.is_file():
         raise UserError(f"{source} was not found: expected a model's folder, a single file or a GGUF file")
     if variant is not None:
         raise UserError(f"--variant {variant} is for folders: {source} is one file")
     configs = {} if config is None else _configs(config)
-    if is_gguf(source) or source.suffix == ".gguf":
-        dtype = torch.bfloat16 if storing.dtype is None else torch.float32 if storing.dtype in EIGHTS else storing.dtype
-        table, notes = read_gguf(source, dtype).tensors, {}
-    elif source.suffix in SAFE:
-        table, notes = without_scales(present(read_tensors(source))), notes_of(source)
-    elif source.suffix in PICKLES:
-        table, notes = present(_pickled(source)), {}
-    else:
-        raise UserError(f"{source}: expected a file that ends in {', '.join((*SAFE, *PICKLES, '.gguf'))}")
-    parts = read_whole(sound(table, source), notes, source, configs)
+    table, notes = open_table(
+        source, torch.bfloat16 if storing.dtype is None else torch.float32 if storing.dtype in EIGHTS else storing.dtype
+    )
+    parts = read_whole(sound(table, source), notes, source, configs, network)
+    held = parts["transformer"].config["_class_name"] if "transformer" in parts else "no transformer"
+    if network not in (None, held):
+        raise UserError(f"{source} holds {held}, not {network}: leave out --network, or give another file")
     odd = sorted(configs.keys() - parts.keys()) if config is not None and (config / "config.json").exists() else []
     if odd:
         raise UserError(f"{config} is the config of a {odd[0]}, which {source} does not hold (it holds {', '.join(parts)})")
     return Source(parts, config)
+
+
+def open_table(source: Path, dtype: torch.dtype) -> tuple[Mapping[str, Lazy], dict[str, str]]:
+    """The tensors of a single file and its notes. dtype: what quantised ones become (GGUF)."""
+    if is_gguf(source) or source.suffix == ".gguf":
+        return read_gguf(source, dtype).tensors, {}
+    if source.suffix in SAFE:
+        return without_scales(present(read_tensors(source))), notes_of(source)
+    if source.suffix in PICKLES:
+        return present(_pickled(source)), {}
+    raise UserError(f"{source}: expected a file that ends in {', '.join((*SAFE, *PICKLES, '.gguf'))}")
 
 
 def _configs(folder: Path) -> dict[str, dict[str, Any]]:

@@ -103,7 +103,7 @@ def _axes(s: Shapes, head: int, published: list[int]) -> list[int]:
 
 
 def dit_config(s: Shapes) -> dict[str, Any]:
-    """diffusers' fields of DiTTransformer2DModel, for DiT and SiT."""
+    """diffusers' fields of DiTTransformer2DModel."""
     width, patch = s.size("x_embedder.proj.bias"), s.size("x_embedder.proj.weight", 2, 4)
     head = 72 if width % 72 == 0 else 64
     return {
@@ -121,6 +121,11 @@ def dit_config(s: Shapes) -> dict[str, Any]:
         "norm_elementwise_affine": False,
         "norm_eps": 1e-6,
     }
+
+
+def sit_config(s: Shapes) -> dict[str, Any]:
+    """The same fields, for SiT."""
+    return {**dit_config(s), "_class_name": "SfumatoSiT"}
 
 
 def pixart_config(s: Shapes) -> dict[str, Any]:

@@ -17,7 +17,9 @@ KEY = "sfumato.tokenizer"
 SCHEDULER = "sfumato.scheduler"
 LOW_RES = "sfumato.low_res_scheduler"
 CONDITIONER = "sfumato.conditioner"
-"""Metadata beside it that the layout has no place for either: the model's scheduler configs, and how it reads prompts."""
+MODEL = "sfumato.model"
+"""Metadata beside it that the layout has no place for either: the model's scheduler configs, how it reads prompts, and its name
+and defaults (of whole files of SD 3 and FLUX.1)."""
 HUB = "openai/clip-vit-large-patch14"
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = 49152 - 256 - 2  # of the list that OpenAI published, those that were used

@@ -1,7 +1,7 @@
 """Diffusion transformers in the layouts of their first publication: which is which, and its table of names.
 
     SD3     joint_blocks.*    model.diffusion_model. before the names, or nothing        FLUX.1, FLUX.2    double_blocks.*  single_blocks.*
-    DiT, SiT, PixArt    blocks.*
+    DiT, SiT, PixArt    blocks.*; the keys of SiT are DiT's, and its class must be named
 
 A file may hold the network alone, or the autoencoder and text encoders too (`whole_files.py`).
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.infer import Shapes
-from sfumato.checkpoints.infer_transformer import dit_config, flux2_config, flux_config, pixart_config, sd3_config
+from sfumato.checkpoints.infer_transformer import dit_config, flux2_config, flux_config, pixart_config, sd3_config, sit_config
 from sfumato.checkpoints.lazily import Lazy, Table, lazily_ours, lazily_theirs, outlines
 from sfumato.checkpoints.names import dit, pixart
 from sfumato.checkpoints.names.dit import dit_rows
@@ -62,14 +62,33 @@ LAYOUTS = (
     Layout("flux", "FluxTransformer2DModel", "double_blocks.0.img_mod.lin.weight", flux_rows, flux_config),
     Layout("flux2", "Flux2Transformer2DModel", "double_stream_modulation_img.lin.weight", flux2_rows, flux2_config),
     Layout("dit", "DiTTransformer2DModel", "y_embedder.embedding_table.weight", dit_rows, dit_config, _places),
+    Layout("sit", "SfumatoSiT", "y_embedder.embedding_table.weight", dit_rows, sit_config, _places),
     Layout("pixart", "PixArtTransformer2DModel", "y_embedder.y_proj.fc1.weight", pixart_rows, pixart_config, dropped=pixart.DROPPED),
 )
 
 
-def layout_of_keys(keys: Iterable[str]) -> tuple[Layout, str] | None:
-    """The kind of transformer in a file and the prefix of its names; None where there is none."""
+def layout_of_keys(keys: Iterable[str], named: object = None) -> tuple[Layout, str] | None:
+    """The kind of transformer in a file and the prefix of its names; None where there is none.
+
+    named: the class of its config, which tells SiT from DiT, whose keys are the same; without it they are DiT's.
+    """
     keys = set(keys)
-    return next(((k, p) for p in (PREFIX, "") for k in LAYOUTS if p + k.mark in keys), None)
+    found = [(k, p) for p in (PREFIX, "") for k in LAYOUTS if p + k.mark in keys]
+    return next((pair for pair in found if pair[0].class_name == named), found[0] if found else None)
+
+
+def noted_class(notes: Mapping[str, str]) -> object:
+    """The class of the network in a file that sfumato wrote, where keys do not tell it; None: they do, or the note is no table."""
+    try:
+        found = json.loads(notes.get(NOTE, "{}"))
+    except ValueError:
+        return None
+    return found.get("_class_name") if isinstance(found, dict) else None
+
+
+def layout_named(name: str) -> Layout:
+    """By its own name, such as "sit"."""
+    return next(k for k in LAYOUTS if k.name == name)
 
 
 def layout_of_class(name: object) -> Layout | None:
@@ -102,10 +121,9 @@ def read_transformer(
 
 def _config(layout: Layout, s: Shapes, config: Config | None, notes: Mapping[str, str]) -> dict[str, Any]:
     if config is not None:
-        if config.get("_class_name", layout.class_name) != layout.class_name:
-            raise UserError(
-                f"{s.where} holds a {layout.class_name}, and the given config is of a {config['_class_name']}: give its own config"
-            )
+        held = noted_class(notes) or layout.class_name
+        if config.get("_class_name", held) != held:
+            raise UserError(f"{s.where} holds a {held}, and the given config is of a {config['_class_name']}: give its own config")
         return {"_class_name": layout.class_name, **config}
     try:
         noted = json.loads(notes.get(NOTE, "{}"))
@@ -150,6 +168,8 @@ def write_transformer(layout: Layout, config: Config, ours: Table, where: object
     except UserError:  # of no published kind: its config is the note
         told = {}
     untold = {k: v for k, v in config.items() if not k.startswith("_") and _differ(v, told.get(k)) and (not told or k in told)}
+    if layout_of_keys(theirs) != (layout, ""):
+        untold["_class_name"] = layout.class_name
     return theirs, {NOTE: json.dumps(untold, sort_keys=True)} if untold else {}
 
 

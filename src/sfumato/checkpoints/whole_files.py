@@ -21,7 +21,7 @@ from sfumato.checkpoints.names.flux2 import BATCHES, flux2_vae_rows
 from sfumato.checkpoints.names.ldm_vae import vae_rows
 from sfumato.checkpoints.names.rows import Row, check, check_ours, under
 from sfumato.checkpoints.names.t5 import TIED, t5_rows
-from sfumato.checkpoints.transformer_files import PREFIX, layout_of_class, layout_of_keys, read_transformer, write_transformer
+from sfumato.checkpoints.transformer_files import PREFIX, layout_of_class, layout_of_keys, noted_class, read_transformer, write_transformer
 from sfumato.errors import UserError, explained
 
 TEXTS = "text_encoders."
@@ -42,13 +42,16 @@ class LazyPart:
     tensors: dict[str, Lazy]
 
 
-def read_whole(table: Table, notes: Mapping[str, str], where: object, configs: Mapping[str, Config] | None = None) -> dict[str, LazyPart]:
-    """Every part of a file: "transformer", "vae", "text_encoder", ... configs: what the caller knows of each.
+def read_whole(
+    table: Table, notes: Mapping[str, str], where: object, configs: Mapping[str, Config] | None = None, network: str | None = None
+) -> dict[str, LazyPart]:
+    """Every part of a file: "transformer", "vae", "text_encoder", ... configs: what the caller knows of each. network: the transformer's class,
+    where neither config nor notes tell it.
 
     `UserError` for a file of no known layout, and for one with keys that belong to no part.
     """
     configs, parts, taken = configs or {}, {}, set()
-    found = layout_of_keys(table)
+    found = layout_of_keys(table, configs.get("transformer", {}).get("_class_name") or noted_class(notes) or network)
     if found is not None:
         layout, prefix = found
         below = _below(table, prefix)

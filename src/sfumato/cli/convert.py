@@ -29,6 +29,8 @@ class Convert:
     """How to store weights. fp8: matrices of transformers in eight bits (e4m3), the rest in bf16; fp8-scaled: with a scale for each matrix."""
     config: Annotated[Path | None, unset("from the file's keys and shapes")] = None
     """A folder with the config.json of what a file holds, or a model's folder, whose scheduler and tokenizers are copied too."""
+    network: Annotated[Literal["dit", "sit"] | None, unset("dit")] = None
+    """Whose the network of a file is, where its keys do not tell: DiT's and SiT's are the same."""
     variant: Annotated[str | None, unset("none")] = None
     """Of a folder's files those to prefer, such as fp16."""
 
@@ -46,21 +48,25 @@ def convert(arguments: Sequence[str]) -> None:
     import torch
 
     from sfumato.checkpoints.conversion import Storing, has_unet, open_source, to_file, to_folder
+    from sfumato.checkpoints.transformer_files import layout_named
 
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     eights = {"fp8": torch.float8_e4m3fn, "fp8-scaled": torch.float8_e4m3fn}
     dtype = (dtypes | eights)[options.dtype] if options.dtype else None
     if has_unet(source):
-        if options.dtype in eights or options.config is not None:
-            flag = f"--dtype {options.dtype}" if options.dtype in eights else "--config"
+        given = [f"--dtype {options.dtype}"] * (options.dtype in eights)
+        given += [f"--{name}" for name in ("config", "network") if getattr(options, name) is not None]
+        if given:
+            flag = given[0]
             raise UserError(f"{flag} is for diffusion transformers, and {options.source} holds a U-Net: leave it out")
         from sfumato.loading import load
 
         load(str(source), dtype=dtype, variant=options.variant).save(target, dtype=dtype)
         print(f"{options.target}: {_size(target)}")
         return
+    network = layout_named(options.network).class_name if options.network else None
     storing = Storing(dtype, options.dtype == "fp8-scaled")
-    found = open_source(source, storing, options.config.expanduser() if options.config else None, options.variant)
+    found = open_source(source, storing, options.config.expanduser() if options.config else None, options.variant, network)
     with progress("converting") as update:
         counts = to_file(found, target, storing, options.source, update) if whole else to_folder(found, target, storing, update)
     print(f"{options.target}: {', '.join(f'{name} ({n} tensors)' for name, n in counts.items())}, {_size(target)}")

@@ -161,12 +161,13 @@ def read_encoder(tokenizer: Path, encoder: Path, projected: bool, dtype: torch.d
         import transformers  # noqa: F401  (asked for once, here, so that its absence is one sentence)
     except ImportError as error:
         raise UserError("text prompts need the package transformers: run `pip install 'sfumato[text]'`") from error
-    opened, model = _read_tokenizer(tokenizer), _read_model(encoder, projected, dtype, variant)
+    opened, model = read_tokenizer(tokenizer), _read_model(encoder, projected, dtype, variant)
     with explained(tokenizer, ANY):
         return ClipEncoder(opened, model, projected)
 
 
-def _read_tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder; `UserError` for one that is missing or of another kind."""
     from transformers import CLIPTokenizer
 
     # Without its files the library makes a tokenizer of two tokens, and says nothing.

@@ -115,13 +115,14 @@ class T5Encoder:
 def read_t5(tokenizer: Path, encoder: Path, dtype: torch.dtype | None, variant: str | None = None) -> T5Encoder:
     """Opens both folders; `UserError` for what is missing, of another kind, or not finite. variant: the weights to prefer, such as "fp16"."""
     require_transformers()
-    opened, model = _read_tokenizer(tokenizer), _read_model(encoder, dtype, variant)
+    opened, model = read_tokenizer(tokenizer), _read_model(encoder, dtype, variant)
     spiece = (tokenizer / SPIECE).read_bytes() if (tokenizer / SPIECE).exists() else None
     with explained(tokenizer, ANY):
         return T5Encoder(opened, model, spiece)
 
 
-def _read_tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder; `UserError` for one that is missing or of another kind."""
     from transformers import T5Tokenizer
 
     # Without its files the library makes a tokenizer of a few tokens, and says nothing.

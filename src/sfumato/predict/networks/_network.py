@@ -18,6 +18,9 @@ class Network(nn.Module):
     part: ClassVar[str] = "transformer"
     """The network's folder in diffusers' layout."""
 
+    parameterization: ClassVar[str | None] = None
+    """What all networks of this class answer, by the name that `diffuse.parameterization` has for it; None: the model's scheduler tells."""
+
     config: Any
 
     @property

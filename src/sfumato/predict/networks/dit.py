@@ -115,7 +115,7 @@ class DiT(PatchNetwork):
 
     def forward(self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning) -> Float[Tensor, "B K h w"]:
         """x noisy latent, timestep in 0..1000, conditioning with `vector` -> y, the network's target and, behind it, a learned variance."""
-        waves = sinusoidal(timestep, WAVES, shift=1.0).to(x.dtype)
+        waves = self.waves(timestep).to(x.dtype)
         classes = self._classes(cond).to(x.dtype)
         first = self._blocks()[0].norm1.emb
         told = first(waves, classes)  # (B, D)
@@ -127,6 +127,10 @@ class DiT(PatchNetwork):
 
         scale, shift = self._last(told)
         return self.picture(self.proj_out_2(modulated(y, scale, shift)), x.shape[2:])
+
+    def waves(self, timestep: Float[Tensor, " B"]) -> Float[Tensor, "B W"]:
+        """Sines and cosines of a timestep, as many as c's first layer takes."""
+        return sinusoidal(timestep, WAVES, shift=1.0)
 
     def _classes(self, cond: Conditioning) -> Float[Tensor, "B K"]:
         if cond.vector is None:
