@@ -1,6 +1,6 @@
 """`.ckpt`, `.bin` and `.pt` files: pickles, read with `weights_only=True`, so that nothing in them can run.
 
-Old checkpoints name classes of training frameworks beside their tensors (Lightning's callbacks). Those few names are read as empty
+Old checkpoints name classes of training frameworks beside their tensors (Lightning's callbacks, the arguments of a script). Those few names are read as empty
 placeholders; any other name is refused by torch, and the refusal becomes one sentence.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sfumato.errors import UserError
 
-_HARMLESS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.")
+_HARMLESS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "argparse.")
 
 
 class _Placeholder:
@@ -67,8 +67,11 @@ def _reason(error: pickle.UnpicklingError) -> str:
 def state_dict(values: Mapping[str, Any], where: object) -> dict[str, Tensor]:
     """The tensors of a checkpoint, from below `state_dict` where it is nested; what is no tensor (steps, settings) is left out.
 
+    Where training left the running average beside the weights ("ema" and "model": DiT, SiT), it is the average, which its authors draw with.
     `UserError` where there are none.
     """
+    if isinstance(values.get("ema"), Mapping) and isinstance(values.get("model"), Mapping):
+        values = values["ema"]
     while isinstance(values.get("state_dict"), Mapping):
         values = values["state_dict"]
     tensors = {str(k): v for k, v in values.items() if isinstance(v, Tensor)}

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
@@ -41,16 +42,16 @@ FEW = 4
 """Steps for which packed weights do not pay: to pack them takes as long as three steps of one Stable Diffusion picture gain."""
 
 
-def ready(source: str, steps: int | None, memory: int | None = None) -> "LatentDiffusion":
+def ready(source: str, steps: int | None, memory: int | None = None, transformer: Path | None = None) -> "LatentDiffusion":
     """A model ready to make pictures in so many steps (None: its own). Its hash, which they carry, is made before weights are packed.
 
-    memory: bytes that the process may take; weights are streamed then, and not packed.
+    memory: bytes that the process may take; weights are streamed then, and not packed. transformer: a file, as `load` takes it.
     """
     from sfumato.loading import load
 
     if memory is not None:
-        return load(source, memory=memory)
-    model = load(source)
+        return load(source, memory=memory, transformer=transformer)
+    model = load(source, transformer=transformer)
     if model.settings(steps=steps)["steps"] <= FEW:
         return model
     _ = model.hash

@@ -25,6 +25,8 @@ class RunOptions:
 
     model: str = "fashion"
     """A bundled name, a folder in the diffusers layout, a single file or a hub id."""
+    transformer: Annotated[Path | None, unset("the model's")] = None
+    """A file with a diffusion transformer alone (original, GGUF, fp8), in place of the one in the model's folder."""
     n: int = 1
     """How many pictures. Picture k is drawn from seed + k."""
     steps: Annotated[int | None, unset(MODELS)] = None
@@ -118,7 +120,7 @@ def make(
 
     set_threads(options.threads, None)
     clock.lap("import")
-    model = ready(options.model, options.steps)
+    model = ready(options.model, options.steps, transformer=options.transformer)
     clock.lap("load")
     request, settings = _request(model, options, prompt)
     request = prepare(model, request)
@@ -136,6 +138,7 @@ def make(
         "prompt": prompt,
         "negative_prompt": options.negative_prompt,
         **second,
+        **({} if options.transformer is None else {"transformer": str(options.transformer)}),
         "seed": options.seed,
         **settings,
         "height": pictures[0].height,

@@ -33,6 +33,8 @@ class Generate:
     """What to draw: words, or the name of a class (`sfumato info MODEL` lists them)."""
     model: str = "fashion"
     """A bundled name, a folder in the diffusers layout, a single file or a hub id."""
+    transformer: Annotated[str | None, unset("the model's")] = None
+    """A file with a diffusion transformer alone (original, GGUF, fp8), in place of the one in the model's folder."""
     n: int = 16
     """How many pictures. Picture k is drawn from seed + k."""
     steps: Annotated[int | None, unset(MODELS)] = None
@@ -45,6 +47,8 @@ class Generate:
     """The times to visit themselves, falling from noise (1) to clean (0), instead of --steps and --spacing."""
     guidance: Annotated[str | None, unset(MODELS)] = None
     """How strongly to follow the prompt: a number, 1 is off; or more, as "3 interval:low=0.2,high=0.8" (docs/guidance.md)."""
+    learned_guidance: Annotated[float | None, unset(MODELS)] = None
+    """The same, for models that are told it (FLUX.1 dev); for them --guidance with a lone number is this one."""
     negative_prompt: Annotated[str | None, unset("none")] = None
     """What to keep away from."""
     prompt_2: Annotated[str | None, unset("the prompt")] = None
@@ -100,6 +104,8 @@ RECORDED: dict[str, type | tuple[type, ...]] = {
 }
 # The same, of what may be missing: a picture that was made without it.
 OPTIONAL: dict[str, type | tuple[type, ...]] = {
+    "transformer": str,
+    "learned_guidance": (int, float),
     "prompt_2": str,
     "negative_prompt_2": str,
     "variation_strength": (int, float),
@@ -135,7 +141,7 @@ def generate(arguments: Sequence[str]) -> None:
     set_threads(options.threads, recorded.get("threads"))
     clock.lap("import")
     steps = max(len(options.timesteps) - 1, 1) if options.timesteps else options.steps
-    model = ready(options.model, steps, **memory)
+    model = ready(options.model, steps, **memory, transformer=None if options.transformer is None else Path(options.transformer))
     if recorded and not options.allow_other_model:
         _same_model(model.hash, "model", options.model, options.source, recorded)
     refiner = None if options.refiner is None else ready(options.refiner, steps, **memory)
@@ -239,6 +245,7 @@ def _request(model: "LatentDiffusion", options: Generate) -> tuple["Request", di
         spacing=options.spacing,
         timesteps=times,
         guidance=guidance,
+        learned_guidance=options.learned_guidance,
         height=options.height,
         width=options.width,
     )
@@ -286,6 +293,8 @@ def _settled(options: Generate, before: Generate) -> Generate:
         options = replace(options, timesteps=())
     if not options.timesteps and options.spacing == before.spacing and options.spacing in ("given", "tuned") and asked:
         options = replace(options, spacing=None)  # nobody asked for it: the times were the picture's, or the model's choice
+    if options.guidance != before.guidance and options.learned_guidance == before.learned_guidance:
+        options = replace(options, learned_guidance=None)
     return options
 
 
