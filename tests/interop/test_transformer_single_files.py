@@ -5,7 +5,10 @@ import argparse
 import json
 import math
 import runpy
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,7 +85,13 @@ def clip(projected: bool, seed: int, pad: str, **fields: Any) -> ClipEncoder:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     size = len(text.clip.vocabulary())
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 1, "projection_dim": 64}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "projection_dim": 64,
+    }
     config = CLIPTextConfig(**{"vocab_size": size, "bos_token_id": size - 2, "eos_token_id": size - 1} | sizes | fields)
     kind = CLIPTextModelWithProjection if projected else CLIPTextModel
     return ClipEncoder(text.clip.tokenizer(pad), text.drawn(lambda: kind(config), seed), projected)
@@ -91,9 +100,7 @@ def clip(projected: bool, seed: int, pad: str, **fields: Any) -> ClipEncoder:
 def t5(width: int, scratch: Path) -> T5Encoder:
     from transformers import T5Config, T5EncoderModel
 
-    config = T5Config(
-        vocab_size=192, d_model=width, d_kv=8, d_ff=40, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu", tie_word_embeddings=False
-    )
+    config = T5Config(vocab_size=192, d_model=width, d_kv=8, d_ff=40, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
     tokenizer = text.t5_tokenizer(scratch / f"spiece-{width}")
     return T5Encoder(tokenizer, text.drawn(lambda: T5EncoderModel(config), 3), text.spiece())
 
@@ -130,10 +137,28 @@ def converted(name: str, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyP
         return CONVERTERS[name](dict(tensors))
 
 
-def picture(model: LatentDiffusion) -> bytes:
-    """Of two steps, with the model's own sampler and times."""
-    found = model.generate("a red dog", steps=2, seed=3, height=16, width=16)
-    return found[0].tobytes()
+def picture(model: LatentDiffusion) -> Tensor:
+    """The latent after two steps, with the model's own sampler and times."""
+    return model.generate("a red dog", steps=2, seed=3, height=16, width=16, output="latent")
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """But for the last bits of what CLIP pools, which depend on where in memory its weights begin."""
+    return bool((a - b).norm() < 1e-5 * b.norm())
+
+
+@pytest.fixture(scope="module")
+def saved(models: dict[str, LatentDiffusion], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Where a model lies as `folder` and as `a.safetensors`; nobody writes there."""
+
+    @cache
+    def place(name: str) -> Path:
+        found = tmp_path_factory.mktemp(name)
+        models[name].save(found / "folder")
+        models[name].save(found / "a.safetensors")
+        return found
+
+    return place
 
 
 def notes_of(path: Path) -> dict[str, str]:
@@ -152,28 +177,28 @@ def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 # ---- whole files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_there_and_back(name: str, models: dict[str, LatentDiffusion], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_there_and_back(name: str, models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path) -> None:
     """The same model from the file, and the same file from that model, to the last bit."""
     model = models[name]
-    model.save(tmp_path / "a.safetensors")
-    again = sfumato.load(tmp_path / "a.safetensors")
+    again = sfumato.load(saved(name) / "a.safetensors")
     assert (again.hash, again.name, again.defaults) == (model.hash, model.name, model.defaults)
     assert again.denoiser.process == model.denoiser.process and again.conditioner.to_config() == model.conditioner.to_config()
-    assert picture(again) == picture(model)
+    assert same(picture(again), picture(model))
     again.save(tmp_path / "b.safetensors")
-    assert equal(load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors"))
-    one, two = (notes_of(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert equal(load_file(saved(name) / "a.safetensors"), load_file(tmp_path / "b.safetensors"))
+    one, two = (notes_of(path) for path in (saved(name) / "a.safetensors", tmp_path / "b.safetensors"))
     assert {k: v for k, v in one.items() if k != TOKENIZERS} == {k: v for k, v in two.items() if k != TOKENIZERS}
     again.save(tmp_path / "folder")
     assert sfumato.load(tmp_path / "folder").hash == model.hash
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_others_read_the_file(name: str, models: dict[str, LatentDiffusion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_others_read_the_file(
+    name: str, models: dict[str, LatentDiffusion], saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = models[name]
-    model.save(tmp_path / "a.safetensors")
-    file = load_file(tmp_path / "a.safetensors")
+    file = load_file(saved(name) / "a.safetensors")
     assert equal(converted(name, below(file, PREFIX), monkeypatch), dict(model.denoiser.network.state_dict()))
     assert equal(theirs.convert_ldm_vae_checkpoint(dict(file), model.autoencoder.to_config()), dict(model.autoencoder.state_dict()))
     if name == "sd3":
@@ -181,44 +206,45 @@ def test_others_read_the_file(name: str, models: dict[str, LatentDiffusion], tmp
             found = theirs.convert_ldm_clip_checkpoint(dict(file), f"text_encoders.{tower}.transformer.")
             assert equal(found, model.conditioner.encoders[part].tensors())
         assert equal(below(file, "text_encoders.t5xxl.transformer."), model.conditioner.encoder_3.tensors())
-    assert NOTE not in notes_of(tmp_path / "a.safetensors") or set(json.loads(notes_of(tmp_path / "a.safetensors")[NOTE])) == {
+    assert NOTE not in notes_of(saved(name) / "a.safetensors") or set(json.loads(notes_of(saved(name) / "a.safetensors")[NOTE])) == {
         "sample_size"
     }
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_files_of_others(name: str, models: dict[str, LatentDiffusion], tmp_path: Path) -> None:
+def test_files_of_others(name: str, models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path) -> None:
     """Without a note: tokenizers from a folder, what was published for the rest."""
     model = models[name]
-    model.save(tmp_path / "a.safetensors")
-    model.save(tmp_path / "folder")
-    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "bare.safetensors")
+    save_file(load_file(saved(name) / "a.safetensors"), tmp_path / "bare.safetensors")
     with pytest.raises(UserError, match=r"bare\.safetensors has text encoders and no tokenizers.*tokenizer and tokenizer_2"):
         sfumato.load(tmp_path / "bare.safetensors")
     with pytest.raises(UserError, match="has no folder tokenizer"):
         sfumato.load(tmp_path / "bare.safetensors", tokenizer=tmp_path)
-    found = sfumato.load(tmp_path / "bare.safetensors", tokenizer=tmp_path / "folder")
+    found = sfumato.load(tmp_path / "bare.safetensors", tokenizer=saved(name) / "folder")
     assert found.defaults == model.defaults and found.denoiser.process == model.denoiser.process
     assert found.conditioner.to_config() == model.conditioner.to_config() and found.name == "bare"
-    assert picture(found) == picture(model)
-    half = sfumato.load(tmp_path / "a.safetensors", dtype=torch.bfloat16)
+    assert same(picture(found), picture(model))
+
+
+def test_half_precision(models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path) -> None:
+    model = models["flux"]
+    half = sfumato.load(saved("flux") / "a.safetensors", dtype=torch.bfloat16)
     assert {p.dtype for p in half.denoiser.network.parameters()} == {torch.bfloat16}
     model.save(tmp_path / "half.safetensors", dtype=torch.bfloat16)
     assert sfumato.load(tmp_path / "half.safetensors", dtype=torch.bfloat16).hash == half.hash
 
 
-def test_sd3_without_t5(models: dict[str, LatentDiffusion], tmp_path: Path) -> None:
+def test_sd3_without_t5(models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path) -> None:
     model = models["sd3"]
     model = replace(model, conditioner=replace(model.conditioner, encoder_3=None, config=Sd3TextConfig(joint_attention_dim=192)))
     model.save(tmp_path / "a.safetensors")
     assert not any("t5xxl" in k for k in load_file(tmp_path / "a.safetensors"))
     assert sfumato.load(tmp_path / "a.safetensors").hash == model.hash
     save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "bare.safetensors")
-    models["sd3"].save(tmp_path / "folder")
-    assert picture(sfumato.load(tmp_path / "bare.safetensors", tokenizer=tmp_path / "folder")) == picture(model)
+    assert same(picture(sfumato.load(tmp_path / "bare.safetensors", tokenizer=saved("sd3") / "folder")), picture(model))
 
 
-def test_what_the_layout_cannot_tell(models: dict[str, LatentDiffusion], tmp_path: Path) -> None:
+def test_what_the_layout_cannot_tell(models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path) -> None:
     """Heads, latents or text encoders that others would take for published ones: our own layout, and the same model from it."""
     model = models["flux"]
     flat = replace(model, autoencoder=autoencoder(0.5, None))
@@ -232,13 +258,12 @@ def test_what_the_layout_cannot_tell(models: dict[str, LatentDiffusion], tmp_pat
         other.save(path)
         assert KEY_OF_OURS in notes_of(path), k
         assert sfumato.load(path).hash == other.hash
-    model.save(tmp_path / "plain.safetensors")
-    assert KEY_OF_OURS not in notes_of(tmp_path / "plain.safetensors")
+    assert KEY_OF_OURS not in notes_of(saved("flux") / "a.safetensors")
 
 
-def test_damaged_files(models: dict[str, LatentDiffusion], tmp_path: Path) -> None:
-    models["flux"].save(tmp_path / "a.safetensors")
-    file, notes = load_file(tmp_path / "a.safetensors"), notes_of(tmp_path / "a.safetensors")
+def test_damaged_files(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    good = saved("flux") / "a.safetensors"
+    file, notes = load_file(good), notes_of(good)
     bad = tmp_path / "bad.safetensors"
     key = "first_stage_model.decoder.conv_in.weight"
     tables: list[tuple[dict[str, Tensor], dict[str, str], str]] = [
@@ -259,7 +284,7 @@ def test_damaged_files(models: dict[str, LatentDiffusion], tmp_path: Path) -> No
         with pytest.raises(UserError, match=f"(?s)bad.safetensors.*{said}|{said}.*bad.safetensors"):
             sfumato.load(bad)
     with pytest.raises(UserError, match="reading="):
-        sfumato.load(tmp_path / "a.safetensors", reading=Reading(ema=True))
+        sfumato.load(good, reading=Reading(ema=True))
 
 
 # ---- a network in a file of its own ----------------------------------------------------------------------------------------
@@ -267,7 +292,7 @@ def test_damaged_files(models: dict[str, LatentDiffusion], tmp_path: Path) -> No
 
 def lone(model: LatentDiffusion, name: str, path: Path, prefix: str = "") -> dict[str, Tensor]:
     """Writes the network of a model under its original names."""
-    net = model.denoiser.network
+    net: Any = model.denoiser.network
     table, _ = write_transformer(layout_named(name), net.to_config(), present(net.state_dict()), "network")
     tensors = {prefix + k: v.make().contiguous() for k, v in table.items()}
     save_file(tensors, path)
@@ -275,25 +300,25 @@ def lone(model: LatentDiffusion, name: str, path: Path, prefix: str = "") -> dic
 
 
 @pytest.fixture
-def base(models: dict[str, LatentDiffusion], tmp_path: Path) -> Path:
+def base(saved: Callable[[str], Path], tmp_path: Path) -> Path:
     """FLUX's folder without the weights of its network."""
-    models["flux"].save(tmp_path / "base")
+    shutil.copytree(saved("flux") / "folder", tmp_path / "base")
     (tmp_path / "base" / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     return tmp_path / "base"
 
 
-def test_a_network_beside_a_folder(models: dict[str, LatentDiffusion], base: Path, tmp_path: Path) -> None:
+def test_a_network_beside_a_folder(models: dict[str, LatentDiffusion], saved: Callable[[str], Path], base: Path, tmp_path: Path) -> None:
     model = models["flux"]
     with pytest.raises(UserError, match="has no weights"):
         sfumato.load(base)
     for prefix in ("", PREFIX):
         tensors = lone(model, "flux", tmp_path / "net.safetensors", prefix)
         found = sfumato.load(base, transformer=tmp_path / "net.safetensors")
-        assert found.hash == model.hash and found.defaults == model.defaults and picture(found) == picture(model)
+        assert found.hash == model.hash and found.defaults == model.defaults and same(picture(found), picture(model))
     torch.save({"state_dict": tensors}, tmp_path / "net.pt")
     assert sfumato.load(base, transformer=str(tmp_path / "net.pt")).hash == model.hash
-    model.save(tmp_path / "all.safetensors")  # of a whole file the network is taken
-    assert sfumato.load(base, transformer=tmp_path / "all.safetensors").hash == model.hash
+    every = saved("flux") / "a.safetensors"  # of a whole file the network is taken
+    assert sfumato.load(base, transformer=every).hash == model.hash
 
 
 def test_quantised_networks(models: dict[str, LatentDiffusion], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,14 +381,13 @@ def test_networks_that_do_not_belong(models: dict[str, LatentDiffusion], base: P
         sfumato.load(base, transformer=tmp_path / "schnell.safetensors")
 
 
-def test_streamed(models: dict[str, LatentDiffusion], base: Path, tmp_path: Path) -> None:
+def test_streamed(models: dict[str, LatentDiffusion], saved: Callable[[str], Path], base: Path, tmp_path: Path) -> None:
     """The same pictures with weights that stay in the files."""
     model = models["flux"]
     lone(model, "flux", tmp_path / "net.safetensors")
-    model.save(tmp_path / "all.safetensors")
     wanted = picture(model)
-    assert picture(sfumato.load(base, transformer=tmp_path / "net.safetensors", memory="64GB")) == wanted
-    assert picture(sfumato.load(tmp_path / "all.safetensors", memory="64GB")) == wanted
+    assert same(picture(sfumato.load(base, transformer=tmp_path / "net.safetensors", memory="64GB")), wanted)
+    assert same(picture(sfumato.load(saved("flux") / "a.safetensors", memory="64GB")), wanted)
 
 
 def test_command_line(
@@ -378,7 +402,7 @@ def test_command_line(
     assert main(["generate", "a cat", "--model", str(base), "--transformer", "net.safetensors", *small, "--out", "a.png"]) == 0
     assert main(["generate", "--from", "a.png", "--out", "b.png"]) == 0
     assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes()
-    task = ["vary", "a.png", "a cat", "--model", str(base), "--transformer", "net.safetensors", "--steps", "2", "--out", "c.png"]
+    task = ["vary", "a.png", "a cat", "--model", str(base), "--transformer", "net.safetensors", "--steps", "4", "--out", "c.png"]
     assert main(task) == 0, capsys.readouterr().err
     assert main(["generate", "a cat", "--model", str(base), *small]) == 2
     assert "has no weights" in capsys.readouterr().err
