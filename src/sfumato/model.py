@@ -388,8 +388,8 @@ class LatentDiffusion:
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes the model as a diffusers folder, atomically; `dtype` (e.g. torch.float16) changes what is stored.
 
-        A name that ends in .safetensors gets the same in one file, which `load` opens too: Stable Diffusion's and Latent Diffusion's models in
-        the layout of their first publication, which other programs open, others in our own. A model of that name is replaced as a whole;
+        A name that ends in .safetensors gets the same in one file, which `load` opens too: Stable Diffusion's (1 to 3.5), FLUX.1's and Latent
+        Diffusion's models in the layout of their first publication, which other programs open, others in our own. A model of that name is replaced as a whole;
         `UserError` for a file or folder that is something else, or a full disk, `NumericalError` for weights that are not finite in `dtype`.
         """
         refuse(self, "saving", "open it without memory=, or copy its files")

@@ -92,7 +92,8 @@ def clip(projected: bool, seed: int, pad: str, **fields: Any) -> ClipEncoder:
         "num_attention_heads": 1,
         "projection_dim": 64,
     }
-    config = CLIPTextConfig(**{"vocab_size": size, "bos_token_id": size - 2, "eos_token_id": size - 1} | sizes | fields)
+    sizes |= {"vocab_size": size, "bos_token_id": size - 2, "eos_token_id": size - 1} | fields
+    config = CLIPTextConfig(**sizes)
     kind = CLIPTextModelWithProjection if projected else CLIPTextModel
     return ClipEncoder(text.clip.tokenizer(pad), text.drawn(lambda: kind(config), seed), projected)
 

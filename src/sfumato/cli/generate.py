@@ -141,7 +141,9 @@ def generate(arguments: Sequence[str]) -> None:
     set_threads(options.threads, recorded.get("threads"))
     clock.lap("import")
     steps = max(len(options.timesteps) - 1, 1) if options.timesteps else options.steps
-    model = ready(options.model, steps, **memory, transformer=None if options.transformer is None else Path(options.transformer))
+    model = ready(
+        options.model, steps, memory.get("memory"), transformer=None if options.transformer is None else Path(options.transformer)
+    )
     if recorded and not options.allow_other_model:
         _same_model(model.hash, "model", options.model, options.source, recorded)
     refiner = None if options.refiner is None else ready(options.refiner, steps, **memory)
