@@ -51,7 +51,7 @@ def ready(source: str, steps: int | None, memory: int | None = None, transformer
 
     if memory is not None:
         return load(source, memory=memory, transformer=transformer)
-    model = load(source, transformer=transformer)
+    model = load(source) if transformer is None else load(source, transformer=transformer)
     if model.settings(steps=steps)["steps"] <= FEW:
         return model
     _ = model.hash
