@@ -146,7 +146,7 @@ def generate(arguments: Sequence[str]) -> None:
     )
     if recorded and not options.allow_other_model:
         _same_model(model.hash, "model", options.model, options.source, recorded)
-    refiner = None if options.refiner is None else ready(options.refiner, steps, **memory)
+    refiner = None if options.refiner is None else ready(options.refiner, steps, memory.get("memory"))
     if recorded.get("refiner") and refiner is not None and not options.allow_other_model:
         _same_model(refiner.hash, "refiner", options.refiner, options.source, recorded)
     clock.lap("load")
