@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sfumato.nn import blockwise, invariant
+from sfumato.nn import blockwise, invariant, kernels
 from sfumato.nn.attention import FeedForward
 from sfumato.nn.embeddings import PatchEmbed, padded, sincos_2d, unpatched
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
@@ -153,6 +153,21 @@ def test_attention_in_blocks_does_not_touch_what_it_should_not() -> None:
         assert not blockwise.fits(q, q) and not blockwise.fits(q[:, :1000].bfloat16(), q.bfloat16())
         assert not blockwise.fits(q[..., :64].bfloat16(), q[..., :64].bfloat16())
     assert not blockwise.fits(q.bfloat16(), q.bfloat16())  # a gradient may be wanted
+
+
+def test_the_way_that_attention_takes_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    kernels._say.cache_clear()
+    q = normal(1, 1024, 1, 16)
+    with caplog.at_level("INFO", logger="sfumato"), torch.inference_mode():
+        for _ in range(3):
+            invariant.attend(q, q, q)
+        invariant.attend(q[:, :1000], q[:, :1000], q[:, :1000])  # too few to be worth a word
+        assert [r.levelname for r in caplog.records] == ["INFO"] and "flash" in caplog.text
+        kernels.report("math", q, 1024, 1024, False)
+        kernels.report("math", q, 1024, 1024, False)
+    assert [r.levelname for r in caplog.records] == ["INFO", "WARNING"]
+    heads = q.transpose(1, 2)
+    assert kernels.torchs_choice(heads, heads, heads, None) == "flash"
 
 
 # ---- patches and places ------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sfumato.nn import blockwise
+from sfumato.nn import blockwise, kernels
 
 _LINE = 16  # float32 numbers in a cache line of 64 bytes
 _ROWS = 4  # the rows that MKL's kernels take together; of 16 rows and more the rest gets the same bits as well
@@ -115,6 +115,7 @@ def attend(
     if blockwise.fits(q, k) and (ours := onednn()) is not None and ours._is_mkldnn_bf16_supported():
         y = blockwise.attend(q, k, v, mask, ours)
         if y is not None:
+            kernels.report("blockwise", q, q.shape[1], k.shape[1], mask is not None)
             return y
     if q.dtype == torch.bfloat16 and q.is_cpu and q.shape[-1] < 128 and not torch.is_grad_enabled():
         return attend(q.float(), k.float(), v.float(), mask).bfloat16()
@@ -125,7 +126,10 @@ def attend(
         missing = -count % _LINE
         q, k, v = F.pad(q, (0, 0, 0, 0, 0, missing)) if missing else q, _on_lines(k), _on_lines(v)
     q, k, v = (p.transpose(1, 2) for p in (q, k, v))  # (B, H, N, d)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
+    keep = None if mask is None else mask[:, None, None, :]
+    if count * k.shape[2] >= kernels.MANY and not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        kernels.report(kernels.torchs_choice(q, k, v, keep), q, count, k.shape[2], mask is not None)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
     return y.transpose(1, 2).flatten(2)[:, :count]
 
 
