@@ -34,6 +34,7 @@ autoencoder = AutoencoderRecipe(
         save_every=1000,
         show_every=1500,
     ),
+    features="efficientnet-lite0",
 )
 
 denoiser = DenoiserRecipe(

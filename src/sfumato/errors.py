@@ -28,7 +28,7 @@ def unknown(kind: str, value: object, known: Iterable[str]) -> UserError:
     """The error for a name that is not in a list: says what is known, at most `SHOWN`, and what is near."""
     names = sorted(known)
     near = difflib.get_close_matches(str(value).lower(), [n.lower() for n in names], n=3, cutoff=0.5)
-    close = [n for n in names if n.lower() in near]
+    close = [n for best in near for n in names if n.lower() == best]  # the nearest first
     hint = f"did you mean {' or '.join(repr(n) for n in close)}? " if close else ""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return UserError(f"unknown {kind} {value!r}: {hint}known are {', '.join(names[:SHOWN]) or 'none'}{more}")

@@ -31,6 +31,7 @@ from sfumato.errors import NumericalError, UserError, unknown
 from sfumato.files import hash_json, hash_tensors
 from sfumato.pages import read_size
 from sfumato.predict.denoiser import Denoiser, answer
+from sfumato.predict.networks._network import Network
 from sfumato.registry import find
 from sfumato.running import questions, told_guidance
 from sfumato.sampling import Defaults, Prompt, Request, latent_shape, prompts, request_from, seeds_of, settings, times_of
@@ -308,7 +309,8 @@ class LatentDiffusion:
     def sample_size(self) -> int:
         """The default height and width of images, in pixels."""
         network: Any = self.denoiser.network
-        return network.sample_size * self.autoencoder.space.factor
+        side = network.sample_size if isinstance(network, Network) else getattr(network.config, "sample_size", None) or 64  # another's
+        return side * self.autoencoder.space.factor
 
     @property
     def class_names(self) -> tuple[str, ...]:

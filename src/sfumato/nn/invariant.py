@@ -151,7 +151,7 @@ def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
 
 def _on_lines(x: Float[Tensor, "B L H d"]) -> Float[Tensor, "B L H d"]:
     """The same numbers, with unused memory between the images so that each begins on a cache line."""
-    numbers = x[0].numel()
+    numbers = x.shape[1:].numel()
     if numbers % _LINE == 0:
         return x
     return F.pad(x.flatten(1), (0, -numbers % _LINE))[:, :numbers].unflatten(1, x.shape[1:])
