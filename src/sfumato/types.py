@@ -33,7 +33,7 @@ class Conditioning:
     tokens     (B, L, D)    attended to by cross-attention, with `mask` (B, L), True where a token counts
     vector     (B, V)       joins the time embedding: pooled text, or class weights (one-hot for one class)
     concat     (B, K, h, w) joins x along channels: masks, low-resolution images, maps
-    residuals  tuple of (B, c, h, w), added inside the network (ControlNet)
+    residuals  tuple of (B, c, h, w), or of (B, N, D) for the tokens of a transformer, added inside the network (ControlNet)
     image_tokens (B, M, D)  a second token set, for image prompts
     references tuple of (B, C, k, l), clean latents of other pictures, of any sizes, that are read beside x (FLUX.1 Kontext, FLUX.2)
     """

@@ -7,8 +7,9 @@ which is 1e-4 from s = -9 on, below bfloat16's rounding. oneDNN has sigmoid, not
 that were just summed, so that scores are never rounded, never written, and no maximum is looked for. C is an upper bound of all scores of a head,
 max|q| max|k| / sqrt(d) + 9 (Cauchy-Schwarz): bfloat16 reaches down to e^-87, so that it may lie far above what the scores reach.
 
-1.6 to 1.9 times as quick as torch's kernel at 4.6 thousand tokens for heads of 128, 1.0 to 1.3 times for heads of 64: that multiplies in smaller pieces and exponentiates
-in passes of its own (AMD EPYC with AVX-512, 2 threads). The result is rounded once more than there: 2 to 3e-3 from exact beside 1.5 to 2e-3.
+1.6 to 1.9 times as quick as torch's kernel at 4.6 thousand tokens for heads of 128, 1.0 to 1.3 times for heads of 64: that multiplies in
+smaller pieces and exponentiates in passes of its own (AMD EPYC with AVX-512, 2 threads). The result is rounded once more than there: 2 to 3e-3
+from exact beside 1.5 to 2e-3. `benchmarks/transformer_step.py` has it in whole networks.
 """
 
 import torch

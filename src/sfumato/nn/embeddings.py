@@ -75,13 +75,18 @@ def from_patches(y: Float[Tensor, "B N D"], rows: int, patch: int) -> Float[Tens
     return y.reshape(b, d // patch**2, rows * patch, -1)
 
 
-@lru_cache(maxsize=16)
 def sincos_2d(width: int, rows: int, columns: int, base: int, scale: float = 1.0) -> Float[Tensor, "N D"]:
     """Sinusoidal features of the places of a map of tokens, row by row, float32 on the CPU: (rows * columns, width); not to be changed.
 
     The first half of a token's numbers is of its column, the second of its row; in each, sines come first (MAE, He et al. 2021,
     arXiv:2111.06377; DiT). Places are stretched so that any map covers what `base` tokens cover, divided by `scale`.
     """
+    make = _sincos_2d.__wrapped__ if torch.compiler.is_compiling() else _sincos_2d  # what a compiler looks at is no tensor to remember
+    return make(width, rows, columns, base, scale)
+
+
+@lru_cache(maxsize=16)
+def _sincos_2d(width: int, rows: int, columns: int, base: int, scale: float) -> Float[Tensor, "N D"]:
     half = width // 2
 
     def waves(count: int) -> Tensor:  # (count, half)

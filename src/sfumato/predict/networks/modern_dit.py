@@ -188,7 +188,8 @@ class ModernDiT(Network):
         first, mask = self._placeless(x, cond)
         count = first.shape[1]
         x = torch.cat([first, x], dim=1)
-        turn = _turns(self.config, count, rows, columns, x.device) if self.config.positions == "rope" else None
+        make = _turns.__wrapped__ if torch.compiler.is_compiling() else _turns  # what a compiler looks at is no tensor to remember
+        turn = make(self.config, count, rows, columns, x.device) if self.config.positions == "rope" else None
 
         for block in self.transformer_blocks:
             x = block(x, embedding, turn, mask)
