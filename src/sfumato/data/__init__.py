@@ -1,13 +1,26 @@
 """Data: pictures from IDX files, folders, parquet and Hugging Face datasets, and the cache of their latents.
 
     open_images("fashion-mnist") -> ImageSet -> cache_latents(images, encode, ...) -> LatentSet
+    open_buckets("pictures", side=256, step=32) -> BucketedImages, an ImageSet a bucket -> BucketedLatents
 
-Both sets answer `batch(indices)`; who draws the indices (shuffling, holdout, resume) is the training loop's business.
+The sets answer `batch(indices)`; who draws the indices (shuffling, holdout, resume) is the training loop's business.
 """
 
+from sfumato.data.buckets import BucketedImages, BucketedLatents, bucket_sizes, nearest_bucket, open_buckets
 from sfumato.data.images import ImageSet
 from sfumato.data.latent_cache import LatentSet, cache_latents
 from sfumato.data.source import open_images
 from sfumato.data.transform import Transform
 
-__all__ = ["ImageSet", "LatentSet", "Transform", "cache_latents", "open_images"]
+__all__ = [
+    "BucketedImages",
+    "BucketedLatents",
+    "ImageSet",
+    "LatentSet",
+    "Transform",
+    "bucket_sizes",
+    "cache_latents",
+    "nearest_bucket",
+    "open_buckets",
+    "open_images",
+]

@@ -8,6 +8,7 @@ the decoded pixels themselves, before resizing: a file that is re-saved with the
 
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -218,15 +219,7 @@ def build(listing: Listing, transform: Transform, on_error: Literal["raise", "sk
 
     Raises `UserError` for a broken picture (on_error="raise"), when none is left, or when sizes differ and `size` is None.
     """
-    checked = _check(listing, transform, on_error)
-    skipped = [*listing.skipped, *((listing.picture_name(i), c.reason) for i, c in enumerate(checked) if c.reason)]
-    for name, reason in skipped:
-        log.warning("left out %s: %s", name, reason)
-    good = [i for i, c in enumerate(checked) if not c.reason]
-    if not good:
-        first = f": the first, {skipped[0][0]}, failed with {skipped[0][1]}" if skipped else ""
-        raise UserError(f"none of the {len(skipped)} images of {listing.name} can be read{first}")
-    channels = transform.channels or max(checked[i].shape[0] for i in good)
+    checked, good, skipped = _check(listing, lambda shape: transform, on_error)
     height, width = checked[good[0]].shape[1:]
     for i in good:
         if checked[i].shape[1:] != (height, width):
@@ -235,25 +228,71 @@ def build(listing: Listing, transform: Transform, on_error: Literal["raise", "sk
                 f"the images of {listing.name} differ in size ({listing.picture_name(good[0])} is {height}x{width}, "
                 f"{listing.picture_name(i)} is {other}): give one size, for example size={min(height, width)}"
             )
-    transform = replace(transform, channels=channels)
-    digests = np.stack([d for i in good if (d := checked[i].digest) is not None])
-    fits = len(good) * channels * height * width <= MEMORY_LIMIT
-    if fits and all(checked[i].pixels is not None for i in good):
-        pixels = np.empty((len(good), channels, height, width), np.uint8)
-        for row, i in enumerate(good):  # a grey picture among coloured ones is repeated by the assignment
-            pixels[row] = np.asarray(checked[i].pixels)
-            checked[i] = replace(checked[i], pixels=None)  # let go of each copy at once: the peak stays near one set
-        store: _Memory | _OnDemand = _Memory(torch.from_numpy(pixels), channels, digests)
-    else:
-        store = _OnDemand(listing, good, transform, (channels, height, width), digests)
-    return assemble(listing, store, good, transform, skipped)
+    return _held(listing, checked, [(good, transform)], skipped)[0]
 
 
-def _check(listing: Listing, transform: Transform, on_error: Literal["raise", "skip"]) -> list[_Checked]:
+def build_sizes(
+    listing: Listing, size_of: Callable[[int, int], tuple[int, int]], transform: Transform, on_error: Literal["raise", "skip"]
+) -> tuple[list[ImageSet], list[list[int]], list[tuple[str, str]]]:
+    """`build` for several shapes at once: each picture, decoded once, gets the size that `size_of(height, width)` has for it upright.
+
+    Returns one set a size that has pictures, smallest height first, the numbers of each set's pictures in the listing, and what was left out.
+    All sets together are held in memory, or none.
+    """
+    checked, good, skipped = _check(listing, lambda shape: replace(transform, size=size_of(*shape)), on_error)
+    sizes = sorted({checked[i].shape[1:] for i in good})
+    rows = [[i for i in good if checked[i].shape[1:] == size] for size in sizes]
+    parts = [(r, replace(transform, size=(h, w))) for (h, w), r in zip(sizes, rows, strict=True)]
+    return _held(listing, checked, parts, skipped), rows, skipped
+
+
+def _check(
+    listing: Listing, transform_of: Callable[[tuple[int, int]], Transform], on_error: Literal["raise", "skip"]
+) -> tuple[list[_Checked], list[int], list[tuple[str, str]]]:
+    """Every picture, decoded once; the numbers of those that could be, at least one; and what was left out, with the source's own."""
+    checked = _decode_all(listing, transform_of, on_error)
+    skipped = [*listing.skipped, *((listing.picture_name(i), c.reason) for i, c in enumerate(checked) if c.reason)]
+    for name, reason in skipped:
+        log.warning("left out %s: %s", name, reason)
+    good = [i for i, c in enumerate(checked) if not c.reason]
+    if not good:
+        first = f": the first, {skipped[0][0]}, failed with {skipped[0][1]}" if skipped else ""
+        raise UserError(f"none of the {len(skipped)} images of {listing.name} can be read{first}")
+    return checked, good, skipped
+
+
+def _held(
+    listing: Listing, checked: list[_Checked], parts: list[tuple[list[int], Transform]], skipped: list[tuple[str, str]]
+) -> list[ImageSet]:
+    """A set for the numbers of each part, which share a shape; all have the same channels."""
+    good = [i for rows, _ in parts for i in rows]
+    channels = max(transform.channels or checked[i].shape[0] for rows, transform in parts for i in rows)
+    fits = sum(channels * math.prod(checked[i].shape[1:]) for i in good) <= MEMORY_LIMIT
+    fits = fits and all(checked[i].pixels is not None for i in good)
+    sets: list[ImageSet] = []
+    for rows, transform in parts:
+        height, width = checked[rows[0]].shape[1:]
+        transform = replace(transform, channels=channels)
+        digests = np.stack([d for i in rows if (d := checked[i].digest) is not None])
+        if fits:
+            pixels = np.empty((len(rows), channels, height, width), np.uint8)
+            for row, i in enumerate(rows):  # a grey picture among coloured ones is repeated by the assignment
+                pixels[row] = np.asarray(checked[i].pixels)
+                checked[i] = replace(checked[i], pixels=None)  # let go of each copy at once: the peak stays near one set
+            store: _Memory | _OnDemand = _Memory(torch.from_numpy(pixels), channels, digests)
+        else:
+            store = _OnDemand(listing, rows, transform, (channels, height, width), digests)
+        sets.append(assemble(listing, store, rows, transform, skipped))
+    return sets
+
+
+def _decode_all(
+    listing: Listing, transform_of: Callable[[tuple[int, int]], Transform], on_error: Literal["raise", "skip"]
+) -> list[_Checked]:
     def one(index: int) -> _Checked:
         try:
             decoded = decode(listing.pictures[index])
-            pixels = transform.fit(decoded)
+            pixels = transform_of((decoded.shape[0], decoded.shape[1])).fit(decoded)
             return _Checked(pixels, digest(decoded), pixels.shape)
         except UserError as error:
             return _Checked(None, None, (), str(error))

@@ -86,22 +86,27 @@ class LatentSet:
         return {"mean": mean, "std": std, "label": labels_of(self.labels, chosen)}
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and std a channel of the raw latents over all images and places, as `LatentSpace` wants them.
+        """Mean and std a channel of the raw latents over all images and places: see `statistics_of`."""
+        return statistics_of([self])
 
-        Streamed in float64, merging blocks by the pairwise update of Chan, Golub & LeVeque (1979); the variance is
-        that of the population. A channel that never changes has std 0.
-        """
-        count, mean, squares, noise = 0, *(torch.zeros(self.shape[0], dtype=torch.float64) for _ in range(3))
-        for start in range(0, len(self), 1024):
-            block = self.batch(range(start, min(start + 1024, len(self))))
-            values = block["mean"].double().transpose(0, 1).flatten(1)
-            noise += block["std"].double().square().sum(dim=(0, 2, 3))
-            n, delta = values.shape[1], values.mean(1) - mean
-            squares += (values - values.mean(1, keepdim=True)).square().sum(1) + delta.square() * (count * n / (count + n))
-            mean += delta * (n / (count + n))
-            count += n
-        std = ((squares + noise) / count).sqrt()
-        return tuple(mean.tolist()), tuple(std.tolist())
+
+def statistics_of(sets: Sequence[LatentSet]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std a channel of the raw latents over all sets, images and places, as `LatentSpace` wants them; each cell counts once.
+
+    Streamed in float64, merging blocks by the pairwise update of Chan, Golub & LeVeque (1979); the variance is
+    that of the population. A channel that never changes has std 0.
+    """
+    count, mean, squares, noise = 0, *(torch.zeros(sets[0].shape[0], dtype=torch.float64) for _ in range(3))
+    for latents, start in ((s, start) for s in sets for start in range(0, len(s), 1024)):
+        block = latents.batch(range(start, min(start + 1024, len(latents))))
+        values = block["mean"].double().transpose(0, 1).flatten(1)
+        noise += block["std"].double().square().sum(dim=(0, 2, 3))
+        n, delta = values.shape[1], values.mean(1) - mean
+        squares += (values - values.mean(1, keepdim=True)).square().sum(1) + delta.square() * (count * n / (count + n))
+        mean += delta * (n / (count + n))
+        count += n
+    std = ((squares + noise) / count).sqrt()
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def cache_latents(

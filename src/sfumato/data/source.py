@@ -3,15 +3,20 @@
 fashion-mnist | folder of IDX files | folder of pictures | file.parquet | folder saved by `datasets` | hf:NAME
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
+
+import numpy as np
 
 from sfumato.data import folder as folders
 from sfumato.data import idx, table
-from sfumato.data.images import ImageSet, build, from_array
+from sfumato.data.images import ImageSet, Listing, build, from_array
 from sfumato.data.transform import Transform
 from sfumato.errors import UserError, unknown
+
+T = TypeVar("T")
 
 
 def open_images(
@@ -37,41 +42,47 @@ def open_images(
     Raises `UserError`, one sentence, for everything that is wrong with the source.
     """
     transform = Transform(size, channels, flip=flip)
+
+    def make(listing: Listing) -> ImageSet:
+        if isinstance(listing.pictures, np.ndarray) and transform.sides in (None, listing.pictures.shape[1:]):
+            return from_array(listing, listing.pictures, transform)
+        return build(listing, transform, on_error)
+
+    return open_with(make, source, split=split, on_error=on_error, limit=limit)
+
+
+def open_with(make: Callable[[Listing], T], source: str | Path, *, split: str, on_error: Literal["raise", "skip"], limit: int | None) -> T:
+    """What `make` makes of the pictures of a source, none of them decoded yet. Arguments and errors as in `open_images`."""
     if on_error not in ("raise", "skip"):
         raise unknown("on_error", on_error, ["raise", "skip"])
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit} leaves no image: give at least 1, or None for all")
     try:
-        return _open(source, split, limit, on_error, transform)
+        return make(_list(source, split, on_error, limit))
     except OSError as error:
         raise UserError(f"{source} cannot be read ({error.strerror or error}): check the path and its permissions") from error
 
 
-def _open(source: str | Path, split: str, limit: int | None, on_error: Literal["raise", "skip"], transform: Transform) -> ImageSet:
+def _list(source: str | Path, split: str, on_error: Literal["raise", "skip"], limit: int | None) -> Listing:
     name = str(source)
     if name.startswith("hf:"):
-        return build(table.list_hub(name.removeprefix("hf:"), split, limit), transform, on_error)
+        return table.list_hub(name.removeprefix("hf:"), split, limit)
     if name == "fashion-mnist":
-        return _open_idx(idx.fashion_mnist_folder(), split, name, limit, transform)
+        return _list_idx(idx.fashion_mnist_folder(), split, name, limit)
     path = Path(source).expanduser()
     if not path.exists():
         raise UserError(f"{name} does not exist: expected fashion-mnist, a folder of pictures, a .parquet file or hf:NAME")
     if path.is_file():
         if path.suffix != ".parquet":
             raise UserError(f"{name} is a {path.suffix or 'plain'} file: expected a .parquet file, or the folder that holds the pictures")
-        return build(table.list_parquet(path, split, limit), transform, on_error)
+        return table.list_parquet(path, split, limit)
     if idx.has_idx(path):
-        return _open_idx(path, split, path.resolve().name, limit, transform)
+        return _list_idx(path, split, path.resolve().name, limit)
     if table.is_saved(path):
-        return build(table.list_saved(path, split, limit), transform, on_error)
-    return build(folders.list_folder(path, split, limit, on_error), transform, on_error)
+        return table.list_saved(path, split, limit)
+    return folders.list_folder(path, split, limit, on_error)
 
 
-def _open_idx(folder: Path, split: str, name: str, limit: int | None, transform: Transform) -> ImageSet:
+def _list_idx(folder: Path, split: str, name: str, limit: int | None) -> Listing:
     listing, pixels = idx.list_idx(folder, split, name)
-    if limit is not None:
-        pixels = pixels[:limit]
-        listing = replace(listing, pictures=pixels, labels=None if listing.labels is None else listing.labels[:limit])
-    if transform.size is None or pixels.shape[1:] == (transform.size, transform.size):
-        return from_array(listing, pixels, transform)
-    return build(listing, transform, "raise")
+    return replace(listing, pictures=pixels[:limit], labels=None if listing.labels is None else listing.labels[:limit])

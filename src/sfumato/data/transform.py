@@ -1,6 +1,6 @@
 """From a file to pixels: decode, orient, composite, resize, crop.
 
-    file -> 8-bit grey (H, W) or colour (H, W, 3) -> short side to `size`, centre square -> (C, H, W) -> x / 127.5 - 1 in [-1, 1]
+    file -> 8-bit grey (H, W) or colour (H, W, 3) -> largest centred box of `size`'s aspect, resized -> (C, H, W) -> x / 127.5 - 1 in [-1, 1]
 
 Resampling is Lanczos with the support widened when shrinking (antialiased): plain decimation puts aliases into the training
 data and into every Frechet distance (Parmar et al. 2022, arXiv:2104.11222, section 3).
@@ -37,21 +37,21 @@ _RESAMPLING = {
 class Transform:
     """How decoded pictures become tensors of one shape.
 
-    size      side of the square result in pixels; None keeps each picture as it is
+    size      side of the square result in pixels, or (height, width); None keeps each picture as it is
     channels  1 (grey, ITU-R 601 luma), 3 (RGB), or None: as the picture is
-    crop      "center": the largest centred square
+    crop      "center": the largest centred box of that aspect
     flip      mirror half of the pictures left to right, drawn anew in every `ImageSet.batch`; `to_tensor` never flips
     interpolation  lanczos, bicubic, bilinear, box or nearest
     """
 
-    size: int | None = None
+    size: int | tuple[int, int] | None = None
     channels: int | None = None
     crop: Literal["center"] = "center"
     flip: bool = False
     interpolation: str = "lanczos"
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
+        if self.sides is not None and min(self.sides) < 1:
             raise UserError(f"image size {self.size} is not possible: give a number of pixels of at least 1, or None for the pictures' own")
         if self.channels not in (None, 1, 3):
             raise UserError(f"{self.channels} channels are not possible: give 1 (grey), 3 (RGB) or None (as the data)")
@@ -60,10 +60,19 @@ class Transform:
         if self.interpolation not in _RESAMPLING:
             raise unknown("interpolation", self.interpolation, _RESAMPLING)
 
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """(height, width) of the result in pixels; None: the picture's own."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
     @cached_property
     def hash(self) -> str:
-        """Hash of all that changes the stored pixels; `flip` is left out because latents are cached unflipped."""
-        return hash_json({"size": self.size, "channels": self.channels, "crop": self.crop, "interpolation": self.interpolation})
+        """Hash of all that changes the stored pixels; `flip` is left out because latents are cached unflipped.
+
+        A square is its side, whichever way it was said.
+        """
+        size = self.sides[0] if self.sides is not None and self.sides[0] == self.sides[1] else self.sides
+        return hash_json({"size": size, "channels": self.channels, "crop": self.crop, "interpolation": self.interpolation})
 
     def to_pixels(self, picture: Picture) -> np.ndarray:
         """Any picture -> uint8 (C, H, W). Raises `UserError` for a picture that cannot be decoded."""
@@ -74,20 +83,21 @@ class Transform:
         return to_float(torch.from_numpy(self.to_pixels(picture)))
 
     def fit(self, pixels: np.ndarray) -> np.ndarray:
-        """Decoded uint8 (H, W) or (H, W, 3) -> uint8 (C, size, size), contiguous and owned."""
+        """Decoded uint8 (H, W) or (H, W, 3) -> uint8 (C, *sides), contiguous and owned."""
         height, width = pixels.shape[:2]
         grey = pixels.ndim == 2
-        if (self.channels == 1 and not grey) or (self.size is not None and (height, width) != (self.size, self.size)):
+        if (self.channels == 1 and not grey) or (self.sides is not None and (height, width) != self.sides):
             image = Image.fromarray(pixels)
             if self.channels == 1:
                 image = image.convert("L")
-            if self.size is not None:
+            if self.sides is not None:
                 # Box first, resize second: the same numbers as resize then crop, centred to a fraction of a pixel, and a
                 # 1 x 10,000 strip never becomes a huge intermediate picture.
-                side = min(height, width)
-                left, top = (width - side) / 2, (height - side) / 2
-                box = (left, top, left + side, top + side)
-                image = image.resize((self.size, self.size), _RESAMPLING[self.interpolation], box=box)
+                h, w = self.sides
+                tall, wide = (height, height * w / h) if height * w <= width * h else (width * h / w, width)
+                left, top = (width - wide) / 2, (height - tall) / 2
+                box = (left, top, left + wide, top + tall)
+                image = image.resize((w, h), _RESAMPLING[self.interpolation], box=box)
             pixels = np.asarray(image)
         if pixels.ndim == 2:
             return np.repeat(pixels[None], 3 if self.channels == 3 else 1, axis=0)
