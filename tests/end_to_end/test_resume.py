@@ -639,12 +639,13 @@ def test_a_disk_that_is_really_full(checkpoints: float, tmp_path: Path, referenc
 
 
 class Curve(Objective):
-    """A small regression in float64 with noise, so that 2 processes and 1 differ by rounding alone."""
+    """A small regression in float64 with noise, so that 2 processes and 1 differ by rounding alone; its examples may be in two groups."""
 
     main, stage = "curve", "train curve"
 
-    def __init__(self) -> None:
+    def __init__(self, cut: int = 0) -> None:
         torch.manual_seed(0)
+        self.cut = cut
         self.networks: dict[str, nn.Module] = {"curve": nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()}
         self.x = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -653,10 +654,15 @@ class Curve(Objective):
         return len(self.x)
 
     @property
+    def groups(self) -> tuple[range, ...]:
+        return (range(self.cut), range(self.cut, self.size))
+
+    @property
     def identity(self) -> dict[str, Any]:
         return {}
 
     def batch(self, indices: Tensor, draw: Draw) -> dict[str, Tensor]:
+        assert (indices < self.cut).all() or (indices >= self.cut).all()
         return {"x": self.x[indices]}
 
     def loss(
@@ -711,13 +717,14 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max((a[k] - b[k]).abs().max().item() for k in a)
 
 
-def test_two_processes_train_what_one_would(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut", [0, 13])
+def test_two_processes_train_what_one_would(cut: int, tmp_path: Path) -> None:
     """The same batch, the same noise, the mean gradient: equal up to rounding, also when a run goes over from one to two."""
     settings = replace(LOOP, batch_size=8, lr=1e-2, steps=12, save_every=4)
-    assert train_together(1, Curve, settings, tmp_path / "one") == [0]
-    assert train_together(2, Curve, settings, tmp_path / "two") == [0, 0]
-    assert train_together(1, Curve, settings, tmp_path / "over", stop=6) == [-signal.SIGKILL]
-    assert train_together(2, Curve, settings, tmp_path / "over") == [0, 0]
+    assert train_together(1, lambda: Curve(cut), settings, tmp_path / "one") == [0]
+    assert train_together(2, lambda: Curve(cut), settings, tmp_path / "two") == [0, 0]
+    assert train_together(1, lambda: Curve(cut), settings, tmp_path / "over", stop=6) == [-signal.SIGKILL]
+    assert train_together(2, lambda: Curve(cut), settings, tmp_path / "over") == [0, 0]
     one = newest(tmp_path / "one", "curve")
     assert largest_difference(one, {k: torch.zeros_like(v) for k, v in one.items()}) > 0.1
     for other in ("two", "over"):

@@ -38,10 +38,11 @@ from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.train import checkpoint
 from sfumato.train.discriminator import PatchDiscriminator, adaptive_weight, hinge
 from sfumato.train.ema import EMA
-from sfumato.train.loop import LoopSettings, _Order, batch_indices, derive_seed, train
+from sfumato.train.loop import LoopSettings, train
 from sfumato.train.objective import Draw, Objective
 from sfumato.train.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective
 from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective
+from sfumato.train.order import Stream, batch_indices, derive_seed
 from sfumato.train.perceptual import feature_maps, perceptual_distance
 from sfumato.types import Conditioning, LatentSpace
 
@@ -472,7 +473,7 @@ def test_the_learning_rate_in_closed_form(decay: Any) -> None:
 
 @pytest.mark.parametrize(("size", "batch_size"), [(10, 4), (10, 5), (3, 8), (1, 2)])
 def test_every_epoch_is_a_permutation_across_its_seams(size: int, batch_size: int) -> None:
-    order = _Order(size, batch_size, seed=5)
+    order = Stream(size, batch_size, seed=5)
     batches = [batch_indices(size, batch_size, 5, step) for step in range(25)]
     assert all(torch.equal(order(step), batch) for step, batch in enumerate(batches))
     assert torch.equal(order(3), batches[3])  # going back

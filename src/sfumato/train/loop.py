@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import NumericalError, UserError, unknown
-from sfumato.files import hash_bytes
 from sfumato.train import checkpoint
 from sfumato.train.ema import EMA
 from sfumato.train.objective import Draw, Objective
+from sfumato.train.order import Order, derive_seed
 from sfumato.train.record import Record
 
 logger = logging.getLogger(__name__)
@@ -71,41 +71,6 @@ class LoopSettings:
         """The settings that decide the weights. How often to look does not; how far to go does not either, if no decay depends on it."""
         free = {"save_every", "show_every", "log_every", *(["steps", "final_lr"] if self.decay == "constant" else [])}
         return {name: str(value) if value == math.inf else value for name, value in asdict(self).items() if name not in free}
-
-
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed that is a function of the parts."""
-    return int(hash_bytes(*(str(p) for p in parts))[:16], 16) >> 1
-
-
-def batch_indices(size: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """The examples of a step: consecutive pieces of a new permutation an epoch, across the epochs' seams."""
-    first = step * batch_size
-    pieces, taken = [], 0
-    while taken < batch_size:
-        epoch, offset = divmod(first + taken, size)
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch)))
-        piece = order[offset : offset + batch_size - taken]
-        pieces.append(piece)
-        taken += len(piece)
-    return torch.cat(pieces)
-
-
-class _Order:
-    """`batch_indices` with the current epoch's permutation kept: the same numbers without a shuffle a step."""
-
-    def __init__(self, size: int, batch_size: int, seed: int):
-        self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.epoch, self.order = -1, torch.empty(0)
-
-    def __call__(self, step: int) -> Tensor:
-        epoch, offset = divmod(step * self.batch_size, self.size)
-        if offset + self.batch_size > self.size:
-            return batch_indices(self.size, self.batch_size, self.seed, step)
-        if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
-            self.epoch, self.order = epoch, torch.randperm(self.size, generator=generator)
-        return self.order[offset : offset + self.batch_size]
 
 
 def start(settings: LoopSettings) -> Any:
@@ -162,7 +127,7 @@ def train(
     if state and state.get("scaler") and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
 
-    order = _Order(objective.size, settings.batch_size, settings.seed)
+    order = Order(objective.groups, settings.batch_size, settings.seed)
     share = settings.batch_size // processes
     mine = slice(rank * share, (rank + 1) * share)
     with Record(out, first, settings.steps, objective.stage, active=main) as record:

@@ -36,6 +36,11 @@ class Objective(ABC):
         """How many training examples there are."""
 
     @property
+    def groups(self) -> tuple[range, ...]:
+        """The numbers 0..size-1 in ranges that share a shape: a batch comes from one of them."""
+        return (range(self.size),)
+
+    @property
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """All that decides the outcome besides the loop's settings, as JSON: networks, weights of the loss, a hash of the data.
@@ -45,7 +50,7 @@ class Objective(ABC):
 
     @abstractmethod
     def batch(self, indices: Tensor, draw: Draw) -> dict[str, Tensor]:
-        """Examples by number, on the CPU; random changes to them (mirroring) come from `draw`."""
+        """Examples of one group by number, on the CPU; random changes to them (mirroring) come from `draw`."""
 
     @abstractmethod
     def loss(

@@ -24,7 +24,8 @@ from sfumato.types import Conditioning, LatentSpace
 class Latents(Protocol):
     """What a latent cache offers: raw posterior "mean" and "std" (B, C, h, w) and "label" (B,) by image number.
 
-    A `key` (hash of what it was made from) and `labels` (N,), where it has them, say whether a resumed run has the same data.
+    A `key` (hash of what it was made from) and `labels` (N,), where it has them, say whether a resumed run has the same data. Latents of
+    several shapes say by `groups` (ranges of numbers) which share one; a batch is then asked for numbers of one group.
     """
 
     def __len__(self) -> int: ...
@@ -90,6 +91,10 @@ class DenoiserObjective(Objective):
     @property
     def size(self) -> int:
         return len(self.latents)
+
+    @property
+    def groups(self) -> tuple[range, ...]:
+        return getattr(self.latents, "groups", None) or super().groups
 
     @property
     def identity(self) -> dict[str, Any]:
