@@ -17,7 +17,8 @@ from torch import nn
 
 from sfumato.checkpoints.folder import load_part, save_part
 from sfumato.compress.kl import AutoencoderKL, KLConfig
-from sfumato.data import ImageSet, LatentSet, cache_latents, open_images
+from sfumato.data import BucketedImages, BucketedLatents, ImageSet, LatentSet, cache_latents, open_buckets, open_images
+from sfumato.data.source import open_with
 from sfumato.decode.image import grid
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
@@ -52,21 +53,39 @@ class DataSettings:
     on_error: Literal["raise", "skip"] = "raise"
     held_out: float = 0.02
     """The share kept for measuring where the source has no test split of its own."""
+    buckets: int | None = None
+    """The step of the sides of aspect buckets in pixels: pictures keep their aspect, in about size x size pixels (the denoiser's stage only);
+    none: squares."""
 
     def open(self) -> tuple[ImageSet, ImageSet]:
-        """(training images, held-out images)."""
+        """(training images, held-out images), all of one shape."""
         options: dict[str, Any] = {"size": self.size, "channels": self.channels, "on_error": self.on_error}
         images = open_images(self.source, split="train", limit=self.limit, flip=self.flip, **options)
         try:
             return images, open_images(self.source, split="test", **options)
         except UserError as error:
-            logger.info("no test split (%s): a share of %g is held out of the training images", error, self.held_out)
-            count = len(images)
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-            kept = max(1, round(self.held_out * count))
-            if count == 1:
-                return images, images
-            return images.subset(order[kept:].sort().values), images.subset(order[:kept].sort().values)
+            training, held_out = self._split(len(images), error)
+            return images.subset(training), images.subset(held_out)
+
+    def open_buckets(self) -> BucketedImages:
+        """The training images of `open`, by their aspects in buckets of about size x size pixels."""
+        if self.size is None or self.buckets is None:
+            raise UserError(f"data.size={self.size} and data.buckets={self.buckets}: aspect buckets need both, a size and a step in pixels")
+        options: dict[str, Any] = {"channels": self.channels, "on_error": self.on_error}
+        images = open_buckets(self.source, side=self.size, step=self.buckets, limit=self.limit, flip=self.flip, **options)
+        try:
+            open_with(lambda listing: None, self.source, split="test", on_error=self.on_error, limit=None)
+            return images
+        except UserError as error:
+            training, _ = self._split(len(images), error)
+            return images.subset(torch.isin(images.places, training).nonzero()[:, 0])
+
+    def _split(self, count: int, why: UserError) -> tuple[torch.Tensor, torch.Tensor]:
+        """Numbers of the training images and of the held-out ones where one split serves for both; a single image is both."""
+        logger.info("no test split (%s): a share of %g is held out of the training images", why, self.held_out)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+        kept = max(1, round(self.held_out * count)) if count > 1 else 0
+        return order[kept:].sort().values, order[: kept or 1].sort().values
 
 
 def _features(name: str | None) -> Features | None:
@@ -87,6 +106,10 @@ class AutoencoderRecipe:
     def run(self, out: Path, resume: bool = True) -> Path:
         """Trains (or goes on) and returns the folder of the finished autoencoder."""
         started = time.perf_counter()
+        if self.data.buckets is not None:
+            raise UserError(
+                f"data.buckets={self.data.buckets}: the autoencoder trains on squares; give aspect buckets to the denoiser alone"
+            )
         images, held_out = self.data.open()
         torch.manual_seed(self.loop.seed)
         network = AutoencoderKL(replace(self.network, in_channels=images.shape[0], out_channels=images.shape[0]))
@@ -129,13 +152,13 @@ class DenoiserRecipe:
         process = Process(schedule(self.schedule), parameterization(self.parameterization))
         autoencoder = load_part(folder, "AutoencoderKL")
         assert isinstance(autoencoder, AutoencoderKL)
-        images, _ = replace(self.data, flip=False).open()
+        images = _pictures(replace(self.data, flip=False), autoencoder.space.factor, self.network)
         accelerator = start(self.loop)
         with accelerator.main_process_first():
-            latents = encode_all(images, autoencoder, out / "latents")
+            latents = _latents(images, autoencoder, out / "latents")
         conditioner = ClassNames(images.class_names) if images.class_names and images.labels is not None else Nothing()
         space = autoencoder.space
-        shape = {"sample_size": latents.shape[-1], "in_channels": space.channels, "out_channels": space.channels}
+        shape = {"sample_size": _side(latents, self.data, space.factor), "in_channels": space.channels, "out_channels": space.channels}
         classes = {"num_class_embeds": len(images.class_names) + 1} if isinstance(conditioner, ClassNames) else {}
         torch.manual_seed(self.loop.seed)
         network = build(replace(self.network, **shape, **classes))
@@ -155,6 +178,29 @@ class DenoiserRecipe:
             _finish(out / "denoiser", started, len(images))
         accelerator.wait_for_everyone()
         return out / "model"
+
+
+def _pictures(data: DataSettings, factor: int, network: Any) -> ImageSet | BucketedImages:
+    """The training images: squares, or aspect buckets whose latents are whole patches of the network."""
+    if data.buckets is None:
+        return data.open()[0]
+    with torch.device("meta"):  # no weights: only its patch is asked for
+        patch = getattr(build(network), "patch", 1)
+    if data.buckets < 1 or data.buckets % (factor * patch):
+        why = f"the autoencoder's factor {factor} times the network's patch {patch}"
+        raise UserError(f"data.buckets={data.buckets}: the step of the buckets' sides must be a multiple of {factor * patch}, {why}")
+    return data.open_buckets()
+
+
+def _latents(images: ImageSet | BucketedImages, autoencoder: AutoencoderKL, folder: Path) -> LatentSet | BucketedLatents:
+    if isinstance(images, ImageSet):
+        return encode_all(images, autoencoder, folder)
+    return BucketedLatents([encode_all(bucket, autoencoder, folder) for bucket in images.sets])
+
+
+def _side(latents: LatentSet | BucketedLatents, data: DataSettings, factor: int) -> int:
+    """The side of the latents that the model draws if nobody says otherwise, in cells; with buckets, the square's."""
+    return latents.shape[-1] if isinstance(latents, LatentSet) else (data.size or 0) // factor
 
 
 def _finish(folder: Path, started: float, images: int) -> None:
