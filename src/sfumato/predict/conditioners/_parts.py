@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sfumato.config import read_config
 from sfumato.errors import NumericalError, UserError, explained, unknown
 from sfumato.files import hash_json, read_table, write_json, write_tensors
 from sfumato.predict.conditioners._prompt import shown
-from sfumato.weights import check_keys, not_finite, require_finite
+from sfumato.weights import check_keys, find_weights, looked_at, not_finite, read_weights, require_finite
 
 C = TypeVar("C")
 
@@ -79,6 +79,24 @@ def padded(
             )
     found = tokenizer(text, add_special_tokens=special, padding="max_length", truncation=True, max_length=length, verbose=False)
     return torch.tensor(found["input_ids"]), torch.tensor(found["attention_mask"]).bool()
+
+
+@torch.no_grad()
+def states_of(
+    tokenizer: Any, model: Any, text: str, length: int, masked: bool, long: str
+) -> tuple[Float[Tensor, "L D"], Bool[Tensor, " L"]]:
+    """The last states of a network of transformers at `length` positions in float32, and where they are more than padding.
+
+    masked: whether words look away from padding. long: "refuse" (`UserError`) or "cut" a text of more tokens.
+    `NumericalError` where the numbers of the model's type do not suffice.
+    """
+    ids, mask = padded(tokenizer, text, length, long, text)
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    # One row at a time: a matrix product of several rows may round otherwise, and a prompt's bits would depend on its neighbours.
+    found = model(ids[None], attention_mask=mask[None].long() if masked else None, return_dict=True)
+    states = found.last_hidden_state[0].float()
+    require_finite_states(states, model, text)
+    return states, mask
 
 
 def require_finite_states(states: Tensor, model: Any, prompt: str) -> None:
@@ -150,6 +168,16 @@ def check_fields(values: Mapping[str, Any], known: set[str], path: Path, what: s
         raise UserError(f"{path}: {field}={values[field]!r} is not known to {what}: it might change the result, so it is refused")
 
 
+def read_network(folder: Path, dtype: torch.dtype | None, variant: str | None, build: Callable[..., Any]) -> Any:
+    """A network from config.json and the weights beside it: `build(values, tensors, dtype, path, file, looked)`, where path and file are what
+    the two were read from, and looked as in `fill`. variant: the weights to prefer, such as "fp16"."""
+    path = folder / "config.json"
+    values = read_table(path)
+    files = find_weights(folder, STEM, variant, PICKLED)
+    tensors = read_weights(files)
+    return build(values, tensors, dtype, path, files[0] if len(files) == 1 else folder, lambda: looked_at(files, tensors, dtype))
+
+
 def fill(
     build: Callable[[], Any],
     tensors: Mapping[str, Tensor],
@@ -181,12 +209,12 @@ def fill(
     return model.eval().requires_grad_(False)
 
 
-def _make_buffers(model: nn.Module) -> None:
-    """Makes what is computed from the config and kept in no file (angles of rotary positions), by building the modules that hold it anew."""
+def _make_buffers(model: Any) -> None:
+    """Makes what is computed from the config and kept in no file (places, angles of rotary ones), by building the modules that hold it anew."""
     for module in model.modules():
         names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         if names:
-            fresh: Any = type(module)(module.config)  # pyright: ignore[reportCallIssue]
+            fresh = type(module)(getattr(module, "config", model.config))
             for name in names:
                 module.register_buffer(name, getattr(fresh, name), persistent=False)
 

@@ -19,22 +19,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sfumato.errors import UserError, explained
-from sfumato.files import atomic_file, read_table
+from sfumato.files import atomic_file
 from sfumato.predict.conditioners._parts import (
     ANY,
-    PICKLED,
-    STEM,
     check_fields,
     fill,
-    padded,
+    read_network,
     require_count,
-    require_finite_states,
     require_transformers,
+    states_of,
     table,
     tokenizer_hash,
     write_network,
 )
-from sfumato.weights import find_weights, looked_at, read_weights
 
 CLASS = "T5EncoderModel"
 SHARED, EMBED = "shared.weight", "encoder.embed_tokens.weight"
@@ -73,19 +70,9 @@ class T5Encoder:
         """Channels of a position's state."""
         return self.model.config.d_model
 
-    @torch.no_grad()
     def encode(self, text: str, length: int, masked: bool, long: str) -> tuple[Float[Tensor, "L D"], Bool[Tensor, " L"]]:
-        """The states of `length` positions in float32, and where they are more than padding.
-
-        masked: whether words look away from padding. long: "refuse" (`UserError`) or "cut" a text of more tokens.
-        `NumericalError` where the numbers of the model's type do not suffice.
-        """
-        ids, mask = padded(self.tokenizer, text, length, long, text)
-        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-        # One row at a time: a matrix product of several rows may round otherwise, and a prompt's bits would depend on its neighbours.
-        states = self.model(ids[None], attention_mask=mask[None].long() if masked else None).last_hidden_state[0].float()
-        require_finite_states(states, self.model, text)
-        return states, mask
+        """The states of `length` positions in float32, and where they are more than padding: `states_of`."""
+        return states_of(self.tokenizer, self.model, text, length, masked, long)
 
     def identity(self) -> dict[str, Any]:
         """What decides its states besides the weights, as JSON."""
@@ -115,7 +102,7 @@ class T5Encoder:
 def read_t5(tokenizer: Path, encoder: Path, dtype: torch.dtype | None, variant: str | None = None) -> T5Encoder:
     """Opens both folders; `UserError` for what is missing, of another kind, or not finite. variant: the weights to prefer, such as "fp16"."""
     require_transformers()
-    opened, model = read_tokenizer(tokenizer), _read_model(encoder, dtype, variant)
+    opened, model = read_tokenizer(tokenizer), read_network(encoder, dtype, variant, build_t5)
     spiece = (tokenizer / SPIECE).read_bytes() if (tokenizer / SPIECE).exists() else None
     with explained(tokenizer, ANY):
         return T5Encoder(opened, model, spiece)
@@ -149,14 +136,6 @@ def _require_sentencepiece(folder: Path) -> None:
         raise UserError(f"{folder}/{SPIECE} needs the packages sentencepiece and protobuf: run `pip install 'sfumato[text]'`") from error
     except (OSError, RuntimeError, TypeError) as error:
         raise UserError(f"{folder}/{SPIECE} is not a SentencePiece model: copy or download it again") from error
-
-
-def _read_model(folder: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
-    path = folder / "config.json"
-    values = read_table(path)
-    files = find_weights(folder, STEM, variant, PICKLED)
-    tensors = read_weights(files)
-    return build_t5(values, tensors, dtype, path, files[0] if len(files) == 1 else folder, lambda: looked_at(files, tensors, dtype))
 
 
 def build_t5(
