@@ -1,6 +1,7 @@
 """Tiny text encoders of diffusion transformers with random weights, in diffusers' layout; read by the tests with runpy, because tests are no package.
 
-The CLIPs are `_clip.py`'s. T5 reads with a SentencePiece model that is trained here on a few lines; the language models read bytes.
+The CLIPs are `_clip.py`'s. T5 reads with a SentencePiece model that is trained here on a few lines; the language models read bytes; BERT, which
+no pipeline of diffusers has ("sentence"), a few words and letters.
 """
 
 import io
@@ -151,8 +152,28 @@ def qwen_model(tied: bool = True) -> Any:
     return drawn(lambda: Qwen3ForCausalLM(config), 5)
 
 
+def bert_tokenizer(**settings: Any) -> Any:
+    from transformers import BertTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyzFHR0123456789.,:!&()"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "cats", "dog", "shirt", "red", "the", "on", *letters]
+    words += [f"##{letter}" for letter in letters]
+    return BertTokenizer(vocab={word: i for i, word in enumerate(words)}, **settings)
+
+
+def bert_model(heads: bool = False, seed: int = 6, **settings: Any) -> Any:
+    """heads: with a pooler, as the library builds it unless told otherwise."""
+    from transformers import BertConfig, BertModel
+
+    numbers = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40, "max_position_embeddings": 96}
+    config = BertConfig(vocab_size=120, **(numbers | settings))
+    return drawn(lambda: BertModel(config, add_pooling_layer=heads), seed)
+
+
 def parts(kind: str, scratch: Path) -> dict[str, Any]:
     """The parts by the names that diffusers' pipelines have for them. scratch: where a tokenizer's files may be put."""
+    if kind == "sentence":
+        return {"tokenizer": bert_tokenizer(), "text_encoder": bert_model()}
     if kind.startswith("pixart"):
         return {"tokenizer": t5_tokenizer(scratch / "tokenizer"), "text_encoder": t5_model()}
     if kind == "flux2_dev":
@@ -171,7 +192,7 @@ def parts(kind: str, scratch: Path) -> dict[str, Any]:
 
 def write(folder: Path, kind: str) -> Path:
     """A model's folder with these parts as transformers writes them, and a model_index.json; PixArt's tokenizer is a lone spiece.model."""
-    index: dict[str, Any] = {"_class_name": PIPELINES[kind]}
+    index: dict[str, Any] = {"_class_name": PIPELINES.get(kind, "LatentDiffusion")}
     for name, part in parts(kind, folder).items():
         if part is not None and not (kind.startswith("pixart") and name == "tokenizer"):
             part.save_pretrained(folder / name)

@@ -26,6 +26,7 @@ LABELS = ["t-shirt/top", "ankle boot", "bag", "dress"]
 EXAMPLE: dict[str, Any] = {"names": LABELS}
 FOLDERS = {"clip_text": ("_clip.py", "sd1"), "t5_text": ("_text.py", "pixart_alpha"), "sd3_text": ("_text.py", "sd3")}
 FOLDERS |= {"flux_text": ("_text.py", "flux"), "flux2_text": ("_text.py", "flux2_klein")}
+FOLDERS |= {"sentence_text": ("_text.py", "sentence")}
 every = pytest.mark.parametrize("name", CONDITIONERS)
 labelled = pytest.mark.parametrize("name", [name for name, c in CONDITIONERS.items() if hasattr(c, "from_labels")])
 

@@ -20,6 +20,7 @@ from sfumato.predict.conditioners._parts import read_settings
 from sfumato.predict.conditioners.flux2_text import Flux2Text, Flux2TextConfig
 from sfumato.predict.conditioners.flux_text import FluxText, FluxTextConfig
 from sfumato.predict.conditioners.sd3_text import Sd3Text, Sd3TextConfig
+from sfumato.predict.conditioners.sentence_text import SentenceTextConfig
 from sfumato.predict.conditioners.t5_text import T5Text, T5TextConfig
 
 tiny: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_text.py"))))
@@ -293,6 +294,7 @@ def test_settings_that_cannot_be_are_refused(cls: Any, values: dict[str, Any], w
 
 SETTINGS = [(T5TextConfig, "lower"), (T5TextConfig, "masked"), (FluxTextConfig, "long"), (FluxTextConfig, "max_sequence_length")]
 SETTINGS += [(Flux2TextConfig, "layers"), (Flux2TextConfig, "system_message"), (Sd3TextConfig, "joint_attention_dim")]
+SETTINGS += [(SentenceTextConfig, "masked"), (SentenceTextConfig, "max_sequence_length")]
 
 
 @pytest.mark.parametrize(("config", "field"), SETTINGS)

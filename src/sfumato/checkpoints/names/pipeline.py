@@ -55,7 +55,7 @@ def pipeline_class(network: Any, conditioner: Any, references: int = 0) -> str:
         return "LDMTextToImagePipeline"
     if kind == "nothing" and network.to_config()["_class_name"] == "UNet2DModel":
         return "LDMPipeline"
-    if not encoders:
+    if kind != "clip_text":  # diffusers has no U-Net that reads any other text encoder
         return "LatentDiffusion"
     if "" not in encoders:  # the refiner
         return "StableDiffusionXLImg2ImgPipeline"
@@ -75,7 +75,7 @@ def pipeline_index(network: Any, conditioner: Any, defaults: Any) -> dict[str, A
     if not hasattr(conditioner, "index"):
         return {"_class_name": name, "conditioner": ["sfumato", conditioner.to_config()["_class_name"]]}
     entries = {"_class_name": name, **conditioner.index()}
-    if name in _LDM or not getattr(conditioner, "encoders", {}):
+    if name in _LDM or conditioner.to_config()["_class_name"] != "clip_text":
         return entries
     if "XL" in name:
         return {**entries, "feature_extractor": _NOTHING, "image_encoder": _NOTHING}

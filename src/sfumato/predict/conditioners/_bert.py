@@ -33,15 +33,7 @@ class BertEncoder:
     model: LDMBert
 
     def __post_init__(self) -> None:
-        special = [self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id]
-        if None in special or len(self.tokenizer) < 5:
-            raise UserError(
-                f"tokenizer has {len(self.tokenizer)} tokens, [CLS], [SEP] and [PAD] are {special}: expected BERT's; copy its files again"
-            )
-        if max(len(self.tokenizer) - 1, *special) >= self.model.config.vocab_size:
-            raise UserError(
-                f"tokenizer has {len(self.tokenizer)} tokens, text transformer {self.model.config.vocab_size}: use parts of one model"
-            )
+        require_words(self.tokenizer, self.model.config.vocab_size)
         if self.length < 3:
             raise UserError(f"max_position_embeddings={self.length}: expected at least 3, for [CLS], a word and [SEP]")
 
@@ -74,13 +66,11 @@ class BertEncoder:
         tensors = {key: tensor if dtype is None else tensor.to(dtype) for key, tensor in self.model.state_dict().items()}
         for key in not_finite(tensors):
             raise NumericalError(f"weight {key} of {bert.name} is NaN or infinite in {tensors[key].dtype}: nothing was written")
-        for folder in (tokenizer, bert):
-            folder.mkdir(parents=True, exist_ok=True)
+        bert.mkdir(parents=True, exist_ok=True)
         stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         write_json(bert / "config.json", {**self.model.config.to_dict(), "torch_dtype": stored})
         write_tensors(bert / f"{STEM}.safetensors", tensors)
-        self.tokenizer.save_pretrained(tokenizer)
-        self.tokenizer.backend_tokenizer.model.save(str(tokenizer))  # vocab.txt, which older programs read
+        write_tokenizer(self.tokenizer, tokenizer)
 
 
 def read_encoder(tokenizer: Path, bert: Path, dtype: torch.dtype | None) -> BertEncoder:
@@ -111,6 +101,24 @@ def read_tokenizer(folder: Path) -> Any:
         raise UserError(f"{config} is of class {name!r}: expected BertTokenizer")
     with explained(folder):
         return BertTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def require_words(tokenizer: Any, vocabulary: int) -> None:
+    """`UserError` for a tokenizer that is not BERT's, or has tokens that a text transformer of so many does not know."""
+    special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]
+    if None in special or len(tokenizer) < 5:
+        raise UserError(
+            f"tokenizer has {len(tokenizer)} tokens, [CLS], [SEP] and [PAD] are {special}: expected BERT's; copy its files again"
+        )
+    if max(len(tokenizer) - 1, *special) >= vocabulary:
+        raise UserError(f"tokenizer has {len(tokenizer)} tokens, text transformer {vocabulary}: use parts of one model")
+
+
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes a `BertTokenizer`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.txt, which older programs read
 
 
 def build_bert(values: dict[str, Any], found: dict[str, Any], dtype: torch.dtype | None, path: Path, file: Path) -> LDMBert:

@@ -1,0 +1,89 @@
+"""Parity with transformers' BertModel and its tokenizer, and what transformers makes of the folders that are written here."""
+
+import runpy
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sfumato.predict.conditioners.sentence_text import SentenceText, SentenceTextConfig
+
+tiny: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_text.py")))
+PROMPTS = ["a red shirt", "", "Two CATS, on the dog!", "a red shirt", "naïve 中 §", "  a \n cat "]
+LONG = "the red cat " * 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As transformers and sentence-transformers save: all side by side, with a pooler."""
+    found = tmp_path_factory.mktemp("encoder")
+    tiny.bert_model(heads=True).save_pretrained(found)
+    tiny.bert_tokenizer().save_pretrained(found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ours(folder: Path) -> SentenceText:
+    return SentenceText.from_encoder(folder)
+
+
+def theirs(folder: Path, prompts: list[str], masked: bool = True, tokenizer: Path | None = None, **load: Any) -> tuple[Tensor, Tensor]:
+    """All rows in one pass; states and mask."""
+    from transformers import BertModel, BertTokenizer
+
+    opened, model = BertTokenizer.from_pretrained(tokenizer or folder), BertModel.from_pretrained(folder, **load)
+    read = opened(prompts, padding="max_length", truncation=True, max_length=64, return_tensors="pt")
+    with torch.no_grad():
+        states = model(read.input_ids, attention_mask=read.attention_mask if masked else None).last_hidden_state
+    return states.float(), read.attention_mask.bool()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_states_and_mask_are_transformers_own(masked: bool, folder: Path, ours: SentenceText) -> None:
+    found = replace(ours, config=SentenceTextConfig(masked=masked))(PROMPTS)
+    states, mask = theirs(folder, PROMPTS, masked)
+    assert found.tokens.dtype == torch.float32 and found.tokens.shape == (6, 64, 24) == (len(PROMPTS), 64, ours.width)
+    assert float((found.tokens - states).abs().max()) <= 1e-6 * float(states.abs().max())
+    assert found.vector is None and (torch.equal(found.mask, mask) if masked else found.mask is None)
+    assert torch.equal(found.tokens[0], found.tokens[3]) and not torch.allclose(found.tokens[0], found.tokens[1], atol=1e-3)
+
+
+def test_a_long_prompt_is_cut_where_transformers_cuts_it(folder: Path, ours: SentenceText) -> None:
+    found = replace(ours, config=SentenceTextConfig(long="cut"))([LONG])
+    states, mask = theirs(folder, [LONG])
+    assert mask.all() and torch.equal(found.mask, mask)
+    assert float((found.tokens - states).abs().max()) <= 1e-6 * float(states.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_transformers_own(dtype: torch.dtype, folder: Path) -> None:
+    """The same numbers in the same order, so the same bits."""
+    found = SentenceText.from_encoder(folder, dtype=dtype)
+    assert found.encoder.model.dtype == dtype
+    assert torch.equal(found(["a cat"]).tokens, theirs(folder, ["a cat"], dtype=dtype)[0])
+
+
+def test_what_is_saved_opens_in_transformers(ours: SentenceText, tmp_path: Path) -> None:
+    import transformers
+
+    ours.save(tmp_path)
+    for part, (library, name) in ours.index().items():
+        assert library == "transformers" and getattr(transformers, name).from_pretrained(tmp_path / part)
+    states, mask = theirs(tmp_path / "text_encoder", PROMPTS, tokenizer=tmp_path / "tokenizer", add_pooling_layer=False)
+    found = ours(PROMPTS)
+    assert torch.equal(found.mask, mask) and float((found.tokens - states).abs().max()) <= 1e-6 * float(states.abs().max())
+
+
+def test_a_model_that_keeps_case_keeps_it(tmp_path: Path) -> None:
+    tiny.bert_model().save_pretrained(tmp_path)
+    tiny.bert_tokenizer(do_lower_case=False, strip_accents=False).save_pretrained(tmp_path)
+    cased = SentenceText.from_encoder(tmp_path)
+    assert not torch.allclose(*cased(["Red FHR", "red fhr"]).tokens, atol=1e-3)
+    assert float((cased(PROMPTS).tokens - theirs(tmp_path, PROMPTS)[0]).abs().max()) <= 1e-5
+    cased.save(tmp_path / "model")
+    again = SentenceText.from_folder(tmp_path / "model")
+    assert again.identity() == cased.identity() and torch.equal(again(PROMPTS).tokens, cased(PROMPTS).tokens)
