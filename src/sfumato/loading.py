@@ -33,7 +33,7 @@ from sfumato.errors import WRONG, UserError, explained
 from sfumato.files import read_table
 from sfumato.model import LatentDiffusion
 from sfumato.pages import read_size
-from sfumato.predict.conditioners import reader_of
+from sfumato.predict.conditioners import reader_of, text_encoders
 from sfumato.predict.conditioners.class_embedding import ClassEmbedding
 from sfumato.predict.conditioners.class_labels import ClassLabels
 from sfumato.predict.conditioners.nothing import Nothing
@@ -260,8 +260,7 @@ def _guidance(conditioner: Any) -> dict[str, Any]:
 def _conditioner(path: Path, parts: dict[str, Any], network: Any, how: _How) -> Any:
     """What turns prompts into conditioning: the text encoders of the folder, or the conditioner that sfumato wrote; a network that is told
     nothing needs none."""
-    with explained(path / "model_index.json"):
-        there = {key: str(value[1]) for key, value in parts.items() if key.startswith(("text_encoder", "bert")) and value != [None, None]}
+    there = text_encoders(parts, path / "model_index.json")
     if there:
         return reader_of(there, path).from_folder(path, how.opened, how.variant)
     config = path / "conditioner" / "config.json"

@@ -5,6 +5,7 @@ import json
 import runpy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 FILES = sorted(FOLDER.glob("*.py"))
 STAGES = ("autoencoder", "denoiser")
 RECIPES = [f for f in FILES if "Recipe(" in f.read_text()]
+READING = [f for f in RECIPES if "text=" in f.read_text()]
+captioned: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_captioned.py"))))
 LOOP = LoopSettings(steps=2, batch_size=4, lr=1e-3, warmup=1, save_every=1, show_every=1, log_every=1)
 TINY_KL = KLConfig(block_out_channels=(8, 16), layers_per_block=1, latent_channels=2, norm_num_groups=4, sample_size=16)
 TINY_NET = UNetConfig(
@@ -58,8 +61,10 @@ def test_a_file_is_a_recipe_of_both_stages_or_a_program(file: Path, monkeypatch:
     if len(found) == 2:
         assert isinstance(found[0], AutoencoderRecipe)
         assert found[0].data == replace(found[1].data, flip=found[0].data.flip), "both stages must see the same images"
-    else:
+    elif found[0].text is None:
         assert (found[0].autoencoder / "config.json").exists(), "a recipe of one stage names the autoencoder that it goes on from"
+    else:
+        assert found[0].autoencoder is not None, "a recipe that reads captions names what the caller has to give"
     monkeypatch.chdir(FOLDER.parent)
     assert load_recipe(file.stem.replace("_", "-"), "denoiser") == found[-1]
 
@@ -107,7 +112,21 @@ def statistics(autoencoder: AutoencoderKL, images: torch.Tensor) -> tuple[torch.
     return mean, variance.sqrt()
 
 
-@pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", READING, ids=lambda f: f.stem)
+def test_a_recipe_that_reads_captions_trains_a_model_that_opens(file: Path, tmp_path: Path) -> None:
+    """With a text encoder, an autoencoder and pictures of several sizes, all of them small: 16 pixels stand for its size, 4 for its step."""
+    parts = captioned.write(tmp_path / "parts")
+    recipe = shrunk(load_recipe(file, "denoiser"), parts / "pictures")
+    data = replace(recipe.data, size=16, buckets=4 if recipe.data.buckets else None)
+    recipe = replace(recipe, autoencoder=parts / "tiny", text=parts / "t5", data=data)
+    model = sfumato.load(recipe.run(tmp_path / "run"))
+    assert model.defaults == recipe.defaults and model.name == recipe.name
+    assert np.asarray(PIL.open(tmp_path / "run" / "denoiser" / "samples" / "samples-00000002.png")).std() > 1
+    sizes = [model.generate(captioned.WORDS[0], height=h, width=w)[0].size for h, w in ((16, 16), (12, 20))]
+    assert sizes == [(16, 16), (20, 12)]
+
+
+@pytest.mark.parametrize("file", [f for f in RECIPES if f not in READING], ids=lambda f: f.stem)
 def test_a_recipe_trains_a_model_that_opens(file: Path, some_fashion: Path, tmp_path: Path) -> None:
     stages = [shrunk(load_recipe(file, stage), some_fashion) for stage in stages_of(file)]
     for recipe in stages:

@@ -55,6 +55,8 @@ class Evaluate:
     """The split that the model was trained on: the reference."""
     test_split: str = "test"
     """A split that it never saw: the floor."""
+    held_out: float = 0.02
+    """The share of the training images that is the floor where there is no such split: what its recipe held out of training."""
     limit: Annotated[int | None, unset("all")] = None
     """Only the first so many images of each split."""
     out: Path = Path()
@@ -94,7 +96,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     model = load(options.model)
     features = load_features(options.features)
     clock.lap("load")
-    train, test = _images(model, options, options.train_split), _images(model, options, options.test_split)
+    train, test = _images(model, options)
     clock.lap("data")
     report = _measure(model, features, train, test, options, clock)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -106,11 +108,14 @@ def evaluate(arguments: Sequence[str]) -> None:
     print(f"measured in {clock}")
 
 
-def _images(model: "LatentDiffusion", options: Evaluate, split: str) -> "ImageSet":
-    from sfumato.data import open_images
+def _images(model: "LatentDiffusion", options: Evaluate) -> "tuple[ImageSet, ImageSet]":
+    from sfumato.data import open_both
 
     shape = model.describe()["image"]
-    return open_images(options.data, split=split, size=shape["height"], channels=shape["channels"], limit=options.limit)
+    kind = {"size": shape["height"], "channels": shape["channels"]}
+    train, test = open_both(options.data, options.held_out, train=options.train_split, test=options.test_split, **kind)
+    count = options.limit or len(train) + len(test)
+    return train.subset(range(min(count, len(train)))), test.subset(range(min(count, len(test))))
 
 
 def _pixels(images: "ImageSet", batch: int = 1000) -> "Tensor":

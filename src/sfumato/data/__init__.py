@@ -7,6 +7,7 @@ The sets answer `batch(indices)`; who draws the indices (shuffling, holdout, res
 """
 
 from sfumato.data.buckets import BucketedImages, BucketedLatents, bucket_sizes, nearest_bucket, open_buckets
+from sfumato.data.held_out import open_both
 from sfumato.data.images import ImageSet
 from sfumato.data.latent_cache import LatentSet, cache_latents
 from sfumato.data.source import open_images
@@ -21,6 +22,7 @@ __all__ = [
     "bucket_sizes",
     "cache_latents",
     "nearest_bucket",
+    "open_both",
     "open_buckets",
     "open_images",
 ]

@@ -85,6 +85,11 @@ class BucketedImages:
         """Name of class 0, 1, ...; empty when there are none."""
         return self.sets[0].class_names
 
+    @property
+    def name(self) -> str:
+        """Of the source."""
+        return self.sets[0].name
+
     def subset(self, indices: Int[Tensor, " B"] | Sequence[int]) -> "BucketedImages":
         """The pictures with these numbers, bucket by bucket and in this order within each; buckets that lose all are left out."""
         chosen = check_indices(indices, len(self))

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +17,11 @@ from PIL import Image as PIL
 from torch import nn
 
 from sfumato.checkpoints.folder import load_part, save_part
+from sfumato.checkpoints.taesd import load_taesd
+from sfumato.compress.base import Autoencoder
 from sfumato.compress.kl import AutoencoderKL, KLConfig
-from sfumato.data import BucketedImages, BucketedLatents, ImageSet, LatentSet, cache_latents, open_buckets, open_images
+from sfumato.data import BucketedImages, BucketedLatents, ImageSet, LatentSet, cache_latents, open_both, open_buckets
+from sfumato.data.held_out import split
 from sfumato.data.source import open_with
 from sfumato.decode.image import grid
 from sfumato.diffuse.parameterization import parameterization
@@ -33,11 +37,15 @@ from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks._network import build
 from sfumato.predict.networks.unet import UNetConfig
 from sfumato.sampling import Defaults
+from sfumato.train.captions import Captions, open_reader
 from sfumato.train.loop import LoopSettings, start, train
 from sfumato.train.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective
 from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective
 
 logger = logging.getLogger(__name__)
+
+_WIDTHS = ("caption_channels", "cross_attention_dim", "joint_attention_dim")
+"""What configs of networks call the width of text tokens."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +68,7 @@ class DataSettings:
     def open(self) -> tuple[ImageSet, ImageSet]:
         """(training images, held-out images), all of one shape."""
         options: dict[str, Any] = {"size": self.size, "channels": self.channels, "on_error": self.on_error}
-        images = open_images(self.source, split="train", limit=self.limit, flip=self.flip, **options)
-        try:
-            return images, open_images(self.source, split="test", **options)
-        except UserError as error:
-            training, held_out = self._split(len(images), error)
-            return images.subset(training), images.subset(held_out)
+        return open_both(self.source, self.held_out, limit=self.limit, flip=self.flip, **options)
 
     def open_buckets(self) -> BucketedImages:
         """The training images of `open`, by their aspects in buckets of about size x size pixels."""
@@ -77,15 +80,8 @@ class DataSettings:
             open_with(lambda listing: None, self.source, split="test", on_error=self.on_error, limit=None)
             return images
         except UserError as error:
-            training, _ = self._split(len(images), error)
+            training, _ = split(len(images), self.held_out, error)
             return images.subset(torch.isin(images.places, training).nonzero()[:, 0])
-
-    def _split(self, count: int, why: UserError) -> tuple[torch.Tensor, torch.Tensor]:
-        """Numbers of the training images and of the held-out ones where one split serves for both; a single image is both."""
-        logger.info("no test split (%s): a share of %g is held out of the training images", why, self.held_out)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-        kept = max(1, round(self.held_out * count)) if count > 1 else 0
-        return order[kept:].sort().values, order[: kept or 1].sort().values
 
 
 def _features(name: str | None) -> Features | None:
@@ -132,10 +128,12 @@ class DenoiserRecipe:
     """Act 3: trains a network on the latents of a trained autoencoder and writes out/model."""
 
     autoencoder: Path | None = None
-    """A folder with a trained autoencoder; none: out/autoencoder/vae."""
+    """A folder with a trained autoencoder, of any kind; none: out/autoencoder/vae."""
     data: DataSettings = field(default_factory=DataSettings)
     network: Any = field(default_factory=UNetConfig)
-    """The config of any network that is told nothing, or classes."""
+    """The config of any network that is told nothing, classes, or text."""
+    text: Path | None = None
+    """A folder with a text encoder, which reads the captions: a model's, or a sentence encoder's own. None: classes, where there are any."""
     schedule: str = "cosine"
     parameterization: str = "v"
     loss: DenoiserLoss = field(default_factory=DenoiserLoss)
@@ -146,32 +144,27 @@ class DenoiserRecipe:
     def run(self, out: Path, resume: bool = True) -> Path:
         """Trains (or goes on) and returns the folder of the finished model."""
         started = time.perf_counter()
-        folder = self.autoencoder or out / "autoencoder" / "vae"
-        if not (folder / "config.json").exists():
-            raise UserError(f"{folder} has no trained autoencoder: run `sfumato train autoencoder` first, or give --autoencoder")
         process = Process(schedule(self.schedule), parameterization(self.parameterization))
-        autoencoder = load_part(folder, "AutoencoderKL")
-        assert isinstance(autoencoder, AutoencoderKL)
+        autoencoder = _autoencoder(self.autoencoder or out / "autoencoder" / "vae")
         images = _pictures(replace(self.data, flip=False), autoencoder.space.factor, self.network)
         accelerator = start(self.loop)
         with accelerator.main_process_first():
             latents = _latents(images, autoencoder, out / "latents")
-        conditioner = ClassNames(images.class_names) if images.class_names and images.labels is not None else Nothing()
+        conditioner, told, prompts, fields = _told(images, self.text, self.network)
         space = autoencoder.space
         shape = {"sample_size": _side(latents, self.data, space.factor), "in_channels": space.channels, "out_channels": space.channels}
-        classes = {"num_class_embeds": len(images.class_names) + 1} if isinstance(conditioner, ClassNames) else {}
         torch.manual_seed(self.loop.seed)
-        network = build(replace(self.network, **shape, **classes))
+        network = build(replace(self.network, **shape, **fields))
 
         def model(denoiser: nn.Module) -> LatentDiffusion:
             return LatentDiffusion(autoencoder, Denoiser(denoiser, process), conditioner, self.defaults, self.name)
 
         def preview(denoiser: nn.Module, step: int) -> tuple[dict[str, float], dict[str, PIL.Image]]:
-            names = list(conditioner.names) or [None]
-            prompts = [names[i % len(names)] for i in range(80)]
-            return {}, {"samples": grid(model(denoiser).generate(prompts, seed=0), columns=max(len(names), 8) if len(names) <= 20 else 10)}
+            shown = [prompts[i % len(prompts)] for i in range(80)]
+            columns = max(len(prompts), 8) if len(prompts) <= 20 else 10
+            return {}, {"samples": grid(model(denoiser).generate(shown, seed=0), columns=columns)}
 
-        objective = DenoiserObjective(network, process, latents, space, conditioner, self.loss, preview)
+        objective = DenoiserObjective(network, process, latents, space, told, self.loss, preview)
         trained = train(objective, self.loop, out / "denoiser", resume=resume)
         if accelerator.is_main_process:
             model(trained).save(out / "model")
@@ -192,7 +185,7 @@ def _pictures(data: DataSettings, factor: int, network: Any) -> ImageSet | Bucke
     return data.open_buckets()
 
 
-def _latents(images: ImageSet | BucketedImages, autoencoder: AutoencoderKL, folder: Path) -> LatentSet | BucketedLatents:
+def _latents(images: ImageSet | BucketedImages, autoencoder: Autoencoder, folder: Path) -> LatentSet | BucketedLatents:
     if isinstance(images, ImageSet):
         return encode_all(images, autoencoder, folder)
     return BucketedLatents([encode_all(bucket, autoencoder, folder) for bucket in images.sets])
@@ -207,7 +200,36 @@ def _finish(folder: Path, started: float, images: int) -> None:
     write_json(folder / "finished.json", {"seconds_this_run": round(time.perf_counter() - started, 1), "images": images})
 
 
-def encode_all(images: ImageSet, autoencoder: AutoencoderKL, folder: Path, batch_size: int = 250) -> LatentSet:
+def _autoencoder(folder: Path) -> Autoencoder:
+    """An autoencoder of any kind: in diffusers' layout, or a tiny one as its author publishes it, an encoder's file and a decoder's."""
+    if not (folder / "config.json").exists() and not any(folder.glob("*encoder.*")):
+        raise UserError(f"{folder} has no trained autoencoder: run `sfumato train autoencoder` first, or give --autoencoder")
+    found = load_part(folder) if (folder / "config.json").exists() else load_taesd(folder)
+    if not isinstance(found, Autoencoder):
+        raise UserError(f"{folder} holds a {type(found).__name__}: expected an autoencoder")
+    return found
+
+
+def _told(images: ImageSet | BucketedImages, text: Path | None, network: Any) -> tuple[Any, Any, list[str | None], dict[str, Any]]:
+    """What the network is told: the model's conditioner, the examples' conditions in training, prompts to show, fields of the network's config."""
+    if text is None:
+        if not images.class_names or images.labels is None:
+            return Nothing(), Nothing(), [None], {}
+        names = ClassNames(images.class_names)
+        return names, names, list(names.names), {"num_class_embeds": len(names.names) + 1}
+    if images.captions is None:
+        raise UserError(f"text={text}, and {images.name} has no captions: expected a column or file of them; leave text out for classes")
+    reader = open_reader(text)
+    field = next((name for name in _WIDTHS if hasattr(network, name)), None)
+    if field is None:
+        raise UserError(
+            f"a {type(network).__name__} reads no text: expected one of a network with {' or '.join(_WIDTHS)}, such as ModernDiTConfig"
+        )
+    common = [caption for caption, _ in Counter(images.captions).most_common(10)]
+    return reader, Captions(reader, images.captions), [*common], {field: reader.width}
+
+
+def encode_all(images: ImageSet, autoencoder: Autoencoder, folder: Path, batch_size: int = 250) -> LatentSet:
     """The latents of a set of images, cached under the images, their transform and the encoder's weights."""
 
     def encode(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,9 +10,10 @@ combination that there is. By it the encoders of a folder find their conditioner
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from sfumato.errors import UserError
+from sfumato.errors import UserError, explained
 from sfumato.registry import find, module_of, names
 
 _PACKAGE = "predict.conditioners"
@@ -28,3 +29,9 @@ def reader_of(encoders: Mapping[str, str], where: object) -> Any:
             known.append(" and ".join(f"{part} {kind}" for part, kind in row.items()))
     found = " and ".join(f"{part} {kind}" for part, kind in sorted(encoders.items()))
     raise UserError(f"{where} reads prompts by {found}: expected {'; or '.join(known)}")
+
+
+def text_encoders(parts: Mapping[str, Any], where: str | Path) -> dict[str, str]:
+    """The text encoders of a model_index.json, {name: class}, as `reader_of` takes them. where: the file, for what is said about it."""
+    with explained(where):
+        return {key: str(value[1]) for key, value in parts.items() if key.startswith(("text_encoder", "bert")) and value != [None, None]}

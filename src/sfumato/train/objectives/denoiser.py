@@ -17,6 +17,7 @@ from sfumato.diffuse.process import Process
 from sfumato.diffuse.weighting import MODE_SCALES, TIMES, WEIGHTINGS, draw_times, loss_weight
 from sfumato.errors import UserError, unknown
 from sfumato.files import hash_bytes, hash_tensors
+from sfumato.train.captions import Captions
 from sfumato.train.objective import Draw, Objective, config_of
 from sfumato.types import Conditioning, LatentSpace
 
@@ -106,7 +107,7 @@ class DenoiserObjective(Objective):
         return {**parts, "process": process, "loss": asdict(self.settings), "data": data}
 
     def batch(self, indices: Tensor, draw: Draw) -> dict[str, Tensor]:
-        return self.latents.batch(indices)
+        return self.latents.batch(indices) | {"number": indices}
 
     def loss(
         self, phase: str, networks: Mapping[str, nn.Module], batch: dict[str, Tensor], step: int, draw: Draw
@@ -116,7 +117,8 @@ class DenoiserObjective(Objective):
         z = self.space.standardise(mean + batch["std"] * first)
         t = draw(lambda n, g: draw_times(s.times, self.process, n, g, s.times_mean, s.times_std, s.times_scale, s.times_shift))
         dropped = draw(lambda n, g: torch.rand(n, generator=g)) < s.drop
-        condition = self.conditioner.from_labels(batch["label"].cpu()).drop(dropped, self.conditioner.null(len(mean))).to(device)
+        known = batch["number" if isinstance(self.conditioner, Captions) else "label"].cpu()
+        condition = self.conditioner.from_labels(known).drop(dropped, self.conditioner.null(len(mean))).to(device)
         x = self.process.add_noise(z, second, t)
         timestep = self.process.schedule.timestep(t).to(device, torch.float32)
         y = networks["denoiser"](x, timestep, condition).float()
