@@ -84,10 +84,13 @@ class EfficientNetLite0(nn.Module):
         return (255 * images - 127) / 128
 
     def features(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        """The mean over 7x7 pixels of the last feature map. On the CPU a few images at a time: more leave its caches, and take 3 times as long."""
+        """The mean over 7x7 pixels of the last feature map.
+
+        Channels last, and on the CPU a few images at a time: 64 at once, channels first, take 6 times as long.
+        """
         if images.device.type == "cpu" and len(images) > PART:
             return torch.cat([self.features(part) for part in images.split(PART)])
-        x = F.relu6(self._bn0(self._conv_stem(self.prepare(images))))
+        x = F.relu6(self._bn0(self._conv_stem(self.prepare(images).contiguous(memory_format=torch.channels_last))))
         for block in self._blocks:
             x = block(x)
         return F.relu6(self._bn1(self._conv_head(x))).mean(dim=(2, 3))
