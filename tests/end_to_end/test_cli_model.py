@@ -1,6 +1,7 @@
 """The command line on a whole, real model with random weights: the same pixels again, and the numbers that were really measured."""
 
 import json
+import shutil
 import sys
 import types
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from sfumato.decode.whole import whole
 from sfumato.evaluate.reconstruction import psnr
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
+from sfumato.train.recipe import DataSettings
 from sfumato.tuning import Tuned, store_tuned
 
 
@@ -191,6 +193,32 @@ def test_evaluate_a_real_model(tiny: Path, data: Path, capsys: pytest.CaptureFix
     rebuilt = whole(model.autoencoder, model.compress(test))
     assert report["metrics"]["psnr"]["value"] == pytest.approx(psnr((test + 1) / 2, (rebuilt + 1) / 2), abs=1e-6)
     assert "<html" in Path("report/report.html").read_text()
+
+
+def test_evaluate_holds_out_what_the_recipe_held_out(tiny: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Data without a test split: the floor is of the pictures that no training saw, and the reference is of the others."""
+    shutil.move(data / "train", "whole")
+    training, held_out = DataSettings(source="whole", held_out=0.75).open()
+    assert (len(training), len(held_out)) == (4, 12)
+    few = [*FLAGS, "--steps", "2", "--held-out", "0.75"]
+    assert main(["evaluate", str(tiny), "--data", "whole", *few]) == 2  # of 4 training pictures
+    assert "16 samples, 4 training and 12 test images are too few" in capsys.readouterr().err
+    few[-1] = "0.4"
+    training, held_out = DataSettings(source="whole", held_out=0.4).open()
+    assert main(["evaluate", str(tiny), "--data", "whole", *few, "--limit", "12"]) == 2  # of the 6 held out
+    assert "too few" in capsys.readouterr().err
+    shutil.copytree(data / "test", "more")
+    for name in ("bag", "boot"):
+        for picture in Path("whole", name).iterdir():
+            shutil.copy(picture, Path("more", name, f"again-{picture.name}"))
+    training, held_out = DataSettings(source="more", held_out=0.5).open()
+    assert main(["evaluate", str(tiny), "--data", "more", *few[:-1], "0.5"]) == 0
+    report = json.loads(Path("report/report.json").read_text())
+    model, test = load(tiny), held_out.batch(range(16))["image"]
+    rebuilt = whole(model.autoencoder, model.compress(test))
+    assert report["metrics"]["psnr"]["value"] == pytest.approx(psnr((test + 1) / 2, (rebuilt + 1) / 2), abs=1e-6)
+    assert main(["evaluate", str(tiny), "--data", "more", *FLAGS, "--steps", "2", "--test-split", "validation"]) == 2
+    assert "validation" in capsys.readouterr().err
 
 
 def test_evaluate_knows_a_model_that_learnt_by_heart(tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

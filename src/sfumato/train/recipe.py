@@ -5,6 +5,7 @@ out/autoencoder and out/denoiser hold the runs; out/model is the finished model 
 
 import importlib.util
 import logging
+import math
 import sys
 import time
 from collections import Counter
@@ -229,8 +230,8 @@ def _told(images: ImageSet | BucketedImages, text: Path | None, network: Any) ->
     return reader, Captions(reader, images.captions), [*common], {field: reader.width}
 
 
-def encode_all(images: ImageSet, autoencoder: Autoencoder, folder: Path, batch_size: int = 250) -> LatentSet:
-    """The latents of a set of images, cached under the images, their transform and the encoder's weights."""
+def encode_all(images: ImageSet, autoencoder: Autoencoder, folder: Path, pixels: int = 200_000) -> LatentSet:
+    """The latents of a set of images, cached under the images, their transform and the encoder's weights. pixels: at a time, about."""
 
     def encode(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         posterior = autoencoder.posterior(image.to(next(autoencoder.parameters()).device))
@@ -238,7 +239,7 @@ def encode_all(images: ImageSet, autoencoder: Autoencoder, folder: Path, batch_s
 
     weights = {k: v for k, v in autoencoder.state_dict().items() if k.startswith(("encoder", "quant_conv"))}
     logger.info("encoding %d images", len(images))
-    return cache_latents(images, encode, hash_tensors(weights), folder, batch_size=batch_size)
+    return cache_latents(images, encode, hash_tensors(weights), folder, batch_size=max(1, pixels // math.prod(images.shape[1:])))
 
 
 def load_recipe(recipe: str | Path, stage: str) -> AutoencoderRecipe | DenoiserRecipe:
