@@ -47,6 +47,9 @@ class Letters:
     def identity(self) -> dict[str, Any]:
         return {"_class_name": "letters"}
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"scale": torch.tensor([1.0, 2.0, 0.5])}
+
 
 def test_every_caption_is_read_once_and_told_by_its_number() -> None:
     captions, reader = ["abc", "", "z", "abc", "abcdef"], Letters()
@@ -78,6 +81,9 @@ def test_what_is_cut_off_changes_no_answer() -> None:
 def test_other_captions_are_other_data() -> None:
     one, same, other = (Captions(Letters(), c).to_config() for c in (["a", "b"], ["a", "b"], ["b", "a"]))
     assert one == same != other
+    retrained = Letters()
+    retrained.tensors = lambda: {"scale": torch.tensor([1.0, 2.0, 0.25])}
+    assert Captions(retrained, ["a", "b"]).to_config() != one
     with pytest.raises(UserError, match="no captions: expected one a picture"):
         Captions(Letters(), [])
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfumato.checkpoints.folder import index
 from sfumato.errors import UserError
-from sfumato.files import hash_json
+from sfumato.files import hash_json, hash_tensors
 from sfumato.predict.conditioners import reader_of, text_encoders
 from sfumato.predict.conditioners.sentence_text import SentenceText
 from sfumato.types import Conditioning
@@ -22,6 +22,7 @@ class Reader(Protocol):
 
     def __call__(self, prompts: Sequence[str | None], /) -> Conditioning: ...
     def identity(self) -> dict[str, Any]: ...
+    def tensors(self) -> dict[str, Tensor]: ...
 
 
 @final
@@ -40,7 +41,8 @@ class Captions:
         self._table = _trimmed(Conditioning.cat(parts))
         number = {text: row for row, text in enumerate(kinds)}
         self._rows = torch.tensor([number[text] for text in captions])
-        self._config = {"_class_name": "captions", "reader": reader.identity(), "captions": hash_json(list(captions))}
+        said = {"reader": reader.identity(), "weights": hash_tensors(reader.tensors()), "captions": hash_json(list(captions))}
+        self._config = {"_class_name": "captions", **said}
 
     def __len__(self) -> int:
         return len(self._rows)
