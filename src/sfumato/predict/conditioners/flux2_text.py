@@ -10,16 +10,17 @@ trained. Which of the two a folder holds is told by text_encoder/config.json.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.predict.conditioners._language import CLASSES, LanguageModel, read_language_model
-from sfumato.predict.conditioners._parts import check_settings, moved, read_settings, texts, write_settings
+from sfumato.predict.conditioners._parts import check_settings, read_settings, texts
+from sfumato.predict.conditioners._reading import TextReader, alone
 from sfumato.types import Conditioning, Picture
 
 SYSTEM = (
@@ -62,7 +63,7 @@ class Flux2TextConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class Flux2Text:
+class Flux2Text(TextReader):
     """encoder: the language model with its tokenizer. Every character is text: brackets weigh nothing here.
 
     `dataclasses.replace` changes the settings; the encoder is shared, not copied.
@@ -70,6 +71,8 @@ class Flux2Text:
 
     encoder: LanguageModel
     config: Flux2TextConfig = Flux2TextConfig()
+
+    NAME: ClassVar[str] = "flux2_text"
 
     def __post_init__(self) -> None:
         if max(self.config.layers) > self.encoder.layers:
@@ -85,16 +88,11 @@ class Flux2Text:
         None is "". A row's numbers do not depend on the other prompts. `UserError` for what is not text, for a long prompt where the
         settings refuse those, and for `prompts_2`: there is no second encoder.
         """
-        if prompts_2 is not None:
-            raise UserError(f"{len(prompts_2)} prompts for a second text encoder: this model has one, put everything into the prompt")
+        alone(prompts_2)
         rows = texts(prompts)
         read = {text: self._read(text) for text in dict.fromkeys(rows)}
         tokens, mask = (torch.stack([read[text][k] for text in rows]) for k in (0, 1))
         return Conditioning(tokens, mask if self.config.masked else None)
-
-    def null(self, count: int, picture: Picture | None = None) -> Conditioning:
-        """The empty prompt in its frame, `count` times."""
-        return self([None] * count, picture)
 
     def _read(self, text: str) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -112,38 +110,11 @@ class Flux2Text:
         """Channels of a token, the network's `joint_attention_dim`."""
         return len(self.config.layers) * self.encoder.width
 
-    @property
-    def device(self) -> torch.device:
-        """Where the encoder is."""
-        return self.encoder.model.device
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All weights, by name: "text_encoder.model.embed_tokens.weight", .... Not copies."""
-        return {f"text_encoder.{key}": tensor for key, tensor in self.encoder.tensors().items()}
-
-    def identity(self) -> dict[str, Any]:
-        """What decides its answers besides the weights, as JSON: settings, the model's config, the tokenizer's hash, the chat's template."""
-        return {**self.to_config(), "text_encoder": self.encoder.identity()}
-
-    def to(self, device: str | torch.device) -> "Flux2Text":
-        """The same on a device; this one is left where it is."""
-        return replace(self, encoder=replace(self.encoder, model=moved(self.encoder.model, device)))
-
     # ---- folders -----------------------------------------------------------------------------------------------------------
-
-    def to_config(self) -> dict[str, Any]:
-        """The JSON of conditioner/config.json: the settings."""
-        return {"_class_name": "flux2_text", **asdict(self.config), "layers": list(self.config.layers)}
 
     def index(self) -> dict[str, Any]:
         """Its entries of model_index.json, as diffusers writes them."""
         return self.encoder.index()
-
-    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes tokenizer/ and text_encoder/ into a model's folder, as transformers and diffusers open them, and
-        conditioner/config.json; not model_index.json (`index`)."""
-        self.encoder.save(Path(folder) / "tokenizer", Path(folder) / "text_encoder", dtype)
-        write_settings(Path(folder), self.to_config())
 
     @classmethod
     def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = torch.float32, variant: str | None = None) -> "Flux2Text":
@@ -154,4 +125,4 @@ class Flux2Text:
         """
         folder = Path(folder)
         encoder = read_language_model(folder / "tokenizer", folder / "text_encoder", dtype, variant)
-        return cls(encoder, read_settings(Flux2TextConfig, "flux2_text", folder, TRAINED[encoder.kind]))
+        return cls(encoder, read_settings(Flux2TextConfig, cls.NAME, folder, TRAINED[encoder.kind]))

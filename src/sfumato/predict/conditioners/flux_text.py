@@ -8,16 +8,17 @@ the log (level info).
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.predict.conditioners._clip import CLASSES, ClipEncoder, read_encoder
-from sfumato.predict.conditioners._parts import check_settings, moved, pairs, read_settings, table, write_settings
+from sfumato.predict.conditioners._parts import check_settings, pairs, read_settings, table
+from sfumato.predict.conditioners._reading import TextReader
 from sfumato.predict.conditioners._t5 import CLASS, T5Encoder, read_t5
 from sfumato.types import Conditioning, Picture
 
@@ -44,7 +45,7 @@ class FluxTextConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class FluxText:
+class FluxText(TextReader):
     """encoder: CLIP L without a projection. encoder_2: T5. Every character is text: brackets weigh nothing here.
 
     `dataclasses.replace` changes the settings; the encoders are shared, not copied.
@@ -53,6 +54,8 @@ class FluxText:
     encoder: ClipEncoder
     encoder_2: T5Encoder
     config: FluxTextConfig = FluxTextConfig()
+
+    NAME: ClassVar[str] = "flux_text"
 
     def __post_init__(self) -> None:
         if self.encoder.projected:
@@ -75,10 +78,6 @@ class FluxText:
         tokens, mask = (torch.stack([read[second][k] for _, second in rows]) for k in (0, 1))
         return Conditioning(tokens, mask if self.config.masked else None, torch.stack([pooled[first] for first, _ in rows]))
 
-    def null(self, count: int, picture: Picture | None = None) -> Conditioning:
-        """The empty prompt, `count` times."""
-        return self([None] * count, picture)
-
     def _t5(self, text: str) -> tuple[Tensor, Tensor]:
         return self.encoder_2.encode(text, self.config.max_sequence_length, self.config.masked, self.config.long)
 
@@ -94,41 +93,12 @@ class FluxText:
         """Channels of a token, the network's `joint_attention_dim`."""
         return self.encoder_2.width
 
-    @property
-    def device(self) -> torch.device:
-        """Where the encoders are."""
-        return self.encoder.model.device
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All weights, by name: "text_encoder.text_model...", "text_encoder_2.shared.weight". Not copies."""
-        return {f"text_encoder{end}.{key}": tensor for end, e in self.encoders.items() for key, tensor in e.tensors().items()}
-
-    def identity(self) -> dict[str, Any]:
-        """What decides its answers besides the weights, as JSON: settings, the encoders' configs, the tokenizers' hashes."""
-        return {**self.to_config(), **{f"text_encoder{end}": e.identity() for end, e in self.encoders.items()}}
-
-    def to(self, device: str | torch.device) -> "FluxText":
-        """The same on a device; this one is left where it is."""
-        parts: dict[str, Any] = {f"encoder{end}": replace(e, model=moved(e.model, device)) for end, e in self.encoders.items()}
-        return replace(self, **parts)
-
     # ---- folders -----------------------------------------------------------------------------------------------------------
-
-    def to_config(self) -> dict[str, Any]:
-        """The JSON of conditioner/config.json: the settings."""
-        return {"_class_name": "flux_text", **asdict(self.config)}
 
     def index(self) -> dict[str, Any]:
         """Its entries of model_index.json, as diffusers writes them."""
         clip = {"tokenizer": ["transformers", "CLIPTokenizer"], "text_encoder": ["transformers", CLASSES[False]]}
         return {**clip, "tokenizer_2": ["transformers", "T5TokenizerFast"], "text_encoder_2": ["transformers", CLASS]}
-
-    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes tokenizer/, text_encoder/ and their _2 into a model's folder, as transformers and diffusers open them, and
-        conditioner/config.json; not model_index.json (`index`)."""
-        for end, encoder in self.encoders.items():
-            encoder.save(Path(folder) / f"tokenizer{end}", Path(folder) / f"text_encoder{end}", dtype)
-        write_settings(Path(folder), self.to_config())
 
     @classmethod
     def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = torch.float32, variant: str | None = None) -> "FluxText":
@@ -142,4 +112,4 @@ class FluxText:
         t5 = read_t5(folder / "tokenizer_2", folder / "text_encoder_2", dtype, variant)
         network = table(folder / "transformer" / "config.json")
         told = {"max_sequence_length": SCHNELL} if network and not network.get("guidance_embeds", False) else {}
-        return cls(clip, t5, read_settings(FluxTextConfig, "flux_text", folder, told))
+        return cls(clip, t5, read_settings(FluxTextConfig, cls.NAME, folder, told))

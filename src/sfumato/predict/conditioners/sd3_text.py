@@ -11,9 +11,9 @@ A CLIP reads 75 tokens of a prompt and leaves the rest to T5; what it leaves is 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from torch.nn.functional import pad
 
 from sfumato.errors import UserError
 from sfumato.predict.conditioners._clip import CLASSES, ClipEncoder, read_encoder
-from sfumato.predict.conditioners._parts import check_settings, moved, pairs, read_settings, require_count, table, write_settings
+from sfumato.predict.conditioners._parts import check_settings, pairs, read_settings, require_count, table
+from sfumato.predict.conditioners._reading import TextReader
 from sfumato.predict.conditioners._t5 import CLASS, T5Encoder, read_t5
 from sfumato.types import Conditioning, Picture
 
@@ -53,7 +54,7 @@ class Sd3TextConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class Sd3Text:
+class Sd3Text(TextReader):
     """encoder: CLIP L. encoder_2: CLIP G; both with their projections. encoder_3: T5, or None. Every character is text: brackets weigh nothing.
 
     `dataclasses.replace` changes the settings, or leaves T5 out (encoder_3=None, with joint_attention_dim told by the settings); the encoders
@@ -64,6 +65,8 @@ class Sd3Text:
     encoder_2: ClipEncoder
     encoder_3: T5Encoder | None = None
     config: Sd3TextConfig = Sd3TextConfig()
+
+    NAME: ClassVar[str] = "sd3_text"
 
     def __post_init__(self) -> None:
         if not (self.encoder.projected and self.encoder_2.projected):
@@ -100,10 +103,6 @@ class Sd3Text:
         tokens, mask, vector = (torch.stack(parts) for parts in zip(*(read[row] for row in rows), strict=True))
         return Conditioning(tokens, mask if self.config.masked else None, vector)
 
-    def null(self, count: int, picture: Picture | None = None) -> Conditioning:
-        """The empty prompt, `count` times."""
-        return self([None] * count, picture)
-
     def _read(self, first: str, others: str) -> Row:
         one, pooled, words = self.encoder.read(first, layer=2, norm=False)
         two, pooled_2, words_2 = self.encoder_2.read(others, layer=2, norm=False)
@@ -131,29 +130,7 @@ class Sd3Text:
         """Channels of a token, the network's `joint_attention_dim`."""
         return self.config.joint_attention_dim or (0 if self.encoder_3 is None else self.encoder_3.width)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the encoders are."""
-        return self.encoder.model.device
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All weights, by name: "text_encoder.text_model...", "text_encoder_3.shared.weight". Not copies."""
-        return {f"text_encoder{end}.{key}": tensor for end, e in self.encoders.items() for key, tensor in e.tensors().items()}
-
-    def identity(self) -> dict[str, Any]:
-        """What decides its answers besides the weights, as JSON: settings, the encoders' configs, the tokenizers' hashes."""
-        return {**self.to_config(), **{f"text_encoder{end}": e.identity() for end, e in self.encoders.items()}}
-
-    def to(self, device: str | torch.device) -> "Sd3Text":
-        """The same on a device; this one is left where it is."""
-        parts: dict[str, Any] = {f"encoder{end}": replace(e, model=moved(e.model, device)) for end, e in self.encoders.items()}
-        return replace(self, **parts)
-
     # ---- folders -----------------------------------------------------------------------------------------------------------
-
-    def to_config(self) -> dict[str, Any]:
-        """The JSON of conditioner/config.json: the settings."""
-        return {"_class_name": "sd3_text", **asdict(self.config)}
 
     def index(self) -> dict[str, Any]:
         """Its entries of model_index.json, as diffusers writes them."""
@@ -162,13 +139,6 @@ class Sd3Text:
         there = self.encoder_3 is not None
         t5 = {"text_encoder_3": ["transformers", CLASS], "tokenizer_3": ["transformers", "T5TokenizerFast"]}
         return {**clip, **(t5 if there else {name: [None, None] for name in t5})}
-
-    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes tokenizer/, text_encoder/ and their _2 and _3 into a model's folder, as transformers and diffusers open them, and
-        conditioner/config.json; not model_index.json (`index`)."""
-        for end, encoder in self.encoders.items():
-            encoder.save(Path(folder) / f"tokenizer{end}", Path(folder) / f"text_encoder{end}", dtype)
-        write_settings(Path(folder), self.to_config())
 
     @classmethod
     def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = torch.float32, variant: str | None = None) -> "Sd3Text":
@@ -184,5 +154,5 @@ class Sd3Text:
         named = index.get("text_encoder_3", None if (folder / "text_encoder_3").is_dir() else [None, None])
         t5 = None if named == [None, None] else read_t5(folder / "tokenizer_3", folder / "text_encoder_3", dtype, variant)
         wide = table(folder / "transformer" / "config.json").get("joint_attention_dim") if t5 is None else None
-        settings = read_settings(Sd3TextConfig, "sd3_text", folder, {} if wide is None else {"joint_attention_dim": wide})
+        settings = read_settings(Sd3TextConfig, cls.NAME, folder, {} if wide is None else {"joint_attention_dim": wide})
         return cls(clips[0], clips[1], t5, settings)

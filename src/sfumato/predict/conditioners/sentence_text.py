@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import torch
 
 from sfumato.errors import UserError
-from sfumato.predict.conditioners._alone import TextAlone
 from sfumato.predict.conditioners._parts import check_settings, read_settings
+from sfumato.predict.conditioners._reading import TextAlone
 from sfumato.predict.conditioners._sentence import CLASS, SentenceEncoder, read_sentence
 
 READS = ({"text_encoder": CLASS},)

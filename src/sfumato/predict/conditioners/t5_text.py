@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.predict.conditioners._alone import TextAlone
 from sfumato.predict.conditioners._parts import check_settings, read_settings, table
+from sfumato.predict.conditioners._reading import TextAlone
 from sfumato.predict.conditioners._t5 import CLASS, T5Encoder, read_t5
 from sfumato.types import Picture
 
