@@ -133,14 +133,14 @@ class DenoiserRecipe:
     data: DataSettings = field(default_factory=DataSettings)
     network: Any = field(default_factory=UNetConfig)
     """The config of any network that is told nothing, classes, or text."""
-    text: Path | None = None
-    """A folder with a text encoder, which reads the captions: a model's, or a sentence encoder's own. None: classes, where there are any."""
     schedule: str = "cosine"
     parameterization: str = "v"
     loss: DenoiserLoss = field(default_factory=DenoiserLoss)
     loop: LoopSettings = field(default_factory=LoopSettings)
     defaults: Defaults = field(default_factory=Defaults)
     name: str = "model"
+    text: Path | None = None
+    """A folder with a text encoder, which reads the captions: a model's, or a sentence encoder's own. None: classes, where there are any."""
 
     def run(self, out: Path, resume: bool = True) -> Path:
         """Trains (or goes on) and returns the folder of the finished model."""
