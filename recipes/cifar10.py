@@ -1,6 +1,6 @@
 """Small photographs by class: an autoencoder for CIFAR-10 and a diffusion transformer on its latents.
 
-Act 1: 32x32 colour -> 8x8 latents of 16 channels. Act 3: 64 tokens, one a cell, rectified flow; 13 and 33 minutes of 2 CPU cores.
+Act 1: 32x32 colour -> 8x8 latents of 16 channels. Act 3: 64 tokens, one a cell, rectified flow; made for 40 minutes of 2 CPU cores.
 
     sfumato train autoencoder cifar10 --data.source cifar10-train.parquet --out runs/cifar10
     sfumato train denoiser cifar10 --data.source cifar10-train.parquet --out runs/cifar10
