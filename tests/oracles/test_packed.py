@@ -212,8 +212,46 @@ assert list(quick.state_dict()) == list(network.state_dict())
 """
 
 
+KERNELS = """
+import torch
+from torch import nn
+from sfumato.nn import blockwise, invariant
+from sfumato.nn.attention import Attention
+from sfumato.nn.packed import compiled
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention(320, 2, 128)
+
+    def forward(self, x, mask):
+        return self.attention(x, None, mask)
+
+torch.manual_seed(0)
+network = Layer().eval()
+with torch.inference_mode():
+    for dtype, least in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        exact = network.to(dtype)
+        quick = compiled(exact)
+        for batch, count in ((2, 1030), (3, 1100), (1, 12)):  # the second is compiled for any size
+            x, mask = torch.randn(batch, count, 320).to(dtype), torch.arange(count) < torch.tensor([[count], [count // 2], [3]])[:batch]
+            expected = exact(x, mask)
+            quick(x, mask)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                found = quick(x, mask)
+            error = (found - expected).abs().max() / expected.abs().max()
+            assert error < least, (dtype, batch, count, error)
+            ran = {event.key for event in profile.key_averages()}
+            if invariant.onednn() is not None:
+                assert ("sfumato::product" in ran) == (dtype == torch.float32), ran
+            if invariant._BFLOAT16:
+                assert ("sfumato::attend" in ran) == (dtype == torch.bfloat16 and count >= 1024), ran
+"""
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_is_the_same_to_rounding() -> None:
+@pytest.mark.parametrize("program", [COMPILED, KERNELS], ids=["network", "kernels"])
+def test_compiled_is_the_same_to_rounding(program: str) -> None:
     """In a process of its own: the compiler cannot look through the checks of types and shapes that tests run with."""
-    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -26,7 +26,7 @@ _MANY = {64: 2048, 128: 1024}  # queries and keys from which on it is quicker, b
 
 def fits(q: Float[Tensor, "B N H d"], k: Float[Tensor, "B L H d"]) -> bool:
     """Whether it is quicker here: in inference in bfloat16 on the CPU, for many tokens and wide heads."""
-    if q.dtype != torch.bfloat16 or not q.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if q.dtype != torch.bfloat16 or not q.is_cpu or torch.is_grad_enabled() or torch.compiler.is_exporting():
         return False
     few, wide = min(q.shape[1], k.shape[1]), q.shape[-1]
     return any(wide >= least and few >= many for least, many in _MANY.items())

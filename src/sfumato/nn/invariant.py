@@ -15,11 +15,11 @@ by some 1e-6 between a batch of 1, of 2 and of 16. What each op needs, so that e
     group norm    of large maps with channels last in memory threads share the images out: such images go one by one.
 
 Group norms of contiguous maps, layer norms, interpolation and arithmetic need nothing. This is for inference in float32 on the CPU; with
-gradients, in other dtypes, on other devices and under compilers the calls are torch's own.
+gradients, in other dtypes, on other devices and under compilers the calls are torch's own, but for two that a program compiled for inference on
+the CPU makes as they are made here, for they are quicker: large products in float32, and attention in bfloat16 as in nn/blockwise.py.
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ def applies(x: Tensor, weight: Tensor | None = None) -> bool:
 def linear(x: Float[Tensor, "*B D"], weight: Float[Tensor, "E D"], bias: Float[Tensor, " E"] | None = None) -> Float[Tensor, "*B E"]:
     """`F.linear` whose rows do not depend on their number."""
     if not applies(x, weight):
-        return F.linear(x, weight, bias)
+        return _product(x, weight, bias) if _for_compiler(x, weight) else F.linear(x, weight, bias)
     # One contiguous matrix: torch would multiply image by image, or a transposed matrix, by the strides, and those of one image differ.
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     count = len(rows)
@@ -69,12 +69,27 @@ def linear(x: Float[Tensor, "*B D"], weight: Float[Tensor, "E D"], bias: Float[T
     return F.linear(rows, weight, bias)[:count].view(*x.shape[:-1], len(weight))
 
 
-@cache
+def _for_compiler(x: Tensor, weight: Tensor) -> bool:
+    """Whether a program compiled for inference should call oneDNN: torch's compiler gives products in float32 to MKL, which takes a third longer."""
+    return (
+        torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and not torch.is_grad_enabled()
+        and x.is_cpu
+        and x.dtype == weight.dtype == torch.float32
+        and weight.numel() > _LARGE
+        and _KNOWN
+    )
+
+
+_OURS = ("_linear_pointwise", "_convolution_pointwise", "_reorder_linear_weight", "_reorder_convolution_weight")
+_KNOWN = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in _OURS)
+_BFLOAT16 = _KNOWN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def onednn() -> Any:
     """torch's own operations over oneDNN, with weights that may be packed and products that end in a function; None where it has none."""
-    ours = ("_linear_pointwise", "_convolution_pointwise", "_reorder_linear_weight", "_reorder_convolution_weight")
-    known = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in ours)
-    return torch.ops.mkldnn if known else None
+    return torch.ops.mkldnn if _KNOWN else None
 
 
 def onednn_linear(
@@ -96,6 +111,18 @@ def onednn_linear(
     return y[0] if alone else y
 
 
+@torch.library.custom_op("sfumato::product", mutates_args=())
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`onednn_linear` for a compiler, which does not look into it."""
+    return onednn_linear(x, weight, bias)
+
+
+@_product.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    del bias
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
 def attention(
     q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, mask: Bool[Tensor, "B L"] | None = None
 ) -> Float[Tensor, "B N D"]:
@@ -112,8 +139,10 @@ def attend(
     In bfloat16 on the CPU many tokens go as in nn/blockwise.py, and else narrow heads are done in float32: torch's kernel takes a fifth longer to round on the way (64 x 64 cells, 8 heads of
     40; a tenth for heads of 64, and a tenth less for heads of 128).
     """
-    if blockwise.fits(q, k) and (ours := onednn()) is not None and ours._is_mkldnn_bf16_supported():
-        y = blockwise.attend(q, k, v, mask, ours)
+    if _BFLOAT16 and blockwise.fits(q, k):
+        if torch.compiler.is_compiling():
+            return _attend(q, k, v, mask)
+        y = blockwise.attend(q, k, v, mask, onednn())
         if y is not None:
             kernels.report("blockwise", q, q.shape[1], k.shape[1], mask is not None)
             return y
@@ -131,6 +160,18 @@ def attend(
         kernels.report(kernels.torchs_choice(q, k, v, keep), q, count, k.shape[2], mask is not None)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
     return y.transpose(1, 2).flatten(2)[:, :count]
+
+
+@torch.library.custom_op("sfumato::attend", mutates_args=())
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`attend` for a compiler, which does not look into it."""
+    return attend(q, k, v, mask)
+
+
+@_attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    del k, v, mask
+    return q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3])
 
 
 def _short(q: Tensor, k: Tensor) -> bool:
