@@ -408,6 +408,22 @@ def test_a_share_of_the_conditions_is_null(drop: float) -> None:
     assert torch.equal(vector[~null].argmax(1), (torch.arange(400) % 2)[~null])
 
 
+def test_a_conditioner_says_which_entry_of_the_batch_it_is_told_by() -> None:
+    """By the pictures' numbers rows 1 and 3 are asked for, by their labels class 0 both times."""
+
+    class Numbered(ClassNames):
+        told_by = "number"
+
+    latents, spy = Latents(torch.randn(4, 2, 8, 8), labels=torch.tensor([1, 0, 1, 0])), Spy()
+    objective = denoiser(DenoiserLoss(drop=0.0), FLOW, latents, spy)
+    for conditioner, expected in ((ClassNames(tuple("abcd")), [0, 0]), (Numbered(tuple("abcd")), [1, 3])):
+        objective.conditioner = conditioner
+        drawn = draws(2)
+        objective.loss("denoiser", objective.networks, objective.batch(torch.tensor([1, 3]), drawn), 0, drawn)
+        vector = spy.calls[-1][2].vector
+        assert vector is not None and vector.argmax(1).tolist() == expected
+
+
 def test_a_process_draws_its_rows_of_the_whole_batch() -> None:
     whole = draws(6)(lambda n, g: torch.randn(n, 2, generator=g))
     parts = [Draw(torch.Generator().manual_seed(0), 6, slice(k, k + 3))(lambda n, g: torch.randn(n, 2, generator=g)) for k in (0, 3)]

@@ -33,6 +33,9 @@ class Captions:
     mask keeps all.
     """
 
+    told_by = "number"
+    """The entry of a batch that names its captions."""
+
     def __init__(self, reader: Reader, captions: Sequence[str], batch_size: int = 64):
         if not captions:
             raise UserError("no captions: expected one a picture")

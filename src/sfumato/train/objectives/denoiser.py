@@ -17,7 +17,6 @@ from sfumato.diffuse.process import Process
 from sfumato.diffuse.weighting import MODE_SCALES, TIMES, WEIGHTINGS, draw_times, loss_weight
 from sfumato.errors import UserError, unknown
 from sfumato.files import hash_bytes, hash_tensors
-from sfumato.train.captions import Captions
 from sfumato.train.objective import Draw, Objective, config_of
 from sfumato.types import Conditioning, LatentSpace
 
@@ -34,7 +33,7 @@ class Latents(Protocol):
 
 
 class Labelled(Protocol):
-    """A conditioner that knows labels."""
+    """A conditioner that knows labels; or whatever entry of a batch it is told by, which it then says in `told_by` ("number": the picture's)."""
 
     def from_labels(self, labels: Tensor, /) -> Conditioning: ...
     def null(self, count: int, /) -> Conditioning: ...
@@ -117,7 +116,7 @@ class DenoiserObjective(Objective):
         z = self.space.standardise(mean + batch["std"] * first)
         t = draw(lambda n, g: draw_times(s.times, self.process, n, g, s.times_mean, s.times_std, s.times_scale, s.times_shift))
         dropped = draw(lambda n, g: torch.rand(n, generator=g)) < s.drop
-        known = batch["number" if isinstance(self.conditioner, Captions) else "label"].cpu()
+        known = batch[getattr(self.conditioner, "told_by", "label")].cpu()
         condition = self.conditioner.from_labels(known).drop(dropped, self.conditioner.null(len(mean))).to(device)
         x = self.process.add_noise(z, second, t)
         timestep = self.process.schedule.timestep(t).to(device, torch.float32)
