@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.data import ImageSet, Transform, idx, images, open_images
+from sfumato.data import ImageSet, Transform, idx, images, open_both, open_first, open_images
 from sfumato.errors import UserError
 
 CLOTHING = Path(__file__).resolve().parents[3] / "shared" / "data" / "clothing-256-train.parquet"
@@ -531,6 +531,51 @@ def test_parquet_and_its_sibling(datasets: Any, tmp_path: Path) -> None:
     changed[3, 0, 0, 0] ^= 1  # nothing stale from the cache of `datasets`
     table(datasets, tmp_path, changed).to_parquet(tmp_path / "pets-train.parquet")
     assert open_images(tmp_path / "pets-train.parquet").fingerprint != data.fingerprint
+
+
+def numbered(root: Path, kind: str, whole: range | set[int], request: pytest.FixtureRequest) -> Path:
+    """20 grey pictures, the k-th of value 10 k in the order of the source; those not `whole` are broken."""
+    pictures = [np.full((8, 8), 10 * k, np.uint8) for k in range(20)]
+    if kind == "idx":
+        idx_folder(root, 20)
+        write_idx(root / "train-images-idx3-ubyte.gz", np.stack(pictures))
+        return root
+    places = [f"{'cat' if k < 15 else 'dog'}/{k:02}.png" for k in range(20)]
+    if kind == "splits":
+        places = [f"{'train' if k < 14 else 'test'}/{'cat' if k % 7 < 5 else 'dog'}/{k:02}.png" for k in range(20)]
+    for k, (place, picture) in enumerate(zip(places, pictures, strict=True)):
+        save(root / place, picture)
+        if k not in whole:
+            (root / place).write_bytes(b"broken")
+    if kind != "parquet":
+        return root
+    datasets = request.getfixturevalue("datasets")
+    features = datasets.Features({"picture": datasets.Image(), "label": datasets.Value("string"), "text": datasets.Value("string")})
+    rows = [{"picture": {"bytes": (root / p).read_bytes(), "path": None}, "label": p.split("/")[0], "text": p} for p in places]
+    datasets.Dataset.from_list(rows, features).to_parquet(root / "pets.parquet")
+    return root / "pets.parquet"
+
+
+@pytest.mark.parametrize("kind", ["folder", "splits", "parquet", "idx"])
+def test_the_first_of_both_splits_are_opened_alone(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """The same pictures, labels, classes and captions as of the whole source, from one where all others are broken."""
+    sets = open_both(numbered(tmp_path / "whole", kind, range(20), request), 0.2)
+    expected = [images.subset(range(3)) for images in sets]
+    wanted = {int(value) // 10 for images in expected for value in bytes_of(images.batch(range(3))["image"])[:, 0, 0, 0]}
+    source = numbered(tmp_path / "broken", kind, wanted, request)
+    if kind != "idx":
+        with pytest.raises(UserError, match="cannot be read as an image"):
+            open_images(source)
+    for limit in (1 << 30, 0):  # in memory; decoded for each batch
+        monkeypatch.setattr(images, "MEMORY_LIMIT", limit)
+        for found, right in zip(open_first(source, 3, 0.2), expected, strict=True):
+            found = pickle.loads(pickle.dumps(found))
+            assert found.fingerprint == right.fingerprint and torch.equal(found.batch(range(3))["image"], right.batch(range(3))["image"])
+            assert (found.class_names, found.captions) == (right.class_names, right.captions)
+            assert found.labels is not None and right.labels is not None and torch.equal(found.labels, right.labels)
+    assert [len(images) for images in open_first(tmp_path / "whole", 99, 0.2)] == [len(images) for images in sets]
 
 
 def test_folders_saved_by_datasets(datasets: Any, tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 from sfumato.cli import main
+from sfumato.cli.evaluate import Evaluate, _images
 from sfumato.data import open_images
 from sfumato.decode.image import read_parameters, to_pil
 from sfumato.decode.whole import whole
+from sfumato.errors import UserError
 from sfumato.evaluate.reconstruction import psnr
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
@@ -219,6 +221,17 @@ def test_evaluate_holds_out_what_the_recipe_held_out(tiny: Path, data: Path, cap
     assert report["metrics"]["psnr"]["value"] == pytest.approx(psnr((test + 1) / 2, (rebuilt + 1) / 2), abs=1e-6)
     assert main(["evaluate", str(tiny), "--data", "more", *FLAGS, "--steps", "2", "--test-split", "validation"]) == 2
     assert "validation" in capsys.readouterr().err
+
+
+def test_evaluate_opens_no_more_pictures_than_its_limit(tiny: Path, data: Path) -> None:
+    """The last ones are broken, and only who asks for them hears of it."""
+    for split in ("train", "test"):
+        (data / split / "boot" / "7.png").write_bytes(b"broken")
+    model = load(tiny)
+    train, test = _images(model, Evaluate(str(tiny), str(data), limit=12))
+    assert (len(train), len(test)) == (12, 12) and train.class_names == test.class_names == ("bag", "boot")
+    with pytest.raises(UserError, match=r"7\.png cannot be read"):
+        _images(model, Evaluate(str(tiny), str(data)))
 
 
 def test_evaluate_knows_a_model_that_learnt_by_heart(tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

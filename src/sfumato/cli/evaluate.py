@@ -109,13 +109,13 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 
 def _images(model: "LatentDiffusion", options: Evaluate) -> "tuple[ImageSet, ImageSet]":
-    from sfumato.data import open_both
+    from sfumato.data import open_both, open_first
 
     shape = model.describe()["image"]
-    kind = {"size": shape["height"], "channels": shape["channels"]}
-    train, test = open_both(options.data, options.held_out, train=options.train_split, test=options.test_split, **kind)
-    count = options.limit or len(train) + len(test)
-    return train.subset(range(min(count, len(train)))), test.subset(range(min(count, len(test))))
+    size, channels, train, test = shape["height"], shape["channels"], options.train_split, options.test_split
+    if options.limit is None:
+        return open_both(options.data, options.held_out, train=train, test=test, size=size, channels=channels)
+    return open_first(options.data, options.limit, options.held_out, train=train, test=test, size=size, channels=channels)
 
 
 def _pixels(images: "ImageSet", batch: int = 1000) -> "Tensor":

@@ -7,7 +7,7 @@ The sets answer `batch(indices)`; who draws the indices (shuffling, holdout, res
 """
 
 from sfumato.data.buckets import BucketedImages, BucketedLatents, bucket_sizes, nearest_bucket, open_buckets
-from sfumato.data.held_out import open_both
+from sfumato.data.held_out import open_both, open_first
 from sfumato.data.images import ImageSet
 from sfumato.data.latent_cache import LatentSet, cache_latents
 from sfumato.data.source import open_images
@@ -24,5 +24,6 @@ __all__ = [
     "nearest_bucket",
     "open_both",
     "open_buckets",
+    "open_first",
     "open_images",
 ]

@@ -64,6 +64,31 @@ class Listing:
                     f"{self.name} has {len(self.pictures)} images but {len(values)} {what}: there must be one each, so a file is incomplete"
                 )
 
+    def part(self, rows: Sequence[int]) -> "Listing":
+        """The pictures with these numbers, in this order; the classes stay those of all."""
+        pictures, labels = self.pictures, None if self.labels is None else np.asarray(self.labels)
+        return replace(
+            self,
+            pictures=pictures[list(rows)] if isinstance(pictures, np.ndarray) else _Part(pictures, tuple(rows)),
+            picture_name=tuple(map(self.picture_name, rows)).__getitem__,
+            labels=None if labels is None else labels[list(rows)],
+            captions=None if self.captions is None else [self.captions[i] for i in rows],
+        )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some of the pictures of a source."""
+
+    pictures: Pictures
+    rows: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int, /) -> Picture:
+        return self.pictures[self.rows[index]]
+
 
 class _Memory:
     """All pixels at hand: uint8 (N, c, H, W), where c = 1 also serves 3 equal channels."""

@@ -42,13 +42,14 @@ def open_images(
     Raises `UserError`, one sentence, for everything that is wrong with the source.
     """
     transform = Transform(size, channels, flip=flip)
+    return open_with(lambda listing: opened(listing, transform, on_error), source, split=split, on_error=on_error, limit=limit)
 
-    def make(listing: Listing) -> ImageSet:
-        if isinstance(listing.pictures, np.ndarray) and transform.sides in (None, listing.pictures.shape[1:]):
-            return from_array(listing, listing.pictures, transform)
-        return build(listing, transform, on_error)
 
-    return open_with(make, source, split=split, on_error=on_error, limit=limit)
+def opened(listing: Listing, transform: Transform, on_error: Literal["raise", "skip"]) -> ImageSet:
+    """The pictures of a listing, verified; an array that needs no resizing is shared as it is."""
+    if isinstance(listing.pictures, np.ndarray) and transform.sides in (None, listing.pictures.shape[1:]):
+        return from_array(listing, listing.pictures, transform)
+    return build(listing, transform, on_error)
 
 
 def open_with(make: Callable[[Listing], T], source: str | Path, *, split: str, on_error: Literal["raise", "skip"], limit: int | None) -> T:
