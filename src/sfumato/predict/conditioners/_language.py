@@ -18,14 +18,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sfumato.errors import UserError, explained
-from sfumato.files import atomic_file, read_table
+from sfumato.files import atomic_file
 from sfumato.predict.conditioners._parts import (
     ANY,
-    PICKLED,
-    STEM,
     check_fields,
     fill,
     padded,
+    read_network,
     require_count,
     require_finite_states,
     require_transformers,
@@ -33,7 +32,6 @@ from sfumato.predict.conditioners._parts import (
     tokenizer_hash,
     write_network,
 )
-from sfumato.weights import find_weights, looked_at, read_weights
 
 CLASSES = {"mistral3": "Mistral3ForConditionalGeneration", "qwen3": "Qwen3ForCausalLM"}
 """The model's class by the `model_type` of its config."""
@@ -171,7 +169,7 @@ class LanguageModel:
 def read_language_model(tokenizer: Path, encoder: Path, dtype: torch.dtype | None, variant: str | None = None) -> LanguageModel:
     """Opens both folders; `UserError` for what is missing, of another kind, or not finite. variant: the weights to prefer, such as "fp16"."""
     require_transformers()
-    model = _read_model(encoder, dtype, variant)
+    model = read_network(encoder, dtype, variant, build_language_model)
     kept = {name: (tokenizer / name).read_bytes() for name in PROCESSOR if (tokenizer / name).exists()}
     opened = _read_tokenizer(tokenizer)
     template = opened.chat_template or table(tokenizer / PROCESSOR[2]).get("chat_template")
@@ -194,17 +192,17 @@ def _read_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def _read_model(folder: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
+def build_language_model(
+    values: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype | None, path: Path, file: Path, looked: Any
+) -> Any:
+    """The model of a config and its weights. path, file: where they are from, for what is said about them. looked: looks for NaN and infinity
+    there, and says whether it did."""
     import transformers
 
-    path = folder / "config.json"
-    values = read_table(path)
     kind = values.get("model_type")
     if kind not in CLASSES or values.get("architectures", [CLASSES[kind]]) not in (None, [CLASSES[kind]]):
         raise UserError(f"{path} is of type {kind!r}, {values.get('architectures')}: expected one of {', '.join(CLASSES.values())}")
     _check_fields(values, kind, path)
-    files = find_weights(folder, STEM, variant, PICKLED)
-    tensors = read_weights(files)
     ours = {_renamed(key, NAMES): tensor for key, tensor in tensors.items()} if kind == "mistral3" else tensors
     embed = "model.language_model.embed_tokens.weight" if kind == "mistral3" else "model.embed_tokens.weight"
 
@@ -213,9 +211,8 @@ def _read_model(folder: Path, dtype: torch.dtype | None, variant: str | None) ->
         _check_config(getattr(config, "text_config", config))
         return getattr(transformers, CLASSES[kind])(config)
 
-    where = files[0] if len(files) == 1 else folder
     # The head is not run: where a file has none, the table of tokens stands for it, as in models that tie the two.
-    return fill(build, ours, {HEAD: embed}, lambda key: dtype, path, where, lambda: looked_at(files, tensors, dtype))
+    return fill(build, ours, {HEAD: embed}, lambda key: dtype, path, file, looked)
 
 
 def _with_theta(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""What conditioners with text encoders share: `TextReader`, and `TextAlone` for those with one encoder whose states the network reads as they are.
+"""What conditioners with text encoders share: `TextReader`, and `TextAlone` for those with one encoder whose states the network reads as they are;
+and `Encoder`, what such encoders share.
 
 tokens   the states of all positions
 mask     where they are more than padding
@@ -11,11 +12,56 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.predict.conditioners._parts import moved, texts, write_settings
+from sfumato.predict.conditioners._parts import moved, states_of, texts, tokenizer_hash, write_network, write_settings
 from sfumato.types import Conditioning, Picture
+
+
+@dataclass(frozen=True, eq=False)
+class Encoder(ABC):
+    """A network of transformers with its tokenizer, of which the states after the last layer are read.
+
+    NAME: the network's class there. DECISIVE: fields of its config that change states, and that the shapes of the weights do not all show.
+    """
+
+    NAME: ClassVar[str]
+    DECISIVE: ClassVar[tuple[str, ...]]
+    tokenizer: Any
+    model: Any
+
+    @property
+    def width(self) -> int:
+        """Channels of a position's state."""
+        return self.model.config.hidden_size
+
+    def encode(self, text: str, length: int, masked: bool, long: str) -> tuple[Float[Tensor, "L D"], Bool[Tensor, " L"]]:
+        """The states of `length` positions in float32, and where they are more than padding: `states_of`."""
+        return states_of(self.tokenizer, self.model, text, length, masked, long)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides its states besides the weights, as JSON."""
+        config = {field: getattr(self.model.config, field) for field in self.DECISIVE}
+        return {"config": config, "tokenizer": tokenizer_hash(self.tokenizer)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights by the names that files have. Not copies."""
+        return self.model.state_dict()
+
+    def to_config(self) -> dict[str, Any]:
+        """The JSON of config.json, as transformers writes it."""
+        return {**self.model.config.to_dict(), "architectures": [self.NAME]}
+
+    @abstractmethod
+    def write_tokenizer(self, folder: Path) -> None:
+        """Writes the tokenizer's folder."""
+
+    def save(self, tokenizer: Path, encoder: Path, dtype: torch.dtype | None = None) -> None:
+        """Writes both folders; the weights in `dtype`, by default their own. `NumericalError` for weights that are not finite in it."""
+        write_network(encoder, self.to_config(), self.tensors(), dtype)
+        self.write_tokenizer(tokenizer)
 
 
 class TextReader(ABC):

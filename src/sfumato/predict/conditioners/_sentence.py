@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sfumato.errors import UserError, explained
@@ -27,11 +26,9 @@ from sfumato.predict.conditioners._parts import (
     read_network,
     require_count,
     require_transformers,
-    states_of,
     table,
-    tokenizer_hash,
-    write_network,
 )
+from sfumato.predict.conditioners._reading import Encoder
 
 CLASS = "BertModel"
 WORDS = "embeddings.word_embeddings.weight"
@@ -42,8 +39,6 @@ HEADS = ("pooler.", "cls.")
 """What is built on top of the states, or was in training: not read."""
 OLD = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 """Names of the time before PyTorch."""
-DECISIVE = ("num_attention_heads", "hidden_act", "layer_norm_eps")
-"""Fields that change states, and that the shapes of the weights do not show."""
 HARMLESS = {"gradient_checkpointing", "position_embedding_type", "directionality", "classifier_dropout", "tie_word_embeddings"}
 HARMLESS |= {f"pooler_{name}" for name in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")}
 """Fields of older configs; of `position_embedding_type` there is one kind left, which is looked for."""
@@ -51,48 +46,23 @@ RULES = ("normalizer", "pre_tokenizer")
 
 
 @dataclass(frozen=True, eq=False)
-class SentenceEncoder:
+class SentenceEncoder(Encoder):
     """tokenizer: a `BertTokenizer`. model: a `BertModel` without pooler."""
 
-    tokenizer: Any
-    model: Any
+    NAME = CLASS
+    DECISIVE = ("num_attention_heads", "hidden_act", "layer_norm_eps")
 
     def __post_init__(self) -> None:
         require_words(self.tokenizer, self.model.config.vocab_size)
-
-    @property
-    def width(self) -> int:
-        """Channels of a position's state."""
-        return self.model.config.hidden_size
 
     @property
     def length(self) -> int:
         """Positions that it knows, the most that a prompt can have."""
         return self.model.config.max_position_embeddings
 
-    def encode(self, text: str, length: int, masked: bool, long: str) -> tuple[Float[Tensor, "L D"], Bool[Tensor, " L"]]:
-        """The states of `length` positions in float32, and where they are more than padding: `states_of`."""
-        return states_of(self.tokenizer, self.model, text, length, masked, long)
-
-    def identity(self) -> dict[str, Any]:
-        """What decides its states besides the weights, as JSON."""
-        return {
-            "config": {field: getattr(self.model.config, field) for field in DECISIVE},
-            "tokenizer": tokenizer_hash(self.tokenizer),
-        }
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Its weights by the names that files have. Not copies."""
-        return self.model.state_dict()
-
-    def to_config(self) -> dict[str, Any]:
-        """The JSON of config.json, as transformers writes it."""
-        return {**self.model.config.to_dict(), "architectures": [CLASS]}
-
-    def save(self, tokenizer: Path, encoder: Path, dtype: torch.dtype | None = None) -> None:
-        """Writes both folders; the weights in `dtype`, by default their own. `NumericalError` for weights that are not finite in it."""
-        write_network(encoder, self.to_config(), self.tensors(), dtype)
-        write_tokenizer(self.tokenizer, tokenizer)
+    def write_tokenizer(self, folder: Path) -> None:
+        """Writes the tokenizer's folder."""
+        write_tokenizer(self.tokenizer, folder)
 
 
 def read_sentence(tokenizer: Path, encoder: Path, dtype: torch.dtype | None, variant: str | None = None) -> SentenceEncoder:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sfumato.errors import UserError, explained
@@ -27,31 +26,27 @@ from sfumato.predict.conditioners._parts import (
     read_network,
     require_count,
     require_transformers,
-    states_of,
     table,
-    tokenizer_hash,
-    write_network,
 )
+from sfumato.predict.conditioners._reading import Encoder
 
 CLASS = "T5EncoderModel"
 SHARED, EMBED = "shared.weight", "encoder.embed_tokens.weight"
 """One table of tokens under two names; files have either, or both."""
 SPIECE = "spiece.model"
-DECISIVE = (
-    *("num_heads", "feed_forward_proj", "dense_act_fn", "is_gated_act", "layer_norm_epsilon"),
-    *("relative_attention_num_buckets", "relative_attention_max_distance"),
-)
-"""Fields that change states, and that the shapes of the weights do not all show."""
 HARMLESS = {"decoder_start_token_id", "tie_word_embeddings", "n_positions", "bos_token_id"}
 """Fields of configs that change nothing in the encoder."""
 
 
 @dataclass(frozen=True, eq=False)
-class T5Encoder:
+class T5Encoder(Encoder):
     """tokenizer: a `T5Tokenizer`. model: a `T5EncoderModel`. spiece: the bytes of spiece.model, which older programs read, if the folder had it."""
 
-    tokenizer: Any
-    model: Any
+    NAME = CLASS
+    DECISIVE = (
+        *("num_heads", "feed_forward_proj", "dense_act_fn", "is_gated_act", "layer_norm_epsilon"),
+        *("relative_attention_num_buckets", "relative_attention_max_distance"),
+    )
     spiece: bytes | None = None
 
     def __post_init__(self) -> None:
@@ -65,37 +60,16 @@ class T5Encoder:
                 f"tokenizer has {len(self.tokenizer)} tokens, text encoder {self.model.config.vocab_size}: use parts of one model"
             )
 
-    @property
-    def width(self) -> int:
-        """Channels of a position's state."""
-        return self.model.config.d_model
-
-    def encode(self, text: str, length: int, masked: bool, long: str) -> tuple[Float[Tensor, "L D"], Bool[Tensor, " L"]]:
-        """The states of `length` positions in float32, and where they are more than padding: `states_of`."""
-        return states_of(self.tokenizer, self.model, text, length, masked, long)
-
-    def identity(self) -> dict[str, Any]:
-        """What decides its states besides the weights, as JSON."""
-        return {
-            "config": {field: getattr(self.model.config, field) for field in DECISIVE},
-            "tokenizer": tokenizer_hash(self.tokenizer),
-        }
-
     def tensors(self) -> dict[str, Tensor]:
         """Its weights by the names that files have. Not copies."""
         return {key: tensor for key, tensor in self.model.state_dict().items() if key != EMBED}
 
-    def to_config(self) -> dict[str, Any]:
-        """The JSON of config.json, as transformers writes it."""
-        return {**self.model.config.to_dict(), "architectures": [CLASS]}
-
-    def save(self, tokenizer: Path, encoder: Path, dtype: torch.dtype | None = None) -> None:
-        """Writes both folders; the weights in `dtype`, by default their own. `NumericalError` for weights that are not finite in it."""
-        write_network(encoder, self.to_config(), self.tensors(), dtype)
-        tokenizer.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(tokenizer)
+    def write_tokenizer(self, folder: Path) -> None:
+        """Writes the tokenizer's folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(folder)
         if self.spiece is not None:
-            with atomic_file(tokenizer / SPIECE) as temporary:
+            with atomic_file(folder / SPIECE) as temporary:
                 temporary.write_bytes(self.spiece)
 
 
