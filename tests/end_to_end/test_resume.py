@@ -536,6 +536,23 @@ def test_settings_that_decide_nothing_may_change(tmp_path: Path) -> None:
     assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("stop", [1, 2, 4, 5])
+def test_a_line_in_the_middle_of_which_a_run_stopped_is_the_same(stop: int, tmp_path: Path) -> None:
+    """The mean over all of its steps: those before a checkpoint are kept in it."""
+    settings = replace(LOOP, log_every=3, save_every=2)
+
+    def halt(done: int) -> None:
+        if done == stop:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(Curve(), settings, tmp_path / "stopped", on_step=halt)
+    for name in ("stopped", "whole"):
+        train(Curve(), settings, tmp_path / name)
+    assert log(tmp_path / "stopped") == log(tmp_path / "whole")
+    assert [line["step"] for line in log(tmp_path / "whole")] == [3, 6, 7]
+
+
 # ---- full disk ----------------------------------------------------------------------------------------------------------------
 
 
@@ -720,7 +737,7 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("cut", [0, 13])
 def test_two_processes_train_what_one_would(cut: int, tmp_path: Path) -> None:
     """The same batch, the same noise, the mean gradient: equal up to rounding, also when a run goes over from one to two."""
-    settings = replace(LOOP, batch_size=8, lr=1e-2, steps=12, save_every=4)
+    settings = replace(LOOP, batch_size=8, lr=1e-2, steps=12, save_every=4, log_every=3)
     assert train_together(1, lambda: Curve(cut), settings, tmp_path / "one") == [0]
     assert train_together(2, lambda: Curve(cut), settings, tmp_path / "two") == [0, 0]
     assert train_together(1, lambda: Curve(cut), settings, tmp_path / "over", stop=6) == [-signal.SIGKILL]

@@ -44,6 +44,7 @@ from sfumato.train.objectives.autoencoder import AutoencoderLoss, AutoencoderObj
 from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective
 from sfumato.train.order import Stream, batch_indices, derive_seed
 from sfumato.train.perceptual import feature_maps, perceptual_distance
+from sfumato.train.record import Means
 from sfumato.types import Conditioning, LatentSpace
 
 KL = KLConfig(in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, latent_channels=2, norm_num_groups=4)
@@ -86,7 +87,8 @@ def draws(total: int, seed: int = 0) -> Draw:
 def one_loss(objective: Objective, phase: str = "autoencoder", step: int = 0, count: int = 4) -> tuple[Tensor, dict[str, float]]:
     """The loss of one batch from fixed random numbers."""
     draw = draws(count)
-    return objective.loss(phase, objective.networks, objective.batch(torch.arange(count), draw), step, draw)
+    loss, numbers = objective.loss(phase, objective.networks, objective.batch(torch.arange(count), draw), step, draw)
+    return loss, {name: float(value) for name, value in numbers.items()}
 
 
 class Latents:
@@ -648,6 +650,58 @@ def test_a_run_leaves_numbers_curves_and_pictures(tmp_path: Path, monkeypatch: p
         assert pixels.std() > 5, f"{path.name} is blank"
     grid = PIL.open(tmp_path / "samples" / "reconstructions-00000004.png")
     assert grid.width >= 8 * 16 and grid.height >= 2 * 16
+
+
+def numbers_of(out: Path) -> dict[int, dict[str, float]]:
+    """The log's numbers by step."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {line.pop("step"): {name: value for name, value in line.items() if name != "seconds"} for line in lines}
+
+
+def test_a_line_of_the_log_is_the_mean_over_the_steps_since_the_last(tmp_path: Path) -> None:
+    """Of those that had a number: the discriminator begins at step 4, in the middle of a line. The learning rate is the step's own."""
+    settings = replace(LOOP, steps=8, decay="linear")
+    for name, every in (("each", 1), ("third", 3)):
+        train(
+            autoencoder(AutoencoderLoss(adversarial=0.5, adversarial_start=4, discriminator_width=8)),
+            replace(settings, log_every=every),
+            tmp_path / name,
+        )
+    each, third = numbers_of(tmp_path / "each"), numbers_of(tmp_path / "third")
+    assert list(third) == [3, 6, 8]
+    for last, steps in ((3, (1, 2, 3)), (6, (4, 5, 6)), (8, (7, 8))):
+        assert third[last].keys() == each[last].keys()
+        for name, value in third[last].items():
+            seen = [each[step][name] for step in steps if name in each[step]]
+            assert value == pytest.approx(each[last][name] if name == "lr" else sum(seen) / len(seen)), name
+    assert "discriminator/loss" in third[6] and "discriminator/loss" not in each[4]
+    losses = [each[step]["autoencoder/loss"] for step in (1, 2, 3)]
+    assert third[3]["autoencoder/loss"] != pytest.approx(losses[-1], rel=1e-4)
+
+
+def test_what_a_device_has_is_summed_there() -> None:
+    """The device without numbers: whoever asks for one stumbles."""
+    means, loss = Means(), torch.zeros((), device="meta", requires_grad=True)
+    for _ in range(3):
+        means.add({"loss": loss, "norm": 2.0})
+    total = means.sums["loss"]
+    assert isinstance(total, Tensor) and total.device.type == "meta" and not total.requires_grad
+    assert (means.sums["norm"], means.counts) == (6.0, {"loss": 3, "norm": 3})
+    with pytest.raises(RuntimeError, match="meta"):
+        means.now()
+
+
+def test_means_go_on_from_their_state() -> None:
+    """Through JSON, bit for bit; a number that is not finite too."""
+    values, whole, first = [0.1, 1 / 3, 1e-7, 0.7], Means(), Means()
+    for value in values:
+        whole.add({"a": value, "b": math.inf})
+    for value in values[:2]:
+        first.add({"a": value, "b": math.inf})
+    second = Means.from_state(json.loads(json.dumps(first.state(), allow_nan=False)))
+    for value in values[2:]:
+        second.add({"a": value, "b": math.inf})
+    assert second == whole and second.now()["a"] == pytest.approx(sum(values) / 4)
 
 
 def test_held_out_numbers_are_those_of_the_held_out_images(tmp_path: Path) -> None:

@@ -50,15 +50,17 @@ def save(
     optimizers: dict[str, torch.optim.Optimizer],
     run: dict[str, Any],
     scaler: dict[str, Any] | None = None,
+    means: dict[str, Any] | None = None,
     keep: int = 2,
 ) -> None:
-    """Writes folder/step-XXXXXXXX atomically, then removes all but the newest `keep`. `run` says what the checkpoint belongs to."""
+    """Writes folder/step-XXXXXXXX atomically, then removes all but the newest `keep`. `run` says what the checkpoint belongs to,
+    means: what was seen since the last line of the log."""
     with atomic_folder(folder / f"step-{step:08d}") as temporary:
         for name, network in networks.items():
             write_tensors(temporary / f"{name}.safetensors", network.state_dict())
             write_tensors(temporary / f"{name}.optimizer.safetensors", _flatten(optimizers[name]))
         write_tensors(temporary / "average.safetensors", average)
-        write_json(temporary / "state.json", {"step": step, "run": run, "scaler": scaler})
+        write_json(temporary / "state.json", {"step": step, "run": run, "scaler": scaler, "means": means or {}})
     for old in steps(folder)[:-keep]:
         # Renamed first: a kill in the middle of removing leaves no half checkpoint under the name of a whole one.
         gone = folder / f".step-{old:08d}.{os.getpid()}.tmp"

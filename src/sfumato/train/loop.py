@@ -20,7 +20,7 @@ from sfumato.train import checkpoint
 from sfumato.train.ema import EMA
 from sfumato.train.objective import Draw, Objective
 from sfumato.train.order import Order, derive_seed
-from sfumato.train.record import Record
+from sfumato.train.record import Means, Record
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class LoopSettings:
     save_every: int = 1000
     show_every: int = 1000
     log_every: int = 50
+    """A line of the log is the mean over these steps."""
 
     def __post_init__(self) -> None:
         for kind, name, known in (("decay", self.decay, DECAYS), ("precision", self.precision, PRECISIONS)):
@@ -124,6 +125,7 @@ def train(
     first = state["step"] if state else 0
     wrapped = {name: accelerator.prepare(network) for name, network in plain.items()}
     stepped = {name: accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
+    means = Means.from_state((state or {}).get("means", {}))
     if state and state.get("scaler") and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -135,23 +137,27 @@ def train(
             torch.manual_seed(derive_seed(settings.seed, "layers", step, rank))  # dropout
             draw = Draw(torch.Generator().manual_seed(derive_seed(settings.seed, "draws", step)), settings.batch_size, mine)
             batch = {k: v.to(accelerator.device) for k, v in objective.batch(order(step)[mine], draw).items()}
-            numbers: dict[str, float] = {"lr": settings.lr_at(step)}
             for phase in plain:
                 if objective.active(phase, step):
-                    numbers |= _update(objective, phase, wrapped, stepped[phase], batch, step, draw, settings, accelerator)
+                    means.add(_update(objective, phase, wrapped, stepped[phase], batch, step, draw, settings, accelerator))
             average.update(plain[objective.main], step)
             done = step + 1
             logs, shows, saves = (
                 done % n == 0 or done == settings.steps for n in (settings.log_every, settings.show_every, settings.save_every)
             )
-            record.step(done, _mean(numbers, accelerator) if logs else numbers, log=logs)
+            if logs:
+                record.step(done, {"lr": settings.lr_at(step), **_mean(means.now(), accelerator)}, log=True)
+                means = Means()
+            else:
+                record.step(done, means.now() if record.due else {}, log=False)
             if main and shows:
                 record.show(done, *objective.show(average.network, done))
             if saves:
                 _check_weights(objective, {**plain, "average": average.network}, done, settings)
+                seen = means.state(lambda sums: _mean(sums, accelerator))
             if main and saves:
                 scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-                checkpoint.save(checkpoints, done, plain, average.state(), optimizers, run, scaler)
+                checkpoint.save(checkpoints, done, plain, average.state(), optimizers, run, scaler, seen)
             if shows or saves:
                 accelerator.wait_for_everyone()
             if on_step is not None:
@@ -169,7 +175,7 @@ def _update(
     draw: Draw,
     settings: LoopSettings,
     accelerator: Any,
-) -> dict[str, float]:
+) -> dict[str, float | Tensor]:
     """One optimizer step of one phase; the loss and its gradient must be finite."""
     for group in optimizer.param_groups:
         group["lr"] = settings.lr_at(step)
@@ -184,12 +190,13 @@ def _update(
     if not math.isfinite(norm) and accelerator.scaler is None:  # with a scaler (fp16) such a step is left out, by design
         _refuse(f"the gradient's norm is {norm}", objective.stage, phase, step + 1, settings)
     optimizer.step()
-    return {f"{phase}/loss": float(loss.detach()), f"{phase}/grad_norm": norm, **numbers}
+    known = {f"{phase}/grad_norm": norm} if math.isfinite(norm) else {}
+    return {f"{phase}/loss": loss.detach(), **known, **numbers}
 
 
 def _mean(numbers: dict[str, float], accelerator: Any) -> dict[str, float]:
     """Each number's mean over the processes."""
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 or not numbers:
         return numbers
     values = torch.tensor(list(numbers.values()), dtype=torch.float32, device=accelerator.device)
     return dict(zip(numbers, accelerator.reduce(values, "mean").tolist(), strict=True))

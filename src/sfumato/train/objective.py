@@ -55,8 +55,9 @@ class Objective(ABC):
     @abstractmethod
     def loss(
         self, phase: str, networks: Mapping[str, nn.Module], batch: dict[str, Tensor], step: int, draw: Draw
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The loss of a phase (scalar, with gradient) and numbers to log. All randomness comes from `draw`."""
+    ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+        """The loss of a phase (scalar, with gradient) and numbers to log: better scalar tensors where they are than floats, for which a step
+        would wait. All randomness comes from `draw`."""
 
     def active(self, phase: str, step: int) -> bool:
         """Whether a phase takes part in a step."""

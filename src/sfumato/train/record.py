@@ -1,16 +1,22 @@
-"""What a run leaves for people: a progress bar, log.jsonl, TensorBoard scalars and pictures, sample grids and a picture of the curves."""
+"""What a run leaves for people: a progress bar, log.jsonl, TensorBoard scalars and pictures, sample grids and a picture of the curves.
+
+A line of log.jsonl is the mean over the steps since the line before it: of one batch, a loss is mostly noise.
+"""
 
 import json
 import logging
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from PIL import Image as PIL
+from torch import Tensor
 
 from sfumato.files import NotWritten, atomic_file, recover
 
@@ -24,6 +30,38 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise NotWritten(path, error) from error
+
+
+@dataclass
+class Means:
+    """Each number's mean over the steps since the last line, of those steps that had it: a sum and a count by name.
+
+    What lies on a GPU is summed there, so that no step waits for the device.
+    """
+
+    sums: dict[str, float | Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, numbers: Mapping[str, float | Tensor]) -> None:
+        """One step's numbers; tensors without axes."""
+        for name, value in numbers.items():
+            kept = value.detach().float() if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
+            self.sums[name] = self.sums.get(name, 0.0) + kept
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def now(self) -> dict[str, float]:
+        """The means so far."""
+        return {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+
+    def state(self, reduced: Callable[[dict[str, float]], dict[str, float]] = dict) -> dict[str, Any]:
+        """The JSON of a checkpoint between two lines. reduced: what the processes make of their sums."""
+        sums = reduced({name: float(total) for name, total in self.sums.items()})
+        return {"sums": {name: repr(total) for name, total in sums.items()}, "counts": self.counts}  # JSON has no NaN
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """What goes on where `state` was asked for; from nothing, a new one."""
+        return cls({name: float(total) for name, total in state.get("sums", {}).items()}, dict(state.get("counts", {})))
 
 
 class Record:
@@ -58,6 +96,7 @@ class Record:
         self.progress.start()
         self.task = self.progress.add_task(self.stage, total=self.total, completed=self.first, loss="")
         self.started = time.perf_counter()
+        self.told = -math.inf
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -96,12 +135,19 @@ class Record:
             for name, value in numbers.items():
                 self.writer.add_scalar(name, value, step)
 
+    @property
+    def due(self) -> bool:
+        """Whether the bar's losses are a second old: to ask for them at every step would be to wait for a GPU at every step."""
+        return self.active and time.perf_counter() - self.told >= 1
+
     def step(self, step: int, numbers: dict[str, float], log: bool) -> None:
-        """A step is done; its numbers are written when `log`."""
+        """A step is done; the bar shows the losses among the numbers, if there are any, and all are written when `log`."""
         if not self.active:
             return
-        losses = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items() if k.endswith("/loss"))
-        self.progress.update(self.task, completed=step, loss=losses)
+        self.progress.update(self.task, completed=step)
+        if numbers:
+            self.progress.update(self.task, loss="  ".join(f"{k} {v:.4g}" for k, v in numbers.items() if k.endswith("/loss")))
+            self.told = time.perf_counter()
         if log:
             self._write(step, numbers)
 

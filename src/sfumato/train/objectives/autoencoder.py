@@ -89,14 +89,14 @@ class AutoencoderObjective(Objective):
 
     def loss(
         self, phase: str, networks: Mapping[str, nn.Module], batch: dict[str, Tensor], step: int, draw: Draw
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
         image = batch["image"]
         if phase == "discriminator":
             assert self.fake is not None
             logits = networks["discriminator"](torch.cat([image, self.fake])).float()
             real, fake = logits.chunk(2)
             self.fake = None
-            return hinge(real, fake), {"discriminator/real": float(real.detach().mean()), "discriminator/fake": float(fake.detach().mean())}
+            return hinge(real, fake), {"discriminator/real": real.detach().mean(), "discriminator/fake": fake.detach().mean()}
 
         w = self.weights
         autoencoder = _plain(networks["autoencoder"])
@@ -107,18 +107,18 @@ class AutoencoderObjective(Objective):
         rebuilt, mean, std = (v.float() for v in networks["autoencoder"](image, noise))
         pixel = F.l1_loss(rebuilt, image) if w.pixel == "l1" else F.mse_loss(rebuilt, image)
         kl = Posterior(mean, std).kl().mean()
-        numbers = {"autoencoder/pixel": float(pixel.detach()), "autoencoder/kl": float(kl.detach())}
+        numbers: dict[str, float | Tensor] = {"autoencoder/pixel": pixel.detach(), "autoencoder/kl": kl.detach()}
         total = pixel
         if self.maps is not None:
             perceptual = perceptual_distance(self.maps, rebuilt, image).mean()
-            numbers["autoencoder/perceptual"] = float(perceptual.detach())
+            numbers["autoencoder/perceptual"] = perceptual.detach()
             total = total + w.perceptual * perceptual
         if w.adversarial and step >= w.adversarial_start:
             discriminator = _plain(networks["discriminator"]).requires_grad_(False)
             fooled = -discriminator(rebuilt).float().mean()
             scale = adaptive_weight(total, fooled, autoencoder.decoder.conv_out.weight)
             discriminator.requires_grad_(True)
-            numbers |= {"autoencoder/adversarial": float(fooled.detach()), "autoencoder/adaptive_weight": float(scale)}
+            numbers |= {"autoencoder/adversarial": fooled.detach(), "autoencoder/adaptive_weight": scale}
             total = total + w.adversarial * scale * fooled
             self.fake = rebuilt.detach()
         return total + w.kl * kl / image[0].numel(), numbers
