@@ -116,7 +116,7 @@ class LatentDiffusion:
         given = conditioning if isinstance(conditioning, Conditioning) else self._read(prompts(conditioning, len(x)), picture)
         with torch.inference_mode():
             found = self.denoiser(x.to(self.device), t, given.to(self.device))
-        return Prediction(found.x0.clone(), found.eps.clone())
+        return Prediction(found.x0.clone(), found.eps.clone(), None if found.variance is None else found.variance.clone())
 
     def decode(self, z: Float[Tensor, "B C h w"]) -> list[PIL.Image]:
         """z -> PIL images, mode L from a grey autoencoder, else RGB. `sfumato.decode` has tiled and preview decoding, and tensors."""

@@ -73,13 +73,14 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 
 
 def _scheduler(model: Any) -> dict[str, Any]:
-    """The scheduler config of a model's folder: for published kinds of models the run too, for others the process."""
+    """The scheduler config of a model's folder: for published kinds of models and a learned variance the run too, for others the process."""
     process, sampler, spacing = model.denoiser.process, model.defaults.sampler, model.defaults.spacing
     dynamic = DynamicShift.from_word(spacing)
     if dynamic is not None:
         return write_scheduler(process, sampler, dynamic.spacing(dynamic.top[0]), dynamic)
     network, conditioner = model.denoiser.network, model.conditioner
-    if not has_original(network, conditioner) and pipeline_class(network, conditioner) == "LatentDiffusion":
+    ours = not has_original(network, conditioner) and pipeline_class(network, conditioner) == "LatentDiffusion"
+    if ours and not getattr(network, "learned_variance", False):
         return to_scheduler_config(process)
     return write_scheduler(process, sampler, spacing)
 

@@ -4,6 +4,7 @@ One letter, one meaning: `image` in [-1, 1], `z` clean standardised latent, `x` 
 0 clean and 1 noise, and x = alpha*z + sigma*eps.
 """
 
+import copy
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -189,11 +190,14 @@ class Picture:
 class Prediction:
     """What a denoiser knows about x_t: the clean latent and the noise, related by x = alpha*x0 + sigma*eps.
 
-    x0 and eps have the shape of x, (B, C, h, w), float32 or wider.
+    x0 and eps have the shape of x, (B, C, h, w), float32 or wider. So has `variance`, of networks that predict one (None: of all others):
+    where the log variance of a step lies, from -1, the smallest that the posterior can have, to 1, the largest (Nichol & Dhariwal 2021,
+    arXiv:2102.09672, eq. 15, whose v is (variance + 1)/2); nothing holds it to that range.
     """
 
     x0: Shaped[Tensor, "B C h w"]
     eps: Shaped[Tensor, "B C h w"]
+    variance: Shaped[Tensor, "B C h w"] | None = None
 
     def at(self, alpha: float, sigma: float, k: float = 0.0, x: Tensor | None = None) -> Shaped[Tensor, "B C h w"]:
         """alpha*x0 + sigma*eps, the latent that this is at a point of the process; plus k*x, if there is an x."""
@@ -207,8 +211,16 @@ class Prediction:
         """reference + w (self - reference), in x0 and in eps: the line through two predictions. w: one number, or one an image (B, 1, 1, 1)."""
         return Prediction(mixed(self.x0, reference.x0, w), mixed(self.eps, reference.eps, w))
 
+    def with_variance(self, variance: Shaped[Tensor, "B C h w"] | None) -> Self:
+        """The same with this variance."""
+        if variance is self.variance:
+            return self
+        found = copy.copy(self)
+        found.__dict__["variance"] = variance
+        return found
+
     def size(self) -> Tensor:
-        """One number that is NaN or infinite if any number here is: quicker than to look at each (a sum may be too large without)."""
+        """One number that is NaN or infinite if x0 or eps has one: quicker than to look at each (a sum may be too large without)."""
         return self.x0.sum() + self.eps.sum()
 
 

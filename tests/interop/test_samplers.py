@@ -40,8 +40,8 @@ What differs, and why; each has a test below that fails when theirs changes (num
 | consistency models end at sigma_min | at 0 | consistency_models |
 | ScoreSdeVe: noise after the last step | the last step is its mean | score_sde_ve |
 
-Without a counterpart here: clipping and thresholding, learned variances, invert_sigmas, shift_terminal (give the times), sde-dpmsolver
-(not ++), SDE singlestep solvers, multistep dpmsolver (not ++), UniPC's predict_x0=False and solver_p, SASolver, IPNDM, RePaint.
+Without a counterpart here: clipping and thresholding, variance_type "learned" ("learned_range" is in test_learned_variance.py),
+invert_sigmas, shift_terminal (give the times), sde-dpmsolver (not ++), SDE singlestep solvers, multistep dpmsolver (not ++), UniPC's predict_x0=False and solver_p, SASolver, IPNDM, RePaint.
 KDPM2Ancestral and DPMSolverSDE (but for its Brownian path) are compared in test_scheduler_configs.py.
 """
 

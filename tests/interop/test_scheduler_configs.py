@@ -467,7 +467,7 @@ NOTED: list[tuple[str, dict[str, Any], str, str]] = [
     ("DPMSolverSinglestep", {"algorithm_type": "dpmsolver", "solver_order": 3}, "dpm_solver_3", "counts network calls"),
     ("UniPCMultistep", {"predict_x0": False}, "unipc", "predict_x0=False"),
     ("UniPCMultistep", {"disable_corrector": [3]}, "unipc:corrector=false", "disable_corrector"),
-    ("DDPM", {"variance_type": "learned_range"}, "ddpm", "learned_range"),
+    ("DDPM", {"variance_type": "learned"}, "ddpm", "variance_type='learned' is left out"),
     ("EulerDiscrete", {"interpolation_type": "log_linear"}, "euler", "log_linear"),
     ("EulerDiscrete", {"sigma_max": 10.0, "use_karras_sigmas": True}, "euler", "sigma_max=10.0"),
     ("FlowMatchLCM", {"scale_factors": [0.5]}, "consistency", "scale_factors"),

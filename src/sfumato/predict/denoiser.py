@@ -24,13 +24,18 @@ class Denoiser:
     network: nn.Module
     process: Process
 
-    def output(self, x: Float[Tensor, "B C h w"], t: float | Tensor, conditioning: Conditioning) -> Float[Tensor, "B C h w"]:
-        """The network's raw output y at x, float32."""
+    def output(self, x: Float[Tensor, "B C h w"], t: float | Tensor, conditioning: Conditioning) -> Float[Tensor, "B D h w"]:
+        """The network's raw output y at x, float32, with the channels of a variance behind it where the network predicts one."""
         module, name = self._weight
         dtype = getattr(module, name).dtype
         timestep = self.process.timestep(t, x.device).expand(len(x))
-        y = self.network(self.process.network_input(x, t).to(dtype), timestep, conditioning.to(x.device, dtype))
-        return y[:, : x.shape[1]].float()  # some predict a variance too, in channels behind (Nichol & Dhariwal 2021, arXiv:2102.09672)
+        return self.network(self.process.network_input(x, t).to(dtype), timestep, conditioning.to(x.device, dtype)).float()
+
+    def split(self, x: Float[Tensor, "B C h w"], y: Float[Tensor, "B D h w"], t: float | Tensor) -> Prediction:
+        """What the output y says of x. Twice as many channels as x has are a variance behind the target (arXiv:2102.09672, section 3.1)."""
+        channels = x.shape[1]
+        found = self.process.split(x, y[:, :channels], t)
+        return found.with_variance(y[:, channels:]) if y.shape[1] == 2 * channels else found
 
     @cached_property
     def _weight(self) -> tuple[nn.Module, str]:
@@ -52,7 +57,7 @@ class Denoiser:
 
     def __call__(self, x: Float[Tensor, "B C h w"], t: float | Tensor, conditioning: Conditioning) -> Prediction:
         """What x is made of, according to the network: x0 and eps, float32."""
-        return self.process.split(x.float(), self.output(x, t, conditioning), t)
+        return self.split(x.float(), self.output(x, t, conditioning), t)
 
 
 def answer(queries: Sequence[Query], rows: int | None = None) -> list[Prediction]:
@@ -97,11 +102,11 @@ def _one_pass(queries: Sequence[Query], rows: int | None) -> list[Prediction]:
         parts = [slice(i, i + rows) for i in range(0, len(x), rows)]
         y = torch.cat([denoiser.output(x[p], t[p] if isinstance(t, Tensor) else t, conditioning[p]) for p in parts])
     if not many:
-        return [denoiser.process.split(x, y, queries[0].t)]
+        return [denoiser.split(x, y, queries[0].t)]
     answers, done = [], 0
     for q in queries:
         end = done + len(q.x)
-        answers.append(denoiser.process.split(q.x if q.x.dtype == torch.float32 else q.x.float(), y[done:end], q.t))
+        answers.append(denoiser.split(q.x if q.x.dtype == torch.float32 else q.x.float(), y[done:end], q.t))
         done = end
     return answers
 

@@ -132,7 +132,8 @@ class DenoiserRecipe:
     """A folder with a trained autoencoder, of any kind; none: out/autoencoder/vae."""
     data: DataSettings = field(default_factory=DataSettings)
     network: Any = field(default_factory=UNetConfig)
-    """The config of any network that is told nothing, classes, or text."""
+    """The config of any network that is told nothing, classes, or text. Its channels become the latent's; out_channels stay twice the in_channels
+    where they are (a learned variance)."""
     schedule: str = "cosine"
     parameterization: str = "v"
     loss: DenoiserLoss = field(default_factory=DenoiserLoss)
@@ -153,9 +154,10 @@ class DenoiserRecipe:
             latents = _latents(images, autoencoder, out / "latents")
         conditioner, told, prompts, fields = _told(images, self.text, self.network)
         space = autoencoder.space
-        shape = {"sample_size": _side(latents, self.data, space.factor), "in_channels": space.channels, "out_channels": space.channels}
+        twice = self.network.out_channels == 2 * self.network.in_channels  # a variance, behind what it predicts
+        shape = {"in_channels": space.channels, "out_channels": (1 + twice) * space.channels}
         torch.manual_seed(self.loop.seed)
-        network = build(replace(self.network, **shape, **fields))
+        network = build(replace(self.network, sample_size=_side(latents, self.data, space.factor), **shape, **fields))
 
         def model(denoiser: nn.Module) -> LatentDiffusion:
             return LatentDiffusion(autoencoder, Denoiser(denoiser, process), conditioner, self.defaults, self.name)
@@ -217,7 +219,11 @@ def _told(images: ImageSet | BucketedImages, text: Path | None, network: Any) ->
         if not images.class_names or images.labels is None:
             return Nothing(), Nothing(), [None], {}
         names = ClassNames(images.class_names)
-        return names, names, list(names.names), {"num_class_embeds": len(names.names) + 1}
+        if hasattr(network, "num_class_embeds"):
+            return names, names, list(names.names), {"num_class_embeds": len(names.names) + 1}
+        if not hasattr(network, "num_embeds_ada_norm"):  # DiT's, which counts none at all by itself
+            raise UserError(f"a {type(network).__name__} is told no classes: expected one of a network that is, such as ModernDiTConfig")
+        return names, names, list(names.names), {"num_embeds_ada_norm": len(names.names)}
     if images.captions is None:
         raise UserError(f"text={text}, and {images.name} has no captions: expected a column or file of them; leave text out for classes")
     reader = open_reader(text)

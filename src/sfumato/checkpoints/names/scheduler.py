@@ -8,7 +8,7 @@ config that diffusers opens with the same process is written, with a note for us
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -152,7 +152,10 @@ def write_scheduler(process: Process, sampler: str, spacing: str, dynamic: Dynam
     """
     wanted = Recipe(process, canonical(sampler, sampler_word), canonical(spacing, spacing_word), dynamic)
     known = list(_classes(process, dynamic))
-    found = next((values for name, base in known if (values := _search(name, base, wanted))), None)
+    near = [wanted]
+    if choice(wanted.sampler)[1].get("variance") == "learned":  # what the network predicts is to be read whatever the times are
+        near.append(replace(wanted, spacing=spacing_word("trailing", whole=True)))
+    found = next((values for run in near for name, base in known if (values := _search(name, base, run))), None)
     if found is None:
         found = to_scheduler_config(process)
         if known and (dynamic is not None or found["_class_name"] == OWN_CLASS):  # a class that has the process at least
@@ -251,7 +254,7 @@ def _solver_values(sampler: str) -> list[list[dict[str, Any]]]:
     order = 1 if name in ("ddim", "ddpm") else 3 if "3m" in name else options.get("order", 2)
     return [
         _each("skip_prk_steps", True, False),
-        _each("variance_type", "fixed_small", "fixed_large"),
+        _each("variance_type", "fixed_small", "fixed_large", "learned_range"),
         _each("algorithm_type", "dpmsolver++", "sde-dpmsolver++"),
         _each("solver_order", order),
         _each("solver_type", "midpoint", "heun", "bh2", "bh1", "logrho"),

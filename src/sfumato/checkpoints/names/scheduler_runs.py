@@ -100,9 +100,10 @@ def _plain(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
 
 def _ddpm(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
     kind = values["variance_type"]
-    if kind.startswith("learned"):
-        notes.append(f"variance_type={kind!r} is left out: the variance is that of fixed_small, not the network's own")
-    return sampler_word("ddpm", variance="large" if kind.startswith("fixed_large") else "small")
+    if kind == "learned":  # not published; diffusers takes the network's own number for the variance, guided-diffusion for its logarithm
+        notes.append("variance_type='learned' is left out: the variance is that of fixed_small; 'learned_range' is the network's own")
+    word = "learned" if kind == "learned_range" else "large" if kind.startswith("fixed_large") else "small"
+    return sampler_word("ddpm", variance=word)
 
 
 def _pndm(name: str, values: Mapping[str, Any], notes: list[str]) -> str:

@@ -90,7 +90,8 @@ def _empty_run(
         drawn.append(True)
         return nothing
 
-    run, count, answer = sampler(nothing, times, schedule, noise, **dict(options)), 0, Prediction(nothing, nothing)
+    run, count = sampler(nothing, times, schedule, noise, **dict(options)), 0
+    answer = Prediction(nothing, nothing, nothing)
     try:
         next(run)
         while True:

@@ -45,6 +45,7 @@ def guide(
     many as the combine takes (`UserError` otherwise), or none: then nothing is guided.
     weight, combine: settings from `weights` and `combines`. point: t -> (alpha, sigma).
     unguided: the images that have nothing to move away from, as a draw without a condition: each is as it is alone, to the last bit.
+    The variance, of networks that predict one, is the conditional prediction's (as DiT's code has it, Peebles & Xie 2023, arXiv:2212.09748).
     All questions of a time are put at once; where the weight is 1 only the conditional one, unless the combine needs them `always`.
     """
     if references and len(references) != combine.references:
@@ -68,7 +69,8 @@ def guide(
         found = join(x, moment, predictions, w)
         if not always:
             found = _off_is_off(predictions[0], found, w)
-        return found if unguided is None else Chosen(unguided.reshape(-1, 1, 1, 1), predictions[0], found)
+        found = found if unguided is None else Chosen(unguided.reshape(-1, 1, 1, 1), predictions[0], found)
+        return found.with_variance(predictions[0].variance)
 
     return ask
 

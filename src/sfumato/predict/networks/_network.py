@@ -34,6 +34,11 @@ class Network(nn.Module):
         return self.config.in_channels
 
     @property
+    def learned_variance(self) -> bool:
+        """Whether a variance comes behind what it predicts, in as many channels again (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15)."""
+        return False
+
+    @property
     def sample_size(self) -> int:
         """The side of the latents that it draws if nobody says otherwise, in cells."""
         return getattr(self.config, "sample_size", None) or 64

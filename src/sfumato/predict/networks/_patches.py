@@ -122,6 +122,11 @@ class PatchNetwork(Network):
         """Latent cells along a side of one token."""
         return self.config.patch_size
 
+    @property
+    def learned_variance(self) -> bool:
+        """Whether a variance comes behind what it predicts."""
+        return self.config.outputs == 2 * self.config.in_channels
+
     def tokens(self, x: Float[Tensor, "B C h w"], cond: Conditioning) -> Float[Tensor, "B N D"]:
         """Patches as tokens, with their places; `UserError` for other channels than the network's, and for doors that it does not have."""
         c = self.config

@@ -238,9 +238,14 @@ class ModernDiT(Network):
         return first, torch.cat([others[0], cond.mask, others[1]], dim=1)
 
     @property
+    def learned_variance(self) -> bool:
+        """Whether a variance comes behind what it predicts: twice as many channels as it takes."""
+        return self.config.out_channels == 2 * self.config.in_channels
+
+    @property
     def channels(self) -> int:
         """Channels of the latents that it predicts."""
-        return self.config.out_channels or self.config.in_channels
+        return self.config.in_channels if self.learned_variance else self.config.out_channels or self.config.in_channels
 
     @property
     def token_width(self) -> int | None:

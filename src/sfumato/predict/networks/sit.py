@@ -42,9 +42,14 @@ class SiTTransformer(DiT):
         """Sines and cosines of s."""
         return sinusoidal(1 - timestep.float() / 1000, WAVES)
 
-    def forward(self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning) -> Float[Tensor, "B K h w"]:
-        """x noisy latent, timestep in 0..1000, conditioning with `vector` -> eps - z and, behind it, channels that were never trained."""
-        return -super().forward(x, timestep, cond)
+    @property
+    def learned_variance(self) -> bool:
+        """The channels behind what it predicts were never trained, and are left out."""
+        return False
+
+    def forward(self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning) -> Float[Tensor, "B C h w"]:
+        """x noisy latent, timestep in 0..1000, conditioning with `vector` -> eps - z."""
+        return -super().forward(x, timestep, cond)[:, : self.channels]
 
 
 CLASSES = {"SfumatoSiT": (SiTTransformer, SiTConfig)}

@@ -58,7 +58,8 @@ def known_region(
         if nothing:
             return found
         eps = (x - alpha * kept) * (1 / sigma)
-        return Prediction(_mixed(kept, found.x0, m), _mixed(eps, found.eps, m))
+        variance = None if found.variance is None else _mixed(torch.full_like(x, -1), found.variance, m)  # of a point: the smallest
+        return Prediction(_mixed(kept, found.x0, m), _mixed(eps, found.eps, m), variance)
 
     return known
 

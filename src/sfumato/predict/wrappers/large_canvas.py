@@ -54,7 +54,9 @@ def large_canvas(
             return (yield from ask(x, t))
         found = yield from together([_inside(ask, x, t, window) for window in windows])
         shares = _shares(windows, x.shape[2:], weights)
-        return Prediction(*(_joined(x, windows, shares, [getattr(p, name) for p in found]) for name in ("x0", "eps")))
+        x0, eps = (_joined(x, windows, shares, [getattr(p, name) for p in found]) for name in ("x0", "eps"))
+        variances = [p.variance for p in found if p.variance is not None]
+        return Prediction(x0, eps, _joined(x, windows, shares, variances) if variances else None)
 
     return canvas
 

@@ -2,6 +2,9 @@
 
 z is drawn from the autoencoder's posterior at every visit; a share of the conditions is replaced by the null condition, for
 classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, algorithm 1).
+
+Networks with a variance behind the target are trained for L_simple + lambda L_vlb, the mean as a constant in L_vlb (Nichol & Dhariwal 2021,
+arXiv:2102.09672, eq. 16): `diffuse/variational.py`.
 """
 
 import math
@@ -14,6 +17,7 @@ from PIL import Image as PIL
 from torch import Tensor, nn
 
 from sfumato.diffuse.process import Process
+from sfumato.diffuse.variational import bound, check_bounded
 from sfumato.diffuse.weighting import MODE_SCALES, TIMES, WEIGHTINGS, draw_times, loss_weight
 from sfumato.errors import UserError, unknown
 from sfumato.files import hash_bytes, hash_tensors
@@ -55,6 +59,8 @@ class DenoiserLoss:
     """All times are moved towards the noise by it, as for large pictures; 1 leaves them."""
     drop: float = 0.1
     """The share of conditions replaced by the null condition."""
+    variance: float = 0.001
+    """lambda, of networks that predict a variance: what their bound counts, over the times that are drawn. With 0 the variance is not trained."""
 
     def __post_init__(self) -> None:
         for kind, name, known in (("weighting", self.weighting, WEIGHTINGS), ("distribution of times", self.times, TIMES)):
@@ -66,10 +72,16 @@ class DenoiserLoss:
             raise UserError(f"times_shift={self.times_shift}, times_std={self.times_std}: expected positive numbers")
         if not 0 <= self.drop <= 1:
             raise UserError(f"drop={self.drop}: expected a share in [0, 1]")
+        if not 0 <= self.variance < math.inf:
+            raise UserError(f"variance={self.variance}: expected a weight of at least 0")
 
 
 class DenoiserObjective(Objective):
-    """One phase. `preview(network, step)` returns numbers and pictures, for sample grids while it trains."""
+    """One phase. `preview(network, step)` returns numbers and pictures, for sample grids while it trains.
+
+    A network that predicts a variance needs a table of betas (`UserError` otherwise), or a loss with variance=0, as flows are trained (SiT, Ma et
+    al. 2024, arXiv:2401.08740, whose code leaves the channels behind the target out).
+    """
 
     main = "denoiser"
     stage = "train denoiser"
@@ -87,6 +99,9 @@ class DenoiserObjective(Objective):
         self.networks = {"denoiser": network}
         self.process, self.latents, self.space, self.conditioner = process, latents, space, conditioner
         self.settings, self.preview = loss, preview
+        self.learned_variance = bool(getattr(network, "learned_variance", False))
+        if self.learned_variance and loss.variance:
+            check_bounded(process.schedule)
 
     @property
     def size(self) -> int:
@@ -103,7 +118,10 @@ class DenoiserObjective(Objective):
         data |= {"labels": None if labels is None else hash_tensors({"labels": labels})}
         process = f"{self.process.parameterization.name}, {hash_bytes(repr(self.process.schedule))[:16]}"
         parts = {"network": config_of(self.networks["denoiser"]), "conditioner": config_of(self.conditioner), "space": asdict(self.space)}
-        return {**parts, "process": process, "loss": asdict(self.settings), "data": data}
+        loss = asdict(self.settings)
+        if not self.learned_variance:  # of others it decides nothing
+            del loss["variance"]
+        return {**parts, "process": process, "loss": loss, "data": data}
 
     def batch(self, indices: Tensor, draw: Draw) -> dict[str, Tensor]:
         return self.latents.batch(indices) | {"number": indices}
@@ -121,9 +139,16 @@ class DenoiserObjective(Objective):
         x = self.process.add_noise(z, second, t)
         timestep = self.process.schedule.timestep(t).to(device, torch.float32)
         y = networks["denoiser"](x, timestep, condition).float()
+        if y.shape[1] not in (channels := x.shape[1], 2 * channels):
+            raise UserError(f"the network answers {y.shape[1]} channels for latents of {channels}: expected {channels}, or twice as many")
+        y, variance = y[:, :channels], y[:, channels:]
         error = (y - self.process.target(z, second, t)).square().mean((1, 2, 3))
         weight = loss_weight(s.weighting, self.process, t, s.min_snr_gamma).to(device, torch.float32)
-        return (weight * error).mean(), {"denoiser/unweighted": float(error.detach().mean())}
+        loss, numbers = (weight * error).mean(), {"denoiser/unweighted": float(error.detach().mean())}
+        if variance.shape[1] and s.variance:
+            vlb = bound(self.process, z, self.process.split(x, y.detach(), t).x0, variance, t).mean()
+            loss, numbers["denoiser/vlb"] = loss + s.variance * vlb, float(vlb.detach())
+        return loss, numbers
 
     @torch.no_grad()
     def show(self, network: nn.Module, step: int) -> tuple[dict[str, float], dict[str, PIL.Image]]:
