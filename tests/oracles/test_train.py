@@ -381,6 +381,15 @@ def test_the_denoisers_loss_by_hand(weighting: Any, name: str) -> None:
     torch.testing.assert_close(timestep, (t * 1000 - 1).float())
 
 
+def test_networks_of_edm_are_shown_their_scaled_input() -> None:
+    """x/S as in sampling, which is about as wide at every noise level, where x reaches 80 times that."""
+    process, spy = Process(schedule("edm"), parameterization("edm")), Spy()
+    one_loss(denoiser(DenoiserLoss(), process, Latents(torch.randn(64, 2, 8, 8)), spy), "denoiser", count=64)
+    seen, timestep, _ = spy.calls[0]
+    assert timestep.max() > 1, "noise 80 times as wide as the data"
+    assert float(seen.std((1, 2, 3)).min()) > 0.3 and float(seen.std((1, 2, 3)).max()) < 4
+
+
 def test_min_snr_weights_x0_by_the_clipped_snr() -> None:
     process = Process(schedule("cosine"), parameterization("x0"))
     t = torch.tensor([0.01, 0.3, 0.6, 0.9], dtype=torch.float64)

@@ -138,7 +138,7 @@ class DenoiserObjective(Objective):
         condition = self.conditioner.from_labels(known).drop(dropped, self.conditioner.null(len(mean))).to(device)
         x = self.process.add_noise(z, second, t)
         timestep = self.process.schedule.timestep(t).to(device, torch.float32)
-        y = networks["denoiser"](x, timestep, condition).float()
+        y = networks["denoiser"](self.process.network_input(x, t), timestep, condition).float()
         if y.shape[1] not in (channels := x.shape[1], 2 * channels):
             raise UserError(f"the network answers {y.shape[1]} channels for latents of {channels}: expected {channels}, or twice as many")
         y, variance = y[:, :channels], y[:, channels:]
