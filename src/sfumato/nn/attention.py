@@ -21,14 +21,16 @@ class Attention(nn.Module):
     x (B, N, width), context (B, L, context_width), mask (B, L) True where a context token counts -> (B, N, width); `plus` is added to it.
     """
 
-    def __init__(self, width: int, heads: int, head_width: int, context_width: int | None = None, qkv_bias: bool = False):
+    def __init__(
+        self, width: int, heads: int, head_width: int, context_width: int | None = None, qkv_bias: bool = False, bias: bool = True
+    ):
         super().__init__()
         inner = heads * head_width
         self.heads = heads
         self.to_q = invariant.Linear(width, inner, bias=qkv_bias)
         self.to_k = invariant.Linear(context_width or width, inner, bias=qkv_bias)
         self.to_v = invariant.Linear(context_width or width, inner, bias=qkv_bias)
-        self.to_out = nn.ModuleList([invariant.Linear(inner, width)])
+        self.to_out = nn.ModuleList([invariant.Linear(inner, width, bias=bias)])
 
     def forward(
         self,
@@ -40,6 +42,23 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "B N D"]:
         context = x if context is None else context
         return self.to_out[0](invariant.attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, mask), plus=plus)
+
+
+class PictureAttention(nn.Module):
+    """Attention of a picture's tokens to themselves and to those behind them, such as a text's. What is found is asked for in one place, which
+    others may exchange (predict/references/perturbed_attention.py)."""
+
+    def find(
+        self,
+        q: Float[Tensor, "B N H d"],
+        k: Float[Tensor, "B S H d"],
+        v: Float[Tensor, "B S H d"],
+        mask: Bool[Tensor, "B S"] | None,
+        picture: int,
+    ) -> Float[Tensor, "B N D"]:
+        """What queries find among keys, as `invariant.attend`; the first `picture` of both are the picture's, which makes no difference here."""
+        del picture
+        return invariant.attend(q, k, v, mask)
 
 
 class SpatialAttention(Attention):

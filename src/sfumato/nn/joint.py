@@ -1,7 +1,7 @@
 """Two streams of tokens, a picture's and a text's, each with its own weights, that attend to each other (MMDiT; Esser et al. 2024,
 arXiv:2403.03206, section 4 and figure 2b).
 
-    a, b = softmax([Qx, Qc] [Kx, Kc]^T / sqrt(d)) [Vx, Vc]     each head's queries and keys RMS-normed before, where the model is
+    a, b = softmax([Qx, Qc] [Kx, Kc]^T / sqrt(d)) [Vx, Vc]     each head's queries and keys RMS-normed, or turned, before, where the model is
     x <- x + gate * out(a), x <- x + gate * ff(x), and so for c with b; every input normed and steered by time and condition
 
 Blocks of MMDiT-X (Stable Diffusion 3.5 medium, Stability AI 2024) have a second attention, of the picture to itself, beside the first.
@@ -14,21 +14,26 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sfumato.nn import invariant
-from sfumato.nn.attention import Attention, FeedForward
+from sfumato.nn import invariant, rope
+from sfumato.nn.attention import Attention, FeedForward, PictureAttention
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
 
 
-def _norm(width: int, normed: bool) -> nn.Module:
-    return RMSNorm(width) if normed else nn.Identity()
+def with_picture(mask: Bool[Tensor, "B L"] | None, count: int) -> Bool[Tensor, "B S"] | None:
+    """A mask of a text's tokens with `count` others before them, which all count."""
+    return None if mask is None else torch.cat([mask.new_ones(len(mask), count), mask], dim=1)
+
+
+def _norm(width: int, normed: bool, eps: float) -> nn.Module:
+    return RMSNorm(width, eps) if normed else nn.Identity()
 
 
 class NormedAttention(Attention):
-    """Self-attention with biases: (B, N, D) -> (B, N, D). `normed`: each head's queries and keys are RMS-normed, with a weight."""
+    """Self-attention: (B, N, D) -> (B, N, D). `normed`: each head's queries and keys are RMS-normed, with a weight. bias: of all its maps."""
 
-    def __init__(self, width: int, heads: int, normed: bool):
-        super().__init__(width, heads, width // heads, qkv_bias=True)
-        self.norm_q, self.norm_k = (_norm(width // heads, normed) for _ in range(2))
+    def __init__(self, width: int, heads: int, normed: bool = True, bias: bool = True, eps: float = 1e-6):
+        super().__init__(width, heads, width // heads, qkv_bias=bias, bias=bias)
+        self.norm_q, self.norm_k = (_norm(width // heads, normed, eps) for _ in range(2))
 
     def cut(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N H d"]:
         """Into heads."""
@@ -42,39 +47,41 @@ class NormedAttention(Attention):
         return self.to_out[0](invariant.attend(*self.heads_of(x)))
 
 
-class JointAttention(NormedAttention):
+class JointAttention(NormedAttention, PictureAttention):
     """The picture's tokens x (B, N, D) and the text's (B, L, D) attend to both: what they find, (B, N, D) and (B, L, D).
 
-    mask (B, N + L): True where a key counts, the picture's first. last: nobody reads the text after, and None stands for what it would find;
-    files hold its queries all the same.
+    mask (B, N + L): True where a key counts, the picture's first; turn (N + L, d, 2): where tokens are (nn/rope.py). picture: how many of the N
+    are of the picture itself (None: all), if others are of references. last: nobody reads the text after, and None stands for what it would
+    find; files hold its queries all the same.
     """
 
-    def __init__(self, width: int, heads: int, normed: bool, last: bool = False):
-        super().__init__(width, heads, normed)
-        self.add_q_proj, self.add_k_proj, self.add_v_proj = (invariant.Linear(width, width) for _ in range(3))
-        self.norm_added_q, self.norm_added_k = (_norm(width // heads, normed) for _ in range(2))
-        self.to_add_out = None if last else invariant.Linear(width, width)
+    def __init__(self, width: int, heads: int, normed: bool = True, bias: bool = True, eps: float = 1e-6, last: bool = False):
+        super().__init__(width, heads, normed, bias, eps)
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (invariant.Linear(width, width, bias=bias) for _ in range(3))
+        self.norm_added_q, self.norm_added_k = (_norm(width // heads, normed, eps) for _ in range(2))
+        self.to_add_out = None if last else invariant.Linear(width, width, bias=bias)
         if last:  # what nobody reads gets no gradient, for which processes that train together would wait
             for idle in (self.add_q_proj, self.norm_added_q):
                 idle.requires_grad_(False)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Float[Tensor, "B N D"], text: Float[Tensor, "B L D"], mask: Bool[Tensor, "B S"] | None = None
+        self,
+        x: Float[Tensor, "B N D"],
+        text: Float[Tensor, "B L D"],
+        mask: Bool[Tensor, "B S"] | None = None,
+        turn: Float[Tensor, "S d 2"] | None = None,
+        picture: int | None = None,
     ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B L D"] | None]:
+        count = x.shape[1]
         q, k, v = self.heads_of(x)
-        k = torch.cat([k, self.norm_added_k(self.cut(self.add_k_proj(text)))], dim=1)  # (B, N + L, H, d)
+        if self.to_add_out is not None:
+            q = torch.cat([q, self.norm_added_q(self.cut(self.add_q_proj(text)))], dim=1)  # (B, N + L, H, d)
+        k = torch.cat([k, self.norm_added_k(self.cut(self.add_k_proj(text)))], dim=1)
         v = torch.cat([v, self.cut(self.add_v_proj(text))], dim=1)
-        # One after the other: queries side by side would have to be copied, and what they find cut apart.
-        found = self.to_out[0](self.of_picture(q, k, v, mask))
-        if self.to_add_out is None:
-            return found, None
-        return found, self.to_add_out(invariant.attend(self.norm_added_q(self.cut(self.add_q_proj(text))), k, v, mask))
-
-    def of_picture(
-        self, q: Float[Tensor, "B N H d"], k: Float[Tensor, "B S H d"], v: Float[Tensor, "B S H d"], mask: Bool[Tensor, "B S"] | None
-    ) -> Float[Tensor, "B N D"]:
-        """What the picture's queries find among all keys, its own first."""
-        return invariant.attend(q, k, v, mask)
+        if turn is not None:
+            q, k = rope.rotate(q, turn[: q.shape[1]]), rope.rotate(k, turn)
+        y = self.find(q, k, v, mask, count if picture is None else picture)
+        return self.to_out[0](y[:, :count]), None if self.to_add_out is None else self.to_add_out(y[:, count:])
 
 
 class JointBlock(nn.Module):
@@ -89,7 +96,7 @@ class JointBlock(nn.Module):
         super().__init__()
         self.norm1 = Modulation(width, 9 if dual else 6)
         self.norm1_context = Modulation(width, 2 if last else 6)
-        self.attn = JointAttention(width, heads, normed, last)
+        self.attn = JointAttention(width, heads, normed, last=last)
         self.attn2 = NormedAttention(width, heads, normed) if dual else None
         self.ff = FeedForward(width, "gelu")
         self.ff_context = None if last else FeedForward(width, "gelu")

@@ -1,8 +1,8 @@
 """What FLUX.1 and FLUX.2 share: text and picture as two streams of tokens that attend to each other, then as one.
 
-y = out(single blocks([text, double blocks(picture, text)])), where both are MMDiT's (Esser et al. 2024, arXiv:2403.03206, section 4) with
-rotary places, normed queries and keys, and, in the single blocks, attention and feed-forward side by side (Dehghani et al. 2023,
-arXiv:2302.05442, section 2). Names of layers are diffusers'.
+y = out(single blocks(double blocks(picture, text))), where both are MMDiT's (Esser et al. 2024, arXiv:2403.03206, section 4) with rotary places,
+normed queries and keys, and, in the single blocks, attention and feed-forward side by side (Dehghani et al. 2023, arXiv:2302.05442,
+section 2). The picture's tokens come first, then those of references, then the text's. Names of layers are diffusers'.
 """
 
 from collections.abc import Iterable
@@ -11,13 +11,14 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
 from sfumato.nn import invariant, rope
 from sfumato.nn.embeddings import TimestepEmbedding, from_patches, padded, patches, sinusoidal
-from sfumato.nn.modulation import RMSNorm, modulated
+from sfumato.nn.joint import with_picture
+from sfumato.nn.modulation import modulated
 from sfumato.predict.networks._network import Network
 from sfumato.types import Conditioning
 
@@ -46,7 +47,7 @@ class Places:
     line: bool
 
     def turns(self, text: int, maps: tuple[tuple[int, int], ...], device: torch.device) -> Float[Tensor, "N d 2"]:
-        """cos and sin for `text` tokens and then the tokens of maps of (rows, columns), float32; remembered, not to be changed."""
+        """cos and sin for the tokens of maps of (rows, columns) and then `text` tokens, float32; remembered, not to be changed."""
         if torch.compiler.is_compiling():  # a program makes them itself: what a compiler looks at is no tensor to remember
             return self.made(text, maps, device).to(device)
         return _remembered(self, text, maps, device)
@@ -54,16 +55,16 @@ class Places:
     def made(self, text: int, maps: tuple[tuple[int, int], ...], device: torch.device) -> Float[Tensor, "N d 2"]:
         """The same, made where the device knows float64, and otherwise on the CPU."""
         where, axes = torch.device("cpu") if device.type == "mps" else device, len(self.widths)
-        words = torch.zeros(text, axes, device=where)
-        if self.line:
-            words[:, -1] = torch.arange(text, device=where)
-        found = [words]
+        found = []
         for k, (rows, columns) in enumerate(maps):
             cells = torch.zeros(rows * columns, axes, device=where)
             cells[:, 0] = self.apart * k
             cells[:, 1:3] = rope.grid(rows, columns, where)
             found.append(cells)
-        return rope.angles(torch.cat(found), self.widths, self.theta)
+        words = torch.zeros(text, axes, device=where)
+        if self.line:
+            words[:, -1] = torch.arange(text, device=where)
+        return rope.angles(torch.cat([*found, words]), self.widths, self.theta)
 
 
 @lru_cache(maxsize=16)
@@ -108,37 +109,6 @@ class OutNorm(nn.Module):
     def forward(self, x: Float[Tensor, "B N D"], time: Float[Tensor, "B D"]) -> Float[Tensor, "B N D"]:
         scale, shift = self.linear(invariant.silu(time))[:, None].chunk(2, dim=-1)
         return modulated(x, scale, shift, self.eps)
-
-
-class JointAttention(nn.Module):
-    """Tokens of two streams attend to those of both: picture (B, N, D), text (B, L, D) -> the same.
-
-    turn: (L + N, d, 2), text first. mask: (B, L + N), True where a key counts.
-    """
-
-    def __init__(self, heads: int, head_width: int, bias: bool = True, eps: float = 1e-6):
-        super().__init__()
-        width = heads * head_width
-        self.heads = heads
-        self.to_q, self.to_k, self.to_v = (invariant.Linear(width, width, bias=bias) for _ in range(3))
-        self.norm_q, self.norm_k = RMSNorm(head_width, eps), RMSNorm(head_width, eps)
-        self.to_out = nn.ModuleList([invariant.Linear(width, width, bias=bias)])
-        self.add_q_proj, self.add_k_proj, self.add_v_proj = (invariant.Linear(width, width, bias=bias) for _ in range(3))
-        self.norm_added_q, self.norm_added_k = RMSNorm(head_width, eps), RMSNorm(head_width, eps)
-        self.to_add_out = invariant.Linear(width, width, bias=bias)
-
-    def forward(
-        self, picture: Float[Tensor, "B N D"], text: Float[Tensor, "B L D"], turn: Float[Tensor, "S d 2"], mask: Bool[Tensor, "B S"] | None
-    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B L D"]]:
-        cut = self._cut
-        q = torch.cat([self.norm_added_q(cut(self.add_q_proj(text))), self.norm_q(cut(self.to_q(picture)))], 1)  # (B, L + N, H, d)
-        k = torch.cat([self.norm_added_k(cut(self.add_k_proj(text))), self.norm_k(cut(self.to_k(picture)))], 1)
-        v = torch.cat([cut(self.add_v_proj(text)), cut(self.to_v(picture))], 1)
-        y = invariant.attend(rope.rotate(q, turn), rope.rotate(k, turn), v, mask)  # (B, L + N, D)
-        return self.to_out[0](y[:, text.shape[1] :]), self.to_add_out(y[:, : text.shape[1]])
-
-    def _cut(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N H d"]:
-        return x.unflatten(-1, (self.heads, -1))
 
 
 def limited(x: Tensor) -> Tensor:
@@ -195,21 +165,21 @@ class Streams(Network):
         tokens = [patches(m, self.patch) for m in maps]
         picture = self.x_embedder(torch.cat(tokens, 1) if len(tokens) > 1 else tokens[0])  # (B, N + references, D)
         text = self.context_embedder(cond.tokens)  # (B, L, D)
-        mask = None if cond.mask is None else torch.cat([cond.mask, cond.mask.new_ones(len(x), picture.shape[1])], 1)
+        mask = with_picture(cond.mask, picture.shape[1])
 
         # blocks
-        begin, count = text.shape[1], tokens[0].shape[1]
+        count = tokens[0].shape[1]
         in_double, in_single = self._residuals(cond, (len(x), count, picture.shape[2]))
         doubles, singles = self.steering(time)
         for block, residual in zip(self.transformer_blocks, in_double, strict=True):
-            picture, text = block(picture, text, doubles, turn, mask)
-            picture = _added(picture, residual, 0)
-        both = torch.cat([text, picture], 1)  # (B, S, D)
+            picture, text = block(picture, text, doubles, turn, mask, count)
+            picture = _added(picture, residual)
+        both = torch.cat([picture, text], 1)  # (B, S, D)
         for block, residual in zip(self.single_transformer_blocks, in_single, strict=True):
-            both = _added(block(both, singles, turn, mask), residual, begin)
+            both = _added(block(both, singles, turn, mask, count), residual)
 
         # out
-        y = self.proj_out(self.norm_out(both[:, begin : begin + count], time))
+        y = self.proj_out(self.norm_out(both[:, :count], time))
         return from_patches(y, sizes[0][0], self.patch)[:, :, : x.shape[2], : x.shape[3]]
 
     def _maps(self, x: Tensor, cond: Conditioning) -> list[Tensor]:
@@ -279,8 +249,6 @@ class Streams(Network):
         return self.config.guidance_embeds
 
 
-def _added(x: Float[Tensor, "B S D"], residual: Float[Tensor, "B N D"] | None, begin: int) -> Float[Tensor, "B S D"]:
-    """x, with the residual added to its tokens from `begin`."""
-    if residual is None:
-        return x
-    return x + nn.functional.pad(residual, (0, 0, begin, x.shape[1] - begin - residual.shape[1]))
+def _added(x: Float[Tensor, "B S D"], residual: Float[Tensor, "B N D"] | None) -> Float[Tensor, "B S D"]:
+    """x, with the residual added to its first tokens."""
+    return x if residual is None else x + nn.functional.pad(residual, (0, 0, 0, x.shape[1] - residual.shape[1]))

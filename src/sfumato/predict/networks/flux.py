@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from sfumato.config import read_config
 from sfumato.errors import UserError
 from sfumato.nn import invariant, rope
-from sfumato.nn.attention import FeedForward, by_rows
+from sfumato.nn.attention import FeedForward, PictureAttention, by_rows
+from sfumato.nn.joint import JointAttention
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
-from sfumato.predict.networks._streams import JointAttention, OutNorm, Places, Streams, TimeEmbedding, check_numbers, limited
+from sfumato.predict.networks._streams import OutNorm, Places, Streams, TimeEmbedding, check_numbers, limited
 from sfumato.types import Conditioning
 
 FIXED: dict[str, Any] = {"patch_size": 1}
@@ -80,7 +81,7 @@ class DoubleBlock(nn.Module):
         super().__init__()
         width = heads * head_width
         self.norm1, self.norm1_context = Modulation(width, 6), Modulation(width, 6)
-        self.attn = JointAttention(heads, head_width)
+        self.attn = JointAttention(width, heads)
         self.ff, self.ff_context = FeedForward(width, "gelu"), FeedForward(width, "gelu")
 
     def forward(
@@ -90,19 +91,20 @@ class DoubleBlock(nn.Module):
         time: Float[Tensor, "B D"],
         turn: Float[Tensor, "S d 2"],
         mask: Bool[Tensor, "B S"] | None,
+        count: int,
     ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B L D"]]:
         shift, scale, gate, *feed = self.norm1(time)
         text_shift, text_scale, text_gate, *text_feed = self.norm1_context(time)
 
         # attention
-        seen, read = self.attn(modulated(picture, scale, shift), modulated(text, text_scale, text_shift), turn, mask)
+        seen, read = self.attn(modulated(picture, scale, shift), modulated(text, text_scale, text_shift), mask, turn, count)
         picture, text = gated(picture, gate, seen), gated(text, text_gate, read)
 
         # feed-forward
         return _fed(self.ff, picture, feed), limited(_fed(self.ff_context, text, text_feed))
 
 
-def _fed(ff: FeedForward, x: Float[Tensor, "B N D"], steer: list[Tensor]) -> Float[Tensor, "B N D"]:
+def _fed(ff: nn.Module, x: Float[Tensor, "B N D"], steer: list[Tensor]) -> Float[Tensor, "B N D"]:
     """x and, gated, the feed-forward layer of its norm."""
 
     def fed(rows: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
@@ -111,7 +113,7 @@ def _fed(ff: FeedForward, x: Float[Tensor, "B N D"], steer: list[Tensor]) -> Flo
     return by_rows(fed, [x], *steer)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(PictureAttention):
     """Tokens attend to all tokens, without a map behind: (B, S, D) -> (B, S, D)."""
 
     def __init__(self, heads: int, head_width: int):
@@ -121,9 +123,11 @@ class SelfAttention(nn.Module):
         self.to_q, self.to_k, self.to_v = (invariant.Linear(width, width) for _ in range(3))
         self.norm_q, self.norm_k = RMSNorm(head_width), RMSNorm(head_width)
 
-    def forward(self, x: Float[Tensor, "B S D"], turn: Float[Tensor, "S d 2"], mask: Bool[Tensor, "B S"] | None) -> Float[Tensor, "B S D"]:
+    def forward(
+        self, x: Float[Tensor, "B S D"], turn: Float[Tensor, "S d 2"], mask: Bool[Tensor, "B S"] | None, count: int
+    ) -> Float[Tensor, "B S D"]:
         q, k, v = (layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.to_q, self.to_k, self.to_v))  # (B, S, H, d)
-        return invariant.attend(rope.rotate(self.norm_q(q), turn), rope.rotate(self.norm_k(k), turn), v, mask)
+        return self.find(rope.rotate(self.norm_q(q), turn), rope.rotate(self.norm_k(k), turn), v, mask, count)
 
 
 class SingleBlock(nn.Module):
@@ -140,11 +144,16 @@ class SingleBlock(nn.Module):
         self.attn = SelfAttention(heads, head_width)
 
     def forward(
-        self, x: Float[Tensor, "B S D"], time: Float[Tensor, "B D"], turn: Float[Tensor, "S d 2"], mask: Bool[Tensor, "B S"] | None
+        self,
+        x: Float[Tensor, "B S D"],
+        time: Float[Tensor, "B D"],
+        turn: Float[Tensor, "S d 2"],
+        mask: Bool[Tensor, "B S"] | None,
+        count: int,
     ) -> Float[Tensor, "B S D"]:
         shift, scale, gate = self.norm(time)
         y = modulated(x, scale, shift)
-        return limited(by_rows(self._out, [x, y, self.attn(y, turn, mask)], gate))
+        return limited(by_rows(self._out, [x, y, self.attn(y, turn, mask, count)], gate))
 
     def _out(self, x: Tensor, y: Tensor, seen: Tensor, gate: Tensor) -> Tensor:
         inner = invariant.gelu(self.proj_mlp(y), tanh=True)

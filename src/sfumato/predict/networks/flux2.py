@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from sfumato.config import read_config
 from sfumato.errors import UserError
 from sfumato.nn import invariant, rope
-from sfumato.nn.attention import by_rows
+from sfumato.nn.attention import PictureAttention, by_rows
+from sfumato.nn.joint import JointAttention
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
-from sfumato.predict.networks._streams import JointAttention, OutNorm, Places, Steer, Streams, TimeEmbedding, check_numbers, limited
+from sfumato.predict.networks._streams import OutNorm, Places, Steer, Streams, TimeEmbedding, check_numbers, limited
 
 FIXED: dict[str, Any] = {"patch_size": 1}
 """Fields of Flux2Transformer2DModel that we stand for with one value only."""
@@ -106,7 +107,7 @@ class DoubleBlock(nn.Module):
     def __init__(self, config: Flux2Config):
         super().__init__()
         self.eps = config.eps
-        self.attn = JointAttention(config.num_attention_heads, config.attention_head_dim, bias=False, eps=config.eps)
+        self.attn = JointAttention(config.width, config.num_attention_heads, bias=False, eps=config.eps)
         self.ff, self.ff_context = FeedForward(config.width, config.inner), FeedForward(config.width, config.inner)
 
     def forward(
@@ -116,12 +117,13 @@ class DoubleBlock(nn.Module):
         steer: tuple[Steer, Steer],
         turn: Float[Tensor, "S d 2"],
         mask: Bool[Tensor, "B S"] | None,
+        count: int,
     ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B L D"]]:
         (shift, scale, gate, *feed), (text_shift, text_scale, text_gate, *text_feed) = steer
 
         # attention
         eps = self.eps
-        seen, read = self.attn(modulated(picture, scale, shift, eps), modulated(text, text_scale, text_shift, eps), turn, mask)
+        seen, read = self.attn(modulated(picture, scale, shift, eps), modulated(text, text_scale, text_shift, eps), mask, turn, count)
         picture, text = gated(picture, gate, seen), gated(text, text_gate, read)
 
         # feed-forward
@@ -136,7 +138,7 @@ class DoubleBlock(nn.Module):
         return by_rows(fed, [x], *steer)
 
 
-class ParallelAttention(nn.Module):
+class ParallelAttention(PictureAttention):
     """Attention and SwiGLU side by side: one matrix makes queries, keys, values and the inner numbers, one maps both back: (B, S, D) -> (B, S, D)."""
 
     def __init__(self, config: Flux2Config):
@@ -147,10 +149,12 @@ class ParallelAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(config.attention_head_dim, eps), RMSNorm(config.attention_head_dim, eps)
         self.to_out = invariant.Linear(width + inner, width, bias=False)
 
-    def forward(self, x: Float[Tensor, "B S D"], turn: Float[Tensor, "S d 2"], mask: Bool[Tensor, "B S"] | None) -> Float[Tensor, "B S D"]:
+    def forward(
+        self, x: Float[Tensor, "B S D"], turn: Float[Tensor, "S d 2"], mask: Bool[Tensor, "B S"] | None, count: int
+    ) -> Float[Tensor, "B S D"]:
         q, k, v, inner = self.to_qkv_mlp_proj(x).split(self.parts, dim=-1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))  # (B, S, H, d)
-        seen = invariant.attend(rope.rotate(self.norm_q(q), turn), rope.rotate(self.norm_k(k), turn), v, mask)
+        seen = self.find(rope.rotate(self.norm_q(q), turn), rope.rotate(self.norm_k(k), turn), v, mask, count)
         return self.to_out(torch.cat([seen, _swiglu(inner)], dim=-1))
 
 
@@ -165,10 +169,10 @@ class SingleBlock(nn.Module):
         self.attn = ParallelAttention(config)
 
     def forward(
-        self, x: Float[Tensor, "B S D"], steer: Steer, turn: Float[Tensor, "S d 2"], mask: Bool[Tensor, "B S"] | None
+        self, x: Float[Tensor, "B S D"], steer: Steer, turn: Float[Tensor, "S d 2"], mask: Bool[Tensor, "B S"] | None, count: int
     ) -> Float[Tensor, "B S D"]:
         shift, scale, gate = steer
-        return limited(gated(x, gate, self.attn(modulated(x, scale, shift, self.eps), turn, mask)))
+        return limited(gated(x, gate, self.attn(modulated(x, scale, shift, self.eps), turn, mask, count)))
 
 
 class Flux2Transformer(Streams):

@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfumato.config import read_config
 from sfumato.errors import UserError
 from sfumato.nn import invariant
 from sfumato.nn.embeddings import PatchEmbed, TimestepEmbedding, padded, sincos_2d, sinusoidal, unpatched
-from sfumato.nn.joint import JointBlock
+from sfumato.nn.joint import JointBlock, with_picture
 from sfumato.nn.modulation import Modulation, modulated
 from sfumato.predict.networks._network import Network
 from sfumato.types import Conditioning
@@ -172,7 +172,7 @@ class SD3(Network):
         text = self.context_embedder(tokens)  # (B, L, D)
 
         # blocks
-        mask = _with_picture(cond.mask, picture.shape[1])
+        mask = with_picture(cond.mask, picture.shape[1])
         for block, residual in zip(self.transformer_blocks, self._residuals(cond, picture.shape), strict=True):
             picture, text = block(picture, text, time, mask)
             if residual is not None:
@@ -247,11 +247,6 @@ class SD3(Network):
     def patch(self) -> int:
         """Latent cells along a side of one token."""
         return self.config.patch_size
-
-
-def _with_picture(mask: Bool[Tensor, "B L"] | None, count: int) -> Bool[Tensor, "B S"] | None:
-    """A mask of the text's tokens with the picture's `count` before them, which all count."""
-    return None if mask is None else torch.cat([mask.new_ones(len(mask), count), mask], dim=1)
 
 
 CLASSES = {"SD3Transformer2DModel": (SD3, SD3Config)}
