@@ -5,7 +5,7 @@ A new network is tested without being named here, as long as its config speaks t
 
 import copy
 import json
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
 from sfumato.errors import UserError
+from sfumato.nn import invariant
 from sfumato.nn.packed import packable, packed
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks._network import Network, build, registered
-from sfumato.predict.references.skip_layers import SkipLayers
+from sfumato.predict.references.perturbed_attention import PerturbedAttention
+from sfumato.predict.references.skip_layers import SkipLayers, branches
 from sfumato.types import Conditioning
 
 SMALL: dict[str, Any] = {
@@ -53,6 +55,8 @@ UNHEARD = {"SD3Transformer2DModel": "transformer_blocks.1.attn.add_q_proj"}
 """What published files hold and nothing hears: the questions of text in the last block."""
 NETWORKS = sorted(name for name, (_, config) in registered().items() if is_dataclass(config))  # others choose one of these
 SIZES = [(8, 8), (12, 6), (7, 9)]
+TRANSFORMERS = [name for name in NETWORKS if registered()[name][0].part == "transformer"]
+GROUPS = ("transformer_blocks", "single_transformer_blocks")
 
 
 def small(name: str) -> Network:
@@ -222,13 +226,13 @@ def test_a_network_that_is_ready_for_inference_answers_the_same(name: str) -> No
         assert weights.keys() == again.keys() and not [key for key in weights if not torch.equal(weights[key], again[key])]
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if registered()[name][0].part == "transformer"])
+@pytest.mark.parametrize("name", TRANSFORMERS)
 def test_blocks_can_be_left_out(name: str) -> None:
     """Without its last block the network is the one with a block less."""
     network = small(name)
     x, t, cond = inputs(network)
     denoiser = Denoiser(network, Process(schedule("flow"), parameterization("flow")))
-    for group in ("transformer_blocks", "single_transformer_blocks"):
+    for group in GROUPS:
         if not hasattr(network, group):
             continue
         weaker, _ = SkipLayers((f"{group}.0",)).pair(denoiser, cond, cond, None)
@@ -237,3 +241,107 @@ def test_blocks_can_be_left_out(name: str) -> None:
         with torch.inference_mode():
             assert torch.equal(weaker.network(x, t, cond), shorter(x, t, cond)), group
             assert not torch.allclose(network(x, t, cond), shorter(x, t, cond))
+
+
+# ---- weaker copies -------------------------------------------------------------------------------------------------------
+
+
+def blocks_of(network: Network) -> list[str]:
+    """The names of a transformer's blocks, in the order in which they are asked."""
+    return [f"{group}.{i}" for group in GROUPS if hasattr(network, group) for i in range(len(getattr(network, group)))]
+
+
+def weakened(network: Network, reference: PerturbedAttention | SkipLayers, cond: Conditioning) -> Network:
+    denoiser = Denoiser(network, Process(schedule("flow"), parameterization("flow")))
+    return reference.pair(denoiser, cond, cond, None)[0].network
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_perturbed_attention_is_attention_under_a_map(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written out, with minus infinity between a picture's token and the others of the picture, where each still sees text, references and all
+    else that there is, which see all. The text's mask stays."""
+    network = small(name)
+    x, t, cond = inputs(network, 3, (8, 6))
+    if cond.tokens is not None:
+        cond = replace(cond, mask=torch.arange(5) < torch.tensor([[5], [2], [4]]))
+    if name.startswith("Flux"):
+        cond = replace(cond, references=(normal(3, network.in_channels, 4, 4, seed=4),))
+    picture, names = (8 // network.patch) * (6 // network.patch), blocks_of(network)
+
+    def seen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        allowed = torch.ones(1, 1, q.shape[1], k.shape[1], dtype=torch.bool)
+        if k.shape[1] >= picture:  # and not a text alone
+            allowed[..., :picture, :picture] = torch.eye(picture, dtype=torch.bool)
+        allowed = allowed if mask is None else allowed & mask[:, None, None]
+        q, k, v = (p.transpose(1, 2) for p in (q, k, v))
+        return ((q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~allowed, float("-inf")).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    with torch.inference_mode():
+        plain, each = network(x, t, cond), [weakened(network, PerturbedAttention((layer,)), cond)(x, t, cond) for layer in names]
+        assert all((y - plain).abs().max() > 1e-4 for y in each)
+        found = weakened(network, PerturbedAttention(tuple(names)), cond)(x, t, cond)
+        monkeypatch.setattr(invariant, "attend", seen)
+        torch.testing.assert_close(found, network(x, t, cond), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_picture_of_one_token_has_nothing_to_perturb(name: str) -> None:
+    network = small(name)
+    with torch.inference_mode():
+        for cells, same in ((1, True), (2, False)):
+            x, t, cond = inputs(network, 2, (network.patch, cells * network.patch))
+            found, plain = (net(x, t, cond) for net in (weakened(network, PerturbedAttention(tuple(blocks_of(network))), cond), network))
+            assert torch.allclose(found, plain, rtol=1e-5, atol=1e-5) == same
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_no_layers_means_the_block_in_the_middle(name: str) -> None:
+    network = small(name)
+    x, t, cond = inputs(network)
+    names = blocks_of(network)
+    with torch.inference_mode():
+        for kind in (PerturbedAttention, SkipLayers):
+            found = weakened(network, kind(), cond)(x, t, cond)
+            assert torch.equal(found, weakened(network, kind((names[len(names) // 2],)), cond)(x, t, cond))
+            assert (found - network(x, t, cond)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_parts_of_blocks_can_be_left_out(name: str) -> None:
+    """As if what they give were 0, or what they are given to add it to."""
+    network = small(name)
+    x, t, cond = inputs(network)
+    blocks = {layer: network.get_submodule(layer) for layer in blocks_of(network)}
+    parts = {f"{layer}.{part}" for layer, block in blocks.items() for part, _ in block.named_children() if part.startswith(("attn", "ff"))}
+    assert parts == {layer for layer, _ in branches(network)} - blocks.keys()
+
+    def nothing(module: nn.Module, given: Any, named: dict[str, Any], y: Any) -> Any:
+        if isinstance(y, tuple):
+            return tuple(None if part is None else torch.zeros_like(part) for part in y)
+        return named["plus"] if named.get("plus") is not None else torch.zeros_like(y)
+
+    with torch.inference_mode():
+        for part in parts:
+            found = weakened(network, SkipLayers((part,)), cond)(x, t, cond)
+            hook = network.get_submodule(part).register_forward_hook(nothing, with_kwargs=True)
+            expected = network(x, t, cond)
+            hook.remove()
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_layers_that_are_not_there_are_refused_by_those_that_are(name: str) -> None:
+    network = small(name)
+    _, _, cond = inputs(network)
+    last = "single_transformer_blocks" if hasattr(network, "single_transformer_blocks") else "transformer_blocks"
+    for kind, said in ((PerturbedAttention, "layer with self-attention"), (SkipLayers, "layer that can be left out")):
+        for wrong in (f"{last}.2", f"{last}.1-2", f"{last}.1-0", "proj_out"):
+            with pytest.raises(UserError, match=rf"^unknown {said} '\w+[.0-9-]*': .*known are .*\b{last}\.0-1, {last}\.0-1\.attn"):
+                weakened(network, kind((wrong,)), cond)
+        every = weakened(network, kind((f"{last}.0-1",)), cond)
+        x, t, cond = inputs(network)
+        try:
+            with torch.inference_mode():
+                assert torch.equal(every(x, t, cond), weakened(network, kind((last,)), cond)(x, t, cond))
+        except UserError as error:
+            assert "at least one" in str(error)

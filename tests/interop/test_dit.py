@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.models.attention_processor import PAGIdentitySelfAttnProcessor2_0
 from torch import Tensor
 
 from sfumato.checkpoints.folder import load_part, save_part
@@ -17,6 +18,8 @@ from sfumato.errors import UserError
 from sfumato.predict.networks._network import registered
 from sfumato.predict.networks.dit import DiT, DiTConfig
 from sfumato.predict.networks.pixart import PixArt, PixArtConfig
+from sfumato.predict.references._copies import changed
+from sfumato.predict.references.perturbed_attention import self_attentions
 from sfumato.types import Conditioning
 
 differing: Callable[..., Any] = runpy.run_path(str(Path(__file__).resolve().parents[1] / "oracles" / "test_batch_invariance.py"))[
@@ -131,6 +134,21 @@ def test_parity_and_folders_in_both_directions(name: str, tmp_path: Path) -> Non
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("name", ["DiT", "PixArt, sizes", "PixArt Sigma"])
+@torch.inference_mode()
+def test_perturbed_attention(name: str, tmp_path: Path) -> None:
+    """diffusers' processor, which its PixArt-Sigma pipeline sets in a block's first attention, perturbs the second half of a doubled batch."""
+    network = theirs(name)
+    ours = opened(network, tmp_path)
+    x, timestep, cond = asked(ours, (8, 8))
+    network.transformer_blocks[1].attn1.set_processor(PAGIdentitySelfAttnProcessor2_0())
+    plain, expected = their_answer(network, x.repeat(2, 1, 1, 1), timestep.repeat(2), Conditioning.cat([cond, cond])).chunk(2)
+    found = changed(ours, ["transformer_blocks.1"], self_attentions, "layer")(x, timestep, cond)
+    close(ours(x, timestep, cond), plain)
+    close(found, expected)
+    assert (found - plain).abs().max() > 1e-3
+
+
 def test_a_dit_whose_blocks_are_told_by_layers_of_their_own(tmp_path: Path) -> None:
     """diffusers lets them differ, and uses each block's; also in place, in a network that shared them before, and back again."""
     network = theirs("DiT", alike=False)

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers.models.attention_processor import PAGJointAttnProcessor2_0
+from diffusers.models.attention_processor import PAGCFGJointAttnProcessor2_0, PAGJointAttnProcessor2_0
 from torch import Tensor
 
 from sfumato.asking import answered
@@ -303,6 +303,33 @@ def test_perturbed_attention() -> None:
         assert (found_text is None) == (layer == 2)
         if found_text is not None:
             close(found_text, of_text)
+
+
+@torch.inference_mode()
+def test_away_from_no_condition_and_from_perturbed_attention() -> None:
+    """Both at once, as diffusers' pipeline does: y_0 + 7 (y - y_0) + 3 (y - y perturbed), three parts of one batch; and on its own, two.
+
+    Theirs knows no dual blocks: there it takes the second attention, which has no text, for a joint one, and fails."""
+    ours = ours_of("SD 3", num_layers=4)
+    theirs, denoiser, (x, _, cond) = theirs_of(ours), denoiser_of(ours), asked(ours, (8, 6))
+    none, point = Conditioning(tokens=normal(2, 5, 12, seed=8), vector=normal(2, 10, seed=9)), denoiser.process.schedule.point
+
+    def their_parts(processor: Any, *conds: Conditioning) -> tuple[Tensor, ...]:
+        for layer in (1, 2):
+            theirs.transformer_blocks[layer].attn.set_processor(processor)
+        words = said(Conditioning.cat(conds), torch.full((2 * len(conds),), 400.0))
+        return theirs(x.repeat(len(conds), 1, 1, 1), **words).sample.chunk(len(conds))
+
+    off, y, worse = their_parts(PAGCFGJointAttnProcessor2_0(), none, cond, cond)
+    words = "7 dual:kind=away,second=4 condition perturbed_attention:layers=transformer_blocks.1-2"
+    found = answered(build(Guidance.parse(words), denoiser, cond, none, point)(x, 0.4), answer)
+    close(found.x0, denoiser.process.split(x, off + 7 * (y - off) + 3 * (y - worse), 0.4).x0, 5e-5)
+    y, worse = their_parts(PAGJointAttnProcessor2_0(), cond, cond)
+    found = answered(
+        build(Guidance.parse("4 perturbed_attention:layers=transformer_blocks.1-2"), denoiser, cond, none, point)(x, 0.4), answer
+    )
+    close(found.x0, denoiser.process.split(x, y + 3 * (y - worse), 0.4).x0, 2e-5)
+    assert (y - worse).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["SD 3", "SD 3.5 large"])

@@ -5,9 +5,11 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given as drawn
 from torch import Tensor
 
 import sfumato.nn.invariant
@@ -46,10 +48,10 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def setup(kind: str, seed: int = 0) -> tuple[Denoiser, Tensor, Conditioning]:
+def setup(kind: str, seed: int = 0, **more: Any) -> tuple[Denoiser, Tensor, Conditioning]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = UNet(UNetConfig(**(COMMON | KINDS[kind])))
+        network = UNet(UNetConfig(**(COMMON | KINDS[kind] | more)))
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -174,6 +176,42 @@ def test_layers_that_are_not_there_are_refused(kind: str, reference: Any, said: 
     denoiser, _, given = setup(kind)
     with pytest.raises(UserError, match=said):
         weaker(reference, denoiser, given)
+
+
+NUMBERED = st.lists(st.tuples(st.integers(0, 12), st.sampled_from(["", ".attn", ".ff.0", ".attentions.3.attn1"])), unique=True)
+
+
+@drawn(st.sampled_from(["blocks", "up_blocks.2.attentions", "mid"]), NUMBERED)
+def test_names_that_differ_in_numbers_are_gathered_and_spread_again(block: str, ends: list[tuple[int, str]]) -> None:
+    names = [f"{block}.{k}{end}" for k, end in ends]
+    short = _copies.gathered(names)
+    assert sorted(one for name in short for one in _copies.spread(name)) == sorted(names)
+    assert len(short) <= len(names)
+
+
+def test_runs_of_layers() -> None:
+    """a.1-2.b is a.1.b and a.2.b, where there are all of them; what the error lists can be said."""
+    names = [f"{group}.{i}" for group in ("up", "down") for i in range(3)] + ["up.0.attn", "up.1.attn", "up.7", "mid"]
+    assert _copies.gathered(names) == ["down.0-2", "mid", "up.0-1.attn", "up.0-2", "up.7"]
+    assert [*_copies.spread("a.1-2.b.0-1")] == ["a.1.b.0", "a.1.b.1", "a.2.b.0", "a.2.b.1"]
+    assert [*_copies.spread("a.2-1")] == ["a.2-1"] and [*_copies.spread("a-1.x1-2")] == ["a-1.x1-2"]
+    denoiser, x, given = setup("cross")
+    with torch.inference_mode():
+        for kind, named in ((SkipLayers, "up_blocks.0.resnets.0-1"), (PerturbedAttention, "up_blocks.1.attentions.0-1")):
+            apart = (named.replace("0-1", "0"), named.replace("0-1", "1"))
+            one, both = (weaker(kind(layers), denoiser, given)(x, 0.5, given).x0 for layers in ((named,), apart))
+            assert torch.equal(one, both)
+    with pytest.raises(UserError, match=r"unknown layer that can be left out 'up_blocks.0.resnets.2': "):
+        weaker(SkipLayers(("up_blocks.0.resnets.0-999999999",)), denoiser, given)
+
+
+@torch.inference_mode()
+def test_a_first_attention_to_the_condition_alone_is_not_perturbed() -> None:
+    """`only_cross_attention`: it is no attention of the picture to itself."""
+    denoiser, x, given = setup("cross", only_cross_attention=(True, False))
+    with pytest.raises(UserError, match=r"unknown layer with self-attention 'down_blocks.0': .*known are mid_block"):
+        weaker(PerturbedAttention(("down_blocks.0",)), denoiser, given)
+    assert weaker(PerturbedAttention(), denoiser, given)(x, 0.5, given).x0.isfinite().all()
 
 
 @every

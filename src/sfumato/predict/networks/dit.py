@@ -115,6 +115,8 @@ class DiT(PatchNetwork):
 
     def forward(self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning) -> Float[Tensor, "B K h w"]:
         """x noisy latent, timestep in 0..1000, conditioning with `vector` -> y, the network's target and, behind it, a learned variance."""
+        if not self._blocks():
+            raise UserError("this DiT is told time and class by its blocks: at least one of them has to stay")
         waves = self.waves(timestep).to(x.dtype)
         classes = self._classes(cond).to(x.dtype)
         first = self._blocks()[0].norm1.emb

@@ -1,6 +1,6 @@
 """A diffusion transformer to train from scratch: DiT (Peebles & Xie 2022, arXiv:2212.09748) with the parts that have proven themselves since.
 
-    tokens = [registers, words, patches];  each block: x += gate * attention(norm(x)), x += gate * feed-forward(norm(x)), norms steered by time
+    tokens = [patches, registers, words];  each block: x += gate * attention(norm(x)), x += gate * feed-forward(norm(x)), norms steered by time
 
 QK-norm (Dehghani et al. 2023, arXiv:2302.05442, section 3), rotary places on rows and columns (Su et al. 2021, arXiv:2104.09864; for pictures Heo et
 al. 2024, arXiv:2403.13298), SwiGLU (Shazeer 2020, arXiv:2002.05202), register tokens (Darcet et al. 2023, arXiv:2309.16588). Each can be exchanged
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from sfumato.config import read_config
 from sfumato.errors import UserError, unknown
 from sfumato.nn import invariant
-from sfumato.nn.attention import FeedForward
+from sfumato.nn.attention import FeedForward, PictureAttention
 from sfumato.nn.embeddings import PatchEmbed, TimestepEmbedding, padded, sincos_2d, sinusoidal, unpatched
+from sfumato.nn.joint import with_picture
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
 from sfumato.nn.rope import angles, grid, rotate
 from sfumato.predict.networks._network import Network
@@ -97,7 +98,7 @@ class ModernDiTConfig:
         return {"_class_name": CLASS_NAME, **asdict(self)}
 
 
-class _Attention(nn.Module):
+class _Attention(PictureAttention):
     """Self-attention of all tokens; queries and keys are normed, and turned where they have a place."""
 
     def __init__(self, config: ModernDiTConfig):
@@ -108,12 +109,14 @@ class _Attention(nn.Module):
         self.norm_k = RMSNorm(config.attention_head_dim) if config.qk_norm else nn.Identity()
         self.to_out = invariant.Linear(width, width, bias=False)
 
-    def forward(self, x: Float[Tensor, "B N D"], turn: Tensor | None, mask: Bool[Tensor, "B N"] | None) -> Float[Tensor, "B N D"]:
+    def forward(
+        self, x: Float[Tensor, "B N D"], turn: Tensor | None, mask: Bool[Tensor, "B N"] | None, count: int
+    ) -> Float[Tensor, "B N D"]:
         q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, N, H, d)
         q, k = self.norm_q(q), self.norm_k(k)
         if turn is not None:
             q, k = rotate(q, turn), rotate(k, turn)
-        return self.to_out(invariant.attend(q, k, v, mask))
+        return self.to_out(self.find(q, k, v, mask, count))
 
 
 class _Block(nn.Module):
@@ -128,10 +131,10 @@ class _Block(nn.Module):
         self.ff = FeedForward(config.width, config.ffn, config.inner, bias=config.ffn == "gelu")
 
     def forward(
-        self, x: Float[Tensor, "B N D"], embedding: Float[Tensor, "B D"], turn: Tensor | None, mask: Bool[Tensor, "B N"] | None
+        self, x: Float[Tensor, "B N D"], embedding: Float[Tensor, "B D"], turn: Tensor | None, mask: Bool[Tensor, "B N"] | None, count: int
     ) -> Float[Tensor, "B N D"]:
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(embedding)
-        x = gated(x, gate_1, self.attn(modulated(x, scale_1, shift_1), turn, mask))
+        x = gated(x, gate_1, self.attn(modulated(x, scale_1, shift_1), turn, mask, count))
         return gated(x, gate_2, self.ff(modulated(x, scale_2, shift_2)))
 
 
@@ -181,21 +184,21 @@ class ModernDiT(Network):
         rows, columns = x.shape[2] // patch, x.shape[3] // patch
         embedding = self._embed(timestep, cond, x.dtype)
 
-        # Patches, and before them what has no place.
+        # Patches, and behind them what has no place.
         x = self.pos_embed(x)  # (B, N, D)
         if self.config.positions == "sincos":
             x = x + sincos_2d(self.config.width, rows, columns, self.config.sample_size // patch).to(x)
-        first, mask = self._placeless(x, cond)
-        count = first.shape[1]
-        x = torch.cat([first, x], dim=1)
+        count = x.shape[1]
+        others, mask = self._placeless(x, cond)
+        x = torch.cat([x, others], dim=1)
         make = _turns.__wrapped__ if torch.compiler.is_compiling() else _turns  # what a compiler looks at is no tensor to remember
-        turn = make(self.config, count, rows, columns, x.device) if self.config.positions == "rope" else None
+        turn = make(self.config, others.shape[1], rows, columns, x.device) if self.config.positions == "rope" else None
 
         for block in self.transformer_blocks:
-            x = block(x, embedding, turn, mask)
+            x = block(x, embedding, turn, mask, count)
 
         shift, scale = self.norm_out(embedding)
-        y = self.proj_out(modulated(x[:, count:], scale, shift))
+        y = self.proj_out(modulated(x[:, :count], scale, shift))
         return unpatched(y, rows, patch)[:, :, : size[0], : size[1]]
 
     def _joined(self, x: Tensor, cond: Conditioning) -> Tensor:
@@ -231,11 +234,8 @@ class ModernDiT(Network):
         parts = [self.registers.to(x.dtype).expand(len(x), -1, -1)] if self.config.register_tokens else []
         if self.config.caption_channels:
             parts.append(self.caption_projection(self.caption_norm(cond.tokens)))
-        first = torch.cat(parts, dim=1) if parts else x[:, :0]
-        if cond.mask is None or not self.config.caption_channels:
-            return first, None
-        others = cond.mask.new_ones(len(x), self.config.register_tokens), cond.mask.new_ones(len(x), x.shape[1])
-        return first, torch.cat([others[0], cond.mask, others[1]], dim=1)
+        mask = cond.mask if self.config.caption_channels else None
+        return torch.cat(parts, dim=1) if parts else x[:, :0], with_picture(mask, x.shape[1] + self.config.register_tokens)
 
     @property
     def learned_variance(self) -> bool:
@@ -270,7 +270,7 @@ def _turns(config: ModernDiTConfig, placeless: int, rows: int, columns: int, dev
     with torch.inference_mode(False):
         places = grid(rows, columns, device)
         still = angles(places.new_zeros(placeless, 2), (half, half), config.rope_theta)
-        return torch.cat([still, angles(places, (half, half), config.rope_theta)])
+        return torch.cat([angles(places, (half, half), config.rope_theta), still])
 
 
 CLASSES = {CLASS_NAME: (ModernDiT, ModernDiTConfig)}

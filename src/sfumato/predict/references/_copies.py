@@ -5,8 +5,10 @@ that are guided by the same copy share its forward passes.
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,6 +18,9 @@ from sfumato.errors import UserError, unknown
 
 Find = Callable[[nn.Module], Iterator[tuple[str, nn.Module]]]
 """network -> (name of a module, what may take its place), for all that may be replaced."""
+
+_BLOCK = re.compile(r"\w*transformer_blocks\.\d+")  # of a transformer; those of U-Nets are inside other blocks
+_RUN = re.compile(r"(?<=\.)(\d+)-(\d+)(?=\.|$)")
 
 # A memory and not a state: what is in here can be made again, and goes when its denoiser goes.
 _MADE: WeakKeyDictionary[Any, dict[Any, tuple[list[Tensor], Any]]] = WeakKeyDictionary()
@@ -34,20 +39,21 @@ def shared_copy(network: nn.Module) -> nn.Module:
 def changed(network: nn.Module, layers: Sequence[str], find: Find, kind: str) -> nn.Module:
     """A shared copy in which `find`'s replacements stand at and below the named layers, the outermost where they are nested.
 
-    No layers: the deepest block that has any, the middle of a U-Net or the end of its way down. `UserError` that lists what can be named,
-    for a layer at and below which there is nothing to replace.
+    No layers: see `deepest`. `UserError` that lists what can be named, for a layer at and below which there is nothing to replace.
     """
     copied = shared_copy(network)
     found = dict(find(copied))
     layers = layers or deepest(found)
     chosen: set[str] = set()
-    for layer in layers:
+    for layer in (one for name in layers for one in spread(name)):
         inside = {name for name in found if _within(name, layer)}
         if not inside:
-            raise unknown(kind, layer, _nameable(copied, found))
+            raise unknown(kind, layer, gathered(_nameable(copied, found)))
         chosen |= inside
     if not chosen:
-        raise UserError(f"no layers to change: name at least one {kind} ({', '.join(_nameable(copied, found)) or 'this network has none'})")
+        raise UserError(
+            f"no layers to change: name at least one {kind} ({', '.join(gathered(_nameable(copied, found))) or 'this network has none'})"
+        )
     for name in chosen:
         if not any(name != other and _within(name, other) for other in chosen):
             copied.set_submodule(name, found[name])
@@ -55,11 +61,13 @@ def changed(network: nn.Module, layers: Sequence[str], find: Find, kind: str) ->
 
 
 def deepest(found: Iterable[str]) -> list[str]:
-    """The names in the middle block; where it has none, those in the last block of the way down; else the middle one of all.
-
-    Attention comes first: only where there is none, other layers.
+    """Of a transformer, the block in the middle of those that have any, single ones after double ones. Of a U-Net, the names in the middle block;
+    where it has none, those in the last block of the way down; else the middle one of all: attention, and only where there is none, other layers.
     """
     known = list(found)
+    blocks = list(dict.fromkeys(block[0] for name in known if (block := _BLOCK.match(name))))
+    if blocks:
+        return [blocks[len(blocks) // 2]]
     known = [name for name in known if "attention" in name or "attn" in name] or known
     for prefix in ("mid_block.", *(f"down_blocks.{i}." for i in reversed(range(10)))):
         inside = [name for name in known if name.startswith(prefix)]
@@ -82,6 +90,35 @@ def weakened(denoiser: Any, layers: Sequence[str], find: Find, kind: str) -> Any
     weaker = replace(denoiser, network=changed(network, layers, find, kind))
     made[key] = now, weaker
     return weaker
+
+
+def spread(name: str) -> Iterator[str]:
+    """a.3-5.b -> a.3.b, a.4.b, a.5.b; other names as they are."""
+    run = _RUN.search(name)
+    if run is None or int(run[1]) > int(run[2]):
+        yield name
+        return
+    for k in range(int(run[1]), int(run[2]) + 1):
+        yield from spread(f"{name[: run.start(1)]}{k}{name[run.end() :]}")
+
+
+def gathered(names: Iterable[str]) -> list[str]:
+    """a.3.b, a.4.b, a.5.b -> a.3-5.b: what `spread` undoes."""
+    known = [tuple(name.split(".")) for name in names]
+    for place in reversed(range(max(map(len, known), default=0))):
+        numbers: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
+        kept = []
+        for parts in known:
+            if len(parts) > place and parts[place].isdigit():
+                numbers.setdefault((parts[:place], parts[place + 1 :]), []).append(int(parts[place]))
+            else:
+                kept.append(parts)
+        for (before, after), found in numbers.items():
+            for _, run in groupby(enumerate(sorted(found)), lambda pair: pair[1] - pair[0]):
+                first, *rest = (number for _, number in run)
+                kept.append((*before, f"{first}-{rest[-1]}" if rest else f"{first}", *after))
+        known = kept
+    return sorted(".".join(parts) for parts in known)
 
 
 def _within(name: str, layer: str) -> bool:

@@ -91,7 +91,8 @@ def self_attentions(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @dataclass(frozen=True)
 class PerturbedAttention:
-    """layers: names of modules, as in the state dict; all self-attention in them is perturbed. The paper's choice is the middle."""
+    """layers: names of modules, as in the state dict, a.3-5 for a.3, a.4 and a.5; all self-attention in them is perturbed. None: the middle, which is
+    the paper's choice."""
 
     layers: tuple[str, ...] = ()
 

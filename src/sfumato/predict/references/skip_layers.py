@@ -2,9 +2,9 @@
 
 It is autoguidance (Karras et al. 2024, arXiv:2406.02507) by a network that costs nothing to train, as perturbed attention is;
 spatio-temporal skip guidance (Hyung et al. 2024, arXiv:2411.18664) names layers in the same way. Stability AI recommends it for Stable
-Diffusion 3.5 medium, without blocks 7, 8 and 9 (`layers=transformer_blocks.7+transformer_blocks.8+transformer_blocks.9`), beside the usual
-guidance, at the times of the steps between 1% and 20% of the run; its scale of 2.8 is a `second` of 3.8 here (1 is off). Of 28 steps these are
-1 to 5, t = 0.963 to 0.815: `7 dual:kind=away,second=3.8,low=0.8,high=0.98 condition skip_layers:layers=...`.
+Diffusion 3.5 medium, without blocks 7, 8 and 9 (`layers=transformer_blocks.7-9`), beside the usual guidance, at the times of the steps between
+1% and 20% of the run; its scale of 2.8 is a `second` of 3.8 here (1 is off). Of 28 steps these are 1 to 5, t = 0.963 to 0.815:
+`7 dual:kind=away,second=3.8,low=0.8,high=0.98 condition skip_layers:layers=transformer_blocks.7-9`.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.nn.attention import Attention, FeedForward, SpatialAttention, SpatialTransformer, TransformerBlock
+from sfumato.nn.attention import Attention, FeedForward, PictureAttention, SpatialAttention, SpatialTransformer, TransformerBlock
 from sfumato.nn.blocks import ResnetBlock
 from sfumato.nn.joint import JointAttention
 from sfumato.predict.references._copies import weakened
@@ -64,13 +64,14 @@ def branches(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, PassedOn(module.conv_shortcut)
         elif isinstance(module, JointAttention):
             yield name, AddedNothingToBoth()
-        elif isinstance(module, Attention | FeedForward):
+        elif isinstance(module, Attention | PictureAttention | FeedForward) or name.rpartition(".")[2] in ("ff", "ff_context"):
             yield name, AddedNothing()
 
 
 @dataclass(frozen=True)
 class SkipLayers:
-    """layers: names of modules, as in the state dict: residual blocks, transformer blocks, their parts, or all that a block has of them."""
+    """layers: names of modules, as in the state dict, a.3-5 for a.3, a.4 and a.5: residual blocks, transformer blocks, their parts, or all that a
+    block has of them. None: a transformer's block in the middle, a U-Net's attention there."""
 
     layers: tuple[str, ...] = ()
 
