@@ -128,7 +128,7 @@ class DenoiserObjective(Objective):
 
     def loss(
         self, phase: str, networks: Mapping[str, nn.Module], batch: dict[str, Tensor], step: int, draw: Draw
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
         mean, device, s = batch["mean"], batch["mean"].device, self.settings
         first, second = (draw(lambda n, g: torch.randn(n, *mean.shape[1:], generator=g)).to(device) for _ in range(2))
         z = self.space.standardise(mean + batch["std"] * first)
@@ -144,10 +144,10 @@ class DenoiserObjective(Objective):
         y, variance = y[:, :channels], y[:, channels:]
         error = (y - self.process.target(z, second, t)).square().mean((1, 2, 3))
         weight = loss_weight(s.weighting, self.process, t, s.min_snr_gamma).to(device, torch.float32)
-        loss, numbers = (weight * error).mean(), {"denoiser/unweighted": float(error.detach().mean())}
+        loss, numbers = (weight * error).mean(), {"denoiser/unweighted": error.detach().mean()}
         if variance.shape[1] and s.variance:
             vlb = bound(self.process, z, self.process.split(x, y.detach(), t).x0, variance, t).mean()
-            loss, numbers["denoiser/vlb"] = loss + s.variance * vlb, float(vlb.detach())
+            loss, numbers["denoiser/vlb"] = loss + s.variance * vlb, vlb.detach()
         return loss, numbers
 
     @torch.no_grad()
