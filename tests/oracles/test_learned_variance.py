@@ -202,8 +202,8 @@ def test_the_loss_is_the_simple_one_and_a_share_of_the_bound(kind: str) -> None:
         loss.backward()
         assert network.a.grad is not None and network.b.grad is not None
         grads.append((float(network.a.grad), network.b.grad.clone()))
-        assert numbers["denoiser/unweighted"] == pytest.approx(float(plain), rel=1e-6)
-        assert float(loss) == pytest.approx(float(plain) + weight * numbers.get("denoiser/vlb", 0.0), rel=1e-6)
+        assert float(numbers["denoiser/unweighted"]) == pytest.approx(float(plain), rel=1e-6)
+        assert float(loss) == pytest.approx(float(plain) + weight * float(numbers.get("denoiser/vlb", 0.0)), rel=1e-6)
         assert ("denoiser/vlb" in numbers) == (weight > 0)
     assert grads[0][0] == grads[1][0] == grads[2][0] != 0, "of the mean"
     assert not grads[0][1].any() and grads[1][1].any()
