@@ -308,6 +308,8 @@ class LatentDiffusion:
     @property
     def sample_size(self) -> int:
         """The default height and width of images, in pixels."""
+        if self.defaults.size is not None:
+            return self.defaults.size
         network: Any = self.denoiser.network
         side = network.sample_size if isinstance(network, Network) else getattr(network.config, "sample_size", None) or 64  # another's
         return side * self.autoencoder.space.factor

@@ -31,6 +31,7 @@ class Defaults:
     learned_guidance: how strongly to follow the prompt, told to networks that learned guidance from a teacher (FLUX.1 dev; Meng et al. 2023,
     arXiv:2210.03142); others have no use for it.
     references: how many pictures the model was trained to read beside x (FLUX.1 Kontext: 1); `tasks/edit.py` asks.
+    size: height and width in pixels; None: what the network's config says. For networks whose config says none (FLUX).
     tuned: times found for this model by `sfumato tune-timesteps`, as {sampler: [times, ...]}; used where sampler and steps agree.
     """
 
@@ -40,6 +41,7 @@ class Defaults:
     spacing: str = "trailing"
     learned_guidance: float = 3.5
     references: int = 0
+    size: int | None = None
     tuned: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -49,6 +51,8 @@ class Defaults:
         _check_learned(self.learned_guidance)
         if not isinstance(self.references, int) or self.references < 0:
             raise UserError(f"references={self.references!r}: expected how many pictures the model reads, 0 or more")
+        if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
+            raise UserError(f"size={self.size!r}: expected a whole number of pixels, at least 1")
         object.__setattr__(self, "guidance", Guidance.parse(self.guidance).to_json())  # one form, which JSON can hold
         for sampler, tables in self.tuned.items():
             sampler_of(sampler)

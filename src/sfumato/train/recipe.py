@@ -35,7 +35,7 @@ from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.conditioners.nothing import Nothing
 from sfumato.predict.denoiser import Denoiser
-from sfumato.predict.networks._network import build
+from sfumato.predict.networks._network import Network, build, network_of
 from sfumato.predict.networks.unet import UNetConfig
 from sfumato.sampling import Defaults
 from sfumato.train.captions import Captions, open_reader
@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 _WIDTHS = ("caption_channels", "cross_attention_dim", "joint_attention_dim")
 """What configs of networks call the width of text tokens."""
+_POOLED = "pooled_projection_dim"
+"""And that of the pooled text."""
 
 
 @dataclass(frozen=True)
@@ -148,19 +150,25 @@ class DenoiserRecipe:
         started = time.perf_counter()
         process = Process(schedule(self.schedule), parameterization(self.parameterization))
         autoencoder = _autoencoder(self.autoencoder or out / "autoencoder" / "vae")
-        images = _pictures(replace(self.data, flip=False), autoencoder.space.factor, self.network)
+        space = autoencoder.space
+        outline = _outline(self.network, space.channels)
+        images = _pictures(replace(self.data, flip=False), space.factor, outline.patch)
         accelerator = start(self.loop)
+        conditioner, told, prompts, fields = _told(images, self.text, self.network, outline)
         with accelerator.main_process_first():
             latents = _latents(images, autoencoder, out / "latents")
-        conditioner, told, prompts, fields = _told(images, self.text, self.network)
-        space = autoencoder.space
-        twice = self.network.out_channels == 2 * self.network.in_channels  # a variance, behind what it predicts
-        shape = {"in_channels": space.channels, "out_channels": (1 + twice) * space.channels}
+        side = _side(latents, self.data, space.factor)
+        shape = outline.shape_fields(space.channels, side)
+        if self.network.out_channels == 2 * self.network.in_channels:  # a variance, behind what it predicts
+            shape["out_channels"] *= 2
         torch.manual_seed(self.loop.seed)
-        network = build(replace(self.network, sample_size=_side(latents, self.data, space.factor), **shape, **fields))
+        network = build(replace(self.network, **shape, **fields))
+        defaults = self.defaults
+        if "sample_size" not in shape and defaults.size is None:  # the model says it, where no config of the network can
+            defaults = replace(defaults, size=side * space.factor)
 
         def model(denoiser: nn.Module) -> LatentDiffusion:
-            return LatentDiffusion(autoencoder, Denoiser(denoiser, process), conditioner, self.defaults, self.name)
+            return LatentDiffusion(autoencoder, Denoiser(denoiser, process), conditioner, defaults, self.name)
 
         def preview(denoiser: nn.Module, step: int) -> tuple[dict[str, float], dict[str, PIL.Image]]:
             shown = [prompts[i % len(prompts)] for i in range(80)]
@@ -176,12 +184,16 @@ class DenoiserRecipe:
         return out / "model"
 
 
-def _pictures(data: DataSettings, factor: int, network: Any) -> ImageSet | BucketedImages:
+def _outline(config: Any, channels: int) -> Network:
+    """The network of a config without weights, for latents of so many channels and of any size: it tells what it is."""
+    with torch.device("meta"):
+        return build(replace(config, **network_of(config).shape_fields(channels, 32)))
+
+
+def _pictures(data: DataSettings, factor: int, patch: int) -> ImageSet | BucketedImages:
     """The training images: squares, or aspect buckets whose latents are whole patches of the network."""
     if data.buckets is None:
         return data.open()[0]
-    with torch.device("meta"):  # no weights: only its patch is asked for
-        patch = getattr(build(network), "patch", 1)
     if data.buckets < 1 or data.buckets % (factor * patch):
         why = f"the autoencoder's factor {factor} times the network's patch {patch}"
         raise UserError(f"data.buckets={data.buckets}: the step of the buckets' sides must be a multiple of {factor * patch}, {why}")
@@ -213,17 +225,22 @@ def _autoencoder(folder: Path) -> Autoencoder:
     return found
 
 
-def _told(images: ImageSet | BucketedImages, text: Path | None, network: Any) -> tuple[Any, Any, list[str | None], dict[str, Any]]:
+def _told(
+    images: ImageSet | BucketedImages, text: Path | None, network: Any, outline: Network
+) -> tuple[Any, Any, list[str | None], dict[str, Any]]:
     """What the network is told: the model's conditioner, the examples' conditions in training, prompts to show, fields of the network's config."""
+    if outline.learned_guidance:
+        raise UserError("guidance_embeds=True: the strength of guidance is learned from another model, not from data; expected False")
     if text is None:
-        if not images.class_names or images.labels is None:
-            return Nothing(), Nothing(), [None], {}
-        names = ClassNames(images.class_names)
-        if hasattr(network, "num_class_embeds"):
-            return names, names, list(names.names), {"num_class_embeds": len(names.names) + 1}
-        if not hasattr(network, "num_embeds_ada_norm"):  # DiT's, which counts none at all by itself
-            raise UserError(f"a {type(network).__name__} is told no classes: expected one of a network that is, such as ModernDiTConfig")
-        return names, names, list(names.names), {"num_embeds_ada_norm": len(names.names)}
+        if images.class_names and images.labels is not None:
+            names = ClassNames(images.class_names)
+            return names, names, list(names.names), outline.class_fields(len(names.names))
+        if outline.told:
+            raise UserError(
+                f"a {type(outline).__name__} is told classes or text, and {images.name} has no classes: expected a folder for each class, "
+                "captions with --text, or a network that is told nothing"
+            )
+        return Nothing(), Nothing(), [None], {}
     if images.captions is None:
         raise UserError(f"text={text}, and {images.name} has no captions: expected a column or file of them; leave text out for classes")
     reader = open_reader(text)
@@ -232,8 +249,12 @@ def _told(images: ImageSet | BucketedImages, text: Path | None, network: Any) ->
         raise UserError(
             f"a {type(network).__name__} reads no text: expected one of a network with {' or '.join(_WIDTHS)}, such as ModernDiTConfig"
         )
+    told = Captions(reader, images.captions)
+    fields, pooled = {field: reader.width}, told.null(1).vector
+    if pooled is not None and hasattr(network, _POOLED):
+        fields[_POOLED] = pooled.shape[1]
     common = [caption for caption, _ in Counter(images.captions).most_common(10)]
-    return reader, Captions(reader, images.captions), [*common], {field: reader.width}
+    return reader, told, [*common], fields
 
 
 def encode_all(images: ImageSet, autoencoder: Autoencoder, folder: Path, pixels: int = 200_000) -> LatentSet:

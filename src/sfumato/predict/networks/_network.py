@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from sfumato.errors import UserError
 from sfumato.registry import module_of, names
 
 
@@ -73,19 +74,33 @@ class Network(nn.Module):
         """Latent cells along a side of one token; 1 for networks without tokens."""
         return 1
 
+    @classmethod
+    def shape_fields(cls, channels: int, side: int) -> dict[str, Any]:
+        """Fields of the config of a network that is to be trained on latents of so many channels and cells a side."""
+        return {"sample_size": side, "in_channels": channels, "out_channels": channels}
+
+    @classmethod
+    def class_fields(cls, count: int) -> dict[str, Any]:
+        """The same, of one that is to be told which of `count` classes; `UserError` for a network that no class can be told."""
+        raise UserError(f"a {cls.__name__} is told no class: train it from captions (--text), or a network such as ModernDiT, DiT or SiT")
+
     def to_config(self) -> dict[str, Any]:
         """The JSON of config.json, with diffusers' names."""
         return self.config.to_dict()
 
 
 @cache
-def registered() -> dict[str, tuple[type[nn.Module], Any]]:
+def registered() -> dict[str, tuple[type[Any], Any]]:
     """Every network of this folder and its config, by the "_class_name" of config.json."""
     package = "predict.networks"
     return {name: entry for file in names(package) for name, entry in module_of(package, file).CLASSES.items()}
 
 
-def build(config: Any) -> nn.Module:
+def network_of(config: Any) -> type[Network]:
+    """The class of a config's network."""
+    return registered()[config.to_dict()["_class_name"]][0]
+
+
+def build(config: Any) -> Network:
     """The network of a config, with random weights."""
-    network, _ = registered()[config.to_dict()["_class_name"]]
-    return network(config)
+    return network_of(config)(config)

@@ -108,6 +108,11 @@ class DiT(PatchNetwork):
         self.proj_out_1 = zeroed(invariant.Linear(width, 2 * width))
         self.proj_out_2 = zeroed(invariant.Linear(width, config.patch_size**2 * config.outputs))
 
+    @classmethod
+    def class_fields(cls, count: int) -> dict[str, Any]:
+        """The row for none is not counted."""
+        return {"num_embeds_ada_norm": count}
+
     @property
     def classes(self) -> int:
         """Rows of the table: the classes, and one for none."""

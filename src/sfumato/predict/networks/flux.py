@@ -188,6 +188,11 @@ class FluxTransformer(Streams):
         """Time, guidance and pooled text as one embedding."""
         return self.time_text_embed(timestep, vector, dtype)
 
+    @classmethod
+    def shape_fields(cls, channels: int, side: int) -> dict[str, Any]:
+        """A token is 2 x 2 cells; no field says the side."""
+        return {"in_channels": 4 * channels, "out_channels": 4 * channels}
+
     @property
     def sample_size(self) -> int:
         """Cells of a picture of 1024 pixels, which the published models draw; no config says it."""

@@ -196,6 +196,11 @@ class Flux2Transformer(Streams):
         self.norm_out = OutNorm(width, bias=False, eps=config.eps)
         self.proj_out = invariant.Linear(width, config.out_channels or config.in_channels, bias=False)
 
+    @classmethod
+    def shape_fields(cls, channels: int, side: int) -> dict[str, Any]:
+        """A token is a cell; no field says the side."""
+        return {"in_channels": channels, "out_channels": channels}
+
     def steering(self, time: Float[Tensor, "B D"]) -> tuple[tuple[Steer, Steer], Steer]:
         """What every double block, and every single block, is steered by."""
         doubles = self.double_stream_modulation_img(time), self.double_stream_modulation_txt(time)

@@ -252,6 +252,11 @@ class ModernDiT(Network):
         """The width of text tokens."""
         return self.config.caption_channels
 
+    @classmethod
+    def class_fields(cls, count: int) -> dict[str, Any]:
+        """A row for each class, and one for none."""
+        return {"num_class_embeds": count + 1}
+
     @property
     def classes(self) -> int:
         """Rows of the class table."""

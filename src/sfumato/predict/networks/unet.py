@@ -424,6 +424,11 @@ class UNet(Network):
         """Whether it is conditioned on anything."""
         return super().told or self.config.class_embed_type is not None
 
+    @classmethod
+    def class_fields(cls, count: int) -> dict[str, Any]:
+        """A row for each class, and one for none."""
+        return {"num_class_embeds": count + 1}
+
     @property
     def classes(self) -> int:
         """How many classes it was trained with, none at all being one of them; 0: it is told no class."""
