@@ -237,9 +237,10 @@ class LatentDiffusion:
         """
         check_latent(self.autoencoder.space, z)
         n, schedule = len(z), self.denoiser.process.schedule
-        times = times_of(self, Request(n=n, steps=steps, sampler="ddim", spacing=spacing))
         factor = self.autoencoder.space.factor
         picture = Picture(z.shape[2] * factor, z.shape[3] * factor)
+        request = Request(n=n, steps=steps, sampler="ddim", spacing=spacing, height=picture.height, width=picture.width)
+        times = times_of(self, request)  # which may depend on the size
         given = prompt if isinstance(prompt, Conditioning) else self._read(prompts(prompt, n), picture)
         conditioning = given.to(self.device)
         sampler = find("diffuse.samplers", "ddim_inversion")(z.to(self.device).float(), times, schedule, torch.empty, iterations=iterations)

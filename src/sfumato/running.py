@@ -87,7 +87,7 @@ def _start(model: Any, request: Request, point: tuple[float, float], noise: Tens
 def _asked(model: Any, request: Request, chosen: dict[str, Any]) -> Ask:
     """The denoiser under the request's conditions, with guidance and the wrappers asked for."""
     guidance: Guidance = chosen["guidance"]
-    _check_guidance(request, guidance)
+    _check_guidance(request, guidance, chosen.get("learned_guidance"))
     given, references = _conditions(model, request, chosen, guidance)
     schedule = model.denoiser.process.schedule
     ask = build(guidance, model.denoiser, given, references, schedule.point, getattr(request.weaker, "denoiser", request.weaker))
@@ -153,9 +153,14 @@ def _read(model: Any, name: str, prompt: Prompt, second: Prompt, n: int, picture
     return model.conditioner(prompts(prompt, n), picture, prompts(second, n)).to(model.device)
 
 
-def _check_guidance(request: Request, guidance: Guidance) -> None:
+def _check_guidance(request: Request, guidance: Guidance, learned: float | None) -> None:
     """`UserError` for settings that guidance would not obey."""
     negative = request.negative_prompt if request.negative_prompt is not None else request.negative_prompt_2
+    if negative is not None and guidance.off and learned is not None:
+        raise UserError(
+            f"negative prompt {negative!r} with learned guidance {learned:g} alone, in which nothing is moved away from it: give guidance above 1 "
+            f"for a second pass, and learned_guidance={learned:g} beside it"
+        )
     if negative is not None and guidance.off:
         raise UserError(f"negative prompt {negative!r} with guidance {guidance}: nothing is moved away from it; raise the guidance")
     if request.weaker is not None and "model" not in guidance.reference:

@@ -6,6 +6,7 @@ float32; pictures are compared in [0, 1]. What we save opens in diffusers with t
 
 import json
 import runpy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +15,11 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from sfumato.cli import main
+from sfumato.decode.image import to_pil
 from sfumato.errors import UserError
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
@@ -24,6 +28,7 @@ from sfumato.tasks.control import control
 from sfumato.tasks.edit import edit
 from sfumato.tasks.image_to_image import image_to_image
 from sfumato.tasks.inpaint import inpaint
+from sfumato.tasks.variations import variations
 
 text: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_text.py")))
 NAMES = {  # by channels beside the latent's and whether guidance is embedded: the pipeline that is saved
@@ -261,6 +266,31 @@ def test_kontext(size: tuple[int, int], folders: dict[str, Path]) -> None:
     compare(model.run(edit(model, photo() * 2 - 1, request), output="tensor"), expected)
     del given["image"]
     compare(model.generate(PROMPTS, steps=3, output="tensor", **asked), pictures(pipe, **given))
+
+
+def test_inversion_is_told_the_learned_guidance(folders: dict[str, Path]) -> None:
+    """The noise of a picture gives the picture back, under the strength that is told in both ways; two passes are off unless asked for."""
+    model = load(folders["dev"])
+    z = model.encode(photo() * 2 - 1)
+    request = variations(model, photo() * 2 - 1, Request("a cat", steps=12, guidance=6.0), strength=0.0, way="inversion")
+    assert (request.guidance, request.learned_guidance) == (1.0, 6.0)
+    errors = [(model.run(r, output="latent") - z).norm() / z.norm() for r in (request, replace(request, learned_guidance=1.0))]
+    assert errors[0] < 0.02 < errors[1], errors
+    assert variations(model, photo() * 2 - 1, Request("a cat", steps=2), way="inversion").learned_guidance == 3.5
+
+
+def test_tasks_on_the_command_line(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both guidances, and weights from the files: the same picture."""
+    picture, paths = tmp_path / "photo.png", [tmp_path / "whole.png", tmp_path / "streamed.png"]
+    to_pil(photo() * 2 - 1)[0].save(picture)
+    words = ["control", str(picture), "a cat", "--model", str(folders["control"]), "--steps", "2", "--negative-prompt", "a dog"]
+    for path, more in zip(paths, ([], ["--memory", "3GB"]), strict=True):
+        assert main([*words, "--guidance", "2", "--learned-guidance", "3", "--out", str(path), *more]) == 0, capsys.readouterr().err
+    whole, streamed = (Image.open(path) for path in paths)
+    assert whole.tobytes() == streamed.tobytes()
+    assert json.loads(whole.info["sfumato"])["learned_guidance"] == 3.0
+    assert main([*words, "--guidance", "2", "--out", str(paths[0])]) == 2
+    assert "with learned guidance 2 alone" in capsys.readouterr().err
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------------

@@ -37,12 +37,14 @@ class RunOptions:
     """How the times are spaced: trailing, karras, karras:rho=5, tuned ..."""
     guidance: Annotated[str | None, unset(MODELS)] = None
     """How strongly to follow the prompt: a number, 1 is off; or more, as "3 interval:low=0.2,high=0.8" (docs/guidance.md)."""
+    learned_guidance: Annotated[float | None, unset(MODELS)] = None
+    """The same, for models that are told it (FLUX.1 dev); for them --guidance with a lone number is this one."""
     negative_prompt: Annotated[str | None, unset("none")] = None
     """What to keep away from."""
     prompt_2: Annotated[str | None, unset("the prompt")] = None
-    """What SDXL's second text encoder reads instead."""
+    """What the second text encoder (of SDXL, SD 3, FLUX.1) reads instead."""
     negative_prompt_2: Annotated[str | None, unset("the negative prompt")] = None
-    """What SDXL's second text encoder reads of what to keep away from."""
+    """What the second text encoder reads of what to keep away from."""
     seed: int = 0
     """The same seed gives the same picture."""
     out: Annotated[Path | None, unset("NAME-COMMAND.png in the current folder")] = None
@@ -51,6 +53,8 @@ class RunOptions:
     """One PNG with all pictures, instead of one PNG a picture (NAME-0.png, NAME-1.png, ...)."""
     threads: Annotated[int | None, unset("all cores")] = None
     """CPU threads."""
+    memory: Annotated[str | None, unset("all weights in memory")] = None
+    """What the program may take, as 3GB: weights come from the files layer by layer. Slower; `sfumato info MODEL` says what fits."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +121,12 @@ def make(
     import torch
 
     from sfumato.decode.image import grid, write_png
+    from sfumato.pages import read_size
 
+    memory = None if options.memory is None else read_size(options.memory)
     set_threads(options.threads, None)
     clock.lap("import")
-    model = ready(options.model, options.steps, transformer=options.transformer)
+    model = ready(options.model, options.steps, memory, transformer=options.transformer)
     clock.lap("load")
     request, settings = _request(model, options, prompt)
     request = prepare(model, request)
@@ -164,6 +170,7 @@ def _request(model: "LatentDiffusion", options: RunOptions, prompt: str | None) 
 
     guidance = None if options.guidance is None else Guidance.parse(options.guidance).to_json()
     asked = {"n": options.n, "steps": options.steps, "sampler": options.sampler, "spacing": options.spacing, "guidance": guidance}
+    asked["learned_guidance"] = options.learned_guidance
     settings = model.settings(**asked)
     request = Request(
         prompt,

@@ -52,9 +52,9 @@ class Generate:
     negative_prompt: Annotated[str | None, unset("none")] = None
     """What to keep away from."""
     prompt_2: Annotated[str | None, unset("the prompt")] = None
-    """What SDXL's second text encoder reads instead."""
+    """What the second text encoder (of SDXL, SD 3, FLUX.1) reads instead."""
     negative_prompt_2: Annotated[str | None, unset("the negative prompt")] = None
-    """What SDXL's second text encoder reads of what to keep away from."""
+    """What the second text encoder reads of what to keep away from."""
     height: Annotated[int | None, unset(MODELS)] = None
     """In pixels."""
     width: Annotated[int | None, unset(MODELS)] = None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sfumato.diffuse.blend import slerp
 from sfumato.errors import UserError, unknown
-from sfumato.running import told
+from sfumato.running import told, told_guidance
 from sfumato.sampling import Request, settings
 from sfumato.tasks._pictures import Draws, Picture, extra_channels, sized
 from sfumato.tasks.image_to_image import image_to_image
@@ -73,15 +73,18 @@ def invertible(model: Any, request: Request) -> Request:
         )
     if request.sampler not in (None, "ddim") or request.timesteps is not None:
         raise UserError(f"sampler {request.sampler!r} or given times with way 'inversion': expected ddim, by steps and spacing")
-    request = replace(request, sampler="ddim", guidance=1.0 if request.guidance is None else request.guidance)
+    request = replace(request, sampler="ddim")
     chosen = settings(model, request)
-    return replace(request, steps=chosen["steps"], spacing=chosen["spacing"])
+    guidance = 1.0 if request.guidance is None else chosen["guidance"]  # by two passes: a lone number is what learned guidance is told
+    learned = chosen.get("learned_guidance")
+    return replace(request, steps=chosen["steps"], spacing=chosen["spacing"], guidance=guidance, learned_guidance=learned)
 
 
 def words_of(model: Any, request: Request) -> Conditioning:
     """What the network is told, a row an image, of a request that knows its size."""
     assert request.height is not None and request.width is not None
-    return told(model, request, request.count, request.picture or Told(request.height, request.width))
+    words = told(model, request, request.count, request.picture or Told(request.height, request.width))
+    return told_guidance(words, request.count, request.learned_guidance, model.device)
 
 
 def inverted(model: Any, z: Float[Tensor, "N c h w"], words: Conditioning, request: Request) -> Float[Tensor, "N c h w"]:
