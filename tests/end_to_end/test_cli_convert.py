@@ -185,11 +185,16 @@ def test_whole_model(flux: dict[str, Tensor], place: Path) -> None:
         assert Path(folder, "tokenizer/vocab.json").read_text() == "{}"
         assert json.loads(Path(folder, "model_index.json").read_text()) == json.loads(Path("flux/model_index.json").read_text())
     made = json.loads(Path("alone/model_index.json").read_text())
-    assert (
-        made["_class_name"] == "FluxPipeline" and made["text_encoder_2"] == ["transformers", "T5EncoderModel"] and "tokenizer" not in made
-    )
+    assert made["tokenizer"] == ["transformers", "CLIPTokenizer"] and Path("alone/tokenizer/vocab.json").read_text() == "{}"
+    assert made["_class_name"] == "FluxPipeline" and made["text_encoder_2"] == ["transformers", "T5EncoderModel"]
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained("alone/scheduler")
-    assert scheduler.config.use_dynamic_shifting and scheduler.config.shift == 3.0
+    assert scheduler.config.use_dynamic_shifting and scheduler.config.shift == 1.0, "the folder's own, not the published one"
+
+
+def test_a_folder_below_a_file(flux: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.safetensors").write_bytes(b"kept")
+    assert "lies in a.safetensors, which is a file" in refused(capsys, "flux", "a.safetensors/x")
+    assert Path("a.safetensors").read_bytes() == b"kept"
 
 
 def test_autoencoder_alone(flux: dict[str, Tensor], place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -227,6 +227,26 @@ def test_files_of_others(name: str, models: dict[str, LatentDiffusion], saved: C
     assert same(picture(found), picture(model))
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_convert_keeps_what_draws(name: str, models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """`sfumato convert` from a folder to a file, to another, and back: each opens alone, with its tokenizers, and draws the same."""
+    one, two, folder = tmp_path / "one.safetensors", tmp_path / "two.safetensors", tmp_path / "folder"
+    assert main(["convert", str(saved(name) / "folder"), str(one)]) == 0
+    assert main(["convert", str(one), str(two), "--dtype", "fp32"]) == 0
+    assert main(["convert", str(two), str(folder)]) == 0
+    assert main(["convert", str(saved(name) / "a.safetensors"), str(tmp_path / "other")]) == 0
+    model = models[name]
+    for place in (one, folder, tmp_path / "other"):
+        found = sfumato.load(place)
+        assert (found.hash, found.name, found.defaults) == (model.hash, model.name, model.defaults), place
+        assert found.conditioner.to_config() == model.conditioner.to_config()
+    assert same(picture(found), picture(model))
+    entries = [json.loads((path / "model_index.json").read_text()) for path in (folder, saved(name) / "folder")]
+    assert all(entries[0][key] == entries[1][key] for key in entries[0] if key != "_sfumato"), (
+        "diffusers opens the tokenizers by their classes"
+    )
+
+
 def test_half_precision(models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path) -> None:
     model = models["flux"]
     half = sfumato.load(saved("flux") / "a.safetensors", dtype=torch.bfloat16)

@@ -3,9 +3,10 @@
 Nothing is held in memory but the tensor that is being written: files are mapped, and written one tensor at a time.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,20 @@ from sfumato.checkpoints.lazily import Lazy, present, sound, stored, with_scales
 from sfumato.checkpoints.names.whole import extras
 from sfumato.checkpoints.original import PICKLES
 from sfumato.checkpoints.single_file import KEY_OF_OURS, notes_of
+from sfumato.checkpoints.tokenizer import MODEL
 from sfumato.checkpoints.transformer_files import PREFIX, layout_of_class
 from sfumato.checkpoints.whole_files import TEXTS, LazyPart, read_whole, write_whole
-from sfumato.errors import UserError
+from sfumato.checkpoints.whole_models import CONFIGS, read_configs
+from sfumato.checkpoints.whole_texts import BESIDE, TOKENIZERS, notes_of_folder, unpack_tokenizers
+from sfumato.errors import UserError, explained
 from sfumato.files import atomic_folder, read_table, read_tensors, write_json
 from sfumato.pickles import read_pickle, state_dict
 from sfumato.weights import EIGHTS, find_weights, read_weights
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 SAFE = (".safetensors", ".sft")
+KEPT = {TOKENIZERS, CONFIGS, MODEL, *BESIDE}
+"""Notes that go from file to file."""
 _BESIDE = (".json", ".txt", ".model", ".jinja")
 """What is copied from a model's folder beside its weights: schedulers, tokenizers, the list of parts."""
 
@@ -41,10 +47,11 @@ class Storing:
 
 @dataclass(frozen=True)
 class Source:
-    """What was found: parts, and a folder whose other files go with them (None: none)."""
+    """What was found: parts, a folder whose other files go with them (None: none), and the notes of a file."""
 
     parts: dict[str, LazyPart]
     beside: Path | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def has_unet(source: Path) -> bool:
@@ -91,14 +98,14 @@ def open_source(
     table, notes = open_table(
         source, torch.bfloat16 if storing.dtype is None else torch.float32 if storing.dtype in EIGHTS else storing.dtype
     )
-    parts = read_whole(sound(table, source), notes, source, configs, network)
+    parts = read_whole(sound(table, source), notes, source, read_configs(notes, source) | configs, network)
     held = parts["transformer"].config["_class_name"] if "transformer" in parts else "no transformer"
     if network not in (None, held):
         raise UserError(f"{source} holds {held}, not {network}: leave out --network, or give another file")
     odd = sorted(configs.keys() - parts.keys()) if config is not None and (config / "config.json").exists() else []
     if odd:
         raise UserError(f"{config} is the config of a {odd[0]}, which {source} does not hold (it holds {', '.join(parts)})")
-    return Source(parts, config)
+    return Source(parts, config, notes)
 
 
 def open_table(source: Path, dtype: torch.dtype) -> tuple[Mapping[str, Lazy], dict[str, str]]:
@@ -165,6 +172,11 @@ def to_file(source: Source, target: Path, storing: Storing, where: object, done:
     else:
         table = _stored(table, storing.dtype)
     counted = _counter(len(table), done)
+    if source.beside is not None and _complete(source.beside, source.parts):
+        plain = {name: {k: v for k, v in part.config.items() if k not in ("dtype", "torch_dtype")} for name, part in source.parts.items()}
+        notes = notes | notes_of_folder(source.beside) | {CONFIGS: json.dumps(plain, sort_keys=True)}
+    elif KEPT & source.notes.keys():
+        notes = notes | {key: text for key, text in source.notes.items() if key in KEPT}
     write(target, table, notes, counted)
     return {name: len(part.tensors) for name, part in source.parts.items()}
 
@@ -195,10 +207,26 @@ def to_folder(source: Source, target: Path, storing: Storing, done: Callable[[in
         if source.beside is not None and _complete(source.beside, source.parts):
             _copy_beside(source.beside, temporary)
         elif len(source.parts) > 1:
-            for path, values in extras(source.parts).items():
-                (temporary / path).parent.mkdir(exist_ok=True)
-                write_json(temporary / path, values)
+            _write_beside(source, temporary)
     return {name: len(part.tensors) for name, part in source.parts.items()}
+
+
+def _write_beside(source: Source, folder: Path) -> None:
+    """What a model's folder has beside its networks: by the notes of the file, or as published."""
+    files, notes = extras(source.parts), source.notes
+    with explained("the notes of the file"):
+        for key, path in BESIDE.items():
+            if key in notes:
+                files[path] = json.loads(notes[key])
+        if files and TOKENIZERS in notes:
+            for name in unpack_tokenizers(notes, None, folder):
+                t5 = source.parts.get(name.replace("tokenizer", "text_encoder"), LazyPart({}, {})).config.get("model_type") == "t5"
+                files["model_index.json"][name] = ["transformers", "T5TokenizerFast" if t5 else "CLIPTokenizer"]
+        if files and MODEL in notes:
+            files["model_index.json"]["_sfumato"] = json.loads(notes[MODEL])
+    for path, values in files.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        write_json(folder / path, values)
 
 
 def _counter(total: int, done: Callable[[int, int], None]) -> Callable[[], None]:

@@ -7,7 +7,7 @@ the files of these folders in a note: {"tokenizer": {"tokenizer.json": text, ...
 import base64
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.checkpoints.conditioners import Source
-from sfumato.checkpoints.tokenizer import CONDITIONER
+from sfumato.checkpoints.tokenizer import CONDITIONER, MODEL, SCHEDULER
 from sfumato.checkpoints.whole_files import TOWERS, LazyPart
 from sfumato.config import read_config
 from sfumato.errors import WRONG, UserError, explained
+from sfumato.files import read_table
 from sfumato.predict.conditioners import _clip, _t5
 from sfumato.predict.conditioners._clip import POSITIONS, PREFIX, ClipEncoder, build_model
 from sfumato.predict.conditioners._parts import require_transformers
@@ -28,6 +29,8 @@ from sfumato.predict.conditioners.sd3_text import Sd3Text, Sd3TextConfig
 
 TOKENIZERS = "sfumato.tokenizers"
 """Metadata of files that sfumato wrote: the tokenizers' folders."""
+BESIDE = {SCHEDULER: "scheduler/scheduler_config.json", CONDITIONER: "conditioner/config.json"}
+"""Notes that are files of a model's folder."""
 
 
 def read_texts(family: str, parts: Mapping[str, LazyPart], network: Any, source: Source) -> Sd3Text | FluxText:
@@ -72,7 +75,7 @@ def _tokenizers(source: Source, names: list[str]) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as temporary:
             try:
                 with explained(source.path, WRONG):
-                    _unpack(source, names, Path(temporary))
+                    unpack_tokenizers(source.notes, names, Path(temporary))
                 yield Path(temporary)
             except UserError as error:  # what is wrong is wrong in the file that the user named
                 raise UserError(str(error).replace(temporary, str(source.path))) from error
@@ -90,15 +93,20 @@ def _tokenizers(source: Source, names: list[str]) -> Iterator[Path]:
     yield folder
 
 
-def _unpack(source: Source, names: list[str], folder: Path) -> None:
-    found = json.loads(source.notes[TOKENIZERS])
+def unpack_tokenizers(notes: Mapping[str, str], names: Iterable[str] | None, folder: Path) -> list[str]:
+    """Writes the tokenizers' folders of these names (None: all) that a file notes; gives their names."""
+    found = json.loads(notes[TOKENIZERS])
+    names = sorted(found) if names is None else list(names)
     for name in names:
+        if name not in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+            raise UserError(f"its note {TOKENIZERS} names {name!r}: expected tokenizer, tokenizer_2 or tokenizer_3")
         (folder / name).mkdir()
         for file, text in found[name].items():
             if Path(file).name != file:
                 raise UserError(f"its note {TOKENIZERS} names a path ({file!r}): it is refused")
             data = base64.b64decode(text, validate=True) if file == SPIECE else text.encode()
             (folder / name / file).write_bytes(data)
+    return names
 
 
 def pack_tokenizers(conditioner: Sd3Text | FluxText) -> str:
@@ -108,8 +116,24 @@ def pack_tokenizers(conditioner: Sd3Text | FluxText) -> str:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             encoder.tokenizer.save_pretrained(folder)
-            packed[f"tokenizer{end}"] = {p.name: p.read_bytes().decode() for p in sorted(folder.iterdir())}
+            packed[f"tokenizer{end}"] = _packed(folder)
         spiece = getattr(encoder, "spiece", None)
         if spiece is not None:
             packed[f"tokenizer{end}"][SPIECE] = base64.b64encode(spiece).decode()
     return json.dumps(packed, sort_keys=True)
+
+
+def _packed(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    return {p.name: (base64.b64encode(p.read_bytes()) if p.name == SPIECE else p.read_bytes()).decode() for p in files}
+
+
+def notes_of_folder(folder: Path) -> dict[str, str]:
+    """What a single file notes of a model's folder: tokenizers, scheduler, how prompts are read, and its name and defaults where sfumato wrote it."""
+    found = sorted(path for path in folder.glob("tokenizer*") if path.is_dir())
+    notes = {TOKENIZERS: json.dumps({path.name: _packed(path) for path in found}, sort_keys=True)} if found else {}
+    for key, path in BESIDE.items():
+        if (folder / path).exists():
+            notes[key] = json.dumps(read_table(folder / path))
+    ours = read_table(folder / "model_index.json").get("_sfumato")
+    return notes if ours is None else {**notes, MODEL: json.dumps({k: v for k, v in ours.items() if k != "version"})}

@@ -42,6 +42,8 @@ def convert(arguments: Sequence[str]) -> None:
     whole = target.suffix == ".safetensors"
     if target.exists():
         raise UserError(f"{options.target} exists: it is left as it is; choose another name or remove it first")
+    if (file := next((p for p in target.parents if p.is_file()), None)) is not None:
+        raise UserError(f"{options.target} lies in {file}, which is a file: choose another name")
     if target.suffix in (".gguf", ".sft", ".ckpt", ".pt", ".pth", ".bin"):
         raise UserError(f"{options.target}: single files are written as .safetensors only; choose such a name, or a folder's")
 
@@ -70,6 +72,8 @@ def convert(arguments: Sequence[str]) -> None:
     with progress("converting") as update:
         counts = to_file(found, target, storing, options.source, update) if whole else to_folder(found, target, storing, update)
     print(f"{options.target}: {', '.join(f'{name} ({n} tensors)' for name, n in counts.items())}, {_size(target)}")
+    if not whole and "text_encoder" in counts and not (target / "tokenizer").exists():
+        print(f"{options.target} has no tokenizers, which {options.source} does not hold: --config DIR brings those of a model's folder")
 
 
 def _size(target: Path) -> str:

@@ -18,7 +18,10 @@ from sfumato.types import Conditioning
 def between(a: Conditioning, b: Conditioning, shares: Sequence[float]) -> Conditioning:
     """Row k lies at shares[k] in [0, 1] of the way from a's (0) to b's (1). `UserError` for conditions that differ in kind or have masks."""
     if any(door is not None for c in (a, b) for door in (c.mask, c.concat, c.residuals, c.image_tokens)):
-        raise UserError("conditions with masks or pictures have nothing between them: expected one prompt for all images")
+        raise UserError(
+            "conditions with masks (of padded words, as PixArt's) or pictures have nothing between them: expected one prompt for all images; "
+            "between two seeds or pictures there is a way"
+        )
     s = torch.tensor(list(shares), dtype=torch.float32)
     return Conditioning(tokens=_mixed(*_repeated(a.tokens, b.tokens), s), vector=_mixed(a.vector, b.vector, s))
 
