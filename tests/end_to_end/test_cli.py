@@ -484,4 +484,4 @@ def test_weights_are_packed_where_steps_are_enough_to_pay_for_it(steps: int | No
     model, packed = StubModel(), StubModel()  # whose own steps are 3
     monkeypatch.setattr(model, "optimized", lambda: packed)
     monkeypatch.setattr("sfumato.loading.load", lambda source: model)
-    assert _common.ready("somewhere", steps) is (packed if packs else model)
+    assert _common.Opening().ready("somewhere", steps) is (packed if packs else model)

@@ -58,6 +58,24 @@ def test_one_picture_of_several_is_made_again_bit_for_bit(tiny: Path) -> None:
     assert not np.array_equal(pixels("bag-0.png"), pixels("bag-1.png"))
 
 
+def test_what_it_is_computed_in_is_asked_for_and_remembered(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The library's pictures in that dtype, again by --from, and in another dtype when that is asked for."""
+    asked = ["generate", "bag", "--model", str(tiny), "--n", "1", "--steps", "6"]
+    assert main([*asked, "--dtype", "bf16", "--device", "cpu", "--out", "half.png"]) == 0
+    (expected,) = load(tiny, dtype=torch.bfloat16).optimized().generate("bag", n=1, steps=6)
+    assert np.array_equal(pixels("half.png"), np.asarray(expected))
+    assert main(["generate", "--from", "half.png"]) == 0
+    assert (pixels("half-again.png") == pixels("half.png")).all()
+    told = read_parameters("half-again.png")
+    assert (told["dtype"], told["device"], told["model_hash"]) == ("bf16", "cpu", load(tiny, dtype=torch.bfloat16).hash)
+    assert main(["generate", "--from", "half.png", "--dtype", "fp32", "--out", "whole.png"]) == 0
+    assert main([*asked, "--out", "plain.png"]) == 0
+    assert (pixels("whole.png") == pixels("plain.png")).all() and "dtype" not in read_parameters("plain.png")
+    capsys.readouterr()
+    assert main([*asked, "--device", "nowhere"]) == 2
+    assert "device 'nowhere' cannot be used" in capsys.readouterr().err
+
+
 def test_the_pictures_are_those_of_the_library(tiny: Path) -> None:
     assert main(["generate", "bag", "--model", str(tiny), "--n", "2", "--steps", "4", "--seed", "8", "--no-grid"]) == 0
     for k, picture in enumerate(load(tiny).generate("bag", n=2, steps=4, seed=8)):

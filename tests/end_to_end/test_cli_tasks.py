@@ -63,6 +63,15 @@ def test_pictures_of_tasks_are_not_made_again_by_generate(tiny: Path, capsys: py
     assert "was made by `sfumato edit` from 'photo.png'" in capsys.readouterr().err
 
 
+def test_tasks_remember_what_they_were_computed_in(tiny: Path) -> None:
+    asked = ["edit", "photo.png", "boot", "--model", str(tiny), "--seed", "2"]
+    assert main([*asked, "--dtype", "bf16", "--out", "half.png"]) == 0 and main([*asked, "--out", "whole.png"]) == 0
+    half, whole = read_parameters("half.png"), read_parameters("whole.png")
+    assert half["dtype"] == "bf16" and "dtype" not in whole and half["model_hash"] != whole["model_hash"]
+    apart = np.abs(pixels("half.png").astype(int) - pixels("whole.png"))
+    assert apart.max() > 0 and apart.mean() < 8
+
+
 def test_editing_changes_as_much_as_it_is_asked_to(tiny: Path) -> None:
     model, picture = load(tiny), Image.open("photo.png")
     z = model.compress(to_tensor(picture))

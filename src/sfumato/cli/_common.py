@@ -4,8 +4,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import tyro
 
@@ -42,29 +43,57 @@ FEW = 4
 """Steps for which packed weights do not pay: to pack them takes as long as three steps of one Stable Diffusion picture gain."""
 
 
-def ready(source: str, steps: int | None, memory: int | None = None, transformer: Path | None = None) -> "LatentDiffusion":
-    """A model ready to make pictures in so many steps (None: its own). Its hash, which they carry, is made before weights are packed.
+Precision = Literal["fp32", "bf16", "fp16"]
 
-    memory: bytes that the process may take; weights are streamed then, and not packed. transformer: a file, as `load` takes it.
+
+@dataclass(frozen=True)
+class Opening:
+    """How a command opens its models.
+
+    memory: bytes that the process may take; weights are streamed then, and not packed. dtype (None: float32) and device (None: the CPU): as
+    `load` takes them. transformer: a file, in place of the first model's own.
     """
-    from sfumato.loading import load
 
-    if memory is not None:
-        return load(source, memory=memory, transformer=transformer)
-    model = load(source) if transformer is None else load(source, transformer=transformer)
-    if model.settings(steps=steps)["steps"] <= FEW:
-        return model
-    _ = model.hash
-    return model.optimized()
+    memory: int | None = None
+    dtype: Precision | None = None
+    device: str | None = None
+    transformer: Path | None = None
+
+    def load(self, source: str) -> "LatentDiffusion":
+        """The model, as it lies in its files."""
+        import torch
+
+        from sfumato.loading import load
+
+        kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
+        if self.dtype not in kinds:  # a picture's that was changed: the command line knows the names
+            raise UserError(f"dtype {self.dtype!r}: expected fp32, bf16 or fp16")
+        how = {"memory": self.memory, "transformer": self.transformer, "dtype": kinds[self.dtype], "device": self.device}
+        return load(source, **{name: value for name, value in how.items() if value is not None})  # pyright: ignore[reportArgumentType]
+
+    def ready(self, source: str, steps: int | None) -> "LatentDiffusion":
+        """A model ready to make pictures in so many steps (None: its own). Its hash, which they carry, is made before weights are packed."""
+        model = self.load(source)
+        if self.memory is not None or model.settings(steps=steps)["steps"] <= FEW:
+            return model
+        _ = model.hash
+        return model.optimized()
+
+    def others(self) -> "Opening":
+        """The same for models beside the first."""
+        return replace(self, transformer=None)
+
+    def recorded(self) -> dict[str, str]:
+        """What a picture remembers of it, for it decides the bits."""
+        return {name: value for name in ("dtype", "device") if (value := getattr(self, name)) is not None}
 
 
-def weaker_for(guidance: Any) -> Any:
+def weaker_for(guidance: Any, opening: Opening | None = None) -> Any:
     """The model that guidance by a weaker one names ("2 model:path=small"), opened; None for other guidance."""
-    from sfumato.loading import load
     from sfumato.predict.guidance.settings import Guidance
 
     paths = [path for path in (getattr(r, "path", None) for r in Guidance.parse(guidance).parts()[2]) if path]
-    return load(paths[0]) if paths else None
+    return (opening or Opening()).others().load(paths[0]) if paths else None
 
 
 def at_least(low: int, **values: int | None) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from sfumato.cli._common import MODELS, Clock, at_least, progress, ready, unset, weaker_for
+from sfumato.cli._common import MODELS, Clock, Opening, Precision, at_least, progress, unset, weaker_for
 from sfumato.cli._files import provenance, set_threads, target
 from sfumato.errors import UserError
 
@@ -53,6 +53,10 @@ class RunOptions:
     """One PNG with all pictures, instead of one PNG a picture (NAME-0.png, NAME-1.png, ...)."""
     threads: Annotated[int | None, unset("all cores")] = None
     """CPU threads."""
+    dtype: Annotated[Precision | None, unset("fp32")] = None
+    """What is computed in: bf16 takes half the memory, and less time where the processor knows it."""
+    device: Annotated[str | None, unset("cpu")] = None
+    """Where: cpu, cuda, cuda:1 ..."""
     memory: Annotated[str | None, unset("all weights in memory")] = None
     """What the program may take, as 3GB: weights come from the files layer by layer. Slower; `sfumato info MODEL` says what fits."""
 
@@ -124,11 +128,12 @@ def make(
     from sfumato.pages import read_size
 
     memory = None if options.memory is None else read_size(options.memory)
+    opening = Opening(memory, options.dtype, options.device, options.transformer)
     set_threads(options.threads, None)
     clock.lap("import")
-    model = ready(options.model, options.steps, memory, transformer=options.transformer)
+    model = opening.ready(options.model, options.steps)
     clock.lap("load")
-    request, settings = _request(model, options, prompt)
+    request, settings = _request(model, options, opening, prompt)
     request = prepare(model, request)
     with progress(name) as update:
 
@@ -145,6 +150,7 @@ def make(
         "negative_prompt": options.negative_prompt,
         **second,
         **({} if options.transformer is None else {"transformer": str(options.transformer)}),
+        **opening.recorded(),
         "seed": options.seed,
         **settings,
         "height": pictures[0].height,
@@ -163,7 +169,7 @@ def make(
     print(f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {clock}")
 
 
-def _request(model: "LatentDiffusion", options: RunOptions, prompt: str | None) -> tuple["Request", dict[str, Any]]:
+def _request(model: "LatentDiffusion", options: RunOptions, opening: Opening, prompt: str | None) -> tuple["Request", dict[str, Any]]:
     """What the options ask for, and the settings that a PNG remembers of it."""
     from sfumato.predict.guidance.settings import Guidance
     from sfumato.sampling import Request
@@ -178,7 +184,7 @@ def _request(model: "LatentDiffusion", options: RunOptions, prompt: str | None) 
         negative_prompt=options.negative_prompt,
         prompt_2=options.prompt_2,
         negative_prompt_2=options.negative_prompt_2,
-        weaker=weaker_for(settings["guidance"]),
+        weaker=weaker_for(settings["guidance"], opening),
         **asked,
     )
     return request, settings

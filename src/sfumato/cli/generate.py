@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from sfumato.cli._common import MODELS, Clock, at_least, parse, progress, readable_size, ready, unset, weaker_for
+from sfumato.cli._common import MODELS, Clock, Opening, Precision, at_least, parse, progress, readable_size, unset, weaker_for
 from sfumato.cli._files import provenance, set_threads, slug, target
 from sfumato.errors import UserError
 
@@ -79,6 +79,10 @@ class Generate:
     """With --from: go on although the model is not the one that made the PNG."""
     threads: Annotated[int | None, unset("all cores")] = None
     """CPU threads."""
+    dtype: Annotated[Precision | None, unset("fp32")] = None
+    """What is computed in: bf16 takes half the memory, and less time where the processor knows it."""
+    device: Annotated[str | None, unset("cpu")] = None
+    """Where: cpu, cuda, cuda:1 ..."""
     memory: Annotated[str | None, unset("all weights in memory")] = None
     """What the program may take, as 3GB: weights come from the files layer by layer. Slower; `sfumato info MODEL` says what fits."""
 
@@ -105,6 +109,8 @@ RECORDED: dict[str, type | tuple[type, ...]] = {
 # The same, of what may be missing: a picture that was made without it.
 OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "transformer": str,
+    "dtype": str,
+    "device": str,
     "learned_guidance": (int, float),
     "prompt_2": str,
     "negative_prompt_2": str,
@@ -121,17 +127,19 @@ def generate(arguments: Sequence[str]) -> None:
     options = parse(Generate, arguments, "generate")
     recorded: dict[str, Any] = {}
     index: int | None = None
+    same = True
     if options.source is not None:
         from sfumato.decode.image import read_parameters
 
         recorded = read_parameters(options.source)
         before = _recorded_options(recorded, options.source)
         options = _settled(parse(Generate, arguments, "generate", default=before), before)
+        same = not options.allow_other_model and options.dtype == before.dtype  # in another dtype the same weights have another hash
         # One picture of a request stays one picture, unless the request itself is changed.
         index = recorded.get("index") if (options.n, options.grid) == (before.n, before.grid) else None
     _check(options)
     options = _spelled_out(options)
-    memory = _memory(options)
+    opening = _opening(options)
     base = target(options.out, f"{options.source.stem}-again" if options.source else slug(options.prompt))
 
     import torch
@@ -141,16 +149,14 @@ def generate(arguments: Sequence[str]) -> None:
     set_threads(options.threads, recorded.get("threads"))
     clock.lap("import")
     steps = max(len(options.timesteps) - 1, 1) if options.timesteps else options.steps
-    model = ready(
-        options.model, steps, memory.get("memory"), transformer=None if options.transformer is None else Path(options.transformer)
-    )
-    if recorded and not options.allow_other_model:
+    model = opening.ready(options.model, steps)
+    if recorded and same:
         _same_model(model.hash, "model", options.model, options.source, recorded)
-    refiner = None if options.refiner is None else ready(options.refiner, steps, memory.get("memory"))
-    if recorded.get("refiner") and refiner is not None and not options.allow_other_model:
+    refiner = None if options.refiner is None else opening.others().ready(options.refiner, steps)
+    if recorded.get("refiner") and refiner is not None and same:
         _same_model(refiner.hash, "refiner", options.refiner, options.source, recorded)
     clock.lap("load")
-    pictures, settings = _sample(model, refiner, options, clock)
+    pictures, settings = _sample(model, refiner, options, opening, clock)
 
     parameters = {
         "prompt": options.prompt,
@@ -176,24 +182,24 @@ def generate(arguments: Sequence[str]) -> None:
     for path in written:
         print(path)
     print(f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {clock}")
-    if memory:
-        print(f"at most {_peak()} of memory")
+    if opening.memory is not None:
+        print(f"at most {_peak(model)} of memory")
 
 
-def _memory(options: Generate) -> dict[str, int]:
-    """The memory asked for, in bytes, for `ready`; nothing where none was."""
-    if options.memory is None:
-        return {}
+def _opening(options: Generate) -> Opening:
+    """How the options want models opened."""
     from sfumato.pages import read_size
 
-    return {"memory": read_size(options.memory)}
+    memory = None if options.memory is None else read_size(options.memory)
+    return Opening(memory, options.dtype, options.device, None if options.transformer is None else Path(options.transformer))
 
 
-def _peak() -> str:
-    """The most that this process has held."""
-    from sfumato.pages import held
+def _peak(model: "LatentDiffusion") -> str:
+    """The most that a model which streams its weights has held."""
+    from sfumato.streaming import stream_of
 
-    peak = held(peak=True)
+    stream = stream_of(model)
+    peak = None if stream is None else stream.memory.peak()
     return "an unknown size" if peak is None else readable_size(peak)
 
 
@@ -208,10 +214,10 @@ def _same_model(found: str, role: str, name: str | None, source: Path | None, re
 
 
 def _sample(
-    model: "LatentDiffusion", refiner: "LatentDiffusion | None", options: Generate, clock: Clock
+    model: "LatentDiffusion", refiner: "LatentDiffusion | None", options: Generate, opening: Opening, clock: Clock
 ) -> tuple[list["Image"], dict[str, Any]]:
     """The pictures and the settings that made them, the model's defaults filled in."""
-    request, settings = _request(model, options)
+    request, settings = _request(model, options, opening)
     with progress("sampling") as update:
 
         def on_step(step: "Step") -> None:
@@ -232,7 +238,7 @@ def _sample(
     return pictures, settings
 
 
-def _request(model: "LatentDiffusion", options: Generate) -> tuple["Request", dict[str, Any]]:
+def _request(model: "LatentDiffusion", options: Generate, opening: Opening) -> tuple["Request", dict[str, Any]]:
     """What the options ask for, and the settings that a PNG remembers of it."""
     from sfumato.predict.guidance.settings import Guidance
     from sfumato.sampling import Request
@@ -260,7 +266,7 @@ def _request(model: "LatentDiffusion", options: Generate) -> tuple["Request", di
         prompt_2=options.prompt_2,
         negative_prompt_2=options.negative_prompt_2,
         timesteps=times,
-        weaker=weaker_for(settings["guidance"]),
+        weaker=weaker_for(settings["guidance"], opening),
         **settings,
     )
     if options.variation_strength is not None:
