@@ -176,6 +176,12 @@ def picture(found: list[dict[str, Any]], best: dict[str, list[dict[str, Any]]], 
         if key == "frechet":
             axes.axhline(floor, linestyle=":", color="grey", label="floor: real images")
         axes.set(xlabel="training compute, PFLOP", ylabel=label, xscale="log", yscale="log")
+        budgets = sorted({float(f"{p['pflop']:.2g}") for p in found})
+        axes.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_formatter("{x:g}")
+        if key == "loss":
+            axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
