@@ -170,6 +170,16 @@ def test_the_way_that_attention_takes_is_said_once(caplog: pytest.LogCaptureFixt
     assert kernels.torchs_choice(heads, heads, heads, None) == "flash"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_said_of_attention_that_is_only_counted(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    """On the meta device, on which `sfumato info` runs networks, torch has its plain way for everything."""
+    kernels._say.cache_clear()
+    q = torch.empty(1, 1024, 1, 16, device="meta", dtype=dtype)
+    with caplog.at_level("INFO", logger="sfumato"), torch.inference_mode():
+        invariant.attend(q, q, q)
+    assert not caplog.records
+
+
 # ---- patches and places ------------------------------------------------------------------------------------------------
 
 

@@ -28,8 +28,9 @@ def torchs_choice(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
 
 
 def report(way: str, q: Tensor, count: int, keys: int, masked: bool) -> None:
-    """Says once which way attention of `count` to `keys` tokens takes. q: for its device, dtype and width of a head."""
-    if count * keys >= MANY:
+    """Says once which way attention of `count` to `keys` tokens takes. q: for its device, dtype and width of a head. Nothing on the meta
+    device, where nothing is computed."""
+    if count * keys >= MANY and not q.is_meta:
         _say(way, q.device.type, str(q.dtype).removeprefix("torch."), q.shape[-1], masked)
 
 
