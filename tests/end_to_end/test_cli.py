@@ -396,6 +396,22 @@ def test_info_tells_what_the_model_says(stub: dict[str, Any], capsys: pytest.Cap
     assert json.loads(capsys.readouterr().out)["parts"] == facts["parts"]
 
 
+@pytest.mark.parametrize("count", [20, 21, 1000])
+def test_info_names_classes_where_they_are_few(
+    count: int, place: Path, stub: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    names = [f"kind{k}" for k in range(count)]
+    Path("folder").mkdir()
+    stub["folder"] = types.SimpleNamespace(hash="e" * 64, class_names=tuple(names), describe=lambda: {"class_names": names})
+    assert run("info", "folder") == 0
+    out = capsys.readouterr().out
+    few = f"{count:,} classes: kind0, kind1, kind2, ..., kind{count - 1} ("
+    assert (", ".join(names) in out) == (count <= 20) and (few in out) == (count > 20)
+    assert run("info", "folder", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["class_names"] == names
+
+
 # ---- the terminal ---------------------------------------------------------------------------------------------------------
 
 

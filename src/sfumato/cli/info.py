@@ -10,6 +10,9 @@ import tyro
 
 from sfumato.cli._common import parse, readable_size
 
+FEW = 20
+"""Names of classes that a table has room for."""
+
 
 @dataclass(frozen=True)
 class Info:
@@ -80,8 +83,15 @@ def _rows(facts: Mapping[str, Any], depth: int = 0) -> list[tuple[str, str]]:
         if isinstance(value, Mapping):
             rows += [(label, ""), *_rows(value, depth + 1)] if value else []
         else:
-            rows.append((label, _text(value)))
+            rows.append((label, _names(value) if name == "class_names" else _text(value)))
     return rows
+
+
+def _names(names: Sequence[str]) -> str:
+    """All names where they are few, else how many, the first and the last."""
+    if len(names) <= FEW:
+        return _text(names)
+    return f"{len(names):,} classes: {', '.join(names[:3])}, ..., {names[-1]} (all of them with --json)"
 
 
 def _text(value: Any) -> str:
