@@ -232,7 +232,8 @@ def _open_whole(path: Path, how: _How) -> LatentDiffusion:
         pipeline = pipeline_class(network, conditioner, ours.get("defaults", {}).get("references", 0))
         recipe = read_scheduler(scheduler, even=gives_even_times(pipeline) or None)
         begin = pipeline_defaults({"_class_name": pipeline}, network) | {"sampler": recipe.sampler, "spacing": recipe.spacing_word}
-        defaults = Defaults(**{k: v for k, v in ours.get("defaults", begin).items() if k in Defaults.__dataclass_fields__})
+        given = begin | ours.get("defaults", {})
+        defaults = Defaults(**{k: v for k, v in given.items() if k in Defaults.__dataclass_fields__})
     _check_process(path, network, recipe.process)
     name = str(ours.get("name", path.stem))
     return how.placed(LatentDiffusion(autoencoder, Denoiser(network, recipe.process), conditioner, defaults, name))

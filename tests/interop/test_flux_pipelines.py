@@ -125,6 +125,27 @@ def opened(folder: Path, name: str | None = None) -> Any:
     return quiet(kind.from_pretrained(folder))
 
 
+def read_index(folder: Path) -> dict[str, Any]:
+    """model_index.json without the words of who wrote it; a T5TokenizerFast is transformers' T5Tokenizer."""
+    text = (folder / "model_index.json").read_text().replace("T5TokenizerFast", "T5Tokenizer")
+    return {k: v for k, v in json.loads(text).items() if k not in ("_sfumato", "_diffusers_version")}
+
+
+@pytest.mark.parametrize("kind", list(NAMES))
+def test_convert_keeps_the_pipeline(kind: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """diffusers' folder -> file -> folder: the same pipeline, run in the same way; what sfumato saved goes the same way."""
+    wanted = load(folders[kind])
+    wanted.save(tmp_path / "saved.safetensors")
+    wanted.save(tmp_path / "saved")
+    index = read_index(folders[kind])
+    for k, source in enumerate((folders[kind], tmp_path / "saved.safetensors", tmp_path / "saved")):
+        file, folder = tmp_path / f"{k}.safetensors", tmp_path / str(k)
+        assert main(["convert", str(source), str(file)]) == 0 and main(["convert", str(file), str(folder)]) == 0, capsys.readouterr().err
+        for model in (load(file), load(folder)):
+            assert (model.hash, model.defaults) == (wanted.hash, wanted.defaults), (kind, source)
+        assert read_index(folder) == index and type(opened(folder)).__name__ == NAMES[kind][0]
+
+
 # ---- text to image ---------------------------------------------------------------------------------------------------------
 
 

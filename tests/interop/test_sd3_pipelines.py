@@ -126,6 +126,19 @@ def test_what_diffusers_saved_and_what_we_save(kind: str, folders: dict[str, Pat
     assert load(tmp_path / "ours.safetensors").hash == ours.hash
 
 
+@pytest.mark.parametrize("kind", ["SD 3", "SD 3.5 without T5"])
+def test_convert_keeps_the_pipeline(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """diffusers' folder -> file -> folder: one that it opens as the same pipeline, T5 left out where it was."""
+    file, folder = tmp_path / "a.safetensors", tmp_path / "folder"
+    assert main(["convert", str(folders[kind]), str(file)]) == 0 and main(["convert", str(file), str(folder)]) == 0
+    wanted = load(folders[kind])
+    for model in (load(file), load(folder)):
+        assert (model.hash, model.defaults) == (wanted.hash, wanted.defaults)
+    one, two = ((place / "model_index.json").read_text().replace("T5TokenizerFast", "T5Tokenizer") for place in (folder, folders[kind]))
+    assert json.loads(one) == {k: v for k, v in json.loads(two).items() if k != "_diffusers_version"}
+    assert type(opened(folder, "DiffusionPipeline")).__name__ == "StableDiffusion3Pipeline"
+
+
 def test_by_the_models_own_settings(folders: dict[str, Path]) -> None:
     """Steps, guidance and size where nobody says them."""
     kind = "dynamic shift"

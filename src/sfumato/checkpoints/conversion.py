@@ -174,7 +174,8 @@ def to_file(source: Source, target: Path, storing: Storing, where: object, done:
     counted = _counter(len(table), done)
     if source.beside is not None and _complete(source.beside, source.parts):
         plain = {name: {k: v for k, v in part.config.items() if k not in ("dtype", "torch_dtype")} for name, part in source.parts.items()}
-        notes = notes | notes_of_folder(source.beside) | {CONFIGS: json.dumps(plain, sort_keys=True)}
+        noted = notes_of_folder(source.beside, plain.get("transformer", {}))
+        notes = notes | noted | {CONFIGS: json.dumps(plain, sort_keys=True)}
     elif KEPT & source.notes.keys():
         notes = notes | {key: text for key, text in source.notes.items() if key in KEPT}
     write(target, table, notes, counted)
@@ -213,8 +214,10 @@ def to_folder(source: Source, target: Path, storing: Storing, done: Callable[[in
 
 def _write_beside(source: Source, folder: Path) -> None:
     """What a model's folder has beside its networks: by the notes of the file, or as published."""
-    files, notes = extras(source.parts), source.notes
+    notes = source.notes
     with explained("the notes of the file"):
+        noted = json.loads(notes.get(MODEL, "{}"))
+        files = extras(source.parts, noted.get("defaults", {}).get("references", 0))
         for key, path in BESIDE.items():
             if key in notes:
                 files[path] = json.loads(notes[key])
@@ -222,8 +225,8 @@ def _write_beside(source: Source, folder: Path) -> None:
             for name in unpack_tokenizers(notes, None, folder):
                 t5 = source.parts.get(name.replace("tokenizer", "text_encoder"), LazyPart({}, {})).config.get("model_type") == "t5"
                 files["model_index.json"][name] = ["transformers", "T5TokenizerFast" if t5 else "CLIPTokenizer"]
-        if files and MODEL in notes:
-            files["model_index.json"]["_sfumato"] = json.loads(notes[MODEL])
+        if files and "name" in noted:  # else the defaults are the pipeline's
+            files["model_index.json"]["_sfumato"] = noted
     for path, values in files.items():
         (folder / path).parent.mkdir(exist_ok=True)
         write_json(folder / path, values)

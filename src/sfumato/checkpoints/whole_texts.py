@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.checkpoints.conditioners import Source
+from sfumato.checkpoints.names.pipeline_transformer import transformer_defaults
 from sfumato.checkpoints.tokenizer import CONDITIONER, MODEL, SCHEDULER
 from sfumato.checkpoints.whole_files import TOWERS, LazyPart
 from sfumato.config import read_config
@@ -128,12 +129,14 @@ def _packed(folder: Path) -> dict[str, str]:
     return {p.name: (base64.b64encode(p.read_bytes()) if p.name == SPIECE else p.read_bytes()).decode() for p in files}
 
 
-def notes_of_folder(folder: Path) -> dict[str, str]:
-    """What a single file notes of a model's folder: tokenizers, scheduler, how prompts are read, and its name and defaults where sfumato wrote it."""
+def notes_of_folder(folder: Path, network: Mapping[str, Any]) -> dict[str, str]:
+    """What a single file notes of a model's folder: tokenizers, scheduler, how prompts are read, and its name and defaults where sfumato wrote it;
+    else those of its pipeline, without a name. network: the config of its transformer."""
     found = sorted(path for path in folder.glob("tokenizer*") if path.is_dir())
     notes = {TOKENIZERS: json.dumps({path.name: _packed(path) for path in found}, sort_keys=True)} if found else {}
     for key, path in BESIDE.items():
         if (folder / path).exists():
             notes[key] = json.dumps(read_table(folder / path))
-    ours = read_table(folder / "model_index.json").get("_sfumato")
-    return notes if ours is None else {**notes, MODEL: json.dumps({k: v for k, v in ours.items() if k != "version"})}
+    index = read_table(folder / "model_index.json")
+    begin = {"defaults": transformer_defaults(index, bool(network.get("guidance_embeds")))}
+    return notes | {MODEL: json.dumps({k: v for k, v in index.get("_sfumato", begin).items() if k != "version"})}

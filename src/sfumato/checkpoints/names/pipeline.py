@@ -89,5 +89,5 @@ def pipeline_index(network: Any, conditioner: Any, defaults: Any) -> dict[str, A
 def pipeline_defaults(index: dict[str, Any], network: Any) -> dict[str, Any]:
     """Steps and guidance with which diffusers runs a folder's pipeline."""
     if network.part == "transformer":
-        return {"steps": 50, "guidance": 1.0} | transformer_defaults(index, network)
+        return {"steps": 50, "guidance": 1.0} | transformer_defaults(index, getattr(network, "learned_guidance", True))
     return {"steps": 50, "guidance": 7.5} | _DEFAULTS.get(str(index.get("_class_name")), {})

@@ -39,8 +39,7 @@ def transformer_class(network: Any, conditioner: Any, references: int = 0) -> st
     if (kind, reader) == ("SD3Transformer2DModel", "sd3_text"):
         return "StableDiffusion3Pipeline"
     if (kind, reader) == ("FluxTransformer2DModel", "flux_text"):
-        name = _FLUX.get(network.in_channels - network.channels)
-        return "FluxKontextPipeline" if name == "FluxPipeline" and references else name
+        return flux_class(network.in_channels - network.channels, references)
     if (kind, reader) == ("Flux2Transformer2DModel", "flux2_text"):
         return "Flux2Pipeline" if "Mistral" in conditioner.index()["text_encoder"][1] else "Flux2KleinPipeline"
     if (kind, reader) == ("PixArtTransformer2DModel", "t5_text"):
@@ -48,6 +47,12 @@ def transformer_class(network: Any, conditioner: Any, references: int = 0) -> st
     if (kind, reader) == ("DiTTransformer2DModel", "class_labels") and network.classes == 1001:
         return "DiTPipeline"
     return None
+
+
+def flux_class(beyond: int, references: int = 0) -> str | None:
+    """FLUX.1's pipeline for a network that takes so many channels beyond the latent's; None where diffusers has none."""
+    name = _FLUX.get(beyond)
+    return "FluxKontextPipeline" if name == "FluxPipeline" and references else name
 
 
 def transformer_entries(name: str, guidance: Any) -> dict[str, Any]:
@@ -65,12 +70,12 @@ def transformer_spacing(pipeline: str, spacing: str) -> str:
     return spacing_word(name, **options, rule="flux2") if pipeline.startswith("Flux2") and name == "dynamic" else spacing
 
 
-def transformer_defaults(index: Mapping[str, Any], network: Any) -> dict[str, Any]:
-    """Steps, guidance and how many pictures are read, of a folder's pipeline; empty for other pipelines."""
+def transformer_defaults(index: Mapping[str, Any], learned_guidance: bool = True) -> dict[str, Any]:
+    """Steps, guidance and how many pictures are read, of a folder's pipeline; empty for other pipelines. learned_guidance: its network's."""
     name = str(index.get("_class_name"))
     found = next((values for start, values in _DEFAULTS.items() if name.startswith(start)), {})
     if name.startswith("Flux2Klein") and index.get("is_distilled"):
         return {**found, "steps": 4, "guidance": 1.0}
-    if name == "FluxPipeline" and not getattr(network, "learned_guidance", True):  # FLUX.1 schnell
+    if name == "FluxPipeline" and not learned_guidance:  # FLUX.1 schnell
         return {**found, "steps": 4}
     return found

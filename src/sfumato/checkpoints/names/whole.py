@@ -7,6 +7,8 @@ number of tokens) and schnell (none).
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from sfumato.checkpoints.names.pipeline_transformer import flux_class, transformer_entries
+
 
 class Configured(Protocol):
     """Anything with a config."""
@@ -26,22 +28,35 @@ DYNAMIC = {
     "base_image_seq_len": 256,
     "max_image_seq_len": 4096,
 }
-PIPELINES = {"SD3Transformer2DModel": "StableDiffusion3Pipeline", "FluxTransformer2DModel": "FluxPipeline"}
+_SD3, _FLUX = "SD3Transformer2DModel", "FluxTransformer2DModel"
 
 
-def extras(parts: Mapping[str, Configured]) -> dict[str, dict[str, Any]]:
+def extras(parts: Mapping[str, Configured], references: int = 0) -> dict[str, dict[str, Any]]:
     """Paths in a model's folder, and their JSON. Nothing for a model whose files were never whole.
 
-    Tokenizers are not told by any file: the list of parts names none.
+    Tokenizers are not told by any file: the list of parts names none. Nor is it told whether FLUX.1 reads pictures: `references`, how many.
     """
     config = parts["transformer"].config if "transformer" in parts else {}
     name = config.get("_class_name")
-    if name not in PIPELINES:
+    if name not in (_SD3, _FLUX):
         return {}
-    flux = name == "FluxTransformer2DModel"
+    flux = name == _FLUX
     shifts = DYNAMIC if flux and config.get("guidance_embeds") else {"shift": 1.0} if flux else {"shift": 3.0}
-    index: dict[str, Any] = {"_class_name": PIPELINES[name], "scheduler": ["diffusers", FLOW["_class_name"]]}
+    pipeline = _flux_pipeline(config, references) if flux else "StableDiffusion3Pipeline"
+    index: dict[str, Any] = {
+        "_class_name": pipeline,
+        "scheduler": ["diffusers", FLOW["_class_name"]],
+        **transformer_entries(pipeline, None),
+    }
     for part, found in parts.items():
         kind = found.config.get("_class_name")
         index[part] = ["diffusers", kind] if kind else ["transformers", found.config["architectures"][0]]
+    if not flux and "text_encoder" in index and "text_encoder_3" not in index:  # diffusers wants to be told that T5 is left out
+        index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
     return {"model_index.json": index, "scheduler/scheduler_config.json": FLOW | shifts}
+
+
+def _flux_pipeline(config: Mapping[str, Any], references: int) -> str:
+    """By the config of the network, whose channels are those of tokens: four of a latent's each."""
+    channels = config.get("in_channels", 64)
+    return flux_class((channels - (config.get("out_channels") or channels)) // 4, references) or "FluxPipeline"
