@@ -183,7 +183,7 @@ def generate(arguments: Sequence[str]) -> None:
         print(path)
     print(f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {clock}")
     if opening.memory is not None:
-        print(f"at most {_peak(model)} of memory")
+        print(f"at most {_peak(opening.device)} of memory")
 
 
 def _opening(options: Generate) -> Opening:
@@ -194,12 +194,13 @@ def _opening(options: Generate) -> Opening:
     return Opening(memory, options.dtype, options.device, None if options.transformer is None else Path(options.transformer))
 
 
-def _peak(model: "LatentDiffusion") -> str:
-    """The most that a model which streams its weights has held."""
-    from sfumato.streaming import stream_of
+def _peak(device: str | None) -> str:
+    """The most that was held where the model computes: by this process, or on its GPU."""
+    import torch
 
-    stream = stream_of(model)
-    peak = None if stream is None else stream.memory.peak()
+    from sfumato.pages import held
+
+    peak = torch.cuda.max_memory_reserved(device) if (device or "cpu").startswith("cuda") else held(peak=True)
     return "an unknown size" if peak is None else readable_size(peak)
 
 
