@@ -11,8 +11,8 @@ programs need all of it: each step reads everything that does not stay from the 
 Python, libraries, weights, feature maps, and all pages of files. "own" is the largest part of it that is no file's (RssAnon, looked at every 20 ms).
 For a limit that the kernel keeps, run it all with `systemd-run --user --scope -p MemoryMax=3G`.
 
-Once, with --steps 3 (two cores of an AMD EPYC with AVX-512, torch 2.13; one run, others' work beside it before and after): 8.43 GB of weights in memory
-18 s a step and 8.98 GB held, streamed in 3GB 23 s and 2.91 GB, cold 29 s and 2.91 GB; the same bits.
+With --steps 3 (two cores of an AMD EPYC with AVX-512, torch 2.13): 8.43 GB of weights in memory 4.8 s a step and 8.97 GB held, streamed in 3GB 5.3 s and
+2.91 GB, cold 14.1 s and 2.91 GB; the same bits. In another run, with others' work beside it, 18, 23 and 29 s a step.
 """
 
 import json
