@@ -86,6 +86,7 @@ def test_any_network_is_trained_by_a_recipe(name: str, place: Path, tmp_path: Pa
     [
         (SD3Config(), None, "classes", "a SD3 is told no class: train it from captions"),
         (PixArtConfig(), None, "classes", "a PixArt is told no class"),
+        (DiTConfig(**SMALL, in_channels=4, out_channels=8), None, "classes", "a learned variance with schedule 'flow'"),
         (DiTConfig(**SMALL), None, "pictures", "a DiT is told classes or text, and pictures has no classes"),
         (Flux2Config(), "flux", None, "guidance_embeds=True: the strength of guidance is learned from another model, not from data"),
     ],

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import tyro
 
-from sfumato.errors import UserError
+from sfumato.errors import UserError, unknown
 
 if TYPE_CHECKING:
+    import torch
+
     from sfumato.model import LatentDiffusion
 
 T = TypeVar("T")
@@ -46,6 +48,16 @@ FEW = 4
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
+def torch_dtype(name: str) -> "torch.dtype":
+    """torch's name for one of `Precision`'s."""
+    import torch
+
+    known = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name not in known:  # of a picture that was changed: the command line knows the names
+        raise unknown("dtype", name, known)
+    return known[name]
+
+
 @dataclass(frozen=True)
 class Opening:
     """How a command opens its models.
@@ -61,14 +73,10 @@ class Opening:
 
     def load(self, source: str) -> "LatentDiffusion":
         """The model, as it lies in its files."""
-        import torch
-
         from sfumato.loading import load
 
-        kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
-        if self.dtype not in kinds:  # a picture's that was changed: the command line knows the names
-            raise UserError(f"dtype {self.dtype!r}: expected fp32, bf16 or fp16")
-        how = {"memory": self.memory, "transformer": self.transformer, "dtype": kinds[self.dtype], "device": self.device}
+        dtype = None if self.dtype is None else torch_dtype(self.dtype)
+        how = {"memory": self.memory, "transformer": self.transformer, "dtype": dtype, "device": self.device}
         return load(source, **{name: value for name, value in how.items() if value is not None})  # pyright: ignore[reportArgumentType]
 
     def ready(self, source: str, steps: int | None) -> "LatentDiffusion":

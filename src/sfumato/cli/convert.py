@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sfumato.cli._common import parse, progress, readable_size, unset
+from sfumato.cli._common import parse, progress, readable_size, torch_dtype, unset
 from sfumato.errors import UserError
 
 Dtype = Literal["bf16", "fp16", "fp32", "fp8", "fp8-scaled"]
@@ -52,9 +52,8 @@ def convert(arguments: Sequence[str]) -> None:
     from sfumato.checkpoints.conversion import Storing, has_unet, open_source, to_file, to_folder
     from sfumato.checkpoints.transformer_files import layout_named
 
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     eights = {"fp8": torch.float8_e4m3fn, "fp8-scaled": torch.float8_e4m3fn}
-    dtype = (dtypes | eights)[options.dtype] if options.dtype else None
+    dtype = None if options.dtype is None else eights[options.dtype] if options.dtype in eights else torch_dtype(options.dtype)
     if has_unet(source):
         given = [f"--dtype {options.dtype}"] * (options.dtype in eights)
         given += [f"--{name}" for name in ("config", "network") if getattr(options, name) is not None]

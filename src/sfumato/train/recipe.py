@@ -28,6 +28,7 @@ from sfumato.decode.image import grid
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
+from sfumato.diffuse.variational import check_bounded
 from sfumato.errors import UserError
 from sfumato.evaluate.features import Features, load_features
 from sfumato.files import atomic_folder, hash_tensors, write_json
@@ -155,12 +156,12 @@ class DenoiserRecipe:
         images = _pictures(replace(self.data, flip=False), space.factor, outline.patch)
         accelerator = start(self.loop)
         conditioner, told, prompts, fields = _told(images, self.text, self.network, outline)
+        if outline.learned_variance and self.loss.variance:
+            check_bounded(process.schedule)
         with accelerator.main_process_first():
             latents = _latents(images, autoencoder, out / "latents")
         side = _side(latents, self.data, space.factor)
-        shape = outline.shape_fields(space.channels, side)
-        if self.network.out_channels == 2 * self.network.in_channels:  # a variance, behind what it predicts
-            shape["out_channels"] *= 2
+        shape = outline.shape_fields(self.network, space.channels, side)
         torch.manual_seed(self.loop.seed)
         network = build(replace(self.network, **shape, **fields))
         defaults = self.defaults
@@ -187,7 +188,7 @@ class DenoiserRecipe:
 def _outline(config: Any, channels: int) -> Network:
     """The network of a config without weights, for latents of so many channels and of any size: it tells what it is."""
     with torch.device("meta"):
-        return build(replace(config, **network_of(config).shape_fields(channels, 32)))
+        return build(replace(config, **network_of(config).shape_fields(config, channels, 32)))
 
 
 def _pictures(data: DataSettings, factor: int, patch: int) -> ImageSet | BucketedImages:

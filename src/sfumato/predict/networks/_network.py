@@ -75,9 +75,13 @@ class Network(nn.Module):
         return 1
 
     @classmethod
-    def shape_fields(cls, channels: int, side: int) -> dict[str, Any]:
-        """Fields of the config of a network that is to be trained on latents of so many channels and cells a side."""
-        return {"sample_size": side, "in_channels": channels, "out_channels": channels}
+    def shape_fields(cls, config: Any, channels: int, side: int) -> dict[str, Any]:
+        """What becomes of `config` for a network that is to be trained on latents of so many channels and cells a side.
+
+        out_channels stay twice the in_channels where they are: a learned variance.
+        """
+        twice = config.out_channels == 2 * config.in_channels
+        return {"sample_size": side, "in_channels": channels, "out_channels": (1 + twice) * channels}
 
     @classmethod
     def class_fields(cls, count: int) -> dict[str, Any]:

@@ -189,7 +189,7 @@ class FluxTransformer(Streams):
         return self.time_text_embed(timestep, vector, dtype)
 
     @classmethod
-    def shape_fields(cls, channels: int, side: int) -> dict[str, Any]:
+    def shape_fields(cls, config: Any, channels: int, side: int) -> dict[str, Any]:
         """A token is 2 x 2 cells; no field says the side."""
         return {"in_channels": 4 * channels, "out_channels": 4 * channels}
 

@@ -197,7 +197,7 @@ class Flux2Transformer(Streams):
         self.proj_out = invariant.Linear(width, config.out_channels or config.in_channels, bias=False)
 
     @classmethod
-    def shape_fields(cls, channels: int, side: int) -> dict[str, Any]:
+    def shape_fields(cls, config: Any, channels: int, side: int) -> dict[str, Any]:
         """A token is a cell; no field says the side."""
         return {"in_channels": channels, "out_channels": channels}
 
