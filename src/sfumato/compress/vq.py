@@ -81,9 +81,13 @@ class _Codebook(nn.Module):
         """The index of the nearest code, the first of several at the same distance."""
         codes = self.embedding.weight.detach()
         lengths = codes.square().sum(1)
-        cells = h.detach().movedim(1, -1).flatten(0, -2)  # (B*h*w, C)
-        found = [torch.argmin(lengths - 2 * invariant.linear(part, codes), dim=1) for part in cells.split(_ROWS)]
-        return torch.cat(found).unflatten(0, (h.shape[0], *h.shape[2:]))
+        cells = h.detach().movedim(1, -1).flatten(1, -2)  # (B, h*w, C)
+        images = max(1, _ROWS // max(1, cells.shape[1]))
+        nearest = [
+            torch.cat([torch.argmin(lengths - 2 * invariant.linear(part, codes), dim=-1) for part in batch.split(_ROWS, dim=1)], dim=1)
+            for batch in cells.split(images)
+        ]
+        return torch.cat(nearest).unflatten(1, h.shape[2:])
 
     def look_up(self, indices: Int[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
         """The codes themselves."""

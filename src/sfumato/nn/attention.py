@@ -129,6 +129,8 @@ class FeedForward(nn.Module):
         widen, _, back = self.net
         if not _by_parts(x):
             return back(widen(x), plus=plus)
+        if not invariant.FIXED_ORDER and x.ndim == 3:  # a part must not hold rows of two images
+            return by_rows(lambda part, *beside: back(widen(part), plus=beside[0] if beside else None), (x,) if plus is None else (x, plus))
         # On the CPU a part's inner rows stay in the cache; all of them at once are fresh memory at each call, which takes twice as long.
         rows, added = x.flatten(0, -2), [None] * -(-x[..., 0].numel() // _ROWS) if plus is None else plus.flatten(0, -2).split(_ROWS)
         return torch.cat([back(widen(part), plus=beside) for part, beside in zip(rows.split(_ROWS), added, strict=True)]).view(x.shape)

@@ -1,25 +1,37 @@
-"""Layers that give a row of a batch the same bits whatever the batch: image k of n can then be made again alone.
+"""Layers whose results for an image do not depend on the batch: image k of n can be computed again alone, bit for bit.
 
-On the CPU torch's libraries choose their kernels by the shape of the whole batch, and kernels sum in different orders; rows then differ
-by some 1e-6 between a batch of 1, of 2 and of 16. What each op needs, so that every row takes the same way, was found by measurement
-(PyTorch 2.13 with oneDNN 3.12 and MKL 2024.2, on an AMD EPYC with AVX-512, with 1 and 2 threads; no library promises it):
+CPU libraries choose a kernel by the shape of the whole batch, and kernels add up products in different orders. An image then differs by
+some 1e-6 between a batch of 1, of 2 and of 16, and each processor has its own table of kernels. So that the result holds on every
+processor, each operation here is computed by a method that cannot see the batch:
 
-    convolution   torch calls oneDNN, or MKL image by image, by the size of the batch and the number of threads: oneDNN is called always.
-    linear        MKL's kernels take rows in fours, and a few rows, or the rest of a few, otherwise: few rows are filled up. For large
-                  weights oneDNN is called, which is quicker there, and takes one row otherwise than two and more: one becomes two.
-    attention     as linear in each head's product of queries and keys; and it depends on how images, and the scratch memory of threads,
-                  lie in the cache lines: queries are filled up, and the keys and values of each image begin on a cache line.
-    SiLU, GELU    vector instructions do 32 numbers at a time, and the C library, which rounds otherwise, what remains at the end of a
-                  thread's part: SiLU's numbers (GELU's by tanh, too) are filled up until nothing remains; GELU needs contiguous ones, which oneDNN does.
+    linear        oneDNN's matrix product, on x86 processors with AVX2 or later. Its brgemm kernels add up a row in blocks whose length
+                  depends on the number of columns alone (512 or 1024), one block after the other. MKL's choice of kernel by the number
+                  of rows, which differs between Intel and AMD, is never asked. Two cases are avoided: one row (a vector kernel: it is
+                  computed as two), and many columns with few outputs (split among threads: image by image).
+    convolution   oneDNN's direct kernels, which add up block of channels after block, and in each block tap after tap. 1x1 convolutions are
+                  linear maps of pixels: oneDNN has kernels of their own for them, which depend on the batch where threads are many.
+    attention     torch's fused kernel, which calls MKL for each image and head with the same shape. The order of an MKL sum may depend on
+                  the alignment of its operands: queries are padded, and the keys and values of each image begin on a cache line. It may
+                  depend on MKL's own threads, which work where torch's do not: one short head of one image is computed twice.
+    SiLU, GELU    torch computes most numbers by vector instructions and those that remain at the end of a thread's part by the C library,
+                  which rounds differently. Inputs are padded until nothing remains.
+    group norm    with channels last in memory, threads share the images of a batch: such images are computed one by one.
 
-    group norm    of large maps with channels last in memory threads share the images out: such images go one by one.
+Elsewhere (AVX or older, other processors, torch without oneDNN), linear maps and convolutions are computed image by image, from memory that
+begins on a cache line: the same call, whatever the batch. `method()` says which of the two is used.
 
-Group norms of contiguous maps, layer norms, interpolation and arithmetic need nothing. This is for inference in float32 on the CPU; with
-gradients, in other dtypes, on other devices and under compilers the calls are torch's own, but for two that a program compiled for inference on
-the CPU makes as they are made here, for they are quicker: large products in float32, and attention in bfloat16 as in nn/blockwise.py.
+Group norms of contiguous maps, layer norms, interpolation and arithmetic need nothing. All this is for inference in float32 on the CPU. With
+gradients, in other dtypes, on other devices and under compilers the calls are torch's own, except that programs compiled for inference on
+the CPU call the faster kernels that are used here: oneDNN for large float32 products, nn/blockwise.py for bfloat16 attention.
+
+The orders of summation are those in the source of oneDNN 3.12, which torch 2.13 contains (cpu/x64: matmul/brgemm_matmul_utils.cpp,
+jit_avx512_common_conv_kernel.cpp, jit_avx2_conv_kernel_f32.cpp, jit_brgemm_conv_utils.cpp). No library promises them,
+so tests/oracles/test_arithmetic.py runs every test of invariance with the kernels of other processors, and `sfumato info --machine` checks the
+machine at hand.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,10 +42,11 @@ from torch import Tensor, nn
 from sfumato.nn import blockwise, kernels
 
 _LINE = 16  # float32 numbers in a cache line of 64 bytes
-_ROWS = 4  # the rows that MKL's kernels take together; of 16 rows and more the rest gets the same bits as well
-_LARGE = 2**16  # weights of more numbers are oneDNN's: below, what a call costs counts for more
+_LARGE = 2**16  # numbers of a weight from which on compiled programs call oneDNN: below, the call costs more than it gains
+_SPLIT = 20000, 512  # from so many columns on, oneDNN splits a row's sum among threads if there are at most so many outputs
 _VECTOR = 32  # numbers that torch's loops give to vector instructions at a time with AVX-512; a multiple of what other processors need
 _SHORT = 512  # tokens
+_PIECE = 64  # more queries of a head than torch's fused attention takes as one piece of work
 _GRAIN = 32768  # numbers (at::internal::GRAIN_SIZE) for each thread that torch gives elementwise work to
 
 
@@ -51,22 +64,35 @@ def applies(x: Tensor, weight: Tensor | None = None) -> bool:
 
 
 def linear(x: Float[Tensor, "*B D"], weight: Float[Tensor, "E D"], bias: Float[Tensor, " E"] | None = None) -> Float[Tensor, "*B E"]:
-    """`F.linear` whose rows do not depend on their number."""
+    """`F.linear` whose rows do not depend on their number.
+
+    Where oneDNN cannot be used, each x[i] is a product of its own: x is then best given as one image along its first axis.
+    """
     if not applies(x, weight):
         return _product(x, weight, bias) if _for_compiler(x, weight) else F.linear(x, weight, bias)
+    if not x.numel():
+        return F.linear(x, weight, bias)
+    weight = weight.contiguous()
+    if not FIXED_ORDER:
+        images = x if x.ndim > 2 else x.reshape(-1, 1, x.shape[-1])
+        return torch.stack([F.linear(aligned(image), weight, bias) for image in images]).view(*x.shape[:-1], len(weight))
+    if _is_split(weight):
+        return onednn_linear(x, weight, bias)
     # One contiguous matrix: torch would multiply image by image, or a transposed matrix, by the strides, and those of one image differ.
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    count = len(rows)
-    if weight.numel() > _LARGE and count and onednn() is not None:
-        return onednn_linear(rows, weight.contiguous(), bias).view(*x.shape[:-1], len(weight))
-    missing = -count % _ROWS if count < 4 * _ROWS else 0
-    # Products with few columns depend on how a row lies to 16 bytes.
-    short = -rows.shape[1] % 4 if len(weight) < 16 else 0
-    if short:
-        weight = F.pad(weight, (0, short))
-    if short or missing:
-        rows = F.pad(rows, (0, short, 0, missing))
-    return F.linear(rows, weight, bias)[:count].view(*x.shape[:-1], len(weight))
+    return onednn_linear(rows, weight, bias).view(*x.shape[:-1], len(weight))
+
+
+def _is_split(weight: Tensor) -> bool:
+    """True where oneDNN may split the sum of a row among threads, by the number of rows."""
+    columns, outputs = _SPLIT
+    return weight.shape[1] >= columns and weight.shape[0] <= outputs
+
+
+def aligned(x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    """The same numbers, contiguous, in memory that begins on a cache line."""
+    x = x.contiguous()
+    return x if x.data_ptr() % (4 * _LINE) == 0 else x.clone()
 
 
 def _for_compiler(x: Tensor, weight: Tensor) -> bool:
@@ -87,6 +113,21 @@ _KNOWN = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, 
 _BFLOAT16 = _KNOWN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def _fixed_order() -> bool:
+    """True where oneDNN computes float32 products by its brgemm kernels, whose order of summation does not depend on the number of rows."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", ""))  # as oneDNN reads it
+    return _KNOWN and torch.cpu._is_avx2_supported() and limit.upper() not in ("SSE41", "AVX")
+
+
+FIXED_ORDER = _fixed_order()
+"""True where batches are computed by oneDNN in one call; False where linear maps and convolutions are computed image by image."""
+
+
+def method() -> str:
+    """How linear maps and convolutions are computed in float32 on this processor."""
+    return "oneDNN, all images in one call" if FIXED_ORDER else "image by image"
+
+
 def onednn() -> Any:
     """torch's own operations over oneDNN, with weights that may be packed and products that end in a function; None where it has none."""
     return torch.ops.mkldnn if _KNOWN else None
@@ -100,9 +141,12 @@ def onednn_linear(
     other: Float[Tensor, "*B E"] | None = None,
 ) -> Float[Tensor, "*B E"]:
     """x W^T + b, with its end in the same pass: "gelu" or "gelu tanh" of it, or "add" or "mul" with another (B, E). The weight may be packed."""
+    if x.ndim > 1 and len(x) > 1 and x.dtype == torch.float32 and _is_split(weight):  # image by image
+        others = [None] * len(x) if other is None else other
+        return torch.stack([onednn_linear(image.contiguous(), weight, bias, end, o) for image, o in zip(x, others, strict=True)])
     alone = x.numel() == x.shape[-1]
-    if alone:
-        x, other = x.expand(2, *x.shape), None if other is None else other.expand(2, *other.shape)
+    if alone:  # one row would be computed by a kernel of its own, which adds up in another order
+        x, other = torch.stack([x, x]), None if other is None else torch.stack([other, other])
     if other is None:
         name, _, way = end.partition(" ")
         y = onednn()._linear_pointwise(x, weight, bias, name, [], (way or "none") if name == "gelu" else "")
@@ -151,15 +195,20 @@ def attend(
     count = q.shape[1]
     if _short(q, k):
         return _by_products(q, k, v, mask)
+    lone = False
     if applies(q):
         missing = -count % _LINE
         q, k, v = F.pad(q, (0, 0, 0, 0, 0, missing)) if missing else q, _on_lines(k), _on_lines(v)
+        # A single piece of work is done outside torch's threads, where MKL would divide a product among threads of its own.
+        lone = q.shape[0] * q.shape[2] == 1 and count <= _PIECE
+        if lone:
+            q, k, v = (torch.cat([p, p]) for p in (q, k, v))
     q, k, v = (p.transpose(1, 2) for p in (q, k, v))  # (B, H, N, d)
     keep = None if mask is None else mask[:, None, None, :]
     if count * k.shape[2] >= kernels.MANY and not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         kernels.report(kernels.torchs_choice(q, k, v, keep), q, count, k.shape[2], mask is not None)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
-    return y.transpose(1, 2).flatten(2)[:, :count]
+    return y.transpose(1, 2).flatten(2)[: 1 if lone else None, :count]
 
 
 @torch.library.custom_op("sfumato::attend", mutates_args=())
@@ -207,7 +256,9 @@ def gelu(x: Float[Tensor, "*S"], tanh: bool = False) -> Float[Tensor, "*S"]:
     """`F.gelu` whose numbers do not depend on where they lie in the tensor; `tanh`: its approximation by that function."""
     if tanh:
         return _by_vectors(x, _gelu_tanh) if applies(x) else _gelu_tanh(x)
-    return F.gelu(x.contiguous() if applies(x) else x)
+    if applies(x):
+        return F.gelu(x.contiguous()) if FIXED_ORDER else _by_vectors(x, F.gelu)  # oneDNN's, which computes what remains alike
+    return F.gelu(x)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -246,10 +297,36 @@ class Conv2d(nn.Conv2d):
         return y if plus is None else plus + y
 
     def _convolve(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
-        if not applies(x, self.weight) or isinstance(self.padding, str) or not torch.backends.mkldnn.is_available():
+        if not applies(x, self.weight) or isinstance(self.padding, str):
             return super().forward(x)
-        # contiguous: the layout of the input becomes the output's, and group norms of large maps with channels last sum by threads
-        return torch.mkldnn_convolution(x.contiguous(), self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups)
+        return convolve(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def convolve(
+    x: Float[Tensor, "B C H W"],
+    weight: Float[Tensor, "D _ k l"],
+    bias: Float[Tensor, " D"] | None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Float[Tensor, "B D h w"]:
+    """`F.conv2d` whose images do not depend on their number, where `applies` is True."""
+    if not x.numel():
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if not FIXED_ORDER:
+        weight = weight.contiguous()
+        return torch.cat([F.conv2d(aligned(image), weight, bias, stride, padding, dilation, groups) for image in x.split(1)])
+    if is_pointwise(weight, stride, padding, groups):
+        y = linear(x.flatten(2).transpose(1, 2), weight.flatten(1), bias)  # (B, H W, D)
+        return y.transpose(1, 2).contiguous().unflatten(2, x.shape[2:])
+    # contiguous: oneDNN then uses its direct kernels, and group norms of large maps with channels last would sum by threads
+    return torch.mkldnn_convolution(x.contiguous(), weight, bias, padding, stride, dilation, groups)
+
+
+def is_pointwise(weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int) -> bool:
+    """True for a 1x1 convolution that is a linear map of each pixel."""
+    return tuple(weight.shape[2:]) == (1, 1) and {*stride} == {1} and {*padding} == {0} and groups == 1
 
 
 class GroupNorm(nn.GroupNorm):

@@ -191,9 +191,9 @@ def _plain_convolve(
     padding: tuple[int, ...] = (0, 0),
     groups: int = 1,
 ) -> Tensor:
-    """As `invariant.Conv2d` does: oneDNN is called where it can be, since torch's other way unfolds the input, nine times as large."""
-    if invariant.applies(rows, weight) and torch.backends.mkldnn.is_available():
-        return torch.mkldnn_convolution(rows.contiguous(), weight, bias, padding, stride, (1, 1), groups)
+    """As `invariant.Conv2d`: torch's own call may unfold the input, which takes nine times the memory."""
+    if invariant.applies(rows, weight):
+        return invariant.convolve(rows, weight, bias, stride, padding, (1, 1), groups)
     return F.conv2d(rows, weight, bias, stride, padding, (1, 1), groups)
 
 
