@@ -1,19 +1,23 @@
-"""Networks prepared for inference on the CPU: weights in the order in which oneDNN's kernels read them, products that end in what follows them.
+"""Networks prepared for inference on the CPU: weights in the memory order that oneDNN's kernels read, and elementwise ends fused into products.
 
-oneDNN wants a convolution's weights in blocks, and makes them so at each call: at 16 x 16 and below that takes as long as the convolution.
-`packed` does it once. (In float32 matrices would gain nothing, and have to be copied: they stay as they are.) 3x3 convolutions of many channels
-are done as in nn/winograd.py, with 16/9 of the memory; in bfloat16 that rounds three times as much as the plain sum, so that it is kept to
-the lower levels, where it takes the most time away. A sum with the residual, GELU and its product with the other half of a GEGLU are done on
-the numbers that a product has just made; feature maps have their channels last in memory, as the kernels read and write them; and doubling is
-done as in nn/doubling.py. Rows of a batch keep the same bits whatever the batch (see nn/invariant.py), whatever size the weights were packed
-for.
+oneDNN wants the weights of a convolution in blocks and reorders them at each call: at 16 x 16 pixels and below this takes as long as the
+convolution. `packed` reorders them once. Matrices in float32 stay as they are: they would gain nothing and would be copied.
 
-Such a network has no gradients and takes no new weights; `state_dict` gives the plain weights, bit for bit.
+    3x3 convolution   of many channels: Winograd's (nn/winograd.py), with 16/9 of the memory. In bfloat16 it rounds three times as much as the
+                      direct sum, and is used for the lowest levels only, where it saves the most time.
+    1x1 convolution   in float32: a linear map of each pixel.
+    doubling          four convolutions of the small map (nn/doubling.py).
+    linear map        the sum with a residual, GELU, and the product of a GEGLU are computed on the numbers that the product has just made.
+
+Feature maps have their channels last in memory. In float32 the rows of a batch do not depend on the batch (nn/invariant.py). oneDNN's
+channels-last convolutions do not promise that: each shape is verified at its first use, and computed image by image where it fails.
+
+A prepared network has no gradients and takes no new weights; `state_dict` returns the plain weights, bit for bit.
 """
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +40,7 @@ def packable(network: nn.Module) -> bool:
     if ours is None or not all(p.device.type == "cpu" and p.dtype == next(network.parameters()).dtype for p in network.parameters()):
         return False
     dtype = next(network.parameters()).dtype
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and ours._is_mkldnn_bf16_supported())
+    return (dtype == torch.float32 and invariant.FIXED_ORDER) or (dtype == torch.bfloat16 and ours._is_mkldnn_bf16_supported())
 
 
 def packed(network: nn.Module) -> nn.Module:
@@ -126,6 +130,39 @@ def _check(x: Tensor, dtype: torch.dtype) -> None:
         raise UserError(f"a network prepared for inference in {dtype} on the CPU was given what {wrong}: use the one that it was made from")
 
 
+Convolve = Callable[[Tensor, Tensor | None], Tensor]
+"""(x, plus) -> the convolution of x, and plus added; all with channels last."""
+
+
+class _OneCall:
+    """A convolution of a batch in one call of oneDNN, where that gives each image the bits that it has alone; else image by image.
+
+    oneDNN cuts the sum of a channels-last convolution into parts by the size of the batch, the number of threads and the processor's
+    caches. For each of these, random numbers are convolved once together and alone. float32 only: others promise nothing.
+    """
+
+    def __init__(self) -> None:
+        self.verified: dict[tuple[int, ...], bool] = {}
+
+    def __call__(self, convolve: Convolve, x: Tensor, plus: Tensor | None) -> Tensor:
+        if len(x) < 2 or x.dtype != torch.float32:
+            return convolve(x, plus)
+        key = (*x.shape, plus is None, torch.get_num_threads())
+        if key not in self.verified:
+            self.verified[key] = self._verify(convolve, x, plus)
+        return convolve(x, plus) if self.verified[key] else _last(_each(convolve, x, plus))
+
+    def _verify(self, convolve: Convolve, x: Tensor, plus: Tensor | None) -> bool:
+        generator = torch.Generator().manual_seed(0)
+        x, plus = torch.empty_like(x).normal_(generator=generator), None if plus is None else torch.ones_like(plus)
+        return torch.equal(convolve(x, plus), _each(convolve, x, plus))
+
+
+def _each(convolve: Convolve, x: Tensor, plus: Tensor | None) -> Tensor:
+    """Image by image."""
+    return torch.cat([convolve(x[i : i + 1], None if plus is None else plus[i : i + 1]) for i in range(len(x))])
+
+
 class Convolution(_Packed):
     """`nn.Conv2d` padded with zeros."""
 
@@ -136,14 +173,31 @@ class Convolution(_Packed):
         size = [1, conv.in_channels, 64, 64]
         self.weight = _frozen(invariant.onednn()._reorder_convolution_weight(conv.weight.detach().contiguous(), *self.settings, size))
         self.bias = conv.bias
+        self.one_call = _OneCall()
 
     def forward(self, x: Float[Tensor, "B C H W"], *, plus: Float[Tensor, "B D h w"] | None = None) -> Float[Tensor, "B D h w"]:
         _check(x, self.dtype)
-        x = _last(x)
+        return self.one_call(self._convolve, _last(x), None if plus is None else _last(plus))
+
+    def _convolve(self, x: Tensor, plus: Tensor | None) -> Tensor:
         if plus is None:
             return invariant.onednn()._convolution_pointwise(x, self.weight, self.bias, *self.settings, "none", [], "")
         added = invariant.onednn()._convolution_pointwise.binary
-        return added(x, _last(plus), self.weight, self.bias, *self.settings, "add", 1, None, [], None)
+        return added(x, plus, self.weight, self.bias, *self.settings, "add", 1, None, [], None)
+
+
+class Pointwise(_Packed):
+    """A 1x1 convolution in float32: a linear map of each pixel."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__(conv.weight.dtype)
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def forward(self, x: Float[Tensor, "B C H W"], *, plus: Float[Tensor, "B D H W"] | None = None) -> Float[Tensor, "B D H W"]:
+        _check(x, self.dtype)
+        rows, plus = _last(x).permute(0, 2, 3, 1), None if plus is None else _last(plus).permute(0, 2, 3, 1)
+        end = "none" if plus is None else "add"
+        return invariant.onednn_linear(rows, self.weight.flatten(1), self.bias, end, plus).permute(0, 3, 1, 2)
 
 
 class Winograd(_Packed):
@@ -165,6 +219,10 @@ class Winograd(_Packed):
 
 
 def _convolution(conv: nn.Conv2d) -> _Packed:
+    if conv.weight.dtype == torch.float32 and invariant.is_pointwise(
+        conv.weight, conv.stride, cast("tuple[int, int]", conv.padding), conv.groups
+    ):
+        return Pointwise(conv)
     plain = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
     many = min(conv.in_channels, conv.out_channels) >= _MANY[conv.weight.dtype]
     return Winograd(conv) if plain and many else Convolution(conv)
@@ -231,6 +289,7 @@ class _Doubling(_Packed):
         conv = up.conv
         self.conv = Convolution(conv)  # for maps with an odd side; and the state's weights
         self.width = conv.out_channels
+        self.one_calls = [[_OneCall() for _ in range(2)] for _ in range(2)]
         size = [1, conv.in_channels, 64, 64]
         self.four = [
             [invariant.onednn()._reorder_convolution_weight(w.contiguous(), [0, 0], [1, 1], [1, 1], 1, size) for w in row]
@@ -246,7 +305,11 @@ class _Doubling(_Packed):
 
     def _convolve(self, part: Tensor, a: int, b: int) -> Tensor:
         weight, bias = self.four[a][b], self.conv.bias
-        return invariant.onednn()._convolution_pointwise(_last(part), weight, bias, [0, 0], [1, 1], [1, 1], 1, "none", [], "")
+
+        def convolve(x: Tensor, _: Tensor | None) -> Tensor:
+            return invariant.onednn()._convolution_pointwise(x, weight, bias, [0, 0], [1, 1], [1, 1], 1, "none", [], "")
+
+        return self.one_calls[a][b](convolve, _last(part), None)
 
 
 def _matrix(weight: Tensor) -> Tensor:
