@@ -55,7 +55,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "evaluate": BOTTOM,
     "train": (*BOTTOM, *ACTS, "nn", "data", "checkpoints", "evaluate", "model", "sampling"),  # a run ends by saving a model
     "tasks": (*BOTTOM, *ACTS, "model", "sampling", "running"),
-    "deploy": (*BOTTOM, *ACTS, *MODEL, "checkpoints", "data", "evaluate"),
+    "deploy": (*BOTTOM, *ACTS, *MODEL, "nn", "checkpoints", "data", "evaluate"),
     "cli": (*BOTTOM, *ACTS, *MODEL, "checkpoints", "data", "evaluate", "train", "deploy"),
 }
 

@@ -1,4 +1,4 @@
-"""`sfumato info MODEL`: what a model is made of and what fits into this machine, as a table for people or as JSON for programs."""
+"""`sfumato info MODEL`: what a model is made of and what fits into this machine; `sfumato info --machine`: this machine. A table or JSON."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,9 @@ from typing import Any
 import tyro
 
 from sfumato.cli._common import parse, readable_size
+from sfumato.errors import UserError
 
+CHECKS = "images do not depend on the batch"
 FEW = 20
 """Names of classes that a table has room for."""
 
@@ -20,6 +22,9 @@ class Info:
 
     model: tyro.conf.Positional[str] = "fashion"
     """A bundled name, a folder in the diffusers layout, a single file or a hub id."""
+    machine: bool = False
+    """Describe this machine instead of a model: processor, instruction sets, threads, how layers are computed, and whether an image depends
+    on its batch (checked for each kind of layer and with the bundled model; takes a few seconds)."""
     json: bool = False
     """JSON instead of a table."""
 
@@ -27,6 +32,12 @@ class Info:
 def info(arguments: Sequence[str]) -> None:
     """Tells what a model is made of and what memory it takes: parts, parameters, latent space, schedule, defaults, hash, files."""
     options = parse(Info, arguments, "info")
+    if options.machine:
+        if options.model != Info.model:
+            raise UserError(f"--machine describes this machine, not a model: leave {options.model!r} out, or --machine")
+        facts = _machine()
+        _print(facts if options.json else {**facts, CHECKS: _failures(facts[CHECKS])}, options.json)
+        return
 
     from sfumato.deploy.offload import report
     from sfumato.loading import load
@@ -40,7 +51,12 @@ def info(arguments: Sequence[str]) -> None:
     if memory is not None:
         facts["memory"] = memory
     facts["files"] = _files(options.model)
-    if options.json:
+    _print(facts if memory is None or options.json else {**facts, "memory": _in_words(memory)}, options.json)
+
+
+def _print(facts: Mapping[str, Any], as_json: bool) -> None:
+    """Facts as a table, or as JSON."""
+    if as_json:
         print(json.dumps(facts, indent=2, default=str))
         return
     from rich.console import Console
@@ -49,9 +65,37 @@ def info(arguments: Sequence[str]) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")  # a hash stays whole
-    for name, value in _rows(facts if memory is None else {**facts, "memory": _in_words(memory)}):
+    for name, value in _rows(facts):
         table.add_row(f"[bold]{name}[/bold]" if value == "" else name, value)
     Console().print(table)
+
+
+def _machine() -> dict[str, Any]:
+    """`deploy.machine.report`, and whether images of the bundled model depend on their batch."""
+    import torch
+
+    from sfumato.deploy.machine import report
+    from sfumato.loading import load
+
+    facts = report()
+    checks = facts[CHECKS]
+    try:
+        model = load(Info.model)
+    except UserError:  # a checkout without it
+        return facts
+    for name, ready in (("the bundled model", model), ("the bundled model, prepared", model.optimized())):
+        together = ready.generate("bag", n=3, seed=5, steps=3, guidance=2.0, output="tensor")
+        alone = ready.generate("bag", n=1, seed=7, steps=3, guidance=2.0, output="tensor")
+        checks[name] = torch.equal(together[2:], alone)
+    return facts
+
+
+def _failures(checks: Mapping[str, bool]) -> str | dict[str, bool]:
+    """One line where all checks hold, else those that do not."""
+    failures = {name: False for name, holds in checks.items() if not holds}
+    if not failures:
+        return f"yes ({len(checks)} checks: layers and the bundled model; --json lists them)"
+    return {**failures, f"the other {len(checks) - len(failures)} checks": True}
 
 
 def _in_words(memory: Mapping[str, Any]) -> dict[str, Any]:
