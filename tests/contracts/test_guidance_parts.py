@@ -140,6 +140,7 @@ def test_scale_one_is_off_at_all_times(weight: Any, point: tuple[float, float]) 
     assert not any(weight.active(Moment(t, *point)) for t in (0.001, 0.2, 0.5, 0.7, 1.0))
 
 
+@pytest.mark.invariance
 @every_weight
 @everywhere
 def test_a_weight_does_not_depend_on_the_batch(weight: Any, point: tuple[float, float]) -> None:
@@ -205,6 +206,7 @@ def test_weights_of_nothing_are_finite(weight: Any, point: tuple[float, float]) 
         assert torch.isfinite(torch.as_tensor(weight.begin()(Moment(0.5, *point), *pair))).all()
 
 
+@pytest.mark.invariance
 @every_combine
 @everywhere
 def test_an_image_is_the_same_in_every_batch(combine: Any, point: tuple[float, float]) -> None:

@@ -175,6 +175,7 @@ def test_n_must_be_positive(model: LatentDiffusion, n: int) -> None:
         model.generate(n=n)
 
 
+@pytest.mark.invariance
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 16])
 def test_an_image_of_a_batch_is_that_of_its_own_seed(model: LatentDiffusion, count: int, sampler: str) -> None:
@@ -888,6 +889,7 @@ MIXED = [
 ]
 
 
+@pytest.mark.invariance
 @pytest.mark.parametrize("rows", [None, 1, 3])
 def test_many_requests_get_what_each_would_have_alone(model: LatentDiffusion, rows: int | None) -> None:
     """Different steps, samplers, spacings, guidance, seeds, sizes: bit for bit, in fewer forward passes."""

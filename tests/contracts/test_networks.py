@@ -100,6 +100,7 @@ def inputs(network: Network, n: int = 3, size: tuple[int, int] = (8, 8)) -> tupl
     return normal(n, network.channels, *size), 1000 * (torch.arange(n) + 0.5) / n, told(network, n, size)
 
 
+@pytest.mark.invariance
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_an_image_has_the_bits_that_it_has_alone(name: str, size: tuple[int, int]) -> None:

@@ -254,6 +254,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(name: str) -> No
     assert not torch.allclose(finish(name, chosen, times, [9], gaussian(chosen))[0], first[0], atol=1e-3)
 
 
+@pytest.mark.invariance
 @every
 def test_image_k_of_a_batch_is_the_image_of_its_seed_alone(name: str) -> None:
     chosen = KINDS["scaled_linear"]

@@ -72,6 +72,7 @@ def test_off_it_changes_no_bit_and_asks_the_same(name: str, sampler: str) -> Non
         assert torch.equal(step.prediction.x0, other.prediction.x0) and torch.equal(step.prediction.eps, other.prediction.eps)
 
 
+@pytest.mark.invariance
 @every
 @torch.inference_mode()
 def test_runs_put_together_are_the_runs_alone(name: str) -> None:

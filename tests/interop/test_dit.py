@@ -291,6 +291,7 @@ def test_full_sizes(name: str) -> None:
 # ---- bits, dtypes, training ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.invariance
 @pytest.mark.parametrize("size", [(8, 8), (7, 9)])
 @pytest.mark.parametrize("name", ["DiT", "DiT, GEGLU", "PixArt", "PixArt, sizes asked for", "PixArt, no projection"])
 def test_an_image_has_the_bits_that_it_has_alone(name: str, size: tuple[int, int], tmp_path: Path) -> None:
@@ -299,6 +300,7 @@ def test_an_image_has_the_bits_that_it_has_alone(name: str, size: tuple[int, int
     assert not differing(lambda rows: ours(x[rows], timestep[rows], cond[rows]), (2, 3, 11))
 
 
+@pytest.mark.invariance
 def test_a_wide_network_has_them_too() -> None:
     """Weights that go other ways than small ones: the table of classes, and oneDNN's."""
     ours = randomise(DiT(DiTConfig(num_attention_heads=4, attention_head_dim=72, num_layers=1, sample_size=8)))

@@ -138,6 +138,7 @@ def test_steps_by_residual_blocks_with_tokens() -> None:
         assert relative(ours(x, torch.full((2,), 7.0), Conditioning(tokens)), theirs(x, 7, tokens).sample) < 1e-5
 
 
+@pytest.mark.invariance
 def test_rows_do_not_depend_on_the_batch() -> None:
     network = ldm.randomised(UNet(UNet2DConfig(**{**SMALL, **KINDS["churches"]})), 1)
     x, t = torch.randn(5, 3, 8, 8), torch.full((5,), 500.0)

@@ -71,6 +71,7 @@ def differing(run: Callable[[Tensor], Tensor], batches: tuple[int, ...] = (2, 3,
     return found
 
 
+@pytest.mark.invariance
 @pytest.mark.parametrize("size", [(32, 16), (16, 48)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
@@ -131,6 +132,7 @@ def test_the_nearest_code_by_counting() -> None:
     assert book.nearest(book.look_up(torch.tensor([[[200]]]))).item() == 7
 
 
+@pytest.mark.invariance
 @torch.inference_mode()
 def test_cells_between_two_codes_take_the_same_one_in_any_batch() -> None:
     """Each cell is as far from e as from -e, so that the last bit of a product decides."""

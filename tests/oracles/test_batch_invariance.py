@@ -1,7 +1,6 @@
 """Image k of a batch has the bits that it has alone: layers one by one, whole networks, and the way from latents to pixels.
 
-Equality is `torch.equal` throughout. OMP_NUM_THREADS=2 runs all of it with two threads; without, one test does, since threads that
-outnumber the processors wait for each other.
+Equality is `torch.equal` throughout. test_arithmetic.py runs all of it with more threads and with the kernels of other processors.
 """
 
 from collections.abc import Callable
@@ -15,8 +14,12 @@ from sfumato.decode.whole import whole
 from sfumato.nn import invariant
 from sfumato.nn.attention import FeedForward, SpatialAttention, SpatialTransformer
 from sfumato.nn.blocks import Downsample, ResnetBlock, Upsample
+from sfumato.nn.embeddings import sinusoidal
+from sfumato.nn.packed import packable, packed
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.types import Conditioning
+
+pytestmark = pytest.mark.invariance
 
 BATCHES = (2, 3, 4, 5, 7, 11, 16, 17, 32, 33)
 SOME = (2, 11, 17)
@@ -54,6 +57,7 @@ def differing(run: Callable[[Tensor], Tensor], batches: tuple[int, ...] = BATCHE
 
 CONVOLUTIONS = [(12, 64, 3, 1, 7, 7), (64, 64, 3, 2, 7, 7), (128, 128, 3, 1, 4, 4), (5, 7, 3, 1, 6, 9), (8, 8, 3, 2, 3, 5)]
 CONVOLUTIONS += [(128, 64, 1, 1, 7, 7), (8, 16, 1, 1, 4, 5), (24, 16, 1, 1, 3, 5), (16, 24, 1, 1, 1, 1), (6, 6, 1, 1, 7, 7)]
+WIDE = [(640, 640, 3, 1, 4, 4), (1280, 640, 1, 1, 4, 4), (320, 64, 3, 2, 8, 8), (512, 8, 1, 1, 16, 16), (208, 64, 3, 1, 7, 7)]
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
@@ -65,8 +69,26 @@ def test_convolutions(shape: tuple[int, ...], last: bool) -> None:
     assert not differing(lambda rows: layer(x[rows].contiguous(memory_format=layout)))
 
 
+@pytest.mark.parametrize("ready", [False, True], ids=["plain", "prepared"])
+@pytest.mark.parametrize("shape", WIDE, ids=str)
+def test_convolutions_of_many_channels(shape: tuple[int, ...], ready: bool) -> None:
+    """oneDNN's own kernels for these differ from batch to batch where threads are many."""
+    inputs, outputs, kernel, stride, height, width = shape
+    layer: Any = shaken(nn.Sequential(invariant.Conv2d(inputs, outputs, kernel, stride, kernel // 2)))
+    if ready and not packable(layer):
+        pytest.skip("networks are prepared for oneDNN on AVX2 or later")
+    layer, x = packed(layer) if ready else layer, normal(COUNT, inputs, height, width)
+    assert not differing(lambda rows: layer(x[rows]), (2, 3, 17))
+
+
+def test_many_columns() -> None:
+    """From 20,000 columns on oneDNN splits the sum of a row among threads, by the number of rows."""
+    layer, x = shaken(invariant.Linear(20480, 24)), normal(COUNT, 20480)
+    assert not differing(lambda rows: layer(x[rows]), SOME)
+
+
 @pytest.mark.parametrize("tokens", [None, 3, 9, 49])
-@pytest.mark.parametrize("widths", [(64, 256), (256, 128), (8, 64), (12, 8), (11, 256), (6, 6), (13, 8)], ids=str)
+@pytest.mark.parametrize("widths", [(64, 256), (256, 128), (8, 64), (12, 8), (11, 256), (6, 6), (13, 8), (64, 1)], ids=str)
 def test_linear_maps(widths: tuple[int, int], tokens: int | None) -> None:
     layer, x = shaken(invariant.Linear(*widths)), normal(COUNT, *([] if tokens is None else [tokens]), widths[0])
     assert not differing(lambda rows: layer(x[rows]))
@@ -81,6 +103,12 @@ def test_activations(function: Callable[[Tensor], Tensor], shape: tuple[int, ...
     assert not differing(lambda rows: function(x[rows]))
     halves = 3 * normal(COUNT, *shape[:-1], 2 * shape[-1])
     assert not differing(lambda rows: function(halves[rows].chunk(2, dim=-1)[1]))
+
+
+@pytest.mark.parametrize("width", [6, 10, 64, 320])
+def test_sinusoidal_features(width: int) -> None:
+    position = 1000 * torch.rand(COUNT, generator=torch.Generator().manual_seed(0))
+    assert not differing(lambda rows: sinusoidal(position[rows], width))
 
 
 @pytest.mark.parametrize("tokens", [(16, 16), (49, 49), (6, 6), (15, 15), (49, 5), (9, 77), (1, 5)], ids=str)

@@ -175,6 +175,7 @@ def test_impossible_tiles_are_refused(tile: int, overlap: int) -> None:
 # ---- whole -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.invariance
 def test_whole_does_not_depend_on_the_batch_and_limits_the_range() -> None:
     autoencoder, z = Linear().requires_grad_(False), normal(5, 3, 6, 4)
     assert torch.allclose(whole(autoencoder, z, batch=2), whole(autoencoder, z), atol=1e-6)

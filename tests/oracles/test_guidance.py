@@ -479,6 +479,7 @@ def test_adaptive_steps_stay_below_the_threshold() -> None:
     assert all((a < b).all() for a, b in pairwise(sizes)) and (sizes[-1] <= 7.0 * 0.2).all()
 
 
+@pytest.mark.invariance
 def test_sums_over_an_image_do_not_depend_on_its_batch_or_the_threads() -> None:
     """A sum over dims (1, 2, 3) does, from 32768 numbers and two threads on: alone an image is split among them, in a batch it is not."""
     value, before = torch.randn(4, 4, 256, 256, generator=torch.Generator().manual_seed(0)), torch.get_num_threads()

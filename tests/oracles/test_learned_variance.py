@@ -406,6 +406,7 @@ def test_images_without_a_condition_have_their_own_variance() -> None:
     assert torch.equal(found.variance, expected.variance) and not torch.equal(found.x0[0], expected.x0[0])
 
 
+@pytest.mark.invariance
 @every
 def test_an_image_is_the_image_of_its_seed_alone(name: str) -> None:
     model = model_of(CONFIGS[name], process_of("cosine"))

@@ -228,6 +228,7 @@ def test_a_long_prompt_is_its_chunks_each_encoded_alone(kind: str, request: pyte
     assert torch.equal(weighted[:, :77], tokens(conditioner, CATS)) and torch.equal(weighted[:, 77:], tokens(conditioner, "(dog:1.4)"))
 
 
+@pytest.mark.invariance
 def test_rows_are_what_they_are_alone_and_the_mask_says_where_they_end(sdxl: ClipText) -> None:
     prompts = ["red dog", CATS + DOGS + "red", None, CATS + "red", "red dog", ""]
     found, lengths = sdxl(prompts, PICTURE), [77, 231, 77, 154, 77, 77]

@@ -282,6 +282,7 @@ def test_exact_is_whole_in_the_dtype_of_the_weights(dtype: torch.dtype, limit: f
     assert not found.is_inference() and not found.requires_grad
 
 
+@pytest.mark.invariance
 def test_no_image_depends_on_the_batch_and_nothing_given_is_changed() -> None:
     autoencoder, z = kl(torch.float32), normal(3, 3, 6, 5)
     before, image = z.clone(), exact(autoencoder, z, rows=2)
