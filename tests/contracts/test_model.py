@@ -889,7 +889,6 @@ MIXED = [
 ]
 
 
-@pytest.mark.invariance
 @pytest.mark.parametrize("rows", [None, 1, 3])
 def test_many_requests_get_what_each_would_have_alone(model: LatentDiffusion, rows: int | None) -> None:
     """Different steps, samplers, spacings, guidance, seeds, sizes: bit for bit, in fewer forward passes."""

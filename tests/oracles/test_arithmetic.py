@@ -2,9 +2,11 @@
 
 A kind is a set of environment variables that the libraries below torch read when they choose their kernels, or a number of threads. A kind
 that computes the same bits as this process is had already, and is skipped: the reason says what was tried. All kinds together are what
-this one processor can do in place of those on which nobody runs the tests.
+this one processor can do in place of those on which nobody runs the tests. Tests beside diffusers, which takes long to import, are run again
+for one kind only: the networks that they compare are among those of tests/contracts/test_networks.py.
 """
 
+import ast
 import os
 import re
 import subprocess
@@ -23,9 +25,8 @@ KINDS: dict[str, dict[str, str]] = {
     "2 threads": {"OMP_NUM_THREADS": "2"},
     "12 threads": {"OMP_NUM_THREADS": "12", "OMP_WAIT_POLICY": "PASSIVE"},
     "the other vendor's MKL": VENDOR,
-    "the other vendor's MKL, 2 threads": VENDOR | {"OMP_NUM_THREADS": "2"},
     "AVX2": AVX2,
-    "AVX2, the other vendor's MKL": AVX2 | VENDOR,
+    "AVX2, the other vendor's MKL, 2 threads": AVX2 | VENDOR | {"OMP_NUM_THREADS": "2"},
     "MKL's compatible kernels": {"MKL_CBWR": "COMPATIBLE"},
     "MKL's strict kernels": {"MKL_CBWR": "AVX2,STRICT"},
     "oneDNN without AMX": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
@@ -49,9 +50,18 @@ def fingerprint(kind: str) -> str:
     return subprocess.run(command, env=environment(kind), capture_output=True, text=True).stdout.strip()
 
 
-def files() -> list[str]:
-    """The files with tests of invariance, by their marker."""
-    return sorted(str(f) for f in TESTS.rglob("test_*.py") if "mark.invariance" in f.read_text() and f != Path(__file__))
+def marked(interop: bool) -> list[str]:
+    """The tests of invariance, found by their marker: files whose tests all have it, and single tests as file::name."""
+    found = []
+    for file in sorted(TESTS.rglob("test_*.py")):
+        if file == Path(__file__) or (file.parent.name == "interop" and not interop) or "mark.invariance" not in file.read_text():
+            continue
+        nodes = ast.parse(file.read_text()).body
+        if any(isinstance(node, ast.Assign) and "mark.invariance" in ast.unparse(node) for node in nodes):
+            found.append(str(file))
+        tests = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+        found += [f"{file}::{test.name}" for test in tests if any("mark.invariance" in ast.unparse(d) for d in test.decorator_list)]
+    return found
 
 
 def test_kinds_differ() -> None:
@@ -69,9 +79,9 @@ def test_invariance(kind: str) -> None:
     variables = " ".join(f"{name}={value}" for name, value in KINDS[kind].items())
     if not fingerprint(kind):
         pytest.skip(f"tried {variables}: this machine or this torch cannot be made to compute so")
-    if "threads" not in kind and fingerprint(kind) in {fingerprint("")}:
+    if "OMP_NUM_THREADS" not in KINDS[kind] and fingerprint(kind) == fingerprint(""):
         pytest.skip(f"tried {variables}: the same bits as without it on this machine")
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-m", "invariance", "-n0", "-p", "no:cacheprovider", *files()]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-n0", "-p", "no:cacheprovider", *marked(interop=KINDS[kind] == VENDOR)]
     run = subprocess.run(command, env=environment(kind), capture_output=True, text=True, cwd=TESTS.parent)
     assert run.returncode == 0, f"{variables}\n{run.stdout[-4000:]}{run.stderr[-2000:]}"
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 100, run.stdout[-1000:]  # type: ignore[index]

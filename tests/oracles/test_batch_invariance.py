@@ -4,6 +4,7 @@ Equality is `torch.equal` throughout. test_arithmetic.py runs all of it with mor
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -96,8 +97,8 @@ def test_linear_maps(widths: tuple[int, int], tokens: int | None) -> None:
         assert not differing(lambda rows: layer(x[rows].mT.contiguous().mT))
 
 
-@pytest.mark.parametrize("shape", [(8, 7, 7), (96, 7, 7), (24, 3, 5), (32,), (5,)], ids=str)
-@pytest.mark.parametrize("function", [invariant.silu, invariant.gelu])
+@pytest.mark.parametrize("shape", [(8, 7, 7), (96, 7, 7), (24, 3, 5), (19, 128), (32,), (5,)], ids=str)
+@pytest.mark.parametrize("function", [invariant.silu, invariant.gelu, partial(invariant.gelu, tanh=True)], ids=["silu", "gelu", "tanh"])
 def test_activations(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> None:
     x = 3 * normal(COUNT, *shape)
     assert not differing(lambda rows: function(x[rows]))

@@ -14,7 +14,7 @@ processor, each operation here is computed by a method that cannot see the batch
                   the alignment of its operands: queries are padded, and the keys and values of each image begin on a cache line. It may
                   depend on MKL's own threads, which work where torch's do not: one short head of one image is computed twice.
     SiLU, GELU    torch computes most numbers by vector instructions and those that remain at the end of a thread's part by the C library,
-                  which rounds differently. Inputs are padded until nothing remains.
+                  which rounds differently. What is no whole number of vectors for each thread is computed apart, padded.
     group norm    with channels last in memory, threads share the images of a batch: such images are computed one by one.
 
 Elsewhere (AVX or older, other processors, torch without oneDNN), linear maps and convolutions are computed image by image, from memory that
@@ -32,6 +32,7 @@ machine at hand.
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ _VECTOR = 32  # numbers that torch's loops give to vector instructions at a time
 _SHORT = 512  # tokens
 _PIECE = 64  # more queries of a head than torch's fused attention takes as one piece of work
 _GRAIN = 32768  # numbers (at::internal::GRAIN_SIZE) for each thread that torch gives elementwise work to
+_GELU_ALONE = 16384  # numbers from which on torch divides GELU among all threads
 
 
 def applies(x: Tensor, weight: Tensor | None = None) -> bool:
@@ -249,32 +251,48 @@ def _on_lines(x: Float[Tensor, "B L H d"]) -> Float[Tensor, "B L H d"]:
 
 def silu(x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
     """`F.silu` whose numbers do not depend on where they lie in the tensor."""
-    return _by_vectors(x, F.silu) if applies(x) else F.silu(x)
+    return _by_vectors(x, torch.ops.aten.silu.out, _silu_threads) if applies(x) else F.silu(x)
 
 
 def gelu(x: Float[Tensor, "*S"], tanh: bool = False) -> Float[Tensor, "*S"]:
     """`F.gelu` whose numbers do not depend on where they lie in the tensor; `tanh`: its approximation by that function."""
-    if tanh:
-        return _by_vectors(x, _gelu_tanh) if applies(x) else _gelu_tanh(x)
-    if applies(x):
-        return F.gelu(x.contiguous()) if FIXED_ORDER else _by_vectors(x, F.gelu)  # oneDNN's, which computes what remains alike
-    return F.gelu(x)
+    approximate = "tanh" if tanh else "none"
+    if not applies(x):
+        return F.gelu(x, approximate=approximate)
+    if FIXED_ORDER and not tanh:  # oneDNN masks its last vector, but computes a single number by other code
+        return F.gelu(x.contiguous()) if x.numel() != 1 else F.gelu(torch.stack([x, x]))[0]
+    return _by_vectors(x, partial(torch.ops.aten.gelu.out, approximate=approximate), _gelu_threads)
 
 
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+def _silu_threads(numbers: int) -> int:
+    """The threads among which torch divides an elementwise function."""
+    return max(1, min(torch.get_num_threads(), -(-numbers // _GRAIN)))
 
 
-def _by_vectors(x: Float[Tensor, "*S"], function: Callable[[Tensor], Tensor]) -> Float[Tensor, "*S"]:
-    """An elementwise function of numbers that are all taken by vector instructions."""
+def _gelu_threads(numbers: int) -> int:
+    """The same for GELU, whose part of a thread is not less than a number, but the numbers divided by the threads."""
+    return torch.get_num_threads() if numbers > _GELU_ALONE else 1
+
+
+def _by_vectors(x: Float[Tensor, "*S"], function: Callable[..., Tensor], threads: Callable[[int], int]) -> Float[Tensor, "*S"]:
+    """An elementwise function(x, out=y) of numbers that are all computed by vector instructions.
+
+    The part of each thread must be whole vectors. The few numbers for which that is impossible are computed apart, padded to a vector.
+    """
     if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return _by_vectors(x.permute(0, 2, 3, 1), function).permute(0, 3, 1, 2)
-    numbers = x.numel()
-    threads = max(1, min(torch.get_num_threads(), -(-numbers // _GRAIN)))
-    missing = -numbers % (_VECTOR * threads)
-    if not missing:
-        return function(x.contiguous())
-    return function(F.pad(x.flatten(), (0, missing)))[:numbers].view(x.shape)
+        return _by_vectors(x.permute(0, 2, 3, 1), function, threads).permute(0, 3, 1, 2)
+    flat = x.contiguous().flatten()
+    numbers, whole = flat.numel(), flat.numel()
+    while whole % (_VECTOR * threads(whole)):
+        whole -= whole % (_VECTOR * threads(whole))
+    y = torch.empty_like(flat)
+    if whole:
+        function(flat[:whole], out=y[:whole])
+    for begin in range(whole, numbers, _GELU_ALONE):
+        rest = flat[begin : begin + _GELU_ALONE]
+        padded = F.pad(rest, (0, -len(rest) % _VECTOR))
+        y[begin : begin + len(rest)] = function(padded, out=torch.empty_like(padded))[: len(rest)]
+    return y.view(x.shape)
 
 
 class Linear(nn.Linear):
