@@ -32,7 +32,6 @@ machine at hand.
 
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -44,12 +43,13 @@ from sfumato.nn import blockwise, kernels
 
 _LINE = 16  # float32 numbers in a cache line of 64 bytes
 _LARGE = 2**16  # numbers of a weight from which on compiled programs call oneDNN: below, the call costs more than it gains
-_SPLIT = 20000, 512  # from so many columns on, oneDNN splits a row's sum among threads if there are at most so many outputs
+_SPLIT = 20000  # columns from which on oneDNN splits a row's sum among threads, by the number of rows, if outputs are at most
+_FEW = 512
 _VECTOR = 32  # numbers that torch's loops give to vector instructions at a time with AVX-512; a multiple of what other processors need
 _SHORT = 512  # tokens
 _PIECE = 64  # more queries of a head than torch's fused attention takes as one piece of work
 _GRAIN = 32768  # numbers (at::internal::GRAIN_SIZE) for each thread that torch gives elementwise work to
-_GELU_ALONE = 16384  # numbers from which on torch divides GELU among all threads
+_ALONE = 16384  # numbers that one thread computes; more, and torch divides GELU among all threads
 
 
 def applies(x: Tensor, weight: Tensor | None = None) -> bool:
@@ -74,21 +74,11 @@ def linear(x: Float[Tensor, "*B D"], weight: Float[Tensor, "E D"], bias: Float[T
         return _product(x, weight, bias) if _for_compiler(x, weight) else F.linear(x, weight, bias)
     if not x.numel():
         return F.linear(x, weight, bias)
-    weight = weight.contiguous()
-    if not FIXED_ORDER:
-        images = x if x.ndim > 2 else x.reshape(-1, 1, x.shape[-1])
-        return torch.stack([F.linear(aligned(image), weight, bias) for image in images]).view(*x.shape[:-1], len(weight))
-    if _is_split(weight):
-        return onednn_linear(x, weight, bias)
-    # One contiguous matrix: torch would multiply image by image, or a transposed matrix, by the strides, and those of one image differ.
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return onednn_linear(rows, weight, bias).view(*x.shape[:-1], len(weight))
-
-
-def _is_split(weight: Tensor) -> bool:
-    """True where oneDNN may split the sum of a row among threads, by the number of rows."""
-    columns, outputs = _SPLIT
-    return weight.shape[1] >= columns and weight.shape[0] <= outputs
+    # Contiguous: torch would multiply image by image, or a transposed matrix, by the strides, and those of one image differ.
+    if FIXED_ORDER:
+        return onednn_linear(x.contiguous(), weight.contiguous(), bias)
+    images, weight = x if x.ndim > 2 else x.reshape(-1, 1, x.shape[-1]), weight.contiguous()
+    return torch.stack([F.linear(aligned(image), weight, bias) for image in images]).view(*x.shape[:-1], len(weight))
 
 
 def aligned(x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
@@ -143,17 +133,17 @@ def onednn_linear(
     other: Float[Tensor, "*B E"] | None = None,
 ) -> Float[Tensor, "*B E"]:
     """x W^T + b, with its end in the same pass: "gelu" or "gelu tanh" of it, or "add" or "mul" with another (B, E). The weight may be packed."""
-    if x.ndim > 1 and len(x) > 1 and x.dtype == torch.float32 and _is_split(weight):  # image by image
-        others = [None] * len(x) if other is None else other
-        return torch.stack([onednn_linear(image.contiguous(), weight, bias, end, o) for image, o in zip(x, others, strict=True)])
+    if x.shape[-1] >= _SPLIT and weight.shape[0] <= _FEW and x.ndim > 1 and len(x) > 1:  # image by image
+        others = [None] * len(x) if other is None else other.split(1)
+        return torch.cat([onednn_linear(image, weight, bias, end, o) for image, o in zip(x.split(1), others, strict=True)])
     alone = x.numel() == x.shape[-1]
     if alone:  # one row would be computed by a kernel of its own, which adds up in another order
         x, other = torch.stack([x, x]), None if other is None else torch.stack([other, other])
-    if other is None:
-        name, _, way = end.partition(" ")
-        y = onednn()._linear_pointwise(x, weight, bias, name, [], (way or "none") if name == "gelu" else "")
+    if other is not None:
+        y = torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, end)
     else:
-        y = onednn()._linear_pointwise.binary(x, other, weight, bias, end)
+        name, _, way = ("none", "", "") if end == "none" else end.partition(" ")
+        y = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, name, [], (way or "none") if name == "gelu" else "")
     return y[0] if alone else y
 
 
@@ -251,17 +241,20 @@ def _on_lines(x: Float[Tensor, "B L H d"]) -> Float[Tensor, "B L H d"]:
 
 def silu(x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
     """`F.silu` whose numbers do not depend on where they lie in the tensor."""
-    return _by_vectors(x, torch.ops.aten.silu.out, _silu_threads) if applies(x) else F.silu(x)
+    return _by_vectors(x, F.silu, _silu_threads) if applies(x) else F.silu(x)
 
 
 def gelu(x: Float[Tensor, "*S"], tanh: bool = False) -> Float[Tensor, "*S"]:
     """`F.gelu` whose numbers do not depend on where they lie in the tensor; `tanh`: its approximation by that function."""
-    approximate = "tanh" if tanh else "none"
     if not applies(x):
-        return F.gelu(x, approximate=approximate)
+        return F.gelu(x, approximate="tanh" if tanh else "none")
     if FIXED_ORDER and not tanh:  # oneDNN masks its last vector, but computes a single number by other code
         return F.gelu(x.contiguous()) if x.numel() != 1 else F.gelu(torch.stack([x, x]))[0]
-    return _by_vectors(x, partial(torch.ops.aten.gelu.out, approximate=approximate), _gelu_threads)
+    return _by_vectors(x, _gelu_tanh if tanh else F.gelu, _gelu_threads)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
 
 
 def _silu_threads(numbers: int) -> int:
@@ -270,28 +263,31 @@ def _silu_threads(numbers: int) -> int:
 
 
 def _gelu_threads(numbers: int) -> int:
-    """The same for GELU, whose part of a thread is not less than a number, but the numbers divided by the threads."""
-    return torch.get_num_threads() if numbers > _GELU_ALONE else 1
+    """The same for GELU, whose part of a thread is not a number of its own, but all numbers divided by the threads."""
+    return torch.get_num_threads() if numbers > _ALONE else 1
 
 
-def _by_vectors(x: Float[Tensor, "*S"], function: Callable[..., Tensor], threads: Callable[[int], int]) -> Float[Tensor, "*S"]:
-    """An elementwise function(x, out=y) of numbers that are all computed by vector instructions.
+def _by_vectors(x: Float[Tensor, "*S"], function: Callable[[Tensor], Tensor], threads: Callable[[int], int]) -> Float[Tensor, "*S"]:
+    """An elementwise function of numbers that are all computed by vector instructions.
 
     The part of each thread must be whole vectors. The few numbers for which that is impossible are computed apart, padded to a vector.
     """
-    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return _by_vectors(x.permute(0, 2, 3, 1), function, threads).permute(0, 3, 1, 2)
-    flat = x.contiguous().flatten()
-    numbers, whole = flat.numel(), flat.numel()
-    while whole % (_VECTOR * threads(whole)):
-        whole -= whole % (_VECTOR * threads(whole))
+    if not x.is_contiguous():
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            return _by_vectors(x.permute(0, 2, 3, 1), function, threads).permute(0, 3, 1, 2)
+        x = x.contiguous()
+    numbers = whole = x.numel()
+    while rest := whole % (_VECTOR * threads(whole)):
+        whole -= rest
+    if whole == numbers:
+        return function(x)
+    flat = x.flatten()
+    if numbers <= _ALONE:
+        return function(F.pad(flat, (0, -numbers % _VECTOR)))[:numbers].view(x.shape)
     y = torch.empty_like(flat)
-    if whole:
-        function(flat[:whole], out=y[:whole])
-    for begin in range(whole, numbers, _GELU_ALONE):
-        rest = flat[begin : begin + _GELU_ALONE]
-        padded = F.pad(rest, (0, -len(rest) % _VECTOR))
-        y[begin : begin + len(rest)] = function(padded, out=torch.empty_like(padded))[: len(rest)]
+    for begin, end in ((0, whole), *((i, min(i + _ALONE, numbers)) for i in range(whole, numbers, _ALONE))):
+        padded = flat[begin:end] if begin < whole else F.pad(flat[begin:end], (0, (begin - end) % _VECTOR))
+        y[begin:end] = function(padded)[: end - begin]
     return y.view(x.shape)
 
 
@@ -330,12 +326,12 @@ def convolve(
     groups: int = 1,
 ) -> Float[Tensor, "B D h w"]:
     """`F.conv2d` whose images do not depend on their number, where `applies` is True."""
-    if not x.numel():
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if not FIXED_ORDER:
         weight = weight.contiguous()
+        if not x.numel():
+            return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         return torch.cat([F.conv2d(aligned(image), weight, bias, stride, padding, dilation, groups) for image in x.split(1)])
-    if is_pointwise(weight, stride, padding, groups):
+    if weight.shape[3] == 1 and x.numel() and is_pointwise(weight, stride, padding, groups):
         y = linear(x.flatten(2).transpose(1, 2), weight.flatten(1), bias)  # (B, H W, D)
         return y.transpose(1, 2).contiguous().unflatten(2, x.shape[2:])
     # contiguous: oneDNN then uses its direct kernels, and group norms of large maps with channels last would sum by threads
@@ -344,7 +340,7 @@ def convolve(
 
 def is_pointwise(weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int) -> bool:
     """True for a 1x1 convolution that is a linear map of each pixel."""
-    return tuple(weight.shape[2:]) == (1, 1) and {*stride} == {1} and {*padding} == {0} and groups == 1
+    return weight.shape[3] == weight.shape[2] == 1 and groups == 1 and max(stride) == 1 and max(padding) == 0
 
 
 class GroupNorm(nn.GroupNorm):
