@@ -45,6 +45,7 @@ _LINE = 16  # float32 numbers in a cache line of 64 bytes
 _LARGE = 2**16  # numbers of a weight from which on compiled programs call oneDNN: below, the call costs more than it gains
 _SPLIT = 20000  # columns from which on oneDNN splits a row's sum among threads, by the number of rows, if outputs are at most
 _FEW = 512
+_PIXELS = 64  # of a map from which on 1x1 convolutions are computed image by image
 _VECTOR = 32  # numbers that torch's loops give to vector instructions at a time with AVX-512; a multiple of what other processors need
 _SHORT = 512  # tokens
 _PIECE = 64  # more queries of a head than torch's fused attention takes as one piece of work
@@ -332,10 +333,22 @@ def convolve(
             return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         return torch.cat([F.conv2d(aligned(image), weight, bias, stride, padding, dilation, groups) for image in x.split(1)])
     if weight.shape[3] == 1 and x.numel() and is_pointwise(weight, stride, padding, groups):
-        y = linear(x.flatten(2).transpose(1, 2), weight.flatten(1), bias)  # (B, H W, D)
-        return y.transpose(1, 2).contiguous().unflatten(2, x.shape[2:])
+        return _pointwise(x, weight.flatten(1), bias)
     # contiguous: oneDNN then uses its direct kernels, and group norms of large maps with channels last would sum by threads
     return torch.mkldnn_convolution(x.contiguous(), weight, bias, padding, stride, dilation, groups)
+
+
+def _pointwise(x: Float[Tensor, "B C H W"], weight: Float[Tensor, "D C"], bias: Float[Tensor, " D"] | None) -> Float[Tensor, "B D H W"]:
+    """A linear map of each pixel."""
+    if x.shape[2] * x.shape[3] < _PIXELS:  # rows are pixels
+        y = linear(x.flatten(2).transpose(1, 2), weight, bias)  # (B, H W, D)
+        return y.transpose(1, 2).contiguous().unflatten(2, x.shape[2:])
+    # Rows are output channels, so that neither map is transposed: y = W x, image by image.
+    y = x.new_empty(len(x), len(weight), *x.shape[2:])
+    for image, out in zip(x.contiguous().flatten(2), y.flatten(2), strict=True):
+        product = onednn_linear(weight, image.T, None)
+        torch.add(product, 0.0 if bias is None else bias[:, None], out=out)
+    return y
 
 
 def is_pointwise(weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int) -> bool:
