@@ -158,6 +158,35 @@ def test_a_model_that_overflows_writes_nothing(tiny: Path, tmp_path: Path, capsy
 # ---- info -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.invariance
+def test_info_describes_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its checks hold here, and fail where a layer's numbers follow from the batch."""
+    from sfumato.nn import invariant
+
+    assert main(["info", "--machine", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["processor"]["name"] and facts["threads"]["of torch"] == torch.get_num_threads()
+    assert facts["methods"]["linear maps and convolutions, float32"] == invariant.method()
+    checks = facts["images do not depend on the batch"]
+    assert len(checks) > 20 and all(checks.values()), [name for name, holds in checks.items() if not holds]
+
+
+def test_info_names_the_layers_that_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from sfumato.deploy import machine
+
+    monkeypatch.setattr(
+        machine, "_layers", lambda: [("doubled", lambda x: x * len(x), torch.ones(18, 3)), ("kept", lambda x: x, torch.ones(18, 3))]
+    )
+    assert main(["info", "--machine"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "doubled no" in text and "kept" not in text and "the other" in text
+
+
+def test_info_of_the_machine_takes_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "somewhere", "--machine"]) == 2
+    assert "leave 'somewhere' out" in capsys.readouterr().err
+
+
 def test_info_counts_the_parameters_and_files(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = load(tiny)
     assert main(["info", str(tiny), "--json"]) == 0
