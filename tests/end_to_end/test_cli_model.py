@@ -166,7 +166,7 @@ def test_info_describes_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--machine", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["processor"]["name"] and facts["threads"]["of torch"] == torch.get_num_threads()
-    assert facts["methods"]["linear maps and convolutions, float32"] == invariant.method()
+    assert facts["methods"]["linear and convolution, float32"] == invariant.method()
     checks = facts["images do not depend on the batch"]
     assert len(checks) > 20 and all(checks.values()), [name for name, holds in checks.items() if not holds]
 

@@ -3,8 +3,10 @@
 Equality is `torch.equal` throughout. test_arithmetic.py runs all of it with more threads and with the kernels of other processors.
 """
 
+import ctypes
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from sfumato.nn import invariant
 from sfumato.nn.attention import FeedForward, SpatialAttention, SpatialTransformer
 from sfumato.nn.blocks import Downsample, ResnetBlock, Upsample
 from sfumato.nn.embeddings import sinusoidal
+from sfumato.nn.mkl import controlled
 from sfumato.nn.packed import packable, packed
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.types import Conditioning
@@ -199,6 +202,30 @@ def test_with_two_threads() -> None:
         assert not differing(lambda rows: network(x[rows], t[rows], cond[rows]), (2, 11))
     finally:
         torch.set_num_threads(before)
+
+
+def test_attention_does_not_depend_on_the_threads() -> None:
+    """Neither on their number nor on numbers set before, which torch's other threads keep; the caller's number for MKL stays."""
+    q, k, v = normal(5, 360, 16), normal(5, 360, 16, seed=1), normal(5, 360, 16, seed=2)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 2, 1, 5):
+            torch.set_num_threads(threads)
+            torch.ones(4, 4, 256, 256).sum((1, 2, 3))  # a nested region, in which torch's other threads set their number
+            together = invariant.attention(q, k, v, 2)
+            results.append(together)
+            assert all(torch.equal(invariant.attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], 2)[0], together[i]) for i in range(5))
+            if controlled():
+                assert torch.equal(together, results[0])
+                assert mkl_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def mkl_threads() -> int:
+    """The number of threads that MKL counts on in this thread."""
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).MKL_Get_Max_Threads()
 
 
 # ---- what it leaves alone, and whether it can fail ---------------------------------------------------------------------

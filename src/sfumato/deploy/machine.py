@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.nn import invariant
+from sfumato.nn.mkl import controlled
 from sfumato.nn.packed import packable, packed
 
 BATCHES = (2, 3, 7, 17)
@@ -57,8 +58,8 @@ def methods() -> dict[str, str]:
     small = nn.Sequential(nn.Linear(8, 8))
     bfloat16 = packable(nn.Sequential(nn.Linear(8, 8)).bfloat16())
     return {
-        "linear maps and convolutions, float32": invariant.method(),
-        "attention, float32": "torch's fused kernel, image by image",
+        "linear and convolution, float32": invariant.method(),
+        "attention, float32": "torch's fused kernel" + (", MKL on one thread" if controlled() else ""),
         "attention of many tokens, bfloat16": "in blocks, by oneDNN" if bfloat16 else "torch's fused kernel",
         "prepared networks, float32": "weights packed for oneDNN" if packable(small) else "as they are",
         "prepared networks, bfloat16": "weights packed for oneDNN" if bfloat16 else "as they are",

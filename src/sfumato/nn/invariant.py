@@ -12,7 +12,8 @@ processor, each operation here is computed by a method that cannot see the batch
                   linear maps of pixels: oneDNN has kernels of their own for them, which depend on the batch where threads are many.
     attention     torch's fused kernel, which calls MKL for each image and head with the same shape. The order of an MKL sum may depend on
                   the alignment of its operands: queries are padded, and the keys and values of each image begin on a cache line. It may
-                  depend on MKL's own threads, which work where torch's do not: one short head of one image is computed twice.
+                  depend on MKL's own threads, which work where torch's do not: one short head of one image is computed twice. It may
+                  also depend on the number of threads that MKL counts on: nn/mkl.py sets it to one.
     SiLU, GELU    torch computes most numbers by vector instructions and those that remain at the end of a thread's part by the C library,
                   which rounds differently. What is no whole number of vectors for each thread is computed apart, padded.
     group norm    with channels last in memory, threads share the images of a batch: such images are computed one by one.
@@ -26,12 +27,13 @@ the CPU call the faster kernels that are used here: oneDNN for large float32 pro
 
 The orders of summation are those in the source of oneDNN 3.12, which torch 2.13 contains (cpu/x64: matmul/brgemm_matmul_utils.cpp,
 jit_avx512_common_conv_kernel.cpp, jit_avx2_conv_kernel_f32.cpp, jit_brgemm_conv_utils.cpp). No library promises them,
-so tests/oracles/test_arithmetic.py runs every test of invariance with the kernels of other processors, and `sfumato info --machine` checks the
+so tests/contracts/test_arithmetic.py runs every test of invariance with the kernels of other processors, and `sfumato info --machine` checks the
 machine at hand.
 """
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -40,6 +42,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sfumato.nn import blockwise, kernels
+from sfumato.nn.mkl import one_thread
 
 _LINE = 16  # float32 numbers in a cache line of 64 bytes
 _LARGE = 2**16  # numbers of a weight from which on compiled programs call oneDNN: below, the call costs more than it gains
@@ -200,7 +203,8 @@ def attend(
     keep = None if mask is None else mask[:, None, None, :]
     if count * k.shape[2] >= kernels.MANY and not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         kernels.report(kernels.torchs_choice(q, k, v, keep), q, count, k.shape[2], mask is not None)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+    with one_thread() if applies(q) else nullcontext():
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
     return y.transpose(1, 2).flatten(2)[: 1 if lone else None, :count]
 
 

@@ -1,0 +1,56 @@
+"""The number of threads that MKL counts on inside torch's parallel regions.
+
+MKL divides a product by that number even where it may use one thread, so the order of a sum, and the last bits, depend on it. The number is
+local to each thread: `torch.set_num_threads` sets it for the caller and later, at the first nested region, for its other threads. Before that
+they use MKL's default: `MKL_NUM_THREADS`, `OMP_NUM_THREADS` or the number of cores.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_DEFAULT = 0  # MKL's default number of threads, as a thread begins with
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, MKL counts on one thread in every thread of torch. Does nothing where MKL or GNU's OpenMP is missing."""
+    functions = _functions()
+    if functions is None:
+        yield
+        return
+    set_local, set_in_all = functions
+    before = set_local(1)
+    set_in_all(1)
+    try:
+        yield
+    finally:
+        set_in_all(_DEFAULT)
+        set_local(before)
+
+
+def controlled() -> bool:
+    """Whether `one_thread` has an effect on this machine."""
+    return _functions() is not None
+
+
+@cache
+def _functions() -> tuple[Callable[[int], int], Callable[[int], None]] | None:
+    """Set MKL's number of threads for the calling thread, returning the number before; and set it for all threads of torch.
+
+    The second is one parallel region of OpenMP, whose threads each call MKL's function.
+    """
+    if not torch.backends.mkl.is_available():
+        return None
+    try:  # loaded already; the search includes the libraries that it is linked with
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        set_local, parallel = torch_cpu.MKL_Set_Num_Threads_Local, torch_cpu.GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    address = ctypes.cast(set_local, ctypes.c_void_p)
+    parallel.restype, parallel.argtypes = None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    return set_local, lambda number: parallel(address, number, 0, 0)  # 0: as many threads as torch's regions have; no flags
