@@ -26,9 +26,8 @@ KINDS: dict[str, dict[str, str]] = {
     "12 threads": {"OMP_NUM_THREADS": "12", "OMP_WAIT_POLICY": "PASSIVE"},
     "the other vendor's MKL": VENDOR,
     "AVX2": AVX2,
-    "AVX2, the other vendor's MKL, 2 threads": AVX2 | VENDOR | {"OMP_NUM_THREADS": "2"},
+    "AVX2, the other vendor's MKL, 2 threads, 1 of MKL": AVX2 | VENDOR | {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "1"},
     "MKL's compatible kernels": {"MKL_CBWR": "COMPATIBLE"},
-    "MKL's strict kernels": {"MKL_CBWR": "AVX2,STRICT"},
     "oneDNN without AMX": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
     "AVX": {"MKL_ENABLE_INSTRUCTIONS": "AVX", "ONEDNN_MAX_CPU_ISA": "AVX", "ATEN_CPU_CAPABILITY": "default"},
     "SSE": VENDOR | {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"},
@@ -38,6 +37,7 @@ KINDS: dict[str, dict[str, str]] = {
 def environment(kind: str) -> dict[str, str]:
     """The environment of a child process; variables of this process that choose kernels are left out."""
     chosen = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "PYTEST_ADDOPTS")
+    chosen += ("MKL_NUM_THREADS",)
     kept = {name: value for name, value in os.environ.items() if name not in chosen and not name.startswith("PYTEST_XDIST")}
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HELPERS), **KINDS.get(kind, {})}
 
