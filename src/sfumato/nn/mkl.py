@@ -13,8 +13,6 @@ from pathlib import Path
 
 import torch
 
-_DEFAULT = 0  # MKL's default number of threads, as a thread begins with
-
 
 @contextmanager
 def one_thread() -> Iterator[None]:
@@ -29,8 +27,7 @@ def one_thread() -> Iterator[None]:
     try:
         yield
     finally:
-        set_in_all(_DEFAULT)
-        set_local(before)
+        set_in_all(before)  # what torch itself gives its other threads, at their first nested region
 
 
 def controlled() -> bool:
