@@ -182,6 +182,12 @@ def test_info_names_the_layers_that_depend_on_the_batch(monkeypatch: pytest.Monk
     assert "doubled no" in text and "kept" not in text and "the other" in text
 
 
+def test_info_names_the_variables_that_limit_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")  # too late for MKL, which has read it
+    assert main(["info", "--machine"]) == 0
+    assert "MKL_CBWR COMPATIBLE" in " ".join(capsys.readouterr().out.split())
+
+
 def test_info_of_the_machine_takes_no_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "somewhere", "--machine"]) == 2
     assert "leave 'somewhere' out" in capsys.readouterr().err

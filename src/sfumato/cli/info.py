@@ -123,7 +123,7 @@ def _rows(facts: Mapping[str, Any], depth: int = 0) -> list[tuple[str, str]]:
     """(name, value) in reading order; a table inside becomes a heading with indented rows."""
     rows: list[tuple[str, str]] = []
     for name, value in facts.items():
-        label = "  " * depth + (name if "." in name else name.replace("_", " "))  # a file keeps its name
+        label = "  " * depth + (name if "." in name or name.isupper() else name.replace("_", " "))  # files and variables keep their names
         if isinstance(value, Mapping):
             rows += [(label, ""), *_rows(value, depth + 1)] if value else []
         else:

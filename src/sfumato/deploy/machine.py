@@ -17,7 +17,8 @@ BATCHES = (2, 3, 7, 17)
 """Batch sizes that are compared with images computed alone."""
 
 LIMITS = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
-"""Environment variables that change which kernels the libraries below torch choose."""
+LIMITS += ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""Environment variables that change which kernels the libraries below torch choose, and the number of their threads."""
 
 _SETS = ("sse4_2", "avx", "avx2", "fma3", "f16c", "avx_vnni", "avx512_f", "avx512_bw", "avx512_vnni", "avx512_bf16", "avx512_fp16")
 _SETS += ("avx10_1", "avx10_2", "amx_tile", "amx_int8", "amx_bf16", "amx_fp16", "neon", "dotprod", "bf16", "i8mm", "sve", "sve2", "sme")
