@@ -169,7 +169,7 @@ def test_another_negative_prompt(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize("kind", ["dev", "klein"])
 def test_streamed(kind: str, folders: dict[str, Path]) -> None:
     """The networks' weights read from the files as they are needed: the same pictures to the last bit."""
-    whole, streamed = load(folders[kind]), load(folders[kind], memory="2GB")
+    whole, streamed = load(folders[kind]), load(folders[kind], memory="64GB")
     request = edit(whole, photo(), Request(PROMPTS, steps=2, height=32, width=32))
     assert torch.equal(streamed.run(request, output="tensor"), whole.run(request, output="tensor"))
 

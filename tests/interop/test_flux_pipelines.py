@@ -204,7 +204,7 @@ def test_a_second_prompt(folders: dict[str, Path]) -> None:
 def test_streamed(folders: dict[str, Path]) -> None:
     """The networks' weights read from the files as they are needed: the same pictures to the last bit."""
     asked: dict[str, Any] = {"steps": 2, "guidance": 2.0, "learned_guidance": 3.0, "negative_prompt": "a dog", "output": "tensor", **SIZE}
-    whole, streamed = load(folders["dev"]), load(folders["dev"], memory="2GB")
+    whole, streamed = load(folders["dev"]), load(folders["dev"], memory="64GB")
     assert torch.equal(streamed.generate(PROMPTS, **asked), whole.generate(PROMPTS, **asked))
 
 
@@ -305,7 +305,7 @@ def test_tasks_on_the_command_line(folders: dict[str, Path], tmp_path: Path, cap
     picture, paths = tmp_path / "photo.png", [tmp_path / "whole.png", tmp_path / "streamed.png"]
     to_pil(photo() * 2 - 1)[0].save(picture)
     words = ["control", str(picture), "a cat", "--model", str(folders["control"]), "--steps", "2", "--negative-prompt", "a dog"]
-    for path, more in zip(paths, ([], ["--memory", "3GB"]), strict=True):
+    for path, more in zip(paths, ([], ["--memory", "64GB"]), strict=True):
         assert main([*words, "--guidance", "2", "--learned-guidance", "3", "--out", str(path), *more]) == 0, capsys.readouterr().err
     whole, streamed = (Image.open(path) for path in paths)
     assert whole.tobytes() == streamed.tobytes()
