@@ -33,8 +33,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP) --no-deps k-diffusion==0.1.1.post1 || echo "without k-diffusion: the tests that compare with it will be skipped"
 	@touch $@
 
-# Two workers, one thread each: oversubscribed OpenMP is several times slower.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-header -rs
+# Two workers, one thread each: oversubscribed OpenMP is several times slower. Files in their order: the longest, tests/contracts/test_arithmetic.py,
+# is then among the first, and neither worker ends alone with it.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --no-header -rs
 
 test: $(VENV)/.installed-test
 	@$(PYTEST) $(ARGS)
