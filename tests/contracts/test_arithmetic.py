@@ -1,9 +1,8 @@
 """The tests of invariance, run again in child processes that compute as other processors do.
 
-A kind is a set of environment variables that the libraries below torch read when they choose their kernels, or a number of threads. A kind
-that computes the same bits as this process is had already, and is skipped: the reason says what was tried. All kinds together are what
-this one processor can do in place of those on which nobody runs the tests. Tests beside diffusers, which takes long to import, are run again
-for one kind only: the networks that they compare are among those of tests/contracts/test_networks.py.
+A kind is a set of environment variables from which the libraries below torch choose their kernels, or a number of threads. A kind that
+computes the same bits as this process is skipped, and the reason names the variables. Tests beside diffusers, which takes long to import, run
+again for one kind only: the networks that they compare are among those of tests/contracts/test_networks.py.
 """
 
 import ast
@@ -15,6 +14,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from sfumato.deploy.machine import LIMITS
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 TESTS = Path(__file__).parents[1]
@@ -36,9 +37,9 @@ KINDS: dict[str, dict[str, str]] = {
 
 def environment(kind: str) -> dict[str, str]:
     """The environment of a child process; variables of this process that choose kernels are left out."""
-    chosen = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "PYTEST_ADDOPTS")
-    chosen += ("MKL_NUM_THREADS",)
-    kept = {name: value for name, value in os.environ.items() if name not in chosen and not name.startswith("PYTEST_XDIST")}
+    kept = {
+        name: value for name, value in os.environ.items() if name not in (*LIMITS, "PYTEST_ADDOPTS") and not name.startswith("PYTEST_XDIST")
+    }
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HELPERS), **KINDS.get(kind, {})}
 
 
