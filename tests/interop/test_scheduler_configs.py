@@ -577,6 +577,12 @@ def test_any_config_is_read_or_refused_in_one_sentence(name: str, data: st.DataO
         assert read_scheduler(written) == recipe
 
 
+def test_noise_predicted_at_a_nearly_zero_terminal_snr() -> None:
+    """Classes that rescale to exactly zero cannot say it, and are passed over when it is written."""
+    recipe = read_scheduler({"_class_name": "DPMSolverMultistepScheduler", "rescale_betas_zero_snr": True})
+    assert read_scheduler(write_scheduler(recipe.process, recipe.sampler, recipe.spacing, recipe.dynamic)) == recipe
+
+
 def test_both_ways_for_processes_alone() -> None:
     """`to_scheduler_config` says no more than the process: what models were saved with, and are told apart by."""
     assert to_scheduler_config(Process(schedule("flow"), parameterization("flow"))) == {
