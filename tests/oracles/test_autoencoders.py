@@ -243,7 +243,7 @@ def test_taef2_is_its_published_layers(tmp_path: Path) -> None:
         strided = f"{n}.weight" in encoder
         x = F.conv2d(x, encoder[f"{n}.weight"], stride=2, padding=1) if strided else published_block(x, encoder, str(n))
     raw = F.conv2d(x, encoder["14.weight"], encoder["14.bias"], padding=1)
-    torch.testing.assert_close(ours.encode(image), raw, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.encode(image), raw, rtol=1e-4, atol=5e-5)
     x = F.relu(F.conv2d((raw / 3).tanh() * 3, decoder["1.weight"], decoder["1.bias"], padding=1))
     for n in (3, 4, 5, 7, 8, 9, 10, 12, 13, 14, 15, 17, 18):
         doubled = f"{n}.weight" in decoder
@@ -253,7 +253,7 @@ def test_taef2_is_its_published_layers(tmp_path: Path) -> None:
             else published_block(x, decoder, str(n))
         )
     expected = F.conv2d(x, decoder["19.weight"], decoder["19.bias"], padding=1) * 2 - 1
-    torch.testing.assert_close(ours.decode(raw), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.decode(raw), expected, rtol=1e-4, atol=5e-5)
     again = save_taesd(tmp_path / "again", ours)
     for before, after in zip(files, again, strict=True):
         first, second = load_file(before), load_file(after)
