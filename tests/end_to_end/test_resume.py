@@ -133,12 +133,12 @@ class Call:
         self.work, self.environment = work, environment
 
     def __reduce__(self) -> Any:
-        return _begin, (self.work, self.environment)
+        return _begin, (self.work, self.environment, torch.get_num_threads())
 
 
-def _begin(work: Callable[[], object], environment: dict[str, str]) -> None:
+def _begin(work: Callable[[], object], environment: dict[str, str], threads: int) -> None:
     os.environ.update(environment)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)  # the bits of training depend on it
     work()
 
 
