@@ -46,7 +46,7 @@ class ResnetBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B T"] | None = None, size: torch.Size | None = None
     ) -> Float[Tensor, "B D h w"]:
-        """`size`: what "up" makes, where that is not twice the input (maps with an odd side)."""
+        """`time`: the activated embedding. `size`: what "up" makes, where that is not twice the input (maps with an odd side)."""
         y = invariant.silu(self.norm1(x))
         if self.resample is not None:
             x, y = self._resampled(x, size), self._resampled(y, size)
@@ -55,7 +55,7 @@ class ResnetBlock(nn.Module):
             y = self.norm2(y)
         else:
             assert time is not None, "this block was built with a time embedding"
-            shift = self.time_emb_proj(invariant.silu(time))[:, :, None, None]
+            shift = self.time_emb_proj(time)[:, :, None, None]
             if self.scale_shift:
                 scale, shift = shift.chunk(2, dim=1)
                 y = self.norm2(y) * (1 + scale) + shift

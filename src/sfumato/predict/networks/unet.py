@@ -290,6 +290,10 @@ class UNet(Network):
         self.conv_out = invariant.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def embed(self, timestep: Float[Tensor, " B"], cond: Conditioning, dtype: torch.dtype) -> Float[Tensor, "B T"]:
+        """The activated time embedding, which all residual blocks read."""
+        return invariant.silu(self._embedding(timestep, cond, dtype))
+
+    def _embedding(self, timestep: Float[Tensor, " B"], cond: Conditioning, dtype: torch.dtype) -> Float[Tensor, "B T"]:
         """Time, and the conditioning vector (class weights, features, or a pooled text and sizes), as one embedding."""
         c = self.config
         features = self._waves(timestep, c.block_out_channels[0])
@@ -334,7 +338,7 @@ class UNet(Network):
     def shallow_down(
         self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning, count: int
     ) -> tuple[list[Tensor], Float[Tensor, "B T"]]:
-        """The way down to the `count`-th skip (the first is conv_in's): those skips, and the time embedding."""
+        """The way down to the `count`-th skip (the first is conv_in's): those skips, and the activated time embedding."""
         if cond.concat is not None:
             x = torch.cat([x, cond.concat], dim=1)
         if x.shape[1] != self.config.in_channels:
