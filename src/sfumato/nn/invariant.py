@@ -58,15 +58,11 @@ _ALONE = 16384  # numbers that one thread computes; more, and torch divides GELU
 
 def applies(x: Tensor, weight: Tensor | None = None) -> bool:
     """Whether rows must not depend on the batch here: no gradient, float32 on the CPU, not under a compiler or autocast."""
-    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
-    return (
-        not wants_gradient
-        and x.is_cpu
-        and x.dtype == torch.float32
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        and not torch.is_autocast_enabled("cpu")
-    )
+    if not (x.is_cpu and x.dtype == torch.float32):
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+        return False
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def linear(x: Float[Tensor, "*B D"], weight: Float[Tensor, "E D"], bias: Float[Tensor, " E"] | None = None) -> Float[Tensor, "*B E"]:
