@@ -174,11 +174,11 @@ def test_a_folder_gives_the_same_network_back(name: str, tmp_path: Path) -> None
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in network.state_dict().items()}
     x, t, cond = inputs(network)
     with torch.inference_mode():
-        found, expected = again(x, t, cond), network(x, t, cond)
+        output, expected = again(x, t, cond), network(x, t, cond)
     if invariant.FIXED_ORDER:
-        assert torch.equal(found, expected)
+        assert torch.equal(output, expected)
     else:  # MKL rounds by the alignment of the weights, which is the file's own where they are mapped
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {"a_new_field": 1}))
     with pytest.raises(UserError, match="a_new_field"):

@@ -31,7 +31,7 @@ def one_thread() -> Iterator[None]:
 
 
 def controlled() -> bool:
-    """Whether `one_thread` has an effect on this machine."""
+    """Return True where `one_thread` has an effect."""
     return _functions() is not None
 
 

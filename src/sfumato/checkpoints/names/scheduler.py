@@ -189,12 +189,12 @@ def _classes(process: Process, dynamic: DynamicShift | None) -> Iterator[tuple[s
         able = values["beta_schedule"] != KINDS["sigmoid"] or name == "DDPMScheduler"
         able &= kind != "x0" or name not in _NO_SAMPLE
         fields = {k: v for k, v in values.items() if k in known} | ({"clip_sample": False} if "clip_sample" in known else {})
-        if able and _says(name, known | fields, process):
+        if able and _has_process(name, known | fields, process):
             yield name, fields
 
 
-def _says(name: str, fields: Mapping[str, Any], process: Process) -> bool:
-    """Whether the fields of a class mean this process; False also where they mean none, as noise to predict at an exactly zero terminal SNR."""
+def _has_process(name: str, fields: Mapping[str, Any], process: Process) -> bool:
+    """Return True if the class has this process with these fields; False also if they are refused (eps at an exactly zero terminal SNR)."""
     try:
         return process_of(name, fields) == process
     except UserError:
