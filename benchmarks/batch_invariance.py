@@ -47,7 +47,7 @@ def sd15(batch: int, prepared: bool) -> Call:
     """One call of Stable Diffusion 1.5's U-Net, 64x64 latents."""
     import torch
 
-    from sfumato.nn.packed import packed
+    from sfumato.inference.prepack import packed
     from sfumato.predict.networks.unet import UNet, UNetConfig
     from sfumato.types import Conditioning
 
@@ -63,7 +63,7 @@ def sd35(batch: int, prepared: bool) -> Call:
     """One call of two blocks of Stable Diffusion 3.5 medium's transformer, 64x64 latents."""
     import torch
 
-    from sfumato.nn.packed import packed
+    from sfumato.inference.prepack import packed
     from sfumato.predict.networks._network import build, registered
     from sfumato.types import Conditioning
 
@@ -101,9 +101,9 @@ def work(plain: bool, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     if plain:
-        from sfumato.nn import invariant
+        from sfumato.kernels import batch_invariant
 
-        invariant.applies = lambda *_: False
+        batch_invariant.applies = lambda *_: False
     call: Call | None = None
     for line in sys.stdin:
         if line.strip() != "run":

@@ -40,7 +40,7 @@ from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.decode.exact import exact, exact_posterior
 from sfumato.decode.tiled import tiled, tiled_posterior
 from sfumato.decode.whole import whole
-from sfumato.files import write_tensors
+from sfumato.io.atomic import write_tensors
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from sfumato.evaluate.classes import classes
 from sfumato.evaluate.features import classify
 from sfumato.evaluate.frechet import frechet_distance, gaussian
 from sfumato.evaluate.inputs import choose
-from sfumato.evaluate.manifold import manifold
+from sfumato.evaluate.precision_recall import manifold
 from sfumato.evaluate.reconstruction import psnr, ssim
 from sfumato.loading import load
 

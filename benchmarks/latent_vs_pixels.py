@@ -31,7 +31,7 @@ from sfumato.diffuse.schedule import schedule
 from sfumato.diffuse.timesteps import timesteps
 from sfumato.evaluate import extract, load_features
 from sfumato.evaluate.frechet import frechet_distance, gaussian
-from sfumato.files import write_json
+from sfumato.io.atomic import write_json
 from sfumato.loading import load
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.denoiser import Denoiser

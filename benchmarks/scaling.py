@@ -29,7 +29,7 @@ from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
 from sfumato.evaluate import extract, load_features
 from sfumato.evaluate.frechet import frechet_distance, gaussian
-from sfumato.files import write_json
+from sfumato.io.atomic import write_json
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.class_names import ClassNames

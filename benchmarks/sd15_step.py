@@ -2,9 +2,9 @@
 
     python benchmarks/sd15_step.py [--dtypes float32 bfloat16] [--compile] [--repeats 3] [--threads 2] [--device cpu]
 
-"ours packed" is what `LatentDiffusion.optimized()` and the command line run on the CPU (nn/packed.py), "ours compiled" is
+"ours packed" is what `LatentDiffusion.optimized()` and the command line run on the CPU (inference/prepack.py), "ours compiled" is
 `optimized(compile=True)`: torch.compile with constant weights. Ways take turns, so that a machine that changes its pace changes it for all; the
-median of each is printed, and two limits: the same arithmetic, and that of "ours packed", which needs fewer products (nn/winograd.py), at the
+median of each is printed, and two limits: the same arithmetic, and that of "ours packed", which needs fewer products (kernels/winograd.py), at the
 machine's rate for a plain 3x3 convolution of the network's shape (320 channels at 64x64), measured in the same run. --compile adds torch.compile
 of both (minutes each). Weights are random: they do not change the time. Differences are to diffusers eager in float32 with the same (rounded)
 weights: the largest over the largest number of the output, and the root mean square over the output's.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sfumato.nn.packed import Winograd, compiled, packable, packed
+from sfumato.inference.prepack import Winograd, compiled, packable, packed
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.types import Conditioning
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sfumato.nn.packed import compiled, packable, packed
+from sfumato.inference.prepack import compiled, packable, packed
 from sfumato.predict.networks._network import build, registered
 from sfumato.types import Conditioning
 

@@ -30,9 +30,9 @@ from sfumato.checkpoints.whole_texts import read_texts
 from sfumato.compress.base import Autoencoder
 from sfumato.diffuse.process import Process
 from sfumato.errors import WRONG, UserError, explained
-from sfumato.files import read_table
+from sfumato.io.atomic import read_table
+from sfumato.io.host_memory import read_size
 from sfumato.model import LatentDiffusion
-from sfumato.pages import read_size
 from sfumato.predict.conditioners import reader_of, text_encoders
 from sfumato.predict.conditioners.class_embedding import ClassEmbedding
 from sfumato.predict.conditioners.class_labels import ClassLabels

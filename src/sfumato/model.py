@@ -28,15 +28,15 @@ from sfumato.decode.whole import check_latent, whole
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.sample import SeededNoise, Step, all_finite, check_finite, sample
 from sfumato.errors import NumericalError, UserError, unknown
-from sfumato.files import hash_json, hash_tensors
-from sfumato.pages import read_size
+from sfumato.inference.offload.model import refuse, state, stream_model, stream_of, words_state
+from sfumato.io.atomic import hash_json, hash_tensors
+from sfumato.io.host_memory import read_size
 from sfumato.predict.denoiser import Denoiser, answer
 from sfumato.predict.networks._network import Network
 from sfumato.registry import find
 from sfumato.running import questions, told_guidance
 from sfumato.sampling import Defaults, Prompt, Request, latent_shape, prompts, request_from, seeds_of, settings, times_of
 from sfumato.saving import save_model
-from sfumato.streaming import refuse, state, stream_model, stream_of, words_state
 from sfumato.types import Conditioning, Picture, Prediction
 
 LOG = logging.getLogger("sfumato")
@@ -364,7 +364,7 @@ class LatentDiffusion:
         """The same model with a network made ready for inference where it is; this one is left as it is, for training and saving.
 
         On the CPU, in float32 and in bfloat16 where the processor knows that, weights are packed for the kernels that read them
-        (`nn/packed.py`); on other devices feature maps have their channels last in memory. Results differ from this model's by rounding.
+        (`inference/prepack.py`); on other devices feature maps have their channels last in memory. Results differ from this model's by rounding.
         compile: by torch.compile instead, with the weights as constants on the CPU; the first picture of each size waits for the compiler,
         which takes minutes for large networks. What cannot be made ready stays as it is.
         """
@@ -378,7 +378,7 @@ class LatentDiffusion:
         """The same model in no more memory than said, in bytes or as "3GB", where the feature maps of its pictures leave room for a layer's weights.
 
         Weights come from their files layer by layer, in `dtype` (default: the denoiser's), and go when the layer has run; what memory is left
-        keeps layers from step to step (`sfumato.nn.streamed`). The pictures are this model's, bit for bit, if it has that dtype and device.
+        keeps layers from step to step (`sfumato.inference.offload.streaming`). The pictures are this model's, bit for bit, if it has that dtype and device.
         memory counts all that the process holds, or on a GPU what lies there. `load(..., memory=...)` is this for a model that is not in memory
         yet; weights that are stay there. Not for training, saving or `optimized`. `UserError` for less memory than works.
         """

@@ -23,7 +23,7 @@ from sfumato.checkpoints.single_file import fold
 from sfumato.checkpoints.tokenizer import LOW_RES, MODEL, SCHEDULER
 from sfumato.checkpoints.whole_models import has_whole, write_model
 from sfumato.errors import UserError
-from sfumato.files import atomic_folder, write_json, write_tensors
+from sfumato.io.atomic import atomic_folder, write_json, write_tensors
 
 
 def save_model(model: Any, place: str | Path, dtype: torch.dtype | None) -> None:

@@ -12,8 +12,8 @@ from sfumato.checkpoints.folder import load_part, save_part, storable
 from sfumato.checkpoints.lazily import present, stored, with_scales, without_scales, write
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.errors import NumericalError, UserError
-from sfumato.files import read_tensors, write_streamed, write_tensors
-from sfumato.weights import cast, looked_at, require_finite, scaled, unscaled
+from sfumato.io.atomic import read_tensors, write_streamed, write_tensors
+from sfumato.io.safetensors import cast, looked_at, require_finite, scaled, unscaled
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 EVERY = torch.arange(256, dtype=torch.uint8)

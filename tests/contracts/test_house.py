@@ -30,7 +30,7 @@ def offences(text: str, *, may_print: bool = False) -> list[str]:
             pair = (called.value.id, called.attr)
             if pair in PICKLERS:
                 found.append(
-                    f"{node.lineno}: {'.'.join(pair)} writes a pickle or a bare array: write safetensors (sfumato.files.write_tensors)"
+                    f"{node.lineno}: {'.'.join(pair)} writes a pickle or a bare array: write safetensors (sfumato.io.atomic.write_tensors)"
                 )
             if pair == ("torch", "load") and not any(
                 k.arg == "weights_only" and isinstance(k.value, ast.Constant) and k.value.value is True for k in node.keywords

@@ -1,6 +1,7 @@
 """The import law: who may know whom, read from the syntax tree of every file of the library (nothing is imported).
 
-    types, asking, registry, errors, files <- nn <- compress, predict        compress and diffuse never meet; diffuse knows no nn
+    types, asking, registry, errors, io <- kernels <- nn <- inference <- compress, predict
+    compress and diffuse never meet; diffuse knows no nn
     diffuse.process <- predict      compress <- decode
     the four acts <- checkpoints <- model <- tasks <- deploy, cli
     acts + data + evaluate + checkpoints + model <- train            evaluate imports no act, data neither
@@ -16,9 +17,9 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "sfumato"
 
-BOTTOM = ("types", "asking", "errors", "files", "pickles", "registry", "config", "weights", "pages")
+BOTTOM = ("types", "asking", "errors", "registry", "config", "io")
 ACTS = ("compress", "diffuse", "predict", "decode")
-MODEL = ("", "model", "loading", "saving", "sampling", "tuning", "tasks")
+MODEL = ("", "model", "loading", "saving", "sampling", "tasks")
 
 # zone -> what its files may import from sfumato, besides the zone itself. The longest zone that holds a file is its zone.
 LAW: dict[str, tuple[str, ...]] = {
@@ -27,35 +28,33 @@ LAW: dict[str, tuple[str, ...]] = {
     "errors": (),
     "types": ("errors",),
     "asking": ("types",),
-    "files": ("errors",),
-    "pickles": ("errors",),
-    "pages": ("errors",),
-    "weights": ("errors", "files", "pickles"),
     "registry": ("errors",),
-    "config": ("errors", "files", "registry", "types"),
-    "nn": BOTTOM,
-    "compress": (*BOTTOM, "nn"),
+    "io": ("errors",),
+    "config": ("errors", "io", "registry", "types"),
+    "kernels": ("errors",),
+    "nn": (*BOTTOM, "kernels"),
+    "inference": (*BOTTOM, "kernels", "nn"),
+    "compress": (*BOTTOM, "kernels", "nn", "inference"),
     "diffuse": BOTTOM,
     "diffuse.samplers": ("types", "errors", "diffuse.schedule"),
-    "predict": (*BOTTOM, "nn", "diffuse.process"),
+    "predict": (*BOTTOM, "kernels", "nn", "inference", "diffuse.process"),
     "predict.guidance": ("types", "errors"),
     "predict.guidance.settings": ("types", "errors", "registry", "predict.guidance", "predict.references"),  # puts names together
     "predict.wrappers": ("types", "asking", "errors"),
     "decode": (*BOTTOM, "compress"),
-    "decode.image": ("types", "errors", "files"),
+    "decode.image": ("types", "errors", "io"),
     "checkpoints": (*BOTTOM, *ACTS),
     "sampling": (*BOTTOM, *ACTS),
     "running": (*BOTTOM, *ACTS, "sampling"),
     "saving": (*BOTTOM, *ACTS, "checkpoints"),
-    "streaming": (*BOTTOM, "nn"),  # what networks are, it is given
-    "model": (*BOTTOM, *ACTS, "checkpoints", "sampling", "running", "saving", "streaming"),
-    "tuning": (*BOTTOM, *ACTS, "checkpoints", "sampling", "model"),
+    "model": (*BOTTOM, *ACTS, "inference", "checkpoints", "sampling", "running", "saving"),
     "loading": (*BOTTOM, *ACTS, "checkpoints", "sampling", "model"),
     "data": BOTTOM,
     "evaluate": BOTTOM,
-    "train": (*BOTTOM, *ACTS, "nn", "data", "checkpoints", "evaluate", "model", "sampling"),  # a run ends by saving a model
+    # a run ends by saving a model
+    "train": (*BOTTOM, *ACTS, "kernels", "nn", "data", "checkpoints", "evaluate", "model", "sampling"),
     "tasks": (*BOTTOM, *ACTS, "model", "sampling", "running"),
-    "deploy": (*BOTTOM, *ACTS, *MODEL, "nn", "checkpoints", "data", "evaluate"),
+    "deploy": (*BOTTOM, *ACTS, *MODEL, "kernels", "nn", "inference", "checkpoints", "data", "evaluate"),
     "cli": (*BOTTOM, *ACTS, *MODEL, "checkpoints", "data", "evaluate", "train", "deploy"),
 }
 

@@ -30,7 +30,7 @@ from sfumato.diffuse.sample import SeededNoise, Step
 from sfumato.diffuse.schedule import schedule
 from sfumato.diffuse.timesteps import SPACINGS
 from sfumato.errors import NumericalError, UserError
-from sfumato.files import read_tensors, write_tensors
+from sfumato.io.atomic import read_tensors, write_tensors
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.class_names import ClassNames

@@ -18,8 +18,8 @@ from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
 from sfumato.errors import UserError
-from sfumato.nn import invariant
-from sfumato.nn.packed import packable, packed
+from sfumato.inference.prepack import packable, packed
+from sfumato.kernels import batch_invariant
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks._network import Network, build, registered
 from sfumato.predict.references.perturbed_attention import PerturbedAttention
@@ -175,7 +175,7 @@ def test_a_folder_gives_the_same_network_back(name: str, tmp_path: Path) -> None
     x, t, cond = inputs(network)
     with torch.inference_mode():
         output, expected = again(x, t, cond), network(x, t, cond)
-    if invariant.FIXED_ORDER:
+    if batch_invariant.FIXED_ORDER:
         assert torch.equal(output, expected)
     else:  # MKL rounds by the alignment of the weights, which is the file's own where they are mapped
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
@@ -287,7 +287,7 @@ def test_perturbed_attention_is_attention_under_a_map(name: str, monkeypatch: py
         plain, each = network(x, t, cond), [weakened(network, PerturbedAttention((layer,)), cond)(x, t, cond) for layer in names]
         assert all((y - plain).abs().max() > 1e-4 for y in each)
         found = weakened(network, PerturbedAttention(tuple(names)), cond)(x, t, cond)
-        monkeypatch.setattr(invariant, "attend", seen)
+        monkeypatch.setattr(batch_invariant, "attend", seen)
         torch.testing.assert_close(found, network(x, t, cond), rtol=1e-4, atol=1e-4)
 
 

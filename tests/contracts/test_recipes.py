@@ -17,7 +17,7 @@ import sfumato
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.data.idx import fashion_mnist_folder, read_idx
 from sfumato.errors import UserError
-from sfumato.files import hash_tensors
+from sfumato.io.atomic import hash_tensors
 from sfumato.predict.networks.unet import UNetConfig
 from sfumato.train import AutoencoderRecipe, DenoiserRecipe, load_recipe, run_recipe
 from sfumato.train.loop import LoopSettings

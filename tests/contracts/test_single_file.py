@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import sfumato
 from sfumato.checkpoints.single_file import fold, unfold
 from sfumato.errors import UserError
-from sfumato.files import write_json
+from sfumato.io.atomic import write_json
 
 
 def test_single_file_is_the_folder(tiny: Path, tmp_path: Path) -> None:

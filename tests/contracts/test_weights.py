@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sfumato.errors import UserError
-from sfumato.files import read_tensors, write_tensors
-from sfumato.weights import looked_at, require_finite
+from sfumato.io.atomic import read_tensors, write_tensors
+from sfumato.io.safetensors import looked_at, require_finite
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 LARGE = 5_000_001  # more numbers than are read at a time, and no round count

@@ -26,7 +26,7 @@ import sfumato
 from sfumato.checkpoints.folder import WEIGHTS
 from sfumato.data import open_images
 from sfumato.errors import UserError
-from sfumato.files import read_json, read_tensors, write_json, write_tensors
+from sfumato.io.atomic import read_json, read_tensors, write_json, write_tensors
 from sfumato.loading import bundled
 from sfumato.train.recipe import DataSettings
 

@@ -23,7 +23,7 @@ from sfumato.evaluate.reconstruction import psnr
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
 from sfumato.train.recipe import DataSettings
-from sfumato.tuning import Tuned, store_tuned
+from sfumato.train.timestep_search import Tuned, store_tuned
 
 
 @pytest.fixture(autouse=True)
@@ -161,12 +161,12 @@ def test_a_model_that_overflows_writes_nothing(tiny: Path, tmp_path: Path, capsy
 @pytest.mark.invariance
 def test_info_describes_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
     """Its checks hold here, and fail where a layer's numbers follow from the batch."""
-    from sfumato.nn import invariant
+    from sfumato.kernels import batch_invariant
 
     assert main(["info", "--machine", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["processor"]["name"] and facts["threads"]["of torch"] == torch.get_num_threads()
-    assert facts["methods"]["linear and convolution, float32"] == invariant.method()
+    assert facts["methods"]["linear and convolution, float32"] == batch_invariant.method()
     checks = facts["images do not depend on the batch"]
     assert len(checks) > 20 and all(checks.values()), [name for name, holds in checks.items() if not holds]
 

@@ -32,7 +32,6 @@ from PIL import Image as PIL
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sfumato import files
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.data import ImageSet, Transform
 from sfumato.data.images import Listing, build
@@ -40,15 +39,16 @@ from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
 from sfumato.errors import UserError
-from sfumato.files import NotWritten, atomic_folder, read_tensors, recover, write_tensors
+from sfumato.io import atomic
+from sfumato.io.atomic import NotWritten, atomic_folder, read_tensors, recover, write_tensors
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.train import checkpoint
+from sfumato.train.logger import Record
 from sfumato.train.loop import LoopSettings, train
 from sfumato.train.objective import Draw, Objective
 from sfumato.train.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective
 from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective
-from sfumato.train.record import Record
 from sfumato.types import LatentSpace
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need a system with fork")
@@ -370,16 +370,16 @@ def test_a_kill_at_any_access_leaves_the_old_folder_or_the_new(swaps: bool, tmp_
     if swaps:
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
-        if not files._exchange(tmp_path / "a", tmp_path / "b"):
+        if not atomic._exchange(tmp_path / "a", tmp_path / "b"):
             pytest.skip("this file system cannot swap two names")
     else:
-        monkeypatch.setattr(files, "_exchange", files._exchange)  # put back after the test
+        monkeypatch.setattr(atomic, "_exchange", atomic._exchange)  # put back after the test
     place = tmp_path / "place"
     path = place / "model"
 
     def write(text: str) -> None:
         if not swaps:
-            files._exchange = lambda a, b: False  # also in the child
+            atomic._exchange = lambda a, b: False  # also in the child
         with atomic_folder(path) as temporary:
             (temporary / "weights").write_text(text)
 

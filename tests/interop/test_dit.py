@@ -342,7 +342,7 @@ def test_training(name: str) -> None:
 @pytest.mark.parametrize("name", ["DiT", "PixArt"])
 @torch.inference_mode()
 def test_prepared_for_inference(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    from sfumato.nn.packed import packable, packed
+    from sfumato.inference.prepack import packable, packed
 
     ours = opened(theirs(name), tmp_path).to(dtype)
     if not packable(ours):

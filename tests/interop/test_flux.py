@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sfumato.checkpoints.folder import load_part, save_part
 from sfumato.errors import UserError
-from sfumato.nn import invariant
+from sfumato.inference.prepack import packable, packed
+from sfumato.kernels import batch_invariant
 from sfumato.nn.embeddings import from_patches, patches
-from sfumato.nn.packed import packable, packed
 from sfumato.predict.networks import _streams
 from sfumato.predict.networks._network import registered
 from sfumato.predict.networks.flux import FluxConfig, FluxTransformer
@@ -335,7 +335,7 @@ def test_bits_with_many_tokens(name: str) -> None:
         assert torch.equal(together[i : i + 1], network(x[i : i + 1], t[i : i + 1], cond[i : i + 1]))
 
 
-@pytest.mark.skipif(not invariant.FIXED_ORDER, reason="networks are packed for oneDNN on AVX2 or later")
+@pytest.mark.skipif(not batch_invariant.FIXED_ORDER, reason="networks are packed for oneDNN on AVX2 or later")
 @pytest.mark.parametrize("name", ["FLUX.1 dev", "FLUX.2 dev"])
 @torch.inference_mode()
 def test_prepared_for_inference(name: str) -> None:

@@ -18,8 +18,8 @@ from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
 from sfumato.errors import UserError
-from sfumato.nn import invariant
-from sfumato.nn.packed import packable, packed
+from sfumato.inference.prepack import packable, packed
+from sfumato.kernels import batch_invariant
 from sfumato.predict.denoiser import Denoiser, answer
 from sfumato.predict.guidance.settings import Guidance, build
 from sfumato.predict.networks.sd3 import SD3, SD3Config
@@ -528,4 +528,4 @@ def test_what_the_house_asks_a_network() -> None:
     network = ours_of("other channels out")
     assert (network.channels, network.in_channels, network.patch, network.part) == (5, 7, 2, "transformer")
     assert (network.token_width, network.vector_width, network.classes, network.told) == (12, 10, 0, True)
-    assert not invariant.FIXED_ORDER or isinstance(packed(network), SD3)
+    assert not batch_invariant.FIXED_ORDER or isinstance(packed(network), SD3)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.decode.whole import whole
-from sfumato.nn import invariant
+from sfumato.inference.prepack import packable, packed
+from sfumato.kernels import batch_invariant
+from sfumato.kernels.mkl_threads import controlled
 from sfumato.nn.attention import FeedForward, SpatialAttention, SpatialTransformer
 from sfumato.nn.blocks import Downsample, ResnetBlock, Upsample
 from sfumato.nn.embeddings import sinusoidal
-from sfumato.nn.mkl import controlled
-from sfumato.nn.packed import packable, packed
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.types import Conditioning
 
@@ -68,7 +68,7 @@ WIDE = [(640, 640, 3, 1, 4, 4), (1280, 640, 1, 1, 4, 4), (320, 64, 3, 2, 8, 8), 
 @pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
 def test_convolutions(shape: tuple[int, ...], last: bool) -> None:
     inputs, outputs, kernel, stride, height, width = shape
-    layer, x = shaken(invariant.Conv2d(inputs, outputs, kernel, stride, kernel // 2)), normal(COUNT, inputs, height, width)
+    layer, x = shaken(batch_invariant.Conv2d(inputs, outputs, kernel, stride, kernel // 2)), normal(COUNT, inputs, height, width)
     layout = torch.channels_last if last else torch.contiguous_format
     assert not differing(lambda rows: layer(x[rows].contiguous(memory_format=layout)))
 
@@ -78,7 +78,7 @@ def test_convolutions(shape: tuple[int, ...], last: bool) -> None:
 def test_convolutions_of_many_channels(shape: tuple[int, ...], ready: bool) -> None:
     """oneDNN's own kernels for these differ from batch to batch where threads are many."""
     inputs, outputs, kernel, stride, height, width = shape
-    layer: Any = shaken(nn.Sequential(invariant.Conv2d(inputs, outputs, kernel, stride, kernel // 2)))
+    layer: Any = shaken(nn.Sequential(batch_invariant.Conv2d(inputs, outputs, kernel, stride, kernel // 2)))
     if ready and not packable(layer):
         pytest.skip("networks are prepared for oneDNN on AVX2 or later")
     layer, x = packed(layer) if ready else layer, normal(COUNT, inputs, height, width)
@@ -87,21 +87,23 @@ def test_convolutions_of_many_channels(shape: tuple[int, ...], ready: bool) -> N
 
 def test_many_columns() -> None:
     """From 20,000 columns on oneDNN splits the sum of a row among threads, by the number of rows."""
-    layer, x = shaken(invariant.Linear(20480, 24)), normal(COUNT, 20480)
+    layer, x = shaken(batch_invariant.Linear(20480, 24)), normal(COUNT, 20480)
     assert not differing(lambda rows: layer(x[rows]), SOME)
 
 
 @pytest.mark.parametrize("tokens", [None, 3, 9, 49])
 @pytest.mark.parametrize("widths", [(64, 256), (256, 128), (8, 64), (12, 8), (11, 256), (6, 6), (13, 8), (64, 1)], ids=str)
 def test_linear_maps(widths: tuple[int, int], tokens: int | None) -> None:
-    layer, x = shaken(invariant.Linear(*widths)), normal(COUNT, *([] if tokens is None else [tokens]), widths[0])
+    layer, x = shaken(batch_invariant.Linear(*widths)), normal(COUNT, *([] if tokens is None else [tokens]), widths[0])
     assert not differing(lambda rows: layer(x[rows]))
     if tokens is not None:  # as they come from a feature map: channels first in memory
         assert not differing(lambda rows: layer(x[rows].mT.contiguous().mT))
 
 
 @pytest.mark.parametrize("shape", [(8, 7, 7), (96, 7, 7), (24, 3, 5), (19, 128), (32,), (5,)], ids=str)
-@pytest.mark.parametrize("function", [invariant.silu, invariant.gelu, partial(invariant.gelu, tanh=True)], ids=["silu", "gelu", "tanh"])
+@pytest.mark.parametrize(
+    "function", [batch_invariant.silu, batch_invariant.gelu, partial(batch_invariant.gelu, tanh=True)], ids=["silu", "gelu", "tanh"]
+)
 def test_activations(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> None:
     x = 3 * normal(COUNT, *shape)
     assert not differing(lambda rows: function(x[rows]))
@@ -121,8 +123,8 @@ def test_attention(heads: int, width: int, tokens: tuple[int, int]) -> None:
     n, length = tokens
     q, k, v = normal(COUNT, n, width), normal(COUNT, length, width, seed=1), normal(COUNT, length, width, seed=2)
     mask = (normal(COUNT, length, seed=3) > -0.5) | (torch.arange(length) == 0)
-    assert not differing(lambda rows: invariant.attention(q[rows], k[rows], v[rows], heads), SOME)
-    assert not differing(lambda rows: invariant.attention(q[rows], k[rows], v[rows], heads, mask[rows]), SOME)
+    assert not differing(lambda rows: batch_invariant.attention(q[rows], k[rows], v[rows], heads), SOME)
+    assert not differing(lambda rows: batch_invariant.attention(q[rows], k[rows], v[rows], heads, mask[rows]), SOME)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 7), (3, 5)], ids=str)
@@ -191,12 +193,16 @@ def test_with_two_threads() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        linear, conv, pixel = shaken(invariant.Linear(64, 256)), shaken(invariant.Conv2d(8, 8, 3, 2, 1)), shaken(invariant.Conv2d(8, 16, 1))
+        linear, conv, pixel = (
+            shaken(batch_invariant.Linear(64, 256)),
+            shaken(batch_invariant.Conv2d(8, 8, 3, 2, 1)),
+            shaken(batch_invariant.Conv2d(8, 16, 1)),
+        )
         rows_in, maps, wide = normal(COUNT, 64), normal(COUNT, 8, 7, 7), normal(COUNT, 96, 7, 7)
         assert not differing(lambda rows: linear(rows_in[rows]), (2, 5, 11))
         assert not differing(lambda rows: conv(maps[rows]), (2, 3))
         assert not differing(lambda rows: pixel(maps[rows]), (2, 3))
-        assert not differing(lambda rows: invariant.silu(wide[rows]), (7, 9))
+        assert not differing(lambda rows: batch_invariant.silu(wide[rows]), (7, 9))
         network = shaken(UNet(UNetConfig(**(SMALL | CROSS))))
         x, t, cond = normal(COUNT, 3, 7, 7), torch.full((COUNT,), 500.0), Conditioning(tokens=normal(COUNT, 5, 12, seed=1))
         assert not differing(lambda rows: network(x[rows], t[rows], cond[rows]), (2, 11))
@@ -213,9 +219,11 @@ def test_attention_does_not_depend_on_the_threads() -> None:
         for threads in (1, 2, 3, 2, 1, 5):
             torch.set_num_threads(threads)
             torch.ones(4, 4, 256, 256).sum((1, 2, 3))  # a nested region, in which torch's other threads set their number
-            together = invariant.attention(q, k, v, 2)
+            together = batch_invariant.attention(q, k, v, 2)
             results.append(together)
-            assert all(torch.equal(invariant.attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], 2)[0], together[i]) for i in range(5))
+            assert all(
+                torch.equal(batch_invariant.attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], 2)[0], together[i]) for i in range(5)
+            )
             if controlled():
                 assert torch.equal(together, results[0])
                 assert mkl_threads() == threads
@@ -243,9 +251,9 @@ def test_the_plain_layers_differ() -> None:
 def test_training_is_torchs_own() -> None:
     """With gradients the layers are nn's, to the bit, forwards and backwards; and so are the keys of their weights."""
     pairs: list[tuple[Any, Any, Tensor]] = [
-        (invariant.Linear(6, 8), nn.Linear(6, 8), normal(3, 6)),
-        (invariant.Conv2d(6, 8, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1), normal(3, 6, 5, 5)),
-        (invariant.Conv2d(6, 8, 1), nn.Conv2d(6, 8, 1), normal(1, 6, 5, 5)),
+        (batch_invariant.Linear(6, 8), nn.Linear(6, 8), normal(3, 6)),
+        (batch_invariant.Conv2d(6, 8, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1), normal(3, 6, 5, 5)),
+        (batch_invariant.Conv2d(6, 8, 1), nn.Conv2d(6, 8, 1), normal(1, 6, 5, 5)),
     ]
     for ours, theirs, x in pairs:
         theirs.load_state_dict(ours.state_dict())
@@ -258,26 +266,30 @@ def test_training_is_torchs_own() -> None:
 @torch.inference_mode()
 def test_values_are_torchs() -> None:
     """To rounding: what is filled up does not show in the output, nor in its shape; of nothing comes nothing."""
-    linear, conv, pixel = shaken(invariant.Linear(6, 5)), shaken(invariant.Conv2d(6, 8, 3, 2, 1)), shaken(invariant.Conv2d(6, 8, 1))
+    linear, conv, pixel = (
+        shaken(batch_invariant.Linear(6, 5)),
+        shaken(batch_invariant.Conv2d(6, 8, 3, 2, 1)),
+        shaken(batch_invariant.Conv2d(6, 8, 1)),
+    )
     for count in (0, 1, 3, 17):
         x, maps = normal(count, 3, 6), normal(count, 6, 5, 4)
         torch.testing.assert_close(linear(x), nn.functional.linear(x, linear.weight, linear.bias))
         torch.testing.assert_close(conv(maps), nn.functional.conv2d(maps, conv.weight, conv.bias, 2, 1))
         torch.testing.assert_close(pixel(maps), nn.functional.conv2d(maps, pixel.weight, pixel.bias))
-        torch.testing.assert_close(invariant.silu(x), nn.functional.silu(x))
-        torch.testing.assert_close(invariant.gelu(x), nn.functional.gelu(x))
+        torch.testing.assert_close(batch_invariant.silu(x), nn.functional.silu(x))
+        torch.testing.assert_close(batch_invariant.gelu(x), nn.functional.gelu(x))
     q, k, v = normal(2, 7, 6), normal(2, 5, 6, seed=1), normal(2, 5, 6, seed=2)
     mask = torch.tensor([[True, False, True, True, False], [True] * 5])
     scores = (q.unflatten(-1, (2, 3)).transpose(1, 2) @ k.unflatten(-1, (2, 3)).transpose(1, 2).mT) / 3**0.5
     weights = scores.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
     expected = (weights @ v.unflatten(-1, (2, 3)).transpose(1, 2)).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(invariant.attention(q, k, v, 2, mask), expected)
+    torch.testing.assert_close(batch_invariant.attention(q, k, v, 2, mask), expected)
 
 
 def test_other_dtypes_and_compilers_are_left_alone() -> None:
-    layer, x = shaken(invariant.Conv2d(4, 8, 3, padding=1)), normal(2, 4, 5, 5)
+    layer, x = shaken(batch_invariant.Conv2d(4, 8, 3, padding=1)), normal(2, 4, 5, 5)
     with torch.inference_mode():
-        assert invariant.applies(x) and not invariant.applies(x.bfloat16()) and not invariant.applies(x.to("meta"))
+        assert batch_invariant.applies(x) and not batch_invariant.applies(x.bfloat16()) and not batch_invariant.applies(x.to("meta"))
         assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
     alone, both = (layer.float().requires_grad_(False)(x[:n])[0] for n in (1, 2))
     assert torch.equal(alone, both), "where no gradient is wanted there need be no context manager"

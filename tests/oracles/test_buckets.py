@@ -31,14 +31,14 @@ from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
 from sfumato.errors import UserError
-from sfumato.files import hash_json, read_tensors
+from sfumato.io.atomic import hash_json, read_tensors
 from sfumato.predict.conditioners.nothing import Nothing
 from sfumato.predict.networks.modern_dit import ModernDiT, ModernDiTConfig
 from sfumato.train import AutoencoderRecipe, DenoiserRecipe
+from sfumato.train.batch_sampler import Order, batch_indices
 from sfumato.train.loop import LoopSettings, train
 from sfumato.train.objective import Draw
 from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective
-from sfumato.train.order import Order, batch_indices
 from sfumato.train.recipe import DataSettings
 from sfumato.types import LatentSpace
 

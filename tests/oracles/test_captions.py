@@ -16,11 +16,11 @@ from PIL import Image
 import sfumato
 from sfumato.compress.tiny import AutoencoderTiny
 from sfumato.errors import UserError
-from sfumato.files import hash_tensors
+from sfumato.io.atomic import hash_tensors
 from sfumato.predict.networks.dit import DiTConfig
 from sfumato.predict.networks.modern_dit import ModernDiT, ModernDiTConfig
 from sfumato.sampling import Defaults
-from sfumato.train.captions import Captions, open_reader
+from sfumato.train.caption_embeddings import Captions, open_reader
 from sfumato.train.loop import LoopSettings
 from sfumato.train.recipe import DataSettings, DenoiserRecipe
 from sfumato.types import Conditioning

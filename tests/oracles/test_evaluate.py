@@ -18,8 +18,8 @@ from sfumato.errors import NumericalError, UserError
 from sfumato.evaluate import Features, evaluate_reconstruction, evaluate_samples, measure_speed
 from sfumato.evaluate.classes import classes, deviation_from_even
 from sfumato.evaluate.frechet import GaussianStatistics, frechet_distance, gaussian, load_statistics, save_statistics, stream
-from sfumato.evaluate.manifold import expected_coverage, manifold, nearest
 from sfumato.evaluate.memorisation import memorisation
+from sfumato.evaluate.precision_recall import expected_coverage, manifold, nearest
 from sfumato.evaluate.reconstruction import psnr, psnr_mean, reconstruction, ssim
 
 
@@ -137,7 +137,7 @@ def test_manifold_ignores_order_and_chunks(monkeypatch: pytest.MonkeyPatch) -> N
     real, samples = noise(150, 6), noise(120, 6, seed=1)
     found = manifold(real, samples)
     assert manifold(real.flip(0), samples[torch.randperm(120, generator=torch.Generator().manual_seed(3))]) == found
-    monkeypatch.setattr("sfumato.evaluate.manifold.ENTRIES", 700)
+    monkeypatch.setattr("sfumato.evaluate.precision_recall.ENTRIES", 700)
     assert manifold(real, samples) == found
 
 

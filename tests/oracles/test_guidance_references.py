@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given as drawn
 from torch import Tensor
 
-import sfumato.nn.invariant
+import sfumato.kernels.batch_invariant
 from sfumato.asking import answered, together
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
@@ -80,7 +80,7 @@ def test_perturbed_attention_is_attention_by_the_identity(kind: str, monkeypatch
         return true(q, k, v, attn_mask=attn_mask)
 
     true = F.scaled_dot_product_attention
-    monkeypatch.setattr(sfumato.nn.invariant.F, "scaled_dot_product_attention", identity)
+    monkeypatch.setattr(sfumato.kernels.batch_invariant.F, "scaled_dot_product_attention", identity)
     forced = denoiser(x, 0.5, given)
     torch.testing.assert_close(found.x0, forced.x0, rtol=1e-5, atol=1e-5)
     again = whom(x, 0.5, given)

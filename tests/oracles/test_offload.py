@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import sfumato
-from sfumato import pages
 from sfumato.cli import main
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.deploy.offload import counted, header, parts_of, report, running
@@ -25,22 +24,23 @@ from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
 from sfumato.errors import UserError
-from sfumato.files import read_tensors
+from sfumato.inference.offload import streaming
+from sfumato.inference.offload.model import networks
+from sfumato.inference.offload.placeholders import MARK
+from sfumato.inference.offload.streaming import Memory, Stream, stream, streamed
+from sfumato.inference.offload.transfer import Ring, padded, room
+from sfumato.io import host_memory
+from sfumato.io.atomic import read_tensors
+from sfumato.kernels import batch_invariant
 from sfumato.model import LatentDiffusion
-from sfumato.nn import invariant
-from sfumato.nn import streamed as streaming
-from sfumato.nn.away import MARK
-from sfumato.nn.streamed import Memory, Stream, stream, streamed
-from sfumato.nn.transfer import Ring, padded, room
 from sfumato.predict.conditioners.clip_text import ClipText
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.sampling import Defaults
-from sfumato.streaming import networks
 
 clip: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_clip.py")))
 ldm: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_ldm.py")))
-pytestmark = pytest.mark.skipif(not pages.can_drop(), reason="pages of files can be given back on Linux only")
+pytestmark = pytest.mark.skipif(not host_memory.can_drop(), reason="pages of files can be given back on Linux only")
 PLENTY, CPU = 10**12, torch.device("cpu")
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NAMES = ("classes", "text")
@@ -165,7 +165,7 @@ class Deep(nn.Module):
 
     def __init__(self, width: int, depth: int):
         super().__init__()
-        self.blocks = nn.ModuleList(invariant.Linear(width, width) for _ in range(depth))
+        self.blocks = nn.ModuleList(batch_invariant.Linear(width, width) for _ in range(depth))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -350,12 +350,12 @@ def test_places_in_a_ring_never_overlap() -> None:
 
 def test_a_room_goes_back_to_the_system() -> None:
     gc.collect()  # what earlier tests left goes now, not while this one looks
-    before = pages.held()
+    before = host_memory.held()
     assert before is not None
     one = room(2**26, CPU).fill_(1)
-    assert pages.held() > before + 2**25  # pyright: ignore
+    assert host_memory.held() > before + 2**25  # pyright: ignore
     del one
-    assert pages.held() < before + 2**24  # pyright: ignore
+    assert host_memory.held() < before + 2**24  # pyright: ignore
     assert [padded(n) for n in (1, 256, 257)] == [256, 256, 512]
 
 
@@ -363,7 +363,7 @@ def test_a_room_goes_back_to_the_system() -> None:
 
 
 def test_too_little_memory_says_what_works(folders: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    held = pages.held()
+    held = host_memory.held()
     monkeypatch.setattr(Memory, "now", lambda self: held)  # what the tests before this one leave and give back is not what is asked here
     with pytest.raises(UserError, match=r"memory 1 MB is too little: expected at least (\d+) MB") as error:
         sfumato.load(folders["text", "float32"], memory="1MB")
@@ -376,14 +376,14 @@ def test_too_little_memory_says_what_works(folders: dict[tuple[str, str], Path],
 @pytest.mark.parametrize("size", [0, -1, "", "3 apples", "GB", True, "1e9", "-3GB"])
 def test_wrong_sizes(size: Any, tiny: Path) -> None:
     with pytest.raises(UserError, match="expected a number of bytes, or a text such as '3GB'"):
-        pages.read_size(size)
+        host_memory.read_size(size)
 
 
 @pytest.mark.parametrize(
     ("text", "size"), [("3GB", 3 * 10**9), ("1.5 GiB", 3 * 2**29), ("800mb", 8 * 10**8), ("7", 7), ("2k", 2000), (12, 12), ("5 B", 5)]
 )
 def test_sizes(text: str | int, size: int) -> None:
-    assert pages.read_size(text) == size
+    assert host_memory.read_size(text) == size
 
 
 @pytest.mark.usefixtures("all_layers")
@@ -440,10 +440,10 @@ def test_only_pages_of_files_are_dropped(tmp_path: Path) -> None:
     """A tensor in memory of its own would be lost."""
     save_file({"a": torch.ones(5000)}, tmp_path / "a.safetensors")
     mapped, own = read_tensors(tmp_path / "a.safetensors")["a"], torch.ones(5000)
-    files = pages.Mapped()
+    files = host_memory.Mapped()
     assert mapped in files and own not in files and mapped[::2] not in files and mapped[:0] not in files
-    assert room(5000, CPU) not in pages.Mapped()
-    pages.drop(mapped)
+    assert room(5000, CPU) not in host_memory.Mapped()
+    host_memory.drop(mapped)
     assert mapped.eq(1).all()
 
 
@@ -523,7 +523,7 @@ def test_what_fits(folders: dict[tuple[str, str], Path], monkeypatch: pytest.Mon
         beside = max(said["beside"][dtype].values())
         assert ways[f"in memory, {dtype}"]["needs"] == width * numbers + beside
         assert ways[f"streamed, {dtype}"]["needs"] == 2 * width * largest + beside
-    monkeypatch.setattr(pages, "free", lambda: ways["in memory, bfloat16"]["needs"])
+    monkeypatch.setattr(host_memory, "free", lambda: ways["in memory, bfloat16"]["needs"])
     assert [way["fits"] for way in report(folder)["ways"].values()] == [False, True, True, True]  # pyright: ignore
 
 
@@ -542,7 +542,7 @@ def test_info_tells_it(folders: dict[tuple[str, str], Path], monkeypatch: pytest
     # a machine that is too small for the model: told all the same, by streaming
     need, libraries = facts["memory"]["ways"]["in memory, float32"]["needs"], 64 * 10**9
     monkeypatch.setattr("sfumato.deploy.offload._way", lambda needs, machine: {"needs": needs, "fits": needs < need})
-    monkeypatch.setattr(pages, "free", lambda: libraries)
+    monkeypatch.setattr(host_memory, "free", lambda: libraries)
     opened: list[Any] = []
     monkeypatch.setattr("sfumato.loading.load", lambda *a, load=sfumato.load, **k: opened.append(k) or load(*a, **k))
     assert main(["info", folder, "--json"]) == 0
@@ -565,6 +565,6 @@ def test_generate_streams(folders: dict[tuple[str, str], Path], tmp_path: Path, 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's accounts of memory")
 def test_memory_is_told() -> None:
-    now, peak, free = pages.held(), pages.held(peak=True), pages.free()
+    now, peak, free = host_memory.held(), host_memory.held(peak=True), host_memory.free()
     assert now is not None and peak is not None and free is not None
     assert 10**7 < now <= peak and free > 0 and hasattr(Memory(1, CPU), "spare") and MARK

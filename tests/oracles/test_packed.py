@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.nn import invariant, winograd
+from sfumato.inference.prepack import Convolution, Winograd, compiled, packable, packed
+from sfumato.kernels import batch_invariant, winograd
 from sfumato.nn.blocks import Upsample
-from sfumato.nn.packed import Convolution, Winograd, compiled, packable, packed
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.types import Conditioning
 
@@ -42,7 +42,7 @@ UNETS: dict[str, dict[str, Any]] = {
     },
 }
 
-pytestmark = pytest.mark.skipif(not invariant.FIXED_ORDER, reason="networks are packed for oneDNN on AVX2 or later")
+pytestmark = pytest.mark.skipif(not batch_invariant.FIXED_ORDER, reason="networks are packed for oneDNN on AVX2 or later")
 
 
 def unet(name: str, dtype: torch.dtype = torch.float32) -> UNet:
@@ -196,7 +196,7 @@ def test_a_copy_of_a_compiled_network_is_its_own() -> None:
 
 COMPILED = """
 import torch
-from sfumato.nn.packed import compiled
+from sfumato.inference.prepack import compiled
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.types import Conditioning
 
@@ -216,9 +216,10 @@ assert list(quick.state_dict()) == list(network.state_dict())
 KERNELS = """
 import torch
 from torch import nn
-from sfumato.nn import blockwise, invariant
+from sfumato.kernels import cpu_attention
+from sfumato.kernels import batch_invariant
 from sfumato.nn.attention import Attention
-from sfumato.nn.packed import compiled
+from sfumato.inference.prepack import compiled
 
 class Layer(nn.Module):
     def __init__(self):
@@ -243,9 +244,9 @@ with torch.inference_mode():
             error = (found - expected).abs().max() / expected.abs().max()
             assert error < least, (dtype, batch, count, error)
             ran = {event.key for event in profile.key_averages()}
-            if invariant.onednn() is not None:
+            if batch_invariant.onednn() is not None:
                 assert ("sfumato::product" in ran) == (dtype == torch.float32), ran
-            if invariant._BFLOAT16:
+            if batch_invariant._BFLOAT16:
                 assert ("sfumato::attend" in ran) == (dtype == torch.bfloat16 and count >= 1024), ran
 """
 

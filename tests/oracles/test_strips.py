@@ -18,19 +18,19 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sfumato.compress import strips as walk
+from sfumato.compress import exact as walk
 from sfumato.compress.base import Autoencoder, InParts
+from sfumato.compress.exact import posterior, reconstruct
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.compress.kl_flux2 import AutoencoderKLFlux2, KLFlux2Config
-from sfumato.compress.strips import posterior, reconstruct
 from sfumato.compress.tiny import AutoencoderTiny, TinyConfig
 from sfumato.compress.vq import VQConfig, VQModel
 from sfumato.decode.exact import exact, exact_posterior
 from sfumato.decode.tiled import tiled_posterior
 from sfumato.decode.whole import whole
 from sfumato.errors import NumericalError, UserError
-from sfumato.nn import invariant
-from sfumato.nn import strips as by
+from sfumato.inference import row_streaming as by
+from sfumato.kernels import batch_invariant
 from sfumato.nn.attention import SpatialAttention
 from sfumato.nn.blocks import Downsample, Upsample
 
@@ -105,8 +105,8 @@ def joined(strips: by.Strips) -> Tensor:
 # ---- layers ------------------------------------------------------------------------------------------------------------
 
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Callable[[Any], by.Layer]]]] = {
-    "3x3": lambda: (invariant.Conv2d(4, 6, 3, padding=1), by.convolution),
-    "1x1": lambda: (invariant.Conv2d(4, 6, 1), by.convolution),
+    "3x3": lambda: (batch_invariant.Conv2d(4, 6, 3, padding=1), by.convolution),
+    "1x1": lambda: (batch_invariant.Conv2d(4, 6, 1), by.convolution),
     "5x5": lambda: (nn.Conv2d(4, 6, 5, padding=2, groups=2), by.convolution),
     "5x5 in threes": lambda: (nn.Conv2d(4, 6, 5, stride=3, padding=1, bias=False), by.convolution),
     "halving": lambda: (Downsample(4, 0), by.halving),

@@ -36,15 +36,15 @@ from sfumato.predict.conditioners.nothing import Nothing
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.train import checkpoint
+from sfumato.train.batch_sampler import Stream, batch_indices, derive_seed
 from sfumato.train.discriminator import PatchDiscriminator, adaptive_weight, hinge
 from sfumato.train.ema import EMA
+from sfumato.train.logger import Means
 from sfumato.train.loop import LoopSettings, train
 from sfumato.train.objective import Draw, Objective
 from sfumato.train.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective
 from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective
-from sfumato.train.order import Stream, batch_indices, derive_seed
 from sfumato.train.perceptual import feature_maps, perceptual_distance
-from sfumato.train.record import Means
 from sfumato.types import Conditioning, LatentSpace
 
 KL = KLConfig(in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, latent_channels=2, norm_num_groups=4)

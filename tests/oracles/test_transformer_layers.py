@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sfumato.nn import blockwise, invariant, kernels
+from sfumato.kernels import attention_backend, batch_invariant, cpu_attention
 from sfumato.nn.attention import FeedForward
 from sfumato.nn.embeddings import PatchEmbed, padded, sincos_2d, unpatched
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
@@ -115,14 +115,14 @@ def test_attention_in_training_is_attention_in_inference(masked: bool) -> None:
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         leaves = [p.to(dtype).detach().clone().requires_grad_() for p in (q, k, v)]
-        y = invariant.attend(*leaves, mask)
+        y = batch_invariant.attend(*leaves, mask)
         (y.float() * normal(*y.shape, seed=5)).sum().backward()
         found.append([y.detach(), *(p.grad for p in leaves)])
     for exact, half in zip(*found, strict=True):
         assert half is not None and half.dtype == torch.bfloat16
         assert float((half.float() - exact).norm() / exact.norm()) < 0.02
     with torch.inference_mode():
-        torch.testing.assert_close(invariant.attend(q, k, v, mask), found[0][0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(batch_invariant.attend(q, k, v, mask), found[0][0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("width, count", [(128, 1030), (64, 2050)])
@@ -134,12 +134,12 @@ def test_attention_in_blocks_is_attention(width: int, count: int, masked: bool) 
         q, k, v = (normal(2, count, 2, width, seed=s) for s in range(3))
         q, k = (strength * F.rms_norm(x, (width,)) for x in (q, 0.6 * k + 0.4 * q.roll(1, 1)))
         q, k, v = (x.bfloat16() for x in (q, k, v))
-        exact = invariant.attend(q.double(), k.double(), v.double(), mask)
+        exact = batch_invariant.attend(q.double(), k.double(), v.double(), mask)
         with torch.inference_mode():
-            assert blockwise.fits(q, k)
-            ours = invariant.onednn()
-            found = None if ours is None or not ours._is_mkldnn_bf16_supported() else blockwise.attend(q, k, v, mask, ours)
-            used = invariant.attend(q, k, v, mask)
+            assert cpu_attention.fits(q, k)
+            ours = batch_invariant.onednn()
+            found = None if ours is None or not ours._is_mkldnn_bf16_supported() else cpu_attention.attend(q, k, v, mask, ours)
+            used = batch_invariant.attend(q, k, v, mask)
         bits = mask is None and F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2).flatten(2)
         limit = 0.006 if mask is not None else 2.5 * float((bits.double() - exact).norm() / exact.norm())  # pyright: ignore
         for y in (used, found):
@@ -150,33 +150,33 @@ def test_attention_in_blocks_is_attention(width: int, count: int, masked: bool) 
 def test_attention_in_blocks_does_not_touch_what_it_should_not() -> None:
     q = normal(1, 1024, 1, 128)
     with torch.inference_mode():
-        assert not blockwise.fits(q, q) and not blockwise.fits(q[:, :1000].bfloat16(), q.bfloat16())
-        assert not blockwise.fits(q[..., :64].bfloat16(), q[..., :64].bfloat16())
-    assert not blockwise.fits(q.bfloat16(), q.bfloat16())  # a gradient may be wanted
+        assert not cpu_attention.fits(q, q) and not cpu_attention.fits(q[:, :1000].bfloat16(), q.bfloat16())
+        assert not cpu_attention.fits(q[..., :64].bfloat16(), q[..., :64].bfloat16())
+    assert not cpu_attention.fits(q.bfloat16(), q.bfloat16())  # a gradient may be wanted
 
 
 def test_the_way_that_attention_takes_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    kernels._say.cache_clear()
+    attention_backend._say.cache_clear()
     q = normal(1, 1024, 1, 16)
     with caplog.at_level("INFO", logger="sfumato"), torch.inference_mode():
         for _ in range(3):
-            invariant.attend(q, q, q)
-        invariant.attend(q[:, :1000], q[:, :1000], q[:, :1000])  # too few to be worth a word
+            batch_invariant.attend(q, q, q)
+        batch_invariant.attend(q[:, :1000], q[:, :1000], q[:, :1000])  # too few to be worth a word
         assert [r.levelname for r in caplog.records] == ["INFO"] and "flash" in caplog.text
-        kernels.report("math", q, 1024, 1024, False)
-        kernels.report("math", q, 1024, 1024, False)
+        attention_backend.report("math", q, 1024, 1024, False)
+        attention_backend.report("math", q, 1024, 1024, False)
     assert [r.levelname for r in caplog.records] == ["INFO", "WARNING"]
     heads = q.transpose(1, 2)
-    assert kernels.torchs_choice(heads, heads, heads, None) == "flash"
+    assert attention_backend.torchs_choice(heads, heads, heads, None) == "flash"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_is_said_of_attention_that_is_only_counted(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
     """On the meta device, on which `sfumato info` runs networks, torch has its plain way for everything."""
-    kernels._say.cache_clear()
+    attention_backend._say.cache_clear()
     q = torch.empty(1, 1024, 1, 16, device="meta", dtype=dtype)
     with caplog.at_level("INFO", logger="sfumato"), torch.inference_mode():
-        invariant.attend(q, q, q)
+        batch_invariant.attend(q, q, q)
     assert not caplog.records
 
 

@@ -22,7 +22,7 @@ from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.nothing import Nothing
 from sfumato.predict.denoiser import Denoiser
 from sfumato.sampling import Defaults
-from sfumato.tuning import Tuned, _Reference, _shortest_path, store_tuned, tune_timesteps, with_tuned
+from sfumato.train.timestep_search import Tuned, _Reference, _shortest_path, store_tuned, tune_timesteps, with_tuned
 
 build: Callable[..., LatentDiffusion] = runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_tiny.py"))["build"]
 

@@ -25,9 +25,9 @@ from sfumato.checkpoints.whole_files import TEXTS, LazyPart, read_whole, write_w
 from sfumato.checkpoints.whole_models import CONFIGS, read_configs
 from sfumato.checkpoints.whole_texts import BESIDE, TOKENIZERS, notes_of_folder, unpack_tokenizers
 from sfumato.errors import UserError, explained
-from sfumato.files import atomic_folder, read_table, read_tensors, write_json
-from sfumato.pickles import read_pickle, state_dict
-from sfumato.weights import EIGHTS, find_weights, read_weights
+from sfumato.io.atomic import atomic_folder, read_table, read_tensors, write_json
+from sfumato.io.pickles import read_pickle, state_dict
+from sfumato.io.safetensors import EIGHTS, find_weights, read_weights
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 SAFE = (".safetensors", ".sft")

@@ -20,9 +20,9 @@ from sfumato.compress.kl_flux2 import AutoencoderKLFlux2, KLFlux2Config
 from sfumato.compress.tiny import AutoencoderTiny, TinyConfig
 from sfumato.compress.vq import VQConfig, VQModel
 from sfumato.errors import NumericalError, UserError, explained
-from sfumato.files import read_table, write_json, write_tensors
+from sfumato.io.atomic import read_table, write_json, write_tensors
+from sfumato.io.safetensors import EIGHTS, cast, check_keys, find_weights, looked_at, not_finite, read_weights, require_finite, unscaled
 from sfumato.predict.networks._network import Network, registered
-from sfumato.weights import EIGHTS, cast, check_keys, find_weights, looked_at, not_finite, read_weights, require_finite, unscaled
 
 STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"

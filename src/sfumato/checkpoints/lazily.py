@@ -10,8 +10,8 @@ from torch import Tensor
 from sfumato.checkpoints.folder import storable
 from sfumato.checkpoints.names.rows import Row
 from sfumato.errors import UserError
-from sfumato.files import write_streamed
-from sfumato.weights import EIGHTS, aside, require_finite, scale_of, scaled
+from sfumato.io.atomic import write_streamed
+from sfumato.io.safetensors import EIGHTS, aside, require_finite, scale_of, scaled
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from sfumato.checkpoints.lazily import sound
 from sfumato.checkpoints.single_file import KEY_OF_OURS
 from sfumato.checkpoints.transformer_files import layout_of_class, layout_of_keys, noted_class, read_transformer
 from sfumato.errors import UserError
-from sfumato.files import read_table, read_tensors
-from sfumato.weights import aside
+from sfumato.io.atomic import read_table, read_tensors
+from sfumato.io.safetensors import aside
 
 
 def load_network(path: Path, folder: Path, dtype: torch.dtype | None) -> nn.Module:

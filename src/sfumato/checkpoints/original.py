@@ -26,8 +26,8 @@ from sfumato.checkpoints.names.ldm_unet import unet_rows
 from sfumato.checkpoints.names.ldm_vae import quantised, vae_rows
 from sfumato.checkpoints.names.rows import Row, check, to_ours, to_theirs, under
 from sfumato.errors import UserError, explained, unknown
-from sfumato.files import read_tensors, write_tensors
-from sfumato.pickles import read_pickle, state_dict
+from sfumato.io.atomic import read_tensors, write_tensors
+from sfumato.io.pickles import read_pickle, state_dict
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 _AT_256 = ("ldm-class", "ldm-unconditional")  # all that were published were trained on pictures of 256 pixels

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sfumato.checkpoints.folder import WEIGHTS
 from sfumato.errors import UserError
-from sfumato.files import read_tensors, write_json, write_tensors
+from sfumato.io.atomic import read_tensors, write_json, write_tensors
 
 KEY_OF_OURS = "sfumato"
 _FILES = "sfumato_files"

@@ -14,8 +14,8 @@ from sfumato.checkpoints.folder import load_part
 from sfumato.checkpoints.names.taesd import config_of, from_original, to_original
 from sfumato.compress.tiny import AutoencoderTiny
 from sfumato.errors import UserError
-from sfumato.files import read_tensors, write_tensors
-from sfumato.weights import check_keys, require_finite
+from sfumato.io.atomic import read_tensors, write_tensors
+from sfumato.io.safetensors import check_keys, require_finite
 
 _HALVES = ("encoder", "decoder")
 

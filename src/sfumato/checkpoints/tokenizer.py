@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.errors import UserError
-from sfumato.files import read_json
+from sfumato.io.atomic import read_json
 
 KEY = "sfumato.tokenizer"
 """Metadata of files that sfumato wrote: {"vocab": {...}, "merges": [...]} as JSON."""

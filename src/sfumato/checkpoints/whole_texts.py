@@ -20,7 +20,7 @@ from sfumato.checkpoints.tokenizer import CONDITIONER, MODEL, SCHEDULER
 from sfumato.checkpoints.whole_files import TOWERS, LazyPart
 from sfumato.config import read_config
 from sfumato.errors import WRONG, UserError, explained
-from sfumato.files import read_table
+from sfumato.io.atomic import read_table
 from sfumato.predict.conditioners import _clip, _t5
 from sfumato.predict.conditioners._clip import POSITIONS, PREFIX, ClipEncoder, build_model
 from sfumato.predict.conditioners._parts import require_transformers

@@ -106,7 +106,7 @@ def checked(options: RunOptions, name: str) -> Path:
 
 def remembered(picture: Path) -> dict[str, Any]:
     """What a PNG remembers of a picture that it was made from."""
-    from sfumato.files import hash_bytes
+    from sfumato.io.atomic import hash_bytes
 
     return {"picture": str(picture), "picture_hash": hash_bytes(picture.read_bytes())}
 
@@ -125,7 +125,7 @@ def make(
     import torch
 
     from sfumato.decode.image import grid, write_png
-    from sfumato.pages import read_size
+    from sfumato.io.host_memory import read_size
 
     memory = None if options.memory is None else read_size(options.memory)
     opening = Opening(memory, options.dtype, options.device, options.transformer)

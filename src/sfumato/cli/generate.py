@@ -188,7 +188,7 @@ def generate(arguments: Sequence[str]) -> None:
 
 def _opening(options: Generate) -> Opening:
     """How the options want models opened."""
-    from sfumato.pages import read_size
+    from sfumato.io.host_memory import read_size
 
     memory = None if options.memory is None else read_size(options.memory)
     return Opening(memory, options.dtype, options.device, None if options.transformer is None else Path(options.transformer))
@@ -198,7 +198,7 @@ def _peak(device: str | None) -> str:
     """The most that was held where the model computes: by this process, or on its GPU."""
     import torch
 
-    from sfumato.pages import held
+    from sfumato.io.host_memory import held
 
     peak = torch.cuda.max_memory_reserved(device) if (device or "cpu").startswith("cuda") else held(peak=True)
     return "an unknown size" if peak is None else readable_size(peak)

@@ -60,8 +60,8 @@ def tune_timesteps(arguments: Sequence[str]) -> None:
 
     from sfumato.loading import bundled, load
     from sfumato.saving import check_target
-    from sfumato.tuning import store_tuned, with_tuned
-    from sfumato.tuning import tune_timesteps as search
+    from sfumato.train.timestep_search import store_tuned, with_tuned
+    from sfumato.train.timestep_search import tune_timesteps as search
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)

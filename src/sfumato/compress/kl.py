@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.compress.base import Posterior
-from sfumato.compress.halves import Decoder, Encoder, Halved, HalvesConfig, plain_types_left_out
+from sfumato.compress.conv_autoencoder import Decoder, Encoder, Halved, HalvesConfig, plain_types_left_out
 from sfumato.config import read_config
-from sfumato.nn import invariant
+from sfumato.kernels import batch_invariant
 from sfumato.types import LatentSpace
 
 _UNSAID = 0.18215  # what a config carries as its scaling factor where nobody chose one
@@ -73,8 +73,8 @@ class AutoencoderKL(Halved):
         c = config.latent_channels
         self.encoder = Encoder(config.in_channels, 2 * c, config.encoder_levels)
         self.decoder = Decoder(c, config.out_channels, config.decoder_levels)
-        self.quant_conv = invariant.Conv2d(2 * c, 2 * c, 1) if config.use_quant_conv else None
-        self.post_quant_conv = invariant.Conv2d(c, c, 1) if config.use_post_quant_conv else None
+        self.quant_conv = batch_invariant.Conv2d(2 * c, 2 * c, 1) if config.use_quant_conv else None
+        self.post_quant_conv = batch_invariant.Conv2d(c, c, 1) if config.use_post_quant_conv else None
 
     @property
     def space(self) -> LatentSpace:  # pyright: ignore[reportIncompatibleVariableOverride]

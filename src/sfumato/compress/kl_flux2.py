@@ -19,11 +19,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfumato.compress.base import Posterior
-from sfumato.compress.halves import Decoder, Encoder, Halved, Levels, block_types
+from sfumato.compress.conv_autoencoder import Decoder, Encoder, Halved, Levels, block_types
 from sfumato.compress.kl import gaussian
 from sfumato.config import read_config
 from sfumato.errors import UserError
-from sfumato.nn import invariant
+from sfumato.kernels import batch_invariant
 from sfumato.types import LatentSpace
 
 
@@ -107,8 +107,8 @@ class AutoencoderKLFlux2(Halved):
         c = config.latent_channels
         self.encoder = Encoder(config.in_channels, 2 * c, config.encoder_levels)
         self.decoder = Decoder(c, config.out_channels, config.decoder_levels)
-        self.quant_conv = invariant.Conv2d(2 * c, 2 * c, 1) if config.use_quant_conv else None
-        self.post_quant_conv = invariant.Conv2d(c, c, 1) if config.use_post_quant_conv else None
+        self.quant_conv = batch_invariant.Conv2d(2 * c, 2 * c, 1) if config.use_quant_conv else None
+        self.post_quant_conv = batch_invariant.Conv2d(c, c, 1) if config.use_post_quant_conv else None
         # Holds the statistics under the names of the checkpoints; nobody calls it.
         self.bn = nn.BatchNorm2d(config.packed_channels, config.batch_norm_eps, config.batch_norm_momentum, affine=False)
 

@@ -20,10 +20,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfumato.compress.base import InParts, Posterior
-from sfumato.compress.halves import check_image
+from sfumato.compress.conv_autoencoder import check_image
 from sfumato.config import read_config
 from sfumato.errors import UserError
-from sfumato.nn import invariant
+from sfumato.kernels import batch_invariant
 from sfumato.types import LatentSpace
 
 _FIXED = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2}
@@ -98,7 +98,7 @@ class Block(nn.Module):
         self.pool: nn.Sequential | None = None
         if branch:
             wide = 4 * width
-            first, last = invariant.Conv2d(width, wide, 1, bias=False), invariant.Conv2d(wide, width, 1, bias=False)
+            first, last = batch_invariant.Conv2d(width, wide, 1, bias=False), batch_invariant.Conv2d(wide, width, 1, bias=False)
             self.pool = nn.Sequential(first, nn.GroupNorm(_GROUPS, wide), nn.ReLU(), last)
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
@@ -118,8 +118,8 @@ class Scale(nn.Module):
         return x * self.factor + self.shift
 
 
-def _conv(inputs: int, outputs: int, stride: int = 1, bias: bool = True) -> invariant.Conv2d:
-    return invariant.Conv2d(inputs, outputs, 3, stride, 1, bias=bias)
+def _conv(inputs: int, outputs: int, stride: int = 1, bias: bool = True) -> batch_invariant.Conv2d:
+    return batch_invariant.Conv2d(inputs, outputs, 3, stride, 1, bias=bias)
 
 
 class _Encoder(nn.Module):

@@ -17,10 +17,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sfumato.compress.base import Posterior
-from sfumato.compress.halves import Decoder, Encoder, Halved, HalvesConfig, plain_types_left_out
+from sfumato.compress.conv_autoencoder import Decoder, Encoder, Halved, HalvesConfig, plain_types_left_out
 from sfumato.config import read_config
 from sfumato.errors import UserError
-from sfumato.nn import invariant
+from sfumato.kernels import batch_invariant
 from sfumato.types import LatentSpace
 
 _FIXED = {"act_fn": "silu", "norm_type": "group"}
@@ -84,7 +84,9 @@ class _Codebook(nn.Module):
         cells = h.detach().movedim(1, -1).flatten(1, -2)  # (B, h*w, C)
         images = max(1, _ROWS // max(1, cells.shape[1]))
         nearest = [
-            torch.cat([torch.argmin(lengths - 2 * invariant.linear(part, codes), dim=-1) for part in batch.split(_ROWS, dim=1)], dim=1)
+            torch.cat(
+                [torch.argmin(lengths - 2 * batch_invariant.linear(part, codes), dim=-1) for part in batch.split(_ROWS, dim=1)], dim=1
+            )
             for batch in cells.split(images)
         ]
         return torch.cat(nearest).unflatten(1, h.shape[2:])
@@ -110,9 +112,9 @@ class VQModel(Halved):
         self.channels = config.in_channels
         inner, code = config.latent_channels, config.code_channels
         self.encoder = Encoder(config.in_channels, inner, config.encoder_levels)
-        self.quant_conv = invariant.Conv2d(inner, code, 1)
+        self.quant_conv = batch_invariant.Conv2d(inner, code, 1)
         self.quantize = _Codebook(config.num_vq_embeddings, code)
-        self.post_quant_conv = invariant.Conv2d(code, inner, 1)
+        self.post_quant_conv = batch_invariant.Conv2d(code, inner, 1)
         self.decoder = Decoder(inner, config.out_channels, config.decoder_levels)
 
     @property

@@ -7,10 +7,10 @@ The sets answer `batch(indices)`; who draws the indices (shuffling, holdout, res
 """
 
 from sfumato.data.buckets import BucketedImages, BucketedLatents, bucket_sizes, nearest_bucket, open_buckets
-from sfumato.data.held_out import open_both, open_first
 from sfumato.data.images import ImageSet
 from sfumato.data.latent_cache import LatentSet, cache_latents
 from sfumato.data.source import open_images
+from sfumato.data.splits import open_both, open_first
 from sfumato.data.transform import Transform
 
 __all__ = [

@@ -4,7 +4,7 @@
 
 Cut to aspect r', a picture of aspect r keeps min(r / r', r' / r) = exp(-|log r - log r'|) of its area, so the nearest in log aspect is the
 bucket of least crop. NovelAI's aspect-ratio bucketing; Podell et al. 2023, SDXL (arXiv:2307.01952, section 2.3 and appendix I). The loop draws every
-batch from one bucket (`train/order.py`).
+batch from one bucket (`train/batch_sampler.py`).
 """
 
 import math
@@ -25,7 +25,7 @@ from sfumato.data.latent_cache import LatentSet, statistics_of
 from sfumato.data.source import open_with
 from sfumato.data.transform import Transform
 from sfumato.errors import UserError
-from sfumato.files import hash_json
+from sfumato.io.atomic import hash_json
 
 
 def bucket_sizes(side: int, step: int, largest_aspect: float = 2.0) -> tuple[tuple[int, int], ...]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sfumato.data.transform import Picture, Transform, decode, to_float
 from sfumato.errors import UserError
-from sfumato.files import hash_bytes
+from sfumato.io.atomic import hash_bytes
 
 MEMORY_LIMIT = 1 << 30
 """Bytes of transformed uint8 pixels up to which a set is held in memory."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sfumato.data.images import ImageSet, check_indices, labels_of
 from sfumato.errors import NumericalError, UserError
-from sfumato.files import hash_json, read_json, read_tensors, write_json, write_tensors
+from sfumato.io.atomic import hash_json, read_json, read_tensors, write_json, write_tensors
 
 FORMAT = 1
 """Raise it when the meaning of a shard changes: every old cache is then a different key."""

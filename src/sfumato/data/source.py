@@ -10,8 +10,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from sfumato.data import folder as folders
-from sfumato.data import idx, table
+from sfumato.data import idx, image_folder, parquet
 from sfumato.data.images import ImageSet, Listing, build, from_array
 from sfumato.data.transform import Transform
 from sfumato.errors import UserError, unknown
@@ -67,7 +66,7 @@ def open_with(make: Callable[[Listing], T], source: str | Path, *, split: str, o
 def _list(source: str | Path, split: str, on_error: Literal["raise", "skip"], limit: int | None) -> Listing:
     name = str(source)
     if name.startswith("hf:"):
-        return table.list_hub(name.removeprefix("hf:"), split, limit)
+        return parquet.list_hub(name.removeprefix("hf:"), split, limit)
     if name == "fashion-mnist":
         return _list_idx(idx.fashion_mnist_folder(), split, name, limit)
     path = Path(source).expanduser()
@@ -76,12 +75,12 @@ def _list(source: str | Path, split: str, on_error: Literal["raise", "skip"], li
     if path.is_file():
         if path.suffix != ".parquet":
             raise UserError(f"{name} is a {path.suffix or 'plain'} file: expected a .parquet file, or the folder that holds the pictures")
-        return table.list_parquet(path, split, limit)
+        return parquet.list_parquet(path, split, limit)
     if idx.has_idx(path):
         return _list_idx(path, split, path.resolve().name, limit)
-    if table.is_saved(path):
-        return table.list_saved(path, split, limit)
-    return folders.list_folder(path, split, limit, on_error)
+    if parquet.is_saved(path):
+        return parquet.list_saved(path, split, limit)
+    return image_folder.list_folder(path, split, limit, on_error)
 
 
 def _list_idx(folder: Path, split: str, name: str, limit: int | None) -> Listing:

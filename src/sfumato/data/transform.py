@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sfumato.errors import UserError, unknown
-from sfumato.files import hash_json
+from sfumato.io.atomic import hash_json
 
 Picture = str | Path | bytes | Image.Image | np.ndarray
 """What a source holds: a path, the bytes of an image file, or pixels."""

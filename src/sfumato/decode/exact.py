@@ -1,7 +1,7 @@
 """Decode and encode in strips, without approximation: the whole image's result to rounding, in about an eighth of the memory.
 
 Unlike tiles, strips hand each layer's last rows on to the next strip, group norms have the statistics of the whole map, and attention sees
-all positions: there is nothing to blend. How it is done, and what is worked out twice, stands in `sfumato.compress.strips`.
+all positions: there is nothing to blend. How it is done, and what is worked out twice, stands in `sfumato.compress.exact`.
 """
 
 import torch
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.compress.base import Autoencoder, InParts, Posterior
-from sfumato.compress.strips import posterior, reconstruct
+from sfumato.compress.exact import posterior, reconstruct
 from sfumato.decode.whole import check_decoded, check_latent
 from sfumato.errors import UserError
 

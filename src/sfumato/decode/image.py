@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
 from sfumato.errors import NumericalError, UserError
-from sfumato.files import atomic_file
+from sfumato.io.atomic import atomic_file
 
 KEY = "sfumato"
 """The keyword of the text chunk that holds the parameters as JSON."""

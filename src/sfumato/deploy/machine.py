@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.nn import invariant
-from sfumato.nn.mkl import controlled
-from sfumato.nn.packed import packable, packed
+from sfumato.inference.prepack import packable, packed
+from sfumato.kernels import batch_invariant
+from sfumato.kernels.mkl_threads import controlled
 
 BATCHES = (2, 3, 7, 17)
 """Batch sizes that are compared with images computed alone."""
@@ -59,7 +59,7 @@ def methods() -> dict[str, str]:
     small = nn.Sequential(nn.Linear(8, 8))
     bfloat16 = packable(nn.Sequential(nn.Linear(8, 8)).bfloat16())
     return {
-        "linear and convolution, float32": invariant.method(),
+        "linear and convolution, float32": batch_invariant.method(),
         "attention, float32": "torch's fused kernel" + (", MKL on one thread" if controlled() else ""),
         "attention of many tokens, bfloat16": "in blocks, by oneDNN" if bfloat16 else "torch's fused kernel",
         "prepared networks, float32": "weights packed for oneDNN" if packable(small) else "as they are",
@@ -87,19 +87,23 @@ def _layers() -> Iterator[tuple[str, Callable[[Tensor], Tensor], Tensor]]:
 
     count = max(BATCHES) + 1
     for d, e in ((64, 256), (256, 128), (320, 1280), (1280, 320)):
-        layer = filled(invariant.Linear(d, e))
+        layer = filled(batch_invariant.Linear(d, e))
         yield f"linear {d} to {e}", layer, normal(count, d)
         yield f"linear {d} to {e}, 5 tokens", layer, normal(count, 5, d)
     for c, d, kernel, stride, side in ((4, 64, 3, 1, 8), (128, 64, 3, 1, 7), (640, 640, 3, 1, 4), (320, 64, 3, 2, 8), (640, 96, 1, 1, 4)):
-        layer = filled(invariant.Conv2d(c, d, kernel, stride, kernel // 2))
+        layer = filled(batch_invariant.Conv2d(c, d, kernel, stride, kernel // 2))
         x = normal(count, c, side, side)
         yield f"convolution {kernel}x{kernel} of {c} to {d} channels, stride {stride}", layer, x
         if packable(layer):
             ready = packed(nn.Sequential(layer))
             yield f"prepared convolution {kernel}x{kernel} of {c} to {d} channels, stride {stride}", ready, x
-    yield "group norm", filled(invariant.GroupNorm(4, 24)), normal(count, 24, 7, 5)
+    yield "group norm", filled(batch_invariant.GroupNorm(4, 24)), normal(count, 24, 7, 5)
     yield "layer norm", nn.LayerNorm(77), normal(count, 5, 77)
-    for name, function in (("SiLU", invariant.silu), ("GELU", invariant.gelu), ("GELU by tanh", lambda x: invariant.gelu(x, tanh=True))):
+    for name, function in (
+        ("SiLU", batch_invariant.silu),
+        ("GELU", batch_invariant.gelu),
+        ("GELU by tanh", lambda x: batch_invariant.gelu(x, tanh=True)),
+    ):
         yield name, function, normal(count, 7, 5)
     for length in (9, 49, 256):
         yield f"attention of {length} tokens", _attention, normal(count, length, 3 * 80)
@@ -107,7 +111,7 @@ def _layers() -> Iterator[tuple[str, Callable[[Tensor], Tensor], Tensor]]:
 
 def _attention(x: Tensor) -> Tensor:
     q, k, v = x.chunk(3, -1)
-    return invariant.attention(q, k, v, 2)
+    return batch_invariant.attention(q, k, v, 2)
 
 
 def _same(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """What a model takes and what a machine has, said before any weight is read: `sfumato info MODEL`.
 
     in memory   weights + the largest of what a step and decoding take beside them
-    streamed    twice the largest layer + the same (nn/streamed.py); what memory is left keeps layers from step to step
+    streamed    twice the largest layer + the same (inference/offload/streaming.py); what memory is left keeps layers from step to step
 
 Sizes of weights are those of the files' headers. What a step and decoding take is counted: the network of the part's config is run once on the
 meta device, where tensors have shapes and no numbers, at the model's default size, one picture with guidance (a batch of two); what lives at
@@ -22,13 +22,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sfumato import pages
 from sfumato.checkpoints.folder import index, known_class
 from sfumato.errors import WRONG, UserError
-from sfumato.files import read_table
+from sfumato.io import host_memory
+from sfumato.io.atomic import read_table
+from sfumato.io.safetensors import find_weights
 from sfumato.predict.networks._network import Network
 from sfumato.types import Conditioning
-from sfumato.weights import find_weights
 
 STEMS = (("diffusion_pytorch_model", None), ("model", "pytorch_model"))
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -270,8 +270,8 @@ def report(path: Path, variant: str | None = None) -> dict[str, Any] | None:
 
 def _machine() -> Iterator[tuple[str, int | None]]:
     """Bytes that can be had: of memory; of a GPU's, if there is one; and what Python and its libraries hold already."""
-    yield "available", pages.free()
-    yield "libraries", pages.held()
+    yield "available", host_memory.free()
+    yield "libraries", host_memory.held()
     if torch.cuda.is_available():
         yield "gpu", torch.cuda.mem_get_info()[0]
 

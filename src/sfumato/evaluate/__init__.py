@@ -5,14 +5,14 @@
     report = report.join(evaluate_reconstruction(originals, reconstructions, features))
     report.to_json("report.json"); report.to_html("report.html")
 
-One metric a file: reconstruction (PSNR, SSIM), frechet, manifold (precision, recall, density, coverage), memorisation, classes, speed.
+One metric a file: reconstruction (PSNR, SSIM), frechet, precision_recall (precision, recall, density, coverage), memorisation, classes, throughput.
 """
 
 from sfumato.evaluate.features import FeatureNetwork, Features, extract, load_features
 from sfumato.evaluate.inputs import ImageSource
 from sfumato.evaluate.report import Metric, Report
 from sfumato.evaluate.run import evaluate_reconstruction, evaluate_samples
-from sfumato.evaluate.speed import measure_speed
+from sfumato.evaluate.throughput import measure_speed
 
 __all__ = [
     "FeatureNetwork",

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.files import atomic_folder, hash_json, hash_tensors, read_json, read_tensors, write_json, write_tensors
+from sfumato.io.atomic import atomic_folder, hash_json, hash_tensors, read_json, read_tensors, write_json, write_tensors
 
 CLASS_NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import UserError
 from sfumato.evaluate.inputs import check_images
-from sfumato.files import hash_json, hash_tensors, read_tensors
+from sfumato.io.atomic import hash_json, hash_tensors, read_tensors
 
 KNOWN = ("fashion", "efficientnet-lite0", "inception:PATH", "module:attribute", "a folder with config.json and model.safetensors")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.evaluate.inputs import check_features
-from sfumato.files import read_tensors, write_tensors
+from sfumato.io.atomic import read_tensors, write_tensors
 
 
 @dataclass(frozen=True, eq=False)

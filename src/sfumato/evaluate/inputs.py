@@ -10,7 +10,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from sfumato.errors import NumericalError, UserError
-from sfumato.files import hash_tensors
+from sfumato.io.atomic import hash_tensors
 
 ImageSource = Tensor | Callable[[int, int, int], Tensor]
 """Images, or `(n, batch, seed) -> images`: makes n images in batches, image k from seed + k."""

@@ -14,7 +14,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from sfumato.evaluate.inputs import check_features
-from sfumato.evaluate.manifold import nearest
+from sfumato.evaluate.precision_recall import nearest
 
 QUANTILE = 0.01
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sfumato.evaluate.pictures import Picture
-from sfumato.files import atomic_file
+from sfumato.evaluate.figures import Picture
+from sfumato.io.atomic import atomic_file
 
 if TYPE_CHECKING:
     from rich.table import Table

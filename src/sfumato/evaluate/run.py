@@ -17,18 +17,18 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.evaluate import pictures
+from sfumato.evaluate import figures
 from sfumato.evaluate.classes import Classes, classes
 from sfumato.evaluate.features import Features, extract
 from sfumato.evaluate.features import classify as classify_all
+from sfumato.evaluate.figures import Picture
 from sfumato.evaluate.frechet import frechet_distance, gaussian
 from sfumato.evaluate.inputs import ImageSource, check_images, check_labels, check_pair, choose, draw, fingerprint
-from sfumato.evaluate.manifold import Manifold, expected_coverage, manifold
 from sfumato.evaluate.memorisation import Memorisation, memorisation
-from sfumato.evaluate.pictures import Picture
+from sfumato.evaluate.precision_recall import Manifold, expected_coverage, manifold
 from sfumato.evaluate.reconstruction import reconstruction
 from sfumato.evaluate.report import Metric, Report, Rows
-from sfumato.evaluate.speed import Speed
+from sfumato.evaluate.throughput import Speed
 
 NEIGHBOURS = 3
 """Training images shown below a sample."""
@@ -152,12 +152,12 @@ def evaluate_samples(
     rows = guesses if labels is None else labels[:count]
     suspects = copies.distances[:, 0].argsort(stable=True)[:12]
     images = (
-        Picture("Samples", _arranged(labels, guesses), pictures.by_class(shown, rows)),
-        Picture("Real images", "from the training set", pictures.by_class(train, train_labels)),
+        Picture("Samples", _arranged(labels, guesses), figures.by_class(shown, rows)),
+        Picture("Real images", "from the training set", figures.by_class(train, train_labels)),
         Picture(
             "The samples nearest to the training set",
             "top: the sample; below: its nearest training images",
-            pictures.neighbours(shown, train, copies.indices, suspects),
+            figures.neighbours(shown, train, copies.indices, suspects),
         ),
     )
     facts = {"n": count, "seed": seed, "k": k, "floor_n": len(floor_rows), **(settings or {})}
@@ -208,7 +208,7 @@ def evaluate_reconstruction(
         distance = frechet_distance(gaussian(f_b, features.hash), gaussian(f_a, features.hash))
         about = f"reconstructions against their originals, features {features.name}"
         metrics += (Metric("reconstruction_frechet_distance", distance, frechet_distance(first, second), "lower", about),)
-    pairs = Picture("Reconstructions", "top: the original; below: its reconstruction", pictures.side_by_side(a, b))
+    pairs = Picture("Reconstructions", "top: the original; below: its reconstruction", figures.side_by_side(a, b))
     facts = {"reconstruction_n": len(a), **(settings or {})}
     data = {"originals": fingerprint(a), "reconstructions": fingerprint(b)}
     return Report(title, metrics, _describe(features) if features else {}, data, facts, (), (pairs,))

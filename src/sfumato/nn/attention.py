@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sfumato.nn import invariant
+from sfumato.kernels import batch_invariant
 
 _ROWS = 1024
 """Rows of a feed-forward layer at a time: 5 MB of inner numbers for a width of 320 in float32."""
@@ -27,10 +27,10 @@ class Attention(nn.Module):
         super().__init__()
         inner = heads * head_width
         self.heads = heads
-        self.to_q = invariant.Linear(width, inner, bias=qkv_bias)
-        self.to_k = invariant.Linear(context_width or width, inner, bias=qkv_bias)
-        self.to_v = invariant.Linear(context_width or width, inner, bias=qkv_bias)
-        self.to_out = nn.ModuleList([invariant.Linear(inner, width, bias=bias)])
+        self.to_q = batch_invariant.Linear(width, inner, bias=qkv_bias)
+        self.to_k = batch_invariant.Linear(context_width or width, inner, bias=qkv_bias)
+        self.to_v = batch_invariant.Linear(context_width or width, inner, bias=qkv_bias)
+        self.to_out = nn.ModuleList([batch_invariant.Linear(inner, width, bias=bias)])
 
     def forward(
         self,
@@ -41,7 +41,7 @@ class Attention(nn.Module):
         plus: Float[Tensor, "B N D"] | None = None,
     ) -> Float[Tensor, "B N D"]:
         context = x if context is None else context
-        return self.to_out[0](invariant.attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, mask), plus=plus)
+        return self.to_out[0](batch_invariant.attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, mask), plus=plus)
 
 
 class PictureAttention(nn.Module):
@@ -56,9 +56,9 @@ class PictureAttention(nn.Module):
         mask: Bool[Tensor, "B S"] | None,
         picture: int,
     ) -> Float[Tensor, "B N D"]:
-        """What queries find among keys, as `invariant.attend`; the first `picture` of both are the picture's, which makes no difference here."""
+        """What queries find among keys, as `batch_invariant.attend`; the first `picture` of both are the picture's, which makes no difference here."""
         del picture
-        return invariant.attend(q, k, v, mask)
+        return batch_invariant.attend(q, k, v, mask)
 
 
 class SpatialAttention(Attention):
@@ -69,7 +69,7 @@ class SpatialAttention(Attention):
 
     def __init__(self, channels: int, head_width: int, groups: int, eps: float):
         super().__init__(channels, channels // head_width, head_width, qkv_bias=True)
-        self.group_norm = invariant.GroupNorm(groups, channels, eps)
+        self.group_norm = batch_invariant.GroupNorm(groups, channels, eps)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:  # pyright: ignore[reportIncompatibleMethodOverride]
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
@@ -81,11 +81,11 @@ class GEGLU(nn.Module):
 
     def __init__(self, width: int, inner: int):
         super().__init__()
-        self.proj = invariant.Linear(width, 2 * inner)
+        self.proj = batch_invariant.Linear(width, 2 * inner)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
         value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * invariant.gelu(gate)
+        return value * batch_invariant.gelu(gate)
 
 
 class SwiGLU(nn.Module):
@@ -93,11 +93,11 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, inner: int):
         super().__init__()
-        self.proj = invariant.Linear(width, 2 * inner, bias=False)
+        self.proj = batch_invariant.Linear(width, 2 * inner, bias=False)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
         gate, value = self.proj(x).chunk(2, dim=-1)
-        return invariant.silu(gate) * value
+        return batch_invariant.silu(gate) * value
 
 
 class GELU(nn.Module):
@@ -105,10 +105,10 @@ class GELU(nn.Module):
 
     def __init__(self, width: int, inner: int):
         super().__init__()
-        self.proj = invariant.Linear(width, inner)
+        self.proj = batch_invariant.Linear(width, inner)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
-        return invariant.gelu(self.proj(x), tanh=True)
+        return batch_invariant.gelu(self.proj(x), tanh=True)
 
 
 _INNER = {"geglu": GEGLU, "gelu": GELU, "swiglu": SwiGLU}
@@ -123,13 +123,13 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, kind: str = "geglu", inner: int | None = None, bias: bool = True):
         super().__init__()
         inner = inner or 4 * width
-        self.net = nn.Sequential(_INNER[kind](width, inner), nn.Identity(), invariant.Linear(inner, width, bias=bias))
+        self.net = nn.Sequential(_INNER[kind](width, inner), nn.Identity(), batch_invariant.Linear(inner, width, bias=bias))
 
     def forward(self, x: Float[Tensor, "*B D"], *, plus: Float[Tensor, "*B D"] | None = None) -> Float[Tensor, "*B D"]:
         widen, _, back = self.net
         if not _by_parts(x):
             return back(widen(x), plus=plus)
-        if not invariant.FIXED_ORDER and x.ndim == 3:  # a part must not hold rows of two images
+        if not batch_invariant.FIXED_ORDER and x.ndim == 3:  # a part must not hold rows of two images
             return by_rows(lambda part, *beside: back(widen(part), plus=beside[0] if beside else None), (x,) if plus is None else (x, plus))
         # On the CPU a part's inner rows stay in the cache; all of them at once are fresh memory at each call, which takes twice as long.
         rows, added = x.flatten(0, -2), [None] * -(-x[..., 0].numel() // _ROWS) if plus is None else plus.flatten(0, -2).split(_ROWS)
@@ -200,10 +200,10 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.linear = linear
         inner = heads * head_width
-        self.norm = invariant.GroupNorm(groups, channels, 1e-6)
-        self.proj_in = invariant.Linear(channels, inner) if linear else invariant.Conv2d(channels, inner, 1)
+        self.norm = batch_invariant.GroupNorm(groups, channels, 1e-6)
+        self.proj_in = batch_invariant.Linear(channels, inner) if linear else batch_invariant.Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(TransformerBlock(inner, heads, head_width, context_width, only_cross) for _ in range(depth))
-        self.proj_out = invariant.Linear(inner, channels) if linear else invariant.Conv2d(inner, channels, 1)
+        self.proj_out = batch_invariant.Linear(inner, channels) if linear else batch_invariant.Conv2d(inner, channels, 1)
 
     def forward(
         self, x: Float[Tensor, "B C H W"], context: Float[Tensor, "B L E"], mask: Bool[Tensor, "B L"] | None = None

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sfumato.nn import invariant
+from sfumato.kernels import batch_invariant
 
 
 class ResnetBlock(nn.Module):
@@ -35,19 +35,19 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.resample = resample
-        self.norm1 = invariant.GroupNorm(groups, in_channels, eps)
-        self.conv1 = invariant.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = invariant.Linear(time_width, out_channels * (2 if scale_shift else 1)) if time_width else None
-        self.norm2 = invariant.GroupNorm(groups, out_channels, eps)
+        self.norm1 = batch_invariant.GroupNorm(groups, in_channels, eps)
+        self.conv1 = batch_invariant.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = batch_invariant.Linear(time_width, out_channels * (2 if scale_shift else 1)) if time_width else None
+        self.norm2 = batch_invariant.GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = invariant.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = invariant.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv2 = batch_invariant.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = batch_invariant.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(
         self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B T"] | None = None, size: torch.Size | None = None
     ) -> Float[Tensor, "B D h w"]:
         """`time`: the activated embedding. `size`: what "up" makes, where that is not twice the input (maps with an odd side)."""
-        y = invariant.silu(self.norm1(x))
+        y = batch_invariant.silu(self.norm1(x))
         if self.resample is not None:
             x, y = self._resampled(x, size), self._resampled(y, size)
         y = self.conv1(y)
@@ -61,7 +61,7 @@ class ResnetBlock(nn.Module):
                 y = self.norm2(y) * (1 + scale) + shift
             else:
                 y = self.norm2(y + shift)
-        return self.conv2(self.dropout(invariant.silu(y)), plus=x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return self.conv2(self.dropout(batch_invariant.silu(y)), plus=x if self.conv_shortcut is None else self.conv_shortcut(x))
 
     def _resampled(self, x: Float[Tensor, "B C H W"], size: torch.Size | None) -> Float[Tensor, "B C h w"]:
         if self.resample == "down":
@@ -78,7 +78,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, padding: int):
         super().__init__()
         self.asymmetric = padding == 0
-        self.conv = invariant.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = batch_invariant.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C h w"]:
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
@@ -89,7 +89,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = invariant.Conv2d(channels, channels, 3, padding=1)
+        self.conv = batch_invariant.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "B C h w"], size: torch.Size | None = None) -> Float[Tensor, "B C H W"]:
         if size is None or size == (2 * x.shape[-2], 2 * x.shape[-1]):

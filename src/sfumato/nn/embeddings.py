@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sfumato.nn import invariant
+from sfumato.kernels import batch_invariant
 
 
 def sinusoidal(position: Float[Tensor, " B"], width: int, cos_first: bool = True, shift: float = 0.0) -> Float[Tensor, "B D"]:
@@ -33,11 +33,11 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, width: int, out_width: int, bias: bool = True):
         super().__init__()
-        self.linear_1 = invariant.Linear(width, out_width, bias=bias)
-        self.linear_2 = invariant.Linear(out_width, out_width, bias=bias)
+        self.linear_1 = batch_invariant.Linear(width, out_width, bias=bias)
+        self.linear_2 = batch_invariant.Linear(out_width, out_width, bias=bias)
 
     def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B E"]:
-        return self.linear_2(invariant.silu(self.linear_1(x)))
+        return self.linear_2(batch_invariant.silu(self.linear_1(x)))
 
 
 class PatchEmbed(nn.Module):
@@ -48,7 +48,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, channels: int, width: int, patch: int):
         super().__init__()
-        self.proj = invariant.Conv2d(channels, width, patch, stride=patch)
+        self.proj = batch_invariant.Conv2d(channels, width, patch, stride=patch)
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B N D"]:
         return self.proj(x).flatten(2).transpose(1, 2)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sfumato.nn import invariant
+from sfumato.kernels import batch_invariant
 
 
 class Modulation(nn.Module):
@@ -17,10 +17,10 @@ class Modulation(nn.Module):
     def __init__(self, width: int, parts: int, bias: bool = True):
         super().__init__()
         self.parts = parts
-        self.linear = invariant.Linear(width, parts * width, bias=bias)
+        self.linear = batch_invariant.Linear(width, parts * width, bias=bias)
 
     def forward(self, embedding: Float[Tensor, "B D"]) -> tuple[Tensor, ...]:
-        return self.linear(invariant.silu(embedding))[:, None].chunk(self.parts, dim=-1)
+        return self.linear(batch_invariant.silu(embedding))[:, None].chunk(self.parts, dim=-1)
 
 
 def modulated(

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfumato.diffuse.process import Process
-from sfumato.nn.packed import compiled, packable, packed, shared
+from sfumato.inference.prepack import compiled, packable, packed, shared
 from sfumato.types import Conditioning, Prediction, Query
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.files import atomic_folder, read_json, read_tensors, recover, write_json, write_tensors
-from sfumato.weights import check_keys
+from sfumato.io.atomic import atomic_folder, read_json, read_tensors, recover, write_json, write_tensors
+from sfumato.io.safetensors import check_keys
 
 logger = logging.getLogger(__name__)
 

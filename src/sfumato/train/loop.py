@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from sfumato.errors import NumericalError, UserError, unknown
 from sfumato.train import checkpoint
+from sfumato.train.batch_sampler import Order, derive_seed
 from sfumato.train.ema import EMA
+from sfumato.train.logger import Means, Record
 from sfumato.train.objective import Draw, Objective
-from sfumato.train.order import Order, derive_seed
-from sfumato.train.record import Means, Record
 
 logger = logging.getLogger(__name__)
 

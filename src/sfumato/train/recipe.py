@@ -22,8 +22,8 @@ from sfumato.checkpoints.taesd import load_taesd
 from sfumato.compress.base import Autoencoder
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.data import BucketedImages, BucketedLatents, ImageSet, LatentSet, cache_latents, open_both, open_buckets
-from sfumato.data.held_out import split
 from sfumato.data.source import open_with
+from sfumato.data.splits import split
 from sfumato.decode.image import grid
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
@@ -31,7 +31,7 @@ from sfumato.diffuse.schedule import schedule
 from sfumato.diffuse.variational import check_bounded
 from sfumato.errors import UserError
 from sfumato.evaluate.features import Features, load_features
-from sfumato.files import atomic_folder, hash_tensors, write_json
+from sfumato.io.atomic import atomic_folder, hash_tensors, write_json
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.conditioners.nothing import Nothing
@@ -39,7 +39,7 @@ from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks._network import Network, build, network_of
 from sfumato.predict.networks.unet import UNetConfig
 from sfumato.sampling import Defaults
-from sfumato.train.captions import Captions, open_reader
+from sfumato.train.caption_embeddings import Captions, open_reader
 from sfumato.train.loop import LoopSettings, start, train
 from sfumato.train.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective
 from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective

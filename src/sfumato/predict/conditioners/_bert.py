@@ -17,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.errors import NumericalError, UserError, explained
-from sfumato.files import hash_json, read_table, write_json, write_tensors
+from sfumato.io.atomic import hash_json, read_table, write_json, write_tensors
+from sfumato.io.safetensors import check_keys, find_weights, not_finite, read_weights, require_finite
 from sfumato.predict.conditioners._ldm_bert import LDMBert, LDMBertConfig
 from sfumato.predict.conditioners._prompt import shown
-from sfumato.weights import check_keys, find_weights, not_finite, read_weights, require_finite
 
 STEM, PICKLED = "model", "pytorch_model"
 

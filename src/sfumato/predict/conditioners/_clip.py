@@ -19,17 +19,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sfumato.errors import NumericalError, UserError, explained
-from sfumato.files import hash_json, read_table, write_json, write_tensors
+from sfumato.io.atomic import hash_json, read_table, write_json, write_tensors
+from sfumato.io.safetensors import check_keys, find_weights, looked_at, not_finite, read_weights, require_finite
 from sfumato.predict.conditioners._chunks import Token
 from sfumato.predict.conditioners._prompt import shown
-from sfumato.weights import check_keys, find_weights, looked_at, not_finite, read_weights, require_finite
 
 logger = logging.getLogger(__name__)
 
 CLASSES = {False: "CLIPTextModel", True: "CLIPTextModelWithProjection"}
 PREFIX = "text_model."
 STEM, PICKLED = "model", "pytorch_model"
-"""What files of weights are called, with shards and variants: see sfumato.weights."""
+"""What files of weights are called, with shards and variants: see sfumato.io.safetensors."""
 POSITIONS = "embeddings.position_ids"
 """0, 1, 2 ...: a key of old files, not a weight."""
 HARMLESS = {"dropout", "torch_dtype", "transformers_version", "architectures", "model_type"}

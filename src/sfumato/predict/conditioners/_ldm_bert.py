@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sfumato.config import read_config
 from sfumato.errors import UserError
-from sfumato.nn import invariant
+from sfumato.kernels import batch_invariant
 
 _FIXED: dict[str, Any] = {"activation_function": "gelu", "scale_embedding": False, "pad_token_id": 0, "model_type": "ldmbert"}
 _NOTES = set(
@@ -58,13 +58,13 @@ class _Attention(nn.Module):
         super().__init__()
         wide, inner = config.d_model, config.encoder_attention_heads * config.head_dim
         self.heads = config.encoder_attention_heads
-        self.k_proj = invariant.Linear(wide, inner, bias=False)
-        self.v_proj = invariant.Linear(wide, inner, bias=False)
-        self.q_proj = invariant.Linear(wide, inner, bias=False)
-        self.out_proj = invariant.Linear(inner, wide)
+        self.k_proj = batch_invariant.Linear(wide, inner, bias=False)
+        self.v_proj = batch_invariant.Linear(wide, inner, bias=False)
+        self.q_proj = batch_invariant.Linear(wide, inner, bias=False)
+        self.out_proj = batch_invariant.Linear(inner, wide)
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
-        return self.out_proj(invariant.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads))
+        return self.out_proj(batch_invariant.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads))
 
 
 class _Layer(nn.Module):
@@ -72,13 +72,13 @@ class _Layer(nn.Module):
         super().__init__()
         self.self_attn = _Attention(config)
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
-        self.fc1 = invariant.Linear(config.d_model, config.encoder_ffn_dim)
-        self.fc2 = invariant.Linear(config.encoder_ffn_dim, config.d_model)
+        self.fc1 = batch_invariant.Linear(config.d_model, config.encoder_ffn_dim)
+        self.fc2 = batch_invariant.Linear(config.encoder_ffn_dim, config.d_model)
         self.final_layer_norm = nn.LayerNorm(config.d_model)
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
         x = x + self.self_attn(self.self_attn_layer_norm(x))
-        return x + self.fc2(invariant.gelu(self.fc1(self.final_layer_norm(x))))
+        return x + self.fc2(batch_invariant.gelu(self.fc1(self.final_layer_norm(x))))
 
 
 class _Encoder(nn.Module):

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from sfumato.config import read_config
 from sfumato.errors import NumericalError, UserError, explained, unknown
-from sfumato.files import hash_json, read_table, write_json, write_tensors
+from sfumato.io.atomic import hash_json, read_table, write_json, write_tensors
+from sfumato.io.safetensors import check_keys, find_weights, looked_at, not_finite, read_weights, require_finite
 from sfumato.predict.conditioners._prompt import shown
-from sfumato.weights import check_keys, find_weights, looked_at, not_finite, read_weights, require_finite
 
 C = TypeVar("C")
 
 STEM, PICKLED = "model", "pytorch_model"
-"""What files of weights are called, with shards and variants: see sfumato.weights."""
+"""What files of weights are called, with shards and variants: see sfumato.io.safetensors."""
 ANY = (Exception,)
 """The libraries raise a dozen kinds of errors about a file's values, some of them no more than `Exception`."""
 LONG = ("refuse", "cut")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import UserError, explained
-from sfumato.files import atomic_file
+from sfumato.io.atomic import atomic_file
 from sfumato.predict.conditioners._parts import (
     ANY,
     check_fields,

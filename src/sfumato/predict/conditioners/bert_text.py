@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.files import write_json
+from sfumato.io.atomic import write_json
 from sfumato.predict.conditioners._bert import BertEncoder, read_encoder
 from sfumato.types import Conditioning, Picture
 

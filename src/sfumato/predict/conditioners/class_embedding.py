@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sfumato.config import read_config
 from sfumato.errors import NumericalError, UserError, unknown
-from sfumato.files import read_json, read_tensors, write_json, write_tensors
+from sfumato.io.atomic import read_json, read_tensors, write_json, write_tensors
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.types import Conditioning, Picture
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sfumato.config import read_config
 from sfumato.errors import UserError, explained, unknown
-from sfumato.files import read_table, write_json
+from sfumato.io.atomic import read_table, write_json
 from sfumato.predict.conditioners._chunks import Token, cut
 from sfumato.predict.conditioners._clip import CLASSES, ClipEncoder, read_encoder
 from sfumato.predict.conditioners._prompt import parse, shown

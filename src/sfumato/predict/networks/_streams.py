@@ -15,9 +15,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.nn import invariant, rope
+from sfumato.kernels import batch_invariant
+from sfumato.nn import rope
 from sfumato.nn.embeddings import TimestepEmbedding, from_patches, padded, patches, sinusoidal
-from sfumato.nn.joint import with_picture
+from sfumato.nn.mmdit import with_picture
 from sfumato.nn.modulation import modulated
 from sfumato.predict.networks._network import Network
 from sfumato.types import Conditioning
@@ -104,10 +105,10 @@ class OutNorm(nn.Module):
     def __init__(self, width: int, bias: bool = True, eps: float = 1e-6):
         super().__init__()
         self.eps = eps
-        self.linear = invariant.Linear(width, 2 * width, bias=bias)
+        self.linear = batch_invariant.Linear(width, 2 * width, bias=bias)
 
     def forward(self, x: Float[Tensor, "B N D"], time: Float[Tensor, "B D"]) -> Float[Tensor, "B N D"]:
-        scale, shift = self.linear(invariant.silu(time))[:, None].chunk(2, dim=-1)
+        scale, shift = self.linear(batch_invariant.silu(time))[:, None].chunk(2, dim=-1)
         return modulated(x, scale, shift, self.eps)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sfumato.config import read_config
 from sfumato.errors import UserError
-from sfumato.nn import invariant
+from sfumato.kernels import batch_invariant
 from sfumato.nn.attention import Attention, FeedForward
 from sfumato.nn.embeddings import TimestepEmbedding, sinusoidal
 from sfumato.nn.modulation import Modulation, gated, modulated
@@ -62,7 +62,7 @@ class _Told(nn.Module):
 
     def forward(self, waves: Float[Tensor, "B W"], classes: Float[Tensor, "B K"]) -> Float[Tensor, "B D"]:
         table = cast("nn.Embedding", self.class_embedder["embedding_table"]).weight
-        return self.timestep_embedder(waves) + invariant.linear(classes, table.T)
+        return self.timestep_embedder(waves) + batch_invariant.linear(classes, table.T)
 
 
 class _Norm(Modulation):
@@ -105,8 +105,8 @@ class DiT(PatchNetwork):
         super().__init__(config)
         width, told = config.width, _Told(config.num_embeds_ada_norm + 1, config.width)
         self.transformer_blocks = nn.ModuleList(_Block(config, told) for _ in range(config.num_layers))
-        self.proj_out_1 = zeroed(invariant.Linear(width, 2 * width))
-        self.proj_out_2 = zeroed(invariant.Linear(width, config.patch_size**2 * config.outputs))
+        self.proj_out_1 = zeroed(batch_invariant.Linear(width, 2 * width))
+        self.proj_out_2 = zeroed(batch_invariant.Linear(width, config.patch_size**2 * config.outputs))
 
     @classmethod
     def class_fields(cls, count: int) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class DiT(PatchNetwork):
 
     def _last(self, told: Float[Tensor, "B D"]) -> tuple[Float[Tensor, "B 1 D"], Float[Tensor, "B 1 D"]]:
         """Scale and shift of the last norm."""
-        shift, scale = self.proj_out_1(invariant.silu(told))[:, None].chunk(2, dim=-1)
+        shift, scale = self.proj_out_1(batch_invariant.silu(told))[:, None].chunk(2, dim=-1)
         return scale, shift
 
     def _blocks(self) -> "list[_Block]":

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from sfumato.config import read_config
 from sfumato.errors import UserError
-from sfumato.nn import invariant, rope
+from sfumato.kernels import batch_invariant
+from sfumato.nn import rope
 from sfumato.nn.attention import FeedForward, PictureAttention, by_rows
-from sfumato.nn.joint import JointAttention
+from sfumato.nn.mmdit import JointAttention
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
 from sfumato.predict.networks._streams import OutNorm, Places, Streams, TimeEmbedding, check_numbers, limited
 from sfumato.types import Conditioning
@@ -120,7 +121,7 @@ class SelfAttention(PictureAttention):
         super().__init__()
         width = heads * head_width
         self.heads = heads
-        self.to_q, self.to_k, self.to_v = (invariant.Linear(width, width) for _ in range(3))
+        self.to_q, self.to_k, self.to_v = (batch_invariant.Linear(width, width) for _ in range(3))
         self.norm_q, self.norm_k = RMSNorm(head_width), RMSNorm(head_width)
 
     def forward(
@@ -139,8 +140,8 @@ class SingleBlock(nn.Module):
         super().__init__()
         width = heads * head_width
         self.norm = Modulation(width, 3)
-        self.proj_mlp = invariant.Linear(width, 4 * width)
-        self.proj_out = invariant.Linear(5 * width, width)
+        self.proj_mlp = batch_invariant.Linear(width, 4 * width)
+        self.proj_out = batch_invariant.Linear(5 * width, width)
         self.attn = SelfAttention(heads, head_width)
 
     def forward(
@@ -156,7 +157,7 @@ class SingleBlock(nn.Module):
         return limited(by_rows(self._out, [x, y, self.attn(y, turn, mask, count)], gate))
 
     def _out(self, x: Tensor, y: Tensor, seen: Tensor, gate: Tensor) -> Tensor:
-        inner = invariant.gelu(self.proj_mlp(y), tanh=True)
+        inner = batch_invariant.gelu(self.proj_mlp(y), tanh=True)
         return gated(x, gate, self.proj_out(torch.cat([seen, inner], dim=-1)))
 
 
@@ -171,12 +172,12 @@ class FluxTransformer(Streams):
         width, heads, head_width = config.width, config.num_attention_heads, config.attention_head_dim
         self.places = Places(config.axes_dims_rope, theta=10000.0, apart=1, line=False)
         self.time_text_embed = TimeEmbedding(width, _WAVES, config.pooled_projection_dim, config.guidance_embeds)
-        self.context_embedder = invariant.Linear(config.joint_attention_dim, width)
-        self.x_embedder = invariant.Linear(config.in_channels, width)
+        self.context_embedder = batch_invariant.Linear(config.joint_attention_dim, width)
+        self.x_embedder = batch_invariant.Linear(config.in_channels, width)
         self.transformer_blocks = nn.ModuleList(DoubleBlock(heads, head_width) for _ in range(config.num_layers))
         self.single_transformer_blocks = nn.ModuleList(SingleBlock(heads, head_width) for _ in range(config.num_single_layers))
         self.norm_out = OutNorm(width)
-        self.proj_out = invariant.Linear(width, config.out_channels or config.in_channels)
+        self.proj_out = batch_invariant.Linear(width, config.out_channels or config.in_channels)
 
     def forward(self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning) -> Float[Tensor, "B D h w"]:
         """x noisy latent, timestep in 0..1000, conditioning -> y, the network's target."""

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from sfumato.config import read_config
 from sfumato.errors import UserError
-from sfumato.nn import invariant, rope
+from sfumato.kernels import batch_invariant
+from sfumato.nn import rope
 from sfumato.nn.attention import PictureAttention, by_rows
-from sfumato.nn.joint import JointAttention
+from sfumato.nn.mmdit import JointAttention
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
 from sfumato.predict.networks._streams import OutNorm, Places, Steer, Streams, TimeEmbedding, check_numbers, limited
 
@@ -84,7 +85,7 @@ class Flux2Config:
 def _swiglu(x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
     """silu(a) b of the halves a and b."""
     gate, value = x.chunk(2, dim=-1)
-    return invariant.silu(gate) * value
+    return batch_invariant.silu(gate) * value
 
 
 class FeedForward(nn.Module):
@@ -92,8 +93,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, inner: int):
         super().__init__()
-        self.linear_in = invariant.Linear(width, 2 * inner, bias=False)
-        self.linear_out = invariant.Linear(inner, width, bias=False)
+        self.linear_in = batch_invariant.Linear(width, 2 * inner, bias=False)
+        self.linear_out = batch_invariant.Linear(inner, width, bias=False)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         return self.linear_out(_swiglu(self.linear_in(x)))
@@ -145,9 +146,9 @@ class ParallelAttention(PictureAttention):
         super().__init__()
         width, inner, eps = config.width, config.inner, config.eps
         self.heads, self.parts = config.num_attention_heads, [width, width, width, 2 * inner]
-        self.to_qkv_mlp_proj = invariant.Linear(width, 3 * width + 2 * inner, bias=False)
+        self.to_qkv_mlp_proj = batch_invariant.Linear(width, 3 * width + 2 * inner, bias=False)
         self.norm_q, self.norm_k = RMSNorm(config.attention_head_dim, eps), RMSNorm(config.attention_head_dim, eps)
-        self.to_out = invariant.Linear(width + inner, width, bias=False)
+        self.to_out = batch_invariant.Linear(width + inner, width, bias=False)
 
     def forward(
         self, x: Float[Tensor, "B S D"], turn: Float[Tensor, "S d 2"], mask: Bool[Tensor, "B S"] | None, count: int
@@ -189,12 +190,12 @@ class Flux2Transformer(Streams):
         self.double_stream_modulation_img = Modulation(width, 6, bias=False)
         self.double_stream_modulation_txt = Modulation(width, 6, bias=False)
         self.single_stream_modulation = Modulation(width, 3, bias=False)
-        self.x_embedder = invariant.Linear(config.in_channels, width, bias=False)
-        self.context_embedder = invariant.Linear(config.joint_attention_dim, width, bias=False)
+        self.x_embedder = batch_invariant.Linear(config.in_channels, width, bias=False)
+        self.context_embedder = batch_invariant.Linear(config.joint_attention_dim, width, bias=False)
         self.transformer_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.num_layers))
         self.single_transformer_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.num_single_layers))
         self.norm_out = OutNorm(width, bias=False, eps=config.eps)
-        self.proj_out = invariant.Linear(width, config.out_channels or config.in_channels, bias=False)
+        self.proj_out = batch_invariant.Linear(width, config.out_channels or config.in_channels, bias=False)
 
     @classmethod
     def shape_fields(cls, config: Any, channels: int, side: int) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from sfumato.config import read_config
 from sfumato.errors import UserError, unknown
-from sfumato.nn import invariant
+from sfumato.kernels import batch_invariant
 from sfumato.nn.attention import FeedForward, PictureAttention
 from sfumato.nn.embeddings import PatchEmbed, TimestepEmbedding, padded, sincos_2d, sinusoidal, unpatched
-from sfumato.nn.joint import with_picture
+from sfumato.nn.mmdit import with_picture
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
 from sfumato.nn.rope import angles, grid, rotate
 from sfumato.predict.networks._network import Network
@@ -104,10 +104,10 @@ class _Attention(PictureAttention):
     def __init__(self, config: ModernDiTConfig):
         super().__init__()
         self.heads, width = config.num_attention_heads, config.width
-        self.to_qkv = invariant.Linear(width, 3 * width, bias=False)
+        self.to_qkv = batch_invariant.Linear(width, 3 * width, bias=False)
         self.norm_q = RMSNorm(config.attention_head_dim) if config.qk_norm else nn.Identity()
         self.norm_k = RMSNorm(config.attention_head_dim) if config.qk_norm else nn.Identity()
-        self.to_out = invariant.Linear(width, width, bias=False)
+        self.to_out = batch_invariant.Linear(width, width, bias=False)
 
     def forward(
         self, x: Float[Tensor, "B N D"], turn: Tensor | None, mask: Bool[Tensor, "B N"] | None, count: int
@@ -152,13 +152,13 @@ class ModernDiT(Network):
         self.class_embedding = nn.Embedding(config.num_class_embeds, width) if config.num_class_embeds else None
         if config.caption_channels:
             self.caption_norm = RMSNorm(config.caption_channels)
-            self.caption_projection = invariant.Linear(config.caption_channels, width)
+            self.caption_projection = batch_invariant.Linear(config.caption_channels, width)
             self.caption_embedding = TimestepEmbedding(config.caption_channels, width)
         if config.register_tokens:
             self.registers = nn.Parameter(torch.empty(config.register_tokens, width))
         self.transformer_blocks = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
         self.norm_out = Modulation(width, 2)
-        self.proj_out = invariant.Linear(width, patch * patch * (config.out_channels or config.in_channels))
+        self.proj_out = batch_invariant.Linear(width, patch * patch * (config.out_channels or config.in_channels))
         self._initialise()
 
     def _initialise(self) -> None:
@@ -218,7 +218,7 @@ class ModernDiT(Network):
         if self.class_embedding is not None:
             if cond.vector is None:
                 raise UserError("this network is class-conditional: Conditioning.vector (B, V) is missing")
-            embedding = embedding + invariant.linear(cond.vector.to(dtype), self.class_embedding.weight.T)
+            embedding = embedding + batch_invariant.linear(cond.vector.to(dtype), self.class_embedding.weight.T)
         if self.config.caption_channels:
             if cond.tokens is None:
                 raise UserError(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sfumato.config import read_config
 from sfumato.errors import UserError
-from sfumato.nn import invariant
+from sfumato.kernels import batch_invariant
 from sfumato.nn.attention import Attention, FeedForward
 from sfumato.nn.embeddings import TimestepEmbedding, sinusoidal
 from sfumato.nn.modulation import gated, modulated
@@ -114,13 +114,13 @@ class _Single(nn.Module):
     def __init__(self, width: int, told_sizes: bool):
         super().__init__()
         self.emb = _Sizes(width, told_sizes)
-        self.linear = invariant.Linear(width, 6 * width)
+        self.linear = batch_invariant.Linear(width, 6 * width)
 
     def forward(
         self, timestep: Float[Tensor, " B"], picture: Float[Tensor, "B V"] | None, dtype: torch.dtype
     ) -> tuple[Float[Tensor, "B 6 D"], Float[Tensor, "B D"]]:
         told = self.emb(timestep, picture, dtype)
-        return self.linear(invariant.silu(told)).unflatten(1, (6, -1)), told
+        return self.linear(batch_invariant.silu(told)).unflatten(1, (6, -1)), told
 
 
 class _Caption(nn.Module):
@@ -128,11 +128,11 @@ class _Caption(nn.Module):
 
     def __init__(self, channels: int, width: int):
         super().__init__()
-        self.linear_1 = invariant.Linear(channels, width)
-        self.linear_2 = invariant.Linear(width, width)
+        self.linear_1 = batch_invariant.Linear(channels, width)
+        self.linear_2 = batch_invariant.Linear(width, width)
 
     def forward(self, tokens: Float[Tensor, "B L E"]) -> Float[Tensor, "B L D"]:
-        return self.linear_2(invariant.gelu(self.linear_1(tokens), tanh=True))
+        return self.linear_2(batch_invariant.gelu(self.linear_1(tokens), tanh=True))
 
 
 class _Block(nn.Module):
@@ -173,7 +173,7 @@ class PixArt(PatchNetwork):
         width = config.width
         self.transformer_blocks = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
-        self.proj_out = zeroed(invariant.Linear(width, config.patch_size**2 * config.outputs))
+        self.proj_out = zeroed(batch_invariant.Linear(width, config.patch_size**2 * config.outputs))
         self.adaln_single = _Single(width, config.told_sizes)
         self.caption_projection = None if config.caption_channels is None else _Caption(config.caption_channels, width)
 

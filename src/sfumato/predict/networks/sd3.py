@@ -1,6 +1,6 @@
 """MMDiT: the denoiser of Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv:2403.03206, section 4).
 
-y = U(x, t, conditioning): patches of the latent and tokens of a text go through blocks in which both attend to both (`nn/joint.py`), each
+y = U(x, t, conditioning): patches of the latent and tokens of a text go through blocks in which both attend to both (`nn/mmdit.py`), each
 with weights of its own, steered by time and a pooled text (adaLN; Peebles & Xie 2022, arXiv:2212.09748). Places are a table of sines, cut
 from its middle. Module names and config are diffusers' SD3Transformer2DModel.
 """
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from sfumato.config import read_config
 from sfumato.errors import UserError
-from sfumato.nn import invariant
+from sfumato.kernels import batch_invariant
 from sfumato.nn.embeddings import PatchEmbed, TimestepEmbedding, padded, sincos_2d, sinusoidal, unpatched
-from sfumato.nn.joint import JointBlock, with_picture
+from sfumato.nn.mmdit import JointBlock, with_picture
 from sfumato.nn.modulation import Modulation, modulated
 from sfumato.predict.networks._network import Network
 from sfumato.types import Conditioning
@@ -150,13 +150,13 @@ class SD3(Network):
             config.in_channels, width, config.patch_size, config.pos_embed_max_size, config.sample_size // config.patch_size
         )
         self.time_text_embed = TimeAndText(width, config.pooled_projection_dim)
-        self.context_embedder = invariant.Linear(config.joint_attention_dim, width)
+        self.context_embedder = batch_invariant.Linear(config.joint_attention_dim, width)
         self.transformer_blocks = nn.ModuleList(
             JointBlock(width, config.num_attention_heads, config.qk_norm is not None, i in config.dual_attention_layers, i == last)
             for i in range(config.num_layers)
         )
         self.norm_out = Modulation(width, 2)
-        self.proj_out = invariant.Linear(width, config.patch_size**2 * self.channels)
+        self.proj_out = batch_invariant.Linear(width, config.patch_size**2 * self.channels)
         for layer in (*(m.linear for m in self.modules() if isinstance(m, Modulation)), self.proj_out):
             nn.init.zeros_(layer.weight)  # adaLN-Zero: every block begins as the identity (DiT, section 3.2)
             nn.init.zeros_(layer.bias)

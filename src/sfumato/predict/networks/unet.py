@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sfumato.config import read_config
 from sfumato.errors import UserError
-from sfumato.nn import invariant
+from sfumato.kernels import batch_invariant
 from sfumato.nn.attention import SpatialAttention, SpatialTransformer
 from sfumato.nn.blocks import Downsample, ResnetBlock, Upsample
 from sfumato.nn.embeddings import TimestepEmbedding, sinusoidal
@@ -246,7 +246,7 @@ class UNet(Network):
         widths = config.block_out_channels
         time_width = config.time_embedding_dim or 4 * widths[0]
         last = len(widths) - 1
-        self.conv_in = invariant.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = batch_invariant.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], time_width)
         vector_width = config.projection_class_embeddings_input_dim or 0
         if config.class_embed_type == "projection":
@@ -254,7 +254,7 @@ class UNet(Network):
         elif config.class_embed_type == "timestep":
             self.class_embedding = TimestepEmbedding(widths[0], time_width)
         elif config.class_embed_type == "simple_projection":
-            self.class_embedding = invariant.Linear(vector_width, time_width)
+            self.class_embedding = batch_invariant.Linear(vector_width, time_width)
         elif config.class_embed_type == "identity":
             self.class_embedding = nn.Identity()
         elif config.num_class_embeds is not None:
@@ -286,12 +286,12 @@ class UNet(Network):
                 pairs.append((below + skips.pop(), widths[level]))
                 below = widths[level]
             self.up_blocks.append(_Block(config, level, kind, pairs, "up" if level > 0 else None, position))
-        self.conv_norm_out = invariant.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
-        self.conv_out = invariant.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.conv_norm_out = batch_invariant.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_out = batch_invariant.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def embed(self, timestep: Float[Tensor, " B"], cond: Conditioning, dtype: torch.dtype) -> Float[Tensor, "B T"]:
         """The activated time embedding, which all residual blocks read."""
-        return invariant.silu(self._embedding(timestep, cond, dtype))
+        return batch_invariant.silu(self._embedding(timestep, cond, dtype))
 
     def _embedding(self, timestep: Float[Tensor, " B"], cond: Conditioning, dtype: torch.dtype) -> Float[Tensor, "B T"]:
         """Time, and the conditioning vector (class weights, features, or a pooled text and sizes), as one embedding."""
@@ -307,7 +307,7 @@ class UNet(Network):
             return time + self.add_embedding(self._text_and_numbers(cond.vector).to(dtype))
         table = cast("nn.Module", self.class_embedding)
         if isinstance(table, nn.Embedding):
-            return time + invariant.linear(cond.vector.to(dtype), table.weight.to(dtype).T)
+            return time + batch_invariant.linear(cond.vector.to(dtype), table.weight.to(dtype).T)
         if c.class_embed_type == "timestep":
             return time + table(self._waves(cond.vector[:, 0], c.block_out_channels[0]).to(dtype))
         return time + table(cond.vector.to(dtype))
@@ -375,7 +375,7 @@ class UNet(Network):
         if cond.residuals:
             skips = _joined(skips, cond.residuals[: len(skips)])
         x = self._ascend(x, skips, self._way_up()[-len(skips) :], time, cond, skips[0].shape[2:])
-        return self.conv_out(invariant.silu(self.conv_norm_out(x)))
+        return self.conv_out(batch_invariant.silu(self.conv_norm_out(x)))
 
     def _way_down(self) -> list[tuple[_Block, int | None]]:
         """Who makes each skip after conv_in's: a block's residual block of that index, or (None) its downsampler."""

@@ -13,9 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sfumato.nn import invariant
+from sfumato.kernels import batch_invariant
 from sfumato.nn.attention import Attention, PictureAttention, SpatialAttention, TransformerBlock
-from sfumato.nn.joint import NormedAttention
+from sfumato.nn.mmdit import NormedAttention
 from sfumato.predict.references._copies import weakened
 from sfumato.types import Conditioning
 
@@ -51,7 +51,7 @@ def itself_and_others(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pict
     # Image by image: so many scores are wanted at once, and their bits do not depend on the batch.
     masks = [None] * len(q) if mask is None else mask[:, picture:]
     found = torch.stack([_itself_and_others(*parts) for parts in zip(q[:, :picture], k, v, masks, strict=True)])
-    return torch.cat([found, invariant.attend(q[:, picture:], k, v, mask)], dim=1) if q.shape[1] > picture else found
+    return torch.cat([found, batch_invariant.attend(q[:, picture:], k, v, mask)], dim=1) if q.shape[1] > picture else found
 
 
 def _itself_and_others(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sfumato.nn.attention import Attention, FeedForward, PictureAttention, SpatialAttention, SpatialTransformer, TransformerBlock
 from sfumato.nn.blocks import ResnetBlock
-from sfumato.nn.joint import JointAttention
+from sfumato.nn.mmdit import JointAttention
 from sfumato.predict.references._copies import weakened
 from sfumato.types import Conditioning
 

@@ -20,7 +20,7 @@ from sfumato.diffuse.process import Process
 from sfumato.diffuse.variational import bound, check_bounded
 from sfumato.diffuse.weighting import MODE_SCALES, TIMES, WEIGHTINGS, draw_times, loss_weight
 from sfumato.errors import UserError, unknown
-from sfumato.files import hash_bytes, hash_tensors
+from sfumato.io.atomic import hash_bytes, hash_tensors
 from sfumato.train.objective import Draw, Objective, config_of
 from sfumato.types import Conditioning, LatentSpace
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato import pages
-from sfumato.nn.transfer import padded
+from sfumato.inference.offload.transfer import padded
+from sfumato.io import host_memory
 
 MARK = "_sfumato_stream"
 """What a placeholder has its layer and name in, and a module what streams its weights."""
@@ -75,7 +75,7 @@ class _Through(Mapping[str, Tensor]):
     """A state dict of which only one tensor is in memory at a time."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
-        self._tensors, self._files = tensors, pages.Mapped()
+        self._tensors, self._files = tensors, host_memory.Mapped()
 
     def __getitem__(self, key: str) -> Tensor:
         found = self._tensors[key]
@@ -83,7 +83,7 @@ class _Through(Mapping[str, Tensor]):
         stored = found if layer is None else layer.stored[name]
         value = stored.to(found.dtype, copy=True)
         if stored in self._files:
-            pages.drop(stored)
+            host_memory.drop(stored)
         return value
 
     def __iter__(self) -> Iterator[str]:

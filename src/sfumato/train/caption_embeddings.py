@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfumato.checkpoints.folder import index
 from sfumato.errors import UserError
-from sfumato.files import hash_json, hash_tensors
+from sfumato.io.atomic import hash_json, hash_tensors
 from sfumato.predict.conditioners import reader_of, text_encoders
 from sfumato.predict.conditioners.sentence_text import SentenceText
 from sfumato.types import Conditioning

@@ -1,6 +1,6 @@
 """Autoencoders run in horizontal strips: the numbers of the whole image at once, in a fraction of the memory.
 
-The layers (`sfumato.nn.strips`) see a few rows at a time. What cannot be had from a few rows are the means and variances of group norms and
+The layers (`sfumato.inference.row_streaming`) see a few rows at a time. What cannot be had from a few rows are the means and variances of group norms and
 the keys and values of attention: each needs a pass over all rows before the next layer may begin. Between passes one map is *kept*, in
 strips that are let go as the next kept map grows; layers that lie *ahead* of it are run again in every pass.
 
@@ -26,10 +26,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfumato.compress.base import InParts, Posterior
-from sfumato.compress.halves import check_image
+from sfumato.compress.conv_autoencoder import check_image
 from sfumato.compress.tiny import Block, Scale
 from sfumato.errors import UserError
-from sfumato.nn import strips as by
+from sfumato.inference import row_streaming as by
 from sfumato.nn.attention import SpatialAttention
 from sfumato.nn.blocks import Downsample, ResnetBlock, Upsample
 

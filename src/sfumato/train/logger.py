@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image as PIL
 from torch import Tensor
 
-from sfumato.files import NotWritten, atomic_file, recover
+from sfumato.io.atomic import NotWritten, atomic_file, recover
 
 logger = logging.getLogger(__name__)
 

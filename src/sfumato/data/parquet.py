@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, final
 
-from sfumato.data.folder import CAPTIONS
+from sfumato.data.image_folder import CAPTIONS
 from sfumato.data.images import Listing
 from sfumato.data.transform import Picture
 from sfumato.errors import UserError, unknown

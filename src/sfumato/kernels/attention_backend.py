@@ -1,6 +1,6 @@
 """Which way attention takes, and a word where that is a slow one.
 
-    blockwise   nn/blockwise.py: bfloat16 on the CPU, many tokens
+    blockwise   kernels/cpu_attention.py: bfloat16 on the CPU, many tokens
     products    plain products: training of few tokens in bfloat16 on the CPU
     flash, efficient, cudnn   torch's fused kernels, which keep no scores
     math        torch's plain way: all scores in memory, several times as slow

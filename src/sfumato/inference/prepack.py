@@ -3,13 +3,13 @@
 oneDNN wants the weights of a convolution in blocks and reorders them at each call: at 16 x 16 pixels and below this takes as long as the
 convolution. `packed` reorders them once. Matrices in float32 stay as they are: they would gain nothing and would be copied.
 
-    3x3 convolution   of many channels: Winograd's (nn/winograd.py), with 16/9 of the memory. In bfloat16 it rounds three times as much as the
+    3x3 convolution   of many channels: Winograd's (kernels/winograd.py), with 16/9 of the memory. In bfloat16 it rounds three times as much as the
                       direct sum, and is used for the lowest levels only, where it saves the most time.
     1x1 convolution   in float32: a linear map of each pixel.
-    doubling          four convolutions of the small map (nn/doubling.py).
+    doubling          four convolutions of the small map (kernels/upsample_conv.py).
     linear map        the sum with a residual, GELU, and the product of a GEGLU are computed on the numbers that the product has just made.
 
-Feature maps have their channels last in memory. In float32 the rows of a batch do not depend on the batch (nn/invariant.py). oneDNN's
+Feature maps have their channels last in memory. In float32 the rows of a batch do not depend on the batch (nn/batch_invariant.py). oneDNN's
 channels-last convolutions do not promise that: each shape is verified at its first use, and computed image by image where it fails.
 
 A prepared network has no gradients and takes no new weights; `state_dict` returns the plain weights, bit for bit.
@@ -25,22 +25,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.nn import invariant, winograd
+from sfumato.kernels import batch_invariant, winograd
+from sfumato.kernels.upsample_conv import double, kernels
 from sfumato.nn.attention import GEGLU, GELU
 from sfumato.nn.blocks import Upsample
-from sfumato.nn.doubling import double, kernels
 
-_MANY = {torch.float32: 256, torch.bfloat16: 640}  # channels from which on 3x3 convolutions are done as in nn/winograd.py
+_MANY = {torch.float32: 256, torch.bfloat16: 640}  # channels from which on 3x3 convolutions are done as in kernels/winograd.py
 _ROWS = 1024  # that matrices are packed for
 
 
 def packable(network: nn.Module) -> bool:
     """Whether torch and this processor have such kernels for the network: on the CPU, in float32, or in bfloat16 where it knows that."""
-    ours = invariant.onednn()
+    ours = batch_invariant.onednn()
     if ours is None or not all(p.device.type == "cpu" and p.dtype == next(network.parameters()).dtype for p in network.parameters()):
         return False
     dtype = next(network.parameters()).dtype
-    return (dtype == torch.float32 and invariant.FIXED_ORDER) or (dtype == torch.bfloat16 and ours._is_mkldnn_bf16_supported())
+    return (dtype == torch.float32 and batch_invariant.FIXED_ORDER) or (dtype == torch.bfloat16 and ours._is_mkldnn_bf16_supported())
 
 
 def packed(network: nn.Module) -> nn.Module:
@@ -171,7 +171,7 @@ class Convolution(_Packed):
         assert not isinstance(conv.padding, str) and conv.padding_mode == "zeros"
         self.settings = [*conv.padding], [*conv.stride], [*conv.dilation], conv.groups
         size = [1, conv.in_channels, 64, 64]
-        self.weight = _frozen(invariant.onednn()._reorder_convolution_weight(conv.weight.detach().contiguous(), *self.settings, size))
+        self.weight = _frozen(batch_invariant.onednn()._reorder_convolution_weight(conv.weight.detach().contiguous(), *self.settings, size))
         self.bias = conv.bias
         self.one_call = _OneCall()
 
@@ -181,8 +181,8 @@ class Convolution(_Packed):
 
     def _convolve(self, x: Tensor, plus: Tensor | None) -> Tensor:
         if plus is None:
-            return invariant.onednn()._convolution_pointwise(x, self.weight, self.bias, *self.settings, "none", [], "")
-        added = invariant.onednn()._convolution_pointwise.binary
+            return batch_invariant.onednn()._convolution_pointwise(x, self.weight, self.bias, *self.settings, "none", [], "")
+        added = batch_invariant.onednn()._convolution_pointwise.binary
         return added(x, plus, self.weight, self.bias, *self.settings, "add", 1, None, [], None)
 
 
@@ -197,7 +197,7 @@ class Pointwise(_Packed):
         _check(x, self.dtype)
         rows, plus = _last(x).permute(0, 2, 3, 1), None if plus is None else _last(plus).permute(0, 2, 3, 1)
         end = "none" if plus is None else "add"
-        return invariant.onednn_linear(rows, self.weight.flatten(1), self.bias, end, plus).permute(0, 3, 1, 2)
+        return batch_invariant.onednn_linear(rows, self.weight.flatten(1), self.bias, end, plus).permute(0, 3, 1, 2)
 
 
 class Winograd(_Packed):
@@ -215,11 +215,11 @@ class Winograd(_Packed):
 
     def _product(self, i: int, j: int, rows: Tensor, added: Tensor | None) -> Tensor:
         bias = self.bias if (i, j) in ((0, 1), (3, 1)) else None
-        return invariant.onednn_linear(rows, self.products[i][j], bias, "none" if added is None else "add", added)
+        return batch_invariant.onednn_linear(rows, self.products[i][j], bias, "none" if added is None else "add", added)
 
 
 def _convolution(conv: nn.Conv2d) -> _Packed:
-    if conv.weight.dtype == torch.float32 and invariant.is_pointwise(
+    if conv.weight.dtype == torch.float32 and batch_invariant.is_pointwise(
         conv.weight, conv.stride, cast("tuple[int, int]", conv.padding), conv.groups
     ):
         return Pointwise(conv)
@@ -239,7 +239,7 @@ class _Linear(_Packed):
     def forward(self, x: Float[Tensor, "*B D"], *, plus: Float[Tensor, "*B E"] | None = None) -> Float[Tensor, "*B E"]:
         _check(x, self.dtype)
         end = "none" if plus is None else "add"
-        return invariant.onednn_linear(x.contiguous(), self.weight, self.bias, end, plus if plus is None else plus.contiguous())
+        return batch_invariant.onednn_linear(x.contiguous(), self.weight, self.bias, end, plus if plus is None else plus.contiguous())
 
 
 class _Gated(_Packed):
@@ -262,7 +262,7 @@ class _Gated(_Packed):
         _check(x, self.dtype)
         value, gate = (self.value, self.gate) if self.dtype == torch.bfloat16 else self.weight.chunk(2)
         x, (first, second) = x.contiguous(), self.bias.chunk(2)
-        return invariant.onednn_linear(x, value, first, "mul", invariant.onednn_linear(x, gate, second, "gelu"))
+        return batch_invariant.onednn_linear(x, value, first, "mul", batch_invariant.onednn_linear(x, gate, second, "gelu"))
 
 
 class _Curved(_Packed):
@@ -278,7 +278,7 @@ class _Curved(_Packed):
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
         _check(x, self.dtype)
-        return invariant.onednn_linear(x.contiguous(), self.weight, self.bias, "gelu tanh")
+        return batch_invariant.onednn_linear(x.contiguous(), self.weight, self.bias, "gelu tanh")
 
 
 class _Doubling(_Packed):
@@ -292,7 +292,7 @@ class _Doubling(_Packed):
         self.one_calls = [[_OneCall() for _ in range(2)] for _ in range(2)]
         size = [1, conv.in_channels, 64, 64]
         self.four = [
-            [invariant.onednn()._reorder_convolution_weight(w.contiguous(), [0, 0], [1, 1], [1, 1], 1, size) for w in row]
+            [batch_invariant.onednn()._reorder_convolution_weight(w.contiguous(), [0, 0], [1, 1], [1, 1], 1, size) for w in row]
             for row in kernels(conv.weight)
         ]
 
@@ -307,13 +307,13 @@ class _Doubling(_Packed):
         weight, bias = self.four[a][b], self.conv.bias
 
         def convolve(x: Tensor, _: Tensor | None) -> Tensor:
-            return invariant.onednn()._convolution_pointwise(x, weight, bias, [0, 0], [1, 1], [1, 1], 1, "none", [], "")
+            return batch_invariant.onednn()._convolution_pointwise(x, weight, bias, [0, 0], [1, 1], [1, 1], 1, "none", [], "")
 
         return self.one_calls[a][b](convolve, _last(part), None)
 
 
 def _matrix(weight: Tensor) -> Tensor:
-    return invariant.onednn()._reorder_linear_weight(weight.detach().contiguous(), _ROWS)
+    return batch_invariant.onednn()._reorder_linear_weight(weight.detach().contiguous(), _ROWS)
 
 
 def _frozen(weight: Tensor) -> nn.Parameter:

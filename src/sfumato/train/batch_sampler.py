@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sfumato.files import hash_bytes
+from sfumato.io.atomic import hash_bytes
 
 
 def derive_seed(*parts: object) -> int:

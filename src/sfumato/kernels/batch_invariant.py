@@ -13,7 +13,7 @@ processor, each operation here is computed by a method that cannot see the batch
     attention     torch's fused kernel, which calls MKL for each image and head with the same shape. The order of an MKL sum may depend on
                   the alignment of its operands: queries are padded, and the keys and values of each image begin on a cache line. It may
                   depend on MKL's own threads, which work where torch's do not: one short head of one image is computed twice. It may
-                  also depend on the number of threads that MKL counts on: nn/mkl.py sets it to one.
+                  also depend on the number of threads that MKL counts on: kernels/mkl_threads.py sets it to one.
     SiLU, GELU    torch computes most numbers by vector instructions and those that remain at the end of a thread's part by the C library,
                   which rounds differently. What is no whole number of vectors for each thread is computed apart, padded.
     group norm    with channels last in memory, threads share the images of a batch: such images are computed one by one.
@@ -23,7 +23,7 @@ begins on a cache line: the same call, whatever the batch. `method()` says which
 
 Group norms of contiguous maps, layer norms, interpolation and arithmetic need nothing. All this is for inference in float32 on the CPU. With
 gradients, in other dtypes, on other devices and under compilers the calls are torch's own, except that programs compiled for inference on
-the CPU call the faster kernels that are used here: oneDNN for large float32 products, nn/blockwise.py for bfloat16 attention.
+the CPU call the faster kernels that are used here: oneDNN for large float32 products, nn/cpu_attention.py for bfloat16 attention.
 
 The orders of summation are those in the source of oneDNN 3.12, which torch 2.13 contains (cpu/x64: matmul/brgemm_matmul_utils.cpp,
 jit_avx512_common_conv_kernel.cpp, jit_avx2_conv_kernel_f32.cpp, jit_brgemm_conv_utils.cpp). No library promises them,
@@ -41,8 +41,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sfumato.nn import blockwise, kernels
-from sfumato.nn.mkl import one_thread
+from sfumato.kernels import attention_backend, cpu_attention
+from sfumato.kernels.mkl_threads import one_thread
 
 _LINE = 16  # float32 numbers in a cache line of 64 bytes
 _LARGE = 2**16  # numbers of a weight from which on compiled programs call oneDNN: below, the call costs more than it gains
@@ -172,15 +172,15 @@ def attend(
 ) -> Float[Tensor, "B N D"]:
     """The same for heads that are cut already (D = H d), as where queries and keys are normed or turned before.
 
-    In bfloat16 on the CPU many tokens go as in nn/blockwise.py, and else narrow heads are done in float32: torch's kernel takes a fifth longer to round on the way (64 x 64 cells, 8 heads of
+    In bfloat16 on the CPU many tokens go as in nn/cpu_attention.py, and else narrow heads are done in float32: torch's kernel takes a fifth longer to round on the way (64 x 64 cells, 8 heads of
     40; a tenth for heads of 64, and a tenth less for heads of 128).
     """
-    if _BFLOAT16 and blockwise.fits(q, k):
+    if _BFLOAT16 and cpu_attention.fits(q, k):
         if torch.compiler.is_compiling():
             return _attend(q, k, v, mask)
-        y = blockwise.attend(q, k, v, mask, onednn())
+        y = cpu_attention.attend(q, k, v, mask, onednn())
         if y is not None:
-            kernels.report("blockwise", q, q.shape[1], k.shape[1], mask is not None)
+            attention_backend.report("blockwise", q, q.shape[1], k.shape[1], mask is not None)
             return y
     if q.dtype == torch.bfloat16 and q.is_cpu and q.shape[-1] < 128 and not torch.is_grad_enabled():
         return attend(q.float(), k.float(), v.float(), mask).bfloat16()
@@ -197,8 +197,8 @@ def attend(
             q, k, v = (torch.cat([p, p]) for p in (q, k, v))
     q, k, v = (p.transpose(1, 2) for p in (q, k, v))  # (B, H, N, d)
     keep = None if mask is None else mask[:, None, None, :]
-    if count * k.shape[2] >= kernels.MANY and not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-        kernels.report(kernels.torchs_choice(q, k, v, keep), q, count, k.shape[2], mask is not None)
+    if count * k.shape[2] >= attention_backend.MANY and not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        attention_backend.report(attention_backend.torchs_choice(q, k, v, keep), q, count, k.shape[2], mask is not None)
     with one_thread() if applies(q) else nullcontext():
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
     return y.transpose(1, 2).flatten(2)[: 1 if lone else None, :count]

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sfumato.nn import invariant, rope
+from sfumato.kernels import batch_invariant
+from sfumato.nn import rope
 from sfumato.nn.attention import Attention, FeedForward, PictureAttention
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
 
@@ -44,7 +45,7 @@ class NormedAttention(Attention):
         return self.norm_q(self.cut(self.to_q(x))), self.norm_k(self.cut(self.to_k(x))), self.cut(self.to_v(x))
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.to_out[0](invariant.attend(*self.heads_of(x)))
+        return self.to_out[0](batch_invariant.attend(*self.heads_of(x)))
 
 
 class JointAttention(NormedAttention, PictureAttention):
@@ -57,9 +58,9 @@ class JointAttention(NormedAttention, PictureAttention):
 
     def __init__(self, width: int, heads: int, normed: bool = True, bias: bool = True, eps: float = 1e-6, last: bool = False):
         super().__init__(width, heads, normed, bias, eps)
-        self.add_q_proj, self.add_k_proj, self.add_v_proj = (invariant.Linear(width, width, bias=bias) for _ in range(3))
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (batch_invariant.Linear(width, width, bias=bias) for _ in range(3))
         self.norm_added_q, self.norm_added_k = (_norm(width // heads, normed, eps) for _ in range(2))
-        self.to_add_out = None if last else invariant.Linear(width, width, bias=bias)
+        self.to_add_out = None if last else batch_invariant.Linear(width, width, bias=bias)
         if last:  # what nobody reads gets no gradient, for which processes that train together would wait
             for idle in (self.add_q_proj, self.norm_added_q):
                 idle.requires_grad_(False)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sfumato.compress.base import InParts, Posterior
 from sfumato.errors import UserError
-from sfumato.nn import invariant
+from sfumato.kernels import batch_invariant
 from sfumato.nn.attention import SpatialAttention
 from sfumato.nn.blocks import Downsample, ResnetBlock, Upsample
 
@@ -170,20 +170,20 @@ class Encoder(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, levels: Levels):
         super().__init__()
         widths, groups, last = levels.widths, levels.groups, len(levels.widths) - 1
-        self.conv_in = invariant.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.conv_in = batch_invariant.Conv2d(in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             _Level(widths[max(i - 1, 0)], w, levels.depth, groups, levels.attention[i], Downsample(w, 0) if i < last else None)
             for i, w in enumerate(widths)
         )
         self.mid_block = _Middle(widths[-1], groups, levels.middle_attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], _EPS)
-        self.conv_out = invariant.Conv2d(widths[-1], out_channels, 3, padding=1)
+        self.conv_out = batch_invariant.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
         x = self.conv_in(image)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(invariant.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(batch_invariant.silu(self.conv_norm_out(self.mid_block(x))))
 
     def parts(self) -> list[nn.Module]:
         """In the order in which they run; SiLU comes after the norm."""
@@ -197,20 +197,20 @@ class Decoder(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, levels: Levels):
         super().__init__()
         widths, attention, groups, last = levels.widths[::-1], levels.attention[::-1], levels.groups, len(levels.widths) - 1
-        self.conv_in = invariant.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.conv_in = batch_invariant.Conv2d(in_channels, widths[0], 3, padding=1)
         self.mid_block = _Middle(widths[0], groups, levels.middle_attention)
         self.up_blocks = nn.ModuleList(
             _Level(widths[max(i - 1, 0)], w, levels.depth + 1, groups, attention[i], Upsample(w) if i < last else None)
             for i, w in enumerate(widths)
         )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], _EPS)
-        self.conv_out = invariant.Conv2d(widths[-1], out_channels, 3, padding=1)
+        self.conv_out = batch_invariant.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, latent: Float[Tensor, "B c h w"]) -> Float[Tensor, "B C H W"]:
         x = self.mid_block(self.conv_in(latent))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(invariant.silu(self.conv_norm_out(x)))
+        return self.conv_out(batch_invariant.silu(self.conv_norm_out(x)))
 
     def parts(self) -> list[nn.Module]:
         """In the order in which they run; SiLU comes after the norm."""
@@ -227,8 +227,8 @@ class Halved(InParts):
     config: Any  # with `factor`, the pixels along a side for one latent cell
     encoder: Encoder
     decoder: Decoder
-    quant_conv: invariant.Conv2d | None
-    post_quant_conv: invariant.Conv2d | None
+    quant_conv: batch_invariant.Conv2d | None
+    post_quant_conv: batch_invariant.Conv2d | None
 
     def posterior(self, image: Float[Tensor, "B C H W"]) -> Posterior:
         check_image(image, self.channels, self.config.factor)

@@ -22,7 +22,7 @@ from sfumato.diffuse.samplers import draws_noise
 from sfumato.diffuse.schedule import Schedule
 from sfumato.diffuse.timesteps import SPACINGS, timesteps
 from sfumato.errors import UserError, explained
-from sfumato.files import read_table, write_json
+from sfumato.io.atomic import read_table, write_json
 from sfumato.model import LatentDiffusion
 from sfumato.sampling import Request as _Request
 from sfumato.sampling import sampler_of, settings

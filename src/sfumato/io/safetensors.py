@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.files import read_json, read_tensors
-from sfumato.pickles import read_pickle
+from sfumato.io.atomic import read_json, read_tensors
+from sfumato.io.pickles import read_pickle
 
 ENDINGS = (".safetensors", ".bin")
 EIGHTS = (torch.float8_e4m3fn, torch.float8_e5m2)

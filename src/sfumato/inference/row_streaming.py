@@ -21,10 +21,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfumato.errors import NumericalError
-from sfumato.nn import invariant
+from sfumato.kernels import batch_invariant
+from sfumato.kernels.upsample_conv import double, kernels
 from sfumato.nn.attention import SpatialAttention
 from sfumato.nn.blocks import Downsample, Upsample
-from sfumato.nn.doubling import double, kernels
 
 Strips = Iterator[Tensor]
 Layer = Callable[[Strips], Strips]
@@ -153,7 +153,7 @@ def halving(down: Downsample) -> Layer:
 def doubling(up: Upsample) -> Layer:
     """`Upsample` to twice the size.
 
-    As four convolutions of the map itself (nn/doubling.py). In half precision their sums of weights would be rounded coarsely; there the map
+    As four convolutions of the map itself (kernels/upsample_conv.py). In half precision their sums of weights would be rounded coarsely; there the map
     is doubled and convolved as it is written.
     """
     conv = up.conv
@@ -191,9 +191,9 @@ def _plain_convolve(
     padding: tuple[int, ...] = (0, 0),
     groups: int = 1,
 ) -> Tensor:
-    """As `invariant.Conv2d`: torch's own call may unfold the input, which takes nine times the memory."""
-    if invariant.applies(rows, weight):
-        return invariant.convolve(rows, weight, bias, stride, padding, (1, 1), groups)
+    """As `batch_invariant.Conv2d`: torch's own call may unfold the input, which takes nine times the memory."""
+    if batch_invariant.applies(rows, weight):
+        return batch_invariant.convolve(rows, weight, bias, stride, padding, (1, 1), groups)
     return F.conv2d(rows, weight, bias, stride, padding, (1, 1), groups)
 
 
@@ -303,7 +303,7 @@ def _attend(module: SpatialAttention, k: Tensor, v: Tensor, strip: Tensor) -> Te
     """What the positions of a strip take from all; some queries at a time."""
     chunk = max(16, _SCORES // (k.shape[1] * module.heads))
     queries = module.to_q(_tokens(strip)).split(chunk, 1)
-    y = torch.cat([invariant.attention(q, k, v, module.heads) for q in queries], 1)
+    y = torch.cat([batch_invariant.attention(q, k, v, module.heads) for q in queries], 1)
     return module.to_out[0](y).transpose(1, 2).unflatten(2, strip.shape[2:])
 
 

@@ -3,7 +3,7 @@
 A layer is a module with weights of its own and no modules inside. What is done with its weights depends on where they lie:
 
     mapped   in a file, in the dtype that is computed in, on the CPU: the layer computes from the file's pages, which are dropped afterwards
-    copied   anything else: they are converted, or sent to the device, into a ring of places that is used again (nn/transfer.py)
+    copied   anything else: they are converted, or sent to the device, into a ring of places that is used again (inference/offload/transfer.py)
 
 Layers that follow are asked for while one runs. The order is what the last pass showed; before that, the one in which they are registered. After
 a first pass it is known what a pass needs besides; what is left of the memory given (`Memory`) then keeps layers from pass to pass, and
@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato import pages
 from sfumato.errors import UserError
-from sfumato.nn.away import MARK, Layer, computed, listed, with_access
-from sfumato.nn.transfer import Copies, OnCPU, OnGPU, Ring, padded, place, room
-from sfumato.weights import require_finite
+from sfumato.inference.offload.placeholders import MARK, Layer, computed, listed, with_access
+from sfumato.inference.offload.transfer import Copies, OnCPU, OnGPU, Ring, padded, place, room
+from sfumato.io import host_memory
+from sfumato.io.safetensors import require_finite
 
 SMALL = 2**16
 """Bytes of a layer up to which its weights stay: norms and the like, which are no burden and would be many."""
@@ -45,11 +45,11 @@ class Memory:
 
     def now(self) -> int | None:
         """Bytes that are held."""
-        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else pages.held()
+        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else host_memory.held()
 
     def peak(self) -> int | None:
         """The most that was held so far."""
-        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else pages.held(peak=True)
+        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else host_memory.held(peak=True)
 
     def spare(self) -> int:
         """Bytes that the peak so far leaves, less a little for what is not the same in every pass; below 0 where it was above the limit."""
@@ -80,7 +80,7 @@ class Stream:
         self.memory, self.dtype, self.where = memory, dtype, where
         self.layers: list[Layer] = []
         self.resting: list[Tensor] = []  # stored tensors of what is always there
-        device, files, wide = memory.device, pages.Mapped(), _wide(network, dtype)
+        device, files, wide = memory.device, host_memory.Mapped(), _wide(network, dtype)
         first = next((module for module in network.modules() if any(p is not None for p in module._parameters.values())), None)
         for name, module in network.named_modules():
             own = {key: p.detach() for key, p in module._parameters.items() if p is not None}
@@ -231,7 +231,7 @@ class Stream:
             for piece in tensor.detach().split(2**10) if layer.by_rows else (tensor.detach(),):
                 require_finite({f"{layer.name}.{key}": piece}, self.where)
                 if layer.by_rows:
-                    pages.drop(piece)
+                    host_memory.drop(piece)
         layer.looked = True
 
     # ---- mapped --------------------------------------------------------------------------------------------------------
@@ -246,12 +246,12 @@ class Stream:
             self.asked.add(at)
             for tensor in at.stored.values():
                 if tensor in self.files:
-                    pages.ask(tensor)
+                    host_memory.ask(tensor)
 
     def _drop(self, layer: Layer) -> None:
         for tensor in layer.stored.values():
             if tensor in self.files:
-                pages.drop(tensor)
+                host_memory.drop(tensor)
 
     # ---- copied --------------------------------------------------------------------------------------------------------
 
@@ -308,7 +308,7 @@ class Stream:
             layer.kept = layer.copied = None
             self._drop(layer)
         for tensor in self.resting:
-            pages.drop(tensor)
+            host_memory.drop(tensor)
         self._forget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Stream":

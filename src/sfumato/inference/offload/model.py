@@ -1,6 +1,6 @@
 """A whole model in less memory than its weights take: text encoders, denoiser and decoder stream theirs, one after the other.
 
-How a network does it is nn/streamed.py. `model` in this file is a `LatentDiffusion`, or anything with its autoencoder, denoiser and conditioner.
+How a network does it is inference/offload/streaming.py. `model` in this file is a `LatentDiffusion`, or anything with its autoencoder, denoiser and conditioner.
 """
 
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.nn.away import read_through
-from sfumato.nn.packed import shared
-from sfumato.nn.streamed import Memory, Stream, stream, streamed
-from sfumato.pages import can_drop
+from sfumato.inference.offload.placeholders import read_through
+from sfumato.inference.offload.streaming import Memory, Stream, stream, streamed
+from sfumato.inference.prepack import shared
+from sfumato.io.host_memory import can_drop
 
 ROOM = 2**25
 """Bytes beside the weights below which nothing at all can be computed."""

@@ -1,0 +1,1 @@
+"""The same network, run another way: packed weights, row streaming, offload."""

@@ -1,0 +1,1 @@
+"""Files: atomic writes, safetensors, pickles, and the memory that mapped files take."""
