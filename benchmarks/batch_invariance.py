@@ -1,11 +1,14 @@
-"""What it costs that an image does not depend on its batch: this code beside plain torch, and beside another checkout, in one run.
+"""What it costs that an image does not depend on its batch: this code beside plain torch, and
+beside another checkout, in one run.
 
-    python benchmarks/batch_invariance.py [--before CHECKOUT] [--workloads fashion-1 ...] [--repeats 7] [--threads 2]
+    python benchmarks/batch_invariance.py [--before CHECKOUT] [--workloads fashion-1 ...] [--repeats
+    7] [--threads 2]
 
-"plain" is this code with torch's own layers, whose images depend on the batch. "before" is the code of another checkout, such as a worktree of
-an older commit. Each way runs in a process of its own; the processes take turns, so that a machine that changes its pace changes it for all. The
-best and the median of the repeats are printed, in milliseconds, and the best over this code's best. Float32 on the CPU; weights are random except for the
-bundled model's.
+"plain" is this code with torch's own layers, whose images depend on the batch. "before" is the code
+of another checkout, such as a worktree of an older commit. Each way runs in a process of its own;
+the processes take turns, so that a machine that changes its pace changes it for all. The best and
+the median of the repeats are printed, in milliseconds, and the best over this code's best. Float32
+on the CPU; weights are random except for the bundled model's.
 """
 
 import argparse
@@ -29,7 +32,9 @@ def fashion(count: int, prepared: bool) -> Call:
 
     model = sfumato.load("fashion")
     model = model.optimized() if prepared else model
-    return lambda: model.generate("ankle boot", n=count, seed=0, steps=10, guidance=2.0, output="tensor")
+    return lambda: model.generate(
+        "ankle boot", n=count, seed=0, steps=10, guidance=2.0, output="tensor"
+    )
 
 
 def filled(network: Any) -> Any:
@@ -55,7 +60,11 @@ def sd15(batch: int, prepared: bool) -> Call:
         network = UNet(UNetConfig(sample_size=64, cross_attention_dim=768, attention_head_dim=8))
     network = filled(network)
     network = packed(network) if prepared else network
-    x, t, cond = torch.randn(batch, 4, 64, 64), torch.full((batch,), 500.0), Conditioning(tokens=torch.randn(batch, 77, 768))
+    x, t, cond = (
+        torch.randn(batch, 4, 64, 64),
+        torch.full((batch,), 500.0),
+        Conditioning(tokens=torch.randn(batch, 77, 768)),
+    )
     return lambda: network(x, t, cond)
 
 
@@ -95,7 +104,9 @@ WORKLOADS: dict[str, tuple[Callable[[int, bool], Call], int, bool]] = {
 
 
 def work(plain: bool, threads: int) -> None:
-    """A child: make the workload that a line of stdin names, or run it where the line is "run" and print the seconds."""
+    """A child: make the workload that a line of stdin names, or run it where the line is "run" and
+    print the seconds.
+    """
     import torch
 
     torch.set_num_threads(threads)
@@ -124,7 +135,9 @@ def child(checkout: Path, way: str, threads: int) -> "subprocess.Popen[str]":
     """A process that runs a checkout's code."""
     command = [sys.executable, __file__, "--work", way, "--threads", str(threads)]
     environment = {**os.environ, "PYTHONPATH": str(checkout / "src")}
-    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def ask(process: "subprocess.Popen[str]", line: str) -> str:
@@ -139,8 +152,12 @@ def ask(process: "subprocess.Popen[str]", line: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The cost of images that do not depend on their batch.")
-    parser.add_argument("--before", type=Path, default=None, help="another checkout, to be measured beside this one")
+    parser = argparse.ArgumentParser(
+        description="The cost of images that do not depend on their batch."
+    )
+    parser.add_argument(
+        "--before", type=Path, default=None, help="another checkout, to be measured beside this one"
+    )
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
@@ -149,11 +166,14 @@ def main() -> None:
     if options.work:
         work(options.work == "plain", options.threads)
         return
-    ways = {"this code": ROOT, "plain": ROOT} | ({"before": options.before.resolve()} if options.before else {})
+    ways = {"this code": ROOT, "plain": ROOT} | (
+        {"before": options.before.resolve()} if options.before else {}
+    )
     processes = {way: child(checkout, way, options.threads) for way, checkout in ways.items()}
     print("| workload | way | best, ms | median, ms | of this code |\n|---|---|---|---|---|")
     for workload in options.workloads:
-        chosen = [way for way in ways if not (way == "plain" and workload.endswith("prepared"))]  # a prepared network is oneDNN's
+        # a prepared network is oneDNN's
+        chosen = [way for way in ways if not (way == "plain" and workload.endswith("prepared"))]
         for way in chosen:
             ask(processes[way], workload)
         seconds: dict[str, list[float]] = {way: [] for way in chosen}
@@ -162,7 +182,10 @@ def main() -> None:
                 seconds[way].append(float(ask(processes[way], "run")))
         for way, measured in seconds.items():
             best, median = 1000 * min(measured), 1000 * statistics.median(measured)
-            print(f"| {workload} | {way} | {best:.1f} | {median:.1f} | {min(measured) / min(seconds['this code']):.3f} |", flush=True)
+            print(
+                f"| {workload} | {way} | {best:.1f} | {median:.1f} | {min(measured) / min(seconds['this code']):.3f} |",
+                flush=True,
+            )
     for process in processes.values():
         process.terminate()
 

@@ -1,20 +1,25 @@
-"""Ways to decode and to encode one large image: seconds, peak memory, and the errors against all at once.
+"""Ways to decode and to encode one large image: seconds, peak memory, and the errors against all at
+once.
 
     python benchmarks/decode_memory.py                                        512 pixels
-    python benchmarks/decode_memory.py --size 2048 --ways whole exact tiled   about 17 GB and an hour of processor time (30 minutes on two cores)
-    python benchmarks/decode_memory.py --parts encode
+    python benchmarks/decode_memory.py --size 2048 --ways whole exact tiled   about 17 GB and an
+    hour of processor time (30 minutes on two cores) python benchmarks/decode_memory.py --parts
+    encode
 
-With `--keep FOLDER` what each way gave stays there, and is not worked out again: ways can be run one by one, and the last command prints all.
+With `--keep FOLDER` what each way gave stays there, and is not worked out again: ways can be run
+one by one, and the last command prints all.
 
     python benchmarks/decode_memory.py --size 2048 --keep runs/2048 --ways whole --parts decode
     python benchmarks/decode_memory.py --size 2048 --keep runs/2048 --ways exact
     python benchmarks/decode_memory.py --size 2048 --keep runs/2048 --ways whole exact tiled
 
-The autoencoder has the shape of Stable Diffusion's and random weights, as its norms and attention are there whatever the weights; the latent
-is normal noise, the image to encode uniform noise. Each way runs in a process of its own. Its peak is the largest resident memory (VmHWM of
-Linux) above what was resident before: weights, libraries and a first small run. diffusers, if it is installed, has the same weights; its
-tiles are as large as ours. Errors are of images in [-1, 1], or of the posterior's means (of its own units), against the first way; PSNR is
-10 log10(range^2 / mean squared error), where the range is 2 for pixels, and from the lowest to the highest for means.
+The autoencoder has the shape of Stable Diffusion's and random weights, as its norms and attention
+are there whatever the weights; the latent is normal noise, the image to encode uniform noise. Each
+way runs in a process of its own. Its peak is the largest resident memory (VmHWM of Linux) above
+what was resident before: weights, libraries and a first small run. diffusers, if it is installed,
+has the same weights; its tiles are as large as ours. Errors are of images in [-1, 1], or of the
+posterior's means (of its own units), against the first way; PSNR is 10 log10(range^2 / mean squared
+error), where the range is 2 for pixels, and from the lowest to the highest for means.
 """
 
 import json
@@ -51,7 +56,8 @@ class Settings:
     """Pixels along a side."""
     parts: tuple[Literal["decode", "encode"], ...] = ("decode", "encode")
     ways: tuple[str, ...] = ("whole", "exact", "tiled", "diffusers", "diffusers tiled")
-    """The first is what the others are held against. "exact 4.5": with maps of 4.5 GB between layers; "exact 0 8": in strips of 8 rows."""
+    """The first is what the others are held against. "exact 4.5": with maps of 4.5 GB between
+    layers; "exact 0 8": in strips of 8 rows."""
     tile: int = 32
     """Latent cells along a tile; a quarter of them overlap."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -60,7 +66,8 @@ class Settings:
     keep: Path | None = None
     """A folder in which what was made stays: ways whose results lie there are not run again."""
     into: Path | None = None
-    """For the processes that this one starts: run the one way and the one part here, and write what they gave into this folder."""
+    """For the processes that this one starts: run the one way and the one part here, and write what
+    they gave into this folder."""
 
     @property
     def title(self) -> str:
@@ -72,9 +79,15 @@ class Settings:
 
 
 def build(settings: Settings) -> AutoencoderKL:
-    """Of Stable Diffusion's shape. The last convolution is smaller than torch makes it, so that few pixels are limited to [-1, 1]."""
+    """Of Stable Diffusion's shape. The last convolution is smaller than torch makes it, so that few
+    pixels are limited to [-1, 1].
+    """
     torch.manual_seed(settings.seed)
-    autoencoder = AutoencoderKL(KLConfig(block_out_channels=(128, 256, 512, 512), latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4))
+    autoencoder = AutoencoderKL(
+        KLConfig(
+            block_out_channels=(128, 256, 512, 512), latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4
+        )
+    )
     autoencoder.decoder.conv_out.weight.data.mul_(0.5)
     return autoencoder.eval().requires_grad_(False).to(getattr(torch, settings.dtype))
 
@@ -83,13 +96,18 @@ def theirs(autoencoder: AutoencoderKL, settings: Settings, tiles: bool) -> Any:
     """diffusers' autoencoder with the same weights."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Theirs
 
-    config = {k: v for k, v in autoencoder.to_config().items() if k not in ("_class_name", "latents_mean", "latents_std")}
+    config = {
+        k: v
+        for k, v in autoencoder.to_config().items()
+        if k not in ("_class_name", "latents_mean", "latents_std")
+    }
     other: Any = Theirs.from_config(config)
     other.load_state_dict(autoencoder.state_dict())
     if tiles:
         other.enable_tiling()
         other.tile_latent_min_size, other.tile_sample_min_size = settings.tile, 8 * settings.tile
-    return nn.Module.to(other.eval().requires_grad_(False), autoencoder.dtype)  # its own `to` warns of float32 modules that it has not
+    # its own `to` warns of float32 modules that it has not
+    return nn.Module.to(other.eval().requires_grad_(False), autoencoder.dtype)
 
 
 def runner(settings: Settings, way: str, part: str) -> Callable[[Tensor], Tensor]:
@@ -102,7 +120,11 @@ def runner(settings: Settings, way: str, part: str) -> Callable[[Tensor], Tensor
             return lambda z: other.decode(z.to(other.dtype)).sample.float().clamp(-1, 1)
         return lambda image: other.encode(image.to(other.dtype)).latent_dist.mean.float()
     if kind == "whole":
-        return (lambda z: whole(autoencoder, z)) if decodes else (lambda image: autoencoder.posterior(image.to(autoencoder.dtype)).mean)
+        return (
+            (lambda z: whole(autoencoder, z))
+            if decodes
+            else (lambda image: autoencoder.posterior(image.to(autoencoder.dtype)).mean)
+        )
     if kind == "exact":
         memory = int(float(numbers[0]) * 1e9) or None if numbers else None
         rows = int(numbers[1]) if len(numbers) > 1 else None
@@ -117,7 +139,11 @@ def runner(settings: Settings, way: str, part: str) -> Callable[[Tensor], Tensor
 
 def resident(field: Literal["VmRSS", "VmHWM"]) -> int:
     """Bytes, of this process: now, or at most so far."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
     return 1024 * int(line.split()[1])
 
 
@@ -136,25 +162,52 @@ def measure(settings: Settings, way: str, part: str, folder: Path) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the mark of the highest memory begins anew
     before, begun, busy = resident("VmRSS"), perf_counter(), process_time()
     made = run(given)
-    numbers = {"seconds": perf_counter() - begun, "busy": process_time() - busy, "peak": resident("VmHWM") - before}
+    numbers = {
+        "seconds": perf_counter() - begun,
+        "busy": process_time() - busy,
+        "peak": resident("VmHWM") - before,
+    }
     write_tensors(folder / "made.safetensors", {"made": made.float().contiguous()})
-    (folder / "numbers.json").write_text(json.dumps({**numbers, "title": settings.title}))  # last: with it the results are whole
+    # last: with it the results are whole
+    (folder / "numbers.json").write_text(json.dumps({**numbers, "title": settings.title}))
 
 
 def results(settings: Settings, way: str, part: str, folder: Path) -> tuple[dict[str, Any], Tensor]:
-    """The numbers of `measure` in a process of its own, and what was made; of an earlier run where they lie in the folder."""
+    """The numbers of `measure` in a process of its own, and what was made; of an earlier run where
+    they lie in the folder.
+    """
     numbers = folder / "numbers.json"
     if not numbers.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        words = [f"--{name}={getattr(settings, name)}" for name in ("size", "tile", "dtype", "threads", "seed")]
-        subprocess.run([sys.executable, __file__, *words, "--ways", way, "--parts", part, "--into", str(folder)], check=True)
+        words = [
+            f"--{name}={getattr(settings, name)}"
+            for name in ("size", "tile", "dtype", "threads", "seed")
+        ]
+        subprocess.run(
+            [
+                sys.executable,
+                __file__,
+                *words,
+                "--ways",
+                way,
+                "--parts",
+                part,
+                "--into",
+                str(folder),
+            ],
+            check=True,
+        )
     found = json.loads(numbers.read_text())
     if found["title"] != settings.title:
-        raise SystemExit(f"{folder} is of another run ({found['title']}): give another folder to keep this one in ({settings.title})")
+        raise SystemExit(
+            f"{folder} is of another run ({found['title']}): give another folder to keep this one in ({settings.title})"
+        )
     return found, load_file(folder / "made.safetensors")["made"]
 
 
-def cells(numbers: dict[str, Any], made: Tensor, first: tuple[dict[str, Any], Tensor], part: str) -> list[str]:
+def cells(
+    numbers: dict[str, Any], made: Tensor, first: tuple[dict[str, Any], Tensor], part: str
+) -> list[str]:
     """A row of the table, without its name: cost, and what is different from the first way."""
     error, low, high = (made - first[1]).abs(), float(first[1].min()), float(first[1].max())
     square = float(error.double().square().mean())
@@ -173,9 +226,20 @@ def cells(numbers: dict[str, Any], made: Tensor, first: tuple[dict[str, Any], Te
 def main(settings: Settings) -> None:
     if settings.into is not None:
         return measure(settings, settings.ways[0], settings.parts[0], settings.into)
-    console = Console(width=None if sys.stdout.isatty() else 120)  # rich cuts what is wider than a terminal it assumes
+    # rich cuts what is wider than a terminal it assumes
+    console = Console(width=None if sys.stdout.isatty() else 120)
     table, below = Table(title=settings.title), []
-    for column in ("", "way", "seconds", "CPU seconds", "peak GB", "of the first", "largest error", "mean error", "PSNR dB"):
+    for column in (
+        "",
+        "way",
+        "seconds",
+        "CPU seconds",
+        "peak GB",
+        "of the first",
+        "largest error",
+        "mean error",
+        "PSNR dB",
+    ):
         table.add_column(column, justify="left" if column in ("", "way") else "right")
     with TemporaryDirectory() as temporary:
         for part in settings.parts:
@@ -184,13 +248,21 @@ def main(settings: Settings) -> None:
                 if way.startswith("diffusers") and find_spec("diffusers") is None:
                     continue
                 with console.status(f"{part} {way}"):
-                    found = results(settings, way, part, (settings.keep or Path(temporary)) / f"{part} {way}")
+                    found = results(
+                        settings, way, part, (settings.keep or Path(temporary)) / f"{part} {way}"
+                    )
                 first = first or found
                 table.add_row(part, way, *cells(*found, first, part))
             table.add_section()
             if first is not None:
-                limited = f", {float((first[1].abs() == 1).float().mean()):.2%} limited to [-1, 1]" if part == "decode" else ""
-                below.append(f"{part} {settings.ways[0]}: standard deviation {float(first[1].std()):.3f}{limited}")
+                limited = (
+                    f", {float((first[1].abs() == 1).float().mean()):.2%} limited to [-1, 1]"
+                    if part == "decode"
+                    else ""
+                )
+                below.append(
+                    f"{part} {settings.ways[0]}: standard deviation {float(first[1].std()):.3f}{limited}"
+                )
     console.print(table)
     console.print("\n".join(below))
 

@@ -2,9 +2,10 @@
 
     python benchmarks/feature_cache.py
 
-Each row is one run of the same images: seeds, classes, guidance and sampler are the same, only the calls differ at which the U-Net runs
-whole. Printed: floating-point operations and processor seconds of the run (decoding is not in them), the largest and mean difference of the
-final latents, and the PSNR of the decoded images, all against every = 1. A latent's variance is near 1.
+Each row is one run of the same images: seeds, classes, guidance and sampler are the same, only the
+calls differ at which the U-Net runs whole. Printed: floating-point operations and processor seconds
+of the run (decoding is not in them), the largest and mean difference of the final latents, and the
+PSNR of the decoded images, all against every = 1. A latent's variance is near 1.
 """
 
 from dataclasses import dataclass
@@ -50,13 +51,21 @@ class Settings:
 
 def run(model: LatentDiffusion, settings: Settings, n: int, **cache: Any) -> Tensor:
     """The final latents of n images."""
-    classes = [model.class_names[k % len(model.class_names)] for k in range(n)] if model.class_names else [None] * n
+    classes = (
+        [model.class_names[k % len(model.class_names)] for k in range(n)]
+        if model.class_names
+        else [None] * n
+    )
     conditioning, null = model.conditioner(classes), model.conditioner([None] * n)
     schedule, times = model.denoiser.process.schedule, model.times(settings.steps)
-    guided = build(Guidance.parse(model.defaults.guidance), model.denoiser, conditioning, null, schedule.point)
+    guided = build(
+        Guidance.parse(model.defaults.guidance), model.denoiser, conditioning, null, schedule.point
+    )
     ask = feature_cache(guided, **cache)
     side = model.sample_size // model.autoencoder.space.factor
-    draw = SeededNoise((model.autoencoder.space.channels, side, side), [settings.seed + k for k in range(n)])
+    draw = SeededNoise(
+        (model.autoencoder.space.channels, side, side), [settings.seed + k for k in range(n)]
+    )
     sampler = find("diffuse.samplers", model.defaults.sampler)
     z = answered(conduct(sampler(draw(), times, schedule, draw), ask, settings.steps), answer)
     assert z is not None
@@ -66,26 +75,47 @@ def run(model: LatentDiffusion, settings: Settings, n: int, **cache: Any) -> Ten
 def label(cache: dict[str, Any]) -> str:
     if cache["every"] is None:
         return f"moved > {cache['threshold']}"
-    return f"every {cache['every']}" if isinstance(cache["every"], int) else f"at {', '.join(map(str, cache['every']))}"
+    return (
+        f"every {cache['every']}"
+        if isinstance(cache["every"], int)
+        else f"at {', '.join(map(str, cache['every']))}"
+    )
 
 
 @torch.inference_mode()
 def main(settings: Settings) -> None:
     torch.set_num_threads(1)
     model, console = load(settings.model), Console()
-    caches: list[dict[str, Any]] = [{"every": e, "skips": s} for s in settings.skips for e in settings.every]
+    caches: list[dict[str, Any]] = [
+        {"every": e, "skips": s} for s in settings.skips for e in settings.every
+    ]
     caches += [{"every": settings.calls, "skips": settings.skips[0]}] if settings.calls else []
-    caches += [{"every": None, "threshold": t, "skips": settings.skips[0]} for t in settings.thresholds]
+    caches += [
+        {"every": None, "threshold": t, "skips": settings.skips[0]} for t in settings.thresholds
+    ]
     run(model, settings, 2)  # the first pass of a process is slower
     table = Table(
         title=f"{settings.model}, {settings.n} images, {settings.steps} steps, seed {settings.seed}, {torch.__version__}, 1 thread"
     )
-    for column in ("key calls", "skips above", "GFLOP an image", "saved", "CPU seconds", "saved", "latent max", "mean", "PSNR dB"):
+    for column in (
+        "key calls",
+        "skips above",
+        "GFLOP an image",
+        "saved",
+        "CPU seconds",
+        "saved",
+        "latent max",
+        "mean",
+        "PSNR dB",
+    ):
         table.add_column(column, justify="right")
     exact = run(model, settings, settings.n)
     image = whole(model.autoencoder, exact).add(1).div(2).clamp(0, 1)
     operations_whole = seconds_whole = 0.0
-    for cache in [{"every": 1, "skips": settings.skips[0]}, *(c for c in caches if c["every"] != 1)]:
+    for cache in [
+        {"every": 1, "skips": settings.skips[0]},
+        *(c for c in caches if c["every"] != 1),
+    ]:
         begun = process_time()
         z = run(model, settings, settings.n, **cache)
         seconds = process_time() - begun

@@ -1,12 +1,16 @@
-"""Fixed against time-varying guidance on the bundled model: quality, distance from the fixed one's pictures, network calls.
+"""Fixed against time-varying guidance on the bundled model: quality, distance from the fixed one's
+pictures, network calls.
 
-    python benchmarks/guidance.py [--samples 2000] [--settings quick|all|"TEXT; TEXT; ..."] [--steps 20] [--sampler ddim] [--spacing trailing]
+    python benchmarks/guidance.py [--samples 2000] [--settings quick|all|"TEXT; TEXT; ..."] [--steps
+    20] [--sampler ddim] [--spacing trailing]
 
-Every setting draws the same classes from the same seeds. Frechet distance, precision, recall, density, coverage and class accuracy are those of
-`sfumato evaluate` (features of the bundled classifier; the 60,000 training images as reference); the first row is real test images. PSNR and SSIM
-are to the pictures of the first setting, the fixed weight: how much of it a cheaper or a varying weight keeps. Network calls are rows of forward
-passes an image. A setting may name its own sampler, spacing and steps: "1.25 @ dpmpp_2m @ karras @ 10".
-The last column is the distance of a second set of seeds, of `--second` samples: what differs by as much is chance.
+Every setting draws the same classes from the same seeds. Frechet distance, precision, recall,
+density, coverage and class accuracy are those of `sfumato evaluate` (features of the bundled
+classifier; the 60,000 training images as reference); the first row is real test images. PSNR and
+SSIM are to the pictures of the first setting, the fixed weight: how much of it a cheaper or a
+varying weight keeps. Network calls are rows of forward passes an image. A setting may name its own
+sampler, spacing and steps: "1.25 @ dpmpp_2m @ karras @ 10". The last column is the distance of a
+second set of seeds, of `--second` samples: what differs by as much is chance.
 """
 
 import argparse
@@ -49,26 +53,40 @@ def main() -> None:
     parser.add_argument("--sampler", default="ddim")
     parser.add_argument("--spacing", default=None)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--second", type=int, default=0, help="samples of a second set of seeds, whose distance shows the chance in it")
+    parser.add_argument(
+        "--second",
+        type=int,
+        default=0,
+        help="samples of a second set of seeds, whose distance shows the chance in it",
+    )
     options = parser.parse_args()
     groups = {"quick": [FIXED[0], VARYING[1]], "all": FIXED + VARYING + OTHERS}
     asked = groups.get(options.settings) or [text.strip() for text in options.settings.split(";")]
 
     model, features = load(options.model), load_features("fashion")
-    images = {split: _pixels(open_images("fashion-mnist", split=split, size=28, channels=1)) for split in ("train", "test")}
+    images = {
+        split: _pixels(open_images("fashion-mnist", split=split, size=28, channels=1))
+        for split in ("train", "test")
+    }
     f_train, f_test = (extract(features, images[split]) for split in ("train", "test"))
     reference = gaussian(f_train, features.hash)
     near = f_train[choose(len(f_train), options.samples, 0)]
     floor = f_test[choose(len(f_test), options.samples, 0)]
     passes = [0]
-    model.denoiser.network.register_forward_hook(lambda module, inputs, y: passes.__setitem__(0, passes[0] + len(y)))
+    model.denoiser.network.register_forward_hook(
+        lambda module, inputs, y: passes.__setitem__(0, passes[0] + len(y))
+    )
 
     def draw(text: str, count: int, seed: int) -> Tensor:
         parts = []
         for start in range(0, count, 250):
             size = min(250, count - start)
             words = [model.class_names[(start + k) % len(model.class_names)] for k in range(size)]
-            parts.append(model.generate(words, seed=seed + start, output="tensor", **settings_of(text, options))[:, :1])
+            parts.append(
+                model.generate(
+                    words, seed=seed + start, output="tensor", **settings_of(text, options)
+                )[:, :1]
+            )
         return torch.cat(parts)
 
     print(
@@ -79,7 +97,10 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     found = manifold(near, floor, 5)
-    print(f"| real images | {frechet_distance(gaussian(floor, features.hash), reference):.3f} | {_shares(found)} | | | | | | |", flush=True)
+    print(
+        f"| real images | {frechet_distance(gaussian(floor, features.hash), reference):.3f} | {_shares(found)} | | | | | | |",
+        flush=True,
+    )
     first: Tensor | None = None
     for text in asked:
         passes[0], begin = 0, time.perf_counter()
@@ -87,9 +108,13 @@ def main() -> None:
         seconds, calls = time.perf_counter() - begin, passes[0] / options.samples
         first = samples if first is None else first
         f = extract(features, samples)
-        labels = torch.tensor([features.class_names.index(model.class_names[k % 10]) for k in range(options.samples)])
+        labels = torch.tensor(
+            [features.class_names.index(model.class_names[k % 10]) for k in range(options.samples)]
+        )
         accuracy = classes(classify(features, samples), labels).accuracy
-        moved = "| " if samples is first else f"{psnr(first, samples):.2f} | {ssim(first, samples):.4f}"
+        moved = (
+            "| " if samples is first else f"{psnr(first, samples):.2f} | {ssim(first, samples):.4f}"
+        )
         second = ""
         if options.second:
             again = extract(features, draw(text, options.second, options.seed + 1_000_000))
@@ -104,16 +129,29 @@ def main() -> None:
 def settings_of(text: str, options: argparse.Namespace) -> dict[str, object]:
     """guidance [@ sampler [@ spacing [@ steps]]]"""
     guidance, *rest = (part.strip() for part in text.split("@"))
-    sampler, spacing, steps = (*rest, *(options.sampler, options.spacing, options.steps)[len(rest) :])
-    return {"guidance": guidance, "sampler": sampler, "spacing": spacing or None, "steps": int(steps)}
+    sampler, spacing, steps = (
+        *rest,
+        *(options.sampler, options.spacing, options.steps)[len(rest) :],
+    )
+    return {
+        "guidance": guidance,
+        "sampler": sampler,
+        "spacing": spacing or None,
+        "steps": int(steps),
+    }
 
 
 def _shares(found) -> str:
-    return f"{found.precision:.3f} | {found.recall:.3f} | {found.density:.3f} | {found.coverage:.3f}"
+    return (
+        f"{found.precision:.3f} | {found.recall:.3f} | {found.density:.3f} | {found.coverage:.3f}"
+    )
 
 
 def _pixels(images) -> Tensor:
-    parts = [images.batch(range(start, min(start + 1000, len(images))))["image"] for start in range(0, len(images), 1000)]
+    parts = [
+        images.batch(range(start, min(start + 1000, len(images))))["image"]
+        for start in range(0, len(images), 1000)
+    ]
     return (torch.cat(parts) + 1) / 2
 
 

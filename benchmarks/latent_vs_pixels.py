@@ -1,10 +1,13 @@
-"""Latent against pixels: the same U-Net trained on 28x28 pixels and on 7x7 latents with equal compute.
+"""Latent against pixels: the same U-Net trained on 28x28 pixels and on 7x7 latents with equal
+compute.
 
     python benchmarks/latent_vs_pixels.py --model fashion --steps 1600 --out runs/latent_vs_pixels
 
-Both runs share network (but for its first and last convolution), objective, optimizer, batch and data; the pixel run gets as many steps
-as the same number of floating-point operations pays for. Printed for both: operations, saved activations and state a step, seconds, and the Frechet
-distance of samples over time. The autoencoder's own training is not in the latent run's compute: its cost is printed beside it.
+Both runs share network (but for its first and last convolution), objective, optimizer, batch and
+data; the pixel run gets as many steps as the same number of floating-point operations pays for.
+Printed for both: operations, saved activations and state a step, seconds, and the Frechet distance
+of samples over time. The autoencoder's own training is not in the latent run's compute: its cost is
+printed beside it.
 """
 
 from dataclasses import dataclass, replace
@@ -73,18 +76,32 @@ class Pixels:
 
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
         found = self.images.batch(indices)
-        return {"mean": found["image"], "std": torch.zeros_like(found["image"]), "label": found["label"]}
+        return {
+            "mean": found["image"],
+            "std": torch.zeros_like(found["image"]),
+            "label": found["label"],
+        }
 
 
 def unet(channels: int, classes: int, size: int) -> UNet:
     """The network of the bundled model's recipe, for `channels` in and out."""
     recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "fashion_mnist.py", "denoiser")
     assert isinstance(recipe, DenoiserRecipe)
-    return UNet(replace(recipe.network, in_channels=channels, out_channels=channels, sample_size=size, num_class_embeds=classes + 1))
+    return UNet(
+        replace(
+            recipe.network,
+            in_channels=channels,
+            out_channels=channels,
+            sample_size=size,
+            num_class_embeds=classes + 1,
+        )
+    )
 
 
 def cost(objective: DenoiserObjective, batch_size: int) -> tuple[float, float, float]:
-    """(FLOPs, bytes of activations kept for the backward pass, bytes of weights + gradients + AdamW + average) of one training step."""
+    """(FLOPs, bytes of activations kept for the backward pass, bytes of weights + gradients + AdamW
+    + average) of one training step.
+    """
     network = objective.networks["denoiser"]
     kept: dict[int, int] = {}
 
@@ -101,14 +118,32 @@ def cost(objective: DenoiserObjective, batch_size: int) -> tuple[float, float, f
         loss.backward()
     network.zero_grad(set_to_none=True)
     parameters = sum(p.numel() for p in network.parameters())
-    return flops.get_total_flops(), sum(v for k, v in kept.items() if k not in weights), parameters * 4 * 5
+    return (
+        flops.get_total_flops(),
+        sum(v for k, v in kept.items() if k not in weights),
+        parameters * 4 * 5,
+    )
 
 
 class Run:
     """One side of the comparison: trains, stops the clock to measure, and remembers the curve."""
 
-    def __init__(self, name: str, objective: DenoiserObjective, decode: Any, shape: tuple[int, ...], settings: Settings, reference: Any):
-        self.name, self.objective, self.decode, self.shape, self.settings = name, objective, decode, shape, settings
+    def __init__(
+        self,
+        name: str,
+        objective: DenoiserObjective,
+        decode: Any,
+        shape: tuple[int, ...],
+        settings: Settings,
+        reference: Any,
+    ):
+        self.name, self.objective, self.decode, self.shape, self.settings = (
+            name,
+            objective,
+            decode,
+            shape,
+            settings,
+        )
         self.features, self.statistics, self.conditioner = reference
         self.flops, self.activations, self.state = cost(objective, settings.batch_size)
         self.curve: list[dict[str, float]] = []
@@ -122,10 +157,16 @@ class Run:
         for start in range(0, s.samples, 100):
             count = min(100, s.samples - start)
             noise = SeededNoise(self.shape, [s.seed + start + k for k in range(count)])
-            condition = self.conditioner.from_labels((torch.arange(count) + start) % len(self.conditioner.names))
+            condition = self.conditioner.from_labels(
+                (torch.arange(count) + start) % len(self.conditioner.names)
+            )
             times = timesteps("trailing", s.sampling_steps)
             with torch.autocast("cpu", torch.bfloat16):
-                z = sample(ddim(noise(), times, process.schedule, noise), lambda x, t, c=condition: denoiser(x, t, c), s.sampling_steps)
+                z = sample(
+                    ddim(noise(), times, process.schedule, noise),
+                    lambda x, t, c=condition: denoiser(x, t, c),
+                    s.sampling_steps,
+                )
             assert z is not None
             found.append(self.decode(z))
         return torch.cat(found)
@@ -135,9 +176,18 @@ class Run:
         """The Frechet distance now; the time it takes does not count as training."""
         began = perf_counter()
         images = self.draw(network)
-        distance = frechet_distance(gaussian(extract(self.features, (images + 1) / 2)), self.statistics)
+        distance = frechet_distance(
+            gaussian(extract(self.features, (images + 1) / 2)), self.statistics
+        )
         seconds = began - self.started - self.paused
-        self.curve.append({"step": step, "pflop": step * self.flops / 1e15, "seconds": seconds, "frechet": distance})
+        self.curve.append(
+            {
+                "step": step,
+                "pflop": step * self.flops / 1e15,
+                "seconds": seconds,
+                "frechet": distance,
+            }
+        )
         self.paused += perf_counter() - began
         return {"frechet": distance}, {"samples": grid(to_pil(images[:80]), columns=10)}
 
@@ -158,10 +208,17 @@ def picture(runs: list[Run], floor: float, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for i, (key, label) in enumerate((("pflop", "training compute, PFLOP"), ("seconds", "training time, seconds"))):
+    for i, (key, label) in enumerate(
+        (("pflop", "training compute, PFLOP"), ("seconds", "training time, seconds"))
+    ):
         axes = figure.add_subplot(1, 2, i + 1)
         for run in runs:
-            axes.plot([p[key] for p in run.curve], [p["frechet"] for p in run.curve], marker="o", label=run.name)
+            axes.plot(
+                [p[key] for p in run.curve],
+                [p["frechet"] for p in run.curve],
+                marker="o",
+                label=run.name,
+            )
         axes.axhline(floor, linestyle=":", color="grey", label="floor: real images")
         axes.set(xlabel=label, ylabel="Frechet distance", yscale="log")
         axes.grid(alpha=0.3, which="both")
@@ -175,10 +232,15 @@ def main(settings: Settings) -> None:
     model = load(settings.model)
     autoencoder = model.autoencoder
     assert isinstance(autoencoder, AutoencoderKL)
-    images, held_out = open_images(settings.data, split="train"), open_images(settings.data, split="test")
+    images, held_out = (
+        open_images(settings.data, split="train"),
+        open_images(settings.data, split="test"),
+    )
     conditioner = ClassNames(images.class_names)
     features = load_features("fashion")
-    pixels = torch.cat([images.batch(torch.arange(i, i + 1000))["image"] for i in range(0, len(images), 1000)])
+    pixels = torch.cat(
+        [images.batch(torch.arange(i, i + 1000))["image"] for i in range(0, len(images), 1000)]
+    )
     statistics = gaussian(extract(features, (pixels + 1) / 2))
     real = held_out.batch(torch.arange(settings.samples))["image"]
     floor = frechet_distance(gaussian(extract(features, (real + 1) / 2)), statistics)
@@ -190,12 +252,28 @@ def main(settings: Settings) -> None:
     c, classes = images.shape[0], len(images.class_names)
     everywhere = LatentSpace(c, 1, (float(pixels.mean()),) * c, (float(pixels.std()),) * c)
     torch.manual_seed(settings.seed)
-    latent = DenoiserObjective(unet(latents.shape[0], classes, latents.shape[-1]), process, latents, autoencoder.space, conditioner, loss)
+    latent = DenoiserObjective(
+        unet(latents.shape[0], classes, latents.shape[-1]),
+        process,
+        latents,
+        autoencoder.space,
+        conditioner,
+        loss,
+    )
     torch.manual_seed(settings.seed)
-    pixel = DenoiserObjective(unet(c, classes, images.shape[-1]), process, Pixels(images), everywhere, conditioner, loss)
+    pixel = DenoiserObjective(
+        unet(c, classes, images.shape[-1]), process, Pixels(images), everywhere, conditioner, loss
+    )
     runs = [
         Run("latent", latent, lambda z: whole(autoencoder, z), latents.shape, settings, reference),
-        Run("pixels", pixel, lambda z: everywhere.restore(z).clamp(-1, 1), images.shape, settings, reference),
+        Run(
+            "pixels",
+            pixel,
+            lambda z: everywhere.restore(z).clamp(-1, 1),
+            images.shape,
+            settings,
+            reference,
+        ),
     ]
     budget = settings.steps * runs[0].flops
     for run in runs:
@@ -206,7 +284,15 @@ def main(settings: Settings) -> None:
     table = Table(
         title=f"The same U-Net on pixels and on latents, {budget / 1e15:.2f} PFLOP each, batch {settings.batch_size}; floor {floor:.3f}"
     )
-    for column in ("", "GFLOP a step", "activations, MB", "weights and optimizer, MB", "steps", "seconds", "FD over time"):
+    for column in (
+        "",
+        "GFLOP a step",
+        "activations, MB",
+        "weights and optimizer, MB",
+        "steps",
+        "seconds",
+        "FD over time",
+    ):
         table.add_column(column, justify="left" if column == "" else "right")
     for run in runs:
         last, path = run.curve[-1], "  ".join(f"{p['frechet']:.2f}" for p in run.curve)
@@ -227,9 +313,20 @@ def main(settings: Settings) -> None:
         f"({image_cost / 6 * len(images) / 1e15:.3f} PFLOP, once)"
     )
     picture(runs, floor, settings.out / "latent_vs_pixels.png")
-    sides = {r.name: {"flops": r.flops, "activation_bytes": r.activations, "state_bytes": r.state, "curve": r.curve} for r in runs}
+    sides = {
+        r.name: {
+            "flops": r.flops,
+            "activation_bytes": r.activations,
+            "state_bytes": r.state,
+            "curve": r.curve,
+        }
+        for r in runs
+    }
     facts = {k: str(v) for k, v in vars(replace(settings)).items()}
-    write_json(settings.out / "latent_vs_pixels.json", {"settings": facts, "floor": floor, "runs": sides, "torch": torch.__version__})
+    write_json(
+        settings.out / "latent_vs_pixels.json",
+        {"settings": facts, "floor": floor, "runs": sides, "torch": torch.__version__},
+    )
     console.print(settings.out / "latent_vs_pixels.png")
 
 

@@ -1,10 +1,13 @@
-"""Opening a checkpoint folder of Stable Diffusion 1.5's size: seconds from the start of the process, and memory, beside diffusers.
+"""Opening a checkpoint folder of Stable Diffusion 1.5's size: seconds from the start of the
+process, and memory, beside diffusers.
 
     python benchmarks/loading.py [--stored float16] [--dtype bfloat16] [--folder runs/sd15]
 
-Each side runs in a process of its own, several times in turns; the medians are printed. Files are in the page cache, as after a first run.
-"opened": everything is there for a first call. "first step": the U-Net has run once on a latent of 8 x 8, so that all weights were read.
-Resident memory counts pages of the file, which the system can take back at any time, and memory of its own (anonymous), which it cannot.
+Each side runs in a process of its own, several times in turns; the medians are printed. Files are
+in the page cache, as after a first run. "opened": everything is there for a first call. "first
+step": the U-Net has run once on a latent of 8 x 8, so that all weights were read. Resident memory
+counts pages of the file, which the system can take back at any time, and memory of its own
+(anonymous), which it cannot.
 """
 
 import json
@@ -33,7 +36,8 @@ class Settings:
     """The dtype that the model is opened in."""
     repeats: int = 3
     folder: Path | None = None
-    """Where the model is written, and kept; found there, it is used again. Default: a temporary folder."""
+    """Where the model is written, and kept; found there, it is used again. Default: a temporary
+    folder."""
     ways: tuple[str, ...] = ("diffusers", "ours", "ours optimized")
 
 
@@ -43,7 +47,11 @@ def side(way: str, folder: str, dtype: torch.dtype, begin: float) -> None:
     from full_size import memory  # beside this file
 
     torch.set_num_threads(2)
-    x, t, tokens = torch.zeros(1, 4, 8, 8, dtype=dtype), torch.full((1,), 500.0), torch.zeros(1, 77, 768, dtype=dtype)
+    x, t, tokens = (
+        torch.zeros(1, 4, 8, 8, dtype=dtype),
+        torch.full((1,), 500.0),
+        torch.zeros(1, 77, 768, dtype=dtype),
+    )
     if way == "diffusers":
         import diffusers
 
@@ -70,20 +78,40 @@ def main() -> None:
 
     settings = tyro.cli(Settings)
     with TemporaryDirectory() as temporary:
-        folder = write(settings.folder or Path(temporary) / "model", "sd15", getattr(torch, settings.stored))
+        folder = write(
+            settings.folder or Path(temporary) / "model", "sd15", getattr(torch, settings.stored)
+        )
         size = sum(p.stat().st_size for p in folder.rglob("*.safetensors")) / 1e9
-        print(f"{size:.2f} GB in {settings.stored}, opened in {settings.dtype}; torch {torch.__version__}\n")
+        print(
+            f"{size:.2f} GB in {settings.stored}, opened in {settings.dtype}; torch {torch.__version__}\n"
+        )
         found: dict[str, list[list[float]]] = {way: [] for way in settings.ways}
         for turn in range(settings.repeats + 1):  # the first turn fills the page cache
             for way in settings.ways:
-                words = [sys.executable, __file__, "--side", way, str(folder), settings.dtype, str(time.time())]
-                answer = subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+                words = [
+                    sys.executable,
+                    __file__,
+                    "--side",
+                    way,
+                    str(folder),
+                    settings.dtype,
+                    str(time.time()),
+                ]
+                answer = subprocess.run(
+                    words, check=True, capture_output=True, text=True
+                ).stdout.splitlines()[-1]
                 if turn:
                     found[way].append(json.loads(answer))
-    print("| way | opened: seconds | peak resident GB | anonymous GB | first step: seconds | peak resident GB | anonymous GB |")
+    print(
+        "| way | opened: seconds | peak resident GB | anonymous GB | first step: seconds | peak resident GB | anonymous GB |"
+    )
     print("|---|---|---|---|---|---|---|")
     for way, rows in found.items():
-        print(f"| {way} | " + " | ".join(f"{statistics.median(column):.2f}" for column in zip(*rows, strict=True)) + " |")
+        print(
+            f"| {way} | "
+            + " | ".join(f"{statistics.median(column):.2f}" for column in zip(*rows, strict=True))
+            + " |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""What a run costs beside the network: the sampler's algebra, guidance, checks, questions and answers.
+"""What a run costs beside the network: the sampler's algebra, guidance, checks, questions and
+answers.
 
-    python benchmarks/sampler_overhead.py [--n 16] [--steps 20] [--repeats 15] [--samplers ddim ...] [--guidance 1.5] [--diffusers]
+    python benchmarks/sampler_overhead.py [--n 16] [--steps 20] [--repeats 15] [--samplers ddim ...]
+    [--guidance 1.5] [--diffusers]
 
-Every sampler of the registry on the bundled model: seconds of whole runs, less the seconds inside the network's `forward`, per network call and
-as a share of one. The limit is the algebra's own memory traffic: a few passes over x, which is 1000 times smaller than the network's activations.
-With --diffusers the same network runs in the loop of its pipelines too, with guidance at every step, as they have it (give ours --guidance 1.5
-for that): two copies of the latent in one batch, `chunk`, the line through both, `scheduler.step`.
-Decoding and drawing the first noise are not part of a run's steps and are left out by running from given noise to latents.
+Every sampler of the registry on the bundled model: seconds of whole runs, less the seconds inside
+the network's `forward`, per network call and as a share of one. The limit is the algebra's own
+memory traffic: a few passes over x, which is 1000 times smaller than the network's activations.
+With --diffusers the same network runs in the loop of its pipelines too, with guidance at every
+step, as they have it (give ours --guidance 1.5 for that): two copies of the latent in one batch,
+`chunk`, the line through both, `scheduler.step`. Decoding and drawing the first noise are not part
+of a run's steps and are left out by running from given noise to latents.
 """
 
 import argparse
@@ -31,7 +35,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--guidance", default=None)
     parser.add_argument("--samplers", nargs="*", default=None, help="all of them, if none is named")
-    parser.add_argument("--diffusers", action="store_true", help="the loop of diffusers' pipelines around the same network")
+    parser.add_argument(
+        "--diffusers",
+        action="store_true",
+        help="the loop of diffusers' pipelines around the same network",
+    )
     options = parser.parse_args()
     model = load("fashion")
     network, calls = model.denoiser.network, []
@@ -62,11 +70,20 @@ def main() -> None:
                 beside.append((total - sum(calls)) / len(calls))
                 inside.append(sum(calls) / len(calls))
         a, b = statistics.median(inside), statistics.median(beside)
-        print(f"| {name} | {len(calls)} | {1e3 * a:.2f} | {1e3 * b:.3f} | {100 * b / a:.2f} % |", flush=True)
+        print(
+            f"| {name} | {len(calls)} | {1e3 * a:.2f} | {1e3 * b:.3f} | {100 * b / a:.2f} % |",
+            flush=True,
+        )
 
     for name in options.samplers or names("diffuse.samplers"):
         if not traits_of(find("diffuse.samplers", name)).upward:
-            asked = {"n": options.n, "steps": options.steps, "sampler": name, "noise": noise, "guidance": options.guidance}
+            asked = {
+                "n": options.n,
+                "steps": options.steps,
+                "sampler": name,
+                "noise": noise,
+                "guidance": options.guidance,
+            }
             report(name, lambda asked=asked: model.generate("bag", **asked, output="latent"))
     if options.diffusers:
         for name in ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"):
@@ -74,7 +91,9 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def theirs(name: str, model: LatentDiffusion, noise: Tensor, steps: int, guidance: float = 1.5) -> Tensor:
+def theirs(
+    name: str, model: LatentDiffusion, noise: Tensor, steps: int, guidance: float = 1.5
+) -> Tensor:
     """The denoising loop of diffusers' pipelines with guidance, on a flow."""
     import diffusers
 

@@ -1,16 +1,21 @@
 """Every sampler of the registry against the exact answer, by network calls.
 
-    python benchmarks/samplers.py                    # the mixture: all tables but the last, and docs/samplers.png
-    python benchmarks/samplers.py --model fashion    # the last table: a trained network (about a minute on one thread)
+    python benchmarks/samplers.py                    # the mixture: all tables but the last, and
+                                                     docs/samplers.png
+    python benchmarks/samplers.py --model fashion    # the last table: a trained network (about a
+                                                     minute on one thread)
 
-The mixture is that of tests/oracles/test_diffuse.py: three round Gaussians in two dimensions (standard deviation 1.5 a coordinate), whose
-denoiser is known. Runs begin at its own noisy points, so that what is measured is the sampler alone.
+The mixture is that of tests/oracles/test_diffuse.py: three round Gaussians in two dimensions
+(standard deviation 1.5 a coordinate), whose denoiser is known. Runs begin at its own noisy points,
+so that what is measured is the sampler alone.
 
-Deterministic samplers: the root-mean-square distance to the end of the flow, which is found by Runge-Kutta's method of order four in even
-steps of sigma/(alpha + sigma), by nothing that is measured. Whole runs go from t = 1 to 0; those from t = 0.95 to 0.15 show the order, in even
-steps after short ones that give multistep methods their start (as tests/contracts/test_samplers.py has them). Orders are fitted to the median
-point's error: the mean is that of a few points between two components, which a small error sends to the other one.
-Stochastic samplers: the Wasserstein-1 distance of the samples to the mixture, mean over directions, each against the exact quantiles.
+Deterministic samplers: the root-mean-square distance to the end of the flow, which is found by
+Runge-Kutta's method of order four in even steps of sigma/(alpha + sigma), by nothing that is
+measured. Whole runs go from t = 1 to 0; those from t = 0.95 to 0.15 show the order, in even steps
+after short ones that give multistep methods their start (as tests/contracts/test_samplers.py has
+them). Orders are fitted to the median point's error: the mean is that of a few points between two
+components, which a small error sends to the other one. Stochastic samplers: the Wasserstein-1
+distance of the samples to the mixture, mean over directions, each against the exact quantiles.
 """
 
 import math
@@ -38,7 +43,12 @@ from sfumato.types import Prediction
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 MEANS = torch.tensor([[-2.0, 0.0], [1.5, 1.0], [1.0, -2.0]], dtype=torch.float64)
 STDS = torch.tensor([0.5, 0.3, 0.7], dtype=torch.float64)
-RUNS = (("scaled_linear", "trailing"), ("scaled_linear", "karras"), ("flow", "trailing"), ("edm", "karras"))
+RUNS = (
+    ("scaled_linear", "trailing"),
+    ("scaled_linear", "karras"),
+    ("flow", "trailing"),
+    ("edm", "karras"),
+)
 DRAWN = ("flow", "trailing")  # in the picture
 COLOURS = {1: "#7a7a7a", 2: "#1f6fb4", 3: "#d1570d", 4: "#2c8a4b"}
 Denoise = Callable[[Tensor, float], Prediction]
@@ -64,18 +74,22 @@ class Settings:
     picture: Path = Path("docs/samplers.png")
 
 
-# ---- the mixture -------------------------------------------------------------------------------------------------------
+# ---- the mixture ---------------------------------------------------------------------------------
 
 
 def mean_given(x: Tensor, alpha: float, sigma: float) -> Tensor:
-    """E[z | x] of the shape of x, (N, 2, 1, 1): each component's own, weighted by Bayes' rule. Squares are written out: it is asked often."""
+    """E[z | x] of the shape of x, (N, 2, 1, 1): each component's own, weighted by Bayes' rule.
+    Squares are written out: it is asked often.
+    """
     points = x.flatten(1)
     v = (alpha * STDS).square() + sigma**2
     gain = alpha * STDS.square() / v
     constant = WEIGHTS.log() - v.log() - (alpha * MEANS).square().sum(1) / (2 * v)
     square = points.square().sum(1, keepdim=True)
     r = torch.addmm(constant - square / (2 * v), points, (alpha * MEANS / v[:, None]).T).softmax(1)
-    return (r @ (MEANS * (1 - alpha * gain)[:, None]) + (r @ gain)[:, None] * points).reshape(x.shape)
+    return (r @ (MEANS * (1 - alpha * gain)[:, None]) + (r @ gain)[:, None] * points).reshape(
+        x.shape
+    )
 
 
 def exact(chosen: Schedule) -> Denoise:
@@ -96,9 +110,14 @@ def noisy(count: int, point: tuple[float, float], seed: int) -> Tensor:
 
 
 def flow(
-    x: Tensor, begin: tuple[float, float], end: tuple[float, float], ask: Callable[[Tensor, float, float], Tensor], steps: int
+    x: Tensor,
+    begin: tuple[float, float],
+    end: tuple[float, float],
+    ask: Callable[[Tensor, float, float], Tensor],
+    steps: int,
 ) -> Tensor:
-    """The flow's own end: y = x/(alpha + sigma) moves by dy/db = eps - x0 with b = sigma/(alpha + sigma); `ask` gives x0 at (1 - b, b).
+    """The flow's own end: y = x/(alpha + sigma) moves by dy/db = eps - x0 with b = sigma/(alpha +
+    sigma); `ask` gives x0 at (1 - b, b).
 
     The last stretch to sigma = 0, of length 1e-5, is what the denoiser says.
     """
@@ -117,29 +136,43 @@ def flow(
     return ask(y, 1 - places[-1], places[-1]) if last == 0 else y * sum(end)
 
 
-def mixture_flow(x: Tensor, begin: tuple[float, float], end: tuple[float, float], steps: int = 800) -> Tensor:
+def mixture_flow(
+    x: Tensor, begin: tuple[float, float], end: tuple[float, float], steps: int = 800
+) -> Tensor:
     return flow(x, begin, end, mean_given, steps)
 
 
 class Distance:
-    """Wasserstein-1 to the mixture: mean over 32 directions of the mean distance of sorted projections to exact quantiles."""
+    """Wasserstein-1 to the mixture: mean over 32 directions of the mean distance of sorted
+    projections to exact quantiles.
+    """
 
     def __init__(self, count: int):
         angles = math.pi * torch.arange(32, dtype=torch.float64) / 32
         self.directions = torch.stack([angles.cos(), angles.sin()])
-        centres, levels = (MEANS @ self.directions).T[..., None], (torch.arange(count, dtype=torch.float64) + 0.5) / count
-        low, high = torch.full((32, count), -9.0, dtype=torch.float64), torch.full((32, count), 9.0, dtype=torch.float64)
+        centres, levels = (
+            (MEANS @ self.directions).T[..., None],
+            (torch.arange(count, dtype=torch.float64) + 0.5) / count,
+        )
+        low, high = (
+            torch.full((32, count), -9.0, dtype=torch.float64),
+            torch.full((32, count), 9.0, dtype=torch.float64),
+        )
         for _ in range(40):
             middle = (low + high) / 2
-            below = (WEIGHTS[:, None] * torch.special.ndtr((middle[:, None] - centres) / STDS[:, None])).sum(1) < levels
+            below = (
+                WEIGHTS[:, None] * torch.special.ndtr((middle[:, None] - centres) / STDS[:, None])
+            ).sum(1) < levels
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         self.quantiles = low
 
     def __call__(self, points: Tensor) -> float:
-        return float(((points.flatten(1) @ self.directions).T.sort(1).values - self.quantiles).abs().mean())
+        return float(
+            ((points.flatten(1) @ self.directions).T.sort(1).values - self.quantiles).abs().mean()
+        )
 
 
-# ---- runs --------------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 
 def named(spec: str) -> Callable[..., Any]:
@@ -148,7 +181,9 @@ def named(spec: str) -> Callable[..., Any]:
     return partial(sampler, **options)
 
 
-def run(name: str, x: Tensor, times: Sequence[float], chosen: Schedule, denoise: Denoise, seed: int = 1) -> Tensor:
+def run(
+    name: str, x: Tensor, times: Sequence[float], chosen: Schedule, denoise: Denoise, seed: int = 1
+) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     noise = lambda: torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)  # noqa: E731
     end = sample(named(name)(x, times, chosen, noise), denoise, 1)
@@ -165,7 +200,9 @@ def median(a: Tensor, b: Tensor) -> float:
 
 
 def graded(steps: int, order: int) -> list[float]:
-    """Times from 0.95 to 0.15 in equal steps h; before them steps that grow from h^(order/2), each half as long again as the last."""
+    """Times from 0.95 to 0.15 in equal steps h; before them steps that grow from h^(order/2), each
+    half as long again as the last.
+    """
     h, times = 0.8 / steps, [0.95]
     short = h ** (order / 2)
     while order > 1 and short < h:
@@ -177,7 +214,9 @@ def graded(steps: int, order: int) -> list[float]:
 
 @cache
 def affordable(name: str, kind: str, spacing: str, budget: int) -> list[float] | None:
-    """The times of the longest run that asks at most `budget` times; None where that leaves more than a third of them over."""
+    """The times of the longest run that asks at most `budget` times; None where that leaves more
+    than a third of them over.
+    """
     chosen, sampler = schedule(kind), named(name)
     for steps in range(budget, 0, -1):
         times = timesteps(spacing, steps, chosen)
@@ -200,7 +239,9 @@ class Curve:
 
 @dataclass
 class Measured:
-    """By sampler and schedule, or sampler, schedule and spacing: the picture's curves, fitted orders, and errors at the budgets."""
+    """By sampler and schedule, or sampler, schedule and spacing: the picture's curves, fitted
+    orders, and errors at the budgets.
+    """
 
     curves: dict[tuple[str, str], Curve] = field(default_factory=dict)
     orders: dict[tuple[str, ...], float] = field(default_factory=dict)
@@ -208,7 +249,8 @@ class Measured:
 
 
 def fitted(steps: Sequence[int], errors: Sequence[float]) -> float:
-    return 0.0 - round(float(np.polyfit(np.log(steps), np.log(errors), 1)[0]), 1)  # a sum, so that there is no -0.0
+    # a sum, so that there is no -0.0
+    return 0.0 - round(float(np.polyfit(np.log(steps), np.log(errors), 1)[0]), 1)
 
 
 def inside(settings: Settings, promised: dict[str, Traits]) -> Measured:
@@ -226,7 +268,9 @@ def inside(settings: Settings, promised: dict[str, Traits]) -> Measured:
                 y = run(name, x, times, chosen, denoise)
                 medians[n] = median(y, end)
                 curve.add(calls(named(name), times, chosen), distance(y, end))
-            found.orders[name, kind] = fitted(settings.fitted, [medians[n] for n in settings.fitted])
+            found.orders[name, kind] = fitted(
+                settings.fitted, [medians[n] for n in settings.fitted]
+            )
     return found
 
 
@@ -240,17 +284,22 @@ def whole(settings: Settings, promised: dict[str, Traits]) -> Measured:
         end = mixture_flow(x, top, (1.0, 0.0))
         for name in promised:
             curve, medians = Curve(), {}
-            for n in sorted({*settings.fitted, *(settings.steps if (kind, spacing) == DRAWN else ())}):
+            for n in sorted(
+                {*settings.fitted, *(settings.steps if (kind, spacing) == DRAWN else ())}
+            ):
                 times = timesteps(spacing, n, chosen)
                 y = run(name, x, times, chosen, denoise)
                 medians[n] = median(y, end)
                 curve.add(calls(named(name), times, chosen), distance(y, end))
             if (kind, spacing) == DRAWN:
                 found.curves[name, kind] = curve
-            found.orders[name, kind, spacing] = fitted(settings.fitted, [medians[n] for n in settings.fitted])
+            found.orders[name, kind, spacing] = fitted(
+                settings.fitted, [medians[n] for n in settings.fitted]
+            )
             runs = [affordable(name, kind, spacing, budget) for budget in settings.budgets]
             found.at[name, kind, spacing] = [
-                None if times is None else distance(run(name, x, times, chosen, denoise), end) for times in runs
+                None if times is None else distance(run(name, x, times, chosen, denoise), end)
+                for times in runs
             ]
     return found
 
@@ -264,12 +313,17 @@ def stochastic(settings: Settings, promised: dict[str, Traits]) -> tuple[Measure
         denoise, x = exact(chosen), noisy(settings.samples, chosen.point(1.0), settings.seed)
         for name in promised:
             runs = [affordable(name, kind, spacing, budget) for budget in settings.budgets]
-            found.at[name, kind, spacing] = [None if times is None else measure(run(name, x, times, chosen, denoise)) for times in runs]
+            found.at[name, kind, spacing] = [
+                None if times is None else measure(run(name, x, times, chosen, denoise))
+                for times in runs
+            ]
     return found, floor
 
 
 def consistency(settings: Settings, promised: dict[str, Traits]) -> list[list[str]]:
-    """Samplers of distilled models, over a flow: with the exact flow's end for a network, and with an ordinary denoiser."""
+    """Samplers of distilled models, over a flow: with the exact flow's end for a network, and with
+    an ordinary denoiser.
+    """
     chosen, measure = schedule("flow"), Distance(settings.samples)
     x = noisy(settings.samples, chosen.point(1.0), settings.seed)
 
@@ -282,7 +336,10 @@ def consistency(settings: Settings, promised: dict[str, Traits]) -> list[list[st
     for name in promised:
         cells = []
         for denoise in (end, exact(chosen)):
-            errors = [measure(run(name, x, timesteps("trailing", n, chosen), chosen, denoise)) for n in (1, 2, 4)]
+            errors = [
+                measure(run(name, x, timesteps("trailing", n, chosen), chosen, denoise))
+                for n in (1, 2, 4)
+            ]
             cells.append("  ".join(f"{e:.3f}" for e in errors))
         rows.append([f"`{name}`", *cells])
     return rows
@@ -295,10 +352,17 @@ def spacings(settings: Settings, budget: int = 10) -> list[list[str]]:
         cells = []
         for kind in ("scaled_linear", "flow"):
             chosen = schedule(kind)
-            x, times = noisy(settings.points, chosen.point(1.0), settings.seed), timesteps(spacing, budget, chosen)
+            x, times = (
+                noisy(settings.points, chosen.point(1.0), settings.seed),
+                timesteps(spacing, budget, chosen),
+            )
             end = mixture_flow(x, chosen.point(1.0), (1.0, 0.0))
-            begin = x * (math.hypot(*chosen.point(times[0])) / math.hypot(*chosen.point(1.0)))  # as a run begins that leaves out the top
-            cells += [f"{distance(run(n, begin, times, chosen, exact(chosen)), end):.3f}" for n in ("ddim", "dpmpp_2m", "unipc")]
+            # as a run begins that leaves out the top
+            begin = x * (math.hypot(*chosen.point(times[0])) / math.hypot(*chosen.point(1.0)))
+            cells += [
+                f"{distance(run(n, begin, times, chosen, exact(chosen)), end):.3f}"
+                for n in ("ddim", "dpmpp_2m", "unipc")
+            ]
         rows.append([f"`{spacing}`", *cells])
     return rows
 
@@ -311,7 +375,9 @@ def network(settings: Settings, promised: dict[str, Traits]) -> list[list[str]]:
     given = model.conditioner([classes[k % len(classes)] for k in range(20)])
     side = model.sample_size // model.autoencoder.space.factor
     generator = torch.Generator().manual_seed(settings.seed)
-    x = math.hypot(*chosen.point(1.0)) * torch.randn((20, model.autoencoder.space.channels, side, side), generator=generator)
+    x = math.hypot(*chosen.point(1.0)) * torch.randn(
+        (20, model.autoencoder.space.channels, side, side), generator=generator
+    )
 
     def denoise(x: Tensor, t: float) -> Prediction:
         return model.denoiser(x, t, given)
@@ -325,13 +391,19 @@ def network(settings: Settings, promised: dict[str, Traits]) -> list[list[str]]:
     for name in promised:
         sampler, cells = named(name), []
         for budget in settings.budgets[:4]:
-            steps = max(n for n in range(1, budget + 1) if calls(sampler, timesteps("trailing", n, chosen), chosen) <= budget)
-            cells.append(f"{distance(run(name, x, timesteps('trailing', steps, chosen), chosen, denoise), end):.3f}")
+            steps = max(
+                n
+                for n in range(1, budget + 1)
+                if calls(sampler, timesteps("trailing", n, chosen), chosen) <= budget
+            )
+            cells.append(
+                f"{distance(run(name, x, timesteps('trailing', steps, chosen), chosen, denoise), end):.3f}"
+            )
         rows.append([f"`{name}`", *cells])
     return rows
 
 
-# ---- tables and picture ------------------------------------------------------------------------------------------------
+# ---- tables and picture --------------------------------------------------------------------------
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -341,15 +413,27 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def cells(values: Sequence[float | None]) -> str:
-    return "  ".join("-" if v is None else f"{v:.3f}" if v >= 0.0095 else f"{v:.0e}".replace("e-0", "e-") for v in values)
+    return "  ".join(
+        "-" if v is None else f"{v:.3f}" if v >= 0.0095 else f"{v:.0e}".replace("e-0", "e-")
+        for v in values
+    )
 
 
 def alike(curves: dict[str, Curve]) -> dict[str, Curve]:
     """Samplers whose curves are the same share one, under all their names."""
     found: dict[str, Curve] = {}
     for name, curve in curves.items():
-        same = next((k for k, c in found.items() if c.calls == curve.calls and np.allclose(c.errors, curve.errors, rtol=1e-6)), None)
-        found[name if same is None else f"{same} =\n{name}"] = curve if same is None else found.pop(same)
+        same = next(
+            (
+                k
+                for k, c in found.items()
+                if c.calls == curve.calls and np.allclose(c.errors, curve.errors, rtol=1e-6)
+            ),
+            None,
+        )
+        found[name if same is None else f"{same} =\n{name}"] = (
+            curve if same is None else found.pop(same)
+        )
     return found
 
 
@@ -366,23 +450,46 @@ def apart(places: Sequence[float], heights: Sequence[float], bottom: float) -> l
 
 
 def lines(axes: Any, curves: dict[str, Curve], promised: dict[str, Traits]) -> None:
-    """Errors over calls with their names at the right. Colour: order; dashed: several calls a step."""
+    """Errors over calls with their names at the right. Colour: order; dashed: several calls a
+    step.
+    """
     errors = [e for c in curves.values() for e in c.errors]
-    axes.set(xscale="log", yscale="log", xlabel="network calls", xlim=(3.4, 420), ylim=(min(errors) / 1.6, max(errors) * 1.6))
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="network calls",
+        xlim=(3.4, 420),
+        ylim=(min(errors) / 1.6, max(errors) * 1.6),
+    )
     axes.set_xticks([5, 10, 20, 50, 100, 200, 400], [5, 10, 20, 50, 100, 200, 400])
     axes.set_xticks([], minor=True)
     ends = []
     for label, curve in alike(curves).items():
         traits = promised[label.split(" ")[0]]
-        axes.plot(curve.calls, curve.errors, color=COLOURS[traits.order], linewidth=1.4, linestyle="--" if traits.calls > 1 else "-")
+        axes.plot(
+            curve.calls,
+            curve.errors,
+            color=COLOURS[traits.order],
+            linewidth=1.4,
+            linestyle="--" if traits.calls > 1 else "-",
+        )
         ends.append((math.log(curve.errors[-1]), curve.calls[-1], label, COLOURS[traits.order]))
     ends.sort()
     line = 0.043 * math.log(axes.get_ylim()[1] / axes.get_ylim()[0])
     places = apart(
-        [y for y, *_ in ends], [line * (1 + label.count("\n")) for _, _, label, _ in ends], math.log(axes.get_ylim()[0]) + line / 2
+        [y for y, *_ in ends],
+        [line * (1 + label.count("\n")) for _, _, label, _ in ends],
+        math.log(axes.get_ylim()[0]) + line / 2,
     )
     for (y, x, label, colour), place in zip(ends, places, strict=True):
-        axes.plot([x * 1.04, 430], [math.exp(y), math.exp(place)], color=colour, linewidth=0.5, alpha=0.6, clip_on=False)
+        axes.plot(
+            [x * 1.04, 430],
+            [math.exp(y), math.exp(place)],
+            color=colour,
+            linewidth=0.5,
+            alpha=0.6,
+            clip_on=False,
+        )
         axes.text(450, math.exp(place), label, color=colour, fontsize=8.5, va="center")
 
 
@@ -395,7 +502,9 @@ def guides(axes: Any, corner: float) -> None:
         axes.text(x[1] * 1.08, y[1], f"order {order}", color=colour, fontsize=8, va="center")
 
 
-def dots(axes: Any, rows: dict[str, list[float | None]], budgets: Sequence[int], floor: Sequence[float]) -> None:
+def dots(
+    axes: Any, rows: dict[str, list[float | None]], budgets: Sequence[int], floor: Sequence[float]
+) -> None:
     """A row a sampler, a dot a number of calls, the darker the more."""
     shades = [str(v) for v in np.linspace(0.8, 0.0, len(budgets))]
     axes.axvspan(min(floor), max(floor), color="#2c8a4b", alpha=0.13, linewidth=0)
@@ -403,23 +512,62 @@ def dots(axes: Any, rows: dict[str, list[float | None]], budgets: Sequence[int],
         known = [v for v in values if v is not None]
         axes.plot([min(known), max(known)], [place, place], color="0.85", linewidth=1, zorder=0)
         for value, shade, budget in zip(values, shades, budgets, strict=True):
-            axes.scatter([value or math.nan], [place], color=shade, s=34, label=str(budget) if place == 0 else None, zorder=2)
-    axes.set(xscale="log", xlabel="Wasserstein-1 distance to the data", xlim=(0.012, 0.45), ylim=(len(rows) + 0.1, -1.7))
+            axes.scatter(
+                [value or math.nan],
+                [place],
+                color=shade,
+                s=34,
+                label=str(budget) if place == 0 else None,
+                zorder=2,
+            )
+    axes.set(
+        xscale="log",
+        xlabel="Wasserstein-1 distance to the data",
+        xlim=(0.012, 0.45),
+        ylim=(len(rows) + 0.1, -1.7),
+    )
     axes.set_xticks([0.02, 0.05, 0.1, 0.2, 0.4], ["0.02", "0.05", "0.1", "0.2", "0.4"])
     axes.set_xticks([], minor=True)
     axes.set_yticks(range(len(rows)), rows, fontsize=8.5)
-    axes.text(math.sqrt(min(floor) * max(floor)), len(rows) - 0.25, "exact draws", fontsize=8, color="#2c8a4b", ha="center", va="center")
+    axes.text(
+        math.sqrt(min(floor) * max(floor)),
+        len(rows) - 0.25,
+        "exact draws",
+        fontsize=8,
+        color="#2c8a4b",
+        ha="center",
+        va="center",
+    )
     where = {"loc": "upper right", "bbox_to_anchor": (1.03, 1.02), "ncols": len(budgets)}
-    axes.legend(**where, fontsize=8.5, frameon=False, handletextpad=-0.3, columnspacing=0.6, title="network calls", title_fontsize=8.5)
+    axes.legend(
+        **where,
+        fontsize=8.5,
+        frameon=False,
+        handletextpad=-0.3,
+        columnspacing=0.6,
+        title="network calls",
+        title_fontsize=8.5,
+    )
 
 
-def picture(settings: Settings, found: Sequence[Measured], floor: Sequence[float], promised: dict[str, Traits]) -> None:
+def picture(
+    settings: Settings,
+    found: Sequence[Measured],
+    floor: Sequence[float],
+    promised: dict[str, Traits],
+) -> None:
     """Orders, whole runs, samples: all over a flow."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5))
-    panels = [figure.add_axes((left, 0.11, width, 0.74)) for left, width in ((0.055, 0.21), (0.385, 0.21), (0.785, 0.2))]
-    curves = [{name: c for (name, kind), c in f.curves.items() if kind == DRAWN[0] and name in promised} for f in found[:2]]
+    panels = [
+        figure.add_axes((left, 0.11, width, 0.74))
+        for left, width in ((0.055, 0.21), (0.385, 0.21), (0.785, 0.2))
+    ]
+    curves = [
+        {name: c for (name, kind), c in f.curves.items() if kind == DRAWN[0] and name in promised}
+        for f in found[:2]
+    ]
     for axes, each in zip(panels, curves, strict=False):
         lines(axes, each, promised)
     guides(panels[0], 0.0013 * max(c.errors[0] for c in curves[0].values()))
@@ -427,7 +575,11 @@ def picture(settings: Settings, found: Sequence[Measured], floor: Sequence[float
     order = sorted(rows, key=lambda name: (rows[name][1] is None, rows[name][1] or 0.0))
     dots(panels[2], {name: rows[name] for name in order}, settings.budgets, floor)
     panels[0].set_ylabel("root-mean-square error")
-    titles = ("from t = 0.95 to 0.15: orders show", "whole runs, spacing trailing", f"{settings.samples:,} samples of whole runs")
+    titles = (
+        "from t = 0.95 to 0.15: orders show",
+        "whole runs, spacing trailing",
+        f"{settings.samples:,} samples of whole runs",
+    )
     for axes, title in zip(panels, titles, strict=True):
         axes.set_title(title, fontsize=10, loc="left")
         axes.grid(alpha=0.25, which="major", linewidth=0.6)
@@ -445,7 +597,11 @@ def main(settings: Settings) -> None:
     every = {name: traits_of(find("diffuse.samplers", name)) for name in names("diffuse.samplers")}
     every = {name: traits for name, traits in every.items() if not traits.upward}
     smooth = {name: traits for name, traits in every.items() if not traits.noise}
-    rough = {name: traits for name, traits in every.items() if traits.noise and traits.network == "denoiser"}
+    rough = {
+        name: traits
+        for name, traits in every.items()
+        if traits.noise and traits.network == "denoiser"
+    }
     distilled = {name: traits for name, traits in every.items() if traits.network == "consistency"}
     smooth["dpmpp_3m:published=true"] = Traits(order=2)  # as other implementations have it
     if settings.model:
@@ -453,7 +609,11 @@ def main(settings: Settings) -> None:
         title = f"{settings.model}: error of latents at {shown} calls, 20 images, spacing trailing, seed {settings.seed}"
         table(title, ["sampler", *map(str, settings.budgets[:4])], network(settings, smooth))
         return
-    part, runs, columns = inside(settings, smooth), whole(settings, smooth), [f"{kind}, {spacing}" for kind, spacing in RUNS]
+    part, runs, columns = (
+        inside(settings, smooth),
+        whole(settings, smooth),
+        [f"{kind}, {spacing}" for kind, spacing in RUNS],
+    )
     rows = [
         [
             f"`{name}`",
@@ -471,13 +631,19 @@ def main(settings: Settings) -> None:
     shown = rough | {name: smooth[name] for name in ("ddim", "dpmpp_2m", "unipc")}
     samples, floor = stochastic(settings, shown)
     rows = [[f"`{name}`", *(cells(samples.at[name, *r]) for r in RUNS)] for name in shown]
-    title = (
-        f"Wasserstein-1 distance of {settings.samples:,} samples at {budgets} calls; ten exact draws {min(floor):.3f} to {max(floor):.3f}"
-    )
+    title = f"Wasserstein-1 distance of {settings.samples:,} samples at {budgets} calls; ten exact draws {min(floor):.3f} to {max(floor):.3f}"
     table(title, ["sampler", *columns], rows)
     title = "The same in 1, 2 and 4 calls for samplers of distilled models, over a flow"
-    table(title, ["sampler", "network: the flow's end", "network: a denoiser"], consistency(settings, distilled))
-    heads = [f"{kind}: {name}" for kind in ("scaled_linear", "flow") for name in ("ddim", "dpmpp_2m", "unipc")]
+    table(
+        title,
+        ["sampler", "network: the flow's end", "network: a denoiser"],
+        consistency(settings, distilled),
+    )
+    heads = [
+        f"{kind}: {name}"
+        for kind in ("scaled_linear", "flow")
+        for name in ("ddim", "dpmpp_2m", "unipc")
+    ]
     table("Root-mean-square error in 10 calls", ["spacing", *heads], spacings(settings))
     picture(settings, (part, runs, samples), floor, every)
     print(f"\n{settings.picture}")

@@ -1,11 +1,13 @@
-"""A scaling law in small: the same diffusion transformer at several widths, its loss and its Frechet distance against compute.
+"""A scaling law in small: the same diffusion transformer at several widths, its loss and its
+Frechet distance against compute.
 
     python benchmarks/scaling.py --widths 64 96 128 192 --pflop 0.012 0.036 0.108 --out runs/scaling
 
-Every width is trained once for each budget of floating-point operations, with a schedule that ends there (a run cut short is not a run that was
-planned short), on the bundled model's latents. Held-out loss: the mean of ||y - (eps - z)||^2 over 64 fixed times and noises of images that were
-not trained on. The picture is log-log, as in Peebles & Xie 2022 (arXiv:2212.09748), figures 6 to 9; a line through each budget's best points
-gives the exponent.
+Every width is trained once for each budget of floating-point operations, with a schedule that ends
+there (a run cut short is not a run that was planned short), on the bundled model's latents.
+Held-out loss: the mean of ||y - (eps - z)||^2 over 64 fixed times and noises of images that were
+not trained on. The picture is log-log, as in Peebles & Xie 2022 (arXiv:2212.09748), figures 6 to 9;
+a line through each budget's best points gives the exponent.
 """
 
 import json
@@ -70,13 +72,20 @@ class Bench:
         self.settings, self.model = settings, load(settings.model)
         autoencoder = self.model.autoencoder
         assert isinstance(autoencoder, AutoencoderKL)
-        images, held_out = open_images(settings.data, split="train"), open_images(settings.data, split="test")
+        images, held_out = (
+            open_images(settings.data, split="train"),
+            open_images(settings.data, split="test"),
+        )
         self.conditioner, self.features = ClassNames(images.class_names), load_features("fashion")
         self.latents = encode_all(images, autoencoder, settings.out / "latents")
-        pixels = torch.cat([images.batch(torch.arange(i, i + 1000))["image"] for i in range(0, len(images), 1000)])
+        pixels = torch.cat(
+            [images.batch(torch.arange(i, i + 1000))["image"] for i in range(0, len(images), 1000)]
+        )
         self.statistics = gaussian(extract(self.features, (pixels + 1) / 2))
         real = held_out.batch(torch.arange(settings.samples))
-        self.floor = frechet_distance(gaussian(extract(self.features, (real["image"] + 1) / 2)), self.statistics)
+        self.floor = frechet_distance(
+            gaussian(extract(self.features, (real["image"] + 1) / 2)), self.statistics
+        )
         self.z, self.labels = self.model.compress(real["image"]), real["label"]
         self.process = Process(schedule("flow"), parameterization("flow"))
 
@@ -95,29 +104,43 @@ class Bench:
         count = self.settings.batch_size
         x, classes = self.z[:count], torch.zeros(count, len(self.conditioner.names) + 1)
         with FlopCounterMode(display=False) as counted:
-            network(x, torch.full((count,), 500.0), Conditioning(vector=classes)).square().mean().backward()
+            network(
+                x, torch.full((count,), 500.0), Conditioning(vector=classes)
+            ).square().mean().backward()
         network.zero_grad(set_to_none=True)
         return counted.get_total_flops()
 
     @torch.inference_mode()
     def loss(self, network: nn.Module) -> float:
         """The held-out loss."""
-        generator, total, denoiser = torch.Generator().manual_seed(1), 0.0, Denoiser(network, self.process)
+        generator, total, denoiser = (
+            torch.Generator().manual_seed(1),
+            0.0,
+            Denoiser(network, self.process),
+        )
         for k in range(64):
             rows = slice(k * 31, k * 31 + 31)
             z, eps = self.z[rows], torch.randn(self.z[rows].shape, generator=generator)
             t = (k + 0.5) / 64
-            y = denoiser.output(self.process.add_noise(z, eps, t), t, self.conditioner.from_labels(self.labels[rows]))
+            y = denoiser.output(
+                self.process.add_noise(z, eps, t),
+                t,
+                self.conditioner.from_labels(self.labels[rows]),
+            )
             total += float((y - (eps - z)).square().mean()) / 64
         return total
 
     def distance(self, network: nn.Module, path: Path) -> float:
-        """The Frechet distance of class-balanced samples without guidance; some of them as a picture."""
+        """The Frechet distance of class-balanced samples without guidance; some of them as a
+        picture.
+        """
         from sfumato.decode.image import grid, to_pil
 
         s, names = self.settings, self.conditioner.names
         defaults = Defaults(steps=s.sampling_steps, sampler="ddim")
-        model = LatentDiffusion(self.model.autoencoder, Denoiser(network, self.process), self.conditioner, defaults)
+        model = LatentDiffusion(
+            self.model.autoencoder, Denoiser(network, self.process), self.conditioner, defaults
+        )
         found: list[Tensor] = []
         for start in range(0, s.samples, 200):
             prompts = [names[(start + k) % len(names)] for k in range(200)]
@@ -141,25 +164,46 @@ class Bench:
             show_every=10**9, log_every=max(1, steps // 20),
         )  # fmt: skip
         objective = DenoiserObjective(
-            network, self.process, self.latents, self.model.autoencoder.space, self.conditioner, DenoiserLoss(drop=0.0)
+            network,
+            self.process,
+            self.latents,
+            self.model.autoencoder.space,
+            self.conditioner,
+            DenoiserLoss(drop=0.0),
         )
         began = perf_counter()
         trained = train(objective, loop, folder)
         seconds = perf_counter() - began
-        found = {"width": width, "parameters": parameters, "pflop": steps * flops / 1e15, "steps": steps, "seconds": seconds}
-        found |= {"loss": self.loss(trained), "frechet": self.distance(trained, folder / "samples.png")}
+        found = {
+            "width": width,
+            "parameters": parameters,
+            "pflop": steps * flops / 1e15,
+            "steps": steps,
+            "seconds": seconds,
+        }
+        found |= {
+            "loss": self.loss(trained),
+            "frechet": self.distance(trained, folder / "samples.png"),
+        }
         write_json(folder / "found.json", found)
         return found
 
 
 def exponent(points: list[dict[str, Any]], key: str) -> tuple[float, float]:
-    """(a, b) of value = a C^-b through the best point of each budget, by least squares of logarithms."""
-    x, y = (torch.tensor([math.log(p[name]) for p in points], dtype=torch.float64) for name in ("pflop", key))
+    """(a, b) of value = a C^-b through the best point of each budget, by least squares of
+    logarithms.
+    """
+    x, y = (
+        torch.tensor([math.log(p[name]) for p in points], dtype=torch.float64)
+        for name in ("pflop", key)
+    )
     slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
     return float((y.mean() - slope * x.mean()).exp()), -float(slope)
 
 
-def picture(found: list[dict[str, Any]], best: dict[str, list[dict[str, Any]]], floor: float, path: Path) -> None:
+def picture(
+    found: list[dict[str, Any]], best: dict[str, list[dict[str, Any]]], floor: float, path: Path
+) -> None:
     """Loss and FD against compute, a line a width."""
     from matplotlib.figure import Figure
 
@@ -169,10 +213,19 @@ def picture(found: list[dict[str, Any]], best: dict[str, list[dict[str, Any]]], 
         for width in dict.fromkeys(p["width"] for p in found):
             mine = [p for p in found if p["width"] == width]
             label_of = f"width {width}, {mine[0]['parameters'] / 1e6:.1f} M"
-            axes.plot([p["pflop"] for p in mine], [p[key] for p in mine], marker="o", label=label_of)
+            axes.plot(
+                [p["pflop"] for p in mine], [p[key] for p in mine], marker="o", label=label_of
+            )
         a, b = exponent(best[key], key)
         ends = [min(p["pflop"] for p in found), max(p["pflop"] for p in found)]
-        axes.plot(ends, [a * c**-b for c in ends], color="black", linestyle="--", linewidth=1, label=f"best: C^-{b:.2f}")
+        axes.plot(
+            ends,
+            [a * c**-b for c in ends],
+            color="black",
+            linestyle="--",
+            linewidth=1,
+            label=f"best: C^-{b:.2f}",
+        )
         if key == "frechet":
             axes.axhline(floor, linestyle=":", color="grey", label="floor: real images")
         axes.set(xlabel="training compute, PFLOP", ylabel=label, xscale="log", yscale="log")
@@ -188,16 +241,39 @@ def picture(found: list[dict[str, Any]], best: dict[str, list[dict[str, Any]]], 
 
 
 def main(settings: Settings) -> None:
-    """Trains all, prints the table, writes scaling.json and scaling.png; what was measured before is not measured again."""
+    """Trains all, prints the table, writes scaling.json and scaling.png; what was measured before
+    is not measured again.
+    """
     bench = Bench(settings)
     found = [bench.run(width, pflop) for width in settings.widths for pflop in settings.pflop]
-    budgets = [[found[k * len(settings.pflop) + i] for k in range(len(settings.widths))] for i in range(len(settings.pflop))]
-    best = {key: [min(column, key=lambda p, k=key: p[k]) for column in budgets] for key in ("loss", "frechet")}
-    table = Table(title=f"Diffusion transformers of {settings.depth} layers, batch {settings.batch_size}; floor {bench.floor:.3f}")
-    for column in ("width", "million", "PFLOP", "steps", "seconds", "held-out loss", "Frechet distance"):
+    budgets = [
+        [found[k * len(settings.pflop) + i] for k in range(len(settings.widths))]
+        for i in range(len(settings.pflop))
+    ]
+    best = {
+        key: [min(column, key=lambda p, k=key: p[k]) for column in budgets]
+        for key in ("loss", "frechet")
+    }
+    table = Table(
+        title=f"Diffusion transformers of {settings.depth} layers, batch {settings.batch_size}; floor {bench.floor:.3f}"
+    )
+    for column in (
+        "width",
+        "million",
+        "PFLOP",
+        "steps",
+        "seconds",
+        "held-out loss",
+        "Frechet distance",
+    ):
         table.add_column(column, justify="right")
     for p in found:
-        numbers = (f"{p['parameters'] / 1e6:.2f}", f"{p['pflop']:.3f}", str(p["steps"]), f"{p['seconds']:.0f}")
+        numbers = (
+            f"{p['parameters'] / 1e6:.2f}",
+            f"{p['pflop']:.3f}",
+            str(p["steps"]),
+            f"{p['seconds']:.0f}",
+        )
         table.add_row(str(p["width"]), *numbers, f"{p['loss']:.4f}", f"{p['frechet']:.3f}")
     console = Console(width=120)
     console.print(table)
@@ -208,7 +284,10 @@ def main(settings: Settings) -> None:
         )
     picture(found, best, bench.floor, settings.out / "scaling.png")
     facts = {k: str(v) for k, v in vars(replace(settings)).items()}
-    write_json(settings.out / "scaling.json", {"settings": facts, "floor": bench.floor, "runs": found, "torch": torch.__version__})
+    write_json(
+        settings.out / "scaling.json",
+        {"settings": facts, "floor": bench.floor, "runs": found, "torch": torch.__version__},
+    )
     console.print(settings.out / "scaling.png")
 
 

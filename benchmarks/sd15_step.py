@@ -1,13 +1,18 @@
-"""One call of Stable Diffusion 1.5's U-Net (860 M parameters), batch 2, 64x64 latents: ours beside diffusers, on the same weights, in one run.
+"""One call of Stable Diffusion 1.5's U-Net (860 M parameters), batch 2, 64x64 latents: ours beside
+diffusers, on the same weights, in one run.
 
-    python benchmarks/sd15_step.py [--dtypes float32 bfloat16] [--compile] [--repeats 3] [--threads 2] [--device cpu]
+    python benchmarks/sd15_step.py [--dtypes float32 bfloat16] [--compile] [--repeats 3] [--threads
+    2] [--device cpu]
 
-"ours packed" is what `LatentDiffusion.optimized()` and the command line run on the CPU (inference/prepack.py), "ours compiled" is
-`optimized(compile=True)`: torch.compile with constant weights. Ways take turns, so that a machine that changes its pace changes it for all; the
-median of each is printed, and two limits: the same arithmetic, and that of "ours packed", which needs fewer products (kernels/winograd.py), at the
-machine's rate for a plain 3x3 convolution of the network's shape (320 channels at 64x64), measured in the same run. --compile adds torch.compile
-of both (minutes each). Weights are random: they do not change the time. Differences are to diffusers eager in float32 with the same (rounded)
-weights: the largest over the largest number of the output, and the root mean square over the output's.
+"ours packed" is what `LatentDiffusion.optimized()` and the command line run on the CPU
+(inference/prepack.py), "ours compiled" is `optimized(compile=True)`: torch.compile with constant
+weights. Ways take turns, so that a machine that changes its pace changes it for all; the median of
+each is printed, and two limits: the same arithmetic, and that of "ours packed", which needs fewer
+products (kernels/winograd.py), at the machine's rate for a plain 3x3 convolution of the network's
+shape (320 channels at 64x64), measured in the same run. --compile adds torch.compile of both
+(minutes each). Weights are random: they do not change the time. Differences are to diffusers eager
+in float32 with the same (rounded) weights: the largest over the largest number of the output, and
+the root mean square over the output's.
 """
 
 import argparse
@@ -50,7 +55,11 @@ def saved(network: nn.Module, call: Callable[[], Tensor]) -> int:
         nonlocal left_out
         left_out += 2 * y.numel() * layer.in_channels * 9 * 20 // 36
 
-    hooks = [layer.register_forward_hook(hook) for layer in network.modules() if isinstance(layer, Winograd)]
+    hooks = [
+        layer.register_forward_hook(hook)
+        for layer in network.modules()
+        if isinstance(layer, Winograd)
+    ]
     call()
     for one in hooks:
         one.remove()
@@ -88,10 +97,19 @@ def main() -> None:
     filled(ours)
     theirs.load_state_dict(ours.state_dict(), assign=True)
     theirs.eval().requires_grad_(False)
-    print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, {options.device}, {torch.get_num_threads()} threads\n")
-    print("| dtype | way | seconds a call | of diffusers eager | largest, mean difference to float32 |\n|---|---|---|---|---|")
+    print(
+        f"torch {torch.__version__}, diffusers {diffusers.__version__}, {options.device}, {torch.get_num_threads()} threads\n"
+    )
+    print(
+        "| dtype | way | seconds a call | of diffusers eager | largest, mean difference to float32 |\n|---|---|---|---|---|"
+    )
     for name in options.dtypes:
-        compare(ours.to(options.device, getattr(torch, name)), theirs.to(options.device, getattr(torch, name)), name, options)
+        compare(
+            ours.to(options.device, getattr(torch, name)),
+            theirs.to(options.device, getattr(torch, name)),
+            name,
+            options,
+        )
 
 
 @torch.inference_mode()
@@ -111,7 +129,10 @@ def compare(ours: nn.Module, theirs: nn.Module, name: str, options: argparse.Nam
         ways["ours packed"] = lambda: quick(x, t, cond)
     if options.compile:
         fast, slow = compiled(ours), torch.compile(theirs)
-        ways |= {"diffusers compiled": lambda: slow(x, t, encoder_hidden_states=tokens).sample, "ours compiled": lambda: fast(x, t, cond)}
+        ways |= {
+            "diffusers compiled": lambda: slow(x, t, encoder_hidden_states=tokens).sample,
+            "ours compiled": lambda: fast(x, t, cond),
+        }
     theirs.float()
     expected = theirs(x.float(), t, encoder_hidden_states=tokens.float()).sample
     theirs.to(dtype)
@@ -124,13 +145,16 @@ def compare(ours: nn.Module, theirs: nn.Module, name: str, options: argparse.Nam
     for way, found in seconds.items():
         mine = statistics.median(found)
         print(f"| {name} | {way} | {mine:.2f} | {mine / base:.2f} | {error[way]} |", flush=True)
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch does not count by itself
+    # which torch does not count by itself
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     with FlopCounterMode(display=False, custom_mapping={kernel: attention_products}) as counter:
         ways["diffusers eager"]()
     conv = nn.Conv2d(320, 320, 3, padding=1).to(device, dtype)
     image = torch.randn(2, 320, 64, 64, device=device).to(dtype)
     conv(image)
-    rate = 2 * 320 * 320 * 9 * 2 * 64 * 64 / min(timed(lambda: conv(image), device) for _ in range(8))
+    rate = (
+        2 * 320 * 320 * 9 * 2 * 64 * 64 / min(timed(lambda: conv(image), device) for _ in range(8))
+    )
     counts = {"limit": counter.get_total_flops()}
     if "ours packed" in ways:
         counts["limit of ours packed"] = counts["limit"] - saved(quick, ways["ours packed"])

@@ -1,18 +1,25 @@
-"""A model of many gigabytes in little memory: time and peak memory of its weights streamed from the disk, beside all of them in memory.
+"""A model of many gigabytes in little memory: time and peak memory of its weights streamed from the
+disk, beside all of them in memory.
 
-    python benchmarks/streaming.py                          8 GB of weights, 3 GB of memory: 9 GB of disk, about 10 GB of memory for the first way
+    python benchmarks/streaming.py                          8 GB of weights, 3 GB of memory: 9 GB of
+                                                            disk, about 10 GB of memory for the
+                                                            first way
     python benchmarks/streaming.py --weights 1 --memory 1GB --steps 2
     python benchmarks/streaming.py --ways streamed cold     without the way that needs the memory
 
-The model is a U-Net of Stable Diffusion 1.5's widths with as many transformer blocks at 16 x 16 as make the size, in bfloat16 with random weights,
-written shard by shard; autoencoder and text encoder are SD 1.5's. Each way makes the same picture in a process of its own. "streamed" finds the files
-in the system's cache, as after a first run where memory is plenty; "cold" has the cache of the files dropped before every step, as where other
-programs need all of it: each step reads everything that does not stay from the disk. "held" is the largest resident memory that Linux tells (VmHWM):
-Python, libraries, weights, feature maps, and all pages of files. "own" is the largest part of it that is no file's (RssAnon, looked at every 20 ms).
-For a limit that the kernel keeps, run it all with `systemd-run --user --scope -p MemoryMax=3G`.
+The model is a U-Net of Stable Diffusion 1.5's widths with as many transformer blocks at 16 x 16 as
+make the size, in bfloat16 with random weights, written shard by shard; autoencoder and text encoder
+are SD 1.5's. Each way makes the same picture in a process of its own. "streamed" finds the files in
+the system's cache, as after a first run where memory is plenty; "cold" has the cache of the files
+dropped before every step, as where other programs need all of it: each step reads everything that
+does not stay from the disk. "held" is the largest resident memory that Linux tells (VmHWM): Python,
+libraries, weights, feature maps, and all pages of files. "own" is the largest part of it that is no
+file's (RssAnon, looked at every 20 ms). For a limit that the kernel keeps, run it all with
+`systemd-run --user --scope -p MemoryMax=3G`.
 
-With --steps 3 (two cores of an AMD EPYC with AVX-512, torch 2.13): 8.43 GB of weights in memory 4.8 s a step and 8.97 GB held, streamed in 3GB 5.3 s and
-2.91 GB, cold 14.1 s and 2.91 GB; the same bits. In another run, with others' work beside it, 18, 23 and 29 s a step.
+With --steps 3 (two cores of an AMD EPYC with AVX-512, torch 2.13): 8.43 GB of weights in memory 4.8
+s a step and 8.97 GB held, streamed in 3GB 5.3 s and 2.91 GB, cold 14.1 s and 2.91 GB; the same
+bits. In another run, with others' work beside it, 18, 23 and 29 s a step.
 """
 
 import json
@@ -49,7 +56,8 @@ class Settings:
     steps: int = 4
     threads: int = 2
     folder: Path | None = None
-    """Where the model is written, and kept; found there, it is used again. Default: a temporary folder."""
+    """Where the model is written, and kept; found there, it is used again. Default: a temporary
+    folder."""
     ways: tuple[str, ...] = ("in memory", "streamed", "cold")
 
 
@@ -59,7 +67,12 @@ def write(folder: Path, size: float) -> Path:
         return folder
     import full_size  # beside this file
 
-    small = {"block_out_channels": (32,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "layers_per_block": 1}
+    small = {
+        "block_out_channels": (32,),
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "layers_per_block": 1,
+    }
     small |= {"mid_block_type": None, "sample_size": 64, "cross_attention_dim": 768}
     full_size.FAMILIES["streaming"] = {**full_size.FAMILIES["sd15"], "unet": small}
     place = folder.with_name(folder.name + ".part")
@@ -77,7 +90,9 @@ def _write_unet(folder: Path, size: float) -> None:
     from sfumato.predict.networks.unet import UNet, UNetConfig
 
     def network(depth: int) -> tuple[UNetConfig, dict[str, torch.Tensor]]:
-        config = UNetConfig(sample_size=64, cross_attention_dim=768, transformer_layers_per_block=(1, 1, depth, 1))
+        config = UNetConfig(
+            sample_size=64, cross_attention_dim=768, transformer_layers_per_block=(1, 1, depth, 1)
+        )
         with torch.device("meta"):
             return config, UNet(config).state_dict()
 
@@ -88,12 +103,16 @@ def _write_unet(folder: Path, size: float) -> None:
     generator, shard, places, number = torch.Generator().manual_seed(0), {}, {}, 1
     for k, (name, shape) in enumerate(state.items()):
         weight = torch.empty(shape.shape).normal_(0, 0.02, generator=generator)
-        shard[name] = (weight + 1 if "norm" in name and name.endswith("weight") else weight).bfloat16()
+        shard[name] = (
+            weight + 1 if "norm" in name and name.endswith("weight") else weight
+        ).bfloat16()
         places[name] = f"diffusion_pytorch_model-{number:05}.safetensors"
         if sum(t.nbytes for t in shard.values()) > SHARD or k == len(state) - 1:
             save_file(shard, folder / places[name], metadata={"format": "pt"})
             shard, number = {}, number + 1
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": places})
+    )
 
 
 def evict(folder: Path) -> None:
@@ -132,7 +151,9 @@ def side(way: str, folder: Path, settings: Settings, out: Path) -> None:
     if way == "cold":
         evict(folder)
     begin = perf_counter()
-    model = sfumato.load(folder, dtype=torch.bfloat16, memory=None if way == "in memory" else settings.memory)
+    model = sfumato.load(
+        folder, dtype=torch.bfloat16, memory=None if way == "in memory" else settings.memory
+    )
     opened = perf_counter()
 
     def on_step(step: Any) -> None:
@@ -140,10 +161,23 @@ def side(way: str, folder: Path, settings: Settings, out: Path) -> None:
         if way == "cold":
             evict(folder)
 
-    image = model.generate("a cat", steps=settings.steps, height=settings.size, width=settings.size, output="tensor", on_step=on_step)
+    image = model.generate(
+        "a cat",
+        steps=settings.steps,
+        height=settings.size,
+        width=settings.size,
+        output="tensor",
+        on_step=on_step,
+    )
     done = perf_counter()
     steps = [b - a for a, b in zip([opened, *ends], ends, strict=False)]
-    found = {"seconds": done - begin, "steps": steps, "decode": done - ends[-1], "held": memory(), "own": watching.most}
+    found = {
+        "seconds": done - begin,
+        "steps": steps,
+        "decode": done - ends[-1],
+        "held": memory(),
+        "own": watching.most,
+    }
     save_file({"image": image.contiguous()}, out, metadata={"found": json.dumps(found)})
 
 
@@ -162,22 +196,41 @@ def main() -> None:
         print(
             f"{size:.2f} GB of weights in bfloat16 (written in {perf_counter() - begin:.0f} s), {settings.size} pixels, {settings.steps} steps, "
         )
-        print(f"guidance 7.5, {settings.threads} threads, memory={settings.memory}; torch {torch.__version__}\n")
+        print(
+            f"guidance 7.5, {settings.threads} threads, memory={settings.memory}; torch {torch.__version__}\n"
+        )
         print(
             "| way | seconds | first step | other steps | decode | held, GB | own, GB | the same bits |\n|---|---|---|---|---|---|---|---|"
         )
         expected = None
         for way in settings.ways:
             out = Path(temporary) / f"{way}.safetensors"
-            rest = [f"--memory={settings.memory}", f"--size={settings.size}", f"--steps={settings.steps}", f"--threads={settings.threads}"]
-            subprocess.run([sys.executable, __file__, "--side", way, str(folder), str(out), *rest], check=True)
+            rest = [
+                f"--memory={settings.memory}",
+                f"--size={settings.size}",
+                f"--steps={settings.steps}",
+                f"--threads={settings.threads}",
+            ]
+            subprocess.run(
+                [sys.executable, __file__, "--side", way, str(folder), str(out), *rest], check=True
+            )
             with safe_open(out, "pt") as opened:
-                image, found = opened.get_tensor("image"), json.loads((opened.metadata() or {})["found"])
+                image, found = (
+                    opened.get_tensor("image"),
+                    json.loads((opened.metadata() or {})["found"]),
+                )
             expected = image if expected is None else expected
             first, *others = found["steps"]
             times = f"{found['seconds']:.1f} | {first:.1f} | {sum(others) / max(len(others), 1):.1f} | {found['decode']:.1f}"
-            same = "yes" if torch.equal(image, expected) else f"no: up to {float((image - expected).abs().max()):.1e}"
-            print(f"| {way} | {times} | {found['held']:.2f} | {found['own']:.2f} | {same} |", flush=True)
+            same = (
+                "yes"
+                if torch.equal(image, expected)
+                else f"no: up to {float((image - expected).abs().max()):.1e}"
+            )
+            print(
+                f"| {way} | {times} | {found['held']:.2f} | {found['own']:.2f} | {same} |",
+                flush=True,
+            )
         assert expected is not None
         print(f"\nthe picture's standard deviation: {float(expected.std()):.3f}")
 

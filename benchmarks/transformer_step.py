@@ -1,13 +1,18 @@
-"""One call of SD 3.5 medium's and FLUX.1's transformers, cut to a few blocks: ours beside diffusers, on the same weights, in one run.
+"""One call of SD 3.5 medium's and FLUX.1's transformers, cut to a few blocks: ours beside
+diffusers, on the same weights, in one run.
 
-    python benchmarks/transformer_step.py [--kinds sd3 flux] [--dtypes float32 bfloat16] [--compile] [--size 1024] [--repeats 3] [--threads 2]
+    python benchmarks/transformer_step.py [--kinds sd3 flux] [--dtypes float32 bfloat16] [--compile]
+    [--size 1024] [--repeats 3] [--threads 2]
 
-Full width and full length: pictures of 1024 pixels are 4,096 tokens beside 333 (SD 3.5, batch 2 for guidance) or 512 (FLUX.1, batch 1) of text. Of
-SD 3.5 medium's 24 blocks 2 run (one of the 13 with two attentions, and the last kind), of FLUX.1's 19 + 38 one and one; --blocks 0: all of them,
-on a GPU (--device cuda). "ours packed" is what `LatentDiffusion.optimized()` and the command line run on the CPU, "ours compiled" is
-`optimized(compile=True)`. Ways take turns; the median of each is printed, and a limit: the same arithmetic at the machine's rate for a plain product
-of the network's shape, measured in the same run. Weights are random: they do not change the time. Differences are to diffusers eager in float32
-with the same (rounded) weights: the largest over the largest number of the output, and the root mean square over the output's.
+Full width and full length: pictures of 1024 pixels are 4,096 tokens beside 333 (SD 3.5, batch 2 for
+guidance) or 512 (FLUX.1, batch 1) of text. Of SD 3.5 medium's 24 blocks 2 run (one of the 13 with
+two attentions, and the last kind), of FLUX.1's 19 + 38 one and one; --blocks 0: all of them, on a
+GPU (--device cuda). "ours packed" is what `LatentDiffusion.optimized()` and the command line run on
+the CPU, "ours compiled" is `optimized(compile=True)`. Ways take turns; the median of each is
+printed, and a limit: the same arithmetic at the machine's rate for a plain product of the network's
+shape, measured in the same run. Weights are random: they do not change the time. Differences are to
+diffusers eager in float32 with the same (rounded) weights: the largest over the largest number of
+the output, and the root mean square over the output's.
 """
 
 import argparse
@@ -66,8 +71,12 @@ def pair(kind: str, blocks: int | None) -> tuple[nn.Module, nn.Module]:
         return build(registered()[name][1](**values)), getattr(diffusers, name)(**values)
 
 
-def calls(kind: str, size: int, dtype: torch.dtype, device: str) -> tuple[Callable[[nn.Module], Call], Callable[[nn.Module], Call]]:
-    """How to call a network of ours, and one of theirs, with the same numbers. Theirs takes and gives packed tokens (FLUX)."""
+def calls(
+    kind: str, size: int, dtype: torch.dtype, device: str
+) -> tuple[Callable[[nn.Module], Call], Callable[[nn.Module], Call]]:
+    """How to call a network of ours, and one of theirs, with the same numbers. Theirs takes and
+    gives packed tokens (FLUX).
+    """
     cells, generator = size // 8, torch.Generator(device).manual_seed(1)
 
     def normal(*shape: int) -> Tensor:
@@ -80,26 +89,47 @@ def calls(kind: str, size: int, dtype: torch.dtype, device: str) -> tuple[Callab
         cond = Conditioning(tokens=tokens, vector=vector)
         return (
             lambda net: lambda: net(x, t, cond),
-            lambda net: lambda: net(x, encoder_hidden_states=tokens, pooled_projections=vector, timestep=t).sample,
+            lambda net: (
+                lambda: (
+                    net(
+                        x, encoder_hidden_states=tokens, pooled_projections=vector, timestep=t
+                    ).sample
+                )
+            ),
         )
-    tokens, pooled, strength = normal(batch, 512, 4096), normal(batch, 768), torch.full((batch,), 3.5, device=device)
+    tokens, pooled, strength = (
+        normal(batch, 512, 4096),
+        normal(batch, 768),
+        torch.full((batch,), 3.5, device=device),
+    )
     cond = Conditioning(tokens=tokens, vector=torch.cat([pooled.float(), strength[:, None]], 1))
     half = cells // 2
     ids = torch.zeros(half, half, 3, device=device)
-    ids[..., 1], ids[..., 2] = torch.arange(half, device=device)[:, None], torch.arange(half, device=device)
+    ids[..., 1], ids[..., 2] = (
+        torch.arange(half, device=device)[:, None],
+        torch.arange(half, device=device),
+    )
     ids, text_ids = ids.reshape(-1, 3), torch.zeros(512, 3, device=device)
 
     def theirs(net: nn.Module) -> Call:
         def call() -> Tensor:
             like = pooled.dtype if net.dtype == pooled.dtype else net.dtype  # pyright: ignore
             tokens_of_x = (
-                x.to(like).unflatten(2, (half, 2)).unflatten(4, (half, 2)).permute(0, 2, 4, 1, 3, 5).reshape(batch, half * half, 64)
+                x.to(like)
+                .unflatten(2, (half, 2))
+                .unflatten(4, (half, 2))
+                .permute(0, 2, 4, 1, 3, 5)
+                .reshape(batch, half * half, 64)
             )
             y = net(
                 tokens_of_x, encoder_hidden_states=tokens.to(like), pooled_projections=pooled.to(like), timestep=t.to(like) / 1000,
                 img_ids=ids, txt_ids=text_ids, guidance=strength.to(like),
             ).sample  # fmt: skip
-            return y.reshape(batch, half, half, 16, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(batch, 16, cells, cells)
+            return (
+                y.reshape(batch, half, half, 16, 2, 2)
+                .permute(0, 3, 1, 4, 2, 5)
+                .reshape(batch, 16, cells, cells)
+            )
 
         return call
 
@@ -139,7 +169,10 @@ def compare(kind: str, name: str, options: argparse.Namespace) -> None:
     if packable(ours):
         ways["ours packed"] = call_ours(packed(ours))
     if options.compile:
-        ways |= {"diffusers compiled": call_theirs(torch.compile(theirs)), "ours compiled": call_ours(compiled(ours))}
+        ways |= {
+            "diffusers compiled": call_theirs(torch.compile(theirs)),
+            "ours compiled": call_ours(compiled(ours)),
+        }
     exact, (_, call_exact) = theirs.float(), calls(kind, options.size, torch.float32, device)
     expected = call_exact(exact)()
     theirs.to(dtype)
@@ -152,14 +185,24 @@ def compare(kind: str, name: str, options: argparse.Namespace) -> None:
     base = statistics.median(seconds["diffusers eager"])
     for way, found in seconds.items():
         mine = statistics.median(found)
-        print(f"| {kind} | {name} | {way} | {mine:.3f} | {base / mine:.2f} | {error[way]} |", flush=True)
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch does not count by itself
+        print(
+            f"| {kind} | {name} | {way} | {mine:.3f} | {base / mine:.2f} | {error[way]} |",
+            flush=True,
+        )
+    # which torch does not count by itself
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     with FlopCounterMode(display=False, custom_mapping={kernel: attention_products}) as counter:
         ways["diffusers eager"]()
     width = 1536 if kind == "sd3" else 3072
-    layer, rows = nn.Linear(width, 4 * width).to(device, dtype), torch.randn(4096, width, device=device).to(dtype)
+    layer, rows = (
+        nn.Linear(width, 4 * width).to(device, dtype),
+        torch.randn(4096, width, device=device).to(dtype),
+    )
     layer(rows)
-    rate, count = 2 * 4096 * width * 4 * width / min(timed(lambda: layer(rows), device) for _ in range(8)), counter.get_total_flops()
+    rate, count = (
+        2 * 4096 * width * 4 * width / min(timed(lambda: layer(rows), device) for _ in range(8)),
+        counter.get_total_flops(),
+    )
     print(
         f"| {kind} | {name} | limit: {count / 1e12:.2f} TFLOP at {rate / 1e9:.0f} GFLOP/s | {count / rate:.3f} | {base * rate / count:.2f} | |",
         flush=True,
@@ -167,7 +210,9 @@ def compare(kind: str, name: str, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Transformers of SD 3.5 and FLUX.1: ours beside diffusers.")
+    parser = argparse.ArgumentParser(
+        description="Transformers of SD 3.5 and FLUX.1: ours beside diffusers."
+    )
     parser.add_argument("--kinds", nargs="+", default=["sd3", "flux"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--compile", action="store_true")
@@ -184,7 +229,9 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, diffusers {diffusers.__version__}, {options.device}, {torch.get_num_threads()} threads, {options.size} px\n"
     )
-    print("| network | dtype | way | seconds a call | times as quick as diffusers eager | largest, mean difference to float32 |")
+    print(
+        "| network | dtype | way | seconds a call | times as quick as diffusers eager | largest, mean difference to float32 |"
+    )
     print("|---|---|---|---|---|---|")
     for kind in options.kinds:
         for name in options.dtypes:

@@ -1,6 +1,8 @@
-"""Small photographs by class: an autoencoder for CIFAR-10 and a diffusion transformer on its latents.
+"""Small photographs by class: an autoencoder for CIFAR-10 and a diffusion transformer on its
+latents.
 
-Act 1: 32x32 colour -> 8x8 latents of 16 channels. Act 3: 64 tokens, one a cell, rectified flow; made for 40 minutes of 2 CPU cores.
+Act 1: 32x32 colour -> 8x8 latents of 16 channels. Act 3: 64 tokens, one a cell, rectified flow;
+made for 40 minutes of 2 CPU cores.
 
     sfumato train autoencoder cifar10 --data.source cifar10-train.parquet --out runs/cifar10
     sfumato train denoiser cifar10 --data.source cifar10-train.parquet --out runs/cifar10
@@ -18,7 +20,13 @@ data = DataSettings(source="cifar10-train.parquet", size=32)
 
 autoencoder = AutoencoderRecipe(
     data=data,
-    network=KLConfig(block_out_channels=(32, 64, 96), layers_per_block=1, latent_channels=16, norm_num_groups=16, sample_size=32),
+    network=KLConfig(
+        block_out_channels=(32, 64, 96),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=16,
+        sample_size=32,
+    ),
     loss=AutoencoderLoss(pixel="l1", kl=1e-6, adversarial=0.0),
     loop=LoopSettings(
         steps=2400,
@@ -39,7 +47,9 @@ autoencoder = AutoencoderRecipe(
 
 denoiser = DenoiserRecipe(
     data=data,
-    network=ModernDiTConfig(patch_size=1, num_layers=8, num_attention_heads=3, attention_head_dim=64, register_tokens=4),
+    network=ModernDiTConfig(
+        patch_size=1, num_layers=8, num_attention_heads=3, attention_head_dim=64, register_tokens=4
+    ),
     schedule="flow",
     parameterization="flow",
     loss=DenoiserLoss(times="logit_normal", drop=0.1),

@@ -1,12 +1,15 @@
-"""Photographs of clothes from words, in FLUX.2's latent space: a diffusion transformer on the latents of a tiny autoencoder that is already trained.
+"""Photographs of clothes from words, in FLUX.2's latent space: a diffusion transformer on the
+latents of a tiny autoencoder that is already trained.
 
-Pictures keep their aspect, in buckets of about 128 x 128 pixels: 16 x 16 latents of 32 channels, 64 tokens of 2 x 2. A sentence encoder
-(all-MiniLM-L6-v2; Wang et al. 2020, arXiv:2002.10957) reads the captions. 40 minutes of one CPU core for 3,068 pictures.
+Pictures keep their aspect, in buckets of about 128 x 128 pixels: 16 x 16 latents of 32 channels, 64
+tokens of 2 x 2. A sentence encoder (all-MiniLM-L6-v2; Wang et al. 2020, arXiv:2002.10957) reads the
+captions. 40 minutes of one CPU core for 3,068 pictures.
 
-    sfumato train denoiser clothing --data.source clothing-256-train.parquet --autoencoder TAEF2_FOLDER --text MINILM_FOLDER --out runs/clothing
+    sfumato train denoiser clothing --data.source clothing-256-train.parquet --autoencoder
+    TAEF2_FOLDER --text MINILM_FOLDER --out runs/clothing
 
-TAEF2_FOLDER holds taef2_encoder.safetensors and taef2_decoder.safetensors (github.com/madebyollin/taesd), MINILM_FOLDER the files of
-sentence-transformers/all-MiniLM-L6-v2.
+TAEF2_FOLDER holds taef2_encoder.safetensors and taef2_decoder.safetensors
+(github.com/madebyollin/taesd), MINILM_FOLDER the files of sentence-transformers/all-MiniLM-L6-v2.
 """
 
 from pathlib import Path
@@ -21,7 +24,9 @@ denoiser = DenoiserRecipe(
     autoencoder=Path("taef2"),
     data=DataSettings(source="clothing-256-train.parquet", size=128, buckets=16),
     text=Path("all-MiniLM-L6-v2"),
-    network=ModernDiTConfig(patch_size=2, num_layers=8, num_attention_heads=3, attention_head_dim=64, register_tokens=4),
+    network=ModernDiTConfig(
+        patch_size=2, num_layers=8, num_attention_heads=3, attention_head_dim=64, register_tokens=4
+    ),
     schedule="flow",
     parameterization="flow",
     loss=DenoiserLoss(times="logit_normal", drop=0.1),

@@ -1,10 +1,13 @@
-"""Ours for Fashion-MNIST: the recipe of the bundled model "fashion". Both stages together take less than an hour of 2 CPU cores.
+"""Ours for Fashion-MNIST: the recipe of the bundled model "fashion". Both stages together take less
+than an hour of 2 CPU cores.
 
-Act 1: 28x28 grey -> 7x7 latents of 12 channels; L1, KL 1e-6, PatchGAN in the last part. Act 3: a small U-Net, rectified flow,
-uniform times, a high learning rate with warm-up and decay, and an average of the weights. Three conditions in ten are dropped, so
-that the classes come out evenly when none is asked for.
+Act 1: 28x28 grey -> 7x7 latents of 12 channels; L1, KL 1e-6, PatchGAN in the last part. Act 3: a
+small U-Net, rectified flow, uniform times, a high learning rate with warm-up and decay, and an
+average of the weights. Three conditions in ten are dropped, so that the classes come out evenly
+when none is asked for.
 
-    sfumato train autoencoder fashion_mnist --out runs/fashion && sfumato train denoiser fashion_mnist --out runs/fashion
+    sfumato train autoencoder fashion_mnist --out runs/fashion && sfumato train denoiser
+    fashion_mnist --out runs/fashion
 """
 
 from sfumato.compress.kl import KLConfig
@@ -19,8 +22,16 @@ data = DataSettings(source="fashion-mnist")
 
 autoencoder = AutoencoderRecipe(
     data=data,
-    network=KLConfig(block_out_channels=(32, 48, 96), layers_per_block=1, latent_channels=12, norm_num_groups=16, sample_size=28),
-    loss=AutoencoderLoss(pixel="l1", kl=1e-6, adversarial=0.1, adversarial_start=4700, discriminator_width=32),
+    network=KLConfig(
+        block_out_channels=(32, 48, 96),
+        layers_per_block=1,
+        latent_channels=12,
+        norm_num_groups=16,
+        sample_size=28,
+    ),
+    loss=AutoencoderLoss(
+        pixel="l1", kl=1e-6, adversarial=0.1, adversarial_start=4700, discriminator_width=32
+    ),
     loop=LoopSettings(
         steps=5400,
         batch_size=32,
@@ -67,6 +78,7 @@ denoiser = DenoiserRecipe(
         save_every=1500,
         show_every=2625,
     ),
-    defaults=Defaults(steps=20, sampler="ddim", guidance="1.5 interval:low=0.2,high=0.8"),  # chosen by benchmarks/guidance.py
+    # chosen by benchmarks/guidance.py
+    defaults=Defaults(steps=20, sampler="ddim", guidance="1.5 interval:low=0.2,high=0.8"),
     name="fashion",
 )

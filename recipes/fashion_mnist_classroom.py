@@ -1,10 +1,13 @@
-"""The classroom exercise, as it is often given: 4x-downsampled latents of 4 channels (7x7), 12,000 steps at batch 32, cosine schedule,
-lr 1e-4, weight decay 0.01, EMA 0.995, guidance 1.25. It expects 90 minutes on a T4 and a PSNR above 18 dB.
+"""The classroom exercise, as it is often given: 4x-downsampled latents of 4 channels (7x7), 12,000
+steps at batch 32, cosine schedule, lr 1e-4, weight decay 0.01, EMA 0.995, guidance 1.25. It expects
+90 minutes on a T4 and a PSNR above 18 dB.
 
-What the exercise leaves open (the networks' widths, the autoencoder's training) is filled with the same networks as ours, a plain
-squared error with KL 1e-6, and the usual noise prediction, so that the comparison is about the recipe.
+What the exercise leaves open (the networks' widths, the autoencoder's training) is filled with the
+same networks as ours, a plain squared error with KL 1e-6, and the usual noise prediction, so that
+the comparison is about the recipe.
 
-    sfumato train autoencoder fashion_mnist_classroom --out runs/classroom && sfumato train denoiser fashion_mnist_classroom --out runs/classroom
+    sfumato train autoencoder fashion_mnist_classroom --out runs/classroom && sfumato train denoiser
+    fashion_mnist_classroom --out runs/classroom
 """
 
 from sfumato.compress.kl import KLConfig
@@ -19,7 +22,13 @@ data = DataSettings(source="fashion-mnist")
 
 autoencoder = AutoencoderRecipe(
     data=data,
-    network=KLConfig(block_out_channels=(32, 64, 96), layers_per_block=1, latent_channels=4, norm_num_groups=16, sample_size=28),
+    network=KLConfig(
+        block_out_channels=(32, 64, 96),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=16,
+        sample_size=28,
+    ),
     loss=AutoencoderLoss(pixel="l2", kl=1e-6),
     loop=LoopSettings(
         steps=1900,
@@ -62,6 +71,7 @@ denoiser = DenoiserRecipe(
         save_every=1000,
         show_every=3000,
     ),
-    defaults=Defaults(steps=20, sampler="ddim", guidance=1.25, spacing="leading"),  # noise prediction says next to nothing at pure noise
+    # noise prediction says next to nothing at pure noise
+    defaults=Defaults(steps=20, sampler="ddim", guidance=1.25, spacing="leading"),
     name="classroom",
 )

@@ -1,4 +1,5 @@
-"""A diffusion transformer for Fashion-MNIST, on the bundled model's latents and for the compute of its U-Net: 0.42 PFLOP (FLOPs counted by torch).
+"""A diffusion transformer for Fashion-MNIST, on the bundled model's latents and for the compute of
+its U-Net: 0.42 PFLOP (FLOPs counted by torch).
 
 sfumato train denoiser fashion_mnist_dit --out runs/fashion-dit
 """
@@ -15,7 +16,9 @@ from sfumato.train.recipe import DataSettings, DenoiserRecipe
 denoiser = DenoiserRecipe(
     autoencoder=Path(sfumato.__file__).parent / "bundled" / "fashion" / "vae",
     data=DataSettings(source="fashion-mnist"),
-    network=ModernDiTConfig(patch_size=1, num_layers=6, num_attention_heads=3, attention_head_dim=64, register_tokens=2),
+    network=ModernDiTConfig(
+        patch_size=1, num_layers=6, num_attention_heads=3, attention_head_dim=64, register_tokens=2
+    ),
     schedule="flow",
     parameterization="flow",
     loss=DenoiserLoss(times="uniform", drop=0.3),

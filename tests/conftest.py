@@ -1,4 +1,6 @@
-"""What every test runs under: shapes checked by beartype, no network, few threads; and the bundled model where there is one."""
+"""What every test runs under: shapes checked by beartype, no network, few threads; and the bundled
+model where there is one.
+"""
 
 import os
 import sys
@@ -10,19 +12,24 @@ from typing import Any, Self, get_args, runtime_checkable
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # tests compare bits, and say so when they want a GPU
+# tests compare bits, and say so when they want a GPU
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 from beartype import BeartypeConf, FrozenDict, beartype
 from jaxtyping import install_import_hook
 
-assert not any(name.split(".")[0] == "sfumato" for name in sys.modules), "sfumato was imported before its shapes could be checked"
-# The hook decorates methods one by one, where beartype cannot know what Self is: it is not checked. An int is a fine float
-# (PEP 484's tower).
+assert not any(name.split(".")[0] == "sfumato" for name in sys.modules), (
+    "sfumato was imported before its shapes could be checked"
+)
+# The hook decorates methods one by one, where beartype cannot know what Self is: it is not checked.
+# An int is a fine float (PEP 484's tower).
 settings = BeartypeConf(hint_overrides=FrozenDict({Self: object}), is_pep484_tower=True)
 
 
 def check_types(function: Any) -> Any:
-    """beartype, with protocols made checkable (by their methods' names) where the library had no need to."""
+    """beartype, with protocols made checkable (by their methods' names) where the library had no
+    need to.
+    """
     waiting = list(getattr(function, "__annotations__", {}).values())
     while waiting:
         hint = waiting.pop()
@@ -62,7 +69,9 @@ def source() -> Path:
 def fashion() -> Any:
     """The bundled model, loaded once."""
     if not (SOURCE / "bundled" / "fashion" / "model_index.json").exists():
-        pytest.skip("the bundled model src/sfumato/bundled/fashion has not been trained into this checkout")
+        pytest.skip(
+            "the bundled model src/sfumato/bundled/fashion has not been trained into this checkout"
+        )
     import sfumato
 
     return sfumato.load("fashion")
@@ -70,7 +79,9 @@ def fashion() -> Any:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a whole model with random weights: 16x16 grey pictures of two classes, 8x8 latents of two channels."""
+    """The folder of a whole model with random weights: 16x16 grey pictures of two classes, 8x8
+    latents of two channels.
+    """
     from sfumato.compress.kl import AutoencoderKL, KLConfig
     from sfumato.diffuse.parameterization import parameterization
     from sfumato.diffuse.process import Process
@@ -84,7 +95,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         widths = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
-        autoencoder = AutoencoderKL(KLConfig(in_channels=1, out_channels=1, latent_channels=2, sample_size=16, **widths))
+        autoencoder = AutoencoderKL(
+            KLConfig(in_channels=1, out_channels=1, latent_channels=2, sample_size=16, **widths)
+        )
         config = UNetConfig(
             sample_size=8,
             in_channels=2,
@@ -101,7 +114,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     process = Process(schedule("flow"), parameterization("flow"))
     defaults = Defaults(steps=3, guidance=2.0)
-    model = LatentDiffusion(autoencoder.eval(), Denoiser(network.eval(), process), ClassNames(("boot", "bag")), defaults, "tiny")
+    model = LatentDiffusion(
+        autoencoder.eval(),
+        Denoiser(network.eval(), process),
+        ClassNames(("boot", "bag")),
+        defaults,
+        "tiny",
+    )
     folder = tmp_path_factory.mktemp("models") / "tiny"
     model.save(folder)
     return folder
@@ -109,5 +128,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def same_weights_every_time() -> None:
-    """Networks that a test builds begin with the same random weights in every run: a bound is then kept or broken always."""
+    """Networks that a test builds begin with the same random weights in every run: a bound is then
+    kept or broken always.
+    """
     torch.manual_seed(20260701)

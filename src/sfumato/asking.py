@@ -1,4 +1,6 @@
-"""Strings of questions: several put as one, and one put to whoever answers. What asks (`Asking`) and what answers never meet but here."""
+"""Strings of questions: several put as one, and one put to whoever answers. What asks (`Asking`)
+and what answers never meet but here.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -9,7 +11,9 @@ T = TypeVar("T")
 
 
 def together(runs: Sequence[Asking[T]]) -> Asking[list[T]]:
-    """Several strings of questions as one: what they ask at the same moment is asked at once. Ends with what each ended with."""
+    """Several strings of questions as one: what they ask at the same moment is asked at once. Ends
+    with what each ended with.
+    """
     if len(runs) == 1:
         return [(yield from runs[0])]
     results: list[Any] = [None] * len(runs)

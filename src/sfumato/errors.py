@@ -1,8 +1,9 @@
 """The two ways in which sfumato says no.
 
-`UserError`: the input is wrong; the message is one sentence with the value, what was expected and what to do. The command
-line prints it and exits with code 2, the server answers 4xx.
-`NumericalError`: a NaN or an infinity was found; the message names the stage, the step and the dtype. Nothing is written.
+`UserError`: the input is wrong; the message is one sentence with the value, what was expected and
+what to do. The command line prints it and exits with code 2, the server answers 4xx.
+`NumericalError`: a NaN or an infinity was found; the message names the stage, the step and the
+dtype. Nothing is written.
 """
 
 import difflib
@@ -25,18 +26,26 @@ class NumericalError(ArithmeticError):
 
 
 def unknown(kind: str, value: object, known: Iterable[str]) -> UserError:
-    """The error for a name that is not in a list: says what is known, at most `SHOWN`, and what is near."""
+    """The error for a name that is not in a list: says what is known, at most `SHOWN`, and what is
+    near.
+    """
     names = sorted(known)
-    near = difflib.get_close_matches(str(value).lower(), [n.lower() for n in names], n=3, cutoff=0.5)
+    near = difflib.get_close_matches(
+        str(value).lower(), [n.lower() for n in names], n=3, cutoff=0.5
+    )
     close = [n for best in near for n in names if n.lower() == best]  # the nearest first
     hint = f"did you mean {' or '.join(repr(n) for n in close)}? " if close else ""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return UserError(f"unknown {kind} {value!r}: {hint}known are {', '.join(names[:SHOWN]) or 'none'}{more}")
+    return UserError(
+        f"unknown {kind} {value!r}: {hint}known are {', '.join(names[:SHOWN]) or 'none'}{more}"
+    )
 
 
 @contextmanager
 def explained(path: str | Path, kinds: tuple[type[Exception], ...] = WRONG) -> Iterator[None]:
-    """Around what is built from a file's values: every error of these kinds that they lead to becomes a `UserError` that names the file."""
+    """Around what is built from a file's values: every error of these kinds that they lead to
+    becomes a `UserError` that names the file.
+    """
     try:
         yield
     except UserError as error:

@@ -16,9 +16,18 @@ from sfumato.checkpoints.folder import build_part, index, load_part
 from sfumato.checkpoints.gguf import is_gguf
 from sfumato.checkpoints.lazily import sound
 from sfumato.checkpoints.lone_network import load_network, require_mapped
-from sfumato.checkpoints.names.pipeline import autoencoder_name, autoencoder_unsaid, pipeline_class, pipeline_defaults
+from sfumato.checkpoints.names.pipeline import (
+    autoencoder_name,
+    autoencoder_unsaid,
+    pipeline_class,
+    pipeline_defaults,
+)
 from sfumato.checkpoints.names.pipeline_transformer import transformer_spacing
-from sfumato.checkpoints.names.scheduler import from_scheduler_config, gives_even_times, read_scheduler
+from sfumato.checkpoints.names.scheduler import (
+    from_scheduler_config,
+    gives_even_times,
+    read_scheduler,
+)
 from sfumato.checkpoints.names.whole import extras
 from sfumato.checkpoints.original import PICKLES, Reading, split
 from sfumato.checkpoints.single_file import KEY_OF_OURS, notes_of, unfold
@@ -49,7 +58,11 @@ NETWORK_PARTS = ("unet", "transformer")
 def bundled() -> dict[str, Path]:
     """The models that travel in the package, by name."""
     root = Path(str(resources.files("sfumato"))) / "bundled"
-    return {p.name: p for p in sorted(root.iterdir()) if (p / "model_index.json").exists()} if root.is_dir() else {}
+    return (
+        {p.name: p for p in sorted(root.iterdir()) if (p / "model_index.json").exists()}
+        if root.is_dir()
+        else {}
+    )
 
 
 def load(
@@ -62,22 +75,36 @@ def load(
     memory: int | str | None = None,
     transformer: str | Path | None = None,
 ) -> LatentDiffusion:
-    """Opens a model: a bundled name ("fashion"), a folder in diffusers' layout, a single file, or a hub id
+    """Opens a model: a bundled name ("fashion"), a folder in diffusers' layout, a single file, or a
+    hub id
 
-    ("owner/name"; its files are cached by `huggingface_hub`). dtype: of all weights (default: float32). variant: the files to prefer, such
-    as "fp16". For single files in the original layout (.safetensors, .ckpt): reading, what the file itself does not say; tokenizer, a folder
-    with CLIP's vocab.json and merges.txt, or BERT's vocab.txt, or for whole files of SD 3 and FLUX.1 a model's folder. transformer: for folders,
-    a file with the network alone (original, GGUF, fp8), which is taken in place of the folder's; whose weights need not be there. memory: what the process may take, in bytes or as "3GB": the weights are streamed
-    from the files then, as in `LatentDiffusion.streamed`, with the same pictures.
+    ("owner/name"; its files are cached by `huggingface_hub`). dtype: of all weights (default:
+    float32). variant: the files to prefer, such as "fp16". For single files in the original layout
+    (.safetensors, .ckpt): reading, what the file itself does not say; tokenizer, a folder with
+    CLIP's vocab.json and merges.txt, or BERT's vocab.txt, or for whole files of SD 3 and FLUX.1 a
+    model's folder. transformer: for folders, a file with the network alone (original, GGUF, fp8),
+    which is taken in place of the folder's; whose weights need not be there. memory: what the
+    process may take, in bytes or as "3GB": the weights are streamed from the files then, as in
+    `LatentDiffusion.streamed`, with the same pictures.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise UserError(f"dtype={dtype}: expected a floating-point one such as torch.bfloat16")
     network = None if transformer is None else Path(transformer).expanduser()
-    how = _How(device, dtype or torch.float32, variant, reading, tokenizer, None if memory is None else read_size(memory), network)
+    how = _How(
+        device,
+        dtype or torch.float32,
+        variant,
+        reading,
+        tokenizer,
+        None if memory is None else read_size(memory),
+        network,
+    )
     found = bundled()
     path = found.get(str(source), Path(source).expanduser())
     if path.is_file() and network is not None:
-        raise UserError(f"transformer={transformer} with the file {path}: expected a model's folder, which has the other parts")
+        raise UserError(
+            f"transformer={transformer} with the file {path}: expected a model's folder, which has the other parts"
+        )
     if path.is_file() and is_gguf(path):
         raise _alone(path, "a network")
     if path.is_file() and (path.suffix in PICKLES or KEY_OF_OURS not in notes_of(path)):
@@ -132,9 +159,13 @@ def _open(path: Path, name: str, how: _How) -> LatentDiffusion:
     parts = index(path)
     pipeline = parts.get("_class_name")
     vae = autoencoder_name(pipeline)
-    part = next((name for name in NETWORK_PARTS if parts.get(name, [None, None]) != [None, None]), None)
+    part = next(
+        (name for name in NETWORK_PARTS if parts.get(name, [None, None]) != [None, None]), None
+    )
     if how.transformer is not None and part == "unet":
-        raise UserError(f"{path} is a model with a U-Net: transformer={how.transformer} has no place in it")
+        raise UserError(
+            f"{path} is a model with a U-Net: transformer={how.transformer} has no place in it"
+        )
     part = "transformer" if how.transformer is not None else part
     if part is None or vae not in parts:
         raise UserError(
@@ -143,11 +174,17 @@ def _open(path: Path, name: str, how: _How) -> LatentDiffusion:
         )
     autoencoder = load_part(path / vae, None, how.opened, how.variant, autoencoder_unsaid(pipeline))
     lone = how.transformer
-    network = load_part(path / part, None, how.opened, how.variant) if lone is None else load_network(lone, path, how.opened)
+    network = (
+        load_part(path / part, None, how.opened, how.variant)
+        if lone is None
+        else load_network(lone, path, how.opened)
+    )
     if not isinstance(autoencoder, Autoencoder):
         raise UserError(f"{path}/{vae} is a {type(autoencoder).__name__}: expected an autoencoder")
     if not isinstance(network, Network):
-        raise UserError(f"{path}/{part} is a {type(network).__name__}: expected a network that predicts, such as a U-Net")
+        raise UserError(
+            f"{path}/{part} is a {type(network).__name__}: expected a network that predicts, such as a U-Net"
+        )
     scheduler = path / "scheduler" / "scheduler_config.json"
     with explained(scheduler):
         recipe = read_scheduler(read_table(scheduler), even=gives_even_times(str(pipeline)))
@@ -155,22 +192,38 @@ def _open(path: Path, name: str, how: _How) -> LatentDiffusion:
     conditioner = _conditioner(path, parts, network, how)
     with explained(path / "model_index.json"):
         notes = parts.get("_sfumato", {})
-        run = {"sampler": recipe.sampler, "spacing": transformer_spacing(str(pipeline), recipe.spacing_word)}
-        given = notes.get("defaults", {} if "_sfumato" in parts else pipeline_defaults(parts, network) | run)
-        defaults = Defaults(**{k: v for k, v in given.items() if k in Defaults.__dataclass_fields__})
+        run = {
+            "sampler": recipe.sampler,
+            "spacing": transformer_spacing(str(pipeline), recipe.spacing_word),
+        }
+        given = notes.get(
+            "defaults", {} if "_sfumato" in parts else pipeline_defaults(parts, network) | run
+        )
+        defaults = Defaults(
+            **{k: v for k, v in given.items() if k in Defaults.__dataclass_fields__}
+        )
     _check_parts(path, autoencoder, network, conditioner)
     small = path / "low_res_scheduler" / "scheduler_config.json"
     with explained(small):
         low_res = from_scheduler_config(read_table(small)) if small.exists() else None
     return how.placed(
-        LatentDiffusion(autoencoder, Denoiser(network, recipe.process), conditioner, defaults, str(notes.get("name", name)), low_res)
+        LatentDiffusion(
+            autoencoder,
+            Denoiser(network, recipe.process),
+            conditioner,
+            defaults,
+            str(notes.get("name", name)),
+            low_res,
+        )
     )
 
 
 def _open_original(path: Path, how: _How) -> LatentDiffusion:
     """Builds a model from a single file in the layout of its first publication."""
     if how.memory is not None and path.suffix in PICKLES:
-        raise UserError(f"{path} is pickled and cannot be streamed: open it without memory=, `save` it as safetensors, and stream that")
+        raise UserError(
+            f"{path} is pickled and cannot be streamed: open it without memory=, `save` it as safetensors, and stream that"
+        )
     if layout_of_keys(_table(path)) is not None:
         return _open_whole(path, how)
     parts = split(path, how.reading)
@@ -179,24 +232,50 @@ def _open_original(path: Path, how: _How) -> LatentDiffusion:
             f"{path} holds {' and '.join(parts.networks)}: a model needs a U-Net and an autoencoder; give the file that has both"
         )
     autoencoder, network = (
-        build_part(p.config, p.tensors, path, path, None, how.opened, lambda: how.memory is not None)
+        build_part(
+            p.config, p.tensors, path, path, None, how.opened, lambda: how.memory is not None
+        )
         for p in (parts.networks[k] for k in ("vae", "unet"))
     )
     notes = {} if path.suffix in PICKLES else notes_of(path)
     with explained(path):  # our own notes, where the layout says nothing
-        schedulers = parts.schedulers | {k: json.loads(notes[key]) for k, key in _NOTED.items() if key in notes}
+        schedulers = parts.schedulers | {
+            k: json.loads(notes[key]) for k, key in _NOTED.items() if key in notes
+        }
         recipe = read_scheduler(schedulers["scheduler"])
-        low_res = from_scheduler_config(schedulers["low_res_scheduler"]) if "low_res_scheduler" in schedulers else None
-    conditioner = from_parts(parts, Source(path, notes, how.tokenizer, how.dtype, how.reading or Reading(), how.memory is not None))
+        low_res = (
+            from_scheduler_config(schedulers["low_res_scheduler"])
+            if "low_res_scheduler" in schedulers
+            else None
+        )
+    conditioner = from_parts(
+        parts,
+        Source(
+            path, notes, how.tokenizer, how.dtype, how.reading or Reading(), how.memory is not None
+        ),
+    )
     assert isinstance(autoencoder, Autoencoder)
     _check_parts(path, autoencoder, network, conditioner)
-    begin = pipeline_defaults({"_class_name": pipeline_class(network, conditioner)}, network) | _guidance(conditioner)
+    begin = pipeline_defaults(
+        {"_class_name": pipeline_class(network, conditioner)}, network
+    ) | _guidance(conditioner)
     defaults = Defaults(**begin, sampler=recipe.sampler, spacing=recipe.spacing_word)
-    return how.placed(LatentDiffusion(autoencoder, Denoiser(network, recipe.process), conditioner, defaults, path.stem, low_res))
+    return how.placed(
+        LatentDiffusion(
+            autoencoder,
+            Denoiser(network, recipe.process),
+            conditioner,
+            defaults,
+            path.stem,
+            low_res,
+        )
+    )
 
 
 def _table(path: Path) -> Mapping[str, Any]:
-    """What a single file holds, by its keys; nothing of a file of unknown kind, of which `split` says what is wrong."""
+    """What a single file holds, by its keys; nothing of a file of unknown kind, of which `split`
+    says what is wrong.
+    """
     return open_table(path, torch.float32)[0] if path.suffix in (*SAFE, *PICKLES) else {}
 
 
@@ -208,39 +287,86 @@ def _alone(path: Path, what: str) -> UserError:
 
 
 def _open_whole(path: Path, how: _How) -> LatentDiffusion:
-    """Builds a model from a single file with a diffusion transformer, its autoencoder and its text encoders."""
+    """Builds a model from a single file with a diffusion transformer, its autoencoder and its text
+    encoders.
+    """
     if how.reading is not None:
-        raise UserError(f"{path} holds a diffusion transformer, of which there is nothing to say in reading=: leave it out")
+        raise UserError(
+            f"{path} holds a diffusion transformer, of which there is nothing to say in reading=: leave it out"
+        )
     if how.memory is not None:
         require_mapped(path)
     table, notes = open_table(path, how.dtype)
-    parts = read_whole(table if how.memory is not None else sound(table, path), notes, path, read_configs(notes, path))
+    parts = read_whole(
+        table if how.memory is not None else sound(table, path),
+        notes,
+        path,
+        read_configs(notes, path),
+    )
     layout = layout_of_class(parts["transformer"].config["_class_name"])
     texts = TOWERS.get(layout.name if layout else "", {})
-    if "vae" not in parts or not {part for part in texts if part != "text_encoder_3"} <= parts.keys() or layout is None:
-        raise _alone(path, " and ".join(name.replace("vae", "an autoencoder").replace("transformer", "a network") for name in parts))
+    if (
+        "vae" not in parts
+        or not {part for part in texts if part != "text_encoder_3"} <= parts.keys()
+        or layout is None
+    ):
+        raise _alone(
+            path,
+            " and ".join(
+                name.replace("vae", "an autoencoder").replace("transformer", "a network")
+                for name in parts
+            ),
+        )
     autoencoder, network = (
-        build_part(p.config, {k: lazy.make() for k, lazy in p.tensors.items()}, path, path, None, how.opened, lambda: True)
+        build_part(
+            p.config,
+            {k: lazy.make() for k, lazy in p.tensors.items()},
+            path,
+            path,
+            None,
+            how.opened,
+            lambda: True,
+        )
         for p in (parts[k] for k in ("vae", "transformer"))
     )
     assert isinstance(autoencoder, Autoencoder)
-    conditioner = read_texts(layout.name, parts, network, Source(path, notes, how.tokenizer, how.dtype, Reading(), how.memory is not None))
+    conditioner = read_texts(
+        layout.name,
+        parts,
+        network,
+        Source(path, notes, how.tokenizer, how.dtype, Reading(), how.memory is not None),
+    )
     _check_parts(path, autoencoder, network, conditioner)
     with explained(path):
         ours = json.loads(notes.get(MODEL, "{}"))
-        scheduler = json.loads(notes[SCHEDULER]) if SCHEDULER in notes else extras(parts)["scheduler/scheduler_config.json"]
-        pipeline = pipeline_class(network, conditioner, ours.get("defaults", {}).get("references", 0))
+        scheduler = (
+            json.loads(notes[SCHEDULER])
+            if SCHEDULER in notes
+            else extras(parts)["scheduler/scheduler_config.json"]
+        )
+        pipeline = pipeline_class(
+            network, conditioner, ours.get("defaults", {}).get("references", 0)
+        )
         recipe = read_scheduler(scheduler, even=gives_even_times(pipeline) or None)
-        begin = pipeline_defaults({"_class_name": pipeline}, network) | {"sampler": recipe.sampler, "spacing": recipe.spacing_word}
+        begin = pipeline_defaults({"_class_name": pipeline}, network) | {
+            "sampler": recipe.sampler,
+            "spacing": recipe.spacing_word,
+        }
         given = begin | ours.get("defaults", {})
-        defaults = Defaults(**{k: v for k, v in given.items() if k in Defaults.__dataclass_fields__})
+        defaults = Defaults(
+            **{k: v for k, v in given.items() if k in Defaults.__dataclass_fields__}
+        )
     _check_process(path, network, recipe.process)
     name = str(ours.get("name", path.stem))
-    return how.placed(LatentDiffusion(autoencoder, Denoiser(network, recipe.process), conditioner, defaults, name))
+    return how.placed(
+        LatentDiffusion(autoencoder, Denoiser(network, recipe.process), conditioner, defaults, name)
+    )
 
 
 def _check_process(where: Path, network: Any, process: Process) -> None:
-    """`UserError` for a scheduler of another process than the network was trained for, where all of its class have one."""
+    """`UserError` for a scheduler of another process than the network was trained for, where all of
+    its class have one.
+    """
     if network.parameterization not in (None, process.parameterization.name):
         raise UserError(
             f"{where} is of a process with target {process.parameterization.name!r}, and a {type(network).__name__} answers "
@@ -252,15 +378,18 @@ _NOTED = {"scheduler": SCHEDULER, "low_res_scheduler": LOW_RES}
 
 
 def _guidance(conditioner: Any) -> dict[str, Any]:
-    """How strongly to follow what diffusers has no pipeline for: classes as in the paper's table 3 (arXiv:2112.10752, LDM-4-G, s = 1.5)."""
+    """How strongly to follow what diffusers has no pipeline for: classes as in the paper's table 3
+    (arXiv:2112.10752, LDM-4-G, s = 1.5).
+    """
     if isinstance(conditioner, ClassEmbedding):
         return {"guidance": 1.5 if conditioner.unconditional else 1.0}
     return {"guidance": 1.0} if isinstance(conditioner, Nothing) else {}
 
 
 def _conditioner(path: Path, parts: dict[str, Any], network: Any, how: _How) -> Any:
-    """What turns prompts into conditioning: the text encoders of the folder, or the conditioner that sfumato wrote; a network that is told
-    nothing needs none."""
+    """What turns prompts into conditioning: the text encoders of the folder, or the conditioner
+    that sfumato wrote; a network that is told nothing needs none.
+    """
     there = text_encoders(parts, path / "model_index.json")
     if there:
         return reader_of(there, path).from_folder(path, how.opened, how.variant)
@@ -271,22 +400,40 @@ def _conditioner(path: Path, parts: dict[str, Any], network: Any, how: _How) -> 
         with explained(path / "model_index.json"):
             return ClassLabels.from_id2label(parts.get("id2label"), network.classes - 1)
     if not config.exists():
-        raise UserError(f"{path} has neither a text encoder nor a conditioner/config.json: nothing there reads prompts")
+        raise UserError(
+            f"{path} has neither a text encoder nor a conditioner/config.json: nothing there reads prompts"
+        )
     with explained(config):
         values = read_table(config)
         kind = find("predict.conditioners", values.get("_class_name", ""))
-        return kind.from_folder(path, how.dtype) if hasattr(kind, "from_folder") else kind.from_config(values)
+        return (
+            kind.from_folder(path, how.dtype)
+            if hasattr(kind, "from_folder")
+            else kind.from_config(values)
+        )
 
 
 def _check_parts(path: Path, autoencoder: Autoencoder, network: Any, conditioner: Any) -> None:
     """`UserError` where the parts of a folder belong to different models."""
-    part, classes, text = network.part, len(getattr(conditioner, "names", ())), getattr(conditioner, "width", None)
-    channels, wide, vector = autoencoder.space.channels, network.token_width, getattr(conditioner, "vector_width", None)
+    part, classes, text = (
+        network.part,
+        len(getattr(conditioner, "names", ())),
+        getattr(conditioner, "width", None),
+    )
+    channels, wide, vector = (
+        autoencoder.space.channels,
+        network.token_width,
+        getattr(conditioner, "vector_width", None),
+    )
     if network.channels != channels or network.in_channels < channels:
         found = f"{part} takes {network.in_channels} channels and gives {network.channels}, latents of vae have {channels}"
     elif text != wide and wide != (text,) * len(wide if isinstance(wide, tuple) else ()):
         found = f"{part} attends to tokens of width {wide}, the text encoders give {text}"
-    elif text is None and (network.classes or not network.told) and network.classes != (classes + 1 if classes else 0):
+    elif (
+        text is None
+        and (network.classes or not network.told)
+        and network.classes != (classes + 1 if classes else 0)
+    ):
         found = f"{part} has {network.classes} class embeddings, conditioner has {classes} classes (and one for none)"
     elif None not in (vector, network.vector_width) and vector != network.vector_width:
         found = f"{part} takes a vector of {network.vector_width} numbers, the text encoders give {vector}"
@@ -296,7 +443,9 @@ def _check_parts(path: Path, autoencoder: Autoencoder, network: Any, conditioner
 
 
 def _from_hub(name: str) -> Path:
-    """The local snapshot of a hub repository (`huggingface_hub`), fetched when it is not there and the network is."""
+    """The local snapshot of a hub repository (`huggingface_hub`), fetched when it is not there and
+    the network is.
+    """
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -304,8 +453,10 @@ def _from_hub(name: str) -> Path:
         found = Path(snapshot_download(name, allow_patterns=wanted))
         if any(found.glob("*/*.safetensors")):
             return found
-        return Path(snapshot_download(name, allow_patterns=[*wanted, "*.bin"]))  # of the time before safetensors: pickled
-    except Exception as error:  # the library raises a dozen kinds: all of them mean that the model is not to be had
+        # of the time before safetensors: pickled
+        return Path(snapshot_download(name, allow_patterns=[*wanted, "*.bin"]))
+    except Exception as error:
+        # the library raises a dozen kinds: all of them mean that the model is not to be had
         raise UserError(
             f"model {name!r} could not be had from the hub ({type(error).__name__}): check the name and the network, or give a folder"
         ) from error

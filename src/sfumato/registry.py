@@ -1,7 +1,8 @@
-"""The folder is the registry: `find("diffuse.samplers", "ddim")` is `diffuse/samplers/ddim.py:ddim`.
+"""The folder is the registry: `find("diffuse.samplers", "ddim")` is
+`diffuse/samplers/ddim.py:ddim`.
 
-A new sampler, guidance, conditioner, metric or command is one new file whose main name equals the file's name; no list is
-edited. Nothing is imported until it is asked for.
+A new sampler, guidance, conditioner, metric or command is one new file whose main name equals the
+file's name; no list is edited. Nothing is imported until it is asked for.
 """
 
 import importlib
@@ -15,13 +16,18 @@ from sfumato.errors import UserError, unknown
 
 @cache
 def names(package: str) -> tuple[str, ...]:
-    """The names in a registered folder, e.g. `names("diffuse.samplers") == ("ddim", "ddpm")`. Imports only the folder."""
+    """The names in a registered folder, e.g. `names("diffuse.samplers") == ("ddim", "ddpm")`.
+    Imports only the folder.
+    """
     module = importlib.import_module(f"sfumato.{package}")
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(module.__path__) if not m.name.startswith("_")))
+    return tuple(
+        sorted(m.name for m in pkgutil.iter_modules(module.__path__) if not m.name.startswith("_"))
+    )
 
 
 def find(package: str, name: str) -> Any:
-    """The object called `name` in the file called `name` of a registered folder; an unknown name lists the known ones.
+    """The object called `name` in the file called `name` of a registered folder; an unknown name
+    lists the known ones.
 
     A file name is snake_case; its object is that name itself, or its CamelCase form for a class.
     """
@@ -38,9 +44,13 @@ def module_of(package: str, name: str) -> ModuleType:
 
 
 def choice(spec: str) -> tuple[str, dict[str, Any]]:
-    """ "name" or "name:option=value,option=value" -> the name and its options; values are numbers, true, false or words."""
+    """ "name" or "name:option=value,option=value" -> the name and its options; values are numbers,
+    true, false or words.
+    """
     name, options = split(str(spec))
-    return name.replace("-", "_"), {key.replace("-", "_"): _value(value) for key, value in options.items()}
+    return name.replace("-", "_"), {
+        key.replace("-", "_"): _value(value) for key, value in options.items()
+    }
 
 
 def split(word: str) -> tuple[str, dict[str, str]]:
@@ -50,7 +60,9 @@ def split(word: str) -> tuple[str, dict[str, str]]:
     for item in rest.split(",") if colon else ():
         key, equals, value = (part.strip() for part in item.partition("="))
         if not (key and equals and value):
-            raise UserError(f"{word!r}: expected NAME or NAME:OPTION=VALUE,OPTION=VALUE, found {item!r}")
+            raise UserError(
+                f"{word!r}: expected NAME or NAME:OPTION=VALUE,OPTION=VALUE, found {item!r}"
+            )
         if key in options:
             raise UserError(f"{word!r} gives {key} twice: give it once")
         options[key] = value

@@ -1,6 +1,7 @@
 """Writes models: a folder in diffusers' layout, or one file.
 
-`model` in this file is a `LatentDiffusion`, or anything with its autoencoder, denoiser, conditioner, defaults, name and low_res.
+`model` in this file is a `LatentDiffusion`, or anything with its autoencoder, denoiser,
+conditioner, defaults, name and low_res.
 """
 
 import json
@@ -54,13 +55,18 @@ def _save_folder(model: Any, folder: str | Path, dtype: torch.dtype | None) -> N
             _write(temporary / "conditioner" / "config.json", model.conditioner.to_config())
         parts = {
             **entries,
-            "_sfumato": {"version": __version__, "name": model.name, "defaults": asdict(model.defaults)},
+            "_sfumato": {
+                "version": __version__,
+                "name": model.name,
+                "defaults": asdict(model.defaults),
+            },
             vae: ["diffusers", model.autoencoder.to_config()["_class_name"]],
             network.part: ["diffusers", network.to_config()["_class_name"]],
             "scheduler": ["diffusers", scheduler["_class_name"]],
         }
         if model.low_res is not None:
-            small = {**to_scheduler_config(model.low_res), "_class_name": "DDPMScheduler"}  # the class that diffusers' upscaler wants
+            # the class that diffusers' upscaler wants
+            small = {**to_scheduler_config(model.low_res), "_class_name": "DDPMScheduler"}
             small.pop("set_alpha_to_one", None)
             _write(temporary / "low_res_scheduler" / "scheduler_config.json", small)
             parts["low_res_scheduler"] = ["diffusers", "DDPMScheduler"]
@@ -73,20 +79,31 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 
 
 def _scheduler(model: Any) -> dict[str, Any]:
-    """The scheduler config of a model's folder: for published kinds of models and a learned variance the run too, for others the process."""
-    process, sampler, spacing = model.denoiser.process, model.defaults.sampler, model.defaults.spacing
+    """The scheduler config of a model's folder: for published kinds of models and a learned
+    variance the run too, for others the process.
+    """
+    process, sampler, spacing = (
+        model.denoiser.process,
+        model.defaults.sampler,
+        model.defaults.spacing,
+    )
     dynamic = DynamicShift.from_word(spacing)
     if dynamic is not None:
         return write_scheduler(process, sampler, dynamic.spacing(dynamic.top[0]), dynamic)
     network, conditioner = model.denoiser.network, model.conditioner
-    ours = not has_original(network, conditioner) and pipeline_class(network, conditioner) == "LatentDiffusion"
+    ours = (
+        not has_original(network, conditioner)
+        and pipeline_class(network, conditioner) == "LatentDiffusion"
+    )
     if ours and not getattr(network, "learned_variance", False):
         return to_scheduler_config(process)
     return write_scheduler(process, sampler, spacing)
 
 
 def _save_original(model: Any, file: str | Path, dtype: torch.dtype | None) -> None:
-    """One file under the original names; what is beside the weights there (the tokenizer) goes into its metadata."""
+    """One file under the original names; what is beside the weights there (the tokenizer) goes into
+    its metadata.
+    """
     networks = {"unet": model.denoiser.network, "vae": model.autoencoder}
     configs = {name: network.to_config() for name, network in networks.items()}
     tensors = {name: network.state_dict() for name, network in networks.items()}
@@ -94,7 +111,9 @@ def _save_original(model: Any, file: str | Path, dtype: torch.dtype | None) -> N
         configs[name], tensors[name] = config, table
     cast = {name: storable(table, dtype) for name, table in tensors.items()}
     scheduler = _scheduler(model)
-    parts = gather({name: Part(configs[name], table) for name, table in cast.items()}, {"scheduler": scheduler})
+    parts = gather(
+        {name: Part(configs[name], table) for name, table in cast.items()}, {"scheduler": scheduler}
+    )
     ours = {SCHEDULER: json.dumps(scheduler), **to_notes(model.conditioner)}
     if model.low_res is not None:
         ours[LOW_RES] = json.dumps(to_scheduler_config(model.low_res))
@@ -102,7 +121,9 @@ def _save_original(model: Any, file: str | Path, dtype: torch.dtype | None) -> N
 
 
 def _save_whole(model: Any, file: str | Path, dtype: torch.dtype | None) -> bool:
-    """One file with a diffusion transformer under the original names; False, and nothing is written, where others would read another model."""
+    """One file with a diffusion transformer under the original names; False, and nothing is
+    written, where others would read another model.
+    """
     network, conditioner = model.denoiser.network, model.conditioner
     if not has_whole(network, conditioner, model.denoiser.process) or model.low_res is not None:
         return False
@@ -110,17 +131,29 @@ def _save_whole(model: Any, file: str | Path, dtype: torch.dtype | None) -> bool
     if found is None:
         return False
     tensors, notes = found
-    ours = {SCHEDULER: json.dumps(_scheduler(model)), MODEL: json.dumps({"name": model.name, "defaults": asdict(model.defaults)})}
+    ours = {
+        SCHEDULER: json.dumps(_scheduler(model)),
+        MODEL: json.dumps({"name": model.name, "defaults": asdict(model.defaults)}),
+    }
     write_tensors(file, tensors, {**notes, **ours})
     return True
 
 
 def check_target(folder: str | Path) -> Path:
-    """Where a model would be saved; `UserError` for a place that holds something else, or that may not be written."""
-    target = Path(folder).expanduser().resolve()  # through a link: the folder behind it is replaced, not the link
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "model_index.json").exists()):
-        raise UserError(f"{folder} exists and is not a model folder: it is left as it is; choose another name or remove it first")
+    """Where a model would be saved; `UserError` for a place that holds something else, or that may
+    not be written.
+    """
+    # through a link: the folder behind it is replaced, not the link
+    target = Path(folder).expanduser().resolve()
+    if target.is_file() or (
+        target.is_dir() and any(target.iterdir()) and not (target / "model_index.json").exists()
+    ):
+        raise UserError(
+            f"{folder} exists and is not a model folder: it is left as it is; choose another name or remove it first"
+        )
     parent = next((p for p in target.parents if p.exists()), Path("/"))
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{folder} cannot be written: {parent} is not a folder that you may write to; choose another place")
+        raise UserError(
+            f"{folder} cannot be written: {parent} is not a folder that you may write to; choose another place"
+        )
     return target

@@ -1,7 +1,7 @@
 """The alphabet: Conditioning, Prediction, LatentSpace, and the shapes of tensors.
 
-One letter, one meaning: `image` in [-1, 1], `z` clean standardised latent, `x` noisy latent, `eps` noise, `t` in [0, 1] with
-0 clean and 1 noise, and x = alpha*z + sigma*eps.
+One letter, one meaning: `image` in [-1, 1], `z` clean standardised latent, `x` noisy latent, `eps`
+noise, `t` in [0, 1] with 0 clean and 1 noise, and x = alpha*z + sigma*eps.
 """
 
 import copy
@@ -24,19 +24,24 @@ Image = Float[Tensor, "B C H W"]
 Latent = Float[Tensor, "B C h w"]
 """A standardised latent, clean (`z`) or noisy (`x`)."""
 Noise = Callable[[], Tensor]
-"""Draws the next standard-normal tensor of the run's shape: image k's part comes from image k's own seed."""
+"""Draws the next standard-normal tensor of the run's shape: image k's part comes from image k's own
+seed."""
 
 
 @dataclass(frozen=True)
 class Conditioning:
     """The only doors into a network. Every field is optional; the first axis of each is the batch.
 
-    tokens     (B, L, D)    attended to by cross-attention, with `mask` (B, L), True where a token counts
-    vector     (B, V)       joins the time embedding: pooled text, or class weights (one-hot for one class)
+    tokens     (B, L, D)    attended to by cross-attention, with `mask` (B, L), True where a token
+               counts
+    vector     (B, V)       joins the time embedding: pooled text, or class weights (one-hot for one
+               class)
     concat     (B, K, h, w) joins x along channels: masks, low-resolution images, maps
-    residuals  tuple of (B, c, h, w), or of (B, N, D) for the tokens of a transformer, added inside the network (ControlNet)
+    residuals  tuple of (B, c, h, w), or of (B, N, D) for the tokens of a transformer, added inside
+               the network (ControlNet)
     image_tokens (B, M, D)  a second token set, for image prompts
-    references tuple of (B, C, k, l), clean latents of other pictures, of any sizes, that are read beside x (FLUX.1 Kontext, FLUX.2)
+    references tuple of (B, C, k, l), clean latents of other pictures, of any sizes, that are read
+    beside x (FLUX.1 Kontext, FLUX.2)
     """
 
     tokens: Float[Tensor, "B L D"] | None = None
@@ -49,21 +54,34 @@ class Conditioning:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
         def apply(value: Tensor | tuple[Tensor, ...] | None) -> Tensor | tuple[Tensor, ...] | None:
-            return None if value is None else tuple(map(change, value)) if isinstance(value, tuple) else change(value)
+            return (
+                None
+                if value is None
+                else tuple(map(change, value))
+                if isinstance(value, tuple)
+                else change(value)
+            )
 
         return type(self)(*(apply(getattr(self, door)) for door in DOORS))  # pyright: ignore[reportArgumentType]
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """The same conditioning on a device and, for its floating-point tensors, in a dtype; itself, if it is so already.
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """The same conditioning on a device and, for its floating-point tensors, in a dtype;
+        itself, if it is so already.
 
-        `vector` keeps its dtype: it may hold sizes in pixels, which bfloat16 cannot tell apart. Networks cast what they make of it.
+        `vector` keeps its dtype: it may hold sizes in pixels, which bfloat16 cannot tell apart.
+        Networks cast what they make of it.
         """
         where = None if device is None else torch.device(device)
 
         def kind(v: Tensor) -> torch.dtype | None:
             return dtype if v.is_floating_point() and v is not self.vector else None
 
-        if all((where is None or v.device == where) and kind(v) in (None, v.dtype) for v in self.tensors):
+        if all(
+            (where is None or v.device == where) and kind(v) in (None, v.dtype)
+            for v in self.tensors
+        ):
             return self
         return self._map(lambda v: v.to(device=where, dtype=kind(v)))
 
@@ -71,14 +89,27 @@ class Conditioning:
     def tensors(self) -> tuple[Tensor, ...]:
         """All that comes in through the open doors."""
         values = (getattr(self, door) for door in DOORS)
-        return tuple(v for value in values if value is not None for v in (value if isinstance(value, tuple) else (value,)))
+        return tuple(
+            v
+            for value in values
+            if value is not None
+            for v in (value if isinstance(value, tuple) else (value,))
+        )
 
     @cached_property
     def sizes(self) -> tuple[Any, ...]:
-        """What must agree for conditionings to be joined: each door's shape without the batch, None for a closed one."""
+        """What must agree for conditionings to be joined: each door's shape without the batch, None
+        for a closed one.
+        """
 
         def size(value: Tensor | tuple[Tensor, ...] | None) -> Any:
-            return tuple(map(size, value)) if isinstance(value, tuple) else None if value is None else value.shape[1:]
+            return (
+                tuple(map(size, value))
+                if isinstance(value, tuple)
+                else None
+                if value is None
+                else value.shape[1:]
+            )
 
         return tuple(size(getattr(self, door)) for door in DOORS)
 
@@ -92,22 +123,30 @@ class Conditioning:
         return cls._join(parts, lambda tensors: torch.cat(list(tensors)))
 
     def drop(self, dropped: Bool[Tensor, " B"], null: "Conditioning") -> "Conditioning":
-        """Rows where `dropped` is True are taken from `null` (same shapes): the dropout that classifier-free guidance needs."""
+        """Rows where `dropped` is True are taken from `null` (same shapes): the dropout that
+        classifier-free guidance needs.
+        """
 
         def choose(pair: Sequence[Tensor]) -> Tensor:
             ours, theirs = pair
-            return torch.where(dropped.reshape(-1, *[1] * (ours.ndim - 1)).to(ours.device), theirs, ours)
+            return torch.where(
+                dropped.reshape(-1, *[1] * (ours.ndim - 1)).to(ours.device), theirs, ours
+            )
 
         return self._join([self, null], choose)
 
     @classmethod
-    def _join(cls, parts: Sequence["Conditioning"], join: Callable[[Sequence[Tensor]], Tensor]) -> "Conditioning":
+    def _join(
+        cls, parts: Sequence["Conditioning"], join: Callable[[Sequence[Tensor]], Tensor]
+    ) -> "Conditioning":
         joined: dict[str, Tensor | tuple[Tensor, ...] | None] = {}
         for door in DOORS:
             values = [getattr(p, door) for p in parts]
             if any(v is None for v in values):
                 if any(v is not None for v in values):
-                    raise ValueError(f"conditionings differ: {door!r} is set in some parts of the batch and missing in others")
+                    raise ValueError(
+                        f"conditionings differ: {door!r} is set in some parts of the batch and missing in others"
+                    )
                 joined[door] = None
             elif isinstance(values[0], tuple):
                 joined[door] = tuple(join(column) for column in zip(*values, strict=True))
@@ -124,10 +163,13 @@ Pair = tuple[float, float]
 
 
 def _checked(name: str, value: Any, count: int, least: float) -> None:
-    """`UserError` unless `value` is `count` finite numbers of at least `least` (count 1: the number itself)."""
+    """`UserError` unless `value` is `count` finite numbers of at least `least` (count 1: the number
+    itself).
+    """
     numbers = value if count > 1 and isinstance(value, tuple) else (value,)
     if len(numbers) != count or not all(
-        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and v >= least for v in numbers
+        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and v >= least
+        for v in numbers
     ):
         expected = "a number" if count == 1 else f"a tuple of {count} numbers"
         raise UserError(f"picture: {name}={value!r}: expected {expected} of at least {least:g}")
@@ -135,16 +177,19 @@ def _checked(name: str, value: Any, count: int, least: float) -> None:
 
 @dataclass(frozen=True)
 class Picture:
-    """The picture that is asked for, as far as a conditioner may tell a network about it; conditioners without a use for it ignore it.
+    """The picture that is asked for, as far as a conditioner may tell a network about it;
+    conditioners without a use for it ignore it.
 
     height, width    in pixels
-    original_size    (height, width) of the training picture that it shall look like, before any resizing; None: as large as asked for
+    original_size    (height, width) of the training picture that it shall look like, before any
+                     resizing; None: as large as asked for
     crop             (top, left) in pixels: where the training picture would have been cut
     target_size      (height, width) after cutting; None: as large as asked for
     aesthetic_score  how liked it would be, in about 1 to 10
 
-    These are SDXL's micro-conditionings (Podell et al. 2023, arXiv:2307.01952, section 2.2; the score is its refiner's). Fields named
-    negative_* are what the reference of guidance is told instead; None: the same.
+    These are SDXL's micro-conditionings (Podell et al. 2023, arXiv:2307.01952, section 2.2; the
+    score is its refiner's). Fields named negative_* are what the reference of guidance is told
+    instead; None: the same.
     """
 
     height: int
@@ -161,9 +206,18 @@ class Picture:
     def __post_init__(self) -> None:
         for side in ("height", "width"):
             if not isinstance(getattr(self, side), int):
-                raise UserError(f"picture: {side}={getattr(self, side)!r}: expected a whole number of pixels")
+                raise UserError(
+                    f"picture: {side}={getattr(self, side)!r}: expected a whole number of pixels"
+                )
             _checked(side, getattr(self, side), 1, 1)
-        for name in ("original_size", "target_size", "negative_original_size", "negative_target_size", "crop", "negative_crop"):
+        for name in (
+            "original_size",
+            "target_size",
+            "negative_original_size",
+            "negative_target_size",
+            "crop",
+            "negative_crop",
+        ):
             if getattr(self, name) is not None or name == "crop":
                 _checked(name, getattr(self, name), 2, 0)
         for name in ("aesthetic_score", "negative_aesthetic_score"):
@@ -188,10 +242,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a denoiser knows about x_t: the clean latent and the noise, related by x = alpha*x0 + sigma*eps.
+    """What a denoiser knows about x_t: the clean latent and the noise, related by x = alpha*x0 +
+    sigma*eps.
 
-    x0 and eps have the shape of x, (B, C, h, w), float32 or wider. So has `variance`, of networks that predict one (None: of all others):
-    where the log variance of a step lies, from -1, the smallest that the posterior can have, to 1, the largest (Nichol & Dhariwal 2021,
+    x0 and eps have the shape of x, (B, C, h, w), float32 or wider. So has `variance`, of networks
+    that predict one (None: of all others): where the log variance of a step lies, from -1, the
+    smallest that the posterior can have, to 1, the largest (Nichol & Dhariwal 2021,
     arXiv:2102.09672, eq. 15, whose v is (variance + 1)/2); nothing holds it to that range.
     """
 
@@ -199,8 +255,12 @@ class Prediction:
     eps: Shaped[Tensor, "B C h w"]
     variance: Shaped[Tensor, "B C h w"] | None = None
 
-    def at(self, alpha: float, sigma: float, k: float = 0.0, x: Tensor | None = None) -> Shaped[Tensor, "B C h w"]:
-        """alpha*x0 + sigma*eps, the latent that this is at a point of the process; plus k*x, if there is an x."""
+    def at(
+        self, alpha: float, sigma: float, k: float = 0.0, x: Tensor | None = None
+    ) -> Shaped[Tensor, "B C h w"]:
+        """alpha*x0 + sigma*eps, the latent that this is at a point of the process; plus k*x, if
+        there is an x.
+        """
         if sigma == 0:
             found = alpha * self.x0
         else:
@@ -208,7 +268,9 @@ class Prediction:
         return found if x is None else found.add_(k * x)
 
     def away(self, reference: "Prediction", w: float | Tensor) -> "Prediction":
-        """reference + w (self - reference), in x0 and in eps: the line through two predictions. w: one number, or one an image (B, 1, 1, 1)."""
+        """reference + w (self - reference), in x0 and in eps: the line through two predictions. w:
+        one number, or one an image (B, 1, 1, 1).
+        """
         return Prediction(mixed(self.x0, reference.x0, w), mixed(self.eps, reference.eps, w))
 
     def with_variance(self, variance: Shaped[Tensor, "B C h w"] | None) -> Self:
@@ -220,12 +282,16 @@ class Prediction:
         return found
 
     def size(self) -> Tensor:
-        """One number that is NaN or infinite if x0 or eps has one: quicker than to look at each (a sum may be too large without)."""
+        """One number that is NaN or infinite if x0 or eps has one: quicker than to look at each (a
+        sum may be too large without).
+        """
         return self.x0.sum() + self.eps.sum()
 
 
 class LatePrediction(Prediction):
-    """A prediction of which only `at` and `size` are given: x0 and eps are worked out where somebody looks."""
+    """A prediction of which only `at` and `size` are given: x0 and eps are worked out where
+    somebody looks.
+    """
 
     @cached_property
     def x0(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -237,18 +303,25 @@ class LatePrediction(Prediction):
 
 
 class LinearPrediction(LatePrediction):
-    """x0 = a*x + b*y and eps = c*x + d*y, of a latent x and a network's output y: worked out only where somebody looks.
+    """x0 = a*x + b*y and eps = c*x + d*y, of a latent x and a network's output y: worked out only
+    where somebody looks.
 
-    What samplers and guidance want is mostly one combination of x and y: made at once it is half of the work, its coefficients are added in
-    float64, and where x0 and eps are large and cancel (eps at nearly pure noise) nothing is lost. solution: (a, b, c, d). x and y must not be
-    changed in place while the prediction is in use.
+    What samplers and guidance want is mostly one combination of x and y: made at once it is half of
+    the work, its coefficients are added in float64, and where x0 and eps are large and cancel (eps
+    at nearly pure noise) nothing is lost. solution: (a, b, c, d). x and y must not be changed in
+    place while the prediction is in use.
     """
 
     x: Tensor
     y: Tensor
     solution: tuple[float, float, float, float]
 
-    def __init__(self, x: Shaped[Tensor, "B C h w"], y: Shaped[Tensor, "B C h w"], solution: tuple[float, float, float, float]):
+    def __init__(
+        self,
+        x: Shaped[Tensor, "B C h w"],
+        y: Shaped[Tensor, "B C h w"],
+        solution: tuple[float, float, float, float],
+    ):
         mine = self.__dict__  # frozen, but for this
         mine["x"], mine["y"], mine["solution"] = x, y, solution
 
@@ -256,10 +329,15 @@ class LinearPrediction(LatePrediction):
         a, b, c, d = self.solution
         if x is not None and x is not self.x:
             return self.at(alpha, sigma).add_(k * x)
-        return ((alpha * a + sigma * c + k) * self.x).add_((alpha * b + sigma * d) * self.y)  # in place: one tensor less to find memory for
+        # in place: one tensor less to find memory for
+        return ((alpha * a + sigma * c + k) * self.x).add_((alpha * b + sigma * d) * self.y)
 
     def away(self, reference: Prediction, w: float | Tensor) -> Prediction:
-        if not isinstance(reference, LinearPrediction) or reference.x is not self.x or reference.solution != self.solution:
+        if (
+            not isinstance(reference, LinearPrediction)
+            or reference.x is not self.x
+            or reference.solution != self.solution
+        ):
             return super().away(reference, w)
         return LinearPrediction(self.x, mixed(self.y, reference.y, w), self.solution)
 
@@ -268,13 +346,16 @@ class LinearPrediction(LatePrediction):
 
 
 def mixed(conditional: Tensor, reference: Tensor, w: float | Tensor) -> Tensor:
-    """reference + w (conditional - reference), one rounding at a time so that bits do not depend on the batch."""
+    """reference + w (conditional - reference), one rounding at a time so that bits do not depend on
+    the batch.
+    """
     return (w * (conditional - reference)).add_(reference)
 
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """One question to a denoiser: x (B, C, h, w) at one time t, under a conditioning of B rows. The answer is a `Prediction` of B rows.
+    """One question to a denoiser: x (B, C, h, w) at one time t, under a conditioning of B rows. The
+    answer is a `Prediction` of B rows.
 
     Whoever answers several at once may put those to the same denoiser into one forward pass.
     """
@@ -286,10 +367,12 @@ class Query:
 
 
 Asking = Generator[list[Query], list[Prediction], T]
-"""Work that needs predictions: yields questions, is sent their answers in the same order, ends with a T."""
+"""Work that needs predictions: yields questions, is sent their answers in the same order, ends with
+a T."""
 
 Ask = Callable[[Tensor, float], Asking[Prediction]]
-"""(x, t) -> what is there, by asking one denoiser, or several, or nobody: guidance and wrappers are of this kind, and stack."""
+"""(x, t) -> what is there, by asking one denoiser, or several, or nobody: guidance and wrappers are
+of this kind, and stack."""
 
 
 @dataclass(frozen=True)
@@ -298,7 +381,8 @@ class LatentSpace:
 
     channels  C of z
     factor    pixels along a side for one latent cell (2, 4, 8 ...)
-    mean, std one number a channel. Stable Diffusion's scaling factor s is mean 0, std 1/s in every channel.
+    mean, std one number a channel. Stable Diffusion's scaling factor s is mean 0, std 1/s in every
+    channel.
     """
 
     channels: int
@@ -307,7 +391,11 @@ class LatentSpace:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if len(self.mean) != self.channels or len(self.std) != self.channels or min(self.std, default=1.0) <= 0:
+        if (
+            len(self.mean) != self.channels
+            or len(self.std) != self.channels
+            or min(self.std, default=1.0) <= 0
+        ):
             raise ValueError(
                 f"a latent space of {self.channels} channels needs as many means and positive stds, got {self.mean} and {self.std}"
             )

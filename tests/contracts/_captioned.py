@@ -1,6 +1,8 @@
-"""What a training from captions needs, small: pictures of several sizes with captions, a model's folder with a T5, and another's tiny autoencoder.
+"""What a training from captions needs, small: pictures of several sizes with captions, a model's
+folder with a T5, and another's tiny autoencoder.
 
-Test modules cannot import each other here, so they take it by path: `write = runpy.run_path(...)["write"]`.
+Test modules cannot import each other here, so they take it by path: `write =
+runpy.run_path(...)["write"]`.
 """
 
 import csv
@@ -24,7 +26,9 @@ SIZES = ((16, 16), (12, 24), (24, 12))
 
 
 def write(folder: Path, count: int = 9) -> Path:
-    """folder/pictures, folder/t5 (tokens 48 wide), folder/tiny (factor 2, 4 channels, a pair of files)."""
+    """folder/pictures, folder/t5 (tokens 48 wide), folder/tiny (factor 2, 4 channels, a pair of
+    files).
+    """
     (folder / "pictures").mkdir(parents=True)
     draw = np.random.default_rng(0)
     with (folder / "pictures" / "metadata.csv").open("w", newline="") as file:
@@ -41,5 +45,9 @@ def write(folder: Path, count: int = 9) -> Path:
     (folder / "tiny").mkdir()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        save_taesd(folder / "tiny" / "small", AutoencoderTiny(TinyConfig(latent_channels=4, **widths)), torch.float32)
+        save_taesd(
+            folder / "tiny" / "small",
+            AutoencoderTiny(TinyConfig(latent_channels=4, **widths)),
+            torch.float32,
+        )
     return folder

@@ -1,4 +1,6 @@
-"""Tiny CLIP text encoders with random weights, in diffusers' layout; read by the tests with runpy, because tests are no package."""
+"""Tiny CLIP text encoders with random weights, in diffusers' layout; read by the tests with runpy,
+because tests are no package.
+"""
 
 import json
 from pathlib import Path
@@ -18,22 +20,35 @@ KINDS = {  # which encoders a model has, and what its model_index.json says besi
 
 
 def vocabulary() -> dict[str, int]:
-    """Every byte alone, inside a word and at its end; what is merged; begin and end last, as in CLIP's own."""
+    """Every byte alone, inside a word and at its end; what is merged; begin and end last, as in
+    CLIP's own.
+    """
     from tokenizers.pre_tokenizers import ByteLevel
 
     letters = sorted(ByteLevel.alphabet())
-    letters.insert(0, letters.pop(letters.index("!")))  # id 0, the padding of SD 2 and of SDXL's second encoder
-    words = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in MERGES), BEGIN, END]
+    # id 0, the padding of SD 2 and of SDXL's second encoder
+    letters.insert(0, letters.pop(letters.index("!")))
+    words = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *(a + b for a, b in MERGES),
+        BEGIN,
+        END,
+    ]
     return {word: i for i, word in enumerate(words)}
 
 
 def tokenizer(pad: str = END, length: int = 77) -> Any:
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer(vocab=vocabulary(), merges=[*MERGES], model_max_length=length, pad_token=pad)
+    return CLIPTokenizer(
+        vocab=vocabulary(), merges=[*MERGES], model_max_length=length, pad_token=pad
+    )
 
 
-def encoder(projected: bool, seed: int, layers: int = 3, end: int | None = 2, **settings: Any) -> Any:
+def encoder(
+    projected: bool, seed: int, layers: int = 3, end: int | None = 2, **settings: Any
+) -> Any:
     """end: the config's end token; 2 is what old configs say wrongly, None is the right one."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -58,20 +73,30 @@ def parts(kind: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for end in ends:
         found[f"tokenizer{end}"] = tokenizer("!" if end or kind == "sd2" else END)
-        settings: dict[str, Any] = {"sd1": {}, "sd2": {"layers": 2, "hidden_act": "gelu", "end": None}}.get(kind, {})
+        settings: dict[str, Any] = {
+            "sd1": {},
+            "sd2": {"layers": 2, "hidden_act": "gelu", "end": None},
+        }.get(kind, {})
         found[f"text_encoder{end}"] = encoder(bool(end), len(end), **settings)
     return found
 
 
 def write(folder: Path, kind: str) -> Path:
-    """A model's folder with these parts as transformers writes them, and the rest of a model_index.json."""
+    """A model's folder with these parts as transformers writes them, and the rest of a
+    model_index.json.
+    """
     ends, flags = KINDS[kind]
     for name, part in parts(kind).items():
         part.save_pretrained(folder / name)
     names = {
-        f"{what}{end}": end in ends for what in ("text_encoder", "tokenizer") for end in ("", "_2")[: 1 if kind in ("sd1", "sd2") else 2]
+        f"{what}{end}": end in ends
+        for what in ("text_encoder", "tokenizer")
+        for end in ("", "_2")[: 1 if kind in ("sd1", "sd2") else 2]
     }
     classes = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
-    entries = {name: ["transformers", classes.get(name, "CLIPTokenizer")] if there else [None, None] for name, there in names.items()}
+    entries = {
+        name: ["transformers", classes.get(name, "CLIPTokenizer")] if there else [None, None]
+        for name, there in names.items()
+    }
     (folder / "model_index.json").write_text(json.dumps({**entries, **flags}))
     return folder

@@ -1,11 +1,22 @@
-"""Small random parts of Latent Diffusion's own models; read by the tests with runpy, because tests are no package."""
+"""Small random parts of Latent Diffusion's own models; read by the tests with runpy, because tests
+are no package.
+"""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz(),.:0123456789", *(f"##{c}" for c in "abcdeort"), "red"]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *"abcdefghijklmnopqrstuvwxyz(),.:0123456789",
+    *(f"##{c}" for c in "abcdeort"),
+    "red",
+]
 WORDS += ["cat", "dog", "##s", "very"]
 ROWS = 5
 
@@ -19,7 +30,13 @@ def tokenizer(length: int = 77) -> Any:
 def bert_config(**fields: Any) -> Any:
     from sfumato.predict.conditioners._ldm_bert import LDMBertConfig
 
-    small = {"vocab_size": len(WORDS), "encoder_layers": 2, "encoder_ffn_dim": 48, "head_dim": 4, "d_model": 24}
+    small = {
+        "vocab_size": len(WORDS),
+        "encoder_layers": 2,
+        "encoder_ffn_dim": 48,
+        "head_dim": 4,
+        "d_model": 24,
+    }
     return LDMBertConfig(**{**small, **fields})
 
 

@@ -1,7 +1,9 @@
-"""Tiny text encoders of diffusion transformers with random weights, in diffusers' layout; read by the tests with runpy, because tests are no package.
+"""Tiny text encoders of diffusion transformers with random weights, in diffusers' layout; read by
+the tests with runpy, because tests are no package.
 
-The CLIPs are `_clip.py`'s. T5 reads with a SentencePiece model that is trained here on a few lines; the language models read bytes; BERT, which
-no pipeline of diffusers has ("sentence"), a few words and letters.
+The CLIPs are `_clip.py`'s. T5 reads with a SentencePiece model that is trained here on a few lines;
+the language models read bytes; BERT, which no pipeline of diffusers has ("sentence"), a few words
+and letters.
 """
 
 import io
@@ -16,7 +18,12 @@ import torch
 
 clip: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_clip.py"))))
 
-LINES = ["a cat sat on the mat", "a red dog runs", "two cats and three dogs, 3 Fälle!", "the quick brown fox jumps over the lazy dog"]
+LINES = [
+    "a cat sat on the mat",
+    "a red dog runs",
+    "two cats and three dogs, 3 Fälle!",
+    "the quick brown fox jumps over the lazy dog",
+]
 PIPELINES = {
     "pixart_alpha": "PixArtAlphaPipeline",
     "pixart_sigma": "PixArtSigmaPipeline",
@@ -27,9 +34,23 @@ PIPELINES = {
     "flux2_dev": "Flux2Pipeline",
     "flux2_klein": "Flux2KleinPipeline",
 }
-NETWORKS = {"sd3_without_t5": {"joint_attention_dim": 48}, "flux": {"guidance_embeds": True}, "flux_schnell": {"guidance_embeds": False}}
+NETWORKS = {
+    "sd3_without_t5": {"joint_attention_dim": 48},
+    "flux": {"guidance_embeds": True},
+    "flux_schnell": {"guidance_embeds": False},
+}
 """As much of transformer/config.json as conditioners look at."""
-MISTRAL_MARKS = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]"]
+MISTRAL_MARKS = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<pad>",
+    "[INST]",
+    "[/INST]",
+    "[SYSTEM_PROMPT]",
+    "[/SYSTEM_PROMPT]",
+    "[IMG]",
+]
 MISTRAL_CHAT = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content[0].text }}[/SYSTEM_PROMPT]\
 {% else %}[INST]{{ m.content[0].text }}[/INST]{% endif %}{% endfor %}"""
 QWEN_MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
@@ -60,7 +81,13 @@ def write_spiece(folder: Path) -> None:
     """A tokenizer's folder as of the time before tokenizer.json: PixArt's."""
     folder.mkdir(parents=True)
     (folder / "spiece.model").write_bytes(spiece())
-    settings = {"tokenizer_class": "T5Tokenizer", "model_max_length": 512, "extra_ids": 100, "eos_token": "</s>", "pad_token": "<pad>"}
+    settings = {
+        "tokenizer_class": "T5Tokenizer",
+        "model_max_length": 512,
+        "extra_ids": 100,
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
@@ -73,7 +100,9 @@ def t5_tokenizer(folder: Path) -> Any:
 
 
 def drawn(build: Any, seed: int) -> Any:
-    """A network of random numbers, its norms too: they start at 1 and 0, where mistakes would not show."""
+    """A network of random numbers, its norms too: they start at 1 and 0, where mistakes would not
+    show.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build()
@@ -106,7 +135,9 @@ def bytes_tokenizer(marks: list[str]) -> Any:
 
 
 def mistral_tokenizer() -> Any:
-    """The part for text of Mistral's processor, which is what FLUX.2 dev has as its tokenizer; all of it would need torchvision."""
+    """The part for text of Mistral's processor, which is what FLUX.2 dev has as its tokenizer; all
+    of it would need torchvision.
+    """
     from transformers import PreTrainedTokenizerFast
 
     found = PreTrainedTokenizerFast(
@@ -136,7 +167,13 @@ def qwen_tokenizer() -> Any:
     from transformers import Qwen2Tokenizer
 
     words = json.loads(bytes_tokenizer(QWEN_MARKS).to_str())["model"]["vocab"]
-    found = Qwen2Tokenizer(vocab=words, merges=[], unk_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    found = Qwen2Tokenizer(
+        vocab=words,
+        merges=[],
+        unk_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
     found.add_special_tokens({"additional_special_tokens": QWEN_MARKS[1:]})
     found.chat_template = QWEN_CHAT
     return found
@@ -156,7 +193,21 @@ def bert_tokenizer(**settings: Any) -> Any:
     from transformers import BertTokenizer
 
     letters = "abcdefghijklmnopqrstuvwxyzFHR0123456789.,:!&()"
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "cats", "dog", "shirt", "red", "the", "on", *letters]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "cat",
+        "cats",
+        "dog",
+        "shirt",
+        "red",
+        "the",
+        "on",
+        *letters,
+    ]
     words += [f"##{letter}" for letter in letters]
     return BertTokenizer(vocab={word: i for i, word in enumerate(words)}, **settings)
 
@@ -165,13 +216,21 @@ def bert_model(heads: bool = False, seed: int = 6, **settings: Any) -> Any:
     """heads: with a pooler, as the library builds it unless told otherwise."""
     from transformers import BertConfig, BertModel
 
-    numbers = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40, "max_position_embeddings": 96}
+    numbers = {
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 40,
+        "max_position_embeddings": 96,
+    }
     config = BertConfig(vocab_size=120, **(numbers | settings))
     return drawn(lambda: BertModel(config, add_pooling_layer=heads), seed)
 
 
 def parts(kind: str, scratch: Path) -> dict[str, Any]:
-    """The parts by the names that diffusers' pipelines have for them. scratch: where a tokenizer's files may be put."""
+    """The parts by the names that diffusers' pipelines have for them. scratch: where a tokenizer's
+    files may be put.
+    """
     if kind == "sentence":
         return {"tokenizer": bert_tokenizer(), "text_encoder": bert_model()}
     if kind.startswith("pixart"):
@@ -182,16 +241,29 @@ def parts(kind: str, scratch: Path) -> dict[str, Any]:
         return {"tokenizer": qwen_tokenizer(), "text_encoder": qwen_model()}
     if kind.startswith("flux"):
         ours = {"tokenizer": clip.tokenizer(), "text_encoder": clip.encoder(False, 1)}
-        return {**ours, "tokenizer_2": t5_tokenizer(scratch / "tokenizer_2"), "text_encoder_2": t5_model()}
+        return {
+            **ours,
+            "tokenizer_2": t5_tokenizer(scratch / "tokenizer_2"),
+            "text_encoder_2": t5_model(),
+        }
     ours = {"tokenizer": clip.tokenizer(), "text_encoder": clip.encoder(True, 1)}
-    ours |= {"tokenizer_2": clip.tokenizer("!"), "text_encoder_2": clip.encoder(True, 2, hidden_act="gelu")}
+    ours |= {
+        "tokenizer_2": clip.tokenizer("!"),
+        "text_encoder_2": clip.encoder(True, 2, hidden_act="gelu"),
+    }
     if kind == "sd3_without_t5":
         return {**ours, "tokenizer_3": None, "text_encoder_3": None}
-    return {**ours, "tokenizer_3": t5_tokenizer(scratch / "tokenizer_3"), "text_encoder_3": t5_model()}
+    return {
+        **ours,
+        "tokenizer_3": t5_tokenizer(scratch / "tokenizer_3"),
+        "text_encoder_3": t5_model(),
+    }
 
 
 def write(folder: Path, kind: str) -> Path:
-    """A model's folder with these parts as transformers writes them, and a model_index.json; PixArt's tokenizer is a lone spiece.model."""
+    """A model's folder with these parts as transformers writes them, and a model_index.json;
+    PixArt's tokenizer is a lone spiece.model.
+    """
     index: dict[str, Any] = {"_class_name": PIPELINES.get(kind, "LatentDiffusion")}
     for name, part in parts(kind, folder).items():
         if part is not None and not (kind.startswith("pixart") and name == "tokenizer"):

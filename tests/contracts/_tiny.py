@@ -1,6 +1,8 @@
-"""Builds whole models with small random weights, in milliseconds: 16x16 pictures, 8x8 latents of two channels.
+"""Builds whole models with small random weights, in milliseconds: 16x16 pictures, 8x8 latents of
+two channels.
 
-Test modules cannot import each other here, so they take it by path: `build = runpy.run_path(...)["build"]`.
+Test modules cannot import each other here, so they take it by path: `build =
+runpy.run_path(...)["build"]`.
 """
 
 import torch
@@ -21,12 +23,24 @@ LATENT = (2, 8, 8)
 PROCESSES = {"flow": ("flow", "flow"), "eps": ("cosine", "eps"), "v": ("scaled_linear", "v")}
 
 
-def build(process: str = "flow", channels: int = 1, classes: tuple[str, ...] = CLASSES, seed: int = 0) -> LatentDiffusion:
-    """A model whose every weight is random, so that each input shows in the output. No `classes`: an unconditional one."""
+def build(
+    process: str = "flow", channels: int = 1, classes: tuple[str, ...] = CLASSES, seed: int = 0
+) -> LatentDiffusion:
+    """A model whose every weight is random, so that each input shows in the output. No `classes`:
+    an unconditional one.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         widths = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
-        autoencoder = AutoencoderKL(KLConfig(in_channels=channels, out_channels=channels, latent_channels=2, sample_size=16, **widths))
+        autoencoder = AutoencoderKL(
+            KLConfig(
+                in_channels=channels,
+                out_channels=channels,
+                latent_channels=2,
+                sample_size=16,
+                **widths,
+            )
+        )
         autoencoder.set_statistics((0.1, -0.2), (0.5, 0.7))
         network = UNet(
             UNetConfig(
@@ -47,5 +61,14 @@ def build(process: str = "flow", channels: int = 1, classes: tuple[str, ...] = C
                 network.class_embedding.weight.mul_(3)
     names = PROCESSES[process]
     conditioner = ClassNames(classes) if classes else Nothing()
-    denoiser = Denoiser(network.eval().requires_grad_(False), Process(schedule(names[0]), parameterization(names[1])))
-    return LatentDiffusion(autoencoder.eval().requires_grad_(False), denoiser, conditioner, Defaults(steps=3, guidance=2.0), "tiny")
+    denoiser = Denoiser(
+        network.eval().requires_grad_(False),
+        Process(schedule(names[0]), parameterization(names[1])),
+    )
+    return LatentDiffusion(
+        autoencoder.eval().requires_grad_(False),
+        denoiser,
+        conditioner,
+        Defaults(steps=3, guidance=2.0),
+        "tiny",
+    )

@@ -1,8 +1,9 @@
 """The tests of invariance, run again in child processes that compute as other processors do.
 
-A kind is a set of environment variables from which the libraries below torch choose their kernels, or a number of threads. A kind that
-computes the same bits as this process is skipped, and the reason names the variables. Tests beside diffusers, which takes long to import, run
-again for one kind only: the networks that they compare are among those of tests/contracts/test_networks.py.
+A kind is a set of environment variables from which the libraries below torch choose their kernels,
+or a number of threads. A kind that computes the same bits as this process is skipped, and the
+reason names the variables. Tests beside diffusers, which takes long to import, run again for one
+kind only: the networks that they compare are among those of tests/contracts/test_networks.py.
 """
 
 import ast
@@ -21,24 +22,43 @@ HELPERS = Path(__file__).parents[1] / "helpers"
 TESTS = Path(__file__).parents[1]
 
 VENDOR = {"PYTEST_ADDOPTS": "-p other_vendor"}
-AVX2 = {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+AVX2 = {
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+}
 KINDS: dict[str, dict[str, str]] = {
     "2 threads": {"OMP_NUM_THREADS": "2"},
     "12 threads": {"OMP_NUM_THREADS": "12", "OMP_WAIT_POLICY": "PASSIVE"},
     "the other vendor's MKL": VENDOR,
     "AVX2": AVX2,
-    "AVX2, the other vendor's MKL, 2 threads, 1 of MKL": AVX2 | VENDOR | {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "1"},
+    "AVX2, the other vendor's MKL, 2 threads, 1 of MKL": AVX2
+    | VENDOR
+    | {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "1"},
     "MKL's compatible kernels": {"MKL_CBWR": "COMPATIBLE"},
     "oneDNN without AMX": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
-    "AVX": {"MKL_ENABLE_INSTRUCTIONS": "AVX", "ONEDNN_MAX_CPU_ISA": "AVX", "ATEN_CPU_CAPABILITY": "default"},
-    "SSE": VENDOR | {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"},
+    "AVX": {
+        "MKL_ENABLE_INSTRUCTIONS": "AVX",
+        "ONEDNN_MAX_CPU_ISA": "AVX",
+        "ATEN_CPU_CAPABILITY": "default",
+    },
+    "SSE": VENDOR
+    | {
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "ATEN_CPU_CAPABILITY": "default",
+    },
 }
 
 
 def environment(kind: str) -> dict[str, str]:
-    """The environment of a child process; variables of this process that choose kernels are left out."""
+    """The environment of a child process; variables of this process that choose kernels are left
+    out.
+    """
     kept = {
-        name: value for name, value in os.environ.items() if name not in (*LIMITS, "PYTEST_ADDOPTS") and not name.startswith("PYTEST_XDIST")
+        name: value
+        for name, value in os.environ.items()
+        if name not in (*LIMITS, "PYTEST_ADDOPTS") and not name.startswith("PYTEST_XDIST")
     }
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HELPERS), **KINDS.get(kind, {})}
 
@@ -48,25 +68,42 @@ def fingerprint(kind: str) -> str:
     """The hash of a child's arithmetic; an empty string where the child fails."""
     plugins = re.findall(r"-p (\w+)", KINDS.get(kind, {}).get("PYTEST_ADDOPTS", ""))
     command = [sys.executable, str(HELPERS / "fingerprint.py"), *plugins]
-    return subprocess.run(command, env=environment(kind), capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        command, env=environment(kind), capture_output=True, text=True
+    ).stdout.strip()
 
 
 def marked(interop: bool) -> list[str]:
-    """The tests of invariance, found by their marker: files whose tests all have it, and single tests as file::name."""
+    """The tests of invariance, found by their marker: files whose tests all have it, and single
+    tests as file::name.
+    """
     found = []
     for file in sorted(TESTS.rglob("test_*.py")):
-        if file == Path(__file__) or (file.parent.name == "interop" and not interop) or "mark.invariance" not in file.read_text():
+        if (
+            file == Path(__file__)
+            or (file.parent.name == "interop" and not interop)
+            or "mark.invariance" not in file.read_text()
+        ):
             continue
         nodes = ast.parse(file.read_text()).body
-        if any(isinstance(node, ast.Assign) and "mark.invariance" in ast.unparse(node) for node in nodes):
+        if any(
+            isinstance(node, ast.Assign) and "mark.invariance" in ast.unparse(node)
+            for node in nodes
+        ):
             found.append(str(file))
         tests = [node for node in nodes if isinstance(node, ast.FunctionDef)]
-        found += [f"{file}::{test.name}" for test in tests if any("mark.invariance" in ast.unparse(d) for d in test.decorator_list)]
+        found += [
+            f"{file}::{test.name}"
+            for test in tests
+            if any("mark.invariance" in ast.unparse(d) for d in test.decorator_list)
+        ]
     return found
 
 
 def test_kinds_differ() -> None:
-    """The fingerprint shows other kernels where there are some: on x86, MKL's compatible kernels are others than its own choice."""
+    """The fingerprint shows other kernels where there are some: on x86, MKL's compatible kernels
+    are others than its own choice.
+    """
     import torch
 
     if not torch.backends.mkl.is_available():
@@ -82,7 +119,19 @@ def test_invariance(kind: str) -> None:
         pytest.skip(f"tried {variables}: this machine or this torch cannot be made to compute so")
     if "OMP_NUM_THREADS" not in KINDS[kind] and fingerprint(kind) == fingerprint(""):
         pytest.skip(f"tried {variables}: the same bits as without it on this machine")
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-n0", "-p", "no:cacheprovider", *marked(interop=KINDS[kind] == VENDOR)]
-    run = subprocess.run(command, env=environment(kind), capture_output=True, text=True, cwd=TESTS.parent)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--no-header",
+        "-n0",
+        "-p",
+        "no:cacheprovider",
+        *marked(interop=KINDS[kind] == VENDOR),
+    ]
+    run = subprocess.run(
+        command, env=environment(kind), capture_output=True, text=True, cwd=TESTS.parent
+    )
     assert run.returncode == 0, f"{variables}\n{run.stdout[-4000:]}{run.stderr[-2000:]}"
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 100, run.stdout[-1000:]  # type: ignore[index]

@@ -1,4 +1,6 @@
-"""Autoencoders on disk: what is refused, in one sentence that names the file; TAESD's pairs of files in every form; damage of any kind."""
+"""Autoencoders on disk: what is refused, in one sentence that names the file; TAESD's pairs of
+files in every form; damage of any kind.
+"""
 
 import json
 import random
@@ -22,7 +24,10 @@ from sfumato.compress.vq import VQConfig, VQModel
 from sfumato.errors import UserError
 
 SMALL: dict[str, Any] = {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2}
-EIGHT: dict[str, Any] = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+EIGHT: dict[str, Any] = {
+    "encoder_block_out_channels": (8,) * 4,
+    "decoder_block_out_channels": (8,) * 4,
+}
 MODELS: dict[str, Callable[[], Any]] = {
     "AutoencoderKL": lambda: AutoencoderKL(KLConfig(**SMALL)),
     "AutoencoderKLFlux2": lambda: AutoencoderKLFlux2(KLFlux2Config(**SMALL, latent_channels=2)),
@@ -43,21 +48,41 @@ def change_config(folder: Path, **values: Any) -> None:
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("AutoencoderKL", {"up_block_types": ["AttnUpDecoderBlock2D"]}, "expected 2 names, each UpDecoderBlock2D or AttnUpDecoderBlock2D"),
-    ("AutoencoderKL", {"down_block_types": ["DownEncoderBlock2D", "KDownBlock2D"]}, "expected 2 names, each DownEncoderBlock2D"),
+    (
+        "AutoencoderKL",
+        {"up_block_types": ["AttnUpDecoderBlock2D"]},
+        "expected 2 names, each UpDecoderBlock2D or AttnUpDecoderBlock2D",
+    ),
+    (
+        "AutoencoderKL",
+        {"down_block_types": ["DownEncoderBlock2D", "KDownBlock2D"]},
+        "expected 2 names, each DownEncoderBlock2D",
+    ),
     ("AutoencoderKL", {"scaling_factor": 0}, "value of the wrong kind"),
     ("AutoencoderKLFlux2", {"patch_size": [2, 1]}, "two equal numbers"),
     ("AutoencoderKLFlux2", {"patch_size": [0, 0]}, "two equal numbers"),
     ("AutoencoderKLFlux2", {"patch_size": 2}, "value of the wrong kind"),
     ("AutoencoderKLFlux2", {"decoder_block_out_channels": [4, 4, 8]}, "needs as many levels"),
-    ("AutoencoderKLFlux2", {"decoder_block_out_channels": [4, 7]}, "7 is not a multiple of norm_num_groups 2"),
-    ("AutoencoderKLFlux2", {"down_block_types": ["AttnDownEncoderBlock2D"] * 2}, "is not supported"),
+    (
+        "AutoencoderKLFlux2",
+        {"decoder_block_out_channels": [4, 7]},
+        "7 is not a multiple of norm_num_groups 2",
+    ),
+    (
+        "AutoencoderKLFlux2",
+        {"down_block_types": ["AttnDownEncoderBlock2D"] * 2},
+        "is not supported",
+    ),
     ("AutoencoderKLFlux2", {"scaling_factor": 0.3}, "scaling_factor=0.3 is not known"),
     ("AutoencoderKLFlux2", {"batch_norm_eps": -3.0}, "bn.running_var has 1"),
     ("AutoencoderTiny", {"act_fn": "silu"}, "expected 'relu'"),
     ("AutoencoderTiny", {"upsample_fn": "bilinear"}, "expected 'nearest'"),
     ("AutoencoderTiny", {"upsampling_scaling_factor": 4}, "expected 2"),
-    ("AutoencoderTiny", {"block_out_channels": [8, 8, 8, 4]}, "block_out_channels=[8, 8, 8, 4] is not supported"),
+    (
+        "AutoencoderTiny",
+        {"block_out_channels": [8, 8, 8, 4]},
+        "block_out_channels=[8, 8, 8, 4] is not supported",
+    ),
     ("AutoencoderTiny", {"encoder_block_out_channels": [8, 8, 8, 16]}, "one width at all levels"),
     ("AutoencoderTiny", {"num_decoder_blocks": [3, 3, 1]}, "as many numbers in each"),
     ("AutoencoderTiny", {"use_midblock_gn": True}, "does not fit its config"),
@@ -72,8 +97,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "values", "words"), REFUSED, ids=[f"{n}-{v}" for n, v, _ in REFUSED])
-def test_fields_we_would_not_honour_are_refused(tmp_path: Path, name: str, values: dict[str, Any], words: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "values", "words"), REFUSED, ids=[f"{n}-{v}" for n, v, _ in REFUSED]
+)
+def test_fields_we_would_not_honour_are_refused(
+    tmp_path: Path, name: str, values: dict[str, Any], words: str
+) -> None:
     save_part(tmp_path, MODELS[name]())
     assert type(load_part(tmp_path)) is AUTOENCODERS[name][0]
     change_config(tmp_path, **values)
@@ -95,7 +124,9 @@ def test_folders_of_ours(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_damaged_weights(name: str, tmp_path: Path) -> None:
-    """Keys missing, added, misshapen, NaN; files cut anywhere: one sentence that names the file, never another error."""
+    """Keys missing, added, misshapen, NaN; files cut anywhere: one sentence that names the file,
+    never another error.
+    """
     save_part(tmp_path, MODELS[name]())
     file = tmp_path / WEIGHTS
     whole, tensors = file.read_bytes(), load_file(file)
@@ -130,9 +161,18 @@ def test_statistics_of_a_damaged_batch_norm(tmp_path: Path) -> None:
 
 def test_old_names() -> None:
     key = "decoder.mid_block.attentions.0."
-    old = {f"{key}{k}.weight": torch.full((1,), float(n)) for n, k in enumerate(("query", "key", "value", "proj_attn", "group_norm"))}
+    old = {
+        f"{key}{k}.weight": torch.full((1,), float(n))
+        for n, k in enumerate(("query", "key", "value", "proj_attn", "group_norm"))
+    }
     new = modern(old)
-    assert [k.removeprefix(key) for k in new] == ["to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "group_norm.weight"]
+    assert [k.removeprefix(key) for k in new] == [
+        "to_q.weight",
+        "to_k.weight",
+        "to_v.weight",
+        "to_out.0.weight",
+        "group_norm.weight",
+    ]
     assert [float(v) for v in new.values()] == [0, 1, 2, 3, 4] and modern(new) == new
     untouched = {"encoder.key.weight": torch.zeros(1), "attentions.query": torch.zeros(1)}
     assert modern(untouched).keys() == untouched.keys()
@@ -140,7 +180,7 @@ def test_old_names() -> None:
         modern(old | new)
 
 
-# ---- TAESD -------------------------------------------------------------------------------------------------------------
+# ---- TAESD ---------------------------------------------------------------------------------------
 
 VARIANTS: dict[str, TinyConfig] = {
     "taesd": TinyConfig(**EIGHT),
@@ -166,7 +206,9 @@ def same(a: AutoencoderTiny, b: AutoencoderTiny) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_taesd_in_every_form(name: str, tmp_path: Path) -> None:
-    """The pair by name, the folder of the pair, pickles, one file with both halves, a folder with a config: one autoencoder."""
+    """The pair by name, the folder of the pair, pickles, one file with both halves, a folder with a
+    config: one autoencoder.
+    """
     ours = AutoencoderTiny(VARIANTS[name])
     pair = save_taesd(tmp_path / name, ours, torch.float32)
     assert [p.name for p in pair] == [f"{name}_encoder.safetensors", f"{name}_decoder.safetensors"]
@@ -181,13 +223,16 @@ def test_taesd_in_every_form(name: str, tmp_path: Path) -> None:
     save_part(tmp_path / "folder", ours)
     same(load_taesd(tmp_path / "folder"), ours)
     assert (
-        load_taesd(*save_taesd(tmp_path / "half", ours)).dtype == torch.float32 and load_taesd(*pair, torch.float16).dtype == torch.float16
+        load_taesd(*save_taesd(tmp_path / "half", ours)).dtype == torch.float32
+        and load_taesd(*pair, torch.float16).dtype == torch.float16
     )
 
 
 @pytest.mark.parametrize("half", ["encoder", "decoder"])
 def test_taesd_keys_in_both_directions(half: str) -> None:
-    """The published numbers: taesd's decoder has a layer without weights first, so that its convolutions are 1, 7, 12, 17, 19."""
+    """The published numbers: taesd's decoder has a layer without weights first, so that its
+    convolutions are 1, 7, 12, 17, 19.
+    """
     ours = AutoencoderTiny(TinyConfig(**EIGHT)).state_dict()
     theirs = to_original(half, ours)
     convs = {int(k.split(".")[0]) for k in theirs if k.count(".") == 1}
@@ -197,14 +242,28 @@ def test_taesd_keys_in_both_directions(half: str) -> None:
 
 
 def sana(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An encoder that begins as the variant of factor 32 does: two strided convolutions of other widths."""
-    layers = {f"encoder.layers.{n}.{k}": v for n, k, v in ((0, "weight", torch.zeros(4, 3, 3, 3)), (2, "weight", torch.zeros(8, 4, 3, 3)))}
-    return layers | {k: v for k, v in tensors.items() if not k.startswith(("encoder.layers.0.", "encoder.layers.2."))}
+    """An encoder that begins as the variant of factor 32 does: two strided convolutions of other
+    widths.
+    """
+    layers = {
+        f"encoder.layers.{n}.{k}": v
+        for n, k, v in (
+            (0, "weight", torch.zeros(4, 3, 3, 3)),
+            (2, "weight", torch.zeros(8, 4, 3, 3)),
+        )
+    }
+    return layers | {
+        k: v
+        for k, v in tensors.items()
+        if not k.startswith(("encoder.layers.0.", "encoder.layers.2."))
+    }
 
 
 def test_taesd_that_is_not_known(tmp_path: Path) -> None:
     ours = AutoencoderTiny(TinyConfig(**EIGHT)).state_dict()
-    with pytest.raises(UserError, match=r"widths \[4, 8\]: a variant of TAESD that is not supported"):
+    with pytest.raises(
+        UserError, match=r"widths \[4, 8\]: a variant of TAESD that is not supported"
+    ):
         config_of(sana(ours))
     encoder, decoder = save_taesd(tmp_path / "a", AutoencoderTiny(TinyConfig(**EIGHT)))
     cases: list[tuple[Callable[[], object], str]] = [
@@ -270,7 +329,11 @@ def test_damaged_pairs(tmp_path: Path) -> None:
                 {},
             ):
                 save_file(damaged, tmp_path / "damaged.safetensors")
-                files = (tmp_path / "damaged.safetensors", pair[1]) if which == 0 else (pair[0], tmp_path / "damaged.safetensors")
+                files = (
+                    (tmp_path / "damaged.safetensors", pair[1])
+                    if which == 0
+                    else (pair[0], tmp_path / "damaged.safetensors")
+                )
                 with pytest.raises(UserError) as caught:
                     load_taesd(*files)
                 one_sentence(caught.value, "damaged.safetensors")

@@ -1,4 +1,6 @@
-"""Every benchmark and recipe can be imported: a module that moved is seen here, not by whoever runs the command of a page."""
+"""Every benchmark and recipe can be imported: a module that moved is seen here, not by whoever runs
+the command of a page.
+"""
 
 import runpy
 from pathlib import Path

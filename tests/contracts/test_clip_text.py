@@ -1,4 +1,6 @@
-"""What a folder of CLIP text encoders, a prompt and a picture must be: everything else is refused in one sentence that says what to do."""
+"""What a folder of CLIP text encoders, a prompt and a picture must be: everything else is refused
+in one sentence that says what to do.
+"""
 
 import json
 import os
@@ -41,7 +43,9 @@ def table(file: str, **values: Any) -> Change:
         path = folder / file
         found = (json.loads(path.read_text()) if path.exists() else {}) | values
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({key: value for key, value in found.items() if value is not ...}))
+        path.write_text(
+            json.dumps({key: value for key, value in found.items() if value is not ...})
+        )
 
     return change
 
@@ -51,7 +55,9 @@ def text(file: str, content: str) -> Change:
 
 
 def gone(name: str) -> Change:
-    return lambda folder: (folder / name).unlink() if (folder / name).is_file() else shutil.rmtree(folder / name)
+    return lambda folder: (
+        (folder / name).unlink() if (folder / name).is_file() else shutil.rmtree(folder / name)
+    )
 
 
 def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
@@ -72,7 +78,9 @@ def pickled(value: Any) -> Change:
 
 
 def renamed(name: str) -> Change:
-    return lambda folder: (folder / "text_encoder" / "model.safetensors").rename(folder / "text_encoder" / name)
+    return lambda folder: (folder / "text_encoder" / "model.safetensors").rename(
+        folder / "text_encoder" / name
+    )
 
 
 shards = renamed("model-00001-of-00002.safetensors")
@@ -80,11 +88,17 @@ shards = renamed("model-00001-of-00002.safetensors")
 
 def listed(folder: Path, names: dict[str, str], mark: str = "") -> None:
     """An index of shards."""
-    (folder / f"model.safetensors.index{mark}.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    (folder / f"model.safetensors.index{mark}.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": names})
+    )
 
 
-def cut(change: Callable[[Path, list[Path]], object], mark: str = "", part: str = "text_encoder") -> Change:
-    """The weights in three shards with an index, as transformers writes them, and then a change to the folder and the shards."""
+def cut(
+    change: Callable[[Path, list[Path]], object], mark: str = "", part: str = "text_encoder"
+) -> Change:
+    """The weights in three shards with an index, as transformers writes them, and then a change to
+    the folder and the shards.
+    """
 
     def write(folder: Path) -> None:
         whole = folder / part / "model.safetensors"
@@ -155,7 +169,9 @@ BAD: list[tuple[str, Change, str]] = [
 
 
 @pytest.mark.parametrize(("kind", "change", "words"), BAD, ids=range(len(BAD)))
-def test_a_folder_that_is_wrong_is_refused(kind: str, change: Change, words: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_folder_that_is_wrong_is_refused(
+    kind: str, change: Change, words: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(folders[kind], tmp_path / "model"))
     ClipText.from_folder(folder)
     change(folder)
@@ -165,8 +181,19 @@ def test_a_folder_that_is_wrong_is_refused(kind: str, change: Change, words: str
 
 
 @pytest.mark.parametrize("value", [None, -1, 0, 1.5, "x", [], {}, True])
-@pytest.mark.parametrize("field", ["hidden_size", "num_attention_heads", "max_position_embeddings", "layer_norm_eps", "eos_token_id"])
-def test_a_config_with_any_value_opens_or_is_refused(field: str, value: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "field",
+    [
+        "hidden_size",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "layer_norm_eps",
+        "eos_token_id",
+    ],
+)
+def test_a_config_with_any_value_opens_or_is_refused(
+    field: str, value: Any, folders: dict[str, Path], tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(folders["sd1"], tmp_path / "model"))
     table(CONFIG, **{field: value})(folder)
     try:
@@ -177,9 +204,14 @@ def test_a_config_with_any_value_opens_or_is_refused(field: str, value: Any, fol
         assert found.tokens is not None and torch.isfinite(found.tokens).all()
 
 
-def test_without_transformers_a_sentence_says_what_to_install(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_transformers_a_sentence_says_what_to_install(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match=r"text prompts need the package transformers: run `pip install 'sfumato\[text\]'`"):
+    with pytest.raises(
+        UserError,
+        match=r"text prompts need the package transformers: run `pip install 'sfumato\[text\]'`",
+    ):
         ClipText.from_folder(folders["sd1"])
 
 
@@ -189,26 +221,37 @@ def test_settings_come_from_the_folder(folders: dict[str, Path], tmp_path: Path)
     table("model_index.json", force_zeros_for_empty_prompt=...)(folder)  # diffusers' own default
     assert ClipText.from_folder(folder).config == ClipTextConfig(force_zeros_for_empty_prompt=True)
     settings = ClipTextConfig(
-        weighting=False, long="refuse", clip_skip=1, force_zeros_for_empty_prompt=False, requires_aesthetics_score=True
+        weighting=False,
+        long="refuse",
+        clip_skip=1,
+        force_zeros_for_empty_prompt=False,
+        requires_aesthetics_score=True,
     )
     replace(ClipText.from_folder(folder), config=settings).save(folder)
     assert ClipText.from_folder(folder).config == settings
 
 
-def test_weights_are_read_and_written_in_other_types(opened: dict[str, ClipText], tmp_path: Path) -> None:
+def test_weights_are_read_and_written_in_other_types(
+    opened: dict[str, ClipText], tmp_path: Path
+) -> None:
     opened["sdxl"].save(tmp_path, torch.float16)
     file = tmp_path / "text_encoder" / "model.safetensors"
     assert {t.dtype for t in load_file(file).values()} == {torch.float16}
-    assert all(key.startswith("text_model.") for key in load_file(file))  # as programs of before transformers 5 expect
+    # as programs of before transformers 5 expect
+    assert all(key.startswith("text_model.") for key in load_file(file))
     file.rename(file.with_name("model.fp16.safetensors"))
-    (tmp_path / "text_encoder_2" / "model.safetensors").rename(tmp_path / "text_encoder_2" / "model.fp16.safetensors")
+    (tmp_path / "text_encoder_2" / "model.safetensors").rename(
+        tmp_path / "text_encoder_2" / "model.fp16.safetensors"
+    )
     found = ClipText.from_folder(tmp_path, torch.bfloat16, "fp16")
     assert {t.dtype for t in found.tensors().values()} == {torch.bfloat16}
     for key, tensor in opened["sdxl"].tensors().items():
         assert torch.equal(found.tensors()[key], tensor.half().bfloat16()), key
 
 
-@pytest.mark.parametrize("kind", ["shards", "shards of a variant", "a variant beside others", "pickled shards"])
+@pytest.mark.parametrize(
+    "kind", ["shards", "shards of a variant", "a variant beside others", "pickled shards"]
+)
 def test_shards_and_variants_are_the_same_encoders(
     kind: str, opened: dict[str, ClipText], folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -224,33 +267,53 @@ def test_shards_and_variants_are_the_same_encoders(
             tensors, names = load_file(whole), {}
             whole.unlink()
             for k in (0, 1):
-                names |= dict.fromkeys(sorted(tensors)[k::2], f"pytorch_model-0000{k + 1}-of-00002.bin")
-                torch.save({key: tensors[key] for key in sorted(tensors)[k::2]}, folder / part / f"pytorch_model-0000{k + 1}-of-00002.bin")
-            (folder / part / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+                names |= dict.fromkeys(
+                    sorted(tensors)[k::2], f"pytorch_model-0000{k + 1}-of-00002.bin"
+                )
+                torch.save(
+                    {key: tensors[key] for key in sorted(tensors)[k::2]},
+                    folder / part / f"pytorch_model-0000{k + 1}-of-00002.bin",
+                )
+            (folder / part / "pytorch_model.bin.index.json").write_text(
+                json.dumps({"weight_map": names})
+            )
         else:
             cut(lambda folder, files: None, ".fp16" if variant else "", part)(folder)
-    found, expected = ClipText.from_folder(folder, variant=variant).tensors(), opened["sdxl"].tensors()
-    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    found, expected = (
+        ClipText.from_folder(folder, variant=variant).tensors(),
+        opened["sdxl"].tensors(),
+    )
+    assert found.keys() == expected.keys() and all(
+        torch.equal(found[key], expected[key]) for key in expected
+    )
 
 
-def test_weights_that_are_not_finite_are_not_written(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_not_written(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     conditioner = ClipText.from_folder(folders["sd1"])
     assert conditioner.encoder is not None
     conditioner.encoder.model.final_layer_norm.weight.data[0] = 1e6  # finite, but not in float16
     conditioner.save(tmp_path / "whole")
     with pytest.raises(
-        NumericalError, match=r"weight text_model.final_layer_norm.weight of text_encoder is NaN or infinite in torch.float16"
+        NumericalError,
+        match=r"weight text_model.final_layer_norm.weight of text_encoder is NaN or infinite in torch.float16",
     ):
         conditioner.save(tmp_path / "half", torch.float16)
     assert not list((tmp_path / "half").rglob("*.safetensors"))
 
 
-def test_identity_tells_models_apart(opened: dict[str, ClipText], folders: dict[str, Path], tmp_path: Path) -> None:
+def test_identity_tells_models_apart(
+    opened: dict[str, ClipText], folders: dict[str, Path], tmp_path: Path
+) -> None:
     found = {json.dumps(c.identity(), sort_keys=True) for c in opened.values()}
     assert len(found) == len(opened)
     folder = Path(shutil.copytree(folders["sd1"], tmp_path / "model"))
     same = json.dumps(opened["sd1"].identity())
-    for change in (table(CONFIG, hidden_act="gelu"), table(CONFIG, hidden_act="quick_gelu", num_attention_heads=4)):
+    for change in (
+        table(CONFIG, hidden_act="gelu"),
+        table(CONFIG, hidden_act="quick_gelu", num_attention_heads=4),
+    ):
         change(folder)
         assert json.dumps(ClipText.from_folder(folder).identity()) != same
     table(CONFIG, num_attention_heads=2)(folder)
@@ -272,7 +335,9 @@ def test_a_moved_copy_leaves_the_first_where_it_is(opened: dict[str, ClipText]) 
 
 
 @pytest.mark.parametrize("prompts", ["a cat", []])
-def test_prompts_that_are_not_a_list_of_texts_are_refused(prompts: Any, opened: dict[str, ClipText]) -> None:
+def test_prompts_that_are_not_a_list_of_texts_are_refused(
+    prompts: Any, opened: dict[str, ClipText]
+) -> None:
     with pytest.raises(UserError, match="expected a list of at least one, each a text or None"):
         opened["sd1"](prompts)
 
@@ -284,24 +349,54 @@ KINDS = [
     ("Picture(64, 64, crop=None)", "crop=None: expected a tuple"),
     ("Picture(64, 64, original_size=64)", "original_size=64: expected a tuple of 2"),
     ("Picture(64, 64, negative_crop=(1, 2, 3))", "negative_crop=(1, 2, 3): expected a tuple of 2"),
-    ("Picture(64, 64, aesthetic_score='good')", "aesthetic_score='good': expected a number of at least 0"),
+    (
+        "Picture(64, 64, aesthetic_score='good')",
+        "aesthetic_score='good': expected a number of at least 0",
+    ),
     ("ClipTextConfig(weighting=1)", "weighting=1: expected true or false"),
-    ("ClipTextConfig(force_zeros_for_empty_prompt='no')", "force_zeros_for_empty_prompt='no': expected true or false"),
+    (
+        "ClipTextConfig(force_zeros_for_empty_prompt='no')",
+        "force_zeros_for_empty_prompt='no': expected true or false",
+    ),
     ("ClipTextConfig(clip_skip=1.0)", "clip_skip=1.0: expected a whole number of layers"),
     ("ClipTextConfig(long=None)", "unknown way with long prompts None: known are chunks, refuse"),
-    ("model(['a', b'b'])", "prompts ['a', b'b']: expected a list of at least one, each a text or None"),
+    (
+        "model(['a', b'b'])",
+        "prompts ['a', b'b']: expected a list of at least one, each a text or None",
+    ),
     ("model([None, ['a']])", "expected a list of at least one, each a text or None"),
 ]
 
 
-def test_arguments_of_other_types_are_refused_in_a_sentence(folders: dict[str, Path], source: Path) -> None:
+def test_arguments_of_other_types_are_refused_in_a_sentence(
+    folders: dict[str, Path], source: Path
+) -> None:
     """In a process without the tests' check of types, which users do not have."""
-    lines = ["from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig", "from sfumato.types import Picture"]
-    lines += ["from sfumato.errors import UserError", f"model = ClipText.from_folder({str(folders['sd1'])!r})"]
+    lines = [
+        "from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig",
+        "from sfumato.types import Picture",
+    ]
+    lines += [
+        "from sfumato.errors import UserError",
+        f"model = ClipText.from_folder({str(folders['sd1'])!r})",
+    ]
     for call, _ in KINDS:
-        lines += ["try:", f"    {call}", "except UserError as error:", "    print(error)", "else:", "    print('accepted')"]
+        lines += [
+            "try:",
+            f"    {call}",
+            "except UserError as error:",
+            "    print(error)",
+            "else:",
+            "    print('accepted')",
+        ]
     run = [sys.executable, "-c", "\n".join(lines)]
-    found = subprocess.run(run, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(source.parent)}, check=True)
+    found = subprocess.run(
+        run,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(source.parent)},
+        check=True,
+    )
     said = found.stdout.splitlines()
     assert len(said) == len(KINDS)
     for line, (call, words) in zip(said, KINDS, strict=True):
@@ -310,9 +405,17 @@ def test_arguments_of_other_types_are_refused_in_a_sentence(folders: dict[str, P
 
 def test_sdxl_is_told_the_size_and_others_need_no_picture(opened: dict[str, ClipText]) -> None:
     for kind in ("sdxl", "refiner"):
-        with pytest.raises(UserError, match=r"told the size of the picture: expected picture=Picture\(height, width\)"):
+        with pytest.raises(
+            UserError,
+            match=r"told the size of the picture: expected picture=Picture\(height, width\)",
+        ):
             opened[kind](["a cat"])
-    assert all(torch.equal(a, b) for a, b in zip(opened["sd2"](["a"]).tensors, opened["sd2"](["a"], Picture(8, 8)).tensors, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            opened["sd2"](["a"]).tensors, opened["sd2"](["a"], Picture(8, 8)).tensors, strict=True
+        )
+    )
 
 
 @pytest.mark.parametrize(
@@ -333,13 +436,21 @@ def test_a_picture_that_cannot_be_is_refused(values: dict[str, Any], words: str)
 def test_the_picture_of_the_reference() -> None:
     assert Picture(8, 9).negative == Picture(8, 9, aesthetic_score=2.5)
     told = Picture(8, 9, (1, 2), (3, 4), (5, 6), 7.0, (11, 12), (0, 0), (15, 16), 1.0).negative
-    assert (told.original_size, told.crop, told.target_size, told.aesthetic_score) == ((11, 12), (0, 0), (15, 16), 1.0)
+    assert (told.original_size, told.crop, told.target_size, told.aesthetic_score) == (
+        (11, 12),
+        (0, 0),
+        (15, 16),
+        1.0,
+    )
 
 
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"long": "truncate"}, "unknown way with long prompts 'truncate': .*known are chunks, refuse"),
+        (
+            {"long": "truncate"},
+            "unknown way with long prompts 'truncate': .*known are chunks, refuse",
+        ),
         ({"clip_skip": -1}, "clip_skip=-1: expected a whole number of layers"),
         ({"clip_skip": True}, "clip_skip=True"),
     ],
@@ -352,5 +463,7 @@ def test_settings_that_cannot_be_are_refused(values: dict[str, Any], words: str)
 def test_encoders_in_the_wrong_places_are_refused(opened: dict[str, ClipText]) -> None:
     first, second = opened["sdxl"].encoder, opened["sdxl"].encoder_2
     for pair in ((None, None), (second, None), (None, first), (second, first)):
-        with pytest.raises(UserError, match="expected one without, one with, or one of each in this order"):
+        with pytest.raises(
+            UserError, match="expected one without, one with, or one of each in this order"
+        ):
             ClipText(*pair)

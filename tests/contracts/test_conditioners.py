@@ -1,7 +1,8 @@
 """The contract of every conditioner: a file in predict/conditioners is tested by being there.
 
-Each is built by its own `from_config` from EXAMPLE, a config with a field for every kind; what a conditioner does not know it ignores. One
-with weights is built by `from_folder` from a folder that `_clip.py`, `_ldm.py` or `_text.py` writes, and comes back from what its `save` writes.
+Each is built by its own `from_config` from EXAMPLE, a config with a field for every kind; what a
+conditioner does not know it ignores. One with weights is built by `from_folder` from a folder that
+`_clip.py`, `_ldm.py` or `_text.py` writes, and comes back from what its `save` writes.
 """
 
 import json
@@ -24,11 +25,17 @@ from sfumato.types import Conditioning, Picture
 CONDITIONERS = {name: find("predict.conditioners", name) for name in names("predict.conditioners")}
 LABELS = ["t-shirt/top", "ankle boot", "bag", "dress"]
 EXAMPLE: dict[str, Any] = {"names": LABELS}
-FOLDERS = {"clip_text": ("_clip.py", "sd1"), "t5_text": ("_text.py", "pixart_alpha"), "sd3_text": ("_text.py", "sd3")}
+FOLDERS = {
+    "clip_text": ("_clip.py", "sd1"),
+    "t5_text": ("_text.py", "pixart_alpha"),
+    "sd3_text": ("_text.py", "sd3"),
+}
 FOLDERS |= {"flux_text": ("_text.py", "flux"), "flux2_text": ("_text.py", "flux2_klein")}
 FOLDERS |= {"sentence_text": ("_text.py", "sentence")}
 every = pytest.mark.parametrize("name", CONDITIONERS)
-labelled = pytest.mark.parametrize("name", [name for name, c in CONDITIONERS.items() if hasattr(c, "from_labels")])
+labelled = pytest.mark.parametrize(
+    "name", [name for name, c in CONDITIONERS.items() if hasattr(c, "from_labels")]
+)
 
 
 @cache
@@ -61,7 +68,9 @@ def equal(a: Conditioning, b: Conditioning) -> bool:
 
 
 def unmoved(told: Conditioning, untold: Conditioning) -> bool:
-    """Whether a picture makes no difference, but that `vector` may tell of it where there is none without it (PixArt)."""
+    """Whether a picture makes no difference, but that `vector` may tell of it where there is none
+    without it (PixArt).
+    """
     return equal(replace(told, vector=None) if untold.vector is None else told, untold)
 
 
@@ -81,7 +90,8 @@ def test_its_config_is_json_and_comes_back(name: str, tmp_path: Path) -> None:
     again = cls.from_folder(tmp_path) if hasattr(cls, "from_folder") else cls.from_config(config)
     assert again.to_config() == conditioner.to_config() and type(again) is type(conditioner)
     assert equal(again(prompts_of(conditioner)), conditioner(prompts_of(conditioner)))
-    if is_dataclass(conditioner) and not hasattr(cls, "from_folder"):  # weights are compared by their hash, not by ==
+    # weights are compared by their hash, not by ==
+    if is_dataclass(conditioner) and not hasattr(cls, "from_folder"):
         assert again == conditioner
 
 
@@ -128,12 +138,16 @@ def test_conditions_join_the_null_condition_for_guidance(name: str) -> None:
     null = conditioner.null(2)
     both = Conditioning.cat([some, null])
     assert equal(both[:2], some) and equal(both[2:], null)
-    assert equal(some.drop(torch.tensor([True, True]), null), null) and equal(some.drop(torch.tensor([False, False]), null), some)
+    assert equal(some.drop(torch.tensor([True, True]), null), null) and equal(
+        some.drop(torch.tensor([False, False]), null), some
+    )
 
 
 @every
 def test_a_prompt_it_does_not_know_is_refused_in_one_sentence(name: str) -> None:
-    """Never a silent fallback to the null condition (a text encoder knows every prompt: it says nothing here)."""
+    """Never a silent fallback to the null condition (a text encoder knows every prompt: it says
+    nothing here).
+    """
     conditioner = build(name)
     try:
         found = conditioner(["a zebra on the moon"])
@@ -146,15 +160,25 @@ def test_a_prompt_it_does_not_know_is_refused_in_one_sentence(name: str) -> None
 @every
 def test_it_is_frozen_and_has_its_docstrings(name: str) -> None:
     conditioner = build(name)
-    way_back = ("save", "from_folder", "to", "tensors", "identity", "index") if hasattr(conditioner, "from_folder") else ("from_config",)
-    for method in ("__call__", "null", "to_config", *way_back, *(["from_labels"] if hasattr(conditioner, "from_labels") else [])):
+    way_back = (
+        ("save", "from_folder", "to", "tensors", "identity", "index")
+        if hasattr(conditioner, "from_folder")
+        else ("from_config",)
+    )
+    for method in (
+        "__call__",
+        "null",
+        "to_config",
+        *way_back,
+        *(["from_labels"] if hasattr(conditioner, "from_labels") else []),
+    ):
         assert getattr(type(conditioner), method).__doc__, method
     if is_dataclass(conditioner) and fields(conditioner):
         with pytest.raises(AttributeError):
             setattr(conditioner, fields(conditioner)[0].name, ())
 
 
-# ---- class names -------------------------------------------------------------------------------------------------------
+# ---- class names ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -173,7 +197,9 @@ def test_names_answer_to_their_forms(prompt: str | None, label: int) -> None:
 
 def test_names_that_mean_two_classes_are_refused() -> None:
     shoes = ClassNames(("shoe/boot", "boot/sandal", "hat"))
-    with pytest.raises(UserError, match="class 'boot' is ambiguous: write 'shoe/boot' or 'boot/sandal'"):
+    with pytest.raises(
+        UserError, match="class 'boot' is ambiguous: write 'shoe/boot' or 'boot/sandal'"
+    ):
         shoes(["boot"])
     assert shoes.label("sandals") == 1
     exact = ClassNames(("boot", "boots"))
@@ -184,7 +210,9 @@ def test_names_that_mean_two_classes_are_refused() -> None:
 
 def test_a_thousand_known_classes_do_not_bury_the_sentence() -> None:
     names = ClassNames(tuple(f"class {k}" for k in range(1000)))
-    with pytest.raises(UserError, match=r"unknown class 'clas 777': did you mean .*'class 777'.* and 950 more") as refused:
+    with pytest.raises(
+        UserError, match=r"unknown class 'clas 777': did you mean .*'class 777'.* and 950 more"
+    ) as refused:
         names(["clas 777"])
     assert len(str(refused.value)) < 1000
 

@@ -1,5 +1,7 @@
-"""Models damaged on their way: every part of a folder and of a single file, in every manner, seeded. Either it is one sentence that names
-the file, or, where nobody could tell (other bytes among the numbers), a model that opens; never another error, and never code that runs."""
+"""Models damaged on their way: every part of a folder and of a single file, in every manner,
+seeded. Either it is one sentence that names the file, or, where nobody could tell (other bytes
+among the numbers), a model that opens; never another error, and never code that runs.
+"""
 
 import json
 import os
@@ -49,7 +51,22 @@ CONFIGS = (
 )
 OPENED: list[str] = []
 """Files with bait in their names that Python opened."""
-JUNK: tuple[Any, ...] = (None, -1, 0, 1.5, "x", "../../../etc/passwd", "/etc/passwd", [], {}, True, ["x"], [0, 0], [[1]], 1e300)
+JUNK: tuple[Any, ...] = (
+    None,
+    -1,
+    0,
+    1.5,
+    "x",
+    "../../../etc/passwd",
+    "/etc/passwd",
+    [],
+    {},
+    True,
+    ["x"],
+    [0, 0],
+    [[1]],
+    1e300,
+)
 
 
 def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -85,7 +102,9 @@ def build() -> LatentDiffusion:
     encoder = ClipEncoder(clip.tokenizer(), randomised(CLIPTextModel(text)), projected=False)
     vae = AutoencoderKL(KLConfig(block_out_channels=(32, 64), layers_per_block=1))
     process = Process(schedule("scaled_linear"), parameterization("eps"))
-    return LatentDiffusion(randomised(vae), Denoiser(randomised(UNet(unet)), process), ClipText(encoder), name="small")
+    return LatentDiffusion(
+        randomised(vae), Denoiser(randomised(UNet(unet)), process), ClipText(encoder), name="small"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +136,10 @@ def refused(model: Path, names: object, *words: str) -> None:
 def one_sentence(error: Exception, *words: object) -> None:
     text = str(error)
     assert isinstance(error, UserError), repr(error)
-    assert "\n" not in text and len(text) < 1500 and all(str(w) in text for w in words), (text, words)
+    assert "\n" not in text and len(text) < 1500 and all(str(w) in text for w in words), (
+        text,
+        words,
+    )
 
 
 def opens_or_refused(model: Path, names: object) -> LatentDiffusion | None:
@@ -129,7 +151,9 @@ def opens_or_refused(model: Path, names: object) -> LatentDiffusion | None:
         return None
 
 
-def rewrite(file: Path, change: Callable[[dict[str, Tensor]], object], notes: dict[str, str] | None = None) -> None:
+def rewrite(
+    file: Path, change: Callable[[dict[str, Tensor]], object], notes: dict[str, str] | None = None
+) -> None:
     with safe_open(file, "pt") as opened:
         notes = (opened.metadata() or {}) | (notes or {})
     tensors = {k: v.clone() for k, v in load_file(file).items()}
@@ -148,7 +172,10 @@ def damages(key: str, value: Tensor) -> dict[str, Callable[[dict[str, Tensor]], 
         "NaN": lambda t: t.update({key: torch.full_like(value, torch.nan)}),
         "infinite": lambda t: t[key].view(-1)[-1:].fill_(-torch.inf),
     }
-    found |= {kind: lambda t, kind=kind: t.update({key: value.to(getattr(torch, kind))}) for kind in ("int8", "int64", "bool", "complex64")}
+    found |= {
+        kind: lambda t, kind=kind: t.update({key: value.to(getattr(torch, kind))})
+        for kind in ("int8", "int64", "bool", "complex64")
+    }
     if value.ndim > 1 and value.shape[0] != value.shape[1]:
         found["transposed"] = lambda t: t.update({key: value.transpose(0, 1)})
     return found
@@ -159,10 +186,16 @@ def test_the_sound_model_opens(sound: tuple[Path, str]) -> None:
     place, expected = sound
     folder, one = sfumato.load(place / "model"), sfumato.load(place / "model.safetensors")
     assert folder.hash == expected
-    for ours, theirs in ((one.autoencoder, folder.autoencoder), (one.denoiser.network, folder.denoiser.network)):
+    for ours, theirs in (
+        (one.autoencoder, folder.autoencoder),
+        (one.denoiser.network, folder.denoiser.network),
+    ):
         weights: dict[str, Tensor] = ours.state_dict()  # pyright: ignore
         assert all(torch.equal(v, weights[k]) for k, v in theirs.state_dict().items())  # pyright: ignore
-    assert all(torch.equal(v, one.conditioner.tensors()[k]) for k, v in folder.conditioner.tensors().items())
+    assert all(
+        torch.equal(v, one.conditioner.tensors()[k])
+        for k, v in folder.conditioner.tensors().items()
+    )
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -193,10 +226,15 @@ def test_one_tensor_of_a_single_file_is_wrong(part: str, single: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["unet.", "vae."])
-def test_one_tensor_of_a_single_file_in_our_own_layout_is_wrong(part: str, tiny: Path, tmp_path: Path) -> None:
+def test_one_tensor_of_a_single_file_in_our_own_layout_is_wrong(
+    part: str, tiny: Path, tmp_path: Path
+) -> None:
     dice, file = random.Random(part), tmp_path / "own.safetensors"
     sfumato.load(tiny).save(file)
-    whole, tensors = file.read_bytes(), {k: v for k, v in load_file(file).items() if k.startswith(part)}
+    whole, tensors = (
+        file.read_bytes(),
+        {k: v for k, v in load_file(file).items() if k.startswith(part)},
+    )
     for name in damages("a", torch.ones(2, 3)):
         wide = [k for k, v in tensors.items() if v.ndim > 1 and v.shape[0] != v.shape[1]]
         key = dice.choice(sorted(wide if name == "transposed" else tensors))
@@ -207,32 +245,72 @@ def test_one_tensor_of_a_single_file_in_our_own_layout_is_wrong(part: str, tiny:
 
 
 @pytest.mark.parametrize("kind", ["float64", "float16", "bfloat16", "float8_e4m3fn"])
-def test_other_floating_point_weights_become_what_was_asked_for(kind: str, folder: Path, single: Path, sound: tuple[Path, str]) -> None:
-    """Each number is the nearest float32 to the one in the file: those of float64 are the very same, others were rounded by who wrote it."""
+def test_other_floating_point_weights_become_what_was_asked_for(
+    kind: str, folder: Path, single: Path, sound: tuple[Path, str]
+) -> None:
+    """Each number is the nearest float32 to the one in the file: those of float64 are the very
+    same, others were rounded by who wrote it.
+    """
     original = sfumato.load(sound[0] / "model")
     files = [single, *(folder / file for file, _ in PARTS.values())]
     for file in files:
-        rewrite(file, lambda t: t.update({k: v.to(getattr(torch, kind)) for k, v in t.items() if k not in ("betas", "alphas_cumprod")}))
+        rewrite(
+            file,
+            lambda t: t.update(
+                {
+                    k: v.to(getattr(torch, kind))
+                    for k, v in t.items()
+                    if k not in ("betas", "alphas_cumprod")
+                }
+            ),
+        )
     for found in (sfumato.load(folder), sfumato.load(single)):
-        for ours, theirs in ((found.autoencoder, original.autoencoder), (found.denoiser.network, original.denoiser.network)):
-            expected = {k: v.to(getattr(torch, kind)).float() for k, v in theirs.state_dict().items()}  # pyright: ignore
-            assert all(v.dtype == torch.float32 and torch.equal(v, expected[k]) for k, v in ours.state_dict().items())  # pyright: ignore
+        for ours, theirs in (
+            (found.autoencoder, original.autoencoder),
+            (found.denoiser.network, original.denoiser.network),
+        ):
+            expected = {
+                k: v.to(getattr(torch, kind)).float() for k, v in theirs.state_dict().items()
+            }  # pyright: ignore
+            assert all(
+                v.dtype == torch.float32 and torch.equal(v, expected[k])
+                for k, v in ours.state_dict().items()
+            )  # pyright: ignore
         texts = original.conditioner.tensors()
-        assert all(torch.equal(v, texts[k].to(getattr(torch, kind)).float()) for k, v in found.conditioner.tensors().items())
+        assert all(
+            torch.equal(v, texts[k].to(getattr(torch, kind)).float())
+            for k, v in found.conditioner.tensors().items()
+        )
 
 
 @pytest.mark.parametrize("part", [*PARTS, "single"])
 def test_bytes_are_cut_off_or_changed(part: str, folder: Path, single: Path) -> None:
-    """Cut anywhere it is refused. Another byte in the header is refused or says the same; among the numbers it opens unless it makes NaN."""
+    """Cut anywhere it is refused. Another byte in the header is refused or says the same; among the
+    numbers it opens unless it makes NaN.
+    """
     model, file = (single, single) if part == "single" else (folder, folder / PARTS[part][0])
     dice, whole = random.Random(part), file.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
-    for size in (0, 1, 7, 8, 9, header - 1, header, len(whole) - 1, *(dice.randrange(len(whole)) for _ in range(6))):
+    for size in (
+        0,
+        1,
+        7,
+        8,
+        9,
+        header - 1,
+        header,
+        len(whole) - 1,
+        *(dice.randrange(len(whole)) for _ in range(6)),
+    ):
         file.write_bytes(whole[:size])
         refused(model, file)
     file.write_bytes(whole + b"\0")
     refused(model, file)
-    for place in (*range(8), *(dice.randrange(8, header) for _ in range(12)), *(dice.randrange(header, len(whole)) for _ in range(4))):
+    for place in (
+        *range(8),
+        *(dice.randrange(8, header) for _ in range(12)),
+        *(dice.randrange(header, len(whole)) for _ in range(4)),
+    ):
         changed = bytearray(whole)
         changed[place] ^= 1 << dice.randrange(8)
         file.write_bytes(changed)
@@ -245,7 +323,16 @@ def test_bytes_are_cut_off_or_changed(part: str, folder: Path, single: Path) -> 
 def test_a_config_that_is_cut_or_of_another_kind(file: str, folder: Path) -> None:
     dice, path = random.Random(file), folder / file
     whole = path.read_text()
-    for text in ("", "[]", "7", '"text"', "null", "\x00", whole[: dice.randrange(1, len(whole) - 2)], whole.replace(":", "=", 1)):
+    for text in (
+        "",
+        "[]",
+        "7",
+        '"text"',
+        "null",
+        "\x00",
+        whole[: dice.randrange(1, len(whole) - 2)],
+        whole.replace(":", "=", 1),
+    ):
         path.write_text(text)
         refused(folder, path)
     path.write_bytes(b"\xff\xfe" + whole.encode())
@@ -254,7 +341,9 @@ def test_a_config_that_is_cut_or_of_another_kind(file: str, folder: Path) -> Non
 
 @pytest.mark.parametrize("file", CONFIGS)
 def test_a_config_with_any_value_in_any_field(file: str, folder: Path) -> None:
-    """Each field once with a value of another kind, a path among them: refused in a sentence that names a file of the model, or the same model."""
+    """Each field once with a value of another kind, a path among them: refused in a sentence that
+    names a file of the model, or the same model.
+    """
     dice, path = random.Random(file), folder / file
     values = json.loads(path.read_text())
     for field in values:
@@ -265,17 +354,34 @@ def test_a_config_with_any_value_in_any_field(file: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("file", CONFIGS)
 def test_paths_in_a_config_are_not_followed(file: str, folder: Path, tmp_path: Path) -> None:
-    """A name of a class, of a file, of code: none is opened. Notes that start with an underscore are not read."""
+    """A name of a class, of a file, of code: none is opened. Notes that start with an underscore
+    are not read.
+    """
     path, bait = folder / file, tmp_path / "bait.json"
-    bait.write_text(json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": {"bait": 0}, "merges": []}}))
+    bait.write_text(
+        json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": {"bait": 0}, "merges": []}})
+    )
     sys.addaudithook(watch)
     OPENED.clear()
     values = json.loads(path.read_text())
     expected = sfumato.load(folder).hash
-    fields = ("_class_name", "weights", "pretrained_model_name_or_path", "tokenizer_file", "vocab_file", "merges_file", "auto_map", "unet")
+    fields = (
+        "_class_name",
+        "weights",
+        "pretrained_model_name_or_path",
+        "tokenizer_file",
+        "vocab_file",
+        "merges_file",
+        "auto_map",
+        "unet",
+    )
     for field in fields:
         for name in (str(bait), "../bait.json"):
-            path.write_text(json.dumps({**values, field: {"AutoTokenizer": name} if field == "auto_map" else name}))
+            path.write_text(
+                json.dumps(
+                    {**values, field: {"AutoTokenizer": name} if field == "auto_map" else name}
+                )
+            )
             found = opens_or_refused(folder, folder)
             assert found is None or found.hash == expected, field
     path.write_text(json.dumps({**values, "_name_or_path": str(bait)}))
@@ -297,13 +403,19 @@ class Trap:
 
 @pytest.mark.parametrize("new", [True, False])
 @pytest.mark.parametrize("part", [*PARTS, "single"])
-def test_pickles_do_not_run(part: str, new: bool, folder: Path, single: Path, tmp_path: Path) -> None:
-    """In the place of each part's weights, and as a single file; sound pickles in the same places are read."""
+def test_pickles_do_not_run(
+    part: str, new: bool, folder: Path, single: Path, tmp_path: Path
+) -> None:
+    """In the place of each part's weights, and as a single file; sound pickles in the same places
+    are read.
+    """
     witness = tmp_path / "witness"
     whole = single if part == "single" else folder / PARTS[part][0]
     tensors = load_file(whole)
     whole.unlink()
-    name = {"single": "model.ckpt", "text_encoder": "pytorch_model.bin"}.get(part, "diffusion_pytorch_model.bin")
+    name = {"single": "model.ckpt", "text_encoder": "pytorch_model.bin"}.get(
+        part, "diffusion_pytorch_model.bin"
+    )
     file = whole.with_name(name)
     model = file if part == "single" else folder
     torch.save({**tensors, "more": Trap(witness)}, file, _use_new_zipfile_serialization=new)
@@ -321,7 +433,10 @@ def test_pickles_do_not_run(part: str, new: bool, folder: Path, single: Path, tm
     refused(model, file)
 
 
-@pytest.mark.parametrize("note", ["sfumato.tokenizer", "sfumato.scheduler", "sfumato.conditioner", "modelspec.prediction_type"])
+@pytest.mark.parametrize(
+    "note",
+    ["sfumato.tokenizer", "sfumato.scheduler", "sfumato.conditioner", "modelspec.prediction_type"],
+)
 def test_notes_of_a_single_file_of_any_kind(note: str, single: Path) -> None:
     whole = single.read_bytes()
     for text in (
@@ -339,7 +454,17 @@ def test_notes_of_a_single_file_of_any_kind(note: str, single: Path) -> None:
         single.write_bytes(whole)
 
 
-@pytest.mark.parametrize("name", ["vae", "vae/config.json/deeper.json", "/tmp/evil.json", "../evil.json", "a\0b.json", "x" * 300 + ".json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vae",
+        "vae/config.json/deeper.json",
+        "/tmp/evil.json",
+        "../evil.json",
+        "a\0b.json",
+        "x" * 300 + ".json",
+    ],
+)
 def test_names_in_a_file_of_our_own_layout(name: str, tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.safetensors"
     sfumato.load(tiny).save(file)
@@ -347,4 +472,6 @@ def test_names_in_a_file_of_our_own_layout(name: str, tiny: Path, tmp_path: Path
         configs = json.loads(opened.metadata()["sfumato"])
     rewrite(file, lambda tensors: None, {"sfumato": json.dumps({name: {}} | configs)})
     refused(file, file)
-    assert [p.name for p in tmp_path.iterdir()] == ["own.safetensors"] and not Path("/tmp/evil.json").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["own.safetensors"] and not Path(
+        "/tmp/evil.json"
+    ).exists()

@@ -1,4 +1,6 @@
-"""Every source opens into the same contract, and everything that is wrong with one is a sentence."""
+"""Every source opens into the same contract, and everything that is wrong with one is a
+sentence.
+"""
 
 import csv
 import gzip
@@ -25,12 +27,16 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
-    data = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes() + values.tobytes()
+    data = (
+        bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes() + values.tobytes()
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
 
 
-def idx_folder(folder: Path, count: int = 12, *, side: int = 8, end: str = ".gz", seed: int = 0) -> np.ndarray:
+def idx_folder(
+    folder: Path, count: int = 12, *, side: int = 8, end: str = ".gz", seed: int = 0
+) -> np.ndarray:
     pixels = noise(count, side, side, seed=seed)
     write_idx(folder / f"train-images-idx3-ubyte{end}", pixels)
     write_idx(folder / f"train-labels-idx1-ubyte{end}", np.arange(count, dtype=np.uint8) % 10)
@@ -76,7 +82,10 @@ def test_transparency_is_put_on_white(tmp_path: Path) -> None:
 
 
 def test_grey_transparency_stays_grey(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.png", np.stack([np.zeros((4, 4)), np.full((4, 4), 255 * 0.6)], 2).astype(np.uint8))
+    path = save(
+        tmp_path / "a.png",
+        np.stack([np.zeros((4, 4)), np.full((4, 4), 255 * 0.6)], 2).astype(np.uint8),
+    )
     assert bytes_of(Transform().to_tensor(path)).tolist() == [[[102] * 4] * 4]
 
 
@@ -86,11 +95,20 @@ def test_palette_with_and_without_transparency(tmp_path: Path) -> None:
     image.putdata([0, 1])
     image.save(tmp_path / "a.png")
     image.save(tmp_path / "b.png", transparency=0)
-    assert bytes_of(Transform().to_tensor(tmp_path / "a.png"))[:, 0].T.tolist() == [[10, 20, 30], [200, 100, 50]]
-    assert bytes_of(Transform().to_tensor(tmp_path / "b.png"))[:, 0].T.tolist() == [[255, 255, 255], [200, 100, 50]]
+    assert bytes_of(Transform().to_tensor(tmp_path / "a.png"))[:, 0].T.tolist() == [
+        [10, 20, 30],
+        [200, 100, 50],
+    ]
+    assert bytes_of(Transform().to_tensor(tmp_path / "b.png"))[:, 0].T.tolist() == [
+        [255, 255, 255],
+        [200, 100, 50],
+    ]
 
 
-@pytest.mark.parametrize(("ink", "seen"), [((0, 0, 0, 0), (255, 255, 255)), ((0, 0, 0, 255), (0, 0, 0)), ((255, 0, 0, 0), (0, 255, 255))])
+@pytest.mark.parametrize(
+    ("ink", "seen"),
+    [((0, 0, 0, 0), (255, 255, 255)), ((0, 0, 0, 255), (0, 0, 0)), ((255, 0, 0, 0), (0, 255, 255))],
+)
 def test_cmyk(tmp_path: Path, ink: tuple[int, ...], seen: tuple[int, ...]) -> None:
     Image.new("CMYK", (8, 8), ink).save(tmp_path / "a.jpg", quality=100)
     found = bytes_of(Transform().to_tensor(tmp_path / "a.jpg"))[:, 4, 4]
@@ -144,19 +162,34 @@ def test_channels() -> None:
 def test_transform_hash_is_what_the_pixels_depend_on() -> None:
     base = Transform(size=32, channels=3)
     assert base.hash == Transform(32, 3, flip=True).hash
-    others = [Transform(33, 3), Transform(32, 1), Transform(32, None), Transform(None, 3), Transform(32, 3, interpolation="box")]
+    others = [
+        Transform(33, 3),
+        Transform(32, 1),
+        Transform(32, None),
+        Transform(None, 3),
+        Transform(32, 3, interpolation="box"),
+    ]
     assert len({base.hash, *(t.hash for t in others)}) == 6
 
 
-@pytest.mark.parametrize("bad", [{"size": 0}, {"channels": 2}, {"crop": "random"}, {"interpolation": "lancsoz"}])
+@pytest.mark.parametrize(
+    "bad", [{"size": 0}, {"channels": 2}, {"crop": "random"}, {"interpolation": "lancsoz"}]
+)
 def test_transform_refuses(bad: dict[str, Any]) -> None:
     with pytest.raises(Exception, match=str(next(iter(bad.values())))) as caught:
         Transform(**bad)
-    assert isinstance(caught.value, UserError) or "crop" in bad  # the test run's type checker may be quicker
+    # the test run's type checker may be quicker
+    assert isinstance(caught.value, UserError) or "crop" in bad
 
 
 @pytest.mark.parametrize(
-    "bad", [np.zeros((2, 2), np.float32), np.zeros((2, 2, 2), np.uint8), np.zeros((0, 3), np.uint8), np.zeros(3, np.uint8)]
+    "bad",
+    [
+        np.zeros((2, 2), np.float32),
+        np.zeros((2, 2, 2), np.uint8),
+        np.zeros((0, 3), np.uint8),
+        np.zeros(3, np.uint8),
+    ],
 )
 def test_arrays_that_are_no_pictures(bad: np.ndarray) -> None:
     with pytest.raises(UserError, match="is not a picture"):
@@ -170,7 +203,13 @@ def test_arrays_that_are_no_pictures(bad: np.ndarray) -> None:
 def test_idx_reads_back(tmp_path: Path, end: str) -> None:
     pixels = idx_folder(tmp_path / "digits", end=end)
     data = open_images(tmp_path / "digits")
-    assert (len(data), data.shape, data.name, data.captions, data.skipped) == (12, (1, 8, 8), "digits", None, [])
+    assert (len(data), data.shape, data.name, data.captions, data.skipped) == (
+        12,
+        (1, 8, 8),
+        "digits",
+        None,
+        [],
+    )
     assert data.class_names == tuple("0123456789") and data.transform.channels == 1
     batch = data.batch([3, 0, 3])
     assert np.array_equal(bytes_of(batch["image"])[:, 0], pixels[[3, 0, 3]])
@@ -187,7 +226,11 @@ def test_idx_test_split_limit_and_size(tmp_path: Path) -> None:
     assert len(data) == 4 and data.class_names[11] == "11"
     small = open_images(tmp_path, size=4, limit=3)
     assert (len(small), small.shape) == (3, (1, 4, 4))
-    assert small.fingerprint == open_images(tmp_path, limit=3).fingerprint != open_images(tmp_path, limit=2).fingerprint
+    assert (
+        small.fingerprint
+        == open_images(tmp_path, limit=3).fingerprint
+        != open_images(tmp_path, limit=2).fingerprint
+    )
 
 
 def break_idx(folder: Path, how: str) -> None:
@@ -264,7 +307,8 @@ def test_real_fashion_mnist() -> None:
     assert (len(data), data.shape, data.class_names[9]) == (60_000, (1, 28, 28), "ankle boot")
     assert data.labels is not None and data.labels.bincount().tolist() == [6000] * 10
     every = data.batch(torch.arange(0, 60_000))["image"]
-    assert abs(float(every.mean(dtype=torch.float64) + 1) / 2 - 0.2860) < 1e-4  # the data set's well-known mean and std
+    # the data set's well-known mean and std
+    assert abs(float(every.mean(dtype=torch.float64) + 1) / 2 - 0.2860) < 1e-4
     assert abs(float(every.std()) / 2 - 0.3530) < 1e-4
     test = open_images("fashion-mnist", split="test")
     assert len(test) == 10_000 and test.fingerprint != data.fingerprint
@@ -279,7 +323,11 @@ def test_one_pixel_changes_the_fingerprint_and_the_format_does_not(tmp_path: Pat
     for i, image in enumerate(pixels):
         save(tmp_path / "png" / f"{i:02d}.png", image)
         save(tmp_path / "bmp" / f"{i:02d}.bmp", image)
-    assert open_images(tmp_path / "png").fingerprint == open_images(tmp_path / "bmp", size=4).fingerprint == first
+    assert (
+        open_images(tmp_path / "png").fingerprint
+        == open_images(tmp_path / "bmp", size=4).fingerprint
+        == first
+    )
     pixels[11, 7, 7] ^= 1
     save(tmp_path / "png" / "11.png", pixels[11])
     write_idx(tmp_path / "idx" / "train-images-idx3-ubyte.gz", pixels)
@@ -293,7 +341,10 @@ def test_subset_is_the_same_pictures_by_other_numbers(tmp_path: Path) -> None:
     some = data.subset([4, 1, 7]).subset(torch.tensor([2, 0]))
     assert len(some) == 2 and some.class_names == data.class_names
     assert torch.equal(some.batch([0, 1])["image"], data.batch([7, 4])["image"])
-    assert some.labels is not None and some.labels.tolist() == [7, 4] == some.batch([0, 1])["label"].tolist()
+    assert (
+        some.labels is not None
+        and some.labels.tolist() == [7, 4] == some.batch([0, 1])["label"].tolist()
+    )
     prints = {s.fingerprint for s in (data, some, data.subset([4, 7]), data.subset([7]))}
     assert len(prints) == 4 and data.subset(range(12)).fingerprint == data.fingerprint
 
@@ -310,17 +361,24 @@ def test_flip_mirrors_half_and_follows_the_generator(tmp_path: Path) -> None:
     idx_folder(tmp_path)
     plain = open_images(tmp_path).batch([0] * 200)["image"]
     data = open_images(tmp_path, flip=True)
-    first, again = (data.batch([0] * 200, generator=torch.Generator().manual_seed(3))["image"] for _ in range(2))
+    first, again = (
+        data.batch([0] * 200, generator=torch.Generator().manual_seed(3))["image"] for _ in range(2)
+    )
     assert torch.equal(first, again)
     mirrored = (first == plain.flip(-1)).flatten(1).all(1)
-    assert bool((mirrored | (first == plain).flatten(1).all(1)).all()) and 60 < int(mirrored.sum()) < 140
+    assert (
+        bool((mirrored | (first == plain).flatten(1).all(1)).all())
+        and 60 < int(mirrored.sum()) < 140
+    )
     assert torch.equal(data.unflipped().batch([0] * 200)["image"], plain) and data.transform.flip
 
 
 def test_an_image_set_can_be_sent_to_a_worker(tmp_path: Path) -> None:
     save(tmp_path / "cat" / "a.png", noise(4, 4, 3))
     data: ImageSet = open_images(tmp_path)
-    assert torch.equal(pickle.loads(pickle.dumps(data)).batch([0])["image"], data.batch([0])["image"])
+    assert torch.equal(
+        pickle.loads(pickle.dumps(data)).batch([0])["image"], data.batch([0])["image"]
+    )
 
 
 # Folders
@@ -328,7 +386,9 @@ def test_an_image_set_can_be_sent_to_a_worker(tmp_path: Path) -> None:
 
 def class_folder(root: Path) -> list[np.ndarray]:
     pixels = [noise(8, 8, 3, seed=i) for i in range(5)]
-    for path, values in zip(("cat/b.png", "cat/a.PNG", "dog/sub/c.png", "dog/d.bmp", "eel/e.tiff"), pixels, strict=True):
+    for path, values in zip(
+        ("cat/b.png", "cat/a.PNG", "dog/sub/c.png", "dog/d.bmp", "eel/e.tiff"), pixels, strict=True
+    ):
         save(root / path, values)
     (root / "cat" / "notes.txt").write_text("not a picture")
     (root / "cat" / ".hidden.png").write_text("nor this")
@@ -341,7 +401,10 @@ def test_class_subfolders_are_labels(tmp_path: Path) -> None:
     assert data.class_names == ("cat", "dog", "eel") and data.shape == (3, 8, 8)
     batch = data.batch(range(5))
     assert batch["label"].tolist() == [0, 0, 1, 1, 2]
-    assert np.array_equal(bytes_of(batch["image"]), np.stack([pixels[i] for i in (1, 0, 3, 2, 4)]).transpose(0, 3, 1, 2))
+    assert np.array_equal(
+        bytes_of(batch["image"]),
+        np.stack([pixels[i] for i in (1, 0, 3, 2, 4)]).transpose(0, 3, 1, 2),
+    )
 
 
 def test_a_linked_class_folder_counts_and_a_loop_ends(tmp_path: Path) -> None:
@@ -357,7 +420,12 @@ def test_a_flat_folder_of_one_image_works(tmp_path: Path) -> None:
     save(tmp_path / "a.png", noise(5, 9, 3))
     data = open_images(tmp_path, size=4)
     assert (len(data), data.labels, data.class_names) == (1, None, ())
-    assert data.batch([0])["label"].tolist() == [-1] and data.batch([0])["image"].shape == (1, 3, 4, 4)
+    assert data.batch([0])["label"].tolist() == [-1] and data.batch([0])["image"].shape == (
+        1,
+        3,
+        4,
+        4,
+    )
 
 
 def test_train_and_test_subfolders(tmp_path: Path) -> None:
@@ -375,7 +443,10 @@ def test_train_and_test_subfolders(tmp_path: Path) -> None:
 def test_captions_from_metadata(tmp_path: Path, kind: str) -> None:
     for name in ("a", "b"):
         save(tmp_path / "images" / f"{name}.png", noise(4, 4))
-    rows = [{"file_name": "images/b.png", "text": 'a "b",\nin two lines'}, {"file_name": "images/a.png", "text": "größe"}]
+    rows = [
+        {"file_name": "images/b.png", "text": 'a "b",\nin two lines'},
+        {"file_name": "images/a.png", "text": "größe"},
+    ]
     with (tmp_path / f"metadata.{kind}").open("w", encoding="utf-8", newline="") as file:
         if kind == "csv":
             writer = csv.DictWriter(file, ["file_name", "text"])
@@ -394,7 +465,11 @@ def test_captions_from_metadata(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("file_name\na.png\n", "row 1 .* lacks file_name or a caption"), ("name,text\na.png,x\n", "row 1")]
+    ("text", "says"),
+    [
+        ("file_name\na.png\n", "row 1 .* lacks file_name or a caption"),
+        ("name,text\na.png,x\n", "row 1"),
+    ],
 )
 def test_metadata_refuses(tmp_path: Path, text: str, says: str) -> None:
     save(tmp_path / "a.png", noise(4, 4))
@@ -438,7 +513,10 @@ def broken(root: Path, how: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("how", ["truncated png", "truncated jpeg", "bit flip", "empty", "text", "dangling link", "float"])
+@pytest.mark.parametrize(
+    "how",
+    ["truncated png", "truncated jpeg", "bit flip", "empty", "text", "dangling link", "float"],
+)
 def test_broken_pictures(tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
     class_folder(tmp_path)
     path = broken(tmp_path, how)
@@ -451,7 +529,9 @@ def test_broken_pictures(tmp_path: Path, how: str, caplog: pytest.LogCaptureFixt
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     broken(tmp_path, "text")
-    with pytest.raises(UserError, match=r"none of the 1 images .* can be read: the first, .*bad\.png"):
+    with pytest.raises(
+        UserError, match=r"none of the 1 images .* can be read: the first, .*bad\.png"
+    ):
         open_images(tmp_path, on_error="skip")
 
 
@@ -478,7 +558,9 @@ def test_folders_refuse(tmp_path: Path) -> None:
             open_images(tmp_path / "sizes", **bad)
 
 
-def test_pictures_beyond_the_memory_limit_are_decoded_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_beyond_the_memory_limit_are_decoded_on_demand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class_folder(tmp_path)
     held = open_images(tmp_path, size=6)
     monkeypatch.setattr(images, "MEMORY_LIMIT", 3 * 36 * 2)
@@ -486,8 +568,13 @@ def test_pictures_beyond_the_memory_limit_are_decoded_on_demand(tmp_path: Path, 
     assert type(lazy._pixels) is not type(held._pixels)
     order = [4, 0, 0, 2]
     assert torch.equal(lazy.batch(order)["image"], held.batch(order)["image"])
-    assert torch.equal(pickle.loads(pickle.dumps(lazy)).batch(order)["image"], held.batch(order)["image"])
-    assert lazy.fingerprint == held.fingerprint and lazy.subset(order).fingerprint == held.subset(order).fingerprint
+    assert torch.equal(
+        pickle.loads(pickle.dumps(lazy)).batch(order)["image"], held.batch(order)["image"]
+    )
+    assert (
+        lazy.fingerprint == held.fingerprint
+        and lazy.subset(order).fingerprint == held.subset(order).fingerprint
+    )
     save(tmp_path / "eel" / "e.tiff", noise(8, 8, 3, seed=99))
     lazy.batch([0])
     with pytest.raises(UserError, match=r"e\.tiff changed while it was in use"):
@@ -504,15 +591,29 @@ def datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return found
 
 
-def table(datasets: Any, folder: Path, pixels: np.ndarray, names: tuple[str, ...] = ("cat", "dog")) -> Any:
-    files = [save(folder / "loose" / f"{i}.png", image).read_bytes() for i, image in enumerate(pixels)]
+def table(
+    datasets: Any, folder: Path, pixels: np.ndarray, names: tuple[str, ...] = ("cat", "dog")
+) -> Any:
+    files = [
+        save(folder / "loose" / f"{i}.png", image).read_bytes() for i, image in enumerate(pixels)
+    ]
     features = datasets.Features(
-        {"id": datasets.Value("int32"), "picture": datasets.Image(), "kind": datasets.ClassLabel(names=list(names))}
+        {
+            "id": datasets.Value("int32"),
+            "picture": datasets.Image(),
+            "kind": datasets.ClassLabel(names=list(names)),
+        }
     )
     features["caption"] = datasets.Value("string")
     count = len(files)
-    rows = {"id": list(range(count)), "picture": [{"bytes": f, "path": None} for f in files], "kind": [i % 2 for i in range(count)]}
-    return datasets.Dataset.from_dict({**rows, "caption": [f"picture {i}" for i in range(count)]}, features)
+    rows = {
+        "id": list(range(count)),
+        "picture": [{"bytes": f, "path": None} for f in files],
+        "kind": [i % 2 for i in range(count)],
+    }
+    return datasets.Dataset.from_dict(
+        {**rows, "caption": [f"picture {i}" for i in range(count)]}, features
+    )
 
 
 def test_parquet_and_its_sibling(datasets: Any, tmp_path: Path) -> None:
@@ -521,20 +622,27 @@ def test_parquet_and_its_sibling(datasets: Any, tmp_path: Path) -> None:
     data = open_images(tmp_path / "pets-train.parquet")
     assert np.array_equal(bytes_of(data.batch(range(6))["image"]), pixels.transpose(0, 3, 1, 2))
     assert data.class_names == ("cat", "dog") and data.batch([1, 2])["label"].tolist() == [1, 0]
-    assert data.captions is not None and data.captions[5] == "picture 5" and data.name == "pets-train"
+    assert (
+        data.captions is not None and data.captions[5] == "picture 5" and data.name == "pets-train"
+    )
     with pytest.raises(UserError, match=r"expected a sibling file pets-test\.parquet"):
         open_images(tmp_path / "pets-train.parquet", split="test")
     table(datasets, tmp_path, pixels[:2]).to_parquet(tmp_path / "pets-test.parquet")
     assert len(open_images(tmp_path / "pets-train.parquet", split="test")) == 2
-    assert (len(open_images(tmp_path)), len(open_images(tmp_path, split="test"))) == (6, 2)  # the folder of both
+    # the folder of both
+    assert (len(open_images(tmp_path)), len(open_images(tmp_path, split="test"))) == (6, 2)
     changed = pixels.copy()
     changed[3, 0, 0, 0] ^= 1  # nothing stale from the cache of `datasets`
     table(datasets, tmp_path, changed).to_parquet(tmp_path / "pets-train.parquet")
     assert open_images(tmp_path / "pets-train.parquet").fingerprint != data.fingerprint
 
 
-def numbered(root: Path, kind: str, whole: range | set[int], request: pytest.FixtureRequest) -> Path:
-    """20 grey pictures, the k-th of value 10 k in the order of the source; those not `whole` are broken."""
+def numbered(
+    root: Path, kind: str, whole: range | set[int], request: pytest.FixtureRequest
+) -> Path:
+    """20 grey pictures, the k-th of value 10 k in the order of the source; those not `whole` are
+    broken.
+    """
     pictures = [np.full((8, 8), 10 * k, np.uint8) for k in range(20)]
     if kind == "idx":
         idx_folder(root, 20)
@@ -542,7 +650,10 @@ def numbered(root: Path, kind: str, whole: range | set[int], request: pytest.Fix
         return root
     places = [f"{'cat' if k < 15 else 'dog'}/{k:02}.png" for k in range(20)]
     if kind == "splits":
-        places = [f"{'train' if k < 14 else 'test'}/{'cat' if k % 7 < 5 else 'dog'}/{k:02}.png" for k in range(20)]
+        places = [
+            f"{'train' if k < 14 else 'test'}/{'cat' if k % 7 < 5 else 'dog'}/{k:02}.png"
+            for k in range(20)
+        ]
     for k, (place, picture) in enumerate(zip(places, pictures, strict=True)):
         save(root / place, picture)
         if k not in whole:
@@ -550,8 +661,21 @@ def numbered(root: Path, kind: str, whole: range | set[int], request: pytest.Fix
     if kind != "parquet":
         return root
     datasets = request.getfixturevalue("datasets")
-    features = datasets.Features({"picture": datasets.Image(), "label": datasets.Value("string"), "text": datasets.Value("string")})
-    rows = [{"picture": {"bytes": (root / p).read_bytes(), "path": None}, "label": p.split("/")[0], "text": p} for p in places]
+    features = datasets.Features(
+        {
+            "picture": datasets.Image(),
+            "label": datasets.Value("string"),
+            "text": datasets.Value("string"),
+        }
+    )
+    rows = [
+        {
+            "picture": {"bytes": (root / p).read_bytes(), "path": None},
+            "label": p.split("/")[0],
+            "text": p,
+        }
+        for p in places
+    ]
     datasets.Dataset.from_list(rows, features).to_parquet(root / "pets.parquet")
     return root / "pets.parquet"
 
@@ -560,10 +684,16 @@ def numbered(root: Path, kind: str, whole: range | set[int], request: pytest.Fix
 def test_the_first_of_both_splits_are_opened_alone(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """The same pictures, labels, classes and captions as of the whole source, from one where all others are broken."""
+    """The same pictures, labels, classes and captions as of the whole source, from one where all
+    others are broken.
+    """
     sets = open_both(numbered(tmp_path / "whole", kind, range(20), request), 0.2)
     expected = [images.subset(range(3)) for images in sets]
-    wanted = {int(value) // 10 for images in expected for value in bytes_of(images.batch(range(3))["image"])[:, 0, 0, 0]}
+    wanted = {
+        int(value) // 10
+        for images in expected
+        for value in bytes_of(images.batch(range(3))["image"])[:, 0, 0, 0]
+    }
     source = numbered(tmp_path / "broken", kind, wanted, request)
     if kind != "idx":
         with pytest.raises(UserError, match="cannot be read as an image"):
@@ -572,17 +702,27 @@ def test_the_first_of_both_splits_are_opened_alone(
         monkeypatch.setattr(images, "MEMORY_LIMIT", limit)
         for found, right in zip(open_first(source, 3, 0.2), expected, strict=True):
             found = pickle.loads(pickle.dumps(found))
-            assert found.fingerprint == right.fingerprint and torch.equal(found.batch(range(3))["image"], right.batch(range(3))["image"])
+            assert found.fingerprint == right.fingerprint and torch.equal(
+                found.batch(range(3))["image"], right.batch(range(3))["image"]
+            )
             assert (found.class_names, found.captions) == (right.class_names, right.captions)
-            assert found.labels is not None and right.labels is not None and torch.equal(found.labels, right.labels)
-    assert [len(images) for images in open_first(tmp_path / "whole", 99, 0.2)] == [len(images) for images in sets]
+            assert (
+                found.labels is not None
+                and right.labels is not None
+                and torch.equal(found.labels, right.labels)
+            )
+    assert [len(images) for images in open_first(tmp_path / "whole", 99, 0.2)] == [
+        len(images) for images in sets
+    ]
 
 
 def test_folders_saved_by_datasets(datasets: Any, tmp_path: Path) -> None:
     pixels = noise(4, 8, 8)
     whole = table(datasets, tmp_path, pixels)
     whole.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": whole, "test": whole.select([0])}).save_to_disk(tmp_path / "both")
+    datasets.DatasetDict({"train": whole, "test": whole.select([0])}).save_to_disk(
+        tmp_path / "both"
+    )
     data = open_images(tmp_path / "one")
     assert np.array_equal(bytes_of(data.batch(range(4))["image"])[:, 0], pixels)
     assert len(open_images(tmp_path / "both", split="test")) == 1
@@ -593,10 +733,18 @@ def test_folders_saved_by_datasets(datasets: Any, tmp_path: Path) -> None:
 
 def test_columns_are_found_or_refused(datasets: Any, tmp_path: Path) -> None:
     file = save(tmp_path / "a.png", noise(4, 4)).read_bytes()
-    datasets.Dataset.from_dict({"image": [file, file], "label": ["shoe", "hat"], "text": ["x", None]}).to_parquet(tmp_path / "b.parquet")
+    datasets.Dataset.from_dict(
+        {"image": [file, file], "label": ["shoe", "hat"], "text": ["x", None]}
+    ).to_parquet(tmp_path / "b.parquet")
     data = open_images(tmp_path / "b.parquet")
-    assert data.class_names == ("hat", "shoe") and data.batch([0, 1])["label"].tolist() == [1, 0] and data.captions == ["x", ""]
-    datasets.Dataset.from_dict({"image": [file, file], "label": [3, None]}).to_parquet(tmp_path / "c.parquet")
+    assert (
+        data.class_names == ("hat", "shoe")
+        and data.batch([0, 1])["label"].tolist() == [1, 0]
+        and data.captions == ["x", ""]
+    )
+    datasets.Dataset.from_dict({"image": [file, file], "label": [3, None]}).to_parquet(
+        tmp_path / "c.parquet"
+    )
     assert open_images(tmp_path / "c.parquet").batch([0, 1])["label"].tolist() == [3, -1]
     datasets.Dataset.from_dict({"x": [1]}).to_parquet(tmp_path / "d.parquet")
     with pytest.raises(UserError, match=r"no column of images \(found x\)"):
@@ -612,7 +760,10 @@ def test_broken_tables(datasets: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"row 1 of .*b\.parquet cannot be read as an image"):
         open_images(tmp_path / "b.parquet")
     data = open_images(tmp_path / "b.parquet", on_error="skip")
-    assert len(data) == 1 and [name.split(" of")[0] for name, _ in data.skipped] == ["row 1", "row 2"]
+    assert len(data) == 1 and [name.split(" of")[0] for name, _ in data.skipped] == [
+        "row 1",
+        "row 2",
+    ]
     (tmp_path / "c.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:-50])
     with pytest.raises(UserError, match=r"c\.parquet cannot be opened"):
         open_images(tmp_path / "c.parquet")

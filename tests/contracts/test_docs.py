@@ -1,4 +1,6 @@
-"""The contract of the documentation: what a registry holds has a row on its page, and the row says what the code promises."""
+"""The contract of the documentation: what a registry holds has a row on its page, and the row says
+what the code promises.
+"""
 
 import re
 from pathlib import Path
@@ -14,14 +16,20 @@ from sfumato.registry import find, names
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 SAMPLERS = names("diffuse.samplers")
 PARTS = [
-    (folder, name) for folder in ("predict.guidance.weights", "predict.guidance.combines", "predict.references") for name in names(folder)
+    (folder, name)
+    for folder in ("predict.guidance.weights", "predict.guidance.combines", "predict.references")
+    for name in names(folder)
 ]
 
 
 def table(text: str, heading: str) -> dict[str, dict[str, str]]:
     """The first table below a heading: {name in backticks: {column: cell}}."""
     section = text.partition(f"\n{heading}\n")[2]
-    lines = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in section.splitlines() if line.startswith("|")]
+    lines = [
+        [cell.strip() for cell in line.strip().strip("|").split("|")]
+        for line in section.splitlines()
+        if line.startswith("|")
+    ]
     rows = {}
     for cells in lines[2:]:
         if not cells[0].startswith("`"):
@@ -36,13 +44,26 @@ def mistakes(text: str) -> list[str]:
     found += [f"{name}: a row without a sampler" for name in rows.keys() - set(SAMPLERS)]
     for name in SAMPLERS:
         promised = traits_of(find("diffuse.samplers", name))
-        expected = {"order": str(promised.order), "calls": str(promised.calls), "noise": "yes" if promised.noise else "no"}
+        expected = {
+            "order": str(promised.order),
+            "calls": str(promised.calls),
+            "noise": "yes" if promised.noise else "no",
+        }
         if name not in rows:
             found.append(f"{name}: no row")
             continue
-        said = {column: re.split(r"[ ,]", rows[name][column])[0] for column in expected}  # "2, then 1" says at most 2
-        found += [f"{name}: {column} is {expected[column]}, not {said[column]}" for column in expected if said[column] != expected[column]]
-        found += [f"{name}: {column} is empty" for column in ("formula", "paper", "when") if not rows[name][column]]
+        # "2, then 1" says at most 2
+        said = {column: re.split(r"[ ,]", rows[name][column])[0] for column in expected}
+        found += [
+            f"{name}: {column} is {expected[column]}, not {said[column]}"
+            for column in expected
+            if said[column] != expected[column]
+        ]
+        found += [
+            f"{name}: {column} is empty"
+            for column in ("formula", "paper", "when")
+            if not rows[name][column]
+        ]
     return found
 
 
@@ -58,23 +79,35 @@ def test_the_check_can_fail() -> None:
         "unipc: order is 2, not 3",
         "unipc: noise is no, not yes",
     ]
-    assert mistakes(text.replace(row, f"{row}\n{row.replace('unipc', 'unicorn')}", 1)) == ["unicorn: a row without a sampler"]
+    assert mistakes(text.replace(row, f"{row}\n{row.replace('unipc', 'unicorn')}", 1)) == [
+        "unicorn: a row without a sampler"
+    ]
 
 
 @pytest.mark.parametrize(
     ("heading", "registry"),
-    [("## Spacings", SPACINGS), ("## Schedules", SCHEDULES), ("## Parameterizations", PARAMETERIZATIONS)],
+    [
+        ("## Spacings", SPACINGS),
+        ("## Schedules", SCHEDULES),
+        ("## Parameterizations", PARAMETERIZATIONS),
+    ],
 )
-def test_every_spacing_schedule_and_parameterization_has_a_row(heading: str, registry: dict) -> None:
+def test_every_spacing_schedule_and_parameterization_has_a_row(
+    heading: str, registry: dict
+) -> None:
     assert table((DOCS / "samplers.md").read_text(), heading).keys() == registry.keys()
 
 
-@pytest.mark.parametrize(("folder", "name"), PARTS, ids=[f"{folder}.{name}" for folder, name in PARTS])
+@pytest.mark.parametrize(
+    ("folder", "name"), PARTS, ids=[f"{folder}.{name}" for folder, name in PARTS]
+)
 def test_every_part_of_guidance_is_named(folder: str, name: str) -> None:
     page = DOCS / "guidance.md"
     if not page.exists():
         pytest.skip("docs/guidance.md is not written yet")
-    assert re.search(rf"\b{name}\b", page.read_text()), f"{folder}.{name} is not named in docs/guidance.md"
+    assert re.search(rf"\b{name}\b", page.read_text()), (
+        f"{folder}.{name} is not named in docs/guidance.md"
+    )
 
 
 def test_every_task_has_a_row_and_every_command_of_the_page_is_there() -> None:

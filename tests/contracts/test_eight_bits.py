@@ -1,4 +1,6 @@
-"""Weights of eight bits: what fits is stored as it rounds, what does not is refused; NaN is found; scales are multiplied, in every layout."""
+"""Weights of eight bits: what fits is stored as it rounds, what does not is refused; NaN is found;
+scales are multiplied, in every layout.
+"""
 
 import json
 from pathlib import Path
@@ -25,7 +27,10 @@ def test_range(dtype: torch.dtype, largest: float) -> None:
     assert torch.equal(cast(fine, dtype).float(), fine.to(dtype).float())
     assert storable({"a": fine}, dtype)["a"].dtype == dtype
     for wrong in (largest * 1.001, -1e9, float("inf"), float("nan")):
-        with pytest.raises(NumericalError, match=rf"weight b\.weight is NaN or beyond {largest:g}, the largest number of float8"):
+        with pytest.raises(
+            NumericalError,
+            match=rf"weight b\.weight is NaN or beyond {largest:g}, the largest number of float8",
+        ):
             storable({"a": fine, "b.weight": torch.tensor([1.0, wrong])}, dtype)
 
 
@@ -37,7 +42,10 @@ def test_every_byte_that_is_no_number_is_found(dtype: torch.dtype, tmp_path: Pat
         finite = bool(value.float().isfinite().all())
         file = tmp_path / "a.safetensors"
         save_file({"w": value}, file)
-        for look in (lambda v=value: require_finite({"w": v}, "a"), lambda v=value, f=file: looked_at([f], {"w": v}, dtype)):
+        for look in (
+            lambda v=value: require_finite({"w": v}, "a"),
+            lambda v=value, f=file: looked_at([f], {"w": v}, dtype),
+        ):
             if finite:
                 look()
             else:
@@ -47,7 +55,13 @@ def test_every_byte_that_is_no_number_is_found(dtype: torch.dtype, tmp_path: Pat
 
 def test_scales() -> None:
     weight = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).to(E4)
-    for scale in (torch.tensor(0.5), torch.tensor([0.5]), torch.tensor([[0.5]]), torch.full((4,), 0.5), torch.full((4, 1), 0.5)):
+    for scale in (
+        torch.tensor(0.5),
+        torch.tensor([0.5]),
+        torch.tensor([[0.5]]),
+        torch.full((4,), 0.5),
+        torch.full((4, 1), 0.5),
+    ):
         assert torch.equal(scaled("w", weight, scale), weight.float() / 2)
     rows = torch.tensor([1.0, 2.0, 3.0, 4.0])
     assert torch.equal(scaled("w", weight, rows[:, None]), weight.float() * rows[:, None])
@@ -60,8 +74,19 @@ def test_scales() -> None:
 @pytest.mark.parametrize("name", ["scale_weight", "weight_scale"])
 def test_files_with_scales_are_read(name: str) -> None:
     weight, half = torch.full((2, 2), 3.0).to(E4), torch.full((2, 2), 3.0, dtype=torch.bfloat16)
-    beside = {"a.input_scale": torch.ones(()), "a.scale_input": torch.ones(()), "scaled_fp8": torch.empty(0, dtype=E4)}
-    table = {"a.weight": weight, f"a.{name}": torch.tensor(0.25), "a.bias": half[0], "b.weight": weight, "c.weight": half, **beside}
+    beside = {
+        "a.input_scale": torch.ones(()),
+        "a.scale_input": torch.ones(()),
+        "scaled_fp8": torch.empty(0, dtype=E4),
+    }
+    table = {
+        "a.weight": weight,
+        f"a.{name}": torch.tensor(0.25),
+        "a.bias": half[0],
+        "b.weight": weight,
+        "c.weight": half,
+        **beside,
+    }
     table |= {"a.comfy_quant": torch.zeros(3, dtype=torch.uint8)}
     found = unscaled(table)
     assert found.keys() == {"a.weight", "a.bias", "b.weight", "c.weight"}
@@ -74,24 +99,35 @@ def test_files_with_scales_are_read(name: str) -> None:
         "c.weight": torch.bfloat16,
     }
     assert torch.equal(lazy["a.weight"].make().float(), found["a.weight"])
-    other = unscaled({"c.weight": half, f"c.{name}": torch.ones(())})  # a scale of what is not in eight bits stays, to be refused
+    # a scale of what is not in eight bits stays, to be refused
+    other = unscaled({"c.weight": half, f"c.{name}": torch.ones(())})
     assert f"c.{name}" in other
     with pytest.raises(UserError, match=r"a\.weight has two scales"):
         unscaled(table | {"a.scale_weight": torch.ones(()), "a.weight_scale": torch.ones(())})
 
 
 def test_scaled_weights_keep_their_digits() -> None:
-    """Weights of any size, also far below and beyond the format's: to four bits of mantissa, and the largest is never cut."""
+    """Weights of any size, also far below and beyond the format's: to four bits of mantissa, and
+    the largest is never cut.
+    """
     torch.manual_seed(0)
     for size in (1e-9, 1e-3, 1.0, 1e6):
         weight = size * torch.randn(31, 17)
-        table = present({"a.weight": weight, "a.bias": weight[0].bfloat16(), "z.weight": torch.zeros(2, 2)})
+        table = present(
+            {"a.weight": weight, "a.bias": weight[0].bfloat16(), "z.weight": torch.zeros(2, 2)}
+        )
         held = {k: v.make() for k, v in with_scales(table).items()}
-        assert held["a.weight"].dtype == E4 and held["a.scale_weight"].shape == () and held["a.bias"].dtype == torch.bfloat16
+        assert (
+            held["a.weight"].dtype == E4
+            and held["a.scale_weight"].shape == ()
+            and held["a.bias"].dtype == torch.bfloat16
+        )
         assert float(held["a.weight"].float().abs().max()) == 448
         back = unscaled(held)
         assert back.keys() == {"a.weight", "a.bias", "z.weight"}
-        assert ((back["a.weight"] - weight).abs() <= weight.abs() / 15 + weight.abs().max() * 2**-18).all()
+        assert (
+            (back["a.weight"] - weight).abs() <= weight.abs() / 15 + weight.abs().max() * 2**-18
+        ).all()
         assert torch.equal(back["z.weight"], torch.zeros(2, 2))
 
 
@@ -105,13 +141,27 @@ def test_what_is_stored_in_eight_bits() -> None:
     }
     kinds = {k: v.make().dtype for k, v in stored(present(table), E4).items()}
     half = torch.bfloat16
-    assert kinds == {"a.weight": E4, "a.bias": half, "n.weight": half, "table": half, "count": torch.int64}
-    assert {k: v.make().dtype for k, v in stored(present(table | {"a.bias": torch.ones(2).to(E4)}), None).items()}["a.bias"] == E4
+    assert kinds == {
+        "a.weight": E4,
+        "a.bias": half,
+        "n.weight": half,
+        "table": half,
+        "count": torch.int64,
+    }
+    assert {
+        k: v.make().dtype
+        for k, v in stored(present(table | {"a.bias": torch.ones(2).to(E4)}), None).items()
+    }["a.bias"] == E4
     with pytest.raises(NumericalError, match="beyond 448"):
         stored(present({"a.weight": torch.full((2, 2), 500.0)}), E4)["a.weight"].make()
 
 
-KL: dict[str, Any] = {"block_out_channels": (32, 32), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 32}
+KL: dict[str, Any] = {
+    "block_out_channels": (32, 32),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+}
 KL |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 
 
@@ -121,7 +171,9 @@ def test_a_part_in_eight_bits_is_opened(tmp_path: Path) -> None:
     save_part(tmp_path / "plain", network, E4)
     rounded = {k: v.to(E4).float() for k, v in network.state_dict().items()}
     opened = load_part(tmp_path / "plain").state_dict()
-    assert all(torch.equal(opened[k], rounded[k]) for k in rounded) and opened.keys() == rounded.keys()
+    assert (
+        all(torch.equal(opened[k], rounded[k]) for k in rounded) and opened.keys() == rounded.keys()
+    )
     file = tmp_path / "plain" / "diffusion_pytorch_model.safetensors"
     key = "encoder.conv_in.weight"
     write_tensors(file, load_file(file) | {"encoder.conv_in.weight_scale": torch.tensor(2.0)})
@@ -130,7 +182,10 @@ def test_a_part_in_eight_bits_is_opened(tmp_path: Path) -> None:
         again["encoder.conv_in.bias"], opened["encoder.conv_in.bias"].bfloat16()
     )
     write_tensors(file, load_file(file) | {"encoder.conv_in.weight_scale": torch.ones(3)})
-    with pytest.raises(UserError, match=r"diffusion_pytorch_model\.safetensors: the scale of encoder\.conv_in\.weight"):
+    with pytest.raises(
+        UserError,
+        match=r"diffusion_pytorch_model\.safetensors: the scale of encoder\.conv_in\.weight",
+    ):
         load_part(tmp_path / "plain")
 
 
@@ -151,23 +206,34 @@ KINDS = [
 
 
 def test_files_written_one_tensor_at_a_time(tmp_path: Path) -> None:
-    """Every kind, also scalars and nothing: safetensors and our reader read them, aligned; written alike whatever the order of the table."""
+    """Every kind, also scalars and nothing: safetensors and our reader read them, aligned; written
+    alike whatever the order of the table.
+    """
     torch.manual_seed(0)
     tensors = {f"t{k}": (100 * torch.rand(3, k + 1)).to(kind) for k, kind in enumerate(KINDS)}
-    tensors |= {"one": torch.tensor(2.5), "none": torch.empty(0, 4, dtype=E4), "turned": torch.arange(6.0).reshape(2, 3).T}
+    tensors |= {
+        "one": torch.tensor(2.5),
+        "none": torch.empty(0, 4, dtype=E4),
+        "turned": torch.arange(6.0).reshape(2, 3).T,
+    }
     file, count = tmp_path / "a.safetensors", []
     write(file, present(tensors), {"note": "ä"}, lambda: count.append(1))
     found = read_tensors(file)
     assert found.keys() == tensors.keys() and len(count) == len(tensors)
     assert all(
-        torch.equal(found[k].view(torch.uint8) if k != "one" else found[k], v.contiguous().view(torch.uint8) if k != "one" else v)
+        torch.equal(
+            found[k].view(torch.uint8) if k != "one" else found[k],
+            v.contiguous().view(torch.uint8) if k != "one" else v,
+        )
         for k, v in tensors.items()
     )
     data = file.read_bytes()
     head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     assert head.pop("__metadata__") == {"format": "pt", "note": "ä"}
     for k, entry in head.items():
-        assert (8 + int.from_bytes(data[:8], "little") + entry["data_offsets"][0]) % tensors[k].dtype.itemsize == 0
+        assert (8 + int.from_bytes(data[:8], "little") + entry["data_offsets"][0]) % tensors[
+            k
+        ].dtype.itemsize == 0
 
 
 def test_a_file_that_is_not_as_announced_is_not_written(tmp_path: Path) -> None:

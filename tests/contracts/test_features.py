@@ -1,4 +1,6 @@
-"""The contract of every feature network: (B, C, H, W) in [0, 1] -> (B, dim) float32, each row for itself, with a hash of its weights."""
+"""The contract of every feature network: (B, C, H, W) in [0, 1] -> (B, dim) float32, each row for
+itself, with a hash of its weights.
+"""
 
 import importlib.util
 import json
@@ -15,7 +17,9 @@ from sfumato.evaluate.efficientnet import EfficientNetLite0
 from sfumato.evaluate.fashion_classifier import ClassifierConfig, FashionClassifier, load, save
 from sfumato.evaluate.inception import BLOCKS, InceptionV3
 
-SHIPPED = Path(__file__).resolve().parents[2] / "src" / "sfumato" / "bundled" / "fashion" / "classifier"
+SHIPPED = (
+    Path(__file__).resolve().parents[2] / "src" / "sfumato" / "bundled" / "fashion" / "classifier"
+)
 
 
 def uniform(*shape: int, seed: int = 0) -> Tensor:
@@ -42,20 +46,30 @@ class Unpooled(Pooled):
 
 def small_classifier(folder: Path, seed: int = 0) -> str:
     torch.manual_seed(seed)
-    config = ClassifierConfig(widths=(4, 8), dim=16, class_names=("a", "b", "c"), training={"epochs": 0})
+    config = ClassifierConfig(
+        widths=(4, 8), dim=16, class_names=("a", "b", "c"), training={"epochs": 0}
+    )
     save(folder, FashionClassifier(config), config)
     return str(folder)
 
 
 def random_inception(path: Path) -> str:
     torch.manual_seed(0)
-    torch.save({k: v.half() if v.is_floating_point() else v for k, v in InceptionV3().state_dict().items()}, path)
+    torch.save(
+        {
+            k: v.half() if v.is_floating_point() else v
+            for k, v in InceptionV3().state_dict().items()
+        },
+        path,
+    )
     return f"inception:{path}"
 
 
 def shipped(_: Path) -> str:
     if not (SHIPPED / "model.safetensors").exists():
-        pytest.skip("the classifier src/sfumato/bundled/fashion/classifier has not been trained into this checkout")
+        pytest.skip(
+            "the classifier src/sfumato/bundled/fashion/classifier has not been trained into this checkout"
+        )
     return "fashion"
 
 
@@ -88,15 +102,23 @@ def test_contract(spec: str, network: Features) -> None:
     assert isinstance(network, FeatureNetwork)
     images = uniform(3, 3, 40, 36)
     features = network(images)
-    assert features.shape == (3, network.dim) and features.dtype == torch.float32 and not features.requires_grad
+    assert (
+        features.shape == (3, network.dim)
+        and features.dtype == torch.float32
+        and not features.requires_grad
+    )
     torch.testing.assert_close(network(images[1:2]), features[1:2], rtol=1e-3, atol=1e-5)
     assert torch.equal(network(images), features)
     grey = images[:1, :1]
-    torch.testing.assert_close(network(grey), network(grey.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        network(grey), network(grey.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-6
+    )
     assert len(network.hash) == 64 and load_features(spec).hash == network.hash
     if network.classifier is not None:
         logits = network.classify(images)
-        assert logits.shape[0] == 3 and logits.shape[1] == (len(network.class_names) or logits.shape[1])
+        assert logits.shape[0] == 3 and logits.shape[1] == (
+            len(network.class_names) or logits.shape[1]
+        )
     else:
         with pytest.raises(UserError, match="have no classes"):
             network.classify(images)
@@ -112,7 +134,8 @@ def test_extract_is_the_network_in_batches() -> None:
 
 def test_hash_follows_weights_and_preprocessing(tmp_path: Path) -> None:
     first = load_features(small_classifier(tmp_path / "a"))
-    assert load_features(small_classifier(tmp_path / "b")).hash == first.hash  # another folder, the same network
+    # another folder, the same network
+    assert load_features(small_classifier(tmp_path / "b")).hash == first.hash
     assert load_features(small_classifier(tmp_path / "c", seed=1)).hash != first.hash
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     (tmp_path / "b" / "config.json").write_text(json.dumps({**config, "test_accuracy": 0.5}))
@@ -127,7 +150,9 @@ def test_classifier_averages_colours_and_resizes(tmp_path: Path) -> None:
     tinted = torch.cat([images * 0.5, images, images * 1.5], dim=1)
     torch.testing.assert_close(network(tinted), network(images))
     doubled = images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    torch.testing.assert_close(network.prepare(doubled).mean(), network.prepare(images).mean(), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(
+        network.prepare(doubled).mean(), network.prepare(images).mean(), rtol=0.02, atol=0.02
+    )
     assert network.prepare(doubled).shape == (2, 1, 28, 28)
 
 
@@ -140,7 +165,9 @@ def test_shipped_classifier_is_small_and_says_how_good_it_is() -> None:
 
 
 def test_inception_has_the_published_shape() -> None:
-    """Parameters: torchvision's 27,161,264 without its auxiliary head (3,326,696) and its classifier (2,049,000)."""
+    """Parameters: torchvision's 27,161,264 without its auxiliary head (3,326,696) and its
+    classifier (2,049,000).
+    """
     network = InceptionV3()
     body = sum(p.numel() for name, p in network.named_parameters() if not name.startswith("fc."))
     assert body == 27_161_264 - 3_326_696 - 2_049_000
@@ -157,7 +184,9 @@ def test_inception_keeps_the_sizes_of_the_paper() -> None:
     network = InceptionV3().eval()
     seen: dict[str, tuple[int, ...]] = {}
     for name in ("Mixed_5d", "Mixed_6e", "Mixed_7c"):
-        network.get_submodule(name).register_forward_hook(lambda _m, _i, output, name=name: seen.__setitem__(name, tuple(output.shape[1:])))
+        network.get_submodule(name).register_forward_hook(
+            lambda _m, _i, output, name=name: seen.__setitem__(name, tuple(output.shape[1:]))
+        )
     with torch.no_grad():
         assert network(uniform(1, 3, 64, 64)).shape == (1, 2048)
     assert seen == {"Mixed_5d": (288, 35, 35), "Mixed_6e": (768, 17, 17), "Mixed_7c": (2048, 8, 8)}
@@ -171,13 +200,20 @@ def test_torchscript_inception_in_both_forms(tmp_path: Path) -> None:
     torch.jit.script(Bytes()).save(str(tmp_path / "bytes.pt"))
     torch.jit.script(Pooled()).save(str(tmp_path / "floats.pt"))
     images = torch.full((2, 3, 16, 16), 0.2)
-    assert torch.equal(load_features(f"inception:{tmp_path / 'bytes.pt'}")(images), torch.full((2, 3), 51.0))
-    torch.testing.assert_close(load_features(f"inception:{tmp_path / 'floats.pt'}")(images), torch.full((2, 7), 0.25 * 3 * -0.6))
+    assert torch.equal(
+        load_features(f"inception:{tmp_path / 'bytes.pt'}")(images), torch.full((2, 3), 51.0)
+    )
+    torch.testing.assert_close(
+        load_features(f"inception:{tmp_path / 'floats.pt'}")(images),
+        torch.full((2, 7), 0.25 * 3 * -0.6),
+    )
 
 
 def test_efficientnet_agrees_with_the_package_that_published_the_weights() -> None:
     efficientnet(SHIPPED)
-    published = pytest.importorskip("efficientnet_lite_pytorch", reason="the package efficientnet-lite-pytorch is not installed")
+    published = pytest.importorskip(
+        "efficientnet_lite_pytorch", reason="the package efficientnet-lite-pytorch is not installed"
+    )
     from sfumato.evaluate.efficientnet import load as load_efficientnet
 
     ours = load_efficientnet()
@@ -185,11 +221,15 @@ def test_efficientnet_agrees_with_the_package_that_published_the_weights() -> No
     theirs.load_state_dict(ours.state_dict())
     images = uniform(2, 3, 224, 224)
     with torch.no_grad():
-        torch.testing.assert_close(ours(images), theirs((255 * images - 127) / 128), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            ours(images), theirs((255 * images - 127) / 128), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_efficientnet_padding_is_that_of_tensorflow() -> None:
-    """A stride-2 convolution of an even size pads only at the end: the stem's first output sees pixels 0, 1, 2."""
+    """A stride-2 convolution of an even size pads only at the end: the stem's first output sees
+    pixels 0, 1, 2.
+    """
     stem = EfficientNetLite0()._conv_stem
     nn.init.ones_(stem.weight)
     x = torch.zeros(1, 3, 8, 8)

@@ -1,4 +1,6 @@
-"""The contract of guidance's parts: a file in weights/, combines/ or predict/references/ is tested by being there."""
+"""The contract of guidance's parts: a file in weights/, combines/ or predict/references/ is tested
+by being there.
+"""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -18,20 +20,33 @@ from sfumato.registry import find, names
 from sfumato.types import Conditioning, Prediction
 
 FOLDERS = ("predict.guidance.weights", "predict.guidance.combines", "predict.references")
-PARTS = {f"{folder.rpartition('.')[2]}.{name}": find(folder, name) for folder in FOLDERS for name in names(folder)}
+PARTS = {
+    f"{folder.rpartition('.')[2]}.{name}": find(folder, name)
+    for folder in FOLDERS
+    for name in names(folder)
+}
 WEIGHTS = {name: part for name, part in PARTS.items() if name.startswith("weights")}
 COMBINES = {name: part for name, part in PARTS.items() if name.startswith("combines")}
-# Settings besides the defaults: those under which a part remembers or does more. Others are found by their defaults alone.
+# Settings besides the defaults: those under which a part remembers or does more. Others are found
+# by their defaults alone.
 MORE: dict[str, list[dict[str, Any]]] = {
     "weights.adaptive": [{"disagreement": "raises", "power": 2.0}, {"low": -1.0, "high": 2.0}],
     "weights.ramp": [{"first": 2.0, "last": 0.0, "shape": "cosine"}, {"shape": "power"}],
     "combines.project": [{"eta": 1.0}, {"threshold": 1.0, "momentum": -0.5}],
     "combines.rescale": [{"phi": 1.0}, {"phi": 0.0}],
     "combines.zero_star": [{"zero_steps": 0}, {"zero_steps": 2}],
-    "combines.dual": [{"kind": k, "second": s} for k in ("chain", "sum", "away") for s in (0.0, 1.0, 3.0)],
+    "combines.dual": [
+        {"kind": k, "second": s} for k in ("chain", "sum", "away") for s in (0.0, 1.0, 3.0)
+    ],
 }
 SHAPE = (3, 2, 4, 5)
-POINTS = {"noise alone": (0.0, 1.0), "noisy": (0.2, 0.98), "middle": (0.5, 0.5), "little noise": (1.0, 1e-3), "tiny": (1.0, 1e-6)}
+POINTS = {
+    "noise alone": (0.0, 1.0),
+    "noisy": (0.2, 0.98),
+    "middle": (0.5, 0.5),
+    "little noise": (1.0, 1e-3),
+    "tiny": (1.0, 1e-6),
+}
 
 
 def settings(parts: dict[str, type], **given: float) -> list[Any]:
@@ -52,7 +67,9 @@ def normal(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def predictions(
     point: tuple[float, float], count: int, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, list[Prediction]]:
-    """x, and what `count` networks say about it: x0 near x/alpha where there is signal, and eps that adds up."""
+    """x, and what `count` networks say about it: x0 near x/alpha where there is signal, and eps
+    that adds up.
+    """
     alpha, sigma = point
     x = normal(seed, dtype)
     found = []
@@ -71,14 +88,18 @@ def equal(a: Prediction, b: Prediction) -> bool:
     return torch.equal(a.x0, b.x0) and torch.equal(a.eps, b.eps)
 
 
-# ---- every part --------------------------------------------------------------------------------------------------------
+# ---- every part ----------------------------------------------------------------------------------
 
 
 def test_the_folders_are_the_registry() -> None:
     assert {"weights.constant", "combines.linear", "references.condition"} <= PARTS.keys()
     single = [name.partition(".")[2] for name in PARTS]
-    assert len(set(single)) == len(single), "a word of `Guidance.parse` must mean one part: no name may be in two folders"
-    assert not any(name[0].isdigit() or name in ("nan", "inf", "infinity") for name in single), "and none a number"
+    assert len(set(single)) == len(single), (
+        "a word of `Guidance.parse` must mean one part: no name may be in two folders"
+    )
+    assert not any(name[0].isdigit() or name in ("nan", "inf", "infinity") for name in single), (
+        "and none a number"
+    )
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -88,15 +109,25 @@ def test_a_part_is_a_frozen_dataclass_that_says_whose_it_is(name: str) -> None:
     built = part()
     assert hash(built) == hash(part()) and built == part()
     for field in fields(part):
-        assert isinstance(field.default, float | int | str | tuple) and not isinstance(field.default, bool)  # what words can be read into
+        # what words can be read into
+        assert isinstance(field.default, float | int | str | tuple) and not isinstance(
+            field.default, bool
+        )
         with pytest.raises(FrozenInstanceError):
             setattr(built, field.name, field.default)
     module = inspect.getmodule(part)
     assert module is not None and module.__doc__ and "arXiv" in module.__doc__ and part.__doc__
-    assert not [k for k, v in vars(module).items() if isinstance(v, list | set | Tensor) and not k.startswith("__")]  # no state
+    # no state
+    assert not [
+        k
+        for k, v in vars(module).items()
+        if isinstance(v, list | set | Tensor) and not k.startswith("__")
+    ]
 
 
-@pytest.mark.parametrize("name", [n for n in PARTS if n != "weights.constant" and n != "combines.linear"])
+@pytest.mark.parametrize(
+    "name", [n for n in PARTS if n != "weights.constant" and n != "combines.linear"]
+)
 def test_its_words_come_back(name: str) -> None:
     """Every part is had by its name alone, and its settings by words."""
     folder, _, word = name.partition(".")
@@ -118,7 +149,7 @@ def test_its_words_come_back(name: str) -> None:
         assert Guidance.parse(str(more)) == more == Guidance.parse(more.to_json())
 
 
-# ---- weights -----------------------------------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------
 
 
 @every_weight
@@ -129,9 +160,15 @@ def test_a_weight_is_one_number_or_one_an_image(weight: Any, point: tuple[float,
         moment = Moment(t, *point)
         w = weight.begin()(moment, conditional, reference)
         assert isinstance(weight.active(moment), bool)
-        assert w.shape == (3, 1, 1, 1) and w.dtype == torch.float32 if isinstance(w, Tensor) else isinstance(w, float | int)
+        assert (
+            w.shape == (3, 1, 1, 1) and w.dtype == torch.float32
+            if isinstance(w, Tensor)
+            else isinstance(w, float | int)
+        )
         assert torch.isfinite(torch.as_tensor(w)).all()
-        assert weight.active(moment) or w == 1, "where a weight is not active nobody asks the references: it must be 1"
+        assert weight.active(moment) or w == 1, (
+            "where a weight is not active nobody asks the references: it must be 1"
+        )
 
 
 @pytest.mark.parametrize("weight", settings(WEIGHTS, scale=1.0))
@@ -148,7 +185,9 @@ def test_a_weight_does_not_depend_on_the_batch(weight: Any, point: tuple[float, 
     moment = Moment(0.5, *point)
     both = torch.as_tensor(weight.begin()(moment, conditional, reference)).expand(3, 1, 1, 1)
     for k in range(3):
-        alone = torch.as_tensor(weight.begin()(moment, rows(conditional, k), rows(reference, k))).expand(1, 1, 1, 1)
+        alone = torch.as_tensor(
+            weight.begin()(moment, rows(conditional, k), rows(reference, k))
+        ).expand(1, 1, 1, 1)
         assert torch.equal(alone, both[k : k + 1])
 
 
@@ -159,16 +198,20 @@ def test_a_scale_is_a_finite_number(name: str, scale: float) -> None:
         WEIGHTS[name](scale=scale)
 
 
-# ---- combines ----------------------------------------------------------------------------------------------------------
+# ---- combines ------------------------------------------------------------------------------------
 
 
 @every_combine
 @everywhere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_combine_keeps_shape_and_dtype_and_is_finite(combine: Any, point: tuple[float, float], dtype: torch.dtype) -> None:
+def test_a_combine_keeps_shape_and_dtype_and_is_finite(
+    combine: Any, point: tuple[float, float], dtype: torch.dtype
+) -> None:
     x, given = predictions(point, 1 + combine.references, dtype=dtype)
     join = combine.begin()
-    for index, w in enumerate((0.0, 1.0, 2.5, torch.tensor([0.0, 1.0, 7.5], dtype=dtype)[:, None, None, None])):
+    for index, w in enumerate(
+        (0.0, 1.0, 2.5, torch.tensor([0.0, 1.0, 7.5], dtype=dtype)[:, None, None, None])
+    ):
         found = join(x, Moment(0.5, *point, index), given, w)
         for part in (found.x0, found.eps):
             assert part.shape == x.shape and part.dtype == dtype and torch.isfinite(part).all()
@@ -176,8 +219,12 @@ def test_a_combine_keeps_shape_and_dtype_and_is_finite(combine: Any, point: tupl
 
 @every_combine
 @everywhere
-def test_a_pair_adds_up_to_x_or_the_combine_says_that_it_does_not(combine: Any, point: tuple[float, float]) -> None:
-    """In float64. Where a combine says that it is not consistent, it must not be: samplers are refused for it."""
+def test_a_pair_adds_up_to_x_or_the_combine_says_that_it_does_not(
+    combine: Any, point: tuple[float, float]
+) -> None:
+    """In float64. Where a combine says that it is not consistent, it must not be: samplers are
+    refused for it.
+    """
     x, given = predictions(point, 1 + combine.references, dtype=torch.float64)
     join, (alpha, sigma) = combine.begin(), point
     gaps = []
@@ -217,7 +264,9 @@ def test_an_image_is_the_same_in_every_batch(combine: Any, point: tuple[float, f
         x, given = predictions(point, 1 + combine.references, seed=10 * index)
         found = whole(x, Moment(0.5, *point, index), given, w)
         for k in range(3):
-            row = alone[k](x[k : k + 1], Moment(0.5, *point, index), [rows(p, k) for p in given], w[k : k + 1])
+            row = alone[k](
+                x[k : k + 1], Moment(0.5, *point, index), [rows(p, k) for p in given], w[k : k + 1]
+            )
             assert equal(row, rows(found, k))
 
 
@@ -232,7 +281,9 @@ class Toy:
         assert conditioning.vector is not None
         alpha, sigma = self.point(t)
         velocity = 0.5 * x + torch.sin(3 * x + conditioning.vector[:, :1, None, None]) + t
-        return Prediction((x - sigma * velocity) / (alpha + sigma), (x + alpha * velocity) / (alpha + sigma))
+        return Prediction(
+            (x - sigma * velocity) / (alpha + sigma), (x + alpha * velocity) / (alpha + sigma)
+        )
 
 
 def flow(t: float) -> tuple[float, float]:
@@ -245,8 +296,17 @@ TIMES = (1.0, 0.8, 0.5, 0.3, 0.1)
 def run(weight: Any, combine: Any, seed: int, asked: list[float]) -> Iterator[Prediction]:
     """Five steps of Euler, one at a time."""
     denoiser = Toy(flow, asked)
-    conditionings = [Conditioning(vector=torch.full((3, 1), float(k))) for k in range(1 + combine.references)]
-    ask = guide(denoiser, conditionings[0], [(denoiser, c) for c in conditionings[1:]], weight, combine, flow)
+    conditionings = [
+        Conditioning(vector=torch.full((3, 1), float(k))) for k in range(1 + combine.references)
+    ]
+    ask = guide(
+        denoiser,
+        conditionings[0],
+        [(denoiser, c) for c in conditionings[1:]],
+        weight,
+        combine,
+        flow,
+    )
     x = normal(seed)
     for t, s in zip(TIMES, (*TIMES[1:], 0.0), strict=True):
         found = answered(ask(x, t), answer)
@@ -260,8 +320,14 @@ def test_two_runs_at_once_are_two_runs(combine: Any) -> None:
     weight = WEIGHTS["weights.constant"](scale=3.0)
     apart = [list(run(weight, combine, seed, [])) for seed in (0, 1)]
     together = list(zip(run(weight, combine, 0, []), run(weight, combine, 1, []), strict=True))
-    assert all(equal(a, b) for k in (0, 1) for a, b in zip(apart[k], (pair[k] for pair in together), strict=True))
-    assert all(equal(a, b) for a, b in zip(apart[0], run(weight, combine, 0, []), strict=True)), "nor a later one"
+    assert all(
+        equal(a, b)
+        for k in (0, 1)
+        for a, b in zip(apart[k], (pair[k] for pair in together), strict=True)
+    )
+    assert all(equal(a, b) for a, b in zip(apart[0], run(weight, combine, 0, []), strict=True)), (
+        "nor a later one"
+    )
 
 
 @every_weight
@@ -269,7 +335,11 @@ def test_two_weights_at_once_are_two_runs(weight: Any) -> None:
     linear = COMBINES["combines.linear"]()
     apart = [list(run(weight, linear, seed, [])) for seed in (0, 1)]
     together = list(zip(run(weight, linear, 0, []), run(weight, linear, 1, []), strict=True))
-    assert all(equal(a, b) for k in (0, 1) for a, b in zip(apart[k], (pair[k] for pair in together), strict=True))
+    assert all(
+        equal(a, b)
+        for k in (0, 1)
+        for a, b in zip(apart[k], (pair[k] for pair in together), strict=True)
+    )
 
 
 @every_combine
@@ -277,7 +347,13 @@ def test_two_weights_at_once_are_two_runs(weight: Any) -> None:
 def test_references_are_asked_where_they_count_and_nowhere_else(combine: Any, weight: Any) -> None:
     asked: list[float] = []
     list(run(weight, combine, 0, asked))
-    wanted = [t for t in TIMES for _ in range(1 + combine.references * (combine.always or weight.active(Moment(t, *flow(t)))))]
+    wanted = [
+        t
+        for t in TIMES
+        for _ in range(
+            1 + combine.references * (combine.always or weight.active(Moment(t, *flow(t))))
+        )
+    ]
     assert asked == wanted
 
 
@@ -288,20 +364,30 @@ class Sometimes:
         return True
 
     def begin(self) -> Callable[..., Tensor]:
-        return lambda moment, conditional, reference: torch.tensor([2.0, 1.0, 0.5])[:, None, None, None]
+        return lambda moment, conditional, reference: torch.tensor([2.0, 1.0, 0.5])[
+            :, None, None, None
+        ]
 
 
 @every_combine
-def test_where_the_weight_is_one_the_conditional_prediction_stays_to_the_last_bit(combine: Any) -> None:
+def test_where_the_weight_is_one_the_conditional_prediction_stays_to_the_last_bit(
+    combine: Any,
+) -> None:
     if combine.always:
         pytest.skip("w = 1 is not off for this one")
     denoiser, x = Toy(flow, []), normal(0)
-    conditionings = [Conditioning(vector=torch.full((3, 1), float(k))) for k in range(1 + combine.references)]
+    conditionings = [
+        Conditioning(vector=torch.full((3, 1), float(k))) for k in range(1 + combine.references)
+    ]
     expected = denoiser(x, 0.5, conditionings[0])
     references = [(denoiser, c) for c in conditionings[1:]]
-    off = guide(denoiser, conditionings[0], references, WEIGHTS["weights.constant"](1.0), combine, flow)
+    off = guide(
+        denoiser, conditionings[0], references, WEIGHTS["weights.constant"](1.0), combine, flow
+    )
     assert equal(answered(off(x, 0.5), answer), expected)
-    found = answered(guide(denoiser, conditionings[0], references, Sometimes(), combine, flow)(x, 0.5), answer)
+    found = answered(
+        guide(denoiser, conditionings[0], references, Sometimes(), combine, flow)(x, 0.5), answer
+    )
     assert equal(rows(found, 1), rows(expected, 1)) and not torch.equal(found.x0[0], expected.x0[0])
 
 
@@ -309,11 +395,21 @@ def test_where_the_weight_is_one_the_conditional_prediction_stays_to_the_last_bi
 def test_as_many_references_as_it_takes(combine: Any) -> None:
     denoiser, given = Toy(flow, []), Conditioning(vector=torch.zeros(3, 1))
     with pytest.raises(UserError, match=f"3 references for .*: it takes {combine.references}"):
-        guide(denoiser, given, [(denoiser, given)] * 3, WEIGHTS["weights.constant"](2.0), combine, flow)
-    assert equal(answered(guide(denoiser, given, [], Sometimes(), combine, flow)(normal(0), 0.5), answer), denoiser(normal(0), 0.5, given))
+        guide(
+            denoiser,
+            given,
+            [(denoiser, given)] * 3,
+            WEIGHTS["weights.constant"](2.0),
+            combine,
+            flow,
+        )
+    assert equal(
+        answered(guide(denoiser, given, [], Sometimes(), combine, flow)(normal(0), 0.5), answer),
+        denoiser(normal(0), 0.5, given),
+    )
 
 
-# ---- references --------------------------------------------------------------------------------------------------------
+# ---- references ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", names("predict.references"))

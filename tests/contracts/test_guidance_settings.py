@@ -1,4 +1,6 @@
-"""`Guidance`: numbers, lines of text and JSON mean the same, come back as they were, and what cannot be is refused in one sentence."""
+"""`Guidance`: numbers, lines of text and JSON mean the same, come back as they were, and what
+cannot be is refused in one sentence.
+"""
 
 import json
 import pickle
@@ -45,13 +47,20 @@ LINES: dict[str, tuple[Guidance, Any]] = {
     ),
     "4 dual:kind=away,second=3 condition skip_layers:layers=x": (
         Guidance(4, combine="dual:kind=away,second=3", reference="condition skip_layers:layers=x"),
-        {"scale": 4.0, "combine": "dual:kind=away,second=3", "reference": "condition skip_layers:layers=x"},
+        {
+            "scale": 4.0,
+            "combine": "dual:kind=away,second=3",
+            "reference": "condition skip_layers:layers=x",
+        },
     ),
     "4 adaptive:low=-2,disagreement=raises": (
         Guidance(4, "adaptive:disagreement=raises,low=-2"),
         {"scale": 4.0, "weight": "adaptive:disagreement=raises,low=-2"},
     ),
-    "2 zero_star:zero_steps=2": (Guidance(2, combine="zero_star:zero_steps=2"), {"scale": 2.0, "combine": "zero_star:zero_steps=2"}),
+    "2 zero_star:zero_steps=2": (
+        Guidance(2, combine="zero_star:zero_steps=2"),
+        {"scale": 2.0, "combine": "zero_star:zero_steps=2"},
+    ),
 }
 
 
@@ -67,7 +76,11 @@ def test_lines_objects_and_json_are_one(line: str) -> None:
 
 
 def test_the_lines_of_the_docstring_are_read() -> None:
-    lines = [line.strip() for line in (module.__doc__ or "").splitlines() if line.startswith("    ") and line[4] != " "]
+    lines = [
+        line.strip()
+        for line in (module.__doc__ or "").splitlines()
+        if line.startswith("    ") and line[4] != " "
+    ]
     texts = [line.split("   ")[0] for line in lines]
     assert len(texts) == 8 and "2" in texts
     for text in texts:
@@ -76,7 +89,15 @@ def test_the_lines_of_the_docstring_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [2, 2.0, "2", {"scale": 2}, {"scale": 2.0, "weight": "constant"}, {"scale": 2, "combine": {"name": "linear"}}]
+    "value",
+    [
+        2,
+        2.0,
+        "2",
+        {"scale": 2},
+        {"scale": 2.0, "weight": "constant"},
+        {"scale": 2, "combine": {"name": "linear"}},
+    ],
 )
 def test_a_number_stays_a_number(value: Any) -> None:
     """What is recorded in pictures and models that know a scale only stays as it was."""
@@ -87,8 +108,17 @@ def test_a_number_stays_a_number(value: Any) -> None:
 def test_json_may_name_options_one_by_one() -> None:
     weight = {"name": "interval", "low": 0, "high": 0.5}
     references = ["condition", {"name": "perturbed_attention", "layers": ["a", "b.c"]}]
-    found = Guidance.parse({"scale": 3, "weight": weight, "combine": {"name": "dual", "kind": "away"}, "reference": references})
-    assert found == Guidance.parse("3 interval:low=0,high=0.5 dual:kind=away condition perturbed_attention:layers=a+b.c")
+    found = Guidance.parse(
+        {
+            "scale": 3,
+            "weight": weight,
+            "combine": {"name": "dual", "kind": "away"},
+            "reference": references,
+        }
+    )
+    assert found == Guidance.parse(
+        "3 interval:low=0,high=0.5 dual:kind=away condition perturbed_attention:layers=a+b.c"
+    )
 
 
 @settings(max_examples=100, deadline=None, database=None)
@@ -99,13 +129,29 @@ def test_json_may_name_options_one_by_one() -> None:
     phi=st.floats(0, 1),
     layers=st.lists(st.text("abc_.019", min_size=1, max_size=8), min_size=1, max_size=3),
 )
-def test_every_number_comes_back_to_the_last_bit(scale: float, low: float, high: float, phi: float, layers: list[str]) -> None:
+def test_every_number_comes_back_to_the_last_bit(
+    scale: float, low: float, high: float, phi: float, layers: list[str]
+) -> None:
     low, high = sorted((low, high))
-    found = Guidance(scale, f"interval:low={low!r},high={high!r}", f"rescale:phi={phi!r}", "skip_layers:layers=" + "+".join(layers))
-    for again in (Guidance.parse(str(found)), Guidance.parse(json.loads(json.dumps(found.to_json())))):
+    found = Guidance(
+        scale,
+        f"interval:low={low!r},high={high!r}",
+        f"rescale:phi={phi!r}",
+        "skip_layers:layers=" + "+".join(layers),
+    )
+    for again in (
+        Guidance.parse(str(found)),
+        Guidance.parse(json.loads(json.dumps(found.to_json()))),
+    ):
         assert again == found
         weight, combine, (reference,) = again.parts()
-        assert (weight.scale, weight.low, weight.high, combine.phi, list(reference.layers)) == (scale, low, high, phi, layers)
+        assert (weight.scale, weight.low, weight.high, combine.phi, list(reference.layers)) == (
+            scale,
+            low,
+            high,
+            phi,
+            layers,
+        )
 
 
 BAD: list[tuple[Any, str]] = [
@@ -122,10 +168,16 @@ BAD: list[tuple[Any, str]] = [
     ("interval", "guidance='interval': expected one number, the scale .* found 0"),
     ("2 3", "guidance='2 3': expected one number, the scale .* found 2"),
     ("strong", "guidance='strong': unknown guidance 'strong'"),
-    ("2 intervall", "guidance='2 intervall': unknown guidance 'intervall': did you mean 'interval'"),
+    (
+        "2 intervall",
+        "guidance='2 intervall': unknown guidance 'intervall': did you mean 'interval'",
+    ),
     ("2 interval ramp", "two of one kind, interval and ramp: expected one weight"),
     ("2 rescale project", "two of one kind, rescale and project: expected one combine"),
-    ("2 interval:lo=0.2", "unknown option of interval 'lo': did you mean 'low'.*known are high, low"),
+    (
+        "2 interval:lo=0.2",
+        "unknown option of interval 'lo': did you mean 'low'.*known are high, low",
+    ),
     ("2 interval:scale=3", "unknown option of interval 'scale'"),
     ("2 linear:phi=1", "unknown option of linear 'phi': known are none"),
     ("2 interval:low=a", "interval:low='a': expected a number"),
@@ -136,7 +188,10 @@ BAD: list[tuple[Any, str]] = [
     ("2 interval:low=0.9,high=0.1", "low=0.9, high=0.1: expected times with 0 <= low <= high <= 1"),
     ("2 interval:low=nan", "low=nan"),
     ("2 interval:high=1.5", "high=1.5"),
-    ("2 ramp:shape=square", "unknown shape of a guidance ramp 'square': known are cosine, linear, power"),
+    (
+        "2 ramp:shape=square",
+        "unknown shape of a guidance ramp 'square': known are cosine, linear, power",
+    ),
     ("2 ramp:power=0", "power=0.0: expected a positive number"),
     ("2 ramp:first=inf", "guidance first=inf: expected a finite number"),
     ("2 adaptive:disagreement=maybe", "unknown effect of disagreement .* 'maybe'"),
@@ -153,14 +208,23 @@ BAD: list[tuple[Any, str]] = [
     ("2 zero_star:zero_steps=-1", "zero_steps=-1: expected a whole number of at least 0"),
     ("2 dual:kind=double condition model", "unknown kind of dual guidance 'double'"),
     ("2 dual:second=nan condition model", "second=nan: expected a finite number"),
-    ("2 dual:low=0.6,high=0.5 condition model", "dual low=0.6, high=0.5: expected times with 0 <= low <= high <= 1"),
+    (
+        "2 dual:low=0.6,high=0.5 condition model",
+        "dual low=0.6, high=0.5: expected times with 0 <= low <= high <= 1",
+    ),
     ("2 dual", "guidance dual with the reference condition: it takes 2; name as many of"),
-    ("2 condition perturbed_attention", "guidance linear with the reference condition perturbed_attention: it takes 1"),
+    (
+        "2 condition perturbed_attention",
+        "guidance linear with the reference condition perturbed_attention: it takes 1",
+    ),
     ("0.5 plus_plus interval", "guidance plus_plus with the weight interval: expected constant"),
     ({}, "expected a scale"),
     ({"weight": "interval"}, "expected a scale"),
     ({"scale": "2"}, "guidance='2': expected a number"),
-    ({"scale": 2, "weigth": "interval"}, "unknown guidance setting 'weigth': did you mean 'weight'"),
+    (
+        {"scale": 2, "weigth": "interval"},
+        "unknown guidance setting 'weigth': did you mean 'weight'",
+    ),
     ({"scale": 2, "weight": "interval ramp"}, "expected one weight"),
     ({"scale": 2, "weight": ["interval", "ramp"]}, "expected one weight"),
     ({"scale": 2, "weight": 3}, "guidance weight=3: expected a word"),
@@ -168,11 +232,26 @@ BAD: list[tuple[Any, str]] = [
     ({"scale": 2, "weight": {"low": 0.2}}, "expected a word .* or an object with a name"),
     ({"scale": 2, "weight": "rescale"}, "unknown guidance weight 'rescale'"),
     ({"scale": 2, "weight": {"name": "rescale"}}, "unknown guidance weight 'rescale'"),
-    ({"scale": 2, "weight": {"name": "interval", "low": [1]}}, r"interval:low=\[1\]: expected a number"),
-    ({"scale": 2, "weight": {"name": "interval", "low": True}}, "interval:low=True: expected a number"),
-    ({"scale": 2, "reference": {"name": "skip_layers", "layers": []}}, r"skip_layers:layers=\[\]: expected one or more names"),
-    ({"scale": 2, "reference": {"name": "skip_layers", "layers": 3}}, "skip_layers:layers=3: expected one or more names"),
-    ({"scale": 2, "reference": {"name": "model", "path": "my model"}}, "path='my model': expected a value without spaces and commas"),
+    (
+        {"scale": 2, "weight": {"name": "interval", "low": [1]}},
+        r"interval:low=\[1\]: expected a number",
+    ),
+    (
+        {"scale": 2, "weight": {"name": "interval", "low": True}},
+        "interval:low=True: expected a number",
+    ),
+    (
+        {"scale": 2, "reference": {"name": "skip_layers", "layers": []}},
+        r"skip_layers:layers=\[\]: expected one or more names",
+    ),
+    (
+        {"scale": 2, "reference": {"name": "skip_layers", "layers": 3}},
+        "skip_layers:layers=3: expected one or more names",
+    ),
+    (
+        {"scale": 2, "reference": {"name": "model", "path": "my model"}},
+        "path='my model': expected a value without spaces and commas",
+    ),
     ({"scale": 2, "reference": []}, "it takes 1"),
 ]
 
@@ -184,7 +263,7 @@ def test_what_cannot_be_is_refused(value: Any, said: str) -> None:
     assert "\n" not in str(error.value)
 
 
-# ---- build -------------------------------------------------------------------------------------------------------------
+# ---- build ---------------------------------------------------------------------------------------
 
 
 def toy(asked: list[tuple[float, float]]):
@@ -206,53 +285,117 @@ def vector(value: float) -> Conditioning:
 def asked_by(line: str, reference: Any, conditioning: Conditioning | None = None) -> list[float]:
     """Under which conditions a guided denoiser asks at t = 0.5."""
     asked: list[tuple[float, float]] = []
-    ask = build(Guidance.parse(line), toy(asked), conditioning or vector(1.0), reference, lambda t: (1 - t, t))
+    ask = build(
+        Guidance.parse(line),
+        toy(asked),
+        conditioning or vector(1.0),
+        reference,
+        lambda t: (1 - t, t),
+    )
     answered(ask(torch.zeros(2, 1, 2, 2), 0.5), answer)
     return [condition for _, condition in asked]
 
 
 def test_who_is_asked() -> None:
     one, two = vector(2.0), vector(3.0)
-    assert asked_by("2", one) == [1, 2] and asked_by("1", one) == [1] and asked_by("0", one) == [1, 2]
-    assert asked_by("2 interval:low=0.6", one) == [1] and asked_by("2 interval:low=0.4", one) == [1, 2]
+    assert (
+        asked_by("2", one) == [1, 2] and asked_by("1", one) == [1] and asked_by("0", one) == [1, 2]
+    )
+    assert asked_by("2 interval:low=0.6", one) == [1] and asked_by("2 interval:low=0.4", one) == [
+        1,
+        2,
+    ]
     assert asked_by("1 plus_plus", one) == [1, 2], "there 1 is not off"
-    assert asked_by("1 dual:second=2 condition condition", [one, two]) == [1, 2, 3], "the second scale acts"
+    assert asked_by("1 dual:second=2 condition condition", [one, two]) == [1, 2, 3], (
+        "the second scale acts"
+    )
     assert asked_by("1 dual:second=1 condition condition", [one, two]) == [1]
     assert asked_by("2 dual condition condition", one) == [1, 2, 2]
-    assert asked_by("2 dual:low=0.9 condition condition", [one, two]) == [1, 2], "the second is off at this time"
+    assert asked_by("2 dual:low=0.9 condition condition", [one, two]) == [1, 2], (
+        "the second is off at this time"
+    )
     assert asked_by("1 dual:low=0.9 condition condition", [one, two]) == [1], "and so is the first"
     assert asked_by("1 model:path=elsewhere", one) == [1], "what is off needs no other model"
     with pytest.raises(UserError, match="needs that model's denoiser"):
         asked_by("2 model:path=elsewhere", one)
-    with pytest.raises(UserError, match="3 conditionings to move away from, for guidance 2 dual condition condition: expected 2"):
+    with pytest.raises(
+        UserError,
+        match="3 conditionings to move away from, for guidance 2 dual condition condition: expected 2",
+    ):
         asked_by("2 dual condition condition", [one, two, one])
 
 
-@pytest.mark.parametrize("line", ["3", "3 ramp:first=1", "0.5 plus_plus", "3 zero_star", "3 dual condition condition", "3 project"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "3",
+        "3 ramp:first=1",
+        "0.5 plus_plus",
+        "3 zero_star",
+        "3 dual condition condition",
+        "3 project",
+    ],
+)
 def test_nothing_is_guided_by_its_own_condition(line: str) -> None:
-    """An unconditional draw, or the prompt as its own negative prompt: one pass, and the prediction as it is."""
+    """An unconditional draw, or the prompt as its own negative prompt: one pass, and the prediction
+    as it is.
+    """
     assert asked_by(line, vector(1.0)) == [1]
 
 
 def test_off_and_consistent_say_what_the_caller_needs_to_know() -> None:
-    assert Guidance.parse(1).off and Guidance.parse("1 ramp").off and not Guidance.parse("0").off and not Guidance.parse("1 plus_plus").off
-    assert not Guidance.parse("1 dual:second=2 condition model").off and Guidance.parse("1 dual:second=1 condition model").off
+    assert (
+        Guidance.parse(1).off
+        and Guidance.parse("1 ramp").off
+        and not Guidance.parse("0").off
+        and not Guidance.parse("1 plus_plus").off
+    )
+    assert (
+        not Guidance.parse("1 dual:second=2 condition model").off
+        and Guidance.parse("1 dual:second=1 condition model").off
+    )
     assert Guidance.parse("2 project").consistent and not Guidance.parse("0.6 plus_plus").consistent
 
 
 def test_conditionings_are_compared_door_by_door() -> None:
-    full = Conditioning(tokens=torch.ones(2, 3, 4), mask=torch.ones(2, 3, dtype=torch.bool), residuals=(torch.ones(2, 1, 2, 2),))
+    full = Conditioning(
+        tokens=torch.ones(2, 3, 4),
+        mask=torch.ones(2, 3, dtype=torch.bool),
+        residuals=(torch.ones(2, 1, 2, 2),),
+    )
     again = full.to(dtype=torch.float32)
-    assert same(full, again).tolist() == [True, True] and same(Conditioning(), Conditioning()).tolist() == [True]
+    assert same(full, again).tolist() == [True, True] and same(
+        Conditioning(), Conditioning()
+    ).tolist() == [True]
     others = [
         (Conditioning(), [False, False]),
-        (Conditioning(tokens=full.tokens, mask=~full.mask, residuals=full.residuals), [False, False]),
-        (Conditioning(tokens=full.tokens, mask=full.mask, residuals=(torch.zeros(2, 1, 2, 2),)), [False, False]),
-        (Conditioning(tokens=full.tokens, mask=full.mask, residuals=()), [False, False]),
-        (Conditioning(tokens=full.tokens[:1], mask=full.mask[:1], residuals=full.residuals), [False, False]),
-        (Conditioning(tokens=torch.ones(2, 9, 4), mask=torch.ones(2, 9, dtype=torch.bool), residuals=full.residuals), [False, False]),
         (
-            Conditioning(tokens=full.tokens * torch.tensor([1.0, 2.0])[:, None, None], mask=full.mask, residuals=full.residuals),
+            Conditioning(tokens=full.tokens, mask=~full.mask, residuals=full.residuals),
+            [False, False],
+        ),
+        (
+            Conditioning(tokens=full.tokens, mask=full.mask, residuals=(torch.zeros(2, 1, 2, 2),)),
+            [False, False],
+        ),
+        (Conditioning(tokens=full.tokens, mask=full.mask, residuals=()), [False, False]),
+        (
+            Conditioning(tokens=full.tokens[:1], mask=full.mask[:1], residuals=full.residuals),
+            [False, False],
+        ),
+        (
+            Conditioning(
+                tokens=torch.ones(2, 9, 4),
+                mask=torch.ones(2, 9, dtype=torch.bool),
+                residuals=full.residuals,
+            ),
+            [False, False],
+        ),
+        (
+            Conditioning(
+                tokens=full.tokens * torch.tensor([1.0, 2.0])[:, None, None],
+                mask=full.mask,
+                residuals=full.residuals,
+            ),
             [True, False],
         ),
     ]

@@ -9,7 +9,14 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "sfumato"
 FILES = sorted(SOURCE.rglob("*.py"))
 NAMES = [str(f.relative_to(SOURCE)) for f in FILES]
 WHEEL_LIMIT = 12 * 2**20  # bytes: what the wheel may weigh
-PICKLERS = {("torch", "save"), ("pickle", "dump"), ("pickle", "dumps"), ("joblib", "dump"), ("np", "save"), ("numpy", "save")}
+PICKLERS = {
+    ("torch", "save"),
+    ("pickle", "dump"),
+    ("pickle", "dumps"),
+    ("joblib", "dump"),
+    ("np", "save"),
+    ("numpy", "save"),
+}
 
 
 def offences(text: str, *, may_print: bool = False) -> list[str]:
@@ -25,7 +32,9 @@ def offences(text: str, *, may_print: bool = False) -> list[str]:
             continue
         called = node.func
         if isinstance(called, ast.Name) and called.id == "print" and not may_print:
-            found.append(f"{node.lineno}: print belongs to the command line: use logging, or return the text")
+            found.append(
+                f"{node.lineno}: print belongs to the command line: use logging, or return the text"
+            )
         if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name):
             pair = (called.value.id, called.attr)
             if pair in PICKLERS:
@@ -33,9 +42,14 @@ def offences(text: str, *, may_print: bool = False) -> list[str]:
                     f"{node.lineno}: {'.'.join(pair)} writes a pickle or a bare array: write safetensors (sfumato.io.atomic.write_tensors)"
                 )
             if pair == ("torch", "load") and not any(
-                k.arg == "weights_only" and isinstance(k.value, ast.Constant) and k.value.value is True for k in node.keywords
+                k.arg == "weights_only"
+                and isinstance(k.value, ast.Constant)
+                and k.value.value is True
+                for k in node.keywords
             ):
-                found.append(f"{node.lineno}: torch.load without weights_only=True runs code from the file")
+                found.append(
+                    f"{node.lineno}: torch.load without weights_only=True runs code from the file"
+                )
     return found
 
 
@@ -73,7 +87,9 @@ def test_the_check_lets_good_files_pass() -> None:
 def test_what_travels_in_the_wheel_is_small() -> None:
     files = [f for f in SOURCE.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
     total = sum(f.stat().st_size for f in files)
-    assert total < WHEEL_LIMIT, f"{total / 2**20:.1f} MiB under src/sfumato: the wheel may weigh {WHEEL_LIMIT / 2**20:.0f}"
+    assert total < WHEEL_LIMIT, (
+        f"{total / 2**20:.1f} MiB under src/sfumato: the wheel may weigh {WHEEL_LIMIT / 2**20:.0f}"
+    )
 
 
 def test_bundled_files_are_of_kinds_that_are_packaged() -> None:
@@ -81,6 +97,10 @@ def test_bundled_files_are_of_kinds_that_are_packaged() -> None:
     if not bundled.exists():
         pytest.skip("no model is bundled in this checkout yet")
     left_behind = [
-        str(f.relative_to(bundled)) for f in bundled.rglob("*") if f.is_file() and f.suffix not in (".json", ".safetensors", ".md")
+        str(f.relative_to(bundled))
+        for f in bundled.rglob("*")
+        if f.is_file() and f.suffix not in (".json", ".safetensors", ".md")
     ]
-    assert not left_behind, f"pyproject.toml packages json, safetensors and md, these would stay behind: {left_behind}"
+    assert not left_behind, (
+        f"pyproject.toml packages json, safetensors and md, these would stay behind: {left_behind}"
+    )

@@ -1,4 +1,6 @@
-"""decode/image.py: rounding, round trips, grids pixel by pixel, and PNG files that remember how they were made."""
+"""decode/image.py: rounding, round trips, grids pixel by pixel, and PNG files that remember how
+they were made.
+"""
 
 import json
 from pathlib import Path
@@ -10,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sfumato.decode.image import grid, read_parameters, readable_parameters, to_pil, to_tensor, write_png
+from sfumato.decode.image import (
+    grid,
+    read_parameters,
+    readable_parameters,
+    to_pil,
+    to_tensor,
+    write_png,
+)
 from sfumato.errors import NumericalError, UserError
 
 PARAMETERS = {
@@ -32,7 +41,11 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_tensor_to_picture_to_tensor_is_the_identity_on_all_256_levels(channels: int) -> None:
-    levels = torch.arange(256, dtype=torch.float32).reshape(1, 1, 16, 16).repeat(2, channels, 1, 1) / 127.5 - 1
+    levels = (
+        torch.arange(256, dtype=torch.float32).reshape(1, 1, 16, 16).repeat(2, channels, 1, 1)
+        / 127.5
+        - 1
+    )
     pictures = to_pil(levels)
     assert [p.mode for p in pictures] == [{1: "L", 3: "RGB"}[channels]] * 2
     assert torch.equal(to_tensor(pictures), levels)
@@ -40,8 +53,21 @@ def test_tensor_to_picture_to_tensor_is_the_identity_on_all_256_levels(channels:
 
 
 def test_rounding_is_to_the_nearest_level_and_limited_at_the_ends() -> None:
-    image = torch.tensor([-9.0, -1.0, 0.49 / 127.5 - 1, 0.51 / 127.5 - 1, 1 - 0.51 / 127.5, 1 - 0.49 / 127.5, 1.0, 9.0])
-    assert np.asarray(to_pil(image.reshape(1, 1, 1, 8))[0]).tolist() == [[0, 0, 0, 1, 254, 255, 255, 255]]
+    image = torch.tensor(
+        [
+            -9.0,
+            -1.0,
+            0.49 / 127.5 - 1,
+            0.51 / 127.5 - 1,
+            1 - 0.51 / 127.5,
+            1 - 0.49 / 127.5,
+            1.0,
+            9.0,
+        ]
+    )
+    assert np.asarray(to_pil(image.reshape(1, 1, 1, 8))[0]).tolist() == [
+        [0, 0, 0, 1, 254, 255, 255, 255]
+    ]
 
 
 def test_channels_keep_their_order_and_pixels_their_place() -> None:
@@ -98,14 +124,26 @@ def test_pictures_of_a_batch_must_agree() -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(n=st.integers(1, 12), columns=st.one_of(st.none(), st.integers(1, 5)), pad=st.integers(0, 3), colour=st.booleans())
-def test_every_picture_of_a_grid_is_where_it_belongs(n: int, columns: int | None, pad: int, colour: bool) -> None:
+@given(
+    n=st.integers(1, 12),
+    columns=st.one_of(st.none(), st.integers(1, 5)),
+    pad=st.integers(0, 3),
+    colour=st.booleans(),
+)
+def test_every_picture_of_a_grid_is_where_it_belongs(
+    n: int, columns: int | None, pad: int, colour: bool
+) -> None:
     width, height = 3, 2
-    pictures = [Image.new("RGB" if colour else "L", (width, height), (k + 1, 0, 0) if colour else k + 1) for k in range(n)]
+    pictures = [
+        Image.new("RGB" if colour else "L", (width, height), (k + 1, 0, 0) if colour else k + 1)
+        for k in range(n)
+    ]
     sheet = grid(pictures, columns, pad)
     across = (sheet.width + pad) // (width + pad)
     down = (sheet.height + pad) // (height + pad)
-    assert across * (width + pad) - pad == sheet.width and down * (height + pad) - pad == sheet.height
+    assert (
+        across * (width + pad) - pad == sheet.width and down * (height + pad) - pad == sheet.height
+    )
     assert across * (down - 1) < n <= across * down
     assert across == min(n, columns) if columns else down <= across
     values = np.asarray(sheet)
@@ -128,10 +166,15 @@ def test_a_grid_needs_pictures_of_one_size() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(
-    prompt=st.text(st.characters(codec="utf-8", exclude_categories=["Cs"], exclude_characters="\0"), max_size=80),
+    prompt=st.text(
+        st.characters(codec="utf-8", exclude_categories=["Cs"], exclude_characters="\0"),
+        max_size=80,
+    ),
     seed=st.integers(0, 2**63),
 )
-def test_parameters_come_back_from_a_png(tmp_path_factory: pytest.TempPathFactory, prompt: str, seed: int) -> None:
+def test_parameters_come_back_from_a_png(
+    tmp_path_factory: pytest.TempPathFactory, prompt: str, seed: int
+) -> None:
     path = tmp_path_factory.mktemp("png") / "a.png"
     written = {**PARAMETERS, "prompt": prompt, "seed": seed}
     picture = Image.effect_noise((9, 7), 60)
@@ -145,11 +188,15 @@ def test_parameters_come_back_from_a_png(tmp_path_factory: pytest.TempPathFactor
 def test_the_chunk_for_people_reads_like_other_tools() -> None:
     lines = readable_parameters({**PARAMETERS, "negative_prompt": "sole"}).split("\n")
     assert lines[:2] == ["ankle boot", "Negative prompt: sole"]
-    assert lines[2].startswith("Steps: 20, Sampler: ddim, CFG scale: 2.5, Seed: 7, Model: fashion, Model hash: 0000")
+    assert lines[2].startswith(
+        "Steps: 20, Sampler: ddim, CFG scale: 2.5, Seed: 7, Model: fashion, Model hash: 0000"
+    )
     assert lines[2].endswith("Size: 28x28, Version: sfumato 0.1.0")
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_png(tmp_path / "a.png", Image.new("L", (2, 2), 9), PARAMETERS)
     before = path.read_bytes()
 
@@ -170,7 +217,9 @@ def test_not_a_number_is_not_json(tmp_path: Path) -> None:
 
 
 def test_pictures_without_parameters_are_explained(tmp_path: Path) -> None:
-    plain, jpeg, text, cut = (tmp_path / name for name in ("plain.png", "photo.jpg", "notes.png", "cut.png"))
+    plain, jpeg, text, cut = (
+        tmp_path / name for name in ("plain.png", "photo.jpg", "notes.png", "cut.png")
+    )
     write_png(plain, Image.new("L", (2, 2)))
     Image.new("L", (2, 2)).save(jpeg)
     text.write_text("not a picture")

@@ -1,12 +1,15 @@
-"""The import law: who may know whom, read from the syntax tree of every file of the library (nothing is imported).
+"""The import law: who may know whom, read from the syntax tree of every file of the library
+(nothing is imported).
 
     types, asking, registry, errors, io <- kernels <- nn <- inference <- compress, predict
     compress and diffuse never meet; diffuse knows no nn
     diffuse.process <- predict      compress <- decode
     the four acts <- checkpoints <- model <- tasks <- deploy, cli
-    acts + data + evaluate + checkpoints + model <- train            evaluate imports no act, data neither
+    acts + data + evaluate + checkpoints + model <- train            evaluate imports no act, data
+    neither
 
-Imports inside functions and under TYPE_CHECKING count: knowing is knowing. Asking the registry for a folder counts as importing it.
+Imports inside functions and under TYPE_CHECKING count: knowing is knowing. Asking the registry for
+a folder counts as importing it.
 """
 
 import ast
@@ -21,7 +24,8 @@ BOTTOM = ("types", "asking", "errors", "registry", "config", "io")
 ACTS = ("compress", "diffuse", "predict", "decode")
 MODEL = ("", "model", "loading", "saving", "sampling", "tasks")
 
-# zone -> what its files may import from sfumato, besides the zone itself. The longest zone that holds a file is its zone.
+# zone -> what its files may import from sfumato, besides the zone itself. The longest zone that
+# holds a file is its zone.
 LAW: dict[str, tuple[str, ...]] = {
     "": ("model", "loading", "sampling"),  # __init__.py
     "__main__": ("cli",),
@@ -39,7 +43,14 @@ LAW: dict[str, tuple[str, ...]] = {
     "diffuse.samplers": ("types", "errors", "diffuse.schedule"),
     "predict": (*BOTTOM, "kernels", "nn", "inference", "diffuse.process"),
     "predict.guidance": ("types", "errors"),
-    "predict.guidance.settings": ("types", "errors", "registry", "predict.guidance", "predict.references"),  # puts names together
+    # puts names together
+    "predict.guidance.settings": (
+        "types",
+        "errors",
+        "registry",
+        "predict.guidance",
+        "predict.references",
+    ),
     "predict.wrappers": ("types", "asking", "errors"),
     "decode": (*BOTTOM, "compress"),
     "decode.image": ("types", "errors", "io"),
@@ -52,14 +63,45 @@ LAW: dict[str, tuple[str, ...]] = {
     "data": BOTTOM,
     "evaluate": BOTTOM,
     # a run ends by saving a model
-    "train": (*BOTTOM, *ACTS, "kernels", "nn", "data", "checkpoints", "evaluate", "model", "sampling"),
+    "train": (
+        *BOTTOM,
+        *ACTS,
+        "kernels",
+        "nn",
+        "data",
+        "checkpoints",
+        "evaluate",
+        "model",
+        "sampling",
+    ),
     "tasks": (*BOTTOM, *ACTS, "model", "sampling", "running"),
-    "deploy": (*BOTTOM, *ACTS, *MODEL, "kernels", "nn", "inference", "checkpoints", "data", "evaluate"),
+    "deploy": (
+        *BOTTOM,
+        *ACTS,
+        *MODEL,
+        "kernels",
+        "nn",
+        "inference",
+        "checkpoints",
+        "data",
+        "evaluate",
+    ),
     "cli": (*BOTTOM, *ACTS, *MODEL, "checkpoints", "data", "evaluate", "train", "deploy"),
 }
 
 # Installed by an extra, or slow to import: only inside the function that needs them.
-HEAVY = {"transformers", "accelerate", "datasets", "tensorboard", "torchmetrics", "matplotlib", "scipy", "peft", "fastapi", "uvicorn"}
+HEAVY = {
+    "transformers",
+    "accelerate",
+    "datasets",
+    "tensorboard",
+    "torchmetrics",
+    "matplotlib",
+    "scipy",
+    "peft",
+    "fastapi",
+    "uvicorn",
+}
 HEAVY |= {
     "gradio",
     "ray",
@@ -77,7 +119,9 @@ NOWHERE = {"diffusers", "torchvision"}
 
 
 def module_of(file: Path) -> str:
-    """`diffuse/samplers/ddim.py` -> `diffuse.samplers.ddim`; a package's `__init__.py` is the package."""
+    """`diffuse/samplers/ddim.py` -> `diffuse.samplers.ddim`; a package's `__init__.py` is the
+    package.
+    """
     parts = file.relative_to(SOURCE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -86,7 +130,9 @@ FILES = {module_of(f): f for f in sorted(SOURCE.rglob("*.py"))}
 
 
 def within(module: str, zone: str) -> bool:
-    """Whether a module is `zone` or lies inside it. The face of the package (zone "") holds only itself."""
+    """Whether a module is `zone` or lies inside it. The face of the package (zone "") holds only
+    itself.
+    """
     return module == zone or (zone != "" and module.startswith(zone + "."))
 
 
@@ -95,8 +141,12 @@ def zone_of(module: str) -> str | None:
     return max((z for z in LAW if within(module, z)), key=len, default=None)
 
 
-def imports(tree: ast.Module, module: str, is_package: bool, known: set[str]) -> Iterator[tuple[int, str]]:
-    """(line, absolute module name) of everything a file imports, dynamic imports with a literal name included."""
+def imports(
+    tree: ast.Module, module: str, is_package: bool, known: set[str]
+) -> Iterator[tuple[int, str]]:
+    """(line, absolute module name) of everything a file imports, dynamic imports with a literal
+    name included.
+    """
     package = module if is_package else module.rpartition(".")[0]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -107,19 +157,35 @@ def imports(tree: ast.Module, module: str, is_package: bool, known: set[str]) ->
                 above = package.split(".") if package else []
                 above = above[: len(above) - (node.level - 1)]
                 base = ".".join(["sfumato", *above, *([base] if base else [])])
-            named = [alias for alias in node.names if (base, alias.name) != ("sfumato", "__version__")]  # a number, not a module
-            for alias in named:  # `from sfumato.diffuse import process` names a module, `from sfumato.types import Noise` does not
+            # a number, not a module
+            named = [
+                alias for alias in node.names if (base, alias.name) != ("sfumato", "__version__")
+            ]
+            # `from sfumato.diffuse import process` names a module, `from sfumato.types import
+            # Noise` does not
+            for alias in named:
                 inner = f"{base}.{alias.name}"
                 yield node.lineno, inner if inner.removeprefix("sfumato.") in known else base
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        elif (
+            isinstance(node, ast.Call)
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+            and isinstance(node.args[0].value, str)
+        ):
+            name = (
+                node.func.attr
+                if isinstance(node.func, ast.Attribute)
+                else getattr(node.func, "id", "")
+            )
             if name in ("import_module", "__import__"):
                 yield node.lineno, node.args[0].value
             elif name in ("find", "names") and node.args[0].value in known:
                 yield node.lineno, f"sfumato.{node.args[0].value}"
 
 
-def offences(text: str, module: str, is_package: bool = False, known: set[str] | None = None) -> list[str]:
+def offences(
+    text: str, module: str, is_package: bool = False, known: set[str] | None = None
+) -> list[str]:
     """What breaks the law in a file's text."""
     known = set(FILES) if known is None else known
     tree = ast.parse(text)
@@ -134,19 +200,24 @@ def offences(text: str, module: str, is_package: bool = False, known: set[str] |
         if top != "sfumato":
             continue
         inner = target.removeprefix("sfumato").removeprefix(".")
-        # The nearest zone decides: `diffuse` may be imported by a file that may import `diffuse`, and a zone knows itself.
+        # The nearest zone decides: `diffuse` may be imported by a file that may import `diffuse`,
+        # and a zone knows itself.
         if not any(within(inner, allowed) for allowed in (zone, *LAW[zone])):
             found.append(
                 f"{line}: sfumato.{module} may not know {target} (zone {zone or 'sfumato'!r} may know {', '.join(LAW[zone]) or 'nobody'})"
             )
     for line, target in imports_at_load(tree):
         if target.split(".")[0] in HEAVY:
-            found.append(f"{line}: {target} is imported when the file is: move it into the function that needs it")
+            found.append(
+                f"{line}: {target} is imported when the file is: move it into the function that needs it"
+            )
     return found
 
 
 def imports_at_load(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Imports that run when the file is imported: outside functions and outside `if TYPE_CHECKING`."""
+    """Imports that run when the file is imported: outside functions and outside `if
+    TYPE_CHECKING`.
+    """
     waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
@@ -209,7 +280,10 @@ KNOWN = {
         ("nn.attention", "import sfumato"),
         ("train.loop", "import accelerate"),
         ("train.loop", "from torchmetrics.image import PSNR"),
-        ("train.loop", "try:\n    import matplotlib.pyplot as plt\nexcept ImportError:\n    plt = None"),
+        (
+            "train.loop",
+            "try:\n    import matplotlib.pyplot as plt\nexcept ImportError:\n    plt = None",
+        ),
         ("train.loop", "class A:\n    import datasets"),
         ("train.loop", "def f():\n    import torchvision"),
         ("checkpoints.folders", "def f():\n    from diffusers import UNet2DModel"),
@@ -227,10 +301,19 @@ def test_the_law_can_be_broken(module: str, text: str) -> None:
             "diffuse.process",
             "from sfumato.diffuse.schedule import Schedule\nfrom .schedule import Schedule\nfrom sfumato.types import Prediction",
         ),
-        ("diffuse.samplers.ddim", "from sfumato.types import Noise\nfrom sfumato.diffuse.schedule import Schedule"),
-        ("predict.denoiser", "from sfumato.diffuse.process import Process\nfrom sfumato.nn import attention"),
+        (
+            "diffuse.samplers.ddim",
+            "from sfumato.types import Noise\nfrom sfumato.diffuse.schedule import Schedule",
+        ),
+        (
+            "predict.denoiser",
+            "from sfumato.diffuse.process import Process\nfrom sfumato.nn import attention",
+        ),
         ("decode.tiled", "from sfumato.compress.kl import KL"),
-        ("train.loop", "def f():\n    import accelerate, datasets\nif TYPE_CHECKING:\n    import accelerate"),
+        (
+            "train.loop",
+            "def f():\n    import accelerate, datasets\nif TYPE_CHECKING:\n    import accelerate",
+        ),
         ("checkpoints.folders", "from sfumato import __version__"),
         ("cli.info", "import sfumato\nfrom sfumato import load, model"),
         ("model", "find('diffuse.samplers', name)"),

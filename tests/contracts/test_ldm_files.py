@@ -1,5 +1,7 @@
-"""Latent Diffusion's own files and conditioners as they come: the published configurations, damaged files, YAMLs of other models, prompts that
-are no classes; each is read rightly or refused in one sentence."""
+"""Latent Diffusion's own files and conditioners as they come: the published configurations, damaged
+files, YAMLs of other models, prompts that are no classes; each is read rightly or refused in one
+sentence.
+"""
 
 import json
 import runpy
@@ -26,21 +28,49 @@ from sfumato.predict.networks._network import registered
 
 ldm: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_ldm.py"))))
 
-# ---- the published configurations, on the meta device: shapes without numbers ----------------------------------------------
+# ---- the published configurations, on the meta device: shapes without numbers --------------------
 
-_VQ4 = {"double_z": False, "z_channels": 3, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128, "ch_mult": [1, 2, 4]}
+_VQ4 = {
+    "double_z": False,
+    "z_channels": 3,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 128,
+    "ch_mult": [1, 2, 4],
+}
 _VQ4 |= {"num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}
 _VQ8 = {**_VQ4, "z_channels": 4, "ch_mult": [1, 2, 2, 4], "attn_resolutions": [32]}
 _KL8 = {**_VQ4, "double_z": True, "z_channels": 4, "ch_mult": [1, 2, 4, 4]}
-_FACES = {"image_size": 64, "in_channels": 3, "out_channels": 3, "model_channels": 224, "attention_resolutions": [8, 4, 2]}
+_FACES = {
+    "image_size": 64,
+    "in_channels": 3,
+    "out_channels": 3,
+    "model_channels": 224,
+    "attention_resolutions": [8, 4, 2],
+}
 _FACES |= {"num_res_blocks": 2, "channel_mult": [1, 2, 3, 4], "num_head_channels": 32}
 _TOKENS = {"use_spatial_transformer": True, "transformer_depth": 1}
 PUBLISHED: dict[str, dict[str, Any]] = {
-    # unet: the YAML's; first: the autoencoder's; millions: parameters of the U-Net as the paper has them (arXiv:2112.10752, appendix E), for
-    # text-to-image with the transformer (section 4.3.1: 1.45 billion)
-    "CelebA-HQ, FFHQ, LSUN bedrooms": {"unet": _FACES, "first": _VQ4, "millions": 274, "side": 64, "heads": {"attention_head_dim": 32}},
+    # unet: the YAML's; first: the autoencoder's; millions: parameters of the U-Net as the paper has
+    # them (arXiv:2112.10752, appendix E), for text-to-image with the transformer (section 4.3.1:
+    # 1.45 billion)
+    "CelebA-HQ, FFHQ, LSUN bedrooms": {
+        "unet": _FACES,
+        "first": _VQ4,
+        "millions": 274,
+        "side": 64,
+        "heads": {"attention_head_dim": 32},
+    },
     "LSUN churches": {
-        "unet": {**_FACES, "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 192, "num_head_channels": -1}
+        "unet": {
+            **_FACES,
+            "image_size": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": 192,
+            "num_head_channels": -1,
+        }
         | {"attention_resolutions": [1, 2, 4, 8], "channel_mult": [1, 2, 2, 4, 4], "num_heads": 8}
         | {"use_scale_shift_norm": True, "resblock_updown": True},
         "first": _KL8,
@@ -50,28 +80,63 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "more": {"linear_end": 0.0155, "scale_by_std": True},
     },
     "ImageNet, cin256-v2": {
-        "unet": {**_FACES, **_TOKENS, "model_channels": 192, "channel_mult": [1, 2, 3, 5], "context_dim": 512, "num_head_channels": -1}
+        "unet": {
+            **_FACES,
+            **_TOKENS,
+            "model_channels": 192,
+            "channel_mult": [1, 2, 3, 5],
+            "context_dim": 512,
+            "num_head_channels": -1,
+        }
         | {"num_heads": 1},
         "first": _VQ4,
-        "condition": {"target": "ClassEmbedder", "params": {"n_classes": 1001, "embed_dim": 512, "key": "class_label"}},
+        "condition": {
+            "target": "ClassEmbedder",
+            "params": {"n_classes": 1001, "embed_dim": 512, "key": "class_label"},
+        },
         "rows": lambda: class_rows({"n_classes": 1001, "embed_dim": 512}),
         "millions": 400,
         "side": 64,
         "heads": {"attention_head_dim": 1},
     },
     "ImageNet, cin": {
-        "unet": {**_FACES, **_TOKENS, "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 256, "context_dim": 512}
+        "unet": {
+            **_FACES,
+            **_TOKENS,
+            "image_size": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": 256,
+            "context_dim": 512,
+        }
         | {"attention_resolutions": [4, 2, 1], "channel_mult": [1, 2, 4]},
         "first": _VQ8,
-        "condition": {"target": "ClassEmbedder", "params": {"embed_dim": 512, "key": "class_label"}},
+        "condition": {
+            "target": "ClassEmbedder",
+            "params": {"embed_dim": 512, "key": "class_label"},
+        },
         "rows": lambda: class_rows({"n_classes": 1000, "embed_dim": 512}),
         "millions": 395,
         "side": 32,
         "heads": {"attention_head_dim": [8, 16, 32]},
     },
     "text-to-image": {
-        "unet": {**_FACES, **_TOKENS, "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "context_dim": 1280}
-        | {"attention_resolutions": [4, 2, 1], "channel_mult": [1, 2, 4, 4], "num_head_channels": -1, "num_heads": 8, "legacy": False},
+        "unet": {
+            **_FACES,
+            **_TOKENS,
+            "image_size": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": 320,
+            "context_dim": 1280,
+        }
+        | {
+            "attention_resolutions": [4, 2, 1],
+            "channel_mult": [1, 2, 4, 4],
+            "num_head_channels": -1,
+            "num_heads": 8,
+            "legacy": False,
+        },
         "first": _KL8,
         "condition": {"target": "BERTEmbedder", "params": {"n_embed": 1280, "n_layer": 32}},
         "rows": lambda: bert_rows(LDMBertConfig().to_dict()),
@@ -86,16 +151,36 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 def published_yaml(name: str) -> dict[str, Any]:
     given = PUBLISHED[name]
     vq, wide = not given["first"]["double_z"], given["first"]["z_channels"]
-    first = {"embed_dim": wide, "ddconfig": given["first"], "lossconfig": {"target": "torch.nn.Identity"}}
+    first = {
+        "embed_dim": wide,
+        "ddconfig": given["first"],
+        "lossconfig": {"target": "torch.nn.Identity"},
+    }
     first |= {"n_embed": 8192 if wide == 3 else 16384} if vq else {}
-    params = {"linear_start": 0.0015, "linear_end": 0.0195, "timesteps": 1000, "num_timesteps_cond": 1, "image_size": 64}
-    params |= {"channels": wide, "monitor": "val/loss", "concat_mode": False} | given.get("more", {})
+    params = {
+        "linear_start": 0.0015,
+        "linear_end": 0.0195,
+        "timesteps": 1000,
+        "num_timesteps_cond": 1,
+        "image_size": 64,
+    }
+    params |= {"channels": wide, "monitor": "val/loss", "concat_mode": False} | given.get(
+        "more", {}
+    )
     condition = given.get("condition", "__is_unconditional__")
     if isinstance(condition, dict):
         condition = {**condition, "target": f"ldm.modules.encoders.modules.{condition['target']}"}
     target = f"ldm.models.autoencoder.{'VQModelInterface' if vq else 'AutoencoderKL'}"
-    params |= {"cond_stage_config": condition, "first_stage_config": {"target": target, "params": first}}
-    params |= {"unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": given["unet"]}}
+    params |= {
+        "cond_stage_config": condition,
+        "first_stage_config": {"target": target, "params": first},
+    }
+    params |= {
+        "unet_config": {
+            "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+            "params": given["unet"],
+        }
+    }
     return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
 
 
@@ -104,24 +189,40 @@ def published_file(name: str) -> dict[str, Tensor]:
     said = from_yaml(published_yaml(name))
     unet = {**said.parts["unet"], **PUBLISHED[name]["heads"]}
     up = {"ResnetDownsampleBlock2D": "ResnetUpsampleBlock2D"}
-    unet["up_block_types"] = [up.get(k, k.replace("Down", "Up")) for k in reversed(unet["down_block_types"])]
+    unet["up_block_types"] = [
+        up.get(k, k.replace("Down", "Up")) for k in reversed(unet["down_block_types"])
+    ]
     if "condition" not in PUBLISHED[name]:
         unet |= {"_class_name": "UNet2DModel", "upsample_type": unet["downsample_type"]}
     vae = dict(said.parts["vae"])
-    vae["up_block_types"] = [k.replace("DownEncoder", "UpDecoder") for k in reversed(vae["down_block_types"])]
-    rows = under(unet_rows(unet), "model.diffusion_model.") + under(vae_rows(vae), "first_stage_model.")
-    prefix = "cond_stage_model.transformer." if "BERT" in str(PUBLISHED[name].get("condition")) else "cond_stage_model."
+    vae["up_block_types"] = [
+        k.replace("DownEncoder", "UpDecoder") for k in reversed(vae["down_block_types"])
+    ]
+    rows = under(unet_rows(unet), "model.diffusion_model.") + under(
+        vae_rows(vae), "first_stage_model."
+    )
+    prefix = (
+        "cond_stage_model.transformer."
+        if "BERT" in str(PUBLISHED[name].get("condition"))
+        else "cond_stage_model."
+    )
     rows += under(PUBLISHED[name].get("rows", list)(), prefix)
     return {row.theirs: torch.empty(row.stored, device="meta") for row in rows}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations(name: str) -> None:
-    """Read with their YAML, the networks have the paper's sizes; unconditional ones and text-to-image need no YAML."""
+    """Read with their YAML, the networks have the paper's sizes; unconditional ones and
+    text-to-image need no YAML.
+    """
     given, file = PUBLISHED[name], published_file(name)
-    found = split_tensors(file, {}, "file", Reading(original_config=from_yaml(published_yaml(name))))
+    found = split_tensors(
+        file, {}, "file", Reading(original_config=from_yaml(published_yaml(name)))
+    )
     unet = found.networks["unet"].config
-    assert {k: unet.get(k) for k in given["heads"]} == given["heads"] and unet["sample_size"] == given["side"]
+    assert {k: unet.get(k) for k in given["heads"]} == given["heads"] and unet[
+        "sample_size"
+    ] == given["side"]
     network_class, config_class = registered()[unet["_class_name"]]
     with torch.device("meta"):
         network = network_class(config_class.from_dict(unet))
@@ -134,13 +235,16 @@ def test_published_configurations(name: str) -> None:
     }
     schedule = found.schedulers["scheduler"]
     more = given.get("more", {})
-    assert (schedule["beta_start"], schedule["beta_end"]) == (more.get("linear_start", 0.0015), more.get("linear_end", 0.0195))
+    assert (schedule["beta_start"], schedule["beta_end"]) == (
+        more.get("linear_start", 0.0015),
+        more.get("linear_end", 0.0195),
+    )
     assert found.networks["vae"].config["scaling_factor"] == more.get("scale_factor", 1.0)
     if "ImageNet" not in name:
         assert split_tensors(file, {}, "file").networks["unet"].config == unet
 
 
-# ---- damaged files, and those of other kinds --------------------------------------------------------------------------------
+# ---- damaged files, and those of other kinds -----------------------------------------------------
 
 PLAIN: dict[str, Any] = {
     "_class_name": "UNet2DModel",
@@ -152,12 +256,20 @@ PLAIN: dict[str, Any] = {
     "layers_per_block": 1,
     "attention_head_dim": 32,
 }
-VQ: dict[str, Any] = {"_class_name": "VQModel", "in_channels": 3, "out_channels": 3, "block_out_channels": [32, 32], "layers_per_block": 1}
+VQ: dict[str, Any] = {
+    "_class_name": "VQModel",
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [32, 32],
+    "layers_per_block": 1,
+}
 VQ |= {"latent_channels": 3, "num_vq_embeddings": 11, "vq_embed_dim": 3}
 
 
 def plain(**fields: Any) -> dict[str, Tensor]:
-    rows = under(unet_rows(PLAIN | fields), "model.diffusion_model.") + under(vae_rows(VQ), "first_stage_model.")
+    rows = under(unet_rows(PLAIN | fields), "model.diffusion_model.") + under(
+        vae_rows(VQ), "first_stage_model."
+    )
     generator = torch.Generator().manual_seed(0)
     return {row.theirs: torch.randn(row.stored, generator=generator) for row in rows}
 
@@ -165,15 +277,31 @@ def plain(**fields: Any) -> dict[str, Tensor]:
 def test_an_unconditional_file_there_and_back() -> None:
     file = plain()
     found = split_tensors(file, {}, "file")
-    assert found.family == "ldm-unconditional" and {k: found.networks["unet"].config[k] for k in PLAIN} == PLAIN
-    assert (found.schedulers["scheduler"]["beta_start"], found.networks["vae"].config["scaling_factor"]) == (0.0015, 1.0)
+    assert (
+        found.family == "ldm-unconditional"
+        and {k: found.networks["unet"].config[k] for k in PLAIN} == PLAIN
+    )
+    assert (
+        found.schedulers["scheduler"]["beta_start"],
+        found.networks["vae"].config["scaling_factor"],
+    ) == (0.0015, 1.0)
     again = join(found)
-    assert {k: v for k, v in again.items() if k in file}.keys() == file.keys() and all(torch.equal(v, again[k]) for k, v in file.items())
+    assert {k: v for k, v in again.items() if k in file}.keys() == file.keys() and all(
+        torch.equal(v, again[k]) for k, v in file.items()
+    )
     assert notes(found)["sfumato.heads"] == '{"num_head_channels": 32}'
-    matrices = {k: v.squeeze(-1) if k.endswith(("qkv.weight", "attn.proj_out.weight")) else v for k, v in file.items()}
-    same = split_tensors(matrices, {}, "file").networks["unet"].tensors  # 1x1 convolutions that somebody stored as matrices
+    matrices = {
+        k: v.squeeze(-1) if k.endswith(("qkv.weight", "attn.proj_out.weight")) else v
+        for k, v in file.items()
+    }
+    # 1x1 convolutions that somebody stored as matrices
+    same = split_tensors(matrices, {}, "file").networks["unet"].tensors
     assert all(torch.equal(v, same[k]) for k, v in found.networks["unet"].tensors.items())
-    averaged = {k: "model_ema." + k.removeprefix("model.").replace(".", "") for k in file if k.startswith("model.")}
+    averaged = {
+        k: "model_ema." + k.removeprefix("model.").replace(".", "")
+        for k in file
+        if k.startswith("model.")
+    }
     both = file | {v: file[k] + 1 for k, v in averaged.items()}
     ema = split_tensors(both, {}, "file", Reading(ema=True)).networks["unet"].tensors
     assert all(torch.equal(v + 1, ema[k]) for k, v in found.networks["unet"].tensors.items())
@@ -183,7 +311,12 @@ def test_every_fault_of_an_unconditional_file_names_its_key() -> None:
     whole = {k: v for k, v in plain().items() if k.startswith("model.")}
     for count, (key, value) in enumerate(whole.items()):
         rest = {k: v for k, v in whole.items() if k != key}
-        faulty = [rest, rest | {key + "_": value}, rest | {key: value.unsqueeze(0)}, rest | {key: value.to(torch.int32)}][count % 4]
+        faulty = [
+            rest,
+            rest | {key + "_": value},
+            rest | {key: value.unsqueeze(0)},
+            rest | {key: value.to(torch.int32)},
+        ][count % 4]
         with pytest.raises(UserError) as caught:
             split_tensors(faulty, {}, "file")
         text = str(caught.value)
@@ -203,12 +336,18 @@ def test_other_networks_without_tokens(change: dict[str, Any], message: str) -> 
 
 
 def test_heads_that_do_not_divide_and_notes_that_are_none() -> None:
-    with pytest.raises(UserError, match="width 64 does not divide into 5 heads: give heads, or its YAML"):
+    with pytest.raises(
+        UserError, match="width 64 does not divide into 5 heads: give heads, or its YAML"
+    ):
         split_tensors(plain(), {}, "file", Reading(heads=5))
     for note in ("[]", "{", '{"num_heads": 0}', '{"num_head_channels": "x"}'):
         with pytest.raises(UserError, match=r"its note sfumato\.heads="):
             split_tensors(plain(), {"sfumato.heads": note}, "file")
-    told = split_tensors(plain(), {"sfumato.heads": '{"num_heads": 1}'}, "file").networks["unet"].config
+    told = (
+        split_tensors(plain(), {"sfumato.heads": '{"num_heads": 1}'}, "file")
+        .networks["unet"]
+        .config
+    )
     assert told["attention_head_dim"] is None
 
 
@@ -223,7 +362,12 @@ def test_what_the_layout_cannot_tell_of_a_network_without_tokens() -> None:
     ):
         changed = {**parts.networks["unet"].config, field: value}
         with pytest.raises(UserError, match=field):
-            join(gather({"unet": type(parts.networks["unet"])(changed, parts.networks["unet"].tensors)}, {}))
+            join(
+                gather(
+                    {"unet": type(parts.networks["unet"])(changed, parts.networks["unet"].tensors)},
+                    {},
+                )
+            )
     for change in (
         {"add_attention": False},
         {"mid_block_type": None},
@@ -231,7 +375,10 @@ def test_what_the_layout_cannot_tell_of_a_network_without_tokens() -> None:
         {"downsample_type": "resnet"},
     ):
         with pytest.raises(UserError, match="no name in the original layout"):
-            unet_rows(PLAIN | {"block_out_channels": [32, 64, 64], "layers_per_block": 1, **_three(), **change})
+            unet_rows(
+                PLAIN
+                | {"block_out_channels": [32, 64, 64], "layers_per_block": 1, **_three(), **change}
+            )
 
 
 def _three() -> dict[str, Any]:
@@ -244,20 +391,56 @@ def _three() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("LSUN churches", {"unet": {"resblock_updown": False}}, "down_block_types.*ResnetDownsampleBlock2D"),
-        ("LSUN churches", {"unet": {"use_scale_shift_norm": False}}, "resnet_time_scale_shift='scale_shift' instead of 'default'"),
+        (
+            "LSUN churches",
+            {"unet": {"resblock_updown": False}},
+            "down_block_types.*ResnetDownsampleBlock2D",
+        ),
+        (
+            "LSUN churches",
+            {"unet": {"use_scale_shift_norm": False}},
+            "resnet_time_scale_shift='scale_shift' instead of 'default'",
+        ),
         ("LSUN churches", {"unet": {"attention_resolutions": [2]}}, "not the model of the YAML"),
         ("LSUN churches", {"first": {"ch": 64}}, "not the model of the YAML.*block_out_channels"),
-        ("LSUN churches", {"unet": {"context_dim": 512}}, "context_dim=512 is not supported: expected None"),
+        (
+            "LSUN churches",
+            {"unet": {"context_dim": 512}},
+            "context_dim=512 is not supported: expected None",
+        ),
         ("LSUN churches", {"unet": {"num_heads_upsample": 4}}, "num_heads_upsample=4 is not known"),
-        ("LSUN churches", {"unet": {"use_spatial_transformer": True}}, "use_spatial_transformer=True without a conditioner"),
-        ("LSUN churches", {"unet": {"num_heads": 8, "num_head_channels": 32}}, "expected one of them"),
+        (
+            "LSUN churches",
+            {"unet": {"use_spatial_transformer": True}},
+            "use_spatial_transformer=True without a conditioner",
+        ),
+        (
+            "LSUN churches",
+            {"unet": {"num_heads": 8, "num_head_channels": 32}},
+            "expected one of them",
+        ),
         ("LSUN churches", {"model": {"concat_mode": True}}, "concat_mode=True is not supported"),
-        ("LSUN churches", {"model": {"cond_stage_config": "__is_first_stage__"}}, "__is_first_stage__.*not supported"),
+        (
+            "LSUN churches",
+            {"model": {"cond_stage_config": "__is_first_stage__"}},
+            "__is_first_stage__.*not supported",
+        ),
         ("LSUN churches", {"model": {"scale_factor": "x"}}, "is not the YAML of a model|could not"),
-        ("ImageNet, cin256-v2", {"unet": {"use_spatial_transformer": False}}, "use_spatial_transformer=False with a conditioner"),
-        ("ImageNet, cin256-v2", {"unet": {"use_new_attention_order": True}}, "use_new_attention_order=True is not supported"),
-        ("ImageNet, cin256-v2", {"unet": {"resblock_updown": True}}, "resblock_updown=True is not supported"),
+        (
+            "ImageNet, cin256-v2",
+            {"unet": {"use_spatial_transformer": False}},
+            "use_spatial_transformer=False with a conditioner",
+        ),
+        (
+            "ImageNet, cin256-v2",
+            {"unet": {"use_new_attention_order": True}},
+            "use_new_attention_order=True is not supported",
+        ),
+        (
+            "ImageNet, cin256-v2",
+            {"unet": {"resblock_updown": True}},
+            "resblock_updown=True is not supported",
+        ),
         (
             "ImageNet, cin256-v2",
             {"model": {"cond_stage_config": "__is_unconditional__"}},
@@ -279,7 +462,7 @@ def test_yamls_that_do_not_fit(name: str, change: dict[str, Any], message: str) 
     assert "\n" not in str(caught.value)
 
 
-# ---- classes -----------------------------------------------------------------------------------------------------------------
+# ---- classes -------------------------------------------------------------------------------------
 
 NAMED = {"class_names": ("tench", "great white shark", "7", "shark/ray")}
 
@@ -296,7 +479,14 @@ def test_numbers_are_rows(prompt: str | None, row: int) -> None:
 
 def test_names_are_rows_too() -> None:
     classes = ldm.class_embedding(**NAMED)
-    for prompt, row in (("tench", 0), ("Great White Sharks", 1), ("1", 1), ("7", 2), ("ray", 3), (None, 4)):
+    for prompt, row in (
+        ("tench", 0),
+        ("Great White Sharks", 1),
+        ("1", 1),
+        ("7", 2),
+        ("ray", 3),
+        (None, 4),
+    ):
         assert torch.equal(classes([prompt]).tokens[0, 0], classes.table[row]), prompt
     with pytest.raises(UserError, match="unknown class 'tenhc': did you mean 'tench'"):
         classes(["tenhc"])
@@ -306,12 +496,16 @@ def test_names_are_rows_too() -> None:
 
 @pytest.mark.parametrize("wrong", ["4", "-1", "+99", "9" * 5000, "1001", " 12 "])
 def test_numbers_out_of_range(wrong: str) -> None:
-    with pytest.raises(UserError, match=r"class number .*: expected 0 to 3; for no class leave the prompt empty") as caught:
+    with pytest.raises(
+        UserError, match=r"class number .*: expected 0 to 3; for no class leave the prompt empty"
+    ) as caught:
         ldm.class_embedding()([wrong])
     assert len(str(caught.value)) < 200
 
 
-@pytest.mark.parametrize("wrong", ["tench", "1.5", "\u00b2", "\u0663", "0x1", "1 2", "None", "a" * 1000])
+@pytest.mark.parametrize(
+    "wrong", ["tench", "1.5", "\u00b2", "\u0663", "0x1", "1 2", "None", "a" * 1000]
+)
 def test_words_without_names(wrong: str) -> None:
     with pytest.raises(UserError, match="class") as caught:
         ldm.class_embedding(20)([wrong])
@@ -323,7 +517,9 @@ def test_words_without_names(wrong: str) -> None:
 
 def test_labels_of_data() -> None:
     classes = ldm.class_embedding()
-    assert torch.equal(classes.from_labels(torch.tensor([3, -1])).tokens[:, 0], classes.table[[3, 4]])
+    assert torch.equal(
+        classes.from_labels(torch.tensor([3, -1])).tokens[:, 0], classes.table[[3, 4]]
+    )
     for wrong in (4, -2, 10**6):
         with pytest.raises(UserError, match="expected 0 to 3, or -1 for none"):
             classes.from_labels(torch.tensor([0, wrong]))
@@ -336,7 +532,10 @@ def test_a_table_of_a_thousand_has_no_row_for_none() -> None:
     for none in (lambda: whole([None, "0"]), lambda: whole.null(2)):
         with pytest.raises(UserError, match="no row for no class"):
             none()
-    assert ldm.class_embedding(1000, unconditional=True).count == 999 and ldm.class_embedding(5, unconditional=False).count == 5
+    assert (
+        ldm.class_embedding(1000, unconditional=True).count == 999
+        and ldm.class_embedding(5, unconditional=False).count == 5
+    )
 
 
 @pytest.mark.parametrize(
@@ -366,17 +565,26 @@ def test_damaged_tables(tmp_path: Path) -> None:
     whole = load_file(file)
     nan = whole["embedding.weight"].clone()
     nan[1, 2] = torch.nan
-    cases = [({}, "holds nothing"), ({"embedding.weight": nan}, "NaN"), ({"embedding.weight": whole["embedding.weight"][0]}, "a table")]
-    cases += [({**whole, "more": torch.zeros(2)}, "alone"), ({"embedding.weight": torch.zeros(1, 24)}, "at least one besides")]
+    cases = [
+        ({}, "holds nothing"),
+        ({"embedding.weight": nan}, "NaN"),
+        ({"embedding.weight": whole["embedding.weight"][0]}, "a table"),
+    ]
+    cases += [
+        ({**whole, "more": torch.zeros(2)}, "alone"),
+        ({"embedding.weight": torch.zeros(1, 24)}, "at least one besides"),
+    ]
     for tensors, message in cases:
         save_file(tensors, file)
         with pytest.raises(UserError, match=message):
             ClassEmbedding.from_folder(tmp_path)
     with pytest.raises(NumericalError, match=r"NaN or infinite in torch\.float16"):
-        ClassEmbedding(torch.full((3, 2), 1e6), ClassEmbeddingConfig()).save(tmp_path, torch.float16)
+        ClassEmbedding(torch.full((3, 2), 1e6), ClassEmbeddingConfig()).save(
+            tmp_path, torch.float16
+        )
 
 
-# ---- text ----------------------------------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
 
 
 def test_a_prompt_is_read_as_bert_reads_it() -> None:
@@ -385,7 +593,9 @@ def test_a_prompt_is_read_as_bert_reads_it() -> None:
     ids = [2, *map(ldm.WORDS.index, ["a", "red", "cat", ",", "dog", "##s"]), 3]
     expected = [ids + [0] * (77 - len(ids)), [2, 3] + [0] * 75]
     with torch.no_grad():
-        assert torch.equal(tokens, torch.cat([bert.encoder.model(torch.tensor([row])) for row in expected]))
+        assert torch.equal(
+            tokens, torch.cat([bert.encoder.model(torch.tensor([row])) for row in expected])
+        )
     assert torch.equal(bert([""]).tokens, tokens[1:]) and tokens.shape == (2, 77, 24)
 
 
@@ -401,7 +611,9 @@ def test_prompts_that_do_not_fit_are_not_cut() -> None:
 
 def test_damaged_folders_of_text(tmp_path: Path) -> None:
     ldm.bert_text().save(tmp_path)
-    weights, config, vocabulary = (tmp_path / p for p in ("bert/model.safetensors", "bert/config.json", "tokenizer/vocab.txt"))
+    weights, config, vocabulary = (
+        tmp_path / p for p in ("bert/model.safetensors", "bert/config.json", "tokenizer/vocab.txt")
+    )
     whole, values = load_file(weights), json.loads(config.read_text())
 
     def refused(message: str) -> None:
@@ -412,8 +624,14 @@ def test_damaged_folders_of_text(tmp_path: Path) -> None:
         config.write_text(json.dumps(values))
 
     key = "model.layers.1.self_attn.q_proj.weight"
-    save_file({k: v for k, v in whole.items() if k != key} | {"model.odd": torch.zeros(2), "to_logits.bias": torch.zeros(3)}, weights)
-    refused(f"1 missing \\({key}\\); 1 not expected \\(model.odd\\); 1 of another shape \\(to_logits.bias ")
+    save_file(
+        {k: v for k, v in whole.items() if k != key}
+        | {"model.odd": torch.zeros(2), "to_logits.bias": torch.zeros(3)},
+        weights,
+    )
+    refused(
+        f"1 missing \\({key}\\); 1 not expected \\(model.odd\\); 1 of another shape \\(to_logits.bias "
+    )
     save_file({**whole, key: torch.full_like(whole[key], torch.inf)}, weights)
     refused(f"{key} has NaN or infinite numbers")
     weights.unlink()
@@ -430,7 +648,8 @@ def test_damaged_folders_of_text(tmp_path: Path) -> None:
         config.write_text(json.dumps(values | change))
         refused(message)
     (tmp_path / "tokenizer" / "tokenizer.json").unlink()
-    assert BertText.from_folder(tmp_path)(["a cat"]).tokens.shape == (1, 77, 24)  # vocab.txt alone does
+    # vocab.txt alone does
+    assert BertText.from_folder(tmp_path)(["a cat"]).tokens.shape == (1, 77, 24)
     vocabulary.write_text("\n".join([*ldm.WORDS, "more"]))
     refused(r"tokenizer has \d+ tokens, text transformer \d+: use parts of one model")
     vocabulary.unlink()
@@ -448,4 +667,6 @@ def test_positions_and_precision() -> None:
     broken = LDMBert(bert.encoder.model.config).eval()
     broken.to_logits.weight.data.fill_(1e6)
     with pytest.raises(NumericalError, match=r"to_logits\.weight of bert is NaN or infinite"):
-        type(bert.encoder)(bert.encoder.tokenizer, broken).save(Path("tokenizer"), Path("bert"), torch.float16)
+        type(bert.encoder)(bert.encoder.tokenizer, broken).save(
+            Path("tokenizer"), Path("bert"), torch.float16
+        )

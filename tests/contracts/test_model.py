@@ -1,7 +1,9 @@
-"""The face of the library: every parameter of `generate`, the four acts beside it, saving and loading, names, and numbers that are not finite.
+"""The face of the library: every parameter of `generate`, the four acts beside it, saving and
+loading, names, and numbers that are not finite.
 
-All on whole models with small random weights (`_tiny.py`). Two runs of the same arithmetic are compared bit for bit. The same image in
-batches of different sizes is compared to rounding, because convolutions and matrix products choose their algorithm by the batch.
+All on whole models with small random weights (`_tiny.py`). Two runs of the same arithmetic are
+compared bit for bit. The same image in batches of different sizes is compared to rounding, because
+convolutions and matrix products choose their algorithm by the batch.
 """
 
 import errno
@@ -42,7 +44,11 @@ from sfumato.types import Query
 
 TINY = runpy.run_path(str(Path(__file__).with_name("_tiny.py")))
 build, CLASSES, LATENT = TINY["build"], TINY["CLASSES"], TINY["LATENT"]
-KINDS = {"flow-grey-classes": ("flow", 1, CLASSES), "eps-colour-classes": ("eps", 3, CLASSES), "flow-colour": ("flow", 3, ())}
+KINDS = {
+    "flow-grey-classes": ("flow", 1, CLASSES),
+    "eps-colour-classes": ("eps", 3, CLASSES),
+    "flow-colour": ("flow", 3, ()),
+}
 KINDS |= {"eps-grey": ("eps", 1, ()), "v-grey-classes": ("v", 1, CLASSES)}
 UNET = Path("unet", folders.WEIGHTS)
 
@@ -69,7 +75,9 @@ def latents(model: LatentDiffusion, *arguments: Any, **options: Any) -> Tensor:
 
 
 def near(a: Tensor, b: Tensor) -> bool:
-    """Equal but for the rounding of other batch sizes; eps near t = 1 multiplies it by sigma / alpha, so it is relative."""
+    """Equal but for the rounding of other batch sizes; eps near t = 1 multiplies it by sigma /
+    alpha, so it is relative.
+    """
     return bool((a - b).abs().max() <= 2e-5 * max(1.0, float(b.abs().max())))
 
 
@@ -77,18 +85,22 @@ def near(a: Tensor, b: Tensor) -> bool:
 def watched(model: LatentDiffusion) -> Iterator[list[int]]:
     """The batch sizes of the network's calls."""
     calls: list[int] = []
-    handle = model.denoiser.network.register_forward_hook(lambda module, given, found: calls.append(len(found)))
+    handle = model.denoiser.network.register_forward_hook(
+        lambda module, given, found: calls.append(len(found))
+    )
     try:
         yield calls
     finally:
         handle.remove()
 
 
-# ---- what comes out -------------------------------------------------------------------------------------------------------
+# ---- what comes out ------------------------------------------------------------------------------
 
 
 def test_conditions_asked_together_again_are_joined_again_only_if_they_are_the_same() -> None:
-    """A run's joined condition is remembered in inference; another second condition, a third, or fewer must not get it."""
+    """A run's joined condition is remembered in inference; another second condition, a third, or
+    fewer must not get it.
+    """
     denoiser = build().denoiser
     conditions = [build().conditioner([name]) for name in CLASSES]
     x = torch.randn(1, *LATENT, generator=torch.Generator().manual_seed(0))
@@ -96,8 +108,12 @@ def test_conditions_asked_together_again_are_joined_again_only_if_they_are_the_s
     with torch.inference_mode():
         for order in ([0, 1], [0, 1], [0, 2], [0, 1, 2], [0], [0, 1], [1, 0], [0, 0]):
             found = answer([Query(denoiser, x, 0.5, conditions[k]) for k in order])
-            assert all(torch.equal(p.x0, alone[k].x0) and torch.equal(p.eps, alone[k].eps) for p, k in zip(found, order, strict=True))
-    found = answer([Query(denoiser, x.requires_grad_(), 0.5, conditions[k]) for k in (0, 1)])  # what inference remembers has no gradient
+            assert all(
+                torch.equal(p.x0, alone[k].x0) and torch.equal(p.eps, alone[k].eps)
+                for p, k in zip(found, order, strict=True)
+            )
+    # what inference remembers has no gradient
+    found = answer([Query(denoiser, x.requires_grad_(), 0.5, conditions[k]) for k in (0, 1)])
     found[1].x0.sum().backward()
     assert x.grad is not None
 
@@ -115,7 +131,9 @@ def test_a_denoiser_follows_its_network_to_another_dtype() -> None:
 
 
 def test_outputs_are_one_picture_in_three_forms(each: LatentDiffusion) -> None:
-    pictures, tensor, z = (each.generate(n=3, seed=5, output=kind) for kind in ("pil", "tensor", "latent"))
+    pictures, tensor, z = (
+        each.generate(n=3, seed=5, output=kind) for kind in ("pil", "tensor", "latent")
+    )
     channels = each.autoencoder.channels
     assert [(p.size, p.mode) for p in pictures] == [((16, 16), "L" if channels == 1 else "RGB")] * 3
     assert tensor.shape == (3, 3, 16, 16) and tensor.dtype == torch.float32
@@ -125,21 +143,37 @@ def test_outputs_are_one_picture_in_three_forms(each: LatentDiffusion) -> None:
     assert torch.equal(tensor[:, :channels] * 2 - 1, ((whole(each.autoencoder, z) + 1) / 2) * 2 - 1)
     for picture, again, pixels in zip(pictures, each.decode(z), tensor, strict=True):
         assert np.array_equal(picture, again)
-        assert np.abs(np.asarray(picture, float) - (pixels[:channels].permute(1, 2, 0).squeeze(-1) * 255).numpy()).max() <= 0.501
+        assert (
+            np.abs(
+                np.asarray(picture, float)
+                - (pixels[:channels].permute(1, 2, 0).squeeze(-1) * 255).numpy()
+            ).max()
+            <= 0.501
+        )
 
 
 def test_results_can_be_trained_on(model: LatentDiffusion) -> None:
-    """Tensors of torch's inference mode cannot be saved for a gradient; what the model hands out can."""
+    """Tensors of torch's inference mode cannot be saved for a gradient; what the model hands out
+    can.
+    """
     z = model.compress(torch.zeros(1, 1, 16, 16))
     found = model.predict(z, 0.5, "bag")
-    results = [z, found.x0, found.eps, model.generate(output="tensor"), latents(model), whole(model.autoencoder, z), model.diffuse(z, 0.5)]
+    results = [
+        z,
+        found.x0,
+        found.eps,
+        model.generate(output="tensor"),
+        latents(model),
+        whole(model.autoencoder, z),
+        model.diffuse(z, 0.5),
+    ]
     results[3].mul_(2)  # its channels do not share memory either
     weight = torch.ones(1, requires_grad=True)
     sum((weight * r).sum() for r in results).backward()
     assert weight.grad is not None and torch.isfinite(weight.grad)
 
 
-# ---- prompt, n, seed ------------------------------------------------------------------------------------------------------
+# ---- prompt, n, seed -----------------------------------------------------------------------------
 
 
 def test_prompt_matters_and_nothing_means_unconditional(model: LatentDiffusion) -> None:
@@ -178,14 +212,20 @@ def test_n_must_be_positive(model: LatentDiffusion, n: int) -> None:
 @pytest.mark.invariance
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 16])
-def test_an_image_of_a_batch_is_that_of_its_own_seed(model: LatentDiffusion, count: int, sampler: str) -> None:
-    """Its noise is the same to the bit; the arithmetic, which depends on the size of the batch, to rounding."""
+def test_an_image_of_a_batch_is_that_of_its_own_seed(
+    model: LatentDiffusion, count: int, sampler: str
+) -> None:
+    """Its noise is the same to the bit; the arithmetic, which depends on the size of the batch, to
+    rounding.
+    """
     together = latents(model, "bag", n=count, seed=100, sampler=sampler)
     for k in {0, count // 2, count - 1}:
         alone = latents(model, "bag", seed=100 + k, sampler=sampler)
         assert near(alone[0], together[k])
         assert count > 1 or torch.equal(alone, together)
-    assert torch.equal(SeededNoise(LATENT, range(100, 100 + count))()[-1:], SeededNoise(LATENT, [99 + count])())
+    assert torch.equal(
+        SeededNoise(LATENT, range(100, 100 + count))()[-1:], SeededNoise(LATENT, [99 + count])()
+    )
     assert torch.equal(together, latents(model, "bag", n=count, seed=100, sampler=sampler))
 
 
@@ -203,7 +243,7 @@ def test_seeds_differ_and_end_where_torch_ends(model: LatentDiffusion) -> None:
             model.compress(torch.zeros(2, 1, 16, 16), seed=seed)
 
 
-# ---- steps, sampler, guidance ---------------------------------------------------------------------------------------------
+# ---- steps, sampler, guidance --------------------------------------------------------------------
 
 
 def test_steps_are_network_calls(each: LatentDiffusion) -> None:
@@ -236,11 +276,18 @@ def test_samplers(each: LatentDiffusion) -> None:
 
 def test_guidance_is_the_line_through_two_predictions(model: LatentDiffusion) -> None:
     """One step ends at the guided x0, which is reference + w (conditional - reference)."""
-    free, bag, boot = (model.predict(SeededNoise(LATENT, [7])(), 1.0, prompt).x0 for prompt in (None, "bag", "ankle boot"))
+    free, bag, boot = (
+        model.predict(SeededNoise(LATENT, [7])(), 1.0, prompt).x0
+        for prompt in (None, "bag", "ankle boot")
+    )
     for weight in (0.0, 0.5, 1.0, 3.0):
-        assert near(latents(model, "bag", steps=1, guidance=weight, seed=7), free + weight * (bag - free))
+        assert near(
+            latents(model, "bag", steps=1, guidance=weight, seed=7), free + weight * (bag - free)
+        )
         if weight != 1:  # there is no moving away then, and a negative prompt is refused
-            found = latents(model, "bag", steps=1, guidance=weight, seed=7, negative_prompt="ankle boot")
+            found = latents(
+                model, "bag", steps=1, guidance=weight, seed=7, negative_prompt="ankle boot"
+            )
             assert near(found, boot + weight * (bag - boot))
 
 
@@ -256,7 +303,9 @@ def test_guidance_costs_a_second_pass_only_where_it_acts(model: LatentDiffusion)
         assert calls == [size], options
     off = latents(model, "bag", guidance=1.0)
     assert torch.equal(off, latents(model, "bag", guidance=5.0, negative_prompt="bag"))
-    assert torch.equal(latents(model, guidance=1.0), latents(model, guidance=5.0)), "nothing guides an unconditional draw"
+    assert torch.equal(latents(model, guidance=1.0), latents(model, guidance=5.0)), (
+        "nothing guides an unconditional draw"
+    )
     assert not near(off, latents(model, "bag", guidance=5.0))
     assert not near(latents(model, "bag"), latents(model, "bag", negative_prompt="ankle boot"))
     assert torch.equal(latents(model, "bag"), latents(model, "bag", negative_prompt=None))
@@ -264,11 +313,13 @@ def test_guidance_costs_a_second_pass_only_where_it_acts(model: LatentDiffusion)
 
 @pytest.mark.parametrize("guidance", [float("nan"), float("inf"), -0.5])
 def test_guidance_must_be_a_number(model: LatentDiffusion, guidance: float) -> None:
-    with pytest.raises(UserError, match=f"guidance={guidance}: expected a number of at least 0; 1 is off"):
+    with pytest.raises(
+        UserError, match=f"guidance={guidance}: expected a number of at least 0; 1 is off"
+    ):
         model.generate(guidance=guidance)
 
 
-# ---- height, width, timesteps, noise --------------------------------------------------------------------------------------
+# ---- height, width, timesteps, noise -------------------------------------------------------------
 
 
 def test_sizes(each: LatentDiffusion) -> None:
@@ -280,13 +331,17 @@ def test_sizes(each: LatentDiffusion) -> None:
 
 @pytest.mark.parametrize("size", [{"width": 0}, {"height": 0}, {"width": -16}])
 def test_sizes_that_are_not_possible(model: LatentDiffusion, size: dict[str, int]) -> None:
-    with pytest.raises(UserError, match=r"height=-?\d+, width=-?\d+: expected whole numbers of pixels, at least 1"):
+    with pytest.raises(
+        UserError, match=r"height=-?\d+, width=-?\d+: expected whole numbers of pixels, at least 1"
+    ):
         model.generate(**size)
 
 
 def test_any_size_is_cut_from_the_next_that_the_latent_covers(each: LatentDiffusion) -> None:
     whole = each.generate(height=16, width=18, steps=2, output="tensor")
-    assert torch.equal(each.generate(height=15, width=17, steps=2, output="tensor"), whole[:, :, :15, :17])
+    assert torch.equal(
+        each.generate(height=15, width=17, steps=2, output="tensor"), whole[:, :, :15, :17]
+    )
     assert each.generate(height=15, width=17, steps=1)[0].size == (17, 15)
     assert each.generate(height=1, width=1, steps=1)[0].size == (1, 1)
     image = whole[:, : each.autoencoder.channels].mul(2).sub(1)
@@ -303,8 +358,12 @@ def test_ways_to_decode(model: LatentDiffusion) -> None:
         model.generate("bag", decoding="hole")
 
 
-def test_half_precision_that_overflows_is_decoded_again(model: LatentDiffusion, caplog: pytest.LogCaptureFixture) -> None:
-    """As SDXL's autoencoder does in float16: black pictures elsewhere (diffusers 4325), here that stage alone in float32."""
+def test_half_precision_that_overflows_is_decoded_again(
+    model: LatentDiffusion, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As SDXL's autoencoder does in float16: black pictures elsewhere (diffusers 4325), here that
+    stage alone in float32.
+    """
     wide = build(seed=1)
     with torch.no_grad():  # activations above 65504, where float16 ends, from weights below it
         weight = wide.autoencoder.decoder.conv_in.weight
@@ -328,14 +387,29 @@ def test_timesteps_are_what_steps_stand_for(each: LatentDiffusion, sampler: str)
     expected = latents(each, steps=4, sampler=sampler)
     for given in (times, tuple(times), torch.tensor(times, dtype=torch.float64).tolist()):
         assert torch.equal(expected, latents(each, timesteps=given, sampler=sampler, steps=99))
-    assert not torch.equal(expected, latents(each, timesteps=[1.0, 0.6, 0.5, 0.25, 0.0], sampler=sampler))
+    assert not torch.equal(
+        expected, latents(each, timesteps=[1.0, 0.6, 0.5, 0.25, 0.0], sampler=sampler)
+    )
 
 
 @pytest.mark.parametrize(
-    "times", [[], [1.0], [0.0], [1.0, 1.0, 0.0], [0.5, 0.7, 0.0], [1.5, 0.0], [1.0, -0.1], [float("nan"), 0.0], [1.0, float("nan"), 0.0]]
+    "times",
+    [
+        [],
+        [1.0],
+        [0.0],
+        [1.0, 1.0, 0.0],
+        [0.5, 0.7, 0.0],
+        [1.5, 0.0],
+        [1.0, -0.1],
+        [float("nan"), 0.0],
+        [1.0, float("nan"), 0.0],
+    ],
 )
 def test_timesteps_that_do_not_fall(model: LatentDiffusion, times: list[float]) -> None:
-    with pytest.raises(UserError, match="expected at least two numbers in \\[0, 1\\] that fall strictly"):
+    with pytest.raises(
+        UserError, match="expected at least two numbers in \\[0, 1\\] that fall strictly"
+    ):
         model.generate(timesteps=times)
 
 
@@ -349,47 +423,77 @@ def test_a_run_that_starts_late_is_scaled_to_its_time(each: LatentDiffusion) -> 
     seen: list[Step] = []
     latents(each, timesteps=[0.5, 0.0], seed=2, on_step=seen.append)
     alpha, sigma = each.denoiser.process.schedule.at(0.5)
-    assert near(seen[0].x, float(torch.hypot(alpha, sigma)) * SeededNoise(LATENT, [2])()), "the variance of x_t of standardised latents"
+    assert near(seen[0].x, float(torch.hypot(alpha, sigma)) * SeededNoise(LATENT, [2])()), (
+        "the variance of x_t of standardised latents"
+    )
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_a_run_visits_the_models_own_table(model: LatentDiffusion, spacing: str) -> None:
-    """A table of 40 times: every spacing visits grid times of that table, and more steps than it has are refused."""
+    """A table of 40 times: every spacing visits grid times of that table, and more steps than it
+    has are refused.
+    """
     process = Process(schedule("linear", steps=40), parameterization("v"))
-    short = replace(model, denoiser=Denoiser(model.denoiser.network, process), defaults=replace(model.defaults, spacing=spacing))
+    short = replace(
+        model,
+        denoiser=Denoiser(model.denoiser.network, process),
+        defaults=replace(model.defaults, spacing=spacing),
+    )
     times = torch.tensor(short.times(8), dtype=torch.float64)
-    if spacing in ("trailing", "uniform", "leading", "linspace", "lcm"):  # the others place their times between the grid's
+    # the others place their times between the grid's
+    if spacing in ("trailing", "uniform", "leading", "linspace", "lcm"):
         assert torch.allclose(times * 40, (times * 40).round()) and float(times[0]) >= 36 / 40
     assert process.schedule.timestep(times).min() >= 0
     assert len(short.times(40)) == 41
-    with pytest.raises(UserError, match="steps=41: the model's noise table has 40 times, expected at most as many steps"):
+    with pytest.raises(
+        UserError,
+        match="steps=41: the model's noise table has 40 times, expected at most as many steps",
+    ):
         short.generate(steps=41)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_noise_that_is_the_seeds_own_changes_nothing(each: LatentDiffusion, sampler: str) -> None:
     own = SeededNoise(LATENT, [4, 5])()
-    assert torch.equal(latents(each, n=2, seed=4, sampler=sampler), latents(each, n=2, seed=4, sampler=sampler, noise=own))
-    assert torch.equal(own, SeededNoise(LATENT, [4, 5])()), "what the caller gave is left alone"
-    assert not near(latents(each, n=2, seed=4, sampler=sampler), latents(each, n=2, seed=4, sampler=sampler, noise=own.flip(0)))
     assert torch.equal(
-        latents(each, n=2, seed=4, sampler=sampler, noise=own), latents(each, n=2, seed=4, sampler=sampler, noise=own.double())
+        latents(each, n=2, seed=4, sampler=sampler),
+        latents(each, n=2, seed=4, sampler=sampler, noise=own),
+    )
+    assert torch.equal(own, SeededNoise(LATENT, [4, 5])()), "what the caller gave is left alone"
+    assert not near(
+        latents(each, n=2, seed=4, sampler=sampler),
+        latents(each, n=2, seed=4, sampler=sampler, noise=own.flip(0)),
+    )
+    assert torch.equal(
+        latents(each, n=2, seed=4, sampler=sampler, noise=own),
+        latents(each, n=2, seed=4, sampler=sampler, noise=own.double()),
     )
 
 
 def test_noise_of_another_shape_or_with_nan(model: LatentDiffusion) -> None:
-    for noise in (torch.zeros(2, *LATENT), torch.zeros(1, 2, 8, 9), torch.full((1, *LATENT), float("nan"))):
-        with pytest.raises(UserError, match=r"noise of shape .* expected finite numbers of shape \(1, 2, 8, 8\)"):
+    for noise in (
+        torch.zeros(2, *LATENT),
+        torch.zeros(1, 2, 8, 9),
+        torch.full((1, *LATENT), float("nan")),
+    ):
+        with pytest.raises(
+            UserError, match=r"noise of shape .* expected finite numbers of shape \(1, 2, 8, 8\)"
+        ):
             model.generate(noise=noise)
 
 
-# ---- watching and cancelling ----------------------------------------------------------------------------------------------
+# ---- watching and cancelling ---------------------------------------------------------------------
 
 
 def test_on_step_sees_the_run(each: LatentDiffusion) -> None:
     seen: list[Step] = []
     z = latents(each, n=2, steps=4, on_step=seen.append)
-    assert [(s.index, s.count, s.t) for s in seen] == [(0, 4, 1.0), (1, 4, 0.75), (2, 4, 0.5), (3, 4, 0.25)]
+    assert [(s.index, s.count, s.t) for s in seen] == [
+        (0, 4, 1.0),
+        (1, 4, 0.75),
+        (2, 4, 0.5),
+        (3, 4, 0.25),
+    ]
     assert all(s.x.shape == s.prediction.x0.shape == (2, *LATENT) for s in seen)
     assert torch.equal(z, seen[-1].prediction.x0), "the last step of DDIM goes to x0"
     schedule = each.denoiser.process.schedule
@@ -432,7 +536,7 @@ def test_an_error_of_the_watcher_is_its_own(model: LatentDiffusion) -> None:
         model.generate(on_step=on_step)
 
 
-# ---- the acts one by one --------------------------------------------------------------------------------------------------
+# ---- the acts one by one -------------------------------------------------------------------------
 
 
 def test_compress_takes_pictures_lists_and_tensors(each: LatentDiffusion) -> None:
@@ -440,13 +544,18 @@ def test_compress_takes_pictures_lists_and_tensors(each: LatentDiffusion) -> Non
     pixels = to_tensor(pictures)
     z = each.compress(pixels)
     assert z.shape == (3, *LATENT) and z.dtype == torch.float32
-    assert torch.equal(z, each.compress(pictures)) and torch.equal(z, each.compress(tuple(pictures)))
+    assert torch.equal(z, each.compress(pictures)) and torch.equal(
+        z, each.compress(tuple(pictures))
+    )
     assert near(each.compress(pictures[1]), z[1:2])
     assert [p.size for p in each.decode(z)] == [(16, 16)] * 3
     posterior = each.autoencoder.posterior(pixels)
     assert near(z, each.autoencoder.space.standardise(posterior.mean))
     drawn = each.compress(pixels, seed=3)
-    assert near(drawn, each.autoencoder.space.standardise(posterior.sample(SeededNoise(LATENT, [3, 4, 5])())))
+    assert near(
+        drawn,
+        each.autoencoder.space.standardise(posterior.sample(SeededNoise(LATENT, [3, 4, 5])())),
+    )
     assert near(each.compress(pixels[2:], seed=5), drawn[2:])
 
 
@@ -456,10 +565,14 @@ def test_compress_turns_colour_to_grey_and_back(models: dict[str, LatentDiffusio
     random = torch.Generator().manual_seed(0)
     picture = to_pil(torch.rand(1, 3, 16, 16, generator=random) * 2 - 1)[0]
     exact = to_tensor(picture.convert("L"))
-    luma = (to_tensor(picture) * torch.tensor([0.299, 0.587, 0.114]).reshape(1, 3, 1, 1)).sum(1, keepdim=True)
+    luma = (to_tensor(picture) * torch.tensor([0.299, 0.587, 0.114]).reshape(1, 3, 1, 1)).sum(
+        1, keepdim=True
+    )
     assert (luma - exact).abs().max() <= 1.01 / 255
     assert near(grey.compress(picture), grey.compress(luma))
-    assert torch.equal(colour.compress(picture.convert("L")), colour.compress(exact.expand(-1, 3, -1, -1)))
+    assert torch.equal(
+        colour.compress(picture.convert("L")), colour.compress(exact.expand(-1, 3, -1, -1))
+    )
 
 
 @pytest.mark.parametrize(
@@ -481,7 +594,11 @@ def test_diffuse_has_two_ends(each: LatentDiffusion) -> None:
     eps = SeededNoise(LATENT, [4, 5])()
     assert torch.equal(each.diffuse(z, 0.0, seed=4), z)
     noise = each.diffuse(z, 1.0, seed=4)
-    assert torch.equal(noise, eps) if getattr(each.denoiser.process.schedule, "kind", "") == "flow" else (noise - eps).abs().max() < 0.3
+    assert (
+        torch.equal(noise, eps)
+        if getattr(each.denoiser.process.schedule, "kind", "") == "flow"
+        else (noise - eps).abs().max() < 0.3
+    )
     alpha, sigma = (float(v) for v in each.denoiser.process.schedule.at(0.3))
     assert near(each.diffuse(z, 0.3, seed=4), alpha * z + sigma * eps)
     assert near(each.diffuse(z[1:], 0.3, seed=5), each.diffuse(z, 0.3, seed=4)[1:])
@@ -505,7 +622,9 @@ def test_predict_is_the_denoiser(each: LatentDiffusion) -> None:
     expected = each.denoiser(x, 0.6, each.conditioner(prompts))
     assert torch.equal(found.x0, expected.x0) and torch.equal(found.eps, expected.eps)
     assert torch.equal(each.predict(x, 0.6, each.conditioner(prompts)).x0, expected.x0)
-    assert torch.equal(each.predict(x, 0.6, prompts[0]).x0, each.predict(x, 0.6, [prompts[0]] * 2).x0)
+    assert torch.equal(
+        each.predict(x, 0.6, prompts[0]).x0, each.predict(x, 0.6, [prompts[0]] * 2).x0
+    )
     alpha, sigma = (float(v) for v in each.denoiser.process.schedule.at(0.6))
     assert near(alpha * found.x0 + sigma * found.eps, x)
 
@@ -516,18 +635,30 @@ def test_the_acts_by_hand_are_generate(model: LatentDiffusion) -> None:
         found = model.predict(x, t, "bag")
         x = (1 - s) * found.x0 + s * found.eps
     assert near(x, latents(model, "bag", steps=2, guidance=1.0, seed=9))
-    assert np.abs(np.asarray(model.decode(x)[0], int) - np.asarray(model.generate("bag", steps=2, guidance=1.0, seed=9)[0], int)).max() <= 1
+    assert (
+        np.abs(
+            np.asarray(model.decode(x)[0], int)
+            - np.asarray(model.generate("bag", steps=2, guidance=1.0, seed=9)[0], int)
+        ).max()
+        <= 1
+    )
 
 
 def test_latents_of_another_space(model: LatentDiffusion) -> None:
     wrong = torch.zeros(1, 3, 8, 8)
-    acts: list[Callable[[], object]] = [lambda: model.decode(wrong), lambda: model.predict(wrong, 0.5), lambda: model.diffuse(wrong, 0.5)]
+    acts: list[Callable[[], object]] = [
+        lambda: model.decode(wrong),
+        lambda: model.predict(wrong, 0.5),
+        lambda: model.diffuse(wrong, 0.5),
+    ]
     for act in acts:
-        with pytest.raises(UserError, match=r"latent is .* \(1, 3, 8, 8\): expected .* \(B, 2, h, w\)"):
+        with pytest.raises(
+            UserError, match=r"latent is .* \(1, 3, 8, 8\): expected .* \(B, 2, h, w\)"
+        ):
             act()
 
 
-# ---- one model, its parts and its hash ------------------------------------------------------------------------------------
+# ---- one model, its parts and its hash -----------------------------------------------------------
 
 
 def with_weight(model: LatentDiffusion, part: str) -> LatentDiffusion:
@@ -539,16 +670,32 @@ def with_weight(model: LatentDiffusion, part: str) -> LatentDiffusion:
     return other
 
 
-def test_the_hash_is_of_what_decides_an_image(model: LatentDiffusion, models: dict[str, LatentDiffusion]) -> None:
+def test_the_hash_is_of_what_decides_an_image(
+    model: LatentDiffusion, models: dict[str, LatentDiffusion]
+) -> None:
     assert len(model.hash) == 64 and model.hash == build().hash == model.to("cpu").hash
-    assert replace(model, name="other").hash == replace(model, defaults=Defaults(steps=7)).hash == model.hash
+    assert (
+        replace(model, name="other").hash
+        == replace(model, defaults=Defaults(steps=7)).hash
+        == model.hash
+    )
     model.generate("bag")
     assert build().hash == model.hash, "running changes nothing"
     statistics = model.to("cpu")
     statistics.autoencoder.set_statistics((0.1, -0.2), (0.5, 0.71))  # pyright: ignore
-    process = replace(model, denoiser=replace(model.denoiser, process=models["eps-colour-classes"].denoiser.process))
+    process = replace(
+        model,
+        denoiser=replace(model.denoiser, process=models["eps-colour-classes"].denoiser.process),
+    )
     names = replace(model, conditioner=ClassNames(("bag", "ankle boot", "t-shirt/top")))
-    others = [with_weight(model, "autoencoder"), with_weight(model, "denoiser"), statistics, process, names, build(seed=1)]
+    others = [
+        with_weight(model, "autoencoder"),
+        with_weight(model, "denoiser"),
+        statistics,
+        process,
+        names,
+        build(seed=1),
+    ]
     assert len({m.hash for m in (model, *others)}) == 7
 
 
@@ -560,12 +707,36 @@ def test_a_model_cannot_be_changed_in_place(model: LatentDiffusion) -> None:
 
 
 def test_defaults_are_those_of_the_model(model: LatentDiffusion) -> None:
-    chosen = {"n": 1, "steps": 3, "sampler": "ddim", "guidance": 2.0, "height": 16, "width": 16, "spacing": "trailing"}
+    chosen = {
+        "n": 1,
+        "steps": 3,
+        "sampler": "ddim",
+        "guidance": 2.0,
+        "height": 16,
+        "width": 16,
+        "spacing": "trailing",
+    }
     assert model.settings() == chosen
-    other = replace(model, defaults=Defaults(steps=2, sampler="ddpm", guidance=1.0, spacing="linspace"))
-    assert other.settings() == {**chosen, "steps": 2, "sampler": "ddpm", "guidance": 1.0, "spacing": "linspace"}
-    assert torch.equal(latents(other, "bag"), latents(model, "bag", sampler="ddpm", guidance=1.0, timesteps=other.times(2)))
-    tuned = replace(model, defaults=Defaults(steps=2, tuned={"ddim": [[1.0, 0.4, 0.0]], "heun": [[1.0, 0.8, 0.5, 0.0]]}))
+    other = replace(
+        model, defaults=Defaults(steps=2, sampler="ddpm", guidance=1.0, spacing="linspace")
+    )
+    assert other.settings() == {
+        **chosen,
+        "steps": 2,
+        "sampler": "ddpm",
+        "guidance": 1.0,
+        "spacing": "linspace",
+    }
+    assert torch.equal(
+        latents(other, "bag"),
+        latents(model, "bag", sampler="ddpm", guidance=1.0, timesteps=other.times(2)),
+    )
+    tuned = replace(
+        model,
+        defaults=Defaults(
+            steps=2, tuned={"ddim": [[1.0, 0.4, 0.0]], "heun": [[1.0, 0.8, 0.5, 0.0]]}
+        ),
+    )
     assert tuned.times() == [1.0, 0.4, 0.0] and tuned.settings()["spacing"] == "tuned"
     assert (
         tuned.times(3) == model.times(3)
@@ -574,17 +745,24 @@ def test_defaults_are_those_of_the_model(model: LatentDiffusion) -> None:
     )
     assert torch.equal(latents(tuned, "bag"), latents(tuned, "bag", timesteps=[1.0, 0.4, 0.0]))
     assert not torch.equal(latents(tuned, "bag"), latents(tuned, "bag", spacing="trailing"))
-    with pytest.raises(UserError, match="'tuned' for ddim in 4 steps: this model has tuned times for ddim in 2 steps, heun in 3 steps"):
+    with pytest.raises(
+        UserError,
+        match="'tuned' for ddim in 4 steps: this model has tuned times for ddim in 2 steps, heun in 3 steps",
+    ):
         tuned.times(4, spacing="tuned")
     with pytest.raises(UserError, match="fall strictly"):
         Defaults(tuned={"ddim": [[0.4, 1.0]]})
-    with pytest.raises(UserError, match="unknown timestep spacing 'trailin': did you mean 'trailing'"):
+    with pytest.raises(
+        UserError, match="unknown timestep spacing 'trailin': did you mean 'trailing'"
+    ):
         Defaults(spacing="trailin")
 
 
 def test_describe_counts(model: LatentDiffusion) -> None:
     facts = model.describe()
-    assert facts["parts"]["denoiser"]["parameters"] == sum(p.numel() for p in model.denoiser.network.parameters())
+    assert facts["parts"]["denoiser"]["parameters"] == sum(
+        p.numel() for p in model.denoiser.network.parameters()
+    )
     assert facts["latent"] == {"channels": 2, "factor": 2, "mean": [0.1, -0.2], "std": [0.5, 0.7]}
     assert facts["process"] == {"schedule": "flow", "parameterization": "flow"}
     assert facts["class_names"] == list(CLASSES) and facts["hash"] == model.hash
@@ -602,24 +780,37 @@ def test_devices(model: LatentDiffusion, tmp_path: Path) -> None:
         sfumato.load(tmp_path / "m", device="toaster")
 
 
-# ---- saving and loading ---------------------------------------------------------------------------------------------------
+# ---- saving and loading --------------------------------------------------------------------------
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
-def test_a_loaded_model_makes_the_same_images_bit_for_bit(each: LatentDiffusion, tmp_path: Path) -> None:
+def test_a_loaded_model_makes_the_same_images_bit_for_bit(
+    each: LatentDiffusion, tmp_path: Path
+) -> None:
     each.save(tmp_path / "m")
     loaded = sfumato.load(tmp_path / "m")
     prompt = "bag" if each.class_names else None
-    assert torch.equal(loaded.generate(prompt, n=3, seed=8, output="tensor"), each.generate(prompt, n=3, seed=8, output="tensor"))
+    assert torch.equal(
+        loaded.generate(prompt, n=3, seed=8, output="tensor"),
+        each.generate(prompt, n=3, seed=8, output="tensor"),
+    )
     assert loaded.hash == each.hash
-    assert (loaded.name, loaded.defaults, loaded.class_names) == (each.name, each.defaults, each.class_names)
+    assert (loaded.name, loaded.defaults, loaded.class_names) == (
+        each.name,
+        each.defaults,
+        each.class_names,
+    )
     pixels = torch.rand(1, each.autoencoder.channels, 16, 16) * 2 - 1
     assert torch.equal(loaded.compress(pixels), each.compress(pixels))
     loaded.save(tmp_path / "n")
-    assert contents(tmp_path / "m") == contents(tmp_path / "n"), "saving what was loaded gives the same files"
+    assert contents(tmp_path / "m") == contents(tmp_path / "n"), (
+        "saving what was loaded gives the same files"
+    )
 
 
 def test_a_model_in_one_file_is_the_same_model(each: LatentDiffusion, tmp_path: Path) -> None:
@@ -635,7 +826,9 @@ def test_a_model_in_one_file_is_the_same_model(each: LatentDiffusion, tmp_path: 
 def test_half_precision_on_disk_is_rounded_weights(model: LatentDiffusion, tmp_path: Path) -> None:
     model.save(tmp_path / "half", dtype=torch.float16)
     model.save(tmp_path / "full")
-    assert (tmp_path / "half" / UNET).stat().st_size < 0.7 * (tmp_path / "full" / UNET).stat().st_size
+    assert (tmp_path / "half" / UNET).stat().st_size < 0.7 * (
+        tmp_path / "full" / UNET
+    ).stat().st_size
     assert all(v.dtype == torch.float16 for v in read_tensors(tmp_path / "half" / UNET).values())
     rounded = model.to("cpu")
     for module in (rounded.autoencoder, rounded.denoiser.network):
@@ -644,15 +837,21 @@ def test_half_precision_on_disk_is_rounded_weights(model: LatentDiffusion, tmp_p
     loaded = sfumato.load(tmp_path / "half")
     assert loaded.hash == rounded.hash != model.hash
     assert torch.equal(latents(loaded, "bag", n=2), latents(rounded, "bag", n=2))
-    assert next(model.denoiser.network.parameters()).dtype == torch.float32, "the model itself is left as it was"
+    assert next(model.denoiser.network.parameters()).dtype == torch.float32, (
+        "the model itself is left as it was"
+    )
 
 
-def test_weights_that_float16_cannot_hold_are_refused(model: LatentDiffusion, tmp_path: Path) -> None:
+def test_weights_that_float16_cannot_hold_are_refused(
+    model: LatentDiffusion, tmp_path: Path
+) -> None:
     model.save(tmp_path / "m")
     before = contents(tmp_path / "m")
     large = model.to("cpu")
     large.denoiser.network.conv_in.weight.data.view(-1)[0] = 1e5  # pyright: ignore
-    with pytest.raises(NumericalError, match=r"conv_in\.weight is NaN or infinite in float16: nothing was written"):
+    with pytest.raises(
+        NumericalError, match=r"conv_in\.weight is NaN or infinite in float16: nothing was written"
+    ):
         large.save(tmp_path / "m", dtype=torch.float16)
     assert contents(tmp_path / "m") == before
     with pytest.raises(UserError, match=r"dtype torch\.int8"):
@@ -661,20 +860,26 @@ def test_weights_that_float16_cannot_hold_are_refused(model: LatentDiffusion, tm
     assert sfumato.load(tmp_path / "m").hash != model.hash
 
 
-def test_saving_over_a_model_replaces_all_of_it(model: LatentDiffusion, models: dict[str, LatentDiffusion], tmp_path: Path) -> None:
+def test_saving_over_a_model_replaces_all_of_it(
+    model: LatentDiffusion, models: dict[str, LatentDiffusion], tmp_path: Path
+) -> None:
     target = tmp_path / "m"
     models["eps-colour-classes"].save(target)
     loaded = sfumato.load(target)
     model.save(target)
     assert sfumato.load(target).hash == model.hash
-    assert loaded.hash == models["eps-colour-classes"].hash, "the old weights stay readable for who has them"
+    assert loaded.hash == models["eps-colour-classes"].hash, (
+        "the old weights stay readable for who has them"
+    )
     sfumato.load(target).save(target)  # a model onto the folder that it was read from
     assert sfumato.load(target).hash == model.hash
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
 @pytest.mark.parametrize("failing", ["vae", "unet", "model_index.json"])
-def test_a_full_disk_loses_nothing(model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+def test_a_full_disk_loses_nothing(
+    model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
     """The disk fills up in the middle of a file, at each place where files are written."""
     target = tmp_path / "m"
     model.save(target)
@@ -692,7 +897,9 @@ def test_a_full_disk_loses_nothing(model: LatentDiffusion, tmp_path: Path, monke
 
     monkeypatch.setattr(folders, "write_tensors", full(write))
     monkeypatch.setattr("sfumato.saving.write_json", full(write_json))
-    with pytest.raises(UserError, match=r"could not write .*No space left on device; what was there is unchanged"):
+    with pytest.raises(
+        UserError, match=r"could not write .*No space left on device; what was there is unchanged"
+    ):
         build(seed=1).save(target)
     assert contents(target) == before
     assert sfumato.load(target).hash == model.hash
@@ -701,13 +908,17 @@ def test_a_full_disk_loses_nothing(model: LatentDiffusion, tmp_path: Path, monke
     assert [p.name for p in tmp_path.iterdir()] == ["m"], "and leaves nothing behind"
 
 
-def test_saving_does_not_remove_what_is_not_a_model(model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_does_not_remove_what_is_not_a_model(
+    model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     thesis = tmp_path / "documents" / "thesis.txt"
     thesis.parent.mkdir()
     thesis.write_text("years of work")
     monkeypatch.chdir(thesis.parent)
     for target in (thesis.parent, thesis, Path(), Path("../documents")):
-        with pytest.raises(UserError, match="exists and is not a model folder: it is left as it is"):
+        with pytest.raises(
+            UserError, match="exists and is not a model folder: it is left as it is"
+        ):
             model.save(target)
     assert contents(tmp_path) == {"documents/thesis.txt": b"years of work"}
     (tmp_path / "empty").mkdir()
@@ -729,9 +940,11 @@ def test_a_name_that_is_nowhere_lists_what_there_is() -> None:
     assert f"({', '.join(bundled()) or 'none'})" in message
 
 
-# ---- class names ----------------------------------------------------------------------------------------------------------
+# ---- class names ---------------------------------------------------------------------------------
 
-FASHION = ClassNames(("T-shirt/top", "Trouser", "Dress", "Sandal", "Bag", "Ankle boot", "running_shoe"))
+FASHION = ClassNames(
+    ("T-shirt/top", "Trouser", "Dress", "Sandal", "Bag", "Ankle boot", "running_shoe")
+)
 
 
 @pytest.mark.parametrize(
@@ -755,7 +968,13 @@ def test_names_are_found(prompt: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "near_match"), [("ankel boot", "Ankle boot"), ("tousers", "Trouser"), ("tshirt", "T-shirt/top"), ("sandle", "Sandal")]
+    ("prompt", "near_match"),
+    [
+        ("ankel boot", "Ankle boot"),
+        ("tousers", "Trouser"),
+        ("tshirt", "T-shirt/top"),
+        ("sandle", "Sandal"),
+    ],
 )
 def test_near_names_are_offered(prompt: str, near_match: str) -> None:
     with pytest.raises(UserError, match=f"unknown class '{prompt}': did you mean .*'{near_match}'"):
@@ -770,8 +989,12 @@ def test_a_name_that_is_like_none_lists_all() -> None:
 
 def test_whole_names_come_before_parts_and_doubt_is_said() -> None:
     names = ClassNames(("coat/jacket", "jacket", "rain jacket/coat", "Boot", "boot", "bags"))
-    assert [names.label(p) for p in ("jacket", "Jackets", "rain jacket", "Boot", "boot", "bag")] == [1, 1, 2, 3, 4, 5]
-    with pytest.raises(UserError, match="class 'coat' is ambiguous: write 'coat/jacket' or 'rain jacket/coat'"):
+    assert [
+        names.label(p) for p in ("jacket", "Jackets", "rain jacket", "Boot", "boot", "bag")
+    ] == [1, 1, 2, 3, 4, 5]
+    with pytest.raises(
+        UserError, match="class 'coat' is ambiguous: write 'coat/jacket' or 'rain jacket/coat'"
+    ):
         names.label("coat")
     with pytest.raises(UserError, match="class 'BOOT' is ambiguous: write 'Boot' or 'boot'"):
         names.label("BOOT")
@@ -779,7 +1002,11 @@ def test_whole_names_come_before_parts_and_doubt_is_said() -> None:
 
 def test_names_become_rows() -> None:
     rows = FASHION(["Bag", None, "", "top"]).vector
-    assert rows is not None and rows.argmax(1).tolist() == [4, 7, 7, 0] and torch.equal(rows.sum(1), torch.ones(4))
+    assert (
+        rows is not None
+        and rows.argmax(1).tolist() == [4, 7, 7, 0]
+        and torch.equal(rows.sum(1), torch.ones(4))
+    )
     from_data = FASHION.from_labels(torch.tensor([4, -1, 7, 0])).vector
     assert from_data is not None and torch.equal(from_data, rows)
     assert ClassNames.from_config(FASHION.to_config()) == FASHION
@@ -798,12 +1025,14 @@ def test_prompts_to_models_that_have_none(models: dict[str, LatentDiffusion]) ->
     assert Nothing.from_config(Nothing().to_config()) == Nothing()
 
 
-# ---- numbers that are not finite ------------------------------------------------------------------------------------------
+# ---- numbers that are not finite -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("part", ["vae", "unet"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused_when_read(model: LatentDiffusion, tmp_path: Path, part: str, value: float) -> None:
+def test_weights_that_are_not_finite_are_refused_when_read(
+    model: LatentDiffusion, tmp_path: Path, part: str, value: float
+) -> None:
     model.save(tmp_path / "m")
     file = tmp_path / "m" / part / folders.WEIGHTS
     tensors = {k: v.clone() for k, v in read_tensors(file).items()}
@@ -837,11 +1066,15 @@ def broken_at(network: torch.nn.Module, call: int, value: float) -> Iterator[Non
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(("step", "t"), [(1, "1"), (3, "0.5"), (4, "0.25")])
-def test_the_network_breaks_at_a_step(each: LatentDiffusion, step: int, t: str, value: float) -> None:
+def test_the_network_breaks_at_a_step(
+    each: LatentDiffusion, step: int, t: str, value: float
+) -> None:
     seen: list[Step] = []
     with (
         broken_at(each.denoiser.network, step, value),
-        pytest.raises(NumericalError, match=rf"NaN or infinite in step {step} of 4 \(t = {t}\) \(float32\)"),
+        pytest.raises(
+            NumericalError, match=rf"NaN or infinite in step {step} of 4 \(t = {t}\) \(float32\)"
+        ),
     ):
         each.generate(n=2, steps=4, on_step=seen.append)
     assert len(seen) == step - 1, "the broken step is not shown"
@@ -851,7 +1084,10 @@ def test_the_message_names_the_networks_own_dtype(model: LatentDiffusion) -> Non
     low = model.to("cpu")
     low.denoiser.network.to(torch.bfloat16)
     assert latents(low, "bag").isfinite().all()
-    with broken_at(low.denoiser.network, 2, float("nan")), pytest.raises(NumericalError, match=r"step 2 of 3.*the network ran in bfloat16"):
+    with (
+        broken_at(low.denoiser.network, 2, float("nan")),
+        pytest.raises(NumericalError, match=r"step 2 of 3.*the network ran in bfloat16"),
+    ):
         low.generate("bag")
 
 
@@ -859,14 +1095,19 @@ def test_the_decoder_breaks(model: LatentDiffusion) -> None:
     other = model.to("cpu")
     other.autoencoder.decoder.conv_out.bias.data.fill_(float("nan"))  # pyright: ignore
     z = torch.zeros(1, *LATENT)
-    acts: list[Callable[[], object]] = [lambda: other.decode(z), other.generate, lambda: other.generate(output="tensor")]
+    acts: list[Callable[[], object]] = [
+        lambda: other.decode(z),
+        other.generate,
+        lambda: other.generate(output="tensor"),
+    ]
     for act in acts:
         with pytest.raises(NumericalError, match=r"after decode \(float32\): nothing was written"):
             act()
     assert latents(other).isfinite().all(), "the latent is sound"
     with pytest.raises(NumericalError, match="after decode"):
         model.decode(torch.full((1, *LATENT), float("nan")))
-    with pytest.raises(NumericalError, match=r"after decode \(float32\)"):  # tried again in float32, where it is no better
+    # tried again in float32, where it is no better
+    with pytest.raises(NumericalError, match=r"after decode \(float32\)"):
         other.decode(z)
 
 
@@ -877,26 +1118,47 @@ def test_the_encoder_breaks(model: LatentDiffusion) -> None:
         other.compress(torch.zeros(1, 1, 16, 16))
 
 
-# ---- many requests in shared passes ------------------------------------------------------------------------------------
+# ---- many requests in shared passes --------------------------------------------------------------
 
 MIXED = [
     Request("bag", seed=3),
-    Request("ankle boot", n=3, steps=5, sampler="dpmpp_2m", spacing="karras:rho=5", guidance=4.0, seed=11),
+    Request(
+        "ankle boot",
+        n=3,
+        steps=5,
+        sampler="dpmpp_2m",
+        spacing="karras:rho=5",
+        guidance=4.0,
+        seed=11,
+    ),
     Request(None, n=2, steps=2, sampler="heun", seed=1),
-    Request(["bag", "t-shirt/top"], sampler="dpmpp_sde", guidance=1.5, seed=7, negative_prompt="ankle boot"),
+    Request(
+        ["bag", "t-shirt/top"],
+        sampler="dpmpp_sde",
+        guidance=1.5,
+        seed=7,
+        negative_prompt="ankle boot",
+    ),
     Request("bag", steps=4, sampler="ddim:eta=0.7", height=32, width=16, seed=2),
     Request("bag", timesteps=[1.0, 0.6, 0.2], seed=5),
 ]
 
 
 @pytest.mark.parametrize("rows", [None, 1, 3])
-def test_many_requests_get_what_each_would_have_alone(model: LatentDiffusion, rows: int | None) -> None:
-    """Different steps, samplers, spacings, guidance, seeds, sizes: bit for bit, in fewer forward passes."""
+def test_many_requests_get_what_each_would_have_alone(
+    model: LatentDiffusion, rows: int | None
+) -> None:
+    """Different steps, samplers, spacings, guidance, seeds, sizes: bit for bit, in fewer forward
+    passes.
+    """
     network = model.denoiser.network
     calls: list[int] = []
     hook = network.register_forward_hook(lambda module, inputs, y: calls.append(len(y)))
     try:
-        said = [{f.name: getattr(r, f.name) for f in fields(r) if getattr(r, f.name) != f.default} for r in MIXED]
+        said = [
+            {f.name: getattr(r, f.name) for f in fields(r) if getattr(r, f.name) != f.default}
+            for r in MIXED
+        ]
         alone = [model.generate(output="latent", **values) for values in said]
         separate = calls.copy()
         calls.clear()
@@ -917,10 +1179,15 @@ def test_a_cancelled_request_leaves_the_others_alone(model: LatentDiffusion) -> 
         return not (k == 1 and step.index == 1)
 
     found = model.sample_many(MIXED[:3], output="latent", on_step=watch)
-    assert found[1].shape == (0, *LATENT) and torch.equal(found[0], model.sample_many(MIXED[:1], output="latent")[0])
+    assert found[1].shape == (0, *LATENT) and torch.equal(
+        found[0], model.sample_many(MIXED[:1], output="latent")[0]
+    )
     assert [s for s in seen if s[0] == 1] == [(1, 0, 5), (1, 1, 5)]
-    assert [s[1:] for s in seen if s[0] == 2] == [(i, 3) for i in range(3)]  # Heun asks twice a step, and once for the last
-    assert model.sample_many([]) == [] and isinstance(model.sample_many([{"prompt": "bag"}])[0][0], Image.Image)
+    # Heun asks twice a step, and once for the last
+    assert [s[1:] for s in seen if s[0] == 2] == [(i, 3) for i in range(3)]
+    assert model.sample_many([]) == [] and isinstance(
+        model.sample_many([{"prompt": "bag"}])[0][0], Image.Image
+    )
 
 
 @pytest.mark.parametrize(
@@ -952,9 +1219,18 @@ def test_inversion_finds_the_noise_that_makes_the_image_again(fashion: LatentDif
 
 @pytest.mark.parametrize("combine", names("predict.guidance.combines"))
 @pytest.mark.parametrize("weight", names("predict.guidance.weights"))
-def test_what_is_guided_does_not_depend_on_its_neighbours(model: LatentDiffusion, combine: str, weight: str) -> None:
-    """An image without a condition has nothing to move away from, beside guided ones as alone (CFG-Zero*, say, does not hold it)."""
-    guidance = {"scale": 2.0, "weight": weight, "combine": combine, "reference": ["condition"] * (2 if combine == "dual" else 1)}
+def test_what_is_guided_does_not_depend_on_its_neighbours(
+    model: LatentDiffusion, combine: str, weight: str
+) -> None:
+    """An image without a condition has nothing to move away from, beside guided ones as alone
+    (CFG-Zero*, say, does not hold it).
+    """
+    guidance = {
+        "scale": 2.0,
+        "weight": weight,
+        "combine": combine,
+        "reference": ["condition"] * (2 if combine == "dual" else 1),
+    }
     if combine == "plus_plus" and weight != "constant":
         pytest.skip("refused: 1 is full guidance there")
     together = latents(model, [None, "bag"], seed=3, guidance=guidance)
@@ -965,11 +1241,20 @@ def test_what_is_guided_does_not_depend_on_its_neighbours(model: LatentDiffusion
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"guidance": "2 project:momentum=-0.5", "canvas": (8, 4)}, "its momentum would pass from window to window"),
+        (
+            {"guidance": "2 project:momentum=-0.5", "canvas": (8, 4)},
+            "its momentum would pass from window to window",
+        ),
         ({"cache": ()}, "every=.*: expected a whole number"),
         ({"known": (torch.zeros(LATENT), torch.zeros(LATENT))}, r"known: expected \(z, mask\)"),
-        ({"guidance": "2 model", "weaker": build(classes=("bag", "hat"))}, "knows 3 classes .* the model 4: expected one"),
-        ({"guidance": "2 model", "weaker": build(classes=())}, "knows no classes .* the model 4: expected one"),
+        (
+            {"guidance": "2 model", "weaker": build(classes=("bag", "hat"))},
+            "knows 3 classes .* the model 4: expected one",
+        ),
+        (
+            {"guidance": "2 model", "weaker": build(classes=())},
+            "knows no classes .* the model 4: expected one",
+        ),
         ({"negative_prompt": "ankle boot", "guidance": 1.0}, "nothing is moved away from it"),
         ({"canvas": (8, 0)}, r"canvas=\(8, 0\): expected \(size, stride\)"),
         ({"sampler": "restart:rho=0.0"}, "rho=0.0"),
@@ -979,15 +1264,24 @@ def test_what_is_guided_does_not_depend_on_its_neighbours(model: LatentDiffusion
         ({"sampler": "ddim:eta=0.5,eta=0.7"}, "gives eta twice"),
     ],
 )
-def test_settings_that_would_be_silently_wrong_are_refused(model: LatentDiffusion, values: dict, words: str) -> None:
-    with pytest.raises(UserError, match=words):  # a mapping, as from JSON: no type checker stands before it
+def test_settings_that_would_be_silently_wrong_are_refused(
+    model: LatentDiffusion, values: dict, words: str
+) -> None:
+    # a mapping, as from JSON: no type checker stands before it
+    with pytest.raises(UserError, match=words):
         model.sample_many([{"prompt": "bag", **values}])
 
 
 def test_tuned_times_are_found_however_the_sampler_is_spelled(model: LatentDiffusion) -> None:
     tuned = replace(model, defaults=Defaults(tuned={"ddim": [[1.0, 0.4, 0.0]]}))
-    assert tuned.times(2, "ddim:eta=0") == tuned.times(2, "ddim:eta=0.0") == [1.0, 0.4, 0.0] != tuned.times(2, "ddim:eta=0.5")
-    assert tuned.hash == model.hash  # times are a default: the same request with its own times draws the same picture
+    assert (
+        tuned.times(2, "ddim:eta=0")
+        == tuned.times(2, "ddim:eta=0.0")
+        == [1.0, 0.4, 0.0]
+        != tuned.times(2, "ddim:eta=0.5")
+    )
+    # times are a default: the same request with its own times draws the same picture
+    assert tuned.hash == model.hash
 
 
 @pytest.mark.parametrize(
@@ -996,11 +1290,16 @@ def test_tuned_times_are_found_however_the_sampler_is_spelled(model: LatentDiffu
         Process(schedule("vp"), parameterization("v")),
         Process(schedule("ve", sigma_max=30.0), parameterization("eps")),
         Process(schedule("edm"), edm(0.7)),
-        Process(Shifted(ZeroTerminalSNR(schedule("scaled_linear", steps=30)), 2.0), parameterization("x0")),
+        Process(
+            Shifted(ZeroTerminalSNR(schedule("scaled_linear", steps=30)), 2.0),
+            parameterization("x0"),
+        ),
         Process(schedule("cosine", steps=20), parameterization("edm")),
     ],
 )
-def test_processes_without_a_name_in_the_ecosystem_are_saved_all_the_same(model: LatentDiffusion, process: Process, tmp_path: Path) -> None:
+def test_processes_without_a_name_in_the_ecosystem_are_saved_all_the_same(
+    model: LatentDiffusion, process: Process, tmp_path: Path
+) -> None:
     made = replace(model, denoiser=Denoiser(model.denoiser.network, process))
     made.save(tmp_path / "model")
     again = load(tmp_path / "model")

@@ -1,6 +1,8 @@
-"""Every network of the folder keeps the promises of `_network.py`: found by its file, built small from its own config.
+"""Every network of the folder keeps the promises of `_network.py`: found by its file, built small
+from its own config.
 
-A new network is tested without being named here, as long as its config speaks the field's usual names (see SMALL).
+A new network is tested without being named here, as long as its config speaks the field's usual
+names (see SMALL).
 """
 
 import copy
@@ -47,13 +49,19 @@ SMALL: dict[str, Any] = {
     "axes_dims_rope": (4, 6, 6),
     "num_embeds_ada_norm": 5,
 }
-ONE_OF: dict[str, dict[str, Any]] = {"UNet2DModel": {"attention_head_dim": 8, "num_attention_heads": None}}
+ONE_OF: dict[str, dict[str, Any]] = {
+    "UNet2DModel": {"attention_head_dim": 8, "num_attention_heads": None}
+}
 ONE_OF |= {"UNet2DConditionModel": {"attention_head_dim": 8, "num_class_embeds": 6}}
-ONE_OF |= {"SfumatoUNet2DModel": {"attention_head_dim": None, "num_attention_heads": 2}, "SfumatoDiT": {"num_class_embeds": 6}}
+ONE_OF |= {
+    "SfumatoUNet2DModel": {"attention_head_dim": None, "num_attention_heads": 2},
+    "SfumatoDiT": {"num_class_embeds": 6},
+}
 ONE_OF |= {"Flux2Transformer2DModel": {"axes_dims_rope": (4, 4, 4, 4)}}
 UNHEARD = {"SD3Transformer2DModel": "transformer_blocks.1.attn.add_q_proj"}
 """What published files hold and nothing hears: the questions of text in the last block."""
-NETWORKS = sorted(name for name, (_, config) in registered().items() if is_dataclass(config))  # others choose one of these
+# others choose one of these
+NETWORKS = sorted(name for name, (_, config) in registered().items() if is_dataclass(config))
 SIZES = [(8, 8), (12, 6), (7, 9)]
 TRANSFORMERS = [name for name in NETWORKS if registered()[name][0].part == "transformer"]
 GROUPS = ("transformer_blocks", "single_transformer_blocks")
@@ -90,14 +98,22 @@ def told(network: Network, n: int, size: tuple[int, int]) -> Conditioning:
         given = strength if given is None else torch.cat([given, strength], 1)
     extra = network.in_channels - network.channels
     return Conditioning(
-        tokens=None if width is None else normal(n, 5, width if isinstance(width, int) else width[0], seed=2),
+        tokens=None
+        if width is None
+        else normal(n, 5, width if isinstance(width, int) else width[0], seed=2),
         vector=given,
         concat=normal(n, extra, *size, seed=3) if extra > 0 else None,
     )
 
 
-def inputs(network: Network, n: int = 3, size: tuple[int, int] = (8, 8)) -> tuple[Tensor, Tensor, Conditioning]:
-    return normal(n, network.channels, *size), 1000 * (torch.arange(n) + 0.5) / n, told(network, n, size)
+def inputs(
+    network: Network, n: int = 3, size: tuple[int, int] = (8, 8)
+) -> tuple[Tensor, Tensor, Conditioning]:
+    return (
+        normal(n, network.channels, *size),
+        1000 * (torch.arange(n) + 0.5) / n,
+        told(network, n, size),
+    )
 
 
 @pytest.mark.invariance
@@ -144,13 +160,21 @@ def test_a_masked_token_is_as_if_it_were_not_there(name: str) -> None:
     mask[1, 3:] = False
     assert cond.tokens is not None
     with torch.inference_mode():
-        one = network(x, t, Conditioning(**_with(Conditioning(**_with(cond, "mask", mask)), "tokens", cond.tokens)))
+        one = network(
+            x,
+            t,
+            Conditioning(**_with(Conditioning(**_with(cond, "mask", mask)), "tokens", cond.tokens)),
+        )
         other = cond.tokens.clone()
         other[1, 3:] = 7.0
-        two = network(x, t, Conditioning(**_with(Conditioning(**_with(cond, "mask", mask)), "tokens", other)))
+        two = network(
+            x, t, Conditioning(**_with(Conditioning(**_with(cond, "mask", mask)), "tokens", other))
+        )
         unmasked = network(x, t, cond)
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(one[1], unmasked[1], atol=1e-4) and torch.allclose(one[0], unmasked[0], atol=1e-4)
+    assert not torch.allclose(one[1], unmasked[1], atol=1e-4) and torch.allclose(
+        one[0], unmasked[0], atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -158,7 +182,9 @@ def test_what_is_missing_is_said_in_one_sentence(name: str) -> None:
     network = small(name)
     x, t, cond = inputs(network)
     for door in ("tokens", "vector"):
-        if getattr(cond, door) is not None and (door == "tokens" or network.classes or network.learned_guidance):
+        if getattr(cond, door) is not None and (
+            door == "tokens" or network.classes or network.learned_guidance
+        ):
             with pytest.raises(UserError, match=door):
                 network(x, t, Conditioning(**_with(cond, door, None)))
     with pytest.raises(UserError, match="channels"):
@@ -170,14 +196,21 @@ def test_a_folder_gives_the_same_network_back(name: str, tmp_path: Path) -> None
     network = small(name)
     save_part(tmp_path, network)
     again = load_part(tmp_path)
-    assert isinstance(again, Network) and again.to_config() == network.to_config() and type(again.config) is type(network.config)
-    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in network.state_dict().items()}
+    assert (
+        isinstance(again, Network)
+        and again.to_config() == network.to_config()
+        and type(again.config) is type(network.config)
+    )
+    assert {k: v.shape for k, v in again.state_dict().items()} == {
+        k: v.shape for k, v in network.state_dict().items()
+    }
     x, t, cond = inputs(network)
     with torch.inference_mode():
         output, expected = again(x, t, cond), network(x, t, cond)
     if batch_invariant.FIXED_ORDER:
         assert torch.equal(output, expected)
-    else:  # MKL rounds by the alignment of the weights, which is the file's own where they are mapped
+    else:
+        # MKL rounds by the alignment of the weights, which is the file's own where they are mapped
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {"a_new_field": 1}))
@@ -190,9 +223,15 @@ def test_every_weight_is_trained(name: str) -> None:
     network = small(name).train()
     x, t, cond = inputs(network)
     network(x, t, cond).square().sum().backward()
-    silent = [key for key, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    silent = [
+        key for key, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
     assert not [key for key in silent if not key.startswith(UNHEARD.get(name, "-"))]
-    gone = [key for key, p in network.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    gone = [
+        key
+        for key, p in network.named_parameters()
+        if p.grad is not None and not p.grad.isfinite().all()
+    ]
     assert not gone
 
 
@@ -211,7 +250,12 @@ def test_half_precision_is_near(name: str) -> None:
 def test_what_it_says_of_itself(name: str) -> None:
     network = small(name)
     assert network.part in ("unet", "transformer")
-    assert network.channels >= 1 and network.in_channels >= network.channels and network.patch >= 1 and network.sample_size >= 1
+    assert (
+        network.channels >= 1
+        and network.in_channels >= network.channels
+        and network.patch >= 1
+        and network.sample_size >= 1
+    )
     assert all(isinstance(module, nn.Module) for module in network.children())
 
 
@@ -219,7 +263,11 @@ def test_what_it_says_of_itself(name: str) -> None:
 def test_a_network_that_is_ready_for_inference_answers_the_same(name: str) -> None:
     network = small(name).requires_grad_(False)
     x, t, cond = inputs(network)
-    dtypes = [(dtype, limit) for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)) if packable(network.to(dtype))]
+    dtypes = [
+        (dtype, limit)
+        for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 0.03))
+        if packable(network.to(dtype))
+    ]
     if not dtypes:
         pytest.skip("this processor has no such kernels")
     network.float()
@@ -227,10 +275,14 @@ def test_a_network_that_is_ready_for_inference_answers_the_same(name: str) -> No
         network.to(dtype)
         ready = packed(network)
         with torch.inference_mode():
-            plain, quick = (net(x.to(dtype), t, cond.to(dtype=dtype)).float() for net in (network, ready))
+            plain, quick = (
+                net(x.to(dtype), t, cond.to(dtype=dtype)).float() for net in (network, ready)
+            )
         assert float((quick - plain).norm() / plain.norm()) < limit, dtype
         weights, again = network.state_dict(), ready.state_dict()
-        assert weights.keys() == again.keys() and not [key for key in weights if not torch.equal(weights[key], again[key])]
+        assert weights.keys() == again.keys() and not [
+            key for key in weights if not torch.equal(weights[key], again[key])
+        ]
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -250,23 +302,34 @@ def test_blocks_can_be_left_out(name: str) -> None:
             assert not torch.allclose(network(x, t, cond), shorter(x, t, cond))
 
 
-# ---- weaker copies -------------------------------------------------------------------------------------------------------
+# ---- weaker copies -------------------------------------------------------------------------------
 
 
 def blocks_of(network: Network) -> list[str]:
     """The names of a transformer's blocks, in the order in which they are asked."""
-    return [f"{group}.{i}" for group in GROUPS if hasattr(network, group) for i in range(len(getattr(network, group)))]
+    return [
+        f"{group}.{i}"
+        for group in GROUPS
+        if hasattr(network, group)
+        for i in range(len(getattr(network, group)))
+    ]
 
 
-def weakened(network: Network, reference: PerturbedAttention | SkipLayers, cond: Conditioning) -> Network:
+def weakened(
+    network: Network, reference: PerturbedAttention | SkipLayers, cond: Conditioning
+) -> Network:
     denoiser = Denoiser(network, Process(schedule("flow"), parameterization("flow")))
     return reference.pair(denoiser, cond, cond, None)[0].network
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_perturbed_attention_is_attention_under_a_map(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written out, with minus infinity between a picture's token and the others of the picture, where each still sees text, references and all
-    else that there is, which see all. The text's mask stays."""
+def test_perturbed_attention_is_attention_under_a_map(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written out, with minus infinity between a picture's token and the others of the picture,
+    where each still sees text, references and all else that there is, which see all. The text's
+    mask stays.
+    """
     network = small(name)
     x, t, cond = inputs(network, 3, (8, 6))
     if cond.tokens is not None:
@@ -281,10 +344,17 @@ def test_perturbed_attention_is_attention_under_a_map(name: str, monkeypatch: py
             allowed[..., :picture, :picture] = torch.eye(picture, dtype=torch.bool)
         allowed = allowed if mask is None else allowed & mask[:, None, None]
         q, k, v = (p.transpose(1, 2) for p in (q, k, v))
-        return ((q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~allowed, float("-inf")).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return (
+            ((q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~allowed, float("-inf")).softmax(-1) @ v)
+            .transpose(1, 2)
+            .flatten(2)
+        )
 
     with torch.inference_mode():
-        plain, each = network(x, t, cond), [weakened(network, PerturbedAttention((layer,)), cond)(x, t, cond) for layer in names]
+        plain, each = (
+            network(x, t, cond),
+            [weakened(network, PerturbedAttention((layer,)), cond)(x, t, cond) for layer in names],
+        )
         assert all((y - plain).abs().max() > 1e-4 for y in each)
         found = weakened(network, PerturbedAttention(tuple(names)), cond)(x, t, cond)
         monkeypatch.setattr(batch_invariant, "attend", seen)
@@ -297,7 +367,13 @@ def test_a_picture_of_one_token_has_nothing_to_perturb(name: str) -> None:
     with torch.inference_mode():
         for cells, same in ((1, True), (2, False)):
             x, t, cond = inputs(network, 2, (network.patch, cells * network.patch))
-            found, plain = (net(x, t, cond) for net in (weakened(network, PerturbedAttention(tuple(blocks_of(network))), cond), network))
+            found, plain = (
+                net(x, t, cond)
+                for net in (
+                    weakened(network, PerturbedAttention(tuple(blocks_of(network))), cond),
+                    network,
+                )
+            )
             assert torch.allclose(found, plain, rtol=1e-5, atol=1e-5) == same
 
 
@@ -309,7 +385,9 @@ def test_no_layers_means_the_block_in_the_middle(name: str) -> None:
     with torch.inference_mode():
         for kind in (PerturbedAttention, SkipLayers):
             found = weakened(network, kind(), cond)(x, t, cond)
-            assert torch.equal(found, weakened(network, kind((names[len(names) // 2],)), cond)(x, t, cond))
+            assert torch.equal(
+                found, weakened(network, kind((names[len(names) // 2],)), cond)(x, t, cond)
+            )
             assert (found - network(x, t, cond)).abs().max() > 1e-4
 
 
@@ -319,7 +397,12 @@ def test_parts_of_blocks_can_be_left_out(name: str) -> None:
     network = small(name)
     x, t, cond = inputs(network)
     blocks = {layer: network.get_submodule(layer) for layer in blocks_of(network)}
-    parts = {f"{layer}.{part}" for layer, block in blocks.items() for part, _ in block.named_children() if part.startswith(("attn", "ff"))}
+    parts = {
+        f"{layer}.{part}"
+        for layer, block in blocks.items()
+        for part, _ in block.named_children()
+        if part.startswith(("attn", "ff"))
+    }
     assert parts == {layer for layer, _ in branches(network)} - blocks.keys()
 
     def nothing(module: nn.Module, given: Any, named: dict[str, Any], y: Any) -> Any:
@@ -340,15 +423,27 @@ def test_parts_of_blocks_can_be_left_out(name: str) -> None:
 def test_layers_that_are_not_there_are_refused_by_those_that_are(name: str) -> None:
     network = small(name)
     _, _, cond = inputs(network)
-    last = "single_transformer_blocks" if hasattr(network, "single_transformer_blocks") else "transformer_blocks"
-    for kind, said in ((PerturbedAttention, "layer with self-attention"), (SkipLayers, "layer that can be left out")):
+    last = (
+        "single_transformer_blocks"
+        if hasattr(network, "single_transformer_blocks")
+        else "transformer_blocks"
+    )
+    for kind, said in (
+        (PerturbedAttention, "layer with self-attention"),
+        (SkipLayers, "layer that can be left out"),
+    ):
         for wrong in (f"{last}.2", f"{last}.1-2", f"{last}.1-0", "proj_out"):
-            with pytest.raises(UserError, match=rf"^unknown {said} '\w+[.0-9-]*': .*known are .*\b{last}\.0-1, {last}\.0-1\.attn"):
+            with pytest.raises(
+                UserError,
+                match=rf"^unknown {said} '\w+[.0-9-]*': .*known are .*\b{last}\.0-1, {last}\.0-1\.attn",
+            ):
                 weakened(network, kind((wrong,)), cond)
         every = weakened(network, kind((f"{last}.0-1",)), cond)
         x, t, cond = inputs(network)
         try:
             with torch.inference_mode():
-                assert torch.equal(every(x, t, cond), weakened(network, kind((last,)), cond)(x, t, cond))
+                assert torch.equal(
+                    every(x, t, cond), weakened(network, kind((last,)), cond)(x, t, cond)
+                )
         except UserError as error:
             assert "at least one" in str(error)

@@ -1,5 +1,7 @@
-"""Files in the original layouts as they come: pickles, nested, with buffers and running averages, damaged, renamed, transposed, of other
-kinds; each is read rightly or refused in one sentence that names what is wrong."""
+"""Files in the original layouts as they come: pickles, nested, with buffers and running averages,
+damaged, renamed, transposed, of other kinds; each is read rightly or refused in one sentence that
+names what is wrong.
+"""
 
 import os
 import pickle
@@ -19,7 +21,16 @@ from sfumato.checkpoints.names.ldm_conditioner import bert_rows, class_rows
 from sfumato.checkpoints.names.ldm_unet import unet_rows
 from sfumato.checkpoints.names.ldm_vae import vae_rows
 from sfumato.checkpoints.names.rows import Row, under
-from sfumato.checkpoints.original import Parts, Reading, gather, join, notes, save, split, split_tensors
+from sfumato.checkpoints.original import (
+    Parts,
+    Reading,
+    gather,
+    join,
+    notes,
+    save,
+    split,
+    split_tensors,
+)
 from sfumato.errors import UserError
 
 UNET: dict[str, Any] = {
@@ -32,11 +43,32 @@ UNET: dict[str, Any] = {
     "layers_per_block": 1,
     "cross_attention_dim": 64,
 }
-KL: dict[str, Any] = {"in_channels": 3, "out_channels": 3, "block_out_channels": [32, 64], "layers_per_block": 1, "latent_channels": 4}
+KL: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [32, 64],
+    "layers_per_block": 1,
+    "latent_channels": 4,
+}
 VQ: dict[str, Any] = KL | {"_class_name": "VQModel", "num_vq_embeddings": 11, "vq_embed_dim": 4}
-VQ |= {"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"], "up_block_types": ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"]}
-CLIP: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 20, "max_position_embeddings": 7}
-BERT: dict[str, Any] = {"d_model": 64, "encoder_ffn_dim": 96, "encoder_layers": 2, "encoder_attention_heads": 8, "head_dim": 4}
+VQ |= {
+    "down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
+    "up_block_types": ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"],
+}
+CLIP: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "vocab_size": 20,
+    "max_position_embeddings": 7,
+}
+BERT: dict[str, Any] = {
+    "d_model": 64,
+    "encoder_ffn_dim": 96,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 8,
+    "head_dim": 4,
+}
 BERT |= {"vocab_size": 20, "max_position_embeddings": 7}
 
 
@@ -46,7 +78,9 @@ def draw(rows: list[Row]) -> dict[str, Tensor]:
 
 
 def body(vae: dict[str, Any] = KL, **fields: Any) -> dict[str, Tensor]:
-    return draw(under(unet_rows(UNET | fields), "model.diffusion_model.")) | draw(under(vae_rows(vae), "first_stage_model."))
+    return draw(under(unet_rows(UNET | fields), "model.diffusion_model.")) | draw(
+        under(vae_rows(vae), "first_stage_model.")
+    )
 
 
 def sd1() -> dict[str, Tensor]:
@@ -59,7 +93,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def equal(a: Parts, b: Parts) -> bool:
     return a.networks.keys() == b.networks.keys() and all(
-        a.networks[k].config == b.networks[k].config and same(a.networks[k].tensors, b.networks[k].tensors) for k in a.networks
+        a.networks[k].config == b.networks[k].config
+        and same(a.networks[k].tensors, b.networks[k].tensors)
+        for k in a.networks
     )
 
 
@@ -68,7 +104,11 @@ def test_pickles_and_safetensors_are_the_same_model(tmp_path: Path) -> None:
     save_file(file, tmp_path / "a.safetensors")
     torch.save({"global_step": 470000, "state_dict": file, "epoch": 3}, tmp_path / "a.ckpt")
     torch.save(file, tmp_path / "a.bin")
-    torch.save({"state_dict": {"state_dict": file}}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    torch.save(
+        {"state_dict": {"state_dict": file}},
+        tmp_path / "a.pt",
+        _use_new_zipfile_serialization=False,
+    )
     for name in ("a.safetensors", "a.ckpt", "a.bin", "a.pt"):
         assert equal(split(tmp_path / name), expected), name
 
@@ -86,8 +126,14 @@ class Evil:
 @pytest.mark.parametrize("new", [True, False])
 def test_a_pickle_that_would_run_code_does_not_run(tmp_path: Path, new: bool) -> None:
     witness = tmp_path / "witness"
-    torch.save({"state_dict": sd1(), "x": Evil(witness)}, tmp_path / "evil.ckpt", _use_new_zipfile_serialization=new)
-    with pytest.raises(UserError, match=r"evil\.ckpt is refused: it is a pickle that wants to run code"):
+    torch.save(
+        {"state_dict": sd1(), "x": Evil(witness)},
+        tmp_path / "evil.ckpt",
+        _use_new_zipfile_serialization=new,
+    )
+    with pytest.raises(
+        UserError, match=r"evil\.ckpt is refused: it is a pickle that wants to run code"
+    ):
         split(tmp_path / "evil.ckpt")
     (tmp_path / "bare.bin").write_bytes(pickle.dumps(Evil(witness)))
     with pytest.raises(UserError, match=r"bare\.bin"):
@@ -98,7 +144,9 @@ def test_a_pickle_that_would_run_code_does_not_run(tmp_path: Path, new: bool) ->
 
 
 def test_names_of_training_frameworks_are_placeholders(tmp_path: Path) -> None:
-    """SD 1.4's checkpoint names Lightning's callbacks: it is read, the module is never imported, and the trick does not open other doors."""
+    """SD 1.4's checkpoint names Lightning's callbacks: it is read, the module is never imported,
+    and the trick does not open other doors.
+    """
     path, witness = tmp_path / "lightning.ckpt", tmp_path / "witness"
 
     def swap(old: bytes, new: bytes) -> None:
@@ -110,11 +158,15 @@ def test_names_of_training_frameworks_are_placeholders(tmp_path: Path) -> None:
 
     torch.save({"state_dict": sd1(), "callbacks": {Path: {"monitor": "loss"}}}, path)
     module = Path.__module__.encode()
-    swap(b"c" + module + b"\nPath\n", b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n")
+    swap(
+        b"c" + module + b"\nPath\n",
+        b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n",
+    )
     assert equal(split(path), split_tensors(sd1(), {}, "file"))
     torch.save({"state_dict": sd1(), "x": Evil(witness)}, path)
     swap(b"cposix\nmkdir\n", b"cpytorch_lightning.x\nmkdir\n")
-    assert equal(split(path), split_tensors(sd1(), {}, "file"))  # a call of a placeholder is a placeholder
+    # a call of a placeholder is a placeholder
+    assert equal(split(path), split_tensors(sd1(), {}, "file"))
     assert not witness.exists()
 
 
@@ -152,7 +204,10 @@ def test_strange_files(tmp_path: Path) -> None:
 def test_missing_extra_misshapen_and_integer_keys_are_in_one_message() -> None:
     file = sd1()
     wide = "model.diffusion_model.input_blocks.3.0.in_layers.2.weight"
-    del file["model.diffusion_model.output_blocks.1.0.in_layers.0.bias"], file["first_stage_model.decoder.mid.attn_1.q.weight"]
+    del (
+        file["model.diffusion_model.output_blocks.1.0.in_layers.0.bias"],
+        file["first_stage_model.decoder.mid.attn_1.q.weight"],
+    )
     file["cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc9.bias"] = torch.zeros(3)
     file["somewhere.else"] = torch.zeros(3)
     file[wide] = file[wide].transpose(0, 1)
@@ -171,11 +226,18 @@ def test_missing_extra_misshapen_and_integer_keys_are_in_one_message() -> None:
 
 
 def test_every_single_fault_is_refused_and_names_its_key() -> None:
-    """One key in three, one at a time: gone, renamed, transposed or flattened, of whole numbers. None goes through."""
+    """One key in three, one at a time: gone, renamed, transposed or flattened, of whole numbers.
+    None goes through.
+    """
     whole = sd1()
     for count, (key, value) in enumerate(list(whole.items())[::3]):
         rest = {k: v for k, v in whole.items() if k != key}
-        faulty = [rest, rest | {key + "_": value}, rest | {key: value.unsqueeze(0)}, rest | {key: value.to(torch.int32)}][count % 4]
+        faulty = [
+            rest,
+            rest | {key + "_": value},
+            rest | {key: value.unsqueeze(0)},
+            rest | {key: value.to(torch.int32)},
+        ][count % 4]
         with pytest.raises(UserError) as caught:
             split_tensors(faulty, {}, "file")
         assert key in str(caught.value), key
@@ -186,10 +248,32 @@ def test_every_single_fault_is_refused_and_names_its_key() -> None:
 
 def test_known_buffers_are_dropped() -> None:
     file, table = sd1(), torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square()
-    names = ("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "logvar")
-    names += ("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance")
-    names += ("posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "model_ema.decay", "model_ema.num_updates")
-    names += ("low_res_scale_model.betas", "cond_stage_model.transformer.text_projection.weight", "cond_stage_model.logit_scale")
+    names = (
+        "betas",
+        "alphas_cumprod",
+        "alphas_cumprod_prev",
+        "sqrt_alphas_cumprod",
+        "sqrt_one_minus_alphas_cumprod",
+        "logvar",
+    )
+    names += (
+        "log_one_minus_alphas_cumprod",
+        "sqrt_recip_alphas_cumprod",
+        "sqrt_recipm1_alphas_cumprod",
+        "posterior_variance",
+    )
+    names += (
+        "posterior_log_variance_clipped",
+        "posterior_mean_coef1",
+        "posterior_mean_coef2",
+        "model_ema.decay",
+        "model_ema.num_updates",
+    )
+    names += (
+        "low_res_scale_model.betas",
+        "cond_stage_model.transformer.text_projection.weight",
+        "cond_stage_model.logit_scale",
+    )
     names += ("first_stage_model.loss.discriminator.main.0.weight",)
     extra = {k: table for k in names}
     extra["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(7)[None]
@@ -199,9 +283,20 @@ def test_known_buffers_are_dropped() -> None:
 def test_betas_are_read_from_the_file() -> None:
     steps = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64).square()
     found = split_tensors(sd1() | {"betas": steps.float()}, {}, "file").schedulers["scheduler"]
-    assert (found["beta_schedule"], found["beta_start"], found["beta_end"]) == ("scaled_linear", 0.0015, 0.0195)
-    found = split_tensors(sd1() | {"betas": torch.linspace(0.0001, 0.02, 500)}, {}, "file").schedulers["scheduler"]
-    assert (found["beta_schedule"], found["beta_start"], found["beta_end"], found["num_train_timesteps"]) == ("linear", 0.0001, 0.02, 500)
+    assert (found["beta_schedule"], found["beta_start"], found["beta_end"]) == (
+        "scaled_linear",
+        0.0015,
+        0.0195,
+    )
+    found = split_tensors(
+        sd1() | {"betas": torch.linspace(0.0001, 0.02, 500)}, {}, "file"
+    ).schedulers["scheduler"]
+    assert (
+        found["beta_schedule"],
+        found["beta_start"],
+        found["beta_end"],
+        found["num_train_timesteps"],
+    ) == ("linear", 0.0001, 0.02, 500)
     odd = torch.rand(10) * 0.1 + 0.1
     found = split_tensors(sd1() | {"betas": odd}, {}, "file").schedulers["scheduler"]
     assert torch.tensor(found["trained_betas"]).equal(odd)
@@ -217,14 +312,21 @@ def sd2() -> dict[str, Tensor]:
 
 
 def test_what_is_predicted_is_said_by_caller_file_or_default(tmp_path: Path) -> None:
-    def asked(notes: dict[str, str] | None = None, given: str | None = None, **extra: Tensor) -> tuple[str, int]:
+    def asked(
+        notes: dict[str, str] | None = None, given: str | None = None, **extra: Tensor
+    ) -> tuple[str, int]:
         found = split_tensors(sd2() | extra, notes or {}, "file", Reading(prediction_type=given))
-        return found.schedulers["scheduler"]["prediction_type"], found.networks["unet"].config["sample_size"]
+        return found.schedulers["scheduler"]["prediction_type"], found.networks["unet"].config[
+            "sample_size"
+        ]
 
     assert asked() == ("v_prediction", 96)
     assert asked(given="epsilon") == ("epsilon", 64)
     assert asked({"modelspec.prediction_type": "epsilon"}) == ("epsilon", 64)
-    assert asked({"modelspec.prediction_type": "epsilon"}, given="v_prediction") == ("v_prediction", 96)
+    assert asked({"modelspec.prediction_type": "epsilon"}, given="v_prediction") == (
+        "v_prediction",
+        96,
+    )
     assert asked({"modelspec.architecture": "stable-diffusion-v2-512"}) == ("epsilon", 64)
     assert asked({"modelspec.architecture": "stable-diffusion-v2-768-v"}) == ("v_prediction", 96)
     torch.save({"global_step": 875000, "state_dict": sd2()}, tmp_path / "base.ckpt")
@@ -233,7 +335,9 @@ def test_what_is_predicted_is_said_by_caller_file_or_default(tmp_path: Path) -> 
         asked({"modelspec.prediction_type": "banana"})
     with pytest.raises(UserError, match="unknown prediction_type"):
         Reading(prediction_type="flow")
-    found = split_tensors(sd1() | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, {}, "file").schedulers["scheduler"]
+    found = split_tensors(
+        sd1() | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, {}, "file"
+    ).schedulers["scheduler"]
     assert found["prediction_type"] == "v_prediction" and found["rescale_betas_zero_snr"] is True
 
 
@@ -279,7 +383,11 @@ def test_join_refuses_weights_and_schedules_that_do_not_fit(tmp_path: Path) -> N
     parts = split_tensors(sd1(), {}, "file")
     with pytest.raises(UserError, match=r"written as \.safetensors"):
         save(tmp_path / "a.ckpt", parts)
-    flow = Parts(parts.family, parts.networks, {"scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler"}})
+    flow = Parts(
+        parts.family,
+        parts.networks,
+        {"scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler"}},
+    )
     with pytest.raises(UserError, match="no table of betas"):
         join(flow)
     del parts.networks["unet"].tensors["conv_in.bias"]
@@ -296,7 +404,12 @@ def test_scale_of_latents() -> None:
     found = split_tensors(file | {"scale_factor": torch.tensor(0.22765929)}, {}, "file")
     assert found.networks["vae"].config["scaling_factor"] == pytest.approx(0.22765929, abs=1e-8)
     assert equal(split_tensors(join(found), notes(found), "file"), found)
-    assert split_tensors(file, {}, "file", Reading(scaling_factor=0.5)).networks["vae"].config["scaling_factor"] == 0.5
+    assert (
+        split_tensors(file, {}, "file", Reading(scaling_factor=0.5))
+        .networks["vae"]
+        .config["scaling_factor"]
+        == 0.5
+    )
     lone = {k: v for k, v in file.items() if k.startswith("first_stage")}
     xl = split_tensors(lone, {"modelspec.architecture": "stable-diffusion-xl-v1-base/vae"}, "file")
     assert xl.networks["vae"].config["scaling_factor"] == 0.13025
@@ -320,19 +433,30 @@ def ldm_text() -> dict[str, Tensor]:
 
 
 def ldm_class() -> dict[str, Tensor]:
-    return body(VQ) | draw(under(class_rows({"n_classes": 5, "embed_dim": 64}), "cond_stage_model."))
+    return body(VQ) | draw(
+        under(class_rows({"n_classes": 5, "embed_dim": 64}), "cond_stage_model.")
+    )
 
 
 def test_latent_diffusions_own_models(tmp_path: Path) -> None:
     found = split_tensors(ldm_text(), {}, "file")
-    assert found.family == "ldm-text" and {k: found.networks["bert"].config[k] for k in BERT} == BERT
+    assert (
+        found.family == "ldm-text" and {k: found.networks["bert"].config[k] for k in BERT} == BERT
+    )
     assert equal(split_tensors(join(found), notes(found), "file"), found)
     with pytest.raises(UserError, match="give heads, or its YAML"):
         split_tensors(ldm_class(), {}, "file")
     found = split_tensors(ldm_class(), {}, "file", Reading(heads=1))
     assert found.family == "ldm-class" and found.networks["vae"].config["_class_name"] == "VQModel"
-    assert found.networks["class_embedder"].config == {"_class_name": "ClassEmbedder", "n_classes": 5, "embed_dim": 64}
-    assert (found.schedulers["scheduler"]["beta_start"], found.schedulers["scheduler"]["beta_end"]) == (0.0015, 0.0195)
+    assert found.networks["class_embedder"].config == {
+        "_class_name": "ClassEmbedder",
+        "n_classes": 5,
+        "embed_dim": 64,
+    }
+    assert (
+        found.schedulers["scheduler"]["beta_start"],
+        found.schedulers["scheduler"]["beta_end"],
+    ) == (0.0015, 0.0195)
     save(tmp_path / "one.safetensors", found)
     assert equal(split(tmp_path / "one.safetensors", Reading(heads=1)), found)
 
@@ -389,7 +513,10 @@ def test_yaml_says_what_keys_do_not(tmp_path: Path) -> None:
         b=("image_size: 8\n", "image_size: 8\n    parameterization: v\n    scale_factor: 0.5\n"),
     )
     found = split_tensors(ldm_class(), {}, "file", Reading(original_config=more))
-    assert found.networks["unet"].config["attention_head_dim"] == 4 and found.networks["vae"].config["scaling_factor"] == 0.5
+    assert (
+        found.networks["unet"].config["attention_head_dim"] == 4
+        and found.networks["vae"].config["scaling_factor"] == 0.5
+    )
     assert found.schedulers["scheduler"]["prediction_type"] == "v_prediction"
 
 
@@ -418,7 +545,11 @@ def test_a_yaml_of_another_model_is_refused(old: str, new: str, message: str) ->
         ("timesteps: 1000", "timesteps: 1000\n    strange: 3", "strange=3 is not known"),
         ("context_dim: 64", "context_dim: 64, strange: 3", "strange=3 is not known"),
         ("n_embed: 11", "n_embed: 11\n        strange: 3", "strange=3 is not known"),
-        ("use_spatial_transformer: true", "use_spatial_transformer: false", "use_spatial_transformer"),
+        (
+            "use_spatial_transformer: true",
+            "use_spatial_transformer: false",
+            "use_spatial_transformer",
+        ),
         ("timesteps: 1000", "beta_schedule: cosine", "beta_schedule"),
         ("num_head_channels: 32, ", "", "num_heads"),
         ("  target: ldm.models.diffusion.ddpm.LatentDiffusion\n", "", "not the YAML of a model"),
@@ -448,7 +579,11 @@ def test_half_precision_is_kept_and_nothing_is_copied(tmp_path: Path) -> None:
     file = sd1()
     stored = {v.untyped_storage().data_ptr() for v in file.values()}
     parts = split_tensors(file, {}, "file")
-    assert all(v.untyped_storage().data_ptr() in stored for p in parts.networks.values() for v in p.tensors.values())
+    assert all(
+        v.untyped_storage().data_ptr() in stored
+        for p in parts.networks.values()
+        for v in p.tensors.values()
+    )
 
 
 def test_a_part_that_is_wholly_absent_is_absent(tmp_path: Path) -> None:
@@ -460,9 +595,19 @@ def test_a_part_that_is_wholly_absent_is_absent(tmp_path: Path) -> None:
         split_tensors(lone, {}, "file")
     found = split_tensors(lone, {}, "file", Reading(heads=8))
     save(tmp_path / "a.safetensors", split_tensors(sd1(), {}, "file"))
-    assert found.networks.keys() == {"unet"} and set(load_file(tmp_path / "a.safetensors")) > set(lone)
+    assert found.networks.keys() == {"unet"} and set(load_file(tmp_path / "a.safetensors")) > set(
+        lone
+    )
 
 
 def test_every_family_is_reachable() -> None:
     ldm = {"ldm-text", "ldm-class", "ldm-unconditional"}
-    assert FAMILIES.keys() == {"sd1", "sd2", "x4-upscaler", "sdxl", "sdxl-refiner", *ldm, "autoencoder"}
+    assert FAMILIES.keys() == {
+        "sd1",
+        "sd2",
+        "x4-upscaler",
+        "sdxl",
+        "sdxl-refiner",
+        *ldm,
+        "autoencoder",
+    }

@@ -1,4 +1,6 @@
-"""Every recipe in recipes/, found by itself: it loads, has both stages, and trains both, shrunk to seconds, into a model that opens."""
+"""Every recipe in recipes/, found by itself: it loads, has both stages, and trains both, shrunk to
+seconds, into a model that opens.
+"""
 
 import gzip
 import json
@@ -29,8 +31,16 @@ STAGES = ("autoencoder", "denoiser")
 RECIPES = [f for f in FILES if "Recipe(" in f.read_text()]
 READING = [f for f in RECIPES if "text=" in f.read_text()]
 captioned: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_captioned.py"))))
-LOOP = LoopSettings(steps=2, batch_size=4, lr=1e-3, warmup=1, save_every=1, show_every=1, log_every=1)
-TINY_KL = KLConfig(block_out_channels=(8, 16), layers_per_block=1, latent_channels=2, norm_num_groups=4, sample_size=16)
+LOOP = LoopSettings(
+    steps=2, batch_size=4, lr=1e-3, warmup=1, save_every=1, show_every=1, log_every=1
+)
+TINY_KL = KLConfig(
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    latent_channels=2,
+    norm_num_groups=4,
+    sample_size=16,
+)
 TINY_NET = UNetConfig(
     down_block_types=("DownBlock2D", "DownBlock2D"),
     mid_block_type=None,
@@ -51,20 +61,31 @@ def test_there_are_recipes() -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_a_file_is_a_recipe_of_both_stages_or_a_program(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_a_recipe_of_both_stages_or_a_program(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if file not in RECIPES:
-        names = runpy.run_path(str(file), run_name="looked_at")  # and running it needs main(): reading it does nothing
-        assert callable(names.get("main")), f"{file.name} builds no AutoencoderRecipe or DenoiserRecipe and has no main()"
+        # and running it needs main(): reading it does nothing
+        names = runpy.run_path(str(file), run_name="looked_at")
+        assert callable(names.get("main")), (
+            f"{file.name} builds no AutoencoderRecipe or DenoiserRecipe and has no main()"
+        )
         return
     found = [load_recipe(file, stage) for stage in stages_of(file)]
     assert isinstance(found[-1], DenoiserRecipe)
     if len(found) == 2:
         assert isinstance(found[0], AutoencoderRecipe)
-        assert found[0].data == replace(found[1].data, flip=found[0].data.flip), "both stages must see the same images"
+        assert found[0].data == replace(found[1].data, flip=found[0].data.flip), (
+            "both stages must see the same images"
+        )
     elif found[0].text is None:
-        assert (found[0].autoencoder / "config.json").exists(), "a recipe of one stage names the autoencoder that it goes on from"
+        assert (found[0].autoencoder / "config.json").exists(), (
+            "a recipe of one stage names the autoencoder that it goes on from"
+        )
     else:
-        assert found[0].autoencoder is not None, "a recipe that reads captions names what the caller has to give"
+        assert found[0].autoencoder is not None, (
+            "a recipe that reads captions names what the caller has to give"
+        )
     monkeypatch.chdir(FOLDER.parent)
     assert load_recipe(file.stem.replace("_", "-"), "denoiser") == found[-1]
 
@@ -91,7 +112,9 @@ def some_fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shrunk(recipe: Any, source: Path) -> Any:
     """The same recipe, narrow and short: what is on in it stays on."""
-    loop = replace(recipe.loop, steps=2, batch_size=8, warmup=1, save_every=1, show_every=1, log_every=1)
+    loop = replace(
+        recipe.loop, steps=2, batch_size=8, warmup=1, save_every=1, show_every=1, log_every=1
+    )
     if hasattr(recipe.network, "block_out_channels"):
         widths = tuple(8 * (i + 1) for i in range(len(recipe.network.block_out_channels)))
         network = replace(recipe.network, block_out_channels=widths, norm_num_groups=4)
@@ -99,30 +122,52 @@ def shrunk(recipe: Any, source: Path) -> Any:
         network = replace(recipe.network, num_layers=2, num_attention_heads=2)
     recipe = replace(recipe, data=replace(recipe.data, source=str(source), limit=64), loop=loop)
     if isinstance(recipe, AutoencoderRecipe):
-        return replace(recipe, network=network, loss=replace(recipe.loss, adversarial_start=1, discriminator_width=8))
-    return replace(recipe, network=replace(network, attention_head_dim=8), defaults=replace(recipe.defaults, steps=2))
+        return replace(
+            recipe,
+            network=network,
+            loss=replace(recipe.loss, adversarial_start=1, discriminator_width=8),
+        )
+    return replace(
+        recipe,
+        network=replace(network, attention_head_dim=8),
+        defaults=replace(recipe.defaults, steps=2),
+    )
 
 
-def statistics(autoencoder: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def statistics(
+    autoencoder: AutoencoderKL, images: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and std a channel of latents drawn from the posteriors: Var = Var(mean) + E[std^2]."""
     with torch.no_grad():
         posterior = autoencoder.posterior(images)
     mean = posterior.mean.double().mean((0, 2, 3))
-    variance = posterior.mean.double().var((0, 2, 3), correction=0) + posterior.std.double().square().mean((0, 2, 3))
+    variance = posterior.mean.double().var(
+        (0, 2, 3), correction=0
+    ) + posterior.std.double().square().mean((0, 2, 3))
     return mean, variance.sqrt()
 
 
 @pytest.mark.parametrize("file", READING, ids=lambda f: f.stem)
 def test_a_recipe_that_reads_captions_trains_a_model_that_opens(file: Path, tmp_path: Path) -> None:
-    """With a text encoder, an autoencoder and pictures of several sizes, all of them small: 16 pixels stand for its size, 4 for its step."""
+    """With a text encoder, an autoencoder and pictures of several sizes, all of them small: 16
+    pixels stand for its size, 4 for its step.
+    """
     parts = captioned.write(tmp_path / "parts")
     recipe = shrunk(load_recipe(file, "denoiser"), parts / "pictures")
     data = replace(recipe.data, size=16, buckets=4 if recipe.data.buckets else None)
     recipe = replace(recipe, autoencoder=parts / "tiny", text=parts / "t5", data=data)
     model = sfumato.load(recipe.run(tmp_path / "run"))
     assert model.defaults == recipe.defaults and model.name == recipe.name
-    assert np.asarray(PIL.open(tmp_path / "run" / "denoiser" / "samples" / "samples-00000002.png")).std() > 1
-    sizes = [model.generate(captioned.WORDS[0], height=h, width=w)[0].size for h, w in ((16, 16), (12, 20))]
+    assert (
+        np.asarray(
+            PIL.open(tmp_path / "run" / "denoiser" / "samples" / "samples-00000002.png")
+        ).std()
+        > 1
+    )
+    sizes = [
+        model.generate(captioned.WORDS[0], height=h, width=w)[0].size
+        for h, w in ((16, 16), (12, 20))
+    ]
     assert sizes == [(16, 16), (20, 12)]
 
 
@@ -133,8 +178,14 @@ def test_a_recipe_trains_a_model_that_opens(file: Path, some_fashion: Path, tmp_
         recipe.run(tmp_path)
     pictures = ["denoiser/samples/samples"]
     if len(stages) == 2:
-        numbers = {name for line in (tmp_path / "autoencoder" / "log.jsonl").read_text().splitlines() for name in json.loads(line)}
-        assert {"held_out/psnr", "held_out/ssim", "held_out/frechet"} <= numbers, "a recipe must measure on held-out images while it trains"
+        numbers = {
+            name
+            for line in (tmp_path / "autoencoder" / "log.jsonl").read_text().splitlines()
+            for name in json.loads(line)
+        }
+        assert {"held_out/psnr", "held_out/ssim", "held_out/frechet"} <= numbers, (
+            "a recipe must measure on held-out images while it trains"
+        )
         assert ("discriminator/loss" in numbers) is bool(stages[0].loss.adversarial)
         pictures.append("autoencoder/samples/reconstructions")
     for name in pictures:
@@ -170,7 +221,9 @@ def three(tmp_path: Path) -> Path:
     folder.mkdir()
     draw = np.random.default_rng(0)
     for k, size in enumerate([(20, 16), (16, 16), (30, 24)]):
-        PIL.fromarray(draw.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize(size).save(folder / f"{k}.png")
+        PIL.fromarray(draw.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize(size).save(
+            folder / f"{k}.png"
+        )
     return folder
 
 
@@ -205,7 +258,9 @@ def test_the_denoiser_needs_an_autoencoder(three: Path, tmp_path: Path) -> None:
 
 
 def test_another_autoencoder_means_other_latents(three: Path, tmp_path: Path) -> None:
-    """A denoiser's run does not go on after its autoencoder has been trained anew: its latents would be others."""
+    """A denoiser's run does not go on after its autoencoder has been trained anew: its latents
+    would be others.
+    """
     stages = small(three, size=16)
     run_stages(stages, tmp_path / "run")
     other = replace(stages[0], loop=replace(LOOP, seed=1)).run(tmp_path / "other")
@@ -224,9 +279,14 @@ def test_a_second_run_of_a_finished_stage_changes_nothing(three: Path, tmp_path:
 
 @pytest.mark.parametrize(
     ("text", "stage", "words"),
-    [("x = 1", "autoencoder", "defines no 'autoencoder': expected an AutoencoderRecipe"), ("denoiser = 3", "denoiser", "a DenoiserRecipe")],
+    [
+        ("x = 1", "autoencoder", "defines no 'autoencoder': expected an AutoencoderRecipe"),
+        ("denoiser = 3", "denoiser", "a DenoiserRecipe"),
+    ],
 )
-def test_a_file_that_is_no_recipe_is_explained(text: str, stage: str, words: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_recipe_is_explained(
+    text: str, stage: str, words: str, tmp_path: Path
+) -> None:
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(UserError, match=words):
         load_recipe(tmp_path / "mine.py", stage)
@@ -247,6 +307,12 @@ def test_run_recipe_runs_a_file(three: Path, tmp_path: Path) -> None:
         "latent_channels=2, norm_num_groups=4), loop=LoopSettings(steps=1, batch_size=2))\n"
     )
     folder = run_recipe(tmp_path / "mine.py", "autoencoder", tmp_path / "run")
-    assert sorted(f.name for f in folder.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert sorted(f.name for f in folder.iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
     config = json.loads((folder / "config.json").read_text())
-    assert len(config["latents_mean"]) == len(config["latents_std"]) == 2 and min(config["latents_std"]) > 0
+    assert (
+        len(config["latents_mean"]) == len(config["latents_std"]) == 2
+        and min(config["latents_std"]) > 0
+    )

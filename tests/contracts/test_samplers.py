@@ -1,8 +1,10 @@
-"""The contract of every sampler: a file in diffuse/samplers is tested by being there, against what its `Traits` promise.
+"""The contract of every sampler: a file in diffuse/samplers is tested by being there, against what
+its `Traits` promise.
 
-The data are one Gaussian with a different mean and variance at each position, whose denoiser is exact:
-E[z | x] = m + alpha s^2/(alpha^2 s^2 + sigma^2) (x - alpha m); and so is the flow through x, which ends at
-m + s (x - alpha m)/sqrt(alpha^2 s^2 + sigma^2): what a network distilled for consistency gives.
+The data are one Gaussian with a different mean and variance at each position, whose denoiser is
+exact: E[z | x] = m + alpha s^2/(alpha^2 s^2 + sigma^2) (x - alpha m); and so is the flow through x,
+which ends at m + s (x - alpha m)/sqrt(alpha^2 s^2 + sigma^2): what a network distilled for
+consistency gives.
 """
 
 import inspect
@@ -31,7 +33,10 @@ TRAITS = {name: traits_of(sampler) for name, sampler in SAMPLERS.items()}
 DOWN = [name for name in SAMPLERS if not TRAITS[name].upward]
 UP = [name for name in SAMPLERS if TRAITS[name].upward]
 KINDS = {name: schedule(name) for name in SCHEDULES}
-KINDS |= {"zero terminal SNR": ZeroTerminalSNR(schedule("scaled_linear")), "shifted flow": Shifted(schedule("flow"))}
+KINDS |= {
+    "zero terminal SNR": ZeroTerminalSNR(schedule("scaled_linear")),
+    "shifted flow": Shifted(schedule("flow")),
+}
 SHAPE = (2, 2, 3)
 MEAN = torch.linspace(-1.5, 1.5, 12, dtype=torch.float64).reshape(SHAPE)
 STD = torch.linspace(0.4, 1.2, 12, dtype=torch.float64).reshape(SHAPE)
@@ -39,14 +44,18 @@ every = pytest.mark.parametrize("name", DOWN)
 everywhere = pytest.mark.parametrize("kind", KINDS)
 
 
-def gaussian(chosen: Schedule, asked: list[float] | None = None, network: str = "denoiser") -> Callable[[Tensor, float], Prediction]:
+def gaussian(
+    chosen: Schedule, asked: list[float] | None = None, network: str = "denoiser"
+) -> Callable[[Tensor, float], Prediction]:
     def denoise(x: Tensor, t: float) -> Prediction:
         if asked is not None:
             asked.append(t)
         alpha, sigma = chosen.point(t)
         mean, std = MEAN.to(x.dtype), STD.to(x.dtype)
         total = alpha**2 * std.square() + sigma**2
-        x0 = mean + (alpha * std.square() / total if network == "denoiser" else std / total.sqrt()) * (x - alpha * mean)
+        x0 = mean + (
+            alpha * std.square() / total if network == "denoiser" else std / total.sqrt()
+        ) * (x - alpha * mean)
         return Prediction(x0, (x - alpha * x0) / sigma)
 
     return denoise
@@ -61,11 +70,14 @@ def point(chosen: Schedule) -> Callable[[Tensor, float], Prediction]:
 
 
 def wavy(chosen: Schedule) -> Callable[[Tensor, float], Prediction]:
-    """The exact denoiser of a mixture of two points' neighbourhoods in each position: smooth, and not linear in x."""
+    """The exact denoiser of a mixture of two points' neighbourhoods in each position: smooth, and
+    not linear in x.
+    """
 
     def denoise(x: Tensor, t: float) -> Prediction:
         alpha, sigma = chosen.point(t)
-        total = (alpha * 0.6) ** 2 + sigma**2  # z = +-1 + 0.6 n: E[z|x] has a tanh for which of the two
+        # z = +-1 + 0.6 n: E[z|x] has a tanh for which of the two
+        total = (alpha * 0.6) ** 2 + sigma**2
         side = torch.tanh(alpha * x / total)
         x0 = side + alpha * 0.36 / total * (x - alpha * side)
         return Prediction(x0, (x - alpha * x0) / sigma)
@@ -73,14 +85,27 @@ def wavy(chosen: Schedule) -> Callable[[Tensor, float], Prediction]:
     return denoise
 
 
-def begin(name: str, chosen: Schedule, times: list[float], seeds: list[int], dtype: torch.dtype = torch.float32):
+def begin(
+    name: str,
+    chosen: Schedule,
+    times: list[float],
+    seeds: list[int],
+    dtype: torch.dtype = torch.float32,
+):
     """A sampler's generator as `LatentDiffusion.generate` builds it."""
     noise = SeededNoise(SHAPE, seeds)
     x = (math.hypot(*chosen.point(times[0])) * noise()).to(dtype)
     return SAMPLERS[name](x, times, chosen, lambda: noise().to(dtype))
 
 
-def finish(name: str, chosen: Schedule, times: list[float], seeds: list[int], denoise, dtype: torch.dtype = torch.float32) -> Tensor:
+def finish(
+    name: str,
+    chosen: Schedule,
+    times: list[float],
+    seeds: list[int],
+    denoise,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     result = sample(begin(name, chosen, times, seeds, dtype), denoise, len(times) - 1)
     assert result is not None
     return result
@@ -98,24 +123,37 @@ def test_a_sampler_is_a_generator_function_of_x_times_schedule_and_noise(name: s
     assert not inside.__closure__
     parameters = list(inspect.signature(sampler).parameters.values())
     assert [p.name for p in parameters[:4]] == ["x", "times", "schedule", "noise"]
-    assert all(p.default is not p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters[4:])
+    assert all(
+        p.default is not p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        for p in parameters[4:]
+    )
     module = inspect.getmodule(inside)
-    assert inside.__doc__ and module is not None and module.__doc__ and "arXiv" in module.__doc__  # says what it is, and whose
-    assert not [k for k, v in vars(module).items() if isinstance(v, list | dict | set | Tensor) and not k.startswith("__")]  # no state
+    # says what it is, and whose
+    assert inside.__doc__ and module is not None and module.__doc__ and "arXiv" in module.__doc__
+    # no state
+    assert not [
+        k
+        for k, v in vars(module).items()
+        if isinstance(v, list | dict | set | Tensor) and not k.startswith("__")
+    ]
 
 
 @every
 @everywhere
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_it_asks_where_it_should_and_as_often_as_it_says(name: str, kind: str, steps: int) -> None:
-    """First at the first time, never at 0 or above 1, at each of the times it was given, and as often as `calls` says without a network."""
+    """First at the first time, never at 0 or above 1, at each of the times it was given, and as
+    often as `calls` says without a network.
+    """
     chosen = KINDS[kind]
     times = timesteps("trailing", steps, chosen)
     found = list(run(begin(name, chosen, times, [0, 1]), gaussian(chosen), steps))
     asked = [s.t for s in found if isinstance(s, Step)]
     assert asked[0] == times[0] and all(0 < t <= 1 for t in asked) and isinstance(found[-1], Tensor)
     assert len(asked) == calls(SAMPLERS[name], times, chosen)
-    assert all(s.x.shape == (2, *SHAPE) for s in found if isinstance(s, Step)) and found[-1].shape == (2, *SHAPE)
+    assert all(s.x.shape == (2, *SHAPE) for s in found if isinstance(s, Step)) and found[
+        -1
+    ].shape == (2, *SHAPE)
     if name not in ("restart", "edm"):  # they go up again, and edm asks above the times
         assert set(times[:-1]) <= set(asked) and len(asked) <= TRAITS[name].calls * steps
     if TRAITS[name].calls == 1:
@@ -126,33 +164,50 @@ def test_it_asks_where_it_should_and_as_often_as_it_says(name: str, kind: str, s
 @everywhere
 @pytest.mark.parametrize("steps", [1, 2, 3, 50])
 def test_every_number_is_finite_from_t_one_to_t_zero(name: str, kind: str, steps: int) -> None:
-    """`run` raises at the first NaN; one step is what the denoiser said at t = 1, whatever the sampler: no noise is left, none is added."""
+    """`run` raises at the first NaN; one step is what the denoiser said at t = 1, whatever the
+    sampler: no noise is left, none is added.
+    """
     chosen = KINDS[kind]
     for spacing in ("trailing", "linspace", "leading", "karras", "log_snr"):
-        *asked, result = run(begin(name, chosen, timesteps(spacing, steps, chosen), [0]), gaussian(chosen), steps)
-        assert isinstance(result, Tensor) and torch.isfinite(result).all() and isinstance(asked[-1], Step)
-        # The data lie within 1.5 + 1.2 * 5. Slopes overshoot in 2 or 3 steps, as published; not in 50.
+        *asked, result = run(
+            begin(name, chosen, timesteps(spacing, steps, chosen), [0]), gaussian(chosen), steps
+        )
+        assert (
+            isinstance(result, Tensor)
+            and torch.isfinite(result).all()
+            and isinstance(asked[-1], Step)
+        )
+        # The data lie within 1.5 + 1.2 * 5. Slopes overshoot in 2 or 3 steps, as published; not in
+        # 50.
         assert steps in (2, 3) or float(result.abs().max()) < 15, spacing
         if steps == 1:
-            assert len(asked) == 1 and (name == "lcm" or torch.allclose(result, asked[-1].prediction.x0, atol=1e-4))  # lcm: c_skip
+            # lcm: c_skip
+            assert len(asked) == 1 and (
+                name == "lcm" or torch.allclose(result, asked[-1].prediction.x0, atol=1e-4)
+            )
 
 
 @every
 @everywhere
 @pytest.mark.parametrize("steps", [1, 4])
-def test_a_distribution_that_is_one_point_is_reached_exactly(name: str, kind: str, steps: int) -> None:
+def test_a_distribution_that_is_one_point_is_reached_exactly(
+    name: str, kind: str, steps: int
+) -> None:
     chosen = KINDS[kind]
-    found = finish(name, chosen, timesteps("trailing", steps, chosen), [3, 4], point(chosen), torch.float64)
+    found = finish(
+        name, chosen, timesteps("trailing", steps, chosen), [3, 4], point(chosen), torch.float64
+    )
     assert torch.allclose(found, MEAN.expand(2, *SHAPE), atol=1e-8)
 
 
 @every
 @pytest.mark.parametrize("kind", ["cosine", "flow", "edm", "zero terminal SNR"])
 def test_samples_have_the_mean_and_variance_of_the_data(name: str, kind: str) -> None:
-    """2000 images, 12 positions, 150 steps: within 5.5 standard errors, one of which the discretisation may use up.
+    """2000 images, 12 positions, 150 steps: within 5.5 standard errors, one of which the
+    discretisation may use up.
 
-    False alarms if the seeds were drawn anew: below 24 * 2 * P(N > 4.5) = 0.02 % a run. Samplers of consistency models are given the exact
-    flow's end, the others the exact denoiser.
+    False alarms if the seeds were drawn anew: below 24 * 2 * P(N > 4.5) = 0.02 % a run. Samplers of
+    consistency models are given the exact flow's end, the others the exact denoiser.
     """
     chosen, count = KINDS[kind], 2000
     generator = torch.Generator().manual_seed(0)
@@ -161,14 +216,20 @@ def test_samples_have_the_mean_and_variance_of_the_data(name: str, kind: str) ->
         return torch.randn((count, *SHAPE), generator=generator, dtype=torch.float64)
 
     alpha, sigma = chosen.point(1.0)
-    x = alpha * (MEAN + STD * draw()) + sigma * draw()  # the exact marginal: what is measured is the sampler
-    times = timesteps("trailing", 150, chosen) if kind != "edm" else timesteps("karras", 150, chosen)
+    # the exact marginal: what is measured is the sampler
+    x = alpha * (MEAN + STD * draw()) + sigma * draw()
+    times = (
+        timesteps("trailing", 150, chosen) if kind != "edm" else timesteps("karras", 150, chosen)
+    )
     sampler = SAMPLERS[name](x, times, chosen, draw, **TRAITS[name].exact)
     found = sample(sampler, gaussian(chosen, network=TRAITS[name].network), 150)
     assert found is not None
     mean = (found.mean(0) - MEAN) / (STD / math.sqrt(count))
     variance = (found.var(0) - STD.square()) / (STD.square() * math.sqrt(2 / count))
-    assert mean.abs().max() < 5.5 and variance.abs().max() < 5.5, (mean.abs().max(), variance.abs().max())
+    assert mean.abs().max() < 5.5 and variance.abs().max() < 5.5, (
+        mean.abs().max(),
+        variance.abs().max(),
+    )
 
 
 @every
@@ -185,7 +246,9 @@ def test_noise_is_drawn_where_the_traits_say_so(name: str) -> None:
 
 
 def graded(steps: int, order: int = 1) -> list[float]:
-    """Times from 0.95 to 0.15 in equal steps h; before them steps that grow from h^(order/2), each half as long again as the last."""
+    """Times from 0.95 to 0.15 in equal steps h; before them steps that grow from h^(order/2), each
+    half as long again as the last.
+    """
     h, times = 0.8 / steps, [0.95]
     short = h ** (order / 2)
     while order > 1 and short < h:
@@ -199,7 +262,9 @@ def graded(steps: int, order: int = 1) -> list[float]:
 def solved(name: str, kind: str, times: tuple[float, ...]) -> Tensor:
     """The end of a deterministic run from one fixed x at times[0]."""
     chosen = KINDS[kind]
-    x = math.hypot(*chosen.point(0.95)) * torch.randn((16, *SHAPE), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = math.hypot(*chosen.point(0.95)) * torch.randn(
+        (16, *SHAPE), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
 
     def never() -> Tensor:
         raise AssertionError("a deterministic run asked for noise")
@@ -212,15 +277,20 @@ def solved(name: str, kind: str, times: tuple[float, ...]) -> Tensor:
 @every
 @pytest.mark.parametrize("kind", ["cosine", "flow"])
 def test_deterministic_ones_have_the_order_that_they_promise(name: str, kind: str) -> None:
-    """Slope of log error over log steps, within 0.3, from t = 0.95 to t = 0.15 in equal steps, against DPM-Solver-3 in 1000 steps.
+    """Slope of log error over log steps, within 0.3, from t = 0.95 to t = 0.15 in equal steps,
+    against DPM-Solver-3 in 1000 steps.
 
-    A multistep method of order p needs p starting values of that order; it begins with lower orders, so it is given short steps at first,
-    where these cost nothing.
+    A multistep method of order p needs p starting values of that order; it begins with lower
+    orders, so it is given short steps at first, where these cost nothing.
     """
     promised = TRAITS[name]
     if promised.noise:
         pytest.skip("draws noise: its distribution is tested instead")
-    reference, errors, counts = solved("dpm_solver_3", kind, tuple(graded(1000))), [], [90, 135, 200, 300]
+    reference, errors, counts = (
+        solved("dpm_solver_3", kind, tuple(graded(1000))),
+        [],
+        [90, 135, 200, 300],
+    )
     for n in counts:
         times = tuple(graded(n, promised.order if promised.calls == 1 else 1))
         errors.append(float((solved(name, kind, times) - reference).square().mean().sqrt()))
@@ -232,11 +302,19 @@ def test_deterministic_ones_have_the_order_that_they_promise(name: str, kind: st
 @every
 @pytest.mark.parametrize("kind", ["cosine", "edm"])
 def test_two_interleaved_runs_are_two_separate_runs(name: str, kind: str) -> None:
-    """Nothing is held outside the generator: other steps, seeds and data in between change no bit."""
+    """Nothing is held outside the generator: other steps, seeds and data in between change no
+    bit.
+    """
     chosen, other = KINDS[kind], schedule("flow")
     times, more = timesteps("trailing", 6, chosen), timesteps("trailing", 9, chosen)
-    alone = finish(name, chosen, times, [0, 1], gaussian(chosen)), finish(name, other, more, [5], gaussian(other))
-    runs = [run(begin(name, chosen, times, [0, 1]), gaussian(chosen), 6), run(begin(name, other, more, [5]), gaussian(other), 9)]
+    alone = (
+        finish(name, chosen, times, [0, 1], gaussian(chosen)),
+        finish(name, other, more, [5], gaussian(other)),
+    )
+    runs = [
+        run(begin(name, chosen, times, [0, 1]), gaussian(chosen), 6),
+        run(begin(name, other, more, [5]), gaussian(other), 9),
+    ]
     latest: list = [None, None]
     while any(not isinstance(found, Tensor) for found in latest):
         for i, events in enumerate(runs):
@@ -251,7 +329,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(name: str) -> No
     first, again = (finish(name, chosen, times, [0, 1], gaussian(chosen)) for _ in range(2))
     assert torch.equal(first, again)
     assert not torch.allclose(first[0], first[1], atol=1e-3)
-    assert not torch.allclose(finish(name, chosen, times, [9], gaussian(chosen))[0], first[0], atol=1e-3)
+    assert not torch.allclose(
+        finish(name, chosen, times, [9], gaussian(chosen))[0], first[0], atol=1e-3
+    )
 
 
 @pytest.mark.invariance
@@ -266,10 +346,18 @@ def test_image_k_of_a_batch_is_the_image_of_its_seed_alone(name: str) -> None:
 
 @every
 @everywhere
-def test_an_answer_that_is_worked_out_late_is_the_pair_that_it_stands_for(name: str, kind: str) -> None:
-    """A network's output is kept as it is (`LinearPrediction`); the same run with x0 and eps themselves ends at the same place."""
+def test_an_answer_that_is_worked_out_late_is_the_pair_that_it_stands_for(
+    name: str, kind: str
+) -> None:
+    """A network's output is kept as it is (`LinearPrediction`); the same run with x0 and eps
+    themselves ends at the same place.
+    """
     chosen = KINDS[kind]
-    process, times, late = Process(chosen, parameterization("v")), timesteps("trailing", 5, chosen), []
+    process, times, late = (
+        Process(chosen, parameterization("v")),
+        timesteps("trailing", 5, chosen),
+        [],
+    )
 
     def denoise(x: Tensor, t: float) -> Prediction:
         pair = wavy(chosen)(x, t)
@@ -298,7 +386,9 @@ def test_tensors_that_come_in_are_not_written_to(name: str) -> None:
     sample(SAMPLERS[name](x, times, chosen, lambda: noise), denoise, 4)
     assert torch.equal(x, start) and torch.equal(noise, torch.ones(1, *SHAPE))
     for seen, before, found, x0, eps in given:
-        assert torch.equal(seen, before) and torch.equal(found.x0, x0) and torch.equal(found.eps, eps)
+        assert (
+            torch.equal(seen, before) and torch.equal(found.x0, x0) and torch.equal(found.eps, eps)
+        )
 
 
 @every
@@ -306,23 +396,29 @@ def test_tensors_that_come_in_are_not_written_to(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_dtype_is_kept(name: str, kind: str, dtype: torch.dtype) -> None:
     chosen = KINDS[kind]
-    for event in run(begin(name, chosen, timesteps("trailing", 3, chosen), [0], dtype), gaussian(chosen), 3):
+    for event in run(
+        begin(name, chosen, timesteps("trailing", 3, chosen), [0], dtype), gaussian(chosen), 3
+    ):
         assert (event.x if isinstance(event, Step) else event).dtype == dtype
 
 
 @every
 @everywhere
 def test_a_run_may_end_before_t_zero(name: str, kind: str) -> None:
-    """The last time is where it ends: for a point at m the marginal at s has mean alpha_s m and variance sigma_s^2."""
+    """The last time is where it ends: for a point at m the marginal at s has mean alpha_s m and
+    variance sigma_s^2.
+    """
     chosen, times = KINDS[kind], [1.0, 0.8, 0.6]
     alpha, sigma = chosen.point(0.6)
     count = 1500
     noise = SeededNoise(SHAPE, list(range(count)))
-    x = chosen.point(1.0)[0] * MEAN + chosen.point(1.0)[1] * noise().double()  # the point's own marginal at t = 1
+    # the point's own marginal at t = 1
+    x = chosen.point(1.0)[0] * MEAN + chosen.point(1.0)[1] * noise().double()
     found = sample(SAMPLERS[name](x, times, chosen, lambda: noise().double()), point(chosen), 2)
     assert found is not None
     error = (found.mean(0) - alpha * MEAN) / (sigma / math.sqrt(count))
-    # the spread is pooled over the 12 positions; 5 standard errors, 13 comparisons: 7e-6 false alarms
+    # the spread is pooled over the 12 positions; 5 standard errors, 13 comparisons: 7e-6 false
+    # alarms
     assert error.abs().max() < 5
     pooled = float((found - alpha * MEAN).square().mean())
     assert abs(pooled / sigma**2 - 1) < 5 * math.sqrt(2 / (12 * count))
@@ -341,24 +437,43 @@ def test_cancelling_closes_it(name: str) -> None:
 @pytest.mark.parametrize("steps", [3, 4, 7])
 def test_tcd_without_noise_is_ddim_whatever_the_steps(kind: str, steps: int) -> None:
     """Times off the table's grid are not rounded away: eta 0 draws nothing."""
-    chosen, x = KINDS[kind], torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    chosen, x = (
+        KINDS[kind],
+        torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+    )
     times = timesteps("trailing", steps, chosen)
 
     def never() -> Tensor:
         raise AssertionError("eta 0 asked for noise")
 
-    found = [sample(SAMPLERS[n](x, times, chosen, never, **o), gaussian(chosen), 1) for n, o in (("tcd", {"eta": 0.0}), ("ddim", {}))]
+    found = [
+        sample(SAMPLERS[n](x, times, chosen, never, **o), gaussian(chosen), 1)
+        for n, o in (("tcd", {"eta": 0.0}), ("ddim", {}))
+    ]
     assert torch.equal(found[0], found[1])
 
 
 def test_half_of_the_quadratic_term_costs_an_order() -> None:
-    """DPM-Solver++(3M) as its authors, k-diffusion and diffusers have it (`published=True`) is of order two."""
+    """DPM-Solver++(3M) as its authors, k-diffusion and diffusers have it (`published=True`) is of
+    order two.
+    """
     chosen, slopes = KINDS["cosine"], []
-    x = math.hypot(*chosen.point(0.95)) * torch.randn((16, *SHAPE), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = math.hypot(*chosen.point(0.95)) * torch.randn(
+        (16, *SHAPE), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     reference, counts = solved("dpm_solver_3", "cosine", tuple(graded(1000))), [90, 135, 200, 300]
     for published in (False, True):
-        ends = [sample(SAMPLERS["dpmpp_3m"](x, graded(n, 3), chosen, lambda: x, published=published), wavy(chosen), 1) for n in counts]
-        errors = [float((end - reference).square().mean().sqrt()) for end in ends if end is not None]
+        ends = [
+            sample(
+                SAMPLERS["dpmpp_3m"](x, graded(n, 3), chosen, lambda: x, published=published),
+                wavy(chosen),
+                1,
+            )
+            for n in counts
+        ]
+        errors = [
+            float((end - reference).square().mean().sqrt()) for end in ends if end is not None
+        ]
         slopes.append(-stats.linregress(np.log(counts), np.log(errors)).slope)
     assert slopes[0] > 2.7 and slopes[1] < 2.4, slopes
 
@@ -366,14 +481,24 @@ def test_half_of_the_quadratic_term_costs_an_order() -> None:
 @pytest.mark.parametrize("name", UP)
 @everywhere
 def test_upward_ones_end_at_the_first_time_and_come_back(name: str, kind: str) -> None:
-    """From a clean latent to noise; with enough iterations DDIM makes the very latent again from it, also from alpha = 0."""
+    """From a clean latent to noise; with enough iterations DDIM makes the very latent again from
+    it, also from alpha = 0.
+    """
     chosen = KINDS[kind]
-    z = MEAN + STD * torch.randn((3, *SHAPE), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    times = timesteps("linspace", 12, chosen, start=1.0 if "flow" in kind else 0.9 if kind != "edm" else 0.6)
+    z = MEAN + STD * torch.randn(
+        (3, *SHAPE), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    times = timesteps(
+        "linspace", 12, chosen, start=1.0 if "flow" in kind else 0.9 if kind != "edm" else 0.6
+    )
     asked: list[float] = []
-    x = sample(SAMPLERS[name](z, times, chosen, lambda: z, iterations=60), gaussian(chosen, asked), 12 * 60)
+    x = sample(
+        SAMPLERS[name](z, times, chosen, lambda: z, iterations=60), gaussian(chosen, asked), 12 * 60
+    )
     assert x is not None and asked[-1] == times[0] and min(asked) == times[-2]
     again = sample(SAMPLERS["ddim"](x, times, chosen, lambda: z), gaussian(chosen), 12)
     assert again is not None and float((again - z).abs().max()) < 1e-6
     rough = sample(SAMPLERS[name](z, times, chosen, lambda: z), gaussian(chosen), 12)
-    assert rough is not None and 1e-6 < float((rough - x).abs().max()) < 3 * chosen.point(times[0])[1]
+    assert (
+        rough is not None and 1e-6 < float((rough - x).abs().max()) < 3 * chosen.point(times[0])[1]
+    )

@@ -1,4 +1,6 @@
-"""Sentence encoders: what their folders may be, what is refused, and whole models that read by one: a folder, a file, streamed."""
+"""Sentence encoders: what their folders may be, what is refused, and whole models that read by one:
+a folder, a file, streamed.
+"""
 
 import json
 import runpy
@@ -42,7 +44,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("encoder")
     tiny.bert_model(heads=True).save_pretrained(found)
     tiny.bert_tokenizer().save_pretrained(found)
-    (found / "modules.json").write_text('[{"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"}]')
+    (found / "modules.json").write_text(
+        '[{"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"}]'
+    )
     (found / "1_Pooling").mkdir()
     (found / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
     return found
@@ -54,15 +58,20 @@ def opened(folder: Path) -> SentenceText:
 
 
 def with_length(conditioner: SentenceText, length: int, **more: Any) -> SentenceText:
-    return replace(conditioner, config=replace(conditioner.config, max_sequence_length=length, **more))
+    return replace(
+        conditioner, config=replace(conditioner.config, max_sequence_length=length, **more)
+    )
 
 
-# ---- prompts ---------------------------------------------------------------------------------------------------------------
+# ---- prompts -------------------------------------------------------------------------------------
 
 
-def test_padding_makes_no_difference_where_it_is_masked_and_does_where_it_is_not(opened: SentenceText) -> None:
+def test_padding_makes_no_difference_where_it_is_masked_and_does_where_it_is_not(
+    opened: SentenceText,
+) -> None:
     def words(length: int, masked: bool) -> Tensor:
-        return with_length(opened, length, masked=masked)(["a red shirt"]).tokens[0, :5]  # [CLS] a red shirt [SEP]
+        # [CLS] a red shirt [SEP]
+        return with_length(opened, length, masked=masked)(["a red shirt"]).tokens[0, :5]
 
     assert with_length(opened, 8)(["a red shirt"]).mask.tolist() == [[True] * 5 + [False] * 3]
     torch.testing.assert_close(words(5, True), words(96, True), rtol=1e-5, atol=1e-5)
@@ -74,48 +83,68 @@ def test_a_row_has_no_neighbours(opened: SentenceText) -> None:
     together = opened(PROMPTS)
     for k, prompt in enumerate(PROMPTS):
         for alone in (opened([prompt]), opened([prompt, "the dog", prompt])[2:]):
-            assert torch.equal(alone.tokens[0], together.tokens[k]) and torch.equal(alone.mask[0], together.mask[k])
+            assert torch.equal(alone.tokens[0], together.tokens[k]) and torch.equal(
+                alone.mask[0], together.mask[k]
+            )
 
 
 def test_the_mean_of_what_counts_is_what_the_network_takes(opened: SentenceText) -> None:
     """A caption's padding changes nothing in a picture either."""
     network = dit().denoiser.network
-    x, t = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([500.0])
+    x, t = (
+        torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([500.0]),
+    )
     few, many = (network(x, t, with_length(opened, length)(["a red shirt"])) for length in (5, 90))
     torch.testing.assert_close(few, many, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(few, network(x, t, opened(["the dog"])), atol=1e-4)
 
 
 def test_what_it_cannot_read_is_refused_in_a_sentence(opened: SentenceText) -> None:
-    with pytest.raises(UserError, match=r"prompt 'dog dog .* has 70 tokens: expected at most 62; shorten it, set long='cut'"):
+    with pytest.raises(
+        UserError,
+        match=r"prompt 'dog dog .* has 70 tokens: expected at most 62; shorten it, set long='cut'",
+    ):
         opened(["dog " * 70])
     assert opened(["dog " * 62]).mask.all()
-    assert torch.equal(replace(opened, config=SentenceTextConfig(long="cut"))(["dog " * 70]).tokens, opened(["dog " * 62]).tokens)
+    assert torch.equal(
+        replace(opened, config=SentenceTextConfig(long="cut"))(["dog " * 70]).tokens,
+        opened(["dog " * 62]).tokens,
+    )
     with pytest.raises(UserError, match="1 prompts for a second text encoder: this model has one"):
         opened(["a"], None, ["b"])
     for wrong in ("a cat", []):
         with pytest.raises(UserError, match="expected a list of at least one, each a text or None"):
             opened(wrong)
-    with pytest.raises(UserError, match="max_sequence_length=97: this text encoder has 96 positions"):
+    with pytest.raises(
+        UserError, match="max_sequence_length=97: this text encoder has 96 positions"
+    ):
         with_length(opened, 97)
     broken = tiny.bert_model()
     broken.encoder.layer[0].output.dense.bias.fill_(float("inf"))
-    with pytest.raises(NumericalError, match="BertModel in float32 gives NaN or infinite states for prompt 'a cat'"):
+    with pytest.raises(
+        NumericalError, match="BertModel in float32 gives NaN or infinite states for prompt 'a cat'"
+    ):
         replace(opened, encoder=replace(opened.encoder, model=broken))(["a cat"])
 
 
-@pytest.mark.parametrize(("field", "value"), [("long", "chunks"), ("max_sequence_length", 1), ("max_sequence_length", True)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("long", "chunks"), ("max_sequence_length", 1), ("max_sequence_length", True)],
+)
 def test_settings_that_cannot_be_are_refused(field: str, value: Any) -> None:
     with pytest.raises(UserError, match=field.split("_")[0]):
         SentenceTextConfig(**{field: value})
 
 
-# ---- folders of encoders ---------------------------------------------------------------------------------------------------
+# ---- folders of encoders -------------------------------------------------------------------------
 
 
 def prefixed(tensors: Tensors) -> Tensors:
     """A masked language model's file."""
-    return {f"bert.{key}": t for key, t in tensors.items()} | {"cls.predictions.bias": torch.ones(120)}
+    return {f"bert.{key}": t for key, t in tensors.items()} | {
+        "cls.predictions.bias": torch.ones(120)
+    }
 
 
 def without_pooler(tensors: Tensors) -> Tensors:
@@ -123,7 +152,10 @@ def without_pooler(tensors: Tensors) -> Tensors:
 
 
 def old(tensors: Tensors) -> Tensors:
-    swapped = {k.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): t for k, t in tensors.items()}
+    swapped = {
+        k.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): t
+        for k, t in tensors.items()
+    }
     return swapped | {"embeddings.position_ids": torch.arange(96)[None]}
 
 
@@ -134,7 +166,11 @@ def within(tensors: Tensors) -> Tensors:
 @pytest.mark.parametrize("change", [prefixed, without_pooler, old, within])
 @pytest.mark.parametrize("pickled", [False, True])
 def test_files_with_other_names_are_the_same_weights(
-    change: Callable[[Tensors], Tensors], pickled: bool, folder: Path, opened: SentenceText, tmp_path: Path
+    change: Callable[[Tensors], Tensors],
+    pickled: bool,
+    folder: Path,
+    opened: SentenceText,
+    tmp_path: Path,
 ) -> None:
     place = Path(shutil.copytree(folder, tmp_path / "encoder"))
     file = place / "model.safetensors"
@@ -142,7 +178,9 @@ def test_files_with_other_names_are_the_same_weights(
     assert any(key.startswith("pooler.") for key in tensors)
     changed = {key: t.clone() for key, t in change(tensors).items()}
     file.unlink()
-    torch.save(changed, place / "pytorch_model.bin") if pickled else save_file(changed, file, {"format": "pt"})
+    torch.save(changed, place / "pytorch_model.bin") if pickled else save_file(
+        changed, file, {"format": "pt"}
+    )
     assert torch.equal(SentenceText.from_encoder(place)(PROMPTS).tokens, opened(PROMPTS).tokens)
 
 
@@ -156,7 +194,9 @@ def test_words_alone_are_a_tokenizer(folder: Path, opened: SentenceText, tmp_pat
 
 def table(file: str, **values: Any) -> Change:
     """Other fields in a JSON file."""
-    return lambda folder: (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
+    return lambda folder: (folder / file).write_text(
+        json.dumps(json.loads((folder / file).read_text()) | values)
+    )
 
 
 def weights(change: Callable[[Tensors], Any]) -> Change:
@@ -173,7 +213,13 @@ def pickled(folder: Path) -> None:
     torch.save({"code": print}, folder / "pytorch_model.bin")
 
 
-CASED = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": False}
+CASED = {
+    "type": "BertNormalizer",
+    "clean_text": True,
+    "handle_chinese_chars": True,
+    "strip_accents": None,
+    "lowercase": False,
+}
 BAD: list[tuple[Change, str]] = [
     (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer: expected BERT's tokenizer.json or vocab.txt"),
@@ -208,7 +254,9 @@ BAD: list[tuple[Change, str]] = [
 
 
 @pytest.mark.parametrize(("change", "words"), BAD, ids=range(len(BAD)))
-def test_a_folder_that_is_wrong_is_refused(change: Change, words: str, folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_wrong_is_refused(
+    change: Change, words: str, folder: Path, tmp_path: Path
+) -> None:
     place = Path(shutil.copytree(folder, tmp_path / "encoder"))
     change(place)
     with pytest.raises(UserError, match=words) as caught:
@@ -218,9 +266,19 @@ def test_a_folder_that_is_wrong_is_refused(change: Change, words: str, folder: P
 
 @pytest.mark.parametrize("value", [None, -1, 0, 1.5, "x", [], True])
 @pytest.mark.parametrize(
-    "field", ["hidden_size", "num_attention_heads", "layer_norm_eps", "hidden_act", "pad_token_id", "chunk_size_feed_forward"]
+    "field",
+    [
+        "hidden_size",
+        "num_attention_heads",
+        "layer_norm_eps",
+        "hidden_act",
+        "pad_token_id",
+        "chunk_size_feed_forward",
+    ],
 )
-def test_a_config_with_any_value_opens_or_is_refused(field: str, value: Any, folder: Path, tmp_path: Path) -> None:
+def test_a_config_with_any_value_opens_or_is_refused(
+    field: str, value: Any, folder: Path, tmp_path: Path
+) -> None:
     place = Path(shutil.copytree(folder, tmp_path / "encoder"))
     table("config.json", **{field: value})(place)
     try:
@@ -231,14 +289,20 @@ def test_a_config_with_any_value_opens_or_is_refused(field: str, value: Any, fol
         assert torch.isfinite(found.tokens).all()
 
 
-def test_a_config_that_asks_for_tuples_and_all_states_is_the_same_encoder(folder: Path, opened: SentenceText, tmp_path: Path) -> None:
+def test_a_config_that_asks_for_tuples_and_all_states_is_the_same_encoder(
+    folder: Path, opened: SentenceText, tmp_path: Path
+) -> None:
     place = Path(shutil.copytree(folder, tmp_path / "encoder"))
-    table("config.json", return_dict=False, output_hidden_states=True, chunk_size_feed_forward=7)(place)
+    table("config.json", return_dict=False, output_hidden_states=True, chunk_size_feed_forward=7)(
+        place
+    )
     assert torch.equal(SentenceText.from_encoder(place)(PROMPTS).tokens, opened(PROMPTS).tokens)
 
 
 def test_the_published_config_is_known(folder: Path, tmp_path: Path) -> None:
-    """all-MiniLM-L6-v2: five tensors before the layers, 16 in each of six; without weights all that is said is that those are missing."""
+    """all-MiniLM-L6-v2: five tensors before the layers, 16 in each of six; without weights all that
+    is said is that those are missing.
+    """
     place = Path(shutil.copytree(folder, tmp_path / "encoder"))
     published = {
         "_name_or_path": "nreimers/MiniLM-L6-H384-uncased", "architectures": ["BertModel"], "attention_probs_dropout_prob": 0.1,
@@ -253,13 +317,15 @@ def test_the_published_config_is_known(folder: Path, tmp_path: Path) -> None:
         SentenceText.from_encoder(place)
 
 
-# ---- models that read by one -----------------------------------------------------------------------------------------------
+# ---- models that read by one ---------------------------------------------------------------------
 
 
 def autoencoder(kind: str) -> Any:
     if kind == "kl":
         widths = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
-        return AutoencoderKL(KLConfig(in_channels=3, out_channels=3, latent_channels=4, sample_size=8, **widths))
+        return AutoencoderKL(
+            KLConfig(in_channels=3, out_channels=3, latent_channels=4, sample_size=8, **widths)
+        )
     blocks, widths = (1, 1), (16, 16)
     return AutoencoderTiny(
         TinyConfig(
@@ -270,13 +336,20 @@ def autoencoder(kind: str) -> Any:
 
 
 def dit(kind: str = "kl", conditioner: Any = None, width: int = 24) -> LatentDiffusion:
-    """A transformer that reads tokens, every weight of it random: pictures of 8x8, latents of 4x4."""
+    """A transformer that reads tokens, every weight of it random: pictures of 8x8, latents of
+    4x4.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         vae = autoencoder(kind)
         network = ModernDiT(
             ModernDiTConfig(
-                sample_size=4, num_layers=1, num_attention_heads=2, attention_head_dim=8, register_tokens=1, caption_channels=width
+                sample_size=4,
+                num_layers=1,
+                num_attention_heads=2,
+                attention_head_dim=8,
+                register_tokens=1,
+                caption_channels=width,
             )
         )
         for parameter in (*network.parameters(), *vae.parameters()):
@@ -292,32 +365,51 @@ def picture(model: LatentDiffusion, prompt: str = "a red shirt") -> Tensor:
 
 @pytest.mark.parametrize("kind", ["kl", "tiny", "tiny_gn"])
 @pytest.mark.parametrize("place", ["model", "model.safetensors"])
-def test_a_model_comes_back_from_its_folder_and_its_file(kind: str, place: str, opened: SentenceText, tmp_path: Path) -> None:
-    model = dit(kind, replace(opened, config=SentenceTextConfig(max_sequence_length=20, long="cut")))
+def test_a_model_comes_back_from_its_folder_and_its_file(
+    kind: str, place: str, opened: SentenceText, tmp_path: Path
+) -> None:
+    model = dit(
+        kind, replace(opened, config=SentenceTextConfig(max_sequence_length=20, long="cut"))
+    )
     wanted = picture(model)
     assert not torch.equal(wanted, picture(model, "the dog"))
     model.save(tmp_path / place)
     again = sfumato.load(tmp_path / place)
     assert torch.equal(picture(again), wanted)
-    assert isinstance(again.conditioner, SentenceText) and again.conditioner.identity() == model.conditioner.identity()
+    assert (
+        isinstance(again.conditioner, SentenceText)
+        and again.conditioner.identity() == model.conditioner.identity()
+    )
     assert type(again.autoencoder) is type(model.autoencoder) and again.defaults == model.defaults
     again.save(tmp_path / "again")
     names = json.loads((tmp_path / "again" / "model_index.json").read_text())
-    vae = {"kl": "AutoencoderKL", "tiny": "AutoencoderTiny", "tiny_gn": "SfumatoAutoencoderTiny"}[kind]
-    assert names["_class_name"] == "LatentDiffusion" and names["vae"][1] == vae and names["transformer"][1] == "SfumatoDiT"
+    vae = {"kl": "AutoencoderKL", "tiny": "AutoencoderTiny", "tiny_gn": "SfumatoAutoencoderTiny"}[
+        kind
+    ]
+    assert (
+        names["_class_name"] == "LatentDiffusion"
+        and names["vae"][1] == vae
+        and names["transformer"][1] == "SfumatoDiT"
+    )
     assert names["tokenizer"][1] == "BertTokenizer" and names["text_encoder"][1] == "BertModel"
     assert torch.equal(picture(sfumato.load(tmp_path / "again")), wanted)
 
 
 def test_a_model_is_streamed_with_the_same_picture(opened: SentenceText, tmp_path: Path) -> None:
     dit("kl", opened).save(tmp_path / "model")
-    plain, streamed = sfumato.load(tmp_path / "model"), sfumato.load(tmp_path / "model", memory="64GB")
+    plain, streamed = (
+        sfumato.load(tmp_path / "model"),
+        sfumato.load(tmp_path / "model", memory="64GB"),
+    )
     assert torch.equal(picture(streamed), picture(plain))
 
 
 def test_an_encoder_of_another_width_is_refused(opened: SentenceText, tmp_path: Path) -> None:
     dit("kl", opened, width=32).save(tmp_path / "model")
-    with pytest.raises(UserError, match="transformer attends to tokens of width 32, the text encoders give 24; use parts of one model"):
+    with pytest.raises(
+        UserError,
+        match="transformer attends to tokens of width 32, the text encoders give 24; use parts of one model",
+    ):
         sfumato.load(tmp_path / "model")
 
 

@@ -1,4 +1,6 @@
-"""Whole models in one file, and models from a hub cache on this machine: both open to the same model as the folder."""
+"""Whole models in one file, and models from a hub cache on this machine: both open to the same
+model as the folder.
+"""
 
 import json
 import shutil
@@ -18,8 +20,14 @@ def test_single_file_is_the_folder(tiny: Path, tmp_path: Path) -> None:
     model = sfumato.load(tiny)
     model.save(tmp_path / "one.safetensors")
     again = sfumato.load(tmp_path / "one.safetensors")
-    assert again.hash == model.hash and again.defaults == model.defaults and again.class_names == model.class_names
-    a, b = (m.generate(model.class_names[0], steps=2, output="latent", seed=3) for m in (model, again))
+    assert (
+        again.hash == model.hash
+        and again.defaults == model.defaults
+        and again.class_names == model.class_names
+    )
+    a, b = (
+        m.generate(model.class_names[0], steps=2, output="latent", seed=3) for m in (model, again)
+    )
     assert torch.equal(a, b)
 
 
@@ -43,26 +51,39 @@ def test_truncated_and_foreign_files_are_refused(tiny: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match="truncated"):
         sfumato.load(path)
     save_file({"model.diffusion_model.x": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match=r"lacks model.diffusion_model.*, which tells its architecture"):
+    with pytest.raises(
+        UserError, match=r"lacks model.diffusion_model.*, which tells its architecture"
+    ):
         sfumato.load(path)
 
 
 def test_a_path_in_the_file_cannot_leave_its_folder(tmp_path: Path) -> None:
     path = tmp_path / "evil.safetensors"
-    save_file({"vae.x": torch.zeros(2)}, path, metadata={"sfumato": json.dumps({"../../evil.json": {}})})
+    save_file(
+        {"vae.x": torch.zeros(2)}, path, metadata={"sfumato": json.dumps({"../../evil.json": {}})}
+    )
     with pytest.raises(UserError, match="outside"):
         sfumato.load(path)
     save_file({"../vae.x": torch.zeros(2)}, path, metadata={"sfumato": "{}"})
     with pytest.raises(UserError, match="plain name"):
         sfumato.load(path)
-    for more in ({"others": {"../../evil.txt": "AAAA"}}, {"weights": {"vae": "../../evil.safetensors"}}):
-        save_file({"vae.x": torch.zeros(2)}, path, metadata={"sfumato": "{}", "sfumato_files": json.dumps(more)})
+    for more in (
+        {"others": {"../../evil.txt": "AAAA"}},
+        {"weights": {"vae": "../../evil.safetensors"}},
+    ):
+        save_file(
+            {"vae.x": torch.zeros(2)},
+            path,
+            metadata={"sfumato": "{}", "sfumato_files": json.dumps(more)},
+        )
         with pytest.raises(UserError, match="outside"):
             sfumato.load(path)
 
 
 def test_a_folder_is_folded_whole(tmp_path: Path) -> None:
-    """Files of every kind and weights of any name, byte for byte; weights in several files are refused, not lost."""
+    """Files of every kind and weights of any name, byte for byte; weights in several files are
+    refused, not lost.
+    """
     folder = tmp_path / "model"
     for part, name in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
         (folder / part).mkdir(parents=True)
@@ -72,11 +93,16 @@ def test_a_folder_is_folded_whole(tmp_path: Path) -> None:
     write_json(folder / "model_index.json", {"a": 1})
     fold(folder, tmp_path / "one.safetensors")
     unfold(tmp_path / "one.safetensors", tmp_path / "again")
-    files, others = (sorted(p.relative_to(at) for p in at.rglob("*") if p.is_file()) for at in (folder, tmp_path / "again"))
+    files, others = (
+        sorted(p.relative_to(at) for p in at.rglob("*") if p.is_file())
+        for at in (folder, tmp_path / "again")
+    )
     assert files == others and len(files) == 4
     for file in files:
         if file.suffix == ".safetensors":
-            assert torch.equal(load_file(folder / file)["a.b"], load_file(tmp_path / "again" / file)["a.b"])
+            assert torch.equal(
+                load_file(folder / file)["a.b"], load_file(tmp_path / "again" / file)["a.b"]
+            )
         else:
             assert (folder / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
     save_file({"c": torch.rand(3)}, folder / "vae" / "more.safetensors")
@@ -85,7 +111,9 @@ def test_a_folder_is_folded_whole(tmp_path: Path) -> None:
     assert not (tmp_path / "two.safetensors").exists()
 
 
-def test_hub_id_from_the_local_cache(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_id_from_the_local_cache(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub import constants
 
     commit = "0123456789abcdef0123456789abcdef01234567"

@@ -1,4 +1,6 @@
-"""What folders of PixArt's, SD 3's, FLUX.1's and FLUX.2's text encoders, their settings and prompts must be: all else is refused in a sentence."""
+"""What folders of PixArt's, SD 3's, FLUX.1's and FLUX.2's text encoders, their settings and prompts
+must be: all else is refused in a sentence.
+"""
 
 import json
 import re
@@ -50,7 +52,9 @@ def table(file: str, **values: Any) -> Change:
         path = folder / file
         found = (json.loads(path.read_text()) if path.exists() else {}) | values
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({key: value for key, value in found.items() if value is not ...}))
+        path.write_text(
+            json.dumps({key: value for key, value in found.items() if value is not ...})
+        )
 
     return change
 
@@ -70,7 +74,9 @@ def text(file: str, content: str) -> Change:
 
 
 def gone(name: str) -> Change:
-    return lambda folder: (folder / name).unlink() if (folder / name).is_file() else shutil.rmtree(folder / name)
+    return lambda folder: (
+        (folder / name).unlink() if (folder / name).is_file() else shutil.rmtree(folder / name)
+    )
 
 
 def both(*changes: Change) -> Change:
@@ -95,10 +101,16 @@ def pickled(value: Any) -> Change:
 
 
 def renamed(name: str) -> Change:
-    return lambda folder: (folder / "text_encoder" / "model.safetensors").rename(folder / "text_encoder" / name)
+    return lambda folder: (folder / "text_encoder" / "model.safetensors").rename(
+        folder / "text_encoder" / name
+    )
 
 
-CONFIG, TOKENIZER, OURS = "text_encoder/config.json", "tokenizer/tokenizer_config.json", "conditioner/config.json"
+CONFIG, TOKENIZER, OURS = (
+    "text_encoder/config.json",
+    "tokenizer/tokenizer_config.json",
+    "conditioner/config.json",
+)
 NORM, TOP = "encoder.final_layer_norm.weight", "language_model.model.norm.weight"
 BAD: list[tuple[str, Change, str]] = [
     # T5, in PixArt's folder
@@ -168,7 +180,9 @@ BAD: list[tuple[str, Change, str]] = [
 
 
 @pytest.mark.parametrize(("kind", "change", "words"), BAD, ids=range(len(BAD)))
-def test_a_folder_that_is_wrong_is_refused(kind: str, change: Change, words: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_folder_that_is_wrong_is_refused(
+    kind: str, change: Change, words: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(folders[kind], tmp_path / "model"))
     change(folder)
     with pytest.raises(UserError, match=words) as caught:
@@ -213,28 +227,52 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
-def test_configs_of_the_published_sizes_are_known(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    """Of transformers 4's time. Without weights: all that is said is that those are missing, and how many."""
+def test_configs_of_the_published_sizes_are_known(
+    kind: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of transformers 4's time. Without weights: all that is said is that those are missing, and
+    how many.
+    """
     _, count, values = PUBLISHED[kind]
     folder = Path(shutil.copytree(folders[kind], tmp_path / "model"))
     text(CONFIG, json.dumps(values))(folder)
     save_file({}, folder / "text_encoder" / "model.safetensors")
-    with pytest.raises(UserError, match=rf"does not fit its config: keys {count} missing .*(?<!not expected); use the weights"):
+    with pytest.raises(
+        UserError,
+        match=rf"does not fit its config: keys {count} missing .*(?<!not expected); use the weights",
+    ):
         named(kind).from_folder(folder)
 
 
 FIELDS = [
     *(
         ("pixart_alpha", field)
-        for field in ("d_model", "num_heads", "relative_attention_num_buckets", "layer_norm_epsilon", "is_gated_act")
+        for field in (
+            "d_model",
+            "num_heads",
+            "relative_attention_num_buckets",
+            "layer_norm_epsilon",
+            "is_gated_act",
+        )
     ),
-    *(("flux2_klein", field) for field in ("hidden_size", "num_key_value_heads", "head_dim", "rms_norm_eps", "layer_types")),
+    *(
+        ("flux2_klein", field)
+        for field in (
+            "hidden_size",
+            "num_key_value_heads",
+            "head_dim",
+            "rms_norm_eps",
+            "layer_types",
+        )
+    ),
 ]
 
 
 @pytest.mark.parametrize("value", [None, -1, 0, 1.5, "x", [], True])
 @pytest.mark.parametrize(("kind", "field"), FIELDS)
-def test_a_config_with_any_value_opens_or_is_refused(kind: str, field: str, value: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_config_with_any_value_opens_or_is_refused(
+    kind: str, field: str, value: Any, folders: dict[str, Path], tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(folders[kind], tmp_path / "model"))
     table(CONFIG, **{field: value})(folder)
     try:
@@ -245,15 +283,22 @@ def test_a_config_with_any_value_opens_or_is_refused(kind: str, field: str, valu
         assert torch.isfinite(found.tokens).all()
 
 
-def test_without_their_packages_a_sentence_says_what_to_install(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    for package, kinds in (("sentencepiece", ["pixart_alpha"]), ("transformers", ["pixart_alpha", "sd3", "flux", "flux2_dev"])):
+def test_without_their_packages_a_sentence_says_what_to_install(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package, kinds in (
+        ("sentencepiece", ["pixart_alpha"]),
+        ("transformers", ["pixart_alpha", "sd3", "flux", "flux2_dev"]),
+    ):
         monkeypatch.setitem(sys.modules, package, None)
         for kind in kinds:
-            with pytest.raises(UserError, match=rf"{package}.*: run `pip install 'sfumato\[text\]'`"):
+            with pytest.raises(
+                UserError, match=rf"{package}.*: run `pip install 'sfumato\[text\]'`"
+            ):
                 named(kind).from_folder(folders[kind])
 
 
-# ---- settings ------------------------------------------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
 
 
 def test_settings_are_those_the_models_were_trained_with(opened: dict[str, Any]) -> None:
@@ -262,15 +307,33 @@ def test_settings_are_those_the_models_were_trained_with(opened: dict[str, Any])
         "pixart_alpha": 120, "pixart_sigma": 300, "sd3": 256, "sd3_without_t5": 256, "flux": 512, "flux_schnell": 256, "flux2_dev": 512,
         "flux2_klein": 512,
     }  # fmt: skip
-    assert {kind for kind, config in found.items() if config.masked} == {"pixart_alpha", "pixart_sigma"}
-    assert found["flux2_dev"].layers == (10, 20, 30) and found["flux2_dev"].system_message.startswith("You are an AI that reasons")
-    assert found["flux2_klein"].layers == (9, 18, 27) and found["flux2_klein"].system_message is None
+    assert {kind for kind, config in found.items() if config.masked} == {
+        "pixart_alpha",
+        "pixart_sigma",
+    }
+    assert found["flux2_dev"].layers == (10, 20, 30) and found[
+        "flux2_dev"
+    ].system_message.startswith("You are an AI that reasons")
+    assert (
+        found["flux2_klein"].layers == (9, 18, 27) and found["flux2_klein"].system_message is None
+    )
 
 
 @pytest.mark.parametrize("kind", ["pixart_alpha", "sd3_without_t5", "flux_schnell", "flux2_klein"])
-def test_settings_come_back_from_the_folder(kind: str, opened: dict[str, Any], tmp_path: Path) -> None:
-    more = {"pixart_alpha": {"lower": False}, "flux2_klein": {"layers": (2, 1), "system_message": "Look."}}.get(kind, {})
-    config = replace(opened[kind].config, max_sequence_length=90, masked=kind != "pixart_alpha", long="cut", **more)
+def test_settings_come_back_from_the_folder(
+    kind: str, opened: dict[str, Any], tmp_path: Path
+) -> None:
+    more = {
+        "pixart_alpha": {"lower": False},
+        "flux2_klein": {"layers": (2, 1), "system_message": "Look."},
+    }.get(kind, {})
+    config = replace(
+        opened[kind].config,
+        max_sequence_length=90,
+        masked=kind != "pixart_alpha",
+        long="cut",
+        **more,
+    )
     replace(opened[kind], config=config).save(tmp_path)
     found = named(kind).from_folder(tmp_path)
     assert found.config == config and found.to_config() == json.loads((tmp_path / OURS).read_text())
@@ -280,10 +343,25 @@ def test_settings_come_back_from_the_folder(kind: str, opened: dict[str, Any], t
 @pytest.mark.parametrize(
     ("cls", "values", "words"),
     [
-        *((cls, {"long": "chunks"}, "unknown way with long prompts 'chunks'") for cls in (T5TextConfig, Sd3TextConfig, FluxTextConfig)),
-        (Flux2TextConfig, {"max_sequence_length": True}, "max_sequence_length=True: expected a whole number of at least 2"),
-        (Sd3TextConfig, {"joint_attention_dim": 0}, "joint_attention_dim=0: expected a whole number of at least 1"),
-        (Flux2TextConfig, {"layers": ()}, r"layers=\(\): expected a list of at least one whole number"),
+        *(
+            (cls, {"long": "chunks"}, "unknown way with long prompts 'chunks'")
+            for cls in (T5TextConfig, Sd3TextConfig, FluxTextConfig)
+        ),
+        (
+            Flux2TextConfig,
+            {"max_sequence_length": True},
+            "max_sequence_length=True: expected a whole number of at least 2",
+        ),
+        (
+            Sd3TextConfig,
+            {"joint_attention_dim": 0},
+            "joint_attention_dim=0: expected a whole number of at least 1",
+        ),
+        (
+            Flux2TextConfig,
+            {"layers": ()},
+            r"layers=\(\): expected a list of at least one whole number",
+        ),
         (Flux2TextConfig, {"layers": (0, 1)}, r"layers=\(0, 1\): expected"),
     ],
 )
@@ -292,14 +370,25 @@ def test_settings_that_cannot_be_are_refused(cls: Any, values: dict[str, Any], w
         cls(**values)
 
 
-SETTINGS = [(T5TextConfig, "lower"), (T5TextConfig, "masked"), (FluxTextConfig, "long"), (FluxTextConfig, "max_sequence_length")]
-SETTINGS += [(Flux2TextConfig, "layers"), (Flux2TextConfig, "system_message"), (Sd3TextConfig, "joint_attention_dim")]
+SETTINGS = [
+    (T5TextConfig, "lower"),
+    (T5TextConfig, "masked"),
+    (FluxTextConfig, "long"),
+    (FluxTextConfig, "max_sequence_length"),
+]
+SETTINGS += [
+    (Flux2TextConfig, "layers"),
+    (Flux2TextConfig, "system_message"),
+    (Sd3TextConfig, "joint_attention_dim"),
+]
 SETTINGS += [(SentenceTextConfig, "masked"), (SentenceTextConfig, "max_sequence_length")]
 
 
 @pytest.mark.parametrize(("config", "field"), SETTINGS)
 @pytest.mark.parametrize("value", [1, 1.5, "yes", None, [1], {}])
-def test_a_setting_of_any_value_is_taken_or_refused(config: Any, field: str, value: Any, tmp_path: Path) -> None:
+def test_a_setting_of_any_value_is_taken_or_refused(
+    config: Any, field: str, value: Any, tmp_path: Path
+) -> None:
     """By way of conditioner/config.json, as users write it."""
     table(OURS, _class_name="ours", **{field: value})(tmp_path)
     try:
@@ -310,23 +399,34 @@ def test_a_setting_of_any_value_is_taken_or_refused(config: Any, field: str, val
         assert getattr(found, field) == (tuple(value) if isinstance(value, list) else value)
 
 
-# ---- prompts -------------------------------------------------------------------------------------------------------------------
+# ---- prompts -------------------------------------------------------------------------------------
 
 LONG = "a cat sat on the mat " * 100
 
 
 @pytest.mark.parametrize("kind", ["pixart_alpha", "sd3", "flux", "flux2_dev", "flux2_klein"])
-def test_a_prompt_that_does_not_fit_is_refused_with_its_counts(kind: str, opened: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"prompt 'a cat sat .* has \d+ tokens: expected at most \d+; shorten it, set long='cut'") as caught:
+def test_a_prompt_that_does_not_fit_is_refused_with_its_counts(
+    kind: str, opened: dict[str, Any]
+) -> None:
+    with pytest.raises(
+        UserError,
+        match=r"prompt 'a cat sat .* has \d+ tokens: expected at most \d+; shorten it, set long='cut'",
+    ) as caught:
         opened[kind](["a cat", LONG])
-    has, most = map(int, re.findall(r"has (\d+) tokens: expected at most (\d+)", str(caught.value))[0])
+    has, most = map(
+        int, re.findall(r"has (\d+) tokens: expected at most (\d+)", str(caught.value))[0]
+    )
     length = opened[kind].config.max_sequence_length
     assert has > most and "\n" not in str(caught.value)
     # What is said is true: that many fit, with the marks around them, and one more does not.
-    room = replace(opened[kind], config=replace(opened[kind].config, max_sequence_length=length + has - most))
+    room = replace(
+        opened[kind], config=replace(opened[kind].config, max_sequence_length=length + has - most)
+    )
     assert room([LONG]).tokens.shape[1] >= length
     with pytest.raises(UserError, match=f"has {has} tokens: expected at most {has - 1}"):
-        replace(room, config=replace(room.config, max_sequence_length=length + has - most - 1))([LONG])
+        replace(room, config=replace(room.config, max_sequence_length=length + has - most - 1))(
+            [LONG]
+        )
 
 
 def test_a_prompt_for_clip_alone_may_be_long(opened: dict[str, Any]) -> None:
@@ -338,32 +438,48 @@ def test_a_prompt_for_clip_alone_may_be_long(opened: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", ["pixart_alpha", "sd3", "flux", "flux2_dev"])
 @pytest.mark.parametrize("prompts", ["a cat", []])
-def test_prompts_that_are_not_a_list_of_texts_are_refused(kind: str, prompts: Any, opened: dict[str, Any]) -> None:
+def test_prompts_that_are_not_a_list_of_texts_are_refused(
+    kind: str, prompts: Any, opened: dict[str, Any]
+) -> None:
     with pytest.raises(UserError, match="expected a list of at least one, each a text or None"):
         opened[kind](prompts)
 
 
 def test_second_prompts_that_nobody_reads_are_refused(opened: dict[str, Any]) -> None:
     for kind in ("pixart_alpha", "flux2_dev"):
-        with pytest.raises(UserError, match="1 prompts for a second text encoder: this model has one"):
+        with pytest.raises(
+            UserError, match="1 prompts for a second text encoder: this model has one"
+        ):
             opened[kind](["a"], None, ["b"])
     for kind in ("sd3", "flux"):
         with pytest.raises(UserError, match="2 prompts for a second text encoder, 1 for the first"):
             opened[kind](["a"], None, ["b", "c"])
-        with pytest.raises(UserError, match="no prompt but 'b' for the second text encoder: expected both"):
+        with pytest.raises(
+            UserError, match="no prompt but 'b' for the second text encoder: expected both"
+        ):
             opened[kind]([None], None, ["b"])
 
 
 @pytest.mark.parametrize("kind", ["pixart_alpha", "sd3", "flux", "flux2_klein"])
-def test_masked_padding_changes_nothing_and_other_padding_does(kind: str, opened: dict[str, Any]) -> None:
-    """With the mask, words read alike among few and many positions; SD 3's and FLUX.1's T5, as trained, sees the padding."""
+def test_masked_padding_changes_nothing_and_other_padding_does(
+    kind: str, opened: dict[str, Any]
+) -> None:
+    """With the mask, words read alike among few and many positions; SD 3's and FLUX.1's T5, as
+    trained, sees the padding.
+    """
 
     def rows(masked: bool, length: int) -> torch.Tensor:
         config = replace(opened[kind].config, masked=masked, max_sequence_length=length)
         found = replace(opened[kind], config=config)(["a cat sat on the mat"])
         assert (found.mask is not None) == masked
-        words = replace(opened[kind], config=replace(config, masked=True))(["a cat sat on the mat"]).mask
-        assert words is not None and words.shape == found.tokens.shape[:2] and 3 < int(words.sum()) < words.shape[1]
+        words = replace(opened[kind], config=replace(config, masked=True))(
+            ["a cat sat on the mat"]
+        ).mask
+        assert (
+            words is not None
+            and words.shape == found.tokens.shape[:2]
+            and 3 < int(words.sum()) < words.shape[1]
+        )
         return found.tokens[words]
 
     torch.testing.assert_close(rows(True, 150), rows(True, 110), rtol=1e-5, atol=1e-5)
@@ -374,7 +490,9 @@ def test_masked_padding_changes_nothing_and_other_padding_does(kind: str, opened
 def test_case_and_outer_spaces_are_taken_from_pixarts_prompts_alone(opened: dict[str, Any]) -> None:
     a, b = opened["pixart_alpha"](["  Two CATS, ", "two cats,"]).tokens
     assert torch.equal(a, b)
-    as_is = replace(opened["pixart_alpha"], config=replace(opened["pixart_alpha"].config, lower=False))
+    as_is = replace(
+        opened["pixart_alpha"], config=replace(opened["pixart_alpha"].config, lower=False)
+    )
     for conditioner in (as_is, opened["flux"], opened["flux2_klein"]):
         a, b = conditioner(["Two CATS,", "two cats,"]).tokens
         assert not torch.allclose(a, b, atol=1e-3)
@@ -382,17 +500,33 @@ def test_case_and_outer_spaces_are_taken_from_pixarts_prompts_alone(opened: dict
 
 def test_sd3_without_t5_has_zeros_in_its_place(opened: dict[str, Any]) -> None:
     whole = opened["sd3"](["a cat"])
-    without = replace(opened["sd3"], encoder_3=None, config=replace(opened["sd3"].config, joint_attention_dim=48))(["a cat"])
-    assert torch.equal(whole.tokens[:, :77], without.tokens[:, :77]) and torch.equal(whole.vector, without.vector)
-    assert not without.tokens[:, 77:].any() and whole.tokens[:, 77:].any() and whole.tokens.shape == without.tokens.shape
+    without = replace(
+        opened["sd3"], encoder_3=None, config=replace(opened["sd3"].config, joint_attention_dim=48)
+    )(["a cat"])
+    assert torch.equal(whole.tokens[:, :77], without.tokens[:, :77]) and torch.equal(
+        whole.vector, without.vector
+    )
+    assert (
+        not without.tokens[:, 77:].any()
+        and whole.tokens[:, 77:].any()
+        and whole.tokens.shape == without.tokens.shape
+    )
 
 
 def test_the_mask_of_sd3_counts_words_with_their_begin_and_end(opened: dict[str, Any]) -> None:
     masked = replace(opened["sd3"], config=replace(opened["sd3"].config, masked=True))
     mask = masked(["a cat", "", "a cat " * 60]).mask
     assert mask[:, :77].sum(1).tolist() == [4, 2, 77]  # the tiny CLIP has "a" and "cat" whole
-    assert mask[:2, 77:].sum(1).tolist() == [len(masked.encoder_3.tokenizer(t).input_ids) for t in ("a cat", "")]
-    assert not replace(opened["sd3_without_t5"], config=replace(opened["sd3_without_t5"].config, masked=True))(["a"]).mask[:, 77:].any()
+    assert mask[:2, 77:].sum(1).tolist() == [
+        len(masked.encoder_3.tokenizer(t).input_ids) for t in ("a cat", "")
+    ]
+    assert (
+        not replace(
+            opened["sd3_without_t5"], config=replace(opened["sd3_without_t5"].config, masked=True)
+        )(["a"])
+        .mask[:, 77:]
+        .any()
+    )
 
 
 def test_encoders_in_the_wrong_places_are_refused(opened: dict[str, Any]) -> None:
@@ -405,61 +539,96 @@ def test_encoders_in_the_wrong_places_are_refused(opened: dict[str, Any]) -> Non
         Flux2Text(opened["flux2_klein"].encoder)
 
 
-# ---- FLUX.2's frame --------------------------------------------------------------------------------------------------------------
+# ---- FLUX.2's frame ------------------------------------------------------------------------------
 
 
 def test_the_frame_is_the_chat_s(opened: dict[str, Any]) -> None:
     dev, klein = opened["flux2_dev"], opened["flux2_klein"]
     said = dev.config.system_message
-    assert dev.encoder.framed("a cat [IMG]", said) == f"<s>[SYSTEM_PROMPT]{said}[/SYSTEM_PROMPT][INST]a cat [/INST]"
+    assert (
+        dev.encoder.framed("a cat [IMG]", said)
+        == f"<s>[SYSTEM_PROMPT]{said}[/SYSTEM_PROMPT][INST]a cat [/INST]"
+    )
     assert dev.encoder.framed("a cat", None) == "<s>[INST]a cat[/INST]"
-    assert klein.encoder.framed("a [IMG]", None) == ("<|im_start|>user\na [IMG]<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert klein.encoder.framed("a", "b").startswith("<|im_start|>system\nb<|im_end|>\n<|im_start|>user\na<|im_end|>")
+    assert klein.encoder.framed("a [IMG]", None) == (
+        "<|im_start|>user\na [IMG]<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+    assert klein.encoder.framed("a", "b").startswith(
+        "<|im_start|>system\nb<|im_end|>\n<|im_start|>user\na<|im_end|>"
+    )
     other = replace(dev, config=replace(dev.config, system_message="Look."))
     assert not torch.allclose(other(["a"]).tokens, dev(["a"]).tokens, atol=1e-3)
 
 
-def test_the_begin_token_stands_once(folders: dict[str, Path], opened: dict[str, Any], tmp_path: Path) -> None:
-    """A template may write it, or leave it to the tokenizer: as processors of transformers do, it is not added to one that is there."""
+def test_the_begin_token_stands_once(
+    folders: dict[str, Path], opened: dict[str, Any], tmp_path: Path
+) -> None:
+    """A template may write it, or leave it to the tokenizer: as processors of transformers do, it
+    is not added to one that is there.
+    """
     folder = Path(shutil.copytree(folders["flux2_dev"], tmp_path / "model"))
     content = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
     content["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "single": [
+            {"SpecialToken": {"id": "<s>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
     }
     (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps(content))
     expected = opened["flux2_dev"](["a cat"]).tokens
     assert torch.equal(named("flux2").from_folder(folder)(["a cat"]).tokens, expected)
-    (folder / "tokenizer" / "chat_template.jinja").write_text(tiny.MISTRAL_CHAT.removeprefix("{{ bos_token }}"))
+    (folder / "tokenizer" / "chat_template.jinja").write_text(
+        tiny.MISTRAL_CHAT.removeprefix("{{ bos_token }}")
+    )
     found = named("flux2").from_folder(folder)
-    assert torch.equal(found(["a cat"]).tokens, expected) and found.identity() != opened["flux2_dev"].identity()
+    assert (
+        torch.equal(found(["a cat"]).tokens, expected)
+        and found.identity() != opened["flux2_dev"].identity()
+    )
 
 
-def test_a_processor_s_files_are_kept_and_its_template_is_read(folders: dict[str, Path], opened: dict[str, Any], tmp_path: Path) -> None:
+def test_a_processor_s_files_are_kept_and_its_template_is_read(
+    folders: dict[str, Path], opened: dict[str, Any], tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(folders["flux2_dev"], tmp_path / "model"))
     (folder / "tokenizer" / "chat_template.jinja").unlink()
     table("tokenizer/chat_template.json", chat_template=tiny.MISTRAL_CHAT)(folder)
-    table("tokenizer/preprocessor_config.json", image_processor_type="PixtralImageProcessor", patch_size=14)(folder)
+    table(
+        "tokenizer/preprocessor_config.json",
+        image_processor_type="PixtralImageProcessor",
+        patch_size=14,
+    )(folder)
     found = named("flux2").from_folder(folder)
     assert found.index()["tokenizer"] == ["transformers", "PixtralProcessor"]
     assert opened["flux2_dev"].index()["tokenizer"] == ["transformers", "PreTrainedTokenizerFast"]
     assert opened["flux2_klein"].index()["tokenizer"] == ["transformers", "Qwen2TokenizerFast"]
     found.save(tmp_path / "again")
     for name in ("chat_template.json", "preprocessor_config.json"):
-        assert (tmp_path / "again" / "tokenizer" / name).read_bytes() == (folder / "tokenizer" / name).read_bytes()
-    assert torch.equal(named("flux2").from_folder(tmp_path / "again")(["a"]).tokens, opened["flux2_dev"](["a"]).tokens)
+        assert (tmp_path / "again" / "tokenizer" / name).read_bytes() == (
+            folder / "tokenizer" / name
+        ).read_bytes()
+    assert torch.equal(
+        named("flux2").from_folder(tmp_path / "again")(["a"]).tokens,
+        opened["flux2_dev"](["a"]).tokens,
+    )
 
 
 def test_a_template_that_fails_is_explained(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(folders["flux2_klein"], tmp_path / "model"))
-    (folder / "tokenizer" / "chat_template.jinja").write_text("{{ raise_exception('only two messages') }}")
-    with pytest.raises(UserError, match=r"the tokenizer's chat template has a value of the wrong kind .*only two messages"):
+    (folder / "tokenizer" / "chat_template.jinja").write_text(
+        "{{ raise_exception('only two messages') }}"
+    )
+    with pytest.raises(
+        UserError,
+        match=r"the tokenizer's chat template has a value of the wrong kind .*only two messages",
+    ):
         named("flux2").from_folder(folder)(["a"])
 
 
-# ---- weights -------------------------------------------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["pixart_alpha", "flux2_dev"])
@@ -474,48 +643,69 @@ def test_shards_and_variants_are_the_same_encoders(
     for k in (0, 1):
         keys = sorted(tensors)[k::2]
         names |= dict.fromkeys(keys, f"model{mark}-0000{k + 1}-of-00002.safetensors")
-        save_file({key: tensors[key] for key in keys}, whole.parent / names[keys[0]], {"format": "pt"})
-    (whole.parent / f"model.safetensors.index{mark}.json").write_text(json.dumps({"weight_map": names}))
+        save_file(
+            {key: tensors[key] for key in keys}, whole.parent / names[keys[0]], {"format": "pt"}
+        )
+    (whole.parent / f"model.safetensors.index{mark}.json").write_text(
+        json.dumps({"weight_map": names})
+    )
     found = named(kind).from_folder(folder, variant="fp16" if mark else None).tensors()
-    assert found.keys() == opened[kind].tensors().keys() and all(torch.equal(found[key], t) for key, t in opened[kind].tensors().items())
+    assert found.keys() == opened[kind].tensors().keys() and all(
+        torch.equal(found[key], t) for key, t in opened[kind].tensors().items()
+    )
 
 
 @pytest.mark.parametrize("kind", ["flux", "flux2_klein"])
-def test_weights_are_read_and_written_in_other_types(kind: str, opened: dict[str, Any], tmp_path: Path) -> None:
+def test_weights_are_read_and_written_in_other_types(
+    kind: str, opened: dict[str, Any], tmp_path: Path
+) -> None:
     opened[kind].save(tmp_path, torch.float16)
     for file in tmp_path.glob("text_encoder*/model.safetensors"):
         assert {t.dtype for t in load_file(file).values()} == {torch.float16}
         assert json.loads(file.with_name("config.json").read_text())["torch_dtype"] == "float16"
     found = named(kind).from_folder(tmp_path, torch.bfloat16)
     assert {t.dtype for t in found.tensors().values()} == {torch.bfloat16}
-    assert found(["a cat"]).tokens.dtype == torch.float32 and found.identity() == opened[kind].identity()
+    assert (
+        found(["a cat"]).tokens.dtype == torch.float32
+        and found.identity() == opened[kind].identity()
+    )
     tensors = found.tensors()
     for key, tensor in opened[kind].tensors().items():
         assert torch.equal(tensors[key], tensor.half().bfloat16()), key
 
 
 @pytest.mark.parametrize("kind", ["flux2_dev", "flux2_klein"])
-def test_older_programs_find_the_base_of_positions(kind: str, folders: dict[str, Path], opened: dict[str, Any], tmp_path: Path) -> None:
-    """transformers 4 wrote and reads `rope_theta`, 5 `rope_parameters`; the published models are of both times."""
+def test_older_programs_find_the_base_of_positions(
+    kind: str, folders: dict[str, Path], opened: dict[str, Any], tmp_path: Path
+) -> None:
+    """transformers 4 wrote and reads `rope_theta`, 5 `rope_parameters`; the published models are of
+    both times.
+    """
     folder = Path(shutil.copytree(folders[kind], tmp_path / "model"))
     rope = {"rope_parameters": ..., "rope_theta": 50000.0}
     whole = json.loads((folder / CONFIG).read_text())
     changed = {**whole.get("text_config", whole), **rope}
     changed = {key: value for key, value in changed.items() if value is not ...}
-    (folder / CONFIG).write_text(json.dumps({**whole, "text_config": changed} if "text_config" in whole else changed))
+    (folder / CONFIG).write_text(
+        json.dumps({**whole, "text_config": changed} if "text_config" in whole else changed)
+    )
     found = named(kind).from_folder(folder)
     assert not torch.allclose(found(["a cat"]).tokens, opened[kind](["a cat"]).tokens)
     found.save(tmp_path / "again")
     written = json.loads((tmp_path / "again" / CONFIG).read_text())
     assert written.get("text_config", written)["rope_theta"] == 50000.0
-    assert torch.equal(named(kind).from_folder(tmp_path / "again")(["a cat"]).tokens, found(["a cat"]).tokens)
+    assert torch.equal(
+        named(kind).from_folder(tmp_path / "again")(["a cat"]).tokens, found(["a cat"]).tokens
+    )
 
 
 def test_states_beyond_the_type_are_an_error_that_says_so(folders: dict[str, Path]) -> None:
     found = named("pixart").from_folder(folders["pixart_alpha"], torch.float16)
-    found.encoder.model.encoder.final_layer_norm.weight.data.fill_(60000)  # finite; twice that is not
+    # finite; twice that is not
+    found.encoder.model.encoder.final_layer_norm.weight.data.fill_(60000)
     with pytest.raises(
-        NumericalError, match=r"T5EncoderModel in float16 gives NaN or infinite states for prompt 'a cat': load it in bfloat16"
+        NumericalError,
+        match=r"T5EncoderModel in float16 gives NaN or infinite states for prompt 'a cat': load it in bfloat16",
     ):
         found(["a cat"])
     wide = named("pixart").from_folder(folders["pixart_alpha"])
@@ -524,17 +714,28 @@ def test_states_beyond_the_type_are_an_error_that_says_so(folders: dict[str, Pat
 
 
 @pytest.mark.parametrize("kind", ["pixart_alpha", "flux2_klein"])
-def test_weights_that_are_not_finite_are_not_written(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_not_written(
+    kind: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     found = named(kind).from_folder(folders[kind])
-    norm = found.encoder.model.encoder.final_layer_norm if kind == "pixart_alpha" else found.encoder.model.model.norm
+    norm = (
+        found.encoder.model.encoder.final_layer_norm
+        if kind == "pixart_alpha"
+        else found.encoder.model.model.norm
+    )
     norm.weight.data[0] = 1e6  # finite, but not in float16
     found.save(tmp_path / "whole")
-    with pytest.raises(NumericalError, match=r"norm.weight of text_encoder is NaN or infinite in torch.float16: nothing was written"):
+    with pytest.raises(
+        NumericalError,
+        match=r"norm.weight of text_encoder is NaN or infinite in torch.float16: nothing was written",
+    ):
         found.save(tmp_path / "half", torch.float16)
     assert not list((tmp_path / "half").rglob("*.safetensors"))
 
 
-def test_identity_tells_models_apart(folders: dict[str, Path], opened: dict[str, Any], tmp_path: Path) -> None:
+def test_identity_tells_models_apart(
+    folders: dict[str, Path], opened: dict[str, Any], tmp_path: Path
+) -> None:
     assert len({json.dumps(c.identity(), sort_keys=True) for c in opened.values()}) == len(opened)
     for kind, changes in (
         (
@@ -545,27 +746,39 @@ def test_identity_tells_models_apart(folders: dict[str, Path], opened: dict[str,
                 {"feed_forward_proj": "gated-relu", "dense_act_fn": "relu"},
             ),
         ),
-        ("flux2_klein", ({"rms_norm_eps": 1e-2}, {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}})),
+        (
+            "flux2_klein",
+            (
+                {"rms_norm_eps": 1e-2},
+                {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+            ),
+        ),
     ):
         for k, values in enumerate(changes):
             folder = Path(shutil.copytree(folders[kind], tmp_path / f"{kind}{k}"))
             table(CONFIG, **values)(folder)
             found = named(kind).from_folder(folder)
             assert found.identity() != opened[kind].identity(), values
-            assert not torch.equal(found(["a cat"]).tokens, opened[kind](["a cat"]).tokens), values  # it does decide
+            # it does decide
+            assert not torch.equal(found(["a cat"]).tokens, opened[kind](["a cat"]).tokens), values
 
 
 @pytest.mark.parametrize("kind", ["pixart_alpha", "sd3", "flux", "flux2_dev", "flux2_klein"])
 def test_a_moved_copy_leaves_the_first_where_it_is(kind: str, opened: dict[str, Any]) -> None:
     first, moved = opened[kind], opened[kind].to("meta")
-    assert first.device.type == "cpu" and {t.device.type for e in moved.encoders.values() for t in e.model.state_dict().values()} == {
-        "meta"
-    }
+    assert first.device.type == "cpu" and {
+        t.device.type for e in moved.encoders.values() for t in e.model.state_dict().values()
+    } == {"meta"}
     assert {b.device.type for e in moved.encoders.values() for b in e.model.buffers()} <= {"meta"}
     if kind == "pixart_alpha":  # one table of tokens, with two names, here and there
-        assert all(c.encoder.model.shared.weight is c.encoder.model.encoder.embed_tokens.weight for c in (first, moved))
+        assert all(
+            c.encoder.model.shared.weight is c.encoder.model.encoder.embed_tokens.weight
+            for c in (first, moved)
+        )
     same = first.to("cpu")
-    assert all(torch.equal(a, b) for a, b in zip(same(["a"]).tensors, first(["a"]).tensors, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(same(["a"]).tensors, first(["a"]).tensors, strict=True)
+    )
     pairs = zip(same.tensors().values(), first.tensors().values(), strict=True)
     assert all(a.data_ptr() == b.data_ptr() for a, b in pairs)  # nothing is there twice
     with pytest.raises(UserError, match="device 'nonsense' cannot be used"):

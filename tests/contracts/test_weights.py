@@ -1,4 +1,6 @@
-"""Looking for NaN and infinity beside a memory-mapped file: what it finds is what looking at the tensors finds, and no page becomes resident."""
+"""Looking for NaN and infinity beside a memory-mapped file: what it finds is what looking at the
+tensors finds, and no page becomes resident.
+"""
 
 import sys
 from pathlib import Path
@@ -17,11 +19,20 @@ LARGE = 5_000_001  # more numbers than are read at a time, and no round count
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", [0, LARGE // 2, LARGE - 1])
-def test_one_wrong_number_is_found(dtype: torch.dtype, value: float, place: int, tmp_path: Path) -> None:
+def test_one_wrong_number_is_found(
+    dtype: torch.dtype, value: float, place: int, tmp_path: Path
+) -> None:
     wrong = torch.ones(LARGE, dtype=dtype)
     wrong[place] = value
     file = tmp_path / "model.safetensors"
-    write_tensors(file, {"a": torch.ones(7, dtype=dtype), "b.weight": wrong, "c": torch.zeros(3, dtype=torch.int64)})
+    write_tensors(
+        file,
+        {
+            "a": torch.ones(7, dtype=dtype),
+            "b.weight": wrong,
+            "c": torch.zeros(3, dtype=torch.int64),
+        },
+    )
     tensors = read_tensors(file)
     said = []
     for look in (lambda: looked_at([file], tensors, dtype), lambda: require_finite(tensors, file)):
@@ -36,7 +47,14 @@ def test_sound_files_pass(dtype: torch.dtype, tmp_path: Path) -> None:
     """Also numbers whose sum is infinite, empty tensors and scalars."""
     file = tmp_path / "model.safetensors"
     large = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)
-    write_tensors(file, {"large": large, "empty": torch.empty(0, 3, dtype=dtype), "one": torch.tensor(1.0, dtype=dtype)})
+    write_tensors(
+        file,
+        {
+            "large": large,
+            "empty": torch.empty(0, 3, dtype=dtype),
+            "one": torch.tensor(1.0, dtype=dtype),
+        },
+    )
     assert looked_at([file], read_tensors(file), dtype)
 
 
@@ -51,7 +69,11 @@ def test_what_will_be_converted_is_looked_at_later(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's accounts of memory")
 def test_no_page_of_the_mapping_becomes_resident(tmp_path: Path) -> None:
     def mapped() -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+        line = next(
+            line
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("RssFile")
+        )
         return int(line.split()[1]) * 1024
 
     file = tmp_path / "model.safetensors"

@@ -28,7 +28,14 @@ SHAPE = (2, 8, 8)
 
 def guided(prompts: list[str], weight: float = 2.0) -> Ask:
     conditioning, null = MODEL.conditioner(prompts), MODEL.conditioner([None] * len(prompts))
-    return guide(MODEL.denoiser, conditioning, [(MODEL.denoiser, null)], Constant(weight), Linear(), SCHEDULE.point)
+    return guide(
+        MODEL.denoiser,
+        conditioning,
+        [(MODEL.denoiser, null)],
+        Constant(weight),
+        Linear(),
+        SCHEDULE.point,
+    )
 
 
 def off(name: str, ask: Ask, x: Tensor) -> Ask:
@@ -37,7 +44,12 @@ def off(name: str, ask: Ask, x: Tensor) -> Ask:
 
 def begin(sampler: str, ask: Ask, seeds: list[int], steps: list[Step]) -> Asking[Tensor | None]:
     draw = SeededNoise(SHAPE, seeds)
-    return conduct(find("diffuse.samplers", sampler)(draw(), MODEL.times(4), SCHEDULE, draw), ask, 4, steps.append)
+    return conduct(
+        find("diffuse.samplers", sampler)(draw(), MODEL.times(4), SCHEDULE, draw),
+        ask,
+        4,
+        steps.append,
+    )
 
 
 def test_the_folder_is_the_registry() -> None:
@@ -52,7 +64,12 @@ def test_a_wrapper_is_a_function_from_ask_to_ask_that_says_whose_it_is(name: str
     module = inspect.getmodule(inside)
     assert module is not None and module.__doc__ and "arXiv" in module.__doc__
     assert list(inspect.signature(module.off).parameters) == ["x", "point"] and module.off.__doc__
-    assert not [k for k, v in vars(module).items() if isinstance(v, list | dict | set | Tensor) and not k.startswith("__")]  # no state
+    # no state
+    assert not [
+        k
+        for k, v in vars(module).items()
+        if isinstance(v, list | dict | set | Tensor) and not k.startswith("__")
+    ]
 
 
 @every
@@ -64,12 +81,17 @@ def test_off_it_changes_no_bit_and_asks_the_same(name: str, sampler: str) -> Non
     for ask in (guided(prompts), off(name, guided(prompts), x)):
         asked: list[int] = []
         steps: list[Step] = []
-        found = answered(begin(sampler, ask, [3, 4], steps), lambda queries, asked=asked: (asked.append(len(queries)), answer(queries))[1])
+        found = answered(
+            begin(sampler, ask, [3, 4], steps),
+            lambda queries, asked=asked: (asked.append(len(queries)), answer(queries))[1],
+        )
         seen.append((asked, steps, found))
     (asked, steps, found), (asked_too, steps_too, found_too) = seen
     assert asked == asked_too and torch.equal(found, found_too)
     for step, other in zip(steps, steps_too, strict=True):
-        assert torch.equal(step.prediction.x0, other.prediction.x0) and torch.equal(step.prediction.eps, other.prediction.eps)
+        assert torch.equal(step.prediction.x0, other.prediction.x0) and torch.equal(
+            step.prediction.eps, other.prediction.eps
+        )
 
 
 @pytest.mark.invariance
@@ -81,7 +103,8 @@ def test_runs_put_together_are_the_runs_alone(name: str) -> None:
     def run(k: int) -> Asking[Tensor | None]:
         return begin("ddim", off(name, guided([["bag"], ["t-shirt/top"]][k]), x), [k], [])
 
-    both = answered(together([run(0), run(1)]), answer)  # rounding: convolutions choose their algorithm by the batch
+    # rounding: convolutions choose their algorithm by the batch
+    both = answered(together([run(0), run(1)]), answer)
     assert all(torch.allclose(both[k], answered(run(k), answer), atol=1e-3) for k in range(2))
     assert not torch.allclose(both[0], both[1], atol=0.1)
 

@@ -1,7 +1,9 @@
-"""Everything that can be wrong with what a user gives: one clear sentence each, exit code 2 on the command line, and nothing lost.
+"""Everything that can be wrong with what a user gives: one clear sentence each, exit code 2 on the
+command line, and nothing lost.
 
-The command line runs as a process of its own, in production conditions (without the shape checks of the test run). So that each case does
-not import torch anew, a warm interpreter forks one child a case; the child is `python -m sfumato` from there on.
+The command line runs as a process of its own, in production conditions (without the shape checks of
+the test run). So that each case does not import torch anew, a warm interpreter forks one child a
+case; the child is `python -m sfumato` from there on.
 """
 
 import json
@@ -66,11 +68,15 @@ Child = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def child() -> Iterator[Child]:
-    """`child("generate", "boot", folder=...)` or `child(code="...", folder=...)` -> (exit code, stdout, stderr) of a fresh process."""
+    """`child("generate", "boot", folder=...)` or `child(code="...", folder=...)` -> (exit code,
+    stdout, stderr) of a fresh process.
+    """
     if not hasattr(os, "fork"):
         pytest.skip("this system cannot fork processes")
     command = [sys.executable, "-c", WARM]
-    with subprocess.Popen(command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdin is not None and process.stdout is not None
         assert process.stdout.readline() == "ready\n"
 
@@ -100,10 +106,15 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 
 def is_one_sentence(message: str) -> bool:
-    return "\n" not in message and "Traceback" not in message and 20 < len(message) < 700 and re.search(r"[:;] \S", message) is not None
+    return (
+        "\n" not in message
+        and "Traceback" not in message
+        and 20 < len(message) < 700
+        and re.search(r"[:;] \S", message) is not None
+    )
 
 
-# ---- models that are broken on disk ---------------------------------------------------------------------------------------
+# ---- models that are broken on disk --------------------------------------------------------------
 
 
 def change(file: str, edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
@@ -117,7 +128,9 @@ def change(file: str, edit: Callable[[dict[str, Any]], object]) -> Callable[[Pat
     return damage
 
 
-def weights(edit: Callable[[dict[str, torch.Tensor]], object], part: str = "unet") -> Callable[[Path], None]:
+def weights(
+    edit: Callable[[dict[str, torch.Tensor]], object], part: str = "unet"
+) -> Callable[[Path], None]:
     """Rewrites the weights of a part."""
 
     def damage(folder: Path) -> None:
@@ -144,26 +157,55 @@ UNET, VAE, SCHEDULER = "unet/config.json", "vae/config.json", "scheduler/schedul
 CONDITIONER, INDEX, FILE = "conditioner/config.json", "model_index.json", f"unet/{WEIGHTS}"
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing key": (weights(lambda t: t.pop("conv_in.bias")), r"1 missing \(conv_in\.bias\)"),
-    "extra key": (weights(lambda t: t.update(surprise=torch.zeros(1))), r"1 not expected \(surprise\)"),
+    "extra key": (
+        weights(lambda t: t.update(surprise=torch.zeros(1))),
+        r"1 not expected \(surprise\)",
+    ),
     "misshapen key": (
         weights(lambda t: t.update({"conv_in.bias": torch.zeros(9)})),
         r"1 of another shape \(conv_in\.bias \(9,\) instead of \(8,\)\)",
     ),
     "all three at once": (
-        weights(lambda t: t.update({"conv_out.bias": torch.zeros(5), "new": t.pop("conv_in.bias")})),
+        weights(
+            lambda t: t.update({"conv_out.bias": torch.zeros(5), "new": t.pop("conv_in.bias")})
+        ),
         r"1 missing \(conv_in\.bias\); 1 not expected \(new\); 1 of another shape \(conv_out\.bias",
     ),
-    "key of the autoencoder missing": (weights(lambda t: t.pop("quant_conv.bias"), "vae"), r"vae.*missing \(quant_conv\.bias\)"),
+    "key of the autoencoder missing": (
+        weights(lambda t: t.pop("quant_conv.bias"), "vae"),
+        r"vae.*missing \(quant_conv\.bias\)",
+    ),
     "nan": (weights(lambda t: t["conv_in.bias"].fill_(float("nan"))), r"conv_in\.bias has NaN"),
-    "truncated weights": (content(FILE, lambda b: b[: len(b) // 2]), "not a whole safetensors file.*truncated"),
+    "truncated weights": (
+        content(FILE, lambda b: b[: len(b) // 2]),
+        "not a whole safetensors file.*truncated",
+    ),
     "truncated header": (content(FILE, lambda b: b[:20]), "not a whole safetensors file"),
     "empty weights": (content(FILE, lambda b: b""), "not a whole safetensors file"),
-    "a web page instead": (content(FILE, lambda b: b"<!doctype html><title>Not found</title>" * 9), "not a whole safetensors file"),
-    "no weights": (content(FILE, lambda b: None), r"has no weights diffusion_pytorch_model.safetensors \(it has config.json\)"),
-    "no index": (content(INDEX, lambda b: None), "is not a model folder: it has no model_index.json"),
-    "index is a list": (content(INDEX, lambda b: b"[1, 2]"), "holds a list: expected a JSON object"),
-    "index lacks a part": (change(INDEX, lambda v: v.pop("unet")), "expected at least vae and unet"),
-    "index with odd defaults": (change(INDEX, lambda v: v["_sfumato"]["defaults"].update(steps="many")), "steps='many'"),
+    "a web page instead": (
+        content(FILE, lambda b: b"<!doctype html><title>Not found</title>" * 9),
+        "not a whole safetensors file",
+    ),
+    "no weights": (
+        content(FILE, lambda b: None),
+        r"has no weights diffusion_pytorch_model.safetensors \(it has config.json\)",
+    ),
+    "no index": (
+        content(INDEX, lambda b: None),
+        "is not a model folder: it has no model_index.json",
+    ),
+    "index is a list": (
+        content(INDEX, lambda b: b"[1, 2]"),
+        "holds a list: expected a JSON object",
+    ),
+    "index lacks a part": (
+        change(INDEX, lambda v: v.pop("unet")),
+        "expected at least vae and unet",
+    ),
+    "index with odd defaults": (
+        change(INDEX, lambda v: v["_sfumato"]["defaults"].update(steps="many")),
+        "steps='many'",
+    ),
     "index with an unknown sampler": (
         change(INDEX, lambda v: v["_sfumato"]["defaults"].update(sampler="bogus")),
         "unknown sampler 'bogus'",
@@ -177,38 +219,102 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "config that is no text": (content(VAE, lambda b: b"\xff\xfe\x00"), "not valid JSON"),
     "config is a number": (content(UNET, lambda b: b"5"), "holds a int: expected a JSON object"),
     "no config": (content(UNET, lambda b: None), r"unet/config\.json is missing"),
-    "unknown field": (change(UNET, lambda v: v.update(flash=True)), "unet/config.json: config field flash=True is not known"),
+    "unknown field": (
+        change(UNET, lambda v: v.update(flash=True)),
+        "unet/config.json: config field flash=True is not known",
+    ),
     "field with another value": (
         change(UNET, lambda v: v.update(act_fn="gelu")),
         "unet/config.json: config field act_fn='gelu' is not supported",
     ),
-    "field of another kind": (change(UNET, lambda v: v.update(layers_per_block="two")), "unet/config.json has a value of the wrong kind"),
+    "field of another kind": (
+        change(UNET, lambda v: v.update(layers_per_block="two")),
+        "unet/config.json has a value of the wrong kind",
+    ),
     "widths of another kind": (
         change(UNET, lambda v: v.update(block_out_channels=["a", "b"])),
         "unet/config.json has a value of the wrong kind",
     ),
-    "impossible widths": (change(VAE, lambda v: v.update(block_out_channels=[9, 16])), "9 is not a multiple"),
-    "zero groups": (change(VAE, lambda v: v.update(norm_num_groups=0)), "vae/config.json has a value of the wrong kind"),
-    "statistics of another length": (change(VAE, lambda v: v.update(latents_std=[1.0])), "vae/config.json has a value of the wrong kind"),
-    "unknown class": (change(UNET, lambda v: v.update(_class_name="AuraFlowTransformer2DModel")), "of class 'AuraFlowTransformer2DModel'"),
-    "class is a path": (change(UNET, lambda v: v.update(_class_name="../../etc/passwd")), "of class '../../etc/passwd'"),
-    "class is a list": (change(UNET, lambda v: v.update(_class_name=["UNet2DConditionModel"])), "of class"),
-    "unknown conditioner": (change(CONDITIONER, lambda v: v.update(_class_name="clas_names")), "did you mean 'class_names'"),
-    "conditioner is a path": (change(CONDITIONER, lambda v: v.update(_class_name="../../etc")), "unknown conditioner '../../etc'"),
-    "conditioner is a module": (change(CONDITIONER, lambda v: v.update(_class_name="os.system")), "unknown conditioner 'os.system'"),
-    "conditioner without a class": (change(CONDITIONER, lambda v: v.pop("_class_name")), "unknown conditioner ''"),
-    "no conditioner": (content(CONDITIONER, lambda b: None), "neither a text encoder nor a conditioner/config.json"),
-    "names are text": (change(CONDITIONER, lambda v: v.update(names="bag")), "conditioner/config.json: names is 'bag'"),
-    "names twice": (change(CONDITIONER, lambda v: v.update(names=["bag", "bag", "boot"])), "class names"),
-    "one class too many": (change(CONDITIONER, lambda v: v["names"].append("hat")), "4 class embeddings, conditioner has 4 classes"),
-    "no classes": (content(CONDITIONER, lambda b: b'{"_class_name": "nothing"}'), "4 class embeddings, conditioner has 0 classes"),
-    "unknown scheduler": (change(SCHEDULER, lambda v: v.update(_class_name="Dpm")), "scheduler class 'Dpm'"),
+    "impossible widths": (
+        change(VAE, lambda v: v.update(block_out_channels=[9, 16])),
+        "9 is not a multiple",
+    ),
+    "zero groups": (
+        change(VAE, lambda v: v.update(norm_num_groups=0)),
+        "vae/config.json has a value of the wrong kind",
+    ),
+    "statistics of another length": (
+        change(VAE, lambda v: v.update(latents_std=[1.0])),
+        "vae/config.json has a value of the wrong kind",
+    ),
+    "unknown class": (
+        change(UNET, lambda v: v.update(_class_name="AuraFlowTransformer2DModel")),
+        "of class 'AuraFlowTransformer2DModel'",
+    ),
+    "class is a path": (
+        change(UNET, lambda v: v.update(_class_name="../../etc/passwd")),
+        "of class '../../etc/passwd'",
+    ),
+    "class is a list": (
+        change(UNET, lambda v: v.update(_class_name=["UNet2DConditionModel"])),
+        "of class",
+    ),
+    "unknown conditioner": (
+        change(CONDITIONER, lambda v: v.update(_class_name="clas_names")),
+        "did you mean 'class_names'",
+    ),
+    "conditioner is a path": (
+        change(CONDITIONER, lambda v: v.update(_class_name="../../etc")),
+        "unknown conditioner '../../etc'",
+    ),
+    "conditioner is a module": (
+        change(CONDITIONER, lambda v: v.update(_class_name="os.system")),
+        "unknown conditioner 'os.system'",
+    ),
+    "conditioner without a class": (
+        change(CONDITIONER, lambda v: v.pop("_class_name")),
+        "unknown conditioner ''",
+    ),
+    "no conditioner": (
+        content(CONDITIONER, lambda b: None),
+        "neither a text encoder nor a conditioner/config.json",
+    ),
+    "names are text": (
+        change(CONDITIONER, lambda v: v.update(names="bag")),
+        "conditioner/config.json: names is 'bag'",
+    ),
+    "names twice": (
+        change(CONDITIONER, lambda v: v.update(names=["bag", "bag", "boot"])),
+        "class names",
+    ),
+    "one class too many": (
+        change(CONDITIONER, lambda v: v["names"].append("hat")),
+        "4 class embeddings, conditioner has 4 classes",
+    ),
+    "no classes": (
+        content(CONDITIONER, lambda b: b'{"_class_name": "nothing"}'),
+        "4 class embeddings, conditioner has 0 classes",
+    ),
+    "unknown scheduler": (
+        change(SCHEDULER, lambda v: v.update(_class_name="Dpm")),
+        "scheduler class 'Dpm'",
+    ),
     "scheduler of another kind": (
-        content(SCHEDULER, lambda b: b'{"_class_name": "DDIMScheduler", "clip_sample": false, "num_train_timesteps": "many"}'),
+        content(
+            SCHEDULER,
+            lambda b: (
+                b'{"_class_name": "DDIMScheduler", "clip_sample": false, "num_train_timesteps": "many"}'
+            ),
+        ),
         "num_train_timesteps='many'",
     ),
     "scheduler that cannot be solved": (
-        content(SCHEDULER, lambda b: b'{"_class_name": "DDIMScheduler", "clip_sample": false, "beta_start": 2.0, "beta_end": 3.0}'),
+        content(
+            SCHEDULER,
+            lambda b: (
+                b'{"_class_name": "DDIMScheduler", "clip_sample": false, "beta_start": 2.0, "beta_end": 3.0}'
+            ),
+        ),
         "beta_start=2.0, beta_end=3.0: expected numbers between 0 and 1",
     ),
 }
@@ -220,10 +326,20 @@ def other_latents(folder: Path) -> None:
     from sfumato.compress.kl import AutoencoderKL, KLConfig
 
     shutil.rmtree(folder / "vae")
-    save_part(folder / "vae", AutoencoderKL(KLConfig(block_out_channels=(8, 16), latent_channels=3, norm_num_groups=4, layers_per_block=1)))
+    save_part(
+        folder / "vae",
+        AutoencoderKL(
+            KLConfig(
+                block_out_channels=(8, 16), latent_channels=3, norm_num_groups=4, layers_per_block=1
+            )
+        ),
+    )
 
 
-BROKEN["autoencoder of another model"] = (other_latents, "unet takes 2 channels and gives 2, latents of vae have 3")
+BROKEN["autoencoder of another model"] = (
+    other_latents,
+    "unet takes 2 channels and gives 2, latents of vae have 3",
+)
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -232,7 +348,9 @@ def test_a_broken_model_is_refused_in_one_sentence(folder: Path, child: Child, n
     damage, words = BROKEN[name]
     damage(folder)
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    code, out, err = child(code=f"import sfumato\nsfumato.load({str(folder)!r})", folder=folder.parent)
+    code, out, err = child(
+        code=f"import sfumato\nsfumato.load({str(folder)!r})", folder=folder.parent
+    )
     kind, message = err.splitlines()[-1].split(": ", 1)
     assert code == 1 and kind == "sfumato.errors.UserError" and re.search(words, message), err
     assert is_one_sentence(message) and str(folder) in message, message
@@ -243,12 +361,16 @@ def test_a_broken_model_is_refused_in_one_sentence(folder: Path, child: Child, n
 
 def test_the_sound_model_is_not_refused(folder: Path, child: Child) -> None:
     """Else all of the above would prove nothing."""
-    code, out, err = child("generate", "bag", "--model", str(folder), "--n", "1", folder=folder.parent)
+    code, out, err = child(
+        "generate", "bag", "--model", str(folder), "--n", "1", folder=folder.parent
+    )
     assert code == 0 and err == "" and out.startswith("bag.png")
     assert sfumato.load(folder).hash == TINY["build"]().hash
 
 
-def single(edit: Callable[[dict[str, torch.Tensor], dict[str, Any]], object]) -> Callable[[Path], None]:
+def single(
+    edit: Callable[[dict[str, torch.Tensor], dict[str, Any]], object],
+) -> Callable[[Path], None]:
     """A model in one file, with its tensors and the JSON in its header changed."""
 
     def make(path: Path) -> None:
@@ -259,7 +381,9 @@ def single(edit: Callable[[dict[str, torch.Tensor], dict[str, Any]], object]) ->
         with safe_open(path, "pt") as opened:
             configs = json.loads(opened.metadata()["sfumato"])
         text = edit(tensors, configs)
-        write_tensors(path, tensors, {"sfumato": text if isinstance(text, str) else json.dumps(configs)})
+        write_tensors(
+            path, tensors, {"sfumato": text if isinstance(text, str) else json.dumps(configs)}
+        )
 
     return make
 
@@ -273,15 +397,26 @@ SINGLE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "header that is no JSON": (single(lambda t, c: "{"), "value of the wrong kind"),
     "header that is a list": (single(lambda t, c: "[1]"), "value of the wrong kind"),
-    "path outside": (single(lambda t, c: c.update({"../../evil.json": {}})), "names a path outside its folder"),
-    "tensor of no part": (single(lambda t, c: t.update(lost=torch.zeros(1))), "value of the wrong kind"),
+    "path outside": (
+        single(lambda t, c: c.update({"../../evil.json": {}})),
+        "names a path outside its folder",
+    ),
+    "tensor of no part": (
+        single(lambda t, c: t.update(lost=torch.zeros(1))),
+        "value of the wrong kind",
+    ),
     "missing key": (single(lambda t, c: t.pop("unet.conv_in.bias")), r"missing \(conv_in\.bias\)"),
-    "unknown field": (single(lambda t, c: c["unet/config.json"].update(flash=1)), "config field flash=1 is not known"),
+    "unknown field": (
+        single(lambda t, c: c["unet/config.json"].update(flash=1)),
+        "config field flash=1 is not known",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", SINGLE)
-def test_a_broken_single_file_is_refused_in_one_sentence(tmp_path: Path, child: Child, name: str) -> None:
+def test_a_broken_single_file_is_refused_in_one_sentence(
+    tmp_path: Path, child: Child, name: str
+) -> None:
     make, words = SINGLE[name]
     make(tmp_path / "m.safetensors")
     code, out, err = child("generate", "bag", "--model", "m.safetensors", folder=tmp_path)
@@ -301,7 +436,13 @@ class Trap:
 
 
 @pytest.mark.parametrize(
-    "name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.pt", "model.ckpt", "diffusion_pytorch_model.safetensors"]
+    "name",
+    [
+        "diffusion_pytorch_model.bin",
+        "diffusion_pytorch_model.pt",
+        "model.ckpt",
+        "diffusion_pytorch_model.safetensors",
+    ],
 )
 def test_pickles_are_never_opened(folder: Path, tmp_path: Path, name: str) -> None:
     marker = tmp_path / "code has run"
@@ -318,7 +459,10 @@ def test_pickles_are_never_opened(folder: Path, tmp_path: Path, name: str) -> No
         ".bin": "is refused: it is",
         WEIGHTS[-12:]: "not a whole safetensors file",
     }
-    with pytest.raises(UserError, match=words.get(Path(name).suffix, "has no weights diffusion_pytorch_model.safetensors")):
+    with pytest.raises(
+        UserError,
+        match=words.get(Path(name).suffix, "has no weights diffusion_pytorch_model.safetensors"),
+    ):
         sfumato.load(folder)
     if name.endswith(".ckpt"):
         with pytest.raises(UserError, match="is refused: it is a pickle that wants to run code"):
@@ -329,7 +473,9 @@ def test_pickles_are_never_opened(folder: Path, tmp_path: Path, name: str) -> No
 
 
 def test_a_pickle_of_tensors_that_wants_more_is_refused_too(folder: Path, tmp_path: Path) -> None:
-    """As torch writes them, in its zip format: with tensors alone it opens, with one trap among them nothing of it is used."""
+    """As torch writes them, in its zip format: with tensors alone it opens, with one trap among
+    them nothing of it is used.
+    """
     tensors = read_tensors(folder / "unet" / WEIGHTS)
     (folder / "unet" / WEIGHTS).unlink()
     torch.save(tensors, folder / "unet" / "diffusion_pytorch_model.bin")
@@ -353,8 +499,13 @@ def test_a_pickle_of_tensors_that_wants_more_is_refused_too(folder: Path, tmp_pa
 
 
 def test_shards(folder: Path) -> None:
-    """An index beside files that hold a part each, as diffusers cuts large networks; and the ways in which that goes wrong."""
-    tensors, stem = read_tensors(folder / "unet" / WEIGHTS), folder / "unet" / "diffusion_pytorch_model"
+    """An index beside files that hold a part each, as diffusers cuts large networks; and the ways
+    in which that goes wrong.
+    """
+    tensors, stem = (
+        read_tensors(folder / "unet" / WEIGHTS),
+        folder / "unet" / "diffusion_pytorch_model",
+    )
     (folder / "unet" / WEIGHTS).unlink()
     keys = sorted(tensors)
     files = {f"{stem.name}-0000{i + 1}-of-00003.safetensors": keys[i::3] for i in range(3)}
@@ -365,11 +516,24 @@ def test_shards(folder: Path) -> None:
     write_json(index, good)
     assert sfumato.load(folder).hash == TINY["build"]().hash
     for bad, words in (
-        ({"weight_map": {k: "../../vae/" + WEIGHTS for k in keys}}, "names a path outside its folder"),
+        (
+            {"weight_map": {k: "../../vae/" + WEIGHTS for k in keys}},
+            "names a path outside its folder",
+        ),
         ({"weight_map": {}}, "has no weight_map"),
         ([], "has no weight_map"),
-        ({"weight_map": {k: v for k, v in good["weight_map"].items() if v not in list(files)[:1]}}, "missing"),
-        ({"weight_map": {**good["weight_map"], "more": "gone.safetensors"}}, "gone.safetensors is missing"),
+        (
+            {
+                "weight_map": {
+                    k: v for k, v in good["weight_map"].items() if v not in list(files)[:1]
+                }
+            },
+            "missing",
+        ),
+        (
+            {"weight_map": {**good["weight_map"], "more": "gone.safetensors"}},
+            "gone.safetensors is missing",
+        ),
     ):
         write_json(index, bad)
         with pytest.raises(UserError, match=words):
@@ -382,12 +546,17 @@ def test_shards(folder: Path) -> None:
 
 def test_an_index_cannot_name_code(folder: Path) -> None:
     """What the index says about classes and modules is for other programs."""
-    change(INDEX, lambda v: v.update(unet=["os", "system"], vae=["../../evil", "Evil"], custom_pipeline="evil.py"))(folder)
+    change(
+        INDEX,
+        lambda v: v.update(
+            unet=["os", "system"], vae=["../../evil", "Evil"], custom_pipeline="evil.py"
+        ),
+    )(folder)
     (folder / "evil.py").write_text("raise SystemExit('code from the model ran')")
     assert sfumato.load(folder).hash == TINY["build"]().hash
 
 
-# ---- requests -------------------------------------------------------------------------------------------------------------
+# ---- requests ------------------------------------------------------------------------------------
 
 FIRST = 2**63
 REQUESTS = [
@@ -412,16 +581,24 @@ REQUESTS = [
 
 
 @pytest.mark.parametrize(("flags", "words"), REQUESTS)
-def test_an_impossible_request_is_refused_in_one_sentence(saved: Path, child: Child, tmp_path: Path, flags: str, words: str) -> None:
-    code, out, err = child("generate", "bag", "--model", str(saved), *flags.split(), folder=tmp_path)
+def test_an_impossible_request_is_refused_in_one_sentence(
+    saved: Path, child: Child, tmp_path: Path, flags: str, words: str
+) -> None:
+    code, out, err = child(
+        "generate", "bag", "--model", str(saved), *flags.split(), folder=tmp_path
+    )
     assert (code, out) == (2, "") and words in err and len(err.splitlines()) == 1, err
     assert is_one_sentence(err.strip())
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
-@pytest.mark.parametrize("flags", ["--n many", "--steps 2.5", "--seed x", "--guidance strong", "--bogus", "--n"])
+@pytest.mark.parametrize(
+    "flags", ["--n many", "--steps 2.5", "--seed x", "--guidance strong", "--bogus", "--n"]
+)
 def test_arguments_that_do_not_parse(saved: Path, child: Child, tmp_path: Path, flags: str) -> None:
-    code, out, err = child("generate", "bag", "--model", str(saved), *flags.split(), folder=tmp_path)
+    code, out, err = child(
+        "generate", "bag", "--model", str(saved), *flags.split(), folder=tmp_path
+    )
     assert (code, out) == (2, "") and flags.split()[0].strip("-") in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
 
@@ -434,13 +611,17 @@ def test_arguments_that_do_not_parse(saved: Path, child: Child, tmp_path: Path, 
         ("../../etc/passwd", "unknown class"),
     ],
 )
-def test_an_unknown_class(saved: Path, child: Child, tmp_path: Path, prompt: str, words: str) -> None:
+def test_an_unknown_class(
+    saved: Path, child: Child, tmp_path: Path, prompt: str, words: str
+) -> None:
     code, out, err = child("generate", prompt, "--model", str(saved), folder=tmp_path)
     assert (code, out) == (2, "") and words in err and len(err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_model_lists_those_that_travel_in_the_package(child: Child, tmp_path: Path) -> None:
+def test_an_unknown_model_lists_those_that_travel_in_the_package(
+    child: Child, tmp_path: Path
+) -> None:
     (tmp_path / "notes.txt").write_text("not a model")
     (tmp_path / "empty").mkdir()
     known = ", ".join(bundled()) or "none"
@@ -453,7 +634,12 @@ def test_an_unknown_model_lists_those_that_travel_in_the_package(child: Child, t
     ):
         code, out, err = child("generate", "--model", name, folder=tmp_path)
         assert (code, out) == (2, "") and words in err and len(err.splitlines()) == 1, err
-    with pytest.raises(UserError, match=re.escape(f"expected a bundled name ({known}), a folder, or a hub id such as owner/name")):
+    with pytest.raises(
+        UserError,
+        match=re.escape(
+            f"expected a bundled name ({known}), a folder, or a hub id such as owner/name"
+        ),
+    ):
         sfumato.load("nope")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "notes.txt"]
 
@@ -503,10 +689,14 @@ print(json.dumps(found))
     status, out, err = child(code=code, folder=tmp_path)
     assert status == 0, err
     for call, message in json.loads(out).items():
-        assert message.startswith("UserError: ") and WRONG_KINDS[call] in message and is_one_sentence(message), f"{call}: {message}"
+        assert (
+            message.startswith("UserError: ")
+            and WRONG_KINDS[call] in message
+            and is_one_sentence(message)
+        ), f"{call}: {message}"
 
 
-# ---- full disks -----------------------------------------------------------------------------------------------------------
+# ---- full disks ----------------------------------------------------------------------------------
 
 LIMITED = """
 import resource
@@ -534,21 +724,35 @@ for target in ({str(folder)!r}, "new"):
     assert status == 0, err
     assert len(out.splitlines()) == 2
     for line in out.splitlines():
-        assert line.startswith("could not write") and "unchanged" in line and "free some space" in line, line
-    assert before == {p: p.read_bytes() for p in folder.parent.rglob("*") if p.is_file()}, "the old model is whole and nothing is left over"
+        assert (
+            line.startswith("could not write") and "unchanged" in line and "free some space" in line
+        ), line
+    assert before == {p: p.read_bytes() for p in folder.parent.rglob("*") if p.is_file()}, (
+        "the old model is whole and nothing is left over"
+    )
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 
-def test_a_disk_that_fills_up_while_writing_pictures_leaves_the_old_one(saved: Path, child: Child, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_while_writing_pictures_leaves_the_old_one(
+    saved: Path, child: Child, tmp_path: Path
+) -> None:
     (tmp_path / "bag.png").write_bytes(b"an older picture")
-    code = f"{LIMITED}\nfrom sfumato.cli import main\nlimit(300)\nraise SystemExit(main(sys.argv[1:]))"
+    code = (
+        f"{LIMITED}\nfrom sfumato.cli import main\nlimit(300)\nraise SystemExit(main(sys.argv[1:]))"
+    )
     status, out, err = child("generate", "bag", "--model", str(saved), code=code, folder=tmp_path)
-    assert (status, out) == (2, "") and "could not write bag.png" in err and len(err.splitlines()) == 1, err
+    assert (
+        (status, out) == (2, "") and "could not write bag.png" in err and len(err.splitlines()) == 1
+    ), err
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"bag.png": b"an older picture"}
 
 
-def test_numbers_that_are_not_finite_write_nothing(saved: Path, child: Child, tmp_path: Path) -> None:
-    """Weights that are finite and overflow on the way: exit code 3, with the stage, the step and the dtype."""
+def test_numbers_that_are_not_finite_write_nothing(
+    saved: Path, child: Child, tmp_path: Path
+) -> None:
+    """Weights that are finite and overflow on the way: exit code 3, with the stage, the step and
+    the dtype.
+    """
     for part, key, words in (
         ("unet", "conv_out.weight", r"step 1 of 3 \(t = 1\) \(float32\): nothing was written"),
         ("vae", "decoder.conv_out.weight", r"after decode \(float32\): nothing was written"),
@@ -560,7 +764,7 @@ def test_numbers_that_are_not_finite_write_nothing(saved: Path, child: Child, tm
         assert not list(tmp_path.glob("*.png"))
 
 
-# ---- data -----------------------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 
 RECIPE = """
 from sfumato.compress.kl import KLConfig
@@ -578,7 +782,9 @@ def png(path: Path, mode: str = "RGB", size: int = 16, seed: int = 0) -> Path:
     if mode == "I;16":
         Image.fromarray(random.integers(0, 65536, (size, size), dtype=np.uint16)).save(path)
     else:
-        Image.fromarray(random.integers(0, 256, (size, size, 4), dtype=np.uint8)).convert(mode).save(path)
+        Image.fromarray(random.integers(0, 256, (size, size, 4), dtype=np.uint8)).convert(
+            mode
+        ).save(path)
     return path
 
 
@@ -609,7 +815,9 @@ def test_a_broken_picture_is_named_or_left_out(tmp_path: Path, kind: str) -> Non
         png(tmp_path / f"{k}.png", seed=k)
     broken = tmp_path / "2.png"
     DAMAGE[kind](broken)
-    with pytest.raises(UserError, match=r"2\.png cannot be read as an image .*on_error='skip'") as caught:
+    with pytest.raises(
+        UserError, match=r"2\.png cannot be read as an image .*on_error='skip'"
+    ) as caught:
         DataSettings(source=str(tmp_path)).open()
     assert is_one_sentence(str(caught.value))
     images, held_out = DataSettings(source=str(tmp_path), on_error="skip", held_out=0.3).open()
@@ -640,10 +848,14 @@ def test_pictures_of_every_mode_become_one_kind(tmp_path: Path, mode: str, chann
     images, _ = DataSettings(source=str(tmp_path), channels=channels, held_out=0.5).open()
     assert images.shape == (channels, 16, 16)
     pixels = open_images(tmp_path, channels=channels).batch([0])["image"][0]
-    assert pixels.dtype == torch.float32 and pixels.isfinite().all() and float(pixels.abs().max()) <= 1
+    assert (
+        pixels.dtype == torch.float32 and pixels.isfinite().all() and float(pixels.abs().max()) <= 1
+    )
     assert float(pixels.std()) > 0.2, "the picture is there, not a black or white one"
     if mode == "I;16":
-        exact = torch.from_numpy(np.asarray(Image.open(tmp_path / "a.png"), np.float32) / 65535 * 2 - 1)
+        exact = torch.from_numpy(
+            np.asarray(Image.open(tmp_path / "a.png"), np.float32) / 65535 * 2 - 1
+        )
         assert float((pixels - exact).abs().max()) <= 1.01 / 255
     if mode in ("L", "1", "LA", "I;16"):
         assert all(torch.equal(pixels[0], channel) for channel in pixels)
@@ -651,7 +863,11 @@ def test_pictures_of_every_mode_become_one_kind(tmp_path: Path, mode: str, chann
         rgba = np.asarray(Image.open(tmp_path / "a.png"), np.float32)
         over = rgba[..., :3] * rgba[..., 3:] / 255 + 255 - rgba[..., 3:]
         over = torch.from_numpy(over / 127.5 - 1).permute(2, 0, 1)
-        over = over if channels == 3 else (over * torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)).sum(0, keepdim=True)
+        over = (
+            over
+            if channels == 3
+            else (over * torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)).sum(0, keepdim=True)
+        )
         assert float((pixels - over).abs().max()) <= 2.6 / 255
 
 
@@ -663,30 +879,66 @@ def test_a_folder_with_one_picture_is_enough_to_open(tmp_path: Path) -> None:
 
 
 DATA: dict[str, tuple[Callable[[Path], object], str, str]] = {
-    "missing folder": (lambda p: None, "nowhere", "nowhere does not exist: expected fashion-mnist, a folder of pictures"),
-    "empty folder": (lambda p: (p / "pictures").mkdir(), "pictures", "holds no pictures (found nothing)"),
+    "missing folder": (
+        lambda p: None,
+        "nowhere",
+        "nowhere does not exist: expected fashion-mnist, a folder of pictures",
+    ),
+    "empty folder": (
+        lambda p: (p / "pictures").mkdir(),
+        "pictures",
+        "holds no pictures (found nothing)",
+    ),
     "no pictures in it": (
         lambda p: (p / "pictures/a.txt", (p / "pictures").mkdir(), (p / "pictures/a.txt").touch()),
         "pictures",
         "(found .txt)",
     ),
-    "a file": (lambda p: png(p / "a.png"), "a.png", "a.png is a .png file: expected a .parquet file, or the folder"),
-    "labels are missing": (lambda p: idx(p / "d", images=20), "d", "has no train-labels-idx1-ubyte"),
-    "truncated idx file": (lambda p: idx(p / "d", images=20, labels=9), "d", "train-images-idx3-ubyte"),
+    "a file": (
+        lambda p: png(p / "a.png"),
+        "a.png",
+        "a.png is a .png file: expected a .parquet file, or the folder",
+    ),
+    "labels are missing": (
+        lambda p: idx(p / "d", images=20),
+        "d",
+        "has no train-labels-idx1-ubyte",
+    ),
+    "truncated idx file": (
+        lambda p: idx(p / "d", images=20, labels=9),
+        "d",
+        "train-images-idx3-ubyte",
+    ),
     "empty idx file": (lambda p: idx(p / "d", images=0, labels=9), "d", "train-images-idx3-ubyte"),
-    "sizes that differ": (lambda p: (png(p / "d/a.png"), png(p / "d/b.png", size=18)), "d", "differ in size"),
-    "a truncated picture": (lambda p: cut(png(p / "d/a.png")), "d", "d/a.png cannot be read as an image"),
+    "sizes that differ": (
+        lambda p: (png(p / "d/a.png"), png(p / "d/b.png", size=18)),
+        "d",
+        "differ in size",
+    ),
+    "a truncated picture": (
+        lambda p: cut(png(p / "d/a.png")),
+        "d",
+        "d/a.png cannot be read as an image",
+    ),
     "a bomb": (lambda p: bomb(p / "d/a.png"), "d", "d/a.png cannot be read as an image"),
-    "pictures beside classes": (lambda p: (png(p / "d/a.png"), png(p / "d/bag/b.png")), "d", "both directly in it and in subfolders (bag)"),
+    "pictures beside classes": (
+        lambda p: (png(p / "d/a.png"), png(p / "d/bag/b.png")),
+        "d",
+        "both directly in it and in subfolders (bag)",
+    ),
 }
 
 
 def idx(folder: Path, images: int, labels: int | None = None) -> None:
     """The first bytes of IDX files that stand for one picture of 4x4."""
     folder.mkdir()
-    (folder / "train-images-idx3-ubyte").write_bytes((b"\0\0\x08\x03" + b"\0\0\0\1" + b"\0\0\0\4" * 2 + bytes(16))[:images])
+    (folder / "train-images-idx3-ubyte").write_bytes(
+        (b"\0\0\x08\x03" + b"\0\0\0\1" + b"\0\0\0\4" * 2 + bytes(16))[:images]
+    )
     if labels is not None:
-        (folder / "train-labels-idx1-ubyte").write_bytes((b"\0\0\x08\x01" + b"\0\0\0\1" + b"\0")[:labels])
+        (folder / "train-labels-idx1-ubyte").write_bytes(
+            (b"\0\0\x08\x01" + b"\0\0\0\1" + b"\0")[:labels]
+        )
 
 
 def bomb(path: Path) -> None:
@@ -697,7 +949,9 @@ def bomb(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", DATA)
-def test_data_that_cannot_be_used_are_refused_in_one_sentence(tmp_path: Path, child: Child, name: str) -> None:
+def test_data_that_cannot_be_used_are_refused_in_one_sentence(
+    tmp_path: Path, child: Child, name: str
+) -> None:
     """From Python, and by `sfumato train`, which leaves no run behind."""
     prepare, source, words = DATA[name]
     prepare(tmp_path)
@@ -705,7 +959,9 @@ def test_data_that_cannot_be_used_are_refused_in_one_sentence(tmp_path: Path, ch
         open_images(tmp_path / source)
     assert words in str(caught.value) and is_one_sentence(str(caught.value)), str(caught.value)
     (tmp_path / "toy.py").write_text(RECIPE)
-    code, out, err = child("train", "autoencoder", "toy.py", "--data.source", source, "--out", "run", folder=tmp_path)
+    code, out, err = child(
+        "train", "autoencoder", "toy.py", "--data.source", source, "--out", "run", folder=tmp_path
+    )
     assert (code, out) == (2, "") and words in err and len(err.splitlines()) == 1, err
     assert not (tmp_path / "run").exists()
 
@@ -714,18 +970,35 @@ def test_a_broken_parquet_file(tmp_path: Path, child: Child) -> None:
     """Apart, because the library that reads it may log a line of its own first."""
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
     (tmp_path / "toy.py").write_text(RECIPE)
-    code, out, err = child("train", "autoencoder", "toy.py", "--data.source", "a.parquet", "--out", "run", folder=tmp_path)
-    assert (code, out) == (2, "") and err.splitlines()[-1].startswith("sfumato: a.parquet cannot be opened") and "Traceback" not in err
+    code, out, err = child(
+        "train",
+        "autoencoder",
+        "toy.py",
+        "--data.source",
+        "a.parquet",
+        "--out",
+        "run",
+        folder=tmp_path,
+    )
+    assert (
+        (code, out) == (2, "")
+        and err.splitlines()[-1].startswith("sfumato: a.parquet cannot be opened")
+        and "Traceback" not in err
+    )
     assert not (tmp_path / "run").exists()
 
 
-# ---- what importing costs -------------------------------------------------------------------------------------------------
+# ---- what importing costs ------------------------------------------------------------------------
 
 
 def test_importing_the_library_imports_nothing_heavy() -> None:
-    heavy = "('torch', 'numpy', 'PIL', 'jaxtyping', 'safetensors', 'huggingface_hub', 'tyro', 'rich')"
+    heavy = (
+        "('torch', 'numpy', 'PIL', 'jaxtyping', 'safetensors', 'huggingface_hub', 'tyro', 'rich')"
+    )
     program = f"import sys, sfumato; assert 'load' in dir(sfumato); print(sorted({{m.split('.')[0] for m in sys.modules}} & set({heavy})))"
-    done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=ENVIRONMENT, check=True, capture_output=True, text=True
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -733,14 +1006,28 @@ def test_importing_the_library_imports_nothing_heavy() -> None:
 def test_the_command_line_without_a_warm_start(saved: Path, tmp_path: Path) -> None:
     """`python -m sfumato` as a user starts it: once well, once badly."""
     for prompt, code in (("bag", 0), ("bagg", 2)):
-        command = [sys.executable, "-m", "sfumato", "generate", prompt, "--model", str(saved), "--n", "1"]
-        done = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "sfumato",
+            "generate",
+            prompt,
+            "--model",
+            str(saved),
+            "--n",
+            "1",
+        ]
+        done = subprocess.run(
+            command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True
+        )
         assert done.returncode == code, done.stderr
         assert len(done.stderr.splitlines()) == (code == 2)
     assert [p.name for p in tmp_path.iterdir()] == ["bag.png"]
 
 
-def test_making_pictures_imports_no_more_than_it_needs(saved: Path, child: Child, tmp_path: Path) -> None:
+def test_making_pictures_imports_no_more_than_it_needs(
+    saved: Path, child: Child, tmp_path: Path
+) -> None:
     """Neither the hub, nor what training and measuring need, nor torch's compiler."""
     code = f"""
 import sfumato

@@ -1,4 +1,6 @@
-"""The command line as a user meets it: exit codes, one-sentence errors, fast help, and PNG files that can be made again."""
+"""The command line as a user meets it: exit codes, one-sentence errors, fast help, and PNG files
+that can be made again.
+"""
 
 import json
 import os
@@ -27,14 +29,24 @@ SOURCE = Path(__file__).resolve().parents[2] / "src"
 
 
 class StubModel:
-    """Stands for a model: pictures are noise that depends on every setting, so that a setting lost on the way shows."""
+    """Stands for a model: pictures are noise that depends on every setting, so that a setting lost
+    on the way shows.
+    """
 
     def __init__(self, hash: str = "a" * 64) -> None:
         self.hash = hash
         self.requests: list[dict[str, Any]] = []
 
     def settings(self, **given: Any) -> dict[str, Any]:
-        defaults = {"n": 1, "steps": 3, "sampler": "ddim", "spacing": "trailing", "guidance": 2.0, "height": 8, "width": 8}
+        defaults = {
+            "n": 1,
+            "steps": 3,
+            "sampler": "ddim",
+            "spacing": "trailing",
+            "guidance": 2.0,
+            "height": 8,
+            "width": 8,
+        }
         return {**defaults, **{k: v for k, v in given.items() if v is not None}}
 
     def describe(self) -> dict[str, Any]:
@@ -43,9 +55,15 @@ class StubModel:
     def optimized(self) -> "StubModel":
         return self
 
-    def run(self, request: Request, *, on_step: Callable[[object], bool | None]) -> list[Image.Image]:
+    def run(
+        self, request: Request, *, on_step: Callable[[object], bool | None]
+    ) -> list[Image.Image]:
         always = ("prompt", "n", "seed", "negative_prompt")
-        asked = {f.name: value for f in fields(Request) if (value := getattr(request, f.name)) != f.default or f.name in always}
+        asked = {
+            f.name: value
+            for f in fields(Request)
+            if (value := getattr(request, f.name)) != f.default or f.name in always
+        }
         self.requests.append(asked)
         prompt, n, seed = (asked[name] for name in ("prompt", "n", "seed"))
         rest = {name: value for name, value in asked.items() if name not in ("prompt", "n", "seed")}
@@ -59,7 +77,8 @@ class StubModel:
             raise UserError("unknown sampler 'bogus': known are ddim")
         for k in range(rest["steps"]):
             assert on_step(types.SimpleNamespace(index=k, count=rest["steps"])) is None
-        # n takes part: arithmetic may depend on the batch, so an image of a batch must be made again with its batch.
+        # n takes part: arithmetic may depend on the batch, so an image of a batch must be made
+        # again with its batch.
         words = repr((prompt, n, seed, sorted(rest.items()))).encode()
         noise = torch.Generator().manual_seed(zlib.crc32(words))
         return to_pil(torch.rand(n, 1, rest["height"], rest["width"], generator=noise) * 2 - 1)
@@ -99,15 +118,18 @@ def run(*arguments: str) -> int:
         return stop.code
 
 
-# ---- generate -------------------------------------------------------------------------------------------------------------
+# ---- generate ------------------------------------------------------------------------------------
 
 
-def test_generate_writes_a_grid_named_after_the_prompt(stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_writes_a_grid_named_after_the_prompt(
+    stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("generate", "Ankle boot!") == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == "ankle-boot.png"
     assert err == ""
-    assert pixels("ankle-boot.png").shape == (4 * 10 - 2, 4 * 10 - 2)  # 16 pictures of 8x8 with 2 pixels between
+    # 16 pictures of 8x8 with 2 pixels between
+    assert pixels("ankle-boot.png").shape == (4 * 10 - 2, 4 * 10 - 2)
     for stage in ("import", "load", "sample", "decode", "write"):
         assert stage in out.splitlines()[1]
     assert stub["fashion"].requests == [
@@ -144,10 +166,18 @@ def test_every_flag_reaches_the_model_and_the_png(stub: dict[str, StubModel]) ->
     assert stub["other"].requests == [asked]
     recorded = read_parameters("a/b.png")
     assert asked.items() <= recorded.items()
-    assert {"index": None, "grid": True, "model": "other", "model_hash": "b" * 64, "version": "0.1.0"}.items() <= recorded.items()
+    assert {
+        "index": None,
+        "grid": True,
+        "model": "other",
+        "model_hash": "b" * 64,
+        "version": "0.1.0",
+    }.items() <= recorded.items()
 
 
-def test_no_grid_writes_one_png_a_picture(stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_grid_writes_one_png_a_picture(
+    stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("generate", "boot", "--n", "3", "--no-grid") == 0
     assert capsys.readouterr().out.splitlines()[:3] == ["boot-0.png", "boot-1.png", "boot-2.png"]
     assert [read_parameters(f"boot-{k}.png")["index"] for k in range(3)] == [0, 1, 2]
@@ -155,7 +185,23 @@ def test_no_grid_writes_one_png_a_picture(stub: dict[str, StubModel], capsys: py
 
 
 def test_from_makes_a_grid_again_without_touching_the_source(stub: dict[str, StubModel]) -> None:
-    assert run("generate", "boot", "--n", "5", "--seed", "3", "--steps", "7", "--guidance", "3", "--out", "boots.png") == 0
+    assert (
+        run(
+            "generate",
+            "boot",
+            "--n",
+            "5",
+            "--seed",
+            "3",
+            "--steps",
+            "7",
+            "--guidance",
+            "3",
+            "--out",
+            "boots.png",
+        )
+        == 0
+    )
     before = Path("boots.png").read_bytes()
     assert run("generate", "--from", "boots.png") == 0
     assert np.array_equal(pixels("boots.png"), pixels("boots-again.png"))
@@ -174,15 +220,21 @@ def test_from_makes_one_picture_of_a_request_again(stub: dict[str, StubModel]) -
 
 def test_flags_that_are_given_win_over_the_png(stub: dict[str, StubModel]) -> None:
     assert run("generate", "boot", "--n", "2", "--seed", "3") == 0
-    assert run("generate", "bag", "--from", "boot.png", "--steps", "9", "--no-grid", "--out", "x.png") == 0
+    assert (
+        run("generate", "bag", "--from", "boot.png", "--steps", "9", "--no-grid", "--out", "x.png")
+        == 0
+    )
     second = stub["fashion"].requests[1]
     assert (second["prompt"], second["n"], second["seed"], second["steps"]) == ("bag", 2, 3, 9)
     assert sorted(p.name for p in Path().iterdir()) == ["boot.png", "x-0.png", "x-1.png"]
-    assert run("generate", "--from", "x-1.png", "--n", "4", "--out", "y.png") == 0  # another request: all of its pictures
+    # another request: all of its pictures
+    assert run("generate", "--from", "x-1.png", "--n", "4", "--out", "y.png") == 0
     assert sorted(p.name for p in Path().glob("y*")) == [f"y-{k}.png" for k in range(4)]
 
 
-def test_from_refuses_another_model_unless_told(stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_refuses_another_model_unless_told(
+    stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("generate", "boot") == 0
     stub["fashion"] = StubModel("c" * 64)
     capsys.readouterr()
@@ -196,10 +248,19 @@ def test_from_refuses_another_model_unless_told(stub: dict[str, StubModel], caps
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"n": "many"}, "'n'"), ({"steps": None}, "'steps'"), ({"seed": True}, "'seed'"), ({"index": 99}, "99"), ({"grid": 1}, "'grid'")],
+    [
+        ({"n": "many"}, "'n'"),
+        ({"steps": None}, "'steps'"),
+        ({"seed": True}, "'seed'"),
+        ({"index": 99}, "99"),
+        ({"grid": 1}, "'grid'"),
+    ],
 )
 def test_from_a_png_with_odd_parameters_is_explained(
-    stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str], change: dict[str, Any], word: str
+    stub: dict[str, StubModel],
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any],
+    word: str,
 ) -> None:
     assert run("generate", "boot", "--out", "a.png") == 0
     write_png("a.png", Image.new("L", (2, 2)), {**read_parameters("a.png"), **change})
@@ -238,7 +299,7 @@ def test_slug_is_a_safe_file_name(prompt: str | None, name: str) -> None:
     assert slug(prompt) == name
 
 
-# ---- errors ---------------------------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -263,7 +324,11 @@ def test_slug_is_a_safe_file_name(prompt: str | None, name: str) -> None:
     ],
 )
 def test_an_error_is_one_sentence_and_a_code(
-    stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str], arguments: str, code: int, words: str
+    stub: dict[str, StubModel],
+    capsys: pytest.CaptureFixture[str],
+    arguments: str,
+    code: int,
+    words: str,
 ) -> None:
     assert run(*arguments.split()) == code
     out, err = capsys.readouterr()
@@ -274,9 +339,18 @@ def test_an_error_is_one_sentence_and_a_code(
 
 
 @pytest.mark.parametrize(
-    "arguments", ["generate boot --n many", "generate boot --bogus 1", "generate boot bag", "generate boot --steps", ""]
+    "arguments",
+    [
+        "generate boot --n many",
+        "generate boot --bogus 1",
+        "generate boot bag",
+        "generate boot --steps",
+        "",
+    ],
 )
-def test_arguments_that_do_not_parse_exit_with_2(stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str], arguments: str) -> None:
+def test_arguments_that_do_not_parse_exit_with_2(
+    stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str], arguments: str
+) -> None:
     assert run(*arguments.split()) == 2
     out, err = capsys.readouterr()
     assert err and "Traceback" not in err and out == ""
@@ -290,7 +364,7 @@ def test_the_traceback_is_there_for_those_who_ask(
     assert "Traceback" in capsys.readouterr().err
 
 
-# ---- train ----------------------------------------------------------------------------------------------------------------
+# ---- train ---------------------------------------------------------------------------------------
 
 RECIPE = """
 import json
@@ -325,9 +399,29 @@ def test_train_runs_the_recipes_settings_with_typed_changes(place: Path, by_name
     Path("recipes/toy.py").write_text(RECIPE)
     recipe = "toy" if by_name else "recipes/toy.py"
     assert run("train", "autoencoder", recipe) == 0
-    assert json.loads(Path("runs/toy/ran.json").read_text()) == [{"steps": 20, "rate": 1e-3, "network": {"width": 8}}, True]
-    assert run("train", "autoencoder", recipe, "--network.width", "2", "--rate", "0.5", "--no-resume", "--out", "there") == 0
-    assert json.loads(Path("there/ran.json").read_text()) == [{"steps": 20, "rate": 0.5, "network": {"width": 2}}, False]
+    assert json.loads(Path("runs/toy/ran.json").read_text()) == [
+        {"steps": 20, "rate": 1e-3, "network": {"width": 8}},
+        True,
+    ]
+    assert (
+        run(
+            "train",
+            "autoencoder",
+            recipe,
+            "--network.width",
+            "2",
+            "--rate",
+            "0.5",
+            "--no-resume",
+            "--out",
+            "there",
+        )
+        == 0
+    )
+    assert json.loads(Path("there/ran.json").read_text()) == [
+        {"steps": 20, "rate": 0.5, "network": {"width": 2}},
+        False,
+    ]
 
 
 def test_train_lists_the_recipes_settings(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -351,7 +445,9 @@ def test_train_lists_the_recipes_settings(place: Path, capsys: pytest.CaptureFix
         ("train", "STAGE"),
     ],
 )
-def test_train_explains_what_is_wrong(place: Path, capsys: pytest.CaptureFixture[str], arguments: str, words: str) -> None:
+def test_train_explains_what_is_wrong(
+    place: Path, capsys: pytest.CaptureFixture[str], arguments: str, words: str
+) -> None:
     Path("toy.py").write_text(RECIPE)
     assert run(*arguments.split()) == 2
     err = capsys.readouterr().err
@@ -359,7 +455,7 @@ def test_train_explains_what_is_wrong(place: Path, capsys: pytest.CaptureFixture
     assert not Path("runs").exists()
 
 
-# ---- evaluate (what is measured: test_cli_model.py) -----------------------------------------------------------------------
+# ---- evaluate (what is measured: test_cli_model.py) ----------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -373,24 +469,41 @@ def test_train_explains_what_is_wrong(place: Path, capsys: pytest.CaptureFixture
         ("--data d --features bogus", "'bogus'"),
     ],
 )
-def test_evaluate_explains_what_is_wrong(stub: dict[str, Any], capsys: pytest.CaptureFixture[str], arguments: str, words: str) -> None:
+def test_evaluate_explains_what_is_wrong(
+    stub: dict[str, Any], capsys: pytest.CaptureFixture[str], arguments: str, words: str
+) -> None:
     Path("file").touch()
     assert run("evaluate", "fashion", *arguments.split()) == 2
     err = capsys.readouterr().err
     assert words in err and len(err.splitlines()) == 1
 
 
-# ---- info -----------------------------------------------------------------------------------------------------------------
+# ---- info ----------------------------------------------------------------------------------------
 
 
-def test_info_tells_what_the_model_says(stub: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_tells_what_the_model_says(
+    stub: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("folder/vae").mkdir(parents=True)
     Path("folder/vae/weights.safetensors").write_bytes(bytes(1500))
-    facts = {"parts": {"autoencoder": {"parameters": 1234567}}, "latent_space": {"std": (1.0, 0.5)}, "class_names": ["boot", "bag"]}
-    stub["folder"] = types.SimpleNamespace(hash="e" * 64, class_names=("boot", "bag"), describe=lambda: facts)
+    facts = {
+        "parts": {"autoencoder": {"parameters": 1234567}},
+        "latent_space": {"std": (1.0, 0.5)},
+        "class_names": ["boot", "bag"],
+    }
+    stub["folder"] = types.SimpleNamespace(
+        hash="e" * 64, class_names=("boot", "bag"), describe=lambda: facts
+    )
     assert run("info", "folder") == 0
     out = capsys.readouterr().out
-    for words in ("1,234,567", "1, 0.5", "boot, bag", "e" * 20, "vae/weights.safetensors", "1.5 kB"):
+    for words in (
+        "1,234,567",
+        "1, 0.5",
+        "boot, bag",
+        "e" * 20,
+        "vae/weights.safetensors",
+        "1.5 kB",
+    ):
         assert words in out
     assert run("info", "folder", "--json") == 0
     assert json.loads(capsys.readouterr().out)["parts"] == facts["parts"]
@@ -398,12 +511,18 @@ def test_info_tells_what_the_model_says(stub: dict[str, Any], capsys: pytest.Cap
 
 @pytest.mark.parametrize("count", [20, 21, 1000])
 def test_info_names_classes_where_they_are_few(
-    count: int, place: Path, stub: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    count: int,
+    place: Path,
+    stub: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "1000")
     names = [f"kind{k}" for k in range(count)]
     Path("folder").mkdir()
-    stub["folder"] = types.SimpleNamespace(hash="e" * 64, class_names=tuple(names), describe=lambda: {"class_names": names})
+    stub["folder"] = types.SimpleNamespace(
+        hash="e" * 64, class_names=tuple(names), describe=lambda: {"class_names": names}
+    )
     assert run("info", "folder") == 0
     out = capsys.readouterr().out
     few = f"{count:,} classes: kind0, kind1, kind2, ..., kind{count - 1} ("
@@ -412,7 +531,7 @@ def test_info_names_classes_where_they_are_few(
     assert json.loads(capsys.readouterr().out)["class_names"] == names
 
 
-# ---- the terminal ---------------------------------------------------------------------------------------------------------
+# ---- the terminal --------------------------------------------------------------------------------
 
 
 def test_a_bar_is_drawn_for_a_terminal_only() -> None:
@@ -430,10 +549,15 @@ with progress("sampling") as update:
     os.close(theirs)
     assert b"sampling" in os.read(ours, 65536)
     os.close(ours)
-    assert subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True).stderr == b""
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], env=environment, check=True, capture_output=True
+        ).stderr
+        == b""
+    )
 
 
-# ---- help -----------------------------------------------------------------------------------------------------------------
+# ---- help ----------------------------------------------------------------------------------------
 
 COMMANDS = names("cli")
 
@@ -448,9 +572,13 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out.startswith("sfumato 0.1.0")
 
 
-@pytest.mark.parametrize("arguments", ["--help", "--version", *(f"{name} --help" for name in COMMANDS)])
+@pytest.mark.parametrize(
+    "arguments", ["--help", "--version", *(f"{name} --help" for name in COMMANDS)]
+)
 def test_help_answers_without_torch(arguments: str) -> None:
-    """A fresh interpreter; the time is the processor's (other work on the machine does not count), the best of three."""
+    """A fresh interpreter; the time is the processor's (other work on the machine does not count),
+    the best of three.
+    """
     program = f"""
 import contextlib, io, json, sys, time
 start = time.process_time()
@@ -464,7 +592,11 @@ print(json.dumps([code, time.process_time() - start, len(said.getvalue()), [m fo
 """
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     answers = [
-        json.loads(subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True).stdout)
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", program], env=environment, check=True, capture_output=True
+            ).stdout
+        )
         for _ in range(3)
     ]
     for code, _, length, heavy in answers:
@@ -477,7 +609,11 @@ def test_importing_sfumato_costs_nothing() -> None:
     watched = ("torch", "numpy", "PIL", "tyro", "rich", "sfumato")
     program = f"import sys, sfumato; print(sorted(m for m in sys.modules if m.split('.')[0] in {watched}))"
     done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(SOURCE)}, check=True, capture_output=True, text=True
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.strip() == "['sfumato']"
 
@@ -485,7 +621,10 @@ def test_importing_sfumato_costs_nothing() -> None:
 def test_a_reader_that_goes_away_is_no_error() -> None:
     command = [sys.executable, "-u", "-m", "sfumato", "--help"]
     with subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": str(SOURCE)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
@@ -494,7 +633,9 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 
 @pytest.mark.parametrize(("steps", "packs"), [(None, False), (4, False), (5, True)])
-def test_weights_are_packed_where_steps_are_enough_to_pay_for_it(steps: int | None, packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_packed_where_steps_are_enough_to_pay_for_it(
+    steps: int | None, packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sfumato.cli import _common
 
     model, packed = StubModel(), StubModel()  # whose own steps are 3

@@ -1,4 +1,6 @@
-"""`sfumato convert` as a user meets it: there and back with the same bits, in little memory, and one sentence where it cannot."""
+"""`sfumato convert` as a user meets it: there and back with the same bits, in little memory, and
+one sentence where it cannot.
+"""
 
 import json
 import subprocess
@@ -18,8 +20,19 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from sfumato.cli import main
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
-FLUX: dict[str, Any] = {"in_channels": 64, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2}
-FLUX |= {"joint_attention_dim": 32, "pooled_projection_dim": 64, "axes_dims_rope": (4, 14, 14), "guidance_embeds": True}
+FLUX: dict[str, Any] = {
+    "in_channels": 64,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+}
+FLUX |= {
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 64,
+    "axes_dims_rope": (4, 14, 14),
+    "guidance_embeds": True,
+}
 E4 = torch.float8_e4m3fn
 
 
@@ -60,14 +73,22 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def test_there_and_back(flux: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
-    """A part's folder, a folder with one, a file; diffusers opens each of them as the same network."""
+    """A part's folder, a folder with one, a file; diffusers opens each of them as the same
+    network.
+    """
     assert run("flux/transformer", "a.safetensors") == 0
     assert "a.safetensors: transformer" in capsys.readouterr().out
-    assert run("flux", "b.safetensors") == 0 and equal(load_file("a.safetensors"), load_file("b.safetensors"))
+    assert run("flux", "b.safetensors") == 0 and equal(
+        load_file("a.safetensors"), load_file("b.safetensors")
+    )
     assert "double_blocks.0.img_attn.qkv.weight" in load_file("a.safetensors")
     assert run("a.safetensors", "again") == 0
-    assert equal(weights("again/transformer"), flux) and sorted(p.name for p in Path("again").iterdir()) == ["transformer"]
-    opened = diffusers.FluxTransformer2DModel.from_pretrained("again/transformer", torch_dtype=torch.bfloat16)
+    assert equal(weights("again/transformer"), flux) and sorted(
+        p.name for p in Path("again").iterdir()
+    ) == ["transformer"]
+    opened = diffusers.FluxTransformer2DModel.from_pretrained(
+        "again/transformer", torch_dtype=torch.bfloat16
+    )
     assert equal(opened.state_dict(), flux) and opened.config.axes_dims_rope == [4, 14, 14]
     prefixed = {f"model.diffusion_model.{k}": v for k, v in load_file("a.safetensors").items()}
     save_file(prefixed, "p.sft")
@@ -77,12 +98,18 @@ def test_there_and_back(flux: dict[str, Tensor], capsys: pytest.CaptureFixture[s
     assert run("flux/transformer", "copy") == 0 and equal(weights("copy/transformer"), flux)
     file = Path("copy/transformer/diffusion_pytorch_model.safetensors")
     file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    assert run("copy", "c.safetensors", "--variant", "fp16") == 0 and equal(load_file("c.safetensors"), load_file("a.safetensors"))
+    assert run("copy", "c.safetensors", "--variant", "fp16") == 0 and equal(
+        load_file("c.safetensors"), load_file("a.safetensors")
+    )
     assert "ask for variant 'fp16'" in refused(capsys, "copy", "x")
-    assert "--variant fp16 is for folders" in refused(capsys, "a.safetensors", "x", "--variant", "fp16")
+    assert "--variant fp16 is for folders" in refused(
+        capsys, "a.safetensors", "x", "--variant", "fp16"
+    )
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("fp16", torch.float16), ("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp16", torch.float16), ("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
 def test_dtypes(name: str, dtype: torch.dtype, flux: dict[str, Tensor]) -> None:
     assert run("flux", "a.safetensors", "--dtype", name) == 0 and run("a.safetensors", "again") == 0
     assert run("flux", "direct", "--dtype", name) == 0
@@ -91,8 +118,13 @@ def test_dtypes(name: str, dtype: torch.dtype, flux: dict[str, Tensor]) -> None:
 
 
 def test_eight_bits(flux: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
-    """Matrices in eight bits, vectors in bfloat16; with scales they are nearer, and read back by us as the very same numbers."""
-    assert run("flux", "plain.safetensors", "--dtype", "fp8") == 0 and run("flux", "folder", "--dtype", "fp8") == 0
+    """Matrices in eight bits, vectors in bfloat16; with scales they are nearer, and read back by us
+    as the very same numbers.
+    """
+    assert (
+        run("flux", "plain.safetensors", "--dtype", "fp8") == 0
+        and run("flux", "folder", "--dtype", "fp8") == 0
+    )
     rounded = {k: v.to(E4) if v.ndim > 1 else v for k, v in flux.items()}
     assert equal(weights("folder/transformer"), rounded)
     held = load_file("plain.safetensors")
@@ -103,8 +135,12 @@ def test_eight_bits(flux: dict[str, Tensor], capsys: pytest.CaptureFixture[str])
     assert "for single files" in refused(capsys, "flux", "x", "--dtype", "fp8-scaled")
 
 
-def test_eight_bits_with_scales(flux: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
-    """Small weights, which eight bits alone round to nothing, keep four bits each; large ones are stored at all."""
+def test_eight_bits_with_scales(
+    flux: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Small weights, which eight bits alone round to nothing, keep four bits each; large ones are
+    stored at all.
+    """
     small = {k: v / 256 for k, v in flux.items()}
     save_file(small, "flux/transformer/diffusion_pytorch_model.safetensors")
     for kind in ("fp8", "fp8-scaled"):
@@ -113,7 +149,10 @@ def test_eight_bits_with_scales(flux: dict[str, Tensor], capsys: pytest.CaptureF
     held = load_file("fp8-scaled.safetensors")
     assert "scaled_fp8" in held and held["double_blocks.0.img_attn.qkv.scale_weight"].shape == ()
     near, far = weights("fp8-scaled/transformer"), weights("fp8/transformer")
-    error = {n: sum(float((t[k] - v).float().square().sum()) for k, v in small.items()) for n, t in (("near", near), ("far", far))}
+    error = {
+        n: sum(float((t[k] - v).float().square().sum()) for k, v in small.items())
+        for n, t in (("near", near), ("far", far))
+    }
     total = sum(float(v.float().square().sum()) for v in small.values())
     assert error["near"] < 2e-3 * total and error["far"] > 0.1 * total
     large = {k: 10000 * v for k, v in flux.items()}
@@ -134,9 +173,16 @@ def test_gguf(kind: Kind, prefix: str, flux: dict[str, Tensor]) -> None:
         data = gguf.quants.quantize(value.numpy(), stored)
         writer.add_tensor(prefix + name, data, raw_dtype=stored)
         wanted[name] = torch.from_numpy(gguf.quants.dequantize(data, stored).copy())
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
         write()
-    assert run("a.gguf", "b.safetensors", "--dtype", "fp32") == 0 and equal(load_file("b.safetensors"), wanted)
+    assert run("a.gguf", "b.safetensors", "--dtype", "fp32") == 0 and equal(
+        load_file("b.safetensors"), wanted
+    )
     assert run("a.gguf", "folder") == 0 and run("b.safetensors", "other", "--dtype", "bf16") == 0
     assert equal(weights("folder/transformer"), weights("other/transformer"))
     assert {v.dtype for v in weights("folder/transformer").values()} == {torch.bfloat16}
@@ -149,19 +195,57 @@ def test_gguf(kind: Kind, prefix: str, flux: dict[str, Tensor]) -> None:
 def whole(place: Path) -> None:
     """The rest of a FLUX folder beside flux/transformer, tokenizers too."""
     torch.manual_seed(1)
-    levels = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2, "block_out_channels": [32, 32]}
-    bare = {"use_quant_conv": False, "use_post_quant_conv": False, "scaling_factor": 0.3611, "shift_factor": 0.1159}
-    diffusers.AutoencoderKL(**levels, layers_per_block=1, latent_channels=16, **bare).save_pretrained("flux/vae")
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 50}
-    CLIPTextModel(CLIPTextConfig(**sizes, max_position_embeddings=9, projection_dim=64)).save_pretrained("flux/text_encoder")
-    t5 = {"vocab_size": 30, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 1, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
+    levels = {
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "block_out_channels": [32, 32],
+    }
+    bare = {
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+    }
+    diffusers.AutoencoderKL(
+        **levels, layers_per_block=1, latent_channels=16, **bare
+    ).save_pretrained("flux/vae")
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": 50,
+    }
+    CLIPTextModel(
+        CLIPTextConfig(**sizes, max_position_embeddings=9, projection_dim=64)
+    ).save_pretrained("flux/text_encoder")
+    t5 = {
+        "vocab_size": 30,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 40,
+        "num_layers": 1,
+        "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+    }
     T5EncoderModel(T5Config(**t5)).save_pretrained("flux/text_encoder_2")
     Path("flux/tokenizer").mkdir()
     Path("flux/tokenizer/vocab.json").write_text("{}")
-    diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained("flux/scheduler")
-    parts = {"transformer": "FluxTransformer2DModel", "vae": "AutoencoderKL", "scheduler": "FlowMatchEulerDiscreteScheduler"}
-    index = {k: ["diffusers", v] for k, v in parts.items()} | {"text_encoder": ["transformers", "CLIPTextModel"]}
-    index |= {"text_encoder_2": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(
+        "flux/scheduler"
+    )
+    parts = {
+        "transformer": "FluxTransformer2DModel",
+        "vae": "AutoencoderKL",
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+    }
+    index = {k: ["diffusers", v] for k, v in parts.items()} | {
+        "text_encoder": ["transformers", "CLIPTextModel"]
+    }
+    index |= {
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+    }
     Path("flux/model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", **index}))
 
 
@@ -172,23 +256,45 @@ def test_whole_model(flux: dict[str, Tensor], place: Path) -> None:
     assert run("all.safetensors", "alone") == 0
     assert run("flux", "copy", "--dtype", "fp8") == 0
     for part in ("transformer", "vae"):
-        assert equal(weights(f"again/{part}"), weights(f"flux/{part}")) and equal(weights(f"alone/{part}"), weights(f"flux/{part}"))
-        assert json.loads(Path(f"again/{part}/config.json").read_text()) == json.loads(Path(f"flux/{part}/config.json").read_text())
+        assert equal(weights(f"again/{part}"), weights(f"flux/{part}")) and equal(
+            weights(f"alone/{part}"), weights(f"flux/{part}")
+        )
+        assert json.loads(Path(f"again/{part}/config.json").read_text()) == json.loads(
+            Path(f"flux/{part}/config.json").read_text()
+        )
     for part in ("text_encoder", "text_encoder_2"):
         for folder in ("again", "alone"):
-            opened = (CLIPTextModel if part == "text_encoder" else T5EncoderModel).from_pretrained(f"{folder}/{part}").state_dict()
-            wanted = (CLIPTextModel if part == "text_encoder" else T5EncoderModel).from_pretrained(f"flux/{part}").state_dict()
+            opened = (
+                (CLIPTextModel if part == "text_encoder" else T5EncoderModel)
+                .from_pretrained(f"{folder}/{part}")
+                .state_dict()
+            )
+            wanted = (
+                (CLIPTextModel if part == "text_encoder" else T5EncoderModel)
+                .from_pretrained(f"flux/{part}")
+                .state_dict()
+            )
             assert equal(opened, wanted), (folder, part)
     assert {v.dtype for v in weights("copy/vae").values()} == {torch.bfloat16}
     assert E4 in {v.dtype for v in load_file("copy/text_encoder_2/model.safetensors").values()}
     for folder in ("again", "copy"):
         assert Path(folder, "tokenizer/vocab.json").read_text() == "{}"
-        assert json.loads(Path(folder, "model_index.json").read_text()) == json.loads(Path("flux/model_index.json").read_text())
+        assert json.loads(Path(folder, "model_index.json").read_text()) == json.loads(
+            Path("flux/model_index.json").read_text()
+        )
     made = json.loads(Path("alone/model_index.json").read_text())
-    assert made["tokenizer"] == ["transformers", "CLIPTokenizer"] and Path("alone/tokenizer/vocab.json").read_text() == "{}"
-    assert made["_class_name"] == "FluxPipeline" and made["text_encoder_2"] == ["transformers", "T5EncoderModel"]
+    assert (
+        made["tokenizer"] == ["transformers", "CLIPTokenizer"]
+        and Path("alone/tokenizer/vocab.json").read_text() == "{}"
+    )
+    assert made["_class_name"] == "FluxPipeline" and made["text_encoder_2"] == [
+        "transformers",
+        "T5EncoderModel",
+    ]
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained("alone/scheduler")
-    assert scheduler.config.use_dynamic_shifting and scheduler.config.shift == 1.0, "the folder's own, not the published one"
+    assert scheduler.config.use_dynamic_shifting and scheduler.config.shift == 1.0, (
+        "the folder's own, not the published one"
+    )
 
 
 def test_a_folder_below_a_file(flux: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,14 +303,23 @@ def test_a_folder_below_a_file(flux: dict[str, Tensor], capsys: pytest.CaptureFi
     assert Path("a.safetensors").read_bytes() == b"kept"
 
 
-def test_autoencoder_alone(flux: dict[str, Tensor], place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_autoencoder_alone(
+    flux: dict[str, Tensor], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole(place)
     assert run("flux/vae", "ae.safetensors") == 0
     assert "does not tell the scale" in refused(capsys, "ae.safetensors", "x")
-    assert run("ae.safetensors", "again", "--config", "flux/vae") == 0 and equal(weights("again/vae"), weights("flux/vae"))
-    assert run("ae.safetensors", "more", "--config", "flux") == 0 and not Path("more/model_index.json").exists()
+    assert run("ae.safetensors", "again", "--config", "flux/vae") == 0 and equal(
+        weights("again/vae"), weights("flux/vae")
+    )
+    assert (
+        run("ae.safetensors", "more", "--config", "flux") == 0
+        and not Path("more/model_index.json").exists()
+    )
     assert run("flux/transformer", "a.safetensors") == 0
-    assert "config of a vae, which a.safetensors does not hold" in refused(capsys, "a.safetensors", "x", "--config", "flux/vae")
+    assert "config of a vae, which a.safetensors does not hold" in refused(
+        capsys, "a.safetensors", "x", "--config", "flux/vae"
+    )
 
 
 def test_what_cannot_be(flux: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,7 +339,9 @@ def test_what_cannot_be(flux: dict[str, Tensor], capsys: pytest.CaptureFixture[s
     assert "may be truncated" in refused(capsys, "cut.safetensors", "x")
     assert "written as .safetensors only" in refused(capsys, "flux", "x.ckpt")
     assert "--config flux is for single files" in refused(capsys, "flux", "x", "--config", "flux")
-    assert "--config empty: expected a folder with config.json" in refused(capsys, "a.safetensors", "x", "--config", "empty")
+    assert "--config empty: expected a folder with config.json" in refused(
+        capsys, "a.safetensors", "x", "--config", "empty"
+    )
     save_file(load_file("a.safetensors") | {"one.more": torch.ones(1)}, "more.safetensors")
     assert "1 not expected (one.more)" in refused(capsys, "more.safetensors", "x")
     table = load_file("a.safetensors")
@@ -241,14 +358,19 @@ def test_models_with_a_unet(place: Path, capsys: pytest.CaptureFixture[str]) -> 
     import sfumato
 
     folder = Path(sfumato.__file__).parent / "bundled" / "fashion"
-    assert run(str(folder), "fashion.safetensors") == 0 and run("fashion.safetensors", "again", "--dtype", "fp16") == 0
+    assert (
+        run(str(folder), "fashion.safetensors") == 0
+        and run("fashion.safetensors", "again", "--dtype", "fp16") == 0
+    )
     assert {v.dtype for v in weights("again/unet").values()} == {torch.float16}
     assert "holds a U-Net" in refused(capsys, str(folder), "x", "--dtype", "fp8")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's accounts of memory")
 def test_little_memory(place: Path) -> None:
-    """180 MB of weights, both ways and in eight bits: what is held is a few tensors, 6 MB the largest."""
+    """180 MB of weights, both ways and in eight bits: what is held is a few tensors, 6 MB the
+    largest.
+    """
     fields = FLUX | {
         "num_attention_heads": 10,
         "axes_dims_rope": (8, 28, 28),
@@ -283,7 +405,9 @@ print((peak - before) * 1024)
     size = Path("flux/transformer/diffusion_pytorch_model.safetensors").stat().st_size
     assert size > 150e6
     steps = ["flux:a.safetensors", "a.safetensors:again", "a.safetensors:b.safetensors:--dtype:fp8"]
-    done = subprocess.run([sys.executable, "-c", program, *steps], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *steps], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) < size / 2, done.stdout
     assert equal(weights("again/transformer"), weights("flux/transformer"))

@@ -1,4 +1,6 @@
-"""The command line on a whole, real model with random weights: the same pixels again, and the numbers that were really measured."""
+"""The command line on a whole, real model with random weights: the same pixels again, and the
+numbers that were really measured.
+"""
 
 import json
 import shutil
@@ -37,11 +39,29 @@ def pixels(path: str | Path) -> np.ndarray:
         return np.asarray(picture)
 
 
-# ---- generate -------------------------------------------------------------------------------------------------------------
+# ---- generate ------------------------------------------------------------------------------------
 
 
 def test_a_grid_is_made_again_bit_for_bit(tiny: Path) -> None:
-    assert main(["generate", "boot", "--model", str(tiny), "--n", "5", "--seed", "3", "--guidance", "1.7", "--negative-prompt", "bag"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "boot",
+                "--model",
+                str(tiny),
+                "--n",
+                "5",
+                "--seed",
+                "3",
+                "--guidance",
+                "1.7",
+                "--negative-prompt",
+                "bag",
+            ]
+        )
+        == 0
+    )
     assert main(["generate", "--from", "boot.png"]) == 0
     first = pixels("boot.png")
     assert first.shape == (2 * 18 - 2, 3 * 18 - 2) and first.std() > 5
@@ -58,8 +78,12 @@ def test_one_picture_of_several_is_made_again_bit_for_bit(tiny: Path) -> None:
     assert not np.array_equal(pixels("bag-0.png"), pixels("bag-1.png"))
 
 
-def test_what_it_is_computed_in_is_asked_for_and_remembered(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The library's pictures in that dtype, again by --from, and in another dtype when that is asked for."""
+def test_what_it_is_computed_in_is_asked_for_and_remembered(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The library's pictures in that dtype, again by --from, and in another dtype when that is
+    asked for.
+    """
     asked = ["generate", "bag", "--model", str(tiny), "--n", "1", "--steps", "6"]
     assert main([*asked, "--dtype", "bf16", "--device", "cpu", "--out", "half.png"]) == 0
     (expected,) = load(tiny, dtype=torch.bfloat16).optimized().generate("bag", n=1, steps=6)
@@ -67,17 +91,40 @@ def test_what_it_is_computed_in_is_asked_for_and_remembered(tiny: Path, capsys: 
     assert main(["generate", "--from", "half.png"]) == 0
     assert (pixels("half-again.png") == pixels("half.png")).all()
     told = read_parameters("half-again.png")
-    assert (told["dtype"], told["device"], told["model_hash"]) == ("bf16", "cpu", load(tiny, dtype=torch.bfloat16).hash)
+    assert (told["dtype"], told["device"], told["model_hash"]) == (
+        "bf16",
+        "cpu",
+        load(tiny, dtype=torch.bfloat16).hash,
+    )
     assert main(["generate", "--from", "half.png", "--dtype", "fp32", "--out", "whole.png"]) == 0
     assert main([*asked, "--out", "plain.png"]) == 0
-    assert (pixels("whole.png") == pixels("plain.png")).all() and "dtype" not in read_parameters("plain.png")
+    assert (pixels("whole.png") == pixels("plain.png")).all() and "dtype" not in read_parameters(
+        "plain.png"
+    )
     capsys.readouterr()
     assert main([*asked, "--device", "nowhere"]) == 2
     assert "device 'nowhere' cannot be used" in capsys.readouterr().err
 
 
 def test_the_pictures_are_those_of_the_library(tiny: Path) -> None:
-    assert main(["generate", "bag", "--model", str(tiny), "--n", "2", "--steps", "4", "--seed", "8", "--no-grid"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "bag",
+                "--model",
+                str(tiny),
+                "--n",
+                "2",
+                "--steps",
+                "4",
+                "--seed",
+                "8",
+                "--no-grid",
+            ]
+        )
+        == 0
+    )
     for k, picture in enumerate(load(tiny).generate("bag", n=2, steps=4, seed=8)):
         assert np.array_equal(pixels(f"bag-{k}.png"), np.asarray(picture))
 
@@ -91,17 +138,26 @@ def test_a_picture_remembers_its_tuned_times_and_its_guidance(tiny: Path, tmp_pa
     assert main(["generate", "bag", *flags, "--steps", "2", "--out", "a.png"]) == 0
     recorded = read_parameters("a.png")
     assert recorded["timesteps"] == [1.0, 0.4, 0.0] and recorded["spacing"] == "tuned"
-    assert recorded["guidance"] == {"scale": 3.0, "weight": "interval:low=0.3,high=1", "combine": "rescale"}
+    assert recorded["guidance"] == {
+        "scale": 3.0,
+        "weight": "interval:low=0.3,high=1",
+        "combine": "rescale",
+    }
     store_tuned(copy, [Tuned("ddim", 1.0, (1.0, 0.9, 0.0), {})])
     assert main(["generate", "--from", "a.png", "--out", "b.png"]) == 0
     assert np.array_equal(pixels("a.png"), pixels("b.png"))
     assert main(["generate", "--from", "b.png", "--out", "c.png"]) == 0
     assert np.array_equal(pixels("a.png"), pixels("c.png"))
     assert main(["generate", "--from", "a.png", "--steps", "3", "--out", "d.png"]) == 0
-    assert read_parameters("d.png")["spacing"] == "trailing" and read_parameters("d.png")["timesteps"] is None
+    assert (
+        read_parameters("d.png")["spacing"] == "trailing"
+        and read_parameters("d.png")["timesteps"] is None
+    )
     assert main(["generate", "bag", *flags, "--steps", "2", "--out", "e.png"]) == 0
     assert not np.array_equal(pixels("a.png"), pixels("e.png"))
-    assert main(["generate", "bag", *flags, "--timesteps", "1.0", "0.4", "0.0", "--out", "f.png"]) == 0
+    assert (
+        main(["generate", "bag", *flags, "--timesteps", "1.0", "0.4", "0.0", "--out", "f.png"]) == 0
+    )
     assert np.array_equal(pixels("a.png"), pixels("f.png"))
     assert main(["generate", "--from", "f.png", "--out", "g.png"]) == 0
     assert np.array_equal(pixels("a.png"), pixels("g.png"))
@@ -110,11 +166,23 @@ def test_a_picture_remembers_its_tuned_times_and_its_guidance(tiny: Path, tmp_pa
 def test_the_models_defaults_are_written_down(tiny: Path) -> None:
     assert main(["generate", "--model", str(tiny), "--n", "1"]) == 0
     recorded = read_parameters("sfumato.png")
-    expected = {"prompt": None, "n": 1, "steps": 3, "sampler": "ddim", "guidance": 2.0, "height": 16, "width": 16, "seed": 0, "index": None}
+    expected = {
+        "prompt": None,
+        "n": 1,
+        "steps": 3,
+        "sampler": "ddim",
+        "guidance": 2.0,
+        "height": 16,
+        "width": 16,
+        "seed": 0,
+        "index": None,
+    }
     assert expected.items() <= recorded.items()
 
 
-def test_another_models_picture_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_models_picture_is_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["generate", "boot", "--model", str(tiny), "--n", "1"]) == 0
     model = load(tiny)
     with torch.no_grad():
@@ -137,7 +205,9 @@ def test_another_models_picture_is_refused(tiny: Path, tmp_path: Path, capsys: p
         ("boot --model nowhere", "'nowhere'"),
     ],
 )
-def test_wrong_requests_are_explained(tiny: Path, capsys: pytest.CaptureFixture[str], flags: str, words: str) -> None:
+def test_wrong_requests_are_explained(
+    tiny: Path, capsys: pytest.CaptureFixture[str], flags: str, words: str
+) -> None:
     given = flags.split()
     assert main(["generate", *given, *([] if "--model" in given else ["--model", str(tiny)])]) == 2
     err = capsys.readouterr().err
@@ -145,7 +215,9 @@ def test_wrong_requests_are_explained(tiny: Path, capsys: pytest.CaptureFixture[
     assert not list(Path().iterdir())
 
 
-def test_a_model_that_overflows_writes_nothing(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_overflows_writes_nothing(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = load(tiny)
     with torch.no_grad():
         dict(model.denoiser.network.named_parameters())["conv_out.weight"].fill_(3e38)
@@ -155,7 +227,7 @@ def test_a_model_that_overflows_writes_nothing(tiny: Path, tmp_path: Path, capsy
     assert not list(Path().glob("*.png"))
 
 
-# ---- info -----------------------------------------------------------------------------------------------------------------
+# ---- info ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.invariance
@@ -168,21 +240,32 @@ def test_info_describes_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["processor"]["name"] and facts["threads"]["of torch"] == torch.get_num_threads()
     assert facts["methods"]["linear and convolution, float32"] == batch_invariant.method()
     checks = facts["images do not depend on the batch"]
-    assert len(checks) > 20 and all(checks.values()), [name for name, holds in checks.items() if not holds]
+    assert len(checks) > 20 and all(checks.values()), [
+        name for name, holds in checks.items() if not holds
+    ]
 
 
-def test_info_names_the_layers_that_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_names_the_layers_that_depend_on_the_batch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from sfumato.deploy import machine
 
     monkeypatch.setattr(
-        machine, "_layers", lambda: [("doubled", lambda x: x * len(x), torch.ones(18, 3)), ("kept", lambda x: x, torch.ones(18, 3))]
+        machine,
+        "_layers",
+        lambda: [
+            ("doubled", lambda x: x * len(x), torch.ones(18, 3)),
+            ("kept", lambda x: x, torch.ones(18, 3)),
+        ],
     )
     assert main(["info", "--machine"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "doubled no" in text and "kept" not in text and "the other" in text
 
 
-def test_info_names_the_variables_that_limit_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_names_the_variables_that_limit_kernels(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")  # too late for MKL, which has read it
     assert main(["info", "--machine"]) == 0
     assert "MKL_CBWR COMPATIBLE" in " ".join(capsys.readouterr().out.split())
@@ -193,22 +276,32 @@ def test_info_of_the_machine_takes_no_model(capsys: pytest.CaptureFixture[str]) 
     assert "leave 'somewhere' out" in capsys.readouterr().err
 
 
-def test_info_counts_the_parameters_and_files(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_counts_the_parameters_and_files(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = load(tiny)
     assert main(["info", str(tiny), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["hash"] == model.hash
-    assert facts["parts"]["denoiser"]["parameters"] == sum(p.numel() for p in model.denoiser.network.parameters())
+    assert facts["parts"]["denoiser"]["parameters"] == sum(
+        p.numel() for p in model.denoiser.network.parameters()
+    )
     assert facts["class_names"] == ["boot", "bag"]
     assert "unet/diffusion_pytorch_model.safetensors" in facts["files"]
     assert main(["info", str(tiny)]) == 0
     out = capsys.readouterr().out
     assert model.hash in "".join(out.split())  # folded over lines, not cut
-    for words in ("AutoencoderKL", f"{facts['parts']['denoiser']['parameters']:,}", "boot, bag", "flow", "all"):
+    for words in (
+        "AutoencoderKL",
+        f"{facts['parts']['denoiser']['parameters']:,}",
+        "boot, bag",
+        "flow",
+        "all",
+    ):
         assert words in out
 
 
-# ---- evaluate -------------------------------------------------------------------------------------------------------------
+# ---- evaluate ------------------------------------------------------------------------------------
 
 
 class Pooled(torch.nn.Module):
@@ -220,7 +313,9 @@ class Pooled(torch.nn.Module):
 
 @pytest.fixture
 def data(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Noise pictures of the tiny model's size and classes, 16 to train on and 16 to test on; and features to measure them with."""
+    """Noise pictures of the tiny model's size and classes, 16 to train on and 16 to test on; and
+    features to measure them with.
+    """
     dice = torch.Generator().manual_seed(0)
     for split in ("train", "test"):
         for name in ("bag", "boot"):
@@ -233,25 +328,54 @@ def data(monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("data")
 
 
-FLAGS = ["--samples", "16", "--unconditional-samples", "8", "--batch", "6", "--features", "pooled_features:network", "--out", "report"]
+FLAGS = [
+    "--samples",
+    "16",
+    "--unconditional-samples",
+    "8",
+    "--batch",
+    "6",
+    "--features",
+    "pooled_features:network",
+    "--out",
+    "report",
+]
 
 
 def test_evaluate_a_real_model(tiny: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(tiny), "--data", str(data), *FLAGS, "--steps", "2"]) == 0
     out = capsys.readouterr().out
-    assert "frechet_distance" in out and "report/report.json" in out and "sample" in out.splitlines()[-1]
+    assert (
+        "frechet_distance" in out
+        and "report/report.json" in out
+        and "sample" in out.splitlines()[-1]
+    )
     report = json.loads(Path("report/report.json").read_text())
-    expected = {"model_hash": load(tiny).hash, "steps": 2, "guidance": 2.0, "n": 16, "unconditional_n": 8, "unconditional_steps": 4}
+    expected = {
+        "model_hash": load(tiny).hash,
+        "steps": 2,
+        "guidance": 2.0,
+        "n": 16,
+        "unconditional_n": 8,
+        "unconditional_steps": 4,
+    }
     assert expected.items() <= report["settings"].items()
-    # The report's PSNR is that of the held-out images through the autoencoder, found here on another way.
+    # The report's PSNR is that of the held-out images through the autoencoder, found here on
+    # another way.
     model, test = load(tiny), open_images(data, split="test").batch(range(16))["image"]
     rebuilt = whole(model.autoencoder, model.compress(test))
-    assert report["metrics"]["psnr"]["value"] == pytest.approx(psnr((test + 1) / 2, (rebuilt + 1) / 2), abs=1e-6)
+    assert report["metrics"]["psnr"]["value"] == pytest.approx(
+        psnr((test + 1) / 2, (rebuilt + 1) / 2), abs=1e-6
+    )
     assert "<html" in Path("report/report.html").read_text()
 
 
-def test_evaluate_holds_out_what_the_recipe_held_out(tiny: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Data without a test split: the floor is of the pictures that no training saw, and the reference is of the others."""
+def test_evaluate_holds_out_what_the_recipe_held_out(
+    tiny: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Data without a test split: the floor is of the pictures that no training saw, and the
+    reference is of the others.
+    """
     shutil.move(data / "train", "whole")
     training, held_out = DataSettings(source="whole", held_out=0.75).open()
     assert (len(training), len(held_out)) == (4, 12)
@@ -260,7 +384,8 @@ def test_evaluate_holds_out_what_the_recipe_held_out(tiny: Path, data: Path, cap
     assert "16 samples, 4 training and 12 test images are too few" in capsys.readouterr().err
     few[-1] = "0.4"
     training, held_out = DataSettings(source="whole", held_out=0.4).open()
-    assert main(["evaluate", str(tiny), "--data", "whole", *few, "--limit", "12"]) == 2  # of the 6 held out
+    # of the 6 held out
+    assert main(["evaluate", str(tiny), "--data", "whole", *few, "--limit", "12"]) == 2
     assert "too few" in capsys.readouterr().err
     shutil.copytree(data / "test", "more")
     for name in ("bag", "boot"):
@@ -271,8 +396,25 @@ def test_evaluate_holds_out_what_the_recipe_held_out(tiny: Path, data: Path, cap
     report = json.loads(Path("report/report.json").read_text())
     model, test = load(tiny), held_out.batch(range(16))["image"]
     rebuilt = whole(model.autoencoder, model.compress(test))
-    assert report["metrics"]["psnr"]["value"] == pytest.approx(psnr((test + 1) / 2, (rebuilt + 1) / 2), abs=1e-6)
-    assert main(["evaluate", str(tiny), "--data", "more", *FLAGS, "--steps", "2", "--test-split", "validation"]) == 2
+    assert report["metrics"]["psnr"]["value"] == pytest.approx(
+        psnr((test + 1) / 2, (rebuilt + 1) / 2), abs=1e-6
+    )
+    assert (
+        main(
+            [
+                "evaluate",
+                str(tiny),
+                "--data",
+                "more",
+                *FLAGS,
+                "--steps",
+                "2",
+                "--test-split",
+                "validation",
+            ]
+        )
+        == 2
+    )
     assert "validation" in capsys.readouterr().err
 
 
@@ -282,28 +424,65 @@ def test_evaluate_opens_no_more_pictures_than_its_limit(tiny: Path, data: Path) 
         (data / split / "boot" / "7.png").write_bytes(b"broken")
     model = load(tiny)
     train, test = _images(model, Evaluate(str(tiny), str(data), limit=12))
-    assert (len(train), len(test)) == (12, 12) and train.class_names == test.class_names == ("bag", "boot")
+    assert (len(train), len(test)) == (12, 12) and train.class_names == test.class_names == (
+        "bag",
+        "boot",
+    )
     with pytest.raises(UserError, match=r"7\.png cannot be read"):
         _images(model, Evaluate(str(tiny), str(data)))
 
 
-def test_evaluate_knows_a_model_that_learnt_by_heart(tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that answers seed k with training image k: no distance, everything covered, all of it memorised."""
+def test_evaluate_knows_a_model_that_learnt_by_heart(
+    tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that answers seed k with training image k: no distance, everything covered, all of it
+    memorised.
+    """
     train = open_images(data, split="train").batch(range(16))["image"]
     requests: list[tuple[Any, int, int, int]] = []
 
     def parrot(
-        self: LatentDiffusion, prompt: Any = None, *, n: int, seed: int, steps: int, output: str, on_step: Callable[..., Any], **_: Any
+        self: LatentDiffusion,
+        prompt: Any = None,
+        *,
+        n: int,
+        seed: int,
+        steps: int,
+        output: str,
+        on_step: Callable[..., Any],
+        **_: Any,
     ) -> torch.Tensor:
         assert output == "tensor"
         requests.append((prompt, n, seed, steps))
         return (train[[k % 16 for k in range(seed, seed + n * len(prompt or [""]))]] + 1) / 2
 
     monkeypatch.setattr(LatentDiffusion, "generate", parrot)
-    assert main(["evaluate", str(tiny), "--data", str(data), *FLAGS, "--steps", "2", "--unconditional-steps", "3"]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                str(tiny),
+                "--data",
+                str(data),
+                *FLAGS,
+                "--steps",
+                "2",
+                "--unconditional-steps",
+                "3",
+            ]
+        )
+        == 0
+    )
     names = ["boot", "bag"] * 8  # balanced; seeds go on from batch to batch
-    assert requests == [*((names[s : s + 6], 1, s, 2) for s in (0, 6, 12)), (None, 6, 0, 3), (None, 2, 6, 3)]
-    metrics = {name: found["value"] for name, found in json.loads(Path("report/report.json").read_text())["metrics"].items()}
+    assert requests == [
+        *((names[s : s + 6], 1, s, 2) for s in (0, 6, 12)),
+        (None, 6, 0, 3),
+        (None, 2, 6, 3),
+    ]
+    metrics = {
+        name: found["value"]
+        for name, found in json.loads(Path("report/report.json").read_text())["metrics"].items()
+    }
     assert abs(metrics["frechet_distance"]) < 1e-6
     assert (metrics["precision"], metrics["recall"], metrics["coverage"]) == (1.0, 1.0, 1.0)
     assert metrics["memorisation_ratio"] == 0.0

@@ -1,4 +1,6 @@
-"""`sfumato edit`, `inpaint` and `outpaint` on a real model with random weights: what must stay stays to the last bit of its pixels."""
+"""`sfumato edit`, `inpaint` and `outpaint` on a real model with random weights: what must stay
+stays to the last bit of its pixels.
+"""
 
 from pathlib import Path
 
@@ -20,7 +22,9 @@ from sfumato.tasks.outpaint import grown_mask, outpaint
 
 @pytest.fixture(autouse=True)
 def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A fresh current folder with a picture and a mask, of a size that is no multiple of the factor."""
+    """A fresh current folder with a picture and a mask, of a size that is no multiple of the
+    factor.
+    """
     monkeypatch.chdir(tmp_path)
     numbers = np.random.default_rng(0)
     Image.fromarray(numbers.integers(0, 256, (15, 21), np.uint8)).save("photo.png")
@@ -36,8 +40,29 @@ def pixels(path: str | Path) -> np.ndarray:
 
 
 def test_inpainting_keeps_every_other_pixel(tiny: Path) -> None:
-    assert main(["inpaint", "photo.png", "bag", "--mask", "mask.png", "--model", str(tiny), "--n", "2", "--seed", "3"]) == 0
-    photo, mask, made = pixels("photo.png"), pixels("mask.png"), [pixels(f"photo-inpaint-{k}.png") for k in (0, 1)]
+    assert (
+        main(
+            [
+                "inpaint",
+                "photo.png",
+                "bag",
+                "--mask",
+                "mask.png",
+                "--model",
+                str(tiny),
+                "--n",
+                "2",
+                "--seed",
+                "3",
+            ]
+        )
+        == 0
+    )
+    photo, mask, made = (
+        pixels("photo.png"),
+        pixels("mask.png"),
+        [pixels(f"photo-inpaint-{k}.png") for k in (0, 1)],
+    )
     for one in made:
         assert one.shape == photo.shape and np.array_equal(one[mask == 0], photo[mask == 0])
         assert (one[mask == 255] != photo[mask == 255]).mean() > 0.9
@@ -45,7 +70,14 @@ def test_inpainting_keeps_every_other_pixel(tiny: Path) -> None:
     between = np.abs(made[0] - photo)[mask == 128].mean()
     assert 0 < between < np.abs(made[0] - photo)[mask == 255].mean(), "grey is blended"
     noted = read_parameters("photo-inpaint-1.png")
-    assert (noted["task"], noted["mask"], noted["seed"], noted["index"], noted["height"], noted["width"]) == (
+    assert (
+        noted["task"],
+        noted["mask"],
+        noted["seed"],
+        noted["index"],
+        noted["height"],
+        noted["width"],
+    ) == (
         "inpaint",
         "mask.png",
         3,
@@ -53,11 +85,32 @@ def test_inpainting_keeps_every_other_pixel(tiny: Path) -> None:
         15,
         21,
     )
-    assert main(["inpaint", "photo.png", "bag", "--mask", "mask.png", "--model", str(tiny), "--seed", "4", "--out", "alone.png"]) == 0
-    assert np.array_equal(pixels("alone.png"), made[1]), "picture k is made again alone from seed + k"
+    assert (
+        main(
+            [
+                "inpaint",
+                "photo.png",
+                "bag",
+                "--mask",
+                "mask.png",
+                "--model",
+                str(tiny),
+                "--seed",
+                "4",
+                "--out",
+                "alone.png",
+            ]
+        )
+        == 0
+    )
+    assert np.array_equal(pixels("alone.png"), made[1]), (
+        "picture k is made again alone from seed + k"
+    )
 
 
-def test_pictures_of_tasks_are_not_made_again_by_generate(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pictures_of_tasks_are_not_made_again_by_generate(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["edit", "photo.png", "boot", "--model", str(tiny)]) == 0
     assert main(["generate", "--from", "photo-edit.png"]) == 2
     assert "was made by `sfumato edit` from 'photo.png'" in capsys.readouterr().err
@@ -65,9 +118,16 @@ def test_pictures_of_tasks_are_not_made_again_by_generate(tiny: Path, capsys: py
 
 def test_tasks_remember_what_they_were_computed_in(tiny: Path) -> None:
     asked = ["edit", "photo.png", "boot", "--model", str(tiny), "--seed", "2"]
-    assert main([*asked, "--dtype", "bf16", "--out", "half.png"]) == 0 and main([*asked, "--out", "whole.png"]) == 0
+    assert (
+        main([*asked, "--dtype", "bf16", "--out", "half.png"]) == 0
+        and main([*asked, "--out", "whole.png"]) == 0
+    )
     half, whole = read_parameters("half.png"), read_parameters("whole.png")
-    assert half["dtype"] == "bf16" and "dtype" not in whole and half["model_hash"] != whole["model_hash"]
+    assert (
+        half["dtype"] == "bf16"
+        and "dtype" not in whole
+        and half["model_hash"] != whole["model_hash"]
+    )
     apart = np.abs(pixels("half.png").astype(int) - pixels("whole.png"))
     assert apart.max() > 0 and apart.mean() < 8
 
@@ -77,12 +137,36 @@ def test_editing_changes_as_much_as_it_is_asked_to(tiny: Path) -> None:
     z = model.compress(to_tensor(picture))
     words = Request("boot", steps=20, guidance=1.0)
     change = [
-        float((model.run(image_to_image(model, picture, words, strength=s), output="latent") - z).norm()) for s in (0.05, 0.3, 0.6, 1)
+        float(
+            (
+                model.run(image_to_image(model, picture, words, strength=s), output="latent") - z
+            ).norm()
+        )
+        for s in (0.05, 0.3, 0.6, 1)
     ]
     assert change == sorted(change) and change[0] < 0.5 * change[-1]
-    assert main(["edit", "photo.png", "boot", "--model", str(tiny), "--strength", "0.3", "--steps", "20", "--guidance", "1"]) == 0
+    assert (
+        main(
+            [
+                "edit",
+                "photo.png",
+                "boot",
+                "--model",
+                str(tiny),
+                "--strength",
+                "0.3",
+                "--steps",
+                "20",
+                "--guidance",
+                "1",
+            ]
+        )
+        == 0
+    )
     expected = model.run(image_to_image(model, picture, words, strength=0.3))[0]
-    assert np.array_equal(pixels("photo-edit.png"), np.asarray(expected)), "the command is the library's task"
+    assert np.array_equal(pixels("photo-edit.png"), np.asarray(expected)), (
+        "the command is the library's task"
+    )
 
 
 def test_outpainting_keeps_the_picture(tiny: Path) -> None:
@@ -91,13 +175,33 @@ def test_outpainting_keeps_the_picture(tiny: Path) -> None:
     made, photo = pixels("photo-outpaint.png"), pixels("photo.png")
     assert made.shape == (15 + 6, 21 + 4) and np.array_equal(made[2:17, 3:24], photo)
     assert made[:2].std() > 0 and made[:, :3].std() > 0
-    assert main(["outpaint", "photo.png", "bag", "--model", str(tiny), *sides, "--overlap", "3", "--out", "o.png"]) == 0
+    assert (
+        main(
+            [
+                "outpaint",
+                "photo.png",
+                "bag",
+                "--model",
+                str(tiny),
+                *sides,
+                "--overlap",
+                "3",
+                "--out",
+                "o.png",
+            ]
+        )
+        == 0
+    )
     blended = pixels("o.png")
-    assert np.array_equal(blended[5:14, 6:21], photo[3:12, 3:18]) and not np.array_equal(blended[2:17, 3:24], photo)
+    assert np.array_equal(blended[5:14, 6:21], photo[3:12, 3:18]) and not np.array_equal(
+        blended[2:17, 3:24], photo
+    )
 
 
 def test_the_mask_of_what_grows() -> None:
-    mask = grown_mask(torch.zeros(1, 1, 4, 5), {"left": 2, "right": 0, "top": 0, "bottom": 1, "overlap": 2})[0, 0]
+    mask = grown_mask(
+        torch.zeros(1, 1, 4, 5), {"left": 2, "right": 0, "top": 0, "bottom": 1, "overlap": 2}
+    )[0, 0]
     assert mask.shape == (5, 7)
     assert torch.allclose(mask[0], torch.tensor([1, 1, 2 / 3, 1 / 3, 0, 0, 0]))
     assert torch.allclose(mask[:, -1], torch.tensor([0, 0, 1 / 3, 2 / 3, 1]))
@@ -109,19 +213,30 @@ def test_the_mask_of_what_grows() -> None:
         (["inpaint", "photo.png"], "inpaint needs --mask"),
         (["inpaint", "photo.png", "--mask", "gone.png"], "gone.png is missing: expected a picture"),
         (["inpaint", "gone.png", "--mask", "mask.png"], "gone.png is missing: expected a picture"),
-        (["inpaint", "photo.png", "--mask", "small.png"], "expected floating-point numbers of shape (1, 1, 15, 21)"),
+        (
+            ["inpaint", "photo.png", "--mask", "small.png"],
+            "expected floating-point numbers of shape (1, 1, 15, 21)",
+        ),
         (["inpaint", "text.png", "--mask", "mask.png"], "text.png could not be read as a picture"),
         (["edit", "photo.png", "--strength", "0"], "strength=0.0: expected a number above 0"),
-        (["edit", "photo.png", "--strength", "0.01"], "strength=0.01 of 3 steps is none: expected at least 0.333"),
+        (
+            ["edit", "photo.png", "--strength", "0.01"],
+            "strength=0.01 of 3 steps is none: expected at least 0.333",
+        ),
         (["edit", "photo.png", "--strength", "nan"], "strength=nan"),
         (["edit", "photo.png", "--n", "0"], "--n 0 is too small"),
         (["edit", "photo.png", "dog"], "unknown class 'dog'"),
         (["outpaint", "photo.png"], "say how many pixels to add, and where"),
         (["outpaint", "photo.png", "--left", "-1"], "left=-1: expected a whole number of pixels"),
-        (["outpaint", "photo.png", "--left", "1", "--overlap", "15"], "overlap=15 for a picture of 15 x 21"),
+        (
+            ["outpaint", "photo.png", "--left", "1", "--overlap", "15"],
+            "overlap=15 for a picture of 15 x 21",
+        ),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_sentence(words: list[str], said: str, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_is_refused_in_one_sentence(
+    words: list[str], said: str, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Image.new("L", (4, 4)).save("small.png")
     Path("text.png").write_text("no picture")
     assert main([*words, "--model", str(tiny)]) == 2
@@ -140,7 +255,11 @@ def test_requests_of_tasks_share_passes_with_others(tiny: Path) -> None:
         outpaint(model, picture, words, left=4),
         Request("bag", steps=3),
     ]
-    for one, found in zip((model.run(r, output="tensor") for r in asked), model.sample_many(asked, output="tensor"), strict=True):
+    for one, found in zip(
+        (model.run(r, output="tensor") for r in asked),
+        model.sample_many(asked, output="tensor"),
+        strict=True,
+    ):
         assert torch.equal(one, found)
 
 
@@ -158,12 +277,37 @@ def test_pictures_that_do_not_fit_the_request(tiny: Path) -> None:
 
 def test_enlarging_keeps_the_composition(tiny: Path) -> None:
     model, picture = load(tiny), Image.open("photo.png")
-    assert main(["upscale", "photo.png", "boot", "--model", str(tiny), "--scale", "1.5", "--steps", "10", "--strength", "0.2"]) == 0
+    assert (
+        main(
+            [
+                "upscale",
+                "photo.png",
+                "boot",
+                "--model",
+                str(tiny),
+                "--scale",
+                "1.5",
+                "--steps",
+                "10",
+                "--strength",
+                "0.2",
+            ]
+        )
+        == 0
+    )
     assert pixels("photo-upscale.png").shape == (22, 32)
     large = picture.resize((32, 22), Image.Resampling.BICUBIC)
     z = model.compress(to_tensor(large))
     words = Request("boot", steps=20, guidance=1.0)
-    near, far = (float((model.run(enlarge(model, picture, words, scale=1.5, strength=s), output="latent") - z).norm()) for s in (0.05, 1))
+    near, far = (
+        float(
+            (
+                model.run(enlarge(model, picture, words, scale=1.5, strength=s), output="latent")
+                - z
+            ).norm()
+        )
+        for s in (0.05, 1)
+    )
     assert near < 0.5 * far
     second = two_pass(model, Request("bag", n=2, steps=3), scale=2)
     assert [p.size for p in model.run(second)] == [(32, 32)] * 2

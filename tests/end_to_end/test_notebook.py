@@ -15,9 +15,18 @@ def code(path: Path) -> list[dict]:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
 def test_is_kept_executed(path: Path) -> None:
     for number, cell in enumerate(code(path), 1):
-        assert cell["execution_count"] == number, "execute the notebook from the top before it is committed"
+        assert cell["execution_count"] == number, (
+            "execute the notebook from the top before it is committed"
+        )
         assert not any(output["output_type"] == "error" for output in cell["outputs"])
-    assert sum("image/png" in output.get("data", {}) for cell in code(path) for output in cell["outputs"]) >= 3
+    assert (
+        sum(
+            "image/png" in output.get("data", {})
+            for cell in code(path)
+            for output in cell["outputs"]
+        )
+        >= 3
+    )
 
 
 @pytest.mark.slow

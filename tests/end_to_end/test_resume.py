@@ -1,7 +1,9 @@
-"""Runs that are killed, that meet a full disk, that find damage or that are split over processes: nothing is lost, not a bit.
+"""Runs that are killed, that meet a full disk, that find damage or that are split over processes:
+nothing is lost, not a bit.
 
-Children are forks of a server that has imported everything and computed nothing, so that a kill -9 costs no import and no child inherits
-a lock held by a thread of the test runner; one test uses the command line in processes of its own.
+Children are forks of a server that has imported everything and computed nothing, so that a kill -9
+costs no import and no child inherits a lock held by a thread of the test runner; one test uses the
+command line in processes of its own.
 """
 
 import ctypes
@@ -55,18 +57,30 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need a sy
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 LOOP = LoopSettings(
-    steps=7, batch_size=4, lr=1e-3, warmup=2, decay="cosine", ema=0.9, save_every=2, show_every=3, log_every=1, weight_decay=0.1
+    steps=7,
+    batch_size=4,
+    lr=1e-3,
+    warmup=2,
+    decay="cosine",
+    ema=0.9,
+    save_every=2,
+    show_every=3,
+    log_every=1,
+    weight_decay=0.1,
 )
 KINDS = ("autoencoder", "denoiser")
 SKIP = 77
 
 
-# ---- what is trained ----------------------------------------------------------------------------------------------------------
+# ---- what is trained -----------------------------------------------------------------------------
 
 
 def pictures(seed: int = 0) -> ImageSet:
     draw = np.random.default_rng(seed)
-    arrays = tuple(np.asarray(PIL.fromarray(draw.integers(0, 256, (4, 4), dtype=np.uint8)).resize((16, 16))) for _ in range(10))
+    arrays = tuple(
+        np.asarray(PIL.fromarray(draw.integers(0, 256, (4, 4), dtype=np.uint8)).resize((16, 16)))
+        for _ in range(10)
+    )
     return build(Listing("toy", arrays, "picture {}".format), Transform(flip=True), "raise")
 
 
@@ -85,12 +99,26 @@ class Latents:
         return {"mean": mean, "std": torch.full_like(mean, 0.2), "label": self.labels[indices]}
 
 
-def make(kind: str, width: int = 16, dropout: float = 0.2, seed: int = 0, loss: Any = None, labels: Tensor | None = None) -> Objective:
-    """An autoencoder with a discriminator that joins at step 3 and mirrored images, or a denoiser with dropout."""
+def make(
+    kind: str,
+    width: int = 16,
+    dropout: float = 0.2,
+    seed: int = 0,
+    loss: Any = None,
+    labels: Tensor | None = None,
+) -> Objective:
+    """An autoencoder with a discriminator that joins at step 3 and mirrored images, or a denoiser
+    with dropout.
+    """
     torch.manual_seed(0)
     if kind == "autoencoder":
         config = KLConfig(
-            in_channels=1, out_channels=1, block_out_channels=(8, width), layers_per_block=1, latent_channels=2, norm_num_groups=4
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(8, width),
+            layers_per_block=1,
+            latent_channels=2,
+            norm_num_groups=4,
         )
         loss = loss or AutoencoderLoss(adversarial=0.5, adversarial_start=3, discriminator_width=8)
         return AutoencoderObjective(AutoencoderKL(config), pictures(seed), pictures(5), loss)
@@ -109,25 +137,48 @@ def make(kind: str, width: int = 16, dropout: float = 0.2, seed: int = 0, loss: 
     process = Process(schedule("cosine"), parameterization("v"))
     loss = loss or DenoiserLoss(weighting="min_snr", times="logit_normal", drop=0.3)
     space = LatentSpace(2, 2, (0.0, 0.0), (1.0, 1.0))
-    return DenoiserObjective(UNet(config), process, Latents(f"toy{seed}", labels), space, ClassNames(("boot", "bag")), loss)
+    return DenoiserObjective(
+        UNet(config),
+        process,
+        Latents(f"toy{seed}", labels),
+        space,
+        ClassNames(("boot", "bag")),
+        loss,
+    )
 
 
 def run(kind: str, out: Path, settings: LoopSettings = LOOP, **options: Any) -> nn.Module:
     return train(make(kind), settings, out, **options)
 
 
-# ---- children -----------------------------------------------------------------------------------------------------------------
+# ---- children ------------------------------------------------------------------------------------
 
 
-SERVER = multiprocessing.get_context("forkserver") if hasattr(os, "fork") else multiprocessing.get_context("spawn")
-SERVER.set_forkserver_preload(
-    ["torch._dynamo", "accelerate", "numpy", "PIL.Image", "pytest", "tensorboard", "sfumato.model", "sfumato.train.recipe"]
+SERVER = (
+    multiprocessing.get_context("forkserver")
+    if hasattr(os, "fork")
+    else multiprocessing.get_context("spawn")
 )
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # lambdas and this file's classes travel to the server
+SERVER.set_forkserver_preload(
+    [
+        "torch._dynamo",
+        "accelerate",
+        "numpy",
+        "PIL.Image",
+        "pytest",
+        "tensorboard",
+        "sfumato.model",
+        "sfumato.train.recipe",
+    ]
+)
+# lambdas and this file's classes travel to the server
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 class Call:
-    """Calls the function where it is unpickled: the whole of a child's work, though children can import no test."""
+    """Calls the function where it is unpickled: the whole of a child's work, though children can
+    import no test.
+    """
 
     def __init__(self, work: Callable[[], object], environment: dict[str, str]):
         self.work, self.environment = work, environment
@@ -143,8 +194,12 @@ def _begin(work: Callable[[], object], environment: dict[str, str], threads: int
 
 
 def fork(work: Callable[[], object], **environment: str) -> multiprocessing.process.BaseProcess:
-    """A child that does the work and ends: exit code 0 for done, 1 for an exception, or what it passes to sys.exit."""
-    child = SERVER.Process(target=cloudpickle.loads, args=(cloudpickle.dumps(Call(work, environment)),))
+    """A child that does the work and ends: exit code 0 for done, 1 for an exception, or what it
+    passes to sys.exit.
+    """
+    child = SERVER.Process(
+        target=cloudpickle.loads, args=(cloudpickle.dumps(Call(work, environment)),)
+    )
     child.start()
     return child
 
@@ -166,13 +221,24 @@ def die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-FILE_EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "shutil.rmtree"}
+FILE_EVENTS = {
+    "open",
+    "os.rename",
+    "os.mkdir",
+    "os.remove",
+    "os.rmdir",
+    "os.scandir",
+    "os.listdir",
+    "shutil.rmtree",
+}
 
 
 def die_before(wanted: Callable[[int, str, tuple[Any, ...]], bool]) -> Callable[[], None]:
-    """Kills this process just before it touches the file system, when wanted(how many times it did, event, arguments).
+    """Kills this process just before it touches the file system, when wanted(how many times it did,
+    event, arguments).
 
-    Counting starts when the returned function is called. Python tells its audit hooks of every open, rename and removal.
+    Counting starts when the returned function is called. Python tells its audit hooks of every
+    open, rename and removal.
     """
     seen = -1
 
@@ -210,17 +276,27 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 def log(out: Path) -> list[dict[str, float]]:
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (out / "log.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "seconds"}
+        for line in (out / "log.jsonl").read_text().splitlines()
+    ]
 
 
 def assert_same_run(out: Path, expected: Path) -> None:
     """Every byte of the state, every number and every picture."""
-    assert checkpoint.steps(out / "checkpoints") == checkpoint.steps(expected / "checkpoints") == [6, 7]
+    assert (
+        checkpoint.steps(out / "checkpoints")
+        == checkpoint.steps(expected / "checkpoints")
+        == [6, 7]
+    )
     for folder in ("checkpoints/step-00000006", "checkpoints/step-00000007", "samples"):
         names = sorted(f.name for f in (expected / folder).iterdir())
-        assert sorted(f.name for f in (out / folder).iterdir()) == names and (names or folder == "samples")
+        assert sorted(f.name for f in (out / folder).iterdir()) == names and (
+            names or folder == "samples"
+        )
         for name in names:
-            # A name for it: on CI's machines pytest would work for hours on what is different between two files of weights.
+            # A name for it: on CI's machines pytest would work for hours on what is different
+            # between two files of weights.
             same = (out / folder / name).read_bytes() == (expected / folder / name).read_bytes()
             assert same, f"{folder}/{name} differs"
     assert log(out) == log(expected)
@@ -228,28 +304,56 @@ def assert_same_run(out: Path, expected: Path) -> None:
     assert leftovers(out) == []
 
 
-# ---- kill -9 ------------------------------------------------------------------------------------------------------------------
+# ---- kill -9 -------------------------------------------------------------------------------------
 
 
 def test_the_state_is_more_than_weights(reference: Callable[[str], Path]) -> None:
     """What is compared below: both networks, both optimizers with their moments, the average."""
-    names = sorted(f.name for f in (reference("autoencoder") / "checkpoints" / "step-00000007").iterdir())
-    both = [f"{n}{part}.safetensors" for n in ("autoencoder", "discriminator") for part in ("", ".optimizer")]
+    names = sorted(
+        f.name for f in (reference("autoencoder") / "checkpoints" / "step-00000007").iterdir()
+    )
+    both = [
+        f"{n}{part}.safetensors"
+        for n in ("autoencoder", "discriminator")
+        for part in ("", ".optimizer")
+    ]
     assert names == sorted([*both, "average.safetensors", "state.json"])
-    moments = read_tensors(reference("autoencoder") / "checkpoints" / "step-00000007" / "discriminator.optimizer.safetensors")
-    assert moments["0.step"] == 4 and moments["0.exp_avg"].abs().sum() > 0 and moments["0.exp_avg_sq"].abs().sum() > 0
+    moments = read_tensors(
+        reference("autoencoder")
+        / "checkpoints"
+        / "step-00000007"
+        / "discriminator.optimizer.safetensors"
+    )
+    assert (
+        moments["0.step"] == 4
+        and moments["0.exp_avg"].abs().sum() > 0
+        and moments["0.exp_avg_sq"].abs().sum() > 0
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("steps", [(random.Random(k).randrange(1, 7),) for k in range(2)] + [(1, 3, 5)], ids=str)
-def test_a_killed_run_goes_on_bit_for_bit(kind: str, steps: tuple[int, ...], tmp_path: Path, reference: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(
+    "steps", [(random.Random(k).randrange(1, 7),) for k in range(2)] + [(1, 3, 5)], ids=str
+)
+def test_a_killed_run_goes_on_bit_for_bit(
+    kind: str, steps: tuple[int, ...], tmp_path: Path, reference: Callable[[str], Path]
+) -> None:
     for step in steps:
-        assert in_child(lambda step=step: run(kind, tmp_path, on_step=lambda done: die() if done == step else None)) == -signal.SIGKILL
+        assert (
+            in_child(
+                lambda step=step: run(
+                    kind, tmp_path, on_step=lambda done: die() if done == step else None
+                )
+            )
+            == -signal.SIGKILL
+        )
     assert in_child(lambda: run(kind, tmp_path)) == 0
     assert_same_run(tmp_path, reference(kind))
 
 
-def test_a_run_that_was_never_killed_differs_with_another_seed(tmp_path: Path, reference: Callable[[str], Path]) -> None:
+def test_a_run_that_was_never_killed_differs_with_another_seed(
+    tmp_path: Path, reference: Callable[[str], Path]
+) -> None:
     """The comparison can fail."""
     assert in_child(lambda: run("denoiser", tmp_path, replace(LOOP, seed=1))) == 0
     with pytest.raises(AssertionError, match="differs"):
@@ -263,7 +367,10 @@ def half_a_file(tensors: Mapping[str, Tensor], path: Path, metadata: Any = None)
 
 
 def is_final(event: str, arguments: tuple[Any, ...]) -> bool:
-    return event == "os.rename" and re.fullmatch(r"step-\d{8}", Path(os.fsdecode(arguments[1])).name) is not None
+    return (
+        event == "os.rename"
+        and re.fullmatch(r"step-\d{8}", Path(os.fsdecode(arguments[1])).name) is not None
+    )
 
 
 MOMENTS: dict[str, Callable[[int, str, tuple[Any, ...]], bool] | None] = {
@@ -276,7 +383,9 @@ MOMENTS: dict[str, Callable[[int, str, tuple[Any, ...]], bool] | None] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_run_killed_during_a_save_goes_on_bit_for_bit(kind: str, moment: str, tmp_path: Path, reference: Callable[[str], Path]) -> None:
+def test_a_run_killed_during_a_save_goes_on_bit_for_bit(
+    kind: str, moment: str, tmp_path: Path, reference: Callable[[str], Path]
+) -> None:
     def work() -> None:
         wanted, save, count = MOMENTS[moment], checkpoint.save, 0
 
@@ -294,7 +403,9 @@ def test_a_run_killed_during_a_save_goes_on_bit_for_bit(kind: str, moment: str, 
         run(kind, tmp_path)
 
     assert in_child(work) == -signal.SIGKILL
-    assert checkpoint.steps(tmp_path / "checkpoints")[-1] == (6 if moment == "while an old one is removed" else 4)
+    assert checkpoint.steps(tmp_path / "checkpoints")[-1] == (
+        6 if moment == "while an old one is removed" else 4
+    )
     assert leftovers(tmp_path / "checkpoints") != []
     assert in_child(lambda: run(kind, tmp_path)) == 0
     assert_same_run(tmp_path, reference(kind))
@@ -306,7 +417,11 @@ def state(value: int) -> tuple[dict[str, nn.Module], nn.Module, dict[str, torch.
     optimizer = torch.optim.AdamW(network.parameters())
     network(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    tensors = [*network.parameters(), *average.parameters(), *(v for s in optimizer.state.values() for v in s.values())]
+    tensors = [
+        *network.parameters(),
+        *average.parameters(),
+        *(v for s in optimizer.state.values() for v in s.values()),
+    ]
     with torch.no_grad():
         for tensor in tensors:
             tensor.fill_(value)
@@ -324,12 +439,17 @@ def values(folder: Path) -> set[float]:
     checkpoint.clean(folder)
     found = checkpoint.load(folder, networks, average, optimizers, {"a": 1})
     assert found is not None
-    tensors = [*networks["net"].parameters(), *average.parameters(), *(v for s in optimizers["net"].state.values() for v in s.values())]
+    tensors = [
+        *networks["net"].parameters(),
+        *average.parameters(),
+        *(v for s in optimizers["net"].state.values() for v in s.values()),
+    ]
     return {float(found["step"]), *(n for t in tensors for n in t.flatten().tolist())}
 
 
 def kills(work: Callable[[], object]) -> Iterator[bool]:
-    """Does the work again and again in children that are killed before the 1st, 2nd, 3rd ... access to the file system.
+    """Does the work again and again in children that are killed before the 1st, 2nd, 3rd ... access
+    to the file system.
 
     True when the child was killed; ends after the one that came through.
     """
@@ -347,7 +467,9 @@ def kills(work: Callable[[], object]) -> Iterator[bool]:
 
 
 def test_a_kill_at_any_access_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    """The newest is the old one or the new one, whole; the next start sweeps; and a save of the same step works."""
+    """The newest is the old one or the new one, whole; the next start sweeps; and a save of the
+    same step works.
+    """
     base, folder = tmp_path / "base", tmp_path / "run"
     save(base, 1)
     save(base, 2)
@@ -356,8 +478,13 @@ def test_a_kill_at_any_access_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path
     for killed in kills(lambda: save(folder, 3)):
         numbers = values(folder)
         assert numbers in ({2.0}, {3.0}) and (killed or numbers == {3.0})
-        assert sorted(f.name for f in folder.iterdir()) == [f"step-{step:08d}" for step in checkpoint.steps(folder)]
-        assert all(len(list((folder / f"step-{step:08d}").iterdir())) == 4 for step in checkpoint.steps(folder)), "half of one is left"
+        assert sorted(f.name for f in folder.iterdir()) == [
+            f"step-{step:08d}" for step in checkpoint.steps(folder)
+        ]
+        assert all(
+            len(list((folder / f"step-{step:08d}").iterdir())) == 4
+            for step in checkpoint.steps(folder)
+        ), "half of one is left"
         found.append(numbers)
         shutil.rmtree(folder)
         shutil.copytree(base, folder)
@@ -365,8 +492,12 @@ def test_a_kill_at_any_access_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path
 
 
 @pytest.mark.parametrize("swaps", [True, False], ids=["swap", "two renames"])
-def test_a_kill_at_any_access_leaves_the_old_folder_or_the_new(swaps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where two names can be swapped, one of them is always there; where not, `recover` brings the old one back."""
+def test_a_kill_at_any_access_leaves_the_old_folder_or_the_new(
+    swaps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where two names can be swapped, one of them is always there; where not, `recover` brings the
+    old one back.
+    """
     if swaps:
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
@@ -397,7 +528,9 @@ def test_a_kill_at_any_access_leaves_the_old_folder_or_the_new(swaps: bool, tmp_
 
 
 def test_what_a_living_process_writes_is_not_swept(tmp_path: Path) -> None:
-    ours, theirs, gone = (tmp_path / f".a.{pid}.tmp" for pid in (os.getpid(), os.getppid(), wait_for_a_number()))
+    ours, theirs, gone = (
+        tmp_path / f".a.{pid}.tmp" for pid in (os.getpid(), os.getppid(), wait_for_a_number())
+    )
     for folder in (ours, theirs, gone, tmp_path / ".hidden"):
         folder.mkdir()
     recover(tmp_path)
@@ -429,23 +562,45 @@ autoencoder = AutoencoderRecipe(
 
 @pytest.mark.slow
 def test_the_command_line_killed_from_outside_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """Real processes; the kill comes at whatever moment, with a save at every step most likely during one."""
+    """Real processes; the kill comes at whatever moment, with a save at every step most likely
+    during one.
+    """
     (tmp_path / "data").mkdir()
     draw = np.random.default_rng(0)
     for k in range(6):
-        PIL.fromarray(draw.integers(0, 256, (16, 16), dtype=np.uint8)).save(tmp_path / "data" / f"{k}.png")
+        PIL.fromarray(draw.integers(0, 256, (16, 16), dtype=np.uint8)).save(
+            tmp_path / "data" / f"{k}.png"
+        )
     (tmp_path / "toy.py").write_text(RECIPE.format(data=str(tmp_path / "data")))
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
 
     def command(out: str) -> subprocess.Popen[bytes]:
-        arguments = [sys.executable, "-m", "sfumato", "train", "autoencoder", "toy.py", "--out", out]
-        return subprocess.Popen(arguments, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        arguments = [
+            sys.executable,
+            "-m",
+            "sfumato",
+            "train",
+            "autoencoder",
+            "toy.py",
+            "--out",
+            out,
+        ]
+        return subprocess.Popen(
+            arguments,
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
 
     whole = command("whole")
     _, told = whole.communicate()
     assert whole.returncode == 0, told.decode()
     killed = command("killed")
-    while not checkpoint.steps(tmp_path / "killed" / "autoencoder" / "checkpoints") and killed.poll() is None:
+    while (
+        not checkpoint.steps(tmp_path / "killed" / "autoencoder" / "checkpoints")
+        and killed.poll() is None
+    ):
         time.sleep(0.01)
     time.sleep(random.random() * 0.5)
     killed.kill()
@@ -463,7 +618,7 @@ def test_the_command_line_killed_from_outside_goes_on_bit_for_bit(tmp_path: Path
     assert leftovers(b) == []
 
 
-# ---- damage -------------------------------------------------------------------------------------------------------------------
+# ---- damage --------------------------------------------------------------------------------------
 
 
 def copied(reference: Path, out: Path) -> Path:
@@ -471,10 +626,17 @@ def copied(reference: Path, out: Path) -> Path:
     return out / "checkpoints" / "step-00000007"
 
 
-@pytest.mark.parametrize("name", ["denoiser.safetensors", "denoiser.optimizer.safetensors", "average.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["denoiser.safetensors", "denoiser.optimizer.safetensors", "average.safetensors", "state.json"],
+)
 @pytest.mark.parametrize("how", ["cut", "empty", "gone"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
-    name: str, how: str, tmp_path: Path, reference: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+    name: str,
+    how: str,
+    tmp_path: Path,
+    reference: Callable[[str], Path],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     file = copied(reference("denoiser"), tmp_path) / name
     if how == "gone":
@@ -488,7 +650,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert (name == "state.json" and how == "gone") or "passed over" in caplog.text
 
 
-def test_no_whole_checkpoint_is_one_sentence(tmp_path: Path, reference: Callable[[str], Path]) -> None:
+def test_no_whole_checkpoint_is_one_sentence(
+    tmp_path: Path, reference: Callable[[str], Path]
+) -> None:
     newest = copied(reference("denoiser"), tmp_path)
     for folder in (newest, newest.with_name("step-00000006")):
         (folder / "average.safetensors").write_bytes(b"x" * 50)
@@ -496,28 +660,53 @@ def test_no_whole_checkpoint_is_one_sentence(tmp_path: Path, reference: Callable
         run("denoiser", tmp_path)
 
 
-# ---- another run --------------------------------------------------------------------------------------------------------------
+# ---- another run ---------------------------------------------------------------------------------
 
 
 OTHER: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "lr: 0.001 there, 0.01 now": ("denoiser", lambda out: run("denoiser", out, replace(LOOP, lr=0.01))),
+    "lr: 0.001 there, 0.01 now": (
+        "denoiser",
+        lambda out: run("denoiser", out, replace(LOOP, lr=0.01)),
+    ),
     "batch_size": ("denoiser", lambda out: run("denoiser", out, replace(LOOP, batch_size=2))),
     "steps: 7 there, 9 now": ("denoiser", lambda out: run("denoiser", out, replace(LOOP, steps=9))),
     "precision": ("denoiser", lambda out: run("denoiser", out, replace(LOOP, precision="bf16"))),
     "block_out_channels": ("denoiser", lambda out: train(make("denoiser", width=24), LOOP, out)),
-    "dropout: 0.2 there, 0.3 now": ("denoiser", lambda out: train(make("denoiser", dropout=0.3), LOOP, out)),
-    "weighting": ("denoiser", lambda out: train(make("denoiser", loss=DenoiserLoss(times="logit_normal", drop=0.3)), LOOP, out)),
-    'latents: "toy0" there, "toy1" now': ("denoiser", lambda out: train(make("denoiser", seed=1), LOOP, out)),
-    "labels": ("denoiser", lambda out: train(make("denoiser", labels=torch.zeros(10, dtype=torch.int64)), LOOP, out)),
+    "dropout: 0.2 there, 0.3 now": (
+        "denoiser",
+        lambda out: train(make("denoiser", dropout=0.3), LOOP, out),
+    ),
+    "weighting": (
+        "denoiser",
+        lambda out: train(
+            make("denoiser", loss=DenoiserLoss(times="logit_normal", drop=0.3)), LOOP, out
+        ),
+    ),
+    'latents: "toy0" there, "toy1" now': (
+        "denoiser",
+        lambda out: train(make("denoiser", seed=1), LOOP, out),
+    ),
+    "labels": (
+        "denoiser",
+        lambda out: train(make("denoiser", labels=torch.zeros(10, dtype=torch.int64)), LOOP, out),
+    ),
     "pixels": ("autoencoder", lambda out: train(make("autoencoder", seed=1), LOOP, out)),
-    "block_out_channels ": ("autoencoder", lambda out: train(make("autoencoder", width=24), LOOP, out)),
-    "adversarial: 0.5 there, 0.0 now": ("autoencoder", lambda out: train(make("autoencoder", loss=AutoencoderLoss()), LOOP, out)),
+    "block_out_channels ": (
+        "autoencoder",
+        lambda out: train(make("autoencoder", width=24), LOOP, out),
+    ),
+    "adversarial: 0.5 there, 0.0 now": (
+        "autoencoder",
+        lambda out: train(make("autoencoder", loss=AutoencoderLoss()), LOOP, out),
+    ),
     "holds a run already": ("denoiser", lambda out: run("denoiser", out, resume=False)),
 }
 
 
 @pytest.mark.parametrize("words", OTHER)
-def test_other_settings_or_data_do_not_go_on(words: str, tmp_path: Path, reference: Callable[[str], Path]) -> None:
+def test_other_settings_or_data_do_not_go_on(
+    words: str, tmp_path: Path, reference: Callable[[str], Path]
+) -> None:
     kind, work = OTHER[words]
     copied(reference(kind), tmp_path)
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
@@ -528,12 +717,17 @@ def test_other_settings_or_data_do_not_go_on(words: str, tmp_path: Path, referen
 
 
 def test_settings_that_decide_nothing_may_change(tmp_path: Path) -> None:
-    """How often to look; and, with a constant learning rate, how far to go: the longer run is the run that was longer from the start."""
+    """How often to look; and, with a constant learning rate, how far to go: the longer run is the
+    run that was longer from the start.
+    """
     settings = replace(LOOP, decay="constant")
     run("denoiser", tmp_path / "a", replace(settings, steps=4))
     longer = replace(settings, save_every=3, show_every=2, log_every=2)
     a, b = run("denoiser", tmp_path / "a", longer), run("denoiser", tmp_path / "b", settings)
-    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("stop", [1, 2, 4, 5])
@@ -553,27 +747,38 @@ def test_a_line_in_the_middle_of_which_a_run_stopped_is_the_same(stop: int, tmp_
     assert [line["step"] for line in log(tmp_path / "whole")] == [3, 6, 7]
 
 
-# ---- full disk ----------------------------------------------------------------------------------------------------------------
+# ---- full disk -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("kind", "call"), [("autoencoder", 3), ("denoiser", 0), ("denoiser", 2)])
 def test_a_full_disk_during_a_save_loses_nothing(
-    kind: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Path]
+    kind: str,
+    call: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    reference: Callable[[str], Path],
 ) -> None:
-    """The disk is full at some file of the second save: one sentence, and the checkpoint before is there and goes on."""
+    """The disk is full at some file of the second save: one sentence, and the checkpoint before is
+    there and goes on.
+    """
     write, count = safetensors.torch.save_file, 0
 
     def full(*given: Any, **options: Any) -> None:
         nonlocal count
         count += 1
         if count == per_save + 1 + call:
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            raise SafetensorError(
+                "Error while serializing: I/O error: No space left on device (os error 28)"
+            )
         write(*given, **options)
 
     per_save = 5 if kind == "autoencoder" else 3
     with monkeypatch.context() as patch:
         patch.setattr(safetensors.torch, "save_file", full)
-        with pytest.raises(NotWritten, match=r"could not write .*step-00000004: .*No space left on device.*free some space") as told:
+        with pytest.raises(
+            NotWritten,
+            match=r"could not write .*step-00000004: .*No space left on device.*free some space",
+        ) as told:
             run(kind, tmp_path)
     assert ".tmp" not in str(told.value)
     assert checkpoint.steps(tmp_path / "checkpoints") == [2] and leftovers(tmp_path) == []
@@ -581,12 +786,16 @@ def test_a_full_disk_during_a_save_loses_nothing(
     assert_same_run(tmp_path, reference(kind))
 
 
-def test_a_file_size_limit_is_met_like_a_full_disk(tmp_path: Path, reference: Callable[[str], Path]) -> None:
+def test_a_file_size_limit_is_met_like_a_full_disk(
+    tmp_path: Path, reference: Callable[[str], Path]
+) -> None:
     """The system itself refuses to write (RLIMIT_FSIZE), after the first save."""
 
     def limited(done: int) -> None:
         if done == 3:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+            )
 
     def work() -> None:
         try:
@@ -604,29 +813,51 @@ def test_a_file_size_limit_is_met_like_a_full_disk(tmp_path: Path, reference: Ca
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full to write to")
 def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(NotWritten, match=r"could not write .*log.jsonl: No space left on device"), Record(tmp_path, 0, 3, "toy") as record:
+    with (
+        pytest.raises(NotWritten, match=r"could not write .*log.jsonl: No space left on device"),
+        Record(tmp_path, 0, 3, "toy") as record,
+    ):
         record.file = open("/dev/full", "a")  # noqa: SIM115 (the record closes it)
         record.step(1, {"loss": 1.0}, log=True)
 
 
 def small_disk(place: Path, size: str, again: bool = False) -> None:
-    """Mounts a tmpfs that only this (child) process sees; exits with SKIP where the system does not let it."""
+    """Mounts a tmpfs that only this (child) process sees; exits with SKIP where the system does not
+    let it.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     new_namespace, new_user, private, remount = 0x20000, 0x10000000, 0x44000, 32
     if not again:
         flags = new_namespace if os.geteuid() == 0 else new_namespace | new_user
         if libc.unshare(flags) or libc.mount(b"none", b"/", None, ctypes.c_ulong(private), None):
             sys.exit(SKIP)
-    if libc.mount(b"tmpfs", os.fsencode(place), b"tmpfs", ctypes.c_ulong(remount if again else 0), f"size={size}".encode()):
+    if libc.mount(
+        b"tmpfs",
+        os.fsencode(place),
+        b"tmpfs",
+        ctypes.c_ulong(remount if again else 0),
+        f"size={size}".encode(),
+    ):
         sys.exit(SKIP)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a small disk is made with Linux's tmpfs")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="a small disk is made with Linux's tmpfs"
+)
 @pytest.mark.parametrize("checkpoints", [0.3, 0.95, 1.5, 2.8])
-def test_a_disk_that_is_really_full(checkpoints: float, tmp_path: Path, reference: Callable[[str], Path]) -> None:
-    """Whatever does not fit (a checkpoint, a picture, the log): one sentence; with more space the run goes on and ends the same."""
+def test_a_disk_that_is_really_full(
+    checkpoints: float, tmp_path: Path, reference: Callable[[str], Path]
+) -> None:
+    """Whatever does not fit (a checkpoint, a picture, the log): one sentence; with more space the
+    run goes on and ends the same.
+    """
     expected = reference("denoiser")
-    size = str(int(checkpoints * sum(f.stat().st_size for f in (expected / "checkpoints" / "step-00000007").iterdir())))
+    size = str(
+        int(
+            checkpoints
+            * sum(f.stat().st_size for f in (expected / "checkpoints" / "step-00000007").iterdir())
+        )
+    )
     disk = tmp_path / "disk"
     disk.mkdir()
 
@@ -652,18 +883,22 @@ def test_a_disk_that_is_really_full(checkpoints: float, tmp_path: Path, referenc
     assert_same_run(tmp_path / "run", expected)
 
 
-# ---- several processes --------------------------------------------------------------------------------------------------------
+# ---- several processes ---------------------------------------------------------------------------
 
 
 class Curve(Objective):
-    """A small regression in float64 with noise, so that 2 processes and 1 differ by rounding alone; its examples may be in two groups."""
+    """A small regression in float64 with noise, so that 2 processes and 1 differ by rounding alone;
+    its examples may be in two groups.
+    """
 
     main, stage = "curve", "train curve"
 
     def __init__(self, cut: int = 0) -> None:
         torch.manual_seed(0)
         self.cut = cut
-        self.networks: dict[str, nn.Module] = {"curve": nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()}
+        self.networks: dict[str, nn.Module] = {
+            "curve": nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+        }
         self.x = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     @property
@@ -683,9 +918,16 @@ class Curve(Objective):
         return {"x": self.x[indices]}
 
     def loss(
-        self, phase: str, networks: Mapping[str, nn.Module], batch: dict[str, Tensor], step: int, draw: Draw
+        self,
+        phase: str,
+        networks: Mapping[str, nn.Module],
+        batch: dict[str, Tensor],
+        step: int,
+        draw: Draw,
     ) -> tuple[Tensor, dict[str, float]]:
-        noisy = batch["x"] + 0.3 * draw(lambda n, g: torch.randn(n, 3, generator=g, dtype=torch.float64))
+        noisy = batch["x"] + 0.3 * draw(
+            lambda n, g: torch.randn(n, 3, generator=g, dtype=torch.float64)
+        )
         return (networks["curve"](noisy) - batch["x"].prod(1, keepdim=True)).square().mean(), {}
 
 
@@ -702,17 +944,27 @@ def together(count: int, work: Callable[[int], object]) -> list[int]:
         "MASTER_PORT": port,
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    children = [fork(lambda rank=rank: work(rank), RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(count)]
+    children = [
+        fork(lambda rank=rank: work(rank), RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        for rank in range(count)
+    ]
     return [wait(child) for child in children]
 
 
-def train_together(count: int, objective: Callable[[], Objective], settings: LoopSettings, out: Path, stop: int = 0) -> list[int]:
+def train_together(
+    count: int, objective: Callable[[], Objective], settings: LoopSettings, out: Path, stop: int = 0
+) -> list[int]:
     def work(rank: int) -> None:
         network = objective()
 
         def each(done: int) -> None:
             if done == 1 and rank == 0:
-                gradients = {f"{n}.{k}": p.grad for n, m in network.networks.items() for k, p in m.named_parameters() if p.grad is not None}
+                gradients = {
+                    f"{n}.{k}": p.grad
+                    for n, m in network.networks.items()
+                    for k, p in m.named_parameters()
+                    if p.grad is not None
+                }
                 write_tensors(out / "gradients.safetensors", gradients)
             if done == stop:
                 die()
@@ -726,7 +978,12 @@ def train_together(count: int, objective: Callable[[], Objective], settings: Loo
 
 
 def newest(out: Path, name: str) -> dict[str, Tensor]:
-    return read_tensors(out / "checkpoints" / f"step-{checkpoint.steps(out / 'checkpoints')[-1]:08d}" / f"{name}.safetensors")
+    return read_tensors(
+        out
+        / "checkpoints"
+        / f"step-{checkpoint.steps(out / 'checkpoints')[-1]:08d}"
+        / f"{name}.safetensors"
+    )
 
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -736,11 +993,15 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("cut", [0, 13])
 def test_two_processes_train_what_one_would(cut: int, tmp_path: Path) -> None:
-    """The same batch, the same noise, the mean gradient: equal up to rounding, also when a run goes over from one to two."""
+    """The same batch, the same noise, the mean gradient: equal up to rounding, also when a run goes
+    over from one to two.
+    """
     settings = replace(LOOP, batch_size=8, lr=1e-2, steps=12, save_every=4, log_every=3)
     assert train_together(1, lambda: Curve(cut), settings, tmp_path / "one") == [0]
     assert train_together(2, lambda: Curve(cut), settings, tmp_path / "two") == [0, 0]
-    assert train_together(1, lambda: Curve(cut), settings, tmp_path / "over", stop=6) == [-signal.SIGKILL]
+    assert train_together(1, lambda: Curve(cut), settings, tmp_path / "over", stop=6) == [
+        -signal.SIGKILL
+    ]
     assert train_together(2, lambda: Curve(cut), settings, tmp_path / "over") == [0, 0]
     one = newest(tmp_path / "one", "curve")
     assert largest_difference(one, {k: torch.zeros_like(v) for k, v in one.items()}) > 0.1
@@ -752,11 +1013,20 @@ def test_two_processes_train_what_one_would(cut: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_see_the_gradient_of_the_whole_batch(kind: str, tmp_path: Path) -> None:
-    """With the discriminator and its adaptive weight from the first step, with mirrored images, with conditions dropped."""
-    loss = AutoencoderLoss(adversarial=0.5, discriminator_width=8) if kind == "autoencoder" else None
+    """With the discriminator and its adaptive weight from the first step, with mirrored images,
+    with conditions dropped.
+    """
+    loss = (
+        AutoencoderLoss(adversarial=0.5, discriminator_width=8) if kind == "autoencoder" else None
+    )
     settings = replace(LOOP, steps=3, clip=1e9)
     for count in (1, 2):
-        assert train_together(count, lambda: make(kind, dropout=0.0, loss=loss), settings, tmp_path / str(count)) == [0] * count
+        assert (
+            train_together(
+                count, lambda: make(kind, dropout=0.0, loss=loss), settings, tmp_path / str(count)
+            )
+            == [0] * count
+        )
     a, b = (read_tensors(tmp_path / str(count) / "gradients.safetensors") for count in (1, 2))
     for name in a:
         assert (a[name] - b[name]).norm() < 1e-4 * a[name].norm() + 1e-6, name
@@ -772,7 +1042,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     assert together(2, work) == [0, 0]
 
 
-# ---- TensorBoard --------------------------------------------------------------------------------------------------------------
+# ---- TensorBoard ---------------------------------------------------------------------------------
 
 
 def test_tensorboard_shows_a_killed_run_once(tmp_path: Path) -> None:
@@ -780,7 +1050,14 @@ def test_tensorboard_shows_a_killed_run_once(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     settings = replace(LOOP, save_every=4)
-    assert in_child(lambda: run("denoiser", tmp_path, settings, on_step=lambda done: die() if done == 6 else None)) == -signal.SIGKILL
+    assert (
+        in_child(
+            lambda: run(
+                "denoiser", tmp_path, settings, on_step=lambda done: die() if done == 6 else None
+            )
+        )
+        == -signal.SIGKILL
+    )
     assert in_child(lambda: run("denoiser", tmp_path, settings)) == 0
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     assert [e.step for e in events.Scalars("denoiser/loss")] == list(range(1, 8))

@@ -1,4 +1,5 @@
-"""Print a hash of what the libraries below torch compute here: two processes with the same hash use the same kernels.
+"""Print a hash of what the libraries below torch compute here: two processes with the same hash use
+the same kernels.
 
 python tests/helpers/fingerprint.py [other_vendor]
 """
@@ -12,19 +13,35 @@ import torch.nn.functional as F
 
 
 def fingerprint() -> str:
-    """A hash of the bits of products (MKL, oneDNN), convolutions, attention and elementwise functions."""
+    """A hash of the bits of products (MKL, oneDNN), convolutions, attention and elementwise
+    functions.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    results = [F.linear(normal(rows, n), normal(m, n)) for rows in (1, 3, 5, 9) for n, m in ((64, 256), (320, 96), (1280, 320))]
+    results = [
+        F.linear(normal(rows, n), normal(m, n))
+        for rows in (1, 3, 5, 9)
+        for n, m in ((64, 256), (320, 96), (1280, 320))
+    ]
     results += [F.conv2d(normal(2, c, 9, 9), normal(16, c, 3, 3)) for c in (3, 64, 640)]
     results += [f(normal(33, 7, 5)) for f in (F.silu, F.gelu, torch.exp, torch.tanh)]
-    results += [F.layer_norm(normal(5, 77), (77,)), F.group_norm(normal(2, 8, 7, 7), 4), normal(9, 130).softmax(-1)]
-    results += [F.scaled_dot_product_attention(*(normal(2, 3, length, 40) for length in (50, 77, 77)))]
+    results += [
+        F.layer_norm(normal(5, 77), (77,)),
+        F.group_norm(normal(2, 8, 7, 7), 4),
+        normal(9, 130).softmax(-1),
+    ]
+    results += [
+        F.scaled_dot_product_attention(*(normal(2, 3, length, 40) for length in (50, 77, 77)))
+    ]
     if torch.backends.mkldnn.is_available():
-        results += [torch.mkldnn_convolution(normal(2, 8, 7, 7), normal(8, 8, 3, 3), None, [1, 1], [1, 1], [1, 1], 1)]
+        results += [
+            torch.mkldnn_convolution(
+                normal(2, 8, 7, 7), normal(8, 8, 3, 3), None, [1, 1], [1, 1], [1, 1], 1
+            )
+        ]
     return hashlib.sha256(b"".join(result.numpy().tobytes() for result in results)).hexdigest()[:16]
 
 

@@ -1,7 +1,9 @@
-"""A pytest plugin: MKL computes as on a processor of the other vendor, Intel on AMD and AMD on Intel.
+"""A pytest plugin: MKL computes as on a processor of the other vendor, Intel on AMD and AMD on
+Intel.
 
-MKL chooses its kernels by the vendor of the processor first, and its choice on Intel needs no instruction that AMD lacks. The function that
-tells the vendor is replaced in memory, before its first call, by one that returns the opposite. For x86-64 Linux and torch's own MKL.
+MKL chooses its kernels by the vendor of the processor first, and its choice on Intel needs no
+instruction that AMD lacks. The function that tells the vendor is replaced in memory, before its
+first call, by one that returns the opposite. For x86-64 Linux and torch's own MKL.
 
     PYTHONPATH=tests/helpers python -m pytest -p other_vendor
 """
@@ -14,23 +16,33 @@ import torch
 
 
 def vendor() -> str:
-    """The vendor of this processor, as it says itself: GenuineIntel, AuthenticAMD, or an empty string."""
+    """The vendor of this processor, as it says itself: GenuineIntel, AuthenticAMD, or an empty
+    string.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def switch() -> None:
-    """Replace both functions that tell whether the processor is Intel's. Raises OSError or AttributeError where that is impossible."""
+    """Replace both functions that tell whether the processor is Intel's. Raises OSError or
+    AttributeError where that is impossible.
+    """
     libraries = Path(torch.__file__).parent / "lib"
-    torch_cpu, libc = ctypes.CDLL(str(libraries / "libtorch_cpu.so")), ctypes.CDLL(None, use_errno=True)
-    code = b"\xb8" + (vendor() != "GenuineIntel").to_bytes(4, "little") + b"\xc3"  # mov eax, 0 or 1; ret
+    torch_cpu, libc = (
+        ctypes.CDLL(str(libraries / "libtorch_cpu.so")),
+        ctypes.CDLL(None, use_errno=True),
+    )
+    # mov eax, 0 or 1; ret
+    code = b"\xb8" + (vendor() != "GenuineIntel").to_bytes(4, "little") + b"\xc3"
     for name in ("mkl_serv_intel_cpu_true", "mkl_serv_intel_cpu"):
         address = ctypes.cast(getattr(torch_cpu, name), ctypes.c_void_p).value
         assert address is not None
         page = address - address % mmap.PAGESIZE
         size = ctypes.c_size_t(address + len(code) - page)
-        if libc.mprotect(ctypes.c_void_p(page), size, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC):
+        if libc.mprotect(
+            ctypes.c_void_p(page), size, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+        ):
             raise OSError(ctypes.get_errno(), "mprotect")
         ctypes.memmove(address, code, len(code))
         libc.mprotect(ctypes.c_void_p(page), size, mmap.PROT_READ | mmap.PROT_EXEC)

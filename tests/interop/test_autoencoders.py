@@ -1,4 +1,5 @@
-"""Parity with diffusers for every family of autoencoders: the same keys, moments, codes and pictures, in folders of both directions.
+"""Parity with diffusers for every family of autoencoders: the same keys, moments, codes and
+pictures, in folders of both directions.
 
 tests/interop/test_diffusers.py has the plain AutoencoderKL.
 """
@@ -24,7 +25,9 @@ diffusers: Any = library  # its classes are loaded by name, which type checkers 
 
 @pytest.fixture(autouse=True)
 def weights() -> None:
-    """Layers draw their weights from torch's own generator: the same ones in every run, whatever ran before."""
+    """Layers draw their weights from torch's own generator: the same ones in every run, whatever
+    ran before.
+    """
     torch.manual_seed(0)
 
 
@@ -35,7 +38,10 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def close(ours: Tensor, theirs: Tensor, relative: float = 1e-5) -> None:
     assert ours.shape == theirs.shape
     scale = float(theirs.abs().max())
-    assert float((ours - theirs).abs().max()) <= relative * scale, (float((ours - theirs).abs().max()), scale)
+    assert float((ours - theirs).abs().max()) <= relative * scale, (
+        float((ours - theirs).abs().max()),
+        scale,
+    )
 
 
 def randomise(network: Any, seed: int = 0) -> Any:
@@ -44,7 +50,8 @@ def randomise(network: Any, seed: int = 0) -> Any:
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if "embedding" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))  # codes that lie among the latents
+                # codes that lie among the latents
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
             else:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         for name, buffer in network.named_buffers():
@@ -58,8 +65,12 @@ def randomise(network: Any, seed: int = 0) -> Any:
 
 
 def norms(network: nn.Module) -> dict[str, Any]:
-    """Epsilons and groups by name: 1e-6 for 1e-5 would not show in an output whose variance is 1."""
-    return {k: (m.eps, m.num_groups) for k, m in network.named_modules() if isinstance(m, nn.GroupNorm)}
+    """Epsilons and groups by name: 1e-6 for 1e-5 would not show in an output whose variance is
+    1.
+    """
+    return {
+        k: (m.eps, m.num_groups) for k, m in network.named_modules() if isinstance(m, nn.GroupNorm)
+    }
 
 
 def patchify(cells: Tensor) -> Tensor:
@@ -81,39 +92,81 @@ PLAIN2 = {"down_block_types": (NEAR,) * 2, "up_block_types": (UP,) * 2}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "kl-f16's levels": (
         "AutoencoderKL",
-        SMALL | {"block_out_channels": (4, 6, 8), "down_block_types": (NEAR, NEAR, FAR), "up_block_types": (FAR_UP, UP, UP)},
+        SMALL
+        | {
+            "block_out_channels": (4, 6, 8),
+            "down_block_types": (NEAR, NEAR, FAR),
+            "up_block_types": (FAR_UP, UP, UP),
+        },
     ),
     "attention at different levels": (
         "AutoencoderKL",
-        SMALL | {"block_out_channels": (4, 8), "down_block_types": (FAR, NEAR), "up_block_types": (UP, FAR_UP), "layers_per_block": 2},
+        SMALL
+        | {
+            "block_out_channels": (4, 8),
+            "down_block_types": (FAR, NEAR),
+            "up_block_types": (UP, FAR_UP),
+            "layers_per_block": 2,
+        },
     ),
-    "flux2": ("AutoencoderKLFlux2", SMALL | PLAIN2 | {"block_out_channels": (4, 8), "latent_channels": 3}),
+    "flux2": (
+        "AutoencoderKLFlux2",
+        SMALL | PLAIN2 | {"block_out_channels": (4, 8), "latent_channels": 3},
+    ),
     "flux2's small decoder": (
         "AutoencoderKLFlux2",
         SMALL
         | PLAIN2
-        | {"block_out_channels": (4, 8), "decoder_block_out_channels": (2, 4), "latent_channels": 2, "batch_norm_eps": 0.03}
+        | {
+            "block_out_channels": (4, 8),
+            "decoder_block_out_channels": (2, 4),
+            "latent_channels": 2,
+            "batch_norm_eps": 0.03,
+        }
         | {"use_quant_conv": False, "use_post_quant_conv": False},
     ),
     "taesd": (
         "AutoencoderTiny",
-        {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (6,) * 4, "latent_channels": 4},
+        {
+            "encoder_block_out_channels": (8,) * 4,
+            "decoder_block_out_channels": (6,) * 4,
+            "latent_channels": 4,
+        },
     ),
     "tiny with two levels": (
         "AutoencoderTiny",
-        {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "latent_channels": 5, "in_channels": 1}
-        | {"out_channels": 1, "num_encoder_blocks": (2, 0), "num_decoder_blocks": (1, 2), "scaling_factor": 1.25, "shift_factor": 0.5},
+        {
+            "encoder_block_out_channels": (8, 8),
+            "decoder_block_out_channels": (8, 8),
+            "latent_channels": 5,
+            "in_channels": 1,
+        }
+        | {
+            "out_channels": 1,
+            "num_encoder_blocks": (2, 0),
+            "num_decoder_blocks": (1, 2),
+            "scaling_factor": 1.25,
+            "shift_factor": 0.5,
+        },
     ),
     "vq-f4": (
         "VQModel",
         SMALL
-        | {"block_out_channels": (4, 4, 8), "down_block_types": (NEAR,) * 3, "up_block_types": (UP,) * 3}
+        | {
+            "block_out_channels": (4, 4, 8),
+            "down_block_types": (NEAR,) * 3,
+            "up_block_types": (UP,) * 3,
+        }
         | {"num_vq_embeddings": 50, "latent_channels": 3, "scaling_factor": 1.3},
     ),
     "vq-f8's levels": (
         "VQModel",
         SMALL
-        | {"block_out_channels": (4, 4, 4, 8), "down_block_types": (NEAR, NEAR, NEAR, FAR), "up_block_types": (FAR_UP, UP, UP, UP)}
+        | {
+            "block_out_channels": (4, 4, 4, 8),
+            "down_block_types": (NEAR, NEAR, NEAR, FAR),
+            "up_block_types": (FAR_UP, UP, UP, UP),
+        }
         | {
             "num_vq_embeddings": 30,
             "latent_channels": 4,
@@ -142,11 +195,17 @@ def same(ours: Any, theirs: Any) -> None:
     """Equal keys, norms, moments and pictures, of the latent of a picture and of any other."""
     assert ours.state_dict().keys() == theirs.state_dict().keys() and norms(ours) == norms(theirs)
     for key, tensor in theirs.state_dict().items():
-        assert torch.equal(ours.state_dict()[key], tensor) and ours.state_dict()[key].dtype == tensor.dtype, key
+        assert (
+            torch.equal(ours.state_dict()[key], tensor)
+            and ours.state_dict()[key].dtype == tensor.dtype
+        ), key
     image = normal(2, ours.channels, 64, 32)
     mean, std = encoded(theirs, image)
     found = ours.posterior(image)
-    assert (found.mean.shape[1], 64 // found.mean.shape[2]) == (ours.space.channels, ours.space.factor)
+    assert (found.mean.shape[1], 64 // found.mean.shape[2]) == (
+        ours.space.channels,
+        ours.space.factor,
+    )
     close(found.mean, mean)
     torch.testing.assert_close(found.std, std, rtol=1e-5, atol=0)
     close(ours.reconstruct(found.mean), decoded(theirs, mean))
@@ -173,9 +232,14 @@ def test_in_both_directions_through_folders(name: str, tmp_path: Path) -> None:
     loaded: Any = load_part(tmp_path / "theirs", FAMILIES[name][0])
     same(loaded, theirs)
     assert loaded.config == ours.config
-    written, read = (json.loads((tmp_path / k / "config.json").read_text()) for k in ("ours", "theirs"))
-    known = read.keys() - {"block_out_channels"} if name.startswith("t") else read.keys()  # AutoencoderTiny notes these by itself
-    assert {k: written.get(k) for k in known if not k.startswith("_d")} == {k: read[k] for k in known if not k.startswith("_d")}
+    written, read = (
+        json.loads((tmp_path / k / "config.json").read_text()) for k in ("ours", "theirs")
+    )
+    # AutoencoderTiny notes these by itself
+    known = read.keys() - {"block_out_channels"} if name.startswith("t") else read.keys()
+    assert {k: written.get(k) for k in known if not k.startswith("_d")} == {
+        k: read[k] for k in known if not k.startswith("_d")
+    }
     assert not written.keys() - read.keys(), "a field that they do not know"
 
 
@@ -187,7 +251,10 @@ def test_flux2_standardises_as_its_pipeline_does(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     ours: Any = load_part(tmp_path)
     image = normal(2, 3, 32, 16)
-    mean, std = theirs.bn.running_mean.view(1, -1, 1, 1), torch.sqrt(theirs.bn.running_var.view(1, -1, 1, 1) + theirs.config.batch_norm_eps)
+    mean, std = (
+        theirs.bn.running_mean.view(1, -1, 1, 1),
+        torch.sqrt(theirs.bn.running_var.view(1, -1, 1, 1) + theirs.config.batch_norm_eps),
+    )
     expected = (patchify(theirs.encode(image).latent_dist.mode()) - mean) / std
     z = ours.encode(image)
     close(z, expected)
@@ -195,16 +262,25 @@ def test_flux2_standardises_as_its_pipeline_does(tmp_path: Path) -> None:
     close(
         z,
         torch.nn.functional.batch_norm(
-            patchify(theirs.encode(image).latent_dist.mode()), theirs.bn.running_mean, theirs.bn.running_var, eps=1e-4
+            patchify(theirs.encode(image).latent_dist.mode()),
+            theirs.bn.running_mean,
+            theirs.bn.running_var,
+            eps=1e-4,
         ),
     )
-    ours.set_statistics(tuple(torch.linspace(-1, 1, 12).tolist()), tuple(torch.linspace(0.5, 2, 12).tolist()))
+    ours.set_statistics(
+        tuple(torch.linspace(-1, 1, 12).tolist()), tuple(torch.linspace(0.5, 2, 12).tolist())
+    )
     torch.testing.assert_close(torch.tensor(ours.space.std), torch.linspace(0.5, 2, 12))
     save_part(tmp_path / "again", ours, torch.float16)
-    halves: Any = diffusers.AutoencoderKLFlux2.from_pretrained(tmp_path / "again", torch_dtype=torch.float16)
+    halves: Any = diffusers.AutoencoderKLFlux2.from_pretrained(
+        tmp_path / "again", torch_dtype=torch.float16
+    )
     batches = halves.bn.num_batches_tracked
     assert batches.dtype == torch.int64 and int(batches) == 123457  # float16 has no such number
-    torch.testing.assert_close(halves.bn.running_mean.float(), torch.linspace(-1, 1, 12), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        halves.bn.running_mean.float(), torch.linspace(-1, 1, 12), rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("name", ["vq-f4", "vq-f8's levels"])
@@ -214,8 +290,11 @@ def test_codes_are_theirs(name: str) -> None:
     theirs: Any = randomise(diffusers.VQModel(**values))
     image = normal(3, 3, 64, 32)
     h = theirs.encode(image).latents
-    count = values["num_vq_embeddings"]  # codes among the cells, so that most are somebody's nearest
-    theirs.quantize.embedding.weight.copy_(h.movedim(1, -1).flatten(0, -2)[:count] + 0.1 * h.std() * normal(count, h.shape[1]))
+    # codes among the cells, so that most are somebody's nearest
+    count = values["num_vq_embeddings"]
+    theirs.quantize.embedding.weight.copy_(
+        h.movedim(1, -1).flatten(0, -2)[:count] + 0.1 * h.std() * normal(count, h.shape[1])
+    )
     ours = network(config.from_dict(values))
     ours.load_state_dict(theirs.state_dict())
     ours.eval()
@@ -224,12 +303,18 @@ def test_codes_are_theirs(name: str) -> None:
     assert torch.equal(codes.flatten(), indices) and len(codes.unique()) > count / 2
     close(ours.quantize(h), quantised)
     shape = (3, *h.shape[2:], h.shape[1])
-    entries = indices if theirs.config.lookup_from_codebook else theirs.quantize.get_codebook_entry(indices, shape)
-    close(ours.from_codes(codes), theirs.decode(entries, force_not_quantize=True, shape=shape).sample)
+    entries = (
+        indices
+        if theirs.config.lookup_from_codebook
+        else theirs.quantize.get_codebook_entry(indices, shape)
+    )
+    close(
+        ours.from_codes(codes), theirs.decode(entries, force_not_quantize=True, shape=shape).sample
+    )
     close(ours.from_codes(codes), ours.reconstruct(h))
 
 
-# ---- old names and published configs -----------------------------------------------------------------------------------
+# ---- old names and published configs -------------------------------------------------------------
 
 RENAMED = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
@@ -251,9 +336,19 @@ def test_old_names_of_attention(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(v, tensors[k]) for k, v in load_part(tmp_path).state_dict().items())
 
 
-FOUR = {"block_out_channels": [128, 256, 512, 512], "down_block_types": [NEAR] * 4, "up_block_types": [UP] * 4, "act_fn": "silu"}
+FOUR = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": [NEAR] * 4,
+    "up_block_types": [UP] * 4,
+    "act_fn": "silu",
+}
 FOUR |= {"in_channels": 3, "out_channels": 3, "layers_per_block": 2, "norm_num_groups": 32}
-NULLS = {"latents_mean": None, "latents_std": None, "force_upcast": True, "_name_or_path": "somewhere"}
+NULLS = {
+    "latents_mean": None,
+    "latents_std": None,
+    "force_upcast": True,
+    "_name_or_path": "somewhere",
+}
 SIXTEEN = {
     "latent_channels": 16,
     "use_quant_conv": False,
@@ -261,54 +356,137 @@ SIXTEEN = {
     "sample_size": 1024,
     "mid_block_add_attention": True,
 }
-LDM = {"block_out_channels": [128, 128, 256, 256, 512], "down_block_types": [NEAR] * 4 + [FAR], "up_block_types": [FAR_UP] + [UP] * 4}
-TINY4 = {"in_channels": 3, "out_channels": 3, "encoder_block_out_channels": [64] * 4, "decoder_block_out_channels": [64] * 4}
-TINY4 |= {"block_out_channels": [64] * 4, "act_fn": "relu", "upsampling_scaling_factor": 2, "latent_magnitude": 3, "latent_shift": 0.5}
-TINY4 |= {"num_encoder_blocks": [1, 3, 3, 3], "num_decoder_blocks": [3, 3, 3, 1], "force_upcast": False, "scaling_factor": 1.0}
+LDM = {
+    "block_out_channels": [128, 128, 256, 256, 512],
+    "down_block_types": [NEAR] * 4 + [FAR],
+    "up_block_types": [FAR_UP] + [UP] * 4,
+}
+TINY4 = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "encoder_block_out_channels": [64] * 4,
+    "decoder_block_out_channels": [64] * 4,
+}
+TINY4 |= {
+    "block_out_channels": [64] * 4,
+    "act_fn": "relu",
+    "upsampling_scaling_factor": 2,
+    "latent_magnitude": 3,
+    "latent_shift": 0.5,
+}
+TINY4 |= {
+    "num_encoder_blocks": [1, 3, 3, 3],
+    "num_decoder_blocks": [3, 3, 3, 1],
+    "force_upcast": False,
+    "scaling_factor": 1.0,
+}
 # The fields that published folders hold, and the first channel's mean and std of the raw latent.
 PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
-    "SD 1": (FOUR | {"_class_name": "AutoencoderKL", "latent_channels": 4, "sample_size": 512}, 0.0, 1 / 0.18215),
+    "SD 1": (
+        FOUR | {"_class_name": "AutoencoderKL", "latent_channels": 4, "sample_size": 512},
+        0.0,
+        1 / 0.18215,
+    ),
     "SD 2": (
-        FOUR | {"_class_name": "AutoencoderKL", "latent_channels": 4, "sample_size": 768, "scaling_factor": 0.18215},
+        FOUR
+        | {
+            "_class_name": "AutoencoderKL",
+            "latent_channels": 4,
+            "sample_size": 768,
+            "scaling_factor": 0.18215,
+        },
         0.0,
         1 / 0.18215,
     ),
     "SDXL": (
-        FOUR | NULLS | {"_class_name": "AutoencoderKL", "latent_channels": 4, "sample_size": 1024, "scaling_factor": 0.13025},
+        FOUR
+        | NULLS
+        | {
+            "_class_name": "AutoencoderKL",
+            "latent_channels": 4,
+            "sample_size": 1024,
+            "scaling_factor": 0.13025,
+        },
         0.0,
         1 / 0.13025,
     ),
     "SD3": (
-        FOUR | NULLS | SIXTEEN | {"_class_name": "AutoencoderKL", "scaling_factor": 1.5305, "shift_factor": 0.0609},
+        FOUR
+        | NULLS
+        | SIXTEEN
+        | {"_class_name": "AutoencoderKL", "scaling_factor": 1.5305, "shift_factor": 0.0609},
         0.0609,
         1 / 1.5305,
     ),
     "FLUX.1": (
-        FOUR | NULLS | SIXTEEN | {"_class_name": "AutoencoderKL", "scaling_factor": 0.3611, "shift_factor": 0.1159},
+        FOUR
+        | NULLS
+        | SIXTEEN
+        | {"_class_name": "AutoencoderKL", "scaling_factor": 0.3611, "shift_factor": 0.1159},
         0.1159,
         1 / 0.3611,
     ),
     "Playground 2.5": (
         FOUR
-        | {"_class_name": "AutoencoderKL", "latent_channels": 4, "scaling_factor": 0.5, "latents_mean": [-1.6574, 1.886, -1.383, 2.5155]}
+        | {
+            "_class_name": "AutoencoderKL",
+            "latent_channels": 4,
+            "scaling_factor": 0.5,
+            "latents_mean": [-1.6574, 1.886, -1.383, 2.5155],
+        }
         | {"latents_std": [8.4927, 5.9022, 6.5498, 5.2299]},
         -1.6574,
         8.4927 / 0.5,
     ),
-    "kl-f16": (FOUR | LDM | {"_class_name": "AutoencoderKL", "latent_channels": 16}, 0.0, 1 / 0.18215),
+    "kl-f16": (
+        FOUR | LDM | {"_class_name": "AutoencoderKL", "latent_channels": 16},
+        0.0,
+        1 / 0.18215,
+    ),
     "FLUX.2": (
         FOUR
-        | {"_class_name": "AutoencoderKLFlux2", "latent_channels": 32, "batch_norm_eps": 1e-4, "batch_norm_momentum": 0.1}
-        | {"patch_size": [2, 2], "force_upcast": True, "use_quant_conv": True, "use_post_quant_conv": True, "sample_size": 1024},
+        | {
+            "_class_name": "AutoencoderKLFlux2",
+            "latent_channels": 32,
+            "batch_norm_eps": 1e-4,
+            "batch_norm_momentum": 0.1,
+        }
+        | {
+            "patch_size": [2, 2],
+            "force_upcast": True,
+            "use_quant_conv": True,
+            "use_post_quant_conv": True,
+            "sample_size": 1024,
+        },
         0.0,
         1.0,
     ),
     "TAESD": (TINY4 | {"_class_name": "AutoencoderTiny", "latent_channels": 4}, 0.0, 1.0),
-    "TAEF1": (TINY4 | {"_class_name": "AutoencoderTiny", "latent_channels": 16, "shift_factor": 0.0, "upsample_fn": "nearest"}, 0.0, 1.0),
+    "TAEF1": (
+        TINY4
+        | {
+            "_class_name": "AutoencoderTiny",
+            "latent_channels": 16,
+            "shift_factor": 0.0,
+            "upsample_fn": "nearest",
+        },
+        0.0,
+        1.0,
+    ),
     "VQ-f4": (
         FOUR
-        | {"_class_name": "VQModel", "block_out_channels": [128, 256, 512], "down_block_types": [NEAR] * 3, "up_block_types": [UP] * 3}
-        | {"latent_channels": 3, "num_vq_embeddings": 8192, "vq_embed_dim": None, "sample_size": 256},
+        | {
+            "_class_name": "VQModel",
+            "block_out_channels": [128, 256, 512],
+            "down_block_types": [NEAR] * 3,
+            "up_block_types": [UP] * 3,
+        }
+        | {
+            "latent_channels": 3,
+            "num_vq_embeddings": 8192,
+            "vq_embed_dim": None,
+            "sample_size": 256,
+        },
         0.0,
         1 / 0.18215,
     ),
@@ -317,24 +495,43 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs(name: str) -> None:
-    """Full size, without weights: the same keys and shapes, and the statistics that their pipelines use."""
+    """Full size, without weights: the same keys and shapes, and the statistics that their pipelines
+    use.
+    """
     values, mean, std = PUBLISHED[name]
     network, config = AUTOENCODERS[values["_class_name"]]
     with torch.device("meta"):
         ours: Any = network(config.from_dict(values))
         theirs: Any = getattr(diffusers, values["_class_name"]).from_config(values)
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
     assert (ours.space.mean[0], ours.space.std[0]) == pytest.approx((mean, std))
     assert config.from_dict(json.loads(json.dumps(ours.to_config()))) == ours.config
 
 
 def test_statistics_are_read_as_they_were_written() -> None:
-    """diffusers' SDXL pipeline takes raw = z latents_std / scaling_factor + latents_mean: what we write must say that."""
-    autoencoder = AutoencoderKL(KLConfig(block_out_channels=(4, 8), norm_num_groups=2, latent_channels=2, scaling_factor=0.5))
+    """diffusers' SDXL pipeline takes raw = z latents_std / scaling_factor + latents_mean: what we
+    write must say that.
+    """
+    autoencoder = AutoencoderKL(
+        KLConfig(
+            block_out_channels=(4, 8), norm_num_groups=2, latent_channels=2, scaling_factor=0.5
+        )
+    )
     autoencoder.set_statistics((0.5, 1.0), (2.0, 3.0))
-    for config in (autoencoder.config, KLConfig(latent_channels=2, scaling_factor=0.5, latents_mean=(0.5, 1.0), latents_std=(2.0, 3.0))):
+    for config in (
+        autoencoder.config,
+        KLConfig(
+            latent_channels=2, scaling_factor=0.5, latents_mean=(0.5, 1.0), latents_std=(2.0, 3.0)
+        ),
+    ):
         written = json.loads(json.dumps(config.to_dict()))
-        assert [s / written["scaling_factor"] for s in written["latents_std"]] == [2.0, 3.0] == list(config.space.std)
+        assert (
+            [s / written["scaling_factor"] for s in written["latents_std"]]
+            == [2.0, 3.0]
+            == list(config.space.std)
+        )
         assert KLConfig.from_dict(written).space == config.space
 
 
@@ -343,10 +540,27 @@ def test_defaults_are_theirs() -> None:
     import inspect
 
     for name, config in (("AutoencoderKLFlux2", KLFlux2Config), ("AutoencoderTiny", TinyConfig)):
-        theirs = {k: v.default for k, v in inspect.signature(getattr(diffusers, name).__init__).parameters.items() if k != "self"}
+        theirs = {
+            k: v.default
+            for k, v in inspect.signature(getattr(diffusers, name).__init__).parameters.items()
+            if k != "self"
+        }
         ours = config().to_dict()
-        assert {k: ours[k] for k in theirs} == {k: list(v) if k.endswith("_types") else v for k, v in theirs.items()}
-    theirs = {k: v.default for k, v in inspect.signature(diffusers.VQModel.__init__).parameters.items() if k != "self"}
-    levels = {"block_out_channels": (64, 64), "down_block_types": (NEAR,) * 2, "up_block_types": (UP,) * 2}  # one level is refused
+        assert {k: ours[k] for k in theirs} == {
+            k: list(v) if k.endswith("_types") else v for k, v in theirs.items()
+        }
+    theirs = {
+        k: v.default
+        for k, v in inspect.signature(diffusers.VQModel.__init__).parameters.items()
+        if k != "self"
+    }
+    # one level is refused
+    levels = {
+        "block_out_channels": (64, 64),
+        "down_block_types": (NEAR,) * 2,
+        "up_block_types": (UP,) * 2,
+    }
     ours = VQConfig.from_dict(dict(levels)).to_dict()
-    assert {k: ours[k] for k in theirs if k not in levels} == {k: v for k, v in theirs.items() if k not in levels}
+    assert {k: ours[k] for k in theirs if k not in levels} == {
+        k: v for k, v in theirs.items() if k not in levels
+    }

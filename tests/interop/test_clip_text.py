@@ -1,4 +1,6 @@
-"""Parity with diffusers' prompts: the same tokens, embeddings and numbers from the same folders, for Stable Diffusion 1, 2, XL and its refiner."""
+"""Parity with diffusers' prompts: the same tokens, embeddings and numbers from the same folders,
+for Stable Diffusion 1, 2, XL and its refiner.
+"""
 
 import json
 import runpy
@@ -14,10 +16,22 @@ from torch import Tensor
 from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig
 from sfumato.types import Picture
 
-tiny: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_clip.py")))
-PROMPTS = ["a cat, a red dog", "", "Ein Hund & zwei Katzen: 3 Fälle!", "a cat, a red dog", "x" * 75, "<|endoftext|> cat", "  a \n cat "]
+tiny: Any = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_clip.py"))
+)
+PROMPTS = [
+    "a cat, a red dog",
+    "",
+    "Ein Hund & zwei Katzen: 3 Fälle!",
+    "a cat, a red dog",
+    "x" * 75,
+    "<|endoftext|> cat",
+    "  a \n cat ",
+]
 BOTH = ("sdxl", "sdxl_text")
-PICTURE = Picture(64, 48, original_size=(100, 90), crop=(5, 7), target_size=(64, 50), aesthetic_score=6.5)
+PICTURE = Picture(
+    64, 48, original_size=(100, 90), crop=(5, 7), target_size=(64, 50), aesthetic_score=6.5
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +50,24 @@ def plain(conditioner: ClipText, **settings: Any) -> ClipText:
 
 
 def pipeline(kind: str, folder: Path | None = None) -> Any:
-    """diffusers' pipeline of the same parts, or of those in a folder; without the networks that prompts do not need."""
+    """diffusers' pipeline of the same parts, or of those in a folder; without the networks that
+    prompts do not need.
+    """
     import diffusers
 
-    name = {"sd1": "StableDiffusionPipeline", "sd2": "StableDiffusionPipeline", "refiner": "StableDiffusionXLImg2ImgPipeline"}
+    name = {
+        "sd1": "StableDiffusionPipeline",
+        "sd2": "StableDiffusionPipeline",
+        "refiner": "StableDiffusionXLImg2ImgPipeline",
+    }
     cls = getattr(diffusers, name.get(kind, "StableDiffusionXLPipeline"))
     rest: dict[str, Any] = {"vae": None, "unet": None, "scheduler": None}
     if kind in ("sd1", "sd2"):
-        rest |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        rest |= {
+            "safety_checker": None,
+            "feature_extractor": None,
+            "requires_safety_checker": False,
+        }
     else:
         rest |= {"add_watermarker": False}
     if folder is not None:
@@ -55,14 +79,23 @@ def pipeline(kind: str, folder: Path | None = None) -> Any:
 
 
 def close(found: Tensor | None, theirs: Tensor) -> None:
-    assert found is not None and found.shape == theirs.shape and found.dtype == theirs.dtype == torch.float32
+    assert (
+        found is not None
+        and found.shape == theirs.shape
+        and found.dtype == theirs.dtype == torch.float32
+    )
     assert float((found - theirs).abs().max()) <= 1e-6 * float(theirs.abs().max())
 
 
 def ask(pipe: Any, prompt: Any, negative: Any = None, **more: Any) -> Any:
     with torch.no_grad():
         return pipe.encode_prompt(
-            prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt=negative, **more
+            prompt,
+            device="cpu",
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=True,
+            negative_prompt=negative,
+            **more,
         )
 
 
@@ -74,14 +107,16 @@ def test_one_encoder(kind: str, ours: dict[str, ClipText]) -> None:
         found = ours[kind](prompts)
         close(found.tokens, tokens)
         assert found.mask is None and found.vector is None
-    close(ours[kind].null(2).tokens, ask(pipeline(kind), ["a", "b"])[1])  # no negative prompt is an empty one
+    # no negative prompt is an empty one
+    close(ours[kind].null(2).tokens, ask(pipeline(kind), ["a", "b"])[1])
 
 
 @pytest.mark.parametrize("skip", [0, 1, 2])
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
 def test_clip_skip(kind: str, skip: int, ours: dict[str, ClipText]) -> None:
     pipe = pipeline(kind)
-    pipe.text_encoder.__dict__["text_model"] = pipe.text_encoder  # diffusers 0.42 looks for the norm where transformers 4 had it
+    # diffusers 0.42 looks for the norm where transformers 4 had it
+    pipe.text_encoder.__dict__["text_model"] = pipe.text_encoder
     theirs = ask(pipe, PROMPTS, clip_skip=skip)[0]
     close(plain(ours[kind], clip_skip=skip)(PROMPTS).tokens, theirs)
     if skip:
@@ -90,20 +125,25 @@ def test_clip_skip(kind: str, skip: int, ours: dict[str, ClipText]) -> None:
 
 @pytest.mark.parametrize("kind", [*BOTH, "refiner"])
 @pytest.mark.parametrize("skip", [None, 0, 1])
-def test_two_encoders_and_the_refiner(kind: str, skip: int | None, ours: dict[str, ClipText]) -> None:
+def test_two_encoders_and_the_refiner(
+    kind: str, skip: int | None, ours: dict[str, ClipText]
+) -> None:
     theirs = ask(pipeline(kind), PROMPTS, ["ugly, red"] * len(PROMPTS), clip_skip=skip)
     found = plain(ours[kind], clip_skip=skip)(PROMPTS, PICTURE)
     close(found.tokens, theirs[0])
     assert found.vector is not None
     close(found.vector[:, :10], theirs[2])
-    negative = ours[kind](["ugly, red"] * len(PROMPTS), PICTURE)  # theirs knows no clip_skip for negative prompts
+    # theirs knows no clip_skip for negative prompts
+    negative = ours[kind](["ugly, red"] * len(PROMPTS), PICTURE)
     assert negative.vector is not None
     close(negative.tokens, theirs[1])
     close(negative.vector[:, :10], theirs[3])
 
 
 @pytest.mark.parametrize("kind", [*BOTH, "refiner"])
-def test_no_prompt_is_zeros_where_the_model_says_so_and_an_empty_prompt_is_text(kind: str, ours: dict[str, ClipText]) -> None:
+def test_no_prompt_is_zeros_where_the_model_says_so_and_an_empty_prompt_is_text(
+    kind: str, ours: dict[str, ClipText]
+) -> None:
     for asked, given in ((None, None), ("", "")):
         _, tokens, _, pooled = ask(pipeline(kind), "a cat", asked)
         found = ours[kind]([given], PICTURE)
@@ -116,22 +156,38 @@ def test_no_prompt_is_zeros_where_the_model_says_so_and_an_empty_prompt_is_text(
 def network(numbers: int) -> Any:
     """As much of a U-Net as they ask how many numbers it takes."""
     widths = SimpleNamespace(in_features=4 * numbers + 10)
-    return SimpleNamespace(config=SimpleNamespace(addition_time_embed_dim=4), add_embedding=SimpleNamespace(linear_1=widths))
+    return SimpleNamespace(
+        config=SimpleNamespace(addition_time_embed_dim=4),
+        add_embedding=SimpleNamespace(linear_1=widths),
+    )
 
 
 @pytest.mark.parametrize(
-    "picture", [PICTURE, Picture(64, 48), Picture(64, 64, negative_original_size=(32, 33), negative_target_size=(64, 63))]
+    "picture",
+    [
+        PICTURE,
+        Picture(64, 48),
+        Picture(64, 64, negative_original_size=(32, 33), negative_target_size=(64, 63)),
+    ],
 )
 def test_sizes_and_crops(picture: Picture, ours: dict[str, ClipText]) -> None:
     import diffusers
 
     pipe = SimpleNamespace(unet=network(6))
     method: Any = diffusers.StableDiffusionXLPipeline._get_add_time_ids
-    given = [picture.original_size or picture.size, picture.crop, picture.target_size or picture.size]
+    given = [
+        picture.original_size or picture.size,
+        picture.crop,
+        picture.target_size or picture.size,
+    ]
     theirs = method(pipe, *given, dtype=torch.float32, text_encoder_projection_dim=10)
     found = ours["sdxl"](["a", "b"], picture).vector
     assert found is not None and torch.equal(found[:, 10:], theirs.expand(2, -1))
-    given = [picture.negative_original_size or given[0], picture.crop, picture.negative_target_size or given[2]]
+    given = [
+        picture.negative_original_size or given[0],
+        picture.crop,
+        picture.negative_target_size or given[2],
+    ]
     theirs = method(pipe, *given, dtype=torch.float32, text_encoder_projection_dim=10)
     found = ours["sdxl"].null(1, picture.negative).vector
     assert found is not None and torch.equal(found[:, 10:], theirs) and not found[:, :10].any()
@@ -144,27 +200,46 @@ def test_the_refiners_score(ours: dict[str, ClipText]) -> None:
     sizes = [PICTURE.original_size, PICTURE.crop, PICTURE.target_size]
     scores = [PICTURE.aesthetic_score, PICTURE.negative_aesthetic_score]
     method: Any = diffusers.StableDiffusionXLImg2ImgPipeline._get_add_time_ids
-    theirs = method(pipe, *sizes, *scores, *sizes, dtype=torch.float32, text_encoder_projection_dim=10)
+    theirs = method(
+        pipe, *sizes, *scores, *sizes, dtype=torch.float32, text_encoder_projection_dim=10
+    )
     for picture, numbers in zip((PICTURE, PICTURE.negative), theirs, strict=True):
         found = ours["refiner"](["a"], picture).vector
         assert found is not None and torch.equal(found[:, 10:], numbers)
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_what_is_saved_opens_in_diffusers_and_here(kind: str, ours: dict[str, ClipText], tmp_path: Path) -> None:
+def test_what_is_saved_opens_in_diffusers_and_here(
+    kind: str, ours: dict[str, ClipText], tmp_path: Path
+) -> None:
     ours[kind].save(tmp_path)
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": type(pipeline(kind)).__name__, **ours[kind].index()}))
-    before, after = (ask(pipe, PROMPTS, PROMPTS) for pipe in (pipeline(kind), pipeline(kind, tmp_path)))
+    (tmp_path / "model_index.json").write_text(
+        json.dumps({"_class_name": type(pipeline(kind)).__name__, **ours[kind].index()})
+    )
+    before, after = (
+        ask(pipe, PROMPTS, PROMPTS) for pipe in (pipeline(kind), pipeline(kind, tmp_path))
+    )
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     again = ClipText.from_folder(tmp_path)
     assert again.config == ours[kind].config and again.identity() == ours[kind].identity()
-    assert all(torch.equal(a, b) for a, b in zip(again(PROMPTS, PICTURE).tensors, ours[kind](PROMPTS, PICTURE).tensors, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            again(PROMPTS, PICTURE).tensors, ours[kind](PROMPTS, PICTURE).tensors, strict=True
+        )
+    )
     assert again.tensors().keys() == ours[kind].tensors().keys()
-    assert all(torch.equal(tensor, ours[kind].tensors()[key]) for key, tensor in again.tensors().items())
+    assert all(
+        torch.equal(tensor, ours[kind].tensors()[key]) for key, tensor in again.tensors().items()
+    )
 
 
-def test_folders_of_older_versions_open(folders: dict[str, Path], ours: dict[str, ClipText], tmp_path: Path) -> None:
-    """vocab.json and merges.txt without tokenizer.json, "text_model." before the keys, position_ids among them, and a .bin."""
+def test_folders_of_older_versions_open(
+    folders: dict[str, Path], ours: dict[str, ClipText], tmp_path: Path
+) -> None:
+    """vocab.json and merges.txt without tokenizer.json, "text_model." before the keys, position_ids
+    among them, and a .bin.
+    """
     from safetensors.torch import load_file
 
     vocabulary = {
@@ -174,7 +249,12 @@ def test_folders_of_older_versions_open(folders: dict[str, Path], ours: dict[str
     (tmp_path / "tokenizer").mkdir()
     for name, text in vocabulary.items():
         (tmp_path / "tokenizer" / name).write_text(text)
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": tiny.END, "do_lower_case": True}
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": 77,
+        "pad_token": tiny.END,
+        "do_lower_case": True,
+    }
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "text_encoder").mkdir()
     config = json.loads((folders["sd1"] / "text_encoder" / "config.json").read_text())
@@ -189,11 +269,19 @@ def test_folders_of_older_versions_open(folders: dict[str, Path], ours: dict[str
             }
         )
     )
-    tensors = {"text_model." + k: v for k, v in load_file(folders["sd1"] / "text_encoder" / "model.safetensors").items()}
-    torch.save({**tensors, "text_model.embeddings.position_ids": torch.arange(77)[None]}, tmp_path / "text_encoder" / "pytorch_model.bin")
+    tensors = {
+        "text_model." + k: v
+        for k, v in load_file(folders["sd1"] / "text_encoder" / "model.safetensors").items()
+    }
+    torch.save(
+        {**tensors, "text_model.embeddings.position_ids": torch.arange(77)[None]},
+        tmp_path / "text_encoder" / "pytorch_model.bin",
+    )
     found = plain(ClipText.from_folder(tmp_path))
     assert torch.equal(found(PROMPTS).tensors[0], ours["sd1"](PROMPTS).tensors[0])
-    assert found.identity() == ours["sd1"].identity() and found.config == ClipTextConfig(weighting=False)
+    assert found.identity() == ours["sd1"].identity() and found.config == ClipTextConfig(
+        weighting=False
+    )
 
 
 def test_the_real_tokenizers_rules_are_transformers_own(ours: dict[str, ClipText]) -> None:

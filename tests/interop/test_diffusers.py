@@ -1,4 +1,6 @@
-"""Parity with diffusers: the same keys, the same outputs, the same folders, the same steps. It is a reference here and nothing else."""
+"""Parity with diffusers: the same keys, the same outputs, the same folders, the same steps. It is a
+reference here and nothing else.
+"""
 
 import inspect
 import json
@@ -30,8 +32,15 @@ from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.unet import FIXED, UNet, UNetConfig
 from sfumato.types import Conditioning
 
-build: Callable[..., LatentDiffusion] = runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_tiny.py"))["build"]
-THEIR_NAMES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
+build: Callable[..., LatentDiffusion] = runpy.run_path(
+    str(Path(__file__).resolve().parents[1] / "contracts" / "_tiny.py")
+)["build"]
+THEIR_NAMES = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "cosine": "squaredcos_cap_v2",
+    "sigmoid": "sigmoid",
+}
 THEIR_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
@@ -42,7 +51,10 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def close(ours: Tensor, theirs: Tensor, relative: float = 1e-5) -> None:
     assert ours.shape == theirs.shape
     scale = float(theirs.abs().max())
-    assert float((ours - theirs).abs().max()) <= relative * scale, (float((ours - theirs).abs().max()), scale)
+    assert float((ours - theirs).abs().max()) <= relative * scale, (
+        float((ours - theirs).abs().max()),
+        scale,
+    )
 
 
 def randomise(network: Any, seed: int = 0) -> Any:
@@ -55,22 +67,47 @@ def randomise(network: Any, seed: int = 0) -> Any:
 
 
 def norms(network: nn.Module) -> dict[str, Any]:
-    """Epsilons and groups by name: 1e-6 for 1e-5 would not show in an output whose variance is 1."""
+    """Epsilons and groups by name: 1e-6 for 1e-5 would not show in an output whose variance is
+    1.
+    """
     kinds = nn.GroupNorm | nn.LayerNorm
-    return {k: (m.eps, getattr(m, "num_groups", None)) for k, m in network.named_modules() if isinstance(m, kinds)}
+    return {
+        k: (m.eps, getattr(m, "num_groups", None))
+        for k, m in network.named_modules()
+        if isinstance(m, kinds)
+    }
 
 
-# ---- autoencoders ------------------------------------------------------------------------------------------------------
+# ---- autoencoders --------------------------------------------------------------------------------
 
 SMALL = {"layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 3, "sample_size": 16}
 AUTOENCODERS: dict[str, dict[str, Any]] = {
     "f2": {"block_out_channels": (4, 8)},
-    "f4 grey": {"block_out_channels": (4, 6, 8), "in_channels": 1, "out_channels": 1, "layers_per_block": 2},
+    "f4 grey": {
+        "block_out_channels": (4, 6, 8),
+        "in_channels": 1,
+        "out_channels": 1,
+        "layers_per_block": 2,
+    },
     "f8": {"block_out_channels": (4, 4, 6, 8), "scaling_factor": 1.5, "shift_factor": 0.06},
     "f32": {"block_out_channels": (2, 2, 4, 4, 4, 8), "latent_channels": 5},
-    "no quant convs": {"block_out_channels": (4, 8), "use_quant_conv": False, "use_post_quant_conv": False},
-    "no attention": {"block_out_channels": (4, 4, 8), "mid_block_add_attention": False, "in_channels": 1, "out_channels": 1},
-    "statistics": {"block_out_channels": (4, 8), "latents_mean": (0.1, 0.2, 0.3), "latents_std": (1.0, 2.0, 0.5), "force_upcast": False},
+    "no quant convs": {
+        "block_out_channels": (4, 8),
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+    "no attention": {
+        "block_out_channels": (4, 4, 8),
+        "mid_block_add_attention": False,
+        "in_channels": 1,
+        "out_channels": 1,
+    },
+    "statistics": {
+        "block_out_channels": (4, 8),
+        "latents_mean": (0.1, 0.2, 0.3),
+        "latents_std": (1.0, 2.0, 0.5),
+        "force_upcast": False,
+    },
 }
 
 
@@ -83,7 +120,13 @@ def same_autoencoder(ours: Any, theirs: Any) -> None:
     close(found.mean, expected.mean)
     close(found.std, expected.std)
     close(ours.reconstruct(found.mean), theirs.decode(expected.mean).sample)
-    for name in ("scaling_factor", "shift_factor", "force_upcast", "latent_channels", "block_out_channels"):
+    for name in (
+        "scaling_factor",
+        "shift_factor",
+        "force_upcast",
+        "latent_channels",
+        "block_out_channels",
+    ):
         assert getattr(ours.config, name) == _tuples(theirs.config[name])
 
 
@@ -99,7 +142,10 @@ def test_autoencoders_in_both_directions_through_folders(name: str, tmp_path: Pa
     save_part(tmp_path / "ours", ours)
     same_autoencoder(ours, diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours"))
     count = len(values["block_out_channels"])
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * count, "up_block_types": ("UpDecoderBlock2D",) * count}
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * count,
+        "up_block_types": ("UpDecoderBlock2D",) * count,
+    }
     theirs = randomise(diffusers.AutoencoderKL(**values, **blocks), seed=1)
     theirs.save_pretrained(tmp_path / "theirs")
     loaded = load_part(tmp_path / "theirs", "AutoencoderKL")
@@ -107,11 +153,17 @@ def test_autoencoders_in_both_directions_through_folders(name: str, tmp_path: Pa
     assert loaded.config == ours.config  # pyright: ignore[reportAttributeAccessIssue]
 
 
-# ---- U-Nets ------------------------------------------------------------------------------------------------------------
+# ---- U-Nets --------------------------------------------------------------------------------------
 
 PLAIN = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-SELF = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-CROSS = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+SELF = {
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+CROSS = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
 CROSS3 = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -129,59 +181,163 @@ FOUR = {
 }
 DOWN4 = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
 UP4 = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
-SIZES = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "attention_head_dim": 2, "use_linear_projection": True}
+SIZES = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "attention_head_dim": 2,
+    "use_linear_projection": True,
+}
 MIDDLE = {"mid_block_type": "UNetMidBlock2D"}
-TINY = {"sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 16), "layers_per_block": 1}
+TINY = {
+    "sample_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+}
 TINY |= {"norm_num_groups": 4, "attention_head_dim": 4, "cross_attention_dim": 12}
 UNETS: dict[str, dict[str, Any]] = {
     "plain, no middle": {**PLAIN, "mid_block_type": None},
-    "plain, scale_shift": {**PLAIN, **MIDDLE, "resnet_time_scale_shift": "scale_shift", "layers_per_block": 2},
+    "plain, scale_shift": {
+        **PLAIN,
+        **MIDDLE,
+        "resnet_time_scale_shift": "scale_shift",
+        "layers_per_block": 2,
+    },
     "self-attention, classes": {**SELF, **MIDDLE, "num_class_embeds": 5},
-    "self-attention, scale_shift, classes": {**SELF, **MIDDLE, "num_class_embeds": 3, "resnet_time_scale_shift": "scale_shift"},
+    "self-attention, scale_shift, classes": {
+        **SELF,
+        **MIDDLE,
+        "num_class_embeds": 3,
+        "resnet_time_scale_shift": "scale_shift",
+    },
     "cross-attention": {**CROSS},
     "cross-attention, no middle": {**CROSS, "mid_block_type": None},
-    "linear projection, depth 2": {**CROSS, "use_linear_projection": True, "transformer_layers_per_block": 2},
-    "SDXL's shape": {**CROSS3, "use_linear_projection": True, "transformer_layers_per_block": (1, 2, 3), "attention_head_dim": (1, 2, 4)},
-    "tuples": {**CROSS3, "layers_per_block": (1, 2, 1), "cross_attention_dim": (12, 12, 12), "attention_head_dim": (2, 4, 8)},
-    "every kind of block": {**EVERY, "attention_head_dim": (2, 4, 8), "num_class_embeds": 4, "layers_per_block": 2},
-    "time embedding": {**CROSS, "time_embedding_dim": 24, "flip_sin_to_cos": False, "freq_shift": 1},
+    "linear projection, depth 2": {
+        **CROSS,
+        "use_linear_projection": True,
+        "transformer_layers_per_block": 2,
+    },
+    "SDXL's shape": {
+        **CROSS3,
+        "use_linear_projection": True,
+        "transformer_layers_per_block": (1, 2, 3),
+        "attention_head_dim": (1, 2, 4),
+    },
+    "tuples": {
+        **CROSS3,
+        "layers_per_block": (1, 2, 1),
+        "cross_attention_dim": (12, 12, 12),
+        "attention_head_dim": (2, 4, 8),
+    },
+    "every kind of block": {
+        **EVERY,
+        "attention_head_dim": (2, 4, 8),
+        "num_class_embeds": 4,
+        "layers_per_block": 2,
+    },
+    "time embedding": {
+        **CROSS,
+        "time_embedding_dim": 24,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+    },
     "padding 0, eps": {**SELF, **MIDDLE, "downsample_padding": 0, "norm_eps": 1e-3},
-    "projected vector": {**SELF, **MIDDLE, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 6},
+    "projected vector": {
+        **SELF,
+        **MIDDLE,
+        "class_embed_type": "projection",
+        "projection_class_embeddings_input_dim": 6,
+    },
     "class kinds: timestep": {**SELF, **MIDDLE, "class_embed_type": "timestep"},
-    "class kinds: simple projection": {**CROSS, "class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 6},
+    "class kinds: simple projection": {
+        **CROSS,
+        "class_embed_type": "simple_projection",
+        "projection_class_embeddings_input_dim": 6,
+    },
     "class kinds: identity": {**CROSS, "class_embed_type": "identity"},
     "SD 1": {**FOUR, "attention_head_dim": 4},
-    "SD 2": {**FOUR, "attention_head_dim": (1, 2, 4, 4), "use_linear_projection": True, "upcast_attention": True, "layers_per_block": 2},
-    "SDXL": {**CROSS3, **SIZES, "projection_class_embeddings_input_dim": 7 + 6 * 8, "transformer_layers_per_block": (1, 2, 3)},
-    "SDXL refiner": {**FOUR, **SIZES, "projection_class_embeddings_input_dim": 7 + 5 * 8, "down_block_types": DOWN4, "up_block_types": UP4},
-    "x4 upscaler": {**FOUR, "only_cross_attention": (True, True, True, False), "num_class_embeds": 7, "in_channels": 7, "out_channels": 3},
+    "SD 2": {
+        **FOUR,
+        "attention_head_dim": (1, 2, 4, 4),
+        "use_linear_projection": True,
+        "upcast_attention": True,
+        "layers_per_block": 2,
+    },
+    "SDXL": {
+        **CROSS3,
+        **SIZES,
+        "projection_class_embeddings_input_dim": 7 + 6 * 8,
+        "transformer_layers_per_block": (1, 2, 3),
+    },
+    "SDXL refiner": {
+        **FOUR,
+        **SIZES,
+        "projection_class_embeddings_input_dim": 7 + 5 * 8,
+        "down_block_types": DOWN4,
+        "up_block_types": UP4,
+    },
+    "x4 upscaler": {
+        **FOUR,
+        "only_cross_attention": (True, True, True, False),
+        "num_class_embeds": 7,
+        "in_channels": 7,
+        "out_channels": 3,
+    },
     "only cross-attention": {**CROSS, "only_cross_attention": True, "use_linear_projection": True},
-    "only cross-attention, not in the middle": {**CROSS, "only_cross_attention": True, "mid_block_only_cross_attention": False},
+    "only cross-attention, not in the middle": {
+        **CROSS,
+        "only_cross_attention": True,
+        "mid_block_only_cross_attention": False,
+    },
     "inpainting channels": {**CROSS, "in_channels": 7, "out_channels": 3},
 }
 
 
-def inputs(config: UNetConfig, size: tuple[int, int], mask: bool = False) -> tuple[Tensor, Tensor, Conditioning, dict[str, Any]]:
+def inputs(
+    config: UNetConfig, size: tuple[int, int], mask: bool = False
+) -> tuple[Tensor, Tensor, Conditioning, dict[str, Any]]:
     """x (2, 3, h, w), timesteps and the same conditioning in our words and in theirs."""
-    cross = any("Cross" in str(k) for k in (*config.down_block_types, *config.up_block_types, config.mid_block_type))
+    cross = any(
+        "Cross" in str(k)
+        for k in (*config.down_block_types, *config.up_block_types, config.mid_block_type)
+    )
     tokens = normal(2, 5, 12, seed=1) if cross else None
-    kept = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]], dtype=torch.bool) if mask and cross else None
+    kept = (
+        torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]], dtype=torch.bool)
+        if mask and cross
+        else None
+    )
     labels = torch.tensor([1, 2])
     vector, their_labels, added = None, None, None
     if config.addition_embed_type:
-        text, count = normal(2, 7, seed=2), ((config.projection_class_embeddings_input_dim or 0) - 7) // 8
-        sizes = torch.tensor([[1024.0, 1021, 3, 0, 768, 512], [333, 1024, 0, 77, 1536, 640]])[:, :count]
+        text, count = (
+            normal(2, 7, seed=2),
+            ((config.projection_class_embeddings_input_dim or 0) - 7) // 8,
+        )
+        sizes = torch.tensor([[1024.0, 1021, 3, 0, 768, 512], [333, 1024, 0, 77, 1536, 640]])[
+            :, :count
+        ]
         vector, added = torch.cat([text, sizes], 1), {"text_embeds": text, "time_ids": sizes}
     elif config.class_embed_type == "timestep":
         their_labels = torch.tensor([20.0, 350.0])
         vector = their_labels[:, None]
     elif config.class_embed_type is not None:
-        vector = their_labels = normal(2, config.projection_class_embeddings_input_dim or 4 * config.block_out_channels[0], seed=2)
+        vector = their_labels = normal(
+            2,
+            config.projection_class_embeddings_input_dim or 4 * config.block_out_channels[0],
+            seed=2,
+        )
     elif config.num_class_embeds:
         vector, their_labels = torch.eye(config.num_class_embeds)[labels], labels
     concat = normal(2, config.in_channels - 3, *size, seed=3) if config.in_channels > 3 else None
     ours = Conditioning(tokens=tokens, mask=kept, vector=vector, concat=concat)
-    theirs = {"encoder_hidden_states": tokens, "encoder_attention_mask": kept, "class_labels": their_labels, "added_cond_kwargs": added}
+    theirs = {
+        "encoder_hidden_states": tokens,
+        "encoder_attention_mask": kept,
+        "class_labels": their_labels,
+        "added_cond_kwargs": added,
+    }
     return normal(2, 3, *size), torch.tensor([999.0, 333.25]), ours, theirs
 
 
@@ -200,9 +356,11 @@ def test_unets_in_both_directions_through_folders(name: str, tmp_path: Path) -> 
     save_part(tmp_path / "ours", ours)
     theirs = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "ours")
     same_unet(ours, theirs)
-    sizes = [(4, 12)] if "AttnUpBlock2D" in values["up_block_types"] else [(7, 7), (6, 9)]  # odd maps fail in their AttnUpBlock2D
+    # odd maps fail in their AttnUpBlock2D
+    sizes = [(4, 12)] if "AttnUpBlock2D" in values["up_block_types"] else [(7, 7), (6, 9)]
     for size in sizes:
-        same_unet(ours, theirs, size, mask="only_cross_attention" not in values)  # there their first attention takes no mask
+        # there their first attention takes no mask
+        same_unet(ours, theirs, size, mask="only_cross_attention" not in values)
     theirs = randomise(diffusers.UNet2DConditionModel(**values), seed=1)
     theirs.save_pretrained(tmp_path / "theirs")
     loaded = load_part(tmp_path / "theirs", "UNet2DConditionModel")
@@ -212,7 +370,9 @@ def test_unets_in_both_directions_through_folders(name: str, tmp_path: Path) -> 
 
 @torch.inference_mode()
 def test_odd_maps_where_theirs_fail() -> None:
-    """AttnUpBlock2D doubles to the skip's own size: padding the input by hand and cropping would be the alternative."""
+    """AttnUpBlock2D doubles to the skip's own size: padding the input by hand and cropping would be
+    the alternative.
+    """
     ours = randomise(UNet(UNetConfig(**(TINY | SELF | MIDDLE))))
     x, timestep, cond, _ = inputs(ours.config, (7, 5))
     assert ours(x, timestep, cond).shape == (2, 3, 7, 5)
@@ -220,15 +380,32 @@ def test_odd_maps_where_theirs_fail() -> None:
 
 @torch.inference_mode()
 def test_every_input_shows_in_the_output() -> None:
-    """Without this, parity could hold because nothing matters: tokens, mask, vector, time, concat each change y."""
-    ours = randomise(UNet(UNetConfig(**(TINY | EVERY | {"in_channels": 4, "num_class_embeds": 4, "attention_head_dim": 4}))))
+    """Without this, parity could hold because nothing matters: tokens, mask, vector, time, concat
+    each change y.
+    """
+    ours = randomise(
+        UNet(
+            UNetConfig(
+                **(
+                    TINY
+                    | EVERY
+                    | {"in_channels": 4, "num_class_embeds": 4, "attention_head_dim": 4}
+                )
+            )
+        )
+    )
     x, timestep, cond, _ = inputs(ours.config, (8, 8), mask=True)
     y = ours(x, timestep, cond)
     assert cond.tokens is not None and cond.concat is not None
     unmasked = cond.tokens.clone()
     unmasked[0, 4] += 5  # a token that is masked out
     assert torch.equal(ours(x, timestep, replace(cond, tokens=unmasked)), y)
-    changes = [{"tokens": cond.tokens + 1}, {"mask": None}, {"vector": torch.eye(4)[[3, 3]]}, {"concat": cond.concat + 1}]
+    changes = [
+        {"tokens": cond.tokens + 1},
+        {"mask": None},
+        {"vector": torch.eye(4)[[3, 3]]},
+        {"concat": cond.concat + 1},
+    ]
     for change in changes:
         assert (ours(x, timestep, replace(cond, **change)) - y).abs().max() > 1e-3, change
     assert (ours(x, timestep - 100, cond) - y).abs().max() > 1e-3
@@ -241,16 +418,26 @@ def test_every_input_shows_in_the_output() -> None:
 @pytest.mark.parametrize("size", [(8, 8), (7, 7)])
 @torch.inference_mode()
 def test_controlnet_residuals(size: tuple[int, int]) -> None:
-    """The residuals of a real ControlNet go through our door `Conditioning.residuals`: its down blocks' in order, then the middle's."""
+    """The residuals of a real ControlNet go through our door `Conditioning.residuals`: its down
+    blocks' in order, then the middle's.
+    """
     values = TINY | CROSS | {"mid_block_type": "UNetMidBlock2DCrossAttn"}
     ours = randomise(UNet(UNetConfig(**values)))
     theirs = diffusers.UNet2DConditionModel(**values).eval()
     theirs.load_state_dict(ours.state_dict())
-    control = randomise(diffusers.ControlNetModel.from_unet(theirs, conditioning_channels=3), seed=2)
+    control = randomise(
+        diffusers.ControlNetModel.from_unet(theirs, conditioning_channels=3), seed=2
+    )
     x, timestep, cond, words = inputs(ours.config, size)
     picture = normal(2, 3, 8 * size[0], 8 * size[1], seed=4)
     down, middle = control(x, timestep, words["encoder_hidden_states"], picture, return_dict=False)
-    expected = theirs(x, timestep, **words, down_block_additional_residuals=down, mid_block_additional_residual=middle).sample
+    expected = theirs(
+        x,
+        timestep,
+        **words,
+        down_block_additional_residuals=down,
+        mid_block_additional_residual=middle,
+    ).sample
     close(ours(x, timestep, replace(cond, residuals=(*down, middle))), expected)
     assert (expected - ours(x, timestep, cond)).abs().max() > 1e-2
     for wrong in ((*down[1:], middle), (*down, middle, middle), (*down, middle[:, :8])):
@@ -258,7 +445,7 @@ def test_controlnet_residuals(size: tuple[int, int]) -> None:
             ours(x, timestep, replace(cond, residuals=wrong))
 
 
-# ---- configs -----------------------------------------------------------------------------------------------------------
+# ---- configs -------------------------------------------------------------------------------------
 
 
 def defaults_of(config: type) -> dict[str, Any]:
@@ -266,9 +453,17 @@ def defaults_of(config: type) -> dict[str, Any]:
 
 
 def test_we_know_every_field_of_their_configs_with_its_default() -> None:
-    theirs = {k: p.default for k, p in inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters.items() if k != "self"}
+    theirs = {
+        k: p.default
+        for k, p in inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters.items()
+        if k != "self"
+    }
     assert defaults_of(UNetConfig) | FIXED == theirs
-    theirs = {k: p.default for k, p in inspect.signature(diffusers.AutoencoderKL.__init__).parameters.items() if k != "self"}
+    theirs = {
+        k: p.default
+        for k, p in inspect.signature(diffusers.AutoencoderKL.__init__).parameters.items()
+        if k != "self"
+    }
     assert {*defaults_of(KLConfig), "act_fn", "down_block_types", "up_block_types"} == theirs.keys()
 
 
@@ -291,8 +486,16 @@ def change_config(folder: Path, **values: Any) -> None:
     ("field", "value", "words"),
     [
         *((k, another(v), "is not supported") for k, v in FIXED.items()),
-        ("adapter_strength", 0.5, "adapter_strength=0.5 is not known to UNetConfig: it might change the result"),
-        ("down_block_types", ["KDownBlock2D", "DownBlock2D"], "block type 'KDownBlock2D' is not supported"),
+        (
+            "adapter_strength",
+            0.5,
+            "adapter_strength=0.5 is not known to UNetConfig: it might change the result",
+        ),
+        (
+            "down_block_types",
+            ["KDownBlock2D", "DownBlock2D"],
+            "block type 'KDownBlock2D' is not supported",
+        ),
         ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn", "is not supported"),
         ("class_embed_type", "text", "class_embed_type 'text' is not supported"),
         ("resnet_time_scale_shift", "spatial", "expected 'default' or 'scale_shift'"),
@@ -302,7 +505,9 @@ def change_config(folder: Path, **values: Any) -> None:
         ("norm_num_groups", 0, "value of the wrong kind"),
     ],
 )
-def test_fields_we_would_not_honour_are_refused(tmp_path: Path, field: str, value: Any, words: str) -> None:
+def test_fields_we_would_not_honour_are_refused(
+    tmp_path: Path, field: str, value: Any, words: str
+) -> None:
     folder = saved_unet(tmp_path)
     change_config(folder, **{field: value})
     with pytest.raises(UserError, match=words) as caught:
@@ -316,20 +521,29 @@ def test_fields_we_would_not_honour_are_refused(tmp_path: Path, field: str, valu
         ({"act_fn": "gelu"}, "act_fn='gelu' is not supported by KLConfig: expected 'silu'"),
         ({"down_block_types": ["AttnDownBlock2D"] * 2}, "is not supported"),
         ({"double_z": False}, "double_z=False is not known"),
-        ({"block_out_channels": [4], "down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]}, "2 to 6"),
+        (
+            {
+                "block_out_channels": [4],
+                "down_block_types": ["DownEncoderBlock2D"],
+                "up_block_types": ["UpDecoderBlock2D"],
+            },
+            "2 to 6",
+        ),
         ({"latents_std": [1.0, 0.0, 1.0]}, "positive stds"),
         ({"latents_mean": [0.0]}, "as many means"),
         ({"_class_name": "AutoencoderTiny"}, "of class 'AutoencoderTiny'"),
     ],
 )
-def test_autoencoder_fields_we_would_not_honour_are_refused(tmp_path: Path, values: dict[str, Any], words: str) -> None:
+def test_autoencoder_fields_we_would_not_honour_are_refused(
+    tmp_path: Path, values: dict[str, Any], words: str
+) -> None:
     save_part(tmp_path, AutoencoderKL(KLConfig(**(SMALL | AUTOENCODERS["statistics"]))))
     change_config(tmp_path, **values)
     with pytest.raises(UserError, match=words):
         load_part(tmp_path, "AutoencoderKL")
 
 
-# ---- schedules and schedulers ------------------------------------------------------------------------------------------
+# ---- schedules and schedulers --------------------------------------------------------------------
 
 
 def their_scheduler(process: Process) -> Any:
@@ -339,9 +553,11 @@ def their_scheduler(process: Process) -> Any:
 
 @pytest.mark.parametrize("kind", THEIR_NAMES)
 def test_tables_equal_theirs(kind: str) -> None:
-    """alpha^2 and sigma^2 at every grid point, to 1e-6 plus what they lose by float32: each beta is rounded to 2^-24 of itself.
+    """alpha^2 and sigma^2 at every grid point, to 1e-6 plus what they lose by float32: each beta is
+    rounded to 2^-24 of itself.
 
-    The product is taken over their betas in float64: their own cumulative product adds up to 1e-4 of rounding, checked last.
+    The product is taken over their betas in float64: their own cumulative product adds up to 1e-4
+    of rounding, checked last.
     """
     process = Process(schedule(kind), parameterization("v"))
     theirs = their_scheduler(process)
@@ -351,22 +567,33 @@ def test_tables_equal_theirs(kind: str) -> None:
     alpha, sigma = process.schedule.at(process.schedule.time(torch.arange(1000)))
     assert ((alpha.square() / products.exp() - 1).abs() < lost).all()
     assert ((sigma.square() / -torch.expm1(products) - 1).abs() < lost).all()
-    assert lost[:-1].max() < 2e-6 and lost[-1] < 1e-4  # only the last beta of cosine, 0.999, costs more
+    # only the last beta of cosine, 0.999, costs more
+    assert lost[:-1].max() < 2e-6 and lost[-1] < 1e-4
     torch.testing.assert_close(alpha.square().float(), theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", THEIR_NAMES)
 @pytest.mark.parametrize("name", THEIR_TYPES)
-def test_scheduler_configs_in_both_directions_through_folders(kind: str, name: str, tmp_path: Path) -> None:
+def test_scheduler_configs_in_both_directions_through_folders(
+    kind: str, name: str, tmp_path: Path
+) -> None:
     options = {} if kind == "cosine" else {"start": 0.0003, "end": 0.015}
     process = Process(schedule(kind, steps=500, **options), parameterization(name))
     config = to_scheduler_config(process)
     (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
     theirs = getattr(diffusers, config["_class_name"]).from_pretrained(tmp_path)
-    assert theirs.config.prediction_type == THEIR_TYPES[name] and theirs.config.beta_schedule == THEIR_NAMES[kind]
+    assert (
+        theirs.config.prediction_type == THEIR_TYPES[name]
+        and theirs.config.beta_schedule == THEIR_NAMES[kind]
+    )
     assert len(theirs.alphas_cumprod) == 500 and not theirs.config.clip_sample
     theirs.save_pretrained(tmp_path / "again")
-    assert from_scheduler_config(json.loads((tmp_path / "again" / "scheduler_config.json").read_text())) == process
+    assert (
+        from_scheduler_config(
+            json.loads((tmp_path / "again" / "scheduler_config.json").read_text())
+        )
+        == process
+    )
     assert from_scheduler_config(config) == process
 
 
@@ -376,10 +603,17 @@ def test_flow_scheduler_in_both_directions(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "scheduler_config.json").read_text())
     assert len(values) > 12 and from_scheduler_config(values) == process
-    other = Process(schedule("flow"), parameterization("v"))  # no scheduler of theirs stands for it: a config of our own does
+    # no scheduler of theirs stands for it: a config of our own does
+    other = Process(schedule("flow"), parameterization("v"))
     config = to_scheduler_config(other)
-    assert config["_class_name"] == "SfumatoProcess" and from_scheduler_config(json.loads(json.dumps(config))) == other
-    for change, words in (({"schedule": {"class": "Flow"}}, "expected a class of"), ({"shift": 3}, "'shift' is not known")):
+    assert (
+        config["_class_name"] == "SfumatoProcess"
+        and from_scheduler_config(json.loads(json.dumps(config))) == other
+    )
+    for change, words in (
+        ({"schedule": {"class": "Flow"}}, "expected a class of"),
+        ({"shift": 3}, "'shift' is not known"),
+    ):
         with pytest.raises(UserError, match=words):
             from_scheduler_config({**config, **change})
 
@@ -391,7 +625,11 @@ FLOW, TABLE = "FlowMatchEulerDiscreteScheduler", "DDIMScheduler"
     ("name", "values", "words"),
     [
         ("IPNDMScheduler", {}, "scheduler class 'IPNDMScheduler' is not known"),
-        (TABLE, {"trained_betas": [0.1, 1.2], "num_train_timesteps": 2}, "strictly between 0 and 1"),
+        (
+            TABLE,
+            {"trained_betas": [0.1, 1.2], "num_train_timesteps": 2},
+            "strictly between 0 and 1",
+        ),
         (TABLE, {"clip_sample": None}, "clip_sample=None: expected true or false"),
         (TABLE, {"beta_schedule": "laplace"}, "beta_schedule='laplace'"),
         (TABLE, {"prediction_type": "flow"}, "prediction_type='flow'"),
@@ -400,7 +638,9 @@ FLOW, TABLE = "FlowMatchEulerDiscreteScheduler", "DDIMScheduler"
         (FLOW, {"beta_start": 0.1}, "beta_start=0.1 is not known"),
     ],
 )
-def test_schedulers_we_would_not_honour_are_refused(name: str, values: dict[str, Any], words: str) -> None:
+def test_schedulers_we_would_not_honour_are_refused(
+    name: str, values: dict[str, Any], words: str
+) -> None:
     good = {"clip_sample": False} if name != FLOW else {}
     if name != "IPNDMScheduler":
         from_scheduler_config({"_class_name": name, **good})
@@ -408,7 +648,7 @@ def test_schedulers_we_would_not_honour_are_refused(name: str, values: dict[str,
         from_scheduler_config({"_class_name": name, **good, **values})
 
 
-# ---- whole models ------------------------------------------------------------------------------------------------------
+# ---- whole models --------------------------------------------------------------------------------
 
 
 class Theirs(nn.Module):
@@ -419,18 +659,25 @@ class Theirs(nn.Module):
         config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         self.unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet").eval()
         self.vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae").eval()
-        self.scheduler = getattr(diffusers, config["_class_name"]).from_pretrained(folder / "scheduler")
+        self.scheduler = getattr(diffusers, config["_class_name"]).from_pretrained(
+            folder / "scheduler"
+        )
 
     @torch.inference_mode()
-    def forward(self, noise: Tensor, labels: list[int], null: int, steps: int, weight: float) -> Tensor:
+    def forward(
+        self, noise: Tensor, labels: list[int], null: int, steps: int, weight: float
+    ) -> Tensor:
         if isinstance(self.scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
-            self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))  # its own default ends at sigma 0.001, not at 1/steps
+            # its own default ends at sigma 0.001, not at 1/steps
+            self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
         else:
             self.scheduler.set_timesteps(steps)
         x = noise
         for timestep in self.scheduler.timesteps:
             y, reference = (
-                self.unet(x, timestep, encoder_hidden_states=None, class_labels=torch.tensor(k)).sample
+                self.unet(
+                    x, timestep, encoder_hidden_states=None, class_labels=torch.tensor(k)
+                ).sample
                 for k in (labels, [null] * len(labels))
             )
             x = self.scheduler.step(reference + weight * (y - reference), timestep, x).prev_sample
@@ -438,16 +685,27 @@ class Theirs(nn.Module):
 
     @torch.inference_mode()
     def decode(self, z: Tensor) -> Tensor:
-        mean, std = (torch.tensor(self.vae.config[k])[:, None, None] for k in ("latents_mean", "latents_std"))
+        mean, std = (
+            torch.tensor(self.vae.config[k])[:, None, None] for k in ("latents_mean", "latents_std")
+        )
         return self.vae.decode(z * std + mean).sample.clamp(-1, 1).add(1).div(2)
 
 
-PAIRS = [("cosine", "eps"), ("cosine", "v"), ("linear", "eps"), ("linear", "v"), ("scaled_linear", "v"), ("flow", "flow")]
+PAIRS = [
+    ("cosine", "eps"),
+    ("cosine", "v"),
+    ("linear", "eps"),
+    ("linear", "v"),
+    ("scaled_linear", "v"),
+    ("flow", "flow"),
+]
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 @pytest.mark.parametrize("weight", [1.0, 2.5])
-def test_a_whole_model_makes_the_same_latents_and_pictures(pair: tuple[str, str], weight: float, tmp_path: Path) -> None:
+def test_a_whole_model_makes_the_same_latents_and_pictures(
+    pair: tuple[str, str], weight: float, tmp_path: Path
+) -> None:
     model = build()
     process = Process(schedule(pair[0]), parameterization(pair[1]))
     model = replace(model, denoiser=Denoiser(model.denoiser.network, process))
@@ -459,7 +717,9 @@ def test_a_whole_model_makes_the_same_latents_and_pictures(pair: tuple[str, str]
     ours = model.generate(**settings, output="latent")
     expected = theirs(noise, labels, len(names), 5, weight)
     close(ours, expected, 1e-4)
-    if pair[1] != "eps":  # a random network's eps errors are divided by alpha(1): those latents are far out of any picture's range
+    # a random network's eps errors are divided by alpha(1): those latents are far out of any
+    # picture's range
+    if pair[1] != "eps":
         pictures = model.generate(**settings, output="tensor")
         assert (pictures - theirs.decode(expected)).abs().max() < 1e-3
         assert pictures.std() > 0.01
@@ -476,14 +736,20 @@ def test_a_whole_model_makes_the_same_latents_and_pictures(pair: tuple[str, str]
     ],
 )
 def test_rescaled_and_own_tables_in_both_directions(chosen: Any, parameter: str) -> None:
-    """Their scheduler built from our config has our table, and our config read again is the same process."""
+    """Their scheduler built from our config has our table, and our config read again is the same
+    process.
+    """
     process = Process(chosen, parameterization(parameter))
     config = to_scheduler_config(process)
     theirs: Any = diffusers.DDIMScheduler.from_config(config)
     grid = torch.arange(1, chosen.grid + 1, dtype=torch.float64) / chosen.grid
-    torch.testing.assert_close(theirs.alphas_cumprod.double(), chosen.at(grid)[0].square(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        theirs.alphas_cumprod.double(), chosen.at(grid)[0].square(), rtol=1e-4, atol=1e-6
+    )
     again = from_scheduler_config(json.loads(json.dumps(config)))
-    assert again.parameterization == process.parameterization and again.schedule.at(0.37) == chosen.at(0.37)
+    assert again.parameterization == process.parameterization and again.schedule.at(
+        0.37
+    ) == chosen.at(0.37)
 
 
 def test_a_shifted_flow_in_both_directions() -> None:

@@ -1,4 +1,6 @@
-"""DiT and PixArt beside diffusers': the same keys, outputs and files, at any size that theirs can do; and what ours does beyond."""
+"""DiT and PixArt beside diffusers': the same keys, outputs and files, at any size that theirs can
+do; and what ours does beyond.
+"""
 
 import json
 import runpy
@@ -22,10 +24,16 @@ from sfumato.predict.references._copies import changed
 from sfumato.predict.references.perturbed_attention import self_attentions
 from sfumato.types import Conditioning
 
-differing: Callable[..., Any] = runpy.run_path(str(Path(__file__).resolve().parents[1] / "oracles" / "test_batch_invariance.py"))[
-    "differing"
-]
-SMALL: dict[str, Any] = {"num_attention_heads": 3, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8, "out_channels": 8}
+differing: Callable[..., Any] = runpy.run_path(
+    str(Path(__file__).resolve().parents[1] / "oracles" / "test_batch_invariance.py")
+)["differing"]
+SMALL: dict[str, Any] = {
+    "num_attention_heads": 3,
+    "attention_head_dim": 8,
+    "num_layers": 2,
+    "sample_size": 8,
+    "out_channels": 8,
+}
 CLASSES = 5
 DITS: dict[str, dict[str, Any]] = {
     "DiT": {},
@@ -37,9 +45,22 @@ DITS: dict[str, dict[str, Any]] = {
 PIXARTS: dict[str, dict[str, Any]] = {
     "PixArt": {"caption_channels": 12},
     "PixArt, sizes": {"caption_channels": 12, "sample_size": 128},
-    "PixArt, sizes asked for": {"caption_channels": 12, "use_additional_conditions": True, "norm_eps": 1e-3},
-    "PixArt Sigma": {"caption_channels": 12, "sample_size": 128, "use_additional_conditions": False, "interpolation_scale": 2},
-    "PixArt, no projection": {"cross_attention_dim": 12, "attention_bias": False, "activation_fn": "geglu"},
+    "PixArt, sizes asked for": {
+        "caption_channels": 12,
+        "use_additional_conditions": True,
+        "norm_eps": 1e-3,
+    },
+    "PixArt Sigma": {
+        "caption_channels": 12,
+        "sample_size": 128,
+        "use_additional_conditions": False,
+        "interpolation_scale": 2,
+    },
+    "PixArt, no projection": {
+        "cross_attention_dim": 12,
+        "attention_bias": False,
+        "activation_fn": "geglu",
+    },
     "PixArt, stretched": {"caption_channels": 12, "interpolation_scale": 0.5, "out_channels": None},
 }
 every = pytest.mark.parametrize("name", [*DITS, *PIXARTS])
@@ -50,7 +71,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def randomise(network: Any, seed: int = 0) -> Any:
-    """No weight is 0, so that mistakes show; in place, where modules that are shared stay shared."""
+    """No weight is 0, so that mistakes show; in place, where modules that are shared stay
+    shared.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -59,11 +82,15 @@ def randomise(network: Any, seed: int = 0) -> Any:
 
 
 def theirs(name: str, alike: bool = True) -> Any:
-    """diffusers' network; a DiT's layers for time and class are the same in all blocks, as in published files, unless told otherwise."""
+    """diffusers' network; a DiT's layers for time and class are the same in all blocks, as in
+    published files, unless told otherwise.
+    """
     if name in PIXARTS:
         values = SMALL | {"cross_attention_dim": 24} | PIXARTS[name]
         return randomise(diffusers.PixArtTransformer2DModel(**values), 1)
-    network = randomise(diffusers.DiTTransformer2DModel(num_embeds_ada_norm=CLASSES - 1, **(SMALL | DITS[name])), 1)
+    network = randomise(
+        diffusers.DiTTransformer2DModel(num_embeds_ada_norm=CLASSES - 1, **(SMALL | DITS[name])), 1
+    )
     if alike:
         for block in network.transformer_blocks:
             block.norm1.emb.load_state_dict(network.transformer_blocks[0].norm1.emb.state_dict())
@@ -78,41 +105,63 @@ def opened(network: Any, folder: Path) -> Any:
 def close(ours: Tensor, expected: Tensor, relative: float = 1e-5) -> None:
     assert ours.shape == expected.shape
     scale = float(expected.abs().max())
-    assert float((ours - expected).abs().max()) <= relative * scale, (float((ours - expected).abs().max()), scale)
+    assert float((ours - expected).abs().max()) <= relative * scale, (
+        float((ours - expected).abs().max()),
+        scale,
+    )
 
 
 def asked(ours: Any, size: tuple[int, int], batch: int = 2) -> tuple[Tensor, Tensor, Conditioning]:
-    """x, times and a condition for each image: all doors of the network are in use, and some text is masked."""
-    x, timestep = normal(batch, ours.config.in_channels, *size), torch.linspace(7, 999, batch) if batch > 1 else torch.tensor([999.0])
+    """x, times and a condition for each image: all doors of the network are in use, and some text
+    is masked.
+    """
+    x, timestep = (
+        normal(batch, ours.config.in_channels, *size),
+        torch.linspace(7, 999, batch) if batch > 1 else torch.tensor([999.0]),
+    )
     if isinstance(ours, DiT):
         return x, timestep, Conditioning(vector=torch.eye(CLASSES)[torch.arange(batch) % CLASSES])
     mask = (normal(batch, 6, seed=3) > -0.5) | (torch.arange(6) == 0)
-    picture = torch.tensor([[1024.0, 768.0, 1024 / 768], [512.0, 1021.0, 512 / 1021]])[torch.arange(batch) % 2]
-    return x, timestep, Conditioning(tokens=normal(batch, 6, ours.token_width, seed=1), mask=mask, vector=picture)
+    picture = torch.tensor([[1024.0, 768.0, 1024 / 768], [512.0, 1021.0, 512 / 1021]])[
+        torch.arange(batch) % 2
+    ]
+    return (
+        x,
+        timestep,
+        Conditioning(tokens=normal(batch, 6, ours.token_width, seed=1), mask=mask, vector=picture),
+    )
 
 
 def their_answer(network: Any, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-    """What diffusers' network gives; its DiT puts tokens together as squares only, which is done here for it."""
+    """What diffusers' network gives; its DiT puts tokens together as squares only, which is done
+    here for it.
+    """
     if isinstance(network, diffusers.PixArtTransformer2DModel):
         picture: Any = cond.vector
         added = {"resolution": picture[:, :2], "aspect_ratio": picture[:, 2:]}
         return network(x, cond.tokens, timestep, added, encoder_attention_mask=cond.mask).sample
     tokens: list[Tensor] = []
-    hook = network.proj_out_2.register_forward_hook(lambda module, given, found: tokens.append(found))
+    hook = network.proj_out_2.register_forward_hook(
+        lambda module, given, found: tokens.append(found)
+    )
     vector: Any = cond.vector
     try:
         whole = network(x, timestep, vector.argmax(1)).sample
     except RuntimeError:
         whole = None
     hook.remove()
-    patch, (rows, columns) = network.config.patch_size, (side // network.config.patch_size for side in x.shape[2:])
-    map = tokens[0].unflatten(2, (patch, patch, -1)).unflatten(1, (rows, columns))  # (B, rows, columns, down, right, C)
+    patch, (rows, columns) = (
+        network.config.patch_size,
+        (side // network.config.patch_size for side in x.shape[2:]),
+    )
+    # (B, rows, columns, down, right, C)
+    map = tokens[0].unflatten(2, (patch, patch, -1)).unflatten(1, (rows, columns))
     found = map.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
     assert rows != columns or (whole is not None and torch.equal(found, whole))
     return found
 
 
-# ---- parity ------------------------------------------------------------------------------------------------------------
+# ---- parity --------------------------------------------------------------------------------------
 
 
 @every
@@ -137,12 +186,16 @@ def test_parity_and_folders_in_both_directions(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["DiT", "PixArt, sizes", "PixArt Sigma"])
 @torch.inference_mode()
 def test_perturbed_attention(name: str, tmp_path: Path) -> None:
-    """diffusers' processor, which its PixArt-Sigma pipeline sets in a block's first attention, perturbs the second half of a doubled batch."""
+    """diffusers' processor, which its PixArt-Sigma pipeline sets in a block's first attention,
+    perturbs the second half of a doubled batch.
+    """
     network = theirs(name)
     ours = opened(network, tmp_path)
     x, timestep, cond = asked(ours, (8, 8))
     network.transformer_blocks[1].attn1.set_processor(PAGIdentitySelfAttnProcessor2_0())
-    plain, expected = their_answer(network, x.repeat(2, 1, 1, 1), timestep.repeat(2), Conditioning.cat([cond, cond])).chunk(2)
+    plain, expected = their_answer(
+        network, x.repeat(2, 1, 1, 1), timestep.repeat(2), Conditioning.cat([cond, cond])
+    ).chunk(2)
     found = changed(ours, ["transformer_blocks.1"], self_attentions, "layer")(x, timestep, cond)
     close(ours(x, timestep, cond), plain)
     close(found, expected)
@@ -150,7 +203,9 @@ def test_perturbed_attention(name: str, tmp_path: Path) -> None:
 
 
 def test_a_dit_whose_blocks_are_told_by_layers_of_their_own(tmp_path: Path) -> None:
-    """diffusers lets them differ, and uses each block's; also in place, in a network that shared them before, and back again."""
+    """diffusers lets them differ, and uses each block's; also in place, in a network that shared
+    them before, and back again.
+    """
     network = theirs("DiT", alike=False)
     ours = opened(network, tmp_path / "theirs")
     x, timestep, cond = asked(ours, (8, 8))
@@ -176,7 +231,9 @@ def test_weights_of_a_checkpoint_come_into_the_parameters_that_an_optimizer_hold
     before = list(ours.parameters())
     ours.load_state_dict(network.state_dict())
     assert all(a is b for a, b in zip(before, ours.parameters(), strict=True))
-    assert all(torch.equal(tensor, network.state_dict()[key]) for key, tensor in ours.state_dict().items())
+    assert all(
+        torch.equal(tensor, network.state_dict()[key]) for key, tensor in ours.state_dict().items()
+    )
 
 
 @torch.inference_mode()
@@ -198,15 +255,21 @@ def test_every_input_shows_in_the_output(name: str, tmp_path: Path) -> None:
     ours = opened(theirs(name), tmp_path)
     x, timestep, cond = asked(ours, (8, 8))
     y = ours(x, timestep, cond)
-    changes: list[dict[str, Any]] = [{"vector": cond.vector.flip(0)}] if ours.vector_width or ours.classes else []
+    changes: list[dict[str, Any]] = (
+        [{"vector": cond.vector.flip(0)}] if ours.vector_width or ours.classes else []
+    )
     if cond.tokens is not None:
         changes += [{"tokens": cond.tokens + 1}, {"mask": None}]
         masked = torch.where(cond.mask[:, :, None], cond.tokens, 7.0)
-        assert not cond.mask.all() and torch.equal(ours(x, timestep, replace(cond, tokens=masked)), y), "what is masked is not read"
+        assert not cond.mask.all() and torch.equal(
+            ours(x, timestep, replace(cond, tokens=masked)), y
+        ), "what is masked is not read"
     for change in changes:
         assert (ours(x, timestep, replace(cond, **change)) - y).abs().max() > 1e-3, change
     assert (ours(x, timestep - 5, cond) - y).abs().max() > 1e-3
-    assert (ours(x.roll(2, 3), timestep, cond).roll(-2, 3) - y).abs().max() > 1e-3, "places are told apart"
+    assert (ours(x.roll(2, 3), timestep, cond).roll(-2, 3) - y).abs().max() > 1e-3, (
+        "places are told apart"
+    )
     if name in PIXARTS and not ours.vector_width:
         assert torch.equal(ours(x, timestep, replace(cond, vector=None)), y)
 
@@ -223,7 +286,7 @@ def test_sides_that_are_no_multiple_of_the_patch(name: str, tmp_path: Path) -> N
     assert y.shape == (2, 8, 7, 9) and torch.equal(y, ours(filled, timestep, cond)[:, :, :7, :9])
 
 
-# ---- files -------------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["DiT", "PixArt", "PixArt, sizes"])
@@ -238,7 +301,9 @@ def test_the_class_of_the_first_files(name: str, tmp_path: Path) -> None:
         "only_cross_attention": False,
         "use_linear_projection": False,
     }
-    config |= {"double_self_attention": False} | ({} if name in PIXARTS else {"cross_attention_dim": None})
+    config |= {"double_self_attention": False} | (
+        {} if name in PIXARTS else {"cross_attention_dim": None}
+    )
     (tmp_path / "config.json").write_text(json.dumps(config))
     ours = load_part(tmp_path)
     assert type(diffusers.Transformer2DModel.from_pretrained(tmp_path)) is type(network)
@@ -248,7 +313,10 @@ def test_the_class_of_the_first_files(name: str, tmp_path: Path) -> None:
         close(ours(x, timestep, cond), their_answer(network, x, timestep, cond))
     config["norm_type"] = "ada_norm"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="norm_type 'ada_norm' of Transformer2DModel is not supported: expected one of ada_norm_zero"):
+    with pytest.raises(
+        UserError,
+        match="norm_type 'ada_norm' of Transformer2DModel is not supported: expected one of ada_norm_zero",
+    ):
         load_part(tmp_path)
 
 
@@ -257,16 +325,23 @@ def test_configs_come_back(name: str) -> None:
     config = theirs(name).config
     kind = PixArtConfig if name in PIXARTS else DiTConfig
     read = kind.from_dict(json.loads(json.dumps(dict(config))))
-    assert {k: v for k, v in read.to_dict().items() if k != "_class_name"} == {k: v for k, v in config.items() if not k.startswith("_")}
+    assert {k: v for k, v in read.to_dict().items() if k != "_class_name"} == {
+        k: v for k, v in config.items() if not k.startswith("_")
+    }
     assert kind.from_dict(read.to_dict()) == read
 
 
 FULL: dict[str, tuple[str, dict[str, Any], int]] = {
-    # millions of parameters: 675 of DiT-XL/2 (Peebles & Xie 2022, arXiv:2212.09748); diffusers' class has 750, with 27 copies of the same layers.
-    # The paper of PixArt says 0.6 billion (Chen et al. 2023, arXiv:2310.00426); 611 is what diffusers' class has with the published configs.
+    # millions of parameters: 675 of DiT-XL/2 (Peebles & Xie 2022, arXiv:2212.09748); diffusers'
+    # class has 750, with 27 copies of the same layers. The paper of PixArt says 0.6 billion (Chen
+    # et al. 2023, arXiv:2310.00426); 611 is what diffusers' class has with the published configs.
     "DiT-XL/2 256": ("DiTTransformer2DModel", {"out_channels": 8}, 675),
     "DiT-XL/2 512": ("DiTTransformer2DModel", {"out_channels": 8, "sample_size": 64}, 675),
-    "PixArt-alpha 512": ("PixArtTransformer2DModel", {"caption_channels": 4096, "sample_size": 64}, 611),
+    "PixArt-alpha 512": (
+        "PixArtTransformer2DModel",
+        {"caption_channels": 4096, "sample_size": 64},
+        611,
+    ),
     "PixArt-alpha 1024": ("PixArtTransformer2DModel", {"caption_channels": 4096}, 611),
     "PixArt-Sigma 1024": (
         "PixArtTransformer2DModel",
@@ -288,13 +363,17 @@ def test_full_sizes(name: str) -> None:
     assert round(sum(p.numel() for p in ours.parameters()) / 1e6) == millions
 
 
-# ---- bits, dtypes, training ----------------------------------------------------------------------------------------------
+# ---- bits, dtypes, training ----------------------------------------------------------------------
 
 
 @pytest.mark.invariance
 @pytest.mark.parametrize("size", [(8, 8), (7, 9)])
-@pytest.mark.parametrize("name", ["DiT", "DiT, GEGLU", "PixArt", "PixArt, sizes asked for", "PixArt, no projection"])
-def test_an_image_has_the_bits_that_it_has_alone(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["DiT", "DiT, GEGLU", "PixArt", "PixArt, sizes asked for", "PixArt, no projection"]
+)
+def test_an_image_has_the_bits_that_it_has_alone(
+    name: str, size: tuple[int, int], tmp_path: Path
+) -> None:
     ours = opened(theirs(name), tmp_path)
     x, timestep, cond = asked(ours, size, 12)
     assert not differing(lambda rows: ours(x[rows], timestep[rows], cond[rows]), (2, 3, 11))
@@ -303,7 +382,9 @@ def test_an_image_has_the_bits_that_it_has_alone(name: str, size: tuple[int, int
 @pytest.mark.invariance
 def test_a_wide_network_has_them_too() -> None:
     """Weights that go other ways than small ones: the table of classes, and oneDNN's."""
-    ours = randomise(DiT(DiTConfig(num_attention_heads=4, attention_head_dim=72, num_layers=1, sample_size=8)))
+    ours = randomise(
+        DiT(DiTConfig(num_attention_heads=4, attention_head_dim=72, num_layers=1, sample_size=8))
+    )
     x, timestep = normal(5, 4, 6, 8), torch.linspace(0, 999, 5)
     cond = Conditioning(vector=torch.eye(1001)[[1, 1000, 7, 1000, 999]])
     assert not differing(lambda rows: ours(x[rows], timestep[rows], cond[rows]), (2, 4))
@@ -321,11 +402,20 @@ def test_bfloat16(name: str, tmp_path: Path) -> None:
     close(found.float(), expected, 0.05)
 
 
-@pytest.mark.parametrize("name", ["DiT", "DiT, a single cell a patch", "PixArt, sizes asked for", "PixArt, no projection"])
+@pytest.mark.parametrize(
+    "name",
+    ["DiT", "DiT, a single cell a patch", "PixArt, sizes asked for", "PixArt, no projection"],
+)
 def test_training(name: str) -> None:
-    """A fresh network answers 0, as both papers begin; every weight has a gradient; and with gradients the numbers are the same."""
+    """A fresh network answers 0, as both papers begin; every weight has a gradient; and with
+    gradients the numbers are the same.
+    """
     kind = (PixArt, PixArtConfig) if name in PIXARTS else (DiT, DiTConfig)
-    values = {"cross_attention_dim": 24} | PIXARTS[name] if name in PIXARTS else {"num_embeds_ada_norm": CLASSES - 1} | DITS[name]
+    values = (
+        {"cross_attention_dim": 24} | PIXARTS[name]
+        if name in PIXARTS
+        else {"num_embeds_ada_norm": CLASSES - 1} | DITS[name]
+    )
     ours: Any = kind[0](kind[1](**(SMALL | values)))
     x, timestep, cond = asked(ours, (8, 8), CLASSES)
     assert not ours(x, timestep, cond).any()
@@ -350,24 +440,49 @@ def test_prepared_for_inference(name: str, dtype: torch.dtype, tmp_path: Path) -
     x, timestep, cond = asked(ours, (8, 8))
     x, cond = x.to(dtype), cond.to(dtype=dtype)
     ready = packed(ours)
-    close(ready(x, timestep, cond), ours(x, timestep, cond), 1e-5 if dtype == torch.float32 else 0.05)
+    close(
+        ready(x, timestep, cond), ours(x, timestep, cond), 1e-5 if dtype == torch.float32 else 0.05
+    )
     assert all(torch.equal(a, ours.state_dict()[key]) for key, a in ready.state_dict().items())
 
 
-# ---- bad input ---------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def test_doors_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:
-    dit, pixart = opened(theirs("DiT"), tmp_path / "a"), opened(theirs("PixArt, sizes"), tmp_path / "b")
+    dit, pixart = (
+        opened(theirs("DiT"), tmp_path / "a"),
+        opened(theirs("PixArt, sizes"), tmp_path / "b"),
+    )
     wrong: list[tuple[Any, dict[str, Any], str]] = [
-        (dit, {"vector": None}, r"this DiT is class-conditional: Conditioning.vector \(B, 5\) is missing"),
-        (dit, {"vector": torch.eye(4)[[0, 1]]}, "this DiT has 5 classes, none at all being one of them: Conditioning.vector has 4 numbers"),
-        (pixart, {"tokens": None}, r"attends to tokens of width 12: Conditioning.tokens \(B, L, 12\) is missing"),
+        (
+            dit,
+            {"vector": None},
+            r"this DiT is class-conditional: Conditioning.vector \(B, 5\) is missing",
+        ),
+        (
+            dit,
+            {"vector": torch.eye(4)[[0, 1]]},
+            "this DiT has 5 classes, none at all being one of them: Conditioning.vector has 4 numbers",
+        ),
+        (
+            pixart,
+            {"tokens": None},
+            r"attends to tokens of width 12: Conditioning.tokens \(B, L, 12\) is missing",
+        ),
         (pixart, {"tokens": normal(2, 6, 11)}, "attends to tokens of width 12: .* is 11 wide"),
-        (pixart, {"vector": None}, r"told the picture's height, width and height/width: Conditioning.vector \(B, 3\) is missing"),
+        (
+            pixart,
+            {"vector": None},
+            r"told the picture's height, width and height/width: Conditioning.vector \(B, 3\) is missing",
+        ),
         (pixart, {"vector": normal(2, 2)}, r"Conditioning.vector \(B, 3\) has 2 numbers"),
-        (pixart, {"residuals": (normal(2, 4, 8, 8),)}, "this PixArt has no use for Conditioning.residuals"),
+        (
+            pixart,
+            {"residuals": (normal(2, 4, 8, 8),)},
+            "this PixArt has no use for Conditioning.residuals",
+        ),
         (dit, {"concat": normal(2, 4, 8, 8)}, "this DiT has no use for Conditioning.concat"),
     ]
     for network, change, sentence in wrong:
@@ -385,7 +500,10 @@ def test_doors_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:
         ({"num_attention_heads": True}, "num_attention_heads True: expected a whole number"),
         ({"sample_size": 1}, "sample_size 1: expected a whole number of at least 2"),
         ({"out_channels": 3}, "out_channels 3: expected a whole number of at least 4"),
-        ({"attention_head_dim": 7}, "num_attention_heads \\* attention_head_dim is 21: sine positions need a multiple of 4"),
+        (
+            {"attention_head_dim": 7},
+            "num_attention_heads \\* attention_head_dim is 21: sine positions need a multiple of 4",
+        ),
         ({"activation_fn": "relu"}, "activation_fn 'relu' is not supported"),
         ({"norm_eps": 0.0}, "norm_eps 0.0: expected a small number above 0"),
         ({"norm_type": "layer_norm"}, "norm_type='layer_norm' is not supported"),
@@ -395,7 +513,9 @@ def test_doors_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:
 )
 def test_impossible_configs(change: dict[str, Any], sentence: str) -> None:
     for kind in (DiTConfig, PixArtConfig):
-        values = asdict(kind(**(SMALL | ({"cross_attention_dim": 24} if kind is PixArtConfig else {}))))
+        values = asdict(
+            kind(**(SMALL | ({"cross_attention_dim": 24} if kind is PixArtConfig else {})))
+        )
         with pytest.raises(UserError, match=sentence):
             kind.from_dict(values | change)
 
@@ -426,11 +546,18 @@ def test_values_of_the_wrong_kind(name: str, change: dict[str, Any], tmp_path: P
 def test_impossible_configs_of_pixart_alone() -> None:
     values = SMALL | {"cross_attention_dim": 24, "caption_channels": 12}
     for change, sentence in (
-        ({"cross_attention_dim": 16}, "cross_attention_dim 16 with caption_channels: expected the network's own width, 24"),
+        (
+            {"cross_attention_dim": 16},
+            "cross_attention_dim 16 with caption_channels: expected the network's own width, 24",
+        ),
         ({"caption_channels": 0}, "caption_channels 0: expected a whole number"),
         ({"interpolation_scale": 0}, "interpolation_scale 0: expected a number above 0, or null"),
         (
-            {"num_attention_heads": 2, "cross_attention_dim": 16, "use_additional_conditions": True},
+            {
+                "num_attention_heads": 2,
+                "cross_attention_dim": 16,
+                "use_additional_conditions": True,
+            },
             "use_additional_conditions with a width of 16: height, width and aspect need a third of it each",
         ),
     ):

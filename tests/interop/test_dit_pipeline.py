@@ -1,4 +1,6 @@
-"""DiTPipeline beside ours: the same folder, classes, seeds and steps give the same pictures, to 1e-3 of white in float32."""
+"""DiTPipeline beside ours: the same folder, classes, seeds and steps give the same pictures, to
+1e-3 of white in float32.
+"""
 
 import json
 from pathlib import Path
@@ -15,7 +17,13 @@ from sfumato.predict.conditioners.class_labels import ClassLabels
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.dit import DiT, DiTConfig
 
-LABELS = {"0": "tench, Tinca tinca", "1": "goldfish, Carassius auratus", "134": "crane", "517": "crane", "999": "toilet tissue"}
+LABELS = {
+    "0": "tench, Tinca tinca",
+    "1": "goldfish, Carassius auratus",
+    "134": "crane",
+    "517": "crane",
+    "999": "toilet tissue",
+}
 
 
 def randomise(network: Any, seed: int) -> Any:
@@ -27,14 +35,32 @@ def randomise(network: Any, seed: int) -> Any:
 
 
 def theirs(**shape: Any) -> Any:
-    """A small random DiTPipeline. DiT's own has a thousand classes: that the next is none is written into it."""
-    shape = {"num_attention_heads": 3, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8, "out_channels": 8} | shape
+    """A small random DiTPipeline. DiT's own has a thousand classes: that the next is none is
+    written into it.
+    """
+    shape = {
+        "num_attention_heads": 3,
+        "attention_head_dim": 8,
+        "num_layers": 2,
+        "sample_size": 8,
+        "out_channels": 8,
+    } | shape
     transformer = randomise(diffusers.DiTTransformer2DModel(**shape), 1)
     for block in transformer.transformer_blocks:
         block.norm1.emb.load_state_dict(transformer.transformer_blocks[0].norm1.emb.state_dict())
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 4}
-    vae = randomise(diffusers.AutoencoderKL(block_out_channels=(4, 8), latent_channels=4, sample_size=16, **blocks), 2)
-    pipe = diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler(clip_sample=False))  # as published: linear betas
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "norm_num_groups": 4,
+    }
+    vae = randomise(
+        diffusers.AutoencoderKL(
+            block_out_channels=(4, 8), latent_channels=4, sample_size=16, **blocks
+        ),
+        2,
+    )
+    # as published: linear betas
+    pipe = diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler(clip_sample=False))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -42,13 +68,17 @@ def theirs(**shape: Any) -> Any:
 def labelled(folder: Path, labels: Any = None) -> Path:
     """As the folders on the hub are; diffusers leaves the labels out when it saves."""
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"id2label": LABELS if labels is None else labels}))
+    (folder / "model_index.json").write_text(
+        json.dumps(index | {"id2label": LABELS if labels is None else labels})
+    )
     return folder
 
 
 def their_pictures(pipe: Any, classes: list[int], **asked: Any) -> Tensor:
     generators = [torch.Generator().manual_seed(k) for k in range(len(classes))]
-    return torch.from_numpy(pipe(classes, generator=generators, output_type="np", **asked).images).permute(0, 3, 1, 2)
+    return torch.from_numpy(
+        pipe(classes, generator=generators, output_type="np", **asked).images
+    ).permute(0, 3, 1, 2)
 
 
 def same(ours: Any, pipe: Any, **asked: Any) -> None:
@@ -59,10 +89,14 @@ def same(ours: Any, pipe: Any, **asked: Any) -> None:
         found = ours.generate(prompts, guidance=guidance, steps=5, output="tensor")
         assert found.shape == expected.shape == (4, 3, 16, 16)
         assert (found - expected).abs().max() < 1e-3, float((found - expected).abs().max())
-        assert expected.std() > 0.05 and (expected[0] - expected[1]).abs().max() > 0.05, "pictures in which something can be seen"
+        assert expected.std() > 0.05 and (expected[0] - expected[1]).abs().max() > 0.05, (
+            "pictures in which something can be seen"
+        )
     expected = their_pictures(pipe, classes[:2])
     assert (ours.generate(prompts[:2], output="tensor") - expected).abs().max() < 1e-3
-    assert (ours.generate(prompts[:2], guidance=1, output="tensor") - expected).abs().max() > 0.01, "guidance shows"
+    assert (
+        ours.generate(prompts[:2], guidance=1, output="tensor") - expected
+    ).abs().max() > 0.01, "guidance shows"
 
 
 def test_what_diffusers_saved(tmp_path: Path) -> None:
@@ -70,8 +104,15 @@ def test_what_diffusers_saved(tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path)
     ours = load(labelled(tmp_path))
     assert (ours.defaults.steps, ours.defaults.guidance, ours.defaults.sampler) == (50, 4.0, "ddim")
-    assert len(ours.class_names) == 1000 and ours.class_names[:2] == ("tench, Tinca tinca", LABELS["1"])
-    assert (ours.class_names[7], ours.class_names[134], ours.class_names[517]) == ("7", "crane (134)", "crane (517)")
+    assert len(ours.class_names) == 1000 and ours.class_names[:2] == (
+        "tench, Tinca tinca",
+        LABELS["1"],
+    )
+    assert (ours.class_names[7], ours.class_names[134], ours.class_names[517]) == (
+        "7",
+        "crane (134)",
+        "crane (517)",
+    )
     same(ours, pipe)
 
 
@@ -80,9 +121,15 @@ def test_what_we_save(tmp_path: Path) -> None:
     ours = load(labelled(tmp_path / "theirs"))
     ours.save(tmp_path / "ours")
     again = load(tmp_path / "ours")
-    assert again.hash == ours.hash and again.defaults == ours.defaults and again.conditioner == ours.conditioner
+    assert (
+        again.hash == ours.hash
+        and again.defaults == ours.defaults
+        and again.conditioner == ours.conditioner
+    )
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
-    assert type(pipe).__name__ == "DiTPipeline" and pipe.get_label_ids(["Tinca tinca", "toilet tissue"]) == [0, 999]
+    assert type(pipe).__name__ == "DiTPipeline" and pipe.get_label_ids(
+        ["Tinca tinca", "toilet tissue"]
+    ) == [0, 999]
     pipe.set_progress_bar_config(disable=True)
     same(again, pipe)
     ours.save(tmp_path / "ours.safetensors")
@@ -95,7 +142,14 @@ def test_folders_of_the_first_class(tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path)
     for file, change in (
         ("model_index.json", {"transformer": ["diffusers", "Transformer2DModel"]}),
-        ("transformer/config.json", {"_class_name": "Transformer2DModel", "num_vector_embeds": None, "cross_attention_dim": None}),
+        (
+            "transformer/config.json",
+            {
+                "_class_name": "Transformer2DModel",
+                "num_vector_embeds": None,
+                "cross_attention_dim": None,
+            },
+        ),
     ):
         values = json.loads((tmp_path / file).read_text())
         (tmp_path / file).write_text(json.dumps(values | change))
@@ -134,13 +188,36 @@ def test_other_numbers_of_classes_are_not_for_their_pipeline(tmp_path: Path) -> 
     """It takes class 1000 for none, whatever the table: such models are saved as ours."""
     theirs().save_pretrained(tmp_path / "theirs")
     ours = load(tmp_path / "theirs")
-    network = randomise(DiT(DiTConfig(num_attention_heads=3, attention_head_dim=8, num_layers=1, sample_size=8, num_embeds_ada_norm=2)), 3)
-    few = type(ours)(ours.autoencoder, Denoiser(network, ours.denoiser.process), ClassLabels(("shoe, boot", "bag")), ours.defaults, "few")
+    network = randomise(
+        DiT(
+            DiTConfig(
+                num_attention_heads=3,
+                attention_head_dim=8,
+                num_layers=1,
+                sample_size=8,
+                num_embeds_ada_norm=2,
+            )
+        ),
+        3,
+    )
+    few = type(ours)(
+        ours.autoencoder,
+        Denoiser(network, ours.denoiser.process),
+        ClassLabels(("shoe, boot", "bag")),
+        ours.defaults,
+        "few",
+    )
     few.save(tmp_path / "few")
-    assert json.loads((tmp_path / "few" / "model_index.json").read_text())["_class_name"] == "LatentDiffusion"
+    assert (
+        json.loads((tmp_path / "few" / "model_index.json").read_text())["_class_name"]
+        == "LatentDiffusion"
+    )
     again = load(tmp_path / "few")
     assert again.hash == few.hash and again.class_names == ("shoe, boot", "bag")
-    boot, shoe, bag = (m.generate(p, steps=2, output="latent") for m, p in ((again, "boot"), (few, "shoe"), (few, "bag")))
+    boot, shoe, bag = (
+        m.generate(p, steps=2, output="latent")
+        for m, p in ((again, "boot"), (few, "shoe"), (few, "bag"))
+    )
     assert torch.equal(boot, shoe) and not torch.equal(shoe, bag)
 
 
@@ -161,7 +238,7 @@ def test_labels_that_are_none(labels: Any, sentence: str, tmp_path: Path) -> Non
     assert "model_index.json" in str(refused.value)
 
 
-# ---- the conditioner -----------------------------------------------------------------------------------------------------
+# ---- the conditioner -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -173,10 +250,24 @@ def test_labels_that_are_none(labels: Any, sentence: str, tmp_path: Path) -> Non
     ],
 )  # fmt: skip
 def test_prompts(prompt: str | None, label: int) -> None:
-    """As ImageNet's labels are: names of two classes but for their case, whole labels that are parts of others, the same label twice."""
-    labels = ("tench, Tinca tinca", "sunglass", "Cardigan, Welsh corgi", "cardigan", "crane", "crane")
+    """As ImageNet's labels are: names of two classes but for their case, whole labels that are
+    parts of others, the same label twice.
+    """
+    labels = (
+        "tench, Tinca tinca",
+        "sunglass",
+        "Cardigan, Welsh corgi",
+        "cardigan",
+        "crane",
+        "crane",
+    )
     found = ClassLabels((*labels, "maillot", "maillot, tank suit", "9", "last"))([prompt]).vector
-    assert found is not None and found.shape == (1, 11) and found.argmax() == label and found.sum() == 1
+    assert (
+        found is not None
+        and found.shape == (1, 11)
+        and found.argmax() == label
+        and found.sum() == 1
+    )
 
 
 @pytest.mark.parametrize(

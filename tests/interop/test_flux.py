@@ -1,4 +1,6 @@
-"""FLUX.1 and FLUX.2 against diffusers: the same keys and outputs, folders both ways, full sizes; tokens and their places are made as by its pipelines."""
+"""FLUX.1 and FLUX.2 against diffusers: the same keys and outputs, folders both ways, full sizes;
+tokens and their places are made as by its pipelines.
+"""
 
 import json
 import subprocess
@@ -26,23 +28,52 @@ from sfumato.predict.networks.flux2 import Flux2Config, Flux2Transformer
 from sfumato.types import Conditioning
 
 TEXT, POOLED, LENGTH = 12, 10, 7
-HEAD: dict[str, Any] = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": TEXT}
-TINY = HEAD | {"in_channels": 16, "num_layers": 2, "num_single_layers": 2, "pooled_projection_dim": POOLED, "axes_dims_rope": (4, 6, 6)}
-TINY2 = HEAD | {"in_channels": 8, "num_layers": 2, "num_single_layers": 2, "axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 32}
+HEAD: dict[str, Any] = {
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": TEXT,
+}
+TINY = HEAD | {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "pooled_projection_dim": POOLED,
+    "axes_dims_rope": (4, 6, 6),
+}
+TINY2 = HEAD | {
+    "in_channels": 8,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "axes_dims_rope": (4, 4, 4, 4),
+    "timestep_guidance_channels": 32,
+}
 FLUX: dict[str, dict[str, Any]] = {
     "FLUX.1 schnell": TINY,
     "FLUX.1 dev": TINY | {"guidance_embeds": True},
     "FLUX.1 fill": TINY | {"guidance_embeds": True, "in_channels": 96, "out_channels": 16},
     "FLUX.1 depth": TINY | {"guidance_embeds": True, "in_channels": 32, "out_channels": 16},
-    "FLUX.1, other numbers": TINY | {"num_layers": 1, "num_single_layers": 3, "attention_head_dim": 24, "axes_dims_rope": (8, 6, 10)},
+    "FLUX.1, other numbers": TINY
+    | {
+        "num_layers": 1,
+        "num_single_layers": 3,
+        "attention_head_dim": 24,
+        "axes_dims_rope": (8, 6, 10),
+    },
     "FLUX.1, double blocks only": TINY | {"num_single_layers": 0},
     "FLUX.2 dev": TINY2 | {"guidance_embeds": True},
     "FLUX.2 klein": TINY2 | {"guidance_embeds": False},
     "FLUX.2, other numbers": TINY2
-    | {"mlp_ratio": 2.5, "rope_theta": 500, "eps": 1e-3, "axes_dims_rope": (2, 4, 4, 6), "num_single_layers": 1},
+    | {
+        "mlp_ratio": 2.5,
+        "rope_theta": 500,
+        "eps": 1e-3,
+        "axes_dims_rope": (2, 4, 4, 6),
+        "num_single_layers": 1,
+    },
 }
 SIZES = [(8, 8), (4, 10), (7, 5)]
-T = torch.tensor([1000.0, 250.0])  # thousandths that float32 gives back, as diffusers divides and multiplies by 1000
+# thousandths that float32 gives back, as diffusers divides and multiplies by 1000
+T = torch.tensor([1000.0, 250.0])
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -52,13 +83,18 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def close(ours: Tensor, theirs: Tensor, relative: float = 1e-5) -> None:
     assert ours.shape == theirs.shape
     scale = float(theirs.abs().max())
-    assert float((ours - theirs).abs().max()) <= relative * scale, (float((ours - theirs).abs().max()), scale)
+    assert float((ours - theirs).abs().max()) <= relative * scale, (
+        float((ours - theirs).abs().max()),
+        scale,
+    )
 
 
 def theirs(name: str) -> Any:
     """diffusers' model with weights large enough that every one of them shows."""
     torch.manual_seed(0)
-    kind = diffusers.FluxTransformer2DModel if "FLUX.1" in name else diffusers.Flux2Transformer2DModel
+    kind = (
+        diffusers.FluxTransformer2DModel if "FLUX.1" in name else diffusers.Flux2Transformer2DModel
+    )
     model = kind(**FLUX[name])
     with torch.no_grad():
         for parameter in model.parameters():
@@ -68,13 +104,20 @@ def theirs(name: str) -> Any:
 
 def ours(name: str) -> Any:
     """The same weights in our network, without a file between."""
-    network_class, config_class = registered()["FluxTransformer2DModel" if "FLUX.1" in name else "Flux2Transformer2DModel"]
+    network_class, config_class = registered()[
+        "FluxTransformer2DModel" if "FLUX.1" in name else "Flux2Transformer2DModel"
+    ]
     network = network_class(config_class(**FLUX[name]))
     network.load_state_dict(theirs(name).state_dict())
     return network.eval().requires_grad_(False)
 
 
-def asked(network: Any, size: tuple[int, int], count: int = 2, references: tuple[tuple[int, int], ...] = ()) -> tuple[Tensor, Conditioning]:
+def asked(
+    network: Any,
+    size: tuple[int, int],
+    count: int = 2,
+    references: tuple[tuple[int, int], ...] = (),
+) -> tuple[Tensor, Conditioning]:
     """x and a conditioning that is another for each image."""
     vector = [normal(count, network.vector_width, seed=2)] if network.vector_width else []
     vector += [torch.linspace(3.5, 1.25, count)[:, None]] if network.learned_guidance else []
@@ -83,14 +126,21 @@ def asked(network: Any, size: tuple[int, int], count: int = 2, references: tuple
         tokens=normal(count, LENGTH, TEXT, seed=1),
         vector=torch.cat(vector, 1) if vector else None,
         concat=normal(count, extra, *size, seed=3) if extra else None,
-        references=tuple(normal(count, network.channels, *at, seed=4 + k) for k, at in enumerate(references)) or None,
+        references=tuple(
+            normal(count, network.channels, *at, seed=4 + k) for k, at in enumerate(references)
+        )
+        or None,
     )
     return normal(count, network.channels, *size), cond
 
 
-def answer(model: Any, x: Tensor, t: Tensor, cond: Conditioning, control: tuple[Any, Any] = (None, None)) -> Tensor:
+def answer(
+    model: Any, x: Tensor, t: Tensor, cond: Conditioning, control: tuple[Any, Any] = (None, None)
+) -> Tensor:
     """What diffusers' pipelines would make of x."""
-    return (_flux if isinstance(model, diffusers.FluxTransformer2DModel) else _flux2)(model, x, t, cond, control)
+    return (_flux if isinstance(model, diffusers.FluxTransformer2DModel) else _flux2)(
+        model, x, t, cond, control
+    )
 
 
 def _flux(model: Any, x: Tensor, t: Tensor, cond: Conditioning, control: tuple[Any, Any]) -> Tensor:
@@ -101,15 +151,23 @@ def _flux(model: Any, x: Tensor, t: Tensor, cond: Conditioning, control: tuple[A
         return FluxPipeline._pack_latents(m, *m.shape)
 
     def ids(m: Tensor, which: int) -> Tensor:
-        found = FluxPipeline._prepare_latent_image_ids(len(m), m.shape[2] // 2, m.shape[3] // 2, "cpu", m.dtype)
+        found = FluxPipeline._prepare_latent_image_ids(
+            len(m), m.shape[2] // 2, m.shape[3] // 2, "cpu", m.dtype
+        )
         found[:, 0] = which  # as pipeline_flux_kontext.py does
         return found
 
-    picture, joined, references = whole(x), [] if cond.concat is None else [whole(cond.concat)], [whole(r) for r in cond.references or ()]
+    picture, joined, references = (
+        whole(x),
+        [] if cond.concat is None else [whole(cond.concat)],
+        [whole(r) for r in cond.references or ()],
+    )
     told, pooled = cond.vector, model.config.pooled_projection_dim
     assert told is not None and cond.tokens is not None
     y = model(
-        hidden_states=torch.cat([torch.cat([tokens(m) for m in (picture, *joined)], 2), *map(tokens, references)], 1),
+        hidden_states=torch.cat(
+            [torch.cat([tokens(m) for m in (picture, *joined)], 2), *map(tokens, references)], 1
+        ),
         encoder_hidden_states=cond.tokens,
         pooled_projections=told[:, :pooled],
         timestep=t / 1000,
@@ -120,15 +178,21 @@ def _flux(model: Any, x: Tensor, t: Tensor, cond: Conditioning, control: tuple[A
         controlnet_single_block_samples=control[1],
     ).sample
     y = y[:, : picture.shape[2] * picture.shape[3] // 4]
-    return FluxPipeline._unpack_latents(y, picture.shape[2] * 8, picture.shape[3] * 8, 8)[:, :, : x.shape[2], : x.shape[3]]
+    return FluxPipeline._unpack_latents(y, picture.shape[2] * 8, picture.shape[3] * 8, 8)[
+        :, :, : x.shape[2], : x.shape[3]
+    ]
 
 
-def _flux2(model: Any, x: Tensor, t: Tensor, cond: Conditioning, control: tuple[Any, Any]) -> Tensor:
+def _flux2(
+    model: Any, x: Tensor, t: Tensor, cond: Conditioning, control: tuple[Any, Any]
+) -> Tensor:
     del control
     references, told = list(cond.references or ()), cond.vector
     ids = [Flux2Pipeline._prepare_latent_ids(x)]
     if references:
-        ids.append(Flux2Pipeline._prepare_image_ids([r[:1] for r in references]).expand(len(x), -1, -1))
+        ids.append(
+            Flux2Pipeline._prepare_image_ids([r[:1] for r in references]).expand(len(x), -1, -1)
+        )
     y = model(
         hidden_states=torch.cat([Flux2Pipeline._pack_latents(m) for m in (x, *references)], 1),
         encoder_hidden_states=cond.tokens,
@@ -137,10 +201,12 @@ def _flux2(model: Any, x: Tensor, t: Tensor, cond: Conditioning, control: tuple[
         txt_ids=Flux2Pipeline._prepare_text_ids(cond.tokens),
         guidance=None if told is None else told[:, -1],
     ).sample
-    return torch.stack(Flux2Pipeline._unpack_latents_with_ids(y[:, : x.shape[2] * x.shape[3]], ids[0]).unbind())
+    return torch.stack(
+        Flux2Pipeline._unpack_latents_with_ids(y[:, : x.shape[2] * x.shape[3]], ids[0]).unbind()
+    )
 
 
-# ---- the same numbers --------------------------------------------------------------------------------------------------
+# ---- the same numbers ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FLUX)
@@ -149,11 +215,15 @@ def test_parity_in_both_directions_through_folders(name: str, tmp_path: Path) ->
     reference = theirs(name)
     reference.save_pretrained(tmp_path / "theirs")
     network: Any = load_part(tmp_path / "theirs")
-    assert {k: v.shape for k, v in network.state_dict().items()} == {k: v.shape for k, v in reference.state_dict().items()}
+    assert {k: v.shape for k, v in network.state_dict().items()} == {
+        k: v.shape for k, v in reference.state_dict().items()
+    }
     save_part(tmp_path / "ours", network)
     back, notes = type(reference).from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(notes.values()), notes
-    read, written = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("ours", "theirs"))
+    read, written = (
+        json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("ours", "theirs")
+    )
     assert {k: v for k, v in written.items() if k != "_diffusers_version"} == read
     for size in SIZES:
         x, cond = asked(network, size)
@@ -165,7 +235,9 @@ def test_parity_in_both_directions_through_folders(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", [n for n in FLUX if "fill" not in n and "depth" not in n])
 @torch.inference_mode()
 def test_references(name: str) -> None:
-    """Other sizes than x, smaller and larger; FLUX.1 reads one, FLUX.2 several. They count, and so does their order."""
+    """Other sizes than x, smaller and larger; FLUX.1 reads one, FLUX.2 several. They count, and so
+    does their order.
+    """
     network, reference = ours(name), theirs(name)
     for references in [((4, 6),), ((9, 7),), ((4, 6), (3, 9), (4, 6))]:
         if len(references) > 1 and "FLUX.1" in name:
@@ -177,7 +249,9 @@ def test_references(name: str) -> None:
         assert float((y - without).abs().max()) > 1e-3
         if len(references) > 1:
             pictures = cond.references or ()
-            swapped = network(x, T, Conditioning(cond.tokens, vector=cond.vector, references=pictures[::-1]))
+            swapped = network(
+                x, T, Conditioning(cond.tokens, vector=cond.vector, references=pictures[::-1])
+            )
             assert float((y - swapped).abs().max()) > 1e-4
 
 
@@ -201,7 +275,9 @@ def test_residuals_of_a_controlnet() -> None:
     for given, theirs_too in [(maps, (maps[:2], maps[2:])), (maps[:2], (maps[:2], None))]:
         y = network(x, T, Conditioning(cond.tokens, vector=cond.vector, residuals=tuple(given)))
         close(y, answer(reference, x, T, cond, theirs_too))
-    with_reference = Conditioning(cond.tokens, vector=cond.vector, residuals=tuple(maps), references=(normal(2, 4, 4, 4),))
+    with_reference = Conditioning(
+        cond.tokens, vector=cond.vector, residuals=tuple(maps), references=(normal(2, 4, 4, 4),)
+    )
     assert network(x, T, with_reference).shape == x.shape
     for wrong in (maps[:3], [m[:, :5] for m in maps]):
         with pytest.raises(UserError, match="residuals"):
@@ -217,12 +293,22 @@ def test_patches_are_pixel_unshuffled(patch: int) -> None:
 
 @torch.inference_mode()
 def test_the_latent_is_the_autoencoders() -> None:
-    """What AutoencoderKLFlux2 gives is what diffusers' pipeline gives its transformer, and comes back as it went in."""
+    """What AutoencoderKLFlux2 gives is what diffusers' pipeline gives its transformer, and comes
+    back as it went in.
+    """
     from sfumato.compress.kl_flux2 import AutoencoderKLFlux2, KLFlux2Config
 
-    small = AutoencoderKLFlux2(KLFlux2Config(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=2))
+    small = AutoencoderKLFlux2(
+        KLFlux2Config(
+            block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=2
+        )
+    )
     image = normal(1, 3, 16, 24).tanh()
-    moments = small.quant_conv(small.encoder(image)) if small.quant_conv is not None else small.encoder(image)
+    moments = (
+        small.quant_conv(small.encoder(image))
+        if small.quant_conv is not None
+        else small.encoder(image)
+    )
     expected = Flux2Pipeline._patchify_latents(moments[:, :2])
     z = small.eval().encode(image)
     space = small.space
@@ -230,21 +316,41 @@ def test_the_latent_is_the_autoencoders() -> None:
     assert space.channels == 8 == Flux2Transformer(Flux2Config(**FLUX["FLUX.2 klein"])).channels
 
 
-# ---- full sizes --------------------------------------------------------------------------------------------------------
+# ---- full sizes ----------------------------------------------------------------------------------
 
-# FLUX.1: configs of the repositories black-forest-labs/FLUX.1-*; 11,901,408,320 is half of the bytes (23,802,816,640) that dev's
-# transformer/diffusion_pytorch_model.safetensors.index.json counts, in bfloat16. FLUX.2: src/flux2/model.py of github.com/black-forest-labs/flux2
-# (Flux2Params, Klein9BParams, Klein4BParams), called 32B, 9B and 4B; to the last number they are diffusers'.
+# FLUX.1: configs of the repositories black-forest-labs/FLUX.1-*; 11,901,408,320 is half of the
+# bytes (23,802,816,640) that dev's transformer/diffusion_pytorch_model.safetensors.index.json
+# counts, in bfloat16. FLUX.2: src/flux2/model.py of github.com/black-forest-labs/flux2
+# (Flux2Params, Klein9BParams, Klein4BParams), called 32B, 9B and 4B; to the last number they are
+# diffusers'.
 KLEIN = {"guidance_embeds": False}
 FULL: dict[str, tuple[dict[str, Any], float, float]] = {
     "FLUX.1 schnell": ({}, 11_891_178_560, 0),
     "FLUX.1 dev": ({"guidance_embeds": True}, 11_901_408_320, 0),
-    "FLUX.1 fill": ({"guidance_embeds": True, "in_channels": 384, "out_channels": 64}, 11.9e9, 0.01),
-    "FLUX.1 depth": ({"guidance_embeds": True, "in_channels": 128, "out_channels": 64}, 11.9e9, 0.01),
+    "FLUX.1 fill": (
+        {"guidance_embeds": True, "in_channels": 384, "out_channels": 64},
+        11.9e9,
+        0.01,
+    ),
+    "FLUX.1 depth": (
+        {"guidance_embeds": True, "in_channels": 128, "out_channels": 64},
+        11.9e9,
+        0.01,
+    ),
     "FLUX.2 dev": ({}, 32e9, 0.01),
-    "FLUX.2 klein 9B": (KLEIN | {"num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288}, 9e9, 0.03),
+    "FLUX.2 klein 9B": (
+        KLEIN | {"num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
+        9e9,
+        0.03,
+    ),
     "FLUX.2 klein 4B": (
-        KLEIN | {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
+        KLEIN
+        | {
+            "num_layers": 5,
+            "num_single_layers": 20,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 7680,
+        },
         4e9,
         0.04,
     ),
@@ -254,10 +360,15 @@ FULL: dict[str, tuple[dict[str, Any], float, float]] = {
 @pytest.mark.parametrize("name", FULL)
 def test_full_sizes(name: str) -> None:
     values, published, tolerance = FULL[name]
-    kind = diffusers.FluxTransformer2DModel if "FLUX.1" in name else diffusers.Flux2Transformer2DModel
+    kind = (
+        diffusers.FluxTransformer2DModel if "FLUX.1" in name else diffusers.Flux2Transformer2DModel
+    )
     network_class, config_class = registered()[kind.__name__]
     with torch.device("meta"):
-        reference, network = kind(**values), network_class(config_class.from_dict(json.loads(json.dumps(values))))
+        reference, network = (
+            kind(**values),
+            network_class(config_class.from_dict(json.loads(json.dumps(values)))),
+        )
     shapes = {k: v.shape for k, v in network.state_dict().items()}
     assert shapes == {k: v.shape for k, v in reference.state_dict().items()}
     count = sum(shape.numel() for shape in shapes.values())
@@ -269,12 +380,17 @@ def test_full_sizes(name: str) -> None:
 def test_full_sizes_run_on_the_meta_device(name: str) -> None:
     """A picture of 1024 x 768: as many tokens as the model has been trained with."""
     values, _, _ = FULL[name]
-    network_class, config_class = registered()["FluxTransformer2DModel" if "FLUX.1" in name else "Flux2Transformer2DModel"]
+    network_class, config_class = registered()[
+        "FluxTransformer2DModel" if "FLUX.1" in name else "Flux2Transformer2DModel"
+    ]
     config = config_class(**values | {"num_layers": 1, "num_single_layers": 1})
     with torch.device("meta"), torch.inference_mode():
         network: Any = network_class(config)
         size = (128, 96) if "FLUX.1" in name else (64, 48)
-        extra, width = network.in_channels - network.channels, (network.vector_width or 0) + network.learned_guidance
+        extra, width = (
+            network.in_channels - network.channels,
+            (network.vector_width or 0) + network.learned_guidance,
+        )
         cond = Conditioning(
             tokens=torch.empty(1, 512, network.token_width),
             vector=torch.empty(1, width) if width else None,
@@ -284,13 +400,15 @@ def test_full_sizes_run_on_the_meta_device(name: str) -> None:
         assert network(x, torch.empty(1), cond).shape == x.shape
 
 
-# ---- masks, sizes, bits, dtypes ----------------------------------------------------------------------------------------
+# ---- masks, sizes, bits, dtypes ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["FLUX.1 dev", "FLUX.2 klein"])
 @torch.inference_mode()
 def test_masks_hide_text(name: str) -> None:
-    """Of two texts, one is shorter: what stands behind its end does not matter, and it is as if nothing stood there."""
+    """Of two texts, one is shorter: what stands behind its end does not matter, and it is as if
+    nothing stood there.
+    """
     network = ours(name)
     x, cond = asked(network, (6, 8), references=((4, 4),))
     mask = torch.arange(LENGTH) < torch.tensor([[LENGTH], [4]])
@@ -298,7 +416,12 @@ def test_masks_hide_text(name: str) -> None:
     y = network(x, T, masked)
     assert cond.tokens is not None
     other = torch.where(mask[..., None], cond.tokens, 100.0)
-    assert torch.equal(y, network(x, T, Conditioning(other, mask=mask, vector=cond.vector, references=cond.references)))
+    assert torch.equal(
+        y,
+        network(
+            x, T, Conditioning(other, mask=mask, vector=cond.vector, references=cond.references)
+        ),
+    )
     short = Conditioning(cond.tokens[:, :4], vector=cond.vector, references=cond.references)
     close(y[1], network(x, T, short)[1])
     close(y[0], network(x, T, cond)[0])
@@ -306,7 +429,10 @@ def test_masks_hide_text(name: str) -> None:
 
 
 @pytest.mark.invariance
-@pytest.mark.parametrize("name", ["FLUX.1 dev", "FLUX.1 fill", "FLUX.1, other numbers", "FLUX.2 dev", "FLUX.2, other numbers"])
+@pytest.mark.parametrize(
+    "name",
+    ["FLUX.1 dev", "FLUX.1 fill", "FLUX.1, other numbers", "FLUX.2 dev", "FLUX.2, other numbers"],
+)
 @torch.inference_mode()
 def test_bits_do_not_depend_on_the_batch(name: str) -> None:
     count, network = 18, ours(name)
@@ -332,10 +458,14 @@ def test_bits_with_many_tokens(name: str) -> None:
     t = torch.tensor([900.0, 500.0, 20.0])
     together = network(x, t, cond)
     for i in range(3):
-        assert torch.equal(together[i : i + 1], network(x[i : i + 1], t[i : i + 1], cond[i : i + 1]))
+        assert torch.equal(
+            together[i : i + 1], network(x[i : i + 1], t[i : i + 1], cond[i : i + 1])
+        )
 
 
-@pytest.mark.skipif(not batch_invariant.FIXED_ORDER, reason="networks are packed for oneDNN on AVX2 or later")
+@pytest.mark.skipif(
+    not batch_invariant.FIXED_ORDER, reason="networks are packed for oneDNN on AVX2 or later"
+)
 @pytest.mark.parametrize("name", ["FLUX.1 dev", "FLUX.2 dev"])
 @torch.inference_mode()
 def test_prepared_for_inference(name: str) -> None:
@@ -366,16 +496,29 @@ def test_float16_stays_finite() -> None:
 @pytest.mark.parametrize("name", FLUX)
 def test_every_weight_gets_a_gradient(name: str) -> None:
     network = ours(name).requires_grad_(True).train()
-    x, cond = asked(network, (5, 4), references=() if network.in_channels > network.channels else ((3, 3),))
+    x, cond = asked(
+        network, (5, 4), references=() if network.in_channels > network.channels else ((3, 3),)
+    )
     y = network(x, T, cond)
     y.square().mean().backward()
     with torch.inference_mode():
         close(network(x, T, cond), y.detach())
-    none = [k for k, p in network.named_parameters() if p.grad is None or not float(p.grad.abs().max()) > 0]
+    none = [
+        k
+        for k, p in network.named_parameters()
+        if p.grad is None or not float(p.grad.abs().max()) > 0
+    ]
     # The last double block's text is read by nobody where no single block follows.
     if network.config.num_single_layers == 0:
         last = f"transformer_blocks.{network.config.num_layers - 1}."
-        none = [k for k in none if not (k.startswith(last) and ("context" in k or "add_out" in k or "added_q" in k or "add_q" in k))]
+        none = [
+            k
+            for k in none
+            if not (
+                k.startswith(last)
+                and ("context" in k or "add_out" in k or "added_q" in k or "add_q" in k)
+            )
+        ]
     assert not none
 
 
@@ -383,7 +526,10 @@ def test_places_are_remembered_and_no_part_of_the_weights() -> None:
     network: Any = FluxTransformer(FluxConfig(**FLUX["FLUX.1 dev"]))
     with torch.inference_mode():
         table = network.places.turns(3, ((2, 2), (1, 5)), torch.device("cpu"))
-    assert network.places.turns(3, ((2, 2), (1, 5)), torch.device("cpu")) is table and not table.is_inference()
+    assert (
+        network.places.turns(3, ((2, 2), (1, 5)), torch.device("cpu")) is table
+        and not table.is_inference()
+    )
     assert table.shape == (3 + 4 + 5, 8, 2)
     assert not any("place" in k for k in network.state_dict())
 
@@ -427,12 +573,14 @@ assert (found - expected).abs().max() < 1e-5 * expected.abs().max(), (found - ex
 
 
 def test_one_graph_for_compilers() -> None:
-    """In a process of its own: the compiler cannot look through the checks of types and shapes that tests run with."""
+    """In a process of its own: the compiler cannot look through the checks of types and shapes that
+    tests run with.
+    """
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -453,14 +601,20 @@ def test_one_graph_for_compilers() -> None:
 @pytest.mark.parametrize("which", [1, 2])
 def test_configs_are_refused(change: dict[str, Any], said: str, which: int) -> None:
     if which == 2 and ("channels" in said or "even" in said):
-        change, said = {"out_channels": 0, "timestep_guidance_channels": 5}, "out_channels=0" if "channels" in said else "axes"
+        change, said = (
+            {"out_channels": 0, "timestep_guidance_channels": 5},
+            "out_channels=0" if "channels" in said else "axes",
+        )
         change |= {"axes_dims_rope": (3, 5, 4, 4)} if said == "axes" else {}
     config, values = (FluxConfig, TINY) if which == 1 else (Flux2Config, TINY2)
     with pytest.raises(UserError, match=said):
         config.from_dict(values | change)
 
 
-@pytest.mark.parametrize(("field", "value"), [("timestep_guidance_channels", 5), ("mlp_ratio", 0), ("eps", -1.0), ("rope_theta", 0)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("timestep_guidance_channels", 5), ("mlp_ratio", 0), ("eps", -1.0), ("rope_theta", 0)],
+)
 def test_flux2_configs_are_refused(field: str, value: float) -> None:
     with pytest.raises(UserError, match=field):
         Flux2Config.from_dict(TINY2 | {field: value})
@@ -484,7 +638,8 @@ def test_missing_doors_are_refused(name: str) -> None:
     if "FLUX.1" in name:
         wrong.append((Conditioning(tokens, vector=vector, references=(x, x)), "one reference"))
     masked = Conditioning(tokens, vector=vector)
-    object.__setattr__(masked, "mask", torch.ones(2, 3, dtype=torch.bool))  # the test run would check the shape here already
+    # the test run would check the shape here already
+    object.__setattr__(masked, "mask", torch.ones(2, 3, dtype=torch.bool))
     for given, said in [*wrong, (masked, "mask")]:
         with pytest.raises(UserError, match=said) as found:
             network(x, T, given)

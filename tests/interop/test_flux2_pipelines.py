@@ -1,7 +1,9 @@
-"""diffusers' pipelines of FLUX.2 beside ours, with small random networks: the same folder, words, pictures and noise give the same pictures.
+"""diffusers' pipelines of FLUX.2 beside ours, with small random networks: the same folder, words,
+pictures and noise give the same pictures.
 
-Flux2Pipeline (Mistral, learned guidance) and Flux2KleinPipeline (Qwen; with guidance by two passes, or distilled), drawing from words alone and
-reading pictures. All is float32; pictures are compared in [0, 1]. What we save opens in diffusers with the same tensors under the same names.
+Flux2Pipeline (Mistral, learned guidance) and Flux2KleinPipeline (Qwen; with guidance by two passes,
+or distilled), drawing from words alone and reading pictures. All is float32; pictures are compared
+in [0, 1]. What we save opens in diffusers with the same tensors under the same names.
 """
 
 import json
@@ -25,7 +27,9 @@ from sfumato.loading import load
 from sfumato.sampling import Request, times_of
 from sfumato.tasks.edit import edit
 
-text: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_text.py")))
+text: Any = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_text.py"))
+)
 KINDS = {"dev": "Flux2Pipeline", "klein": "Flux2KleinPipeline", "distilled": "Flux2KleinPipeline"}
 PARTS = ("transformer", "vae", "text_encoder")
 PROMPTS = ["a red cat", "two dogs, 3 cats"]
@@ -35,11 +39,21 @@ CLOSE = 1e-4
 
 @cache
 def autoencoder() -> Any:
-    """Eight channels at an eighth of the sides, packed to 32 at a sixteenth; statistics that are not 0 and 1."""
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "norm_num_groups": 4}
+    """Eight channels at an eighth of the sides, packed to 32 at a sixteenth; statistics that are
+    not 0 and 1.
+    """
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "norm_num_groups": 4,
+    }
     vae = text.drawn(
         lambda: diffusers.AutoencoderKLFlux2(
-            block_out_channels=(4, 4, 8, 8), latent_channels=8, layers_per_block=1, sample_size=64, **blocks
+            block_out_channels=(4, 4, 8, 8),
+            latent_channels=8,
+            layers_per_block=1,
+            sample_size=64,
+            **blocks,
         ),
         2,
     )
@@ -50,13 +64,30 @@ def autoencoder() -> Any:
 
 
 def theirs(kind: str, scratch: Path) -> Any:
-    numbers = {"in_channels": 32, "num_layers": 1, "num_single_layers": 1, "axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 32}
+    numbers = {
+        "in_channels": 32,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "axes_dims_rope": (4, 4, 4, 4),
+        "timestep_guidance_channels": 32,
+    }
     width = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 36}
-    network = text.drawn(lambda: diffusers.Flux2Transformer2DModel(**numbers, **width, guidance_embeds=kind == "dev"), 1)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=True)
+    network = text.drawn(
+        lambda: diffusers.Flux2Transformer2DModel(
+            **numbers, **width, guidance_embeds=kind == "dev"
+        ),
+        1,
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=True
+    )
     parts = text.parts("flux2_dev" if kind == "dev" else "flux2_klein", scratch)
     more = {"is_distilled": kind == "distilled"} if kind != "dev" else {}
-    return quiet(getattr(diffusers, KINDS[kind])(**parts, vae=autoencoder(), transformer=network, scheduler=scheduler, **more))
+    return quiet(
+        getattr(diffusers, KINDS[kind])(
+            **parts, vae=autoencoder(), transformer=network, scheduler=scheduler, **more
+        )
+    )
 
 
 def quiet(pipe: Any) -> Any:
@@ -79,14 +110,18 @@ def opened(folder: Path) -> Any:
 def pictures(pipe: Any, count: int = 2, **asked: Any) -> Tensor:
     """Of seeds 0, 1 ..., as ours."""
     generators = [torch.Generator().manual_seed(k) for k in range(count)]
-    found = pipe(generator=generators, output_type="np", **({"prompt": PROMPTS[:count]} | asked)).images
+    found = pipe(
+        generator=generators, output_type="np", **({"prompt": PROMPTS[:count]} | asked)
+    ).images
     return torch.from_numpy(found).permute(0, 3, 1, 2)
 
 
 def photo(seed: int = 5, height: int = 64, width: int = 96) -> Any:
     """A picture of something smooth; diffusers takes none below 64 pixels."""
     rough = torch.rand(1, 3, 4, 6, generator=torch.Generator().manual_seed(seed))
-    return to_pil(torch.nn.functional.interpolate(rough, (height, width), mode="bicubic").clamp(0, 1) * 2 - 1)[0]
+    return to_pil(
+        torch.nn.functional.interpolate(rough, (height, width), mode="bicubic").clamp(0, 1) * 2 - 1
+    )[0]
 
 
 def compare(found: Tensor, expected: Tensor) -> None:
@@ -95,14 +130,16 @@ def compare(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).abs().max() < CLOSE, float((found - expected).abs().max())
 
 
-# ---- times -----------------------------------------------------------------------------------------------------------------
+# ---- times ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 256, 4096, 4300, 4301, 16384])
 @pytest.mark.parametrize("steps", [1, 4, 10, 50, 200, 500])
 def test_the_shift_of_a_size_and_a_number_of_steps(tokens: int, steps: int) -> None:
     mu = compute_empirical_mu(tokens, steps)
-    assert math.isclose(flux2_shift(tokens, steps, exponential=False), mu, rel_tol=1e-9, abs_tol=1e-9)
+    assert math.isclose(
+        flux2_shift(tokens, steps, exponential=False), mu, rel_tol=1e-9, abs_tol=1e-9
+    )
     assert math.isclose(flux2_shift(tokens, steps), math.exp(mu), rel_tol=1e-9)
 
 
@@ -112,11 +149,18 @@ def test_shifts_of_nothing() -> None:
             flux2_shift(tokens, steps)
 
 
-@pytest.mark.parametrize(("height", "width", "steps"), [(1024, 1024, 50), (1024, 1024, 4), (1536, 1024, 28), (2048, 1024, 20)])
-def test_times_of_large_pictures(height: int, width: int, steps: int, folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    ("height", "width", "steps"),
+    [(1024, 1024, 50), (1024, 1024, 4), (1536, 1024, 28), (2048, 1024, 20)],
+)
+def test_times_of_large_pictures(
+    height: int, width: int, steps: int, folders: dict[str, Path]
+) -> None:
     """The times alone, at sizes on which the network would take too long here."""
     model = load(folders["dev"])
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folders["dev"] / "scheduler")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(
+        folders["dev"] / "scheduler"
+    )
     even = torch.linspace(1, 1 / steps, steps).tolist()
     scheduler.set_timesteps(sigmas=even, mu=compute_empirical_mu(height * width // 256, steps))
     found = torch.tensor(times_of(model, Request(steps=steps, height=height, width=width)))
@@ -128,15 +172,21 @@ def test_another_rule_is_refused(folders: dict[str, Path]) -> None:
         load(folders["dev"]).generate("a cat", spacing="dynamic:rule=flux3", height=32, width=32)
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------------------
 
 
 def test_defaults(folders: dict[str, Path]) -> None:
-    """Steps and guidance as the pipelines are called without a word; of a distilled model as its card calls it."""
+    """Steps and guidance as the pipelines are called without a word; of a distilled model as its
+    card calls it.
+    """
     models = {kind: load(folder) for kind, folder in folders.items()}
     assert [model.sample_size for model in models.values()] == [1024] * 3
     found = {kind: model.defaults for kind, model in models.items()}
-    assert [(d.steps, d.guidance, d.references) for d in found.values()] == [(50, 1.0, 10), (50, 4.0, 4), (4, 1.0, 4)]
+    assert [(d.steps, d.guidance, d.references) for d in found.values()] == [
+        (50, 1.0, 10),
+        (50, 4.0, 4),
+        (4, 1.0, 4),
+    ]
     assert found["dev"].learned_guidance == 4.0
     assert {(d.sampler, d.spacing) for d in found.values()} == {("euler", "dynamic:rule=flux2")}
 
@@ -146,7 +196,10 @@ def test_defaults(folders: dict[str, Path]) -> None:
 def test_text_to_image(kind: str, size: tuple[int, int], folders: dict[str, Path]) -> None:
     pipe, model = opened(folders[kind]), load(folders[kind])
     asked: dict[str, Any] = {"height": size[0], "width": size[1]}
-    compare(model.generate(PROMPTS, steps=3, output="tensor", **asked), pictures(pipe, num_inference_steps=3, **asked))
+    compare(
+        model.generate(PROMPTS, steps=3, output="tensor", **asked),
+        pictures(pipe, num_inference_steps=3, **asked),
+    )
 
 
 def test_strengths_of_guidance(folders: dict[str, Path]) -> None:
@@ -154,8 +207,12 @@ def test_strengths_of_guidance(folders: dict[str, Path]) -> None:
     for kind, scale in (("dev", 1.5), ("klein", 2.0), ("klein", 1.0)):
         pipe, model = opened(folders[kind]), load(folders[kind])
         expected = pictures(pipe, num_inference_steps=2, guidance_scale=scale, **asked)
-        compare(model.generate(PROMPTS, steps=2, guidance=scale, output="tensor", **asked), expected)
-        assert (expected - pictures(pipe, num_inference_steps=2, **asked)).abs().max() > 1e-3, "guidance shows"
+        compare(
+            model.generate(PROMPTS, steps=2, guidance=scale, output="tensor", **asked), expected
+        )
+        assert (expected - pictures(pipe, num_inference_steps=2, **asked)).abs().max() > 1e-3, (
+            "guidance shows"
+        )
 
 
 def test_another_negative_prompt(folders: dict[str, Path]) -> None:
@@ -163,12 +220,17 @@ def test_another_negative_prompt(folders: dict[str, Path]) -> None:
     asked: dict[str, Any] = {"height": 32, "width": 32}
     tokens, _ = pipe.encode_prompt(["a dog"] * 2)
     expected = pictures(pipe, num_inference_steps=2, negative_prompt_embeds=tokens, **asked)
-    compare(model.generate(PROMPTS, steps=2, negative_prompt="a dog", output="tensor", **asked), expected)
+    compare(
+        model.generate(PROMPTS, steps=2, negative_prompt="a dog", output="tensor", **asked),
+        expected,
+    )
 
 
 @pytest.mark.parametrize("kind", ["dev", "klein"])
 def test_streamed(kind: str, folders: dict[str, Path]) -> None:
-    """The networks' weights read from the files as they are needed: the same pictures to the last bit."""
+    """The networks' weights read from the files as they are needed: the same pictures to the last
+    bit.
+    """
     whole, streamed = load(folders[kind]), load(folders[kind], memory="64GB")
     request = edit(whole, photo(), Request(PROMPTS, steps=2, height=32, width=32))
     assert torch.equal(streamed.run(request, output="tensor"), whole.run(request, output="tensor"))
@@ -182,9 +244,13 @@ def test_pictures_that_are_read(kind: str, count: int, folders: dict[str, Path])
     read = [photo(5), photo(6, 80, 64)][:count]
     asked: dict[str, Any] = {"height": 48, "width": 32}
     expected = pictures(pipe, image=list(read), num_inference_steps=2, **asked)
-    found = model.run(edit(model, read[0], Request(PROMPTS, steps=2, **asked), also=read[1:]), output="tensor")
+    found = model.run(
+        edit(model, read[0], Request(PROMPTS, steps=2, **asked), also=read[1:]), output="tensor"
+    )
     compare(found, expected)
-    assert (expected - pictures(pipe, num_inference_steps=2, **asked)).abs().max() > 1e-3, "the pictures show"
+    assert (expected - pictures(pipe, num_inference_steps=2, **asked)).abs().max() > 1e-3, (
+        "the pictures show"
+    )
 
 
 def test_a_picture_that_is_not_of_whole_tokens(folders: dict[str, Path]) -> None:
@@ -197,7 +263,9 @@ def test_a_picture_that_is_not_of_whole_tokens(folders: dict[str, Path]) -> None
 
 
 def test_pictures_that_are_too_large(folders: dict[str, Path]) -> None:
-    """Made smaller as theirs are, but for the filter (Lanczos there, bicubic here), and then cut; a tiny one is drawn out to a token."""
+    """Made smaller as theirs are, but for the filter (Lanczos there, bicubic here), and then cut; a
+    tiny one is drawn out to a token.
+    """
     from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 
     model, read, largest = load(folders["distilled"]), photo(7, 150, 230), 100 * 100
@@ -209,12 +277,14 @@ def test_pictures_that_are_too_large(folders: dict[str, Path]) -> None:
     made = edit(spied, read, Request("a cat"), also=[photo(8, 5, 40)], largest=largest)
     small = Flux2ImageProcessor._resize_to_target_area(read, largest)
     height, width = small.height // 16 * 16, small.width // 16 * 16
-    expected = Flux2ImageProcessor().preprocess(small, height=height, width=width, resize_mode="crop")
+    expected = Flux2ImageProcessor().preprocess(
+        small, height=height, width=width, resize_mode="crop"
+    )
     assert seen[0].shape == expected.shape and (seen[0] - expected).abs().max() < 0.1
     assert seen[1].shape[2:] == (16, 32) and (made.height, made.width) == (height, width)
 
 
-# ---- saving ----------------------------------------------------------------------------------------------------------------
+# ---- saving --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -223,13 +293,21 @@ def test_what_we_save(kind: str, folders: dict[str, Path], tmp_path: Path) -> No
     model = load(folders[kind])
     model.save(tmp_path / "ours")
     again, pipe, before = load(tmp_path / "ours"), opened(tmp_path / "ours"), opened(folders[kind])
-    assert type(pipe).__name__ == KINDS[kind] and again.hash == model.hash and again.defaults == model.defaults
+    assert (
+        type(pipe).__name__ == KINDS[kind]
+        and again.hash == model.hash
+        and again.defaults == model.defaults
+    )
     assert pipe.config.get("is_distilled") == before.config.get("is_distilled")
     for name in PARTS:
         ours, published = (getattr(which, name).state_dict() for which in (pipe, before))
-        assert ours.keys() == published.keys() and all(torch.equal(ours[key], published[key]) for key in ours), name
+        assert ours.keys() == published.keys() and all(
+            torch.equal(ours[key], published[key]) for key in ours
+        ), name
     assert pipe.scheduler.config["use_dynamic_shifting"]
     index = json.loads((tmp_path / "ours" / "model_index.json").read_text())
-    assert {key for key in index if not key.startswith("_")} == {key for key in pipe.config if not key.startswith("_")}
+    assert {key for key in index if not key.startswith("_")} == {
+        key for key in pipe.config if not key.startswith("_")
+    }
     asked: dict[str, Any] = {"num_inference_steps": 2, "height": 32, "width": 32}
     assert torch.equal(pictures(pipe, **asked), pictures(before, **asked))

@@ -1,7 +1,9 @@
-"""diffusers' pipelines of FLUX.1 beside ours, with small random networks: the same folder, words and noise give the same pictures.
+"""diffusers' pipelines of FLUX.1 beside ours, with small random networks: the same folder, words
+and noise give the same pictures.
 
-FluxPipeline (dev and schnell), FluxImg2ImgPipeline, FluxInpaintPipeline, FluxFillPipeline, FluxControlPipeline, FluxKontextPipeline. All is
-float32; pictures are compared in [0, 1]. What we save opens in diffusers with the same tensors under the same names.
+FluxPipeline (dev and schnell), FluxImg2ImgPipeline, FluxInpaintPipeline, FluxFillPipeline,
+FluxControlPipeline, FluxKontextPipeline. All is float32; pictures are compared in [0, 1]. What we
+save opens in diffusers with the same tensors under the same names.
 """
 
 import json
@@ -30,8 +32,11 @@ from sfumato.tasks.image_to_image import image_to_image
 from sfumato.tasks.inpaint import inpaint
 from sfumato.tasks.variations import variations
 
-text: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_text.py")))
-NAMES = {  # by channels beside the latent's and whether guidance is embedded: the pipeline that is saved
+text: Any = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_text.py"))
+)
+# by channels beside the latent's and whether guidance is embedded: the pipeline that is saved
+NAMES = {
     "dev": ("FluxPipeline", 0, True),
     "schnell": ("FluxPipeline", 0, False),
     "fill": ("FluxFillPipeline", 80, True),
@@ -48,8 +53,14 @@ FEW: dict[str, Any] = {"max_sequence_length": 256}
 
 @cache
 def parts() -> dict[str, Any]:
-    """Text encoders and the autoencoder, which all kinds share: sixteen channels at an eighth of the sides, as the published."""
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "norm_num_groups": 4}
+    """Text encoders and the autoencoder, which all kinds share: sixteen channels at an eighth of
+    the sides, as the published.
+    """
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "norm_num_groups": 4,
+    }
     numbers = {
         "scaling_factor": 0.3611,
         "shift_factor": 0.1159,
@@ -58,19 +69,43 @@ def parts() -> dict[str, Any]:
         "layers_per_block": 1,
     }
     vae = text.drawn(
-        lambda: diffusers.AutoencoderKL(block_out_channels=(4, 4, 8, 8), latent_channels=16, sample_size=64, **blocks, **numbers), 2
+        lambda: diffusers.AutoencoderKL(
+            block_out_channels=(4, 4, 8, 8), latent_channels=16, sample_size=64, **blocks, **numbers
+        ),
+        2,
     )
     return {"vae": vae}
 
 
 def theirs(kind: str, scratch: Path) -> Any:
     name, extra, guided = NAMES[kind]
-    numbers = {"in_channels": 4 * (16 + extra), "out_channels": 64, "num_layers": 1, "num_single_layers": 1, "axes_dims_rope": (4, 6, 6)}
-    width = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 48, "pooled_projection_dim": 16}
-    network = text.drawn(lambda: diffusers.FluxTransformer2DModel(**numbers, **width, guidance_embeds=guided), 1)
-    moved = {"shift": 1.0} if kind == "schnell" else {"shift": 3.0, "use_dynamic_shifting": True, "max_shift": 1.15}
+    numbers = {
+        "in_channels": 4 * (16 + extra),
+        "out_channels": 64,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    width = {
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 48,
+        "pooled_projection_dim": 16,
+    }
+    network = text.drawn(
+        lambda: diffusers.FluxTransformer2DModel(**numbers, **width, guidance_embeds=guided), 1
+    )
+    moved = (
+        {"shift": 1.0}
+        if kind == "schnell"
+        else {"shift": 3.0, "use_dynamic_shifting": True, "max_shift": 1.15}
+    )
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, **moved)
-    return quiet(getattr(diffusers, name)(**text.parts("flux", scratch), **parts(), transformer=network, scheduler=scheduler))
+    return quiet(
+        getattr(diffusers, name)(
+            **text.parts("flux", scratch), **parts(), transformer=network, scheduler=scheduler
+        )
+    )
 
 
 def quiet(pipe: Any) -> Any:
@@ -93,7 +128,9 @@ def as_tensor(pictures: Any) -> Tensor:
 def pictures(pipe: Any, count: int = 2, **asked: Any) -> Tensor:
     """Of seeds 0, 1 ..., as ours."""
     generators = [torch.Generator().manual_seed(k) for k in range(count)]
-    return as_tensor(pipe(generator=generators, output_type="np", **({"prompt": PROMPTS[:count]} | asked)).images)
+    return as_tensor(
+        pipe(generator=generators, output_type="np", **({"prompt": PROMPTS[:count]} | asked)).images
+    )
 
 
 def photo(seed: int = 5, height: int = SIZE["height"], width: int = SIZE["width"]) -> Tensor:
@@ -103,7 +140,9 @@ def photo(seed: int = 5, height: int = SIZE["height"], width: int = SIZE["width"
 
 
 def twice(picture: Tensor) -> Tensor:
-    """One for each image: of a lone picture diffusers draws one sample, from the first image's generator."""
+    """One for each image: of a lone picture diffusers draws one sample, from the first image's
+    generator.
+    """
     return picture.expand(2, -1, -1, -1)
 
 
@@ -126,32 +165,47 @@ def opened(folder: Path, name: str | None = None) -> Any:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """model_index.json without the words of who wrote it; a T5TokenizerFast is transformers' T5Tokenizer."""
+    """model_index.json without the words of who wrote it; a T5TokenizerFast is transformers'
+    T5Tokenizer.
+    """
     text = (folder / "model_index.json").read_text().replace("T5TokenizerFast", "T5Tokenizer")
-    return {k: v for k, v in json.loads(text).items() if k not in ("_sfumato", "_diffusers_version")}
+    return {
+        k: v for k, v in json.loads(text).items() if k not in ("_sfumato", "_diffusers_version")
+    }
 
 
 @pytest.mark.parametrize("kind", list(NAMES))
-def test_convert_keeps_the_pipeline(kind: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """diffusers' folder -> file -> folder: the same pipeline, run in the same way; what sfumato saved goes the same way."""
+def test_convert_keeps_the_pipeline(
+    kind: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """diffusers' folder -> file -> folder: the same pipeline, run in the same way; what sfumato
+    saved goes the same way.
+    """
     wanted = load(folders[kind])
     wanted.save(tmp_path / "saved.safetensors")
     wanted.save(tmp_path / "saved")
     index = read_index(folders[kind])
     for k, source in enumerate((folders[kind], tmp_path / "saved.safetensors", tmp_path / "saved")):
         file, folder = tmp_path / f"{k}.safetensors", tmp_path / str(k)
-        assert main(["convert", str(source), str(file)]) == 0 and main(["convert", str(file), str(folder)]) == 0, capsys.readouterr().err
+        assert (
+            main(["convert", str(source), str(file)]) == 0
+            and main(["convert", str(file), str(folder)]) == 0
+        ), capsys.readouterr().err
         for model in (load(file), load(folder)):
             assert (model.hash, model.defaults) == (wanted.hash, wanted.defaults), (kind, source)
         assert read_index(folder) == index and type(opened(folder)).__name__ == NAMES[kind][0]
 
 
-# ---- text to image ---------------------------------------------------------------------------------------------------------
+# ---- text to image -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("dev", 28), ("schnell", 4), ("fill", 50), ("control", 28), ("kontext", 28)])
+@pytest.mark.parametrize(
+    ("kind", "steps"), [("dev", 28), ("schnell", 4), ("fill", 50), ("control", 28), ("kontext", 28)]
+)
 def test_defaults(kind: str, steps: int, folders: dict[str, Path], tmp_path: Path) -> None:
-    """As the pipelines are called without a word; the shift by the picture's size is dev's, schnell has none."""
+    """As the pipelines are called without a word; the shift by the picture's size is dev's, schnell
+    has none.
+    """
     model = load(folders[kind])
     defaults = model.defaults
     assert model.sample_size == theirs(kind, tmp_path).default_sample_size * 8 == 1024
@@ -167,19 +221,37 @@ def test_text_to_image(kind: str, size: tuple[int, int], folders: dict[str, Path
     pipe, model = opened(folders[kind]), load(folders[kind])
     asked: dict[str, Any] = {"height": size[0], "width": size[1]}
     theirs = asked | (FEW if kind == "schnell" else {})
-    compare(model.generate(PROMPTS, steps=3, output="tensor", **asked), pictures(pipe, num_inference_steps=3, **theirs))
-    compare(model.generate("a cat", steps=2, output="tensor", **asked), pictures(pipe, 1, prompt="a cat", num_inference_steps=2, **theirs))
+    compare(
+        model.generate(PROMPTS, steps=3, output="tensor", **asked),
+        pictures(pipe, num_inference_steps=3, **theirs),
+    )
+    compare(
+        model.generate("a cat", steps=2, output="tensor", **asked),
+        pictures(pipe, 1, prompt="a cat", num_inference_steps=2, **theirs),
+    )
 
 
 def test_learned_guidance_and_a_second_pass(folders: dict[str, Path]) -> None:
-    """A bare number is what the network is told; with `learned_guidance` beside it, it is the scale of two passes (their true CFG)."""
+    """A bare number is what the network is told; with `learned_guidance` beside it, it is the scale
+    of two passes (their true CFG).
+    """
     pipe, model = opened(folders["dev"]), load(folders["dev"])
     plain = pictures(pipe, num_inference_steps=3, guidance_scale=7.0, **SIZE)
     compare(model.generate(PROMPTS, steps=3, guidance=7.0, output="tensor", **SIZE), plain)
     compare(model.generate(PROMPTS, steps=3, learned_guidance=7.0, output="tensor", **SIZE), plain)
     words: dict[str, Any] = {"negative_prompt": ["a dog"] * 2}
-    twice = pictures(pipe, num_inference_steps=3, guidance_scale=2.5, true_cfg_scale=2.0, **words, **SIZE)
-    found = model.generate(PROMPTS, steps=3, guidance=2.0, learned_guidance=2.5, negative_prompt="a dog", output="tensor", **SIZE)
+    twice = pictures(
+        pipe, num_inference_steps=3, guidance_scale=2.5, true_cfg_scale=2.0, **words, **SIZE
+    )
+    found = model.generate(
+        PROMPTS,
+        steps=3,
+        guidance=2.0,
+        learned_guidance=2.5,
+        negative_prompt="a dog",
+        output="tensor",
+        **SIZE,
+    )
     compare(found, twice)
     assert (plain - twice).abs().max() > 0.01
 
@@ -197,41 +269,86 @@ def test_a_second_prompt(folders: dict[str, Path]) -> None:
     """T5 reads the second, CLIP the first."""
     pipe, model = opened(folders["dev"]), load(folders["dev"])
     expected = pictures(pipe, num_inference_steps=2, prompt_2=["the mat"] * 2, **SIZE)
-    compare(model.run(Request(PROMPTS, steps=2, prompt_2="the mat", **SIZE), output="tensor"), expected)
+    compare(
+        model.run(Request(PROMPTS, steps=2, prompt_2="the mat", **SIZE), output="tensor"), expected
+    )
     assert (expected - pictures(pipe, num_inference_steps=2, **SIZE)).abs().max() > 1e-3
 
 
 def test_streamed(folders: dict[str, Path]) -> None:
-    """The networks' weights read from the files as they are needed: the same pictures to the last bit."""
-    asked: dict[str, Any] = {"steps": 2, "guidance": 2.0, "learned_guidance": 3.0, "negative_prompt": "a dog", "output": "tensor", **SIZE}
+    """The networks' weights read from the files as they are needed: the same pictures to the last
+    bit.
+    """
+    asked: dict[str, Any] = {
+        "steps": 2,
+        "guidance": 2.0,
+        "learned_guidance": 3.0,
+        "negative_prompt": "a dog",
+        "output": "tensor",
+        **SIZE,
+    }
     whole, streamed = load(folders["dev"]), load(folders["dev"], memory="64GB")
     assert torch.equal(streamed.generate(PROMPTS, **asked), whole.generate(PROMPTS, **asked))
 
 
-# ---- with pictures ---------------------------------------------------------------------------------------------------------
+# ---- with pictures -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "strength", "ours"), [("dev", 0.5, 0.5), ("dev", 1.0, 1.0), ("dev", 0.6, 0.75), ("schnell", 0.75, 0.75)])
+@pytest.mark.parametrize(
+    ("kind", "strength", "ours"),
+    [("dev", 0.5, 0.5), ("dev", 1.0, 1.0), ("dev", 0.6, 0.75), ("schnell", 0.75, 0.75)],
+)
 def test_image_to_image(kind: str, strength: float, ours: float, folders: dict[str, Path]) -> None:
-    """Where the strength is no whole number of steps we round down, and they up: 0.6 of four are three."""
+    """Where the strength is no whole number of steps we round down, and they up: 0.6 of four are
+    three.
+    """
     pipe, model = opened(folders[kind], "FluxImg2ImgPipeline"), load(folders[kind])
     asked = SIZE | (FEW if kind == "schnell" else {})
-    expected = pictures(pipe, image=twice(photo()), strength=strength, num_inference_steps=4, guidance_scale=3.5, **asked)
+    expected = pictures(
+        pipe,
+        image=twice(photo()),
+        strength=strength,
+        num_inference_steps=4,
+        guidance_scale=3.5,
+        **asked,
+    )
     request = Request(PROMPTS, steps=4)
-    compare(model.run(image_to_image(model, photo() * 2 - 1, request, strength=ours, posterior="sample"), output="tensor"), expected)
+    compare(
+        model.run(
+            image_to_image(model, photo() * 2 - 1, request, strength=ours, posterior="sample"),
+            output="tensor",
+        ),
+        expected,
+    )
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_inpainting_with_an_ordinary_model(strength: float, folders: dict[str, Path]) -> None:
     pipe, model = opened(folders["dev"], "FluxInpaintPipeline"), load(folders["dev"])
-    asked: dict[str, Any] = {"image": twice(photo()), "mask_image": twice(hole()), "strength": strength, "guidance_scale": 3.5}
+    asked: dict[str, Any] = {
+        "image": twice(photo()),
+        "mask_image": twice(hole()),
+        "strength": strength,
+        "guidance_scale": 3.5,
+    }
     expected = pictures(pipe, num_inference_steps=4, **asked, **SIZE)
     task = {"strength": strength, "posterior": "sample", "paste": False, "blind": strength == 1}
-    compare(model.run(inpaint(model, photo() * 2 - 1, hole(), Request(PROMPTS, steps=4), **task), output="tensor"), expected)
+    compare(
+        model.run(
+            inpaint(model, photo() * 2 - 1, hole(), Request(PROMPTS, steps=4), **task),
+            output="tensor",
+        ),
+        expected,
+    )
 
 
 def fill(model: LatentDiffusion, request: Request, **options: Any) -> Tensor:
-    return model.run(inpaint(model, photo() * 2 - 1, options.pop("mask", hole()), request, paste=False, **options), output="tensor")
+    return model.run(
+        inpaint(
+            model, photo() * 2 - 1, options.pop("mask", hole()), request, paste=False, **options
+        ),
+        output="tensor",
+    )
 
 
 def test_fill(folders: dict[str, Path]) -> None:
@@ -240,14 +357,27 @@ def test_fill(folders: dict[str, Path]) -> None:
     mask = hole()
     mask[:, :, 3:9, 5:11] = 1
     asked: dict[str, Any] = {"image": twice(photo()), "mask_image": twice(mask)}
-    expected = pictures(pipe, num_inference_steps=4, guidance_scale=10.0, strength=0.5, **asked, **SIZE)
-    compare(fill(model, Request(PROMPTS, steps=4, guidance=10.0), mask=mask, strength=0.5, posterior="sample"), expected)
+    expected = pictures(
+        pipe, num_inference_steps=4, guidance_scale=10.0, strength=0.5, **asked, **SIZE
+    )
+    compare(
+        fill(
+            model,
+            Request(PROMPTS, steps=4, guidance=10.0),
+            mask=mask,
+            strength=0.5,
+            posterior="sample",
+        ),
+        expected,
+    )
     expected = pictures(settled(pipe), num_inference_steps=3, **asked, **SIZE)
     compare(fill(model, Request(PROMPTS, steps=3), mask=mask), expected)
 
 
 def settled(pipe: Any) -> Any:
-    """The pipeline with an autoencoder that says the mean where it is asked for a sample, and draws nothing for it."""
+    """The pipeline with an autoencoder that says the mean where it is asked for a sample, and draws
+    nothing for it.
+    """
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     made = pipe.vae.encode
@@ -265,48 +395,104 @@ def settled(pipe: Any) -> Any:
 
 def test_control(folders: dict[str, Path]) -> None:
     pipe, model = opened(folders["control"]), load(folders["control"])
-    expected = pictures(pipe, control_image=photo() * 2 - 1, guidance_scale=10.0, num_inference_steps=3, **SIZE)
-    sampled = control(model, photo() * 2 - 1, Request(PROMPTS, steps=3, guidance=10.0), posterior="sample")
+    expected = pictures(
+        pipe, control_image=photo() * 2 - 1, guidance_scale=10.0, num_inference_steps=3, **SIZE
+    )
+    sampled = control(
+        model, photo() * 2 - 1, Request(PROMPTS, steps=3, guidance=10.0), posterior="sample"
+    )
     compare(model.run(sampled, output="tensor"), expected)
-    expected = pictures(settled(pipe), control_image=photo(6) * 2 - 1, num_inference_steps=3, **SIZE)
-    compare(model.run(control(model, photo(6) * 2 - 1, Request(PROMPTS, steps=3)), output="tensor"), expected)
+    expected = pictures(
+        settled(pipe), control_image=photo(6) * 2 - 1, num_inference_steps=3, **SIZE
+    )
+    compare(
+        model.run(control(model, photo(6) * 2 - 1, Request(PROMPTS, steps=3)), output="tensor"),
+        expected,
+    )
 
 
 @pytest.mark.parametrize("size", [(32, 48), (48, 32)])
 def test_kontext(size: tuple[int, int], folders: dict[str, Path]) -> None:
-    """A picture for both images, of another size than what is drawn; a picture for each; two passes; no picture."""
+    """A picture for both images, of another size than what is drawn; a picture for each; two
+    passes; no picture.
+    """
     pipe, model = opened(folders["kontext"]), load(folders["kontext"])
     asked: dict[str, Any] = {"height": size[0], "width": size[1]}
-    given: dict[str, Any] = {"image": photo(), "_auto_resize": False, "max_area": size[0] * size[1], "num_inference_steps": 3} | asked
+    given: dict[str, Any] = {
+        "image": photo(),
+        "_auto_resize": False,
+        "max_area": size[0] * size[1],
+        "num_inference_steps": 3,
+    } | asked
     request = Request(PROMPTS, steps=3, **asked)
-    compare(model.run(edit(model, photo() * 2 - 1, request), output="tensor"), pictures(pipe, **given))
+    compare(
+        model.run(edit(model, photo() * 2 - 1, request), output="tensor"), pictures(pipe, **given)
+    )
     other = torch.cat([photo(), photo(6)])
-    compare(model.run(edit(model, other * 2 - 1, request), output="tensor"), pictures(pipe, **{**given, "image": other}))
-    expected = pictures(pipe, negative_prompt=["ugly"] * 2, true_cfg_scale=2.0, guidance_scale=4.0, **given)
-    request = Request(PROMPTS, steps=3, guidance=2.0, learned_guidance=4.0, negative_prompt="ugly", **asked)
+    compare(
+        model.run(edit(model, other * 2 - 1, request), output="tensor"),
+        pictures(pipe, **{**given, "image": other}),
+    )
+    expected = pictures(
+        pipe, negative_prompt=["ugly"] * 2, true_cfg_scale=2.0, guidance_scale=4.0, **given
+    )
+    request = Request(
+        PROMPTS, steps=3, guidance=2.0, learned_guidance=4.0, negative_prompt="ugly", **asked
+    )
     compare(model.run(edit(model, photo() * 2 - 1, request), output="tensor"), expected)
     del given["image"]
     compare(model.generate(PROMPTS, steps=3, output="tensor", **asked), pictures(pipe, **given))
 
 
 def test_inversion_is_told_the_learned_guidance(folders: dict[str, Path]) -> None:
-    """The noise of a picture gives the picture back, under the strength that is told in both ways; two passes are off unless asked for."""
+    """The noise of a picture gives the picture back, under the strength that is told in both ways;
+    two passes are off unless asked for.
+    """
     model = load(folders["dev"])
     z = model.encode(photo() * 2 - 1)
-    request = variations(model, photo() * 2 - 1, Request("a cat", steps=12, guidance=6.0), strength=0.0, way="inversion")
+    request = variations(
+        model,
+        photo() * 2 - 1,
+        Request("a cat", steps=12, guidance=6.0),
+        strength=0.0,
+        way="inversion",
+    )
     assert (request.guidance, request.learned_guidance) == (1.0, 6.0)
-    errors = [(model.run(r, output="latent") - z).norm() / z.norm() for r in (request, replace(request, learned_guidance=1.0))]
+    errors = [
+        (model.run(r, output="latent") - z).norm() / z.norm()
+        for r in (request, replace(request, learned_guidance=1.0))
+    ]
     assert errors[0] < 0.02 < errors[1], errors
-    assert variations(model, photo() * 2 - 1, Request("a cat", steps=2), way="inversion").learned_guidance == 3.5
+    assert (
+        variations(
+            model, photo() * 2 - 1, Request("a cat", steps=2), way="inversion"
+        ).learned_guidance
+        == 3.5
+    )
 
 
-def test_tasks_on_the_command_line(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tasks_on_the_command_line(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Both guidances, and weights from the files: the same picture."""
     picture, paths = tmp_path / "photo.png", [tmp_path / "whole.png", tmp_path / "streamed.png"]
     to_pil(photo() * 2 - 1)[0].save(picture)
-    words = ["control", str(picture), "a cat", "--model", str(folders["control"]), "--steps", "2", "--negative-prompt", "a dog"]
+    words = [
+        "control",
+        str(picture),
+        "a cat",
+        "--model",
+        str(folders["control"]),
+        "--steps",
+        "2",
+        "--negative-prompt",
+        "a dog",
+    ]
     for path, more in zip(paths, ([], ["--memory", "64GB"]), strict=True):
-        assert main([*words, "--guidance", "2", "--learned-guidance", "3", "--out", str(path), *more]) == 0, capsys.readouterr().err
+        assert (
+            main([*words, "--guidance", "2", "--learned-guidance", "3", "--out", str(path), *more])
+            == 0
+        ), capsys.readouterr().err
     whole, streamed = (Image.open(path) for path in paths)
     assert whole.tobytes() == streamed.tobytes()
     assert json.loads(whole.info["sfumato"])["learned_guidance"] == 3.0
@@ -314,23 +500,42 @@ def test_tasks_on_the_command_line(folders: dict[str, Path], tmp_path: Path, cap
     assert "with learned guidance 2 alone" in capsys.readouterr().err
 
 
-# ---- saving ----------------------------------------------------------------------------------------------------------------
+# ---- saving --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_what_we_save(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    """The same class, the same tensors under the same names, the same configs of networks, and the same pictures."""
+    """The same class, the same tensors under the same names, the same configs of networks, and the
+    same pictures.
+    """
     model = load(folders[kind])
     model.save(tmp_path / "ours")
     again, pipe, before = load(tmp_path / "ours"), opened(tmp_path / "ours"), opened(folders[kind])
-    assert type(pipe).__name__ == NAMES[kind][0] and again.hash == model.hash and again.defaults == model.defaults
+    assert (
+        type(pipe).__name__ == NAMES[kind][0]
+        and again.hash == model.hash
+        and again.defaults == model.defaults
+    )
     for name in PARTS:
         ours, published = (getattr(which, name).state_dict() for which in (pipe, before))
-        assert ours.keys() == published.keys() and all(torch.equal(ours[key], published[key]) for key in ours), name
-    for name in ("use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"):
+        assert ours.keys() == published.keys() and all(
+            torch.equal(ours[key], published[key]) for key in ours
+        ), name
+    for name in (
+        "use_dynamic_shifting",
+        "base_shift",
+        "max_shift",
+        "base_image_seq_len",
+        "max_image_seq_len",
+    ):
         assert pipe.scheduler.config[name] == before.scheduler.config[name]
     index = json.loads((tmp_path / "ours" / "model_index.json").read_text())
-    assert {key for key in index if not key.startswith("_")} == {key for key in pipe.config if not key.startswith("_")}
+    assert {key for key in index if not key.startswith("_")} == {
+        key for key in pipe.config if not key.startswith("_")
+    }
     asked: dict[str, Any] = {"num_inference_steps": 2, "max_sequence_length": 64, **SIZE}
-    asked |= {"fill": {"image": photo(), "mask_image": hole()}, "control": {"control_image": photo() * 2 - 1}}.get(kind, {})
+    asked |= {
+        "fill": {"image": photo(), "mask_image": hole()},
+        "control": {"control_image": photo() * 2 - 1},
+    }.get(kind, {})
     assert torch.equal(pictures(pipe, **asked), pictures(before, **asked))

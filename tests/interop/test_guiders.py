@@ -1,6 +1,8 @@
-"""Parity with diffusers' guiders and with its perturbed attention. They are a reference here and nothing else.
+"""Parity with diffusers' guiders and with its perturbed attention. They are a reference here and
+nothing else.
 
-Their guiders combine whatever tensors they are given; ours say on which: x0 for rescale and project, the velocity for zero_star.
+Their guiders combine whatever tensors they are given; ours say on which: x0 for rescale and
+project, the velocity for zero_star.
 """
 
 from collections.abc import Callable
@@ -34,7 +36,10 @@ def predictions(count: int, seed: int = 0) -> tuple[Tensor, list[Prediction]]:
     alpha, sigma = POINT
     x = normal(3, 4, 6, 5, seed=seed)
     velocities = [0.3 * x + normal(3, 4, 6, 5, seed=seed + k + 1) for k in range(count)]
-    return x, [Prediction((x - sigma * v) / (alpha + sigma), (x + alpha * v) / (alpha + sigma)) for v in velocities]
+    return x, [
+        Prediction((x - sigma * v) / (alpha + sigma), (x + alpha * v) / (alpha + sigma))
+        for v in velocities
+    ]
 
 
 def begun(name: str, **options: Any) -> Callable[..., Prediction]:
@@ -51,7 +56,10 @@ def test_classifier_free_guidance(w: float) -> None:
     x, given = predictions(2)
     found = begun("linear")(x, given, w)
     guider = guiders.ClassifierFreeGuidance(guidance_scale=w)
-    for ours, c, u in ((found.x0, given[0].x0, given[1].x0), (found.eps, given[0].eps, given[1].eps)):
+    for ours, c, u in (
+        (found.x0, given[0].x0, given[1].x0),
+        (found.eps, given[0].eps, given[1].eps),
+    ):
         close(ours, guider.forward(c, u).pred)
 
 
@@ -59,14 +67,28 @@ def test_classifier_free_guidance(w: float) -> None:
 @pytest.mark.parametrize("phi", [0.3, 0.7, 1.0])
 def test_rescale(w: float, phi: float) -> None:
     x, given = predictions(2)
-    theirs = guiders.ClassifierFreeGuidance(guidance_scale=w, guidance_rescale=phi).forward(given[0].x0, given[1].x0).pred
+    theirs = (
+        guiders.ClassifierFreeGuidance(guidance_scale=w, guidance_rescale=phi)
+        .forward(given[0].x0, given[1].x0)
+        .pred
+    )
     close(begun("rescale", phi=phi)(x, given, w).x0, theirs)
 
 
 @SCALES
-@pytest.mark.parametrize("options", [{"eta": 1.0}, {"eta": 0.0}, {"eta": 0.4, "threshold": 5.0}, {"momentum": -0.5, "threshold": 20.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eta": 1.0},
+        {"eta": 0.0},
+        {"eta": 0.4, "threshold": 5.0},
+        {"momentum": -0.5, "threshold": 20.0},
+    ],
+)
 def test_adaptive_projected_guidance(w: float, options: dict[str, float]) -> None:
-    """Over four steps, for the momentum. Theirs starts from the unconditional prediction by default, ours from the conditional."""
+    """Over four steps, for the momentum. Theirs starts from the unconditional prediction by
+    default, ours from the conditional.
+    """
     guider = guiders.AdaptiveProjectedGuidance(
         guidance_scale=w - 1,
         eta=options.get("eta", 0.0),
@@ -93,13 +115,21 @@ def test_zero_star(w: float) -> None:
 
 @pytest.mark.parametrize(("w", "second"), [(2.0, 3.8), (7.5, 1.5)])
 def test_away_from_two(w: float, second: float) -> None:
-    """Their perturbed-attention guider with classifier-free guidance; scales from the conditional prediction, where off is 0."""
+    """Their perturbed-attention guider with classifier-free guidance; scales from the conditional
+    prediction, where off is 0.
+    """
     x, given = predictions(3)
     guider = guiders.PerturbedAttentionGuidance(
-        guidance_scale=w - 1, perturbed_guidance_scale=second - 1, perturbed_guidance_layers=[0], use_original_formulation=True
+        guidance_scale=w - 1,
+        perturbed_guidance_scale=second - 1,
+        perturbed_guidance_layers=[0],
+        use_original_formulation=True,
     )
     guider.set_state(1, 10, torch.tensor(0))
-    close(begun("dual", kind="away", second=second)(x, given, w).x0, guider.forward(*(p.x0 for p in given)).pred)
+    close(
+        begun("dual", kind="away", second=second)(x, given, w).x0,
+        guider.forward(*(p.x0 for p in given)).pred,
+    )
 
 
 @torch.inference_mode()
@@ -110,10 +140,22 @@ def test_autoguidance() -> None:
     close(begun("linear")(x, given, 2.4).x0, guider.forward(given[0].x0, given[1].x0).pred)
 
 
-VALUES: dict[str, Any] = {"sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 16), "norm_num_groups": 4}
+VALUES: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+}
 VALUES |= {"layers_per_block": 1, "attention_head_dim": 4, "cross_attention_dim": 12}
-CROSS = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
-SELF = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+CROSS = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+SELF = {
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
 SELF |= {"mid_block_type": "UNetMidBlock2D"}
 
 
@@ -129,11 +171,18 @@ def unets(values: dict[str, Any]) -> tuple[UNet, Any]:
 
 @pytest.mark.parametrize(
     ("values", "layers"),
-    [(CROSS, ["mid_block"]), (CROSS, ["down_blocks.0", "up_blocks.1"]), (SELF, ["down_blocks.1"]), (SELF, ["up_blocks.0.attentions.1"])],
+    [
+        (CROSS, ["mid_block"]),
+        (CROSS, ["down_blocks.0", "up_blocks.1"]),
+        (SELF, ["down_blocks.1"]),
+        (SELF, ["up_blocks.0.attentions.1"]),
+    ],
 )
 @torch.inference_mode()
 def test_perturbed_attention(values: dict[str, Any], layers: list[str]) -> None:
-    """Their processor perturbs the second half of a doubled batch, in the layers that it is set in."""
+    """Their processor perturbs the second half of a doubled batch, in the layers that it is set
+    in.
+    """
     ours, theirs = unets(VALUES | values)
     processors = {
         name: PAGIdentitySelfAttnProcessor2_0()
@@ -143,7 +192,9 @@ def test_perturbed_attention(values: dict[str, Any], layers: list[str]) -> None:
     }
     theirs.set_attn_processor(processors)
     x, timestep, tokens = normal(2, 3, 8, 8), torch.tensor([999.0, 333.0]), normal(2, 5, 12, seed=1)
-    doubled = theirs(x.repeat(2, 1, 1, 1), timestep.repeat(2), encoder_hidden_states=tokens.repeat(2, 1, 1)).sample
+    doubled = theirs(
+        x.repeat(2, 1, 1, 1), timestep.repeat(2), encoder_hidden_states=tokens.repeat(2, 1, 1)
+    ).sample
     given = Conditioning(tokens=tokens)
     close(ours(x, timestep, given), doubled[:2])
     found = changed(ours, layers, self_attentions, "layer")(x, timestep, given)
@@ -159,9 +210,15 @@ def test_layers_left_out() -> None:
     theirs.mid_block.attentions[0].forward = lambda hidden_states, *rest, **named: (hidden_states,)
     block = theirs.down_blocks[1].resnets[0]
     block.forward = lambda hidden_states, *rest, **named: block.conv_shortcut(hidden_states)
-    theirs.up_blocks[1].attentions[0].transformer_blocks[0].attn1.forward = lambda hidden_states, **named: torch.zeros_like(hidden_states)
+    theirs.up_blocks[1].attentions[0].transformer_blocks[0].attn1.forward = (
+        lambda hidden_states, **named: torch.zeros_like(hidden_states)
+    )
     expected = theirs(x, timestep, encoder_hidden_states=tokens).sample
-    layers = ["mid_block.attentions", "down_blocks.1.resnets.0", "up_blocks.1.attentions.0.transformer_blocks.0.attn1"]
+    layers = [
+        "mid_block.attentions",
+        "down_blocks.1.resnets.0",
+        "up_blocks.1.attentions.0.transformer_blocks.0.attn1",
+    ]
     given = Conditioning(tokens=tokens)
     found = changed(ours, layers, branches, "layer")(x, timestep, given)
     close(found, expected)

@@ -1,12 +1,16 @@
-"""Parity with k-diffusion (Katherine Crowson), whose samplers much of the world calls by name: the same network, noise and noise levels.
+"""Parity with k-diffusion (Katherine Crowson), whose samplers much of the world calls by name: the
+same network, noise and noise levels.
 
-Its functions know sigma alone. Ours are run in any (alpha, sigma) and compared in its coordinates, x/alpha at sigma/alpha, at every network
-call and at the end. All in float64, as its code keeps what it is given; only its spacings begin in float32, where float64 is put.
+Its functions know sigma alone. Ours are run in any (alpha, sigma) and compared in its coordinates,
+x/alpha at sigma/alpha, at every network call and at the end. All in float64, as its code keeps what
+it is given; only its spacings begin in float32, where float64 is put.
 
 Differences:
-- churn above the schedule's own highest level: theirs goes there; ours stays, because no network was trained there.
-- `sample_dpmpp_2s_ancestral` and `sample_dpm_2_ancestral` with eta > 0, `sample_dpm_fast` and `sample_dpm_adaptive`, and the noise of a
-  Brownian tree (theirs by default in the SDE samplers: the same path whatever the steps) have no counterpart here.
+- churn above the schedule's own highest level: theirs goes there; ours stays, because no network
+was trained there. - `sample_dpmpp_2s_ancestral` and `sample_dpm_2_ancestral` with eta > 0,
+`sample_dpm_fast` and `sample_dpm_adaptive`, and the noise of a
+  Brownian tree (theirs by default in the SDE samplers: the same path whatever the steps) have no
+  counterpart here.
 """
 
 import importlib.util
@@ -46,19 +50,30 @@ ABSENT = "k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1
 
 @pytest.fixture(scope="module")
 def theirs() -> Iterator[Any]:
-    """Its sampling.py alone. What the file imports and the samplers here never call is stood in for, so that nothing else is installed."""
+    """Its sampling.py alone. What the file imports and the samplers here never call is stood in
+    for, so that nothing else is installed.
+    """
     try:
         files = distribution("k-diffusion").files or []
     except PackageNotFoundError:
         pytest.skip(ABSENT)
-    path = next(Path(str(file.locate())) for file in files if file.as_posix() == "k_diffusion/sampling.py")
+    path = next(
+        Path(str(file.locate())) for file in files if file.as_posix() == "k_diffusion/sampling.py"
+    )
     package, utils = ModuleType("_k_diffusion"), ModuleType("_k_diffusion.utils")
     package.__path__ = []
-    utils.__dict__["append_dims"] = lambda x, dimensions: x.reshape(*x.shape, *[1] * (dimensions - x.ndim))
+    utils.__dict__["append_dims"] = lambda x, dimensions: x.reshape(
+        *x.shape, *[1] * (dimensions - x.ndim)
+    )
     package.__dict__["utils"] = utils
     torchdiffeq = ModuleType("torchdiffeq")
     torchdiffeq.__dict__["odeint"] = None  # for log_likelihood
-    stand_ins = {"_k_diffusion": package, "_k_diffusion.utils": utils, "torchdiffeq": torchdiffeq, "torchsde": ModuleType("torchsde")}
+    stand_ins = {
+        "_k_diffusion": package,
+        "_k_diffusion.utils": utils,
+        "torchdiffeq": torchdiffeq,
+        "torchsde": ModuleType("torchsde"),
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, module in stand_ins.items():
             patch.setitem(sys.modules, name, module)
@@ -76,11 +91,17 @@ def noises(count: int = 64) -> list[Tensor]:
 
 
 def denoised(x: Tensor, sigma: float) -> Tensor:
-    """A network's stand-in in their coordinates: smooth, nonlinear, and different at every level."""
-    return torch.tanh(1.2 * x / (1 + sigma) + 0.3 * math.log1p(sigma)) + 0.1 * x.roll(1, -1) / (1 + sigma)
+    """A network's stand-in in their coordinates: smooth, nonlinear, and different at every
+    level.
+    """
+    return torch.tanh(1.2 * x / (1 + sigma) + 0.3 * math.log1p(sigma)) + 0.1 * x.roll(1, -1) / (
+        1 + sigma
+    )
 
 
-def our_run(sampler: Any, chosen: Schedule, times: list[float], start: Tensor, **options: Any) -> list[Tensor]:
+def our_run(
+    sampler: Any, chosen: Schedule, times: list[float], start: Tensor, **options: Any
+) -> list[Tensor]:
     """Every x/alpha that was asked about and, last, the result."""
     draws, seen = iter(noises()), []
 
@@ -97,9 +118,15 @@ def our_run(sampler: Any, chosen: Schedule, times: list[float], start: Tensor, *
 
 
 def their_run(
-    function: Callable[..., Tensor], levels: list[float], start: Tensor, patch: pytest.MonkeyPatch, **options: Any
+    function: Callable[..., Tensor],
+    levels: list[float],
+    start: Tensor,
+    patch: pytest.MonkeyPatch,
+    **options: Any,
 ) -> list[Tensor]:
-    """The same of theirs. Noise comes by noise_sampler, or where a function has none (churn) by torch.randn_like."""
+    """The same of theirs. Noise comes by noise_sampler, or where a function has none (churn) by
+    torch.randn_like.
+    """
     draws, seen = iter(noises()), []
 
     def model(x: Tensor, sigma: Tensor) -> Tensor:
@@ -110,7 +137,9 @@ def their_run(
         options["noise_sampler"] = lambda sigma, sigma_next: next(draws)
     with patch.context() as inner:
         inner.setattr(torch, "randn_like", lambda x: next(draws))
-        result = function(model, start, torch.tensor(levels, dtype=torch.float64), disable=True, **options)
+        result = function(
+            model, start, torch.tensor(levels, dtype=torch.float64), disable=True, **options
+        )
     return [*seen, result]
 
 
@@ -150,13 +179,33 @@ SAMPLERS: dict[str, tuple[Any, str, dict[str, Any], dict[str, Any]]] = {
         {"eta": 0.5, "s_noise": 1.1, "noise": True},
     ),
     "sde": (dpmpp_sde, "sample_dpmpp_sde", {}, {"noise": True}),
-    "sde third": (dpmpp_sde, "sample_dpmpp_sde", {"eta": 0.6, "r": 1 / 3}, {"eta": 0.6, "r": 1 / 3, "noise": True}),
+    "sde third": (
+        dpmpp_sde,
+        "sample_dpmpp_sde",
+        {"eta": 0.6, "r": 1 / 3},
+        {"eta": 0.6, "r": 1 / 3, "noise": True},
+    ),
     "2m_sde midpoint": (dpmpp_2m_sde, "sample_dpmpp_2m_sde", {}, {"noise": True}),
-    "2m_sde heun": (dpmpp_2m_sde, "sample_dpmpp_2m_sde", {"solver": "heun"}, {"solver_type": "heun", "noise": True}),
+    "2m_sde heun": (
+        dpmpp_2m_sde,
+        "sample_dpmpp_2m_sde",
+        {"solver": "heun"},
+        {"solver_type": "heun", "noise": True},
+    ),
     "2m_sde half": (dpmpp_2m_sde, "sample_dpmpp_2m_sde", {"eta": 0.5}, {"eta": 0.5, "noise": True}),
-    "2m heun": (dpmpp_2m_sde, "sample_dpmpp_2m_sde", {"eta": 0.0, "solver": "heun"}, {"eta": 0.0, "solver_type": "heun", "noise": True}),
+    "2m heun": (
+        dpmpp_2m_sde,
+        "sample_dpmpp_2m_sde",
+        {"eta": 0.0, "solver": "heun"},
+        {"eta": 0.0, "solver_type": "heun", "noise": True},
+    ),
     "3m_sde": (dpmpp_3m_sde, "sample_dpmpp_3m_sde", {"published": True}, {"noise": True}),
-    "3m": (dpmpp_3m_sde, "sample_dpmpp_3m_sde", {"eta": 0.0, "published": True}, {"eta": 0.0, "noise": True}),
+    "3m": (
+        dpmpp_3m_sde,
+        "sample_dpmpp_3m_sde",
+        {"eta": 0.0, "published": True},
+        {"eta": 0.0, "noise": True},
+    ),
 }
 
 
@@ -170,7 +219,9 @@ def test_samplers(theirs: Any, name: str, kind: str, monkeypatch: pytest.MonkeyP
     """Every latent that the network is asked about, and the last; the spacings in turns."""
     sampler, function, our_options, their_options = SAMPLERS[name]
     chosen = SCHEDULES[kind]
-    spacing = list(SPACINGS)[(list(SAMPLERS).index(name) + list(SCHEDULES).index(kind)) % len(SPACINGS)]
+    spacing = list(SPACINGS)[
+        (list(SAMPLERS).index(name) + list(SCHEDULES).index(kind)) % len(SPACINGS)
+    ]
     times = spaced(spacing, 7, chosen)
     levels = [chosen.noise_level(t) for t in times]
     start = noises()[-1] * levels[0]
@@ -181,9 +232,12 @@ def test_samplers(theirs: Any, name: str, kind: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("kind", ["ve", "edm", "scaled_linear"])
-@pytest.mark.parametrize("churn", [1.0, 40.0])  # over 8 steps: below and above the cap of sqrt(2) - 1
+# over 8 steps: below and above the cap of sqrt(2) - 1
+@pytest.mark.parametrize("churn", [1.0, 40.0])
 @pytest.mark.parametrize("name", ["euler", "heun"])
-def test_churn(theirs: Any, name: str, churn: float, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_churn(
+    theirs: Any, name: str, churn: float, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Within limits of noise levels, and with the noise scaled."""
     chosen = SCHEDULES[kind]
     times = timesteps("karras", 8, chosen)
@@ -206,11 +260,16 @@ def test_churn(theirs: Any, name: str, churn: float, kind: str, monkeypatch: pyt
         churn_noise=1.003,
     )
     monkeypatch.undo()
-    compare(ours, their_run(getattr(theirs, f"sample_{name}"), levels, start, monkeypatch, **their_options))
+    compare(
+        ours,
+        their_run(getattr(theirs, f"sample_{name}"), levels, start, monkeypatch, **their_options),
+    )
 
 
 def test_churn_stops_at_the_highest_level(theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Theirs raises the noise above sigma_max in the first step; ours has no time to go to and leaves it."""
+    """Theirs raises the noise above sigma_max in the first step; ours has no time to go to and
+    leaves it.
+    """
     chosen = SCHEDULES["edm"]
     times = timesteps("karras", 5, chosen)
     levels = [chosen.noise_level(t) for t in times]
@@ -219,14 +278,24 @@ def test_churn_stops_at_the_highest_level(theirs: Any, monkeypatch: pytest.Monke
     other = their_run(theirs.sample_euler, levels, start, monkeypatch, s_churn=40.0)
     assert torch.equal(ours[0], start)
     raised = levels[0] * math.sqrt(2)
-    torch.testing.assert_close(other[0], start + noises()[0] * math.sqrt(raised**2 - levels[0] ** 2))
+    torch.testing.assert_close(
+        other[0], start + noises()[0] * math.sqrt(raised**2 - levels[0] ** 2)
+    )
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("steps", [1, 2, 5, 18, 40])
 def test_spacings(theirs: Any, steps: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Karras, exponential and polyexponential levels from the schedule's highest to the least that its network knows."""
-    monkeypatch.setattr(torch, "linspace", lambda *values, f=torch.linspace, **options: f(*values, **{"dtype": torch.float64, **options}))
+    """Karras, exponential and polyexponential levels from the schedule's highest to the least that
+    its network knows.
+    """
+    monkeypatch.setattr(
+        torch,
+        "linspace",
+        lambda *values, f=torch.linspace, **options: f(
+            *values, **{"dtype": torch.float64, **options}
+        ),
+    )
     chosen = SCHEDULES[kind]
     high, low = chosen.noise_level(1.0), chosen.noise_level(chosen.first)
     wanted = {
@@ -235,13 +304,23 @@ def test_spacings(theirs: Any, steps: int, kind: str, monkeypatch: pytest.Monkey
         "polyexponential": theirs.get_sigmas_polyexponential(steps, low, high, rho=1.7),
     }
     for name, sigmas in wanted.items():
-        ours = torch.tensor([chosen.noise_level(t) for t in spaced(name, steps, chosen)], dtype=torch.float64)
+        ours = torch.tensor(
+            [chosen.noise_level(t) for t in spaced(name, steps, chosen)], dtype=torch.float64
+        )
         torch.testing.assert_close(ours, sigmas, rtol=1e-9, atol=0)
 
 
 def test_vp_spacing(theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their levels of the continuous VP process are even times of it."""
-    monkeypatch.setattr(torch, "linspace", lambda *values, f=torch.linspace, **options: f(*values, **{"dtype": torch.float64, **options}))
+    monkeypatch.setattr(
+        torch,
+        "linspace",
+        lambda *values, f=torch.linspace, **options: f(
+            *values, **{"dtype": torch.float64, **options}
+        ),
+    )
     chosen = SCHEDULES["vp"]
-    ours = torch.tensor([chosen.noise_level(t) for t in timesteps("linspace", 12, chosen)], dtype=torch.float64)
+    ours = torch.tensor(
+        [chosen.noise_level(t) for t in timesteps("linspace", 12, chosen)], dtype=torch.float64
+    )
     torch.testing.assert_close(ours, theirs.get_sigmas_vp(12), rtol=1e-9, atol=0)

@@ -1,7 +1,9 @@
-"""Latent Diffusion's own models beside diffusers: networks, whole pictures, folders both ways, single files both ways.
+"""Latent Diffusion's own models beside diffusers: networks, whole pictures, folders both ways,
+single files both ways.
 
-diffusers has pipelines for the text-to-image and the unconditional models. Of the original U-Net without tokens there is a second
-implementation here, written from its parts (Ho et al. 2020, arXiv:2006.11239; Dhariwal & Nichol 2021, arXiv:2105.05233) under the original names.
+diffusers has pipelines for the text-to-image and the unconditional models. Of the original U-Net
+without tokens there is a second implementation here, written from its parts (Ho et al. 2020,
+arXiv:2006.11239; Dhariwal & Nichol 2021, arXiv:2105.05233) under the original names.
 """
 
 import json
@@ -16,8 +18,14 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.pipelines.deprecated.latent_diffusion_uncond.pipeline_latent_diffusion_uncond import LDMPipeline
-from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel, LDMTextToImagePipeline
+from diffusers.pipelines.deprecated.latent_diffusion_uncond.pipeline_latent_diffusion_uncond import (
+    LDMPipeline,
+)
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
+    LDMBertConfig,
+    LDMBertModel,
+    LDMTextToImagePipeline,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,11 +49,26 @@ from sfumato.predict.references.skip_layers import branches
 from sfumato.sampling import Defaults
 from sfumato.types import Conditioning
 
-ldm: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_ldm.py")))
-BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195, "clip_sample": False, "set_alpha_to_one": False}
+ldm: Any = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_ldm.py"))
+)
+BETAS = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.0015,
+    "beta_end": 0.0195,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+}
 BETAS |= {"steps_offset": 1}
-LEADING = "leading:clean=false,offset=1"  # DDIM's times of Latent Diffusion: the last step goes to the first of the table, not to no noise
-SMALL = {"block_out_channels": (8, 16, 24), "norm_num_groups": 4, "layers_per_block": 2, "attention_head_dim": 8, "sample_size": 8}
+# DDIM's times of Latent Diffusion: the last step goes to the first of the table, not to no noise
+LEADING = "leading:clean=false,offset=1"
+SMALL = {
+    "block_out_channels": (8, 16, 24),
+    "norm_num_groups": 4,
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "sample_size": 8,
+}
 SMALL |= {"down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")}
 SMALL |= {"up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")}
 RESNETS = {
@@ -57,10 +80,17 @@ RESNETS = {
 KINDS: dict[str, dict[str, Any]] = {
     "CelebA-HQ, FFHQ, bedrooms": {},
     "churches": {**RESNETS, "resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 4},
-    "steps by name": {"down_block_types": ("ResnetDownsampleBlock2D", *SMALL["down_block_types"][1:])},
+    "steps by name": {
+        "down_block_types": ("ResnetDownsampleBlock2D", *SMALL["down_block_types"][1:])
+    },
     "one head": {"attention_head_dim": None},
     "no attention in the middle": {"add_attention": False, "norm_eps": 1e-6},
-    "DDPM": {"flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0, "time_embedding_dim": 20},
+    "DDPM": {
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "downsample_padding": 0,
+        "time_embedding_dim": 20,
+    },
     "no middle": {"mid_block_type": None},
 }
 
@@ -75,7 +105,7 @@ def quiet(pipe: Any) -> Any:
     return pipe
 
 
-# ---- networks ------------------------------------------------------------------------------------------------------------
+# ---- networks ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,20 +116,27 @@ def test_unet_without_tokens(kind: str, tmp_path: Path) -> None:
     ours = load_part(tmp_path / "theirs", "UNet2DModel")
     assert isinstance(ours, UNet)
     save_part(tmp_path / "ours", ours)
-    assert json.loads((tmp_path / "ours" / "config.json").read_text())["_class_name"] == "UNet2DModel"
+    assert (
+        json.loads((tmp_path / "ours" / "config.json").read_text())["_class_name"] == "UNet2DModel"
+    )
     again = diffusers.UNet2DModel.from_pretrained(tmp_path / "ours")
     for side in (8, 12):
         x, t = torch.randn(2, 3, side, 8), torch.tensor([981.0, 7.0])
         with torch.no_grad():
             expected = theirs(x, t).sample
-            assert relative(again(x, t).sample, expected) < 1e-6  # where weights lie in memory decides how sums are rounded
+            # where weights lie in memory decides how sums are rounded
+            assert relative(again(x, t).sample, expected) < 1e-6
         assert relative(ours(x, t, Conditioning()), expected) < 1e-5
 
 
 def test_every_default_is_theirs() -> None:
     config = UNet2DConfig.from_dict({"_class_name": "UNet2DModel"})
     written = {k: list(v) if isinstance(v, tuple) else v for k, v in config.to_dict().items()}
-    theirs = {k: list(v) if isinstance(v, tuple) else v for k, v in diffusers.UNet2DModel().config.items() if k[0] != "_"}
+    theirs = {
+        k: list(v) if isinstance(v, tuple) else v
+        for k, v in diffusers.UNet2DModel().config.items()
+        if k[0] != "_"
+    }
     assert {k: v for k, v in written.items() if k != "_class_name"} == theirs
 
 
@@ -110,14 +147,33 @@ def test_every_default_is_theirs() -> None:
         ({"cross_attention_dim": 8}, "cross_attention_dim=8 is not known to UNet2DModel"),
         ({"num_attention_heads": 2}, "num_attention_heads=2 is not known to UNet2DModel"),
         ({"downsample_type": "pool"}, "downsample_type 'pool' is not supported"),
-        ({"resnet_time_scale_shift": "scale_shift"}, "attn_norm_num_groups None with resnet_time_scale_shift 'scale_shift'"),
+        (
+            {"resnet_time_scale_shift": "scale_shift"},
+            "attn_norm_num_groups None with resnet_time_scale_shift 'scale_shift'",
+        ),
         ({"attn_norm_num_groups": 2}, "attn_norm_num_groups 2"),
         ({"attention_head_dim": 5}, "16 does not divide by attention_head_dim 5"),
-        ({"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")}, "has no cross-attention"),
-        ({"down_block_types": ("DownBlock2D", "KDownBlock2D", "DownBlock2D")}, "block type 'KDownBlock2D'"),
+        (
+            {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")},
+            "has no cross-attention",
+        ),
+        (
+            {"down_block_types": ("DownBlock2D", "KDownBlock2D", "DownBlock2D")},
+            "block type 'KDownBlock2D'",
+        ),
         ({"class_embed_type": "fourier"}, "class_embed_type 'fourier' is not supported"),
-        ({"_class_name": "SfumatoUNet2DModel", "num_attention_heads": 2}, "attention_head_dim 8 beside num_attention_heads 2"),
-        ({"_class_name": "SfumatoUNet2DModel", "num_attention_heads": 5, "attention_head_dim": None}, "by num_attention_heads 5"),
+        (
+            {"_class_name": "SfumatoUNet2DModel", "num_attention_heads": 2},
+            "attention_head_dim 8 beside num_attention_heads 2",
+        ),
+        (
+            {
+                "_class_name": "SfumatoUNet2DModel",
+                "num_attention_heads": 5,
+                "attention_head_dim": None,
+            },
+            "by num_attention_heads 5",
+        ),
     ],
 )
 def test_what_a_unet_without_tokens_cannot_be(fields: dict[str, Any], message: str) -> None:
@@ -127,15 +183,30 @@ def test_what_a_unet_without_tokens_cannot_be(fields: dict[str, Any], message: s
 
 def test_steps_by_residual_blocks_with_tokens() -> None:
     """UNet2DConditionModel knows such blocks too."""
-    shape = {"in_channels": 3, "out_channels": 3, "cross_attention_dim": 6, "attention_head_dim": 2, "block_out_channels": (8, 16)}
-    shape |= {"down_block_types": ("ResnetDownsampleBlock2D", "CrossAttnDownBlock2D"), "norm_num_groups": 4, "layers_per_block": 1}
+    shape = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "cross_attention_dim": 6,
+        "attention_head_dim": 2,
+        "block_out_channels": (8, 16),
+    }
+    shape |= {
+        "down_block_types": ("ResnetDownsampleBlock2D", "CrossAttnDownBlock2D"),
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+    }
     shape |= {"up_block_types": ("CrossAttnUpBlock2D", "ResnetUpsampleBlock2D")}
     theirs = ldm.randomised(diffusers.UNet2DConditionModel(**shape), 1)
     ours = UNet(UNetConfig(**shape)).eval()
     ours.load_state_dict(theirs.state_dict())
     x, tokens = torch.randn(2, 3, 8, 8), torch.randn(2, 5, 6)
     with torch.no_grad():
-        assert relative(ours(x, torch.full((2,), 7.0), Conditioning(tokens)), theirs(x, 7, tokens).sample) < 1e-5
+        assert (
+            relative(
+                ours(x, torch.full((2,), 7.0), Conditioning(tokens)), theirs(x, 7, tokens).sample
+            )
+            < 1e-5
+        )
 
 
 @pytest.mark.invariance
@@ -145,30 +216,57 @@ def test_rows_do_not_depend_on_the_batch() -> None:
     with torch.inference_mode():
         whole = network(x, t, Conditioning())
         for k in range(5):
-            assert torch.equal(network(x[k : k + 1], t[k : k + 1], Conditioning()), whole[k : k + 1])
+            assert torch.equal(
+                network(x[k : k + 1], t[k : k + 1], Conditioning()), whole[k : k + 1]
+            )
 
 
 def test_text_transformer() -> None:
-    small = {"vocab_size": 40, "encoder_layers": 3, "encoder_ffn_dim": 48, "head_dim": 4, "d_model": 24}
+    small = {
+        "vocab_size": 40,
+        "encoder_layers": 3,
+        "encoder_ffn_dim": 48,
+        "head_dim": 4,
+        "d_model": 24,
+    }
     config = LDMBertConfig(**small)
     theirs = ldm.randomised(LDMBertModel(config), 1)
-    ours = build_bert(config.to_diff_dict(), theirs.state_dict(), torch.float32, Path("config.json"), Path("weights"))
+    ours = build_bert(
+        config.to_diff_dict(),
+        theirs.state_dict(),
+        torch.float32,
+        Path("config.json"),
+        Path("weights"),
+    )
     tokens = torch.randint(0, 40, (2, 77))
     with torch.no_grad():
         assert relative(ours(tokens), theirs(tokens)[0]) < 1e-5
         assert relative(ours(tokens[:, :9]), theirs(tokens[:, :9])[0]) < 1e-5
-    for field, value in (("activation_function", "relu"), ("scale_embedding", True), ("rotary", True), ("head_dim", 0)):
+    for field, value in (
+        ("activation_function", "relu"),
+        ("scale_embedding", True),
+        ("rotary", True),
+        ("head_dim", 0),
+    ):
         with pytest.raises(UserError, match=field):
-            build_bert({**small, field: value}, theirs.state_dict(), torch.float32, Path("config.json"), Path("weights"))
+            build_bert(
+                {**small, field: value},
+                theirs.state_dict(),
+                torch.float32,
+                Path("config.json"),
+                Path("weights"),
+            )
 
 
-# ---- the original U-Net without tokens -----------------------------------------------------------------------------------
+# ---- the original U-Net without tokens -----------------------------------------------------------
 
 
 class Original:
     """The U-Net under its original names: weights are taken by name, and noted."""
 
-    def __init__(self, tensors: dict[str, Tensor], heads: int | None, width: int | None, new_order: bool):
+    def __init__(
+        self, tensors: dict[str, Tensor], heads: int | None, width: int | None, new_order: bool
+    ):
         self.tensors, self.heads, self.width, self.new_order = tensors, heads, width, new_order
         self.taken: set[str] = set()
 
@@ -192,7 +290,12 @@ class Original:
     def block(self, name: str, x: Tensor, time: Tensor, step: str = "") -> Tensor:
         h = F.silu(self.norm(f"{name}.in_layers.0", x))
         if step:
-            x, h = (F.avg_pool2d(v, 2) if step == "down" else v.repeat_interleave(2, 2).repeat_interleave(2, 3) for v in (x, h))
+            x, h = (
+                F.avg_pool2d(v, 2)
+                if step == "down"
+                else v.repeat_interleave(2, 2).repeat_interleave(2, 3)
+                for v in (x, h)
+            )
         h = self.conv(f"{name}.in_layers.2", h)
         emb = self.linear(f"{name}.emb_layers.1", F.silu(time))[:, :, None, None]
         if emb.shape[1] == 2 * h.shape[1]:
@@ -201,24 +304,36 @@ class Original:
         else:
             h = self.norm(f"{name}.out_layers.0", h + emb)
         h = self.conv(f"{name}.out_layers.3", F.silu(h))
-        return h + (self.conv(f"{name}.skip_connection", x) if self.has(f"{name}.skip_connection") else x)
+        return h + (
+            self.conv(f"{name}.skip_connection", x) if self.has(f"{name}.skip_connection") else x
+        )
 
     def attend(self, name: str, x: Tensor) -> Tensor:
         b, c, *size = x.shape
         heads = self.heads or c // (self.width or 0)
-        qkv = F.conv1d(self.norm(f"{name}.norm", x).flatten(2), self.get(f"{name}.qkv.weight"), self.get(f"{name}.qkv.bias"))  # (B, 3C, N)
+        # (B, 3C, N)
+        qkv = F.conv1d(
+            self.norm(f"{name}.norm", x).flatten(2),
+            self.get(f"{name}.qkv.weight"),
+            self.get(f"{name}.qkv.bias"),
+        )
         if self.new_order:
             q, k, v = (part.reshape(b * heads, c // heads, -1) for part in qkv.chunk(3, 1))
         else:
             q, k, v = qkv.reshape(b * heads, 3 * c // heads, -1).split(c // heads, 1)
         weight = torch.softmax(torch.einsum("bct,bcs->bts", q, k) / math.sqrt(c // heads), -1)
         h = torch.einsum("bts,bcs->bct", weight, v).reshape(b, c, -1)
-        return x + F.conv1d(h, self.get(f"{name}.proj_out.weight"), self.get(f"{name}.proj_out.bias")).reshape(b, c, *size)
+        return x + F.conv1d(
+            h, self.get(f"{name}.proj_out.weight"), self.get(f"{name}.proj_out.bias")
+        ).reshape(b, c, *size)
 
     def run(self, x: Tensor, t: Tensor) -> Tensor:
         width = self.tensors["time_embed.0.weight"].shape[1]
         angle = t[:, None] * torch.exp(-math.log(10000) * torch.arange(width // 2) / (width // 2))
-        time = self.linear("time_embed.2", F.silu(self.linear("time_embed.0", torch.cat([angle.cos(), angle.sin()], 1))))
+        time = self.linear(
+            "time_embed.2",
+            F.silu(self.linear("time_embed.0", torch.cat([angle.cos(), angle.sin()], 1))),
+        )
         skips = [x := self.conv("input_blocks.0.0", x)]
         n, ups = 1, {k.split(".")[1] for k in self.tensors if k.startswith("output_blocks")}
         side = x.shape[-1]
@@ -231,7 +346,11 @@ class Original:
             x = self.attend(f"input_blocks.{n}.1", x) if self.has(f"input_blocks.{n}.1") else x
             skips.append(x)
             n += 1
-        x = self.block("middle_block.2", self.attend("middle_block.1", self.block("middle_block.0", x, time)), time)
+        x = self.block(
+            "middle_block.2",
+            self.attend("middle_block.1", self.block("middle_block.0", x, time)),
+            time,
+        )
         for n in range(len(ups)):
             x = self.block(f"output_blocks.{n}.0", torch.cat([x, skips.pop()], 1), time)
             for k in (1, 2):
@@ -250,26 +369,74 @@ class Original:
         return [n for n in range(3, 100, 3) if self.has(f"input_blocks.{n}.0.in_layers")]
 
 
-PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # parameters of the YAML, and what must become of them
+# parameters of the YAML, and what must become of them
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ffhq": (
-        {"model_channels": 32, "channel_mult": [1, 2, 3], "attention_resolutions": [4, 2], "num_head_channels": 32},
+        {
+            "model_channels": 32,
+            "channel_mult": [1, 2, 3],
+            "attention_resolutions": [4, 2],
+            "num_head_channels": 32,
+        },
         {"attention_head_dim": 32, "num_attention_heads": None, "downsample_type": "conv"},
     ),
     "churches": (
-        {"model_channels": 32, "channel_mult": [1, 2, 4], "attention_resolutions": [1, 2], "num_heads": 8, "use_scale_shift_norm": True}
+        {
+            "model_channels": 32,
+            "channel_mult": [1, 2, 4],
+            "attention_resolutions": [1, 2],
+            "num_heads": 8,
+            "use_scale_shift_norm": True,
+        }
         | {"resblock_updown": True},
-        {"attention_head_dim": None, "num_attention_heads": 8, "downsample_type": "resnet", "attn_norm_num_groups": 32},
+        {
+            "attention_head_dim": None,
+            "num_attention_heads": 8,
+            "downsample_type": "resnet",
+            "attn_norm_num_groups": 32,
+        },
     ),
 }
 
 
 def yaml_of(name: str, levels: int, **more: Any) -> dict[str, Any]:
-    unet = {"image_size": 8, "in_channels": 3, "out_channels": 3, "num_res_blocks": 2, **PUBLISHED[name][0], **more}
-    dd = {"double_z": False, "z_channels": 3, "resolution": 2 ** (levels + 2), "in_channels": 3, "out_ch": 3, "ch": 32, "num_res_blocks": 1}
+    unet = {
+        "image_size": 8,
+        "in_channels": 3,
+        "out_channels": 3,
+        "num_res_blocks": 2,
+        **PUBLISHED[name][0],
+        **more,
+    }
+    dd = {
+        "double_z": False,
+        "z_channels": 3,
+        "resolution": 2 ** (levels + 2),
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 32,
+        "num_res_blocks": 1,
+    }
     dd |= {"ch_mult": [1] * levels, "attn_resolutions": [], "dropout": 0.0}
-    first = {"target": "ldm.models.autoencoder.VQModelInterface", "params": {"embed_dim": 3, "n_embed": 11, "ddconfig": dd}}
-    params = {"linear_start": 0.0015, "linear_end": 0.0195, "timesteps": 1000, "concat_mode": False, "image_size": 64, "channels": 3}
-    params |= {"unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet}, "first_stage_config": first}
+    first = {
+        "target": "ldm.models.autoencoder.VQModelInterface",
+        "params": {"embed_dim": 3, "n_embed": 11, "ddconfig": dd},
+    }
+    params = {
+        "linear_start": 0.0015,
+        "linear_end": 0.0195,
+        "timesteps": 1000,
+        "concat_mode": False,
+        "image_size": 64,
+        "channels": 3,
+    }
+    params |= {
+        "unet_config": {
+            "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+            "params": unet,
+        },
+        "first_stage_config": first,
+    }
     params |= {"cond_stage_config": "__is_unconditional__"}
     return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
 
@@ -278,7 +445,11 @@ def config_of(name: str) -> UNet2DConfig:
     given, kept = PUBLISHED[name]
     widths = tuple(given["model_channels"] * m for m in given["channel_mult"])
     attends = [2**k in given["attention_resolutions"] for k in range(len(widths))]
-    rest = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if kept["downsample_type"] == "resnet" else ("DownBlock2D", "UpBlock2D")
+    rest = (
+        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+        if kept["downsample_type"] == "resnet"
+        else ("DownBlock2D", "UpBlock2D")
+    )
     return UNet2DConfig(
         sample_size=8,
         block_out_channels=widths,
@@ -295,13 +466,19 @@ def unconditional(name: str, levels: int = 3) -> LatentDiffusion:
     conditioner = ldm_nothing()
     autoencoder = VQModel(
         VQConfig(
-            block_out_channels=(32,) * levels, layers_per_block=1, num_vq_embeddings=11, sample_size=2 ** (levels + 2), scaling_factor=1.0
+            block_out_channels=(32,) * levels,
+            layers_per_block=1,
+            num_vq_embeddings=11,
+            sample_size=2 ** (levels + 2),
+            scaling_factor=1.0,
         )
     )
     network = ldm.randomised(UNet(config_of(name)), 1)
     process = Process(schedule("scaled_linear", start=0.0015, end=0.0195), parameterization("eps"))
     defaults = Defaults(steps=4, guidance=1.0, spacing=LEADING)
-    return LatentDiffusion(ldm.randomised(autoencoder, 2), Denoiser(network, process), conditioner, defaults)
+    return LatentDiffusion(
+        ldm.randomised(autoencoder, 2), Denoiser(network, process), conditioner, defaults
+    )
 
 
 def ldm_nothing() -> Any:
@@ -325,24 +502,37 @@ def test_original_layout_without_tokens(name: str, new_order: bool) -> None:
     said = from_yaml(yaml_of(name, 3, use_new_attention_order=new_order))
     for reading in (Reading(new_attention_order=new_order), Reading(original_config=said)):
         found = split_tensors(file | ae_tensors(3), {}, "file", reading).networks["unet"]
-        assert {k: found.config.get(k) for k in PUBLISHED[name][1]} == PUBLISHED[name][1], "the rule of the published models, or the YAML's"
+        assert {k: found.config.get(k) for k in PUBLISHED[name][1]} == PUBLISHED[name][1], (
+            "the rule of the published models, or the YAML's"
+        )
         assert all(torch.equal(v, found.tensors[k]) for k, v in network.state_dict().items())
-        assert found.config["sample_size"] == 64 and found.config["down_block_types"] == list(config.down_block_types)
-        rebuilt = build_part(found.config, found.tensors, Path("file"), Path("file"), None, torch.float32)
+        assert found.config["sample_size"] == 64 and found.config["down_block_types"] == list(
+            config.down_block_types
+        )
+        rebuilt = build_part(
+            found.config, found.tensors, Path("file"), Path("file"), None, torch.float32
+        )
         assert torch.equal(rebuilt(x, t, Conditioning()), network(x, t, Conditioning()))
     if given.get("num_heads", 2) > 1:  # the orders differ, and so does what comes out
         other = to_ours(under(unet_rows(config.to_dict(), not new_order), ""), tensors)
-        assert not torch.equal(other["mid_block.attentions.0.to_q.weight"], network.state_dict()["mid_block.attentions.0.to_q.weight"])
+        assert not torch.equal(
+            other["mid_block.attentions.0.to_q.weight"],
+            network.state_dict()["mid_block.attentions.0.to_q.weight"],
+        )
 
 
 def ae_tensors(levels: int) -> dict[str, Tensor]:
     from sfumato.checkpoints.names.ldm_vae import vae_rows
 
     autoencoder = unconditional("ffhq", levels).autoencoder
-    return to_theirs(under(vae_rows(autoencoder.to_config()), "first_stage_model."), autoencoder.state_dict(), "vae")
+    return to_theirs(
+        under(vae_rows(autoencoder.to_config()), "first_stage_model."),
+        autoencoder.state_dict(),
+        "vae",
+    )
 
 
-# ---- whole pictures --------------------------------------------------------------------------------------------------------
+# ---- whole pictures ------------------------------------------------------------------------------
 
 
 def ddim(**fields: Any) -> Any:
@@ -350,10 +540,22 @@ def ddim(**fields: Any) -> Any:
 
 
 def vq(levels: int = 2, **fields: Any) -> Any:
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
-    shape = {"block_out_channels": (8,) * levels, "norm_num_groups": 4, "num_vq_embeddings": 40, "latent_channels": 3, **blocks, **fields}
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
+    shape = {
+        "block_out_channels": (8,) * levels,
+        "norm_num_groups": 4,
+        "num_vq_embeddings": 40,
+        "latent_channels": 3,
+        **blocks,
+        **fields,
+    }
     found = ldm.randomised(diffusers.VQModel(**shape), 2)
-    found.quantize.embedding.weight.copy_(torch.randn(40, 3, generator=torch.Generator().manual_seed(5)))
+    found.quantize.embedding.weight.copy_(
+        torch.randn(40, 3, generator=torch.Generator().manual_seed(5))
+    )
     return found
 
 
@@ -372,7 +574,9 @@ def drawn(pipe: Any, *prompts: list[str], n: int = 2, **asked: Any) -> Tensor:
 
 
 def compare(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape and (found - expected).abs().max() < 1e-3, float((found - expected).abs().max())
+    assert found.shape == expected.shape and (found - expected).abs().max() < 1e-3, float(
+        (found - expected).abs().max()
+    )
 
 
 @pytest.mark.parametrize("kind", ["CelebA-HQ, FFHQ, bedrooms", "churches"])
@@ -397,8 +601,10 @@ def test_unconditional_pictures(kind: str, tmp_path: Path) -> None:
 
 
 def test_folders_of_the_first_hour(tmp_path: Path) -> None:
-    """CompVis/ldm-celebahq-256 is of diffusers 0.1: pickles, old names of attention, fields that came later left out. The scale of latents is
-    one of them: 1, where today's diffusers takes 0.18215."""
+    """CompVis/ldm-celebahq-256 is of diffusers 0.1: pickles, old names of attention, fields that
+    came later left out. The scale of latents is one of them: 1, where today's diffusers takes
+    0.18215.
+    """
     theirs = their_unconditional()
     theirs.save_pretrained(tmp_path / "old", safe_serialization=False)
     new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -406,7 +612,10 @@ def test_folders_of_the_first_hour(tmp_path: Path) -> None:
         ("unet", ["add_attention", "downsample_type", "upsample_type", "attn_norm_num_groups"]),
         ("vqvae", ["scaling_factor"]),
     ):
-        config, file = tmp_path / "old" / part / "config.json", tmp_path / "old" / part / "diffusion_pytorch_model.bin"
+        config, file = (
+            tmp_path / "old" / part / "config.json",
+            tmp_path / "old" / part / "diffusion_pytorch_model.bin",
+        )
         values = json.loads(config.read_text())
         for field in late:
             del values[field]
@@ -415,12 +624,24 @@ def test_folders_of_the_first_hour(tmp_path: Path) -> None:
         for now, then in new.items():
             tensors = {k.replace(f".{now}.", f".{then}."): v for k, v in tensors.items()}
         torch.save(tensors, file)
-    assert any("proj_attn" in k for k in torch.load(tmp_path / "old" / "unet" / "diffusion_pytorch_model.bin", weights_only=True))
+    assert any(
+        "proj_attn" in k
+        for k in torch.load(
+            tmp_path / "old" / "unet" / "diffusion_pytorch_model.bin", weights_only=True
+        )
+    )
     scheduler = {k: v for k, v in BETAS.items() if k not in ("set_alpha_to_one", "steps_offset")}
-    scheduler |= {"_class_name": "DDIMScheduler", "_diffusers_version": "0.1.3", "num_train_timesteps": 1000, "timestep_values": None}
+    scheduler |= {
+        "_class_name": "DDIMScheduler",
+        "_diffusers_version": "0.1.3",
+        "num_train_timesteps": 1000,
+        "timestep_values": None,
+    }
     (tmp_path / "old" / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     ours = load(tmp_path / "old")
-    theirs.scheduler = diffusers.DDIMScheduler.from_config({k: v for k, v in scheduler.items() if k != "timestep_values"})
+    theirs.scheduler = diffusers.DDIMScheduler.from_config(
+        {k: v for k, v in scheduler.items() if k != "timestep_values"}
+    )
     compare(ours.generate(n=2, steps=5, output="tensor"), drawn(theirs, batch_size=2))
 
 
@@ -441,12 +662,28 @@ TEXT_UNET = {
 def their_text_model(**wide: Any) -> Any:
     """Latents of one eighth, as the pipeline takes for granted."""
     config = ldm.bert_config(**wide.get("bert", {}))
-    bert = LDMBertModel(LDMBertConfig(**{k: getattr(config, k) for k in config.__dataclass_fields__}))
+    bert = LDMBertModel(
+        LDMBertConfig(**{k: getattr(config, k) for k in config.__dataclass_fields__})
+    )
     unet = diffusers.UNet2DConditionModel(**{**TEXT_UNET, **wide.get("unet", {})})
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "latent_channels": 4}
-    vae = diffusers.AutoencoderKL(**{"block_out_channels": (8,) * 4, "norm_num_groups": 4, **blocks, **wide.get("vae", {})})
-    parts = {"bert": ldm.randomised(bert, 1), "unet": ldm.randomised(unet, 3), "vqvae": ldm.randomised(vae, 2)}
-    return quiet(LDMTextToImagePipeline(**parts, tokenizer=ldm.tokenizer(), scheduler=ddim(beta_start=0.00085, beta_end=0.012)))
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "latent_channels": 4,
+    }
+    vae = diffusers.AutoencoderKL(
+        **{"block_out_channels": (8,) * 4, "norm_num_groups": 4, **blocks, **wide.get("vae", {})}
+    )
+    parts = {
+        "bert": ldm.randomised(bert, 1),
+        "unet": ldm.randomised(unet, 3),
+        "vqvae": ldm.randomised(vae, 2),
+    }
+    return quiet(
+        LDMTextToImagePipeline(
+            **parts, tokenizer=ldm.tokenizer(), scheduler=ddim(beta_start=0.00085, beta_end=0.012)
+        )
+    )
 
 
 PROMPTS = ["a red cat, (very:1.3) red", "Two DOGS"]
@@ -468,12 +705,25 @@ def test_text_to_image_pictures(tmp_path: Path) -> None:
         expected = drawn(theirs, PROMPTS, guidance_scale=guidance, **asked)
         compare(drawn(pipe, PROMPTS, guidance_scale=guidance, **asked), expected)
         for model in (ours, again):
-            compare(model.generate(PROMPTS, steps=5, guidance=guidance, output="tensor", **asked), expected)
-    other = ours.generate(PROMPTS, steps=5, guidance=5.0, negative_prompt="a dog", output="tensor", height=32, width=32)
-    assert (other - ours.generate(PROMPTS, steps=5, guidance=5.0, output="tensor", height=32, width=32)).abs().max() > 1e-3
+            compare(
+                model.generate(PROMPTS, steps=5, guidance=guidance, output="tensor", **asked),
+                expected,
+            )
+    other = ours.generate(
+        PROMPTS,
+        steps=5,
+        guidance=5.0,
+        negative_prompt="a dog",
+        output="tensor",
+        height=32,
+        width=32,
+    )
+    assert (
+        other - ours.generate(PROMPTS, steps=5, guidance=5.0, output="tensor", height=32, width=32)
+    ).abs().max() > 1e-3
 
 
-# ---- single files ----------------------------------------------------------------------------------------------------------
+# ---- single files --------------------------------------------------------------------------------
 
 
 WIDE = {"norm_num_groups": 32, "block_out_channels": (32, 64), "attention_head_dim": 8}
@@ -481,14 +731,21 @@ WIDE = {"norm_num_groups": 32, "block_out_channels": (32, 64), "attention_head_d
 
 def same_pictures(a: LatentDiffusion, b: LatentDiffusion, **asked: Any) -> None:
     found = [m.generate(steps=3, output="tensor", seed=4, **asked) for m in (a, b)]
-    # Not to the last bit: how weights lie to cache lines in a file decides how a product of few rows is rounded.
+    # Not to the last bit: how weights lie to cache lines in a file decides how a product of few
+    # rows is rounded.
     assert (found[0] - found[1]).abs().max() < 1e-5 and found[0].std() > 0.01
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_text_to_image_single_files(tmp_path: Path, dtype: torch.dtype | None) -> None:
-    """diffusers' folder -> our single file under the original names -> the same model, tokenizer and run included."""
-    wide = {"unet": WIDE, "vae": {"norm_num_groups": 32, "block_out_channels": (32,) * 4}, "bert": {"encoder_attention_heads": 8}}
+    """diffusers' folder -> our single file under the original names -> the same model, tokenizer
+    and run included.
+    """
+    wide = {
+        "unet": WIDE,
+        "vae": {"norm_num_groups": 32, "block_out_channels": (32,) * 4},
+        "bert": {"encoder_attention_heads": 8},
+    }
     their_text_model(**wide).save_pretrained(tmp_path / "folder")
     folder = load(tmp_path / "folder")
     folder.save(tmp_path / "one.safetensors", dtype)
@@ -518,7 +775,9 @@ def test_text_to_image_single_files(tmp_path: Path, dtype: torch.dtype | None) -
 def test_unconditional_single_files(name: str, tmp_path: Path) -> None:
     model = unconditional(name)
     model.save(tmp_path / "one.safetensors")
-    assert "model.diffusion_model.middle_block.1.qkv.weight" in load_file(tmp_path / "one.safetensors")
+    assert "model.diffusion_model.middle_block.1.qkv.weight" in load_file(
+        tmp_path / "one.safetensors"
+    )
     one = load(tmp_path / "one.safetensors")
     assert one.defaults.guidance == 1.0 and one.denoiser.process == model.denoiser.process
     same_pictures(model, one, height=32, width=32)
@@ -530,16 +789,25 @@ def test_unconditional_single_files(name: str, tmp_path: Path) -> None:
         expected = drawn(quiet(LDMPipeline.from_pretrained(tmp_path / "folder")), batch_size=2)
         compare(load(tmp_path / "folder").generate(n=2, steps=5, output="tensor"), expected)
     else:  # 8 heads at every width: diffusers' class has no field for it, and would pass over ours
-        assert kind["_class_name"] == "LatentDiffusion" and kind["unet"] == ["diffusers", "SfumatoUNet2DModel"]
+        assert kind["_class_name"] == "LatentDiffusion" and kind["unet"] == [
+            "diffusers",
+            "SfumatoUNet2DModel",
+        ]
 
 
 def test_wrappers_and_references_of_a_network_without_tokens() -> None:
-    """Deep features reused, weaker copies: steps that are residual blocks stay where they are, and every way runs."""
+    """Deep features reused, weaker copies: steps that are residual blocks stay where they are, and
+    every way runs.
+    """
     model = unconditional("churches")
     asked: dict[str, Any] = {"height": 32, "width": 32, "steps": 3, "seed": 4, "output": "latent"}
     whole = model.generate(**asked)
     assert torch.equal(model.generate(cache=1, **asked), whole)
-    for other in ({"cache": 2}, {"guidance": "2 perturbed_attention"}, {"guidance": "2 skip_layers:layers=up_blocks.0"}):
+    for other in (
+        {"cache": 2},
+        {"guidance": "2 perturbed_attention"},
+        {"guidance": "2 skip_layers:layers=up_blocks.0"},
+    ):
         found = model.generate(**other, **asked)
         assert found.isfinite().all() and not torch.equal(found, whole), other
     names = {name for name, _ in branches(model.denoiser.network)}
@@ -550,24 +818,37 @@ CLASS_UNET = {**TEXT_UNET, **WIDE, "in_channels": 3, "out_channels": 3, "sample_
 
 
 def class_conditional(rows: int = 5, **fields: Any) -> LatentDiffusion:
-    autoencoder = VQModel(VQConfig(block_out_channels=(32,) * 3, layers_per_block=1, num_vq_embeddings=11, scaling_factor=1.0))
+    autoencoder = VQModel(
+        VQConfig(
+            block_out_channels=(32,) * 3,
+            layers_per_block=1,
+            num_vq_embeddings=11,
+            scaling_factor=1.0,
+        )
+    )
     network = ldm.randomised(UNet(UNetConfig(**{**CLASS_UNET, "attention_head_dim": 1})), 1)
     process = Process(schedule("scaled_linear", start=0.0015, end=0.0195), parameterization("eps"))
     conditioner = ldm.class_embedding(rows, **fields)
     defaults = Defaults(guidance=1.5, steps=50, spacing=LEADING)
-    return LatentDiffusion(ldm.randomised(autoencoder, 2), Denoiser(network, process), conditioner, defaults)
+    return LatentDiffusion(
+        ldm.randomised(autoencoder, 2), Denoiser(network, process), conditioner, defaults
+    )
 
 
 @pytest.mark.parametrize("names", [(), ("tench", "goldfish", "shark", "ray")])
 def test_class_conditional_models(tmp_path: Path, names: tuple[str, ...]) -> None:
-    """Folder and single file, with guidance from the row for no class; the pictures are those of the parts put together by hand."""
+    """Folder and single file, with guidance from the row for no class; the pictures are those of
+    the parts put together by hand.
+    """
     model = class_conditional(class_names=names)
     asked: dict[str, Any] = {"height": 16, "width": 16, "steps": 5, "seed": 4, "output": "latent"}
     found = model.generate("2", guidance=3.0, **asked)
     table = model.conditioner.table
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
-        told, free = (model.denoiser.network(x, t, Conditioning(table[k][None, None])) for k in (2, 4))
+        told, free = (
+            model.denoiser.network(x, t, Conditioning(table[k][None, None])) for k in (2, 4)
+        )
         return free + 3.0 * (told - free)
 
     z = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(4))
@@ -583,10 +864,16 @@ def test_class_conditional_models(tmp_path: Path, names: tuple[str, ...]) -> Non
     for path in (tmp_path / "folder", tmp_path / "one.safetensors"):
         model.save(path)
         again = load(path)
-        assert again.class_names == (names or ("0", "1", "2", "3")) and again.denoiser.process == model.denoiser.process
+        assert (
+            again.class_names == (names or ("0", "1", "2", "3"))
+            and again.denoiser.process == model.denoiser.process
+        )
         assert again.defaults == model.defaults
         same_pictures(model, again, prompt="2", guidance=3.0, height=16, width=16)
-    assert load_file(tmp_path / "one.safetensors")["cond_stage_model.embedding.weight"].shape == (5, 24)
+    assert load_file(tmp_path / "one.safetensors")["cond_stage_model.embedding.weight"].shape == (
+        5,
+        24,
+    )
     assert (tmp_path / "folder" / "conditioner" / "diffusion_pytorch_model.safetensors").exists()
     bare = load_file(tmp_path / "one.safetensors")
     save_file(bare, tmp_path / "bare.safetensors")
@@ -598,7 +885,9 @@ def test_class_conditional_models(tmp_path: Path, names: tuple[str, ...]) -> Non
 
 
 def test_a_table_without_a_row_for_none(tmp_path: Path) -> None:
-    """ImageNet's 1000 classes and no more: they are drawn without guidance, and with it nothing is drawn rather than something wrong."""
+    """ImageNet's 1000 classes and no more: they are drawn without guidance, and with it nothing is
+    drawn rather than something wrong.
+    """
     model = class_conditional(1000)
     model.save(tmp_path / "one.safetensors")
     model = load(tmp_path / "one.safetensors")

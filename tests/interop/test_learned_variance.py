@@ -1,4 +1,6 @@
-"""Learned variances beside diffusers: its DDPMScheduler (variance_type "learned_range") steps the same network with the same noise."""
+"""Learned variances beside diffusers: its DDPMScheduler (variance_type "learned_range") steps the
+same network with the same noise.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -22,11 +24,23 @@ from sfumato.types import Conditioning
 diffusers: Any = _diffusers  # its names are made at run time
 SHAPE = (2, 4, 8, 8)
 CONFIG = DiTConfig(
-    num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2, sample_size=8, num_embeds_ada_norm=5
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=8,
+    num_layers=2,
+    sample_size=8,
+    num_embeds_ada_norm=5,
 )
 GIVEN, NONE = (Conditioning(vector=torch.eye(6)[rows]) for rows in ([0, 3], [5, 5]))
-LEARNED: dict[str, Any] = {"_class_name": "DDPMScheduler", "variance_type": "learned_range", "clip_sample": False}
-LEADING, LINSPACE, TRAILING = ({"timestep_spacing": word} for word in ("leading", "linspace", "trailing"))
+LEARNED: dict[str, Any] = {
+    "_class_name": "DDPMScheduler",
+    "variance_type": "learned_range",
+    "clip_sample": False,
+}
+LEADING, LINSPACE, TRAILING = (
+    {"timestep_spacing": word} for word in ("leading", "linspace", "trailing")
+)
 
 
 def draws() -> Iterator[Tensor]:
@@ -37,7 +51,9 @@ def draws() -> Iterator[Tensor]:
 
 @pytest.fixture(scope="module")
 def network() -> DiT:
-    """Random, and with a variance that goes beyond its range in both directions, as nothing holds it there."""
+    """Random, and with a variance that goes beyond its range in both directions, as nothing holds
+    it there.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         net = DiT(CONFIG)
@@ -48,7 +64,9 @@ def network() -> DiT:
 
 
 def theirs(scheduler: Any, network: DiT, start: Tensor, w: float) -> Tensor:
-    """DiT's guided loop: the target is guided, the variance behind it is the condition's (forward_with_cfg of its code)."""
+    """DiT's guided loop: the target is guided, the variance behind it is the condition's
+    (forward_with_cfg of its code).
+    """
     x = start
     for step in scheduler.timesteps:
         t = step.float().expand(2)
@@ -64,11 +82,22 @@ def theirs(scheduler: Any, network: DiT, start: Tensor, w: float) -> Tensor:
     [
         (LEADING, 10),
         (LEADING | {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}, 25),
-        (LINSPACE | {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "sample"}, 7),
+        (
+            LINSPACE
+            | {
+                "beta_schedule": "scaled_linear",
+                "beta_start": 0.00085,
+                "beta_end": 0.012,
+                "prediction_type": "sample",
+            },
+            7,
+        ),
     ],
     ids=["linear-eps", "cosine-v", "scaled_linear-x0"],
 )
-def test_the_same_run(config: dict[str, Any], steps: int, w: float, network: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_run(
+    config: dict[str, Any], steps: int, w: float, network: DiT, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From a scheduler's config to the end of a run over a part of the table, in float32."""
     recipe = read_scheduler(LEARNED | config, strict=True)
     assert recipe.sampler == "ddpm:variance=learned"
@@ -76,22 +105,35 @@ def test_the_same_run(config: dict[str, Any], steps: int, w: float, network: DiT
     process, noise = recipe.process, draws()
     times = timesteps(spacing, steps, process.schedule, **spaced)
     start = next(noise)
-    ask = build(Guidance.parse(w), Denoiser(network, process), GIVEN, [NONE], process.schedule.point, None)
+    ask = build(
+        Guidance.parse(w), Denoiser(network, process), GIVEN, [NONE], process.schedule.point, None
+    )
     run = sampler(start, times, process.schedule, lambda: next(noise), **options)
     with torch.inference_mode():
-        ours = answered(conduct(run, ask, calls(sampler, times, process.schedule, **options)), answer)
+        ours = answered(
+            conduct(run, ask, calls(sampler, times, process.schedule, **options)), answer
+        )
 
     again = draws()
     scheduler = diffusers.DDPMScheduler.from_config(LEARNED | config)
-    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(again))
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(again)
+    )
     scheduler.set_timesteps(steps)
     expected = theirs(scheduler, network, next(again), w)
     assert ours is not None and float((ours - expected).norm() / expected.norm()) < 1e-4
-    fixed, others = diffusers.DDPMScheduler.from_config(LEARNED | config | {"variance_type": "fixed_small"}), draws()
-    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(others))
+    fixed, others = (
+        diffusers.DDPMScheduler.from_config(LEARNED | config | {"variance_type": "fixed_small"}),
+        draws(),
+    )
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(others)
+    )
     fixed.set_timesteps(steps)
     plain = Plain(fixed)
-    assert float((theirs(plain, network, next(others), w) - expected).norm() / expected.norm()) > 2e-3, "the variance shows"
+    assert (
+        float((theirs(plain, network, next(others), w) - expected).norm() / expected.norm()) > 2e-3
+    ), "the variance shows"
 
 
 class Plain:
@@ -118,4 +160,7 @@ def test_times_that_they_do_not_have_leave_the_variance(spacing: str) -> None:
     written = write_scheduler(process, "ddpm:variance=learned", spacing)
     read = read_scheduler(written)
     assert (read.sampler, read.spacing) == ("ddpm:variance=learned", spacing)
-    assert written["_class_name"] == "DDPMScheduler" and diffusers.DDPMScheduler.from_config(written).variance_type == "learned_range"
+    assert (
+        written["_class_name"] == "DDPMScheduler"
+        and diffusers.DDPMScheduler.from_config(written).variance_type == "learned_range"
+    )

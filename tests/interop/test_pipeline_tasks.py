@@ -1,6 +1,8 @@
-"""Tasks beside diffusers' pipelines, to 1e-3 of white: the hand-over to a refiner, inpainting of SDXL and at full strength, two prompts.
+"""Tasks beside diffusers' pipelines, to 1e-3 of white: the hand-over to a refiner, inpainting of
+SDXL and at full strength, two prompts.
 
-The small random models are those of `test_pipelines.py`, with SDXL's refiner and its inpainting model beside them.
+The small random models are those of `test_pipelines.py`, with SDXL's refiner and its inpainting
+model beside them.
 """
 
 import runpy
@@ -31,10 +33,16 @@ from sfumato.types import Picture
 
 shared: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("test_pipelines.py"))))
 compare, picture, hole, opened, plain, their_pictures = (
-    getattr(shared, name) for name in ("compare", "picture", "hole", "opened", "plain", "their_pictures")
+    getattr(shared, name)
+    for name in ("compare", "picture", "hole", "opened", "plain", "their_pictures")
 )
 REFINER = {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "down_block_types": (
+        "DownBlock2D",
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "DownBlock2D",
+    ),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     "block_out_channels": (8, 8, 16, 16),
     "transformer_layers_per_block": 2,
@@ -81,11 +89,24 @@ def refiner() -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         unet = diffusers.UNet2DConditionModel(
-            sample_size=8, in_channels=4, out_channels=4, cross_attention_dim=24, **{**REFINER, **shared.NORMS}
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            cross_attention_dim=24,
+            **{**REFINER, **shared.NORMS},
         )
-    parts |= {"unet": shared.randomise(unet, 5), "vae": base.vae, "scheduler": base.scheduler, "text_encoder": None, "tokenizer": None}
+    parts |= {
+        "unet": shared.randomise(unet, 5),
+        "vae": base.vae,
+        "scheduler": base.scheduler,
+        "text_encoder": None,
+        "tokenizer": None,
+    }
     pipe = diffusers.StableDiffusionXLImg2ImgPipeline(
-        **parts, requires_aesthetics_score=True, force_zeros_for_empty_prompt=True, add_watermarker=False
+        **parts,
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -99,19 +120,32 @@ def generators() -> list[torch.Generator]:
     return [torch.Generator().manual_seed(k) for k in range(len(PROMPTS))]
 
 
-# ---- base and refiner --------------------------------------------------------------------------------------------------
+# ---- base and refiner ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("at", "steps", "offset"), [(0.8, 10, 1), (0.8, 10, 0), (0.33, 8, 1)])
-def test_hand_over_to_a_refiner(at: float, steps: int, offset: int, folders: dict[str, Path]) -> None:
+def test_hand_over_to_a_refiner(
+    at: float, steps: int, offset: int, folders: dict[str, Path]
+) -> None:
     """Offset 0: a timestep lies on the border, 200 of 1000, and is the base's."""
-    base, second = opened(folders["SDXL"], "StableDiffusionXLPipeline"), opened(folders["refiner"], NAMES["refiner"])
+    base, second = (
+        opened(folders["SDXL"], "StableDiffusionXLPipeline"),
+        opened(folders["refiner"], NAMES["refiner"]),
+    )
     for pipe in (base, second):
         pipe.scheduler.register_to_config(steps_offset=offset)
-    asked: dict[str, Any] = {"guidance_scale": SCALE, "num_inference_steps": steps, "negative_prompt": ["ugly"] * 2}
-    latents = base(PROMPTS, generator=generators(), denoising_end=at, output_type="latent", **asked).images
+    asked: dict[str, Any] = {
+        "guidance_scale": SCALE,
+        "num_inference_steps": steps,
+        "negative_prompt": ["ugly"] * 2,
+    }
+    latents = base(
+        PROMPTS, generator=generators(), denoising_end=at, output_type="latent", **asked
+    ).images
     expected = their_pictures(second, PROMPTS, image=latents, denoising_start=at, **asked)
-    request = replace(REQUEST, steps=steps, spacing=f"leading:offset={offset}", negative_prompt="ugly")
+    request = replace(
+        REQUEST, steps=steps, spacing=f"leading:offset={offset}", negative_prompt="ugly"
+    )
     first, last = ours(folders["SDXL"]), ours(folders["refiner"])
     begun = first.run(first_part(first, request, at=at), output="latent")
     assert (begun - latents).abs().max() < 1e-4
@@ -130,23 +164,43 @@ def test_hand_over_without_a_word_about_samplers(folders: dict[str, Path], tmp_p
     for name, pipe in zip(("base", "refiner"), pipes, strict=True):
         pipe.scheduler = type(published).from_config(published.config)
         pipe.save_pretrained(tmp_path / name)
-    latents = pipes[0](PROMPTS, generator=generators(), denoising_end=0.7, output_type="latent", **asked).images
+    latents = pipes[0](
+        PROMPTS, generator=generators(), denoising_end=0.7, output_type="latent", **asked
+    ).images
     expected = their_pictures(pipes[1], PROMPTS, image=latents, denoising_start=0.7, **asked)
     base, second = ours(tmp_path / "base"), ours(tmp_path / "refiner")
     assert base.defaults.sampler.startswith("euler") and second.defaults.guidance == 5.0
-    compare(second.run(refine(base, second, Request(PROMPTS, steps=10), at=0.7), output="tensor"), expected)
+    compare(
+        second.run(refine(base, second, Request(PROMPTS, steps=10), at=0.7), output="tensor"),
+        expected,
+    )
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.8])
 def test_a_refiner_begins_with_a_picture(strength: float, folders: dict[str, Path]) -> None:
     image = picture()
-    asked: dict[str, Any] = {"image": image.expand(2, -1, -1, -1), "strength": strength, "guidance_scale": SCALE, "num_inference_steps": 10}
+    asked: dict[str, Any] = {
+        "image": image.expand(2, -1, -1, -1),
+        "strength": strength,
+        "guidance_scale": SCALE,
+        "num_inference_steps": 10,
+    }
     scores: dict[str, Any] = {"aesthetic_score": 7.5, "negative_aesthetic_score": 1.5}
-    expected = their_pictures(opened(folders["refiner"], NAMES["refiner"]), PROMPTS, **asked, **scores)
+    expected = their_pictures(
+        opened(folders["refiner"], NAMES["refiner"]), PROMPTS, **asked, **scores
+    )
     model = ours(folders["refiner"])
     request = replace(REQUEST, steps=10, picture=Picture(24, 16, **scores))
-    compare(model.run(image_to_image(model, image * 2 - 1, request, strength=strength, posterior="sample"), output="tensor"), expected)
-    other = image_to_image(model, image * 2 - 1, replace(request, picture=None), strength=strength, posterior="sample")
+    compare(
+        model.run(
+            image_to_image(model, image * 2 - 1, request, strength=strength, posterior="sample"),
+            output="tensor",
+        ),
+        expected,
+    )
+    other = image_to_image(
+        model, image * 2 - 1, replace(request, picture=None), strength=strength, posterior="sample"
+    )
     assert (model.run(other, output="tensor") - expected).abs().max() > 1e-3, "the score is told"
 
 
@@ -157,7 +211,7 @@ def test_a_refiner_is_saved_and_opened(folders: dict[str, Path], tmp_path: Path)
     assert type(pipe).__name__ == NAMES["refiner"] and load(tmp_path / "ours").hash == model.hash
 
 
-# ---- inpainting --------------------------------------------------------------------------------------------------------
+# ---- inpainting ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -173,30 +227,54 @@ def test_a_refiner_is_saved_and_opened(folders: dict[str, Path], tmp_path: Path)
 def test_inpainting(family: str, name: str, strength: float, folders: dict[str, Path]) -> None:
     """Ordinary models at full strength: told to, the first look is at noise alone, as theirs."""
     image, mask = picture(), hole()
-    asked: dict[str, Any] = {"height": 24, "width": 16, "strength": strength, "guidance_scale": SCALE, "num_inference_steps": 5}
+    asked: dict[str, Any] = {
+        "height": 24,
+        "width": 16,
+        "strength": strength,
+        "guidance_scale": SCALE,
+        "num_inference_steps": 5,
+    }
     asked |= {"image": image.expand(2, -1, -1, -1), "mask_image": mask.expand(2, -1, -1, -1)}
     expected = their_pictures(opened(folders[family], name), PROMPTS, **asked)
     model, blind = ours(folders[family]), strength == 1 and "inpainting" not in family
     task = {"strength": strength, "posterior": "sample", "paste": False, "blind": blind}
-    compare(model.run(inpaint(model, image * 2 - 1, mask, REQUEST, **task), output="tensor"), expected)
+    compare(
+        model.run(inpaint(model, image * 2 - 1, mask, REQUEST, **task), output="tensor"), expected
+    )
     if blind:
         seeing = inpaint(model, image * 2 - 1, mask, REQUEST, **{**task, "blind": False})
-        assert (model.run(seeing, output="tensor") - expected).abs().max() > 1e-3, "they differ by alpha(T) z"
+        assert (model.run(seeing, output="tensor") - expected).abs().max() > 1e-3, (
+            "they differ by alpha(T) z"
+        )
 
 
 def test_a_blind_start_is_for_ordinary_models_at_full_strength(folders: dict[str, Path]) -> None:
     for family, strength in (("SDXL inpainting", 1.0), ("SDXL", 0.6)):
         with pytest.raises(UserError, match="blind=True with strength"):
-            inpaint(ours(folders[family]), picture() * 2 - 1, hole(), REQUEST, strength=strength, blind=True)
+            inpaint(
+                ours(folders[family]),
+                picture() * 2 - 1,
+                hole(),
+                REQUEST,
+                strength=strength,
+                blind=True,
+            )
 
 
-# ---- two prompts -------------------------------------------------------------------------------------------------------
+# ---- two prompts ---------------------------------------------------------------------------------
 
 
 def test_each_encoder_reads_its_own_prompt(folders: dict[str, Path]) -> None:
     pipe, model = opened(folders["SDXL"], NAMES["SDXL"]), ours(folders["SDXL"])
-    words = {"prompt": "a cat", "prompt_2": "a red dog", "negative_prompt": "dog", "negative_prompt_2": "red"}
-    tokens, not_tokens, pooled, not_pooled = pipe.encode_prompt(**words, do_classifier_free_guidance=True)
+    words = {
+        "prompt": "a cat",
+        "prompt_2": "a red dog",
+        "negative_prompt": "dog",
+        "negative_prompt_2": "red",
+    }
+    tokens, not_tokens, pooled, not_pooled = pipe.encode_prompt(
+        **words, do_classifier_free_guidance=True
+    )
     assert isinstance(model.conditioner, ClipText)
     for one, two, expected, vector in (
         ("a cat", "a red dog", tokens, pooled),
@@ -204,20 +282,42 @@ def test_each_encoder_reads_its_own_prompt(folders: dict[str, Path]) -> None:
     ):
         found = model.conditioner([one], Picture(16, 16), [two])
         assert found.tokens is not None and found.vector is not None
-        assert (found.tokens - expected).abs().max() < 1e-5 and (found.vector[:, :10] - vector).abs().max() < 1e-5
-    pictures = pipe(**words, generator=[torch.Generator().manual_seed(0)], guidance_scale=SCALE, num_inference_steps=5, output_type="np")
+        assert (found.tokens - expected).abs().max() < 1e-5 and (
+            found.vector[:, :10] - vector
+        ).abs().max() < 1e-5
+    pictures = pipe(
+        **words,
+        generator=[torch.Generator().manual_seed(0)],
+        guidance_scale=SCALE,
+        num_inference_steps=5,
+        output_type="np",
+    )
     request = replace(REQUEST, **words)
-    compare(model.run(request, output="tensor"), torch.from_numpy(pictures.images).permute(0, 3, 1, 2))
+    compare(
+        model.run(request, output="tensor"), torch.from_numpy(pictures.images).permute(0, 3, 1, 2)
+    )
 
 
 def test_second_prompts_that_nobody_reads(folders: dict[str, Path]) -> None:
     for family, asked, said in (
         ("SD 1", {"prompt_2": "a dog"}, "this model has no second text encoder to read it"),
         ("refiner", {"prompt_2": "a dog"}, "this model has no second text encoder to read it"),
-        ("SDXL", {"prompt_2": "a dog", "prompt": None}, "without prompt: say what the first text encoder reads too"),
-        ("SDXL", {"negative_prompt_2": "a dog"}, "negative_prompt_2 'a dog' without negative_prompt"),
+        (
+            "SDXL",
+            {"prompt_2": "a dog", "prompt": None},
+            "without prompt: say what the first text encoder reads too",
+        ),
+        (
+            "SDXL",
+            {"negative_prompt_2": "a dog"},
+            "negative_prompt_2 'a dog' without negative_prompt",
+        ),
         ("SDXL", {"prompt_2": ["a dog", "a cat"], "prompt": "a cat"}, "2 prompts for 1 images"),
-        ("SDXL", {"negative_prompt": "", "negative_prompt_2": "a dog", "guidance": 1.0}, "nothing is moved away from it"),
+        (
+            "SDXL",
+            {"negative_prompt": "", "negative_prompt_2": "a dog", "guidance": 1.0},
+            "nothing is moved away from it",
+        ),
     ):
         request = replace(Request("a cat", steps=1, guidance=2.0), **asked)
         with pytest.raises(UserError, match=said):
@@ -232,24 +332,30 @@ def test_a_refiner_reads_the_first_prompt(folders: dict[str, Path]) -> None:
     assert refine(base, base, request, at=0.5).prompt_2 == "a red dog"
 
 
-# ---- series between prompts of different lengths -----------------------------------------------------------------------
+# ---- series between prompts of different lengths -------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["SD 1", "SDXL"])
 def test_a_series_between_a_short_and_a_long_prompt(family: str, folders: dict[str, Path]) -> None:
-    """One chunk of 77 tokens and three: both ends are the plain pictures, and nothing jumps beside them."""
+    """One chunk of 77 tokens and three: both ends are the plain pictures, and nothing jumps beside
+    them.
+    """
     model, long = ours(folders[family]), " ".join(["a red dog"] * 50)
     asked = Request("a cat", n=3, steps=3, guidance=SCALE, seed=4)
     series = model.run(interpolate(asked, to_prompt=long), output="tensor")
     for found, words in ((series[0], "a cat"), (series[-1], long)):
-        assert (found - model.run(replace(asked, n=1, prompt=words), output="tensor")[0]).abs().max() < 1e-5
+        assert (
+            found - model.run(replace(asked, n=1, prompt=words), output="tensor")[0]
+        ).abs().max() < 1e-5
     assert not torch.equal(series[0], series[1]) and not torch.equal(series[1], series[2])
     near = replace(asked, n=2, other_prompt=(long, [0.0, 1e-4]), other_noise=([4, 4], [0.0, 0.0]))
     first, beside = model.run(near, output="tensor")
     assert 0 < (first - beside).abs().max() < 1e-2
 
 
-def test_the_other_tasks_with_refiners_inpainting_and_instructions(folders: dict[str, Path]) -> None:
+def test_the_other_tasks_with_refiners_inpainting_and_instructions(
+    folders: dict[str, Path],
+) -> None:
     """Variations and series are for networks that take the latent alone; the others say so."""
     for family in ("SDXL inpainting", "InstructPix2Pix"):
         model = ours(folders[family])
@@ -257,41 +363,77 @@ def test_the_other_tasks_with_refiners_inpainting_and_instructions(folders: dict
             with pytest.raises(UserError, match="channels beside the latent"):
                 variations(model, picture() * 2 - 1, way=way)
             with pytest.raises(UserError, match="channels beside the latent"):
-                interpolate_pictures(model, picture() * 2 - 1, picture(6) * 2 - 1, Request(n=2), way=way)
+                interpolate_pictures(
+                    model, picture() * 2 - 1, picture(6) * 2 - 1, Request(n=2), way=way
+                )
     second = ours(folders["refiner"])
     found = second.run(vary(Request("a cat", n=2, steps=2), strength=0.3), output="tensor")
     assert torch.isfinite(found).all() and not torch.equal(found[0], found[1])
 
 
-# ---- on the command line -----------------------------------------------------------------------------------------------
+# ---- on the command line -------------------------------------------------------------------------
 
 
-def test_commands_with_text_models(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_with_text_models(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     photo, made = str(tmp_path / "photo.png"), tmp_path / "made.png"
     to_pil(picture() * 2 - 1)[0].save(photo)
     out = ["--steps", "4", "--n", "1", "--out", str(made)]
     xl, second = (load(folders[name]) for name in ("SDXL", "refiner"))
-    words = ["a cat", "--prompt-2", "a red dog", "--negative-prompt", "dog", "--negative-prompt-2", "red", "--model", str(folders["SDXL"])]
-    asked = Request("a cat", steps=4, prompt_2="a red dog", negative_prompt="dog", negative_prompt_2="red")
+    words = [
+        "a cat",
+        "--prompt-2",
+        "a red dog",
+        "--negative-prompt",
+        "dog",
+        "--negative-prompt-2",
+        "red",
+        "--model",
+        str(folders["SDXL"]),
+    ]
+    asked = Request(
+        "a cat", steps=4, prompt_2="a red dog", negative_prompt="dog", negative_prompt_2="red"
+    )
     assert main(["generate", *words, *out]) == 0
     assert same(made, xl.run(asked)[0]) and read_parameters(made)["prompt_2"] == "a red dog"
-    assert main(["generate", "--from", str(made), "--out", str(tmp_path / "again.png")]) == 0 and same(
-        tmp_path / "again.png", xl.run(asked)[0]
+    assert main(
+        ["generate", "--from", str(made), "--out", str(tmp_path / "again.png")]
+    ) == 0 and same(tmp_path / "again.png", xl.run(asked)[0])
+    assert (
+        main(["generate", *words, *out, "--refiner", str(folders["refiner"]), "--handover", "0.5"])
+        == 0
     )
-    assert main(["generate", *words, *out, "--refiner", str(folders["refiner"]), "--handover", "0.5"]) == 0
     assert same(made, second.run(refine(xl, second, asked, at=0.5))[0])
-    assert main(["edit", photo, *words, *out, "--strength", "0.5"]) == 0, "style transfer: an ordinary model and a description"
+    assert main(["edit", photo, *words, *out, "--strength", "0.5"]) == 0, (
+        "style transfer: an ordinary model and a description"
+    )
     assert same(made, xl.run(image_to_image(xl, picture_of(photo), asked, strength=0.5))[0])
     for arguments, said in (
-        (["edit", photo, "red", "--strength", "0.5", "--model", str(folders["InstructPix2Pix"])], "this model follows instructions"),
-        (["edit", photo, "red", "--model", str(folders["SDXL inpainting"])], "use the task that it was trained for"),
-        (["vary", photo, "red", "--model", str(folders["SDXL inpainting"])], "use the task that it was trained for"),
-        (["upscale", photo, "red", "--scale", "2", "--model", str(folders["x4 upscaler"])], "--scale 2.0: this model is an upscaler"),
+        (
+            ["edit", photo, "red", "--strength", "0.5", "--model", str(folders["InstructPix2Pix"])],
+            "this model follows instructions",
+        ),
+        (
+            ["edit", photo, "red", "--model", str(folders["SDXL inpainting"])],
+            "use the task that it was trained for",
+        ),
+        (
+            ["vary", photo, "red", "--model", str(folders["SDXL inpainting"])],
+            "use the task that it was trained for",
+        ),
+        (
+            ["upscale", photo, "red", "--scale", "2", "--model", str(folders["x4 upscaler"])],
+            "--scale 2.0: this model is an upscaler",
+        ),
         (
             ["upscale", photo, "red", "--strength", "0.2", "--model", str(folders["x4 upscaler"])],
             "--strength 0.2: this model is an upscaler",
         ),
-        (["generate", "red", "--negative-prompt-2", "cat", "--model", str(folders["SDXL"])], "without negative_prompt"),
+        (
+            ["generate", "red", "--negative-prompt-2", "cat", "--model", str(folders["SDXL"])],
+            "without negative_prompt",
+        ),
     ):
         made.unlink(missing_ok=True)
         assert main([*arguments, *out]) == 2 and not made.exists()

@@ -1,48 +1,62 @@
-"""Parity with diffusers' schedulers (0.42): the same network, times and noise make the same latents, at every network call and at the end.
+"""Parity with diffusers' schedulers (0.42): the same network, times and noise make the same
+latents, at every network call and at the end.
 
-Their tables, levels and casts are float32. To compare the algebra and not its rounding, a scheduler's module is lent float64 under the name
-of float32 (`Doubled`): its own code, unchanged, then agrees with ours to 1e-9 (most of it to 1e-12; only what divides by a difference of
-levels loses more). `test_as_shipped` runs them as they are, within 1e-5. Noise is handed to both from one list. Some of theirs work in
-x/alpha; what is compared is what the network is shown, and the result. Their networks are told whole timesteps where levels lie between
-them: ours is then told the same (`Case.told`), and a test says so.
+Their tables, levels and casts are float32. To compare the algebra and not its rounding, a
+scheduler's module is lent float64 under the name of float32 (`Doubled`): its own code, unchanged,
+then agrees with ours to 1e-9 (most of it to 1e-12; only what divides by a difference of levels
+loses more). `test_as_shipped` runs them as they are, within 1e-5. Noise is handed to both from one
+list. Some of theirs work in x/alpha; what is compared is what the network is shown, and the result.
+Their networks are told whole timesteps where levels lie between them: ours is then told the same
+(`Case.told`), and a test says so.
 
-What differs, and why; each has a test below that fails when theirs changes (numbers are diffusers' issues):
+What differs, and why; each has a test below that fails when theirs changes (numbers are diffusers'
+issues):
 
 | theirs | ours | test |
 |---|---|---|
-| DDIM, PNDM step by T // steps whatever the spacing (9261, 11347, 12633) | to the next time of the list | they_step_by_a_fixed_stride |
-| DDPM, fixed_large: noise after the last step, if that begins above timestep 0 | the last step is its mean | they_leave_noise_at_the_end |
-| Euler, Heun, LMS: sigma linear between whole timesteps | log-SNR linear | between_timesteps_they_interpolate_sigma |
-| multistep: levels between timesteps, networks told whole ones | the level's own timestep | their_networks_are_told_whole_timesteps |
-| the same: equal whole timesteps end in an IndexError (12771) | times are real numbers | their_whole_timesteps_collide |
-| trailing by np.arange: 61 steps are 62, down to timestep -1 | steps are counted | their_trailing_steps_are_summed_in_floating_point |
-| leading with 1000 steps and offset 1 leaves the table (10003) | refused | leading_timesteps |
-| linspace with one step begins at timestep 0 | at full noise | linspace_timesteps |
-| sde-dpmsolver++ of order 3: one sign (since pull request 9104) | as k-diffusion and as eta 0 | their_third_order_sde_has_a_sign_wrong |
-| from pure noise (cosine's end, level 20,000) steps by slopes of the level overshoot | by x0, or over sigma/(alpha + sigma) | their_steps_from_nothing_overshoot |
-| DPM-Solver++ of order 3: half of the quadratic term is missing, its order is 2 | dpmpp_3m | tests/contracts/test_samplers.py measures both |
-| EDM sde-dpmsolver++ of order 3: raises | dpmpp_3m_sde | their_third_order_sde_of_edm_is_missing |
-| UniPC to sigma 0 with bh1, or with lower_order_final=False: not finite | first order there, exact | their_unipc_is_not_finite_at_zero |
-| DPM-Solver-3 singlestep: second point by the midpoint rule (its NaN, 9007, is mended) | as the paper | their_third_order_singlestep |
-| churn: noise added after the network was asked; v read at the old level | Karras et al.'s | their_churn_comes_after_the_network |
-| flows: the least time is shifted twice (13243) | once; `end` gives theirs | their_flows_are_shifted_twice |
-| eps at zero terminal SNR: divides by 0 (3851) | refused when built | eps_at_zero_terminal_snr |
-| alpha^2 = 2^-24 put at the end of a table that falls to 0 | the table drawn out to it | nearly_zero_terminal_snr |
-| and with linear betas two levels before it are noisier | falls to the end | their_nearly_zero_snr_can_rise_again |
-| PNDM: means of v read at one point | each at its own | their_pndm_reads_v_at_one_point |
-| DDIMInverse: v read at the wrong end of the step | at the end that was asked about | their_inversion_reads_v_at_the_wrong_end |
-| TCD with eta 1: each step by way of timestep 0 | by way of the clean latent | their_tcd_with_eta_one_keeps_the_least_noise |
-| Euler's first noise in x/alpha: sigma, or sqrt(sigma^2 + 1) for leading | sqrt(sigma^2 + 1) | their_first_noise |
-| DEIS: ends at timestep 0; by noise level its last step has no length | ends at t = 0 | their_deis_repeats_its_last_level |
-| DPM-Solver++, DEIS: lower_order_final counts below 15 steps only | always, where asked for | tables (20 steps) |
-| DPM-Solver++ of order 3: second step by the midpoint rule | as k-diffusion's; `solver` says | tables |
-| flow multistep solvers: DPM-Solver++ begins at 0.999, UniPC at 1 - 1e-6 | at 1 | flow_multistep |
-| consistency models end at sigma_min | at 0 | consistency_models |
+| DDIM, PNDM step by T // steps whatever the spacing (9261, 11347, 12633) | to the next time of the
+list | they_step_by_a_fixed_stride | | DDPM, fixed_large: noise after the last step, if that begins
+above timestep 0 | the last step is its mean | they_leave_noise_at_the_end | | Euler, Heun, LMS:
+sigma linear between whole timesteps | log-SNR linear | between_timesteps_they_interpolate_sigma | |
+multistep: levels between timesteps, networks told whole ones | the level's own timestep |
+their_networks_are_told_whole_timesteps | | the same: equal whole timesteps end in an IndexError
+(12771) | times are real numbers | their_whole_timesteps_collide | | trailing by np.arange: 61 steps
+are 62, down to timestep -1 | steps are counted | their_trailing_steps_are_summed_in_floating_point
+| | leading with 1000 steps and offset 1 leaves the table (10003) | refused | leading_timesteps | |
+linspace with one step begins at timestep 0 | at full noise | linspace_timesteps | | sde-dpmsolver++
+of order 3: one sign (since pull request 9104) | as k-diffusion and as eta 0 |
+their_third_order_sde_has_a_sign_wrong | | from pure noise (cosine's end, level 20,000) steps by
+slopes of the level overshoot | by x0, or over sigma/(alpha + sigma) |
+their_steps_from_nothing_overshoot | | DPM-Solver++ of order 3: half of the quadratic term is
+missing, its order is 2 | dpmpp_3m | tests/contracts/test_samplers.py measures both | | EDM
+sde-dpmsolver++ of order 3: raises | dpmpp_3m_sde | their_third_order_sde_of_edm_is_missing | |
+UniPC to sigma 0 with bh1, or with lower_order_final=False: not finite | first order there, exact |
+their_unipc_is_not_finite_at_zero | | DPM-Solver-3 singlestep: second point by the midpoint rule
+(its NaN, 9007, is mended) | as the paper | their_third_order_singlestep | | churn: noise added
+after the network was asked; v read at the old level | Karras et al.'s |
+their_churn_comes_after_the_network | | flows: the least time is shifted twice (13243) | once; `end`
+gives theirs | their_flows_are_shifted_twice | | eps at zero terminal SNR: divides by 0 (3851) |
+refused when built | eps_at_zero_terminal_snr | | alpha^2 = 2^-24 put at the end of a table that
+falls to 0 | the table drawn out to it | nearly_zero_terminal_snr | | and with linear betas two
+levels before it are noisier | falls to the end | their_nearly_zero_snr_can_rise_again | | PNDM:
+means of v read at one point | each at its own | their_pndm_reads_v_at_one_point | | DDIMInverse: v
+read at the wrong end of the step | at the end that was asked about |
+their_inversion_reads_v_at_the_wrong_end | | TCD with eta 1: each step by way of timestep 0 | by way
+of the clean latent | their_tcd_with_eta_one_keeps_the_least_noise | | Euler's first noise in
+x/alpha: sigma, or sqrt(sigma^2 + 1) for leading | sqrt(sigma^2 + 1) | their_first_noise | | DEIS:
+ends at timestep 0; by noise level its last step has no length | ends at t = 0 |
+their_deis_repeats_its_last_level | | DPM-Solver++, DEIS: lower_order_final counts below 15 steps
+only | always, where asked for | tables (20 steps) | | DPM-Solver++ of order 3: second step by the
+midpoint rule | as k-diffusion's; `solver` says | tables | | flow multistep solvers: DPM-Solver++
+begins at 0.999, UniPC at 1 - 1e-6 | at 1 | flow_multistep | | consistency models end at sigma_min |
+at 0 | consistency_models |
 | ScoreSdeVe: noise after the last step | the last step is its mean | score_sde_ve |
 
-Without a counterpart here: clipping and thresholding, variance_type "learned" ("learned_range" is in test_learned_variance.py),
-invert_sigmas, shift_terminal (give the times), sde-dpmsolver (not ++), SDE singlestep solvers, multistep dpmsolver (not ++), UniPC's predict_x0=False and solver_p, SASolver, IPNDM, RePaint.
-KDPM2Ancestral and DPMSolverSDE (but for its Brownian path) are compared in test_scheduler_configs.py.
+Without a counterpart here: clipping and thresholding, variance_type "learned" ("learned_range" is
+in test_learned_variance.py), invert_sigmas, shift_terminal (give the times), sde-dpmsolver (not
+++), SDE singlestep solvers, multistep dpmsolver (not ++), UniPC's predict_x0=False and solver_p,
+SASolver, IPNDM, RePaint. KDPM2Ancestral and DPMSolverSDE (but for its Brownian path) are compared
+in test_scheduler_configs.py.
 """
 
 import math
@@ -95,7 +109,8 @@ from sfumato.types import Prediction
 dpmpp_3m = partial(whole_3m, published=True)
 dpmpp_3m_sde = partial(whole_3m_sde, published=True)
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of theirs: numpy's copy, names to come
+# of theirs: numpy's copy, names to come
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 diffusers: Any = _diffusers  # its names are made at run time
 SHAPE = (1, 2, 4, 4)
@@ -115,7 +130,9 @@ def network(x: Tensor, timestep: float) -> Tensor:
 
 
 class Doubled:
-    """torch or numpy with float64 in the place of float32: what a scheduler's module is given, so that its own code runs in float64."""
+    """torch or numpy with float64 in the place of float32: what a scheduler's module is given, so
+    that its own code runs in float64.
+    """
 
     def __init__(self, module: Any) -> None:
         self.module, self.float32 = module, module.float64
@@ -131,7 +148,11 @@ def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
     def theirs(name: str) -> Any:
         found = getattr(diffusers, name)
         module, noise = sys.modules[found.__module__], draws()
-        for part, value in (("torch", Doubled(torch)), ("np", Doubled(np)), ("randn_tensor", lambda *_, **__: next(noise))):
+        for part, value in (
+            ("torch", Doubled(torch)),
+            ("np", Doubled(np)),
+            ("randn_tensor", lambda *_, **__: next(noise)),
+        ):
             if hasattr(module, part):
                 monkeypatch.setattr(module, part, value)
         return found
@@ -143,13 +164,24 @@ def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
 
 
 def our_run(
-    sampler: Any, process: Process, times: Sequence[float], start: Tensor, told: Sequence[float] | None = None, **options: Any
+    sampler: Any,
+    process: Process,
+    times: Sequence[float],
+    start: Tensor,
+    told: Sequence[float] | None = None,
+    **options: Any,
 ) -> tuple[list[Tensor], list[float]]:
-    """What the network was shown in every call and, last, the result; and the timesteps that it was told, which are `told` where given."""
+    """What the network was shown in every call and, last, the result; and the timesteps that it was
+    told, which are `told` where given.
+    """
     noise, shown, heard = draws(), [], []
 
     def denoise(x: Tensor, t: float) -> Any:
-        heard.append(float(process.schedule.timestep(torch.tensor(t, dtype=DOUBLE))) if told is None else told[len(heard)])
+        heard.append(
+            float(process.schedule.timestep(torch.tensor(t, dtype=DOUBLE)))
+            if told is None
+            else told[len(heard)]
+        )
         shown.append(process.network_input(x, t))
         return process.split(x, network(shown[-1], heard[-1]), t)
 
@@ -159,8 +191,12 @@ def our_run(
     return [*shown, result], heard
 
 
-def their_run(scheduler: Any, start: Tensor, last: float = 1.0, **options: Any) -> tuple[list[Tensor], list[float]]:
-    """The same of theirs. `last` takes the result to our coordinates: alpha at the end, for schedulers that work in x/alpha."""
+def their_run(
+    scheduler: Any, start: Tensor, last: float = 1.0, **options: Any
+) -> tuple[list[Tensor], list[float]]:
+    """The same of theirs. `last` takes the result to our coordinates: alpha at the end, for
+    schedulers that work in x/alpha.
+    """
     x, shown = start, []
     for timestep in scheduler.timesteps:
         shown.append(scheduler.scale_model_input(x, timestep))
@@ -171,17 +207,33 @@ def their_run(scheduler: Any, start: Tensor, last: float = 1.0, **options: Any) 
 def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """The largest difference of any latent, relative to its size."""
     assert len(ours) == len(theirs)
-    return float(torch.stack([(a - b).norm() / b.norm() for a, b in zip(ours, theirs, strict=True)]).max())  # NaN if any is
+    # NaN if any is
+    return float(
+        torch.stack([(a - b).norm() / b.norm() for a, b in zip(ours, theirs, strict=True)]).max()
+    )
 
 
-# ---- schedulers that have a table -----------------------------------------------------------------------------------------
+# ---- schedulers that have a table ----------------------------------------------------------------
 
 TABLES: dict[str, tuple[dict[str, Any], Schedule]] = {
-    "linear": ({"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}, schedule("linear")),
-    "scaled_linear": ({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, schedule("scaled_linear")),
+    "linear": (
+        {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+        schedule("linear"),
+    ),
+    "scaled_linear": (
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        schedule("scaled_linear"),
+    ),
     "cosine": ({"beta_schedule": "squaredcos_cap_v2"}, schedule("cosine")),
-    "sigmoid": ({"beta_schedule": "sigmoid", "beta_start": 0.0001, "beta_end": 0.02}, schedule("sigmoid")),  # DDPM's alone knows it
-    "trained": ({"trained_betas": [0.001 + 0.00001 * i for i in range(1000)]}, table([0.001 + 0.00001 * i for i in range(1000)])),
+    # DDPM's alone knows it
+    "sigmoid": (
+        {"beta_schedule": "sigmoid", "beta_start": 0.0001, "beta_end": 0.02},
+        schedule("sigmoid"),
+    ),
+    "trained": (
+        {"trained_betas": [0.001 + 0.00001 * i for i in range(1000)]},
+        table([0.001 + 0.00001 * i for i in range(1000)]),
+    ),
 }
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 NEVER_CLIP = ("DDIM", "DDPM", "DDIMInverse", "LCM", "TCD", "HeunDiscrete")
@@ -194,7 +246,8 @@ class Case:
     end         where the run ends, for schedulers that do not go to t = 0
     again       theirs asks the network once more at the end, for a step of no length
     our_steps   where theirs counts network calls and ours steps
-    told        their network is told a timestep that is not that of its noise level (rounded to whole ones): ours is then told the same
+    told        their network is told a timestep that is not that of its noise level (rounded to
+                whole ones): ours is then told the same
     scaled      their latents are x/alpha
     """
 
@@ -215,10 +268,17 @@ class Case:
 
     def __str__(self) -> str:
         options = {**self.config, **self.step, "end": self.end, "steps": self.steps}
-        return f"{self.theirs}-{self.spacing}-" + ",".join(f"{k}={v}" for k, v in options.items() if v not in (0.0, False, 10))
+        return f"{self.theirs}-{self.spacing}-" + ",".join(
+            f"{k}={v}" for k, v in options.items() if v not in (0.0, False, 10)
+        )
 
     def scheduler(self, found: Any, kind: str, prediction: str) -> Any:
-        values = {"num_train_timesteps": 1000, **TABLES[kind][0], "prediction_type": prediction, **self.config}
+        values = {
+            "num_train_timesteps": 1000,
+            **TABLES[kind][0],
+            "prediction_type": prediction,
+            **self.config,
+        }
         if self.theirs in NEVER_CLIP:
             values["clip_sample"] = False
         made = found(**values)
@@ -259,7 +319,8 @@ SIGMAS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("karras", {"use_karras_sigmas": True, **LINSPACE}, {}, {}),
     ("exponential", {"use_exponential_sigmas": True, **LINSPACE}, {}, {}),
     ("beta", {"use_beta_sigmas": True, **LINSPACE}, {"over": "noise"}, {}),
-    # By noise level between the ends of another spacing: what SDXL's and Stable Video Diffusion's configs say.
+    # By noise level between the ends of another spacing: what SDXL's and Stable Video Diffusion's
+    # configs say.
     ("karras", {"use_karras_sigmas": True, **SD}, {"start": at(901), "end": at(1)}, {}),
     ("karras", {"use_karras_sigmas": True, **TRAILING}, {"end": at(99)}, {}),
     ("exponential", {"use_exponential_sigmas": True, **SD}, {"start": at(901), "end": at(1)}, {}),
@@ -267,10 +328,17 @@ SIGMAS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-def cases(spacings: Sequence[Any], theirs: str, sampler: Any, config: dict[str, Any] | None = None, **rest: Any) -> list[Case]:
+def cases(
+    spacings: Sequence[Any],
+    theirs: str,
+    sampler: Any,
+    config: dict[str, Any] | None = None,
+    **rest: Any,
+) -> list[Case]:
     """One case a spacing."""
     return [
-        replace(Case(theirs, sampler, spacing, {**(config or {}), **their}, our, **rest), **more) for spacing, their, our, more in spacings
+        replace(Case(theirs, sampler, spacing, {**(config or {}), **their}, our, **rest), **more)
+        for spacing, their, our, more in spacings
     ]
 
 
@@ -279,18 +347,52 @@ EPS: dict[str, Any] = {"predictions": ("epsilon",)}
 CASES: list[Case] = [
     *cases(WHOLE, "DDPM", ddpm),
     *cases(WHOLE[:1], "DDPM", ddpm, steps=7),
-    *cases([WHOLE[1], WHOLE[3]], "DDPM", ddpm, {"variance_type": "fixed_large"}, ours={"variance": "large"}),  # that end at timestep 0
-    *(case for eta in (0.0, 0.5, 1.0) for case in cases(WHOLE[:3], "DDIM", ddim, step={"eta": eta}, ours={"eta": eta})),
+    # that end at timestep 0
+    *cases(
+        [WHOLE[1], WHOLE[3]],
+        "DDPM",
+        ddpm,
+        {"variance_type": "fixed_large"},
+        ours={"variance": "large"},
+    ),
+    *(
+        case
+        for eta in (0.0, 0.5, 1.0)
+        for case in cases(WHOLE[:3], "DDIM", ddim, step={"eta": eta}, ours={"eta": eta})
+    ),
     *cases(WHOLE[2:3], "DDIM", ddim, {"set_alpha_to_one": False}, end=at(0)),
     *cases(WHOLE[1:2], "DDIM", ddim, {"set_alpha_to_one": False}, end=at(0), again=True),
     *cases(WHOLE[1:3], "DDIM", ddim, steps=7),
     *cases(WHOLE[:3], "PNDM", pndm, {"set_alpha_to_one": True}, **EPS),
     *cases(WHOLE[:3], "PNDM", plms, {"set_alpha_to_one": True, "skip_prk_steps": True}, **EPS),
-    *cases(WHOLE[2:3], "PNDM", plms, {"set_alpha_to_one": False, "skip_prk_steps": True}, end=at(0), **EPS),  # Stable Diffusion 1's
+    # Stable Diffusion 1's
+    *cases(
+        WHOLE[2:3],
+        "PNDM",
+        plms,
+        {"set_alpha_to_one": False, "skip_prk_steps": True},
+        end=at(0),
+        **EPS,
+    ),
     *cases(WHOLE[2:3], "PNDM", pndm, {"set_alpha_to_one": False}, end=at(0), **EPS),
-    *cases(WHOLE[1:2], "PNDM", plms, {"set_alpha_to_one": False, "skip_prk_steps": True}, end=at(0), again=True, **EPS),
+    *cases(
+        WHOLE[1:2],
+        "PNDM",
+        plms,
+        {"set_alpha_to_one": False, "skip_prk_steps": True},
+        end=at(0),
+        again=True,
+        **EPS,
+    ),
     *cases(SIGMAS, "EulerDiscrete", euler, scaled=True),
-    *cases(WHOLE[:1], "EulerDiscrete", euler, {"final_sigmas_type": "sigma_min"}, end=at(0), scaled=True),
+    *cases(
+        WHOLE[:1],
+        "EulerDiscrete",
+        euler,
+        {"final_sigmas_type": "sigma_min"},
+        end=at(0),
+        scaled=True,
+    ),
     *cases(WHOLE, "EulerAncestralDiscrete", euler_ancestral, scaled=True, **OUT),
     *cases(SIGMAS, "HeunDiscrete", heun, scaled=True),
     *cases(SIGMAS, "LMSDiscrete", lms, scaled=True),
@@ -299,11 +401,36 @@ CASES: list[Case] = [
     *cases(SIGMAS[4:8], "KDPM2Discrete", dpm_solver_2, scaled=True, told=True, **OUT),
     *cases(MULTISTEP, "DPMSolverMultistep", dpmpp_2m),
     *cases(MULTISTEP[:5], "DPMSolverMultistep", dpmpp_2m, {"lower_order_final": False}, steps=12),
-    *cases(MULTISTEP, "DPMSolverMultistep", dpmpp_3m, {"solver_order": 3}, ours={"solver": "midpoint", "lower_order_final": True}),
-    *cases(MULTISTEP, "DPMSolverMultistep", dpmpp_3m, {"solver_order": 3, "lower_order_final": False}, ours={"solver": "midpoint"}),
-    *cases(MULTISTEP, "DPMSolverMultistep", dpmpp_3m, {"solver_order": 3, "solver_type": "heun"}, ours={"lower_order_final": True}),
+    *cases(
+        MULTISTEP,
+        "DPMSolverMultistep",
+        dpmpp_3m,
+        {"solver_order": 3},
+        ours={"solver": "midpoint", "lower_order_final": True},
+    ),
+    *cases(
+        MULTISTEP,
+        "DPMSolverMultistep",
+        dpmpp_3m,
+        {"solver_order": 3, "lower_order_final": False},
+        ours={"solver": "midpoint"},
+    ),
+    *cases(
+        MULTISTEP,
+        "DPMSolverMultistep",
+        dpmpp_3m,
+        {"solver_order": 3, "solver_type": "heun"},
+        ours={"lower_order_final": True},
+    ),
     # from 15 steps on theirs lowers nothing but the step to 0
-    *cases(MULTISTEP[:1], "DPMSolverMultistep", dpmpp_3m, {"solver_order": 3}, ours={"solver": "midpoint"}, steps=20),
+    *cases(
+        MULTISTEP[:1],
+        "DPMSolverMultistep",
+        dpmpp_3m,
+        {"solver_order": 3},
+        ours={"solver": "midpoint"},
+        steps=20,
+    ),
     *cases(MULTISTEP, "DPMSolverMultistep", dpmpp_2m_sde, {"algorithm_type": "sde-dpmsolver++"}),
     *cases(
         MULTISTEP[:5],
@@ -313,7 +440,13 @@ CASES: list[Case] = [
         ours={"solver": "heun"},
     ),
     *cases(MULTISTEP[:1], "DPMSolverMultistep", ddim, {"solver_order": 1}),
-    *cases(MULTISTEP[:1], "DPMSolverMultistep", dpmpp_2m_sde, {"solver_type": "heun"}, ours={"eta": 0.0, "solver": "heun"}),
+    *cases(
+        MULTISTEP[:1],
+        "DPMSolverMultistep",
+        dpmpp_2m_sde,
+        {"solver_type": "heun"},
+        ours={"eta": 0.0, "solver": "heun"},
+    ),
     Case("DPMSolverMultistep", dpmpp_2m, "log_snr", {"use_lu_lambdas": True}, told=True),
     *(
         case
@@ -328,13 +461,26 @@ CASES: list[Case] = [
             end=at(0),
         )
     ),
-    # Theirs counts calls: a step of two has its middle at the level between, which is half-way in log-SNR where levels are in equal ratios.
-    Case("DPMSolverSinglestep", dpmpp_2s, "exponential", {"use_exponential_sigmas": True}, steps=9, our_steps=5, told=True),
+    # Theirs counts calls: a step of two has its middle at the level between, which is half-way in
+    # log-SNR where levels are in equal ratios.
+    Case(
+        "DPMSolverSinglestep",
+        dpmpp_2s,
+        "exponential",
+        {"use_exponential_sigmas": True},
+        steps=9,
+        our_steps=5,
+        told=True,
+    ),
     Case(
         "DPMSolverSinglestep",
         dpm_solver_2,
         "exponential",
-        {"use_exponential_sigmas": True, "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+        {
+            "use_exponential_sigmas": True,
+            "algorithm_type": "dpmsolver",
+            "final_sigmas_type": "sigma_min",
+        },
         steps=9,
         our_steps=5,
         end=at(0),
@@ -355,12 +501,31 @@ CASES: list[Case] = [
             end=at(0),
         )
     ),
-    *(case for order in (1, 2, 3) for case in cases(MULTISTEP, "UniPCMultistep", unipc, {"solver_order": order}, ours={"order": order})),
-    *cases(MULTISTEP[:4], "UniPCMultistep", unipc, {"disable_corrector": list(range(20))}, ours={"corrector": False}),
     *(
         case
         for order in (1, 2, 3)
-        for case in cases(MULTISTEP[:4], "DEISMultistep", deis, {"solver_order": order}, ours={"order": order}, end=at(0))
+        for case in cases(
+            MULTISTEP, "UniPCMultistep", unipc, {"solver_order": order}, ours={"order": order}
+        )
+    ),
+    *cases(
+        MULTISTEP[:4],
+        "UniPCMultistep",
+        unipc,
+        {"disable_corrector": list(range(20))},
+        ours={"corrector": False},
+    ),
+    *(
+        case
+        for order in (1, 2, 3)
+        for case in cases(
+            MULTISTEP[:4],
+            "DEISMultistep",
+            deis,
+            {"solver_order": order},
+            ours={"order": order},
+            end=at(0),
+        )
     ),
     *(
         case
@@ -385,17 +550,22 @@ CASES: list[Case] = [
 
 
 def coordinates(case: Case, chosen: Schedule, times: list[float]) -> tuple[Tensor, Tensor, float]:
-    """The same start in our coordinates and in theirs, and alpha at the end where theirs are x/alpha."""
+    """The same start in our coordinates and in theirs, and alpha at the end where theirs are
+    x/alpha.
+    """
     start, first, last = next(draws(9)), chosen.point(times[0])[0], chosen.point(times[-1])[0]
     return start, start / first if case.scaled else start, last if case.scaled else 1.0
 
 
 BY_NOISE = (heun, lms, plms, pndm, dpm_solver_2, deis)
-"""Samplers that step by eps or by slopes of the noise level: from pure noise, as at cosine's end, they do not do so here."""
+"""Samplers that step by eps or by slopes of the noise level: from pure noise, as at cosine's end,
+they do not do so here."""
 
 
 def rotated() -> list[Any]:
-    """Each case with one table and one prediction type, in turns; the first of each scheduler and sampler with all of them."""
+    """Each case with one table and one prediction type, in turns; the first of each scheduler and
+    sampler with all of them.
+    """
     found, seen = [], set()
     for turn, case in enumerate(CASES):
         first = (case.theirs, case.sampler) not in seen
@@ -403,8 +573,12 @@ def rotated() -> list[Any]:
         seen.add((case.theirs, case.sampler))
         for i in range(turn, turn + (len(kinds) if first else 1)):
             kind, prediction = kinds[i % len(kinds)], case.predictions[i % len(case.predictions)]
-            if kind == "cosine" and (case.sampler in BY_NOISE or case.spacing in ("karras", "exponential", "beta", "lu")):
-                kind = "linear"  # their levels go up to 20,000 there, ours do not: see their_steps_from_nothing_overshoot
+            if kind == "cosine" and (
+                case.sampler in BY_NOISE or case.spacing in ("karras", "exponential", "beta", "lu")
+            ):
+                # their levels go up to 20,000 there, ours do not: see
+                # their_steps_from_nothing_overshoot
+                kind = "linear"
             found.append(pytest.param(case, kind, prediction, id=f"{case}-{kind}-{prediction}"))
     return found
 
@@ -413,28 +587,42 @@ def rotated() -> list[Any]:
 def test_tables(case: Case, kind: str, prediction: str, double: Callable[[str], Any]) -> None:
     """Every latent that the network is shown, the timestep that it is told, and the result."""
     chosen = TABLES[kind][1]
-    scheduler, times = case.scheduler(double(case.theirs + "Scheduler"), kind, prediction), case.times(chosen)
+    scheduler, times = (
+        case.scheduler(double(case.theirs + "Scheduler"), kind, prediction),
+        case.times(chosen),
+    )
     start, their_start, last = coordinates(case, chosen, times)
     theirs, told = their_run(scheduler, their_start, last, **case.step)
     if case.again:
         theirs, told = [*theirs[:-2], theirs[-1]], told[:-1]
     process = Process(chosen, parameterization(PREDICTIONS[prediction]))
-    ours, heard = our_run(case.sampler, process, times, start, told if case.told else None, **case.ours)
+    ours, heard = our_run(
+        case.sampler, process, times, start, told if case.told else None, **case.ours
+    )
     np.testing.assert_allclose(heard, told, atol=1e-6)
     assert difference(ours, theirs) < 1e-9
 
 
 def shipped() -> list[Any]:
     """One case a scheduler, sampler and kind of spacing."""
-    found = {(case.theirs, case.sampler, case.spacing): case for case in CASES if (case.steps, case.end) == (10, 0.0)}
+    found = {
+        (case.theirs, case.sampler, case.spacing): case
+        for case in CASES
+        if (case.steps, case.end) == (10, 0.0)
+    }
     return [case for (_, _, spacing), case in found.items() if spacing in ("trailing", "karras")]
 
 
 @pytest.mark.parametrize("case", shipped(), ids=str)
 def test_as_shipped(case: Case) -> None:
-    """The same without lending them float64: what is left is float32's rounding, of tables, levels and latents, and no more."""
-    prediction = case.predictions[-1]  # v, where they have it: in x0 eps's rounding is divided by alpha, 1/15 at the first step
-    scheduler = case.scheduler(getattr(diffusers, case.theirs + "Scheduler"), "scaled_linear", prediction)
+    """The same without lending them float64: what is left is float32's rounding, of tables, levels
+    and latents, and no more.
+    """
+    # v, where they have it: in x0 eps's rounding is divided by alpha, 1/15 at the first step
+    prediction = case.predictions[-1]
+    scheduler = case.scheduler(
+        getattr(diffusers, case.theirs + "Scheduler"), "scaled_linear", prediction
+    )
     noise, module = draws(), sys.modules[type(scheduler).__module__]
     chosen = TABLES["scaled_linear"][1]
     times = case.times(chosen)
@@ -448,13 +636,26 @@ def test_as_shipped(case: Case) -> None:
     assert difference(ours, theirs) < 1e-5
 
 
-# ---- zero terminal SNR ------------------------------------------------------------------------------------------------------
+# ---- zero terminal SNR ---------------------------------------------------------------------------
 
 
-def zero_snr(name: str, double: Callable[[str], Any], prediction: str = "v_prediction", kind: str = "scaled_linear", **options: Any) -> Any:
+def zero_snr(
+    name: str,
+    double: Callable[[str], Any],
+    prediction: str = "v_prediction",
+    kind: str = "scaled_linear",
+    **options: Any,
+) -> Any:
     """Their scheduler with rescale_betas_zero_snr and ten trailing steps."""
     clip = {"clip_sample": False} if name in NEVER_CLIP else {}
-    values = {**TABLES[kind][0], "prediction_type": prediction, "rescale_betas_zero_snr": True, **TRAILING, **clip, **options}
+    values = {
+        **TABLES[kind][0],
+        "prediction_type": prediction,
+        "rescale_betas_zero_snr": True,
+        **TRAILING,
+        **clip,
+        **options,
+    }
     made = double(name + "Scheduler")(**values)
     made.set_timesteps(10 if name not in ("LCM", "TCD") else 5)
     return made
@@ -465,16 +666,24 @@ EXACT = [("DDIM", ddim, 0.0), ("DDPM", ddpm, 0.0), ("LCM", lcm, 0.0), ("TCD", tc
 
 @pytest.mark.parametrize("kind", ["linear", "scaled_linear", "cosine"])
 @pytest.mark.parametrize(("name", "sampler", "end"), EXACT, ids=[name for name, _, _ in EXACT])
-def test_zero_terminal_snr(name: str, sampler: Any, end: float, kind: str, double: Callable[[str], Any]) -> None:
+def test_zero_terminal_snr(
+    name: str, sampler: Any, end: float, kind: str, double: Callable[[str], Any]
+) -> None:
     """Where alpha is exactly 0 at t = 1."""
     chosen = ZeroTerminalSNR(TABLES[kind][1])
-    times = Case(name, sampler, "lcm" if name in ("LCM", "TCD") else "trailing", steps=5 if name in ("LCM", "TCD") else 10, end=end).times(
-        chosen
-    )
+    times = Case(
+        name,
+        sampler,
+        "lcm" if name in ("LCM", "TCD") else "trailing",
+        steps=5 if name in ("LCM", "TCD") else 10,
+        end=end,
+    ).times(chosen)
     for prediction in ("sample", "v_prediction"):
         start = next(draws(9))
         theirs, told = their_run(zero_snr(name, double, prediction, kind), start)
-        ours, heard = our_run(sampler, Process(chosen, parameterization(PREDICTIONS[prediction])), times, start)
+        ours, heard = our_run(
+            sampler, Process(chosen, parameterization(PREDICTIONS[prediction])), times, start
+        )
         np.testing.assert_allclose(heard, told, atol=1e-6)
         assert difference(ours, theirs) < 1e-9
 
@@ -487,12 +696,18 @@ NEARLY = [
 ]
 
 
-@pytest.mark.parametrize(("name", "sampler", "options"), NEARLY, ids=[name for name, _, _ in NEARLY])
-def test_nearly_zero_terminal_snr(name: str, sampler: Any, options: dict[str, Any], double: Callable[[str], Any]) -> None:
-    """Where theirs puts alpha^2 = 2^-24 at the end of the table that falls to 0. Ours, told the same betas, makes the same latents.
+@pytest.mark.parametrize(
+    ("name", "sampler", "options"), NEARLY, ids=[name for name, _, _ in NEARLY]
+)
+def test_nearly_zero_terminal_snr(
+    name: str, sampler: Any, options: dict[str, Any], double: Callable[[str], Any]
+) -> None:
+    """Where theirs puts alpha^2 = 2^-24 at the end of the table that falls to 0. Ours, told the
+    same betas, makes the same latents.
 
-    `ZeroTerminalSNR(last=2**-24)` draws the whole table out to 2^-24 instead, and is as smooth there as anywhere: alpha differs by
-    2^-12 at most, and the latents after the first steps by as little.
+    `ZeroTerminalSNR(last=2**-24)` draws the whole table out to 2^-24 instead, and is as smooth
+    there as anywhere: alpha differs by 2^-12 at most, and the latents after the first steps by as
+    little.
     """
     scheduler = zero_snr(name, double)
     products = scheduler.alphas_cumprod.tolist()
@@ -508,13 +723,15 @@ def test_nearly_zero_terminal_snr(name: str, sampler: Any, options: dict[str, An
     assert 1e-7 < difference(other, theirs) < 2e-3
 
 
-# ---- inversion ------------------------------------------------------------------------------------------------------------
+# ---- inversion -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("clean", [True, False])
 def test_inversion(clean: bool, offset: int, double: Callable[[str], Any]) -> None:
-    """From the clean latent up, or where theirs is told that it begins at timestep 0 (set_alpha_to_one=False), from there."""
+    """From the clean latent up, or where theirs is told that it begins at timestep 0
+    (set_alpha_to_one=False), from there.
+    """
     chosen = TABLES["scaled_linear"][1]
     options = {"steps_offset": offset, "set_alpha_to_one": clean, "clip_sample": False}
     scheduler = double("DDIMInverseScheduler")(**TABLES["scaled_linear"][0], **options)
@@ -533,13 +750,15 @@ def test_inversion(clean: bool, offset: int, double: Callable[[str], Any]) -> No
     assert difference(ours, theirs) < 1e-9
 
 
-# ---- flows ------------------------------------------------------------------------------------------------------------------
+# ---- flows ---------------------------------------------------------------------------------------
 
 FLOW = Process(schedule("flow"), parameterization("flow"))
 
 
 def twice(shift: float) -> float:
-    """The time at which their flow schedulers end by default: 0.001, shifted when they are made and again when the run is spaced."""
+    """The time at which their flow schedulers end by default: 0.001, shifted when they are made and
+    again when the run is spaced.
+    """
     return shifted_time(shifted_time(0.001, shift), shift)
 
 
@@ -567,7 +786,12 @@ FLOWS: dict[str, tuple[dict[str, Any], dict[str, Any], str, dict[str, Any]]] = {
     "karras": ({"use_karras_sigmas": True}, {}, "karras", {}),
     "exponential": ({"use_exponential_sigmas": True}, {}, "exponential", {}),
     "beta": ({"use_beta_sigmas": True}, {}, "beta", {"over": "noise"}),
-    "karras shifted": ({"use_karras_sigmas": True, "shift": 3.0}, {}, "karras", {"end": twice(3.0)}),
+    "karras shifted": (
+        {"use_karras_sigmas": True, "shift": 3.0},
+        {},
+        "karras",
+        {"end": twice(3.0)},
+    ),
     "even": ({}, {"sigmas": np.linspace(1, 1 / 10, 10)}, "trailing", {}),
 }
 
@@ -581,7 +805,12 @@ def test_flow_euler(stochastic: bool, name: str, double: Callable[[str], Any]) -
     scheduler.set_timesteps(10, **spacing_options)
     start = next(draws(9))
     theirs, told = flow_run(scheduler, start)
-    ours, heard = our_run(consistency if stochastic else euler, FLOW, timesteps(spacing, 10, FLOW.schedule, **space), start)
+    ours, heard = our_run(
+        consistency if stochastic else euler,
+        FLOW,
+        timesteps(spacing, 10, FLOW.schedule, **space),
+        start,
+    )
     np.testing.assert_allclose(heard, told, atol=1e-6)
     assert difference(ours, theirs) < 1e-9
 
@@ -598,7 +827,9 @@ def test_flow_heun(shift: float, double: Callable[[str], Any]) -> None:
     scheduler.set_timesteps(8)
     start = next(draws(9))
     theirs, told = flow_run(scheduler, start)
-    ours, heard = our_run(heun, FLOW, timesteps("shifted", 8, FLOW.schedule, shift=shift, end=twice(shift)), start)
+    ours, heard = our_run(
+        heun, FLOW, timesteps("shifted", 8, FLOW.schedule, shift=shift, end=twice(shift)), start
+    )
     np.testing.assert_allclose(heard, told, atol=1e-6)
     assert difference(ours, theirs) < 1e-9
 
@@ -606,8 +837,15 @@ def test_flow_heun(shift: float, double: Callable[[str], Any]) -> None:
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_flow_multistep(order: int, shift: float, double: Callable[[str], Any]) -> None:
-    """DPM-Solver++ begins at the time 0.999 shifted, UniPC at 1 - 1e-6. Their networks are told whole timesteps, rounded down."""
-    values = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift, "solver_order": order}
+    """DPM-Solver++ begins at the time 0.999 shifted, UniPC at 1 - 1e-6. Their networks are told
+    whole timesteps, rounded down.
+    """
+    values = {
+        "use_flow_sigmas": True,
+        "prediction_type": "flow_prediction",
+        "flow_shift": shift,
+        "solver_order": order,
+    }
     start = next(draws(9))
     scheduler = double("DPMSolverMultistepScheduler")(**values)
     scheduler.set_timesteps(10)
@@ -633,7 +871,7 @@ def test_flow_multistep(order: int, shift: float, double: Callable[[str], Any]) 
     assert told == [math.floor(1000 * t) for t in times[:-1]]
 
 
-# ---- schedulers of noise levels ---------------------------------------------------------------------------------------------
+# ---- schedulers of noise levels ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["karras", "exponential"])
@@ -643,12 +881,29 @@ def test_flow_multistep(order: int, shift: float, double: Callable[[str], Any]) 
         ("EDMEuler", euler, {}, {}),
         ("EDMDPMSolverMultistep", euler, {"solver_order": 1}, {}),
         ("EDMDPMSolverMultistep", dpmpp_2m, {}, {}),
-        ("EDMDPMSolverMultistep", dpmpp_3m, {"solver_order": 3}, {"solver": "midpoint", "lower_order_final": True}),
-        ("EDMDPMSolverMultistep", dpmpp_3m, {"solver_order": 3, "solver_type": "heun", "lower_order_final": False}, {}),
+        (
+            "EDMDPMSolverMultistep",
+            dpmpp_3m,
+            {"solver_order": 3},
+            {"solver": "midpoint", "lower_order_final": True},
+        ),
+        (
+            "EDMDPMSolverMultistep",
+            dpmpp_3m,
+            {"solver_order": 3, "solver_type": "heun", "lower_order_final": False},
+            {},
+        ),
         ("EDMDPMSolverMultistep", dpmpp_2m_sde, {"algorithm_type": "sde-dpmsolver++"}, {}),
     ],
 )
-def test_edm(name: str, sampler: Any, config: dict[str, Any], ours: dict[str, Any], kind: str, double: Callable[[str], Any]) -> None:
+def test_edm(
+    name: str,
+    sampler: Any,
+    config: dict[str, Any],
+    ours: dict[str, Any],
+    kind: str,
+    double: Callable[[str], Any],
+) -> None:
     """Karras et al.'s preconditioning, with their standard deviation of the data."""
     process = Process(schedule("edm"), edm_parameterization(0.5))
     scheduler = double(name + "Scheduler")(sigma_schedule=kind, **config)
@@ -661,7 +916,9 @@ def test_edm(name: str, sampler: Any, config: dict[str, Any], ours: dict[str, An
 
 
 def test_score_sde_ve(double: Callable[[str], Any]) -> None:
-    """The reverse SDE's predictor is DDPM's step with the larger variance, whose score is -eps/sigma. The corrector has no counterpart."""
+    """The reverse SDE's predictor is DDPM's step with the larger variance, whose score is
+    -eps/sigma. The corrector has no counterpart.
+    """
     scheduler = double("ScoreSdeVeScheduler")(sigma_min=0.02, sigma_max=40.0)
     scheduler.set_timesteps(12)
     scheduler.set_sigmas(12)
@@ -675,7 +932,8 @@ def test_score_sde_ve(double: Callable[[str], Any]) -> None:
         theirs.append(x)
         score = -network(x / 40, level) / level
         x, result = scheduler.step_pred(score, timestep, x, return_dict=False)
-    assert result is not None  # without the last noise, which theirs adds and its pipeline leaves out
+    # without the last noise, which theirs adds and its pipeline leaves out
+    assert result is not None
     noise, ours = draws(), []
 
     def denoise(x: Tensor, t: float) -> Any:
@@ -685,26 +943,36 @@ def test_score_sde_ve(double: Callable[[str], Any]) -> None:
 
     end = sample(ddpm(start, times, chosen, lambda: next(noise), variance="large"), denoise, 12)
     assert end is not None and difference([*ours, end], [*theirs, result]) < 1e-9
-    torch.testing.assert_close(x - result, 0.02 * [n for n, _ in zip(draws(), range(12), strict=False)][-1])
+    torch.testing.assert_close(
+        x - result, 0.02 * [n for n, _ in zip(draws(), range(12), strict=False)][-1]
+    )
 
 
 def test_consistency_models(double: Callable[[str], Any]) -> None:
-    """Theirs ends at sigma_min and adds sqrt(sigma^2 - sigma_min^2) of noise (Song et al. 2023, algorithm 1); ours ends at 0, with sigma.
+    """Theirs ends at sigma_min and adds sqrt(sigma^2 - sigma_min^2) of noise (Song et al. 2023,
+    algorithm 1); ours ends at 0, with sigma.
 
-    With times at the levels of that noise the latents are the same, if the network is told what theirs is.
+    With times at the levels of that noise the latents are the same, if the network is told what
+    theirs is.
     """
     scheduler = double("CMStochasticIterativeScheduler")(clip_denoised=False)
     scheduler.set_timesteps(4)
     start = 80 * next(draws(9))
     theirs, told = their_run(scheduler, start)
     chosen, levels = schedule("edm"), scheduler.sigmas.tolist()
-    times = [chosen.at_noise_level(level) for level in (levels[0], *(math.sqrt(s**2 - 0.002**2) for s in levels[1:]))]
+    times = [
+        chosen.at_noise_level(level)
+        for level in (levels[0], *(math.sqrt(s**2 - 0.002**2) for s in levels[1:]))
+    ]
     noise, shown = draws(), []
 
     def denoise(x: Tensor, t: float) -> Any:
         sigma, timestep = levels[len(shown)], told[len(shown)]
         shown.append(x / math.hypot(sigma, 0.5))
-        skip, out = 0.25 / ((sigma - 0.002) ** 2 + 0.25), (sigma - 0.002) * 0.5 / math.hypot(sigma, 0.5)
+        skip, out = (
+            0.25 / ((sigma - 0.002) ** 2 + 0.25),
+            (sigma - 0.002) * 0.5 / math.hypot(sigma, 0.5),
+        )
         x0 = skip * x + out * network(shown[-1], timestep)
         return Prediction(x0, (x - x0) / chosen.noise_level(t))
 
@@ -713,7 +981,7 @@ def test_consistency_models(double: Callable[[str], Any]) -> None:
     assert difference([*shown, result], theirs) < 1e-9
 
 
-# ---- which times ------------------------------------------------------------------------------------------------------------
+# ---- which times ---------------------------------------------------------------------------------
 
 COUNTS = [1, 2, 3, 4, 5, 7, 10, 20, 25, 28, 30, 50, 99, 100, 250, 333, 500, 600, 999, 1000]
 
@@ -726,44 +994,64 @@ def their_timesteps(name: str, steps: int, **options: Any) -> np.ndarray:
 
 def our_timesteps(spacing: str, steps: int, **options: Any) -> np.ndarray:
     chosen = TABLES["linear"][1]
-    return chosen.timestep(torch.tensor(timesteps(spacing, steps, chosen, **options)[:-1], dtype=DOUBLE)).numpy()
+    return chosen.timestep(
+        torch.tensor(timesteps(spacing, steps, chosen, **options)[:-1], dtype=DOUBLE)
+    ).numpy()
 
 
 @pytest.mark.parametrize("steps", COUNTS)
 def test_trailing_timesteps(steps: int) -> None:
-    """Theirs are rounded to whole timesteps; ours are where that is asked for, as the schedule is continuous."""
+    """Theirs are rounded to whole timesteps; ours are where that is asked for, as the schedule is
+    continuous.
+    """
     theirs = their_timesteps("DDIM", steps, **TRAILING)
     np.testing.assert_allclose(our_timesteps("trailing", steps, whole=True), theirs, atol=1e-9)
-    np.testing.assert_allclose(our_timesteps("trailing", steps), theirs, atol=1e-9 if 1000 % steps == 0 else 0.5 + 1e-9)
+    np.testing.assert_allclose(
+        our_timesteps("trailing", steps), theirs, atol=1e-9 if 1000 % steps == 0 else 0.5 + 1e-9
+    )
 
 
 @pytest.mark.parametrize("steps", COUNTS)
 @pytest.mark.parametrize("offset", [0, 1])
 def test_leading_timesteps(steps: int, offset: int) -> None:
-    """Where an offset takes theirs beyond the table (1000 steps, offset 1: timestep 1000, issue 10003), ours are refused."""
+    """Where an offset takes theirs beyond the table (1000 steps, offset 1: timestep 1000, issue
+    10003), ours are refused.
+    """
     theirs = their_timesteps("DDIM", steps, steps_offset=offset, **LEADING)
     if theirs.max() > 999:
         with pytest.raises(UserError, match="has no 1000 different times"):
             our_timesteps("leading", steps, offset=offset)
     else:
-        np.testing.assert_allclose(our_timesteps("leading", steps, offset=offset), theirs, atol=1e-9)
+        np.testing.assert_allclose(
+            our_timesteps("leading", steps, offset=offset), theirs, atol=1e-9
+        )
     if steps + 1 + offset <= 1000:
         theirs = their_timesteps("DPMSolverMultistep", steps, steps_offset=offset, **LEADING)
-        np.testing.assert_allclose(our_timesteps("leading", steps, offset=offset, drop_last=True), theirs, atol=1e-9)
+        np.testing.assert_allclose(
+            our_timesteps("leading", steps, offset=offset, drop_last=True), theirs, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize("steps", COUNTS)
 def test_linspace_timesteps(steps: int) -> None:
-    """For a single step theirs begins at timestep 0, where there is nothing left to remove; ours at the full noise."""
+    """For a single step theirs begins at timestep 0, where there is nothing left to remove; ours at
+    the full noise.
+    """
     ours, theirs = our_timesteps("linspace", steps), their_timesteps("DDIM", steps, **LINSPACE)
     if steps == 1:
         assert (ours, theirs) == ([999], [0])
     else:
         np.testing.assert_allclose(ours, theirs, atol=1e-9)
-        np.testing.assert_allclose(our_timesteps("linspace", steps, whole=False), their_timesteps("EulerDiscrete", steps), atol=1e-4)
+        np.testing.assert_allclose(
+            our_timesteps("linspace", steps, whole=False),
+            their_timesteps("EulerDiscrete", steps),
+            atol=1e-4,
+        )
     if steps < 1000:
         np.testing.assert_allclose(
-            our_timesteps("linspace", steps, drop_last=True), their_timesteps("DPMSolverMultistep", steps), atol=1e-9
+            our_timesteps("linspace", steps, drop_last=True),
+            their_timesteps("DPMSolverMultistep", steps),
+            atol=1e-9,
         )
 
 
@@ -779,43 +1067,64 @@ def test_halves_are_rounded_alike() -> None:
 @pytest.mark.parametrize("kind", ["linear", "scaled_linear"])
 @pytest.mark.parametrize("steps", [2, 3, 9, 30])
 def test_noise_levels(steps: int, kind: str, double: Callable[[str], Any]) -> None:
-    """Karras et al.'s, exponential and beta levels, and their timesteps, at more numbers of steps."""
+    """Karras et al.'s, exponential and beta levels, and their timesteps, at more numbers of
+    steps.
+    """
     chosen = TABLES[kind][1]
     levels: dict[str, dict[str, Any]] = {"karras": {}, "exponential": {}, "beta": {"over": "noise"}}
     for spacing, options in levels.items():
-        scheduler = double("EulerDiscreteScheduler")(**TABLES[kind][0], **{f"use_{spacing}_sigmas": True})
+        scheduler = double("EulerDiscreteScheduler")(
+            **TABLES[kind][0], **{f"use_{spacing}_sigmas": True}
+        )
         scheduler.set_timesteps(steps)
         times = timesteps(spacing, steps, chosen, **options)
-        np.testing.assert_allclose([chosen.noise_level(t) for t in times], scheduler.sigmas, rtol=1e-8)
-        np.testing.assert_allclose(chosen.timestep(torch.tensor(times[:-1], dtype=DOUBLE)), scheduler.timesteps, atol=1e-6)
+        np.testing.assert_allclose(
+            [chosen.noise_level(t) for t in times], scheduler.sigmas, rtol=1e-8
+        )
+        np.testing.assert_allclose(
+            chosen.timestep(torch.tensor(times[:-1], dtype=DOUBLE)), scheduler.timesteps, atol=1e-6
+        )
 
 
-# ---- differences: each test fails when theirs changes ------------------------------------------------------------------------
+# ---- differences: each test fails when theirs changes --------------------------------------------
 
 SD_TABLE, SCALED = TABLES["scaled_linear"]
 
 
 def first_step(scheduler: Any, start: Tensor) -> Tensor:
     timestep = scheduler.timesteps[0]
-    return scheduler.step(network(scheduler.scale_model_input(start, timestep), float(timestep)), timestep, start).prev_sample
+    return scheduler.step(
+        network(scheduler.scale_model_input(start, timestep), float(timestep)), timestep, start
+    ).prev_sample
 
 
 @pytest.mark.parametrize("name", ["DDIM", "PNDM"])
 def test_they_step_by_a_fixed_stride(name: str, double: Callable[[str], Any]) -> None:
-    """From 999 theirs goes to 999 - 100 and says that it is at 888: the timesteps are spaced evenly, the steps as for "leading"."""
+    """From 999 theirs goes to 999 - 100 and says that it is at 888: the timesteps are spaced
+    evenly, the steps as for "leading".
+    """
     clip = {"clip_sample": False} if name == "DDIM" else {"skip_prk_steps": True}
     scheduler, start = double(name + "Scheduler")(**SD_TABLE, **LINSPACE, **clip), next(draws(9))
     scheduler.set_timesteps(10)
     assert scheduler.timesteps[:2].tolist() == [999, 888]
     process = Process(SCALED, parameterization("eps"))
-    to = {timestep: our_run(ddim, process, [1.0, at(timestep)], start)[0][-1] for timestep in (899, 888)}
+    to = {
+        timestep: our_run(ddim, process, [1.0, at(timestep)], start)[0][-1]
+        for timestep in (899, 888)
+    }
     theirs = first_step(scheduler, start)
     assert difference([to[899]], [theirs]) < 1e-9 and difference([to[888]], [theirs]) > 1e-2
 
 
-@pytest.mark.parametrize(("spacing", "config", "space"), [("trailing", TRAILING, {}), ("leading", SD, {"offset": 1})])
-def test_they_leave_noise_at_the_end(spacing: str, config: Any, space: Any, double: Callable[[str], Any]) -> None:
-    """DDPM's larger variance is added in the last step too if that begins above timestep 0, and nothing is left to remove it."""
+@pytest.mark.parametrize(
+    ("spacing", "config", "space"), [("trailing", TRAILING, {}), ("leading", SD, {"offset": 1})]
+)
+def test_they_leave_noise_at_the_end(
+    spacing: str, config: Any, space: Any, double: Callable[[str], Any]
+) -> None:
+    """DDPM's larger variance is added in the last step too if that begins above timestep 0, and
+    nothing is left to remove it.
+    """
     case = Case("DDPM", ddpm, spacing, {"variance_type": "fixed_large", **config}, space)
     scheduler = case.scheduler(double("DDPMScheduler"), "scaled_linear", "v_prediction")
     start, times = next(draws(9)), case.times(SCALED)
@@ -828,12 +1137,16 @@ def test_they_leave_noise_at_the_end(spacing: str, config: Any, space: Any, doub
 
 @pytest.mark.parametrize("name", ["EulerDiscrete", "HeunDiscrete", "LMSDiscrete"])
 def test_between_timesteps_they_interpolate_sigma(name: str, double: Callable[[str], Any]) -> None:
-    """Ours is linear in log-SNR, as their own way back from sigma to timesteps is. Told their levels, ours makes their latents."""
+    """Ours is linear in log-SNR, as their own way back from sigma to timesteps is. Told their
+    levels, ours makes their latents.
+    """
     scheduler = double(name + "Scheduler")(**SD_TABLE)
     scheduler.set_timesteps(8)
     times = timesteps("linspace", 8, SCALED, whole=False)
     told = list(dict.fromkeys(scheduler.timesteps.tolist()))
-    np.testing.assert_allclose(SCALED.timestep(torch.tensor(times[:-1], dtype=DOUBLE)), told, atol=1e-9)
+    np.testing.assert_allclose(
+        SCALED.timestep(torch.tensor(times[:-1], dtype=DOUBLE)), told, atol=1e-9
+    )
     sigmas = list(dict.fromkeys(scheduler.sigmas.tolist()))
     apart = np.abs(np.array([SCALED.noise_level(t) for t in times[:-1]]) / sigmas[:-1] - 1)
     assert 1e-7 < apart.max() < 1e-3
@@ -846,19 +1159,30 @@ def test_between_timesteps_they_interpolate_sigma(name: str, double: Callable[[s
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistep", "UniPCMultistep", "DEISMultistep"])
 def test_their_networks_are_told_whole_timesteps(name: str, double: Callable[[str], Any]) -> None:
-    """By noise level: the latents are at the levels asked for, and the network is told the timestep nearest (Karras) or below (others)."""
+    """By noise level: the latents are at the levels asked for, and the network is told the timestep
+    nearest (Karras) or below (others).
+    """
     for spacing, rounded in (("karras", np.round), ("exponential", np.floor)):
         scheduler = double(name + "Scheduler")(**SD_TABLE, **{f"use_{spacing}_sigmas": True})
         scheduler.set_timesteps(10)
-        exact = SCALED.timestep(torch.tensor(timesteps(spacing, 10, SCALED)[:-1], dtype=DOUBLE)).numpy()
-        assert scheduler.timesteps.tolist() == rounded(exact + 1e-9).tolist() and np.abs(exact - rounded(exact)).max() > 0.2
+        exact = SCALED.timestep(
+            torch.tensor(timesteps(spacing, 10, SCALED)[:-1], dtype=DOUBLE)
+        ).numpy()
+        assert (
+            scheduler.timesteps.tolist() == rounded(exact + 1e-9).tolist()
+            and np.abs(exact - rounded(exact)).max() > 0.2
+        )
 
 
 @pytest.mark.parametrize(("name", "sampler"), [("HeunDiscrete", heun), ("PNDM", pndm)])
 def test_their_steps_from_nothing_overshoot(name: str, sampler: Callable[..., Any]) -> None:
-    """Unit data, whose exact x0 is alpha x: what is drawn should stay near 1. At cosine's end alpha is 5e-5."""
+    """Unit data, whose exact x0 is alpha x: what is drawn should stay near 1. At cosine's end alpha
+    is 5e-5.
+    """
     chosen, steps = TABLES["cosine"][1], 20
-    scheduler = getattr(diffusers, name + "Scheduler")(**TABLES["cosine"][0], **TRAILING, prediction_type="epsilon")
+    scheduler = getattr(diffusers, name + "Scheduler")(
+        **TABLES["cosine"][0], **TRAILING, prediction_type="epsilon"
+    )
     scheduler.set_timesteps(steps)
     x = start = next(draws(9)).float()
     x = x * scheduler.init_noise_sigma
@@ -872,14 +1196,22 @@ def test_their_steps_from_nothing_overshoot(name: str, sampler: Callable[..., An
         alpha, sigma = process.schedule.point(t)
         return Prediction(alpha * x, sigma * x)
 
-    ours = sample(sampler(start, timesteps("trailing", steps, chosen), chosen, lambda: start), exact, 1)
-    assert ours is not None and float(ours.abs().max()) < 1.5 * float(start.abs().max()) < 0.4 * float(x.abs().max())
+    ours = sample(
+        sampler(start, timesteps("trailing", steps, chosen), chosen, lambda: start), exact, 1
+    )
+    assert ours is not None and float(ours.abs().max()) < 1.5 * float(
+        start.abs().max()
+    ) < 0.4 * float(x.abs().max())
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistep", "DEISMultistep"])
 def test_their_whole_timesteps_collide(name: str) -> None:
-    """Issue 12771: the first level is looked up by its timestep, and where two have the same the second is taken."""
-    scheduler = getattr(diffusers, name + "Scheduler")(beta_schedule="squaredcos_cap_v2", use_karras_sigmas=True)
+    """Issue 12771: the first level is looked up by its timestep, and where two have the same the
+    second is taken.
+    """
+    scheduler = getattr(diffusers, name + "Scheduler")(
+        beta_schedule="squaredcos_cap_v2", use_karras_sigmas=True
+    )
     scheduler.set_timesteps(20)
     assert len(set(scheduler.timesteps.tolist())) < 20
     with pytest.raises(IndexError, match="out of bounds"):
@@ -889,7 +1221,9 @@ def test_their_whole_timesteps_collide(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["DDIM", "DDPM", "EulerDiscrete", "DPMSolverMultistep"])
 def test_their_trailing_steps_are_summed_in_floating_point(name: str) -> None:
-    """np.arange with a step of 1000/61 runs one too far, to timestep -1; with 1000/48 four timesteps are rounded the other way."""
+    """np.arange with a step of 1000/61 runs one too far, to timestep -1; with 1000/48 four
+    timesteps are rounded the other way.
+    """
     assert their_timesteps(name, 61, **TRAILING)[-2:].tolist() == [15, -1]
     assert our_timesteps("trailing", 61, whole=True)[-1] == pytest.approx(15)
     apart = our_timesteps("trailing", 48, whole=True) - their_timesteps(name, 48, **TRAILING)
@@ -897,12 +1231,20 @@ def test_their_trailing_steps_are_summed_in_floating_point(name: str) -> None:
 
 
 def test_their_third_order_sde_has_a_sign_wrong(double: Callable[[str], Any]) -> None:
-    """The second difference weighs alpha ((1 - e^-2h - 2h)/(2h)^2 + 1/2), as at eta 0; theirs subtracts the half. k-diffusion adds it."""
-    case = Case("DPMSolverMultistep", dpmpp_3m_sde, config={**TRAILING, "algorithm_type": "sde-dpmsolver++", "solver_order": 3})
+    """The second difference weighs alpha ((1 - e^-2h - 2h)/(2h)^2 + 1/2), as at eta 0; theirs
+    subtracts the half. k-diffusion adds it.
+    """
+    case = Case(
+        "DPMSolverMultistep",
+        dpmpp_3m_sde,
+        config={**TRAILING, "algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+    )
     scheduler = case.scheduler(double("DPMSolverMultistepScheduler"), "scaled_linear", "sample")
     times, start = timesteps("trailing", 10, SCALED), next(draws(9))
     theirs, told = their_run(scheduler, start)
-    ours, _ = our_run(dpmpp_3m_sde, Process(SCALED, parameterization("x0")), times, start, solver="midpoint")
+    ours, _ = our_run(
+        dpmpp_3m_sde, Process(SCALED, parameterization("x0")), times, start, solver="midpoint"
+    )
     assert difference(ours[:3], theirs[:3]) < 1e-9
     x0 = [network(x, timestep) for x, timestep in zip(ours[:3], told, strict=False)]
     at_log = [-math.log(SCALED.noise_level(t)) for t in times[:4]]
@@ -913,7 +1255,9 @@ def test_their_third_order_sde_has_a_sign_wrong(double: Callable[[str], Any]) ->
 
 
 def test_their_third_order_sde_of_edm_is_missing(double: Callable[[str], Any]) -> None:
-    scheduler = double("EDMDPMSolverMultistepScheduler")(solver_order=3, algorithm_type="sde-dpmsolver++")
+    scheduler = double("EDMDPMSolverMultistepScheduler")(
+        solver_order=3, algorithm_type="sde-dpmsolver++"
+    )
     scheduler.set_timesteps(5)
     with pytest.raises(UnboundLocalError):
         their_run(scheduler, next(draws(9)))
@@ -926,8 +1270,11 @@ def test_their_third_order_sde_of_edm_is_missing(double: Callable[[str], Any]) -
         ({"lower_order_final": False}, {"lower_order_final": False}),
     ],
 )
-def test_their_unipc_is_not_finite_at_zero(config: dict[str, Any], ours: dict[str, Any], double: Callable[[str], Any]) -> None:
-    """At sigma 0 the step in log-SNR is infinite, and B(h) = -h of "bh1" with it, or the ratios to it of the second order: inf times 0.
+def test_their_unipc_is_not_finite_at_zero(
+    config: dict[str, Any], ours: dict[str, Any], double: Callable[[str], Any]
+) -> None:
+    """At sigma 0 the step in log-SNR is infinite, and B(h) = -h of "bh1" with it, or the ratios to
+    it of the second order: inf times 0.
 
     Ours makes that step as the first order does, which is exact there.
     """
@@ -935,18 +1282,28 @@ def test_their_unipc_is_not_finite_at_zero(config: dict[str, Any], ours: dict[st
     scheduler.set_timesteps(10)
     start = next(draws(9))
     theirs, _ = their_run(scheduler, start)
-    mine, _ = our_run(unipc, Process(SCALED, parameterization("eps")), timesteps("trailing", 10, SCALED), start, **ours)
+    mine, _ = our_run(
+        unipc,
+        Process(SCALED, parameterization("eps")),
+        timesteps("trailing", 10, SCALED),
+        start,
+        **ours,
+    )
     assert difference(mine[:-1], theirs[:-1]) < 1e-9
     assert not bool(theirs[-1].isfinite().any()) and bool(mine[-1].isfinite().all())
 
 
 def test_their_third_order_singlestep(double: Callable[[str], Any]) -> None:
-    """Its second point is reached by the midpoint rule; the paper's (arXiv:2206.00927, algorithm 2) by the rule of exponential integrators.
+    """Its second point is reached by the midpoint rule; the paper's (arXiv:2206.00927, algorithm 2)
+    by the rule of exponential integrators.
 
-    Levels in equal ratios put theirs at 1/3 and 2/3 of a step, as ours. (3n - 1 steps ended in NaN until 0.33, issue 9007: no more.)
+    Levels in equal ratios put theirs at 1/3 and 2/3 of a step, as ours. (3n - 1 steps ended in NaN
+    until 0.33, issue 9007: no more.)
     """
     options = {"use_exponential_sigmas": True, "solver_order": 3}
-    scheduler = double("DPMSolverSinglestepScheduler")(**SD_TABLE, **options, algorithm_type="dpmsolver", final_sigmas_type="sigma_min")
+    scheduler = double("DPMSolverSinglestepScheduler")(
+        **SD_TABLE, **options, algorithm_type="dpmsolver", final_sigmas_type="sigma_min"
+    )
     scheduler.set_timesteps(7)
     start = next(draws(9))
     theirs, told = their_run(scheduler, start)
@@ -954,15 +1311,21 @@ def test_their_third_order_singlestep(double: Callable[[str], Any]) -> None:
     process = Process(SCALED, parameterization("eps"))
     ours, _ = our_run(dpm_solver_3, process, times, start, told)
     assert difference(ours[:2], theirs[:2]) < 1e-9 < 1e-2 < difference(ours[2:3], theirs[2:3])
-    midpoint, _ = our_run(dpm_solver_2, process, [1.0, SCALED.at_noise_level(float(scheduler.sigmas[2]))], start, told)
+    midpoint, _ = our_run(
+        dpm_solver_2, process, [1.0, SCALED.at_noise_level(float(scheduler.sigmas[2]))], start, told
+    )
     assert difference(midpoint[2:], theirs[2:3]) < 1e-9
-    scheduler = double("DPMSolverSinglestepScheduler")(**SD_TABLE, solver_order=3, lower_order_final=True)
+    scheduler = double("DPMSolverSinglestepScheduler")(
+        **SD_TABLE, solver_order=3, lower_order_final=True
+    )
     scheduler.set_timesteps(11)
     assert bool(their_run(scheduler, start)[0][-1].isfinite().all())
 
 
 def test_their_churn_comes_after_the_network(double: Callable[[str], Any]) -> None:
-    """Karras et al.'s algorithm 2 asks the network about the noisier latent, at its level. Theirs adds the noise when it has its answer."""
+    """Karras et al.'s algorithm 2 asks the network about the noisier latent, at its level. Theirs
+    adds the noise when it has its answer.
+    """
     scheduler = double("EulerDiscreteScheduler")(**SD_TABLE, **TRAILING)
     scheduler.set_timesteps(10)
     start, timestep = next(draws(9)), scheduler.timesteps[0]
@@ -973,7 +1336,9 @@ def test_their_churn_comes_after_the_network(double: Callable[[str], Any]) -> No
     noisy = start + next(draws()) * math.sqrt(higher**2 - sigma**2)
     torch.testing.assert_close(theirs, noisy + (after - higher) * answer)
     # and a v is read at the level that the latent no longer has
-    scheduler = double("EulerDiscreteScheduler")(**SD_TABLE, **TRAILING, prediction_type="v_prediction")
+    scheduler = double("EulerDiscreteScheduler")(
+        **SD_TABLE, **TRAILING, prediction_type="v_prediction"
+    )
     scheduler.set_timesteps(10)
     scheduler.scale_model_input(start, timestep)
     theirs = scheduler.step(answer, timestep, start, s_churn=40.0).prev_sample
@@ -982,12 +1347,16 @@ def test_their_churn_comes_after_the_network(double: Callable[[str], Any]) -> No
 
 
 def test_their_flows_are_shifted_twice(double: Callable[[str], Any]) -> None:
-    """Issue 13243: the least time is shifted when the scheduler is made and again when a run is spaced. Ours says it with `end`."""
+    """Issue 13243: the least time is shifted when the scheduler is made and again when a run is
+    spaced. Ours says it with `end`.
+    """
     for name in ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete"):
         scheduler = double(name + "Scheduler")(shift=3.0)
         assert float(scheduler.sigmas[-1]) == pytest.approx(shifted_time(0.001, 3.0))
         scheduler.set_timesteps(10)
-        assert float(scheduler.sigmas[-2]) == pytest.approx(twice(3.0)) and twice(3.0) > 2.9 * shifted_time(0.001, 3.0)
+        assert float(scheduler.sigmas[-2]) == pytest.approx(twice(3.0)) and twice(
+            3.0
+        ) > 2.9 * shifted_time(0.001, 3.0)
 
 
 def test_eps_at_zero_terminal_snr(double: Callable[[str], Any]) -> None:
@@ -999,21 +1368,33 @@ def test_eps_at_zero_terminal_snr(double: Callable[[str], Any]) -> None:
 
 
 def test_their_nearly_zero_snr_can_rise_again(double: Callable[[str], Any]) -> None:
-    """With the linear betas the table falls below 2^-24 before its end, which is put there: the last level is quieter than the two before.
+    """With the linear betas the table falls below 2^-24 before its end, which is put there: the
+    last level is quieter than the two before.
 
     Ours falls to the end.
     """
     scheduler = double("EulerDiscreteScheduler")(rescale_betas_zero_snr=True)
     levels = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()
-    assert float(levels[-1]) == pytest.approx(4096) and float(levels[-2]) > 15000 and float(levels[-3]) > 7000
+    assert (
+        float(levels[-1]) == pytest.approx(4096)
+        and float(levels[-2]) > 15000
+        and float(levels[-3]) > 7000
+    )
     ours = ZeroTerminalSNR(TABLES["linear"][1], last=2**-24)
     assert ours.noise_level(1.0) == pytest.approx(4096) and ours.noise_level(at(998)) < 4096
 
 
 @pytest.mark.parametrize("sampler", [plms, pndm])
 def test_their_pndm_reads_v_at_one_point(sampler: Any, double: Callable[[str], Any]) -> None:
-    """A mean of v from several points is turned into noise with the coefficients and the latent of one; ours turns each at its own."""
-    case = Case("PNDM", sampler, config={"set_alpha_to_one": True, "skip_prk_steps": sampler is plms, **TRAILING}, space={"whole": True})
+    """A mean of v from several points is turned into noise with the coefficients and the latent of
+    one; ours turns each at its own.
+    """
+    case = Case(
+        "PNDM",
+        sampler,
+        config={"set_alpha_to_one": True, "skip_prk_steps": sampler is plms, **TRAILING},
+        space={"whole": True},
+    )
     scheduler = case.scheduler(double("PNDMScheduler"), "scaled_linear", "v_prediction")
     start = next(draws(9))
     theirs, _ = their_run(scheduler, start)
@@ -1022,19 +1403,27 @@ def test_their_pndm_reads_v_at_one_point(sampler: Any, double: Callable[[str], A
 
 
 def test_their_inversion_reads_v_at_the_wrong_end(double: Callable[[str], Any]) -> None:
-    """The network is told the timestep that the step goes to, and its v is turned into noise with the coefficients that it comes from."""
-    scheduler = double("DDIMInverseScheduler")(**SD_TABLE, prediction_type="v_prediction", clip_sample=False)
+    """The network is told the timestep that the step goes to, and its v is turned into noise with
+    the coefficients that it comes from.
+    """
+    scheduler = double("DDIMInverseScheduler")(
+        **SD_TABLE, prediction_type="v_prediction", clip_sample=False
+    )
     scheduler.set_timesteps(10)
     x, timestep = next(draws(9)), scheduler.timesteps[5]
     y, here, there = network(x, float(timestep)), SCALED.point(at(400)), SCALED.point(at(500))
     theirs = scheduler.step(y, timestep, x).prev_sample
-    torch.testing.assert_close(theirs, there[0] * (here[0] * x - here[1] * y) + there[1] * (here[0] * y + here[1] * x))
+    torch.testing.assert_close(
+        theirs, there[0] * (here[0] * x - here[1] * y) + there[1] * (here[0] * y + here[1] * x)
+    )
     ours, _ = our_run(ddim_inversion, Process(SCALED, parameterization("v")), [at(500), at(400)], x)
     assert difference(ours[-1:], [theirs]) > 1e-2
 
 
 def test_their_tcd_with_eta_one_keeps_the_least_noise(double: Callable[[str], Any]) -> None:
-    """Each step of theirs goes to timestep 0 before noise is added, ours to the clean latent: consistency sampling, as the paper says."""
+    """Each step of theirs goes to timestep 0 before noise is added, ours to the clean latent:
+    consistency sampling, as the paper says.
+    """
     case = Case("TCD", tcd, "lcm", steps=4, end=at(0))
     scheduler = case.scheduler(double("TCDScheduler"), "scaled_linear", "v_prediction")
     start, process = next(draws(9)), Process(SCALED, parameterization("v"))
@@ -1047,7 +1436,9 @@ def test_their_tcd_with_eta_one_keeps_the_least_noise(double: Callable[[str], An
 
 @pytest.mark.parametrize(("config", "size"), [(TRAILING, 14.6), (LINSPACE, 14.6), (LEADING, 12.0)])
 def test_their_first_noise(config: dict[str, Any], size: float) -> None:
-    """In x/alpha theirs begins with noise of sigma (even spacings) or sqrt(sigma^2 + 1) (leading); ours is always the second."""
+    """In x/alpha theirs begins with noise of sigma (even spacings) or sqrt(sigma^2 + 1) (leading);
+    ours is always the second.
+    """
     scheduler = diffusers.EulerDiscreteScheduler(**SD_TABLE, **config)
     scheduler.set_timesteps(10)
     sigma = float(scheduler.sigmas[0])
@@ -1057,11 +1448,17 @@ def test_their_first_noise(config: dict[str, Any], size: float) -> None:
 
 
 def test_their_deis_repeats_its_last_level(double: Callable[[str], Any]) -> None:
-    """By noise level, DEIS asks once more at the least one, for a step of no length; and it never goes to t = 0."""
+    """By noise level, DEIS asks once more at the least one, for a step of no length; and it never
+    goes to t = 0.
+    """
     for config in ({"use_karras_sigmas": True}, {"use_exponential_sigmas": True}):
         scheduler = double("DEISMultistepScheduler")(**SD_TABLE, **config)
         scheduler.set_timesteps(10)
-        assert float(scheduler.sigmas[-1]) == float(scheduler.sigmas[-2]) == pytest.approx(SCALED.noise_level(at(0)))
+        assert (
+            float(scheduler.sigmas[-1])
+            == float(scheduler.sigmas[-2])
+            == pytest.approx(SCALED.noise_level(at(0)))
+        )
     scheduler = double("DEISMultistepScheduler")(**SD_TABLE)
     scheduler.set_timesteps(10)
     assert float(scheduler.sigmas[-1]) == pytest.approx(SCALED.noise_level(at(0)))

@@ -1,4 +1,6 @@
-"""Stable Diffusion 3's network against diffusers' SD3Transformer2DModel: keys, outputs, folders, ControlNet, guidance by a weaker network."""
+"""Stable Diffusion 3's network against diffusers' SD3Transformer2DModel: keys, outputs, folders,
+ControlNet, guidance by a weaker network.
+"""
 
 import copy
 from collections.abc import Callable
@@ -9,7 +11,10 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers.models.attention_processor import PAGCFGJointAttnProcessor2_0, PAGJointAttnProcessor2_0
+from diffusers.models.attention_processor import (
+    PAGCFGJointAttnProcessor2_0,
+    PAGJointAttnProcessor2_0,
+)
 from torch import Tensor
 
 from sfumato.asking import answered
@@ -27,8 +32,19 @@ from sfumato.predict.references._copies import changed
 from sfumato.predict.references.perturbed_attention import self_attentions
 from sfumato.types import Conditioning
 
-SMALL: dict[str, Any] = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "num_layers": 3, "attention_head_dim": 8}
-SMALL |= {"num_attention_heads": 4, "caption_projection_dim": 32, "joint_attention_dim": 12, "pooled_projection_dim": 10}
+SMALL: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 3,
+    "attention_head_dim": 8,
+}
+SMALL |= {
+    "num_attention_heads": 4,
+    "caption_projection_dim": 32,
+    "joint_attention_dim": 12,
+    "pooled_projection_dim": 10,
+}
 SMALL |= {"pos_embed_max_size": 12}
 KINDS: dict[str, dict[str, Any]] = {
     "SD 3": {},
@@ -39,18 +55,36 @@ KINDS: dict[str, dict[str, Any]] = {
     "other channels out": {"in_channels": 7, "out_channels": 5},
     "channels out as in": {"out_channels": None},
     "patches of one": {"patch_size": 1, "pos_embed_max_size": 16},
-    "patches of three": {"patch_size": 3, "sample_size": 10, "attention_head_dim": 12, "caption_projection_dim": 48},
+    "patches of three": {
+        "patch_size": 3,
+        "sample_size": 10,
+        "attention_head_dim": 12,
+        "caption_projection_dim": 48,
+    },
 }
 SIZES = {1: [(8, 8), (3, 5)], 2: [(8, 8), (6, 14), (24, 2)], 3: [(9, 9), (6, 12)]}
 FULL: dict[str, tuple[dict[str, Any], int, int, float]] = {}
-"""name: (config, parameters, numbers of the file with the table of places, billions as published). Configs are those of the published folders
-(huggingface.co/stabilityai: stable-diffusion-3-medium-diffusers, stable-diffusion-3.5-medium, stable-diffusion-3.5-large; transformer/config.json);
-billions: of their model cards and announcements (2, 2.5, 8.1), which agree with the files' sizes in 16 bits: 4.17, 4.94 and 16.3 GB."""
-_FULL = {"sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 64}
+"""name: (config, parameters, numbers of the file with the table of places, billions as published).
+Configs are those of the published folders (huggingface.co/stabilityai:
+stable-diffusion-3-medium-diffusers, stable-diffusion-3.5-medium, stable-diffusion-3.5-large;
+transformer/config.json); billions: of their model cards and announcements (2, 2.5, 8.1), which
+agree with the files' sizes in 16 bits: 4.17, 4.94 and 16.3 GB."""
+_FULL = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "attention_head_dim": 64,
+}
 _FULL |= {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 192}
 _MEDIUM = _FULL | {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
 _NEW = {"pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))}
-_LARGE = _FULL | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"}
+_LARGE = _FULL | {
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "qk_norm": "rms_norm",
+}
 FULL["SD 3 medium"] = (_MEDIUM, 2_028_328_000, 2_084_951_104, 2.0)
 FULL["SD 3.5 medium"] = (_MEDIUM | _NEW, 2_243_171_520, 2_469_663_936, 2.5)
 FULL["SD 3.5 large"] = (_LARGE, 8_056_627_520, 8_146_280_768, 8.1)
@@ -64,11 +98,16 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def close(ours: Tensor, theirs: Tensor, relative: float = 1e-5) -> None:
     assert ours.shape == theirs.shape
     scale = float(theirs.abs().max())
-    assert float((ours - theirs).abs().max()) <= relative * scale, (float((ours - theirs).abs().max()), scale)
+    assert float((ours - theirs).abs().max()) <= relative * scale, (
+        float((ours - theirs).abs().max()),
+        scale,
+    )
 
 
 def shaken(network: Any, seed: int = 0) -> Any:
-    """Some layers start at 0 and norms at 1, where mistakes would not show; so would a table of places that is made again."""
+    """Some layers start at 0 and norms at 1, where mistakes would not show; so would a table of
+    places that is made again.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in (*network.parameters(), *network.buffers()):
@@ -87,7 +126,9 @@ def theirs_of(ours: SD3) -> Any:
     return theirs
 
 
-def asked(network: SD3, size: tuple[int, int], count: int = 2, length: int = 5) -> tuple[Tensor, Tensor, Conditioning]:
+def asked(
+    network: SD3, size: tuple[int, int], count: int = 2, length: int = 5
+) -> tuple[Tensor, Tensor, Conditioning]:
     """x, timesteps and conditionings that differ from image to image."""
     t = torch.tensor([999.0, 123.25, 0.5])[:count]
     cond = Conditioning(tokens=normal(count, length, 12, seed=1), vector=normal(count, 10, seed=2))
@@ -101,14 +142,16 @@ def said(cond: Conditioning, t: Tensor) -> dict[str, Any]:
 
 def same(ours: Any, theirs: Any) -> None:
     """Equal keys and shapes, and answers at several sizes and aspects."""
-    mine, others = ({k: v.shape for k, v in network.state_dict().items()} for network in (ours, theirs))
+    mine, others = (
+        {k: v.shape for k, v in network.state_dict().items()} for network in (ours, theirs)
+    )
     assert mine == others
     for size in SIZES[ours.patch]:
         x, t, cond = asked(ours, size)
         close(ours(x, t, cond), theirs(x, **said(cond, t)).sample)
 
 
-# ---- parity ------------------------------------------------------------------------------------------------------------
+# ---- parity --------------------------------------------------------------------------------------
 
 
 @every
@@ -126,11 +169,23 @@ def test_in_both_directions_through_folders(kind: str, tmp_path: Path) -> None:
     same(loaded, theirs)
 
 
-@pytest.mark.parametrize("values", [{}, {"sample_size": 13, "pos_embed_max_size": 7}, {"patch_size": 3, "sample_size": 20}], ids=str)
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"sample_size": 13, "pos_embed_max_size": 7}, {"patch_size": 3, "sample_size": 20}],
+    ids=str,
+)
 def test_the_table_of_places_of_a_new_network(values: dict[str, Any]) -> None:
     """Theirs are rounded to float32 on the way."""
-    ours, theirs = SD3(SD3Config(**(SMALL | values))), diffusers.SD3Transformer2DModel(**(SMALL | values))
-    torch.testing.assert_close(ours.state_dict()["pos_embed.pos_embed"], theirs.state_dict()["pos_embed.pos_embed"], rtol=0, atol=1e-6)
+    ours, theirs = (
+        SD3(SD3Config(**(SMALL | values))),
+        diffusers.SD3Transformer2DModel(**(SMALL | values)),
+    )
+    torch.testing.assert_close(
+        ours.state_dict()["pos_embed.pos_embed"],
+        theirs.state_dict()["pos_embed.pos_embed"],
+        rtol=0,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -181,14 +236,20 @@ def test_every_input_shows_in_the_output() -> None:
     assert cond.tokens is not None and cond.vector is not None and cond.concat is not None
     y = ours(x, t, cond)
     assert torch.equal(y, ours(torch.cat([x, cond.concat], 1), t, replace(cond, concat=None)))
-    changes: list[dict[str, Any]] = [{"tokens": cond.tokens + 1}, {"vector": cond.vector + 1}, {"concat": cond.concat + 1}]
+    changes: list[dict[str, Any]] = [
+        {"tokens": cond.tokens + 1},
+        {"vector": cond.vector + 1},
+        {"concat": cond.concat + 1},
+    ]
     for change in changes:
         assert (ours(x, t, replace(cond, **change)) - y).abs().max() > 1e-3, change
     assert (ours(x, t - 0.4, cond) - y).abs().max() > 1e-4
-    assert (ours(x.roll(2, dims=3), t, cond).roll(-2, dims=3) - y).abs().max() > 1e-3, "places count"
+    assert (ours(x.roll(2, dims=3), t, cond).roll(-2, dims=3) - y).abs().max() > 1e-3, (
+        "places count"
+    )
 
 
-# ---- ControlNet --------------------------------------------------------------------------------------------------------
+# ---- ControlNet ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -197,10 +258,20 @@ def test_a_controlnets_residuals(layers: int) -> None:
     """Of a real ControlNet, through `Conditioning.residuals`."""
     ours = ours_of("SD 3", num_layers=4)
     theirs = theirs_of(ours)
-    made = {"num_layers": layers, "num_extra_conditioning_channels": 0, "load_weights_from_transformer": False}
+    made = {
+        "num_layers": layers,
+        "num_extra_conditioning_channels": 0,
+        "load_weights_from_transformer": False,
+    }
     control = shaken(diffusers.SD3ControlNetModel.from_transformer(theirs, **made), seed=2)
     x, t, cond = asked(ours, (6, 14))
-    residuals = control(x, controlnet_cond=normal(2, 4, 6, 14, seed=5), conditioning_scale=0.7, return_dict=False, **said(cond, t))[0]
+    residuals = control(
+        x,
+        controlnet_cond=normal(2, 4, 6, 14, seed=5),
+        conditioning_scale=0.7,
+        return_dict=False,
+        **said(cond, t),
+    )[0]
     assert len(residuals) == layers
     found = ours(x, t, replace(cond, residuals=tuple(residuals)))
     close(found, theirs(x, block_controlnet_hidden_states=residuals, **said(cond, t)).sample)
@@ -209,7 +280,9 @@ def test_a_controlnets_residuals(layers: int) -> None:
 
 @torch.inference_mode()
 def test_residuals_of_every_number() -> None:
-    """n of them for m blocks, where n does not divide m too: the one that theirs takes is added behind each block."""
+    """n of them for m blocks, where n does not divide m too: the one that theirs takes is added
+    behind each block.
+    """
     ours = ours_of("SD 3", num_layers=7)
     theirs = theirs_of(ours)
     x, t, cond = asked(ours, (4, 4))
@@ -222,11 +295,14 @@ def test_residuals_of_every_number() -> None:
     assert torch.equal(ours(x, t, replace(cond, residuals=())), ours(x, t, cond))
     wrong = [(normal(2, 4, 32),) * 8, (normal(2, 5, 32),), (normal(2, 4, 32), normal(2, 4, 31))]
     for residuals in wrong:
-        with pytest.raises(UserError, match=rf"{len(residuals)} residuals of shapes .*expected at most 7 of \(2, 4, 32\)"):
+        with pytest.raises(
+            UserError,
+            match=rf"{len(residuals)} residuals of shapes .*expected at most 7 of \(2, 4, 32\)",
+        ):
             ours(x, t, replace(cond, residuals=residuals))
 
 
-# ---- guidance by a weaker network --------------------------------------------------------------------------------------
+# ---- guidance by a weaker network ----------------------------------------------------------------
 
 
 def denoiser_of(network: SD3) -> Denoiser:
@@ -236,16 +312,30 @@ def denoiser_of(network: SD3) -> Denoiser:
 @pytest.mark.parametrize("layers", [(1,), (0, 2), (1, 2, 3)], ids=str)
 @torch.inference_mode()
 def test_skipped_blocks(layers: tuple[int, ...]) -> None:
-    """As diffusers' pipeline has it: y + scale (y - y without the blocks). The last one, and blocks before a residual, too."""
+    """As diffusers' pipeline has it: y + scale (y - y without the blocks). The last one, and blocks
+    before a residual, too.
+    """
     ours = ours_of("SD 3.5 medium", num_layers=4)
     theirs, denoiser = theirs_of(ours), denoiser_of(ours)
     x, _, cond = asked(ours, (8, 6))
     names = "+".join(f"transformer_blocks.{i}" for i in layers)
-    for given in (cond, replace(cond, residuals=(normal(2, 12, 32, seed=7), normal(2, 12, 32, seed=8)))):
+    for given in (
+        cond,
+        replace(cond, residuals=(normal(2, 12, 32, seed=7), normal(2, 12, 32, seed=8))),
+    ):
         words: dict[str, Any] = said(given, torch.full((2,), 400.0))
         words |= {"block_controlnet_hidden_states": given.residuals}
-        whole, without = theirs(x, **words).sample, theirs(x, **words, skip_layers=list(layers)).sample
-        ask = build(Guidance.parse(f"3.8 skip_layers:layers={names}"), denoiser, given, given, denoiser.process.schedule.point)
+        whole, without = (
+            theirs(x, **words).sample,
+            theirs(x, **words, skip_layers=list(layers)).sample,
+        )
+        ask = build(
+            Guidance.parse(f"3.8 skip_layers:layers={names}"),
+            denoiser,
+            given,
+            given,
+            denoiser.process.schedule.point,
+        )
         found = answered(ask(x, 0.4), answer)
         expected = denoiser.process.split(x, whole + 2.8 * (whole - without), 0.4)
         close(found.x0, expected.x0, 2e-5)
@@ -254,14 +344,27 @@ def test_skipped_blocks(layers: tuple[int, ...]) -> None:
 
 @torch.inference_mode()
 def test_away_from_no_condition_and_from_skipped_blocks() -> None:
-    """Both at once, as diffusers' pipeline does from 1 to 20 % of its steps: y_0 + 7 (y - y_0) + 2.8 (y - y without the blocks)."""
+    """Both at once, as diffusers' pipeline does from 1 to 20 % of its steps: y_0 + 7 (y - y_0) +
+    2.8 (y - y without the blocks).
+    """
     ours = ours_of("SD 3.5 medium")
     theirs, denoiser, (x, _, cond) = theirs_of(ours), denoiser_of(ours), asked(ours, (8, 6))
-    none, t = Conditioning(tokens=normal(2, 5, 12, seed=8), vector=normal(2, 10, seed=9)), torch.full((2,), 400.0)
-    y, off, without = (theirs(x, **said(c, t), skip_layers=s).sample for c, s in ((cond, None), (none, None), (cond, [1])))
+    none, t = (
+        Conditioning(tokens=normal(2, 5, 12, seed=8), vector=normal(2, 10, seed=9)),
+        torch.full((2,), 400.0),
+    )
+    y, off, without = (
+        theirs(x, **said(c, t), skip_layers=s).sample
+        for c, s in ((cond, None), (none, None), (cond, [1]))
+    )
     words = "7 dual:kind=away,second=3.8 condition skip_layers:layers=transformer_blocks.1"
-    found = answered(build(Guidance.parse(words), denoiser, cond, none, denoiser.process.schedule.point)(x, 0.4), answer)
-    close(found.x0, denoiser.process.split(x, off + 7 * (y - off) + 2.8 * (y - without), 0.4).x0, 5e-5)
+    found = answered(
+        build(Guidance.parse(words), denoiser, cond, none, denoiser.process.schedule.point)(x, 0.4),
+        answer,
+    )
+    close(
+        found.x0, denoiser.process.split(x, off + 7 * (y - off) + 2.8 * (y - without), 0.4).x0, 5e-5
+    )
 
 
 @torch.inference_mode()
@@ -281,14 +384,18 @@ def test_parts_of_a_block_are_left_out() -> None:
         whom, _ = reference.pair(denoiser, cond, cond, None)
         assert (whom(x, 0.5, cond).x0 - denoiser(x, 0.5, cond).x0).abs().max() > 1e-5
         for name in last:
-            for parameter in network.get_submodule(layer.rpartition(".")[0] + "." + name).parameters():
+            for parameter in network.get_submodule(
+                layer.rpartition(".")[0] + "." + name
+            ).parameters():
                 parameter.zero_()
         torch.testing.assert_close(whom(x, 0.5, cond).x0, denoiser(x, 0.5, cond).x0)
 
 
 @torch.inference_mode()
 def test_perturbed_attention() -> None:
-    """Against diffusers' processor, which is given the plain path and the perturbed one as one batch (and passes over norms: SD 3 only)."""
+    """Against diffusers' processor, which is given the plain path and the perturbed one as one
+    batch (and passes over norms: SD 3 only).
+    """
     ours = ours_of("SD 3")
     theirs = theirs_of(ours)
     x, text = normal(2, 6, 32), normal(2, 5, 32, seed=1)
@@ -296,8 +403,12 @@ def test_perturbed_attention() -> None:
         name = f"transformer_blocks.{layer}.attn"
         attention = theirs.get_submodule(name)
         attention.set_processor(PAGJointAttnProcessor2_0())
-        expected, of_text = (y[2:] for y in attention(x.repeat(2, 1, 1), encoder_hidden_states=text.repeat(2, 1, 1)))
-        found, found_text = changed(ours, [name], self_attentions, "layer").get_submodule(name)(x, text)
+        expected, of_text = (
+            y[2:] for y in attention(x.repeat(2, 1, 1), encoder_hidden_states=text.repeat(2, 1, 1))
+        )
+        found, found_text = changed(ours, [name], self_attentions, "layer").get_submodule(name)(
+            x, text
+        )
         close(found, expected)
         assert (found - ours.get_submodule(name)(x, text)[0]).abs().max() > 1e-3
         assert (found_text is None) == (layer == 2)
@@ -307,12 +418,18 @@ def test_perturbed_attention() -> None:
 
 @torch.inference_mode()
 def test_away_from_no_condition_and_from_perturbed_attention() -> None:
-    """Both at once, as diffusers' pipeline does: y_0 + 7 (y - y_0) + 3 (y - y perturbed), three parts of one batch; and on its own, two.
+    """Both at once, as diffusers' pipeline does: y_0 + 7 (y - y_0) + 3 (y - y perturbed), three
+    parts of one batch; and on its own, two.
 
-    Theirs knows no dual blocks: there it takes the second attention, which has no text, for a joint one, and fails."""
+    Theirs knows no dual blocks: there it takes the second attention, which has no text, for a joint
+    one, and fails.
+    """
     ours = ours_of("SD 3", num_layers=4)
     theirs, denoiser, (x, _, cond) = theirs_of(ours), denoiser_of(ours), asked(ours, (8, 6))
-    none, point = Conditioning(tokens=normal(2, 5, 12, seed=8), vector=normal(2, 10, seed=9)), denoiser.process.schedule.point
+    none, point = (
+        Conditioning(tokens=normal(2, 5, 12, seed=8), vector=normal(2, 10, seed=9)),
+        denoiser.process.schedule.point,
+    )
 
     def their_parts(processor: Any, *conds: Conditioning) -> tuple[Tensor, ...]:
         for layer in (1, 2):
@@ -326,7 +443,14 @@ def test_away_from_no_condition_and_from_perturbed_attention() -> None:
     close(found.x0, denoiser.process.split(x, off + 7 * (y - off) + 3 * (y - worse), 0.4).x0, 5e-5)
     y, worse = their_parts(PAGJointAttnProcessor2_0(), cond, cond)
     found = answered(
-        build(Guidance.parse("4 perturbed_attention:layers=transformer_blocks.1-2"), denoiser, cond, none, point)(x, 0.4), answer
+        build(
+            Guidance.parse("4 perturbed_attention:layers=transformer_blocks.1-2"),
+            denoiser,
+            cond,
+            none,
+            point,
+        )(x, 0.4),
+        answer,
     )
     close(found.x0, denoiser.process.split(x, y + 3 * (y - worse), 0.4).x0, 2e-5)
     assert (y - worse).abs().max() > 1e-3
@@ -334,10 +458,18 @@ def test_away_from_no_condition_and_from_perturbed_attention() -> None:
 
 @pytest.mark.parametrize("kind", ["SD 3", "SD 3.5 large"])
 @torch.inference_mode()
-def test_perturbed_attention_is_attention_under_a_map(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plain layer, with minus infinity between a place of the picture and every other, and where the text is masked."""
+def test_perturbed_attention_is_attention_under_a_map(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain layer, with minus infinity between a place of the picture and every other, and
+    where the text is masked.
+    """
     ours, name = ours_of(kind), "transformer_blocks.1.attn"
-    x, text, mask = normal(2, 6, 32), normal(2, 5, 32, seed=1), torch.arange(11) < torch.tensor([9, 11])[:, None]
+    x, text, mask = (
+        normal(2, 6, 32),
+        normal(2, 5, 32, seed=1),
+        torch.arange(11) < torch.tensor([9, 11])[:, None],
+    )
     perturbed = changed(ours, [name], self_attentions, "layer").get_submodule(name)
     found, found_text = perturbed(x, text, mask)
     close(found_text, ours.get_submodule(name)(x, text, mask)[1], 1e-6)  # the text sees all
@@ -347,7 +479,11 @@ def test_perturbed_attention_is_attention_under_a_map(kind: str, monkeypatch: py
         allowed[:picture, :picture] = torch.eye(picture)
         allowed = allowed & mask[:, None, None]
         q, k, v = (p.transpose(1, 2) for p in (q, k, v))
-        return ((q @ k.mT / 8**0.5).masked_fill(~allowed, float("-inf")).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return (
+            ((q @ k.mT / 8**0.5).masked_fill(~allowed, float("-inf")).softmax(-1) @ v)
+            .transpose(1, 2)
+            .flatten(2)
+        )
 
     monkeypatch.setattr(ours.get_submodule(name), "find", seen)
     close(found, ours.get_submodule(name)(x, text, mask)[0])
@@ -358,19 +494,28 @@ def test_the_second_attention_is_perturbed_to_its_values() -> None:
     ours = ours_of("SD 3.5 medium")
     x = normal(2, 6, 32)
     plain = ours.get_submodule("transformer_blocks.0.attn2")
-    perturbed = changed(ours, ["transformer_blocks.0"], self_attentions, "layer").get_submodule("transformer_blocks.0.attn2")
+    perturbed = changed(ours, ["transformer_blocks.0"], self_attentions, "layer").get_submodule(
+        "transformer_blocks.0.attn2"
+    )
     close(perturbed(x), plain.to_out[0](plain.to_v(x)))  # pyright: ignore[reportCallIssue, reportIndexIssue]
     network, (image, _, cond) = denoiser_of(ours), asked(ours, (8, 8))
-    ask = build(Guidance.parse("3 perturbed_attention"), network, cond, cond, network.process.schedule.point)
+    ask = build(
+        Guidance.parse("3 perturbed_attention"), network, cond, cond, network.process.schedule.point
+    )
     assert answered(ask(image, 0.5), answer).x0.isfinite().all()
 
 
-# ---- inference ---------------------------------------------------------------------------------------------------------
+# ---- inference -----------------------------------------------------------------------------------
 
 
 @pytest.mark.invariance
 @pytest.mark.parametrize(
-    ("kind", "prepare"), [*((kind, copy.deepcopy) for kind in KINDS), ("SD 3.5 medium", packed), ("patches of three", packed)]
+    ("kind", "prepare"),
+    [
+        *((kind, copy.deepcopy) for kind in KINDS),
+        ("SD 3.5 medium", packed),
+        ("patches of three", packed),
+    ],
 )
 def test_bits_do_not_depend_on_the_batch(kind: str, prepare: Callable[[Any], Any]) -> None:
     plain = ours_of(kind)
@@ -381,7 +526,9 @@ def test_bits_do_not_depend_on_the_batch(kind: str, prepare: Callable[[Any], Any
         x = normal(count, plain.config.in_channels, *size)
         t = 1000 * torch.rand(count, generator=torch.Generator().manual_seed(4))
         mask = (normal(count, 5, seed=5) > -0.5) | (torch.arange(5) == 0)
-        cond = Conditioning(tokens=normal(count, 5, 12, seed=1), vector=normal(count, 10, seed=2), mask=mask)
+        cond = Conditioning(
+            tokens=normal(count, 5, 12, seed=1), vector=normal(count, 10, seed=2), mask=mask
+        )
         with torch.inference_mode():
             alone = [network(x[i : i + 1], t[i : i + 1], cond[i : i + 1])[0] for i in range(count)]
             for begin, end in ((0, 2), (1, 4), (2, 7), (0, 7)):
@@ -395,13 +542,23 @@ def test_bits_of_a_perturbed_network_do_not_depend_on_the_batch() -> None:
     x, t, cond = asked(ours_of("SD 3.5 medium"), (6, 14), count=3)
     with torch.inference_mode():
         together = network(x, t, cond)
-        assert all(torch.equal(network(x[i : i + 1], t[i : i + 1], cond[i : i + 1])[0], together[i]) for i in range(3))
+        assert all(
+            torch.equal(network(x[i : i + 1], t[i : i + 1], cond[i : i + 1])[0], together[i])
+            for i in range(3)
+        )
 
 
 @torch.inference_mode()
 def test_wide_layers_and_more_rows_than_are_taken_at_a_time() -> None:
-    """Where feed-forward layers take rows by parts and matrices are large; packed and plain; theirs and ours."""
-    wide: dict[str, Any] = {"num_layers": 2, "attention_head_dim": 64, "caption_projection_dim": 256, "pos_embed_max_size": 40}
+    """Where feed-forward layers take rows by parts and matrices are large; packed and plain; theirs
+    and ours.
+    """
+    wide: dict[str, Any] = {
+        "num_layers": 2,
+        "attention_head_dim": 64,
+        "caption_projection_dim": 256,
+        "pos_embed_max_size": 40,
+    }
     ours = ours_of("SD 3.5 medium", **wide)
     x, t, cond = asked(ours, (66, 64), length=77)
     expected = theirs_of(ours)(x, **said(cond, t)).sample
@@ -421,17 +578,30 @@ def test_bfloat16(kind: str) -> None:
     exact = ours_of(kind)
     x, t, cond = asked(exact, (8, 8))
     y = exact(x, t, cond)
-    ours, narrow, small = copy.deepcopy(exact).bfloat16(), cond.to("cpu", torch.bfloat16), x.bfloat16()
+    ours, narrow, small = (
+        copy.deepcopy(exact).bfloat16(),
+        cond.to("cpu", torch.bfloat16),
+        x.bfloat16(),
+    )
     assert narrow.vector is not None and narrow.vector.dtype == torch.float32
-    found, words = ours(small, t, narrow), said(narrow, t) | {"pooled_projections": narrow.vector.bfloat16()}
+    found, words = (
+        ours(small, t, narrow),
+        said(narrow, t) | {"pooled_projections": narrow.vector.bfloat16()},
+    )
     expected = theirs_of(exact).bfloat16()(small, **words)
     assert found.dtype == torch.bfloat16
-    assert (found - y).square().mean() < 1.5 * (expected.sample - y).square().mean() < 1e-3 * y.square().mean()
+    assert (
+        (found - y).square().mean()
+        < 1.5 * (expected.sample - y).square().mean()
+        < 1e-3 * y.square().mean()
+    )
     if packable(ours):
-        assert (packed(ours)(small, t, narrow) - y).square().mean() < 1.5 * (expected.sample - y).square().mean()
+        assert (packed(ours)(small, t, narrow) - y).square().mean() < 1.5 * (
+            expected.sample - y
+        ).square().mean()
 
 
-# ---- training ----------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 @every
@@ -441,17 +611,28 @@ def test_every_parameter_that_is_used_gets_a_gradient(kind: str) -> None:
     x, t, cond = asked(ours, SIZES[ours.patch][0])
     ours(x, t, cond).square().mean().backward()
     idle = {name for name, p in ours.named_parameters() if p.grad is None}
-    assert idle == {name for name, p in SD3(ours.config).named_parameters() if not p.requires_grad}, "nobody waits for what never comes"
+    assert idle == {
+        name for name, p in SD3(ours.config).named_parameters() if not p.requires_grad
+    }, "nobody waits for what never comes"
     last = f"transformer_blocks.{ours.config.num_layers - 1}.attn"
     assert idle == {f"{last}.add_q_proj.weight", f"{last}.add_q_proj.bias"} | (
         {f"{last}.norm_added_q.weight"} if ours.config.qk_norm else set()
     )
-    assert not [name for name, p in ours.named_parameters() if p.grad is not None and not p.grad.any()]
+    assert not [
+        name for name, p in ours.named_parameters() if p.grad is not None and not p.grad.any()
+    ]
     theirs = theirs_of(ours).requires_grad_(True)
     theirs(x, **said(cond, t)).sample.square().mean().backward()
-    for (name, p), q in zip(sorted(ours.named_parameters()), (q for _, q in sorted(theirs.named_parameters())), strict=True):
-        if name not in idle and not name.endswith("attn2.to_k.bias"):  # without norms all keys move by it together, which nothing shows
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5 * float(q.grad.abs().max()))
+    for (name, p), q in zip(
+        sorted(ours.named_parameters()),
+        (q for _, q in sorted(theirs.named_parameters())),
+        strict=True,
+    ):
+        # without norms all keys move by it together, which nothing shows
+        if name not in idle and not name.endswith("attn2.to_k.bias"):
+            torch.testing.assert_close(
+                p.grad, q.grad, rtol=1e-4, atol=1e-5 * float(q.grad.abs().max())
+            )
 
 
 def test_a_new_network_answers_nothing_and_learns() -> None:
@@ -478,11 +659,13 @@ def test_training_in_mixed_precision() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             loss = (network(x, t, cond).float() - x).square().mean()
         loss.backward()
-        found.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+        found.append(
+            torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+        )
     assert torch.cosine_similarity(*found, dim=0) > 0.999
 
 
-# ---- bad input ---------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -490,13 +673,25 @@ def test_what_is_missing_or_does_not_fit_is_said() -> None:
     network = ours_of("SD 3")
     x, t, cond = asked(network, (8, 8))
     wrong: list[tuple[Tensor, dict[str, Any], str]] = [
-        (x, {"tokens": None}, r"reads tokens of width 12: Conditioning.tokens \(B, L, D\) is missing"),
+        (
+            x,
+            {"tokens": None},
+            r"reads tokens of width 12: Conditioning.tokens \(B, L, D\) is missing",
+        ),
         (x, {"tokens": normal(2, 5, 11)}, "reads tokens of width 12: .* is 11 wide"),
         (x, {"vector": None}, r"reads vector of width 10: Conditioning.vector \(B, V\) is missing"),
         (x, {"vector": normal(2, 9)}, "reads vector of width 10: .* is 9 wide"),
         (x[:, :3], {}, "takes 4 channels and was given 3, 0 of them by Conditioning.concat"),
-        (x, {"concat": normal(2, 2, 8, 8)}, "takes 4 channels and was given 6, 2 of them by Conditioning.concat"),
-        (normal(2, 4, 26, 8), {}, "a latent of 26 x 8 cells: this MMDiT has places for 24 x 24 at most; ask for a smaller picture"),
+        (
+            x,
+            {"concat": normal(2, 2, 8, 8)},
+            "takes 4 channels and was given 6, 2 of them by Conditioning.concat",
+        ),
+        (
+            normal(2, 4, 26, 8),
+            {},
+            "a latent of 26 x 8 cells: this MMDiT has places for 24 x 24 at most; ask for a smaller picture",
+        ),
         (normal(2, 4, 8, 25), {}, "a latent of 8 x 25 cells"),
     ]
     for image, change, expected in wrong:
@@ -510,10 +705,22 @@ def test_what_is_missing_or_does_not_fit_is_said() -> None:
         ({"num_layers": 0}, "num_layers 0: expected a whole number of at least 1"),
         ({"patch_size": True}, "patch_size True: expected a whole number"),
         ({"out_channels": 0}, "out_channels 0: expected a whole number"),
-        ({"caption_projection_dim": 33}, r"caption_projection_dim 33: expected 32, which is attention_head_dim 8 \* num_attention_heads 4"),
-        ({"qk_norm": "layer_norm"}, "qk_norm 'layer_norm' is not supported: expected null or 'rms_norm'"),
-        ({"dual_attention_layers": (0, 3)}, "dual_attention_layers 3: expected numbers from 0 to 2"),
-        ({"attention_head_dim": 3, "num_attention_heads": 2, "caption_projection_dim": 6}, "is 6: expected a multiple of 4"),
+        (
+            {"caption_projection_dim": 33},
+            r"caption_projection_dim 33: expected 32, which is attention_head_dim 8 \* num_attention_heads 4",
+        ),
+        (
+            {"qk_norm": "layer_norm"},
+            "qk_norm 'layer_norm' is not supported: expected null or 'rms_norm'",
+        ),
+        (
+            {"dual_attention_layers": (0, 3)},
+            "dual_attention_layers 3: expected numbers from 0 to 2",
+        ),
+        (
+            {"attention_head_dim": 3, "num_attention_heads": 2, "caption_projection_dim": 6},
+            "is 6: expected a multiple of 4",
+        ),
         ({"sample_size": 1}, "sample_size 1 is less than patch_size 2"),
         ({"norm_eps": 1e-5}, "config field norm_eps=1e-05 is not known to SD3Config"),
     ],
@@ -526,6 +733,16 @@ def test_configs_that_are_refused(values: dict[str, Any], expected: str) -> None
 
 def test_what_the_house_asks_a_network() -> None:
     network = ours_of("other channels out")
-    assert (network.channels, network.in_channels, network.patch, network.part) == (5, 7, 2, "transformer")
-    assert (network.token_width, network.vector_width, network.classes, network.told) == (12, 10, 0, True)
+    assert (network.channels, network.in_channels, network.patch, network.part) == (
+        5,
+        7,
+        2,
+        "transformer",
+    )
+    assert (network.token_width, network.vector_width, network.classes, network.told) == (
+        12,
+        10,
+        0,
+        True,
+    )
     assert not batch_invariant.FIXED_ORDER or isinstance(packed(network), SD3)

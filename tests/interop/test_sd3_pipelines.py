@@ -1,7 +1,9 @@
-"""Stable Diffusion 3's pipelines beside ours: the same folder, prompts, seeds and steps give the same pictures, to 1e-3 of white in float32.
+"""Stable Diffusion 3's pipelines beside ours: the same folder, prompts, seeds and steps give the
+same pictures, to 1e-3 of white in float32.
 
-Small random models with and without T5, with what SD 3.5 has besides: drawing, with and without negative prompts and skipped layers; from a
-picture; inpainting, by an ordinary model and by one that is told the mask. What diffusers saved we open, what we save diffusers opens.
+Small random models with and without T5, with what SD 3.5 has besides: drawing, with and without
+negative prompts and skipped layers; from a picture; inpainting, by an ordinary model and by one
+that is told the mask. What diffusers saved we open, what we save diffusers opens.
 """
 
 import json
@@ -26,14 +28,31 @@ from sfumato.sampling import Request, times_of
 from sfumato.tasks.image_to_image import image_to_image
 from sfumato.tasks.inpaint import inpaint
 
-text: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_text.py")))
+text: Any = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_text.py"))
+)
 
-SMALL: dict[str, Any] = {"sample_size": 8, "num_layers": 3, "attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16}
+SMALL: dict[str, Any] = {
+    "sample_size": 8,
+    "num_layers": 3,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "caption_projection_dim": 16,
+}
 SMALL |= {"joint_attention_dim": 48, "pooled_projection_dim": 20, "pos_embed_max_size": 12}
-KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # text encoders, network, scheduler
+# text encoders, network, scheduler
+KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "SD 3": ("sd3", {}, {"shift": 3.0}),
-    "SD 3.5 without T5": ("sd3_without_t5", {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}, {"shift": 3.0}),
-    "dynamic shift": ("sd3_without_t5", {}, {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 30}),
+    "SD 3.5 without T5": (
+        "sd3_without_t5",
+        {"qk_norm": "rms_norm", "dual_attention_layers": (0,)},
+        {"shift": 3.0},
+    ),
+    "dynamic shift": (
+        "sd3_without_t5",
+        {},
+        {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 30},
+    ),
     "inpainting": ("sd3_without_t5", {"in_channels": 33}, {"shift": 3.0}),
 }
 PROMPTS = ["a red cat", "a dog, (very) red"]
@@ -43,12 +62,32 @@ LAYERS = "transformer_blocks.0+transformer_blocks.2"
 def theirs(kind: str, scratch: Path) -> Any:
     """diffusers' pipeline with small random parts."""
     texts, shape, scheduler = KINDS[kind]
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 4}
-    space = {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False, "use_post_quant_conv": False}
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "norm_num_groups": 4,
+    }
+    space = {
+        "latent_channels": 16,
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
     pipe = diffusers.StableDiffusion3Pipeline(
-        transformer=text.drawn(lambda: diffusers.SD3Transformer2DModel(**{**SMALL, "in_channels": 16, "out_channels": 16, **shape}), 1),
+        transformer=text.drawn(
+            lambda: diffusers.SD3Transformer2DModel(
+                **{**SMALL, "in_channels": 16, "out_channels": 16, **shape}
+            ),
+            1,
+        ),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
-        vae=text.drawn(lambda: diffusers.AutoencoderKL(block_out_channels=(4, 8), sample_size=16, **blocks, **space), 2),
+        vae=text.drawn(
+            lambda: diffusers.AutoencoderKL(
+                block_out_channels=(4, 8), sample_size=16, **blocks, **space
+            ),
+            2,
+        ),
         **text.parts(texts, scratch),
     )
     pipe.set_progress_bar_config(disable=True)
@@ -66,7 +105,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def opened(folder: Path, name: str = "StableDiffusion3Pipeline") -> Any:
     index = json.loads((folder / "model_index.json").read_text())
-    absent = {key: None for key in ("text_encoder_3", "tokenizer_3") if index[key] == [None, None]}  # which their loader wants to be told
+    # which their loader wants to be told
+    absent = {key: None for key in ("text_encoder_3", "tokenizer_3") if index[key] == [None, None]}
     pipe = getattr(diffusers, name).from_pretrained(folder, **absent)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -75,43 +115,81 @@ def opened(folder: Path, name: str = "StableDiffusion3Pipeline") -> Any:
 def their_pictures(pipe: Any, prompts: list[str], **asked: Any) -> Tensor:
     """(n, 3, H, W) in [0, 1]; image k from seed k."""
     generators = [torch.Generator().manual_seed(k) for k in range(len(prompts))]
-    return torch.from_numpy(pipe(prompts, generator=generators, output_type="np", **asked).images).permute(0, 3, 1, 2)
+    return torch.from_numpy(
+        pipe(prompts, generator=generators, output_type="np", **asked).images
+    ).permute(0, 3, 1, 2)
 
 
 def compare(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape and expected.std() > 0.05, "pictures in which something can be seen"
+    assert found.shape == expected.shape and expected.std() > 0.05, (
+        "pictures in which something can be seen"
+    )
     assert (expected[0] - expected[1]).abs().max() > 0.05
     assert (found - expected).abs().max() < 1e-4, float((found - expected).abs().max())
 
 
 def key_for_key(one: Path, other: Path) -> int:
-    """How many parts with weights two folders have: the same ones, with equal tensors by equal names."""
-    files, others = (sorted(path.relative_to(folder) for path in folder.glob("*/*.safetensors")) for folder in (one, other))
+    """How many parts with weights two folders have: the same ones, with equal tensors by equal
+    names.
+    """
+    files, others = (
+        sorted(path.relative_to(folder) for path in folder.glob("*/*.safetensors"))
+        for folder in (one, other)
+    )
     assert files == others
     for file in files:
         first, second = load_file(one / file), load_file(other / file)
-        assert first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items()), file
+        assert first.keys() == second.keys() and all(
+            torch.equal(value, second[key]) for key, value in first.items()
+        ), file
     return len(files)
 
 
 def same(ours: LatentDiffusion, pipe: Any) -> None:
-    """Guidance on and off, a negative prompt or none, other words for the second encoder, other sizes."""
+    """Guidance on and off, a negative prompt or none, other words for the second encoder, other
+    sizes.
+    """
     cases: tuple[tuple[float, dict[str, Any], dict[str, Any]], ...] = (
         (7.0, {}, {"height": 16, "width": 16}),
         (1.0, {}, {"height": 24, "width": 12}),
-        (4.0, {"negative_prompt": "ugly", "prompt_2": "two cats", "negative_prompt_2": "the lazy dog"}, {"height": 12, "width": 20}),
+        (
+            4.0,
+            {
+                "negative_prompt": "ugly",
+                "prompt_2": "two cats",
+                "negative_prompt_2": "the lazy dog",
+            },
+            {"height": 12, "width": 20},
+        ),
     )
     for guidance, words, size in cases:
         said = {key: [value] * 2 for key, value in words.items()}
-        said |= {key.replace("_2", "_3"): value for key, value in said.items() if key.endswith("_2")}  # T5 reads what the second CLIP reads
-        expected = their_pictures(pipe, PROMPTS, guidance_scale=guidance, num_inference_steps=3, **said, **size)
-        compare(ours.run(Request(PROMPTS, guidance=guidance, steps=3, **words, **size), output="tensor"), expected)
+        # T5 reads what the second CLIP reads
+        said |= {
+            key.replace("_2", "_3"): value for key, value in said.items() if key.endswith("_2")
+        }
+        expected = their_pictures(
+            pipe, PROMPTS, guidance_scale=guidance, num_inference_steps=3, **said, **size
+        )
+        compare(
+            ours.run(
+                Request(PROMPTS, guidance=guidance, steps=3, **words, **size), output="tensor"
+            ),
+            expected,
+        )
 
 
 @pytest.mark.parametrize("kind", ["SD 3", "SD 3.5 without T5", "dynamic shift"])
-def test_what_diffusers_saved_and_what_we_save(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_what_diffusers_saved_and_what_we_save(
+    kind: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     ours = load(folders[kind])
-    assert (ours.defaults.steps, ours.defaults.guidance, ours.defaults.sampler, ours.defaults.references) == (28, 7.0, "euler", 0)
+    assert (
+        ours.defaults.steps,
+        ours.defaults.guidance,
+        ours.defaults.sampler,
+        ours.defaults.references,
+    ) == (28, 7.0, "euler", 0)
     same(ours, opened(folders[kind]))
     ours.save(tmp_path / "ours")
     again = load(tmp_path / "ours")
@@ -128,14 +206,24 @@ def test_what_diffusers_saved_and_what_we_save(kind: str, folders: dict[str, Pat
 
 @pytest.mark.parametrize("kind", ["SD 3", "SD 3.5 without T5"])
 def test_convert_keeps_the_pipeline(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    """diffusers' folder -> file -> folder: one that it opens as the same pipeline, T5 left out where it was."""
+    """diffusers' folder -> file -> folder: one that it opens as the same pipeline, T5 left out
+    where it was.
+    """
     file, folder = tmp_path / "a.safetensors", tmp_path / "folder"
-    assert main(["convert", str(folders[kind]), str(file)]) == 0 and main(["convert", str(file), str(folder)]) == 0
+    assert (
+        main(["convert", str(folders[kind]), str(file)]) == 0
+        and main(["convert", str(file), str(folder)]) == 0
+    )
     wanted = load(folders[kind])
     for model in (load(file), load(folder)):
         assert (model.hash, model.defaults) == (wanted.hash, wanted.defaults)
-    one, two = ((place / "model_index.json").read_text().replace("T5TokenizerFast", "T5Tokenizer") for place in (folder, folders[kind]))
-    assert json.loads(one) == {k: v for k, v in json.loads(two).items() if k != "_diffusers_version"}
+    one, two = (
+        (place / "model_index.json").read_text().replace("T5TokenizerFast", "T5Tokenizer")
+        for place in (folder, folders[kind])
+    )
+    assert json.loads(one) == {
+        k: v for k, v in json.loads(two).items() if k != "_diffusers_version"
+    }
     assert type(opened(folder, "DiffusionPipeline")).__name__ == "StableDiffusion3Pipeline"
 
 
@@ -147,23 +235,43 @@ def test_by_the_models_own_settings(folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "interval"), [((-1.0, 2.0), ""), ((0.1, 0.7), ",low={low:.3f},high={high:.3f}")], ids=["always", "steps 1 to 3"]
+    ("part", "interval"),
+    [((-1.0, 2.0), ""), ((0.1, 0.7), ",low={low:.3f},high={high:.3f}")],
+    ids=["always", "steps 1 to 3"],
 )
-def test_away_from_skipped_layers(part: tuple[float, float], interval: str, folders: dict[str, Path]) -> None:
-    """Their scale adds to one: 1.8 there is 2.8 here. They leave the layers out in the steps between two shares of the run, we between two times."""
+def test_away_from_skipped_layers(
+    part: tuple[float, float], interval: str, folders: dict[str, Path]
+) -> None:
+    """Their scale adds to one: 1.8 there is 2.8 here. They leave the layers out in the steps
+    between two shares of the run, we between two times.
+    """
     kind = "SD 3.5 without T5"
     pipe, ours, (start, stop) = opened(folders[kind]), load(folders[kind]), part
     asked: dict[str, Any] = {"height": 16, "width": 12}
-    skipped = {"skip_guidance_layers": [0, 2], "skip_layer_guidance_scale": 1.8, "skip_layer_guidance_start": start}
-    expected = their_pictures(pipe, PROMPTS, guidance_scale=4.0, num_inference_steps=5, skip_layer_guidance_stop=stop, **skipped, **asked)
+    skipped = {
+        "skip_guidance_layers": [0, 2],
+        "skip_layer_guidance_scale": 1.8,
+        "skip_layer_guidance_start": start,
+    }
+    expected = their_pictures(
+        pipe,
+        PROMPTS,
+        guidance_scale=4.0,
+        num_inference_steps=5,
+        skip_layer_guidance_stop=stop,
+        **skipped,
+        **asked,
+    )
     times = times_of(ours, Request(steps=5, **asked))
     between = interval.format(low=(times[3] + times[4]) / 2, high=(times[0] + times[1]) / 2)
     words = f"4 dual:kind=away,second=2.8{between} condition skip_layers:layers={LAYERS}"
     compare(ours.generate(PROMPTS, guidance=words, steps=5, output="tensor", **asked), expected)
-    assert (ours.generate(PROMPTS, guidance=4, steps=5, output="tensor", **asked) - expected).abs().max() > 0.01, "it shows"
+    assert (
+        ours.generate(PROMPTS, guidance=4, steps=5, output="tensor", **asked) - expected
+    ).abs().max() > 0.01, "it shows"
 
 
-# ---- tasks -------------------------------------------------------------------------------------------------------------
+# ---- tasks ---------------------------------------------------------------------------------------
 
 
 def picture() -> Tensor:
@@ -173,45 +281,109 @@ def picture() -> Tensor:
 
 
 REQUEST = Request(PROMPTS, steps=5, guidance=4.0, negative_prompt="ugly")
-ASKED: Mapping[str, Any] = {"guidance_scale": 4.0, "num_inference_steps": 5, "negative_prompt": ["ugly"] * 2, "height": 24, "width": 16}
+ASKED: Mapping[str, Any] = {
+    "guidance_scale": 4.0,
+    "num_inference_steps": 5,
+    "negative_prompt": ["ugly"] * 2,
+    "height": 24,
+    "width": 16,
+}
 
 
-@pytest.mark.parametrize(("kind", "strength"), [("SD 3", 0.6), ("dynamic shift", 0.4), ("dynamic shift", 1.0)])
+@pytest.mark.parametrize(
+    ("kind", "strength"), [("SD 3", 0.6), ("dynamic shift", 0.4), ("dynamic shift", 1.0)]
+)
 def test_image_to_image(kind: str, strength: float, folders: dict[str, Path]) -> None:
     image = picture()
     pipe = opened(folders[kind], "StableDiffusion3Img2ImgPipeline")
-    expected = their_pictures(pipe, PROMPTS, image=image.expand(2, -1, -1, -1), strength=strength, **ASKED)
+    expected = their_pictures(
+        pipe, PROMPTS, image=image.expand(2, -1, -1, -1), strength=strength, **ASKED
+    )
     ours = load(folders[kind])
-    compare(ours.run(image_to_image(ours, image * 2 - 1, REQUEST, strength=strength, posterior="sample"), output="tensor"), expected)
+    compare(
+        ours.run(
+            image_to_image(ours, image * 2 - 1, REQUEST, strength=strength, posterior="sample"),
+            output="tensor",
+        ),
+        expected,
+    )
 
 
-@pytest.mark.parametrize(("kind", "strength"), [("dynamic shift", 0.6), ("dynamic shift", 1.0), ("inpainting", 0.6), ("inpainting", 1.0)])
+@pytest.mark.parametrize(
+    ("kind", "strength"),
+    [("dynamic shift", 0.6), ("dynamic shift", 1.0), ("inpainting", 0.6), ("inpainting", 1.0)],
+)
 def test_inpainting(kind: str, strength: float, folders: dict[str, Path]) -> None:
-    """By an ordinary model, and by one that is told the mask and the rest of the picture. Latents are compared, because diffusers 0.42.1 leaves
-    the autoencoder's shift out when its pipeline decodes them; that of drawing does not."""
+    """By an ordinary model, and by one that is told the mask and the rest of the picture. Latents
+    are compared, because diffusers 0.42.1 leaves the autoencoder's shift out when its pipeline
+    decodes them; that of drawing does not.
+    """
     image, mask = picture(), torch.zeros(1, 1, 24, 16)
     mask[:, :, 4:14, 6:16] = 1
-    pair = {"image": image.expand(2, -1, -1, -1), "mask_image": mask.expand(2, -1, -1, -1)}  # one a prompt: each from its own generator
+    # one a prompt: each from its own generator
+    pair = {"image": image.expand(2, -1, -1, -1), "mask_image": mask.expand(2, -1, -1, -1)}
     generators = [torch.Generator().manual_seed(k) for k in range(2)]
     pipe = opened(folders[kind], "StableDiffusion3InpaintPipeline")
-    expected = pipe(PROMPTS, generator=generators, output_type="latent", strength=strength, **pair, **ASKED).images
+    expected = pipe(
+        PROMPTS, generator=generators, output_type="latent", strength=strength, **pair, **ASKED
+    ).images
     ours = load(folders[kind])
     blind = kind != "inpainting" and strength == 1
-    request = inpaint(ours, image * 2 - 1, mask, REQUEST, strength=strength, posterior="sample", paste=False, blind=blind)
+    request = inpaint(
+        ours,
+        image * 2 - 1,
+        mask,
+        REQUEST,
+        strength=strength,
+        posterior="sample",
+        paste=False,
+        blind=blind,
+    )
     compare(ours.run(request, output="latent"), expected)
 
 
-def test_on_the_command_line(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`sfumato info` and `sfumato generate` on a folder of diffusers': the picture is theirs but for the rounding to bytes."""
+def test_on_the_command_line(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`sfumato info` and `sfumato generate` on a folder of diffusers': the picture is theirs but
+    for the rounding to bytes.
+    """
     folder = folders["SD 3"]
     assert main(["info", str(folder), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["parts"]["denoiser"]["class"] == "SD3" and facts["parts"]["text_encoder_3"]["parameters"] > 0
-    assert (facts["defaults"]["steps"], facts["defaults"]["guidance"], facts["defaults"]["sampler"]) == (28, 7.0, "euler")
-    flags = ["--steps", "3", "--height", "12", "--width", "20", "--n", "1", "--negative-prompt", "ugly", "--out", str(tmp_path / "cat.png")]
+    assert (
+        facts["parts"]["denoiser"]["class"] == "SD3"
+        and facts["parts"]["text_encoder_3"]["parameters"] > 0
+    )
+    assert (
+        facts["defaults"]["steps"],
+        facts["defaults"]["guidance"],
+        facts["defaults"]["sampler"],
+    ) == (28, 7.0, "euler")
+    flags = [
+        "--steps",
+        "3",
+        "--height",
+        "12",
+        "--width",
+        "20",
+        "--n",
+        "1",
+        "--negative-prompt",
+        "ugly",
+        "--out",
+        str(tmp_path / "cat.png"),
+    ]
     assert main(["generate", "a red cat", "--model", str(folder), *flags]) == 0
     with Image.open(tmp_path / "cat.png") as image:
         found = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-    expected = their_pictures(opened(folder), PROMPTS[:1], num_inference_steps=3, height=12, width=20, negative_prompt=["ugly"])[0]
+    expected = their_pictures(
+        opened(folder),
+        PROMPTS[:1],
+        num_inference_steps=3,
+        height=12,
+        width=20,
+        negative_prompt=["ugly"],
+    )[0]
     assert found.shape == expected.shape and expected.std() > 0.05
     assert (found - expected).abs().max() < 0.5 / 255 + 1e-3

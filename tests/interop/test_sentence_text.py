@@ -1,4 +1,6 @@
-"""Parity with transformers' BertModel and its tokenizer, and what transformers makes of the folders that are written here."""
+"""Parity with transformers' BertModel and its tokenizer, and what transformers makes of the folders
+that are written here.
+"""
 
 import runpy
 from dataclasses import replace
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from sfumato.predict.conditioners.sentence_text import SentenceText, SentenceTextConfig
 
-tiny: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_text.py")))
+tiny: Any = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_text.py"))
+)
 PROMPTS = ["a red shirt", "", "Two CATS, on the dog!", "a red shirt", "naïve 中 §", "  a \n cat "]
 LONG = "the red cat " * 40
 
@@ -31,25 +35,48 @@ def ours(folder: Path) -> SentenceText:
     return SentenceText.from_encoder(folder)
 
 
-def theirs(folder: Path, prompts: list[str], masked: bool = True, tokenizer: Path | None = None, **load: Any) -> tuple[Tensor, Tensor]:
+def theirs(
+    folder: Path,
+    prompts: list[str],
+    masked: bool = True,
+    tokenizer: Path | None = None,
+    **load: Any,
+) -> tuple[Tensor, Tensor]:
     """All rows in one pass; states and mask."""
     from transformers import BertModel, BertTokenizer
 
-    opened, model = BertTokenizer.from_pretrained(tokenizer or folder), BertModel.from_pretrained(folder, **load)
-    read = opened(prompts, padding="max_length", truncation=True, max_length=64, return_tensors="pt")
+    opened, model = (
+        BertTokenizer.from_pretrained(tokenizer or folder),
+        BertModel.from_pretrained(folder, **load),
+    )
+    read = opened(
+        prompts, padding="max_length", truncation=True, max_length=64, return_tensors="pt"
+    )
     with torch.no_grad():
-        states = model(read.input_ids, attention_mask=read.attention_mask if masked else None).last_hidden_state
+        states = model(
+            read.input_ids, attention_mask=read.attention_mask if masked else None
+        ).last_hidden_state
     return states.float(), read.attention_mask.bool()
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_states_and_mask_are_transformers_own(masked: bool, folder: Path, ours: SentenceText) -> None:
+def test_states_and_mask_are_transformers_own(
+    masked: bool, folder: Path, ours: SentenceText
+) -> None:
     found = replace(ours, config=SentenceTextConfig(masked=masked))(PROMPTS)
     states, mask = theirs(folder, PROMPTS, masked)
-    assert found.tokens.dtype == torch.float32 and found.tokens.shape == (6, 64, 24) == (len(PROMPTS), 64, ours.width)
+    assert found.tokens.dtype == torch.float32 and found.tokens.shape == (6, 64, 24) == (
+        len(PROMPTS),
+        64,
+        ours.width,
+    )
     assert float((found.tokens - states).abs().max()) <= 1e-6 * float(states.abs().max())
-    assert found.vector is None and (torch.equal(found.mask, mask) if masked else found.mask is None)
-    assert torch.equal(found.tokens[0], found.tokens[3]) and not torch.allclose(found.tokens[0], found.tokens[1], atol=1e-3)
+    assert found.vector is None and (
+        torch.equal(found.mask, mask) if masked else found.mask is None
+    )
+    assert torch.equal(found.tokens[0], found.tokens[3]) and not torch.allclose(
+        found.tokens[0], found.tokens[1], atol=1e-3
+    )
 
 
 def test_a_long_prompt_is_cut_where_transformers_cuts_it(folder: Path, ours: SentenceText) -> None:
@@ -72,10 +99,19 @@ def test_what_is_saved_opens_in_transformers(ours: SentenceText, tmp_path: Path)
 
     ours.save(tmp_path)
     for part, (library, name) in ours.index().items():
-        assert library == "transformers" and getattr(transformers, name).from_pretrained(tmp_path / part)
-    states, mask = theirs(tmp_path / "text_encoder", PROMPTS, tokenizer=tmp_path / "tokenizer", add_pooling_layer=False)
+        assert library == "transformers" and getattr(transformers, name).from_pretrained(
+            tmp_path / part
+        )
+    states, mask = theirs(
+        tmp_path / "text_encoder",
+        PROMPTS,
+        tokenizer=tmp_path / "tokenizer",
+        add_pooling_layer=False,
+    )
     found = ours(PROMPTS)
-    assert torch.equal(found.mask, mask) and float((found.tokens - states).abs().max()) <= 1e-6 * float(states.abs().max())
+    assert torch.equal(found.mask, mask) and float(
+        (found.tokens - states).abs().max()
+    ) <= 1e-6 * float(states.abs().max())
 
 
 def test_a_model_that_keeps_case_keeps_it(tmp_path: Path) -> None:
@@ -86,4 +122,6 @@ def test_a_model_that_keeps_case_keeps_it(tmp_path: Path) -> None:
     assert float((cased(PROMPTS).tokens - theirs(tmp_path, PROMPTS)[0]).abs().max()) <= 1e-5
     cased.save(tmp_path / "model")
     again = SentenceText.from_folder(tmp_path / "model")
-    assert again.identity() == cased.identity() and torch.equal(again(PROMPTS).tokens, cased(PROMPTS).tokens)
+    assert again.identity() == cased.identity() and torch.equal(
+        again(PROMPTS).tokens, cased(PROMPTS).tokens
+    )

@@ -1,5 +1,7 @@
-"""Single files in the original layouts against diffusers: what `join` writes, its converters read as the very same tensors under the very
-same keys, and `split` gives back what was joined. Small random models of every family."""
+"""Single files in the original layouts against diffusers: what `join` writes, its converters read
+as the very same tensors under the very same keys, and `split` gives back what was joined. Small
+random models of every family.
+"""
 
 import json
 from collections.abc import Callable
@@ -20,7 +22,17 @@ from sfumato.checkpoints.names.clip_text import clip_rows, open_clip_rows
 from sfumato.checkpoints.names.ldm_unet import unet_rows
 from sfumato.checkpoints.names.ldm_vae import vae_rows
 from sfumato.checkpoints.names.rows import Row
-from sfumato.checkpoints.original import Part, Parts, Reading, gather, join, notes, save, split, split_tensors
+from sfumato.checkpoints.original import (
+    Part,
+    Parts,
+    Reading,
+    gather,
+    join,
+    notes,
+    save,
+    split,
+    split_tensors,
+)
 
 LEVELS = {
     "D": ("DownBlock2D", "UpBlock2D"),
@@ -36,27 +48,52 @@ SCHEDULER = {
 
 
 def unet(levels: str, widths: tuple[int, ...], **fields: Any) -> diffusers.UNet2DConditionModel:
-    config = {"sample_size": 8, "layers_per_block": 1, "cross_attention_dim": 64, "block_out_channels": widths} | fields
+    config = {
+        "sample_size": 8,
+        "layers_per_block": 1,
+        "cross_attention_dim": 64,
+        "block_out_channels": widths,
+    } | fields
     return diffusers.UNet2DConditionModel(
-        down_block_types=[LEVELS[k][0] for k in levels], up_block_types=[LEVELS[k][1] for k in reversed(levels)], **config
+        down_block_types=[LEVELS[k][0] for k in levels],
+        up_block_types=[LEVELS[k][1] for k in reversed(levels)],
+        **config,
     )
 
 
 def vae(**fields: Any) -> diffusers.AutoencoderKL:
     n = len(fields.setdefault("block_out_channels", [32, 64]))
-    kinds = {"down_block_types": ["DownEncoderBlock2D"] * n, "up_block_types": ["UpDecoderBlock2D"] * n}
-    return diffusers.AutoencoderKL(**{"latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 32} | kinds | fields)
+    kinds = {
+        "down_block_types": ["DownEncoderBlock2D"] * n,
+        "up_block_types": ["UpDecoderBlock2D"] * n,
+    }
+    return diffusers.AutoencoderKL(
+        **{"latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 32} | kinds | fields
+    )
 
 
 def clip(kind: type[nn.Module] = CLIPTextModel, **fields: Any) -> nn.Module:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 1, "vocab_size": 50}
-    config = CLIPTextConfig(**sizes | {"max_position_embeddings": 9, "projection_dim": 64, "bos_token_id": 0, "eos_token_id": 2} | fields)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "vocab_size": 50,
+    }
+    config = CLIPTextConfig(
+        **sizes
+        | {"max_position_embeddings": 9, "projection_dim": 64, "bos_token_id": 0, "eos_token_id": 2}
+        | fields
+    )
     return kind(config)
 
 
 def part(network: nn.Module) -> Part:
     if isinstance(network, CLIPTextModel | CLIPTextModelWithProjection):
-        names = {k if k.startswith(("text_model.", "text_projection")) else f"text_model.{k}": v for k, v in network.state_dict().items()}
+        names = {
+            k if k.startswith(("text_model.", "text_projection")) else f"text_model.{k}": v
+            for k, v in network.state_dict().items()
+        }
         return Part(network.config.to_dict() | {"architectures": [type(network).__name__]}, names)
     return Part(dict(network.config), network.state_dict())
 
@@ -75,22 +112,55 @@ def sd2(**fields: Any) -> dict[str, nn.Module]:
 
 
 def upscaler() -> dict[str, nn.Module]:
-    only = {"only_cross_attention": [True, True, False], "num_class_embeds": 5, "in_channels": 7, "cross_attention_dim": 64}
+    only = {
+        "only_cross_attention": [True, True, False],
+        "num_class_embeds": 5,
+        "in_channels": 7,
+        "cross_attention_dim": 64,
+    }
     network = unet("DCC", (32, 32, 96), use_linear_projection=True, **only)
-    return {"unet": network, "vae": vae(scaling_factor=0.08333), "text_encoder": clip(hidden_act="gelu", num_hidden_layers=23)}
+    return {
+        "unet": network,
+        "vae": vae(scaling_factor=0.08333),
+        "text_encoder": clip(hidden_act="gelu", num_hidden_layers=23),
+    }
 
 
 def sdxl(**fields: Any) -> dict[str, nn.Module]:
-    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64 + 6 * 8}
-    more = {"attention_head_dim": [1, 2, 2], "use_linear_projection": True, "transformer_layers_per_block": [1, 2, 3]}
+    added = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 64 + 6 * 8,
+    }
+    more = {
+        "attention_head_dim": [1, 2, 2],
+        "use_linear_projection": True,
+        "transformer_layers_per_block": [1, 2, 3],
+    }
     second = clip(CLIPTextModelWithProjection, hidden_act="gelu", num_hidden_layers=12)
     network = unet("DCC", (64, 128, 128), layers_per_block=2, **added | more | fields)
-    return {"unet": network, "vae": vae(scaling_factor=0.13025), "text_encoder": clip(), "text_encoder_2": second}
+    return {
+        "unet": network,
+        "vae": vae(scaling_factor=0.13025),
+        "text_encoder": clip(),
+        "text_encoder_2": second,
+    }
 
 
 def refiner() -> dict[str, nn.Module]:
-    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64 + 5 * 8}
-    network = unet("DCD", (64, 128, 128), attention_head_dim=[1, 2, 2], use_linear_projection=True, transformer_layers_per_block=2, **added)
+    added = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 64 + 5 * 8,
+    }
+    network = unet(
+        "DCD",
+        (64, 128, 128),
+        attention_head_dim=[1, 2, 2],
+        use_linear_projection=True,
+        transformer_layers_per_block=2,
+        **added,
+    )
     second = clip(CLIPTextModelWithProjection, hidden_act="gelu", num_hidden_layers=12)
     return {"unet": network, "vae": vae(scaling_factor=0.13025), "text_encoder_2": second}
 
@@ -118,10 +188,14 @@ def build(name: str, prediction: str | None = None) -> tuple[dict[str, nn.Module
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(
+        a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a
+    )
 
 
-def converted(name: str, networks: dict[str, nn.Module], tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def converted(
+    name: str, networks: dict[str, nn.Module], tensors: dict[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
     """The parts, as diffusers' own converters make them of a file."""
     found = {
         "unet": theirs.convert_ldm_unet_checkpoint(dict(tensors), dict(networks["unet"].config)),
@@ -130,10 +204,14 @@ def converted(name: str, networks: dict[str, nn.Module], tensors: dict[str, Tens
     if name.startswith(("sd1", "sdxl")) and "text_encoder" in networks:
         found["text_encoder"] = theirs.convert_ldm_clip_checkpoint(dict(tensors))
     elif "text_encoder" in networks:
-        found["text_encoder"] = theirs.convert_open_clip_checkpoint(networks["text_encoder"], dict(tensors))
+        found["text_encoder"] = theirs.convert_open_clip_checkpoint(
+            networks["text_encoder"], dict(tensors)
+        )
     if "text_encoder_2" in networks:
         prefix = f"conditioner.embedders.{int('text_encoder' in networks)}.model."
-        found["text_encoder_2"] = theirs.convert_open_clip_checkpoint(networks["text_encoder_2"], dict(tensors), prefix)
+        found["text_encoder_2"] = theirs.convert_open_clip_checkpoint(
+            networks["text_encoder_2"], dict(tensors), prefix
+        )
     return found
 
 
@@ -157,31 +235,57 @@ def test_split_is_the_inverse_of_join(name: str, tmp_path: Path) -> None:
         assert equal(again.networks[key].tensors, expected.tensors), key
     given, found = parts.networks["unet"].config, again.networks["unet"].config
     levels = len(given["block_out_channels"])
-    for field in given.keys() - {"sample_size", "upcast_attention", "dropout", "transformer_layers_per_block", "only_cross_attention"}:
+    for field in given.keys() - {
+        "sample_size",
+        "upcast_attention",
+        "dropout",
+        "transformer_layers_per_block",
+        "only_cross_attention",
+    }:
         if not field.startswith("_"):
-            a, b = (list(v) if isinstance(v, list | tuple) else [v] * levels for v in (given[field], found[field]))
+            a, b = (
+                list(v) if isinstance(v, list | tuple) else [v] * levels
+                for v in (given[field], found[field])
+            )
             assert a == b, field
     assert again.schedulers["scheduler"]["prediction_type"] == FAMILIES[name][1]
-    assert torch.allclose(betas.table(again.schedulers["scheduler"]), betas.table(parts.schedulers["scheduler"]), rtol=1e-5)
+    assert torch.allclose(
+        betas.table(again.schedulers["scheduler"]),
+        betas.table(parts.schedulers["scheduler"]),
+        rtol=1e-5,
+    )
     save(tmp_path / "two.safetensors", again)  # what was split joins to the very same file
     assert equal(load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "two.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "x4-upscaler", "sdxl", "sdxl-refiner"])
 def test_inferred_configs_build_the_same_networks(name: str) -> None:
-    """diffusers builds networks from the configs that were read from keys, and they give the same outputs."""
+    """diffusers builds networks from the configs that were read from keys, and they give the same
+    outputs.
+    """
     networks, parts = build(name)
     again = split_tensors(join(parts), notes(parts), "file")
     network = diffusers.UNet2DConditionModel.from_config(again.networks["unet"].config)
     network.load_state_dict(again.networks["unet"].tensors)
     autoencoder = diffusers.AutoencoderKL.from_config(again.networks["vae"].config)
     autoencoder.load_state_dict(again.networks["vae"].tensors)
-    channels, context = networks["unet"].config.in_channels, networks["unet"].config.cross_attention_dim
+    channels, context = (
+        networks["unet"].config.in_channels,
+        networks["unet"].config.cross_attention_dim,
+    )
     width = networks["unet"].config.projection_class_embeddings_input_dim
     sizes = {"sdxl": 6, "sdxl-refiner": 5}.get(name)
-    added = {"text_embeds": torch.randn(2, width - 8 * sizes), "time_ids": torch.rand(2, sizes)} if sizes else None
+    added = (
+        {"text_embeds": torch.randn(2, width - 8 * sizes), "time_ids": torch.rand(2, sizes)}
+        if sizes
+        else None
+    )
     labels = torch.tensor([1, 3]) if name == "x4-upscaler" else None
-    inputs = {"encoder_hidden_states": torch.randn(2, 5, context), "added_cond_kwargs": added, "class_labels": labels}
+    inputs = {
+        "encoder_hidden_states": torch.randn(2, 5, context),
+        "added_cond_kwargs": added,
+        "class_labels": labels,
+    }
     x = torch.randn(2, channels, 8, 8)
     with torch.no_grad():
         assert torch.equal(network(x, 7, **inputs).sample, networks["unet"](x, 7, **inputs).sample)
@@ -190,11 +294,24 @@ def test_inferred_configs_build_the_same_networks(name: str) -> None:
     for key in ("text_encoder", "text_encoder_2"):
         if key in networks:
             config = again.networks[key].config
-            kind = CLIPTextModelWithProjection if "With" in config["architectures"][0] else CLIPTextModel
+            kind = (
+                CLIPTextModelWithProjection
+                if "With" in config["architectures"][0]
+                else CLIPTextModel
+            )
             assert isinstance(networks[key], kind)
-            text = kind(CLIPTextConfig(**{k: v for k, v in config.items() if k not in ("architectures", "model_type")})).eval()
+            text = kind(
+                CLIPTextConfig(
+                    **{k: v for k, v in config.items() if k not in ("architectures", "model_type")}
+                )
+            ).eval()
             state = again.networks[key].tensors
-            text.load_state_dict({k.removeprefix("text_model.") if kind is CLIPTextModel else k: v for k, v in state.items()})
+            text.load_state_dict(
+                {
+                    k.removeprefix("text_model.") if kind is CLIPTextModel else k: v
+                    for k, v in state.items()
+                }
+            )
             ids = torch.tensor([[0, 4, 5, 49, 1]])
             with torch.no_grad():
                 assert torch.equal(text(ids)[0], networks[key].eval()(ids)[0])
@@ -205,31 +322,65 @@ def test_diffusers_opens_the_file_itself(tmp_path: Path) -> None:
     save(tmp_path / "one.safetensors", parts)
     for name in ("unet", "vae"):
         networks[name].save_pretrained(tmp_path / name)
-    network = diffusers.UNet2DConditionModel.from_single_file(tmp_path / "one.safetensors", config=str(tmp_path), subfolder="unet")
-    autoencoder = diffusers.AutoencoderKL.from_single_file(tmp_path / "one.safetensors", config=str(tmp_path), subfolder="vae")
-    assert equal(network.state_dict(), networks["unet"].state_dict()) and equal(autoencoder.state_dict(), networks["vae"].state_dict())
+    network = diffusers.UNet2DConditionModel.from_single_file(
+        tmp_path / "one.safetensors", config=str(tmp_path), subfolder="unet"
+    )
+    autoencoder = diffusers.AutoencoderKL.from_single_file(
+        tmp_path / "one.safetensors", config=str(tmp_path), subfolder="vae"
+    )
+    assert equal(network.state_dict(), networks["unet"].state_dict()) and equal(
+        autoencoder.state_dict(), networks["vae"].state_dict()
+    )
 
 
 # The published models' structures, on the meta device: (rows of the table, a config of diffusers).
-FOUR, XL = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2
-ADDED = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "use_linear_projection": True}
+FOUR, XL = (
+    ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+)
+ADDED = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "use_linear_projection": True,
+}
 PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
     "sd1": (686, {"cross_attention_dim": 768, "down_block_types": FOUR}),
     "sd2": (
         686,
-        {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True, "down_block_types": FOUR},
+        {
+            "cross_attention_dim": 1024,
+            "attention_head_dim": [5, 10, 20, 20],
+            "use_linear_projection": True,
+            "down_block_types": FOUR,
+        },
     ),
     "sdxl": (
         1680,
         ADDED
-        | {"cross_attention_dim": 2048, "block_out_channels": [320, 640, 1280], "down_block_types": XL, "attention_head_dim": [5, 10, 20]}
-        | {"transformer_layers_per_block": [1, 2, 10], "projection_class_embeddings_input_dim": 2816},
+        | {
+            "cross_attention_dim": 2048,
+            "block_out_channels": [320, 640, 1280],
+            "down_block_types": XL,
+            "attention_head_dim": [5, 10, 20],
+        }
+        | {
+            "transformer_layers_per_block": [1, 2, 10],
+            "projection_class_embeddings_input_dim": 2816,
+        },
     ),
     "refiner": (
         1220,
         ADDED
-        | {"cross_attention_dim": 1280, "block_out_channels": [384, 768, 1536, 1536], "down_block_types": [*XL, "DownBlock2D"]}
-        | {"attention_head_dim": [6, 12, 24, 24], "transformer_layers_per_block": 4, "projection_class_embeddings_input_dim": 2560},
+        | {
+            "cross_attention_dim": 1280,
+            "block_out_channels": [384, 768, 1536, 1536],
+            "down_block_types": [*XL, "DownBlock2D"],
+        }
+        | {
+            "attention_head_dim": [6, 12, 24, 24],
+            "transformer_layers_per_block": 4,
+            "projection_class_embeddings_input_dim": 2560,
+        },
     ),
     "x4": (
         687,
@@ -239,7 +390,11 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
             "down_block_types": [FOUR[-1], *FOUR[:3]],
             "in_channels": 7,
         }
-        | {"only_cross_attention": [True, True, True, False], "num_class_embeds": 1000, "use_linear_projection": True},
+        | {
+            "only_cross_attention": [True, True, True, False],
+            "num_class_embeds": 1000,
+            "use_linear_projection": True,
+        },
     ),
 }
 
@@ -263,16 +418,26 @@ def test_published_structures_are_covered_key_by_key(name: str) -> None:
 
 
 def test_published_autoencoder_and_text_encoders() -> None:
-    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    kinds = {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }
     towers = {"L": (768, 3072, 12, 196), "H": (1024, 4096, 23, None), "G": (1280, 5120, 32, 517)}
     with torch.device("meta"):
-        autoencoder = diffusers.AutoencoderKL(block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4, **kinds)
+        autoencoder = diffusers.AutoencoderKL(
+            block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4, **kinds
+        )
         rows = vae_rows(autoencoder.config)
         assert len(rows) == 248
         assert held(rows) == {k: tuple(v.shape) for k, v in autoencoder.state_dict().items()}
         for width, inner, layers, count in towers.values():
             kind = CLIPTextModelWithProjection if width == 1280 else CLIPTextModel
-            sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": width // 64}
+            sizes = {
+                "hidden_size": width,
+                "intermediate_size": inner,
+                "num_hidden_layers": layers,
+                "num_attention_heads": width // 64,
+            }
             given = part(kind(CLIPTextConfig(**sizes, projection_dim=width)))
             shapes = {k: tuple(v.shape) for k, v in given.tensors.items()}
             assert held(clip_rows(given.config)) == held(open_clip_rows(given.config)) == shapes
@@ -291,7 +456,9 @@ def test_sd2_whole_tower_leaves_its_last_layer_out() -> None:
 
 
 def test_json_configs(tmp_path: Path) -> None:
-    """Every config is plain JSON, and diffusers reads each without a field that it does not know."""
+    """Every config is plain JSON, and diffusers reads each without a field that it does not
+    know.
+    """
     _, parts = build("sdxl")
     again = split_tensors(join(parts), notes(parts), "file")
     for each in (*(p.config for p in again.networks.values()), *again.schedulers.values()):
@@ -309,18 +476,29 @@ def test_running_averages_are_read_on_request_only() -> None:
     _, parts = build("sd1")
     tensors = join(parts)
     mine = [k for k in tensors if k.startswith("model.diffusion_model.")]
-    averaged = {"model_ema." + k.removeprefix("model.").replace(".", ""): tensors[k] + 1 for k in mine}
-    file = tensors | averaged | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(3)}
+    averaged = {
+        "model_ema." + k.removeprefix("model.").replace(".", ""): tensors[k] + 1 for k in mine
+    }
+    file = (
+        tensors
+        | averaged
+        | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(3)}
+    )
     config = parts.networks["unet"].config
     for ema in (False, True):
         found = split_tensors(file, {}, "file", Reading(ema=ema)).networks["unet"].tensors
         assert equal(found, theirs.convert_ldm_unet_checkpoint(dict(file), config, extract_ema=ema))
-        assert torch.equal(found["conv_in.bias"], parts.networks["unet"].tensors["conv_in.bias"] + int(ema))
+        assert torch.equal(
+            found["conv_in.bias"], parts.networks["unet"].tensors["conv_in.bias"] + int(ema)
+        )
 
 
 def test_both_ways_of_naming_clip_and_the_autoencoder(tmp_path: Path) -> None:
     _, parts = build("sd1")
-    other = {k.replace(".text_model.", ".").replace("first_stage_model.", "vae."): v for k, v in join(parts).items()}
+    other = {
+        k.replace(".text_model.", ".").replace("first_stage_model.", "vae."): v
+        for k, v in join(parts).items()
+    }
     save_file(other, tmp_path / "other.safetensors")
     again = split(tmp_path / "other.safetensors")
     assert all(equal(again.networks[k].tensors, p.tensors) for k, p in parts.networks.items())

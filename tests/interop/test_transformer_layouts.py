@@ -1,5 +1,7 @@
-"""Original files of diffusion transformers against diffusers: what `write_transformer` makes, its converters read as the very same tensors under
-the very same keys, and `read_transformer` gives back what was written. Small random networks, and the full sizes on the meta device."""
+"""Original files of diffusion transformers against diffusers: what `write_transformer` makes, its
+converters read as the very same tensors under the very same keys, and `read_transformer` gives back
+what was written. Small random networks, and the full sizes on the meta device.
+"""
 
 import json
 from typing import Any
@@ -13,25 +15,82 @@ from torch import Tensor, nn
 from sfumato.checkpoints.lazily import present
 from sfumato.checkpoints.names.dit import grid_table
 from sfumato.checkpoints.names.rows import to_ours, to_theirs
-from sfumato.checkpoints.transformer_files import LAYOUTS, NOTE, PREFIX, Layout, layout_of_keys, read_transformer, write_transformer
+from sfumato.checkpoints.transformer_files import (
+    LAYOUTS,
+    NOTE,
+    PREFIX,
+    Layout,
+    layout_of_keys,
+    read_transformer,
+    write_transformer,
+)
 from sfumato.errors import UserError
 
 KINDS = {k.name: k for k in LAYOUTS}
-SD3 = {"sample_size": 8, "num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 64, "caption_projection_dim": 128}
-SD3 |= {"joint_attention_dim": 24, "pooled_projection_dim": 20, "in_channels": 4, "out_channels": 4, "pos_embed_max_size": 6}
-FLUX = {"in_channels": 8, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 32, "num_attention_heads": 2}
+SD3 = {
+    "sample_size": 8,
+    "num_layers": 3,
+    "num_attention_heads": 2,
+    "attention_head_dim": 64,
+    "caption_projection_dim": 128,
+}
+SD3 |= {
+    "joint_attention_dim": 24,
+    "pooled_projection_dim": 20,
+    "in_channels": 4,
+    "out_channels": 4,
+    "pos_embed_max_size": 6,
+}
+FLUX = {
+    "in_channels": 8,
+    "num_layers": 2,
+    "num_single_layers": 3,
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+}
 FLUX |= {"joint_attention_dim": 24, "pooled_projection_dim": 20, "axes_dims_rope": (4, 14, 14)}
-FLUX2 = {"in_channels": 8, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2}
-FLUX2 |= {"joint_attention_dim": 24, "timestep_guidance_channels": 12, "axes_dims_rope": (4, 4, 4, 4)}
-DIT = {"num_attention_heads": 2, "attention_head_dim": 72, "num_layers": 2, "sample_size": 8, "num_embeds_ada_norm": 7, "out_channels": 8}
-PIXART = {"num_attention_heads": 2, "attention_head_dim": 72, "num_layers": 2, "cross_attention_dim": 144, "caption_channels": 24}
+FLUX2 = {
+    "in_channels": 8,
+    "num_layers": 2,
+    "num_single_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+}
+FLUX2 |= {
+    "joint_attention_dim": 24,
+    "timestep_guidance_channels": 12,
+    "axes_dims_rope": (4, 4, 4, 4),
+}
+DIT = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 72,
+    "num_layers": 2,
+    "sample_size": 8,
+    "num_embeds_ada_norm": 7,
+    "out_channels": 8,
+}
+PIXART = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 72,
+    "num_layers": 2,
+    "cross_attention_dim": 144,
+    "caption_channels": 24,
+}
 MODELS: dict[str, tuple[str, type[nn.Module], dict[str, Any]]] = {
     "sd3": ("sd3", diffusers.SD3Transformer2DModel, SD3),
-    "sd3.5-medium": ("sd3", diffusers.SD3Transformer2DModel, SD3 | {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}),
+    "sd3.5-medium": (
+        "sd3",
+        diffusers.SD3Transformer2DModel,
+        SD3 | {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"},
+    ),
     "sd3.5-large": ("sd3", diffusers.SD3Transformer2DModel, SD3 | {"qk_norm": "rms_norm"}),
     "flux-schnell": ("flux", diffusers.FluxTransformer2DModel, FLUX),
     "flux-dev": ("flux", diffusers.FluxTransformer2DModel, FLUX | {"guidance_embeds": True}),
-    "flux-fill": ("flux", diffusers.FluxTransformer2DModel, FLUX | {"guidance_embeds": True, "in_channels": 24, "out_channels": 8}),
+    "flux-fill": (
+        "flux",
+        diffusers.FluxTransformer2DModel,
+        FLUX | {"guidance_embeds": True, "in_channels": 24, "out_channels": 8},
+    ),
     "flux2-dev": ("flux2", diffusers.Flux2Transformer2DModel, FLUX2),
     "flux2-klein": ("flux2", diffusers.Flux2Transformer2DModel, FLUX2 | {"guidance_embeds": False}),
     "dit": ("dit", diffusers.DiTTransformer2DModel, DIT),
@@ -43,16 +102,34 @@ CONVERTERS = {
     "flux": theirs.convert_flux_transformer_checkpoint_to_diffusers,
     "flux2": theirs.convert_flux2_transformer_checkpoint_to_diffusers,
 }
-# The published configs, as in diffusers' folders (stabilityai/stable-diffusion-3.5-*, black-forest-labs/FLUX.*, facebook/DiT-XL-2-256, PixArt-alpha/*).
-SD3_FULL = {"attention_head_dim": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "in_channels": 16, "out_channels": 16}
+# The published configs, as in diffusers' folders (stabilityai/stable-diffusion-3.5-*,
+# black-forest-labs/FLUX.*, facebook/DiT-XL-2-256, PixArt-alpha/*).
+SD3_FULL = {
+    "attention_head_dim": 64,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048,
+    "in_channels": 16,
+    "out_channels": 16,
+}
 SD3_FULL |= {"patch_size": 2, "sample_size": 128}
-FLUX_FULL = {"attention_head_dim": 128, "num_attention_heads": 24, "num_layers": 19, "num_single_layers": 38, "joint_attention_dim": 4096}
+FLUX_FULL = {
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "joint_attention_dim": 4096,
+}
 FLUX_FULL |= {"pooled_projection_dim": 768, "axes_dims_rope": (16, 56, 56)}
 KLEIN = {"in_channels": 128, "attention_head_dim": 128, "guidance_embeds": False}
 
 
 def sd3_full(layers: int, side: int, **fields: Any) -> dict[str, Any]:
-    sizes = {"num_layers": layers, "num_attention_heads": layers, "caption_projection_dim": 64 * layers, "pos_embed_max_size": side}
+    sizes = {
+        "num_layers": layers,
+        "num_attention_heads": layers,
+        "caption_projection_dim": 64 * layers,
+        "pos_embed_max_size": side,
+    }
     return SD3_FULL | sizes | fields
 
 
@@ -64,20 +141,44 @@ FULL: dict[str, tuple[str, type[nn.Module], dict[str, Any]]] = {
         sd3_full(24, 384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13))),
     ),
     "sd3.5-large": ("sd3", diffusers.SD3Transformer2DModel, sd3_full(38, 192, qk_norm="rms_norm")),
-    "flux-dev": ("flux", diffusers.FluxTransformer2DModel, FLUX_FULL | {"in_channels": 64, "guidance_embeds": True}),
+    "flux-dev": (
+        "flux",
+        diffusers.FluxTransformer2DModel,
+        FLUX_FULL | {"in_channels": 64, "guidance_embeds": True},
+    ),
     "flux-schnell": ("flux", diffusers.FluxTransformer2DModel, FLUX_FULL | {"in_channels": 64}),
-    "flux-fill": ("flux", diffusers.FluxTransformer2DModel, FLUX_FULL | {"in_channels": 384, "out_channels": 64, "guidance_embeds": True}),
-    "flux-canny": ("flux", diffusers.FluxTransformer2DModel, FLUX_FULL | {"in_channels": 128, "out_channels": 64, "guidance_embeds": True}),
+    "flux-fill": (
+        "flux",
+        diffusers.FluxTransformer2DModel,
+        FLUX_FULL | {"in_channels": 384, "out_channels": 64, "guidance_embeds": True},
+    ),
+    "flux-canny": (
+        "flux",
+        diffusers.FluxTransformer2DModel,
+        FLUX_FULL | {"in_channels": 128, "out_channels": 64, "guidance_embeds": True},
+    ),
     "flux2-dev": ("flux2", diffusers.Flux2Transformer2DModel, {}),
     "flux2-klein-4b": (
         "flux2",
         diffusers.Flux2Transformer2DModel,
-        KLEIN | {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
+        KLEIN
+        | {
+            "num_layers": 5,
+            "num_single_layers": 20,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 7680,
+        },
     ),
     "flux2-klein-9b": (
         "flux2",
         diffusers.Flux2Transformer2DModel,
-        KLEIN | {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
+        KLEIN
+        | {
+            "num_layers": 8,
+            "num_single_layers": 24,
+            "num_attention_heads": 32,
+            "joint_attention_dim": 12288,
+        },
     ),
     "dit-xl-2-256": ("dit", diffusers.DiTTransformer2DModel, {"out_channels": 8}),
     "dit-b": (
@@ -90,14 +191,18 @@ FULL: dict[str, tuple[str, type[nn.Module], dict[str, Any]]] = {
 
 
 def build(name: str) -> tuple[Layout, dict[str, Any], dict[str, Tensor]]:
-    """A small random network: layout, config, tensors. Copies of one embedding in every block are copies, as in what diffusers publishes."""
+    """A small random network: layout, config, tensors. Copies of one embedding in every block are
+    copies, as in what diffusers publishes.
+    """
     kind, network_class, fields = MODELS[name]
     torch.manual_seed(0)
     network = network_class(**fields)
     tensors = {k: torch.randn_like(v) for k, v in network.state_dict().items()}
     if kind == "dit":
         tensors = {
-            k: tensors["transformer_blocks.0.norm1.emb" + k.partition("norm1.emb")[2]] if "norm1.emb" in k else v
+            k: tensors["transformer_blocks.0.norm1.emb" + k.partition("norm1.emb")[2]]
+            if "norm1.emb" in k
+            else v
             for k, v in tensors.items()
         }
     return KINDS[kind], dict(network.config), tensors
@@ -105,7 +210,12 @@ def build(name: str) -> tuple[Layout, dict[str, Any], dict[str, Tensor]]:
 
 def written(name: str) -> tuple[Layout, dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     layout, config, ours = build(name)
-    return layout, config, ours, {k: v.make() for k, v in write_transformer(layout, config, present(ours), name)[0].items()}
+    return (
+        layout,
+        config,
+        ours,
+        {k: v.make() for k, v in write_transformer(layout, config, present(ours), name)[0].items()},
+    )
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -115,10 +225,15 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("name", [n for n, (kind, *_) in MODELS.items() if kind in CONVERTERS])
 def test_diffusers_reads_what_is_written(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layout, config, ours, original = written(name)
-    if layout.name == "flux":  # diffusers' converter knows FLUX's own width only; the very same cut at ours
+    # diffusers' converter knows FLUX's own width only; the very same cut at ours
+    if layout.name == "flux":
         split = torch.split
         width = config["num_attention_heads"] * config["attention_head_dim"]
-        monkeypatch.setattr(torch, "split", lambda t, sizes, dim=0: split(t, [s * width // 3072 for s in sizes], dim))
+        monkeypatch.setattr(
+            torch,
+            "split",
+            lambda t, sizes, dim=0: split(t, [s * width // 3072 for s in sizes], dim),
+        )
     assert equal(CONVERTERS[layout.name](dict(original)), ours)
 
 
@@ -126,9 +241,15 @@ def test_diffusers_reads_what_is_written(name: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", MODELS)
 def test_back_again(name: str, prefix: str) -> None:
     layout, config, ours, original = written(name)
-    file = {prefix + k: v for k, v in original.items()} | {"first_stage_model.x": torch.ones(1)} if prefix else original
+    file = (
+        {prefix + k: v for k, v in original.items()} | {"first_stage_model.x": torch.ones(1)}
+        if prefix
+        else original
+    )
     assert layout_of_keys(file) == (layout, prefix)
-    told, again = read_transformer(layout, prefix, present(file), name, config if name == "pixart-512" else None)
+    told, again = read_transformer(
+        layout, prefix, present(file), name, config if name == "pixart-512" else None
+    )
     assert equal({k: v.make() for k, v in again.items()}, ours)
     assert all(v.dtype == ours[k].dtype and v.shape == ours[k].shape for k, v in again.items())
     network = MODELS[name][1](**{k: v for k, v in told.items() if not k.startswith("_")})
@@ -136,7 +257,9 @@ def test_back_again(name: str, prefix: str) -> None:
     assert told["_class_name"] == layout.class_name
     for key, value in told.items():
         if key not in ("_class_name", "sample_size", "norm_eps") and config[key] is not None:
-            assert (list(config[key]) if isinstance(config[key], tuple) else config[key]) == value, key
+            assert (
+                list(config[key]) if isinstance(config[key], tuple) else config[key]
+            ) == value, key
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -149,16 +272,24 @@ def test_full_size(name: str) -> None:
     original, notes = write_transformer(layout, config, present(ours), name)
     assert not json.loads(notes.get(NOTE, "{}")).keys() - {"sample_size", "norm_eps"}, notes
     told, again = read_transformer(
-        layout, "", {k: v for k, v in original.items() if k != "pos_embed" or kind != "dit"} | _table(kind, config), name
+        layout,
+        "",
+        {k: v for k, v in original.items() if k != "pos_embed" or kind != "dit"}
+        | _table(kind, config),
+        name,
     )
     assert {k: v.shape for k, v in again.items()} == {k: tuple(v.shape) for k, v in ours.items()}
-    assert [told[k] for k in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels")] == [
-        config[k] for k in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels")
+    assert [
+        told[k] for k in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels")
+    ] == [
+        config[k]
+        for k in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels")
     ]
     if kind in CONVERTERS:
-        assert {k: v.shape for k, v in CONVERTERS[kind]({k: v.outline for k, v in original.items()}).items()} == {
-            k: v.shape for k, v in ours.items()
-        }
+        assert {
+            k: v.shape
+            for k, v in CONVERTERS[kind]({k: v.outline for k, v in original.items()}).items()
+        } == {k: v.shape for k, v in ours.items()}
 
 
 def _table(kind: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -177,9 +308,19 @@ def test_dit_with_another_table_or_unlike_copies_is_refused() -> None:
     layout, config, ours, original = written("dit")
     for change in (lambda t: t.flip(1), lambda t: t[:, :9]):
         with pytest.raises(UserError, match="pos_embed is not the table"):
-            read_transformer(layout, "", present(original | {"pos_embed": change(original["pos_embed"])}), "file", config)
-    ours["transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"] = torch.zeros(8, 144)
-    with pytest.raises(UserError, match=r"transformer_blocks\.1\.\S+ differs from transformer_blocks\.0"):
+            read_transformer(
+                layout,
+                "",
+                present(original | {"pos_embed": change(original["pos_embed"])}),
+                "file",
+                config,
+            )
+    ours["transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"] = torch.zeros(
+        8, 144
+    )
+    with pytest.raises(
+        UserError, match=r"transformer_blocks\.1\.\S+ differs from transformer_blocks\.0"
+    ):
         [v.make() for v in write_transformer(layout, config, present(ours), "folder")[0].values()]
 
 
@@ -195,16 +336,33 @@ def test_eager_tables_are_the_lazy_ones(name: str) -> None:
 def test_what_is_wrong_is_said_in_one_message(name: str) -> None:
     layout, config, _, original = written(name)
     given = config if layout.name == "pixart" else None
-    keys = sorted(k for k in original if k.endswith(("fc2.weight", "linear.weight", "mlp.2.weight", "final_layer.linear.weight")))
+    keys = sorted(
+        k
+        for k in original
+        if k.endswith(("fc2.weight", "linear.weight", "mlp.2.weight", "final_layer.linear.weight"))
+    )
     lost, bent = keys[0], keys[-1]
-    table = {k: v for k, v in original.items() if k != lost} | {"one.more": torch.ones(2), bent: original[bent][:, :-1]}
+    table = {k: v for k, v in original.items() if k != lost} | {
+        "one.more": torch.ones(2),
+        bent: original[bent][:, :-1],
+    }
     with pytest.raises(UserError) as error:
         read_transformer(layout, "", present(table), "a.safetensors", given)
     said = str(error.value)
     if lost not in ("double_blocks.0.img_mlp.2.weight",):  # by which FLUX.2's MLPs are measured
-        assert f"1 missing ({lost})" in said and "1 not expected (one.more)" in said and f"1 of another shape ({bent}" in said
+        assert (
+            f"1 missing ({lost})" in said
+            and "1 not expected (one.more)" in said
+            and f"1 of another shape ({bent}" in said
+        )
     with pytest.raises(UserError, match="not of floating-point numbers"):
-        read_transformer(layout, "", present(original | {bent: original[bent].to(torch.int8)}), "a.safetensors", given)
+        read_transformer(
+            layout,
+            "",
+            present(original | {bent: original[bent].to(torch.int8)}),
+            "a.safetensors",
+            given,
+        )
 
 
 @pytest.mark.parametrize(
@@ -225,7 +383,9 @@ def test_what_keys_do_not_tell_is_noted(name: str, fields: dict[str, Any]) -> No
     config |= fields
     original, notes = write_transformer(layout, config, present(ours), name)
     told, again = read_transformer(layout, "", original, name, notes=notes)
-    assert all(told[k] == list(v) if isinstance(v, tuple) else told[k] == v for k, v in fields.items())
+    assert all(
+        told[k] == list(v) if isinstance(v, tuple) else told[k] == v for k, v in fields.items()
+    )
     assert equal({k: v.make() for k, v in again.items()}, ours)
     try:
         other, _ = read_transformer(layout, "", original, name)
@@ -239,8 +399,12 @@ def test_what_keys_do_not_tell_is_noted(name: str, fields: dict[str, Any]) -> No
 
 def test_a_config_of_another_class_is_refused() -> None:
     layout, config, _, original = written("flux-dev")
-    with pytest.raises(UserError, match="holds a FluxTransformer2DModel, and the given config is of a SD3"):
-        read_transformer(layout, "", present(original), "file", config | {"_class_name": "SD3Transformer2DModel"})
+    with pytest.raises(
+        UserError, match="holds a FluxTransformer2DModel, and the given config is of a SD3"
+    ):
+        read_transformer(
+            layout, "", present(original), "file", config | {"_class_name": "SD3Transformer2DModel"}
+        )
     with pytest.raises(UserError, match="does not fit the architecture"):
         read_transformer(layout, "", present(original), "file", config | {"num_layers": 3})
     with pytest.raises(UserError, match=r"^file has a value of the wrong kind"):
@@ -248,4 +412,9 @@ def test_a_config_of_another_class_is_refused() -> None:
 
 
 def test_what_is_none() -> None:
-    assert layout_of_keys(["model.diffusion_model.input_blocks.0.0.weight", "double_blocks.0.img_attn.qkv.weight"]) is None
+    assert (
+        layout_of_keys(
+            ["model.diffusion_model.input_blocks.0.0.weight", "double_blocks.0.img_attn.qkv.weight"]
+        )
+        is None
+    )

@@ -1,5 +1,7 @@
-"""Whole SD 3 and FLUX.1 models in one file, networks in files of their own beside a folder, and DiT's and SiT's files: opened as models that draw
-the same pictures, written as files that diffusers' converters and transformers read as the same tensors."""
+"""Whole SD 3 and FLUX.1 models in one file, networks in files of their own beside a folder, and
+DiT's and SiT's files: opened as models that draw the same pictures, written as files that
+diffusers' converters and transformers read as the same tensors.
+"""
 
 import argparse
 import json
@@ -29,7 +31,12 @@ from sfumato.checkpoints.names.scheduler import read_scheduler
 from sfumato.checkpoints.names.whole import DYNAMIC, FLOW
 from sfumato.checkpoints.original import Reading
 from sfumato.checkpoints.single_file import KEY_OF_OURS
-from sfumato.checkpoints.transformer_files import NOTE, layout_named, read_transformer, write_transformer
+from sfumato.checkpoints.transformer_files import (
+    NOTE,
+    layout_named,
+    read_transformer,
+    write_transformer,
+)
 from sfumato.checkpoints.whole_files import LATENTS
 from sfumato.checkpoints.whole_models import CONFIGS
 from sfumato.checkpoints.whole_texts import TOKENIZERS
@@ -51,19 +58,49 @@ from sfumato.predict.networks.sit import SiTConfig, SiTTransformer
 from sfumato.sampling import Defaults
 from sfumato.types import Conditioning
 
-text: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_text.py")))
+text: Any = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_text.py"))
+)
 
-SD3: dict[str, Any] = {"sample_size": 8, "num_layers": 2, "num_attention_heads": 1, "attention_head_dim": 64, "caption_projection_dim": 64}
-SD3 |= {"joint_attention_dim": 192, "pooled_projection_dim": 160, "pos_embed_max_size": 6, "qk_norm": "rms_norm"}
-FLUX: dict[str, Any] = {"in_channels": 64, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 32, "num_attention_heads": 2}
-FLUX |= {"joint_attention_dim": 32, "pooled_projection_dim": 64, "axes_dims_rope": (4, 14, 14), "guidance_embeds": True}
+SD3: dict[str, Any] = {
+    "sample_size": 8,
+    "num_layers": 2,
+    "num_attention_heads": 1,
+    "attention_head_dim": 64,
+    "caption_projection_dim": 64,
+}
+SD3 |= {
+    "joint_attention_dim": 192,
+    "pooled_projection_dim": 160,
+    "pos_embed_max_size": 6,
+    "qk_norm": "rms_norm",
+}
+FLUX: dict[str, Any] = {
+    "in_channels": 64,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+}
+FLUX |= {
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 64,
+    "axes_dims_rope": (4, 14, 14),
+    "guidance_embeds": True,
+}
 CLASSES = {"sd3": ("SD3Transformer2DModel", SD3), "flux": ("FluxTransformer2DModel", FLUX)}
 CLASSES |= {"schnell": ("FluxTransformer2DModel", FLUX | {"guidance_embeds": False})}
 CONVERTERS = {
     "sd3": theirs.convert_sd3_transformer_checkpoint_to_diffusers,
     "flux": theirs.convert_flux_transformer_checkpoint_to_diffusers,
 }
-DIT: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 64, "out_channels": 8, "num_layers": 2, "sample_size": 8}
+DIT: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 64,
+    "out_channels": 8,
+    "num_layers": 2,
+    "sample_size": 8,
+}
 DIT |= {"num_embeds_ada_norm": 5, "norm_eps": 1e-6}
 PREFIX = "model.diffusion_model."
 
@@ -101,15 +138,29 @@ def clip(projected: bool, seed: int, pad: str, **fields: Any) -> ClipEncoder:
 def t5(width: int, scratch: Path) -> T5Encoder:
     from transformers import T5Config, T5EncoderModel
 
-    config = T5Config(vocab_size=192, d_model=width, d_kv=8, d_ff=40, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+    config = T5Config(
+        vocab_size=192,
+        d_model=width,
+        d_kv=8,
+        d_ff=40,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
     tokenizer = text.t5_tokenizer(scratch / f"spiece-{width}")
     return T5Encoder(tokenizer, text.drawn(lambda: T5EncoderModel(config), 3), text.spiece())
 
 
 def texts(name: str, scratch: Path) -> Any:
     if name != "sd3":
-        return FluxText(clip(False, 1, text.clip.END), t5(32, scratch), FluxTextConfig(max_sequence_length=512 if name == "flux" else 256))
-    big = clip(True, 2, "!", hidden_size=128, num_attention_heads=2, projection_dim=96, hidden_act="gelu")
+        return FluxText(
+            clip(False, 1, text.clip.END),
+            t5(32, scratch),
+            FluxTextConfig(max_sequence_length=512 if name == "flux" else 256),
+        )
+    big = clip(
+        True, 2, "!", hidden_size=128, num_attention_heads=2, projection_dim=96, hidden_act="gelu"
+    )
     return Sd3Text(clip(True, 1, text.clip.END), big, t5(192, scratch))
 
 
@@ -118,8 +169,16 @@ def whole(name: str, scratch: Path) -> LatentDiffusion:
     scheduler = FLOW | (DYNAMIC if name == "flux" else {"shift": 1.0 if name == "schnell" else 3.0})
     recipe = read_scheduler(scheduler, even=name != "sd3" or None)
     run: dict[str, Any] = {"sampler": recipe.sampler, "spacing": recipe.spacing_word}
-    run |= {"steps": 28, "guidance": 7.0} if name == "sd3" else {"steps": 28 if name == "flux" else 4, "guidance": 1.0}
-    parts = autoencoder(*LATENTS["sd3" if name == "sd3" else "flux"]), Denoiser(network(name), recipe.process), texts(name, scratch)
+    run |= (
+        {"steps": 28, "guidance": 7.0}
+        if name == "sd3"
+        else {"steps": 28 if name == "flux" else 4, "guidance": 1.0}
+    )
+    parts = (
+        autoencoder(*LATENTS["sd3" if name == "sd3" else "flux"]),
+        Denoiser(network(name), recipe.process),
+        texts(name, scratch),
+    )
     return LatentDiffusion(*parts, Defaults(**run), f"tiny-{name}")
 
 
@@ -129,12 +188,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LatentDiffusio
     return {name: whole(name, scratch) for name in CLASSES}
 
 
-def converted(name: str, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+def converted(
+    name: str, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Tensor]:
     """By diffusers; its converter knows FLUX's own width only, and cuts the very same at 64."""
     split = torch.split
     with monkeypatch.context() as patch:
         if name == "flux":
-            patch.setattr(torch, "split", lambda t, sizes, dim=0: split(t, [s * 64 // 3072 for s in sizes], dim))
+            patch.setattr(
+                torch,
+                "split",
+                lambda t, sizes, dim=0: split(t, [s * 64 // 3072 for s in sizes], dim),
+            )
         return CONVERTERS[name](dict(tensors))
 
 
@@ -144,12 +209,16 @@ def picture(model: LatentDiffusion) -> Tensor:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """But for the last bits of what CLIP pools, which depend on where in memory its weights begin."""
+    """But for the last bits of what CLIP pools, which depend on where in memory its weights
+    begin.
+    """
     return bool((a - b).norm() < 1e-5 * b.norm())
 
 
 @pytest.fixture(scope="module")
-def saved(models: dict[str, LatentDiffusion], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def saved(
+    models: dict[str, LatentDiffusion], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
     """Where a model lies as `folder` and as `a.safetensors`; nobody writes there."""
 
     @cache
@@ -175,49 +244,75 @@ def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-# ---- whole files -----------------------------------------------------------------------------------------------------------
+# ---- whole files ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_there_and_back(name: str, models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path) -> None:
+def test_there_and_back(
+    name: str, models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path
+) -> None:
     """The same model from the file, and the same file from that model, to the last bit."""
     model = models[name]
     again = sfumato.load(saved(name) / "a.safetensors")
     assert (again.hash, again.name, again.defaults) == (model.hash, model.name, model.defaults)
-    assert again.denoiser.process == model.denoiser.process and again.conditioner.to_config() == model.conditioner.to_config()
+    assert (
+        again.denoiser.process == model.denoiser.process
+        and again.conditioner.to_config() == model.conditioner.to_config()
+    )
     assert same(picture(again), picture(model))
     again.save(tmp_path / "b.safetensors")
     assert equal(load_file(saved(name) / "a.safetensors"), load_file(tmp_path / "b.safetensors"))
-    one, two = (notes_of(path) for path in (saved(name) / "a.safetensors", tmp_path / "b.safetensors"))
-    assert {k: v for k, v in one.items() if k != TOKENIZERS} == {k: v for k, v in two.items() if k != TOKENIZERS}
+    one, two = (
+        notes_of(path) for path in (saved(name) / "a.safetensors", tmp_path / "b.safetensors")
+    )
+    assert {k: v for k, v in one.items() if k != TOKENIZERS} == {
+        k: v for k, v in two.items() if k != TOKENIZERS
+    }
     again.save(tmp_path / "folder")
     assert sfumato.load(tmp_path / "folder").hash == model.hash
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_others_read_the_file(
-    name: str, models: dict[str, LatentDiffusion], saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    models: dict[str, LatentDiffusion],
+    saved: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = models[name]
     file = load_file(saved(name) / "a.safetensors")
-    assert equal(converted(name, below(file, PREFIX), monkeypatch), dict(model.denoiser.network.state_dict()))
-    assert equal(theirs.convert_ldm_vae_checkpoint(dict(file), model.autoencoder.to_config()), dict(model.autoencoder.state_dict()))
+    assert equal(
+        converted(name, below(file, PREFIX), monkeypatch), dict(model.denoiser.network.state_dict())
+    )
+    assert equal(
+        theirs.convert_ldm_vae_checkpoint(dict(file), model.autoencoder.to_config()),
+        dict(model.autoencoder.state_dict()),
+    )
     if name == "sd3":
         for part, tower in (("", "clip_l"), ("_2", "clip_g")):
-            found = theirs.convert_ldm_clip_checkpoint(dict(file), f"text_encoders.{tower}.transformer.")
+            found = theirs.convert_ldm_clip_checkpoint(
+                dict(file), f"text_encoders.{tower}.transformer."
+            )
             assert equal(found, model.conditioner.encoders[part].tensors())
-        assert equal(below(file, "text_encoders.t5xxl.transformer."), model.conditioner.encoder_3.tensors())
-    assert NOTE not in notes_of(saved(name) / "a.safetensors") or set(json.loads(notes_of(saved(name) / "a.safetensors")[NOTE])) == {
-        "sample_size"
-    }
+        assert equal(
+            below(file, "text_encoders.t5xxl.transformer."), model.conditioner.encoder_3.tensors()
+        )
+    assert NOTE not in notes_of(saved(name) / "a.safetensors") or set(
+        json.loads(notes_of(saved(name) / "a.safetensors")[NOTE])
+    ) == {"sample_size"}
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_files_of_others(name: str, models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path) -> None:
+def test_files_of_others(
+    name: str, models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path
+) -> None:
     """Without a note: tokenizers from a folder, what was published for the rest."""
     model = models[name]
     save_file(load_file(saved(name) / "a.safetensors"), tmp_path / "bare.safetensors")
-    with pytest.raises(UserError, match=r"bare\.safetensors has text encoders and no tokenizers.*tokenizer and tokenizer_2"):
+    with pytest.raises(
+        UserError,
+        match=r"bare\.safetensors has text encoders and no tokenizers.*tokenizer and tokenizer_2",
+    ):
         sfumato.load(tmp_path / "bare.safetensors")
     with pytest.raises(UserError, match="has no folder tokenizer"):
         sfumato.load(tmp_path / "bare.safetensors", tokenizer=tmp_path)
@@ -228,9 +323,17 @@ def test_files_of_others(name: str, models: dict[str, LatentDiffusion], saved: C
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_convert_keeps_what_draws(name: str, models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path) -> None:
-    """`sfumato convert` from a folder to a file, to another, and back: each opens alone, with its tokenizers, and draws the same."""
-    one, two, folder = tmp_path / "one.safetensors", tmp_path / "two.safetensors", tmp_path / "folder"
+def test_convert_keeps_what_draws(
+    name: str, models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """`sfumato convert` from a folder to a file, to another, and back: each opens alone, with its
+    tokenizers, and draws the same.
+    """
+    one, two, folder = (
+        tmp_path / "one.safetensors",
+        tmp_path / "two.safetensors",
+        tmp_path / "folder",
+    )
     assert main(["convert", str(saved(name) / "folder"), str(one)]) == 0
     assert main(["convert", str(one), str(two), "--dtype", "fp32"]) == 0
     assert main(["convert", str(two), str(folder)]) == 0
@@ -238,16 +341,25 @@ def test_convert_keeps_what_draws(name: str, models: dict[str, LatentDiffusion],
     model = models[name]
     for place in (one, folder, tmp_path / "other"):
         found = sfumato.load(place)
-        assert (found.hash, found.name, found.defaults) == (model.hash, model.name, model.defaults), place
+        assert (found.hash, found.name, found.defaults) == (
+            model.hash,
+            model.name,
+            model.defaults,
+        ), place
         assert found.conditioner.to_config() == model.conditioner.to_config()
     assert same(picture(found), picture(model))
-    entries = [json.loads((path / "model_index.json").read_text()) for path in (folder, saved(name) / "folder")]
+    entries = [
+        json.loads((path / "model_index.json").read_text())
+        for path in (folder, saved(name) / "folder")
+    ]
     assert all(entries[0][key] == entries[1][key] for key in entries[0] if key != "_sfumato"), (
         "diffusers opens the tokenizers by their classes"
     )
 
 
-def test_half_precision(models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path) -> None:
+def test_half_precision(
+    models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path
+) -> None:
     model = models["flux"]
     half = sfumato.load(saved("flux") / "a.safetensors", dtype=torch.bfloat16)
     assert {p.dtype for p in half.denoiser.network.parameters()} == {torch.bfloat16}
@@ -255,25 +367,50 @@ def test_half_precision(models: dict[str, LatentDiffusion], saved: Callable[[str
     assert sfumato.load(tmp_path / "half.safetensors", dtype=torch.bfloat16).hash == half.hash
 
 
-def test_sd3_without_t5(models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path) -> None:
+def test_sd3_without_t5(
+    models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path
+) -> None:
     model = models["sd3"]
-    model = replace(model, conditioner=replace(model.conditioner, encoder_3=None, config=Sd3TextConfig(joint_attention_dim=192)))
+    model = replace(
+        model,
+        conditioner=replace(
+            model.conditioner, encoder_3=None, config=Sd3TextConfig(joint_attention_dim=192)
+        ),
+    )
     model.save(tmp_path / "a.safetensors")
     assert not any("t5xxl" in k for k in load_file(tmp_path / "a.safetensors"))
     assert sfumato.load(tmp_path / "a.safetensors").hash == model.hash
     save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "bare.safetensors")
-    assert same(picture(sfumato.load(tmp_path / "bare.safetensors", tokenizer=saved("sd3") / "folder")), picture(model))
+    assert same(
+        picture(sfumato.load(tmp_path / "bare.safetensors", tokenizer=saved("sd3") / "folder")),
+        picture(model),
+    )
 
 
-def test_what_the_layout_cannot_tell(models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path) -> None:
-    """Heads, latents or text encoders that others would take for published ones: our own layout, and the same model from it."""
+def test_what_the_layout_cannot_tell(
+    models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Heads, latents or text encoders that others would take for published ones: our own layout,
+    and the same model from it.
+    """
     model = models["flux"]
     flat = replace(model, autoencoder=autoencoder(0.5, None))
     norm = replace(
-        model, conditioner=replace(model.conditioner, encoder=clip(False, 1, text.clip.END, layer_norm_eps=1e-3, hidden_act="gelu"))
+        model,
+        conditioner=replace(
+            model.conditioner,
+            encoder=clip(False, 1, text.clip.END, layer_norm_eps=1e-3, hidden_act="gelu"),
+        ),
     )
-    axes = replace(model, denoiser=replace(model.denoiser, network=network("flux", axes_dims_rope=(8, 12, 12))))
-    eps = replace(model, denoiser=replace(model.denoiser, process=Process(schedule("linear"), parameterization("eps"))))
+    axes = replace(
+        model, denoiser=replace(model.denoiser, network=network("flux", axes_dims_rope=(8, 12, 12)))
+    )
+    eps = replace(
+        model,
+        denoiser=replace(
+            model.denoiser, process=Process(schedule("linear"), parameterization("eps"))
+        ),
+    )
     for k, other in enumerate((flat, norm, axes, eps)):
         path = tmp_path / f"{k}.safetensors"
         other.save(path)
@@ -291,12 +428,24 @@ def test_damaged_files(saved: Callable[[str], Path], tmp_path: Path) -> None:
         ({k: v for k, v in file.items() if k != key}, notes, "conv_in"),
         (file | {key: file[key] * math.nan}, notes, "NaN"),
         (file | {"more.weight": torch.ones(1)}, notes, r"more\.weight"),
-        ({k: v for k, v in file.items() if k.startswith(PREFIX)}, {}, r"holds a network alone.*transformer=FILE"),
-        ({k: v for k, v in file.items() if not k.startswith("text_")}, {}, "holds a network and an autoencoder alone"),
+        (
+            {k: v for k, v in file.items() if k.startswith(PREFIX)},
+            {},
+            r"holds a network alone.*transformer=FILE",
+        ),
+        (
+            {k: v for k, v in file.items() if not k.startswith("text_")},
+            {},
+            "holds a network and an autoencoder alone",
+        ),
         (file, notes | {CONFIGS: "[1]"}, "no table of configs"),
         (file, notes | {CONFIGS: "{"}, "wrong kind"),
         (file, notes | {TOKENIZERS: "{}"}, "tokenizer"),
-        (file, notes | {TOKENIZERS: json.dumps({"tokenizer": {"../x": ""}, "tokenizer_2": {}})}, "names a path"),
+        (
+            file,
+            notes | {TOKENIZERS: json.dumps({"tokenizer": {"../x": ""}, "tokenizer_2": {}})},
+            "names a path",
+        ),
         (file, notes | {"sfumato.scheduler": '{"_class_name": "DDIMSchedule"}'}, "DDIMSchedule"),
         (file, notes | {"sfumato.model": '{"defaults": {"steps": -1}}'}, "steps"),
     ]
@@ -308,13 +457,15 @@ def test_damaged_files(saved: Callable[[str], Path], tmp_path: Path) -> None:
         sfumato.load(good, reading=Reading(ema=True))
 
 
-# ---- a network in a file of its own ----------------------------------------------------------------------------------------
+# ---- a network in a file of its own --------------------------------------------------------------
 
 
 def lone(model: LatentDiffusion, name: str, path: Path, prefix: str = "") -> dict[str, Tensor]:
     """Writes the network of a model under its original names."""
     net: Any = model.denoiser.network
-    table, _ = write_transformer(layout_named(name), net.to_config(), present(net.state_dict()), "network")
+    table, _ = write_transformer(
+        layout_named(name), net.to_config(), present(net.state_dict()), "network"
+    )
     tensors = {prefix + k: v.make().contiguous() for k, v in table.items()}
     save_file(tensors, path)
     return tensors
@@ -328,21 +479,29 @@ def base(saved: Callable[[str], Path], tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def test_a_network_beside_a_folder(models: dict[str, LatentDiffusion], saved: Callable[[str], Path], base: Path, tmp_path: Path) -> None:
+def test_a_network_beside_a_folder(
+    models: dict[str, LatentDiffusion], saved: Callable[[str], Path], base: Path, tmp_path: Path
+) -> None:
     model = models["flux"]
     with pytest.raises(UserError, match="has no weights"):
         sfumato.load(base)
     for prefix in ("", PREFIX):
         tensors = lone(model, "flux", tmp_path / "net.safetensors", prefix)
         found = sfumato.load(base, transformer=tmp_path / "net.safetensors")
-        assert found.hash == model.hash and found.defaults == model.defaults and same(picture(found), picture(model))
+        assert (
+            found.hash == model.hash
+            and found.defaults == model.defaults
+            and same(picture(found), picture(model))
+        )
     torch.save({"state_dict": tensors}, tmp_path / "net.pt")
     assert sfumato.load(base, transformer=str(tmp_path / "net.pt")).hash == model.hash
     every = saved("flux") / "a.safetensors"  # of a whole file the network is taken
     assert sfumato.load(base, transformer=every).hash == model.hash
 
 
-def test_quantised_networks(models: dict[str, LatentDiffusion], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantised_networks(
+    models: dict[str, LatentDiffusion], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """GGUF's Q8_0, whose numbers are written out here, and eight bits with scales."""
     tensors = lone(models["flux"], "flux", tmp_path / "net.safetensors")
     writer, wanted = gguf.GGUFWriter(tmp_path / "net.gguf", "flux"), {}
@@ -353,7 +512,9 @@ def test_quantised_networks(models: dict[str, LatentDiffusion], base: Path, tmp_
             scale = (np.abs(blocks).max(1, keepdims=True) / 127).astype(np.float16)
             numbers = np.round(blocks / scale.astype(np.float32)).astype(np.int8)
             wanted[key] = torch.from_numpy((scale.astype(np.float32) * numbers).reshape(data.shape))
-            packed = np.concatenate([scale.view(np.uint8), numbers.view(np.uint8)], 1).reshape(data.shape[0], -1)
+            packed = np.concatenate([scale.view(np.uint8), numbers.view(np.uint8)], 1).reshape(
+                data.shape[0], -1
+            )
             writer.add_tensor(key, packed, raw_dtype=Kind.Q8_0)
         else:
             wanted[key] = tensor
@@ -369,11 +530,18 @@ def test_quantised_networks(models: dict[str, LatentDiffusion], base: Path, tmp_
     eights: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if tensor.ndim == 2:
-            eights |= {key: (16 * tensor).to(torch.float8_e4m3fn), f"{key.removesuffix('weight')}scale_weight": torch.tensor(1 / 16)}
+            eights |= {
+                key: (16 * tensor).to(torch.float8_e4m3fn),
+                f"{key.removesuffix('weight')}scale_weight": torch.tensor(1 / 16),
+            }
         else:
             eights[key] = tensor
     save_file(eights, tmp_path / "fp8.safetensors")
-    scaled = {k: v.float() / 16 if v.dtype == torch.float8_e4m3fn else v for k, v in eights.items() if not k.endswith("scale_weight")}
+    scaled = {
+        k: v.float() / 16 if v.dtype == torch.float8_e4m3fn else v
+        for k, v in eights.items()
+        if not k.endswith("scale_weight")
+    }
     found = sfumato.load(base, transformer=tmp_path / "fp8.safetensors").denoiser.network
     assert equal(dict(found.state_dict()), converted("flux", scaled, monkeypatch))
     for name in ("net.gguf", "fp8.safetensors"):
@@ -381,17 +549,24 @@ def test_quantised_networks(models: dict[str, LatentDiffusion], base: Path, tmp_
             sfumato.load(base, transformer=tmp_path / name, memory="64GB")
 
 
-def test_networks_that_do_not_belong(models: dict[str, LatentDiffusion], base: Path, tmp_path: Path) -> None:
+def test_networks_that_do_not_belong(
+    models: dict[str, LatentDiffusion], base: Path, tmp_path: Path
+) -> None:
     lone(models["sd3"], "sd3", tmp_path / "sd3.safetensors")
     lone(models["schnell"], "flux", tmp_path / "schnell.safetensors")
     save_file({"a": torch.ones(2)}, tmp_path / "odd.safetensors")
     for name, said in (
-        ("sd3", "holds a SD3Transformer2DModel, and the given config is of a FluxTransformer2DModel"),
+        (
+            "sd3",
+            "holds a SD3Transformer2DModel, and the given config is of a FluxTransformer2DModel",
+        ),
         ("schnell", "guidance_in"),
         ("odd", "holds no diffusion transformer"),
         ("none", "was not found"),
     ):
-        with pytest.raises(UserError, match=rf"{name}\.safetensors.*{said}|{said}.*{name}\.safetensors"):
+        with pytest.raises(
+            UserError, match=rf"{name}\.safetensors.*{said}|{said}.*{name}\.safetensors"
+        ):
             sfumato.load(base, transformer=tmp_path / f"{name}.safetensors")
     with pytest.raises(UserError, match="expected a model's folder"):
         sfumato.load(tmp_path / "sd3.safetensors", transformer=tmp_path / "sd3.safetensors")
@@ -402,17 +577,25 @@ def test_networks_that_do_not_belong(models: dict[str, LatentDiffusion], base: P
         sfumato.load(base, transformer=tmp_path / "schnell.safetensors")
 
 
-def test_streamed(models: dict[str, LatentDiffusion], saved: Callable[[str], Path], base: Path, tmp_path: Path) -> None:
+def test_streamed(
+    models: dict[str, LatentDiffusion], saved: Callable[[str], Path], base: Path, tmp_path: Path
+) -> None:
     """The same pictures with weights that stay in the files."""
     model = models["flux"]
     lone(model, "flux", tmp_path / "net.safetensors")
     wanted = picture(model)
-    assert same(picture(sfumato.load(base, transformer=tmp_path / "net.safetensors", memory="64GB")), wanted)
+    assert same(
+        picture(sfumato.load(base, transformer=tmp_path / "net.safetensors", memory="64GB")), wanted
+    )
     assert same(picture(sfumato.load(saved("flux") / "a.safetensors", memory="64GB")), wanted)
 
 
 def test_command_line(
-    models: dict[str, LatentDiffusion], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    models: dict[str, LatentDiffusion],
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A picture remembers the file, and is made again with it."""
     from PIL import Image
@@ -420,16 +603,43 @@ def test_command_line(
     monkeypatch.chdir(tmp_path)
     lone(models["flux"], "flux", tmp_path / "net.safetensors")
     small = ["--n", "1", "--steps", "1", "--height", "16", "--width", "16"]
-    assert main(["generate", "a cat", "--model", str(base), "--transformer", "net.safetensors", *small, "--out", "a.png"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "a cat",
+                "--model",
+                str(base),
+                "--transformer",
+                "net.safetensors",
+                *small,
+                "--out",
+                "a.png",
+            ]
+        )
+        == 0
+    )
     assert main(["generate", "--from", "a.png", "--out", "b.png"]) == 0
     assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes()
-    task = ["vary", "a.png", "a cat", "--model", str(base), "--transformer", "net.safetensors", "--steps", "4", "--out", "c.png"]
+    task = [
+        "vary",
+        "a.png",
+        "a cat",
+        "--model",
+        str(base),
+        "--transformer",
+        "net.safetensors",
+        "--steps",
+        "4",
+        "--out",
+        "c.png",
+    ]
     assert main(task) == 0, capsys.readouterr().err
     assert main(["generate", "a cat", "--model", str(base), *small]) == 2
     assert "has no weights" in capsys.readouterr().err
 
 
-# ---- DiT and SiT -----------------------------------------------------------------------------------------------------------
+# ---- DiT and SiT ---------------------------------------------------------------------------------
 
 
 def sit_file(**fields: Any) -> tuple[SiTTransformer, dict[str, Tensor], dict[str, str]]:
@@ -438,37 +648,70 @@ def sit_file(**fields: Any) -> tuple[SiTTransformer, dict[str, Tensor], dict[str
     first = net.transformer_blocks[0].norm1.emb.state_dict()
     for block in net.transformer_blocks:
         block.norm1.emb.load_state_dict(first)
-    table, notes = write_transformer(layout_named("sit"), net.to_config(), present(net.state_dict()), "network")
+    table, notes = write_transformer(
+        layout_named("sit"), net.to_config(), present(net.state_dict()), "network"
+    )
     return net, {k: v.make().contiguous() for k, v in table.items()}, notes
 
 
 def published(file: dict[str, Tensor], heads: int, x: Tensor, s: Tensor, label: Tensor) -> Tensor:
-    """SiT of the paper from the tensors of its file, at its own time s, which is 1 for pictures: dx/ds. Patches of 2."""
-    from torch.nn.functional import conv2d, gelu, layer_norm, linear, scaled_dot_product_attention, silu
+    """SiT of the paper from the tensors of its file, at its own time s, which is 1 for pictures:
+    dx/ds. Patches of 2.
+    """
+    from torch.nn.functional import (
+        conv2d,
+        gelu,
+        layer_norm,
+        linear,
+        scaled_dot_product_attention,
+        silu,
+    )
 
     def layer(name: str, value: Tensor) -> Tensor:
         return linear(value, file[f"{name}.weight"], file[f"{name}.bias"])
 
     angles = s[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
-    c = layer("t_embedder.mlp.2", silu(layer("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))))
+    c = layer(
+        "t_embedder.mlp.2",
+        silu(layer("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))),
+    )
     c = silu(c + file["y_embedder.embedding_table.weight"][label])
-    y = conv2d(x, file["x_embedder.proj.weight"], file["x_embedder.proj.bias"], stride=2).flatten(2).mT + file["pos_embed"]
+    y = (
+        conv2d(x, file["x_embedder.proj.weight"], file["x_embedder.proj.bias"], stride=2)
+        .flatten(2)
+        .mT
+        + file["pos_embed"]
+    )
     width = y.shape[-1]
     for k in range(DIT["num_layers"]):
-        shift, scale, gate, shift_2, scale_2, gate_2 = layer(f"blocks.{k}.adaLN_modulation.1", c)[:, None].chunk(6, -1)
+        shift, scale, gate, shift_2, scale_2, gate_2 = layer(f"blocks.{k}.adaLN_modulation.1", c)[
+            :, None
+        ].chunk(6, -1)
         z = layer(f"blocks.{k}.attn.qkv", layer_norm(y, (width,), eps=1e-6) * (1 + scale) + shift)
         q, key, v = z.unflatten(-1, (3, heads, width // heads)).permute(2, 0, 3, 1, 4)
-        y = y + gate * layer(f"blocks.{k}.attn.proj", scaled_dot_product_attention(q, key, v).transpose(1, 2).flatten(2))
-        z = layer(f"blocks.{k}.mlp.fc1", layer_norm(y, (width,), eps=1e-6) * (1 + scale_2) + shift_2)
+        y = y + gate * layer(
+            f"blocks.{k}.attn.proj",
+            scaled_dot_product_attention(q, key, v).transpose(1, 2).flatten(2),
+        )
+        z = layer(
+            f"blocks.{k}.mlp.fc1", layer_norm(y, (width,), eps=1e-6) * (1 + scale_2) + shift_2
+        )
         y = y + gate_2 * layer(f"blocks.{k}.mlp.fc2", gelu(z, approximate="tanh"))
     shift, scale = layer("final_layer.adaLN_modulation.1", c)[:, None].chunk(2, -1)
     y = layer("final_layer.linear", layer_norm(y, (width,), eps=1e-6) * (1 + scale) + shift)
     side = x.shape[-1] // 2
-    return y.unflatten(1, (side, side)).unflatten(-1, (2, 2, -1)).permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, 2 * side, 2 * side)[:, :4]
+    return (
+        y.unflatten(1, (side, side))
+        .unflatten(-1, (2, 2, -1))
+        .permute(0, 5, 1, 3, 2, 4)
+        .reshape(len(x), -1, 2 * side, 2 * side)[:, :4]
+    )
 
 
 def test_sit_is_the_papers_network_as_a_flow() -> None:
-    """eps - z at time t of ours is minus theirs at 1 - t; through `Process` it says which picture and which noise that means."""
+    """eps - z at time t of ours is minus theirs at 1 - t; through `Process` it says which picture
+    and which noise that means.
+    """
     net, file, _ = sit_file()
     generator = torch.Generator().manual_seed(0)
     x, label = torch.randn(3, 4, 8, 8, generator=generator), torch.tensor([0, 3, 5])
@@ -480,7 +723,8 @@ def test_sit_is_the_papers_network_as_a_flow() -> None:
         denoiser = Denoiser(net, Process(schedule("flow"), parameterization("flow")))
         said = denoiser(x, 0.5, Conditioning(vector=torch.eye(6)[label]))
         half = published(file, 2, x, torch.full((3,), 0.5), label)
-    torch.testing.assert_close(said.x0, x + 0.5 * half, atol=1e-4, rtol=1e-4)  # z = x + (1 - s) v and eps = x - s v
+    # z = x + (1 - s) v and eps = x - s v
+    torch.testing.assert_close(said.x0, x + 0.5 * half, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(said.eps, x - 0.5 * half, atol=1e-4, rtol=1e-4)
 
 
@@ -491,31 +735,60 @@ def test_sit_is_told_from_dit_by_its_class() -> None:
     assert SiTConfig.from_dict(values) == net.config
     assert equal({k: v.make() for k, v in tensors.items()}, dict(net.state_dict()))
     with pytest.raises(UserError, match="holds a SfumatoSiT, and the given config is of a DiT"):
-        read_transformer(layout_named("dit"), "", present(file), "file", {**values, "_class_name": "DiTTransformer2DModel"}, notes)
+        read_transformer(
+            layout_named("dit"),
+            "",
+            present(file),
+            "file",
+            {**values, "_class_name": "DiTTransformer2DModel"},
+            notes,
+        )
 
 
-def test_convert_dit_and_sit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_dit_and_sit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Pickles as they were published, or as training left them; to a folder, to a file and back."""
     monkeypatch.chdir(tmp_path)
     net, file, _ = sit_file()
     torch.save(file, "net.pt")
     torch.save(
-        {"ema": file, "model": {k: 2 * v for k, v in file.items()}, "opt": {}, "args": argparse.Namespace(model="SiT-XL/2")}, "run.pt"
+        {
+            "ema": file,
+            "model": {k: 2 * v for k, v in file.items()},
+            "opt": {},
+            "args": argparse.Namespace(model="SiT-XL/2"),
+        },
+        "run.pt",
     )
     for source in ("net.pt", "run.pt"):
         folder = source.removesuffix(".pt")
         assert main(["convert", source, folder, "--network", "sit"]) == 0, capsys.readouterr().err
         config = json.loads((tmp_path / folder / "transformer" / "config.json").read_text())
         assert SiTConfig.from_dict(config) == net.config and config["_class_name"] == "SfumatoSiT"
-        assert equal(load_file(tmp_path / folder / "transformer" / "diffusion_pytorch_model.safetensors"), dict(net.state_dict()))
-    assert main(["convert", "net", "again.safetensors"]) == 0 and equal(load_file("again.safetensors"), file)
+        assert equal(
+            load_file(tmp_path / folder / "transformer" / "diffusion_pytorch_model.safetensors"),
+            dict(net.state_dict()),
+        )
+    assert main(["convert", "net", "again.safetensors"]) == 0 and equal(
+        load_file("again.safetensors"), file
+    )
     assert main(["convert", "again.safetensors", "third"]) == 0  # the file says that it is SiT's
     assert json.loads(Path("third/transformer/config.json").read_text()) == config
     assert main(["convert", "net.pt", "dit"]) == 0
-    assert json.loads(Path("dit/transformer/config.json").read_text())["_class_name"] == "DiTTransformer2DModel"
+    assert (
+        json.loads(Path("dit/transformer/config.json").read_text())["_class_name"]
+        == "DiTTransformer2DModel"
+    )
     capsys.readouterr()
-    assert main(["convert", "again.safetensors", "x", "--network", "dit"]) == 2 and "holds SfumatoSiT" in capsys.readouterr().err
-    assert main(["convert", "net", "x", "--network", "sit"]) == 2 and "for single files" in capsys.readouterr().err
+    assert (
+        main(["convert", "again.safetensors", "x", "--network", "dit"]) == 2
+        and "holds SfumatoSiT" in capsys.readouterr().err
+    )
+    assert (
+        main(["convert", "net", "x", "--network", "sit"]) == 2
+        and "for single files" in capsys.readouterr().err
+    )
 
 
 def test_a_sit_draws_with_a_folder(tmp_path: Path) -> None:
@@ -524,12 +797,21 @@ def test_a_sit_draws_with_a_folder(tmp_path: Path) -> None:
     torch.save(file, tmp_path / "net.pt")
     process = Process(schedule("flow"), parameterization("flow"))
     labels = ClassLabels(("cat", "dog", "fox", "owl", "carp"))
-    model = LatentDiffusion(autoencoder(0.18215, None, 4), Denoiser(net, process), labels, Defaults(steps=2, sampler="ddim"), "sit")
+    model = LatentDiffusion(
+        autoencoder(0.18215, None, 4),
+        Denoiser(net, process),
+        labels,
+        Defaults(steps=2, sampler="ddim"),
+        "sit",
+    )
     model.save(tmp_path / "folder")
     again = sfumato.load(tmp_path / "folder", transformer=tmp_path / "net.pt")
     assert again.hash == model.hash == sfumato.load(tmp_path / "folder").hash
     assert again.generate("fox", seed=1)[0].tobytes() == model.generate("fox", seed=1)[0].tobytes()
     place = tmp_path / "folder" / "scheduler" / "scheduler_config.json"
     place.write_text(json.dumps({"_class_name": "DDIMScheduler", "beta_schedule": "linear"}))
-    with pytest.raises(UserError, match=r"scheduler_config\.json is of a process with target 'eps', and a SiTTransformer answers 'flow'"):
+    with pytest.raises(
+        UserError,
+        match=r"scheduler_config\.json is of a process with target 'eps', and a SiTTransformer answers 'flow'",
+    ):
         sfumato.load(tmp_path / "folder")

@@ -1,4 +1,6 @@
-"""Parity with diffusers' prompts for PixArt, SD 3, FLUX.1 and FLUX.2: the same tokens, masks and vectors from the same folders, both ways."""
+"""Parity with diffusers' prompts for PixArt, SD 3, FLUX.1 and FLUX.2: the same tokens, masks and
+vectors from the same folders, both ways.
+"""
 
 import json
 import logging
@@ -16,10 +18,19 @@ from torch import Tensor
 from sfumato.registry import find
 from sfumato.types import Conditioning, Picture
 
-tiny: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_text.py")))
+tiny: Any = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_text.py"))
+)
 KINDS = list(tiny.PIPELINES)
 NAMES = {"pixart": "t5_text", "sd3": "sd3_text", "flux": "flux_text", "flux2": "flux2_text"}
-PROMPTS = ["a cat, a red dog", "", "Ein Hund & zwei Katzen: 3 Fälle!", "a cat, a red dog", "A (cat:1.3) in [IMG] brackets", "  a \n cat "]
+PROMPTS = [
+    "a cat, a red dog",
+    "",
+    "Ein Hund & zwei Katzen: 3 Fälle!",
+    "a cat, a red dog",
+    "A (cat:1.3) in [IMG] brackets",
+    "  a \n cat ",
+]
 LONG = "a cat sat on the mat " * 100
 """Longer than any of them reads: CLIP's 75 tokens, T5's 512, a language model's 512."""
 
@@ -41,14 +52,19 @@ def ours(folders: dict[str, Path]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """diffusers' pipelines of the same parts, which went through no file."""
-    return {kind: pipeline(kind, tiny.parts(kind, tmp_path_factory.mktemp("parts") / kind)) for kind in KINDS}
+    return {
+        kind: pipeline(kind, tiny.parts(kind, tmp_path_factory.mktemp("parts") / kind))
+        for kind in KINDS
+    }
 
 
 def empty(kind: str) -> dict[str, Any]:
     """The rest of a pipeline, which prompts do not need."""
     rest: dict[str, Any] = {"vae": None, "transformer": None, "scheduler": None}
     if kind == "sd3_without_t5":  # it asks the network for its width
-        rest["transformer"] = SimpleNamespace(config=SimpleNamespace(sample_size=8, patch_size=2, **tiny.NETWORKS[kind]))
+        rest["transformer"] = SimpleNamespace(
+            config=SimpleNamespace(sample_size=8, patch_size=2, **tiny.NETWORKS[kind])
+        )
     return rest
 
 
@@ -56,21 +72,36 @@ def pipeline(kind: str, parts: dict[str, Any]) -> Any:
     import diffusers
 
     found = object.__new__(getattr(diffusers, tiny.PIPELINES[kind]))
-    with pytest.MonkeyPatch.context() as patch:  # the stand-in for a network is not a model that could be registered
-        patch.setattr(type(found), "register_modules", lambda self, **modules: self.__dict__.update(modules))
+    # the stand-in for a network is not a model that could be registered
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(found), "register_modules", lambda self, **modules: self.__dict__.update(modules)
+        )
         patch.setattr(type(found), "register_to_config", lambda self, **values: None)
         found.__init__(**parts, **empty(kind))
     return found
 
 
-def asked(pipe: Any, kind: str, prompts: list[str], second: list[str] | None = None, negative: bool = False) -> Conditioning:
-    """What diffusers makes of prompts, by our names. negative: as the negative prompts, where it treats those apart."""
+def asked(
+    pipe: Any,
+    kind: str,
+    prompts: list[str],
+    second: list[str] | None = None,
+    negative: bool = False,
+) -> Conditioning:
+    """What diffusers makes of prompts, by our names. negative: as the negative prompts, where it
+    treats those apart.
+    """
     with torch.no_grad():
         if kind.startswith("pixart"):
             length = 120 if kind == "pixart_alpha" else 300
             say = {"negative_prompt": prompts} if negative else {}
             found = pipe.encode_prompt(
-                ["a"] * len(prompts) if negative else prompts, negative, device="cpu", max_sequence_length=length, **say
+                ["a"] * len(prompts) if negative else prompts,
+                negative,
+                device="cpu",
+                max_sequence_length=length,
+                **say,
             )
             tokens, mask = found[2:4] if negative else found[:2]
             return Conditioning(tokens, mask.bool())
@@ -80,11 +111,17 @@ def asked(pipe: Any, kind: str, prompts: list[str], second: list[str] | None = N
             tokens, no_tokens, pooled, no_pooled = pipe.encode_prompt(
                 first, second, second, device="cpu", do_classifier_free_guidance=negative, **say
             )
-            return Conditioning(no_tokens, vector=no_pooled) if negative else Conditioning(tokens, vector=pooled)
+            return (
+                Conditioning(no_tokens, vector=no_pooled)
+                if negative
+                else Conditioning(tokens, vector=pooled)
+            )
         if kind.startswith("flux2"):
             return Conditioning(pipe.encode_prompt(prompts, device="cpu")[0])
         length = 256 if kind == "flux_schnell" else 512
-        tokens, pooled, _ = pipe.encode_prompt(prompts, second, device="cpu", max_sequence_length=length)
+        tokens, pooled, _ = pipe.encode_prompt(
+            prompts, second, device="cpu", max_sequence_length=length
+        )
         return Conditioning(tokens, vector=pooled)
 
 
@@ -100,30 +137,45 @@ def close(found: Conditioning, theirs: Conditioning) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_prompts_are_read_as_diffusers_reads_them(kind: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+def test_prompts_are_read_as_diffusers_reads_them(
+    kind: str, ours: dict[str, Any], theirs: dict[str, Any]
+) -> None:
     found = ours[kind](PROMPTS)
     close(found, asked(theirs[kind], kind, PROMPTS))
-    assert torch.equal(found.tokens[0], found.tokens[3]) and not torch.allclose(found.tokens[0], found.tokens[1], atol=1e-3)
+    assert torch.equal(found.tokens[0], found.tokens[3]) and not torch.allclose(
+        found.tokens[0], found.tokens[1], atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_prompt_is_the_empty_one_as_the_negative_prompt_is_there(kind: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+def test_no_prompt_is_the_empty_one_as_the_negative_prompt_is_there(
+    kind: str, ours: dict[str, Any], theirs: dict[str, Any]
+) -> None:
     negative = kind.startswith(("pixart", "sd3"))
     close(ours[kind].null(2), asked(theirs[kind], kind, ["", ""], negative=negative))
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
-def test_second_prompts_go_where_diffusers_sends_them(kind: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+def test_second_prompts_go_where_diffusers_sends_them(
+    kind: str, ours: dict[str, Any], theirs: dict[str, Any]
+) -> None:
     second = ["two dogs", "a fox", "", "mat", "a cat", "runs"]
     close(ours[kind](PROMPTS, None, second), asked(theirs[kind], kind, PROMPTS, second))
     same = ours[kind](PROMPTS, None, [None] * len(PROMPTS))
-    assert all(torch.equal(a, b) for a, b in zip(same.tensors, ours[kind](PROMPTS).tensors, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(same.tensors, ours[kind](PROMPTS).tensors, strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_long_prompt_is_cut_where_diffusers_cuts_it(kind: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+def test_a_long_prompt_is_cut_where_diffusers_cuts_it(
+    kind: str, ours: dict[str, Any], theirs: dict[str, Any]
+) -> None:
     cut = replace(ours[kind], config=replace(ours[kind].config, long="cut"))
-    close(cut(["a cat", LONG, LONG + "and a dog"]), asked(theirs[kind], kind, ["a cat", LONG, LONG + "and a dog"]))
+    close(
+        cut(["a cat", LONG, LONG + "and a dog"]),
+        asked(theirs[kind], kind, ["a cat", LONG, LONG + "and a dog"]),
+    )
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
@@ -136,36 +188,64 @@ def test_what_clip_does_not_read_t5_does_and_the_log_says_so(
     assert any("CLIP reads the first 75 of" in record.message for record in caplog.records)
     close(found, asked(theirs[kind], kind, [prompt]))
     shorter = ours[kind]([prompt.removesuffix("fox")])
-    assert torch.equal(found.vector, shorter.vector) and not torch.equal(found.tokens, shorter.tokens)
+    assert torch.equal(found.vector, shorter.vector) and not torch.equal(
+        found.tokens, shorter.tokens
+    )
 
 
 @pytest.mark.parametrize("kind", ["pixart_alpha", "pixart_sigma"])
 def test_pixart_is_told_the_picture_as_diffusers_tells_it(kind: str, ours: dict[str, Any]) -> None:
-    """added_cond_kwargs of a network for 1024 pixels: resolution (height, width) and aspect_ratio height / width."""
+    """added_cond_kwargs of a network for 1024 pixels: resolution (height, width) and aspect_ratio
+    height / width.
+    """
     height, width = 832, 1216
-    theirs = torch.cat([torch.tensor([height, width]).repeat(2, 1), torch.tensor([float(height / width)]).repeat(2, 1)], 1)
-    for found in (ours[kind](["a cat", ""], Picture(height, width)), ours[kind].null(2, Picture(height, width))):
+    theirs = torch.cat(
+        [
+            torch.tensor([height, width]).repeat(2, 1),
+            torch.tensor([float(height / width)]).repeat(2, 1),
+        ],
+        1,
+    )
+    for found in (
+        ours[kind](["a cat", ""], Picture(height, width)),
+        ours[kind].null(2, Picture(height, width)),
+    ):
         assert found.vector.dtype == torch.float32 and torch.equal(found.vector, theirs)
     assert ours[kind](["a cat"]).vector is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_saved_opens_in_diffusers_and_here(kind: str, ours: dict[str, Any], theirs: dict[str, Any], tmp_path: Path) -> None:
+def test_what_is_saved_opens_in_diffusers_and_here(
+    kind: str, ours: dict[str, Any], theirs: dict[str, Any], tmp_path: Path
+) -> None:
     import diffusers
 
     ours[kind].save(tmp_path)
     index = {"_class_name": tiny.PIPELINES[kind], **ours[kind].index()}
     assert index.keys() - {"_class_name"} == tiny.parts(kind, tmp_path / "scratch").keys()
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    rest = dict.fromkeys([*empty(kind), *(name for name, entry in index.items() if entry == [None, None])])
-    loaded = getattr(diffusers, tiny.PIPELINES[kind]).from_pretrained(tmp_path, local_files_only=True, **rest)
+    rest = dict.fromkeys(
+        [*empty(kind), *(name for name, entry in index.items() if entry == [None, None])]
+    )
+    loaded = getattr(diffusers, tiny.PIPELINES[kind]).from_pretrained(
+        tmp_path, local_files_only=True, **rest
+    )
     parts = {name: getattr(loaded, name) for name in index if name != "_class_name"}
     close(asked(pipeline(kind, parts), kind, PROMPTS), asked(theirs[kind], kind, PROMPTS))
     again = named(kind).from_folder(tmp_path)
-    assert again.config == ours[kind].config and again.identity() == ours[kind].identity() and again.index() == ours[kind].index()
-    assert all(torch.equal(a, b) for a, b in zip(again(PROMPTS).tensors, ours[kind](PROMPTS).tensors, strict=True))
+    assert (
+        again.config == ours[kind].config
+        and again.identity() == ours[kind].identity()
+        and again.index() == ours[kind].index()
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again(PROMPTS).tensors, ours[kind](PROMPTS).tensors, strict=True)
+    )
     written, kept = again.tensors(), ours[kind].tensors()
-    assert written.keys() == kept.keys() and all(torch.equal(tensor, kept[key]) for key, tensor in written.items())
+    assert written.keys() == kept.keys() and all(
+        torch.equal(tensor, kept[key]) for key, tensor in written.items()
+    )
 
 
 @pytest.mark.parametrize("kind", ["pixart_alpha", "sd3", "flux", "flux2_dev", "flux2_klein"])
@@ -181,7 +261,10 @@ def old(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def with_decoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A whole T5, of which the encoder is wanted."""
-    return old(tensors) | {"decoder.final_layer_norm.weight": torch.ones(48), "lm_head.weight": torch.ones(192, 48)}
+    return old(tensors) | {
+        "decoder.final_layer_norm.weight": torch.ones(48),
+        "lm_head.weight": torch.ones(192, 48),
+    }
 
 
 def both_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -189,14 +272,26 @@ def both_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def other_name(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key.replace("shared.", "encoder.embed_tokens."): tensor.clone() for key, tensor in tensors.items()}
+    return {
+        key.replace("shared.", "encoder.embed_tokens."): tensor.clone()
+        for key, tensor in tensors.items()
+    }
 
 
 def newer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Mistral 3's names within transformers."""
-    swaps = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
-    swaps |= {"vision_tower.": "model.vision_tower.", "multi_modal_projector.": "model.multi_modal_projector."}
-    return {next(new + k.removeprefix(a) for a, new in swaps.items() if k.startswith(a)): t.clone() for k, t in tensors.items()}
+    swaps = {
+        "language_model.model.": "model.language_model.",
+        "language_model.lm_head.": "lm_head.",
+    }
+    swaps |= {
+        "vision_tower.": "model.vision_tower.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+    }
+    return {
+        next(new + k.removeprefix(a) for a, new in swaps.items() if k.startswith(a)): t.clone()
+        for k, t in tensors.items()
+    }
 
 
 def without_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -216,7 +311,11 @@ def with_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     ],
 )
 def test_files_with_other_names_are_the_same_weights(
-    kind: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], ours: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+    kind: str,
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    ours: dict[str, Any],
+    folders: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     import shutil
 
@@ -233,8 +332,14 @@ def test_files_with_other_names_are_the_same_weights(
 
 
 def test_a_spiece_and_a_tokenizer_json_read_alike(ours: dict[str, Any]) -> None:
-    from_spiece, from_json = ours["pixart_alpha"].encoder.tokenizer, ours["flux"].encoder_2.tokenizer
-    assert ours["pixart_alpha"].encoder.identity()["tokenizer"] == ours["flux"].encoder_2.identity()["tokenizer"]
+    from_spiece, from_json = (
+        ours["pixart_alpha"].encoder.tokenizer,
+        ours["flux"].encoder_2.tokenizer,
+    )
+    assert (
+        ours["pixart_alpha"].encoder.identity()["tokenizer"]
+        == ours["flux"].encoder_2.identity()["tokenizer"]
+    )
     for prompt in [*PROMPTS, LONG]:
         assert from_spiece(prompt).input_ids == from_json(prompt).input_ids
 
@@ -249,7 +354,9 @@ def test_half_precision_is_transformers_own(dtype: torch.dtype, folders: dict[st
     kinds = {key: tensor.dtype for key, tensor in model.state_dict().items()}
     assert {key: tensor.dtype for key, tensor in found.encoder.model.state_dict().items()} == kinds
     assert (torch.float32 in kinds.values()) == (dtype == torch.float16)
-    ids = found.encoder.tokenizer("a cat", padding="max_length", max_length=120, return_tensors="pt")
+    ids = found.encoder.tokenizer(
+        "a cat", padding="max_length", max_length=120, return_tensors="pt"
+    )
     with torch.no_grad():
         states = model(ids.input_ids, attention_mask=ids.attention_mask).last_hidden_state
     assert torch.equal(found(["a cat"]).tokens, states.float())

@@ -1,5 +1,7 @@
-"""Single files with a whole SD3 or FLUX model, and autoencoders alone: diffusers and transformers read what is written as the very same tensors
-under the very same keys, and it comes back from the file."""
+"""Single files with a whole SD3 or FLUX model, and autoencoders alone: diffusers and transformers
+read what is written as the very same tensors under the very same keys, and it comes back from the
+file.
+"""
 
 from typing import Any
 
@@ -8,20 +10,59 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils as theirs
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
 
 from sfumato.checkpoints.lazily import present
 from sfumato.checkpoints.names.flux2 import BATCHES
 from sfumato.checkpoints.whole_files import LATENTS, LazyPart, read_whole, write_whole
 from sfumato.errors import UserError
 
-T5 = {"vocab_size": 30, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 3, "feed_forward_proj": "gated-gelu"}
-SD3 = {"sample_size": 128, "num_layers": 2, "num_attention_heads": 1, "attention_head_dim": 64, "caption_projection_dim": 64}
-SD3 |= {"joint_attention_dim": 24, "pooled_projection_dim": 20, "pos_embed_max_size": 6, "qk_norm": "rms_norm"}
-FLUX = {"in_channels": 64, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 32, "num_attention_heads": 2}
-FLUX |= {"joint_attention_dim": 24, "pooled_projection_dim": 20, "axes_dims_rope": (4, 14, 14), "guidance_embeds": True}
+T5 = {
+    "vocab_size": 30,
+    "d_model": 24,
+    "d_kv": 8,
+    "d_ff": 40,
+    "num_layers": 2,
+    "num_heads": 3,
+    "feed_forward_proj": "gated-gelu",
+}
+SD3 = {
+    "sample_size": 128,
+    "num_layers": 2,
+    "num_attention_heads": 1,
+    "attention_head_dim": 64,
+    "caption_projection_dim": 64,
+}
+SD3 |= {
+    "joint_attention_dim": 24,
+    "pooled_projection_dim": 20,
+    "pos_embed_max_size": 6,
+    "qk_norm": "rms_norm",
+}
+FLUX = {
+    "in_channels": 64,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+}
+FLUX |= {
+    "joint_attention_dim": 24,
+    "pooled_projection_dim": 20,
+    "axes_dims_rope": (4, 14, 14),
+    "guidance_embeds": True,
+}
 LEVELS = {"block_out_channels": [32, 64], "layers_per_block": 1, "norm_num_groups": 32}
-LEVELS |= {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+LEVELS |= {
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+}
 
 
 def vae(family: str) -> nn.Module:
@@ -29,13 +70,30 @@ def vae(family: str) -> nn.Module:
         return diffusers.AutoencoderKLFlux2(**LEVELS, latent_channels=4)
     scale, shift = LATENTS[family]
     bare = {"use_quant_conv": False, "use_post_quant_conv": False}
-    return diffusers.AutoencoderKL(**LEVELS, latent_channels=16, scaling_factor=scale, shift_factor=shift, **bare)
+    return diffusers.AutoencoderKL(
+        **LEVELS, latent_channels=16, scaling_factor=scale, shift_factor=shift, **bare
+    )
 
 
 def clip(kind: type[nn.Module], **fields: Any) -> nn.Module:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 1, "vocab_size": 50}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "vocab_size": 50,
+    }
     return kind(
-        CLIPTextConfig(**sizes | {"max_position_embeddings": 9, "projection_dim": 64, "bos_token_id": 0, "eos_token_id": 2} | fields)
+        CLIPTextConfig(
+            **sizes
+            | {
+                "max_position_embeddings": 9,
+                "projection_dim": 64,
+                "bos_token_id": 0,
+                "eos_token_id": 2,
+            }
+            | fields
+        )
     )
 
 
@@ -43,7 +101,13 @@ def models(family: str) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     t5 = T5EncoderModel(T5Config(**T5, tie_word_embeddings=False))
     if family == "sd3":
-        second = clip(CLIPTextModelWithProjection, hidden_act="gelu", hidden_size=128, num_attention_heads=2, projection_dim=96)
+        second = clip(
+            CLIPTextModelWithProjection,
+            hidden_act="gelu",
+            hidden_size=128,
+            num_attention_heads=2,
+            projection_dim=96,
+        )
         first = clip(CLIPTextModelWithProjection)
         with torch.no_grad():
             first.text_projection.weight.copy_(torch.eye(64))
@@ -56,17 +120,27 @@ def models(family: str) -> dict[str, nn.Module]:
 def names(network: nn.Module) -> dict[str, Tensor]:
     """Of a network's weights, as files hold them."""
     tensors = {
-        k: v for k, v in network.state_dict().items() if k != "encoder.embed_tokens.weight" or "shared.weight" not in network.state_dict()
+        k: v
+        for k, v in network.state_dict().items()
+        if k != "encoder.embed_tokens.weight" or "shared.weight" not in network.state_dict()
     }
     if not isinstance(network, CLIPTextModel | CLIPTextModelWithProjection):
         return tensors
-    return {k if k.startswith(("text_model.", "text_projection")) else f"text_model.{k}": v for k, v in tensors.items()}
+    return {
+        k if k.startswith(("text_model.", "text_projection")) else f"text_model.{k}": v
+        for k, v in tensors.items()
+    }
 
 
 def part(network: nn.Module) -> LazyPart:
     if isinstance(network, diffusers.ModelMixin):
-        return LazyPart({"_class_name": type(network).__name__, **network.config}, present(names(network)))
-    return LazyPart(network.config.to_dict() | {"architectures": [type(network).__name__]}, present(names(network)))
+        return LazyPart(
+            {"_class_name": type(network).__name__, **network.config}, present(names(network))
+        )
+    return LazyPart(
+        network.config.to_dict() | {"architectures": [type(network).__name__]},
+        present(names(network)),
+    )
 
 
 def file_of(networks: dict[str, nn.Module]) -> dict[str, Tensor]:
@@ -99,13 +173,19 @@ def test_whole_and_back(family: str) -> None:
                 assert config[key] == network.config[key]
         else:
             assert config["architectures"] == [type(network).__name__]
-            again = type(network)(type(network.config)(**{k: v for k, v in config.items() if k not in ("architectures", "model_type")}))
+            again = type(network)(
+                type(network.config)(
+                    **{k: v for k, v in config.items() if k not in ("architectures", "model_type")}
+                )
+            )
         again.load_state_dict(network.state_dict())
         if name.startswith("text_encoder"):
             tokens = torch.tensor([[5, 7, 29, 1]])
             with torch.no_grad():
                 a, b = (n.eval()(tokens, output_hidden_states=True) for n in (network, again))
-            assert all(torch.equal(x, y) for x, y in zip(a.hidden_states, b.hidden_states, strict=True))
+            assert all(
+                torch.equal(x, y) for x, y in zip(a.hidden_states, b.hidden_states, strict=True)
+            )
             assert torch.equal(a[0], b[0])
 
 
@@ -117,10 +197,17 @@ def test_diffusers_reads_the_parts_of_sd3() -> None:
     for part_name, name in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g")):
         tower = theirs.convert_ldm_clip_checkpoint(dict(file), f"text_encoders.{name}.transformer.")
         wanted = names(networks[part_name])
-        assert equal(tower | ({"text_projection.weight": torch.eye(64)} if name == "clip_l" else {}), wanted)
-    assert equal(theirs.convert_sd3_t5_checkpoint_to_diffusers(dict(file)), names(networks["text_encoder_3"]))
+        assert equal(
+            tower | ({"text_projection.weight": torch.eye(64)} if name == "clip_l" else {}), wanted
+        )
     assert equal(
-        theirs.convert_sd3_transformer_checkpoint_to_diffusers(below(file, "model.diffusion_model.")), names(networks["transformer"])
+        theirs.convert_sd3_t5_checkpoint_to_diffusers(dict(file)), names(networks["text_encoder_3"])
+    )
+    assert equal(
+        theirs.convert_sd3_transformer_checkpoint_to_diffusers(
+            below(file, "model.diffusion_model.")
+        ),
+        names(networks["transformer"]),
     )
 
 
@@ -129,21 +216,37 @@ def test_a_projection_that_is_none_is_kept() -> None:
     with torch.no_grad():
         networks["text_encoder"].text_projection.weight.mul_(2)
     file = file_of(networks)
-    again = read_whole(present(file), {}, "file")["text_encoder"].tensors["text_projection.weight"].make()
+    again = (
+        read_whole(present(file), {}, "file")["text_encoder"]
+        .tensors["text_projection.weight"]
+        .make()
+    )
     assert torch.equal(again, 2 * torch.eye(64))
 
 
 def test_files_as_they_come() -> None:
-    """Without text encoders; with `vae.` before the autoencoder; with T5's table twice; with scales of CLIP's loss."""
+    """Without text encoders; with `vae.` before the autoencoder; with T5's table twice; with scales
+    of CLIP's loss.
+    """
     networks = models("sd3")
     file = file_of(networks)
     bare = {k: v for k, v in file.items() if not k.startswith("text_encoders.")}
     assert read_whole(present(bare), {}, "file").keys() == {"transformer", "vae"}
     renamed = {k.replace("first_stage_model.", "vae."): v for k, v in file.items()}
-    renamed |= {"text_encoders.t5xxl.transformer.encoder.embed_tokens.weight": file["text_encoders.t5xxl.transformer.shared.weight"]}
-    renamed |= {"text_encoders.clip_g.logit_scale": torch.ones(()), "text_encoders.t5xxl.logit_scale": torch.ones(())}
+    renamed |= {
+        "text_encoders.t5xxl.transformer.encoder.embed_tokens.weight": file[
+            "text_encoders.t5xxl.transformer.shared.weight"
+        ]
+    }
+    renamed |= {
+        "text_encoders.clip_g.logit_scale": torch.ones(()),
+        "text_encoders.t5xxl.logit_scale": torch.ones(()),
+    }
     parts = read_whole(present(renamed), {}, "file")
-    assert all(equal({k: v.make() for k, v in p.tensors.items()}, names(networks[n])) for n, p in parts.items())
+    assert all(
+        equal({k: v.make() for k, v in p.tensors.items()}, names(networks[n]))
+        for n, p in parts.items()
+    )
     for odd in ("something.else", "text_encoders.gemma.weight", "text_encoders.clip_l.more"):
         with pytest.raises(UserError, match=odd.replace(".", r"\.")):
             read_whole(present(file | {odd: torch.ones(1)}), {}, "file")
@@ -151,7 +254,9 @@ def test_files_as_they_come() -> None:
         ("first_stage_model.decoder.conv_out.weight", "first_stage_model.x"),
         ("text_encoders.t5xxl.transformer.shared.weight", None),
     ):
-        table = {k: v for k, v in file.items() if k != lost} | ({extra: torch.ones(1)} if extra else {})
+        table = {k: v for k, v in file.items() if k != lost} | (
+            {extra: torch.ones(1)} if extra else {}
+        )
         with pytest.raises(UserError, match=lost.replace(".", r"\.")):
             read_whole(present(table), {}, "file")
 
@@ -174,24 +279,40 @@ def test_autoencoder_alone(family: str) -> None:
             for k, v in network.config.items()
             if k in found.config
         )
-        assert file["encoder.quant_conv.weight"] is not None and file["decoder.post_quant_conv.bias"] is not None
+        assert (
+            file["encoder.quant_conv.weight"] is not None
+            and file["decoder.post_quant_conv.bias"] is not None
+        )
         assert found.config["_class_name"] == "AutoencoderKLFlux2"
     else:
-        assert equal(theirs.convert_ldm_vae_checkpoint(dict(file), network.config), network.state_dict())
+        assert equal(
+            theirs.convert_ldm_vae_checkpoint(dict(file), network.config), network.state_dict()
+        )
 
 
 def test_what_has_no_place_is_refused() -> None:
     networks = models("flux")
     with pytest.raises(UserError, match="text_encoder_3 has no place"):
-        write_whole({k: part(v) for k, v in networks.items()} | {"text_encoder_3": part(networks["text_encoder_2"])}, "folder")
+        write_whole(
+            {k: part(v) for k, v in networks.items()}
+            | {"text_encoder_3": part(networks["text_encoder_2"])},
+            "folder",
+        )
     with pytest.raises(UserError, match="scale and shift"):
-        write_whole({"transformer": part(networks["transformer"]), "vae": part(vae("sd3"))}, "folder")
+        write_whole(
+            {"transformer": part(networks["transformer"]), "vae": part(vae("sd3"))}, "folder"
+        )
     with pytest.raises(UserError, match="expected a diffusion transformer"):
         write_whole({"text_encoder": part(networks["text_encoder"])}, "folder")
     with pytest.raises(UserError, match="of no known layout"):
         read_whole(present({"a.weight": torch.ones(2)}), {}, "file")
     twos = diffusers.Flux2Transformer2DModel(
-        num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=1, joint_attention_dim=8, axes_dims_rope=(4, 4, 4, 4)
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=1,
+        joint_attention_dim=8,
+        axes_dims_rope=(4, 4, 4, 4),
     )
     with pytest.raises(UserError, match="vae has no place in a single file with a Flux2"):
         write_whole({"transformer": part(twos), "vae": part(vae("flux2"))}, "folder")

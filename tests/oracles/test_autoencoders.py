@@ -1,8 +1,9 @@
-"""What autoencoders of the ecosystem promise beyond parity: exact codes, straight-through gradients, packing, bits that do not depend on the
-batch, and the real weights of FLUX.2's tiny autoencoder against its published layers and the reference's PSNR.
+"""What autoencoders of the ecosystem promise beyond parity: exact codes, straight-through
+gradients, packing, bits that do not depend on the batch, and the real weights of FLUX.2's tiny
+autoencoder against its published layers and the reference's PSNR.
 
-The last needs the folder `shared` (weights/taef2_*.safetensors, data/clothing-256-train.parquet) in the checkout, beside it, or in
-SFUMATO_SHARED.
+The last needs the folder `shared` (weights/taef2_*.safetensors, data/clothing-256-train.parquet) in
+the checkout, beside it, or in SFUMATO_SHARED.
 """
 
 import os
@@ -28,7 +29,9 @@ from sfumato.errors import UserError
 
 @pytest.fixture(autouse=True)
 def weights() -> None:
-    """Layers draw their weights from torch's own generator: the same ones in every run, whatever ran before."""
+    """Layers draw their weights from torch's own generator: the same ones in every run, whatever
+    ran before.
+    """
     torch.manual_seed(0)
 
 
@@ -49,25 +52,42 @@ FAR: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
     "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
 }
-WIDTHS: dict[str, Any] = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+WIDTHS: dict[str, Any] = {
+    "encoder_block_out_channels": (8,) * 4,
+    "decoder_block_out_channels": (8,) * 4,
+}
 KINDS: dict[str, Callable[[], Autoencoder]] = {
-    "kl with attention": lambda: AutoencoderKL(KLConfig(block_out_channels=(4, 8), latent_channels=3, **SMALL, **FAR)),
-    "flux2": lambda: AutoencoderKLFlux2(KLFlux2Config(block_out_channels=(4, 8), latent_channels=3, **SMALL)),
+    "kl with attention": lambda: AutoencoderKL(
+        KLConfig(block_out_channels=(4, 8), latent_channels=3, **SMALL, **FAR)
+    ),
+    "flux2": lambda: AutoencoderKLFlux2(
+        KLFlux2Config(block_out_channels=(4, 8), latent_channels=3, **SMALL)
+    ),
     "tiny": lambda: AutoencoderTiny(TinyConfig(**WIDTHS)),
-    "tiny with the branch": lambda: AutoencoderTiny(TinyConfig(**WIDTHS, latent_channels=5, use_midblock_gn=True)),
+    "tiny with the branch": lambda: AutoencoderTiny(
+        TinyConfig(**WIDTHS, latent_channels=5, use_midblock_gn=True)
+    ),
     "vq": lambda: VQModel(VQConfig(block_out_channels=(4, 8), num_vq_embeddings=19, **SMALL)),
-    "vq with wide codes": lambda: VQModel(VQConfig(block_out_channels=(4, 8), num_vq_embeddings=64, vq_embed_dim=16, **SMALL, **FAR)),
+    "vq with wide codes": lambda: VQModel(
+        VQConfig(block_out_channels=(4, 8), num_vq_embeddings=64, vq_embed_dim=16, **SMALL, **FAR)
+    ),
 }
 
 
-def differing(run: Callable[[Tensor], Tensor], batches: tuple[int, ...] = (2, 3, 7)) -> list[tuple[int, int]]:
-    """(batch size, position) of each image whose bits are not those of a batch of one; `run` takes the indices of images."""
+def differing(
+    run: Callable[[Tensor], Tensor], batches: tuple[int, ...] = (2, 3, 7)
+) -> list[tuple[int, int]]:
+    """(batch size, position) of each image whose bits are not those of a batch of one; `run` takes
+    the indices of images.
+    """
     alone = [run(torch.tensor([i]))[0] for i in range(max(batches) + 1)]
     found = []
     for size in batches:
         for first in (0, 1):
             together = run(torch.arange(first, first + size))
-            found += [(size, i) for i in range(size) if not torch.equal(together[i], alone[first + i])]
+            found += [
+                (size, i) for i in range(size) if not torch.equal(together[i], alone[first + i])
+            ]
     return found
 
 
@@ -88,21 +108,31 @@ def test_an_image_has_the_bits_that_it_has_alone(kind: str, size: tuple[int, int
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_an_autoencoder(kind: str) -> None:
-    """Latents that do not fit are refused, z is standardised, tiles that cover all are the whole, and gradients reach the whole encoder."""
+    """Latents that do not fit are refused, z is standardised, tiles that cover all are the whole,
+    and gradients reach the whole encoder.
+    """
     autoencoder = shaken(KINDS[kind]())
     space = autoencoder.space
     if isinstance(autoencoder, AutoencoderKLFlux2):
-        autoencoder.set_statistics(tuple(range(space.channels)), tuple(0.5 + k / 7 for k in range(space.channels)))
+        autoencoder.set_statistics(
+            tuple(range(space.channels)), tuple(0.5 + k / 7 for k in range(space.channels))
+        )
     image = normal(2, 3, 32, 48)
     posterior = autoencoder.posterior(image)
     assert posterior.mean.shape == (2, space.channels, 32 // space.factor, 48 // space.factor)
-    assert bool((posterior.std > 0).all()) == isinstance(autoencoder, (AutoencoderKL, AutoencoderKLFlux2))
+    assert bool((posterior.std > 0).all()) == isinstance(
+        autoencoder, (AutoencoderKL, AutoencoderKLFlux2)
+    )
     z = autoencoder.encode(image)
-    mean, std = (torch.tensor(v)[:, None, None] for v in (autoencoder.space.mean, autoencoder.space.std))
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in (autoencoder.space.mean, autoencoder.space.std)
+    )
     torch.testing.assert_close(z * std + mean, posterior.mean)
     assert torch.equal(tiled(autoencoder, z, tile=24, overlap=4), whole(autoencoder, z))
     for bad in (image[:, :, :31], image[:, :, :, : 48 - space.factor // 2], image[:, :1]):
-        with pytest.raises(UserError, match=f"takes 3 channels and sides that are multiples of {space.factor}"):
+        with pytest.raises(
+            UserError, match=f"takes 3 channels and sides that are multiples of {space.factor}"
+        ):
             autoencoder.posterior(bad)
     autoencoder.requires_grad_(True)
     reconstruction, _, _ = autoencoder(image, normal(*posterior.mean.shape))
@@ -111,12 +141,16 @@ def test_every_kind_is_an_autoencoder(kind: str) -> None:
     assert silent <= {"quantize.embedding.weight"}, "the codebook is moved by losses of its own"
 
 
-# ---- VQ ----------------------------------------------------------------------------------------------------------------
+# ---- VQ ------------------------------------------------------------------------------------------
 
 
 def test_the_nearest_code_by_counting() -> None:
-    """Against every distance in float64; cells that are codes are their own; the first of equal codes is taken."""
-    book = VQModel(VQConfig(block_out_channels=(4, 8), num_vq_embeddings=300, vq_embed_dim=5, **SMALL)).quantize
+    """Against every distance in float64; cells that are codes are their own; the first of equal
+    codes is taken.
+    """
+    book = VQModel(
+        VQConfig(block_out_channels=(4, 8), num_vq_embeddings=300, vq_embed_dim=5, **SMALL)
+    ).quantize
     torch.nn.init.normal_(book.embedding.weight, generator=torch.Generator().manual_seed(3))
     h = normal(2, 5, 70, 40)  # more cells than are compared at a time
     codes = book.embedding.weight.detach()
@@ -136,7 +170,9 @@ def test_the_nearest_code_by_counting() -> None:
 @torch.inference_mode()
 def test_cells_between_two_codes_take_the_same_one_in_any_batch() -> None:
     """Each cell is as far from e as from -e, so that the last bit of a product decides."""
-    book = shaken(VQModel(VQConfig(block_out_channels=(4, 8), num_vq_embeddings=2, vq_embed_dim=61, **SMALL))).quantize
+    book = shaken(
+        VQModel(VQConfig(block_out_channels=(4, 8), num_vq_embeddings=2, vq_embed_dim=61, **SMALL))
+    ).quantize
     e = F.normalize(normal(61), dim=0)
     book.embedding.weight.copy_(torch.stack([e, -e]))
     h = normal(18, 61, 3, 3, seed=1)
@@ -146,8 +182,12 @@ def test_cells_between_two_codes_take_the_same_one_in_any_batch() -> None:
 
 
 def test_gradients_pass_straight_through() -> None:
-    """d quantise(h) / d h = 1 to the bit, the value is the code's to the bit, and the codes get nothing."""
-    book = VQModel(VQConfig(block_out_channels=(4, 8), num_vq_embeddings=11, vq_embed_dim=4, **SMALL)).quantize
+    """d quantise(h) / d h = 1 to the bit, the value is the code's to the bit, and the codes get
+    nothing.
+    """
+    book = VQModel(
+        VQConfig(block_out_channels=(4, 8), num_vq_embeddings=11, vq_embed_dim=4, **SMALL)
+    ).quantize
     h, weight = normal(2, 4, 3, 5).requires_grad_(), normal(2, 4, 3, 5, seed=1)
     quantised = book(h)
     assert torch.equal(quantised, book.look_up(book.nearest(h))) and not torch.equal(quantised, h)
@@ -158,19 +198,23 @@ def test_gradients_pass_straight_through() -> None:
 def test_codes_that_are_not_there() -> None:
     model = shaken(VQModel(VQConfig(block_out_channels=(4, 8), num_vq_embeddings=11, **SMALL)))
     image = normal(1, 3, 8, 8)
-    assert torch.equal(model.from_codes(model.codes(image)), model.reconstruct(model.posterior(image).mean))
+    assert torch.equal(
+        model.from_codes(model.codes(image)), model.reconstruct(model.posterior(image).mean)
+    )
     assert model.from_codes(torch.zeros(0, 4, 4, dtype=torch.long)).shape == (0, 3, 8, 8)
     for bad in (-1, 11):
         with pytest.raises(UserError, match="expected 0 to 10"):
             model.from_codes(torch.full((1, 4, 4), bad))
 
 
-# ---- FLUX.2 ------------------------------------------------------------------------------------------------------------
+# ---- FLUX.2 --------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def test_packing_by_counting() -> None:
-    """packed[4c + 2i + j, y, x] = cell[c, 2y + i, 2x + j], in both directions, whatever is between."""
+    """packed[4c + 2i + j, y, x] = cell[c, 2y + i, 2x + j], in both directions, whatever is
+    between.
+    """
     config = KLFlux2Config(block_out_channels=(4, 8), latent_channels=3, **SMALL)
     model: Any = shaken(AutoencoderKLFlux2(config))
     plain: Any = AutoencoderKL(KLConfig(block_out_channels=(4, 8), latent_channels=3, **SMALL))
@@ -184,28 +228,46 @@ def test_packing_by_counting() -> None:
 
 
 def test_statistics_that_a_batch_norm_cannot_hold() -> None:
-    model = AutoencoderKLFlux2(KLFlux2Config(block_out_channels=(4, 8), latent_channels=1, batch_norm_eps=0.04, **SMALL))
+    model = AutoencoderKLFlux2(
+        KLFlux2Config(block_out_channels=(4, 8), latent_channels=1, batch_norm_eps=0.04, **SMALL)
+    )
     model.set_statistics((1.0, 2.0, 3.0, 4.0), (0.2, 0.5, 1.0, 2.0))
-    assert model.space.std == pytest.approx((0.2, 0.5, 1.0, 2.0)) and model.space.mean == (1.0, 2.0, 3.0, 4.0)
-    for mean, std in (((0.0,) * 4, (0.1, 1.0, 1.0, 1.0)), ((0.0,) * 3, (1.0,) * 3), ((0.0,) * 4, (1.0,) * 3), ((), ())):
+    assert model.space.std == pytest.approx((0.2, 0.5, 1.0, 2.0)) and model.space.mean == (
+        1.0,
+        2.0,
+        3.0,
+        4.0,
+    )
+    for mean, std in (
+        ((0.0,) * 4, (0.1, 1.0, 1.0, 1.0)),
+        ((0.0,) * 3, (1.0,) * 3),
+        ((0.0,) * 4, (1.0,) * 3),
+        ((), ()),
+    ):
         with pytest.raises(UserError, match=r"expected 4 of each, and stds of at least 0\.2"):
             model.set_statistics(mean, std)
 
 
-# ---- the real weights of taef2 -----------------------------------------------------------------------------------------
+# ---- the real weights of taef2 -------------------------------------------------------------------
 
 
 def shared(name: str) -> Path:
     """A file of the folder that holds real weights and pictures; skips where it is absent."""
     checkout = Path(__file__).resolve().parents[2]
-    for folder in (os.environ.get("SFUMATO_SHARED", ""), checkout / "shared", checkout.parent / "shared"):
+    for folder in (
+        os.environ.get("SFUMATO_SHARED", ""),
+        checkout / "shared",
+        checkout.parent / "shared",
+    ):
         if str(folder) and (Path(folder) / name).exists():
             return Path(folder) / name
     pytest.skip(f"{name} is in no folder `shared` of the checkout, beside it, or in SFUMATO_SHARED")
 
 
 def photographs(count: int) -> Tensor:
-    """The first photographs (their shorter side is 256 pixels), each the 256x256 at its top left: (count, 3, 256, 256) in [-1, 1]."""
+    """The first photographs (their shorter side is 256 pixels), each the 256x256 at its top left:
+    (count, 3, 256, 256) in [-1, 1].
+    """
     import io
 
     import pyarrow.parquet as parquet
@@ -213,25 +275,43 @@ def photographs(count: int) -> Tensor:
 
     from sfumato.decode.image import to_tensor
 
-    rows = parquet.read_table(shared("data/clothing-256-train.parquet"), columns=["image"])["image"].slice(0, count).to_pylist()
-    pictures = [Image.open(io.BytesIO(row["bytes"])).convert("RGB").crop((0, 0, 256, 256)) for row in rows]
+    rows = (
+        parquet.read_table(shared("data/clothing-256-train.parquet"), columns=["image"])["image"]
+        .slice(0, count)
+        .to_pylist()
+    )
+    pictures = [
+        Image.open(io.BytesIO(row["bytes"])).convert("RGB").crop((0, 0, 256, 256)) for row in rows
+    ]
     return to_tensor(pictures)
 
 
 def published_block(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
     """One block of taef2 in plain torch functions, from the original file's keys."""
     if f"{name}.pool.0.weight" in w:
-        y = F.group_norm(F.conv2d(x, w[f"{name}.pool.0.weight"]), 4, w[f"{name}.pool.1.weight"], w[f"{name}.pool.1.bias"])
+        y = F.group_norm(
+            F.conv2d(x, w[f"{name}.pool.0.weight"]),
+            4,
+            w[f"{name}.pool.1.weight"],
+            w[f"{name}.pool.1.bias"],
+        )
         x = x + F.conv2d(F.relu(y), w[f"{name}.pool.3.weight"])
     y = x
     for k in (0, 2, 4):
-        y = F.conv2d(F.relu(y) if k else y, w[f"{name}.conv.{k}.weight"], w[f"{name}.conv.{k}.bias"], padding=1)
+        y = F.conv2d(
+            F.relu(y) if k else y,
+            w[f"{name}.conv.{k}.weight"],
+            w[f"{name}.conv.{k}.bias"],
+            padding=1,
+        )
     return F.relu(x + y)
 
 
 @torch.inference_mode()
 def test_taef2_is_its_published_layers(tmp_path: Path) -> None:
-    """Both halves against plain torch functions in float64 over the original files; the pair written again is the pair, bit for bit."""
+    """Both halves against plain torch functions in float64 over the original files; the pair
+    written again is the pair, bit for bit.
+    """
     from safetensors.torch import load_file
 
     files = [shared(f"weights/taef2_{half}.safetensors") for half in ("encoder", "decoder")]
@@ -241,14 +321,20 @@ def test_taef2_is_its_published_layers(tmp_path: Path) -> None:
     x = F.conv2d((image.double() + 1) / 2, encoder["0.weight"], encoder["0.bias"], padding=1)
     for n in range(1, 14):
         strided = f"{n}.weight" in encoder
-        x = F.conv2d(x, encoder[f"{n}.weight"], stride=2, padding=1) if strided else published_block(x, encoder, str(n))
+        x = (
+            F.conv2d(x, encoder[f"{n}.weight"], stride=2, padding=1)
+            if strided
+            else published_block(x, encoder, str(n))
+        )
     raw = F.conv2d(x, encoder["14.weight"], encoder["14.bias"], padding=1)
     torch.testing.assert_close(ours.encode(image).double(), raw, rtol=1e-4, atol=3e-5)
     x = F.relu(F.conv2d((raw / 3).tanh() * 3, decoder["1.weight"], decoder["1.bias"], padding=1))
     for n in (3, 4, 5, 7, 8, 9, 10, 12, 13, 14, 15, 17, 18):
         doubled = f"{n}.weight" in decoder
         x = (
-            F.conv2d(x.repeat_interleave(2, 2).repeat_interleave(2, 3), decoder[f"{n}.weight"], padding=1)
+            F.conv2d(
+                x.repeat_interleave(2, 2).repeat_interleave(2, 3), decoder[f"{n}.weight"], padding=1
+            )
             if doubled
             else published_block(x, decoder, str(n))
         )
@@ -257,14 +343,18 @@ def test_taef2_is_its_published_layers(tmp_path: Path) -> None:
     again = save_taesd(tmp_path / "again", ours)
     for before, after in zip(files, again, strict=True):
         first, second = load_file(before), load_file(after)
-        assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+        assert first.keys() == second.keys() and all(
+            torch.equal(first[k], second[k]) for k in first
+        )
     assert ours.config == load_taesd(tmp_path).config and ours.space.std == (1.0,) * 32
 
 
 @torch.inference_mode()
 def quality(count: int) -> tuple[float, float]:
     """(mean PSNR in dB of pictures limited to [-1, 1], mean std of latents) over photographs."""
-    autoencoder = load_taesd(shared("weights/taef2_encoder.safetensors"), shared("weights/taef2_decoder.safetensors"))
+    autoencoder = load_taesd(
+        shared("weights/taef2_encoder.safetensors"), shared("weights/taef2_decoder.safetensors")
+    )
     found, spread = [], []
     for image in photographs(count).split(1):
         z = autoencoder.encode(image)
@@ -280,6 +370,8 @@ def test_taef2_reconstructs_a_photograph() -> None:
 
 @pytest.mark.slow
 def test_taef2_reconstructs_photographs_as_the_reference_does() -> None:
-    """The reference's 31.9 dB over 24 photographs, latents of std 0.82 (measured here: 31.85 dB, on x86-64 with PyTorch 2.13)."""
+    """The reference's 31.9 dB over 24 photographs, latents of std 0.82 (measured here: 31.85 dB, on
+    x86-64 with PyTorch 2.13).
+    """
     psnr, spread = quality(24)
     assert psnr == pytest.approx(31.9, abs=0.1) and spread == pytest.approx(0.82, abs=0.01)

@@ -1,4 +1,6 @@
-"""What lies between: noise on the arc, conditions on the line, and the series and variations that are made of them."""
+"""What lies between: noise on the arc, conditions on the line, and the series and variations that
+are made of them.
+"""
 
 import math
 import runpy
@@ -27,18 +29,22 @@ build = runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "
 MODELS: dict[str, LatentDiffusion] = {kind: build(kind) for kind in ("v", "flow")}
 every = pytest.mark.parametrize("kind", MODELS)
 SHAPE = (4, 32, 32)
-PICTURES = [torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(k)) * 2 - 1 for k in (1, 2)]
+PICTURES = [
+    torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(k)) * 2 - 1 for k in (1, 2)
+]
 
 
 def latents(model: LatentDiffusion, request: Request) -> Tensor:
     return model.run(request, output="latent")
 
 
-# ---- noise -------------------------------------------------------------------------------------------------------------
+# ---- noise ---------------------------------------------------------------------------------------
 
 
 def test_the_arc_is_as_long_and_even() -> None:
-    """Noise stays noise: variance 1 and no kurtosis all along, where the straight line has half the variance in the middle."""
+    """Noise stays noise: variance 1 and no kurtosis all along, where the straight line has half the
+    variance in the middle.
+    """
     a, b = (SeededNoise(SHAPE, [seed])() for seed in (3, 4))
     shares = [k / 8 for k in range(9)]
     way = slerp(a.expand(9, -1, -1, -1), b.expand(9, -1, -1, -1), shares)
@@ -57,8 +63,12 @@ def test_the_arc_between_vectors_that_are_known() -> None:
     a[..., 0], b[..., 1] = 2.0, 2.0
     found = slerp(a, b, [1 / 3]).flatten()
     assert torch.allclose(found, 2 * torch.tensor([math.cos(math.pi / 6), math.sin(math.pi / 6)]))
-    assert torch.equal(slerp(a, a, [0.3]), a) and torch.allclose(slerp(a, 3 * a, [0.5]), 2 * a), "no angle: the straight line"
-    assert torch.isfinite(slerp(a, -a, [0.3])).all() and torch.isfinite(slerp(0 * a, b, [0.3])).all()
+    assert torch.equal(slerp(a, a, [0.3]), a) and torch.allclose(slerp(a, 3 * a, [0.5]), 2 * a), (
+        "no angle: the straight line"
+    )
+    assert (
+        torch.isfinite(slerp(a, -a, [0.3])).all() and torch.isfinite(slerp(0 * a, b, [0.3])).all()
+    )
 
 
 def test_every_draw_is_blended_and_no_image_knows_its_neighbours() -> None:
@@ -72,7 +82,7 @@ def test_every_draw_is_blended_and_no_image_knows_its_neighbours() -> None:
         assert torch.equal(draw[1], alone()[0]) and torch.equal(draw[[0, 2]], end)
 
 
-# ---- conditions --------------------------------------------------------------------------------------------------------
+# ---- conditions ----------------------------------------------------------------------------------
 
 
 def attended(tokens: Tensor) -> Tensor:
@@ -83,8 +93,16 @@ def attended(tokens: Tensor) -> Tensor:
 
 def test_conditions_between_two() -> None:
     draw = torch.Generator().manual_seed(0)
-    a, b = (Conditioning(tokens=torch.randn(1, 6, 4, generator=draw), vector=torch.randn(1, 3, generator=draw)) for _ in range(2))
-    three = [Conditioning(tokens=c.tokens.expand(3, -1, -1), vector=c.vector.expand(3, -1)) for c in (a, b)]  # pyright: ignore
+    a, b = (
+        Conditioning(
+            tokens=torch.randn(1, 6, 4, generator=draw), vector=torch.randn(1, 3, generator=draw)
+        )
+        for _ in range(2)
+    )
+    three = [
+        Conditioning(tokens=c.tokens.expand(3, -1, -1), vector=c.vector.expand(3, -1))
+        for c in (a, b)
+    ]  # pyright: ignore
     found = between(three[0], three[1], [0.0, 0.25, 1.0])
     for door in ("tokens", "vector"):
         ours, first, last = (getattr(c, door) for c in (found, a, b))
@@ -98,7 +116,12 @@ def test_prompts_of_different_lengths_are_attended_to_as_they_were_at_both_ends(
     draw = torch.Generator().manual_seed(0)
     a, b = (Conditioning(tokens=torch.randn(1, length, 4, generator=draw)) for length in (4, 6))
     start, end = between(a, b, [0.0]), between(a, b, [1.0])
-    assert start.tokens is not None and end.tokens is not None and a.tokens is not None and b.tokens is not None
+    assert (
+        start.tokens is not None
+        and end.tokens is not None
+        and a.tokens is not None
+        and b.tokens is not None
+    )
     assert start.tokens.shape == end.tokens.shape == (1, 12, 4)
     assert torch.allclose(attended(start.tokens), attended(a.tokens), atol=1e-6)
     assert torch.allclose(attended(end.tokens), attended(b.tokens), atol=1e-6)
@@ -106,19 +129,26 @@ def test_prompts_of_different_lengths_are_attended_to_as_they_were_at_both_ends(
         between(replace(a, mask=torch.ones(1, 4, dtype=torch.bool)), b, [0.5])
 
 
-# ---- variations --------------------------------------------------------------------------------------------------------
+# ---- variations ----------------------------------------------------------------------------------
 
 
 @every
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m"])
 def test_variations_of_a_seed(kind: str, sampler: str) -> None:
-    """0 is the seed's own picture, 1 the other seeds', whatever a sampler draws on the way; between, more is further."""
+    """0 is the seed's own picture, 1 the other seeds', whatever a sampler draws on the way;
+    between, more is further.
+    """
     model, asked = MODELS[kind], Request("bag", n=3, steps=4, sampler=sampler, seed=5, guidance=1.0)
     plain, others = latents(model, replace(asked, n=1)), latents(model, replace(asked, seed=9))
-    assert torch.equal(latents(model, vary(asked, seed=9, strength=0.0)), plain.expand(3, -1, -1, -1))
+    assert torch.equal(
+        latents(model, vary(asked, seed=9, strength=0.0)), plain.expand(3, -1, -1, -1)
+    )
     assert torch.equal(latents(model, vary(asked, seed=9, strength=1.0)), others)
     assert vary(asked).other_noise == ([6, 7, 8], [0.2] * 3)
-    away = [(latents(model, vary(asked, seed=9, strength=s)) - plain).flatten(1).norm(dim=1) for s in (0.05, 0.3, 0.6, 1.0)]
+    away = [
+        (latents(model, vary(asked, seed=9, strength=s)) - plain).flatten(1).norm(dim=1)
+        for s in (0.05, 0.3, 0.6, 1.0)
+    ]
     assert all((b > a).all() for a, b in pairwise(away)), away
 
 
@@ -131,13 +161,29 @@ def test_variations_of_a_picture(kind: str) -> None:
     )
     z = model.encode(PICTURES[0])
     away = [
-        float((latents(model, variations(model, PICTURES[0], asked, strength=s, way="inversion")) - z).norm()) for s in (0.0, 0.1, 0.4, 1.0)
+        float(
+            (
+                latents(model, variations(model, PICTURES[0], asked, strength=s, way="inversion"))
+                - z
+            ).norm()
+        )
+        for s in (0.0, 0.1, 0.4, 1.0)
     ]
     assert away == sorted(away) and away[0] < 0.1 * away[-1], away
     fresh = latents(model, replace(asked, sampler="ddim", height=16, width=16))
-    assert torch.equal(latents(model, variations(model, PICTURES[0], asked, strength=1.0, way="inversion")), fresh)
-    two = variations(model, torch.cat(PICTURES), replace(asked, prompt=["bag", "ankle boot"], n=1), strength=0.0, way="inversion")
-    one = variations(model, PICTURES[1], replace(asked, prompt="ankle boot", n=1), strength=0.0, way="inversion")
+    assert torch.equal(
+        latents(model, variations(model, PICTURES[0], asked, strength=1.0, way="inversion")), fresh
+    )
+    two = variations(
+        model,
+        torch.cat(PICTURES),
+        replace(asked, prompt=["bag", "ankle boot"], n=1),
+        strength=0.0,
+        way="inversion",
+    )
+    one = variations(
+        model, PICTURES[1], replace(asked, prompt="ankle boot", n=1), strength=0.0, way="inversion"
+    )
     assert torch.allclose(latents(model, two)[1:], latents(model, one), atol=1e-5)
 
 
@@ -160,27 +206,35 @@ def test_variations_that_cannot_be() -> None:
         model.run(Request(other_noise=([1], [2.0])))
 
 
-# ---- series ------------------------------------------------------------------------------------------------------------
+# ---- series --------------------------------------------------------------------------------------
 
 
 @every
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-@pytest.mark.parametrize("way", [{"to_prompt": "ankle boot"}, {"to_seed": 9}, {"to_prompt": "ankle boot", "to_seed": 9}])
+@pytest.mark.parametrize(
+    "way", [{"to_prompt": "ankle boot"}, {"to_seed": 9}, {"to_prompt": "ankle boot", "to_seed": 9}]
+)
 def test_a_series_ends_where_plain_runs_do(kind: str, sampler: str, way: dict[str, Any]) -> None:
     model, asked = MODELS[kind], Request("bag", n=5, steps=4, sampler=sampler, seed=5, guidance=1.5)
     series = latents(model, interpolate(asked, **way))
     first = latents(model, replace(asked, n=1))
-    last = latents(model, replace(asked, n=1, prompt=way.get("to_prompt", "bag"), seed=way.get("to_seed", 5)))
+    last = latents(
+        model, replace(asked, n=1, prompt=way.get("to_prompt", "bag"), seed=way.get("to_seed", 5))
+    )
     assert (series[0] - first[0]).abs().max() < 1e-5 and (series[-1] - last[0]).abs().max() < 1e-5
     away = (series - first).flatten(1).norm(dim=1)
     assert (away[1:] > away[:-1]).all(), away
-    alone = latents(model, replace(interpolate(asked, **way), n=1, **alone_at(interpolate(asked, **way), 2)))
+    alone = latents(
+        model, replace(interpolate(asked, **way), n=1, **alone_at(interpolate(asked, **way), 2))
+    )
     assert torch.equal(alone[0], series[2]), "a picture of the series alone"
 
 
 def alone_at(request: Request, k: int) -> dict[str, Any]:
     assert request.other_noise is not None
-    found: dict[str, Any] = {"other_noise": ([request.other_noise[0][k]], [request.other_noise[1][k]])}
+    found: dict[str, Any] = {
+        "other_noise": ([request.other_noise[0][k]], [request.other_noise[1][k]])
+    }
     if request.other_prompt is not None:
         found["other_prompt"] = (request.other_prompt[0], [request.other_prompt[1][k]])
     return found
@@ -190,10 +244,17 @@ def alone_at(request: Request, k: int) -> dict[str, Any]:
 @pytest.mark.parametrize("more", [{}, {"to_prompt": "ankle boot"}, {"to_seed": 9}])
 def test_a_series_between_pictures(kind: str, more: dict[str, Any]) -> None:
     model, asked = MODELS[kind], Request("bag", n=5, steps=6, sampler="ddpm", seed=5, guidance=1.0)
-    series = latents(model, interpolate_pictures(model, PICTURES[0], PICTURES[1], asked, strength=0.5, **more))
-    ends = [replace(asked, n=1), replace(asked, n=1, prompt=more.get("to_prompt", "bag"), seed=more.get("to_seed", 5))]
+    series = latents(
+        model, interpolate_pictures(model, PICTURES[0], PICTURES[1], asked, strength=0.5, **more)
+    )
+    ends = [
+        replace(asked, n=1),
+        replace(asked, n=1, prompt=more.get("to_prompt", "bag"), seed=more.get("to_seed", 5)),
+    ]
     for found, end, image in zip(series[[0, -1]], ends, PICTURES, strict=True):
-        assert (found - latents(model, image_to_image(model, image, end, strength=0.5))[0]).abs().max() < 1e-5
+        assert (
+            found - latents(model, image_to_image(model, image, end, strength=0.5))[0]
+        ).abs().max() < 1e-5
     away = (series - series[0]).flatten(1).norm(dim=1)
     assert (away[1:] > away[:-1]).all()
 
@@ -201,13 +262,17 @@ def test_a_series_between_pictures(kind: str, more: dict[str, Any]) -> None:
 @every
 def test_a_series_between_inverted_pictures(kind: str) -> None:
     model, asked = MODELS[kind], Request("bag", n=3, steps=10, guidance=1.0)
-    request = interpolate_pictures(model, PICTURES[0], PICTURES[1], asked, way="inversion", to_prompt="ankle boot")
+    request = interpolate_pictures(
+        model, PICTURES[0], PICTURES[1], asked, way="inversion", to_prompt="ankle boot"
+    )
     series = latents(model, request)
     z = torch.cat([model.encode(image) for image in PICTURES])
     assert (series[[0, -1]] - z).norm() < 0.1 * z.norm(), "both ends are the pictures"
     assert request.noise is not None
     sizes = request.noise.flatten(1).norm(dim=1)
-    assert sizes.min() * 1.001 >= min(float(sizes[0]), float(sizes[-1])), "as strong as the noise of the ends"
+    assert sizes.min() * 1.001 >= min(float(sizes[0]), float(sizes[-1])), (
+        "as strong as the noise of the ends"
+    )
 
 
 def test_series_that_cannot_be() -> None:
@@ -234,13 +299,15 @@ def test_series_that_cannot_be() -> None:
         model.run(Request(["bag", "bag"], other_prompt=("ankle boot", [0, 1])))
 
 
-# ---- one run shared by two models --------------------------------------------------------------------------------------
+# ---- one run shared by two models ----------------------------------------------------------------
 
 
 @every
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "heun", "dpmpp_sde"])
 def test_a_model_goes_on_where_it_stopped(kind: str, sampler: str) -> None:
-    """Handed over to itself a run is the whole run to the last bit, the noise that is drawn on the way too."""
+    """Handed over to itself a run is the whole run to the last bit, the noise that is drawn on the
+    way too.
+    """
     model, asked = MODELS[kind], Request(["bag", "ankle boot"], steps=10, sampler=sampler, seed=3)
     whole = latents(model, asked)
     for at in (0.2, 0.55, 0.8):
@@ -248,16 +315,23 @@ def test_a_model_goes_on_where_it_stopped(kind: str, sampler: str) -> None:
 
 
 def test_latents_are_handed_over_at_the_noise_that_they_have() -> None:
-    """To a model of another process: a beta table's latent goes on as a flow's, rescaled, at the time of the same noise level."""
+    """To a model of another process: a beta table's latent goes on as a flow's, rescaled, at the
+    time of the same noise level.
+    """
     base, second = MODELS["v"], MODELS["flow"]
     asked = Request("bag", steps=10, seed=3)
     first = first_part(base, asked, at=0.6)
     x = latents(base, first)
     last = last_part(base, second, x, asked, at=0.6)
     assert first.timesteps is not None and last.timesteps is not None and last.resume is not None
-    level, there = base.denoiser.process.schedule.point(first.timesteps[-1]), second.denoiser.process.schedule.point(last.timesteps[0])
+    level, there = (
+        base.denoiser.process.schedule.point(first.timesteps[-1]),
+        second.denoiser.process.schedule.point(last.timesteps[0]),
+    )
     assert there[1] / there[0] == pytest.approx(level[1] / level[0]) and last.timesteps[-1] == 0
-    assert torch.allclose(last.resume / there[0], x / level[0], atol=1e-5), "z + (sigma/alpha) eps is the same in both"
+    assert torch.allclose(last.resume / there[0], x / level[0], atol=1e-5), (
+        "z + (sigma/alpha) eps is the same in both"
+    )
     assert torch.isfinite(latents(second, last)).all()
 
 
@@ -266,7 +340,9 @@ def test_hand_overs_that_cannot_be() -> None:
     for at in (0, 1, -0.1, math.nan, True):
         with pytest.raises(UserError, match="expected a number above 0 and below 1"):
             refine(model, model, Request(steps=5), at=at)  # pyright: ignore
-    with pytest.raises(UserError, match=r"at=0\.99 of a run of 5 steps leaves the second model none"):
+    with pytest.raises(
+        UserError, match=r"at=0\.99 of a run of 5 steps leaves the second model none"
+    ):
         refine(model, model, Request(steps=5), at=0.99)
     with pytest.raises(UserError, match="leaves the first model none"):
         refine(model, model, Request(timesteps=[0.5, 0.3, 0]), at=0.1)

@@ -1,4 +1,6 @@
-"""Pictures of different aspects: sizes and choice against brute force, nothing lost or doubled, batches of one shape, equal visits, the same bits."""
+"""Pictures of different aspects: sizes and choice against brute force, nothing lost or doubled,
+batches of one shape, equal visits, the same bits.
+"""
 
 import json
 from collections import Counter
@@ -43,24 +45,53 @@ from sfumato.train.recipe import DataSettings
 from sfumato.types import LatentSpace
 
 CLOTHING = Path(__file__).resolve().parents[3] / "shared" / "data" / "clothing-256-train.parquet"
-NET = ModernDiTConfig(sample_size=8, in_channels=2, patch_size=2, num_layers=1, num_attention_heads=2, attention_head_dim=8)
-LOOP = LoopSettings(steps=8, batch_size=3, lr=1e-3, warmup=1, decay="constant", ema=0.9, save_every=2, show_every=100, log_every=1)
+NET = ModernDiTConfig(
+    sample_size=8,
+    in_channels=2,
+    patch_size=2,
+    num_layers=1,
+    num_attention_heads=2,
+    attention_head_dim=8,
+)
+LOOP = LoopSettings(
+    steps=8,
+    batch_size=3,
+    lr=1e-3,
+    warmup=1,
+    decay="constant",
+    ema=0.9,
+    save_every=2,
+    show_every=100,
+    log_every=1,
+)
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-# ---- sizes --------------------------------------------------------------------------------------------------------------------
+# ---- sizes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("side", "step", "most"), [(128, 16, 2.0), (1024, 64, 4.0), (16, 4, 2.5), (96, 8, 1.0), (8, 8, 3.0), (50, 1, 1.5)])
-def test_bucket_sizes_are_those_that_nothing_on_the_same_side_is_larger_than(side: int, step: int, most: float) -> None:
+@pytest.mark.parametrize(
+    ("side", "step", "most"),
+    [(128, 16, 2.0), (1024, 64, 4.0), (16, 4, 2.5), (96, 8, 1.0), (8, 8, 3.0), (50, 1, 1.5)],
+)
+def test_bucket_sizes_are_those_that_nothing_on_the_same_side_is_larger_than(
+    side: int, step: int, most: float
+) -> None:
     every = range(step, side * side // step + 1, step)
-    possible = [(h, w) for h in every if h <= side * most for w in every if w <= side * most and h * w <= side * side]
+    possible = [
+        (h, w)
+        for h in every
+        if h <= side * most
+        for w in every
+        if w <= side * most and h * w <= side * side
+    ]
     widest = {h: max(w for h2, w in possible if h2 == h) for h in {h for h, _ in possible}}
     best = {s for h, w in widest.items() for s in ((h, w), (w, h)) if h * w > 0}
-    # `widest` was cut at side * most, so a strip may have a larger partner: those are beyond the aspect in any case.
+    # `widest` was cut at side * most, so a strip may have a larger partner: those are beyond the
+    # aspect in any case.
     expected = {(h, w) for h, w in best if max(h, w) <= most * min(h, w)}
     sizes = bucket_sizes(side, step, most)
     assert set(sizes) == expected and len(sizes) == len(expected)
@@ -71,11 +102,24 @@ def test_bucket_sizes_are_those_that_nothing_on_the_same_side_is_larger_than(sid
 
 def test_buckets_of_sdxl() -> None:
     """arXiv:2307.01952, appendix I lists these among its sizes."""
-    assert {(512, 2048), (640, 1536), (768, 1344), (832, 1216), (896, 1152), (1024, 1024), (1344, 768)} <= set(bucket_sizes(1024, 64, 4.0))
+    assert {
+        (512, 2048),
+        (640, 1536),
+        (768, 1344),
+        (832, 1216),
+        (896, 1152),
+        (1024, 1024),
+        (1344, 768),
+    } <= set(bucket_sizes(1024, 64, 4.0))
 
 
 @pytest.mark.parametrize(
-    ("bad", "says"), [((100, 16), "multiple of the step"), ((64, 0), "steps of 0"), ((64, 16, 0.5), "largest_aspect=0.5")]
+    ("bad", "says"),
+    [
+        ((100, 16), "multiple of the step"),
+        ((64, 0), "steps of 0"),
+        ((64, 16, 0.5), "largest_aspect=0.5"),
+    ],
 )
 def test_sizes_that_are_refused(bad: tuple[Any, ...], says: str) -> None:
     with pytest.raises(UserError, match=says):
@@ -97,18 +141,25 @@ def test_the_nearest_bucket_crops_least() -> None:
     assert all(nearest_bucket(3 * h, 3 * w, sizes) == (h, w) for h, w in sizes)
 
 
-# ---- pixels -------------------------------------------------------------------------------------------------------------------
+# ---- pixels --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("shape", "size"), [((64, 96), (32, 24)), ((96, 64), (16, 32)), ((60, 120), (15, 20)), ((40, 40), (20, 10))])
-def test_an_oblong_is_the_centre_of_the_whole_resized(shape: tuple[int, int], size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [((64, 96), (32, 24)), ((96, 64), (16, 32)), ((60, 120), (15, 20)), ((40, 40), (20, 10))],
+)
+def test_an_oblong_is_the_centre_of_the_whole_resized(
+    shape: tuple[int, int], size: tuple[int, int]
+) -> None:
     """Scaled until it covers the size, then cropped: margins chosen to be whole pixels."""
     pixels = noise(*shape)
     scale = max(size[0] / shape[0], size[1] / shape[1])
     h, w = round(shape[0] * scale), round(shape[1] * scale)
     top, left = (h - size[0]) // 2, (w - size[1]) // 2
     assert (h - size[0]) % 2 == (w - size[1]) % 2 == 0 and (h, w) != size
-    whole = np.asarray(Image.fromarray(pixels).resize((w, h), Image.Resampling.LANCZOS))[top : top + size[0], left : left + size[1]]
+    whole = np.asarray(Image.fromarray(pixels).resize((w, h), Image.Resampling.LANCZOS))[
+        top : top + size[0], left : left + size[1]
+    ]
     found = Transform(size=size).to_pixels(pixels)
     assert found.shape == (3, *size)
     assert np.abs(found.transpose(1, 2, 0).astype(int) - whole).max() <= 1
@@ -125,7 +176,9 @@ def test_a_square_keeps_its_hash_however_it_is_said() -> None:
     old = hash_json({"size": 32, "channels": 3, "crop": "center", "interpolation": "lanczos"})
     assert Transform(32, 3).hash == Transform((32, 32), 3).hash == old
     assert len({old, Transform((32, 24), 3).hash, Transform((24, 32), 3).hash}) == 3
-    assert np.array_equal(Transform((8, 8)).to_pixels(noise(20, 30)), Transform(8).to_pixels(noise(20, 30)))
+    assert np.array_equal(
+        Transform((8, 8)).to_pixels(noise(20, 30)), Transform(8).to_pixels(noise(20, 30))
+    )
 
 
 @pytest.mark.parametrize("bad", [(0, 8), (8, -1)])
@@ -134,15 +187,30 @@ def test_sides_below_one_are_refused(bad: tuple[int, int]) -> None:
         Transform(size=bad)
 
 
-# ---- opening ------------------------------------------------------------------------------------------------------------------
+# ---- opening -------------------------------------------------------------------------------------
 
-SHAPES = [(20, 20), (30, 20), (20, 30), (64, 16), (33, 31), (20, 41), (25, 36), (9, 7), (40, 22), (21, 20), (16, 31), (50, 50)]
+SHAPES = [
+    (20, 20),
+    (30, 20),
+    (20, 30),
+    (64, 16),
+    (33, 31),
+    (20, 41),
+    (25, 36),
+    (9, 7),
+    (40, 22),
+    (21, 20),
+    (16, 31),
+    (50, 50),
+]
 CLASSES = ("cat", "dog", "eel")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pictures of many aspects in class folders with captions that name them; every third is stored lying on its side, by EXIF."""
+    """Pictures of many aspects in class folders with captions that name them; every third is stored
+    lying on its side, by EXIF.
+    """
     root = tmp_path / "pictures"
     rows: list[str] = []
     for k, (height, width) in enumerate(SHAPES):
@@ -167,7 +235,9 @@ def number_of(found: BucketedImages) -> list[int]:
 
 
 def check(found: BucketedImages, side: int = 16, step: int = 4) -> None:
-    """Every picture once, in the bucket of least crop of its upright self, with its own label and pixels."""
+    """Every picture once, in the bucket of least crop of its upright self, with its own label and
+    pixels.
+    """
     sizes, numbers = bucket_sizes(side, step), number_of(found)
     assert sorted(numbers) == sorted(set(numbers)) and found.labels is not None
     assert [CLASSES[i] for i in found.labels.tolist()] == [CLASSES[k % 3] for k in numbers]
@@ -181,22 +251,30 @@ def check(found: BucketedImages, side: int = 16, step: int = 4) -> None:
             assert torch.equal(images_.batch([row])["image"][0], expected)
 
 
-def test_every_picture_is_in_the_bucket_of_least_crop_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_picture_is_in_the_bucket_of_least_crop_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: Counter[str] = Counter()
     decode = images.decode
-    monkeypatch.setattr(images, "decode", lambda picture: seen.update([str(picture)]) or decode(picture))
+    monkeypatch.setattr(
+        images, "decode", lambda picture: seen.update([str(picture)]) or decode(picture)
+    )
     found = open_buckets(folder, side=16, step=4)
     assert len(found) == len(SHAPES) and set(number_of(found)) == set(range(len(SHAPES)))
     assert len(found.sets) == 3 and found.class_names == CLASSES and found.skipped == []
     assert sorted(found.places.tolist()) == list(range(len(SHAPES)))
     check(found)
-    assert len(seen) == len(SHAPES) and set(seen.values()) == {1}, "decoded once each, batches and all"
+    assert len(seen) == len(SHAPES) and set(seen.values()) == {1}, (
+        "decoded once each, batches and all"
+    )
     squares = open_images(folder, size=16)
     assert squares.captions is not None
     assert [squares.captions[i] for i in found.places.tolist()] == found.captions
 
 
-def test_the_memory_limit_is_for_all_buckets_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_limit_is_for_all_buckets_together(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held = open_buckets(folder, side=16, step=4)
     largest = max(len(s) * int(np.prod(s.shape)) for s in held.sets)
     monkeypatch.setattr(images, "MEMORY_LIMIT", largest)  # each of them would fit alone
@@ -241,14 +319,16 @@ def test_the_pictures_held_out_are_those_of_the_squares(folder: Path) -> None:
     assert len(bucketed) == len(SHAPES) - len(held_out) == len(SHAPES) - 4
 
 
-@pytest.mark.skipif(not CLOTHING.exists(), reason="shared/data/clothing-256-train.parquet is not on this machine")
+@pytest.mark.skipif(
+    not CLOTHING.exists(), reason="shared/data/clothing-256-train.parquet is not on this machine"
+)
 def test_real_clothing() -> None:
     pytest.importorskip("datasets")
     found = open_buckets(CLOTHING, side=64, step=16, limit=60)
     assert len(found) == 60 and sorted(found.places.tolist()) == list(range(60))
 
 
-# ---- latents ------------------------------------------------------------------------------------------------------------------
+# ---- latents -------------------------------------------------------------------------------------
 
 
 def encode(image: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,13 +340,23 @@ def encode(image: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.fixture
 def latents(folder: Path, tmp_path: Path) -> tuple[BucketedImages, BucketedLatents]:
     found = open_buckets(folder, side=16, step=4)
-    return found, BucketedLatents([cache_latents(s, encode, "toy", tmp_path / "latents") for s in found.sets])
+    return found, BucketedLatents(
+        [cache_latents(s, encode, "toy", tmp_path / "latents") for s in found.sets]
+    )
 
 
 def test_latents_have_the_images_numbers(latents: tuple[BucketedImages, BucketedLatents]) -> None:
     found, cached = latents
-    assert len(cached) == len(found) and cached.groups == found.groups and cached.captions == found.captions
-    assert found.labels is not None and cached.labels is not None and torch.equal(cached.labels, found.labels)
+    assert (
+        len(cached) == len(found)
+        and cached.groups == found.groups
+        and cached.captions == found.captions
+    )
+    assert (
+        found.labels is not None
+        and cached.labels is not None
+        and torch.equal(cached.labels, found.labels)
+    )
     assert [i for g in cached.groups for i in g] == list(range(len(found)))
     for images_, group in zip(found.sets, cached.groups, strict=True):
         backwards = list(reversed(group))
@@ -293,21 +383,33 @@ def test_a_batch_of_two_shapes_is_refused(latents: tuple[BucketedImages, Buckete
 def test_statistics_count_every_cell_once(latents: tuple[BucketedImages, BucketedLatents]) -> None:
     _, cached = latents
     parts = [cached.batch(list(g)) for g in cached.groups]
-    mean, std = (torch.cat([p[name].double().transpose(0, 1).flatten(1) for p in parts], 1) for name in ("mean", "std"))
+    mean, std = (
+        torch.cat([p[name].double().transpose(0, 1).flatten(1) for p in parts], 1)
+        for name in ("mean", "std")
+    )
     found = cached.statistics()
     assert found[0] == pytest.approx(mean.mean(1).tolist(), rel=1e-9)
-    assert found[1] == pytest.approx((mean.var(1, correction=0) + std.square().mean(1)).sqrt().tolist(), rel=1e-9)
+    assert found[1] == pytest.approx(
+        (mean.var(1, correction=0) + std.square().mean(1)).sqrt().tolist(), rel=1e-9
+    )
     unweighted = torch.stack([p["mean"].double().mean((0, 2, 3)) for p in parts]).mean(0)
-    assert found[0] != pytest.approx(unweighted.tolist(), rel=1e-3), "the groups differ in size, and the check sees it"
+    assert found[0] != pytest.approx(unweighted.tolist(), rel=1e-3), (
+        "the groups differ in size, and the check sees it"
+    )
 
 
 def test_the_key_is_all_caches(latents: tuple[BucketedImages, BucketedLatents]) -> None:
     _, cached = latents
-    keys = {cached.key, BucketedLatents(cached.sets[::-1]).key, BucketedLatents(cached.sets[1:]).key, BucketedLatents(cached.sets).key}
+    keys = {
+        cached.key,
+        BucketedLatents(cached.sets[::-1]).key,
+        BucketedLatents(cached.sets[1:]).key,
+        BucketedLatents(cached.sets).key,
+    }
     assert len(keys) == 3
 
 
-# ---- order --------------------------------------------------------------------------------------------------------------------
+# ---- order ---------------------------------------------------------------------------------------
 
 SIZES = [(13, 3, 40, 1), (8, 8), (2, 1, 1), (5, 0, 100), (64, 1)]
 
@@ -320,7 +422,9 @@ def ranges(sizes: tuple[int, ...]) -> list[range]:
 @pytest.mark.parametrize(("size", "batch_size", "seed"), [(10, 4, 5), (3, 8, 0), (64, 16, 1)])
 def test_one_group_is_the_order_without_groups(size: int, batch_size: int, seed: int) -> None:
     order = Order([range(size)], batch_size, seed)
-    assert all(torch.equal(order(step), batch_indices(size, batch_size, seed, step)) for step in range(30))
+    assert all(
+        torch.equal(order(step), batch_indices(size, batch_size, seed, step)) for step in range(30)
+    )
 
 
 @pytest.mark.parametrize(("sizes", "batch_size"), list(product(SIZES, (1, 4, 6))))
@@ -335,18 +439,24 @@ def test_visits_are_equal_and_batches_of_one_group(sizes: tuple[int, ...], batch
         inside = [g for g in groups if g.start <= int(batch.min()) and int(batch.max()) < g.stop]
         assert len(inside) == 1
         visits += torch.bincount(batch, minlength=total)
-        assert all(int(visits[list(g)].max() - visits[list(g)].min()) <= 1 for g in inside), "evenly at every moment"
+        assert all(int(visits[list(g)].max() - visits[list(g)].min()) <= 1 for g in inside), (
+            "evenly at every moment"
+        )
     assert (visits == epochs).all()
 
 
 def test_no_group_falls_behind_by_a_batch_and_none_comes_in_a_row() -> None:
     groups, batch_size = ranges((130, 47, 9)), 8
     order = Order(groups, batch_size, seed=0)
-    which = [next(i for i, g in enumerate(groups) if int(order(step)[0]) in g) for step in range(2000)]
+    which = [
+        next(i for i, g in enumerate(groups) if int(order(step)[0]) in g) for step in range(2000)
+    ]
     done = np.cumsum([[w == i for i in range(3)] for w in which], axis=0) * batch_size
     share = np.arange(1, 2001)[:, None] * batch_size * np.array([130, 47, 9]) / 186
     assert np.abs(done - share).max() < 186, "never more than an epoch off its share"
-    assert 0.3 < np.mean([a == b for a, b in pairwise(which)]) < 0.8, "shuffled: sum of squared shares is 0.55"
+    assert 0.3 < np.mean([a == b for a, b in pairwise(which)]) < 0.8, (
+        "shuffled: sum of squared shares is 0.55"
+    )
 
 
 def test_the_order_is_a_function_of_seed_and_step() -> None:
@@ -355,18 +465,29 @@ def test_the_order_is_a_function_of_seed_and_step() -> None:
     order = Order(groups, 4, 7)
     for step in np.random.default_rng(0).permutation(60).tolist():
         assert torch.equal(order(step), straight[step])
-    assert not torch.equal(torch.cat(straight), torch.cat([Order(groups, 4, 8)(step) for step in range(60)]))
+    assert not torch.equal(
+        torch.cat(straight), torch.cat([Order(groups, 4, 8)(step) for step in range(60)])
+    )
     steps = [tuple(sorted(b.tolist())) for b in straight if int(b.max()) < 13]
     assert len(set(steps)) > len(steps) // 2, "epochs differ"
 
 
-# ---- training -----------------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
-def objective(cached: BucketedLatents, shapes: list[tuple[int, ...]] | None = None) -> DenoiserObjective:
+def objective(
+    cached: BucketedLatents, shapes: list[tuple[int, ...]] | None = None
+) -> DenoiserObjective:
     torch.manual_seed(0)
     process = Process(schedule("flow"), parameterization("flow"))
-    made = DenoiserObjective(ModernDiT(NET), process, cached, LatentSpace(2, 2, (0.0, 0.0), (1.0, 1.0)), Nothing(), DenoiserLoss(drop=0))
+    made = DenoiserObjective(
+        ModernDiT(NET),
+        process,
+        cached,
+        LatentSpace(2, 2, (0.0, 0.0), (1.0, 1.0)),
+        Nothing(),
+        DenoiserLoss(drop=0),
+    )
     if shapes is not None:
         batch = made.batch
 
@@ -383,7 +504,9 @@ class Stop(Exception):
     """A kill that a test can catch."""
 
 
-def test_a_run_over_buckets_goes_on_bit_for_bit(latents: tuple[BucketedImages, BucketedLatents], tmp_path: Path) -> None:
+def test_a_run_over_buckets_goes_on_bit_for_bit(
+    latents: tuple[BucketedImages, BucketedLatents], tmp_path: Path
+) -> None:
     _, cached = latents
     shapes: list[tuple[int, ...]] = []
     whole = train(objective(cached, shapes), LOOP, tmp_path / "whole")
@@ -398,7 +521,10 @@ def test_a_run_over_buckets_goes_on_bit_for_bit(latents: tuple[BucketedImages, B
     done: list[int] = []
     again = train(objective(cached), LOOP, tmp_path / "cut", on_step=done.append)
     assert done == [5, 6, 7, 8]
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True)
+    )
     with pytest.raises(UserError, match="latents"):
         train(objective(BucketedLatents(cached.sets[1:])), LOOP, tmp_path / "cut")
 
@@ -406,7 +532,14 @@ def test_a_run_over_buckets_goes_on_bit_for_bit(latents: tuple[BucketedImages, B
 def recipe(folder: Path, tmp_path: Path, **data: Any) -> DenoiserRecipe:
     """A denoiser for an autoencoder of random weights, factor 2, with a transformer of patch 2."""
     torch.manual_seed(0)
-    config = KLConfig(in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1, latent_channels=2, norm_num_groups=4)
+    config = KLConfig(
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        latent_channels=2,
+        norm_num_groups=4,
+    )
     if not (tmp_path / "vae").exists():
         (tmp_path / "vae").mkdir()
         save_part(tmp_path / "vae", AutoencoderKL(config))
@@ -419,9 +552,14 @@ def test_a_recipe_with_buckets_becomes_a_model(folder: Path, tmp_path: Path) -> 
     made.run(tmp_path / "whole")
     replace(made, loop=replace(LOOP, steps=3)).run(tmp_path / "run")
     made.run(tmp_path / "run")
-    files = [next((tmp_path / run / "model" / "transformer").glob("*.safetensors")) for run in ("whole", "run")]
+    files = [
+        next((tmp_path / run / "model" / "transformer").glob("*.safetensors"))
+        for run in ("whole", "run")
+    ]
     whole, run = (read_tensors(file) for file in files)
-    assert whole.keys() == run.keys() and all(torch.equal(whole[k], run[k]) for k in whole), "3 steps and 5 are the 8"
+    assert whole.keys() == run.keys() and all(torch.equal(whole[k], run[k]) for k in whole), (
+        "3 steps and 5 are the 8"
+    )
     model = sfumato.load(tmp_path / "run" / "model")
     assert model.class_names == CLASSES and model.denoiser.network.config.sample_size == 8
     (square,) = model.generate("cat", seed=1, steps=2)
@@ -439,7 +577,9 @@ def test_a_recipe_with_buckets_becomes_a_model(folder: Path, tmp_path: Path) -> 
         ({"size": 18}, "multiple of the step"),
     ],
 )
-def test_wrong_buckets_are_one_sentence(data: dict[str, Any], says: str, folder: Path, tmp_path: Path) -> None:
+def test_wrong_buckets_are_one_sentence(
+    data: dict[str, Any], says: str, folder: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=says):
         recipe(folder, tmp_path, **data).run(tmp_path / "run")
 

@@ -1,4 +1,6 @@
-"""Training from captions: what the network is told is what the encoder says of each caption, and the model that comes out reads prompts."""
+"""Training from captions: what the network is told is what the encoder says of each caption, and
+the model that comes out reads prompts.
+"""
 
 import json
 import runpy
@@ -25,14 +27,22 @@ from sfumato.train.loop import LoopSettings
 from sfumato.train.recipe import DataSettings, DenoiserRecipe
 from sfumato.types import Conditioning
 
-captioned: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_captioned.py")))
+captioned: Any = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_captioned.py"))
+)
 WORDS = captioned.WORDS
-NETWORK = ModernDiTConfig(patch_size=2, num_layers=2, num_attention_heads=2, attention_head_dim=8, register_tokens=1)
-LOOP = LoopSettings(steps=4, batch_size=4, lr=1e-2, warmup=1, save_every=2, show_every=4, log_every=1)
+NETWORK = ModernDiTConfig(
+    patch_size=2, num_layers=2, num_attention_heads=2, attention_head_dim=8, register_tokens=1
+)
+LOOP = LoopSettings(
+    steps=4, batch_size=4, lr=1e-2, warmup=1, save_every=2, show_every=4, log_every=1
+)
 
 
 class Letters:
-    """A reader whose states are the letters' numbers: 12 positions of 3, padding is nonsense that a mask hides."""
+    """A reader whose states are the letters' numbers: 12 positions of 3, padding is nonsense that a
+    mask hides.
+    """
 
     def __init__(self, masked: bool = True):
         self.masked, self.asked = masked, []
@@ -40,7 +50,9 @@ class Letters:
     def __call__(self, prompts: Sequence[str | None]) -> Conditioning:
         self.asked += prompts
         codes = [[float(ord(c)) for c in f"^{p or ''}"] for p in prompts]
-        tokens = torch.tensor([c + [-1e3] * (12 - len(c)) for c in codes])[..., None] * torch.tensor([1.0, 2.0, 0.5])
+        tokens = torch.tensor([c + [-1e3] * (12 - len(c)) for c in codes])[
+            ..., None
+        ] * torch.tensor([1.0, 2.0, 0.5])
         mask = torch.tensor([[k < len(c) for k in range(12)] for c in codes])
         return Conditioning(tokens, mask if self.masked else None)
 
@@ -57,12 +69,21 @@ def test_every_caption_is_read_once_and_told_by_its_number() -> None:
     assert sorted(reader.asked) == ["", "abc", "abcdef", "z"]
     numbers = torch.tensor([4, 0, 3, 1, 2, 2])
     found, expected = told.from_labels(numbers), Letters()([captions[int(k)] for k in numbers])
-    assert found.tokens is not None and found.mask is not None and expected.tokens is not None and expected.mask is not None
+    assert (
+        found.tokens is not None
+        and found.mask is not None
+        and expected.tokens is not None
+        and expected.mask is not None
+    )
     assert found.tokens.shape[1] == 7, "the longest caption has six letters and a mark"
-    assert torch.equal(found.tokens, expected.tokens[:, :7]) and torch.equal(found.mask, expected.mask[:, :7])
+    assert torch.equal(found.tokens, expected.tokens[:, :7]) and torch.equal(
+        found.mask, expected.mask[:, :7]
+    )
     assert not expected.mask[:, 7:].any()
     nothing = told.null(3)
-    assert nothing.tokens is not None and torch.equal(nothing.tokens, Letters()(["", "", ""]).tokens[:, :7])  # pyright: ignore
+    assert nothing.tokens is not None and torch.equal(
+        nothing.tokens, Letters()(["", "", ""]).tokens[:, :7]
+    )  # pyright: ignore
     plain = Captions(Letters(masked=False), captions).from_labels(numbers)
     assert plain.mask is None and plain.tokens is not None and plain.tokens.shape[1] == 12
 
@@ -73,13 +94,18 @@ def test_what_is_cut_off_changes_no_answer() -> None:
     for weight in network.parameters():
         weight.data.normal_(0, 0.3)
     x, t = torch.randn(2, 2, 4, 4), torch.tensor([100.0, 900.0])
-    whole, cut = Letters()(["abc", "z"]), Captions(Letters(), ["abc", "z"]).from_labels(torch.arange(2))
+    whole, cut = (
+        Letters()(["abc", "z"]),
+        Captions(Letters(), ["abc", "z"]).from_labels(torch.arange(2)),
+    )
     with torch.inference_mode():
         torch.testing.assert_close(network(x, t, cut), network(x, t, whole), rtol=1e-5, atol=1e-5)
 
 
 def test_other_captions_are_other_data() -> None:
-    one, same, other = (Captions(Letters(), c).to_config() for c in (["a", "b"], ["a", "b"], ["b", "a"]))
+    one, same, other = (
+        Captions(Letters(), c).to_config() for c in (["a", "b"], ["a", "b"], ["b", "a"])
+    )
     assert one == same != other
     retrained = Letters()
     retrained.tensors = lambda: {"scale": torch.tensor([1.0, 2.0, 0.25])}
@@ -90,7 +116,9 @@ def test_other_captions_are_other_data() -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Captioned pictures, a model's folder with a tiny T5, and a tiny autoencoder as a pair of files."""
+    """Captioned pictures, a model's folder with a tiny T5, and a tiny autoencoder as a pair of
+    files.
+    """
     return captioned.write(tmp_path_factory.mktemp("captions") / "parts")
 
 
@@ -102,45 +130,78 @@ def recipe(place: Path, **changes: Any) -> DenoiserRecipe:
 
 
 def test_a_model_learns_from_captions_and_reads_prompts(place: Path, tmp_path: Path) -> None:
-    """With another one's tiny autoencoder; the model opens from its folder and is the same when it is trained again."""
+    """With another one's tiny autoencoder; the model opens from its folder and is the same when it
+    is trained again.
+    """
     folder = recipe(place).run(tmp_path / "one")
     model = sfumato.load(folder)
     assert model.class_names == () and isinstance(model.autoencoder, AutoencoderTiny)
-    assert json.loads((folder / "transformer" / "config.json").read_text())["caption_channels"] == 48
-    assert Image.open(tmp_path / "one" / "denoiser" / "samples" / "samples-00000004.png").size[0] >= 16 * 8
-    one, two = (np.asarray(model.generate(words, seed=1)[0], dtype=float) for words in (WORDS[0], WORDS[1]))
+    assert (
+        json.loads((folder / "transformer" / "config.json").read_text())["caption_channels"] == 48
+    )
+    assert (
+        Image.open(tmp_path / "one" / "denoiser" / "samples" / "samples-00000004.png").size[0]
+        >= 16 * 8
+    )
+    one, two = (
+        np.asarray(model.generate(words, seed=1)[0], dtype=float) for words in (WORDS[0], WORDS[1])
+    )
     assert one.shape == (16, 16, 3) and np.abs(one - two).max() > 0, "the words make no difference"
     reader = open_reader(place / "t5")
     with torch.inference_mode():
         assert torch.equal(reader([WORDS[2]]).tokens, model.conditioner([WORDS[2]]).tokens)
     again = sfumato.load(recipe(place).run(tmp_path / "two"))
-    assert hash_tensors(model.denoiser.network.state_dict()) == hash_tensors(again.denoiser.network.state_dict())
+    assert hash_tensors(model.denoiser.network.state_dict()) == hash_tensors(
+        again.denoiser.network.state_dict()
+    )
 
 
 def test_a_run_that_stopped_goes_on_with_the_same_captions(place: Path, tmp_path: Path) -> None:
     short = replace(recipe(place), loop=replace(LOOP, steps=2, decay="constant"))
     whole = replace(recipe(place), loop=replace(LOOP, decay="constant"))
     short.run(tmp_path / "parts")
-    parts, once = (sfumato.load(whole.run(tmp_path / name)).denoiser.network.state_dict() for name in ("parts", "once"))
+    parts, once = (
+        sfumato.load(whole.run(tmp_path / name)).denoiser.network.state_dict()
+        for name in ("parts", "once")
+    )
     assert hash_tensors(parts) == hash_tensors(once)
     (place / "other").mkdir(exist_ok=True)
     for file in (place / "pictures").iterdir():
         (place / "other" / file.name).write_bytes(file.read_bytes().replace(b"red dog", b"fox dog"))
     with pytest.raises(UserError, match="captions"):
-        replace(whole, data=replace(whole.data, source=str(place / "other"))).run(tmp_path / "parts")
+        replace(whole, data=replace(whole.data, source=str(place / "other"))).run(
+            tmp_path / "parts"
+        )
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"data": "tiny"}, "has no captions: expected a column or file of them; leave text out for classes"),
-        ({"network": DiTConfig()}, "a DiTConfig reads no text: expected one of a network with caption_channels"),
-        ({"text": "tiny"}, "expected a model's folder with text encoders, or a sentence encoder's, which has a config.json"),
-        ({"autoencoder": "pictures"}, "has no trained autoencoder: run `sfumato train autoencoder` first, or give --autoencoder"),
-        ({"autoencoder": "t5/text_encoder"}, "text_encoder has no weights diffusion_pytorch_model.safetensors"),
+        (
+            {"data": "tiny"},
+            "has no captions: expected a column or file of them; leave text out for classes",
+        ),
+        (
+            {"network": DiTConfig()},
+            "a DiTConfig reads no text: expected one of a network with caption_channels",
+        ),
+        (
+            {"text": "tiny"},
+            "expected a model's folder with text encoders, or a sentence encoder's, which has a config.json",
+        ),
+        (
+            {"autoencoder": "pictures"},
+            "has no trained autoencoder: run `sfumato train autoencoder` first, or give --autoencoder",
+        ),
+        (
+            {"autoencoder": "t5/text_encoder"},
+            "text_encoder has no weights diffusion_pytorch_model.safetensors",
+        ),
     ],
 )
-def test_what_cannot_be_is_explained(place: Path, tmp_path: Path, change: dict[str, Any], words: str) -> None:
+def test_what_cannot_be_is_explained(
+    place: Path, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
     made = recipe(place)
     for name, value in change.items():
         if name == "data":

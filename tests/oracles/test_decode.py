@@ -1,4 +1,6 @@
-"""Act 4 and the latent's coordinates: tiles against the whole, weights that sum to one, previews of linear decoders, numbers that are not finite."""
+"""Act 4 and the latent's coordinates: tiles against the whole, weights that sum to one, previews of
+linear decoders, numbers that are not finite.
+"""
 
 import math
 from itertools import pairwise
@@ -19,7 +21,9 @@ from sfumato.types import LatentSpace
 
 
 class Linear(Autoencoder):
-    """A decoder of two 3x3 convolutions around a nearest-neighbour doubling: it sees 1.5 latent cells around a pixel, so 2 are enough."""
+    """A decoder of two 3x3 convolutions around a nearest-neighbour doubling: it sees 1.5 latent
+    cells around a pixel, so 2 are enough.
+    """
 
     def __init__(self, reach: int = 1) -> None:
         super().__init__()
@@ -44,7 +48,9 @@ class Linear(Autoencoder):
 
 
 class Averaging(Linear):
-    """Every pixel is the mean of the whole latent that was given, as a group norm's statistics are: no two tiles agree."""
+    """Every pixel is the mean of the whole latent that was given, as a group norm's statistics are:
+    no two tiles agree.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,11 +68,16 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def kl(**changes: Any) -> AutoencoderKL:
     torch.manual_seed(0)
-    values = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 3}
+    values = {
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "latent_channels": 3,
+    }
     return AutoencoderKL(KLConfig(**{**values, **changes})).eval().requires_grad_(False)
 
 
-# ---- tiles -------------------------------------------------------------------------------------------------------------
+# ---- tiles ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(8, 8), (5, 8), (3, 2)])
@@ -78,7 +89,9 @@ def test_one_tile_that_covers_everything_is_the_whole_exactly(size: tuple[int, i
 
 @pytest.mark.parametrize("size", [(40, 33), (12, 50), (18, 12), (64, 7)])
 @pytest.mark.parametrize(("tile", "overlap"), [(12, 8), (16, 8), (17, 9), (12, 11)])
-def test_tiles_are_the_whole_where_the_overlap_covers_what_a_pixel_sees(size: tuple[int, int], tile: int, overlap: int) -> None:
+def test_tiles_are_the_whole_where_the_overlap_covers_what_a_pixel_sees(
+    size: tuple[int, int], tile: int, overlap: int
+) -> None:
     """Linear() looks 2 cells far: a quarter of every overlap here."""
     autoencoder, z = Linear().requires_grad_(False), normal(2, 3, *size)
     expected = whole(autoencoder, z)
@@ -87,7 +100,8 @@ def test_tiles_are_the_whole_where_the_overlap_covers_what_a_pixel_sees(size: tu
     found = tiled(autoencoder, z, tile=tile, overlap=overlap)
     assert found.dtype == torch.float32 and found.shape == (2, 3, 2 * size[0], 2 * size[1])
     assert (found - expected).abs().max() < 1e-5
-    assert len(autoencoder.seen) > 1 and all(h <= tile and w <= tile for h, w in autoencoder.seen)  # memory is bounded by the tile
+    # memory is bounded by the tile
+    assert len(autoencoder.seen) > 1 and all(h <= tile and w <= tile for h, w in autoencoder.seen)
 
 
 def test_tiles_differ_from_the_whole_where_the_overlap_is_too_small() -> None:
@@ -99,9 +113,11 @@ def test_tiles_differ_from_the_whole_where_the_overlap_is_too_small() -> None:
 
 @pytest.mark.parametrize(("tile", "overlap"), [(16, 8), (16, 12), (24, 16)])
 def test_no_seams_where_tiles_disagree(tile: int, overlap: int) -> None:
-    """Averaging() makes each tile one flat colour: from pixel to pixel the image may then change only as fast as the ramps do.
+    """Averaging() makes each tile one flat colour: from pixel to pixel the image may then change
+    only as fast as the ramps do.
 
-    A ramp rises by 1 in half of an overlap's 2 * overlap pixels; where three tiles meet, all of them change.
+    A ramp rises by 1 in half of an overlap's 2 * overlap pixels; where three tiles meet, all of
+    them change.
     """
     autoencoder, z = Averaging().requires_grad_(False), 0.3 * normal(1, 3, 45, 37)
     image = tiled(autoencoder, z, tile=tile, overlap=overlap)
@@ -113,8 +129,10 @@ def test_no_seams_where_tiles_disagree(tile: int, overlap: int) -> None:
 
 @pytest.mark.parametrize("part", ["decode", "encode"])
 def test_no_step_at_the_borders_of_tiles(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A smooth picture, an autoencoder with norms and attention: along the lines where tiles begin and end the error changes no more, on
-    average, than along others. (At the image's own edges, left out here, it changes most.)"""
+    """A smooth picture, an autoencoder with norms and attention: along the lines where tiles begin
+    and end the error changes no more, on average, than along others. (At the image's own edges,
+    left out here, it changes most.)
+    """
     autoencoder, tile, overlap, size = kl(), 24, 8, (64, 56)
     autoencoder.decoder.conv_out.weight.mul_(0.3)  # so that nothing is clamped
     z = F.interpolate(normal(1, 3, 4, 4), size, mode="bicubic").mul(0.5).tanh()
@@ -125,7 +143,11 @@ def test_no_step_at_the_borders_of_tiles(part: str, monkeypatch: pytest.MonkeyPa
 
     def steps() -> tuple[float, float]:
         """The largest mean change from a row or column to the next: at borders, elsewhere."""
-        found = tiled(autoencoder, z, tile, overlap) if decodes else tiled_posterior(autoencoder, image, tile, overlap).mean
+        found = (
+            tiled(autoencoder, z, tile, overlap)
+            if decodes
+            else tiled_posterior(autoencoder, image, tile, overlap).mean
+        )
         at, elsewhere = [0.0], [0.0]
         for d, side in ((2, size[0]), (3, size[1])):
             changes = (found - expected).diff(dim=d).abs().transpose(0, d).flatten(1).mean(1)
@@ -137,14 +159,18 @@ def test_no_step_at_the_borders_of_tiles(part: str, monkeypatch: pytest.MonkeyPa
 
     at, elsewhere = steps()
     assert at <= elsewhere and elsewhere > 1e-3  # the tiles do disagree
-    monkeypatch.setattr("sfumato.decode.tiled._ramp", lambda start, tile, length, overlap: torch.ones(tile))
+    monkeypatch.setattr(
+        "sfumato.decode.tiled._ramp", lambda start, tile, length, overlap: torch.ones(tile)
+    )
     assert steps()[0] > 2 * at  # without ramps there are seams: the measure sees them
 
 
 @pytest.mark.parametrize("length", [1, 7, 12, 13, 29, 64, 100])
 @pytest.mark.parametrize(("tile", "overlap"), [(12, 4), (12, 11), (13, 5), (8, 1), (2, 1)])
 def test_weights_are_a_partition_of_unity(length: int, tile: int, overlap: int) -> None:
-    """Everywhere positive in sum, so that the division is safe; two tiles that share exactly `overlap` sum to 1 by themselves."""
+    """Everywhere positive in sum, so that the division is safe; two tiles that share exactly
+    `overlap` sum to 1 by themselves.
+    """
     starts = _starts(length, tile, tile - overlap)
     assert starts[0] == 0 and all(b - a <= tile - overlap for a, b in pairwise(starts))
     assert max(starts) + min(tile, length) == length  # the edge is reached, and not passed
@@ -168,11 +194,13 @@ def test_constant_images_stay_constant() -> None:
 
 @pytest.mark.parametrize(("tile", "overlap"), [(8, 0), (8, 8), (8, 9), (4, -1)])
 def test_impossible_tiles_are_refused(tile: int, overlap: int) -> None:
-    with pytest.raises(UserError, match=rf"tile={tile}, overlap={overlap}: expected 0 < overlap < tile"):
+    with pytest.raises(
+        UserError, match=rf"tile={tile}, overlap={overlap}: expected 0 < overlap < tile"
+    ):
         tiled(Linear(), torch.zeros(1, 3, 16, 16), tile=tile, overlap=overlap)
 
 
-# ---- whole -------------------------------------------------------------------------------------------------------------
+# ---- whole ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.invariance
@@ -188,7 +216,10 @@ def test_whole_does_not_depend_on_the_batch_and_limits_the_range() -> None:
 
 @pytest.mark.parametrize("decode", [whole, tiled])
 def test_latents_of_another_space_are_refused(decode: Any) -> None:
-    with pytest.raises(UserError, match=r"latent is torch.float32 of shape \(1, 4, 8, 8\): expected .* \(B, 3, h, w\)"):
+    with pytest.raises(
+        UserError,
+        match=r"latent is torch.float32 of shape \(1, 4, 8, 8\): expected .* \(B, 3, h, w\)",
+    ):
         decode(Linear(), torch.zeros(1, 4, 8, 8))
 
 
@@ -212,11 +243,14 @@ def test_a_number_that_is_not_finite_never_becomes_a_picture(value: float, way: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_sentence_names_the_dtype(dtype: torch.dtype) -> None:
     autoencoder = Linear().requires_grad_(False).to(dtype)
-    with pytest.raises(NumericalError, match=rf"after decode \({str(dtype).removeprefix('torch.')}\): nothing was written"):
+    with pytest.raises(
+        NumericalError,
+        match=rf"after decode \({str(dtype).removeprefix('torch.')}\): nothing was written",
+    ):
         whole(autoencoder, torch.full((1, 3, 4, 4), math.nan))
 
 
-# ---- previews ----------------------------------------------------------------------------------------------------------
+# ---- previews ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("colours", [1, 3])
@@ -228,22 +262,29 @@ def test_a_preview_recovers_a_linear_decoder(colours: int, factor: int) -> None:
     image = small.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     image = image + 0.5 * _zero_mean(image.shape, factor)  # detail inside a cell averages away
     fitted = Preview.fit(z, image)
-    assert torch.allclose(fitted.weight, weight, atol=1e-5) and torch.allclose(fitted.bias, bias, atol=1e-5)
+    assert torch.allclose(fitted.weight, weight, atol=1e-5) and torch.allclose(
+        fitted.bias, bias, atol=1e-5
+    )
     assert torch.allclose(fitted(z), small.clamp(-1, 1), atol=1e-4)
     assert fitted(100 * z).abs().max() == 1
 
 
 def _zero_mean(shape: torch.Size, factor: int) -> Tensor:
     noise = normal(*shape, seed=3)
-    return noise - F.interpolate(F.avg_pool2d(noise, factor), scale_factor=float(factor), mode="nearest")
+    return noise - F.interpolate(
+        F.avg_pool2d(noise, factor), scale_factor=float(factor), mode="nearest"
+    )
 
 
-# ---- coordinates of the latent -----------------------------------------------------------------------------------------
+# ---- coordinates of the latent -------------------------------------------------------------------
 
 
 def test_standardise_and_restore_are_inverses() -> None:
     space = LatentSpace(3, 8, (0.5, -2.0, 10.0), (0.1, 1.0, 30.0))
-    raw = normal(4, 3, 5, 6) * torch.tensor(space.std)[:, None, None] + torch.tensor(space.mean)[:, None, None]
+    raw = (
+        normal(4, 3, 5, 6) * torch.tensor(space.std)[:, None, None]
+        + torch.tensor(space.mean)[:, None, None]
+    )
     z = space.standardise(raw)
     assert torch.allclose(space.restore(z), raw, rtol=1e-5, atol=1e-5)
     assert torch.allclose(z, normal(4, 3, 5, 6), atol=1e-5)
@@ -254,7 +295,9 @@ def test_measured_statistics_make_z_standard() -> None:
     autoencoder = kl(in_channels=1, out_channels=1)
     images = normal(32, 1, 16, 16).clamp(-1, 1)
     raw = autoencoder.posterior(images).mean
-    autoencoder.set_statistics(tuple(raw.mean((0, 2, 3)).tolist()), tuple(raw.std((0, 2, 3)).tolist()))
+    autoencoder.set_statistics(
+        tuple(raw.mean((0, 2, 3)).tolist()), tuple(raw.std((0, 2, 3)).tolist())
+    )
     z = autoencoder.encode(images)
     assert z.mean((0, 2, 3)).abs().max() < 1e-4 and (z.std((0, 2, 3)) - 1).abs().max() < 1e-4
     assert torch.allclose(autoencoder.decode(z), autoencoder.reconstruct(raw), atol=1e-4)
@@ -263,17 +306,24 @@ def test_measured_statistics_make_z_standard() -> None:
 
 
 def test_one_scaling_factor_and_shift_are_a_special_case() -> None:
-    """Stable Diffusion's z = raw * scaling_factor, SD3's z = (raw - shift_factor) * scaling_factor; measured statistics come first."""
+    """Stable Diffusion's z = raw * scaling_factor, SD3's z = (raw - shift_factor) * scaling_factor;
+    measured statistics come first.
+    """
     raw = normal(2, 3, 4, 4)
     plain = KLConfig(latent_channels=3, scaling_factor=0.18215).space
     assert torch.allclose(plain.standardise(raw), raw * 0.18215) and plain.factor == 8
     shifted = KLConfig(latent_channels=3, scaling_factor=1.5305, shift_factor=0.0609).space
     assert torch.allclose(shifted.standardise(raw), (raw - 0.0609) * 1.5305, atol=1e-6)
-    measured = KLConfig(latent_channels=1, scaling_factor=0.5, latents_mean=(3.0,), latents_std=(2.0,)).space
+    measured = KLConfig(
+        latent_channels=1, scaling_factor=0.5, latents_mean=(3.0,), latents_std=(2.0,)
+    ).space
     assert (measured.mean, measured.std) == ((3.0,), (2.0,))
 
 
-@pytest.mark.parametrize(("mean", "std"), [((0.0,), (1.0, 1.0)), ((0.0, 0.0), (1.0, 0.0)), ((0.0, 0.0), (1.0, -1.0)), ((), ())])
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [((0.0,), (1.0, 1.0)), ((0.0, 0.0), (1.0, 0.0)), ((0.0, 0.0), (1.0, -1.0)), ((), ())],
+)
 def test_impossible_statistics_are_refused(mean: tuple, std: tuple) -> None:
     with pytest.raises(ValueError, match="as many means and positive stds"):
         LatentSpace(2, 8, mean, std)
@@ -283,7 +333,9 @@ def test_kl_of_a_posterior_is_the_closed_form() -> None:
     """Against torch.distributions; 0 for the standard normal itself."""
     mean, std = normal(3, 2, 4, 4), normal(3, 2, 4, 4, seed=1).exp()
     gaussian = torch.distributions.Normal
-    expected = torch.distributions.kl_divergence(gaussian(mean, std), gaussian(0.0, 1.0)).sum((1, 2, 3))
+    expected = torch.distributions.kl_divergence(gaussian(mean, std), gaussian(0.0, 1.0)).sum(
+        (1, 2, 3)
+    )
     torch.testing.assert_close(Posterior(mean, std).kl(), expected)
     assert Posterior(torch.zeros(1, 2, 4, 4), torch.ones(1, 2, 4, 4)).kl() == 0
     assert torch.equal(Posterior(mean, std).sample(torch.zeros_like(mean)), mean)

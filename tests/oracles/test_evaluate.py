@@ -17,7 +17,14 @@ from torch import Tensor
 from sfumato.errors import NumericalError, UserError
 from sfumato.evaluate import Features, evaluate_reconstruction, evaluate_samples, measure_speed
 from sfumato.evaluate.classes import classes, deviation_from_even
-from sfumato.evaluate.frechet import GaussianStatistics, frechet_distance, gaussian, load_statistics, save_statistics, stream
+from sfumato.evaluate.frechet import (
+    GaussianStatistics,
+    frechet_distance,
+    gaussian,
+    load_statistics,
+    save_statistics,
+    stream,
+)
 from sfumato.evaluate.memorisation import memorisation
 from sfumato.evaluate.precision_recall import expected_coverage, manifold, nearest
 from sfumato.evaluate.reconstruction import psnr, psnr_mean, reconstruction, ssim
@@ -42,23 +49,38 @@ def test_frechet_of_commuting_covariances() -> None:
     rotation = torch.linalg.qr(noise(6, 6))[0]
     a, b = uniform(6, seed=1).double() + 0.1, uniform(6, seed=2).double() * 4
     shift = noise(6, seed=3)
-    found = frechet_distance(made(torch.zeros(6), rotation @ a.diag() @ rotation.T), made(shift, rotation @ b.diag() @ rotation.T))
-    assert found == pytest.approx(float(shift.square().sum() + (a.sqrt() - b.sqrt()).square().sum()), rel=1e-12)
+    found = frechet_distance(
+        made(torch.zeros(6), rotation @ a.diag() @ rotation.T),
+        made(shift, rotation @ b.diag() @ rotation.T),
+    )
+    assert found == pytest.approx(
+        float(shift.square().sum() + (a.sqrt() - b.sqrt()).square().sum()), rel=1e-12
+    )
 
 
 def test_frechet_of_two_by_two_covariances_that_do_not_commute() -> None:
     """For 2x2, tr sqrt(M) = sqrt(tr M + 2 sqrt(det M)), with M similar to S1 S2."""
-    a, b = torch.tensor([[2.0, 0.7], [0.7, 1.0]]).double(), torch.tensor([[0.5, -0.3], [-0.3, 3.0]]).double()
+    a, b = (
+        torch.tensor([[2.0, 0.7], [0.7, 1.0]]).double(),
+        torch.tensor([[0.5, -0.3], [-0.3, 3.0]]).double(),
+    )
     product = a @ b
     root = math.sqrt(float(product.trace()) + 2 * math.sqrt(float(product.det())))
     mean = torch.tensor([1.0, -2.0])
     expected = 5.0 + float(a.trace() + b.trace()) - 2 * root
-    assert frechet_distance(made(mean, a), made(torch.zeros(2), b)) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(made(mean, a), made(torch.zeros(2), b)) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_frechet_against_eigenvalues_of_the_product() -> None:
-    """The published form, tr (S1 S2)^(1/2), through the eigenvalues of the non-symmetric product."""
-    a, b = gaussian(noise(300, 20)), gaussian(noise(300, 20, seed=1) @ (torch.eye(20) + 0.3 * noise(20, 20, seed=2)))
+    """The published form, tr (S1 S2)^(1/2), through the eigenvalues of the non-symmetric
+    product.
+    """
+    a, b = (
+        gaussian(noise(300, 20)),
+        gaussian(noise(300, 20, seed=1) @ (torch.eye(20) + 0.3 * noise(20, 20, seed=2))),
+    )
     root = torch.linalg.eigvals(a.cov @ b.cov).real.clamp(min=0).sqrt().sum()
     expected = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * root
     assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-10)
@@ -66,7 +88,9 @@ def test_frechet_against_eigenvalues_of_the_product() -> None:
 
 
 @pytest.mark.parametrize("count", [400, 10])
-def test_frechet_of_a_set_with_itself_is_zero_even_with_fewer_images_than_features(count: int) -> None:
+def test_frechet_of_a_set_with_itself_is_zero_even_with_fewer_images_than_features(
+    count: int,
+) -> None:
     x = noise(count, 50)
     assert frechet_distance(gaussian(x), gaussian(x)) < 1e-10
     shuffled = x[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
@@ -93,7 +117,9 @@ def test_statistics_file_is_exact_and_guards_its_hashes(tmp_path) -> None:
     saved = gaussian(noise(50, 4), network="n1", data="d1")
     save_statistics(tmp_path / "s.safetensors", saved)
     back = load_statistics(tmp_path / "s.safetensors", features="n1", data="d1")
-    assert torch.equal(back.mean, saved.mean) and torch.equal(back.cov, saved.cov) and back.count == 50
+    assert (
+        torch.equal(back.mean, saved.mean) and torch.equal(back.cov, saved.cov) and back.count == 50
+    )
     with pytest.raises(UserError, match="other features"):
         load_statistics(tmp_path / "s.safetensors", features="n2")
     with pytest.raises(UserError, match="different feature networks"):
@@ -104,7 +130,9 @@ def test_statistics_file_is_exact_and_guards_its_hashes(tmp_path) -> None:
 
 
 def test_manifold_of_points_on_a_line() -> None:
-    """Real 0, 1, 2, 3 and 10 with k = 1: radii 1, 1, 1, 1, 7. Samples 0.5, 2.5, 20, 21: radii 2, 2, 1, 1."""
+    """Real 0, 1, 2, 3 and 10 with k = 1: radii 1, 1, 1, 1, 7. Samples 0.5, 2.5, 20, 21: radii 2, 2,
+    1, 1.
+    """
     real = torch.tensor([0.0, 1, 2, 3, 10])[:, None]
     samples = torch.tensor([0.5, 2.5, 20, 21])[:, None]
     found = manifold(real, samples, k=1)
@@ -115,7 +143,9 @@ def test_manifold_of_points_on_a_line() -> None:
 
 
 def test_manifold_for_equal_distributions_has_the_published_expectations() -> None:
-    runs = [manifold(noise(300, 8, seed=2 * s), noise(300, 8, seed=2 * s + 1), k=5) for s in range(8)]
+    runs = [
+        manifold(noise(300, 8, seed=2 * s), noise(300, 8, seed=2 * s + 1), k=5) for s in range(8)
+    ]
     expected = expected_coverage(300, 300, 5)
     assert expected == pytest.approx(1 - math.prod((300 - i) / (600 - i) for i in range(1, 6)))
     assert expected == pytest.approx(1 - 0.5**5, abs=2e-3)
@@ -136,13 +166,20 @@ def test_dropped_modes_cost_recall_and_coverage_and_not_precision() -> None:
 def test_manifold_ignores_order_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     real, samples = noise(150, 6), noise(120, 6, seed=1)
     found = manifold(real, samples)
-    assert manifold(real.flip(0), samples[torch.randperm(120, generator=torch.Generator().manual_seed(3))]) == found
+    assert (
+        manifold(
+            real.flip(0), samples[torch.randperm(120, generator=torch.Generator().manual_seed(3))]
+        )
+        == found
+    )
     monkeypatch.setattr("sfumato.evaluate.precision_recall.ENTRIES", 700)
     assert manifold(real, samples) == found
 
 
 def test_one_outlier_inflates_recall_and_not_coverage() -> None:
-    """Naeem et al., Figure 1: one odd sample makes a huge sample ball, which takes in the half of the real images that faces it."""
+    """Naeem et al., Figure 1: one odd sample makes a huge sample ball, which takes in the half of
+    the real images that faces it.
+    """
     real = noise(200, 4)
     samples = 1e-3 * noise(100, 4, seed=1)
     collapsed = manifold(real, samples)
@@ -193,7 +230,11 @@ def test_both_psnr_are_what_they_say() -> None:
     assert psnr(a, b) == pytest.approx(-10 * math.log10((0.25 + 0.0625**2) / 2))
     assert psnr_mean(a, b) == pytest.approx(-10 * (math.log10(0.25) + math.log10(0.0625**2)) / 2)
     assert psnr_mean(a, b) > psnr(a, b)
-    assert psnr_mean(torch.cat([a, a]), torch.cat([b, a])) == math.inf > psnr(torch.cat([a, a]), torch.cat([b, a]))
+    assert (
+        psnr_mean(torch.cat([a, a]), torch.cat([b, a]))
+        == math.inf
+        > psnr(torch.cat([a, a]), torch.cat([b, a]))
+    )
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 32, 40), (5, 1, 28, 28)])
@@ -202,9 +243,12 @@ def test_ssim_against_torchmetrics(shape: tuple[int, ...]) -> None:
 
     smooth = torch.nn.functional.avg_pool2d(uniform(*shape), 5, 1, 2)
     other = (smooth + 0.1 * noise(*shape, seed=1).float()).clamp(0, 1)
-    _, everywhere = structural_similarity_index_measure(other.double(), smooth.double(), data_range=1.0, return_full_image=True)
+    _, everywhere = structural_similarity_index_measure(
+        other.double(), smooth.double(), data_range=1.0, return_full_image=True
+    )
     assert isinstance(everywhere, Tensor)
-    inside = everywhere[..., 5:-5, 5:-5].mean()  # torchmetrics reflects the image beyond its border; Wang et al. do not
+    # torchmetrics reflects the image beyond its border; Wang et al. do not
+    inside = everywhere[..., 5:-5, 5:-5].mean()
     assert ssim(smooth, other) == pytest.approx(float(inside), abs=1e-9)
     assert ssim(smooth, smooth) == pytest.approx(1, abs=1e-12)
 
@@ -232,8 +276,15 @@ def test_classes_counts_and_accuracy() -> None:
 def test_speed_is_the_median_after_the_warm_up() -> None:
     times = iter([0.0, 1.0, 10.0, 19.0, 20.0, 22.0])
     calls: list[int] = []
-    found = measure_speed(lambda: calls.append(0), images=4, calls=3, warmup=2, clock=lambda: next(times))
-    assert (found.seconds_per_call, found.seconds_per_image, found.fastest_call, len(calls)) == (2.0, 0.5, 1.0, 5)
+    found = measure_speed(
+        lambda: calls.append(0), images=4, calls=3, warmup=2, clock=lambda: next(times)
+    )
+    assert (found.seconds_per_call, found.seconds_per_image, found.fastest_call, len(calls)) == (
+        2.0,
+        0.5,
+        1.0,
+        5,
+    )
 
 
 # Reports
@@ -243,13 +294,20 @@ def toy_features() -> Features:
     """Eight block means as features; their order as classes."""
 
     def blocks(images: Tensor) -> Tensor:
-        return torch.nn.functional.adaptive_avg_pool2d(images.mean(1, keepdim=True), (2, 4)).flatten(1)
+        return torch.nn.functional.adaptive_avg_pool2d(
+            images.mean(1, keepdim=True), (2, 4)
+        ).flatten(1)
 
     return Features("toy", "0" * 64, 8, "none", blocks, blocks, tuple("abcdefgh"))
 
 
 def report_parts(**changes):
-    arguments = {"samples": uniform(40, 3, 16, 16, seed=1), "labels": torch.arange(40) % 8, "n": None, **changes}
+    arguments = {
+        "samples": uniform(40, 3, 16, 16, seed=1),
+        "labels": torch.arange(40) % 8,
+        "n": None,
+        **changes,
+    }
     samples, labels = arguments.pop("samples"), arguments.pop("labels")
     train, test = uniform(90, 3, 16, 16, seed=2), uniform(60, 3, 16, 16, seed=3)
     fixed = {"test_labels": torch.arange(60) % 8, "settings": {"steps": 4}}
@@ -258,21 +316,44 @@ def report_parts(**changes):
 
 def test_report_is_the_same_to_the_last_digit() -> None:
     a, b = uniform(20, 1, 16, 16), uniform(20, 1, 16, 16, seed=9)
-    texts = [report_parts().join(evaluate_reconstruction(a, b, toy_features())).to_json() for _ in range(2)]
+    texts = [
+        report_parts().join(evaluate_reconstruction(a, b, toy_features())).to_json()
+        for _ in range(2)
+    ]
     assert texts[0] == texts[1]
     found = json.loads(texts[0])
     names = "frechet_distance precision recall density coverage memorisation_ratio memorisation_share class_accuracy psnr psnr_mean ssim"
     assert {*names.split(), "reconstruction_frechet_distance"} == set(found["metrics"])
     assert all(isinstance(m["floor"], float) for m in found["metrics"].values())
-    assert found["settings"] == {"n": 40, "floor_n": 40, "seed": 0, "k": 5, "steps": 4, "reconstruction_n": 20}
-    assert found["features"]["hash"] == "0" * 64 and set(found["data"]) == {"samples", "train", "test", "originals", "reconstructions"}
+    assert found["settings"] == {
+        "n": 40,
+        "floor_n": 40,
+        "seed": 0,
+        "k": 5,
+        "steps": 4,
+        "reconstruction_n": 20,
+    }
+    assert found["features"]["hash"] == "0" * 64 and set(found["data"]) == {
+        "samples",
+        "train",
+        "test",
+        "originals",
+        "reconstructions",
+    }
     assert report_parts(seed=1).to_json() != report_parts().to_json()
 
 
 def test_samples_from_the_held_out_images_score_the_floor() -> None:
     test = uniform(60, 3, 16, 16, seed=3)
     report = report_parts(samples=test, labels=torch.arange(60) % 8)
-    for name in ("frechet_distance", "precision", "recall", "density", "coverage", "class_accuracy"):
+    for name in (
+        "frechet_distance",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+        "class_accuracy",
+    ):
         assert report[name].value == pytest.approx(report[name].floor), name
     assert report["memorisation_ratio"].value == 1
 
@@ -285,14 +366,18 @@ def test_samples_from_a_function_and_the_order_of_samples() -> None:
     given = report_parts()
     assert report_parts(samples=make, n=40).to_json() == given.to_json()
     order = torch.randperm(40, generator=torch.Generator().manual_seed(5))
-    moved = report_parts(samples=uniform(40, 3, 16, 16, seed=1)[order], labels=(torch.arange(40) % 8)[order])
+    moved = report_parts(
+        samples=uniform(40, 3, 16, 16, seed=1)[order], labels=(torch.arange(40) % 8)[order]
+    )
     for metric in given.metrics:
         assert moved[metric.name].value == pytest.approx(metric.value, rel=1e-9), metric.name
 
 
 def test_unconditional_samples_are_counted() -> None:
     report = report_parts(labels=None)
-    assert "class_deviation" in {m.name for m in report.metrics} and "class_accuracy" not in {m.name for m in report.metrics}
+    assert "class_deviation" in {m.name for m in report.metrics} and "class_accuracy" not in {
+        m.name for m in report.metrics
+    }
     assert sum(row[1] for row in report.tables[0].rows) == 40
 
 
@@ -319,8 +404,11 @@ def test_neighbour_picture_shows_the_copied_image() -> None:
     samples[7] = train[33]
     report = evaluate_samples(samples, None, train, test, toy_features())
     picture = torch.from_numpy(np.array(Image.open(io.BytesIO(report.pictures[2].png))))
-    assert torch.equal(picture[:64, :64], picture[66:130, :64])  # a copy is the nearest, so it comes first
-    expected = (train[33, 0] * 255).round().to(torch.uint8).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    # a copy is the nearest, so it comes first
+    assert torch.equal(picture[:64, :64], picture[66:130, :64])
+    expected = (
+        (train[33, 0] * 255).round().to(torch.uint8).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    )
     assert torch.equal(picture[:64, :64, 0], expected)
 
 

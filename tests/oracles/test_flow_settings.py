@@ -1,4 +1,6 @@
-"""What flow matching adds: the distribution of training times, a shift that follows the picture's size, guidance that a network has learned."""
+"""What flow matching adds: the distribution of training times, a shift that follows the picture's
+size, guidance that a network has learned.
+"""
 
 import math
 import runpy
@@ -26,7 +28,9 @@ from sfumato.sampling import Defaults, Request, settings, times_of, tokens_of
 from sfumato.train.objectives.denoiser import DenoiserLoss
 from sfumato.types import Conditioning
 
-TINY: Callable[..., LatentDiffusion] = runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_tiny.py"))["build"]
+TINY: Callable[..., LatentDiffusion] = runpy.run_path(
+    str(Path(__file__).parents[1] / "contracts" / "_tiny.py")
+)["build"]
 FLOW = Process(schedule("flow"), parameterization("flow"))
 COUNT = 20_000
 
@@ -35,7 +39,7 @@ def drawn(name: str, **options: float) -> Tensor:
     return draw_times(name, FLOW, COUNT, torch.Generator().manual_seed(0), **options)
 
 
-# ---- training times ----------------------------------------------------------------------------------------------------
+# ---- training times ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-0.5, 0.8)])
@@ -61,18 +65,34 @@ def test_shifted_times_have_the_shifted_odds(shift: float) -> None:
     """t -> s t / (1 + (s - 1) t) multiplies the odds t / (1 - t) by s, quantile by quantile."""
     plain, moved = drawn("uniform").sort().values, drawn("uniform", shift=shift).sort().values
     inner = slice(100, -100)
-    torch.testing.assert_close((moved / (1 - moved))[inner], shift * (plain / (1 - plain))[inner], rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        (moved / (1 - moved))[inner], shift * (plain / (1 - plain))[inner], rtol=1e-9, atol=0
+    )
 
 
-@pytest.mark.parametrize("wrong", [{"times_scale": 2.0}, {"times_scale": -1.1}, {"times_shift": 0.0}, {"times_std": -1.0}, {"drop": 2.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"times_scale": 2.0},
+        {"times_scale": -1.1},
+        {"times_shift": 0.0},
+        {"times_std": -1.0},
+        {"drop": 2.0},
+    ],
+)
 def test_wrong_distributions_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="expected"):
         DenoiserLoss(**wrong)
 
 
-# ---- a shift that follows the size ---------------------------------------------------------------------------------------
+# ---- a shift that follows the size ---------------------------------------------------------------
 
-FLUX = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True}
+FLUX = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}
 FLUX |= {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 
 
@@ -80,20 +100,35 @@ def test_the_word_of_a_dynamic_shift_says_it_all() -> None:
     recipe = read_scheduler(FLUX, even=True)
     assert recipe.dynamic is not None and recipe.spacing_word == recipe.dynamic.word == "dynamic"
     other = DynamicShift((100, 0.4), (900, 0.9), False, False, 0.1)
-    assert DynamicShift.from_word(other.word) == other and DynamicShift.from_word("shifted:shift=2") is None
+    assert (
+        DynamicShift.from_word(other.word) == other
+        and DynamicShift.from_word("shifted:shift=2") is None
+    )
     for tokens in (256, 1024, 4096):
         name, options = "dynamic", {"tokens": tokens}
         shift = math.exp(0.5 + (tokens - 256) * 0.65 / 3840)
-        assert timesteps(name, 7, FLOW.schedule, **options) == timesteps("shifted", 7, FLOW.schedule, shift=shift)
+        assert timesteps(name, 7, FLOW.schedule, **options) == timesteps(
+            "shifted", 7, FLOW.schedule, shift=shift
+        )
 
 
 def test_larger_pictures_are_shifted_further() -> None:
     model = TINY("flow")
-    model = replace(model, defaults=replace(model.defaults, spacing="dynamic:base_tokens=16,top_tokens=256"))
+    model = replace(
+        model, defaults=replace(model.defaults, spacing="dynamic:base_tokens=16,top_tokens=256")
+    )
     assert tokens_of(model, 16, 16) == 64 and tokens_of(model, 17, 32) == 9 * 16
     small, large = (times_of(model, Request(steps=4, height=side, width=side)) for side in (16, 32))
-    assert all(b > a for a, b in zip(small[1:-1], large[1:-1], strict=True)) and small[0] == large[0] == 1
-    said = times_of(model, Request(steps=4, height=16, width=16, spacing="dynamic:base_tokens=16,top_tokens=256,tokens=256"))
+    assert (
+        all(b > a for a, b in zip(small[1:-1], large[1:-1], strict=True))
+        and small[0] == large[0] == 1
+    )
+    said = times_of(
+        model,
+        Request(
+            steps=4, height=16, width=16, spacing="dynamic:base_tokens=16,top_tokens=256,tokens=256"
+        ),
+    )
     assert said == large
 
 
@@ -111,7 +146,7 @@ def test_a_saved_model_keeps_its_dynamic_shift(tmp_path: Path) -> None:
     assert written["use_dynamic_shifting"] is True and written["max_shift"] == 1.3
 
 
-# ---- learned guidance ----------------------------------------------------------------------------------------------------
+# ---- learned guidance ----------------------------------------------------------------------------
 
 
 class Told(Network):
@@ -154,7 +189,9 @@ def listening(**defaults: Any) -> tuple[LatentDiffusion, Told]:
         ({"guidance": "2 interval:low=0.0,high=1.0"}, 3.5, 2),
     ],
 )
-def test_a_number_is_told_to_a_network_that_learned_guidance(asked: dict[str, Any], heard: float, passes: int) -> None:
+def test_a_number_is_told_to_a_network_that_learned_guidance(
+    asked: dict[str, Any], heard: float, passes: int
+) -> None:
     model, network = listening()
     model.generate("bag", output="latent", **asked)
     assert set(network.heard) == {heard} and network.rows == 2 * passes

@@ -1,4 +1,6 @@
-"""Guidance against its algebra: linear, the same in every parameterization, one call where it is off, one of twice the size elsewhere."""
+"""Guidance against its algebra: linear, the same in every parameterization, one call where it is
+off, one of twice the size elsewhere.
+"""
 
 import math
 from itertools import pairwise, product
@@ -25,7 +27,9 @@ from sfumato.types import Ask, Conditioning, Prediction
 
 
 def solvable(kind: str, name: str) -> bool:
-    """Whether `Process` takes the pair: it refuses those with a time at which y says nothing about z, or x nothing about eps."""
+    """Whether `Process` takes the pair: it refuses those with a time at which y says nothing about
+    z, or x nothing about eps.
+    """
     try:
         Process(schedule(kind), parameterization(name))
     except UserError:
@@ -41,8 +45,14 @@ def classifier_free(denoiser, reference, weight):
     """The guided denoiser as a function."""
 
     def guided(x: Tensor, t: float, conditioning: Conditioning) -> Prediction:
-        point = denoiser.process.schedule.point if isinstance(denoiser, Denoiser) else schedule("cosine").point
-        ask = guide(denoiser, conditioning, [(denoiser, reference)], Constant(weight), Linear(), point)
+        point = (
+            denoiser.process.schedule.point
+            if isinstance(denoiser, Denoiser)
+            else schedule("cosine").point
+        )
+        ask = guide(
+            denoiser, conditioning, [(denoiser, reference)], Constant(weight), Linear(), point
+        )
         return answered(ask(x, t), answer)
 
     return guided
@@ -53,22 +63,35 @@ class Counted(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pictures = nn.Parameter(torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0)))
+        self.pictures = nn.Parameter(
+            torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+        )
         self.calls: list[int] = []
 
     def forward(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         assert conditioning.vector is not None
         self.calls.append(len(x))
-        return 0.3 * x.sin() + (timestep / 1000)[:, None, None, None] + torch.einsum("bk,kchw->bchw", conditioning.vector, self.pictures)
+        return (
+            0.3 * x.sin()
+            + (timestep / 1000)[:, None, None, None]
+            + torch.einsum("bk,kchw->bchw", conditioning.vector, self.pictures)
+        )
 
 
 def classes(*labels: int) -> Conditioning:
     return Conditioning(vector=torch.eye(3)[list(labels)])
 
 
-def setup(kind: str = "cosine", name: str = "v") -> tuple[Denoiser, Tensor, Conditioning, Conditioning]:
+def setup(
+    kind: str = "cosine", name: str = "v"
+) -> tuple[Denoiser, Tensor, Conditioning, Conditioning]:
     x = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1))
-    return Denoiser(Counted().requires_grad_(False), Process(schedule(kind), parameterization(name))), x, classes(0, 1, 0), classes(2, 2, 2)
+    return (
+        Denoiser(Counted().requires_grad_(False), Process(schedule(kind), parameterization(name))),
+        x,
+        classes(0, 1, 0),
+        classes(2, 2, 2),
+    )
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0, 2.0, 7.5])
@@ -81,16 +104,28 @@ def test_calls_are_counted(weight: float) -> None:
 
 
 def condition(process: Process, t: float) -> float:
-    """By how much `split` may enlarge a rounding error of x and y: the largest coefficient of its 2x2 solve."""
+    """By how much `split` may enlarge a rounding error of x and y: the largest coefficient of its
+    2x2 solve.
+    """
     alpha, sigma = process.schedule.at(t)
     a, b = process.parameterization.row(alpha, sigma)
-    return max(1.0, float(torch.stack([a, b, alpha, sigma]).abs().max() / process.parameterization.determinant(alpha, sigma).abs()))
+    return max(
+        1.0,
+        float(
+            torch.stack([a, b, alpha, sigma]).abs().max()
+            / process.parameterization.determinant(alpha, sigma).abs()
+        ),
+    )
 
 
 @pytest.mark.parametrize(("kind", "name"), PAIRS)
 @pytest.mark.parametrize("weight", [0.0, 0.4, 1.0, 3.0, 7.5])
-def test_the_combination_does_not_depend_on_the_parameterization(kind: str, name: str, weight: float) -> None:
-    """Mixing predictions is mixing the network's outputs: split is linear in (x, y), and the weights of a mixture sum to 1."""
+def test_the_combination_does_not_depend_on_the_parameterization(
+    kind: str, name: str, weight: float
+) -> None:
+    """Mixing predictions is mixing the network's outputs: split is linear in (x, y), and the
+    weights of a mixture sum to 1.
+    """
     denoiser, x, conditioning, reference = setup(kind, name)
     t = 0.4
     ours, theirs = (denoiser.output(x, t, c).double() for c in (conditioning, reference))
@@ -113,10 +148,14 @@ def test_weight_one_is_the_condition_and_weight_zero_the_reference() -> None:
     assert not torch.allclose(on.x0, off.x0)
 
 
-@settings(max_examples=30, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=30, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(weight=st.floats(0, 20), seed=st.integers(0, 99))
 def test_the_combination_is_linear_in_its_weight(weight: float, seed: int) -> None:
-    """prediction(w) = (1 - w) * prediction(0) + w * prediction(1), eq. 6; for conditions that are equal w does not matter."""
+    """prediction(w) = (1 - w) * prediction(0) + w * prediction(1), eq. 6; for conditions that are
+    equal w does not matter.
+    """
     denoiser, _, conditioning, reference = setup()
     x = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
     at = [classifier_free(denoiser, reference, w)(x, 0.7, conditioning) for w in (0.0, 1.0, weight)]
@@ -127,18 +166,28 @@ def test_the_combination_is_linear_in_its_weight(weight: float, seed: int) -> No
 
 
 def test_guidance_sharpens_a_gaussian_as_its_formula_says() -> None:
-    """Classes N(m, 1) and N(-m, 1), both equally likely: at w the score is that of p(x) p(c | x)^w (Ho & Salimans 2022, section 3.2)."""
+    """Classes N(m, 1) and N(-m, 1), both equally likely: at w the score is that of p(x) p(c | x)^w
+    (Ho & Salimans 2022, section 3.2).
+    """
     table, m, t, weight = schedule("cosine"), 1.3, 0.5, 3.0
     alpha, sigma = (float(v) for v in table.at(t))
 
     def denoise(x: Tensor, t: float, conditioning: Conditioning) -> Prediction:
         assert conditioning.vector is not None
-        mean = conditioning.vector @ torch.tensor([m, -m, math.nan], dtype=torch.float64).nan_to_num(0)
-        mean = torch.where(conditioning.vector[:, 2] > 0, m * torch.tanh(alpha * m * x.flatten()), mean).reshape(x.shape)
-        return Prediction(mean + alpha * (x - alpha * mean), sigma * (x - alpha * mean))  # alpha^2 + sigma^2 = 1
+        mean = conditioning.vector @ torch.tensor(
+            [m, -m, math.nan], dtype=torch.float64
+        ).nan_to_num(0)
+        mean = torch.where(
+            conditioning.vector[:, 2] > 0, m * torch.tanh(alpha * m * x.flatten()), mean
+        ).reshape(x.shape)
+        # alpha^2 + sigma^2 = 1
+        return Prediction(mean + alpha * (x - alpha * mean), sigma * (x - alpha * mean))
 
     x = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(9, 1, 1, 1)
-    both = Conditioning(vector=torch.eye(3, dtype=torch.float64)[[0] * 9]), Conditioning(vector=torch.eye(3, dtype=torch.float64)[[2] * 9])
+    both = (
+        Conditioning(vector=torch.eye(3, dtype=torch.float64)[[0] * 9]),
+        Conditioning(vector=torch.eye(3, dtype=torch.float64)[[2] * 9]),
+    )
     found = classifier_free(denoise, both[1], weight)(x, t, both[0])
     points = x.clone().requires_grad_()
     log_p = -points.square() / 2 + torch.log(torch.cosh(alpha * m * points)) - (alpha * m) ** 2 / 2
@@ -167,12 +216,18 @@ class Open(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, given: Conditioning) -> Tensor:
         self.calls.append(len(x))
-        pulls = [v.flatten(1).sum(1)[:, None, None, None] for v in (given.vector, given.tokens) if v is not None]
+        pulls = [
+            v.flatten(1).sum(1)[:, None, None, None]
+            for v in (given.vector, given.tokens)
+            if v is not None
+        ]
         return 0.3 * x + sum(pulls, torch.zeros(()))
 
 
 def test_conditions_with_different_doors_are_asked_in_two_passes() -> None:
-    """An image prompt against no image prompt, say: questions whose open doors differ cannot be one batch, and need not be."""
+    """An image prompt against no image prompt, say: questions whose open doors differ cannot be one
+    batch, and need not be.
+    """
     _, x, conditioning, other = setup()
     denoiser = Denoiser(Open(), Process(schedule("cosine"), parameterization("v")))
     nothing, tokens = Conditioning(), Conditioning(tokens=torch.ones(3, 2, 2))
@@ -215,49 +270,84 @@ def test_the_denoiser_casts_for_the_network_and_back(dtype: torch.dtype) -> None
 
 
 def test_dropping_and_joining_conditions() -> None:
-    """`drop` takes rows from the null condition, `cat` joins batches, indexing gives them back; unequal doors are refused."""
-    a = Conditioning(tokens=torch.randn(3, 4, 5), mask=torch.ones(3, 4, dtype=torch.bool), residuals=(torch.ones(3, 1, 2, 2),))
-    null = Conditioning(tokens=torch.zeros(3, 4, 5), mask=torch.zeros(3, 4, dtype=torch.bool), residuals=(torch.zeros(3, 1, 2, 2),))
+    """`drop` takes rows from the null condition, `cat` joins batches, indexing gives them back;
+    unequal doors are refused.
+    """
+    a = Conditioning(
+        tokens=torch.randn(3, 4, 5),
+        mask=torch.ones(3, 4, dtype=torch.bool),
+        residuals=(torch.ones(3, 1, 2, 2),),
+    )
+    null = Conditioning(
+        tokens=torch.zeros(3, 4, 5),
+        mask=torch.zeros(3, 4, dtype=torch.bool),
+        residuals=(torch.zeros(3, 1, 2, 2),),
+    )
     dropped = a.drop(torch.tensor([False, True, False]), null)
     assert torch.equal(dropped.tokens[[0, 2]], a.tokens[[0, 2]]) and (dropped.tokens[1] == 0).all()
-    assert dropped.mask.sum(1).tolist() == [4, 0, 4] and dropped.residuals[0].sum((1, 2, 3)).tolist() == [4, 0, 4]
+    assert dropped.mask.sum(1).tolist() == [4, 0, 4] and dropped.residuals[0].sum(
+        (1, 2, 3)
+    ).tolist() == [4, 0, 4]
     joined = Conditioning.cat([a, null])
-    assert torch.equal(joined[:3].tokens, a.tokens) and torch.equal(joined[3:].residuals[0], null.residuals[0])
+    assert torch.equal(joined[:3].tokens, a.tokens) and torch.equal(
+        joined[3:].residuals[0], null.residuals[0]
+    )
     half = a.to(dtype=torch.bfloat16)
-    assert half.tokens.dtype == torch.bfloat16 and half.mask.dtype == torch.bool and a.tokens.dtype == torch.float32
+    assert (
+        half.tokens.dtype == torch.bfloat16
+        and half.mask.dtype == torch.bool
+        and a.tokens.dtype == torch.float32
+    )
     with pytest.raises(ValueError, match="missing in others"):
         Conditioning.cat([a, Conditioning(tokens=a.tokens)])
 
 
-@pytest.mark.parametrize("folder", ["predict.guidance.weights", "predict.guidance.combines", "predict.references"])
+@pytest.mark.parametrize(
+    "folder", ["predict.guidance.weights", "predict.guidance.combines", "predict.references"]
+)
 def test_unknown_parts_are_refused(folder: str) -> None:
     with pytest.raises(UserError, match=f"unknown {folder.split('.')[-1][:-1]} 'interva'"):
         find(folder, "interva")
-    assert find("predict.guidance.weights", "constant") is Constant and find("predict.guidance.combines", "linear") is Linear
+    assert (
+        find("predict.guidance.weights", "constant") is Constant
+        and find("predict.guidance.combines", "linear") is Linear
+    )
 
 
-# ---- the formulas of combines, written again -------------------------------------------------------------------------------
+# ---- the formulas of combines, written again -----------------------------------------------------
 
 POINTS = [(0.0, 1.0), (0.3, 0.954), (0.5, 0.5), (1.0, 14.6), (0.999, 0.04)]
 points = pytest.mark.parametrize("point", POINTS)
 
 
 def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape or (3, 2, 4, 5), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        shape or (3, 2, 4, 5), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def pair(x: Tensor, velocity: Tensor, point: tuple[float, float]) -> Prediction:
     """The prediction at x with eps - x0 = velocity."""
     alpha, sigma = point
-    return Prediction((x - sigma * velocity) / (alpha + sigma), (x + alpha * velocity) / (alpha + sigma))
+    return Prediction(
+        (x - sigma * velocity) / (alpha + sigma), (x + alpha * velocity) / (alpha + sigma)
+    )
 
 
-def predictions(point: tuple[float, float], count: int = 2, seed: int = 0) -> tuple[Tensor, Moment, list[Prediction]]:
+def predictions(
+    point: tuple[float, float], count: int = 2, seed: int = 0
+) -> tuple[Tensor, Moment, list[Prediction]]:
     x = normal(seed)
-    return x, Moment(0.5, *point, index=9), [pair(x, 0.4 * x + normal(seed + k + 1), point) for k in range(count)]
+    return (
+        x,
+        Moment(0.5, *point, index=9),
+        [pair(x, 0.4 * x + normal(seed + k + 1), point) for k in range(count)],
+    )
 
 
-def join(name: str, given: tuple[Tensor, Moment, list[Prediction]], w: float | Tensor, **options) -> Prediction:
+def join(
+    name: str, given: tuple[Tensor, Moment, list[Prediction]], w: float | Tensor, **options
+) -> Prediction:
     return find("predict.guidance.combines", name)(**options).begin()(*given, w)
 
 
@@ -269,9 +359,15 @@ def near(found: Prediction, expected: Prediction, tolerance: float = 1e-10) -> N
 @points
 @pytest.mark.parametrize("phi", [0.0, 0.7, 1.0])
 def test_rescale_keeps_the_conditionals_contrast(point: tuple[float, float], phi: float) -> None:
-    """Lin et al., eq. 15-16, on x0: at phi 1 each image has the conditional's standard deviation, at phi 0 that of plain guidance."""
+    """Lin et al., eq. 15-16, on x0: at phi 1 each image has the conditional's standard deviation,
+    at phi 0 that of plain guidance.
+    """
     given = predictions(point)
-    found, (conditional, _), plain = join("rescale", given, 5.0, phi=phi), given[2], join("linear", given, 5.0)
+    found, (conditional, _), plain = (
+        join("rescale", given, 5.0, phi=phi),
+        given[2],
+        join("linear", given, 5.0),
+    )
     width, wide, kept = (p.x0.flatten(1).std(1) for p in (found, plain, conditional))
     torch.testing.assert_close(width, phi * kept + (1 - phi) * wide)
     direction = [(p.x0 / p.x0.flatten(1).norm(dim=1)[:, None, None, None]) for p in (found, plain)]
@@ -288,50 +384,78 @@ def test_projection_with_nothing_taken_away_is_plain_guidance(point: tuple[float
 
 @points
 @pytest.mark.parametrize("eta", [0.0, 0.3])
-def test_projection_damps_what_lies_along_the_conditional(point: tuple[float, float], eta: float) -> None:
-    """Of the step from x0_c, the part along x0_c is eta times that of plain guidance, and the part across is the same."""
+def test_projection_damps_what_lies_along_the_conditional(
+    point: tuple[float, float], eta: float
+) -> None:
+    """Of the step from x0_c, the part along x0_c is eta times that of plain guidance, and the part
+    across is the same.
+    """
     given = predictions(point)
     base = given[2][0].x0
     steps = [join("project", given, 4.0, eta=eta).x0 - base, join("linear", given, 4.0).x0 - base]
-    along = [torch.linalg.vecdot(s.flatten(1), base.flatten(1)) / base.flatten(1).square().sum(1) for s in steps]
+    along = [
+        torch.linalg.vecdot(s.flatten(1), base.flatten(1)) / base.flatten(1).square().sum(1)
+        for s in steps
+    ]
     across = [s - a[:, None, None, None] * base for s, a in zip(steps, along, strict=True)]
     torch.testing.assert_close(along[0], eta * along[1])
     torch.testing.assert_close(*across)
 
 
 def test_projection_bounds_its_step_and_remembers() -> None:
-    """Each image's ||x0 - x0_c|| is at most (w - 1) times the threshold; momentum is D_k + m D_(k-1) + m^2 D_(k-2) ..."""
+    """Each image's ||x0 - x0_c|| is at most (w - 1) times the threshold; momentum is D_k + m
+    D_(k-1) + m^2 D_(k-2) ...
+    """
     given = [predictions((0.5, 0.5), seed=10 * k) for k in range(3)]
     steps = [g[2][0].x0 - g[2][1].x0 for g in given]
     bound = 0.7 * steps[0].flatten(1).norm(dim=1).median()
     for k, size in enumerate(
-        (join("project", given[0], 3.0, eta=1.0, threshold=float(bound)).x0 - given[0][2][0].x0).flatten(1).norm(dim=1)
+        (join("project", given[0], 3.0, eta=1.0, threshold=float(bound)).x0 - given[0][2][0].x0)
+        .flatten(1)
+        .norm(dim=1)
     ):
         torch.testing.assert_close(size, 2.0 * torch.minimum(bound, steps[0][k].norm()))
     combine = find("predict.guidance.combines", "project")(eta=1.0, momentum=-0.5).begin()
     for k in range(3):
         found = combine(*given[k], 3.0)
-        torch.testing.assert_close(found.x0 - given[k][2][0].x0, 2.0 * sum((-0.5) ** (k - j) * steps[j] for j in range(k + 1)))
+        torch.testing.assert_close(
+            found.x0 - given[k][2][0].x0,
+            2.0 * sum((-0.5) ** (k - j) * steps[j] for j in range(k + 1)),
+        )
 
 
 @points
 @pytest.mark.parametrize("w", [0.0, 1.0, 3.5])
-def test_zero_star_scales_the_reference_as_well_as_can_be(point: tuple[float, float], w: float) -> None:
-    """v = (1 - w) s v_ref + w v_c, where s minimises ||v_c - s v_ref||: no other s is nearer, and the residual is orthogonal to v_ref."""
+def test_zero_star_scales_the_reference_as_well_as_can_be(
+    point: tuple[float, float], w: float
+) -> None:
+    """v = (1 - w) s v_ref + w v_c, where s minimises ||v_c - s v_ref||: no other s is nearer, and
+    the residual is orthogonal to v_ref.
+    """
     given = predictions(point)
     found = join("zero_star", given, w, zero_steps=0)
     ours, theirs = (p.eps - p.x0 for p in given[2])
     flat = [v.flatten(1) for v in (ours, theirs)]
-    s = torch.stack([torch.linalg.lstsq(b[:, None], a[:, None]).solution[0, 0] for a, b in zip(*flat, strict=True)])[:, None, None, None]
+    s = torch.stack(
+        [
+            torch.linalg.lstsq(b[:, None], a[:, None]).solution[0, 0]
+            for a, b in zip(*flat, strict=True)
+        ]
+    )[:, None, None, None]
     torch.testing.assert_close(found.eps - found.x0, (1 - w) * s * theirs + w * ours)
     left = (ours - s * theirs).flatten(1)
     assert torch.linalg.vecdot(left, flat[1]).abs().max() < 1e-10
-    assert all((left.norm(dim=1) <= (ours - (s + d) * theirs).flatten(1).norm(dim=1)).all() for d in (-0.1, -1e-3, 1e-3, 0.1))
+    assert all(
+        (left.norm(dim=1) <= (ours - (s + d) * theirs).flatten(1).norm(dim=1)).all()
+        for d in (-0.1, -1e-3, 1e-3, 0.1)
+    )
 
 
 @points
 def test_zero_star_begins_without_moving(point: tuple[float, float]) -> None:
-    """At the first times of a run x/(alpha + sigma) stays where it is: for a flow x itself, by one step of Euler."""
+    """At the first times of a run x/(alpha + sigma) stays where it is: for a flow x itself, by one
+    step of Euler.
+    """
     x, _, given = predictions(point)
     for index in range(3):
         found = join("zero_star", (x, Moment(0.5, *point, index), given), 3.0, zero_steps=2)
@@ -341,10 +465,15 @@ def test_zero_star_begins_without_moving(point: tuple[float, float]) -> None:
 
 
 def test_zero_steps_are_those_of_the_run_and_not_of_the_guidance() -> None:
-    """With an interval that begins later nothing stands still in the middle of the run; two questions at one time are one time."""
+    """With an interval that begins later nothing stands still in the middle of the run; two
+    questions at one time are one time.
+    """
     denoiser, x, conditioning, reference = setup("flow", "flow")
     point = denoiser.process.schedule.point
-    combine, weight = find("predict.guidance.combines", "zero_star")(), find("predict.guidance.weights", "interval")(3.0, low=0.0, high=0.5)
+    combine, weight = (
+        find("predict.guidance.combines", "zero_star")(),
+        find("predict.guidance.weights", "interval")(3.0, low=0.0, high=0.5),
+    )
     ask = guide(denoiser, conditioning, [(denoiser, reference)], weight, combine, point)
 
     def stands(ask: Ask, t: float) -> bool:
@@ -359,8 +488,11 @@ def test_zero_steps_are_those_of_the_run_and_not_of_the_guidance() -> None:
 @pytest.mark.parametrize("kind", ["cosine", "ve", "edm", "scaled_linear"])
 @pytest.mark.parametrize(("t", "s"), [(0.9, 0.7), (0.5, 0.45), (0.3, 0.0)])
 @pytest.mark.parametrize("scale", [0.2, 0.6, 1.0])
-def test_plus_plus_by_ddim_is_plain_guidance_by_ddim_with_a_weight_of_the_step(kind: str, t: float, s: float, scale: float) -> None:
-    """alpha_s x0_lambda + sigma_s eps_ref is DDIM's step with w = lambda/(1 - e^-h), h the step in log(alpha/sigma).
+def test_plus_plus_by_ddim_is_plain_guidance_by_ddim_with_a_weight_of_the_step(
+    kind: str, t: float, s: float, scale: float
+) -> None:
+    """alpha_s x0_lambda + sigma_s eps_ref is DDIM's step with w = lambda/(1 - e^-h), h the step in
+    log(alpha/sigma).
 
     Pairs that add up to x have eps_c - eps_ref = -(alpha/sigma)(x0_c - x0_ref); put that into both.
     """
@@ -381,7 +513,9 @@ def test_plus_plus_by_ddim_is_plain_guidance_by_ddim_with_a_weight_of_the_step(k
 @points
 @pytest.mark.parametrize("kind", ["chain", "sum", "away"])
 def test_two_references(point: tuple[float, float], kind: str) -> None:
-    """Brooks et al. eq. 3, Liu et al. and the sum of two guidances; with equal references all are plain guidance."""
+    """Brooks et al. eq. 3, Liu et al. and the sum of two guidances; with equal references all are
+    plain guidance.
+    """
     given = predictions(point, 3)
     x, moment, (c, one, two) = given
     expected = {
@@ -397,25 +531,46 @@ def test_two_references(point: tuple[float, float], kind: str) -> None:
 
 @settings(max_examples=40, deadline=None, database=None)
 @given(w=st.floats(0, 12), seed=st.integers(0, 999), t=st.floats(0.02, 0.98))
-def test_what_is_linear_is_the_same_in_every_parameterization(w: float, seed: int, t: float) -> None:
-    """A mixture of predictions is the prediction of the mixture of outputs, here of v: with one reference and with two."""
+def test_what_is_linear_is_the_same_in_every_parameterization(
+    w: float, seed: int, t: float
+) -> None:
+    """A mixture of predictions is the prediction of the mixture of outputs, here of v: with one
+    reference and with two.
+    """
     alpha, sigma = point = (math.cos(math.pi / 2 * t), math.sin(math.pi / 2 * t))
     x, _, (c, one, two) = given = predictions(point, 3, seed)
     v = [alpha * p.eps - sigma * p.x0 for p in (c, one, two)]
     for name, count, mix in (("linear", 2, (w, 1 - w, 0.0)), ("dual", 3, (w, 2.0 - w, -1.0))):
-        found = join(name, (x, given[1], [c, one, two][:count]), w, **({"kind": "chain", "second": 2.0} if name == "dual" else {}))
+        found = join(
+            name,
+            (x, given[1], [c, one, two][:count]),
+            w,
+            **({"kind": "chain", "second": 2.0} if name == "dual" else {}),
+        )
         output = sum(k * value for k, value in zip(mix, v, strict=True))
-        torch.testing.assert_close(alpha * found.eps - sigma * found.x0, output, rtol=1e-9, atol=1e-8)
+        torch.testing.assert_close(
+            alpha * found.eps - sigma * found.x0, output, rtol=1e-9, atol=1e-8
+        )
 
 
-# ---- weights along the run -------------------------------------------------------------------------------------------------
+# ---- weights along the run -----------------------------------------------------------------------
 
 
-def weight_at(weight, t: float, point: tuple[float, float] = (0.6, 0.8), given: list[Prediction] | None = None) -> float | Tensor:
+def weight_at(
+    weight, t: float, point: tuple[float, float] = (0.6, 0.8), given: list[Prediction] | None = None
+) -> float | Tensor:
     return weight.begin()(Moment(t, *point), *(given or predictions(point)[2]))
 
 
-@pytest.mark.parametrize("weight", ["interval:low=0.3,high=0.6", "adaptive:low=-1.5,high=1", "ramp:first=0,last=1", "ramp:first=1,last=0"])
+@pytest.mark.parametrize(
+    "weight",
+    [
+        "interval:low=0.3,high=0.6",
+        "adaptive:low=-1.5,high=1",
+        "ramp:first=0,last=1",
+        "ramp:first=1,last=0",
+    ],
+)
 def test_the_second_pass_is_made_only_where_the_weight_is_not_one(weight: str) -> None:
     """Counted at the network: B images where w is 1, 2B elsewhere."""
     denoiser, x, conditioning, reference = setup("flow", "flow")
@@ -424,7 +579,11 @@ def test_the_second_pass_is_made_only_where_the_weight_is_not_one(weight: str) -
     times = [1.0, 0.8, 0.6, 0.45, 0.3, 0.1]
     for t in times:
         answered(ask(x, t), answer)
-    inside = {"interval": [0.6, 0.45, 0.3], "adaptive": [0.6, 0.45], "ramp": times[1:] if "first=0" in weight else times}
+    inside = {
+        "interval": [0.6, 0.45, 0.3],
+        "adaptive": [0.6, 0.45],
+        "ramp": times[1:] if "first=0" in weight else times,
+    }
     assert denoiser.network.calls == [6 if t in inside[weight.split(":")[0]] else 3 for t in times]
 
 
@@ -449,46 +608,77 @@ def test_ramps_go_from_first_to_last() -> None:
     ratios=st.lists(st.floats(0, 50), min_size=2, max_size=8),
     lowers=st.booleans(),
 )
-def test_adaptive_weights_are_bounded_and_monotone(scale: float, threshold: float, power: float, ratios: list[float], lowers: bool) -> None:
-    """w lies between 1 and scale, is half way at the threshold, and moves with the disagreement as it says."""
+def test_adaptive_weights_are_bounded_and_monotone(
+    scale: float, threshold: float, power: float, ratios: list[float], lowers: bool
+) -> None:
+    """w lies between 1 and scale, is half way at the threshold, and moves with the disagreement as
+    it says.
+    """
     ratios = sorted([*ratios, threshold])
     reference = normal(1, 1, 2, 4, 5).expand(len(ratios), -1, -1, -1)
     away = normal(2, 1, 2, 4, 5)
     away = away * reference[:1].norm() / away.norm()
     eps = reference + torch.tensor(ratios, dtype=torch.float64)[:, None, None, None] * away
-    weight = find("predict.guidance.weights", "adaptive")(scale, "lowers" if lowers else "raises", threshold, power)
+    weight = find("predict.guidance.weights", "adaptive")(
+        scale, "lowers" if lowers else "raises", threshold, power
+    )
     pairs = [Prediction(reference, e) for e in (eps, reference)]
-    w = torch.as_tensor(weight_at(weight, 0.5, given=pairs), dtype=torch.float64).expand(len(ratios), 1, 1, 1).flatten()
+    w = (
+        torch.as_tensor(weight_at(weight, 0.5, given=pairs), dtype=torch.float64)
+        .expand(len(ratios), 1, 1, 1)
+        .flatten()
+    )
     part = (w - 1) / (scale - 1) if scale != 1 else torch.full_like(w, 0.5)
-    assert (part >= -1e-12).all() and (part <= 1 + 1e-12).all() and part[ratios.index(threshold)] == pytest.approx(0.5)
+    assert (
+        (part >= -1e-12).all()
+        and (part <= 1 + 1e-12).all()
+        and part[ratios.index(threshold)] == pytest.approx(0.5)
+    )
     steps = part.diff() if lowers else -part.diff()
     assert (steps <= 1e-12).all()
     if lowers and power == 1.0:
-        assert ((w - 1).abs() * torch.tensor(ratios, dtype=torch.float64) <= abs(scale - 1) * threshold + 1e-9).all()
+        assert (
+            (w - 1).abs() * torch.tensor(ratios, dtype=torch.float64)
+            <= abs(scale - 1) * threshold + 1e-9
+        ).all()
 
 
 def test_adaptive_steps_stay_below_the_threshold() -> None:
-    """(w - 1)||eps_c - eps_ref|| < (scale - 1) threshold ||eps_ref||, with power 1, however far the two are apart."""
+    """(w - 1)||eps_c - eps_ref|| < (scale - 1) threshold ||eps_ref||, with power 1, however far the
+    two are apart.
+    """
     weight = find("predict.guidance.weights", "adaptive")(8.0, threshold=0.2)
     reference = normal(0)
     sizes = []
     for ratio in (0.01, 0.2, 1.0, 100.0, 1e6):
         conditional = reference + ratio * normal(1)
-        w = weight_at(weight, 0.5, given=[Prediction(reference, e) for e in (conditional, reference)])
-        sizes.append(((w - 1) * (conditional - reference)).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1))
+        w = weight_at(
+            weight, 0.5, given=[Prediction(reference, e) for e in (conditional, reference)]
+        )
+        sizes.append(
+            ((w - 1) * (conditional - reference)).flatten(1).norm(dim=1)
+            / reference.flatten(1).norm(dim=1)
+        )
     assert all((a < b).all() for a, b in pairwise(sizes)) and (sizes[-1] <= 7.0 * 0.2).all()
 
 
 @pytest.mark.invariance
 def test_sums_over_an_image_do_not_depend_on_its_batch_or_the_threads() -> None:
-    """A sum over dims (1, 2, 3) does, from 32768 numbers and two threads on: alone an image is split among them, in a batch it is not."""
-    value, before = torch.randn(4, 4, 256, 256, generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
+    """A sum over dims (1, 2, 3) does, from 32768 numbers and two threads on: alone an image is
+    split among them, in a batch it is not.
+    """
+    value, before = (
+        torch.randn(4, 4, 256, 256, generator=torch.Generator().manual_seed(0)),
+        torch.get_num_threads(),
+    )
     try:
         torch.set_num_threads(2)
         together = total(value)
         for k in range(4):
             assert torch.equal(total(value[k : k + 1]), together[k : k + 1])
-            assert torch.equal(total(value.to(memory_format=torch.channels_last)[k : k + 1]), together[k : k + 1])
+            assert torch.equal(
+                total(value.to(memory_format=torch.channels_last)[k : k + 1]), together[k : k + 1]
+            )
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(together.flatten(), value.sum((1, 2, 3)), rtol=1e-4, atol=1e-2)

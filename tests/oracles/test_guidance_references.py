@@ -1,4 +1,6 @@
-"""What guidance moves away from: weaker copies share every parameter, change what they say they change, and nothing else."""
+"""What guidance moves away from: weaker copies share every parameter, change what they say they
+change, and nothing else.
+"""
 
 import gc
 import weakref
@@ -26,7 +28,13 @@ from sfumato.predict.references.perturbed_attention import PerturbedAttention
 from sfumato.predict.references.skip_layers import SkipLayers
 from sfumato.types import Conditioning, Query
 
-COMMON: dict[str, Any] = {"sample_size": 8, "in_channels": 2, "out_channels": 2, "block_out_channels": (8, 16), "norm_num_groups": 4}
+COMMON: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 2,
+    "out_channels": 2,
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+}
 COMMON |= {"layers_per_block": 1, "attention_head_dim": 4}
 KINDS: dict[str, dict[str, Any]] = {
     "self": {
@@ -40,7 +48,10 @@ KINDS: dict[str, dict[str, Any]] = {
         "cross_attention_dim": 12,
     },
 }
-ATTENTION = {"self": ["down_blocks.1", "up_blocks.0"], "cross": ["down_blocks.0", "mid_block", "up_blocks.1"]}
+ATTENTION = {
+    "self": ["down_blocks.1", "up_blocks.0"],
+    "cross": ["down_blocks.0", "mid_block", "up_blocks.1"],
+}
 every = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -55,8 +66,14 @@ def setup(kind: str, seed: int = 0, **more: Any) -> tuple[Denoiser, Tensor, Cond
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    denoiser = Denoiser(network.eval().requires_grad_(False), Process(schedule("flow"), parameterization("flow")))
-    return denoiser, normal(3, 2, 8, 8, seed=1), Conditioning(tokens=normal(3, 5, 12, seed=2) if kind == "cross" else None)
+    denoiser = Denoiser(
+        network.eval().requires_grad_(False), Process(schedule("flow"), parameterization("flow"))
+    )
+    return (
+        denoiser,
+        normal(3, 2, 8, 8, seed=1),
+        Conditioning(tokens=normal(3, 5, 12, seed=2) if kind == "cross" else None),
+    )
 
 
 def weaker(reference: Any, denoiser: Denoiser, given: Conditioning) -> Denoiser:
@@ -67,15 +84,20 @@ def weaker(reference: Any, denoiser: Denoiser, given: Conditioning) -> Denoiser:
 
 @every
 @torch.inference_mode()
-def test_perturbed_attention_is_attention_by_the_identity(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With every self-attention map forced to the identity in the original, both are one network: softmax(...) V is V."""
+def test_perturbed_attention_is_attention_by_the_identity(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every self-attention map forced to the identity in the original, both are one network:
+    softmax(...) V is V.
+    """
     denoiser, x, given = setup(kind)
     whom = weaker(PerturbedAttention(tuple(ATTENTION[kind])), denoiser, given)
     found, plain = whom(x, 0.5, given), denoiser(x, 0.5, given)
     assert (found.x0 - plain.x0).abs().max() > 1e-3
 
     def identity(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        if q.shape[2] == k.shape[2]:  # to itself: the condition has five tokens, feature maps have 16 or 64 places
+        # to itself: the condition has five tokens, feature maps have 16 or 64 places
+        if q.shape[2] == k.shape[2]:
             return torch.eye(q.shape[2]) @ v
         return true(q, k, v, attn_mask=attn_mask)
 
@@ -84,32 +106,46 @@ def test_perturbed_attention_is_attention_by_the_identity(kind: str, monkeypatch
     forced = denoiser(x, 0.5, given)
     torch.testing.assert_close(found.x0, forced.x0, rtol=1e-5, atol=1e-5)
     again = whom(x, 0.5, given)
-    torch.testing.assert_close(again.x0, forced.x0, rtol=1e-5, atol=1e-5)  # where maps are the identity it changes nothing
+    # where maps are the identity it changes nothing
+    torch.testing.assert_close(again.x0, forced.x0, rtol=1e-5, atol=1e-5)
 
 
 @every
 @torch.inference_mode()
 def test_only_the_named_layers_are_perturbed(kind: str) -> None:
     denoiser, x, given = setup(kind)
-    each = [weaker(PerturbedAttention((layer,)), denoiser, given)(x, 0.5, given).x0 for layer in ATTENTION[kind]]
+    each = [
+        weaker(PerturbedAttention((layer,)), denoiser, given)(x, 0.5, given).x0
+        for layer in ATTENTION[kind]
+    ]
     both = weaker(PerturbedAttention(tuple(ATTENTION[kind])), denoiser, given)(x, 0.5, given).x0
     different = [denoiser(x, 0.5, given).x0, *each, both]
     assert all((a - b).abs().max() > 1e-5 for i, a in enumerate(different) for b in different[:i])
     name = ATTENTION[kind][0] + ".attentions.0"
-    assert torch.equal(weaker(PerturbedAttention((name,)), denoiser, given)(x, 0.5, given).x0, each[0])
+    assert torch.equal(
+        weaker(PerturbedAttention((name,)), denoiser, given)(x, 0.5, given).x0, each[0]
+    )
 
 
 @every
-@pytest.mark.parametrize("reference", [PerturbedAttention(("up_blocks",)), SkipLayers(("up_blocks",))])
-def test_a_copy_shares_every_parameter_and_leaves_the_original_alone(kind: str, reference: Any) -> None:
+@pytest.mark.parametrize(
+    "reference", [PerturbedAttention(("up_blocks",)), SkipLayers(("up_blocks",))]
+)
+def test_a_copy_shares_every_parameter_and_leaves_the_original_alone(
+    kind: str, reference: Any
+) -> None:
     denoiser, x, given = setup(kind)
     before = {name: id(module) for name, module in denoiser.network.named_modules()}
     plain = denoiser(x, 0.5, given)
     whom = weaker(reference, denoiser, given)
     ours = {id(p) for p in denoiser.network.parameters()}
-    assert all(id(p) in ours for p in whom.network.parameters()) and whom.process is denoiser.process
+    assert (
+        all(id(p) in ours for p in whom.network.parameters()) and whom.process is denoiser.process
+    )
     modules = {id(m) for m in denoiser.network.modules()}
-    assert not any(id(m) in modules for m in whom.network.modules()), "modules are its own: replacing one must not reach the original"
+    assert not any(id(m) in modules for m in whom.network.modules()), (
+        "modules are its own: replacing one must not reach the original"
+    )
     assert before == {name: id(module) for name, module in denoiser.network.named_modules()}
     assert torch.equal(denoiser(x, 0.5, given).x0, plain.x0)
     first = whom(x, 0.5, given).x0
@@ -120,12 +156,18 @@ def test_a_copy_shares_every_parameter_and_leaves_the_original_alone(kind: str, 
 
 @torch.inference_mode()
 def test_what_is_left_out_is_left_out() -> None:
-    """A residual branch whose last layer is zero adds nothing: leaving it out is then no change, for each kind of layer."""
+    """A residual branch whose last layer is zero adds nothing: leaving it out is then no change,
+    for each kind of layer.
+    """
     silent = {
         "down_blocks.0.resnets.0": ["conv2"],
         "down_blocks.1.resnets.0": ["conv2"],  # with a shortcut, which stays
         "mid_block.attentions.0": ["proj_out"],
-        "mid_block.attentions.0.transformer_blocks.0": ["attn1.to_out.0", "attn2.to_out.0", "ff.net.2"],
+        "mid_block.attentions.0.transformer_blocks.0": [
+            "attn1.to_out.0",
+            "attn2.to_out.0",
+            "ff.net.2",
+        ],
         "mid_block.attentions.0.transformer_blocks.0.attn1": ["to_out.0"],
         "mid_block.attentions.0.transformer_blocks.0.attn2": ["to_out.0"],
         "mid_block.attentions.0.transformer_blocks.0.ff": ["net.2"],
@@ -149,11 +191,20 @@ def test_what_is_left_out_is_left_out() -> None:
 @torch.inference_mode()
 def test_a_block_is_left_out_with_all_that_is_in_it(kind: str) -> None:
     denoiser, x, given = setup(kind)
-    names = [f"up_blocks.0.resnets.{i}" for i in range(2)] + ([f"up_blocks.0.attentions.{i}" for i in range(2)] if kind == "self" else [])
-    one, many = (weaker(SkipLayers(tuple(layers)), denoiser, given)(x, 0.5, given) for layers in (["up_blocks.0"], names))
+    names = [f"up_blocks.0.resnets.{i}" for i in range(2)] + (
+        [f"up_blocks.0.attentions.{i}" for i in range(2)] if kind == "self" else []
+    )
+    one, many = (
+        weaker(SkipLayers(tuple(layers)), denoiser, given)(x, 0.5, given)
+        for layers in (["up_blocks.0"], names)
+    )
     assert torch.equal(one.x0, many.x0)
-    nested = weaker(SkipLayers(("up_blocks", "up_blocks.0", "up_blocks.0.resnets.0")), denoiser, given)(x, 0.5, given)
-    assert torch.equal(nested.x0, weaker(SkipLayers(("up_blocks",)), denoiser, given)(x, 0.5, given).x0)
+    nested = weaker(
+        SkipLayers(("up_blocks", "up_blocks.0", "up_blocks.0.resnets.0")), denoiser, given
+    )(x, 0.5, given)
+    assert torch.equal(
+        nested.x0, weaker(SkipLayers(("up_blocks",)), denoiser, given)(x, 0.5, given).x0
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,11 +215,31 @@ def test_a_block_is_left_out_with_all_that_is_in_it(kind: str) -> None:
             PerturbedAttention(("mid_block",)),
             "unknown layer with self-attention 'mid_block': .*known are down_blocks.1, down_blocks.1.attentions.0, up_bl",
         ),
-        ("cross", PerturbedAttention(("mid",)), "unknown layer with self-attention 'mid': did you mean 'mid_block'"),
-        ("cross", PerturbedAttention(("mid_block", "down_blocks.1")), "unknown layer with self-attention 'down_blocks.1'"),
-        ("cross", PerturbedAttention(("mid_block.attentions.0.transformer_blocks.0.attn2",)), "unknown layer with self-attention"),
-        ("self", SkipLayers(("mid_block.attentions",)), "unknown layer that can be left out 'mid_block.attentions'"),
-        ("cross", SkipLayers(("conv_in",)), "unknown layer that can be left out 'conv_in': .*known are down_blocks.0"),
+        (
+            "cross",
+            PerturbedAttention(("mid",)),
+            "unknown layer with self-attention 'mid': did you mean 'mid_block'",
+        ),
+        (
+            "cross",
+            PerturbedAttention(("mid_block", "down_blocks.1")),
+            "unknown layer with self-attention 'down_blocks.1'",
+        ),
+        (
+            "cross",
+            PerturbedAttention(("mid_block.attentions.0.transformer_blocks.0.attn2",)),
+            "unknown layer with self-attention",
+        ),
+        (
+            "self",
+            SkipLayers(("mid_block.attentions",)),
+            "unknown layer that can be left out 'mid_block.attentions'",
+        ),
+        (
+            "cross",
+            SkipLayers(("conv_in",)),
+            "unknown layer that can be left out 'conv_in': .*known are down_blocks.0",
+        ),
         ("cross", SkipLayers(("",)), "unknown layer that can be left out ''"),
     ],
 )
@@ -178,11 +249,16 @@ def test_layers_that_are_not_there_are_refused(kind: str, reference: Any, said: 
         weaker(reference, denoiser, given)
 
 
-NUMBERED = st.lists(st.tuples(st.integers(0, 12), st.sampled_from(["", ".attn", ".ff.0", ".attentions.3.attn1"])), unique=True)
+NUMBERED = st.lists(
+    st.tuples(st.integers(0, 12), st.sampled_from(["", ".attn", ".ff.0", ".attentions.3.attn1"])),
+    unique=True,
+)
 
 
 @drawn(st.sampled_from(["blocks", "up_blocks.2.attentions", "mid"]), NUMBERED)
-def test_names_that_differ_in_numbers_are_gathered_and_spread_again(block: str, ends: list[tuple[int, str]]) -> None:
+def test_names_that_differ_in_numbers_are_gathered_and_spread_again(
+    block: str, ends: list[tuple[int, str]]
+) -> None:
     names = [f"{block}.{k}{end}" for k, end in ends]
     short = _copies.gathered(names)
     assert sorted(one for name in short for one in _copies.spread(name)) == sorted(names)
@@ -191,17 +267,30 @@ def test_names_that_differ_in_numbers_are_gathered_and_spread_again(block: str, 
 
 def test_runs_of_layers() -> None:
     """a.1-2.b is a.1.b and a.2.b, where there are all of them; what the error lists can be said."""
-    names = [f"{group}.{i}" for group in ("up", "down") for i in range(3)] + ["up.0.attn", "up.1.attn", "up.7", "mid"]
+    names = [f"{group}.{i}" for group in ("up", "down") for i in range(3)] + [
+        "up.0.attn",
+        "up.1.attn",
+        "up.7",
+        "mid",
+    ]
     assert _copies.gathered(names) == ["down.0-2", "mid", "up.0-1.attn", "up.0-2", "up.7"]
     assert [*_copies.spread("a.1-2.b.0-1")] == ["a.1.b.0", "a.1.b.1", "a.2.b.0", "a.2.b.1"]
     assert [*_copies.spread("a.2-1")] == ["a.2-1"] and [*_copies.spread("a-1.x1-2")] == ["a-1.x1-2"]
     denoiser, x, given = setup("cross")
     with torch.inference_mode():
-        for kind, named in ((SkipLayers, "up_blocks.0.resnets.0-1"), (PerturbedAttention, "up_blocks.1.attentions.0-1")):
+        for kind, named in (
+            (SkipLayers, "up_blocks.0.resnets.0-1"),
+            (PerturbedAttention, "up_blocks.1.attentions.0-1"),
+        ):
             apart = (named.replace("0-1", "0"), named.replace("0-1", "1"))
-            one, both = (weaker(kind(layers), denoiser, given)(x, 0.5, given).x0 for layers in ((named,), apart))
+            one, both = (
+                weaker(kind(layers), denoiser, given)(x, 0.5, given).x0
+                for layers in ((named,), apart)
+            )
             assert torch.equal(one, both)
-    with pytest.raises(UserError, match=r"unknown layer that can be left out 'up_blocks.0.resnets.2': "):
+    with pytest.raises(
+        UserError, match=r"unknown layer that can be left out 'up_blocks.0.resnets.2': "
+    ):
         weaker(SkipLayers(("up_blocks.0.resnets.0-999999999",)), denoiser, given)
 
 
@@ -209,7 +298,9 @@ def test_runs_of_layers() -> None:
 def test_a_first_attention_to_the_condition_alone_is_not_perturbed() -> None:
     """`only_cross_attention`: it is no attention of the picture to itself."""
     denoiser, x, given = setup("cross", only_cross_attention=(True, False))
-    with pytest.raises(UserError, match=r"unknown layer with self-attention 'down_blocks.0': .*known are mid_block"):
+    with pytest.raises(
+        UserError, match=r"unknown layer with self-attention 'down_blocks.0': .*known are mid_block"
+    ):
         weaker(PerturbedAttention(("down_blocks.0",)), denoiser, given)
     assert weaker(PerturbedAttention(), denoiser, given)(x, 0.5, given).x0.isfinite().all()
 
@@ -223,7 +314,8 @@ def test_no_layers_means_the_deepest_attention_that_there_is(kind: str) -> None:
     for reference in (PerturbedAttention, SkipLayers):
         layers = (named,) if reference is PerturbedAttention else (f"{named}.attentions",)
         assert torch.equal(
-            weaker(reference(), denoiser, given)(x, 0.5, given).x0, weaker(reference(layers), denoiser, given)(x, 0.5, given).x0
+            weaker(reference(), denoiser, given)(x, 0.5, given).x0,
+            weaker(reference(layers), denoiser, given)(x, 0.5, given).x0,
         )
 
 
@@ -231,10 +323,14 @@ def test_a_copy_is_made_once_and_goes_with_its_denoiser() -> None:
     denoiser, x, given = setup("cross")
     reference = PerturbedAttention()
     whom = weaker(reference, denoiser, given)
-    assert weaker(PerturbedAttention(), denoiser, given) is whom and weaker(SkipLayers(), denoiser, given) is not whom
+    assert (
+        weaker(PerturbedAttention(), denoiser, given) is whom
+        and weaker(SkipLayers(), denoiser, given) is not whom
+    )
     other, _, _ = setup("cross")
     assert weaker(reference, other, given) is not whom
-    denoiser.network.conv_out = torch.nn.Conv2d(8, 2, 3, padding=1)  # a part is swapped: an old copy would not follow
+    # a part is swapped: an old copy would not follow
+    denoiser.network.conv_out = torch.nn.Conv2d(8, 2, 3, padding=1)
     fresh = weaker(reference, denoiser, given)
     assert fresh is not whom and fresh.network.conv_out.weight is denoiser.network.conv_out.weight
     denoiser.network.train()
@@ -246,7 +342,9 @@ def test_a_copy_is_made_once_and_goes_with_its_denoiser() -> None:
 
 
 def counting(passes: list[list[int]]) -> Callable[[list[Query]], list]:
-    """Answers, and notes how many images each denoiser was asked about, in the order of first questions."""
+    """Answers, and notes how many images each denoiser was asked about, in the order of first
+    questions.
+    """
 
     def answers(queries: list[Query]) -> list:
         sizes: dict[int, int] = {}
@@ -264,12 +362,17 @@ def test_weaker_networks_are_asked_where_they_count_and_runs_share_them() -> Non
     point = denoiser.process.schedule.point
     guidance = Guidance.parse("3 perturbed_attention interval:low=0.3,high=0.7")
     passes: list[list[int]] = []
-    asks = [build(guidance, denoiser, given, given, point) for _ in range(2)]  # equal conditionings: here they say nothing
+    # equal conditionings: here they say nothing
+    asks = [build(guidance, denoiser, given, given, point) for _ in range(2)]
     for t in (0.9, 0.5, 0.1):
         answered(together([ask(x, t) for ask in asks]), counting(passes))
     assert passes == [[6], [6, 6], [6]]
     dual = build(
-        Guidance.parse("3 dual:kind=away,second=2 condition skip_layers"), denoiser, given, Conditioning(tokens=0 * given.tokens), point
+        Guidance.parse("3 dual:kind=away,second=2 condition skip_layers"),
+        denoiser,
+        given,
+        Conditioning(tokens=0 * given.tokens),
+        point,
     )
     passes.clear()
     found = answered(dual(x, 0.5), counting(passes))
@@ -286,12 +389,36 @@ def test_autoguidance_is_the_line_through_two_models() -> None:
     small, _, _ = setup("cross", seed=9)
     on, off = denoiser(x, 0.4, given), small(x, 0.4, given)
     for w in (0.0, 1.0, 2.5):
-        ask = build(Guidance.parse(f"{w} model:path=small"), denoiser, given, given, denoiser.process.schedule.point, weaker=small)
+        ask = build(
+            Guidance.parse(f"{w} model:path=small"),
+            denoiser,
+            given,
+            given,
+            denoiser.process.schedule.point,
+            weaker=small,
+        )
         found = answered(ask(x, 0.4), answer)
         for a, b, c in ((found.x0, on.x0, off.x0), (found.eps, on.eps, off.eps)):
             torch.testing.assert_close(a, c + w * (b - c), rtol=1e-5, atol=1e-5)
-    with pytest.raises(UserError, match=r"a weaker model \(small\) needs that model's denoiser: none was given"):
-        build(Guidance.parse("2 model:path=small"), denoiser, given, given, denoiser.process.schedule.point)
+    with pytest.raises(
+        UserError, match=r"a weaker model \(small\) needs that model's denoiser: none was given"
+    ):
+        build(
+            Guidance.parse("2 model:path=small"),
+            denoiser,
+            given,
+            given,
+            denoiser.process.schedule.point,
+        )
     cosine = Denoiser(small.network, Process(schedule("cosine"), parameterization("v")))
-    with pytest.raises(UserError, match="has the schedule cosine, the model flow: expected the same one"):
-        build(Guidance.parse("2 model"), denoiser, given, given, denoiser.process.schedule.point, weaker=cosine)
+    with pytest.raises(
+        UserError, match="has the schedule cosine, the model flow: expected the same one"
+    ):
+        build(
+            Guidance.parse("2 model"),
+            denoiser,
+            given,
+            given,
+            denoiser.process.schedule.point,
+            weaker=cosine,
+        )

@@ -1,4 +1,6 @@
-"""The latent cache against direct computation, and against everything that can go wrong with files."""
+"""The latent cache against direct computation, and against everything that can go wrong with
+files.
+"""
 
 import json
 import multiprocessing
@@ -18,21 +20,36 @@ from sfumato.data import ImageSet, LatentSet, cache_latents, open_images
 from sfumato.errors import NumericalError, UserError
 
 
-def digits(folder: Path, count: int = 50, *, seed: int = 0, touch: bool = False, size: int | None = None, flip: bool = False) -> ImageSet:
+def digits(
+    folder: Path,
+    count: int = 50,
+    *,
+    seed: int = 0,
+    touch: bool = False,
+    size: int | None = None,
+    flip: bool = False,
+) -> ImageSet:
     """Random IDX images, 8x8; `touch` changes one pixel of the last by one."""
     pixels = np.random.default_rng(seed).integers(0, 255, (count, 8, 8), dtype=np.uint8)
     pixels[-1, 3, 3] += touch
     folder.mkdir(parents=True, exist_ok=True)
-    for name, values in (("images-idx3", pixels), ("labels-idx1", np.arange(count, dtype=np.uint8) % 10)):
+    for name, values in (
+        ("images-idx3", pixels),
+        ("labels-idx1", np.arange(count, dtype=np.uint8) % 10),
+    ):
         header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
         (folder / f"train-{name}-ubyte").write_bytes(header + values.tobytes())
     return open_images(folder, size=size, flip=flip)
 
 
 class Encoder:
-    """A tiny known encoder, (B, 1, 8, 8) -> (B, 4, 4, 4), that counts images and may do something after some batches."""
+    """A tiny known encoder, (B, 1, 8, 8) -> (B, 4, 4, 4), that counts images and may do something
+    after some batches.
+    """
 
-    def __init__(self, after: int = -1, then: Callable[[], object] | None = None, shift: float = 0.0):
+    def __init__(
+        self, after: int = -1, then: Callable[[], object] | None = None, shift: float = 0.0
+    ):
         self.seen, self.calls, self.after, self.then, self.shift = 0, 0, after, then, shift
 
     def __call__(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,7 +58,9 @@ class Encoder:
         self.calls += 1
         self.seen += len(image)
         assert not torch.is_grad_enabled()
-        mean = torch.nn.functional.pixel_unshuffle(image, image.shape[-1] // 4)[:, :4] * torch.tensor([1.0, 2, 3, 4]).reshape(4, 1, 1)
+        mean = torch.nn.functional.pixel_unshuffle(image, image.shape[-1] // 4)[
+            :, :4
+        ] * torch.tensor([1.0, 2, 3, 4]).reshape(4, 1, 1)
         return mean + self.shift, 0.1 + mean.abs()
 
 
@@ -51,45 +70,71 @@ def interrupt() -> None:
 
 def same(latents: LatentSet, images: ImageSet, shift: float = 0.0) -> bool:
     """Whether every latent is what the encoder says, asked for in a random order with repeats."""
-    order = torch.randint(0, len(images), (2 * len(images),), generator=torch.Generator().manual_seed(0))
+    order = torch.randint(
+        0, len(images), (2 * len(images),), generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         mean, std = Encoder(shift=shift)(images.batch(order)["image"])
     found = latents.batch(order)
-    return torch.equal(found["mean"], mean) and torch.equal(found["std"], std) and torch.equal(found["label"], images.batch(order)["label"])
+    return (
+        torch.equal(found["mean"], mean)
+        and torch.equal(found["std"], std)
+        and torch.equal(found["label"], images.batch(order)["label"])
+    )
 
 
-def build(images: ImageSet, folder: Path, encode: Encoder | None = None, **changes: object) -> LatentSet:
-    return cache_latents(images, encode or Encoder(), "enc", folder, **{"batch_size": 4, "shard_size": 16, **changes})  # pyright: ignore
+def build(
+    images: ImageSet, folder: Path, encode: Encoder | None = None, **changes: object
+) -> LatentSet:
+    return cache_latents(
+        images, encode or Encoder(), "enc", folder, **{"batch_size": 4, "shard_size": 16, **changes}
+    )  # pyright: ignore
 
 
-@pytest.mark.parametrize(("batch_size", "shard_size"), [(4, 16), (7, 20), (64, 10), (256, 8192), (1, 1)])
+@pytest.mark.parametrize(
+    ("batch_size", "shard_size"), [(4, 16), (7, 20), (64, 10), (256, 8192), (1, 1)]
+)
 def test_the_cache_is_the_encoder(tmp_path: Path, batch_size: int, shard_size: int) -> None:
     images = digits(tmp_path / "data")
     latents = build(images, tmp_path / "cache", batch_size=batch_size, shard_size=shard_size)
     assert (len(latents), latents.shape, latents.class_names) == (50, (4, 4, 4), images.class_names)
     assert same(latents, images)
     files = sorted(p.name for p in (tmp_path / "cache" / latents.key[:16]).iterdir())
-    assert files == ["index.json", *(f"shard-{i:05d}.safetensors" for i in range(-(-50 // shard_size)))]
+    assert files == [
+        "index.json",
+        *(f"shard-{i:05d}.safetensors" for i in range(-(-50 // shard_size))),
+    ]
     again = Encoder()
-    assert same(build(images, tmp_path / "cache", again, shard_size=shard_size), images) and again.seen == 0
+    assert (
+        same(build(images, tmp_path / "cache", again, shard_size=shard_size), images)
+        and again.seen == 0
+    )
     with pytest.raises(IndexError, match=r"there are 0\.\.49"):
         latents.batch([50])
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_statistics_are_those_of_the_whole(tmp_path: Path, offset: float) -> None:
-    """Law of total variance, by hand in float64; the offset would ruin E[x^2] - E[x]^2 in float32."""
+    """Law of total variance, by hand in float64; the offset would ruin E[x^2] - E[x]^2 in
+    float32.
+    """
     images = digits(tmp_path / "data", 2500)
-    latents = build(images, tmp_path / "cache", Encoder(shift=offset), batch_size=500, shard_size=900)
+    latents = build(
+        images, tmp_path / "cache", Encoder(shift=offset), batch_size=500, shard_size=900
+    )
     every = latents.batch(range(2500))
     mean = every["mean"].double().numpy().transpose(1, 0, 2, 3).reshape(4, -1)
     noise = every["std"].double().numpy().transpose(1, 0, 2, 3).reshape(4, -1)
     found_mean, found_std = latents.statistics()
     assert np.allclose(found_mean, mean.mean(1), rtol=1e-12, atol=1e-9)
     assert np.allclose(found_std, np.sqrt(mean.var(1) + (noise**2).mean(1)), rtol=1e-9)
-    z = torch.randn(every["mean"].shape, generator=torch.Generator().manual_seed(1)) * every["std"] + every["mean"]
+    z = (
+        torch.randn(every["mean"].shape, generator=torch.Generator().manual_seed(1)) * every["std"]
+        + every["mean"]
+    )
     drawn = z.double().numpy().transpose(1, 0, 2, 3).reshape(4, -1)
-    assert np.allclose(found_std, drawn.std(1), rtol=0.02)  # and what training will draw has that std
+    # and what training will draw has that std
+    assert np.allclose(found_std, drawn.std(1), rtol=0.02)
 
 
 def test_pixels_transform_and_encoder_are_the_key(tmp_path: Path) -> None:
@@ -105,8 +150,13 @@ def test_pixels_transform_and_encoder_are_the_key(tmp_path: Path) -> None:
         cache_latents(first, Encoder(shift=1.0), "other", tmp_path / "cache"),
         build(resampled, tmp_path / "cache"),
     ]
-    assert len({latents.key, *(c.key for c in changed)}) == 7 and len(list((tmp_path / "cache").iterdir())) == 7
-    assert same(changed[0], digits(tmp_path / "data", touch=True)) and same(changed[3], first.subset(range(49, -1, -1)))
+    assert (
+        len({latents.key, *(c.key for c in changed)}) == 7
+        and len(list((tmp_path / "cache").iterdir())) == 7
+    )
+    assert same(changed[0], digits(tmp_path / "data", touch=True)) and same(
+        changed[3], first.subset(range(49, -1, -1))
+    )
     assert same(changed[4], first, shift=1.0) and not same(latents, first, shift=1.0)
 
 
@@ -124,17 +174,31 @@ def test_labels_are_never_stale(tmp_path: Path) -> None:
     header = bytes([0, 0, 8, 1, 0, 0, 0, 50])
     (tmp_path / "data" / "train-labels-idx1-ubyte").write_bytes(header + bytes([7] * 50))
     encode = Encoder()
-    assert build(open_images(tmp_path / "data"), tmp_path / "cache", encode).batch([0])["label"].tolist() == [7] and encode.seen == 0
+    assert (
+        build(open_images(tmp_path / "data"), tmp_path / "cache", encode)
+        .batch([0])["label"]
+        .tolist()
+        == [7]
+        and encode.seen == 0
+    )
 
 
 def test_an_interrupted_build_goes_on(tmp_path: Path) -> None:
     images = digits(tmp_path / "data")
     with pytest.raises(KeyboardInterrupt):
-        build(images, tmp_path / "cache", Encoder(after=10, then=interrupt))  # 4 batches a shard: in the third
+        # 4 batches a shard: in the third
+        build(images, tmp_path / "cache", Encoder(after=10, then=interrupt))
     calls: list[tuple[int, int]] = []
     encode = Encoder()
-    latents = build(images, tmp_path / "cache", encode, shard_size=5, progress=lambda done, total: calls.append((done, total)))
-    assert encode.seen == 50 - 32 and same(latents, images)  # the shard size of the first build is kept
+    latents = build(
+        images,
+        tmp_path / "cache",
+        encode,
+        shard_size=5,
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    # the shard size of the first build is kept
+    assert encode.seen == 50 - 32 and same(latents, images)
     assert calls[:2] == [(16, 50), (32, 50)] and calls[-1] == (50, 50) and calls == sorted(calls)
 
 
@@ -154,10 +218,22 @@ def damage(folder: Path, how: str) -> None:
     elif how == "index foreign":
         index.write_text(json.dumps({**json.loads(index.read_text()), "key": "0" * 64}))
     elif how == "index odd":
-        index.write_text(json.dumps({**json.loads(index.read_text()), "shards": {"shard-00001.safetensors": None}}))
+        index.write_text(
+            json.dumps(
+                {**json.loads(index.read_text()), "shards": {"shard-00001.safetensors": None}}
+            )
+        )
     elif how == "index longer":
         written = json.loads(index.read_text())
-        index.write_text(json.dumps({**written, "count": 99, "shards": {**written["shards"], "shard-00009.safetensors": {}}}))
+        index.write_text(
+            json.dumps(
+                {
+                    **written,
+                    "count": 99,
+                    "shards": {**written["shards"], "shard-00009.safetensors": {}},
+                }
+            )
+        )
 
 
 @pytest.mark.parametrize(
@@ -185,9 +261,13 @@ def test_damage_is_found_and_repaired(tmp_path: Path, how: str, images_again: in
 
 @pytest.mark.parametrize("other", [16, 7])
 def test_a_second_builder_in_the_middle(tmp_path: Path, other: int) -> None:
-    """While one builder encodes its second batch another builds the whole cache: the first takes over what it finds."""
+    """While one builder encodes its second batch another builds the whole cache: the first takes
+    over what it finds.
+    """
     images, inner = digits(tmp_path / "data"), Encoder()
-    outer = Encoder(after=1, then=lambda: build(images, tmp_path / "cache", inner, shard_size=other))
+    outer = Encoder(
+        after=1, then=lambda: build(images, tmp_path / "cache", inner, shard_size=other)
+    )
     latents = build(images, tmp_path / "cache", outer)
     assert inner.seen == 50 and outer.seen == 16
     assert same(latents, images) and same(build(images, tmp_path / "cache"), images)
@@ -195,14 +275,24 @@ def test_a_second_builder_in_the_middle(tmp_path: Path, other: int) -> None:
 
 def _build_slowly(data: str, cache: str) -> None:
     torch.set_num_threads(1)
-    build(open_images(data), Path(cache), Encoder(after=2, then=lambda: time.sleep(0.05)), shard_size=4)
+    build(
+        open_images(data),
+        Path(cache),
+        Encoder(after=2, then=lambda: time.sleep(0.05)),
+        shard_size=4,
+    )
 
 
 @pytest.mark.slow
 def test_two_processes_at_once(tmp_path: Path) -> None:
     images = digits(tmp_path / "data")
     context = multiprocessing.get_context("spawn")
-    builders = [context.Process(target=_build_slowly, args=(str(tmp_path / "data"), str(tmp_path / "cache"))) for _ in range(2)]
+    builders = [
+        context.Process(
+            target=_build_slowly, args=(str(tmp_path / "data"), str(tmp_path / "cache"))
+        )
+        for _ in range(2)
+    ]
     for builder in builders:
         builder.start()
     for builder in builders:
@@ -216,7 +306,9 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc"
+)
 def test_opening_maps_and_does_not_load(tmp_path: Path) -> None:
     images = digits(tmp_path / "data", 128)
 
@@ -232,7 +324,9 @@ def test_opening_maps_and_does_not_load(tmp_path: Path) -> None:
     assert resident() - before < size / 8
     assert latents.batch([127])["mean"].shape == (1, 4, 128, 128) and resident() - before < size / 4
     assert len(pickle.dumps(latents)) < 1e6
-    assert torch.equal(pickle.loads(pickle.dumps(latents)).batch([5])["std"], latents.batch([5])["std"])
+    assert torch.equal(
+        pickle.loads(pickle.dumps(latents)).batch([5])["std"], latents.batch([5])["std"]
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -246,7 +340,9 @@ def test_a_latent_that_is_not_finite(tmp_path: Path, value: float, where: int) -
             pair[where][2, 1, 0, 0] = value
         return pair[0].bfloat16(), pair[1].bfloat16()
 
-    with pytest.raises(NumericalError, match=rf"encode.*{('mean', 'std')[where]} .*image 22 .*bfloat16"):
+    with pytest.raises(
+        NumericalError, match=rf"encode.*{('mean', 'std')[where]} .*image 22 .*bfloat16"
+    ):
         cache_latents(images, bad, "enc", tmp_path / "cache", batch_size=4, shard_size=16)
     shards = list((tmp_path / "cache").rglob("*.safetensors"))
     assert [s.name for s in shards] == ["shard-00000.safetensors"]

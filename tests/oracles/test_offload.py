@@ -1,4 +1,6 @@
-"""Streamed weights: the same bits as in memory, no more of it than asked for, and what `sfumato info` says of it."""
+"""Streamed weights: the same bits as in memory, no more of it than asked for, and what `sfumato
+info` says of it.
+"""
 
 import copy
 import gc
@@ -38,16 +40,24 @@ from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.sampling import Defaults
 
-clip: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_clip.py")))
-ldm: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_ldm.py")))
-pytestmark = pytest.mark.skipif(not host_memory.can_drop(), reason="pages of files can be given back on Linux only")
+clip: Any = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_clip.py"))
+)
+ldm: Any = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_ldm.py"))
+)
+pytestmark = pytest.mark.skipif(
+    not host_memory.can_drop(), reason="pages of files can be given back on Linux only"
+)
 PLENTY, CPU = 10**12, torch.device("cpu")
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NAMES = ("classes", "text")
 
 
 def streams(model: LatentDiffusion) -> list[Stream]:
-    return [found for network in networks(model).values() if (found := streamed(network)) is not None]
+    return [
+        found for network in networks(model).values() if (found := streamed(network)) is not None
+    ]
 
 
 @pytest.fixture
@@ -60,17 +70,43 @@ def all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 def folders(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
     """Two tiny models, one of classes and one of texts, stored in two dtypes."""
     root = tmp_path_factory.mktemp("streamed")
-    widths: dict[str, Any] = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    widths: dict[str, Any] = {
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
-        config = UNetConfig(8, 2, 2, down_block_types=down, up_block_types=up, cross_attention_dim=40, attention_head_dim=2, **widths)
-        network, autoencoder = UNet(config), AutoencoderKL(KLConfig(latent_channels=2, sample_size=16, **widths))
-        config = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 34}
+        config = UNetConfig(
+            8,
+            2,
+            2,
+            down_block_types=down,
+            up_block_types=up,
+            cross_attention_dim=40,
+            attention_head_dim=2,
+            **widths,
+        )
+        network, autoencoder = (
+            UNet(config),
+            AutoencoderKL(KLConfig(latent_channels=2, sample_size=16, **widths)),
+        )
+        config = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 34,
+        }
         network = UNet(UNetConfig(**{**vars(network.config), **config}))
     texts = ClipText.from_folder(clip.write(root / "clip", "sdxl"))
     process = Process(schedule("flow"), parameterization("flow"))
-    model = LatentDiffusion(autoencoder.eval(), Denoiser(network.eval(), process), texts, Defaults(steps=3, guidance=2.0), "texts")
+    model = LatentDiffusion(
+        autoencoder.eval(),
+        Denoiser(network.eval(), process),
+        texts,
+        Defaults(steps=3, guidance=2.0),
+        "texts",
+    )
     found = {"classes": sfumato.load(tiny), "text": model}
     for name, one in found.items():
         for kind, dtype in KINDS.items():
@@ -78,17 +114,23 @@ def folders(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[
     return {(name, kind): root / f"{name}-{kind}" for name in found for kind in KINDS}
 
 
-# ---- whole models ------------------------------------------------------------------------------------------------------
+# ---- whole models --------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("all_layers")
 @pytest.mark.parametrize("stored", KINDS)
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_pictures_and_hash(folders: dict[tuple[str, str], Path], name: str, stored: str, dtype: str) -> None:
-    """Mapped where the file has the dtype, copied where it has another; in the first pass nothing stays, then everything."""
+def test_the_same_pictures_and_hash(
+    folders: dict[tuple[str, str], Path], name: str, stored: str, dtype: str
+) -> None:
+    """Mapped where the file has the dtype, copied where it has another; in the first pass nothing
+    stays, then everything.
+    """
     folder = folders[name, stored]
-    plain, other = (sfumato.load(folder, dtype=KINDS[dtype], memory=memory) for memory in (None, PLENTY))
+    plain, other = (
+        sfumato.load(folder, dtype=KINDS[dtype], memory=memory) for memory in (None, PLENTY)
+    )
     layers = [layer for s in streams(other) for layer in s.layers]
     assert len(streams(other)) == (2 if name == "classes" else 4) and len(layers) > 50
     assert all(layer.mapped == (stored == dtype) for layer in layers)
@@ -98,45 +140,83 @@ def test_the_same_pictures_and_hash(folders: dict[tuple[str, str], Path], name: 
     assert torch.equal(other.generate(prompt, output="tensor", n=2, seed=3), expected)
     asked: dict[str, Any]
     for asked in ({"decoding": "exact"}, {"cache": 2, "steps": 2}):
-        assert torch.equal(other.generate(prompt, output="tensor", **asked), plain.generate(prompt, output="tensor", **asked)), asked
+        assert torch.equal(
+            other.generate(prompt, output="tensor", **asked),
+            plain.generate(prompt, output="tensor", **asked),
+        ), asked
     denoiser = streamed(other.denoiser.network)
-    assert denoiser is not None and all(layer.stays for layer in denoiser.layers), "there was plenty"
+    assert denoiser is not None and all(layer.stays for layer in denoiser.layers), (
+        "there was plenty"
+    )
     weaker: dict[str, Any] = {"guidance": "2 perturbed_attention", "steps": 2}
-    assert torch.equal(other.generate(prompt, output="tensor", **weaker), plain.generate(prompt, output="tensor", **weaker))
+    assert torch.equal(
+        other.generate(prompt, output="tensor", **weaker),
+        plain.generate(prompt, output="tensor", **weaker),
+    )
     image = plain.generate(prompt, output="tensor")[:, : plain.autoencoder.channels] * 2 - 1
     assert torch.equal(other.compress(image), plain.compress(image))
-    assert other.hash == plain.hash and other.describe() == plain.describe() and other.device == plain.device
+    assert (
+        other.hash == plain.hash
+        and other.describe() == plain.describe()
+        and other.device == plain.device
+    )
 
 
 @pytest.mark.usefixtures("all_layers")
 @pytest.mark.parametrize("stored", KINDS)
-def test_nothing_stays_where_there_is_no_room(folders: dict[tuple[str, str], Path], stored: str) -> None:
-    """The limit is below what Python itself takes by the time of the run: every layer comes anew in each step, to the same picture."""
+def test_nothing_stays_where_there_is_no_room(
+    folders: dict[tuple[str, str], Path], stored: str
+) -> None:
+    """The limit is below what Python itself takes by the time of the run: every layer comes anew in
+    each step, to the same picture.
+    """
     folder = folders["text", stored]
     plain, other = sfumato.load(folder), sfumato.load(folder, memory=PLENTY)
     for s in streams(other):
         s.memory.limit = 1
-    assert torch.equal(other.generate("a dog", n=2, output="tensor"), plain.generate("a dog", n=2, output="tensor"))
+    assert torch.equal(
+        other.generate("a dog", n=2, output="tensor"), plain.generate("a dog", n=2, output="tensor")
+    )
     assert not any(layer.stays for s in streams(other) for layer in s.layers)
 
 
 @pytest.mark.usefixtures("all_layers")
 @pytest.mark.parametrize("dtype", KINDS)
 def test_an_original_single_file(tmp_path: Path, dtype: str) -> None:
-    """Latent Diffusion's text model: names, and some shapes, are others in the file than in the network; BERT asks its table by name."""
+    """Latent Diffusion's text model: names, and some shapes, are others in the file than in the
+    network; BERT asks its table by name.
+    """
     widths: dict[str, Any] = {"block_out_channels": (32, 64), "layers_per_block": 1}
     down, up = ("CrossAttnDownBlock2D",) * 2, ("CrossAttnUpBlock2D",) * 2
-    network = ldm.randomised(UNet(UNetConfig(8, down_block_types=down, up_block_types=up, cross_attention_dim=24, **widths)), 3)
+    network = ldm.randomised(
+        UNet(
+            UNetConfig(
+                8, down_block_types=down, up_block_types=up, cross_attention_dim=24, **widths
+            )
+        ),
+        3,
+    )
     autoencoder = ldm.randomised(AutoencoderKL(KLConfig(sample_size=16, **widths)), 4)
     process = Process(schedule("scaled_linear"), parameterization("eps"))
-    model = LatentDiffusion(autoencoder, Denoiser(network, process), ldm.bert_text(), Defaults(steps=2, guidance=2.0))
+    model = LatentDiffusion(
+        autoencoder, Denoiser(network, process), ldm.bert_text(), Defaults(steps=2, guidance=2.0)
+    )
     file = tmp_path / "one.safetensors"
     model.save(file)
     assert "model.diffusion_model.out.2.weight" in read_tensors(file)
-    plain, other = (sfumato.load(file, dtype=KINDS[dtype], memory=memory) for memory in (None, PLENTY))
+    plain, other = (
+        sfumato.load(file, dtype=KINDS[dtype], memory=memory) for memory in (None, PLENTY)
+    )
     layers = [layer for s in streams(other) for layer in s.layers]
-    assert len(streams(other)) == 3 and len(layers) > 50 and all(layer.mapped == (dtype == "float32") for layer in layers)
-    assert torch.equal(other.generate("red cat", output="tensor", steps=2), plain.generate("red cat", output="tensor", steps=2))
+    assert (
+        len(streams(other)) == 3
+        and len(layers) > 50
+        and all(layer.mapped == (dtype == "float32") for layer in layers)
+    )
+    assert torch.equal(
+        other.generate("red cat", output="tensor", steps=2),
+        plain.generate("red cat", output="tensor", steps=2),
+    )
     assert other.hash == plain.hash
 
 
@@ -147,7 +227,11 @@ def test_only_one_part_holds_weights(folders: dict[tuple[str, str], Path]) -> No
     busy: list[list[int]] = []
 
     def holding() -> list[int]:
-        return [k for k, s in enumerate(streams(model)) if s.ring is not None or any(layer.kept for layer in s.layers)]
+        return [
+            k
+            for k, s in enumerate(streams(model))
+            if s.ring is not None or any(layer.kept for layer in s.layers)
+        ]
 
     z = model.generate("a cat", output="latent", on_step=lambda step: busy.append(holding()))
     model.decode(z)
@@ -157,11 +241,13 @@ def test_only_one_part_holds_weights(folders: dict[tuple[str, str], Path]) -> No
     assert torch.equal(model.generate("a cat", output="latent"), z)
 
 
-# ---- memory ------------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 class Deep(nn.Module):
-    """Linear layers one after the other, each asked twice, as feed-forward layers are that take rows in parts."""
+    """Linear layers one after the other, each asked twice, as feed-forward layers are that take
+    rows in parts.
+    """
 
     def __init__(self, width: int, depth: int):
         super().__init__()
@@ -202,9 +288,13 @@ def test_pages_of_two_layers_are_there_at_most(tmp_path: Path) -> None:
     x = torch.randn(4, 1024)
     expected = deep(path, torch.float32)(x)
     found = stream(deep(path, torch.float32), Memory(1, CPU), torch.float32, path)
-    assert resident(path) < 2**21, "the mapping of the first is gone, nothing of the second has been read"
+    assert resident(path) < 2**21, (
+        "the mapping of the first is gone, nothing of the second has been read"
+    )
     (made,) = [streamed(found)]
-    assert made is not None and len(made.layers) == 16 and all(layer.mapped for layer in made.layers)
+    assert (
+        made is not None and len(made.layers) == 16 and all(layer.mapped for layer in made.layers)
+    )
     layer = made.layers[0].size
     seen: list[int] = []
     for block in found.blocks:  # pyright: ignore[reportGeneralTypeIssues]
@@ -217,7 +307,9 @@ def test_pages_of_two_layers_are_there_at_most(tmp_path: Path) -> None:
 
 
 @torch.inference_mode()
-def test_a_budget_keeps_as_many_layers_as_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_keeps_as_many_layers_as_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "deep.safetensors"
     network, x = deep(path, torch.float32), torch.randn(4, 1024)
     memory = Memory(10**9, CPU)
@@ -242,7 +334,9 @@ def test_a_budget_keeps_as_many_layers_as_fit(tmp_path: Path, monkeypatch: pytes
 
 @torch.inference_mode()
 def test_copies_use_one_ring_again(tmp_path: Path) -> None:
-    """Stored in bfloat16, computed in float32: no more of its own than the ring, no page of the file left."""
+    """Stored in bfloat16, computed in float32: no more of its own than the ring, no page of the
+    file left.
+    """
     path = tmp_path / "deep.safetensors"
     network, x = deep(path, torch.bfloat16), torch.randn(4, 1024)
     expected = copy.deepcopy(network).float()(x)
@@ -264,18 +358,29 @@ def test_copies_use_one_ring_again(tmp_path: Path) -> None:
     assert all(p.is_meta or p.isnan().all() for p in network.parameters())
     assert network.blocks[3].weight.equal(read_tensors(path)["blocks.3.weight"].float()), "by name"  # pyright: ignore
     held = network.blocks[3].weight
-    assert torch.equal(network(x), expected) and held.equal(read_tensors(path)["blocks.3.weight"].float()), "not the ring's"  # pyright: ignore
+    assert torch.equal(network(x), expected) and held.equal(
+        read_tensors(path)["blocks.3.weight"].float()
+    ), "not the ring's"  # pyright: ignore
 
 
 @pytest.mark.usefixtures("all_layers")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @torch.inference_mode()
 def test_t5(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Two modules with one table; layers that ask for the dtype of the next one's weight; in float16 some that stay in float32."""
+    """Two modules with one table; layers that ask for the dtype of the next one's weight; in
+    float16 some that stay in float32.
+    """
     import transformers
 
     config = transformers.T5Config(
-        vocab_size=50, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu", use_cache=False
+        vocab_size=50,
+        d_model=16,
+        d_kv=4,
+        d_ff=32,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        use_cache=False,
     )
     first: Any = transformers.T5EncoderModel(config).eval()
     tensors = {k: v for k, v in first.state_dict().items() if k != "encoder.embed_tokens.weight"}
@@ -289,10 +394,15 @@ def test_t5(tmp_path: Path, dtype: torch.dtype) -> None:
     with torch.device("meta"):
         found: Any = transformers.T5EncoderModel(config)
     stored = read_tensors(tmp_path / "t5.safetensors")
-    found.load_state_dict({**stored, "encoder.embed_tokens.weight": stored["shared.weight"]}, assign=True)
+    found.load_state_dict(
+        {**stored, "encoder.embed_tokens.weight": stored["shared.weight"]}, assign=True
+    )
     made = streamed(stream(found.requires_grad_(False), Memory(1, CPU), dtype, tmp_path))
     assert made is not None and len(made.layers) > 15
-    assert all(layer.mapped == (dtype == torch.float32 or (dtype == torch.float16 and ".wo" in layer.name)) for layer in made.layers)
+    assert all(
+        layer.mapped == (dtype == torch.float32 or (dtype == torch.float16 and ".wo" in layer.name))
+        for layer in made.layers
+    )
     assert found.device == CPU and found.dtype == dtype
     for _ in range(2):
         assert torch.equal(found(ids).last_hidden_state, expected)
@@ -319,7 +429,7 @@ def test_threads_do_not_take_each_others_weights(tmp_path: Path) -> None:
     assert found == dict.fromkeys(range(4), True)
 
 
-# ---- the ring ----------------------------------------------------------------------------------------------------------
+# ---- the ring ------------------------------------------------------------------------------------
 
 
 def test_places_in_a_ring_never_overlap() -> None:
@@ -337,8 +447,12 @@ def test_places_in_a_ring_never_overlap() -> None:
             held = ring.find(keep)
             at = ring.take(who, bytes_, keep if turn % 2 else None)
             if at is None:
-                assert turn % 2 and held is not None and ring.find(keep) == held, "only for what is to be kept"
-                assert size < 300 or keep != last, "room for three is enough for the last and the next"
+                assert turn % 2 and held is not None and ring.find(keep) == held, (
+                    "only for what is to be kept"
+                )
+                assert size < 300 or keep != last, (
+                    "room for three is enough for the last and the next"
+                )
                 continue
             last = who
             places[who] = (at, at + bytes_)
@@ -359,13 +473,18 @@ def test_a_room_goes_back_to_the_system() -> None:
     assert [padded(n) for n in (1, 256, 257)] == [256, 256, 512]
 
 
-# ---- refusals ----------------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
-def test_too_little_memory_says_what_works(folders: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_says_what_works(
+    folders: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     held = host_memory.held()
-    monkeypatch.setattr(Memory, "now", lambda self: held)  # what the tests before this one leave and give back is not what is asked here
-    with pytest.raises(UserError, match=r"memory 1 MB is too little: expected at least (\d+) MB") as error:
+    # what the tests before this one leave and give back is not what is asked here
+    monkeypatch.setattr(Memory, "now", lambda self: held)
+    with pytest.raises(
+        UserError, match=r"memory 1 MB is too little: expected at least (\d+) MB"
+    ) as error:
         sfumato.load(folders["text", "float32"], memory="1MB")
     least = int(str(error.value).split("at least ")[1].split(" MB")[0])
     sfumato.load(folders["text", "float32"], memory=f"{least}MB")
@@ -380,7 +499,16 @@ def test_wrong_sizes(size: Any, tiny: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("3GB", 3 * 10**9), ("1.5 GiB", 3 * 2**29), ("800mb", 8 * 10**8), ("7", 7), ("2k", 2000), (12, 12), ("5 B", 5)]
+    ("text", "size"),
+    [
+        ("3GB", 3 * 10**9),
+        ("1.5 GiB", 3 * 2**29),
+        ("800mb", 8 * 10**8),
+        ("7", 7),
+        ("2k", 2000),
+        (12, 12),
+        ("5 B", 5),
+    ],
 )
 def test_sizes(text: str | int, size: int) -> None:
     assert host_memory.read_size(text) == size
@@ -388,7 +516,9 @@ def test_sizes(text: str | int, size: int) -> None:
 
 @pytest.mark.usefixtures("all_layers")
 @pytest.mark.parametrize("stored", KINDS)
-def test_what_needs_all_weights_is_refused(folders: dict[tuple[str, str], Path], tmp_path: Path, stored: str) -> None:
+def test_what_needs_all_weights_is_refused(
+    folders: dict[tuple[str, str], Path], tmp_path: Path, stored: str
+) -> None:
     model = sfumato.load(folders["classes", stored], memory=PLENTY)
     network = model.denoiser.network
     calls: tuple[Any, ...] = (
@@ -409,25 +539,35 @@ def test_what_needs_all_weights_is_refused(folders: dict[tuple[str, str], Path],
     with pytest.raises(UserError, match="no gradients"):
         model.generate("bag")
     network.requires_grad_(False)
-    assert torch.equal(model.generate("bag", output="tensor"), expected), "a refusal leaves no lock and no weights behind"
+    assert torch.equal(model.generate("bag", output="tensor"), expected), (
+        "a refusal leaves no lock and no weights behind"
+    )
 
 
 @pytest.mark.usefixtures("all_layers")
 @pytest.mark.parametrize("dtype", KINDS)
-def test_damaged_weights_are_found_when_they_are_used(folders: dict[tuple[str, str], Path], tmp_path: Path, dtype: str) -> None:
+def test_damaged_weights_are_found_when_they_are_used(
+    folders: dict[tuple[str, str], Path], tmp_path: Path, dtype: str
+) -> None:
     folder, file = tmp_path / "model", "unet/diffusion_pytorch_model.safetensors"
     sfumato.load(folders["classes", "float32"]).save(folder)
     tensors = read_tensors(folder / file)
-    tensors["mid_block.resnets.0.conv2.weight"] = tensors["mid_block.resnets.0.conv2.weight"].clone()
+    tensors["mid_block.resnets.0.conv2.weight"] = tensors[
+        "mid_block.resnets.0.conv2.weight"
+    ].clone()
     tensors["mid_block.resnets.0.conv2.weight"][3, 1, 0, 2] = torch.nan
     save_file({k: v.clone() for k, v in tensors.items()}, folder / file)
     model = sfumato.load(folder, dtype=KINDS[dtype], memory=PLENTY)
     for _ in range(2):
-        with pytest.raises(UserError, match=r"denoiser of tiny: mid_block\.resnets\.0\.conv2\.weight has NaN"):
+        with pytest.raises(
+            UserError, match=r"denoiser of tiny: mid_block\.resnets\.0\.conv2\.weight has NaN"
+        ):
             model.generate("bag")
 
 
-def test_pickles_and_folded_files_are_refused(folders: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+def test_pickles_and_folded_files_are_refused(
+    folders: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
     sfumato.load(folders["classes", "float32"]).save(tmp_path / "one.safetensors")
     with pytest.raises(UserError, match=r"one\.safetensors cannot be streamed"):
         sfumato.load(tmp_path / "one.safetensors", memory=PLENTY)
@@ -441,18 +581,25 @@ def test_only_pages_of_files_are_dropped(tmp_path: Path) -> None:
     save_file({"a": torch.ones(5000)}, tmp_path / "a.safetensors")
     mapped, own = read_tensors(tmp_path / "a.safetensors")["a"], torch.ones(5000)
     files = host_memory.Mapped()
-    assert mapped in files and own not in files and mapped[::2] not in files and mapped[:0] not in files
+    assert (
+        mapped in files
+        and own not in files
+        and mapped[::2] not in files
+        and mapped[:0] not in files
+    )
     assert room(5000, CPU) not in host_memory.Mapped()
     host_memory.drop(mapped)
     assert mapped.eq(1).all()
 
 
-# ---- what it takes -----------------------------------------------------------------------------------------------------
+# ---- what it takes -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stored", KINDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_sizes_are_those_of_the_files(folders: dict[tuple[str, str], Path], name: str, stored: str) -> None:
+def test_sizes_are_those_of_the_files(
+    folders: dict[tuple[str, str], Path], name: str, stored: str
+) -> None:
     folder = folders[name, stored]
     found, model = parts_of(folder), sfumato.load(folder)
     files = {path.parent.name: path for path in folder.glob("*/*.safetensors")}
@@ -460,26 +607,52 @@ def test_sizes_are_those_of_the_files(folders: dict[tuple[str, str], Path], name
     for part, path in files.items():
         tensors = read_tensors(path)
         assert found[part].stored == sum(t.nbytes for t in tensors.values())
-        assert path.stat().st_size == found[part].stored + 8 + int.from_bytes(path.read_bytes()[:8], "little")
-        assert found[part].numbers == sum(t.numel() for t in tensors.values() if t.is_floating_point())
+        assert path.stat().st_size == found[part].stored + 8 + int.from_bytes(
+            path.read_bytes()[:8], "little"
+        )
+        assert found[part].numbers == sum(
+            t.numel() for t in tensors.values() if t.is_floating_point()
+        )
         assert header(path).keys() == tensors.keys()
     sizes = {"unet": model.denoiser.network, "vae": model.autoencoder}
     for part, network in sizes.items():
         assert found[part].numbers == sum(p.numel() for p in network.parameters())
-        assert found[part].largest == max(sum(p.numel() for p in m.parameters(recurse=False)) for m in network.modules())
+        assert found[part].largest == max(
+            sum(p.numel() for p in m.parameters(recurse=False)) for m in network.modules()
+        )
 
 
 def test_shards_and_old_single_files(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
     for k in (1, 2):
-        save_file({f"{k}.weight": torch.ones(k, 10), f"{k}.bias": torch.ones(k)}, tmp_path / "unet" / f"{k}.safetensors")
-    places = {"weight_map": {f"{k}.{what}": f"{k}.safetensors" for k in (1, 2) for what in ("weight", "bias")}}
-    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(places))
-    (tmp_path / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DConditionModel"], "safety_checker": [None, None]}))
+        save_file(
+            {f"{k}.weight": torch.ones(k, 10), f"{k}.bias": torch.ones(k)},
+            tmp_path / "unet" / f"{k}.safetensors",
+        )
+    places = {
+        "weight_map": {
+            f"{k}.{what}": f"{k}.safetensors" for k in (1, 2) for what in ("weight", "bias")
+        }
+    }
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps(places)
+    )
+    (tmp_path / "model_index.json").write_text(
+        json.dumps({"unet": ["diffusers", "UNet2DConditionModel"], "safety_checker": [None, None]})
+    )
     (part,) = parts_of(tmp_path).values()
     assert (part.stored, part.numbers, part.largest, part.dtypes) == (4 * 33, 33, 22, ("F32",))
-    save_file({"model.diffusion_model.a.weight": torch.ones(3), "first_stage_model.b": torch.ones(2).half()}, tmp_path / "old.safetensors")
-    assert {k: v.stored for k, v in parts_of(tmp_path / "old.safetensors").items()} == {"unet": 12, "vae": 4}
+    save_file(
+        {
+            "model.diffusion_model.a.weight": torch.ones(3),
+            "first_stage_model.b": torch.ones(2).half(),
+        },
+        tmp_path / "old.safetensors",
+    )
+    assert {k: v.stored for k, v in parts_of(tmp_path / "old.safetensors").items()} == {
+        "unet": 12,
+        "vae": 4,
+    }
     (tmp_path / "cut.safetensors").write_bytes(b"\xff" * 20)
     with pytest.raises(UserError, match="not a whole safetensors file"):
         parts_of(tmp_path / "cut.safetensors")
@@ -494,14 +667,17 @@ def test_what_lives_at_the_same_time_is_counted() -> None:
         b = (a * 2).view(10, 100)  # 2
         del a  # 1
         c = b.T + 1  # 2
-        d = torch.cat([c.flatten(), c.flatten()])  # 2 and 2 more; c is not contiguous: flatten copies, twice, 2 more
+        # 2 and 2 more; c is not contiguous: flatten copies, twice, 2 more
+        d = torch.cat([c.flatten(), c.flatten()])
         del c
         return d.add_(1)
 
     assert counted(lambda: x.view(10, 100)) == 0 and counted(lambda: x + 1) == 4000
     assert counted(run) == 4000 * 6
     q = torch.empty(1, 1, 500, 8, device="meta")
-    assert counted(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == q.nbytes, "no table of scores"
+    assert counted(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == q.nbytes, (
+        "no table of scores"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -510,7 +686,10 @@ def test_a_step_is_counted(folders: dict[tuple[str, str], Path], name: str) -> N
     single, half = (running(folders[name, "float32"], dtype) for dtype in KINDS.values())
     assert single.keys() == half.keys() == {"step", "decode"}
     assert single["step"] >= 2 * 4 * 8 * 8 * 8 * 2 and single["decode"] >= 4 * 16 * 16 * 8
-    assert 0.45 < half["step"] / single["step"] < 0.6 and 0.45 < half["decode"] / single["decode"] < 0.6
+    assert (
+        0.45 < half["step"] / single["step"] < 0.6
+        and 0.45 < half["decode"] / single["decode"] < 0.6
+    )
 
 
 def test_what_fits(folders: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -518,7 +697,10 @@ def test_what_fits(folders: dict[tuple[str, str], Path], monkeypatch: pytest.Mon
     said = report(folder)
     assert said is not None and report(Path("owner/name")) is None
     ways, parts = said["ways"], parts_of(folder)
-    numbers, largest = sum(p.numbers for p in parts.values()), max(p.largest for p in parts.values())
+    numbers, largest = (
+        sum(p.numbers for p in parts.values()),
+        max(p.largest for p in parts.values()),
+    )
     for dtype, width in (("float32", 4), ("bfloat16", 2)):
         beside = max(said["beside"][dtype].values())
         assert ways[f"in memory, {dtype}"]["needs"] == width * numbers + beside
@@ -527,37 +709,65 @@ def test_what_fits(folders: dict[tuple[str, str], Path], monkeypatch: pytest.Mon
     assert [way["fits"] for way in report(folder)["ways"].values()] == [False, True, True, True]  # pyright: ignore
 
 
-# ---- commands ----------------------------------------------------------------------------------------------------------
+# ---- commands ------------------------------------------------------------------------------------
 
 
-def test_info_tells_it(folders: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_tells_it(
+    folders: dict[tuple[str, str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     folder = str(folders["classes", "float32"])
     assert main(["info", folder, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["memory"]["weights"]["unet"]["stored"] == parts_of(Path(folder))["unet"].stored
-    assert facts["memory"]["machine"]["available"] > 10**8 and facts["memory"]["ways"]["in memory, float32"]["fits"]
+    assert (
+        facts["memory"]["machine"]["available"] > 10**8
+        and facts["memory"]["ways"]["in memory, float32"]["fits"]
+    )
     assert main(["info", folder]) == 0
     text = capsys.readouterr().out
     assert "streamed, bfloat16" in text and "does not fit" not in text and "(F32)" in text
     # a machine that is too small for the model: told all the same, by streaming
     need, libraries = facts["memory"]["ways"]["in memory, float32"]["needs"], 64 * 10**9
-    monkeypatch.setattr("sfumato.deploy.offload._way", lambda needs, machine: {"needs": needs, "fits": needs < need})
+    monkeypatch.setattr(
+        "sfumato.deploy.offload._way", lambda needs, machine: {"needs": needs, "fits": needs < need}
+    )
     monkeypatch.setattr(host_memory, "free", lambda: libraries)
     opened: list[Any] = []
-    monkeypatch.setattr("sfumato.loading.load", lambda *a, load=sfumato.load, **k: opened.append(k) or load(*a, **k))
+    monkeypatch.setattr(
+        "sfumato.loading.load", lambda *a, load=sfumato.load, **k: opened.append(k) or load(*a, **k)
+    )
     assert main(["info", folder, "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
-    assert opened == [{"memory": libraries}] and again["hash"] == facts["hash"] and again["parts"] == facts["parts"]
+    assert (
+        opened == [{"memory": libraries}]
+        and again["hash"] == facts["hash"]
+        and again["parts"] == facts["parts"]
+    )
 
 
-def test_generate_streams(folders: dict[tuple[str, str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["generate", "bag", "--model", str(folders["classes", "bfloat16"]), "--n", "1", "--threads", "1"]
+def test_generate_streams(
+    folders: dict[tuple[str, str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [
+        "generate",
+        "bag",
+        "--model",
+        str(folders["classes", "bfloat16"]),
+        "--n",
+        "1",
+        "--threads",
+        "1",
+    ]
     outs = [tmp_path / "plain.png", tmp_path / "streamed.png"]
     assert main([*asked, "--out", str(outs[0])]) == 0
     assert "of memory" not in capsys.readouterr().out
     assert main([*asked, "--out", str(outs[1]), "--memory", "64GB"]) == 0
     assert "at most" in (text := capsys.readouterr().out) and text.rstrip().endswith("of memory")
-    assert outs[0].read_bytes() == outs[1].read_bytes(), "also what the PNG remembers: it is the same request"
+    assert outs[0].read_bytes() == outs[1].read_bytes(), (
+        "also what the PNG remembers: it is the same request"
+    )
     assert main([*asked, "--memory", "lots"]) == 2 and main([*asked, "--memory", "1MB"]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2 and "'3GB'" in errors[0] and "too little" in errors[1]

@@ -1,4 +1,6 @@
-"""Networks with packed weights: the plain network's answers to rounding, bits that do not depend on the batch, the plain weights back."""
+"""Networks with packed weights: the plain network's answers to rounding, bits that do not depend on
+the batch, the plain weights back.
+"""
 
 import copy
 import shutil
@@ -42,11 +44,23 @@ UNETS: dict[str, dict[str, Any]] = {
     },
 }
 
-pytestmark = pytest.mark.skipif(not batch_invariant.FIXED_ORDER, reason="networks are packed for oneDNN on AVX2 or later")
+pytestmark = pytest.mark.skipif(
+    not batch_invariant.FIXED_ORDER, reason="networks are packed for oneDNN on AVX2 or later"
+)
 
 
 def unet(name: str, dtype: torch.dtype = torch.float32) -> UNet:
-    network = UNet(UNetConfig(**{"in_channels": 3, "out_channels": 3, "norm_num_groups": 4, "block_out_channels": (8, 16)} | UNETS[name]))
+    network = UNet(
+        UNetConfig(
+            **{
+                "in_channels": 3,
+                "out_channels": 3,
+                "norm_num_groups": 4,
+                "block_out_channels": (8, 16),
+            }
+            | UNETS[name]
+        )
+    )
     with torch.no_grad():
         for p in network.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -55,7 +69,10 @@ def unet(name: str, dtype: torch.dtype = torch.float32) -> UNet:
 
 def asked(count: int, *size: int) -> tuple[Tensor, Tensor, Conditioning]:
     generator = torch.Generator().manual_seed(1)
-    x, tokens = torch.randn(count, 3, *size, generator=generator), torch.randn(count, 5, 12, generator=generator)
+    x, tokens = (
+        torch.randn(count, 3, *size, generator=generator),
+        torch.randn(count, 5, 12, generator=generator),
+    )
     return x, 1000 * torch.rand(count, generator=generator), Conditioning(tokens=tokens)
 
 
@@ -70,7 +87,9 @@ def test_the_same_to_rounding(name: str, size: tuple[int, int]) -> None:
     assert any(isinstance(m, Winograd) for m in quick.modules()) == (name == "many channels")
     if name == "many channels" and packable(copy.deepcopy(network).bfloat16()):
         coarse = packed(copy.deepcopy(network).bfloat16())
-        assert not any(isinstance(m, Winograd) for m in coarse.modules()), "they round more there: only where they save most"
+        assert not any(isinstance(m, Winograd) for m in coarse.modules()), (
+            "they round more there: only where they save most"
+        )
     x, t, cond = asked(2, *size)
     expected, found = network(x, t, cond), quick(x, t, cond)
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -98,7 +117,9 @@ def test_the_plain_weights_come_back(dtype: torch.dtype, name: str) -> None:
     given, found = network.state_dict(), quick.state_dict()
     assert list(found) == list(given)
     assert all(torch.equal(found[k], given[k]) and found[k].dtype == dtype for k in given)
-    assert sum(p.numel() for p in quick.parameters()) == sum(p.numel() for p in network.parameters())
+    assert sum(p.numel() for p in quick.parameters()) == sum(
+        p.numel() for p in network.parameters()
+    )
 
 
 @torch.inference_mode()
@@ -117,8 +138,14 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_network() -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 8), (40, 70)], ids=str)
 def test_fewer_products_are_the_same_convolution(size: tuple[int, int]) -> None:
-    """To the last digits of float64; maps of odd sides, and of more tiles than are done at a time."""
-    weight, x, plus = torch.randn(5, 4, 3, 3).double(), torch.randn(3, *size, 4).double(), torch.randn(3, *size, 5).double()
+    """To the last digits of float64; maps of odd sides, and of more tiles than are done at a
+    time.
+    """
+    weight, x, plus = (
+        torch.randn(5, 4, 3, 3).double(),
+        torch.randn(3, *size, 4).double(),
+        torch.randn(3, *size, 5).double(),
+    )
     u, bias = [row.clone() for row in winograd.kernels(weight)], torch.randn(5).double()
 
     def product(i: int, j: int, rows: Tensor, added: Tensor | None) -> Tensor:
@@ -128,7 +155,9 @@ def test_fewer_products_are_the_same_convolution(size: tuple[int, int]) -> None:
     found = winograd.convolve(x, 5, product, plus)
     expected = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1).permute(0, 2, 3, 1) + plus
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(winograd.convolve(x, 5, product), expected - plus, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(
+        winograd.convolve(x, 5, product), expected - plus, atol=1e-12, rtol=1e-12
+    )
 
 
 @torch.inference_mode()
@@ -149,7 +178,9 @@ def test_doubling_is_a_convolution_of_the_doubled_map() -> None:
 
 
 def test_it_is_a_copy_for_inference() -> None:
-    """What is done to the network afterwards does not reach the packed one, and nothing is taken that would be silently wrong."""
+    """What is done to the network afterwards does not reach the packed one, and nothing is taken
+    that would be silently wrong.
+    """
     network = unet("convolutions around transformers")
     quick, (x, t, cond) = packed(network), asked(1, 8, 8)
     with torch.no_grad():
@@ -158,7 +189,11 @@ def test_it_is_a_copy_for_inference() -> None:
             p.zero_()
         assert torch.equal(quick(x, t, cond), before)
     assert all(p.requires_grad for p in network.parameters())
-    for wrong in (lambda: quick.bfloat16(), lambda: quick.load_state_dict(network.state_dict()), lambda: quick.to("meta")):
+    for wrong in (
+        lambda: quick.bfloat16(),
+        lambda: quick.load_state_dict(network.state_dict()),
+        lambda: quick.to("meta"),
+    ):
         with pytest.raises(UserError, match="made from"):
             wrong()
     with pytest.raises(UserError, match="gradient"):
@@ -167,7 +202,9 @@ def test_it_is_a_copy_for_inference() -> None:
 
 
 def test_a_model_made_ready(fashion: Any) -> None:
-    """Pictures to rounding, the hash and the bits of pictures made alone; the model that it was made from is left as it was."""
+    """Pictures to rounding, the hash and the bits of pictures made alone; the model that it was
+    made from is left as it was.
+    """
     ready = replace(fashion).optimized()
     assert ready.hash == fashion.hash and ready.describe()["parts"] == fashion.describe()["parts"]
     words = {"steps": 3, "seed": 5, "output": "tensor"}
@@ -186,12 +223,16 @@ def test_a_ready_model_is_saved_like_any_other(fashion: Any, tmp_path: Any) -> N
 
 @torch.inference_mode()
 def test_a_copy_of_a_compiled_network_is_its_own() -> None:
-    """Guidance weakens copies; one that still called the compiled network would not be weaker, and nobody would see it."""
+    """Guidance weakens copies; one that still called the compiled network would not be weaker, and
+    nobody would see it.
+    """
     network, (x, t, cond) = unet("convolutions around transformers"), asked(1, 8, 8)
     changed, expected = copy.deepcopy(compiled(network)), copy.deepcopy(network)
     for one in (changed, expected):
         one.get_parameter("conv_out.bias").add_(1)
-    assert torch.equal(changed(x, t, cond), expected(x, t, cond)) and not torch.equal(changed(x, t, cond), network(x, t, cond))
+    assert torch.equal(changed(x, t, cond), expected(x, t, cond)) and not torch.equal(
+        changed(x, t, cond), network(x, t, cond)
+    )
 
 
 COMPILED = """
@@ -254,6 +295,8 @@ with torch.inference_mode():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("program", [COMPILED, KERNELS], ids=["network", "kernels"])
 def test_compiled_is_the_same_to_rounding(program: str) -> None:
-    """In a process of its own: the compiler cannot look through the checks of types and shapes that tests run with."""
+    """In a process of its own: the compiler cannot look through the checks of types and shapes that
+    tests run with.
+    """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

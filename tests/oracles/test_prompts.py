@@ -1,4 +1,6 @@
-"""Weighted and long prompts: the grammar against trees that were written out, chunks and weights against encoding by hand."""
+"""Weighted and long prompts: the grammar against trees that were written out, chunks and weights
+against encoding by hand.
+"""
 
 import runpy
 from collections import Counter
@@ -23,10 +25,12 @@ from sfumato.predict.conditioners._prompt import parse
 from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig, weighed
 from sfumato.types import Picture
 
-tiny: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_clip.py")))
+tiny: Any = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_clip.py"))
+)
 quick = hypothesis_settings(max_examples=200, deadline=None)
 
-# ---- the grammar -------------------------------------------------------------------------------------------------------
+# ---- the grammar ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -63,7 +67,10 @@ def test_examples(prompt: str, pieces: list[tuple[str, float]]) -> None:
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        ("lunch (at 12:30)", r"weight 30 in prompt 'lunch \(at 12:30\)': expected -10 to 10; write"),
+        (
+            "lunch (at 12:30)",
+            r"weight 30 in prompt 'lunch \(at 12:30\)': expected -10 to 10; write",
+        ),
         ("(a:-11)", "weight -11"),
         ("(a:" + "9" * 400 + ")", "expected -10 to 10"),
         ("a [cat:dog:0.5]", r"has \[from:to:when\] or \[one\|other\]"),
@@ -120,7 +127,10 @@ def test_weights_nest_and_multiply_and_all_text_survives(forest: list[Tree]) -> 
 
 
 @quick
-@given(st.text(alphabet=st.characters(blacklist_characters="()[]\\", blacklist_categories=("Cs",))), st.integers(1, 4))
+@given(
+    st.text(alphabet=st.characters(blacklist_characters="()[]\\", blacklist_categories=("Cs",))),
+    st.integers(1, 4),
+)
 def test_plain_text_is_itself(text: str, depth: int) -> None:
     assert parse(text) == [(text, 1.0)]
     assert parse(text + ")" * depth) == [(text + ")" * depth, 1.0)]
@@ -144,7 +154,7 @@ def test_any_text_is_read_or_refused_in_a_sentence(text: str) -> None:
         assert all(letter in kept for part, _ in pieces for letter in part)
 
 
-# ---- chunks ------------------------------------------------------------------------------------------------------------
+# ---- chunks --------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -183,7 +193,7 @@ def test_a_chunk_ends_at_a_comma_that_is_near_and_at_a_word_otherwise() -> None:
     assert [len(c) for c in cut([Token(i, last=False) for i in range(160)], 75)] == [75, 75, 10]
 
 
-# ---- encoders ----------------------------------------------------------------------------------------------------------
+# ---- encoders ------------------------------------------------------------------------------------
 
 PICTURE = Picture(64, 48)
 
@@ -196,7 +206,9 @@ def sd() -> ClipText:
 @pytest.fixture(scope="module")
 def sdxl(sd: ClipText) -> ClipText:
     config = ClipTextConfig(force_zeros_for_empty_prompt=True)
-    return ClipText(sd.encoder, ClipEncoder(tiny.tokenizer("!"), tiny.encoder(True, 1), True), config)
+    return ClipText(
+        sd.encoder, ClipEncoder(tiny.tokenizer("!"), tiny.encoder(True, 1), True), config
+    )
 
 
 def tokens(conditioner: ClipText, *prompts: str | None) -> Tensor:
@@ -215,17 +227,24 @@ CATS, DOGS = "cat " * 75, "dog " * 75
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_a_long_prompt_is_its_chunks_each_encoded_alone(kind: str, request: pytest.FixtureRequest) -> None:
+def test_a_long_prompt_is_its_chunks_each_encoded_alone(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
     conditioner: ClipText = request.getfixturevalue(kind)
     assert tokens(conditioner, CATS).shape[1] == 77  # 75 words fit
     assert tokens(conditioner, CATS + "dog").shape[1] == 2 * 77
-    for prompt, parts in ((CATS + DOGS + "red", [CATS, DOGS, "red"]), ("cat " * 70 + ", " + "dog " * 10, ["cat " * 70 + ",", "dog " * 10])):
+    for prompt, parts in (
+        (CATS + DOGS + "red", [CATS, DOGS, "red"]),
+        ("cat " * 70 + ", " + "dog " * 10, ["cat " * 70 + ",", "dog " * 10]),
+    ):
         expected = torch.cat([tokens(conditioner, part) for part in parts], 1)
         assert torch.equal(tokens(conditioner, prompt), expected)
         if kind == "sdxl":
             assert torch.equal(pooled(conditioner, prompt), pooled(conditioner, parts[0]))
     weighted = tokens(conditioner, CATS + "(dog:1.4)")
-    assert torch.equal(weighted[:, :77], tokens(conditioner, CATS)) and torch.equal(weighted[:, 77:], tokens(conditioner, "(dog:1.4)"))
+    assert torch.equal(weighted[:, :77], tokens(conditioner, CATS)) and torch.equal(
+        weighted[:, 77:], tokens(conditioner, "(dog:1.4)")
+    )
 
 
 @pytest.mark.invariance
@@ -237,7 +256,9 @@ def test_rows_are_what_they_are_alone_and_the_mask_says_where_they_end(sdxl: Cli
     for k, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
         alone = sdxl([prompt], PICTURE)
         assert alone.mask is None and alone.tokens is not None and alone.vector is not None
-        assert torch.equal(found.tokens[k, :length], alone.tokens[0]) and torch.equal(found.vector[k], alone.vector[0])
+        assert torch.equal(found.tokens[k, :length], alone.tokens[0]) and torch.equal(
+            found.vector[k], alone.vector[0]
+        )
         assert not found.tokens[k, length:].any() and found.mask[k, :length].all()
     assert sdxl(["a", "b", None], PICTURE).mask is None
 
@@ -245,7 +266,10 @@ def test_rows_are_what_they_are_alone_and_the_mask_says_where_they_end(sdxl: Cli
 def test_attention_does_not_see_where_a_short_row_was_padded(sd: ClipText) -> None:
     from sfumato.nn.attention import Attention
 
-    layer, x = Attention(8, 2, 4, context_width=sd.width).eval(), torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
+    layer, x = (
+        Attention(8, 2, 4, context_width=sd.width).eval(),
+        torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0)),
+    )
     both = sd(["red dog", CATS + "red"])
     assert both.mask is not None and both.tokens is not None
     with torch.no_grad():
@@ -269,31 +293,48 @@ def test_each_prompt_is_encoded_once(sd: ClipText, monkeypatch: pytest.MonkeyPat
 def test_a_long_prompt_can_be_refused_and_nothing_is_cut_off(sd: ClipText) -> None:
     strict = replace(sd, config=replace(sd.config, long="refuse"))
     assert torch.equal(tokens(strict, CATS), tokens(sd, CATS))
-    with pytest.raises(UserError, match=r"prompt 'cat cat .* dog' has 76 tokens: expected at most 75; shorten it, or set long='chunks'"):
+    with pytest.raises(
+        UserError,
+        match=r"prompt 'cat cat .* dog' has 76 tokens: expected at most 75; shorten it, or set long='chunks'",
+    ):
         strict(["cat", CATS + "dog"])
     for count in (74, 75, 76, 149, 150, 151):  # the last word always shows
         assert not torch.equal(tokens(sd, "cat " * count), tokens(sd, "cat " * (count - 1) + "dog"))
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_weights_multiply_states_and_restore_the_mean(kind: str, request: pytest.FixtureRequest) -> None:
+def test_weights_multiply_states_and_restore_the_mean(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
     conditioner: ClipText = request.getfixturevalue(kind)
-    plain, found = tokens(conditioner, "a cat, red dog")[0], tokens(conditioner, "a (cat:1.5), [red dog]")[0]
+    plain, found = (
+        tokens(conditioner, "a cat, red dog")[0],
+        tokens(conditioner, "a (cat:1.5), [red dog]")[0],
+    )
     column = torch.ones(77, 1)
     column[2], column[4:6] = 1.5, 1 / 1.1  # begin, a, cat, comma, red, dog
     for width in (slice(0, 16), slice(16, 40))[: 1 + (kind == "sdxl")]:  # each encoder for itself
         by_hand = plain[:, width].double() * column
         by_hand *= plain[:, width].double().mean() / by_hand.mean()
         torch.testing.assert_close(found[:, width].double(), by_hand, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(found[:, width].mean(), plain[:, width].mean(), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            found[:, width].mean(), plain[:, width].mean(), rtol=1e-4, atol=1e-7
+        )
     assert not torch.allclose(found, plain, rtol=1e-2)
     if kind == "sdxl":
-        assert torch.equal(pooled(conditioner, "a (cat:1.5), [red dog]"), pooled(conditioner, "a cat, red dog"))
+        assert torch.equal(
+            pooled(conditioner, "a (cat:1.5), [red dog]"), pooled(conditioner, "a cat, red dog")
+        )
 
 
 def test_a_weight_of_one_changes_no_bit_and_brackets_can_be_text(sd: ClipText) -> None:
     plain = tokens(sd, "a cat, red dog")
-    for prompt in ("(a cat, red dog:1)", "a (cat:1.0), red dog", "a ([cat]), red dog", "a cat(), red dog"):
+    for prompt in (
+        "(a cat, red dog:1)",
+        "a (cat:1.0), red dog",
+        "a ([cat]), red dog",
+        "a cat(), red dog",
+    ):
         assert torch.equal(tokens(sd, prompt), plain)
     off = replace(sd, config=replace(sd.config, weighting=False))
     assert torch.equal(tokens(off, "a (cat:1.5)"), tokens(sd, r"a \(cat:1.5\)"))
@@ -307,9 +348,16 @@ def test_weights_that_leave_nothing_are_refused() -> None:
 
 def test_half_precision_gives_float32_near_by(sdxl: ClipText) -> None:
     assert sdxl.encoder is not None and sdxl.encoder_2 is not None
-    encoders = [replace(e, model=tiny.encoder(e.projected, int(e.projected)).to(torch.bfloat16)) for e in (sdxl.encoder, sdxl.encoder_2)]
-    found = ClipText(encoders[0], encoders[1], sdxl.config)(["a (cat:1.5)", CATS + "red", None], PICTURE)
+    encoders = [
+        replace(e, model=tiny.encoder(e.projected, int(e.projected)).to(torch.bfloat16))
+        for e in (sdxl.encoder, sdxl.encoder_2)
+    ]
+    found = ClipText(encoders[0], encoders[1], sdxl.config)(
+        ["a (cat:1.5)", CATS + "red", None], PICTURE
+    )
     exact = sdxl(["a (cat:1.5)", CATS + "red", None], PICTURE)
     assert [t.dtype for t in found.tensors] == [torch.float32, torch.bool, torch.float32]
     for ours, theirs in zip(found.tensors, exact.tensors, strict=True):
-        assert float((ours.float() - theirs.float()).abs().max()) <= 0.1 * float(theirs.float().abs().max())
+        assert float((ours.float() - theirs.float()).abs().max()) <= 0.1 * float(
+            theirs.float().abs().max()
+        )

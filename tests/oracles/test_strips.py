@@ -1,6 +1,8 @@
-"""Strips against the whole: layers one by one, autoencoders of many shapes, in every height of strips and at every memory; and what it takes.
+"""Strips against the whole: layers one by one, autoencoders of many shapes, in every height of
+strips and at every memory; and what it takes.
 
-In float64 the results agree to 1e-10, so that a halo, a border or a statistic that is only nearly right shows.
+In float64 the results agree to 1e-10, so that a halo, a border or a statistic that is only nearly
+right shows.
 """
 
 import math
@@ -39,7 +41,9 @@ MEMORIES = (None, 1, 10**4, 10**9)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def shaken(network: Any, dtype: torch.dtype = torch.float64) -> Any:
@@ -52,35 +56,62 @@ def shaken(network: Any, dtype: torch.dtype = torch.float64) -> Any:
 
 def kl(dtype: torch.dtype = torch.float64, **changes: Any) -> AutoencoderKL:
     torch.manual_seed(0)
-    values = {"block_out_channels": (8, 16, 12), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 3}
+    values = {
+        "block_out_channels": (8, 16, 12),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "latent_channels": 3,
+    }
     return shaken(AutoencoderKL(KLConfig(**{**values, **changes})), dtype)
 
 
 OTHERS: dict[str, Callable[[], InParts]] = {
-    "vq": lambda: VQModel(VQConfig(block_out_channels=(8, 16, 12), norm_num_groups=4, num_vq_embeddings=23, vq_embed_dim=2)),
+    "vq": lambda: VQModel(
+        VQConfig(
+            block_out_channels=(8, 16, 12), norm_num_groups=4, num_vq_embeddings=23, vq_embed_dim=2
+        )
+    ),
     "vq with attention": lambda: VQModel(
         VQConfig(
             block_out_channels=(8, 16, 16),
             layers_per_block=1,
             norm_num_groups=4,
             num_vq_embeddings=23,
-            down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+            down_block_types=(
+                "DownEncoderBlock2D",
+                "AttnDownEncoderBlock2D",
+                "AttnDownEncoderBlock2D",
+            ),
             up_block_types=("AttnUpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
         )
     ),
     "flux2": lambda: AutoencoderKLFlux2(
-        KLFlux2Config(block_out_channels=(8, 16, 12), decoder_block_out_channels=(12, 8, 16), norm_num_groups=4, latent_channels=3)
+        KLFlux2Config(
+            block_out_channels=(8, 16, 12),
+            decoder_block_out_channels=(12, 8, 16),
+            norm_num_groups=4,
+            latent_channels=3,
+        )
     ),
     "tiny": lambda: AutoencoderTiny(tiny()),
     "tiny with norms": lambda: AutoencoderTiny(tiny(use_midblock_gn=True)),
-    "tiny, grey": lambda: AutoencoderTiny(tiny(in_channels=1, out_channels=1, num_encoder_blocks=(2, 1, 1), num_decoder_blocks=(1, 1, 2))),
+    "tiny, grey": lambda: AutoencoderTiny(
+        tiny(
+            in_channels=1,
+            out_channels=1,
+            num_encoder_blocks=(2, 1, 1),
+            num_decoder_blocks=(1, 1, 2),
+        )
+    ),
 }
 """The kinds of autoencoders besides `kl`."""
 
 
 def tiny(**changes: Any) -> TinyConfig:
     widths = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (12, 12, 12)}
-    return TinyConfig(**{**widths, "num_encoder_blocks": (1, 2, 1), "num_decoder_blocks": (1, 2, 1), **changes})
+    return TinyConfig(
+        **{**widths, "num_encoder_blocks": (1, 2, 1), "num_decoder_blocks": (1, 2, 1), **changes}
+    )
 
 
 def other(kind: str, dtype: torch.dtype = torch.float64) -> InParts:
@@ -102,7 +133,7 @@ def joined(strips: by.Strips) -> Tensor:
     return torch.cat(list(strips), 2)
 
 
-# ---- layers ------------------------------------------------------------------------------------------------------------
+# ---- layers --------------------------------------------------------------------------------------
 
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Callable[[Any], by.Layer]]]] = {
     "3x3": lambda: (batch_invariant.Conv2d(4, 6, 3, padding=1), by.convolution),
@@ -136,18 +167,26 @@ def test_a_layer_makes_the_same_map(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_attention_over_strips(heads: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where queries are taken a few at a time."""
-    module, x = shaken(SpatialAttention(8, 8 // heads, 4, 1e-6)), normal(2, 8, 5, 6, dtype=torch.float64)
+    module, x = (
+        shaken(SpatialAttention(8, 8 // heads, 4, 1e-6)),
+        normal(2, 8, 5, 6, dtype=torch.float64),
+    )
     moments = by.Moments()
     by.finish(moments.watch(cut(x, rows)))
     for scores in (2**26, 1):
         monkeypatch.setattr(by, "_SCORES", scores)
-        assert apart(joined(by.attention(module, moments, cut(x, rows))(cut(x, rows))), module(x)) < 1e-12
+        assert (
+            apart(joined(by.attention(module, moments, cut(x, rows))(cut(x, rows))), module(x))
+            < 1e-12
+        )
 
 
 @pytest.mark.parametrize("rows", [1, 3, 11])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_moments_are_those_of_the_whole_map(rows: int, offset: float) -> None:
-    """In float32, far from zero, a sum of squares would have lost the variance: 1e8 has steps of 8."""
+    """In float32, far from zero, a sum of squares would have lost the variance: 1e8 has steps of
+    8.
+    """
     x = normal(2, 8, 11, 30) + offset + 3 * torch.arange(8)[:, None, None]
     moments, norm = by.Moments(), shaken(nn.GroupNorm(4, 8, 1e-6), torch.float32)
     assert torch.equal(joined(moments.watch(cut(x, rows))), x)
@@ -156,7 +195,8 @@ def test_moments_are_those_of_the_whole_map(rows: int, offset: float) -> None:
     assert apart(moments.squares / x[0, 0].numel(), x.double().var((2, 3), correction=0)) < 1e-5
     expected = F.silu(norm.double()(x.double())).float()
     found = joined(moments.norm(norm.float(), silu=True)(cut(x, 4)))
-    assert apart(found, expected) < (1e-6 if offset == 0 else 1e-2)  # x itself is rounded to 1e-3 of its spread there
+    # x itself is rounded to 1e-3 of its spread there
+    assert apart(found, expected) < (1e-6 if offset == 0 else 1e-2)
 
 
 @settings(max_examples=50, deadline=None)
@@ -185,17 +225,30 @@ def test_slabs_are_let_go_as_they_are_read(monkeypatch: pytest.MonkeyPatch) -> N
     store, alive = by.Store(6), []
     store.add(normal(1, 1, 6, 4))
     slabs = [weakref.ref(slab) for slab in store.slabs]
-    for _ in by.convolution(shaken(nn.Conv2d(1, 1, 3, padding=1), torch.float32))(store.read(2, release=True)):
+    for _ in by.convolution(shaken(nn.Conv2d(1, 1, 3, padding=1), torch.float32))(
+        store.read(2, release=True)
+    ):
         alive.append(sum(slab() is not None for slab in slabs))
-    assert len(slabs) == 6 and alive == sorted(alive, reverse=True) and alive[0] > alive[-1] and max(alive) <= 6 and alive[-1] <= 1
+    assert (
+        len(slabs) == 6
+        and alive == sorted(alive, reverse=True)
+        and alive[0] > alive[-1]
+        and max(alive) <= 6
+        and alive[-1] <= 1
+    )
 
 
-# ---- autoencoders ------------------------------------------------------------------------------------------------------
+# ---- autoencoders --------------------------------------------------------------------------------
 
 SHAPES: list[dict[str, Any]] = [
     {},
     {"block_out_channels": (8, 16), "layers_per_block": 2},
-    {"block_out_channels": (16, 8, 8, 24), "norm_num_groups": 8, "use_quant_conv": False, "use_post_quant_conv": False},
+    {
+        "block_out_channels": (16, 8, 8, 24),
+        "norm_num_groups": 8,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
     {"mid_block_add_attention": False, "in_channels": 1, "out_channels": 1},
     {
         "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
@@ -207,7 +260,9 @@ SHAPES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=range(len(SHAPES)))
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_decoding_and_encoding_in_strips_is_the_whole(shape: dict[str, Any], memory: int | None) -> None:
+def test_decoding_and_encoding_in_strips_is_the_whole(
+    shape: dict[str, Any], memory: int | None
+) -> None:
     strips_are_the_whole(kl(**shape), memory)
 
 
@@ -243,11 +298,20 @@ def test_other_kinds_in_float32(kind: str) -> None:
 
 
 def test_a_tiny_autoencoder_keeps_no_large_map(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no norms: its strips go from end to end, and only they and what is asked for are alive."""
+    """It has no norms: its strips go from end to end, and only they and what is asked for are
+    alive.
+    """
     monkeypatch.setattr(by, "_SLAB", 2**12)
-    autoencoder, raw, image = other("tiny", torch.float32), normal(1, 4, 64, 2), normal(1, 3, 256, 8)
+    autoencoder, raw, image = (
+        other("tiny", torch.float32),
+        normal(1, 4, 64, 2),
+        normal(1, 3, 256, 8),
+    )
     largest = 12 * 256 * 8 * 4
-    for run in (lambda: reconstruct(autoencoder, raw, rows=2), lambda: posterior(autoencoder, image, rows=2)):
+    for run in (
+        lambda: reconstruct(autoencoder, raw, rows=2),
+        lambda: posterior(autoencoder, image, rows=2),
+    ):
         with torch.no_grad(), Alive() as strips:
             _ = run()
         assert strips.most < 0.8 * largest
@@ -261,23 +325,33 @@ def test_a_tiny_autoencoder_keeps_no_large_map(monkeypatch: pytest.MonkeyPatch) 
     st.integers(1, 40),
     st.integers(1, 2**18),
 )
-def test_any_shape_any_strips_any_memory(widths: list[int], depth: int, cells: tuple[int, int], rows: int, memory: int) -> None:
+def test_any_shape_any_strips_any_memory(
+    widths: list[int], depth: int, cells: tuple[int, int], rows: int, memory: int
+) -> None:
     autoencoder = kl(block_out_channels=tuple(widths), layers_per_block=depth)
     raw = normal(1, 3, *cells, dtype=torch.float64)
     image = autoencoder.reconstruct(raw)
     assert apart(reconstruct(autoencoder, raw, rows, memory), image) < 1e-10
-    assert apart(posterior(autoencoder, image, rows, memory).mean, autoencoder.posterior(image).mean) < 1e-10
+    assert (
+        apart(posterior(autoencoder, image, rows, memory).mean, autoencoder.posterior(image).mean)
+        < 1e-10
+    )
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_exact_is_whole_in_the_dtype_of_the_weights(dtype: torch.dtype, limit: float) -> None:
-    """In half precision two ways to round, no more: bfloat16's steps are 1/256, and there are some twenty layers."""
+    """In half precision two ways to round, no more: bfloat16's steps are 1/256, and there are some
+    twenty layers.
+    """
     autoencoder, z = kl(dtype), 0.2 * normal(2, 3, 9, 7)
     expected = whole(autoencoder, z)
     found = exact(autoencoder, z, rows=2)
     assert expected.std() > 0.1 and apart(found, expected) < limit
     image = expected.clone()
-    mean, again = autoencoder.posterior(image.to(dtype)).mean, exact_posterior(autoencoder, image, rows=3).mean
+    mean, again = (
+        autoencoder.posterior(image.to(dtype)).mean,
+        exact_posterior(autoencoder, image, rows=3).mean,
+    )
     assert again.dtype == dtype and apart(again.float(), mean.float()) < limit
     assert not found.is_inference() and not found.requires_grad
 
@@ -287,7 +361,9 @@ def test_no_image_depends_on_the_batch_and_nothing_given_is_changed() -> None:
     autoencoder, z = kl(torch.float32), normal(3, 3, 6, 5)
     before, image = z.clone(), exact(autoencoder, z, rows=2)
     assert torch.equal(z, before)
-    assert all(torch.equal(exact(autoencoder, z[k : k + 1], rows=2), image[k : k + 1]) for k in range(3))
+    assert all(
+        torch.equal(exact(autoencoder, z[k : k + 1], rows=2), image[k : k + 1]) for k in range(3)
+    )
     given = image.clone()
     exact_posterior(autoencoder, image, rows=2, memory=10**9)
     assert torch.equal(image, given)
@@ -314,13 +390,26 @@ class Alive(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("part", ["decode", "encode"])
-def test_nothing_near_the_size_of_two_maps_is_alive(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest map once, some strips, and what was asked for; the whole holds several such maps."""
+def test_nothing_near_the_size_of_two_maps_is_alive(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest map once, some strips, and what was asked for; the whole holds several such
+    maps.
+    """
     monkeypatch.setattr(by, "_SLAB", 2**12)
-    autoencoder = kl(torch.float32, block_out_channels=(16, 16, 16), layers_per_block=2, mid_block_add_attention=False)
+    autoencoder = kl(
+        torch.float32,
+        block_out_channels=(16, 16, 16),
+        layers_per_block=2,
+        mid_block_add_attention=False,
+    )
     raw, image, largest = normal(1, 3, 40, 4), normal(1, 3, 160, 16), 16 * 160 * 16 * 4
     with torch.no_grad(), Alive() as strips:
-        _ = reconstruct(autoencoder, raw, rows=2) if part == "decode" else posterior(autoencoder, image, rows=2)
+        _ = (
+            reconstruct(autoencoder, raw, rows=2)
+            if part == "decode"
+            else posterior(autoencoder, image, rows=2)
+        )
     with torch.no_grad(), Alive() as at_once:
         _ = autoencoder.reconstruct(raw) if part == "decode" else autoencoder.posterior(image)
     assert largest < strips.most < 1.7 * largest  # an image of 3 channels is 0.2 of it
@@ -329,7 +418,12 @@ def test_nothing_near_the_size_of_two_maps_is_alive(part: str, monkeypatch: pyte
 
 def test_more_memory_saves_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolved numbers by memory: with room for all maps, no convolution of rows is done twice."""
-    autoencoder, raw, real, done = kl(), normal(1, 3, 6, 4, dtype=torch.float64), by._plain_convolve, []
+    autoencoder, raw, real, done = (
+        kl(),
+        normal(1, 3, 6, 4, dtype=torch.float64),
+        by._plain_convolve,
+        [],
+    )
 
     def counted(*arguments: Any) -> Tensor:
         y = real(*arguments)
@@ -355,14 +449,15 @@ def _products(autoencoder: AutoencoderKL, raw: Tensor) -> list[int]:
         found.append(y.numel() * module.weight[0].numel() * (4 if module in doubled else 9) // 9)  # pyright: ignore
 
     convolutions = {k: m for k, m in autoencoder.named_modules() if isinstance(m, nn.Conv2d)}
-    hooks = [m.register_forward_hook(count) for k, m in convolutions.items() if "shortcut" not in k]  # called as they are
+    # called as they are
+    hooks = [m.register_forward_hook(count) for k, m in convolutions.items() if "shortcut" not in k]
     autoencoder.reconstruct(raw)
     for hook in hooks:
         hook.remove()
     return found
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -372,9 +467,13 @@ def test_a_number_that_is_not_finite_never_becomes_a_picture(value: float, where
     if where == "latent":
         z[0, 1, 5, 2] = value
     else:
-        (autoencoder.decoder.conv_in if where == "weights" else autoencoder.decoder.conv_out).weight[0, 0, 1, 1] = value
+        (
+            autoencoder.decoder.conv_in if where == "weights" else autoencoder.decoder.conv_out
+        ).weight[0, 0, 1, 1] = value
     for way in (whole, exact):
-        with pytest.raises(NumericalError, match=r"NaN or infinite.*float32\).*nothing was written"):
+        with pytest.raises(
+            NumericalError, match=r"NaN or infinite.*float32\).*nothing was written"
+        ):
             way(autoencoder, z)
 
 
@@ -391,7 +490,10 @@ def test_wrong_input_is_refused() -> None:
         exact_posterior(autoencoder, torch.zeros(1, 3, 4, 4), memory=-5)
     with pytest.raises(UserError, match="is empty"):
         exact(autoencoder, torch.zeros(1, 3, 0, 4))
-    with pytest.raises(UserError, match="Other does not say what its parts are, and cannot be run in strips: use whole or tiled"):
+    with pytest.raises(
+        UserError,
+        match="Other does not say what its parts are, and cannot be run in strips: use whole or tiled",
+    ):
         exact(Other(), torch.zeros(1, 3, 4, 4))
     with pytest.raises(UserError, match="Linear cannot be run in strips"):
         walk._run([nn.Linear(2, 2)], torch.zeros(1, 3, 4, 4), None, None)
@@ -414,26 +516,42 @@ class Other(Autoencoder):
         return {}
 
 
-# ---- encoding in tiles -------------------------------------------------------------------------------------------------
+# ---- encoding in tiles ---------------------------------------------------------------------------
 
 
 def test_one_tile_that_covers_everything_encodes_the_whole() -> None:
     autoencoder, image = kl(torch.float32), normal(2, 3, 20, 32)
-    expected, found = autoencoder.posterior(image), tiled_posterior(autoencoder, image, tile=8, overlap=3)
+    expected, found = (
+        autoencoder.posterior(image),
+        tiled_posterior(autoencoder, image, tile=8, overlap=3),
+    )
     assert apart(found.mean, expected.mean) < 1e-6 and apart(found.std, expected.std) < 1e-6
 
 
-def test_tiles_encode_the_whole_where_the_overlap_covers_what_a_cell_sees(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without norms and attention (here the norms do nothing) a cell depends on its neighbourhood only."""
-    autoencoder, image = kl(mid_block_add_attention=False), normal(1, 3, 4 * 80, 4 * 10, dtype=torch.float64)
+def test_tiles_encode_the_whole_where_the_overlap_covers_what_a_cell_sees(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without norms and attention (here the norms do nothing) a cell depends on its neighbourhood
+    only.
+    """
+    autoencoder, image = (
+        kl(mid_block_add_attention=False),
+        normal(1, 3, 4 * 80, 4 * 10, dtype=torch.float64),
+    )
     for block in autoencoder.encoder.modules():
         for name in ("norm1", "norm2", "conv_norm_out"):
             if isinstance(getattr(block, name, None), nn.GroupNorm):
                 setattr(block, name, nn.Identity())
     expected = autoencoder.posterior(image)
     found = tiled_posterior(autoencoder, image, tile=64, overlap=48)
-    assert found.mean.shape == expected.mean.shape and apart(found.mean, expected.mean.float()) < 1e-5
-    assert apart(tiled_posterior(autoencoder, image, tile=16, overlap=1).mean, expected.mean.float()) > 1e-4  # so it can fail
+    assert (
+        found.mean.shape == expected.mean.shape and apart(found.mean, expected.mean.float()) < 1e-5
+    )
+    # so it can fail
+    assert (
+        apart(tiled_posterior(autoencoder, image, tile=16, overlap=1).mean, expected.mean.float())
+        > 1e-4
+    )
 
 
 def test_wrong_tiles_and_images_are_refused() -> None:

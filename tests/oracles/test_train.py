@@ -1,4 +1,6 @@
-"""Training, checked against numbers worked out by hand: losses, averages, orders, learning rates, and what a run writes."""
+"""Training, checked against numbers worked out by hand: losses, averages, orders, learning rates,
+and what a run writes.
+"""
 
 import copy
 import hashlib
@@ -47,7 +49,14 @@ from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective
 from sfumato.train.perceptual import feature_maps, perceptual_distance
 from sfumato.types import Conditioning, LatentSpace
 
-KL = KLConfig(in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, latent_channels=2, norm_num_groups=4)
+KL = KLConfig(
+    in_channels=1,
+    out_channels=1,
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    latent_channels=2,
+    norm_num_groups=4,
+)
 NET = UNetConfig(
     in_channels=2,
     out_channels=2,
@@ -58,22 +67,37 @@ NET = UNetConfig(
     layers_per_block=1,
     norm_num_groups=4,
 )
-LOOP = LoopSettings(steps=4, batch_size=4, lr=1e-3, warmup=0, decay="constant", save_every=100, show_every=100, log_every=1)
+LOOP = LoopSettings(
+    steps=4,
+    batch_size=4,
+    lr=1e-3,
+    warmup=0,
+    decay="constant",
+    save_every=100,
+    show_every=100,
+    log_every=1,
+)
 FLOW = Process(schedule("flow"), parameterization("flow"))
 
 
-def pictures(count: int = 8, size: int = 16, channels: int = 1, seed: int = 0, flip: bool = False) -> ImageSet:
+def pictures(
+    count: int = 8, size: int = 16, channels: int = 1, seed: int = 0, flip: bool = False
+) -> ImageSet:
     """Smooth random pictures."""
     draw = np.random.default_rng(seed)
     small = (
-        PIL.fromarray(draw.integers(0, 256, (4, 4) if channels == 1 else (4, 4, 3), dtype=np.uint8)).resize((size, size))
+        PIL.fromarray(
+            draw.integers(0, 256, (4, 4) if channels == 1 else (4, 4, 3), dtype=np.uint8)
+        ).resize((size, size))
         for _ in range(count)
     )
     listing = Listing("toy", tuple(np.asarray(picture) for picture in small), "picture {}".format)
     return build(listing, Transform(flip=flip), "raise")
 
 
-def autoencoder(loss: AutoencoderLoss, images: ImageSet | None = None, **options: Any) -> AutoencoderObjective:
+def autoencoder(
+    loss: AutoencoderLoss, images: ImageSet | None = None, **options: Any
+) -> AutoencoderObjective:
     images = images or pictures()
     torch.manual_seed(0)
     network = AutoencoderKL(replace(KL, in_channels=images.shape[0], out_channels=images.shape[0]))
@@ -84,10 +108,14 @@ def draws(total: int, seed: int = 0) -> Draw:
     return Draw(torch.Generator().manual_seed(seed), total)
 
 
-def one_loss(objective: Objective, phase: str = "autoencoder", step: int = 0, count: int = 4) -> tuple[Tensor, dict[str, float]]:
+def one_loss(
+    objective: Objective, phase: str = "autoencoder", step: int = 0, count: int = 4
+) -> tuple[Tensor, dict[str, float]]:
     """The loss of one batch from fixed random numbers."""
     draw = draws(count)
-    loss, numbers = objective.loss(phase, objective.networks, objective.batch(torch.arange(count), draw), step, draw)
+    loss, numbers = objective.loss(
+        phase, objective.networks, objective.batch(torch.arange(count), draw), step, draw
+    )
     return loss, {name: float(value) for name, value in numbers.items()}
 
 
@@ -129,13 +157,18 @@ class Line(Objective):
         return {"x": self.x[indices]}
 
     def loss(
-        self, phase: str, networks: Mapping[str, nn.Module], batch: dict[str, Tensor], step: int, draw: Draw
+        self,
+        phase: str,
+        networks: Mapping[str, nn.Module],
+        batch: dict[str, Tensor],
+        step: int,
+        draw: Draw,
     ) -> tuple[Tensor, dict[str, float]]:
         y = networks["line"](batch["x"]) - batch["x"].sum(1, keepdim=True)
         return self.change(y.square().mean(), step), {}
 
 
-# ---- losses of the autoencoder ----------------------------------------------------------------------------------------------
+# ---- losses of the autoencoder -------------------------------------------------------------------
 
 
 class Shapes(nn.Module):
@@ -143,7 +176,10 @@ class Shapes(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 3, stride=2, padding=1)
+        self.first, self.second = (
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.Conv2d(4, 6, 3, stride=2, padding=1),
+        )
 
     def forward(self, images: Tensor) -> list[Tensor]:
         a = self.first(images).tanh()
@@ -171,13 +207,18 @@ def decoder_gradients(loss: AutoencoderLoss, images: ImageSet | None = None) -> 
     objective = autoencoder(loss, images)
     one_loss(objective)[0].backward()
     network = objective.networks["autoencoder"]
-    return {name: network.get_parameter(f"decoder.{name}.weight").grad for name in ("conv_in", "conv_out")}  # type: ignore[misc]
+    return {
+        name: network.get_parameter(f"decoder.{name}.weight").grad
+        for name in ("conv_in", "conv_out")
+    }  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("name", ["toy_shapes:network", "efficientnet-lite0"])
 def test_the_perceptual_gradient_reaches_the_whole_decoder(shapes: Shapes, name: str) -> None:
     if name.startswith("efficientnet"):
-        pytest.importorskip("efficientnet_lite_pytorch", reason="the perceptual network's package is not installed")
+        pytest.importorskip(
+            "efficientnet_lite_pytorch", reason="the perceptual network's package is not installed"
+        )
     without = decoder_gradients(AutoencoderLoss(kl=0))
     having = decoder_gradients(AutoencoderLoss(kl=0, perceptual=1.0, perceptual_network=name))
     for layer in without:
@@ -187,13 +228,19 @@ def test_the_perceptual_gradient_reaches_the_whole_decoder(shapes: Shapes, name:
 
 
 def test_the_check_of_the_perceptual_gradient_can_fail(shapes: Shapes) -> None:
-    """The well-known mistake, features computed under no_grad: the loss has the same value and teaches nothing."""
+    """The well-known mistake, features computed under no_grad: the loss has the same value and
+    teaches nothing.
+    """
     without = decoder_gradients(AutoencoderLoss(kl=0))
-    blind = decoder_gradients(AutoencoderLoss(kl=0, perceptual=1.0, perceptual_network="toy_shapes:blind"))
+    blind = decoder_gradients(
+        AutoencoderLoss(kl=0, perceptual=1.0, perceptual_network="toy_shapes:blind")
+    )
     for layer in without:
         torch.testing.assert_close(blind[layer], without[layer], rtol=0, atol=0)
     values = {
-        kind: one_loss(autoencoder(AutoencoderLoss(perceptual=1.0, perceptual_network=f"toy_shapes:{kind}")))[1]["autoencoder/perceptual"]
+        kind: one_loss(
+            autoencoder(AutoencoderLoss(perceptual=1.0, perceptual_network=f"toy_shapes:{kind}"))
+        )[1]["autoencoder/perceptual"]
         for kind in ("network", "blind")
     }
     assert values["network"] == values["blind"] > 0
@@ -201,7 +248,9 @@ def test_the_check_of_the_perceptual_gradient_can_fail(shapes: Shapes) -> None:
 
 def test_the_perceptual_gradient_is_scaled_by_its_weight(shapes: Shapes) -> None:
     def part(weight: float) -> Tensor:
-        return decoder_gradients(AutoencoderLoss(kl=0, perceptual=weight, perceptual_network="toy_shapes:network"))["conv_in"]
+        return decoder_gradients(
+            AutoencoderLoss(kl=0, perceptual=weight, perceptual_network="toy_shapes:network")
+        )["conv_in"]
 
     zero = decoder_gradients(AutoencoderLoss(kl=0))["conv_in"]
     torch.testing.assert_close(part(2.0) - zero, 2 * (part(1.0) - zero), rtol=1e-3, atol=1e-6)
@@ -223,7 +272,12 @@ def test_perceptual_distance_is_lpips_by_hand(shapes: Shapes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("efficientnet-lite", "efficientnet-lite0"), ("nowhere:f", "nowhere"), ("math:nothing", "nothing")]
+    ("name", "words"),
+    [
+        ("efficientnet-lite", "efficientnet-lite0"),
+        ("nowhere:f", "nowhere"),
+        ("math:nothing", "nothing"),
+    ],
 )
 def test_an_unknown_perceptual_network_is_explained(name: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
@@ -240,7 +294,9 @@ def test_kl_is_that_of_two_normals() -> None:
 def test_the_kl_weight_counts_nats_per_pixel_value() -> None:
     loss, numbers = one_loss(autoencoder(AutoencoderLoss(kl=0.5)))
     bare, _ = one_loss(autoencoder(AutoencoderLoss(kl=0)))
-    assert loss.item() - bare.item() == pytest.approx(0.5 * numbers["autoencoder/kl"] / (16 * 16), rel=1e-4)
+    assert loss.item() - bare.item() == pytest.approx(
+        0.5 * numbers["autoencoder/kl"] / (16 * 16), rel=1e-4
+    )
     assert bare.item() == pytest.approx(numbers["autoencoder/pixel"])
 
 
@@ -250,12 +306,16 @@ def test_the_pixel_loss_is_l1_or_l2(pixel: Any, power: int) -> None:
     image = objective.batch(torch.arange(4), draws(4))["image"]
     noise = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     rebuilt = objective.networks["autoencoder"](image, noise)[0]
-    assert one_loss(objective)[0].item() == pytest.approx((rebuilt - image).abs().pow(power).mean().item(), rel=1e-5)
+    assert one_loss(objective)[0].item() == pytest.approx(
+        (rebuilt - image).abs().pow(power).mean().item(), rel=1e-5
+    )
 
 
 def test_hinge_in_closed_form() -> None:
     real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-3.0, 0.0, 1.0])
-    assert hinge(real, fake).item() == pytest.approx(0.5 * (0 + 0.5 + 2) / 3 + 0.5 * (0 + 1 + 2) / 3)
+    assert hinge(real, fake).item() == pytest.approx(
+        0.5 * (0 + 0.5 + 2) / 3 + 0.5 * (0 + 1 + 2) / 3
+    )
 
 
 def test_the_adaptive_weight_is_the_ratio_of_gradient_norms() -> None:
@@ -275,7 +335,9 @@ def test_the_generators_loss_has_the_adaptive_weight_at_the_decoders_last_layer(
     last = network.get_parameter("decoder.conv_out.weight")
 
     def parts() -> tuple[Tensor, Tensor]:
-        rebuilt = network(image, torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0)))[0]
+        rebuilt = network(
+            image, torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+        )[0]
         return (rebuilt - image).abs().mean(), -discriminator(rebuilt).mean()
 
     a, b = (torch.autograd.grad(parts()[k], last)[0].norm().item() for k in (0, 1))
@@ -296,7 +358,9 @@ def test_the_discriminators_turn_teaches_the_discriminator_alone() -> None:
 
 
 def test_patch_logits_come_one_a_patch() -> None:
-    """Three halvings make a receptive field of 70 pixels: a logit does not see what is farther away."""
+    """Three halvings make a receptive field of 70 pixels: a logit does not see what is farther
+    away.
+    """
     torch.manual_seed(0)
     network = PatchDiscriminator(1, width=8, layers=3)
     for module in network.modules():
@@ -312,24 +376,37 @@ def test_patch_logits_come_one_a_patch() -> None:
 
 
 def test_the_discriminator_waits_for_its_start(tmp_path: Path) -> None:
-    """Before `adversarial_start` it keeps its weights, and the autoencoder's are those of a run without one, bit for bit."""
+    """Before `adversarial_start` it keeps its weights, and the autoencoder's are those of a run
+    without one, bit for bit.
+    """
     seen: list[dict[str, Tensor]] = []
     plain: list[dict[str, Tensor]] = []
-    objective = autoencoder(AutoencoderLoss(adversarial=0.5, adversarial_start=2, discriminator_width=8))
+    objective = autoencoder(
+        AutoencoderLoss(adversarial=0.5, adversarial_start=2, discriminator_width=8)
+    )
     start = {k: v.clone() for k, v in objective.networks["discriminator"].state_dict().items()}
 
     def keep(where: list[dict[str, Tensor]], which: Objective) -> Callable[[int], None]:
-        return lambda step: where.append({f"{n}.{k}": v.clone() for n, m in which.networks.items() for k, v in m.state_dict().items()})
+        return lambda step: where.append(
+            {
+                f"{n}.{k}": v.clone()
+                for n, m in which.networks.items()
+                for k, v in m.state_dict().items()
+            }
+        )
 
     train(objective, replace(LOOP, steps=3), tmp_path / "a", on_step=keep(seen, objective))
     alone = autoencoder(AutoencoderLoss())
     train(alone, replace(LOOP, steps=3), tmp_path / "b", on_step=keep(plain, alone))
     for step, expected in ((0, True), (1, True), (2, False)):
-        assert all(torch.equal(seen[step][f"discriminator.{k}"], v) for k, v in start.items()) is expected
+        assert (
+            all(torch.equal(seen[step][f"discriminator.{k}"], v) for k, v in start.items())
+            is expected
+        )
         assert all(torch.equal(seen[step][k], v) for k, v in plain[step].items()) is expected
 
 
-# ---- losses of the denoiser -------------------------------------------------------------------------------------------------
+# ---- losses of the denoiser ----------------------------------------------------------------------
 
 
 class Spy(nn.Module):
@@ -345,7 +422,9 @@ class Spy(nn.Module):
         return x * self.weight
 
 
-def denoiser(loss: DenoiserLoss, process: Process, latents: Latents, network: nn.Module | None = None) -> DenoiserObjective:
+def denoiser(
+    loss: DenoiserLoss, process: Process, latents: Latents, network: nn.Module | None = None
+) -> DenoiserObjective:
     torch.manual_seed(0)
     names = ("boot", "bag")
     conditioner = Nothing() if latents.labels is None else ClassNames(names)
@@ -356,7 +435,9 @@ def denoiser(loss: DenoiserLoss, process: Process, latents: Latents, network: nn
 @pytest.mark.parametrize("weighting", ["plain", "min_snr"])
 @pytest.mark.parametrize("name", ["eps", "v"])
 def test_the_denoisers_loss_by_hand(weighting: Any, name: str) -> None:
-    """A network that says 0: the loss is the weighted mean square of the target, from the same random numbers."""
+    """A network that says 0: the loss is the weighted mean square of the target, from the same
+    random numbers.
+    """
     process = Process(schedule("linear"), parameterization(name))
     latents = Latents(torch.randn(4, 2, 8, 8), std=0.3)
     spy = Spy()
@@ -366,7 +447,10 @@ def test_the_denoisers_loss_by_hand(weighting: Any, name: str) -> None:
     first, eps = torch.randn(4, 2, 8, 8, generator=g), torch.randn(4, 2, 8, 8, generator=g)
     t = (torch.randperm(4, generator=g) + torch.rand(4, generator=g, dtype=torch.float64)) / 4
     t = ((t * 1000).floor() + 1) / 1000
-    mean, std = torch.tensor([0.5, -1.0]).reshape(1, 2, 1, 1), torch.tensor([2.0, 0.5]).reshape(1, 2, 1, 1)
+    mean, std = (
+        torch.tensor([0.5, -1.0]).reshape(1, 2, 1, 1),
+        torch.tensor([2.0, 0.5]).reshape(1, 2, 1, 1),
+    )
     z = (latents.mean + 0.3 * first - mean) / std
     betas = torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64)
     alpha2 = (1 - betas).cumprod(0)[(t * 1000).round().long() - 1]
@@ -375,16 +459,24 @@ def test_the_denoisers_loss_by_hand(weighting: Any, name: str) -> None:
     snr = alpha2 / (1 - alpha2)
     clipped = snr.clamp(max=5.0) / (snr if name == "eps" else snr + 1)
     weight = clipped if weighting == "min_snr" else torch.ones(4)
-    assert loss.item() == pytest.approx((weight * target.square().mean((1, 2, 3))).mean().item(), rel=1e-4)
+    assert loss.item() == pytest.approx(
+        (weight * target.square().mean((1, 2, 3))).mean().item(), rel=1e-4
+    )
     x, timestep, _ = spy.calls[0]
     torch.testing.assert_close(x.double(), alpha * z + sigma * eps, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(timestep, (t * 1000 - 1).float())
 
 
 def test_networks_of_edm_are_shown_their_scaled_input() -> None:
-    """x/S as in sampling, which is about as wide at every noise level, where x reaches 80 times that."""
+    """x/S as in sampling, which is about as wide at every noise level, where x reaches 80 times
+    that.
+    """
     process, spy = Process(schedule("edm"), parameterization("edm")), Spy()
-    one_loss(denoiser(DenoiserLoss(), process, Latents(torch.randn(64, 2, 8, 8)), spy), "denoiser", count=64)
+    one_loss(
+        denoiser(DenoiserLoss(), process, Latents(torch.randn(64, 2, 8, 8)), spy),
+        "denoiser",
+        count=64,
+    )
     seen, timestep, _ = spy.calls[0]
     assert timestep.max() > 1, "noise 80 times as wide as the data"
     assert float(seen.std((1, 2, 3)).min()) > 0.3 and float(seen.std((1, 2, 3)).max()) < 4
@@ -401,10 +493,14 @@ def test_min_snr_weights_x0_by_the_clipped_snr() -> None:
 def test_times_are_uniform_or_logit_normal() -> None:
     count, g = 20_000, torch.Generator().manual_seed(0)
     uniform = draw_times("uniform", FLOW, count, g).sort().values
-    assert ((uniform * count).floor().clamp(max=count - 1) == torch.arange(count)).double().mean() > 0.999  # one in each interval
+    # one in each interval
+    assert (
+        (uniform * count).floor().clamp(max=count - 1) == torch.arange(count)
+    ).double().mean() > 0.999
     logits = torch.logit(draw_times("logit_normal", FLOW, count, g, -0.4, 1.3)).sort().values
     normal = torch.distributions.Normal(torch.tensor(-0.4, dtype=torch.float64), 1.3).cdf(logits)
-    assert (normal - (torch.arange(count) + 0.5) / count).abs().max() < 1.63 / count**0.5  # Kolmogorov-Smirnov, 1 %
+    # Kolmogorov-Smirnov, 1 %
+    assert (normal - (torch.arange(count) + 0.5) / count).abs().max() < 1.63 / count**0.5
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.3, 1.0])
@@ -427,17 +523,27 @@ def test_a_conditioner_says_which_entry_of_the_batch_it_is_told_by() -> None:
 
     latents, spy = Latents(torch.randn(4, 2, 8, 8), labels=torch.tensor([1, 0, 1, 0])), Spy()
     objective = denoiser(DenoiserLoss(drop=0.0), FLOW, latents, spy)
-    for conditioner, expected in ((ClassNames(tuple("abcd")), [0, 0]), (Numbered(tuple("abcd")), [1, 3])):
+    for conditioner, expected in (
+        (ClassNames(tuple("abcd")), [0, 0]),
+        (Numbered(tuple("abcd")), [1, 3]),
+    ):
         objective.conditioner = conditioner
         drawn = draws(2)
-        objective.loss("denoiser", objective.networks, objective.batch(torch.tensor([1, 3]), drawn), 0, drawn)
+        objective.loss(
+            "denoiser", objective.networks, objective.batch(torch.tensor([1, 3]), drawn), 0, drawn
+        )
         vector = spy.calls[-1][2].vector
         assert vector is not None and vector.argmax(1).tolist() == expected
 
 
 def test_a_process_draws_its_rows_of_the_whole_batch() -> None:
     whole = draws(6)(lambda n, g: torch.randn(n, 2, generator=g))
-    parts = [Draw(torch.Generator().manual_seed(0), 6, slice(k, k + 3))(lambda n, g: torch.randn(n, 2, generator=g)) for k in (0, 3)]
+    parts = [
+        Draw(torch.Generator().manual_seed(0), 6, slice(k, k + 3))(
+            lambda n, g: torch.randn(n, 2, generator=g)
+        )
+        for k in (0, 3)
+    ]
     assert torch.equal(torch.cat(parts), whole)
 
 
@@ -457,14 +563,17 @@ def test_a_process_draws_its_rows_of_the_whole_batch() -> None:
         (LoopSettings(), "clip", 0.0),
     ],
 )
-def test_impossible_settings_are_refused_when_they_are_made(settings: Any, name: str, value: Any) -> None:
+def test_impossible_settings_are_refused_when_they_are_made(
+    settings: Any, name: str, value: Any
+) -> None:
     wrong = copy.copy(settings)
-    object.__setattr__(wrong, name, value)  # the constructor's types are checked in tests, and it is the sentence that we want
+    # the constructor's types are checked in tests, and it is the sentence that we want
+    object.__setattr__(wrong, name, value)
     with pytest.raises(UserError, match=str(value)):
         wrong.__post_init__()
 
 
-# ---- average, learning rate, order ------------------------------------------------------------------------------------------
+# ---- average, learning rate, order ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
@@ -479,11 +588,17 @@ def test_ema_is_its_recursion(decay: float) -> None:
             network[1].running_mean.fill_(n)  # type: ignore[union-attr,operator]
         ema.update(network, n)
         d = min(decay, (1 + n) / (10 + n))
-        expected = {name: d * expected[name] + (1 - d) * p.detach().double() for name, p in network.named_parameters()}
+        expected = {
+            name: d * expected[name] + (1 - d) * p.detach().double()
+            for name, p in network.named_parameters()
+        }
     for name, value in expected.items():
         found = ema.network.get_parameter(name)
         torch.testing.assert_close(found.double(), value, rtol=1e-5, atol=1e-6)
-        assert torch.equal(found, network.get_parameter(name)) is (decay == 0) and not found.requires_grad
+        assert (
+            torch.equal(found, network.get_parameter(name)) is (decay == 0)
+            and not found.requires_grad
+        )
     assert (ema.state()["1.running_mean"] == 29).all()
 
 
@@ -493,7 +608,11 @@ def test_the_learning_rate_in_closed_form(decay: Any) -> None:
     found = [s.lr_at(k) for k in range(110)]
     assert found[:10] == pytest.approx([0.2 * (k + 1) for k in range(10)])  # linear warm-up
     u = np.arange(100) / 100
-    fall = {"constant": np.ones(100), "linear": 1 - 0.9 * u, "cosine": 0.1 + 0.45 * (1 + np.cos(np.pi * u))}[decay]
+    fall = {
+        "constant": np.ones(100),
+        "linear": 1 - 0.9 * u,
+        "cosine": 0.1 + 0.45 * (1 + np.cos(np.pi * u)),
+    }[decay]
     assert found[10:] == pytest.approx(list(2.0 * fall))
     assert LoopSettings(warmup=0, decay="constant", lr=3.0).lr_at(0) == 3.0
 
@@ -508,7 +627,9 @@ def test_every_epoch_is_a_permutation_across_its_seams(size: int, batch_size: in
     epochs = stream[: len(stream) // size * size].reshape(-1, size)
     assert torch.equal(epochs.sort(1).values, torch.arange(size).expand_as(epochs))
     assert size == 1 or len(epochs.unique(dim=0)) > 1
-    assert size == 1 or not torch.equal(stream, torch.cat([batch_indices(size, batch_size, 6, step) for step in range(25)]))
+    assert size == 1 or not torch.equal(
+        stream, torch.cat([batch_indices(size, batch_size, 6, step) for step in range(25)])
+    )
 
 
 def test_seeds_are_a_function_of_their_parts() -> None:
@@ -522,25 +643,40 @@ def test_seeds_are_a_function_of_their_parts() -> None:
     assert derive_seed(1, "23") != derive_seed(12, "3")
 
 
-# ---- the loop ---------------------------------------------------------------------------------------------------------------
+# ---- the loop ------------------------------------------------------------------------------------
 
 
 def test_the_first_step_is_adamws(tmp_path: Path) -> None:
     """w <- w - lr*(wd*w + g/(|g| + eps)): Adam's first step is the gradient's sign."""
     objective = Line()
     line = objective.networks["line"]
-    before, s = line.weight.detach().clone(), replace(LOOP, steps=1, lr=0.01, weight_decay=0.1, clip=1e9)
+    before, s = (
+        line.weight.detach().clone(),
+        replace(LOOP, steps=1, lr=0.01, weight_decay=0.1, clip=1e9),
+    )
     train(objective, s, tmp_path)
     assert line.weight.grad is not None
     g = line.weight.grad
-    torch.testing.assert_close(line.weight.detach(), before - 0.01 * (0.1 * before + g / (g.abs() + 1e-8)))
+    torch.testing.assert_close(
+        line.weight.detach(), before - 0.01 * (0.1 * before + g / (g.abs() + 1e-8))
+    )
 
 
 @pytest.mark.parametrize("clip", [0.05, 1e9])
 def test_gradients_are_clipped(tmp_path: Path, clip: float) -> None:
     objective = Line(lambda loss, step: 100 * loss)
     train(objective, replace(LOOP, steps=1, clip=clip), tmp_path)
-    norm = torch.cat([p.grad.flatten() for p in objective.networks["line"].parameters() if p.grad is not None]).norm().item()
+    norm = (
+        torch.cat(
+            [
+                p.grad.flatten()
+                for p in objective.networks["line"].parameters()
+                if p.grad is not None
+            ]
+        )
+        .norm()
+        .item()
+    )
     logged = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["line/grad_norm"]
     assert logged > 1
     assert norm == pytest.approx(min(clip, logged), rel=1e-3)
@@ -550,10 +686,17 @@ def test_bf16_and_fp32_run_one_after_the_other(tmp_path: Path) -> None:
     """In one process; bf16 computes in bf16 (its loss differs) and stays finite."""
     losses = {}
     for precision in ("bf16", "fp32"):
-        objective = denoiser(DenoiserLoss(), FLOW, Latents(torch.randn(8, 2, 8, 8, generator=torch.Generator().manual_seed(0))))
+        objective = denoiser(
+            DenoiserLoss(),
+            FLOW,
+            Latents(torch.randn(8, 2, 8, 8, generator=torch.Generator().manual_seed(0))),
+        )
         network = train(objective, replace(LOOP, precision=precision), tmp_path / precision)
         assert all(p.isfinite().all() and p.dtype == torch.float32 for p in network.parameters())
-        losses[precision] = [json.loads(line)["denoiser/loss"] for line in (tmp_path / precision / "log.jsonl").read_text().splitlines()]
+        losses[precision] = [
+            json.loads(line)["denoiser/loss"]
+            for line in (tmp_path / precision / "log.jsonl").read_text().splitlines()
+        ]
     assert len(losses["bf16"]) == 4 and losses["bf16"] != losses["fp32"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
 
@@ -577,25 +720,38 @@ def infinite_gradient(loss: Tensor, step: int) -> Tensor:
     ],
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_is_not_finite_stops_the_run(tmp_path: Path, change: Any, words: str, precision: Any) -> None:
-    """The sentence names stage, phase, step and dtype; the last checkpoint is good, and the run goes on from it."""
+def test_what_is_not_finite_stops_the_run(
+    tmp_path: Path, change: Any, words: str, precision: Any
+) -> None:
+    """The sentence names stage, phase, step and dtype; the last checkpoint is good, and the run
+    goes on from it.
+    """
     settings = replace(LOOP, steps=6, save_every=2, precision=precision)
-    with pytest.raises(NumericalError, match=rf"{words} in train line \(line\) at step 5 \({precision}\): .*"):
+    with pytest.raises(
+        NumericalError, match=rf"{words} in train line \(line\) at step 5 \({precision}\): .*"
+    ):
         train(Line(change), settings, tmp_path / "bad")
     assert checkpoint.steps(tmp_path / "bad" / "checkpoints") == [2, 4]
     again = train(Line(), settings, tmp_path / "bad")
     whole = train(Line(), settings, tmp_path / "good")
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True)
+    )
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     class Broken(Line):
-        def show(self, network: nn.Module, step: int) -> tuple[dict[str, float], dict[str, PIL.Image]]:
+        def show(
+            self, network: nn.Module, step: int
+        ) -> tuple[dict[str, float], dict[str, PIL.Image]]:
             if step == 2:  # after the step's gradient was found good, before the save
                 self.networks["line"].bias.data.fill_(math.inf)
             return {}, {}
 
-    with pytest.raises(NumericalError, match=r"the weight bias is not finite in train line \(line\) at step 2 \(fp32\)"):
+    with pytest.raises(
+        NumericalError,
+        match=r"the weight bias is not finite in train line \(line\) at step 2 \(fp32\)",
+    ):
         train(Broken(), replace(LOOP, show_every=1, save_every=1), tmp_path)
     assert checkpoint.steps(tmp_path / "checkpoints") == [1]
 
@@ -607,7 +763,9 @@ def test_nan_in_the_latents_names_the_denoiser(tmp_path: Path) -> None:
 
 
 def test_mirroring_belongs_to_the_step(tmp_path: Path) -> None:
-    """Half of the images, the same ones whenever a step is made again, whatever else has drawn random numbers."""
+    """Half of the images, the same ones whenever a step is made again, whatever else has drawn
+    random numbers.
+    """
     images = pictures(64, flip=True)
     objective = autoencoder(AutoencoderLoss(), images)
     plain = images.unflipped().batch(range(64))["image"]
@@ -621,7 +779,7 @@ def test_mirroring_belongs_to_the_step(tmp_path: Path) -> None:
     assert not torch.equal(other, first)
 
 
-# ---- what it leaves for people ------------------------------------------------------------------------------------------------
+# ---- what it leaves for people -------------------------------------------------------------------
 
 
 class Pooled(nn.Module):
@@ -631,7 +789,9 @@ class Pooled(nn.Module):
         return nn.functional.adaptive_avg_pool2d(images, 2).mean(1).flatten(1)
 
 
-def test_a_run_leaves_numbers_curves_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_leaves_numbers_curves_and_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     module = types.ModuleType("toy_pooled")
@@ -644,10 +804,15 @@ def test_a_run_leaves_numbers_curves_and_pictures(tmp_path: Path, monkeypatch: p
     assert [line["step"] for line in lines if "autoencoder/loss" in line] == [1, 2, 3, 4]
     shown = {line["step"]: line for line in lines if "held_out/psnr" in line}
     assert set(shown) == {2, 4}
-    assert all(set(line) >= {"held_out/psnr", "held_out/ssim", "held_out/frechet"} for line in shown.values())
+    assert all(
+        set(line) >= {"held_out/psnr", "held_out/ssim", "held_out/frechet"}
+        for line in shown.values()
+    )
     assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(lines))
 
-    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
+    events = EventAccumulator(
+        str(tmp_path / "tensorboard"), size_guidance={"scalars": 0, "images": 0}
+    ).Reload()
     for name in ("autoencoder/loss", "lr"):
         assert [(e.step, e.value) for e in events.Scalars(name)] == [
             (line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines if name in line
@@ -664,15 +829,22 @@ def test_a_run_leaves_numbers_curves_and_pictures(tmp_path: Path, monkeypatch: p
 def numbers_of(out: Path) -> dict[int, dict[str, float]]:
     """The log's numbers by step."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return {line.pop("step"): {name: value for name, value in line.items() if name != "seconds"} for line in lines}
+    return {
+        line.pop("step"): {name: value for name, value in line.items() if name != "seconds"}
+        for line in lines
+    }
 
 
 def test_a_line_of_the_log_is_the_mean_over_the_steps_since_the_last(tmp_path: Path) -> None:
-    """Of those that had a number: the discriminator begins at step 4, in the middle of a line. The learning rate is the step's own."""
+    """Of those that had a number: the discriminator begins at step 4, in the middle of a line. The
+    learning rate is the step's own.
+    """
     settings = replace(LOOP, steps=8, decay="linear")
     for name, every in (("each", 1), ("third", 3)):
         train(
-            autoencoder(AutoencoderLoss(adversarial=0.5, adversarial_start=4, discriminator_width=8)),
+            autoencoder(
+                AutoencoderLoss(adversarial=0.5, adversarial_start=4, discriminator_width=8)
+            ),
             replace(settings, log_every=every),
             tmp_path / name,
         )
@@ -682,7 +854,9 @@ def test_a_line_of_the_log_is_the_mean_over_the_steps_since_the_last(tmp_path: P
         assert third[last].keys() == each[last].keys()
         for name, value in third[last].items():
             seen = [each[step][name] for step in steps if name in each[step]]
-            assert value == pytest.approx(each[last][name] if name == "lr" else sum(seen) / len(seen)), name
+            assert value == pytest.approx(
+                each[last][name] if name == "lr" else sum(seen) / len(seen)
+            ), name
     assert "discriminator/loss" in third[6] and "discriminator/loss" not in each[4]
     losses = [each[step]["autoencoder/loss"] for step in (1, 2, 3)]
     assert third[3]["autoencoder/loss"] != pytest.approx(losses[-1], rel=1e-4)
@@ -722,12 +896,14 @@ def test_held_out_numbers_are_those_of_the_held_out_images(tmp_path: Path) -> No
     assert isinstance(network, AutoencoderKL)
     image = held_out.batch(range(6))["image"]
     with torch.no_grad():
-        error = (network.reconstruct(network.posterior(image).mean).clamp(-1, 1) - image).square().mean() / 4
+        error = (
+            network.reconstruct(network.posterior(image).mean).clamp(-1, 1) - image
+        ).square().mean() / 4
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["held_out/psnr"] == pytest.approx(-10 * math.log10(error.item()), rel=1e-4)
 
 
-# ---- it learns ----------------------------------------------------------------------------------------------------------------
+# ---- it learns -----------------------------------------------------------------------------------
 
 
 def test_an_autoencoder_learns_one_batch_by_heart(tmp_path: Path) -> None:
@@ -740,16 +916,21 @@ def test_an_autoencoder_learns_one_batch_by_heart(tmp_path: Path) -> None:
 def test_a_denoiser_learns_one_latent_by_heart(tmp_path: Path) -> None:
     """It was shown one latent: sampling gives that latent, whatever the noise."""
     process = Process(schedule("cosine"), parameterization("x0"))
-    mean = torch.tensor([1.7, -2.0]).reshape(1, 2, 1, 1).expand(1, 2, 8, 8)  # no place differs: a network has no other way to know places
+    # no place differs: a network has no other way to know places
+    mean = torch.tensor([1.7, -2.0]).reshape(1, 2, 1, 1).expand(1, 2, 8, 8)
     objective = denoiser(DenoiserLoss(), process, Latents(mean))
-    network = train(objective, replace(LOOP, steps=120, lr=1e-2, batch_size=8, ema=0.9, log_every=120), tmp_path)
+    network = train(
+        objective, replace(LOOP, steps=120, lr=1e-2, batch_size=8, ema=0.9, log_every=120), tmp_path
+    )
     z = objective.space.standardise(mean)
     draw = SeededNoise((2, 8, 8), [0, 1], torch.device("cpu"))
     found = Denoiser(network, process)
     nothing = Conditioning()
     with torch.no_grad():
         drawn = sample(
-            ddim(draw(), timesteps("trailing", 5, process.schedule), process.schedule, draw), lambda x, t: found(x, t, nothing), 5
+            ddim(draw(), timesteps("trailing", 5, process.schedule), process.schedule, draw),
+            lambda x, t: found(x, t, nothing),
+            5,
         )
     assert drawn is not None
     assert (drawn - z).square().mean() < 0.02 * z.square().mean()

@@ -1,4 +1,6 @@
-"""Any network's config stands in a recipe: what data, autoencoder and text encoder say is filled in, and what cannot be is said before the first step."""
+"""Any network's config stands in a recipe: what data, autoencoder and text encoder say is filled
+in, and what cannot be is said before the first step.
+"""
 
 import json
 import runpy
@@ -24,10 +26,18 @@ from sfumato.train.loop import LoopSettings
 from sfumato.train.objectives.denoiser import DenoiserLoss
 from sfumato.train.recipe import DataSettings, DenoiserRecipe
 
-captioned: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_captioned.py")))
+captioned: Any = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_captioned.py"))
+)
 SMALL: dict[str, Any] = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
-FLUX: dict[str, Any] = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
-NETWORKS: dict[str, tuple[Any, str | None, dict[str, Any]]] = {  # its config, the text encoder (None: classes), what the folder must say
+FLUX: dict[str, Any] = {
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+}
+# its config, the text encoder (None: classes), what the folder must say
+NETWORKS: dict[str, tuple[Any, str | None, dict[str, Any]]] = {
     "DiT": (DiTConfig(**SMALL), None, {"num_embeds_ada_norm": 2, "sample_size": 8}),
     "SiT": (SiTConfig(**SMALL), None, {"num_embeds_ada_norm": 2, "sample_size": 8}),
     "ours": (ModernDiTConfig(**SMALL, patch_size=2), None, {"num_class_embeds": 3, "sample_size": 8}),
@@ -48,20 +58,35 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, value in (("red", 40), ("blue", 200)):
         (found / "classes" / name).mkdir(parents=True)
         for k in range(4):
-            Image.fromarray(np.full((16, 16, 3), value + k, dtype=np.uint8)).save(found / "classes" / name / f"{k}.png")
+            Image.fromarray(np.full((16, 16, 3), value + k, dtype=np.uint8)).save(
+                found / "classes" / name / f"{k}.png"
+            )
     return found
 
 
-def recipe(place: Path, network: Any, text: str | None, source: str | None = None) -> DenoiserRecipe:
+def recipe(
+    place: Path, network: Any, text: str | None, source: str | None = None
+) -> DenoiserRecipe:
     return DenoiserRecipe(
         autoencoder=place / "tiny",
-        data=DataSettings(source=str(place / (source or ("pictures" if text else "classes"))), size=16, buckets=8 if text else None),
+        data=DataSettings(
+            source=str(place / (source or ("pictures" if text else "classes"))),
+            size=16,
+            buckets=8 if text else None,
+        ),
         text=place / text if text else None,
         network=network,
         schedule="flow",
         parameterization="flow",
         loss=DenoiserLoss(times="logit_normal", times_shift=2.0),
-        loop=LoopSettings(steps=2, batch_size=2, lr=1e-2, warmup=1, save_every=2, show_every=9 if text == "flux" else 2),
+        loop=LoopSettings(
+            steps=2,
+            batch_size=2,
+            lr=1e-2,
+            warmup=1,
+            save_every=2,
+            show_every=9 if text == "flux" else 2,
+        ),
         defaults=Defaults(steps=2, sampler="euler", guidance=2.0),
     )
 
@@ -78,7 +103,9 @@ def test_any_network_is_trained_by_a_recipe(name: str, place: Path, tmp_path: Pa
     (picture,) = model.generate(captioned.WORDS[0] if text else "red")
     assert picture.size == (16, 16)
     if text != "flux":  # 512 tokens of text, in 80 pictures
-        assert Image.open(tmp_path / "run" / "denoiser" / "samples" / "samples-00000002.png").size[0] <= 10 * (16 + 4)
+        assert Image.open(tmp_path / "run" / "denoiser" / "samples" / "samples-00000002.png").size[
+            0
+        ] <= 10 * (16 + 4)
 
 
 @pytest.mark.parametrize(
@@ -86,9 +113,24 @@ def test_any_network_is_trained_by_a_recipe(name: str, place: Path, tmp_path: Pa
     [
         (SD3Config(), None, "classes", "a SD3 is told no class: train it from captions"),
         (PixArtConfig(), None, "classes", "a PixArt is told no class"),
-        (DiTConfig(**SMALL, in_channels=4, out_channels=8), None, "classes", "a learned variance with schedule 'flow'"),
-        (DiTConfig(**SMALL), None, "pictures", "a DiT is told classes or text, and pictures has no classes"),
-        (Flux2Config(), "flux", None, "guidance_embeds=True: the strength of guidance is learned from another model, not from data"),
+        (
+            DiTConfig(**SMALL, in_channels=4, out_channels=8),
+            None,
+            "classes",
+            "a learned variance with schedule 'flow'",
+        ),
+        (
+            DiTConfig(**SMALL),
+            None,
+            "pictures",
+            "a DiT is told classes or text, and pictures has no classes",
+        ),
+        (
+            Flux2Config(),
+            "flux",
+            None,
+            "guidance_embeds=True: the strength of guidance is learned from another model, not from data",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_said_before_pictures_are_encoded(

@@ -20,19 +20,26 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- rotary places -----------------------------------------------------------------------------------------------------
+# ---- rotary places -------------------------------------------------------------------------------
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(-50, 50), st.integers(-50, 50), st.integers(-20, 20), st.integers(-20, 20))
-def test_products_of_turned_vectors_tell_only_the_distance(row: int, column: int, down: int, right: int) -> None:
+def test_products_of_turned_vectors_tell_only_the_distance(
+    row: int, column: int, down: int, right: int
+) -> None:
     q, k = normal(1, 1, 2, 16), normal(1, 1, 2, 16, seed=1)
 
     def product(at: tuple[int, int], other: tuple[int, int]) -> Tensor:
-        one, two = (angles(torch.tensor([place], dtype=torch.float32), (8, 8)) for place in (at, other))
+        one, two = (
+            angles(torch.tensor([place], dtype=torch.float32), (8, 8)) for place in (at, other)
+        )
         return (rotate(q, one) * rotate(k, two)).sum(-1)
 
-    here, moved = product((0, 0), (row, column)), product((down, right), (row + down, column + right))
+    here, moved = (
+        product((0, 0), (row, column)),
+        product((down, right), (row + down, column + right)),
+    )
     torch.testing.assert_close(here, moved, atol=2e-4, rtol=1e-4)
 
 
@@ -40,8 +47,12 @@ def test_a_turn_is_a_multiplication_of_complex_numbers() -> None:
     x, places = normal(2, 6, 3, 8), grid(2, 3)
     turned = rotate(x, angles(places, (4, 4), theta=100.0))
     z = torch.view_as_complex(x.unflatten(-1, (4, 2)).contiguous())
-    angle = torch.cat([places[:, :1] * torch.tensor([1.0, 0.1]), places[:, 1:] * torch.tensor([1.0, 0.1])], 1)
-    expected = torch.view_as_real(z * torch.polar(torch.ones_like(angle), angle)[:, None]).flatten(-2)
+    angle = torch.cat(
+        [places[:, :1] * torch.tensor([1.0, 0.1]), places[:, 1:] * torch.tensor([1.0, 0.1])], 1
+    )
+    expected = torch.view_as_real(z * torch.polar(torch.ones_like(angle), angle)[:, None]).flatten(
+        -2
+    )
     torch.testing.assert_close(turned, expected, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
 
@@ -57,12 +68,16 @@ def test_the_gradient_of_a_turn() -> None:
     assert half.grad is not None and half.grad.dtype == torch.bfloat16
 
 
-# ---- norms, gates, feed-forward ----------------------------------------------------------------------------------------
+# ---- norms, gates, feed-forward ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_modulation_is_its_formula_with_and_without_gradients(count: int) -> None:
-    x, scale, shift = normal(count, 5, 12), normal(count, 1, 12, seed=1), normal(count, 1, 12, seed=2)
+    x, scale, shift = (
+        normal(count, 5, 12),
+        normal(count, 1, 12, seed=1),
+        normal(count, 1, 12, seed=2),
+    )
     mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0)
     expected = (x - mean) / (variance + 1e-6).sqrt() * (1 + scale) + shift
     torch.testing.assert_close(modulated(x, scale, shift), expected, atol=1e-5, rtol=1e-5)
@@ -104,12 +119,14 @@ def test_feed_forwards_are_their_formulas() -> None:
         assert (last.bias is None) == (kind == "swiglu")
 
 
-# ---- attention ---------------------------------------------------------------------------------------------------------
+# ---- attention -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_in_training_is_attention_in_inference(masked: bool) -> None:
-    """Few tokens in bfloat16 are trained by plain products: the same numbers, and the same gradients, to its rounding."""
+    """Few tokens in bfloat16 are trained by plain products: the same numbers, and the same
+    gradients, to its rounding.
+    """
     q, k, v = (normal(2, count, 3, 16, seed=s) for s, count in ((0, 20), (1, 30), (2, 30)))
     mask = (torch.arange(30) < torch.tensor([[30], [11]])) if masked else None
     found = []
@@ -122,13 +139,17 @@ def test_attention_in_training_is_attention_in_inference(masked: bool) -> None:
         assert half is not None and half.dtype == torch.bfloat16
         assert float((half.float() - exact).norm() / exact.norm()) < 0.02
     with torch.inference_mode():
-        torch.testing.assert_close(batch_invariant.attend(q, k, v, mask), found[0][0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            batch_invariant.attend(q, k, v, mask), found[0][0], atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("width, count", [(128, 1030), (64, 2050)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_in_blocks_is_attention(width: int, count: int, masked: bool) -> None:
-    """In bfloat16, many tokens: about as near to the exact result as torch's own kernel, whatever the scores, or not done at all."""
+    """In bfloat16, many tokens: about as near to the exact result as torch's own kernel, whatever
+    the scores, or not done at all.
+    """
     mask = (torch.arange(count) < torch.tensor([[count], [701]])) if masked else None
     for strength in (1.0, 2.0, 8.0):
         q, k, v = (normal(2, count, 2, width, seed=s) for s in range(3))
@@ -138,19 +159,33 @@ def test_attention_in_blocks_is_attention(width: int, count: int, masked: bool) 
         with torch.inference_mode():
             assert cpu_attention.fits(q, k)
             ours = batch_invariant.onednn()
-            found = None if ours is None or not ours._is_mkldnn_bf16_supported() else cpu_attention.attend(q, k, v, mask, ours)
+            found = (
+                None
+                if ours is None or not ours._is_mkldnn_bf16_supported()
+                else cpu_attention.attend(q, k, v, mask, ours)
+            )
             used = batch_invariant.attend(q, k, v, mask)
-        bits = mask is None and F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2).flatten(2)
-        limit = 0.006 if mask is not None else 2.5 * float((bits.double() - exact).norm() / exact.norm())  # pyright: ignore
+        bits = mask is None and F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v))
+        ).transpose(1, 2).flatten(2)
+        limit = (
+            0.006
+            if mask is not None
+            else 2.5 * float((bits.double() - exact).norm() / exact.norm())
+        )  # pyright: ignore
         for y in (used, found):
-            assert y is None or float((y.double() - exact).norm() / exact.norm()) < max(limit, 0.004)
+            assert y is None or float((y.double() - exact).norm() / exact.norm()) < max(
+                limit, 0.004
+            )
         assert found is None if strength == 8.0 else (found is None or torch.equal(found, used))
 
 
 def test_attention_in_blocks_does_not_touch_what_it_should_not() -> None:
     q = normal(1, 1024, 1, 128)
     with torch.inference_mode():
-        assert not cpu_attention.fits(q, q) and not cpu_attention.fits(q[:, :1000].bfloat16(), q.bfloat16())
+        assert not cpu_attention.fits(q, q) and not cpu_attention.fits(
+            q[:, :1000].bfloat16(), q.bfloat16()
+        )
         assert not cpu_attention.fits(q[..., :64].bfloat16(), q[..., :64].bfloat16())
     assert not cpu_attention.fits(q.bfloat16(), q.bfloat16())  # a gradient may be wanted
 
@@ -171,8 +206,12 @@ def test_the_way_that_attention_takes_is_said_once(caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_is_said_of_attention_that_is_only_counted(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
-    """On the meta device, on which `sfumato info` runs networks, torch has its plain way for everything."""
+def test_nothing_is_said_of_attention_that_is_only_counted(
+    dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On the meta device, on which `sfumato info` runs networks, torch has its plain way for
+    everything.
+    """
     attention_backend._say.cache_clear()
     q = torch.empty(1, 1024, 1, 16, device="meta", dtype=dtype)
     with caplog.at_level("INFO", logger="sfumato"), torch.inference_mode():
@@ -180,7 +219,7 @@ def test_nothing_is_said_of_attention_that_is_only_counted(dtype: torch.dtype, c
     assert not caplog.records
 
 
-# ---- patches and places ------------------------------------------------------------------------------------------------
+# ---- patches and places --------------------------------------------------------------------------
 
 
 def test_unpatched_undoes_patches() -> None:
@@ -209,4 +248,5 @@ def test_places_are_stretched_over_what_was_trained() -> None:
     torch.testing.assert_close(sincos_2d(16, 8, 8, 8, 2.0), large)
     wide = sincos_2d(16, 4, 8, 4).reshape(4, 8, 16)
     torch.testing.assert_close(wide[:, ::2].flatten(0, 1), small)
-    torch.testing.assert_close(small[1, 0], torch.tensor(1.0).sin())  # the column comes first, and its sine
+    # the column comes first, and its sine
+    torch.testing.assert_close(small[1, 0], torch.tensor(1.0).sin())

@@ -1,4 +1,6 @@
-"""Wrappers against what they promise: a known region that stays known, windows that add up, features that are reused and never mixed."""
+"""Wrappers against what they promise: a known region that stays known, windows that add up,
+features that are reused and never mixed.
+"""
 
 import math
 from collections.abc import Callable
@@ -49,11 +51,13 @@ def asking(predict: Callable[[Tensor, float], Prediction]) -> Ask:
     return ask
 
 
-# ---- known region ------------------------------------------------------------------------------------------------------
+# ---- known region --------------------------------------------------------------------------------
 
 
 def tangled(chosen: Schedule) -> Ask:
-    """A denoiser in which every cell depends on its neighbours, bounded so that nothing diverges."""
+    """A denoiser in which every cell depends on its neighbours, bounded so that nothing
+    diverges.
+    """
 
     def predict(x: Tensor, t: float) -> Prediction:
         alpha, sigma = chosen.point(t)
@@ -63,29 +67,46 @@ def tangled(chosen: Schedule) -> Ask:
     return asking(predict)
 
 
-# LCM's boundary condition, c_skip x + c_out z, is made for timesteps in 0..1000. pndm's first step multiplies the rounding of eps by
-# alpha_s/alpha_t three times over, hundreds each where a cosine begins: there it does not reach even a point mass in float32.
+# LCM's boundary condition, c_skip x + c_out z, is made for timesteps in 0..1000. pndm's first step
+# multiplies the rounding of eps by alpha_s/alpha_t three times over, hundreds each where a cosine
+# begins: there it does not reach even a point mass in float32.
 ELSEWHERE = {("lcm", "ve"), ("lcm", "edm"), ("pndm", "cosine")}
 
 
-@pytest.mark.parametrize(("name", "kind"), [pair for pair in product(DOWNWARD, SCHEDULES) if pair not in ELSEWHERE])
-def test_the_known_part_is_z_with_the_right_noise_at_every_level_and_z_at_the_end(name: str, kind: str) -> None:
-    """Without noise on the way: alpha z + sigma times the run's first noise, to rounding. With it: noise of mean 0 and variance 1.
+@pytest.mark.parametrize(
+    ("name", "kind"), [pair for pair in product(DOWNWARD, SCHEDULES) if pair not in ELSEWHERE]
+)
+def test_the_known_part_is_z_with_the_right_noise_at_every_level_and_z_at_the_end(
+    name: str, kind: str
+) -> None:
+    """Without noise on the way: alpha z + sigma times the run's first noise, to rounding. With it:
+    noise of mean 0 and variance 1.
 
-    2592 known cells, 5.5 standard errors. LCM gives c_skip x + c_out z instead of z, with a c_skip of up to 1e-3 at these levels.
+    2592 known cells, 5.5 standard errors. LCM gives c_skip x + c_out z instead of z, with a c_skip
+    of up to 1e-3 at these levels.
     """
-    chosen, z, first = schedule(kind), normal(2, 3, 24, 24, seed=1, dtype=torch.float64), normal(2, 3, 24, 24, seed=2, dtype=torch.float64)
+    chosen, z, first = (
+        schedule(kind),
+        normal(2, 3, 24, 24, seed=1, dtype=torch.float64),
+        normal(2, 3, 24, 24, seed=2, dtype=torch.float64),
+    )
     mask = torch.zeros(1, 1, 24, 24, dtype=torch.float64)
     mask[:, :, :, :18] = 1
     times, generator, steps = timesteps("trailing", 8, chosen), torch.Generator().manual_seed(3), []
     x = start(first, z, mask, chosen.point, times[0])
-    run = SAMPLERS[name](x, times, chosen, lambda: torch.randn(first.shape, generator=generator, dtype=torch.float64))
-    found = answered(conduct(run, known_region(tangled(chosen), z, mask, chosen.point), 8, steps.append), answer)
+    run = SAMPLERS[name](
+        x, times, chosen, lambda: torch.randn(first.shape, generator=generator, dtype=torch.float64)
+    )
+    found = answered(
+        conduct(run, known_region(tangled(chosen), z, mask, chosen.point), 8, steps.append), answer
+    )
     known, tolerance = mask.bool().expand_as(z), 1e-8
     for step in steps:
         alpha, sigma = chosen.point(step.t)
         if not traits_of(SAMPLERS[name]).noise:
-            assert ((step.x - alpha * z - sigma * first)[known]).abs().max() < tolerance * (alpha + sigma)
+            assert ((step.x - alpha * z - sigma * first)[known]).abs().max() < tolerance * (
+                alpha + sigma
+            )
         else:
             noise = ((step.x - alpha * z) / sigma)[known]
             assert abs(float(noise.mean())) < 5.5 / math.sqrt(len(noise))
@@ -101,13 +122,22 @@ def test_where_nothing_is_known_a_run_starts_where_it_would_and_where_all_is_it_
     noise, z = normal(2, 1, 3, 3), normal(1, 1, 3, 3, seed=1)
     for t in (1.0, 0.4):
         alpha, sigma = FLOW.point(t)
-        assert torch.equal(start(noise, z, torch.zeros(1, 1, 3, 3), FLOW.point, t), math.hypot(alpha, sigma) * noise)
-        assert torch.equal(start(noise, z, torch.ones(1, 1, 3, 3), FLOW.point, t), alpha * z + sigma * noise)
+        assert torch.equal(
+            start(noise, z, torch.zeros(1, 1, 3, 3), FLOW.point, t),
+            math.hypot(alpha, sigma) * noise,
+        )
+        assert torch.equal(
+            start(noise, z, torch.ones(1, 1, 3, 3), FLOW.point, t), alpha * z + sigma * noise
+        )
     assert torch.equal(finish(noise, z, torch.ones(2, 1, 3, 3)), z.expand(2, -1, -1, -1))
 
 
 def test_a_soft_mask_blends_the_predictions_and_they_still_add_up_to_x() -> None:
-    x, z, mask = normal(2, 3, 4, 4, dtype=torch.float64), normal(2, 3, 4, 4, seed=1, dtype=torch.float64), torch.rand(2, 1, 4, 4).double()
+    x, z, mask = (
+        normal(2, 3, 4, 4, dtype=torch.float64),
+        normal(2, 3, 4, 4, seed=1, dtype=torch.float64),
+        torch.rand(2, 1, 4, 4).double(),
+    )
     plain = answered(tangled(FLOW)(x, 0.3), answer)
     found = answered(known_region(tangled(FLOW), z, mask, FLOW.point)(x, 0.3), answer)
     assert torch.allclose(found.x0, mask * z + (1 - mask) * plain.x0, atol=1e-12)
@@ -120,31 +150,60 @@ def two_pixels(rho: float, chosen: Schedule) -> Ask:
 
     def predict(x: Tensor, t: float) -> Prediction:
         alpha, sigma = chosen.point(t)
-        gain = alpha * covariance @ torch.linalg.inv(alpha**2 * covariance + sigma**2 * torch.eye(2, dtype=torch.float64))
+        gain = (
+            alpha
+            * covariance
+            @ torch.linalg.inv(alpha**2 * covariance + sigma**2 * torch.eye(2, dtype=torch.float64))
+        )
         x0 = x @ gain.T
         return Prediction(x0, (x - alpha * x0) / sigma)
 
     return asking(predict)
 
 
-def inpainted(rho: float, z: Tensor, noise: Tensor, sampler: str, steps: int, kind: str, **options: Any) -> Tensor:
-    chosen, mask, generator = schedule(kind), torch.tensor([[[[1.0, 0.0]]]], dtype=torch.float64), torch.Generator().manual_seed(5)
+def inpainted(
+    rho: float, z: Tensor, noise: Tensor, sampler: str, steps: int, kind: str, **options: Any
+) -> Tensor:
+    chosen, mask, generator = (
+        schedule(kind),
+        torch.tensor([[[[1.0, 0.0]]]], dtype=torch.float64),
+        torch.Generator().manual_seed(5),
+    )
     times = timesteps("trailing", steps, chosen)
     x = start(noise, z, mask, chosen.point, times[0])
-    run = SAMPLERS[sampler](x, times, chosen, lambda: torch.randn(noise.shape, generator=generator, dtype=torch.float64), **options)
-    return finish(answered(conduct(run, known_region(two_pixels(rho, chosen), z, mask, chosen.point), steps), answer), z, mask)
+    run = SAMPLERS[sampler](
+        x,
+        times,
+        chosen,
+        lambda: torch.randn(noise.shape, generator=generator, dtype=torch.float64),
+        **options,
+    )
+    return finish(
+        answered(
+            conduct(run, known_region(two_pixels(rho, chosen), z, mask, chosen.point), steps),
+            answer,
+        ),
+        z,
+        mask,
+    )
 
 
 @pytest.mark.parametrize("kind", ["flow", "cosine"])
 @pytest.mark.parametrize("rho", [0.0, 0.8])
 def test_what_it_can_and_cannot_do_without_noise_on_the_way(kind: str, rho: float) -> None:
-    """x_2 is linear in z_1, the known noise n_1 and its own n_2, with coefficients that solve a linear ODE in r = sigma/alpha:
+    """x_2 is linear in z_1, the known noise n_1 and its own n_2, with coefficients that solve a
+    linear ODE in r = sigma/alpha:
 
-    with D(r) = (1 + r^2)^2 - rho^2, those of z_1 and n_1 are rho D(0)^1/4 times the integrals of r D^-5/4 and r^2 D^-5/4, that of n_2 is
-    D(0)^1/4. The exact answer is rho z_1 with variance 1 - rho^2: right for rho = 0 only.
+    with D(r) = (1 + r^2)^2 - rho^2, those of z_1 and n_1 are rho D(0)^1/4 times the integrals of r
+    D^-5/4 and r^2 D^-5/4, that of n_2 is D(0)^1/4. The exact answer is rho z_1 with variance 1 -
+    rho^2: right for rho = 0 only.
     """
-    z = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64).reshape(3, 1, 1, 1) * torch.ones(1, 1, 1, 2, dtype=torch.float64)
-    noise = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64).reshape(3, 1, 1, 2)
+    z = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64).reshape(3, 1, 1, 1) * torch.ones(
+        1, 1, 1, 2, dtype=torch.float64
+    )
+    noise = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64).reshape(
+        3, 1, 1, 2
+    )
     found = inpainted(rho, z, noise, "ddim", 1000, kind)[:, 0, 0, 1].tolist()
     angle = torch.linspace(0, math.pi / 2, 20001, dtype=torch.float64)[1:-1]  # r = tan(angle)
     r, width = angle.tan(), (math.pi / 2 / 20000) / angle.cos().square()
@@ -153,7 +212,8 @@ def test_what_it_can_and_cannot_do_without_noise_on_the_way(kind: str, rho: floa
     assert found == pytest.approx(expected, abs=5e-3)
     slope, spread = found[0], found[1] ** 2 + found[2] ** 2
     if rho:
-        assert abs(slope - 0.343) < 0.005 and abs(spread - 0.67) < 0.01  # the docstring's: 0.8 and 0.36 would be exact
+        # the docstring's: 0.8 and 0.36 would be exact
+        assert abs(slope - 0.343) < 0.005 and abs(spread - 0.67) < 0.01
     else:
         assert abs(slope) < 1e-9 and abs(spread - 1) < 0.01
 
@@ -168,16 +228,24 @@ def test_what_it_can_and_cannot_do_without_noise_on_the_way(kind: str, rho: floa
         ("dpmpp_2m_sde", 0.8, 0.5, 0.54),
     ],
 )
-def test_noise_on_the_way_brings_it_nearer(sampler: str, rho: float, slope: float, spread: float) -> None:
-    """The limit of ancestral samplers is (1 - sqrt(1 - rho^2))/rho; 20,000 draws, 100 steps, 4 standard errors and 0.02 for the steps.
+def test_noise_on_the_way_brings_it_nearer(
+    sampler: str, rho: float, slope: float, spread: float
+) -> None:
+    """The limit of ancestral samplers is (1 - sqrt(1 - rho^2))/rho; 20,000 draws, 100 steps, 4
+    standard errors and 0.02 for the steps.
 
     The docstring's figures; 0.8 with 0.36 would be exact.
     """
-    z, noise = normal(20_000, 1, 1, 2, dtype=torch.float64), normal(20_000, 1, 1, 2, seed=1, dtype=torch.float64)
+    z, noise = (
+        normal(20_000, 1, 1, 2, dtype=torch.float64),
+        normal(20_000, 1, 1, 2, seed=1, dtype=torch.float64),
+    )
     known, found = inpainted(rho, z, noise, sampler, 100, "cosine")[:, 0, 0].T
     measured = float((known * found).mean() / known.square().mean())
     assert abs(measured - slope) < 0.02 + 4 / math.sqrt(20_000)
-    assert abs(float((found - measured * known).var()) - spread) < 0.02 + 4 * spread * math.sqrt(2 / 20_000)
+    assert abs(float((found - measured * known).var()) - spread) < 0.02 + 4 * spread * math.sqrt(
+        2 / 20_000
+    )
 
 
 @pytest.mark.parametrize(
@@ -196,22 +264,30 @@ def test_noise_on_the_way_brings_it_nearer(sampler: str, rho: float, slope: floa
 )
 def test_a_region_that_does_not_fit_is_refused(z: Tensor, mask: Tensor, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
-        answered(known_region(tangled(FLOW), z, mask, FLOW.point)(torch.zeros(3, 2, 4, 4), 0.5), answer)
+        answered(
+            known_region(tangled(FLOW), z, mask, FLOW.point)(torch.zeros(3, 2, 4, 4), 0.5), answer
+        )
 
 
 def test_without_noise_there_is_nothing_to_ask() -> None:
     z = torch.zeros(1, 1, 2, 2)
     with pytest.raises(UserError, match="nothing to ask"):
-        answered(known_region(asking(lambda x, t: Prediction(x, x)), z, z, FLOW.point)(z, 0.0), answer)
+        answered(
+            known_region(asking(lambda x, t: Prediction(x, x)), z, z, FLOW.point)(z, 0.0), answer
+        )
 
 
-# ---- large canvas ------------------------------------------------------------------------------------------------------
+# ---- large canvas --------------------------------------------------------------------------------
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_windows_leave_no_gap_and_end_flush_with_the_edge(data: st.DataObject) -> None:
-    length, size, around = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40)), data.draw(st.booleans())
+    length, size, around = (
+        data.draw(st.integers(1, 40)),
+        data.draw(st.integers(1, 40)),
+        data.draw(st.booleans()),
+    )
     stride = data.draw(st.integers(1, size))
     windows = _windows(length, size, stride, around)
     assert sorted(set(torch.cat(windows).tolist())) == list(range(length))
@@ -227,11 +303,16 @@ def pixelwise(x: Tensor, t: float) -> Prediction:
 @pytest.mark.parametrize("weights", ["uniform", "smooth"])
 @pytest.mark.parametrize("around", [False, True])
 @pytest.mark.parametrize(("size", "stride"), [(4, 3), ((4, 6), (2, 5)), (4, 4), (3, 1)])
-def test_a_denoiser_of_single_cells_is_what_it_would_be_on_the_whole(weights: str, around: bool, size: Any, stride: Any) -> None:
+def test_a_denoiser_of_single_cells_is_what_it_would_be_on_the_whole(
+    weights: str, around: bool, size: Any, stride: Any
+) -> None:
     x = normal(2, 3, 9, 14)
     found = answered(large_canvas(asking(pixelwise), size, stride, weights, around)(x, 0.5), answer)
-    assert torch.allclose(found.x0, 0.3 * x, atol=1e-6) and torch.allclose(found.eps, 0.7 * x, atol=1e-6)
-    if (size, stride, around) == (4, 4, False):  # the first of each four cells lie in one window each: all its own
+    assert torch.allclose(found.x0, 0.3 * x, atol=1e-6) and torch.allclose(
+        found.eps, 0.7 * x, atol=1e-6
+    )
+    # the first of each four cells lie in one window each: all its own
+    if (size, stride, around) == (4, 4, False):
         assert torch.equal(found.x0[:, :, :4, :8], (0.3 * x)[:, :, :4, :8])
 
 
@@ -242,20 +323,38 @@ def test_it_is_the_weighted_average_of_what_the_windows_say(weights: str, around
     count = iter(range(100))
     x = torch.zeros(1, 1, 5, 9)
     found = answered(
-        large_canvas(asking(lambda x, t: Prediction(x + (n := next(count)), x - n)), (3, 4), (2, 3), weights, around)(x, 0.5), answer
+        large_canvas(
+            asking(lambda x, t: Prediction(x + (n := next(count)), x - n)),
+            (3, 4),
+            (2, 3),
+            weights,
+            around,
+        )(x, 0.5),
+        answer,
     )
-    columns = [[c, (c + 1) % 9, (c + 2) % 9, (c + 3) % 9] for c in ((0, 3, 6) if around else (0, 3, 5))]
-    profile = [[1.0] * n if weights == "uniform" else [math.sin(math.pi * (i + 0.5) / n) ** 2 for i in range(n)] for n in (3, 4)]
+    columns = [
+        [c, (c + 1) % 9, (c + 2) % 9, (c + 3) % 9] for c in ((0, 3, 6) if around else (0, 3, 5))
+    ]
+    profile = [
+        [1.0] * n
+        if weights == "uniform"
+        else [math.sin(math.pi * (i + 0.5) / n) ** 2 for i in range(n)]
+        for n in (3, 4)
+    ]
     top, bottom = torch.zeros(5, 9), torch.zeros(5, 9)
     for n, (row, cells) in enumerate(product((0, 2), columns)):
         for (i, a), (j, b) in product(enumerate(profile[0]), enumerate(profile[1])):
             top[row + i, cells[j]] += a * b * n
             bottom[row + i, cells[j]] += a * b
-    assert torch.allclose(found.x0[0, 0], top / bottom, atol=1e-5) and torch.allclose(found.eps, -found.x0, atol=1e-6)
+    assert torch.allclose(found.x0[0, 0], top / bottom, atol=1e-5) and torch.allclose(
+        found.eps, -found.x0, atol=1e-6
+    )
 
 
 class Pictures(nn.Module):
-    """y = sin(x + concat) + a number for each class: position-independent; remembers the sizes it was asked."""
+    """y = sin(x + concat) + a number for each class: position-independent; remembers the sizes it
+    was asked.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -265,37 +364,60 @@ class Pictures(nn.Module):
     def forward(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         self.calls.append(tuple(x.shape))
         y = x if cond.concat is None else x + cond.concat
-        return y.sin() + (0 if cond.vector is None else cond.vector @ self.classes)[:, None, None, None]
+        return (
+            y.sin()
+            + (0 if cond.vector is None else cond.vector @ self.classes)[:, None, None, None]
+        )
 
 
-def guided(denoiser: Denoiser, conditioning: Conditioning, null: Conditioning, weight: Any = 3.0) -> Ask:
+def guided(
+    denoiser: Denoiser, conditioning: Conditioning, null: Conditioning, weight: Any = 3.0
+) -> Ask:
     weigh = weight if hasattr(weight, "active") else Constant(weight)
-    return guide(denoiser, conditioning, [(denoiser, null)], weigh, Linear(), denoiser.process.schedule.point)
+    return guide(
+        denoiser, conditioning, [(denoiser, null)], weigh, Linear(), denoiser.process.schedule.point
+    )
 
 
 def test_guidance_inside_and_conditioning_that_is_cut_as_x_is() -> None:
     network = Pictures().requires_grad_(False)
     denoiser = Denoiser(network, Process(FLOW, parameterization("flow")))
     x, concat = normal(2, 3, 6, 10), normal(2, 3, 6, 10, seed=1)
-    conditioning, null = (Conditioning(vector=torch.eye(3)[[a, b]], concat=concat) for a, b in ((0, 1), (2, 2)))
+    conditioning, null = (
+        Conditioning(vector=torch.eye(3)[[a, b]], concat=concat) for a, b in ((0, 1), (2, 2))
+    )
     ask = large_canvas(guided(denoiser, conditioning, null), 4, 2)
     found = answered(ask(x, 0.6), answer)
-    assert network.calls == [(2 * 4 * 2 * 2, 3, 4, 4)]  # 2 rows and 4 columns of windows, 2 images, 2 classes: one pass
+    # 2 rows and 4 columns of windows, 2 images, 2 classes: one pass
+    assert network.calls == [(2 * 4 * 2 * 2, 3, 4, 4)]
     whole = answered(guided(denoiser, conditioning, null)(x, 0.6), answer)
-    assert torch.allclose(found.x0, whole.x0, atol=1e-5) and torch.allclose(found.eps, whole.eps, atol=1e-5)
+    assert torch.allclose(found.x0, whole.x0, atol=1e-5) and torch.allclose(
+        found.eps, whole.eps, atol=1e-5
+    )
     for k in range(2):
         alone = large_canvas(guided(denoiser, conditioning[k : k + 1], null[k : k + 1]), 4, 2)
         assert torch.equal(answered(alone(x[k : k + 1], 0.6), answer).x0[0], found.x0[k])
 
 
 def test_a_canvas_that_goes_around_has_no_place_where_it_begins() -> None:
-    """With a network that sees a window's own edges (convolutions, attention): turning the canvas by whole strides turns the prediction."""
+    """With a network that sees a window's own edges (convolutions, attention): turning the canvas
+    by whole strides turns the prediction.
+    """
     denoiser = tiny()
     x, conditioning = normal(1, 2, 8, 16), Conditioning(vector=torch.eye(3)[[0]])
-    ask = large_canvas(guided(denoiser, conditioning, Conditioning(vector=torch.eye(3)[[2]])), 8, 4, "smooth", around=True)
+    ask = large_canvas(
+        guided(denoiser, conditioning, Conditioning(vector=torch.eye(3)[[2]])),
+        8,
+        4,
+        "smooth",
+        around=True,
+    )
     with torch.inference_mode():
         straight, turned = (answered(ask(v, 0.6), answer).x0 for v in (x, x.roll(4, 3)))
-        flat = answered(large_canvas(guided(denoiser, conditioning, conditioning), 8, 4, "smooth")(x, 0.6), answer).x0
+        flat = answered(
+            large_canvas(guided(denoiser, conditioning, conditioning), 8, 4, "smooth")(x, 0.6),
+            answer,
+        ).x0
     assert same(straight.roll(4, 3), turned) and not torch.allclose(straight, flat, atol=1e-3)
 
 
@@ -306,15 +428,27 @@ def test_a_canvas_that_cannot_be_cut_is_refused() -> None:
     with pytest.raises(UserError, match="did you mean 'smooth'"):
         large_canvas(asking(pixelwise), 4, 2, "smoth")
     x = torch.zeros(1, 3, 4, 8)
-    for wrong in (Conditioning(concat=torch.zeros(1, 3, 4, 4)), Conditioning(residuals=(torch.zeros(1, 3, 4, 8),))):
+    for wrong in (
+        Conditioning(concat=torch.zeros(1, 3, 4, 4)),
+        Conditioning(residuals=(torch.zeros(1, 3, 4, 8),)),
+    ):
         denoiser = Denoiser(Pictures(), Process(FLOW, parameterization("flow")))
-        with pytest.raises(UserError, match="residuals" if wrong.residuals else "the canvas' height and width"):
+        with pytest.raises(
+            UserError, match="residuals" if wrong.residuals else "the canvas' height and width"
+        ):
             answered(large_canvas(guided(denoiser, wrong, wrong, 1.0), 4, 2)(x, 0.5), answer)
 
 
-# ---- feature cache -----------------------------------------------------------------------------------------------------
+# ---- feature cache -------------------------------------------------------------------------------
 
-SMALL = {"in_channels": 2, "out_channels": 2, "layers_per_block": 1, "norm_num_groups": 4, "num_class_embeds": 3, "sample_size": 8}
+SMALL = {
+    "in_channels": 2,
+    "out_channels": 2,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "num_class_embeds": 3,
+    "sample_size": 8,
+}
 PLAIN = UNetConfig(
     block_out_channels=(8, 16),
     down_block_types=("DownBlock2D", "AttnDownBlock2D"),
@@ -351,14 +485,18 @@ def classes(*labels: int) -> Conditioning:
     return Conditioning(vector=torch.eye(3)[list(labels)])
 
 
-def ran(sampler: str, ask: Ask, seeds: list[int], steps: int = 7, size: int = 8, on_step: Any = None) -> Asking[Tensor | None]:
+def ran(
+    sampler: str, ask: Ask, seeds: list[int], steps: int = 7, size: int = 8, on_step: Any = None
+) -> Asking[Tensor | None]:
     draw = SeededNoise((2, size, size), seeds)
     times = timesteps("trailing", steps, FLOW)
     return conduct(SAMPLERS[sampler](draw(), times, FLOW, draw), ask, steps, on_step)
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Equal but for rounding: convolutions and matrix products choose their algorithm by the batch."""
+    """Equal but for rounding: convolutions and matrix products choose their algorithm by the
+    batch.
+    """
     assert a is not None and b is not None
     return torch.allclose(a, b, atol=1e-3)
 
@@ -382,16 +520,25 @@ class Counting:
 @torch.inference_mode()
 def test_a_network_cut_anywhere_is_the_network(config: UNetConfig, size: int) -> None:
     network, x, timestep = unet(config), normal(2, 2, size, size), torch.tensor([10.0, 700.0])
-    given = replace(classes(0, 1), tokens=normal(2, 5, 6, seed=1), mask=torch.arange(5)[None] < torch.tensor([[3], [5]]))
+    given = replace(
+        classes(0, 1),
+        tokens=normal(2, 5, 6, seed=1),
+        mask=torch.arange(5)[None] < torch.tensor([[3], [5]]),
+    )
     top, _ = network.shallow_down(x, timestep, given, len(network._way_up()))
-    middle = network._descend(top[-1], network._way_down()[len(top) - 1 :], network.embed(timestep, given, x.dtype), given)[-1]
+    middle = network._descend(
+        top[-1], network._way_down()[len(top) - 1 :], network.embed(timestep, given, x.dtype), given
+    )[-1]
     residuals = tuple(normal(*v.shape, seed=k) for k, v in enumerate((*top, middle)))
     for cond in (given, replace(given, residuals=residuals)):
         expected = network(x, timestep, cond)
         for count in range(1, len(top) + 1):
             skips, time = network.shallow_down(x, timestep, cond, count)
             assert len(skips) == count
-            assert torch.equal(network.shallow_up(network.deep(skips[-1], time, cond, count), skips, time, cond), expected)
+            assert torch.equal(
+                network.shallow_up(network.deep(skips[-1], time, cond, count), skips, time, cond),
+                expected,
+            )
     with pytest.raises(UserError, match="do not fit this U-Net"):
         network.deep(top[-1], time, replace(given, residuals=residuals[:-1]), len(top))
     with pytest.raises(UserError, match="which is how many this U-Net has"):
@@ -399,7 +546,9 @@ def test_a_network_cut_anywhere_is_the_network(config: UNetConfig, size: int) ->
 
 
 @pytest.mark.parametrize("skips", [1, 2, 4])
-@pytest.mark.parametrize(("every", "keys"), [(1, range(7)), (3, (0, 3, 6)), ((2, 3, 5), (0, 2, 3, 5)), (100, (0,))])
+@pytest.mark.parametrize(
+    ("every", "keys"), [(1, range(7)), (3, (0, 3, 6)), ((2, 3, 5), (0, 2, 3, 5)), (100, (0,))]
+)
 @torch.inference_mode()
 def test_it_is_deepcache_written_out_by_hand(every: Any, keys: Any, skips: int) -> None:
     """Two memories, one a class; Euler's steps of a flow; each pass alone."""
@@ -419,7 +568,12 @@ def test_it_is_deepcache_written_out_by_hand(every: Any, keys: Any, skips: int) 
     found = answered(conduct(SAMPLERS["euler"](first, times, FLOW, lambda: first), ask, 7), answer)
     assert torch.allclose(found, x, atol=2e-5)
     exact = answered(
-        conduct(SAMPLERS["euler"](first, times, FLOW, lambda: first), guided(denoiser, classes(0, 1), classes(2, 2)), 7), answer
+        conduct(
+            SAMPLERS["euler"](first, times, FLOW, lambda: first),
+            guided(denoiser, classes(0, 1), classes(2, 2)),
+            7,
+        ),
+        answer,
     )
     assert torch.equal(found, exact) if every == 1 else (found - exact).abs().max() > 1e-3
 
@@ -430,7 +584,14 @@ def test_every_call_whole_changes_no_bit(sampler: str) -> None:
     denoiser = tiny()
     plain = answered(ran(sampler, guided(denoiser, classes(0, 1), classes(2, 2)), [0, 1]), answer)
     for options in ({"every": 1}, {"every": None, "threshold": 0.0}, {"every": 1, "skips": 3}):
-        found = answered(ran(sampler, feature_cache(guided(denoiser, classes(0, 1), classes(2, 2)), **options), [0, 1]), answer)
+        found = answered(
+            ran(
+                sampler,
+                feature_cache(guided(denoiser, classes(0, 1), classes(2, 2)), **options),
+                [0, 1],
+            ),
+            answer,
+        )
         assert torch.equal(found, plain)
 
 
@@ -438,13 +599,18 @@ def test_every_call_whole_changes_no_bit(sampler: str) -> None:
 def test_between_key_calls_the_deep_part_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser = tiny()
     counting = Counting(denoiser.network, monkeypatch)
-    answered(ran("ddim", feature_cache(guided(denoiser, classes(0, 1), classes(2, 2)), 3), [0, 1]), answer)
+    answered(
+        ran("ddim", feature_cache(guided(denoiser, classes(0, 1), classes(2, 2)), 3), [0, 1]),
+        answer,
+    )
     assert counting.rows == [4, 4, 4]  # calls 0, 3 and 6, both images of both classes in one pass
 
 
 @torch.inference_mode()
 def test_runs_never_mix_and_share_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three runs with other classes, images, sizes, rules and samplers, in one string of questions: each is what it is alone."""
+    """Three runs with other classes, images, sizes, rules and samplers, in one string of questions:
+    each is what it is alone.
+    """
     denoiser = tiny()
 
     def runs() -> list[Asking[Tensor | None]]:
@@ -467,24 +633,36 @@ def test_runs_never_mix_and_share_passes(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("config", [PLAIN, CROSS], ids=["plain", "cross"])
 @torch.inference_mode()
-def test_the_threshold_decides_for_each_image_alone(config: UNetConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    denoiser, tokens = Denoiser(unet(config), Process(FLOW, parameterization("flow"))), 3 * normal(3, 5, 6)
+def test_the_threshold_decides_for_each_image_alone(
+    config: UNetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser, tokens = (
+        Denoiser(unet(config), Process(FLOW, parameterization("flow"))),
+        3 * normal(3, 5, 6),
+    )
     counting = Counting(denoiser.network, monkeypatch)
 
     def run(labels: list[int], seeds: list[int]) -> Tensor | None:
-        words, nothing = (replace(classes(*v), tokens=tokens[list(v)]) for v in (labels, [2] * len(labels)))
+        words, nothing = (
+            replace(classes(*v), tokens=tokens[list(v)]) for v in (labels, [2] * len(labels))
+        )
         ask = guided(denoiser, words, nothing)
         return answered(ran("ddim", feature_cache(ask, None, 0.35), seeds, 15), answer)
 
     found = run([0, 1], [0, 1])
-    assert found is not None and counting.rows[0] == 4 and any(n < 4 for n in counting.rows[1:])  # some rows, not all
+    # some rows, not all
+    assert found is not None and counting.rows[0] == 4 and any(n < 4 for n in counting.rows[1:])
     for k in range(2):
         assert same(run([k], [k]), found[k : k + 1])
 
 
 @torch.inference_mode()
-def test_where_guidance_stops_and_begins_again_nobody_takes_anothers_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows and classes: where the second class is not asked, the places of a call's questions mean other things."""
+def test_where_guidance_stops_and_begins_again_nobody_takes_anothers_features(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Windows and classes: where the second class is not asked, the places of a call's questions
+    mean other things.
+    """
 
     class Sometimes(Constant):
         def active(self, moment: Moment) -> bool:
@@ -498,13 +676,21 @@ def test_where_guidance_stops_and_begins_again_nobody_takes_anothers_features(mo
         return deep(x, time, cond, count)
 
     monkeypatch.setattr(denoiser.network, "deep", traced)
-    inside = large_canvas(guided(denoiser, classes(0), classes(2), Sometimes(3.0)), 8, 4, around=True)
+    inside = large_canvas(
+        guided(denoiser, classes(0), classes(2), Sometimes(3.0)), 8, 4, around=True
+    )
     draw, times = SeededNoise((2, 8, 16), [0]), timesteps("trailing", 10, FLOW)
-    answered(conduct(SAMPLERS["ddim"](draw(), times, FLOW, draw), feature_cache(inside, 100), 10), answer)
-    assert seen == [[0, 2] * 4, [0] * 4]  # at the first call of each kind; then nothing is due for a hundred calls
+    answered(
+        conduct(SAMPLERS["ddim"](draw(), times, FLOW, draw), feature_cache(inside, 100), 10), answer
+    )
+    # at the first call of each kind; then nothing is due for a hundred calls
+    assert seen == [[0, 2] * 4, [0] * 4]
     seen.clear()
-    found = answered(conduct(SAMPLERS["ddim"](draw(), times, FLOW, draw), feature_cache(inside, 4), 10), answer)
-    assert seen == [[0, 2] * 4, [0] * 4, [0, 2] * 4]  # calls 0 to 2 with both, 3 to 6 with one, 7 to 9 with both
+    found = answered(
+        conduct(SAMPLERS["ddim"](draw(), times, FLOW, draw), feature_cache(inside, 4), 10), answer
+    )
+    # calls 0 to 2 with both, 3 to 6 with one, 7 to 9 with both
+    assert seen == [[0, 2] * 4, [0] * 4, [0, 2] * 4]
     assert torch.isfinite(found).all()
 
 
@@ -528,27 +714,38 @@ def test_a_cache_that_cannot_be_or_is_used_twice_at_once_is_refused() -> None:
         answered(large_canvas(feature_cache(ask, 2), 8, 4)(normal(1, 2, 8, 12), 0.5), answer)
     with pytest.raises(UserError, match="Pictures cannot"):
         denoiser = Denoiser(Pictures(), Process(FLOW, parameterization("flow")))
-        answered(feature_cache(guided(denoiser, classes(0), classes(2)), 2)(normal(1, 2, 8, 8), 0.5), answer)
+        answered(
+            feature_cache(guided(denoiser, classes(0), classes(2)), 2)(normal(1, 2, 8, 8), 0.5),
+            answer,
+        )
     with pytest.raises(UserError, match="which is how many this U-Net has"):
         answered(feature_cache(ask, 2, skips=5)(normal(1, 2, 8, 8), 0.5), answer)
 
 
-# ---- all at once -------------------------------------------------------------------------------------------------------
+# ---- all at once ---------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def test_they_stack() -> None:
-    """A known region in a large canvas of windows with guidance, with a cache: the known part is z, each image is what it is alone."""
+    """A known region in a large canvas of windows with guidance, with a cache: the known part is z,
+    each image is what it is alone.
+    """
     denoiser, z, mask = tiny(), normal(1, 2, 8, 20, seed=9), torch.zeros(1, 1, 8, 20)
     mask[:, :, 2:6, 3:12] = 1
     times = timesteps("trailing", 6, FLOW)
 
     def run(labels: list[int], seeds: list[int], steps: list[Step]) -> Tensor:
-        ask = large_canvas(guided(denoiser, classes(*labels), classes(*[2] * len(labels))), 8, 4, "smooth")
+        ask = large_canvas(
+            guided(denoiser, classes(*labels), classes(*[2] * len(labels))), 8, 4, "smooth"
+        )
         ask = known_region(feature_cache(ask, 2), z, mask, FLOW.point)
         draw = SeededNoise((2, 8, 20), seeds)
         x = start(draw(), z, mask, FLOW.point, times[0])
-        return finish(answered(conduct(SAMPLERS["ddim"](x, times, FLOW, draw), ask, 6, steps.append), answer), z, mask)
+        return finish(
+            answered(conduct(SAMPLERS["ddim"](x, times, FLOW, draw), ask, 6, steps.append), answer),
+            z,
+            mask,
+        )
 
     steps: list[Step] = []
     found, known = run([0, 1], [0, 1], steps), mask.bool().expand(2, 2, -1, -1)

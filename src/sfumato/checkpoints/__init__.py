@@ -1,1 +1,3 @@
-"""Models on disk: diffusers folders in, diffusers folders out. `names/` holds two-way tables of other layouts."""
+"""Models on disk: diffusers folders in, diffusers folders out. `names/` holds two-way tables of
+other layouts.
+"""

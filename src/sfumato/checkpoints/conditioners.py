@@ -1,7 +1,8 @@
-"""Conditioners of single files in the original layouts: parts of a file -> what reads prompts, and back.
+"""Conditioners of single files in the original layouts: parts of a file -> what reads prompts, and
+back.
 
-CLIP's text encoders and Latent Diffusion's text transformer need a tokenizer, which such files do not hold; a table of classes may have names;
-the unconditional models have nothing.
+CLIP's text encoders and Latent Diffusion's text transformer need a tokenizer, which such files do
+not hold; a table of classes may have names; the unconditional models have nothing.
 """
 
 import json
@@ -29,7 +30,8 @@ from sfumato.predict.conditioners.nothing import Nothing
 
 @dataclass(frozen=True)
 class Source:
-    """A single file: its metadata, a folder with a tokenizer if the caller gave one, the dtype wanted, what the caller knows of it.
+    """A single file: its metadata, a folder with a tokenizer if the caller gave one, the dtype
+    wanted, what the caller knows of it.
 
     as_stored: text encoders keep the file's dtype, and are not looked at: to be streamed.
     """
@@ -57,13 +59,21 @@ def has_original(network: Any, conditioner: Any) -> bool:
 def to_parts(conditioner: Any) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
     """Config and tensors of each part that a conditioner has in a single file."""
     if isinstance(conditioner, ClipText):
-        return {f"text_encoder{end}": (e.to_config(), e.tensors()) for end, e in conditioner.encoders.items()}
+        return {
+            f"text_encoder{end}": (e.to_config(), e.tensors())
+            for end, e in conditioner.encoders.items()
+        }
     if isinstance(conditioner, BertText):
         model = conditioner.encoder.model
         return {"bert": (model.config.to_dict(), model.state_dict())}
     if isinstance(conditioner, ClassEmbedding):
         rows, width = conditioner.table.shape
-        return {"class_embedder": ({"_class_name": "ClassEmbedder", "n_classes": rows, "embed_dim": width}, conditioner.tensors())}
+        return {
+            "class_embedder": (
+                {"_class_name": "ClassEmbedder", "n_classes": rows, "embed_dim": width},
+                conditioner.tensors(),
+            )
+        }
     return {}
 
 
@@ -87,7 +97,9 @@ def from_parts(parts: Parts, source: Source) -> Any:
     if known == {"class_embedder"}:
         return _classes(parts, source)
     if not known or known - {"text_encoder", "text_encoder_2"}:
-        raise UserError(f"{source.path} is conditioned by {' and '.join(sorted(known)) or 'nothing'}: that is not run by this version")
+        raise UserError(
+            f"{source.path} is conditioned by {' and '.join(sorted(known)) or 'nothing'}: that is not run by this version"
+        )
     return _clip(parts, source)
 
 
@@ -95,7 +107,9 @@ def _bert(parts: Parts, source: Source) -> BertText:
     part, path = parts.networks["bert"], source.path
     model = build_bert(part.config, part.tensors, source.opened, path, path)
     with explained(path, (Exception,)):
-        tokenizer = bert_tokenizer.bert_tokenizer(model.config.max_position_embeddings, source.tokenizer, source.notes)
+        tokenizer = bert_tokenizer.bert_tokenizer(
+            model.config.max_position_embeddings, source.tokenizer, source.notes
+        )
         return BertText(BertEncoder(tokenizer, model))
 
 
@@ -104,7 +118,9 @@ def _classes(parts: Parts, source: Source) -> ClassEmbedding:
         values = json.loads(source.notes.get(CONDITIONER, "{}"))
     if source.reading.class_names:
         values |= {"class_names": list(source.reading.class_names)}
-    return ClassEmbedding.from_tensors(parts.networks["class_embedder"].tensors, values, source.dtype, source.path)
+    return ClassEmbedding.from_tensors(
+        parts.networks["class_embedder"].tensors, values, source.dtype, source.path
+    )
 
 
 def _clip(parts: Parts, source: Source) -> ClipText:
@@ -114,13 +130,26 @@ def _clip(parts: Parts, source: Source) -> ClipText:
     encoders: dict[str, Any] = {}
     for end in ends:
         part, projected = parts.networks[f"text_encoder{end}"], end == "_2"
-        tensors = {key.removeprefix(PREFIX): tensor for key, tensor in part.tensors.items() if not key.endswith(POSITIONS)}
+        tensors = {
+            key.removeprefix(PREFIX): tensor
+            for key, tensor in part.tensors.items()
+            if not key.endswith(POSITIONS)
+        }
         model = build_model(part.config, tensors, projected, source.opened, path, path)
-        pad = END if parts.family.startswith(("sd1", "sdxl")) and not projected else "!"  # as they were trained
-        with explained(path, (Exception,)):  # the libraries raise anything about a vocabulary that is none
-            tokenizer = clip_tokenizer(pad, model.config.max_position_embeddings, source.tokenizer, dict(source.notes))
+        # as they were trained
+        pad = END if parts.family.startswith(("sd1", "sdxl")) and not projected else "!"
+        # the libraries raise anything about a vocabulary that is none
+        with explained(path, (Exception,)):
+            tokenizer = clip_tokenizer(
+                pad, model.config.max_position_embeddings, source.tokenizer, dict(source.notes)
+            )
             encoders[end] = ClipEncoder(tokenizer, model, projected)
-    flags = {"force_zeros_for_empty_prompt": "_2" in ends, "requires_aesthetics_score": ends == ["_2"]}
+    flags = {
+        "force_zeros_for_empty_prompt": "_2" in ends,
+        "requires_aesthetics_score": ends == ["_2"],
+    }
     with explained(path):
-        settings = read_config(ClipTextConfig, flags | json.loads(source.notes.get(CONDITIONER, "{}")), {})
+        settings = read_config(
+            ClipTextConfig, flags | json.loads(source.notes.get(CONDITIONER, "{}")), {}
+        )
     return ClipText(encoders.get(""), encoders.get("_2"), settings)

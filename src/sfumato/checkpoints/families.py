@@ -1,7 +1,9 @@
-"""The families of single files: what each is told by, and what its keys do not say (betas, scale of latents, heads, prediction).
+"""The families of single files: what each is told by, and what its keys do not say (betas, scale of
+latents, heads, prediction).
 
-Numbers are those of the published configurations: Latent Diffusion and SD 1 (Rombach et al. 2022, arXiv:2112.10752), SD 2 and the x4 upscaler
-(Stability AI, 2022), SDXL (Podell et al. 2023, arXiv:2307.01952).
+Numbers are those of the published configurations: Latent Diffusion and SD 1 (Rombach et al. 2022,
+arXiv:2112.10752), SD 2 and the x4 upscaler (Stability AI, 2022), SDXL (Podell et al. 2023,
+arXiv:2307.01952).
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,9 +22,11 @@ EPSILON, VELOCITY = "epsilon", "v_prediction"
 
 @dataclass(frozen=True)
 class Text:
-    """One conditioner of a family: the part it becomes, its prefix in the file, the layout below it.
+    """One conditioner of a family: the part it becomes, its prefix in the file, the layout below
+    it.
 
-    `penultimate`: the file holds the whole tower, of which the last layer and the projection are never used (SD 2); the part leaves them out.
+    `penultimate`: the file holds the whole tower, of which the last layer and the projection are
+    never used (SD 2); the part leaves them out.
     """
 
     part: str
@@ -40,10 +44,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Family:
-    """`heads`: the number of heads of every attention, or `head_width` of each, or neither where files of the family differ.
+    """`heads`: the number of heads of every attention, or `head_width` of each, or neither where
+    files of the family differ.
 
-    `sizes`: numbers beside the pooled text in SDXL's vector. `sample_size`: the side of latents it was trained at. `predicts`: the network's
-    target; for SD 2 keys do not tell the base models ("epsilon") from the 768 ones, and the default is the latter, as in diffusers.
+    `sizes`: numbers beside the pooled text in SDXL's vector. `sample_size`: the side of latents it
+    was trained at. `predicts`: the network's target; for SD 2 keys do not tell the base models
+    ("epsilon") from the 768 ones, and the default is the latter, as in diffusers.
     """
 
     texts: tuple[Text, ...] = ()
@@ -56,28 +62,54 @@ class Family:
     predicts: str = EPSILON
 
 
-_CLIP_L, _BIG_G = Text("text_encoder", "conditioner.embedders.0.transformer.", "clip"), "conditioner.embedders.{}.model."
+_CLIP_L, _BIG_G = (
+    Text("text_encoder", "conditioner.embedders.0.transformer.", "clip"),
+    "conditioner.embedders.{}.model.",
+)
 _CLIP_H = Text("text_encoder", "cond_stage_model.model.", "open_clip", penultimate=True)
 
 FAMILIES = {
     "sd1": Family((Text("text_encoder", "cond_stage_model.transformer.", "clip"),), heads=8),
     "sd2": Family((_CLIP_H,), head_width=64, sample_size=96, predicts=VELOCITY),
-    "x4-upscaler": Family((_CLIP_H,), heads=8, betas=(0.0001, 0.02), scaling_factor=0.08333, sample_size=128, predicts=VELOCITY),
+    "x4-upscaler": Family(
+        (_CLIP_H,),
+        heads=8,
+        betas=(0.0001, 0.02),
+        scaling_factor=0.08333,
+        sample_size=128,
+        predicts=VELOCITY,
+    ),
     "sdxl": Family(
-        (_CLIP_L, Text("text_encoder_2", _BIG_G.format(1), "open_clip")), head_width=64, scaling_factor=0.13025, sample_size=128, sizes=6
+        (_CLIP_L, Text("text_encoder_2", _BIG_G.format(1), "open_clip")),
+        head_width=64,
+        scaling_factor=0.13025,
+        sample_size=128,
+        sizes=6,
     ),
     "sdxl-refiner": Family(
-        (Text("text_encoder_2", _BIG_G.format(0), "open_clip"),), head_width=64, scaling_factor=0.13025, sample_size=128, sizes=5
+        (Text("text_encoder_2", _BIG_G.format(0), "open_clip"),),
+        head_width=64,
+        scaling_factor=0.13025,
+        sample_size=128,
+        sizes=5,
     ),
-    "ldm-text": Family((Text("bert", "cond_stage_model.transformer.", "bert"),), heads=8, sample_size=32),
-    "ldm-class": Family((Text("class_embedder", "cond_stage_model.", "classes"),), betas=(0.0015, 0.0195), scaling_factor=1.0),
+    "ldm-text": Family(
+        (Text("bert", "cond_stage_model.transformer.", "bert"),), heads=8, sample_size=32
+    ),
+    "ldm-class": Family(
+        (Text("class_embedder", "cond_stage_model.", "classes"),),
+        betas=(0.0015, 0.0195),
+        scaling_factor=1.0,
+    ),
     "ldm-unconditional": Family(betas=(0.0015, 0.0195), scaling_factor=1.0),
     "autoencoder": Family(),
 }
 
 
 def family(name: str) -> Family:
-    """By name; suffixes ("-inpainting", "-pix2pix") tell the input of the U-Net only. `UserError` for another name."""
+    """By name; suffixes ("-inpainting", "-pix2pix") tell the input of the U-Net only. `UserError`
+    for another name.
+    """
     plain = name.removesuffix("-inpainting").removesuffix("-pix2pix")
     if plain not in FAMILIES:
         raise unknown("family of single files", name, FAMILIES)
@@ -106,7 +138,9 @@ def family_of_keys(keys: Iterable[str], where: object) -> str:
         return "x4-upscaler" if f"{UNET}label_emb.weight" in keys else "sd2"
     if any_under("cond_stage_model.transformer.attn_layers."):
         return "ldm-text"
-    if any_under("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.embeddings."):
+    if any_under(
+        "cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.embeddings."
+    ):
         return "sd1"
     if "cond_stage_model.embedding.weight" in keys:
         return "ldm-class"
@@ -121,7 +155,9 @@ def family_of_keys(keys: Iterable[str], where: object) -> str:
 
 
 def variant(name: str, config: Mapping[str, Any], where: object) -> str:
-    """The family with the suffix that the U-Net's input tells: latents, and beside them a picture (and a mask)."""
+    """The family with the suffix that the U-Net's input tells: latents, and beside them a picture
+    (and a mask).
+    """
     taken, given = config["in_channels"], config["out_channels"]
     suffixes = {given: "", 2 * given: "-pix2pix", 2 * given + 1: "-inpainting"}
     if name == "x4-upscaler" and taken == given + 3:

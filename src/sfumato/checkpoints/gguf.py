@@ -1,12 +1,15 @@
-"""GGUF files: weights quantised in blocks, read tensor by tensor through the package `gguf` (github.com/ggml-org/ggml, docs/gguf.md).
+"""GGUF files: weights quantised in blocks, read tensor by tensor through the package `gguf`
+(github.com/ggml-org/ggml, docs/gguf.md).
 
-A block of a row becomes numbers by one scale d, or by eight small ones (d, m float16; q, s, t small whole numbers of the block):
+A block of a row becomes numbers by one scale d, or by eight small ones (d, m float16; q, s, t small
+whole numbers of the block):
 
     Q8_0   32 numbers in 34 bytes     w = d q
     Q4_0   32 numbers in 18 bytes     w = d (q - 8)
     Q4_K   256 numbers in 144 bytes   w = d s q - m t,   s and t one for each 32
 
-Files of diffusion models hold the original names of one network, with or without `model.diffusion_model.` (stable-diffusion.cpp, ComfyUI).
+Files of diffusion models hold the original names of one network, with or without
+`model.diffusion_model.` (stable-diffusion.cpp, ComfyUI).
 """
 
 import struct
@@ -23,7 +26,8 @@ from sfumato.errors import UserError
 
 MAGIC = b"GGUF"
 _SHAPE = "comfy.gguf.orig_shape."
-"""Notes of ComfyUI's converter: the shape of a tensor whose rows do not divide into blocks, and which it stored in another."""
+"""Notes of ComfyUI's converter: the shape of a tensor whose rows do not divide into blocks, and
+which it stored in another."""
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _TEXT, _LIST = 8, 9
 """Kinds of notes by their numbers in the file, and how many bytes one takes."""
@@ -41,7 +45,9 @@ def is_gguf(path: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class GGUF:
-    """A file: its notes, and its tensors, which are made when they are asked for; kinds: how each is stored, such as "Q4_K"."""
+    """A file: its notes, and its tensors, which are made when they are asked for; kinds: how each
+    is stored, such as "Q4_K".
+    """
 
     notes: dict[str, Any]
     tensors: dict[str, Lazy]
@@ -49,15 +55,19 @@ class GGUF:
 
 
 def read_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> GGUF:
-    """Opens a file; nothing but its table is read. Tensors are made in `dtype`, those that are not quantised too.
+    """Opens a file; nothing but its table is read. Tensors are made in `dtype`, those that are not
+    quantised too.
 
-    `UserError` for a file that is missing, truncated or no GGUF, and for kinds of blocks that the package cannot read.
+    `UserError` for a file that is missing, truncated or no GGUF, and for kinds of blocks that the
+    package cannot read.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is missing: expected a GGUF file there")
     if not is_gguf(path):
-        raise UserError(f"{path} is not a GGUF file (it does not begin with {MAGIC.decode()}): give one, or a .safetensors file")
+        raise UserError(
+            f"{path} is not a GGUF file (it does not begin with {MAGIC.decode()}): give one, or a .safetensors file"
+        )
     reader = _opened(path)
     fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     try:
@@ -69,7 +79,9 @@ def read_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> GGUF:
         kinds[found.name] = found.tensor_type.name
         tensors[found.name] = _lazy(path, found, notes.get(_SHAPE + found.name), dtype)
     if not tensors:
-        raise UserError(f"{path} holds no tensors: it may be a vocabulary only; give a file with weights")
+        raise UserError(
+            f"{path} holds no tensors: it may be a vocabulary only; give a file with weights"
+        )
     return GGUF(notes, tensors, kinds)
 
 
@@ -77,7 +89,9 @@ def _opened(path: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise UserError(f"{path} is read with the package gguf, which is not installed: pip install 'sfumato[gguf]'") from error
+        raise UserError(
+            f"{path} is read with the package gguf, which is not installed: pip install 'sfumato[gguf]'"
+        ) from error
     try:
         _check_lists(path)
         return GGUFReader(path)
@@ -86,7 +100,9 @@ def _opened(path: Path) -> Any:
 
 
 def _check_lists(path: Path) -> None:
-    """ValueError for a list among the notes that is longer than the file: the package would count its way through it."""
+    """ValueError for a list among the notes that is longer than the file: the package would count
+    its way through it.
+    """
     with path.open("rb") as file:
         left = path.stat().st_size
 
@@ -113,7 +129,8 @@ def _check_lists(path: Path) -> None:
             file.seek(count, 1)
 
         file.read(4)
-        if not number("<I") & 0xFFFF:  # of a machine with the other order of bytes, which the package knows
+        # of a machine with the other order of bytes, which the package knows
+        if not number("<I") & 0xFFFF:
             return
         _, notes = number("<Q"), number("<Q")
         for _ in range(notes):
@@ -135,14 +152,20 @@ def _lazy(path: Path, found: Any, noted: Any, dtype: torch.dtype) -> Lazy:
     if noted is not None:
         given = tuple(int(n) for n in noted)
         if torch.Size(given).numel() != torch.Size(shape).numel():
-            raise UserError(f"{path}: {found.name} has {shape} and its note {_SHAPE}* says {given}: it may be damaged; copy it again")
+            raise UserError(
+                f"{path}: {found.name} has {shape} and its note {_SHAPE}* says {given}: it may be damaged; copy it again"
+            )
         shape = given
     if kind in ("I8", "I16", "I32", "I64"):
-        raise UserError(f"{path}: {found.name} holds whole numbers ({kind}): expected weights, quantised or not")
+        raise UserError(
+            f"{path}: {found.name} holds whole numbers ({kind}): expected weights, quantised or not"
+        )
     from gguf import GGML_QUANT_SIZES, dequantize
 
     try:
-        dequantize(np.zeros((1, GGML_QUANT_SIZES[found.tensor_type][1]), np.uint8), found.tensor_type)
+        dequantize(
+            np.zeros((1, GGML_QUANT_SIZES[found.tensor_type][1]), np.uint8), found.tensor_type
+        )
     except NotImplementedError as error:
         raise UserError(
             f"{path}: {found.name} is stored as {kind}, which the installed package gguf cannot read: expected Q8_0, Q4_K or such"
@@ -150,6 +173,7 @@ def _lazy(path: Path, found: Any, noted: Any, dtype: torch.dtype) -> Lazy:
 
     def make() -> Tensor:
         values = found.data if kind in _PLAIN else dequantize(found.data, found.tensor_type)
-        return torch.from_numpy(np.array(values)).reshape(shape).to(dtype)  # a copy: the file is mapped to be read only
+        # a copy: the file is mapped to be read only
+        return torch.from_numpy(np.array(values)).reshape(shape).to(dtype)
 
     return Lazy(dtype, shape, make)

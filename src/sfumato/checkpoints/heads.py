@@ -1,6 +1,8 @@
-"""The heads of attention in the metadata of single files that sfumato wrote, where a family's files differ and keys do not tell.
+"""The heads of attention in the metadata of single files that sfumato wrote, where a family's files
+differ and keys do not tell.
 
-sfumato.heads   {"num_heads": 8} or {"num_head_channels": 32}, in the words of Latent Diffusion's YAML
+sfumato.heads   {"num_heads": 8} or {"num_head_channels": 32}, in the words of Latent Diffusion's
+                YAML
 """
 
 import json
@@ -14,7 +16,9 @@ HEADS = "sfumato.heads"
 
 
 def heads_note(config: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata for a U-Net of this config (diffusers' fields); none where one number does not say it."""
+    """The metadata for a U-Net of this config (diffusers' fields); none where one number does not
+    say it.
+    """
     heads = config.get("attention_head_dim", 8)
     if is_plain(config):
         many = config.get("num_attention_heads") or (1 if heads is None else None)
@@ -28,7 +32,9 @@ def heads_note(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def noted_heads(notes: Mapping[str, str], where: object) -> tuple[int | None, int | None]:
-    """The number of heads, or their width, that a file's metadata say; `UserError` for what is neither."""
+    """The number of heads, or their width, that a file's metadata say; `UserError` for what is
+    neither.
+    """
     try:
         noted = json.loads(notes.get(HEADS, "{}"))
         found = noted.get("num_heads"), noted.get("num_head_channels")

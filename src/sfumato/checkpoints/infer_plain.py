@@ -1,8 +1,10 @@
-"""The config of a U-Net without tokens (unconditional Latent Diffusion), read from its keys and shapes: diffusers' UNet2DModel.
+"""The config of a U-Net without tokens (unconditional Latent Diffusion), read from its keys and
+shapes: diffusers' UNet2DModel.
 
-A step down that is a residual block looks like any other; the way up tells, where it stands behind another block. Heads leave no trace. The
-published models have two rules, which are taken where nobody says otherwise: heads 32 wide (CelebA-HQ, FFHQ, LSUN bedrooms), or, with residual
-blocks as steps, 8 heads (LSUN churches).
+A step down that is a residual block looks like any other; the way up tells, where it stands behind
+another block. Heads leave no trace. The published models have two rules, which are taken where
+nobody says otherwise: heads 32 wide (CelebA-HQ, FFHQ, LSUN bedrooms), or, with residual blocks as
+steps, 8 heads (LSUN churches).
 """
 
 from typing import Any
@@ -42,37 +44,56 @@ def is_plain(s: Shapes) -> bool:
 
 
 def plain_config(s: Shapes, heads: int | None, head_width: int | None) -> dict[str, Any]:
-    """diffusers' config of the U-Net below `model.diffusion_model.`; `UserError` for one that is not whole, or that is told a class."""
+    """diffusers' config of the U-Net below `model.diffusion_model.`; `UserError` for one that is
+    not whole, or that is told a class.
+    """
     if s.has("label_emb."):
-        raise UserError(f"{s.where}: a U-Net without tokens that is told a class (label_emb) is not supported")
+        raise UserError(
+            f"{s.where}: a U-Net without tokens that is told a class (label_emb) is not supported"
+        )
     levels, steps = _levels(s)
     widths = [s.size(f"input_blocks.{blocks[0]}.0.out_layers.0.weight") for blocks in levels]
     attends = [s.has(f"input_blocks.{blocks[0]}.1.") for blocks in levels]
     by_block = any(steps)
     if by_block and not all(steps):
-        raise UserError(f"{s.where}: of its U-Net's steps down some are residual blocks: expected all of them, or none")
-    rest = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if by_block else ("DownBlock2D", "UpBlock2D")
-    step, shift = "resnet" if by_block else "conv", s.size("input_blocks.1.0.emb_layers.1.bias") == 2 * widths[0]
-    return (
-        PLAIN_STANDARD
-        | {
-            "in_channels": s.size("input_blocks.0.0.weight", 1, 4),
-            "out_channels": s.size("out.2.bias"),
-            "down_block_types": ["AttnDownBlock2D" if a else rest[0] for a in attends],
-            "up_block_types": ["AttnUpBlock2D" if a else rest[1] for a in reversed(attends)],
-            "block_out_channels": widths,
-            "layers_per_block": one_or_all([len(blocks) for blocks in levels]),
-            "downsample_type": step,
-            "upsample_type": step,
-            "resnet_time_scale_shift": "scale_shift" if shift else "default",
-            "attn_norm_num_groups": 32 if shift else None,  # without a word diffusers leaves out the norm of the middle's attention there
-            **_heads(s, [w for w, a in zip(widths, attends, strict=True) if a] + widths[-1:], heads, head_width, by_block),
-        }
+        raise UserError(
+            f"{s.where}: of its U-Net's steps down some are residual blocks: expected all of them, or none"
+        )
+    rest = (
+        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+        if by_block
+        else ("DownBlock2D", "UpBlock2D")
     )
+    step, shift = (
+        "resnet" if by_block else "conv",
+        s.size("input_blocks.1.0.emb_layers.1.bias") == 2 * widths[0],
+    )
+    return PLAIN_STANDARD | {
+        "in_channels": s.size("input_blocks.0.0.weight", 1, 4),
+        "out_channels": s.size("out.2.bias"),
+        "down_block_types": ["AttnDownBlock2D" if a else rest[0] for a in attends],
+        "up_block_types": ["AttnUpBlock2D" if a else rest[1] for a in reversed(attends)],
+        "block_out_channels": widths,
+        "layers_per_block": one_or_all([len(blocks) for blocks in levels]),
+        "downsample_type": step,
+        "upsample_type": step,
+        "resnet_time_scale_shift": "scale_shift" if shift else "default",
+        # without a word diffusers leaves out the norm of the middle's attention there
+        "attn_norm_num_groups": 32 if shift else None,
+        **_heads(
+            s,
+            [w for w, a in zip(widths, attends, strict=True) if a] + widths[-1:],
+            heads,
+            head_width,
+            by_block,
+        ),
+    }
 
 
 def _levels(s: Shapes) -> tuple[list[list[int]], list[bool]]:
-    """The numbers of the residual blocks on the way down, one list a level; and of each step between, whether it is a residual block."""
+    """The numbers of the residual blocks on the way down, one list a level; and of each step
+    between, whether it is a residual block.
+    """
     counts = [0]
     for n in range(s.count("output_blocks.")):
         counts[-1] += 1
@@ -92,7 +113,9 @@ def _levels(s: Shapes) -> tuple[list[list[int]], list[bool]]:
     return levels, steps
 
 
-def _heads(s: Shapes, widths: list[int], heads: int | None, head_width: int | None, by_block: bool) -> dict[str, Any]:
+def _heads(
+    s: Shapes, widths: list[int], heads: int | None, head_width: int | None, by_block: bool
+) -> dict[str, Any]:
     """`widths`: where it attends."""
     if heads is None and head_width is None:
         heads, head_width = (_HEADS, None) if by_block else (None, _HEAD_WIDTH)
@@ -100,7 +123,9 @@ def _heads(s: Shapes, widths: list[int], heads: int | None, head_width: int | No
     wrong = [w for w in widths if w % by]
     if wrong:
         what = f"{heads} heads" if heads else f"heads {head_width} wide"
-        raise UserError(f"{s.where}: width {wrong[0]} does not divide into {what}: give heads, or its YAML")
+        raise UserError(
+            f"{s.where}: width {wrong[0]} does not divide into {what}: give heads, or its YAML"
+        )
     if heads is None:
         return {"attention_head_dim": head_width}
     if heads == 1:

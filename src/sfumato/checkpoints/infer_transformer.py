@@ -1,8 +1,10 @@
-"""The config of a diffusion transformer in its original layout, read from keys and shapes alone; T5's inside such files too.
+"""The config of a diffusion transformer in its original layout, read from keys and shapes alone;
+T5's inside such files too.
 
-What leaves no trace is what all published files have: heads 64 wide in SD3, 72 in PixArt, in DiT 72 where the width has such heads and 64
-elsewhere (Peebles & Xie 2022, table 1), 128 in FLUX (or what the norms of q and k say); rotary angles of FLUX over (16, 56, 56) channels with
-base 10000, of FLUX.2 over four times 32 with base 2000.
+What leaves no trace is what all published files have: heads 64 wide in SD3, 72 in PixArt, in DiT 72
+where the width has such heads and 64 elsewhere (Peebles & Xie 2022, table 1), 128 in FLUX (or what
+the norms of q and k say); rotary angles of FLUX over (16, 56, 56) channels with base 10000, of
+FLUX.2 over four times 32 with base 2000.
 """
 
 from math import isqrt
@@ -16,14 +18,18 @@ SD3_HEAD = 64
 
 def _heads(s: Shapes, width: int, head: int) -> int:
     if head < 1 or width % head:
-        raise UserError(f"{s.where}: width {width} does not divide into heads {head} wide: it may be damaged, or is of no known kind")
+        raise UserError(
+            f"{s.where}: width {width} does not divide into heads {head} wide: it may be damaged, or is of no known kind"
+        )
     return width // head
 
 
 def _square(s: Shapes, key: str, cells: int) -> int:
     side = isqrt(cells)
     if side * side != cells:
-        raise UserError(f"{s.where}: {s.prefix}{key} has {cells} places, which are no square: it may be damaged, or is of no known kind")
+        raise UserError(
+            f"{s.where}: {s.prefix}{key} has {cells} places, which are no square: it may be damaged, or is of no known kind"
+        )
     return side
 
 
@@ -47,13 +53,17 @@ def sd3_config(s: Shapes) -> dict[str, Any]:
         "pooled_projection_dim": s.size("y_embedder.mlp.0.weight", 1, 2),
         "out_channels": s.size("final_layer.linear.bias") // patch**2,
         "pos_embed_max_size": side,
-        "dual_attention_layers": [k for k in range(layers) if s.has(f"joint_blocks.{k}.x_block.attn2.")],
+        "dual_attention_layers": [
+            k for k in range(layers) if s.has(f"joint_blocks.{k}.x_block.attn2.")
+        ],
         "qk_norm": "rms_norm" if normed else None,
     }
 
 
 def flux_config(s: Shapes) -> dict[str, Any]:
-    """diffusers' fields of FluxTransformer2DModel. Fill takes 384 channels in, Canny and Depth 128, the others 64."""
+    """diffusers' fields of FluxTransformer2DModel. Fill takes 384 channels in, Canny and Depth 128,
+    the others 64.
+    """
     width, head = s.size("img_in.bias"), s.size("double_blocks.0.img_attn.norm.query_norm.scale")
     return {
         "_class_name": "FluxTransformer2DModel",
@@ -73,7 +83,10 @@ def flux_config(s: Shapes) -> dict[str, Any]:
 
 def flux2_config(s: Shapes) -> dict[str, Any]:
     """diffusers' fields of Flux2Transformer2DModel."""
-    width, head = s.size("img_in.weight", 0, 2), s.size("double_blocks.0.img_attn.norm.query_norm.scale")
+    width, head = (
+        s.size("img_in.weight", 0, 2),
+        s.size("double_blocks.0.img_attn.norm.query_norm.scale"),
+    )
     inner = s.size("double_blocks.0.img_mlp.2.weight", 1, 2)
     return {
         "_class_name": "Flux2Transformer2DModel",
@@ -95,10 +108,14 @@ def flux2_config(s: Shapes) -> dict[str, Any]:
 
 
 def _axes(s: Shapes, head: int, published: list[int]) -> list[int]:
-    """The published split of a head's channels among the axes, in proportion where heads are narrower; angles take channels in pairs."""
+    """The published split of a head's channels among the axes, in proportion where heads are
+    narrower; angles take channels in pairs.
+    """
     axes = [head * a // sum(published) for a in published]
     if sum(axes) != head or any(a % 2 for a in axes):
-        raise UserError(f"{s.where}: heads {head} wide do not divide among the axes as {published} do: give its config.json (--config)")
+        raise UserError(
+            f"{s.where}: heads {head} wide do not divide among the axes as {published} do: give its config.json (--config)"
+        )
     return axes
 
 
@@ -129,9 +146,11 @@ def sit_config(s: Shapes) -> dict[str, Any]:
 
 
 def pixart_config(s: Shapes) -> dict[str, Any]:
-    """diffusers' fields of PixArtTransformer2DModel. Its size comes from the table of places or, where only that can be, from its being told sizes.
+    """diffusers' fields of PixArtTransformer2DModel. Its size comes from the table of places or,
+    where only that can be, from its being told sizes.
 
-    Sigma's captions are 300 tokens long and alpha's 120; its network for 256 pixels has half the steps between places (Chen et al. 2024).
+    Sigma's captions are 300 tokens long and alpha's 120; its network for 256 pixels has half the
+    steps between places (Chen et al. 2024).
     """
     width, patch = s.size("x_embedder.proj.bias"), s.size("x_embedder.proj.weight", 2, 4)
     told, tabled = s.has("csize_embedder."), s.has("pos_embed")
@@ -166,7 +185,10 @@ def t5_config(s: Shapes) -> dict[str, Any]:
     """transformers' fields of T5EncoderModel, version 1.1 (gated MLPs)."""
     first = "encoder.block.0.layer"
     inner = s.size(f"{first}.0.SelfAttention.q.weight", 0, 2)
-    buckets, heads = (s.size(f"{first}.0.SelfAttention.relative_attention_bias.weight", axis, 2) for axis in (0, 1))
+    buckets, heads = (
+        s.size(f"{first}.0.SelfAttention.relative_attention_bias.weight", axis, 2)
+        for axis in (0, 1)
+    )
     return {
         "architectures": ["T5EncoderModel"],
         "model_type": "t5",

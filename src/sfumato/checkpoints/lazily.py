@@ -1,4 +1,6 @@
-"""Tensors that are made when they are asked for: files larger than the memory are read, renamed, cast and written one tensor at a time."""
+"""Tensors that are made when they are asked for: files larger than the memory are read, renamed,
+cast and written one tensor at a time.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -46,8 +48,9 @@ def outlines(table: Table) -> dict[str, Tensor]:
 
 
 def sound(table: Table, where: object) -> dict[str, Lazy]:
-    """The same; NaN and infinity in a tensor are a `UserError` when it is made. The last one is kept: what is cut into several is asked for
-    several times."""
+    """The same; NaN and infinity in a tensor are a `UserError` when it is made. The last one is
+    kept: what is cut into several is asked for several times.
+    """
     last: dict[str, Tensor] = {}
 
     def of(key: str, lazy: Lazy) -> Lazy:
@@ -65,15 +68,20 @@ def sound(table: Table, where: object) -> dict[str, Lazy]:
 
 
 def without_scales(table: Table) -> dict[str, Lazy]:
-    """`weights.unscaled`: weights of eight bits that a scale belongs to become bfloat16, which holds every one of their numbers but for the
-    scale's rounding."""
+    """`weights.unscaled`: weights of eight bits that a scale belongs to become bfloat16, which
+    holds every one of their numbers but for the scale's rounding.
+    """
     beside = aside({key: lazy.dtype for key, lazy in table.items()})
 
     def of(key: str, lazy: Lazy) -> Lazy:
         scale = scale_of(key, table) if lazy.dtype in EIGHTS else None
         if scale is None:
             return lazy
-        return Lazy(torch.bfloat16, lazy.shape, lambda: scaled(key, lazy.make(), table[scale].make(), torch.bfloat16))
+        return Lazy(
+            torch.bfloat16,
+            lazy.shape,
+            lambda: scaled(key, lazy.make(), table[scale].make(), torch.bfloat16),
+        )
 
     return {key: of(key, lazy) for key, lazy in table.items() if key not in beside}
 
@@ -101,21 +109,29 @@ def _whole(r: Row, parts: list[Lazy]) -> Lazy:
     dtype = parts[0].dtype
     for part in parts[1:]:
         if part.dtype != dtype:
-            dtype = torch.promote_types(*(torch.float32 if d in EIGHTS else d for d in (dtype, part.dtype)))
+            dtype = torch.promote_types(
+                *(torch.float32 if d in EIGHTS else d for d in (dtype, part.dtype))
+            )
     return Lazy(dtype, r.stored, lambda: r.give([part.make().to(dtype) for part in parts]))
 
 
 def stored(table: Table, dtype: torch.dtype | None) -> dict[str, Lazy]:
-    """Weights as they will lie in a file (None: as they are); what does not fit is a `NumericalError` when it is made.
+    """Weights as they will lie in a file (None: as they are); what does not fit is a
+    `NumericalError` when it is made.
 
-    In eight bits only matrices and convolutions are stored, and in bfloat16 what is beside them: vectors and tables are few, and count.
+    In eight bits only matrices and convolutions are stored, and in bfloat16 what is beside them:
+    vectors and tables are few, and count.
     """
 
     def of(key: str, lazy: Lazy) -> Lazy:
         wanted = lazy.dtype if dtype is None or not lazy.dtype.is_floating_point else dtype
         if wanted in EIGHTS and dtype is not None and not eighth(key, lazy.shape):
             wanted = torch.bfloat16
-        return Lazy(wanted, lazy.shape, lambda: storable({key: lazy.make()}, wanted if wanted.is_floating_point else None)[key])
+        return Lazy(
+            wanted,
+            lazy.shape,
+            lambda: storable({key: lazy.make()}, wanted if wanted.is_floating_point else None)[key],
+        )
 
     return {key: of(key, lazy) for key, lazy in table.items()}
 
@@ -126,8 +142,10 @@ def eighth(key: str, shape: tuple[int, ...]) -> bool:
 
 
 def with_scales(table: Table, dtype: torch.dtype = torch.float8_e4m3fn) -> dict[str, Lazy]:
-    """Matrices and convolutions in eight bits with a scale each (`scale_weight`), so that the largest number of each is the format's largest:
-    what is a hundred thousand times smaller than others in another layer keeps its digits."""
+    """Matrices and convolutions in eight bits with a scale each (`scale_weight`), so that the
+    largest number of each is the format's largest: what is a hundred thousand times smaller than
+    others in another layer keeps its digits.
+    """
     found: dict[str, Lazy] = {}
     for key, lazy in table.items():
         if eighth(key, lazy.shape) and lazy.dtype.is_floating_point:
@@ -141,19 +159,34 @@ def _with_scale(key: str, lazy: Lazy, dtype: torch.dtype) -> dict[str, Lazy]:
     largest = torch.finfo(dtype).max
 
     def scale() -> Tensor:
-        """The smallest scale with which everything fits, rounding and all; 1 for a weight of zeros."""
-        top = float(storable({key: lazy.make()}, None)[key].float().abs().max()) if lazy.shape and 0 not in lazy.shape else 0.0
+        """The smallest scale with which everything fits, rounding and all; 1 for a weight of
+        zeros.
+        """
+        top = (
+            float(storable({key: lazy.make()}, None)[key].float().abs().max())
+            if lazy.shape and 0 not in lazy.shape
+            else 0.0
+        )
         return torch.tensor(top / largest * (1 + 1e-6) if top > 0 else 1.0)
 
     def weight() -> Tensor:
         return storable({key: lazy.make().float() / scale()}, dtype)[key]
 
-    return {key: Lazy(dtype, lazy.shape, weight), f"{key.removesuffix('weight')}scale_weight": Lazy(torch.float32, (), scale)}
+    return {
+        key: Lazy(dtype, lazy.shape, weight),
+        f"{key.removesuffix('weight')}scale_weight": Lazy(torch.float32, (), scale),
+    }
 
 
-def write(path: str | Path, table: Table, notes: Mapping[str, str] | None = None, done: Callable[[], None] = lambda: None) -> None:
+def write(
+    path: str | Path,
+    table: Table,
+    notes: Mapping[str, str] | None = None,
+    done: Callable[[], None] = lambda: None,
+) -> None:
     """Writes a safetensors file, one tensor at a time. done: called after each."""
-    names = sorted(table, key=lambda name: -table[name].dtype.itemsize)  # which keeps the order of those of one size
+    # which keeps the order of those of one size
+    names = sorted(table, key=lambda name: -table[name].dtype.itemsize)
 
     def made() -> Iterator[tuple[str, Tensor]]:
         for name in names:
@@ -162,5 +195,9 @@ def write(path: str | Path, table: Table, notes: Mapping[str, str] | None = None
 
     odd = [name for name in names if name == "__metadata__"]
     if odd:
-        raise UserError("a tensor called __metadata__ cannot be stored: safetensors keeps its notes under this name")
-    write_streamed(path, {name: (table[name].dtype, table[name].shape) for name in names}, made(), notes)
+        raise UserError(
+            "a tensor called __metadata__ cannot be stored: safetensors keeps its notes under this name"
+        )
+    write_streamed(
+        path, {name: (table[name].dtype, table[name].shape) for name in names}, made(), notes
+    )

@@ -1,7 +1,9 @@
-"""Text encoders of single files with a whole SD 3 or FLUX.1 model: parts of a file -> what reads prompts, and tokenizers into the file's notes.
+"""Text encoders of single files with a whole SD 3 or FLUX.1 model: parts of a file -> what reads
+prompts, and tokenizers into the file's notes.
 
-The layout has no place for tokenizers. They are those of a model's folder (tokenizer, tokenizer_2, tokenizer_3), or, in files that sfumato wrote,
-the files of these folders in a note: {"tokenizer": {"tokenizer.json": text, ...}, ...}, with spiece.model in base 64.
+The layout has no place for tokenizers. They are those of a model's folder (tokenizer, tokenizer_2,
+tokenizer_3), or, in files that sfumato wrote, the files of these folders in a note: {"tokenizer":
+{"tokenizer.json": text, ...}, ...}, with spiece.model in base 64.
 """
 
 import base64
@@ -34,23 +36,38 @@ BESIDE = {SCHEDULER: "scheduler/scheduler_config.json", CONDITIONER: "conditione
 """Notes that are files of a model's folder."""
 
 
-def read_texts(family: str, parts: Mapping[str, LazyPart], network: Any, source: Source) -> Sd3Text | FluxText:
-    """What reads prompts by the text encoders of a file. network: the model's, which tells how long FLUX's prompts are, and how wide SD 3's
-    tokens where there is no T5. `UserError` where encoders or tokenizers are missing or do not fit."""
+def read_texts(
+    family: str, parts: Mapping[str, LazyPart], network: Any, source: Source
+) -> Sd3Text | FluxText:
+    """What reads prompts by the text encoders of a file. network: the model's, which tells how long
+    FLUX's prompts are, and how wide SD 3's tokens where there is no T5. `UserError` where encoders
+    or tokenizers are missing or do not fit.
+    """
     require_transformers()
     towers = {part: name for part, name in TOWERS[family].items() if part in parts}
-    with _tokenizers(source, [part.replace("text_encoder", "tokenizer") for part in towers]) as folder:
+    with _tokenizers(
+        source, [part.replace("text_encoder", "tokenizer") for part in towers]
+    ) as folder:
         read = {
-            part: _encoder(name, parts[part], folder / part.replace("text_encoder", "tokenizer"), source) for part, name in towers.items()
+            part: _encoder(
+                name, parts[part], folder / part.replace("text_encoder", "tokenizer"), source
+            )
+            for part, name in towers.items()
         }
     with explained(source.path):
         noted = json.loads(source.notes.get(CONDITIONER, "{}"))
         if family == "flux":
             told = {} if network.learned_guidance else {"max_sequence_length": SCHNELL}
-            return FluxText(read["text_encoder"], read["text_encoder_2"], read_config(FluxTextConfig, told | noted, {}))
+            return FluxText(
+                read["text_encoder"],
+                read["text_encoder_2"],
+                read_config(FluxTextConfig, told | noted, {}),
+            )
         told = {} if "text_encoder_3" in read else {"joint_attention_dim": network.token_width}
         settings = read_config(Sd3TextConfig, told | noted, {})
-        return Sd3Text(read["text_encoder"], read["text_encoder_2"], read.get("text_encoder_3"), settings)
+        return Sd3Text(
+            read["text_encoder"], read["text_encoder_2"], read.get("text_encoder_3"), settings
+        )
 
 
 def _encoder(name: str, part: LazyPart, folder: Path, source: Source) -> Any:
@@ -62,8 +79,13 @@ def _encoder(name: str, part: LazyPart, folder: Path, source: Source) -> Any:
         spiece = (folder / SPIECE).read_bytes() if (folder / SPIECE).exists() else None
         with explained(path):
             return T5Encoder(opened, model, spiece)
-    opened, projected = _clip.read_tokenizer(folder), part.config["architectures"] == ["CLIPTextModelWithProjection"]
-    bare: dict[str, Tensor] = {k.removeprefix(PREFIX): v for k, v in tensors.items() if not k.endswith(POSITIONS)}
+    opened, projected = (
+        _clip.read_tokenizer(folder),
+        part.config["architectures"] == ["CLIPTextModelWithProjection"],
+    )
+    bare: dict[str, Tensor] = {
+        k.removeprefix(PREFIX): v for k, v in tensors.items() if not k.endswith(POSITIONS)
+    }
     model = build_model(part.config, bare, projected, source.opened, path, path, lambda: True)
     with explained(path):
         return ClipEncoder(opened, model, projected)
@@ -90,17 +112,25 @@ def _tokenizers(source: Source, names: list[str]) -> Iterator[Path]:
     folder = Path(source.tokenizer).expanduser()
     lost = [name for name in names if not (folder / name).is_dir()]
     if lost:
-        raise UserError(f"tokenizer={source.tokenizer} has no folder {lost[0]}: expected a model's folder with {wanted}")
+        raise UserError(
+            f"tokenizer={source.tokenizer} has no folder {lost[0]}: expected a model's folder with {wanted}"
+        )
     yield folder
 
 
-def unpack_tokenizers(notes: Mapping[str, str], names: Iterable[str] | None, folder: Path) -> list[str]:
-    """Writes the tokenizers' folders of these names (None: all) that a file notes; gives their names."""
+def unpack_tokenizers(
+    notes: Mapping[str, str], names: Iterable[str] | None, folder: Path
+) -> list[str]:
+    """Writes the tokenizers' folders of these names (None: all) that a file notes; gives their
+    names.
+    """
     found = json.loads(notes[TOKENIZERS])
     names = sorted(found) if names is None else list(names)
     for name in names:
         if name not in ("tokenizer", "tokenizer_2", "tokenizer_3"):
-            raise UserError(f"its note {TOKENIZERS} names {name!r}: expected tokenizer, tokenizer_2 or tokenizer_3")
+            raise UserError(
+                f"its note {TOKENIZERS} names {name!r}: expected tokenizer, tokenizer_2 or tokenizer_3"
+            )
         (folder / name).mkdir()
         for file, text in found[name].items():
             if Path(file).name != file:
@@ -125,18 +155,31 @@ def pack_tokenizers(conditioner: Sd3Text | FluxText) -> str:
 
 
 def _packed(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    return {p.name: (base64.b64encode(p.read_bytes()) if p.name == SPIECE else p.read_bytes()).decode() for p in files}
+    files = sorted(
+        path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
+    )
+    return {
+        p.name: (base64.b64encode(p.read_bytes()) if p.name == SPIECE else p.read_bytes()).decode()
+        for p in files
+    }
 
 
 def notes_of_folder(folder: Path, network: Mapping[str, Any]) -> dict[str, str]:
-    """What a single file notes of a model's folder: tokenizers, scheduler, how prompts are read, and its name and defaults where sfumato wrote it;
-    else those of its pipeline, without a name. network: the config of its transformer."""
+    """What a single file notes of a model's folder: tokenizers, scheduler, how prompts are read,
+    and its name and defaults where sfumato wrote it; else those of its pipeline, without a name.
+    network: the config of its transformer.
+    """
     found = sorted(path for path in folder.glob("tokenizer*") if path.is_dir())
-    notes = {TOKENIZERS: json.dumps({path.name: _packed(path) for path in found}, sort_keys=True)} if found else {}
+    notes = (
+        {TOKENIZERS: json.dumps({path.name: _packed(path) for path in found}, sort_keys=True)}
+        if found
+        else {}
+    )
     for key, path in BESIDE.items():
         if (folder / path).exists():
             notes[key] = json.dumps(read_table(folder / path))
     index = read_table(folder / "model_index.json")
     begin = {"defaults": transformer_defaults(index, bool(network.get("guidance_embeds")))}
-    return notes | {MODEL: json.dumps({k: v for k, v in index.get("_sfumato", begin).items() if k != "version"})}
+    return notes | {
+        MODEL: json.dumps({k: v for k, v in index.get("_sfumato", begin).items() if k != "version"})
+    }

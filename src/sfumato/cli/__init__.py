@@ -1,10 +1,12 @@
 """The command line: `sfumato COMMAND ...`, one file a command in this folder.
 
-A command called `x-y` is the function `x_y` in `x_y.py`, one called `x` is the function `x(arguments: list[str])` in `x.py`; the first line of its docstring is its line in the help.
+A command called `x-y` is the function `x_y` in `x_y.py`, one called `x` is the function
+`x(arguments: list[str])` in `x.py`; the first line of its docstring is its line in the help.
 Nothing heavy is imported before the arguments are known to be good: `--help` answers at once.
 
-Exit codes: 0 done; 1 something unforeseen; 2 wrong input (`UserError`, or arguments that do not parse); 3 a value that is not
-finite (`NumericalError`); 130 stopped with Ctrl-C. Errors are one sentence on stderr; `SFUMATO_DEBUG=1` adds the traceback.
+Exit codes: 0 done; 1 something unforeseen; 2 wrong input (`UserError`, or arguments that do not
+parse); 3 a value that is not finite (`NumericalError`); 130 stopped with Ctrl-C. Errors are one
+sentence on stderr; `SFUMATO_DEBUG=1` adds the traceback.
 """
 
 import os
@@ -17,13 +19,16 @@ CODES: dict[type[BaseException], int] = {UserError: 2, NumericalError: 3, Keyboa
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code. `arguments` without the program's name; None means the process's own."""
+    """Runs one command and returns its exit code. `arguments` without the program's name; None
+    means the process's own.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         _run(given)
         sys.stdout.flush()
         return 0
-    except BrokenPipeError:  # the reader has gone (`sfumato info fashion | head`): nothing left to say, not even at exit
+    except BrokenPipeError:
+        # the reader has gone (`sfumato info fashion | head`): nothing left to say, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Exception, KeyboardInterrupt) as error:
@@ -57,10 +62,20 @@ def _run(arguments: list[str]) -> None:
 def _overview() -> str:
     from sfumato.registry import find, names
 
-    lines = ["usage: sfumato COMMAND ...", "", "Latent diffusion: train, sample, measure.", "", "commands:"]
+    lines = [
+        "usage: sfumato COMMAND ...",
+        "",
+        "Latent diffusion: train, sample, measure.",
+        "",
+        "commands:",
+    ]
     for name in names("cli"):
-        lines.append(f"  {name.replace('_', '-'):<15} {(find('cli', name).__doc__ or '').strip().splitlines()[0]}")
-    return "\n".join([*lines, "", "`sfumato COMMAND --help` tells more; `sfumato --version` tells the version."])
+        lines.append(
+            f"  {name.replace('_', '-'):<15} {(find('cli', name).__doc__ or '').strip().splitlines()[0]}"
+        )
+    return "\n".join(
+        [*lines, "", "`sfumato COMMAND --help` tells more; `sfumato --version` tells the version."]
+    )
 
 
 def _sentence(error: BaseException) -> str:
@@ -70,4 +85,6 @@ def _sentence(error: BaseException) -> str:
         return "stopped"
     if isinstance(error, (UserError, NumericalError)):
         return text
-    return f"unforeseen {type(error).__name__}: {text or 'no message'} (SFUMATO_DEBUG=1 shows where)"
+    return (
+        f"unforeseen {type(error).__name__}: {text or 'no message'} (SFUMATO_DEBUG=1 shows where)"
+    )

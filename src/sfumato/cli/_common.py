@@ -1,4 +1,6 @@
-"""What commands share: parsing, clocks, checks that need no torch, and a progress bar where somebody watches."""
+"""What commands share: parsing, clocks, checks that need no torch, and a progress bar where
+somebody watches.
+"""
 
 import sys
 import time
@@ -30,19 +32,36 @@ MODELS = "the model's"
 
 
 def parse(
-    kind: type[T], arguments: Sequence[str], command: str, default: T | None = None, description: str | None = None, none: bool = False
+    kind: type[T],
+    arguments: Sequence[str],
+    command: str,
+    default: T | None = None,
+    description: str | None = None,
+    none: bool = False,
 ) -> T:
-    """The dataclass `kind` filled from the command line; arguments that do not parse print why and exit with code 2.
+    """The dataclass `kind` filled from the command line; arguments that do not parse print why and
+    exit with code 2.
 
     none: whether the word None may be given for a setting that can be None.
     """
     options: dict[str, Any] = {} if default is None else {"default": default}
-    config = (tyro.conf.PositionalMetavarFromFieldName, *(() if none else (tyro.conf.DisallowNone,)))
-    return tyro.cli(kind, args=list(arguments), prog=f"sfumato {command}", description=description, config=config, **options)
+    config = (
+        tyro.conf.PositionalMetavarFromFieldName,
+        *(() if none else (tyro.conf.DisallowNone,)),
+    )
+    return tyro.cli(
+        kind,
+        args=list(arguments),
+        prog=f"sfumato {command}",
+        description=description,
+        config=config,
+        **options,
+    )
 
 
 FEW = 4
-"""Steps for which packed weights do not pay: to pack them takes as long as three steps of one Stable Diffusion picture gain."""
+"""Steps for which packed weights do not pay: to pack them takes as long as three steps of one
+Stable Diffusion picture gain."""
 
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -62,8 +81,9 @@ def torch_dtype(name: str) -> "torch.dtype":
 class Opening:
     """How a command opens its models.
 
-    memory: bytes that the process may take; weights are streamed then, and not packed. dtype (None: float32) and device (None: the CPU): as
-    `load` takes them. transformer: a file, in place of the first model's own.
+    memory: bytes that the process may take; weights are streamed then, and not packed. dtype (None:
+    float32) and device (None: the CPU): as `load` takes them. transformer: a file, in place of the
+    first model's own.
     """
 
     memory: int | None = None
@@ -76,11 +96,18 @@ class Opening:
         from sfumato.loading import load
 
         dtype = None if self.dtype is None else torch_dtype(self.dtype)
-        how = {"memory": self.memory, "transformer": self.transformer, "dtype": dtype, "device": self.device}
+        how = {
+            "memory": self.memory,
+            "transformer": self.transformer,
+            "dtype": dtype,
+            "device": self.device,
+        }
         return load(source, **{name: value for name, value in how.items() if value is not None})  # pyright: ignore[reportArgumentType]
 
     def ready(self, source: str, steps: int | None) -> "LatentDiffusion":
-        """A model ready to make pictures in so many steps (None: its own). Its hash, which they carry, is made before weights are packed."""
+        """A model ready to make pictures in so many steps (None: its own). Its hash, which they
+        carry, is made before weights are packed.
+        """
         model = self.load(source)
         if self.memory is not None or model.settings(steps=steps)["steps"] <= FEW:
             return model
@@ -93,14 +120,24 @@ class Opening:
 
     def recorded(self) -> dict[str, str]:
         """What a picture remembers of it, for it decides the bits."""
-        return {name: value for name in ("dtype", "device") if (value := getattr(self, name)) is not None}
+        return {
+            name: value
+            for name in ("dtype", "device")
+            if (value := getattr(self, name)) is not None
+        }
 
 
 def weaker_for(guidance: Any, opening: Opening | None = None) -> Any:
-    """The model that guidance by a weaker one names ("2 model:path=small"), opened; None for other guidance."""
+    """The model that guidance by a weaker one names ("2 model:path=small"), opened; None for other
+    guidance.
+    """
     from sfumato.predict.guidance.settings import Guidance
 
-    paths = [path for path in (getattr(r, "path", None) for r in Guidance.parse(guidance).parts()[2]) if path]
+    paths = [
+        path
+        for path in (getattr(r, "path", None) for r in Guidance.parse(guidance).parts()[2])
+        if path
+    ]
     return (opening or Opening()).others().load(paths[0]) if paths else None
 
 
@@ -109,7 +146,9 @@ def at_least(low: int, **values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < low:
             flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} {value} is too small: expected a whole number of at least {low}")
+            raise UserError(
+                f"{flag} {value} is too small: expected a whole number of at least {low}"
+            )
 
 
 class Clock:
@@ -137,9 +176,20 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,4 +1,6 @@
-"""What the commands that make pictures of pictures, or series of them, share: options, the run, the PNG files and what they remember."""
+"""What the commands that make pictures of pictures, or series of them, share: options, the run, the
+PNG files and what they remember.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from sfumato.cli._common import MODELS, Clock, Opening, Precision, at_least, progress, unset, weaker_for
+from sfumato.cli._common import (
+    MODELS,
+    Clock,
+    Opening,
+    Precision,
+    at_least,
+    progress,
+    unset,
+    weaker_for,
+)
 from sfumato.cli._files import provenance, set_threads, target
 from sfumato.errors import UserError
 
@@ -26,7 +37,8 @@ class RunOptions:
     model: str = "fashion"
     """A bundled name, a folder in the diffusers layout, a single file or a hub id."""
     transformer: Annotated[Path | None, unset("the model's")] = None
-    """A file with a diffusion transformer alone (original, GGUF, fp8), in place of the one in the model's folder."""
+    """A file with a diffusion transformer alone (original, GGUF, fp8), in place of the one in the
+    model's folder."""
     n: int = 1
     """How many pictures. Picture k is drawn from seed + k."""
     steps: Annotated[int | None, unset(MODELS)] = None
@@ -36,9 +48,11 @@ class RunOptions:
     spacing: Annotated[str | None, unset(MODELS)] = None
     """How the times are spaced: trailing, karras, karras:rho=5, tuned ..."""
     guidance: Annotated[str | None, unset(MODELS)] = None
-    """How strongly to follow the prompt: a number, 1 is off; or more, as "3 interval:low=0.2,high=0.8" (docs/guidance.md)."""
+    """How strongly to follow the prompt: a number, 1 is off; or more, as "3
+    interval:low=0.2,high=0.8" (docs/guidance.md)."""
     learned_guidance: Annotated[float | None, unset(MODELS)] = None
-    """The same, for models that are told it (FLUX.1 dev); for them --guidance with a lone number is this one."""
+    """The same, for models that are told it (FLUX.1 dev); for them --guidance with a lone number is
+    this one."""
     negative_prompt: Annotated[str | None, unset("none")] = None
     """What to keep away from."""
     prompt_2: Annotated[str | None, unset("the prompt")] = None
@@ -54,11 +68,13 @@ class RunOptions:
     threads: Annotated[int | None, unset("all cores")] = None
     """CPU threads."""
     dtype: Annotated[Precision | None, unset("fp32")] = None
-    """What is computed in: bf16 takes half the memory, and less time where the processor knows it."""
+    """What is computed in: bf16 takes half the memory, and less time where the processor knows
+    it."""
     device: Annotated[str | None, unset("cpu")] = None
     """Where: cpu, cuda, cuda:1 ..."""
     memory: Annotated[str | None, unset("all weights in memory")] = None
-    """What the program may take, as 3GB: weights come from the files layer by layer. Slower; `sfumato info MODEL` says what fits."""
+    """What the program may take, as 3GB: weights come from the files layer by layer. Slower;
+    `sfumato info MODEL` says what fits."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +97,16 @@ def read_picture(path: Path) -> "Image":
             return opened
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: expected a picture there") from error
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} could not be read as a picture ({error}): it may be truncated; copy or download it again") from error
+    except (
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        OSError,
+        SyntaxError,
+        ValueError,
+    ) as error:
+        raise UserError(
+            f"{path} could not be read as a picture ({error}): it may be truncated; copy or download it again"
+        ) from error
 
 
 def run_task(
@@ -91,14 +115,25 @@ def run_task(
     own: dict[str, Any],
     prepare: Callable[["LatentDiffusion", "Image", "Request"], "Request"],
 ) -> None:
-    """Makes the pictures of a task and writes them. own: the task's own settings, which the PNG files remember beside the usual ones."""
+    """Makes the pictures of a task and writes them. own: the task's own settings, which the PNG
+    files remember beside the usual ones.
+    """
     base = checked(options, f"{options.picture.stem}-{name}")
     picture = read_picture(options.picture)
-    make(name, options, base, remembered(options.picture) | own, options.prompt, lambda model, request: prepare(model, picture, request))
+    make(
+        name,
+        options,
+        base,
+        remembered(options.picture) | own,
+        options.prompt,
+        lambda model, request: prepare(model, picture, request),
+    )
 
 
 def checked(options: RunOptions, name: str) -> Path:
-    """Where the pictures are to be written; `UserError` for what can be refused before torch is imported."""
+    """Where the pictures are to be written; `UserError` for what can be refused before torch is
+    imported.
+    """
     at_least(1, n=options.n, steps=options.steps, threads=options.threads)
     at_least(0, seed=options.seed)
     return target(options.out, name)
@@ -120,7 +155,9 @@ def make(
     prepare: Callable[["LatentDiffusion", "Request"], "Request"],
     columns: int | None = None,
 ) -> None:
-    """Runs the request that `prepare` makes of the options' plain one, and writes its pictures; columns: of the grid, if not square."""
+    """Runs the request that `prepare` makes of the options' plain one, and writes its pictures;
+    columns: of the grid, if not square.
+    """
     clock = Clock()
     import torch
 
@@ -143,7 +180,11 @@ def make(
 
         pictures = model.run(request, on_step=on_step)
     clock.lap("decode")
-    second = {key: value for key in ("prompt_2", "negative_prompt_2") if (value := getattr(options, key)) is not None}
+    second = {
+        key: value
+        for key in ("prompt_2", "negative_prompt_2")
+        if (value := getattr(options, key)) is not None
+    }
     parameters = {
         "task": name,
         "prompt": prompt,
@@ -161,21 +202,36 @@ def make(
     if options.grid:
         written = [write_png(base, grid(pictures, columns), parameters)]
     else:
-        names = [base] if len(pictures) == 1 else [base.with_name(f"{base.stem}-{k}.png") for k in range(len(pictures))]
-        written = [write_png(path, one, {**parameters, "index": k}) for k, (path, one) in enumerate(zip(names, pictures, strict=True))]
+        names = (
+            [base]
+            if len(pictures) == 1
+            else [base.with_name(f"{base.stem}-{k}.png") for k in range(len(pictures))]
+        )
+        written = [
+            write_png(path, one, {**parameters, "index": k})
+            for k, (path, one) in enumerate(zip(names, pictures, strict=True))
+        ]
     clock.lap("write")
     for path in written:
         print(path)
     print(f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {clock}")
 
 
-def _request(model: "LatentDiffusion", options: RunOptions, opening: Opening, prompt: str | None) -> tuple["Request", dict[str, Any]]:
+def _request(
+    model: "LatentDiffusion", options: RunOptions, opening: Opening, prompt: str | None
+) -> tuple["Request", dict[str, Any]]:
     """What the options ask for, and the settings that a PNG remembers of it."""
     from sfumato.predict.guidance.settings import Guidance
     from sfumato.sampling import Request
 
     guidance = None if options.guidance is None else Guidance.parse(options.guidance).to_json()
-    asked = {"n": options.n, "steps": options.steps, "sampler": options.sampler, "spacing": options.spacing, "guidance": guidance}
+    asked = {
+        "n": options.n,
+        "steps": options.steps,
+        "sampler": options.sampler,
+        "spacing": options.spacing,
+        "guidance": guidance,
+    }
     asked["learned_guidance"] = options.learned_guidance
     settings = model.settings(**asked)
     request = Request(

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Control(TaskOptions):
-    """Draws pictures that follow a map of edges, depth or the like; for models that were trained for such maps."""
+    """Draws pictures that follow a map of edges, depth or the like; for models that were trained
+    for such maps.
+    """
 
 
 def control(arguments: Sequence[str]) -> None:

@@ -1,4 +1,6 @@
-"""`sfumato convert SOURCE TARGET`: a model from one layout on disk to another, in another dtype if asked for."""
+"""`sfumato convert SOURCE TARGET`: a model from one layout on disk to another, in another dtype if
+asked for.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,20 +17,26 @@ Dtype = Literal["bf16", "fp16", "fp32", "fp8", "fp8-scaled"]
 
 @dataclass(frozen=True)
 class Convert:
-    """Converts a model between a folder in diffusers' layout and one file in the layout of its first publication; reads GGUF too.
+    """Converts a model between a folder in diffusers' layout and one file in the layout of its
+    first publication; reads GGUF too.
 
-    A file with a transformer alone becomes a folder with transformer/ in it, and back. Transformers are converted one tensor at a time and need
-    little memory, whatever their size; models with a U-Net are loaded first.
+    A file with a transformer alone becomes a folder with transformer/ in it, and back. Transformers
+    are converted one tensor at a time and need little memory, whatever their size; models with a
+    U-Net are loaded first.
     """
 
     source: tyro.conf.Positional[Path]
-    """A model's folder, one part's folder, a single file (.safetensors, .sft, .ckpt, .pt, .pth, .bin) or a .gguf file."""
+    """A model's folder, one part's folder, a single file (.safetensors, .sft, .ckpt, .pt, .pth,
+    .bin) or a .gguf file."""
     target: tyro.conf.Positional[Path]
-    """What to write: one file if the name ends in .safetensors, else a folder. It must not exist."""
+    """What to write: one file if the name ends in .safetensors, else a folder. It must not
+    exist."""
     dtype: Annotated[Dtype | None, unset("as in the source; bf16 for GGUF, fp32 for U-Nets")] = None
-    """How to store weights. fp8: matrices of transformers in eight bits (e4m3), the rest in bf16; fp8-scaled: with a scale for each matrix."""
+    """How to store weights. fp8: matrices of transformers in eight bits (e4m3), the rest in bf16;
+    fp8-scaled: with a scale for each matrix."""
     config: Annotated[Path | None, unset("from the file's keys and shapes")] = None
-    """A folder with the config.json of what a file holds, or a model's folder, whose scheduler and tokenizers are copied too."""
+    """A folder with the config.json of what a file holds, or a model's folder, whose scheduler and
+    tokenizers are copied too."""
     network: Annotated[Literal["dit", "sit"] | None, unset("dit")] = None
     """Whose the network of a file is, where its keys do not tell: DiT's and SiT's are the same."""
     variant: Annotated[str | None, unset("none")] = None
@@ -41,11 +49,15 @@ def convert(arguments: Sequence[str]) -> None:
     source, target = options.source.expanduser(), options.target.expanduser()
     whole = target.suffix == ".safetensors"
     if target.exists():
-        raise UserError(f"{options.target} exists: it is left as it is; choose another name or remove it first")
+        raise UserError(
+            f"{options.target} exists: it is left as it is; choose another name or remove it first"
+        )
     if (file := next((p for p in target.parents if p.is_file()), None)) is not None:
         raise UserError(f"{options.target} lies in {file}, which is a file: choose another name")
     if target.suffix in (".gguf", ".sft", ".ckpt", ".pt", ".pth", ".bin"):
-        raise UserError(f"{options.target}: single files are written as .safetensors only; choose such a name, or a folder's")
+        raise UserError(
+            f"{options.target}: single files are written as .safetensors only; choose such a name, or a folder's"
+        )
 
     import torch
 
@@ -53,13 +65,23 @@ def convert(arguments: Sequence[str]) -> None:
     from sfumato.checkpoints.transformer_files import layout_named
 
     eights = {"fp8": torch.float8_e4m3fn, "fp8-scaled": torch.float8_e4m3fn}
-    dtype = None if options.dtype is None else eights[options.dtype] if options.dtype in eights else torch_dtype(options.dtype)
+    dtype = (
+        None
+        if options.dtype is None
+        else eights[options.dtype]
+        if options.dtype in eights
+        else torch_dtype(options.dtype)
+    )
     if has_unet(source):
         given = [f"--dtype {options.dtype}"] * (options.dtype in eights)
-        given += [f"--{name}" for name in ("config", "network") if getattr(options, name) is not None]
+        given += [
+            f"--{name}" for name in ("config", "network") if getattr(options, name) is not None
+        ]
         if given:
             flag = given[0]
-            raise UserError(f"{flag} is for diffusion transformers, and {options.source} holds a U-Net: leave it out")
+            raise UserError(
+                f"{flag} is for diffusion transformers, and {options.source} holds a U-Net: leave it out"
+            )
         from sfumato.loading import load
 
         load(str(source), dtype=dtype, variant=options.variant).save(target, dtype=dtype)
@@ -67,12 +89,26 @@ def convert(arguments: Sequence[str]) -> None:
         return
     network = layout_named(options.network).class_name if options.network else None
     storing = Storing(dtype, options.dtype == "fp8-scaled")
-    found = open_source(source, storing, options.config.expanduser() if options.config else None, options.variant, network)
+    found = open_source(
+        source,
+        storing,
+        options.config.expanduser() if options.config else None,
+        options.variant,
+        network,
+    )
     with progress("converting") as update:
-        counts = to_file(found, target, storing, options.source, update) if whole else to_folder(found, target, storing, update)
-    print(f"{options.target}: {', '.join(f'{name} ({n} tensors)' for name, n in counts.items())}, {_size(target)}")
+        counts = (
+            to_file(found, target, storing, options.source, update)
+            if whole
+            else to_folder(found, target, storing, update)
+        )
+    print(
+        f"{options.target}: {', '.join(f'{name} ({n} tensors)' for name, n in counts.items())}, {_size(target)}"
+    )
     if not whole and "text_encoder" in counts and not (target / "tokenizer").exists():
-        print(f"{options.target} has no tokenizers, which {options.source} does not hold: --config DIR brings those of a model's folder")
+        print(
+            f"{options.target} has no tokenizers, which {options.source} does not hold: --config DIR brings those of a model's folder"
+        )
 
 
 def _size(target: Path) -> str:

@@ -1,7 +1,8 @@
 """`sfumato edit`: a picture and words in, the picture changed by them out.
 
-A model that reads pictures (InstructPix2Pix, FLUX.1 Kontext, FLUX.2) follows instructions ("make it winter"); any other begins with the picture, made noisy, and
-follows a description ("a house in winter", "an oil painting of a house"): what style transfer is.
+A model that reads pictures (InstructPix2Pix, FLUX.1 Kontext, FLUX.2) follows instructions ("make it
+winter"); any other begins with the picture, made noisy, and follows a description ("a house in
+winter", "an oil painting of a house"): what style transfer is.
 """
 
 from collections.abc import Sequence
@@ -21,10 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Edit(TaskOptions):
-    """Changes a picture by words: image to image, or by instruction where the model was trained for it."""
+    """Changes a picture by words: image to image, or by instruction where the model was trained for
+    it.
+    """
 
     strength: Annotated[float | None, unset("0.8")] = None
-    """Image to image: how much is made anew, from above 0 (the picture) to 1 (next to nothing of it)."""
+    """Image to image: how much is made anew, from above 0 (the picture) to 1 (next to nothing of
+    it)."""
     picture_guidance: Annotated[float | None, unset("1.5")] = None
     """By instruction (InstructPix2Pix): how strongly to keep to the picture; 1 is off."""
     also: tuple[Path, ...] = ()
@@ -52,12 +56,16 @@ def edit(arguments: Sequence[str]) -> None:
                 raise UserError(f"--picture-guidance {scale}: this model has one scale, --guidance")
             return by_instruction(model, picture, request, picture_guidance=scale, also=also)
         if also:
-            raise UserError(f"--also {options.also[0]}: this model does not read pictures; give one picture, which it begins with")
+            raise UserError(
+                f"--also {options.also[0]}: this model does not read pictures; give one picture, which it begins with"
+            )
         if options.picture_guidance is not None:
             raise UserError(
                 f"--picture-guidance {scale}: this model was not trained for instructions; --strength says how much is made anew"
             )
         return image_to_image(model, picture, request, strength=strength)
 
-    own = {"strength": strength, "picture_guidance": scale} | ({"also": [str(path) for path in options.also]} if options.also else {})
+    own = {"strength": strength, "picture_guidance": scale} | (
+        {"also": [str(path) for path in options.also]} if options.also else {}
+    )
     run_task("edit", options, own, prepare)

@@ -1,7 +1,9 @@
-"""`sfumato evaluate`: draws samples, measures them and the autoencoder against real images, and writes a report.
+"""`sfumato evaluate`: draws samples, measures them and the autoencoder against real images, and
+writes a report.
 
-This is the place where model, data and metrics meet: `sfumato.evaluate` itself knows no model. Samples are balanced over the
-classes (sample k asks for class k mod K), sample k is drawn from seed + k, images are handed over in [0, 1].
+This is the place where model, data and metrics meet: `sfumato.evaluate` itself knows no model.
+Samples are balanced over the classes (sample k asks for class k mod K), sample k is drawn from seed
++ k, images are handed over in [0, 1].
 """
 
 from collections.abc import Sequence
@@ -25,20 +27,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measures a model against real images: Frechet distance, precision and recall, coverage, memorisation, reconstruction."""
+    """Measures a model against real images: Frechet distance, precision and recall, coverage,
+    memorisation, reconstruction.
+    """
 
     model: tyro.conf.Positional[str]
     """A bundled name, a folder in the diffusers layout, a single file or a hub id."""
     data: str
     """What the model was trained on: fashion-mnist, a folder, a .parquet file or hf:NAME."""
     features: str = "fashion"
-    """The network whose features are compared: fashion, efficientnet-lite0, inception:PATH, module:attribute or a folder."""
+    """The network whose features are compared: fashion, efficientnet-lite0, inception:PATH,
+    module:attribute or a folder."""
     samples: int = 5000
     """How many samples to draw, balanced over the classes where the model has classes."""
     unconditional_samples: int = 5000
     """How many samples to draw without a class, measured apart; 0 for none."""
     unconditional_steps: Annotated[int | None, unset("as many network calls")] = None
-    """Sampling steps without a class. Guidance calls the network twice a step, so by default twice the steps where there is guidance."""
+    """Sampling steps without a class. Guidance calls the network twice a step, so by default twice
+    the steps where there is guidance."""
     batch: int = 250
     """Samples drawn at a time."""
     seed: int = 0
@@ -50,13 +56,15 @@ class Evaluate:
     spacing: Annotated[str | None, unset(MODELS)] = None
     """How the times are spaced."""
     guidance: Annotated[str | None, unset(MODELS)] = None
-    """How strongly to follow the class: a number, 1 is off; or more, as "3 interval:low=0.2,high=0.8"."""
+    """How strongly to follow the class: a number, 1 is off; or more, as "3
+    interval:low=0.2,high=0.8"."""
     train_split: str = "train"
     """The split that the model was trained on: the reference."""
     test_split: str = "test"
     """A split that it never saw: the floor."""
     held_out: float = 0.02
-    """The share of the training images that is the floor where there is no such split: what its recipe held out of training."""
+    """The share of the training images that is the floor where there is no such split: what its
+    recipe held out of training."""
     limit: Annotated[int | None, unset("all")] = None
     """Only the first so many images of each split."""
     out: Path = Path()
@@ -80,9 +88,13 @@ def evaluate(arguments: Sequence[str]) -> None:
     at_least(6, samples=options.samples)  # k + 1 neighbours
     at_least(0, seed=options.seed)
     if options.unconditional_samples and options.unconditional_samples < 6:
-        raise UserError(f"--unconditional-samples {options.unconditional_samples} is too small: expected 0 for none, or at least 6")
+        raise UserError(
+            f"--unconditional-samples {options.unconditional_samples} is too small: expected 0 for none, or at least 6"
+        )
     if options.out.exists() and not options.out.is_dir():
-        raise UserError(f"--out {options.out} is a file: expected a folder for report.json and report.html")
+        raise UserError(
+            f"--out {options.out} is a file: expected a folder for report.json and report.html"
+        )
 
     import torch
     from rich.console import Console
@@ -112,22 +124,45 @@ def _images(model: "LatentDiffusion", options: Evaluate) -> "tuple[ImageSet, Ima
     from sfumato.data import open_both, open_first
 
     shape = model.describe()["image"]
-    size, channels, train, test = shape["height"], shape["channels"], options.train_split, options.test_split
+    size, channels, train, test = (
+        shape["height"],
+        shape["channels"],
+        options.train_split,
+        options.test_split,
+    )
     if options.limit is None:
-        return open_both(options.data, options.held_out, train=train, test=test, size=size, channels=channels)
-    return open_first(options.data, options.limit, options.held_out, train=train, test=test, size=size, channels=channels)
+        return open_both(
+            options.data, options.held_out, train=train, test=test, size=size, channels=channels
+        )
+    return open_first(
+        options.data,
+        options.limit,
+        options.held_out,
+        train=train,
+        test=test,
+        size=size,
+        channels=channels,
+    )
 
 
 def _pixels(images: "ImageSet", batch: int = 1000) -> "Tensor":
     """All images of a set, (N, C, H, W) in [0, 1]."""
     import torch
 
-    parts = [images.batch(range(start, min(start + batch, len(images))))["image"] for start in range(0, len(images), batch)]
+    parts = [
+        images.batch(range(start, min(start + batch, len(images))))["image"]
+        for start in range(0, len(images), batch)
+    ]
     return (torch.cat(parts) + 1) / 2
 
 
 def _measure(
-    model: "LatentDiffusion", features: "Features", train: "ImageSet", test: "ImageSet", options: Evaluate, clock: Clock
+    model: "LatentDiffusion",
+    features: "Features",
+    train: "ImageSet",
+    test: "ImageSet",
+    options: Evaluate,
+    clock: Clock,
 ) -> "Report":
     """Samples, samples without a class, reconstructions: one report."""
     import torch
@@ -135,7 +170,12 @@ def _measure(
     from sfumato.evaluate import evaluate_reconstruction, evaluate_samples
     from sfumato.predict.guidance.settings import Guidance
 
-    settings = model.settings(steps=options.steps, sampler=options.sampler, spacing=options.spacing, guidance=options.guidance)
+    settings = model.settings(
+        steps=options.steps,
+        sampler=options.sampler,
+        spacing=options.spacing,
+        guidance=options.guidance,
+    )
     del settings["n"]  # of one call; the report has its own
     facts = {
         "model": options.model,
@@ -164,18 +204,32 @@ def _measure(
 
     kinds = len(model.class_names)
     equal = settings["steps"] * (1 if Guidance.parse(settings["guidance"]).off else 2)
-    spacing = None if options.spacing == "tuned" else options.spacing  # there may be no tuned times for so many steps
-    free = model.settings(steps=options.unconditional_steps or equal, sampler=options.sampler, spacing=spacing, guidance=options.guidance)
+    # there may be no tuned times for so many steps
+    spacing = None if options.spacing == "tuned" else options.spacing
+    free = model.settings(
+        steps=options.unconditional_steps or equal,
+        sampler=options.sampler,
+        spacing=spacing,
+        guidance=options.guidance,
+    )
     del free["n"]
     asked = torch.arange(options.samples) % kinds if kinds else None
     samples = _draw(model, asked, options.samples, options, settings)
     clock.lap("sample")
-    found = report(samples, _translate(asked, model.class_names, features.class_names), f"{options.model} on {options.data}")
+    found = report(
+        samples,
+        _translate(asked, model.class_names, features.class_names),
+        f"{options.model} on {options.data}",
+    )
     clock.lap("measure")
     if kinds and options.unconditional_samples:
         drawn = _draw(model, None, options.unconditional_samples, options, free)
         clock.lap("sample")
-        found = found.join(_renamed(report(drawn, None, "Samples without a class", steps=free["steps"]), "unconditional"))
+        found = found.join(
+            _renamed(
+                report(drawn, None, "Samples without a class", steps=free["steps"]), "unconditional"
+            )
+        )
         clock.lap("measure")
     rebuilt = _reconstruct(model, real_test, options.batch)
     clock.lap("reconstruct")
@@ -184,8 +238,16 @@ def _measure(
     return found
 
 
-def _draw(model: "LatentDiffusion", asked: "Tensor | None", count: int, options: Evaluate, settings: dict[str, Any]) -> "Tensor":
-    """`count` samples, (N, C, H, W) in [0, 1]; with `asked`, sample k is of class `asked[k]`. Sample k is drawn from seed + k."""
+def _draw(
+    model: "LatentDiffusion",
+    asked: "Tensor | None",
+    count: int,
+    options: Evaluate,
+    settings: dict[str, Any],
+) -> "Tensor":
+    """`count` samples, (N, C, H, W) in [0, 1]; with `asked`, sample k is of class `asked[k]`.
+    Sample k is drawn from seed + k.
+    """
     import torch
 
     parts, weaker = [], weaker_for(settings["guidance"])
@@ -197,7 +259,11 @@ def _draw(model: "LatentDiffusion", asked: "Tensor | None", count: int, options:
                 update(run * step.count + step.index + 1, len(starts) * step.count)
 
             size = min(options.batch, count - start)
-            prompts = None if asked is None else [model.class_names[int(k)] for k in asked[start : start + size]]
+            prompts = (
+                None
+                if asked is None
+                else [model.class_names[int(k)] for k in asked[start : start + size]]
+            )
             images = model.generate(
                 prompts,
                 n=1 if prompts else size,
@@ -207,7 +273,8 @@ def _draw(model: "LatentDiffusion", asked: "Tensor | None", count: int, options:
                 weaker=weaker,
                 **settings,
             )
-            parts.append(images[:, : model.autoencoder.channels])  # grey models return three equal channels
+            # grey models return three equal channels
+            parts.append(images[:, : model.autoencoder.channels])
     return torch.cat(parts)
 
 
@@ -222,12 +289,22 @@ def _reconstruct(model: "LatentDiffusion", images: "Tensor", batch: int) -> "Ten
 
 
 def _as_classes(images: "ImageSet", features: "Features") -> "Tensor | None":
-    """The set's labels as numbers of the classifier's classes, where both speak of the same classes."""
-    return None if images.labels is None else _translate(images.labels, images.class_names, features.class_names)
+    """The set's labels as numbers of the classifier's classes, where both speak of the same
+    classes.
+    """
+    return (
+        None
+        if images.labels is None
+        else _translate(images.labels, images.class_names, features.class_names)
+    )
 
 
-def _translate(labels: "Tensor | None", ours: Sequence[str], theirs: Sequence[str]) -> "Tensor | None":
-    """Labels that count `ours` as labels that count `theirs`; None where a name is not in both, or a label is missing."""
+def _translate(
+    labels: "Tensor | None", ours: Sequence[str], theirs: Sequence[str]
+) -> "Tensor | None":
+    """Labels that count `ours` as labels that count `theirs`; None where a name is not in both, or
+    a label is missing.
+    """
     import torch
 
     if labels is None or not theirs or set(ours) != set(theirs) or bool((labels < 0).any()):
@@ -236,10 +313,20 @@ def _translate(labels: "Tensor | None", ours: Sequence[str], theirs: Sequence[st
 
 
 def _renamed(report: "Report", prefix: str) -> "Report":
-    """The report with `prefix` before its names, so that it can be joined with another of the same metrics."""
+    """The report with `prefix` before its names, so that it can be joined with another of the same
+    metrics.
+    """
     metrics = tuple(replace(m, name=f"{prefix}_{m.name}") for m in report.metrics)
     tables = tuple(replace(t, title=f"{t.title} ({prefix})") for t in report.tables)
-    pictures = tuple(replace(p, title=f"{p.title} ({prefix})") for p in report.pictures if p.title != "Real images")
-    data = {f"{prefix}_{key}" if key == "samples" else key: value for key, value in report.data.items()}
+    pictures = tuple(
+        replace(p, title=f"{p.title} ({prefix})")
+        for p in report.pictures
+        if p.title != "Real images"
+    )
+    data = {
+        f"{prefix}_{key}" if key == "samples" else key: value for key, value in report.data.items()
+    }
     settings = {f"{prefix}_{key}": report.settings[key] for key in ("n", "floor_n", "steps")}
-    return replace(report, metrics=metrics, tables=tables, pictures=pictures, data=data, settings=settings)
+    return replace(
+        report, metrics=metrics, tables=tables, pictures=pictures, data=data, settings=settings
+    )

@@ -1,4 +1,6 @@
-"""`sfumato info MODEL`: what a model is made of and what fits into this machine; `sfumato info --machine`: this machine. A table or JSON."""
+"""`sfumato info MODEL`: what a model is made of and what fits into this machine; `sfumato info
+--machine`: this machine. A table or JSON.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,23 +20,30 @@ FEW = 20
 
 @dataclass(frozen=True)
 class Info:
-    """Tells what a model is made of: parts, parameters, latent space, schedule, defaults, classes, hash, files; and what memory it takes."""
+    """Tells what a model is made of: parts, parameters, latent space, schedule, defaults, classes,
+    hash, files; and what memory it takes.
+    """
 
     model: tyro.conf.Positional[str] = "fashion"
     """A bundled name, a folder in the diffusers layout, a single file or a hub id."""
     machine: bool = False
-    """Describe this machine instead of a model: processor, instruction sets, threads, how layers are computed, and whether an image depends
-    on its batch (checked for each kind of layer and with the bundled model; takes a few seconds)."""
+    """Describe this machine instead of a model: processor, instruction sets, threads, how layers
+    are computed, and whether an image depends on its batch (checked for each kind of layer and with
+    the bundled model; takes a few seconds)."""
     json: bool = False
     """JSON instead of a table."""
 
 
 def info(arguments: Sequence[str]) -> None:
-    """Tells what a model is made of and what memory it takes: parts, parameters, latent space, schedule, defaults, hash, files."""
+    """Tells what a model is made of and what memory it takes: parts, parameters, latent space,
+    schedule, defaults, hash, files.
+    """
     options = parse(Info, arguments, "info")
     if options.machine:
         if options.model != Info.model:
-            raise UserError(f"--machine describes this machine, not a model: leave {options.model!r} out, or --machine")
+            raise UserError(
+                f"--machine describes this machine, not a model: leave {options.model!r} out, or --machine"
+            )
         facts = _machine()
         _print(facts if options.json else {**facts, CHECKS: _failures(facts[CHECKS])}, options.json)
         return
@@ -44,14 +53,23 @@ def info(arguments: Sequence[str]) -> None:
 
     place = _place(options.model)
     memory = None if place is None else report(place)  # before any weight is read
-    tight = memory is not None and not memory["ways"].get("in memory, float32", {}).get("fits", True)
-    model = load(options.model, memory=memory["machine"]["available"]) if memory and tight else load(options.model)
+    tight = memory is not None and not memory["ways"].get("in memory, float32", {}).get(
+        "fits", True
+    )
+    model = (
+        load(options.model, memory=memory["machine"]["available"])
+        if memory and tight
+        else load(options.model)
+    )
     facts: dict[str, Any] = {"model": options.model, "hash": model.hash, **model.describe()}
     facts.setdefault("class_names", list(model.class_names))
     if memory is not None:
         facts["memory"] = memory
     facts["files"] = _files(options.model)
-    _print(facts if memory is None or options.json else {**facts, "memory": _in_words(memory)}, options.json)
+    _print(
+        facts if memory is None or options.json else {**facts, "memory": _in_words(memory)},
+        options.json,
+    )
 
 
 def _print(facts: Mapping[str, Any], as_json: bool) -> None:
@@ -83,7 +101,10 @@ def _machine() -> dict[str, Any]:
         model = load(Info.model)
     except UserError:  # a checkout without it
         return facts
-    for name, ready in (("the bundled model", model), ("the bundled model, prepared", model.optimized())):
+    for name, ready in (
+        ("the bundled model", model),
+        ("the bundled model, prepared", model.optimized()),
+    ):
         together = ready.generate("bag", n=3, seed=5, steps=3, guidance=2.0, output="tensor")
         alone = ready.generate("bag", n=1, seed=7, steps=3, guidance=2.0, output="tensor")
         checks[name] = torch.equal(together[2:], alone)
@@ -101,18 +122,33 @@ def _failures(checks: Mapping[str, bool]) -> str | dict[str, bool]:
 def _in_words(memory: Mapping[str, Any]) -> dict[str, Any]:
     """What `report` says, for people."""
     weights = {
-        name: readable_size(part) if isinstance(part, int) else f"{readable_size(part['stored'])} ({', '.join(part['dtypes'])})"
+        name: readable_size(part)
+        if isinstance(part, int)
+        else f"{readable_size(part['stored'])} ({', '.join(part['dtypes'])})"
         for name, part in memory["weights"].items()
     }
-    machine = {name: "-" if size is None else readable_size(size) for name, size in memory["machine"].items()}
+    machine = {
+        name: "-" if size is None else readable_size(size)
+        for name, size in memory["machine"].items()
+    }
     beside = {
-        dtype: ", ".join(f"{what} {readable_size(size)}" for what, size in sizes.items()) for dtype, sizes in memory["beside"].items()
+        dtype: ", ".join(f"{what} {readable_size(size)}" for what, size in sizes.items())
+        for dtype, sizes in memory["beside"].items()
     }
     ways = {}
     for way, said in memory["ways"].items():
-        fits = [f"{_fits(said[key])}{where}" for key, where in (("fits", ""), ("fits_gpu", " into the GPU")) if key in said]
+        fits = [
+            f"{_fits(said[key])}{where}"
+            for key, where in (("fits", ""), ("fits_gpu", " into the GPU"))
+            if key in said
+        ]
         ways[way] = f"{readable_size(said['needs'])}: {', '.join(fits)}"
-    return {"weights": weights, "beside them, counted": {k: v or "not known" for k, v in beside.items()}, "machine": machine, "ways": ways}
+    return {
+        "weights": weights,
+        "beside them, counted": {k: v or "not known" for k, v in beside.items()},
+        "machine": machine,
+        "ways": ways,
+    }
 
 
 def _fits(said: bool | None) -> str:
@@ -123,7 +159,8 @@ def _rows(facts: Mapping[str, Any], depth: int = 0) -> list[tuple[str, str]]:
     """(name, value) in reading order; a table inside becomes a heading with indented rows."""
     rows: list[tuple[str, str]] = []
     for name, value in facts.items():
-        label = "  " * depth + (name if "." in name or name.isupper() else name.replace("_", " "))  # files and variables keep their names
+        # files and variables keep their names
+        label = "  " * depth + (name if "." in name or name.isupper() else name.replace("_", " "))
         if isinstance(value, Mapping):
             rows += [(label, ""), *_rows(value, depth + 1)] if value else []
         else:
@@ -167,4 +204,7 @@ def _files(model: str) -> dict[str, str]:
         return {}
     files = [place] if place.is_file() else sorted(f for f in place.rglob("*") if f.is_file())
     sizes = {str(f.relative_to(place)) if f != place else f.name: f.stat().st_size for f in files}
-    return {**{name: readable_size(size) for name, size in sizes.items()}, "all": readable_size(sum(sizes.values()))}
+    return {
+        **{name: readable_size(size) for name, size in sizes.items()},
+        "all": readable_size(sum(sizes.values())),
+    }

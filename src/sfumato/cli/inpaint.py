@@ -1,4 +1,6 @@
-"""`sfumato inpaint`: a picture and a mask in; what is white in the mask is drawn anew, every other pixel stays as it is."""
+"""`sfumato inpaint`: a picture and a mask in; what is white in the mask is drawn anew, every other
+pixel stays as it is.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +26,8 @@ class Inpaint(TaskOptions):
     strength: float = 1.0
     """Below 1 the run begins with what is under the mask, too."""
     paste: bool = True
-    """Put the pixels outside of the mask back as they were; otherwise they go through the autoencoder."""
+    """Put the pixels outside of the mask back as they were; otherwise they go through the
+    autoencoder."""
 
 
 def inpaint(arguments: Sequence[str]) -> None:
@@ -39,4 +42,9 @@ def inpaint(arguments: Sequence[str]) -> None:
 
         return task(model, picture, mask, request, strength=options.strength, paste=options.paste)
 
-    run_task("inpaint", options, {"mask": str(options.mask), "strength": options.strength, "paste": options.paste}, prepare)
+    run_task(
+        "inpaint",
+        options,
+        {"mask": str(options.mask), "strength": options.strength, "paste": options.paste},
+        prepare,
+    )

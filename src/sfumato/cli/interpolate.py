@@ -1,4 +1,6 @@
-"""`sfumato interpolate`: a series of pictures from one prompt, seed or picture to another, in one PNG, a row."""
+"""`sfumato interpolate`: a series of pictures from one prompt, seed or picture to another, in one
+PNG, a row.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +23,9 @@ COLUMNS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Interpolate(RunOptions):
-    """Draws a series of pictures from one prompt, seed or picture to another, or several of these at once."""
+    """Draws a series of pictures from one prompt, seed or picture to another, or several of these
+    at once.
+    """
 
     prompt: tyro.conf.Positional[Annotated[str | None, unset("no words")]] = None
     """What the series begins with: words, or the name of a class."""
@@ -34,7 +38,8 @@ class Interpolate(RunOptions):
     strength: Annotated[float | None, unset("0.6")] = None
     """With --pictures: how much of each is made anew, from above 0 to 1."""
     way: Annotated[str | None, unset("noise")] = None
-    """With --pictures: noise, begin between both made noisy; inversion, between the noises that ddim makes them from."""
+    """With --pictures: noise, begin between both made noisy; inversion, between the noises that
+    ddim makes them from."""
     n: int = 8
     """How many pictures, with both ends."""
     height: Annotated[int | None, unset(MODELS)] = None
@@ -48,9 +53,16 @@ class Interpolate(RunOptions):
 def interpolate(arguments: Sequence[str]) -> None:
     """Draws a series of pictures from one prompt, seed or picture to another."""
     options = parse(Interpolate, arguments, "interpolate")
-    base = checked(options, f"{options.pictures[0].stem if options.pictures else slug(options.prompt)}-interpolate")
+    base = checked(
+        options,
+        f"{options.pictures[0].stem if options.pictures else slug(options.prompt)}-interpolate",
+    )
     _check(options)
-    ends = {name: value for name in ("to_prompt", "to_seed") if (value := getattr(options, name)) is not None}
+    ends = {
+        name: value
+        for name in ("to_prompt", "to_seed")
+        if (value := getattr(options, name)) is not None
+    }
     own: dict[str, Any] = dict(ends)
     pictures = [read_picture(path) for path in options.pictures or ()]
     way, strength = options.way or "noise", 0.6 if options.strength is None else options.strength
@@ -65,10 +77,22 @@ def interpolate(arguments: Sequence[str]) -> None:
         from sfumato.tasks import interpolate as tasks
 
         if pictures:
-            return tasks.interpolate_pictures(model, pictures[0], pictures[1], request, strength=strength, way=way, **ends)
-        return tasks.interpolate(replace(request, height=options.height, width=options.width), **ends)
+            return tasks.interpolate_pictures(
+                model, pictures[0], pictures[1], request, strength=strength, way=way, **ends
+            )
+        return tasks.interpolate(
+            replace(request, height=options.height, width=options.width), **ends
+        )
 
-    make("interpolate", options, base, own, options.prompt, prepare, columns=options.n if options.n <= COLUMNS else None)
+    make(
+        "interpolate",
+        options,
+        base,
+        own,
+        options.prompt,
+        prepare,
+        columns=options.n if options.n <= COLUMNS else None,
+    )
 
 
 def _check(options: Interpolate) -> None:
@@ -79,12 +103,18 @@ def _check(options: Interpolate) -> None:
     if options.pictures is None:
         for flag, value in (("--strength", options.strength), ("--way", options.way)):
             if value is not None:
-                raise UserError(f"{flag} {value} without --pictures: it says how a series between pictures is drawn")
+                raise UserError(
+                    f"{flag} {value} without --pictures: it says how a series between pictures is drawn"
+                )
         if options.to_prompt is None and options.to_seed is None:
-            raise UserError("nothing to go to: give a second prompt, --to-seed or --pictures FIRST SECOND")
+            raise UserError(
+                "nothing to go to: give a second prompt, --to-seed or --pictures FIRST SECOND"
+            )
         return
     for flag, value in (("--height", options.height), ("--width", options.width)):
         if value is not None:
             raise UserError(f"{flag} {value} with --pictures: the series has their size")
     if options.way == "inversion" and options.strength is not None:
-        raise UserError(f"--strength {options.strength} with --way inversion: all steps are run; leave it away")
+        raise UserError(
+            f"--strength {options.strength} with --way inversion: all steps are run; leave it away"
+        )

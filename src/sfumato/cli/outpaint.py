@@ -34,7 +34,10 @@ class Outpaint(TaskOptions):
 def outpaint(arguments: Sequence[str]) -> None:
     """Makes a picture larger at any side; its own pixels stay as they are."""
     options = parse(Outpaint, arguments, "outpaint")
-    own = {name: getattr(options, name) for name in ("left", "right", "top", "bottom", "overlap", "strength")}
+    own = {
+        name: getattr(options, name)
+        for name in ("left", "right", "top", "bottom", "overlap", "strength")
+    }
 
     def prepare(model: Any, picture: "Image", request: "Request") -> "Request":
         from sfumato.tasks.outpaint import outpaint as task

@@ -1,4 +1,6 @@
-"""`sfumato tune-timesteps MODEL --steps 8`: finds the best times for a budget of steps and stores them with the model."""
+"""`sfumato tune-timesteps MODEL --steps 8`: finds the best times for a budget of steps and stores
+them with the model.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +15,11 @@ from sfumato.errors import UserError
 
 @dataclass(frozen=True)
 class TuneTimesteps:
-    """Finds the times whose runs end nearest to a run of a thousand steps, and stores them with the model.
+    """Finds the times whose runs end nearest to a run of a thousand steps, and stores them with the
+    model.
 
-    `generate` then uses them for that sampler and number of steps (spacing "tuned"). The table compares them with the fixed spacings on
-    images that the search did not see.
+    `generate` then uses them for that sampler and number of steps (spacing "tuned"). The table
+    compares them with the fixed spacings on images that the search did not see.
     """
 
     model: tyro.conf.Positional[str] = "fashion"
@@ -38,7 +41,8 @@ class TuneTimesteps:
     seed: int = 0
     """The first image's seed."""
     out: Annotated[Path | None, unset("the model's own folder")] = None
-    """A folder for a copy of the model with the new times; needed where the model is not a folder that may be written."""
+    """A folder for a copy of the model with the new times; needed where the model is not a folder
+    that may be written."""
     threads: Annotated[int | None, unset("all cores")] = None
     """CPU threads."""
 
@@ -54,7 +58,9 @@ def tune_timesteps(arguments: Sequence[str]) -> None:
         raise UserError("--steps is empty: expected one number of steps, or several")
     folder = Path(options.model).expanduser()
     if options.out is None and not (folder / "model_index.json").is_file():
-        raise UserError(f"{options.model!r} is not a folder that can keep the times: add --out FOLDER for a copy of the model with them")
+        raise UserError(
+            f"{options.model!r} is not a folder that can keep the times: add --out FOLDER for a copy of the model with them"
+        )
 
     import torch
 
@@ -66,7 +72,9 @@ def tune_timesteps(arguments: Sequence[str]) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.out is None and options.model in bundled():
-        raise UserError(f"{options.model!r} is the bundled model: say ./{options.model} for the folder of that name, or add --out FOLDER")
+        raise UserError(
+            f"{options.model!r} is the bundled model: say ./{options.model} for the folder of that name, or add --out FOLDER"
+        )
     model = load(options.model)
     if options.out is not None:
         check_target(options.out)
@@ -88,12 +96,18 @@ def tune_timesteps(arguments: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"distance to {options.reference_steps} steps, {found[0].sampler}, guidance {found[0].guidance}")
+    table = Table(
+        title=f"distance to {options.reference_steps} steps, {found[0].sampler}, guidance {found[0].guidance}"
+    )
     table.add_column("spacing")
     for tuned in found:
         table.add_column(f"{len(tuned.times) - 1} steps", justify="right")
     for name in found[0].errors:
-        table.add_row(name, *(f"{tuned.errors[name]:.4f}" for tuned in found), style="bold" if name == "tuned" else None)
+        table.add_row(
+            name,
+            *(f"{tuned.errors[name]:.4f}" for tuned in found),
+            style="bold" if name == "tuned" else None,
+        )
     Console().print(table)
     for tuned in found:
         print(f"{len(tuned.times) - 1} steps: {', '.join(f'{t:.4f}' for t in tuned.times)}")

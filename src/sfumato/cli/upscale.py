@@ -1,7 +1,8 @@
 """`sfumato upscale`: a picture in, a larger one out.
 
-A model trained for it (Stable Diffusion's x4 upscaler) sees the small picture beside the latent; any other begins with the picture, enlarged by a
-filter and made a little noisy, and draws the details.
+A model trained for it (Stable Diffusion's x4 upscaler) sees the small picture beside the latent;
+any other begins with the picture, enlarged by a filter and made a little noisy, and draws the
+details.
 """
 
 from collections.abc import Sequence
@@ -27,11 +28,14 @@ class Upscale(TaskOptions):
     strength: Annotated[float | None, unset("0.4")] = None
     """How much is drawn anew, from above 0 to 1; not for upscalers."""
     noise_level: Annotated[int | None, unset("20")] = None
-    """For upscalers: the noise that the small picture is given, a timestep. More leaves more to be invented."""
+    """For upscalers: the noise that the small picture is given, a timestep. More leaves more to be
+    invented."""
 
 
 def upscale(arguments: Sequence[str]) -> None:
-    """Makes a picture larger, with new details: by an upscaler, or by any model in a second pass."""
+    """Makes a picture larger, with new details: by an upscaler, or by any model in a second
+    pass.
+    """
     options = parse(Upscale, arguments, "upscale")
     scale = 2.0 if options.scale is None else options.scale
     strength = 0.4 if options.strength is None else options.strength
@@ -44,10 +48,16 @@ def upscale(arguments: Sequence[str]) -> None:
         if model.low_res is not None:
             for flag, value in (("--scale", options.scale), ("--strength", options.strength)):
                 if value is not None:
-                    raise UserError(f"{flag} {value}: this model is an upscaler, which has its own scale and draws all anew; leave it away")
+                    raise UserError(
+                        f"{flag} {value}: this model is an upscaler, which has its own scale and draws all anew; leave it away"
+                    )
             return by_upscaler(model, picture, request, noise_level=level)
         if options.noise_level is not None:
-            raise UserError(f"--noise-level {level}: this model is no upscaler; --strength says how much is drawn anew")
+            raise UserError(
+                f"--noise-level {level}: this model is no upscaler; --strength says how much is drawn anew"
+            )
         return enlarge(model, picture, request, scale=scale, strength=strength)
 
-    run_task("upscale", options, {"scale": scale, "strength": strength, "noise_level": level}, prepare)
+    run_task(
+        "upscale", options, {"scale": scale, "strength": strength, "noise_level": level}, prepare
+    )

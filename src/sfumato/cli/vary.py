@@ -1,4 +1,6 @@
-"""`sfumato vary`: a picture in, pictures like it out; one number says how different. (Of a seed's picture: `generate --variation-strength`.)"""
+"""`sfumato vary`: a picture in, pictures like it out; one number says how different. (Of a seed's
+picture: `generate --variation-strength`.)
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +24,8 @@ class Vary(TaskOptions):
     strength: float = 0.3
     """How different: small numbers keep nearly everything, 1 keeps nothing."""
     way: str = "noise"
-    """noise: begin with the picture made noisy; inversion: change the noise that ddim makes the picture from."""
+    """noise: begin with the picture made noisy; inversion: change the noise that ddim makes the
+    picture from."""
     grid: bool = True
     """One PNG with all pictures, instead of one PNG a picture (NAME-0.png, NAME-1.png, ...)."""
 

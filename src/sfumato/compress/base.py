@@ -1,7 +1,9 @@
-"""What every autoencoder is: an encoder to a Gaussian (or a point), a decoder, and the latent space between them.
+"""What every autoencoder is: an encoder to a Gaussian (or a point), a decoder, and the latent space
+between them.
 
-Standardised latents everywhere: z = (raw - mean) / std per channel with statistics measured over the data (EDM2, Karras et al.
-2024, arXiv:2312.02696, appendix B.1); nobody outside multiplies by a scaling factor.
+Standardised latents everywhere: z = (raw - mean) / std per channel with statistics measured over
+the data (EDM2, Karras et al. 2024, arXiv:2312.02696, appendix B.1); nobody outside multiplies by a
+scaling factor.
 """
 
 from abc import ABC, abstractmethod
@@ -18,19 +20,27 @@ from sfumato.types import LatentSpace
 
 @dataclass(frozen=True)
 class Posterior:
-    """A diagonal Gaussian over raw latents: mean and std, both (B, C, h, w); std 0 for deterministic encoders."""
+    """A diagonal Gaussian over raw latents: mean and std, both (B, C, h, w); std 0 for
+    deterministic encoders.
+    """
 
     mean: Float[Tensor, "B C h w"]
     std: Float[Tensor, "B C h w"]
 
     def sample(self, noise: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
-        """mean + std * noise, the reparameterised draw (Kingma & Welling 2014, arXiv:1312.6114, section 2.4)."""
+        """mean + std * noise, the reparameterised draw (Kingma & Welling 2014, arXiv:1312.6114,
+        section 2.4).
+        """
         return self.mean + self.std * noise
 
     def kl(self) -> Float[Tensor, " B"]:
-        """KL divergence to the standard normal in nats, summed over the latent (Kingma & Welling 2014, appendix B)."""
+        """KL divergence to the standard normal in nats, summed over the latent (Kingma & Welling
+        2014, appendix B).
+        """
         variance = self.std.square()
-        return 0.5 * (self.mean.square() + variance - 1 - variance.clamp_min(1e-30).log()).sum((1, 2, 3))
+        return 0.5 * (self.mean.square() + variance - 1 - variance.clamp_min(1e-30).log()).sum(
+            (1, 2, 3)
+        )
 
 
 class Autoencoder(nn.Module, ABC):
@@ -51,8 +61,12 @@ class Autoencoder(nn.Module, ABC):
     def to_config(self) -> dict[str, Any]:
         """The JSON of config.json, with diffusers' names."""
 
-    def encode(self, image: Float[Tensor, "B C H W"], noise: Float[Tensor, "B c h w"] | None = None) -> Float[Tensor, "B c h w"]:
-        """image -> z, standardised: the posterior's mean, or a draw where `noise` (standard normal) is given."""
+    def encode(
+        self, image: Float[Tensor, "B C H W"], noise: Float[Tensor, "B c h w"] | None = None
+    ) -> Float[Tensor, "B c h w"]:
+        """image -> z, standardised: the posterior's mean, or a draw where `noise` (standard normal)
+        is given.
+        """
         posterior = self.posterior(image)
         return self.space.standardise(posterior.mean if noise is None else posterior.sample(noise))
 
@@ -60,8 +74,12 @@ class Autoencoder(nn.Module, ABC):
         """z -> image, not clamped."""
         return self.reconstruct(self.space.restore(z))
 
-    def forward(self, image: Float[Tensor, "B C H W"], noise: Float[Tensor, "B c h w"] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """image -> (reconstruction, posterior mean, posterior std); the training path, so that wrappers such as DDP see one call."""
+    def forward(
+        self, image: Float[Tensor, "B C H W"], noise: Float[Tensor, "B c h w"] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """image -> (reconstruction, posterior mean, posterior std); the training path, so that
+        wrappers such as DDP see one call.
+        """
         posterior = self.posterior(image)
         raw = posterior.mean if noise is None else posterior.sample(noise)
         return self.reconstruct(raw), posterior.mean, posterior.std
@@ -73,9 +91,11 @@ class Autoencoder(nn.Module, ABC):
 
 
 class InParts(Autoencoder):
-    """An autoencoder whose halves are parts in a row, each given what the one before it made, so that they can be run strip by strip.
+    """An autoencoder whose halves are parts in a row, each given what the one before it made, so
+    that they can be run strip by strip.
 
-    posterior: `to_posterior` of what the encoder's parts make of the image; reconstruct: what the decoder's parts make of `to_cells`.
+    posterior: `to_posterior` of what the encoder's parts make of the image; reconstruct: what the
+    decoder's parts make of `to_cells`.
     """
 
     @abstractmethod

@@ -1,21 +1,29 @@
-"""Autoencoders run in horizontal strips: the numbers of the whole image at once, in a fraction of the memory.
+"""Autoencoders run in horizontal strips: the numbers of the whole image at once, in a fraction of
+the memory.
 
-The layers (`sfumato.inference.row_streaming`) see a few rows at a time. What cannot be had from a few rows are the means and variances of group norms and
-the keys and values of attention: each needs a pass over all rows before the next layer may begin. Between passes one map is *kept*, in
-strips that are let go as the next kept map grows; layers that lie *ahead* of it are run again in every pass.
+The layers (`sfumato.inference.row_streaming`) see a few rows at a time. What cannot be had from a
+few rows are the means and variances of group norms and the keys and values of attention: each needs
+a pass over all rows before the next layer may begin. Between passes one map is *kept*, in strips
+that are let go as the next kept map grows; layers that lie *ahead* of it are run again in every
+pass.
 
-What is kept, and what is worked out again, follows from how many bytes maps may take (`memory`). At each norm and block:
+What is kept, and what is worked out again, follows from how many bytes maps may take (`memory`). At
+each norm and block:
 
     keep           what lies ahead is worked out once and kept, if the new map fits
-    both halves    of a residual block: its first half and its shortcut are kept, if they fit together
+    both halves    of a residual block: its first half and its shortcut are kept, if they fit
+                   together
     again          else a pass goes by for the moments alone, and nothing is kept of it
 
-By default maps may take what the largest map after a residual block takes: less would mean to work out whole blocks again for each norm
-above. In Stable Diffusion's decoder this is one map of 128 channels at the image's size. Then the last doubling is done three times and the
-first convolutions of the last three blocks twice: 8 % more products than at once. With twice the memory nothing is done again, and there are
-16 % fewer than at once, since doublings are convolved where they are small (14 % more, and as many, for the encoder; counted).
+By default maps may take what the largest map after a residual block takes: less would mean to work
+out whole blocks again for each norm above. In Stable Diffusion's decoder this is one map of 128
+channels at the image's size. Then the last doubling is done three times and the first convolutions
+of the last three blocks twice: 8 % more products than at once. With twice the memory nothing is
+done again, and there are 16 % fewer than at once, since doublings are convolved where they are
+small (14 % more, and as many, for the encoder; counted).
 
-Tiny autoencoders have no norms but taef2's, at the lowest resolution: their strips pass from end to end, and no large map is kept.
+Tiny autoencoders have no norms but taef2's, at the lowest resolution: their strips pass from end to
+end, and no large map is kept.
 """
 
 from collections.abc import Sequence
@@ -34,22 +42,35 @@ from sfumato.nn.attention import SpatialAttention
 from sfumato.nn.blocks import Downsample, ResnetBlock, Upsample
 
 STRIP = 2**23
-"""Bytes of one strip at most, where no number of rows is given: a sixteenth of what maps may take, but no more than this."""
+"""Bytes of one strip at most, where no number of rows is given: a sixteenth of what maps may take,
+but no more than this."""
 
 
 def reconstruct(
-    autoencoder: InParts, raw: Float[Tensor, "B c h w"], rows: int | None = None, memory: int | None = None
+    autoencoder: InParts,
+    raw: Float[Tensor, "B c h w"],
+    rows: int | None = None,
+    memory: int | None = None,
 ) -> Float[Tensor, "B C H W"]:
-    """Raw latent -> image, not clamped, without gradient: as `autoencoder.reconstruct`, image by image and strip by strip.
+    """Raw latent -> image, not clamped, without gradient: as `autoencoder.reconstruct`, image by
+    image and strip by strip.
 
-    rows: about how many rows of any map a strip has (default: as many as make 8 MB, or less for small images). memory: bytes that kept maps may take; more than the
-    default saves repeated work, less costs more of it.
+    rows: about how many rows of any map a strip has (default: as many as make 8 MB, or less for
+    small images). memory: bytes that kept maps may take; more than the default saves repeated work,
+    less costs more of it.
     """
     return _run(autoencoder.decoder_parts(), autoencoder.to_cells(raw), rows, memory)
 
 
-def posterior(autoencoder: InParts, image: Float[Tensor, "B C H W"], rows: int | None = None, memory: int | None = None) -> Posterior:
-    """The distribution of raw latents, without gradient: as `autoencoder.posterior`. rows and memory: see `reconstruct`."""
+def posterior(
+    autoencoder: InParts,
+    image: Float[Tensor, "B C H W"],
+    rows: int | None = None,
+    memory: int | None = None,
+) -> Posterior:
+    """The distribution of raw latents, without gradient: as `autoencoder.posterior`. rows and
+    memory: see `reconstruct`.
+    """
     check_image(image, autoencoder.channels, autoencoder.space.factor)
     return autoencoder.to_posterior(_run(autoencoder.encoder_parts(), image, rows, memory))
 
@@ -82,7 +103,9 @@ def least(modules: Sequence[nn.Module], size: Size) -> int:
     largest = 0
     for module in modules:
         size = _after(module, size)
-        largest = max(largest, _numbers(size)) if isinstance(module, ResnetBlock | Block) else largest
+        largest = (
+            max(largest, _numbers(size)) if isinstance(module, ResnetBlock | Block) else largest
+        )
     return largest
 
 
@@ -92,13 +115,17 @@ def _numbers(size: Size) -> int:
 
 @torch.no_grad()
 def _run(modules: Sequence[nn.Module], x: Tensor, rows: int | None, memory: int | None) -> Tensor:
-    """Each image by itself, so that memory does not grow with the batch (and so that no image depends on it)."""
+    """Each image by itself, so that memory does not grow with the batch (and so that no image
+    depends on it).
+    """
     for name, value in (("rows", rows), ("memory", memory)):
         if value is not None and value < 1:
             raise UserError(f"{name}={value}: expected at least 1, or None for the default")
     size: Size = (x.shape[1], x.shape[2], x.shape[3])
     if min(size) < 1:
-        raise UserError(f"a map of shape {tuple(x.shape)} is empty: expected at least one row and one column")
+        raise UserError(
+            f"a map of shape {tuple(x.shape)} is empty: expected at least one row and one column"
+        )
     allowed = memory or least(modules, size) * x.element_size()
     for module in modules:
         size = _after(module, size)
@@ -124,7 +151,9 @@ class _Kept(by.Store):
 
 
 class _Walk:
-    """One image on its way: the map that is kept, and the layers ahead of it that were not run or will be run again."""
+    """One image on its way: the map that is kept, and the layers ahead of it that were not run or
+    will be run again.
+    """
 
     def __init__(self, x: Tensor, rows: int | None, memory: int):
         self.rows, self.memory, self.bytes = rows, memory, x.element_size()
@@ -161,18 +190,24 @@ class _Walk:
             case nn.ReLU() | Scale():
                 self.ahead.append(by.pointwise(module))
             case _:
-                raise UserError(f"{type(module).__name__} cannot be run in strips: use another way to run this autoencoder")
+                raise UserError(
+                    f"{type(module).__name__} cannot be run in strips: use another way to run this autoencoder"
+                )
         self.size = after
 
     def strips(self, release: bool = False) -> by.Strips:
-        """The map after all layers ahead, strip by strip; `release` lets go of the kept map on the way."""
+        """The map after all layers ahead, strip by strip; `release` lets go of the kept map on the
+        way.
+        """
         return by.series(self.ahead)(self.kept.read(self._rows(self.kept.size), release))
 
     def _rows(self, size: Size) -> int:
         return self.rows or max(1, self.strip // (size[0] * size[2] * self.bytes))
 
     def _split(self, after: Size, step: float) -> by.Layer:
-        """Strips small enough for what a layer makes of them, each of whose rows needs `step` rows."""
+        """Strips small enough for what a layer makes of them, each of whose rows needs `step`
+        rows.
+        """
         rows = max(1, int(self._rows(after) * step))
         return lambda strips: by.split(strips, rows)
 
@@ -191,7 +226,9 @@ class _Walk:
             self._keep()
 
     def _moments(self, *layers: by.Layer) -> by.Moments:
-        """Of the map after all layers ahead, and these: known, or from a pass that keeps nothing."""
+        """Of the map after all layers ahead, and these: known, or from a pass that keeps
+        nothing.
+        """
         if not self.ahead and not layers:
             return self.kept.moments
         moments = by.Moments()
@@ -201,11 +238,17 @@ class _Walk:
     def _resnet(self, block: ResnetBlock, after: Size) -> None:
         """norm, SiLU, conv, norm, SiLU, conv, plus the input or a 1x1 convolution of it."""
         assert block.time_emb_proj is None, "blocks of autoencoders know no time"
-        first = by.series([self._moments().norm(block.norm1, silu=True), by.convolution(block.conv1)])
+        first = by.series(
+            [self._moments().norm(block.norm1, silu=True), by.convolution(block.conv1)]
+        )
         shortcut = block.conv_shortcut
         if not self._fits(after, after):
-            second = by.series([self._moments(first).norm(block.norm2, silu=True), by.convolution(block.conv2)])
-            add = (lambda y, x: y.add_(x)) if shortcut is None else (lambda y, x: y.add_(shortcut(x)))
+            second = by.series(
+                [self._moments(first).norm(block.norm2, silu=True), by.convolution(block.conv2)]
+            )
+            add = (
+                (lambda y, x: y.add_(x)) if shortcut is None else (lambda y, x: y.add_(shortcut(x)))
+            )
             self.ahead.append(by.residual(by.series([first, second]), add))
             return
         aside = by.Store(after[1])
@@ -213,8 +256,12 @@ class _Walk:
         self.ahead.append(by.residual(first, partial(_put_aside, aside, shortcut)))
         self.size = after
         self._keep()
-        second = by.series([self.kept.moments.norm(block.norm2, silu=True), by.convolution(block.conv2)])
-        self.ahead.append(lambda strips: map(lambda y: y.add_(by.take(aside.slabs, y.shape[2])), second(strips)))
+        second = by.series(
+            [self.kept.moments.norm(block.norm2, silu=True), by.convolution(block.conv2)]
+        )
+        self.ahead.append(
+            lambda strips: map(lambda y: y.add_(by.take(aside.slabs, y.shape[2])), second(strips))
+        )
         self._keep()  # at once: what was put aside can be read only once
 
     def _tiny_block(self, block: Block) -> None:
@@ -222,11 +269,22 @@ class _Walk:
         if block.pool is not None:
             self._settle()
             first, norm, relu, last = block.pool
-            assert isinstance(first, nn.Conv2d) and isinstance(norm, nn.GroupNorm) and isinstance(last, nn.Conv2d)
+            assert (
+                isinstance(first, nn.Conv2d)
+                and isinstance(norm, nn.GroupNorm)
+                and isinstance(last, nn.Conv2d)
+            )
             wide = by.convolution(first)
             normed = self._moments(wide).norm(norm, silu=False)
-            self.ahead.append(by.residual(by.series([wide, normed, by.pointwise(relu), by.convolution(last)]), torch.add))
-        layers = [by.convolution(part) if isinstance(part, nn.Conv2d) else by.pointwise(part) for part in block.conv]
+            self.ahead.append(
+                by.residual(
+                    by.series([wide, normed, by.pointwise(relu), by.convolution(last)]), torch.add
+                )
+            )
+        layers = [
+            by.convolution(part) if isinstance(part, nn.Conv2d) else by.pointwise(part)
+            for part in block.conv
+        ]
         self.ahead.append(by.residual(by.series(layers), lambda y, x: y.add_(x).relu_()))
 
 

@@ -1,7 +1,9 @@
-"""KL autoencoder of Latent Diffusion and Stable Diffusion (Rombach et al. 2022, arXiv:2112.10752, section 3.1, appendix G).
+"""KL autoencoder of Latent Diffusion and Stable Diffusion (Rombach et al. 2022, arXiv:2112.10752,
+section 3.1, appendix G).
 
-encoder: image -> (mean, log variance) of a Gaussian; decoder: raw latent -> image. The halves are those of `compress.halves`. Config and
-names are diffusers' AutoencoderKL: Stable Diffusion 1 to 3 and XL, FLUX.1 and LDM's kl-f4 to kl-f32 are numbers of this class.
+encoder: image -> (mean, log variance) of a Gaussian; decoder: raw latent -> image. The halves are
+those of `compress.halves`. Config and names are diffusers' AutoencoderKL: Stable Diffusion 1 to 3
+and XL, FLUX.1 and LDM's kl-f4 to kl-f32 are numbers of this class.
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.compress.base import Posterior
-from sfumato.compress.conv_autoencoder import Decoder, Encoder, Halved, HalvesConfig, plain_types_left_out
+from sfumato.compress.conv_autoencoder import (
+    Decoder,
+    Encoder,
+    Halved,
+    HalvesConfig,
+    plain_types_left_out,
+)
 from sfumato.config import read_config
 from sfumato.kernels import batch_invariant
 from sfumato.types import LatentSpace
@@ -22,7 +30,9 @@ _UNSAID = 0.18215  # what a config carries as its scaling factor where nobody ch
 
 @dataclass(frozen=True)
 class KLConfig(HalvesConfig):
-    """The numbers of a KL autoencoder, with diffusers' names. `latents_mean` and `latents_std` hold the measured statistics."""
+    """The numbers of a KL autoencoder, with diffusers' names. `latents_mean` and `latents_std` hold
+    the measured statistics.
+    """
 
     scaling_factor: float = _UNSAID
     shift_factor: float | None = None
@@ -34,7 +44,9 @@ class KLConfig(HalvesConfig):
 
     @property
     def space(self) -> LatentSpace:
-        """Measured statistics where present, otherwise those that one scaling factor and shift stand for."""
+        """Measured statistics where present, otherwise those that one scaling factor and shift
+        stand for.
+        """
         c = self.latent_channels
         mean = self.latents_mean or (self.shift_factor or 0.0,) * c
         std = self.latents_std or (1.0 / self.scaling_factor,) * c
@@ -42,10 +54,11 @@ class KLConfig(HalvesConfig):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "KLConfig":
-        """Reads a diffusers config; a field that this class does not know, or a value it cannot honour, is refused.
+        """Reads a diffusers config; a field that this class does not know, or a value it cannot
+        honour, is refused.
 
-        A scaling factor beside measured statistics divides the stds, as in diffusers' SDXL pipeline (Playground v2.5 has 0.5), except for
-        the default, which is there where nobody chose one.
+        A scaling factor beside measured statistics divides the stds, as in diffusers' SDXL pipeline
+        (Playground v2.5 has 0.5), except for the default, which is there where nobody chose one.
         """
         config = read_config(cls, plain_types_left_out(values), {"act_fn": "silu"})
         if config.latents_std is None or config.scaling_factor in (_UNSAID, 1.0):
@@ -57,12 +70,15 @@ class KLConfig(HalvesConfig):
         """The JSON that diffusers' AutoencoderKL reads."""
         values = {**self.fields(), "act_fn": "silu"}
         if self.latents_std is not None and self.scaling_factor != _UNSAID:
-            values["scaling_factor"] = 1.0  # the statistics have come first: who reads both must find the same latents
+            # the statistics have come first: who reads both must find the same latents
+            values["scaling_factor"] = 1.0
         return {"_class_name": "AutoencoderKL", **values}
 
 
 class AutoencoderKL(Halved):
-    """The KL autoencoder: see the module's docstring. Built from a `KLConfig`; weights are random until loaded."""
+    """The KL autoencoder: see the module's docstring. Built from a `KLConfig`; weights are random
+    until loaded.
+    """
 
     config: KLConfig
 
@@ -74,7 +90,9 @@ class AutoencoderKL(Halved):
         self.encoder = Encoder(config.in_channels, 2 * c, config.encoder_levels)
         self.decoder = Decoder(c, config.out_channels, config.decoder_levels)
         self.quant_conv = batch_invariant.Conv2d(2 * c, 2 * c, 1) if config.use_quant_conv else None
-        self.post_quant_conv = batch_invariant.Conv2d(c, c, 1) if config.use_post_quant_conv else None
+        self.post_quant_conv = (
+            batch_invariant.Conv2d(c, c, 1) if config.use_post_quant_conv else None
+        )
 
     @property
     def space(self) -> LatentSpace:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -82,8 +100,12 @@ class AutoencoderKL(Halved):
         return self.config.space
 
     def set_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """Stores per-channel statistics of raw latents, measured over the data, so that z is standardised."""
-        self.config = replace(self.config, latents_mean=tuple(mean), latents_std=tuple(std), scaling_factor=1.0)
+        """Stores per-channel statistics of raw latents, measured over the data, so that z is
+        standardised.
+        """
+        self.config = replace(
+            self.config, latents_mean=tuple(mean), latents_std=tuple(std), scaling_factor=1.0
+        )
 
     def to_posterior(self, made: Float[Tensor, "B D h w"]) -> Posterior:
         """Means and log variances, one after the other along the channels."""
@@ -94,6 +116,8 @@ class AutoencoderKL(Halved):
 
 
 def gaussian(moments: Float[Tensor, "B D h w"]) -> Posterior:
-    """Mean and log variance, one after the other along the channels, as a posterior; log variances are limited to [-30, 20]."""
+    """Mean and log variance, one after the other along the channels, as a posterior; log variances
+    are limited to [-30, 20].
+    """
     mean, log_variance = moments.chunk(2, dim=1)
     return Posterior(mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)))

@@ -1,15 +1,17 @@
-"""Tiny autoencoders, distilled from a big one of the same latents: TAESD and its kin (Bohan 2023, github.com/madebyollin/taesd).
+"""Tiny autoencoders, distilled from a big one of the same latents: TAESD and its kin (Bohan 2023,
+github.com/madebyollin/taesd).
 
-Residual blocks of three convolutions and ReLU, one width throughout, no norms; the latent is a point, not a Gaussian. Inside, images are in
-[0, 1] and the decoder softly limits its latent, 3 tanh(raw / 3). The raw latent is the big autoencoder's *standardised* one (scaling factor,
-shift, or FLUX.2's batch norm already applied), so the latent space is mean 0 and std 1 in every channel.
+Residual blocks of three convolutions and ReLU, one width throughout, no norms; the latent is a
+point, not a Gaussian. Inside, images are in [0, 1] and the decoder softly limits its latent, 3
+tanh(raw / 3). The raw latent is the big autoencoder's *standardised* one (scaling factor, shift, or
+FLUX.2's batch norm already applied), so the latent space is mean 0 and std 1 in every channel.
 
 The one for FLUX.2 (taef2) adds a branch before each block at the lowest resolution,
 
     x = x + W2 relu(GroupNorm_4(W1 x)),   W1: C -> 4C,  W2: 4C -> C,
 
-whose group norm sees the whole picture. Config and names are diffusers' AutoencoderTiny, which does not know that branch: folders with it
-are of class "SfumatoAutoencoderTiny".
+whose group norm sees the whole picture. Config and names are diffusers' AutoencoderTiny, which does
+not know that branch: folders with it are of class "SfumatoAutoencoderTiny".
 """
 
 from dataclasses import asdict, dataclass
@@ -33,10 +35,12 @@ _GROUPS = 4  # of the branch's norm
 
 @dataclass(frozen=True)
 class TinyConfig:
-    """The numbers of a tiny autoencoder, with diffusers' names and defaults; `use_midblock_gn`: with taef2's branch, which they lack.
+    """The numbers of a tiny autoencoder, with diffusers' names and defaults; `use_midblock_gn`:
+    with taef2's branch, which they lack.
 
-    num_encoder_blocks, num_decoder_blocks: residual blocks at each resolution, in the order in which the data pass.
-    `latent_magnitude`, `latent_shift` (for latents kept as 8-bit pictures) and `force_upcast` are notes that other tools read.
+    num_encoder_blocks, num_decoder_blocks: residual blocks at each resolution, in the order in
+    which the data pass. `latent_magnitude`, `latent_shift` (for latents kept as 8-bit pictures) and
+    `force_upcast` are notes that other tools read.
     """
 
     in_channels: int = 3
@@ -72,17 +76,31 @@ class TinyConfig:
     def space(self) -> LatentSpace:
         """Mean 0 and std 1, unless a scaling factor and a shift say otherwise."""
         c = self.latent_channels
-        return LatentSpace(c, 2 ** (len(self.num_encoder_blocks) - 1), (self.shift_factor,) * c, (1.0 / self.scaling_factor,) * c)
+        return LatentSpace(
+            c,
+            2 ** (len(self.num_encoder_blocks) - 1),
+            (self.shift_factor,) * c,
+            (1.0 / self.scaling_factor,) * c,
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TinyConfig":
-        """Reads a diffusers config; a field that this class does not know, or a value it cannot honour, is refused."""
-        # diffusers notes the decoder's widths a second time, under the name that other autoencoders have for theirs.
-        again = {"block_out_channels": values.get("decoder_block_out_channels", cls.decoder_block_out_channels)}
+        """Reads a diffusers config; a field that this class does not know, or a value it cannot
+        honour, is refused.
+        """
+        # diffusers notes the decoder's widths a second time, under the name that other autoencoders
+        # have for theirs.
+        again = {
+            "block_out_channels": values.get(
+                "decoder_block_out_channels", cls.decoder_block_out_channels
+            )
+        }
         return read_config(cls, values, _FIXED | again)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON that diffusers' AutoencoderTiny reads; of a class that it does not know where the branch is in use."""
+        """The JSON that diffusers' AutoencoderTiny reads; of a class that it does not know where
+        the branch is in use.
+        """
         values = asdict(self) | _FIXED
         if values.pop("use_midblock_gn"):
             return {"_class_name": _OWN_CLASS, **values, "use_midblock_gn": True}
@@ -90,15 +108,22 @@ class TinyConfig:
 
 
 class Block(nn.Module):
-    """relu(convs(x) + x), with the branch added to x before where there is one: (B, C, h, w) -> (B, C, h, w)."""
+    """relu(convs(x) + x), with the branch added to x before where there is one: (B, C, h, w) -> (B,
+    C, h, w).
+    """
 
     def __init__(self, width: int, branch: bool):
         super().__init__()
-        self.conv = nn.Sequential(_conv(width, width), nn.ReLU(), _conv(width, width), nn.ReLU(), _conv(width, width))
+        self.conv = nn.Sequential(
+            _conv(width, width), nn.ReLU(), _conv(width, width), nn.ReLU(), _conv(width, width)
+        )
         self.pool: nn.Sequential | None = None
         if branch:
             wide = 4 * width
-            first, last = batch_invariant.Conv2d(width, wide, 1, bias=False), batch_invariant.Conv2d(wide, width, 1, bias=False)
+            first, last = (
+                batch_invariant.Conv2d(width, wide, 1, bias=False),
+                batch_invariant.Conv2d(wide, width, 1, bias=False),
+            )
             self.pool = nn.Sequential(first, nn.GroupNorm(_GROUPS, wide), nn.ReLU(), last)
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
@@ -130,8 +155,12 @@ class _Encoder(nn.Module):
         width, counts = config.encoder_block_out_channels[0], config.num_encoder_blocks
         layers: list[nn.Module] = []
         for i, count in enumerate(counts):
-            layers.append(_conv(width, width, stride=2, bias=False) if i else _conv(config.in_channels, width))
-            layers += [Block(width, config.use_midblock_gn and i == len(counts) - 1) for _ in range(count)]
+            layers.append(
+                _conv(width, width, stride=2, bias=False) if i else _conv(config.in_channels, width)
+            )
+            layers += [
+                Block(width, config.use_midblock_gn and i == len(counts) - 1) for _ in range(count)
+            ]
         self.layers = nn.Sequential(*layers, _conv(width, config.latent_channels))
         self.scale = Scale(0.5, 0.5)
 
@@ -149,7 +178,10 @@ class _Decoder(nn.Module):
         for i, count in enumerate(counts):
             layers += [Block(width, config.use_midblock_gn and i == 0) for _ in range(count)]
             if i < len(counts) - 1:
-                layers += [nn.Upsample(scale_factor=2, mode="nearest"), _conv(width, width, bias=False)]
+                layers += [
+                    nn.Upsample(scale_factor=2, mode="nearest"),
+                    _conv(width, width, bias=False),
+                ]
         self.layers = nn.Sequential(*layers, _conv(width, config.out_channels))
         self.scale = Scale(2, -1)
 
@@ -158,7 +190,9 @@ class _Decoder(nn.Module):
 
 
 class AutoencoderTiny(InParts):
-    """A tiny autoencoder: see the module's docstring. Built from a `TinyConfig`; weights are random until loaded."""
+    """A tiny autoencoder: see the module's docstring. Built from a `TinyConfig`; weights are random
+    until loaded.
+    """
 
     def __init__(self, config: TinyConfig):
         super().__init__()

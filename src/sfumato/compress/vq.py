@@ -1,12 +1,15 @@
-"""Vector-quantised autoencoder of Latent Diffusion: VQ-f4, f8, f16 (Rombach et al. 2022, arXiv:2112.10752, section 3.1, appendix G).
+"""Vector-quantised autoencoder of Latent Diffusion: VQ-f4, f8, f16 (Rombach et al. 2022,
+arXiv:2112.10752, section 3.1, appendix G).
 
-Each cell of the encoder's output h becomes the nearest of K learned codes (van den Oord et al. 2017, arXiv:1711.00937, eq. 1-2),
+Each cell of the encoder's output h becomes the nearest of K learned codes (van den Oord et al.
+2017, arXiv:1711.00937, eq. 1-2),
 
     code(h) = argmin_k |h - e_k|^2 = argmin_k |e_k|^2 - 2 <h, e_k>,
 
-and the decoder sees e_code(h). Gradients pass straight through: d e / d h = 1 (section 3.2). As in Latent Diffusion the quantisation is the
-decoder's first layer: the latent is h, which a denoiser can be trained on, and `reconstruct` quantises. The halves are those of
-`compress.halves`. Config and names are diffusers' VQModel.
+and the decoder sees e_code(h). Gradients pass straight through: d e / d h = 1 (section 3.2). As in
+Latent Diffusion the quantisation is the decoder's first layer: the latent is h, which a denoiser
+can be trained on, and `reconstruct` quantises. The halves are those of `compress.halves`. Config
+and names are diffusers' VQModel.
 """
 
 from dataclasses import dataclass
@@ -17,7 +20,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sfumato.compress.base import Posterior
-from sfumato.compress.conv_autoencoder import Decoder, Encoder, Halved, HalvesConfig, plain_types_left_out
+from sfumato.compress.conv_autoencoder import (
+    Decoder,
+    Encoder,
+    Halved,
+    HalvesConfig,
+    plain_types_left_out,
+)
 from sfumato.config import read_config
 from sfumato.errors import UserError
 from sfumato.kernels import batch_invariant
@@ -31,8 +40,9 @@ _ROWS = 4096  # cells that are compared with the codebook at a time: 4096 by 819
 class VQConfig(HalvesConfig):
     """The numbers of a vector-quantised autoencoder, with diffusers' names.
 
-    num_vq_embeddings: codes K; vq_embed_dim: numbers in a code, and channels of the latent (None: `latent_channels`, which are the
-    channels inside the halves). `lookup_from_codebook` (how other tools decode codes) is a note.
+    num_vq_embeddings: codes K; vq_embed_dim: numbers in a code, and channels of the latent (None:
+    `latent_channels`, which are the channels inside the halves). `lookup_from_codebook` (how other
+    tools decode codes) is a note.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512)
@@ -46,7 +56,9 @@ class VQConfig(HalvesConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_vq_embeddings < 1 or self.code_channels < 1:
-            raise UserError(f"num_vq_embeddings {self.num_vq_embeddings}, vq_embed_dim {self.vq_embed_dim}: expected 1 or more of each")
+            raise UserError(
+                f"num_vq_embeddings {self.num_vq_embeddings}, vq_embed_dim {self.vq_embed_dim}: expected 1 or more of each"
+            )
 
     @property
     def code_channels(self) -> int:
@@ -61,7 +73,9 @@ class VQConfig(HalvesConfig):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "VQConfig":
-        """Reads a diffusers config, with diffusers' defaults; a field or a value that this class cannot honour is refused."""
+        """Reads a diffusers config, with diffusers' defaults; a field or a value that this class
+        cannot honour is refused.
+        """
         theirs = {"layers_per_block": 1, "sample_size": 32, "num_vq_embeddings": 256}
         return read_config(cls, theirs | plain_types_left_out(values), _FIXED)
 
@@ -85,7 +99,11 @@ class _Codebook(nn.Module):
         images = max(1, _ROWS // max(1, cells.shape[1]))
         nearest = [
             torch.cat(
-                [torch.argmin(lengths - 2 * batch_invariant.linear(part, codes), dim=-1) for part in batch.split(_ROWS, dim=1)], dim=1
+                [
+                    torch.argmin(lengths - 2 * batch_invariant.linear(part, codes), dim=-1)
+                    for part in batch.split(_ROWS, dim=1)
+                ],
+                dim=1,
             )
             for batch in cells.split(images)
         ]
@@ -96,13 +114,18 @@ class _Codebook(nn.Module):
         return self.embedding(indices).movedim(-1, 1).contiguous()
 
     def forward(self, h: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
-        """The nearest code in place of each cell; its gradient goes to h unchanged, and none to the codes."""
+        """The nearest code in place of each cell; its gradient goes to h unchanged, and none to the
+        codes.
+        """
         quantised = self.look_up(self.nearest(h)).detach()
-        return quantised + (h - h.detach()) if h.requires_grad else quantised  # h - h is exactly 0: the value is the code's, to the bit
+        # h - h is exactly 0: the value is the code's, to the bit
+        return quantised + (h - h.detach()) if h.requires_grad else quantised
 
 
 class VQModel(Halved):
-    """The vector-quantised autoencoder: see the module's docstring. Built from a `VQConfig`; weights are random until loaded."""
+    """The vector-quantised autoencoder: see the module's docstring. Built from a `VQConfig`;
+    weights are random until loaded.
+    """
 
     config: VQConfig
 
@@ -131,11 +154,15 @@ class VQModel(Halved):
         return self.quantize(raw)
 
     def codes(self, image: Float[Tensor, "B C H W"]) -> Int[Tensor, "B h w"]:
-        """image -> the index of each cell's code, 0 to num_vq_embeddings - 1: the whole picture in log2(K) bits a cell."""
+        """image -> the index of each cell's code, 0 to num_vq_embeddings - 1: the whole picture in
+        log2(K) bits a cell.
+        """
         return self.quantize.nearest(self.posterior(image).mean)
 
     def from_codes(self, indices: Int[Tensor, "B h w"]) -> Float[Tensor, "B C H W"]:
-        """Indices of codes -> image, not clamped; `UserError` for an index that is not in the codebook."""
+        """Indices of codes -> image, not clamped; `UserError` for an index that is not in the
+        codebook.
+        """
         count = self.config.num_vq_embeddings
         if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < count:
             raise UserError(

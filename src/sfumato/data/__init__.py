@@ -1,12 +1,21 @@
-"""Data: pictures from IDX files, folders, parquet and Hugging Face datasets, and the cache of their latents.
+"""Data: pictures from IDX files, folders, parquet and Hugging Face datasets, and the cache of their
+latents.
 
     open_images("fashion-mnist") -> ImageSet -> cache_latents(images, encode, ...) -> LatentSet
-    open_buckets("pictures", side=256, step=32) -> BucketedImages, an ImageSet a bucket -> BucketedLatents
+    open_buckets("pictures", side=256, step=32) -> BucketedImages, an ImageSet a bucket ->
+    BucketedLatents
 
-The sets answer `batch(indices)`; who draws the indices (shuffling, holdout, resume) is the training loop's business.
+The sets answer `batch(indices)`; who draws the indices (shuffling, holdout, resume) is the training
+loop's business.
 """
 
-from sfumato.data.buckets import BucketedImages, BucketedLatents, bucket_sizes, nearest_bucket, open_buckets
+from sfumato.data.buckets import (
+    BucketedImages,
+    BucketedLatents,
+    bucket_sizes,
+    nearest_bucket,
+    open_buckets,
+)
 from sfumato.data.images import ImageSet
 from sfumato.data.latent_cache import LatentSet, cache_latents
 from sfumato.data.source import open_images

@@ -1,10 +1,13 @@
-"""Pictures of different aspects, in buckets of one shape each: little is cropped, and every bucket has about the same number of pixels.
+"""Pictures of different aspects, in buckets of one shape each: little is cropped, and every bucket
+has about the same number of pixels.
 
-    height x width <= side^2, both multiples of step;  bucket = argmin |log(w / h) - log(bucket_w / bucket_h)|
+    height x width <= side^2, both multiples of step;  bucket = argmin |log(w / h) - log(bucket_w /
+    bucket_h)|
 
-Cut to aspect r', a picture of aspect r keeps min(r / r', r' / r) = exp(-|log r - log r'|) of its area, so the nearest in log aspect is the
-bucket of least crop. NovelAI's aspect-ratio bucketing; Podell et al. 2023, SDXL (arXiv:2307.01952, section 2.3 and appendix I). The loop draws every
-batch from one bucket (`train/batch_sampler.py`).
+Cut to aspect r', a picture of aspect r keeps min(r / r', r' / r) = exp(-|log r - log r'|) of its
+area, so the nearest in log aspect is the bucket of least crop. NovelAI's aspect-ratio bucketing;
+Podell et al. 2023, SDXL (arXiv:2307.01952, section 2.3 and appendix I). The loop draws every batch
+from one bucket (`train/batch_sampler.py`).
 """
 
 import math
@@ -31,35 +34,50 @@ from sfumato.io.atomic import hash_json
 def bucket_sizes(side: int, step: int, largest_aspect: float = 2.0) -> tuple[tuple[int, int], ...]:
     """(height, width) of every bucket in pixels, from the tallest to the widest.
 
-    Every multiple of `step` is one side of a bucket, tall and wide; the other is the largest multiple with which the area is at most side^2.
-    Those whose long side is more than `largest_aspect` times the short one are left out. The square is always there, so `side` must be a
-    multiple of `step`; no two buckets have one aspect.
+    Every multiple of `step` is one side of a bucket, tall and wide; the other is the largest
+    multiple with which the area is at most side^2. Those whose long side is more than
+    `largest_aspect` times the short one are left out. The square is always there, so `side` must be
+    a multiple of `step`; no two buckets have one aspect.
     """
     if step < 1 or side < 1 or side % step:
-        raise UserError(f"buckets in steps of {step} pixels do not lead to squares of {side}: the size must be a multiple of the step")
+        raise UserError(
+            f"buckets in steps of {step} pixels do not lead to squares of {side}: the size must be a multiple of the step"
+        )
     if not largest_aspect >= 1:
         raise UserError(f"largest_aspect={largest_aspect}: expected at least 1, the square's")
-    longest = int(side * math.sqrt(largest_aspect))  # long^2 = aspect * area <= largest_aspect * side^2
+    # long^2 = aspect * area <= largest_aspect * side^2
+    longest = int(side * math.sqrt(largest_aspect))
     pairs = [(a, side * side // a // step * step) for a in range(step, longest + 1, step)]
-    sizes = {s for a, b in pairs if 0 < max(a, b) <= largest_aspect * min(a, b) for s in ((a, b), (b, a))}
+    sizes = {
+        s for a, b in pairs if 0 < max(a, b) <= largest_aspect * min(a, b) for s in ((a, b), (b, a))
+    }
     return tuple(sorted(sizes, key=lambda s: s[1] / s[0]))
 
 
 def nearest_bucket(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The size that crops least of a picture: nearest in log aspect, the first of two that are equally near."""
+    """The size that crops least of a picture: nearest in log aspect, the first of two that are
+    equally near.
+    """
     return min(sizes, key=lambda s: abs(math.log(width * s[0] / (height * s[1]))))
 
 
 @final
 class BucketedImages:
-    """Pictures of several shapes, numbered through: those of the first set, then those of the second. Made by `open_buckets`.
+    """Pictures of several shapes, numbered through: those of the first set, then those of the
+    second. Made by `open_buckets`.
 
-    sets      an `ImageSet` for each bucket that has pictures; captions, classes and channels are alike in all
+    sets      an `ImageSet` for each bucket that has pictures; captions, classes and channels are
+              alike in all
     places    int64 (N,): where each picture stands among those of the source that could be read
     skipped   pictures left out when opening with on_error="skip": (name, reason)
     """
 
-    def __init__(self, sets: Sequence[ImageSet], places: Int64[Tensor, " N"], skipped: Sequence[tuple[str, str]] = ()):
+    def __init__(
+        self,
+        sets: Sequence[ImageSet],
+        places: Int64[Tensor, " N"],
+        skipped: Sequence[tuple[str, str]] = (),
+    ):
         self.sets, self.places, self.skipped = tuple(sets), places, list(skipped)
         self.groups = _ranges(self.sets)
 
@@ -91,14 +109,21 @@ class BucketedImages:
         return self.sets[0].name
 
     def subset(self, indices: Int[Tensor, " B"] | Sequence[int]) -> "BucketedImages":
-        """The pictures with these numbers, bucket by bucket and in this order within each; buckets that lose all are left out."""
+        """The pictures with these numbers, bucket by bucket and in this order within each; buckets
+        that lose all are left out.
+        """
         chosen = check_indices(indices, len(self))
-        parts = [(s, chosen[(chosen >= g.start) & (chosen < g.stop)], g.start) for s, g in zip(self.sets, self.groups, strict=True)]
+        parts = [
+            (s, chosen[(chosen >= g.start) & (chosen < g.stop)], g.start)
+            for s, g in zip(self.sets, self.groups, strict=True)
+        ]
         parts = [(s, numbers, start) for s, numbers, start in parts if len(numbers)]
         if not parts:
             raise UserError("a subset without any image has no bucket: choose at least one")
         sets = [s.subset(numbers - start) for s, numbers, start in parts]
-        return BucketedImages(sets, self.places[torch.cat([numbers for _, numbers, _ in parts])], self.skipped)
+        return BucketedImages(
+            sets, self.places[torch.cat([numbers for _, numbers, _ in parts])], self.skipped
+        )
 
 
 def open_buckets(
@@ -113,10 +138,13 @@ def open_buckets(
     flip: bool = False,
     largest_aspect: float = 2.0,
 ) -> BucketedImages:
-    """Opens pictures into buckets of about side x side pixels, and verifies each by decoding it once.
+    """Opens pictures into buckets of about side x side pixels, and verifies each by decoding it
+    once.
 
-    side, step, largest_aspect  see `bucket_sizes`; pictures beyond the largest aspect are cropped to it
-    the rest  see `open_images`; the aspect is that of the upright picture (EXIF), and the memory limit is for all buckets together
+    side, step, largest_aspect  see `bucket_sizes`; pictures beyond the largest aspect are cropped
+                                to it
+    the rest  see `open_images`; the aspect is that of the upright picture (EXIF), and the memory
+              limit is for all buckets together
 
     Raises `UserError`, one sentence, for everything that is wrong with the source or the sizes.
     """
@@ -124,16 +152,21 @@ def open_buckets(
 
     def make(listing: Listing) -> BucketedImages:
         transform = Transform(channels=channels, flip=flip)
-        sets, rows, skipped = build_sizes(listing, lambda height, width: nearest_bucket(height, width, sizes), transform, on_error)
+        sets, rows, skipped = build_sizes(
+            listing, lambda height, width: nearest_bucket(height, width, sizes), transform, on_error
+        )
         numbers = np.concatenate(rows)
-        return BucketedImages(sets, torch.from_numpy(np.searchsorted(np.sort(numbers), numbers)), skipped)
+        return BucketedImages(
+            sets, torch.from_numpy(np.searchsorted(np.sort(numbers), numbers)), skipped
+        )
 
     return open_with(make, source, split=split, on_error=on_error, limit=limit)
 
 
 @final
 class BucketedLatents:
-    """The cached latents of `BucketedImages`, by the same numbers: sets of different shapes behind one numbering.
+    """The cached latents of `BucketedImages`, by the same numbers: sets of different shapes behind
+    one numbering.
 
     sets    a `LatentSet` a bucket; all with the same channels
     groups  the numbers of each set: those share a shape, so that a batch is made of one group
@@ -172,7 +205,9 @@ class BucketedLatents:
         return self.sets[0].class_names
 
     def batch(self, indices: Int[Tensor, " B"] | Sequence[int]) -> dict[str, Tensor]:
-        """`LatentSet.batch` for numbers of one group; `UserError` for numbers of several, `IndexError` outside 0..N-1."""
+        """`LatentSet.batch` for numbers of one group; `UserError` for numbers of several,
+        `IndexError` outside 0..N-1.
+        """
         chosen = check_indices(indices, len(self))
         if not len(chosen):
             raise UserError("a batch of no latents has no shape: ask for at least one number")
@@ -185,7 +220,9 @@ class BucketedLatents:
         return self.sets[group].batch(chosen - self.groups[group].start)
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and std a channel over all latents and places, each cell once: see `statistics_of`."""
+        """Mean and std a channel over all latents and places, each cell once: see
+        `statistics_of`.
+        """
         return statistics_of(self.sets)
 
 

@@ -1,9 +1,11 @@
-"""A set of pictures of one shape, with labels or captions: verified when it is opened, handed out in batches.
+"""A set of pictures of one shape, with labels or captions: verified when it is opened, handed out
+in batches.
 
     batch(indices)["image"]  float32 (B, C, H, W) in [-1, 1]
 
-Pixels stay uint8 in memory when they fit (`MEMORY_LIMIT`), otherwise each batch decodes its own. The fingerprint is a hash of
-the decoded pixels themselves, before resizing: a file that is re-saved with the same pixels keeps it, one changed pixel does not.
+Pixels stay uint8 in memory when they fit (`MEMORY_LIMIT`), otherwise each batch decodes its own.
+The fingerprint is a hash of the decoded pixels themselves, before resizing: a file that is re-saved
+with the same pixels keeps it, one changed pixel does not.
 """
 
 import hashlib
@@ -32,7 +34,9 @@ log = logging.getLogger(__name__)
 
 @runtime_checkable
 class Pictures(Protocol):
-    """A sequence of undecoded pictures: a tuple of paths, an array (N, H, W), the rows of a table."""
+    """A sequence of undecoded pictures: a tuple of paths, an array (N, H, W), the rows of a
+    table.
+    """
 
     def __len__(self) -> int: ...
 
@@ -45,7 +49,8 @@ class Listing:
 
     labels     N class numbers, -1 where a picture has none; None for a source without classes
     captions   N texts, or None
-    picture_name  number -> what to call that picture in a message; it can be pickled, and so can the `ImageSet`
+    picture_name  number -> what to call that picture in a message; it can be pickled, and so can
+                  the `ImageSet`
     skipped    pictures that the source already had to leave out: (name, reason)
     """
 
@@ -69,7 +74,9 @@ class Listing:
         pictures, labels = self.pictures, None if self.labels is None else np.asarray(self.labels)
         return replace(
             self,
-            pictures=pictures[list(rows)] if isinstance(pictures, np.ndarray) else _Part(pictures, tuple(rows)),
+            pictures=pictures[list(rows)]
+            if isinstance(pictures, np.ndarray)
+            else _Part(pictures, tuple(rows)),
             picture_name=tuple(map(self.picture_name, rows)).__getitem__,
             labels=None if labels is None else labels[list(rows)],
             captions=None if self.captions is None else [self.captions[i] for i in rows],
@@ -103,7 +110,8 @@ class _Memory:
 
     @property
     def digests(self) -> np.ndarray:
-        if self._digests is None:  # only for data whose transform changed nothing: these are the decoded pixels
+        # only for data whose transform changed nothing: these are the decoded pixels
+        if self._digests is None:
             self._digests = np.stack([digest(image) for image in self.pixels[:, 0].numpy()])
         return self._digests
 
@@ -111,17 +119,34 @@ class _Memory:
 class _OnDemand:
     """Pixels decoded for each batch, compared with what was seen when the set was opened."""
 
-    def __init__(self, listing: Listing, rows: list[int], transform: Transform, shape: tuple[int, ...], digests: np.ndarray):
-        self.listing, self.rows, self.transform, self.shape, self.digests = listing, rows, transform, shape, digests
+    def __init__(
+        self,
+        listing: Listing,
+        rows: list[int],
+        transform: Transform,
+        shape: tuple[int, ...],
+        digests: np.ndarray,
+    ):
+        self.listing, self.rows, self.transform, self.shape, self.digests = (
+            listing,
+            rows,
+            transform,
+            shape,
+            digests,
+        )
 
     def _one(self, row: int) -> np.ndarray:
         where = self.rows[row]
         try:
             pixels = decode(self.listing.pictures[where])
         except UserError as error:
-            raise UserError(f"{self.listing.picture_name(where)} can no longer be read ({error}): open the images again") from error
+            raise UserError(
+                f"{self.listing.picture_name(where)} can no longer be read ({error}): open the images again"
+            ) from error
         if not np.array_equal(digest(pixels), self.digests[row]):
-            raise UserError(f"{self.listing.picture_name(where)} changed while it was in use: open the images again")
+            raise UserError(
+                f"{self.listing.picture_name(where)} changed while it was in use: open the images again"
+            )
         return self.transform.fit(pixels)
 
     def take(self, rows: Tensor) -> Tensor:
@@ -167,17 +192,26 @@ class ImageSet:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the decoded pixels, before the transform, in order. Labels and captions are no part of it."""
+        """SHA-256 over the decoded pixels, before the transform, in order. Labels and captions are
+        no part of it.
+        """
         if not self._fingerprint:
-            self._fingerprint = hash_bytes(f"{len(self)} images", self._pixels.digests[self._rows.numpy()].tobytes())
+            self._fingerprint = hash_bytes(
+                f"{len(self)} images", self._pixels.digests[self._rows.numpy()].tobytes()
+            )
         return self._fingerprint
 
-    def batch(self, indices: Int[Tensor, " B"] | Sequence[int], *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def batch(
+        self,
+        indices: Int[Tensor, " B"] | Sequence[int],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
         """Images and labels by number, in the order asked for, repeats allowed.
 
-        Returns "image" float32 (B, C, H, W) in [-1, 1] and "label" int64 (B,), -1 where there is none. With `transform.flip`,
-        each image is mirrored with probability 1/2, drawn from `generator` (None: torch's global one). Raises `IndexError`
-        for a number outside 0..N-1.
+        Returns "image" float32 (B, C, H, W) in [-1, 1] and "label" int64 (B,), -1 where there is
+        none. With `transform.flip`, each image is mirrored with probability 1/2, drawn from
+        `generator` (None: torch's global one). Raises `IndexError` for a number outside 0..N-1.
         """
         chosen = check_indices(indices, len(self))
         image = self._pixels.take(self._rows[chosen])
@@ -208,10 +242,16 @@ class ImageSet:
 
 
 def check_indices(indices: Tensor | Sequence[int], count: int) -> Tensor:
-    """Numbers as int64 (B,) on the CPU; `IndexError` outside 0..count-1 (negative numbers would hide mistakes)."""
-    chosen = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices), dtype=torch.int64).cpu()
+    """Numbers as int64 (B,) on the CPU; `IndexError` outside 0..count-1 (negative numbers would
+    hide mistakes).
+    """
+    chosen = torch.as_tensor(
+        indices if isinstance(indices, Tensor) else list(indices), dtype=torch.int64
+    ).cpu()
     if chosen.numel() and (int(chosen.min()) < 0 or int(chosen.max()) >= count):
-        raise IndexError(f"images {int(chosen.min())}..{int(chosen.max())} were asked for, but there are 0..{count - 1}")
+        raise IndexError(
+            f"images {int(chosen.min())}..{int(chosen.max())} were asked for, but there are 0..{count - 1}"
+        )
     return chosen
 
 
@@ -228,7 +268,8 @@ def digest(pixels: np.ndarray) -> np.ndarray:
 
 
 def _workers() -> int:
-    return min(8, os.cpu_count() or 1)  # threads: Pillow's decoders and hashlib let go of the interpreter lock
+    # threads: Pillow's decoders and hashlib let go of the interpreter lock
+    return min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -240,9 +281,11 @@ class _Checked:
 
 
 def build(listing: Listing, transform: Transform, on_error: Literal["raise", "skip"]) -> ImageSet:
-    """Decodes every picture once: finds the broken ones, the common shape and the digests; keeps the pixels if they fit.
+    """Decodes every picture once: finds the broken ones, the common shape and the digests; keeps
+    the pixels if they fit.
 
-    Raises `UserError` for a broken picture (on_error="raise"), when none is left, or when sizes differ and `size` is None.
+    Raises `UserError` for a broken picture (on_error="raise"), when none is left, or when sizes
+    differ and `size` is None.
     """
     checked, good, skipped = _check(listing, lambda shape: transform, on_error)
     height, width = checked[good[0]].shape[1:]
@@ -257,14 +300,20 @@ def build(listing: Listing, transform: Transform, on_error: Literal["raise", "sk
 
 
 def build_sizes(
-    listing: Listing, size_of: Callable[[int, int], tuple[int, int]], transform: Transform, on_error: Literal["raise", "skip"]
+    listing: Listing,
+    size_of: Callable[[int, int], tuple[int, int]],
+    transform: Transform,
+    on_error: Literal["raise", "skip"],
 ) -> tuple[list[ImageSet], list[list[int]], list[tuple[str, str]]]:
-    """`build` for several shapes at once: each picture, decoded once, gets the size that `size_of(height, width)` has for it upright.
+    """`build` for several shapes at once: each picture, decoded once, gets the size that
+    `size_of(height, width)` has for it upright.
 
-    Returns one set a size that has pictures, smallest height first, the numbers of each set's pictures in the listing, and what was left out.
-    All sets together are held in memory, or none.
+    Returns one set a size that has pictures, smallest height first, the numbers of each set's
+    pictures in the listing, and what was left out. All sets together are held in memory, or none.
     """
-    checked, good, skipped = _check(listing, lambda shape: replace(transform, size=size_of(*shape)), on_error)
+    checked, good, skipped = _check(
+        listing, lambda shape: replace(transform, size=size_of(*shape)), on_error
+    )
     sizes = sorted({checked[i].shape[1:] for i in good})
     rows = [[i for i in good if checked[i].shape[1:] == size] for size in sizes]
     parts = [(r, replace(transform, size=(h, w))) for (h, w), r in zip(sizes, rows, strict=True)]
@@ -272,11 +321,18 @@ def build_sizes(
 
 
 def _check(
-    listing: Listing, transform_of: Callable[[tuple[int, int]], Transform], on_error: Literal["raise", "skip"]
+    listing: Listing,
+    transform_of: Callable[[tuple[int, int]], Transform],
+    on_error: Literal["raise", "skip"],
 ) -> tuple[list[_Checked], list[int], list[tuple[str, str]]]:
-    """Every picture, decoded once; the numbers of those that could be, at least one; and what was left out, with the source's own."""
+    """Every picture, decoded once; the numbers of those that could be, at least one; and what was
+    left out, with the source's own.
+    """
     checked = _decode_all(listing, transform_of, on_error)
-    skipped = [*listing.skipped, *((listing.picture_name(i), c.reason) for i, c in enumerate(checked) if c.reason)]
+    skipped = [
+        *listing.skipped,
+        *((listing.picture_name(i), c.reason) for i, c in enumerate(checked) if c.reason),
+    ]
     for name, reason in skipped:
         log.warning("left out %s: %s", name, reason)
     good = [i for i, c in enumerate(checked) if not c.reason]
@@ -287,11 +343,16 @@ def _check(
 
 
 def _held(
-    listing: Listing, checked: list[_Checked], parts: list[tuple[list[int], Transform]], skipped: list[tuple[str, str]]
+    listing: Listing,
+    checked: list[_Checked],
+    parts: list[tuple[list[int], Transform]],
+    skipped: list[tuple[str, str]],
 ) -> list[ImageSet]:
     """A set for the numbers of each part, which share a shape; all have the same channels."""
     good = [i for rows, _ in parts for i in rows]
-    channels = max(transform.channels or checked[i].shape[0] for rows, transform in parts for i in rows)
+    channels = max(
+        transform.channels or checked[i].shape[0] for rows, transform in parts for i in rows
+    )
     fits = sum(channels * math.prod(checked[i].shape[1:]) for i in good) <= MEMORY_LIMIT
     fits = fits and all(checked[i].pixels is not None for i in good)
     sets: list[ImageSet] = []
@@ -301,9 +362,11 @@ def _held(
         digests = np.stack([d for i in rows if (d := checked[i].digest) is not None])
         if fits:
             pixels = np.empty((len(rows), channels, height, width), np.uint8)
-            for row, i in enumerate(rows):  # a grey picture among coloured ones is repeated by the assignment
+            # a grey picture among coloured ones is repeated by the assignment
+            for row, i in enumerate(rows):
                 pixels[row] = np.asarray(checked[i].pixels)
-                checked[i] = replace(checked[i], pixels=None)  # let go of each copy at once: the peak stays near one set
+                # let go of each copy at once: the peak stays near one set
+                checked[i] = replace(checked[i], pixels=None)
             store: _Memory | _OnDemand = _Memory(torch.from_numpy(pixels), channels, digests)
         else:
             store = _OnDemand(listing, rows, transform, (channels, height, width), digests)
@@ -312,7 +375,9 @@ def _held(
 
 
 def _decode_all(
-    listing: Listing, transform_of: Callable[[tuple[int, int]], Transform], on_error: Literal["raise", "skip"]
+    listing: Listing,
+    transform_of: Callable[[tuple[int, int]], Transform],
+    on_error: Literal["raise", "skip"],
 ) -> list[_Checked]:
     def one(index: int) -> _Checked:
         try:
@@ -325,14 +390,20 @@ def _decode_all(
     checked: list[_Checked] = []
     room = MEMORY_LIMIT
     keep = True
-    small = isinstance(listing.pictures, np.ndarray)  # nothing to decode: handing a tiny array to a thread costs more than resizing it
+    # nothing to decode: handing a tiny array to a thread costs more than resizing it
+    small = isinstance(listing.pictures, np.ndarray)
     with ThreadPoolExecutor(_workers()) as pool:
-        for start in range(0, len(listing.pictures), 64):  # a chunk at a time: decoded pictures must not pile up
-            for result in (map if small else pool.map)(one, range(start, min(start + 64, len(listing.pictures)))):
+        # a chunk at a time: decoded pictures must not pile up
+        for start in range(0, len(listing.pictures), 64):
+            for result in (map if small else pool.map)(
+                one, range(start, min(start + 64, len(listing.pictures)))
+            ):
                 if result.reason and on_error == "raise":
                     name = listing.picture_name(len(checked))
                     advice = "replace or remove it, or open with on_error='skip' to leave it out"
-                    raise UserError(f"{name} cannot be read as an image ({result.reason}): {advice}")
+                    raise UserError(
+                        f"{name} cannot be read as an image ({result.reason}): {advice}"
+                    )
                 room -= 0 if result.pixels is None else result.pixels.nbytes
                 if keep and room < 0:
                     keep = False
@@ -342,15 +413,23 @@ def _decode_all(
 
 
 def assemble(
-    listing: Listing, store: "_Memory | _OnDemand", good: Sequence[int], transform: Transform, skipped: list[tuple[str, str]]
+    listing: Listing,
+    store: "_Memory | _OnDemand",
+    good: Sequence[int],
+    transform: Transform,
+    skipped: list[tuple[str, str]],
 ) -> ImageSet:
-    """An `ImageSet` over the pictures numbered `good` of a listing, whose pixels are the rows of `store`."""
+    """An `ImageSet` over the pictures numbered `good` of a listing, whose pixels are the rows of
+    `store`.
+    """
     return ImageSet(
         store,
         torch.arange(len(good)),
         name=listing.name,
         transform=transform,
-        labels=None if listing.labels is None else torch.from_numpy(np.asarray(listing.labels, dtype=np.int64)[np.asarray(good)]),
+        labels=None
+        if listing.labels is None
+        else torch.from_numpy(np.asarray(listing.labels, dtype=np.int64)[np.asarray(good)]),
         class_names=listing.class_names,
         captions=None if listing.captions is None else [listing.captions[i] for i in good],
         skipped=skipped,
@@ -358,7 +437,9 @@ def assemble(
 
 
 def from_array(listing: Listing, pixels: np.ndarray, transform: Transform) -> ImageSet:
-    """Grey uint8 (N, H, W) that needs no resizing: shared as it is, nothing decoded, digests only when asked for."""
+    """Grey uint8 (N, H, W) that needs no resizing: shared as it is, nothing decoded, digests only
+    when asked for.
+    """
     transform = replace(transform, channels=transform.channels or 1)
     store = _Memory(torch.from_numpy(pixels)[:, None], transform.channels or 1)
     return assemble(listing, store, range(len(pixels)), transform, [])

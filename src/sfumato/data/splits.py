@@ -1,4 +1,6 @@
-"""Training images and images that no training sees: the source's own test split, or a share of the training images, always the same."""
+"""Training images and images that no training sees: the source's own test split, or a share of the
+training images, always the same.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -29,7 +31,8 @@ def open_both(
     limit: int | None = None,
     **options: Any,
 ) -> tuple[ImageSet, ImageSet]:
-    """(training images, held-out images); where the source has no `test` split, `share` of the training images is held out, by a fixed order.
+    """(training images, held-out images); where the source has no `test` split, `share` of the
+    training images is held out, by a fixed order.
 
     flip and limit are for the training images; options: see `open_images`. One image alone is both.
     """
@@ -53,7 +56,9 @@ def open_first(
     size: int | None = None,
     channels: int | None = None,
 ) -> tuple[ImageSet, ImageSet]:
-    """The first `count` images of each of the two sets that `open_both` gives; no other is decoded, so that nobody learns whether it is broken."""
+    """The first `count` images of each of the two sets that `open_both` gives; no other is decoded,
+    so that nobody learns whether it is broken.
+    """
 
     def first(listing: Listing, rows: Sequence[int]) -> ImageSet:
         return opened(listing.part(rows[:count]), Transform(size, channels), "raise")
@@ -76,9 +81,15 @@ def open_first(
     return open_with(whole, source, split=train, on_error="raise", limit=None), held_out
 
 
-def split(count: int, share: float, why: Exception) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " M"]]:
-    """Numbers of the training images and of the held-out ones where one split serves for both. why: what is said about it."""
-    logger.warning("no test split (%s): a share of %g is held out of the training images", why, share)
+def split(
+    count: int, share: float, why: Exception
+) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " M"]]:
+    """Numbers of the training images and of the held-out ones where one split serves for both. why:
+    what is said about it.
+    """
+    logger.warning(
+        "no test split (%s): a share of %g is held out of the training images", why, share
+    )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     kept = max(1, round(share * count)) if count > 1 else 0
     return order[kept:].sort().values, order[: kept or 1].sort().values

@@ -1,9 +1,11 @@
 """From a file to pixels: decode, orient, composite, resize, crop.
 
-    file -> 8-bit grey (H, W) or colour (H, W, 3) -> largest centred box of `size`'s aspect, resized -> (C, H, W) -> x / 127.5 - 1 in [-1, 1]
+    file -> 8-bit grey (H, W) or colour (H, W, 3) -> largest centred box of `size`'s aspect, resized
+    -> (C, H, W) -> x / 127.5 - 1 in [-1, 1]
 
-Resampling is Lanczos with the support widened when shrinking (antialiased): plain decimation puts aliases into the training
-data and into every Frechet distance (Parmar et al. 2022, arXiv:2104.11222, section 3).
+Resampling is Lanczos with the support widened when shrinking (antialiased): plain decimation puts
+aliases into the training data and into every Frechet distance (Parmar et al. 2022,
+arXiv:2104.11222, section 3).
 """
 
 import io
@@ -37,10 +39,12 @@ _RESAMPLING = {
 class Transform:
     """How decoded pictures become tensors of one shape.
 
-    size      side of the square result in pixels, or (height, width); None keeps each picture as it is
+    size      side of the square result in pixels, or (height, width); None keeps each picture as it
+              is
     channels  1 (grey, ITU-R 601 luma), 3 (RGB), or None: as the picture is
     crop      "center": the largest centred box of that aspect
-    flip      mirror half of the pictures left to right, drawn anew in every `ImageSet.batch`; `to_tensor` never flips
+    flip      mirror half of the pictures left to right, drawn anew in every `ImageSet.batch`;
+              `to_tensor` never flips
     interpolation  lanczos, bicubic, bilinear, box or nearest
     """
 
@@ -52,9 +56,13 @@ class Transform:
 
     def __post_init__(self) -> None:
         if self.sides is not None and min(self.sides) < 1:
-            raise UserError(f"image size {self.size} is not possible: give a number of pixels of at least 1, or None for the pictures' own")
+            raise UserError(
+                f"image size {self.size} is not possible: give a number of pixels of at least 1, or None for the pictures' own"
+            )
         if self.channels not in (None, 1, 3):
-            raise UserError(f"{self.channels} channels are not possible: give 1 (grey), 3 (RGB) or None (as the data)")
+            raise UserError(
+                f"{self.channels} channels are not possible: give 1 (grey), 3 (RGB) or None (as the data)"
+            )
         if self.crop != "center":
             raise unknown("crop", self.crop, ["center"])
         if self.interpolation not in _RESAMPLING:
@@ -67,34 +75,55 @@ class Transform:
 
     @cached_property
     def hash(self) -> str:
-        """Hash of all that changes the stored pixels; `flip` is left out because latents are cached unflipped.
+        """Hash of all that changes the stored pixels; `flip` is left out because latents are cached
+        unflipped.
 
         A square is its side, whichever way it was said.
         """
-        size = self.sides[0] if self.sides is not None and self.sides[0] == self.sides[1] else self.sides
-        return hash_json({"size": size, "channels": self.channels, "crop": self.crop, "interpolation": self.interpolation})
+        size = (
+            self.sides[0]
+            if self.sides is not None and self.sides[0] == self.sides[1]
+            else self.sides
+        )
+        return hash_json(
+            {
+                "size": size,
+                "channels": self.channels,
+                "crop": self.crop,
+                "interpolation": self.interpolation,
+            }
+        )
 
     def to_pixels(self, picture: Picture) -> np.ndarray:
-        """Any picture -> uint8 (C, H, W). Raises `UserError` for a picture that cannot be decoded."""
+        """Any picture -> uint8 (C, H, W). Raises `UserError` for a picture that cannot be
+        decoded.
+        """
         return self.fit(decode(picture))
 
     def to_tensor(self, picture: Picture) -> Float[Tensor, "C H W"]:
-        """Any picture (path, file bytes, PIL image, uint8 or uint16 array) -> float32 (C, H, W) in [-1, 1], unflipped."""
+        """Any picture (path, file bytes, PIL image, uint8 or uint16 array) -> float32 (C, H, W) in
+        [-1, 1], unflipped.
+        """
         return to_float(torch.from_numpy(self.to_pixels(picture)))
 
     def fit(self, pixels: np.ndarray) -> np.ndarray:
         """Decoded uint8 (H, W) or (H, W, 3) -> uint8 (C, *sides), contiguous and owned."""
         height, width = pixels.shape[:2]
         grey = pixels.ndim == 2
-        if (self.channels == 1 and not grey) or (self.sides is not None and (height, width) != self.sides):
+        if (self.channels == 1 and not grey) or (
+            self.sides is not None and (height, width) != self.sides
+        ):
             image = Image.fromarray(pixels)
             if self.channels == 1:
                 image = image.convert("L")
             if self.sides is not None:
-                # Box first, resize second: the same numbers as resize then crop, centred to a fraction of a pixel, and a
-                # 1 x 10,000 strip never becomes a huge intermediate picture.
+                # Box first, resize second: the same numbers as resize then crop, centred to a
+                # fraction of a pixel, and a 1 x 10,000 strip never becomes a huge intermediate
+                # picture.
                 h, w = self.sides
-                tall, wide = (height, height * w / h) if height * w <= width * h else (width * h / w, width)
+                tall, wide = (
+                    (height, height * w / h) if height * w <= width * h else (width * h / w, width)
+                )
                 left, top = (width - wide) / 2, (height - tall) / 2
                 box = (left, top, left + wide, top + tall)
                 image = image.resize((w, h), _RESAMPLING[self.interpolation], box=box)
@@ -110,9 +139,11 @@ def to_float(pixels: Tensor) -> Tensor:
 
 
 def decode(picture: Picture) -> np.ndarray:
-    """Any picture -> uint8 (H, W) if it is grey, else (H, W, 3); orientation applied, transparency put on white.
+    """Any picture -> uint8 (H, W) if it is grey, else (H, W, 3); orientation applied, transparency
+    put on white.
 
-    Raises `UserError` with the reason (not the name, which the caller knows) when the file is truncated, corrupt or foreign.
+    Raises `UserError` with the reason (not the name, which the caller knows) when the file is
+    truncated, corrupt or foreign.
     """
     if isinstance(picture, np.ndarray):
         return _decode_array(picture)
@@ -129,20 +160,31 @@ def decode(picture: Picture) -> np.ndarray:
         raise
     except Image.UnidentifiedImageError as error:
         raise UserError("not an image file that Pillow knows") from error
-    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
+    except Exception as error:
+        # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
         raise UserError(f"{error or type(error).__name__}") from error
 
 
 def _decode_array(array: np.ndarray) -> np.ndarray:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or array.size == 0:
-        raise UserError(f"an array of shape {array.shape} is not a picture: expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
+    if (
+        array.ndim not in (2, 3)
+        or (array.ndim == 3 and array.shape[2] not in (3, 4))
+        or array.size == 0
+    ):
+        raise UserError(
+            f"an array of shape {array.shape} is not a picture: expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
+        )
     if array.dtype == np.uint16:
         array = _from_sixteen_bit(array)
     if array.dtype != np.uint8:
-        raise UserError(f"an array of {array.dtype} is not a picture: expected uint8 (0..255) or uint16 (0..65535)")
-    return _to_eight_bit(Image.fromarray(array)) if array.ndim == 3 and array.shape[2] == 4 else array
+        raise UserError(
+            f"an array of {array.dtype} is not a picture: expected uint8 (0..255) or uint16 (0..65535)"
+        )
+    return (
+        _to_eight_bit(Image.fromarray(array)) if array.ndim == 3 and array.shape[2] == 4 else array
+    )
 
 
 def _from_sixteen_bit(values: np.ndarray) -> np.ndarray:
@@ -153,13 +195,18 @@ def _from_sixteen_bit(values: np.ndarray) -> np.ndarray:
 def _to_eight_bit(image: Image.Image) -> np.ndarray:
     image = ImageOps.exif_transpose(image)
     mode = image.mode
-    if mode.startswith("I"):  # "I;16", "I;16B", and "I", in which TIFF and some PNG files hold 16-bit values
+    # "I;16", "I;16B", and "I", in which TIFF and some PNG files hold 16-bit values
+    if mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise UserError(f"its 32-bit pixels reach {values.min()}..{values.max()}: convert it to 8 or 16 bits")
+            raise UserError(
+                f"its 32-bit pixels reach {values.min()}..{values.max()}: convert it to 8 or 16 bits"
+            )
         return _from_sixteen_bit(values)
     if mode == "F":
-        raise UserError("its pixels are floating-point numbers of unknown range: convert it to 8 or 16 bits")
+        raise UserError(
+            "its pixels are floating-point numbers of unknown range: convert it to 8 or 16 bits"
+        )
     grey = mode in ("1", "L", "LA", "La")
     if image.has_transparency_data:
         image = image.convert("LA" if grey else "RGBA")

@@ -1,10 +1,11 @@
-"""Pixels in and out: tensors in [-1, 1] <-> 8-bit pictures, grids, and PNG files that remember how they were made.
+"""Pixels in and out: tensors in [-1, 1] <-> 8-bit pictures, grids, and PNG files that remember how
+they were made.
 
     byte = round(127.5 * (image + 1)), limited to 0..255        image = byte / 127.5 - 1
 
-so that tensor -> picture -> tensor is the identity on the 256 levels. A PNG carries two text chunks (PNG specification, 3rd
-edition, 11.3.3): `sfumato`, JSON that can be read back to make the picture again, and `parameters`, the same for people, in the
-layout that other image tools show.
+so that tensor -> picture -> tensor is the identity on the 256 levels. A PNG carries two text chunks
+(PNG specification, 3rd edition, 11.3.3): `sfumato`, JSON that can be read back to make the picture
+again, and `parameters`, the same for people, in the layout that other image tools show.
 """
 
 import json
@@ -29,9 +30,11 @@ KEY = "sfumato"
 
 
 def to_pil(image: Float[Tensor, "B C H W"]) -> list[pil.Image]:
-    """Pictures from pixels in [-1, 1] (values outside are limited): mode L for one channel, RGB for three.
+    """Pictures from pixels in [-1, 1] (values outside are limited): mode L for one channel, RGB for
+    three.
 
-    Raises `NumericalError` if a value is not finite (a black picture would hide it), `UserError` for other channel counts.
+    Raises `NumericalError` if a value is not finite (a black picture would hide it), `UserError`
+    for other channel counts.
     """
     if image.shape[1] not in (1, 3):
         raise UserError(
@@ -42,16 +45,22 @@ def to_pil(image: Float[Tensor, "B C H W"]) -> list[pil.Image]:
         raise NumericalError(
             f"decode: image {', '.join(map(str, bad))} of {len(image)} has NaN or infinite pixels ({image.dtype}); nothing was written"
         )
-    levels = ((image.detach().to("cpu", torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    levels = (
+        ((image.detach().to("cpu", torch.float32) + 1) * 127.5)
+        .round()
+        .clamp(0, 255)
+        .to(torch.uint8)
+    )
     arrays = levels.permute(0, 2, 3, 1).contiguous().numpy()
     return [pil.fromarray(a[:, :, 0] if a.shape[2] == 1 else a) for a in arrays]
 
 
 def to_tensor(picture: pil.Image | Sequence[pil.Image]) -> Float[Tensor, "B C H W"]:
-    """Pixels in [-1, 1], float32: one picture or several of one size and kind. Grey gives C = 1, everything else C = 3.
+    """Pixels in [-1, 1], float32: one picture or several of one size and kind. Grey gives C = 1,
+    everything else C = 3.
 
-    The camera's orientation tag is obeyed and transparency is laid over white. 16-bit and floating-point pictures are refused:
-    their white is not known.
+    The camera's orientation tag is obeyed and transparency is laid over white. 16-bit and
+    floating-point pictures are refused: their white is not known.
     """
     pictures = [picture] if isinstance(picture, pil.Image) else list(picture)
     if not pictures:
@@ -59,7 +68,9 @@ def to_tensor(picture: pil.Image | Sequence[pil.Image]) -> Float[Tensor, "B C H 
     arrays = [np.asarray(_plain(p)) for p in pictures]
     if len({a.shape for a in arrays}) > 1:
         shapes = ", ".join(sorted({str(a.shape) for a in arrays}))
-        raise UserError(f"pictures of one batch must have one size and one kind, got shapes {shapes}: resize them first")
+        raise UserError(
+            f"pictures of one batch must have one size and one kind, got shapes {shapes}: resize them first"
+        )
     levels = torch.from_numpy(np.stack([a if a.ndim == 3 else a[:, :, None] for a in arrays]))
     return levels.permute(0, 3, 1, 2).to(torch.float32).div(127.5).sub(1).contiguous()
 
@@ -67,7 +78,9 @@ def to_tensor(picture: pil.Image | Sequence[pil.Image]) -> Float[Tensor, "B C H 
 def _plain(picture: pil.Image) -> pil.Image:
     """The picture upright, opaque, in mode L or RGB."""
     if picture.mode.startswith(("I", "F")):
-        raise UserError(f"pictures must have 8 bits a channel, got mode {picture.mode!r}: convert it to L or RGB first")
+        raise UserError(
+            f"pictures must have 8 bits a channel, got mode {picture.mode!r}: convert it to L or RGB first"
+        )
     picture = ImageOps.exif_transpose(picture)
     if picture.has_transparency_data:
         grey = picture.mode == "LA"
@@ -77,9 +90,19 @@ def _plain(picture: pil.Image) -> pil.Image:
     return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
 
 
-def pasted(image: Float[Tensor, "B c H W"], original: Float[Tensor, "N c H W"], mask: Float[Tensor, "M _ H W"]) -> Float[Tensor, "B c H W"]:
-    """image where the mask is 1, original where it is 0 (to the last bit), between them in between. `UserError` for other sizes."""
-    if original.shape[1:] != image.shape[1:] or mask.shape[1:] != (1, *image.shape[2:]) or {len(original), len(mask)} - {1, len(image)}:
+def pasted(
+    image: Float[Tensor, "B c H W"],
+    original: Float[Tensor, "N c H W"],
+    mask: Float[Tensor, "M _ H W"],
+) -> Float[Tensor, "B c H W"]:
+    """image where the mask is 1, original where it is 0 (to the last bit), between them in between.
+    `UserError` for other sizes.
+    """
+    if (
+        original.shape[1:] != image.shape[1:]
+        or mask.shape[1:] != (1, *image.shape[2:])
+        or {len(original), len(mask)} - {1, len(image)}
+    ):
         raise UserError(
             f"an original of shape {tuple(original.shape)} and a mask of shape {tuple(mask.shape)} for images of shape {tuple(image.shape)}: "
             "expected as many, or one, of the same size"
@@ -89,16 +112,22 @@ def pasted(image: Float[Tensor, "B c H W"], original: Float[Tensor, "N c H W"], 
 
 
 def grid(images: Sequence[pil.Image], columns: int | None = None, pad: int = 2) -> pil.Image:
-    """One picture of many of the same size, row by row, with `pad` white pixels between them (none around).
+    """One picture of many of the same size, row by row, with `pad` white pixels between them (none
+    around).
 
-    `columns` defaults to the smallest number that makes the grid no taller than wide. Empty places are white.
+    `columns` defaults to the smallest number that makes the grid no taller than wide. Empty places
+    are white.
     """
     if not images:
         raise UserError("a grid needs at least one picture, got none")
     if len({i.size for i in images}) > 1:
-        raise UserError(f"the pictures of a grid must have one size, got {', '.join(sorted({f'{i.width}x{i.height}' for i in images}))}")
+        raise UserError(
+            f"the pictures of a grid must have one size, got {', '.join(sorted({f'{i.width}x{i.height}' for i in images}))}"
+        )
     if pad < 0 or (columns is not None and columns < 1):
-        raise UserError(f"a grid needs columns >= 1 and pad >= 0, got columns {columns} and pad {pad}")
+        raise UserError(
+            f"a grid needs columns >= 1 and pad >= 0, got columns {columns} and pad {pad}"
+        )
     across = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     down = math.ceil(len(images) / across)
     width, height = images[0].size
@@ -109,8 +138,12 @@ def grid(images: Sequence[pil.Image], columns: int | None = None, pad: int = 2) 
     return sheet
 
 
-def write_png(path: str | Path, picture: pil.Image, parameters: Mapping[str, Any] | None = None) -> Path:
-    """Writes a PNG atomically and returns its path; `parameters` (values that JSON can hold) travel inside it."""
+def write_png(
+    path: str | Path, picture: pil.Image, parameters: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes a PNG atomically and returns its path; `parameters` (values that JSON can hold) travel
+    inside it.
+    """
     chunks = PngInfo()
     if parameters is not None:
         chunks.add_text(KEY, json.dumps(dict(parameters), allow_nan=False))  # ASCII: a tEXt chunk
@@ -125,18 +158,31 @@ def write_png(path: str | Path, picture: pil.Image, parameters: Mapping[str, Any
 
 
 def read_parameters(path: str | Path) -> dict[str, Any]:
-    """The parameters that `write_png` put into a PNG. A file without them, or one that is not a PNG, is a `UserError`."""
+    """The parameters that `write_png` put into a PNG. A file without them, or one that is not a
+    PNG, is a `UserError`.
+    """
     try:
         with pil.open(path) as picture:
             if not isinstance(picture, PngImageFile):
-                raise UserError(f"{path} is a {picture.format} picture: the parameters of a picture are kept in PNG files only")
-            text = picture.text.get(KEY)  # reads the whole file: some tools move the text behind the pixels
+                raise UserError(
+                    f"{path} is a {picture.format} picture: the parameters of a picture are kept in PNG files only"
+                )
+            # reads the whole file: some tools move the text behind the pixels
+            text = picture.text.get(KEY)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: expected a PNG made by sfumato") from error
-    except (UnidentifiedImageError, pil.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except (
+        UnidentifiedImageError,
+        pil.DecompressionBombError,
+        OSError,
+        SyntaxError,
+        ValueError,
+    ) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} could not be read as a PNG ({error}): it may be truncated; copy or download it again") from error
+        raise UserError(
+            f"{path} could not be read as a PNG ({error}): it may be truncated; copy or download it again"
+        ) from error
     if text is None:
         raise UserError(
             f"{path} holds no parameters of sfumato: it was made by another program, or they were stripped when it was edited or uploaded"
@@ -144,9 +190,13 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"the parameters in {path} are not valid JSON ({error}): the file was changed after it was made") from error
+        raise UserError(
+            f"the parameters in {path} are not valid JSON ({error}): the file was changed after it was made"
+        ) from error
     if not isinstance(found, dict):
-        raise UserError(f"the parameters in {path} are {type(found).__name__}, expected a table: the file was changed after it was made")
+        raise UserError(
+            f"the parameters in {path} are {type(found).__name__}, expected a table: the file was changed after it was made"
+        )
     return found
 
 
@@ -167,10 +217,13 @@ def readable_parameters(parameters: Mapping[str, Any]) -> str:
     if parameters.get("negative_prompt"):
         lines.append(f"Negative prompt: {parameters['negative_prompt']}")
     shown = dict(parameters)
-    if isinstance(shown.get("guidance"), Mapping):  # more than a scale: the scale, and the words for the rest
+    # more than a scale: the scale, and the words for the rest
+    if isinstance(shown.get("guidance"), Mapping):
         rest = [f"{key} {value}" for key, value in shown["guidance"].items() if key != "scale"]
         shown["guidance"] = f"{shown['guidance'].get('scale')}, Guidance: {' '.join(rest)}"
-    pairs = [f"{label}: {shown[key]}" for key, label in _LABELS.items() if shown.get(key) is not None]
+    pairs = [
+        f"{label}: {shown[key]}" for key, label in _LABELS.items() if shown.get(key) is not None
+    ]
     if parameters.get("width") and parameters.get("height"):
         pairs.append(f"Size: {parameters['width']}x{parameters['height']}")
     lines.append(", ".join([*pairs, f"Version: sfumato {parameters.get('version', 'unknown')}"]))

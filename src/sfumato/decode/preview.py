@@ -1,7 +1,9 @@
-"""Previews without a decoder: image ~ W z + b at the latent's own resolution, with W, b fitted by least squares to real pairs.
+"""Previews without a decoder: image ~ W z + b at the latent's own resolution, with W, b fitted by
+least squares to real pairs.
 
-A linear map from latent channels to colour is what a glance at a running sample needs; it costs nothing (the same idea is known as
-latent2rgb). Fitted once per autoencoder, from images of any kind.
+A linear map from latent channels to colour is what a glance at a running sample needs; it costs
+nothing (the same idea is known as latent2rgb). Fitted once per autoencoder, from images of any
+kind.
 """
 
 from dataclasses import dataclass
@@ -23,7 +25,9 @@ class Preview:
 
     @classmethod
     def fit(cls, z: Float[Tensor, "B C h w"], image: Float[Tensor, "B c H W"]) -> "Preview":
-        """Least squares from latents to the images reduced to the latents' resolution (ridge 1e-3, in case there are few)."""
+        """Least squares from latents to the images reduced to the latents' resolution (ridge 1e-3,
+        in case there are few).
+        """
         small = F.interpolate(image.double(), z.shape[2:], mode="area")
         features = z.double().permute(0, 2, 3, 1).flatten(0, 2)  # (N, C)
         features = torch.cat([features, torch.ones_like(features[:, :1])], 1)
@@ -33,7 +37,9 @@ class Preview:
         return cls(solved[:-1].T.contiguous(), solved[-1])
 
     def __call__(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B c h w"]:
-        """z -> a small image in [-1, 1]; `NumericalError` for NaN or infinity, which the limits would hide."""
+        """z -> a small image in [-1, 1]; `NumericalError` for NaN or infinity, which the limits
+        would hide.
+        """
         image = torch.einsum("oc,bchw->bohw", self.weight.to(z), z) + self.bias.to(z)[:, None, None]
         check_decoded(image, z.dtype)
         return image.clamp(-1, 1)

@@ -1,10 +1,12 @@
-"""Decode and encode in overlapping tiles: memory grows with the tile, not with the image. For the exact result see `sfumato.decode.exact`.
+"""Decode and encode in overlapping tiles: memory grows with the tile, not with the image. For the
+exact result see `sfumato.decode.exact`.
 
-Neighbours share `overlap` latent cells. Over these a tile's weight is 0 in the outer quarter, where its decoder saw a border that is not
-the image's, rises linearly over the middle half, and is 1 in the inner quarter; the weights of all tiles sum to 1 at every pixel. So a
-decoder whose output depends on no latent cell farther away than overlap/4 gives the same image as all at once. Group norms and
-attention see the tile and not the image: for them this is an approximation, exact where one tile covers everything. Encoders the same, with
-tiles of whole cells.
+Neighbours share `overlap` latent cells. Over these a tile's weight is 0 in the outer quarter, where
+its decoder saw a border that is not the image's, rises linearly over the middle half, and is 1 in
+the inner quarter; the weights of all tiles sum to 1 at every pixel. So a decoder whose output
+depends on no latent cell farther away than overlap/4 gives the same image as all at once. Group
+norms and attention see the tile and not the image: for them this is an approximation, exact where
+one tile covers everything. Encoders the same, with tiles of whole cells.
 """
 
 from collections.abc import Callable
@@ -26,7 +28,9 @@ def _starts(length: int, tile: int, stride: int) -> list[int]:
 
 
 def _ramp(start: int, tile: int, length: int, overlap: int) -> Tensor:
-    """Weights (tile,) along one side of a tile: rising and falling over the overlap, but not at the image's own edges."""
+    """Weights (tile,) along one side of a tile: rising and falling over the overlap, but not at the
+    image's own edges.
+    """
     position = torch.arange(tile, dtype=torch.float32) + 0.5
     weight = torch.ones(tile)
     for meets_neighbour, depth in ((start > 0, position), (start + tile < length, tile - position)):
@@ -36,8 +40,12 @@ def _ramp(start: int, tile: int, length: int, overlap: int) -> Tensor:
 
 
 @torch.no_grad()
-def tiled(autoencoder: Autoencoder, z: Float[Tensor, "B C h w"], tile: int = 64, overlap: int = 16) -> Float[Tensor, "B c H W"]:
-    """z -> image in [-1, 1] by tiles of `tile` latent cells that share `overlap` cells; `UserError` unless 0 < overlap < tile."""
+def tiled(
+    autoencoder: Autoencoder, z: Float[Tensor, "B C h w"], tile: int = 64, overlap: int = 16
+) -> Float[Tensor, "B c H W"]:
+    """z -> image in [-1, 1] by tiles of `tile` latent cells that share `overlap` cells; `UserError`
+    unless 0 < overlap < tile.
+    """
     _check(tile, overlap)
     check_latent(autoencoder.space, z)
     h, w = z.shape[2:]
@@ -46,7 +54,9 @@ def tiled(autoencoder: Autoencoder, z: Float[Tensor, "B C h w"], tile: int = 64,
     f = autoencoder.space.factor
 
     def run(top: int, left: int) -> Tensor:
-        pixels = autoencoder.decode(z[:, :, top : top + tile, left : left + tile].to(autoencoder.dtype)).float()
+        pixels = autoencoder.decode(
+            z[:, :, top : top + tile, left : left + tile].to(autoencoder.dtype)
+        ).float()
         check_decoded(pixels, autoencoder.dtype)
         return pixels
 
@@ -54,12 +64,18 @@ def tiled(autoencoder: Autoencoder, z: Float[Tensor, "B C h w"], tile: int = 64,
 
 
 @torch.no_grad()
-def tiled_posterior(autoencoder: Autoencoder, image: Float[Tensor, "B C H W"], tile: int = 64, overlap: int = 16) -> Posterior:
-    """image in [-1, 1] -> the distribution of raw latents, float32, by tiles as in `tiled`: means and stds are blended each by itself."""
+def tiled_posterior(
+    autoencoder: Autoencoder, image: Float[Tensor, "B C H W"], tile: int = 64, overlap: int = 16
+) -> Posterior:
+    """image in [-1, 1] -> the distribution of raw latents, float32, by tiles as in `tiled`: means
+    and stds are blended each by itself.
+    """
     _check(tile, overlap)
     f = autoencoder.space.factor
     if image.shape[2] % f or image.shape[3] % f:
-        raise UserError(f"image of shape {tuple(image.shape)}: this autoencoder takes sides that are multiples of {f}")
+        raise UserError(
+            f"image of shape {tuple(image.shape)}: this autoencoder takes sides that are multiples of {f}"
+        )
     h, w = image.shape[2] // f, image.shape[3] // f
 
     def run(top: int, left: int) -> Tensor:
@@ -73,11 +89,17 @@ def tiled_posterior(autoencoder: Autoencoder, image: Float[Tensor, "B C H W"], t
 
 def _check(tile: int, overlap: int) -> None:
     if not 0 < overlap < tile:
-        raise UserError(f"tile={tile}, overlap={overlap}: expected 0 < overlap < tile, in latent cells")
+        raise UserError(
+            f"tile={tile}, overlap={overlap}: expected 0 < overlap < tile, in latent cells"
+        )
 
 
-def _blend(run: Callable[[int, int], Tensor], h: int, w: int, tile: int, overlap: int, f: int) -> Tensor:
-    """The weighted mean of what `run` makes of the tile at (top, left) latent cells; f: numbers along a side that it makes of a cell."""
+def _blend(
+    run: Callable[[int, int], Tensor], h: int, w: int, tile: int, overlap: int, f: int
+) -> Tensor:
+    """The weighted mean of what `run` makes of the tile at (top, left) latent cells; f: numbers
+    along a side that it makes of a cell.
+    """
     made: Tensor | None = None
     total = torch.zeros(1, 1, h * f, w * f)
     for top in _starts(h, tile, tile - overlap):

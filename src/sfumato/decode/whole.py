@@ -1,4 +1,6 @@
-"""Decode all at once, a few images at a time; NaN or infinity stops with a sentence instead of a black picture."""
+"""Decode all at once, a few images at a time; NaN or infinity stops with a sentence instead of a
+black picture.
+"""
 
 import torch
 from jaxtyping import Float
@@ -26,12 +28,16 @@ def check_decoded(image: Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def whole(autoencoder: Autoencoder, z: Float[Tensor, "B C h w"], batch: int = 64) -> Float[Tensor, "B c H W"]:
+def whole(
+    autoencoder: Autoencoder, z: Float[Tensor, "B C h w"], batch: int = 64
+) -> Float[Tensor, "B c H W"]:
     """z (standardised) -> image in [-1, 1], clamped, float32; `batch` images at a time."""
     check_latent(autoencoder.space, z)
     if not len(z):
         factor = autoencoder.space.factor
-        return torch.empty(0, autoencoder.channels, z.shape[2] * factor, z.shape[3] * factor, device=z.device)
+        return torch.empty(
+            0, autoencoder.channels, z.shape[2] * factor, z.shape[3] * factor, device=z.device
+        )
     parts = []
     with torch.inference_mode():
         for part in z.split(batch):

@@ -1,4 +1,6 @@
-"""This machine: its processor, how layers are computed on it, and a check that an image does not depend on its batch."""
+"""This machine: its processor, how layers are computed on it, and a check that an image does not
+depend on its batch.
+"""
 
 import os
 import platform
@@ -16,16 +18,51 @@ from sfumato.kernels.mkl_threads import controlled
 BATCHES = (2, 3, 7, 17)
 """Batch sizes that are compared with images computed alone."""
 
-LIMITS = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+LIMITS = (
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
+)
 LIMITS += ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Environment variables that change which kernels the libraries below torch choose, and the number of their threads."""
+"""Environment variables that change which kernels the libraries below torch choose, and the number
+of their threads."""
 
-_SETS = ("sse4_2", "avx", "avx2", "fma3", "f16c", "avx_vnni", "avx512_f", "avx512_bw", "avx512_vnni", "avx512_bf16", "avx512_fp16")
-_SETS += ("avx10_1", "avx10_2", "amx_tile", "amx_int8", "amx_bf16", "amx_fp16", "neon", "dotprod", "bf16", "i8mm", "sve", "sve2", "sme")
+_SETS = (
+    "sse4_2",
+    "avx",
+    "avx2",
+    "fma3",
+    "f16c",
+    "avx_vnni",
+    "avx512_f",
+    "avx512_bw",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+)
+_SETS += (
+    "avx10_1",
+    "avx10_2",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+    "amx_fp16",
+    "neon",
+    "dotprod",
+    "bf16",
+    "i8mm",
+    "sve",
+    "sve2",
+    "sme",
+)
 
 
 def report() -> dict[str, Any]:
-    """Describe this machine, as JSON: processor, threads, libraries, methods, and the result of `check_layers`."""
+    """Describe this machine, as JSON: processor, threads, libraries, methods, and the result of
+    `check_layers`.
+    """
     return {
         "processor": processor(),
         "threads": {"of torch": torch.get_num_threads(), "cores for this process": _cores()},
@@ -34,7 +71,9 @@ def report() -> dict[str, Any]:
             **_libraries(),
             "vector instructions of torch": torch.backends.cpu.get_cpu_capability(),
         },
-        "limits in the environment": {name: os.environ[name] for name in LIMITS if name in os.environ},
+        "limits in the environment": {
+            name: os.environ[name] for name in LIMITS if name in os.environ
+        },
         "accelerators": _accelerators(),
         "methods": methods(),
         "images do not depend on the batch": check_layers(),
@@ -42,16 +81,31 @@ def report() -> dict[str, Any]:
 
 
 def processor() -> dict[str, Any]:
-    """The processor's name, architecture, instruction sets and caches, as far as torch or the system tells them."""
+    """The processor's name, architecture, instruction sets and caches, as far as torch or the
+    system tells them.
+    """
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     name = str(capabilities.get("cpu_name") or platform.processor() or "unknown")
     kind = _kind()
     sets = [key for key in _SETS if capabilities.get(key)]
     if not capabilities:
-        known = {"avx2": "_is_avx2_supported", "avx512_f": "_is_avx512_supported", "amx_tile": "_is_amx_tile_supported"}
+        known = {
+            "avx2": "_is_avx2_supported",
+            "avx512_f": "_is_avx512_supported",
+            "amx_tile": "_is_amx_tile_supported",
+        }
         sets = [key for key, function in known.items() if getattr(torch.cpu, function, bool)()]
-    caches = {level: int(size) for level in ("l1d", "l2") if (size := capabilities.get(f"{level}_cache_size"))}
-    return {"name": f"{name}{kind}", "architecture": platform.machine(), "instruction sets": sets, "caches": caches}
+    caches = {
+        level: int(size)
+        for level in ("l1d", "l2")
+        if (size := capabilities.get(f"{level}_cache_size"))
+    }
+    return {
+        "name": f"{name}{kind}",
+        "architecture": platform.machine(),
+        "instruction sets": sets,
+        "caches": caches,
+    }
 
 
 def methods() -> dict[str, str]:
@@ -60,21 +114,30 @@ def methods() -> dict[str, str]:
     bfloat16 = packable(nn.Sequential(nn.Linear(8, 8)).bfloat16())
     return {
         "linear and convolution, float32": batch_invariant.method(),
-        "attention, float32": "torch's fused kernel" + (", MKL on one thread" if controlled() else ""),
-        "attention of many tokens, bfloat16": "in blocks, by oneDNN" if bfloat16 else "torch's fused kernel",
-        "prepared networks, float32": "weights packed for oneDNN" if packable(small) else "as they are",
+        "attention, float32": "torch's fused kernel"
+        + (", MKL on one thread" if controlled() else ""),
+        "attention of many tokens, bfloat16": "in blocks, by oneDNN"
+        if bfloat16
+        else "torch's fused kernel",
+        "prepared networks, float32": "weights packed for oneDNN"
+        if packable(small)
+        else "as they are",
         "prepared networks, bfloat16": "weights packed for oneDNN" if bfloat16 else "as they are",
     }
 
 
 def check_layers() -> dict[str, bool]:
-    """Compare images of batches with the same images alone, bit for bit, for each kind of layer. Takes about a second."""
+    """Compare images of batches with the same images alone, bit for bit, for each kind of layer.
+    Takes about a second.
+    """
     with torch.inference_mode():
         return {name: _same(function, x) for name, function, x in _layers()}
 
 
 def _layers() -> Iterator[tuple[str, Callable[[Tensor], Tensor], Tensor]]:
-    """(name, function of a batch, images), in float32 on the CPU, with numbers that do not change torch's random state."""
+    """(name, function of a batch, images), in float32 on the CPU, with numbers that do not change
+    torch's random state.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -90,13 +153,23 @@ def _layers() -> Iterator[tuple[str, Callable[[Tensor], Tensor], Tensor]]:
         layer = filled(batch_invariant.Linear(d, e))
         yield f"linear {d} to {e}", layer, normal(count, d)
         yield f"linear {d} to {e}, 5 tokens", layer, normal(count, 5, d)
-    for c, d, kernel, stride, side in ((4, 64, 3, 1, 8), (128, 64, 3, 1, 7), (640, 640, 3, 1, 4), (320, 64, 3, 2, 8), (640, 96, 1, 1, 4)):
+    for c, d, kernel, stride, side in (
+        (4, 64, 3, 1, 8),
+        (128, 64, 3, 1, 7),
+        (640, 640, 3, 1, 4),
+        (320, 64, 3, 2, 8),
+        (640, 96, 1, 1, 4),
+    ):
         layer = filled(batch_invariant.Conv2d(c, d, kernel, stride, kernel // 2))
         x = normal(count, c, side, side)
         yield f"convolution {kernel}x{kernel} of {c} to {d} channels, stride {stride}", layer, x
         if packable(layer):
             ready = packed(nn.Sequential(layer))
-            yield f"prepared convolution {kernel}x{kernel} of {c} to {d} channels, stride {stride}", ready, x
+            yield (
+                f"prepared convolution {kernel}x{kernel} of {c} to {d} channels, stride {stride}",
+                ready,
+                x,
+            )
     yield "group norm", filled(batch_invariant.GroupNorm(4, 24)), normal(count, 24, 7, 5)
     yield "layer norm", nn.LayerNorm(77), normal(count, 5, 77)
     for name, function in (
@@ -115,10 +188,16 @@ def _attention(x: Tensor) -> Tensor:
 
 
 def _same(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    """True if each image of batches that begin at image 0 and at image 1 has the bits that it has alone."""
+    """True if each image of batches that begin at image 0 and at image 1 has the bits that it has
+    alone.
+    """
     alone = [function(x[i : i + 1].clone())[0] for i in range(len(x))]
-    batches = [(first, function(x[first : first + size].clone())) for size in BATCHES for first in (0, 1)]
-    return all(torch.equal(image, alone[first + i]) for first, y in batches for i, image in enumerate(y))
+    batches = [
+        (first, function(x[first : first + size].clone())) for size in BATCHES for first in (0, 1)
+    ]
+    return all(
+        torch.equal(image, alone[first + i]) for first, y in batches for i, image in enumerate(y)
+    )
 
 
 def _cores() -> int:
@@ -130,10 +209,16 @@ def _kind() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return ""
-    entries = dict(line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line)
+    entries = dict(
+        line.split(":", 1)
+        for line in cpuinfo.read_text().split("\n\n")[0].splitlines()
+        if ":" in line
+    )
     entries = {key.strip(): value.strip() for key, value in entries.items()}
     parts = [
-        f"{label}{entries[key]}" for key, label in (("vendor_id", ""), ("cpu family", "family "), ("model", "model ")) if key in entries
+        f"{label}{entries[key]}"
+        for key, label in (("vendor_id", ""), ("cpu family", "family "), ("model", "model "))
+        if key in entries
     ]
     return f" ({', '.join(parts)})" if parts else ""
 
@@ -143,7 +228,9 @@ def _libraries() -> dict[str, str]:
     config = torch.__config__.show()
     versions = {}
     for name, mark in (("oneDNN", "MKL-DNN v"), ("MKL", "Math Kernel Library Version ")):
-        versions[name] = config.split(mark)[1].split()[0].split("-")[0] if mark in config else "none"
+        versions[name] = (
+            config.split(mark)[1].split()[0].split("-")[0] if mark in config else "none"
+        )
     return versions
 
 

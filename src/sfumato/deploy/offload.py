@@ -1,11 +1,13 @@
 """What a model takes and what a machine has, said before any weight is read: `sfumato info MODEL`.
 
     in memory   weights + the largest of what a step and decoding take beside them
-    streamed    twice the largest layer + the same (inference/offload/streaming.py); what memory is left keeps layers from step to step
+    streamed    twice the largest layer + the same (inference/offload/streaming.py); what memory is
+                left keeps layers from step to step
 
-Sizes of weights are those of the files' headers. What a step and decoding take is counted: the network of the part's config is run once on the
-meta device, where tensors have shapes and no numbers, at the model's default size, one picture with guidance (a batch of two); what lives at
-the same time is added up. Scratch memory of the kernels is not in it, nor what the C library keeps.
+Sizes of weights are those of the files' headers. What a step and decoding take is counted: the
+network of the part's config is run once on the meta device, where tensors have shapes and no
+numbers, at the model's default size, one picture with guidance (a batch of two); what lives at the
+same time is added up. Scratch memory of the kernels is not in it, nor what the C library keeps.
 """
 
 import json
@@ -48,7 +50,9 @@ TOKENS = {"unet": 77, "transformer": 512}
 
 @dataclass(frozen=True)
 class Part:
-    """stored: bytes of its tensors in the files. numbers: floating-point ones. largest: those of its largest layer."""
+    """stored: bytes of its tensors in the files. numbers: floating-point ones. largest: those of
+    its largest layer.
+    """
 
     stored: int
     numbers: int
@@ -56,11 +60,13 @@ class Part:
     dtypes: tuple[str, ...]
 
 
-# ---- what the files hold -----------------------------------------------------------------------------------------------
+# ---- what the files hold -------------------------------------------------------------------------
 
 
 def header(file: Path) -> dict[str, Any]:
-    """The table at the begin of a safetensors file: {key: {dtype, shape, data_offsets}}; no weight is read."""
+    """The table at the begin of a safetensors file: {key: {dtype, shape, data_offsets}}; no weight
+    is read.
+    """
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
@@ -70,23 +76,38 @@ def header(file: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{file} is missing: expected a safetensors file there") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not a whole safetensors file ({error}): it may be truncated; copy or download it again") from error
+        raise UserError(
+            f"{file} is not a whole safetensors file ({error}): it may be truncated; copy or download it again"
+        ) from error
     return {key: entry for key, entry in table.items() if key != "__metadata__"}
 
 
 def parts_of(path: Path, variant: str | None = None) -> dict[str, Part]:
-    """The parts of a model folder, or of a single file, by name. Of pickled files only their size is known."""
+    """The parts of a model folder, or of a single file, by name. Of pickled files only their size
+    is known.
+    """
     if path.is_file():
         return (
-            {name: _part(table) for name, table in _divided(path).items()} if path.suffix == ".safetensors" else {"all": _pickled([path])}
+            {name: _part(table) for name, table in _divided(path).items()}
+            if path.suffix == ".safetensors"
+            else {"all": _pickled([path])}
         )
     found = {}
     for name, entry in index(path).items():
-        if not name.startswith("_") and isinstance(entry, list) and entry[-1] is not None and name not in UNUSED:
+        if (
+            not name.startswith("_")
+            and isinstance(entry, list)
+            and entry[-1] is not None
+            and name not in UNUSED
+        ):
             files = _weights(path / name, variant)
             if files:
                 tables = [header(file) for file in files if file.suffix == ".safetensors"]
-                found[name] = _part({k: v for table in tables for k, v in table.items()}) if tables else _pickled(files)
+                found[name] = (
+                    _part({k: v for table in tables for k, v in table.items()})
+                    if tables
+                    else _pickled(files)
+                )
     return found
 
 
@@ -99,7 +120,9 @@ def _weights(folder: Path, variant: str | None) -> list[Path]:
 
 
 def _divided(file: Path) -> dict[str, dict[str, Any]]:
-    """A single file's table, part by part: by the prefixes of the old layouts, or by the names of folders in our own."""
+    """A single file's table, part by part: by the prefixes of the old layouts, or by the names of
+    folders in our own.
+    """
     found: dict[str, dict[str, Any]] = {}
     for key, entry in header(file).items():
         prefix = next((p for p in PREFIXES if key.startswith(p)), None)
@@ -123,7 +146,12 @@ def _part(table: Mapping[str, Any]) -> Part:
             numbers += count
             layer = key.rpartition(".")[0]
             layers[layer] = layers.get(layer, 0) + count
-    return Part(stored, numbers, max(layers.values(), default=0), tuple(sorted({entry["dtype"] for entry in table.values()})))
+    return Part(
+        stored,
+        numbers,
+        max(layers.values(), default=0),
+        tuple(sorted({entry["dtype"] for entry in table.values()})),
+    )
 
 
 def _pickled(files: list[Path]) -> Part:
@@ -131,19 +159,31 @@ def _pickled(files: list[Path]) -> Part:
     return Part(size, size // 4, 0, ("pickled",))
 
 
-# ---- what running takes ------------------------------------------------------------------------------------------------
+# ---- what running takes --------------------------------------------------------------------------
 
 
 class _Counting(TorchDispatchMode):
-    """Bytes of tensors that live at the same time. `most`: at the worst moment, without what was there before."""
+    """Bytes of tensors that live at the same time. `most`: at the worst moment, without what was
+    there before.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.now, self.most = 0, 0
         self._users: dict[int, int] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)}
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        known = {
+            t.untyped_storage()._cdata
+            for t in tree_leaves((args, kwargs or {}))
+            if isinstance(t, Tensor)
+        }
         found = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(found):
             if isinstance(tensor, Tensor):
@@ -170,7 +210,13 @@ class _Counting(TorchDispatchMode):
 class _Fused(TorchFunctionMode):
     """Attention keeps no scores, as in the kernels that run it."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         if func is F.scaled_dot_product_attention:
             q, _, v = args[:3]
             return q.new_empty((*q.shape[:-1], v.shape[-1]))
@@ -185,7 +231,9 @@ def counted(run: Any) -> int:
 
 
 def step_bytes(network: Network, size: tuple[int, int], rows: int = 2) -> int:
-    """What one call of a denoiser on the meta device takes for latents of `size`, beside its weights."""
+    """What one call of a denoiser on the meta device takes for latents of `size`, beside its
+    weights.
+    """
     dtype = next(network.parameters()).dtype
     x = torch.empty(rows, network.in_channels, *size, dtype=dtype, device="meta")
     asked = _conditions(network, rows, dtype)
@@ -197,7 +245,10 @@ def _conditions(network: Network, rows: int, dtype: torch.dtype) -> Conditioning
     config, wide = network.config, network.token_width
     width, count = max(wide) if isinstance(wide, tuple) else wide, TOKENS[network.part]
     tokens = None if width is None else torch.empty(rows, count, width, dtype=dtype, device="meta")
-    joined, each = (getattr(config, name, None) for name in ("projection_class_embeddings_input_dim", "addition_time_embed_dim"))
+    joined, each = (
+        getattr(config, name, None)
+        for name in ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
+    )
     if joined and each:  # six numbers beside the pooled text, or SDXL's refiner's five
         numbers = 6 if joined - 6 * each > 0 and (joined - 6 * each) % 256 == 0 else 5
         joined += numbers - numbers * each
@@ -213,7 +264,9 @@ def decode_bytes(autoencoder: nn.Module, size: tuple[int, int]) -> int:
 
 
 def running(path: Path, dtype: torch.dtype) -> dict[str, int]:
-    """{"step", "decode"}: bytes that each takes beside the weights; empty for what cannot be counted."""
+    """{"step", "decode"}: bytes that each takes beside the weights; empty for what cannot be
+    counted.
+    """
     if not path.is_dir():
         return {}
     parts = {name: path / name / "config.json" for name in (*DENOISERS, *AUTOENCODERS)}
@@ -223,7 +276,10 @@ def running(path: Path, dtype: torch.dtype) -> dict[str, int]:
     side = network.sample_size if isinstance(network, Network) else 64
     size = (side, side)
     found: dict[str, int] = {}
-    for name, count in (("step", lambda: step_bytes(network, size)), ("decode", lambda: decode_bytes(decoder, size))):  # pyright: ignore
+    for name, count in (
+        ("step", lambda: step_bytes(network, size)),
+        ("decode", lambda: decode_bytes(decoder, size)),
+    ):  # pyright: ignore
         if (network if name == "step" else decoder) is not None:
             try:
                 found[name] = count()
@@ -245,11 +301,13 @@ def _built(config: Path, dtype: torch.dtype) -> nn.Module | None:
         return None
 
 
-# ---- what fits ---------------------------------------------------------------------------------------------------------
+# ---- what fits -----------------------------------------------------------------------------------
 
 
 def report(path: Path, variant: str | None = None) -> dict[str, Any] | None:
-    """Weights, what running takes, what the machine has, and which ways fit, all in bytes; None for a path at which no model is."""
+    """Weights, what running takes, what the machine has, and which ways fit, all in bytes; None for
+    a path at which no model is.
+    """
     if not path.is_file() and not (path / "model_index.json").exists():
         return None
     parts = parts_of(path, variant)
@@ -264,12 +322,22 @@ def report(path: Path, variant: str | None = None) -> dict[str, Any] | None:
             layer = 2 * max(part.largest for part in parts.values()) * width
             for way, taken in (("in memory", weights), ("streamed", layer)):
                 ways[f"{way}, {name}"] = _way(taken + most, machine)
-    listed = {name: {"stored": part.stored, "dtypes": list(part.dtypes), "numbers": part.numbers} for name, part in parts.items()}
-    return {"weights": {**listed, "all": sum(part.stored for part in parts.values())}, "beside": needs, "machine": machine, "ways": ways}
+    listed = {
+        name: {"stored": part.stored, "dtypes": list(part.dtypes), "numbers": part.numbers}
+        for name, part in parts.items()
+    }
+    return {
+        "weights": {**listed, "all": sum(part.stored for part in parts.values())},
+        "beside": needs,
+        "machine": machine,
+        "ways": ways,
+    }
 
 
 def _machine() -> Iterator[tuple[str, int | None]]:
-    """Bytes that can be had: of memory; of a GPU's, if there is one; and what Python and its libraries hold already."""
+    """Bytes that can be had: of memory; of a GPU's, if there is one; and what Python and its
+    libraries hold already.
+    """
     yield "available", host_memory.free()
     yield "libraries", host_memory.held()
     if torch.cuda.is_available():

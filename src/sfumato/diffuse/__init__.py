@@ -1,1 +1,3 @@
-"""Act 2, diffuse: z <-> noise. Schedules, parameterizations, the process, timesteps and samplers; no network in here."""
+"""Act 2, diffuse: z <-> noise. Schedules, parameterizations, the process, timesteps and samplers;
+no network in here.
+"""

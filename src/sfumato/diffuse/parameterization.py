@@ -1,9 +1,12 @@
-"""What a network predicts: the target y = a*z + b*eps, and the one 2x2 solve that turns y back into (x0, eps).
+"""What a network predicts: the target y = a*z + b*eps, and the one 2x2 solve that turns y back into
+(x0, eps).
 
-With x = alpha*z + sigma*eps and det = alpha*b - sigma*a:  x0 = (b*x - sigma*y) / det,  eps = (alpha*y - a*x) / det.
-eps: Ho et al. 2020; v: Salimans & Ho 2022, arXiv:2202.00512, appendix D; flow eps - z: Lipman et al. 2023, arXiv:2210.02747.
-edm (Karras et al. 2022, arXiv:2206.00364, eq. 7 and table 1) for any (alpha, sigma), with S^2 = alpha^2 d^2 + sigma^2 and d the data's standard
-deviation: D = (alpha d^2 x + sigma d S y) / S^2 is the row (sigma/(d S), -alpha d/S), and the network is given x/S. det = -S/d is never zero.
+With x = alpha*z + sigma*eps and det = alpha*b - sigma*a:  x0 = (b*x - sigma*y) / det,  eps =
+(alpha*y - a*x) / det. eps: Ho et al. 2020; v: Salimans & Ho 2022, arXiv:2202.00512, appendix D;
+flow eps - z: Lipman et al. 2023, arXiv:2210.02747. edm (Karras et al. 2022, arXiv:2206.00364, eq. 7
+and table 1) for any (alpha, sigma), with S^2 = alpha^2 d^2 + sigma^2 and d the data's standard
+deviation: D = (alpha d^2 x + sigma d S y) / S^2 is the row (sigma/(d S), -alpha d/S), and the
+network is given x/S. det = -S/d is never zero.
 """
 
 from collections.abc import Callable
@@ -17,7 +20,9 @@ from sfumato.errors import UserError, unknown
 
 @dataclass(frozen=True)
 class Parameterization:
-    """A row (a, b) as functions of (alpha, sigma), float64 tensors; and what the network's input is multiplied by, if anything."""
+    """A row (a, b) as functions of (alpha, sigma), float64 tensors; and what the network's input is
+    multiplied by, if anything.
+    """
 
     name: str
     row: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -30,10 +35,16 @@ class Parameterization:
 
 
 PARAMETERIZATIONS = {
-    "eps": Parameterization("eps", lambda alpha, sigma: (torch.zeros_like(alpha), torch.ones_like(alpha))),
-    "x0": Parameterization("x0", lambda alpha, sigma: (torch.ones_like(alpha), torch.zeros_like(alpha))),
+    "eps": Parameterization(
+        "eps", lambda alpha, sigma: (torch.zeros_like(alpha), torch.ones_like(alpha))
+    ),
+    "x0": Parameterization(
+        "x0", lambda alpha, sigma: (torch.ones_like(alpha), torch.zeros_like(alpha))
+    ),
     "v": Parameterization("v", lambda alpha, sigma: (-sigma, alpha)),
-    "flow": Parameterization("flow", lambda alpha, sigma: (-torch.ones_like(alpha), torch.ones_like(alpha))),
+    "flow": Parameterization(
+        "flow", lambda alpha, sigma: (-torch.ones_like(alpha), torch.ones_like(alpha))
+    ),
 }
 
 
@@ -56,13 +67,21 @@ class _EDMInput:
 
 
 def edm(sigma_data: float = 1.0, flipped: bool = False) -> Parameterization:
-    """Karras et al.'s preconditioning; latents here are standardised, so the data's standard deviation is 1 (theirs was 0.5).
+    """Karras et al.'s preconditioning; latents here are standardised, so the data's standard
+    deviation is 1 (theirs was 0.5).
 
-    flipped: the network gives -y. With sigma_data 1 that is v of x/S, what CosXL and Stable Video Diffusion are trained for ("edm_v").
+    flipped: the network gives -y. With sigma_data 1 that is v of x/S, what CosXL and Stable Video
+    Diffusion are trained for ("edm_v").
     """
     if not 0 < sigma_data < float("inf"):
-        raise UserError(f"sigma_data={sigma_data}: expected the positive standard deviation of the data")
-    return Parameterization("edm_v" if flipped else "edm", _EDMRow(sigma_data, -1 if flipped else 1), _EDMInput(sigma_data))
+        raise UserError(
+            f"sigma_data={sigma_data}: expected the positive standard deviation of the data"
+        )
+    return Parameterization(
+        "edm_v" if flipped else "edm",
+        _EDMRow(sigma_data, -1 if flipped else 1),
+        _EDMInput(sigma_data),
+    )
 
 
 PARAMETERIZATIONS["edm"] = edm()

@@ -1,6 +1,8 @@
-"""The process: a schedule and a parameterization, and the three lines that connect z, noise, x and a network's output y.
+"""The process: a schedule and a parameterization, and the three lines that connect z, noise, x and
+a network's output y.
 
-add_noise: x = alpha*z + sigma*eps;  target: y = a*z + b*eps;  split: (x, y) -> (x0, eps), the inverse of both.
+add_noise: x = alpha*z + sigma*eps;  target: y = a*z + b*eps;  split: (x, y) -> (x0, eps), the
+                                     inverse of both.
 """
 
 from dataclasses import dataclass
@@ -17,13 +19,17 @@ from sfumato.types import LinearPrediction, Prediction
 
 
 def _columns(like: Tensor, *values: Tensor) -> list[Tensor]:
-    """Float64 coefficients () or (B,) as tensors that broadcast over `like` (B, C, h, w), in its dtype and on its device."""
+    """Float64 coefficients () or (B,) as tensors that broadcast over `like` (B, C, h, w), in its
+    dtype and on its device.
+    """
     return [v.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1)) for v in values]
 
 
 @dataclass(frozen=True)
 class Process:
-    """Schedule + parameterization. A pair that cannot be solved at a time that networks know is refused when it is built (`UserError`)."""
+    """Schedule + parameterization. A pair that cannot be solved at a time that networks know is
+    refused when it is built (`UserError`).
+    """
 
     schedule: Schedule
     parameterization: Parameterization
@@ -38,28 +44,40 @@ class Process:
                 "so the network's output says nothing about the clean latent; use v or x0 with this schedule"
             )
 
-    def add_noise(self, z: Float[Tensor, "B C h w"], eps: Float[Tensor, "B C h w"], t: float | Tensor) -> Float[Tensor, "B C h w"]:
+    def add_noise(
+        self, z: Float[Tensor, "B C h w"], eps: Float[Tensor, "B C h w"], t: float | Tensor
+    ) -> Float[Tensor, "B C h w"]:
         """x_t = alpha*z + sigma*eps for one t or a t an image (B,)."""
         alpha, sigma = _columns(z, *self.schedule.at(t))
         return alpha * z + sigma * eps
 
-    def target(self, z: Float[Tensor, "B C h w"], eps: Float[Tensor, "B C h w"], t: float | Tensor) -> Float[Tensor, "B C h w"]:
+    def target(
+        self, z: Float[Tensor, "B C h w"], eps: Float[Tensor, "B C h w"], t: float | Tensor
+    ) -> Float[Tensor, "B C h w"]:
         """What the network should output at x_t: a*z + b*eps."""
         a, b = _columns(z, *self.parameterization.row(*self.schedule.at(t)))
         return a * z + b * eps
 
     def timestep(self, t: float | Tensor, device: torch.device) -> Float[Tensor, "..."]:
-        """A time, or one an image (B,), in the units that the network knows: float32, of t's shape."""
+        """A time, or one an image (B,), in the units that the network knows: float32, of t's
+        shape.
+        """
         if isinstance(t, Tensor):
             return self.schedule.timestep(t.double()).to(device, torch.float32)
         return _timestep_at(self.schedule, float(t), device)
 
-    def network_input(self, x: Float[Tensor, "B C h w"], t: float | Tensor) -> Float[Tensor, "B C h w"]:
-        """What the network is shown of x: x itself, or x scaled to unit variance where the parameterization says so (edm)."""
+    def network_input(
+        self, x: Float[Tensor, "B C h w"], t: float | Tensor
+    ) -> Float[Tensor, "B C h w"]:
+        """What the network is shown of x: x itself, or x scaled to unit variance where the
+        parameterization says so (edm).
+        """
         scale = self.parameterization.input_scale
         return x if scale is None else x * _columns(x, scale(*self.schedule.at(t)))[0]
 
-    def split(self, x: Float[Tensor, "B C h w"], y: Float[Tensor, "B C h w"], t: float | Tensor) -> Prediction:
+    def split(
+        self, x: Float[Tensor, "B C h w"], y: Float[Tensor, "B C h w"], t: float | Tensor
+    ) -> Prediction:
         """The clean latent and the noise that the output y claims for x at t in (0, 1]."""
         if isinstance(t, Tensor):
             x_x0, y_x0, x_eps, y_eps = _columns(x, *_solution(self, t))
@@ -67,7 +85,9 @@ class Process:
         return LinearPrediction(x, y, self.solution(t))
 
     def solution(self, t: float) -> tuple[float, float, float, float]:
-        """(a, b, c, d) with x0 = a*x + b*y and eps = c*x + d*y at a time. Remembered: runs visit the same times again."""
+        """(a, b, c, d) with x0 = a*x + b*y and eps = c*x + d*y at a time. Remembered: runs visit
+        the same times again.
+        """
         return _solution_at(self, float(t))
 
 

@@ -1,7 +1,8 @@
 """Schedules made from schedules: zero terminal SNR, and more time spent in noise for larger images.
 
-Zero terminal SNR (Lin et al. 2023, arXiv:2305.08891, algorithm 1): alpha is shifted and scaled so that alpha(1) = 0 and the first step's
-alpha is kept. Shift (Esser et al. 2024, arXiv:2403.03206, eq. 23): t -> s t / (1 + (s - 1) t), which for a flow divides alpha/sigma by s.
+Zero terminal SNR (Lin et al. 2023, arXiv:2305.08891, algorithm 1): alpha is shifted and scaled so
+that alpha(1) = 0 and the first step's alpha is kept. Shift (Esser et al. 2024, arXiv:2403.03206,
+eq. 23): t -> s t / (1 + (s - 1) t), which for a flow divides alpha/sigma by s.
 """
 
 import math
@@ -44,7 +45,8 @@ class Wrapped(Schedule):
 
 @dataclass(frozen=True)
 class ZeroTerminalSNR(Wrapped):
-    """`base` (variance preserving) with alpha(1)^2 = `last`: 0, or a little more for solvers that divide by alpha.
+    """`base` (variance preserving) with alpha(1)^2 = `last`: 0, or a little more for solvers that
+    divide by alpha.
 
     Only v and x0 can be solved at alpha = 0: `Process` refuses eps.
     """
@@ -70,7 +72,9 @@ class ZeroTerminalSNR(Wrapped):
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         first, end = self._ends
-        alpha = first - (first - self.base.coefficients(t)[0]) * (first - math.sqrt(self.last)) / (first - end)
+        alpha = first - (first - self.base.coefficients(t)[0]) * (first - math.sqrt(self.last)) / (
+            first - end
+        )
         if self.grid is None:
             sigma2 = 1 - alpha.square()
         else:  # below the first step sigma^2 is linear in t, as in the base
@@ -78,14 +82,17 @@ class ZeroTerminalSNR(Wrapped):
             alpha = torch.where(inside < 1, first, alpha)
             sigma2 = (1 - alpha.square()) * inside
             alpha = torch.where(inside < 1, (1 - sigma2).sqrt(), alpha)
-        end_alpha = torch.where(t >= 1, math.sqrt(self.last), alpha)  # exactly: a rounding error would be a signal
+        # exactly: a rounding error would be a signal
+        end_alpha = torch.where(t >= 1, math.sqrt(self.last), alpha)
         return end_alpha, torch.where(t >= 1, math.sqrt(1 - self.last), sigma2.clamp(min=0).sqrt())
 
     def from_log_snr(self, log_snr: Tensor) -> Tensor:
         first, end = self._ends
         value = log_snr.double()
         alpha = torch.sigmoid(value).sqrt().clamp(min=math.sqrt(self.last))
-        base = (first - (first - alpha) * (first - end) / (first - math.sqrt(self.last))).clamp(max=1.0)
+        base = (first - (first - alpha) * (first - end) / (first - math.sqrt(self.last))).clamp(
+            max=1.0
+        )
         inner = self.base.from_log_snr(2 * base.log() - torch.log1p(-base.square()))
         if self.grid is None:
             return inner
@@ -97,20 +104,26 @@ T = TypeVar("T", float, Tensor)
 
 
 def shifted_time(t: T, shift: float) -> T:
-    """shift * t / (1 + (shift - 1) t): the ends stay, times between move to the noise for shift > 1."""
+    """shift * t / (1 + (shift - 1) t): the ends stay, times between move to the noise for shift >
+    1.
+    """
     return shift * t / (1 + (shift - 1) * t)
 
 
 @dataclass(frozen=True)
 class Shifted(Wrapped):
-    """`base` with its time shifted; networks are still told the noise level that they see. shift > 1: more time in noise."""
+    """`base` with its time shifted; networks are still told the noise level that they see. shift >
+    1: more time in noise.
+    """
 
     base: Schedule
     shift: float = 3.0
 
     def __post_init__(self) -> None:
         if not 0 < self.shift < math.inf:
-            raise UserError(f"shift={self.shift}: expected a positive number, 1 changes nothing, 3 is SD3's")
+            raise UserError(
+                f"shift={self.shift}: expected a positive number, 1 changes nothing, 3 is SD3's"
+            )
 
     @property
     def first(self) -> float:
@@ -135,16 +148,22 @@ class Shifted(Wrapped):
         return self._back(self.base.from_log_snr(log_snr))
 
     def sample_times(self, u: Tensor) -> Tensor:
-        times = self._forth(u)  # u is spread over this schedule's own time; a table's grid is the base's
+        # u is spread over this schedule's own time; a table's grid is the base's
+        times = self._forth(u)
         return self._back(self.base.sample_times(times))
 
 
 def dynamic_shift(
-    tokens: int, base: tuple[int, float] = (256, 0.5), top: tuple[int, float] = (4096, 1.15), exponential: bool = True
+    tokens: int,
+    base: tuple[int, float] = (256, 0.5),
+    top: tuple[int, float] = (4096, 1.15),
+    exponential: bool = True,
 ) -> float:
-    """The shift for an image of so many tokens: mu on the line through two (tokens, mu) points; e^mu (FLUX, SD3.5's dynamic) or mu itself.
+    """The shift for an image of so many tokens: mu on the line through two (tokens, mu) points;
+    e^mu (FLUX, SD3.5's dynamic) or mu itself.
 
-    The defaults are FLUX.1's (scheduler_config.json: base_image_seq_len, base_shift, max_image_seq_len, max_shift).
+    The defaults are FLUX.1's (scheduler_config.json: base_image_seq_len, base_shift,
+    max_image_seq_len, max_shift).
     """
     if tokens < 1:
         raise UserError(f"tokens={tokens}: expected the number of image tokens, at least 1")
@@ -153,13 +172,16 @@ def dynamic_shift(
 
 
 def flux2_shift(tokens: int, steps: int, exponential: bool = True) -> float:
-    """The same by FLUX.2's rule, which counts the steps too (compute_empirical_mu, github.com/black-forest-labs/flux2, src/flux2/sampling.py).
+    """The same by FLUX.2's rule, which counts the steps too (compute_empirical_mu,
+    github.com/black-forest-labs/flux2, src/flux2/sampling.py).
 
-    mu is on a line over the tokens for 10 steps, on another for 200, and on the line over the steps through both; above 4300 tokens it is that
-    of 200 steps for any number.
+    mu is on a line over the tokens for 10 steps, on another for 200, and on the line over the steps
+    through both; above 4300 tokens it is that of 200 steps for any number.
     """
     if tokens < 1 or steps < 1:
-        raise UserError(f"tokens={tokens}, steps={steps}: expected numbers of image tokens and of steps, at least 1")
+        raise UserError(
+            f"tokens={tokens}, steps={steps}: expected numbers of image tokens and of steps, at least 1"
+        )
     few, many = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
     mu = many if tokens > 4300 else many + (few - many) * (200 - steps) / 190
     return math.exp(mu) if exponential else mu

@@ -1,7 +1,8 @@
-"""Runs a sampler against a denoiser: one step at a time, with previews, cancellation and a check that every number is finite.
+"""Runs a sampler against a denoiser: one step at a time, with previews, cancellation and a check
+that every number is finite.
 
-A run is a string of questions (`conduct`); many runs are one string (`sfumato.asking.together`), so that one forward pass answers all that
-ask at once.
+A run is a string of questions (`conduct`); many runs are one string (`sfumato.asking.together`), so
+that one forward pass answers all that ask at once.
 """
 
 import itertools
@@ -26,7 +27,9 @@ Denoise = Callable[[Tensor, float], Prediction]
 
 @dataclass(frozen=True)
 class Step:
-    """One network call of a run: index of count (from 0), time, the noisy latent that was asked about and the prediction there."""
+    """One network call of a run: index of count (from 0), time, the noisy latent that was asked
+    about and the prediction there.
+    """
 
     index: int
     count: int
@@ -36,19 +39,24 @@ class Step:
 
 
 class SeededNoise:
-    """Standard-normal tensors in which image k is drawn from its own generator, seeded with seeds[k].
+    """Standard-normal tensors in which image k is drawn from its own generator, seeded with
+    seeds[k].
 
     Drawn on the CPU in float32, so that image k of a batch can be made again alone, on any device.
     """
 
-    def __init__(self, shape: Sequence[int], seeds: Sequence[int], device: torch.device | str = "cpu"):
+    def __init__(
+        self, shape: Sequence[int], seeds: Sequence[int], device: torch.device | str = "cpu"
+    ):
         self.shape, self.device = tuple(shape), device
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.ahead: list[Tensor] = []
         self.count = 1
 
     def __call__(self) -> Float[Tensor, "B C h w"]:
-        if not self.ahead:  # after the first, which many runs leave it at, some in advance: a generator that is at it goes on for less
+        # after the first, which many runs leave it at, some in advance: a generator that is at it
+        # goes on for less
+        if not self.ahead:
             drawn = torch.empty(self.count, len(self.generators), *self.shape)
             for k, generator in enumerate(self.generators):
                 for row in drawn[:, k]:
@@ -58,7 +66,9 @@ class SeededNoise:
 
 
 def all_finite(value: Tensor) -> bool:
-    """Whether no number is NaN or infinite. A finite sum says so for less; a sum that is too large does not say otherwise."""
+    """Whether no number is NaN or infinite. A finite sum says so for less; a sum that is too large
+    does not say otherwise.
+    """
     return math.isfinite(float(value.sum())) or bool(torch.isfinite(value).all())
 
 
@@ -72,11 +82,14 @@ def check_finite(value: Tensor, stage: str) -> None:
         )
 
 
-def conduct(sampler: Sampling, ask: Ask, count: int, on_step: Callable[[Step], bool | None] | None = None) -> Asking[Tensor | None]:
-    """A run as a string of questions, so that whoever answers can answer many runs at once. Ends with the latent, None if cancelled.
+def conduct(
+    sampler: Sampling, ask: Ask, count: int, on_step: Callable[[Step], bool | None] | None = None
+) -> Asking[Tensor | None]:
+    """A run as a string of questions, so that whoever answers can answer many runs at once. Ends
+    with the latent, None if cancelled.
 
-    count: the number of times that the sampler asks. on_step sees each step and cancels the run by returning False. Raises `NumericalError`
-    at the first step whose prediction is not finite.
+    count: the number of times that the sampler asks. on_step sees each step and cancels the run by
+    returning False. Raises `NumericalError` at the first step whose prediction is not finite.
     """
     try:
         x, t = next(sampler)
@@ -96,9 +109,11 @@ def conduct(sampler: Sampling, ask: Ask, count: int, on_step: Callable[[Step], b
 
 
 def run(sampler: Sampling, denoise: Denoise, count: int) -> Iterator[Step | Tensor]:
-    """Yields a `Step` after each network call and, last, the final latent. Stop iterating to cancel: nothing is left behind.
+    """Yields a `Step` after each network call and, last, the final latent. Stop iterating to
+    cancel: nothing is left behind.
 
-    count: the number of calls to expect, for progress. Raises `NumericalError` at the first step whose output is not finite.
+    count: the number of calls to expect, for progress. Raises `NumericalError` at the first step
+    whose output is not finite.
     """
     steps: list[Step] = []
     questions = conduct(sampler, lambda x, t: _plainly(denoise, x, t), count, steps.append)
@@ -122,7 +137,14 @@ def _plainly(denoise: Denoise, x: Tensor, t: float) -> Asking[Prediction]:
     return (yield [Query(denoise, x, t, Conditioning())])[0]
 
 
-def sample(sampler: Sampling, denoise: Denoise, count: int, on_step: Callable[[Step], bool | None] | None = None) -> Tensor | None:
-    """Runs to the end and returns the latent; `on_step` sees every step and cancels the run by returning False (then: None)."""
+def sample(
+    sampler: Sampling,
+    denoise: Denoise,
+    count: int,
+    on_step: Callable[[Step], bool | None] | None = None,
+) -> Tensor | None:
+    """Runs to the end and returns the latent; `on_step` sees every step and cancels the run by
+    returning False (then: None).
+    """
     questions = conduct(sampler, lambda x, t: _plainly(denoise, x, t), count, on_step)
     return answered(questions, lambda asked: [denoise(query.x, query.t) for query in asked])

@@ -1,9 +1,11 @@
-"""Noise schedules: t in [0, 1] -> (alpha, sigma) in float64 with x_t = alpha*z + sigma*eps; t = 0 is clean, t = 1 is noise.
+"""Noise schedules: t in [0, 1] -> (alpha, sigma) in float64 with x_t = alpha*z + sigma*eps; t = 0
+is clean, t = 1 is noise.
 
-Discrete tables (variance preserving, alpha^2 + sigma^2 = 1): alpha_i^2 = prod_{j<=i} (1 - beta_j) (Ho et al. 2020, arXiv:2006.11239, eq. 4)
-at t = (i+1)/T, log-SNR interpolated between. Continuous: variance preserving and exploding (Song et al. 2021, arXiv:2011.13456, appendix C),
-rectified flow alpha = 1 - t, sigma = t (Liu et al. 2023, arXiv:2209.03003, eq. 1), EDM (Karras et al. 2022, arXiv:2206.00364).
-Wrappers (zero terminal SNR, shift) are in rescale.py.
+Discrete tables (variance preserving, alpha^2 + sigma^2 = 1): alpha_i^2 = prod_{j<=i} (1 - beta_j)
+(Ho et al. 2020, arXiv:2006.11239, eq. 4) at t = (i+1)/T, log-SNR interpolated between. Continuous:
+variance preserving and exploding (Song et al. 2021, arXiv:2011.13456, appendix C), rectified flow
+alpha = 1 - t, sigma = t (Liu et al. 2023, arXiv:2209.03003, eq. 1), EDM (Karras et al. 2022,
+arXiv:2206.00364). Wrappers (zero terminal SNR, shift) are in rescale.py.
 """
 
 import math
@@ -18,11 +20,14 @@ from torch import Tensor
 from sfumato.errors import UserError, unknown
 
 NO_SIGNAL = 5000.0
-"""The noise level sigma/alpha above which a latent counts as pure noise: what remains of z is below float32's rounding of a prediction."""
+"""The noise level sigma/alpha above which a latent counts as pure noise: what remains of z is below
+float32's rounding of a prediction."""
 
 
 class Schedule(ABC):
-    """t -> (alpha, sigma), float64, and back from the log signal-to-noise ratio log(alpha^2 / sigma^2)."""
+    """t -> (alpha, sigma), float64, and back from the log signal-to-noise ratio log(alpha^2 /
+    sigma^2).
+    """
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,7 +35,9 @@ class Schedule(ABC):
 
     @abstractmethod
     def timestep(self, t: Tensor) -> Tensor:
-        """t in the units that networks are given: 0..T-1 for tables of T steps, 0..1000 for flows."""
+        """t in the units that networks are given: 0..T-1 for tables of T steps, 0..1000 for
+        flows.
+        """
 
     @abstractmethod
     def time(self, timestep: Tensor) -> Tensor:
@@ -38,11 +45,15 @@ class Schedule(ABC):
 
     @abstractmethod
     def from_log_snr(self, log_snr: Tensor) -> Tensor:
-        """t at which log(alpha^2 / sigma^2) has a value; values outside the schedule's range are clamped to its ends."""
+        """t at which log(alpha^2 / sigma^2) has a value; values outside the schedule's range are
+        clamped to its ends.
+        """
 
     @abstractmethod
     def sample_times(self, u: Tensor) -> Tensor:
-        """Maps u in (0, 1), however distributed, to the times that training visits (never 0; discrete tables: the grid)."""
+        """Maps u in (0, 1), however distributed, to the times that training visits (never 0;
+        discrete tables: the grid).
+        """
 
     @property
     def grid(self) -> int | None:
@@ -51,16 +62,22 @@ class Schedule(ABC):
 
     @property
     def first(self) -> float:
-        """The least noisy time that networks were trained at: where spacings by noise level put their last call."""
+        """The least noisy time that networks were trained at: where spacings by noise level put
+        their last call.
+        """
         return 0.001 if self.grid is None else 1 / self.grid
 
     @property
     def bounded(self) -> bool:
-        """Whether there is signal at t = 1. There is none for flows, at zero terminal SNR and in the cosine table."""
+        """Whether there is signal at t = 1. There is none for flows, at zero terminal SNR and in
+        the cosine table.
+        """
         return self.noise_level(1.0) < NO_SIGNAL
 
     def point(self, t: float) -> tuple[float, float]:
-        """(alpha, sigma) at a time as plain numbers, for the algebra of samplers. Remembered: runs visit the same times again."""
+        """(alpha, sigma) at a time as plain numbers, for the algebra of samplers. Remembered: runs
+        visit the same times again.
+        """
         return _point(self, float(t))
 
     def noise_level(self, t: float) -> float:
@@ -70,7 +87,11 @@ class Schedule(ABC):
 
     def at_noise_level(self, level: float) -> float:
         """The time at which sigma/alpha has a value, clamped to [0, 1]."""
-        return float(self.from_log_snr(torch.tensor(-2 * math.log(level) if level > 0 else math.inf, dtype=torch.float64)))
+        return float(
+            self.from_log_snr(
+                torch.tensor(-2 * math.log(level) if level > 0 else math.inf, dtype=torch.float64)
+            )
+        )
 
     def at(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) of a number or tensor t as float64 tensors of its shape."""
@@ -90,7 +111,9 @@ def _point(schedule: Schedule, t: float) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class BetaTable(Schedule):
-    """A table of T betas. `kind` names it in configs ("linear", "scaled_linear", "cosine", "sigmoid" or "table")."""
+    """A table of T betas. `kind` names it in configs ("linear", "scaled_linear", "cosine",
+    "sigmoid" or "table").
+    """
 
     betas: tuple[float, ...] = field(repr=False)
     kind: str = "table"
@@ -99,13 +122,16 @@ class BetaTable(Schedule):
 
     def __post_init__(self) -> None:
         if not self.betas or not all(0 < b < 1 for b in self.betas):
-            raise ValueError(f"a beta table needs values strictly between 0 and 1, got {len(self.betas)} values")
+            raise ValueError(
+                f"a beta table needs values strictly between 0 and 1, got {len(self.betas)} values"
+            )
 
     @cached_property
     def _hash(self) -> int:
         return hash((self.kind, self.betas))
 
-    def __hash__(self) -> int:  # a thousand numbers each time would cost more than what is remembered by it
+    def __hash__(self) -> int:
+        # a thousand numbers each time would cost more than what is remembered by it
         return self._hash
 
     @cached_property
@@ -121,7 +147,8 @@ class BetaTable(Schedule):
         high = (low + 1).clamp(max=count - 1)
         log_snr = torch.lerp(table[low], table[high], position - low)
         alpha2, sigma2 = torch.sigmoid(log_snr), torch.sigmoid(-log_snr)
-        inside = (t.double() * count).clamp(max=1)  # below the first step sigma^2 falls linearly to 0: t = 0 is exactly clean
+        # below the first step sigma^2 falls linearly to 0: t = 0 is exactly clean
+        inside = (t.double() * count).clamp(max=1)
         sigma2 = sigma2 * inside
         return torch.where(inside < 1, 1 - sigma2, alpha2).sqrt(), sigma2.sqrt()
 
@@ -130,7 +157,8 @@ class BetaTable(Schedule):
         return len(self.betas)
 
     def timestep(self, t: Tensor) -> Tensor:
-        return (t.double() * len(self.betas) - 1).clamp(min=0)  # networks know no noise below the table's first
+        # networks know no noise below the table's first
+        return (t.double() * len(self.betas) - 1).clamp(min=0)
 
     def time(self, timestep: Tensor) -> Tensor:
         return (timestep.double() + 1) / len(self.betas)
@@ -142,7 +170,8 @@ class BetaTable(Schedule):
         high = torch.searchsorted(rising, value.contiguous()).clamp(1, count - 1)
         weight = ((value - rising[high - 1]) / (rising[high] - rising[high - 1])).clamp(0, 1)
         inner = (count - (high - 1 + weight)) / count
-        below = torch.sigmoid(-value) / torch.sigmoid(-table[0]) / count  # sigma^2 is linear below the first step
+        # sigma^2 is linear below the first step
+        below = torch.sigmoid(-value) / torch.sigmoid(-table[0]) / count
         return torch.where(value > table[0], below, inner)
 
     def sample_times(self, u: Tensor) -> Tensor:
@@ -179,7 +208,9 @@ class RectifiedFlow(Continuous):
 
 @dataclass(frozen=True)
 class VariancePreserving(Continuous):
-    """log alpha = -t^2 (b - a)/4 - t a/2 for beta(t) = a + t (b - a) (Song et al. 2021, eq. 33). Networks are given t * 999, as theirs are."""
+    """log alpha = -t^2 (b - a)/4 - t a/2 for beta(t) = a + t (b - a) (Song et al. 2021, eq. 33).
+    Networks are given t * 999, as theirs are.
+    """
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -187,7 +218,9 @@ class VariancePreserving(Continuous):
 
     def __post_init__(self) -> None:
         if not 0 < self.beta_min <= self.beta_max < 200:  # e^-50 of signal is as good as none
-            raise UserError(f"beta_min={self.beta_min}, beta_max={self.beta_max}: expected 0 < beta_min <= beta_max < 200")
+            raise UserError(
+                f"beta_min={self.beta_min}, beta_max={self.beta_max}: expected 0 < beta_min <= beta_max < 200"
+            )
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = t.double()
@@ -201,14 +234,16 @@ class VariancePreserving(Continuous):
         return timestep.double() / 999
 
     def from_log_snr(self, log_snr: Tensor) -> Tensor:
-        added = torch.nn.functional.softplus(-log_snr.double()).clamp(max=1e6)  # -log alpha^2 = (b - a)/2 t^2 + a t
+        # -log alpha^2 = (b - a)/2 t^2 + a t
+        added = torch.nn.functional.softplus(-log_snr.double()).clamp(max=1e6)
         slope, low = self.beta_max - self.beta_min, self.beta_min
         return (2 * added / ((low**2 + 2 * slope * added).sqrt() + low)).clamp(0, 1)
 
 
 @dataclass(frozen=True)
 class VarianceExploding(Continuous):
-    """alpha = 1, sigma = sigma_min (sigma_max/sigma_min)^t (Song et al. 2021, eq. 30); below t = 0.001 it falls linearly to 0.
+    """alpha = 1, sigma = sigma_min (sigma_max/sigma_min)^t (Song et al. 2021, eq. 30); below t =
+    0.001 it falls linearly to 0.
 
     Networks are given sigma.
     """
@@ -219,12 +254,16 @@ class VarianceExploding(Continuous):
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise UserError(f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: expected 0 < sigma_min < sigma_max")
+            raise UserError(
+                f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: expected 0 < sigma_min < sigma_max"
+            )
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = t.double()
         foot = (t / self.first).clamp(max=1)
-        return torch.ones_like(t), self.sigma_min * (self.sigma_max / self.sigma_min) ** t.clamp(min=self.first) * foot
+        return torch.ones_like(t), self.sigma_min * (self.sigma_max / self.sigma_min) ** t.clamp(
+            min=self.first
+        ) * foot
 
     def timestep(self, t: Tensor) -> Tensor:
         return self.coefficients(t.double().clamp(min=self.first))[1]
@@ -235,15 +274,19 @@ class VarianceExploding(Continuous):
     def from_log_snr(self, log_snr: Tensor) -> Tensor:
         growth = math.log(self.sigma_max / self.sigma_min)
         above = (-log_snr.double() / 2 - math.log(self.sigma_min)) / growth
-        foot = (-log_snr.double() / 2 - math.log(self.sigma_min) - growth * self.first).exp() * self.first
+        foot = (
+            -log_snr.double() / 2 - math.log(self.sigma_min) - growth * self.first
+        ).exp() * self.first
         return torch.where(above >= self.first, above, foot).clamp(0, 1)
 
 
 @dataclass(frozen=True)
 class EDM(Continuous):
-    """alpha = 1, sigma = sigma_max * t^rho: even times are Karras et al.'s spacing (2022, eq. 5) drawn out to sigma = 0.
+    """alpha = 1, sigma = sigma_max * t^rho: even times are Karras et al.'s spacing (2022, eq. 5)
+    drawn out to sigma = 0.
 
-    Networks are given log(sigma)/4 (their table 1, c_noise), with no noise below sigma_min known to them.
+    Networks are given log(sigma)/4 (their table 1, c_noise), with no noise below sigma_min known to
+    them.
     """
 
     sigma_min: float = 0.002
@@ -286,17 +329,26 @@ def linear(steps: int = 1000, start: float = 0.0001, end: float = 0.02) -> BetaT
 
 def scaled_linear(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> BetaTable:
     """Square roots of betas on a line: Latent Diffusion's and Stable Diffusion's."""
-    return _table("scaled_linear", torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square(), start, end)
+    return _table(
+        "scaled_linear",
+        torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square(),
+        start,
+        end,
+    )
 
 
 def cosine(steps: int = 1000) -> BetaTable:
-    """alpha(t)^2 = cos^2((t + 0.008) / 1.008 * pi/2), betas at most 0.999 (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17)."""
+    """alpha(t)^2 = cos^2((t + 0.008) / 1.008 * pi/2), betas at most 0.999 (Nichol & Dhariwal 2021,
+    arXiv:2102.09672, eq. 17).
+    """
     edge = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
     return BetaTable(tuple(min(1 - edge[i + 1] / edge[i], 0.999) for i in range(steps)), "cosine")
 
 
 def sigmoid(steps: int = 1000, start: float = 0.0001, end: float = 0.02) -> BetaTable:
-    """Betas on a sigmoid between start and end over [-6, 6] (GeoDiff, Xu et al. 2022, arXiv:2203.02923, and diffusers)."""
+    """Betas on a sigmoid between start and end over [-6, 6] (GeoDiff, Xu et al. 2022,
+    arXiv:2203.02923, and diffusers).
+    """
     ramp = torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid()
     return _table("sigmoid", ramp * (end - start) + start, start, end)
 
@@ -305,7 +357,9 @@ def table(betas: Sequence[float]) -> BetaTable:
     """A table of one's own: betas strictly between 0 and 1, from the least noisy step on."""
     values = tuple(float(b) for b in betas)
     if not values or not all(0 < b < 1 for b in values):
-        raise UserError(f"a beta table of {len(values)} values: expected numbers strictly between 0 and 1")
+        raise UserError(
+            f"a beta table of {len(values)} values: expected numbers strictly between 0 and 1"
+        )
     return BetaTable(values)
 
 
@@ -322,7 +376,9 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 
 def schedule(name: str, **options: float) -> Schedule:
-    """A schedule by name, with its own options: linear, scaled_linear, cosine, sigmoid, flow, vp, ve or edm. `table` takes your own betas."""
+    """A schedule by name, with its own options: linear, scaled_linear, cosine, sigmoid, flow, vp,
+    ve or edm. `table` takes your own betas.
+    """
     if name not in SCHEDULES:
         raise unknown("schedule", name, SCHEDULES)
     return SCHEDULES[name](**options)

@@ -1,10 +1,13 @@
-"""Which times a run visits: from `start` (1 is pure noise) down to 0, `steps` of them and the end, no duplicates.
+"""Which times a run visits: from `start` (1 is pure noise) down to 0, `steps` of them and the end,
+no duplicates.
 
-Each spacing returns steps+1 floats, strictly descending, the last 0. By time: "trailing", "leading" and "linspace" are the conventions named
-in Lin et al. 2023 (arXiv:2305.08891, table 2); "beta" is Lee et al. 2024 (arXiv:2407.12173). By noise level sigma/alpha (for flows and zero
-terminal SNR, where it is infinite at t = 1: by sigma/(alpha + sigma), a flow's own t): "karras" (2022, arXiv:2206.00364, eq. 5) and
-"exponential"; by log-SNR: "log_snr" (Lu et al. 2022, arXiv:2206.00927, section 3.4). "align_your_steps": Sabour et al. 2024 (arXiv:2404.14507).
-All take `clean=False`: the run then ends at the least noise that the network knows and not at 0 (see `SPACINGS`).
+Each spacing returns steps+1 floats, strictly descending, the last 0. By time: "trailing", "leading"
+and "linspace" are the conventions named in Lin et al. 2023 (arXiv:2305.08891, table 2); "beta" is
+Lee et al. 2024 (arXiv:2407.12173). By noise level sigma/alpha (for flows and zero terminal SNR,
+where it is infinite at t = 1: by sigma/(alpha + sigma), a flow's own t): "karras" (2022,
+arXiv:2206.00364, eq. 5) and "exponential"; by log-SNR: "log_snr" (Lu et al. 2022, arXiv:2206.00927,
+section 3.4). "align_your_steps": Sabour et al. 2024 (arXiv:2404.14507). All take `clean=False`: the
+run then ends at the least noise that the network knows and not at 0 (see `SPACINGS`).
 """
 
 import inspect
@@ -28,20 +31,30 @@ ALIGN_YOUR_STEPS = {
 }
 
 
-# ---- by time -----------------------------------------------------------------------------------------------------------
+# ---- by time -------------------------------------------------------------------------------------
 
 
-def trailing(steps: int, schedule: Schedule, start: float = 1.0, whole: bool = False) -> list[float]:
-    """start, start*(1 - 1/steps) ... start/steps, 0: begins at the full noise. `whole` rounds to a table's grid, as diffusers does."""
+def trailing(
+    steps: int, schedule: Schedule, start: float = 1.0, whole: bool = False
+) -> list[float]:
+    """start, start*(1 - 1/steps) ... start/steps, 0: begins at the full noise. `whole` rounds to a
+    table's grid, as diffusers does.
+    """
     if whole and schedule.grid is not None:
-        return [round(schedule.grid * start * (steps - i) / steps) / schedule.grid for i in range(steps)] + [0.0]
+        return [
+            round(schedule.grid * start * (steps - i) / steps) / schedule.grid for i in range(steps)
+        ] + [0.0]
     return [start * (steps - i) / steps for i in range(steps)] + [0.0]
 
 
-def leading(steps: int, schedule: Schedule, start: float = 1.0, offset: int = 0, drop_last: bool = False) -> list[float]:
-    """Multiples of grid // steps, plus an offset (DDIM's original; SD 1 uses offset 1). Never reaches full noise.
+def leading(
+    steps: int, schedule: Schedule, start: float = 1.0, offset: int = 0, drop_last: bool = False
+) -> list[float]:
+    """Multiples of grid // steps, plus an offset (DDIM's original; SD 1 uses offset 1). Never
+    reaches full noise.
 
-    `drop_last` spaces one more step and leaves out the least time, as diffusers' multistep solvers do.
+    `drop_last` spaces one more step and leaves out the least time, as diffusers' multistep solvers
+    do.
     """
     if drop_last:
         return leading(steps + 1, schedule, start, offset)[:steps] + [0.0]
@@ -51,11 +64,18 @@ def leading(steps: int, schedule: Schedule, start: float = 1.0, offset: int = 0,
 
 
 def linspace(
-    steps: int, schedule: Schedule, start: float = 1.0, whole: bool = True, drop_last: bool = False, end: float | None = None
+    steps: int,
+    schedule: Schedule,
+    start: float = 1.0,
+    whole: bool = True,
+    drop_last: bool = False,
+    end: float | None = None,
 ) -> list[float]:
-    """From start to the least time that the network knows, evenly; `whole` rounds to a table's grid (Nichol & Dhariwal 2021, section 4).
+    """From start to the least time that the network knows, evenly; `whole` rounds to a table's grid
+    (Nichol & Dhariwal 2021, section 4).
 
-    `drop_last` spaces one more step and leaves out the least time, as diffusers' multistep solvers do. `end`: the least time instead.
+    `drop_last` spaces one more step and leaves out the least time, as diffusers' multistep solvers
+    do. `end`: the least time instead.
     """
     if drop_last:
         return linspace(steps + 1, schedule, start, whole, end=end)[:steps] + [0.0]
@@ -70,12 +90,19 @@ def linspace(
 
 
 def shifted(
-    steps: int, schedule: Schedule, start: float = 1.0, shift: float = 3.0, end: float | None = None, terminal: float = 0.0
+    steps: int,
+    schedule: Schedule,
+    start: float = 1.0,
+    shift: float = 3.0,
+    end: float | None = None,
+    terminal: float = 0.0,
 ) -> list[float]:
-    """Even times moved towards the noise: s t / (1 + (s - 1) t) (Esser et al. 2024, arXiv:2403.03206, eq. 23). 3 is SD3's.
+    """Even times moved towards the noise: s t / (1 + (s - 1) t) (Esser et al. 2024,
+    arXiv:2403.03206, eq. 23). 3 is SD3's.
 
-    `rescale.dynamic_shift` gives FLUX's shift for an image of so many tokens. `end`: the time of the last network call (default: one even
-    step from 0). `terminal`: the same by another way, 1 - t of all times stretched alike (LTX-Video's and Qwen-Image's `shift_terminal`).
+    `rescale.dynamic_shift` gives FLUX's shift for an image of so many tokens. `end`: the time of
+    the last network call (default: one even step from 0). `terminal`: the same by another way, 1 -
+    t of all times stretched alike (LTX-Video's and Qwen-Image's `shift_terminal`).
     """
     if not 0 < shift < math.inf:
         raise UserError(f"shift={shift}: expected a positive number, 1 changes nothing")
@@ -102,19 +129,29 @@ def dynamic(
     terminal: float = 0.0,
     rule: str = "line",
 ) -> list[float]:
-    """`shifted` by what an image of so many tokens needs (`rescale.dynamic_shift`): larger images are moved further towards the noise.
+    """`shifted` by what an image of so many tokens needs (`rescale.dynamic_shift`): larger images
+    are moved further towards the noise.
 
-    tokens: filled in by the size of the picture that is asked for. even: even times are shifted down to one step from 0 (FLUX's pipelines), else
-    down to 0.001. terminal: as for `shifted`. The defaults are FLUX.1's. rule: "line", through the two points (base_tokens, base) and
-    (top_tokens, top), or "flux2", which has numbers of its own and counts the steps too (`rescale.flux2_shift`).
+    tokens: filled in by the size of the picture that is asked for. even: even times are shifted
+    down to one step from 0 (FLUX's pipelines), else down to 0.001. terminal: as for `shifted`. The
+    defaults are FLUX.1's. rule: "line", through the two points (base_tokens, base) and (top_tokens,
+    top), or "flux2", which has numbers of its own and counts the steps too (`rescale.flux2_shift`).
     """
     if rule not in ("line", "flux2"):
         raise unknown("rule", rule, ("line", "flux2"))
     line = rule == "line"
-    shift = dynamic_shift(tokens, (base_tokens, base), (top_tokens, top), exponential) if line else flux2_shift(tokens, steps, exponential)
+    shift = (
+        dynamic_shift(tokens, (base_tokens, base), (top_tokens, top), exponential)
+        if line
+        else flux2_shift(tokens, steps, exponential)
+    )
     if shift <= 0:
-        raise UserError(f"{tokens} tokens: the shift between {base} and {top} would be {shift:g}; expected more tokens")
-    return shifted(steps, schedule, start, shift, None if even else shifted_time(0.001, shift), terminal)
+        raise UserError(
+            f"{tokens} tokens: the shift between {base} and {top} would be {shift:g}; expected more tokens"
+        )
+    return shifted(
+        steps, schedule, start, shift, None if even else shifted_time(0.001, shift), terminal
+    )
 
 
 def beta(
@@ -128,7 +165,8 @@ def beta(
     between: str = "ends",
     offset: int = 0,
 ) -> list[float]:
-    """Quantiles of Beta(a, b): dense where times are near 1 and near 0. `over`: "time" as published, or "noise", the level (diffusers).
+    """Quantiles of Beta(a, b): dense where times are near 1 and near 0. `over`: "time" as
+    published, or "noise", the level (diffusers).
 
     `between` and `offset` as for `karras`, over noise.
     """
@@ -145,16 +183,20 @@ def beta(
 
 
 def lcm(steps: int, schedule: Schedule, start: float = 1.0, original: int = 50) -> list[float]:
-    """`steps` of the `original` times that a latent consistency model was distilled at (Luo et al. 2023, arXiv:2310.04378)."""
+    """`steps` of the `original` times that a latent consistency model was distilled at (Luo et al.
+    2023, arXiv:2310.04378).
+    """
     grid = schedule.grid or 1000
     original = min(original, grid)
     known = [(i + 1) * (grid // original) / grid for i in range(int(original * start))][::-1]
     if steps > len(known):
-        raise UserError(f"steps={steps}: a model distilled at {original} times has {len(known)} of them up to start={start}")
+        raise UserError(
+            f"steps={steps}: a model distilled at {original} times has {len(known)} of them up to start={start}"
+        )
     return [known[int(i * len(known) / steps)] for i in range(steps)] + [0.0]
 
 
-# ---- by noise level ----------------------------------------------------------------------------------------------------
+# ---- by noise level ------------------------------------------------------------------------------
 
 
 def karras(
@@ -166,14 +208,22 @@ def karras(
     between: str = "ends",
     offset: int = 0,
 ) -> list[float]:
-    """Noise levels whose rho-th roots are evenly spaced, from `start` to `end` (default: the least that the network knows), then 0.
+    """Noise levels whose rho-th roots are evenly spaced, from `start` to `end` (default: the least
+    that the network knows), then 0.
 
-    `between="leading"` (with its `offset`) or "trailing": from the first to the last call of that spacing, as diffusers' Euler has it.
+    `between="leading"` (with its `offset`) or "trailing": from the first to the last call of that
+    spacing, as diffusers' Euler has it.
     """
     if not 0 < rho < math.inf:
         raise UserError(f"rho={rho}: expected a positive number, 7 is Karras et al.'s")
     start, end = _between(between, offset, steps, schedule, start, end)
-    return _by_level(_ramp(steps), schedule, start, end, lambda h, lo, u: (lo ** (1 / rho) + u * (h ** (1 / rho) - lo ** (1 / rho))) ** rho)
+    return _by_level(
+        _ramp(steps),
+        schedule,
+        start,
+        end,
+        lambda h, lo, u: (lo ** (1 / rho) + u * (h ** (1 / rho) - lo ** (1 / rho))) ** rho,
+    )
 
 
 def exponential(
@@ -185,64 +235,98 @@ def exponential(
     between: str = "ends",
     offset: int = 0,
 ) -> list[float]:
-    """Noise levels in equal ratios, from `start` to `end` (default: the least that the network knows), then 0.
+    """Noise levels in equal ratios, from `start` to `end` (default: the least that the network
+    knows), then 0.
 
-    rho bends the logarithm of the level: above 1 there are more steps at little noise (k-diffusion's "polyexponential"). `between` and
-    `offset` as for `karras`.
+    rho bends the logarithm of the level: above 1 there are more steps at little noise
+    (k-diffusion's "polyexponential"). `between` and `offset` as for `karras`.
     """
     if not 0 < rho < math.inf:
         raise UserError(f"rho={rho}: expected a positive number, 1 is equal ratios")
     start, end = _between(between, offset, steps, schedule, start, end)
-    return _by_level(_ramp(steps), schedule, start, end, lambda high, low, u: low * (high / low) ** (u**rho))
+    return _by_level(
+        _ramp(steps), schedule, start, end, lambda high, low, u: low * (high / low) ** (u**rho)
+    )
 
 
-def log_snr(steps: int, schedule: Schedule, start: float = 1.0, end: float | None = None) -> list[float]:
-    """Equal steps of log-SNR from `start` to `end` (default: the least noise that the network knows), then 0.
+def log_snr(
+    steps: int, schedule: Schedule, start: float = 1.0, end: float | None = None
+) -> list[float]:
+    """Equal steps of log-SNR from `start` to `end` (default: the least noise that the network
+    knows), then 0.
 
-    Where there is no signal at `start`, the first step goes to t = 0.999 start and the others are equal.
+    Where there is no signal at `start`, the first step goes to t = 0.999 start and the others are
+    equal.
     """
     low = _end(schedule, start, end)
     infinite = schedule.noise_level(start) >= NO_SIGNAL
     if steps == 1 or (infinite and steps == 2):
         return [start, low, 0.0] if steps == 2 else [start, 0.0]
     head, top = ([start], 0.999 * start) if infinite else ([], start)
-    a, b, count = math.log(schedule.noise_level(top)), math.log(schedule.noise_level(low)), steps - len(head)
+    a, b, count = (
+        math.log(schedule.noise_level(top)),
+        math.log(schedule.noise_level(low)),
+        steps - len(head),
+    )
     inner = schedule.from_log_snr(-2 * torch.linspace(a, b, count, dtype=torch.float64)).tolist()
     return [*head, top, *inner[1:-1], low, 0.0]
 
 
-def align_your_steps(steps: int, schedule: Schedule, start: float = 1.0, table: str = "sd15") -> list[float]:
-    """The published ten times of "sd15" or "sdxl"; other numbers of steps interpolate their log noise levels, as the authors do."""
+def align_your_steps(
+    steps: int, schedule: Schedule, start: float = 1.0, table: str = "sd15"
+) -> list[float]:
+    """The published ten times of "sd15" or "sdxl"; other numbers of steps interpolate their log
+    noise levels, as the authors do.
+    """
     if table not in ALIGN_YOUR_STEPS:
         raise unknown("align-your-steps table", table, ALIGN_YOUR_STEPS)
     return resample([(i + 1) / 1000 for i in ALIGN_YOUR_STEPS[table]], steps, schedule, start)
 
 
-def resample(times: Sequence[float], steps: int, schedule: Schedule, start: float = 1.0) -> list[float]:
-    """A table of times drawn out to another number of steps, linearly in the log of the noise level, then 0."""
+def resample(
+    times: Sequence[float], steps: int, schedule: Schedule, start: float = 1.0
+) -> list[float]:
+    """A table of times drawn out to another number of steps, linearly in the log of the noise
+    level, then 0.
+    """
     known = [t for t in times if 0 < t < start]
     known = [start, *known]
     if len(known) == steps:
         return [*known, 0.0]
     levels = [math.log(_level(schedule, t)) for t in known]
-    places = np.interp(np.linspace(0, 1, steps), np.linspace(0, 1, len(levels)), levels) if steps > 1 else levels[:1]
+    places = (
+        np.interp(np.linspace(0, 1, steps), np.linspace(0, 1, len(levels)), levels)
+        if steps > 1
+        else levels[:1]
+    )
     return [start, *_times(schedule, np.exp(places))[1:], 0.0]
 
 
 def _may_stop(spacing: Callable[..., list[float]]) -> Callable[..., list[float]]:
-    """The spacing with one option more, `clean` (True). False: the run ends at the least noise that the network knows, not at 0.
+    """The spacing with one option more, `clean` (True). False: the run ends at the least noise that
+    the network knows, not at 0.
 
-    So do diffusers' `set_alpha_to_one=False` (Stable Diffusion 1's) and `final_sigmas_type="sigma_min"`: that much noise is left.
+    So do diffusers' `set_alpha_to_one=False` (Stable Diffusion 1's) and
+    `final_sigmas_type="sigma_min"`: that much noise is left.
     """
 
     @wraps(spacing)
-    def spaced(steps: int, schedule: Schedule, start: float = 1.0, clean: bool = True, **options: Any) -> list[float]:
+    def spaced(
+        steps: int, schedule: Schedule, start: float = 1.0, clean: bool = True, **options: Any
+    ) -> list[float]:
         times = spacing(steps, schedule, start, **options)
-        return times if clean else [*(t for t in times if t > schedule.first * (1 + 1e-9)), schedule.first]
+        return (
+            times
+            if clean
+            else [*(t for t in times if t > schedule.first * (1 + 1e-9)), schedule.first]
+        )
 
     known = inspect.signature(spacing)
-    clean = inspect.Parameter("clean", inspect.Parameter.KEYWORD_ONLY, default=True, annotation=bool)
-    vars(spaced)["__signature__"] = known.replace(parameters=[*known.parameters.values(), clean])  # the options that there are, for checks
+    clean = inspect.Parameter(
+        "clean", inspect.Parameter.KEYWORD_ONLY, default=True, annotation=bool
+    )
+    # the options that there are, for checks
+    vars(spaced)["__signature__"] = known.replace(parameters=[*known.parameters.values(), clean])
     return spaced
 
 
@@ -262,14 +346,20 @@ SPACINGS: dict[str, Callable[..., list[float]]] = {
 }
 
 
-def timesteps(spacing: str, steps: int, schedule: Schedule, start: float = 1.0, **options: Any) -> list[float]:
-    """The times of a run by spacing name; `steps` from 1 to the size of the schedule's grid, where it has one. `UserError` otherwise."""
+def timesteps(
+    spacing: str, steps: int, schedule: Schedule, start: float = 1.0, **options: Any
+) -> list[float]:
+    """The times of a run by spacing name; `steps` from 1 to the size of the schedule's grid, where
+    it has one. `UserError` otherwise.
+    """
     if spacing not in SPACINGS:
         raise unknown("timestep spacing", spacing, SPACINGS)
     if steps < 1:
         raise UserError(f"steps={steps}: expected at least 1")
     if schedule.grid is not None and steps > schedule.grid:
-        raise UserError(f"steps={steps}: the model's noise table has {schedule.grid} times, expected at most as many steps")
+        raise UserError(
+            f"steps={steps}: the model's noise table has {schedule.grid} times, expected at most as many steps"
+        )
     if not 0 < start <= 1:
         raise UserError(f"start={start}: expected a time in (0, 1]")
     times = SPACINGS[spacing](steps, schedule, start, **options)
@@ -282,7 +372,9 @@ def timesteps(spacing: str, steps: int, schedule: Schedule, start: float = 1.0, 
 
 
 def truncate(times: Sequence[float], start: float) -> list[float]:
-    """The tail of a run that begins with less noise (image-to-image): `start`, and the times below it."""
+    """The tail of a run that begins with less noise (image-to-image): `start`, and the times below
+    it.
+    """
     values = check_times(times)
     if not values[-1] < start <= values[0]:
         raise UserError(
@@ -297,7 +389,12 @@ def check_times(times: Sequence[float]) -> list[float]:
         values = [float(t) for t in times]
     except (TypeError, ValueError) as error:
         raise UserError(f"timesteps {times!r}: expected numbers in [0, 1]") from error
-    if len(values) < 2 or not all(a > b for a, b in pairwise(values)) or values[0] > 1 or values[-1] < 0:
+    if (
+        len(values) < 2
+        or not all(a > b for a, b in pairwise(values))
+        or values[0] > 1
+        or values[-1] < 0
+    ):
         shown = ", ".join(f"{t:.4g}" for t in values[:8])
         raise UserError(
             f"timesteps [{shown}{', ...' if len(values) > 8 else ''}]: expected at least two numbers in [0, 1] that fall strictly, 1 is noise and 0 is clean"
@@ -305,7 +402,7 @@ def check_times(times: Sequence[float]) -> list[float]:
     return values
 
 
-# ---- levels ------------------------------------------------------------------------------------------------------------
+# ---- levels --------------------------------------------------------------------------------------
 
 
 def _level(schedule: Schedule, t: float) -> float:
@@ -317,7 +414,9 @@ def _level(schedule: Schedule, t: float) -> float:
 def _times(schedule: Schedule, levels: np.ndarray) -> list[float]:
     """The inverse of `_level`, for many at once."""
     with np.errstate(divide="ignore"):
-        ratio = torch.from_numpy(levels if schedule.bounded else levels / np.maximum(1 - levels, 0.0))
+        ratio = torch.from_numpy(
+            levels if schedule.bounded else levels / np.maximum(1 - levels, 0.0)
+        )
     return schedule.from_log_snr(-2 * ratio.log()).tolist()
 
 
@@ -328,24 +427,40 @@ def _ramp(steps: int) -> np.ndarray:
 
 def _end(schedule: Schedule, start: float, end: float | None) -> float:
     if end is not None and not 0 < end < start:
-        raise UserError(f"end={end}: expected the time of the last network call, above 0 and below start={start}")
+        raise UserError(
+            f"end={end}: expected the time of the last network call, above 0 and below start={start}"
+        )
     return min(schedule.first, start / 2) if end is None else end
 
 
-def _between(name: str, offset: int, steps: int, schedule: Schedule, start: float, end: float | None) -> tuple[float, float | None]:
-    """The times of the first and the last call: `start` and `end`, or those of an even spacing of the same steps."""
+def _between(
+    name: str, offset: int, steps: int, schedule: Schedule, start: float, end: float | None
+) -> tuple[float, float | None]:
+    """The times of the first and the last call: `start` and `end`, or those of an even spacing of
+    the same steps.
+    """
     if name not in ("ends", "leading", "trailing"):
         raise unknown("between", name, ("ends", "leading", "trailing"))
     if name == "ends":
         return start, end
-    even = leading(steps, schedule, start, offset) if name == "leading" else trailing(steps, schedule, start, whole=True)
+    even = (
+        leading(steps, schedule, start, offset)
+        if name == "leading"
+        else trailing(steps, schedule, start, whole=True)
+    )
     return even[0], even[-2] if end is None and steps > 1 else end
 
 
 def _by_level(
-    places: np.ndarray, schedule: Schedule, start: float, end: float | None, curve: Callable[[float, float, float], float]
+    places: np.ndarray,
+    schedule: Schedule,
+    start: float,
+    end: float | None,
+    curve: Callable[[float, float, float], float],
 ) -> list[float]:
-    """Times whose levels are curve(highest, lowest, u) for u from 1 to 0; the ends are the asked times themselves."""
+    """Times whose levels are curve(highest, lowest, u) for u from 1 to 0; the ends are the asked
+    times themselves.
+    """
     last = _end(schedule, start, end)
     high, low = _level(schedule, start), _level(schedule, last)
     found = _times(schedule, np.array([curve(high, low, float(u)) for u in places]))
@@ -359,8 +474,9 @@ def _by_level(
 def _beta_quantiles(u: np.ndarray, a: float, b: float) -> np.ndarray:
     """x with I_x(a, b) = u, by bisection.
 
-    The integral of s^(a-1) (1-s)^(b-1) up to x <= 1/2 is that of (1 - v^(1/a))^(b-1) / a up to v = x^a, which is smooth: Gauss's rule
-    of 64 points is exact to about 1e-10; above 1/2 the roles of a and b are exchanged.
+    The integral of s^(a-1) (1-s)^(b-1) up to x <= 1/2 is that of (1 - v^(1/a))^(b-1) / a up to v =
+    x^a, which is smooth: Gauss's rule of 64 points is exact to about 1e-10; above 1/2 the roles of
+    a and b are exchanged.
     """
     nodes, weights = np.polynomial.legendre.leggauss(64)
 

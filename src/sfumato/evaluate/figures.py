@@ -22,26 +22,39 @@ class Picture:
 
 
 def grid(rows: list[list[Float[Tensor, "C H W"]]]) -> bytes:
-    """Rows of images (C, H, W) in [0, 1], all of one size, on white; a PNG file. Short rows leave white at the end."""
+    """Rows of images (C, H, W) in [0, 1], all of one size, on white; a PNG file. Short rows leave
+    white at the end.
+    """
     from PIL import Image
 
     height, width = rows[0][0].shape[-2:]
     factor = max(1, -(-LEAST // max(height, width)))
     height, width = height * factor, width * factor
     columns = max(map(len, rows))
-    canvas = torch.full((len(rows) * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, dtype=torch.uint8)
+    canvas = torch.full(
+        (len(rows) * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, dtype=torch.uint8
+    )
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
-            pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0)
+            pixels = (
+                (image.clamp(0, 1) * 255).round().to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0)
+            )
             pixels = pixels.repeat_interleave(factor, dim=0).repeat_interleave(factor, dim=1)
-            canvas[i * (height + GAP) : i * (height + GAP) + height, j * (width + GAP) : j * (width + GAP) + width] = pixels
+            canvas[
+                i * (height + GAP) : i * (height + GAP) + height,
+                j * (width + GAP) : j * (width + GAP) + width,
+            ] = pixels
     buffer = io.BytesIO()
     Image.fromarray(canvas.numpy()).save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 
 
-def by_class(images: Float[Tensor, "N C H W"], labels: Int64[Tensor, " N"] | None, columns: int = 10) -> bytes:
-    """One row a class (of the first 50), its first images; without labels, the first images in reading order."""
+def by_class(
+    images: Float[Tensor, "N C H W"], labels: Int64[Tensor, " N"] | None, columns: int = 10
+) -> bytes:
+    """One row a class (of the first 50), its first images; without labels, the first images in
+    reading order.
+    """
     if labels is None:
         chosen = list(images[: columns * 8])
         return grid([chosen[i : i + columns] for i in range(0, len(chosen), columns)])
@@ -49,13 +62,20 @@ def by_class(images: Float[Tensor, "N C H W"], labels: Int64[Tensor, " N"] | Non
 
 
 def side_by_side(*columns: Float[Tensor, "N C H W"], count: int = 12) -> bytes:
-    """Row i: the i-th image of each set, left to right, turned so that pairs stand one above the other."""
+    """Row i: the i-th image of each set, left to right, turned so that pairs stand one above the
+    other.
+    """
     return grid([list(images[:count]) for images in columns])
 
 
 def neighbours(
-    samples: Float[Tensor, "N C H W"], train: Float[Tensor, "M C H W"], indices: Int64[Tensor, "N k"], order: Int64[Tensor, " n"]
+    samples: Float[Tensor, "N C H W"],
+    train: Float[Tensor, "M C H W"],
+    indices: Int64[Tensor, "N k"],
+    order: Int64[Tensor, " n"],
 ) -> bytes:
     """A column a sample: the sample on top, below it its nearest training images, nearest first."""
     found = [[train[j] for j in indices[i].tolist()] for i in order.tolist()]
-    return grid([[samples[i] for i in order.tolist()], *[list(row) for row in zip(*found, strict=True)]])
+    return grid(
+        [[samples[i] for i in order.tolist()], *[list(row) for row in zip(*found, strict=True)]]
+    )

@@ -1,14 +1,17 @@
-"""InceptionV3 as the Frechet distance has used it since 2017: 2048 features of an image, from weights that you give.
+"""InceptionV3 as the Frechet distance has used it since 2017: 2048 features of an image, from
+weights that you give.
 
-    images [0, 1] -> 299x299 (bilinear, not antialiased) -> 2x - 1 -> network -> mean over 8x8 pixels -> (B, 2048)
+    images [0, 1] -> 299x299 (bilinear, not antialiased) -> 2x - 1 -> network -> mean over 8x8
+    pixels -> (B, 2048)
 
-Szegedy et al. 2016, arXiv:1512.00567, in the variant of the TensorFlow graph of 2015-12-05 that Heusel et al. 2017
-(arXiv:1706.08500) measured with: average pools do not count padding, and the last block pools by maximum. Layers carry the
-names of the public PyTorch conversion (`Conv2d_1a_3x3.conv.weight`, `Mixed_5b.branch1x1.bn.bias`, ... , `fc`), so
+Szegedy et al. 2016, arXiv:1512.00567, in the variant of the TensorFlow graph of 2015-12-05 that
+Heusel et al. 2017 (arXiv:1706.08500) measured with: average pools do not count padding, and the
+last block pools by maximum. Layers carry the names of the public PyTorch conversion
+(`Conv2d_1a_3x3.conv.weight`, `Mixed_5b.branch1x1.bn.bias`, ... , `fc`), so
 `pt_inception-2015-12-05` loads without a table. No weights come with this library.
 
-Each row of the tables is a branch; a step is `name:channels:height x width`, `/2` a stride of two without padding, and two
-steps joined by `+` read the same input and are concatenated.
+Each row of the tables is a branch; a step is `name:channels:height x width`, `/2` a stride of two
+without padding, and two steps joined by `+` read the same input and are concatenated.
 """
 
 from collections.abc import Sequence
@@ -54,7 +57,14 @@ BLOCKS: dict[str, tuple[int, tuple[str, ...]]] = {
     "Mixed_5b": (192, _a(32)),
     "Mixed_5c": (256, _a(64)),
     "Mixed_5d": (288, _a(64)),
-    "Mixed_6a": (288, ("branch3x3:384:3x3/2", "branch3x3dbl_1:64:1x1 branch3x3dbl_2:96:3x3 branch3x3dbl_3:96:3x3/2", "max/2")),
+    "Mixed_6a": (
+        288,
+        (
+            "branch3x3:384:3x3/2",
+            "branch3x3dbl_1:64:1x1 branch3x3dbl_2:96:3x3 branch3x3dbl_3:96:3x3/2",
+            "max/2",
+        ),
+    ),
     "Mixed_6b": (768, _c(128)),
     "Mixed_6c": (768, _c(160)),
     "Mixed_6d": (768, _c(160)),
@@ -76,7 +86,14 @@ BLOCKS: dict[str, tuple[int, tuple[str, ...]]] = {
 class ConvNormRelu(nn.Module):
     """relu(norm(conv(x))); batch normalisation with eps 1e-3."""
 
-    def __init__(self, inside: int, outside: int, kernel: tuple[int, int], stride: int, padding: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        inside: int,
+        outside: int,
+        kernel: tuple[int, int],
+        stride: int,
+        padding: tuple[int, int],
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inside, outside, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(outside, eps=1e-3)
@@ -102,10 +119,14 @@ class Branches(nn.Module):
         if ":" not in text:
             return 0
         name, outside, shape = text.split(":")
-        size, _, mode = shape.partition("/")  # mode: "" keeps the size, "v" no padding, "2" stride two and no padding
+        # mode: "" keeps the size, "v" no padding, "2" stride two and no padding
+        size, _, mode = shape.partition("/")
         height, width = map(int, size.split("x"))
         padding = (0, 0) if mode else (height // 2, width // 2)
-        self.add_module(name, ConvNormRelu(inside, int(outside), (height, width), 2 if mode == "2" else 1, padding))
+        self.add_module(
+            name,
+            ConvNormRelu(inside, int(outside), (height, width), 2 if mode == "2" else 1, padding),
+        )
         return int(outside)
 
     def _apply_step(self, text: str, x: Tensor) -> Tensor:
@@ -128,7 +149,9 @@ class Branches(nn.Module):
 
 
 class InceptionV3(Branches):
-    """Images (B, 3, H, W) in [0, 1] -> features (B, 2048). `fc` is there for its weights; the distance does not use it."""
+    """Images (B, 3, H, W) in [0, 1] -> features (B, 2048). `fc` is there for its weights; the
+    distance does not use it.
+    """
 
     def __init__(self) -> None:
         super().__init__(3, [STEM])

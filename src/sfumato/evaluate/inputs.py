@@ -1,6 +1,8 @@
-"""What the evaluation accepts: images (N, C, H, W) in [0, 1], or a function that makes them; everything else is refused.
+"""What the evaluation accepts: images (N, C, H, W) in [0, 1], or a function that makes them;
+everything else is refused.
 
-A metric over images that are secretly in [-1, 1], contain a NaN or are too few is worse than no metric.
+A metric over images that are secretly in [-1, 1], contain a NaN or are too few is worse than no
+metric.
 """
 
 from collections.abc import Callable
@@ -22,24 +24,34 @@ TOLERANCE = 1e-3
 def check_images(images: Shaped[Tensor, "..."], name: str = "images") -> Float[Tensor, "N C H W"]:
     """The images as float32 on the CPU, clamped to [0, 1].
 
-    Errors: `NumericalError` for a value that is not finite; `UserError` for a shape that is not (N, 1 or 3, H, W), integers,
-    no images, or a value farther than `TOLERANCE` outside [0, 1].
+    Errors: `NumericalError` for a value that is not finite; `UserError` for a shape that is not (N,
+    1 or 3, H, W), integers, no images, or a value farther than `TOLERANCE` outside [0, 1].
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
-        raise UserError(f"{name} have shape {tuple(images.shape)}: expected (N, C, H, W) with 1 or 3 channels and at least one image")
+        raise UserError(
+            f"{name} have shape {tuple(images.shape)}: expected (N, C, H, W) with 1 or 3 channels and at least one image"
+        )
     if not images.is_floating_point():
-        raise UserError(f"{name} are {images.dtype}: expected floating-point pixels in [0, 1]; divide bytes by 255")
+        raise UserError(
+            f"{name} are {images.dtype}: expected floating-point pixels in [0, 1]; divide bytes by 255"
+        )
     images = images.detach().cpu()
     low, high = (float(v) for v in images.aminmax())
     if not (abs(low) < float("inf") and abs(high) < float("inf")):
         bad = int((~images.isfinite()).flatten(1).any(dim=1).sum())
-        raise NumericalError(f"{name}: {bad} of {len(images)} hold a value that is not finite ({images.dtype}): nothing was measured")
+        raise NumericalError(
+            f"{name}: {bad} of {len(images)} hold a value that is not finite ({images.dtype}): nothing was measured"
+        )
     if low < -TOLERANCE or high > 1 + TOLERANCE:
-        raise UserError(f"{name} lie in [{low:.4g}, {high:.4g}]: expected [0, 1]; images in [-1, 1] need (image + 1) / 2")
+        raise UserError(
+            f"{name} lie in [{low:.4g}, {high:.4g}]: expected [0, 1]; images in [-1, 1] need (image + 1) / 2"
+        )
     return images.float().clamp(0, 1)
 
 
-def check_pair(a: Shaped[Tensor, "..."], b: Shaped[Tensor, "..."]) -> tuple[Float[Tensor, "N C H W"], Float[Tensor, "N C H W"]]:
+def check_pair(
+    a: Shaped[Tensor, "..."], b: Shaped[Tensor, "..."]
+) -> tuple[Float[Tensor, "N C H W"], Float[Tensor, "N C H W"]]:
     """Two batches of one shape, each checked by `check_images`."""
     if a.shape != b.shape:
         raise UserError(
@@ -48,42 +60,64 @@ def check_pair(a: Shaped[Tensor, "..."], b: Shaped[Tensor, "..."]) -> tuple[Floa
     return check_images(a, "originals"), check_images(b, "reconstructions")
 
 
-def check_features(features: Shaped[Tensor, "..."], least: int, name: str = "features") -> Float[Tensor, "N D"]:
-    """Features (N, D) in float64 with at least `least` rows; `NumericalError` where one is not finite."""
+def check_features(
+    features: Shaped[Tensor, "..."], least: int, name: str = "features"
+) -> Float[Tensor, "N D"]:
+    """Features (N, D) in float64 with at least `least` rows; `NumericalError` where one is not
+    finite.
+    """
     if features.ndim != 2 or len(features) < least:
         raise UserError(
             f"{name} have shape {tuple(features.shape)}: expected (N, D) with at least {least} rows; give more images or a smaller k"
         )
     if not bool(features.isfinite().all()):
-        raise NumericalError(f"{name}: a value is not finite ({features.dtype}): the feature network overflowed or the images are broken")
+        raise NumericalError(
+            f"{name}: a value is not finite ({features.dtype}): the feature network overflowed or the images are broken"
+        )
     return features.double().cpu()
 
 
-def check_labels(labels: Shaped[Tensor, "..."], count: int, classes: int, name: str = "labels") -> Shaped[Tensor, " N"]:
+def check_labels(
+    labels: Shaped[Tensor, "..."], count: int, classes: int, name: str = "labels"
+) -> Shaped[Tensor, " N"]:
     """Labels (N,) as int64 in [0, classes)."""
     if labels.shape != (count,) or labels.is_floating_point():
-        raise UserError(f"{name} are {labels.dtype} of shape {tuple(labels.shape)}: expected {count} integers, one an image")
+        raise UserError(
+            f"{name} are {labels.dtype} of shape {tuple(labels.shape)}: expected {count} integers, one an image"
+        )
     if bool((labels < 0).any()) or bool((labels >= classes).any()):
-        raise UserError(f"{name} lie in [{int(labels.min())}, {int(labels.max())}]: expected 0 to {classes - 1}")
+        raise UserError(
+            f"{name} lie in [{int(labels.min())}, {int(labels.max())}]: expected 0 to {classes - 1}"
+        )
     return labels.long().cpu()
 
 
-def draw(source: ImageSource, n: int | None, batch: int, seed: int, name: str = "samples") -> Float[Tensor, "N C H W"]:
+def draw(
+    source: ImageSource, n: int | None, batch: int, seed: int, name: str = "samples"
+) -> Float[Tensor, "N C H W"]:
     """Checked images: those given (the first n of them), or n that the function makes."""
     if isinstance(source, Tensor):
         if n is not None and n > len(source):
-            raise UserError(f"{n} {name} were asked for and {len(source)} are given: ask for fewer or give more")
+            raise UserError(
+                f"{n} {name} were asked for and {len(source)} are given: ask for fewer or give more"
+            )
         return check_images(source[:n], name)
     if n is None or n < 1:
-        raise UserError(f"n is {n}: a function that makes {name} needs a number of images, at least 1")
+        raise UserError(
+            f"n is {n}: a function that makes {name} needs a number of images, at least 1"
+        )
     images = check_images(source(n, batch, seed), name)
     if len(images) != n:
-        raise UserError(f"the function that makes {name} returned {len(images)} images: expected {n}")
+        raise UserError(
+            f"the function that makes {name} returned {len(images)} images: expected {n}"
+        )
     return images
 
 
 def fingerprint(images: Shaped[Tensor, "..."]) -> str:
-    """Hash of pixels, shape and dtype: two reports with equal fingerprints used the same images in the same order."""
+    """Hash of pixels, shape and dtype: two reports with equal fingerprints used the same images in
+    the same order.
+    """
     return hash_tensors({"images": images})
 
 

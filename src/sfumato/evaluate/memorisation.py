@@ -1,11 +1,14 @@
 """Memorisation: are samples nearer to the training images than fresh real images are?
 
     nearest training neighbour:  d(s) = min_i |f(s) - f(x_i)|
-    ratio        = median d(samples) / median d(held-out)     about 1 for a model that has learnt the distribution, towards 0 for copies
-    closer_share = share of samples with d(s) below the 1 % quantile of d(held-out)     about 1 % for such a model, towards 100 % for copies
+    ratio        = median d(samples) / median d(held-out)     about 1 for a model that has learnt
+                 the distribution, towards 0 for copies
+    closer_share = share of samples with d(s) below the 1 % quantile of d(held-out)     about 1 %
+    for such a model, towards 100 % for copies
 
-Held-out real images are as near to the training set as an honest sample can be expected to be: this is the "data-copying"
-comparison of Meehan et al. 2020, arXiv:2004.05675, section 2, on nearest-neighbour distances.
+Held-out real images are as near to the training set as an honest sample can be expected to be: this
+is the "data-copying" comparison of Meehan et al. 2020, arXiv:2004.05675, section 2, on
+nearest-neighbour distances.
 """
 
 from dataclasses import dataclass
@@ -21,7 +24,9 @@ QUANTILE = 0.01
 
 @dataclass(frozen=True, eq=False)
 class Memorisation:
-    """indices (n, k) and distances (n, k) of the training neighbours of each sample, nearest first; ratio > 0; closer_share in [0, 1]."""
+    """indices (n, k) and distances (n, k) of the training neighbours of each sample, nearest first;
+    ratio > 0; closer_share in [0, 1].
+    """
 
     ratio: float
     closer_share: float
@@ -29,8 +34,14 @@ class Memorisation:
     distances: Float64[Tensor, "n k"]
 
 
-def memorisation(samples: Float[Tensor, "n D"], train: Float[Tensor, "m D"], held_out: Float[Tensor, "h D"], k: int = 1) -> Memorisation:
-    """Compares features of samples with those of the training set, against those of real images that were not trained on.
+def memorisation(
+    samples: Float[Tensor, "n D"],
+    train: Float[Tensor, "m D"],
+    held_out: Float[Tensor, "h D"],
+    k: int = 1,
+) -> Memorisation:
+    """Compares features of samples with those of the training set, against those of real images
+    that were not trained on.
 
     Errors: `UserError` for fewer than k training images.
     """
@@ -41,4 +52,6 @@ def memorisation(samples: Float[Tensor, "n D"], train: Float[Tensor, "m D"], hel
     found = float(distances[:, 0].quantile(0.5))
     ratio = found / middle if middle > 0 else float("inf") if found > 0 else 1.0
     threshold = usual.quantile(QUANTILE)
-    return Memorisation(ratio, float((distances[:, 0] < threshold).double().mean()), indices, distances)
+    return Memorisation(
+        ratio, float((distances[:, 0] < threshold).double().mean()), indices, distances
+    )

@@ -1,12 +1,16 @@
-"""Precision, recall, density and coverage: fidelity and variety apart, from balls around k nearest neighbours.
+"""Precision, recall, density and coverage: fidelity and variety apart, from balls around k nearest
+neighbours.
 
-    B(x) = the ball around x whose radius is the distance to the k-th nearest *other* point of x's own set
-    precision = share of samples in some ball of a real image      recall = share of real images in some ball of a sample
-    density   = mean over samples of (real balls that hold it) / k  coverage = share of real images whose ball holds a sample
+    B(x) = the ball around x whose radius is the distance to the k-th nearest *other* point of x's
+    own set precision = share of samples in some ball of a real image      recall = share of real
+    images in some ball of a sample
+    density   = mean over samples of (real balls that hold it) / k  coverage = share of real images
+              whose ball holds a sample
 
-Precision and recall: Kynkaanniemi et al. 2019, arXiv:1904.06991, Eqs. 1 and 2. Density and coverage: Naeem et al. 2020,
-arXiv:2002.09797, Eqs. 3 and 4: real balls only, so one odd sample cannot inflate recall, and one odd real image not precision.
-For equal distributions the expectation of density is 1 and that of coverage is given by `expected_coverage`.
+Precision and recall: Kynkaanniemi et al. 2019, arXiv:1904.06991, Eqs. 1 and 2. Density and
+coverage: Naeem et al. 2020, arXiv:2002.09797, Eqs. 3 and 4: real balls only, so one odd sample
+cannot inflate recall, and one odd real image not precision. For equal distributions the expectation
+of density is 1 and that of coverage is given by `expected_coverage`.
 """
 
 from collections.abc import Iterator
@@ -25,7 +29,9 @@ ENTRIES = 2**23
 
 @dataclass(frozen=True)
 class Manifold:
-    """precision, recall and coverage in [0, 1], density in [0, inf), with the k and the two counts they depend on."""
+    """precision, recall and coverage in [0, 1], density in [0, inf), with the k and the two counts
+    they depend on.
+    """
 
     precision: float
     recall: float
@@ -36,21 +42,30 @@ class Manifold:
     sample_count: int
 
 
-def squared_distances(a: Float64[Tensor, "n D"], b: Float64[Tensor, "m D"]) -> Iterator[tuple[int, Float64[Tensor, "c m"]]]:
+def squared_distances(
+    a: Float64[Tensor, "n D"], b: Float64[Tensor, "m D"]
+) -> Iterator[tuple[int, Float64[Tensor, "c m"]]]:
     """(first row, squared Euclidean distances of some rows of a to all of b), chunk by chunk."""
     norms = b.square().sum(dim=1)
     size = max(1, ENTRIES // len(b))
     for start in range(0, len(a), size):
         rows = a[start : start + size]
-        yield start, torch.addmm(norms[None, :], rows, b.T, alpha=-2).add_(rows.square().sum(dim=1, keepdim=True)).clamp_(min=0)
+        yield (
+            start,
+            torch.addmm(norms[None, :], rows, b.T, alpha=-2)
+            .add_(rows.square().sum(dim=1, keepdim=True))
+            .clamp_(min=0),
+        )
 
 
 def nearest(
     a: Float[Tensor, "n D"], b: Float[Tensor, "m D"], k: int, same: bool = False
 ) -> tuple[Int64[Tensor, "n k"], Float64[Tensor, "n k"]]:
-    """For each row of a, the rows of b that are nearest, nearest first: indices (n, k) and Euclidean distances (n, k).
+    """For each row of a, the rows of b that are nearest, nearest first: indices (n, k) and
+    Euclidean distances (n, k).
 
-    `same` says that a is b, and leaves each row itself out. Distances are recomputed from differences: exact for duplicates.
+    `same` says that a is b, and leaves each row itself out. Distances are recomputed from
+    differences: exact for duplicates.
     """
     x, y = check_features(a, least=1), check_features(b, least=k + same)
     indices, distances = [], []
@@ -58,7 +73,8 @@ def nearest(
         rows = torch.arange(len(squared))
         if same:
             squared[rows, start + rows] = torch.inf
-        found = squared.topk(k, dim=1, largest=False).indices.sort(dim=1).values  # equal distances: lower index first
+        # equal distances: lower index first
+        found = squared.topk(k, dim=1, largest=False).indices.sort(dim=1).values
         exact = (x[start : start + len(squared), None] - y[found]).norm(dim=2)
         order = exact.argsort(dim=1, stable=True)
         indices.append(found.gather(1, order))
@@ -90,7 +106,10 @@ def manifold(real: Float[Tensor, "n D"], samples: Float[Tensor, "m D"], k: int =
     """
     if k < 1:
         raise UserError(f"k is {k}: expected at least 1 nearest neighbour (5 is usual)")
-    x, y = check_features(real, k + 1, "features of real images"), check_features(samples, k + 1, "features of samples")
+    x, y = (
+        check_features(real, k + 1, "features of real images"),
+        check_features(samples, k + 1, "features of samples"),
+    )
     real_balls_of_samples, covered = _inside(y, x, radii(x, k))
     sample_balls_of_real, _ = _inside(x, y, radii(y, k))
     return Manifold(
@@ -105,7 +124,8 @@ def manifold(real: Float[Tensor, "n D"], samples: Float[Tensor, "m D"], k: int =
 
 
 def expected_coverage(real_count: int, sample_count: int, k: int) -> float:
-    """E[coverage] where both sets come from one distribution: 1 - prod_{i=1..k} (n - i) / (n + m - i), arXiv:2002.09797, Lemma 2.
+    """E[coverage] where both sets come from one distribution: 1 - prod_{i=1..k} (n - i) / (n + m -
+    i), arXiv:2002.09797, Lemma 2.
 
     The k nearest of n + m - 1 other points must all be real for a ball to stay empty.
     """

@@ -1,14 +1,18 @@
-"""PSNR and SSIM: how close a reconstruction is to its original, pixel by pixel and window by window.
+"""PSNR and SSIM: how close a reconstruction is to its original, pixel by pixel and window by
+window.
 
     PSNR = 10 log10(1 / MSE), pixels in [0, 1]
-    SSIM = mean over pixels and channels of (2 ma mb + C1)(2 sab + C2) / ((ma^2 + mb^2 + C1)(saa + sbb + C2))
+    SSIM = mean over pixels and channels of (2 ma mb + C1)(2 sab + C2) / ((ma^2 + mb^2 + C1)(saa +
+    sbb + C2))
 
-with ma, mb, saa, sbb, sab the means, variances and covariance under an 11x11 Gaussian window of sigma 1.5, C1 = 0.01^2,
-C2 = 0.03^2: Wang et al. 2004, "Image Quality Assessment", Eq. 13. As in the authors' code, only windows that lie wholly inside
-the image count; libraries that reflect the image beyond its border (torchmetrics) give other numbers, most of all for small images.
+with ma, mb, saa, sbb, sab the means, variances and covariance under an 11x11 Gaussian window of
+sigma 1.5, C1 = 0.01^2, C2 = 0.03^2: Wang et al. 2004, "Image Quality Assessment", Eq. 13. As in the
+authors' code, only windows that lie wholly inside the image count; libraries that reflect the image
+beyond its border (torchmetrics) give other numbers, most of all for small images.
 
-`psnr` is the PSNR of the mean MSE over the data set (what autoencoder papers report); `psnr_mean` is the mean of each image's
-own PSNR, which is larger (Jensen) and infinite as soon as one image is exact.
+`psnr` is the PSNR of the mean MSE over the data set (what autoencoder papers report); `psnr_mean`
+is the mean of each image's own PSNR, which is larger (Jensen) and infinite as soon as one image is
+exact.
 """
 
 import math
@@ -28,7 +32,9 @@ SIGMA = 1.5
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """psnr and psnr_mean in decibels (infinite for exact images), ssim in [-1, 1], of `count` pairs."""
+    """psnr and psnr_mean in decibels (infinite for exact images), ssim in [-1, 1], of `count`
+    pairs.
+    """
 
     psnr: float
     psnr_mean: float
@@ -66,25 +72,38 @@ def _blur(x: Float64[Tensor, "B C H W"]) -> Float64[Tensor, "B C h w"]:
     """Means under the Gaussian window, one axis after the other."""
     window = _window()
     flat = x.flatten(0, 1)[:, None]
-    return F.conv2d(F.conv2d(flat, window.reshape(1, 1, -1, 1)), window.reshape(1, 1, 1, -1)).unflatten(0, x.shape[:2])[:, :, 0]
+    return F.conv2d(
+        F.conv2d(flat, window.reshape(1, 1, -1, 1)), window.reshape(1, 1, 1, -1)
+    ).unflatten(0, x.shape[:2])[:, :, 0]
 
 
 def ssim(a: Float[Tensor, "N C H W"], b: Float[Tensor, "_ _ _ _"], batch: int = 100) -> float:
     """Mean SSIM over images. Sides of at least 11 pixels (`UserError`)."""
     if min(a.shape[-2:]) < WINDOW:
-        raise UserError(f"images of {a.shape[-2]}x{a.shape[-1]} pixels are too small for SSIM: expected at least {WINDOW}x{WINDOW}")
+        raise UserError(
+            f"images of {a.shape[-2]}x{a.shape[-1]} pixels are too small for SSIM: expected at least {WINDOW}x{WINDOW}"
+        )
     a, b = check_pair(a, b)
-    values = [_ssim_by_image(x.double(), y.double()) for x, y in zip(a.split(batch), b.split(batch), strict=True)]
+    values = [
+        _ssim_by_image(x.double(), y.double())
+        for x, y in zip(a.split(batch), b.split(batch), strict=True)
+    ]
     return float(torch.cat(values).mean())
 
 
-def _ssim_by_image(a: Float64[Tensor, "B C H W"], b: Float64[Tensor, "B C H W"]) -> Float64[Tensor, " B"]:
+def _ssim_by_image(
+    a: Float64[Tensor, "B C H W"], b: Float64[Tensor, "B C H W"]
+) -> Float64[Tensor, " B"]:
     c1, c2 = 0.01**2, 0.03**2
     mean_a, mean_b = _blur(a), _blur(b)
     var_a = _blur(a * a) - mean_a**2
     var_b = _blur(b * b) - mean_b**2
     cov = _blur(a * b) - mean_a * mean_b
-    score = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    score = (
+        (2 * mean_a * mean_b + c1)
+        * (2 * cov + c2)
+        / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    )
     return score.mean(dim=(1, 2, 3))
 
 

@@ -1,7 +1,8 @@
 """A report: every number beside its floor, with all that is needed to get it again.
 
-The floor of a metric is the same metric between two disjoint sets of *real* images of equal size: what a perfect model would
-score. A Frechet distance of 3 is poor beside a floor of 0.1 and perfect beside a floor of 3.
+The floor of a metric is the same metric between two disjoint sets of *real* images of equal size:
+what a perfect model would score. A Frechet distance of 3 is poor beside a floor of 0.1 and perfect
+beside a floor of 3.
 """
 
 import base64
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number, its floor (None where there is none), which way is better, and one line that says what it is and its unit."""
+    """A number, its floor (None where there is none), which way is better, and one line that says
+    what it is and its unit.
+    """
 
     name: str
     value: float
@@ -62,7 +65,9 @@ class Report:
         for metric in self.metrics:
             if metric.name == name:
                 return metric
-        raise KeyError(f"{name!r} was not measured: known are {', '.join(m.name for m in self.metrics)}")
+        raise KeyError(
+            f"{name!r} was not measured: known are {', '.join(m.name for m in self.metrics)}"
+        )
 
     def join(self, other: "Report") -> "Report":
         """Both reports as one, this one's title and, where keys agree, this one's settings."""
@@ -78,13 +83,18 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """All but the pictures, as JSON values; an infinite number is the text "infinite"."""
-        metrics = {m.name: {"value": m.value, "floor": m.floor, "better": m.better, "about": m.about} for m in self.metrics}
+        metrics = {
+            m.name: {"value": m.value, "floor": m.floor, "better": m.better, "about": m.about}
+            for m in self.metrics
+        }
         tables = [{"title": t.title, "columns": t.columns, "rows": t.rows} for t in self.tables]
         facts = {"features": self.features, "data": self.data, "settings": self.settings}
         return _jsonable({"title": self.title, "metrics": metrics, "tables": tables, **facts})
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """JSON with sorted keys and every digit: equal measurements give equal text. Also written to `path`, atomically."""
+        """JSON with sorted keys and every digit: equal measurements give equal text. Also written
+        to `path`, atomically.
+        """
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
         if path is not None:
             with atomic_file(path) as temporary:
@@ -92,7 +102,9 @@ class Report:
         return text
 
     def to_html(self, path: str | Path) -> None:
-        """One page that needs no other file: the table, the facts, and the pictures embedded as PNG. Written atomically."""
+        """One page that needs no other file: the table, the facts, and the pictures embedded as
+        PNG. Written atomically.
+        """
         with atomic_file(path) as temporary:
             temporary.write_text(_page(self), encoding="utf-8")
 
@@ -124,7 +136,13 @@ def _text(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return "infinite" if math.isinf(value) else f"{value:#.4g}" if abs(value) < 1000 else f"{value:.1f}"
+        return (
+            "infinite"
+            if math.isinf(value)
+            else f"{value:#.4g}"
+            if abs(value) < 1000
+            else f"{value:.1f}"
+        )
     return str(value)
 
 
@@ -145,14 +163,20 @@ def _html_table(columns: tuple[str, ...], rows: tuple[tuple[Any, ...], ...]) -> 
     head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
     body = ""
     for row in rows:
-        cells = (f"<td{' class=number' if isinstance(c, int | float) else ''}>{html.escape(_text(c))}</td>" for c in row)
+        cells = (
+            f"<td{' class=number' if isinstance(c, int | float) else ''}>{html.escape(_text(c))}</td>"
+            for c in row
+        )
         body += f"<tr>{''.join(cells)}</tr>\n"
     return f"<table>\n<tr>{head}</tr>\n{body}</table>"
 
 
 def _facts(title: str, values: Mapping[str, Any]) -> str:
     cells = ((html.escape(str(k)), html.escape(_text(v))) for k, v in values.items())
-    rows = "".join(f"<tr><td class=soft>{name}</td><td><code>{value}</code></td></tr>\n" for name, value in cells)
+    rows = "".join(
+        f"<tr><td class=soft>{name}</td><td><code>{value}</code></td></tr>\n"
+        for name, value in cells
+    )
     return f"<h2>{title}</h2>\n<table>\n{rows}</table>\n" if values else ""
 
 
@@ -169,7 +193,15 @@ def _page(report: Report) -> str:
         data = base64.b64encode(picture.png).decode()
         name = html.escape(picture.title)
         image = f"<img alt='{html.escape(picture.title, quote=True)}' src='data:image/png;base64,{data}'>"
-        parts.append(f"<h2>{name}</h2>\n<figure><figcaption>{html.escape(picture.caption)}</figcaption>{image}</figure>")
-    parts += [f"<h2>{html.escape(t.title)}</h2>\n{_html_table(t.columns, t.rows)}" for t in report.tables]
-    parts += [_facts("Feature network", report.features), _facts("Images (fingerprints)", report.data), _facts("Settings", report.settings)]
+        parts.append(
+            f"<h2>{name}</h2>\n<figure><figcaption>{html.escape(picture.caption)}</figcaption>{image}</figure>"
+        )
+    parts += [
+        f"<h2>{html.escape(t.title)}</h2>\n{_html_table(t.columns, t.rows)}" for t in report.tables
+    ]
+    parts += [
+        _facts("Feature network", report.features),
+        _facts("Images (fingerprints)", report.data),
+        _facts("Settings", report.settings),
+    ]
     return "\n".join(parts) + "\n</html>\n"

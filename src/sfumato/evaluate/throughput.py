@@ -1,4 +1,6 @@
-"""Speed: the median of repeated calls, after a warm-up. A mean would count the neighbours of a shared machine."""
+"""Speed: the median of repeated calls, after a warm-up. A mean would count the neighbours of a
+shared machine.
+"""
 
 import statistics
 import time
@@ -12,7 +14,9 @@ from sfumato.errors import UserError
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds: median of a call, of an image, and the fastest call; `calls` were timed, each making `images` images."""
+    """Seconds: median of a call, of an image, and the fastest call; `calls` were timed, each making
+    `images` images.
+    """
 
     seconds_per_call: float
     seconds_per_image: float
@@ -22,14 +26,21 @@ class Speed:
 
 
 def measure_speed(
-    call: Callable[[], object], images: int = 1, calls: int = 5, warmup: int = 1, clock: Callable[[], float] = time.perf_counter
+    call: Callable[[], object],
+    images: int = 1,
+    calls: int = 5,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Speed:
-    """Times `call()`, which makes `images` images. A CUDA device is waited for before the clock is read.
+    """Times `call()`, which makes `images` images. A CUDA device is waited for before the clock is
+    read.
 
     Errors: `UserError` for fewer than one call or image.
     """
     if calls < 1 or images < 1 or warmup < 0:
-        raise UserError(f"calls={calls}, images={images}, warmup={warmup}: expected at least one call of one image")
+        raise UserError(
+            f"calls={calls}, images={images}, warmup={warmup}: expected at least one call of one image"
+        )
     for _ in range(warmup):
         call()
     seconds = []

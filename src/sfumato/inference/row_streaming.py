@@ -1,13 +1,17 @@
-"""Layers over feature maps that come as horizontal strips: what is made is the whole map's, and never more than a few rows are held.
+"""Layers over feature maps that come as horizontal strips: what is made is the whole map's, and
+never more than a few rows are held.
 
-A map (B, C, H, W) is an iterator of strips (B, C, r, W), top to bottom, of any heights r; a layer is a function from such an iterator to
-another. Nothing is worked out before it is asked for, and nothing twice: a convolution remembers the last rows that it saw, so that there
-are no halos to recompute and no seams.
+A map (B, C, H, W) is an iterator of strips (B, C, r, W), top to bottom, of any heights r; a layer
+is a function from such an iterator to another. Nothing is worked out before it is asked for, and
+nothing twice: a convolution remembers the last rows that it saw, so that there are no halos to
+recompute and no seams.
 
-A group norm (Wu & He 2018, arXiv:1803.08494, eq. 1-3) needs two passes: `Moments` gathers the mean and variance of the whole map, strip by
-strip, in float64 (the pairwise update of Chan, Golub & LeVeque 1983, eq. 2.1), and then the norm is a scale and a shift a channel.
+A group norm (Wu & He 2018, arXiv:1803.08494, eq. 1-3) needs two passes: `Moments` gathers the mean
+and variance of the whole map, strip by strip, in float64 (the pairwise update of Chan, Golub &
+LeVeque 1983, eq. 2.1), and then the norm is a scale and a shift a channel.
 
-Iterators are chained with `map`, which forgets a strip when it hands it on; a generator's variables would keep it alive.
+Iterators are chained with `map`, which forgets a strip when it hands it on; a generator's variables
+would keep it alive.
 """
 
 from collections import deque
@@ -31,10 +35,11 @@ Layer = Callable[[Strips], Strips]
 
 _SLAB = 2**25
 _SCORES = 2**26
-"""Queries times keys in one call of attention: 256 MB, on devices whose kernels write the scores down."""
+"""Queries times keys in one call of attention: 256 MB, on devices whose kernels write the scores
+down."""
 
 
-# ---- strips ------------------------------------------------------------------------------------------------------------
+# ---- strips --------------------------------------------------------------------------------------
 
 
 def take(waiting: deque[Tensor], rows: int) -> Tensor:
@@ -51,10 +56,12 @@ def take(waiting: deque[Tensor], rows: int) -> Tensor:
 
 
 class Store:
-    """A map that is kept: strips are copied into slabs, which are let go one by one as they are read.
+    """A map that is kept: strips are copied into slabs, which are let go one by one as they are
+    read.
 
-    Not the strips themselves: a heap in which strips that stay lie between scratch memory that goes is mostly holes. The C library gives
-    a slab, of more than 32 MB, back to the system at once (its M_MMAP_THRESHOLD is never larger).
+    Not the strips themselves: a heap in which strips that stay lie between scratch memory that goes
+    is mostly holes. The C library gives a slab, of more than 32 MB, back to the system at once (its
+    M_MMAP_THRESHOLD is never larger).
     """
 
     def __init__(self, height: int):
@@ -66,7 +73,9 @@ class Store:
         """Copies a strip to the end."""
         while strip.shape[2]:
             if not self.room:
-                self.room = min(self.missing, _SLAB // (strip[:, :, :1].numel() * strip.element_size()) + 1)
+                self.room = min(
+                    self.missing, _SLAB // (strip[:, :, :1].numel() * strip.element_size()) + 1
+                )
                 self.missing -= self.room
                 self.slabs.append(strip.new_empty(*strip.shape[:2], self.room, strip.shape[3]))
             part, strip = strip[:, :, : self.room], strip[:, :, self.room :]
@@ -76,7 +85,11 @@ class Store:
 
     def read(self, rows: int, release: bool) -> Strips:
         """The map in strips of at most `rows`."""
-        return chain.from_iterable(map(lambda slab: slab.split(rows, 2), drain(self.slabs) if release else iter(self.slabs)))
+        return chain.from_iterable(
+            map(
+                lambda slab: slab.split(rows, 2), drain(self.slabs) if release else iter(self.slabs)
+            )
+        )
 
 
 def drain(waiting: deque[Tensor]) -> Strips:
@@ -95,8 +108,11 @@ def finish(strips: Iterable[object]) -> None:
     deque(strips, maxlen=0)
 
 
-def windows(run: Callable[[Tensor], Tensor], strips: Strips, kernel: int, stride: int, top: int, bottom: int) -> Strips:
-    """What a layer that looks at `kernel` rows in steps of `stride` makes of a map with `top` and `bottom` rows of zeros around it.
+def windows(
+    run: Callable[[Tensor], Tensor], strips: Strips, kernel: int, stride: int, top: int, bottom: int
+) -> Strips:
+    """What a layer that looks at `kernel` rows in steps of `stride` makes of a map with `top` and
+    `bottom` rows of zeros around it.
 
     run: (n - 1) * stride + kernel rows -> the output's rows for these n positions.
     """
@@ -107,7 +123,9 @@ def windows(run: Callable[[Tensor], Tensor], strips: Strips, kernel: int, stride
 class _Window:
     """The last rows of a map, which the next ones need."""
 
-    def __init__(self, run: Callable[[Tensor], Tensor], kernel: int, stride: int, top: int, bottom: int):
+    def __init__(
+        self, run: Callable[[Tensor], Tensor], kernel: int, stride: int, top: int, bottom: int
+    ):
         self.run, self.kernel, self.stride, self.top, self.bottom = run, kernel, stride, top, bottom
         self.held: Tensor | None = None
 
@@ -129,7 +147,7 @@ def _has_rows(strip: Tensor) -> bool:
     return strip.shape[2] > 0
 
 
-# ---- layers ------------------------------------------------------------------------------------------------------------
+# ---- layers --------------------------------------------------------------------------------------
 
 
 def pointwise(run: Callable[[Tensor], Tensor]) -> Layer:
@@ -140,36 +158,48 @@ def pointwise(run: Callable[[Tensor], Tensor]) -> Layer:
 def convolution(conv: nn.Conv2d) -> Layer:
     """A convolution padded with zeros, the same at all sides."""
     (kernel, _), (stride, _), (above, aside) = conv.kernel_size, conv.stride, _numbers(conv)
-    return lambda strips: windows(lambda rows: _convolve(conv, rows, aside), strips, kernel, stride, above, above)
+    return lambda strips: windows(
+        lambda rows: _convolve(conv, rows, aside), strips, kernel, stride, above, above
+    )
 
 
 def halving(down: Downsample) -> Layer:
     """`Downsample`: padding 0 means one row and column of zeros below and to the right only."""
     if not down.asymmetric:
         return convolution(down.conv)
-    return lambda strips: windows(lambda rows: _convolve(down.conv, F.pad(rows, (0, 1)), 0), strips, 3, 2, 0, 1)
+    return lambda strips: windows(
+        lambda rows: _convolve(down.conv, F.pad(rows, (0, 1)), 0), strips, 3, 2, 0, 1
+    )
 
 
 def doubling(up: Upsample) -> Layer:
     """`Upsample` to twice the size.
 
-    As four convolutions of the map itself (kernels/upsample_conv.py). In half precision their sums of weights would be rounded coarsely; there the map
-    is doubled and convolved as it is written.
+    As four convolutions of the map itself (kernels/upsample_conv.py). In half precision their sums
+    of weights would be rounded coarsely; there the map is doubled and convolved as it is written.
     """
     conv = up.conv
     if conv.weight.dtype not in (torch.float32, torch.float64):
         plain = convolution(conv)
-        return lambda strips: plain(map(lambda s: F.interpolate(s, scale_factor=2.0, mode="nearest"), strips))
+        return lambda strips: plain(
+            map(lambda s: F.interpolate(s, scale_factor=2.0, mode="nearest"), strips)
+        )
     run = partial(_double, kernels(conv.weight), conv.bias)
     return lambda strips: windows(run, strips, 3, 1, 1, 1)
 
 
 def _double(four: list[list[Tensor]], bias: Tensor | None, rows: Tensor) -> Tensor:
-    return double(F.pad(rows, (1, 1)), len(four[0][0]), lambda part, a, b: _plain_convolve(part, four[a][b], bias))
+    return double(
+        F.pad(rows, (1, 1)),
+        len(four[0][0]),
+        lambda part, a, b: _plain_convolve(part, four[a][b], bias),
+    )
 
 
 def positions(conv: nn.Conv2d, axis: int, length: int) -> int:
-    """How many numbers a convolution makes of `length`, along the height (axis 0) or the width (1)."""
+    """How many numbers a convolution makes of `length`, along the height (axis 0) or the width
+    (1).
+    """
     return (length + 2 * _numbers(conv)[axis] - conv.kernel_size[axis]) // conv.stride[axis] + 1
 
 
@@ -179,7 +209,9 @@ def _numbers(conv: nn.Conv2d) -> tuple[int, int]:
 
 
 def _convolve(conv: nn.Conv2d, rows: Tensor, aside: int) -> Tensor:
-    """All positions at which the kernel lies within the rows; `aside` columns of zeros left and right."""
+    """All positions at which the kernel lies within the rows; `aside` columns of zeros left and
+    right.
+    """
     return _plain_convolve(rows, conv.weight, conv.bias, conv.stride, (0, aside), conv.groups)
 
 
@@ -191,14 +223,18 @@ def _plain_convolve(
     padding: tuple[int, ...] = (0, 0),
     groups: int = 1,
 ) -> Tensor:
-    """As `batch_invariant.Conv2d`: torch's own call may unfold the input, which takes nine times the memory."""
+    """As `batch_invariant.Conv2d`: torch's own call may unfold the input, which takes nine times
+    the memory.
+    """
     if batch_invariant.applies(rows, weight):
         return batch_invariant.convolve(rows, weight, bias, stride, padding, (1, 1), groups)
     return F.conv2d(rows, weight, bias, stride, padding, (1, 1), groups)
 
 
 def residual(branch: Layer, join: Callable[[Tensor, Tensor], Tensor]) -> Layer:
-    """join(branch(x), x), row by row: x waits until the branch, which sees some rows farther, has caught up."""
+    """join(branch(x), x), row by row: x waits until the branch, which sees some rows farther, has
+    caught up.
+    """
     return lambda strips: _Beside(join).run(branch, strips)
 
 
@@ -225,11 +261,13 @@ def series(layers: Iterable[Layer]) -> Layer:
     return lambda strips: reduce(lambda found, layer: layer(found), layers, strips)
 
 
-# ---- what needs the whole map ------------------------------------------------------------------------------------------
+# ---- what needs the whole map --------------------------------------------------------------------
 
 
 class Moments:
-    """Mean and sum of squared differences of each image and channel, in float64, of all the strips that were added."""
+    """Mean and sum of squared differences of each image and channel, in float64, of all the strips
+    that were added.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -240,8 +278,8 @@ class Moments:
         """Counts a strip and returns it."""
         numbers = strip.float() if strip.dtype.itemsize < 4 else strip
         new = strip.shape[2] * strip.shape[3]
-        # Around a number near the mean nothing cancels. Sums over a row, which torch adds in pairs, are good to a few bits of their dtype;
-        # the many sums of rows are added in float64.
+        # Around a number near the mean nothing cancels. Sums over a row, which torch adds in pairs,
+        # are good to a few bits of their dtype; the many sums of rows are added in float64.
         near = numbers.mean((2, 3), keepdim=True)
         apart = numbers - near
         beside = apart.sum(3).double().sum(2) / new
@@ -252,7 +290,9 @@ class Moments:
         else:
             between = mean - self.mean
             self.mean = self.mean + between * (new / (self.count + new))
-            self.squares = self.squares + squares + between.square() * (self.count * new / (self.count + new))
+            self.squares = (
+                self.squares + squares + between.square() * (self.count * new / (self.count + new))
+            )
         self.count += new
         return strip
 
@@ -261,7 +301,9 @@ class Moments:
         return map(self.add, strips)
 
     def norm(self, norm: nn.GroupNorm, silu: bool) -> Layer:
-        """The group norm of a map with these moments, with SiLU after it or not. `NumericalError` if a moment is not finite."""
+        """The group norm of a map with these moments, with SiLU after it or not. `NumericalError`
+        if a moment is not finite.
+        """
         assert self.mean is not None and self.squares is not None, "a map has at least one strip"
         means = self.mean.unflatten(1, (norm.num_groups, -1))  # (B, groups, C / groups)
         mean = means.mean(2, keepdim=True)
@@ -289,7 +331,9 @@ def _affine(scale: Tensor, shift: Tensor, silu: bool, strip: Tensor) -> Tensor:
 
 
 def attention(module: SpatialAttention, moments: Moments, strips: Strips) -> Layer:
-    """`SpatialAttention` over a map of these moments; keys and values are made from its strips now, queries as the layer runs."""
+    """`SpatialAttention` over a map of these moments; keys and values are made from its strips now,
+    queries as the layer runs.
+    """
     normed = moments.norm(module.group_norm, silu=False)
     keys, values = [], []
     for strip in normed(strips):

@@ -1,7 +1,8 @@
 """Files that are whole or absent: atomic writes, JSON with clear errors, content hashes.
 
-A writer fills a temporary name in the same folder, calls fsync and renames; a full disk or a kill leaves the old file.
-Temporary names are .NAME.PID.tmp; `recover` clears those of writers that are gone.
+A writer fills a temporary name in the same folder, calls fsync and renames; a full disk or a kill
+leaves the old file. Temporary names are .NAME.PID.tmp; `recover` clears those of writers that are
+gone.
 """
 
 import ctypes
@@ -30,7 +31,9 @@ class NotWritten(UserError):
 
     def __init__(self, path: Path, error: OSError):
         reason = error.strerror or error
-        super().__init__(f"could not write {path}: {reason}; what was there is unchanged: free some space or choose another place")
+        super().__init__(
+            f"could not write {path}: {reason}; what was there is unchanged: free some space or choose another place"
+        )
 
 
 def _sync(path: Path) -> None:
@@ -42,8 +45,11 @@ def _sync(path: Path) -> None:
 
 
 def _alive(process: int) -> bool:
-    """Whether another process has this number. What carries our own number was left by an earlier process that had it."""
-    if process == os.getpid() or os.name == "nt":  # Windows: signal 0 is Ctrl-C; what is left there stays
+    """Whether another process has this number. What carries our own number was left by an earlier
+    process that had it.
+    """
+    # Windows: signal 0 is Ctrl-C; what is left there stays
+    if process == os.getpid() or os.name == "nt":
         return os.name == "nt"
     try:
         os.kill(process, 0)
@@ -63,8 +69,10 @@ def _remove(path: Path) -> None:
 
 
 def recover(folder: str | Path, name: str | None = None) -> None:
-    """Clears what killed writers left in a folder, of one `name` or of all: half-written things go, and a thing that a writer had
-    moved aside (see `atomic_folder`) takes its place again if nothing stands there. What living processes write is not touched."""
+    """Clears what killed writers left in a folder, of one `name` or of all: half-written things go,
+    and a thing that a writer had moved aside (see `atomic_folder`) takes its place again if nothing
+    stands there. What living processes write is not touched.
+    """
     for left in sorted(Path(folder).glob(".*")):
         found = _TEMPORARY.fullmatch(left.name)
         if found is None or name not in (None, found[1]) or _alive(int(found[2])):
@@ -77,7 +85,9 @@ def recover(folder: str | Path, name: str | None = None) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swaps the names of two folders in one step, so that at every moment both exist. False where the system cannot (not Linux)."""
+    """Swaps the names of two folders in one step, so that at every moment both exist. False where
+    the system cannot (not Linux).
+    """
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
@@ -88,7 +98,9 @@ def _exchange(a: Path, b: Path) -> bool:
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; renames it to `path` when the block ends well, removes it when it does not."""
+    """Yields a temporary path beside `path`; renames it to `path` when the block ends well, removes
+    it when it does not.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -106,10 +118,12 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`; it takes the name `path` (replacing what was there) when the block ends well.
+    """Yields a temporary folder beside `path`; it takes the name `path` (replacing what was there)
+    when the block ends well.
 
-    A kill at any moment leaves the old folder or the new one under the name. Where the system cannot swap two names in one step
-    (not Linux), a kill between two renames leaves the old one moved aside: `recover`, or the next writer, puts it back.
+    A kill at any moment leaves the old folder or the new one under the name. Where the system
+    cannot swap two names in one step (not Linux), a kill between two renames leaves the old one
+    moved aside: `recover`, or the next writer, puts it back.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,13 +137,16 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             _sync(file)
         if not path.exists():
             os.replace(temporary, path)
-        elif not _exchange(temporary, path):  # after an exchange, `temporary` is what was there before
+        elif not _exchange(temporary, path):
+            # after an exchange, `temporary` is what was there before
             os.replace(path, old)
             os.replace(temporary, path)
         _sync(path.parent)
     except (OSError, NotWritten) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
-        raise NotWritten(path, cause if isinstance(cause, OSError) else OSError(str(cause))) from error
+        raise NotWritten(
+            path, cause if isinstance(cause, OSError) else OSError(str(cause))
+        ) from error
     finally:
         if old.exists() and not path.exists():
             with suppress(OSError):
@@ -140,7 +157,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Writes JSON atomically, two-space indented, with a final newline. NaN is refused: it is not JSON."""
+    """Writes JSON atomically, two-space indented, with a final newline. NaN is refused: it is not
+    JSON.
+    """
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
@@ -152,23 +171,33 @@ def read_json(path: str | Path) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: expected a JSON file there") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): it may be truncated; copy or download it again") from error
+        raise UserError(
+            f"{path} is not valid JSON ({error}): it may be truncated; copy or download it again"
+        ) from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): expected a JSON file that you may read") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): expected a JSON file that you may read"
+        ) from error
 
 
 def read_table(path: str | Path) -> dict[str, Any]:
     """A JSON object; anything else in the file is a `UserError` that names it."""
     values = read_json(path)
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}: expected a JSON object with named fields")
+        raise UserError(
+            f"{path} holds a {type(values).__name__}: expected a JSON object with named fields"
+        )
     return values
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, "torch.Tensor"], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file atomically (contiguous copies on the CPU; `format: pt` is what diffusers expects).
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, "torch.Tensor"], metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file atomically (contiguous copies on the CPU; `format: pt` is what
+    diffusers expects).
 
-    A tensor of several names is written under each: the library refuses that, unless the others are copies.
+    A tensor of several names is written under each: the library refuses that, unless the others are
+    copies.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -193,10 +222,12 @@ def write_streamed(
     tensors: Iterable[tuple[str, "torch.Tensor"]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a safetensors file atomically, one tensor at a time: never more of them in memory than one.
+    """Writes a safetensors file atomically, one tensor at a time: never more of them in memory than
+    one.
 
-    table: dtype and shape of each, in the order in which `tensors` gives them; numbers of more bytes come first, so that all lie aligned.
-    The format: 8 bytes that give the length of a JSON table, the table, and the numbers one after the other.
+    table: dtype and shape of each, in the order in which `tensors` gives them; numbers of more
+    bytes come first, so that all lie aligned. The format: 8 bytes that give the length of a JSON
+    table, the table, and the numbers one after the other.
     """
     import torch
 
@@ -207,7 +238,11 @@ def write_streamed(
             raise ValueError(f"{name}: numbers of {dtype.itemsize} bytes after those of {before}")
         begin, before = end, dtype.itemsize
         end += math.prod(shape) * dtype.itemsize
-        head[name] = {"dtype": _NAMES[str(dtype).removeprefix("torch.")], "shape": list(shape), "data_offsets": [begin, end]}
+        head[name] = {
+            "dtype": _NAMES[str(dtype).removeprefix("torch.")],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with atomic_file(path) as temporary, temporary.open("wb") as file:
@@ -217,18 +252,36 @@ def write_streamed(
             given, wanted = (name, (tensor.dtype, tuple(tensor.shape))), next(expected, None)
             if given != wanted:
                 raise ValueError(f"{given} came where {wanted} was announced")
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.write(
+                tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            )
         if left := next(expected, None):
             raise ValueError(f"{left[0]} was announced and did not come")
 
 
-_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
-_NAMES |= {"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
+_NAMES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+}
+_NAMES |= {
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 """torch's names of dtypes and those of safetensors."""
 
 
 def read_tensors(path: str | Path) -> dict[str, "torch.Tensor"]:
-    """Reads a safetensors file (memory-mapped); a missing, truncated or foreign file is a `UserError` that names it."""
+    """Reads a safetensors file (memory-mapped); a missing, truncated or foreign file is a
+    `UserError` that names it.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -237,7 +290,9 @@ def read_tensors(path: str | Path) -> dict[str, "torch.Tensor"]:
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: expected a safetensors file there") from error
     except (SafetensorError, ValueError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}): it may be truncated; copy or download it again") from error
+        raise UserError(
+            f"{path} is not a whole safetensors file ({error}): it may be truncated; copy or download it again"
+        ) from error
 
 
 def hash_bytes(*parts: bytes | str) -> str:

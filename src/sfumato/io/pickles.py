@@ -1,7 +1,9 @@
-"""`.ckpt`, `.bin` and `.pt` files: pickles, read with `weights_only=True`, so that nothing in them can run.
+"""`.ckpt`, `.bin` and `.pt` files: pickles, read with `weights_only=True`, so that nothing in them
+can run.
 
-Old checkpoints name classes of training frameworks beside their tensors (Lightning's callbacks, the arguments of a script). Those few names are read as empty
-placeholders; any other name is refused by torch, and the refusal becomes one sentence.
+Old checkpoints name classes of training frameworks beside their tensors (Lightning's callbacks, the
+arguments of a script). Those few names are read as empty placeholders; any other name is refused by
+torch, and the refusal becomes one sentence.
 """
 
 import pickle
@@ -28,18 +30,26 @@ class _Placeholder:
 
 
 def read_pickle(path: str | Path) -> dict[str, Any]:
-    """The dictionary in the file, tensors memory-mapped where the format allows it. `UserError` for a file that is missing, truncated, not
-    a pickle of tensors, or that would run code: torch refuses before any of it is executed."""
+    """The dictionary in the file, tensors memory-mapped where the format allows it. `UserError` for
+    a file that is missing, truncated, not a pickle of tensors, or that would run code: torch
+    refuses before any of it is executed.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is missing: expected a .ckpt, .bin or .pt file there")
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if _zipped(path) else []
-        harmless: list[Any] = [(type(n.rpartition(".")[2], (_Placeholder,), {}), n) for n in names if n.startswith(_HARMLESS)]
+        harmless: list[Any] = [
+            (type(n.rpartition(".")[2], (_Placeholder,), {}), n)
+            for n in names
+            if n.startswith(_HARMLESS)
+        ]
         with torch.serialization.safe_globals(harmless):
             values = torch.load(path, map_location="cpu", weights_only=True, mmap=_zipped(path))
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused: {_reason(error)}; use a .safetensors file, which holds numbers only") from error
+        raise UserError(
+            f"{path} is refused: {_reason(error)}; use a .safetensors file, which holds numbers only"
+        ) from error
     except Exception as error:  # a damaged pickle can raise nearly anything from inside torch
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -65,10 +75,11 @@ def _reason(error: pickle.UnpicklingError) -> str:
 
 
 def state_dict(values: Mapping[str, Any], where: object) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, from below `state_dict` where it is nested; what is no tensor (steps, settings) is left out.
+    """The tensors of a checkpoint, from below `state_dict` where it is nested; what is no tensor
+    (steps, settings) is left out.
 
-    Where training left the running average beside the weights ("ema" and "model": DiT, SiT), it is the average, which its authors draw with.
-    `UserError` where there are none.
+    Where training left the running average beside the weights ("ema" and "model": DiT, SiT), it is
+    the average, which its authors draw with. `UserError` where there are none.
     """
     if isinstance(values.get("ema"), Mapping) and isinstance(values.get("model"), Mapping):
         values = values["ema"]
@@ -76,5 +87,7 @@ def state_dict(values: Mapping[str, Any], where: object) -> dict[str, Tensor]:
         values = values["state_dict"]
     tensors = {str(k): v for k, v in values.items() if isinstance(v, Tensor)}
     if not tensors:
-        raise UserError(f"{where} holds no tensors by name (its keys: {', '.join(sorted(map(str, values))[:6]) or 'none'})")
+        raise UserError(
+            f"{where} holds no tensors by name (its keys: {', '.join(sorted(map(str, values))[:6]) or 'none'})"
+        )
     return tensors

@@ -1,10 +1,12 @@
-"""The weights of one part of a model folder, however its files are cut: whole or in shards, a variant such as fp16, safetensors or pickled.
+"""The weights of one part of a model folder, however its files are cut: whole or in shards, a
+variant such as fp16, safetensors or pickled.
 
     diffusion_pytorch_model.safetensors              diffusion_pytorch_model.fp16.safetensors
-    diffusion_pytorch_model.safetensors.index.json   {"weight_map": {key: file of a shard}}         .bin instead of .safetensors: pickled
+    diffusion_pytorch_model.safetensors.index.json   {"weight_map": {key: file of a shard}}
+                                                     .bin instead of .safetensors: pickled
 
-Safetensors come first and are memory-mapped. Pickled files are read with `weights_only`, which makes tensors and runs nothing; what wants
-more is refused.
+Safetensors come first and are memory-mapped. Pickled files are read with `weights_only`, which
+makes tensors and runs nothing; what wants more is refused.
 """
 
 import json
@@ -21,7 +23,8 @@ from sfumato.io.pickles import read_pickle
 
 ENDINGS = (".safetensors", ".bin")
 EIGHTS = (torch.float8_e4m3fn, torch.float8_e5m2)
-"""Formats of eight bits; the largest numbers are 448 and 57344 (Micikevicius et al. 2022, arXiv:2209.05433)."""
+"""Formats of eight bits; the largest numbers are 448 and 57344 (Micikevicius et al. 2022,
+arXiv:2209.05433)."""
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -30,12 +33,17 @@ def _read(path: Path) -> dict[str, Tensor]:
     found = read_pickle(path)
     strange = [k for k, v in found.items() if not isinstance(v, Tensor)]
     if strange:
-        raise UserError(f"{path} holds things that are not tensors ({', '.join(map(repr, strange[:8]))}): expected a table of tensors")
+        raise UserError(
+            f"{path} holds things that are not tensors ({', '.join(map(repr, strange[:8]))}): expected a table of tensors"
+        )
     return found
 
 
-def find_weights(folder: str | Path, stem: str, variant: str | None = None, pickled: str | None = None) -> list[Path]:
-    """The file of a part's weights, or its shards: `stem` with the variant, or without one; `UserError` that lists what is there if none.
+def find_weights(
+    folder: str | Path, stem: str, variant: str | None = None, pickled: str | None = None
+) -> list[Path]:
+    """The file of a part's weights, or its shards: `stem` with the variant, or without one;
+    `UserError` that lists what is there if none.
 
     pickled: the stem of pickled files, where it is another one.
     """
@@ -43,23 +51,42 @@ def find_weights(folder: str | Path, stem: str, variant: str | None = None, pick
     marks = [f".{variant}", ""] if variant else [""]
     for mark in marks:
         for ending in ENDINGS:
-            whole, listed = folder / f"{stems[ending]}{mark}{ending}", folder / f"{stems[ending]}{ending}.index{mark}.json"
+            whole, listed = (
+                folder / f"{stems[ending]}{mark}{ending}",
+                folder / f"{stems[ending]}{ending}.index{mark}.json",
+            )
             if whole.exists():
                 return [whole]
             if listed.exists():
                 return _shards(listed)
-    there = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_file())) if folder.is_dir() else "nothing"
-    marked = {p.name.removeprefix(f"{stem}.").split(".")[0] for p in folder.glob(f"{stem}.*.safetensors")}
+    there = (
+        ", ".join(sorted(p.name for p in folder.iterdir() if p.is_file()))
+        if folder.is_dir()
+        else "nothing"
+    )
+    marked = {
+        p.name.removeprefix(f"{stem}.").split(".")[0] for p in folder.glob(f"{stem}.*.safetensors")
+    }
     others = sorted({re.sub(r"-\d+-of-\d+$", "", mark) for mark in marked} - {"safetensors"})
-    hint = f"ask for variant {' or '.join(map(repr, others))}" if others else "copy or download it again"
-    raise UserError(f"{folder} has no weights {stem}{''.join(marks[:1])}.safetensors (it has {there}): {hint}")
+    hint = (
+        f"ask for variant {' or '.join(map(repr, others))}"
+        if others
+        else "copy or download it again"
+    )
+    raise UserError(
+        f"{folder} has no weights {stem}{''.join(marks[:1])}.safetensors (it has {there}): {hint}"
+    )
 
 
 def _shards(listed: Path) -> list[Path]:
     """The files that an index names; all must lie beside it."""
     names = read_json(listed)
     names = names.get("weight_map") if isinstance(names, dict) else None
-    if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
+    if (
+        not isinstance(names, dict)
+        or not names
+        or not all(isinstance(n, str) for n in names.values())
+    ):
         raise UserError(f"{listed} has no weight_map of keys and files: copy or download it again")
     found = []
     for name in sorted(set(names.values())):
@@ -76,15 +103,19 @@ def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
         found = _read(path)
         twice = tensors.keys() & found.keys()
         if twice:
-            raise UserError(f"{path} holds {min(twice)!r}, which another shard holds too: copy or download the folder again")
+            raise UserError(
+                f"{path} holds {min(twice)!r}, which another shard holds too: copy or download the folder again"
+            )
         tensors |= found
     return tensors
 
 
 def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: object) -> None:
-    """`UserError` that lists every missing, extra and misshapen key, and weights of whole or complex numbers (the first eight of each).
+    """`UserError` that lists every missing, extra and misshapen key, and weights of whole or
+    complex numbers (the first eight of each).
 
-    Whole numbers are what quantised files hold: without their scales, which are kept elsewhere, they are not the weights.
+    Whole numbers are what quantised files hold: without their scales, which are kept elsewhere,
+    they are not the weights.
     """
     missing = sorted(expected.keys() - found.keys())
     extra = sorted(found.keys() - expected.keys())
@@ -109,7 +140,9 @@ def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], wher
         if names
     ]
     if problems:
-        raise UserError(f"{where} does not fit its config: keys {'; '.join(problems)}; use the weights that belong to the config")
+        raise UserError(
+            f"{where} does not fit its config: keys {'; '.join(problems)}; use the weights that belong to the config"
+        )
 
 
 def require_finite(tensors: Mapping[str, Tensor], where: object) -> None:
@@ -118,13 +151,17 @@ def require_finite(tensors: Mapping[str, Tensor], where: object) -> None:
         raise _damage(where, key)
 
 
-def looked_at(files: Sequence[Path], tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> bool:
-    """Looks for NaN and infinity (`UserError`) in the files of memory-mapped tensors that are used as they lie there, in `dtype`.
+def looked_at(
+    files: Sequence[Path], tensors: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> bool:
+    """Looks for NaN and infinity (`UserError`) in the files of memory-mapped tensors that are used
+    as they lie there, in `dtype`.
 
     None: they are streamed, and looked at when they are first used.
 
-    The numbers are read some at a time, beside the mapping: to look at them there would make every page of it resident. False: not looked,
-    because the files are pickled or the tensors will be converted.
+    The numbers are read some at a time, beside the mapping: to look at them there would make every
+    page of it resident. False: not looked, because the files are pickled or the tensors will be
+    converted.
     """
     if dtype is None:
         return True
@@ -143,7 +180,9 @@ _PIECE = 2**22  # bytes, which stay in the processor's cache
 
 
 def _damaged(path: Path) -> Iterator[str]:
-    """Keys of a sound safetensors file with NaN or infinity: 8 bytes that give the length of a JSON table, the table, and the numbers."""
+    """Keys of a sound safetensors file with NaN or infinity: 8 bytes that give the length of a JSON
+    table, the table, and the numbers.
+    """
     piece = bytearray(_PIECE)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -164,15 +203,17 @@ def _damaged(path: Path) -> Iterator[str]:
 
 def _finite(numbers: Tensor) -> bool:
     """A finite sum says that all are, for less than to look at each number."""
-    if numbers.dtype in EIGHTS:  # torch has no arithmetic for them: bytes that are not finite are few
+    # torch has no arithmetic for them: bytes that are not finite are few
+    if numbers.dtype in EIGHTS:
         bits = numbers.contiguous().view(torch.uint8) & 0x7F
         return not bool((bits >= (0x7F if numbers.dtype is torch.float8_e4m3fn else 0x7C)).any())
     return bool(numbers.sum(dtype=torch.float32).isfinite() or numbers.isfinite().all())
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers in `dtype`. Those beyond the largest of a format of eight bits become NaN, as in wider formats infinity: torch would
-    write the largest instead, and nobody could tell."""
+    """The numbers in `dtype`. Those beyond the largest of a format of eight bits become NaN, as in
+    wider formats infinity: torch would write the largest instead, and nobody could tell.
+    """
     if dtype not in EIGHTS or tensor.dtype == dtype:
         return tensor.to(dtype)
     wide, largest = tensor.float(), torch.finfo(dtype).max
@@ -181,25 +222,39 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def scale_of(key: str, tensors: Mapping[str, object]) -> str | None:
-    """The key of the number by which a weight of eight bits is multiplied, if a file has one; `UserError` where it has two."""
+    """The key of the number by which a weight of eight bits is multiplied, if a file has one;
+    `UserError` where it has two.
+    """
     stem, _, last = key.rpartition(".")
-    found = [name for name in (f"{stem}.scale_weight", f"{stem}.weight_scale") if last == "weight" and name in tensors]
+    found = [
+        name
+        for name in (f"{stem}.scale_weight", f"{stem}.weight_scale")
+        if last == "weight" and name in tensors
+    ]
     if len(found) > 1:
-        raise UserError(f"{key} has two scales ({' and '.join(found)}): expected one; use a file of one layout")
+        raise UserError(
+            f"{key} has two scales ({' and '.join(found)}): expected one; use a file of one layout"
+        )
     return found[0] if found else None
 
 
 def scaled(key: str, weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """weight * scale, in float32 and then in `dtype`: one scale for all, or one for each row; `UserError` for scales of another shape."""
+    """weight * scale, in float32 and then in `dtype`: one scale for all, or one for each row;
+    `UserError` for scales of another shape.
+    """
     rows = weight.shape[0] if weight.ndim else 1
     if scale.numel() not in (1, rows) or scale.numel() != max([1, *scale.shape]):
-        raise UserError(f"the scale of {key} has shape {tuple(scale.shape)}: expected one number, or one for each of {rows} rows")
+        raise UserError(
+            f"the scale of {key} has shape {tuple(scale.shape)}: expected one number, or one for each of {rows} rows"
+        )
     shape = () if scale.numel() == 1 else (rows, *[1] * (weight.ndim - 1))
     return (weight.float() * scale.float().reshape(shape)).to(dtype)
 
 
 def aside(kinds: Mapping[str, torch.dtype]) -> set[str]:
-    """Keys that files with scaled weights of eight bits hold beside them and that are no weights: the scales, those of activations, marks."""
+    """Keys that files with scaled weights of eight bits hold beside them and that are no weights:
+    the scales, those of activations, marks.
+    """
     found = {key for key in kinds if key.rpartition(".")[2] in ("scaled_fp8", "comfy_quant")}
     for key, kind in kinds.items():
         stem, _, last = key.rpartition(".")
@@ -209,8 +264,12 @@ def aside(kinds: Mapping[str, torch.dtype]) -> set[str]:
     return found
 
 
-def unscaled(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The weights themselves, in `dtype` where a file holds them in eight bits and a scale (`weight_scale`, `scale_weight`) beside each."""
+def unscaled(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """The weights themselves, in `dtype` where a file holds them in eight bits and a scale
+    (`weight_scale`, `scale_weight`) beside each.
+    """
     beside = aside({key: value.dtype for key, value in tensors.items()})
     found: dict[str, Tensor] = {}
     for key, value in tensors.items():
@@ -221,7 +280,9 @@ def unscaled(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) 
 
 
 def _damage(where: object, key: str) -> UserError:
-    return UserError(f"{where}: {key} has NaN or infinite numbers; the file is damaged or its training diverged")
+    return UserError(
+        f"{where}: {key} has NaN or infinite numbers; the file is damaged or its training diverged"
+    )
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> Iterator[str]:

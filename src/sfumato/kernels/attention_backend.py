@@ -5,7 +5,8 @@
     flash, efficient, cudnn   torch's fused kernels, which keep no scores
     math        torch's plain way: all scores in memory, several times as slow
 
-The choice is logged once a kind of call by the logger "sfumato", as "info"; "math" for many tokens as a warning.
+The choice is logged once a kind of call by the logger "sfumato", as "info"; "math" for many tokens
+as a warning.
 """
 
 import logging
@@ -16,7 +17,8 @@ from torch import Tensor
 
 LOG = logging.getLogger("sfumato")
 MANY = 2**20
-"""Scores of a head from which on the plain way is worth a word: 1,024 tokens that attend to as many."""
+"""Scores of a head from which on the plain way is worth a word: 1,024 tokens that attend to as
+many."""
 
 _TORCHS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "overrideable"}
 
@@ -28,8 +30,9 @@ def torchs_choice(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
 
 
 def report(way: str, q: Tensor, count: int, keys: int, masked: bool) -> None:
-    """Says once which way attention of `count` to `keys` tokens takes. q: for its device, dtype and width of a head. Nothing on the meta
-    device, where nothing is computed."""
+    """Says once which way attention of `count` to `keys` tokens takes. q: for its device, dtype and
+    width of a head. Nothing on the meta device, where nothing is computed.
+    """
     if count * keys >= MANY and not q.is_meta:
         _say(way, q.device.type, str(q.dtype).removeprefix("torch."), q.shape[-1], masked)
 
@@ -38,6 +41,9 @@ def report(way: str, q: Tensor, count: int, keys: int, masked: bool) -> None:
 def _say(way: str, device: str, dtype: str, width: int, masked: bool) -> None:
     of = f"attention on {device} in {dtype}, heads of {width}{', masked' if masked else ''}"
     if way == "math":
-        LOG.warning("%s: no fused kernel of torch takes it, all scores are kept; bfloat16 and head widths of 64 or 128 are usual", of)
+        LOG.warning(
+            "%s: no fused kernel of torch takes it, all scores are kept; bfloat16 and head widths of 64 or 128 are usual",
+            of,
+        )
     else:
         LOG.info("%s: %s", of, way)

@@ -1,34 +1,47 @@
-"""Layers whose results for an image do not depend on the batch: image k of n can be computed again alone, bit for bit.
+"""Layers whose results for an image do not depend on the batch: image k of n can be computed again
+alone, bit for bit.
 
-CPU libraries choose a kernel by the shape of the whole batch, and kernels add up products in different orders. An image then differs by
-some 1e-6 between a batch of 1, of 2 and of 16, and each processor has its own table of kernels. So that the result holds on every
-processor, each operation here is computed by a method that cannot see the batch:
+CPU libraries choose a kernel by the shape of the whole batch, and kernels add up products in
+different orders. An image then differs by some 1e-6 between a batch of 1, of 2 and of 16, and each
+processor has its own table of kernels. So that the result holds on every processor, each operation
+here is computed by a method that cannot see the batch:
 
-    linear        oneDNN's matrix product, on x86 processors with AVX2 or later. Its brgemm kernels add up a row in blocks whose length
-                  depends on the number of columns alone (512 or 1024), one block after the other. MKL's choice of kernel by the number
-                  of rows, which differs between Intel and AMD, is never asked. Two cases are avoided: one row (a vector kernel: it is
-                  computed as two), and many columns with few outputs (split among threads: image by image).
-    convolution   oneDNN's direct kernels, which add up block of channels after block, and in each block tap after tap. 1x1 convolutions are
-                  linear maps of pixels: oneDNN has kernels of their own for them, which depend on the batch where threads are many.
-    attention     torch's fused kernel, which calls MKL for each image and head with the same shape. The order of an MKL sum may depend on
-                  the alignment of its operands: queries are padded, and the keys and values of each image begin on a cache line. It may
-                  depend on MKL's own threads, which work where torch's do not: one short head of one image is computed twice. It may
-                  also depend on the number of threads that MKL counts on: kernels/mkl_threads.py sets it to one.
-    SiLU, GELU    torch computes most numbers by vector instructions and those that remain at the end of a thread's part by the C library,
-                  which rounds differently. What is no whole number of vectors for each thread is computed apart, padded.
-    group norm    with channels last in memory, threads share the images of a batch: such images are computed one by one.
+    linear        oneDNN's matrix product, on x86 processors with AVX2 or later. Its brgemm kernels
+                  add up a row in blocks whose length depends on the number of columns alone (512 or
+                  1024), one block after the other. MKL's choice of kernel by the number of rows,
+                  which differs between Intel and AMD, is never asked. Two cases are avoided: one
+                  row (a vector kernel: it is computed as two), and many columns with few outputs
+                  (split among threads: image by image).
+    convolution   oneDNN's direct kernels, which add up block of channels after block, and in each
+                  block tap after tap. 1x1 convolutions are linear maps of pixels: oneDNN has
+                  kernels of their own for them, which depend on the batch where threads are many.
+    attention     torch's fused kernel, which calls MKL for each image and head with the same shape.
+                  The order of an MKL sum may depend on the alignment of its operands: queries are
+                  padded, and the keys and values of each image begin on a cache line. It may depend
+                  on MKL's own threads, which work where torch's do not: one short head of one image
+                  is computed twice. It may also depend on the number of threads that MKL counts on:
+                  kernels/mkl_threads.py sets it to one.
+    SiLU, GELU    torch computes most numbers by vector instructions and those that remain at the
+                  end of a thread's part by the C library, which rounds differently. What is no
+                  whole number of vectors for each thread is computed apart, padded.
+    group norm    with channels last in memory, threads share the images of a batch: such images are
+                  computed one by one.
 
-Elsewhere (AVX or older, other processors, torch without oneDNN), linear maps and convolutions are computed image by image, from memory that
-begins on a cache line: the same call, whatever the batch. `method()` says which of the two is used.
+Elsewhere (AVX or older, other processors, torch without oneDNN), linear maps and convolutions are
+computed image by image, from memory that begins on a cache line: the same call, whatever the batch.
+`method()` says which of the two is used.
 
-Group norms of contiguous maps, layer norms, interpolation and arithmetic need nothing. All this is for inference in float32 on the CPU. With
-gradients, in other dtypes, on other devices and under compilers the calls are torch's own, except that programs compiled for inference on
-the CPU call the faster kernels that are used here: oneDNN for large float32 products, nn/cpu_attention.py for bfloat16 attention.
+Group norms of contiguous maps, layer norms, interpolation and arithmetic need nothing. All this is
+for inference in float32 on the CPU. With gradients, in other dtypes, on other devices and under
+compilers the calls are torch's own, except that programs compiled for inference on the CPU call the
+faster kernels that are used here: oneDNN for large float32 products, nn/cpu_attention.py for
+bfloat16 attention.
 
-The orders of summation are those in the source of oneDNN 3.12, which torch 2.13 contains (cpu/x64: matmul/brgemm_matmul_utils.cpp,
-jit_avx512_common_conv_kernel.cpp, jit_avx2_conv_kernel_f32.cpp, jit_brgemm_conv_utils.cpp). No library promises them,
-so tests/contracts/test_arithmetic.py runs every test of invariance with the kernels of other processors, and `sfumato info --machine` checks the
-machine at hand.
+The orders of summation are those in the source of oneDNN 3.12, which torch 2.13 contains (cpu/x64:
+matmul/brgemm_matmul_utils.cpp, jit_avx512_common_conv_kernel.cpp, jit_avx2_conv_kernel_f32.cpp,
+jit_brgemm_conv_utils.cpp). No library promises them, so tests/contracts/test_arithmetic.py runs
+every test of invariance with the kernels of other processors, and `sfumato info --machine` checks
+the machine at hand.
 """
 
 import os
@@ -45,40 +58,59 @@ from sfumato.kernels import attention_backend, cpu_attention
 from sfumato.kernels.mkl_threads import one_thread
 
 _LINE = 16  # float32 numbers in a cache line of 64 bytes
-_LARGE = 2**16  # numbers of a weight from which on compiled programs call oneDNN: below, the call costs more than it gains
-_SPLIT = 20000  # columns from which on oneDNN splits a row's sum among threads, by the number of rows, if outputs are at most
+# numbers of a weight from which on compiled programs call oneDNN: below, the call costs more than
+# it gains
+_LARGE = 2**16
+# columns from which on oneDNN splits a row's sum among threads, by the number of rows, if outputs
+# are at most
+_SPLIT = 20000
 _FEW = 512
 _PIXELS = 64  # of a map from which on 1x1 convolutions are computed image by image
-_VECTOR = 32  # numbers that torch's loops give to vector instructions at a time with AVX-512; a multiple of what other processors need
+# numbers that torch's loops give to vector instructions at a time with AVX-512; a multiple of what
+# other processors need
+_VECTOR = 32
 _SHORT = 512  # tokens
 _PIECE = 64  # more queries of a head than torch's fused attention takes as one piece of work
-_GRAIN = 32768  # numbers (at::internal::GRAIN_SIZE) for each thread that torch gives elementwise work to
+# numbers (at::internal::GRAIN_SIZE) for each thread that torch gives elementwise work to
+_GRAIN = 32768
 _ALONE = 16384  # numbers that one thread computes; more, and torch divides GELU among all threads
 
 
 def applies(x: Tensor, weight: Tensor | None = None) -> bool:
-    """Whether rows must not depend on the batch here: no gradient, float32 on the CPU, not under a compiler or autocast."""
+    """Whether rows must not depend on the batch here: no gradient, float32 on the CPU, not under a
+    compiler or autocast.
+    """
     if not (x.is_cpu and x.dtype == torch.float32):
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+    if torch.is_grad_enabled() and (
+        x.requires_grad or (weight is not None and weight.requires_grad)
+    ):
         return False
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"))  # pyright: ignore[reportPrivateImportUsage]
+    return not (
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu")
+    )  # pyright: ignore[reportPrivateImportUsage]
 
 
-def linear(x: Float[Tensor, "*B D"], weight: Float[Tensor, "E D"], bias: Float[Tensor, " E"] | None = None) -> Float[Tensor, "*B E"]:
+def linear(
+    x: Float[Tensor, "*B D"], weight: Float[Tensor, "E D"], bias: Float[Tensor, " E"] | None = None
+) -> Float[Tensor, "*B E"]:
     """`F.linear` whose rows do not depend on their number.
 
-    Where oneDNN cannot be used, each x[i] is a product of its own: x is then best given as one image along its first axis.
+    Where oneDNN cannot be used, each x[i] is a product of its own: x is then best given as one
+    image along its first axis.
     """
     if not applies(x, weight):
         return _product(x, weight, bias) if _for_compiler(x, weight) else F.linear(x, weight, bias)
     if not x.numel():
         return F.linear(x, weight, bias)
-    # Contiguous: torch would multiply image by image, or a transposed matrix, by the strides, and those of one image differ.
+    # Contiguous: torch would multiply image by image, or a transposed matrix, by the strides, and
+    # those of one image differ.
     if FIXED_ORDER:
         return onednn_linear(x.contiguous(), weight.contiguous(), bias)
     images, weight = x if x.ndim > 2 else x.reshape(-1, 1, x.shape[-1]), weight.contiguous()
-    return torch.stack([F.linear(aligned(image), weight, bias) for image in images]).view(*x.shape[:-1], len(weight))
+    return torch.stack([F.linear(aligned(image), weight, bias) for image in images]).view(
+        *x.shape[:-1], len(weight)
+    )
 
 
 def aligned(x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
@@ -88,7 +120,9 @@ def aligned(x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
 
 
 def _for_compiler(x: Tensor, weight: Tensor) -> bool:
-    """Whether a program compiled for inference should call oneDNN: torch's compiler gives products in float32 to MKL, which takes a third longer."""
+    """Whether a program compiled for inference should call oneDNN: torch's compiler gives products
+    in float32 to MKL, which takes a third longer.
+    """
     return (
         torch.compiler.is_compiling()
         and not torch.compiler.is_exporting()
@@ -100,19 +134,30 @@ def _for_compiler(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-_OURS = ("_linear_pointwise", "_convolution_pointwise", "_reorder_linear_weight", "_reorder_convolution_weight")
-_KNOWN = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in _OURS)
+_OURS = (
+    "_linear_pointwise",
+    "_convolution_pointwise",
+    "_reorder_linear_weight",
+    "_reorder_convolution_weight",
+)
+_KNOWN = torch.backends.mkldnn.is_available() and all(
+    hasattr(torch.ops.mkldnn, name) for name in _OURS
+)
 _BFLOAT16 = _KNOWN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _fixed_order() -> bool:
-    """True where oneDNN computes float32 products by its brgemm kernels, whose order of summation does not depend on the number of rows."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", ""))  # as oneDNN reads it
+    """True where oneDNN computes float32 products by its brgemm kernels, whose order of summation
+    does not depend on the number of rows.
+    """
+    # as oneDNN reads it
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", ""))
     return _KNOWN and torch.cpu._is_avx2_supported() and limit.upper() not in ("SSE41", "AVX")
 
 
 FIXED_ORDER = _fixed_order()
-"""True where batches are computed by oneDNN in one call; False where linear maps and convolutions are computed image by image."""
+"""True where batches are computed by oneDNN in one call; False where linear maps and convolutions
+are computed image by image."""
 
 
 def method() -> str:
@@ -121,7 +166,9 @@ def method() -> str:
 
 
 def onednn() -> Any:
-    """torch's own operations over oneDNN, with weights that may be packed and products that end in a function; None where it has none."""
+    """torch's own operations over oneDNN, with weights that may be packed and products that end in
+    a function; None where it has none.
+    """
     return torch.ops.mkldnn if _KNOWN else None
 
 
@@ -132,10 +179,18 @@ def onednn_linear(
     end: str = "none",
     other: Float[Tensor, "*B E"] | None = None,
 ) -> Float[Tensor, "*B E"]:
-    """x W^T + b, with its end in the same pass: "gelu" or "gelu tanh" of it, or "add" or "mul" with another (B, E). The weight may be packed."""
-    if x.shape[-1] >= _SPLIT and weight.shape[0] <= _FEW and x.ndim > 1 and len(x) > 1:  # image by image
+    """x W^T + b, with its end in the same pass: "gelu" or "gelu tanh" of it, or "add" or "mul" with
+    another (B, E). The weight may be packed.
+    """
+    # image by image
+    if x.shape[-1] >= _SPLIT and weight.shape[0] <= _FEW and x.ndim > 1 and len(x) > 1:
         others = [None] * len(x) if other is None else other.split(1)
-        return torch.cat([onednn_linear(image, weight, bias, end, o) for image, o in zip(x.split(1), others, strict=True)])
+        return torch.cat(
+            [
+                onednn_linear(image, weight, bias, end, o)
+                for image, o in zip(x.split(1), others, strict=True)
+            ]
+        )
     alone = x.numel() == x.shape[-1]
     if alone:  # one row would be computed by a kernel of its own, which adds up in another order
         x, other = torch.stack([x, x]), None if other is None else torch.stack([other, other])
@@ -143,7 +198,9 @@ def onednn_linear(
         y = torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, end)
     else:
         name, _, way = ("none", "", "") if end == "none" else end.partition(" ")
-        y = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, name, [], (way or "none") if name == "gelu" else "")
+        y = torch.ops.mkldnn._linear_pointwise.default(
+            x, weight, bias, name, [], (way or "none") if name == "gelu" else ""
+        )
     return y[0] if alone else y
 
 
@@ -160,19 +217,30 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def attention(
-    q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, mask: Bool[Tensor, "B L"] | None = None
+    q: Float[Tensor, "B N D"],
+    k: Float[Tensor, "B L D"],
+    v: Float[Tensor, "B L D"],
+    heads: int,
+    mask: Bool[Tensor, "B L"] | None = None,
 ) -> Float[Tensor, "B N D"]:
-    """softmax(Q K^T / sqrt(D / heads)) V in each head, side by side in D; mask True where a key counts."""
+    """softmax(Q K^T / sqrt(D / heads)) V in each head, side by side in D; mask True where a key
+    counts.
+    """
     q, k, v = (p.unflatten(-1, (heads, -1)) for p in (q, k, v))
     return attend(q, k, v, mask)
 
 
 def attend(
-    q: Float[Tensor, "B N H d"], k: Float[Tensor, "B L H d"], v: Float[Tensor, "B L H d"], mask: Bool[Tensor, "B L"] | None = None
+    q: Float[Tensor, "B N H d"],
+    k: Float[Tensor, "B L H d"],
+    v: Float[Tensor, "B L H d"],
+    mask: Bool[Tensor, "B L"] | None = None,
 ) -> Float[Tensor, "B N D"]:
-    """The same for heads that are cut already (D = H d), as where queries and keys are normed or turned before.
+    """The same for heads that are cut already (D = H d), as where queries and keys are normed or
+    turned before.
 
-    In bfloat16 on the CPU many tokens go as in nn/cpu_attention.py, and else narrow heads are done in float32: torch's kernel takes a fifth longer to round on the way (64 x 64 cells, 8 heads of
+    In bfloat16 on the CPU many tokens go as in nn/cpu_attention.py, and else narrow heads are done
+    in float32: torch's kernel takes a fifth longer to round on the way (64 x 64 cells, 8 heads of
     40; a tenth for heads of 64, and a tenth less for heads of 128).
     """
     if _BFLOAT16 and cpu_attention.fits(q, k):
@@ -191,14 +259,21 @@ def attend(
     if applies(q):
         missing = -count % _LINE
         q, k, v = F.pad(q, (0, 0, 0, 0, 0, missing)) if missing else q, _on_lines(k), _on_lines(v)
-        # A single piece of work is done outside torch's threads, where MKL would divide a product among threads of its own.
+        # A single piece of work is done outside torch's threads, where MKL would divide a product
+        # among threads of its own.
         lone = q.shape[0] * q.shape[2] == 1 and count <= _PIECE
         if lone:
             q, k, v = (torch.cat([p, p]) for p in (q, k, v))
     q, k, v = (p.transpose(1, 2) for p in (q, k, v))  # (B, H, N, d)
     keep = None if mask is None else mask[:, None, None, :]
-    if count * k.shape[2] >= attention_backend.MANY and not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-        attention_backend.report(attention_backend.torchs_choice(q, k, v, keep), q, count, k.shape[2], mask is not None)
+    if (
+        count * k.shape[2] >= attention_backend.MANY
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    ):  # pyright: ignore[reportPrivateImportUsage]
+        attention_backend.report(
+            attention_backend.torchs_choice(q, k, v, keep), q, count, k.shape[2], mask is not None
+        )
     with one_thread() if applies(q) else nullcontext():
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
     return y.transpose(1, 2).flatten(2)[: 1 if lone else None, :count]
@@ -217,8 +292,10 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _short(q: Tensor, k: Tensor) -> bool:
-    """Whether attention is being trained in bfloat16 on the CPU over few tokens, where the gradient of torch's kernel takes two to four
-    times as long as that of plain products (51 to 256 tokens, heads of 64)."""
+    """Whether attention is being trained in bfloat16 on the CPU over few tokens, where the gradient
+    of torch's kernel takes two to four times as long as that of plain products (51 to 256 tokens,
+    heads of 64).
+    """
     lower = q.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     return q.is_cpu and q.requires_grad and lower and max(q.shape[1], k.shape[1]) <= _SHORT
 
@@ -233,7 +310,9 @@ def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
 
 
 def _on_lines(x: Float[Tensor, "B L H d"]) -> Float[Tensor, "B L H d"]:
-    """The same numbers, with unused memory between the images so that each begins on a cache line."""
+    """The same numbers, with unused memory between the images so that each begins on a cache
+    line.
+    """
     numbers = x.shape[1:].numel()
     if numbers % _LINE == 0:
         return x
@@ -246,10 +325,13 @@ def silu(x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
 
 
 def gelu(x: Float[Tensor, "*S"], tanh: bool = False) -> Float[Tensor, "*S"]:
-    """`F.gelu` whose numbers do not depend on where they lie in the tensor; `tanh`: its approximation by that function."""
+    """`F.gelu` whose numbers do not depend on where they lie in the tensor; `tanh`: its
+    approximation by that function.
+    """
     if not applies(x):
         return F.gelu(x, approximate="tanh" if tanh else "none")
-    if FIXED_ORDER and not tanh:  # oneDNN masks its last vector, but computes a single number by other code
+    # oneDNN masks its last vector, but computes a single number by other code
+    if FIXED_ORDER and not tanh:
         return F.gelu(x.contiguous()) if x.numel() != 1 else F.gelu(torch.stack([x, x]))[0]
     return _by_vectors(x, _gelu_tanh if tanh else F.gelu, _gelu_threads)
 
@@ -264,14 +346,19 @@ def _silu_threads(numbers: int) -> int:
 
 
 def _gelu_threads(numbers: int) -> int:
-    """The same for GELU, whose part of a thread is not a number of its own, but all numbers divided by the threads."""
+    """The same for GELU, whose part of a thread is not a number of its own, but all numbers divided
+    by the threads.
+    """
     return torch.get_num_threads() if numbers > _ALONE else 1
 
 
-def _by_vectors(x: Float[Tensor, "*S"], function: Callable[[Tensor], Tensor], threads: Callable[[int], int]) -> Float[Tensor, "*S"]:
+def _by_vectors(
+    x: Float[Tensor, "*S"], function: Callable[[Tensor], Tensor], threads: Callable[[int], int]
+) -> Float[Tensor, "*S"]:
     """An elementwise function of numbers that are all computed by vector instructions.
 
-    The part of each thread must be whole vectors. The few numbers for which that is impossible are computed apart, padded to a vector.
+    The part of each thread must be whole vectors. The few numbers for which that is impossible are
+    computed apart, padded to a vector.
     """
     if not x.is_contiguous():
         if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
@@ -286,14 +373,23 @@ def _by_vectors(x: Float[Tensor, "*S"], function: Callable[[Tensor], Tensor], th
     if numbers <= _ALONE:
         return function(F.pad(flat, (0, -numbers % _VECTOR)))[:numbers].view(x.shape)
     y = torch.empty_like(flat)
-    for begin, end in ((0, whole), *((i, min(i + _ALONE, numbers)) for i in range(whole, numbers, _ALONE))):
-        padded = flat[begin:end] if begin < whole else F.pad(flat[begin:end], (0, (begin - end) % _VECTOR))
+    for begin, end in (
+        (0, whole),
+        *((i, min(i + _ALONE, numbers)) for i in range(whole, numbers, _ALONE)),
+    ):
+        padded = (
+            flat[begin:end]
+            if begin < whole
+            else F.pad(flat[begin:end], (0, (begin - end) % _VECTOR))
+        )
         y[begin:end] = function(padded)[: end - begin]
     return y.view(x.shape)
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` whose rows do not depend on their number: see `linear`. `plus` is added to what it gives."""
+    """`nn.Linear` whose rows do not depend on their number: see `linear`. `plus` is added to what
+    it gives.
+    """
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Float[Tensor, "*B D"], *, plus: Float[Tensor, "*B E"] | None = None
@@ -303,7 +399,9 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d`, padded with zeros, whose images do not depend on their number. `plus` is added to what it gives."""
+    """`nn.Conv2d`, padded with zeros, whose images do not depend on their number. `plus` is added
+    to what it gives.
+    """
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Float[Tensor, "B C H W"], *, plus: Float[Tensor, "B D h w"] | None = None
@@ -314,7 +412,9 @@ class Conv2d(nn.Conv2d):
     def _convolve(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
         if not applies(x, self.weight) or isinstance(self.padding, str):
             return super().forward(x)
-        return convolve(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return convolve(
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
 
 
 def convolve(
@@ -331,14 +431,22 @@ def convolve(
         weight = weight.contiguous()
         if not x.numel():
             return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        return torch.cat([F.conv2d(aligned(image), weight, bias, stride, padding, dilation, groups) for image in x.split(1)])
+        return torch.cat(
+            [
+                F.conv2d(aligned(image), weight, bias, stride, padding, dilation, groups)
+                for image in x.split(1)
+            ]
+        )
     if weight.shape[3] == 1 and x.numel() and is_pointwise(weight, stride, padding, groups):
         return _pointwise(x, weight.flatten(1), bias)
-    # contiguous: oneDNN then uses its direct kernels, and group norms of large maps with channels last would sum by threads
+    # contiguous: oneDNN then uses its direct kernels, and group norms of large maps with channels
+    # last would sum by threads
     return torch.mkldnn_convolution(x.contiguous(), weight, bias, padding, stride, dilation, groups)
 
 
-def _pointwise(x: Float[Tensor, "B C H W"], weight: Float[Tensor, "D C"], bias: Float[Tensor, " D"] | None) -> Float[Tensor, "B D H W"]:
+def _pointwise(
+    x: Float[Tensor, "B C H W"], weight: Float[Tensor, "D C"], bias: Float[Tensor, " D"] | None
+) -> Float[Tensor, "B D H W"]:
     """A linear map of each pixel."""
     if x.shape[2] * x.shape[3] < _PIXELS:  # rows are pixels
         y = linear(x.flatten(2).transpose(1, 2), weight, bias)  # (B, H W, D)
@@ -351,13 +459,22 @@ def _pointwise(x: Float[Tensor, "B C H W"], weight: Float[Tensor, "D C"], bias: 
     return y
 
 
-def is_pointwise(weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int) -> bool:
+def is_pointwise(
+    weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int
+) -> bool:
     """True for a 1x1 convolution that is a linear map of each pixel."""
-    return weight.shape[3] == weight.shape[2] == 1 and groups == 1 and max(stride) == 1 and max(padding) == 0
+    return (
+        weight.shape[3] == weight.shape[2] == 1
+        and groups == 1
+        and max(stride) == 1
+        and max(padding) == 0
+    )
 
 
 class GroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` whose images do not depend on their number, also with channels last in memory."""
+    """`nn.GroupNorm` whose images do not depend on their number, also with channels last in
+    memory.
+    """
 
     def forward(self, input: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         if len(input) < 2 or input.is_contiguous() or not applies(input, self.weight):

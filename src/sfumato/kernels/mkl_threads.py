@@ -1,8 +1,9 @@
 """The number of threads that MKL counts on inside torch's parallel regions.
 
-MKL divides a product by that number even where it may use one thread, so the order of a sum, and the last bits, depend on it. The number is
-local to each thread: `torch.set_num_threads` sets it for the caller and later, at the first nested region, for its other threads. Before that
-they use MKL's default: `MKL_NUM_THREADS`, `OMP_NUM_THREADS` or the number of cores.
+MKL divides a product by that number even where it may use one thread, so the order of a sum, and
+the last bits, depend on it. The number is local to each thread: `torch.set_num_threads` sets it for
+the caller and later, at the first nested region, for its other threads. Before that they use MKL's
+default: `MKL_NUM_THREADS`, `OMP_NUM_THREADS` or the number of cores.
 """
 
 import ctypes
@@ -16,7 +17,9 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, MKL counts on one thread in every thread of torch. Does nothing where MKL or GNU's OpenMP is missing."""
+    """Inside, MKL counts on one thread in every thread of torch. Does nothing where MKL or GNU's
+    OpenMP is missing.
+    """
     functions = _functions()
     if functions is None:
         yield
@@ -27,7 +30,8 @@ def one_thread() -> Iterator[None]:
     try:
         yield
     finally:
-        set_in_all(before)  # what torch itself gives its other threads, at their first nested region
+        # what torch itself gives its other threads, at their first nested region
+        set_in_all(before)
 
 
 def controlled() -> bool:
@@ -37,7 +41,8 @@ def controlled() -> bool:
 
 @cache
 def _functions() -> tuple[Callable[[int], int], Callable[[int], None]] | None:
-    """Set MKL's number of threads for the calling thread, returning the number before; and set it for all threads of torch.
+    """Set MKL's number of threads for the calling thread, returning the number before; and set it
+    for all threads of torch.
 
     The second is one parallel region of OpenMP, whose threads each call MKL's function.
     """
@@ -49,5 +54,9 @@ def _functions() -> tuple[Callable[[int], int], Callable[[int], None]] | None:
     except (OSError, AttributeError):
         return None
     address = ctypes.cast(set_local, ctypes.c_void_p)
-    parallel.restype, parallel.argtypes = None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    return set_local, lambda number: parallel(address, number, 0, 0)  # 0: as many threads as torch's regions have; no flags
+    parallel.restype, parallel.argtypes = (
+        None,
+        (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint),
+    )
+    # 0: as many threads as torch's regions have; no flags
+    return set_local, lambda number: parallel(address, number, 0, 0)

@@ -1,15 +1,18 @@
-"""3x3 convolutions by Winograd's minimal filtering F(2x2, 3x3): 16 products for 4 pixels in place of 36 (Lavin & Gray 2016, section 4.1).
+"""3x3 convolutions by Winograd's minimal filtering F(2x2, 3x3): 16 products for 4 pixels in place
+of 36 (Lavin & Gray 2016, section 4.1).
 
-The map is cut into tiles of 4x4 pixels that overlap by two. Sums of a tile's pixels (V = B^T d B), multiplied by sums of the weights
-(U = G g G^T) as 16 matrices over channels, give by sums again the 2x2 pixels in the tile's middle (Y = A^T (U V) A):
+The map is cut into tiles of 4x4 pixels that overlap by two. Sums of a tile's pixels (V = B^T d B),
+multiplied by sums of the weights (U = G g G^T) as 16 matrices over channels, give by sums again the
+2x2 pixels in the tile's middle (Y = A^T (U V) A):
 
     B^T = 1  0 -1  0      G = 1    0    0       A^T = 1  1  1  0
           0  1  1  0          1/2  1/2  1/2           0  1 -1 -1
           0 -1  1  0          1/2 -1/2  1/2
           0  1  0 -1          0    0    1
 
-In float32 the error of 256 channels is 5e-7 of the result, between those of oneDNN's two direct kernels (2e-7, and 8e-7 with channels last). It
-pays where channels are so many that products take longer than the sums.
+In float32 the error of 256 channels is 5e-7 of the result, between those of oneDNN's two direct
+kernels (2e-7, and 8e-7 with channels last). It pays where channels are so many that products take
+longer than the sums.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,14 +22,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-_TILES = 512  # at a time: their sums stay in the processor's cache, and are rows enough for a product
+# at a time: their sums stay in the processor's cache, and are rows enough for a product
+_TILES = 512
 
 Product = Callable[[int, int, Tensor, Tensor | None], Tensor]
-"""(i, j, rows (N, C), added (N, D) or None) -> rows U_ij^T + added, and the bias where `convolve` says."""
+"""(i, j, rows (N, C), added (N, D) or None) -> rows U_ij^T + added, and the bias where `convolve`
+says."""
 
 
 def kernels(weight: Float[Tensor, "D C 3 3"]) -> Iterator[Float[Tensor, "4 D C"]]:
-    """The rows of U, each in the memory of the last; U_3j negated: `convolve` has that product added to what it must be taken from.
+    """The rows of U, each in the memory of the last; U_3j negated: `convolve` has that product
+    added to what it must be taken from.
 
     Made in float32 at least, and rounded once.
     """
@@ -40,9 +46,13 @@ def kernels(weight: Float[Tensor, "D C 3 3"]) -> Iterator[Float[Tensor, "4 D C"]
 
 
 def convolve(
-    x: Float[Tensor, "B H W C"], channels: int, product: Product, plus: Float[Tensor, "B H W D"] | None = None
+    x: Float[Tensor, "B H W C"],
+    channels: int,
+    product: Product,
+    plus: Float[Tensor, "B H W D"] | None = None,
 ) -> Float[Tensor, "B H W D"]:
-    """The convolution with zeros around x, and `plus` added; D = channels. The products (0, 1) and (3, 1) add the bias, which reaches every pixel.
+    """The convolution with zeros around x, and `plus` added; D = channels. The products (0, 1) and
+    (3, 1) add the bias, which reaches every pixel.
 
     What an image gets does not depend on the others, if that is so of the products.
     """

@@ -1,6 +1,8 @@
-"""Attention in the shapes that U-Nets and autoencoders use, over torch's scaled_dot_product_attention.
+"""Attention in the shapes that U-Nets and autoencoders use, over torch's
+scaled_dot_product_attention.
 
-softmax(Q K^T / sqrt(d)) V (Vaswani et al. 2017, arXiv:1706.03762, eq. 1). Parameter names are diffusers', so state dicts load as they are.
+softmax(Q K^T / sqrt(d)) V (Vaswani et al. 2017, arXiv:1706.03762, eq. 1). Parameter names are
+diffusers', so state dicts load as they are.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,13 +18,21 @@ _ROWS = 1024
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `width` channels to a context of `context_width` (default: to itself).
+    """Multi-head attention of `width` channels to a context of `context_width` (default: to
+    itself).
 
-    x (B, N, width), context (B, L, context_width), mask (B, L) True where a context token counts -> (B, N, width); `plus` is added to it.
+    x (B, N, width), context (B, L, context_width), mask (B, L) True where a context token counts ->
+    (B, N, width); `plus` is added to it.
     """
 
     def __init__(
-        self, width: int, heads: int, head_width: int, context_width: int | None = None, qkv_bias: bool = False, bias: bool = True
+        self,
+        width: int,
+        heads: int,
+        head_width: int,
+        context_width: int | None = None,
+        qkv_bias: bool = False,
+        bias: bool = True,
     ):
         super().__init__()
         inner = heads * head_width
@@ -41,12 +51,19 @@ class Attention(nn.Module):
         plus: Float[Tensor, "B N D"] | None = None,
     ) -> Float[Tensor, "B N D"]:
         context = x if context is None else context
-        return self.to_out[0](batch_invariant.attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, mask), plus=plus)
+        return self.to_out[0](
+            batch_invariant.attention(
+                self.to_q(x), self.to_k(context), self.to_v(context), self.heads, mask
+            ),
+            plus=plus,
+        )
 
 
 class PictureAttention(nn.Module):
-    """Attention of a picture's tokens to themselves and to those behind them, such as a text's. What is found is asked for in one place, which
-    others may exchange (predict/references/perturbed_attention.py)."""
+    """Attention of a picture's tokens to themselves and to those behind them, such as a text's.
+    What is found is asked for in one place, which others may exchange
+    (predict/references/perturbed_attention.py).
+    """
 
     def find(
         self,
@@ -56,13 +73,16 @@ class PictureAttention(nn.Module):
         mask: Bool[Tensor, "B S"] | None,
         picture: int,
     ) -> Float[Tensor, "B N D"]:
-        """What queries find among keys, as `batch_invariant.attend`; the first `picture` of both are the picture's, which makes no difference here."""
+        """What queries find among keys, as `batch_invariant.attend`; the first `picture` of both
+        are the picture's, which makes no difference here.
+        """
         del picture
         return batch_invariant.attend(q, k, v, mask)
 
 
 class SpatialAttention(Attention):
-    """Self-attention over the positions of a feature map, group-normed, with a residual: x (B, C, H, W) -> (B, C, H, W).
+    """Self-attention over the positions of a feature map, group-normed, with a residual: x (B, C,
+    H, W) -> (B, C, H, W).
 
     It is the attention of the autoencoder's middle and of "AttnDownBlock2D".
     """
@@ -89,7 +109,9 @@ class GEGLU(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """silu(a) * b with (a, b) = W x (Shazeer 2020, arXiv:2002.05202, eq. 6), without bias: (..., D) -> (..., E)."""
+    """silu(a) * b with (a, b) = W x (Shazeer 2020, arXiv:2002.05202, eq. 6), without bias: (..., D)
+    -> (..., E).
+    """
 
     def __init__(self, width: int, inner: int):
         super().__init__()
@@ -101,7 +123,9 @@ class SwiGLU(nn.Module):
 
 
 class GELU(nn.Module):
-    """gelu(W x) by the tanh approximation (Hendrycks & Gimpel 2016, arXiv:1606.08415): (..., D) -> (..., E)."""
+    """gelu(W x) by the tanh approximation (Hendrycks & Gimpel 2016, arXiv:1606.08415): (..., D) ->
+    (..., E).
+    """
 
     def __init__(self, width: int, inner: int):
         super().__init__()
@@ -115,35 +139,69 @@ _INNER = {"geglu": GEGLU, "gelu": GELU, "swiglu": SwiGLU}
 
 
 class FeedForward(nn.Module):
-    """A layer of `kind` "geglu", "gelu" or "swiglu" and a linear map back: (..., D) -> (..., D). `plus` is added to what it gives.
+    """A layer of `kind` "geglu", "gelu" or "swiglu" and a linear map back: (..., D) -> (..., D).
+    `plus` is added to what it gives.
 
     inner: the width between, 4 D by default. bias: of the map back.
     """
 
-    def __init__(self, width: int, kind: str = "geglu", inner: int | None = None, bias: bool = True):
+    def __init__(
+        self, width: int, kind: str = "geglu", inner: int | None = None, bias: bool = True
+    ):
         super().__init__()
         inner = inner or 4 * width
-        self.net = nn.Sequential(_INNER[kind](width, inner), nn.Identity(), batch_invariant.Linear(inner, width, bias=bias))
+        self.net = nn.Sequential(
+            _INNER[kind](width, inner),
+            nn.Identity(),
+            batch_invariant.Linear(inner, width, bias=bias),
+        )
 
-    def forward(self, x: Float[Tensor, "*B D"], *, plus: Float[Tensor, "*B D"] | None = None) -> Float[Tensor, "*B D"]:
+    def forward(
+        self, x: Float[Tensor, "*B D"], *, plus: Float[Tensor, "*B D"] | None = None
+    ) -> Float[Tensor, "*B D"]:
         widen, _, back = self.net
         if not _by_parts(x):
             return back(widen(x), plus=plus)
-        if not batch_invariant.FIXED_ORDER and x.ndim == 3:  # a part must not hold rows of two images
-            return by_rows(lambda part, *beside: back(widen(part), plus=beside[0] if beside else None), (x,) if plus is None else (x, plus))
-        # On the CPU a part's inner rows stay in the cache; all of them at once are fresh memory at each call, which takes twice as long.
-        rows, added = x.flatten(0, -2), [None] * -(-x[..., 0].numel() // _ROWS) if plus is None else plus.flatten(0, -2).split(_ROWS)
-        return torch.cat([back(widen(part), plus=beside) for part, beside in zip(rows.split(_ROWS), added, strict=True)]).view(x.shape)
+        # a part must not hold rows of two images
+        if not batch_invariant.FIXED_ORDER and x.ndim == 3:
+            return by_rows(
+                lambda part, *beside: back(widen(part), plus=beside[0] if beside else None),
+                (x,) if plus is None else (x, plus),
+            )
+        # On the CPU a part's inner rows stay in the cache; all of them at once are fresh memory at
+        # each call, which takes twice as long.
+        rows, added = (
+            x.flatten(0, -2),
+            [None] * -(-x[..., 0].numel() // _ROWS)
+            if plus is None
+            else plus.flatten(0, -2).split(_ROWS),
+        )
+        return torch.cat(
+            [
+                back(widen(part), plus=beside)
+                for part, beside in zip(rows.split(_ROWS), added, strict=True)
+            ]
+        ).view(x.shape)
 
 
 def _by_parts(x: Tensor) -> bool:
     """Whether rows should go some at a time: in inference on the CPU, where there are many."""
     compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    return x.is_cpu and not torch.is_grad_enabled() and not compiling and x.numel() > _ROWS * x.shape[-1]
+    return (
+        x.is_cpu
+        and not torch.is_grad_enabled()
+        and not compiling
+        and x.numel() > _ROWS * x.shape[-1]
+    )
 
 
-def by_rows(function: Callable[..., Tensor], tokens: Sequence[Float[Tensor, "B N _"]], *of_image: Float[Tensor, "B 1 _"]) -> Tensor:
-    """function(*tokens, *of_image) -> (B, N, E), for a function that takes each token alone; some rows at a time where that is quicker.
+def by_rows(
+    function: Callable[..., Tensor],
+    tokens: Sequence[Float[Tensor, "B N _"]],
+    *of_image: Float[Tensor, "B 1 _"],
+) -> Tensor:
+    """function(*tokens, *of_image) -> (B, N, E), for a function that takes each token alone; some
+    rows at a time where that is quicker.
 
     of_image: what is the same for all tokens of an image, such as gates.
     """
@@ -152,17 +210,22 @@ def by_rows(function: Callable[..., Tensor], tokens: Sequence[Float[Tensor, "B N
     images = []
     for b in range(len(tokens[0])):
         parts = zip(*(t[b : b + 1].split(_ROWS, 1) for t in tokens), strict=True)
-        images.append(torch.cat([function(*part, *(v[b : b + 1] for v in of_image)) for part in parts], 1))
+        images.append(
+            torch.cat([function(*part, *(v[b : b + 1] for v in of_image)) for part in parts], 1)
+        )
     return torch.cat(images) if len(images) > 1 else images[0]
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each pre-normed with a residual: (B, N, D) -> (B, N, D).
+    """Self-attention, cross-attention, feed-forward, each pre-normed with a residual: (B, N, D) ->
+    (B, N, D).
 
     `only_cross`: the first attends to the context too, and nothing to itself.
     """
 
-    def __init__(self, width: int, heads: int, head_width: int, context_width: int, only_cross: bool = False):
+    def __init__(
+        self, width: int, heads: int, head_width: int, context_width: int, only_cross: bool = False
+    ):
         super().__init__()
         self.only_cross = only_cross
         self.norm1 = nn.LayerNorm(width)
@@ -173,17 +236,26 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width)
 
     def forward(
-        self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B L E"], mask: Bool[Tensor, "B L"] | None = None
+        self,
+        x: Float[Tensor, "B N D"],
+        context: Float[Tensor, "B L E"],
+        mask: Bool[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "B N D"]:
-        x = self.attn1(self.norm1(x), context, mask, plus=x) if self.only_cross else self.attn1(self.norm1(x), plus=x)
+        x = (
+            self.attn1(self.norm1(x), context, mask, plus=x)
+            if self.only_cross
+            else self.attn1(self.norm1(x), plus=x)
+        )
         x = self.attn2(self.norm2(x), context, mask, plus=x)
         return self.ff(self.norm3(x), plus=x)
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the positions of a feature map, attending to context tokens, with a residual around all of it.
+    """Transformer blocks over the positions of a feature map, attending to context tokens, with a
+    residual around all of it.
 
-    The projections in and out are 1x1 convolutions (SD 1) or linear maps (SD 2, SDXL): the same arithmetic in other shapes.
+    The projections in and out are 1x1 convolutions (SD 1) or linear maps (SD 2, SDXL): the same
+    arithmetic in other shapes.
     """
 
     def __init__(
@@ -201,12 +273,26 @@ class SpatialTransformer(nn.Module):
         self.linear = linear
         inner = heads * head_width
         self.norm = batch_invariant.GroupNorm(groups, channels, 1e-6)
-        self.proj_in = batch_invariant.Linear(channels, inner) if linear else batch_invariant.Conv2d(channels, inner, 1)
-        self.transformer_blocks = nn.ModuleList(TransformerBlock(inner, heads, head_width, context_width, only_cross) for _ in range(depth))
-        self.proj_out = batch_invariant.Linear(inner, channels) if linear else batch_invariant.Conv2d(inner, channels, 1)
+        self.proj_in = (
+            batch_invariant.Linear(channels, inner)
+            if linear
+            else batch_invariant.Conv2d(channels, inner, 1)
+        )
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(inner, heads, head_width, context_width, only_cross)
+            for _ in range(depth)
+        )
+        self.proj_out = (
+            batch_invariant.Linear(inner, channels)
+            if linear
+            else batch_invariant.Conv2d(inner, channels, 1)
+        )
 
     def forward(
-        self, x: Float[Tensor, "B C H W"], context: Float[Tensor, "B L E"], mask: Bool[Tensor, "B L"] | None = None
+        self,
+        x: Float[Tensor, "B C H W"],
+        context: Float[Tensor, "B L E"],
+        mask: Bool[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "B C H W"]:
         size = x.shape[2:]
         y = self.norm(x)

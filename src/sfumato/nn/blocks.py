@@ -1,7 +1,9 @@
-"""Residual block, halving and doubling of a feature map: the convolutional parts of U-Nets and autoencoders.
+"""Residual block, halving and doubling of a feature map: the convolutional parts of U-Nets and
+autoencoders.
 
-Pre-activation residual blocks (He et al. 2016, arXiv:1603.05027) with group norm (Wu & He 2018, arXiv:1803.08494) and SiLU, as in DDPM
-(Ho et al. 2020, arXiv:2006.11239, appendix B). Parameter names are diffusers'.
+Pre-activation residual blocks (He et al. 2016, arXiv:1603.05027) with group norm (Wu & He 2018,
+arXiv:1803.08494) and SiLU, as in DDPM (Ho et al. 2020, arXiv:2006.11239, appendix B). Parameter
+names are diffusers'.
 """
 
 import torch
@@ -13,12 +15,14 @@ from sfumato.kernels import batch_invariant
 
 
 class ResnetBlock(nn.Module):
-    """norm, SiLU, conv, time embedding, norm, SiLU, dropout, conv, plus the input: (B, C, H, W) -> (B, D, H, W).
+    """norm, SiLU, conv, time embedding, norm, SiLU, dropout, conv, plus the input: (B, C, H, W) ->
+    (B, D, H, W).
 
-    time (B, T) is added between the convolutions ("default") or scales and shifts the second norm ("scale_shift", Dhariwal & Nichol
-    2021, arXiv:2105.05233, eq. 3). `time_width` None: no embedding. `resample` "down" or "up": what enters the first convolution, and the
-    input that is added at the end, are halved (means of 2x2) or doubled (nearest neighbour) first (the same paper, section 3: "BigGAN
-    up/downsampling").
+    time (B, T) is added between the convolutions ("default") or scales and shifts the second norm
+    ("scale_shift", Dhariwal & Nichol 2021, arXiv:2105.05233, eq. 3). `time_width` None: no
+    embedding. `resample` "down" or "up": what enters the first convolution, and the input that is
+    added at the end, are halved (means of 2x2) or doubled (nearest neighbour) first (the same
+    paper, section 3: "BigGAN up/downsampling").
     """
 
     def __init__(
@@ -37,16 +41,29 @@ class ResnetBlock(nn.Module):
         self.resample = resample
         self.norm1 = batch_invariant.GroupNorm(groups, in_channels, eps)
         self.conv1 = batch_invariant.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = batch_invariant.Linear(time_width, out_channels * (2 if scale_shift else 1)) if time_width else None
+        self.time_emb_proj = (
+            batch_invariant.Linear(time_width, out_channels * (2 if scale_shift else 1))
+            if time_width
+            else None
+        )
         self.norm2 = batch_invariant.GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = batch_invariant.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = batch_invariant.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv_shortcut = (
+            batch_invariant.Conv2d(in_channels, out_channels, 1)
+            if in_channels != out_channels
+            else None
+        )
 
     def forward(
-        self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B T"] | None = None, size: torch.Size | None = None
+        self,
+        x: Float[Tensor, "B C H W"],
+        time: Float[Tensor, "B T"] | None = None,
+        size: torch.Size | None = None,
     ) -> Float[Tensor, "B D h w"]:
-        """`time`: the activated embedding. `size`: what "up" makes, where that is not twice the input (maps with an odd side)."""
+        """`time`: the activated embedding. `size`: what "up" makes, where that is not twice the
+        input (maps with an odd side).
+        """
         y = batch_invariant.silu(self.norm1(x))
         if self.resample is not None:
             x, y = self._resampled(x, size), self._resampled(y, size)
@@ -61,18 +78,26 @@ class ResnetBlock(nn.Module):
                 y = self.norm2(y) * (1 + scale) + shift
             else:
                 y = self.norm2(y + shift)
-        return self.conv2(self.dropout(batch_invariant.silu(y)), plus=x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return self.conv2(
+            self.dropout(batch_invariant.silu(y)),
+            plus=x if self.conv_shortcut is None else self.conv_shortcut(x),
+        )
 
-    def _resampled(self, x: Float[Tensor, "B C H W"], size: torch.Size | None) -> Float[Tensor, "B C h w"]:
+    def _resampled(
+        self, x: Float[Tensor, "B C H W"], size: torch.Size | None
+    ) -> Float[Tensor, "B C h w"]:
         if self.resample == "down":
             return F.avg_pool2d(x, 2)
-        return F.interpolate(x, size=tuple(size or (2 * x.shape[-2], 2 * x.shape[-1])), mode="nearest")
+        return F.interpolate(
+            x, size=tuple(size or (2 * x.shape[-2], 2 * x.shape[-1])), mode="nearest"
+        )
 
 
 class Downsample(nn.Module):
     """Convolution of stride 2: (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)) with padding 1.
 
-    padding 0 pads one pixel at the right and bottom only, as autoencoders of the Stable Diffusion family do: sizes round down then.
+    padding 0 pads one pixel at the right and bottom only, as autoencoders of the Stable Diffusion
+    family do: sizes round down then.
     """
 
     def __init__(self, channels: int, padding: int):
@@ -85,13 +110,17 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour to twice the size (or to `size`, for maps with an odd side) and a convolution: (B, C, h, w) -> (B, C, H, W)."""
+    """Nearest-neighbour to twice the size (or to `size`, for maps with an odd side) and a
+    convolution: (B, C, h, w) -> (B, C, H, W).
+    """
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = batch_invariant.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Float[Tensor, "B C h w"], size: torch.Size | None = None) -> Float[Tensor, "B C H W"]:
+    def forward(
+        self, x: Float[Tensor, "B C h w"], size: torch.Size | None = None
+    ) -> Float[Tensor, "B C H W"]:
         if size is None or size == (2 * x.shape[-2], 2 * x.shape[-1]):
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))

@@ -1,1 +1,3 @@
-"""Act 3, predict: (x_t, t, conditioning) -> Prediction(x0, eps). Networks, conditioners, guidance and adapters."""
+"""Act 3, predict: (x_t, t, conditioning) -> Prediction(x0, eps). Networks, conditioners, guidance
+and adapters.
+"""

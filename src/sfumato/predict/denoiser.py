@@ -1,4 +1,5 @@
-"""The denoiser: network + process, (x, t, conditioning) -> Prediction(x0, eps). Casts happen here and nowhere else.
+"""The denoiser: network + process, (x, t, conditioning) -> Prediction(x0, eps). Casts happen here
+and nowhere else.
 
 Coefficients are float64, the state float32, the network runs in its own dtype.
 """
@@ -19,31 +20,51 @@ from sfumato.types import Conditioning, Prediction, Query
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A network that speaks the process's parameterization. `t` is one number, or one an image (B,)."""
+    """A network that speaks the process's parameterization. `t` is one number, or one an image
+    (B,).
+    """
 
     network: nn.Module
     process: Process
 
-    def output(self, x: Float[Tensor, "B C h w"], t: float | Tensor, conditioning: Conditioning) -> Float[Tensor, "B D h w"]:
-        """The network's raw output y at x, float32, with the channels of a variance behind it where the network predicts one."""
+    def output(
+        self, x: Float[Tensor, "B C h w"], t: float | Tensor, conditioning: Conditioning
+    ) -> Float[Tensor, "B D h w"]:
+        """The network's raw output y at x, float32, with the channels of a variance behind it where
+        the network predicts one.
+        """
         module, name = self._weight
         dtype = getattr(module, name).dtype
         timestep = self.process.timestep(t, x.device).expand(len(x))
-        return self.network(self.process.network_input(x, t).to(dtype), timestep, conditioning.to(x.device, dtype)).float()
+        return self.network(
+            self.process.network_input(x, t).to(dtype), timestep, conditioning.to(x.device, dtype)
+        ).float()
 
-    def split(self, x: Float[Tensor, "B C h w"], y: Float[Tensor, "B D h w"], t: float | Tensor) -> Prediction:
-        """What the output y says of x. Twice as many channels as x has are a variance behind the target (arXiv:2102.09672, section 3.1)."""
+    def split(
+        self, x: Float[Tensor, "B C h w"], y: Float[Tensor, "B D h w"], t: float | Tensor
+    ) -> Prediction:
+        """What the output y says of x. Twice as many channels as x has are a variance behind the
+        target (arXiv:2102.09672, section 3.1).
+        """
         channels = x.shape[1]
         found = self.process.split(x, y[:, :channels], t)
         return found.with_variance(y[:, channels:]) if y.shape[1] == 2 * channels else found
 
     @cached_property
     def _weight(self) -> tuple[nn.Module, str]:
-        """Where the network's first weight is: its dtype is asked for at every call, and to look for it takes longer than to ask."""
-        return next((module, name) for module in self.network.modules() for name, _ in module.named_parameters(recurse=False))
+        """Where the network's first weight is: its dtype is asked for at every call, and to look
+        for it takes longer than to ask.
+        """
+        return next(
+            (module, name)
+            for module in self.network.modules()
+            for name, _ in module.named_parameters(recurse=False)
+        )
 
     def optimized(self, compile: bool = False) -> "Denoiser":
-        """The same with a network made ready for inference where it is: see `LatentDiffusion.optimized`."""
+        """The same with a network made ready for inference where it is: see
+        `LatentDiffusion.optimized`.
+        """
         device = next(self.network.parameters()).device
         if compile:
             network = compiled(self.network)
@@ -55,17 +76,21 @@ class Denoiser:
             network = shared(self.network).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         return replace(self, network=network)
 
-    def __call__(self, x: Float[Tensor, "B C h w"], t: float | Tensor, conditioning: Conditioning) -> Prediction:
+    def __call__(
+        self, x: Float[Tensor, "B C h w"], t: float | Tensor, conditioning: Conditioning
+    ) -> Prediction:
         """What x is made of, according to the network: x0 and eps, float32."""
         return self.split(x.float(), self.output(x, t, conditioning), t)
 
 
 def answer(queries: Sequence[Query], rows: int | None = None) -> list[Prediction]:
-    """Answers questions, those that fit into one forward pass of the same denoiser together; `rows` bounds a pass's batch.
+    """Answers questions, those that fit into one forward pass of the same denoiser together; `rows`
+    bounds a pass's batch.
 
-    Each answer is what its question alone would get: on the CPU in float32 to the last bit. A denoiser of another kind is called once a
-    question; if it has an `answer(queries, one_pass)`, that is given all questions whose denoisers have the same `group`, and `one_pass`,
-    which puts questions to a `Denoiser`.
+    Each answer is what its question alone would get: on the CPU in float32 to the last bit. A
+    denoiser of another kind is called once a question; if it has an `answer(queries, one_pass)`,
+    that is given all questions whose denoisers have the same `group`, and `one_pass`, which puts
+    questions to a `Denoiser`.
     """
     if len(queries) == 1:
         return _one_pass(queries, rows)
@@ -100,23 +125,36 @@ def _one_pass(queries: Sequence[Query], rows: int | None) -> list[Prediction]:
         y = denoiser.output(x, t, conditioning)
     else:
         parts = [slice(i, i + rows) for i in range(0, len(x), rows)]
-        y = torch.cat([denoiser.output(x[p], t[p] if isinstance(t, Tensor) else t, conditioning[p]) for p in parts])
+        y = torch.cat(
+            [
+                denoiser.output(x[p], t[p] if isinstance(t, Tensor) else t, conditioning[p])
+                for p in parts
+            ]
+        )
     if not many:
         return [denoiser.split(x, y, queries[0].t)]
     answers, done = [], 0
     for q in queries:
         end = done + len(q.x)
-        answers.append(denoiser.split(q.x if q.x.dtype == torch.float32 else q.x.float(), y[done:end], q.t))
+        answers.append(
+            denoiser.split(q.x if q.x.dtype == torch.float32 else q.x.float(), y[done:end], q.t)
+        )
         done = end
     return answers
 
 
 def _joined(parts: Sequence[Conditioning]) -> Conditioning:
-    """The parts as one batch. In inference the first part remembers the last join that it began: a run asks with the same at every step."""
+    """The parts as one batch. In inference the first part remembers the last join that it began: a
+    run asks with the same at every step.
+    """
     if not torch.is_inference_mode_enabled():
         return Conditioning.cat(parts)
     others, whole = parts[0].__dict__.get("_joined", ((), None))
-    if whole is None or len(others) != len(parts) - 1 or any(a is not b for a, b in zip(others, parts[1:], strict=True)):
+    if (
+        whole is None
+        or len(others) != len(parts) - 1
+        or any(a is not b for a, b in zip(others, parts[1:], strict=True))
+    ):
         whole = Conditioning.cat(parts)
         parts[0].__dict__["_joined"] = tuple(parts[1:]), whole
     return whole

@@ -1,4 +1,6 @@
-"""What tasks share: pictures and masks as tensors, latents with the right noise, and the later part of a run."""
+"""What tasks share: pictures and masks as tensors, latents with the right noise, and the later part
+of a run.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,29 +20,48 @@ Picture = pil.Image | Sequence[pil.Image] | Tensor
 POSTERIORS = ("mean", "sample")
 
 
-def sized(model: Any, picture: Picture, request: Request) -> tuple[Float[Tensor, "N C H W"], Request]:
-    """The pixels of the picture(s), and the request for pictures of that size; `UserError` where it asks for another, or for too few."""
+def sized(
+    model: Any, picture: Picture, request: Request
+) -> tuple[Float[Tensor, "N C H W"], Request]:
+    """The pixels of the picture(s), and the request for pictures of that size; `UserError` where it
+    asks for another, or for too few.
+    """
     pixels = model.pixels(picture)
     height, width = pixels.shape[2:]
     if (request.height or height, request.width or width) != (height, width):
-        raise UserError(f"height={request.height}, width={request.width} for a picture of {height} x {width}: resize the picture first")
+        raise UserError(
+            f"height={request.height}, width={request.width} for a picture of {height} x {width}: resize the picture first"
+        )
     if len(pixels) not in (1, request.count):
-        raise UserError(f"{len(pixels)} pictures for {request.count} images: expected one, or one an image")
+        raise UserError(
+            f"{len(pixels)} pictures for {request.count} images: expected one, or one an image"
+        )
     return pixels, replace(request, height=height, width=width)
 
 
-def mask_like(pixels: Float[Tensor, "N C H W"], mask: pil.Image | Tensor) -> Float[Tensor, "M _ H W"]:
-    """A mask (M, 1, H, W) in [0, 1], 1 where the picture is to be drawn anew: white of a picture, or numbers in [0, 1]."""
+def mask_like(
+    pixels: Float[Tensor, "N C H W"], mask: pil.Image | Tensor
+) -> Float[Tensor, "M _ H W"]:
+    """A mask (M, 1, H, W) in [0, 1], 1 where the picture is to be drawn anew: white of a picture,
+    or numbers in [0, 1].
+    """
     if isinstance(mask, pil.Image):
         mask = to_tensor(mask.convert("L")).add(1).div(2)
-    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2:] != pixels.shape[2:] or not mask.is_floating_point():
+    if (
+        mask.ndim != 4
+        or mask.shape[1] != 1
+        or mask.shape[2:] != pixels.shape[2:]
+        or not mask.is_floating_point()
+    ):
         raise UserError(
             f"a mask of shape {tuple(mask.shape)} and type {mask.dtype} for a picture of shape {tuple(pixels.shape)}: expected floating-point "
             f"numbers of shape (1, 1, {pixels.shape[2]}, {pixels.shape[3]}), 1 is drawn anew"
         )
     low, high = (float(v) for v in mask.aminmax())
     if not (low >= 0 and high <= 1):
-        raise UserError(f"a mask with values from {low:.4g} to {high:.4g}: expected [0, 1], 1 is drawn anew")
+        raise UserError(
+            f"a mask with values from {low:.4g} to {high:.4g}: expected [0, 1], 1 is drawn anew"
+        )
     return mask
 
 
@@ -65,7 +86,9 @@ class Draws:
         return self.noise()
 
 
-def encoded(model: Any, pixels: Float[Tensor, "N C H W"], posterior: str, draws: Draws) -> Float[Tensor, "M c h w"]:
+def encoded(
+    model: Any, pixels: Float[Tensor, "N C H W"], posterior: str, draws: Draws
+) -> Float[Tensor, "M c h w"]:
     """z of the pixels: the posterior's mean, or a "sample" of it for each image of the request."""
     if posterior not in POSTERIORS:
         raise unknown("posterior", posterior, POSTERIORS)
@@ -90,12 +113,16 @@ def later(model: Any, request: Request, strength: float) -> list[float]:
 
 
 def extra_channels(model: Any) -> int:
-    """What the network takes beside the latent: 0, a mask and a masked picture (1 + c), a picture (c) ..."""
+    """What the network takes beside the latent: 0, a mask and a masked picture (1 + c), a picture
+    (c) ...
+    """
     return model.denoiser.network.in_channels - model.denoiser.network.channels
 
 
 def nearest(model: Any, mask: Float[Tensor, "M _ H W"]) -> Float[Tensor, "M _ h w"]:
-    """The mask at the latent's resolution, each cell by its first pixel, 0 or 1: as inpainting networks were trained."""
+    """The mask at the latent's resolution, each cell by its first pixel, 0 or 1: as inpainting
+    networks were trained.
+    """
     factor = model.autoencoder.space.factor
     return (mask[:, :, ::factor, ::factor] >= 0.5).float()
 

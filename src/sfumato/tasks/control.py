@@ -1,6 +1,8 @@
-"""A map to follow, pixel by pixel: edges, depth, a pose (FLUX.1 Depth and Canny; Black Forest Labs 2024, "FLUX.1 Tools").
+"""A map to follow, pixel by pixel: edges, depth, a pose (FLUX.1 Depth and Canny; Black Forest Labs
+2024, "FLUX.1 Tools").
 
-The network takes the map's latent beside x, as many channels as the latent has. Making the map of a picture is another program's work.
+The network takes the map's latent beside x, as many channels as the latent has. Making the map of a
+picture is another program's work.
 """
 
 from dataclasses import replace
@@ -11,8 +13,11 @@ from sfumato.sampling import Request
 from sfumato.tasks._pictures import Draws, Picture, encoded, extra_channels, sized
 
 
-def control(model: Any, picture: Picture, request: Request | None = None, *, posterior: str = "mean") -> Request:
-    """picture: the map, one for all images, or one an image; what is drawn has its size. posterior: see `image_to_image`.
+def control(
+    model: Any, picture: Picture, request: Request | None = None, *, posterior: str = "mean"
+) -> Request:
+    """picture: the map, one for all images, or one an image; what is drawn has its size. posterior:
+    see `image_to_image`.
 
     `UserError` for a model that was not trained to follow a map.
     """

@@ -1,4 +1,6 @@
-"""Outpainting: a picture grows at any side; what is added is drawn, what was there stays, to the last bit of its pixels."""
+"""Outpainting: a picture grows at any side; what is added is drawn, what was there stays, to the
+last bit of its pixels.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -25,9 +27,11 @@ def outpaint(
     strength: float = 1.0,
     posterior: str = "mean",
 ) -> Request:
-    """left, right, top, bottom: pixels to add. overlap: pixels of the picture beside them that may change too, blended in.
+    """left, right, top, bottom: pixels to add. overlap: pixels of the picture beside them that may
+    change too, blended in.
 
-    Under what is added lies the picture's edge, drawn out: with a strength below 1 the run begins with it. `UserError` if nothing is added.
+    Under what is added lies the picture's edge, drawn out: with a strength below 1 the run begins
+    with it. `UserError` if nothing is added.
     """
     sides = {"left": left, "right": right, "top": top, "bottom": bottom, "overlap": overlap}
     for name, value in sides.items():
@@ -37,7 +41,9 @@ def outpaint(
         raise UserError("left, right, top and bottom are 0: say how many pixels to add, and where")
     pixels = model.pixels(picture)
     if overlap >= min(pixels.shape[2:]):
-        raise UserError(f"overlap={overlap} for a picture of {pixels.shape[2]} x {pixels.shape[3]}: expected less than its sides")
+        raise UserError(
+            f"overlap={overlap} for a picture of {pixels.shape[2]} x {pixels.shape[3]}: expected less than its sides"
+        )
     wide = F.pad(pixels, (left, right, top, bottom), mode="replicate")
     return inpaint(
         model,
@@ -63,5 +69,8 @@ def grown_mask(pixels: Tensor, sides: dict[str, int]) -> Tensor:
         return F.pad(near.clamp(0, 1), (before, after), value=1.0)
 
     height, width = pixels.shape[2:]
-    rows, columns = along(height, sides["top"], sides["bottom"]), along(width, sides["left"], sides["right"])
+    rows, columns = (
+        along(height, sides["top"], sides["bottom"]),
+        along(width, sides["left"], sides["right"]),
+    )
     return rows[:, None].maximum(columns[None])[None, None]

@@ -1,4 +1,6 @@
-"""Captions as conditions of training: a text encoder reads every different one once, before the first step."""
+"""Captions as conditions of training: a text encoder reads every different one once, before the
+first step.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,10 +29,11 @@ class Reader(Protocol):
 
 @final
 class Captions:
-    """What a conditioner makes of N captions, by the caption's number; nothing of the encoder runs in training.
+    """What a conditioner makes of N captions, by the caption's number; nothing of the encoder runs
+    in training.
 
-    Positions that neither a caption nor the empty prompt uses are cut off, which changes no answer: a mask hides them. A conditioner without a
-    mask keeps all.
+    Positions that neither a caption nor the empty prompt uses are cut off, which changes no answer:
+    a mask hides them. A conditioner without a mask keeps all.
     """
 
     told_by = "number"
@@ -40,11 +43,17 @@ class Captions:
         if not captions:
             raise UserError("no captions: expected one a picture")
         kinds = list(dict.fromkeys(["", *captions]))  # the empty prompt is row 0
-        parts = [reader(kinds[start : start + batch_size]) for start in range(0, len(kinds), batch_size)]
+        parts = [
+            reader(kinds[start : start + batch_size]) for start in range(0, len(kinds), batch_size)
+        ]
         self._table = _trimmed(Conditioning.cat(parts))
         number = {text: row for row, text in enumerate(kinds)}
         self._rows = torch.tensor([number[text] for text in captions])
-        said = {"reader": reader.identity(), "weights": hash_tensors(reader.tensors()), "captions": hash_json(list(captions))}
+        said = {
+            "reader": reader.identity(),
+            "weights": hash_tensors(reader.tensors()),
+            "captions": hash_json(list(captions)),
+        }
         self._config = {"_class_name": "captions", **said}
 
     def __len__(self) -> int:
@@ -71,11 +80,17 @@ def _trimmed(table: Conditioning) -> Conditioning:
 
 
 def open_reader(folder: str | Path) -> Any:
-    """The text conditioner of a folder: a model's (diffusers' layout: what its `model_index.json` names), or a sentence encoder's own, with
-    config.json, weights and tokenizer side by side. `UserError` for another."""
+    """The text conditioner of a folder: a model's (diffusers' layout: what its `model_index.json`
+    names), or a sentence encoder's own, with config.json, weights and tokenizer side by side.
+    `UserError` for another.
+    """
     folder = Path(folder).expanduser()
     if (folder / "model_index.json").exists():
-        return reader_of(text_encoders(index(folder), folder / "model_index.json"), folder).from_folder(folder)
+        return reader_of(
+            text_encoders(index(folder), folder / "model_index.json"), folder
+        ).from_folder(folder)
     if not (folder / "config.json").exists():
-        raise UserError(f"text={folder}: expected a model's folder with text encoders, or a sentence encoder's, which has a config.json")
+        raise UserError(
+            f"text={folder}: expected a model's folder with text encoders, or a sentence encoder's, which has a config.json"
+        )
     return SentenceText.from_encoder(folder)

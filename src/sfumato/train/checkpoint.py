@@ -1,7 +1,8 @@
-"""Training state on disk, whole or absent: networks, average, optimizers and step as safetensors in one folder a checkpoint.
+"""Training state on disk, whole or absent: networks, average, optimizers and step as safetensors in
+one folder a checkpoint.
 
-All other state is a function of (seed, step), so that these files are enough to go on bit for bit: the learning rate, the order of the
-data and every random draw are computed from the step's number.
+All other state is a function of (seed, step), so that these files are enough to go on bit for bit:
+the learning rate, the order of the data and every random draw are computed from the step's number.
 """
 
 import json
@@ -17,7 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.io.atomic import atomic_folder, read_json, read_tensors, recover, write_json, write_tensors
+from sfumato.io.atomic import (
+    atomic_folder,
+    read_json,
+    read_tensors,
+    recover,
+    write_json,
+    write_tensors,
+)
 from sfumato.io.safetensors import check_keys
 
 logger = logging.getLogger(__name__)
@@ -30,7 +38,11 @@ def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     flat: dict[str, Tensor] = {}
     for index, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():
-            flat[f"{index}.{key}"] = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+            flat[f"{index}.{key}"] = (
+                value
+                if isinstance(value, Tensor)
+                else torch.tensor(float(value), dtype=torch.float64)
+            )
     return flat
 
 
@@ -38,8 +50,11 @@ def _unflatten(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> Non
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in flat.items():
         index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value.clone()  # the optimizer keeps what it is given: not a map of the file
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        # the optimizer keeps what it is given: not a map of the file
+        state.setdefault(int(index), {})[key] = value.clone()
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
 
 
 def save(
@@ -53,16 +68,21 @@ def save(
     means: dict[str, Any] | None = None,
     keep: int = 2,
 ) -> None:
-    """Writes folder/step-XXXXXXXX atomically, then removes all but the newest `keep`. `run` says what the checkpoint belongs to,
-    means: what was seen since the last line of the log."""
+    """Writes folder/step-XXXXXXXX atomically, then removes all but the newest `keep`. `run` says
+    what the checkpoint belongs to, means: what was seen since the last line of the log.
+    """
     with atomic_folder(folder / f"step-{step:08d}") as temporary:
         for name, network in networks.items():
             write_tensors(temporary / f"{name}.safetensors", network.state_dict())
             write_tensors(temporary / f"{name}.optimizer.safetensors", _flatten(optimizers[name]))
         write_tensors(temporary / "average.safetensors", average)
-        write_json(temporary / "state.json", {"step": step, "run": run, "scaler": scaler, "means": means or {}})
+        write_json(
+            temporary / "state.json",
+            {"step": step, "run": run, "scaler": scaler, "means": means or {}},
+        )
     for old in steps(folder)[:-keep]:
-        # Renamed first: a kill in the middle of removing leaves no half checkpoint under the name of a whole one.
+        # Renamed first: a kill in the middle of removing leaves no half checkpoint under the name
+        # of a whole one.
         gone = folder / f".step-{old:08d}.{os.getpid()}.tmp"
         with suppress(OSError):
             os.replace(folder / f"step-{old:08d}", gone)
@@ -73,7 +93,11 @@ def steps(folder: Path) -> list[int]:
     """The steps with a whole checkpoint, rising. What an interrupted save left is not one."""
     if not folder.is_dir():
         return []
-    return sorted(int(m[1]) for f in folder.iterdir() if (m := _NAME.fullmatch(f.name)) and (f / "state.json").exists())
+    return sorted(
+        int(m[1])
+        for f in folder.iterdir()
+        if (m := _NAME.fullmatch(f.name)) and (f / "state.json").exists()
+    )
 
 
 def clean(folder: Path) -> None:
@@ -82,12 +106,17 @@ def clean(folder: Path) -> None:
 
 
 def load(
-    folder: Path, networks: dict[str, nn.Module], average: nn.Module, optimizers: dict[str, torch.optim.Optimizer], run: dict[str, Any]
+    folder: Path,
+    networks: dict[str, nn.Module],
+    average: nn.Module,
+    optimizers: dict[str, torch.optim.Optimizer],
+    run: dict[str, Any],
 ) -> dict[str, Any] | None:
     """Restores the newest checkpoint in place and returns its state.json; None where there is none.
 
-    A damaged one is passed over, with a warning, for the one before it. `UserError`: none is whole, or the newest was made by a run
-    with other settings or data, so that going on would give neither run's result.
+    A damaged one is passed over, with a warning, for the one before it. `UserError`: none is whole,
+    or the newest was made by a run with other settings or data, so that going on would give neither
+    run's result.
     """
     damage: list[str] = []
     for step in reversed(steps(folder)):
@@ -95,11 +124,15 @@ def load(
         try:
             state = read_json(place / "state.json")
             if not isinstance(state, dict) or state.get("step") != step:
-                raise UserError(f"{place / 'state.json'} does not say that it is step {step}: it is damaged or of another version")
+                raise UserError(
+                    f"{place / 'state.json'} does not say that it is step {step}: it is damaged or of another version"
+                )
             _same_run(place, state.get("run"), run)
             found = {name: _read(place, name, network) for name, network in networks.items()}
             averaged = _read(place, "average", average)
-            optimized = {name: read_tensors(place / f"{name}.optimizer.safetensors") for name in networks}
+            optimized = {
+                name: read_tensors(place / f"{name}.optimizer.safetensors") for name in networks
+            }
         except OtherRun:
             raise
         except UserError as error:
@@ -112,7 +145,9 @@ def load(
         average.load_state_dict(averaged)
         return state
     if damage:
-        raise UserError(f"no checkpoint in {folder} is whole ({damage[0]}): put a copy of one there, or train into another folder")
+        raise UserError(
+            f"no checkpoint in {folder} is whole ({damage[0]}): put a copy of one there, or train into another folder"
+        )
     return None
 
 
@@ -139,7 +174,11 @@ def _same_run(place: Path, made: Any, run: dict[str, Any]) -> None:
 
 def _differences(a: Any, b: Any, name: str) -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict):
-        return [d for key in sorted(a.keys() | b.keys()) for d in _differences(a.get(key), b.get(key), key)]
+        return [
+            d
+            for key in sorted(a.keys() | b.keys())
+            for d in _differences(a.get(key), b.get(key), key)
+        ]
     return [] if a == b else [f"{name}: {_short(a)} there, {_short(b)} now"]
 
 

@@ -1,6 +1,8 @@
-"""Exponential moving average of weights: avg <- d*avg + (1-d)*w with d = min(decay, (1+n)/(10+n)) at update n.
+"""Exponential moving average of weights: avg <- d*avg + (1-d)*w with d = min(decay, (1+n)/(10+n))
+at update n.
 
-The ramp forgets the random start (Tan & Le 2019's implementation of Polyak averaging); averages are float32 whatever the weights are.
+The ramp forgets the random start (Tan & Le 2019's implementation of Polyak averaging); averages are
+float32 whatever the weights are.
 """
 
 import copy
@@ -10,7 +12,9 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """Keeps the average of a network's floating-point weights; `network` is a frozen copy that carries it."""
+    """Keeps the average of a network's floating-point weights; `network` is a frozen copy that
+    carries it.
+    """
 
     def __init__(self, network: nn.Module, decay: float):
         self.decay = decay

@@ -1,6 +1,8 @@
-"""What a run leaves for people: a progress bar, log.jsonl, TensorBoard scalars and pictures, sample grids and a picture of the curves.
+"""What a run leaves for people: a progress bar, log.jsonl, TensorBoard scalars and pictures, sample
+grids and a picture of the curves.
 
-A line of log.jsonl is the mean over the steps since the line before it: of one batch, a loss is mostly noise.
+A line of log.jsonl is the mean over the steps since the line before it: of one batch, a loss is
+mostly noise.
 """
 
 import json
@@ -25,7 +27,9 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Failures of the disk as one sentence. What training needs is in the checkpoints: after a failure, the run goes on from the last."""
+    """Failures of the disk as one sentence. What training needs is in the checkpoints: after a
+    failure, the run goes on from the last.
+    """
     try:
         yield
     except OSError as error:
@@ -34,7 +38,8 @@ def _writing(path: Path) -> Iterator[None]:
 
 @dataclass
 class Means:
-    """Each number's mean over the steps since the last line, of those steps that had it: a sum and a count by name.
+    """Each number's mean over the steps since the last line, of those steps that had it: a sum and
+    a count by name.
 
     What lies on a GPU is summed there, so that no step waits for the device.
     """
@@ -45,7 +50,11 @@ class Means:
     def add(self, numbers: Mapping[str, float | Tensor]) -> None:
         """One step's numbers; tensors without axes."""
         for name, value in numbers.items():
-            kept = value.detach().float() if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
+            kept = (
+                value.detach().float()
+                if isinstance(value, Tensor) and value.device.type != "cpu"
+                else float(value)
+            )
             self.sums[name] = self.sums.get(name, 0.0) + kept
             self.counts[name] = self.counts.get(name, 0) + 1
 
@@ -53,19 +62,29 @@ class Means:
         """The means so far."""
         return {name: float(total) / self.counts[name] for name, total in self.sums.items()}
 
-    def state(self, reduced: Callable[[dict[str, float]], dict[str, float]] = dict) -> dict[str, Any]:
-        """The JSON of a checkpoint between two lines. reduced: what the processes make of their sums."""
+    def state(
+        self, reduced: Callable[[dict[str, float]], dict[str, float]] = dict
+    ) -> dict[str, Any]:
+        """The JSON of a checkpoint between two lines. reduced: what the processes make of their
+        sums.
+        """
         sums = reduced({name: float(total) for name, total in self.sums.items()})
-        return {"sums": {name: repr(total) for name, total in sums.items()}, "counts": self.counts}  # JSON has no NaN
+        # JSON has no NaN
+        return {"sums": {name: repr(total) for name, total in sums.items()}, "counts": self.counts}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """What goes on where `state` was asked for; from nothing, a new one."""
-        return cls({name: float(total) for name, total in state.get("sums", {}).items()}, dict(state.get("counts", {})))
+        return cls(
+            {name: float(total) for name, total in state.get("sums", {}).items()},
+            dict(state.get("counts", {})),
+        )
 
 
 class Record:
-    """Writes while a run goes on. Lines past `first` (of a run that was killed after its last checkpoint) are removed at the start."""
+    """Writes while a run goes on. Lines past `first` (of a run that was killed after its last
+    checkpoint) are removed at the start.
+    """
 
     def __init__(self, out: Path, first: int, total: int, stage: str, active: bool = True):
         self.out, self.first, self.total, self.stage, self.active = out, first, total, stage, active
@@ -77,7 +96,14 @@ class Record:
         if not self.active:
             return self
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
         from torch.utils.tensorboard.writer import SummaryWriter
 
         with _writing(self.out):
@@ -90,11 +116,21 @@ class Record:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             self.file = self.path.open("a")
             self.writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.first + 1)
-        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            "{task.description}",
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         console = Console(stderr=True)  # stdout belongs to the program's answer
-        self.progress = Progress(*columns, TextColumn("{task.fields[loss]}"), console=console, refresh_per_second=2)
+        self.progress = Progress(
+            *columns, TextColumn("{task.fields[loss]}"), console=console, refresh_per_second=2
+        )
         self.progress.start()
-        self.task = self.progress.add_task(self.stage, total=self.total, completed=self.first, loss="")
+        self.task = self.progress.add_task(
+            self.stage, total=self.total, completed=self.first, loss=""
+        )
         self.started = time.perf_counter()
         self.told = -math.inf
         return self
@@ -126,7 +162,11 @@ class Record:
         return found
 
     def _write(self, step: int, numbers: dict[str, float]) -> None:
-        line = {"step": step, "seconds": round(self.before + time.perf_counter() - self.started, 2), **numbers}
+        line = {
+            "step": step,
+            "seconds": round(self.before + time.perf_counter() - self.started, 2),
+            **numbers,
+        }
         with _writing(self.path):
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
@@ -137,16 +177,23 @@ class Record:
 
     @property
     def due(self) -> bool:
-        """Whether the bar's losses are a second old: to ask for them at every step would be to wait for a GPU at every step."""
+        """Whether the bar's losses are a second old: to ask for them at every step would be to wait
+        for a GPU at every step.
+        """
         return self.active and time.perf_counter() - self.told >= 1
 
     def step(self, step: int, numbers: dict[str, float], log: bool) -> None:
-        """A step is done; the bar shows the losses among the numbers, if there are any, and all are written when `log`."""
+        """A step is done; the bar shows the losses among the numbers, if there are any, and all are
+        written when `log`.
+        """
         if not self.active:
             return
         self.progress.update(self.task, completed=step)
         if numbers:
-            self.progress.update(self.task, loss="  ".join(f"{k} {v:.4g}" for k, v in numbers.items() if k.endswith("/loss")))
+            self.progress.update(
+                self.task,
+                loss="  ".join(f"{k} {v:.4g}" for k, v in numbers.items() if k.endswith("/loss")),
+            )
             self.told = time.perf_counter()
         if log:
             self._write(step, numbers)
@@ -157,12 +204,19 @@ class Record:
             return
         if numbers:
             self._write(step, numbers)
-            logger.info("%s step %d: %s", self.stage, step, "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+            logger.info(
+                "%s step %d: %s",
+                self.stage,
+                step,
+                "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()),
+            )
         for name, picture in pictures.items():
             with atomic_file(self.out / "samples" / f"{name}-{step:08d}.png") as temporary:
                 picture.save(temporary, format="PNG")
             with _writing(self.out / "tensorboard"):
-                self.writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+                self.writer.add_image(
+                    name, np.asarray(picture.convert("RGB")), step, dataformats="HWC"
+                )
         with _writing(self.out / "tensorboard"):
             self.writer.flush()
 
@@ -180,7 +234,9 @@ class Record:
         for i, name in enumerate(names):
             axes = figure.add_subplot(rows, columns, i + 1)
             points = [(line["step"], line[name]) for line in lines if name in line]
-            axes.plot(*zip(*points, strict=True), linewidth=1, marker="." if len(points) < 30 else None)
+            axes.plot(
+                *zip(*points, strict=True), linewidth=1, marker="." if len(points) < 30 else None
+            )
             axes.set_title(name, fontsize=9)
             axes.tick_params(labelsize=7)
             axes.grid(alpha=0.3)

@@ -1,8 +1,9 @@
 """The training loop: every objective, one process or several (accelerate), and exact resume.
 
-Step n's batch, noise and learning rate depend on (seed, n) alone, so k steps, a kill, and N-k steps are the N steps, bit for bit; and
-N processes make the steps of one, up to the order of summation (dropout apart, which each process draws for its own examples).
-AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), linear warm-up, cosine or linear decay, gradient clipping, weight averaging.
+Step n's batch, noise and learning rate depend on (seed, n) alone, so k steps, a kill, and N-k steps
+are the N steps, bit for bit; and N processes make the steps of one, up to the order of summation
+(dropout apart, which each process draws for its own examples). AdamW (Loshchilov & Hutter 2019,
+arXiv:1711.05101), linear warm-up, cosine or linear decay, gradient clipping, weight averaging.
 """
 
 import logging
@@ -30,7 +31,9 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long and how fast. Counts are optimizer steps; batch_size is over all processes together."""
+    """How long and how fast. Counts are optimizer steps; batch_size is over all processes
+    together.
+    """
 
     steps: int = 10_000
     batch_size: int = 64
@@ -51,69 +54,118 @@ class LoopSettings:
     """A line of the log is the mean over these steps."""
 
     def __post_init__(self) -> None:
-        for kind, name, known in (("decay", self.decay, DECAYS), ("precision", self.precision, PRECISIONS)):
+        for kind, name, known in (
+            ("decay", self.decay, DECAYS),
+            ("precision", self.precision, PRECISIONS),
+        ):
             if name not in known:
                 raise unknown(kind, name, known)
         for name in ("steps", "batch_size", "save_every", "show_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: expected at least 1")
         if not self.lr > 0 or not 0 <= self.ema < 1 or not self.clip > 0:
-            raise UserError(f"lr={self.lr}, ema={self.ema}, clip={self.clip}: expected lr > 0, 0 <= ema < 1, clip > 0")
+            raise UserError(
+                f"lr={self.lr}, ema={self.ema}, clip={self.clip}: expected lr > 0, 0 <= ema < 1, clip > 0"
+            )
 
     def lr_at(self, step: int) -> float:
         """The learning rate of step 0..steps-1."""
         rise = min(1.0, (step + 1) / max(self.warmup, 1))
         done = min(1.0, max(0, step - self.warmup) / max(self.steps - self.warmup, 1))
-        fall = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.decay]
+        fall = {
+            "constant": 1.0,
+            "linear": 1 - done,
+            "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+        }[self.decay]
         return self.lr * rise * (self.final_lr + (1 - self.final_lr) * fall)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the weights. How often to look does not; how far to go does not either, if no decay depends on it."""
-        free = {"save_every", "show_every", "log_every", *(["steps", "final_lr"] if self.decay == "constant" else [])}
-        return {name: str(value) if value == math.inf else value for name, value in asdict(self).items() if name not in free}
+        """The settings that decide the weights. How often to look does not; how far to go does not
+        either, if no decay depends on it.
+        """
+        free = {
+            "save_every",
+            "show_every",
+            "log_every",
+            *(["steps", "final_lr"] if self.decay == "constant" else []),
+        }
+        return {
+            name: str(value) if value == math.inf else value
+            for name, value in asdict(self).items()
+            if name not in free
+        }
 
 
 def start(settings: LoopSettings) -> Any:
-    """accelerate's Accelerator in the precision of the settings; `UserError` where this machine cannot."""
+    """accelerate's Accelerator in the precision of the settings; `UserError` where this machine
+    cannot.
+    """
     try:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
     except ImportError as error:
-        raise UserError(f"training needs the package {error.name}: run `pip install 'sfumato[train]'`") from error
+        raise UserError(
+            f"training needs the package {error.name}: run `pip install 'sfumato[train]'`"
+        ) from error
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     precision = {"fp32": "no"}.get(settings.precision, settings.precision)
     try:
-        # Told that there are only CPUs, accelerate joins the processes of torchrun; else each would think that it is alone.
+        # Told that there are only CPUs, accelerate joins the processes of torchrun; else each would
+        # think that it is alone.
         cpu = not torch.accelerator.is_available()
-        accelerator = Accelerator(cpu=cpu, mixed_precision=precision, step_scheduler_with_optimizer=False)
+        accelerator = Accelerator(
+            cpu=cpu, mixed_precision=precision, step_scheduler_with_optimizer=False
+        )
     except ValueError as error:
-        raise UserError(f"precision={settings.precision!r} is not possible here ({error}): use another") from error
-    accelerator.wait_for_everyone()  # one that refuses its settings and leaves would fail the others in the middle of joining
-    if settings.precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would run in fp32 and not say so
-        raise UserError("precision='fp16' needs a GPU, and this machine trains on its CPU: use bf16 or fp32")
+        raise UserError(
+            f"precision={settings.precision!r} is not possible here ({error}): use another"
+        ) from error
+    # one that refuses its settings and leaves would fail the others in the middle of joining
+    accelerator.wait_for_everyone()
+    # accelerate would run in fp32 and not say so
+    if settings.precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError(
+            "precision='fp16' needs a GPU, and this machine trains on its CPU: use bf16 or fp32"
+        )
     if settings.batch_size % accelerator.num_processes:
-        raise UserError(f"batch_size={settings.batch_size} does not divide among {accelerator.num_processes} processes: choose a multiple")
+        raise UserError(
+            f"batch_size={settings.batch_size} does not divide among {accelerator.num_processes} processes: choose a multiple"
+        )
     return accelerator
 
 
 def train(
-    objective: Objective, settings: LoopSettings, out: Path, *, resume: bool = True, on_step: Callable[[int], None] | None = None
+    objective: Objective,
+    settings: LoopSettings,
+    out: Path,
+    *,
+    resume: bool = True,
+    on_step: Callable[[int], None] | None = None,
 ) -> nn.Module:
     """Trains to `settings.steps` and returns the averaged main network (float32, eval mode).
 
-    out/checkpoints holds the state, out/log.jsonl the numbers, out/samples the pictures, out/tensorboard both. With `resume` a run
-    that stopped goes on from its newest checkpoint; without, a folder that has one is refused. `on_step` is called after each step.
+    out/checkpoints holds the state, out/log.jsonl the numbers, out/samples the pictures,
+    out/tensorboard both. With `resume` a run that stopped goes on from its newest checkpoint;
+    without, a folder that has one is refused. `on_step` is called after each step.
     """
     accelerator = start(settings)
-    processes, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
+    processes, rank, main = (
+        accelerator.num_processes,
+        accelerator.process_index,
+        accelerator.is_main_process,
+    )
     plain, checkpoints = objective.networks, out / "checkpoints"
     if not resume and checkpoint.steps(checkpoints):
-        raise UserError(f"{checkpoints} holds a run already: resume it, or train into another folder")
+        raise UserError(
+            f"{checkpoints} holds a run already: resume it, or train into another folder"
+        )
     for network in plain.values():
         network.to(accelerator.device).train()
     optimizers: dict[str, torch.optim.Optimizer] = {
-        name: torch.optim.AdamW(network.parameters(), settings.lr, settings.betas, weight_decay=settings.weight_decay)
+        name: torch.optim.AdamW(
+            network.parameters(), settings.lr, settings.betas, weight_decay=settings.weight_decay
+        )
         for name, network in plain.items()
     }
     average = EMA(plain[objective.main], settings.ema)
@@ -135,18 +187,40 @@ def train(
     with Record(out, first, settings.steps, objective.stage, active=main) as record:
         for step in range(first, settings.steps):
             torch.manual_seed(derive_seed(settings.seed, "layers", step, rank))  # dropout
-            draw = Draw(torch.Generator().manual_seed(derive_seed(settings.seed, "draws", step)), settings.batch_size, mine)
-            batch = {k: v.to(accelerator.device) for k, v in objective.batch(order(step)[mine], draw).items()}
+            draw = Draw(
+                torch.Generator().manual_seed(derive_seed(settings.seed, "draws", step)),
+                settings.batch_size,
+                mine,
+            )
+            batch = {
+                k: v.to(accelerator.device)
+                for k, v in objective.batch(order(step)[mine], draw).items()
+            }
             for phase in plain:
                 if objective.active(phase, step):
-                    means.add(_update(objective, phase, wrapped, stepped[phase], batch, step, draw, settings, accelerator))
+                    means.add(
+                        _update(
+                            objective,
+                            phase,
+                            wrapped,
+                            stepped[phase],
+                            batch,
+                            step,
+                            draw,
+                            settings,
+                            accelerator,
+                        )
+                    )
             average.update(plain[objective.main], step)
             done = step + 1
             logs, shows, saves = (
-                done % n == 0 or done == settings.steps for n in (settings.log_every, settings.show_every, settings.save_every)
+                done % n == 0 or done == settings.steps
+                for n in (settings.log_every, settings.show_every, settings.save_every)
             )
             if logs:
-                record.step(done, {"lr": settings.lr_at(step), **_mean(means.now(), accelerator)}, log=True)
+                record.step(
+                    done, {"lr": settings.lr_at(step), **_mean(means.now(), accelerator)}, log=True
+                )
                 means = Means()
             else:
                 record.step(done, means.now() if record.due else {}, log=False)
@@ -157,7 +231,9 @@ def train(
                 seen = means.state(lambda sums: _mean(sums, accelerator))
             if main and saves:
                 scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-                checkpoint.save(checkpoints, done, plain, average.state(), optimizers, run, scaler, seen)
+                checkpoint.save(
+                    checkpoints, done, plain, average.state(), optimizers, run, scaler, seen
+                )
             if shows or saves:
                 accelerator.wait_for_everyone()
             if on_step is not None:
@@ -187,7 +263,8 @@ def _update(
     accelerator.backward(loss)
     found = accelerator.clip_grad_norm_(networks[phase].parameters(), settings.clip)
     norm = float(found) if found is not None else 0.0
-    if not math.isfinite(norm) and accelerator.scaler is None:  # with a scaler (fp16) such a step is left out, by design
+    # with a scaler (fp16) such a step is left out, by design
+    if not math.isfinite(norm) and accelerator.scaler is None:
         _refuse(f"the gradient's norm is {norm}", objective.stage, phase, step + 1, settings)
     optimizer.step()
     known = {f"{phase}/grad_norm": norm} if math.isfinite(norm) else {}
@@ -202,7 +279,9 @@ def _mean(numbers: dict[str, float], accelerator: Any) -> dict[str, float]:
     return dict(zip(numbers, accelerator.reduce(values, "mean").tolist(), strict=True))
 
 
-def _check_weights(objective: Objective, networks: dict[str, nn.Module], step: int, settings: LoopSettings) -> None:
+def _check_weights(
+    objective: Objective, networks: dict[str, nn.Module], step: int, settings: LoopSettings
+) -> None:
     """What is about to be saved must be finite."""
     for name, network in networks.items():
         for key, tensor in network.state_dict().items():

@@ -1,8 +1,9 @@
 """Perceptual loss: distance between the features that a frozen network sees in two images.
 
 LPIPS without its learnt weights (Zhang et al. 2018, arXiv:1801.03924, eq. 1):
-d = sum_l mean_{h,w} || phi_l(x)/|phi_l(x)| - phi_l(y)/|phi_l(y)| ||^2, channels unit-normed at each position, uniform weights.
-The network is pluggable: any function from images (B, 3, H, W) in [-1, 1] to a list of feature maps.
+d = sum_l mean_{h,w} || phi_l(x)/|phi_l(x)| - phi_l(y)/|phi_l(y)| ||^2, channels unit-normed at each
+position, uniform weights. The network is pluggable: any function from images (B, 3, H, W) in [-1,
+1] to a list of feature maps.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,11 +16,16 @@ from torch import Tensor
 from sfumato.errors import UserError, unknown
 
 FeatureMaps = Callable[[Tensor], Sequence[Tensor]]
-"""Images (B, 3, H, W) in [-1, 1] -> feature maps (B, C_l, h_l, w_l), differentiable in the images."""
+"""Images (B, 3, H, W) in [-1, 1] -> feature maps (B, C_l, h_l, w_l), differentiable in the
+images."""
 
 
-def perceptual_distance(features: FeatureMaps, a: Float[Tensor, "B C H W"], b: Float[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
-    """The distance of each pair; gradients flow to both images, and none to the network if it is frozen. Grey is repeated to RGB."""
+def perceptual_distance(
+    features: FeatureMaps, a: Float[Tensor, "B C H W"], b: Float[Tensor, "B C H W"]
+) -> Float[Tensor, " B"]:
+    """The distance of each pair; gradients flow to both images, and none to the network if it is
+    frozen. Grey is repeated to RGB.
+    """
     images = torch.cat([a, b]).expand(-1, 3, -1, -1)
     total = torch.zeros(len(a), device=a.device)
     for maps in features(images):
@@ -30,9 +36,11 @@ def perceptual_distance(features: FeatureMaps, a: Float[Tensor, "B C H W"], b: F
 
 
 def efficientnet_lite0(size: int = 64, blocks: int = 5) -> FeatureMaps:
-    """Maps of the stem and the first `blocks` blocks (strides 2, 4, 8) of an ImageNet EfficientNet-lite0, at `size` pixels.
+    """Maps of the stem and the first `blocks` blocks (strides 2, 4, 8) of an ImageNet
+    EfficientNet-lite0, at `size` pixels.
 
-    Its weights come from a package that is installed apart (`UserError` where it is not); they are used in place, not copied.
+    Its weights come from a package that is installed apart (`UserError` where it is not); they are
+    used in place, not copied.
     """
     from sfumato.evaluate.efficientnet import load
 
@@ -40,7 +48,9 @@ def efficientnet_lite0(size: int = 64, blocks: int = 5) -> FeatureMaps:
 
     def maps(images: Tensor) -> list[Tensor]:
         network.to(images.device)
-        x = F.interpolate((images + 1) / 2, (size, size), mode="bilinear", align_corners=False, antialias=False)
+        x = F.interpolate(
+            (images + 1) / 2, (size, size), mode="bilinear", align_corners=False, antialias=False
+        )
         x = F.relu6(network._bn0(network._conv_stem((255 * x - 127) / 128)))
         found = [x]
         for block in list(network._blocks)[:blocks]:
@@ -55,7 +65,9 @@ NETWORKS: dict[str, Callable[[], FeatureMaps]] = {"efficientnet-lite0": efficien
 
 
 def feature_maps(name: str) -> FeatureMaps:
-    """The feature maps of a network by name; `module:function` names a function of yours, without arguments, that returns them."""
+    """The feature maps of a network by name; `module:function` names a function of yours, without
+    arguments, that returns them.
+    """
     if ":" in name:
         import importlib
 
@@ -63,7 +75,9 @@ def feature_maps(name: str) -> FeatureMaps:
         try:
             make = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f"perceptual network {name!r} could not be imported ({error}): expected module:function") from error
+            raise UserError(
+                f"perceptual network {name!r} could not be imported ({error}): expected module:function"
+            ) from error
         return make()
     if name not in NETWORKS:
         raise unknown("perceptual network", name, NETWORKS)

@@ -1,4 +1,5 @@
-"""Recipes: two settings objects, `autoencoder` and `denoiser`, in a Python file; each has `run(out, resume)`.
+"""Recipes: two settings objects, `autoencoder` and `denoiser`, in a Python file; each has `run(out,
+resume)`.
 
 out/autoencoder and out/denoiser hold the runs; out/model is the finished model folder.
 """
@@ -21,7 +22,15 @@ from sfumato.checkpoints.folder import load_part, save_part
 from sfumato.checkpoints.taesd import load_taesd
 from sfumato.compress.base import Autoencoder
 from sfumato.compress.kl import AutoencoderKL, KLConfig
-from sfumato.data import BucketedImages, BucketedLatents, ImageSet, LatentSet, cache_latents, open_both, open_buckets
+from sfumato.data import (
+    BucketedImages,
+    BucketedLatents,
+    ImageSet,
+    LatentSet,
+    cache_latents,
+    open_both,
+    open_buckets,
+)
 from sfumato.data.source import open_with
 from sfumato.data.splits import split
 from sfumato.decode.image import grid
@@ -66,22 +75,39 @@ class DataSettings:
     held_out: float = 0.02
     """The share kept for measuring where the source has no test split of its own."""
     buckets: int | None = None
-    """The step of the sides of aspect buckets in pixels: pictures keep their aspect, in about size x size pixels (the denoiser's stage only);
-    none: squares."""
+    """The step of the sides of aspect buckets in pixels: pictures keep their aspect, in about size
+    x size pixels (the denoiser's stage only); none: squares."""
 
     def open(self) -> tuple[ImageSet, ImageSet]:
         """(training images, held-out images), all of one shape."""
-        options: dict[str, Any] = {"size": self.size, "channels": self.channels, "on_error": self.on_error}
+        options: dict[str, Any] = {
+            "size": self.size,
+            "channels": self.channels,
+            "on_error": self.on_error,
+        }
         return open_both(self.source, self.held_out, limit=self.limit, flip=self.flip, **options)
 
     def open_buckets(self) -> BucketedImages:
-        """The training images of `open`, by their aspects in buckets of about size x size pixels."""
+        """The training images of `open`, by their aspects in buckets of about size x size
+        pixels.
+        """
         if self.size is None or self.buckets is None:
-            raise UserError(f"data.size={self.size} and data.buckets={self.buckets}: aspect buckets need both, a size and a step in pixels")
+            raise UserError(
+                f"data.size={self.size} and data.buckets={self.buckets}: aspect buckets need both, a size and a step in pixels"
+            )
         options: dict[str, Any] = {"channels": self.channels, "on_error": self.on_error}
-        images = open_buckets(self.source, side=self.size, step=self.buckets, limit=self.limit, flip=self.flip, **options)
+        images = open_buckets(
+            self.source,
+            side=self.size,
+            step=self.buckets,
+            limit=self.limit,
+            flip=self.flip,
+            **options,
+        )
         try:
-            open_with(lambda listing: None, self.source, split="test", on_error=self.on_error, limit=None)
+            open_with(
+                lambda listing: None, self.source, split="test", on_error=self.on_error, limit=None
+            )
             return images
         except UserError as error:
             training, _ = split(len(images), self.held_out, error)
@@ -94,7 +120,9 @@ def _features(name: str | None) -> Features | None:
 
 @dataclass(frozen=True)
 class AutoencoderRecipe:
-    """Act 1: trains a KL autoencoder, measures its latents over the data and writes out/autoencoder/vae."""
+    """Act 1: trains a KL autoencoder, measures its latents over the data and writes
+    out/autoencoder/vae.
+    """
 
     data: DataSettings = field(default_factory=DataSettings)
     network: KLConfig = field(default_factory=KLConfig)
@@ -112,13 +140,19 @@ class AutoencoderRecipe:
             )
         images, held_out = self.data.open()
         torch.manual_seed(self.loop.seed)
-        network = AutoencoderKL(replace(self.network, in_channels=images.shape[0], out_channels=images.shape[0]))
-        objective = AutoencoderObjective(network, images, held_out, self.loss, _features(self.features))
+        network = AutoencoderKL(
+            replace(self.network, in_channels=images.shape[0], out_channels=images.shape[0])
+        )
+        objective = AutoencoderObjective(
+            network, images, held_out, self.loss, _features(self.features)
+        )
         trained = train(objective, self.loop, out / "autoencoder", resume=resume)
         assert isinstance(trained, AutoencoderKL)
         accelerator = start(self.loop)
         with accelerator.main_process_first():  # the others find the first one's cache
-            trained.set_statistics(*encode_all(images.unflipped(), trained, out / "latents").statistics())
+            trained.set_statistics(
+                *encode_all(images.unflipped(), trained, out / "latents").statistics()
+            )
         if accelerator.is_main_process:
             with atomic_folder(out / "autoencoder" / "vae") as temporary:
                 save_part(temporary, trained)
@@ -135,8 +169,8 @@ class DenoiserRecipe:
     """A folder with a trained autoencoder, of any kind; none: out/autoencoder/vae."""
     data: DataSettings = field(default_factory=DataSettings)
     network: Any = field(default_factory=UNetConfig)
-    """The config of any network that is told nothing, classes, or text. Its channels become the latent's; out_channels stay twice the in_channels
-    where they are (a learned variance)."""
+    """The config of any network that is told nothing, classes, or text. Its channels become the
+    latent's; out_channels stay twice the in_channels where they are (a learned variance)."""
     schedule: str = "cosine"
     parameterization: str = "v"
     loss: DenoiserLoss = field(default_factory=DenoiserLoss)
@@ -144,7 +178,8 @@ class DenoiserRecipe:
     defaults: Defaults = field(default_factory=Defaults)
     name: str = "model"
     text: Path | None = None
-    """A folder with a text encoder, which reads the captions: a model's, or a sentence encoder's own. None: classes, where there are any."""
+    """A folder with a text encoder, which reads the captions: a model's, or a sentence encoder's
+    own. None: classes, where there are any."""
 
     def run(self, out: Path, resume: bool = True) -> Path:
         """Trains (or goes on) and returns the folder of the finished model."""
@@ -165,13 +200,18 @@ class DenoiserRecipe:
         torch.manual_seed(self.loop.seed)
         network = build(replace(self.network, **shape, **fields))
         defaults = self.defaults
-        if "sample_size" not in shape and defaults.size is None:  # the model says it, where no config of the network can
+        # the model says it, where no config of the network can
+        if "sample_size" not in shape and defaults.size is None:
             defaults = replace(defaults, size=side * space.factor)
 
         def model(denoiser: nn.Module) -> LatentDiffusion:
-            return LatentDiffusion(autoencoder, Denoiser(denoiser, process), conditioner, defaults, self.name)
+            return LatentDiffusion(
+                autoencoder, Denoiser(denoiser, process), conditioner, defaults, self.name
+            )
 
-        def preview(denoiser: nn.Module, step: int) -> tuple[dict[str, float], dict[str, PIL.Image]]:
+        def preview(
+            denoiser: nn.Module, step: int
+        ) -> tuple[dict[str, float], dict[str, PIL.Image]]:
             shown = [prompts[i % len(prompts)] for i in range(80)]
             columns = max(len(prompts), 8) if len(prompts) <= 20 else 10
             return {}, {"samples": grid(model(denoiser).generate(shown, seed=0), columns=columns)}
@@ -186,40 +226,57 @@ class DenoiserRecipe:
 
 
 def _outline(config: Any, channels: int) -> Network:
-    """The network of a config without weights, for latents of so many channels and of any size: it tells what it is."""
+    """The network of a config without weights, for latents of so many channels and of any size: it
+    tells what it is.
+    """
     with torch.device("meta"):
         return build(replace(config, **network_of(config).shape_fields(config, channels, 32)))
 
 
 def _pictures(data: DataSettings, factor: int, patch: int) -> ImageSet | BucketedImages:
-    """The training images: squares, or aspect buckets whose latents are whole patches of the network."""
+    """The training images: squares, or aspect buckets whose latents are whole patches of the
+    network.
+    """
     if data.buckets is None:
         return data.open()[0]
     if data.buckets < 1 or data.buckets % (factor * patch):
         why = f"the autoencoder's factor {factor} times the network's patch {patch}"
-        raise UserError(f"data.buckets={data.buckets}: the step of the buckets' sides must be a multiple of {factor * patch}, {why}")
+        raise UserError(
+            f"data.buckets={data.buckets}: the step of the buckets' sides must be a multiple of {factor * patch}, {why}"
+        )
     return data.open_buckets()
 
 
-def _latents(images: ImageSet | BucketedImages, autoencoder: Autoencoder, folder: Path) -> LatentSet | BucketedLatents:
+def _latents(
+    images: ImageSet | BucketedImages, autoencoder: Autoencoder, folder: Path
+) -> LatentSet | BucketedLatents:
     if isinstance(images, ImageSet):
         return encode_all(images, autoencoder, folder)
     return BucketedLatents([encode_all(bucket, autoencoder, folder) for bucket in images.sets])
 
 
 def _side(latents: LatentSet | BucketedLatents, data: DataSettings, factor: int) -> int:
-    """The side of the latents that the model draws if nobody says otherwise, in cells; with buckets, the square's."""
+    """The side of the latents that the model draws if nobody says otherwise, in cells; with
+    buckets, the square's.
+    """
     return latents.shape[-1] if isinstance(latents, LatentSet) else (data.size or 0) // factor
 
 
 def _finish(folder: Path, started: float, images: int) -> None:
-    write_json(folder / "finished.json", {"seconds_this_run": round(time.perf_counter() - started, 1), "images": images})
+    write_json(
+        folder / "finished.json",
+        {"seconds_this_run": round(time.perf_counter() - started, 1), "images": images},
+    )
 
 
 def _autoencoder(folder: Path) -> Autoencoder:
-    """An autoencoder of any kind: in diffusers' layout, or a tiny one as its author publishes it, an encoder's file and a decoder's."""
+    """An autoencoder of any kind: in diffusers' layout, or a tiny one as its author publishes it,
+    an encoder's file and a decoder's.
+    """
     if not (folder / "config.json").exists() and not any(folder.glob("*encoder.*")):
-        raise UserError(f"{folder} has no trained autoencoder: run `sfumato train autoencoder` first, or give --autoencoder")
+        raise UserError(
+            f"{folder} has no trained autoencoder: run `sfumato train autoencoder` first, or give --autoencoder"
+        )
     found = load_part(folder) if (folder / "config.json").exists() else load_taesd(folder)
     if not isinstance(found, Autoencoder):
         raise UserError(f"{folder} holds a {type(found).__name__}: expected an autoencoder")
@@ -229,9 +286,13 @@ def _autoencoder(folder: Path) -> Autoencoder:
 def _told(
     images: ImageSet | BucketedImages, text: Path | None, network: Any, outline: Network
 ) -> tuple[Any, Any, list[str | None], dict[str, Any]]:
-    """What the network is told: the model's conditioner, the examples' conditions in training, prompts to show, fields of the network's config."""
+    """What the network is told: the model's conditioner, the examples' conditions in training,
+    prompts to show, fields of the network's config.
+    """
     if outline.learned_guidance:
-        raise UserError("guidance_embeds=True: the strength of guidance is learned from another model, not from data; expected False")
+        raise UserError(
+            "guidance_embeds=True: the strength of guidance is learned from another model, not from data; expected False"
+        )
     if text is None:
         if images.class_names and images.labels is not None:
             names = ClassNames(images.class_names)
@@ -243,7 +304,9 @@ def _told(
             )
         return Nothing(), Nothing(), [None], {}
     if images.captions is None:
-        raise UserError(f"text={text}, and {images.name} has no captions: expected a column or file of them; leave text out for classes")
+        raise UserError(
+            f"text={text}, and {images.name} has no captions: expected a column or file of them; leave text out for classes"
+        )
     reader = open_reader(text)
     field = next((name for name in _WIDTHS if hasattr(network, name)), None)
     if field is None:
@@ -258,26 +321,44 @@ def _told(
     return reader, told, [*common], fields
 
 
-def encode_all(images: ImageSet, autoencoder: Autoencoder, folder: Path, pixels: int = 200_000) -> LatentSet:
-    """The latents of a set of images, cached under the images, their transform and the encoder's weights. pixels: at a time, about."""
+def encode_all(
+    images: ImageSet, autoencoder: Autoencoder, folder: Path, pixels: int = 200_000
+) -> LatentSet:
+    """The latents of a set of images, cached under the images, their transform and the encoder's
+    weights. pixels: at a time, about.
+    """
 
     def encode(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         posterior = autoencoder.posterior(image.to(next(autoencoder.parameters()).device))
         return posterior.mean, posterior.std
 
-    weights = {k: v for k, v in autoencoder.state_dict().items() if k.startswith(("encoder", "quant_conv"))}
+    weights = {
+        k: v for k, v in autoencoder.state_dict().items() if k.startswith(("encoder", "quant_conv"))
+    }
     logger.info("encoding %d images", len(images))
-    return cache_latents(images, encode, hash_tensors(weights), folder, batch_size=max(1, pixels // math.prod(images.shape[1:])))
+    return cache_latents(
+        images,
+        encode,
+        hash_tensors(weights),
+        folder,
+        batch_size=max(1, pixels // math.prod(images.shape[1:])),
+    )
 
 
 def load_recipe(recipe: str | Path, stage: str) -> AutoencoderRecipe | DenoiserRecipe:
-    """The settings object `autoencoder` or `denoiser` of a recipe: a path to a Python file, or the name of one in ./recipes."""
+    """The settings object `autoencoder` or `denoiser` of a recipe: a path to a Python file, or the
+    name of one in ./recipes.
+    """
     path = Path(recipe)
     if not path.suffix:
         path = Path("recipes") / f"{path.name.replace('-', '_')}.py"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in Path("recipes").glob("*.py"))) or "none in ./recipes"
-        raise UserError(f"recipe {str(recipe)!r} was not found: expected a Python file, or a name from recipes/ ({known})")
+        known = (
+            ", ".join(sorted(p.stem for p in Path("recipes").glob("*.py"))) or "none in ./recipes"
+        )
+        raise UserError(
+            f"recipe {str(recipe)!r} was not found: expected a Python file, or a name from recipes/ ({known})"
+        )
     spec = importlib.util.spec_from_file_location(f"sfumato_recipe_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

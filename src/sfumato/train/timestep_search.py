@@ -1,9 +1,12 @@
 """The best times for a budget of steps: those whose end is nearest to that of a run of a thousand.
 
-1. A reference of many DDIM steps, whose predictions say what a single step from any time to any other would get wrong.
-2. The path of N steps with the least sum of those squared errors, by dynamic programming (Watson et al. 2021, arXiv:2106.03802, section 3).
-3. From there, and from the best of the fixed spacings, Levenberg-Marquardt on the distance of the run's real end to the reference's, over the
-   first time and the gaps (softmax, so that times fall). It is the objective of Sabour et al. 2024 (arXiv:2404.14507) taken at the end of the run.
+1. A reference of many DDIM steps, whose predictions say what a single step from any time to any
+other would get wrong. 2. The path of N steps with the least sum of those squared errors, by dynamic
+programming (Watson et al. 2021, arXiv:2106.03802, section 3). 3. From there, and from the best of
+the fixed spacings, Levenberg-Marquardt on the distance of the run's real end to the reference's,
+over the
+   first time and the gaps (softmax, so that times fall). It is the objective of Sabour et al. 2024
+   (arXiv:2404.14507) taken at the end of the run.
 """
 
 import contextlib
@@ -32,7 +35,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Tuned:
-    """Times found, and how far runs end from the reference: root mean square over latents of images that the search did not see.
+    """Times found, and how far runs end from the reference: root mean square over latents of images
+    that the search did not see.
 
     errors: by name of spacing, and "tuned".
     """
@@ -45,7 +49,9 @@ class Tuned:
 
 @dataclass(frozen=True)
 class _Reference:
-    """Ends (B, C, h, w) of long runs, and x and predictions on the way at a coarser grid of times."""
+    """Ends (B, C, h, w) of long runs, and x and predictions on the way at a coarser grid of
+    times.
+    """
 
     end: Tensor
     times: tuple[float, ...]
@@ -67,16 +73,20 @@ def tune_timesteps(
     iterations: int = 6,
     progress: Progress | None = None,
 ) -> list[Tuned]:
-    """The best times for each number of steps, with a deterministic sampler (`UserError` for others).
+    """The best times for each number of steps, with a deterministic sampler (`UserError` for
+    others).
 
-    images: how many the search sees, and as many others that judge it; their prompts go round `prompts` (default: the model's class names).
+    images: how many the search sees, and as many others that judge it; their prompts go round
+    `prompts` (default: the model's class names).
     """
     chosen = settings(model, _Request(sampler=sampler, guidance=guidance))
     name, weight = chosen["sampler"], chosen["guidance"]
     schedule = model.denoiser.process.schedule
     sampler_itself, its_options = sampler_of(name)
     if draws_noise(sampler_itself, timesteps("trailing", 20, schedule), schedule, **its_options):
-        raise UserError(f"sampler {name!r} draws noise on the way: there is no one end to come near to; tune with a deterministic one")
+        raise UserError(
+            f"sampler {name!r} draws noise on the way: there is no one end to come near to; tune with a deterministic one"
+        )
     for what, value, low in (
         ("images", images, 2),
         ("reference_steps", reference_steps, 50),
@@ -87,7 +97,9 @@ def tune_timesteps(
             raise UserError(f"{what}={value}: expected at least {low}")
     most = min(reference_steps, 100, schedule.grid or 100)
     if max(steps) > most:
-        raise UserError(f"steps={max(steps)}: expected at most {most}; with more, the spacings hardly differ")
+        raise UserError(
+            f"steps={max(steps)}: expected at most {most}; with more, the spacings hardly differ"
+        )
     fixed = {count: _fixed(count, schedule) for count in steps}
     words = list(prompts or model.class_names or [None])
     words = [words[k % len(words)] for k in range(images)]
@@ -99,9 +111,18 @@ def tune_timesteps(
     for count in steps:
         say(f"search for {count} steps", 0, iterations)
         scores = {name: run.error(times, seed, seen.end) for name, times in fixed[count].items()}
-        starts = [_shortest_path(seen, model, count), fixed[count][min(scores, key=lambda name: scores[name])]]
-        best = min((_descend(run, times, seed, seen.end, iterations, count, say) for times in starts), key=lambda pair: pair[0])[1]
-        errors = {name: run.error(times, seed + images, judge.end) for name, times in {**fixed[count], "tuned": best}.items()}
+        starts = [
+            _shortest_path(seen, model, count),
+            fixed[count][min(scores, key=lambda name: scores[name])],
+        ]
+        best = min(
+            (_descend(run, times, seed, seen.end, iterations, count, say) for times in starts),
+            key=lambda pair: pair[0],
+        )[1]
+        errors = {
+            name: run.error(times, seed + images, judge.end)
+            for name, times in {**fixed[count], "tuned": best}.items()
+        }
         winner = min(errors, key=lambda spacing: errors[spacing])
         if winner != "tuned":  # by chance a fixed spacing judged better: then its times are kept
             best, errors["tuned"] = fixed[count][winner], errors[winner]
@@ -127,7 +148,11 @@ class _Runner:
     guidance: Any
 
     def __call__(
-        self, times: Sequence[float], seed: int, sampler: str | None = None, on_step: Callable[[Step], None] | None = None
+        self,
+        times: Sequence[float],
+        seed: int,
+        sampler: str | None = None,
+        on_step: Callable[[Step], None] | None = None,
     ) -> Tensor:
         return self.model.generate(
             self.prompts,
@@ -154,20 +179,29 @@ def _reference(run: _Runner, seed: int, steps: int, say: Progress, path: bool = 
             kept.append(step)
 
     end = run(times, seed, "ddim", keep)
-    x, x0, eps = ([step.x for step in kept], [s.prediction.x0 for s in kept], [s.prediction.eps for s in kept])
+    x, x0, eps = (
+        [step.x for step in kept],
+        [s.prediction.x0 for s in kept],
+        [s.prediction.eps for s in kept],
+    )
     return _Reference(end, (*(s.t for s in kept), 0.0), (*x, end), tuple(x0), tuple(eps))
 
 
 def _shortest_path(reference: _Reference, model: LatentDiffusion, steps: int) -> list[float]:
-    """The path of `steps` steps over the reference's times with the least sum of squared errors of its single steps."""
+    """The path of `steps` steps over the reference's times with the least sum of squared errors of
+    its single steps.
+    """
     n, point = len(reference.x0), model.denoiser.process.schedule.point
     points = [point(t) for t in reference.times]
     cost = torch.full((n + 1, n + 1), math.inf, dtype=torch.float64)
     for i in range(n):
         for j in range(i + 1, n + 1):
             alpha, sigma = points[j]
-            # An error at s reaches the end shrunk by what the flow does to it: by about 1/sqrt(alpha^2 + sigma^2) of unit data.
-            off = (alpha * reference.x0[i] + sigma * reference.eps[i] - reference.x[j]).square().mean() / (alpha**2 + sigma**2)
+            # An error at s reaches the end shrunk by what the flow does to it: by about
+            # 1/sqrt(alpha^2 + sigma^2) of unit data.
+            off = (
+                alpha * reference.x0[i] + sigma * reference.eps[i] - reference.x[j]
+            ).square().mean() / (alpha**2 + sigma**2)
             cost[i, j] = float(off)
     best, back = cost[0].clone(), []
     best[0] = math.inf
@@ -183,12 +217,21 @@ def _shortest_path(reference: _Reference, model: LatentDiffusion, steps: int) ->
 
 
 def _descend(
-    run: _Runner, times: Sequence[float], seed: int, end: Tensor, iterations: int, steps: int, say: Progress
+    run: _Runner,
+    times: Sequence[float],
+    seed: int,
+    end: Tensor,
+    iterations: int,
+    steps: int,
+    say: Progress,
 ) -> tuple[float, list[float]]:
     """Levenberg-Marquardt over the first time and the gaps: (error on the seen images, times)."""
-    # What is searched: how [0, 1] is shared between the part that is left out above the first time and the gaps. No share vanishes.
+    # What is searched: how [0, 1] is shared between the part that is left out above the first time
+    # and the gaps. No share vanishes.
     least = 1e-3
-    shares = torch.tensor([1 - times[0], *(a - b for a, b in pairwise(times))], dtype=torch.float64).clamp(min=2 * least)
+    shares = torch.tensor(
+        [1 - times[0], *(a - b for a, b in pairwise(times))], dtype=torch.float64
+    ).clamp(min=2 * least)
     theta = (shares / shares.sum() - least).log()
 
     def unfold(theta: Tensor) -> list[float]:
@@ -201,11 +244,16 @@ def _descend(
     now = residual(theta)
     damping = 0.1
     for k in range(iterations):
-        columns = [(residual(theta + 0.03 * unit) - now) / 0.03 for unit in torch.eye(len(theta), dtype=torch.float64)]
+        columns = [
+            (residual(theta + 0.03 * unit) - now) / 0.03
+            for unit in torch.eye(len(theta), dtype=torch.float64)
+        ]
         jacobian = torch.stack(columns, 1).double()
         normal, slope = jacobian.T @ jacobian, jacobian.T @ now.double()
         for _ in range(4):
-            step = torch.linalg.solve(normal + damping * torch.diag(normal.diag() + 1e-12), -slope).clamp(-0.7, 0.7)
+            step = torch.linalg.solve(
+                normal + damping * torch.diag(normal.diag() + 1e-12), -slope
+            ).clamp(-0.7, 0.7)
             there = residual(theta + step)
             if there.square().sum() < now.square().sum():
                 theta, now, damping = theta + step, there, damping / 3
@@ -219,11 +267,15 @@ def _descend(
 
 def with_tuned(model: LatentDiffusion, found: Sequence[Tuned]) -> LatentDiffusion:
     """The same model, whose `generate` uses these times where sampler and steps agree."""
-    return replace(model, defaults=replace(model.defaults, tuned=_merged(model.defaults.tuned, found)))
+    return replace(
+        model, defaults=replace(model.defaults, tuned=_merged(model.defaults.tuned, found))
+    )
 
 
 def store_tuned(folder: str | Path, found: Sequence[Tuned]) -> None:
-    """Writes times into the model_index.json of a model's folder, beside those already there for other samplers and steps."""
+    """Writes times into the model_index.json of a model's folder, beside those already there for
+    other samplers and steps.
+    """
     path = Path(folder) / "model_index.json"
     with explained(path):
         values: dict[str, Any] = read_table(path)
@@ -234,7 +286,9 @@ def store_tuned(folder: str | Path, found: Sequence[Tuned]) -> None:
 
 
 def _merged(before: Any, found: Sequence[Tuned]) -> dict[str, list[list[float]]]:
-    tables = {sampler: {len(times): list(times) for times in known} for sampler, known in before.items()}
+    tables = {
+        sampler: {len(times): list(times) for times in known} for sampler, known in before.items()
+    }
     for tuned in found:
         tables.setdefault(tuned.sampler, {})[len(tuned.times)] = list(tuned.times)
     return {sampler: [known[n] for n in sorted(known)] for sampler, known in tables.items()}

@@ -1,6 +1,8 @@
-"""A file's `betas` buffer <-> diffusers' scheduler fields, and the fields of a table of betas in general.
+"""A file's `betas` buffer <-> diffusers' scheduler fields, and the fields of a table of betas in
+general.
 
-Latent Diffusion's "linear" schedule is linear in the square root (ours and diffusers' "scaled_linear"); its "sqrt_linear" is our "linear".
+Latent Diffusion's "linear" schedule is linear in the square root (ours and diffusers'
+"scaled_linear"); its "sqrt_linear" is our "linear".
 """
 
 from collections.abc import Mapping
@@ -16,38 +18,68 @@ KINDS = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v
 _CLOSE = 1e-6
 
 
-def fields(start: float, end: float, steps: int = 1000, kind: str = "scaled_linear") -> dict[str, Any]:
+def fields(
+    start: float, end: float, steps: int = 1000, kind: str = "scaled_linear"
+) -> dict[str, Any]:
     """The four fields of a schedule in closed form."""
-    return {"num_train_timesteps": steps, "beta_schedule": kind, "beta_start": start, "beta_end": end}
+    return {
+        "num_train_timesteps": steps,
+        "beta_schedule": kind,
+        "beta_start": start,
+        "beta_end": end,
+    }
 
 
 def to_fields(betas: Tensor, where: object) -> dict[str, Any]:
-    """The closed form that the table follows (to float32's rounding), otherwise the table itself; `UserError` for what is no table."""
+    """The closed form that the table follows (to float32's rounding), otherwise the table itself;
+    `UserError` for what is no table.
+    """
     values = betas.double()
     if values.ndim != 1 or len(values) < 2 or not bool(((values > 0) & (values < 1)).all()):
-        raise UserError(f"{where}: betas of shape {tuple(betas.shape)}: expected a list of numbers strictly between 0 and 1")
+        raise UserError(
+            f"{where}: betas of shape {tuple(betas.shape)}: expected a list of numbers strictly between 0 and 1"
+        )
     start, end, steps = float(f"{values[0]:.6g}"), float(f"{values[-1]:.6g}"), len(values)
     for kind in ("scaled_linear", "linear"):
         closed = fields(start, end, steps, kind)
-        if torch.allclose(values, table(closed), rtol=1e-4 if betas.dtype != torch.float64 else _CLOSE, atol=_CLOSE):
+        if torch.allclose(
+            values,
+            table(closed),
+            rtol=1e-4 if betas.dtype != torch.float64 else _CLOSE,
+            atol=_CLOSE,
+        ):
             return closed
-    if torch.allclose(values, table({"num_train_timesteps": steps, "beta_schedule": "squaredcos_cap_v2"}), rtol=1e-4, atol=_CLOSE):
+    if torch.allclose(
+        values,
+        table({"num_train_timesteps": steps, "beta_schedule": "squaredcos_cap_v2"}),
+        rtol=1e-4,
+        atol=_CLOSE,
+    ):
         return fields(0.0001, 0.02, steps, "squaredcos_cap_v2")
     return fields(start, end, steps, "linear") | {"trained_betas": values.tolist()}
 
 
 def table(config: Mapping[str, Any]) -> Tensor:
-    """(T,) betas in float64 that a scheduler config stands for; `UserError` for a config without such a table (flows)."""
+    """(T,) betas in float64 that a scheduler config stands for; `UserError` for a config without
+    such a table (flows).
+    """
     trained = config.get("trained_betas")
     if trained is not None:
         return torch.tensor(trained, dtype=torch.float64)
     kind = config.get("beta_schedule", "linear")
-    if kind not in KINDS or config.get("_class_name") in ("FlowMatchEulerDiscreteScheduler", "SfumatoProcess"):
+    if kind not in KINDS or config.get("_class_name") in (
+        "FlowMatchEulerDiscreteScheduler",
+        "SfumatoProcess",
+    ):
         raise UserError(
             f"scheduler {config.get('_class_name')!r} with beta_schedule {kind!r} has no table of betas that the original layout could hold: "
             f"expected one of {', '.join(KINDS)}; save a folder instead"
         )
-    ends = {} if kind == "squaredcos_cap_v2" else {"start": config.get("beta_start", 0.0001), "end": config.get("beta_end", 0.02)}
+    ends = (
+        {}
+        if kind == "squaredcos_cap_v2"
+        else {"start": config.get("beta_start", 0.0001), "end": config.get("beta_end", 0.02)}
+    )
     chosen = schedule(KINDS[kind], steps=config.get("num_train_timesteps", 1000), **ends)
     assert isinstance(chosen, BetaTable)
     return torch.tensor(chosen.betas, dtype=torch.float64)

@@ -1,11 +1,14 @@
-"""UNet2DConditionModel, UNet2DModel <-> `model.diffusion_model.*`, the U-Net of Latent Diffusion (Rombach et al. 2022, arXiv:2112.10752).
+"""UNet2DConditionModel, UNet2DModel <-> `model.diffusion_model.*`, the U-Net of Latent Diffusion
+(Rombach et al. 2022, arXiv:2112.10752).
 
-Theirs counts blocks from input to output: input_blocks.N is the first convolution (N = 0), a residual block (.0) with its transformer (.1),
-or a step down (.0.op); output_blocks.N is a residual block (.0), its transformer (.1) and, at the end of a level, a step up (.1 or .2).
-Ours counts levels. The rows follow from the config alone. Linear and 1x1 projections are what they are in both.
+Theirs counts blocks from input to output: input_blocks.N is the first convolution (N = 0), a
+residual block (.0) with its transformer (.1), or a step down (.0.op); output_blocks.N is a residual
+block (.0), its transformer (.1) and, at the end of a level, a step up (.1 or .2). Ours counts
+levels. The rows follow from the config alone. Linear and 1x1 projections are what they are in both.
 
-Without tokens (UNet2DModel) .1 is plain attention: norm, one convolution for q, k and v, and one behind. Its 3 C channels hold, head by head,
-q, k and v of the head ("legacy"), or with `use_new_attention_order` all of q, then k, then v. A step down or up may be a residual block
+Without tokens (UNet2DModel) .1 is plain attention: norm, one convolution for q, k and v, and one
+behind. Its 3 C channels hold, head by head, q, k and v of the head ("legacy"), or with
+`use_new_attention_order` all of q, then k, then v. A step down or up may be a residual block
 (`resblock_updown`): input_blocks.N.0 as others, without attention, and output_blocks.N.1 or .2.
 """
 
@@ -39,21 +42,33 @@ def _refuse(config: Config) -> None:
     """`UserError` for what the original layout has no names for."""
     plain = is_plain(config)
     down, up = (PLAIN_DOWN, PLAIN_UP) if plain else (DOWN, UP)
-    kinds = [k for k in config["down_block_types"] if k not in down] + [k for k in config["up_block_types"] if k not in up]
+    kinds = [k for k in config["down_block_types"] if k not in down] + [
+        k for k in config["up_block_types"] if k not in up
+    ]
     if kinds:
-        raise UserError(f"block type {kinds[0]!r} has no name in the original layout: expected one of {', '.join((*down, *up))}")
+        raise UserError(
+            f"block type {kinds[0]!r} has no name in the original layout: expected one of {', '.join((*down, *up))}"
+        )
     n = len(config["block_out_channels"])
     if (len(config["down_block_types"]), len(config["up_block_types"])) != (n, n):
-        raise UserError(f"a U-Net of {n} block_out_channels needs {n} down_block_types and {n} up_block_types")
-    if [down[k] for k in config["down_block_types"]] != [up[k] for k in config["up_block_types"]][::-1]:
-        raise UserError("up_block_types that are not the reverse of down_block_types have no name in the original layout")
+        raise UserError(
+            f"a U-Net of {n} block_out_channels needs {n} down_block_types and {n} up_block_types"
+        )
+    if [down[k] for k in config["down_block_types"]] != [up[k] for k in config["up_block_types"]][
+        ::-1
+    ]:
+        raise UserError(
+            "up_block_types that are not the reverse of down_block_types have no name in the original layout"
+        )
     middle = "UNetMidBlock2D" if plain else "UNetMidBlock2DCrossAttn"
     if config.get("mid_block_type", middle) != middle or not config.get("add_attention", True):
         raise UserError(
             f"mid_block_type {config.get('mid_block_type')!r} has no name in the original layout: expected {middle} with attention"
         )
     if plain and len(set(_steps(config))) > 1:
-        raise UserError("steps of which some are residual blocks have no name in the original layout: expected all of them, or none")
+        raise UserError(
+            "steps of which some are residual blocks have no name in the original layout: expected all of them, or none"
+        )
 
 
 def _steps(config: Config) -> list[bool]:
@@ -69,11 +84,14 @@ def _steps(config: Config) -> list[bool]:
 
 def heads_at(config: Config, width: int) -> int:
     """How many heads the attention of a U-Net without tokens has where it is so wide."""
-    return config.get("num_attention_heads") or width // (config.get("attention_head_dim", 8) or width)
+    return config.get("num_attention_heads") or width // (
+        config.get("attention_head_dim", 8) or width
+    )
 
 
 def unet_rows(config: Config, new_order: bool = False) -> list[Row]:
-    """The whole table for diffusers' config fields, without the prefix `model.diffusion_model.`; `UserError` for what has no name there.
+    """The whole table for diffusers' config fields, without the prefix `model.diffusion_model.`;
+    `UserError` for what has no name there.
 
     new_order: of q, k and v, for U-Nets without tokens.
     """
@@ -94,9 +112,13 @@ def _unet(config: Config, new_order: bool) -> Iterator[Row]:
     for level, width in enumerate(widths):
         for layer in range(at(config, "layers_per_block", level)):
             theirs, ours = f"input_blocks.{count}", f"down_blocks.{level}"
-            yield from _resnet(f"{theirs}.0", f"{ours}.resnets.{layer}", channels, width, time, config)
+            yield from _resnet(
+                f"{theirs}.0", f"{ours}.resnets.{layer}", channels, width, time, config
+            )
             if attending[level]:
-                yield from _attends(f"{theirs}.1", f"{ours}.attentions.{layer}", width, level, config, new_order)
+                yield from _attends(
+                    f"{theirs}.1", f"{ours}.attentions.{layer}", width, level, config, new_order
+                )
             channels, count = width, count + 1
             skips.append(width)
         if level < last:
@@ -108,16 +130,27 @@ def _unet(config: Config, new_order: bool) -> Iterator[Row]:
             count += 1
             skips.append(width)
     yield from _resnet("middle_block.0", "mid_block.resnets.0", channels, channels, time, config)
-    yield from _attends("middle_block.1", "mid_block.attentions.0", channels, None, config, new_order)
+    yield from _attends(
+        "middle_block.1", "mid_block.attentions.0", channels, None, config, new_order
+    )
     yield from _resnet("middle_block.2", "mid_block.resnets.1", channels, channels, time, config)
     count = 0
     for level in reversed(range(len(widths))):
         width, ours, attends = widths[level], f"up_blocks.{last - level}", attending[level]
         for layer in range(at(config, "layers_per_block", level) + 1):
             theirs = f"output_blocks.{count}"
-            yield from _resnet(f"{theirs}.0", f"{ours}.resnets.{layer}", channels + skips.pop(), width, time, config)
+            yield from _resnet(
+                f"{theirs}.0",
+                f"{ours}.resnets.{layer}",
+                channels + skips.pop(),
+                width,
+                time,
+                config,
+            )
             if attends:
-                yield from _attends(f"{theirs}.1", f"{ours}.attentions.{layer}", width, level, config, new_order)
+                yield from _attends(
+                    f"{theirs}.1", f"{ours}.attentions.{layer}", width, level, config, new_order
+                )
             channels, count = width, count + 1
         if level:
             step, ours = f"output_blocks.{count - 1}.{2 if attends else 1}", f"{ours}.upsamplers.0"
@@ -130,7 +163,9 @@ def _unet(config: Config, new_order: bool) -> Iterator[Row]:
 
 
 def _labels(config: Config, time: int) -> Iterator[Row]:
-    """What joins the time embedding: SDXL's pooled text and sizes, a vector of features, or a table of classes or noise levels."""
+    """What joins the time embedding: SDXL's pooled text and sizes, a vector of features, or a table
+    of classes or noise levels.
+    """
     width = config.get("projection_class_embeddings_input_dim")
     addition, kind = config.get("addition_embed_type"), config.get("class_embed_type")
     if (addition, kind) in (("text_time", None), (None, "projection")):
@@ -138,12 +173,16 @@ def _labels(config: Config, time: int) -> Iterator[Row]:
         yield from pair("label_emb.0.0", f"{ours}.linear_1", time, int(width or 0))
         yield from pair("label_emb.0.2", f"{ours}.linear_2", time, time)
     elif (addition, kind) != (None, None):
-        raise UserError(f"addition_embed_type {addition!r} with class_embed_type {kind!r} has no name in the original layout")
+        raise UserError(
+            f"addition_embed_type {addition!r} with class_embed_type {kind!r} has no name in the original layout"
+        )
     elif config.get("num_class_embeds") is not None:
         yield row("label_emb.weight", "class_embedding.weight", config["num_class_embeds"], time)
 
 
-def _resnet(theirs: str, ours: str, channels: int, width: int, time: int, config: Config) -> Iterator[Row]:
+def _resnet(
+    theirs: str, ours: str, channels: int, width: int, time: int, config: Config
+) -> Iterator[Row]:
     both = 2 if config.get("resnet_time_scale_shift", "default") == "scale_shift" else 1
     yield from pair(f"{theirs}.in_layers.0", f"{ours}.norm1", channels)
     yield from pair(f"{theirs}.in_layers.2", f"{ours}.conv1", width, channels, 3, 3)
@@ -154,7 +193,9 @@ def _resnet(theirs: str, ours: str, channels: int, width: int, time: int, config
         yield from pair(f"{theirs}.skip_connection", f"{ours}.conv_shortcut", width, channels, 1, 1)
 
 
-def _attends(theirs: str, ours: str, width: int, level: int | None, config: Config, new_order: bool) -> Iterator[Row]:
+def _attends(
+    theirs: str, ours: str, width: int, level: int | None, config: Config, new_order: bool
+) -> Iterator[Row]:
     if is_plain(config):
         yield from _attention(theirs, ours, width, 1 if new_order else heads_at(config, width))
     else:
@@ -164,18 +205,35 @@ def _attends(theirs: str, ours: str, width: int, level: int | None, config: Conf
 def _attention(theirs: str, ours: str, width: int, heads: int) -> Iterator[Row]:
     """Plain attention; `heads`: as stacked, see `Row`."""
     yield from pair(f"{theirs}.norm", f"{ours}.group_norm", width)
-    for kind, shape, form in (("weight", (width, width), Form.STACKED_LINE), ("bias", (width,), Form.STACKED)):
-        yield Row(f"{theirs}.qkv.{kind}", tuple(f"{ours}.to_{a}.{kind}" for a in "qkv"), shape, form, heads)
+    for kind, shape, form in (
+        ("weight", (width, width), Form.STACKED_LINE),
+        ("bias", (width,), Form.STACKED),
+    ):
+        yield Row(
+            f"{theirs}.qkv.{kind}",
+            tuple(f"{ours}.to_{a}.{kind}" for a in "qkv"),
+            shape,
+            form,
+            heads,
+        )
     yield row(f"{theirs}.proj_out.weight", f"{ours}.to_out.0.weight", width, width, form=Form.LINE)
     yield row(f"{theirs}.proj_out.bias", f"{ours}.to_out.0.bias", width)
 
 
-def _transformer(theirs: str, ours: str, width: int, level: int | None, config: Config) -> Iterator[Row]:
-    """A spatial transformer; below its own name both layouts agree. `level` None is the middle, which is built as the last level."""
+def _transformer(
+    theirs: str, ours: str, width: int, level: int | None, config: Config
+) -> Iterator[Row]:
+    """A spatial transformer; below its own name both layouts agree. `level` None is the middle,
+    which is built as the last level.
+    """
     point = () if config.get("use_linear_projection", False) else (1, 1)
     where = -1 if level is None else level
     context = at(config, "cross_attention_dim", where)
-    only = at(config, "only_cross_attention", where, False) if level is not None else _middle_only(config)
+    only = (
+        at(config, "only_cross_attention", where, False)
+        if level is not None
+        else _middle_only(config)
+    )
     yield from pair(f"{theirs}.norm", f"{ours}.norm", width)
     yield from pair(f"{theirs}.proj_in", f"{ours}.proj_in", width, width, *point)
     for k in range(at(config, "transformer_layers_per_block", where, 1)):
@@ -193,6 +251,11 @@ def _transformer(theirs: str, ours: str, width: int, level: int | None, config: 
 
 
 def _middle_only(config: Config) -> bool:
-    """Whether the middle attends to tokens alone: its own field, else the one value that all levels share."""
-    only, middle = config.get("only_cross_attention", False), config.get("mid_block_only_cross_attention")
+    """Whether the middle attends to tokens alone: its own field, else the one value that all levels
+    share.
+    """
+    only, middle = (
+        config.get("only_cross_attention", False),
+        config.get("mid_block_only_cross_attention"),
+    )
     return (only if isinstance(only, bool) else False) if middle is None else middle

@@ -1,7 +1,9 @@
-"""The fields of diffusers' scheduler classes (0.42): which there are, their defaults, and what values they take.
+"""The fields of diffusers' scheduler classes (0.42): which there are, their defaults, and what
+values they take.
 
-A config is read as diffusers reads it: an absent field has its class's default, and a field of a sister class is passed over (configs keep
-the fields of the class that they were made with: SDXL's Euler has `skip_prk_steps`). A field that no sister has is refused.
+A config is read as diffusers reads it: an absent field has its class's default, and a field of a
+sister class is passed over (configs keep the fields of the class that they were made with: SDXL's
+Euler has `skip_prk_steps`). A field that no sister has is refused.
 """
 
 import difflib
@@ -30,7 +32,12 @@ _LINSPACE = {"timestep_spacing": "linspace", "steps_offset": 0}
 _LEVELS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 _ZERO = {"rescale_betas_zero_snr": False}
 _FINAL = {"final_sigmas_type": "zero"}
-_FLOW_SIGMAS = {"use_flow_sigmas": False, "flow_shift": 1.0, "use_dynamic_shifting": False, "time_shift_type": "exponential"}
+_FLOW_SIGMAS = {
+    "use_flow_sigmas": False,
+    "flow_shift": 1.0,
+    "use_dynamic_shifting": False,
+    "time_shift_type": "exponential",
+}
 _DPM = {"solver_order": 2, **_THRESHOLD, "algorithm_type": "dpmsolver++", "solver_type": "midpoint"}
 _CLIPPED = {"lambda_min_clipped": -math.inf, "variance_type": None}
 _EDM = {
@@ -51,7 +58,14 @@ _DYNAMIC = {
     "max_image_seq_len": 4096,
     "time_shift_type": "exponential",
 }
-_FLOW = {"num_train_timesteps": 1000, "shift": 1.0, **_DYNAMIC, "invert_sigmas": False, "shift_terminal": None, **_LEVELS}
+_FLOW = {
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    **_DYNAMIC,
+    "invert_sigmas": False,
+    "shift_terminal": None,
+    **_LEVELS,
+}
 _DDIM = {**_TABLE, **_CLIP, "set_alpha_to_one": True, **_THRESHOLD, **_LEADING, **_ZERO}
 _DDPM = {**_TABLE, **_CLIP, **_THRESHOLD, **_LEADING, **_ZERO, "variance_type": "fixed_small"}
 _LCM = {
@@ -89,7 +103,13 @@ TABLE_CLASSES: dict[str, dict[str, Any]] = {
     "HeunDiscreteScheduler": {**_TABLE, **_SD_BETAS, **_LEVELS, **_NO_CLIP, **_LINSPACE},
     "KDPM2DiscreteScheduler": {**_TABLE, **_SD_BETAS, **_LEVELS, **_LINSPACE},
     "KDPM2AncestralDiscreteScheduler": {**_TABLE, **_SD_BETAS, **_LEVELS, **_LINSPACE},
-    "DPMSolverSDEScheduler": {**_TABLE, **_SD_BETAS, **_LEVELS, "noise_sampler_seed": None, **_LINSPACE},
+    "DPMSolverSDEScheduler": {
+        **_TABLE,
+        **_SD_BETAS,
+        **_LEVELS,
+        "noise_sampler_seed": None,
+        **_LINSPACE,
+    },
     "DPMSolverMultistepScheduler": {
         **_TABLE,
         **_DPM,
@@ -103,7 +123,15 @@ TABLE_CLASSES: dict[str, dict[str, Any]] = {
         **_LINSPACE,
         **_ZERO,
     },
-    "DPMSolverSinglestepScheduler": {**_TABLE, **_DPM, "lower_order_final": False, **_LEVELS, **_FLOW_SIGMAS, **_FINAL, **_CLIPPED},
+    "DPMSolverSinglestepScheduler": {
+        **_TABLE,
+        **_DPM,
+        "lower_order_final": False,
+        **_LEVELS,
+        **_FLOW_SIGMAS,
+        **_FINAL,
+        **_CLIPPED,
+    },
     "UniPCMultistepScheduler": {
         **_TABLE,
         "solver_order": 2,
@@ -138,7 +166,12 @@ TABLE_CLASSES: dict[str, dict[str, Any]] = {
 }
 EDM_CLASSES: dict[str, dict[str, Any]] = {
     "EDMEulerScheduler": _EDM,
-    "EDMDPMSolverMultistepScheduler": {**_EDM, **_DPM, "lower_order_final": True, "euler_at_final": False},
+    "EDMDPMSolverMultistepScheduler": {
+        **_EDM,
+        **_DPM,
+        "lower_order_final": True,
+        "euler_at_final": False,
+    },
 }
 FLOW_CLASSES: dict[str, dict[str, Any]] = {
     "FlowMatchEulerDiscreteScheduler": {**_FLOW, "stochastic_sampling": False},
@@ -154,21 +187,64 @@ _CHOICES = {
     "final_sigmas_type": ("zero", "sigma_min"),
     "interpolation_type": ("linear", "log_linear"),
     "timestep_type": ("discrete", "continuous"),
-    "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++", "deis", "data_prediction", "noise_prediction"),
+    "algorithm_type": (
+        "dpmsolver",
+        "dpmsolver++",
+        "sde-dpmsolver",
+        "sde-dpmsolver++",
+        "deis",
+        "data_prediction",
+        "noise_prediction",
+    ),
     "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
-    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"),
+    "variance_type": (
+        "fixed_small",
+        "fixed_small_log",
+        "fixed_large",
+        "fixed_large_log",
+        "learned",
+        "learned_range",
+    ),
     "sigma_schedule": ("karras", "exponential"),
     "time_shift_type": ("exponential", "linear"),
 }
 _NUMBERS = {"sigma_min", "sigma_max", "shift_terminal"}  # None, or a number
-_POSITIVE = {"rho", "sigma_min", "sigma_max", "sigma_data", "shift", "flow_shift", "timestep_scaling", "beta_start", "beta_end"}
-_FREE = {"trained_betas", "solver_p", "scale_factors", "upscale_mode", "disable_corrector", "noise_sampler_seed"}
-# Fields of older versions and of sister classes that are not read here, which published configs still carry.
-_OLD = {"tensor_format", "timestep_values", "clip_sample_value", "predictor_order", "corrector_order", "tau_func", "skip_prk_steps"}
+_POSITIVE = {
+    "rho",
+    "sigma_min",
+    "sigma_max",
+    "sigma_data",
+    "shift",
+    "flow_shift",
+    "timestep_scaling",
+    "beta_start",
+    "beta_end",
+}
+_FREE = {
+    "trained_betas",
+    "solver_p",
+    "scale_factors",
+    "upscale_mode",
+    "disable_corrector",
+    "noise_sampler_seed",
+}
+# Fields of older versions and of sister classes that are not read here, which published configs
+# still carry.
+_OLD = {
+    "tensor_format",
+    "timestep_values",
+    "clip_sample_value",
+    "predictor_order",
+    "corrector_order",
+    "tau_func",
+    "skip_prk_steps",
+}
 
 
 def read_fields(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """(class, all of its fields) of a config. `UserError` for a class or field that is not known and for a value that no field takes."""
+    """(class, all of its fields) of a config. `UserError` for a class or field that is not known
+    and for a value that no field takes.
+    """
     name = values.get("_class_name")
     if not isinstance(name, str) or name not in CLASSES:
         near = difflib.get_close_matches(str(name), CLASSES, n=2, cutoff=0.6)
@@ -177,11 +253,21 @@ def read_fields(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
             f"scheduler class {name!r} is not known: {hint}"
             "DDIMScheduler and EulerDiscreteScheduler sample any table of betas, FlowMatchEulerDiscreteScheduler any flow"
         )
-    known, sisters = CLASSES[name], _OLD.union(*(FLOW_CLASSES if name in FLOW_CLASSES else {**TABLE_CLASSES, **EDM_CLASSES}).values())
+    known, sisters = (
+        CLASSES[name],
+        _OLD.union(
+            *(FLOW_CLASSES if name in FLOW_CLASSES else {**TABLE_CLASSES, **EDM_CLASSES}).values()
+        ),
+    )
     for field, value in values.items():
         if field not in known and field not in sisters and not field.startswith("_"):
-            raise UserError(f"scheduler config field {field}={value!r} is not known: it might change the result, so it is refused")
-    return name, {field: _checked(field, values.get(field, default), default) for field, default in known.items()}
+            raise UserError(
+                f"scheduler config field {field}={value!r} is not known: it might change the result, so it is refused"
+            )
+    return name, {
+        field: _checked(field, values.get(field, default), default)
+        for field, default in known.items()
+    }
 
 
 def _checked(field: str, value: Any, default: Any) -> Any:
@@ -192,15 +278,23 @@ def _checked(field: str, value: Any, default: Any) -> Any:
         return default
     if field in _CHOICES:
         if value not in _CHOICES[field]:
-            raise UserError(f"scheduler config {field}={value!r}: expected one of {', '.join(_CHOICES[field])}")
+            raise UserError(
+                f"scheduler config {field}={value!r}: expected one of {', '.join(_CHOICES[field])}"
+            )
         return value
     kind = float if field in _NUMBERS else type(default)
     number: Any = value
-    fits = isinstance(value, bool) is (kind is bool) and isinstance(value, int if kind is int else int | float)
+    fits = isinstance(value, bool) is (kind is bool) and isinstance(
+        value, int if kind is int else int | float
+    )
     if fits and kind is int:
         fits = number >= 0
     elif fits and kind is float:
-        fits = not math.isnan(number) and (math.isfinite(number) or number == default) and (number > 0 or field not in _POSITIVE)
+        fits = (
+            not math.isnan(number)
+            and (math.isfinite(number) or number == default)
+            and (number > 0 or field not in _POSITIVE)
+        )
     if not fits:
         kinds = {
             bool: "true or false",

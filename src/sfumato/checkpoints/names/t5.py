@@ -1,7 +1,9 @@
-"""T5's encoder (Raffel et al. 2019, arXiv:1910.10683; version 1.1 with gated MLPs, Shazeer 2020, arXiv:2002.05202): transformers' T5EncoderModel
-<-> `text_encoders.t5xxl.transformer.*` in single files, which has the same names.
+"""T5's encoder (Raffel et al. 2019, arXiv:1910.10683; version 1.1 with gated MLPs, Shazeer 2020,
+arXiv:2002.05202): transformers' T5EncoderModel <-> `text_encoders.t5xxl.transformer.*` in single
+files, which has the same names.
 
-`encoder.embed_tokens.weight` is the table of tokens once more, which some files hold and some do not.
+`encoder.embed_tokens.weight` is the table of tokens once more, which some files hold and some do
+not.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,7 +30,10 @@ def _t5(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{layers}.0.SelfAttention.o.weight", (width, inner)
         if k == 0:
             buckets = config.get("relative_attention_num_buckets", 32)
-            yield f"{layers}.0.SelfAttention.relative_attention_bias.weight", (buckets, config["num_heads"])
+            yield (
+                f"{layers}.0.SelfAttention.relative_attention_bias.weight",
+                (buckets, config["num_heads"]),
+            )
         yield f"{layers}.0.layer_norm.weight", (width,)
         for name in ("wi_0", "wi_1"):
             yield f"{layers}.1.DenseReluDense.{name}.weight", (forward, width)

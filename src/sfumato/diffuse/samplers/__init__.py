@@ -5,10 +5,11 @@
         ... prediction = yield x, t ...
         return x
 
-x (B, C, h, w) noisy latent at times[0]; times: floats, strictly descending, ending where the run ends (0 is clean); schedule gives
-(alpha, sigma); noise() draws the next standard-normal tensor. A sampler holds no model, no device and no state between runs, and what it
-asks does not depend on the answers' values: `calls` counts them with an empty run. Arithmetic on x is multiplications and additions of
-whole tensors, one at a time, so that an image's bits do not depend on its batch.
+x (B, C, h, w) noisy latent at times[0]; times: floats, strictly descending, ending where the run
+ends (0 is clean); schedule gives (alpha, sigma); noise() draws the next standard-normal tensor. A
+sampler holds no model, no device and no state between runs, and what it asks does not depend on the
+answers' values: `calls` counts them with an empty run. Arithmetic on x is multiplications and
+additions of whole tensors, one at a time, so that an image's bits do not depend on its batch.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -31,13 +32,18 @@ F = TypeVar("F", bound=Callable[..., Run])
 class Traits:
     """What a sampler promises. The contract tests hold it to that, and the documentation prints it.
 
-    order   of the error in the step size, for a deterministic one; of its deterministic part otherwise
+    order   of the error in the step size, for a deterministic one; of its deterministic part
+            otherwise
     calls   network calls a step, at most
     noise   whether it draws noise on the way, with its default options
-    network "denoiser" (E[z | x]), or "consistency": the end of the flow through x, which distilled models give
-    both    whether it uses x0 and eps as it is given them, and so may be given a pair that does not add up to x (CFG++)
-    upward  whether it runs from clean to noise: x is at the last of the times, and the result at the first
-    exact   options under which its samples have the data's distribution, where the defaults trade that for something else
+    network "denoiser" (E[z | x]), or "consistency": the end of the flow through x, which distilled
+    models give
+    both    whether it uses x0 and eps as it is given them, and so may be given a pair that does not
+            add up to x (CFG++)
+    upward  whether it runs from clean to noise: x is at the last of the times, and the result at
+            the first
+    exact   options under which its samples have the data's distribution, where the defaults trade
+            that for something else
     """
 
     order: int
@@ -64,24 +70,33 @@ def traits_of(sampler: Callable[..., Run]) -> Traits:
     return getattr(sampler, "traits", Traits(order=1))
 
 
-def calls(sampler: Callable[..., Run], times: Sequence[float], schedule: Any, **options: Any) -> int:
+def calls(
+    sampler: Callable[..., Run], times: Sequence[float], schedule: Any, **options: Any
+) -> int:
     """How many network calls a run makes."""
     return _empty_run(sampler, tuple(times), schedule, tuple(options.items()))[0]
 
 
-def draws_noise(sampler: Callable[..., Run], times: Sequence[float], schedule: Any, **options: Any) -> bool:
+def draws_noise(
+    sampler: Callable[..., Run], times: Sequence[float], schedule: Any, **options: Any
+) -> bool:
     """Whether a run draws noise on the way, with these options."""
     return draws(sampler, times, schedule, **options) > 0
 
 
-def draws(sampler: Callable[..., Run], times: Sequence[float], schedule: Any, **options: Any) -> int:
+def draws(
+    sampler: Callable[..., Run], times: Sequence[float], schedule: Any, **options: Any
+) -> int:
     """How many times a run draws noise on the way."""
     return _empty_run(sampler, tuple(times), schedule, tuple(options.items()))[1]
 
 
 @lru_cache(maxsize=256)
 def _empty_run(
-    sampler: Callable[..., Run], times: tuple[float, ...], schedule: Any, options: tuple[tuple[str, Any], ...]
+    sampler: Callable[..., Run],
+    times: tuple[float, ...],
+    schedule: Any,
+    options: tuple[tuple[str, Any], ...],
 ) -> tuple[int, int]:
     """(network calls, draws of noise) of a run on one number, with answers of nothing."""
     nothing, drawn = torch.zeros(1, 1, 1, 1), []

@@ -1,6 +1,8 @@
-"""Multistep consistency sampling (Song et al. 2023, arXiv:2303.01469, algorithm 1): go to the clean latent, add fresh noise, again.
+"""Multistep consistency sampling (Song et al. 2023, arXiv:2303.01469, algorithm 1): go to the clean
+latent, add fresh noise, again.
 
-x_s = alpha_s x0 + sigma_s noise, for networks that give the end of the flow through x at once. With an ordinary denoiser it blurs.
+x_s = alpha_s x0 + sigma_s noise, for networks that give the end of the flow through x at once. With
+an ordinary denoiser it blurs.
 """
 
 from collections.abc import Sequence

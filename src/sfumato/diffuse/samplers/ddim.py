@@ -1,7 +1,9 @@
-"""DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12): x_s = alpha_s*x0 + sqrt(sigma_s^2 - nu^2)*eps + nu*noise.
+"""DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12): x_s = alpha_s*x0 + sqrt(sigma_s^2 - nu^2)*eps
++ nu*noise.
 
 nu is the standard deviation of eq. 16 written for any (alpha, sigma):
-nu^2 = eta^2 * sigma_s^2 * (1 - (alpha_t*sigma_s / (alpha_s*sigma_t))^2). eta 0 is deterministic, eta 1 is DDPM.
+nu^2 = eta^2 * sigma_s^2 * (1 - (alpha_t*sigma_s / (alpha_s*sigma_t))^2). eta 0 is deterministic,
+eta 1 is DDPM.
 """
 
 from collections.abc import Sequence
@@ -17,7 +19,9 @@ from sfumato.types import Noise
 
 
 @traits(order=1, both=True)
-def ddim(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 0.0) -> Run:
+def ddim(
+    x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 0.0
+) -> Run:
     """eta in [0, 1] (`UserError` otherwise). One network call a step."""
     if not 0 <= eta <= 1:
         raise UserError(f"eta={eta}: expected a number in [0, 1], 0 is deterministic and 1 is DDPM")

@@ -1,8 +1,11 @@
-"""DDIM run backwards, from a clean latent to the noise that DDIM would make it from (Song et al. 2021, arXiv:2010.02502, section 4.3).
+"""DDIM run backwards, from a clean latent to the noise that DDIM would make it from (Song et al.
+2021, arXiv:2010.02502, section 4.3).
 
-x_s = (alpha_s/alpha_t) x_t + (sigma_s - sigma_t alpha_s/alpha_t) eps(x_s, s) is what DDIM's step from s to t inverts exactly. It is implicit
-in x_s: `iterations` fixed-point steps solve it (Pan et al. 2023, arXiv:2309.04907); one, begun at x_t, is the usual approximation. Where there
-is more noise than signal the same step is written by x0, which x_s hardly changes there, as eps is what it hardly changes elsewhere.
+x_s = (alpha_s/alpha_t) x_t + (sigma_s - sigma_t alpha_s/alpha_t) eps(x_s, s) is what DDIM's step
+from s to t inverts exactly. It is implicit in x_s: `iterations` fixed-point steps solve it (Pan et
+al. 2023, arXiv:2309.04907); one, begun at x_t, is the usual approximation. Where there is more
+noise than signal the same step is written by x0, which x_s hardly changes there, as eps is what it
+hardly changes elsewhere.
 """
 
 from collections.abc import Sequence
@@ -18,8 +21,12 @@ from sfumato.types import Noise
 
 
 @traits(order=1, upward=True)
-def ddim_inversion(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, iterations: int = 1) -> Run:
-    """x is the latent at the last of the times (0: clean); the result is the latent at the first. `iterations` network calls a step."""
+def ddim_inversion(
+    x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, iterations: int = 1
+) -> Run:
+    """x is the latent at the last of the times (0: clean); the result is the latent at the first.
+    `iterations` network calls a step.
+    """
     if iterations < 1:
         raise UserError(f"iterations={iterations}: expected at least 1 network call a step")
     for t, s in pairwise(reversed(list(times))):
@@ -27,6 +34,10 @@ def ddim_inversion(x: Tensor, times: Sequence[float], schedule: Schedule, noise:
         for k in range(iterations):
             prediction = yield found, s
             by_x0 = k > 0 and there[0] < there[1] and here[1] > 0  # the first is the published one
-            found = towards(x, prediction.x0, here, there) if by_x0 else along(x, prediction.eps, here, there)
+            found = (
+                towards(x, prediction.x0, here, there)
+                if by_x0
+                else along(x, prediction.eps, here, there)
+            )
         x = found
     return x

@@ -1,9 +1,12 @@
-"""DDPM ancestral sampling (Ho et al. 2020, arXiv:2006.11239, eq. 6-7): a draw from the posterior q(x_s | x_t, x0).
+"""DDPM ancestral sampling (Ho et al. 2020, arXiv:2006.11239, eq. 6-7): a draw from the posterior
+q(x_s | x_t, x0).
 
-With r = alpha_t / alpha_s and beta = sigma_t^2 - r^2 sigma_s^2 (the variance added between s and t):
-mean = r*(sigma_s^2/sigma_t^2)*x_t + alpha_s*(beta/sigma_t^2)*x0, variance beta*sigma_s^2/sigma_t^2 ("small") or beta ("large"), or between
-them where the network says, on the line through their logarithms ("learned"; Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15).
-Any spacing: s and t need not be neighbours in the table. The learned variance lies between the two of the step that is taken (section 4).
+With r = alpha_t / alpha_s and beta = sigma_t^2 - r^2 sigma_s^2 (the variance added between s and
+t): mean = r*(sigma_s^2/sigma_t^2)*x_t + alpha_s*(beta/sigma_t^2)*x0, variance
+beta*sigma_s^2/sigma_t^2 ("small") or beta ("large"), or between them where the network says, on the
+line through their logarithms ("learned"; Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15). Any
+spacing: s and t need not be neighbours in the table. The learned variance lies between the two of
+the step that is taken (section 4).
 """
 
 import math
@@ -21,9 +24,14 @@ from sfumato.types import Noise
 
 @traits(order=1, noise=True)
 def ddpm(
-    x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, variance: Literal["small", "large", "learned"] = "small"
+    x: Tensor,
+    times: Sequence[float],
+    schedule: Schedule,
+    noise: Noise,
+    variance: Literal["small", "large", "learned"] = "small",
 ) -> Run:
-    """variance: eq. 7's beta-tilde ("small", exact for a point) or beta ("large", exact for a standard normal), or the network's "learned".
+    """variance: eq. 7's beta-tilde ("small", exact for a point) or beta ("large", exact for a
+    standard normal), or the network's "learned".
 
     One call a step. `UserError` for "learned" with a network that predicts no variance.
     """
@@ -33,7 +41,9 @@ def ddpm(
         prediction = yield x, t
         learned = prediction.variance if variance == "learned" else None
         if variance == "learned" and learned is None:
-            raise UserError("ddpm with variance 'learned': this network predicts no variance; expected 'small' or 'large'")
+            raise UserError(
+                "ddpm with variance 'learned': this network predicts no variance; expected 'small' or 'large'"
+            )
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.point(t), schedule.point(s)
         ratio = alpha_t / alpha_s
         added = sigma_t**2 - ratio**2 * sigma_s**2
@@ -43,5 +53,10 @@ def ddpm(
             if learned is None:
                 x.add_(spread * noise())
             else:  # 1 is the large one; -1 makes it smaller by sigma_s/sigma_t
-                x.add_(((1 - learned) * (math.log(sigma_s / sigma_t) / 2)).exp_().mul_(spread).mul_(noise()))
+                x.add_(
+                    ((1 - learned) * (math.log(sigma_s / sigma_t) / 2))
+                    .exp_()
+                    .mul_(spread)
+                    .mul_(noise())
+                )
     return x

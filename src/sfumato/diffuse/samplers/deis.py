@@ -1,7 +1,9 @@
-"""DEIS: eps extrapolated by a polynomial in log(sigma/alpha), integrated exactly (Zhang & Chen 2023, arXiv:2204.13902, section 4; "log rho").
+"""DEIS: eps extrapolated by a polynomial in log(sigma/alpha), integrated exactly (Zhang & Chen
+2023, arXiv:2204.13902, section 4; "log rho").
 
-d(x/alpha) = eps d(rho) with rho = sigma/alpha: x_s/alpha_s = x_t/alpha_t + sum_i c_i eps_i, c_i the integral of the i-th Lagrange polynomial in
-log rho. With u = log(rho/rho_t): integral of u^k d(rho) = rho u^k - k (integral of u^(k-1)). The first step, and one from alpha = 0, is DDIM's.
+d(x/alpha) = eps d(rho) with rho = sigma/alpha: x_s/alpha_s = x_t/alpha_t + sum_i c_i eps_i, c_i the
+integral of the i-th Lagrange polynomial in log rho. With u = log(rho/rho_t): integral of u^k d(rho)
+= rho u^k - k (integral of u^(k-1)). The first step, and one from alpha = 0, is DDIM's.
 """
 
 import math
@@ -21,7 +23,9 @@ from sfumato.types import Noise
 
 @lru_cache(maxsize=1024)
 def coefficients(points: tuple[float, ...], end: float) -> list[float]:
-    """c_i for log-rhos `points`, the latest first, from the first of them to the level `end` (a rho, which may be 0)."""
+    """c_i for log-rhos `points`, the latest first, from the first of them to the level `end` (a
+    rho, which may be 0).
+    """
     begin = math.exp(points[0])
     u = math.log(end / begin) if end > 0 else 0.0  # end = 0: end * u^k -> 0, whatever k
     integral = [end - begin]
@@ -45,9 +49,11 @@ def deis(
     lower_order_final: bool = True,
     lower_below: int = 0,
 ) -> Run:
-    """order from 1 (DDIM) to 4. `lower_order_final` lowers it over the last steps, which is stabler. One network call a step.
+    """order from 1 (DDIM) to 4. `lower_order_final` lowers it over the last steps, which is
+    stabler. One network call a step.
 
-    `lower_below`: does so in runs of fewer steps than that, where `lower_order_final` does not (diffusers: 15).
+    `lower_below`: does so in runs of fewer steps than that, where `lower_order_final` does not
+    (diffusers: 15).
     """
     if not 1 <= order <= 4:
         raise UserError(f"order={order}: expected 1 to 4")
@@ -66,5 +72,8 @@ def deis(
             x = along(x, prediction.eps, here, there)
             continue
         weights = coefficients(tuple(p for _, p in used), there[1] / there[0])
-        x = total((there[0] / here[0], x), *((there[0] * c, eps) for (eps, _), c in zip(used, weights, strict=True)))
+        x = total(
+            (there[0] / here[0], x),
+            *((there[0] * c, eps) for (eps, _), c in zip(used, weights, strict=True)),
+        )
     return x

@@ -1,6 +1,8 @@
-"""DPM-Solver-1 (Lu et al. 2022, arXiv:2206.00927, eq. 3.7): x_s = (alpha_s/alpha_t) x - sigma_s (e^h - 1) eps, h the step in log(alpha/sigma).
+"""DPM-Solver-1 (Lu et al. 2022, arXiv:2206.00927, eq. 3.7): x_s = (alpha_s/alpha_t) x - sigma_s
+(e^h - 1) eps, h the step in log(alpha/sigma).
 
-It is DDIM, as its authors show in section 4.1: sigma_s e^h = alpha_s sigma_t / alpha_t, and x - sigma_t eps = alpha_t x0.
+It is DDIM, as its authors show in section 4.1: sigma_s e^h = alpha_s sigma_t / alpha_t, and x -
+sigma_t eps = alpha_t x0.
 """
 
 from collections.abc import Sequence

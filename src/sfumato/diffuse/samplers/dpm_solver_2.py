@@ -1,7 +1,9 @@
-"""DPM-Solver-2, singlestep (Lu et al. 2022, arXiv:2206.00927, algorithm 1): the noise at a middle point corrects the step.
+"""DPM-Solver-2, singlestep (Lu et al. 2022, arXiv:2206.00927, algorithm 1): the noise at a middle
+point corrects the step.
 
-With h the step in log(alpha/sigma) and m at r1 of it: u = (alpha_m/alpha_t) x - sigma_m (e^(r1 h) - 1) eps_t, then
-x_s = (alpha_s/alpha_t) x - sigma_s (e^h - 1) (eps_t + (eps_m - eps_t)/(2 r1)). Steps from or to an end, where h is infinite, are DDIM's.
+With h the step in log(alpha/sigma) and m at r1 of it: u = (alpha_m/alpha_t) x - sigma_m (e^(r1 h) -
+1) eps_t, then x_s = (alpha_s/alpha_t) x - sigma_s (e^h - 1) (eps_t + (eps_m - eps_t)/(2 r1)). Steps
+from or to an end, where h is infinite, are DDIM's.
 """
 
 import math
@@ -18,7 +20,9 @@ from sfumato.types import Noise
 
 
 @traits(order=2, calls=2)
-def dpm_solver_2(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, r1: float = 0.5) -> Run:
+def dpm_solver_2(
+    x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, r1: float = 0.5
+) -> Run:
     """r1 in (0, 1). Two network calls a step, one for a step from alpha = 0 or to sigma = 0."""
     if not 0 < r1 < 1:
         raise UserError(f"r1={r1}: expected a number in (0, 1), 0.5 is the midpoint")

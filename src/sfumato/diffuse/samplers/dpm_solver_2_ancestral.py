@@ -1,7 +1,9 @@
-"""DPM-Solver-2 with ancestral noise: a step of `dpm_solver_2` to less noise than asked for, and fresh noise up to it (k-diffusion's "DPM2 a").
+"""DPM-Solver-2 with ancestral noise: a step of `dpm_solver_2` to less noise than asked for, and
+fresh noise up to it (k-diffusion's "DPM2 a").
 
-down and up are those of DDIM's posterior with eta (Song et al. 2021, arXiv:2010.02502, eq. 16); the step from (alpha_t, sigma_t) to (alpha_s, down)
-asks at its middle in log(alpha/sigma) (Lu et al. 2022, arXiv:2206.00927, algorithm 1). Steps from or to an end are single ancestral ones.
+down and up are those of DDIM's posterior with eta (Song et al. 2021, arXiv:2010.02502, eq. 16); the
+step from (alpha_t, sigma_t) to (alpha_s, down) asks at its middle in log(alpha/sigma) (Lu et al.
+2022, arXiv:2206.00927, algorithm 1). Steps from or to an end are single ancestral ones.
 """
 
 import math
@@ -11,15 +13,26 @@ from itertools import pairwise
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import along, ancestral, between, half_log_snr, no_signal, place
+from sfumato.diffuse.samplers._steps import (
+    along,
+    ancestral,
+    between,
+    half_log_snr,
+    no_signal,
+    place,
+)
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError
 from sfumato.types import Noise
 
 
 @traits(order=2, calls=2, noise=True)
-def dpm_solver_2_ancestral(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 1.0) -> Run:
-    """eta in [0, 1]: how much of the noise is drawn anew. Two network calls a step, one for a step from alpha = 0 or to sigma = 0."""
+def dpm_solver_2_ancestral(
+    x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 1.0
+) -> Run:
+    """eta in [0, 1]: how much of the noise is drawn anew. Two network calls a step, one for a step
+    from alpha = 0 or to sigma = 0.
+    """
     if not 0 <= eta <= 1:
         raise UserError(f"eta={eta}: expected a number in [0, 1], 0 is deterministic")
     for t, s in pairwise(times):

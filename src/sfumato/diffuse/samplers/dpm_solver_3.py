@@ -1,8 +1,10 @@
-"""DPM-Solver-3, singlestep (Lu et al. 2022, arXiv:2206.00927, algorithm 2): two points on the way, at r1 and r2 of the step in log(alpha/sigma).
+"""DPM-Solver-3, singlestep (Lu et al. 2022, arXiv:2206.00927, algorithm 2): two points on the way,
+at r1 and r2 of the step in log(alpha/sigma).
 
 u1 = (alpha_1/alpha_t) x - sigma_1 (e^(r1 h) - 1) eps_t, D1 = eps_1 - eps_t;
-u2 = (alpha_2/alpha_t) x - sigma_2 (e^(r2 h) - 1) eps_t - sigma_2 (r2/r1) ((e^(r2 h) - 1)/(r2 h) - 1) D1, D2 = eps_2 - eps_t;
-x_s = (alpha_s/alpha_t) x - sigma_s (e^h - 1) eps_t - sigma_s/r2 ((e^h - 1)/h - 1) D2. Steps from or to an end are DDIM's.
+u2 = (alpha_2/alpha_t) x - sigma_2 (e^(r2 h) - 1) eps_t - sigma_2 (r2/r1) ((e^(r2 h) - 1)/(r2 h) -
+1) D1, D2 = eps_2 - eps_t; x_s = (alpha_s/alpha_t) x - sigma_s (e^h - 1) eps_t - sigma_s/r2 ((e^h -
+1)/h - 1) D2. Steps from or to an end are DDIM's.
 """
 
 import math
@@ -19,8 +21,17 @@ from sfumato.types import Noise
 
 
 @traits(order=3, calls=3)
-def dpm_solver_3(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, r1: float = 1 / 3, r2: float = 2 / 3) -> Run:
-    """0 < r1 < r2 < 1. Three network calls a step, one for a step from alpha = 0 or to sigma = 0."""
+def dpm_solver_3(
+    x: Tensor,
+    times: Sequence[float],
+    schedule: Schedule,
+    noise: Noise,
+    r1: float = 1 / 3,
+    r2: float = 2 / 3,
+) -> Run:
+    """0 < r1 < r2 < 1. Three network calls a step, one for a step from alpha = 0 or to sigma =
+    0.
+    """
     if not 0 < r1 < r2 < 1:
         raise UserError(f"r1={r1}, r2={r2}: expected 0 < r1 < r2 < 1")
     for t, s in pairwise(times):

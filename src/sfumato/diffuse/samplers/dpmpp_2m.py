@@ -1,7 +1,8 @@
-"""DPM-Solver++(2M), multistep (Lu et al. 2022, arXiv:2211.01095, algorithm 2): the step before bends this one.
+"""DPM-Solver++(2M), multistep (Lu et al. 2022, arXiv:2211.01095, algorithm 2): the step before
+bends this one.
 
-x_s = (sigma_s/sigma_t) x + alpha_s (1 - e^-h) (x0 + (x0 - x0_before) h/(2 h_before)), h the step in log(alpha/sigma). The first step, and steps
-from or to an end, where h is infinite, are DDIM's.
+x_s = (sigma_s/sigma_t) x + alpha_s (1 - e^-h) (x0 + (x0 - x0_before) h/(2 h_before)), h the step in
+log(alpha/sigma). The first step, and steps from or to an end, where h is infinite, are DDIM's.
 """
 
 from collections.abc import Sequence
@@ -16,10 +17,26 @@ from sfumato.types import Noise
 
 @traits(order=2)
 def dpmpp_2m(
-    x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, lower_order_final: bool = False, lower_below: int = 0
+    x: Tensor,
+    times: Sequence[float],
+    schedule: Schedule,
+    noise: Noise,
+    lower_order_final: bool = False,
+    lower_below: int = 0,
 ) -> Run:
-    """`lower_order_final` makes the last step a first-order one, wherever it ends (at t = 0 it always is). One network call a step.
+    """`lower_order_final` makes the last step a first-order one, wherever it ends (at t = 0 it
+    always is). One network call a step.
 
     `lower_below` does so in runs of fewer steps than that (diffusers: 15).
     """
-    return (yield from dpmpp_2m_sde(x, times, schedule, noise, eta=0.0, lower_order_final=lower_order_final, lower_below=lower_below))
+    return (
+        yield from dpmpp_2m_sde(
+            x,
+            times,
+            schedule,
+            noise,
+            eta=0.0,
+            lower_order_final=lower_order_final,
+            lower_below=lower_below,
+        )
+    )

@@ -1,8 +1,10 @@
-"""DPM-Solver++(2M) for the stochastic equation (Lu et al. 2022, arXiv:2211.01095, section 5 and appendix; k-diffusion's `eta`).
+"""DPM-Solver++(2M) for the stochastic equation (Lu et al. 2022, arXiv:2211.01095, section 5 and
+appendix; k-diffusion's `eta`).
 
 With h the step in log(alpha/sigma) and k = (1 + eta) h:
-x_s = (sigma_s/sigma_t) e^(-eta h) x + alpha_s (1 - e^-k) (x0 + (x0 - x0_before) h/(2 h_before)) + sigma_s sqrt(1 - e^(-2 eta h)) noise.
-`solver="heun"` weighs the difference by alpha_s (1 - (1 - e^-k)/k) instead of alpha_s (1 - e^-k)/2. eta 0 is DPM-Solver++(2M).
+x_s = (sigma_s/sigma_t) e^(-eta h) x + alpha_s (1 - e^-k) (x0 + (x0 - x0_before) h/(2 h_before)) +
+sigma_s sqrt(1 - e^(-2 eta h)) noise. `solver="heun"` weighs the difference by alpha_s (1 - (1 -
+e^-k)/k) instead of alpha_s (1 - e^-k)/2. eta 0 is DPM-Solver++(2M).
 """
 
 import math
@@ -30,13 +32,16 @@ def dpmpp_2m_sde(
     lower_order_final: bool = False,
     lower_below: int = 0,
 ) -> Run:
-    """eta >= 0: how much of the noise is drawn anew. One network call a step; from or to an end, first-order steps.
+    """eta >= 0: how much of the noise is drawn anew. One network call a step; from or to an end,
+    first-order steps.
 
-    `lower_order_final` makes the last step a first-order one, wherever it ends (at t = 0 it always is); `lower_below` in runs of fewer steps
-    than that (diffusers: 15).
+    `lower_order_final` makes the last step a first-order one, wherever it ends (at t = 0 it always
+    is); `lower_below` in runs of fewer steps than that (diffusers: 15).
     """
     if not 0 <= eta < math.inf:
-        raise UserError(f"eta={eta}: expected a number of at least 0; 0 is deterministic, 1 is the usual")
+        raise UserError(
+            f"eta={eta}: expected a number of at least 0; 0 is deterministic, 1 is the usual"
+        )
     if solver not in ("midpoint", "heun"):
         raise unknown("solver", solver, ("midpoint", "heun"))
     before: tuple[Tensor, float] | None = None

@@ -1,7 +1,9 @@
-"""DPM-Solver++(2S), singlestep (Lu et al. 2022, arXiv:2211.01095, algorithm 1): the clean latent at a middle point corrects the step.
+"""DPM-Solver++(2S), singlestep (Lu et al. 2022, arXiv:2211.01095, algorithm 1): the clean latent at
+a middle point corrects the step.
 
-With h the step in log(alpha/sigma) and m at r of it: u = (sigma_m/sigma_t) x + alpha_m (1 - e^(-r h)) x0_t, then
-x_s = (sigma_s/sigma_t) x + alpha_s (1 - e^-h) ((1 - 1/(2r)) x0_t + x0_m/(2r)). Steps from or to an end, where h is infinite, are DDIM's.
+With h the step in log(alpha/sigma) and m at r of it: u = (sigma_m/sigma_t) x + alpha_m (1 - e^(-r
+h)) x0_t, then x_s = (sigma_s/sigma_t) x + alpha_s (1 - e^-h) ((1 - 1/(2r)) x0_t + x0_m/(2r)). Steps
+from or to an end, where h is infinite, are DDIM's.
 """
 
 import math
@@ -18,7 +20,9 @@ from sfumato.types import Noise
 
 
 @traits(order=2, calls=2)
-def dpmpp_2s(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, r: float = 0.5) -> Run:
+def dpmpp_2s(
+    x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, r: float = 0.5
+) -> Run:
     """r in (0, 1). Two network calls a step, one for a step from alpha = 0 or to sigma = 0."""
     if not 0 < r < 1:
         raise UserError(f"r={r}: expected a number in (0, 1), 0.5 is the midpoint")

@@ -1,4 +1,6 @@
-"""DPM-Solver++(3M), multistep: two steps before bend this one (Lu et al. 2022, arXiv:2211.01095, appendix; formula in dpmpp_3m_sde.py, eta 0)."""
+"""DPM-Solver++(3M), multistep: two steps before bend this one (Lu et al. 2022, arXiv:2211.01095,
+appendix; formula in dpmpp_3m_sde.py, eta 0).
+"""
 
 from collections.abc import Sequence
 from typing import Literal

@@ -1,9 +1,11 @@
-"""DPM-Solver++(3M) for the stochastic equation: two steps before bend this one (Lu et al. 2022, arXiv:2211.01095; k-diffusion's `eta`).
+"""DPM-Solver++(3M) for the stochastic equation: two steps before bend this one (Lu et al. 2022,
+arXiv:2211.01095; k-diffusion's `eta`).
 
-With h the step in log(alpha/sigma), k = (1 + eta) h, and x0 + u c1 + u^2 c2 the parabola through the last three clean latents (u = 1 at the end):
-x_s = (sigma_s/sigma_t) e^(-eta h) x + alpha_s ((1 - e^-k) x0 + phi c1 + (1 - 2 phi/k) c2) + sigma_s sqrt(1 - e^(-2 eta h)) noise with
-phi = 1 - (1 - e^-k)/k. The authors' code, k-diffusion and diffusers have 1/2 - phi/k at c2, half of the integral, and so are of order two:
-`published=True` gives their results.
+With h the step in log(alpha/sigma), k = (1 + eta) h, and x0 + u c1 + u^2 c2 the parabola through
+the last three clean latents (u = 1 at the end): x_s = (sigma_s/sigma_t) e^(-eta h) x + alpha_s ((1
+- e^-k) x0 + phi c1 + (1 - 2 phi/k) c2) + sigma_s sqrt(1 - e^(-2 eta h)) noise with phi = 1 - (1 -
+e^-k)/k. The authors' code, k-diffusion and diffusers have 1/2 - phi/k at c2, half of the integral,
+and so are of order two: `published=True` gives their results.
 """
 
 import math
@@ -32,15 +34,19 @@ def dpmpp_3m_sde(
     lower_order_final: bool = False,
     lower_below: int = 0,
 ) -> Run:
-    """eta >= 0: how much of the noise is drawn anew. One network call a step; from or to an end, first-order steps.
+    """eta >= 0: how much of the noise is drawn anew. One network call a step; from or to an end,
+    first-order steps.
 
     published: with half of the quadratic term, as other implementations have it (order two).
-    `solver` is how the second-order steps are made (see dpmpp_2m_sde.py): the second one, where the third order has too little to go by.
-    `lower_order_final` lowers the order to 2 and 1 over the last two steps, which is stabler when they are few; `lower_below` in runs of fewer steps
-    than that (diffusers: 15).
+    `solver` is how the second-order steps are made (see dpmpp_2m_sde.py): the second one, where the
+    third order has too little to go by. `lower_order_final` lowers the order to 2 and 1 over the
+    last two steps, which is stabler when they are few; `lower_below` in runs of fewer steps than
+    that (diffusers: 15).
     """
     if not 0 <= eta < math.inf:
-        raise UserError(f"eta={eta}: expected a number of at least 0; 0 is deterministic, 1 is the usual")
+        raise UserError(
+            f"eta={eta}: expected a number of at least 0; 0 is deterministic, 1 is the usual"
+        )
     if solver not in ("midpoint", "heun"):
         raise unknown("solver", solver, ("midpoint", "heun"))
     before: list[tuple[Tensor, float]] = []  # (x0, h) of the last steps, the latest first
@@ -59,7 +65,8 @@ def dpmpp_3m_sde(
         weights = [gain]  # of x0 and of those known before it
         if known:
             r0, phi = known[0][1] / h, 1 - gain / k
-            slope, bend = [1 / r0, -1 / r0], [0.0, 0.0]  # divided differences, as weights of the same
+            # divided differences, as weights of the same
+            slope, bend = [1 / r0, -1 / r0], [0.0, 0.0]
             if len(known) > 1:
                 r1 = known[1][1] / h
                 slope, second = [*slope, 0.0], [0.0, 1 / r1, -1 / r1]
@@ -71,7 +78,10 @@ def dpmpp_3m_sde(
             weights = [phi * a + curve * b for a, b in zip(slope, bend, strict=True)]
             weights[0] += gain
         points = [x0, *(old for old, _ in known)]
-        x = total((there[1] / here[1] * kept, x), *((there[0] * weight, old) for weight, old in zip(weights, points, strict=True)))
+        x = total(
+            (there[1] / here[1] * kept, x),
+            *((there[0] * weight, old) for weight, old in zip(weights, points, strict=True)),
+        )
         if eta:
             x.add_((there[1] * math.sqrt(1 - kept**2)) * noise())
         before = [] if here[0] == 0 else [(x0, h), *before[:1]]

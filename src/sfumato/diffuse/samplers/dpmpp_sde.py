@@ -1,7 +1,9 @@
-"""DPM-Solver++(2S) for the stochastic equation, singlestep (Lu et al. 2022, arXiv:2211.01095; k-diffusion's "DPM++ SDE").
+"""DPM-Solver++(2S) for the stochastic equation, singlestep (Lu et al. 2022, arXiv:2211.01095;
+k-diffusion's "DPM++ SDE").
 
-An ancestral step to the middle in log(alpha/sigma), then the whole step again with x0 = (1 - 1/(2r)) x0_t + x0_m/(2r), each with its own noise.
-Steps from or to an end, where the middle is nowhere, are single ancestral ones.
+An ancestral step to the middle in log(alpha/sigma), then the whole step again with x0 = (1 -
+1/(2r)) x0_t + x0_m/(2r), each with its own noise. Steps from or to an end, where the middle is
+nowhere, are single ancestral ones.
 """
 
 import math
@@ -11,15 +13,32 @@ from itertools import pairwise
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import Point, ancestral, at_an_end, between, half_log_snr, total, towards
+from sfumato.diffuse.samplers._steps import (
+    Point,
+    ancestral,
+    at_an_end,
+    between,
+    half_log_snr,
+    total,
+    towards,
+)
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError
 from sfumato.types import Noise, Prediction
 
 
 @traits(order=2, calls=2, noise=True)
-def dpmpp_sde(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 1.0, r: float = 0.5) -> Run:
-    """eta in [0, 1], r in (0, 1). Two network calls a step, one for a step from alpha = 0 or to sigma = 0."""
+def dpmpp_sde(
+    x: Tensor,
+    times: Sequence[float],
+    schedule: Schedule,
+    noise: Noise,
+    eta: float = 1.0,
+    r: float = 0.5,
+) -> Run:
+    """eta in [0, 1], r in (0, 1). Two network calls a step, one for a step from alpha = 0 or to
+    sigma = 0.
+    """
     if not (0 <= eta <= 1 and 0 < r < 1):
         raise UserError(f"eta={eta}, r={r}: expected eta in [0, 1] and r in (0, 1)")
 

@@ -1,7 +1,9 @@
-"""Karras et al.'s stochastic sampler: add a little noise, then a step of Heun's method (2022, arXiv:2206.00364, algorithm 2).
+"""Karras et al.'s stochastic sampler: add a little noise, then a step of Heun's method (2022,
+arXiv:2206.00364, algorithm 2).
 
-The noise level sigma/alpha of x is raised by a factor 1 + gamma with gamma = min(S_churn/N, sqrt(2) - 1) between S_tmin and S_tmax, and Heun's
-method (heun.py) goes down from there. Their best settings for images: churn 40, churn_noise 1.003.
+The noise level sigma/alpha of x is raised by a factor 1 + gamma with gamma = min(S_churn/N, sqrt(2)
+- 1) between S_tmin and S_tmax, and Heun's method (heun.py) goes down from there. Their best
+settings for images: churn 40, churn_noise 1.003.
 """
 
 import math
@@ -30,10 +32,16 @@ class Churn:
 
     def __post_init__(self) -> None:
         if not (self.amount >= 0 and self.scale >= 0):
-            raise UserError(f"churn={self.amount}, churn_noise={self.scale}: expected numbers of at least 0")
+            raise UserError(
+                f"churn={self.amount}, churn_noise={self.scale}: expected numbers of at least 0"
+            )
 
-    def __call__(self, x: Tensor, t: float, schedule: Schedule, noise: Noise) -> tuple[Tensor, float]:
-        """(x, t) with more noise; as they are where there is none to add, or no time of more noise to go to."""
+    def __call__(
+        self, x: Tensor, t: float, schedule: Schedule, noise: Noise
+    ) -> tuple[Tensor, float]:
+        """(x, t) with more noise; as they are where there is none to add, or no time of more noise
+        to go to.
+        """
         level, gamma = schedule.noise_level(t), min(self.amount / self.steps, math.sqrt(2) - 1)
         if gamma == 0 or not self.low <= level <= self.high or math.isinf(level):
             return x, t
@@ -55,7 +63,10 @@ def edm(
     churn_noise: float = 1.0,
 ) -> Run:
     """Two network calls a step, one for a last step to t = 0."""
-    churned, straight = Churn(churn, churn_from, churn_to, churn_noise, len(times) - 1), Straight(schedule)
+    churned, straight = (
+        Churn(churn, churn_from, churn_to, churn_noise, len(times) - 1),
+        Straight(schedule),
+    )
     for t, s in pairwise(times):
         x, t = churned(x, t, schedule, noise)
         first = yield x, t
@@ -65,5 +76,7 @@ def edm(
         second = yield end, s
         (c_t, b_t), (c_s, b_s) = straight.at(t), straight.at(s)
         half, (of_x0, of_eps) = c_s * (b_s - b_t) / 2, straight.slope
-        x = first.at(half * of_x0, half * of_eps, c_s / c_t, x).add_(second.at(half * of_x0, half * of_eps))
+        x = first.at(half * of_x0, half * of_eps, c_s / c_t, x).add_(
+            second.at(half * of_x0, half * of_eps)
+        )
     return x

@@ -1,7 +1,9 @@
-"""Euler's method on the flow of a diffusion model (Karras et al. 2022, arXiv:2206.00364, algorithm 1 without the correction).
+"""Euler's method on the flow of a diffusion model (Karras et al. 2022, arXiv:2206.00364, algorithm
+1 without the correction).
 
-x/alpha + (sigma_s/alpha_s - sigma_t/alpha_t) eps, in whatever coordinates, is alpha_s*x0 + sigma_s*eps: the step of DDIM with eta 0, and of a
-flow's x + (s - t)(eps - x0). With `churn` > 0 noise is added before each step and removed by it (their algorithm 2, S_churn).
+x/alpha + (sigma_s/alpha_s - sigma_t/alpha_t) eps, in whatever coordinates, is alpha_s*x0 +
+sigma_s*eps: the step of DDIM with eta 0, and of a flow's x + (s - t)(eps - x0). With `churn` > 0
+noise is added before each step and removed by it (their algorithm 2, S_churn).
 """
 
 from collections.abc import Sequence
@@ -27,7 +29,9 @@ def euler(
     churn_to: float = float("inf"),
     churn_noise: float = 1.0,
 ) -> Run:
-    """churn: S_churn, over noise levels sigma/alpha from `churn_from` to `churn_to`. One network call a step."""
+    """churn: S_churn, over noise levels sigma/alpha from `churn_from` to `churn_to`. One network
+    call a step.
+    """
     churned = Churn(churn, churn_from, churn_to, churn_noise, len(times) - 1)
     for t, s in pairwise(times):
         x, t = churned(x, t, schedule, noise)

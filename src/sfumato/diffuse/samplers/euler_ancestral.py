@@ -1,7 +1,8 @@
 """Euler's method to less noise than asked for, and fresh noise on top ("Euler a", k-diffusion).
 
-In the noise level r = sigma/alpha: up^2 = eta^2 r_s^2 (r_t^2 - r_s^2)/r_t^2, down^2 = r_s^2 - up^2; a step to `down`, then `up` times noise. With
-eta 1 it is DDPM's posterior (Ho et al. 2020, arXiv:2006.11239) written for the flow of Karras et al. 2022 (arXiv:2206.00364).
+In the noise level r = sigma/alpha: up^2 = eta^2 r_s^2 (r_t^2 - r_s^2)/r_t^2, down^2 = r_s^2 - up^2;
+a step to `down`, then `up` times noise. With eta 1 it is DDPM's posterior (Ho et al. 2020,
+arXiv:2006.11239) written for the flow of Karras et al. 2022 (arXiv:2206.00364).
 """
 
 import math
@@ -18,10 +19,21 @@ from sfumato.types import Noise
 
 
 @traits(order=1, noise=True)
-def euler_ancestral(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 1.0, noise_scale: float = 1.0) -> Run:
-    """eta: how much of the noise is drawn anew, in [0, 1]; noise_scale multiplies it. One network call a step."""
+def euler_ancestral(
+    x: Tensor,
+    times: Sequence[float],
+    schedule: Schedule,
+    noise: Noise,
+    eta: float = 1.0,
+    noise_scale: float = 1.0,
+) -> Run:
+    """eta: how much of the noise is drawn anew, in [0, 1]; noise_scale multiplies it. One network
+    call a step.
+    """
     if not (0 <= eta <= 1 and 0 <= noise_scale < math.inf):
-        raise UserError(f"eta={eta}, noise_scale={noise_scale}: expected eta in [0, 1] and a scale of at least 0")
+        raise UserError(
+            f"eta={eta}, noise_scale={noise_scale}: expected eta in [0, 1] and a scale of at least 0"
+        )
     for t, s in pairwise(times):
         prediction = yield x, t
         here, there = schedule.point(t), schedule.point(s)

@@ -1,7 +1,9 @@
-"""Heun's method on the flow: a step of Euler, the slope at its end, and the step again with the mean of both slopes.
+"""Heun's method on the flow: a step of Euler, the slope at its end, and the step again with the
+mean of both slopes.
 
-Karras et al. 2022 (arXiv:2206.00364, algorithm 1), in x/alpha over sigma/alpha; for flows and zero terminal SNR, where that is infinite at
-t = 1, in x/(alpha + sigma) over sigma/(alpha + sigma), which for a flow is x over t.
+Karras et al. 2022 (arXiv:2206.00364, algorithm 1), in x/alpha over sigma/alpha; for flows and zero
+terminal SNR, where that is infinite at t = 1, in x/(alpha + sigma) over sigma/(alpha + sigma),
+which for a flow is x over t.
 """
 
 from collections.abc import Sequence

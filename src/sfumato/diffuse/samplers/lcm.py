@@ -1,7 +1,9 @@
-"""Latent consistency models' sampler (Luo et al. 2023, arXiv:2310.04378, algorithm 3): consistency sampling behind a boundary condition.
+"""Latent consistency models' sampler (Luo et al. 2023, arXiv:2310.04378, algorithm 3): consistency
+sampling behind a boundary condition.
 
-f = c_skip x + c_out x0 with c_skip = d^2/(k^2 + d^2), c_out = k/sqrt(k^2 + d^2), k = scaling * timestep (of 1000): the identity at timestep 0, x0 almost
-everywhere else. x_s = alpha_s f + sigma_s noise.
+f = c_skip x + c_out x0 with c_skip = d^2/(k^2 + d^2), c_out = k/sqrt(k^2 + d^2), k = scaling *
+timestep (of 1000): the identity at timestep 0, x0 almost everywhere else. x_s = alpha_s f + sigma_s
+noise.
 """
 
 import math
@@ -17,8 +19,17 @@ from sfumato.types import Noise
 
 
 @traits(order=1, noise=True, network="consistency")
-def lcm(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, scaling: float = 10.0, sigma_data: float = 0.5) -> Run:
-    """scaling and sigma_data as in the model's config (diffusers: timestep_scaling). One network call a step."""
+def lcm(
+    x: Tensor,
+    times: Sequence[float],
+    schedule: Schedule,
+    noise: Noise,
+    scaling: float = 10.0,
+    sigma_data: float = 0.5,
+) -> Run:
+    """scaling and sigma_data as in the model's config (diffusers: timestep_scaling). One network
+    call a step.
+    """
     if not (scaling > 0 and sigma_data > 0):
         raise UserError(f"scaling={scaling}, sigma_data={sigma_data}: expected positive numbers")
     for t, s in pairwise(times):

@@ -1,7 +1,8 @@
-"""Linear multistep (Adams-Bashforth) for uneven steps, in the coordinates of Karras et al. (2022, arXiv:2206.00364); k-diffusion's "LMS".
+"""Linear multistep (Adams-Bashforth) for uneven steps, in the coordinates of Karras et al. (2022,
+arXiv:2206.00364); k-diffusion's "LMS".
 
-x/c moves by the integral of the polynomial through the last slopes over B (see _steps.Straight: B is sigma/alpha and the slope eps; for flows B
-is t and the slope eps - x0).
+x/c moves by the integral of the polynomial through the last slopes over B (see _steps.Straight: B
+is sigma/alpha and the slope eps; for flows B is t and the slope eps - x0).
 """
 
 import math
@@ -21,7 +22,9 @@ from sfumato.types import Noise
 
 @lru_cache(maxsize=1024)
 def coefficients(points: tuple[float, ...], end: float) -> list[float]:
-    """Integrals from points[0] to `end` of the Lagrange polynomials through `points`, the latest first."""
+    """Integrals from points[0] to `end` of the Lagrange polynomials through `points`, the latest
+    first.
+    """
     width = end - points[0]  # in units of the step, where the numbers are near 1
     shifted, found = [(p - points[0]) / width for p in points], []
     for i, p in enumerate(shifted):
@@ -43,5 +46,8 @@ def lms(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, ord
         (c_t, b_t), (c_s, b_s) = straight.at(t), straight.at(s)
         known = [(prediction.at(*straight.slope), b_t), *known][:order]
         weights = coefficients(tuple(b for _, b in known), b_s)
-        x = total((c_s / c_t, x), *((c_s * c, slope) for (slope, _), c in zip(known, weights, strict=True)))
+        x = total(
+            (c_s / c_t, x),
+            *((c_s * c, slope) for (slope, _), c in zip(known, weights, strict=True)),
+        )
     return x

@@ -1,7 +1,9 @@
-"""PLMS: the pseudo linear multistep method begun by a pseudo improved Euler step (Liu et al. 2022, arXiv:2202.09778, eq. 12 and 22).
+"""PLMS: the pseudo linear multistep method begun by a pseudo improved Euler step (Liu et al. 2022,
+arXiv:2202.09778, eq. 12 and 22).
 
-DDIM's step with e' = (55 e_0 - 59 e_1 + 37 e_2 - 9 e_3)/24 of the last noises (fewer at first), as for even steps in t. The first step is made
-twice: with e_0, and again with the mean of e_0 and the noise found at its end. It is Stable Diffusion's first default sampler.
+DDIM's step with e' = (55 e_0 - 59 e_1 + 37 e_2 - 9 e_3)/24 of the last noises (fewer at first), as
+for even steps in t. The first step is made twice: with e_0, and again with the mean of e_0 and the
+noise found at its end. It is Stable Diffusion's first default sampler.
 """
 
 from collections.abc import Sequence
@@ -14,7 +16,12 @@ from sfumato.diffuse.samplers._steps import Point, along, no_signal, place
 from sfumato.diffuse.schedule import Schedule
 from sfumato.types import Noise, Prediction
 
-ADAMS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+ADAMS = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
 
 
 def multistep(noises: Sequence[Tensor]) -> Tensor:
@@ -27,7 +34,9 @@ def multistep(noises: Sequence[Tensor]) -> Tensor:
 
 
 def transfer(x: Tensor, prediction: Prediction, eps: Tensor, here: Point, there: Point) -> Tensor:
-    """DDIM's step from x with another eps. Without signal at `here` eps cannot be told from x: the prediction's own pair is taken."""
+    """DDIM's step from x with another eps. Without signal at `here` eps cannot be told from x: the
+    prediction's own pair is taken.
+    """
     return place(prediction, there) if no_signal(here) else along(x, eps, here, there)
 
 

@@ -1,6 +1,8 @@
-"""PNDM: pseudo Runge-Kutta for the first three steps, then the pseudo linear multistep method (Liu et al. 2022, arXiv:2202.09778, eq. 12-14).
+"""PNDM: pseudo Runge-Kutta for the first three steps, then the pseudo linear multistep method (Liu
+et al. 2022, arXiv:2202.09778, eq. 12-14).
 
-A pseudo Runge-Kutta step asks at t, twice at the middle m and at s, moving each time by DDIM's step: e = (e_1 + 2 e_2 + 2 e_3 + e_4)/6.
+A pseudo Runge-Kutta step asks at t, twice at the middle m and at s, moving each time by DDIM's
+step: e = (e_1 + 2 e_2 + 2 e_3 + e_4)/6.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,9 @@
-"""Restart (Xu et al. 2023, arXiv:2306.14878, algorithm 1): Heun's method, and once at a low noise level, back up with fresh noise and down again.
+"""Restart (Xu et al. 2023, arXiv:2306.14878, algorithm 1): Heun's method, and once at a low noise
+level, back up with fresh noise and down again.
 
-When the run passes the noise level `low` (sigma/alpha), `restarts` times: noise is added up to `high`, and `inner` steps of Heun, spaced as Karras
-et al.'s, come back. The noise contracts the errors made above; the deterministic steps keep those made below small.
+When the run passes the noise level `low` (sigma/alpha), `restarts` times: noise is added up to
+`high`, and `inner` steps of Heun, spaced as Karras et al.'s, come back. The noise contracts the
+errors made above; the deterministic steps keep those made below small.
 """
 
 import math
@@ -29,19 +31,25 @@ def restart(
     inner: int = 9,
     rho: float = 7.0,
 ) -> Run:
-    """Two network calls a step, and 2 * restarts * inner more; a run that does not come down from above `high` is Heun's alone."""
+    """Two network calls a step, and 2 * restarts * inner more; a run that does not come down from
+    above `high` is Heun's alone.
+    """
     if not (0 < low < high < math.inf and restarts >= 0 and inner >= 1 and 0 < rho < math.inf):
         found = f"low={low}, high={high}, restarts={restarts}, inner={inner}, rho={rho}"
         raise UserError(f"{found}: expected 0 < low < high, restarts >= 0, inner >= 1, rho > 0")
     bottom, top = schedule.at_noise_level(low), schedule.at_noise_level(high)
     positive = [i for i, s in enumerate(times) if s > 0]
-    crossing = next((i for i in positive if times[i] <= bottom), positive[-1])  # a run of few steps jumps over `low`: its last time then
+    # a run of few steps jumps over `low`: its last time then
+    crossing = next((i for i in positive if times[i] <= bottom), positive[-1])
     if restarts == 0 or crossing == 0 or not times[crossing] < top < times[0]:
         return (yield from heun(x, times, schedule, noise))
     s = times[crossing]
     x = yield from heun(x, times[: crossing + 1], schedule, noise)
     levels = [schedule.noise_level(top) ** (1 / rho), schedule.noise_level(s) ** (1 / rho)]
-    ladder = [schedule.at_noise_level((levels[0] + (levels[1] - levels[0]) * i / inner) ** rho) for i in range(inner)]
+    ladder = [
+        schedule.at_noise_level((levels[0] + (levels[1] - levels[0]) * i / inner) ** rho)
+        for i in range(inner)
+    ]
     ladder = [top, *ladder[1:], s]
     for _ in range(restarts):
         x = noisier(x, noise(), schedule.point(s), schedule.point(top))

@@ -1,7 +1,9 @@
-"""Trajectory consistency distillation's sampler (Zheng et al. 2024, arXiv:2402.19159, algorithm 4, strategic stochastic sampling).
+"""Trajectory consistency distillation's sampler (Zheng et al. 2024, arXiv:2402.19159, algorithm 4,
+strategic stochastic sampling).
 
-Each step goes past its end, to s' = (1 - eta) s (on a table: in timesteps, rounded down), by DDIM's step, and comes back by adding noise:
-x_s = (alpha_s/alpha_s') x_s' + sqrt(sigma_s^2 - (alpha_s sigma_s'/alpha_s')^2) noise. eta 0 is DDIM, eta 1 is consistency sampling.
+Each step goes past its end, to s' = (1 - eta) s (on a table: in timesteps, rounded down), by DDIM's
+step, and comes back by adding noise: x_s = (alpha_s/alpha_s') x_s' + sqrt(sigma_s^2 - (alpha_s
+sigma_s'/alpha_s')^2) noise. eta 0 is DDIM, eta 1 is consistency sampling.
 """
 
 import math
@@ -18,14 +20,17 @@ from sfumato.types import Noise
 
 
 @traits(order=1, noise=True, network="consistency", exact={"eta": 1.0})
-def tcd(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 0.3) -> Run:
+def tcd(
+    x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 0.3
+) -> Run:
     """eta in [0, 1]: how much of each step is noise drawn anew. One network call a step."""
     if not 0 <= eta <= 1:
         raise UserError(f"eta={eta}: expected a number in [0, 1], 0 is deterministic")
     for t, s in pairwise(times):
         prediction = yield x, t
         past, there = (1 - eta) * s, schedule.point(s)
-        if schedule.grid is not None and 0 < past < s:  # in whole timesteps, of which the first, 0, is at t = 1/grid
+        # in whole timesteps, of which the first, 0, is at t = 1/grid
+        if schedule.grid is not None and 0 < past < s:
             past = (math.floor(round((1 - eta) * (s * schedule.grid - 1), 6)) + 1) / schedule.grid
         alpha, sigma = schedule.point(past)
         ratio, added = rise((alpha, sigma), there)

@@ -1,9 +1,11 @@
-"""UniPC: a multistep predictor, and a corrector that uses the next call's answer too (Zhao et al. 2023, arXiv:2302.04867, algorithms 5 and 6).
+"""UniPC: a multistep predictor, and a corrector that uses the next call's answer too (Zhao et al.
+2023, arXiv:2302.04867, algorithms 5 and 6).
 
-Data prediction, with h the step in log(alpha/sigma), D_i = (x0_i - x0_t)/r_i for the points before at r_i h and, for the corrector, the end
-itself (r = 1): x_s = (sigma_s/sigma_t) x + alpha_s (1 - e^-h) x0_t - alpha_s B sum_i rho_i D_i, where sum_i rho_i r_i^(k-1) = k! phi_k/B with
-phi_1 = (e^-h - 1)/(-h) - 1 and phi_(k+1) = phi_k/(-h) - 1/(k+1)!; B = -h ("bh1") or e^-h - 1 ("bh2"). One network call a step: the corrector
-takes the next one's.
+Data prediction, with h the step in log(alpha/sigma), D_i = (x0_i - x0_t)/r_i for the points before
+at r_i h and, for the corrector, the end itself (r = 1): x_s = (sigma_s/sigma_t) x + alpha_s (1 -
+e^-h) x0_t - alpha_s B sum_i rho_i D_i, where sum_i rho_i r_i^(k-1) = k! phi_k/B with phi_1 = (e^-h
+- 1)/(-h) - 1 and phi_(k+1) = phi_k/(-h) - 1/(k+1)!; B = -h ("bh1") or e^-h - 1 ("bh2"). One network
+call a step: the corrector takes the next one's.
 """
 
 import math
@@ -49,7 +51,8 @@ def unipc(
     corrector: bool = True,
     lower_order_final: bool = True,
 ) -> Run:
-    """order from 1 to 4 (the predictor's; the corrector adds up to one). `lower_order_final` lowers it over the last steps, which is stabler.
+    """order from 1 to 4 (the predictor's; the corrector adds up to one). `lower_order_final` lowers
+    it over the last steps, which is stabler.
 
     One network call a step.
     """
@@ -57,8 +60,10 @@ def unipc(
         raise UserError(f"order={order}: expected 1 to 4; 2 is the usual with guidance, 3 without")
     if variant not in ("bh1", "bh2"):
         raise unknown("variant", variant, ("bh1", "bh2"))
-    last: tuple[Tensor, Point, list[tuple[Tensor, float]], float, int] | None = None  # what the corrector begins from
-    known: list[tuple[Tensor, float]] = []  # (x0, log(alpha/sigma)) of the calls before, the latest first
+    # what the corrector begins from
+    last: tuple[Tensor, Point, list[tuple[Tensor, float]], float, int] | None = None
+    # (x0, log(alpha/sigma)) of the calls before, the latest first
+    known: list[tuple[Tensor, float]] = []
     count = len(times) - 1
     for index, (t, s) in enumerate(pairwise(times)):
         x0 = (yield x, t).x0
@@ -79,14 +84,25 @@ def unipc(
 
 
 def _step(
-    x: Tensor, points: Sequence[tuple[Tensor, float]], end: tuple[Tensor, float] | None, here: Point, there: Point, h: float, kind: str
+    x: Tensor,
+    points: Sequence[tuple[Tensor, float]],
+    end: tuple[Tensor, float] | None,
+    here: Point,
+    there: Point,
+    h: float,
+    kind: str,
 ) -> Tensor:
     """From `here` with the values known before and, for the corrector, the value at the end."""
     x0, place = points[0]
     others = [*points[1:], *([end] if end is not None else [])]
     ratios = tuple((at - place) / h for _, at in others)
-    bends = [there[0] * weight / ratio for weight, ratio in zip(weights(ratios, h, kind) if others else (), ratios, strict=True)]
+    bends = [
+        there[0] * weight / ratio
+        for weight, ratio in zip(weights(ratios, h, kind) if others else (), ratios, strict=True)
+    ]
     stay = there[1] / here[1]
     return total(
-        (stay, x), (there[0] - here[0] * stay + sum(bends), x0), *((-bend, value) for bend, (value, _) in zip(bends, others, strict=True))
+        (stay, x),
+        (there[0] - here[0] * stay + sum(bends), x0),
+        *((-bend, value) for bend, (value, _) in zip(bends, others, strict=True)),
     )

@@ -1,6 +1,8 @@
-"""A whole model in less memory than its weights take: text encoders, denoiser and decoder stream theirs, one after the other.
+"""A whole model in less memory than its weights take: text encoders, denoiser and decoder stream
+theirs, one after the other.
 
-How a network does it is inference/offload/streaming.py. `model` in this file is a `LatentDiffusion`, or anything with its autoencoder, denoiser and conditioner.
+How a network does it is inference/offload/streaming.py. `model` in this file is a
+`LatentDiffusion`, or anything with its autoencoder, denoiser and conditioner.
 """
 
 from collections.abc import Mapping
@@ -31,7 +33,11 @@ def _encoders(conditioner: Any) -> dict[str, Any]:
     if not is_dataclass(conditioner):
         return {}
     held = {field.name: getattr(conditioner, field.name) for field in fields(conditioner)}
-    return {name: value for name, value in held.items() if isinstance(getattr(value, "model", None), nn.Module)}
+    return {
+        name: value
+        for name, value in held.items()
+        if isinstance(getattr(value, "model", None), nn.Module)
+    }
 
 
 def stream_of(model: Any) -> Stream | None:
@@ -42,26 +48,42 @@ def stream_of(model: Any) -> Stream | None:
 def refuse(model: Any, what: str, instead: str) -> None:
     """`UserError` for what cannot be done while weights are streamed."""
     if stream_of(model) is not None:
-        raise UserError(f"{what} needs all weights in memory, and this model streams them: {instead}")
+        raise UserError(
+            f"{what} needs all weights in memory, and this model streams them: {instead}"
+        )
 
 
-def stream_model(model: Any, limit: int, dtype: torch.dtype | None, device: str | torch.device) -> Any:
-    """`LatentDiffusion.streamed`. `UserError` for a limit below what works, which it says, and for systems that cannot."""
+def stream_model(
+    model: Any, limit: int, dtype: torch.dtype | None, device: str | torch.device
+) -> Any:
+    """`LatentDiffusion.streamed`. `UserError` for a limit below what works, which it says, and for
+    systems that cannot.
+    """
     refuse(model, "streaming", "open it anew with the memory wanted")
     where = _device(device)
     if where.type == "cpu" and not can_drop():
-        raise UserError("memory= on the CPU needs Linux, where pages of files can be given back: open the model without it")
-    memory, computed = Memory(limit, where), dtype or next(model.denoiser.network.parameters()).dtype
+        raise UserError(
+            "memory= on the CPU needs Linux, where pages of files can be given back: open the model without it"
+        )
+    memory, computed = (
+        Memory(limit, where),
+        dtype or next(model.denoiser.network.parameters()).dtype,
+    )
     streams: list[Stream] = []
 
     def streaming(network: nn.Module, part: str) -> nn.Module:
-        found = stream(shared(network), memory, computed, f"the {part.replace('_', ' ')} of {model.name}")
+        found = stream(
+            shared(network), memory, computed, f"the {part.replace('_', ' ')} of {model.name}"
+        )
         mine = streamed(found)
         assert mine is not None
         streams.append(mine)
         return found
 
-    encoders = {name: replace(encoder, model=streaming(encoder.model, name)) for name, encoder in _encoders(model.conditioner).items()}
+    encoders = {
+        name: replace(encoder, model=streaming(encoder.model, name))
+        for name, encoder in _encoders(model.conditioner).items()
+    }
     conditioner = replace(model.conditioner, **encoders) if encoders else model.conditioner
     if where.type != "cpu" and not encoders and hasattr(conditioner, "to"):
         conditioner = conditioner.to(where)
@@ -79,11 +101,16 @@ def _device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:  # torch's words for a name that it does not know, or a device that is not there
+    except (RuntimeError, AssertionError) as error:
+        # torch's words for a name that it does not know, or a device that is not there
         reason = str(error).splitlines()[0]
-        raise UserError(f"device {str(device)!r} cannot be used ({reason}): expected one such as cpu or cuda") from error
+        raise UserError(
+            f"device {str(device)!r} cannot be used ({reason}): expected one such as cpu or cuda"
+        ) from error
     if found.type not in ("cpu", "cuda"):
-        raise UserError(f"device {str(device)!r} with memory=: weights are streamed to the CPU or to CUDA")
+        raise UserError(
+            f"device {str(device)!r} with memory=: weights are streamed to the CPU or to CUDA"
+        )
     return found
 
 
@@ -111,4 +138,8 @@ def state(network: nn.Module) -> Mapping[str, Tensor]:
 def words_state(conditioner: Any) -> Mapping[str, Tensor]:
     """A conditioner's weights by name, as `state`."""
     found = conditioner.tensors()
-    return read_through(found) if any(streamed(e.model) is not None for e in _encoders(conditioner).values()) else found
+    return (
+        read_through(found)
+        if any(streamed(e.model) is not None for e in _encoders(conditioner).values())
+        else found
+    )

@@ -1,18 +1,24 @@
-"""Networks larger than memory: each layer's weights are there while it runs, and given back after it.
+"""Networks larger than memory: each layer's weights are there while it runs, and given back after
+it.
 
-A layer is a module with weights of its own and no modules inside. What is done with its weights depends on where they lie:
+A layer is a module with weights of its own and no modules inside. What is done with its weights
+depends on where they lie:
 
-    mapped   in a file, in the dtype that is computed in, on the CPU: the layer computes from the file's pages, which are dropped afterwards
-    copied   anything else: they are converted, or sent to the device, into a ring of places that is used again (inference/offload/transfer.py)
+    mapped   in a file, in the dtype that is computed in, on the CPU: the layer computes from the
+             file's pages, which are dropped afterwards
+    copied   anything else: they are converted, or sent to the device, into a ring of places that is
+             used again (inference/offload/transfer.py)
 
-Layers that follow are asked for while one runs. The order is what the last pass showed; before that, the one in which they are registered. After
-a first pass it is known what a pass needs besides; what is left of the memory given (`Memory`) then keeps layers from pass to pass, and
-only the rest is streamed. A network whose turn is over gives all of it back to the next, so that text encoders, denoiser and decoder
-never hold weights at the same time. Numbers are the plain network's, bit for bit: the same kernels read the same weights.
+Layers that follow are asked for while one runs. The order is what the last pass showed; before
+that, the one in which they are registered. After a first pass it is known what a pass needs
+besides; what is left of the memory given (`Memory`) then keeps layers from pass to pass, and only
+the rest is streamed. A network whose turn is over gives all of it back to the next, so that text
+encoders, denoiser and decoder never hold weights at the same time. Numbers are the plain network's,
+bit for bit: the same kernels read the same weights.
 
-Outside their turn copied weights are placeholders without memory, on the meta device (the first: NaN, where the network is, for whoever asks a
-network where it is). To compute with one is an error, and no wrong number. Who asks a layer for its weight by name, without running it,
-is given a copy.
+Outside their turn copied weights are placeholders without memory, on the meta device (the first:
+NaN, where the network is, for whoever asks a network where it is). To compute with one is an error,
+and no wrong number. Who asks a layer for its weight by name, without running it, is given a copy.
 """
 
 import threading
@@ -30,13 +36,16 @@ from sfumato.io import host_memory
 from sfumato.io.safetensors import require_finite
 
 SMALL = 2**16
-"""Bytes of a layer up to which its weights stay: norms and the like, which are no burden and would be many."""
+"""Bytes of a layer up to which its weights stay: norms and the like, which are no burden and would
+be many."""
 AHEAD = 2**28
 """Bytes of mapped layers that the disk is asked for while one runs."""
 
 
 class Memory:
-    """What the process may take, in bytes (of the GPU's memory, if that is the device); the networks that stream in it take turns."""
+    """What the process may take, in bytes (of the GPU's memory, if that is the device); the
+    networks that stream in it take turns.
+    """
 
     def __init__(self, limit: int, device: torch.device):
         self.limit, self.device = limit, device
@@ -45,19 +54,31 @@ class Memory:
 
     def now(self) -> int | None:
         """Bytes that are held."""
-        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else host_memory.held()
+        return (
+            torch.cuda.memory_reserved(self.device)
+            if self.device.type == "cuda"
+            else host_memory.held()
+        )
 
     def peak(self) -> int | None:
         """The most that was held so far."""
-        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else host_memory.held(peak=True)
+        return (
+            torch.cuda.max_memory_reserved(self.device)
+            if self.device.type == "cuda"
+            else host_memory.held(peak=True)
+        )
 
     def spare(self) -> int:
-        """Bytes that the peak so far leaves, less a little for what is not the same in every pass; below 0 where it was above the limit."""
+        """Bytes that the peak so far leaves, less a little for what is not the same in every pass;
+        below 0 where it was above the limit.
+        """
         peak = self.peak()
         return 0 if peak is None else self.limit - self.limit // 32 - peak
 
     def turn(self, stream: "Stream") -> bool:
-        """Makes it somebody's turn; whoever had it gives back what it held. False if it was theirs."""
+        """Makes it somebody's turn; whoever had it gives back what it held. False if it was
+        theirs.
+        """
         if self.holder is stream:
             return False
         if self.holder is not None:
@@ -81,27 +102,50 @@ class Stream:
         self.layers: list[Layer] = []
         self.resting: list[Tensor] = []  # stored tensors of what is always there
         device, files, wide = memory.device, host_memory.Mapped(), _wide(network, dtype)
-        first = next((module for module in network.modules() if any(p is not None for p in module._parameters.values())), None)
+        first = next(
+            (
+                module
+                for module in network.modules()
+                if any(p is not None for p in module._parameters.values())
+            ),
+            None,
+        )
         for name, module in network.named_modules():
             own = {key: p.detach() for key, p in module._parameters.items() if p is not None}
             kind = torch.float32 if wide.intersection(name.split(".")) else dtype
             size = sum(t.numel() * computed(t, kind).itemsize for t in own.values())
-            as_stored = device.type == "cpu" and all(t.dtype == computed(t, kind) for t in own.values())
+            as_stored = device.type == "cpu" and all(
+                t.dtype == computed(t, kind) for t in own.values()
+            )
             mapped = as_stored and all(t in files for t in own.values())
             self._settle_buffers(module)
-            if size <= SMALL or next(module.children(), None) is not None or (as_stored and not mapped):
+            if (
+                size <= SMALL
+                or next(module.children(), None) is not None
+                or (as_stored and not mapped)
+            ):
                 self._settle(module, own, kind)
                 continue
-            layer = Layer(name, own, kind, mapped, isinstance(module, nn.Embedding), device if module is first else None)
+            layer = Layer(
+                name,
+                own,
+                kind,
+                mapped,
+                isinstance(module, nn.Embedding),
+                device if module is first else None,
+            )
             self.layers.append(layer)
             if not mapped:
                 module._parameters.update(layer.away)
                 module.__class__ = with_access(type(module), tuple(own))
                 module.__dict__[MARK] = self
             module.register_forward_pre_hook(_Hook(self, layer, self.begin), with_kwargs=True)
-            module.register_forward_hook(_Hook(self, layer, self.end), with_kwargs=True, always_call=True)
+            module.register_forward_hook(
+                _Hook(self, layer, self.end), with_kwargs=True, always_call=True
+            )
             module.register_state_dict_post_hook(_Hook(self, layer, listed))
-        self.window = 2 * self._largest(mapped=True)  # bytes of mapped layers that wait to be dropped: some are called again at once
+        # bytes of mapped layers that wait to be dropped: some are called again at once
+        self.window = 2 * self._largest(mapped=True)
         self.ring_size = (3 if device.type == "cuda" else 2) * self._largest(mapped=False)
         self.files = files
         self.resting = [t for t in self.resting if t in files]
@@ -114,9 +158,11 @@ class Stream:
         self.ring: Ring | None = None
         self.room: Tensor | None = None
         self.copies: Copies | None = None
-        self.asked_for: Layer | None = None  # the last one whose weights were asked for by name, with its own copy of them
+        # the last one whose weights were asked for by name, with its own copy of them
+        self.asked_for: Layer | None = None
         self.mark: Any = None
-        self.done: OrderedDict[Layer, None] = OrderedDict()  # mapped layers that have run, whose pages are still there
+        # mapped layers that have run, whose pages are still there
+        self.done: OrderedDict[Layer, None] = OrderedDict()
         self.asked: set[Layer] = set()
         self.first: Layer | None = None
         self.last: Layer | None = None
@@ -127,9 +173,23 @@ class Stream:
 
     @property
     def least(self) -> int:
-        """Bytes of weights below which it cannot run: the largest layers, one asked for by name, and the pages that a copy is made from."""
-        source = max((sum(t.nbytes for t in layer.stored.values()) for layer in self.layers if not layer.mapped), default=0)
-        return self.window + self.ring_size + self._largest(mapped=False) + (source if self.memory.device.type == "cpu" else 0)
+        """Bytes of weights below which it cannot run: the largest layers, one asked for by name,
+        and the pages that a copy is made from.
+        """
+        source = max(
+            (
+                sum(t.nbytes for t in layer.stored.values())
+                for layer in self.layers
+                if not layer.mapped
+            ),
+            default=0,
+        )
+        return (
+            self.window
+            + self.ring_size
+            + self._largest(mapped=False)
+            + (source if self.memory.device.type == "cpu" else 0)
+        )
 
     def _settle(self, module: nn.Module, own: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Weights that are always there."""
@@ -144,9 +204,11 @@ class Stream:
             if buffer is not None:
                 module._buffers[key] = buffer.to(self.memory.device, computed(buffer, self.dtype))
 
-    # ---- a layer's turn ------------------------------------------------------------------------------------------------
+    # ---- a layer's turn --------------------------------------------------------------------------
 
-    def begin(self, layer: Layer, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def begin(
+        self, layer: Layer, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+    ) -> None:
         """Before a layer runs: its weights come, those of the next ones are asked for."""
         _refuse_gradients(module, (*given, *named.values()))
         self.memory.lock.acquire()  # weights in the ring are one thread's at a time
@@ -167,7 +229,9 @@ class Stream:
             self.seen = self.memory.peak() or 0
 
     def by_name(self, layer: Layer, key: str) -> nn.Parameter:
-        """A copied weight while its layer does not run. It is not in the ring: nobody knows how long it is held."""
+        """A copied weight while its layer does not run. It is not in the ring: nobody knows how
+        long it is held.
+        """
         with self.memory.lock:
             self._take_turn()
             if self.asked_for is not layer or layer.kept is None:
@@ -224,7 +288,9 @@ class Stream:
         self.seen = peak
 
     def _look(self, layer: Layer, weights: Mapping[str, Tensor | None]) -> None:
-        """`UserError` for NaN and infinity; of a table piece by piece, since most of it is not wanted otherwise."""
+        """`UserError` for NaN and infinity; of a table piece by piece, since most of it is not
+        wanted otherwise.
+        """
         for key in layer.stored:
             tensor = weights[key]
             assert tensor is not None
@@ -234,7 +300,7 @@ class Stream:
                     host_memory.drop(piece)
         layer.looked = True
 
-    # ---- mapped --------------------------------------------------------------------------------------------------------
+    # ---- mapped ----------------------------------------------------------------------------------
 
     def _ask_ahead(self, layer: Layer) -> None:
         self.asked.discard(layer)
@@ -253,7 +319,7 @@ class Stream:
             if tensor in self.files:
                 host_memory.drop(tensor)
 
-    # ---- copied --------------------------------------------------------------------------------------------------------
+    # ---- copied ----------------------------------------------------------------------------------
 
     def _brought(self, layer: Layer) -> dict[str, nn.Parameter]:
         """A layer's weights on the device."""
@@ -266,21 +332,38 @@ class Stream:
     def _bring_next(self, layer: Layer) -> None:
         """After a layer was asked to compute: the weights of the next one are sent meanwhile."""
         follows = self.after.get(layer)
-        if self.copies is not None and self.copies.ahead and follows is not None and not (follows.mapped or follows.stays):
+        if (
+            self.copies is not None
+            and self.copies.ahead
+            and follows is not None
+            and not (follows.mapped or follows.stays)
+        ):
             self._copied(follows, layer, self.mark)
 
-    def _copied(self, layer: Layer, keep: Layer | None = None, since: Any = None, own: bool = False) -> dict[str, nn.Parameter] | None:
-        """A layer's weights in the ring, or in their `own` room, as those that stay; None if `keep` would lose its place."""
+    def _copied(
+        self, layer: Layer, keep: Layer | None = None, since: Any = None, own: bool = False
+    ) -> dict[str, nn.Parameter] | None:
+        """A layer's weights in the ring, or in their `own` room, as those that stay; None if `keep`
+        would lose its place.
+        """
         if self.ring is None:
             self.ring, self.room = Ring(self.ring_size), room(self.ring_size, self.memory.device)
-            self.copies = OnCPU() if self.memory.device.type == "cpu" else OnGPU(self.memory.device, self.ring_size // 3)
+            self.copies = (
+                OnCPU()
+                if self.memory.device.type == "cpu"
+                else OnGPU(self.memory.device, self.ring_size // 3)
+            )
         assert self.room is not None and self.copies is not None
         if layer.kept is not None:
             return layer.kept
         own = own or layer.stays
         if not own and layer.copied is not None and self.ring.find(layer) is not None:
             return layer.copied[0]
-        at, mine = (0, room(layer.size, self.memory.device)) if own else (self.ring.take(layer, layer.size, keep), self.room)
+        at, mine = (
+            (0, room(layer.size, self.memory.device))
+            if own
+            else (self.ring.take(layer, layer.size, keep), self.room)
+        )
         if at is None:
             return None
         pairs, weights = [], {}
@@ -294,14 +377,16 @@ class Stream:
         self._drop(layer)
         return weights
 
-    # ---- all of it -----------------------------------------------------------------------------------------------------
+    # ---- all of it -------------------------------------------------------------------------------
 
     def _let_go(self, layer: Layer) -> None:
         layer.stays, layer.kept, layer.copied = False, None, None
         self._drop(layer)
 
     def release(self) -> None:
-        """Gives back what is held between layers. Which layers stay is remembered for the next turn."""
+        """Gives back what is held between layers. Which layers stay is remembered for the next
+        turn.
+        """
         if self.copies is not None:
             self.copies.finish()
         for layer in self.layers:
@@ -329,15 +414,25 @@ class _Hook:
 
 
 def _wide(network: nn.Module, dtype: torch.dtype) -> set[str]:
-    """Names of the modules that transformers keeps in float32 where the rest is in float16, as T5's, which overflows."""
-    return set(getattr(network, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
+    """Names of the modules that transformers keeps in float32 where the rest is in float16, as
+    T5's, which overflows.
+    """
+    return (
+        set(getattr(network, "_keep_in_fp32_modules", None) or ())
+        if dtype == torch.float16
+        else set()
+    )
 
 
 def _refuse_gradients(module: nn.Module, given: tuple[Any, ...]) -> None:
     wanted = any(p is not None and p.requires_grad for p in module._parameters.values())
-    asked = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given)
+    asked = torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in given
+    )
     if wanted or asked:
-        raise UserError("a network whose weights are streamed has no gradients: open the model without memory= to train it")
+        raise UserError(
+            "a network whose weights are streamed has no gradients: open the model without memory= to train it"
+        )
 
 
 def _refuse_weights(*_: Any, **__: Any) -> None:
@@ -347,11 +442,13 @@ def _refuse_weights(*_: Any, **__: Any) -> None:
 
 
 def stream(network: nn.Module, memory: Memory, dtype: torch.dtype, where: object) -> nn.Module:
-    """Makes a network, given with its weights as they are stored, stream them from now on, and returns it.
+    """Makes a network, given with its weights as they are stored, stream them from now on, and
+    returns it.
 
-    It computes in `dtype` on the memory's device. where: what the weights were read from, for what is said about them: `UserError` for NaN and
-    infinity when a weight is first used. Weights that lie in no file and need no conversion stay where they are. The network has no
-    gradients then, takes no other weights, and stays where it is.
+    It computes in `dtype` on the memory's device. where: what the weights were read from, for what
+    is said about them: `UserError` for NaN and infinity when a weight is first used. Weights that
+    lie in no file and need no conversion stay where they are. The network has no gradients then,
+    takes no other weights, and stays where it is.
     """
     made = Stream(network, memory, dtype, where)
     network.__dict__[MARK] = made

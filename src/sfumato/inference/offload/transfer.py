@@ -1,7 +1,10 @@
-"""Where weights are put when their turn comes: room in memory that is used again, and how numbers get there, on the CPU and on a GPU.
+"""Where weights are put when their turn comes: room in memory that is used again, and how numbers
+get there, on the CPU and on a GPU.
 
-Ring     places in a fixed room, handed out one after the other and round again: a new one takes the place of the oldest
-Copies   numbers -> room, in the room's dtype; on a GPU from pinned memory on a stream of its own, beside what is being computed
+Ring     places in a fixed room, handed out one after the other and round again: a new one takes the
+         place of the oldest
+Copies   numbers -> room, in the room's dtype; on a GPU from pinned memory on a stream of its own,
+         beside what is being computed
 """
 
 import mmap
@@ -17,9 +20,13 @@ LINE = 256
 
 
 def room(size: int, device: torch.device) -> Tensor:
-    """`size` bytes. On the CPU they are the system's again as soon as nobody holds them; the C library would keep them."""
+    """`size` bytes. On the CPU they are the system's again as soon as nobody holds them; the C
+    library would keep them.
+    """
     if device.type == "cpu":
-        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        private = (
+            {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        )
         return torch.frombuffer(mmap.mmap(-1, max(size, 1), **private), dtype=torch.uint8)
     return torch.empty(size, dtype=torch.uint8, device=device)
 
@@ -39,7 +46,8 @@ class Ring:
 
     def __init__(self, size: int):
         self.size = size
-        self._places: deque[tuple[Hashable, int, int]] = deque()  # (who, begin, end), the oldest first
+        # (who, begin, end), the oldest first
+        self._places: deque[tuple[Hashable, int, int]] = deque()
         self._at: dict[Hashable, int] = {}
 
     def find(self, who: Hashable) -> int | None:
@@ -47,7 +55,9 @@ class Ring:
         return self._at.get(who)
 
     def take(self, who: Hashable, size: int, keep: Hashable = None) -> int | None:
-        """Where `size` bytes begin that are now somebody's; those that had them lose theirs. None if `keep` would lose its own."""
+        """Where `size` bytes begin that are now somebody's; those that had them lose theirs. None
+        if `keep` would lose its own.
+        """
         assert size <= self.size, "a ring is made for the largest"
         if who in self._at:
             self._places = deque(p for p in self._places if p[0] != who)
@@ -76,7 +86,9 @@ class Copies(Protocol):
         ...
 
     def write(self, pairs: list[tuple[Tensor, Tensor]], since: Any = None) -> Any:
-        """Begins to copy (where to, what), once all that was asked to compute before `since` is done; None is now. Returns what `wait` is given."""
+        """Begins to copy (where to, what), once all that was asked to compute before `since` is
+        done; None is now. Returns what `wait` is given.
+        """
         ...
 
     def wait(self, copied: Any) -> None:
@@ -89,7 +101,9 @@ class Copies(Protocol):
 
 
 class OnCPU:
-    """Copied at once: cores that convert numbers cannot compute meanwhile, and the disk is asked ahead by other means."""
+    """Copied at once: cores that convert numbers cannot compute meanwhile, and the disk is asked
+    ahead by other means.
+    """
 
     ahead = False
 
@@ -109,7 +123,9 @@ class OnCPU:
 
 
 class OnGPU:
-    """Through two pinned buffers in turns, on a stream of its own. `largest`: bytes of the largest list of tensors that is written at once."""
+    """Through two pinned buffers in turns, on a stream of its own. `largest`: bytes of the largest
+    list of tensors that is written at once.
+    """
 
     ahead = True
 
@@ -125,7 +141,9 @@ class OnGPU:
         return torch.cuda.current_stream(self.device).record_event()
 
     def write(self, pairs: list[tuple[Tensor, Tensor]], since: Any = None) -> Any:
-        """Converts into a pinned buffer on the CPU, from where the device fetches the numbers by itself."""
+        """Converts into a pinned buffer on the CPU, from where the device fetches the numbers by
+        itself.
+        """
         mine, self._turn = self._turn, 1 - self._turn
         if self._read[mine] is not None:
             self._read[mine].synchronize()  # what was in the buffer before is on its way still

@@ -1,8 +1,9 @@
 """Long prompts: tokens cut into chunks that an encoder can read, at commas and between words.
 
-A CLIP text encoder has 77 positions: begin, 75 tokens, end. A longer prompt becomes several chunks, which are encoded one by one and joined
-(as AUTOMATIC1111's web UI does; there is no paper). A chunk ends after the last comma among its last `BACK` tokens, if there is one, else
-before the word that does not fit; only a word that is longer than a chunk is cut itself.
+A CLIP text encoder has 77 positions: begin, 75 tokens, end. A longer prompt becomes several chunks,
+which are encoded one by one and joined (as AUTOMATIC1111's web UI does; there is no paper). A chunk
+ends after the last comma among its last `BACK` tokens, if there is one, else before the word that
+does not fit; only a word that is longer than a chunk is cut itself.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,9 @@ class Token:
 
 
 def cut(tokens: Sequence[Token], room: int) -> list[list[Token]]:
-    """All tokens in their order, in chunks of at most `room`; at least one chunk, which may be empty."""
+    """All tokens in their order, in chunks of at most `room`; at least one chunk, which may be
+    empty.
+    """
     chunks: list[list[Token]] = []
     current: list[Token] = []
     for word in _words(tokens, room):
@@ -49,5 +52,7 @@ def _words(tokens: Sequence[Token], room: int) -> Iterator[list[Token]]:
 
 def _end(chunk: Sequence[Token]) -> int:
     """Where a chunk is best ended: after its last comma, if that is near."""
-    commas = (i + 1 for i in range(len(chunk) - 1, max(len(chunk) - 1 - BACK, -1), -1) if chunk[i].comma)
+    commas = (
+        i + 1 for i in range(len(chunk) - 1, max(len(chunk) - 1 - BACK, -1), -1) if chunk[i].comma
+    )
     return next(commas, len(chunk))

@@ -1,10 +1,13 @@
-"""One CLIP text encoder with its tokenizer, read from and written to folders in diffusers' layout, run by transformers.
+"""One CLIP text encoder with its tokenizer, read from and written to folders in diffusers' layout,
+run by transformers.
 
-A causal transformer over at most 77 tokens: begin, words, end, padding (Radford et al. 2021, arXiv:2103.00020, section 2.4). The state of the
-end token after the final norm stands for the whole text (FLUX.1's "pooled" vector), or its projection where there is one (SDXL's, SD 3's).
+A causal transformer over at most 77 tokens: begin, words, end, padding (Radford et al. 2021,
+arXiv:2103.00020, section 2.4). The state of the end token after the final norm stands for the whole
+text (FLUX.1's "pooled" vector), or its projection where there is one (SDXL's, SD 3's).
 
     tokenizer/      tokenizer.json, or vocab.json and merges.txt; tokenizer_config.json
-    text_encoder/   config.json and model.safetensors (or shards, or a variant), its keys with or without the "text_model." that older versions put before them
+    text_encoder/   config.json and model.safetensors (or shards, or a variant), its keys with or
+                    without the "text_model." that older versions put before them
 """
 
 import json
@@ -20,7 +23,14 @@ from torch import Tensor
 
 from sfumato.errors import NumericalError, UserError, explained
 from sfumato.io.atomic import hash_json, read_table, write_json, write_tensors
-from sfumato.io.safetensors import check_keys, find_weights, looked_at, not_finite, read_weights, require_finite
+from sfumato.io.safetensors import (
+    check_keys,
+    find_weights,
+    looked_at,
+    not_finite,
+    read_weights,
+    require_finite,
+)
 from sfumato.predict.conditioners._chunks import Token
 from sfumato.predict.conditioners._prompt import shown
 
@@ -37,14 +47,18 @@ HARMLESS = {"dropout", "torch_dtype", "transformers_version", "architectures", "
 DECISIVE = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id")
 """Fields that change states, and that the shapes of the weights do not show."""
 ANY = (Exception,)
-"""The libraries raise a dozen kinds of errors about a file's values, some of them no more than `Exception`."""
+"""The libraries raise a dozen kinds of errors about a file's values, some of them no more than
+`Exception`."""
 LEGACY_END = 2
-"""The end token's id in configs that name it wrongly: transformers then takes the highest id of the text, which is the end token's."""
+"""The end token's id in configs that name it wrongly: transformers then takes the highest id of the
+text, which is the end token's."""
 
 
 @dataclass(frozen=True, eq=False)
 class ClipEncoder:
-    """tokenizer: a `CLIPTokenizer`. model: a `CLIPTextModel`, or a `CLIPTextModelWithProjection` where `projected`."""
+    """tokenizer: a `CLIPTokenizer`. model: a `CLIPTextModel`, or a `CLIPTextModelWithProjection`
+    where `projected`.
+    """
 
     tokenizer: Any
     model: Any
@@ -58,11 +72,17 @@ class ClipEncoder:
                 f"tokenizer has {len(tokenizer)} tokens, begin, end and padding are {special}: expected a CLIP tokenizer; copy its files again"
             )
         if not isinstance(tokenizer.model_max_length, int) or tokenizer.model_max_length < 3:
-            raise UserError(f"tokenizer's model_max_length={tokenizer.model_max_length!r}: expected a whole number such as 77")
+            raise UserError(
+                f"tokenizer's model_max_length={tokenizer.model_max_length!r}: expected a whole number such as 77"
+            )
         if max(len(tokenizer) - 1, *special) >= config.vocab_size:
-            raise UserError(f"tokenizer has {len(tokenizer)} tokens, text encoder {config.vocab_size}: use parts of one model")
+            raise UserError(
+                f"tokenizer has {len(tokenizer)} tokens, text encoder {config.vocab_size}: use parts of one model"
+            )
         if config.eos_token_id not in (LEGACY_END, tokenizer.eos_token_id):
-            raise UserError(f"text encoder has end token {config.eos_token_id}, tokenizer {tokenizer.eos_token_id}: use parts of one model")
+            raise UserError(
+                f"text encoder has end token {config.eos_token_id}, tokenizer {tokenizer.eos_token_id}: use parts of one model"
+            )
 
     @property
     def length(self) -> int:
@@ -95,34 +115,56 @@ class ClipEncoder:
         return found
 
     @torch.no_grad()
-    def encode(self, chunk: Sequence[Token], layer: int, norm: bool) -> tuple[Float[Tensor, "L D"], Float[Tensor, " V"]]:
-        """One chunk -> the states of all positions (padding counts: so the models were trained) and the pooled vector, in float32.
+    def encode(
+        self, chunk: Sequence[Token], layer: int, norm: bool
+    ) -> tuple[Float[Tensor, "L D"], Float[Tensor, " V"]]:
+        """One chunk -> the states of all positions (padding counts: so the models were trained) and
+        the pooled vector, in float32.
 
         layer: 1 is the last, 2 the one before. norm: whether the model's final norm follows.
         """
         tokenizer, network = self.tokenizer, getattr(self.model, "text_model", self.model)
         ids = [tokenizer.bos_token_id, *(token.id for token in chunk), tokenizer.eos_token_id]
         ids += [tokenizer.pad_token_id] * (self.length - len(ids))
-        # One row at a time: a matrix product of several rows may round otherwise, and a prompt's bits would depend on its neighbours.
+        # One row at a time: a matrix product of several rows may round otherwise, and a prompt's
+        # bits would depend on its neighbours.
         found = self.model(torch.tensor([ids], device=self.model.device), output_hidden_states=True)
         states = found.hidden_states[-layer]
         states = network.final_layer_norm(states) if norm else states
-        return states[0].float(), (found.text_embeds if self.projected else found.pooler_output)[0].float()
+        return states[0].float(), (found.text_embeds if self.projected else found.pooler_output)[
+            0
+        ].float()
 
-    def read(self, text: str, layer: int, norm: bool) -> tuple[Float[Tensor, "L D"], Float[Tensor, " V"], Bool[Tensor, " L"]]:
-        """`encode` of as much of a text as there is room for, as models read it that have a second encoder for the rest; and where there are
-        words, their begin and their end."""
+    def read(
+        self, text: str, layer: int, norm: bool
+    ) -> tuple[Float[Tensor, "L D"], Float[Tensor, " V"], Bool[Tensor, " L"]]:
+        """`encode` of as much of a text as there is room for, as models read it that have a second
+        encoder for the rest; and where there are words, their begin and their end.
+        """
         found = self.tokens([(text, 1.0)])
         room = self.length - 2
         if len(found) > room:
-            logger.info("CLIP reads the first %d of %d tokens of prompt %s", room, len(found), shown(text))
+            logger.info(
+                "CLIP reads the first %d of %d tokens of prompt %s", room, len(found), shown(text)
+            )
         states, pooled = self.encode(found[:room], layer, norm)
-        return states, pooled, torch.arange(self.length, device=states.device) < min(len(found), room) + 2
+        return (
+            states,
+            pooled,
+            torch.arange(self.length, device=states.device) < min(len(found), room) + 2,
+        )
 
     def identity(self) -> dict[str, Any]:
-        """What decides its states besides the weights, as JSON: fields of its config, and a hash over the tokenizer's vocabulary and merges."""
+        """What decides its states besides the weights, as JSON: fields of its config, and a hash
+        over the tokenizer's vocabulary and merges.
+        """
         model = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"]
-        special = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, self.length]
+        special = [
+            self.tokenizer.bos_token_id,
+            self.tokenizer.eos_token_id,
+            self.tokenizer.pad_token_id,
+            self.length,
+        ]
         return {
             "config": {field: getattr(self.model.config, field) for field in DECISIVE},
             "tokenizer": hash_json([self.tokenizer.get_vocab(), model["merges"], special]),
@@ -131,7 +173,8 @@ class ClipEncoder:
     def tensors(self) -> dict[str, Tensor]:
         """Its weights by the names that files have. Not copies."""
         return {
-            key if key.startswith((PREFIX, "text_projection.")) else PREFIX + key: tensor for key, tensor in self.model.state_dict().items()
+            key if key.startswith((PREFIX, "text_projection.")) else PREFIX + key: tensor
+            for key, tensor in self.model.state_dict().items()
         }
 
     def to_config(self) -> dict[str, Any]:
@@ -139,28 +182,45 @@ class ClipEncoder:
         return {**self.model.config.to_dict(), "architectures": [CLASSES[self.projected]]}
 
     def save(self, tokenizer: Path, encoder: Path, dtype: torch.dtype | None = None) -> None:
-        """Writes both folders; the weights in `dtype`, by default their own. `NumericalError` for weights that are not finite in it."""
-        tensors = {key: tensor if dtype is None else tensor.to(dtype) for key, tensor in self.tensors().items()}
+        """Writes both folders; the weights in `dtype`, by default their own. `NumericalError` for
+        weights that are not finite in it.
+        """
+        tensors = {
+            key: tensor if dtype is None else tensor.to(dtype)
+            for key, tensor in self.tensors().items()
+        }
         for key in not_finite(tensors):
-            raise NumericalError(f"weight {key} of {encoder.name} is NaN or infinite in {tensors[key].dtype}: nothing was written")
+            raise NumericalError(
+                f"weight {key} of {encoder.name} is NaN or infinite in {tensors[key].dtype}: nothing was written"
+            )
         stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         for folder in (tokenizer, encoder):
             folder.mkdir(parents=True, exist_ok=True)
         write_json(encoder / "config.json", {**self.to_config(), "torch_dtype": stored})
         write_tensors(encoder / f"{STEM}.safetensors", tensors)
         self.tokenizer.save_pretrained(tokenizer)
-        self.tokenizer.backend_tokenizer.model.save(str(tokenizer))  # vocab.json and merges.txt, which older programs read
+        # vocab.json and merges.txt, which older programs read
+        self.tokenizer.backend_tokenizer.model.save(str(tokenizer))
 
 
-def read_encoder(tokenizer: Path, encoder: Path, projected: bool, dtype: torch.dtype | None, variant: str | None = None) -> ClipEncoder:
-    """Opens both folders; `UserError` for what is missing, of another kind, or not finite. variant: the weights to prefer, such as "fp16".
+def read_encoder(
+    tokenizer: Path,
+    encoder: Path,
+    projected: bool,
+    dtype: torch.dtype | None,
+    variant: str | None = None,
+) -> ClipEncoder:
+    """Opens both folders; `UserError` for what is missing, of another kind, or not finite. variant:
+    the weights to prefer, such as "fp16".
 
     dtype None: as stored, not read and not looked at yet: to be streamed.
     """
     try:
         import transformers  # noqa: F401  (asked for once, here, so that its absence is one sentence)
     except ImportError as error:
-        raise UserError("text prompts need the package transformers: run `pip install 'sfumato[text]'`") from error
+        raise UserError(
+            "text prompts need the package transformers: run `pip install 'sfumato[text]'`"
+        ) from error
     opened, model = read_tokenizer(tokenizer), _read_model(encoder, projected, dtype, variant)
     with explained(tokenizer, ANY):
         return ClipEncoder(opened, model, projected)
@@ -171,24 +231,40 @@ def read_tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
     # Without its files the library makes a tokenizer of two tokens, and says nothing.
-    if not (folder / "tokenizer.json").exists() and not all((folder / name).exists() for name in ("vocab.json", "merges.txt")):
-        raise UserError(f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
+    if not (folder / "tokenizer.json").exists() and not all(
+        (folder / name).exists() for name in ("vocab.json", "merges.txt")
+    ):
+        raise UserError(
+            f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"
+        )
     config = folder / "tokenizer_config.json"
-    name = str(read_table(config).get("tokenizer_class", "CLIPTokenizer")) if config.exists() else "CLIPTokenizer"
+    name = (
+        str(read_table(config).get("tokenizer_class", "CLIPTokenizer"))
+        if config.exists()
+        else "CLIPTokenizer"
+    )
     if name.removesuffix("Fast") != "CLIPTokenizer":
         raise UserError(f"{config} is of class {name!r}: expected CLIPTokenizer")
     with explained(folder, ANY):
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _read_model(folder: Path, projected: bool, dtype: torch.dtype | None, variant: str | None) -> Any:
+def _read_model(
+    folder: Path, projected: bool, dtype: torch.dtype | None, variant: str | None
+) -> Any:
     """The encoder of a folder with config.json and weights."""
     path = folder / "config.json"
     values = read_table(path)
     files = find_weights(folder, STEM, variant, PICKLED)
-    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in read_weights(files).items() if not key.endswith(POSITIONS)}
+    tensors = {
+        key.removeprefix(PREFIX): tensor
+        for key, tensor in read_weights(files).items()
+        if not key.endswith(POSITIONS)
+    }
     where = files[0] if len(files) == 1 else folder
-    return build_model(values, tensors, projected, dtype, path, where, lambda: looked_at(files, tensors, dtype))
+    return build_model(
+        values, tensors, projected, dtype, path, where, lambda: looked_at(files, tensors, dtype)
+    )
 
 
 def build_model(
@@ -200,16 +276,19 @@ def build_model(
     file: Path,
     looked: Callable[[], bool] = lambda: False,
 ) -> Any:
-    """Built without weights, then filled: transformers would draw what a file lacks, and say so in a log.
+    """Built without weights, then filled: transformers would draw what a file lacks, and say so in
+    a log.
 
-    tensors: by names without `PREFIX`. path, file: where the config and the weights are from, for what is said about them. looked: looks
-    for NaN and infinity there, and says whether it did.
+    tensors: by names without `PREFIX`. path, file: where the config and the weights are from, for
+    what is said about them. looked: looks for NaN and infinity there, and says whether it did.
     """
     import transformers
 
     built_as = values.get("architectures") or [CLASSES[projected]]
     if values.get("model_type") != "clip_text_model" or built_as != [CLASSES[projected]]:
-        raise UserError(f"{path} is of type {values.get('model_type')!r}, {built_as}: expected clip_text_model, {CLASSES[projected]}")
+        raise UserError(
+            f"{path} is of type {values.get('model_type')!r}, {built_as}: expected clip_text_model, {CLASSES[projected]}"
+        )
     known = transformers.CLIPTextConfig().to_dict().keys() | HARMLESS
     for field in sorted(field for field in values.keys() - known if not field.startswith("_")):
         raise UserError(
@@ -224,16 +303,29 @@ def build_model(
     if dtype is not None and not looked():
         require_finite(tensors, file)
     model.load_state_dict(
-        {names[name]: (tensor if dtype is None else tensor.to(dtype)).contiguous() for name, tensor in tensors.items()}, assign=True
+        {
+            names[name]: (tensor if dtype is None else tensor.to(dtype)).contiguous()
+            for name, tensor in tensors.items()
+        },
+        assign=True,
     )
     embeddings = getattr(model, "text_model", model).embeddings
-    embeddings.register_buffer("position_ids", torch.arange(model.config.max_position_embeddings)[None], persistent=False)
+    embeddings.register_buffer(
+        "position_ids", torch.arange(model.config.max_position_embeddings)[None], persistent=False
+    )
     return model.eval().requires_grad_(False)
 
 
 def _check_config(config: Any) -> None:
     """What transformers would build and then stumble over."""
-    counts = ("vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads")
+    counts = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "projection_dim",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
     for field, least in (*((field, 1) for field in counts), ("max_position_embeddings", 3)):
         value = getattr(config, field)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:

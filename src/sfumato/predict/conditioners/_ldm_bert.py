@@ -1,9 +1,11 @@
-"""The text transformer of Latent Diffusion (Rombach et al. 2022, arXiv:2112.10752, section 4.3.1, appendix E.2.1), trained with its U-Net.
+"""The text transformer of Latent Diffusion (Rombach et al. 2022, arXiv:2112.10752, section 4.3.1,
+appendix E.2.1), trained with its U-Net.
 
-    x = E[token] + P[position];   in each layer x += A(norm(x)), x += W2 gelu(W1 norm(x));   at the end norm(x)
+    x = E[token] + P[position];   in each layer x += A(norm(x)), x += W2 gelu(W1 norm(x));   at the
+                                  end norm(x)
 
-A(x): attention of every position to all, padding too (Vaswani et al. 2017, arXiv:1706.03762), whose q, k and v have no bias. Names and config
-are diffusers' LDMBertModel.
+A(x): attention of every position to all, padding too (Vaswani et al. 2017, arXiv:1706.03762), whose
+q, k and v have no bias. Names and config are diffusers' LDMBertModel.
 """
 
 from dataclasses import asdict, dataclass
@@ -17,7 +19,12 @@ from sfumato.config import read_config
 from sfumato.errors import UserError
 from sfumato.kernels import batch_invariant
 
-_FIXED: dict[str, Any] = {"activation_function": "gelu", "scale_embedding": False, "pad_token_id": 0, "model_type": "ldmbert"}
+_FIXED: dict[str, Any] = {
+    "activation_function": "gelu",
+    "scale_embedding": False,
+    "pad_token_id": 0,
+    "model_type": "ldmbert",
+}
 _NOTES = set(
     "dropout attention_dropout activation_dropout encoder_layerdrop classifier_dropout init_std use_cache num_hidden_layers architectures "
     "torch_dtype dtype transformers_version return_dict output_hidden_states output_attentions chunk_size_feed_forward is_encoder_decoder "
@@ -28,7 +35,9 @@ _NOTES = set(
 
 @dataclass(frozen=True)
 class LDMBertConfig:
-    """The numbers of the transformer, with diffusers' names and defaults. head_dim: the width of a head; encoder_ffn_dim: of the layer between."""
+    """The numbers of the transformer, with diffusers' names and defaults. head_dim: the width of a
+    head; encoder_ffn_dim: of the layer between.
+    """
 
     vocab_size: int = 30522
     max_position_embeddings: int = 77
@@ -45,7 +54,9 @@ class LDMBertConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LDMBertConfig":
-        """Reads an LDMBertModel's config; a field that is not known, or a value it cannot honour, is refused."""
+        """Reads an LDMBertModel's config; a field that is not known, or a value it cannot honour,
+        is refused.
+        """
         return read_config(cls, {k: v for k, v in values.items() if k not in _NOTES}, _FIXED)
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,7 +75,9 @@ class _Attention(nn.Module):
         self.out_proj = batch_invariant.Linear(inner, wide)
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
-        return self.out_proj(batch_invariant.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads))
+        return self.out_proj(
+            batch_invariant.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads)
+        )
 
 
 class _Layer(nn.Module):
@@ -97,7 +110,9 @@ class _Encoder(nn.Module):
 
 
 class LDMBert(nn.Module):
-    """Token ids (B, L) -> states (B, L, d_model). `to_logits` is a weight of the files that nothing here uses, kept for their sake."""
+    """Token ids (B, L) -> states (B, L, d_model). `to_logits` is a weight of the files that nothing
+    here uses, kept for their sake.
+    """
 
     def __init__(self, config: LDMBertConfig):
         super().__init__()
@@ -107,7 +122,9 @@ class LDMBert(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         if tokens.shape[1] > self.config.max_position_embeddings:
-            raise UserError(f"{tokens.shape[1]} tokens: this text transformer has {self.config.max_position_embeddings} positions")
+            raise UserError(
+                f"{tokens.shape[1]} tokens: this text transformer has {self.config.max_position_embeddings} positions"
+            )
         return self.model(tokens)
 
     @property

@@ -1,12 +1,14 @@
 r"""Weighted prompts: "a (red:1.3) hat, [trees]" -> pieces of text with a weight each.
 
     (text:1.3)   times 1.3            (text)    times 1.1            [text]    divided by 1.1
-    \( \) \[ \]  brackets as text     \\        a backslash as text; before anything else a backslash is text by itself
+    \( \) \[ \]  brackets as text     \\        a backslash as text; before anything else a
+                 backslash is text by itself
 
-Brackets nest, and their factors multiply. As in AUTOMATIC1111's web UI (wiki, "Attention/emphasis"), from which people know this syntax: a
-bracket that never closes acts to the end of the prompt, one that closes nothing is text, and so is a colon that no number and ")" follow.
-Two other notations of that program, [from:to:when] and [one|other], change the prompt from step to step: they are refused, not read
-as emphasis. Its words BREAK and AND are words here.
+Brackets nest, and their factors multiply. As in AUTOMATIC1111's web UI (wiki,
+"Attention/emphasis"), from which people know this syntax: a bracket that never closes acts to the
+end of the prompt, one that closes nothing is text, and so is a colon that no number and ")" follow.
+Two other notations of that program, [from:to:when] and [one|other], change the prompt from step to
+step: they are refused, not read as emphasis. Its words BREAK and AND are words here.
 """
 
 import re
@@ -43,13 +45,15 @@ def shown(prompt: str) -> str:
 
 
 def parse(prompt: str) -> list[tuple[str, float]]:
-    """Prompt -> [(text, weight)], neighbours of equal weight as one; at least one piece, which may be empty.
+    """Prompt -> [(text, weight)], neighbours of equal weight as one; at least one piece, which may
+    be empty.
 
-    A prompt without brackets and double backslashes is one piece of weight 1, unchanged. `UserError` for weights beyond `LARGEST` and
-    for notations that change the prompt between steps.
+    A prompt without brackets and double backslashes is one piece of weight 1, unchanged.
+    `UserError` for weights beyond `LARGEST` and for notations that change the prompt between steps.
     """
     pieces: list[_Piece] = []
-    opened: dict[str, list[int]] = {"(": [], "[": []}  # where each bracket that waits for its end begins
+    # where each bracket that waits for its end begins
+    opened: dict[str, list[int]] = {"(": [], "[": []}
 
     def multiply(start: int, factor: float) -> None:
         for piece in pieces[start:]:

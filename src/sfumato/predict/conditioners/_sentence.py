@@ -1,8 +1,10 @@
-"""A sentence encoder with its tokenizer: BERT's network (Devlin et al. 2019, arXiv:1810.04805) trained so that the mean of a sentence's states
-tells what it means (Reimers & Gurevych 2019, arXiv:1908.10084, section 3), small ones by distillation (MiniLM: Wang et al. 2020, arXiv:2002.10957).
+"""A sentence encoder with its tokenizer: BERT's network (Devlin et al. 2019, arXiv:1810.04805)
+trained so that the mean of a sentence's states tells what it means (Reimers & Gurevych 2019,
+arXiv:1908.10084, section 3), small ones by distillation (MiniLM: Wang et al. 2020,
+arXiv:2002.10957).
 
-[CLS], the words in pieces (WordPiece), [SEP], padding; the states of all positions after the last layer. Run by transformers, without the pooler,
-which is for other tasks.
+[CLS], the words in pieces (WordPiece), [SEP], padding; the states of all positions after the last
+layer. Run by transformers, without the pooler, which is for other tasks.
 
     tokenizer/      tokenizer.json or vocab.txt; tokenizer_config.json
     text_encoder/   config.json and model.safetensors (or shards, or a variant, or pickled)
@@ -39,9 +41,19 @@ HEADS = ("pooler.", "cls.")
 """What is built on top of the states, or was in training: not read."""
 OLD = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 """Names of the time before PyTorch."""
-HARMLESS = {"gradient_checkpointing", "position_embedding_type", "directionality", "classifier_dropout", "tie_word_embeddings"}
-HARMLESS |= {f"pooler_{name}" for name in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")}
-"""Fields of older configs; of `position_embedding_type` there is one kind left, which is looked for."""
+HARMLESS = {
+    "gradient_checkpointing",
+    "position_embedding_type",
+    "directionality",
+    "classifier_dropout",
+    "tie_word_embeddings",
+}
+HARMLESS |= {
+    f"pooler_{name}"
+    for name in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
+}
+"""Fields of older configs; of `position_embedding_type` there is one kind left, which is looked
+for."""
 RULES = ("normalizer", "pre_tokenizer")
 
 
@@ -65,9 +77,13 @@ class SentenceEncoder(Encoder):
         write_tokenizer(self.tokenizer, folder)
 
 
-def read_sentence(tokenizer: Path, encoder: Path, dtype: torch.dtype | None, variant: str | None = None) -> SentenceEncoder:
-    """Opens both folders, which may be one; `UserError` for what is missing, of another kind, or not finite. dtype None: as stored, to be
-    streamed. variant: the weights to prefer, such as "fp16"."""
+def read_sentence(
+    tokenizer: Path, encoder: Path, dtype: torch.dtype | None, variant: str | None = None
+) -> SentenceEncoder:
+    """Opens both folders, which may be one; `UserError` for what is missing, of another kind, or
+    not finite. dtype None: as stored, to be streamed. variant: the weights to prefer, such as
+    "fp16".
+    """
     require_transformers()
     model = read_network(encoder, dtype, variant, build_sentence)
     opened = read_tokenizer(tokenizer)
@@ -77,7 +93,9 @@ def read_sentence(tokenizer: Path, encoder: Path, dtype: torch.dtype | None, var
 
 
 def _check_rules(folder: Path, tokenizer: Any) -> None:
-    """`UserError` where tokenizer.json reads text otherwise than the library, which goes by tokenizer_config.json and says nothing."""
+    """`UserError` where tokenizer.json reads text otherwise than the library, which goes by
+    tokenizer_config.json and says nothing.
+    """
     known, said = json.loads(tokenizer.backend_tokenizer.to_str()), table(folder / "tokenizer.json")
     for rule in RULES:
         if said and said.get(rule) != known[rule]:
@@ -88,18 +106,34 @@ def _check_rules(folder: Path, tokenizer: Any) -> None:
 
 
 def build_sentence(
-    values: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype | None, path: Path, file: Path, looked: Any
+    values: dict[str, Any],
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    path: Path,
+    file: Path,
+    looked: Any,
 ) -> Any:
-    """The encoder of a config and its weights. path, file: where they are from, for what is said about them. looked: looks for NaN and infinity
-    there, and says whether it did."""
+    """The encoder of a config and its weights. path, file: where they are from, for what is said
+    about them. looked: looks for NaN and infinity there, and says whether it did.
+    """
     import transformers
 
     if values.get("model_type") != "bert":
-        raise UserError(f"{path} is of type {values.get('model_type')!r}, {values.get('architectures')}: expected bert, {CLASS}")
-    check_fields(values, set(transformers.BertConfig().to_dict()) | HARMLESS, path, "a sentence encoder")
-    for field, known in (("position_embedding_type", "absolute"), ("is_decoder", False), ("add_cross_attention", False)):
+        raise UserError(
+            f"{path} is of type {values.get('model_type')!r}, {values.get('architectures')}: expected bert, {CLASS}"
+        )
+    check_fields(
+        values, set(transformers.BertConfig().to_dict()) | HARMLESS, path, "a sentence encoder"
+    )
+    for field, known in (
+        ("position_embedding_type", "absolute"),
+        ("is_decoder", False),
+        ("add_cross_attention", False),
+    ):
         if values.get(field, known) != known:
-            raise UserError(f"{path}: {field}={values[field]!r} is not supported in a sentence encoder: expected {known!r}")
+            raise UserError(
+                f"{path}: {field}={values[field]!r} is not supported in a sentence encoder: expected {known!r}"
+            )
 
     def build() -> Any:
         config = transformers.BertConfig.from_dict({**values, "chunk_size_feed_forward": 0})
@@ -115,14 +149,30 @@ def _bare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     prefix = found[0] if len(found) == 1 else ""
     bare = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     for old, new in OLD:
-        bare = {key.replace(old, new) if key.endswith(old) else key: tensor for key, tensor in bare.items()}
-    return {key: tensor for key, tensor in bare.items() if key not in COMPUTED and not key.startswith(HEADS)}
+        bare = {
+            key.replace(old, new) if key.endswith(old) else key: tensor
+            for key, tensor in bare.items()
+        }
+    return {
+        key: tensor
+        for key, tensor in bare.items()
+        if key not in COMPUTED and not key.startswith(HEADS)
+    }
 
 
 def _check_config(config: Any) -> None:
     """What transformers would build and then stumble over."""
-    for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "type_vocab_size"):
+    for field in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "type_vocab_size",
+    ):
         require_count(field, getattr(config, field))
     require_count("max_position_embeddings", config.max_position_embeddings, 3)
     if not isinstance(config.layer_norm_eps, float) or not 0 < config.layer_norm_eps < 1:
-        raise UserError(f"layer_norm_eps={config.layer_norm_eps!r}: expected a number above 0 and below 1")
+        raise UserError(
+            f"layer_norm_eps={config.layer_norm_eps!r}: expected a number above 0 and below 1"
+        )

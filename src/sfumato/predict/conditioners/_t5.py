@@ -1,13 +1,15 @@
-"""The encoder half of T5 with its tokenizer (Raffel et al. 2020, arXiv:1910.10683, section 2.1), read from and written to folders in
-diffusers' layout, run by transformers.
+"""The encoder half of T5 with its tokenizer (Raffel et al. 2020, arXiv:1910.10683, section 2.1),
+read from and written to folders in diffusers' layout, run by transformers.
 
-Words in pieces (SentencePiece), the end token, padding; the states of all positions after the final norm. Positions are told by a bias of the
-attention that depends on their distance, so that any length will do. PixArt, SD 3 and FLUX.1 read T5 version 1.1 XXL, 4096 wide.
+Words in pieces (SentencePiece), the end token, padding; the states of all positions after the final
+norm. Positions are told by a bias of the attention that depends on their distance, so that any
+length will do. PixArt, SD 3 and FLUX.1 read T5 version 1.1 XXL, 4096 wide.
 
     tokenizer/      tokenizer.json or spiece.model; tokenizer_config.json
     text_encoder/   config.json and model.safetensors (or shards, or a variant)
 
-In float16 the sums of the feed-forward layers overflow: as in transformers, their second matrix (`wo`) stays in float32 there.
+In float16 the sums of the feed-forward layers overflow: as in transformers, their second matrix
+(`wo`) stays in float32 there.
 """
 
 from dataclasses import dataclass
@@ -40,7 +42,9 @@ HARMLESS = {"decoder_start_token_id", "tie_word_embeddings", "n_positions", "bos
 
 @dataclass(frozen=True, eq=False)
 class T5Encoder(Encoder):
-    """tokenizer: a `T5Tokenizer`. model: a `T5EncoderModel`. spiece: the bytes of spiece.model, which older programs read, if the folder had it."""
+    """tokenizer: a `T5Tokenizer`. model: a `T5EncoderModel`. spiece: the bytes of spiece.model,
+    which older programs read, if the folder had it.
+    """
 
     NAME = CLASS
     DECISIVE = (
@@ -73,8 +77,12 @@ class T5Encoder(Encoder):
                 temporary.write_bytes(self.spiece)
 
 
-def read_t5(tokenizer: Path, encoder: Path, dtype: torch.dtype | None, variant: str | None = None) -> T5Encoder:
-    """Opens both folders; `UserError` for what is missing, of another kind, or not finite. variant: the weights to prefer, such as "fp16"."""
+def read_t5(
+    tokenizer: Path, encoder: Path, dtype: torch.dtype | None, variant: str | None = None
+) -> T5Encoder:
+    """Opens both folders; `UserError` for what is missing, of another kind, or not finite. variant:
+    the weights to prefer, such as "fp16".
+    """
     require_transformers()
     opened, model = read_tokenizer(tokenizer), read_network(encoder, dtype, variant, build_t5)
     spiece = (tokenizer / SPIECE).read_bytes() if (tokenizer / SPIECE).exists() else None
@@ -100,39 +108,70 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def _require_sentencepiece(folder: Path) -> None:
-    """`UserError` without the packages that read spiece.model: transformers would take the file for one of another kind."""
+    """`UserError` without the packages that read spiece.model: transformers would take the file for
+    one of another kind.
+    """
     try:
         import google.protobuf  # noqa: F401
         import sentencepiece
 
         sentencepiece.SentencePieceProcessor(model_file=str(folder / SPIECE))
     except ImportError as error:
-        raise UserError(f"{folder}/{SPIECE} needs the packages sentencepiece and protobuf: run `pip install 'sfumato[text]'`") from error
+        raise UserError(
+            f"{folder}/{SPIECE} needs the packages sentencepiece and protobuf: run `pip install 'sfumato[text]'`"
+        ) from error
     except (OSError, RuntimeError, TypeError) as error:
-        raise UserError(f"{folder}/{SPIECE} is not a SentencePiece model: copy or download it again") from error
+        raise UserError(
+            f"{folder}/{SPIECE} is not a SentencePiece model: copy or download it again"
+        ) from error
 
 
 def build_t5(
-    values: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype | None, path: Path, file: Path, looked: Any = lambda: False
+    values: dict[str, Any],
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    path: Path,
+    file: Path,
+    looked: Any = lambda: False,
 ) -> Any:
-    """The encoder of a config and its weights. path, file: where they are from, for what is said about them. looked: looks for NaN and
-    infinity there, and says whether it did."""
+    """The encoder of a config and its weights. path, file: where they are from, for what is said
+    about them. looked: looks for NaN and infinity there, and says whether it did.
+    """
     import transformers
 
     built_as = values.get("architectures") or [CLASS]
-    if values.get("model_type") != "t5" or built_as not in ([CLASS], ["T5ForConditionalGeneration"]):
-        raise UserError(f"{path} is of type {values.get('model_type')!r}, {built_as}: expected t5, {CLASS}")
-    check_fields(values, set(transformers.T5Config().to_dict()) | HARMLESS, path, "a T5 text encoder")
+    if values.get("model_type") != "t5" or built_as not in (
+        [CLASS],
+        ["T5ForConditionalGeneration"],
+    ):
+        raise UserError(
+            f"{path} is of type {values.get('model_type')!r}, {built_as}: expected t5, {CLASS}"
+        )
+    check_fields(
+        values, set(transformers.T5Config().to_dict()) | HARMLESS, path, "a T5 text encoder"
+    )
 
     def build() -> Any:
         config = transformers.T5Config.from_dict(values)
         _check_config(config)
         return transformers.T5EncoderModel(config)
 
-    ours = {key: tensor for key, tensor in tensors.items() if not key.startswith(("decoder.", "lm_head.")) and key != EMBED}
+    ours = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if not key.startswith(("decoder.", "lm_head.")) and key != EMBED
+    }
     if SHARED not in ours and EMBED in tensors:
         ours[SHARED] = tensors[EMBED]
-    return fill(build, ours, {EMBED: SHARED}, lambda key: torch.float32 if _is_wide(key, dtype) else dtype, path, file, looked)
+    return fill(
+        build,
+        ours,
+        {EMBED: SHARED},
+        lambda key: torch.float32 if _is_wide(key, dtype) else dtype,
+        path,
+        file,
+        looked,
+    )
 
 
 def _is_wide(key: str, dtype: torch.dtype | None) -> bool:
@@ -145,9 +184,15 @@ def _check_config(config: Any) -> None:
     for field in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"):
         require_count(field, getattr(config, field))
     require_count("relative_attention_num_buckets", config.relative_attention_num_buckets, 4)
-    require_count("relative_attention_max_distance", config.relative_attention_max_distance, config.relative_attention_num_buckets // 4 + 1)
+    require_count(
+        "relative_attention_max_distance",
+        config.relative_attention_max_distance,
+        config.relative_attention_num_buckets // 4 + 1,
+    )
     if not isinstance(config.layer_norm_epsilon, float) or not 0 < config.layer_norm_epsilon < 1:
-        raise UserError(f"layer_norm_epsilon={config.layer_norm_epsilon!r}: expected a number above 0 and below 1")
+        raise UserError(
+            f"layer_norm_epsilon={config.layer_norm_epsilon!r}: expected a number above 0 and below 1"
+        )
     gate, _, act = config.feed_forward_proj.rpartition("-")
     follows = "gelu_new" if config.feed_forward_proj == "gated-gelu" else act
     if (config.dense_act_fn, config.is_gated_act) != (follows, gate == "gated"):

@@ -1,9 +1,10 @@
-"""Classes with several names each, or with none but their numbers: the labels of ImageNet's diffusers pipelines (DiT; Peebles & Xie 2022,
-arXiv:2212.09748).
+"""Classes with several names each, or with none but their numbers: the labels of ImageNet's
+diffusers pipelines (DiT; Peebles & Xie 2022, arXiv:2212.09748).
 
-A label is a text with commas, "tench, Tinca tinca": each of its parts, the whole of it and the number of the class mean the class. As in
-model_index.json of a DiTPipeline (`id2label`), two classes may have the same text: ImageNet has two cranes, a bird and a machine. `names` tells
-them apart by their numbers: "crane (134)".
+A label is a text with commas, "tench, Tinca tinca": each of its parts, the whole of it and the
+number of the class mean the class. As in model_index.json of a DiTPipeline (`id2label`), two
+classes may have the same text: ImageNet has two cranes, a bird and a machine. `names` tells them
+apart by their numbers: "crane (134)".
 """
 
 import re
@@ -29,38 +30,58 @@ def _loose(text: str) -> str:
 
 @dataclass(frozen=True)
 class ClassLabels:
-    """labels: one text a class, in the order of the rows of the network's table, which has one more, for no class."""
+    """labels: one text a class, in the order of the rows of the network's table, which has one
+    more, for no class.
+    """
 
     labels: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not self.labels or not all(isinstance(label, str) and label.strip() for label in self.labels):
-            raise UserError(f"class labels {str(list(self.labels))[:80]}: expected at least one, texts that are not empty")
+        if not self.labels or not all(
+            isinstance(label, str) and label.strip() for label in self.labels
+        ):
+            raise UserError(
+                f"class labels {str(list(self.labels))[:80]}: expected at least one, texts that are not empty"
+            )
         twice = [name for name, count in Counter(self.names).items() if count > 1]
         if twice:
-            raise UserError(f"class labels: {twice[0][:80]!r} is a label, and another class's with its number: expected another text")
+            raise UserError(
+                f"class labels: {twice[0][:80]!r} is a label, and another class's with its number: expected another text"
+            )
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """What to ask for, another name for each class: its label, with its number where others have the same label."""
+        """What to ask for, another name for each class: its label, with its number where others
+        have the same label.
+        """
         count = Counter(self.labels)
-        return tuple(label if count[label] == 1 else f"{label} ({i})" for i, label in enumerate(self.labels))
+        return tuple(
+            label if count[label] == 1 else f"{label} ({i})" for i, label in enumerate(self.labels)
+        )
 
     @cached_property
     def _tables(self) -> tuple[dict[str, list[int]], ...]:
-        """Numbers by name, the strictest way to read one first: whole labels, parts of labels, and both but for case."""
+        """Numbers by name, the strictest way to read one first: whole labels, parts of labels, and
+        both but for case.
+        """
         tables: tuple[dict[str, list[int]], ...] = ({}, {}, {}, {})
         for i, (name, label) in enumerate(zip(self.names, self.labels, strict=True)):
             whole, parts = {name, label}, {part.strip() for part in label.split(",")} - {""}
-            for table, keys in zip(tables, (whole, parts, set(map(_loose, whole)), set(map(_loose, parts))), strict=True):
+            for table, keys in zip(
+                tables,
+                (whole, parts, set(map(_loose, whole)), set(map(_loose, parts))),
+                strict=True,
+            ):
                 for key in keys:
                     table.setdefault(key, []).append(i)
         return tables
 
     def label(self, prompt: str | None) -> int:
-        """The number of a prompt's class; the row for none, `len(labels)`, for None or an empty prompt.
+        """The number of a prompt's class; the row for none, `len(labels)`, for None or an empty
+        prompt.
 
-        `UserError` for a number that is too large, for an unknown name with near matches, and for one that stands for several classes.
+        `UserError` for a number that is too large, for an unknown name with near matches, and for
+        one that stands for several classes.
         """
         if prompt is None or not prompt.strip():
             return len(self.labels)
@@ -72,10 +93,16 @@ class ClassLabels:
                 raise UserError(f"class {prompt!r} is ambiguous: write its number, {choices}")
         number = prompt.strip()
         if not re.fullmatch(r"[+-]?[0-9]+", number):
-            raise unknown("class", prompt, {part.strip() for label in self.labels for part in label.split(",")})
+            raise unknown(
+                "class",
+                prompt,
+                {part.strip() for label in self.labels for part in label.split(",")},
+            )
         if len(number) < 10 and 0 <= int(number) < len(self.labels):
             return int(number)
-        raise UserError(f"class number {number[:20]}: expected 0 to {len(self.labels) - 1}; for no class leave the prompt empty")
+        raise UserError(
+            f"class number {number[:20]}: expected 0 to {len(self.labels) - 1}; for no class leave the prompt empty"
+        )
 
     def _read(self, prompt: str) -> Iterator[list[int]]:
         """The classes that a prompt may mean, the strictest reading first."""
@@ -87,8 +114,12 @@ class ClassLabels:
     def _rows(self) -> ClassNames:
         return ClassNames(self.names)
 
-    def __call__(self, prompts: Sequence[str | None], picture: Picture | None = None) -> Conditioning:
-        """Prompts -> Conditioning with `vector` (B, len(labels) + 1), one-hot. The picture makes no difference."""
+    def __call__(
+        self, prompts: Sequence[str | None], picture: Picture | None = None
+    ) -> Conditioning:
+        """Prompts -> Conditioning with `vector` (B, len(labels) + 1), one-hot. The picture makes no
+        difference.
+        """
         return self.from_labels(torch.tensor([self.label(prompt) for prompt in prompts]))
 
     def from_labels(self, labels: Int[Tensor, " B"]) -> Conditioning:
@@ -117,12 +148,20 @@ class ClassLabels:
 
     @classmethod
     def from_id2label(cls, table: Any, count: int) -> "ClassLabels":
-        """The inverse, for `count` classes: what has no label is called by its number. diffusers leaves the table out (None) when it saves."""
-        if not isinstance(table, dict | None) or not all(isinstance(label, str) for label in (table or {}).values()):
-            raise UserError(f"id2label is {str(table)[:80]}: expected an object with the label of each class's number")
+        """The inverse, for `count` classes: what has no label is called by its number. diffusers
+        leaves the table out (None) when it saves.
+        """
+        if not isinstance(table, dict | None) or not all(
+            isinstance(label, str) for label in (table or {}).values()
+        ):
+            raise UserError(
+                f"id2label is {str(table)[:80]}: expected an object with the label of each class's number"
+            )
         labels = [str(i) for i in range(count)]
         for key, label in (table or {}).items():
             if not re.fullmatch(r"[0-9]{1,9}", str(key)) or int(key) >= count:
-                raise UserError(f"id2label has {str(key)[:20]!r}: expected numbers of classes from 0 to {count - 1}")
+                raise UserError(
+                    f"id2label has {str(key)[:20]!r}: expected numbers of classes from 0 to {count - 1}"
+                )
             labels[int(key)] = label
         return cls(tuple(labels))

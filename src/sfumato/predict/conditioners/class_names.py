@@ -1,7 +1,9 @@
-"""Class names as prompts: "ankle boot" -> a one-hot vector over the classes and one more row that stands for "no class".
+"""Class names as prompts: "ankle boot" -> a one-hot vector over the classes and one more row that
+stands for "no class".
 
-The network multiplies it by its embedding table (a look-up), so mixtures of classes are weights that sum to 1. The last row is the
-null condition of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, section 3.2).
+The network multiplies it by its embedding table (a look-up), so mixtures of classes are weights
+that sum to 1. The last row is the null condition of classifier-free guidance (Ho & Salimans 2022,
+arXiv:2207.12598, section 3.2).
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,7 +26,9 @@ def _key(text: str) -> str:
 
 
 def _forms(key: str) -> Iterable[str]:
-    """The words as they are, then one fewer or one more: "boots" is "boot", "dresses" is "dress", "bag" may stand for "bags"."""
+    """The words as they are, then one fewer or one more: "boots" is "boot", "dresses" is "dress",
+    "bag" may stand for "bags".
+    """
     yield key
     yield from (key.removesuffix(end) for end in ("s", "es") if key.endswith(end))
     yield from (key + end for end in ("s", "es"))
@@ -32,13 +36,21 @@ def _forms(key: str) -> Iterable[str]:
 
 @dataclass(frozen=True)
 class ClassNames:
-    """names in the order of the labels; a name with "/" answers to each part ("t-shirt/top" to "t-shirt" and to "top")."""
+    """names in the order of the labels; a name with "/" answers to each part ("t-shirt/top" to
+    "t-shirt" and to "top").
+    """
 
     names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not self.names or not all(isinstance(n, str) and n.strip() for n in self.names) or len(set(self.names)) < len(self.names):
-            raise UserError(f"class names {list(self.names)!r}: expected at least one, all of them different texts that are not empty")
+        if (
+            not self.names
+            or not all(isinstance(n, str) and n.strip() for n in self.names)
+            or len(set(self.names)) < len(self.names)
+        ):
+            raise UserError(
+                f"class names {list(self.names)!r}: expected at least one, all of them different texts that are not empty"
+            )
 
     @cached_property
     def _tables(self) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
@@ -54,7 +66,8 @@ class ClassNames:
     def label(self, prompt: str | None) -> int:
         """The label of a prompt; the null row, `len(names)`, for None or an empty prompt.
 
-        `UserError` with near matches for an unknown name, and for one that stands for several classes.
+        `UserError` with near matches for an unknown name, and for one that stands for several
+        classes.
         """
         if prompt is None or not prompt.strip():
             return len(self.names)
@@ -70,16 +83,26 @@ class ClassNames:
                     raise UserError(f"class {prompt!r} is ambiguous: write {choices}")
         raise unknown("class", prompt, self.names)
 
-    def __call__(self, prompts: Sequence[str | None], picture: Picture | None = None) -> Conditioning:
-        """Prompts -> Conditioning with `vector` (B, len(names) + 1). The picture makes no difference."""
+    def __call__(
+        self, prompts: Sequence[str | None], picture: Picture | None = None
+    ) -> Conditioning:
+        """Prompts -> Conditioning with `vector` (B, len(names) + 1). The picture makes no
+        difference.
+        """
         labels = {p: self.label(p) for p in set(prompts)}
-        return Conditioning(vector=F.one_hot(torch.tensor([labels[p] for p in prompts]), len(self.names) + 1).float())
+        return Conditioning(
+            vector=F.one_hot(
+                torch.tensor([labels[p] for p in prompts]), len(self.names) + 1
+            ).float()
+        )
 
     def from_labels(self, labels: Int[Tensor, " B"]) -> Conditioning:
         """Labels (B,) int64 -> Conditioning; -1 (no label) and `len(names)` are the null row."""
         rows = torch.where(labels < 0, len(self.names), labels)
         if len(rows) and int(rows.max()) > len(self.names):
-            raise UserError(f"label {int(rows.max())}: expected 0 to {len(self.names) - 1}, or -1 for none")
+            raise UserError(
+                f"label {int(rows.max())}: expected 0 to {len(self.names) - 1}, or -1 for none"
+            )
         return Conditioning(vector=F.one_hot(rows, len(self.names) + 1).float())
 
     def null(self, count: int, picture: Picture | None = None) -> Conditioning:

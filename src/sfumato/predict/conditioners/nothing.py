@@ -1,4 +1,6 @@
-"""No conditioning: an unconditional model. Any prompt but None or "" is refused, because it would be ignored."""
+"""No conditioning: an unconditional model. Any prompt but None or "" is refused, because it would
+be ignored.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +19,17 @@ class Nothing:
 
     names: tuple[str, ...] = ()
 
-    def __call__(self, prompts: Sequence[str | None], picture: Picture | None = None) -> Conditioning:
-        """An empty Conditioning; `UserError` if a prompt says something. The picture makes no difference."""
+    def __call__(
+        self, prompts: Sequence[str | None], picture: Picture | None = None
+    ) -> Conditioning:
+        """An empty Conditioning; `UserError` if a prompt says something. The picture makes no
+        difference.
+        """
         for prompt in prompts:
             if prompt is not None and prompt.strip():
-                raise UserError(f"prompt {prompt!r}: this model is unconditional, it takes no prompt; leave it empty")
+                raise UserError(
+                    f"prompt {prompt!r}: this model is unconditional, it takes no prompt; leave it empty"
+                )
         return Conditioning()
 
     def from_labels(self, labels: Int[Tensor, " B"]) -> Conditioning:

@@ -1,11 +1,12 @@
-"""Text prompts through a small sentence encoder, for models that are trained at home: BERT's network, such as all-MiniLM-L6-v2, 384 wide
-(Wang et al. 2020, arXiv:2002.10957; Reimers & Gurevych 2019, arXiv:1908.10084).
+"""Text prompts through a small sentence encoder, for models that are trained at home: BERT's
+network, such as all-MiniLM-L6-v2, 384 wide (Wang et al. 2020, arXiv:2002.10957; Reimers & Gurevych
+2019, arXiv:1908.10084).
 
     tokens   the states of all positions, 64 unless the settings say otherwise
     mask     [CLS], the words and [SEP]: neither the encoder nor the network looks at padding
 
-The mean of the states that count, brought to length 1, is the sentence's embedding; a network that wants it takes it from these two, as
-`ModernDiT` with `caption_channels` does.
+The mean of the states that count, brought to length 1, is the sentence's embedding; a network that
+wants it takes it from these two, as `ModernDiT` with `caption_channels` does.
 """
 
 from dataclasses import dataclass
@@ -24,9 +25,9 @@ READS = ({"text_encoder": CLASS},)
 
 @dataclass(frozen=True)
 class SentenceTextConfig:
-    """max_sequence_length: positions of a prompt, [CLS] and [SEP] among them; at most what the encoder knows, 512 as a rule.
-    masked: whether padding is left out, in the encoder's attention and (by the mask) in the network's.
-    long: "refuse" a prompt of more tokens, or "cut" it.
+    """max_sequence_length: positions of a prompt, [CLS] and [SEP] among them; at most what the
+    encoder knows, 512 as a rule. masked: whether padding is left out, in the encoder's attention
+    and (by the mask) in the network's. long: "refuse" a prompt of more tokens, or "cut" it.
     """
 
     max_sequence_length: int = 64
@@ -39,7 +40,8 @@ class SentenceTextConfig:
 
 @dataclass(frozen=True, eq=False)
 class SentenceText(TextAlone):
-    """encoder: BERT with its tokenizer, which puts prompts into lower case if it was trained so. The null condition is the empty prompt.
+    """encoder: BERT with its tokenizer, which puts prompts into lower case if it was trained so.
+    The null condition is the empty prompt.
 
     `UserError` for more positions than the encoder knows.
     """
@@ -58,12 +60,23 @@ class SentenceText(TextAlone):
 
     def index(self) -> dict[str, Any]:
         """Its entries of model_index.json, as diffusers writes such."""
-        return {"tokenizer": ["transformers", "BertTokenizer"], "text_encoder": ["transformers", CLASS]}
+        return {
+            "tokenizer": ["transformers", "BertTokenizer"],
+            "text_encoder": ["transformers", CLASS],
+        }
 
     @classmethod
-    def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = torch.float32, variant: str | None = None) -> "SentenceText":
-        """Opens text_encoder/ and tokenizer/ of a model's folder, and the settings in conditioner/config.json if there are any; weights become
-        `dtype` (None: as stored). `UserError` for what does not fit. variant: the files of weights to prefer, such as "fp16"."""
+    def from_folder(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype | None = torch.float32,
+        variant: str | None = None,
+    ) -> "SentenceText":
+        """Opens text_encoder/ and tokenizer/ of a model's folder, and the settings in
+        conditioner/config.json if there are any; weights become `dtype` (None: as stored).
+        `UserError` for what does not fit. variant: the files of weights to prefer, such as
+        "fp16".
+        """
         folder = Path(folder)
         encoder = read_sentence(folder / "tokenizer", folder / "text_encoder", dtype, variant)
         return cls(encoder, read_settings(SentenceTextConfig, cls.NAME, folder, {}))
@@ -76,9 +89,10 @@ class SentenceText(TextAlone):
         dtype: torch.dtype | None = torch.float32,
         variant: str | None = None,
     ) -> "SentenceText":
-        """Opens an encoder as transformers and sentence-transformers save one: config.json, the weights and the tokenizer's files side by side.
+        """Opens an encoder as transformers and sentence-transformers save one: config.json, the
+        weights and the tokenizer's files side by side.
 
-        What sentence-transformers adds (modules.json, 1_Pooling/, ...) is not looked at: its pooling, its limit of length, its dense layers.
-        The rest as in `from_folder`.
+        What sentence-transformers adds (modules.json, 1_Pooling/, ...) is not looked at: its
+        pooling, its limit of length, its dense layers. The rest as in `from_folder`.
         """
         return cls(read_sentence(Path(folder), Path(folder), dtype, variant), config)

@@ -1,4 +1,6 @@
-"""Guidance as questions: ask the denoiser, ask the references where they count, combine the answers."""
+"""Guidance as questions: ask the denoiser, ask the references where they count, combine the
+answers.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +17,9 @@ from sfumato.types import Ask, Asking, Conditioning, LatePrediction, Prediction,
 
 @dataclass(frozen=True)
 class Moment:
-    """A time of a run and what is there: x = alpha*z + sigma*eps. `index` counts the times that the run has visited before it."""
+    """A time of a run and what is there: x = alpha*z + sigma*eps. `index` counts the times that the
+    run has visited before it.
+    """
 
     t: float
     alpha: float
@@ -41,15 +45,19 @@ def guide(
 ) -> Ask:
     """The guided denoiser of one run, as questions to answer.
 
-    references: (denoiser, conditioning) pairs to move away from: the same denoiser without the condition, or a weaker one with it; as
-    many as the combine takes (`UserError` otherwise), or none: then nothing is guided.
-    weight, combine: settings from `weights` and `combines`. point: t -> (alpha, sigma).
-    unguided: the images that have nothing to move away from, as a draw without a condition: each is as it is alone, to the last bit.
-    The variance, of networks that predict one, is the conditional prediction's (as DiT's code has it, Peebles & Xie 2023, arXiv:2212.09748).
-    All questions of a time are put at once; where the weight is 1 only the conditional one, unless the combine needs them `always`.
+    references: (denoiser, conditioning) pairs to move away from: the same denoiser without the
+    condition, or a weaker one with it; as many as the combine takes (`UserError` otherwise), or
+    none: then nothing is guided. weight, combine: settings from `weights` and `combines`. point: t
+    -> (alpha, sigma). unguided: the images that have nothing to move away from, as a draw without a
+    condition: each is as it is alone, to the last bit. The variance, of networks that predict one,
+    is the conditional prediction's (as DiT's code has it, Peebles & Xie 2023, arXiv:2212.09748).
+    All questions of a time are put at once; where the weight is 1 only the conditional one, unless
+    the combine needs them `always`.
     """
     if references and len(references) != combine.references:
-        raise UserError(f"{len(references)} references for {combine}: it takes {combine.references}")
+        raise UserError(
+            f"{len(references)} references for {combine}: it takes {combine.references}"
+        )
     weigh, join = weight.begin(), combine.begin()
     needed = getattr(combine, "needed", lambda moment: combine.references)
     index, visited = -1, math.nan
@@ -69,21 +77,29 @@ def guide(
         found = join(x, moment, predictions, w)
         if not always:
             found = _off_is_off(predictions[0], found, w)
-        found = found if unguided is None else Chosen(unguided.reshape(-1, 1, 1, 1), predictions[0], found)
+        found = (
+            found
+            if unguided is None
+            else Chosen(unguided.reshape(-1, 1, 1, 1), predictions[0], found)
+        )
         return found.with_variance(predictions[0].variance)
 
     return ask
 
 
 def _off_is_off(conditional: Prediction, found: Prediction, w: float | Tensor) -> Prediction:
-    """The conditional prediction itself, to the last bit, for the images whose w is 1: as if nobody had asked the references."""
+    """The conditional prediction itself, to the last bit, for the images whose w is 1: as if nobody
+    had asked the references.
+    """
     if not isinstance(w, Tensor):
         return conditional if w == 1 else found
     return Chosen(w == 1, conditional, found)
 
 
 class Chosen(LatePrediction):
-    """One prediction for the images where `first` (B, 1, 1, 1) is True, another for the others: each worked out as it would be alone."""
+    """One prediction for the images where `first` (B, 1, 1, 1) is True, another for the others:
+    each worked out as it would be alone.
+    """
 
     parts: tuple[Tensor, Prediction, Prediction]
 

@@ -1,18 +1,26 @@
-"""`Guidance`: reference x weight x combine as one number, one line of text or one JSON object; `build` makes a run's questions of it.
+"""`Guidance`: reference x weight x combine as one number, one line of text or one JSON object;
+`build` makes a run's questions of it.
 
-A line of text is words in any order, with spaces between them: one number, the scale; and the names of parts, each with its options.
+A line of text is words in any order, with spaces between them: one number, the scale; and the names
+of parts, each with its options.
 
     2                                             classifier-free guidance; 1 is off
-    2.5 interval:low=0.2,high=0.8                 only at 0.2 <= t <= 0.8: a weight (predict/guidance/weights)
-    7.5 rescale:phi=0.7                           contrast kept: a combine (predict/guidance/combines)
-    4 ramp project:threshold=10,momentum=-0.5     from off at the first step to 4 at the last, by APG
-    3 perturbed_attention:layers=mid_block        a reference (predict/references); several layers are joined by +
-    2 model:path=small                            autoguidance by another model, which the caller opens
+    2.5 interval:low=0.2,high=0.8                 only at 0.2 <= t <= 0.8: a weight
+                                                  (predict/guidance/weights)
+    7.5 rescale:phi=0.7                           contrast kept: a combine
+                                                  (predict/guidance/combines)
+    4 ramp project:threshold=10,momentum=-0.5     from off at the first step to 4 at the last, by
+                                                  APG
+    3 perturbed_attention:layers=mid_block        a reference (predict/references); several layers
+                                                  are joined by +
+    2 model:path=small                            autoguidance by another model, which the caller
+                                                  opens
     0.6 plus_plus                                 CFG++: here the scale is lambda, and 1 is not off
     4 dual:kind=away,second=3 condition perturbed_attention:layers=up_blocks.0+up_blocks.1
                                                   two references and two scales
 
-What is not said is: constant, linear, condition. Names lie in three folders, and no name is in two of them.
+What is not said is: constant, linear, condition. Names lie in three folders, and no name is in two
+of them.
 """
 
 import json
@@ -32,20 +40,26 @@ from sfumato.predict.guidance.words import number, read, write
 from sfumato.registry import find, names, split
 from sfumato.types import Ask, Conditioning
 
-FOLDERS = {"weight": "predict.guidance.weights", "combine": "predict.guidance.combines", "reference": "predict.references"}
+FOLDERS = {
+    "weight": "predict.guidance.weights",
+    "combine": "predict.guidance.combines",
+    "reference": "predict.references",
+}
 """Where the parts lie, by the name of the setting."""
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly and in which way to follow the condition. Parts are words: "interval", or with options "interval:low=0.2,high=0.8".
+    """How strongly and in which way to follow the condition. Parts are words: "interval", or with
+    options "interval:low=0.2,high=0.8".
 
     scale      at least 0; 1 is off
     weight     how the scale acts along the run
     combine    how the predictions become one
     reference  what to move away from; two words for a combine that takes two
 
-    They are brought into one form, so that settings that mean the same are equal; `UserError` for impossible ones.
+    They are brought into one form, so that settings that mean the same are equal; `UserError` for
+    impossible ones.
     """
 
     scale: float = 1.0
@@ -56,8 +70,15 @@ class Guidance:
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", _scale(self.scale))
         weight, combine, references = self.parts()
-        for setting, parts in (("weight", [weight]), ("combine", [combine]), ("reference", references)):
-            written = " ".join(write(split(w)[0], part) for w, part in zip(getattr(self, setting).split(), parts, strict=True))
+        for setting, parts in (
+            ("weight", [weight]),
+            ("combine", [combine]),
+            ("reference", references),
+        ):
+            written = " ".join(
+                write(split(w)[0], part)
+                for w, part in zip(getattr(self, setting).split(), parts, strict=True)
+            )
             object.__setattr__(self, setting, written)
         if len(references) != combine.references:
             raise UserError(
@@ -82,12 +103,16 @@ class Guidance:
 
     @property
     def consistent(self) -> bool:
-        """Whether predictions add up to x. If not (CFG++), only samplers whose traits say `both` can use them."""
+        """Whether predictions add up to x. If not (CFG++), only samplers whose traits say `both`
+        can use them.
+        """
         return self.parts()[1].consistent
 
     @classmethod
     def parse(cls, value: Any) -> "Guidance":
-        """From a number, a line of text, a JSON object (`to_json`), or a Guidance; `UserError` for anything else."""
+        """From a number, a line of text, a JSON object (`to_json`), or a Guidance; `UserError` for
+        anything else.
+        """
         if isinstance(value, Guidance):
             return value
         if isinstance(value, str):
@@ -103,13 +128,23 @@ class Guidance:
         return cls(_scale(value))
 
     def to_json(self) -> float | dict[str, Any]:
-        """A plain number where that says it all, else an object of scale and the words that are not the usual ones."""
-        said = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        """A plain number where that says it all, else an object of scale and the words that are not
+        the usual ones.
+        """
+        said = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        }
         return self.scale if said.keys() <= {"scale"} else {**said, "scale": self.scale}
 
     def __str__(self) -> str:
         """The line of text: `parse` reads it."""
-        said = [getattr(self, f.name) for f in fields(self) if f.name != "scale" and getattr(self, f.name) != f.default]
+        said = [
+            getattr(self, f.name)
+            for f in fields(self)
+            if f.name != "scale" and getattr(self, f.name) != f.default
+        ]
         return " ".join([number(self.scale), *said])
 
 
@@ -120,10 +155,16 @@ def _scale(value: Any) -> float:
 
 
 @lru_cache(maxsize=256)
-def _parts(scale: float, weight: str, combine: str, reference: str) -> tuple[Any, Any, tuple[Any, ...]]:
+def _parts(
+    scale: float, weight: str, combine: str, reference: str
+) -> tuple[Any, Any, tuple[Any, ...]]:
     """Remembered: they are settings, frozen, and every request asks for them several times."""
     words = reference.split()
-    return _part("weight", weight, scale=scale), _part("combine", combine), tuple(_part("reference", word) for word in words)
+    return (
+        _part("weight", weight, scale=scale),
+        _part("combine", combine),
+        tuple(_part("reference", word) for word in words),
+    )
 
 
 def _part(setting: str, word: str, **given: Any) -> Any:
@@ -144,7 +185,9 @@ def _from_text(text: str) -> Guidance:
         except ValueError:
             name = word.partition(":")[0]
             if name not in homes:
-                raise UserError(f"guidance={text!r}: {unknown('guidance', name, homes)}; a number is the scale") from None
+                raise UserError(
+                    f"guidance={text!r}: {unknown('guidance', name, homes)}; a number is the scale"
+                ) from None
             said.setdefault(homes[name], []).append(word)
     if len(scales) != 1:
         raise UserError(
@@ -152,7 +195,9 @@ def _from_text(text: str) -> Guidance:
         )
     for setting in ("weight", "combine"):
         if len(said.get(setting, ())) > 1:
-            raise UserError(f"guidance={text!r} has two of one kind, {' and '.join(said[setting])}: expected one {setting}")
+            raise UserError(
+                f"guidance={text!r} has two of one kind, {' and '.join(said[setting])}: expected one {setting}"
+            )
     return Guidance(scales[0], **{setting: " ".join(words) for setting, words in said.items()})
 
 
@@ -166,7 +211,9 @@ def _from_json(value: Mapping[str, Any]) -> Guidance:
     words: dict[str, str] = {}
     for setting, given in value.items():
         if setting != "scale":
-            words[setting] = " ".join(_word(setting, g) for g in (given if isinstance(given, list | tuple) else [given]))
+            words[setting] = " ".join(
+                _word(setting, g) for g in (given if isinstance(given, list | tuple) else [given])
+            )
             if setting != "reference" and len(words[setting].split()) != 1:
                 raise UserError(f"guidance {setting}={given!r}: expected one {setting}")
     return Guidance(_scale(value["scale"]), **words)
@@ -177,11 +224,16 @@ def _word(setting: str, given: Any) -> str:
     if isinstance(given, str):
         return given
     if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
-        raise UserError(f'guidance {setting}={given!r}: expected a word such as "NAME:OPTION=VALUE", or an object with a name and options')
+        raise UserError(
+            f'guidance {setting}={given!r}: expected a word such as "NAME:OPTION=VALUE", or an object with a name and options'
+        )
     name = given["name"]
     if name not in names(FOLDERS[setting]):
         raise unknown(f"guidance {setting}", name, names(FOLDERS[setting]))
-    return write(name, read(find(FOLDERS[setting], name), name, {k: v for k, v in given.items() if k != "name"}))
+    return write(
+        name,
+        read(find(FOLDERS[setting], name), name, {k: v for k, v in given.items() if k != "name"}),
+    )
 
 
 def build(
@@ -194,9 +246,10 @@ def build(
 ) -> Ask:
     """The guided denoiser of one run, as questions to answer.
 
-    reference: the conditioning to move away from (none, or a negative prompt); for two references of that kind one or two.
-    point: t -> (alpha, sigma), the schedule's. weaker: the denoiser for the reference "model".
-    Where all there is to move away from is the condition itself, as in an unconditional draw, nothing is guided: one pass a time.
+    reference: the conditioning to move away from (none, or a negative prompt); for two references
+    of that kind one or two. point: t -> (alpha, sigma), the schedule's. weaker: the denoiser for
+    the reference "model". Where all there is to move away from is the condition itself, as in an
+    unconditional draw, nothing is guided: one pass a time.
     """
     weight, combine, references = guidance.parts()
     if guidance.off:
@@ -206,9 +259,14 @@ def build(
     if len(given) == 1:
         given *= max(wanted, 1)
     if wanted and len(given) != wanted:
-        raise UserError(f"{len(given)} conditionings to move away from, for guidance {guidance}: expected {wanted}")
+        raise UserError(
+            f"{len(given)} conditionings to move away from, for guidance {guidance}: expected {wanted}"
+        )
     taken = iter(given)
-    pairs = [r.pair(denoiser, conditioning, next(taken) if r.condition else conditioning, weaker) for r in references]
+    pairs = [
+        r.pair(denoiser, conditioning, next(taken) if r.condition else conditioning, weaker)
+        for r in references
+    ]
     unguided = None
     if all(r.condition for r in references):
         alike = reduce(torch.logical_and, (same(conditioning, other) for _, other in pairs))
@@ -218,7 +276,18 @@ def build(
 
 
 def same(a: Conditioning, b: Conditioning) -> Bool[Tensor, " B"]:
-    """The images of `a` for which two conditionings are equal, door by door; (1,) if `a` has no doors."""
-    if a.sizes != b.sizes or not a.tensors or any(len(x) != len(y) for x, y in zip(a.tensors, b.tensors, strict=True)):
-        return torch.full((len(a.tensors[0]) if a.tensors else 1,), a.sizes == b.sizes and not a.tensors)
-    return reduce(torch.logical_and, ((x == y).flatten(1).all(1) for x, y in zip(a.tensors, b.tensors, strict=True)))
+    """The images of `a` for which two conditionings are equal, door by door; (1,) if `a` has no
+    doors.
+    """
+    if (
+        a.sizes != b.sizes
+        or not a.tensors
+        or any(len(x) != len(y) for x, y in zip(a.tensors, b.tensors, strict=True))
+    ):
+        return torch.full(
+            (len(a.tensors[0]) if a.tensors else 1,), a.sizes == b.sizes and not a.tensors
+        )
+    return reduce(
+        torch.logical_and,
+        ((x == y).flatten(1).all(1) for x, y in zip(a.tensors, b.tensors, strict=True)),
+    )

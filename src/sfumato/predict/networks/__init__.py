@@ -1,1 +1,3 @@
-"""Networks: (x, timestep, conditioning) -> y. They know no schedule; the denoiser gives y its meaning."""
+"""Networks: (x, timestep, conditioning) -> y. They know no schedule; the denoiser gives y its
+meaning.
+"""

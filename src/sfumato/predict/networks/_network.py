@@ -10,17 +10,20 @@ from sfumato.registry import module_of, names
 
 
 class Network(nn.Module):
-    """(x, timestep, conditioning) -> y: a network is built from a frozen config with diffusers' field names and saved with `to_config`.
+    """(x, timestep, conditioning) -> y: a network is built from a frozen config with diffusers'
+    field names and saved with `to_config`.
 
-    A file of this folder has a table CLASSES: {"_class_name" of config.json: (network, config)}, by which it is found. Latents whose sides are no
-    multiple of `patch` are the network's own affair: it fills them up and cuts the answer.
+    A file of this folder has a table CLASSES: {"_class_name" of config.json: (network, config)}, by
+    which it is found. Latents whose sides are no multiple of `patch` are the network's own affair:
+    it fills them up and cuts the answer.
     """
 
     part: ClassVar[str] = "transformer"
     """The network's folder in diffusers' layout."""
 
     parameterization: ClassVar[str | None] = None
-    """What all networks of this class answer, by the name that `diffuse.parameterization` has for it; None: the model's scheduler tells."""
+    """What all networks of this class answer, by the name that `diffuse.parameterization` has for
+    it; None: the model's scheduler tells."""
 
     config: Any
 
@@ -36,7 +39,9 @@ class Network(nn.Module):
 
     @property
     def learned_variance(self) -> bool:
-        """Whether a variance comes behind what it predicts, in as many channels again (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15)."""
+        """Whether a variance comes behind what it predicts, in as many channels again (Nichol &
+        Dhariwal 2021, arXiv:2102.09672, eq. 15).
+        """
         return False
 
     @property
@@ -51,17 +56,23 @@ class Network(nn.Module):
 
     @property
     def classes(self) -> int:
-        """How many classes it was trained with, none at all being one of them; 0: it is told no class."""
+        """How many classes it was trained with, none at all being one of them; 0: it is told no
+        class.
+        """
         return 0
 
     @property
     def vector_width(self) -> int | None:
-        """The width of the vector that it must be given, without the number of `learned_guidance`; None: that is not checked."""
+        """The width of the vector that it must be given, without the number of `learned_guidance`;
+        None: that is not checked.
+        """
         return None
 
     @property
     def learned_guidance(self) -> bool:
-        """Whether it is told how strongly to follow the condition, as the last number of `Conditioning.vector`."""
+        """Whether it is told how strongly to follow the condition, as the last number of
+        `Conditioning.vector`.
+        """
         return False
 
     @property
@@ -76,17 +87,26 @@ class Network(nn.Module):
 
     @classmethod
     def shape_fields(cls, config: Any, channels: int, side: int) -> dict[str, Any]:
-        """What becomes of `config` for a network that is to be trained on latents of so many channels and cells a side.
+        """What becomes of `config` for a network that is to be trained on latents of so many
+        channels and cells a side.
 
         out_channels stay twice the in_channels where they are: a learned variance.
         """
         twice = config.out_channels == 2 * config.in_channels
-        return {"sample_size": side, "in_channels": channels, "out_channels": (1 + twice) * channels}
+        return {
+            "sample_size": side,
+            "in_channels": channels,
+            "out_channels": (1 + twice) * channels,
+        }
 
     @classmethod
     def class_fields(cls, count: int) -> dict[str, Any]:
-        """The same, of one that is to be told which of `count` classes; `UserError` for a network that no class can be told."""
-        raise UserError(f"a {cls.__name__} is told no class: train it from captions (--text), or a network such as ModernDiT, DiT or SiT")
+        """The same, of one that is to be told which of `count` classes; `UserError` for a network
+        that no class can be told.
+        """
+        raise UserError(
+            f"a {cls.__name__} is told no class: train it from captions (--text), or a network such as ModernDiT, DiT or SiT"
+        )
 
     def to_config(self) -> dict[str, Any]:
         """The JSON of config.json, with diffusers' names."""
@@ -97,7 +117,11 @@ class Network(nn.Module):
 def registered() -> dict[str, tuple[type[Any], Any]]:
     """Every network of this folder and its config, by the "_class_name" of config.json."""
     package = "predict.networks"
-    return {name: entry for file in names(package) for name, entry in module_of(package, file).CLASSES.items()}
+    return {
+        name: entry
+        for file in names(package)
+        for name, entry in module_of(package, file).CLASSES.items()
+    }
 
 
 def network_of(config: Any) -> type[Network]:

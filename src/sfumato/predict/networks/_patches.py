@@ -1,7 +1,9 @@
-"""What DiT and PixArt share: a latent cut into patches as tokens with sine positions, and tokens put together as a picture again.
+"""What DiT and PixArt share: a latent cut into patches as tokens with sine positions, and tokens
+put together as a picture again.
 
-tokens = W patch + places (Peebles & Xie 2022, arXiv:2212.09748, section 3.2). The places are stretched, so that a map of any size and aspect
-covers what the map of training covered (diffusers' PatchEmbed).
+tokens = W patch + places (Peebles & Xie 2022, arXiv:2212.09748, section 3.2). The places are
+stretched, so that a map of any size and aspect covers what the map of training covered (diffusers'
+PatchEmbed).
 """
 
 from dataclasses import dataclass
@@ -32,16 +34,18 @@ LEGACY: dict[str, Any] = {
     "positional_embeddings": None,
     "num_positional_embeddings": None,
 }
-"""Fields of Transformer2DModel, the class of DiT's and PixArt's first files, with the values that they have there."""
+"""Fields of Transformer2DModel, the class of DiT's and PixArt's first files, with the values that
+they have there."""
 
 
 @dataclass(frozen=True)
 class PatchConfig:
     """The numbers of a transformer over patches, with diffusers' names.
 
-    out_channels: with those of a learned variance, which come behind the others (Nichol & Dhariwal 2021, arXiv:2102.09672); None:
-    in_channels. sample_size: sides of the latents of training, in cells. norm_num_groups and upcast_attention are kept for the file's sake:
-    there is no group norm, and attention sums in float32 in every dtype.
+    out_channels: with those of a learned variance, which come behind the others (Nichol & Dhariwal
+    2021, arXiv:2102.09672); None: in_channels. sample_size: sides of the latents of training, in
+    cells. norm_num_groups and upcast_attention are kept for the file's sake: there is no group
+    norm, and attention sums in float32 in every dtype.
     """
 
     num_attention_heads: int = 16
@@ -59,18 +63,35 @@ class PatchConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "patch_size", "num_embeds_ada_norm"):
+        for name in (
+            "num_attention_heads",
+            "attention_head_dim",
+            "in_channels",
+            "num_layers",
+            "patch_size",
+            "num_embeds_ada_norm",
+        ):
             whole(name, getattr(self, name))
         whole("sample_size", self.sample_size, self.patch_size)
         flag("attention_bias", self.attention_bias)
         if self.out_channels is not None:
             whole("out_channels", self.out_channels, self.in_channels)
         if self.width % 4:
-            raise UserError(f"num_attention_heads * attention_head_dim is {self.width}: sine positions need a multiple of 4")
+            raise UserError(
+                f"num_attention_heads * attention_head_dim is {self.width}: sine positions need a multiple of 4"
+            )
         if not isinstance(self.activation_fn, str) or self.activation_fn not in ACTIVATIONS:
-            raise UserError(f"activation_fn {self.activation_fn!r} is not supported: expected one of {', '.join(ACTIVATIONS)}")
-        if isinstance(self.norm_eps, bool) or not isinstance(self.norm_eps, int | float) or not 0 < self.norm_eps < 1:
-            raise UserError(f"norm_eps {self.norm_eps!r}: expected a small number above 0, such as 1e-6")
+            raise UserError(
+                f"activation_fn {self.activation_fn!r} is not supported: expected one of {', '.join(ACTIVATIONS)}"
+            )
+        if (
+            isinstance(self.norm_eps, bool)
+            or not isinstance(self.norm_eps, int | float)
+            or not 0 < self.norm_eps < 1
+        ):
+            raise UserError(
+                f"norm_eps {self.norm_eps!r}: expected a small number above 0, such as 1e-6"
+            )
 
     @property
     def width(self) -> int:
@@ -84,7 +105,9 @@ class PatchConfig:
 
     @property
     def stretch(self) -> float:
-        """What places are divided by: the size of training over that for which the places were made."""
+        """What places are divided by: the size of training over that for which the places were
+        made.
+        """
         return 1.0
 
 
@@ -128,10 +151,14 @@ class PatchNetwork(Network):
         return self.config.outputs == 2 * self.config.in_channels
 
     def tokens(self, x: Float[Tensor, "B C h w"], cond: Conditioning) -> Float[Tensor, "B N D"]:
-        """Patches as tokens, with their places; `UserError` for other channels than the network's, and for doors that it does not have."""
+        """Patches as tokens, with their places; `UserError` for other channels than the network's,
+        and for doors that it does not have.
+        """
         c = self.config
         if x.shape[1] != c.in_channels:
-            raise UserError(f"this {type(self).__name__} takes latents of {c.in_channels} channels and was given {x.shape[1]}")
+            raise UserError(
+                f"this {type(self).__name__} takes latents of {c.in_channels} channels and was given {x.shape[1]}"
+            )
         for door in ("concat", "residuals", "image_tokens", "references"):
             if getattr(cond, door) is not None:
                 raise UserError(
@@ -139,7 +166,8 @@ class PatchNetwork(Network):
                 )
         rows, columns = (-(-side // c.patch_size) for side in x.shape[2:])
         places = _places(c.width, rows, columns, c.sample_size // c.patch_size, c.stretch, x.device)
-        # places first: torch lays the sum out in memory as its first term, and theirs is token by token
+        # places first: torch lays the sum out in memory as its first term, and theirs is token by
+        # token
         return (places + self.pos_embed(padded(x, c.patch_size))).to(x.dtype)
 
     def picture(self, y: Float[Tensor, "B N E"], size: torch.Size) -> Float[Tensor, "B K h w"]:
@@ -149,7 +177,9 @@ class PatchNetwork(Network):
 
 
 @lru_cache(maxsize=16)
-def _places(width: int, rows: int, columns: int, base: int, stretch: float, device: torch.device) -> Float[Tensor, "N D"]:
+def _places(
+    width: int, rows: int, columns: int, base: int, stretch: float, device: torch.device
+) -> Float[Tensor, "N D"]:
     """`sincos_2d` on a device; not to be changed."""
     with torch.inference_mode(False):
         return sincos_2d(width, rows, columns, base, stretch).to(device)

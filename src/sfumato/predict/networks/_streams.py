@@ -1,8 +1,11 @@
-"""What FLUX.1 and FLUX.2 share: text and picture as two streams of tokens that attend to each other, then as one.
+"""What FLUX.1 and FLUX.2 share: text and picture as two streams of tokens that attend to each
+other, then as one.
 
-y = out(single blocks(double blocks(picture, text))), where both are MMDiT's (Esser et al. 2024, arXiv:2403.03206, section 4) with rotary places,
-normed queries and keys, and, in the single blocks, attention and feed-forward side by side (Dehghani et al. 2023, arXiv:2302.05442,
-section 2). The picture's tokens come first, then those of references, then the text's. Names of layers are diffusers'.
+y = out(single blocks(double blocks(picture, text))), where both are MMDiT's (Esser et al. 2024,
+arXiv:2403.03206, section 4) with rotary places, normed queries and keys, and, in the single blocks,
+attention and feed-forward side by side (Dehghani et al. 2023, arXiv:2302.05442, section 2). The
+picture's tokens come first, then those of references, then the text's. Names of layers are
+diffusers'.
 """
 
 from collections.abc import Iterable
@@ -29,17 +32,19 @@ Steer = tuple[Tensor, ...]
 """Shifts, scales and gates (B, 1, D)."""
 
 
-# ---- where tokens are ------------------------------------------------------------------------------------------------------
+# ---- where tokens are ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where tokens are on the axes of rotary places: picture k, row, column, and what else there is.
+    """Where tokens are on the axes of rotary places: picture k, row, column, and what else there
+    is.
 
     widths  numbers of a head that each axis turns
     theta   of the slowest turn
     apart   between a picture and the next on the first axis; the picture that is made is at 0
-    line    whether text tokens are one after the other on the last axis; otherwise all are at the origin
+    line    whether text tokens are one after the other on the last axis; otherwise all are at the
+            origin
     """
 
     widths: tuple[int, ...]
@@ -47,13 +52,20 @@ class Places:
     apart: int
     line: bool
 
-    def turns(self, text: int, maps: tuple[tuple[int, int], ...], device: torch.device) -> Float[Tensor, "N d 2"]:
-        """cos and sin for the tokens of maps of (rows, columns) and then `text` tokens, float32; remembered, not to be changed."""
-        if torch.compiler.is_compiling():  # a program makes them itself: what a compiler looks at is no tensor to remember
+    def turns(
+        self, text: int, maps: tuple[tuple[int, int], ...], device: torch.device
+    ) -> Float[Tensor, "N d 2"]:
+        """cos and sin for the tokens of maps of (rows, columns) and then `text` tokens, float32;
+        remembered, not to be changed.
+        """
+        # a program makes them itself: what a compiler looks at is no tensor to remember
+        if torch.compiler.is_compiling():
             return self.made(text, maps, device).to(device)
         return _remembered(self, text, maps, device)
 
-    def made(self, text: int, maps: tuple[tuple[int, int], ...], device: torch.device) -> Float[Tensor, "N d 2"]:
+    def made(
+        self, text: int, maps: tuple[tuple[int, int], ...], device: torch.device
+    ) -> Float[Tensor, "N d 2"]:
         """The same, made where the device knows float64, and otherwise on the CPU."""
         where, axes = torch.device("cpu") if device.type == "mps" else device, len(self.widths)
         found = []
@@ -69,18 +81,21 @@ class Places:
 
 
 @lru_cache(maxsize=16)
-def _remembered(places: Places, text: int, maps: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+def _remembered(
+    places: Places, text: int, maps: tuple[tuple[int, int], ...], device: torch.device
+) -> Tensor:
     with torch.inference_mode(False):  # later calls may want gradients
         return places.made(text, maps, torch.device("cpu")).to(device)
 
 
-# ---- layers ----------------------------------------------------------------------------------------------------------------
+# ---- layers --------------------------------------------------------------------------------------
 
 
 class TimeEmbedding(nn.Module):
     """Time, the strength of guidance and a pooled text as one embedding: (B,), (B, V) -> (B, E).
 
-    vector: `pooled` numbers (0: none), and if `guidance` one more, whose thousandfold is embedded as time is.
+    vector: `pooled` numbers (0: none), and if `guidance` one more, whose thousandfold is embedded
+    as time is.
     """
 
     def __init__(self, width: int, waves: int, pooled: int, guidance: bool, bias: bool = True):
@@ -90,10 +105,14 @@ class TimeEmbedding(nn.Module):
         self.guidance_embedder = TimestepEmbedding(waves, width, bias) if guidance else None
         self.text_embedder = TimestepEmbedding(pooled, width, bias) if pooled else None
 
-    def forward(self, timestep: Float[Tensor, " B"], vector: Float[Tensor, "B V"] | None, dtype: torch.dtype) -> Float[Tensor, "B E"]:
+    def forward(
+        self, timestep: Float[Tensor, " B"], vector: Float[Tensor, "B V"] | None, dtype: torch.dtype
+    ) -> Float[Tensor, "B E"]:
         time = self.timestep_embedder(sinusoidal(timestep, self.waves).to(dtype))
         if vector is not None and self.guidance_embedder is not None:
-            time = time + self.guidance_embedder(sinusoidal(1000 * vector[:, -1].float(), self.waves).to(dtype))
+            time = time + self.guidance_embedder(
+                sinusoidal(1000 * vector[:, -1].float(), self.waves).to(dtype)
+            )
         if vector is not None and self.text_embedder is not None:
             time = time + self.text_embedder(vector[:, : self.pooled].to(dtype))
         return time
@@ -107,35 +126,50 @@ class OutNorm(nn.Module):
         self.eps = eps
         self.linear = batch_invariant.Linear(width, 2 * width, bias=bias)
 
-    def forward(self, x: Float[Tensor, "B N D"], time: Float[Tensor, "B D"]) -> Float[Tensor, "B N D"]:
+    def forward(
+        self, x: Float[Tensor, "B N D"], time: Float[Tensor, "B D"]
+    ) -> Float[Tensor, "B N D"]:
         scale, shift = self.linear(batch_invariant.silu(time))[:, None].chunk(2, dim=-1)
         return modulated(x, scale, shift, self.eps)
 
 
 def limited(x: Tensor) -> Tensor:
-    """The same; in float16, which some tokens of these networks leave, the nearest number that it has."""
+    """The same; in float16, which some tokens of these networks leave, the nearest number that it
+    has.
+    """
     return x.clamp(-_HALF, _HALF) if x.dtype == torch.float16 else x
 
 
-def check_numbers(config: Any, head: int, axes: tuple[int, ...], count: int, *least: tuple[str, int]) -> None:
-    """`UserError` unless each named field is a whole number of at least so much, and `count` axes share out the `head` numbers of a head."""
+def check_numbers(
+    config: Any, head: int, axes: tuple[int, ...], count: int, *least: tuple[str, int]
+) -> None:
+    """`UserError` unless each named field is a whole number of at least so much, and `count` axes
+    share out the `head` numbers of a head.
+    """
     for name, lowest in least:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-            raise UserError(f"config field {name}={value!r}: expected a whole number of at least {lowest}")
+            raise UserError(
+                f"config field {name}={value!r}: expected a whole number of at least {lowest}"
+            )
     if len(axes) != count or sum(axes) != head or any(width < 2 or width % 2 for width in axes):
-        raise UserError(f"axes_dims_rope {axes}: expected {count} even numbers, {head} together, which is attention_head_dim")
+        raise UserError(
+            f"axes_dims_rope {axes}: expected {count} even numbers, {head} together, which is attention_head_dim"
+        )
 
 
-# ---- the network -----------------------------------------------------------------------------------------------------------
+# ---- the network ---------------------------------------------------------------------------------
 
 
 class Streams(Network):
-    """A network of double and single blocks. Its sub-classes make the layers, and say where tokens are and what steers the blocks.
+    """A network of double and single blocks. Its sub-classes make the layers, and say where tokens
+    are and what steers the blocks.
 
-    Of `Conditioning`: `tokens` (B, L, D) are the text, `vector` (B, V) a pooled text and, last, the strength of guidance, where the network has
-    been trained with these; `mask` (B, L) hides text; `concat` joins x along channels; `references` are read behind x; `residuals` are of
-    a ControlNet, (B, N, D) for the N tokens of x: one a double block, and behind them one a single block, or none for those.
+    Of `Conditioning`: `tokens` (B, L, D) are the text, `vector` (B, V) a pooled text and, last, the
+    strength of guidance, where the network has been trained with these; `mask` (B, L) hides text;
+    `concat` joins x along channels; `references` are read behind x; `residuals` are of a
+    ControlNet, (B, N, D) for the N tokens of x: one a double block, and behind them one a single
+    block, or none for those.
     """
 
     places: Places
@@ -150,11 +184,15 @@ class Streams(Network):
         """What every double block, and every single block, is steered by."""
         return time, time
 
-    def embedding(self, timestep: Float[Tensor, " B"], vector: Float[Tensor, "B V"] | None, dtype: torch.dtype) -> Float[Tensor, "B D"]:
+    def embedding(
+        self, timestep: Float[Tensor, " B"], vector: Float[Tensor, "B V"] | None, dtype: torch.dtype
+    ) -> Float[Tensor, "B D"]:
         """Time, guidance and pooled text as one embedding."""
         raise NotImplementedError
 
-    def forward(self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning) -> Float[Tensor, "B D h w"]:
+    def forward(
+        self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning
+    ) -> Float[Tensor, "B D h w"]:
         """x noisy latent, timestep in 0..1000, conditioning -> y, the network's target."""
         maps = self._maps(x, cond)
         sizes = tuple((m.shape[2] // self.patch, m.shape[3] // self.patch) for m in maps)
@@ -164,7 +202,8 @@ class Streams(Network):
 
         # embeddings
         tokens = [patches(m, self.patch) for m in maps]
-        picture = self.x_embedder(torch.cat(tokens, 1) if len(tokens) > 1 else tokens[0])  # (B, N + references, D)
+        # (B, N + references, D)
+        picture = self.x_embedder(torch.cat(tokens, 1) if len(tokens) > 1 else tokens[0])
         text = self.context_embedder(cond.tokens)  # (B, L, D)
         mask = with_picture(cond.mask, picture.shape[1])
 
@@ -184,7 +223,9 @@ class Streams(Network):
         return from_patches(y, sizes[0][0], self.patch)[:, :, : x.shape[2], : x.shape[3]]
 
     def _maps(self, x: Tensor, cond: Conditioning) -> list[Tensor]:
-        """x with what is joined to it, and the references, in whole patches; `UserError` for what is missing or does not fit."""
+        """x with what is joined to it, and the references, in whole patches; `UserError` for what
+        is missing or does not fit.
+        """
         name, vector = type(self).__name__, (self.vector_width or 0) + self.learned_guidance
         if cond.tokens is None or cond.tokens.shape[2] != self.token_width:
             found = "missing" if cond.tokens is None else f"of width {cond.tokens.shape[2]}"
@@ -200,9 +241,13 @@ class Streams(Network):
             what = [f"{self.vector_width} of a pooled text"] * bool(self.vector_width) + [
                 "the strength of guidance"
             ] * self.learned_guidance
-            raise UserError(f"{name} needs {' and '.join(what)}: Conditioning.vector (B, {vector}) is {found}")
+            raise UserError(
+                f"{name} needs {' and '.join(what)}: Conditioning.vector (B, {vector}) is {found}"
+            )
         if cond.image_tokens is not None:
-            raise UserError(f"{name} has no attention to Conditioning.image_tokens {tuple(cond.image_tokens.shape)}: leave them out")
+            raise UserError(
+                f"{name} has no attention to Conditioning.image_tokens {tuple(cond.image_tokens.shape)}: leave them out"
+            )
         whole = x if cond.concat is None else torch.cat([x, cond.concat], 1)
         if whole.shape[1] != self.in_channels:
             raise UserError(
@@ -217,7 +262,9 @@ class Streams(Network):
                 )
         return [padded(m, self.patch) for m in (whole, *references)]
 
-    def _residuals(self, cond: Conditioning, shape: tuple[int, int, int]) -> tuple[Iterable[Tensor | None], Iterable[Tensor | None]]:
+    def _residuals(
+        self, cond: Conditioning, shape: tuple[int, int, int]
+    ) -> tuple[Iterable[Tensor | None], Iterable[Tensor | None]]:
         """What is added behind each double and each single block."""
         double, single = len(self.transformer_blocks), len(self.single_transformer_blocks)
         given = cond.residuals or ()
@@ -246,10 +293,18 @@ class Streams(Network):
 
     @property
     def learned_guidance(self) -> bool:
-        """Whether it is told how strongly to follow the condition, as the last number of `Conditioning.vector`."""
+        """Whether it is told how strongly to follow the condition, as the last number of
+        `Conditioning.vector`.
+        """
         return self.config.guidance_embeds
 
 
-def _added(x: Float[Tensor, "B S D"], residual: Float[Tensor, "B N D"] | None) -> Float[Tensor, "B S D"]:
+def _added(
+    x: Float[Tensor, "B S D"], residual: Float[Tensor, "B N D"] | None
+) -> Float[Tensor, "B S D"]:
     """x, with the residual added to its first tokens."""
-    return x if residual is None else x + nn.functional.pad(residual, (0, 0, 0, x.shape[1] - residual.shape[1]))
+    return (
+        x
+        if residual is None
+        else x + nn.functional.pad(residual, (0, 0, 0, x.shape[1] - residual.shape[1]))
+    )

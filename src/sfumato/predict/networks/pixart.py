@@ -1,13 +1,15 @@
-"""PixArt: a transformer over latent patches that attends to a text (Chen et al. 2023, arXiv:2310.00426, section 2.3; Sigma, 2403.04692).
+"""PixArt: a transformer over latent patches that attends to a text (Chen et al. 2023,
+arXiv:2310.00426, section 2.3; Sigma, 2403.04692).
 
-adaLN-single: S = W SiLU(c) is made once for all blocks, and each block adds a table of its own, (shift, scale, gate) x 2 = S + table:
+adaLN-single: S = W SiLU(c) is made once for all blocks, and each block adds a table of its own,
+(shift, scale, gate) x 2 = S + table:
 
     x <- x + gate attention(LN(x) (1 + scale) + shift)
     x <- x + attention to the text
     x <- x + gate' mlp(LN(x) (1 + scale') + shift')
 
-c = MLP(waves(t)), and for PixArt-alpha at 1024 x 1024 pixels also what height, width and height/width are embedded as. Module names and config
-are diffusers' PixArtTransformer2DModel.
+c = MLP(waves(t)), and for PixArt-alpha at 1024 x 1024 pixels also what height, width and
+height/width are embedded as. Module names and config are diffusers' PixArtTransformer2DModel.
 """
 
 from collections.abc import Iterable
@@ -24,20 +26,36 @@ from sfumato.kernels import batch_invariant
 from sfumato.nn.attention import Attention, FeedForward
 from sfumato.nn.embeddings import TimestepEmbedding, sinusoidal
 from sfumato.nn.modulation import gated, modulated
-from sfumato.predict.networks._patches import ACTIVATIONS, LEGACY, WAVES, PatchConfig, PatchNetwork, flag, whole, zeroed
+from sfumato.predict.networks._patches import (
+    ACTIVATIONS,
+    LEGACY,
+    WAVES,
+    PatchConfig,
+    PatchNetwork,
+    flag,
+    whole,
+    zeroed,
+)
 from sfumato.types import Conditioning
 
 # Fields of PixArtTransformer2DModel that we stand for with one value only.
-FIXED: dict[str, Any] = {"dropout": 0.0, "norm_type": "ada_norm_single", "norm_elementwise_affine": False, "attention_type": "default"}
+FIXED: dict[str, Any] = {
+    "dropout": 0.0,
+    "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False,
+    "attention_type": "default",
+}
 
 
 @dataclass(frozen=True)
 class PixArtConfig(PatchConfig):
-    """The numbers of a PixArt, with diffusers' names and defaults, which are PixArt-XL/2's for 1024 x 1024 pixels.
+    """The numbers of a PixArt, with diffusers' names and defaults, which are PixArt-XL/2's for 1024
+    x 1024 pixels.
 
-    caption_channels: width of the text encoder's tokens, which are then made as wide as the network's; None: cross_attention_dim wide.
-    interpolation_scale: of places; None: sample_size / 64. use_additional_conditions: whether it is told the picture's size; None: where
-    sample_size is 128. num_embeds_ada_norm: kept for the file's sake.
+    caption_channels: width of the text encoder's tokens, which are then made as wide as the
+    network's; None: cross_attention_dim wide. interpolation_scale: of places; None: sample_size /
+    64. use_additional_conditions: whether it is told the picture's size; None: where sample_size is
+    128. num_embeds_ada_norm: kept for the file's sake.
     """
 
     out_channels: int | None = 8
@@ -60,24 +78,38 @@ class PixArtConfig(PatchConfig):
         if self.use_additional_conditions is not None:
             flag("use_additional_conditions", self.use_additional_conditions)
         if self.told_sizes and self.width % 3:
-            raise UserError(f"use_additional_conditions with a width of {self.width}: height, width and aspect need a third of it each")
+            raise UserError(
+                f"use_additional_conditions with a width of {self.width}: height, width and aspect need a third of it each"
+            )
         scale = self.interpolation_scale
-        if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0):
+        if scale is not None and (
+            isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0
+        ):
             raise UserError(f"interpolation_scale {scale!r}: expected a number above 0, or null")
 
     @property
     def told_sizes(self) -> bool:
         """Whether it is told height, width and their ratio."""
-        return self.sample_size == 128 if self.use_additional_conditions is None else self.use_additional_conditions
+        return (
+            self.sample_size == 128
+            if self.use_additional_conditions is None
+            else self.use_additional_conditions
+        )
 
     @property
     def stretch(self) -> float:
         """What places are divided by."""
-        return max(self.sample_size // 64, 1) if self.interpolation_scale is None else self.interpolation_scale
+        return (
+            max(self.sample_size // 64, 1)
+            if self.interpolation_scale is None
+            else self.interpolation_scale
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "PixArtConfig":
-        """Reads a diffusers config; a field that this class does not know, or a value it cannot honour, is refused."""
+        """Reads a diffusers config; a field that this class does not know, or a value it cannot
+        honour, is refused.
+        """
         return read_config(cls, values, LEGACY | FIXED)
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,7 +118,9 @@ class PixArtConfig(PatchConfig):
 
 
 class _Sizes(nn.Module):
-    """Time (B,) and perhaps (height, width, height/width) (B, 3) -> c (B, D): sizes are two thirds of what is added to time's, their ratio one."""
+    """Time (B,) and perhaps (height, width, height/width) (B, 3) -> c (B, D): sizes are two thirds
+    of what is added to time's, their ratio one.
+    """
 
     def __init__(self, width: int, told_sizes: bool):
         super().__init__()
@@ -96,14 +130,24 @@ class _Sizes(nn.Module):
             self.resolution_embedder = TimestepEmbedding(WAVES, width // 3)
             self.aspect_ratio_embedder = TimestepEmbedding(WAVES, width // 3)
 
-    def forward(self, timestep: Float[Tensor, " B"], picture: Float[Tensor, "B V"] | None, dtype: torch.dtype) -> Float[Tensor, "B D"]:
+    def forward(
+        self,
+        timestep: Float[Tensor, " B"],
+        picture: Float[Tensor, "B V"] | None,
+        dtype: torch.dtype,
+    ) -> Float[Tensor, "B D"]:
         time = self.timestep_embedder(sinusoidal(timestep, WAVES).to(dtype))
         if not self.told_sizes:
             return time
         if picture is None or picture.shape[1] != 3:
             found = "is missing" if picture is None else f"has {picture.shape[1]} numbers"
-            raise UserError(f"this PixArt is told the picture's height, width and height/width: Conditioning.vector (B, 3) {found}")
-        sides = self.resolution_embedder(sinusoidal(picture[:, :2].flatten(), WAVES).to(dtype)).view(len(picture), -1)  # (B, 2/3 D)
+            raise UserError(
+                f"this PixArt is told the picture's height, width and height/width: Conditioning.vector (B, 3) {found}"
+            )
+        # (B, 2/3 D)
+        sides = self.resolution_embedder(
+            sinusoidal(picture[:, :2].flatten(), WAVES).to(dtype)
+        ).view(len(picture), -1)
         ratio = self.aspect_ratio_embedder(sinusoidal(picture[:, 2], WAVES).to(dtype))  # (B, 1/3 D)
         return time + torch.cat([sides, ratio], dim=1)
 
@@ -117,7 +161,10 @@ class _Single(nn.Module):
         self.linear = batch_invariant.Linear(width, 6 * width)
 
     def forward(
-        self, timestep: Float[Tensor, " B"], picture: Float[Tensor, "B V"] | None, dtype: torch.dtype
+        self,
+        timestep: Float[Tensor, " B"],
+        picture: Float[Tensor, "B V"] | None,
+        dtype: torch.dtype,
     ) -> tuple[Float[Tensor, "B 6 D"], Float[Tensor, "B D"]]:
         told = self.emb(timestep, picture, dtype)
         return self.linear(batch_invariant.silu(told)).unflatten(1, (6, -1)), told
@@ -136,34 +183,52 @@ class _Caption(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention of all patches to each other, steered; to the text; and a feed-forward layer, steered."""
+    """Attention of all patches to each other, steered; to the text; and a feed-forward layer,
+    steered.
+    """
 
     streams = 1  # it takes and gives one stream of tokens
 
     def __init__(self, config: PixArtConfig):
         super().__init__()
-        width, heads, head_width = config.width, config.num_attention_heads, config.attention_head_dim
+        width, heads, head_width = (
+            config.width,
+            config.num_attention_heads,
+            config.attention_head_dim,
+        )
         self.eps = config.norm_eps
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
         self.attn1 = Attention(width, heads, head_width, qkv_bias=config.attention_bias)
-        self.attn2 = Attention(width, heads, head_width, config.cross_attention_dim, config.attention_bias)
+        self.attn2 = Attention(
+            width, heads, head_width, config.cross_attention_dim, config.attention_bias
+        )
         self.ff = FeedForward(width, ACTIVATIONS[config.activation_fn])
-        zeroed(cast("nn.Linear", self.attn2.to_out[0]))  # a network that was trained without text goes on as it is
+        # a network that was trained without text goes on as it is
+        zeroed(cast("nn.Linear", self.attn2.to_out[0]))
 
     def forward(
-        self, x: Float[Tensor, "B N D"], single: Float[Tensor, "B 6 D"], text: Float[Tensor, "B L E"], mask: Bool[Tensor, "B L"] | None
+        self,
+        x: Float[Tensor, "B N D"],
+        single: Float[Tensor, "B 6 D"],
+        text: Float[Tensor, "B L E"],
+        mask: Bool[Tensor, "B L"] | None,
     ) -> Float[Tensor, "B N D"]:
-        shift, scale, gate, shift_ff, scale_ff, gate_ff = (self.scale_shift_table + single).chunk(6, dim=1)  # (B, 1, D) each
+        # (B, 1, D) each
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = (self.scale_shift_table + single).chunk(
+            6, dim=1
+        )
         x = gated(x, gate, self.attn1(modulated(x, scale, shift, self.eps)))
         x = self.attn2(x, text, mask, plus=x)
         return gated(x, gate_ff, self.ff(modulated(x, scale_ff, shift_ff, self.eps)))
 
 
 class PixArt(PatchNetwork):
-    """The transformer: see the module's docstring. Built from a `PixArtConfig`; weights are random until loaded.
+    """The transformer: see the module's docstring. Built from a `PixArtConfig`; weights are random
+    until loaded.
 
-    `Conditioning.tokens` (B, L, E) is the text, with `mask` (B, L) True where a token counts; `vector` (B, 3) the height and width in pixels and
-    their ratio, where the network is told them. A fresh network answers 0.
+    `Conditioning.tokens` (B, L, E) is the text, with `mask` (B, L) True where a token counts;
+    `vector` (B, 3) the height and width in pixels and their ratio, where the network is told them.
+    A fresh network answers 0.
     """
 
     config: PixArtConfig
@@ -175,7 +240,9 @@ class PixArt(PatchNetwork):
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.proj_out = zeroed(batch_invariant.Linear(width, config.patch_size**2 * config.outputs))
         self.adaln_single = _Single(width, config.told_sizes)
-        self.caption_projection = None if config.caption_channels is None else _Caption(config.caption_channels, width)
+        self.caption_projection = (
+            None if config.caption_channels is None else _Caption(config.caption_channels, width)
+        )
 
     @property
     def token_width(self) -> int:
@@ -184,11 +251,17 @@ class PixArt(PatchNetwork):
 
     @property
     def vector_width(self) -> int | None:
-        """3 where it is told height, width and their ratio; None where it makes nothing of a vector."""
+        """3 where it is told height, width and their ratio; None where it makes nothing of a
+        vector.
+        """
         return 3 if self.config.told_sizes else None
 
-    def forward(self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning) -> Float[Tensor, "B K h w"]:
-        """x noisy latent, timestep in 0..1000, conditioning with `tokens` -> y, the network's target and, behind it, a learned variance."""
+    def forward(
+        self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning
+    ) -> Float[Tensor, "B K h w"]:
+        """x noisy latent, timestep in 0..1000, conditioning with `tokens` -> y, the network's
+        target and, behind it, a learned variance.
+        """
         text = self._text(cond)  # (B, L, E)
         single, told = self.adaln_single(timestep, cond.vector, x.dtype)  # (B, 6, D), (B, D)
 
@@ -205,7 +278,9 @@ class PixArt(PatchNetwork):
             raise UserError(
                 f"this PixArt attends to tokens of width {self.token_width}: Conditioning.tokens (B, L, {self.token_width}) {found}"
             )
-        return cond.tokens if self.caption_projection is None else self.caption_projection(cond.tokens)
+        return (
+            cond.tokens if self.caption_projection is None else self.caption_projection(cond.tokens)
+        )
 
 
 CLASSES = {"PixArtTransformer2DModel": (PixArt, PixArtConfig)}

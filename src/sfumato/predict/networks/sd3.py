@@ -1,8 +1,10 @@
-"""MMDiT: the denoiser of Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv:2403.03206, section 4).
+"""MMDiT: the denoiser of Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv:2403.03206, section
+4).
 
-y = U(x, t, conditioning): patches of the latent and tokens of a text go through blocks in which both attend to both (`nn/mmdit.py`), each
-with weights of its own, steered by time and a pooled text (adaLN; Peebles & Xie 2022, arXiv:2212.09748). Places are a table of sines, cut
-from its middle. Module names and config are diffusers' SD3Transformer2DModel.
+y = U(x, t, conditioning): patches of the latent and tokens of a text go through blocks in which
+both attend to both (`nn/mmdit.py`), each with weights of its own, steered by time and a pooled text
+(adaLN; Peebles & Xie 2022, arXiv:2212.09748). Places are a table of sines, cut from its middle.
+Module names and config are diffusers' SD3Transformer2DModel.
 """
 
 from collections.abc import Iterable
@@ -16,7 +18,14 @@ from torch import Tensor, nn
 from sfumato.config import read_config
 from sfumato.errors import UserError
 from sfumato.kernels import batch_invariant
-from sfumato.nn.embeddings import PatchEmbed, TimestepEmbedding, padded, sincos_2d, sinusoidal, unpatched
+from sfumato.nn.embeddings import (
+    PatchEmbed,
+    TimestepEmbedding,
+    padded,
+    sincos_2d,
+    sinusoidal,
+    unpatched,
+)
 from sfumato.nn.mmdit import JointBlock, with_picture
 from sfumato.nn.modulation import Modulation, modulated
 from sfumato.predict.networks._network import Network
@@ -30,11 +39,15 @@ _WAVES = 256
 class SD3Config:
     """The numbers of an MMDiT, with diffusers' names and defaults.
 
-    sample_size            latent cells along a side that the table of places was stretched for (over patch_size of them)
+    sample_size            latent cells along a side that the table of places was stretched for
+                           (over patch_size of them)
     pos_embed_max_size     tokens along a side of that table: no map of more can be placed
-    joint_attention_dim    the width of the text's tokens; pooled_projection_dim: of the pooled text, `Conditioning.vector`
-    caption_projection_dim the width in which they are read: that of the blocks, attention_head_dim * num_attention_heads
-    dual_attention_layers  blocks, from 0, whose picture also attends to itself alone (SD 3.5 medium)
+    joint_attention_dim    the width of the text's tokens; pooled_projection_dim: of the pooled
+                           text, `Conditioning.vector`
+    caption_projection_dim the width in which they are read: that of the blocks, attention_head_dim
+    * num_attention_heads
+    dual_attention_layers  blocks, from 0, whose picture also attends to itself alone (SD 3.5
+                           medium)
     qk_norm                "rms_norm" (SD 3.5) or None (SD 3), of each head's queries and keys
     out_channels           None: as in_channels
     """
@@ -55,12 +68,16 @@ class SD3Config:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name in ("dual_attention_layers", "qk_norm") or (name == "out_channels" and value is None):
+            if name in ("dual_attention_layers", "qk_norm") or (
+                name == "out_channels" and value is None
+            ):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f"{name} {value!r}: expected a whole number of at least 1")
         if self.qk_norm not in (None, "rms_norm"):
-            raise UserError(f"qk_norm {self.qk_norm!r} is not supported: expected null or 'rms_norm'")
+            raise UserError(
+                f"qk_norm {self.qk_norm!r} is not supported: expected null or 'rms_norm'"
+            )
         if self.caption_projection_dim != self.width:
             raise UserError(
                 f"caption_projection_dim {self.caption_projection_dim}: expected {self.width}, which is attention_head_dim "
@@ -72,7 +89,9 @@ class SD3Config:
                 "multiple of 4, for sines and cosines of rows and columns"
             )
         if self.sample_size < self.patch_size:
-            raise UserError(f"sample_size {self.sample_size} is less than patch_size {self.patch_size}: expected at least one whole patch")
+            raise UserError(
+                f"sample_size {self.sample_size} is less than patch_size {self.patch_size}: expected at least one whole patch"
+            )
         for layer in self.dual_attention_layers:
             if layer not in range(self.num_layers):
                 raise UserError(
@@ -86,7 +105,9 @@ class SD3Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SD3Config":
-        """Reads a diffusers config; a field that this class does not know, or a value it cannot honour, is refused."""
+        """Reads a diffusers config; a field that this class does not know, or a value it cannot
+        honour, is refused.
+        """
         return read_config(cls, values, {})
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,8 +118,10 @@ class SD3Config:
 class PlacedPatches(PatchEmbed):
     """Patches as tokens, with their places added: (B, C, h, w) -> (B, h/p * w/p, D).
 
-    Places are sines of a map of `most` x `most` tokens, stretched to `base` (`nn.embeddings.sincos_2d`); a smaller map is cut from the middle of
-    it, so that its centre is at the same place whatever its size (Esser et al. 2024, section 5.3.2). The table lies in the file.
+    Places are sines of a map of `most` x `most` tokens, stretched to `base`
+    (`nn.embeddings.sincos_2d`); a smaller map is cut from the middle of it, so that its centre is
+    at the same place whatever its size (Esser et al. 2024, section 5.3.2). The table lies in the
+    file.
     """
 
     def __init__(self, channels: int, width: int, patch: int, most: int, base: int):
@@ -106,7 +129,8 @@ class PlacedPatches(PatchEmbed):
         self.most = most
         table = torch.empty(1, most * most, width)
         if not table.is_meta:
-            line = sincos_2d(width, most, 1, base)[:, width // 2 :].to(table)  # of one axis, (most, D / 2)
+            # of one axis, (most, D / 2)
+            line = sincos_2d(width, most, 1, base)[:, width // 2 :].to(table)
             halves = table.view(most, most, 2, width // 2)  # the column's, the row's
             halves[:, :, 0], halves[:, :, 1] = line, line[:, None]
         self.register_buffer("pos_embed", table)
@@ -116,7 +140,9 @@ class PlacedPatches(PatchEmbed):
         y = self.proj(x).permute(0, 2, 3, 1)  # (B, rows, columns, D)
         rows, columns = y.shape[1:3]
         top, left = (self.most - rows) // 2, (self.most - columns) // 2
-        places = self.pos_embed.view(self.most, self.most, -1)[top : top + rows, left : left + columns]
+        places = self.pos_embed.view(self.most, self.most, -1)[
+            top : top + rows, left : left + columns
+        ]
         return (y.contiguous() + places).flatten(1, 2)
 
 
@@ -128,16 +154,22 @@ class TimeAndText(nn.Module):
         self.timestep_embedder = TimestepEmbedding(_WAVES, width)
         self.text_embedder = TimestepEmbedding(pooled, width)
 
-    def forward(self, timestep: Float[Tensor, " B"], pooled: Float[Tensor, "B V"]) -> Float[Tensor, "B D"]:
-        return self.timestep_embedder(sinusoidal(timestep, _WAVES).to(pooled.dtype)) + self.text_embedder(pooled)
+    def forward(
+        self, timestep: Float[Tensor, " B"], pooled: Float[Tensor, "B V"]
+    ) -> Float[Tensor, "B D"]:
+        return self.timestep_embedder(
+            sinusoidal(timestep, _WAVES).to(pooled.dtype)
+        ) + self.text_embedder(pooled)
 
 
 class SD3(Network):
-    """The MMDiT: see the module's docstring. Built from an `SD3Config`; weights are random until loaded.
+    """The MMDiT: see the module's docstring. Built from an `SD3Config`; weights are random until
+    loaded.
 
-    Of `Conditioning`: `tokens` (B, L, D) are the text and `vector` (B, V) a pooled text; both are required. `mask` (B, L) hides text tokens (the
-    published models were trained to see the padding too). `concat` joins x along channels. `residuals` are a ControlNet's, (B, N, D) for the
-    N patches of x: n of them for m blocks are added behind m / n blocks each.
+    Of `Conditioning`: `tokens` (B, L, D) are the text and `vector` (B, V) a pooled text; both are
+    required. `mask` (B, L) hides text tokens (the published models were trained to see the padding
+    too). `concat` joins x along channels. `residuals` are a ControlNet's, (B, N, D) for the N
+    patches of x: n of them for m blocks are added behind m / n blocks each.
     """
 
     config: SD3Config
@@ -147,22 +179,40 @@ class SD3(Network):
         self.config = config
         width, last = config.width, config.num_layers - 1
         self.pos_embed = PlacedPatches(
-            config.in_channels, width, config.patch_size, config.pos_embed_max_size, config.sample_size // config.patch_size
+            config.in_channels,
+            width,
+            config.patch_size,
+            config.pos_embed_max_size,
+            config.sample_size // config.patch_size,
         )
         self.time_text_embed = TimeAndText(width, config.pooled_projection_dim)
         self.context_embedder = batch_invariant.Linear(config.joint_attention_dim, width)
         self.transformer_blocks = nn.ModuleList(
-            JointBlock(width, config.num_attention_heads, config.qk_norm is not None, i in config.dual_attention_layers, i == last)
+            JointBlock(
+                width,
+                config.num_attention_heads,
+                config.qk_norm is not None,
+                i in config.dual_attention_layers,
+                i == last,
+            )
             for i in range(config.num_layers)
         )
         self.norm_out = Modulation(width, 2)
         self.proj_out = batch_invariant.Linear(width, config.patch_size**2 * self.channels)
-        for layer in (*(m.linear for m in self.modules() if isinstance(m, Modulation)), self.proj_out):
-            nn.init.zeros_(layer.weight)  # adaLN-Zero: every block begins as the identity (DiT, section 3.2)
+        for layer in (
+            *(m.linear for m in self.modules() if isinstance(m, Modulation)),
+            self.proj_out,
+        ):
+            # adaLN-Zero: every block begins as the identity (DiT, section 3.2)
+            nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning) -> Float[Tensor, "B D h w"]:
-        """x noisy latent, timestep in 0..1000, conditioning -> y, the network's target. A map beyond `pos_embed_max_size` is a `UserError`."""
+    def forward(
+        self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning
+    ) -> Float[Tensor, "B D h w"]:
+        """x noisy latent, timestep in 0..1000, conditioning -> y, the network's target. A map
+        beyond `pos_embed_max_size` is a `UserError`.
+        """
         tokens, pooled = self._text(cond)
         whole = padded(self._joined(x, cond), self.patch)
 
@@ -173,7 +223,9 @@ class SD3(Network):
 
         # blocks
         mask = with_picture(cond.mask, picture.shape[1])
-        for block, residual in zip(self.transformer_blocks, self._residuals(cond, picture.shape), strict=True):
+        for block, residual in zip(
+            self.transformer_blocks, self._residuals(cond, picture.shape), strict=True
+        ):
             picture, text = block(picture, text, time, mask)
             if residual is not None:
                 picture = picture + residual
@@ -181,10 +233,14 @@ class SD3(Network):
         # out
         scale, shift = self.norm_out(time)
         y = self.proj_out(modulated(picture, scale, shift))
-        return unpatched(y, whole.shape[2] // self.patch, self.patch)[:, :, : x.shape[2], : x.shape[3]]
+        return unpatched(y, whole.shape[2] // self.patch, self.patch)[
+            :, :, : x.shape[2], : x.shape[3]
+        ]
 
     def _text(self, cond: Conditioning) -> tuple[Float[Tensor, "B L E"], Float[Tensor, "B V"]]:
-        """The text's tokens and the pooled text; `UserError` where they are missing or of another width."""
+        """The text's tokens and the pooled text; `UserError` where they are missing or of another
+        width.
+        """
         c = self.config
         for name, value, shape, width in (
             ("tokens", cond.tokens, "(B, L, D)", c.joint_attention_dim),
@@ -199,7 +255,9 @@ class SD3(Network):
         return cond.tokens, cond.vector
 
     def _joined(self, x: Float[Tensor, "B C h w"], cond: Conditioning) -> Float[Tensor, "B D h w"]:
-        """x with what joins its channels; `UserError` for other channels than the network takes, or a map that is too large."""
+        """x with what joins its channels; `UserError` for other channels than the network takes, or
+        a map that is too large.
+        """
         if cond.concat is not None:
             x = torch.cat([x, cond.concat], dim=1)
         if x.shape[1] != self.in_channels:
@@ -216,7 +274,9 @@ class SD3(Network):
         return x
 
     def _residuals(self, cond: Conditioning, shape: torch.Size) -> Iterable[Tensor | None]:
-        """What is added behind each block: the k-th of n residuals, with k the whole part of i / (m / n) for the i-th of m blocks, but the last."""
+        """What is added behind each block: the k-th of n residuals, with k the whole part of i / (m
+        / n) for the i-th of m blocks, but the last.
+        """
         count, given = len(self.transformer_blocks), cond.residuals
         if not given:
             return [None] * count

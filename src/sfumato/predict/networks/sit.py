@@ -1,12 +1,15 @@
-"""SiT: DiT's transformer, trained as a flow (Ma et al. 2024, arXiv:2401.08740, sections 2.1 and 3; github.com/willisma/SiT, models.py).
+"""SiT: DiT's transformer, trained as a flow (Ma et al. 2024, arXiv:2401.08740, sections 2.1 and 3;
+github.com/willisma/SiT, models.py).
 
-Theirs runs from noise at 0 to pictures at 1, along x = s z + (1 - s) eps, and answers dx/ds = z - eps. Ours is `flow`, from pictures at 0 to noise
-at 1 with y = eps - z, so that with timesteps of 1000 t
+Theirs runs from noise at 0 to pictures at 1, along x = s z + (1 - s) eps, and answers dx/ds = z -
+eps. Ours is `flow`, from pictures at 0 to noise at 1 with y = eps - z, so that with timesteps of
+1000 t
 
     y = -network(x, s = 1 - timestep / 1000)
 
-The waves of s have the frequencies 10000^(-k/128), k = 0 ... 127, of the original; diffusers' DiT has 10000^(-k/127) instead. Weights have DiT's
-names and DiT's files. diffusers has no such class: the config's is our own.
+The waves of s have the frequencies 10000^(-k/128), k = 0 ... 127, of the original; diffusers' DiT
+has 10000^(-k/127) instead. Weights have DiT's names and DiT's files. diffusers has no such class:
+the config's is our own.
 """
 
 from dataclasses import dataclass
@@ -33,7 +36,9 @@ class SiTConfig(DiTConfig):
 
 
 class SiTTransformer(DiT):
-    """The transformer: see the module's docstring. Its process is a flow, whatever the times are shifted to."""
+    """The transformer: see the module's docstring. Its process is a flow, whatever the times are
+    shifted to.
+    """
 
     config: SiTConfig
     parameterization: ClassVar[str | None] = "flow"
@@ -47,7 +52,9 @@ class SiTTransformer(DiT):
         """The channels behind what it predicts were never trained, and are left out."""
         return False
 
-    def forward(self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning) -> Float[Tensor, "B C h w"]:
+    def forward(
+        self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning
+    ) -> Float[Tensor, "B C h w"]:
         """x noisy latent, timestep in 0..1000, conditioning with `vector` -> eps - z."""
         return -super().forward(x, timestep, cond)[:, : self.channels]
 

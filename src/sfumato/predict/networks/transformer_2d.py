@@ -1,4 +1,5 @@
-"""Transformer2DModel: the class that DiT's and PixArt's first files name; how their norms are steered says which of the two it is.
+"""Transformer2DModel: the class that DiT's and PixArt's first files name; how their norms are
+steered says which of the two it is.
 
     facebook/DiT-XL-2-256, -512        norm_type "ada_norm_zero"
     PixArt-alpha/PixArt-XL-2-*         norm_type "ada_norm_single"
@@ -20,10 +21,14 @@ class Either:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> DiTConfig | PixArtConfig:
-        """The config of a DiT or a PixArt; `UserError` for another norm_type, and as those two say."""
+        """The config of a DiT or a PixArt; `UserError` for another norm_type, and as those two
+        say.
+        """
         kind = values.get("norm_type")
         if kind not in _KINDS:
-            raise UserError(f"norm_type {kind!r} of Transformer2DModel is not supported: expected one of {', '.join(_KINDS)}")
+            raise UserError(
+                f"norm_type {kind!r} of Transformer2DModel is not supported: expected one of {', '.join(_KINDS)}"
+            )
         return _KINDS[kind].from_dict(values)
 
 

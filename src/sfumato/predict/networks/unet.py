@@ -1,7 +1,9 @@
-"""U-Net with cross-attention: the denoiser of Stable Diffusion (Rombach et al. 2022, arXiv:2112.10752, section 3.3, appendix E.2).
+"""U-Net with cross-attention: the denoiser of Stable Diffusion (Rombach et al. 2022,
+arXiv:2112.10752, section 3.3, appendix E.2).
 
-y = U(x, t, conditioning): residual blocks with a time embedding at each resolution, transformer blocks that attend to tokens, skips from
-the way down to the way up. Module names and config are diffusers' UNet2DConditionModel.
+y = U(x, t, conditioning): residual blocks with a time embedding at each resolution, transformer
+blocks that attend to tokens, skips from the way down to the way up. Module names and config are
+diffusers' UNet2DConditionModel.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +23,12 @@ from sfumato.nn.embeddings import TimestepEmbedding, sinusoidal
 from sfumato.predict.networks._network import Network
 from sfumato.types import Conditioning
 
-_KINDS = {"DownBlock2D": None, "UpBlock2D": None, "AttnDownBlock2D": "self", "AttnUpBlock2D": "self"}
+_KINDS = {
+    "DownBlock2D": None,
+    "UpBlock2D": None,
+    "AttnDownBlock2D": "self",
+    "AttnUpBlock2D": "self",
+}
 _KINDS |= {"ResnetDownsampleBlock2D": None, "ResnetUpsampleBlock2D": None}
 _CLASS_KINDS = ("timestep", "identity", "projection", "simple_projection")
 _KINDS |= {"CrossAttnDownBlock2D": "cross", "CrossAttnUpBlock2D": "cross"}
@@ -55,14 +62,17 @@ FIXED: dict[str, Any] = {
 class UNetConfig:
     """The numbers of a U-Net, with diffusers' names and defaults.
 
-    attention_head_dim is, as in diffusers, the number of heads of cross-attention blocks and the width of a head of plain attention
-    blocks ("AttnDownBlock2D"). Of several numbers, one a level, the k-th is also for the k-th plain attention block on the way up: there
-    diffusers does not reverse them as it does for everything else.
-    only_cross_attention: blocks (one value, or one a level) whose first attention is to the tokens as well (the x4 upscaler); never the
-    middle's: mid_block_only_cross_attention is kept for the file's sake, and means other kinds of middle in diffusers.
-    addition_embed_type "text_time" (SDXL): `Conditioning.vector` is a pooled text and after it numbers such as sizes in pixels, each of
-    which becomes `addition_time_embed_dim` sinusoidal features; together `projection_class_embeddings_input_dim` wide.
-    upcast_attention: kept for the file's sake. Attention sums in float32 in every dtype, as torch's fused kernels do.
+    attention_head_dim is, as in diffusers, the number of heads of cross-attention blocks and the
+    width of a head of plain attention blocks ("AttnDownBlock2D"). Of several numbers, one a level,
+    the k-th is also for the k-th plain attention block on the way up: there diffusers does not
+    reverse them as it does for everything else.
+    only_cross_attention: blocks (one value, or one a level) whose first attention is to the tokens
+    as well (the x4 upscaler); never the middle's: mid_block_only_cross_attention is kept for the
+    file's sake, and means other kinds of middle in diffusers. addition_embed_type "text_time"
+    (SDXL): `Conditioning.vector` is a pooled text and after it numbers such as sizes in pixels,
+    each of which becomes `addition_time_embed_dim` sinusoidal features; together
+    `projection_class_embeddings_input_dim` wide. upcast_attention: kept for the file's sake.
+    Attention sums in float32 in every dtype, as torch's fused kernels do.
     """
 
     sample_size: int | None = None
@@ -70,9 +80,19 @@ class UNetConfig:
     out_channels: int = 4
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
-    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
+    down_block_types: tuple[str, ...] = (
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "DownBlock2D",
+    )
     mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
-    up_block_types: tuple[str, ...] = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
+    up_block_types: tuple[str, ...] = (
+        "UpBlock2D",
+        "CrossAttnUpBlock2D",
+        "CrossAttnUpBlock2D",
+        "CrossAttnUpBlock2D",
+    )
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int | tuple[int, ...] = 2
     downsample_padding: int = 1
@@ -103,30 +123,47 @@ class UNetConfig:
             )
         for kind in (*self.down_block_types, *self.up_block_types):
             if kind not in _KINDS:
-                raise UserError(f"block type {kind!r} is not supported: expected one of {', '.join(sorted(_KINDS))}")
+                raise UserError(
+                    f"block type {kind!r} is not supported: expected one of {', '.join(sorted(_KINDS))}"
+                )
         if self.mid_block_type not in ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None):
             raise UserError(
                 f"mid_block_type {self.mid_block_type!r} is not supported: expected UNetMidBlock2DCrossAttn, UNetMidBlock2D or null"
             )
         if self.resnet_time_scale_shift not in ("default", "scale_shift"):
-            raise UserError(f"resnet_time_scale_shift {self.resnet_time_scale_shift!r}: expected 'default' or 'scale_shift'")
+            raise UserError(
+                f"resnet_time_scale_shift {self.resnet_time_scale_shift!r}: expected 'default' or 'scale_shift'"
+            )
         if self.class_embed_type not in (None, *_CLASS_KINDS):
             raise UserError(
                 f"class_embed_type {self.class_embed_type!r} is not supported: expected null or one of {', '.join(_CLASS_KINDS)}"
             )
         if self.addition_embed_type not in (None, "text_time"):
-            raise UserError(f"addition_embed_type {self.addition_embed_type!r} is not supported: expected null or 'text_time'")
-        if self.addition_embed_type and not (self.addition_time_embed_dim and self.projection_class_embeddings_input_dim):
+            raise UserError(
+                f"addition_embed_type {self.addition_embed_type!r} is not supported: expected null or 'text_time'"
+            )
+        if self.addition_embed_type and not (
+            self.addition_time_embed_dim and self.projection_class_embeddings_input_dim
+        ):
             raise UserError(
                 "addition_embed_type 'text_time' needs addition_time_embed_dim and projection_class_embeddings_input_dim: set both"
             )
-        if self.class_embed_type in ("projection", "simple_projection") and not self.projection_class_embeddings_input_dim:
-            raise UserError(f"class_embed_type {self.class_embed_type!r} needs projection_class_embeddings_input_dim: set it")
+        if (
+            self.class_embed_type in ("projection", "simple_projection")
+            and not self.projection_class_embeddings_input_dim
+        ):
+            raise UserError(
+                f"class_embed_type {self.class_embed_type!r} needs projection_class_embeddings_input_dim: set it"
+            )
         if self.addition_embed_type and (self.class_embed_type or self.num_class_embeds):
-            raise UserError("class embeddings beside addition_embed_type are not supported: both would be read from one vector")
+            raise UserError(
+                "class embeddings beside addition_embed_type are not supported: both would be read from one vector"
+            )
         only = self.only_cross_attention
         if not isinstance(only, bool) and len(only) != n:
-            raise UserError(f"only_cross_attention {only}: expected one value, or one for each of {n} levels")
+            raise UserError(
+                f"only_cross_attention {only}: expected one value, or one for each of {n} levels"
+            )
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
                 raise UserError(
@@ -139,7 +176,9 @@ class UNetConfig:
         return value[level] if isinstance(value, tuple) else value
 
     def attention(self, kind: str) -> str | None:
-        """What blocks of a kind (the middle's too) attend to: "cross" (tokens), "self" (the map itself) or None."""
+        """What blocks of a kind (the middle's too) attend to: "cross" (tokens), "self" (the map
+        itself) or None.
+        """
         return "cross" if kind == "UNetMidBlock2DCrossAttn" else _KINDS.get(kind)
 
     def head_width(self, level: int, position: int) -> int:
@@ -147,7 +186,9 @@ class UNetConfig:
         return self.at("attention_head_dim", position)
 
     def steps_by_block(self, kind: str) -> bool:
-        """Whether blocks of a kind change the map's size by a residual block instead of a convolution."""
+        """Whether blocks of a kind change the map's size by a residual block instead of a
+        convolution.
+        """
         return kind.startswith("Resnet")
 
     @property
@@ -163,7 +204,9 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "UNetConfig":
-        """Reads a diffusers config; a field that this class does not know, or a value it cannot honour, is refused."""
+        """Reads a diffusers config; a field that this class does not know, or a value it cannot
+        honour, is refused.
+        """
         return read_config(cls, values, FIXED)
 
     def to_dict(self) -> dict[str, Any]:
@@ -172,51 +215,84 @@ class UNetConfig:
 
 
 class _Block(nn.Module):
-    """Residual blocks at one resolution, each with its attention; the way down keeps every output as a skip, the way up takes them.
+    """Residual blocks at one resolution, each with its attention; the way down keeps every output
+    as a skip, the way up takes them.
 
     `position` counts the blocks on the way up, from the lowest resolution.
     """
 
     def __init__(
-        self, config: UNetConfig, level: int, kind: str, widths: list[tuple[int, int]], step: str | None, position: int | None = None
+        self,
+        config: UNetConfig,
+        level: int,
+        kind: str,
+        widths: list[tuple[int, int]],
+        step: str | None,
+        position: int | None = None,
     ):
         super().__init__()
         channels, heads = config.block_out_channels[level], config.at("attention_head_dim", level)
         groups, eps = config.norm_num_groups, config.norm_eps
         time_width = config.time_embedding_dim or 4 * config.block_out_channels[0]
         scale_shift = config.resnet_time_scale_shift == "scale_shift"
-        self.resnets = nn.ModuleList(ResnetBlock(i, o, groups, eps, time_width, scale_shift, config.dropout) for i, o in widths)
+        self.resnets = nn.ModuleList(
+            ResnetBlock(i, o, groups, eps, time_width, scale_shift, config.dropout)
+            for i, o in widths
+        )
         self.kind = config.attention(kind)
         count = len(widths) if step != "middle" else len(widths) - 1
         if self.kind == "cross":
-            depth, context = config.at("transformer_layers_per_block", level), config.at("cross_attention_dim", level)
-            linear, only = config.use_linear_projection, step != "middle" and config.at("only_cross_attention", level)
+            depth, context = (
+                config.at("transformer_layers_per_block", level),
+                config.at("cross_attention_dim", level),
+            )
+            linear, only = (
+                config.use_linear_projection,
+                step != "middle" and config.at("only_cross_attention", level),
+            )
             self.attentions = nn.ModuleList(
-                SpatialTransformer(channels, heads, channels // heads, depth, context, groups, linear, only) for _ in range(count)
+                SpatialTransformer(
+                    channels, heads, channels // heads, depth, context, groups, linear, only
+                )
+                for _ in range(count)
             )
         elif self.kind == "self":
             head_width = config.head_width(level, level if position is None else position)
-            self.attentions = nn.ModuleList(SpatialAttention(channels, head_width, groups, eps) for _ in range(count))
+            self.attentions = nn.ModuleList(
+                SpatialAttention(channels, head_width, groups, eps) for _ in range(count)
+            )
         if step not in ("down", "up"):
             return
         if config.steps_by_block(kind):
-            resampler: nn.Module = ResnetBlock(channels, channels, groups, eps, time_width, scale_shift, config.dropout, step)
+            resampler: nn.Module = ResnetBlock(
+                channels, channels, groups, eps, time_width, scale_shift, config.dropout, step
+            )
         else:
-            resampler = Downsample(channels, config.downsample_padding) if step == "down" else Upsample(channels)
+            resampler = (
+                Downsample(channels, config.downsample_padding)
+                if step == "down"
+                else Upsample(channels)
+            )
         self.add_module(f"{step}samplers", nn.ModuleList([resampler]))
 
-    def attend(self, i: int, x: Float[Tensor, "B C H W"], cond: Conditioning) -> Float[Tensor, "B C H W"]:
+    def attend(
+        self, i: int, x: Float[Tensor, "B C H W"], cond: Conditioning
+    ) -> Float[Tensor, "B C H W"]:
         """The i-th attention of this block, if it has any."""
         if self.kind == "cross":
             return self.attentions[i](x, cond.tokens, cond.mask)
         return self.attentions[i](x) if self.kind == "self" else x
 
-    def smaller(self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B T"]) -> Float[Tensor, "B C h w"]:
+    def smaller(
+        self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B T"]
+    ) -> Float[Tensor, "B C h w"]:
         """The map at half the size."""
         (step,) = cast("nn.ModuleList", self.downsamplers)
         return step(x, time) if isinstance(step, ResnetBlock) else step(x)
 
-    def larger(self, x: Float[Tensor, "B C h w"], time: Float[Tensor, "B T"], size: torch.Size) -> Float[Tensor, "B C H W"]:
+    def larger(
+        self, x: Float[Tensor, "B C h w"], time: Float[Tensor, "B T"], size: torch.Size
+    ) -> Float[Tensor, "B C H W"]:
         """The map at the next level's size; where there is no next level, itself."""
         for step in getattr(self, "upsamplers", ()):
             x = step(x, time, size) if isinstance(step, ResnetBlock) else step(x, size)
@@ -224,17 +300,23 @@ class _Block(nn.Module):
 
 
 def _joined(skips: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor]:
-    """ControlNet (Zhang et al. 2023, arXiv:2302.05543): one residual a skip, and the last for the middle."""
+    """ControlNet (Zhang et al. 2023, arXiv:2302.05543): one residual a skip, and the last for the
+    middle.
+    """
     wanted, found = [s.shape for s in skips], [r.shape for r in residuals]
     if wanted != found:
-        raise UserError(f"residuals of shapes {[*map(tuple, found)]} do not fit this U-Net: expected {[*map(tuple, wanted)]}")
+        raise UserError(
+            f"residuals of shapes {[*map(tuple, found)]} do not fit this U-Net: expected {[*map(tuple, wanted)]}"
+        )
     return [s + r for s, r in zip(skips, residuals, strict=True)]
 
 
 class UNet(Network):
-    """The U-Net: see the module's docstring. Built from a `UNetConfig`; weights are random until loaded.
+    """The U-Net: see the module's docstring. Built from a `UNetConfig`; weights are random until
+    loaded.
 
-    The way down, the middle and the way up are `shallow_down`, `deep` and `shallow_up`; `forward` is one after the other.
+    The way down, the middle and the way up are `shallow_down`, `deep` and `shallow_up`; `forward`
+    is one after the other.
     """
 
     part = "unet"
@@ -267,15 +349,26 @@ class UNet(Network):
         skips = [widths[0]]
         self.down_blocks = nn.ModuleList()
         for level, kind in enumerate(config.down_block_types):
-            pairs = [(skips[-1] if i == 0 else widths[level], widths[level]) for i in range(config.at("layers_per_block", level))]
-            self.down_blocks.append(_Block(config, level, kind, pairs, "down" if level < last else None))
+            pairs = [
+                (skips[-1] if i == 0 else widths[level], widths[level])
+                for i in range(config.at("layers_per_block", level))
+            ]
+            self.down_blocks.append(
+                _Block(config, level, kind, pairs, "down" if level < last else None)
+            )
             skips += [widths[level]] * (len(pairs) + (level < last))
 
         wide = widths[-1]
         if config.mid_block_type is None:
             self.mid_block = None
         else:
-            self.mid_block = _Block(config, last, config.mid_block_type, [(wide, wide)] * config.middle_resnets, "middle")
+            self.mid_block = _Block(
+                config,
+                last,
+                config.mid_block_type,
+                [(wide, wide)] * config.middle_resnets,
+                "middle",
+            )
 
         self.up_blocks = nn.ModuleList()
         below = wide
@@ -285,23 +378,37 @@ class UNet(Network):
             for _ in range(config.at("layers_per_block", level) + 1):
                 pairs.append((below + skips.pop(), widths[level]))
                 below = widths[level]
-            self.up_blocks.append(_Block(config, level, kind, pairs, "up" if level > 0 else None, position))
-        self.conv_norm_out = batch_invariant.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+            self.up_blocks.append(
+                _Block(config, level, kind, pairs, "up" if level > 0 else None, position)
+            )
+        self.conv_norm_out = batch_invariant.GroupNorm(
+            config.norm_num_groups, widths[0], config.norm_eps
+        )
         self.conv_out = batch_invariant.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def embed(self, timestep: Float[Tensor, " B"], cond: Conditioning, dtype: torch.dtype) -> Float[Tensor, "B T"]:
+    def embed(
+        self, timestep: Float[Tensor, " B"], cond: Conditioning, dtype: torch.dtype
+    ) -> Float[Tensor, "B T"]:
         """The activated time embedding, which all residual blocks read."""
         return batch_invariant.silu(self._embedding(timestep, cond, dtype))
 
-    def _embedding(self, timestep: Float[Tensor, " B"], cond: Conditioning, dtype: torch.dtype) -> Float[Tensor, "B T"]:
-        """Time, and the conditioning vector (class weights, features, or a pooled text and sizes), as one embedding."""
+    def _embedding(
+        self, timestep: Float[Tensor, " B"], cond: Conditioning, dtype: torch.dtype
+    ) -> Float[Tensor, "B T"]:
+        """Time, and the conditioning vector (class weights, features, or a pooled text and sizes),
+        as one embedding.
+        """
         c = self.config
         features = self._waves(timestep, c.block_out_channels[0])
         time = self.time_embedding(features.to(dtype))
         if self.class_embedding is None and c.addition_embed_type is None:
             return time
         if cond.vector is None:
-            what = "class-conditional" if c.addition_embed_type is None else "conditioned on a pooled text and sizes"
+            what = (
+                "class-conditional"
+                if c.addition_embed_type is None
+                else "conditioned on a pooled text and sizes"
+            )
             raise UserError(f"this U-Net is {what}: Conditioning.vector (B, V) is missing")
         if c.addition_embed_type is not None:
             return time + self.add_embedding(self._text_and_numbers(cond.vector).to(dtype))
@@ -316,9 +423,13 @@ class UNet(Network):
         return sinusoidal(numbers, width, self.config.flip_sin_to_cos, self.config.freq_shift)
 
     def _text_and_numbers(self, vector: Float[Tensor, "B V"]) -> Float[Tensor, "B P"]:
-        """(text, n numbers) -> (text, n * A features). P = V - n + n A says how many of V are numbers (SDXL, Podell et al. 2023,
-        arXiv:2307.01952, section 2.2)."""
-        wanted, each = self.config.projection_class_embeddings_input_dim or 0, self.config.addition_time_embed_dim or 0
+        """(text, n numbers) -> (text, n * A features). P = V - n + n A says how many of V are
+        numbers (SDXL, Podell et al. 2023, arXiv:2307.01952, section 2.2).
+        """
+        wanted, each = (
+            self.config.projection_class_embeddings_input_dim or 0,
+            self.config.addition_time_embed_dim or 0,
+        )
         count, rest = divmod(wanted - vector.shape[1], each - 1)
         if rest or not 0 <= count <= vector.shape[1]:
             raise UserError(
@@ -326,19 +437,33 @@ class UNet(Network):
                 "use the text encoders and settings of this model"
             )
         text, numbers = vector.split([vector.shape[1] - count, count], dim=1)
-        return torch.cat([text, self._waves(numbers.flatten(), each).unflatten(0, numbers.shape).flatten(1)], dim=1)
+        return torch.cat(
+            [text, self._waves(numbers.flatten(), each).unflatten(0, numbers.shape).flatten(1)],
+            dim=1,
+        )
 
-    def forward(self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning) -> Float[Tensor, "B D h w"]:
-        """x noisy latent, timestep in the units the network was trained with (0..1000), conditioning -> y, the network's target."""
+    def forward(
+        self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning
+    ) -> Float[Tensor, "B D h w"]:
+        """x noisy latent, timestep in the units the network was trained with (0..1000),
+        conditioning -> y, the network's target.
+        """
         skips, time = self.shallow_down(x, timestep, cond, 1)
         return self.shallow_up(self.deep(skips[-1], time, cond, 1), skips, time, cond)
 
-    # A pass in three parts, cut at the `count`-th skip: what lies below it can be run or, as in wrappers/feature_cache.py, remembered.
+    # A pass in three parts, cut at the `count`-th skip: what lies below it can be run or, as in
+    # wrappers/feature_cache.py, remembered.
 
     def shallow_down(
-        self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning, count: int
+        self,
+        x: Float[Tensor, "B C h w"],
+        timestep: Float[Tensor, " B"],
+        cond: Conditioning,
+        count: int,
     ) -> tuple[list[Tensor], Float[Tensor, "B T"]]:
-        """The way down to the `count`-th skip (the first is conv_in's): those skips, and the activated time embedding."""
+        """The way down to the `count`-th skip (the first is conv_in's): those skips, and the
+        activated time embedding.
+        """
         if cond.concat is not None:
             x = torch.cat([x, cond.concat], dim=1)
         if x.shape[1] != self.config.in_channels:
@@ -352,11 +477,19 @@ class UNet(Network):
                 f"this U-Net attends to tokens of width {self.config.cross_attention_dim}: Conditioning.tokens (B, L, D) is missing"
             )
         if not 1 <= count <= len(self._way_up()):
-            raise UserError(f"{count} skips: expected from 1 to {len(self._way_up())}, which is how many this U-Net has")
+            raise UserError(
+                f"{count} skips: expected from 1 to {len(self._way_up())}, which is how many this U-Net has"
+            )
         time = self.embed(timestep, cond, x.dtype)
         return self._descend(self.conv_in(x), self._way_down()[: count - 1], time, cond), time
 
-    def deep(self, x: Float[Tensor, "B E k l"], time: Float[Tensor, "B T"], cond: Conditioning, count: int) -> Float[Tensor, "B G k l"]:
+    def deep(
+        self,
+        x: Float[Tensor, "B E k l"],
+        time: Float[Tensor, "B T"],
+        cond: Conditioning,
+        count: int,
+    ) -> Float[Tensor, "B G k l"]:
         """From the `count`-th skip x down, through the middle, and up to where that skip joins."""
         _, *skips = reached = self._descend(x, self._way_down()[count - 1 :], time, cond)
         low = reached[-1]
@@ -369,7 +502,11 @@ class UNet(Network):
         return self._ascend(low, skips, self._way_up()[:-count], time, cond, x.shape[2:])
 
     def shallow_up(
-        self, x: Float[Tensor, "B G k l"], skips: list[Tensor], time: Float[Tensor, "B T"], cond: Conditioning
+        self,
+        x: Float[Tensor, "B G k l"],
+        skips: list[Tensor],
+        time: Float[Tensor, "B T"],
+        cond: Conditioning,
     ) -> Float[Tensor, "B D h w"]:
         """The rest of the way up, with what `deep` and `shallow_down` gave."""
         if cond.residuals:
@@ -378,7 +515,9 @@ class UNet(Network):
         return self.conv_out(batch_invariant.silu(self.conv_norm_out(x)))
 
     def _way_down(self) -> list[tuple[_Block, int | None]]:
-        """Who makes each skip after conv_in's: a block's residual block of that index, or (None) its downsampler."""
+        """Who makes each skip after conv_in's: a block's residual block of that index, or (None)
+        its downsampler.
+        """
         steps: list[tuple[_Block, int | None]] = []
         for block in cast("Iterable[_Block]", self.down_blocks):
             steps += [(block, i) for i in range(len(block.resnets))]
@@ -387,18 +526,34 @@ class UNet(Network):
 
     def _way_up(self) -> list[tuple[_Block, int]]:
         """Who takes each skip, the last one first."""
-        return [(block, i) for block in cast("Iterable[_Block]", self.up_blocks) for i in range(len(block.resnets))]
+        return [
+            (block, i)
+            for block in cast("Iterable[_Block]", self.up_blocks)
+            for i in range(len(block.resnets))
+        ]
 
-    def _descend(self, x: Tensor, steps: list[tuple[_Block, int | None]], time: Tensor, cond: Conditioning) -> list[Tensor]:
+    def _descend(
+        self, x: Tensor, steps: list[tuple[_Block, int | None]], time: Tensor, cond: Conditioning
+    ) -> list[Tensor]:
         """x, and what each step makes of the one before."""
         skips = [x]
         for block, i in steps:
-            x = block.smaller(x, time) if i is None else block.attend(i, block.resnets[i](x, time), cond)
+            x = (
+                block.smaller(x, time)
+                if i is None
+                else block.attend(i, block.resnets[i](x, time), cond)
+            )
             skips.append(x)
         return skips
 
     def _ascend(
-        self, x: Tensor, skips: list[Tensor], steps: list[tuple[_Block, int]], time: Tensor, cond: Conditioning, size: torch.Size
+        self,
+        x: Tensor,
+        skips: list[Tensor],
+        steps: list[tuple[_Block, int]],
+        time: Tensor,
+        cond: Conditioning,
+        size: torch.Size,
     ) -> Tensor:
         """x with the skips, from the last one; `size` is the next skip's when all are taken."""
         waiting = list(skips)
@@ -420,7 +575,9 @@ class UNet(Network):
 
     @property
     def token_width(self) -> int | tuple[int, ...] | None:
-        """The width of the tokens that it attends to, one for all levels or one a level; None: it attends to none."""
+        """The width of the tokens that it attends to, one for all levels or one a level; None: it
+        attends to none.
+        """
         return self.config.cross_attention_dim if self.config.attends_to_tokens else None
 
     @property
@@ -435,7 +592,9 @@ class UNet(Network):
 
     @property
     def classes(self) -> int:
-        """How many classes it was trained with, none at all being one of them; 0: it is told no class."""
+        """How many classes it was trained with, none at all being one of them; 0: it is told no
+        class.
+        """
         return (self.config.num_class_embeds or 0) if self.config.class_embed_type is None else 0
 
 

@@ -1,7 +1,9 @@
-"""The U-Net without tokens: unconditional Latent Diffusion (Rombach et al. 2022, arXiv:2112.10752, appendix E.1, table 12).
+"""The U-Net without tokens: unconditional Latent Diffusion (Rombach et al. 2022, arXiv:2112.10752,
+appendix E.1, table 12).
 
-It is the U-Net of `unet.py` with attention of the map to itself, in the middle too (Dhariwal & Nichol 2021, arXiv:2105.05233, section 3).
-The config is diffusers' UNet2DModel, which shares its names of weights.
+It is the U-Net of `unet.py` with attention of the map to itself, in the middle too (Dhariwal &
+Nichol 2021, arXiv:2105.05233, section 3). The config is diffusers' UNet2DModel, which shares its
+names of weights.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -12,7 +14,8 @@ from sfumato.errors import UserError
 from sfumato.predict.networks.unet import UNet, UNetConfig
 
 OWN_CLASS = "SfumatoUNet2DModel"
-"""In place of "UNet2DModel" where `num_attention_heads` says what diffusers' class has no field for, and would pass over."""
+"""In place of "UNet2DModel" where `num_attention_heads` says what diffusers' class has no field
+for, and would pass over."""
 _STEPS = ("conv", "resnet")
 _SHARED = (
     "sample_size in_channels out_channels flip_sin_to_cos freq_shift down_block_types mid_block_type up_block_types block_out_channels "
@@ -20,25 +23,48 @@ _SHARED = (
     "time_embedding_dim attention_head_dim"
 ).split()
 """Fields of UNet2DModel that mean what they do in UNet2DConditionModel."""
-_OWN = ("add_attention", "downsample_type", "upsample_type", "attn_norm_num_groups", "num_train_timesteps")
-_FIXED: dict[str, Any] = {"center_input_sample": False, "time_embedding_type": "positional", "mid_block_scale_factor": 1, "act_fn": "silu"}
+_OWN = (
+    "add_attention",
+    "downsample_type",
+    "upsample_type",
+    "attn_norm_num_groups",
+    "num_train_timesteps",
+)
+_FIXED: dict[str, Any] = {
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "mid_block_scale_factor": 1,
+    "act_fn": "silu",
+}
 
 
 @dataclass(frozen=True)
 class UNet2DConfig(UNetConfig):
     """The numbers of a U-Net without tokens, with diffusers' names and defaults.
 
-    attention_head_dim: the width of a head in every attention; None: one head. num_attention_heads: their number instead (ours).
-    add_attention: in the middle. downsample_type, upsample_type: "conv" or "resnet", of blocks with attention; others say it by their names
-    ("DownBlock2D", "ResnetDownsampleBlock2D"). attn_norm_num_groups: of the middle's attention; None: `norm_num_groups`, or with
-    "scale_shift" no norm at all, which is not supported. num_train_timesteps: kept for the file's sake.
+    attention_head_dim: the width of a head in every attention; None: one head. num_attention_heads:
+    their number instead (ours). add_attention: in the middle. downsample_type, upsample_type:
+    "conv" or "resnet", of blocks with attention; others say it by their names ("DownBlock2D",
+    "ResnetDownsampleBlock2D"). attn_norm_num_groups: of the middle's attention; None:
+    `norm_num_groups`, or with "scale_shift" no norm at all, which is not supported.
+    num_train_timesteps: kept for the file's sake.
     """
 
     in_channels: int = 3
     out_channels: int = 3
-    down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
+    down_block_types: tuple[str, ...] = (
+        "DownBlock2D",
+        "AttnDownBlock2D",
+        "AttnDownBlock2D",
+        "AttnDownBlock2D",
+    )
     mid_block_type: str | None = "UNetMidBlock2D"
-    up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    up_block_types: tuple[str, ...] = (
+        "AttnUpBlock2D",
+        "AttnUpBlock2D",
+        "AttnUpBlock2D",
+        "UpBlock2D",
+    )
     block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
     attention_head_dim: int | None = 8  # pyright: ignore[reportIncompatibleVariableOverride]
     add_attention: bool = True
@@ -51,12 +77,22 @@ class UNet2DConfig(UNetConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.attends_to_tokens:
-            raise UserError(f"block types {self.down_block_types}, {self.mid_block_type}: a U-Net without tokens has no cross-attention")
+            raise UserError(
+                f"block types {self.down_block_types}, {self.mid_block_type}: a U-Net without tokens has no cross-attention"
+            )
         for field in ("downsample_type", "upsample_type"):
             if getattr(self, field) not in _STEPS:
-                raise UserError(f"{field} {getattr(self, field)!r} is not supported: expected one of {', '.join(_STEPS)}")
-        groups = self.attn_norm_num_groups or (self.norm_num_groups if self.resnet_time_scale_shift == "default" else None)
-        if self.mid_block_type is not None and self.add_attention and groups != self.norm_num_groups:
+                raise UserError(
+                    f"{field} {getattr(self, field)!r} is not supported: expected one of {', '.join(_STEPS)}"
+                )
+        groups = self.attn_norm_num_groups or (
+            self.norm_num_groups if self.resnet_time_scale_shift == "default" else None
+        )
+        if (
+            self.mid_block_type is not None
+            and self.add_attention
+            and groups != self.norm_num_groups
+        ):
             raise UserError(
                 f"attn_norm_num_groups {self.attn_norm_num_groups} with resnet_time_scale_shift {self.resnet_time_scale_shift!r} and "
                 f"norm_num_groups {self.norm_num_groups}: attention in the middle is supported with the norm of the other blocks only"
@@ -71,12 +107,29 @@ class UNet2DConfig(UNetConfig):
         """`UserError` where a width does not divide into heads."""
         for level, kind in enumerate(self.down_block_types):
             wide = self.block_out_channels[level]
-            middle = level == len(self.block_out_channels) - 1 and self.mid_block_type is not None and self.add_attention
-            attends = middle or "self" in (self.attention(kind), self.attention(self.up_block_types[-1 - level]))
-            by = self.num_attention_heads if self.num_attention_heads is not None else self.attention_head_dim
+            middle = (
+                level == len(self.block_out_channels) - 1
+                and self.mid_block_type is not None
+                and self.add_attention
+            )
+            attends = middle or "self" in (
+                self.attention(kind),
+                self.attention(self.up_block_types[-1 - level]),
+            )
+            by = (
+                self.num_attention_heads
+                if self.num_attention_heads is not None
+                else self.attention_head_dim
+            )
             if attends and by is not None and (by < 1 or wide % by):
-                name = "num_attention_heads" if self.num_attention_heads is not None else "attention_head_dim"
-                raise UserError(f"block_out_channels {wide} does not divide by {name} {by}: change one of them")
+                name = (
+                    "num_attention_heads"
+                    if self.num_attention_heads is not None
+                    else "attention_head_dim"
+                )
+                raise UserError(
+                    f"block_out_channels {wide} does not divide by {name} {by}: change one of them"
+                )
 
     def attention(self, kind: str) -> str | None:
         """As `UNetConfig.attention`, where the middle attends to itself."""
@@ -87,7 +140,11 @@ class UNet2DConfig(UNetConfig):
     def head_width(self, level: int, position: int) -> int:
         """One number for all levels, or of heads."""
         wide = self.block_out_channels[level]
-        return wide // self.num_attention_heads if self.num_attention_heads else self.attention_head_dim or wide
+        return (
+            wide // self.num_attention_heads
+            if self.num_attention_heads
+            else self.attention_head_dim or wide
+        )
 
     def steps_by_block(self, kind: str) -> bool:
         """See the class's docstring."""
@@ -101,9 +158,15 @@ class UNet2DConfig(UNetConfig):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "UNet2DConfig":
-        """Reads a UNet2DModel's config; a field that it does not have, or a value it cannot honour, is refused."""
+        """Reads a UNet2DModel's config; a field that it does not have, or a value it cannot honour,
+        is refused.
+        """
         own = values.get("_class_name") == OWN_CLASS
-        foreign = {f.name for f in fields(cls)} - {*_SHARED, *_OWN, *(["num_attention_heads"] if own else [])}
+        foreign = {f.name for f in fields(cls)} - {
+            *_SHARED,
+            *_OWN,
+            *(["num_attention_heads"] if own else []),
+        }
         odd = sorted(foreign & values.keys())
         if odd:
             raise UserError(
@@ -112,7 +175,9 @@ class UNet2DConfig(UNetConfig):
         return read_config(cls, values, _FIXED)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON that diffusers' UNet2DModel reads; with `num_attention_heads` one that only sfumato reads."""
+        """The JSON that diffusers' UNet2DModel reads; with `num_attention_heads` one that only
+        sfumato reads.
+        """
         values = asdict(self)
         kept = {name: values[name] for name in (*_SHARED, *_OWN)} | _FIXED
         if self.num_attention_heads is None:

@@ -1,7 +1,8 @@
-"""Weaker copies of a network: the same structure and the very same parameters, with some modules replaced.
+"""Weaker copies of a network: the same structure and the very same parameters, with some modules
+replaced.
 
-A copy costs no memory to speak of, follows the original's weights wherever they are trained or loaded, and is made once a network: runs
-that are guided by the same copy share its forward passes.
+A copy costs no memory to speak of, follows the original's weights wherever they are trained or
+loaded, and is made once a network: runs that are guided by the same copy share its forward passes.
 """
 
 import copy
@@ -19,7 +20,8 @@ from sfumato.errors import UserError, unknown
 Find = Callable[[nn.Module], Iterator[tuple[str, nn.Module]]]
 """network -> (name of a module, what may take its place), for all that may be replaced."""
 
-_BLOCK = re.compile(r"\w*transformer_blocks\.\d+")  # of a transformer; those of U-Nets are inside other blocks
+# of a transformer; those of U-Nets are inside other blocks
+_BLOCK = re.compile(r"\w*transformer_blocks\.\d+")
 _RUN = re.compile(r"(?<=\.)(\d+)-(\d+)(?=\.|$)")
 
 # A memory and not a state: what is in here can be made again, and goes when its denoiser goes.
@@ -37,9 +39,11 @@ def shared_copy(network: nn.Module) -> nn.Module:
 
 
 def changed(network: nn.Module, layers: Sequence[str], find: Find, kind: str) -> nn.Module:
-    """A shared copy in which `find`'s replacements stand at and below the named layers, the outermost where they are nested.
+    """A shared copy in which `find`'s replacements stand at and below the named layers, the
+    outermost where they are nested.
 
-    No layers: see `deepest`. `UserError` that lists what can be named, for a layer at and below which there is nothing to replace.
+    No layers: see `deepest`. `UserError` that lists what can be named, for a layer at and below
+    which there is nothing to replace.
     """
     copied = shared_copy(network)
     found = dict(find(copied))
@@ -61,8 +65,9 @@ def changed(network: nn.Module, layers: Sequence[str], find: Find, kind: str) ->
 
 
 def deepest(found: Iterable[str]) -> list[str]:
-    """Of a transformer, the block in the middle of those that have any, single ones after double ones. Of a U-Net, the names in the middle block;
-    where it has none, those in the last block of the way down; else the middle one of all: attention, and only where there is none, other layers.
+    """Of a transformer, the block in the middle of those that have any, single ones after double
+    ones. Of a U-Net, the names in the middle block; where it has none, those in the last block of
+    the way down; else the middle one of all: attention, and only where there is none, other layers.
     """
     known = list(found)
     blocks = list(dict.fromkeys(block[0] for name in known if (block := _BLOCK.match(name))))
@@ -77,10 +82,14 @@ def deepest(found: Iterable[str]) -> list[str]:
 
 
 def weakened(denoiser: Any, layers: Sequence[str], find: Find, kind: str) -> Any:
-    """The denoiser with a network of `changed` layers: the same object for the same question, as long as the network's parts stay."""
+    """The denoiser with a network of `changed` layers: the same object for the same question, as
+    long as the network's parts stay.
+    """
     network = getattr(denoiser, "network", None)
     if not isinstance(network, nn.Module):
-        raise UserError(f"{type(denoiser).__name__} has no network to change: guidance by a changed network needs a Denoiser")
+        raise UserError(
+            f"{type(denoiser).__name__} has no network to change: guidance by a changed network needs a Denoiser"
+        )
     made, key, now = _MADE.setdefault(denoiser, {}), (find, tuple(layers)), tensors(network)
     if key in made:
         then, weaker = made[key]
@@ -110,7 +119,9 @@ def gathered(names: Iterable[str]) -> list[str]:
         kept = []
         for parts in known:
             if len(parts) > place and parts[place].isdigit():
-                numbers.setdefault((parts[:place], parts[place + 1 :]), []).append(int(parts[place]))
+                numbers.setdefault((parts[:place], parts[place + 1 :]), []).append(
+                    int(parts[place])
+                )
             else:
                 kept.append(parts)
         for (before, after), found in numbers.items():
@@ -127,5 +138,11 @@ def _within(name: str, layer: str) -> bool:
 
 def _nameable(network: nn.Module, found: Iterable[str]) -> list[str]:
     """The names that somebody may mean: what can be replaced, and the blocks that hold it."""
-    held = {".".join(parts[:n]) for parts in (name.split(".") for name in found) for n in range(1, len(parts) + 1)}
-    return sorted(name for name in held if not isinstance(network.get_submodule(name), nn.ModuleList))
+    held = {
+        ".".join(parts[:n])
+        for parts in (name.split(".") for name in found)
+        for n in range(1, len(parts) + 1)
+    }
+    return sorted(
+        name for name in held if not isinstance(network.get_submodule(name), nn.ModuleList)
+    )

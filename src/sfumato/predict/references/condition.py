@@ -1,4 +1,6 @@
-"""The same network under another condition: none, or a negative prompt (Ho & Salimans 2022, arXiv:2207.12598)."""
+"""The same network under another condition: none, or a negative prompt (Ho & Salimans 2022,
+arXiv:2207.12598).
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,5 +14,7 @@ class Condition:
 
     condition = True
 
-    def pair(self, denoiser: Any, conditioning: Conditioning, reference: Conditioning, weaker: Any) -> tuple[Any, Conditioning]:
+    def pair(
+        self, denoiser: Any, conditioning: Conditioning, reference: Conditioning, weaker: Any
+    ) -> tuple[Any, Conditioning]:
         return denoiser, reference

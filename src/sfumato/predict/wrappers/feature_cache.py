@@ -1,15 +1,19 @@
 """Reuse of deep features between steps (DeepCache, Ma et al. 2024, arXiv:2312.00858, section 3.3).
 
-A U-Net's deep features change little from one step to the next. It is cut at its m-th skip D_m: on a key call it runs whole, and what comes
-up from below, F, is kept; on the calls between only the layers above the cut run, and join what was kept:
+A U-Net's deep features change little from one step to the next. It is cut at its m-th skip D_m: on
+a key call it runs whole, and what comes up from below, F, is kept; on the calls between only the
+layers above the cut run, and join what was kept:
 
-    key call     F = below(D_m),   y = above(F, D_m)             in between     y = above(F kept, D_m)
+    key call     F = below(D_m),   y = above(F, D_m)             in between     y = above(F kept,
+                 D_m)
 
-Key calls are every N-th (their 1:N), or a schedule, or, image by image, those where D_m has moved from where F was made by more than a
-threshold, |D_m - D_m kept|_1 / |D_m kept|_1 (the distance of TeaCache, Liu et al. 2025, arXiv:2411.19108, measured after the first layers
-as "first-block" caches do). Exact for N = 1, else an approximation: benchmarks/feature_cache.py prints what it saves and costs. There (the
-bundled model, 64 images, 20 steps, seed 0) with 57 % of the operations saved the images' PSNR against the exact ones is 26.1 dB for N = 3,
-24.8 dB for a threshold, and 31.6 dB for a schedule dense where the run begins (calls 0, 1, 2, 4, 7, 11, 16): early features move most.
+Key calls are every N-th (their 1:N), or a schedule, or, image by image, those where D_m has moved
+from where F was made by more than a threshold, |D_m - D_m kept|_1 / |D_m kept|_1 (the distance of
+TeaCache, Liu et al. 2025, arXiv:2411.19108, measured after the first layers as "first-block" caches
+do). Exact for N = 1, else an approximation: benchmarks/feature_cache.py prints what it saves and
+costs. There (the bundled model, 64 images, 20 steps, seed 0) with 57 % of the operations saved the
+images' PSNR against the exact ones is 26.1 dB for N = 3, 24.8 dB for a threshold, and 31.6 dB for a
+schedule dense where the run begins (calls 0, 1, 2, 4, 7, 11, 16): early features move most.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,14 +27,19 @@ from sfumato.errors import UserError
 from sfumato.types import Ask, Asking, Conditioning, Prediction, Query
 
 
-def feature_cache(ask: Ask, every: int | Sequence[int] | None = 1, threshold: float | None = None, skips: int = 1) -> Ask:
-    """The questions of one run, answered by a U-Net that remembers what lies below the first `skips` of its skips.
+def feature_cache(
+    ask: Ask, every: int | Sequence[int] | None = 1, threshold: float | None = None, skips: int = 1
+) -> Ask:
+    """The questions of one run, answered by a U-Net that remembers what lies below the first
+    `skips` of its skips.
 
-    every: N, the deep part runs at every N-th network call; or the calls (from 0) at which it runs; None leaves it to the threshold.
-    threshold: it runs besides for images whose features at the cut have moved by more than this. The first call is always whole.
-    Each question of a call (conditional, unconditional, each window) and each image in it has its own memory. It serves one run, whose
-    calls come one after the other: build one a run, around guidance and large canvases. `UserError` for a second run at the same time,
-    for settings that make no sense and for networks that cannot be cut there.
+    every: N, the deep part runs at every N-th network call; or the calls (from 0) at which it runs;
+    None leaves it to the threshold. threshold: it runs besides for images whose features at the cut
+    have moved by more than this. The first call is always whole. Each question of a call
+    (conditional, unconditional, each window) and each image in it has its own memory. It serves one
+    run, whose calls come one after the other: build one a run, around guidance and large canvases.
+    `UserError` for a second run at the same time, for settings that make no sense and for networks
+    that cannot be cut there.
     """
     rule = _Rule(every, threshold, skips)
     branches: dict[tuple[Any, ...], _Branch] = {}
@@ -38,19 +47,30 @@ def feature_cache(ask: Ask, every: int | Sequence[int] | None = 1, threshold: fl
 
     def remembering(query: Query, place: tuple[int, int, int], call: int) -> Query:
         # With the number of questions in the key: where guidance is off for a while, places shift.
-        branch = branches.setdefault((*place, id(query.denoiser), query.x.shape), _Branch(query.denoiser))
+        branch = branches.setdefault(
+            (*place, id(query.denoiser), query.x.shape), _Branch(query.denoiser)
+        )
         return replace(query, denoiser=_Remembering(query.denoiser, rule, branch, call))
 
     def cached(x: Tensor, t: float) -> Asking[Prediction]:
         nonlocal calls, busy
         if busy:
-            raise UserError("a feature cache serves one run: build one for each, and put it around a large canvas, not inside")
+            raise UserError(
+                "a feature cache serves one run: build one for each, and put it around a large canvas, not inside"
+            )
         busy = True
         questions, rounds = ask(x, t), 0
         try:
             asked = next(questions)
             while True:
-                asked = questions.send((yield [remembering(q, (rounds, len(asked), k), calls) for k, q in enumerate(asked)]))
+                asked = questions.send(
+                    (
+                        yield [
+                            remembering(q, (rounds, len(asked), k), calls)
+                            for k, q in enumerate(asked)
+                        ]
+                    )
+                )
                 rounds += 1
         except StopIteration as stop:
             return stop.value
@@ -68,7 +88,9 @@ def off(x: Tensor, point: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Kept:
-    """What one image left behind at its last whole call: its features at the cut, and what came up from below."""
+    """What one image left behind at its last whole call: its features at the cut, and what came up
+    from below.
+    """
 
     call: int
     entry: Tensor
@@ -77,7 +99,9 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Branch:
-    """The memory of one question of a run's calls. It holds the denoiser, whose id is in its key: no other can take that id."""
+    """The memory of one question of a run's calls. It holds the denoiser, whose id is in its key:
+    no other can take that id.
+    """
 
     denoiser: Any
     kept: dict[int, _Kept] = field(default_factory=dict)
@@ -95,11 +119,19 @@ class _Rule:
         every, threshold = self.every, self.threshold
         listed = isinstance(every, Sequence) and not isinstance(every, str) and len(every) > 0
         whole = [every] if not listed else list(every)  # pyright: ignore[reportArgumentType]
-        if every is not None and not all(isinstance(call, int) and not isinstance(call, bool) for call in whole):
-            raise UserError(f"every={every!r}: expected a whole number of at least 1, or the calls at which the network runs whole")
+        if every is not None and not all(
+            isinstance(call, int) and not isinstance(call, bool) for call in whole
+        ):
+            raise UserError(
+                f"every={every!r}: expected a whole number of at least 1, or the calls at which the network runs whole"
+            )
         if every is None and threshold is None:
-            raise UserError("every=None without a threshold: expected one or the other, to say when the network runs whole")
-        if (isinstance(every, int) and every < 1) or (isinstance(every, Sequence) and any(call < 0 for call in every)):
+            raise UserError(
+                "every=None without a threshold: expected one or the other, to say when the network runs whole"
+            )
+        if (isinstance(every, int) and every < 1) or (
+            isinstance(every, Sequence) and any(call < 0 for call in every)
+        ):
             raise UserError(
                 f"every={every}: expected a whole number of at least 1, which is exact, or the calls at which the network runs whole"
             )
@@ -125,7 +157,9 @@ class _Rule:
 
 @dataclass(frozen=True, eq=False)
 class _Remembering:
-    """A denoiser at one call, with the memory of one question: what `sfumato.predict.denoiser.answer` is given in its place."""
+    """A denoiser at one call, with the memory of one question: what
+    `sfumato.predict.denoiser.answer` is given in its place.
+    """
 
     denoiser: Any
     rule: _Rule
@@ -134,21 +168,29 @@ class _Remembering:
 
     @property
     def group(self) -> tuple[Any, ...]:
-        """Questions with the same network cut at the same place share passes, also those of other runs and other rules."""
+        """Questions with the same network cut at the same place share passes, also those of other
+        runs and other rules.
+        """
         return id(self.denoiser), "feature_cache", self.rule.skips
 
-    def answer(self, queries: Sequence[Query], one_pass: Callable[[list[Query]], list[Prediction]]) -> list[Prediction]:
+    def answer(
+        self, queries: Sequence[Query], one_pass: Callable[[list[Query]], list[Prediction]]
+    ) -> list[Prediction]:
         network = getattr(self.denoiser, "network", None)
         if not all(hasattr(network, part) for part in ("shallow_down", "deep", "shallow_up")):
             name = type(self.denoiser if network is None else network).__name__
-            raise UserError(f"a feature cache needs a network that can be cut, as the U-Net can: {name} cannot; ask without one")
+            raise UserError(
+                f"a feature cache needs a network that can be cut, as the U-Net can: {name} cannot; ask without one"
+            )
         rows = [(query.denoiser, row) for query in queries for row in range(len(query.x))]
         cut = replace(self.denoiser, network=_Cut(network, rows, self.rule.skips))
         return one_pass([replace(query, denoiser=cut) for query in queries])
 
 
 class _Cut(nn.Module):
-    """The network during one pass: `rows` says whose memory each row of the batches that come is."""
+    """The network during one pass: `rows` says whose memory each row of the batches that come
+    is.
+    """
 
     def __init__(self, network: Any, rows: Sequence[tuple[_Remembering, int]], skips: int):
         super().__init__()
@@ -159,7 +201,11 @@ class _Cut(nn.Module):
         mine = [next(self.rows) for _ in range(len(x))]
         skips, time = self.network.shallow_down(x, timestep, cond, self.skips)
         entry = skips[-1]
-        keys = [k for k, (who, row) in enumerate(mine) if who.rule.due(who.branch.kept.get(row), who.call, entry[k])]
+        keys = [
+            k
+            for k, (who, row) in enumerate(mine)
+            if who.rule.due(who.branch.kept.get(row), who.call, entry[k])
+        ]
         if len(keys) == len(mine):
             deep = self.network.deep(entry, time, cond, self.skips)
         elif keys:

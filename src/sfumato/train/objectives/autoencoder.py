@@ -1,8 +1,9 @@
-"""Trains a KL autoencoder: reconstruction + perceptual + KL + adversarial (Rombach et al. 2022, arXiv:2112.10752, appendix G, eq. 25).
+"""Trains a KL autoencoder: reconstruction + perceptual + KL + adversarial (Rombach et al. 2022,
+arXiv:2112.10752, appendix G, eq. 25).
 
-loss = |x - x^| (or squared), mean over pixels + w_p * perceptual + w_kl * KL / pixels + lambda * w_g * L_G.
-The KL in nats is divided by the number of pixel values, so that weights such as 1e-6 mean what they mean in Latent Diffusion, whose
-losses are sums over the image.
+loss = |x - x^| (or squared), mean over pixels + w_p * perceptual + w_kl * KL / pixels + lambda *
+w_g * L_G. The KL in nats is divided by the number of pixel values, so that weights such as 1e-6
+mean what they mean in Latent Diffusion, whose losses are sums over the image.
 """
 
 import random
@@ -58,13 +59,26 @@ class AutoencoderObjective(Objective):
     stage = "train autoencoder"
 
     def __init__(
-        self, autoencoder: Autoencoder, images: ImageSet, held_out: ImageSet, loss: AutoencoderLoss, features: Features | None = None
+        self,
+        autoencoder: Autoencoder,
+        images: ImageSet,
+        held_out: ImageSet,
+        loss: AutoencoderLoss,
+        features: Features | None = None,
     ):
-        self.images, self.held_out, self.weights, self.features = images.unflipped(), held_out, loss, features
-        self.flip = images.transform.flip  # mirrored here and not by the data, so that a resumed run mirrors the same images
+        self.images, self.held_out, self.weights, self.features = (
+            images.unflipped(),
+            held_out,
+            loss,
+            features,
+        )
+        # mirrored here and not by the data, so that a resumed run mirrors the same images
+        self.flip = images.transform.flip
         self.networks: dict[str, nn.Module] = {"autoencoder": autoencoder}
         if loss.adversarial:
-            self.networks["discriminator"] = PatchDiscriminator(autoencoder.channels, loss.discriminator_width, loss.discriminator_layers)
+            self.networks["discriminator"] = PatchDiscriminator(
+                autoencoder.channels, loss.discriminator_width, loss.discriminator_layers
+            )
         self.maps = feature_maps(loss.perceptual_network) if loss.perceptual else None
         self.fake: Tensor | None = None  # this step's reconstructions, for the discriminator's turn
 
@@ -74,8 +88,16 @@ class AutoencoderObjective(Objective):
 
     @property
     def identity(self) -> dict[str, Any]:
-        data = {"pixels": self.images.fingerprint, "transform": self.images.transform.hash, "flip": self.flip}
-        return {"network": config_of(self.networks["autoencoder"]), "loss": asdict(self.weights), "data": data}
+        data = {
+            "pixels": self.images.fingerprint,
+            "transform": self.images.transform.hash,
+            "flip": self.flip,
+        }
+        return {
+            "network": config_of(self.networks["autoencoder"]),
+            "loss": asdict(self.weights),
+            "data": data,
+        }
 
     def batch(self, indices: Tensor, draw: Draw) -> dict[str, Tensor]:
         found = self.images.batch(indices)
@@ -88,7 +110,12 @@ class AutoencoderObjective(Objective):
         return phase == "autoencoder" or step >= self.weights.adversarial_start
 
     def loss(
-        self, phase: str, networks: Mapping[str, nn.Module], batch: dict[str, Tensor], step: int, draw: Draw
+        self,
+        phase: str,
+        networks: Mapping[str, nn.Module],
+        batch: dict[str, Tensor],
+        step: int,
+        draw: Draw,
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         image = batch["image"]
         if phase == "discriminator":
@@ -96,18 +123,26 @@ class AutoencoderObjective(Objective):
             logits = networks["discriminator"](torch.cat([image, self.fake])).float()
             real, fake = logits.chunk(2)
             self.fake = None
-            return hinge(real, fake), {"discriminator/real": real.detach().mean(), "discriminator/fake": fake.detach().mean()}
+            return hinge(real, fake), {
+                "discriminator/real": real.detach().mean(),
+                "discriminator/fake": fake.detach().mean(),
+            }
 
         w = self.weights
         autoencoder = _plain(networks["autoencoder"])
         assert isinstance(autoencoder, AutoencoderKL)
         space = autoencoder.space
         shape = (space.channels, image.shape[2] // space.factor, image.shape[3] // space.factor)
-        noise = draw(lambda n, generator: torch.randn(n, *shape, generator=generator)).to(image.device)
+        noise = draw(lambda n, generator: torch.randn(n, *shape, generator=generator)).to(
+            image.device
+        )
         rebuilt, mean, std = (v.float() for v in networks["autoencoder"](image, noise))
         pixel = F.l1_loss(rebuilt, image) if w.pixel == "l1" else F.mse_loss(rebuilt, image)
         kl = Posterior(mean, std).kl().mean()
-        numbers: dict[str, float | Tensor] = {"autoencoder/pixel": pixel.detach(), "autoencoder/kl": kl.detach()}
+        numbers: dict[str, float | Tensor] = {
+            "autoencoder/pixel": pixel.detach(),
+            "autoencoder/kl": kl.detach(),
+        }
         total = pixel
         if self.maps is not None:
             perceptual = perceptual_distance(self.maps, rebuilt, image).mean()
@@ -118,14 +153,19 @@ class AutoencoderObjective(Objective):
             fooled = -discriminator(rebuilt).float().mean()
             scale = adaptive_weight(total, fooled, autoencoder.decoder.conv_out.weight)
             discriminator.requires_grad_(True)
-            numbers |= {"autoencoder/adversarial": fooled.detach(), "autoencoder/adaptive_weight": scale}
+            numbers |= {
+                "autoencoder/adversarial": fooled.detach(),
+                "autoencoder/adaptive_weight": scale,
+            }
             total = total + w.adversarial * scale * fooled
             self.fake = rebuilt.detach()
         return total + w.kl * kl / image[0].numel(), numbers
 
     @torch.no_grad()
     def show(self, network: nn.Module, step: int) -> tuple[dict[str, float], dict[str, PIL.Image]]:
-        """PSNR, SSIM and the Frechet distance of reconstructions on held-out images, and pairs of them (original above)."""
+        """PSNR, SSIM and the Frechet distance of reconstructions on held-out images, and pairs of
+        them (original above).
+        """
         assert isinstance(network, Autoencoder)
         chosen = random.Random(0).sample(range(len(self.held_out)), min(2000, len(self.held_out)))
         originals, rebuilt = [], []
@@ -139,10 +179,17 @@ class AutoencoderObjective(Objective):
         numbers = {"held_out/psnr": found.psnr, "held_out/ssim": found.ssim}
         if self.features is not None and len(a) > 1:
             net = self.features
-            real, fake = (torch.cat([net((part + 1) / 2) for part in whole.split(250)]) for whole in (a, b))
+            real, fake = (
+                torch.cat([net((part + 1) / 2) for part in whole.split(250)]) for whole in (a, b)
+            )
             numbers["held_out/frechet"] = frechet_distance(gaussian(real), gaussian(fake))
         rows = min(16, len(a))
-        pairs = [p for start in range(0, rows, 8) for whole in (a, b) for p in to_pil(whole[start : min(start + 8, rows)])]
+        pairs = [
+            p
+            for start in range(0, rows, 8)
+            for whole in (a, b)
+            for p in to_pil(whole[start : min(start + 8, rows)])
+        ]
         return numbers, {"reconstructions": grid(pairs, columns=min(8, rows))}
 
 

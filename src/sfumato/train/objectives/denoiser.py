@@ -1,10 +1,12 @@
-"""Trains a denoiser on cached latents: E w(t) || y(x_t, t, c) - target ||^2 (Ho et al. 2020, arXiv:2006.11239, eq. 14, for any target).
+"""Trains a denoiser on cached latents: E w(t) || y(x_t, t, c) - target ||^2 (Ho et al. 2020,
+arXiv:2006.11239, eq. 14, for any target).
 
-z is drawn from the autoencoder's posterior at every visit; a share of the conditions is replaced by the null condition, for
-classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, algorithm 1).
+z is drawn from the autoencoder's posterior at every visit; a share of the conditions is replaced by
+the null condition, for classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, algorithm
+1).
 
-Networks with a variance behind the target are trained for L_simple + lambda L_vlb, the mean as a constant in L_vlb (Nichol & Dhariwal 2021,
-arXiv:2102.09672, eq. 16): `diffuse/variational.py`.
+Networks with a variance behind the target are trained for L_simple + lambda L_vlb, the mean as a
+constant in L_vlb (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 16): `diffuse/variational.py`.
 """
 
 import math
@@ -26,10 +28,12 @@ from sfumato.types import Conditioning, LatentSpace
 
 
 class Latents(Protocol):
-    """What a latent cache offers: raw posterior "mean" and "std" (B, C, h, w) and "label" (B,) by image number.
+    """What a latent cache offers: raw posterior "mean" and "std" (B, C, h, w) and "label" (B,) by
+    image number.
 
-    A `key` (hash of what it was made from) and `labels` (N,), where it has them, say whether a resumed run has the same data. Latents of
-    several shapes say by `groups` (ranges of numbers) which share one; a batch is then asked for numbers of one group.
+    A `key` (hash of what it was made from) and `labels` (N,), where it has them, say whether a
+    resumed run has the same data. Latents of several shapes say by `groups` (ranges of numbers)
+    which share one; a batch is then asked for numbers of one group.
     """
 
     def __len__(self) -> int: ...
@@ -37,7 +41,9 @@ class Latents(Protocol):
 
 
 class Labelled(Protocol):
-    """A conditioner that knows labels; or whatever entry of a batch it is told by, which it then says in `told_by` ("number": the picture's)."""
+    """A conditioner that knows labels; or whatever entry of a batch it is told by, which it then
+    says in `told_by` ("number": the picture's).
+    """
 
     def from_labels(self, labels: Tensor, /) -> Conditioning: ...
     def null(self, count: int, /) -> Conditioning: ...
@@ -60,16 +66,24 @@ class DenoiserLoss:
     drop: float = 0.1
     """The share of conditions replaced by the null condition."""
     variance: float = 0.001
-    """lambda, of networks that predict a variance: what their bound counts, over the times that are drawn. With 0 the variance is not trained."""
+    """lambda, of networks that predict a variance: what their bound counts, over the times that are
+    drawn. With 0 the variance is not trained."""
 
     def __post_init__(self) -> None:
-        for kind, name, known in (("weighting", self.weighting, WEIGHTINGS), ("distribution of times", self.times, TIMES)):
+        for kind, name, known in (
+            ("weighting", self.weighting, WEIGHTINGS),
+            ("distribution of times", self.times, TIMES),
+        ):
             if name not in known:
                 raise unknown(kind, name, known)
         if not MODE_SCALES[0] <= self.times_scale <= MODE_SCALES[1]:
-            raise UserError(f"times_scale={self.times_scale}: expected from {MODE_SCALES[0]:g} to {MODE_SCALES[1]:.4g}")
+            raise UserError(
+                f"times_scale={self.times_scale}: expected from {MODE_SCALES[0]:g} to {MODE_SCALES[1]:.4g}"
+            )
         if not 0 < self.times_shift < math.inf or not 0 < self.times_std < math.inf:
-            raise UserError(f"times_shift={self.times_shift}, times_std={self.times_std}: expected positive numbers")
+            raise UserError(
+                f"times_shift={self.times_shift}, times_std={self.times_std}: expected positive numbers"
+            )
         if not 0 <= self.drop <= 1:
             raise UserError(f"drop={self.drop}: expected a share in [0, 1]")
         if not 0 <= self.variance < math.inf:
@@ -77,10 +91,12 @@ class DenoiserLoss:
 
 
 class DenoiserObjective(Objective):
-    """One phase. `preview(network, step)` returns numbers and pictures, for sample grids while it trains.
+    """One phase. `preview(network, step)` returns numbers and pictures, for sample grids while it
+    trains.
 
-    A network that predicts a variance needs a table of betas (`UserError` otherwise), or a loss with variance=0, as flows are trained (SiT, Ma et
-    al. 2024, arXiv:2401.08740, whose code leaves the channels behind the target out).
+    A network that predicts a variance needs a table of betas (`UserError` otherwise), or a loss
+    with variance=0, as flows are trained (SiT, Ma et al. 2024, arXiv:2401.08740, whose code leaves
+    the channels behind the target out).
     """
 
     main = "denoiser"
@@ -94,10 +110,16 @@ class DenoiserObjective(Objective):
         space: LatentSpace,
         conditioner: Labelled,
         loss: DenoiserLoss,
-        preview: Callable[[nn.Module, int], tuple[dict[str, float], dict[str, PIL.Image]]] | None = None,
+        preview: Callable[[nn.Module, int], tuple[dict[str, float], dict[str, PIL.Image]]]
+        | None = None,
     ):
         self.networks = {"denoiser": network}
-        self.process, self.latents, self.space, self.conditioner = process, latents, space, conditioner
+        self.process, self.latents, self.space, self.conditioner = (
+            process,
+            latents,
+            space,
+            conditioner,
+        )
         self.settings, self.preview = loss, preview
         self.learned_variance = bool(getattr(network, "learned_variance", False))
         if self.learned_variance and loss.variance:
@@ -116,8 +138,14 @@ class DenoiserObjective(Objective):
         labels = getattr(self.latents, "labels", None)
         data = {"latents": getattr(self.latents, "key", ""), "count": len(self.latents)}
         data |= {"labels": None if labels is None else hash_tensors({"labels": labels})}
-        process = f"{self.process.parameterization.name}, {hash_bytes(repr(self.process.schedule))[:16]}"
-        parts = {"network": config_of(self.networks["denoiser"]), "conditioner": config_of(self.conditioner), "space": asdict(self.space)}
+        process = (
+            f"{self.process.parameterization.name}, {hash_bytes(repr(self.process.schedule))[:16]}"
+        )
+        parts = {
+            "network": config_of(self.networks["denoiser"]),
+            "conditioner": config_of(self.conditioner),
+            "space": asdict(self.space),
+        }
         loss = asdict(self.settings)
         if not self.learned_variance:  # of others it decides nothing
             del loss["variance"]
@@ -127,26 +155,48 @@ class DenoiserObjective(Objective):
         return self.latents.batch(indices) | {"number": indices}
 
     def loss(
-        self, phase: str, networks: Mapping[str, nn.Module], batch: dict[str, Tensor], step: int, draw: Draw
+        self,
+        phase: str,
+        networks: Mapping[str, nn.Module],
+        batch: dict[str, Tensor],
+        step: int,
+        draw: Draw,
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         mean, device, s = batch["mean"], batch["mean"].device, self.settings
-        first, second = (draw(lambda n, g: torch.randn(n, *mean.shape[1:], generator=g)).to(device) for _ in range(2))
+        first, second = (
+            draw(lambda n, g: torch.randn(n, *mean.shape[1:], generator=g)).to(device)
+            for _ in range(2)
+        )
         z = self.space.standardise(mean + batch["std"] * first)
-        t = draw(lambda n, g: draw_times(s.times, self.process, n, g, s.times_mean, s.times_std, s.times_scale, s.times_shift))
+        t = draw(
+            lambda n, g: draw_times(
+                s.times, self.process, n, g, s.times_mean, s.times_std, s.times_scale, s.times_shift
+            )
+        )
         dropped = draw(lambda n, g: torch.rand(n, generator=g)) < s.drop
         known = batch[getattr(self.conditioner, "told_by", "label")].cpu()
-        condition = self.conditioner.from_labels(known).drop(dropped, self.conditioner.null(len(mean))).to(device)
+        condition = (
+            self.conditioner.from_labels(known)
+            .drop(dropped, self.conditioner.null(len(mean)))
+            .to(device)
+        )
         x = self.process.add_noise(z, second, t)
         timestep = self.process.schedule.timestep(t).to(device, torch.float32)
         y = networks["denoiser"](self.process.network_input(x, t), timestep, condition).float()
         if y.shape[1] not in (channels := x.shape[1], 2 * channels):
-            raise UserError(f"the network answers {y.shape[1]} channels for latents of {channels}: expected {channels}, or twice as many")
+            raise UserError(
+                f"the network answers {y.shape[1]} channels for latents of {channels}: expected {channels}, or twice as many"
+            )
         y, variance = y[:, :channels], y[:, channels:]
         error = (y - self.process.target(z, second, t)).square().mean((1, 2, 3))
-        weight = loss_weight(s.weighting, self.process, t, s.min_snr_gamma).to(device, torch.float32)
+        weight = loss_weight(s.weighting, self.process, t, s.min_snr_gamma).to(
+            device, torch.float32
+        )
         loss, numbers = (weight * error).mean(), {"denoiser/unweighted": error.detach().mean()}
         if variance.shape[1] and s.variance:
-            vlb = bound(self.process, z, self.process.split(x, y.detach(), t).x0, variance, t).mean()
+            vlb = bound(
+                self.process, z, self.process.split(x, y.detach(), t).x0, variance, t
+            ).mean()
             loss, numbers["denoiser/vlb"] = loss + s.variance * vlb, vlb.detach()
         return loss, numbers
 

@@ -1,13 +1,16 @@
 """Guidance with two references, p1 and p2, and two scales, w and `second`; p is x0 and eps alike.
 
-chain   p = p2 + second (p1 - p2) + w (p_c - p1): p1 has one of two conditions and p2 none (Brooks et al. 2023, arXiv:2211.09800, eq. 3)
-sum     p = p1 + second (p2 - p1) + w (p_c - p1): p1 has no condition and p2 another one (Liu et al. 2022, arXiv:2206.01714)
-away    p = p_c + (w - 1) (p_c - p1) + (second - 1) (p_c - p2): away from both, as from no condition and from perturbed attention (Ahn et
-        al. 2024, arXiv:2403.17377)
+chain   p = p2 + second (p1 - p2) + w (p_c - p1): p1 has one of two conditions and p2 none (Brooks
+        et al. 2023, arXiv:2211.09800, eq. 3)
+sum     p = p1 + second (p2 - p1) + w (p_c - p1): p1 has no condition and p2 another one (Liu et al.
+        2022, arXiv:2206.01714)
+away    p = p_c + (w - 1) (p_c - p1) + (second - 1) (p_c - p2): away from both, as from no condition
+        and from perturbed attention (Ahn et al. 2024, arXiv:2403.17377)
 
-The weights of the three predictions sum to 1, so it is the same in every parameterization. Where p1 = p2 the first two are plain guidance
-with w, and the third with w + second - 1. The second scale can be limited to an interval, as Stability AI has it for skipped layers in early
-steps: elsewhere it is off, p = p1 + w (p_c - p1), and p2 is not asked.
+The weights of the three predictions sum to 1, so it is the same in every parameterization. Where p1
+= p2 the first two are plain guidance with w, and the third with w + second - 1. The second scale
+can be limited to an interval, as Stability AI has it for skipped layers in early steps: elsewhere
+it is off, p = p1 + w (p_c - p1), and p2 is not asked.
 """
 
 import math
@@ -27,7 +30,9 @@ KINDS = {"chain": 1.0, "sum": 0.0, "away": 1.0}
 
 @dataclass(frozen=True)
 class Dual:
-    """kind: "chain", "sum" or "away". second: the second scale, at times from low to high, in [0, 1], 1 is noise."""
+    """kind: "chain", "sum" or "away". second: the second scale, at times from low to high, in [0,
+    1], 1 is noise.
+    """
 
     kind: str = "chain"
     second: float = 1.5
@@ -41,9 +46,13 @@ class Dual:
         if self.kind not in KINDS:
             raise unknown("kind of dual guidance", self.kind, KINDS)
         if not abs(self.second) < math.inf:
-            raise UserError(f"guidance dual second={self.second}: expected a finite number, {KINDS[self.kind]:g} is off")
+            raise UserError(
+                f"guidance dual second={self.second}: expected a finite number, {KINDS[self.kind]:g} is off"
+            )
         if not 0 <= self.low <= self.high <= 1:
-            raise UserError(f"guidance dual low={self.low}, high={self.high}: expected times with 0 <= low <= high <= 1, 1 is noise")
+            raise UserError(
+                f"guidance dual low={self.low}, high={self.high}: expected times with 0 <= low <= high <= 1, 1 is noise"
+            )
 
     def needed(self, moment: Moment) -> int:
         """How many of the references count at a time: both, or the first alone."""
@@ -60,13 +69,21 @@ class Dual:
                 return mixed(one, two, self.second) + w * (conditional - one)
             if self.kind == "sum":
                 return mixed(two, one, self.second) + w * (conditional - one)
-            return conditional + (w - 1) * (conditional - one) + (self.second - 1) * (conditional - two)
+            return (
+                conditional
+                + (w - 1) * (conditional - one)
+                + (self.second - 1) * (conditional - two)
+            )
 
-        def join(x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor) -> Prediction:
+        def join(
+            x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
+        ) -> Prediction:
             conditional, one, *rest = predictions
             if not rest:
                 return conditional.away(one, w)
             (two,) = rest
-            return Prediction(both(conditional.x0, one.x0, two.x0, w), both(conditional.eps, one.eps, two.eps, w))
+            return Prediction(
+                both(conditional.x0, one.x0, two.x0, w), both(conditional.eps, one.eps, two.eps, w)
+            )
 
         return join

@@ -1,7 +1,8 @@
-"""Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, eq. 6): reference + w (conditional - reference).
+"""Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, eq. 6): reference + w
+(conditional - reference).
 
-It is linear, so it is the same in x0, eps, v and a flow's velocity. With a weaker network as the reference it is autoguidance (Karras et
-al. 2024, arXiv:2406.02507).
+It is linear, so it is the same in x0, eps, v and a flow's velocity. With a weaker network as the
+reference it is autoguidance (Karras et al. 2024, arXiv:2406.02507).
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,9 @@ class Linear:
     consistent = True
 
     def begin(self) -> Join:
-        def join(x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor) -> Prediction:
+        def join(
+            x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
+        ) -> Prediction:
             conditional, reference = predictions
             return conditional.away(reference, w)
 

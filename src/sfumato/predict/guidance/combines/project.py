@@ -1,8 +1,10 @@
 """Adaptive projected guidance, APG (Sadat et al. 2024, arXiv:2410.02416).
 
-With D = x0_c - x0_ref:  D <- D + momentum D_before;  D <- D min(1, threshold/||D||);  D = D_par + D_orth, along and across x0_c;
-x0 = x0_c + (w - 1) (D_orth + eta D_par). Saturated colours come from the part along x0_c, so eta < 1 damps it; the threshold bounds the
-step, and a negative momentum moves away from the directions of the steps before. On x0, as in the paper; eps is what then adds up to x.
+With D = x0_c - x0_ref:  D <- D + momentum D_before;  D <- D min(1, threshold/||D||);  D = D_par +
+                         D_orth, along and across x0_c;
+x0 = x0_c + (w - 1) (D_orth + eta D_par). Saturated colours come from the part along x0_c, so eta <
+1 damps it; the threshold bounds the step, and a negative momentum moves away from the directions of
+the steps before. On x0, as in the paper; eps is what then adds up to x.
 """
 
 import math
@@ -21,9 +23,11 @@ from sfumato.types import Prediction
 
 @dataclass(frozen=True)
 class Project:
-    """eta: how much of the part along x0_c stays; 1 without threshold and momentum is plain guidance.
+    """eta: how much of the part along x0_c stays; 1 without threshold and momentum is plain
+    guidance.
 
-    threshold: of ||D||, which grows with the latent's size (in use are 2.5 to 15); 0 is none. momentum in (-1, 1), 0 is none.
+    threshold: of ||D||, which grows with the latent's size (in use are 2.5 to 15); 0 is none.
+    momentum in (-1, 1), 0 is none.
     """
 
     eta: float = 0.0
@@ -36,16 +40,24 @@ class Project:
 
     def __post_init__(self) -> None:
         if not abs(self.eta) < math.inf:
-            raise UserError(f"guidance project eta={self.eta}: expected a finite number, 1 is plain guidance")
+            raise UserError(
+                f"guidance project eta={self.eta}: expected a finite number, 1 is plain guidance"
+            )
         if not 0 <= self.threshold < math.inf:
-            raise UserError(f"guidance project threshold={self.threshold}: expected a number of at least 0, 0 is no threshold")
+            raise UserError(
+                f"guidance project threshold={self.threshold}: expected a number of at least 0, 0 is no threshold"
+            )
         if not -1 < self.momentum < 1:
-            raise UserError(f"guidance project momentum={self.momentum}: expected a number between -1 and 1, 0 is no momentum")
+            raise UserError(
+                f"guidance project momentum={self.momentum}: expected a number between -1 and 1, 0 is no momentum"
+            )
 
     def begin(self) -> Join:
         before: Tensor | None = None
 
-        def join(x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor) -> Prediction:
+        def join(
+            x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
+        ) -> Prediction:
             nonlocal before
             conditional, reference = predictions
             step = conditional.x0 - reference.x0
@@ -55,7 +67,12 @@ class Project:
             if self.threshold:
                 size = total(step.square()).sqrt()
                 step = step * ratio(torch.full_like(size, self.threshold), size, 1.0).clamp(max=1)
-            along = ratio(total(step * conditional.x0), total(conditional.x0.square()), 0.0) * conditional.x0
-            return moved(conditional, conditional.x0 + (w - 1) * (step - (1 - self.eta) * along), moment)
+            along = (
+                ratio(total(step * conditional.x0), total(conditional.x0.square()), 0.0)
+                * conditional.x0
+            )
+            return moved(
+                conditional, conditional.x0 + (w - 1) * (step - (1 - self.eta) * along), moment
+            )
 
         return join

@@ -1,8 +1,10 @@
-"""Guidance that keeps the conditional prediction's contrast (Lin et al. 2023, arXiv:2305.08891, eq. 15-16).
+"""Guidance that keeps the conditional prediction's contrast (Lin et al. 2023, arXiv:2305.08891, eq.
+15-16).
 
-x0_w = x0_ref + w (x0_c - x0_ref);  x0 = phi (std(x0_c)/std(x0_w)) x0_w + (1 - phi) x0_w, the standard deviation over each image.
-Large weights make x0 too wide, and pictures over-exposed; phi pulls the width back. The paper rescales the network's output, whatever it
-is; here it is x0, where the picture is, in every parameterization, and eps is what then adds up to x.
+x0_w = x0_ref + w (x0_c - x0_ref);  x0 = phi (std(x0_c)/std(x0_w)) x0_w + (1 - phi) x0_w, the
+standard deviation over each image. Large weights make x0 too wide, and pictures over-exposed; phi
+pulls the width back. The paper rescales the network's output, whatever it is; here it is x0, where
+the picture is, in every parameterization, and eps is what then adds up to x.
 """
 
 from collections.abc import Sequence
@@ -19,7 +21,9 @@ from sfumato.types import Prediction, mixed
 
 @dataclass(frozen=True)
 class Rescale:
-    """phi in [0, 1]: 0 is plain guidance, 1 the conditional's standard deviation; the paper suggests 0.7."""
+    """phi in [0, 1]: 0 is plain guidance, 1 the conditional's standard deviation; the paper
+    suggests 0.7.
+    """
 
     phi: float = 0.7
 
@@ -29,13 +33,22 @@ class Rescale:
 
     def __post_init__(self) -> None:
         if not 0 <= self.phi <= 1:
-            raise UserError(f"guidance rescale phi={self.phi}: expected a number in [0, 1], 0 is plain guidance")
+            raise UserError(
+                f"guidance rescale phi={self.phi}: expected a number in [0, 1], 0 is plain guidance"
+            )
 
     def begin(self) -> Join:
-        def join(x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor) -> Prediction:
+        def join(
+            x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
+        ) -> Prediction:
             conditional, reference = predictions
             x0 = mixed(conditional.x0, reference.x0, w)
-            return moved(conditional, ((1 - self.phi) + self.phi * ratio(deviation(conditional.x0), deviation(x0), 1.0)) * x0, moment)
+            return moved(
+                conditional,
+                ((1 - self.phi) + self.phi * ratio(deviation(conditional.x0), deviation(x0), 1.0))
+                * x0,
+                moment,
+            )
 
         return join
 

@@ -1,8 +1,10 @@
-"""CFG-Zero* (Fan et al. 2025, arXiv:2503.18886): an optimised scale for the reference, and a run that begins without moving.
+"""CFG-Zero* (Fan et al. 2025, arXiv:2503.18886): an optimised scale for the reference, and a run
+that begins without moving.
 
-On the velocity v = eps - x0:  v = s v_ref + w (v_c - s v_ref),  s = <v_c, v_ref>/||v_ref||^2, which minimises ||v_c - s v_ref|| image by
-image; and v = 0 at the first `zero_steps` times of the run, where a network that is not fully trained is worse than nothing. v = 0 keeps
-x/(alpha + sigma) where it is: for a flow that is x.
+On the velocity v = eps - x0:  v = s v_ref + w (v_c - s v_ref),  s = <v_c, v_ref>/||v_ref||^2, which
+minimises ||v_c - s v_ref|| image by image; and v = 0 at the first `zero_steps` times of the run,
+where a network that is not fully trained is worse than nothing. v = 0 keeps x/(alpha + sigma) where
+it is: for a flow that is x.
 """
 
 from collections.abc import Sequence
@@ -19,7 +21,9 @@ from sfumato.types import Prediction, mixed
 
 @dataclass(frozen=True)
 class ZeroStar:
-    """zero_steps: at how many of a run's first times nothing moves (one is usual); where w is 1 there, they are as they are."""
+    """zero_steps: at how many of a run's first times nothing moves (one is usual); where w is 1
+    there, they are as they are.
+    """
 
     zero_steps: int = 1
 
@@ -29,10 +33,14 @@ class ZeroStar:
 
     def __post_init__(self) -> None:
         if self.zero_steps < 0:
-            raise UserError(f"guidance zero_star zero_steps={self.zero_steps}: expected a whole number of at least 0")
+            raise UserError(
+                f"guidance zero_star zero_steps={self.zero_steps}: expected a whole number of at least 0"
+            )
 
     def begin(self) -> Join:
-        def join(x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor) -> Prediction:
+        def join(
+            x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
+        ) -> Prediction:
             conditional, reference = (p.eps - p.x0 for p in predictions)
             if moment.index < self.zero_steps:
                 return from_velocity(x, 0 * conditional, moment)

@@ -1,16 +1,20 @@
 """A weight that looks at how far the condition pulls, image by image, and at the noise level.
 
 w = 1 + (scale - 1) g(log-SNR) f(d),  d = ||eps_c - eps_ref|| / ||eps_ref||,
-g = 1 for low <= log-SNR <= high, else 0,  f = 1/(1 + (d/threshold)^power) where disagreement lowers w, and 1 minus that where it raises w.
+g = 1 for low <= log-SNR <= high, else 0,  f = 1/(1 + (d/threshold)^power) where disagreement lowers
+w, and 1 minus that where it raises w.
 
-d is the condition's pull against that of the data itself: eps is -sigma times a score (Song et al. 2021, arXiv:2011.13456), so
-d = ||grad log p(c|x)|| / ||grad log p(x)||, a number without units. f is monotone in d, lies in [0, 1] and is 1/2 at the threshold, so w
-lies between 1 and scale. With power 1, where disagreement lowers w, what is added to eps_c, (w - 1)||eps_c - eps_ref||, stays below
-(scale - 1) threshold ||eps_ref||, however much the two disagree. Where disagreement raises w, what the condition has settled is left alone
-(the observation of Castillo et al. 2023, arXiv:2312.12487; Koulischer et al. 2025, arXiv:2506.06085, also let w follow the predictions).
-The default threshold is the middle of what the bundled model says: d from 0.009 to 0.12, t from 0.95 to 0.05 (DDIM, 20 steps, scales 1 and
-2, two images a class, seeds 0 to 19); 0 at t = 1, where eps is x whatever the condition.
-Only outside of [low, high] is the second pass saved: inside, d has to be seen first.
+d is the condition's pull against that of the data itself: eps is -sigma times a score (Song et al.
+2021, arXiv:2011.13456), so d = ||grad log p(c|x)|| / ||grad log p(x)||, a number without units. f
+is monotone in d, lies in [0, 1] and is 1/2 at the threshold, so w lies between 1 and scale. With
+power 1, where disagreement lowers w, what is added to eps_c, (w - 1)||eps_c - eps_ref||, stays
+below (scale - 1) threshold ||eps_ref||, however much the two disagree. Where disagreement raises w,
+what the condition has settled is left alone (the observation of Castillo et al. 2023,
+arXiv:2312.12487; Koulischer et al. 2025, arXiv:2506.06085, also let w follow the predictions). The
+default threshold is the middle of what the bundled model says: d from 0.009 to 0.12, t from 0.95 to
+0.05 (DDIM, 20 steps, scales 1 and 2, two images a class, seeds 0 to 19); 0 at t = 1, where eps is x
+whatever the condition. Only outside of [low, high] is the second pass saved: inside, d has to be
+seen first.
 """
 
 import math
@@ -29,9 +33,11 @@ DISAGREEMENT = ("lowers", "raises")
 
 @dataclass(frozen=True)
 class Adaptive:
-    """disagreement: "lowers" w or "raises" it. threshold > 0: the d at which half of the scale acts. power > 0: how steep that is.
+    """disagreement: "lowers" w or "raises" it. threshold > 0: the d at which half of the scale
+    acts. power > 0: how steep that is.
 
-    low, high: the window of log-SNR, log(alpha^2/sigma^2), negative where there is more noise than signal.
+    low, high: the window of log-SNR, log(alpha^2/sigma^2), negative where there is more noise than
+    signal.
     """
 
     scale: float = 1.0
@@ -49,7 +55,9 @@ class Adaptive:
             if not 0 < value < math.inf:
                 raise UserError(f"guidance adaptive {name}={value}: expected a positive number")
         if not self.low <= self.high:
-            raise UserError(f"guidance adaptive low={self.low}, high={self.high}: expected log-SNRs with low <= high")
+            raise UserError(
+                f"guidance adaptive low={self.low}, high={self.high}: expected log-SNRs with low <= high"
+            )
 
     def active(self, moment: Moment) -> bool:
         return self.scale != 1 and self.low <= moment.log_snr <= self.high

@@ -1,7 +1,9 @@
-"""Guidance in a limited interval (Kynkaanniemi et al. 2024, arXiv:2404.07724): w(t) = scale where low <= t <= high, 1 elsewhere.
+"""Guidance in a limited interval (Kynkaanniemi et al. 2024, arXiv:2404.07724): w(t) = scale where
+low <= t <= high, 1 elsewhere.
 
-At high noise guidance takes variety away, at low noise it changes nothing to speak of; in between it helps. Outside of the interval the
-second pass is not made. They give noise levels; for a flow t = 0.2 to 0.85, the defaults here, is sigma/alpha = 0.25 to 5.7.
+At high noise guidance takes variety away, at low noise it changes nothing to speak of; in between
+it helps. Outside of the interval the second pass is not made. They give noise levels; for a flow t
+= 0.2 to 0.85, the defaults here, is sigma/alpha = 0.25 to 5.7.
 """
 
 from dataclasses import dataclass
@@ -22,7 +24,9 @@ class Interval:
     def __post_init__(self) -> None:
         finite(scale=self.scale)
         if not 0 <= self.low <= self.high <= 1:
-            raise UserError(f"guidance interval low={self.low}, high={self.high}: expected times with 0 <= low <= high <= 1, 1 is noise")
+            raise UserError(
+                f"guidance interval low={self.low}, high={self.high}: expected times with 0 <= low <= high <= 1, 1 is noise"
+            )
 
     def active(self, moment: Moment) -> bool:
         return self.scale != 1 and self.low <= moment.t <= self.high

@@ -1,8 +1,10 @@
-"""A weight that rises or falls along the run (Wang et al. 2024, arXiv:2404.13040, who compare such schedulers).
+"""A weight that rises or falls along the run (Wang et al. 2024, arXiv:2404.13040, who compare such
+schedulers).
 
-w(t) = 1 + (scale - 1) r(t),  r(t) = last + (first - last) f(t),  f = t, (1 - cos(pi t))/2 or t^power:
-r is `first` at t = 1 and `last` at t = 0.
-The defaults go from off to scale; their "linear" scheduler, which keeps the mean over the run, is first 0, last 2.
+w(t) = 1 + (scale - 1) r(t),  r(t) = last + (first - last) f(t),  f = t, (1 - cos(pi t))/2 or
+t^power: r is `first` at t = 1 and `last` at t = 0.
+The defaults go from off to scale; their "linear" scheduler, which keeps the mean over the run, is
+first 0, last 2.
 """
 
 import math
@@ -17,7 +19,9 @@ SHAPES = ("linear", "cosine", "power")
 
 @dataclass(frozen=True)
 class Ramp:
-    """first, last: how much of the scale acts at the start (t = 1) and at the end (t = 0) of a run. power > 0 is for that shape."""
+    """first, last: how much of the scale acts at the start (t = 1) and at the end (t = 0) of a run.
+    power > 0 is for that shape.
+    """
 
     scale: float = 1.0
     first: float = 0.0
@@ -30,11 +34,19 @@ class Ramp:
         if self.shape not in SHAPES:
             raise unknown("shape of a guidance ramp", self.shape, SHAPES)
         if not 0 < self.power < math.inf:
-            raise UserError(f"guidance ramp power={self.power}: expected a positive number, 1 is linear")
+            raise UserError(
+                f"guidance ramp power={self.power}: expected a positive number, 1 is linear"
+            )
 
     def at(self, t: float) -> float:
         """w at a time."""
-        f = t if self.shape == "linear" else (1 - math.cos(math.pi * t)) / 2 if self.shape == "cosine" else t**self.power
+        f = (
+            t
+            if self.shape == "linear"
+            else (1 - math.cos(math.pi * t)) / 2
+            if self.shape == "cosine"
+            else t**self.power
+        )
         return 1 + (self.scale - 1) * (self.last + (self.first - self.last) * f)
 
     def active(self, moment: Moment) -> bool:
