@@ -39,9 +39,9 @@ def read_config(cls: type[T], values: Mapping[str, Any], fixed: Mapping[str, Any
             )
     missing = [
         f.name
-        for f in fields(cls)
+        for f in fields(cls)  # pyright: ignore[reportArgumentType]
         if f.default is MISSING and f.default_factory is MISSING and f.name not in taken
-    ]  # pyright: ignore[reportArgumentType]
+    ]
     if missing:
         raise UserError(f"config lacks {', '.join(missing)}: {cls.__name__} needs them")
     return cls(**taken)

@@ -191,7 +191,7 @@ def test_attention_in_blocks_does_not_touch_what_it_should_not() -> None:
 
 
 def test_the_way_that_attention_takes_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    attention_backend._say.cache_clear()
+    attention_backend._log_once.cache_clear()
     q = normal(1, 1024, 1, 16)
     with caplog.at_level("INFO", logger="sfumato"), torch.inference_mode():
         for _ in range(3):
@@ -202,7 +202,7 @@ def test_the_way_that_attention_takes_is_said_once(caplog: pytest.LogCaptureFixt
         attention_backend.report("math", q, 1024, 1024, False)
     assert [r.levelname for r in caplog.records] == ["INFO", "WARNING"]
     heads = q.transpose(1, 2)
-    assert attention_backend.torchs_choice(heads, heads, heads, None) == "flash"
+    assert attention_backend.sdpa_backend(heads, heads, heads, None) == "flash"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -212,7 +212,7 @@ def test_nothing_is_said_of_attention_that_is_only_counted(
     """On the meta device, on which `sfumato info` runs networks, torch has its plain way for
     everything.
     """
-    attention_backend._say.cache_clear()
+    attention_backend._log_once.cache_clear()
     q = torch.empty(1, 1024, 1, 16, device="meta", dtype=dtype)
     with caplog.at_level("INFO", logger="sfumato"), torch.inference_mode():
         batch_invariant.attend(q, q, q)

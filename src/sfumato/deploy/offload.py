@@ -277,9 +277,9 @@ def running(path: Path, dtype: torch.dtype) -> dict[str, int]:
     size = (side, side)
     found: dict[str, int] = {}
     for name, count in (
-        ("step", lambda: step_bytes(network, size)),
-        ("decode", lambda: decode_bytes(decoder, size)),
-    ):  # pyright: ignore
+        ("step", lambda: step_bytes(network, size)),  # pyright: ignore
+        ("decode", lambda: decode_bytes(decoder, size)),  # pyright: ignore
+    ):
         if (network if name == "step" else decoder) is not None:
             try:
                 found[name] = count()

@@ -1,1 +1,1 @@
-"""Functions below the layers: batch-invariant operations, attention and convolutions on a CPU."""
+"""Functions below the layers: batch-invariant operations, CPU attention and convolutions."""

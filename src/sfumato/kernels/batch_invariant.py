@@ -1,16 +1,16 @@
-"""Layers whose results for an image do not depend on the batch: image k of n can be computed again
-alone, bit for bit.
+"""Operations whose result for an image does not depend on its batch, bit for bit.
 
-CPU libraries choose a kernel by the shape of the whole batch, and kernels add up products in
-different orders. An image then differs by some 1e-6 between a batch of 1, of 2 and of 16, and each
-processor has its own table of kernels. So that the result holds on every processor, each operation
-here is computed by a method that cannot see the batch:
+Image k of a batch of n can be computed again alone. CPU libraries choose a kernel by the shape of
+the whole batch, and kernels add up products in different orders. An image then differs by some 1e-6
+between a batch of 1, of 2 and of 16, and each processor has its own table of kernels. So that the
+result holds on every processor, each operation here is computed by a method that does not depend on
+the batch:
 
     linear        oneDNN's matrix product, on x86 processors with AVX2 or later. Its brgemm kernels
                   add up a row in blocks whose length depends on the number of columns alone (512 or
                   1024), one block after the other. MKL's choice of kernel by the number of rows,
-                  which differs between Intel and AMD, is never asked. Two cases are avoided: one
-                  row (a vector kernel: it is computed as two), and many columns with few outputs
+                  which differs between Intel and AMD, is not used. Two cases are avoided: one row
+                  (a vector kernel: it is computed as two), and many columns with few outputs
                   (split among threads: image by image).
     convolution   oneDNN's direct kernels, which add up block of channels after block, and in each
                   block tap after tap. 1x1 convolutions are linear maps of pixels: oneDNN has
@@ -22,20 +22,20 @@ here is computed by a method that cannot see the batch:
                   is computed twice. It may also depend on the number of threads that MKL counts on:
                   kernels/mkl_threads.py sets it to one.
     SiLU, GELU    torch computes most numbers by vector instructions and those that remain at the
-                  end of a thread's part by the C library, which rounds differently. What is no
-                  whole number of vectors for each thread is computed apart, padded.
+                  end of a thread's part by the C library, which rounds differently. Numbers
+                  beyond the last whole vector of a thread are computed apart, padded.
     group norm    with channels last in memory, threads share the images of a batch: such images are
                   computed one by one.
 
 Elsewhere (AVX or older, other processors, torch without oneDNN), linear maps and convolutions are
-computed image by image, from memory that begins on a cache line: the same call, whatever the batch.
-`method()` says which of the two is used.
+computed image by image, from memory that begins on a cache line: the same call for every batch.
+`method()` returns the one in use.
 
-Group norms of contiguous maps, layer norms, interpolation and arithmetic need nothing. All this is
-for inference in float32 on the CPU. With gradients, in other dtypes, on other devices and under
-compilers the calls are torch's own, except that programs compiled for inference on the CPU call the
-faster kernels that are used here: oneDNN for large float32 products, nn/cpu_attention.py for
-bfloat16 attention.
+Group norms of contiguous maps, layer norms, interpolation and arithmetic need nothing. The
+guarantee is for inference in float32 on the CPU. With gradients, in other dtypes, on other devices
+and under compilers the calls are torch's own, except that programs compiled for inference on the
+CPU call the faster kernels of this module: oneDNN for large float32 products,
+kernels/cpu_attention.py for bfloat16 attention.
 
 The orders of summation are those in the source of oneDNN 3.12, which torch 2.13 contains (cpu/x64:
 matmul/brgemm_matmul_utils.cpp, jit_avx512_common_conv_kernel.cpp, jit_avx2_conv_kernel_f32.cpp,
@@ -58,27 +58,26 @@ from sfumato.kernels import attention_backend, cpu_attention
 from sfumato.kernels.mkl_threads import one_thread
 
 _LINE = 16  # float32 numbers in a cache line of 64 bytes
-# numbers of a weight from which on compiled programs call oneDNN: below, the call costs more than
-# it gains
+# Elements of a weight from which compiled programs call oneDNN: below, the call costs more than it
+# gains.
 _LARGE = 2**16
-# columns from which on oneDNN splits a row's sum among threads, by the number of rows, if outputs
-# are at most
+# oneDNN splits a row's sum among threads, by the number of rows, from this many columns and up to
+# this many outputs.
 _SPLIT = 20000
 _FEW = 512
-_PIXELS = 64  # of a map from which on 1x1 convolutions are computed image by image
-# numbers that torch's loops give to vector instructions at a time with AVX-512; a multiple of what
-# other processors need
+_PIXELS = 64  # pixels of a map from which 1x1 convolutions are computed image by image
+# Elements that torch's loops process per vector step with AVX-512, a multiple of other processors'.
 _VECTOR = 32
 _SHORT = 512  # tokens
 _PIECE = 64  # more queries of a head than torch's fused attention takes as one piece of work
-# numbers (at::internal::GRAIN_SIZE) for each thread that torch gives elementwise work to
-_GRAIN = 32768
-_ALONE = 16384  # numbers that one thread computes; more, and torch divides GELU among all threads
+_GRAIN = 32768  # elements per thread in elementwise work (at::internal::GRAIN_SIZE)
+_ALONE = 16384  # elements that one thread computes; above, torch divides GELU among all threads
 
 
 def applies(x: Tensor, weight: Tensor | None = None) -> bool:
-    """Whether rows must not depend on the batch here: no gradient, float32 on the CPU, not under a
-    compiler or autocast.
+    """Return True where results must not depend on the batch.
+
+    That is float32 on the CPU without gradient, compiler, tracing or autocast.
     """
     if not (x.is_cpu and x.dtype == torch.float32):
         return False
@@ -86,9 +85,12 @@ def applies(x: Tensor, weight: Tensor | None = None) -> bool:
         x.requires_grad or (weight is not None and weight.requires_grad)
     ):
         return False
-    return not (
-        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu")
-    )  # pyright: ignore[reportPrivateImportUsage]
+    return not (_is_traced() or torch.is_autocast_enabled("cpu"))
+
+
+def _is_traced() -> bool:
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return torch.compiler.is_compiling() or tracing
 
 
 def linear(
@@ -96,15 +98,14 @@ def linear(
 ) -> Float[Tensor, "*B E"]:
     """`F.linear` whose rows do not depend on their number.
 
-    Where oneDNN cannot be used, each x[i] is a product of its own: x is then best given as one
-    image along its first axis.
+    Without oneDNN each x[i] is a product of its own, so the first axis should be the batch.
     """
     if not applies(x, weight):
         return _product(x, weight, bias) if _for_compiler(x, weight) else F.linear(x, weight, bias)
     if not x.numel():
         return F.linear(x, weight, bias)
-    # Contiguous: torch would multiply image by image, or a transposed matrix, by the strides, and
-    # those of one image differ.
+    # Contiguous: torch chooses by the strides to multiply image by image or a transposed matrix,
+    # and the strides of one image differ.
     if FIXED_ORDER:
         return onednn_linear(x.contiguous(), weight.contiguous(), bias)
     images, weight = x if x.ndim > 2 else x.reshape(-1, 1, x.shape[-1]), weight.contiguous()
@@ -114,14 +115,15 @@ def linear(
 
 
 def aligned(x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
-    """The same numbers, contiguous, in memory that begins on a cache line."""
+    """Return x contiguous, in memory that begins on a cache line."""
     x = x.contiguous()
     return x if x.data_ptr() % (4 * _LINE) == 0 else x.clone()
 
 
 def _for_compiler(x: Tensor, weight: Tensor) -> bool:
-    """Whether a program compiled for inference should call oneDNN: torch's compiler gives products
-    in float32 to MKL, which takes a third longer.
+    """Return True where a program compiled for inference should call oneDNN.
+
+    torch's compiler calls MKL for float32 products, which takes a third longer.
     """
     return (
         torch.compiler.is_compiling()
@@ -130,46 +132,47 @@ def _for_compiler(x: Tensor, weight: Tensor) -> bool:
         and x.is_cpu
         and x.dtype == weight.dtype == torch.float32
         and weight.numel() > _LARGE
-        and _KNOWN
+        and _HAS_ONEDNN
     )
 
 
-_OURS = (
+_ONEDNN_OPS = (
     "_linear_pointwise",
     "_convolution_pointwise",
     "_reorder_linear_weight",
     "_reorder_convolution_weight",
 )
-_KNOWN = torch.backends.mkldnn.is_available() and all(
-    hasattr(torch.ops.mkldnn, name) for name in _OURS
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
+    hasattr(torch.ops.mkldnn, name) for name in _ONEDNN_OPS
 )
-_BFLOAT16 = _KNOWN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_BFLOAT16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _fixed_order() -> bool:
-    """True where oneDNN computes float32 products by its brgemm kernels, whose order of summation
-    does not depend on the number of rows.
+    """Return True where oneDNN computes float32 products by its brgemm kernels.
+
+    Their order of summation does not depend on the number of rows.
     """
-    # as oneDNN reads it
+    # The variables and values that oneDNN itself reads.
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", ""))
-    return _KNOWN and torch.cpu._is_avx2_supported() and limit.upper() not in ("SSE41", "AVX")
+    return _HAS_ONEDNN and torch.cpu._is_avx2_supported() and limit.upper() not in ("SSE41", "AVX")
 
 
 FIXED_ORDER = _fixed_order()
-"""True where batches are computed by oneDNN in one call; False where linear maps and convolutions
-are computed image by image."""
+"""True where oneDNN computes a batch in one call; elsewhere images are computed one by one."""
 
 
 def method() -> str:
-    """How linear maps and convolutions are computed in float32 on this processor."""
+    """Name the method that computes float32 linear maps and convolutions on this processor."""
     return "oneDNN, all images in one call" if FIXED_ORDER else "image by image"
 
 
 def onednn() -> Any:
-    """torch's own operations over oneDNN, with weights that may be packed and products that end in
-    a function; None where it has none.
+    """Return torch's operations over oneDNN, None where torch has none.
+
+    They take packed weights and fuse an activation or an addition into a product.
     """
-    return torch.ops.mkldnn if _KNOWN else None
+    return torch.ops.mkldnn if _HAS_ONEDNN else None
 
 
 def onednn_linear(
@@ -179,10 +182,16 @@ def onednn_linear(
     end: str = "none",
     other: Float[Tensor, "*B E"] | None = None,
 ) -> Float[Tensor, "*B E"]:
-    """x W^T + b, with its end in the same pass: "gelu" or "gelu tanh" of it, or "add" or "mul" with
-    another (B, E). The weight may be packed.
+    """x W^T + b and a fused operation, in one pass. The weight may be packed.
+
+    Args:
+        x: (*B, D).
+        weight: (E, D), plain or packed.
+        bias: (E), or None.
+        end: "none", "gelu", "gelu tanh", or "add" or "mul" with `other`.
+        other: (*B, E), the second operand of "add" and "mul".
     """
-    # image by image
+    # image by image: oneDNN would split the sums by the number of rows
     if x.shape[-1] >= _SPLIT and weight.shape[0] <= _FEW and x.ndim > 1 and len(x) > 1:
         others = [None] * len(x) if other is None else other.split(1)
         return torch.cat(
@@ -223,8 +232,14 @@ def attention(
     heads: int,
     mask: Bool[Tensor, "B L"] | None = None,
 ) -> Float[Tensor, "B N D"]:
-    """softmax(Q K^T / sqrt(D / heads)) V in each head, side by side in D; mask True where a key
-    counts.
+    """softmax(Q K^T / sqrt(D / heads)) V in each head, heads side by side in D.
+
+    Args:
+        q: queries (B, N, D).
+        k: keys (B, L, D).
+        v: values (B, L, D).
+        heads: number of heads, a divisor of D.
+        mask: (B, L), True for keys to attend to.
     """
     q, k, v = (p.unflatten(-1, (heads, -1)) for p in (q, k, v))
     return attend(q, k, v, mask)
@@ -236,12 +251,11 @@ def attend(
     v: Float[Tensor, "B L H d"],
     mask: Bool[Tensor, "B L"] | None = None,
 ) -> Float[Tensor, "B N D"]:
-    """The same for heads that are cut already (D = H d), as where queries and keys are normed or
-    turned before.
+    """`attention` for inputs that are split into heads, D = H d.
 
-    In bfloat16 on the CPU many tokens go as in nn/cpu_attention.py, and else narrow heads are done
-    in float32: torch's kernel takes a fifth longer to round on the way (64 x 64 cells, 8 heads of
-    40; a tenth for heads of 64, and a tenth less for heads of 128).
+    In bfloat16 on the CPU, kernels/cpu_attention.py takes many tokens. Other narrow heads are
+    computed in float32: torch's bfloat16 kernel takes a fifth longer (64 x 64 cells, 8 heads of 40;
+    a tenth longer for heads of 64, a tenth less for heads of 128).
     """
     if _BFLOAT16 and cpu_attention.fits(q, k):
         if torch.compiler.is_compiling():
@@ -259,21 +273,16 @@ def attend(
     if applies(q):
         missing = -count % _LINE
         q, k, v = F.pad(q, (0, 0, 0, 0, 0, missing)) if missing else q, _on_lines(k), _on_lines(v)
-        # A single piece of work is done outside torch's threads, where MKL would divide a product
+        # torch runs a single piece of work outside its threads, where MKL would divide a product
         # among threads of its own.
         lone = q.shape[0] * q.shape[2] == 1 and count <= _PIECE
         if lone:
             q, k, v = (torch.cat([p, p]) for p in (q, k, v))
     q, k, v = (p.transpose(1, 2) for p in (q, k, v))  # (B, H, N, d)
     keep = None if mask is None else mask[:, None, None, :]
-    if (
-        count * k.shape[2] >= attention_backend.MANY
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-    ):  # pyright: ignore[reportPrivateImportUsage]
-        attention_backend.report(
-            attention_backend.torchs_choice(q, k, v, keep), q, count, k.shape[2], mask is not None
-        )
+    if count * k.shape[2] >= attention_backend.MANY and not _is_traced():
+        backend = attention_backend.sdpa_backend(q, k, v, keep)
+        attention_backend.report(backend, q, count, k.shape[2], mask is not None)
     with one_thread() if applies(q) else nullcontext():
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
     return y.transpose(1, 2).flatten(2)[: 1 if lone else None, :count]
@@ -292,16 +301,17 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _short(q: Tensor, k: Tensor) -> bool:
-    """Whether attention is being trained in bfloat16 on the CPU over few tokens, where the gradient
-    of torch's kernel takes two to four times as long as that of plain products (51 to 256 tokens,
-    heads of 64).
+    """Return True for training in bfloat16 on the CPU over few tokens.
+
+    The gradient of torch's kernel takes two to four times as long there as that of plain products
+    (51 to 256 tokens, heads of 64).
     """
     lower = q.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     return q.is_cpu and q.requires_grad and lower and max(q.shape[1], k.shape[1]) <= _SHORT
 
 
 def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`attend` as the formula says it; the scores are rounded to the dtype of q."""
+    """`attend` by plain products. Scores are rounded to the dtype of q."""
     q, k, v = (p.transpose(1, 2) for p in (q * q.shape[-1] ** -0.5, k, v))
     scores = q @ k.transpose(-1, -2)
     if mask is not None:
@@ -310,9 +320,7 @@ def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
 
 
 def _on_lines(x: Float[Tensor, "B L H d"]) -> Float[Tensor, "B L H d"]:
-    """The same numbers, with unused memory between the images so that each begins on a cache
-    line.
-    """
+    """Return x with unused memory between images, so that each begins on a cache line."""
     numbers = x.shape[1:].numel()
     if numbers % _LINE == 0:
         return x
@@ -320,17 +328,20 @@ def _on_lines(x: Float[Tensor, "B L H d"]) -> Float[Tensor, "B L H d"]:
 
 
 def silu(x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
-    """`F.silu` whose numbers do not depend on where they lie in the tensor."""
+    """`F.silu` whose results do not depend on the position in the tensor."""
     return _by_vectors(x, F.silu, _silu_threads) if applies(x) else F.silu(x)
 
 
 def gelu(x: Float[Tensor, "*S"], tanh: bool = False) -> Float[Tensor, "*S"]:
-    """`F.gelu` whose numbers do not depend on where they lie in the tensor; `tanh`: its
-    approximation by that function.
+    """`F.gelu` whose results do not depend on the position in the tensor.
+
+    Args:
+        x: any shape.
+        tanh: use the tanh approximation.
     """
     if not applies(x):
         return F.gelu(x, approximate="tanh" if tanh else "none")
-    # oneDNN masks its last vector, but computes a single number by other code
+    # oneDNN masks its last vector, but a single element has a kernel of its own.
     if FIXED_ORDER and not tanh:
         return F.gelu(x.contiguous()) if x.numel() != 1 else F.gelu(torch.stack([x, x]))[0]
     return _by_vectors(x, _gelu_tanh if tanh else F.gelu, _gelu_threads)
@@ -341,24 +352,22 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 def _silu_threads(numbers: int) -> int:
-    """The threads among which torch divides an elementwise function."""
+    """Return the number of threads among which torch divides an elementwise function."""
     return max(1, min(torch.get_num_threads(), -(-numbers // _GRAIN)))
 
 
 def _gelu_threads(numbers: int) -> int:
-    """The same for GELU, whose part of a thread is not a number of its own, but all numbers divided
-    by the threads.
-    """
+    """`_silu_threads` for GELU: torch divides all elements evenly among the threads."""
     return torch.get_num_threads() if numbers > _ALONE else 1
 
 
 def _by_vectors(
     x: Float[Tensor, "*S"], function: Callable[[Tensor], Tensor], threads: Callable[[int], int]
 ) -> Float[Tensor, "*S"]:
-    """An elementwise function of numbers that are all computed by vector instructions.
+    """Apply an elementwise function by vector instructions alone.
 
-    The part of each thread must be whole vectors. The few numbers for which that is impossible are
-    computed apart, padded to a vector.
+    Each thread's part must be whole vectors. Elements beyond them are padded to a vector and
+    computed apart.
     """
     if not x.is_contiguous():
         if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
@@ -373,22 +382,16 @@ def _by_vectors(
     if numbers <= _ALONE:
         return function(F.pad(flat, (0, -numbers % _VECTOR)))[:numbers].view(x.shape)
     y = torch.empty_like(flat)
-    for begin, end in (
-        (0, whole),
-        *((i, min(i + _ALONE, numbers)) for i in range(whole, numbers, _ALONE)),
-    ):
-        padded = (
-            flat[begin:end]
-            if begin < whole
-            else F.pad(flat[begin:end], (0, (begin - end) % _VECTOR))
-        )
-        y[begin:end] = function(padded)[: end - begin]
+    y[:whole] = function(flat[:whole])
+    for part, out in zip(flat[whole:].split(_ALONE), y[whole:].split(_ALONE), strict=True):
+        out.copy_(function(F.pad(part, (0, -len(part) % _VECTOR)))[: len(part)])
     return y.view(x.shape)
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` whose rows do not depend on their number: see `linear`. `plus` is added to what
-    it gives.
+    """`nn.Linear` whose rows do not depend on their number (`linear`).
+
+    `plus` is added to the output.
     """
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -399,8 +402,9 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d`, padded with zeros, whose images do not depend on their number. `plus` is added
-    to what it gives.
+    """`nn.Conv2d` with zero padding whose images do not depend on their number.
+
+    `plus` is added to the output.
     """
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -431,23 +435,19 @@ def convolve(
         weight = weight.contiguous()
         if not x.numel():
             return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        return torch.cat(
-            [
-                F.conv2d(aligned(image), weight, bias, stride, padding, dilation, groups)
-                for image in x.split(1)
-            ]
-        )
+        settings = weight, bias, stride, padding, dilation, groups
+        return torch.cat([F.conv2d(aligned(image), *settings) for image in x.split(1)])
     if weight.shape[3] == 1 and x.numel() and is_pointwise(weight, stride, padding, groups):
         return _pointwise(x, weight.flatten(1), bias)
-    # contiguous: oneDNN then uses its direct kernels, and group norms of large maps with channels
-    # last would sum by threads
+    # Contiguous maps make oneDNN use its direct kernels. Group norms of large maps with channels
+    # last would sum by threads.
     return torch.mkldnn_convolution(x.contiguous(), weight, bias, padding, stride, dilation, groups)
 
 
 def _pointwise(
     x: Float[Tensor, "B C H W"], weight: Float[Tensor, "D C"], bias: Float[Tensor, " D"] | None
 ) -> Float[Tensor, "B D H W"]:
-    """A linear map of each pixel."""
+    """Apply a linear map to each pixel."""
     if x.shape[2] * x.shape[3] < _PIXELS:  # rows are pixels
         y = linear(x.flatten(2).transpose(1, 2), weight, bias)  # (B, H W, D)
         return y.transpose(1, 2).contiguous().unflatten(2, x.shape[2:])
@@ -472,9 +472,7 @@ def is_pointwise(
 
 
 class GroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` whose images do not depend on their number, also with channels last in
-    memory.
-    """
+    """`nn.GroupNorm` whose images do not depend on their number, also with channels last."""
 
     def forward(self, input: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         if len(input) < 2 or input.is_contiguous() or not applies(input, self.weight):

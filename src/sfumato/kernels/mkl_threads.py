@@ -17,8 +17,9 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, MKL counts on one thread in every thread of torch. Does nothing where MKL or GNU's
-    OpenMP is missing.
+    """Make MKL count on one thread in every thread of torch, inside the `with` block.
+
+    Does nothing where MKL or GNU's OpenMP is missing.
     """
     functions = _functions()
     if functions is None:
@@ -30,7 +31,7 @@ def one_thread() -> Iterator[None]:
     try:
         yield
     finally:
-        # what torch itself gives its other threads, at their first nested region
+        # torch sets the same number in its other threads, at their first nested region.
         set_in_all(before)
 
 
@@ -41,10 +42,10 @@ def controlled() -> bool:
 
 @cache
 def _functions() -> tuple[Callable[[int], int], Callable[[int], None]] | None:
-    """Set MKL's number of threads for the calling thread, returning the number before; and set it
-    for all threads of torch.
+    """Return two functions that set MKL's number of threads, None where they are missing.
 
-    The second is one parallel region of OpenMP, whose threads each call MKL's function.
+    The first sets it for the calling thread and returns the number before. The second sets it for
+    all threads of torch: one parallel region of OpenMP, whose threads each call MKL's function.
     """
     if not torch.backends.mkl.is_available():
         return None
@@ -54,9 +55,7 @@ def _functions() -> tuple[Callable[[int], int], Callable[[int], None]] | None:
     except (OSError, AttributeError):
         return None
     address = ctypes.cast(set_local, ctypes.c_void_p)
-    parallel.restype, parallel.argtypes = (
-        None,
-        (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint),
-    )
+    parallel.restype = None
+    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     # 0: as many threads as torch's regions have; no flags
     return set_local, lambda number: parallel(address, number, 0, 0)

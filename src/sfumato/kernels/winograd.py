@@ -1,9 +1,9 @@
-"""3x3 convolutions by Winograd's minimal filtering F(2x2, 3x3): 16 products for 4 pixels in place
-of 36 (Lavin & Gray 2016, section 4.1).
+"""3x3 convolutions by Winograd's minimal filtering (Lavin & Gray 2016, section 4.1).
 
-The map is cut into tiles of 4x4 pixels that overlap by two. Sums of a tile's pixels (V = B^T d B),
-multiplied by sums of the weights (U = G g G^T) as 16 matrices over channels, give by sums again the
-2x2 pixels in the tile's middle (Y = A^T (U V) A):
+F(2x2, 3x3): four pixels take 16 products instead of 36. The map is cut into tiles of 4x4 pixels
+that overlap by two. Sums of a tile's pixels (V = B^T d B), multiplied by sums of the weights (U = G
+g G^T) as 16 matrices over channels, give by sums again the 2x2 pixels in the tile's middle (Y = A^T
+(U V) A):
 
     B^T = 1  0 -1  0      G = 1    0    0       A^T = 1  1  1  0
           0  1  1  0          1/2  1/2  1/2           0  1 -1 -1
@@ -11,8 +11,8 @@ multiplied by sums of the weights (U = G g G^T) as 16 matrices over channels, gi
           0  1  0 -1          0    0    1
 
 In float32 the error of 256 channels is 5e-7 of the result, between those of oneDNN's two direct
-kernels (2e-7, and 8e-7 with channels last). It pays where channels are so many that products take
-longer than the sums.
+kernels (2e-7, and 8e-7 with channels last). The method is faster where there are so many channels
+that products take longer than the sums.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,19 +22,18 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-# at a time: their sums stay in the processor's cache, and are rows enough for a product
+# Tiles per product: their sums stay in the processor's cache, and are rows enough for a product.
 _TILES = 512
 
 Product = Callable[[int, int, Tensor, Tensor | None], Tensor]
-"""(i, j, rows (N, C), added (N, D) or None) -> rows U_ij^T + added, and the bias where `convolve`
-says."""
+"""(i, j, rows (N, C), added (N, D) or None) -> rows U_ij^T + added, plus bias (`convolve`)."""
 
 
 def kernels(weight: Float[Tensor, "D C 3 3"]) -> Iterator[Float[Tensor, "4 D C"]]:
-    """The rows of U, each in the memory of the last; U_3j negated: `convolve` has that product
-    added to what it must be taken from.
+    """Yield the rows of U, each in the memory of the last.
 
-    Made in float32 at least, and rounded once.
+    U_3j is negated: `convolve` adds that product where the formula subtracts it. Sums are computed
+    in float32 at least, and rounded once.
     """
     kind = torch.promote_types(weight.dtype, torch.float32)
     sums = torch.tensor([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], dtype=kind) / 2
@@ -51,10 +50,19 @@ def convolve(
     product: Product,
     plus: Float[Tensor, "B H W D"] | None = None,
 ) -> Float[Tensor, "B H W D"]:
-    """The convolution with zeros around x, and `plus` added; D = channels. The products (0, 1) and
-    (3, 1) add the bias, which reaches every pixel.
+    """Convolve with zero padding, and add `plus`.
 
-    What an image gets does not depend on the others, if that is so of the products.
+    An image's result does not depend on the others if that is so of the products.
+
+    Args:
+        x: maps with channels last.
+        channels: D, number of output channels.
+        product: multiplies by U. The products (0, 1) and (3, 1) add the bias, which then reaches
+            every pixel.
+        plus: added to the result.
+
+    Returns:
+        (B, H, W, D).
     """
     count, height, width = x.shape[:3]
     h, w = -(-height // 2), -(-width // 2)
@@ -73,7 +81,7 @@ def convolve(
 
 
 def _tiles(x: Float[Tensor, "B H W C"], product: Product, y: Float[Tensor, "B h 2 w 2 D"]) -> None:
-    """Fills y; x has the row and the column before and behind it."""
+    """Fill y from x, which has one more row and column on each side."""
     count, h, _, w, _, channels = y.shape
     half = x.new_empty(4, count, h, *x.shape[2:])
     _differences(x[:, 0::2], x[:, 1::2], 1, half)
@@ -83,15 +91,15 @@ def _tiles(x: Float[Tensor, "B H W C"], product: Product, y: Float[Tensor, "B h 
     upper, lower = [], []  # A^T (U V), a column each
     for j in range(4):
         first, second = product(1, j, v[1, j], None), product(2, j, v[2, j], None)
-        for i, added, found in ((0, first + second, upper), (3, first.sub_(second), lower)):
-            found.append(product(i, j, v[i, j], added).view(count, h, w, channels))
+        for i, added, column in ((0, first + second, upper), (3, first.sub_(second), lower)):
+            column.append(product(i, j, v[i, j], added).view(count, h, w, channels))
     for i, (a, b, c, d) in enumerate((upper, lower)):
         torch.add(b, c, out=y[:, :, i, :, 0]).add_(a)
         torch.sub(b, c, out=y[:, :, i, :, 1]).sub_(d)
 
 
 def _differences(even: Tensor, odd: Tensor, dim: int, out: Tensor) -> None:
-    """out = B^T d along `dim`, of which the even and the odd places are given."""
+    """Write B^T d along `dim` to out, from the even and the odd positions of d."""
     length = even.shape[dim] - 1
     a, b, c, d = (part.narrow(dim, k, length) for k in (0, 1) for part in (even, odd))
     torch.sub(a, c, out=out[0])
