@@ -159,7 +159,7 @@ def _fixed_order() -> bool:
 
 
 FIXED_ORDER = _fixed_order()
-"""True where oneDNN computes a batch in one call; elsewhere images are computed one by one."""
+"""True where oneDNN computes a batch in one call; elsewhere images run one by one."""
 
 
 def method() -> str:

@@ -26,7 +26,7 @@ from torch import Tensor
 _TILES = 512
 
 Product = Callable[[int, int, Tensor, Tensor | None], Tensor]
-"""(i, j, rows (N, C), added (N, D) or None) -> rows U_ij^T + added, plus bias (`convolve`)."""
+"""(i, j, rows (N, C), added (N, D) or None) -> rows U_ij^T + added (+ bias)."""
 
 
 def kernels(weight: Float[Tensor, "D C 3 3"]) -> Iterator[Float[Tensor, "4 D C"]]:

@@ -1,1 +1,1 @@
-"""Layers that know nothing of diffusion: attention, residual blocks, embeddings."""
+"""Layers: attention, residual blocks, embeddings, MMDiT, modulation, RoPE."""

@@ -1,5 +1,4 @@
-"""Attention in the shapes that U-Nets and autoencoders use, over torch's
-scaled_dot_product_attention.
+"""Attention and feed-forward layers of U-Nets, autoencoders and transformers.
 
 softmax(Q K^T / sqrt(d)) V (Vaswani et al. 2017, arXiv:1706.03762, eq. 1). Parameter names are
 diffusers', so state dicts load as they are.
@@ -14,15 +13,14 @@ from torch import Tensor, nn
 from sfumato.kernels import batch_invariant
 
 _ROWS = 1024
-"""Rows of a feed-forward layer at a time: 5 MB of inner numbers for a width of 320 in float32."""
+"""Rows of a feed-forward layer per part: 5 MB of activations for width 320 in float32."""
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `width` channels to a context of `context_width` (default: to
-    itself).
+    """Multi-head self-attention, or cross-attention to a context.
 
-    x (B, N, width), context (B, L, context_width), mask (B, L) True where a context token counts ->
-    (B, N, width); `plus` is added to it.
+    x (B, N, width), context (B, L, context_width), mask (B, L), True for context tokens to attend
+    to -> (B, N, width). `plus` is added to the output.
     """
 
     def __init__(
@@ -51,18 +49,14 @@ class Attention(nn.Module):
         plus: Float[Tensor, "B N D"] | None = None,
     ) -> Float[Tensor, "B N D"]:
         context = x if context is None else context
-        return self.to_out[0](
-            batch_invariant.attention(
-                self.to_q(x), self.to_k(context), self.to_v(context), self.heads, mask
-            ),
-            plus=plus,
-        )
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        return self.to_out[0](batch_invariant.attention(q, k, v, self.heads, mask), plus=plus)
 
 
 class PictureAttention(nn.Module):
-    """Attention of a picture's tokens to themselves and to those behind them, such as a text's.
-    What is found is asked for in one place, which others may exchange
-    (predict/references/perturbed_attention.py).
+    """Attention of image tokens and the tokens behind them, such as a text's.
+
+    `find` is the one call to the kernel, which perturbed attention replaces.
     """
 
     def find(
@@ -73,18 +67,18 @@ class PictureAttention(nn.Module):
         mask: Bool[Tensor, "B S"] | None,
         picture: int,
     ) -> Float[Tensor, "B N D"]:
-        """What queries find among keys, as `batch_invariant.attend`; the first `picture` of both
-        are the picture's, which makes no difference here.
+        """Attend, see `batch_invariant.attend`.
+
+        The first `picture` queries and keys are image tokens; plain attention ignores this.
         """
         del picture
         return batch_invariant.attend(q, k, v, mask)
 
 
 class SpatialAttention(Attention):
-    """Self-attention over the positions of a feature map, group-normed, with a residual: x (B, C,
-    H, W) -> (B, C, H, W).
+    """Self-attention over the positions of a feature map, with group norm and residual.
 
-    It is the attention of the autoencoder's middle and of "AttnDownBlock2D".
+    x (B, C, H, W) -> (B, C, H, W). Used in the middle of autoencoders and in "AttnDownBlock2D".
     """
 
     def __init__(self, channels: int, head_width: int, groups: int, eps: float):
@@ -109,8 +103,9 @@ class GEGLU(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """silu(a) * b with (a, b) = W x (Shazeer 2020, arXiv:2002.05202, eq. 6), without bias: (..., D)
-    -> (..., E).
+    """silu(a) * b with (a, b) = W x, without bias: (..., D) -> (..., E).
+
+    Shazeer 2020, arXiv:2002.05202, eq. 6.
     """
 
     def __init__(self, width: int, inner: int):
@@ -123,8 +118,9 @@ class SwiGLU(nn.Module):
 
 
 class GELU(nn.Module):
-    """gelu(W x) by the tanh approximation (Hendrycks & Gimpel 2016, arXiv:1606.08415): (..., D) ->
-    (..., E).
+    """gelu(W x) by the tanh approximation: (..., D) -> (..., E).
+
+    Hendrycks & Gimpel 2016, arXiv:1606.08415.
     """
 
     def __init__(self, width: int, inner: int):
@@ -139,10 +135,13 @@ _INNER = {"geglu": GEGLU, "gelu": GELU, "swiglu": SwiGLU}
 
 
 class FeedForward(nn.Module):
-    """A layer of `kind` "geglu", "gelu" or "swiglu" and a linear map back: (..., D) -> (..., D).
-    `plus` is added to what it gives.
+    """Feed-forward layer: (..., D) -> (..., D).
 
-    inner: the width between, 4 D by default. bias: of the map back.
+    Args:
+        width: D.
+        kind: activation "geglu", "gelu" or "swiglu".
+        inner: hidden width, 4 D by default.
+        bias: whether the output projection has a bias.
     """
 
     def __init__(
@@ -162,37 +161,26 @@ class FeedForward(nn.Module):
         widen, _, back = self.net
         if not _by_parts(x):
             return back(widen(x), plus=plus)
-        # a part must not hold rows of two images
+        # A part must not hold rows of two images.
         if not batch_invariant.FIXED_ORDER and x.ndim == 3:
             return by_rows(
                 lambda part, *beside: back(widen(part), plus=beside[0] if beside else None),
                 (x,) if plus is None else (x, plus),
             )
-        # On the CPU a part's inner rows stay in the cache; all of them at once are fresh memory at
-        # each call, which takes twice as long.
-        rows, added = (
-            x.flatten(0, -2),
-            [None] * -(-x[..., 0].numel() // _ROWS)
-            if plus is None
-            else plus.flatten(0, -2).split(_ROWS),
-        )
-        return torch.cat(
-            [
-                back(widen(part), plus=beside)
-                for part, beside in zip(rows.split(_ROWS), added, strict=True)
-            ]
-        ).view(x.shape)
+        # On the CPU a part's activations stay in the cache. All rows at once allocate fresh memory
+        # at each call, which takes twice as long.
+        parts = x.flatten(0, -2).split(_ROWS)
+        added = [None] * len(parts) if plus is None else plus.flatten(0, -2).split(_ROWS)
+        y = [back(widen(part), plus=beside) for part, beside in zip(parts, added, strict=True)]
+        return torch.cat(y).view(x.shape)
 
 
 def _by_parts(x: Tensor) -> bool:
-    """Whether rows should go some at a time: in inference on the CPU, where there are many."""
-    compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    return (
-        x.is_cpu
-        and not torch.is_grad_enabled()
-        and not compiling
-        and x.numel() > _ROWS * x.shape[-1]
-    )
+    """Return True where rows should be processed in parts: inference on the CPU, many rows."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return x.is_cpu and not tracing and x.numel() > _ROWS * x.shape[-1]
 
 
 def by_rows(
@@ -200,27 +188,27 @@ def by_rows(
     tokens: Sequence[Float[Tensor, "B N _"]],
     *of_image: Float[Tensor, "B 1 _"],
 ) -> Tensor:
-    """function(*tokens, *of_image) -> (B, N, E), for a function that takes each token alone; some
-    rows at a time where that is quicker.
+    """Apply a function of single tokens, in parts where that is faster.
 
-    of_image: what is the same for all tokens of an image, such as gates.
+    Args:
+        function: (*tokens, *of_image) -> (B, N, E). Each token's result depends on it alone.
+        tokens: tensors (B, N, _), split along N.
+        of_image: tensors shared by all tokens of an image, such as gates.
     """
     if not _by_parts(tokens[0]):
         return function(*tokens, *of_image)
     images = []
     for b in range(len(tokens[0])):
         parts = zip(*(t[b : b + 1].split(_ROWS, 1) for t in tokens), strict=True)
-        images.append(
-            torch.cat([function(*part, *(v[b : b + 1] for v in of_image)) for part in parts], 1)
-        )
+        shared = [v[b : b + 1] for v in of_image]
+        images.append(torch.cat([function(*part, *shared) for part in parts], 1))
     return torch.cat(images) if len(images) > 1 else images[0]
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each pre-normed with a residual: (B, N, D) ->
-    (B, N, D).
+    """Self-attention, cross-attention and feed-forward, each pre-normed with a residual.
 
-    `only_cross`: the first attends to the context too, and nothing to itself.
+    x (B, N, D) -> (B, N, D). With `only_cross` both attentions attend to the context.
     """
 
     def __init__(
@@ -241,21 +229,17 @@ class TransformerBlock(nn.Module):
         context: Float[Tensor, "B L E"],
         mask: Bool[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "B N D"]:
-        x = (
-            self.attn1(self.norm1(x), context, mask, plus=x)
-            if self.only_cross
-            else self.attn1(self.norm1(x), plus=x)
-        )
+        attended = (context, mask) if self.only_cross else ()
+        x = self.attn1(self.norm1(x), *attended, plus=x)
         x = self.attn2(self.norm2(x), context, mask, plus=x)
         return self.ff(self.norm3(x), plus=x)
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the positions of a feature map, attending to context tokens, with a
-    residual around all of it.
+    """Transformer blocks over the positions of a feature map, with an outer residual.
 
-    The projections in and out are 1x1 convolutions (SD 1) or linear maps (SD 2, SDXL): the same
-    arithmetic in other shapes.
+    The tokens attend to the context. The projections in and out are 1x1 convolutions (SD 1) or
+    linear maps (SD 2, SDXL), which compute the same.
     """
 
     def __init__(

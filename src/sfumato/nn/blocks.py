@@ -1,5 +1,4 @@
-"""Residual block, halving and doubling of a feature map: the convolutional parts of U-Nets and
-autoencoders.
+"""Convolutional parts of U-Nets and autoencoders: residual block, downsample, upsample.
 
 Pre-activation residual blocks (He et al. 2016, arXiv:1603.05027) with group norm (Wu & He 2018,
 arXiv:1803.08494) and SiLU, as in DDPM (Ho et al. 2020, arXiv:2006.11239, appendix B). Parameter
@@ -15,14 +14,21 @@ from sfumato.kernels import batch_invariant
 
 
 class ResnetBlock(nn.Module):
-    """norm, SiLU, conv, time embedding, norm, SiLU, dropout, conv, plus the input: (B, C, H, W) ->
-    (B, D, H, W).
+    """Residual block with a time embedding: (B, C, H, W) -> (B, D, H, W).
 
-    time (B, T) is added between the convolutions ("default") or scales and shifts the second norm
-    ("scale_shift", Dhariwal & Nichol 2021, arXiv:2105.05233, eq. 3). `time_width` None: no
-    embedding. `resample` "down" or "up": what enters the first convolution, and the input that is
-    added at the end, are halved (means of 2x2) or doubled (nearest neighbour) first (the same
-    paper, section 3: "BigGAN up/downsampling").
+    Norm, SiLU, conv, time embedding, norm, SiLU, dropout, conv, plus the input.
+
+    Args:
+        in_channels: C.
+        out_channels: D.
+        groups: groups of the norms.
+        eps: epsilon of the norms.
+        time_width: width T of the time embedding (B, T), None for none.
+        scale_shift: the time embedding scales and shifts the second norm (Dhariwal & Nichol 2021,
+            arXiv:2105.05233, eq. 3) instead of being added before it.
+        dropout: probability.
+        resample: "down" averages 2x2 pixels, "up" repeats each, of both the input and the first
+            convolution's input (the same paper, section 3: "BigGAN up/downsampling").
     """
 
     def __init__(
@@ -61,8 +67,12 @@ class ResnetBlock(nn.Module):
         time: Float[Tensor, "B T"] | None = None,
         size: torch.Size | None = None,
     ) -> Float[Tensor, "B D h w"]:
-        """`time`: the activated embedding. `size`: what "up" makes, where that is not twice the
-        input (maps with an odd side).
+        """Return the block's output.
+
+        Args:
+            x: feature map.
+            time: the activated time embedding.
+            size: output size of "up" for maps with an odd side; default: twice the input.
         """
         y = batch_invariant.silu(self.norm1(x))
         if self.resample is not None:
@@ -78,26 +88,23 @@ class ResnetBlock(nn.Module):
                 y = self.norm2(y) * (1 + scale) + shift
             else:
                 y = self.norm2(y + shift)
-        return self.conv2(
-            self.dropout(batch_invariant.silu(y)),
-            plus=x if self.conv_shortcut is None else self.conv_shortcut(x),
-        )
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return self.conv2(self.dropout(batch_invariant.silu(y)), plus=shortcut)
 
     def _resampled(
         self, x: Float[Tensor, "B C H W"], size: torch.Size | None
     ) -> Float[Tensor, "B C h w"]:
         if self.resample == "down":
             return F.avg_pool2d(x, 2)
-        return F.interpolate(
-            x, size=tuple(size or (2 * x.shape[-2], 2 * x.shape[-1])), mode="nearest"
-        )
+        size = size or torch.Size((2 * x.shape[-2], 2 * x.shape[-1]))
+        return F.interpolate(x, size=tuple(size), mode="nearest")
 
 
 class Downsample(nn.Module):
     """Convolution of stride 2: (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)) with padding 1.
 
-    padding 0 pads one pixel at the right and bottom only, as autoencoders of the Stable Diffusion
-    family do: sizes round down then.
+    padding 0 pads one pixel at the right and bottom only, as the autoencoders of Stable Diffusion
+    do: sizes then round down.
     """
 
     def __init__(self, channels: int, padding: int):
@@ -110,8 +117,9 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour to twice the size (or to `size`, for maps with an odd side) and a
-    convolution: (B, C, h, w) -> (B, C, H, W).
+    """Nearest-neighbour upsampling by 2 and a convolution: (B, C, h, w) -> (B, C, H, W).
+
+    `size` replaces twice the size for maps with an odd side.
     """
 
     def __init__(self, channels: int):

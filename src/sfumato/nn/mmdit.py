@@ -1,12 +1,13 @@
-"""Two streams of tokens, a picture's and a text's, each with its own weights, that attend to each
-other (MMDiT; Esser et al. 2024, arXiv:2403.03206, section 4 and figure 2b).
+"""MMDiT: image and text tokens with separate weights and joint attention.
 
-    a, b = softmax([Qx, Qc] [Kx, Kc]^T / sqrt(d)) [Vx, Vc]     each head's queries and keys
-    RMS-normed, or turned, before, where the model is x <- x + gate * out(a), x <- x + gate * ff(x),
-    and so for c with b; every input normed and steered by time and condition
+    a, b = softmax([Qx, Qc] [Kx, Kc]^T / sqrt(d)) [Vx, Vc]
+    x <- x + gate * out(a)
+    x <- x + gate * ff(x)                                      and likewise c with b
 
-Blocks of MMDiT-X (Stable Diffusion 3.5 medium, Stability AI 2024) have a second attention, of the
-picture to itself, beside the first. Parameter names are diffusers'.
+Esser et al. 2024, arXiv:2403.03206, section 4 and figure 2b. Inputs are modulated by the embedding
+of time and condition. Some models normalise queries and keys (RMS norm) or rotate them (RoPE).
+Blocks of MMDiT-X (Stable Diffusion 3.5 medium, Stability AI 2024) have a second attention among
+image tokens. Parameter names are diffusers'.
 """
 
 from typing import cast
@@ -22,7 +23,7 @@ from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
 
 
 def with_picture(mask: Bool[Tensor, "B L"] | None, count: int) -> Bool[Tensor, "B S"] | None:
-    """A mask of a text's tokens with `count` others before them, which all count."""
+    """Prepend `count` True entries, for image tokens, to a mask of text tokens."""
     return None if mask is None else torch.cat([mask.new_ones(len(mask), count), mask], dim=1)
 
 
@@ -31,8 +32,14 @@ def _norm(width: int, normed: bool, eps: float) -> nn.Module:
 
 
 class NormedAttention(Attention):
-    """Self-attention: (B, N, D) -> (B, N, D). `normed`: each head's queries and keys are
-    RMS-normed, with a weight. bias: of all its maps.
+    """Self-attention with optional RMS norm of queries and keys: (B, N, D) -> (B, N, D).
+
+    Args:
+        width: D.
+        heads: number of heads.
+        normed: apply RMS norm with a weight to each head's queries and keys.
+        bias: whether all projections have a bias.
+        eps: epsilon of the norms.
     """
 
     def __init__(
@@ -42,31 +49,29 @@ class NormedAttention(Attention):
         self.norm_q, self.norm_k = (_norm(width // heads, normed, eps) for _ in range(2))
 
     def cut(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N H d"]:
-        """Into heads."""
+        """Split into heads."""
         return x.unflatten(-1, (self.heads, -1))
 
     def heads_of(
         self, x: Float[Tensor, "B N D"]
     ) -> tuple[Float[Tensor, "B N H d"], Float[Tensor, "B N H d"], Float[Tensor, "B N H d"]]:
-        """Queries, keys and values of x."""
-        return (
-            self.norm_q(self.cut(self.to_q(x))),
-            self.norm_k(self.cut(self.to_k(x))),
-            self.cut(self.to_v(x)),
-        )
+        """Return the queries, keys and values of x."""
+        q, k, v = (self.cut(project(x)) for project in (self.to_q, self.to_k, self.to_v))
+        return self.norm_q(q), self.norm_k(k), v
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.to_out[0](batch_invariant.attend(*self.heads_of(x)))
 
 
 class JointAttention(NormedAttention, PictureAttention):
-    """The picture's tokens x (B, N, D) and the text's (B, L, D) attend to both: what they find, (B,
-    N, D) and (B, L, D).
+    """Joint attention of image tokens x (B, N, D) and text tokens (B, L, D).
 
-    mask (B, N + L): True where a key counts, the picture's first; turn (N + L, d, 2): where tokens
-    are (nn/rope.py). picture: how many of the N are of the picture itself (None: all), if others
-    are of references. last: nobody reads the text after, and None stands for what it would find;
-    files hold its queries all the same.
+    `forward` returns (B, N, D) and (B, L, D). Its `mask` (B, N + L) is True for keys to attend to,
+    image tokens first. `turn` (N + L, d, 2) are the angles of RoPE. `picture` is the number of the
+    N tokens that are image tokens (default: all), where others are of reference images.
+
+    In the last block (`last`) the text's output is unused: None is returned for it. Checkpoints
+    still hold its query projection.
     """
 
     def __init__(
@@ -86,7 +91,7 @@ class JointAttention(NormedAttention, PictureAttention):
             _norm(width // heads, normed, eps) for _ in range(2)
         )
         self.to_add_out = None if last else batch_invariant.Linear(width, width, bias=bias)
-        # what nobody reads gets no gradient, for which processes that train together would wait
+        # Unused parameters have no gradient, for which distributed training would wait.
         if last:
             for idle in (self.add_q_proj, self.norm_added_q):
                 idle.requires_grad_(False)
@@ -109,20 +114,24 @@ class JointAttention(NormedAttention, PictureAttention):
         if turn is not None:
             q, k = rope.rotate(q, turn[: q.shape[1]]), rope.rotate(k, turn)
         y = self.find(q, k, v, mask, count if picture is None else picture)
-        return self.to_out[0](y[:, :count]), None if self.to_add_out is None else self.to_add_out(
-            y[:, count:]
-        )
+        of_text = None if self.to_add_out is None else self.to_add_out(y[:, count:])
+        return self.to_out[0](y[:, :count]), of_text
 
 
 class JointBlock(nn.Module):
-    """Attention of both streams and a feed-forward layer for each: x (B, N, D), text (B, L, D),
-    embedding (B, D) -> x, text.
+    """Joint attention and a feed-forward layer for each stream.
 
-    dual: with a second attention, of the picture to itself. last: the text is only read, and comes
-    back as it is.
+    x (B, N, D), text (B, L, D), embedding (B, D) -> x, text.
+
+    Args:
+        width: D.
+        heads: number of heads.
+        normed: RMS norm of queries and keys.
+        dual: a second attention among image tokens.
+        last: the text is returned unchanged.
     """
 
-    streams = 2  # it takes and gives two streams of tokens
+    streams = 2  # token streams that the block takes and returns
 
     def __init__(
         self, width: int, heads: int, normed: bool = False, dual: bool = False, last: bool = False
@@ -150,10 +159,10 @@ class JointBlock(nn.Module):
             text_shift, text_scale, *rest = self.norm1_context(embedding)
 
         # attention
-        found, of_text = self.attn(
+        of_image, of_text = self.attn(
             modulated(x, scale, shift), modulated(text, text_scale, text_shift), mask
         )
-        y = gated(x, gate, found)
+        y = gated(x, gate, of_image)
         if self.attn2 is not None:
             shift, scale, gate = second
             y = gated(y, gate, self.attn2(modulated(x, scale, shift)))
