@@ -52,14 +52,14 @@ def sd15(batch: int, prepared: bool) -> Call:
     """One call of Stable Diffusion 1.5's U-Net, 64x64 latents."""
     import torch
 
-    from sfumato.inference.prepack import packed
+    from sfumato.inference.prepack import prepack
     from sfumato.predict.networks.unet import UNet, UNetConfig
     from sfumato.types import Conditioning
 
     with torch.device("meta"):
         network = UNet(UNetConfig(sample_size=64, cross_attention_dim=768, attention_head_dim=8))
     network = filled(network)
-    network = packed(network) if prepared else network
+    network = prepack(network) if prepared else network
     x, t, cond = (
         torch.randn(batch, 4, 64, 64),
         torch.full((batch,), 500.0),
@@ -72,7 +72,7 @@ def sd35(batch: int, prepared: bool) -> Call:
     """One call of two blocks of Stable Diffusion 3.5 medium's transformer, 64x64 latents."""
     import torch
 
-    from sfumato.inference.prepack import packed
+    from sfumato.inference.prepack import prepack
     from sfumato.predict.networks._network import build, registered
     from sfumato.types import Conditioning
 
@@ -84,7 +84,7 @@ def sd35(batch: int, prepared: bool) -> Call:
     with torch.device("meta"):
         network = build(registered()["SD3Transformer2DModel"][1](**config))
     network = filled(network)
-    network = packed(network) if prepared else network
+    network = prepack(network) if prepared else network
     x, t = torch.randn(batch, 16, 64, 64), torch.full((batch,), 500.0)
     cond = Conditioning(tokens=torch.randn(batch, 333, 4096), vector=torch.randn(batch, 2048))
     return lambda: network(x, t, cond)

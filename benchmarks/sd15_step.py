@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sfumato.inference.prepack import Winograd, compiled, packable, packed
+from sfumato.inference.prepack import Winograd, can_prepack, compile_network, prepack
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.types import Conditioning
 
@@ -124,11 +124,11 @@ def compare(ours: nn.Module, theirs: nn.Module, name: str, options: argparse.Nam
         "diffusers eager": lambda: theirs(x, t, encoder_hidden_states=tokens).sample,
         "ours eager": lambda: ours(x, t, cond),
     }
-    if packable(ours):
-        quick = packed(ours)
+    if can_prepack(ours):
+        quick = prepack(ours)
         ways["ours packed"] = lambda: quick(x, t, cond)
     if options.compile:
-        fast, slow = compiled(ours), torch.compile(theirs)
+        fast, slow = compile_network(ours), torch.compile(theirs)
         ways |= {
             "diffusers compiled": lambda: slow(x, t, encoder_hidden_states=tokens).sample,
             "ours compiled": lambda: fast(x, t, cond),

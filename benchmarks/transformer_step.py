@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sfumato.inference.prepack import compiled, packable, packed
+from sfumato.inference.prepack import can_prepack, compile_network, prepack
 from sfumato.predict.networks._network import build, registered
 from sfumato.types import Conditioning
 
@@ -166,12 +166,12 @@ def compare(kind: str, name: str, options: argparse.Namespace) -> None:
     ours.to(dtype), theirs.to(dtype)
     call_ours, call_theirs = calls(kind, options.size, dtype, device)
     ways: dict[str, Call] = {"diffusers eager": call_theirs(theirs), "ours eager": call_ours(ours)}
-    if packable(ours):
-        ways["ours packed"] = call_ours(packed(ours))
+    if can_prepack(ours):
+        ways["ours packed"] = call_ours(prepack(ours))
     if options.compile:
         ways |= {
             "diffusers compiled": call_theirs(torch.compile(theirs)),
-            "ours compiled": call_ours(compiled(ours)),
+            "ours compiled": call_ours(compile_network(ours)),
         }
     exact, (_, call_exact) = theirs.float(), calls(kind, options.size, torch.float32, device)
     expected = call_exact(exact)()

@@ -40,7 +40,7 @@ from sfumato.compress.base import Autoencoder
 from sfumato.diffuse.process import Process
 from sfumato.errors import WRONG, UserError, explained
 from sfumato.io.atomic import read_table
-from sfumato.io.host_memory import read_size
+from sfumato.io.host_memory import parse_size
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners import reader_of, text_encoders
 from sfumato.predict.conditioners.class_embedding import ClassEmbedding
@@ -96,7 +96,7 @@ def load(
         variant,
         reading,
         tokenizer,
-        None if memory is None else read_size(memory),
+        None if memory is None else parse_size(memory),
         network,
     )
     found = bundled()

@@ -28,9 +28,15 @@ from sfumato.decode.whole import check_latent, whole
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.sample import SeededNoise, Step, all_finite, check_finite, sample
 from sfumato.errors import NumericalError, UserError, unknown
-from sfumato.inference.offload.model import refuse, state, stream_model, stream_of, words_state
+from sfumato.inference.offload.model import (
+    conditioner_state,
+    denoiser_streamer,
+    network_state,
+    offload_model,
+    require_resident,
+)
 from sfumato.io.atomic import hash_json, hash_tensors
-from sfumato.io.host_memory import read_size
+from sfumato.io.host_memory import parse_size
 from sfumato.predict.denoiser import Denoiser, answer
 from sfumato.predict.networks._network import Network
 from sfumato.registry import find
@@ -133,7 +139,7 @@ class LatentDiffusion:
             if (
                 self.autoencoder.dtype != torch.float32
                 and not all_finite(z)
-                and stream_of(self) is None
+                and denoiser_streamer(self) is None
             ):
                 LOG.warning(
                     "the autoencoder's %s overflowed; encoding again in float32",
@@ -422,7 +428,7 @@ class LatentDiffusion:
         try:
             return run(self.autoencoder, z)
         except NumericalError as error:
-            if dtype == torch.float32 or not all_finite(z) or stream_of(self) is not None:
+            if dtype == torch.float32 or not all_finite(z) or denoiser_streamer(self) is not None:
                 raise
             LOG.warning(
                 "%s; decoding again in float32 (load the model in bfloat16 or float32 to save the time)",
@@ -473,11 +479,13 @@ class LatentDiffusion:
         """
         texts = getattr(self.conditioner, "identity", self.conditioner.to_config)()
         configs = [self.autoencoder.to_config(), self.denoiser.network.to_config(), texts]  # pyright: ignore
-        weights = [hash_tensors(state(m)) for m in (self.autoencoder, self.denoiser.network)]
+        weights = [
+            hash_tensors(network_state(m)) for m in (self.autoencoder, self.denoiser.network)
+        ]
         if self.low_res is not None:
             configs.append(to_scheduler_config(self.low_res))
         if hasattr(self.conditioner, "tensors"):
-            weights.append(hash_tensors(words_state(self.conditioner)))
+            weights.append(hash_tensors(conditioner_state(self.conditioner)))
         return hash_json([configs, to_scheduler_config(self.denoiser.process), weights])
 
     def describe(self) -> dict[str, Any]:
@@ -516,7 +524,7 @@ class LatentDiffusion:
 
     def to(self, device: str | torch.device) -> "LatentDiffusion":
         """The same model on a device ("cpu", "cuda", "cuda:1"); this one is left where it is."""
-        refuse(self, "moving", "open it with the device wanted")
+        require_resident(self, "moving", "open it with the device wanted")
         try:
             autoencoder, network = (
                 copy.deepcopy(m).to(device) for m in (self.autoencoder, self.denoiser.network)
@@ -547,7 +555,7 @@ class LatentDiffusion:
         size waits for the compiler, which takes minutes for large networks. What cannot be made
         ready stays as it is.
         """
-        refuse(self, "packing", "use it as it is, or open it without memory=")
+        require_resident(self, "packing", "use it as it is, or open it without memory=")
         found = replace(self, denoiser=self.denoiser.optimized(compile))
         if "hash" in self.__dict__:  # of the same weights: to unpack them takes memory
             found.__dict__["hash"] = self.hash
@@ -570,13 +578,13 @@ class LatentDiffusion:
         are stay there. Not for training, saving or `optimized`. `UserError` for less memory than
         works.
         """
-        return stream_model(self, read_size(memory), dtype, device)
+        return offload_model(self, parse_size(memory), dtype, device)
 
     def release(self) -> None:
         """Gives back the memory of the weights that a streamed model holds at the moment; others
         keep theirs.
         """
-        found = stream_of(self)
+        found = denoiser_streamer(self)
         if found is not None:
             found.memory.release()
 
@@ -590,7 +598,7 @@ class LatentDiffusion:
         as a whole; `UserError` for a file or folder that is something else, or a full disk,
         `NumericalError` for weights that are not finite in `dtype`.
         """
-        refuse(self, "saving", "open it without memory=, or copy its files")
+        require_resident(self, "saving", "open it without memory=, or copy its files")
         save_model(self, folder, dtype)
 
 

@@ -20,7 +20,7 @@ from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
 from sfumato.errors import UserError
-from sfumato.inference.prepack import packable, packed
+from sfumato.inference.prepack import can_prepack, prepack
 from sfumato.kernels import batch_invariant
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks._network import Network, build, registered
@@ -266,14 +266,14 @@ def test_a_network_that_is_ready_for_inference_answers_the_same(name: str) -> No
     dtypes = [
         (dtype, limit)
         for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 0.03))
-        if packable(network.to(dtype))
+        if can_prepack(network.to(dtype))
     ]
     if not dtypes:
         pytest.skip("this processor has no such kernels")
     network.float()
     for dtype, limit in dtypes:
         network.to(dtype)
-        ready = packed(network)
+        ready = prepack(network)
         with torch.inference_mode():
             plain, quick = (
                 net(x.to(dtype), t, cond.to(dtype=dtype)).float() for net in (network, ready)

@@ -432,14 +432,14 @@ def test_training(name: str) -> None:
 @pytest.mark.parametrize("name", ["DiT", "PixArt"])
 @torch.inference_mode()
 def test_prepared_for_inference(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    from sfumato.inference.prepack import packable, packed
+    from sfumato.inference.prepack import can_prepack, prepack
 
     ours = opened(theirs(name), tmp_path).to(dtype)
-    if not packable(ours):
+    if not can_prepack(ours):
         pytest.skip("this processor has no such kernels")
     x, timestep, cond = asked(ours, (8, 8))
     x, cond = x.to(dtype), cond.to(dtype=dtype)
-    ready = packed(ours)
+    ready = prepack(ours)
     close(
         ready(x, timestep, cond), ours(x, timestep, cond), 1e-5 if dtype == torch.float32 else 0.05
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sfumato.checkpoints.folder import load_part, save_part
 from sfumato.errors import UserError
-from sfumato.inference.prepack import packable, packed
+from sfumato.inference.prepack import can_prepack, prepack
 from sfumato.kernels import batch_invariant
 from sfumato.nn.embeddings import from_patches, patches
 from sfumato.predict.networks import _streams
@@ -471,8 +471,8 @@ def test_bits_with_many_tokens(name: str) -> None:
 def test_prepared_for_inference(name: str) -> None:
     network = ours(name)
     x, cond = asked(network, (6, 8))
-    assert packable(network)
-    close(packed(network)(x, T, cond), network(x, T, cond), 1e-5)
+    assert can_prepack(network)
+    close(prepack(network)(x, T, cond), network(x, T, cond), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["FLUX.1 dev", "FLUX.2 dev"])

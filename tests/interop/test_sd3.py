@@ -23,7 +23,7 @@ from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
 from sfumato.errors import UserError
-from sfumato.inference.prepack import packable, packed
+from sfumato.inference.prepack import can_prepack, prepack
 from sfumato.kernels import batch_invariant
 from sfumato.predict.denoiser import Denoiser, answer
 from sfumato.predict.guidance.settings import Guidance, build
@@ -513,13 +513,13 @@ def test_the_second_attention_is_perturbed_to_its_values() -> None:
     ("kind", "prepare"),
     [
         *((kind, copy.deepcopy) for kind in KINDS),
-        ("SD 3.5 medium", packed),
-        ("patches of three", packed),
+        ("SD 3.5 medium", prepack),
+        ("patches of three", prepack),
     ],
 )
 def test_bits_do_not_depend_on_the_batch(kind: str, prepare: Callable[[Any], Any]) -> None:
     plain = ours_of(kind)
-    if prepare is packed and not packable(plain):
+    if prepare is prepack and not can_prepack(plain):
         pytest.skip("this torch has no oneDNN")
     network, count = prepare(plain), 7
     for size in SIZES[plain.patch]:
@@ -564,8 +564,8 @@ def test_wide_layers_and_more_rows_than_are_taken_at_a_time() -> None:
     expected = theirs_of(ours)(x, **said(cond, t)).sample
     close(ours(x, t, cond), expected)
     assert torch.equal(ours(x, t, cond)[1:], ours(x[1:], t[1:], cond[1:]))
-    if packable(ours):
-        quick = packed(ours)
+    if can_prepack(ours):
+        quick = prepack(ours)
         close(quick(x, t, cond), expected)
         assert torch.equal(quick(x, t, cond)[1:], quick(x[1:], t[1:], cond[1:]))
         assert all(torch.equal(v, ours.state_dict()[k]) for k, v in quick.state_dict().items())
@@ -595,8 +595,8 @@ def test_bfloat16(kind: str) -> None:
         < 1.5 * (expected.sample - y).square().mean()
         < 1e-3 * y.square().mean()
     )
-    if packable(ours):
-        assert (packed(ours)(small, t, narrow) - y).square().mean() < 1.5 * (
+    if can_prepack(ours):
+        assert (prepack(ours)(small, t, narrow) - y).square().mean() < 1.5 * (
             expected.sample - y
         ).square().mean()
 
@@ -745,4 +745,4 @@ def test_what_the_house_asks_a_network() -> None:
         0,
         True,
     )
-    assert not batch_invariant.FIXED_ORDER or isinstance(packed(network), SD3)
+    assert not batch_invariant.FIXED_ORDER or isinstance(prepack(network), SD3)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.decode.whole import whole
-from sfumato.inference.prepack import packable, packed
+from sfumato.inference.prepack import can_prepack, prepack
 from sfumato.kernels import batch_invariant
 from sfumato.kernels.mkl_threads import controlled
 from sfumato.nn.attention import FeedForward, SpatialAttention, SpatialTransformer
@@ -109,9 +109,9 @@ def test_convolutions_of_many_channels(shape: tuple[int, ...], ready: bool) -> N
     layer: Any = shaken(
         nn.Sequential(batch_invariant.Conv2d(inputs, outputs, kernel, stride, kernel // 2))
     )
-    if ready and not packable(layer):
+    if ready and not can_prepack(layer):
         pytest.skip("networks are prepared for oneDNN on AVX2 or later")
-    layer, x = packed(layer) if ready else layer, normal(COUNT, inputs, height, width)
+    layer, x = prepack(layer) if ready else layer, normal(COUNT, inputs, height, width)
     assert not differing(lambda rows: layer(x[rows]), (2, 3, 17))
 
 

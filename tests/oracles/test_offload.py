@@ -27,10 +27,15 @@ from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
 from sfumato.errors import UserError
 from sfumato.inference.offload import streaming
-from sfumato.inference.offload.model import networks
+from sfumato.inference.offload.model import offloadable_networks
 from sfumato.inference.offload.placeholders import MARK
-from sfumato.inference.offload.streaming import Memory, Stream, stream, streamed
-from sfumato.inference.offload.transfer import Ring, padded, room
+from sfumato.inference.offload.streaming import (
+    MemoryBudget,
+    WeightStreamer,
+    stream_weights,
+    streamer_of,
+)
+from sfumato.inference.offload.transfer import Ring, aligned_size, allocate
 from sfumato.io import host_memory
 from sfumato.io.atomic import read_tensors
 from sfumato.kernels import batch_invariant
@@ -47,16 +52,18 @@ ldm: Any = SimpleNamespace(
     **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_ldm.py"))
 )
 pytestmark = pytest.mark.skipif(
-    not host_memory.can_drop(), reason="pages of files can be given back on Linux only"
+    not host_memory.can_drop_pages(), reason="pages of files can be given back on Linux only"
 )
 PLENTY, CPU = 10**12, torch.device("cpu")
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NAMES = ("classes", "text")
 
 
-def streams(model: LatentDiffusion) -> list[Stream]:
+def streams(model: LatentDiffusion) -> list[WeightStreamer]:
     return [
-        found for network in networks(model).values() if (found := streamed(network)) is not None
+        found
+        for network in offloadable_networks(model).values()
+        if (found := streamer_of(network)) is not None
     ]
 
 
@@ -144,7 +151,7 @@ def test_the_same_pictures_and_hash(
             other.generate(prompt, output="tensor", **asked),
             plain.generate(prompt, output="tensor", **asked),
         ), asked
-    denoiser = streamed(other.denoiser.network)
+    denoiser = streamer_of(other.denoiser.network)
     assert denoiser is not None and all(layer.stays for layer in denoiser.layers), (
         "there was plenty"
     )
@@ -287,11 +294,11 @@ def test_pages_of_two_layers_are_there_at_most(tmp_path: Path) -> None:
     path = tmp_path / "deep.safetensors"
     x = torch.randn(4, 1024)
     expected = deep(path, torch.float32)(x)
-    found = stream(deep(path, torch.float32), Memory(1, CPU), torch.float32, path)
+    found = stream_weights(deep(path, torch.float32), MemoryBudget(1, CPU), torch.float32, path)
     assert resident(path) < 2**21, (
         "the mapping of the first is gone, nothing of the second has been read"
     )
-    (made,) = [streamed(found)]
+    (made,) = [streamer_of(found)]
     assert (
         made is not None and len(made.layers) == 16 and all(layer.mapped for layer in made.layers)
     )
@@ -312,8 +319,8 @@ def test_a_budget_keeps_as_many_layers_as_fit(
 ) -> None:
     path = tmp_path / "deep.safetensors"
     network, x = deep(path, torch.float32), torch.randn(4, 1024)
-    memory = Memory(10**9, CPU)
-    made = streamed(stream(network, memory, torch.float32, path))
+    memory = MemoryBudget(10**9, CPU)
+    made = streamer_of(stream_weights(network, memory, torch.float32, path))
     assert made is not None
     layer, base = made.layers[0].size, 5 * 10**8
     peak = base
@@ -340,8 +347,8 @@ def test_copies_use_one_ring_again(tmp_path: Path) -> None:
     path = tmp_path / "deep.safetensors"
     network, x = deep(path, torch.bfloat16), torch.randn(4, 1024)
     expected = copy.deepcopy(network).float()(x)
-    memory = Memory(1, CPU)
-    made = streamed(stream(network, memory, torch.float32, path))
+    memory = MemoryBudget(1, CPU)
+    made = streamer_of(stream_weights(network, memory, torch.float32, path))
     assert made is not None and not any(layer.mapped for layer in made.layers)
     rooms = set()
 
@@ -397,7 +404,9 @@ def test_t5(tmp_path: Path, dtype: torch.dtype) -> None:
     found.load_state_dict(
         {**stored, "encoder.embed_tokens.weight": stored["shared.weight"]}, assign=True
     )
-    made = streamed(stream(found.requires_grad_(False), Memory(1, CPU), dtype, tmp_path))
+    made = streamer_of(
+        stream_weights(found.requires_grad_(False), MemoryBudget(1, CPU), dtype, tmp_path)
+    )
     assert made is not None and len(made.layers) > 15
     assert all(
         layer.mapped == (dtype == torch.float32 or (dtype == torch.float16 and ".wo" in layer.name))
@@ -414,7 +423,7 @@ def test_threads_do_not_take_each_others_weights(tmp_path: Path) -> None:
     network = deep(path, torch.bfloat16, 128, 8)
     asked = [torch.randn(4, 128) for _ in range(4)]
     expected = [copy.deepcopy(network).float()(x) for x in asked]
-    stream(network, Memory(1, CPU), torch.float32, path)
+    stream_weights(network, MemoryBudget(1, CPU), torch.float32, path)
     found: dict[int, bool] = {}
 
     @torch.inference_mode()
@@ -464,13 +473,13 @@ def test_places_in_a_ring_never_overlap() -> None:
 
 def test_a_room_goes_back_to_the_system() -> None:
     gc.collect()  # what earlier tests left goes now, not while this one looks
-    before = host_memory.held()
+    before = host_memory.resident_bytes()
     assert before is not None
-    one = room(2**26, CPU).fill_(1)
-    assert host_memory.held() > before + 2**25  # pyright: ignore
+    one = allocate(2**26, CPU).fill_(1)
+    assert host_memory.resident_bytes() > before + 2**25  # pyright: ignore
     del one
-    assert host_memory.held() < before + 2**24  # pyright: ignore
-    assert [padded(n) for n in (1, 256, 257)] == [256, 256, 512]
+    assert host_memory.resident_bytes() < before + 2**24  # pyright: ignore
+    assert [aligned_size(n) for n in (1, 256, 257)] == [256, 256, 512]
 
 
 # ---- refusals ------------------------------------------------------------------------------------
@@ -479,9 +488,9 @@ def test_a_room_goes_back_to_the_system() -> None:
 def test_too_little_memory_says_what_works(
     folders: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = host_memory.held()
+    held = host_memory.resident_bytes()
     # what the tests before this one leave and give back is not what is asked here
-    monkeypatch.setattr(Memory, "now", lambda self: held)
+    monkeypatch.setattr(MemoryBudget, "now", lambda self: held)
     with pytest.raises(
         UserError, match=r"memory 1 MB is too little: expected at least (\d+) MB"
     ) as error:
@@ -495,7 +504,7 @@ def test_too_little_memory_says_what_works(
 @pytest.mark.parametrize("size", [0, -1, "", "3 apples", "GB", True, "1e9", "-3GB"])
 def test_wrong_sizes(size: Any, tiny: Path) -> None:
     with pytest.raises(UserError, match="expected a number of bytes, or a text such as '3GB'"):
-        host_memory.read_size(size)
+        host_memory.parse_size(size)
 
 
 @pytest.mark.parametrize(
@@ -511,7 +520,7 @@ def test_wrong_sizes(size: Any, tiny: Path) -> None:
     ],
 )
 def test_sizes(text: str | int, size: int) -> None:
-    assert host_memory.read_size(text) == size
+    assert host_memory.parse_size(text) == size
 
 
 @pytest.mark.usefixtures("all_layers")
@@ -580,15 +589,15 @@ def test_only_pages_of_files_are_dropped(tmp_path: Path) -> None:
     """A tensor in memory of its own would be lost."""
     save_file({"a": torch.ones(5000)}, tmp_path / "a.safetensors")
     mapped, own = read_tensors(tmp_path / "a.safetensors")["a"], torch.ones(5000)
-    files = host_memory.Mapped()
+    files = host_memory.MappedRanges()
     assert (
         mapped in files
         and own not in files
         and mapped[::2] not in files
         and mapped[:0] not in files
     )
-    assert room(5000, CPU) not in host_memory.Mapped()
-    host_memory.drop(mapped)
+    assert allocate(5000, CPU) not in host_memory.MappedRanges()
+    host_memory.drop_pages(mapped)
     assert mapped.eq(1).all()
 
 
@@ -705,7 +714,9 @@ def test_what_fits(folders: dict[tuple[str, str], Path], monkeypatch: pytest.Mon
         beside = max(said["beside"][dtype].values())
         assert ways[f"in memory, {dtype}"]["needs"] == width * numbers + beside
         assert ways[f"streamed, {dtype}"]["needs"] == 2 * width * largest + beside
-    monkeypatch.setattr(host_memory, "free", lambda: ways["in memory, bfloat16"]["needs"])
+    monkeypatch.setattr(
+        host_memory, "available_bytes", lambda: ways["in memory, bfloat16"]["needs"]
+    )
     assert [way["fits"] for way in report(folder)["ways"].values()] == [False, True, True, True]  # pyright: ignore
 
 
@@ -733,7 +744,7 @@ def test_info_tells_it(
     monkeypatch.setattr(
         "sfumato.deploy.offload._way", lambda needs, machine: {"needs": needs, "fits": needs < need}
     )
-    monkeypatch.setattr(host_memory, "free", lambda: libraries)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: libraries)
     opened: list[Any] = []
     monkeypatch.setattr(
         "sfumato.loading.load", lambda *a, load=sfumato.load, **k: opened.append(k) or load(*a, **k)
@@ -775,6 +786,10 @@ def test_generate_streams(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's accounts of memory")
 def test_memory_is_told() -> None:
-    now, peak, free = host_memory.held(), host_memory.held(peak=True), host_memory.free()
+    now, peak, free = (
+        host_memory.resident_bytes(),
+        host_memory.resident_bytes(peak=True),
+        host_memory.available_bytes(),
+    )
     assert now is not None and peak is not None and free is not None
-    assert 10**7 < now <= peak and free > 0 and hasattr(Memory(1, CPU), "spare") and MARK
+    assert 10**7 < now <= peak and free > 0 and hasattr(MemoryBudget(1, CPU), "spare") and MARK

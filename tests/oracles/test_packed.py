@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.inference.prepack import Convolution, Winograd, compiled, packable, packed
+from sfumato.inference.prepack import Convolution, Winograd, can_prepack, compile_network, prepack
 from sfumato.kernels import batch_invariant, winograd
 from sfumato.nn.blocks import Upsample
 from sfumato.predict.networks.unet import UNet, UNetConfig
@@ -82,11 +82,11 @@ def asked(count: int, *size: int) -> tuple[Tensor, Tensor, Conditioning]:
 def test_the_same_to_rounding(name: str, size: tuple[int, int]) -> None:
     """Also more rows than the feed-forward layers take at a time, and sides that do not halve."""
     network = unet(name)
-    quick = packed(network)
+    quick = prepack(network)
     assert any(p.is_mkldnn for p in quick.parameters()), "something was packed"
     assert any(isinstance(m, Winograd) for m in quick.modules()) == (name == "many channels")
-    if name == "many channels" and packable(copy.deepcopy(network).bfloat16()):
-        coarse = packed(copy.deepcopy(network).bfloat16())
+    if name == "many channels" and can_prepack(copy.deepcopy(network).bfloat16()):
+        coarse = prepack(copy.deepcopy(network).bfloat16())
         assert not any(isinstance(m, Winograd) for m in coarse.modules()), (
             "they round more there: only where they save most"
         )
@@ -99,7 +99,7 @@ def test_the_same_to_rounding(name: str, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("name", UNETS)
 @torch.inference_mode()
 def test_bits_do_not_depend_on_the_batch(name: str) -> None:
-    quick = packed(unet(name))
+    quick = prepack(unet(name))
     for size in ((8, 8), (40, 36)):
         x, t, cond = asked(5, *size)
         together = quick(x, t, cond)
@@ -111,9 +111,9 @@ def test_bits_do_not_depend_on_the_batch(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_plain_weights_come_back(dtype: torch.dtype, name: str) -> None:
     network = unet(name, dtype)
-    if not packable(network):
+    if not can_prepack(network):
         pytest.skip(f"this processor has no products of {dtype}")
-    quick = packed(network)
+    quick = prepack(network)
     given, found = network.state_dict(), quick.state_dict()
     assert list(found) == list(given)
     assert all(torch.equal(found[k], given[k]) and found[k].dtype == dtype for k in given)
@@ -125,12 +125,12 @@ def test_the_plain_weights_come_back(dtype: torch.dtype, name: str) -> None:
 @torch.inference_mode()
 def test_bfloat16_is_as_near_to_float32_as_the_plain_network() -> None:
     network = unet("convolutions around transformers", torch.bfloat16)
-    if not packable(network):
+    if not can_prepack(network):
         pytest.skip("this processor has no products of bfloat16")
     x, t, cond = asked(2, 16, 16)
     small, narrow = x.bfloat16(), cond.to("cpu", torch.bfloat16)
     wide = Conditioning(tokens=None if narrow.tokens is None else narrow.tokens.float())
-    quick = packed(network)(small, t, narrow).float()
+    quick = prepack(network)(small, t, narrow).float()
     plain = network(small, t, narrow).float()
     exact = network.float()(small.float(), t, wide)
     assert (quick - exact).square().mean() < 1.5 * (plain - exact).square().mean()
@@ -173,7 +173,7 @@ def test_fewer_products_are_as_exact_as_the_kernel_they_replace() -> None:
 def test_doubling_is_a_convolution_of_the_doubled_map() -> None:
     for size in ((1, 1), (3, 5), (8, 8)):
         up, x = Upsample(6), torch.randn(2, 6, *size)
-        quick = packed(nn.Sequential(up))
+        quick = prepack(nn.Sequential(up))
         torch.testing.assert_close(quick(x), up(x), atol=1e-5, rtol=1e-5)
 
 
@@ -182,7 +182,7 @@ def test_it_is_a_copy_for_inference() -> None:
     that would be silently wrong.
     """
     network = unet("convolutions around transformers")
-    quick, (x, t, cond) = packed(network), asked(1, 8, 8)
+    quick, (x, t, cond) = prepack(network), asked(1, 8, 8)
     with torch.no_grad():
         before = quick(x, t, cond)
         for p in network.parameters():
@@ -198,7 +198,7 @@ def test_it_is_a_copy_for_inference() -> None:
             wrong()
     with pytest.raises(UserError, match="gradient"):
         quick(x.requires_grad_(), t, cond)
-    assert not packable(network.half()), "float16 is left to torch"
+    assert not can_prepack(network.half()), "float16 is left to torch"
 
 
 def test_a_model_made_ready(fashion: Any) -> None:
@@ -227,7 +227,7 @@ def test_a_copy_of_a_compiled_network_is_its_own() -> None:
     nobody would see it.
     """
     network, (x, t, cond) = unet("convolutions around transformers"), asked(1, 8, 8)
-    changed, expected = copy.deepcopy(compiled(network)), copy.deepcopy(network)
+    changed, expected = copy.deepcopy(compile_network(network)), copy.deepcopy(network)
     for one in (changed, expected):
         one.get_parameter("conv_out.bias").add_(1)
     assert torch.equal(changed(x, t, cond), expected(x, t, cond)) and not torch.equal(
@@ -237,7 +237,7 @@ def test_a_copy_of_a_compiled_network_is_its_own() -> None:
 
 COMPILED = """
 import torch
-from sfumato.inference.prepack import compiled
+from sfumato.inference.prepack import compile_network
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.types import Conditioning
 
@@ -246,7 +246,7 @@ small = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4
 network = UNet(UNetConfig(in_channels=3, out_channels=3, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), **small)).eval()
 x, t, cond = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 900.0]), Conditioning()
 with torch.inference_mode():
-    quick, expected = compiled(network), network(x, t, cond)
+    quick, expected = compile_network(network), network(x, t, cond)
     found = quick(x, t, cond)
 assert (found - expected).abs().max() < 1e-5 * expected.abs().max(), (found - expected).abs().max()
 assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "it was compiled, in one piece"
@@ -260,7 +260,7 @@ from torch import nn
 from sfumato.kernels import cpu_attention
 from sfumato.kernels import batch_invariant
 from sfumato.nn.attention import Attention
-from sfumato.inference.prepack import compiled
+from sfumato.inference.prepack import compile_network
 
 class Layer(nn.Module):
     def __init__(self):
@@ -275,7 +275,7 @@ network = Layer().eval()
 with torch.inference_mode():
     for dtype, least in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         exact = network.to(dtype)
-        quick = compiled(exact)
+        quick = compile_network(exact)
         for batch, count in ((2, 1030), (3, 1100), (1, 12)):  # the second is compiled for any size
             x, mask = torch.randn(batch, count, 320).to(dtype), torch.arange(count) < torch.tensor([[count], [count // 2], [3]])[:batch]
             expected = exact(x, mask)

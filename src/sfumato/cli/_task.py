@@ -162,9 +162,9 @@ def make(
     import torch
 
     from sfumato.decode.image import grid, write_png
-    from sfumato.io.host_memory import read_size
+    from sfumato.io.host_memory import parse_size
 
-    memory = None if options.memory is None else read_size(options.memory)
+    memory = None if options.memory is None else parse_size(options.memory)
     opening = Opening(memory, options.dtype, options.device, options.transformer)
     set_threads(options.threads, None)
     clock.lap("import")

@@ -217,9 +217,9 @@ def generate(arguments: Sequence[str]) -> None:
 
 def _opening(options: Generate) -> Opening:
     """How the options want models opened."""
-    from sfumato.io.host_memory import read_size
+    from sfumato.io.host_memory import parse_size
 
-    memory = None if options.memory is None else read_size(options.memory)
+    memory = None if options.memory is None else parse_size(options.memory)
     return Opening(
         memory,
         options.dtype,
@@ -232,12 +232,12 @@ def _peak(device: str | None) -> str:
     """The most that was held where the model computes: by this process, or on its GPU."""
     import torch
 
-    from sfumato.io.host_memory import held
+    from sfumato.io.host_memory import resident_bytes
 
     peak = (
         torch.cuda.max_memory_reserved(device)
         if (device or "cpu").startswith("cuda")
-        else held(peak=True)
+        else resident_bytes(peak=True)
     )
     return "an unknown size" if peak is None else readable_size(peak)
 

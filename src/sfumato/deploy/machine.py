@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.inference.prepack import packable, packed
+from sfumato.inference.prepack import can_prepack, prepack
 from sfumato.kernels import batch_invariant
 from sfumato.kernels.mkl_threads import controlled
 
@@ -111,7 +111,7 @@ def processor() -> dict[str, Any]:
 def methods() -> dict[str, str]:
     """How the layers of a network are computed on the CPU, by dtype."""
     small = nn.Sequential(nn.Linear(8, 8))
-    bfloat16 = packable(nn.Sequential(nn.Linear(8, 8)).bfloat16())
+    bfloat16 = can_prepack(nn.Sequential(nn.Linear(8, 8)).bfloat16())
     return {
         "linear and convolution, float32": batch_invariant.method(),
         "attention, float32": "torch's fused kernel"
@@ -120,7 +120,7 @@ def methods() -> dict[str, str]:
         if bfloat16
         else "torch's fused kernel",
         "prepared networks, float32": "weights packed for oneDNN"
-        if packable(small)
+        if can_prepack(small)
         else "as they are",
         "prepared networks, bfloat16": "weights packed for oneDNN" if bfloat16 else "as they are",
     }
@@ -163,8 +163,8 @@ def _layers() -> Iterator[tuple[str, Callable[[Tensor], Tensor], Tensor]]:
         layer = filled(batch_invariant.Conv2d(c, d, kernel, stride, kernel // 2))
         x = normal(count, c, side, side)
         yield f"convolution {kernel}x{kernel} of {c} to {d} channels, stride {stride}", layer, x
-        if packable(layer):
-            ready = packed(nn.Sequential(layer))
+        if can_prepack(layer):
+            ready = prepack(nn.Sequential(layer))
             yield (
                 f"prepared convolution {kernel}x{kernel} of {c} to {d} channels, stride {stride}",
                 ready,

@@ -338,8 +338,8 @@ def _machine() -> Iterator[tuple[str, int | None]]:
     """Bytes that can be had: of memory; of a GPU's, if there is one; and what Python and its
     libraries hold already.
     """
-    yield "available", host_memory.free()
-    yield "libraries", host_memory.held()
+    yield "available", host_memory.available_bytes()
+    yield "libraries", host_memory.resident_bytes()
     if torch.cuda.is_available():
         yield "gpu", torch.cuda.mem_get_info()[0]
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import UserError
 from sfumato.kernels import batch_invariant, winograd
-from sfumato.kernels.upsample_conv import double, kernels
+from sfumato.kernels.upsample_conv import phase_kernels, upsample_convolve
 from sfumato.nn.attention import GEGLU, GELU
 from sfumato.nn.blocks import Upsample
 
@@ -41,7 +41,7 @@ _MANY = {torch.float32: 256, torch.bfloat16: 640}
 _ROWS = 1024  # that matrices are packed for
 
 
-def packable(network: nn.Module) -> bool:
+def can_prepack(network: nn.Module) -> bool:
     """Whether torch and this processor have such kernels for the network: on the CPU, in float32,
     or in bfloat16 where it knows that.
     """
@@ -57,7 +57,7 @@ def packable(network: nn.Module) -> bool:
     )
 
 
-def packed(network: nn.Module) -> nn.Module:
+def prepack(network: nn.Module) -> nn.Module:
     """The same network with packed convolutions; the one given is left as it is. `packable` says
     for which.
 
@@ -66,23 +66,23 @@ def packed(network: nn.Module) -> nn.Module:
     kernels are shared then, and may lie in the file. Whoever changes such weights in place prepares
     the network again.
     """
-    assert packable(network), "see packable"
+    assert can_prepack(network), "see packable"
     kept = {p.data_ptr() for p in network.parameters() if p.ndim > 1 and not p.requires_grad}
-    found = _with_packed(shared(network))
+    found = _with_packed(clone_sharing_weights(network))
     for tensor in (*found.parameters(), *found.buffers()):
         if not tensor.is_mkldnn and tensor.data_ptr() not in kept:
             tensor.data = tensor.detach().clone()
     return found
 
 
-def compiled(network: nn.Module) -> nn.Module:
+def compile_network(network: nn.Module) -> nn.Module:
     """The same network by torch.compile, sharing its memory; on the CPU with weights as constants,
     which the compiler packs as above.
 
     Copies of it, such as those that guidance weakens, are not compiled: torch leaves a module's
     compiled call out of them.
     """
-    found = shared(network).requires_grad_(False)
+    found = clone_sharing_weights(network).requires_grad_(False)
     found.compile()
     quick, constant = found._compiled_call_impl, next(network.parameters()).device.type == "cpu"
     assert quick is not None
@@ -96,7 +96,7 @@ def compiled(network: nn.Module) -> nn.Module:
     return found
 
 
-def shared(network: nn.Module) -> nn.Module:
+def clone_sharing_weights(network: nn.Module) -> nn.Module:
     """The same network for inference, another object that holds the same memory."""
     memory: dict[int, Any] = {
         id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()
@@ -375,7 +375,7 @@ class _Doubling(_Packed):
                 )
                 for w in row
             ]
-            for row in kernels(conv.weight)
+            for row in phase_kernels(conv.weight)
         ]
 
     def forward(
@@ -385,7 +385,7 @@ class _Doubling(_Packed):
             return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
         _check(x, self.dtype)
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).permute(0, 3, 1, 2)
-        return double(padded, self.width, self._convolve)
+        return upsample_convolve(padded, self.width, self._convolve)
 
     def _convolve(self, part: Tensor, a: int, b: int) -> Tensor:
         weight, bias = self.four[a][b], self.conv.bias

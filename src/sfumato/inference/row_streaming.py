@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import NumericalError
 from sfumato.kernels import batch_invariant
-from sfumato.kernels.upsample_conv import double, kernels
+from sfumato.kernels.upsample_conv import phase_kernels, upsample_convolve
 from sfumato.nn.attention import SpatialAttention
 from sfumato.nn.blocks import Downsample, Upsample
 
@@ -184,12 +184,12 @@ def doubling(up: Upsample) -> Layer:
         return lambda strips: plain(
             map(lambda s: F.interpolate(s, scale_factor=2.0, mode="nearest"), strips)
         )
-    run = partial(_double, kernels(conv.weight), conv.bias)
+    run = partial(_double, phase_kernels(conv.weight), conv.bias)
     return lambda strips: windows(run, strips, 3, 1, 1, 1)
 
 
 def _double(four: list[list[Tensor]], bias: Tensor | None, rows: Tensor) -> Tensor:
-    return double(
+    return upsample_convolve(
         F.pad(rows, (1, 1)),
         len(four[0][0]),
         lambda part, a, b: _plain_convolve(part, four[a][b], bias),

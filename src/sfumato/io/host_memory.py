@@ -1,10 +1,9 @@
-"""Memory by the page, as the system counts it: what a process holds, and how it gives back what it
-can read again from a file.
+"""Resident memory of this process, and pages of memory-mapped files.
 
-A tensor of a memory-mapped file takes memory of the process only where it was read. `drop`
-(madvise's MADV_DONTNEED) gives its pages back; who reads the tensor again finds the same numbers,
-from the system's cache of files or from the disk. `ask` (MADV_WILLNEED) has the disk read ahead
-into that cache. Both are Linux's (madvise(2), proc(5)); `can_drop` says whether they are there.
+A tensor of a memory-mapped file takes memory only where it was read. `drop_pages` (madvise's
+MADV_DONTNEED) returns its pages to the system; the next access reads the same values from the page
+cache or the disk. `prefetch_pages` (MADV_WILLNEED) makes the disk read ahead into the page cache.
+Both need Linux (madvise(2), proc(5)), see `can_drop_pages`.
 """
 
 import ctypes
@@ -36,13 +35,15 @@ _UNITS = {
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*")
 
 
-def read_size(size: int | str) -> int:
-    """Bytes of a size: a whole number, or a text such as "3GB" (10^9), "1.5GiB" (2^30), "800 MB".
-    `UserError` for anything else, and for 0.
+def parse_size(size: int | str) -> int:
+    """Parse a size in bytes: an integer, or a text such as "3GB" (10^9), "1.5GiB" or "800 MB".
+
+    Raises:
+        UserError: anything else, and sizes below 1 byte.
     """
-    found = _SIZE.fullmatch(size.upper()) if isinstance(size, str) else None
-    if found is not None and found[2] in _UNITS:
-        count = int(float(found[1]) * _UNITS[found[2]])
+    match = _SIZE.fullmatch(size.upper()) if isinstance(size, str) else None
+    if match is not None and match[2] in _UNITS:
+        count = int(float(match[1]) * _UNITS[match[2]])
     else:
         count = size if isinstance(size, int) and not isinstance(size, bool) else 0
     if count < 1:
@@ -52,20 +53,15 @@ def read_size(size: int | str) -> int:
     return count
 
 
-def held(peak: bool = False) -> int | None:
-    """Bytes of memory that this process holds, pages of files among them; or the most that it has
-    held so far. None where that is not told.
+def resident_bytes(peak: bool = False) -> int | None:
+    """Return the resident bytes of this process, or their peak; None where unavailable.
+
+    Pages of mapped files count too.
     """
     if sys.platform == "linux":
         name = "VmHWM:" if peak else "VmRSS:"
-        line = next(
-            (
-                line
-                for line in Path("/proc/self/status").read_text().splitlines()
-                if line.startswith(name)
-            ),
-            None,
-        )
+        lines = Path("/proc/self/status").read_text().splitlines()
+        line = next((line for line in lines if line.startswith(name)), None)
         return None if line is None else int(line.split()[1]) * 1024
     if sys.platform == "darwin" and peak:
         import resource
@@ -74,30 +70,26 @@ def held(peak: bool = False) -> int | None:
     return None
 
 
-def free() -> int | None:
-    """Bytes that programs can still have without swapping (MemAvailable), no more than a control
-    group leaves; None where that is not told.
+def available_bytes() -> int | None:
+    """Return the bytes that can be allocated without swapping; None where unavailable.
+
+    This is MemAvailable, limited by the control group.
     """
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None
-    line = next(
-        (line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")),
-        None,
-    )
-    known = [] if line is None else [int(line.split()[1]) * 1024]
+    lines = meminfo.read_text().splitlines()
+    limits = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         try:
-            known.append(
-                int(Path("/sys/fs/cgroup", limit).read_text())
-                - int(Path("/sys/fs/cgroup", used).read_text())
-            )
+            total, taken = (int(Path("/sys/fs/cgroup", f).read_text()) for f in (limit, used))
         except (OSError, ValueError):  # no such group, or "max"
             continue
-    return max(min(known), 0) if known else None
+        limits.append(total - taken)
+    return max(min(limits), 0) if limits else None
 
 
 # ---- pages of files ------------------------------------------------------------------------------
@@ -113,17 +105,17 @@ def _madvise() -> Any:
     return call
 
 
-def can_drop() -> bool:
-    """Whether pages of files can be given back here."""
+def can_drop_pages() -> bool:
+    """Return True where pages of mapped files can be dropped."""
     return sys.platform == "linux" and _madvise() is not None
 
 
-class Mapped:
-    """Which memory of this process is that of files, at the moment when this object is made."""
+class MappedRanges:
+    """Address ranges of this process that map files, taken when the object is made."""
 
     def __init__(self) -> None:
         self._ranges: list[tuple[int, int]] = []
-        if can_drop():
+        if can_drop_pages():
             for line in Path("/proc/self/maps").read_text().splitlines():
                 addresses, _, _, _, inode, *path = line.split(maxsplit=5)
                 if (
@@ -136,9 +128,7 @@ class Mapped:
                     self._ranges.append((int(begin, 16), int(end, 16)))
 
     def __contains__(self, tensor: Tensor) -> bool:
-        """Whether all of a tensor's numbers lie in a file, one after the other, so that dropping
-        them loses nothing.
-        """
+        """Return True for a contiguous tensor in a mapped file, so that dropping loses nothing."""
         if not tensor.is_cpu or not tensor.is_contiguous() or not tensor.nbytes:
             return False
         begin = tensor.data_ptr()
@@ -146,15 +136,13 @@ class Mapped:
         return at >= 0 and begin + tensor.nbytes <= self._ranges[at][1]
 
 
-def drop(tensor: Tensor) -> None:
-    """Gives the pages of a tensor back that is `Mapped`. Never for others: their numbers would be
-    lost.
-    """
+def drop_pages(tensor: Tensor) -> None:
+    """Drop the pages of a tensor in `MappedRanges`. Values of other tensors would be lost."""
     _advise(tensor, mmap.MADV_DONTNEED)
 
 
-def ask(tensor: Tensor) -> None:
-    """Has the pages of a `Mapped` tensor read from the disk ahead of time."""
+def prefetch_pages(tensor: Tensor) -> None:
+    """Prefetch the pages of a tensor in `MappedRanges` from the disk."""
     _advise(tensor, mmap.MADV_WILLNEED)
 
 
@@ -163,7 +151,6 @@ def _advise(tensor: Tensor, advice: int) -> None:
     assert call is not None, "see can_drop"
     end = begin + tensor.nbytes
     begin -= begin % page
-    # Whole pages, also those that it shares with its neighbours in the file: they too are read
-    # again when they are wanted.
+    # Whole pages, including those shared with neighbours in the file, which are read again too.
     if call(begin, -(-(end - begin) // page) * page, advice) != 0 and advice == mmap.MADV_DONTNEED:
         raise OSError(ctypes.get_errno(), f"madvise: {os.strerror(ctypes.get_errno())}")

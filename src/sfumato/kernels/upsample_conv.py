@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def kernels(weight: Float[Tensor, "D C 3 3"]) -> list[list[Float[Tensor, "D C 2 2"]]]:
+def phase_kernels(weight: Float[Tensor, "D C 3 3"]) -> list[list[Float[Tensor, "D C 2 2"]]]:
     """Return the four 2x2 kernels as [odd row][odd column].
 
     Sums are computed in float32 at least, and rounded once.
@@ -30,7 +30,7 @@ def _sums(weight: Tensor, dim: int, odd: int) -> Tensor:
     return torch.stack([w0 + w1, w2] if odd else [w0, w1 + w2], dim)
 
 
-def double(
+def upsample_convolve(
     padded: Float[Tensor, "B C h w"], channels: int, convolve: Callable[[Tensor, int, int], Tensor]
 ) -> Float[Tensor, "B D H W"]:
     """Upsample a padded map by 2 and convolve it.

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfumato.diffuse.process import Process
-from sfumato.inference.prepack import compiled, packable, packed, shared
+from sfumato.inference.prepack import can_prepack, clone_sharing_weights, compile_network, prepack
 from sfumato.types import Conditioning, Prediction, Query
 
 
@@ -67,13 +67,13 @@ class Denoiser:
         """
         device = next(self.network.parameters()).device
         if compile:
-            network = compiled(self.network)
-        elif packable(self.network):
-            network = packed(self.network)
+            network = compile_network(self.network)
+        elif can_prepack(self.network):
+            network = prepack(self.network)
         elif device.type == "cpu":
             return self
         else:
-            network = shared(self.network).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            network = clone_sharing_weights(self.network).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         return replace(self, network=network)
 
     def __call__(

@@ -1,8 +1,7 @@
-"""A whole model in less memory than its weights take: text encoders, denoiser and decoder stream
-theirs, one after the other.
+"""Offload of a whole model: its networks stream their weights in turn.
 
-How a network does it is inference/offload/streaming.py. `model` in this file is a
-`LatentDiffusion`, or anything with its autoencoder, denoiser and conditioner.
+inference/offload/streaming.py does it for one network. `model` in this module is a
+`LatentDiffusion`, or an object with its autoencoder, denoiser and conditioner.
 """
 
 from collections.abc import Mapping
@@ -13,72 +12,92 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.inference.offload.placeholders import read_through
-from sfumato.inference.offload.streaming import Memory, Stream, stream, streamed
-from sfumato.inference.prepack import shared
-from sfumato.io.host_memory import can_drop
+from sfumato.inference.offload.placeholders import materialized
+from sfumato.inference.offload.streaming import (
+    MemoryBudget,
+    WeightStreamer,
+    stream_weights,
+    streamer_of,
+)
+from sfumato.inference.prepack import clone_sharing_weights
+from sfumato.io.host_memory import can_drop_pages
 
 ROOM = 2**25
-"""Bytes beside the weights below which nothing at all can be computed."""
+"""Least bytes for anything besides weights."""
 
 
-def networks(model: Any) -> dict[str, nn.Module]:
-    """The networks of a model that can be streamed, by the names of their parts."""
+def offloadable_networks(model: Any) -> dict[str, nn.Module]:
+    """Return the networks of a model that can be offloaded, by component name."""
     encoders = {name: encoder.model for name, encoder in _encoders(model.conditioner).items()}
     return {"autoencoder": model.autoencoder, "denoiser": model.denoiser.network, **encoders}
 
 
 def _encoders(conditioner: Any) -> dict[str, Any]:
-    """The text encoders of a conditioner: what in its fields has a network called `model`."""
+    """Return the text encoders of a conditioner: its fields with a network called `model`."""
     if not is_dataclass(conditioner):
         return {}
-    held = {field.name: getattr(conditioner, field.name) for field in fields(conditioner)}
+    values = {field.name: getattr(conditioner, field.name) for field in fields(conditioner)}
     return {
         name: value
-        for name, value in held.items()
+        for name, value in values.items()
         if isinstance(getattr(value, "model", None), nn.Module)
     }
 
 
-def stream_of(model: Any) -> Stream | None:
-    """What streams the denoiser's weights, if something does."""
-    return streamed(model.denoiser.network)
+def denoiser_streamer(model: Any) -> WeightStreamer | None:
+    """Return the streamer of the denoiser's network, None for models in memory."""
+    return streamer_of(model.denoiser.network)
 
 
-def refuse(model: Any, what: str, instead: str) -> None:
-    """`UserError` for what cannot be done while weights are streamed."""
-    if stream_of(model) is not None:
+def require_resident(model: Any, what: str, instead: str) -> None:
+    """Check that a model is not offloaded.
+
+    Args:
+        model: the model.
+        what: subject of the message.
+        instead: what to do, for the message.
+
+    Raises:
+        UserError: the model streams its weights.
+    """
+    if denoiser_streamer(model) is not None:
         raise UserError(
             f"{what} needs all weights in memory, and this model streams them: {instead}"
         )
 
 
-def stream_model(
+def offload_model(
     model: Any, limit: int, dtype: torch.dtype | None, device: str | torch.device
 ) -> Any:
-    """`LatentDiffusion.streamed`. `UserError` for a limit below what works, which it says, and for
-    systems that cannot.
+    """Return a model that streams its weights, see `LatentDiffusion.streamed`.
+
+    Args:
+        model: the model, with weights as stored.
+        limit: bytes that the process, or the GPU, may use.
+        dtype: compute dtype; None: that of the denoiser's first weight.
+        device: cpu or cuda.
+
+    Raises:
+        UserError: the limit is too low, or the system cannot drop pages of files.
     """
-    refuse(model, "streaming", "open it anew with the memory wanted")
+    require_resident(model, "streaming", "open it again with another memory=")
     where = _device(device)
-    if where.type == "cpu" and not can_drop():
+    if where.type == "cpu" and not can_drop_pages():
         raise UserError(
-            "memory= on the CPU needs Linux, where pages of files can be given back: open the model without it"
+            "memory= on the CPU needs Linux, which can drop pages of files: "
+            "open the model without it"
         )
-    memory, computed = (
-        Memory(limit, where),
-        dtype or next(model.denoiser.network.parameters()).dtype,
-    )
-    streams: list[Stream] = []
+    memory = MemoryBudget(limit, where)
+    computed = dtype or next(model.denoiser.network.parameters()).dtype
+    streamers: list[WeightStreamer] = []
 
     def streaming(network: nn.Module, part: str) -> nn.Module:
-        found = stream(
-            shared(network), memory, computed, f"the {part.replace('_', ' ')} of {model.name}"
-        )
-        mine = streamed(found)
-        assert mine is not None
-        streams.append(mine)
-        return found
+        source = f"the {part.replace('_', ' ')} of {model.name}"
+        clone = stream_weights(clone_sharing_weights(network), memory, computed, source)
+        streamer = streamer_of(clone)
+        assert streamer is not None
+        streamers.append(streamer)
+        return clone
 
     encoders = {
         name: replace(encoder, model=streaming(encoder.model, name))
@@ -87,41 +106,42 @@ def stream_model(
     conditioner = replace(model.conditioner, **encoders) if encoders else model.conditioner
     if where.type != "cpu" and not encoders and hasattr(conditioner, "to"):
         conditioner = conditioner.to(where)
-    found = replace(
+    offloaded = replace(
         model,
         autoencoder=streaming(model.autoencoder, "autoencoder"),
         denoiser=replace(model.denoiser, network=streaming(model.denoiser.network, "denoiser")),
         conditioner=conditioner,
     )
-    _check(memory, max(s.least for s in streams))
-    return found
+    _check(memory, max(streamer.least for streamer in streamers))
+    return offloaded
 
 
 def _device(device: str | torch.device) -> torch.device:
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        result = torch.device(device)
+        torch.empty(0, device=result)
     except (RuntimeError, AssertionError) as error:
-        # torch's words for a name that it does not know, or a device that is not there
+        # torch's message for an unknown name or a missing device
         reason = str(error).splitlines()[0]
         raise UserError(
             f"device {str(device)!r} cannot be used ({reason}): expected one such as cpu or cuda"
         ) from error
-    if found.type not in ("cpu", "cuda"):
+    if result.type not in ("cpu", "cuda"):
         raise UserError(
-            f"device {str(device)!r} with memory=: weights are streamed to the CPU or to CUDA"
+            f"device {str(device)!r} with memory=: expected cpu or cuda, which weights can stream to"
         )
-    return found
+    return result
 
 
-def _check(memory: Memory, largest: int) -> None:
-    """`UserError` where not even the largest layers fit beside what is there already."""
+def _check(memory: MemoryBudget, largest: int) -> None:
+    """Raise `UserError` where the largest layers do not fit beside the memory in use."""
     now = memory.now() or 0
     least = now + largest + ROOM
     if memory.limit < least:
         raise UserError(
-            f"memory {_megabytes(memory.limit)} is too little: expected at least {_megabytes(least)} ({_megabytes(now)} for Python and its "
-            f"libraries, {_megabytes(largest)} for the largest layers) and what feature maps take"
+            f"memory {_megabytes(memory.limit)} is too little: expected at least "
+            f"{_megabytes(least)} ({_megabytes(now)} for Python and its libraries, "
+            f"{_megabytes(largest)} for the largest layers), plus feature maps"
         )
 
 
@@ -129,17 +149,15 @@ def _megabytes(size: int) -> str:
     return f"{-(-size // 10**6)} MB"
 
 
-def state(network: nn.Module) -> Mapping[str, Tensor]:
-    """A network's weights by name; of one that streams them, one at a time in memory."""
-    found = network.state_dict()
-    return found if streamed(network) is None else read_through(found)
+def network_state(network: nn.Module) -> Mapping[str, Tensor]:
+    """Return a network's state dict; of an offloaded one, with one tensor in memory at a time."""
+    tensors = network.state_dict()
+    return tensors if streamer_of(network) is None else materialized(tensors)
 
 
-def words_state(conditioner: Any) -> Mapping[str, Tensor]:
-    """A conditioner's weights by name, as `state`."""
-    found = conditioner.tensors()
-    return (
-        read_through(found)
-        if any(streamed(e.model) is not None for e in _encoders(conditioner).values())
-        else found
-    )
+def conditioner_state(conditioner: Any) -> Mapping[str, Tensor]:
+    """Return a conditioner's weights by name, as `network_state`."""
+    tensors = conditioner.tensors()
+    encoders = _encoders(conditioner).values()
+    offloaded = any(streamer_of(encoder.model) is not None for encoder in encoders)
+    return materialized(tensors) if offloaded else tensors

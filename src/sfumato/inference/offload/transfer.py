@@ -1,10 +1,8 @@
-"""Where weights are put when their turn comes: room in memory that is used again, and how numbers
-get there, on the CPU and on a GPU.
+"""Buffers that offloaded weights are copied into, and the copies, on the CPU and on a GPU.
 
-Ring     places in a fixed room, handed out one after the other and round again: a new one takes the
-         place of the oldest
-Copies   numbers -> room, in the room's dtype; on a GPU from pinned memory on a stream of its own,
-         beside what is being computed
+Ring       allocates from a fixed buffer in turn; a new allocation replaces the oldest
+Transfer   copies tensors into the buffer, converted to its dtype; on a GPU from pinned memory on
+           its own CUDA stream, overlapping with computation
 """
 
 import mmap
@@ -16,12 +14,14 @@ import torch
 from torch import Tensor
 
 LINE = 256
-"""Bytes to whose multiples tensors begin: as torch's own do on either device."""
+"""Alignment of tensors in bytes, as torch's own on either device."""
 
 
-def room(size: int, device: torch.device) -> Tensor:
-    """`size` bytes. On the CPU they are the system's again as soon as nobody holds them; the C
-    library would keep them.
+def allocate(size: int, device: torch.device) -> Tensor:
+    """Return `size` bytes.
+
+    On the CPU they are an anonymous mapping, which is returned to the system as soon as it is
+    unreferenced; the C library would keep the memory.
     """
     if device.type == "cpu":
         private = (
@@ -31,100 +31,112 @@ def room(size: int, device: torch.device) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def place(room: Tensor, at: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    """The tensor that begins at a byte of a room."""
-    return room[at : at + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+def view_at(buffer: Tensor, at: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    """Return the tensor that begins at a byte of a buffer."""
+    return buffer[at : at + shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
 
-def padded(size: int) -> int:
-    """Bytes with what is left free so that the next place begins well."""
+def aligned_size(size: int) -> int:
+    """Round a size in bytes up to the alignment."""
     return -(-size // LINE) * LINE
 
 
 class Ring:
-    """Who has which bytes of a room of `size`."""
+    """Allocator of a buffer of `size` bytes that reuses the oldest allocations."""
 
     def __init__(self, size: int):
         self.size = size
-        # (who, begin, end), the oldest first
-        self._places: deque[tuple[Hashable, int, int]] = deque()
-        self._at: dict[Hashable, int] = {}
+        # (owner, begin, end), oldest first
+        self._spans: deque[tuple[Hashable, int, int]] = deque()
+        self._offsets: dict[Hashable, int] = {}
 
-    def find(self, who: Hashable) -> int | None:
-        """Where somebody's bytes begin, if they are still there."""
-        return self._at.get(who)
+    def find(self, owner: Hashable) -> int | None:
+        """Return the offset of an owner's bytes, None if they were replaced."""
+        return self._offsets.get(owner)
 
-    def take(self, who: Hashable, size: int, keep: Hashable = None) -> int | None:
-        """Where `size` bytes begin that are now somebody's; those that had them lose theirs. None
-        if `keep` would lose its own.
+    def take(self, owner: Hashable, size: int, keep: Hashable = None) -> int | None:
+        """Allocate `size` bytes for an owner; owners of overlapping bytes lose theirs.
+
+        Returns:
+            The offset, or None if `keep` would lose its bytes.
         """
         assert size <= self.size, "a ring is made for the largest"
-        if who in self._at:
-            self._places = deque(p for p in self._places if p[0] != who)
-            del self._at[who]
-        end = self._places[-1][2] if self._places else 0
+        if owner in self._offsets:
+            self._spans = deque(span for span in self._spans if span[0] != owner)
+            del self._offsets[owner]
+        end = self._spans[-1][2] if self._spans else 0
         begin = end if end + size <= self.size else 0
-        kept = next((p for p in self._places if p[0] == keep), None)
+        kept = next((span for span in self._spans if span[0] == keep), None)
         if kept is not None and begin < kept[2] and kept[1] < begin + size:
             return None
-        for lost in [p for p in self._places if p[1] < begin + size and begin < p[2]]:
-            self._places.remove(lost)
-            del self._at[lost[0]]
-        self._places.append((who, begin, begin + size))
-        self._at[who] = begin
+        for lost in [span for span in self._spans if span[1] < begin + size and begin < span[2]]:
+            self._spans.remove(lost)
+            del self._offsets[lost[0]]
+        self._spans.append((owner, begin, begin + size))
+        self._offsets[owner] = begin
         return begin
 
 
-class Copies(Protocol):
-    """Numbers -> room."""
+class Transfer(Protocol):
+    """Copies tensors into buffers on a device."""
 
     ahead: bool
-    """Whether copying goes on beside computing, so that it should begin early."""
+    """True if copies overlap with computation, so that they should begin early."""
 
     def mark(self) -> Any:
-        """A moment for `write`: what has been asked to compute so far."""
+        """Return a marker of the computation queued so far, for `write`."""
         ...
 
     def write(self, pairs: list[tuple[Tensor, Tensor]], since: Any = None) -> Any:
-        """Begins to copy (where to, what), once all that was asked to compute before `since` is
-        done; None is now. Returns what `wait` is given.
+        """Start copies (target, source) after the computation queued before `since`.
+
+        Args:
+            pairs: targets and sources.
+            since: a marker of `mark`; None: now.
+
+        Returns:
+            The argument of `wait`.
         """
         ...
 
     def wait(self, copied: Any) -> None:
-        """What is computed from now on finds the numbers there."""
+        """Make the compute stream wait for a copy."""
         ...
 
     def finish(self) -> None:
-        """Nothing is on its way any more: rooms may be let go."""
+        """Wait until no copy is in flight, so that buffers may be freed."""
         ...
 
 
-class OnCPU:
-    """Copied at once: cores that convert numbers cannot compute meanwhile, and the disk is asked
-    ahead by other means.
+class CPUTransfer:
+    """Immediate copies.
+
+    Cores that convert cannot compute meanwhile, and pages are prefetched separately.
     """
 
     ahead = False
 
     def mark(self) -> None:
-        """Nothing to mark."""
+        """Do nothing: copies are immediate."""
 
     def write(self, pairs: list[tuple[Tensor, Tensor]], since: None = None) -> None:
-        """Copies."""
-        for to, what in pairs:
-            to.copy_(what)
+        """Copy."""
+        for target, source in pairs:
+            target.copy_(source)
 
     def wait(self, copied: None) -> None:
-        """Nothing to wait for."""
+        """Do nothing: copies are immediate."""
 
     def finish(self) -> None:
-        """Nothing is on its way."""
+        """Do nothing: copies are immediate."""
 
 
-class OnGPU:
-    """Through two pinned buffers in turns, on a stream of its own. `largest`: bytes of the largest
-    list of tensors that is written at once.
+class GPUTransfer:
+    """Copies through two alternating pinned buffers on a CUDA stream of their own.
+
+    Args:
+        device: the GPU.
+        largest: bytes of the largest list of tensors that one `write` copies.
     """
 
     ahead = True
@@ -133,37 +145,35 @@ class OnGPU:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self._buffers = [torch.empty(largest, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        self._read: list[Any] = [None, None]  # events: the buffer's numbers have gone to the device
+        self._sent: list[Any] = [None, None]  # events: the buffer was copied to the device
         self._turn = 0
 
     def mark(self) -> Any:
-        """An event on the computing stream."""
+        """Record an event on the compute stream."""
         return torch.cuda.current_stream(self.device).record_event()
 
     def write(self, pairs: list[tuple[Tensor, Tensor]], since: Any = None) -> Any:
-        """Converts into a pinned buffer on the CPU, from where the device fetches the numbers by
-        itself.
-        """
-        mine, self._turn = self._turn, 1 - self._turn
-        if self._read[mine] is not None:
-            self._read[mine].synchronize()  # what was in the buffer before is on its way still
-        at, waiting = 0, []
-        for to, what in pairs:
-            pinned = place(self._buffers[mine], at, to.dtype, to.shape)
-            pinned.copy_(what)
-            waiting.append((to, pinned))
-            at += padded(to.nbytes)
+        """Convert into a pinned buffer and start an asynchronous copy to the device."""
+        index, self._turn = self._turn, 1 - self._turn
+        if self._sent[index] is not None:
+            self._sent[index].synchronize()  # the buffer's last copy may still be in flight
+        at, staged = 0, []
+        for target, source in pairs:
+            pinned = view_at(self._buffers[index], at, target.dtype, target.shape)
+            pinned.copy_(source)
+            staged.append((target, pinned))
+            at += aligned_size(target.nbytes)
         self.stream.wait_event(self.mark() if since is None else since)
         with torch.cuda.stream(self.stream):
-            for to, pinned in waiting:
-                to.copy_(pinned, non_blocking=True)
-            self._read[mine] = self.stream.record_event()
-        return self._read[mine]
+            for target, pinned in staged:
+                target.copy_(pinned, non_blocking=True)
+            self._sent[index] = self.stream.record_event()
+        return self._sent[index]
 
     def wait(self, copied: Any) -> None:
-        """The computing stream waits on the device; this thread goes on."""
+        """Make the compute stream wait on the device; this thread continues."""
         torch.cuda.current_stream(self.device).wait_event(copied)
 
     def finish(self) -> None:
-        """This thread waits for the copies."""
+        """Block this thread until the copies are done."""
         self.stream.synchronize()
