@@ -1,23 +1,22 @@
-"""Networks prepared for inference on the CPU: weights in the memory order that oneDNN's kernels
-read, and elementwise ends fused into products.
+"""Weight prepacking for inference on the CPU, with fused elementwise operations.
 
-oneDNN wants the weights of a convolution in blocks and reorders them at each call: at 16 x 16
-pixels and below this takes as long as the convolution. `packed` reorders them once. Matrices in
+oneDNN needs the weights of a convolution in blocks and reorders them at each call. At 16 x 16
+pixels and below this takes as long as the convolution. `prepack` reorders them once. Matrices in
 float32 stay as they are: they would gain nothing and would be copied.
 
     3x3 convolution   of many channels: Winograd's (kernels/winograd.py), with 16/9 of the memory.
                       In bfloat16 it rounds three times as much as the direct sum, and is used for
                       the lowest levels only, where it saves the most time.
     1x1 convolution   in float32: a linear map of each pixel.
-    doubling          four convolutions of the small map (kernels/upsample_conv.py).
-    linear map        the sum with a residual, GELU, and the product of a GEGLU are computed on the
-                      numbers that the product has just made.
+    upsampling        four convolutions of the small map (kernels/upsample_conv.py).
+    linear map        the sum with a residual, GELU, and the product of a GEGLU are fused into the
+                      matrix product.
 
 Feature maps have their channels last in memory. In float32 the rows of a batch do not depend on the
-batch (nn/batch_invariant.py). oneDNN's channels-last convolutions do not promise that: each shape
-is verified at its first use, and computed image by image where it fails.
+batch (kernels/batch_invariant.py). oneDNN's channels-last convolutions do not guarantee that: each
+shape is verified at its first use, and computed image by image where it fails.
 
-A prepared network has no gradients and takes no new weights; `state_dict` returns the plain
+A prepacked network has no gradients, and its weights are fixed; `state_dict` returns the plain
 weights, bit for bit.
 """
 
@@ -36,68 +35,62 @@ from sfumato.kernels.upsample_conv import phase_kernels, upsample_convolve
 from sfumato.nn.attention import GEGLU, GELU
 from sfumato.nn.blocks import Upsample
 
-# channels from which on 3x3 convolutions are done as in kernels/winograd.py
+# Channels from which 3x3 convolutions use kernels/winograd.py.
 _MANY = {torch.float32: 256, torch.bfloat16: 640}
-_ROWS = 1024  # that matrices are packed for
+_ROWS = 1024  # number of rows that matrices are packed for
 
 
 def can_prepack(network: nn.Module) -> bool:
-    """Whether torch and this processor have such kernels for the network: on the CPU, in float32,
-    or in bfloat16 where it knows that.
+    """Return True where torch and this processor can prepack a network.
+
+    It must be on the CPU, in float32, or in bfloat16 where the processor supports that.
     """
-    ours = batch_invariant.onednn()
-    if ours is None or not all(
-        p.device.type == "cpu" and p.dtype == next(network.parameters()).dtype
-        for p in network.parameters()
-    ):
-        return False
+    onednn = batch_invariant.onednn()
     dtype = next(network.parameters()).dtype
-    return (dtype == torch.float32 and batch_invariant.FIXED_ORDER) or (
-        dtype == torch.bfloat16 and ours._is_mkldnn_bf16_supported()
-    )
+    if onednn is None or any(not p.is_cpu or p.dtype != dtype for p in network.parameters()):
+        return False
+    if dtype == torch.float32:
+        return batch_invariant.FIXED_ORDER
+    return dtype == torch.bfloat16 and onednn._is_mkldnn_bf16_supported()
 
 
 def prepack(network: nn.Module) -> nn.Module:
-    """The same network with packed convolutions; the one given is left as it is. `packable` says
-    for which.
+    """Return a prepacked clone of a network that `can_prepack` accepts.
 
-    Weights that are not packed, and those that `state_dict` gives again and that are not read
-    otherwise, are copies, except where they want no gradient, such as those of a file: matrices and
-    kernels are shared then, and may lie in the file. Whoever changes such weights in place prepares
-    the network again.
+    Matrices and kernels without gradient, such as those mapped from a file, are shared with the
+    network. Change them in place, and the clone must be made again. Other weights are copies.
     """
-    assert can_prepack(network), "see packable"
+    assert can_prepack(network), "see can_prepack"
     kept = {p.data_ptr() for p in network.parameters() if p.ndim > 1 and not p.requires_grad}
-    found = _with_packed(clone_sharing_weights(network))
-    for tensor in (*found.parameters(), *found.buffers()):
+    clone = _with_packed(clone_sharing_weights(network))
+    for tensor in (*clone.parameters(), *clone.buffers()):
         if not tensor.is_mkldnn and tensor.data_ptr() not in kept:
             tensor.data = tensor.detach().clone()
-    return found
+    return clone
 
 
 def compile_network(network: nn.Module) -> nn.Module:
-    """The same network by torch.compile, sharing its memory; on the CPU with weights as constants,
-    which the compiler packs as above.
+    """Return a clone of a network for torch.compile that shares its weights.
 
-    Copies of it, such as those that guidance weakens, are not compiled: torch leaves a module's
-    compiled call out of them.
+    On the CPU the weights are constants, which the compiler packs. Copies of the clone, such as
+    those of guidance models, are not compiled: torch omits a module's compiled call in copies.
     """
-    found = clone_sharing_weights(network).requires_grad_(False)
-    found.compile()
-    quick, constant = found._compiled_call_impl, next(network.parameters()).device.type == "cpu"
-    assert quick is not None
+    clone = clone_sharing_weights(network).requires_grad_(False)
+    clone.compile()
+    compiled_call, constant = clone._compiled_call_impl, next(network.parameters()).is_cpu
+    assert compiled_call is not None
 
-    def call(*given: Any) -> Tensor:
-        # The setting is read while the network is traced, not among torch.compile's own options.
+    def call(*inputs: Any) -> Tensor:
+        # torch reads the setting while it traces; it is not an option of torch.compile.
         with torch._inductor.config.patch(freezing=constant):  # pyright: ignore[reportAttributeAccessIssue]
-            return quick(*given)
+            return compiled_call(*inputs)
 
-    found._compiled_call_impl = call
-    return found
+    clone._compiled_call_impl = call
+    return clone
 
 
 def clone_sharing_weights(network: nn.Module) -> nn.Module:
-    """The same network for inference, another object that holds the same memory."""
+    """Return a clone of a network for inference that shares its weights."""
     memory: dict[int, Any] = {
         id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()
     }
@@ -107,23 +100,23 @@ def clone_sharing_weights(network: nn.Module) -> nn.Module:
 
 def _with_packed(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
-        kind = next((kind for known, kind in _KINDS.items() if isinstance(child, known)), None)
-        if kind is None:
+        make = next((make for kind, make in _LAYERS.items() if isinstance(child, kind)), None)
+        if make is None:
             _with_packed(child)
         else:
-            setattr(module, name, kind(child))
+            setattr(module, name, make(child))
     return module
 
 
 class _Packed(nn.Module):
-    """A packed layer of a dtype. Its state is the plain layer's."""
+    """A packed layer of a dtype, with the plain layer's state dict."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
 
     def plain(self) -> dict[str, Tensor]:
-        """The plain layer's state."""
+        """Return the plain layer's state dict."""
         return {
             name: p.to_dense(self.dtype) if p.is_mkldnn else p.detach()
             for name, p in self.named_parameters(recurse=False)
@@ -138,40 +131,41 @@ class _Packed(nn.Module):
 
     def _load_from_state_dict(self, *_: Any) -> None:
         raise UserError(
-            "a network prepared for inference takes no weights: give them to the one that it was made from"
+            "a prepacked network cannot load weights: load them into the network it was made from"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Packed":
         probe = fn(torch.empty(0, dtype=self.dtype))
         if probe.dtype != self.dtype or probe.device.type != "cpu":
             raise UserError(
-                "a network prepared for inference stays on the CPU, in its dtype: move the one that it was made from"
+                "a prepacked network stays on the CPU in its dtype: "
+                "move the network it was made from"
             )
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Packed":
-        return self  # nothing in it changes
+        return self  # immutable
 
 
 def _check(x: Tensor, dtype: torch.dtype) -> None:
     if x.dtype != dtype or not x.is_cpu or (torch.is_grad_enabled() and x.requires_grad):
-        wrong = "needs a gradient" if x.requires_grad else f"is {x.dtype} on {x.device}"
+        wrong = "an input with gradient" if x.requires_grad else f"{x.dtype} on {x.device}"
         raise UserError(
-            f"a network prepared for inference in {dtype} on the CPU was given what {wrong}: use the one that it was made from"
+            f"a network prepacked in {dtype} on the CPU was called with {wrong}: "
+            "use the network it was made from"
         )
 
 
 Convolve = Callable[[Tensor, Tensor | None], Tensor]
-"""(x, plus) -> the convolution of x, and plus added; all with channels last."""
+"""(x, plus) -> the convolution of x, plus `plus`; all with channels last."""
 
 
 class _OneCall:
-    """A convolution of a batch in one call of oneDNN, where that gives each image the bits that it
-    has alone; else image by image.
+    """Convolution of a batch in one call where that is batch-invariant, else image by image.
 
-    oneDNN cuts the sum of a channels-last convolution into parts by the size of the batch, the
-    number of threads and the processor's caches. For each of these, random numbers are convolved
-    once together and alone. float32 only: others promise nothing.
+    oneDNN splits the sum of a channels-last convolution by the size of the batch, the number of
+    threads and the processor's caches. For each shape and number of threads, random numbers are
+    convolved once as a batch and image by image, and compared. Only float32 is batch-invariant.
     """
 
     def __init__(self) -> None:
@@ -186,23 +180,19 @@ class _OneCall:
         return convolve(x, plus) if self.verified[key] else _last(_each(convolve, x, plus))
 
     def _verify(self, convolve: Convolve, x: Tensor, plus: Tensor | None) -> bool:
-        generator = torch.Generator().manual_seed(0)
-        x, plus = (
-            torch.empty_like(x).normal_(generator=generator),
-            None if plus is None else torch.ones_like(plus),
-        )
+        x = torch.empty_like(x).normal_(generator=torch.Generator().manual_seed(0))
+        plus = None if plus is None else torch.ones_like(plus)
         return torch.equal(convolve(x, plus), _each(convolve, x, plus))
 
 
 def _each(convolve: Convolve, x: Tensor, plus: Tensor | None) -> Tensor:
-    """Image by image."""
-    return torch.cat(
-        [convolve(x[i : i + 1], None if plus is None else plus[i : i + 1]) for i in range(len(x))]
-    )
+    """Convolve image by image."""
+    added = [None] * len(x) if plus is None else plus.split(1)
+    return torch.cat([convolve(image, p) for image, p in zip(x.split(1), added, strict=True)])
 
 
 class Convolution(_Packed):
-    """`nn.Conv2d` padded with zeros."""
+    """`nn.Conv2d` with zero padding."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__(conv.weight.dtype)
@@ -243,18 +233,15 @@ class Pointwise(_Packed):
         self, x: Float[Tensor, "B C H W"], *, plus: Float[Tensor, "B D H W"] | None = None
     ) -> Float[Tensor, "B D H W"]:
         _check(x, self.dtype)
-        rows, plus = (
-            _last(x).permute(0, 2, 3, 1),
-            None if plus is None else _last(plus).permute(0, 2, 3, 1),
-        )
-        end = "none" if plus is None else "add"
-        return batch_invariant.onednn_linear(
-            rows, self.weight.flatten(1), self.bias, end, plus
-        ).permute(0, 3, 1, 2)
+        rows = _last(x).permute(0, 2, 3, 1)
+        plus = None if plus is None else _last(plus).permute(0, 2, 3, 1)
+        end, weight = "none" if plus is None else "add", self.weight.flatten(1)
+        y = batch_invariant.onednn_linear(rows, weight, self.bias, end, plus)
+        return y.permute(0, 3, 1, 2)
 
 
 class Winograd(_Packed):
-    """A 3x3 convolution with as many pixels as its input, by fewer products."""
+    """A 3x3 convolution of stride 1 with padding 1 (kernels/winograd.py)."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__(conv.weight.dtype)
@@ -282,13 +269,8 @@ def _convolution(conv: nn.Conv2d) -> _Packed:
         conv.weight, conv.stride, cast("tuple[int, int]", conv.padding), conv.groups
     ):
         return Pointwise(conv)
-    plain = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) == (
-        (3, 3),
-        (1, 1),
-        (1, 1),
-        (1, 1),
-        1,
-    )
+    settings = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+    plain = settings == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
     many = min(conv.in_channels, conv.out_channels) >= _MANY[conv.weight.dtype]
     return Winograd(conv) if plain and many else Convolution(conv)
 
@@ -298,23 +280,20 @@ class _Linear(_Packed):
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear.weight.dtype)
-        self.weight = (
-            _frozen(_matrix(linear.weight)) if self.dtype == torch.bfloat16 else linear.weight
-        )
+        packed = self.dtype == torch.bfloat16
+        self.weight = _frozen(_matrix(linear.weight)) if packed else linear.weight
         self.bias = linear.bias
 
     def forward(
         self, x: Float[Tensor, "*B D"], *, plus: Float[Tensor, "*B E"] | None = None
     ) -> Float[Tensor, "*B E"]:
         _check(x, self.dtype)
-        end = "none" if plus is None else "add"
-        return batch_invariant.onednn_linear(
-            x.contiguous(), self.weight, self.bias, end, plus if plus is None else plus.contiguous()
-        )
+        end, plus = ("none", None) if plus is None else ("add", plus.contiguous())
+        return batch_invariant.onednn_linear(x.contiguous(), self.weight, self.bias, end, plus)
 
 
 class _Gated(_Packed):
-    """`GEGLU`: the gate's product ends in GELU, the value's in the product with it."""
+    """`GEGLU`: GELU is fused into the gate's product, and the gate into the value's."""
 
     def __init__(self, gated: GEGLU):
         super().__init__(gated.proj.weight.dtype)
@@ -326,24 +305,21 @@ class _Gated(_Packed):
 
     def plain(self) -> dict[str, Tensor]:
         state = super().plain()
-        weight = (
-            state["weight"] if "weight" in state else torch.cat([state["value"], state["gate"]])
-        )
+        packed = "weight" not in state
+        weight = torch.cat([state["value"], state["gate"]]) if packed else state["weight"]
         return {"proj.weight": weight, "proj.bias": state["bias"]}
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
         _check(x, self.dtype)
-        value, gate = (
-            (self.value, self.gate) if self.dtype == torch.bfloat16 else self.weight.chunk(2)
-        )
-        x, (first, second) = x.contiguous(), self.bias.chunk(2)
-        return batch_invariant.onednn_linear(
-            x, value, first, "mul", batch_invariant.onednn_linear(x, gate, second, "gelu")
-        )
+        packed = self.dtype == torch.bfloat16
+        value, gate = (self.value, self.gate) if packed else self.weight.chunk(2)
+        x, (value_bias, gate_bias) = x.contiguous(), self.bias.chunk(2)
+        gated = batch_invariant.onednn_linear(x, gate, gate_bias, "gelu")
+        return batch_invariant.onednn_linear(x, value, value_bias, "mul", gated)
 
 
-class _Curved(_Packed):
-    """`GELU`: the product ends in the function."""
+class _GELU(_Packed):
+    """`GELU`: the activation is fused into the product."""
 
     def __init__(self, layer: GELU):
         super().__init__(layer.proj.weight.dtype)
@@ -358,25 +334,20 @@ class _Curved(_Packed):
         return batch_invariant.onednn_linear(x.contiguous(), self.weight, self.bias, "gelu tanh")
 
 
-class _Doubling(_Packed):
-    """`Upsample`: four convolutions of the map itself, where it is doubled exactly."""
+class _Upsample(_Packed):
+    """`Upsample`: four convolutions of the map itself, for output of exactly twice the size."""
 
     def __init__(self, up: Upsample):
         super().__init__(up.conv.weight.dtype)
         conv = up.conv
-        self.conv = Convolution(conv)  # for maps with an odd side; and the state's weights
+        self.conv = Convolution(conv)  # for maps with an odd side, and for the state dict
         self.width = conv.out_channels
         self.one_calls = [[_OneCall() for _ in range(2)] for _ in range(2)]
         size = [1, conv.in_channels, 64, 64]
-        self.four = [
-            [
-                batch_invariant.onednn()._reorder_convolution_weight(
-                    w.contiguous(), [0, 0], [1, 1], [1, 1], 1, size
-                )
-                for w in row
-            ]
-            for row in phase_kernels(conv.weight)
-        ]
+        settings = [0, 0], [1, 1], [1, 1], 1, size
+        reorder = batch_invariant.onednn()._reorder_convolution_weight
+        kernels = phase_kernels(conv.weight)
+        self.four = [[reorder(w.contiguous(), *settings) for w in row] for row in kernels]
 
     def forward(
         self, x: Float[Tensor, "B C h w"], size: torch.Size | None = None
@@ -407,14 +378,14 @@ def _frozen(weight: Tensor) -> nn.Parameter:
 
 
 def _last(x: Tensor) -> Tensor:
-    """Channels last in memory."""
+    """Return x with channels last in memory."""
     return x.detach().contiguous(memory_format=torch.channels_last)
 
 
-_KINDS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
-    Upsample: _Doubling,
+_LAYERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    Upsample: _Upsample,
     GEGLU: _Gated,
-    GELU: _Curved,
+    GELU: _GELU,
     nn.Conv2d: _convolution,
     nn.Linear: _Linear,
 }

@@ -1,17 +1,16 @@
-"""Layers over feature maps that come as horizontal strips: what is made is the whole map's, and
-never more than a few rows are held.
+"""Row streaming: layers over feature maps in horizontal strips, with few rows in memory.
 
-A map (B, C, H, W) is an iterator of strips (B, C, r, W), top to bottom, of any heights r; a layer
-is a function from such an iterator to another. Nothing is worked out before it is asked for, and
-nothing twice: a convolution remembers the last rows that it saw, so that there are no halos to
-recompute and no seams.
+The result is that of the whole map. A map (B, C, H, W) is an iterator of strips (B, C, r, W), top
+to bottom, of any heights r; a layer is a function from such an iterator to another. Evaluation is
+lazy, and nothing is computed twice: a convolution keeps the last rows of its input, so there are no
+halos to recompute and no seams.
 
-A group norm (Wu & He 2018, arXiv:1803.08494, eq. 1-3) needs two passes: `Moments` gathers the mean
-and variance of the whole map, strip by strip, in float64 (the pairwise update of Chan, Golub &
-LeVeque 1983, eq. 2.1), and then the norm is a scale and a shift a channel.
+A group norm (Wu & He 2018, arXiv:1803.08494, eq. 1-3) needs two passes. `Moments` accumulates the
+mean and variance of the whole map, strip by strip, in float64 (the pairwise update of Chan, Golub &
+LeVeque 1983, eq. 2.1). Then the norm is a scale and a shift per channel.
 
-Iterators are chained with `map`, which forgets a strip when it hands it on; a generator's variables
-would keep it alive.
+Iterators are chained with `map`, which releases a strip when it passes it on. A generator's
+variables would keep it alive.
 """
 
 from collections import deque
@@ -35,15 +34,14 @@ Layer = Callable[[Strips], Strips]
 
 _SLAB = 2**25
 _SCORES = 2**26
-"""Queries times keys in one call of attention: 256 MB, on devices whose kernels write the scores
-down."""
+"""Queries times keys in one call of attention: 256 MB where kernels keep the scores."""
 
 
 # ---- strips --------------------------------------------------------------------------------------
 
 
 def take(waiting: deque[Tensor], rows: int) -> Tensor:
-    """The first `rows` rows of the strips that wait, which lose them."""
+    """Remove the first `rows` rows of the waiting strips and return them."""
     parts: list[Tensor] = []
     while rows:
         strip = waiting.popleft()
@@ -56,26 +54,24 @@ def take(waiting: deque[Tensor], rows: int) -> Tensor:
 
 
 class Store:
-    """A map that is kept: strips are copied into slabs, which are let go one by one as they are
-    read.
+    """Storage of a map: strips are copied into slabs, which are released as they are read.
 
-    Not the strips themselves: a heap in which strips that stay lie between scratch memory that goes
-    is mostly holes. The C library gives a slab, of more than 32 MB, back to the system at once (its
-    M_MMAP_THRESHOLD is never larger).
+    The strips themselves are not kept: strips between temporary allocations would fragment the
+    heap. The C library returns a slab of more than 32 MB to the system at once (M_MMAP_THRESHOLD
+    is never larger).
     """
 
     def __init__(self, height: int):
-        self.missing = height  # rows for which there is no slab yet
-        self.room = 0  # rows of the last slab that are empty
+        self.missing = height  # rows without a slab
+        self.room = 0  # empty rows of the last slab
         self.slabs: deque[Tensor] = deque()
 
     def add(self, strip: Float[Tensor, "B C r W"]) -> None:
-        """Copies a strip to the end."""
+        """Append a copy of a strip."""
         while strip.shape[2]:
             if not self.room:
-                self.room = min(
-                    self.missing, _SLAB // (strip[:, :, :1].numel() * strip.element_size()) + 1
-                )
+                row_bytes = strip[:, :, :1].numel() * strip.element_size()
+                self.room = min(self.missing, _SLAB // row_bytes + 1)
                 self.missing -= self.room
                 self.slabs.append(strip.new_empty(*strip.shape[:2], self.room, strip.shape[3]))
             part, strip = strip[:, :, : self.room], strip[:, :, self.room :]
@@ -84,62 +80,64 @@ class Store:
             self.room -= part.shape[2]
 
     def read(self, rows: int, release: bool) -> Strips:
-        """The map in strips of at most `rows`."""
-        return chain.from_iterable(
-            map(
-                lambda slab: slab.split(rows, 2), drain(self.slabs) if release else iter(self.slabs)
-            )
-        )
+        """Return the map in strips of at most `rows` rows."""
+        slabs = drain(self.slabs) if release else iter(self.slabs)
+        return chain.from_iterable(map(lambda slab: slab.split(rows, 2), slabs))
 
 
 def drain(waiting: deque[Tensor]) -> Strips:
-    """Strips that are let go as they are read."""
+    """Yield strips and release them as they are read."""
     while waiting:
         yield waiting.popleft()
 
 
 def split(strips: Strips, rows: int) -> Strips:
-    """The same rows in strips of at most `rows`."""
+    """Split into strips of at most `rows` rows."""
     return chain.from_iterable(map(lambda strip: strip.split(rows, 2), strips))
 
 
 def finish(strips: Iterable[object]) -> None:
-    """Runs to the end and keeps nothing."""
+    """Exhaust an iterator without keeping its items."""
     deque(strips, maxlen=0)
 
 
 def windows(
     run: Callable[[Tensor], Tensor], strips: Strips, kernel: int, stride: int, top: int, bottom: int
 ) -> Strips:
-    """What a layer that looks at `kernel` rows in steps of `stride` makes of a map with `top` and
-    `bottom` rows of zeros around it.
+    """Apply a layer with a window of `kernel` rows and a stride.
 
-    run: (n - 1) * stride + kernel rows -> the output's rows for these n positions.
+    Args:
+        run: (n - 1) * stride + kernel input rows -> the output's rows at these n positions.
+        strips: the map.
+        kernel: rows of the window.
+        stride: rows between windows.
+        top: rows of zeros above the map.
+        bottom: rows of zeros below it.
     """
     steps: Iterable[Tensor | None] = chain(strips, [None])
     return filter(_has_rows, map(_Window(run, kernel, stride, top, bottom).step, steps))
 
 
 class _Window:
-    """The last rows of a map, which the next ones need."""
+    """Buffer of the last rows of a map, which the next window needs."""
 
     def __init__(
         self, run: Callable[[Tensor], Tensor], kernel: int, stride: int, top: int, bottom: int
     ):
         self.run, self.kernel, self.stride, self.top, self.bottom = run, kernel, stride, top, bottom
-        self.held: Tensor | None = None
+        self.last_rows: Tensor | None = None
 
     def step(self, strip: Tensor | None) -> Tensor:
-        """What can be made of these rows and those before them; None: no more come."""
-        held = self.held
+        """Return the output rows that the next strip completes; None ends the map."""
+        last = self.last_rows
         if strip is None:
-            assert held is not None, "a map has at least one strip"
-            strip = held.new_zeros(*held.shape[:2], self.bottom, held.shape[3])
-        if held is None:
-            held = strip.new_zeros(*strip.shape[:2], self.top, strip.shape[3])
-        rows = torch.cat([held, strip], 2) if held.shape[2] else strip
+            assert last is not None, "a map has at least one strip"
+            strip = last.new_zeros(*last.shape[:2], self.bottom, last.shape[3])
+        if last is None:
+            last = strip.new_zeros(*strip.shape[:2], self.top, strip.shape[3])
+        rows = torch.cat([last, strip], 2) if last.shape[2] else strip
         n = max(0, (rows.shape[2] - self.kernel) // self.stride + 1)
-        self.held = rows[:, :, n * self.stride :].clone()  # not a view, which would keep all rows
+        self.last_rows = rows[:, :, n * self.stride :].clone()  # a view would keep all rows
         return self.run(rows[:, :, : (n - 1) * self.stride + self.kernel]) if n else rows[:, :, :0]
 
 
@@ -151,12 +149,12 @@ def _has_rows(strip: Tensor) -> bool:
 
 
 def pointwise(run: Callable[[Tensor], Tensor]) -> Layer:
-    """A function of each number, or of each row, by itself."""
+    """Layer of a function that acts on each element or each row alone."""
     return lambda strips: map(run, strips)
 
 
 def convolution(conv: nn.Conv2d) -> Layer:
-    """A convolution padded with zeros, the same at all sides."""
+    """Layer of a convolution with the same zero padding on all sides."""
     (kernel, _), (stride, _), (above, aside) = conv.kernel_size, conv.stride, _numbers(conv)
     return lambda strips: windows(
         lambda rows: _convolve(conv, rows, aside), strips, kernel, stride, above, above
@@ -164,7 +162,7 @@ def convolution(conv: nn.Conv2d) -> Layer:
 
 
 def halving(down: Downsample) -> Layer:
-    """`Downsample`: padding 0 means one row and column of zeros below and to the right only."""
+    """Layer of `Downsample`: padding 0 pads one row and column at the bottom and right only."""
     if not down.asymmetric:
         return convolution(down.conv)
     return lambda strips: windows(
@@ -173,10 +171,10 @@ def halving(down: Downsample) -> Layer:
 
 
 def doubling(up: Upsample) -> Layer:
-    """`Upsample` to twice the size.
+    """Layer of `Upsample` to twice the size.
 
-    As four convolutions of the map itself (kernels/upsample_conv.py). In half precision their sums
-    of weights would be rounded coarsely; there the map is doubled and convolved as it is written.
+    It runs as four convolutions of the map (kernels/upsample_conv.py). In half precision their
+    summed weights would be rounded coarsely, so the map is upsampled and convolved.
     """
     conv = up.conv
     if conv.weight.dtype not in (torch.float32, torch.float64):
@@ -197,9 +195,7 @@ def _double(four: list[list[Tensor]], bias: Tensor | None, rows: Tensor) -> Tens
 
 
 def positions(conv: nn.Conv2d, axis: int, length: int) -> int:
-    """How many numbers a convolution makes of `length`, along the height (axis 0) or the width
-    (1).
-    """
+    """Return the output size of a convolution along the height (axis 0) or the width (1)."""
     return (length + 2 * _numbers(conv)[axis] - conv.kernel_size[axis]) // conv.stride[axis] + 1
 
 
@@ -209,9 +205,7 @@ def _numbers(conv: nn.Conv2d) -> tuple[int, int]:
 
 
 def _convolve(conv: nn.Conv2d, rows: Tensor, aside: int) -> Tensor:
-    """All positions at which the kernel lies within the rows; `aside` columns of zeros left and
-    right.
-    """
+    """Convolve without vertical padding, with `aside` columns of zeros left and right."""
     return _plain_convolve(rows, conv.weight, conv.bias, conv.stride, (0, aside), conv.groups)
 
 
@@ -223,8 +217,9 @@ def _plain_convolve(
     padding: tuple[int, ...] = (0, 0),
     groups: int = 1,
 ) -> Tensor:
-    """As `batch_invariant.Conv2d`: torch's own call may unfold the input, which takes nine times
-    the memory.
+    """Convolve as `batch_invariant.Conv2d`.
+
+    torch's own call may unfold the input, which takes nine times the memory.
     """
     if batch_invariant.applies(rows, weight):
         return batch_invariant.convolve(rows, weight, bias, stride, padding, (1, 1), groups)
@@ -232,14 +227,15 @@ def _plain_convolve(
 
 
 def residual(branch: Layer, join: Callable[[Tensor, Tensor], Tensor]) -> Layer:
-    """join(branch(x), x), row by row: x waits until the branch, which sees some rows farther, has
-    caught up.
+    """Layer join(branch(x), x), row by row.
+
+    Rows of x wait for the branch, whose windows need later rows.
     """
     return lambda strips: _Beside(join).run(branch, strips)
 
 
 class _Beside:
-    """The rows of x that wait."""
+    """Queue of the rows of x that wait for the branch."""
 
     def __init__(self, join: Callable[[Tensor, Tensor], Tensor]):
         self.join, self.waiting = join, deque[Tensor]()
@@ -256,18 +252,16 @@ class _Beside:
 
 
 def series(layers: Iterable[Layer]) -> Layer:
-    """One after the other."""
+    """Layer of several layers in sequence."""
     layers = list(layers)
-    return lambda strips: reduce(lambda found, layer: layer(found), layers, strips)
+    return lambda strips: reduce(lambda x, layer: layer(x), layers, strips)
 
 
-# ---- what needs the whole map --------------------------------------------------------------------
+# ---- layers that need the whole map --------------------------------------------------------------
 
 
 class Moments:
-    """Mean and sum of squared differences of each image and channel, in float64, of all the strips
-    that were added.
-    """
+    """Mean and sum of squared deviations per image and channel, over strips, in float64."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -275,11 +269,11 @@ class Moments:
         self.squares: Tensor | None = None
 
     def add(self, strip: Float[Tensor, "B C r W"]) -> Float[Tensor, "B C r W"]:
-        """Counts a strip and returns it."""
+        """Add a strip and return it."""
         numbers = strip.float() if strip.dtype.itemsize < 4 else strip
         new = strip.shape[2] * strip.shape[3]
-        # Around a number near the mean nothing cancels. Sums over a row, which torch adds in pairs,
-        # are good to a few bits of their dtype; the many sums of rows are added in float64.
+        # Deviations from a value near the mean do not cancel. Sums over a row, which torch adds in
+        # pairs, are exact to a few bits of their dtype; the sums of rows are added in float64.
         near = numbers.mean((2, 3), keepdim=True)
         apart = numbers - near
         beside = apart.sum(3).double().sum(2) / new
@@ -290,19 +284,20 @@ class Moments:
         else:
             between = mean - self.mean
             self.mean = self.mean + between * (new / (self.count + new))
-            self.squares = (
-                self.squares + squares + between.square() * (self.count * new / (self.count + new))
-            )
+            weight = self.count * new / (self.count + new)
+            self.squares = self.squares + squares + between.square() * weight
         self.count += new
         return strip
 
     def watch(self, strips: Strips) -> Strips:
-        """The strips, counted as they pass."""
+        """Add strips as they pass."""
         return map(self.add, strips)
 
     def norm(self, norm: nn.GroupNorm, silu: bool) -> Layer:
-        """The group norm of a map with these moments, with SiLU after it or not. `NumericalError`
-        if a moment is not finite.
+        """Layer of a group norm of a map with these moments, followed by SiLU or not.
+
+        Raises:
+            NumericalError: a moment is not finite.
         """
         assert self.mean is not None and self.squares is not None, "a map has at least one strip"
         means = self.mean.unflatten(1, (norm.num_groups, -1))  # (B, groups, C / groups)
@@ -312,8 +307,9 @@ class Moments:
         scale = (within + between + norm.eps).rsqrt().expand_as(means).flatten(1)
         if not scale.isfinite().all() or not self.mean.isfinite().all():
             raise NumericalError(
-                f"the mean or variance of a group norm is NaN or infinite ({str(norm.weight.dtype).removeprefix('torch.')}): "
-                "nothing was written; look for NaN or infinity in what was given and in the weights"
+                "the mean or variance of a group norm is NaN or infinite "
+                f"({str(norm.weight.dtype).removeprefix('torch.')}): nothing was written; "
+                "look for NaN or infinity in the input and in the weights"
             )
         scale = scale * norm.weight.double()
         shift = norm.bias.double() - mean.expand_as(means).flatten(1) * scale
@@ -324,15 +320,21 @@ class Moments:
 
 
 def _affine(scale: Tensor, shift: Tensor, silu: bool, strip: Tensor) -> Tensor:
-    """scale * strip + shift, in float32 at least, rounded once; then SiLU or not."""
+    """scale * strip + shift, in float32 at least, rounded once; then SiLU where `silu`."""
     at = torch.float32 if strip.dtype.itemsize < 4 else strip.dtype
     y = torch.addcmul(shift.to(at), strip.to(at), scale.to(at)).to(strip.dtype)
     return F.silu(y, inplace=True) if silu else y
 
 
 def attention(module: SpatialAttention, moments: Moments, strips: Strips) -> Layer:
-    """`SpatialAttention` over a map of these moments; keys and values are made from its strips now,
-    queries as the layer runs.
+    """Layer of `SpatialAttention` over a map.
+
+    Keys and values are computed now, queries as the layer runs.
+
+    Args:
+        module: the attention.
+        moments: moments of the map.
+        strips: the map.
     """
     normed = moments.norm(module.group_norm, silu=False)
     keys, values = [], []
@@ -344,7 +346,7 @@ def attention(module: SpatialAttention, moments: Moments, strips: Strips) -> Lay
 
 
 def _attend(module: SpatialAttention, k: Tensor, v: Tensor, strip: Tensor) -> Tensor:
-    """What the positions of a strip take from all; some queries at a time."""
+    """Attend from the positions of a strip, in chunks of queries."""
     chunk = max(16, _SCORES // (k.shape[1] * module.heads))
     queries = module.to_q(_tokens(strip)).split(chunk, 1)
     y = torch.cat([batch_invariant.attention(q, k, v, module.heads) for q in queries], 1)
@@ -352,5 +354,5 @@ def _attend(module: SpatialAttention, k: Tensor, v: Tensor, strip: Tensor) -> Te
 
 
 def _tokens(strip: Tensor) -> Tensor:
-    """(B, C, r, W) -> (B, r * W, C)"""
+    """(B, C, r, W) -> (B, r * W, C)."""
     return strip.flatten(2).transpose(1, 2)
