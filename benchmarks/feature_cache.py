@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sfumato.asking import answered
+from sfumato.batching import drive
 from sfumato.decode.whole import whole
 from sfumato.diffuse.sample import SeededNoise, conduct
 from sfumato.evaluate.reconstruction import psnr
@@ -67,7 +67,7 @@ def run(model: LatentDiffusion, settings: Settings, n: int, **cache: Any) -> Ten
         (model.autoencoder.space.channels, side, side), [settings.seed + k for k in range(n)]
     )
     sampler = find("diffuse.samplers", model.defaults.sampler)
-    z = answered(conduct(sampler(draw(), times, schedule, draw), ask, settings.steps), answer)
+    z = drive(conduct(sampler(draw(), times, schedule, draw), ask, settings.steps), answer)
     assert z is not None
     return z
 

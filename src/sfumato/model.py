@@ -18,7 +18,7 @@ from jaxtyping import Float
 from PIL import Image as PIL
 from torch import Tensor
 
-from sfumato.asking import answered, together
+from sfumato.batching import drive, gather
 from sfumato.checkpoints.names.scheduler import to_scheduler_config
 from sfumato.compress.base import Autoencoder
 from sfumato.decode.exact import exact
@@ -53,7 +53,7 @@ from sfumato.sampling import (
     times_of,
 )
 from sfumato.saving import save_model
-from sfumato.types import Conditioning, Picture, Prediction
+from sfumato.types import Conditioning, ImageSpec, Prediction
 
 LOG = logging.getLogger("sfumato")
 
@@ -175,7 +175,7 @@ class LatentDiffusion:
             raise UserError(f"t={t}: expected a time in (0, 1]")
         check_latent(self.autoencoder.space, x)
         factor = self.autoencoder.space.factor
-        picture = Picture(x.shape[2] * factor, x.shape[3] * factor)
+        picture = ImageSpec(x.shape[2] * factor, x.shape[3] * factor)
         given = (
             conditioning
             if isinstance(conditioning, Conditioning)
@@ -225,7 +225,7 @@ class LatentDiffusion:
         canvas: tuple[int, int] | None = None,
         cache: int | Sequence[int] | None = None,
         weaker: Any = None,
-        picture: Picture | None = None,
+        picture: ImageSpec | None = None,
         output: Literal["pil", "tensor", "latent"] = "pil",
         on_step: Callable[[Step], bool | None] | None = None,
         batch: int | None = None,
@@ -346,7 +346,7 @@ class LatentDiffusion:
         check_latent(self.autoencoder.space, z)
         n, schedule = len(z), self.denoiser.process.schedule
         factor = self.autoencoder.space.factor
-        picture = Picture(z.shape[2] * factor, z.shape[3] * factor)
+        picture = ImageSpec(z.shape[2] * factor, z.shape[3] * factor)
         request = Request(
             n=n,
             steps=steps,
@@ -372,7 +372,7 @@ class LatentDiffusion:
         assert x is not None
         return x.clone() / math.hypot(*schedule.point(times[0]))
 
-    def _read(self, words: Sequence[str | None], picture: Picture) -> Conditioning:
+    def _read(self, words: Sequence[str | None], picture: ImageSpec) -> Conditioning:
         """What the network is told by words alone; one that learned guidance is told the model's
         own strength of it.
         """
@@ -396,7 +396,7 @@ class LatentDiffusion:
             for k, r in enumerate(requests)
         ]
         try:
-            return answered(together(runs), partial(answer, rows=batch))
+            return drive(gather(runs), partial(answer, rows=batch))
         except NumericalError as error:
             dtype = next(self.denoiser.network.parameters()).dtype
             if dtype == torch.float32:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.batching import DenoiseCalls, DenoiseFn
 from sfumato.diffuse.blend import BlendedNoise
 from sfumato.diffuse.sample import SeededNoise, Step, all_finite, conduct
 from sfumato.diffuse.samplers import calls
@@ -33,12 +34,12 @@ from sfumato.sampling import (
     seeds_of,
     times_of,
 )
-from sfumato.types import Ask, Asking, Conditioning, Noise, Picture
+from sfumato.types import Conditioning, ImageSpec, Noise
 
 
 def questions(
     model: Any, request: Request, on_step: Callable[[Step], bool | None] | None = None
-) -> Asking[Tensor | None]:
+) -> DenoiseCalls[Tensor | None]:
     """A request's run: a string of questions that ends with the latents (None: cancelled). What is
     wrong shows at the first question.
     """
@@ -122,7 +123,7 @@ def _start(model: Any, request: Request, point: tuple[float, float], noise: Tens
     return math.hypot(alpha, sigma) * noise
 
 
-def _asked(model: Any, request: Request, chosen: dict[str, Any]) -> Ask:
+def _asked(model: Any, request: Request, chosen: dict[str, Any]) -> DenoiseFn:
     """The denoiser under the request's conditions, with guidance and the wrappers asked for."""
     guidance: Guidance = chosen["guidance"]
     _check_guidance(request, guidance, chosen.get("learned_guidance"))
@@ -145,7 +146,7 @@ def _conditions(
     model: Any, request: Request, chosen: dict[str, Any], guidance: Guidance
 ) -> tuple[Conditioning, list[Conditioning]]:
     """The condition, and what there is to move away from, which is not read where nothing is."""
-    n, picture = chosen["n"], request.picture or Picture(chosen["height"], chosen["width"])
+    n, picture = chosen["n"], request.picture or ImageSpec(chosen["height"], chosen["width"])
     given = told(model, request, n, picture)
     words = request.negative_prompt, request.negative_prompt_2
     reference = (
@@ -197,7 +198,7 @@ def told_guidance(
     )
 
 
-def told(model: Any, request: Request, n: int, picture: Picture) -> Conditioning:
+def told(model: Any, request: Request, n: int, picture: ImageSpec) -> Conditioning:
     """What the network is told by the request's words: its prompt's, or what lies between two."""
     given = _read(model, "prompt", request.prompt, request.prompt_2, n, picture)
     if request.other_prompt is None:
@@ -215,7 +216,7 @@ def told(model: Any, request: Request, n: int, picture: Picture) -> Conditioning
 
 
 def _read(
-    model: Any, name: str, prompt: Prompt, second: Prompt, n: int, picture: Picture
+    model: Any, name: str, prompt: Prompt, second: Prompt, n: int, picture: ImageSpec
 ) -> Conditioning:
     """Words for each image, read by the conditioner; `second` by its second text encoder."""
     if second is None:

@@ -19,7 +19,7 @@ from sfumato.diffuse.timesteps import SPACINGS, check_times, timesteps
 from sfumato.errors import UserError, unknown
 from sfumato.predict.guidance.settings import Guidance
 from sfumato.registry import choice, find, names
-from sfumato.types import Picture
+from sfumato.types import ImageSpec
 
 Prompt = str | None | Sequence[str | None]
 DECODINGS = ("whole", "exact", "tiled")
@@ -131,7 +131,7 @@ class Request:
     canvas: tuple[int, int] | None = None
     cache: int | Sequence[int] | None = None
     weaker: Any = None
-    picture: Picture | None = None
+    picture: ImageSpec | None = None
     begin: Tensor | None = None
     resume: Tensor | None = None
     concat: Tensor | tuple[Tensor, ...] | None = None

@@ -6,18 +6,16 @@ noise, `t` in [0, 1] with 0 clean and 1 noise, and x = alpha*z + sigma*eps.
 
 import copy
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from sfumato.errors import UserError
-
-T = TypeVar("T")
 
 Image = Float[Tensor, "B C H W"]
 """Pixels in [-1, 1]."""
@@ -176,7 +174,7 @@ def _checked(name: str, value: Any, count: int, least: float) -> None:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageSpec:
     """The picture that is asked for, as far as a conditioner may tell a network about it;
     conditioners without a use for it ignore it.
 
@@ -229,7 +227,7 @@ class Picture:
         return self.height, self.width
 
     @property
-    def negative(self) -> "Picture":
+    def negative(self) -> "ImageSpec":
         """The picture that the reference of guidance is told about."""
         return replace(
             self,
@@ -288,91 +286,11 @@ class Prediction:
         return self.x0.sum() + self.eps.sum()
 
 
-class LatePrediction(Prediction):
-    """A prediction of which only `at` and `size` are given: x0 and eps are worked out where
-    somebody looks.
-    """
-
-    @cached_property
-    def x0(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.at(1.0, 0.0)
-
-    @cached_property
-    def eps(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.at(0.0, 1.0)
-
-
-class LinearPrediction(LatePrediction):
-    """x0 = a*x + b*y and eps = c*x + d*y, of a latent x and a network's output y: worked out only
-    where somebody looks.
-
-    What samplers and guidance want is mostly one combination of x and y: made at once it is half of
-    the work, its coefficients are added in float64, and where x0 and eps are large and cancel (eps
-    at nearly pure noise) nothing is lost. solution: (a, b, c, d). x and y must not be changed in
-    place while the prediction is in use.
-    """
-
-    x: Tensor
-    y: Tensor
-    solution: tuple[float, float, float, float]
-
-    def __init__(
-        self,
-        x: Shaped[Tensor, "B C h w"],
-        y: Shaped[Tensor, "B C h w"],
-        solution: tuple[float, float, float, float],
-    ):
-        mine = self.__dict__  # frozen, but for this
-        mine["x"], mine["y"], mine["solution"] = x, y, solution
-
-    def at(self, alpha: float, sigma: float, k: float = 0.0, x: Tensor | None = None) -> Tensor:
-        a, b, c, d = self.solution
-        if x is not None and x is not self.x:
-            return self.at(alpha, sigma).add_(k * x)
-        # in place: one tensor less to find memory for
-        return ((alpha * a + sigma * c + k) * self.x).add_((alpha * b + sigma * d) * self.y)
-
-    def away(self, reference: Prediction, w: float | Tensor) -> Prediction:
-        if (
-            not isinstance(reference, LinearPrediction)
-            or reference.x is not self.x
-            or reference.solution != self.solution
-        ):
-            return super().away(reference, w)
-        return LinearPrediction(self.x, mixed(self.y, reference.y, w), self.solution)
-
-    def size(self) -> Tensor:
-        return self.y.sum()  # x is finite: it was asked about
-
-
 def mixed(conditional: Tensor, reference: Tensor, w: float | Tensor) -> Tensor:
     """reference + w (conditional - reference), one rounding at a time so that bits do not depend on
     the batch.
     """
     return (w * (conditional - reference)).add_(reference)
-
-
-@dataclass(frozen=True, eq=False)
-class Query:
-    """One question to a denoiser: x (B, C, h, w) at one time t, under a conditioning of B rows. The
-    answer is a `Prediction` of B rows.
-
-    Whoever answers several at once may put those to the same denoiser into one forward pass.
-    """
-
-    denoiser: Any
-    x: Tensor
-    t: float
-    conditioning: Conditioning
-
-
-Asking = Generator[list[Query], list[Prediction], T]
-"""Work that needs predictions: yields questions, is sent their answers in the same order, ends with
-a T."""
-
-Ask = Callable[[Tensor, float], Asking[Prediction]]
-"""(x, t) -> what is there, by asking one denoiser, or several, or nobody: guidance and wrappers are
-of this kind, and stack."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from sfumato.errors import NumericalError, UserError
 from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig
-from sfumato.types import Picture
+from sfumato.types import ImageSpec
 
 tiny: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_clip.py"))))
 Change = Callable[[Path], Any]
@@ -343,14 +343,17 @@ def test_prompts_that_are_not_a_list_of_texts_are_refused(
 
 
 KINDS = [
-    ("Picture(1.5, 64)", "height=1.5: expected a whole number of pixels"),
-    ("Picture(64, '64')", "width='64': expected a whole number of pixels"),
-    ("Picture(64, 64, crop=(1,))", "crop=(1,): expected a tuple of 2 numbers of at least 0"),
-    ("Picture(64, 64, crop=None)", "crop=None: expected a tuple"),
-    ("Picture(64, 64, original_size=64)", "original_size=64: expected a tuple of 2"),
-    ("Picture(64, 64, negative_crop=(1, 2, 3))", "negative_crop=(1, 2, 3): expected a tuple of 2"),
+    ("ImageSpec(1.5, 64)", "height=1.5: expected a whole number of pixels"),
+    ("ImageSpec(64, '64')", "width='64': expected a whole number of pixels"),
+    ("ImageSpec(64, 64, crop=(1,))", "crop=(1,): expected a tuple of 2 numbers of at least 0"),
+    ("ImageSpec(64, 64, crop=None)", "crop=None: expected a tuple"),
+    ("ImageSpec(64, 64, original_size=64)", "original_size=64: expected a tuple of 2"),
     (
-        "Picture(64, 64, aesthetic_score='good')",
+        "ImageSpec(64, 64, negative_crop=(1, 2, 3))",
+        "negative_crop=(1, 2, 3): expected a tuple of 2",
+    ),
+    (
+        "ImageSpec(64, 64, aesthetic_score='good')",
         "aesthetic_score='good': expected a number of at least 0",
     ),
     ("ClipTextConfig(weighting=1)", "weighting=1: expected true or false"),
@@ -374,7 +377,7 @@ def test_arguments_of_other_types_are_refused_in_a_sentence(
     """In a process without the tests' check of types, which users do not have."""
     lines = [
         "from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig",
-        "from sfumato.types import Picture",
+        "from sfumato.types import ImageSpec",
     ]
     lines += [
         "from sfumato.errors import UserError",
@@ -407,13 +410,13 @@ def test_sdxl_is_told_the_size_and_others_need_no_picture(opened: dict[str, Clip
     for kind in ("sdxl", "refiner"):
         with pytest.raises(
             UserError,
-            match=r"told the size of the picture: expected picture=Picture\(height, width\)",
+            match=r"told the size of the picture: expected picture=ImageSpec\(height, width\)",
         ):
             opened[kind](["a cat"])
     assert all(
         torch.equal(a, b)
         for a, b in zip(
-            opened["sd2"](["a"]).tensors, opened["sd2"](["a"], Picture(8, 8)).tensors, strict=True
+            opened["sd2"](["a"]).tensors, opened["sd2"](["a"], ImageSpec(8, 8)).tensors, strict=True
         )
     )
 
@@ -430,12 +433,12 @@ def test_sdxl_is_told_the_size_and_others_need_no_picture(opened: dict[str, Clip
 )
 def test_a_picture_that_cannot_be_is_refused(values: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        Picture(**({"height": 64, "width": 64} | values))
+        ImageSpec(**({"height": 64, "width": 64} | values))
 
 
 def test_the_picture_of_the_reference() -> None:
-    assert Picture(8, 9).negative == Picture(8, 9, aesthetic_score=2.5)
-    told = Picture(8, 9, (1, 2), (3, 4), (5, 6), 7.0, (11, 12), (0, 0), (15, 16), 1.0).negative
+    assert ImageSpec(8, 9).negative == ImageSpec(8, 9, aesthetic_score=2.5)
+    told = ImageSpec(8, 9, (1, 2), (3, 4), (5, 6), 7.0, (11, 12), (0, 0), (15, 16), 1.0).negative
     assert (told.original_size, told.crop, told.target_size, told.aesthetic_score) == (
         (11, 12),
         (0, 0),

@@ -20,7 +20,7 @@ from sfumato.errors import UserError
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.conditioners.nothing import Nothing
 from sfumato.registry import find, names
-from sfumato.types import Conditioning, Picture
+from sfumato.types import Conditioning, ImageSpec
 
 CONDITIONERS = {name: find("predict.conditioners", name) for name in names("predict.conditioners")}
 LABELS = ["t-shirt/top", "ankle boot", "bag", "dress"]
@@ -106,8 +106,8 @@ def test_one_row_a_prompt_each_for_itself(name: str) -> None:
     for k, prompt in enumerate(prompts):
         assert equal(conditioner([prompt]), together[k : k + 1])
     assert equal(conditioner(prompts), together)  # the same again: no state
-    assert unmoved(conditioner(prompts, Picture(64, 48)), together)
-    assert unmoved(conditioner.null(2, Picture(64, 48)), conditioner.null(2))
+    assert unmoved(conditioner(prompts, ImageSpec(64, 48)), together)
+    assert unmoved(conditioner.null(2, ImageSpec(64, 48)), conditioner.null(2))
 
 
 @every

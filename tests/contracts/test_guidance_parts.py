@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato.diffuse.sample import answered
+from sfumato.batching import drive
 from sfumato.errors import UserError
 from sfumato.predict.denoiser import answer
 from sfumato.predict.guidance.guide import Moment, guide
@@ -309,7 +309,7 @@ def run(weight: Any, combine: Any, seed: int, asked: list[float]) -> Iterator[Pr
     )
     x = normal(seed)
     for t, s in zip(TIMES, (*TIMES[1:], 0.0), strict=True):
-        found = answered(ask(x, t), answer)
+        found = drive(ask(x, t), answer)
         yield found
         x = (1 - s) * found.x0 + s * found.eps
 
@@ -384,8 +384,8 @@ def test_where_the_weight_is_one_the_conditional_prediction_stays_to_the_last_bi
     off = guide(
         denoiser, conditionings[0], references, WEIGHTS["weights.constant"](1.0), combine, flow
     )
-    assert equal(answered(off(x, 0.5), answer), expected)
-    found = answered(
+    assert equal(drive(off(x, 0.5), answer), expected)
+    found = drive(
         guide(denoiser, conditionings[0], references, Sometimes(), combine, flow)(x, 0.5), answer
     )
     assert equal(rows(found, 1), rows(expected, 1)) and not torch.equal(found.x0[0], expected.x0[0])
@@ -404,7 +404,7 @@ def test_as_many_references_as_it_takes(combine: Any) -> None:
             flow,
         )
     assert equal(
-        answered(guide(denoiser, given, [], Sometimes(), combine, flow)(normal(0), 0.5), answer),
+        drive(guide(denoiser, given, [], Sometimes(), combine, flow)(normal(0), 0.5), answer),
         denoiser(normal(0), 0.5, given),
     )
 

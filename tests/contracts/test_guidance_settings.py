@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sfumato.diffuse.sample import answered
+from sfumato.batching import drive
 from sfumato.errors import UserError
 from sfumato.predict.denoiser import answer
 from sfumato.predict.guidance import settings as module
@@ -292,7 +292,7 @@ def asked_by(line: str, reference: Any, conditioning: Conditioning | None = None
         reference,
         lambda t: (1 - t, t),
     )
-    answered(ask(torch.zeros(2, 1, 2, 2), 0.5), answer)
+    drive(ask(torch.zeros(2, 1, 2, 2), 0.5), answer)
     return [condition for _, condition in asked]
 
 

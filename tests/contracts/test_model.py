@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 import sfumato
+from sfumato.batching import DenoiserCall
 from sfumato.checkpoints import folder as folders
 from sfumato.decode.image import to_pil, to_tensor
 from sfumato.decode.preview import Preview
@@ -40,7 +41,6 @@ from sfumato.predict.conditioners.nothing import Nothing
 from sfumato.predict.denoiser import Denoiser, answer
 from sfumato.registry import names
 from sfumato.sampling import Defaults, Request
-from sfumato.types import Query
 
 TINY = runpy.run_path(str(Path(__file__).with_name("_tiny.py")))
 build, CLASSES, LATENT = TINY["build"], TINY["CLASSES"], TINY["LATENT"]
@@ -107,13 +107,14 @@ def test_conditions_asked_together_again_are_joined_again_only_if_they_are_the_s
     alone = [denoiser(x, 0.5, c) for c in conditions]
     with torch.inference_mode():
         for order in ([0, 1], [0, 1], [0, 2], [0, 1, 2], [0], [0, 1], [1, 0], [0, 0]):
-            found = answer([Query(denoiser, x, 0.5, conditions[k]) for k in order])
+            found = answer([DenoiserCall(denoiser, x, 0.5, conditions[k]) for k in order])
             assert all(
                 torch.equal(p.x0, alone[k].x0) and torch.equal(p.eps, alone[k].eps)
                 for p, k in zip(found, order, strict=True)
             )
-    # what inference remembers has no gradient
-    found = answer([Query(denoiser, x.requires_grad_(), 0.5, conditions[k]) for k in (0, 1)])
+    found = answer(
+        [DenoiserCall(denoiser, x.requires_grad_(), 0.5, conditions[k]) for k in (0, 1)]
+    )  # what inference remembers has no gradient
     found[1].x0.sum().backward()
     assert x.grad is not None
 

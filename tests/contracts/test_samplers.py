@@ -25,8 +25,9 @@ from sfumato.diffuse.sample import SeededNoise, Step, run, sample
 from sfumato.diffuse.samplers import calls, traits_of
 from sfumato.diffuse.schedule import SCHEDULES, Schedule, schedule
 from sfumato.diffuse.timesteps import timesteps
+from sfumato.prediction import LinearPrediction
 from sfumato.registry import find, names
-from sfumato.types import LinearPrediction, Prediction
+from sfumato.types import Prediction
 
 SAMPLERS = {name: find("diffuse.samplers", name) for name in names("diffuse.samplers")}
 TRAITS = {name: traits_of(sampler) for name, sampler in SAMPLERS.items()}

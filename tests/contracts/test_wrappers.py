@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato.asking import answered, together
+from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall, drive, gather
 from sfumato.diffuse.sample import SeededNoise, Step, conduct
 from sfumato.errors import UserError
 from sfumato.predict.denoiser import answer
@@ -16,7 +16,7 @@ from sfumato.predict.guidance.combines.linear import Linear
 from sfumato.predict.guidance.guide import guide
 from sfumato.predict.guidance.weights.constant import Constant
 from sfumato.registry import find, names
-from sfumato.types import Ask, Asking, Prediction, Query
+from sfumato.types import Prediction
 
 build = runpy.run_path(str(Path(__file__).parent / "_tiny.py"))["build"]
 WRAPPERS = {name: find("predict.wrappers", name) for name in names("predict.wrappers")}
@@ -26,7 +26,7 @@ SCHEDULE = MODEL.denoiser.process.schedule
 SHAPE = (2, 8, 8)
 
 
-def guided(prompts: list[str], weight: float = 2.0) -> Ask:
+def guided(prompts: list[str], weight: float = 2.0) -> DenoiseFn:
     conditioning, null = MODEL.conditioner(prompts), MODEL.conditioner([None] * len(prompts))
     return guide(
         MODEL.denoiser,
@@ -38,11 +38,13 @@ def guided(prompts: list[str], weight: float = 2.0) -> Ask:
     )
 
 
-def off(name: str, ask: Ask, x: Tensor) -> Ask:
+def off(name: str, ask: DenoiseFn, x: Tensor) -> DenoiseFn:
     return WRAPPERS[name](ask, **vars(inspect.getmodule(WRAPPERS[name]))["off"](x, SCHEDULE.point))
 
 
-def begin(sampler: str, ask: Ask, seeds: list[int], steps: list[Step]) -> Asking[Tensor | None]:
+def begin(
+    sampler: str, ask: DenoiseFn, seeds: list[int], steps: list[Step]
+) -> DenoiseCalls[Tensor | None]:
     draw = SeededNoise(SHAPE, seeds)
     return conduct(
         find("diffuse.samplers", sampler)(draw(), MODEL.times(4), SCHEDULE, draw),
@@ -81,7 +83,7 @@ def test_off_it_changes_no_bit_and_asks_the_same(name: str, sampler: str) -> Non
     for ask in (guided(prompts), off(name, guided(prompts), x)):
         asked: list[int] = []
         steps: list[Step] = []
-        found = answered(
+        found = drive(
             begin(sampler, ask, [3, 4], steps),
             lambda queries, asked=asked: (asked.append(len(queries)), answer(queries))[1],
         )
@@ -100,12 +102,12 @@ def test_off_it_changes_no_bit_and_asks_the_same(name: str, sampler: str) -> Non
 def test_runs_put_together_are_the_runs_alone(name: str) -> None:
     x = torch.zeros(1, *SHAPE)
 
-    def run(k: int) -> Asking[Tensor | None]:
+    def run(k: int) -> DenoiseCalls[Tensor | None]:
         return begin("ddim", off(name, guided([["bag"], ["t-shirt/top"]][k]), x), [k], [])
 
     # rounding: convolutions choose their algorithm by the batch
-    both = answered(together([run(0), run(1)]), answer)
-    assert all(torch.allclose(both[k], answered(run(k), answer), atol=1e-3) for k in range(2))
+    both = drive(gather([run(0), run(1)]), answer)
+    assert all(torch.allclose(both[k], drive(run(k), answer), atol=1e-3) for k in range(2))
     assert not torch.allclose(both[0], both[1], atol=0.1)
 
 
@@ -113,13 +115,13 @@ def test_runs_put_together_are_the_runs_alone(name: str) -> None:
 def test_tensors_that_come_in_are_not_written_to(name: str) -> None:
     x, given = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0)), []
 
-    def remembered(queries: list[Query]) -> list[Prediction]:
+    def remembered(queries: list[DenoiserCall]) -> list[Prediction]:
         found = answer(queries)
         given.extend((p, p.x0.clone(), p.eps.clone()) for p in found)
         return found
 
     before = x.clone()
-    answered(off(name, guided(["bag"]), x)(x, 0.7), remembered)
+    drive(off(name, guided(["bag"]), x)(x, 0.7), remembered)
     assert torch.equal(x, before)
     assert all(torch.equal(p.x0, x0) and torch.equal(p.eps, eps) for p, x0, eps in given)
 
@@ -129,11 +131,11 @@ def test_what_is_inside_is_closed_and_its_errors_come_out(name: str) -> None:
     closed: list[bool] = []
     x = torch.zeros(1, *SHAPE)
 
-    def ask(x: Tensor, t: float) -> Asking[Prediction]:
+    def ask(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
         try:
             if t < 0.5:
                 raise UserError("too late")
-            return (yield [Query(MODEL.denoiser, x, t, MODEL.conditioner(["bag"]))])[0]
+            return (yield [DenoiserCall(MODEL.denoiser, x, t, MODEL.conditioner(["bag"]))])[0]
         finally:
             closed.append(True)
 

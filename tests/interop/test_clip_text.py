@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig
-from sfumato.types import Picture
+from sfumato.types import ImageSpec
 
 tiny: Any = SimpleNamespace(
     **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_clip.py"))
@@ -29,7 +29,7 @@ PROMPTS = [
     "  a \n cat ",
 ]
 BOTH = ("sdxl", "sdxl_text")
-PICTURE = Picture(
+PICTURE = ImageSpec(
     64, 48, original_size=(100, 90), crop=(5, 7), target_size=(64, 50), aesthetic_score=6.5
 )
 
@@ -166,11 +166,11 @@ def network(numbers: int) -> Any:
     "picture",
     [
         PICTURE,
-        Picture(64, 48),
-        Picture(64, 64, negative_original_size=(32, 33), negative_target_size=(64, 63)),
+        ImageSpec(64, 48),
+        ImageSpec(64, 64, negative_original_size=(32, 33), negative_target_size=(64, 63)),
     ],
 )
-def test_sizes_and_crops(picture: Picture, ours: dict[str, ClipText]) -> None:
+def test_sizes_and_crops(picture: ImageSpec, ours: dict[str, ClipText]) -> None:
     import diffusers
 
     pipe = SimpleNamespace(unet=network(6))

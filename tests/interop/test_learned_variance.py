@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato.asking import answered
+from sfumato.batching import drive
 from sfumato.checkpoints.names.scheduler import read_scheduler, write_scheduler
 from sfumato.diffuse.sample import conduct
 from sfumato.diffuse.samplers import calls
@@ -110,9 +110,7 @@ def test_the_same_run(
     )
     run = sampler(start, times, process.schedule, lambda: next(noise), **options)
     with torch.inference_mode():
-        ours = answered(
-            conduct(run, ask, calls(sampler, times, process.schedule, **options)), answer
-        )
+        ours = drive(conduct(run, ask, calls(sampler, times, process.schedule, **options)), answer)
 
     again = draws()
     scheduler = diffusers.DDPMScheduler.from_config(LEARNED | config)

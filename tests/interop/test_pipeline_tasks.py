@@ -29,7 +29,7 @@ from sfumato.tasks.inpaint import inpaint
 from sfumato.tasks.interpolate import interpolate, interpolate_pictures
 from sfumato.tasks.refine import first_part, last_part, refine
 from sfumato.tasks.variations import variations, vary
-from sfumato.types import Picture
+from sfumato.types import ImageSpec
 
 shared: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("test_pipelines.py"))))
 compare, picture, hole, opened, plain, their_pictures = (
@@ -190,7 +190,7 @@ def test_a_refiner_begins_with_a_picture(strength: float, folders: dict[str, Pat
         opened(folders["refiner"], NAMES["refiner"]), PROMPTS, **asked, **scores
     )
     model = ours(folders["refiner"])
-    request = replace(REQUEST, steps=10, picture=Picture(24, 16, **scores))
+    request = replace(REQUEST, steps=10, picture=ImageSpec(24, 16, **scores))
     compare(
         model.run(
             image_to_image(model, image * 2 - 1, request, strength=strength, posterior="sample"),
@@ -280,7 +280,7 @@ def test_each_encoder_reads_its_own_prompt(folders: dict[str, Path]) -> None:
         ("a cat", "a red dog", tokens, pooled),
         ("dog", "red", not_tokens, not_pooled),
     ):
-        found = model.conditioner([one], Picture(16, 16), [two])
+        found = model.conditioner([one], ImageSpec(16, 16), [two])
         assert found.tokens is not None and found.vector is not None
         assert (found.tokens - expected).abs().max() < 1e-5 and (
             found.vector[:, :10] - vector

@@ -20,7 +20,7 @@ from sfumato.loading import load
 from sfumato.model import LatentDiffusion
 from sfumato.sampling import Request
 from sfumato.tasks.image_to_image import image_to_image
-from sfumato.types import Picture
+from sfumato.types import ImageSpec
 
 text: Any = SimpleNamespace(
     **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_text.py"))
@@ -197,7 +197,7 @@ def test_the_size_is_told(folders: dict[str, Path]) -> None:
     size: dict[str, Any] = {"height": 16, "width": 24}
     usual, other = (
         ours.generate("a cat", steps=3, output="tensor", picture=p, **size)
-        for p in (None, Picture(1024, 512))
+        for p in (None, ImageSpec(1024, 512))
     )
     assert (usual - other).abs().max() > 1e-3
     image = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(3)) * 2 - 1

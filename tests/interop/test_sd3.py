@@ -17,7 +17,7 @@ from diffusers.models.attention_processor import (
 )
 from torch import Tensor
 
-from sfumato.asking import answered
+from sfumato.batching import drive
 from sfumato.checkpoints.folder import load_part, save_part
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
@@ -336,7 +336,7 @@ def test_skipped_blocks(layers: tuple[int, ...]) -> None:
             given,
             denoiser.process.schedule.point,
         )
-        found = answered(ask(x, 0.4), answer)
+        found = drive(ask(x, 0.4), answer)
         expected = denoiser.process.split(x, whole + 2.8 * (whole - without), 0.4)
         close(found.x0, expected.x0, 2e-5)
         assert (whole - without).abs().max() > 1e-3
@@ -358,7 +358,7 @@ def test_away_from_no_condition_and_from_skipped_blocks() -> None:
         for c, s in ((cond, None), (none, None), (cond, [1]))
     )
     words = "7 dual:kind=away,second=3.8 condition skip_layers:layers=transformer_blocks.1"
-    found = answered(
+    found = drive(
         build(Guidance.parse(words), denoiser, cond, none, denoiser.process.schedule.point)(x, 0.4),
         answer,
     )
@@ -439,10 +439,10 @@ def test_away_from_no_condition_and_from_perturbed_attention() -> None:
 
     off, y, worse = their_parts(PAGCFGJointAttnProcessor2_0(), none, cond, cond)
     words = "7 dual:kind=away,second=4 condition perturbed_attention:layers=transformer_blocks.1-2"
-    found = answered(build(Guidance.parse(words), denoiser, cond, none, point)(x, 0.4), answer)
+    found = drive(build(Guidance.parse(words), denoiser, cond, none, point)(x, 0.4), answer)
     close(found.x0, denoiser.process.split(x, off + 7 * (y - off) + 3 * (y - worse), 0.4).x0, 5e-5)
     y, worse = their_parts(PAGJointAttnProcessor2_0(), cond, cond)
-    found = answered(
+    found = drive(
         build(
             Guidance.parse("4 perturbed_attention:layers=transformer_blocks.1-2"),
             denoiser,
@@ -502,7 +502,7 @@ def test_the_second_attention_is_perturbed_to_its_values() -> None:
     ask = build(
         Guidance.parse("3 perturbed_attention"), network, cond, cond, network.process.schedule.point
     )
-    assert answered(ask(image, 0.5), answer).x0.isfinite().all()
+    assert drive(ask(image, 0.5), answer).x0.isfinite().all()
 
 
 # ---- inference -----------------------------------------------------------------------------------

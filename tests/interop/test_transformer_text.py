@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sfumato.registry import find
-from sfumato.types import Conditioning, Picture
+from sfumato.types import Conditioning, ImageSpec
 
 tiny: Any = SimpleNamespace(
     **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_text.py"))
@@ -207,8 +207,8 @@ def test_pixart_is_told_the_picture_as_diffusers_tells_it(kind: str, ours: dict[
         1,
     )
     for found in (
-        ours[kind](["a cat", ""], Picture(height, width)),
-        ours[kind].null(2, Picture(height, width)),
+        ours[kind](["a cat", ""], ImageSpec(height, width)),
+        ours[kind].null(2, ImageSpec(height, width)),
     ):
         assert found.vector.dtype == torch.float32 and torch.equal(found.vector, theirs)
     assert ours[kind](["a cat"]).vector is None

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from sfumato.batching import DenoiseFn, drive
 from sfumato.diffuse.parameterization import PARAMETERIZATIONS, parameterization
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.sample import answered
 from sfumato.diffuse.schedule import SCHEDULES, schedule
 from sfumato.errors import UserError
 from sfumato.predict.denoiser import Denoiser, answer
@@ -23,7 +23,7 @@ from sfumato.predict.guidance.guide import Moment, guide
 from sfumato.predict.guidance.settings import Guidance, build
 from sfumato.predict.guidance.weights.constant import Constant
 from sfumato.registry import find
-from sfumato.types import Ask, Conditioning, Prediction
+from sfumato.types import Conditioning, Prediction
 
 
 def solvable(kind: str, name: str) -> bool:
@@ -53,7 +53,7 @@ def classifier_free(denoiser, reference, weight):
         ask = guide(
             denoiser, conditioning, [(denoiser, reference)], Constant(weight), Linear(), point
         )
-        return answered(ask(x, t), answer)
+        return drive(ask(x, t), answer)
 
     return guided
 
@@ -476,8 +476,8 @@ def test_zero_steps_are_those_of_the_run_and_not_of_the_guidance() -> None:
     )
     ask = guide(denoiser, conditioning, [(denoiser, reference)], weight, combine, point)
 
-    def stands(ask: Ask, t: float) -> bool:
-        found = answered(ask(x, t), answer)
+    def stands(ask: DenoiseFn, t: float) -> bool:
+        found = drive(ask(x, t), answer)
         return torch.equal(found.x0, found.eps)
 
     assert not any(stands(ask, t) for t in (1.0, 0.7, 0.5, 0.2))
@@ -578,7 +578,7 @@ def test_the_second_pass_is_made_only_where_the_weight_is_not_one(weight: str) -
     ask = build(Guidance(3.0, weight=weight), denoiser, conditioning, reference, point)
     times = [1.0, 0.8, 0.6, 0.45, 0.3, 0.1]
     for t in times:
-        answered(ask(x, t), answer)
+        drive(ask(x, t), answer)
     inside = {
         "interval": [0.6, 0.45, 0.3],
         "adaptive": [0.6, 0.45],

@@ -15,7 +15,7 @@ from hypothesis import given as drawn
 from torch import Tensor
 
 import sfumato.kernels.batch_invariant
-from sfumato.asking import answered, together
+from sfumato.batching import DenoiserCall, drive, gather
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
@@ -26,7 +26,7 @@ from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.predict.references import _copies
 from sfumato.predict.references.perturbed_attention import PerturbedAttention
 from sfumato.predict.references.skip_layers import SkipLayers
-from sfumato.types import Conditioning, Query
+from sfumato.types import Conditioning
 
 COMMON: dict[str, Any] = {
     "sample_size": 8,
@@ -341,12 +341,12 @@ def test_a_copy_is_made_once_and_goes_with_its_denoiser() -> None:
     assert gone() is None and len(_copies._MADE) < kept
 
 
-def counting(passes: list[list[int]]) -> Callable[[list[Query]], list]:
+def counting(passes: list[list[int]]) -> Callable[[list[DenoiserCall]], list]:
     """Answers, and notes how many images each denoiser was asked about, in the order of first
     questions.
     """
 
-    def answers(queries: list[Query]) -> list:
+    def answers(queries: list[DenoiserCall]) -> list:
         sizes: dict[int, int] = {}
         for query in queries:
             sizes[id(query.denoiser)] = sizes.get(id(query.denoiser), 0) + len(query.x)
@@ -365,7 +365,7 @@ def test_weaker_networks_are_asked_where_they_count_and_runs_share_them() -> Non
     # equal conditionings: here they say nothing
     asks = [build(guidance, denoiser, given, given, point) for _ in range(2)]
     for t in (0.9, 0.5, 0.1):
-        answered(together([ask(x, t) for ask in asks]), counting(passes))
+        drive(gather([ask(x, t) for ask in asks]), counting(passes))
     assert passes == [[6], [6, 6], [6]]
     dual = build(
         Guidance.parse("3 dual:kind=away,second=2 condition skip_layers"),
@@ -375,7 +375,7 @@ def test_weaker_networks_are_asked_where_they_count_and_runs_share_them() -> Non
         point,
     )
     passes.clear()
-    found = answered(dual(x, 0.5), counting(passes))
+    found = drive(dual(x, 0.5), counting(passes))
     assert passes == [[6, 3]]
     on, off = denoiser(x, 0.5, given), denoiser(x, 0.5, Conditioning(tokens=0 * given.tokens))
     bad = weaker(SkipLayers(), denoiser, given)(x, 0.5, given)
@@ -397,7 +397,7 @@ def test_autoguidance_is_the_line_through_two_models() -> None:
             denoiser.process.schedule.point,
             weaker=small,
         )
-        found = answered(ask(x, 0.4), answer)
+        found = drive(ask(x, 0.4), answer)
         for a, b, c in ((found.x0, on.x0, off.x0), (found.eps, on.eps, off.eps)):
             torch.testing.assert_close(a, c + w * (b - c), rtol=1e-5, atol=1e-5)
     with pytest.raises(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 import sfumato
-from sfumato.asking import answered
+from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall, drive
 from sfumato.checkpoints.folder import save_part
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.diffuse.parameterization import parameterization
@@ -36,7 +36,7 @@ from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.conditioners.nothing import Nothing
 from sfumato.predict.denoiser import Denoiser, answer
 from sfumato.predict.guidance.combines.linear import Linear
-from sfumato.predict.guidance.guide import Chosen, guide
+from sfumato.predict.guidance.guide import guide
 from sfumato.predict.guidance.settings import Guidance, build
 from sfumato.predict.guidance.weights.constant import Constant
 from sfumato.predict.networks._network import build as network_of
@@ -46,13 +46,14 @@ from sfumato.predict.networks.sit import SiTConfig
 from sfumato.predict.networks.unet import UNetConfig
 from sfumato.predict.wrappers.known_region import known_region
 from sfumato.predict.wrappers.large_canvas import large_canvas
+from sfumato.prediction import Selected
 from sfumato.sampling import Defaults
 from sfumato.train import DenoiserRecipe
 from sfumato.train.loop import LoopSettings
 from sfumato.train.objective import Draw
 from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective
 from sfumato.train.recipe import DataSettings
-from sfumato.types import Ask, Asking, Conditioning, LatentSpace, Prediction, Query
+from sfumato.types import Conditioning, LatentSpace, Prediction
 
 diffusers: Any = _diffusers  # its names are made at run time
 DOUBLE = torch.float64
@@ -454,8 +455,8 @@ def test_a_prediction_has_the_networks_variance(name: str) -> None:
         assert found.variance is not None and torch.equal(found.variance, y[:, CHANNELS:])
         assert found.x0.shape == x.shape and float(found.variance.std()) > 0.01
         queries = [
-            Query(model.denoiser, x, 0.4, given),
-            Query(model.denoiser, x[:1] + 1, 0.7, given[:1]),
+            DenoiserCall(model.denoiser, x, 0.4, given),
+            DenoiserCall(model.denoiser, x[:1] + 1, 0.7, given[:1]),
         ]
         for rows in (None, 2):
             for query, asked in zip(queries, answer(queries, rows), strict=True):
@@ -491,7 +492,7 @@ def test_guided_predictions_have_the_conditions_variance(name: str, guidance: st
         Guidance.parse(guidance), model.denoiser, given, [none], schedule.point, None
     )(x, 0.4)
     with torch.inference_mode():
-        found = answered(questions, answer)
+        found = drive(questions, answer)
         expected, other = model.denoiser(x, 0.4, given), model.denoiser(x, 0.4, none)
     assert (
         found.variance is not None and expected.variance is not None and other.variance is not None
@@ -523,9 +524,9 @@ def test_images_without_a_condition_have_their_own_variance() -> None:
         torch.tensor([False, True]),
     )
     with torch.inference_mode():
-        found, expected = answered(ask(x, 0.4), answer), model.denoiser(x, 0.4, given)
+        found, expected = drive(ask(x, 0.4), answer), model.denoiser(x, 0.4, given)
     assert (
-        isinstance(found, Chosen) and found.variance is not None and expected.variance is not None
+        isinstance(found, Selected) and found.variance is not None and expected.variance is not None
     )
     assert torch.equal(found.variance, expected.variance) and not torch.equal(
         found.x0[0], expected.x0[0]
@@ -571,11 +572,11 @@ def test_wrappers_hand_it_on() -> None:
     z, mask = normal(1, 1, 4, 8, seed=1), torch.zeros(1, 1, 4, 8)
     mask[..., :3] = 1
 
-    def ask(x: Tensor, t: float) -> Asking[Prediction]:
-        return (yield [Query(None, x, t, Conditioning())])[0]
+    def ask(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
+        return (yield [DenoiserCall(None, x, t, Conditioning())])[0]
 
-    def asked(wrapped: Ask, variance: bool) -> Prediction:
-        return answered(
+    def asked(wrapped: DenoiseFn, variance: bool) -> Prediction:
+        return drive(
             wrapped(x, 0.5),
             lambda queries: [
                 Prediction(q.x, q.x, 0.1 * q.x if variance else None) for q in queries

@@ -23,7 +23,7 @@ from sfumato.predict.conditioners._chunks import BACK, Token, cut
 from sfumato.predict.conditioners._clip import ClipEncoder
 from sfumato.predict.conditioners._prompt import parse
 from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig, weighed
-from sfumato.types import Picture
+from sfumato.types import ImageSpec
 
 tiny: Any = SimpleNamespace(
     **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_clip.py"))
@@ -195,7 +195,7 @@ def test_a_chunk_ends_at_a_comma_that_is_near_and_at_a_word_otherwise() -> None:
 
 # ---- encoders ------------------------------------------------------------------------------------
 
-PICTURE = Picture(64, 48)
+PICTURE = ImageSpec(64, 48)
 
 
 @pytest.fixture(scope="module")

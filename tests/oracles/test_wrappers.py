@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sfumato.asking import answered, together
+from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall, drive, gather
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.sample import SeededNoise, Step, conduct
@@ -31,7 +31,7 @@ from sfumato.predict.wrappers.feature_cache import feature_cache
 from sfumato.predict.wrappers.known_region import finish, known_region, start
 from sfumato.predict.wrappers.large_canvas import _windows, large_canvas
 from sfumato.registry import find, names
-from sfumato.types import Ask, Asking, Conditioning, Prediction, Query
+from sfumato.types import Conditioning, Prediction
 
 SAMPLERS = {name: find("diffuse.samplers", name) for name in names("diffuse.samplers")}
 DOWNWARD = [name for name, sampler in SAMPLERS.items() if not traits_of(sampler).upward]
@@ -42,11 +42,13 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def asking(predict: Callable[[Tensor, float], Prediction]) -> Ask:
+def asking(predict: Callable[[Tensor, float], Prediction]) -> DenoiseFn:
     """A denoiser that needs no conditioning, as questions."""
 
-    def ask(x: Tensor, t: float) -> Asking[Prediction]:
-        return (yield [Query(lambda x, t, conditioning: predict(x, t), x, t, Conditioning())])[0]
+    def ask(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
+        return (
+            yield [DenoiserCall(lambda x, t, conditioning: predict(x, t), x, t, Conditioning())]
+        )[0]
 
     return ask
 
@@ -54,7 +56,7 @@ def asking(predict: Callable[[Tensor, float], Prediction]) -> Ask:
 # ---- known region --------------------------------------------------------------------------------
 
 
-def tangled(chosen: Schedule) -> Ask:
+def tangled(chosen: Schedule) -> DenoiseFn:
     """A denoiser in which every cell depends on its neighbours, bounded so that nothing
     diverges.
     """
@@ -97,7 +99,7 @@ def test_the_known_part_is_z_with_the_right_noise_at_every_level_and_z_at_the_en
     run = SAMPLERS[name](
         x, times, chosen, lambda: torch.randn(first.shape, generator=generator, dtype=torch.float64)
     )
-    found = answered(
+    found = drive(
         conduct(run, known_region(tangled(chosen), z, mask, chosen.point), 8, steps.append), answer
     )
     known, tolerance = mask.bool().expand_as(z), 1e-8
@@ -138,13 +140,13 @@ def test_a_soft_mask_blends_the_predictions_and_they_still_add_up_to_x() -> None
         normal(2, 3, 4, 4, seed=1, dtype=torch.float64),
         torch.rand(2, 1, 4, 4).double(),
     )
-    plain = answered(tangled(FLOW)(x, 0.3), answer)
-    found = answered(known_region(tangled(FLOW), z, mask, FLOW.point)(x, 0.3), answer)
+    plain = drive(tangled(FLOW)(x, 0.3), answer)
+    found = drive(known_region(tangled(FLOW), z, mask, FLOW.point)(x, 0.3), answer)
     assert torch.allclose(found.x0, mask * z + (1 - mask) * plain.x0, atol=1e-12)
     assert torch.allclose(0.7 * found.x0 + 0.3 * found.eps, x, atol=1e-12)
 
 
-def two_pixels(rho: float, chosen: Schedule) -> Ask:
+def two_pixels(rho: float, chosen: Schedule) -> DenoiseFn:
     """The exact denoiser of two cells of variance 1 and correlation rho."""
     covariance = torch.tensor([[1, rho], [rho, 1]], dtype=torch.float64)
 
@@ -179,7 +181,7 @@ def inpainted(
         **options,
     )
     return finish(
-        answered(
+        drive(
             conduct(run, known_region(two_pixels(rho, chosen), z, mask, chosen.point), steps),
             answer,
         ),
@@ -264,7 +266,7 @@ def test_noise_on_the_way_brings_it_nearer(
 )
 def test_a_region_that_does_not_fit_is_refused(z: Tensor, mask: Tensor, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
-        answered(
+        drive(
             known_region(tangled(FLOW), z, mask, FLOW.point)(torch.zeros(3, 2, 4, 4), 0.5), answer
         )
 
@@ -272,9 +274,7 @@ def test_a_region_that_does_not_fit_is_refused(z: Tensor, mask: Tensor, complain
 def test_without_noise_there_is_nothing_to_ask() -> None:
     z = torch.zeros(1, 1, 2, 2)
     with pytest.raises(UserError, match="nothing to ask"):
-        answered(
-            known_region(asking(lambda x, t: Prediction(x, x)), z, z, FLOW.point)(z, 0.0), answer
-        )
+        drive(known_region(asking(lambda x, t: Prediction(x, x)), z, z, FLOW.point)(z, 0.0), answer)
 
 
 # ---- large canvas --------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ def test_a_denoiser_of_single_cells_is_what_it_would_be_on_the_whole(
     weights: str, around: bool, size: Any, stride: Any
 ) -> None:
     x = normal(2, 3, 9, 14)
-    found = answered(large_canvas(asking(pixelwise), size, stride, weights, around)(x, 0.5), answer)
+    found = drive(large_canvas(asking(pixelwise), size, stride, weights, around)(x, 0.5), answer)
     assert torch.allclose(found.x0, 0.3 * x, atol=1e-6) and torch.allclose(
         found.eps, 0.7 * x, atol=1e-6
     )
@@ -322,7 +322,7 @@ def test_it_is_the_weighted_average_of_what_the_windows_say(weights: str, around
     """Eq. 5 cell by cell, with windows that disagree: each answers with its number."""
     count = iter(range(100))
     x = torch.zeros(1, 1, 5, 9)
-    found = answered(
+    found = drive(
         large_canvas(
             asking(lambda x, t: Prediction(x + (n := next(count)), x - n)),
             (3, 4),
@@ -372,7 +372,7 @@ class Pictures(nn.Module):
 
 def guided(
     denoiser: Denoiser, conditioning: Conditioning, null: Conditioning, weight: Any = 3.0
-) -> Ask:
+) -> DenoiseFn:
     weigh = weight if hasattr(weight, "active") else Constant(weight)
     return guide(
         denoiser, conditioning, [(denoiser, null)], weigh, Linear(), denoiser.process.schedule.point
@@ -387,16 +387,16 @@ def test_guidance_inside_and_conditioning_that_is_cut_as_x_is() -> None:
         Conditioning(vector=torch.eye(3)[[a, b]], concat=concat) for a, b in ((0, 1), (2, 2))
     )
     ask = large_canvas(guided(denoiser, conditioning, null), 4, 2)
-    found = answered(ask(x, 0.6), answer)
+    found = drive(ask(x, 0.6), answer)
     # 2 rows and 4 columns of windows, 2 images, 2 classes: one pass
     assert network.calls == [(2 * 4 * 2 * 2, 3, 4, 4)]
-    whole = answered(guided(denoiser, conditioning, null)(x, 0.6), answer)
+    whole = drive(guided(denoiser, conditioning, null)(x, 0.6), answer)
     assert torch.allclose(found.x0, whole.x0, atol=1e-5) and torch.allclose(
         found.eps, whole.eps, atol=1e-5
     )
     for k in range(2):
         alone = large_canvas(guided(denoiser, conditioning[k : k + 1], null[k : k + 1]), 4, 2)
-        assert torch.equal(answered(alone(x[k : k + 1], 0.6), answer).x0[0], found.x0[k])
+        assert torch.equal(drive(alone(x[k : k + 1], 0.6), answer).x0[0], found.x0[k])
 
 
 def test_a_canvas_that_goes_around_has_no_place_where_it_begins() -> None:
@@ -413,8 +413,8 @@ def test_a_canvas_that_goes_around_has_no_place_where_it_begins() -> None:
         around=True,
     )
     with torch.inference_mode():
-        straight, turned = (answered(ask(v, 0.6), answer).x0 for v in (x, x.roll(4, 3)))
-        flat = answered(
+        straight, turned = (drive(ask(v, 0.6), answer).x0 for v in (x, x.roll(4, 3)))
+        flat = drive(
             large_canvas(guided(denoiser, conditioning, conditioning), 8, 4, "smooth")(x, 0.6),
             answer,
         ).x0
@@ -436,7 +436,7 @@ def test_a_canvas_that_cannot_be_cut_is_refused() -> None:
         with pytest.raises(
             UserError, match="residuals" if wrong.residuals else "the canvas' height and width"
         ):
-            answered(large_canvas(guided(denoiser, wrong, wrong, 1.0), 4, 2)(x, 0.5), answer)
+            drive(large_canvas(guided(denoiser, wrong, wrong, 1.0), 4, 2)(x, 0.5), answer)
 
 
 # ---- feature cache -------------------------------------------------------------------------------
@@ -486,8 +486,13 @@ def classes(*labels: int) -> Conditioning:
 
 
 def ran(
-    sampler: str, ask: Ask, seeds: list[int], steps: int = 7, size: int = 8, on_step: Any = None
-) -> Asking[Tensor | None]:
+    sampler: str,
+    ask: DenoiseFn,
+    seeds: list[int],
+    steps: int = 7,
+    size: int = 8,
+    on_step: Any = None,
+) -> DenoiseCalls[Tensor | None]:
     draw = SeededNoise((2, size, size), seeds)
     times = timesteps("trailing", steps, FLOW)
     return conduct(SAMPLERS[sampler](draw(), times, FLOW, draw), ask, steps, on_step)
@@ -565,9 +570,9 @@ def test_it_is_deepcache_written_out_by_hand(every: Any, keys: Any, skips: int) 
             velocity.append(network.shallow_up(kept[branch], layers, time, cond))
         x = x + (times[call + 1] - t) * (velocity[1] + 3.0 * (velocity[0] - velocity[1]))
     ask = feature_cache(guided(denoiser, classes(0, 1), classes(2, 2)), every, skips=skips)
-    found = answered(conduct(SAMPLERS["euler"](first, times, FLOW, lambda: first), ask, 7), answer)
+    found = drive(conduct(SAMPLERS["euler"](first, times, FLOW, lambda: first), ask, 7), answer)
     assert torch.allclose(found, x, atol=2e-5)
-    exact = answered(
+    exact = drive(
         conduct(
             SAMPLERS["euler"](first, times, FLOW, lambda: first),
             guided(denoiser, classes(0, 1), classes(2, 2)),
@@ -582,9 +587,9 @@ def test_it_is_deepcache_written_out_by_hand(every: Any, keys: Any, skips: int) 
 @torch.inference_mode()
 def test_every_call_whole_changes_no_bit(sampler: str) -> None:
     denoiser = tiny()
-    plain = answered(ran(sampler, guided(denoiser, classes(0, 1), classes(2, 2)), [0, 1]), answer)
+    plain = drive(ran(sampler, guided(denoiser, classes(0, 1), classes(2, 2)), [0, 1]), answer)
     for options in ({"every": 1}, {"every": None, "threshold": 0.0}, {"every": 1, "skips": 3}):
-        found = answered(
+        found = drive(
             ran(
                 sampler,
                 feature_cache(guided(denoiser, classes(0, 1), classes(2, 2)), **options),
@@ -599,7 +604,7 @@ def test_every_call_whole_changes_no_bit(sampler: str) -> None:
 def test_between_key_calls_the_deep_part_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser = tiny()
     counting = Counting(denoiser.network, monkeypatch)
-    answered(
+    drive(
         ran("ddim", feature_cache(guided(denoiser, classes(0, 1), classes(2, 2)), 3), [0, 1]),
         answer,
     )
@@ -613,7 +618,7 @@ def test_runs_never_mix_and_share_passes(monkeypatch: pytest.MonkeyPatch) -> Non
     """
     denoiser = tiny()
 
-    def runs() -> list[Asking[Tensor | None]]:
+    def runs() -> list[DenoiseCalls[Tensor | None]]:
         return [
             ran("ddim", feature_cache(guided(denoiser, classes(0, 1), classes(2, 2)), 3), [0, 1]),
             ran("heun", feature_cache(guided(denoiser, classes(1), classes(2)), 2), [7], 5),
@@ -621,13 +626,13 @@ def test_runs_never_mix_and_share_passes(monkeypatch: pytest.MonkeyPatch) -> Non
             ran("ddim", feature_cache(guided(denoiser, classes(1), classes(2)), 3), [9], size=12),
         ]
 
-    alone = [answered(run, answer) for run in runs()]
-    assert all(same(a, b) for a, b in zip(answered(together(runs()), answer), alone, strict=True))
+    alone = [drive(run, answer) for run in runs()]
+    assert all(same(a, b) for a, b in zip(drive(gather(runs()), answer), alone, strict=True))
     assert not any(same(a, b) for a, b in ((alone[0][1:], alone[2]), (alone[1], alone[2])))
-    in_parts = answered(together(runs()), lambda queries: answer(queries, rows=3))
+    in_parts = drive(gather(runs()), lambda queries: answer(queries, rows=3))
     assert all(same(a, b) for a, b in zip(in_parts, alone, strict=True))
     counting = Counting(denoiser.network, monkeypatch)
-    answered(together(runs()[:2]), answer)
+    drive(gather(runs()[:2]), answer)
     assert counting.rows[0] == 6  # the first calls of both runs: one pass
 
 
@@ -647,7 +652,7 @@ def test_the_threshold_decides_for_each_image_alone(
             replace(classes(*v), tokens=tokens[list(v)]) for v in (labels, [2] * len(labels))
         )
         ask = guided(denoiser, words, nothing)
-        return answered(ran("ddim", feature_cache(ask, None, 0.35), seeds, 15), answer)
+        return drive(ran("ddim", feature_cache(ask, None, 0.35), seeds, 15), answer)
 
     found = run([0, 1], [0, 1])
     # some rows, not all
@@ -680,13 +685,13 @@ def test_where_guidance_stops_and_begins_again_nobody_takes_anothers_features(
         guided(denoiser, classes(0), classes(2), Sometimes(3.0)), 8, 4, around=True
     )
     draw, times = SeededNoise((2, 8, 16), [0]), timesteps("trailing", 10, FLOW)
-    answered(
+    drive(
         conduct(SAMPLERS["ddim"](draw(), times, FLOW, draw), feature_cache(inside, 100), 10), answer
     )
     # at the first call of each kind; then nothing is due for a hundred calls
     assert seen == [[0, 2] * 4, [0] * 4]
     seen.clear()
-    found = answered(
+    found = drive(
         conduct(SAMPLERS["ddim"](draw(), times, FLOW, draw), feature_cache(inside, 4), 10), answer
     )
     # calls 0 to 2 with both, 3 to 6 with one, 7 to 9 with both
@@ -709,17 +714,17 @@ def test_a_cache_that_cannot_be_or_is_used_twice_at_once_is_refused() -> None:
             feature_cache(ask, **options)
     shared = feature_cache(ask, 2)
     with pytest.raises(UserError, match="serves one run"):
-        answered(together([ran("ddim", shared, [0]), ran("ddim", shared, [1])]), answer)
+        drive(gather([ran("ddim", shared, [0]), ran("ddim", shared, [1])]), answer)
     with pytest.raises(UserError, match="serves one run"):
-        answered(large_canvas(feature_cache(ask, 2), 8, 4)(normal(1, 2, 8, 12), 0.5), answer)
+        drive(large_canvas(feature_cache(ask, 2), 8, 4)(normal(1, 2, 8, 12), 0.5), answer)
     with pytest.raises(UserError, match="Pictures cannot"):
         denoiser = Denoiser(Pictures(), Process(FLOW, parameterization("flow")))
-        answered(
+        drive(
             feature_cache(guided(denoiser, classes(0), classes(2)), 2)(normal(1, 2, 8, 8), 0.5),
             answer,
         )
     with pytest.raises(UserError, match="which is how many this U-Net has"):
-        answered(feature_cache(ask, 2, skips=5)(normal(1, 2, 8, 8), 0.5), answer)
+        drive(feature_cache(ask, 2, skips=5)(normal(1, 2, 8, 8), 0.5), answer)
 
 
 # ---- all at once ---------------------------------------------------------------------------------
@@ -742,7 +747,7 @@ def test_they_stack() -> None:
         draw = SeededNoise((2, 8, 20), seeds)
         x = start(draw(), z, mask, FLOW.point, times[0])
         return finish(
-            answered(conduct(SAMPLERS["ddim"](x, times, FLOW, draw), ask, 6, steps.append), answer),
+            drive(conduct(SAMPLERS["ddim"](x, times, FLOW, draw), ask, 6, steps.append), answer),
             z,
             mask,
         )

@@ -15,7 +15,8 @@ from torch import Tensor
 from sfumato.diffuse.parameterization import Parameterization
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError
-from sfumato.types import LinearPrediction, Prediction
+from sfumato.prediction import LinearPrediction
+from sfumato.types import Prediction
 
 
 def _columns(like: Tensor, *values: Tensor) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """Runs a sampler against a denoiser: one step at a time, with previews, cancellation and a check
 that every number is finite.
 
-A run is a string of questions (`conduct`); many runs are one string (`sfumato.asking.together`), so
-that one forward pass answers all that ask at once.
+A run is a coroutine of denoiser calls (`conduct`); `sfumato.batching.gather` makes one of many, so
+that calls pending at once share a forward pass.
 """
 
 import itertools
@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.asking import answered
+from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall, drive
 from sfumato.errors import NumericalError
-from sfumato.types import Ask, Asking, Conditioning, Prediction, Query
+from sfumato.types import Conditioning, Prediction
 
 Sampling = Generator[tuple[Tensor, float], Prediction, Tensor]
 """A sampler at work: asks about (x, t), is sent the prediction, ends with the latent."""
@@ -83,8 +83,11 @@ def check_finite(value: Tensor, stage: str) -> None:
 
 
 def conduct(
-    sampler: Sampling, ask: Ask, count: int, on_step: Callable[[Step], bool | None] | None = None
-) -> Asking[Tensor | None]:
+    sampler: Sampling,
+    ask: DenoiseFn,
+    count: int,
+    on_step: Callable[[Step], bool | None] | None = None,
+) -> DenoiseCalls[Tensor | None]:
     """A run as a string of questions, so that whoever answers can answer many runs at once. Ends
     with the latent, None if cancelled.
 
@@ -133,8 +136,8 @@ def run(sampler: Sampling, denoise: Denoise, count: int) -> Iterator[Step | Tens
         questions.close()
 
 
-def _plainly(denoise: Denoise, x: Tensor, t: float) -> Asking[Prediction]:
-    return (yield [Query(denoise, x, t, Conditioning())])[0]
+def _plainly(denoise: Denoise, x: Tensor, t: float) -> DenoiseCalls[Prediction]:
+    return (yield [DenoiserCall(denoise, x, t, Conditioning())])[0]
 
 
 def sample(
@@ -147,4 +150,4 @@ def sample(
     returning False (then: None).
     """
     questions = conduct(sampler, lambda x, t: _plainly(denoise, x, t), count, on_step)
-    return answered(questions, lambda asked: [denoise(query.x, query.t) for query in asked])
+    return drive(questions, lambda asked: [denoise(query.x, query.t) for query in asked])

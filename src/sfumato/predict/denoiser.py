@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sfumato.batching import DenoiserCall
 from sfumato.diffuse.process import Process
 from sfumato.inference.prepack import can_prepack, clone_sharing_weights, compile_network, prepack
-from sfumato.types import Conditioning, Prediction, Query
+from sfumato.types import Conditioning, Prediction
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Denoiser:
         return self.split(x.float(), self.output(x, t, conditioning), t)
 
 
-def answer(queries: Sequence[Query], rows: int | None = None) -> list[Prediction]:
+def answer(queries: Sequence[DenoiserCall], rows: int | None = None) -> list[Prediction]:
     """Answers questions, those that fit into one forward pass of the same denoiser together; `rows`
     bounds a pass's batch.
 
@@ -107,7 +108,7 @@ def answer(queries: Sequence[Query], rows: int | None = None) -> list[Prediction
     return [found[k] for k in range(len(queries))]
 
 
-def _one_pass(queries: Sequence[Query], rows: int | None) -> list[Prediction]:
+def _one_pass(queries: Sequence[DenoiserCall], rows: int | None) -> list[Prediction]:
     """Answers to questions of one shape to one denoiser."""
     denoiser = queries[0].denoiser
     if hasattr(denoiser, "answer"):  # a wrapper's, which has something to do around the pass

@@ -25,7 +25,7 @@ from sfumato.sampling import Request, settings
 from sfumato.tasks._pictures import Draws, Picture, extra_channels, sized
 from sfumato.tasks.image_to_image import image_to_image
 from sfumato.types import Conditioning
-from sfumato.types import Picture as Told
+from sfumato.types import ImageSpec as Told
 
 WAYS = ("noise", "inversion")
 

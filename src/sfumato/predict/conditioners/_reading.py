@@ -24,7 +24,7 @@ from sfumato.predict.conditioners._parts import (
     write_network,
     write_settings,
 )
-from sfumato.types import Conditioning, Picture
+from sfumato.types import Conditioning, ImageSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,12 +94,12 @@ class TextReader(ABC):
     def __call__(
         self,
         prompts: Sequence[str | None],
-        picture: Picture | None = None,
+        picture: ImageSpec | None = None,
         prompts_2: Sequence[str | None] | None = None,
     ) -> Conditioning:
         """Prompts -> Conditioning of float32."""
 
-    def null(self, count: int, picture: Picture | None = None) -> Conditioning:
+    def null(self, count: int, picture: ImageSpec | None = None) -> Conditioning:
         """The empty prompt, `count` times."""
         return self([None] * count, picture)
 
@@ -193,7 +193,7 @@ class TextAlone(TextReader):
     def __call__(
         self,
         prompts: Sequence[str | None],
-        picture: Picture | None = None,
+        picture: ImageSpec | None = None,
         prompts_2: Sequence[str | None] | None = None,
     ) -> Conditioning:
         """Prompts -> Conditioning of float32: `tokens` (B, L, width); `mask` (B, L), True where a
@@ -221,7 +221,7 @@ class TextAlone(TextReader):
         """A prompt as the encoder is given it."""
         return prompt
 
-    def _vector(self, picture: Picture | None) -> Tensor | None:
+    def _vector(self, picture: ImageSpec | None) -> Tensor | None:
         """What the network is told of the picture, (1, V)."""
         return None
 

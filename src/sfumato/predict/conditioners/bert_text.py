@@ -17,7 +17,7 @@ from torch import Tensor
 from sfumato.errors import UserError
 from sfumato.io.atomic import write_json
 from sfumato.predict.conditioners._bert import BertEncoder, read_encoder
-from sfumato.types import Conditioning, Picture
+from sfumato.types import Conditioning, ImageSpec
 
 READS = ({"bert": "LDMBertModel"},)
 
@@ -31,7 +31,7 @@ class BertText:
     encoder: BertEncoder
 
     def __call__(
-        self, prompts: Sequence[str | None], picture: Picture | None = None
+        self, prompts: Sequence[str | None], picture: ImageSpec | None = None
     ) -> Conditioning:
         """Prompts -> Conditioning with `tokens` (B, L, width), float32. None is "". The picture
         makes no difference.
@@ -51,7 +51,7 @@ class BertText:
         read = {text: self.encoder.encode(text) for text in dict.fromkeys(texts)}
         return Conditioning(torch.stack([read[text] for text in texts]))
 
-    def null(self, count: int, picture: Picture | None = None) -> Conditioning:
+    def null(self, count: int, picture: ImageSpec | None = None) -> Conditioning:
         """No prompt, `count` times."""
         return self([None] * count, picture)
 

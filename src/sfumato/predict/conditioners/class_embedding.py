@@ -26,7 +26,7 @@ from sfumato.config import read_config
 from sfumato.errors import NumericalError, UserError, unknown
 from sfumato.io.atomic import read_json, read_tensors, write_json, write_tensors
 from sfumato.predict.conditioners.class_names import ClassNames
-from sfumato.types import Conditioning, Picture
+from sfumato.types import Conditioning, ImageSpec
 
 KEY, WEIGHTS = "embedding.weight", "diffusion_pytorch_model.safetensors"
 IMAGENET = 1000
@@ -105,7 +105,7 @@ class ClassEmbedding:
         )
 
     def __call__(
-        self, prompts: Sequence[str | None], picture: Picture | None = None
+        self, prompts: Sequence[str | None], picture: ImageSpec | None = None
     ) -> Conditioning:
         """Prompts -> Conditioning with `tokens` (B, 1, width), float32. The picture makes no
         difference.
@@ -136,7 +136,7 @@ class ClassEmbedding:
         rows = torch.where(labels < 0, len(self.table) - 1, labels)
         return Conditioning(self.table[rows].float()[:, None])
 
-    def null(self, count: int, picture: Picture | None = None) -> Conditioning:
+    def null(self, count: int, picture: ImageSpec | None = None) -> Conditioning:
         """No class, `count` times."""
         return self.from_labels(torch.full((count,), -1))
 

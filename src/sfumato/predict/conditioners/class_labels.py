@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sfumato.errors import UserError, unknown
 from sfumato.predict.conditioners.class_names import ClassNames
-from sfumato.types import Conditioning, Picture
+from sfumato.types import Conditioning, ImageSpec
 
 
 def _loose(text: str) -> str:
@@ -115,7 +115,7 @@ class ClassLabels:
         return ClassNames(self.names)
 
     def __call__(
-        self, prompts: Sequence[str | None], picture: Picture | None = None
+        self, prompts: Sequence[str | None], picture: ImageSpec | None = None
     ) -> Conditioning:
         """Prompts -> Conditioning with `vector` (B, len(labels) + 1), one-hot. The picture makes no
         difference.
@@ -126,7 +126,7 @@ class ClassLabels:
         """Numbers (B,) int64 -> Conditioning; -1 and `len(labels)` are the row for no class."""
         return self._rows.from_labels(labels)
 
-    def null(self, count: int, picture: Picture | None = None) -> Conditioning:
+    def null(self, count: int, picture: ImageSpec | None = None) -> Conditioning:
         """No class, `count` times."""
         return self._rows.null(count)
 

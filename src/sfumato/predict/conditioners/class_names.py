@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sfumato.errors import UserError, unknown
-from sfumato.types import Conditioning, Picture
+from sfumato.types import Conditioning, ImageSpec
 
 
 def _key(text: str) -> str:
@@ -84,7 +84,7 @@ class ClassNames:
         raise unknown("class", prompt, self.names)
 
     def __call__(
-        self, prompts: Sequence[str | None], picture: Picture | None = None
+        self, prompts: Sequence[str | None], picture: ImageSpec | None = None
     ) -> Conditioning:
         """Prompts -> Conditioning with `vector` (B, len(names) + 1). The picture makes no
         difference.
@@ -105,7 +105,7 @@ class ClassNames:
             )
         return Conditioning(vector=F.one_hot(rows, len(self.names) + 1).float())
 
-    def null(self, count: int, picture: Picture | None = None) -> Conditioning:
+    def null(self, count: int, picture: ImageSpec | None = None) -> Conditioning:
         """The unconditional row, `count` times."""
         return self.from_labels(torch.full((count,), -1))
 

@@ -30,7 +30,7 @@ from sfumato.io.atomic import read_table, write_json
 from sfumato.predict.conditioners._chunks import Token, cut
 from sfumato.predict.conditioners._clip import CLASSES, ClipEncoder, read_encoder
 from sfumato.predict.conditioners._prompt import parse, shown
-from sfumato.types import Conditioning, Picture
+from sfumato.types import Conditioning, ImageSpec
 
 LONG = ("chunks", "refuse")
 _ONE, _TWO = {"text_encoder": "CLIPTextModel"}, {"text_encoder_2": "CLIPTextModelWithProjection"}
@@ -109,7 +109,7 @@ class ClipText:
     def __call__(
         self,
         prompts: Sequence[str | None],
-        picture: Picture | None = None,
+        picture: ImageSpec | None = None,
         prompts_2: Sequence[str | None] | None = None,
     ) -> Conditioning:
         """Prompts -> Conditioning of float32: `tokens` (B, L, width); `mask` (B, L), only where
@@ -155,7 +155,7 @@ class ClipText:
             torch.cat([pooled, numbers], 1),
         )
 
-    def null(self, count: int, picture: Picture | None = None) -> Conditioning:
+    def null(self, count: int, picture: ImageSpec | None = None) -> Conditioning:
         """No prompt, `count` times."""
         return self([None] * count, picture)
 
@@ -219,13 +219,13 @@ class ClipText:
             [weighed(states, chunk) for (states, _), chunk in zip(found, chunks, strict=True)]
         ), found[0][1]
 
-    def _numbers(self, picture: Picture | None) -> list[float]:
+    def _numbers(self, picture: ImageSpec | None) -> list[float]:
         """SDXL's micro-conditioning: original height and width, crop top and left, target height
         and width; or, last, the score alone.
         """
         if picture is None:
             raise UserError(
-                "this model is told the size of the picture: expected picture=Picture(height, width) beside the prompts"
+                "this model is told the size of the picture: expected picture=ImageSpec(height, width) beside the prompts"
             )
         last = (
             (picture.aesthetic_score,)

@@ -24,7 +24,7 @@ from sfumato.errors import UserError
 from sfumato.predict.conditioners._language import CLASSES, LanguageModel, read_language_model
 from sfumato.predict.conditioners._parts import check_settings, read_settings, texts
 from sfumato.predict.conditioners._reading import TextReader, alone
-from sfumato.types import Conditioning, Picture
+from sfumato.types import Conditioning, ImageSpec
 
 SYSTEM = (
     "You are an AI that reasons about image descriptions. You give structured responses focusing on object relationships, object\n"
@@ -96,7 +96,7 @@ class Flux2Text(TextReader):
     def __call__(
         self,
         prompts: Sequence[str | None],
-        picture: Picture | None = None,
+        picture: ImageSpec | None = None,
         prompts_2: Sequence[str | None] | None = None,
     ) -> Conditioning:
         """Prompts -> Conditioning of float32: `tokens` (B, L, width); `mask` (B, L) if the settings

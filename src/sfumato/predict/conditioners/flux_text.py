@@ -21,7 +21,7 @@ from sfumato.predict.conditioners._clip import CLASSES, ClipEncoder, read_encode
 from sfumato.predict.conditioners._parts import check_settings, pairs, read_settings, table
 from sfumato.predict.conditioners._reading import TextReader
 from sfumato.predict.conditioners._t5 import CLASS, T5Encoder, read_t5
-from sfumato.types import Conditioning, Picture
+from sfumato.types import Conditioning, ImageSpec
 
 SCHNELL = 256
 """T5's positions of the model that is not told the strength of guidance: schnell."""
@@ -70,7 +70,7 @@ class FluxText(TextReader):
     def __call__(
         self,
         prompts: Sequence[str | None],
-        picture: Picture | None = None,
+        picture: ImageSpec | None = None,
         prompts_2: Sequence[str | None] | None = None,
     ) -> Conditioning:
         """Prompts -> Conditioning of float32: `tokens` (B, L, width), `vector` (B, V); `mask` (B,

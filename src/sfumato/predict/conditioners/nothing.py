@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.types import Conditioning, Picture
+from sfumato.types import Conditioning, ImageSpec
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Nothing:
     names: tuple[str, ...] = ()
 
     def __call__(
-        self, prompts: Sequence[str | None], picture: Picture | None = None
+        self, prompts: Sequence[str | None], picture: ImageSpec | None = None
     ) -> Conditioning:
         """An empty Conditioning; `UserError` if a prompt says something. The picture makes no
         difference.
@@ -36,7 +36,7 @@ class Nothing:
         """Labels are not used."""
         return Conditioning()
 
-    def null(self, count: int, picture: Picture | None = None) -> Conditioning:
+    def null(self, count: int, picture: ImageSpec | None = None) -> Conditioning:
         """An empty Conditioning."""
         return Conditioning()
 

@@ -34,7 +34,7 @@ from sfumato.predict.conditioners._parts import (
 )
 from sfumato.predict.conditioners._reading import TextReader
 from sfumato.predict.conditioners._t5 import CLASS, T5Encoder, read_t5
-from sfumato.types import Conditioning, Picture
+from sfumato.types import Conditioning, ImageSpec
 
 Row = tuple[Tensor, Tensor, Tensor]
 """What a prompt becomes: tokens (L, D), mask (L,), vector (V,)."""
@@ -110,7 +110,7 @@ class Sd3Text(TextReader):
     def __call__(
         self,
         prompts: Sequence[str | None],
-        picture: Picture | None = None,
+        picture: ImageSpec | None = None,
         prompts_2: Sequence[str | None] | None = None,
     ) -> Conditioning:
         """Prompts -> Conditioning of float32: `tokens` (B, 77 + max_sequence_length, width),

@@ -23,7 +23,7 @@ from sfumato.errors import UserError
 from sfumato.predict.conditioners._parts import check_settings, read_settings, table
 from sfumato.predict.conditioners._reading import TextAlone
 from sfumato.predict.conditioners._t5 import CLASS, T5Encoder, read_t5
-from sfumato.types import Picture
+from sfumato.types import ImageSpec
 
 LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 """Positions by the `_class_name` of model_index.json."""
@@ -65,7 +65,7 @@ class T5Text(TextAlone):
     def _text(self, prompt: str) -> str:
         return prompt.lower().strip() if self.config.lower else prompt
 
-    def _vector(self, picture: Picture | None) -> Tensor | None:
+    def _vector(self, picture: ImageSpec | None) -> Tensor | None:
         if picture is None:
             return None
         height, width = picture.size

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall
 from sfumato.errors import UserError
-from sfumato.types import Ask, Asking, Conditioning, LatePrediction, Prediction, Query
+from sfumato.prediction import Selected
+from sfumato.types import Conditioning, Prediction
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def guide(
     combine: Any,
     point: Callable[[float], tuple[float, float]],
     unguided: Bool[Tensor, " B"] | None = None,
-) -> Ask:
+) -> DenoiseFn:
     """The guided denoiser of one run, as questions to answer.
 
     references: (denoiser, conditioning) pairs to move away from: the same denoiser without the
@@ -62,17 +63,20 @@ def guide(
     needed = getattr(combine, "needed", lambda moment: combine.references)
     index, visited = -1, math.nan
 
-    def ask(x: Tensor, t: float) -> Asking[Prediction]:
+    def ask(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
         nonlocal index, visited
         if t != visited:  # a sampler that asks twice at one time is still at that time
             index, visited = index + 1, t
         moment = Moment(t, *point(t), index)
-        first = Query(denoiser, x, t, conditioning)
+        first = DenoiserCall(denoiser, x, t, conditioning)
         count = needed(moment)
         always = combine.always and count == combine.references
         if not references or not (always or weight.active(moment)):
             return (yield [first])[0]
-        predictions = yield [first, *(Query(who, x, t, given) for who, given in references[:count])]
+        predictions = yield [
+            first,
+            *(DenoiserCall(who, x, t, given) for who, given in references[:count]),
+        ]
         w = weigh(moment, predictions[0], predictions[1])
         found = join(x, moment, predictions, w)
         if not always:
@@ -80,7 +84,7 @@ def guide(
         found = (
             found
             if unguided is None
-            else Chosen(unguided.reshape(-1, 1, 1, 1), predictions[0], found)
+            else Selected(unguided.reshape(-1, 1, 1, 1), predictions[0], found)
         )
         return found.with_variance(predictions[0].variance)
 
@@ -93,22 +97,4 @@ def _off_is_off(conditional: Prediction, found: Prediction, w: float | Tensor) -
     """
     if not isinstance(w, Tensor):
         return conditional if w == 1 else found
-    return Chosen(w == 1, conditional, found)
-
-
-class Chosen(LatePrediction):
-    """One prediction for the images where `first` (B, 1, 1, 1) is True, another for the others:
-    each worked out as it would be alone.
-    """
-
-    parts: tuple[Tensor, Prediction, Prediction]
-
-    def __init__(self, first: Tensor, one: Prediction, other: Prediction):
-        self.__dict__.update(parts=(first, one, other))
-
-    def at(self, alpha: float, sigma: float, k: float = 0.0, x: Tensor | None = None) -> Tensor:
-        first, one, other = self.parts
-        return torch.where(first, one.at(alpha, sigma, k, x), other.at(alpha, sigma, k, x))
-
-    def size(self) -> Tensor:
-        return self.parts[1].size() + self.parts[2].size()
+    return Selected(w == 1, conditional, found)

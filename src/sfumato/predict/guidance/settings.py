@@ -34,11 +34,12 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from sfumato.batching import DenoiseFn
 from sfumato.errors import UserError, unknown
 from sfumato.predict.guidance.guide import guide
 from sfumato.predict.guidance.words import number, read, write
 from sfumato.registry import find, names, split
-from sfumato.types import Ask, Conditioning
+from sfumato.types import Conditioning
 
 FOLDERS = {
     "weight": "predict.guidance.weights",
@@ -243,7 +244,7 @@ def build(
     reference: Conditioning | Sequence[Conditioning],
     point: Callable[[float], tuple[float, float]],
     weaker: Any = None,
-) -> Ask:
+) -> DenoiseFn:
     """The guided denoiser of one run, as questions to answer.
 
     reference: the conditioning to move away from (none, or a negative prompt); for two references

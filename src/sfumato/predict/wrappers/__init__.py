@@ -1,7 +1,7 @@
 """Wrappers: what asks, made to ask otherwise. One file each, found by name.
 
-    name(ask, ...settings) -> Ask      an `Ask` in, an `Ask` out: wrappers stack, around guidance
-                                       and around each other
+    name(ask, ...settings) -> DenoiseFn      a `DenoiseFn` in, a `DenoiseFn` out: wrappers stack,
+                                             around guidance and around each other
     off(x, point) -> dict              the settings with which it changes no bit of runs over
                                        latents like x
 

@@ -23,13 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall
 from sfumato.errors import UserError
-from sfumato.types import Ask, Asking, Conditioning, Prediction, Query
+from sfumato.types import Conditioning, Prediction
 
 
 def feature_cache(
-    ask: Ask, every: int | Sequence[int] | None = 1, threshold: float | None = None, skips: int = 1
-) -> Ask:
+    ask: DenoiseFn,
+    every: int | Sequence[int] | None = 1,
+    threshold: float | None = None,
+    skips: int = 1,
+) -> DenoiseFn:
     """The questions of one run, answered by a U-Net that remembers what lies below the first
     `skips` of its skips.
 
@@ -45,14 +49,14 @@ def feature_cache(
     branches: dict[tuple[Any, ...], _Branch] = {}
     calls, busy = 0, False
 
-    def remembering(query: Query, place: tuple[int, int, int], call: int) -> Query:
+    def remembering(query: DenoiserCall, place: tuple[int, int, int], call: int) -> DenoiserCall:
         # With the number of questions in the key: where guidance is off for a while, places shift.
         branch = branches.setdefault(
             (*place, id(query.denoiser), query.x.shape), _Branch(query.denoiser)
         )
         return replace(query, denoiser=_Remembering(query.denoiser, rule, branch, call))
 
-    def cached(x: Tensor, t: float) -> Asking[Prediction]:
+    def cached(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
         nonlocal calls, busy
         if busy:
             raise UserError(
@@ -174,7 +178,9 @@ class _Remembering:
         return id(self.denoiser), "feature_cache", self.rule.skips
 
     def answer(
-        self, queries: Sequence[Query], one_pass: Callable[[list[Query]], list[Prediction]]
+        self,
+        queries: Sequence[DenoiserCall],
+        one_pass: Callable[[list[DenoiserCall]], list[Prediction]],
     ) -> list[Prediction]:
         network = getattr(self.denoiser, "network", None)
         if not all(hasattr(network, part) for part in ("shallow_down", "deep", "shallow_up")):

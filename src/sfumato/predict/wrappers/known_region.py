@@ -41,19 +41,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sfumato.batching import DenoiseCalls, DenoiseFn
 from sfumato.errors import UserError
-from sfumato.types import Ask, Asking, Prediction
+from sfumato.types import Prediction
 
 Point = Callable[[float], tuple[float, float]]
 
 
 def known_region(
-    ask: Ask,
+    ask: DenoiseFn,
     z: Float[Tensor, "N C h w"],
     mask: Float[Tensor, "M K H W"],
     point: Point,
     first: Float[Tensor, "B C h w"] | None = None,
-) -> Ask:
+) -> DenoiseFn:
     """z is kept where mask is 1 and found where it is 0; in between the predictions are blended.
 
     z: (B or 1, C, h, w), standardised; what lies under 0 is not looked at, but must be finite.
@@ -65,7 +66,7 @@ def known_region(
     nothing = not mask.any()
     waiting = [] if first is None or nothing else [first]
 
-    def known(x: Tensor, t: float) -> Asking[Prediction]:
+    def known(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
         found = yield from ask(waiting.pop() if waiting else x, t)
         alpha, sigma = point(t)
         if not sigma > 0:

@@ -21,20 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.asking import together
+from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall, gather
 from sfumato.errors import UserError, unknown
-from sfumato.types import Ask, Asking, Prediction, Query
+from sfumato.types import Prediction
 
 WEIGHTS = ("uniform", "smooth")
 
 
 def large_canvas(
-    ask: Ask,
+    ask: DenoiseFn,
     size: int | tuple[int, int],
     stride: int | tuple[int, int],
     weights: str = "uniform",
     around: bool = False,
-) -> Ask:
+) -> DenoiseFn:
     """Asks about windows instead of all of x.
 
     size, stride: of the windows, in latent cells, one for both sides or (height, width); a canvas
@@ -52,7 +52,7 @@ def large_canvas(
     if weights not in WEIGHTS:
         raise unknown("weighting of windows", weights, WEIGHTS)
 
-    def canvas(x: Tensor, t: float) -> Asking[Prediction]:
+    def canvas(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
         windows = [
             (rows[:, None], columns)
             for rows in _windows(x.shape[2], height, down, False)
@@ -60,7 +60,7 @@ def large_canvas(
         ]
         if len(windows) == 1:
             return (yield from ask(x, t))
-        found = yield from together([_inside(ask, x, t, window) for window in windows])
+        found = yield from gather([_inside(ask, x, t, window) for window in windows])
         shares = _shares(windows, x.shape[2:], weights)
         x0, eps = (
             _joined(x, windows, shares, [getattr(p, name) for p in found]) for name in ("x0", "eps")
@@ -127,7 +127,9 @@ def _joined(
     return whole
 
 
-def _inside(ask: Ask, x: Tensor, t: float, window: tuple[Tensor, Tensor]) -> Asking[Prediction]:
+def _inside(
+    ask: DenoiseFn, x: Tensor, t: float, window: tuple[Tensor, Tensor]
+) -> DenoiseCalls[Prediction]:
     """What is asked about one window, with what joins x cut as x is."""
     rows, columns = window
     questions = ask(x[:, :, rows, columns], t)
@@ -141,7 +143,7 @@ def _inside(ask: Ask, x: Tensor, t: float, window: tuple[Tensor, Tensor]) -> Ask
         questions.close()
 
 
-def _cut(query: Query, x: Tensor, window: tuple[Tensor, Tensor]) -> Query:
+def _cut(query: DenoiserCall, x: Tensor, window: tuple[Tensor, Tensor]) -> DenoiserCall:
     """A window's question with its part of the canvas' conditioning."""
     given = query.conditioning
     if given.residuals:

@@ -1,0 +1,89 @@
+"""Predictions that compute x0 and eps lazily: linear in (x, y), or selected image by image."""
+
+from functools import cached_property
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from sfumato.types import Prediction, mixed
+
+
+class LazyPrediction(Prediction):
+    """A prediction defined by `at` and `size`: x0 and eps are computed on first access."""
+
+    @cached_property
+    def x0(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.at(1.0, 0.0)
+
+    @cached_property
+    def eps(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.at(0.0, 1.0)
+
+
+class LinearPrediction(LazyPrediction):
+    """x0 = a*x + b*y and eps = c*x + d*y, from a latent x and a network's output y.
+
+    Samplers and guidance mostly need one combination of x and y. Computed directly it is half the
+    work, its coefficients are added in float64, and nothing is lost where x0 and eps are large and
+    cancel (eps at nearly pure noise). x and y must not be changed in place while it is in use.
+
+    Attributes:
+        solution: (a, b, c, d)
+    """
+
+    x: Tensor
+    y: Tensor
+    solution: tuple[float, float, float, float]
+
+    def __init__(
+        self,
+        x: Shaped[Tensor, "B C h w"],
+        y: Shaped[Tensor, "B C h w"],
+        solution: tuple[float, float, float, float],
+    ):
+        fields = self.__dict__  # the dataclass is frozen
+        fields["x"], fields["y"], fields["solution"] = x, y, solution
+
+    def at(self, alpha: float, sigma: float, k: float = 0.0, x: Tensor | None = None) -> Tensor:
+        a, b, c, d = self.solution
+        if x is not None and x is not self.x:
+            return self.at(alpha, sigma).add_(k * x)
+        # in place: one allocation less
+        return ((alpha * a + sigma * c + k) * self.x).add_((alpha * b + sigma * d) * self.y)
+
+    def away(self, reference: Prediction, w: float | Tensor) -> Prediction:
+        if (
+            not isinstance(reference, LinearPrediction)
+            or reference.x is not self.x
+            or reference.solution != self.solution
+        ):
+            return super().away(reference, w)
+        return LinearPrediction(self.x, mixed(self.y, reference.y, w), self.solution)
+
+    def size(self) -> Tensor:
+        return self.y.sum()  # x is finite: it was checked at the step before
+
+
+class Selected(LazyPrediction):
+    """One prediction for the images where `first` is True, another for the rest.
+
+    Each image's numbers are what its own prediction alone gives.
+
+    Args:
+        first: (B, 1, 1, 1) bool
+        one: the prediction where `first` is True
+        other: the prediction where it is False
+    """
+
+    parts: tuple[Tensor, Prediction, Prediction]
+
+    def __init__(self, first: Tensor, one: Prediction, other: Prediction):
+        self.__dict__.update(parts=(first, one, other))
+
+    def at(self, alpha: float, sigma: float, k: float = 0.0, x: Tensor | None = None) -> Tensor:
+        first, one, other = self.parts
+        return torch.where(first, one.at(alpha, sigma, k, x), other.at(alpha, sigma, k, x))
+
+    def size(self) -> Tensor:
+        return self.parts[1].size() + self.parts[2].size()
