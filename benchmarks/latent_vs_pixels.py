@@ -24,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sfumato.compress.kl import AutoencoderKL
 from sfumato.data import ImageSet, open_images
-from sfumato.decode.image import grid, to_pil
 from sfumato.decode.whole import whole
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
@@ -34,6 +33,7 @@ from sfumato.diffuse.schedule import schedule
 from sfumato.diffuse.timesteps import timesteps
 from sfumato.evaluate import extract, load_features
 from sfumato.evaluate.frechet import frechet_distance, gaussian
+from sfumato.images import grid, to_pil
 from sfumato.io.atomic import write_json
 from sfumato.loading import load
 from sfumato.predict.conditioners.class_names import ClassNames

@@ -37,7 +37,7 @@ from sfumato.diffuse.schedule import Schedule, schedule
 from sfumato.diffuse.timesteps import SPACINGS, timesteps
 from sfumato.loading import load
 from sfumato.registry import find, names
-from sfumato.sampling import sampler_of
+from sfumato.sampling.request import sampler_of
 from sfumato.types import Prediction
 
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)

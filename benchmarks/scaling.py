@@ -134,7 +134,7 @@ class Bench:
         """The Frechet distance of class-balanced samples without guidance; some of them as a
         picture.
         """
-        from sfumato.decode.image import grid, to_pil
+        from sfumato.images import grid, to_pil
 
         s, names = self.settings, self.conditioner.names
         defaults = Defaults(steps=s.sampling_steps, sampler="ddim")

@@ -11,16 +11,41 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sfumato import tasks
+    from sfumato.errors import NumericalError, UserError
     from sfumato.loading import load
     from sfumato.model import LatentDiffusion
-    from sfumato.sampling import Request
+    from sfumato.predict.guidance.settings import Guidance
+    from sfumato.sampling import Defaults, Plan, Request
 
 __version__ = "0.1.0"
-__all__ = ["LatentDiffusion", "Request", "__version__", "load"]
-_HOMES = {"load": "loading", "LatentDiffusion": "model", "Request": "sampling"}
+__all__ = [
+    "Defaults",
+    "Guidance",
+    "LatentDiffusion",
+    "NumericalError",
+    "Plan",
+    "Request",
+    "UserError",
+    "__version__",
+    "load",
+    "tasks",
+]
+_HOMES = {
+    "Defaults": "sampling.request",
+    "Guidance": "predict.guidance.settings",
+    "LatentDiffusion": "model",
+    "NumericalError": "errors",
+    "Plan": "sampling.plan",
+    "Request": "sampling.request",
+    "UserError": "errors",
+    "load": "loading",
+}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "tasks":
+        return importlib.import_module("sfumato.tasks")
     if name in _HOMES:
         return getattr(importlib.import_module(f"sfumato.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'sfumato' has no attribute {name!r}")

@@ -199,9 +199,7 @@ def _open(path: Path, name: str, how: _How) -> LatentDiffusion:
         given = notes.get(
             "defaults", {} if "_sfumato" in parts else pipeline_defaults(parts, network) | run
         )
-        defaults = Defaults(
-            **{k: v for k, v in given.items() if k in Defaults.__dataclass_fields__}
-        )
+        defaults = Defaults.from_json(given)
     _check_parts(path, autoencoder, network, conditioner)
     small = path / "low_res_scheduler" / "scheduler_config.json"
     with explained(small):
@@ -259,7 +257,9 @@ def _open_original(path: Path, how: _How) -> LatentDiffusion:
     begin = pipeline_defaults(
         {"_class_name": pipeline_class(network, conditioner)}, network
     ) | _guidance(conditioner)
-    defaults = Defaults(**begin, sampler=recipe.sampler, spacing=recipe.spacing_word)
+    defaults = Defaults.from_json(
+        begin | {"sampler": recipe.sampler, "spacing": recipe.spacing_word}
+    )
     return how.placed(
         LatentDiffusion(
             autoencoder,
@@ -345,7 +345,7 @@ def _open_whole(path: Path, how: _How) -> LatentDiffusion:
             else extras(parts)["scheduler/scheduler_config.json"]
         )
         pipeline = pipeline_class(
-            network, conditioner, ours.get("defaults", {}).get("references", 0)
+            network, conditioner, Defaults.from_json(ours.get("defaults", {})).max_reference_images
         )
         recipe = read_scheduler(scheduler, even=gives_even_times(pipeline) or None)
         begin = pipeline_defaults({"_class_name": pipeline}, network) | {
@@ -353,9 +353,7 @@ def _open_whole(path: Path, how: _How) -> LatentDiffusion:
             "spacing": recipe.spacing_word,
         }
         given = begin | ours.get("defaults", {})
-        defaults = Defaults(
-            **{k: v for k, v in given.items() if k in Defaults.__dataclass_fields__}
-        )
+        defaults = Defaults.from_json(given)
     _check_process(path, network, recipe.process)
     name = str(ours.get("name", path.stem))
     return how.placed(

@@ -4,13 +4,12 @@ image --compress--> z --diffuse--> x_t --predict--> (x0, eps) --diffuse back--> 
 """
 
 import copy
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +21,13 @@ from sfumato.batching import drive, gather
 from sfumato.checkpoints.names.scheduler import to_scheduler_config
 from sfumato.compress.base import Autoencoder
 from sfumato.decode.exact import exact
-from sfumato.decode.image import pasted, to_pil, to_tensor
+from sfumato.decode.overflow import decode_in_range, encode_in_range
 from sfumato.decode.tiled import tiled
 from sfumato.decode.whole import check_latent, whole
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.sample import SeededNoise, Step, all_finite, check_finite, sample
+from sfumato.diffuse.sample import SeededNoise, Step, check_finite, sample
 from sfumato.errors import NumericalError, UserError, unknown
+from sfumato.images import composite, to_pil, to_tensor
 from sfumato.inference.offload.model import (
     conditioner_state,
     denoiser_streamer,
@@ -40,22 +40,24 @@ from sfumato.io.host_memory import parse_size
 from sfumato.predict.denoiser import Denoiser, answer
 from sfumato.predict.networks._network import Network
 from sfumato.registry import find
-from sfumato.running import questions, told_guidance
-from sfumato.sampling import (
-    Defaults,
-    Prompt,
-    Request,
+from sfumato.sampling.plan import (
+    Plan,
     latent_shape,
-    prompts,
-    request_from,
+    prompt_list,
+    resolve,
+    resolve_settings,
     seeds_of,
-    settings,
     times_of,
 )
+from sfumato.sampling.request import ConditionerLike, Defaults, Prompt, Request, RequestFields
+from sfumato.sampling.run import append_distilled_guidance, plan_coroutine
 from sfumato.saving import save_model
 from sfumato.types import Conditioning, ImageSpec, Prediction
 
-LOG = logging.getLogger("sfumato")
+Output = Literal["pil", "tensor", "latent"]
+OUTPUTS = ("pil", "tensor", "latent")
+OnStep = Callable[[Step], bool | None]
+_DECODE = {"whole": whole, "exact": exact, "tiled": tiled}
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class LatentDiffusion:
 
     autoencoder: Autoencoder
     denoiser: Denoiser
-    conditioner: Any
+    conditioner: ConditionerLike
     defaults: Defaults = field(default_factory=Defaults)
     name: str = "model"
     # how small pictures are made noisy, for networks that enlarge them
@@ -87,7 +89,7 @@ class LatentDiffusion:
         (ITU-R 601 luma) and grey colour where the autoencoder needs it.
         """
         pixels = self.pixels(image)
-        shape = latent_shape(self, *pixels.shape[2:])
+        shape = latent_shape(self.autoencoder.space, *pixels.shape[2:])
         return self.encode(
             pixels,
             None
@@ -126,30 +128,21 @@ class LatentDiffusion:
         """`pixels` -> z: the posterior's mean, or a draw with this noise. `compress` says what
         happens to odd sides and overflow.
         """
-        shape, factor = latent_shape(self, *pixels.shape[2:]), self.autoencoder.space.factor
+        space = self.autoencoder.space
+        shape = latent_shape(space, *pixels.shape[2:])
         bottom, right = (
-            cells * factor - side for cells, side in zip(shape[1:], pixels.shape[2:], strict=True)
+            cells * space.factor - side
+            for cells, side in zip(shape[1:], pixels.shape[2:], strict=True)
         )
-        if bottom or right:  # the last cells cover more than the image: its edge goes on there
+        if bottom or right:  # the last cells cover more than the image: its edge is repeated there
             pixels = F.pad(pixels, (0, right, 0, bottom), mode="replicate")
         with torch.inference_mode():
-            z = self.autoencoder.encode(
-                pixels.to(self.device, self.autoencoder.dtype), noise
-            ).float()
-            if (
-                self.autoencoder.dtype != torch.float32
-                and not all_finite(z)
-                and denoiser_streamer(self) is None
-            ):
-                LOG.warning(
-                    "the autoencoder's %s overflowed; encoding again in float32",
-                    _name(self.autoencoder.dtype),
-                )
-                z = (
-                    copy.deepcopy(self.autoencoder)
-                    .float()
-                    .encode(pixels.to(self.device, torch.float32), noise)
-                )
+            z = encode_in_range(
+                self.autoencoder,
+                pixels.to(self.device),
+                noise,
+                retry=denoiser_streamer(self) is None,
+            )
         check_finite(z, f"compress, with the autoencoder in {_name(self.autoencoder.dtype)}")
         # a plain tensor, which training can use: those of inference mode cannot be saved for a
         # gradient
@@ -175,14 +168,14 @@ class LatentDiffusion:
             raise UserError(f"t={t}: expected a time in (0, 1]")
         check_latent(self.autoencoder.space, x)
         factor = self.autoencoder.space.factor
-        picture = ImageSpec(x.shape[2] * factor, x.shape[3] * factor)
-        given = (
+        spec = ImageSpec(x.shape[2] * factor, x.shape[3] * factor)
+        encoded = (
             conditioning
             if isinstance(conditioning, Conditioning)
-            else self._read(prompts(conditioning, len(x)), picture)
+            else self._encode_prompts(prompt_list(conditioning, len(x)), spec)
         )
         with torch.inference_mode():
-            found = self.denoiser(x.to(self.device), t, given.to(self.device))
+            found = self.denoiser(x.to(self.device), t, encoded.to(self.device))
         return Prediction(
             found.x0.clone(),
             found.eps.clone(),
@@ -190,144 +183,183 @@ class LatentDiffusion:
         )
 
     def decode(self, z: Float[Tensor, "B C h w"]) -> list[PIL.Image]:
-        """z -> PIL images, mode L from a grey autoencoder, else RGB. `sfumato.decode` has tiled and
-        preview decoding, and tensors.
+        """Decode a latent to PIL images.
+
+        Mode L from a grey autoencoder, else RGB. `sfumato.decode` has tiled and exact decoding, and
+        gives tensors.
+
+        Args:
+            z: standardised latent
+
+        Raises:
+            NumericalError: NaN or infinity, in float32 too
         """
-        return to_pil(self._decoded(z.to(self.device)))
+        return to_pil(self._decode(z.to(self.device)))
 
     # ---- the main job ----------------------------------------------------------------------------
-
-    def settings(self, **asked: Any) -> dict[str, Any]:
-        """The settings that `generate` would run with: the model's defaults where the caller says
-        nothing or None.
-
-        Takes n, steps, sampler, spacing, guidance, height and width as `generate` does; `UserError`
-        for impossible ones.
-        """
-        return settings(self, Request(**asked))
 
     def generate(
         self,
         prompt: Prompt = None,
         *,
-        n: int = 1,
-        steps: int | None = None,
-        sampler: str | None = None,
-        spacing: str | None = None,
-        guidance: Any = None,
-        seed: int = 0,
-        negative_prompt: Prompt = None,
-        height: int | None = None,
-        width: int | None = None,
-        timesteps: Sequence[float] | None = None,
-        noise: Tensor | None = None,
-        known: tuple[Tensor, Tensor] | None = None,
-        canvas: tuple[int, int] | None = None,
-        cache: int | Sequence[int] | None = None,
-        weaker: Any = None,
-        picture: ImageSpec | None = None,
-        output: Literal["pil", "tensor", "latent"] = "pil",
-        on_step: Callable[[Step], bool | None] | None = None,
+        output: Output = "pil",
+        on_step: OnStep | None = None,
         batch: int | None = None,
-        decoding: str = "whole",
-        learned_guidance: float | None = None,
+        **fields: Unpack[RequestFields],
     ) -> Any:
-        """Prompt -> n images: a list of PIL images, or "tensor" (n, 3, H, W) in [0, 1], or "latent"
-        (n, c, h, w).
+        """Generate images: `run` of a `Request` of these fields.
 
-        prompt: one for all or one an image (then n is their number); None draws unconditionally.
-        Image k uses seed + k. sampler, spacing: a name, with options if need be ("ddim:eta=0.5",
-        "karras:rho=5"). timesteps: the times to visit, falling, 1 is noise and the last is where
-        the run ends (0: clean); overrides `steps` and `spacing`. guidance: a number (1 is off), or
-        more ("3 interval:low=0.2,high=0.8", see predict/guidance/settings.py); weaker: the model
-        that the reference "model" (autoguidance) moves away from.
-        learned_guidance: what a network is told that learned guidance (FLUX.1 dev); for such a
-        model a `guidance` that is given alone, as a number, is that: there is no second pass then.
-        known: (z, mask), latents to keep where the mask (n or 1, 1 or c, h, w) is 1. canvas: (size,
-        stride) in latent cells, for images larger than the model's, drawn through overlapping
-        windows. cache: the network's deep features are made anew at every so-many-th call only.
-        picture: what an SDXL-class model is told about sizes, crops and quality; by default a
-        picture of this height and width, not cut. noise: the start (n, c, h, w) instead of the
-        seeds' own; what a sampler adds later is the seeds' in any case. on_step sees each network
-        call and cancels by returning False (returns [] then, or a tensor of no images). batch
-        bounds the rows of a forward pass. decoding: "whole", "exact" (the same in strips, about an
-        eighth of the memory for more time) or "tiled" (approximate). A grey model's "tensor" has
-        three equal channels, so that every model gives the same shape; its PIL images have mode L.
-        Raises `UserError` for impossible settings and `NumericalError` for NaN or infinity.
+        Args:
+            prompt: one text for all images or one an image; None: no prompt
+            output: "pil": a list of PIL images, mode L from a grey model, else RGB; "tensor": (n,
+            3, H, W) in [0, 1]; "latent": (n, C, h, w) on_step: called after each network call;
+            cancels the run by returning False (no images then) batch: largest number of rows in a
+            forward pass
+            fields: any other field of `Request`: n, steps, sampler, guidance, seed, height ...
+
+        Returns:
+            n images, as `output` says; image k is drawn from seed + k
+
+        Raises:
+            UserError: impossible settings, before any weight is used
+            NumericalError: NaN or infinity
         """
-        if output not in ("pil", "tensor", "latent"):
-            raise unknown("output", output, ("pil", "tensor", "latent"))
-        request = Request(
-            prompt,
-            n,
-            steps,
-            sampler,
-            spacing,
-            guidance,
-            seed,
-            negative_prompt,
-            height,
-            width,
-            timesteps,
-            noise,
-        )
-        request = replace(
-            request,
-            known=known,
-            canvas=canvas,
-            cache=cache,
-            weaker=weaker,
-            picture=picture,
-            decoding=decoding,
-            learned_guidance=learned_guidance,
-        )
-        (z,) = self._latents(
-            [request], batch, None if on_step is None else lambda k, step: on_step(step)
-        )
-        return self._output(z, request, output)
+        return self.run(Request(prompt, **fields), output=output, on_step=on_step, batch=batch)
 
     def run(
         self,
-        request: Request,
+        request: Request | Plan,
         *,
-        output: Literal["pil", "tensor", "latent"] = "pil",
-        on_step: Callable[[Step], bool | None] | None = None,
+        output: Output = "pil",
+        on_step: OnStep | None = None,
         batch: int | None = None,
     ) -> Any:
-        """What `generate` returns, for a request: one that a task made of pictures, say
-        (`sfumato.tasks`).
-        """
-        return self.sample_many(
-            [request],
-            output=output,
-            on_step=None if on_step is None else lambda k, step: on_step(step),
-            batch=batch,
-        )[0]
+        """Carry out a request, or the plan that a task made (`sfumato.tasks`).
 
-    def sample_many(
+        Args and results are those of `generate`.
+        """
+        watch = None if on_step is None else lambda k, step: on_step(step)
+        return self.run_many([request], output=output, on_step=watch, batch=batch)[0]
+
+    def run_many(
         self,
-        requests: Sequence[Request | Mapping[str, Any]],
+        requests: Sequence[Request | Plan | Mapping[str, Any]],
         *,
-        output: Literal["pil", "tensor", "latent"] = "pil",
+        output: Output = "pil",
         on_step: Callable[[int, Step], bool | None] | None = None,
         batch: int | None = None,
     ) -> list[Any]:
-        """Several requests in shared forward passes; each gets what `generate` alone would have
-        returned.
+        """Carry out several requests in shared forward passes.
 
-        requests: `Request`s, or their fields as mappings: prompts, steps, samplers, spacings,
-        guidance, seeds and sizes may all differ. At every moment all that is asked by runs under
-        way goes through the network together. on_step(k, step) sees request k's network calls and
-        cancels that request by returning False (its answer is then empty). batch bounds the rows of
-        a forward pass.
+        Prompts, steps, samplers, spacings, guidance, seeds and sizes may all differ. Network calls
+        that are pending at the same moment go through the network together.
+
+        Args:
+            requests: requests, their fields as mappings, or plans
+            output: as for `generate`
+            on_step: called as on_step(k, step) after each network call of request k; cancels that
+            request by returning False batch: largest number of rows in a forward pass
+
+        Returns:
+            for each request what `generate` alone returns, bit for bit
+
+        Raises:
+            UserError: impossible settings in any of them, before any weight is used
+            NumericalError: NaN or infinity
         """
-        if output not in ("pil", "tensor", "latent"):
-            raise unknown("output", output, ("pil", "tensor", "latent"))
-        asked = [r if isinstance(r, Request) else request_from(r) for r in requests]
+        if output not in OUTPUTS:
+            raise unknown("output", output, OUTPUTS)
+        plans = [r if isinstance(r, Plan) else self.plan(r) for r in requests]
         return [
-            self._output(z, r, output)
-            for z, r in zip(self._latents(asked, batch, on_step), asked, strict=True)
+            self.finish(z, plan, output)
+            for z, plan in zip(self._sample(plans, batch, on_step), plans, strict=True)
         ]
+
+    def plan(self, request: Request | Mapping[str, Any]) -> Plan:
+        """Resolve a request: defaults filled in and everything checked, without a weight.
+
+        Args:
+            request: a request, or its fields as a mapping
+
+        Returns:
+            the plan, for `run`, or for `sample` and `finish`
+
+        Raises:
+            UserError: anything that cannot be carried out; after this only `NumericalError` is left
+        """
+        return resolve(
+            self, request if isinstance(request, Request) else Request.from_dict(request)
+        )
+
+    def sample(
+        self, plan: Plan, *, on_step: OnStep | None = None, batch: int | None = None
+    ) -> Float[Tensor, "B C h w"]:
+        """Sample a plan's latents.
+
+        Args:
+            plan: made by this model's `plan`, or by a task
+            on_step: called after each network call; cancels the run by returning False
+            batch: largest number of rows in a forward pass
+
+        Returns:
+            (n, C, h, w), standardised; no rows where the run was cancelled
+
+        Raises:
+            NumericalError: NaN or infinity
+        """
+        watch = None if on_step is None else lambda k, step: on_step(step)
+        return self._sample([plan], batch, watch)[0]
+
+    def finish(self, latents: Float[Tensor, "B C h w"], plan: Plan, output: Output = "pil") -> Any:
+        """Decode a plan's latents, crop the images to its size, and put back the pixels that it
+        keeps.
+
+        Args:
+            latents: what `sample` returned for the plan
+            plan: the plan
+            output: as for `generate`
+
+        Raises:
+            NumericalError: NaN or infinity after decoding
+        """
+        if output == "latent":
+            # a plain tensor: those of inference mode cannot be saved for a gradient
+            return latents.clone()
+        image = self._decode(latents, plan.request.decoding)[:, :, : plan.height, : plan.width]
+        if plan.request.composite is not None and len(image):
+            image = composite(image, *plan.request.composite)
+        if output == "pil":
+            return to_pil(image)
+        return (image.expand(-1, 3, -1, -1) if image.shape[1] == 1 else image).add(1).div(2)
+
+    def settings(self, **fields: Any) -> dict[str, Any]:
+        """The settings of a run, with the model's defaults where a field is missing or None.
+
+        Args:
+            fields: n, steps, sampler, spacing, timesteps, guidance, distilled_guidance, height,
+            width, as for `generate`
+
+        Returns:
+            the settings as a JSON object
+
+        Raises:
+            UserError: impossible ones
+        """
+        return resolve_settings(self, Request(**fields)).to_json()
+
+    def times(
+        self, steps: int | None = None, sampler: str | None = None, spacing: str | None = None
+    ) -> list[float]:
+        """The times that a run visits, from noise to 0.
+
+        Args:
+            steps: number of steps; None: the model's
+            sampler: decides which tuned times apply; None: the model's
+            spacing: None: tuned times where the model has them for these steps, else the model's
+            spacing
+        """
+        request = Request(steps=steps, sampler=sampler, spacing=spacing)
+        return times_of(self, request, resolve_settings(self, request))
 
     def invert(
         self,
@@ -336,113 +368,101 @@ class LatentDiffusion:
         steps: int = 50,
         iterations: int = 5,
         spacing: str = "trailing",
+        timesteps: Sequence[float] | None = None,
     ) -> Float[Tensor, "B C h w"]:
-        """z -> the noise that DDIM would make it from: `generate(prompt, noise=..., sampler="ddim",
-        guidance=1, ...)` with the same steps and
+        """The noise that DDIM would make a latent from (DDIM inversion; Song et al. 2021, section
+        4.3).
 
-        spacing draws z again, the closer the more `iterations` of the fixed point at each step
-        (DDIM inversion; Song et al. 2021, section 4.3).
+        `generate(prompt, noise=..., sampler="ddim", guidance=1, ...)` with the same times draws z
+        again, the closer the more iterations.
+
+        Args:
+            z: clean latents, standardised
+            prompt: prompt(s), or their conditioning
+            steps: number of steps
+            iterations: iterations of the fixed point at each step
+            spacing: how the times are spaced
+            timesteps: the times themselves, instead of `steps` and `spacing`
+
+        Returns:
+            standard-normal noise, (B, C, h, w)
         """
         check_latent(self.autoencoder.space, z)
         n, schedule = len(z), self.denoiser.process.schedule
         factor = self.autoencoder.space.factor
-        picture = ImageSpec(z.shape[2] * factor, z.shape[3] * factor)
-        request = Request(
-            n=n,
-            steps=steps,
-            sampler="ddim",
-            spacing=spacing,
-            height=picture.height,
-            width=picture.width,
+        spec = ImageSpec(z.shape[2] * factor, z.shape[3] * factor)
+        if timesteps is None:  # they may depend on the size
+            request = Request(
+                n=n,
+                steps=steps,
+                sampler="ddim",
+                spacing=spacing,
+                height=spec.height,
+                width=spec.width,
+            )
+            timesteps = times_of(self, request, resolve_settings(self, request))
+        encoded = (
+            prompt
+            if isinstance(prompt, Conditioning)
+            else self._encode_prompts(prompt_list(prompt, n), spec)
         )
-        times = times_of(self, request)  # which may depend on the size
-        given = (
-            prompt if isinstance(prompt, Conditioning) else self._read(prompts(prompt, n), picture)
-        )
-        conditioning = given.to(self.device)
+        conditioning = encoded.to(self.device)
         sampler = find("diffuse.samplers", "ddim_inversion")(
-            z.to(self.device).float(), times, schedule, torch.empty, iterations=iterations
+            z.to(self.device).float(), timesteps, schedule, torch.empty, iterations=iterations
         )
         with torch.inference_mode():
             x = sample(
                 sampler,
                 lambda x, t: self.denoiser(x, t, conditioning),
-                iterations * (len(times) - 1),
+                iterations * (len(timesteps) - 1),
             )
         assert x is not None
-        return x.clone() / math.hypot(*schedule.point(times[0]))
+        return x.clone() / math.hypot(*schedule.point(timesteps[0]))
 
-    def _read(self, words: Sequence[str | None], picture: ImageSpec) -> Conditioning:
-        """What the network is told by words alone; one that learned guidance is told the model's
-        own strength of it.
-        """
-        learned = self.settings().get("learned_guidance")
-        return told_guidance(self.conditioner(words, picture), len(words), learned, self.device)
+    def _encode_prompts(self, prompts: Sequence[str | None], spec: ImageSpec) -> Conditioning:
+        """Conditioning of prompts alone; guidance-distilled networks get the model's own scale."""
+        distilled = (
+            self.defaults.distilled_guidance
+            if getattr(self.denoiser.network, "learned_guidance", False)
+            else None
+        )
+        return append_distilled_guidance(
+            self.conditioner(prompts, spec), len(prompts), distilled, self.device
+        )
 
     @torch.inference_mode()
-    def _latents(
+    def _sample(
         self,
-        requests: Sequence[Request],
+        plans: Sequence[Plan],
         batch: int | None,
         on_step: Callable[[int, Step], bool | None] | None,
-    ) -> list[Tensor | None]:
-        """The latents of each request, None where `on_step` cancelled it."""
+    ) -> list[Float[Tensor, "B C h w"]]:
+        """The latents of each plan; no rows where `on_step` cancelled it."""
         if batch is not None and (not isinstance(batch, int) or batch < 1):
             raise UserError(
                 f"batch={batch!r}: expected a whole number of at least 1 row in a forward pass"
             )
         runs = [
-            questions(self, r, None if on_step is None else partial(on_step, k))
-            for k, r in enumerate(requests)
+            plan_coroutine(self, plan, None if on_step is None else partial(on_step, k))
+            for k, plan in enumerate(plans)
         ]
         try:
-            return drive(gather(runs), partial(answer, rows=batch))
+            latents = drive(gather(runs), partial(answer, rows=batch))
         except NumericalError as error:
             dtype = next(self.denoiser.network.parameters()).dtype
             if dtype == torch.float32:
                 raise
             raise NumericalError(f"{error} (the network ran in {_name(dtype)})") from error
+        return [
+            torch.empty(0, *plan.latent_shape, device=self.device) if z is None else z
+            for z, plan in zip(latents, plans, strict=True)
+        ]
 
-    def _output(self, z: Tensor | None, request: Request, output: str) -> Any:
-        if z is None:
-            chosen = settings(self, request)
-            z = torch.empty(
-                0, *latent_shape(self, chosen["height"], chosen["width"]), device=self.device
-            )
-        if output == "latent":
-            # a plain tensor: those of inference mode cannot be saved for a gradient
-            return z.clone()
-        chosen = settings(self, request)
-        image = self._decoded(z, request.decoding)[:, :, : chosen["height"], : chosen["width"]]
-        if request.paste is not None:
-            image = pasted(image, *request.paste)
-        if output == "pil":
-            return to_pil(image)
-        return (image.expand(-1, 3, -1, -1) if image.shape[1] == 1 else image).add(1).div(2)
-
-    def _decoded(self, z: Tensor, way: str = "whole") -> Tensor:
-        """z -> image in [-1, 1]; where half precision overflows (SDXL's autoencoder in float16),
-        again in float32, said aloud.
-        """
-        dtype, run = self.autoencoder.dtype, {"whole": whole, "exact": exact, "tiled": tiled}[way]
-        try:
-            return run(self.autoencoder, z)
-        except NumericalError as error:
-            if dtype == torch.float32 or not all_finite(z) or denoiser_streamer(self) is not None:
-                raise
-            LOG.warning(
-                "%s; decoding again in float32 (load the model in bfloat16 or float32 to save the time)",
-                error,
-            )
-            return run(copy.deepcopy(self.autoencoder).float(), z)
-
-    def times(
-        self, steps: int | None = None, sampler: str | None = None, spacing: str | None = None
-    ) -> list[float]:
-        """The times that a run visits, from noise to 0: by `spacing` or the model's own, tuned ones
-        where it has them for these steps.
-        """
-        return times_of(self, Request(steps=steps, sampler=sampler, spacing=spacing))
+    def _decode(self, z: Tensor, decoding: str = "whole") -> Tensor:
+        """z -> image in [-1, 1]; in float32 where half precision overflows."""
+        return decode_in_range(
+            self.autoencoder, z, _DECODE[decoding], retry=denoiser_streamer(self) is None
+        )
 
     # ---- what it is ------------------------------------------------------------------------------
 
@@ -534,9 +554,8 @@ class LatentDiffusion:
             raise UserError(
                 f"device {str(device)!r} cannot be used ({str(error).splitlines()[0]}): expected one such as cpu or cuda"
             ) from error
-        conditioner = (
-            self.conditioner.to(device) if hasattr(self.conditioner, "to") else self.conditioner
-        )
+        move = getattr(self.conditioner, "to", None)  # merge: Conditioner.to
+        conditioner = self.conditioner if move is None else move(device)
         return replace(
             self,
             autoencoder=autoencoder,

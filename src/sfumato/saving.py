@@ -7,7 +7,6 @@ conditioner, defaults, name and low_res.
 import json
 import os
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ def _save_folder(model: Any, folder: str | Path, dtype: torch.dtype | None) -> N
             "_sfumato": {
                 "version": __version__,
                 "name": model.name,
-                "defaults": asdict(model.defaults),
+                "defaults": model.defaults.to_json(),
             },
             vae: ["diffusers", model.autoencoder.to_config()["_class_name"]],
             network.part: ["diffusers", network.to_config()["_class_name"]],
@@ -133,7 +132,7 @@ def _save_whole(model: Any, file: str | Path, dtype: torch.dtype | None) -> bool
     tensors, notes = found
     ours = {
         SCHEDULER: json.dumps(_scheduler(model)),
-        MODEL: json.dumps({"name": model.name, "defaults": asdict(model.defaults)}),
+        MODEL: json.dumps({"name": model.name, "defaults": model.defaults.to_json()}),
     }
     write_tensors(file, tensors, {**notes, **ours})
     return True

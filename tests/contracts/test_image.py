@@ -1,5 +1,5 @@
-"""decode/image.py: rounding, round trips, grids pixel by pixel, and PNG files that remember how
-they were made.
+"""images.py: rounding, round trips, grids pixel by pixel, and PNG files that remember how they were
+made.
 """
 
 import json
@@ -12,15 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sfumato.decode.image import (
-    grid,
-    read_parameters,
-    readable_parameters,
-    to_pil,
-    to_tensor,
-    write_png,
-)
 from sfumato.errors import NumericalError, UserError
+from sfumato.images import grid, read_parameters, readable_parameters, to_pil, to_tensor, write_png
 
 PARAMETERS = {
     "prompt": "ankle boot",

@@ -23,7 +23,6 @@ from torch import Tensor
 import sfumato
 from sfumato.batching import DenoiserCall
 from sfumato.checkpoints import folder as folders
-from sfumato.decode.image import to_pil, to_tensor
 from sfumato.decode.preview import Preview
 from sfumato.decode.whole import whole
 from sfumato.diffuse.parameterization import edm, parameterization
@@ -33,6 +32,7 @@ from sfumato.diffuse.sample import SeededNoise, Step
 from sfumato.diffuse.schedule import schedule
 from sfumato.diffuse.timesteps import SPACINGS
 from sfumato.errors import NumericalError, UserError
+from sfumato.images import to_pil, to_tensor
 from sfumato.io.atomic import read_tensors, write_tensors
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
@@ -735,7 +735,7 @@ def test_defaults_are_those_of_the_model(model: LatentDiffusion) -> None:
     tuned = replace(
         model,
         defaults=Defaults(
-            steps=2, tuned={"ddim": [[1.0, 0.4, 0.0]], "heun": [[1.0, 0.8, 0.5, 0.0]]}
+            steps=2, tuned_timesteps={"ddim": [[1.0, 0.4, 0.0]], "heun": [[1.0, 0.8, 0.5, 0.0]]}
         ),
     )
     assert tuned.times() == [1.0, 0.4, 0.0] and tuned.settings()["spacing"] == "tuned"
@@ -752,7 +752,7 @@ def test_defaults_are_those_of_the_model(model: LatentDiffusion) -> None:
     ):
         tuned.times(4, spacing="tuned")
     with pytest.raises(UserError, match="fall strictly"):
-        Defaults(tuned={"ddim": [[0.4, 1.0]]})
+        Defaults(tuned_timesteps={"ddim": [[0.4, 1.0]]})
     with pytest.raises(
         UserError, match="unknown timestep spacing 'trailin': did you mean 'trailing'"
     ):
@@ -1163,7 +1163,7 @@ def test_many_requests_get_what_each_would_have_alone(
         alone = [model.generate(output="latent", **values) for values in said]
         separate = calls.copy()
         calls.clear()
-        together = model.sample_many(MIXED, output="latent", batch=rows)
+        together = model.run_many(MIXED, output="latent", batch=rows)
     finally:
         hook.remove()
     for one, found in zip(alone, together, strict=True):
@@ -1179,15 +1179,15 @@ def test_a_cancelled_request_leaves_the_others_alone(model: LatentDiffusion) -> 
         seen.append((k, step.index, step.count))
         return not (k == 1 and step.index == 1)
 
-    found = model.sample_many(MIXED[:3], output="latent", on_step=watch)
+    found = model.run_many(MIXED[:3], output="latent", on_step=watch)
     assert found[1].shape == (0, *LATENT) and torch.equal(
-        found[0], model.sample_many(MIXED[:1], output="latent")[0]
+        found[0], model.run_many(MIXED[:1], output="latent")[0]
     )
     assert [s for s in seen if s[0] == 1] == [(1, 0, 5), (1, 1, 5)]
     # Heun asks twice a step, and once for the last
     assert [s[1:] for s in seen if s[0] == 2] == [(i, 3) for i in range(3)]
-    assert model.sample_many([]) == [] and isinstance(
-        model.sample_many([{"prompt": "bag"}])[0][0], Image.Image
+    assert model.run_many([]) == [] and isinstance(
+        model.run_many([{"prompt": "bag"}])[0][0], Image.Image
     )
 
 
@@ -1205,7 +1205,7 @@ def test_a_cancelled_request_leaves_the_others_alone(model: LatentDiffusion) -> 
 )
 def test_impossible_requests_are_refused(model: LatentDiffusion, values: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        model.sample_many([{"prompt": "bag"}, values])
+        model.run_many([{"prompt": "bag"}, values])
 
 
 def test_inversion_finds_the_noise_that_makes_the_image_again(fashion: LatentDiffusion) -> None:
@@ -1243,21 +1243,24 @@ def test_what_is_guided_does_not_depend_on_its_neighbours(
     ("values", "words"),
     [
         (
-            {"guidance": "2 project:momentum=-0.5", "canvas": (8, 4)},
+            {"guidance": "2 project:momentum=-0.5", "tiles": (8, 4)},
             "its momentum would pass from window to window",
         ),
         ({"cache": ()}, "every=.*: expected a whole number"),
-        ({"known": (torch.zeros(LATENT), torch.zeros(LATENT))}, r"known: expected \(z, mask\)"),
         (
-            {"guidance": "2 model", "weaker": build(classes=("bag", "hat"))},
+            {"known_region": (torch.zeros(LATENT), torch.zeros(LATENT))},
+            r"known_region: expected \(z, mask\)",
+        ),
+        (
+            {"guidance": "2 model", "guide_model": build(classes=("bag", "hat"))},
             "knows 3 classes .* the model 4: expected one",
         ),
         (
-            {"guidance": "2 model", "weaker": build(classes=())},
+            {"guidance": "2 model", "guide_model": build(classes=())},
             "knows no classes .* the model 4: expected one",
         ),
         ({"negative_prompt": "ankle boot", "guidance": 1.0}, "nothing is moved away from it"),
-        ({"canvas": (8, 0)}, r"canvas=\(8, 0\): expected \(size, stride\)"),
+        ({"tiles": (8, 0)}, r"tiles=\(8, 0\): expected \(size, stride\)"),
         ({"sampler": "restart:rho=0.0"}, "rho=0.0"),
         ({"sampler": "lms:order=2.5"}, "order=2.5: expected a whole number"),
         ({"sampler": "ddim:eta=true"}, "eta=True: expected a number"),
@@ -1270,11 +1273,11 @@ def test_settings_that_would_be_silently_wrong_are_refused(
 ) -> None:
     # a mapping, as from JSON: no type checker stands before it
     with pytest.raises(UserError, match=words):
-        model.sample_many([{"prompt": "bag", **values}])
+        model.run_many([{"prompt": "bag", **values}])
 
 
 def test_tuned_times_are_found_however_the_sampler_is_spelled(model: LatentDiffusion) -> None:
-    tuned = replace(model, defaults=Defaults(tuned={"ddim": [[1.0, 0.4, 0.0]]}))
+    tuned = replace(model, defaults=Defaults(tuned_timesteps={"ddim": [[1.0, 0.4, 0.0]]}))
     assert (
         tuned.times(2, "ddim:eta=0")
         == tuned.times(2, "ddim:eta=0.0")

@@ -652,7 +652,7 @@ WRONG_KINDS = {
     "model.generate(steps='many')": "steps='many'",
     "model.generate(sampler=3)": "unknown sampler '3'",
     "model.generate(guidance='strong')": "guidance='strong'",
-    "model.generate(canvas=8)": "canvas=8",
+    "model.generate(tiles=8)": "tiles=8",
     "model.generate(cache=1.5)": "every=1.5",
     "model.generate(cache='abc')": "every='abc'",
     "model.generate(seed=1.5)": "seed=1.5",

@@ -20,12 +20,27 @@ from PIL import Image
 
 from sfumato.cli import main
 from sfumato.cli.generate import slug
-from sfumato.decode.image import read_parameters, to_pil, write_png
 from sfumato.errors import NumericalError, UserError
+from sfumato.images import read_parameters, to_pil, write_png
 from sfumato.registry import names
 from sfumato.sampling import Request
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
+
+
+class StubPlan(dict[str, Any]):
+    """A plan of a `StubModel`: its settings, and the fields of the request beside them."""
+
+    spacing = "trailing"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            name: self[name]
+            for name in ("n", "steps", "sampler", "spacing", "guidance", "height", "width")
+        }
+
+    def explicit_request(self) -> Request:
+        return Request(timesteps=None)
 
 
 class StubModel:
@@ -37,9 +52,10 @@ class StubModel:
         self.hash = hash
         self.requests: list[dict[str, Any]] = []
 
-    def settings(self, **given: Any) -> dict[str, Any]:
-        defaults = {
-            "n": 1,
+    defaults = types.SimpleNamespace(steps=3, guidance=2.0)
+
+    def plan(self, request: Request) -> StubPlan:
+        settings = {
             "steps": 3,
             "sampler": "ddim",
             "spacing": "trailing",
@@ -47,7 +63,13 @@ class StubModel:
             "height": 8,
             "width": 8,
         }
-        return {**defaults, **{k: v for k, v in given.items() if v is not None}}
+        always = ("prompt", "n", "seed", "negative_prompt")
+        asked = {
+            f.name: value
+            for f in fields(Request)
+            if (value := getattr(request, f.name)) != f.default or f.name in always
+        }
+        return StubPlan(settings | asked)
 
     def describe(self) -> dict[str, Any]:
         return {"image": {"channels": 1, "height": 8, "width": 8}}
@@ -55,15 +77,8 @@ class StubModel:
     def optimized(self) -> "StubModel":
         return self
 
-    def run(
-        self, request: Request, *, on_step: Callable[[object], bool | None]
-    ) -> list[Image.Image]:
-        always = ("prompt", "n", "seed", "negative_prompt")
-        asked = {
-            f.name: value
-            for f in fields(Request)
-            if (value := getattr(request, f.name)) != f.default or f.name in always
-        }
+    def run(self, plan: StubPlan, *, on_step: Callable[[object], bool | None]) -> list[Image.Image]:
+        asked = dict(plan)
         self.requests.append(asked)
         prompt, n, seed = (asked[name] for name in ("prompt", "n", "seed"))
         rest = {name: value for name, value in asked.items() if name not in ("prompt", "n", "seed")}
@@ -537,7 +552,7 @@ def test_info_names_classes_where_they_are_few(
 def test_a_bar_is_drawn_for_a_terminal_only() -> None:
     """The same program with stderr on a pseudo-terminal and on a pipe."""
     program = """
-from sfumato.cli._common import progress
+from sfumato.cli._output import progress
 with progress("sampling") as update:
     for k in range(3):
         update(k + 1, 3)
@@ -636,9 +651,9 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 def test_weights_are_packed_where_steps_are_enough_to_pay_for_it(
     steps: int | None, packs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sfumato.cli import _common
+    from sfumato.cli import _options
 
     model, packed = StubModel(), StubModel()  # whose own steps are 3
     monkeypatch.setattr(model, "optimized", lambda: packed)
     monkeypatch.setattr("sfumato.loading.load", lambda source: model)
-    assert _common.Opening().ready("somewhere", steps) is (packed if packs else model)
+    assert _options.LoadOptions().ready("somewhere", steps) is (packed if packs else model)

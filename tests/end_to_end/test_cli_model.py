@@ -18,10 +18,10 @@ from PIL import Image
 from sfumato.cli import main
 from sfumato.cli.evaluate import Evaluate, _images
 from sfumato.data import open_images
-from sfumato.decode.image import read_parameters, to_pil
 from sfumato.decode.whole import whole
 from sfumato.errors import UserError
 from sfumato.evaluate.reconstruction import psnr
+from sfumato.images import read_parameters, to_pil
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
 from sfumato.train.recipe import DataSettings

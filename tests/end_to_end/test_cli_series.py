@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from sfumato.cli import main
-from sfumato.decode.image import grid, read_parameters
+from sfumato.images import grid, read_parameters
 from sfumato.loading import load
 from sfumato.sampling import Request
 from sfumato.tasks.image_to_image import image_to_image
-from sfumato.tasks.interpolate import interpolate, interpolate_pictures
+from sfumato.tasks.interpolate import interpolate, interpolate_images
 from sfumato.tasks.refine import refine
 from sfumato.tasks.variations import variations
 
@@ -214,7 +214,7 @@ def test_a_series_between_pictures(tiny: Path) -> None:
     ]
     assert run("interpolate", "boot", *asked, model=tiny) == 0
     expected = model.run(
-        interpolate_pictures(
+        interpolate_images(
             model, Image.open("a.png"), Image.open("b.png"), replace(words, n=3), way="inversion"
         )
     )
@@ -292,7 +292,7 @@ def test_a_second_model_finishes(tiny: Path, tmp_path: Path) -> None:
         ),
         (["edit", "a.png", "boot", "--prompt-2", "bag"], "this model has no second text encoder"),
         (
-            ["edit", "a.png", "boot", "--picture-guidance", "2"],
+            ["edit", "a.png", "boot", "--image-guidance", "2"],
             "this model was not trained for instructions",
         ),
         (["upscale", "a.png", "boot", "--noise-level", "2"], "this model is no upscaler"),

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 
 from sfumato.cli import main
-from sfumato.decode.image import read_parameters, to_tensor
 from sfumato.errors import UserError
+from sfumato.images import read_parameters, to_tensor
 from sfumato.loading import load
 from sfumato.sampling import Request
 from sfumato.tasks.enlarge import enlarge, two_pass
 from sfumato.tasks.image_to_image import image_to_image
 from sfumato.tasks.inpaint import inpaint
-from sfumato.tasks.outpaint import grown_mask, outpaint
+from sfumato.tasks.outpaint import outpaint, outpaint_mask
 
 
 @pytest.fixture(autouse=True)
@@ -199,7 +199,7 @@ def test_outpainting_keeps_the_picture(tiny: Path) -> None:
 
 
 def test_the_mask_of_what_grows() -> None:
-    mask = grown_mask(
+    mask = outpaint_mask(
         torch.zeros(1, 1, 4, 5), {"left": 2, "right": 0, "top": 0, "bottom": 1, "overlap": 2}
     )[0, 0]
     assert mask.shape == (5, 7)
@@ -257,7 +257,7 @@ def test_requests_of_tasks_share_passes_with_others(tiny: Path) -> None:
     ]
     for one, found in zip(
         (model.run(r, output="tensor") for r in asked),
-        model.sample_many(asked, output="tensor"),
+        model.run_many(asked, output="tensor"),
         strict=True,
     ):
         assert torch.equal(one, found)

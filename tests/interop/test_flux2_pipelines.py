@@ -20,11 +20,11 @@ import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 
-from sfumato.decode.image import to_pil
 from sfumato.diffuse.rescale import flux2_shift
 from sfumato.errors import UserError
+from sfumato.images import to_pil
 from sfumato.loading import load
-from sfumato.sampling import Request, times_of
+from sfumato.sampling import Request
 from sfumato.tasks.edit import edit
 
 text: Any = SimpleNamespace(
@@ -163,7 +163,7 @@ def test_times_of_large_pictures(
     )
     even = torch.linspace(1, 1 / steps, steps).tolist()
     scheduler.set_timesteps(sigmas=even, mu=compute_empirical_mu(height * width // 256, steps))
-    found = torch.tensor(times_of(model, Request(steps=steps, height=height, width=width)))
+    found = torch.tensor(model.plan(Request(steps=steps, height=height, width=width)).timesteps)
     assert (found - scheduler.sigmas).abs().max() < 1e-6
 
 
@@ -182,12 +182,12 @@ def test_defaults(folders: dict[str, Path]) -> None:
     models = {kind: load(folder) for kind, folder in folders.items()}
     assert [model.sample_size for model in models.values()] == [1024] * 3
     found = {kind: model.defaults for kind, model in models.items()}
-    assert [(d.steps, d.guidance, d.references) for d in found.values()] == [
+    assert [(d.steps, d.guidance, d.max_reference_images) for d in found.values()] == [
         (50, 1.0, 10),
         (50, 4.0, 4),
         (4, 1.0, 4),
     ]
-    assert found["dev"].learned_guidance == 4.0
+    assert found["dev"].distilled_guidance == 4.0
     assert {(d.sampler, d.spacing) for d in found.values()} == {("euler", "dynamic:rule=flux2")}
 
 

@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.cli import main
-from sfumato.decode.image import to_pil
 from sfumato.errors import UserError
+from sfumato.images import to_pil
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
 from sfumato.sampling import Request
@@ -211,8 +211,8 @@ def test_defaults(kind: str, steps: int, folders: dict[str, Path], tmp_path: Pat
     assert model.sample_size == theirs(kind, tmp_path).default_sample_size * 8 == 1024
     assert (defaults.steps, defaults.sampler, defaults.guidance) == (steps, "euler", 1.0)
     assert defaults.spacing == ("trailing" if kind == "schnell" else "dynamic")
-    assert defaults.references == (1 if kind == "kontext" else 0)
-    assert defaults.learned_guidance == (30.0 if kind == "fill" else 3.5)
+    assert defaults.max_reference_images == (1 if kind == "kontext" else 0)
+    assert defaults.distilled_guidance == (30.0 if kind == "fill" else 3.5)
 
 
 @pytest.mark.parametrize("kind", ["dev", "schnell"])
@@ -232,13 +232,15 @@ def test_text_to_image(kind: str, size: tuple[int, int], folders: dict[str, Path
 
 
 def test_learned_guidance_and_a_second_pass(folders: dict[str, Path]) -> None:
-    """A bare number is what the network is told; with `learned_guidance` beside it, it is the scale
-    of two passes (their true CFG).
+    """A bare number is what the network is told; with `distilled_guidance` beside it, it is the
+    scale of two passes (their true CFG).
     """
     pipe, model = opened(folders["dev"]), load(folders["dev"])
     plain = pictures(pipe, num_inference_steps=3, guidance_scale=7.0, **SIZE)
     compare(model.generate(PROMPTS, steps=3, guidance=7.0, output="tensor", **SIZE), plain)
-    compare(model.generate(PROMPTS, steps=3, learned_guidance=7.0, output="tensor", **SIZE), plain)
+    compare(
+        model.generate(PROMPTS, steps=3, distilled_guidance=7.0, output="tensor", **SIZE), plain
+    )
     words: dict[str, Any] = {"negative_prompt": ["a dog"] * 2}
     twice = pictures(
         pipe, num_inference_steps=3, guidance_scale=2.5, true_cfg_scale=2.0, **words, **SIZE
@@ -247,7 +249,7 @@ def test_learned_guidance_and_a_second_pass(folders: dict[str, Path]) -> None:
         PROMPTS,
         steps=3,
         guidance=2.0,
-        learned_guidance=2.5,
+        distilled_guidance=2.5,
         negative_prompt="a dog",
         output="tensor",
         **SIZE,
@@ -261,8 +263,8 @@ def test_schnell_by_two_passes(folders: dict[str, Path]) -> None:
     words: dict[str, Any] = {"negative_prompt": ["ugly", "a dog"]}
     twice = pictures(pipe, num_inference_steps=2, true_cfg_scale=3.0, **words, **FEW, **SIZE)
     compare(model.generate(PROMPTS, steps=2, guidance=3.0, output="tensor", **words, **SIZE), twice)
-    with pytest.raises(UserError, match="has not learned guidance"):
-        model.generate(PROMPTS, steps=2, learned_guidance=3.0, **SIZE)
+    with pytest.raises(UserError, match="is not guidance-distilled"):
+        model.generate(PROMPTS, steps=2, distilled_guidance=3.0, **SIZE)
 
 
 def test_a_second_prompt(folders: dict[str, Path]) -> None:
@@ -282,7 +284,7 @@ def test_streamed(folders: dict[str, Path]) -> None:
     asked: dict[str, Any] = {
         "steps": 2,
         "guidance": 2.0,
-        "learned_guidance": 3.0,
+        "distilled_guidance": 3.0,
         "negative_prompt": "a dog",
         "output": "tensor",
         **SIZE,
@@ -437,7 +439,7 @@ def test_kontext(size: tuple[int, int], folders: dict[str, Path]) -> None:
         pipe, negative_prompt=["ugly"] * 2, true_cfg_scale=2.0, guidance_scale=4.0, **given
     )
     request = Request(
-        PROMPTS, steps=3, guidance=2.0, learned_guidance=4.0, negative_prompt="ugly", **asked
+        PROMPTS, steps=3, guidance=2.0, distilled_guidance=4.0, negative_prompt="ugly", **asked
     )
     compare(model.run(edit(model, photo() * 2 - 1, request), output="tensor"), expected)
     del given["image"]
@@ -450,23 +452,23 @@ def test_inversion_is_told_the_learned_guidance(folders: dict[str, Path]) -> Non
     """
     model = load(folders["dev"])
     z = model.encode(photo() * 2 - 1)
-    request = variations(
+    plan = variations(
         model,
         photo() * 2 - 1,
         Request("a cat", steps=12, guidance=6.0),
         strength=0.0,
         way="inversion",
     )
-    assert (request.guidance, request.learned_guidance) == (1.0, 6.0)
+    assert (plan.guidance.to_json(), plan.distilled_guidance) == (1.0, 6.0)
     errors = [
         (model.run(r, output="latent") - z).norm() / z.norm()
-        for r in (request, replace(request, learned_guidance=1.0))
+        for r in (plan, replace(plan, distilled_guidance=1.0))
     ]
     assert errors[0] < 0.02 < errors[1], errors
     assert (
         variations(
             model, photo() * 2 - 1, Request("a cat", steps=2), way="inversion"
-        ).learned_guidance
+        ).distilled_guidance
         == 3.5
     )
 
@@ -490,14 +492,16 @@ def test_tasks_on_the_command_line(
     ]
     for path, more in zip(paths, ([], ["--memory", "64GB"]), strict=True):
         assert (
-            main([*words, "--guidance", "2", "--learned-guidance", "3", "--out", str(path), *more])
+            main(
+                [*words, "--guidance", "2", "--distilled-guidance", "3", "--out", str(path), *more]
+            )
             == 0
         ), capsys.readouterr().err
     whole, streamed = (Image.open(path) for path in paths)
     assert whole.tobytes() == streamed.tobytes()
-    assert json.loads(whole.info["sfumato"])["learned_guidance"] == 3.0
+    assert json.loads(whole.info["sfumato"])["distilled_guidance"] == 3.0
     assert main([*words, "--guidance", "2", "--out", str(paths[0])]) == 2
-    assert "with learned guidance 2 alone" in capsys.readouterr().err
+    assert "with distilled guidance 2 alone" in capsys.readouterr().err
 
 
 # ---- saving --------------------------------------------------------------------------------------

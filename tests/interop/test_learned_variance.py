@@ -18,7 +18,7 @@ from sfumato.diffuse.timesteps import timesteps
 from sfumato.predict.denoiser import Denoiser, answer
 from sfumato.predict.guidance.settings import Guidance, build
 from sfumato.predict.networks.dit import DiT, DiTConfig
-from sfumato.sampling import sampler_of, spacing_of
+from sfumato.sampling.request import sampler_of, spacing_of
 from sfumato.types import Conditioning
 
 diffusers: Any = _diffusers  # its names are made at run time

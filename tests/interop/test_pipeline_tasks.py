@@ -18,16 +18,16 @@ import torch
 from PIL import Image
 
 from sfumato.cli import main
-from sfumato.decode.image import read_parameters, to_pil
 from sfumato.errors import UserError
+from sfumato.images import read_parameters, to_pil
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.clip_text import ClipText
 from sfumato.sampling import Request
 from sfumato.tasks.image_to_image import image_to_image
 from sfumato.tasks.inpaint import inpaint
-from sfumato.tasks.interpolate import interpolate, interpolate_pictures
-from sfumato.tasks.refine import first_part, last_part, refine
+from sfumato.tasks.interpolate import interpolate, interpolate_images
+from sfumato.tasks.refine import handover, refine
 from sfumato.tasks.variations import variations, vary
 from sfumato.types import ImageSpec
 
@@ -147,12 +147,13 @@ def test_hand_over_to_a_refiner(
         REQUEST, steps=steps, spacing=f"leading:offset={offset}", negative_prompt="ugly"
     )
     first, last = ours(folders["SDXL"]), ours(folders["refiner"])
-    begun = first.run(first_part(first, request, at=at), output="latent")
+    plans = handover(first, last, request, at=at)
+    begun = first.run(plans.first, output="latent")
     assert (begun - latents).abs().max() < 1e-4
-    compare(last.run(last_part(first, last, begun, request, at=at), output="tensor"), expected)
+    compare(last.run(plans.resume(begun), output="tensor"), expected)
     assert torch.equal(
         last.run(refine(first, last, request, at=at), output="tensor"),
-        last.run(last_part(first, last, begun, request, at=at), output="tensor"),
+        last.run(plans.resume(begun), output="tensor"),
     )
 
 
@@ -190,7 +191,7 @@ def test_a_refiner_begins_with_a_picture(strength: float, folders: dict[str, Pat
         opened(folders["refiner"], NAMES["refiner"]), PROMPTS, **asked, **scores
     )
     model = ours(folders["refiner"])
-    request = replace(REQUEST, steps=10, picture=ImageSpec(24, 16, **scores))
+    request = replace(REQUEST, steps=10, image_spec=ImageSpec(24, 16, **scores))
     compare(
         model.run(
             image_to_image(model, image * 2 - 1, request, strength=strength, posterior="sample"),
@@ -199,7 +200,11 @@ def test_a_refiner_begins_with_a_picture(strength: float, folders: dict[str, Pat
         expected,
     )
     other = image_to_image(
-        model, image * 2 - 1, replace(request, picture=None), strength=strength, posterior="sample"
+        model,
+        image * 2 - 1,
+        replace(request, image_spec=None),
+        strength=strength,
+        posterior="sample",
     )
     assert (model.run(other, output="tensor") - expected).abs().max() > 1e-3, "the score is told"
 
@@ -237,12 +242,12 @@ def test_inpainting(family: str, name: str, strength: float, folders: dict[str, 
     asked |= {"image": image.expand(2, -1, -1, -1), "mask_image": mask.expand(2, -1, -1, -1)}
     expected = their_pictures(opened(folders[family], name), PROMPTS, **asked)
     model, blind = ours(folders[family]), strength == 1 and "inpainting" not in family
-    task = {"strength": strength, "posterior": "sample", "paste": False, "blind": blind}
+    task = {"strength": strength, "posterior": "sample", "paste": False, "noise_only_start": blind}
     compare(
         model.run(inpaint(model, image * 2 - 1, mask, REQUEST, **task), output="tensor"), expected
     )
     if blind:
-        seeing = inpaint(model, image * 2 - 1, mask, REQUEST, **{**task, "blind": False})
+        seeing = inpaint(model, image * 2 - 1, mask, REQUEST, **{**task, "noise_only_start": False})
         assert (model.run(seeing, output="tensor") - expected).abs().max() > 1e-3, (
             "they differ by alpha(T) z"
         )
@@ -250,14 +255,14 @@ def test_inpainting(family: str, name: str, strength: float, folders: dict[str, 
 
 def test_a_blind_start_is_for_ordinary_models_at_full_strength(folders: dict[str, Path]) -> None:
     for family, strength in (("SDXL inpainting", 1.0), ("SDXL", 0.6)):
-        with pytest.raises(UserError, match="blind=True with strength"):
+        with pytest.raises(UserError, match="noise_only_start=True with strength"):
             inpaint(
                 ours(folders[family]),
                 picture() * 2 - 1,
                 hole(),
                 REQUEST,
                 strength=strength,
-                blind=True,
+                noise_only_start=True,
             )
 
 
@@ -327,9 +332,9 @@ def test_second_prompts_that_nobody_reads(folders: dict[str, Path]) -> None:
 def test_a_refiner_reads_the_first_prompt(folders: dict[str, Path]) -> None:
     base, second = ours(folders["SDXL"]), ours(folders["refiner"])
     request = replace(REQUEST, prompt="a cat", prompt_2="a red dog")
-    handed = refine(base, second, request, at=0.5)
+    handed = refine(base, second, request, at=0.5).request
     assert handed.prompt == "a cat" and handed.prompt_2 is None
-    assert refine(base, base, request, at=0.5).prompt_2 == "a red dog"
+    assert refine(base, base, request, at=0.5).request.prompt_2 == "a red dog"
 
 
 # ---- series between prompts of different lengths -------------------------------------------------
@@ -348,7 +353,7 @@ def test_a_series_between_a_short_and_a_long_prompt(family: str, folders: dict[s
             found - model.run(replace(asked, n=1, prompt=words), output="tensor")[0]
         ).abs().max() < 1e-5
     assert not torch.equal(series[0], series[1]) and not torch.equal(series[1], series[2])
-    near = replace(asked, n=2, other_prompt=(long, [0.0, 1e-4]), other_noise=([4, 4], [0.0, 0.0]))
+    near = replace(asked, n=2, prompt_mix=(long, [0.0, 1e-4]), noise_mix=([4, 4], [0.0, 0.0]))
     first, beside = model.run(near, output="tensor")
     assert 0 < (first - beside).abs().max() < 1e-2
 
@@ -363,7 +368,7 @@ def test_the_other_tasks_with_refiners_inpainting_and_instructions(
             with pytest.raises(UserError, match="channels beside the latent"):
                 variations(model, picture() * 2 - 1, way=way)
             with pytest.raises(UserError, match="channels beside the latent"):
-                interpolate_pictures(
+                interpolate_images(
                     model, picture() * 2 - 1, picture(6) * 2 - 1, Request(n=2), way=way
                 )
     second = ours(folders["refiner"])

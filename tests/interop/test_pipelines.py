@@ -415,8 +415,7 @@ def test_instructions(folders: dict[str, Path]) -> None:
     )
     ours = plain(load(folders["InstructPix2Pix"]))
     compare(
-        ours.run(edit(ours, image * 2 - 1, REQUEST, picture_guidance=1.7), output="tensor"),
-        expected,
+        ours.run(edit(ours, image * 2 - 1, REQUEST, image_guidance=1.7), output="tensor"), expected
     )
 
 

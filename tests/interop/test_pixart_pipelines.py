@@ -196,7 +196,7 @@ def test_the_size_is_told(folders: dict[str, Path]) -> None:
     ours = load(folders["alpha, 1024 pixels"])
     size: dict[str, Any] = {"height": 16, "width": 24}
     usual, other = (
-        ours.generate("a cat", steps=3, output="tensor", picture=p, **size)
+        ours.generate("a cat", steps=3, output="tensor", image_spec=p, **size)
         for p in (None, ImageSpec(1024, 512))
     )
     assert (usual - other).abs().max() > 1e-3

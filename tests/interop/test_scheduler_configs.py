@@ -45,7 +45,8 @@ from sfumato.diffuse.schedule import BetaTable, Schedule, cosine, schedule, tabl
 from sfumato.diffuse.timesteps import SPACINGS as OUR_SPACINGS
 from sfumato.diffuse.timesteps import timesteps
 from sfumato.errors import UserError
-from sfumato.sampling import Defaults, sampler_of, spacing_of
+from sfumato.sampling import Defaults
+from sfumato.sampling.request import sampler_of, spacing_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from sfumato.cli import main
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
-from sfumato.sampling import Request, times_of
+from sfumato.sampling import Request
 from sfumato.tasks.image_to_image import image_to_image
 from sfumato.tasks.inpaint import inpaint
 
@@ -262,7 +262,7 @@ def test_away_from_skipped_layers(
         **skipped,
         **asked,
     )
-    times = times_of(ours, Request(steps=5, **asked))
+    times = ours.plan(Request(steps=5, **asked)).timesteps
     between = interval.format(low=(times[3] + times[4]) / 2, high=(times[0] + times[1]) / 2)
     words = f"4 dual:kind=away,second=2.8{between} condition skip_layers:layers={LAYERS}"
     compare(ours.generate(PROMPTS, guidance=words, steps=5, output="tensor", **asked), expected)
@@ -337,7 +337,7 @@ def test_inpainting(kind: str, strength: float, folders: dict[str, Path]) -> Non
         strength=strength,
         posterior="sample",
         paste=False,
-        blind=blind,
+        noise_only_start=blind,
     )
     compare(ours.run(request, output="latent"), expected)
 

@@ -273,7 +273,7 @@ def photographs(count: int) -> Tensor:
     import pyarrow.parquet as parquet
     from PIL import Image
 
-    from sfumato.decode.image import to_tensor
+    from sfumato.images import to_tensor
 
     rows = (
         parquet.read_table(shared("data/clothing-256-train.parquet"), columns=["image"])["image"]

@@ -18,10 +18,10 @@ from sfumato.diffuse.sample import SeededNoise
 from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners._between import between
-from sfumato.sampling import Request
+from sfumato.sampling import Plan, Request
 from sfumato.tasks.image_to_image import image_to_image
-from sfumato.tasks.interpolate import interpolate, interpolate_pictures
-from sfumato.tasks.refine import first_part, last_part, refine
+from sfumato.tasks.interpolate import interpolate, interpolate_images
+from sfumato.tasks.refine import handover, refine
 from sfumato.tasks.variations import variations, vary
 from sfumato.types import Conditioning
 
@@ -34,7 +34,7 @@ PICTURES = [
 ]
 
 
-def latents(model: LatentDiffusion, request: Request) -> Tensor:
+def latents(model: LatentDiffusion, request: Request | Plan) -> Tensor:
     return model.run(request, output="latent")
 
 
@@ -144,7 +144,7 @@ def test_variations_of_a_seed(kind: str, sampler: str) -> None:
         latents(model, vary(asked, seed=9, strength=0.0)), plain.expand(3, -1, -1, -1)
     )
     assert torch.equal(latents(model, vary(asked, seed=9, strength=1.0)), others)
-    assert vary(asked).other_noise == ([6, 7, 8], [0.2] * 3)
+    assert vary(asked).noise_mix == ([6, 7, 8], [0.2] * 3)
     away = [
         (latents(model, vary(asked, seed=9, strength=s)) - plain).flatten(1).norm(dim=1)
         for s in (0.05, 0.3, 0.6, 1.0)
@@ -200,10 +200,10 @@ def test_variations_that_cannot_be() -> None:
         variations(model, PICTURES[0], way="magic")
     with pytest.raises(UserError, match="expected ddim"):
         variations(model, PICTURES[0], Request(sampler="heun"), way="inversion")
-    with pytest.raises(UserError, match="other_noise with 2 seeds for 1 images"):
-        model.run(Request(other_noise=([1, 2], [0.0, 1.0])))
-    with pytest.raises(UserError, match=r"other_noise with shares \[2.0\]"):
-        model.run(Request(other_noise=([1], [2.0])))
+    with pytest.raises(UserError, match="noise_mix with 2 seeds for 1 images"):
+        model.run(Request(noise_mix=([1, 2], [0.0, 1.0])))
+    with pytest.raises(UserError, match=r"noise_mix with shares \[2.0\]"):
+        model.run(Request(noise_mix=([1], [2.0])))
 
 
 # ---- series --------------------------------------------------------------------------------------
@@ -231,12 +231,10 @@ def test_a_series_ends_where_plain_runs_do(kind: str, sampler: str, way: dict[st
 
 
 def alone_at(request: Request, k: int) -> dict[str, Any]:
-    assert request.other_noise is not None
-    found: dict[str, Any] = {
-        "other_noise": ([request.other_noise[0][k]], [request.other_noise[1][k]])
-    }
-    if request.other_prompt is not None:
-        found["other_prompt"] = (request.other_prompt[0], [request.other_prompt[1][k]])
+    assert request.noise_mix is not None
+    found: dict[str, Any] = {"noise_mix": ([request.noise_mix[0][k]], [request.noise_mix[1][k]])}
+    if request.prompt_mix is not None:
+        found["prompt_mix"] = (request.prompt_mix[0], [request.prompt_mix[1][k]])
     return found
 
 
@@ -245,7 +243,7 @@ def alone_at(request: Request, k: int) -> dict[str, Any]:
 def test_a_series_between_pictures(kind: str, more: dict[str, Any]) -> None:
     model, asked = MODELS[kind], Request("bag", n=5, steps=6, sampler="ddpm", seed=5, guidance=1.0)
     series = latents(
-        model, interpolate_pictures(model, PICTURES[0], PICTURES[1], asked, strength=0.5, **more)
+        model, interpolate_images(model, PICTURES[0], PICTURES[1], asked, strength=0.5, **more)
     )
     ends = [
         replace(asked, n=1),
@@ -262,14 +260,15 @@ def test_a_series_between_pictures(kind: str, more: dict[str, Any]) -> None:
 @every
 def test_a_series_between_inverted_pictures(kind: str) -> None:
     model, asked = MODELS[kind], Request("bag", n=3, steps=10, guidance=1.0)
-    request = interpolate_pictures(
+    plan = interpolate_images(
         model, PICTURES[0], PICTURES[1], asked, way="inversion", to_prompt="ankle boot"
     )
-    series = latents(model, request)
+    series = latents(model, plan)
     z = torch.cat([model.encode(image) for image in PICTURES])
     assert (series[[0, -1]] - z).norm() < 0.1 * z.norm(), "both ends are the pictures"
-    assert request.noise is not None
-    sizes = request.noise.flatten(1).norm(dim=1)
+    noise = plan.request.noise
+    assert noise is not None
+    sizes = noise.flatten(1).norm(dim=1)
     assert sizes.min() * 1.001 >= min(float(sizes[0]), float(sizes[-1])), (
         "as strong as the noise of the ends"
     )
@@ -288,15 +287,15 @@ def test_series_that_cannot_be() -> None:
         with pytest.raises(UserError, match=said):
             interpolate(request, **way)
     with pytest.raises(UserError, match="of the same size"):
-        interpolate_pictures(model, PICTURES[0], torch.zeros(1, 1, 16, 20), asked)
+        interpolate_images(model, PICTURES[0], torch.zeros(1, 1, 16, 20), asked)
     with pytest.raises(UserError, match="the noise is that of the pictures"):
-        interpolate_pictures(model, PICTURES[0], PICTURES[1], asked, way="inversion", to_seed=1)
+        interpolate_images(model, PICTURES[0], PICTURES[1], asked, way="inversion", to_seed=1)
     with pytest.raises(UserError, match="unknown way between pictures"):
-        interpolate_pictures(model, PICTURES[0], PICTURES[1], asked, way="magic")
+        interpolate_images(model, PICTURES[0], PICTURES[1], asked, way="magic")
     with pytest.raises(UserError, match="unknown class 'dog'"):
         model.run(interpolate(asked, to_prompt="dog"))
     with pytest.raises(UserError, match="expected one text for all images at each end"):
-        model.run(Request(["bag", "bag"], other_prompt=("ankle boot", [0, 1])))
+        model.run(Request(["bag", "bag"], prompt_mix=("ankle boot", [0, 1])))
 
 
 # ---- one run shared by two models ----------------------------------------------------------------
@@ -320,16 +319,16 @@ def test_latents_are_handed_over_at_the_noise_that_they_have() -> None:
     """
     base, second = MODELS["v"], MODELS["flow"]
     asked = Request("bag", steps=10, seed=3)
-    first = first_part(base, asked, at=0.6)
-    x = latents(base, first)
-    last = last_part(base, second, x, asked, at=0.6)
-    assert first.timesteps is not None and last.timesteps is not None and last.resume is not None
+    plans = handover(base, second, asked, at=0.6)
+    first, x = plans.first, latents(base, plans.first)
+    last = plans.resume(x)
+    assert last.request.noisy_latent is not None
     level, there = (
         base.denoiser.process.schedule.point(first.timesteps[-1]),
         second.denoiser.process.schedule.point(last.timesteps[0]),
     )
     assert there[1] / there[0] == pytest.approx(level[1] / level[0]) and last.timesteps[-1] == 0
-    assert torch.allclose(last.resume / there[0], x / level[0], atol=1e-5), (
+    assert torch.allclose(last.request.noisy_latent / there[0], x / level[0], atol=1e-5), (
         "z + (sigma/alpha) eps is the same in both"
     )
     assert torch.isfinite(latents(second, last)).all()
@@ -350,7 +349,9 @@ def test_hand_overs_that_cannot_be() -> None:
     other.autoencoder.set_statistics((0.1, -0.2), (1.0, 1.4))
     with pytest.raises(UserError, match="expected two models of one latent space"):
         refine(model, other, Request(steps=5))
-    with pytest.raises(UserError, match="resume with begin or noise"):
-        model.run(Request(resume=torch.zeros(1, 2, 8, 8), begin=torch.zeros(1, 2, 8, 8)))
-    with pytest.raises(UserError, match="resume of shape"):
-        model.run(Request(resume=torch.zeros(1, 2, 4, 8)))
+    with pytest.raises(UserError, match="noisy_latent with init_latent or noise"):
+        model.run(
+            Request(noisy_latent=torch.zeros(1, 2, 8, 8), init_latent=torch.zeros(1, 2, 8, 8))
+        )
+    with pytest.raises(UserError, match="noisy_latent of shape"):
+        model.run(Request(noisy_latent=torch.zeros(1, 2, 4, 8)))

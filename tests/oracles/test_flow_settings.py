@@ -24,7 +24,8 @@ from sfumato.diffuse.weighting import MODE_SCALES, draw_times
 from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
 from sfumato.predict.networks._network import Network
-from sfumato.sampling import Defaults, Request, settings, times_of, tokens_of
+from sfumato.sampling import Defaults, Request
+from sfumato.sampling.plan import tokens_of
 from sfumato.train.objectives.denoiser import DenoiserLoss
 from sfumato.types import Conditioning
 
@@ -118,16 +119,22 @@ def test_larger_pictures_are_shifted_further() -> None:
         model, defaults=replace(model.defaults, spacing="dynamic:base_tokens=16,top_tokens=256")
     )
     assert tokens_of(model, 16, 16) == 64 and tokens_of(model, 17, 32) == 9 * 16
-    small, large = (times_of(model, Request(steps=4, height=side, width=side)) for side in (16, 32))
+    small, large = (
+        list(model.plan(Request(steps=4, height=side, width=side)).timesteps) for side in (16, 32)
+    )
     assert (
         all(b > a for a, b in zip(small[1:-1], large[1:-1], strict=True))
         and small[0] == large[0] == 1
     )
-    said = times_of(
-        model,
-        Request(
-            steps=4, height=16, width=16, spacing="dynamic:base_tokens=16,top_tokens=256,tokens=256"
-        ),
+    said = list(
+        model.plan(
+            Request(
+                steps=4,
+                height=16,
+                width=16,
+                spacing="dynamic:base_tokens=16,top_tokens=256,tokens=256",
+            )
+        ).timesteps
     )
     assert said == large
 
@@ -184,8 +191,8 @@ def listening(**defaults: Any) -> tuple[LatentDiffusion, Told]:
         ({}, 3.5, 1),
         ({"guidance": 2.0}, 2.0, 1),
         ({"guidance": 1}, 1.0, 1),
-        ({"learned_guidance": 5}, 5.0, 1),
-        ({"guidance": 2.0, "learned_guidance": 5}, 5.0, 2),
+        ({"distilled_guidance": 5}, 5.0, 1),
+        ({"guidance": 2.0, "distilled_guidance": 5}, 5.0, 2),
         ({"guidance": "2 interval:low=0.0,high=1.0"}, 3.5, 2),
     ],
 )
@@ -195,19 +202,19 @@ def test_a_number_is_told_to_a_network_that_learned_guidance(
     model, network = listening()
     model.generate("bag", output="latent", **asked)
     assert set(network.heard) == {heard} and network.rows == 2 * passes
-    assert settings(model, Request("bag", **asked))["learned_guidance"] == heard
+    assert model.settings(**asked)["distilled_guidance"] == heard
 
 
 def test_a_models_own_strength_is_its_default_and_predict_tells_it() -> None:
-    model, network = listening(learned_guidance=30.0)
+    model, network = listening(distilled_guidance=30.0)
     model.predict(torch.zeros(1, 2, 8, 8), 0.5, "bag")
     assert network.heard == [30.0]
 
 
 def test_other_models_refuse_a_learned_guidance() -> None:
-    with pytest.raises(UserError, match="learned"):
-        TINY("flow").generate("bag", learned_guidance=3.0)
-    with pytest.raises(UserError, match="learned_guidance"):
-        listening()[0].generate("bag", learned_guidance=-1.0)
-    with pytest.raises(UserError, match="learned_guidance"):
-        Defaults(learned_guidance=float("nan"))
+    with pytest.raises(UserError, match="is not guidance-distilled"):
+        TINY("flow").generate("bag", distilled_guidance=3.0)
+    with pytest.raises(UserError, match="distilled_guidance"):
+        listening()[0].generate("bag", distilled_guidance=-1.0)
+    with pytest.raises(UserError, match="distilled_guidance"):
+        Defaults(distilled_guidance=float("nan"))

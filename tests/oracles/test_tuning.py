@@ -122,7 +122,7 @@ def test_what_is_found_is_kept_beside_what_was_there(
         [Tuned("heun", 1.0, (1.0, 0.7, 0.0), {}), Tuned("ddim", 1.0, (1.0, 0.5, 0.0), {})],
     )
     again = load(tmp_path / "model")
-    assert again.defaults.tuned == {
+    assert again.defaults.tuned_timesteps == {
         "ddim": [[1.0, 0.5, 0.0], [1.0, 0.6, 0.3, 0.0]],
         "heun": [[1.0, 0.7, 0.0]],
     }
@@ -166,7 +166,7 @@ def test_the_command_stores_times_that_generate_uses(
     assert "tuned" in said and "trailing" in said and "2 steps" in said and "3 steps" in said
     notes = json.loads((tmp_path / "model" / "model_index.json").read_text())["_sfumato"][
         "defaults"
-    ]["tuned"]
+    ]["tuned_timesteps"]
     model = load(tmp_path / "model")
     assert [len(times) for times in notes["ddim"]] == [3, 4] and model.settings(steps=2)[
         "spacing"

@@ -292,7 +292,11 @@ def _write_beside(source: Source, folder: Path) -> None:
     notes = source.notes
     with explained("the notes of the file"):
         noted = json.loads(notes.get(MODEL, "{}"))
-        files = extras(source.parts, noted.get("defaults", {}).get("references", 0))
+        defaults = noted.get("defaults", {})
+        # older files' name
+        files = extras(
+            source.parts, defaults.get("max_reference_images", defaults.get("references", 0))
+        )
         for key, path in BESIDE.items():
             if key in notes:
                 files[path] = json.loads(notes[key])

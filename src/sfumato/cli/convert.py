@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sfumato.cli._common import parse, progress, readable_size, torch_dtype, unset
+from sfumato.cli._options import parse, torch_dtype, unset
+from sfumato.cli._output import progress, readable_size
 from sfumato.errors import UserError
 
 Dtype = Literal["bf16", "fp16", "fp32", "fp8", "fp8-scaled"]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from sfumato.cli._common import MODELS, Clock, at_least, parse, progress, unset, weaker_for
+from sfumato.cli._options import MODELS, at_least, load_guide_model, parse, unset
+from sfumato.cli._output import Clock, progress
 from sfumato.errors import UserError
 
 if TYPE_CHECKING:
@@ -250,7 +251,7 @@ def _draw(
     """
     import torch
 
-    parts, weaker = [], weaker_for(settings["guidance"])
+    parts, guide_model = [], load_guide_model(settings["guidance"])
     starts = range(0, count, options.batch)
     with progress("sampling") as update:
         for run, start in enumerate(starts):
@@ -270,7 +271,7 @@ def _draw(
                 seed=options.seed + start,
                 output="tensor",
                 on_step=on_step,
-                weaker=weaker,
+                guide_model=guide_model,
                 **settings,
             )
             # grey models return three equal channels

@@ -1,10 +1,9 @@
-"""`sfumato generate`: words in, PNG files out, each with all that is needed to make it again, bit
+"""`sfumato generate`: a prompt in, PNG files out, each with the parameters to draw it again, bit
 for bit.
 
-The parameters in the PNG (decode/image.py) become the defaults of the command when `--from` names
-it; flags that are given win. Image k of a request is made from seed + k, but arithmetic may depend
-on the batch it is part of: so one image of several is made again with its whole request, and taken
-out of it.
+The parameters in the PNG (images.py) become the defaults of the command when `--from` names it;
+flags that are given win. Image k of a request is drawn from seed + k, but arithmetic may depend on
+its batch: so one image of several is drawn again with its whole request, and taken out of it.
 """
 
 import json
@@ -15,19 +14,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from sfumato.cli._common import (
+from sfumato.cli._options import (
     MODELS,
-    Clock,
-    Opening,
-    Precision,
+    LoadOptions,
+    RunOptions,
     at_least,
+    load_guide_model,
     parse,
-    progress,
-    readable_size,
     unset,
-    weaker_for,
 )
-from sfumato.cli._files import provenance, set_threads, slug, target
+from sfumato.cli._output import (
+    Clock,
+    progress,
+    provenance,
+    readable_size,
+    slug,
+    target,
+    write_images,
+)
+from sfumato.cli._run import report_written, set_threads
 from sfumato.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,82 +43,45 @@ if TYPE_CHECKING:
     from sfumato.sampling import Request
 
 
-@dataclass(frozen=True)
-class Generate:
-    """Makes pictures and writes them as PNG, with their parameters inside."""
+@dataclass(frozen=True, kw_only=True)
+class Generate(RunOptions):
+    """Generate images and write them as PNG, with their parameters inside."""
 
-    prompt: tyro.conf.Positional[Annotated[str | None, unset("no words")]] = None
-    """What to draw: words, or the name of a class (`sfumato info MODEL` lists them)."""
-    model: str = "fashion"
-    """A bundled name, a folder in the diffusers layout, a single file or a hub id."""
-    transformer: Annotated[str | None, unset("the model's")] = None
-    """A file with a diffusion transformer alone (original, GGUF, fp8), in place of the one in the
-    model's folder."""
+    prompt: tyro.conf.Positional[Annotated[str | None, unset("no prompt")]] = None
+    """Prompt, or the name of a class (`sfumato info MODEL` lists them)."""
     n: int = 16
-    """How many pictures. Picture k is drawn from seed + k."""
-    steps: Annotated[int | None, unset(MODELS)] = None
-    """Sampling steps. More is slower and closer to the model's own distribution."""
-    sampler: Annotated[str | None, unset(MODELS)] = None
-    """The sampler's name, with options if need be: ddim:eta=0.5 (docs/samplers.md lists them)."""
-    spacing: Annotated[str | None, unset(MODELS)] = None
-    """How the times are spaced: trailing, karras, karras:rho=5, tuned ..."""
+    """Number of images. Image k is drawn from seed + k."""
     timesteps: tuple[float, ...] = ()
-    """The times to visit themselves, falling from noise (1) to clean (0), instead of --steps and
-    --spacing."""
-    guidance: Annotated[str | None, unset(MODELS)] = None
-    """How strongly to follow the prompt: a number, 1 is off; or more, as "3
-    interval:low=0.2,high=0.8" (docs/guidance.md)."""
-    learned_guidance: Annotated[float | None, unset(MODELS)] = None
-    """The same, for models that are told it (FLUX.1 dev); for them --guidance with a lone number is
-    this one."""
-    negative_prompt: Annotated[str | None, unset("none")] = None
-    """What to keep away from."""
-    prompt_2: Annotated[str | None, unset("the prompt")] = None
-    """What the second text encoder (of SDXL, SD 3, FLUX.1) reads instead."""
-    negative_prompt_2: Annotated[str | None, unset("the negative prompt")] = None
-    """What the second text encoder reads of what to keep away from."""
+    """Times to visit, falling from noise (1) to clean (0), instead of --steps and --spacing."""
     height: Annotated[int | None, unset(MODELS)] = None
-    """In pixels."""
+    """Height in pixels."""
     width: Annotated[int | None, unset(MODELS)] = None
-    """In pixels."""
-    seed: int = 0
-    """The same seed gives the same picture."""
+    """Width in pixels."""
     variation_strength: Annotated[float | None, unset("off")] = None
-    """Variations of the one picture of --seed: 0 is that picture, 1 others; 0.1 to 0.3 keeps what
-    it shows."""
+    """Variations of the one image of --seed: 0 is that image, 1 others; 0.1 to 0.3 keeps its
+    subject."""
     variation_seed: Annotated[int | None, unset("seed + 1")] = None
-    """The seed that they go towards: picture k to that of variation-seed + k."""
+    """Seed of the variations: image k moves towards that of variation-seed + k."""
     refiner: Annotated[str | None, unset("none")] = None
-    """A second model that finishes the pictures, such as SDXL's refiner, with the same steps,
-    sampler, spacing and guidance."""
+    """Second model that finishes the images, such as SDXL's refiner, with the same steps, sampler,
+    spacing and guidance."""
     handover: Annotated[float | None, unset("0.8")] = None
-    """With --refiner: the share of the process that is the first model's."""
+    """With --refiner: share of the process that the first model runs."""
     out: Annotated[Path | None, unset("PROMPT.png in the current folder")] = None
-    """The PNG to write, or a folder for it."""
+    """PNG to write, or a folder for it."""
     grid: bool = True
-    """One PNG with all pictures, or one PNG a picture (NAME-0.png, NAME-1.png, ...)."""
+    """One PNG with all images, or one PNG an image (NAME-0.png, NAME-1.png, ...)."""
     source: Annotated[
         Path | None, tyro.conf.arg(name="from", metavar="PNG", help_behavior_hint="")
     ] = None
-    """Make the picture in this PNG again; flags that are given change what they name."""
+    """Draw the image in this PNG again; flags that are given change its parameters."""
     allow_other_model: bool = False
-    """With --from: go on although the model is not the one that made the PNG."""
-    threads: Annotated[int | None, unset("all cores")] = None
-    """CPU threads."""
-    dtype: Annotated[Precision | None, unset("fp32")] = None
-    """What is computed in: bf16 takes half the memory, and less time where the processor knows
-    it."""
-    device: Annotated[str | None, unset("cpu")] = None
-    """Where: cpu, cuda, cuda:1 ..."""
-    memory: Annotated[str | None, unset("all weights in memory")] = None
-    """What the program may take, as 3GB: weights come from the files layer by layer. Slower;
-    `sfumato info MODEL` says what fits."""
+    """With --from: continue although another model made the PNG."""
 
 
 HANDOVER = 0.8
-"""The share of the process that the first model has, as SDXL's authors advise."""
+"""Share of the process that the first model runs, as SDXL's authors advise."""
 
-# What a PNG carries of the request, and of which type.
 RECORDED: dict[str, type | tuple[type, ...]] = {
     "prompt": (str, type(None)),
     "model": str,
@@ -129,12 +97,12 @@ RECORDED: dict[str, type | tuple[type, ...]] = {
     "seed": int,
     "grid": bool,
 }
-# The same, of what may be missing: a picture that was made without it.
+"""Parameters of a PNG that make its request, with their types."""
 OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "transformer": str,
     "dtype": str,
     "device": str,
-    "learned_guidance": (int, float),
+    "distilled_guidance": (int, float),
     "prompt_2": str,
     "negative_prompt_2": str,
     "variation_strength": (int, float),
@@ -142,50 +110,52 @@ OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "refiner": str,
     "handover": (int, float),
 }
+"""The same of parameters that a PNG may lack."""
+_OLD_PARAMETERS = {"learned_guidance": "distilled_guidance"}
+"""Names in older PNG files, and today's."""
 
 
 def generate(arguments: Sequence[str]) -> None:
-    """Makes pictures from words or a class name, or makes one again from its PNG."""
+    """Generate images from a prompt or a class name, or draw one again from its PNG."""
     clock = Clock()
     options = parse(Generate, arguments, "generate")
     recorded: dict[str, Any] = {}
     index: int | None = None
     same = True
     if options.source is not None:
-        from sfumato.decode.image import read_parameters
+        from sfumato.images import read_parameters
 
         recorded = read_parameters(options.source)
         before = _recorded_options(recorded, options.source)
-        options = _settled(parse(Generate, arguments, "generate", default=before), before)
+        options = _drop_derived(parse(Generate, arguments, "generate", default=before), before)
         # in another dtype the same weights have another hash
         same = not options.allow_other_model and options.dtype == before.dtype
-        # One picture of a request stays one picture, unless the request itself is changed.
+        # One image of a request stays one image, unless the request itself is changed.
         index = (
             recorded.get("index") if (options.n, options.grid) == (before.n, before.grid) else None
         )
     _check(options)
-    options = _spelled_out(options)
-    opening = _opening(options)
+    options = _fill_dependent(options)
+    opening = options.load_options()
     base = target(
         options.out, f"{options.source.stem}-again" if options.source else slug(options.prompt)
     )
 
-    import torch
-
-    from sfumato.decode.image import grid, write_png
+    from sfumato.images import write_png
 
     set_threads(options.threads, recorded.get("threads"))
     clock.lap("import")
     steps = max(len(options.timesteps) - 1, 1) if options.timesteps else options.steps
     model = opening.ready(options.model, steps)
     if recorded and same:
-        _same_model(model.hash, "model", options.model, options.source, recorded)
+        _check_same_model(model.hash, "model", options.model, options.source, recorded)
     refiner = None if options.refiner is None else opening.others().ready(options.refiner, steps)
     if recorded.get("refiner") and refiner is not None and same:
-        _same_model(refiner.hash, "refiner", options.refiner, options.source, recorded)
+        _check_same_model(refiner.hash, "refiner", options.refiner, options.source, recorded)
     clock.lap("load")
-    pictures, settings = _sample(model, refiner, options, opening, clock)
+    images, settings = _sample(model, refiner, options, opening, clock)
 
+    optional = {name: value for name in OPTIONAL if (value := getattr(options, name)) is not None}
     parameters = {
         "prompt": options.prompt,
         "negative_prompt": options.negative_prompt,
@@ -193,43 +163,25 @@ def generate(arguments: Sequence[str]) -> None:
         "grid": options.grid,
         "seed": options.seed,
         **settings,
-        **{name: value for name in OPTIONAL if (value := getattr(options, name)) is not None},
+        **{
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in optional.items()
+        },
         **({} if refiner is None else {"refiner_hash": refiner.hash}),
-        **provenance(options.model, model, torch.get_num_threads(), str(torch.__version__)),
+        **provenance(options.model, model),
     }
     if index is not None:
-        written = [write_png(base, pictures[index], {**parameters, "index": index})]
-    elif options.grid:
-        written = [write_png(base, grid(pictures), parameters)]
+        written = [write_png(base, images[index], {**parameters, "index": index})]
     else:
-        names = [base.with_name(f"{base.stem}-{k}.png") for k in range(len(pictures))]
-        written = [
-            write_png(name, picture, {**parameters, "index": k})
-            for k, (name, picture) in enumerate(zip(names, pictures, strict=True))
-        ]
+        written = write_images(base, images, parameters, options.grid, numbered=True)
     clock.lap("write")
-    for path in written:
-        print(path)
-    print(f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {clock}")
+    report_written(written, len(images), clock)
     if opening.memory is not None:
         print(f"at most {_peak(opening.device)} of memory")
 
 
-def _opening(options: Generate) -> Opening:
-    """How the options want models opened."""
-    from sfumato.io.host_memory import parse_size
-
-    memory = None if options.memory is None else parse_size(options.memory)
-    return Opening(
-        memory,
-        options.dtype,
-        options.device,
-        None if options.transformer is None else Path(options.transformer),
-    )
-
-
 def _peak(device: str | None) -> str:
-    """The most that was held where the model computes: by this process, or on its GPU."""
+    """Peak memory of this process, or on the model's GPU."""
     import torch
 
     from sfumato.io.host_memory import resident_bytes
@@ -242,15 +194,17 @@ def _peak(device: str | None) -> str:
     return "an unknown size" if peak is None else readable_size(peak)
 
 
-def _same_model(
-    found: str, role: str, name: str | None, source: Path | None, recorded: dict[str, Any]
+def _check_same_model(
+    model_hash: str, role: str, name: str | None, source: Path | None, recorded: dict[str, Any]
 ) -> None:
-    """Refuses a model that is not the one that made the PNG: the picture would be another."""
+    """Raise `UserError` for a model that is not the one that made the PNG: the image would be
+    another.
+    """
     made_with = str(recorded.get(f"{role}_hash"))
-    if found != made_with:
+    if model_hash != made_with:
         raise UserError(
             f"{source} was made by {role} {recorded[role]!r} with hash {made_with[:12]}, but {name!r} has hash "
-            f"{found[:12]}: the picture would differ; name the right model with --{role}, or add --allow-other-model"
+            f"{model_hash[:12]}: the picture would differ; name the right model with --{role}, or add --allow-other-model"
         )
 
 
@@ -258,72 +212,59 @@ def _sample(
     model: "LatentDiffusion",
     refiner: "LatentDiffusion | None",
     options: Generate,
-    opening: Opening,
+    opening: LoadOptions,
     clock: Clock,
 ) -> tuple[list["Image"], dict[str, Any]]:
-    """The pictures and the settings that made them, the model's defaults filled in."""
-    request, settings = _request(model, options, opening)
+    """The images, and the settings that made them, the model's defaults filled in."""
+    request = _request(model, options, opening)
     with progress("sampling") as update:
 
         def on_step(step: "Step") -> None:
             clock.lap("sample")
             update(step.index + 1, step.count)
 
+        plan = first = model.plan(request)
         if refiner is not None:
-            from sfumato.tasks.refine import check_pair, first_part, last_part
+            from sfumato.tasks.refine import handover
 
-            check_pair(model, refiner)
-            at = HANDOVER if options.handover is None else options.handover
-            x = model.run(first_part(model, request, at=at), output="latent", on_step=on_step)
-            request = last_part(model, refiner, x, request, at=at)
+            # the refiner runs with the first model's settings
+            same = replace(first, request=first.explicit_request())
+            plans = handover(
+                model, refiner, same, at=HANDOVER if options.handover is None else options.handover
+            )
+            plan = plans.resume(model.run(plans.first, output="latent", on_step=on_step))
             if options.memory is not None:
                 model.release()
-        pictures = (refiner or model).run(request, on_step=on_step)
+        images = (refiner or model).run(plan, on_step=on_step)
     clock.lap("decode")
-    return pictures, settings
+    # The model may be tuned again: the PNG records its own times.
+    return images, {**first.to_json(), "timesteps": first.explicit_request().timesteps}
 
 
-def _request(
-    model: "LatentDiffusion", options: Generate, opening: Opening
-) -> tuple["Request", dict[str, Any]]:
-    """What the options ask for, and the settings that a PNG remembers of it."""
-    from sfumato.predict.guidance.settings import Guidance
+def _request(model: "LatentDiffusion", options: Generate, opening: LoadOptions) -> "Request":
+    """The request of the options."""
     from sfumato.sampling import Request
     from sfumato.tasks.variations import vary
 
-    guidance = None if options.guidance is None else Guidance.parse(options.guidance).to_json()
-    times = list(options.timesteps) or None
-    settings = model.settings(
-        n=options.n,
-        steps=options.steps,
-        sampler=options.sampler,
-        spacing=options.spacing,
-        timesteps=times,
-        guidance=guidance,
-        learned_guidance=options.learned_guidance,
-        height=options.height,
-        width=options.width,
-    )
-    # the model may be tuned again: the picture remembers its own times
-    if settings["spacing"] == "tuned":
-        times = model.times(settings["steps"], settings["sampler"], "tuned")
+    values = options.request_fields()
     request = Request(
         options.prompt,
-        seed=options.seed,
-        negative_prompt=options.negative_prompt,
-        prompt_2=options.prompt_2,
-        negative_prompt_2=options.negative_prompt_2,
-        timesteps=times,
-        weaker=weaker_for(settings["guidance"], opening),
-        **settings,
+        height=options.height,
+        width=options.width,
+        timesteps=list(options.timesteps) or None,
+        guide_model=load_guide_model(
+            model.defaults.guidance if options.guidance is None else options.guidance, opening
+        ),
+        **values,
     )
     if options.variation_strength is not None:
-        request = vary(request, seed=options.variation_seed, strength=options.variation_strength)
-    return request, {**settings, "timesteps": times}
+        return vary(request, seed=options.variation_seed, strength=options.variation_strength)
+    return request
 
 
 def _recorded_options(recorded: dict[str, Any], source: Path) -> Generate:
-    """The request that a PNG remembers, as defaults for the command."""
+    """The request that a PNG records, as defaults for the command."""
+    recorded = {_OLD_PARAMETERS.get(name, name): value for name, value in recorded.items()}
     if "task" in recorded:
         raise UserError(
             f"{source} was made by `sfumato {recorded['task']}` from {recorded.get('picture')!r}: run that command with the same picture and seed"
@@ -348,37 +289,47 @@ def _recorded_options(recorded: dict[str, Any], source: Path) -> Generate:
         )
     known = {name: recorded[name] for name in (*RECORDED, *OPTIONAL) if name in recorded}
     times = tuple(known.get("timesteps") or ())
+    transformer = None if known.get("transformer") is None else Path(known["transformer"])
     return replace(
-        Generate(), **{**known, "guidance": json.dumps(known["guidance"]), "timesteps": times}
+        Generate(),
+        **{
+            **known,
+            "guidance": json.dumps(known["guidance"]),
+            "timesteps": times,
+            "transformer": transformer,
+        },
     )
 
 
-def _settled(options: Generate, before: Generate) -> Generate:
-    """A picture's own times hold as long as nobody asks for other steps, another sampler or another
-    spacing.
+def _drop_derived(options: Generate, before: Generate) -> Generate:
+    """Drop recorded settings that no longer hold: times of other steps, another sampler or spacing,
+    scales of other guidance.
     """
-    asked = (options.steps, options.sampler, options.spacing) != (
+    changed = (options.steps, options.sampler, options.spacing) != (
         before.steps,
         before.sampler,
         before.spacing,
     )
-    if options.timesteps == before.timesteps and asked:
+    if options.timesteps == before.timesteps and changed:
         options = replace(options, timesteps=())
     if (
         not options.timesteps
         and options.spacing == before.spacing
         and options.spacing in ("given", "tuned")
-        and asked
+        and changed
     ):
-        # nobody asked for it: the times were the picture's, or the model's choice
+        # it was never chosen: the times were the image's, or the model's
         options = replace(options, spacing=None)
-    if options.guidance != before.guidance and options.learned_guidance == before.learned_guidance:
-        options = replace(options, learned_guidance=None)
+    if (
+        options.guidance != before.guidance
+        and options.distilled_guidance == before.distilled_guidance
+    ):
+        options = replace(options, distilled_guidance=None)
     return options
 
 
-def _spelled_out(options: Generate) -> Generate:
-    """Defaults that depend on other options, for the PNG to remember."""
+def _fill_dependent(options: Generate) -> Generate:
+    """Fill in defaults that depend on other options, for the PNG to record."""
     if options.refiner is not None and options.handover is None:
         options = replace(options, handover=HANDOVER)
     if options.variation_strength is not None and options.variation_seed is None:
@@ -387,7 +338,7 @@ def _spelled_out(options: Generate) -> Generate:
 
 
 def _check(options: Generate) -> None:
-    """What can be refused before torch is imported."""
+    """Check options before torch is imported."""
     at_least(
         1,
         n=options.n,

@@ -10,7 +10,8 @@ from typing import Any
 
 import tyro
 
-from sfumato.cli._common import parse, readable_size
+from sfumato.cli._options import parse
+from sfumato.cli._output import readable_size
 from sfumato.errors import UserError
 
 CHECKS = "images do not depend on the batch"

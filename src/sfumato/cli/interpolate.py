@@ -1,5 +1,5 @@
-"""`sfumato interpolate`: a series of pictures from one prompt, seed or picture to another, in one
-PNG, a row.
+"""`sfumato interpolate`: a series of images from one prompt, seed or image to another, in one PNG,
+a row.
 """
 
 from collections.abc import Sequence
@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from sfumato.cli._common import MODELS, at_least, parse, unset
-from sfumato.cli._files import slug
-from sfumato.cli._task import RunOptions, checked, make, read_picture, remembered
+from sfumato.cli._options import MODELS, RunOptions, at_least, parse, unset
+from sfumato.cli._output import read_picture, slug
+from sfumato.cli._run import check_options, run_request, source_parameters
 from sfumato.errors import UserError
 
 if TYPE_CHECKING:
-    from sfumato.sampling import Request
+    from sfumato.model import LatentDiffusion
+    from sfumato.sampling import Plan, Request
 
 COLUMNS = 10
 """Series up to this long are one row."""
@@ -23,37 +24,37 @@ COLUMNS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Interpolate(RunOptions):
-    """Draws a series of pictures from one prompt, seed or picture to another, or several of these
-    at once.
+    """Generate a series of images from one prompt, seed or image to another, or several of these at
+    once.
     """
 
-    prompt: tyro.conf.Positional[Annotated[str | None, unset("no words")]] = None
-    """What the series begins with: words, or the name of a class."""
+    prompt: tyro.conf.Positional[Annotated[str | None, unset("no prompt")]] = None
+    """Prompt of the first image, or the name of a class."""
     to_prompt: tyro.conf.Positional[Annotated[str | None, unset("the same")]] = None
-    """What it ends with."""
+    """Prompt of the last image."""
     to_seed: Annotated[int | None, unset("the same")] = None
-    """The seed that it ends with; it begins with --seed."""
+    """Seed of the last image; that of the first is --seed."""
     pictures: Annotated[tuple[Path, Path] | None, unset("none")] = None
-    """Two pictures of one size, to go from the first to the second."""
+    """Two images of one size, the ends of the series."""
     strength: Annotated[float | None, unset("0.6")] = None
-    """With --pictures: how much of each is made anew, from above 0 to 1."""
+    """With --pictures: share of the steps that are run, from above 0 to 1."""
     way: Annotated[str | None, unset("noise")] = None
-    """With --pictures: noise, begin between both made noisy; inversion, between the noises that
-    ddim makes them from."""
+    """With --pictures: noise, begin between both made noisy; inversion, between the noise that ddim
+    makes them from."""
     n: int = 8
-    """How many pictures, with both ends."""
+    """Number of images, with both ends."""
     height: Annotated[int | None, unset(MODELS)] = None
-    """In pixels."""
+    """Height in pixels."""
     width: Annotated[int | None, unset(MODELS)] = None
-    """In pixels."""
+    """Width in pixels."""
     grid: bool = True
-    """One PNG with all pictures, instead of one PNG a picture (NAME-0.png, NAME-1.png, ...)."""
+    """One PNG with all images, instead of one PNG an image (NAME-0.png, NAME-1.png, ...)."""
 
 
 def interpolate(arguments: Sequence[str]) -> None:
-    """Draws a series of pictures from one prompt, seed or picture to another."""
+    """Generate a series of images from one prompt, seed or image to another."""
     options = parse(Interpolate, arguments, "interpolate")
-    base = checked(
+    base = check_options(
         options,
         f"{options.pictures[0].stem if options.pictures else slug(options.prompt)}-interpolate",
     )
@@ -64,27 +65,27 @@ def interpolate(arguments: Sequence[str]) -> None:
         if (value := getattr(options, name)) is not None
     }
     own: dict[str, Any] = dict(ends)
-    pictures = [read_picture(path) for path in options.pictures or ()]
+    images = [read_picture(path) for path in options.pictures or ()]
     way, strength = options.way or "noise", 0.6 if options.strength is None else options.strength
     if options.pictures:
-        first, second = (remembered(path) for path in options.pictures)
+        first, second = (source_parameters(path) for path in options.pictures)
         own |= {**first, **{f"to_{name}": value for name, value in second.items()}, "way": way}
         own |= {} if way == "inversion" else {"strength": strength}
 
-    def prepare(model: Any, request: "Request") -> "Request":
+    def prepare(model: "LatentDiffusion", request: "Request") -> "Request | Plan":
         from dataclasses import replace
 
-        from sfumato.tasks import interpolate as tasks
+        from sfumato import tasks
 
-        if pictures:
-            return tasks.interpolate_pictures(
-                model, pictures[0], pictures[1], request, strength=strength, way=way, **ends
+        if images:
+            return tasks.interpolate_images(
+                model, images[0], images[1], request, strength=strength, way=way, **ends
             )
         return tasks.interpolate(
             replace(request, height=options.height, width=options.width), **ends
         )
 
-    make(
+    run_request(
         "interpolate",
         options,
         base,
@@ -96,7 +97,7 @@ def interpolate(arguments: Sequence[str]) -> None:
 
 
 def _check(options: Interpolate) -> None:
-    """What can be refused before torch is imported."""
+    """Check options before torch is imported."""
     at_least(2, n=options.n)
     at_least(1, height=options.height, width=options.width)
     at_least(0, to_seed=options.to_seed)
@@ -104,7 +105,7 @@ def _check(options: Interpolate) -> None:
         for flag, value in (("--strength", options.strength), ("--way", options.way)):
             if value is not None:
                 raise UserError(
-                    f"{flag} {value} without --pictures: it says how a series between pictures is drawn"
+                    f"{flag} {value} without --pictures: it is for a series between pictures"
                 )
         if options.to_prompt is None and options.to_seed is None:
             raise UserError(

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sfumato.cli._common import parse, unset
+from sfumato.cli._options import parse, unset
 from sfumato.errors import UserError
 
 STAGES = ("autoencoder", "denoiser")

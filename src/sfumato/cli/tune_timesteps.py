@@ -1,4 +1,4 @@
-"""`sfumato tune-timesteps MODEL --steps 8`: finds the best times for a budget of steps and stores
+"""`sfumato tune-timesteps MODEL --steps 8`: find the best times for a number of steps and store
 them with the model.
 """
 
@@ -9,13 +9,14 @@ from typing import Annotated
 
 import tyro
 
-from sfumato.cli._common import MODELS, Clock, at_least, parse, progress, unset
+from sfumato.cli._options import MODELS, at_least, parse, unset
+from sfumato.cli._output import Clock, progress
 from sfumato.errors import UserError
 
 
 @dataclass(frozen=True)
 class TuneTimesteps:
-    """Finds the times whose runs end nearest to a run of a thousand steps, and stores them with the
+    """Find the times whose runs end nearest to a run of a thousand steps, and store them with the
     model.
 
     `generate` then uses them for that sampler and number of steps (spacing "tuned"). The table
@@ -23,32 +24,32 @@ class TuneTimesteps:
     """
 
     model: tyro.conf.Positional[str] = "fashion"
-    """A bundled name, a folder in the diffusers layout, a single file or a hub id."""
+    """Bundled name, folder in the diffusers layout, single file or Hub id."""
     steps: tuple[int, ...] = (8,)
-    """One number of steps, or several."""
+    """Number of steps, or several."""
     sampler: Annotated[str | None, unset(MODELS)] = None
-    """A deterministic sampler's name, with options if need be."""
+    """Deterministic sampler, with options if need be."""
     guidance: Annotated[str | None, unset(MODELS)] = None
-    """How strongly to follow the prompt; 1 is off."""
+    """Guidance scale; 1 is off."""
     prompts: tuple[str, ...] = ()
-    """What to draw while searching; class-conditional models draw their classes in turn."""
+    """Prompts of the search; class-conditional models draw their classes in turn."""
     images: int = 64
-    """How many images the search sees; as many others judge the result."""
+    """Number of images in the search; as many others judge the result."""
     reference_steps: int = 1000
     """Steps of the run that counts as exact."""
     iterations: int = 6
     """Rounds of the search: each costs about twice as many runs as there are steps."""
     seed: int = 0
-    """The first image's seed."""
+    """Seed of the first image."""
     out: Annotated[Path | None, unset("the model's own folder")] = None
-    """A folder for a copy of the model with the new times; needed where the model is not a folder
+    """Folder for a copy of the model with the new times; required where the model is not a folder
     that may be written."""
     threads: Annotated[int | None, unset("all cores")] = None
     """CPU threads."""
 
 
 def tune_timesteps(arguments: Sequence[str]) -> None:
-    """Finds the best times for a budget of steps and stores them with the model."""
+    """Find the best times for a number of steps and store them with the model."""
     clock = Clock()
     options = parse(TuneTimesteps, arguments, "tune-timesteps")
     at_least(2, images=options.images, **{"steps": min(options.steps, default=None)})

@@ -1,42 +1,43 @@
-"""`sfumato vary`: a picture in, pictures like it out; one number says how different. (Of a seed's
-picture: `generate --variation-strength`.)
+"""`sfumato vary`: an image in, variations of it out. (Of a seed's image: `generate
+--variation-strength`.)
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sfumato.cli._common import parse
-from sfumato.cli._task import TaskOptions, run_task
+from sfumato.cli._options import TaskOptions, parse
+from sfumato.cli._run import run_task
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from sfumato.sampling import Request
+    from sfumato.model import LatentDiffusion
+    from sfumato.sampling import Plan, Request
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vary(TaskOptions):
-    """Makes pictures like a given one."""
+    """Generate variations of an image."""
 
     n: int = 4
-    """How many pictures. Picture k differs by the noise of seed + k."""
+    """Number of images. Image k differs by the noise of seed + k."""
     strength: float = 0.3
-    """How different: small numbers keep nearly everything, 1 keeps nothing."""
+    """Difference from the image: small numbers keep nearly everything, 1 keeps nothing."""
     way: str = "noise"
-    """noise: begin with the picture made noisy; inversion: change the noise that ddim makes the
-    picture from."""
+    """noise: begin with the image made noisy; inversion: change the noise that ddim makes the image
+    from."""
     grid: bool = True
-    """One PNG with all pictures, instead of one PNG a picture (NAME-0.png, NAME-1.png, ...)."""
+    """One PNG with all images, instead of one PNG an image (NAME-0.png, NAME-1.png, ...)."""
 
 
 def vary(arguments: Sequence[str]) -> None:
-    """Makes pictures like a given one; one number says how different."""
+    """Generate variations of an image; one number sets the difference."""
     options = parse(Vary, arguments, "vary")
 
-    def prepare(model: Any, picture: "Image", request: "Request") -> "Request":
-        from sfumato.tasks.variations import variations
+    def prepare(model: "LatentDiffusion", image: "Image", request: "Request") -> "Plan":
+        from sfumato import tasks
 
-        return variations(model, picture, request, strength=options.strength, way=options.way)
+        return tasks.variations(model, image, request, strength=options.strength, way=options.way)
 
     run_task("vary", options, {"strength": options.strength, "way": options.way}, prepare)

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
+from PIL import Image as PIL
 from torch import Tensor
+
+from sfumato.images import contact_sheet
 
 GAP = 2
 LEAST = 56
@@ -25,28 +28,21 @@ def grid(rows: list[list[Float[Tensor, "C H W"]]]) -> bytes:
     """Rows of images (C, H, W) in [0, 1], all of one size, on white; a PNG file. Short rows leave
     white at the end.
     """
-    from PIL import Image
-
     height, width = rows[0][0].shape[-2:]
     factor = max(1, -(-LEAST // max(height, width)))
-    height, width = height * factor, width * factor
-    columns = max(map(len, rows))
-    canvas = torch.full(
-        (len(rows) * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, dtype=torch.uint8
-    )
-    for i, row in enumerate(rows):
-        for j, image in enumerate(row):
-            pixels = (
-                (image.clamp(0, 1) * 255).round().to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0)
-            )
-            pixels = pixels.repeat_interleave(factor, dim=0).repeat_interleave(factor, dim=1)
-            canvas[
-                i * (height + GAP) : i * (height + GAP) + height,
-                j * (width + GAP) : j * (width + GAP) + width,
-            ] = pixels
     buffer = io.BytesIO()
-    Image.fromarray(canvas.numpy()).save(buffer, format="png", optimize=True)
+    contact_sheet([[_enlarge(image, factor) for image in row] for row in rows], GAP).save(
+        buffer, format="png", optimize=True
+    )
     return buffer.getvalue()
+
+
+def _enlarge(image: Float[Tensor, "C H W"], factor: int) -> PIL.Image:
+    """Pixels in [0, 1] as an RGB image whose sides are `factor` times as long."""
+    levels = (image.clamp(0, 1) * 255).round().to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0)
+    return PIL.fromarray(
+        levels.repeat_interleave(factor, dim=0).repeat_interleave(factor, dim=1).cpu().numpy()
+    )
 
 
 def by_class(

@@ -1,37 +1,47 @@
-"""Larger pictures from a model trained on smaller ones, in two passes: the composition at the
-model's own size, then details.
+"""Larger images from a model trained on smaller ones: first the composition at the model's own
+size, then details.
 
-The first picture is enlarged by a cubic filter and a run begins with it, made a little noisy
-(image_to_image): what was there stays where it was, and what the filter cannot know is drawn.
-Straight away at the large size such models repeat themselves.
+The first image is enlarged by a cubic filter and a run begins with it, made a little noisy
+(`image_to_image`): the composition stays, and the details that the filter lacks are drawn. At the
+large size from the start such models repeat themselves.
 """
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch.nn.functional as F
 
 from sfumato.errors import UserError
-from sfumato.sampling import Request
-from sfumato.tasks._pictures import Picture
+from sfumato.model import LatentDiffusion
+from sfumato.sampling.plan import Plan
+from sfumato.sampling.request import Request
+from sfumato.tasks._images import ImageInput
 from sfumato.tasks.image_to_image import image_to_image
 
 
 def enlarge(
-    model: Any,
-    picture: Picture,
+    model: LatentDiffusion,
+    image: ImageInput,
     request: Request | None = None,
     *,
     scale: float = 2.0,
     strength: float = 0.4,
-) -> Request:
-    """picture: one for all images, or one an image. The result has `scale` times its sides,
-    rounded. strength: see image_to_image.
+) -> Plan:
+    """Plan a larger version of an image, with new details.
+
+    Args:
+        model: any that takes the latent alone
+        image: one for all images or one an image
+        request: everything else
+        scale: the result has `scale` times the image's sides, rounded; at least 1
+        strength: as for `image_to_image`
+
+    Raises:
+        UserError: for an impossible scale or strength
     """
     if not 1 <= scale < math.inf:
         raise UserError(f"scale={scale}: expected a number of at least 1")
-    pixels = model.pixels(picture)
+    pixels = model.pixels(image)
     size = tuple(round(side * scale) for side in pixels.shape[2:])
     large = F.interpolate(pixels, size, mode="bicubic", align_corners=False).clamp(-1, 1)
     return image_to_image(
@@ -42,15 +52,19 @@ def enlarge(
     )
 
 
-def two_pass(model: Any, request: Request, *, scale: float = 2.0, strength: float = 0.6) -> Request:
-    """Runs the request, and gives the second one, which draws its pictures `scale` times as
-    large.
+def two_pass(
+    model: LatentDiffusion, request: Request, *, scale: float = 2.0, strength: float = 0.6
+) -> Plan:
+    """Run a request at the model's size, and plan its images `scale` times as large.
+
+    Args:
+        model: any that takes the latent alone
+        request: of the first pass; height and width are those of the small images
+        scale: as for `enlarge`
+        strength: as for `image_to_image`
     """
-    first = model.run(request, output="tensor") * 2 - 1
+    pixels = model.run(request, output="tensor") * 2 - 1
+    second = replace(request, height=None, width=None, n=len(pixels))
     return enlarge(
-        model,
-        first[:, : model.autoencoder.channels],
-        replace(request, height=None, width=None, n=len(first)),
-        scale=scale,
-        strength=strength,
+        model, pixels[:, : model.autoencoder.channels], second, scale=scale, strength=strength
     )

@@ -1,22 +1,23 @@
-"""Outpainting: a picture grows at any side; what is added is drawn, what was there stays, to the
-last bit of its pixels.
+"""Outpainting: an image grows at any side; the added part is drawn, every pixel of the image stays
+as it is.
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.sampling import Request
-from sfumato.tasks._pictures import Picture
+from sfumato.model import LatentDiffusion
+from sfumato.sampling.plan import Plan
+from sfumato.sampling.request import Request
+from sfumato.tasks._images import ImageInput
 from sfumato.tasks.inpaint import inpaint
 
 
 def outpaint(
-    model: Any,
-    picture: Picture,
+    model: LatentDiffusion,
+    image: ImageInput,
     request: Request | None = None,
     *,
     left: int = 0,
@@ -26,12 +27,26 @@ def outpaint(
     overlap: int = 0,
     strength: float = 1.0,
     posterior: str = "mean",
-) -> Request:
-    """left, right, top, bottom: pixels to add. overlap: pixels of the picture beside them that may
-    change too, blended in.
+) -> Plan:
+    """Plan an image with new pixels at its sides.
 
-    Under what is added lies the picture's edge, drawn out: with a strength below 1 the run begins
-    with it. `UserError` if nothing is added.
+    Under the added part lies the image's edge, repeated: with a strength below 1 the run begins
+    with it.
+
+    Args:
+        model: as for `inpaint`
+        image: one for all images or one an image
+        request: everything else
+        left: pixels to add
+        right: pixels to add
+        top: pixels to add
+        bottom: pixels to add
+        overlap: pixels of the image beside them that may change too, blended in
+        strength: as for `inpaint`
+        posterior: as for `image_to_image`
+
+    Raises:
+        UserError: nothing is added, or a number is impossible
     """
     sides = {"left": left, "right": right, "top": top, "bottom": bottom, "overlap": overlap}
     for name, value in sides.items():
@@ -39,23 +54,19 @@ def outpaint(
             raise UserError(f"{name}={value!r}: expected a whole number of pixels, 0 or more")
     if not (left or right or top or bottom):
         raise UserError("left, right, top and bottom are 0: say how many pixels to add, and where")
-    pixels = model.pixels(picture)
+    pixels = model.pixels(image)
     if overlap >= min(pixels.shape[2:]):
         raise UserError(
             f"overlap={overlap} for a picture of {pixels.shape[2]} x {pixels.shape[3]}: expected less than its sides"
         )
     wide = F.pad(pixels, (left, right, top, bottom), mode="replicate")
+    sized = replace(request or Request(), height=wide.shape[2], width=wide.shape[3])
     return inpaint(
-        model,
-        wide,
-        grown_mask(pixels, sides),
-        replace(request or Request(), height=wide.shape[2], width=wide.shape[3]),
-        strength=strength,
-        posterior=posterior,
+        model, wide, outpaint_mask(pixels, sides), sized, strength=strength, posterior=posterior
     )
 
 
-def grown_mask(pixels: Tensor, sides: dict[str, int]) -> Tensor:
+def outpaint_mask(pixels: Tensor, sides: dict[str, int]) -> Tensor:
     """1 where pixels are added, falling to 0 over the overlap: (1, 1, H, W)."""
 
     def along(length: int, before: int, after: int) -> Tensor:

@@ -33,13 +33,13 @@ from sfumato.data import (
 )
 from sfumato.data.source import open_with
 from sfumato.data.splits import split
-from sfumato.decode.image import grid
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
 from sfumato.diffuse.variational import check_bounded
 from sfumato.errors import UserError
 from sfumato.evaluate.features import Features, load_features
+from sfumato.images import grid
 from sfumato.io.atomic import atomic_folder, hash_tensors, write_json
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.class_names import ClassNames

@@ -27,8 +27,7 @@ from sfumato.diffuse.timesteps import SPACINGS, timesteps
 from sfumato.errors import UserError, explained
 from sfumato.io.atomic import read_table, write_json
 from sfumato.model import LatentDiffusion
-from sfumato.sampling import Request as _Request
-from sfumato.sampling import sampler_of, settings
+from sfumato.sampling.request import sampler_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -79,7 +78,7 @@ def tune_timesteps(
     images: how many the search sees, and as many others that judge it; their prompts go round
     `prompts` (default: the model's class names).
     """
-    chosen = settings(model, _Request(sampler=sampler, guidance=guidance))
+    chosen = model.settings(sampler=sampler, guidance=guidance)
     name, weight = chosen["sampler"], chosen["guidance"]
     schedule = model.denoiser.process.schedule
     sampler_itself, its_options = sampler_of(name)
@@ -267,9 +266,8 @@ def _descend(
 
 def with_tuned(model: LatentDiffusion, found: Sequence[Tuned]) -> LatentDiffusion:
     """The same model, whose `generate` uses these times where sampler and steps agree."""
-    return replace(
-        model, defaults=replace(model.defaults, tuned=_merged(model.defaults.tuned, found))
-    )
+    tables = _merged(model.defaults.tuned_timesteps, found)
+    return replace(model, defaults=replace(model.defaults, tuned_timesteps=tables))
 
 
 def store_tuned(folder: str | Path, found: Sequence[Tuned]) -> None:
@@ -281,7 +279,8 @@ def store_tuned(folder: str | Path, found: Sequence[Tuned]) -> None:
         values: dict[str, Any] = read_table(path)
     notes = values.setdefault("_sfumato", {})
     defaults = notes.setdefault("defaults", {})
-    defaults["tuned"] = _merged(defaults.get("tuned", {}), found)
+    old = defaults.pop("tuned", {})  # older folders' name
+    defaults["tuned_timesteps"] = _merged(defaults.get("tuned_timesteps", old), found)
     write_json(path, values)
 
 

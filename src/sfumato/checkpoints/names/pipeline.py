@@ -78,7 +78,7 @@ def pipeline_class(network: Any, conditioner: Any, references: int = 0) -> str:
 
 def pipeline_index(network: Any, conditioner: Any, defaults: Any) -> dict[str, Any]:
     """The entries of model_index.json that depend on the kind of model. defaults: the model's."""
-    name = pipeline_class(network, conditioner, defaults.references)
+    name = pipeline_class(network, conditioner, defaults.max_reference_images)
     if network.part == "transformer" and hasattr(conditioner, "index"):
         return {
             "_class_name": name,

@@ -12,7 +12,7 @@ answers' values: `calls` counts them with an empty run. Arithmetic on x is multi
 additions of whole tensors, one at a time, so that an image's bits do not depend on its batch.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -77,6 +77,24 @@ def calls(
     return _empty_run(sampler, tuple(times), schedule, tuple(options.items()))[0]
 
 
+def check_run(
+    sampler: Callable[..., Run],
+    times: Sequence[float],
+    schedule: Any,
+    options: Mapping[str, Any],
+    variance: bool = True,
+) -> None:
+    """Run a sampler on one number, without a network.
+
+    Args:
+        variance: whether the network predicts a variance
+
+    Raises:
+        UserError: options or times that the sampler refuses, or a variance that it needs
+    """
+    _empty_run(sampler, tuple(times), schedule, tuple(options.items()), variance)
+
+
 def draws_noise(
     sampler: Callable[..., Run], times: Sequence[float], schedule: Any, **options: Any
 ) -> bool:
@@ -97,6 +115,7 @@ def _empty_run(
     times: tuple[float, ...],
     schedule: Any,
     options: tuple[tuple[str, Any], ...],
+    variance: bool = True,
 ) -> tuple[int, int]:
     """(network calls, draws of noise) of a run on one number, with answers of nothing."""
     nothing, drawn = torch.zeros(1, 1, 1, 1), []
@@ -106,7 +125,7 @@ def _empty_run(
         return nothing
 
     run, count = sampler(nothing, times, schedule, noise, **dict(options)), 0
-    answer = Prediction(nothing, nothing, nothing)
+    answer = Prediction(nothing, nothing, nothing if variance else None)
     try:
         next(run)
         while True:

@@ -80,6 +80,15 @@ class Network(nn.Module):
         """Whether it is conditioned on anything."""
         return self.token_width is not None or self.classes > 0 or self.vector_width is not None
 
+    max_reference_images: ClassVar[float] = 0
+    """Number of reference images that it can read beside x (`Conditioning.references`)."""
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise `UserError` for latents of h x w cells that it cannot predict."""
+
+    def check_blocks(self) -> None:
+        """Raise `UserError` where too many of its layers have been replaced for it to run."""
+
     @property
     def patch(self) -> int:
         """Latent cells along a side of one token; 1 for networks without tokens."""

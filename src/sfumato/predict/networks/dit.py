@@ -163,10 +163,7 @@ class DiT(PatchNetwork):
         """x noisy latent, timestep in 0..1000, conditioning with `vector` -> y, the network's
         target and, behind it, a learned variance.
         """
-        if not self._blocks():
-            raise UserError(
-                "this DiT is told time and class by its blocks: at least one of them has to stay"
-            )
+        self.check_blocks()
         waves = self.waves(timestep).to(x.dtype)
         classes = self._classes(cond).to(x.dtype)
         first = self._blocks()[0].norm1.emb
@@ -180,6 +177,13 @@ class DiT(PatchNetwork):
 
         scale, shift = self._last(told)
         return self.picture(self.proj_out_2(modulated(y, scale, shift)), x.shape[2:])
+
+    def check_blocks(self) -> None:
+        """Raise `UserError` where no block is left."""
+        if not self._blocks():
+            raise UserError(
+                "this DiT is told time and class by its blocks: at least one of them has to stay"
+            )
 
     def waves(self, timestep: Float[Tensor, " B"]) -> Float[Tensor, "B W"]:
         """Sines and cosines of a timestep, as many as c's first layer takes."""

@@ -9,7 +9,7 @@ and config are diffusers'.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -214,6 +214,7 @@ class FluxTransformer(Streams):
     `references`, one picture (Kontext).
     """
 
+    max_reference_images: ClassVar[float] = 1
     config: FluxConfig
 
     def __init__(self, config: FluxConfig):

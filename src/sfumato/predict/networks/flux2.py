@@ -7,8 +7,9 @@ reads. The latent is the autoencoder's, which packs 2x2 cells itself (see compre
 of its cells is a token. Names and config are diffusers'.
 """
 
+import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -249,6 +250,7 @@ class Flux2Transformer(Streams):
     of `references`.
     """
 
+    max_reference_images: ClassVar[float] = math.inf
     config: Flux2Config
 
     def __init__(self, config: Flux2Config):

@@ -266,12 +266,16 @@ class SD3(Network):
                 f"this MMDiT takes {self.in_channels} channels and was given {x.shape[1]}, {joined} of them by Conditioning.concat: "
                 "models that also take a mask or a picture need the task that gives it"
             )
-        most = self.config.pos_embed_max_size * self.patch
-        if max(x.shape[2:]) > most:
-            raise UserError(
-                f"a latent of {x.shape[2]} x {x.shape[3]} cells: this MMDiT has places for {most} x {most} at most; ask for a smaller picture"
-            )
+        self.check_size(*x.shape[2:])
         return x
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise `UserError` for latents larger than the table of positions."""
+        most = self.config.pos_embed_max_size * self.patch
+        if max(height, width) > most:
+            raise UserError(
+                f"a latent of {height} x {width} cells: this MMDiT has places for {most} x {most} at most; ask for a smaller picture"
+            )
 
     def _residuals(self, cond: Conditioning, shape: torch.Size) -> Iterable[Tensor | None]:
         """What is added behind each block: the k-th of n residuals, with k the whole part of i / (m

@@ -85,6 +85,23 @@ def feature_cache(
     return cached
 
 
+def check_cache(
+    every: int | Sequence[int] | None = 1, threshold: float | None = None, skips: int = 1
+) -> None:
+    """Raise `UserError` for settings of `feature_cache` that make no sense."""
+    _Rule(every, threshold, skips)
+
+
+def require_cuttable(denoiser: Any) -> None:
+    """Raise `UserError` unless the denoiser's network can be cut at its skips."""
+    network = getattr(denoiser, "network", None)
+    if not all(hasattr(network, part) for part in ("shallow_down", "deep", "shallow_up")):
+        name = type(denoiser if network is None else network).__name__
+        raise UserError(
+            f"a feature cache needs a network that can be cut, as the U-Net can: {name} cannot; ask without one"
+        )
+
+
 def off(x: Tensor, point: Any) -> dict[str, Any]:
     """Every call is whole."""
     return {"every": 1}
@@ -182,12 +199,8 @@ class _Remembering:
         queries: Sequence[DenoiserCall],
         one_pass: Callable[[list[DenoiserCall]], list[Prediction]],
     ) -> list[Prediction]:
-        network = getattr(self.denoiser, "network", None)
-        if not all(hasattr(network, part) for part in ("shallow_down", "deep", "shallow_up")):
-            name = type(self.denoiser if network is None else network).__name__
-            raise UserError(
-                f"a feature cache needs a network that can be cut, as the U-Net can: {name} cannot; ask without one"
-            )
+        require_cuttable(self.denoiser)
+        network = self.denoiser.network
         rows = [(query.denoiser, row) for query in queries for row in range(len(query.x))]
         cut = replace(self.denoiser, network=_Cut(network, rows, self.rule.skips))
         return one_pass([replace(query, denoiser=cut) for query in queries])

@@ -34,7 +34,7 @@ draw noise on the way do better, and the more the better (RePaint's resampling i
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def known_region(
     and give what it ends with to `finish`. `UserError` for what does not fit. first: what the
     network sees at the first question in place of x, from which it may differ where z is known.
     """
-    _check(z, mask)
+    check_region(z, mask)
     nothing = not mask.any()
     waiting = [] if first is None or nothing else [first]
 
@@ -96,7 +96,7 @@ def start(
     """x at the first time of a run: alpha z + sigma noise where z is known; elsewhere the usual,
     noise of variance alpha^2 + sigma^2.
     """
-    _check(z, mask)
+    check_region(z, mask)
     kept, m = _like(noise, z, mask)
     alpha, sigma = point(t)
     return _mixed(alpha * kept + sigma * noise, math.hypot(alpha, sigma) * noise, m)
@@ -108,7 +108,7 @@ def finish(
     """The end of a run with z put back bit for bit where the mask is 1: the sampler's own
     arithmetic had rounded it.
     """
-    _check(z, mask)
+    check_region(z, mask)
     kept, m = _like(found, z, mask)
     return torch.where(m == 1, kept, found)
 
@@ -125,9 +125,9 @@ def _mixed(known: Tensor, found: Tensor, m: Tensor) -> Tensor:
     return m * known + (1 - m) * found
 
 
-def _check(z: Tensor, mask: Tensor) -> None:
-    """`UserError` unless the mask has values in [0, 1], z is finite, and the one can be laid on the
-    other.
+def check_region(z: Tensor, mask: Tensor) -> None:
+    """Raise `UserError` unless the mask has values in [0, 1], z is finite, and the one can be laid
+    on the other.
     """
     if (
         mask.shape[2:] != z.shape[2:]
@@ -149,13 +149,18 @@ def _check(z: Tensor, mask: Tensor) -> None:
         )
 
 
+def check_fits(shape: Sequence[int], z: Tensor, mask: Tensor) -> None:
+    """Raise `UserError` unless z and mask fit latents of `shape` (B, C, h, w)."""
+    if z.shape[1:] != tuple(shape[1:]) or any(len(v) not in (1, shape[0]) for v in (z, mask)):
+        raise UserError(
+            f"z of shape {tuple(z.shape)} and a mask of shape {tuple(mask.shape)} for latents of shape {tuple(shape)}: expected the "
+            "same channels, height and width, and one for all or one an image"
+        )
+
+
 def _like(x: Tensor, z: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """z and mask on the device and in the dtype of x (B, C, h, w); `UserError` if they are of other
     latents.
     """
-    if z.shape[1:] != x.shape[1:] or any(len(v) not in (1, len(x)) for v in (z, mask)):
-        raise UserError(
-            f"z of shape {tuple(z.shape)} and a mask of shape {tuple(mask.shape)} for latents of shape {tuple(x.shape)}: expected the "
-            "same channels, height and width, and one for all or one an image"
-        )
+    check_fits(x.shape, z, mask)
     return z.to(x.device, x.dtype), mask.to(x.device, x.dtype)

@@ -44,11 +44,8 @@ def large_canvas(
     `UserError` for a stride that would leave gaps, and for `residuals`, which have no one size to
     cut at.
     """
+    check_windows(size, stride)
     (height, width), (down, right) = _pair(size), _pair(stride)
-    if not (1 <= down <= height and 1 <= right <= width):
-        raise UserError(
-            f"windows of {height} x {width} cells every {down} x {right}: expected strides from 1 to the window's side"
-        )
     if weights not in WEIGHTS:
         raise unknown("weighting of windows", weights, WEIGHTS)
 
@@ -69,6 +66,15 @@ def large_canvas(
         return Prediction(x0, eps, _joined(x, windows, shares, variances) if variances else None)
 
     return canvas
+
+
+def check_windows(size: int | tuple[int, int], stride: int | tuple[int, int]) -> None:
+    """Raise `UserError` for a stride that would leave gaps between windows."""
+    (height, width), (down, right) = _pair(size), _pair(stride)
+    if not (1 <= down <= height and 1 <= right <= width):
+        raise UserError(
+            f"windows of {height} x {width} cells every {down} x {right}: expected strides from 1 to the window's side"
+        )
 
 
 def off(x: Tensor, point: Any) -> dict[str, Any]:

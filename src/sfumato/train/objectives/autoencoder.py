@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from sfumato.compress.base import Autoencoder, Posterior
 from sfumato.compress.kl import AutoencoderKL
 from sfumato.data import ImageSet
-from sfumato.decode.image import grid, to_pil
 from sfumato.errors import UserError, unknown
 from sfumato.evaluate.features import Features
 from sfumato.evaluate.frechet import frechet_distance, gaussian
 from sfumato.evaluate.reconstruction import reconstruction
+from sfumato.images import grid, to_pil
 from sfumato.train.discriminator import PatchDiscriminator, adaptive_weight, hinge
 from sfumato.train.objective import Draw, Objective, config_of
 from sfumato.train.perceptual import feature_maps, perceptual_distance

@@ -90,13 +90,23 @@ def _plain(picture: pil.Image) -> pil.Image:
     return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
 
 
-def pasted(
+def composite(
     image: Float[Tensor, "B c H W"],
     original: Float[Tensor, "N c H W"],
     mask: Float[Tensor, "M _ H W"],
 ) -> Float[Tensor, "B c H W"]:
-    """image where the mask is 1, original where it is 0 (to the last bit), between them in between.
-    `UserError` for other sizes.
+    """Composite an image over an original by a mask.
+
+    Args:
+        image: (B, c, H, W) in [-1, 1]
+        original: as many, or one
+        mask: (B or 1, 1, H, W) in [0, 1]
+
+    Returns:
+        the image where the mask is 1, the original bit for bit where it is 0, a blend in between
+
+    Raises:
+        UserError: other sizes
     """
     if (
         original.shape[1:] != image.shape[1:]
@@ -112,11 +122,18 @@ def pasted(
 
 
 def grid(images: Sequence[pil.Image], columns: int | None = None, pad: int = 2) -> pil.Image:
-    """One picture of many of the same size, row by row, with `pad` white pixels between them (none
-    around).
+    """Arrange images of one size in a grid, row by row.
 
-    `columns` defaults to the smallest number that makes the grid no taller than wide. Empty places
-    are white.
+    Args:
+        images: at least one, all of one size
+        columns: by default the smallest number that makes the grid no taller than wide
+        pad: white pixels between images, none around
+
+    Returns:
+        one image, mode L if all are, else RGB; empty cells are white
+
+    Raises:
+        UserError: no images, different sizes, or impossible numbers
     """
     if not images:
         raise UserError("a grid needs at least one picture, got none")
@@ -129,12 +146,20 @@ def grid(images: Sequence[pil.Image], columns: int | None = None, pad: int = 2) 
             f"a grid needs columns >= 1 and pad >= 0, got columns {columns} and pad {pad}"
         )
     across = min(columns or math.ceil(math.sqrt(len(images))), len(images))
-    down = math.ceil(len(images) / across)
-    width, height = images[0].size
-    mode = "L" if all(i.mode == "L" for i in images) else "RGB"
-    sheet = pil.new(mode, (across * (width + pad) - pad, down * (height + pad) - pad), "white")
-    for k, image in enumerate(images):
-        sheet.paste(image, (k % across * (width + pad), k // across * (height + pad)))
+    return contact_sheet([images[k : k + across] for k in range(0, len(images), across)], pad)
+
+
+def contact_sheet(rows: Sequence[Sequence[pil.Image]], pad: int = 2) -> pil.Image:
+    """Rows of images of one size on white, with `pad` white pixels between them; short rows are
+    filled up with white.
+    """
+    width, height = rows[0][0].size
+    across = max(map(len, rows))
+    mode = "L" if all(image.mode == "L" for row in rows for image in row) else "RGB"
+    sheet = pil.new(mode, (across * (width + pad) - pad, len(rows) * (height + pad) - pad), "white")
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            sheet.paste(image, (j * (width + pad), i * (height + pad)))
     return sheet
 
 

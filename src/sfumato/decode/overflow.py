@@ -1,0 +1,77 @@
+"""Autoencoders in half precision: where they overflow, again in float32.
+
+SDXL's autoencoder overflows in float16. The result of the first try is thrown away, and the log
+says so.
+"""
+
+import copy
+import logging
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sfumato.compress.base import Autoencoder
+from sfumato.errors import NumericalError
+
+LOG = logging.getLogger("sfumato")
+
+
+def decode_in_range(
+    autoencoder: Autoencoder,
+    z: Float[Tensor, "B C h w"],
+    decode: Callable[[Autoencoder, Tensor], Tensor],
+    retry: bool = True,
+) -> Float[Tensor, "B c H W"]:
+    """Decode a latent, in float32 where the autoencoder's own dtype overflows.
+
+    Args:
+        autoencoder: left as it is
+        z: standardised latent
+        decode: `whole`, `exact` or `tiled`
+        retry: False: do not try again, as where there is no memory for a second copy
+
+    Returns:
+        image in [-1, 1]
+
+    Raises:
+        NumericalError: NaN or infinity in float32 too, or in the latent
+    """
+    try:
+        return decode(autoencoder, z)
+    except NumericalError as error:
+        if autoencoder.dtype == torch.float32 or not retry or not torch.isfinite(z).all():
+            raise
+        LOG.warning(
+            "%s; decoding again in float32 (load the model in bfloat16 or float32 to save the time)",
+            error,
+        )
+        return decode(copy.deepcopy(autoencoder).float(), z)
+
+
+def encode_in_range(
+    autoencoder: Autoencoder,
+    image: Float[Tensor, "B C H W"],
+    noise: Float[Tensor, "B c h w"] | None = None,
+    retry: bool = True,
+) -> Float[Tensor, "B c h w"]:
+    """Encode an image, in float32 where the autoencoder's own dtype overflows.
+
+    Args:
+        autoencoder: left as it is
+        image: pixels in [-1, 1], of any dtype
+        noise: standard normal, for a draw from the posterior; None: its mean
+        retry: as for `decode_in_range`
+
+    Returns:
+        z, standardised, float32; not finite where the image or float32 itself is not
+    """
+    z = autoencoder.encode(image.to(autoencoder.dtype), noise).float()
+    if autoencoder.dtype == torch.float32 or not retry or torch.isfinite(z).all():
+        return z
+    LOG.warning(
+        "the autoencoder's %s overflowed; encoding again in float32",
+        str(autoencoder.dtype).removeprefix("torch."),
+    )
+    return copy.deepcopy(autoencoder).float().encode(image.float(), noise)

@@ -1,0 +1,361 @@
+"""What a caller asks for (`Request`) and what a model uses otherwise (`Defaults`).
+
+Both check what can be checked without a model. `plan.py` checks the rest.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property, lru_cache
+from typing import Any, Protocol, Self, TypedDict
+
+import torch
+from torch import Tensor
+
+from sfumato.compress.base import Autoencoder
+from sfumato.diffuse.timesteps import SPACINGS, check_times
+from sfumato.errors import UserError, unknown
+from sfumato.predict.denoiser import Denoiser
+from sfumato.predict.guidance.settings import Guidance
+from sfumato.registry import choice, find
+from sfumato.types import Conditioning, ImageSpec
+
+Prompt = str | None | Sequence[str | None]
+DECODINGS = ("whole", "exact", "tiled")
+
+_OLD_DEFAULTS = {
+    "learned_guidance": "distilled_guidance",
+    "references": "max_reference_images",
+    "tuned": "tuned_timesteps",
+}
+"""Names that files written before the renaming have, and today's."""
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Settings that apply where a request leaves them open. They are saved with the model.
+
+    Attributes:
+        steps: sampling steps, at least 1
+        sampler: "name" or "name:option=value,..."
+        guidance: a number, or anything that `Guidance.parse` reads; kept as a number or JSON object
+        spacing: "name" or "name:option=value,..."
+        distilled_guidance: guidance scale passed to guidance-distilled networks (FLUX.1 dev; Meng
+            et al. 2023, arXiv:2210.03142); other networks ignore it
+        max_reference_images: number of reference images that the model was trained to read beside
+            x (FLUX.1 Kontext: 1); read by `tasks.edit`
+        size: height and width in pixels; None: the network config's, where it has one
+        tuned_timesteps: times found by `sfumato tune-timesteps`, as {sampler: [times, ...]}; used
+            where sampler and number of steps agree
+    """
+
+    steps: int = 20
+    sampler: str = "ddim"
+    guidance: Any = 1.0
+    spacing: str = "trailing"
+    distilled_guidance: float = 3.5
+    max_reference_images: int = 0
+    size: int | None = None
+    tuned_timesteps: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sampler_of(self.sampler)
+        spacing_of(self.spacing)
+        check_steps(self.steps)
+        check_distilled(self.distilled_guidance)
+        if not isinstance(self.max_reference_images, int) or self.max_reference_images < 0:
+            raise UserError(
+                f"max_reference_images={self.max_reference_images!r}: expected a whole number of at least 0"
+            )
+        if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
+            raise UserError(f"size={self.size!r}: expected a whole number of pixels, at least 1")
+        # one form, which JSON can hold
+        object.__setattr__(self, "guidance", Guidance.parse(self.guidance).to_json())
+        for sampler, tables in self.tuned_timesteps.items():
+            sampler_of(sampler)
+            for times in tables:
+                check_times(times)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Read defaults from a file's JSON object.
+
+        Keys of older files are read under their new names. Unknown keys are ignored, so that a
+        newer file opens.
+
+        Raises:
+            UserError: a value is impossible
+        """
+        renamed = {
+            _OLD_DEFAULTS[key]: value for key, value in values.items() if key in _OLD_DEFAULTS
+        }
+        known = {f.name for f in fields(cls)}
+        return cls(**renamed | {key: value for key, value in values.items() if key in known})
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as a JSON object: the inverse of `from_json`."""
+        return asdict(self)
+
+    @cached_property
+    def guidance_settings(self) -> Guidance:
+        """`guidance` as an object."""
+        return Guidance.parse(self.guidance)
+
+    def tuned_for(self, sampler: str, steps: int) -> list[float] | None:
+        """Tuned times of a sampler, however it is spelled, for a number of steps; None: there are
+        none.
+        """
+        name = _canonical(sampler)
+        tables = (tables for key, tables in self.tuned_timesteps.items() if _canonical(key) == name)
+        return next(
+            (list(times) for table in tables for times in table if len(times) == steps + 1), None
+        )
+
+
+class ConditionerLike(Protocol):
+    # merge: predict.conditioners.base.Conditioner
+    """A conditioner, as far as sampling calls it."""
+
+    def __call__(
+        self, prompts: Sequence[str | None], image_spec: ImageSpec | None = None, /
+    ) -> Conditioning: ...
+
+    def to_config(self) -> dict[str, Any]: ...
+
+
+class Model(Protocol):
+    """A `LatentDiffusion`, as far as sampling and tasks read it."""
+
+    @property
+    def autoencoder(self) -> Autoencoder: ...
+
+    @property
+    def denoiser(self) -> Denoiser: ...
+
+    @property
+    def conditioner(self) -> ConditionerLike: ...
+
+    @property
+    def defaults(self) -> Defaults: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def sample_size(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that a caller may set for a run. None: the model's default.
+
+    Shapes: n images, latents of C channels and h x w cells, pixels of c channels and H x W. A first
+    axis of 1 stands for all images.
+
+    Attributes:
+        prompt: one text for all images, or one an image (n is their number then); None: no prompt
+        n: number of images
+        steps: sampling steps
+        sampler: "name" or "name:option=value,...", as "ddim:eta=0.5"
+        spacing: "name" or "name:option=value,...", as "karras:rho=5"; "tuned" for tuned times
+        guidance: a number (1 is off), or anything that `Guidance.parse` reads, as
+            "3 interval:low=0.2,high=0.8"
+        seed: image k uses seed + k
+        negative_prompt: prompt(s) that guidance moves away from
+        height: in pixels
+        width: in pixels
+        timesteps: times to visit, strictly falling, 1 is noise; the last is where the run ends (0:
+            clean). Overrides `steps` and `spacing`
+        noise: (n, C, h, w) start noise instead of the seeds' own; noise drawn later is the seeds'
+        known_region: (z, mask): latents (n or 1, C, h, w) to keep where the mask (n or 1, 1 or C,
+            h, w) is 1
+        tiles: (size, stride) in latent cells: the denoiser runs on overlapping windows, for images
+            larger than the model's
+        cache: recompute the network's deep features at every so-many-th call, or at these calls
+        guide_model: the model, or its denoiser, that guidance by "model" (autoguidance) moves from
+        image_spec: size, crop and score for SDXL-class models; default: an uncropped image of this
+            height and width
+        init_latent: (n or 1, C, h, w) clean latent that is noised to the first time and sampled
+            from there (image to image)
+        noisy_latent: (n or 1, C, h, w) noisy latent at the first time; the run continues from it
+        concat: (n or 1, k, h, w), concatenated to x along channels: masks, images, maps. A tuple
+            holds one for the condition and one for each of guidance's references
+        vector: (n or 1, V) that joins the time embedding, for networks whose conditioner has none
+        composite: (image, mask): pixels (n or 1, c, H, W) in [-1, 1] put back where the mask
+            (n or 1, 1, H, W) is 0, blended where it is between 0 and 1
+        noise_only_start: the first network call sees noise alone in the known region too, as in
+            diffusers' inpainting
+        prompt_2: text for the second text encoder (SDXL, SD 3, FLUX.1); None: the prompt
+        negative_prompt_2: the same for the negative prompt
+        prompt_mix: (prompt, shares): image k's conditioning lies at shares[k] in [0, 1] between
+            the request's prompt (0) and this one (1)
+        noise_mix: (seeds, shares): image k's noise lies at shares[k] on the arc between the noise
+            of `seed` (0) and of seeds[k] (1); image k's own seed is then `seed`, not seed + k
+        noise_offset: number of draws of each image's noise to skip
+        decoding: "whole", "exact" (row by row: the same to rounding, about an eighth of the memory,
+            slower) or "tiled" (approximate)
+        distilled_guidance: guidance scale of guidance-distilled models. For them a `guidance` that
+            is given alone, as a number, sets this, and there is no second pass
+        reference_images: latents (n or 1, C, k, l) of images that the network reads beside x
+    """
+
+    prompt: Prompt = None
+    n: int = 1
+    steps: int | None = None
+    sampler: str | None = None
+    spacing: str | None = None
+    guidance: Any = None
+    seed: int = 0
+    negative_prompt: Prompt = None
+    height: int | None = None
+    width: int | None = None
+    timesteps: Sequence[float] | None = None
+    noise: Tensor | None = None
+    known_region: tuple[Tensor, Tensor] | None = None
+    tiles: tuple[int, int] | None = None
+    cache: int | Sequence[int] | None = None
+    guide_model: Model | Denoiser | None = None
+    image_spec: ImageSpec | None = None
+    init_latent: Tensor | None = None
+    noisy_latent: Tensor | None = None
+    concat: Tensor | tuple[Tensor, ...] | None = None
+    vector: Tensor | None = None
+    composite: tuple[Tensor, Tensor] | None = None
+    noise_only_start: bool = False
+    prompt_2: Prompt = None
+    negative_prompt_2: Prompt = None
+    prompt_mix: tuple[str | None, Sequence[float]] | None = None
+    noise_mix: tuple[Sequence[int], Sequence[float]] | None = None
+    noise_offset: int = 0
+    decoding: str = "whole"
+    distilled_guidance: float | None = None
+    reference_images: tuple[Tensor, ...] | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build a request from its fields.
+
+        Raises:
+            UserError: a field that does not exist
+        """
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise unknown("field of a request", name, known)
+        return cls(**values)
+
+    @property
+    def count(self) -> int:
+        """Number of images: n, or the number of prompts."""
+        if (
+            self.prompt is None
+            or isinstance(self.prompt, str)
+            or not isinstance(self.prompt, Sequence)
+        ):
+            return self.n
+        if self.n not in (1, len(self.prompt)):
+            raise UserError(
+                f"n={self.n} with {len(self.prompt)} prompts: expected one image a prompt"
+            )
+        return len(self.prompt)
+
+
+class RequestFields(TypedDict, total=False):
+    """The fields of `Request` but the prompt, as keywords of `LatentDiffusion.generate`."""
+
+    n: int
+    steps: int | None
+    sampler: str | None
+    spacing: str | None
+    guidance: Any
+    seed: int
+    negative_prompt: Prompt
+    height: int | None
+    width: int | None
+    timesteps: Sequence[float] | None
+    noise: Tensor | None
+    known_region: tuple[Tensor, Tensor] | None
+    tiles: tuple[int, int] | None
+    cache: int | Sequence[int] | None
+    guide_model: Model | Denoiser | None
+    image_spec: ImageSpec | None
+    init_latent: Tensor | None
+    noisy_latent: Tensor | None
+    concat: Tensor | tuple[Tensor, ...] | None
+    vector: Tensor | None
+    composite: tuple[Tensor, Tensor] | None
+    noise_only_start: bool
+    prompt_2: Prompt
+    negative_prompt_2: Prompt
+    prompt_mix: tuple[str | None, Sequence[float]] | None
+    noise_mix: tuple[Sequence[int], Sequence[float]] | None
+    noise_offset: int
+    decoding: str
+    distilled_guidance: float | None
+    reference_images: tuple[Tensor, ...] | None
+
+
+@lru_cache(maxsize=256)
+def sampler_of(spec: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The sampler that "name" or "name:option=value,..." means, and its options; `UserError` for
+    one that there is not.
+    """
+    name, options = choice(spec)
+    sampler = find("diffuse.samplers", name)
+    _check_options(f"sampler {name}", sampler, 4, options)
+    return sampler, options
+
+
+@lru_cache(maxsize=256)
+def spacing_of(spec: str) -> tuple[str, dict[str, Any]]:
+    """The spacing that "name" or "name:option=value,..." means, and its options."""
+    name, options = choice(spec)
+    if name not in SPACINGS:
+        raise unknown("timestep spacing", name, [*SPACINGS, "tuned"])
+    _check_options(f"spacing {name}", SPACINGS[name], 3, options)
+    return name, options
+
+
+@lru_cache(maxsize=256)
+def _canonical(spec: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """A sampler's name and those of its options that are not the defaults."""
+    sampler, options = sampler_of(spec)
+    defaults = {name: p.default for name, p in inspect.signature(sampler).parameters.items()}
+    return choice(spec)[0], tuple(
+        sorted((key, value) for key, value in options.items() if value != defaults[key])
+    )
+
+
+def _check_options(
+    what: str, function: Callable[..., Any], skip: int, options: Mapping[str, Any]
+) -> None:
+    """`UserError` for an option that a sampler or spacing does not have (after its first `skip`
+    parameters), or words for a number.
+    """
+    allowed = list(inspect.signature(function).parameters.values())[skip:]
+    for option, value in options.items():
+        found = next((p for p in allowed if p.name == option), None)
+        if found is None:
+            raise unknown(f"option of {what}", option, [p.name for p in allowed])
+        wanted = type(found.default) if found.default is not None else float
+        fits = isinstance(value, wanted) or (wanted is float and isinstance(value, int))
+        if (
+            not fits
+            or (isinstance(value, bool) and wanted is not bool)
+            or (isinstance(value, float) and math.isnan(value))
+        ):
+            kinds = {str: "a word", int: "a whole number", float: "a number", bool: "true or false"}
+            raise UserError(f"{what}: {option}={value!r}: expected {kinds[wanted]}")
+
+
+def check_distilled(value: Any) -> None:
+    """Raise `UserError` unless a value is a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise UserError(f"distilled_guidance={value!r}: expected a number of at least 0")
+
+
+def check_steps(steps: Any) -> None:
+    """Raise `UserError` unless a value is a whole number of at least 1."""
+    if not isinstance(steps, int) or steps < 1:
+        raise UserError(f"steps={steps!r}: expected a whole number of at least 1")

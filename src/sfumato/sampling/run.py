@@ -1,0 +1,188 @@
+"""A plan as a coroutine of denoiser calls: conditioning, guidance, wrappers and the sampler.
+
+Nothing of the request is checked here: `plan.py` has done so.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from sfumato.batching import DenoiseCalls, DenoiseFn
+from sfumato.diffuse.blend import BlendedNoise
+from sfumato.diffuse.sample import SeededNoise, Step, conduct
+from sfumato.diffuse.samplers import calls
+from sfumato.predict.conditioners._between import between
+from sfumato.predict.guidance.settings import build
+from sfumato.predict.wrappers.feature_cache import feature_cache
+from sfumato.predict.wrappers.known_region import finish as restore_region
+from sfumato.predict.wrappers.known_region import known_region
+from sfumato.predict.wrappers.known_region import start as start_region
+from sfumato.predict.wrappers.large_canvas import large_canvas
+from sfumato.sampling.plan import Plan, Prompts, concat_parts, guide_denoiser, seeds_of
+from sfumato.sampling.request import Model
+from sfumato.types import Conditioning, ImageSpec, Noise
+
+
+def plan_coroutine(
+    model: Model, plan: Plan, on_step: Callable[[Step], bool | None] | None = None
+) -> DenoiseCalls[Tensor | None]:
+    """Coroutine that samples one plan: yields denoiser calls, returns the latents (n, C, h, w).
+
+    Args:
+        model: the model that the plan was made for
+        plan: what to sample
+        on_step: called after each network call; cancels the run by returning False
+
+    Returns:
+        the latents; None where `on_step` cancelled the run
+    """
+    request, times, schedule = plan.request, plan.timesteps, model.denoiser.process.schedule
+    draw = noise_source(plan, model.device)
+    for _ in range(request.noise_offset):
+        draw()
+    start = draw()  # drawn also where `noise` replaces it, so that later draws are the same
+    if request.noise is not None:
+        start = request.noise.to(model.device, torch.float32)
+    denoise, x = (
+        _denoise_fn(model, plan),
+        _first_latent(model, plan, schedule.point(times[0]), start),
+    )
+    region = None
+    if request.known_region is not None:
+        z, mask = region = tuple(
+            part.to(model.device, torch.float32) for part in request.known_region
+        )
+        denoise = known_region(
+            denoise, z, mask, schedule.point, x if request.noise_only_start else None
+        )
+        if request.init_latent is None and request.noisy_latent is None:
+            x = start_region(start, z, mask, schedule.point, times[0])
+    sampler, options = plan.sampler_function, plan.options
+    steps = calls(sampler, times, schedule, **options)
+    latents = yield from conduct(
+        sampler(x, times, schedule, draw, **options), denoise, steps, on_step
+    )
+    if latents is not None and region is not None and times[-1] == 0:
+        latents = restore_region(latents, *region)
+    return latents
+
+
+def noise_source(plan: Plan, device: torch.device | str) -> Noise:
+    """The noise of a plan's images, draw after draw: image k's from its seed, or between two
+    seeds'.
+    """
+    if plan.request.noise_mix is None:
+        return SeededNoise(plan.latent_shape, plan.seeds, device)
+    seeds, shares = plan.request.noise_mix
+    first = SeededNoise(plan.latent_shape, seeds_of(plan.request.seed, 1) * plan.n, device)
+    return BlendedNoise(first, SeededNoise(plan.latent_shape, seeds, device), shares)
+
+
+def _first_latent(model: Model, plan: Plan, point: tuple[float, float], noise: Tensor) -> Tensor:
+    """x at the first time: the request's own latent, or noise as strong as x is there."""
+    alpha, sigma = point
+    request = plan.request
+    if request.noisy_latent is not None:
+        return request.noisy_latent.to(model.device, torch.float32).expand(plan.n, -1, -1, -1)
+    if request.init_latent is not None:
+        return alpha * request.init_latent.to(model.device, torch.float32) + sigma * noise
+    # the variance of x_t of standardised latents, also where a run begins later than at t = 1
+    return math.hypot(alpha, sigma) * noise
+
+
+def _denoise_fn(model: Model, plan: Plan) -> DenoiseFn:
+    """The denoiser under the plan's conditioning, with guidance and wrappers."""
+    request = plan.request
+    conditioning, references = _conditionings(model, plan)
+    point = model.denoiser.process.schedule.point
+    denoise = build(
+        plan.guidance, model.denoiser, conditioning, references, point, guide_denoiser(request)
+    )
+    if request.tiles is not None:
+        denoise = large_canvas(denoise, *request.tiles)
+    return denoise if request.cache is None else feature_cache(denoise, request.cache)
+
+
+def _conditionings(model: Model, plan: Plan) -> tuple[Conditioning, list[Conditioning]]:
+    """The condition, and what guidance moves away from, which is not encoded where guidance is
+    off.
+    """
+    request, n, device = plan.request, plan.n, model.device
+    condition = _encode_prompts(model, plan)
+    reference = condition
+    if not plan.guidance.off:
+        reference = encode(
+            model, plan.negative_prompts, plan.negative_prompts_2, plan.image_spec.negative
+        )
+    if request.vector is not None:
+        vector = request.vector.to(device, torch.float32).expand(n, -1)
+        condition, reference = replace(condition, vector=vector), replace(reference, vector=vector)
+    scale = plan.distilled_guidance
+    condition, reference = (
+        append_distilled_guidance(c, n, scale, device) for c in (condition, reference)
+    )
+    if request.reference_images is not None:
+        images = tuple(
+            z.to(device, torch.float32).expand(n, -1, -1, -1) for z in request.reference_images
+        )
+        condition, reference = (
+            replace(condition, references=images),
+            replace(reference, references=images),
+        )
+    maps = [part.to(device, torch.float32).expand(n, -1, -1, -1) for part in concat_parts(request)]
+    if not maps:
+        return condition, [reference]
+    return replace(condition, concat=maps[0]), [
+        replace(reference, concat=part) for part in maps[1:]
+    ]
+
+
+def condition_of(model: Model, plan: Plan) -> Conditioning:
+    """The conditioning of a plan's prompts, with the scale of distilled guidance."""
+    return append_distilled_guidance(
+        _encode_prompts(model, plan), plan.n, plan.distilled_guidance, model.device
+    )
+
+
+def _encode_prompts(model: Model, plan: Plan) -> Conditioning:
+    """The conditioning of a plan's prompts, or between two prompts."""
+    condition = encode(model, plan.prompts, plan.prompts_2, plan.image_spec)
+    if plan.request.prompt_mix is None:
+        return condition
+    prompt, shares = plan.request.prompt_mix
+    return between(
+        condition, encode(model, (prompt,) * plan.n, plan.prompts_2, plan.image_spec), shares
+    )
+
+
+def encode(
+    model: Model, prompts: Prompts, prompts_2: Prompts | None, image_spec: ImageSpec
+) -> Conditioning:
+    """Prompts -> conditioning on the model's device; `prompts_2` are for the second text
+    encoder.
+    """
+    if prompts_2 is None:
+        return model.conditioner(list(prompts), image_spec).to(model.device)
+    conditioner = cast("Any", model.conditioner)  # merge: Conditioner takes second prompts
+    return conditioner(list(prompts), image_spec, list(prompts_2)).to(model.device)
+
+
+def append_distilled_guidance(
+    conditioning: Conditioning, n: int, scale: float | None, device: torch.device
+) -> Conditioning:
+    """The conditioning with the scale of distilled guidance as the vector's last number; None:
+    unchanged.
+    """
+    if scale is None:
+        return conditioning
+    column = torch.full((n, 1), scale, device=device)
+    vector = (
+        column
+        if conditioning.vector is None
+        else torch.cat([conditioning.vector.float(), column], dim=1)
+    )
+    return replace(conditioning, vector=vector)
