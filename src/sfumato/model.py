@@ -1,4 +1,4 @@
-"""LatentDiffusion: the four acts on one page, with parts that can be swapped one by one.
+"""LatentDiffusion: the four acts on one page, of parts that can be swapped one by one.
 
 image --compress--> z --diffuse--> x_t --predict--> (x0, eps) --diffuse back--> z --decode--> image
 """
@@ -62,8 +62,17 @@ _DECODE = {"whole": whole, "exact": exact, "tiled": tiled}
 
 @dataclass(frozen=True)
 class LatentDiffusion:
-    """An autoencoder, a denoiser (network + process) and a conditioner. Immutable:
-    `dataclasses.replace` swaps a part.
+    """An autoencoder, a denoiser (network + process) and a conditioner.
+
+    Immutable: `dataclasses.replace` swaps a part.
+
+    Attributes:
+        autoencoder: image <-> latent
+        denoiser: network and process
+        conditioner: prompts -> `Conditioning`
+        defaults: settings that apply where a request leaves them open
+        name: of the model
+        low_res: process that noises small images, for networks that upscale them; else None
     """
 
     autoencoder: Autoencoder
@@ -71,7 +80,6 @@ class LatentDiffusion:
     conditioner: ConditionerLike
     defaults: Defaults = field(default_factory=Defaults)
     name: str = "model"
-    # how small pictures are made noisy, for networks that enlarge them
     low_res: Process | None = None
 
     # ---- the four acts ---------------------------------------------------------------------------
@@ -81,12 +89,22 @@ class LatentDiffusion:
         image: PIL.Image | Sequence[PIL.Image] | Float[Tensor, "B C H W"],
         seed: int | None = None,
     ) -> Float[Tensor, "B c h w"]:
-        """Image(s) -> z, standardised: PIL images, or a tensor in [-1, 1]. With a seed a draw from
-        the posterior, else its mean.
+        """Compress images to latents: act 1.
 
-        Sides that are no multiples of the autoencoder's factor are filled up with the image's edge,
-        at the right and the bottom. Image k's draw is seeded with seed + k. Colour becomes grey
-        (ITU-R 601 luma) and grey colour where the autoencoder needs it.
+        Sides that are no multiples of the autoencoder's factor are padded with the image's edge, at
+        the right and the bottom. Colour becomes grey (ITU-R 601 luma), and grey colour, where the
+        autoencoder needs it.
+
+        Args:
+            image: PIL images, or pixels in [-1, 1]
+            seed: draw from the posterior, image k with seed + k; None: its mean
+
+        Returns:
+            z, standardised
+
+        Raises:
+            UserError: for anything but pixels
+            NumericalError: NaN or infinity
         """
         pixels = self.pixels(image)
         shape = latent_shape(self.autoencoder.space, *pixels.shape[2:])
@@ -100,8 +118,13 @@ class LatentDiffusion:
     def pixels(
         self, image: PIL.Image | Sequence[PIL.Image] | Float[Tensor, "B C H W"]
     ) -> Float[Tensor, "B C H W"]:
-        """Image(s) as this model's autoencoder takes them: in [-1, 1], grey or colour. `UserError`
-        for what are no pixels.
+        """Convert images to this autoencoder's channels.
+
+        Returns:
+            float pixels (B, C, H, W) in [-1, 1]
+
+        Raises:
+            UserError: for anything else than images
         """
         pixels = image if isinstance(image, Tensor) else to_tensor(image)
         if pixels.ndim != 4 or not pixels.is_floating_point() or not pixels.numel():
@@ -125,8 +148,14 @@ class LatentDiffusion:
     def encode(
         self, pixels: Float[Tensor, "B C H W"], noise: Float[Tensor, "B c h w"] | None = None
     ) -> Float[Tensor, "B c h w"]:
-        """`pixels` -> z: the posterior's mean, or a draw with this noise. `compress` says what
-        happens to odd sides and overflow.
+        """Encode `pixels`, padded to whole cells as in `compress`.
+
+        Args:
+            pixels: in [-1, 1], of the autoencoder's channels
+            noise: standard normal, for a draw from the posterior; None: its mean
+
+        Returns:
+            z, standardised
         """
         space = self.autoencoder.space
         shape = latent_shape(space, *pixels.shape[2:])
@@ -151,7 +180,16 @@ class LatentDiffusion:
     def diffuse(
         self, z: Float[Tensor, "B C h w"], t: float, seed: int = 0
     ) -> Float[Tensor, "B C h w"]:
-        """z -> x at time t in [0, 1]: alpha*z + sigma*eps, with image k's noise from seed + k."""
+        """Add noise to latents: act 2.
+
+        Args:
+            z: clean latent, standardised
+            t: time in [0, 1], 0 is clean and 1 is noise
+            seed: image k's noise is drawn from seed + k
+
+        Returns:
+            x = alpha*z + sigma*eps
+        """
         if not 0 <= t <= 1:
             raise UserError(f"t={t}: expected a time in [0, 1], 0 is clean and 1 is noise")
         check_latent(self.autoencoder.space, z)
@@ -161,8 +199,15 @@ class LatentDiffusion:
     def predict(
         self, x: Float[Tensor, "B C h w"], t: float, conditioning: Conditioning | Prompt = None
     ) -> Prediction:
-        """(x, t, conditioning or prompt(s)) -> Prediction(x0, eps), without guidance. t in (0,
-        1].
+        """Predict clean latent and noise, without guidance: act 3.
+
+        Args:
+            x: noisy latent
+            t: time in (0, 1]
+            conditioning: conditioning, or prompt(s)
+
+        Returns:
+            `Prediction` of x0 and eps
         """
         if not 0 < t <= 1:
             raise UserError(f"t={t}: expected a time in (0, 1]")
@@ -183,7 +228,7 @@ class LatentDiffusion:
         )
 
     def decode(self, z: Float[Tensor, "B C h w"]) -> list[PIL.Image]:
-        """Decode a latent to PIL images.
+        """Decode latents to PIL images: act 4.
 
         Mode L from a grey autoencoder, else RGB. `sfumato.decode` has tiled and exact decoding, and
         gives tensors.
@@ -468,7 +513,7 @@ class LatentDiffusion:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.denoiser.network.parameters()).device
 
     @property
@@ -494,8 +539,8 @@ class LatentDiffusion:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 over all weights and settings that decide an image; defaults, which a request may
-        change, are not among them.
+        """SHA-256 of all weights and settings that decide an image, without the defaults, which a
+        request may change.
         """
         texts = getattr(self.conditioner, "identity", self.conditioner.to_config)()
         configs = [self.autoencoder.to_config(), self.denoiser.network.to_config(), texts]  # pyright: ignore
@@ -543,8 +588,15 @@ class LatentDiffusion:
         }
 
     def to(self, device: str | torch.device) -> "LatentDiffusion":
-        """The same model on a device ("cpu", "cuda", "cuda:1"); this one is left where it is."""
-        require_resident(self, "moving", "open it with the device wanted")
+        """The same model on a device; this one stays where it is.
+
+        Args:
+            device: "cpu", "cuda", "cuda:1" ...
+
+        Raises:
+            UserError: a device that there is not, or weights that are streamed
+        """
+        require_resident(self, "moving", "open it with device=")
         try:
             autoencoder, network = (
                 copy.deepcopy(m).to(device) for m in (self.autoencoder, self.denoiser.network)
@@ -564,21 +616,23 @@ class LatentDiffusion:
         )
 
     def optimized(self, compile: bool = False) -> "LatentDiffusion":
-        """The same model with a network made ready for inference where it is; this one is left as
-        it is, for training and saving.
+        """The same model with its network prepared for inference; this one stays as it is, for
+        training and saving.
 
-        On the CPU, in float32 and in bfloat16 where the processor knows that, weights are packed
-        for the kernels that read them (`inference/prepack.py`); on other devices feature maps have
-        their channels last in memory. Results differ from this model's by rounding. compile: by
-        torch.compile instead, with the weights as constants on the CPU; the first picture of each
-        size waits for the compiler, which takes minutes for large networks. What cannot be made
-        ready stays as it is.
+        On the CPU, in float32 and in bfloat16 where the processor supports it, weights are packed
+        for the kernels that read them (`inference/prepack.py`). On other devices feature maps get
+        channels last. Results differ from this model's by rounding. A network that cannot be
+        prepared stays as it is.
+
+        Args:
+            compile: use torch.compile instead, with the weights as constants on the CPU; the first
+                image of each size waits for the compiler, minutes for large networks
         """
         require_resident(self, "packing", "use it as it is, or open it without memory=")
-        found = replace(self, denoiser=self.denoiser.optimized(compile))
+        model = replace(self, denoiser=self.denoiser.optimized(compile))
         if "hash" in self.__dict__:  # of the same weights: to unpack them takes memory
-            found.__dict__["hash"] = self.hash
-        return found
+            model.__dict__["hash"] = self.hash
+        return model
 
     def streamed(
         self,
@@ -586,36 +640,44 @@ class LatentDiffusion:
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
     ) -> "LatentDiffusion":
-        """The same model in no more memory than said, in bytes or as "3GB", where the feature maps
-        of its pictures leave room for a layer's weights.
+        """The same model with its weights streamed from their files, layer by layer.
 
-        Weights come from their files layer by layer, in `dtype` (default: the denoiser's), and go
-        when the layer has run; what memory is left keeps layers from step to step
-        (`sfumato.inference.offload.streaming`). The pictures are this model's, bit for bit, if it
-        has that dtype and device. memory counts all that the process holds, or on a GPU what lies
-        there. `load(..., memory=...)` is this for a model that is not in memory yet; weights that
-        are stay there. Not for training, saving or `optimized`. `UserError` for less memory than
-        works.
+        A layer's weights are freed when it has run; memory that is left keeps layers from step to
+        step (`sfumato.inference.offload.streaming`). The images are this model's, bit for bit, if
+        it has that dtype and device. `load(..., memory=...)` does this for a model that is not in
+        memory yet; weights that are stay there. Not for training, saving or `optimized`.
+
+        Args:
+            memory: limit in bytes, or as "3GB": of all that the process holds, or on a GPU of the
+                memory there. Feature maps must leave room for a layer's weights
+            dtype: of the weights; None: the denoiser's
+            device: "cpu" or a CUDA device
+
+        Raises:
+            UserError: for less memory than works
         """
         return offload_model(self, parse_size(memory), dtype, device)
 
     def release(self) -> None:
-        """Gives back the memory of the weights that a streamed model holds at the moment; others
-        keep theirs.
-        """
-        found = denoiser_streamer(self)
-        if found is not None:
-            found.memory.release()
+        """Free the weights that a streamed model holds at the moment; other models keep theirs."""
+        streamer = denoiser_streamer(self)
+        if streamer is not None:
+            streamer.memory.release()
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes the model as a diffusers folder, atomically; `dtype` (e.g. torch.float16) changes
-        what is stored.
+        """Write the model as a diffusers folder, or as one file, atomically.
 
-        A name that ends in .safetensors gets the same in one file, which `load` opens too: Stable
-        Diffusion's (1 to 3.5), FLUX.1's and Latent Diffusion's models in the layout of their first
-        publication, which other programs open, others in our own. A model of that name is replaced
-        as a whole; `UserError` for a file or folder that is something else, or a full disk,
-        `NumericalError` for weights that are not finite in `dtype`.
+        A model of that name is replaced as a whole. Single files have the layout of their first
+        publication, which other programs open (Stable Diffusion 1 to 3.5, FLUX.1, Latent
+        Diffusion); other models have our own.
+
+        Args:
+            folder: folder, or a name that ends in .safetensors
+            dtype: of the stored weights; None: their own
+
+        Raises:
+            UserError: the name is that of something else, or the disk is full
+            NumericalError: weights that are not finite in `dtype`
         """
         require_resident(self, "saving", "open it without memory=, or copy its files")
         save_model(self, folder, dtype)

@@ -96,8 +96,8 @@ class Conditioning:
 
     @cached_property
     def sizes(self) -> tuple[Any, ...]:
-        """What must agree for conditionings to be joined: each door's shape without the batch, None
-        for a closed one.
+        """Shapes that must agree for conditionings to be concatenated: each field's without the
+        batch, None for a missing one.
         """
 
         def size(value: Tensor | tuple[Tensor, ...] | None) -> Any:
@@ -170,24 +170,25 @@ def _checked(name: str, value: Any, count: int, least: float) -> None:
         for v in numbers
     ):
         expected = "a number" if count == 1 else f"a tuple of {count} numbers"
-        raise UserError(f"picture: {name}={value!r}: expected {expected} of at least {least:g}")
+        raise UserError(f"image_spec: {name}={value!r}: expected {expected} of at least {least:g}")
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """The picture that is asked for, as far as a conditioner may tell a network about it;
-    conditioners without a use for it ignore it.
-
-    height, width    in pixels
-    original_size    (height, width) of the training picture that it shall look like, before any
-                     resizing; None: as large as asked for
-    crop             (top, left) in pixels: where the training picture would have been cut
-    target_size      (height, width) after cutting; None: as large as asked for
-    aesthetic_score  how liked it would be, in about 1 to 10
+    """Size, crop and score of an image, for networks that are conditioned on them; other
+    conditioners ignore it.
 
     These are SDXL's micro-conditionings (Podell et al. 2023, arXiv:2307.01952, section 2.2; the
-    score is its refiner's). Fields named negative_* are what the reference of guidance is told
-    instead; None: the same.
+    score is its refiner's). Fields named negative_* are those of the negative prompt; None: the
+    same.
+
+    Attributes:
+        height: in pixels
+        width: in pixels
+        original_size: (height, width) of a training image before any resizing; None: this size
+        crop: (top, left) of the crop from such an image, in pixels
+        target_size: (height, width) after the crop; None: this size
+        aesthetic_score: in about 1 to 10
     """
 
     height: int
@@ -205,7 +206,7 @@ class ImageSpec:
         for side in ("height", "width"):
             if not isinstance(getattr(self, side), int):
                 raise UserError(
-                    f"picture: {side}={getattr(self, side)!r}: expected a whole number of pixels"
+                    f"image_spec: {side}={getattr(self, side)!r}: expected a whole number of pixels"
                 )
             _checked(side, getattr(self, side), 1, 1)
         for name in (
@@ -228,7 +229,7 @@ class ImageSpec:
 
     @property
     def negative(self) -> "ImageSpec":
-        """The picture that the reference of guidance is told about."""
+        """The size, crop and score of the negative prompt."""
         return replace(
             self,
             original_size=self.negative_original_size or self.original_size,
@@ -240,8 +241,7 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a denoiser knows about x_t: the clean latent and the noise, related by x = alpha*x0 +
-    sigma*eps.
+    """A denoiser's estimate of x_t: clean latent and noise, related by x = alpha*x0 + sigma*eps.
 
     x0 and eps have the shape of x, (B, C, h, w), float32 or wider. So has `variance`, of networks
     that predict one (None: of all others): where the log variance of a step lies, from -1, the

@@ -74,12 +74,16 @@ def _overview() -> str:
             f"  {name.replace('_', '-'):<15} {(find('cli', name).__doc__ or '').strip().splitlines()[0]}"
         )
     return "\n".join(
-        [*lines, "", "`sfumato COMMAND --help` tells more; `sfumato --version` tells the version."]
+        [
+            *lines,
+            "",
+            "`sfumato COMMAND --help` lists the options of a command; `sfumato --version` prints the version.",
+        ]
     )
 
 
 def _sentence(error: BaseException) -> str:
-    """What went wrong, on one line."""
+    """The text of an error, on one line."""
     text = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         return "stopped"

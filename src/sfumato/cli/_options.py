@@ -94,7 +94,7 @@ def torch_dtype(name: str) -> "torch.dtype":
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a command opens its models.
+    """Options of a command for opening its models.
 
     Attributes:
         memory: bytes that the process may use; weights are streamed then, and not packed
@@ -209,7 +209,7 @@ class RunOptions:
     Slower; `sfumato info MODEL` lists needs."""
 
     def load_options(self) -> LoadOptions:
-        """How the options open models."""
+        """The options for opening models."""
         from sfumato.io.host_memory import parse_size
 
         return LoadOptions(

@@ -30,11 +30,11 @@ class Convert:
     """A model's folder, one part's folder, a single file (.safetensors, .sft, .ckpt, .pt, .pth,
     .bin) or a .gguf file."""
     target: tyro.conf.Positional[Path]
-    """What to write: one file if the name ends in .safetensors, else a folder. It must not
-    exist."""
+    """File or folder to write: one file if the name ends in .safetensors, else a folder. It must
+    not exist."""
     dtype: Annotated[Dtype | None, unset("as in the source; bf16 for GGUF, fp32 for U-Nets")] = None
-    """How to store weights. fp8: matrices of transformers in eight bits (e4m3), the rest in bf16;
-    fp8-scaled: with a scale for each matrix."""
+    """Dtype of the stored weights. fp8: matrices of transformers in eight bits (e4m3), the rest in
+    bf16; fp8-scaled: with a scale for each matrix."""
     config: Annotated[Path | None, unset("from the file's keys and shapes")] = None
     """A folder with the config.json of what a file holds, or a model's folder, whose scheduler and
     tokenizers are copied too."""

@@ -35,14 +35,14 @@ class Evaluate:
     model: tyro.conf.Positional[str]
     """A bundled name, a folder in the diffusers layout, a single file or a hub id."""
     data: str
-    """What the model was trained on: fashion-mnist, a folder, a .parquet file or hf:NAME."""
+    """Training data of the model: fashion-mnist, a folder, a .parquet file or hf:NAME."""
     features: str = "fashion"
     """The network whose features are compared: fashion, efficientnet-lite0, inception:PATH,
     module:attribute or a folder."""
     samples: int = 5000
-    """How many samples to draw, balanced over the classes where the model has classes."""
+    """Number of samples, balanced over the classes where the model has classes."""
     unconditional_samples: int = 5000
-    """How many samples to draw without a class, measured apart; 0 for none."""
+    """Number of samples without a class, measured apart; 0 for none."""
     unconditional_steps: Annotated[int | None, unset("as many network calls")] = None
     """Sampling steps without a class. Guidance calls the network twice a step, so by default twice
     the steps where there is guidance."""
@@ -55,10 +55,9 @@ class Evaluate:
     sampler: Annotated[str | None, unset(MODELS)] = None
     """The sampler's name, with options if need be."""
     spacing: Annotated[str | None, unset(MODELS)] = None
-    """How the times are spaced."""
+    """Spacing of the times."""
     guidance: Annotated[str | None, unset(MODELS)] = None
-    """How strongly to follow the class: a number, 1 is off; or more, as "3
-    interval:low=0.2,high=0.8"."""
+    """Guidance scale, 1 is off; or more, as "3 interval:low=0.2,high=0.8"."""
     train_split: str = "train"
     """The split that the model was trained on: the reference."""
     test_split: str = "test"

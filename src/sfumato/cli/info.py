@@ -121,7 +121,7 @@ def _failures(checks: Mapping[str, bool]) -> str | dict[str, bool]:
 
 
 def _in_words(memory: Mapping[str, Any]) -> dict[str, Any]:
-    """What `report` says, for people."""
+    """The facts of `report`, for people."""
     weights = {
         name: readable_size(part)
         if isinstance(part, int)
@@ -191,7 +191,7 @@ def _text(value: Any) -> str:
 
 
 def _place(model: str) -> Path | None:
-    """Where a model lies on this disk; None for one in the hub's cache."""
+    """Path of a model on this disk; None for one in the Hub's cache."""
     import sfumato
 
     bundled = Path(sfumato.__file__).parent / "bundled" / model

@@ -28,7 +28,7 @@ class Train:
     """
 
     stage: tyro.conf.Positional[Literal["autoencoder", "denoiser"]]
-    """What to train: the autoencoder first, then the denoiser on its latents."""
+    """Stage to train: the autoencoder first, then the denoiser on its latents."""
     recipe: tyro.conf.Positional[str]
     """A Python file, or the name of one in recipes/."""
     out: Annotated[Path | None, unset("runs/RECIPE")] = None

@@ -21,7 +21,7 @@ from sfumato.errors import UserError
 
 
 def _starts(length: int, tile: int, stride: int) -> list[int]:
-    """Where tiles begin along one side; the last one ends at the edge."""
+    """Start of each tile along one side; the last one ends at the edge."""
     if length <= tile:
         return [0]
     return [*range(0, length - tile, stride), length - tile]

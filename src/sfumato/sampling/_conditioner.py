@@ -1,6 +1,6 @@
 """Questions about a conditioner that `plan.py` answers until `Conditioner` does.
 
-merge: Conditioner.check, Conditioner.fills_vector and Conditioner.masks_padding replace this file.
+merge: Conditioner.check, Conditioner.vector_width and a `masks_padding` replace this file.
 """
 
 from collections.abc import Sequence
@@ -44,6 +44,8 @@ def check_prompts(
 
 def fills_vector(conditioner: ConditionerLike) -> bool | None:
     """True where the conditioner gives a `Conditioning.vector`; None: not known."""
+    if hasattr(conditioner, "vector_width"):  # merge: Conditioner.vector_width
+        return conditioner.vector_width is not None  # pyright: ignore
     if isinstance(conditioner, ClipText):
         return conditioner.encoder_2 is not None
     if isinstance(conditioner, ClassNames | ClassLabels | FluxText | Sd3Text | T5Text):
@@ -53,4 +55,5 @@ def fills_vector(conditioner: ConditionerLike) -> bool | None:
 
 def masks_padding(conditioner: ConditionerLike) -> bool:
     """True where the conditioner masks padded words."""
-    return bool(getattr(getattr(conditioner, "config", None), "masked", False))
+    config = getattr(conditioner, "config", None)
+    return bool(getattr(config, "mask_padding", getattr(config, "masked", False)))

@@ -272,7 +272,7 @@ def _check_sampler(sampler: str, guidance: Guidance) -> None:
 
 
 def _spacing(model: Model, request: Request, sampler: str, steps: int) -> str:
-    """How the times are spaced: "given", "tuned", or a spacing."""
+    """The spacing of the times: "given", "tuned", or a name."""
     defaults, spacing = model.defaults, request.spacing
     if request.timesteps is not None:
         return "given"

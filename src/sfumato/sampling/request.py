@@ -1,4 +1,4 @@
-"""What a caller asks for (`Request`) and what a model uses otherwise (`Defaults`).
+"""Settings of a run: the caller's (`Request`) and the model's own (`Defaults`).
 
 Both check what can be checked without a model. `plan.py` checks the rest.
 """

@@ -36,7 +36,7 @@ LARGEST = 1024 * 1024
 
 
 def kind_of_edit(model: LatentDiffusion) -> str | None:
-    """How a model follows instructions.
+    """The way in which a model follows instructions.
 
     Returns:
         "reference" (the image as tokens), "concat" (channels beside x), or None (it does not)
