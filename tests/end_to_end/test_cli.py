@@ -2,6 +2,7 @@
 that can be made again.
 """
 
+import ast
 import json
 import os
 import subprocess
@@ -281,6 +282,42 @@ def test_from_a_png_with_odd_parameters_is_explained(
     write_png("a.png", Image.new("L", (2, 2)), {**read_parameters("a.png"), **change})
     assert run("generate", "--from", "a.png") == 2
     assert word in capsys.readouterr().err
+
+
+def test_from_reads_the_parameters_of_older_pngs(stub: dict[str, StubModel]) -> None:
+    """Literal parameters as they were written before a field was renamed."""
+    old = {
+        "prompt": "boot",
+        "negative_prompt": None,
+        "index": None,
+        "grid": True,
+        "seed": 3,
+        "n": 2,
+        "steps": 4,
+        "sampler": "ddim",
+        "spacing": "trailing",
+        "guidance": 1.0,
+        "height": 8,
+        "width": 8,
+        "learned_guidance": 3.0,
+        "timesteps": None,
+        "model": "fashion",
+        "model_hash": "a" * 64,
+        "version": "0.1.0",
+        "torch": "2.0.0",
+        "threads": 1,
+    }
+    write_png("old.png", Image.new("L", (2, 2)), old)
+    assert run("generate", "--from", "old.png", "--out", "again.png") == 0
+    request = stub["fashion"].requests[0]
+    assert (
+        request["distilled_guidance"],
+        request["guidance"],
+        request["steps"],
+        request["seed"],
+    ) == (3.0, 1.0, 4, 3)
+    recorded = read_parameters("again.png")
+    assert recorded["distilled_guidance"] == 3.0 and "learned_guidance" not in recorded
 
 
 def test_threads_are_recorded_and_used_again(stub: dict[str, StubModel]) -> None:
@@ -585,6 +622,22 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
         assert f"\n  {name.replace('_', '-')} " in out
     assert run("--version") == 0
     assert capsys.readouterr().out.startswith("sfumato 0.1.0")
+
+
+def test_no_help_text_opens_with_a_question_word() -> None:
+    """Descriptions of commands and flags are noun phrases, or begin with a verb."""
+    found = []
+    for file in sorted((SOURCE / "sfumato" / "cli").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if (
+                isinstance(node, ast.Expr)
+                and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)
+            ):
+                first = node.value.value.split(maxsplit=1)[0].strip(",:.")
+                if first in ("What", "Who", "Whose", "Whether", "How", "Where", "Which"):
+                    found.append(f"{file.name}:{node.lineno}: {node.value.value.splitlines()[0]}")
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        _run(given)
+        _dispatch(given)
         sys.stdout.flush()
         return 0
     except BrokenPipeError:
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return next((code for kind, code in CODES.items() if isinstance(error, kind)), 1)
 
 
-def _run(arguments: list[str]) -> None:
+def _dispatch(arguments: list[str]) -> None:
     from sfumato.registry import find, names
 
     if not arguments:
