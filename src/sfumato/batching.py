@@ -44,7 +44,7 @@ DenoiseFn = Callable[[Tensor, float], DenoiseCalls[Prediction]]
 
 
 def gather(runs: Sequence[DenoiseCalls[T]]) -> DenoiseCalls[list[T]]:
-    """Interleave coroutines: calls that are pending at the same moment are yielded as one list.
+    """Interleave coroutines: calls pending at the same moment are yielded as one list.
 
     Args:
         runs: the coroutines, none of them started

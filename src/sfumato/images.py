@@ -1,5 +1,4 @@
-"""Pixels in and out: tensors in [-1, 1] <-> 8-bit pictures, grids, and PNG files that remember how
-they were made.
+"""Images in and out: tensors, 8-bit images, grids, PNG files with parameters.
 
     byte = round(127.5 * (image + 1)), limited to 0..255        image = byte / 127.5 - 1
 
@@ -30,8 +29,7 @@ KEY = "sfumato"
 
 
 def to_pil(image: Float[Tensor, "B C H W"]) -> list[pil.Image]:
-    """Pictures from pixels in [-1, 1] (values outside are limited): mode L for one channel, RGB for
-    three.
+    """Convert pixels in [-1, 1] to PIL images: mode L for one channel, RGB for three.
 
     Raises `NumericalError` if a value is not finite (a black picture would hide it), `UserError`
     for other channel counts.
@@ -56,8 +54,9 @@ def to_pil(image: Float[Tensor, "B C H W"]) -> list[pil.Image]:
 
 
 def to_tensor(picture: pil.Image | Sequence[pil.Image]) -> Float[Tensor, "B C H W"]:
-    """Pixels in [-1, 1], float32: one picture or several of one size and kind. Grey gives C = 1,
-    everything else C = 3.
+    """Convert PIL images of one size to pixels in [-1, 1], float32.
+
+    Grey gives C = 1, everything else C = 3.
 
     The camera's orientation tag is obeyed and transparency is laid over white. 16-bit and
     floating-point pictures are refused: their white is not known.
@@ -150,9 +149,7 @@ def grid(images: Sequence[pil.Image], columns: int | None = None, pad: int = 2) 
 
 
 def contact_sheet(rows: Sequence[Sequence[pil.Image]], pad: int = 2) -> pil.Image:
-    """Rows of images of one size on white, with `pad` white pixels between them; short rows are
-    filled up with white.
-    """
+    """Rows of images of one size, `pad` white pixels apart; short rows end in white."""
     width, height = rows[0][0].size
     across = max(map(len, rows))
     mode = "L" if all(image.mode == "L" for row in rows for image in row) else "RGB"
@@ -166,9 +163,7 @@ def contact_sheet(rows: Sequence[Sequence[pil.Image]], pad: int = 2) -> pil.Imag
 def write_png(
     path: str | Path, picture: pil.Image, parameters: Mapping[str, Any] | None = None
 ) -> Path:
-    """Writes a PNG atomically and returns its path; `parameters` (values that JSON can hold) travel
-    inside it.
-    """
+    """Write a PNG atomically, with `parameters` (values that JSON can hold) inside."""
     chunks = PngInfo()
     if parameters is not None:
         chunks.add_text(KEY, json.dumps(dict(parameters), allow_nan=False))  # ASCII: a tEXt chunk
@@ -183,8 +178,10 @@ def write_png(
 
 
 def read_parameters(path: str | Path) -> dict[str, Any]:
-    """The parameters that `write_png` put into a PNG. A file without them, or one that is not a
-    PNG, is a `UserError`.
+    """The parameters that `write_png` put into a PNG.
+
+    Raises:
+        UserError: a file without them, or no PNG
     """
     try:
         with pil.open(path) as picture:
@@ -213,16 +210,16 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
             f"{path} holds no parameters of sfumato: it was made by another program, or they were stripped when it was edited or uploaded"
         )
     try:
-        found = json.loads(text)
+        parameters = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(
             f"the parameters in {path} are not valid JSON ({error}): the file was changed after it was made"
         ) from error
-    if not isinstance(found, dict):
+    if not isinstance(parameters, dict):
         raise UserError(
-            f"the parameters in {path} are {type(found).__name__}, expected a table: the file was changed after it was made"
+            f"the parameters in {path} are {type(parameters).__name__}, expected a table: the file was changed after it was made"
         )
-    return found
+    return parameters
 
 
 _LABELS = {

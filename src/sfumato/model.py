@@ -220,11 +220,11 @@ class LatentDiffusion:
             else self._encode_prompts(prompt_list(conditioning, len(x)), spec)
         )
         with torch.inference_mode():
-            found = self.denoiser(x.to(self.device), t, encoded.to(self.device))
+            prediction = self.denoiser(x.to(self.device), t, encoded.to(self.device))
         return Prediction(
-            found.x0.clone(),
-            found.eps.clone(),
-            None if found.variance is None else found.variance.clone(),
+            prediction.x0.clone(),
+            prediction.eps.clone(),
+            None if prediction.variance is None else prediction.variance.clone(),
         )
 
     def decode(self, z: Float[Tensor, "B C h w"]) -> list[PIL.Image]:
@@ -257,9 +257,10 @@ class LatentDiffusion:
         Args:
             prompt: one text for all images or one an image; None: no prompt
             output: "pil": a list of PIL images, mode L from a grey model, else RGB; "tensor": (n,
-            3, H, W) in [0, 1]; "latent": (n, C, h, w) on_step: called after each network call;
-            cancels the run by returning False (no images then) batch: largest number of rows in a
-            forward pass
+                3, H, W) in [0, 1]; "latent": (n, C, h, w)
+            on_step: called after each network call; cancels the run by returning False (no images
+                then)
+            batch: largest number of rows in a forward pass
             fields: any other field of `Request`: n, steps, sampler, guidance, seed, height ...
 
         Returns:
@@ -303,7 +304,8 @@ class LatentDiffusion:
             requests: requests, their fields as mappings, or plans
             output: as for `generate`
             on_step: called as on_step(k, step) after each network call of request k; cancels that
-            request by returning False batch: largest number of rows in a forward pass
+                request by returning False
+            batch: largest number of rows in a forward pass
 
         Returns:
             for each request what `generate` alone returns, bit for bit
@@ -356,8 +358,7 @@ class LatentDiffusion:
         return self._sample([plan], batch, watch)[0]
 
     def finish(self, latents: Float[Tensor, "B C h w"], plan: Plan, output: Output = "pil") -> Any:
-        """Decode a plan's latents, crop the images to its size, and put back the pixels that it
-        keeps.
+        """Decode a plan's latents, crop the images, and put back the pixels that stay.
 
         Args:
             latents: what `sample` returned for the plan
@@ -382,7 +383,7 @@ class LatentDiffusion:
 
         Args:
             fields: n, steps, sampler, spacing, timesteps, guidance, distilled_guidance, height,
-            width, as for `generate`
+                width, as for `generate`
 
         Returns:
             the settings as a JSON object
@@ -401,7 +402,7 @@ class LatentDiffusion:
             steps: number of steps; None: the model's
             sampler: decides which tuned times apply; None: the model's
             spacing: None: tuned times where the model has them for these steps, else the model's
-            spacing
+                spacing
         """
         request = Request(steps=steps, sampler=sampler, spacing=spacing)
         return times_of(self, request, resolve_settings(self, request))
@@ -415,9 +416,9 @@ class LatentDiffusion:
         spacing: str = "trailing",
         timesteps: Sequence[float] | None = None,
     ) -> Float[Tensor, "B C h w"]:
-        """The noise that DDIM would make a latent from (DDIM inversion; Song et al. 2021, section
-        4.3).
+        """The noise that DDIM would make a latent from.
 
+        DDIM inversion (Song et al. 2021, arXiv:2010.02502, section 4.3).
         `generate(prompt, noise=..., sampler="ddim", guidance=1, ...)` with the same times draws z
         again, the closer the more iterations.
 
@@ -539,9 +540,7 @@ class LatentDiffusion:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of all weights and settings that decide an image, without the defaults, which a
-        request may change.
-        """
+        """SHA-256 of all weights and settings that decide an image; defaults are not among them."""
         texts = getattr(self.conditioner, "identity", self.conditioner.to_config)()
         configs = [self.autoencoder.to_config(), self.denoiser.network.to_config(), texts]  # pyright: ignore
         weights = [
@@ -616,9 +615,9 @@ class LatentDiffusion:
         )
 
     def optimized(self, compile: bool = False) -> "LatentDiffusion":
-        """The same model with its network prepared for inference; this one stays as it is, for
-        training and saving.
+        """The same model with its network prepared for inference.
 
+        This one stays as it is, for training and saving.
         On the CPU, in float32 and in bfloat16 where the processor supports it, weights are packed
         for the kernels that read them (`inference/prepack.py`). On other devices feature maps get
         channels last. Results differ from this model's by rounding. A network that cannot be

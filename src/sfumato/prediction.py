@@ -1,4 +1,4 @@
-"""Predictions that compute x0 and eps lazily: linear in (x, y), or selected image by image."""
+"""Predictions that compute x0 and eps lazily."""
 
 from functools import cached_property
 

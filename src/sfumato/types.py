@@ -28,7 +28,7 @@ seed."""
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The only doors into a network. Every field is optional; the first axis of each is the batch.
+    """The inputs of a network beside x and t: every field is optional, batch first.
 
     tokens     (B, L, D)    attended to by cross-attention, with `mask` (B, L), True where a token
                counts
@@ -65,9 +65,9 @@ class Conditioning:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Self:
-        """The same conditioning on a device and, for its floating-point tensors, in a dtype;
-        itself, if it is so already.
+        """The same conditioning on a device, and its floating-point tensors in a dtype.
 
+        Itself, where nothing changes.
         `vector` keeps its dtype: it may hold sizes in pixels, which bfloat16 cannot tell apart.
         Networks cast what they make of it.
         """
@@ -96,9 +96,7 @@ class Conditioning:
 
     @cached_property
     def sizes(self) -> tuple[Any, ...]:
-        """Shapes that must agree for conditionings to be concatenated: each field's without the
-        batch, None for a missing one.
-        """
+        """Shapes that must agree to concatenate: each field's without the batch, or None."""
 
         def size(value: Tensor | tuple[Tensor, ...] | None) -> Any:
             return (
@@ -121,14 +119,12 @@ class Conditioning:
         return cls._join(parts, lambda tensors: torch.cat(list(tensors)))
 
     def drop(self, dropped: Bool[Tensor, " B"], null: "Conditioning") -> "Conditioning":
-        """Rows where `dropped` is True are taken from `null` (same shapes): the dropout that
-        classifier-free guidance needs.
-        """
+        """Replace rows by those of `null` where `dropped`: classifier-free guidance's dropout."""
 
         def choose(pair: Sequence[Tensor]) -> Tensor:
-            ours, theirs = pair
+            row, other = pair
             return torch.where(
-                dropped.reshape(-1, *[1] * (ours.ndim - 1)).to(ours.device), theirs, ours
+                dropped.reshape(-1, *[1] * (row.ndim - 1)).to(row.device), other, row
             )
 
         return self._join([self, null], choose)
@@ -161,9 +157,7 @@ Pair = tuple[float, float]
 
 
 def _checked(name: str, value: Any, count: int, least: float) -> None:
-    """`UserError` unless `value` is `count` finite numbers of at least `least` (count 1: the number
-    itself).
-    """
+    """Raise `UserError` unless `value` is `count` finite numbers of at least `least`."""
     numbers = value if count > 1 and isinstance(value, tuple) else (value,)
     if len(numbers) != count or not all(
         isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and v >= least
@@ -175,8 +169,7 @@ def _checked(name: str, value: Any, count: int, least: float) -> None:
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """Size, crop and score of an image, for networks that are conditioned on them; other
-    conditioners ignore it.
+    """Size, crop and score of an image, for networks that are conditioned on them.
 
     These are SDXL's micro-conditionings (Podell et al. 2023, arXiv:2307.01952, section 2.2; the
     score is its refiner's). Fields named negative_* are those of the negative prompt; None: the
@@ -241,7 +234,7 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A denoiser's estimate of x_t: clean latent and noise, related by x = alpha*x0 + sigma*eps.
+    """Clean latent and noise that a denoiser predicts, with x = alpha*x0 + sigma*eps.
 
     x0 and eps have the shape of x, (B, C, h, w), float32 or wider. So has `variance`, of networks
     that predict one (None: of all others): where the log variance of a step lies, from -1, the
@@ -256,18 +249,19 @@ class Prediction:
     def at(
         self, alpha: float, sigma: float, k: float = 0.0, x: Tensor | None = None
     ) -> Shaped[Tensor, "B C h w"]:
-        """alpha*x0 + sigma*eps, the latent that this is at a point of the process; plus k*x, if
-        there is an x.
-        """
+        """alpha*x0 + sigma*eps, the latent at a point of the process; plus k*x where x is given."""
         if sigma == 0:
-            found = alpha * self.x0
+            latent = alpha * self.x0
         else:
-            found = sigma * self.eps if alpha == 0 else (alpha * self.x0).add_(sigma * self.eps)
-        return found if x is None else found.add_(k * x)
+            latent = sigma * self.eps if alpha == 0 else (alpha * self.x0).add_(sigma * self.eps)
+        return latent if x is None else latent.add_(k * x)
 
     def away(self, reference: "Prediction", w: float | Tensor) -> "Prediction":
-        """reference + w (self - reference), in x0 and in eps: the line through two predictions. w:
-        one number, or one an image (B, 1, 1, 1).
+        """reference + w (self - reference), in x0 and eps.
+
+        Args:
+            reference: the prediction to move away from
+            w: one number, or one an image (B, 1, 1, 1)
         """
         return Prediction(mixed(self.x0, reference.x0, w), mixed(self.eps, reference.eps, w))
 
@@ -275,21 +269,20 @@ class Prediction:
         """The same with this variance."""
         if variance is self.variance:
             return self
-        found = copy.copy(self)
-        found.__dict__["variance"] = variance
-        return found
+        prediction = copy.copy(self)
+        prediction.__dict__["variance"] = variance
+        return prediction
 
     def size(self) -> Tensor:
-        """One number that is NaN or infinite if x0 or eps has one: quicker than to look at each (a
-        sum may be too large without).
+        """One number that is NaN or infinite if x0 or eps has one.
+
+        Quicker than a check of each; a sum may be too large without one.
         """
         return self.x0.sum() + self.eps.sum()
 
 
 def mixed(conditional: Tensor, reference: Tensor, w: float | Tensor) -> Tensor:
-    """reference + w (conditional - reference), one rounding at a time so that bits do not depend on
-    the batch.
-    """
+    """reference + w (conditional - reference), so that bits do not depend on the batch."""
     return (w * (conditional - reference)).add_(reference)
 
 

@@ -59,18 +59,15 @@ def inpainting() -> LatentDiffusion:
 
 Z = torch.zeros(1, *LATENT)
 MASK = torch.ones(1, 1, 8, 8)
-# Fields of a request beside the prompt "bag", and what is said about them.
+# Fields of a request beside the prompt "bag", and what is said about them. Values of the wrong
+# kind: tests/end_to_end/test_bad_input.py.
 REFUSED: list[tuple[dict[str, Any], str]] = [
     # the numbers of a run
     ({"n": 0}, "n=0: expected a whole number of at least 1"),
-    ({"n": 2.5}, "n=2.5"),
     ({"prompt": ["bag"] * 2, "n": 3}, "n=3 with 2 prompts"),
     ({"steps": 0}, "steps=0"),
-    ({"steps": "many"}, "steps='many'"),
     ({"seed": 2**63}, f"seed={2**63}"),
-    ({"seed": None}, "seed=None"),
     ({"height": 0}, "height=0"),
-    ({"width": "16"}, "width='16'"),
     ({"timesteps": [0.5, 0.7, 0.0]}, "that fall strictly"),
     ({"decoding": "hole"}, "unknown way to decode 'hole'"),
     # samplers and spacings
@@ -87,8 +84,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"spacing": "dynamic:rule=flux3"}, "unknown rule 'flux3'"),
     ({"spacing": "tuned"}, "this model has tuned times for none"),
     # prompts
-    ({"prompt": 3}, "prompt 3: expected text"),
-    ({"prompt": ["bag", 3]}, "expected text, a list of texts, or None"),
     ({"prompt": "bagg"}, "unknown class 'bagg': did you mean 'bag'"),
     ({"negative_prompt": "bagg"}, "unknown class 'bagg': did you mean 'bag'"),
     ({"negative_prompt": ["bag"] * 2}, "2 prompts for 1 images"),
@@ -98,7 +93,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"negative_prompt_2": "bag"}, "no second text encoder"),
     ({"prompt_mix": ("dog", [0.5])}, "unknown class 'dog'"),
     ({"prompt_mix": ("bag", [1.5])}, r"prompt_mix with shares \[1.5\]"),
-    ({"prompt_mix": "bag"}, "prompt_mix='bag': expected"),
     ({"prompt": ["bag"], "prompt_mix": ("bag", [0.5])}, "one text for all images at each end"),
     # guidance
     ({"guidance": float("nan")}, "guidance=nan"),
@@ -141,9 +135,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"concat": torch.zeros(1, 3, 4, 4)}, "expected maps of 8 x 8 latent cells"),
     ({"vector": torch.zeros(1, 4)}, "fills the vector itself"),
     ({"reference_images": (Z,)}, "1 reference_images: UNet reads at most 0"),
-    ({"image_spec": "large"}, "image_spec='large'"),
     # tiles and caches
-    ({"tiles": 8}, "tiles=8"),
     ({"tiles": (8, 0)}, r"tiles=\(8, 0\)"),
     ({"tiles": (4, 8)}, "expected strides from 1 to the window's side"),
     (
@@ -152,7 +144,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"cache": 0}, "every=0"),
     ({"cache": ()}, "every="),
-    ({"cache": "abc"}, "every='abc'"),
 ]
 
 

@@ -653,6 +653,15 @@ WRONG_KINDS = {
     "model.generate(sampler=3)": "unknown sampler '3'",
     "model.generate(guidance='strong')": "guidance='strong'",
     "model.generate(tiles=8)": "tiles=8",
+    "model.generate(image_spec='large')": "image_spec='large'",
+    "model.generate(prompt_mix='bag')": "prompt_mix='bag'",
+    "model.generate(noise_mix=(3, [0.5]))": "noise_mix with 3 seeds",
+    "model.generate(noise_offset=1.5)": "noise_offset=1.5",
+    "model.generate(known_region=3)": "known_region: expected (z, mask)",
+    "model.generate(composite=3)": "composite: expected (image, mask)",
+    "model.generate(concat=3)": "concat of shapes [()]",
+    "model.generate(vector='v')": "vector of shape ()",
+    "model.generate(init_latent=3)": "init_latent of shape ()",
     "model.generate(cache=1.5)": "every=1.5",
     "model.generate(cache='abc')": "every='abc'",
     "model.generate(seed=1.5)": "seed=1.5",
@@ -684,6 +693,13 @@ for call in {list(WRONG_KINDS)!r}:
         found[call] = "nothing was raised"
     except Exception as error:
         found[call] = f"{{type(error).__name__}}: {{error}}"
+    if call.startswith("model.generate(") and "output" not in call:  # the plan alone says the same
+        try:
+            eval(call.replace("model.generate(", "model.plan(sfumato.Request(") + ")")
+            found[call] = "the plan was made"
+        except Exception as error:
+            if found[call] != f"{{type(error).__name__}}: {{error}}":
+                found[call] = f"the plan says {{error}}"
 print(json.dumps(found))
 """
     status, out, err = child(code=code, folder=tmp_path)

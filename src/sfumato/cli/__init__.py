@@ -19,12 +19,14 @@ CODES: dict[type[BaseException], int] = {UserError: 2, NumericalError: 3, Keyboa
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code. `arguments` without the program's name; None
-    means the process's own.
+    """Run one command and return its exit code.
+
+    Args:
+        arguments: without the program's name; None: the process's own
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        _dispatch(given)
+        _dispatch(words)
         sys.stdout.flush()
         return 0
     except BrokenPipeError:

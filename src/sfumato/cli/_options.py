@@ -1,6 +1,4 @@
-"""Options that commands share, how they are parsed, and how models are opened. Nothing here imports
-torch.
-"""
+"""Options that commands share. Nothing here imports torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -76,8 +74,7 @@ def at_least(low: int, **values: int | None) -> None:
 # ---- models --------------------------------------------------------------------------------------
 
 FEW = 4
-"""Steps for which packing weights does not pay: it takes as long as three steps of one Stable
-Diffusion image gain."""
+"""Steps up to which packing weights costs more than it gains (three, measured on SD 1)."""
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -146,9 +143,7 @@ class LoadOptions:
 
 
 def load_guide_model(guidance: Any, options: LoadOptions | None = None) -> "LatentDiffusion | None":
-    """Open the model that guidance by a weaker one names ("2 model:path=small"); None for other
-    guidance.
-    """
+    """Open the model that guidance names ("2 model:path=small"); None: it names none."""
     from sfumato.predict.guidance.settings import Guidance
 
     paths = [

@@ -1,6 +1,4 @@
-"""Files that commands write and read, and what they print: PNG files and their names, clocks,
-progress, sizes.
-"""
+"""Output of commands: PNG files and their names, clocks, progress, sizes."""
 
 import os
 import re

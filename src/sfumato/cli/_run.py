@@ -1,6 +1,4 @@
-"""The run of a task command: open the model, plan, sample, write PNG files with their
-parameters.
-"""
+"""The run of a task command: open the model, plan, sample, write PNG files."""
 
 import os
 from collections.abc import Callable
@@ -72,7 +70,7 @@ def set_threads(threads: int | None, recorded: Any = None) -> None:
     Args:
         threads: value of --threads
         recorded: number that a PNG was made with, used where this machine has as many: sums may be
-        split by threads
+            split by threads
     """
     import torch
 
@@ -112,8 +110,8 @@ def run_request(
     clock.lap("load")
     values = options.request_fields()
     # The settings as they are asked for: a task may run another sampler, or other guidance.
-    asked = ("n", "steps", "sampler", "spacing", "guidance", "distilled_guidance")
-    settings = model.settings(**{key: values[key] for key in asked})
+    names = ("n", "steps", "sampler", "spacing", "guidance", "distilled_guidance")
+    settings = model.settings(**{key: values[key] for key in names})
     plan = prepare(
         model,
         Request(prompt, guide_model=load_guide_model(settings["guidance"], opening), **values),

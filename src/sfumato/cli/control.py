@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Control(TaskOptions):
-    """Generate images that follow a map of edges, depth or the like; for models trained for such
-    maps.
-    """
+    """Generate images that follow a map, by a model trained for such maps."""
 
 
 def control(arguments: Sequence[str]) -> None:

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Edit(TaskOptions):
-    """Edit an image by a prompt: image to image, or by instruction where the model was trained for
-    it.
-    """
+    """Edit an image by a prompt: image to image, or by instruction."""
 
     strength: Annotated[float | None, unset("0.8")] = None
     """Image to image: share of the steps that are run, from above 0 (the image) to 1 (next to

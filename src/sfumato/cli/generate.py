@@ -1,5 +1,4 @@
-"""`sfumato generate`: a prompt in, PNG files out, each with the parameters to draw it again, bit
-for bit.
+"""`sfumato generate`: a prompt in, PNG files with their parameters out.
 
 The parameters in the PNG (images.py) become the defaults of the command when `--from` names it;
 flags that are given win. Image k of a request is drawn from seed + k, but arithmetic may depend on
@@ -197,9 +196,7 @@ def _peak(device: str | None) -> str:
 def _check_same_model(
     model_hash: str, role: str, name: str | None, source: Path | None, recorded: dict[str, Any]
 ) -> None:
-    """Raise `UserError` for a model that is not the one that made the PNG: the image would be
-    another.
-    """
+    """Raise `UserError` for another model than that of the PNG: the image would differ."""
     made_with = str(recorded.get(f"{role}_hash"))
     if model_hash != made_with:
         raise UserError(
@@ -287,14 +284,14 @@ def _recorded_options(recorded: dict[str, Any], source: Path) -> Generate:
         raise UserError(
             f"the parameters in {source} name picture {index!r} of {recorded['n']}: the file was changed after it was made"
         )
-    known = {name: recorded[name] for name in (*RECORDED, *OPTIONAL) if name in recorded}
-    times = tuple(known.get("timesteps") or ())
-    transformer = None if known.get("transformer") is None else Path(known["transformer"])
+    values = {name: recorded[name] for name in (*RECORDED, *OPTIONAL) if name in recorded}
+    times = tuple(values.get("timesteps") or ())
+    transformer = None if values.get("transformer") is None else Path(values["transformer"])
     return replace(
         Generate(),
         **{
-            **known,
-            "guidance": json.dumps(known["guidance"]),
+            **values,
+            "guidance": json.dumps(values["guidance"]),
             "timesteps": times,
             "transformer": transformer,
         },
@@ -302,9 +299,7 @@ def _recorded_options(recorded: dict[str, Any], source: Path) -> Generate:
 
 
 def _drop_derived(options: Generate, before: Generate) -> Generate:
-    """Drop recorded settings that no longer hold: times of other steps, another sampler or spacing,
-    scales of other guidance.
-    """
+    """Drop recorded times and scales that other flags of the command line replace."""
     changed = (options.steps, options.sampler, options.spacing) != (
         before.steps,
         before.sampler,

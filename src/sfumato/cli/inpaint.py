@@ -1,6 +1,4 @@
-"""`sfumato inpaint`: an image and a mask in; the white part of the mask is drawn anew, every other
-pixel stays.
-"""
+"""`sfumato inpaint`: an image and a mask in; the white part of the mask is drawn anew."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

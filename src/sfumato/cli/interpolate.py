@@ -1,6 +1,4 @@
-"""`sfumato interpolate`: a series of images from one prompt, seed or image to another, in one PNG,
-a row.
-"""
+"""`sfumato interpolate`: a series of images between two prompts, seeds or images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +22,7 @@ COLUMNS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Interpolate(RunOptions):
-    """Generate a series of images from one prompt, seed or image to another, or several of these at
-    once.
-    """
+    """Generate a series of images from one prompt, seed or image to another."""
 
     prompt: tyro.conf.Positional[Annotated[str | None, unset("no prompt")]] = None
     """Prompt of the first image, or the name of a class."""

@@ -1,4 +1,4 @@
-"""`sfumato outpaint`: an image in, a larger one out, with every pixel of the first as it was."""
+"""`sfumato outpaint`: an image in, a larger one with the same pixels inside out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

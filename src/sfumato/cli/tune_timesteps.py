@@ -1,6 +1,4 @@
-"""`sfumato tune-timesteps MODEL --steps 8`: find the best times for a number of steps and store
-them with the model.
-"""
+"""`sfumato tune-timesteps`: the best times for a number of steps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +14,7 @@ from sfumato.errors import UserError
 
 @dataclass(frozen=True)
 class TuneTimesteps:
-    """Find the times whose runs end nearest to a run of a thousand steps, and store them with the
-    model.
+    """Find the times whose runs end nearest to a run of a thousand steps.
 
     `generate` then uses them for that sampler and number of steps (spacing "tuned"). The table
     compares them with the fixed spacings on images that the search did not see.
@@ -81,7 +78,7 @@ def tune_timesteps(arguments: Sequence[str]) -> None:
         check_target(options.out)
     clock.lap("load")
     with progress("searching") as update:
-        found = search(
+        results = search(
             model,
             options.steps,
             sampler=options.sampler,
@@ -98,23 +95,23 @@ def tune_timesteps(arguments: Sequence[str]) -> None:
     from rich.table import Table
 
     table = Table(
-        title=f"distance to {options.reference_steps} steps, {found[0].sampler}, guidance {found[0].guidance}"
+        title=f"distance to {options.reference_steps} steps, {results[0].sampler}, guidance {results[0].guidance}"
     )
     table.add_column("spacing")
-    for tuned in found:
+    for tuned in results:
         table.add_column(f"{len(tuned.times) - 1} steps", justify="right")
-    for name in found[0].errors:
+    for name in results[0].errors:
         table.add_row(
             name,
-            *(f"{tuned.errors[name]:.4f}" for tuned in found),
+            *(f"{tuned.errors[name]:.4f}" for tuned in results),
             style="bold" if name == "tuned" else None,
         )
     Console().print(table)
-    for tuned in found:
+    for tuned in results:
         print(f"{len(tuned.times) - 1} steps: {', '.join(f'{t:.4f}' for t in tuned.times)}")
     if options.out is not None:
-        with_tuned(model, found).save(options.out)
+        with_tuned(model, results).save(options.out)
     else:
-        store_tuned(folder, found)
+        store_tuned(folder, results)
     print(options.out or folder)
     print(f"tuned in {clock}")

@@ -1,6 +1,4 @@
-"""`sfumato vary`: an image in, variations of it out. (Of a seed's image: `generate
---variation-strength`.)
-"""
+"""`sfumato vary`: an image in, variations of it out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -30,10 +30,10 @@ def exact(
     after a residual block; more is quicker, less slower). `UserError` for autoencoders that do not
     say what their parts are (`InParts`: all of sfumato's do), `NumericalError` for NaN or infinity.
     """
-    known = _known(autoencoder)
+    parts = _require_parts(autoencoder)
     check_latent(autoencoder.space, z)
     image = reconstruct(
-        known, autoencoder.space.restore(z.to(autoencoder.dtype)), rows, memory
+        parts, autoencoder.space.restore(z.to(autoencoder.dtype)), rows, memory
     ).float()
     check_decoded(image, autoencoder.dtype)
     return image.clamp_(-1, 1)
@@ -49,10 +49,10 @@ def exact_posterior(
     """image in [-1, 1] -> the distribution of raw latents, in the autoencoder's dtype:
     `autoencoder.posterior`, to rounding. As `exact`.
     """
-    return posterior(_known(autoencoder), image.to(autoencoder.dtype), rows, memory)
+    return posterior(_require_parts(autoencoder), image.to(autoencoder.dtype), rows, memory)
 
 
-def _known(autoencoder: Autoencoder) -> InParts:
+def _require_parts(autoencoder: Autoencoder) -> InParts:
     if not isinstance(autoencoder, InParts):
         raise UserError(
             f"{type(autoencoder).__name__} does not say what its parts are, and cannot be run in strips: use whole or tiled"

@@ -1,6 +1,6 @@
-"""Previews without a decoder: image ~ W z + b at the latent's own resolution, with W, b fitted by
-least squares to real pairs.
+"""Previews without a decoder: image ~ W z + b at the latent's own resolution.
 
+W and b are fitted by least squares to pairs of latents and images.
 A linear map from latent channels to colour is what a glance at a running sample needs; it costs
 nothing (the same idea is known as latent2rgb). Fitted once per autoencoder, from images of any
 kind.
@@ -25,8 +25,13 @@ class Preview:
 
     @classmethod
     def fit(cls, z: Float[Tensor, "B C h w"], image: Float[Tensor, "B c H W"]) -> "Preview":
-        """Least squares from latents to the images reduced to the latents' resolution (ridge 1e-3,
-        in case there are few).
+        """Fit the map by least squares to images reduced to the latents' resolution.
+
+        The ridge is 1e-3, for few pairs.
+
+        Args:
+            z: standardised latents
+            image: their images in [-1, 1]
         """
         small = F.interpolate(image.double(), z.shape[2:], mode="area")
         features = z.double().permute(0, 2, 3, 1).flatten(0, 2)  # (N, C)
@@ -37,8 +42,10 @@ class Preview:
         return cls(solved[:-1].T.contiguous(), solved[-1])
 
     def __call__(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B c h w"]:
-        """z -> a small image in [-1, 1]; `NumericalError` for NaN or infinity, which the limits
-        would hide.
+        """Preview latents as small images in [-1, 1].
+
+        Raises:
+            NumericalError: NaN or infinity, which the clamp would hide
         """
         image = torch.einsum("oc,bchw->bohw", self.weight.to(z), z) + self.bias.to(z)[:, None, None]
         check_decoded(image, z.dtype)

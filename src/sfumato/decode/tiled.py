@@ -80,8 +80,8 @@ def tiled_posterior(
 
     def run(top: int, left: int) -> Tensor:
         piece = image[:, :, top * f : (top + tile) * f, left * f : (left + tile) * f]
-        found = autoencoder.posterior(piece.to(autoencoder.dtype))
-        return torch.cat([found.mean, found.std], 1).float()
+        posterior = autoencoder.posterior(piece.to(autoencoder.dtype))
+        return torch.cat([posterior.mean, posterior.std], 1).float()
 
     mean, std = _blend(run, h, w, tile, overlap, 1).chunk(2, dim=1)
     return Posterior(mean, std)

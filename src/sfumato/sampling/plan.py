@@ -229,9 +229,7 @@ def resolve(model: Model, request: Request) -> Plan:
 
 
 def _guidance(model: Model, request: Request) -> tuple[Guidance, float | None]:
-    """Guidance by two passes, and the scale passed to a guidance-distilled network (None: it is
-    none).
-    """
+    """Guidance by two passes, and the scale of distilled guidance (None: there is none)."""
     defaults, distilled = model.defaults, request.distilled_guidance
     guidance = (
         defaults.guidance_settings if request.guidance is None else Guidance.parse(request.guidance)
@@ -317,9 +315,7 @@ def tokens_of(model: Model, height: int, width: int) -> int:
 
 
 def latent_shape(space: LatentSpace, height: int, width: int) -> tuple[int, int, int]:
-    """(C, h, w) of an image's latent: as many cells as cover it. The excess is cropped after
-    decoding.
-    """
+    """(C, h, w) of an image's latent: the cells that cover it."""
     return space.channels, -(-height // space.factor), -(-width // space.factor)
 
 
@@ -367,9 +363,7 @@ def prompt_list(prompt: Prompt, n: int) -> list[str | None]:
 def _read_prompts(
     model: Model, request: Request, settings: Settings, spec: ImageSpec
 ) -> tuple[Prompts, Prompts | None, Prompts, Prompts | None]:
-    """The prompts of each image, for both text encoders, and the negative ones, which are not read
-    where guidance is off.
-    """
+    """Prompts and negative prompts of each image, for both text encoders."""
     n = settings.n
 
     def pair(
@@ -473,9 +467,7 @@ def _check_noise(request: Request, n: int) -> None:
 
 
 def _check_latents(request: Request, n: int, shape: tuple[int, int, int]) -> None:
-    """Raise `UserError` for latents that do not fit the run, are not finite, or exclude each
-    other.
-    """
+    """Raise `UserError` for latents of other shapes, not finite, or excluding each other."""
     noise, expected = request.noise, (n, *shape)
     if noise is not None and (
         not isinstance(noise, Tensor) or noise.shape != expected or not all_finite(noise)
@@ -501,14 +493,14 @@ def _check_latents(request: Request, n: int, shape: tuple[int, int, int]) -> Non
             raise UserError(
                 f"{name} of shape {tuple(getattr(z, 'shape', ()))}: expected finite numbers of shape {expected}, or one latent for all images"
             )
-    known = request.known_region
-    if known is not None:
-        pair = isinstance(known, tuple | list) and len(known) == 2
-        if not pair or not all(isinstance(part, Tensor) and part.ndim == 4 for part in known):
+    region = request.known_region
+    if region is not None:
+        pair = isinstance(region, tuple | list) and len(region) == 2
+        if not pair or not all(isinstance(part, Tensor) and part.ndim == 4 for part in region):
             raise UserError(
                 "known_region: expected (z, mask), a latent (n, c, h, w) to keep and where to keep it (n or 1, 1 or c, h, w), 1 is known"
             )
-        z, mask = (part.float() for part in known)
+        z, mask = (part.float() for part in region)
         check_region(z, mask)
         check_fits(expected, z, mask)
 
@@ -555,9 +547,7 @@ def concat_parts(request: Request) -> tuple[Tensor, ...]:
 def _check_network(
     model: Model, request: Request, settings: Settings, shape: tuple[int, int, int]
 ) -> None:
-    """Raise `UserError` for inputs that the network lacks or has no use for, and sizes that it
-    cannot draw.
-    """
+    """Raise `UserError` for inputs that the network lacks or ignores, and for sizes."""
     network, parts, vector = model.denoiser.network, concat_parts(request), request.vector
     fills = fills_vector(model.conditioner)
     if vector is not None and fills:
@@ -632,10 +622,10 @@ def _check_same_latents(denoiser: Denoiser, other: Any) -> None:
     ):
         return
     network.check_blocks()
-    ours, theirs = ((n.channels, n.in_channels) for n in (denoiser.network, network))
-    if ours != theirs:
+    own, channels = ((n.channels, n.in_channels) for n in (denoiser.network, network))
+    if own != channels:
         raise UserError(
-            f"the weaker model predicts latents of {theirs[0]} channels from {theirs[1]}, the model of {ours[0]} from {ours[1]}: expected the same"
+            f"the weaker model predicts latents of {channels[0]} channels from {channels[1]}, the model of {own[0]} from {own[1]}: expected the same"
         )
 
 
@@ -656,9 +646,7 @@ def _check_tiles(tiles: Any, guidance: Guidance) -> None:
 
 
 def _check_output(model: Model, request: Request, settings: Settings) -> None:
-    """Raise `UserError` for a decoding that the autoencoder lacks, and a composite of another size
-    than the images.
-    """
+    """Raise `UserError` for a decoding or a composite that does not fit the images."""
     if request.decoding == "exact" and not isinstance(model.autoencoder, InParts):
         raise UserError(
             f"decoding='exact': {type(model.autoencoder).__name__} does not say what its parts are, and cannot be run in strips: use whole or tiled"

@@ -90,8 +90,8 @@ class Defaults:
         renamed = {
             _OLD_DEFAULTS[key]: value for key, value in values.items() if key in _OLD_DEFAULTS
         }
-        known = {f.name for f in fields(cls)}
-        return cls(**renamed | {key: value for key, value in values.items() if key in known})
+        names = {f.name for f in fields(cls)}
+        return cls(**renamed | {key: value for key, value in values.items() if key in names})
 
     def to_json(self) -> dict[str, Any]:
         """All fields as a JSON object: the inverse of `from_json`."""
@@ -103,9 +103,7 @@ class Defaults:
         return Guidance.parse(self.guidance)
 
     def tuned_for(self, sampler: str, steps: int) -> list[float] | None:
-        """Tuned times of a sampler, however it is spelled, for a number of steps; None: there are
-        none.
-        """
+        """Tuned times of a sampler, however it is spelled; None: none for these steps."""
         name = _canonical(sampler)
         tables = (tables for key, tables in self.tuned_timesteps.items() if _canonical(key) == name)
         return next(
@@ -239,10 +237,10 @@ class Request:
         Raises:
             UserError: a field that does not exist
         """
-        known = [f.name for f in fields(cls)]
+        names = [f.name for f in fields(cls)]
         for name in values:
-            if name not in known:
-                raise unknown("field of a request", name, known)
+            if name not in names:
+                raise unknown("field of a request", name, names)
         return cls(**values)
 
     @property

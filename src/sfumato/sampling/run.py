@@ -1,4 +1,4 @@
-"""A plan as a coroutine of denoiser calls: conditioning, guidance, wrappers and the sampler.
+"""A plan as a coroutine of denoiser calls.
 
 Nothing of the request is checked here: `plan.py` has done so.
 """
@@ -30,7 +30,7 @@ from sfumato.types import Conditioning, ImageSpec, Noise
 def plan_coroutine(
     model: Model, plan: Plan, on_step: Callable[[Step], bool | None] | None = None
 ) -> DenoiseCalls[Tensor | None]:
-    """Coroutine that samples one plan: yields denoiser calls, returns the latents (n, C, h, w).
+    """Coroutine that samples one plan: yields denoiser calls, returns the latents.
 
     Args:
         model: the model that the plan was made for
@@ -72,9 +72,7 @@ def plan_coroutine(
 
 
 def noise_source(plan: Plan, device: torch.device | str) -> Noise:
-    """The noise of a plan's images, draw after draw: image k's from its seed, or between two
-    seeds'.
-    """
+    """The noise of a plan's images, draw after draw, from each image's seed or two seeds."""
     if plan.request.noise_mix is None:
         return SeededNoise(plan.latent_shape, plan.seeds, device)
     seeds, shares = plan.request.noise_mix
@@ -108,9 +106,7 @@ def _denoise_fn(model: Model, plan: Plan) -> DenoiseFn:
 
 
 def _conditionings(model: Model, plan: Plan) -> tuple[Conditioning, list[Conditioning]]:
-    """The condition, and what guidance moves away from, which is not encoded where guidance is
-    off.
-    """
+    """The condition, and the conditionings that guidance moves away from."""
     request, n, device = plan.request, plan.n, model.device
     condition = _encode_prompts(model, plan)
     reference = condition
@@ -162,9 +158,7 @@ def _encode_prompts(model: Model, plan: Plan) -> Conditioning:
 def encode(
     model: Model, prompts: Prompts, prompts_2: Prompts | None, image_spec: ImageSpec
 ) -> Conditioning:
-    """Prompts -> conditioning on the model's device; `prompts_2` are for the second text
-    encoder.
-    """
+    """Encode prompts, and `prompts_2` for the second text encoder."""
     if prompts_2 is None:
         return model.conditioner(list(prompts), image_spec).to(model.device)
     conditioner = cast("Any", model.conditioner)  # merge: Conditioner takes second prompts
@@ -174,9 +168,7 @@ def encode(
 def append_distilled_guidance(
     conditioning: Conditioning, n: int, scale: float | None, device: torch.device
 ) -> Conditioning:
-    """The conditioning with the scale of distilled guidance as the vector's last number; None:
-    unchanged.
-    """
+    """Append the scale of distilled guidance to the vector; None: unchanged."""
     if scale is None:
         return conditioning
     column = torch.full((n, 1), scale, device=device)

@@ -1,6 +1,4 @@
-"""Images and masks as tensors, latents with the right noise, and the last part of a run: what tasks
-share.
-"""
+"""Shared parts of tasks: images and masks as tensors, latents, the last part of a run."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -159,9 +157,7 @@ def network_of(model: LatentDiffusion) -> Network:
 def outline(
     model: LatentDiffusion, pixels: Float[Tensor, "N C H W"], channels: int | None = None
 ) -> Tensor:
-    """The shape of the pixels' latent, on the meta device: in a request it stands for what is not
-    encoded yet.
-    """
+    """The pixels' latent without numbers (meta device), for a plan made before encoding."""
     space = model.autoencoder.space
     _, *cells = latent_shape(space, *pixels.shape[2:])
     return torch.empty(
@@ -172,9 +168,7 @@ def outline(
 def mask_by_cell(
     model: LatentDiffusion, mask: Float[Tensor, "M _ H W"]
 ) -> Float[Tensor, "M _ h w"]:
-    """The mask at the latent's resolution, each cell by its first pixel, 0 or 1: as inpainting
-    networks were trained.
-    """
+    """The mask by latent cells, each of its first pixel, 0 or 1, as networks were trained."""
     factor = model.autoencoder.space.factor
     return (mask[:, :, ::factor, ::factor] >= 0.5).float()
 

@@ -1,8 +1,7 @@
-"""A map to follow, pixel by pixel: edges, depth, a pose (FLUX.1 Depth and Canny; Black Forest Labs
-2024, "FLUX.1 Tools").
+"""A map to follow, pixel by pixel: edges, depth, a pose.
 
-The network takes the map's latent beside x, as many channels as the latent has. Making the map of
-an image is another program's work.
+FLUX.1 Depth and Canny (Black Forest Labs 2024, "FLUX.1 Tools"). The network takes the map's latent
+beside x, as many channels as the latent has. Making the map of an image is another program's work.
 """
 
 from dataclasses import replace

@@ -65,11 +65,10 @@ def edit(
         model: one that was trained for instructions
         image: one for all images or one an image
         request: its prompt is the instruction, its guidance (one number) the scale towards it
-        image_guidance: scale towards the image, 1 is off; for models with two scales also: more
-        images, each for all or one an image, for models that read several (FLUX.2) largest: images
-        of more pixels are reduced before such models read them, and all are cropped to whole
-        tokens; the result has the
-            (first) image's size then, or the request's
+        image_guidance: scale towards the image, 1 is off; for models with two scales
+        also: more images, each for all or one an image, for models that read several (FLUX.2)
+        largest: images of more pixels are reduced before such models read them, and all are cropped
+            to whole tokens; the result has the (first) image's size then, or the request's
 
     Raises:
         UserError: for a model that was not trained for instructions: use `image_to_image`

@@ -1,5 +1,4 @@
-"""Larger images from a model trained on smaller ones: first the composition at the model's own
-size, then details.
+"""Larger images from a model trained on smaller ones: composition first, then details.
 
 The first image is enlarged by a cubic filter and a run begins with it, made a little noisy
 (`image_to_image`): the composition stays, and the details that the filter lacks are drawn. At the

@@ -1,5 +1,6 @@
-"""Image to image (SDEdit, Meng et al. 2022, arXiv:2108.01073, algorithm 1): a run begins with an
-image, noised to its first time.
+"""Image to image: a run begins with an image, noised to its first time.
+
+SDEdit (Meng et al. 2022, arXiv:2108.01073, algorithm 1).
 
 With little strength colours and shapes stay, with much only the composition: style transfer,
 variations, repairs.

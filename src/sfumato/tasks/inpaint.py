@@ -53,9 +53,10 @@ def inpaint(
         strength: below 1 the run begins with the image under the mask too, as `image_to_image`
         posterior: as for `image_to_image`
         paste: put the pixels back that the mask leaves alone; without, they go through the
-        autoencoder noise_only_start: an ordinary model's first call, at strength 1, sees noise
-        alone in the known region too, as in diffusers;
-            otherwise it sees the known latent there, as faint as the first time has it
+            autoencoder
+        noise_only_start: an ordinary model's first call, at strength 1, sees noise alone in the
+            known region too, as in diffusers; otherwise it sees the known latent there, as faint as
+            the first time has it
 
     Raises:
         UserError: for a size, mask, strength or network that does not fit

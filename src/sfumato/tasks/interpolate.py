@@ -1,10 +1,9 @@
-"""A series of n images between two prompts, two seeds, two images, or several of these at once.
+"""A series of images between two prompts, seeds or images, or several of these.
 
-Prompts: the conditioning goes straight from one to the other
-(`predict/conditioners/_between.py`). Seeds: all noise goes along the arc from one seed's to the
-other's (`diffuse/blend.py`). Images: their latents, then noised to the run's first time, or the
-noise that DDIM inversion gives for them, go along the arc. The first and the last image are those
-of the plain requests at both ends.
+Prompts: the conditioning goes straight from one to the other (`predict/conditioners/_between.py`).
+Seeds: all noise goes along the arc from one seed's to the other's (`diffuse/blend.py`). Images:
+their latents, then noised to the run's first time, or the noise that DDIM inversion gives for them,
+go along the arc. The first and the last image are those of the plain requests at both ends.
 """
 
 from collections.abc import Sequence
@@ -66,7 +65,8 @@ def interpolate_images(
         request: its n is the number of images
         strength: with "noise": the share of the steps that are run, in (0, 1]
         way: "noise": image to image at both ends; "inversion": all steps, and five network calls a
-        step for the noise of each end to_prompt: as for `interpolate`
+            step for the noise of each end
+        to_prompt: as for `interpolate`
         to_seed: as for `interpolate`, with "noise"
 
     Raises:

@@ -1,6 +1,4 @@
-"""Outpainting: an image grows at any side; the added part is drawn, every pixel of the image stays
-as it is.
-"""
+"""Outpainting: an image grows at any side, and its own pixels stay as they are."""
 
 from dataclasses import replace
 

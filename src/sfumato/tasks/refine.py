@@ -1,5 +1,4 @@
-"""One run shared by two models: a base model draws down to some noise, a refiner continues from
-there.
+"""One run shared by two models: a base model begins, a refiner continues.
 
 SDXL's base and refiner (Podell et al. 2023, arXiv:2307.01952, section 2.5); an ensemble of expert
 denoisers (Balaji et al. 2022, arXiv:2211.01324).

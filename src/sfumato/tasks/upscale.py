@@ -1,9 +1,9 @@
-"""Four times larger by a network that reads the small image beside the latent (Rombach et al. 2022,
-arXiv:2112.10752, section 4.4).
+"""Upscaling by a network that reads the small image beside the latent.
 
-The small image is given some noise, and the network reads how much as a class (noise-conditioning
-augmentation, Ho et al. 2022, arXiv:2106.15282, section 4.2): more noise leaves fewer of the image's
-faults, and more to be invented.
+Rombach et al. 2022, arXiv:2112.10752, section 4.4: four times larger. The small image is given some
+noise, and the network reads how much as a class (noise-conditioning augmentation, Ho et al. 2022,
+arXiv:2106.15282, section 4.2): more noise leaves fewer of the image's faults, and more to be
+invented.
 """
 
 from dataclasses import replace
@@ -30,7 +30,8 @@ def upscale(
     Args:
         model: an upscaler, such as Stable Diffusion's x4
         image: one for all images or one an image; the result is larger by the autoencoder's factor
-        (4) request: everything else
+            (4)
+        request: everything else
         noise_level: timestep of the small image's noise, from 0
 
     Raises:

@@ -1,4 +1,4 @@
-"""Images like another one; `strength` says how different: 0 is the same image, 1 has nothing of it.
+"""Variations of an image: strength 0 is the same image, 1 has nothing of it.
 
     vary         of an image that was drawn from a seed: all noise lies at `strength` on the arc to
                  another seed's ("variation seed" of AUTOMATIC1111's web UI)
@@ -32,7 +32,7 @@ def vary(request: Request, *, seed: int | None = None, strength: float = 0.2) ->
         request: n variations of its first image
         seed: by default the one after the request's
         strength: 0 is n times the request's first image, 1 the images of `seed`, seed + 1 ..., both
-        bit for bit
+            bit for bit
 
     Raises:
         UserError: a strength outside of [0, 1]
@@ -66,8 +66,7 @@ def variations(
         request: everything else
         strength: "noise": above 0 to 1, the share of the steps that are run; "inversion": from 0
         way: "noise", or "inversion": five network calls a step for the noise, then a run of ddim,
-        without guidance where the request
-            leaves it open
+            without guidance where the request leaves it open
 
     Raises:
         UserError: for a way, a strength or a network that does not fit
@@ -90,8 +89,7 @@ def variations(
 
 
 def invertible_request(model: LatentDiffusion, request: Request) -> Request:
-    """The request as a run of ddim, which can be inverted; without guidance where it leaves it
-    open.
+    """The request as a run of ddim, without guidance where it leaves it open.
 
     Raises:
         UserError: another sampler, times of its own, or a network that takes more than the latent

@@ -1,4 +1,4 @@
-"""The best times for a budget of steps: those whose end is nearest to that of a run of a thousand.
+"""The best times for a number of steps: runs end nearest to one of a thousand steps.
 
 1. A reference of many DDIM steps, whose predictions say what a single step from any time to any
 other would get wrong. 2. The path of N steps with the least sum of those squared errors, by dynamic
@@ -34,9 +34,9 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Tuned:
-    """Times found, and how far runs end from the reference: root mean square over latents of images
-    that the search did not see.
+    """Times found, and the distance of their runs' ends from the reference.
 
+    It is the root mean square over latents of images that the search did not see.
     errors: by name of spacing, and "tuned".
     """
 
@@ -48,9 +48,7 @@ class Tuned:
 
 @dataclass(frozen=True)
 class _Reference:
-    """Ends (B, C, h, w) of long runs, and x and predictions on the way at a coarser grid of
-    times.
-    """
+    """Ends (B, C, h, w) of long runs, and x and predictions at a coarser grid of times."""
 
     end: Tensor
     times: tuple[float, ...]
@@ -72,8 +70,7 @@ def tune_timesteps(
     iterations: int = 6,
     progress: Progress | None = None,
 ) -> list[Tuned]:
-    """The best times for each number of steps, with a deterministic sampler (`UserError` for
-    others).
+    """The best times for each number of steps, with a deterministic sampler.
 
     images: how many the search sees, and as many others that judge it; their prompts go round
     `prompts` (default: the model's class names).
@@ -106,7 +103,7 @@ def tune_timesteps(
     say = progress or (lambda what, done, total: None)
     seen = _reference(run, seed, reference_steps, say)
     judge = _reference(run, seed + images, reference_steps, say, path=False)
-    found = []
+    results = []
     for count in steps:
         say(f"search for {count} steps", 0, iterations)
         scores = {name: run.error(times, seed, seen.end) for name, times in fixed[count].items()}
@@ -125,18 +122,18 @@ def tune_timesteps(
         winner = min(errors, key=lambda spacing: errors[spacing])
         if winner != "tuned":  # by chance a fixed spacing judged better: then its times are kept
             best, errors["tuned"] = fixed[count][winner], errors[winner]
-        found.append(Tuned(name, weight, tuple(best), errors))
-    return found
+        results.append(Tuned(name, weight, tuple(best), errors))
+    return results
 
 
 def _fixed(steps: int, schedule: Schedule) -> dict[str, list[float]]:
     """The times of every spacing that has so many steps (lcm has 50 at most)."""
-    found: dict[str, list[float]] = {}
+    tables: dict[str, list[float]] = {}
     for name in SPACINGS:
         with contextlib.suppress(UserError):
-            found[name] = timesteps(name, steps, schedule)
-    found.pop("uniform", None)  # trailing's other name
-    return found
+            tables[name] = timesteps(name, steps, schedule)
+    tables.pop("uniform", None)  # trailing's other name
+    return tables
 
 
 @dataclass(frozen=True)
@@ -187,9 +184,7 @@ def _reference(run: _Runner, seed: int, steps: int, say: Progress, path: bool = 
 
 
 def _shortest_path(reference: _Reference, model: LatentDiffusion, steps: int) -> list[float]:
-    """The path of `steps` steps over the reference's times with the least sum of squared errors of
-    its single steps.
-    """
+    """The path of `steps` steps with the least sum of squared errors of single steps."""
     n, point = len(reference.x0), model.denoiser.process.schedule.point
     points = [point(t) for t in reference.times]
     cost = torch.full((n + 1, n + 1), math.inf, dtype=torch.float64)
@@ -264,30 +259,28 @@ def _descend(
     return float(now.square().sum().sqrt()), unfold(theta)
 
 
-def with_tuned(model: LatentDiffusion, found: Sequence[Tuned]) -> LatentDiffusion:
+def with_tuned(model: LatentDiffusion, results: Sequence[Tuned]) -> LatentDiffusion:
     """The same model, whose `generate` uses these times where sampler and steps agree."""
-    tables = _merged(model.defaults.tuned_timesteps, found)
+    tables = _merged(model.defaults.tuned_timesteps, results)
     return replace(model, defaults=replace(model.defaults, tuned_timesteps=tables))
 
 
-def store_tuned(folder: str | Path, found: Sequence[Tuned]) -> None:
-    """Writes times into the model_index.json of a model's folder, beside those already there for
-    other samplers and steps.
-    """
+def store_tuned(folder: str | Path, results: Sequence[Tuned]) -> None:
+    """Write times into a model's model_index.json, beside those of other samplers and steps."""
     path = Path(folder) / "model_index.json"
     with explained(path):
         values: dict[str, Any] = read_table(path)
     notes = values.setdefault("_sfumato", {})
     defaults = notes.setdefault("defaults", {})
     old = defaults.pop("tuned", {})  # older folders' name
-    defaults["tuned_timesteps"] = _merged(defaults.get("tuned_timesteps", old), found)
+    defaults["tuned_timesteps"] = _merged(defaults.get("tuned_timesteps", old), results)
     write_json(path, values)
 
 
-def _merged(before: Any, found: Sequence[Tuned]) -> dict[str, list[list[float]]]:
+def _merged(before: Any, results: Sequence[Tuned]) -> dict[str, list[list[float]]]:
     tables = {
         sampler: {len(times): list(times) for times in known} for sampler, known in before.items()
     }
-    for tuned in found:
+    for tuned in results:
         tables.setdefault(tuned.sampler, {})[len(tuned.times)] = list(tuned.times)
     return {sampler: [known[n] for n in sorted(known)] for sampler, known in tables.items()}
