@@ -253,6 +253,35 @@ def test_an_autoencoder_without_parts_cannot_decode_row_by_row(empty: LatentDiff
         replace(empty, autoencoder=Whole()).plan(Request("bag", decoding="exact"))
 
 
+TASKS: dict[str, Callable[[LatentDiffusion, Request], object]] = {
+    "image to image": lambda model, request: tasks.image_to_image(model, IMAGE, request),
+    "inpainting": lambda model, request: tasks.inpaint(model, IMAGE, (IMAGE > 0).float(), request),
+    "outpainting": lambda model, request: tasks.outpaint(model, IMAGE, request, left=4),
+    "enlarging": lambda model, request: tasks.enlarge(model, IMAGE, request),
+    "variation": lambda model, request: tasks.variations(model, IMAGE, request),
+    "inverted variation": lambda model, request: tasks.variations(
+        model, IMAGE, request, way="inversion"
+    ),
+    "series of images": lambda model, request: tasks.interpolate_images(
+        model, IMAGE, -IMAGE, replace(request, n=2)
+    ),
+    "inverted series": lambda model, request: tasks.interpolate_images(
+        model, IMAGE, -IMAGE, replace(request, n=2), way="inversion"
+    ),
+    "refining": lambda model, request: tasks.refine(model, model, request),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_refuses_a_request_before_an_image_is_encoded(
+    empty: LatentDiffusion, name: str
+) -> None:
+    with pytest.raises(UserError, match="unknown class 'bagg': did you mean 'bag'"):
+        TASKS[name](empty, Request("bagg", steps=5))
+    with pytest.raises(UserError, match="unknown timestep spacing 'karas': did you mean 'karras'"):
+        TASKS[name](empty, Request("bag", steps=5, spacing="karas"))
+
+
 # ---- once ----------------------------------------------------------------------------------------
 
 

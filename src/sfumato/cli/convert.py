@@ -39,7 +39,7 @@ class Convert:
     """A folder with the config.json of what a file holds, or a model's folder, whose scheduler and
     tokenizers are copied too."""
     network: Annotated[Literal["dit", "sit"] | None, unset("dit")] = None
-    """Whose the network of a file is, where its keys do not tell: DiT's and SiT's are the same."""
+    """Network of a file whose keys do not tell: those of DiT and SiT are the same."""
     variant: Annotated[str | None, unset("none")] = None
     """Of a folder's files those to prefer, such as fp16."""
 

@@ -92,7 +92,9 @@ def check_run(
     Raises:
         UserError: options or times that the sampler refuses, or a variance that it needs
     """
-    _empty_run(sampler, tuple(times), schedule, tuple(options.items()), variance)
+    arguments = sampler, tuple(times), schedule, tuple(options.items())
+    # the former is remembered for `calls`
+    _empty_run(*arguments) if variance else _empty_run(*arguments, False)
 
 
 def draws_noise(
