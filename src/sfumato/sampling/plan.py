@@ -516,7 +516,7 @@ def _check_maps(request: Request, n: int, shape: tuple[int, int, int]) -> None:
         or len(part) not in (1, n)
         for part in parts
     ):
-        shapes = [tuple(getattr(part, "shape", ())) for part in parts]
+        shapes = list(dict.fromkeys(tuple(getattr(part, "shape", ())) for part in parts))
         raise UserError(
             f"concat of shapes {shapes}: expected maps of {cells[0]} x {cells[1]} latent cells, one or {n} of them"
         )
