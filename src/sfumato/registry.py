@@ -11,7 +11,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from sfumato.errors import UserError, unknown
+from sfumato.errors import unknown
 
 
 @cache
@@ -41,40 +41,3 @@ def find(package: str, name: str) -> Any:
 def module_of(package: str, name: str) -> ModuleType:
     """A file of a registered folder, imported."""
     return importlib.import_module(f"sfumato.{package}.{name}")
-
-
-def choice(spec: str) -> tuple[str, dict[str, Any]]:
-    """ "name" or "name:option=value,option=value" -> the name and its options; values are numbers,
-    true, false or words.
-    """
-    name, options = split(str(spec))
-    return name.replace("-", "_"), {
-        key.replace("-", "_"): _value(value) for key, value in options.items()
-    }
-
-
-def split(word: str) -> tuple[str, dict[str, str]]:
-    """The name and the options of a word, unread."""
-    name, colon, rest = word.partition(":")
-    options: dict[str, str] = {}
-    for item in rest.split(",") if colon else ():
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not (key and equals and value):
-            raise UserError(
-                f"{word!r}: expected NAME or NAME:OPTION=VALUE,OPTION=VALUE, found {item!r}"
-            )
-        if key in options:
-            raise UserError(f"{word!r} gives {key} twice: give it once")
-        options[key] = value
-    return name.strip(), options
-
-
-def _value(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

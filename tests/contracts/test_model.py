@@ -1196,7 +1196,7 @@ def test_a_cancelled_request_leaves_the_others_alone(model: LatentDiffusion) -> 
     [
         ({"promt": "bag"}, "unknown field of a request 'promt': did you mean .*'prompt'"),
         ({"sampler": "ddim:ata=1"}, "unknown option of sampler ddim 'ata': did you mean 'eta'"),
-        ({"sampler": "ddim:eta=much"}, "sampler ddim: eta='much': expected a number"),
+        ({"sampler": "ddim:eta=much"}, "sampler ddim:eta='much': expected a number"),
         ({"sampler": "ddim:eta"}, "found 'eta'"),
         ({"sampler": "ddim_inversion"}, "goes from an image to noise"),
         ({"spacing": "karras:row=3"}, "unknown option of spacing karras 'row': did you mean 'rho'"),
@@ -1262,9 +1262,9 @@ def test_what_is_guided_does_not_depend_on_its_neighbours(
         ({"negative_prompt": "ankle boot", "guidance": 1.0}, "nothing is moved away from it"),
         ({"tiles": (8, 0)}, r"tiles=\(8, 0\): expected \(size, stride\)"),
         ({"sampler": "restart:rho=0.0"}, "rho=0.0"),
-        ({"sampler": "lms:order=2.5"}, "order=2.5: expected a whole number"),
-        ({"sampler": "ddim:eta=true"}, "eta=True: expected a number"),
-        ({"sampler": "edm:churn_from=nan"}, "churn_from=nan: expected a number"),
+        ({"sampler": "lms:order=2.5"}, "lms:order='2.5': expected a whole number"),
+        ({"sampler": "ddim:eta=true"}, "ddim:eta='true': expected a number"),
+        ({"sampler": "edm:churn_from=nan"}, "edm:churn_from='nan': expected a number"),
         ({"sampler": "ddim:eta=0.5,eta=0.7"}, "gives eta twice"),
     ],
 )

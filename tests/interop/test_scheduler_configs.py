@@ -915,7 +915,7 @@ def test_words_have_one_spelling() -> None:
         == "karras:rho=5.0"
     )
     assert canonical("lms:order=4", sampler_word) == "lms"
-    with pytest.raises(UserError, match="ddim has no option order"):
+    with pytest.raises(UserError, match="unknown option of sampler ddim 'order'"):
         canonical("ddim:order=2", sampler_word)
     with pytest.raises(UserError, match="unknown timestep spacing 'tuned'"):
         canonical("tuned", spacing_word)

@@ -3,7 +3,6 @@
 Both check what can be checked without a model. `plan.py` checks the rest.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -18,7 +17,8 @@ from sfumato.diffuse.timesteps import SPACINGS, check_times
 from sfumato.errors import UserError, unknown
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.guidance.settings import Guidance
-from sfumato.registry import choice, find
+from sfumato.registry import find
+from sfumato.spec import Spec, options_of
 from sfumato.types import Conditioning, ImageSpec
 
 Prompt = str | None | Sequence[str | None]
@@ -296,55 +296,34 @@ class RequestFields(TypedDict, total=False):
 
 @lru_cache(maxsize=256)
 def sampler_of(spec: str) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The sampler that "name" or "name:option=value,..." means, and its options; `UserError` for
-    one that there is not.
+    """Parse "name" or "name:option=value,..." into a sampler and its options.
+
+    Raises:
+        UserError: an unknown sampler or option, or a value of another type.
     """
-    name, options = choice(spec)
-    sampler = find("diffuse.samplers", name)
-    _check_options(f"sampler {name}", sampler, 4, options)
-    return sampler, options
+    parsed = Spec.parse(spec)
+    sampler = find("diffuse.samplers", parsed.name)
+    return sampler, parsed.values("sampler", options_of(sampler))
 
 
 @lru_cache(maxsize=256)
 def spacing_of(spec: str) -> tuple[str, dict[str, Any]]:
-    """The spacing that "name" or "name:option=value,..." means, and its options."""
-    name, options = choice(spec)
-    if name not in SPACINGS:
-        raise unknown("timestep spacing", name, [*SPACINGS, "tuned"])
-    _check_options(f"spacing {name}", SPACINGS[name], 3, options)
-    return name, options
+    """Parse "name" or "name:option=value,..." into a spacing's name and its options.
+
+    Raises:
+        UserError: an unknown spacing or option, or a value of another type.
+    """
+    parsed = Spec.parse(spec)
+    if parsed.name not in SPACINGS:
+        raise unknown("timestep spacing", parsed.name, [*SPACINGS, "tuned"])
+    options = options_of(SPACINGS[parsed.name], without=("start",))
+    return parsed.name, parsed.values("spacing", options)
 
 
 @lru_cache(maxsize=256)
-def _canonical(spec: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
-    """A sampler's name and those of its options that are not the defaults."""
-    sampler, options = sampler_of(spec)
-    defaults = {name: p.default for name, p in inspect.signature(sampler).parameters.items()}
-    return choice(spec)[0], tuple(
-        sorted((key, value) for key, value in options.items() if value != defaults[key])
-    )
-
-
-def _check_options(
-    what: str, function: Callable[..., Any], skip: int, options: Mapping[str, Any]
-) -> None:
-    """`UserError` for an option that a sampler or spacing does not have (after its first `skip`
-    parameters), or words for a number.
-    """
-    allowed = list(inspect.signature(function).parameters.values())[skip:]
-    for option, value in options.items():
-        found = next((p for p in allowed if p.name == option), None)
-        if found is None:
-            raise unknown(f"option of {what}", option, [p.name for p in allowed])
-        wanted = type(found.default) if found.default is not None else float
-        fits = isinstance(value, wanted) or (wanted is float and isinstance(value, int))
-        if (
-            not fits
-            or (isinstance(value, bool) and wanted is not bool)
-            or (isinstance(value, float) and math.isnan(value))
-        ):
-            kinds = {str: "a word", int: "a whole number", float: "a number", bool: "true or false"}
-            raise UserError(f"{what}: {option}={value!r}: expected {kinds[wanted]}")
+def _canonical(spec: str) -> Spec:
+    """Return a sampler's name and those of its options that differ from the defaults."""
+    return Spec.parse(spec).canonical("sampler", options_of(sampler_of(spec)[0]))
 
 
 def check_distilled(value: Any) -> None:

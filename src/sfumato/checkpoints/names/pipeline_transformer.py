@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sfumato.checkpoints.names.scheduler_times import spacing_word
-from sfumato.registry import choice
+from sfumato.spec import Spec
 
 _NOTHING = [None, None]
 _FLUX = {0: "FluxPipeline", 16: "FluxControlPipeline", 80: "FluxFillPipeline"}
@@ -85,10 +85,10 @@ def transformer_spacing(pipeline: str, spacing: str) -> str:
     """A scheduler's spacing as a pipeline (the `_class_name` of model_index.json) runs it: FLUX.2's
     gives a shift by the size its own rule.
     """
-    name, options = choice(spacing)
+    spec = Spec.parse(spacing)
     return (
-        spacing_word(name, **options, rule="flux2")
-        if pipeline.startswith("Flux2") and name == "dynamic"
+        spacing_word(spec.name, **spec.options, rule="flux2")
+        if pipeline.startswith("Flux2") and spec.name == "dynamic"
         else spacing
     )
 

@@ -34,13 +34,15 @@ from sfumato.checkpoints.names.scheduler_runs import Way, way_of
 from sfumato.checkpoints.names.scheduler_times import (
     DynamicShift,
     canonical,
+    sampler_values,
     sampler_word,
+    spacing_values,
     spacing_word,
 )
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.rescale import ZeroTerminalSNR
 from sfumato.errors import UserError
-from sfumato.registry import choice
+from sfumato.spec import Spec
 
 log = logging.getLogger("sfumato")
 
@@ -203,7 +205,7 @@ def write_scheduler(
     known = list(_classes(process, dynamic))
     near = [wanted]
     # what the network predicts is to be read whatever the times are
-    if choice(wanted.sampler)[1].get("variance") == "learned":
+    if Spec.parse(wanted.sampler).options.get("variance") == "learned":
         near.append(replace(wanted, spacing=spacing_word("trailing", whole=True)))
     found = next(
         (values for run in near for name, base in known if (values := _search(name, base, run))),
@@ -334,7 +336,7 @@ def _each(key: str, *values: Any) -> list[dict[str, Any]]:
 
 def _time_values(spacing: str) -> list[list[dict[str, Any]]]:
     """What the fields of times can be, for a spacing: the plain first."""
-    options = choice(spacing)[1]
+    options = spacing_values(Spec.parse(spacing))
     levels = [
         {},
         *(_each(f"use_{kind}_sigmas", True)[0] for kind in ("karras", "exponential", "beta")),
@@ -353,7 +355,8 @@ def _time_values(spacing: str) -> list[list[dict[str, Any]]]:
 
 def _solver_values(sampler: str) -> list[list[dict[str, Any]]]:
     """What the fields of a solver can be."""
-    name, options = choice(sampler)
+    spec = Spec.parse(sampler)
+    name, options = spec.name, sampler_values(spec)
     order = 1 if name in ("ddim", "ddpm") else 3 if "3m" in name else options.get("order", 2)
     return [
         _each("skip_prk_steps", True, False),

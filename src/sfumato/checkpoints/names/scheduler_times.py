@@ -10,13 +10,13 @@ even down to 0.001 and shifted, or even down to one step from 0, as FLUX's pipel
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 from sfumato.diffuse.rescale import dynamic_shift, shifted_time
 from sfumato.diffuse.timesteps import SPACINGS
 from sfumato.errors import UserError, unknown
-from sfumato.registry import choice, find
+from sfumato.registry import find
+from sfumato.spec import Spec, options_of
 
 _WHOLE = (
     "DDIMScheduler",
@@ -37,48 +37,41 @@ def sampler_word(name: str, **options: Any) -> str:
     """ "name:option=value,..." of a sampler, without the options that are its defaults: one word
     for one run.
     """
-    return _word(name, find("diffuse.samplers", name), options)
+    return str(
+        Spec.of(
+            "sampler",
+            name,
+            dict(sorted(options.items())),
+            options_of(find("diffuse.samplers", name)),
+        )
+    )
 
 
 def spacing_word(name: str, **options: Any) -> str:
     """The same of a spacing."""
-    if name not in SPACINGS:
-        raise unknown("timestep spacing", name, SPACINGS)
-    return _word(name, SPACINGS[name], options)
+    return str(Spec.of("spacing", name, dict(sorted(options.items())), _spacing_options(name)))
 
 
 def canonical(word: str, make: Callable[..., str]) -> str:
     """The one spelling of a word, by `sampler_word` or `spacing_word`."""
-    name, options = choice(word)
-    return make(name, **options)
+    spec = Spec.parse(word)
+    return make(spec.name, **spec.options)
 
 
-def _word(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> str:
-    defaults = {key: p.default for key, p in signature(function).parameters.items()}
-    if not options.keys() <= defaults.keys():
-        option = min(options.keys() - defaults.keys())
-        raise UserError(f"{name}:{option}={options[option]}: {name} has no option {option}")
-    exact = {
-        key: float(value) if _is_number(value, defaults[key]) else value
-        for key, value in sorted(options.items())
-    }
-    said = {key: value for key, value in exact.items() if value != defaults[key]}
-    return (
-        name
-        + ":" * bool(said)
-        + ",".join(f"{key}={str(value).lower()}" for key, value in said.items())
-    )
+def sampler_values(spec: Spec) -> dict[str, Any]:
+    """A sampler's options as numbers, words and flags."""
+    return spec.values("sampler", options_of(find("diffuse.samplers", spec.name)))
 
 
-def _is_number(value: Any, default: Any) -> bool:
-    """Whether an option is a real number, so that 5 and 5.0 are one word (None is the default of
-    times).
-    """
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and (default is None or isinstance(default, float))
-    )
+def spacing_values(spec: Spec) -> dict[str, Any]:
+    """The same of a spacing."""
+    return spec.values("spacing", _spacing_options(spec.name))
+
+
+def _spacing_options(name: str) -> dict[str, Any]:
+    if name not in SPACINGS:
+        raise unknown("timestep spacing", name, SPACINGS)
+    return options_of(SPACINGS[name], without=("start",))
 
 
 @dataclass(frozen=True)
@@ -109,15 +102,12 @@ class DynamicShift:
     @classmethod
     def from_word(cls, spacing: str) -> "DynamicShift | None":
         """The inverse of `word`; None for another spacing, and for one of so many tokens."""
-        name, said = choice(spacing)
-        if name != "dynamic" or "tokens" in said:
+        spec = Spec.parse(spacing)
+        if spec.name != "dynamic" or "tokens" in spec.options:
             return None
-        known = {key: p.default for key, p in signature(SPACINGS[name]).parameters.items()} | said
-        ends = (
-            (known["base_tokens"], float(known["base"])),
-            (known["top_tokens"], float(known["top"])),
-        )
-        return cls(*ends, known["exponential"], known["even"], float(known["terminal"]))
+        values = _spacing_options(spec.name) | spacing_values(spec)
+        ends = (values["base_tokens"], values["base"]), (values["top_tokens"], values["top"])
+        return cls(*ends, values["exponential"], values["even"], values["terminal"])
 
     def spacing(self, tokens: int) -> str:
         """The spacing for an image of so many tokens (FLUX: 2x2 latent cells are one)."""

@@ -37,8 +37,8 @@ from torch import Tensor
 from sfumato.batching import DenoiseFn
 from sfumato.errors import UserError, unknown
 from sfumato.predict.guidance.guide import guide
-from sfumato.predict.guidance.words import number, read, write
-from sfumato.registry import find, names, split
+from sfumato.registry import find, names
+from sfumato.spec import Spec, options_of, short_number
 from sfumato.types import Conditioning
 
 FOLDERS = {
@@ -77,7 +77,7 @@ class Guidance:
             ("reference", references),
         ):
             written = " ".join(
-                write(split(w)[0], part)
+                _spelled(setting, Spec.parse(w).name, part)
                 for w, part in zip(getattr(self, setting).split(), parts, strict=True)
             )
             object.__setattr__(self, setting, written)
@@ -146,7 +146,7 @@ class Guidance:
             for f in fields(self)
             if f.name != "scale" and getattr(self, f.name) != f.default
         ]
-        return " ".join([number(self.scale), *said])
+        return " ".join([short_number(self.scale), *said])
 
 
 def _scale(value: Any) -> float:
@@ -168,12 +168,37 @@ def _parts(
     )
 
 
-def _part(setting: str, word: str, **given: Any) -> Any:
+def _part(setting: str, word: str, **scale: float) -> Any:
     """The object for a word of a setting."""
-    name, options = split(word)
+    spec = Spec.parse(word)
+    return _class(setting, spec.name)(
+        **scale, **spec.values(f"guidance {setting}", _options(setting, spec.name))
+    )
+
+
+def _class(setting: str, name: str) -> type:
     if name not in names(FOLDERS[setting]):
         raise unknown(f"guidance {setting}", name, names(FOLDERS[setting]))
-    return read(find(FOLDERS[setting], name), name, options, **given)
+    return find(FOLDERS[setting], name)
+
+
+def _options(setting: str, name: str) -> dict[str, Any]:
+    """The options of a part. A weight's scale is none: it is the number that everybody gives."""
+    return options_of(_class(setting, name), without=("scale",))
+
+
+def _spelled(setting: str, name: str, part: Any) -> str:
+    """The word for a part."""
+    defaults = _options(setting, name)
+    return str(
+        Spec.of(
+            f"guidance {setting}",
+            name,
+            {key: getattr(part, key) for key in defaults},
+            defaults,
+            short_number,
+        )
+    )
 
 
 def _from_text(text: str) -> Guidance:
@@ -184,7 +209,7 @@ def _from_text(text: str) -> Guidance:
         try:
             scales.append(float(word))
         except ValueError:
-            name = word.partition(":")[0]
+            name = Spec.parse(word).name
             if name not in homes:
                 raise UserError(
                     f"guidance={text!r}: {unknown('guidance', name, homes)}; a number is the scale"
@@ -228,13 +253,8 @@ def _word(setting: str, given: Any) -> str:
         raise UserError(
             f'guidance {setting}={given!r}: expected a word such as "NAME:OPTION=VALUE", or an object with a name and options'
         )
-    name = given["name"]
-    if name not in names(FOLDERS[setting]):
-        raise unknown(f"guidance {setting}", name, names(FOLDERS[setting]))
-    return write(
-        name,
-        read(find(FOLDERS[setting], name), name, {k: v for k, v in given.items() if k != "name"}),
-    )
+    name, options = given["name"], {key: value for key, value in given.items() if key != "name"}
+    return str(Spec.of(f"guidance {setting}", name, options, _options(setting, name), short_number))
 
 
 def build(
