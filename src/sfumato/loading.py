@@ -23,13 +23,13 @@ from sfumato.checkpoints.names.pipeline import (
     pipeline_defaults,
 )
 from sfumato.checkpoints.names.pipeline_transformer import transformer_spacing
-from sfumato.checkpoints.names.scheduler import (
+from sfumato.checkpoints.names.whole import extras
+from sfumato.checkpoints.original import PICKLES, Reading, split
+from sfumato.checkpoints.schedulers.config import (
     from_scheduler_config,
     gives_even_times,
     read_scheduler,
 )
-from sfumato.checkpoints.names.whole import extras
-from sfumato.checkpoints.original import PICKLES, Reading, split
 from sfumato.checkpoints.single_file import KEY_OF_OURS, notes_of, unfold
 from sfumato.checkpoints.tokenizer import LOW_RES, MODEL, SCHEDULER
 from sfumato.checkpoints.transformer_files import layout_of_class, layout_of_keys
@@ -194,7 +194,7 @@ def _open(path: Path, name: str, how: _How) -> LatentDiffusion:
         notes = parts.get("_sfumato", {})
         run = {
             "sampler": recipe.sampler,
-            "spacing": transformer_spacing(str(pipeline), recipe.spacing_word),
+            "spacing": transformer_spacing(str(pipeline), recipe.default_spacing),
         }
         given = notes.get(
             "defaults", {} if "_sfumato" in parts else pipeline_defaults(parts, network) | run
@@ -258,7 +258,7 @@ def _open_original(path: Path, how: _How) -> LatentDiffusion:
         {"_class_name": pipeline_class(network, conditioner)}, network
     ) | _guidance(conditioner)
     defaults = Defaults.from_json(
-        begin | {"sampler": recipe.sampler, "spacing": recipe.spacing_word}
+        begin | {"sampler": recipe.sampler, "spacing": recipe.default_spacing}
     )
     return how.placed(
         LatentDiffusion(
@@ -350,7 +350,7 @@ def _open_whole(path: Path, how: _How) -> LatentDiffusion:
         recipe = read_scheduler(scheduler, even=gives_even_times(pipeline) or None)
         begin = pipeline_defaults({"_class_name": pipeline}, network) | {
             "sampler": recipe.sampler,
-            "spacing": recipe.spacing_word,
+            "spacing": recipe.default_spacing,
         }
         given = begin | ours.get("defaults", {})
         defaults = Defaults.from_json(given)

@@ -18,7 +18,7 @@ from PIL import Image as PIL
 from torch import Tensor
 
 from sfumato.batching import drive, gather
-from sfumato.checkpoints.names.scheduler import to_scheduler_config
+from sfumato.checkpoints.schedulers.config import to_scheduler_config
 from sfumato.compress.base import Autoencoder
 from sfumato.decode.exact import exact
 from sfumato.decode.overflow import decode_in_range, encode_in_range

@@ -16,9 +16,9 @@ from sfumato import __version__
 from sfumato.checkpoints.conditioners import has_original, to_notes, to_parts
 from sfumato.checkpoints.folder import save_part, storable
 from sfumato.checkpoints.names.pipeline import autoencoder_name, pipeline_class, pipeline_index
-from sfumato.checkpoints.names.scheduler import to_scheduler_config, write_scheduler
-from sfumato.checkpoints.names.scheduler_times import DynamicShift
 from sfumato.checkpoints.original import Part, gather, join, notes
+from sfumato.checkpoints.schedulers.config import to_scheduler_config, write_scheduler
+from sfumato.checkpoints.schedulers.spacing import DynamicShift
 from sfumato.checkpoints.single_file import fold
 from sfumato.checkpoints.tokenizer import LOW_RES, MODEL, SCHEDULER
 from sfumato.checkpoints.whole_models import has_whole, write_model
@@ -86,9 +86,9 @@ def _scheduler(model: Any) -> dict[str, Any]:
         model.defaults.sampler,
         model.defaults.spacing,
     )
-    dynamic = DynamicShift.from_word(spacing)
+    dynamic = DynamicShift.from_spec(spacing)
     if dynamic is not None:
-        return write_scheduler(process, sampler, dynamic.spacing(dynamic.top[0]), dynamic)
+        return write_scheduler(process, sampler, dynamic.spacing_for(dynamic.top[0]), dynamic)
     network, conditioner = model.denoiser.network, model.conditioner
     ours = (
         not has_original(network, conditioner)

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from sfumato.checkpoints.names.scheduler_times import canonical, sampler_word, spacing_word
+from sfumato.checkpoints.schedulers.samplers import canonical_sampler, format_sampler
+from sfumato.checkpoints.schedulers.spacing import canonical_spacing, format_spacing
 from sfumato.diffuse.timesteps import SPACINGS
 from sfumato.errors import UserError
 from sfumato.predict.guidance.settings import FOLDERS, Guidance
@@ -237,13 +238,11 @@ def annotations_of(target: Any) -> dict[str, Any]:
 def test_every_sampler_with_its_options(name: str, data: st.DataObject) -> None:
     defaults = options_of(SAMPLERS[name])
     values = data.draw(drawn_values(defaults, annotations_of(SAMPLERS[name])))
-    word = sampler_word(name, **values)
+    word = format_sampler(name, **values)
     sampler, options = sampler_of(word)
     assert sampler is SAMPLERS[name] and defaults | options == defaults | values
     assert all(type(options[key]) is type(values[key]) for key in options)
-    assert canonical(word, sampler_word) == word == str(Spec.parse(word)), (
-        "one spelling, and it stays"
-    )
+    assert canonical_sampler(word) == word == str(Spec.parse(word)), "one spelling, and it stays"
     assert not options or list(options) == sorted(options)
 
 
@@ -254,10 +253,10 @@ def test_every_spacing_with_its_options(name: str, data: st.DataObject) -> None:
     defaults = options_of(SPACINGS[name], without=("start",))
     assert "clean" in defaults and "start" not in defaults and "steps" not in defaults
     values = data.draw(drawn_values(defaults, annotations_of(SPACINGS[name])))
-    word = spacing_word(name, **values)
+    word = format_spacing(name, **values)
     found, options = spacing_of(word)
     assert found == name and defaults | options == defaults | values
-    assert canonical(word, spacing_word) == word == str(Spec.parse(word))
+    assert canonical_spacing(word) == word == str(Spec.parse(word))
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -290,21 +289,23 @@ def test_every_part_of_guidance_with_its_options(name: str, data: st.DataObject)
 
 def test_options_that_equal_the_defaults_are_not_written() -> None:
     for name, sampler in SAMPLERS.items():
-        assert sampler_word(name, **options_of(sampler)) == name
+        assert format_sampler(name, **options_of(sampler)) == name
     for name, spacing in SPACINGS.items():
-        assert spacing_word(name, **options_of(spacing, without=("start",))) == name
+        assert format_spacing(name, **options_of(spacing, without=("start",))) == name
 
 
 def test_spellings_of_stored_files_stay() -> None:
     """Byte for byte what models and pictures of before hold."""
     assert (
-        sampler_word("dpmpp_2m_sde", solver="heun", eta=0.0, lower_below=15)
+        format_sampler("dpmpp_2m_sde", solver="heun", eta=0.0, lower_below=15)
         == "dpmpp_2m_sde:eta=0.0,lower_below=15,solver=heun"
     )
-    assert sampler_word("lcm", scaling=5) == "lcm:scaling=5.0"
-    assert sampler_word("dpmpp_3m", published=True) == "dpmpp_3m:published=true"
-    assert spacing_word("leading", offset=1, clean=False) == "leading:clean=false,offset=1"
-    assert spacing_word("karras", end=0.02, between="leading") == "karras:between=leading,end=0.02"
+    assert format_sampler("lcm", scaling=5) == "lcm:scaling=5.0"
+    assert format_sampler("dpmpp_3m", published=True) == "dpmpp_3m:published=true"
+    assert format_spacing("leading", offset=1, clean=False) == "leading:clean=false,offset=1"
+    assert (
+        format_spacing("karras", end=0.02, between="leading") == "karras:between=leading,end=0.02"
+    )
     assert Guidance.parse("4.50 project:momentum=-.5,threshold=10").to_json() == {
         "scale": 4.5,
         "combine": "project:threshold=10,momentum=-0.5",

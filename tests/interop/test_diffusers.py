@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.checkpoints.folder import load_part, save_part
-from sfumato.checkpoints.names.scheduler import from_scheduler_config, to_scheduler_config
+from sfumato.checkpoints.schedulers.config import from_scheduler_config, to_scheduler_config
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sfumato.batching import drive
-from sfumato.checkpoints.names.scheduler import read_scheduler, write_scheduler
+from sfumato.checkpoints.schedulers.config import read_scheduler, write_scheduler
 from sfumato.diffuse.sample import conduct
 from sfumato.diffuse.samplers import calls
 from sfumato.diffuse.timesteps import timesteps

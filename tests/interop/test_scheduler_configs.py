@@ -24,18 +24,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sfumato.checkpoints.names.scheduler import (
+from sfumato.checkpoints.schedulers.config import (
     DynamicShift,
-    Recipe,
+    SchedulerSpec,
     from_scheduler_config,
     gives_even_times,
     read_scheduler,
     to_scheduler_config,
     write_scheduler,
 )
-from sfumato.checkpoints.names.scheduler_fields import CLASSES, FLOW_CLASSES
-from sfumato.checkpoints.names.scheduler_published import PUBLISHED
-from sfumato.checkpoints.names.scheduler_times import canonical, sampler_word, spacing_word
+from sfumato.checkpoints.schedulers.fields import CLASSES, FLOW_CLASSES
+from sfumato.checkpoints.schedulers.samplers import canonical_sampler
+from sfumato.checkpoints.schedulers.spacing import canonical_spacing
 from sfumato.diffuse.parameterization import edm, parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.rescale import Shifted, ZeroTerminalSNR, dynamic_shift
@@ -133,13 +133,13 @@ def network(process: Process) -> Callable[[Tensor, float], Tensor]:
     return answer
 
 
-def times_of(recipe: Recipe, steps: int, tokens: int | None = None) -> list[float]:
+def times_of(recipe: SchedulerSpec, steps: int, tokens: int | None = None) -> list[float]:
     name, options = spacing_of(recipe.spacing if tokens is None else recipe.spacing_for(tokens))
     return timesteps(name, steps, recipe.process.schedule, **options)
 
 
 def our_run(
-    recipe: Recipe, times: list[float], start: Tensor, told: list[float] | None = None
+    recipe: SchedulerSpec, times: list[float], start: Tensor, told: list[float] | None = None
 ) -> Tensor:
     """The end of a run here; the network is told the timesteps `told` where they are given."""
     sampler, options = sampler_of(recipe.sampler)
@@ -491,6 +491,102 @@ def test_even_times_of_a_flow(shift: float, double: Callable[[str], Any]) -> Non
 
 # ---- published families --------------------------------------------------------------------------
 
+# Scheduler configs of published families, less the fields that their class does not read, written
+# down without the files at hand. The repositories: CompVis/stable-diffusion-v1-4,
+# stabilityai/stable-diffusion-2-1, -xl-base-1.0, -xl-refiner-1.0, sdxl-turbo, sd-turbo,
+# -x4-upscaler, -3-medium, -3.5-large, SimianLuo/LCM_Dreamshaper_v7, black-forest-labs/FLUX.1-dev
+# and -schnell, cosxl, playground-v2.5. FLUX.1-schnell's pipeline gives it even times
+# (`gives_even_times`).
+SD_LEADING = SD | {"timestep_spacing": "leading", "steps_offset": 1, "prediction_type": "epsilon"}
+SD_DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False}
+FLOW_EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+FLUX_SIZES = {
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
+SD_TURBO = SD | {
+    "_class_name": "EulerAncestralDiscreteScheduler",
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
+}
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "sd1": {
+        "_class_name": "PNDMScheduler",
+        **SD_LEADING,
+        "skip_prk_steps": True,
+        "set_alpha_to_one": False,
+    },
+    "sd2-base": {
+        "_class_name": "PNDMScheduler",
+        **SD_LEADING,
+        "skip_prk_steps": True,
+        "set_alpha_to_one": False,
+    },
+    "sd2": {**SD_DDIM, **SD_LEADING, "prediction_type": "v_prediction"},
+    "sdxl": {
+        "_class_name": "EulerDiscreteScheduler",
+        **SD_LEADING,
+        "interpolation_type": "linear",
+        "use_karras_sigmas": False,
+    },
+    "sdxl-refiner": {
+        "_class_name": "EulerDiscreteScheduler",
+        **SD_LEADING,
+        "interpolation_type": "linear",
+        "use_karras_sigmas": False,
+    },
+    "sdxl-turbo": SD_TURBO,
+    "sd-turbo": {**SD_TURBO, "_class_name": "EulerDiscreteScheduler"},
+    "x4-upscaler": {
+        **SD_DDIM,
+        **SD,
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "prediction_type": "v_prediction",
+        "steps_offset": 1,
+    },
+    "x4-upscaler-low-res": {
+        "_class_name": "DDPMScheduler",
+        **SD,
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "prediction_type": "epsilon",
+        "variance_type": "fixed_small",
+        "clip_sample": True,  # it only adds noise to the small image
+    },
+    "lcm": {
+        "_class_name": "LCMScheduler",
+        **SD,
+        "original_inference_steps": 50,
+        "timestep_scaling": 10.0,
+        "prediction_type": "epsilon",
+    },
+    "sd3": {**FLOW_EULER, "shift": 3.0},
+    "sd3.5": {**FLOW_EULER, "shift": 3.0},
+    "flux-dev": {**FLOW_EULER, **FLUX_SIZES, "shift": 3.0, "use_dynamic_shifting": True},
+    "flux-schnell": {**FLOW_EULER, **FLUX_SIZES, "shift": 1.0, "use_dynamic_shifting": False},
+    "cosxl": {
+        "_class_name": "EDMEulerScheduler",
+        "sigma_min": 0.002,
+        "sigma_max": 120.0,
+        "sigma_data": 1.0,
+        "sigma_schedule": "exponential",
+        "prediction_type": "v_prediction",
+    },
+    "playground-v2.5": {
+        "_class_name": "EDMDPMSolverMultistepScheduler",
+        "sigma_min": 0.002,
+        "sigma_max": 80.0,
+        "sigma_data": 0.5,
+        "prediction_type": "epsilon",
+        "solver_order": 2,
+    },
+}
+
 WAYS = {
     "sd1": ("plms", "leading:clean=false,offset=1", "eps"),
     "sd2-base": ("plms", "leading:clean=false,offset=1", "eps"),
@@ -616,7 +712,7 @@ def test_runs_that_diffusers_has_not_come_back_too(
     written = write_scheduler(process, sampler, spacing)
     (tmp_path / "scheduler_config.json").write_text(json.dumps(written))
     read = read_scheduler(json.loads((tmp_path / "scheduler_config.json").read_text()), strict=True)
-    assert read == Recipe(process, read.sampler, read.spacing) and "_sfumato" in written
+    assert read == SchedulerSpec(process, read.sampler, read.spacing) and "_sfumato" in written
     assert sampler_of(read.sampler)[0] is sampler_of(sampler)[0]
     assert spacing_of(spacing) == spacing_of(read.spacing)
     if written["_class_name"] == "SfumatoProcess":
@@ -649,7 +745,7 @@ def test_a_note_is_dropped_when_the_fields_beside_it_change() -> None:
 def test_dynamic_shifts_come_back(dynamic: DynamicShift) -> None:
     process = Process(schedule("flow"), parameterization("flow"))
     for sampler in ("euler", "heun", "consistency"):
-        recipe = Recipe(process, sampler, dynamic.spacing(dynamic.top[0]), dynamic)
+        recipe = SchedulerSpec(process, sampler, dynamic.spacing_for(dynamic.top[0]), dynamic)
         assert (
             read_scheduler(
                 json.loads(json.dumps(write_scheduler(process, sampler, recipe.spacing, dynamic)))
@@ -910,12 +1006,12 @@ def test_every_spacing_may_end_early_and_by_level_between_others(name: str, kind
 
 def test_words_have_one_spelling() -> None:
     assert (
-        canonical("karras:rho=5", spacing_word)
-        == canonical("karras:rho=5.0,clean=true", spacing_word)
+        canonical_spacing("karras:rho=5")
+        == canonical_spacing("karras:rho=5.0,clean=true")
         == "karras:rho=5.0"
     )
-    assert canonical("lms:order=4", sampler_word) == "lms"
+    assert canonical_sampler("lms:order=4") == "lms"
     with pytest.raises(UserError, match="unknown option of sampler ddim 'order'"):
-        canonical("ddim:order=2", sampler_word)
+        canonical_sampler("ddim:order=2")
     with pytest.raises(UserError, match="unknown timestep spacing 'tuned'"):
-        canonical("tuned", spacing_word)
+        canonical_spacing("tuned")

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sfumato.checkpoints.infer import UNET_STANDARD
-from sfumato.checkpoints.names import betas
 from sfumato.checkpoints.names.clip_text import clip_rows, open_clip_rows
 from sfumato.checkpoints.names.ldm_unet import unet_rows
 from sfumato.checkpoints.names.ldm_vae import vae_rows
@@ -33,6 +32,7 @@ from sfumato.checkpoints.original import (
     split,
     split_tensors,
 )
+from sfumato.checkpoints.schedulers import betas
 
 LEVELS = {
     "D": ("DownBlock2D", "UpBlock2D"),

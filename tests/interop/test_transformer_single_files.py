@@ -27,9 +27,9 @@ from torch import Tensor
 
 import sfumato
 from sfumato.checkpoints.lazily import present
-from sfumato.checkpoints.names.scheduler import read_scheduler
 from sfumato.checkpoints.names.whole import DYNAMIC, FLOW
 from sfumato.checkpoints.original import Reading
+from sfumato.checkpoints.schedulers.config import read_scheduler
 from sfumato.checkpoints.single_file import KEY_OF_OURS
 from sfumato.checkpoints.transformer_files import (
     NOTE,
@@ -168,7 +168,7 @@ def whole(name: str, scratch: Path) -> LatentDiffusion:
     """A model as `load` would make one of the published folder."""
     scheduler = FLOW | (DYNAMIC if name == "flux" else {"shift": 1.0 if name == "schnell" else 3.0})
     recipe = read_scheduler(scheduler, even=name != "sd3" or None)
-    run: dict[str, Any] = {"sampler": recipe.sampler, "spacing": recipe.spacing_word}
+    run: dict[str, Any] = {"sampler": recipe.sampler, "spacing": recipe.default_spacing}
     run |= (
         {"steps": 28, "guidance": 7.0}
         if name == "sd3"

@@ -14,8 +14,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from sfumato.checkpoints.names.scheduler import read_scheduler
-from sfumato.checkpoints.names.scheduler_times import DynamicShift
+from sfumato.checkpoints.schedulers.config import read_scheduler
+from sfumato.checkpoints.schedulers.spacing import DynamicShift
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
@@ -99,11 +99,11 @@ FLUX |= {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5
 
 def test_the_word_of_a_dynamic_shift_says_it_all() -> None:
     recipe = read_scheduler(FLUX, even=True)
-    assert recipe.dynamic is not None and recipe.spacing_word == recipe.dynamic.word == "dynamic"
+    assert recipe.dynamic is not None and recipe.default_spacing == recipe.dynamic.spec == "dynamic"
     other = DynamicShift((100, 0.4), (900, 0.9), False, False, 0.1)
     assert (
-        DynamicShift.from_word(other.word) == other
-        and DynamicShift.from_word("shifted:shift=2") is None
+        DynamicShift.from_spec(other.spec) == other
+        and DynamicShift.from_spec("shifted:shift=2") is None
     )
     for tokens in (256, 1024, 4096):
         name, options = "dynamic", {"tokens": tokens}

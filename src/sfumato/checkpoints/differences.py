@@ -7,8 +7,8 @@ import torch
 
 from sfumato.checkpoints.infer import KL_STANDARD, UNET_STANDARD, VAE_STANDARD, VQ_STANDARD
 from sfumato.checkpoints.infer_plain import PLAIN_STANDARD
-from sfumato.checkpoints.names import betas
 from sfumato.checkpoints.names.ldm_unet import is_plain
+from sfumato.checkpoints.schedulers import betas
 
 if TYPE_CHECKING:
     from sfumato.checkpoints.original import Parts

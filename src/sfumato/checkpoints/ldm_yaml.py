@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.checkpoints.infer import one_or_all
-from sfumato.checkpoints.names import betas
+from sfumato.checkpoints.schedulers import betas
 from sfumato.errors import UserError, unknown
 
 _DDPM, _ENCODERS = "ldm.models.diffusion.ddpm.", "ldm.modules.encoders.modules."

@@ -34,10 +34,11 @@ from sfumato.checkpoints.heads import heads_note, noted_heads
 from sfumato.checkpoints.infer import Shapes, text_config, unet_config, vae_config
 from sfumato.checkpoints.infer_plain import is_plain, plain_config
 from sfumato.checkpoints.ldm_yaml import OriginalConfig
-from sfumato.checkpoints.names import betas, ldm_unet
+from sfumato.checkpoints.names import ldm_unet
 from sfumato.checkpoints.names.ldm_unet import unet_rows
 from sfumato.checkpoints.names.ldm_vae import quantised, vae_rows
 from sfumato.checkpoints.names.rows import Row, check, to_ours, to_theirs, under
+from sfumato.checkpoints.schedulers import betas
 from sfumato.errors import UserError, explained, unknown
 from sfumato.io.atomic import read_tensors, write_tensors
 from sfumato.io.pickles import read_pickle, state_dict

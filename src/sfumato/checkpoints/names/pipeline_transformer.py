@@ -16,7 +16,7 @@ steps, those of its card.
 from collections.abc import Mapping
 from typing import Any
 
-from sfumato.checkpoints.names.scheduler_times import spacing_word
+from sfumato.checkpoints.schedulers.spacing import format_spacing
 from sfumato.spec import Spec
 
 _NOTHING = [None, None]
@@ -87,7 +87,7 @@ def transformer_spacing(pipeline: str, spacing: str) -> str:
     """
     spec = Spec.parse(spacing)
     return (
-        spacing_word(spec.name, **spec.options, rule="flux2")
+        format_spacing(spec.name, **spec.options, rule="flux2")
         if pipeline.startswith("Flux2") and spec.name == "dynamic"
         else spacing
     )

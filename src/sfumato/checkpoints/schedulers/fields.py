@@ -1,9 +1,8 @@
-"""The fields of diffusers' scheduler classes (0.42): which there are, their defaults, and what
-values they take.
+"""The fields of diffusers' scheduler classes (0.42), their defaults and the values that they take.
 
-A config is read as diffusers reads it: an absent field has its class's default, and a field of a
-sister class is passed over (configs keep the fields of the class that they were made with: SDXL's
-Euler has `skip_prk_steps`). A field that no sister has is refused.
+A config is read as diffusers reads it. An absent field has the default of its class. A field of a
+sister class is ignored, because configs keep the fields of the class that they were made with
+(SDXL's Euler has `skip_prk_steps`). A field of no sister class is refused.
 """
 
 import difflib
@@ -228,8 +227,7 @@ _FREE = {
     "disable_corrector",
     "noise_sampler_seed",
 }
-# Fields of older versions and of sister classes that are not read here, which published configs
-# still carry.
+# Fields of older versions and of other sister classes, which published configs still carry.
 _OLD = {
     "tensor_format",
     "timestep_values",
@@ -242,8 +240,16 @@ _OLD = {
 
 
 def read_fields(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """(class, all of its fields) of a config. `UserError` for a class or field that is not known
-    and for a value that no field takes.
+    """Read a scheduler config's class and the values of all fields of that class.
+
+    Args:
+        values: the JSON object of scheduler_config.json.
+
+    Returns:
+        The class name, and field -> value with defaults filled in.
+
+    Raises:
+        UserError: an unknown class or field, or a value that the field does not take.
     """
     name = values.get("_class_name")
     if not isinstance(name, str) or name not in CLASSES:
@@ -253,25 +259,22 @@ def read_fields(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
             f"scheduler class {name!r} is not known: {hint}"
             "DDIMScheduler and EulerDiscreteScheduler sample any table of betas, FlowMatchEulerDiscreteScheduler any flow"
         )
-    known, sisters = (
-        CLASSES[name],
-        _OLD.union(
-            *(FLOW_CLASSES if name in FLOW_CLASSES else {**TABLE_CLASSES, **EDM_CLASSES}).values()
-        ),
-    )
+    defaults = CLASSES[name]
+    sisters = FLOW_CLASSES if name in FLOW_CLASSES else {**TABLE_CLASSES, **EDM_CLASSES}
+    ignored = _OLD.union(*sisters.values())
     for field, value in values.items():
-        if field not in known and field not in sisters and not field.startswith("_"):
+        if field not in defaults and field not in ignored and not field.startswith("_"):
             raise UserError(
                 f"scheduler config field {field}={value!r} is not known: it might change the result, so it is refused"
             )
     return name, {
         field: _checked(field, values.get(field, default), default)
-        for field, default in known.items()
+        for field, default in defaults.items()
     }
 
 
 def _checked(field: str, value: Any, default: Any) -> Any:
-    """The value, if it is one that the field takes."""
+    """Return the value if the field takes it; `UserError` otherwise."""
     if field in _FREE:
         return value
     if value is None and (default is None or field in _LEVELS):
@@ -284,18 +287,18 @@ def _checked(field: str, value: Any, default: Any) -> Any:
         return value
     kind = float if field in _NUMBERS else type(default)
     number: Any = value
-    fits = isinstance(value, bool) is (kind is bool) and isinstance(
+    valid = isinstance(value, bool) is (kind is bool) and isinstance(
         value, int if kind is int else int | float
     )
-    if fits and kind is int:
-        fits = number >= 0
-    elif fits and kind is float:
-        fits = (
+    if valid and kind is int:
+        valid = number >= 0
+    elif valid and kind is float:
+        valid = (
             not math.isnan(number)
             and (math.isfinite(number) or number == default)
             and (number > 0 or field not in _POSITIVE)
         )
-    if not fits:
+    if not valid:
         kinds = {
             bool: "true or false",
             int: "a whole number of at least 0",

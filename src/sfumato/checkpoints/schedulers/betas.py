@@ -1,8 +1,7 @@
-"""A file's `betas` buffer <-> diffusers' scheduler fields, and the fields of a table of betas in
-general.
+"""Tables of betas: a file's `betas` buffer <-> diffusers' scheduler fields.
 
-Latent Diffusion's "linear" schedule is linear in the square root (ours and diffusers'
-"scaled_linear"); its "sqrt_linear" is our "linear".
+Latent Diffusion's "linear" schedule is linear in the square root: "scaled_linear" here and in
+diffusers. Its "sqrt_linear" is "linear" here.
 """
 
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ _CLOSE = 1e-6
 def fields(
     start: float, end: float, steps: int = 1000, kind: str = "scaled_linear"
 ) -> dict[str, Any]:
-    """The four fields of a schedule in closed form."""
+    """Return the four scheduler fields of a schedule in closed form."""
     return {
         "num_train_timesteps": steps,
         "beta_schedule": kind,
@@ -31,8 +30,17 @@ def fields(
 
 
 def to_fields(betas: Tensor, where: object) -> dict[str, Any]:
-    """The closed form that the table follows (to float32's rounding), otherwise the table itself;
-    `UserError` for what is no table.
+    """Return the scheduler fields of a table of betas.
+
+    Args:
+        betas: (T,) in (0, 1).
+        where: what holds the table, for the error.
+
+    Returns:
+        The closed form that the table follows to float32's rounding, else the table itself.
+
+    Raises:
+        UserError: a tensor that is no table of betas.
     """
     values = betas.double()
     if values.ndim != 1 or len(values) < 2 or not bool(((values > 0) & (values < 1)).all()):
@@ -60,8 +68,10 @@ def to_fields(betas: Tensor, where: object) -> dict[str, Any]:
 
 
 def table(config: Mapping[str, Any]) -> Tensor:
-    """(T,) betas in float64 that a scheduler config stands for; `UserError` for a config without
-    such a table (flows).
+    """Return the betas (T,), float64, of a scheduler config.
+
+    Raises:
+        UserError: a config without a table of betas, such as a flow's.
     """
     trained = config.get("trained_betas")
     if trained is not None:
@@ -80,6 +90,6 @@ def table(config: Mapping[str, Any]) -> Tensor:
         if kind == "squaredcos_cap_v2"
         else {"start": config.get("beta_start", 0.0001), "end": config.get("beta_end", 0.02)}
     )
-    chosen = schedule(KINDS[kind], steps=config.get("num_train_timesteps", 1000), **ends)
-    assert isinstance(chosen, BetaTable)
-    return torch.tensor(chosen.betas, dtype=torch.float64)
+    beta_table = schedule(KINDS[kind], steps=config.get("num_train_timesteps", 1000), **ends)
+    assert isinstance(beta_table, BetaTable)
+    return torch.tensor(beta_table.betas, dtype=torch.float64)

@@ -1,8 +1,7 @@
-"""The process in a scheduler's fields: betas and prediction type, a flow and its shift, or Karras
-et al.'s levels; and back.
+"""Scheduler fields <-> the process that the weights were trained for.
 
-What the weights were trained for is read strictly: a value that we do not stand for is a
-`UserError`, with what to do about it.
+That is a table of betas and a prediction type, a flow and its shift, or the noise levels of EDM.
+These fields are read strictly: a value without a process here is a `UserError`.
 
 | fields | process |
 |---|---|
@@ -19,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from sfumato.checkpoints.names.scheduler_fields import EDM_CLASSES, FLOW_CLASSES, OWN_CLASS
+from sfumato.checkpoints.schedulers.fields import EDM_CLASSES, FLOW_CLASSES, OWN_CLASS
 from sfumato.diffuse.parameterization import edm, parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.rescale import Shifted, ZeroTerminalSNR
@@ -43,8 +42,7 @@ KINDS = {
 }
 TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 NEARLY_ZERO = 2.0**-24
-"""alpha(1)^2 of diffusers' schedulers that divide by alpha, where the table is rescaled to zero
-terminal SNR."""
+"""alpha(1)^2 after rescale_betas_zero_snr in the classes of diffusers that divide by alpha."""
 _EXACTLY_ZERO = (
     "DDIMScheduler",
     "DDIMParallelScheduler",
@@ -56,7 +54,15 @@ _EXACTLY_ZERO = (
 
 
 def process_of(name: str, values: Mapping[str, Any]) -> Process:
-    """The process of a class and all of its fields (`read_fields`)."""
+    """Return the process of a scheduler class.
+
+    Args:
+        name: class of diffusers.
+        values: all of its fields, from `read_fields`.
+
+    Raises:
+        UserError: fields that no process here has.
+    """
     if name in FLOW_CLASSES or values.get("use_flow_sigmas"):
         return _flow_process(name, values)
     kind = values["prediction_type"]
@@ -65,31 +71,31 @@ def process_of(name: str, values: Mapping[str, Any]) -> Process:
             raise UserError(
                 f"{name} with prediction_type={kind!r}: expected epsilon or v_prediction, which EDM's preconditioning is written for"
             )
-        return _levels_process(
+        return _edm_process(
             values["sigma_min"], values["sigma_max"], values["sigma_data"], kind == "v_prediction"
         )
-    types = {theirs: ours for ours, theirs in TYPES.items()}
-    if kind not in types:
+    parameterizations = {prediction_type: name for name, prediction_type in TYPES.items()}
+    if kind not in parameterizations:
         raise UserError(
             f"{name} with prediction_type={kind!r}: expected epsilon, sample or v_prediction with a table of betas"
         )
-    chosen = _table(values)
+    chosen = _beta_table(values)
     if values.get("timestep_type") == "continuous" and kind == "v_prediction":
         low, high = (chosen.noise_level(t) for t in (chosen.first, 1.0))
-        return _levels_process(
+        return _edm_process(
             values["sigma_min"] or low, values["sigma_max"] or high, 1.0, flipped=True
         )
     if values.get("rescale_betas_zero_snr"):
         chosen = ZeroTerminalSNR(chosen, 0.0 if name in _EXACTLY_ZERO else NEARLY_ZERO)
-    return Process(chosen, parameterization(types[kind]))
+    return Process(chosen, parameterization(parameterizations[kind]))
 
 
-def _levels_process(low: float, high: float, sigma_data: float, flipped: bool) -> Process:
-    return Process(EDM(sigma_min=low, sigma_max=high), edm(sigma_data, flipped))
+def _edm_process(sigma_min: float, sigma_max: float, sigma_data: float, flipped: bool) -> Process:
+    return Process(EDM(sigma_min=sigma_min, sigma_max=sigma_max), edm(sigma_data, flipped))
 
 
-def _table(values: Mapping[str, Any]) -> BetaTable:
-    """A table of betas by its name or its numbers."""
+def _beta_table(values: Mapping[str, Any]) -> BetaTable:
+    """Return the table of betas, from its name or its numbers."""
     kind, steps, betas = (
         values["beta_schedule"],
         values["num_train_timesteps"],
@@ -100,13 +106,13 @@ def _table(values: Mapping[str, Any]) -> BetaTable:
             isinstance(b, int | float) and not isinstance(b, bool) for b in betas
         )
         if not numbers or len(betas) != steps:
-            said = (
+            value = (
                 f"{len(betas)} trained_betas"
                 if isinstance(betas, list | tuple)
                 else f"trained_betas={betas!r}"
             )
             raise UserError(
-                f"scheduler config num_train_timesteps={steps}, {said}: expected as many numbers"
+                f"scheduler config num_train_timesteps={steps}, {value}: expected as many numbers"
             )
         return table(betas)
     if steps < 1:
@@ -120,16 +126,17 @@ def _table(values: Mapping[str, Any]) -> BetaTable:
         raise UserError(
             f"scheduler config beta_start={ends['start']}, beta_end={ends['end']}: expected numbers between 0 and 1"
         )
-    found = schedule({theirs: ours for ours, theirs in KINDS.items()}[kind], steps=steps, **ends)
-    assert isinstance(found, BetaTable)
-    return found
+    names = {beta_schedule: name for name, beta_schedule in KINDS.items()}
+    beta_table = schedule(names[kind], steps=steps, **ends)
+    assert isinstance(beta_table, BetaTable)
+    return beta_table
 
 
 def _flow_process(name: str, values: Mapping[str, Any]) -> Process:
     steps, kind = values["num_train_timesteps"], values.get("prediction_type", "flow_prediction")
     if steps != 1000:
         raise UserError(
-            f"{name} with num_train_timesteps={steps}: expected 1000, the units in which flow networks are told the time"
+            f"{name} with num_train_timesteps={steps}: expected 1000, the units of a flow network's timestep"
         )
     if values.get("invert_sigmas"):
         raise UserError(
@@ -155,35 +162,37 @@ def _flow_process(name: str, values: Mapping[str, Any]) -> Process:
 
 
 def table_fields(process: Process) -> dict[str, Any] | None:
-    """The fields of a table class, with the class that all of them share left open; None for a
-    process without a table of theirs.
-    """
+    """Return the fields that all table classes share; None without a table of betas."""
     chosen, kind = process.schedule, process.parameterization.name
     zero = isinstance(chosen, ZeroTerminalSNR)
-    found = chosen.base if zero else chosen
-    if not isinstance(found, BetaTable) or found.kind not in (*KINDS, "table") or kind not in TYPES:
+    beta_table = chosen.base if zero else chosen
+    if (
+        not isinstance(beta_table, BetaTable)
+        or beta_table.kind not in (*KINDS, "table")
+        or kind not in TYPES
+    ):
         return None
     values = {
-        "num_train_timesteps": len(found.betas),
-        "beta_schedule": KINDS.get(found.kind, "linear"),
-        "beta_start": found.beta_start,
-        "beta_end": found.beta_end,
+        "num_train_timesteps": len(beta_table.betas),
+        "beta_schedule": KINDS.get(beta_table.kind, "linear"),
+        "beta_start": beta_table.beta_start,
+        "beta_end": beta_table.beta_end,
         "prediction_type": TYPES[kind],
     }
-    if found.kind == "table":
-        values["trained_betas"] = list(found.betas)
+    if beta_table.kind == "table":
+        values["trained_betas"] = list(beta_table.betas)
     return values | ({"rescale_betas_zero_snr": True} if zero else {})
 
 
 def flow_shift(process: Process) -> float | None:
-    """The shift of a flow, 1 for a plain one; None for what is no flow."""
+    """Return the shift of a flow, 1 for a plain one; None for any other process."""
     chosen = process.schedule
     shift, flow = (chosen.shift, chosen.base) if isinstance(chosen, Shifted) else (1.0, chosen)
     return shift if isinstance(flow, RectifiedFlow) else None
 
 
 def edm_fields(process: Process) -> dict[str, Any] | None:
-    """The fields of Karras et al.'s process; None for another one."""
+    """Return the fields of an EDM class; None for any other process."""
     chosen, parameter = process.schedule, process.parameterization
     if not isinstance(chosen, EDM) or parameter.name not in ("edm", "edm_v"):
         return None
@@ -195,12 +204,13 @@ def edm_fields(process: Process) -> dict[str, Any] | None:
     }
 
 
-# ---- our own class -------------------------------------------------------------------------------
+# ---- SfumatoProcess ------------------------------------------------------------------------------
 
 
 def own_fields(process: Process) -> dict[str, Any]:
-    """Schedule and parameterization by their own names and numbers: for processes that diffusers
-    has no class for.
+    """Return a config of `OWN_CLASS`, for processes without a class in diffusers.
+
+    It names the schedule and the parameterization, with their own numbers.
     """
 
     def described(chosen: Any) -> dict[str, Any]:
@@ -223,7 +233,11 @@ def own_fields(process: Process) -> dict[str, Any]:
 
 
 def own_process(values: Mapping[str, Any]) -> Process:
-    """The inverse; `UserError` for what it does not know."""
+    """Return the process of a config of `OWN_CLASS`, the inverse of `own_fields`.
+
+    Raises:
+        UserError: an unknown class, field or number.
+    """
     classes: dict[str, Any] = {
         c.__name__: c
         for c in (
@@ -243,19 +257,21 @@ def own_process(values: Mapping[str, Any]) -> Process:
                 f"scheduler config schedule {described!r}: expected a class of {', '.join(classes)} with its numbers"
             )
         chosen = classes[described["class"]]
-        known = {field.name for field in fields(chosen)}
-        given = {key: value for key, value in described.items() if key != "class"}
-        if not given.keys() <= known:
-            raise unknown(f"number of schedule {chosen.__name__}", min(given.keys() - known), known)
+        names = {field.name for field in fields(chosen)}
+        numbers = {key: value for key, value in described.items() if key != "class"}
+        if not numbers.keys() <= names:
+            raise unknown(
+                f"number of schedule {chosen.__name__}", min(numbers.keys() - names), names
+            )
         return chosen(
             **{
                 k: built(v) if k == "base" else tuple(v) if isinstance(v, list) else v
-                for k, v in given.items()
+                for k, v in numbers.items()
             }
         )
 
-    known = {"_class_name", "schedule", "parameterization", "sigma_data"}
-    rest = [field for field in values if field not in known and not field.startswith("_")]
+    own = {"_class_name", "schedule", "parameterization", "sigma_data"}
+    rest = [field for field in values if field not in own and not field.startswith("_")]
     if rest:
         raise UserError(
             f"scheduler config field {min(rest)!r} is not known: it might change the result, so it is refused"

@@ -1,5 +1,4 @@
-"""How a scheduler's fields say that a run goes: our sampler and spacing, as words, and what is done
-otherwise than they say.
+"""Scheduler fields -> how a run steps: the specs of a sampler and a spacing.
 
 | class | sampler | spacing |
 |---|---|---|
@@ -7,25 +6,27 @@ otherwise than they say.
 | | Euler, EulerAncestral, Heun, LMS, KDPM2 | `euler`, `euler_ancestral`, `heun`, `lms`,
 `dpm_solver_2` | even, or by level between its ends | | KDPM2Ancestral | `dpm_solver_2_ancestral` |
 the same |
-| DPMSolverSDE | `dpmpp_sde`; its two noises of a step are independent (theirs are one Brownian
-path's) | the same | | DPMSolverMultistep, EDMDPMSolverMultistep | `dpmpp_2m`,
-`dpmpp_3m:published=true`, their `_sde`; order 1: `ddim`, `ddpm` | even but the last, or by level |
-| UniPC, DEIS | `unipc`, `deis` | the same |
+| DPMSolverSDE | `dpmpp_sde`, the two noises of a step independent (there one Brownian path's) | the
+same | | DPMSolverMultistep, EDMDPMSolverMultistep | `dpmpp_2m`, `dpmpp_3m:published=true`, their
+`_sde`; order 1: `ddim`, `ddpm` | even but the last, or by level | | UniPC, DEIS | `unipc`, `deis` |
+the same |
 | DPMSolverSinglestep | `dpmpp_2s`, `dpm_solver_2`, `dpm_solver_3`; a step here has 2 or 3 calls,
-theirs counts calls | the same | | LCM, TCD | `lcm`, `tcd` | `lcm` |
+there calls count as steps | the same | | LCM, TCD | `lcm`, `tcd` | `lcm` |
 | EDMEuler | `euler` | `karras`, `exponential` |
 | FlowMatchEuler, -Heun, -LCM | `euler` (stochastic: `consistency`), `heun`, `consistency` |
 `linspace`, `trailing`, `shifted`, by level |
 
-Honoured by options: steps_offset, set_alpha_to_one=False and final_sigmas_type="sigma_min"
-(`clean=false`), solver_order and -type, DEIS's end at timestep 0, flows whose least time is shifted
-twice (`end`). Done our way, without a word, as theirs is a defect or the difference is small (the
-table of tests/interop/test_samplers.py): fixed strides of DDIM and PNDM whatever the spacing,
-PNDM's means of v, sigma linear between timesteps (interpolation_type), whole timesteps told between
-levels, the first noise of x/alpha, flow solvers that begin at 0.999, sde-dpmsolver++ of order 3,
-UniPC at sigma 0 with bh1. What is left is said in `notes`.
+Options follow steps_offset, set_alpha_to_one=False and final_sigmas_type="sigma_min"
+(`clean=false`), solver_order and -type, DEIS's end at timestep 0, and flows whose least time is
+shifted twice (`end`).
 
-clip_sample and thresholding are for pixels in [-1, 1] and are left out, with a note: latents have
+Some differences have no note, as diffusers has a defect there or the difference is small (the table
+of tests/interop/test_samplers.py): fixed strides of DDIM and PNDM in any spacing, PNDM's means of
+v, sigma linear between timesteps (interpolation_type), whole timesteps for the network between
+levels, the first noise of x/alpha, flow solvers that begin at 0.999, sde-dpmsolver++ of order 3,
+UniPC at sigma 0 with bh1. All other differences are in `notes`.
+
+clip_sample and thresholding are for pixels in [-1, 1] and are left out, with a note. Latents have
 no bounds, and diffusers' own Stable Diffusion pipelines turn clip_sample off.
 """
 
@@ -33,24 +34,51 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sfumato.checkpoints.names.scheduler_fields import EDM_CLASSES, FLOW_CLASSES
-from sfumato.checkpoints.names.scheduler_times import (
+from sfumato.checkpoints.schedulers.fields import EDM_CLASSES, FLOW_CLASSES
+from sfumato.checkpoints.schedulers.spacing import (
     DynamicShift,
     ends_clean,
     flow_solver_spacing,
     flow_spacing,
-    level_of,
-    sampler_word,
-    spacing_word,
+    format_spacing,
+    noise_level_spacing,
     table_spacing,
 )
 from sfumato.errors import UserError
+from sfumato.registry import find
+from sfumato.spec import Spec, options_of
+
+
+def format_sampler(name: str, **options: Any) -> str:
+    """Return the canonical spec of a sampler, without the options that equal their defaults."""
+    return str(Spec.of("sampler", name, dict(sorted(options.items())), _options(name)))
+
+
+def canonical_sampler(sampler: str) -> str:
+    """Return the one spelling of all specs of a sampler that mean the same."""
+    spec = Spec.parse(sampler)
+    return format_sampler(spec.name, **spec.options)
+
+
+def sampler_values(sampler: str) -> tuple[str, dict[str, Any]]:
+    """Return a sampler's name and its options as numbers, words and flags."""
+    spec = Spec.parse(sampler)
+    return spec.name, spec.values("sampler", _options(spec.name))
+
+
+def _options(name: str) -> dict[str, Any]:
+    return options_of(find("diffuse.samplers", name))
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a run goes: sampler and spacing in words, a shift that the spacing follows, and what is
-    done otherwise than the fields say.
+class SamplerSettings:
+    """How a run steps, as scheduler fields have it.
+
+    Args:
+        sampler: spec of the sampler.
+        spacing: spec of the spacing; of the largest image where `dynamic` is set.
+        dynamic: the shift by the image's size.
+        notes: a sentence for each field that is not followed.
     """
 
     sampler: str
@@ -59,9 +87,15 @@ class Way:
     notes: tuple[str, ...] = ()
 
 
-def way_of(name: str, values: Mapping[str, Any], even: bool | None = None) -> Way:
-    """The way of a class and all of its fields (`read_fields`). `even`: see
-    `scheduler.read_scheduler`.
+def sampler_settings(
+    name: str, values: Mapping[str, Any], even: bool | None = None
+) -> SamplerSettings:
+    """Return the sampler and the spacing of a scheduler class.
+
+    Args:
+        name: class of diffusers.
+        values: all of its fields, from `read_fields`.
+        even: see `flow_spacing`.
     """
     notes: list[str] = []
     if values.get("clip_sample") or values.get("thresholding"):
@@ -79,7 +113,7 @@ def way_of(name: str, values: Mapping[str, Any], even: bool | None = None) -> Wa
                 f"scale_factors={values['scale_factors']!r} is left out: latents keep their size during a run"
             )
         dynamic, spacing = flow_spacing(values, even, notes)
-        return Way(
+        return SamplerSettings(
             "consistency" if values.get("stochastic_sampling") else sampler,
             spacing,
             dynamic,
@@ -88,17 +122,17 @@ def way_of(name: str, values: Mapping[str, Any], even: bool | None = None) -> Wa
     sampler = _SAMPLERS.get(name, _plain)(name, values, notes)
     if values.get("use_flow_sigmas"):
         dynamic, spacing = flow_solver_spacing(name, values, notes)
-        return Way(sampler, spacing, dynamic, tuple(notes))
+        return SamplerSettings(sampler, spacing, dynamic, tuple(notes))
     if name in EDM_CLASSES:
         rho = {"rho": float(values["rho"])} if values["sigma_schedule"] == "karras" else {}
-        spacing = spacing_word(values["sigma_schedule"], clean=ends_clean(name, values), **rho)
+        spacing = format_spacing(values["sigma_schedule"], clean=ends_clean(name, values), **rho)
     elif name in ("LCMScheduler", "TCDScheduler"):
-        spacing = spacing_word(
+        spacing = format_spacing(
             "lcm", original=values["original_inference_steps"], clean=ends_clean(name, values)
         )
     else:
         spacing = table_spacing(name, values, notes)
-    return Way(sampler, spacing, None, tuple(notes))
+    return SamplerSettings(sampler, spacing, None, tuple(notes))
 
 
 # ---- samplers ------------------------------------------------------------------------------------
@@ -119,7 +153,7 @@ _NAMES = {
 
 
 def _plain(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
-    return sampler_word(_NAMES[name])
+    return format_sampler(_NAMES[name])
 
 
 def _ddpm(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
@@ -130,22 +164,22 @@ def _ddpm(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
         notes.append(
             "variance_type='learned' is left out: the variance is that of fixed_small; 'learned_range' is the network's own"
         )
-    word = (
+    variance = (
         "learned"
         if kind == "learned_range"
         else "large"
         if kind.startswith("fixed_large")
         else "small"
     )
-    return sampler_word("ddpm", variance=word)
+    return format_sampler("ddpm", variance=variance)
 
 
 def _pndm(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
-    return sampler_word("plms" if values["skip_prk_steps"] else "pndm")
+    return format_sampler("plms" if values["skip_prk_steps"] else "pndm")
 
 
 def _lcm(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
-    return sampler_word("lcm", scaling=float(values["timestep_scaling"]))
+    return format_sampler("lcm", scaling=float(values["timestep_scaling"]))
 
 
 def _order(name: str, values: Mapping[str, Any], highest: int) -> int:
@@ -156,26 +190,32 @@ def _order(name: str, values: Mapping[str, Any], highest: int) -> int:
     return values["solver_order"]
 
 
-FEW = 15
-"""Steps below which DPM-Solver and DEIS lower the order of the last ones there."""
+LOWER_BELOW = 15
+"""Number of steps below which diffusers' DPM-Solver and DEIS lower the order of the last steps."""
 
 
-def _lowered(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """How the order falls at the end: `lower_order_final` in runs of few steps, `euler_at_final` in
-    all. A step to sigma 0 is of first order anyway, and where levels end at the least of the table
-    the last step there has no length: nothing is lowered but that.
+def _final_order(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that lower the order at the end of a run.
+
+    `lower_order_final` lowers it in runs of few steps, `euler_at_final` in all. A step to sigma 0
+    is of first order anyway. Where levels end at the least noise of the table, the last step of
+    diffusers has no length, and nothing else is lowered.
     """
     to_noise, order = not ends_clean(name, values), values["solver_order"]
-    if to_noise and (level_of(values) or name == "EDMDPMSolverMultistepScheduler"):
+    if to_noise and (noise_level_spacing(values) or name == "EDMDPMSolverMultistepScheduler"):
         return {}
     if values.get("euler_at_final") and to_noise and order == 2:
         return {"lower_order_final": True}
-    return {"lower_below": FEW} if values["lower_order_final"] and (to_noise or order == 3) else {}
+    return (
+        {"lower_below": LOWER_BELOW}
+        if values["lower_order_final"] and (to_noise or order == 3)
+        else {}
+    )
 
 
 def _multistep(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
     order, kind = _order(name, values, 3), values["algorithm_type"]
-    # theirs takes UniPC's and DEIS's words for midpoint
+    # diffusers reads UniPC's and DEIS's types as midpoint
     solver = "heun" if values["solver_type"] == "heun" else "midpoint"
     stochastic = kind.startswith("sde")
     if not kind.endswith("++") and kind != "deis" and not (order == 1 and not stochastic):
@@ -183,62 +223,69 @@ def _multistep(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
             f"algorithm_type={kind!r} is not here: {kind}++, by the clean latent instead of the noise, is taken in its place"
         )
     if order == 1:
-        return sampler_word("ddpm" if stochastic else "ddim")
-    last = _lowered(name, values)
+        return format_sampler("ddpm" if stochastic else "ddim")
+    last = _final_order(name, values)
     if order == 3:
-        return sampler_word(
+        return format_sampler(
             "dpmpp_3m_sde" if stochastic else "dpmpp_3m", published=True, solver=solver, **last
         )
     if stochastic:
-        return sampler_word("dpmpp_2m_sde", solver=solver, **last)
+        return format_sampler("dpmpp_2m_sde", solver=solver, **last)
     if solver == "heun":
-        return sampler_word("dpmpp_2m_sde", eta=0.0, solver=solver, **last)
-    return sampler_word("dpmpp_2m", **last)
+        return format_sampler("dpmpp_2m_sde", eta=0.0, solver=solver, **last)
+    return format_sampler("dpmpp_2m", **last)
 
 
 def _singlestep(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
     order, kind = _order(name, values, 3), values["algorithm_type"]
     if order == 1:
-        return sampler_word("ddpm" if kind.startswith("sde") else "ddim")
-    found, calls = ("dpmpp_sde", 2) if kind.startswith("sde") else ("dpmpp_2s", 2)
+        return format_sampler("ddpm" if kind.startswith("sde") else "ddim")
+    sampler, calls = ("dpmpp_sde", 2) if kind.startswith("sde") else ("dpmpp_2s", 2)
     if kind == "dpmsolver":
-        found, calls = ("dpm_solver_2", 2) if order == 2 else ("dpm_solver_3", 3)
+        sampler, calls = ("dpm_solver_2", 2) if order == 2 else ("dpm_solver_3", 3)
     elif order == 3:
         notes.append(
-            f"solver_order=3 of {kind} singlestep is not here: {found}, of order 2, is taken in its place"
+            f"solver_order=3 of {kind} singlestep is not here: {sampler}, of order 2, is taken in its place"
         )
     notes.append(
-        f"{name} counts network calls as steps, {found} has {calls} calls a step: ask for fewer steps"
+        f"{name} counts network calls as steps, {sampler} has {calls} calls a step: ask for fewer steps"
     )
-    return sampler_word(found)
+    return format_sampler(sampler)
 
 
 def _unipc(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
-    never = values["disable_corrector"]
-    if not isinstance(never, list | tuple) or not all(isinstance(k, int) for k in never):
-        raise UserError(f"scheduler config disable_corrector={never!r}: expected a list of steps")
+    uncorrected = values["disable_corrector"]
+    if not isinstance(uncorrected, list | tuple) or not all(
+        isinstance(k, int) for k in uncorrected
+    ):
+        raise UserError(
+            f"scheduler config disable_corrector={uncorrected!r}: expected a list of steps"
+        )
     if not values["predict_x0"]:
         notes.append(
             "predict_x0=False is not here: UniPC by the clean latent is taken in its place"
         )
     if values["solver_p"] is not None:
         notes.append("solver_p is not here: UniPC's own predictor is taken in its place")
-    if never and list(never) != list(range(len(never))):
-        notes.append(f"disable_corrector={list(never)!r}: the corrector is left out of all steps")
-    # theirs takes the words of DPM-Solver and DEIS for bh2
+    if uncorrected and list(uncorrected) != list(range(len(uncorrected))):
+        notes.append(
+            f"disable_corrector={list(uncorrected)!r}: the corrector is left out of all steps"
+        )
+    # diffusers reads DPM-Solver's and DEIS's types as bh2
     variant = "bh1" if values["solver_type"] == "bh1" else "bh2"
-    stops = not ends_clean(name, values) and level_of(values)  # the last step there has no length
+    # the last step of diffusers has no length
+    empty_end = not ends_clean(name, values) and noise_level_spacing(values)
     options = {
         "variant": variant,
-        "corrector": not never,
-        "lower_order_final": values["lower_order_final"] and not stops,
+        "corrector": not uncorrected,
+        "lower_order_final": values["lower_order_final"] and not empty_end,
     }
-    return sampler_word("unipc", order=_order(name, values, 4), **options)
+    return format_sampler("unipc", order=_order(name, values, 4), **options)
 
 
 def _deis(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
-    return sampler_word(
-        "deis", order=_order(name, values, 3), lower_order_final=False, **_lowered(name, values)
+    return format_sampler(
+        "deis", order=_order(name, values, 3), lower_order_final=False, **_final_order(name, values)
     )
 
 
