@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sfumato.errors import NumericalError, UserError
 from sfumato.io.atomic import atomic_file
+from sfumato.validate import positive_int, whole_number
 
 KEY = "sfumato"
 """The keyword of the text chunk that holds the parameters as JSON."""
@@ -140,10 +141,9 @@ def grid(images: Sequence[pil.Image], columns: int | None = None, pad: int = 2) 
         raise UserError(
             f"the pictures of a grid must have one size, got {', '.join(sorted({f'{i.width}x{i.height}' for i in images}))}"
         )
-    if pad < 0 or (columns is not None and columns < 1):
-        raise UserError(
-            f"a grid needs columns >= 1 and pad >= 0, got columns {columns} and pad {pad}"
-        )
+    whole_number("pad", pad, 0, unit="pixels")
+    if columns is not None:
+        positive_int("columns", columns)
     across = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     return contact_sheet([images[k : k + across] for k in range(0, len(images), across)], pad)
 

@@ -5,7 +5,6 @@ noise, `t` in [0, 1] with 0 clean and 1 noise, and x = alpha*z + sigma*eps.
 """
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -16,6 +15,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from sfumato.errors import UserError
+from sfumato.validate import number_in, positive_int
 
 Image = Float[Tensor, "B C H W"]
 """Pixels in [-1, 1]."""
@@ -156,15 +156,12 @@ DOORS = tuple(f.name for f in fields(Conditioning))
 Pair = tuple[float, float]
 
 
-def _checked(name: str, value: Any, count: int, least: float) -> None:
-    """Raise `UserError` unless `value` is `count` finite numbers of at least `least`."""
-    numbers = value if count > 1 and isinstance(value, tuple) else (value,)
-    if len(numbers) != count or not all(
-        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and v >= least
-        for v in numbers
-    ):
-        expected = "a number" if count == 1 else f"a tuple of {count} numbers"
-        raise UserError(f"image_spec: {name}={value!r}: expected {expected} of at least {least:g}")
+def _check_pair(name: str, value: Any) -> None:
+    """Raise `UserError` unless `value` is a tuple of 2 numbers of at least 0."""
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise UserError(f"{name}={value!r}: expected a tuple of 2 numbers of at least 0")
+    for number in value:
+        number_in(name, number, 0)
 
 
 @dataclass(frozen=True)
@@ -197,11 +194,7 @@ class ImageSpec:
 
     def __post_init__(self) -> None:
         for side in ("height", "width"):
-            if not isinstance(getattr(self, side), int):
-                raise UserError(
-                    f"image_spec: {side}={getattr(self, side)!r}: expected a whole number of pixels"
-                )
-            _checked(side, getattr(self, side), 1, 1)
+            positive_int(f"image_spec: {side}", getattr(self, side), unit="pixels")
         for name in (
             "original_size",
             "target_size",
@@ -211,9 +204,9 @@ class ImageSpec:
             "negative_crop",
         ):
             if getattr(self, name) is not None or name == "crop":
-                _checked(name, getattr(self, name), 2, 0)
+                _check_pair(f"image_spec: {name}", getattr(self, name))
         for name in ("aesthetic_score", "negative_aesthetic_score"):
-            _checked(name, getattr(self, name), 1, 0)
+            number_in(f"image_spec: {name}", getattr(self, name), 0)
 
     @property
     def size(self) -> Pair:

@@ -90,7 +90,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("AutoencoderTiny", {"scaling_factor": -2.0}, "positive stds"),
     ("VQModel", {"norm_type": "spatial"}, "expected 'group'"),
     ("VQModel", {"act_fn": "gelu"}, "expected 'silu'"),
-    ("VQModel", {"num_vq_embeddings": 0}, "expected 1 or more of each"),
+    (
+        "VQModel",
+        {"num_vq_embeddings": 0},
+        "num_vq_embeddings=0: expected a whole number of at least 1",
+    ),
     ("VQModel", {"num_vq_embeddings": 10}, "does not fit its config"),
     ("VQModel", {"vq_embed_dim": 5}, "does not fit its config"),
     ("VQModel", {"commitment": 0.25}, "commitment=0.25 is not known to VQConfig"),

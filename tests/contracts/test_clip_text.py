@@ -424,7 +424,7 @@ def test_sdxl_is_told_the_size_and_others_need_no_picture(opened: dict[str, Clip
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"height": 0}, "image_spec: height=0: expected a number of at least 1"),
+        ({"height": 0}, "image_spec: height=0: expected a whole number of pixels, at least 1"),
         ({"width": True}, "width=True"),
         ({"crop": (0, -1)}, r"crop=\(0, -1\)"),
         ({"target_size": (1, float("inf"))}, "target_size"),

@@ -894,7 +894,7 @@ def test_truncated_runs_begin_where_they_are_told() -> None:
     ("spacing", "steps", "options", "words"),
     [
         ("karas", 10, {}, "unknown timestep spacing 'karas': did you mean 'karras'"),
-        ("trailing", 0, {}, "steps=0: expected at least 1"),
+        ("trailing", 0, {}, "steps=0: expected a whole number of at least 1"),
         ("trailing", 5, {"start": 0.0}, "start=0.0: expected a time"),
         ("trailing", 5, {"start": 1.1}, "start=1.1: expected a time"),
         ("leading", 1001, {}, "the model's noise table has 1000 times"),

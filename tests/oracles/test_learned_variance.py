@@ -332,7 +332,7 @@ def test_what_is_said_of_a_run_is_as_before_for_others() -> None:
     assert "variance" not in objective(Maps(0, False), process, DenoiserLoss()).identity["loss"]
     assert objective(Maps(2), process, DenoiserLoss()).identity["loss"]["variance"] == 0.001
     for wrong in (-0.1, math.inf, math.nan):
-        with pytest.raises(UserError, match="expected a weight of at least 0"):
+        with pytest.raises(UserError, match=r"variance=.*: expected a number of at least 0"):
             DenoiserLoss(variance=wrong)
 
 

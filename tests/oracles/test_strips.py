@@ -484,9 +484,11 @@ def test_wrong_input_is_refused() -> None:
     for shape in ((1, 1, 8, 8), (1, 3, 9, 8), (1, 3, 8, 6)):
         with pytest.raises(UserError, match="sides that are multiples of 4"):
             exact_posterior(autoencoder, torch.zeros(shape))
-    with pytest.raises(UserError, match="rows=0: expected at least 1"):
+    with pytest.raises(
+        UserError, match="rows=0: expected a whole number of at least 1; None is the default"
+    ):
         exact(autoencoder, torch.zeros(1, 3, 4, 4), rows=0)
-    with pytest.raises(UserError, match="memory=-5: expected at least 1"):
+    with pytest.raises(UserError, match="memory=-5: expected a whole number of at least 1"):
         exact_posterior(autoencoder, torch.zeros(1, 3, 4, 4), memory=-5)
     with pytest.raises(UserError, match="is empty"):
         exact(autoencoder, torch.zeros(1, 3, 0, 4))

@@ -40,6 +40,7 @@ from sfumato.errors import UserError
 from sfumato.inference import row_streaming as by
 from sfumato.nn.attention import SpatialAttention
 from sfumato.nn.blocks import Downsample, ResnetBlock, Upsample
+from sfumato.validate import positive_int
 
 STRIP = 2**23
 """Bytes of one strip at most, where no number of rows is given: a sixteenth of what maps may take,
@@ -119,8 +120,8 @@ def _run(modules: Sequence[nn.Module], x: Tensor, rows: int | None, memory: int 
     depends on it).
     """
     for name, value in (("rows", rows), ("memory", memory)):
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value}: expected at least 1, or None for the default")
+        if value is not None:
+            positive_int(name, value, hint="None is the default")
     size: Size = (x.shape[1], x.shape[2], x.shape[3])
     if min(size) < 1:
         raise UserError(

@@ -31,6 +31,7 @@ from sfumato.config import read_config
 from sfumato.errors import UserError
 from sfumato.kernels import batch_invariant
 from sfumato.types import LatentSpace
+from sfumato.validate import positive_int
 
 _FIXED = {"act_fn": "silu", "norm_type": "group"}
 _ROWS = 4096  # cells that are compared with the codebook at a time: 4096 by 8192 codes are 128 MiB
@@ -55,10 +56,8 @@ class VQConfig(HalvesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_vq_embeddings < 1 or self.code_channels < 1:
-            raise UserError(
-                f"num_vq_embeddings {self.num_vq_embeddings}, vq_embed_dim {self.vq_embed_dim}: expected 1 or more of each"
-            )
+        positive_int("num_vq_embeddings", self.num_vq_embeddings)
+        positive_int("vq_embed_dim", self.code_channels)
 
     @property
     def code_channels(self) -> int:

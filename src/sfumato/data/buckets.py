@@ -29,6 +29,7 @@ from sfumato.data.source import open_with
 from sfumato.data.transform import Transform
 from sfumato.errors import UserError
 from sfumato.io.atomic import hash_json
+from sfumato.validate import number_in
 
 
 def bucket_sizes(side: int, step: int, largest_aspect: float = 2.0) -> tuple[tuple[int, int], ...]:
@@ -43,8 +44,7 @@ def bucket_sizes(side: int, step: int, largest_aspect: float = 2.0) -> tuple[tup
         raise UserError(
             f"buckets in steps of {step} pixels do not lead to squares of {side}: the size must be a multiple of the step"
         )
-    if not largest_aspect >= 1:
-        raise UserError(f"largest_aspect={largest_aspect}: expected at least 1, the square's")
+    number_in("largest_aspect", largest_aspect, 1, hint="1 is the square's")
     # long^2 = aspect * area <= largest_aspect * side^2
     longest = int(side * math.sqrt(largest_aspect))
     pairs = [(a, side * side // a // step * step) for a in range(step, longest + 1, step)]

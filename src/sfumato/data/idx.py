@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from sfumato.data.images import Listing
-from sfumato.errors import UserError, unknown
+from sfumato.errors import UserError
+from sfumato.validate import one_of
 
 FASHION_CLASSES = (
     "t-shirt",
@@ -94,9 +95,7 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
 
 def list_idx(folder: Path, split: str, name: str) -> tuple[Listing, np.ndarray]:
     """The listing of one split of a folder of IDX files, and its pixels, uint8 (N, H, W)."""
-    if split not in _PREFIX:
-        raise unknown("split", split, _PREFIX)
-    prefix = _PREFIX[split]
+    prefix = _PREFIX[one_of("split", split, _PREFIX)]
     paths = {
         kind: _find(folder, f"{prefix}-{kind}", axes)
         for kind, axes in (("images", 3), ("labels", 1))

@@ -24,6 +24,7 @@ from torch import Tensor
 from sfumato.data.images import ImageSet, check_indices, labels_of
 from sfumato.errors import NumericalError, UserError
 from sfumato.io.atomic import hash_json, read_json, read_tensors, write_json, write_tensors
+from sfumato.validate import positive_int
 
 FORMAT = 1
 """Raise it when the meaning of a shard changes: every old cache is then a different key."""
@@ -154,8 +155,8 @@ def cache_latents(
     """
     if len(images) == 0:
         raise UserError(f"{images.name} has no image left: there is nothing to encode")
-    if batch_size < 1 or shard_size < 1:
-        raise UserError(f"batch_size {batch_size} and shard_size {shard_size} must be at least 1")
+    positive_int("batch_size", batch_size)
+    positive_int("shard_size", shard_size)
     key = hash_json(
         {
             "format": FORMAT,

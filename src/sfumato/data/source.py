@@ -14,7 +14,8 @@ import numpy as np
 from sfumato.data import idx, image_folder, parquet
 from sfumato.data.images import ImageSet, Listing, build, from_array
 from sfumato.data.transform import Transform
-from sfumato.errors import UserError, unknown
+from sfumato.errors import UserError
+from sfumato.validate import one_of, positive_int
 
 T = TypeVar("T")
 
@@ -74,10 +75,9 @@ def open_with(
     """What `make` makes of the pictures of a source, none of them decoded yet. Arguments and errors
     as in `open_images`.
     """
-    if on_error not in ("raise", "skip"):
-        raise unknown("on_error", on_error, ["raise", "skip"])
-    if limit is not None and limit < 1:
-        raise UserError(f"limit {limit} leaves no image: give at least 1, or None for all")
+    one_of("on_error", on_error, ("raise", "skip"))
+    if limit is not None:
+        positive_int("limit", limit, unit="images", hint="None is all")
     try:
         return make(_list(source, split, on_error, limit))
     except OSError as error:

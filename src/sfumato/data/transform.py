@@ -20,8 +20,9 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from sfumato.errors import UserError, unknown
+from sfumato.errors import UserError
 from sfumato.io.atomic import hash_json
+from sfumato.validate import one_of, positive_int
 
 Picture = str | Path | bytes | Image.Image | np.ndarray
 """What a source holds: a path, the bytes of an image file, or pixels."""
@@ -55,18 +56,14 @@ class Transform:
     interpolation: str = "lanczos"
 
     def __post_init__(self) -> None:
-        if self.sides is not None and min(self.sides) < 1:
-            raise UserError(
-                f"image size {self.size} is not possible: give a number of pixels of at least 1, or None for the pictures' own"
-            )
+        for side in self.sides or ():
+            positive_int("size", side, unit="pixels", hint="None keeps the size of each image")
         if self.channels not in (None, 1, 3):
             raise UserError(
                 f"{self.channels} channels are not possible: give 1 (grey), 3 (RGB) or None (as the data)"
             )
-        if self.crop != "center":
-            raise unknown("crop", self.crop, ["center"])
-        if self.interpolation not in _RESAMPLING:
-            raise unknown("interpolation", self.interpolation, _RESAMPLING)
+        one_of("crop", self.crop, ["center"])
+        one_of("interpolation", self.interpolation, _RESAMPLING)
 
     @property
     def sides(self) -> tuple[int, int] | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sfumato.errors import UserError, unknown
+from sfumato.validate import number_in, one_of
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,7 @@ def edm(sigma_data: float = 1.0, flipped: bool = False) -> Parameterization:
     flipped: the network gives -y. With sigma_data 1 that is v of x/S, what CosXL and Stable Video
     Diffusion are trained for ("edm_v").
     """
-    if not 0 < sigma_data < float("inf"):
-        raise UserError(
-            f"sigma_data={sigma_data}: expected the positive standard deviation of the data"
-        )
+    number_in("sigma_data", sigma_data, above=0, hint="the standard deviation of the data")
     return Parameterization(
         "edm_v" if flipped else "edm",
         _EDMRow(sigma_data, -1 if flipped else 1),
@@ -89,6 +86,4 @@ PARAMETERIZATIONS["edm"] = edm()
 
 def parameterization(name: str) -> Parameterization:
     """A parameterization by name: eps, x0, v, flow or edm."""
-    if name not in PARAMETERIZATIONS:
-        raise unknown("parameterization", name, PARAMETERIZATIONS)
-    return PARAMETERIZATIONS[name]
+    return PARAMETERIZATIONS[one_of("parameterization", name, PARAMETERIZATIONS)]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError
+from sfumato.validate import number_in, positive_int
 
 
 class Wrapped(Schedule):
@@ -120,10 +121,7 @@ class Shifted(Wrapped):
     shift: float = 3.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.shift < math.inf:
-            raise UserError(
-                f"shift={self.shift}: expected a positive number, 1 changes nothing, 3 is SD3's"
-            )
+        number_in("shift", self.shift, above=0, hint="1 changes nothing, 3 is SD3's")
 
     @property
     def first(self) -> float:
@@ -165,8 +163,7 @@ def dynamic_shift(
     The defaults are FLUX.1's (scheduler_config.json: base_image_seq_len, base_shift,
     max_image_seq_len, max_shift).
     """
-    if tokens < 1:
-        raise UserError(f"tokens={tokens}: expected the number of image tokens, at least 1")
+    positive_int("tokens", tokens, unit="image tokens")
     mu = base[1] + (tokens - base[0]) * (top[1] - base[1]) / (top[0] - base[0])
     return math.exp(mu) if exponential else mu
 
@@ -178,10 +175,8 @@ def flux2_shift(tokens: int, steps: int, exponential: bool = True) -> float:
     mu is on a line over the tokens for 10 steps, on another for 200, and on the line over the steps
     through both; above 4300 tokens it is that of 200 steps for any number.
     """
-    if tokens < 1 or steps < 1:
-        raise UserError(
-            f"tokens={tokens}, steps={steps}: expected numbers of image tokens and of steps, at least 1"
-        )
+    positive_int("tokens", tokens, unit="image tokens")
+    positive_int("steps", steps)
     few, many = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
     mu = many if tokens > 4300 else many + (few - many) * (200 - steps) / 190
     return math.exp(mu) if exponential else mu

@@ -17,7 +17,8 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from sfumato.errors import UserError, unknown
+from sfumato.errors import UserError
+from sfumato.validate import one_of
 
 NO_SIGNAL = 5000.0
 """The noise level sigma/alpha above which a latent counts as pure noise: what remains of z is below
@@ -379,6 +380,4 @@ def schedule(name: str, **options: float) -> Schedule:
     """A schedule by name, with its own options: linear, scaled_linear, cosine, sigmoid, flow, vp,
     ve or edm. `table` takes your own betas.
     """
-    if name not in SCHEDULES:
-        raise unknown("schedule", name, SCHEDULES)
-    return SCHEDULES[name](**options)
+    return SCHEDULES[one_of("schedule", name, SCHEDULES)](**options)

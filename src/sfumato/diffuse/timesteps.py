@@ -22,7 +22,8 @@ import torch
 
 from sfumato.diffuse.rescale import dynamic_shift, flux2_shift, shifted_time
 from sfumato.diffuse.schedule import NO_SIGNAL, Schedule
-from sfumato.errors import UserError, unknown
+from sfumato.errors import UserError
+from sfumato.validate import number_in, one_of, positive_int
 
 # Timesteps of 1000 that the paper's authors published for ten steps of these models.
 ALIGN_YOUR_STEPS = {
@@ -104,8 +105,7 @@ def shifted(
     the last network call (default: one even step from 0). `terminal`: the same by another way, 1 -
     t of all times stretched alike (LTX-Video's and Qwen-Image's `shift_terminal`).
     """
-    if not 0 < shift < math.inf:
-        raise UserError(f"shift={shift}: expected a positive number, 1 changes nothing")
+    number_in("shift", shift, above=0, hint="1 changes nothing")
     inner = shifted_time(start, 1 / shift)  # the shift undone
     last = inner / steps if end is None else shifted_time(_end(schedule, start, end), 1 / shift)
     found = [shifted_time(last + (inner - last) * u, shift) for u in _ramp(steps).tolist()]
@@ -137,9 +137,7 @@ def dynamic(
     defaults are FLUX.1's. rule: "line", through the two points (base_tokens, base) and (top_tokens,
     top), or "flux2", which has numbers of its own and counts the steps too (`rescale.flux2_shift`).
     """
-    if rule not in ("line", "flux2"):
-        raise unknown("rule", rule, ("line", "flux2"))
-    line = rule == "line"
+    line = one_of("rule", rule, ("line", "flux2")) == "line"
     shift = (
         dynamic_shift(tokens, (base_tokens, base), (top_tokens, top), exponential)
         if line
@@ -170,10 +168,9 @@ def beta(
 
     `between` and `offset` as for `karras`, over noise.
     """
-    if over not in ("time", "noise"):
-        raise unknown("over", over, ("time", "noise"))
-    if not (0 < a < math.inf and 0 < b < math.inf):
-        raise UserError(f"a={a}, b={b}: expected two positive numbers")
+    one_of("over", over, ("time", "noise"))
+    number_in("a", a, above=0)
+    number_in("b", b, above=0)
     if over == "time":
         places = _beta_quantiles(np.arange(steps, 0, -1) / steps, a, b)
         return [*(start * places).tolist(), 0.0]
@@ -214,8 +211,7 @@ def karras(
     `between="leading"` (with its `offset`) or "trailing": from the first to the last call of that
     spacing, as diffusers' Euler has it.
     """
-    if not 0 < rho < math.inf:
-        raise UserError(f"rho={rho}: expected a positive number, 7 is Karras et al.'s")
+    number_in("rho", rho, above=0, hint="7 is Karras et al.'s")
     start, end = _between(between, offset, steps, schedule, start, end)
     return _by_level(
         _ramp(steps),
@@ -241,8 +237,7 @@ def exponential(
     rho bends the logarithm of the level: above 1 there are more steps at little noise
     (k-diffusion's "polyexponential"). `between` and `offset` as for `karras`.
     """
-    if not 0 < rho < math.inf:
-        raise UserError(f"rho={rho}: expected a positive number, 1 is equal ratios")
+    number_in("rho", rho, above=0, hint="1 is equal ratios")
     start, end = _between(between, offset, steps, schedule, start, end)
     return _by_level(
         _ramp(steps), schedule, start, end, lambda high, low, u: low * (high / low) ** (u**rho)
@@ -278,9 +273,8 @@ def align_your_steps(
     """The published ten times of "sd15" or "sdxl"; other numbers of steps interpolate their log
     noise levels, as the authors do.
     """
-    if table not in ALIGN_YOUR_STEPS:
-        raise unknown("align-your-steps table", table, ALIGN_YOUR_STEPS)
-    return resample([(i + 1) / 1000 for i in ALIGN_YOUR_STEPS[table]], steps, schedule, start)
+    published = ALIGN_YOUR_STEPS[one_of("align-your-steps table", table, ALIGN_YOUR_STEPS)]
+    return resample([(i + 1) / 1000 for i in published], steps, schedule, start)
 
 
 def resample(
@@ -352,16 +346,13 @@ def timesteps(
     """The times of a run by spacing name; `steps` from 1 to the size of the schedule's grid, where
     it has one. `UserError` otherwise.
     """
-    if spacing not in SPACINGS:
-        raise unknown("timestep spacing", spacing, SPACINGS)
-    if steps < 1:
-        raise UserError(f"steps={steps}: expected at least 1")
+    one_of("timestep spacing", spacing, SPACINGS)
+    positive_int("steps", steps)
     if schedule.grid is not None and steps > schedule.grid:
         raise UserError(
             f"steps={steps}: the model's noise table has {schedule.grid} times, expected at most as many steps"
         )
-    if not 0 < start <= 1:
-        raise UserError(f"start={start}: expected a time in (0, 1]")
+    number_in("start", start, above=0, at_most=1, hint="1 is noise")
     times = SPACINGS[spacing](steps, schedule, start, **options)
     if not all(a > b for a, b in pairwise(times)):
         said = "".join(f", {key}={value}" for key, value in options.items())
@@ -439,9 +430,7 @@ def _between(
     """The times of the first and the last call: `start` and `end`, or those of an even spacing of
     the same steps.
     """
-    if name not in ("ends", "leading", "trailing"):
-        raise unknown("between", name, ("ends", "leading", "trailing"))
-    if name == "ends":
+    if one_of("between", name, ("ends", "leading", "trailing")) == "ends":
         return start, end
     even = (
         leading(steps, schedule, start, offset)

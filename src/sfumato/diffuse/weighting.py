@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sfumato.diffuse.process import Process
-from sfumato.errors import unknown
+from sfumato.validate import one_of
 
 WEIGHTINGS = ("plain", "min_snr")
 TIMES = ("uniform", "logit_normal", "mode")
@@ -23,9 +23,7 @@ def loss_weight(name: str, process: Process, t: Tensor, gamma: float = 5.0) -> T
     plain: 1. min_snr: min(SNR, gamma) * (sigma/det)^2, which is min(SNR, gamma)/SNR for eps and
     min(SNR, gamma)/(SNR + 1) for v.
     """
-    if name not in WEIGHTINGS:
-        raise unknown("weighting", name, WEIGHTINGS)
-    if name == "plain":
+    if one_of("weighting", name, WEIGHTINGS) == "plain":
         return torch.ones_like(t, dtype=torch.float64)
     alpha, sigma = process.schedule.at(t)
     det = process.parameterization.determinant(alpha, sigma)
@@ -52,9 +50,7 @@ def draw_times(
     u is stratified over the batch: one in each of `count` equal intervals, which lowers the loss's
     variance and keeps every marginal uniform (Kingma et al. 2021, arXiv:2107.00630, appendix I.1).
     """
-    if name not in TIMES:
-        raise unknown("distribution of times", name, TIMES)
-    if name == "logit_normal":
+    if one_of("distribution of times", name, TIMES) == "logit_normal":
         u = torch.sigmoid(torch.randn(count, generator=generator, dtype=torch.float64) * std + mean)
     else:
         u = (

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sfumato.errors import NumericalError, UserError
 from sfumato.io.atomic import hash_tensors
+from sfumato.validate import positive_int
 
 ImageSource = Tensor | Callable[[int, int, int], Tensor]
 """Images, or `(n, batch, seed) -> images`: makes n images in batches, image k from seed + k."""
@@ -102,10 +103,7 @@ def draw(
                 f"{n} {name} were asked for and {len(source)} are given: ask for fewer or give more"
             )
         return check_images(source[:n], name)
-    if n is None or n < 1:
-        raise UserError(
-            f"n is {n}: a function that makes {name} needs a number of images, at least 1"
-        )
+    n = positive_int("n", n, unit="images", hint=f"{name} are made by a function")
     images = check_images(source(n, batch, seed), name)
     if len(images) != n:
         raise UserError(

@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from sfumato.errors import UserError
 from sfumato.evaluate.inputs import check_features
+from sfumato.validate import positive_int
 
 ENTRIES = 2**23
 """Entries of the distance matrix held at once (64 MiB in float64)."""
@@ -104,8 +104,7 @@ def manifold(real: Float[Tensor, "n D"], samples: Float[Tensor, "m D"], k: int =
 
     Errors: `UserError` for k < 1 or fewer than k + 1 images on either side.
     """
-    if k < 1:
-        raise UserError(f"k is {k}: expected at least 1 nearest neighbour (5 is usual)")
+    positive_int("k", k, unit="nearest neighbours", hint="5 is usual")
     x, y = (
         check_features(real, k + 1, "features of real images"),
         check_features(samples, k + 1, "features of samples"),

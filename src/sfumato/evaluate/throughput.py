@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sfumato.errors import UserError
+from sfumato.validate import positive_int, whole_number
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,9 @@ def measure_speed(
 
     Errors: `UserError` for fewer than one call or image.
     """
-    if calls < 1 or images < 1 or warmup < 0:
-        raise UserError(
-            f"calls={calls}, images={images}, warmup={warmup}: expected at least one call of one image"
-        )
+    positive_int("calls", calls)
+    positive_int("images", images)
+    whole_number("warmup", warmup, 0)
     for _ in range(warmup):
         call()
     seconds = []

@@ -16,12 +16,13 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from sfumato.errors import NumericalError, UserError, unknown
+from sfumato.errors import NumericalError, UserError
 from sfumato.train import checkpoint
 from sfumato.train.batch_sampler import Order, derive_seed
 from sfumato.train.ema import EMA
 from sfumato.train.logger import Means, Record
 from sfumato.train.objective import Draw, Objective
+from sfumato.validate import number_in, one_of, positive_int
 
 logger = logging.getLogger(__name__)
 
@@ -54,19 +55,14 @@ class LoopSettings:
     """A line of the log is the mean over these steps."""
 
     def __post_init__(self) -> None:
-        for kind, name, known in (
-            ("decay", self.decay, DECAYS),
-            ("precision", self.precision, PRECISIONS),
-        ):
-            if name not in known:
-                raise unknown(kind, name, known)
+        one_of("decay", self.decay, DECAYS)
+        one_of("precision", self.precision, PRECISIONS)
         for name in ("steps", "batch_size", "save_every", "show_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: expected at least 1")
-        if not self.lr > 0 or not 0 <= self.ema < 1 or not self.clip > 0:
-            raise UserError(
-                f"lr={self.lr}, ema={self.ema}, clip={self.clip}: expected lr > 0, 0 <= ema < 1, clip > 0"
-            )
+            positive_int(name, getattr(self, name))
+        number_in("lr", self.lr, above=0)
+        number_in("ema", self.ema, 0, below=1, hint="0 is none")
+        if not self.clip > 0:  # infinity is no clipping
+            raise UserError(f"clip={self.clip}: expected a number above 0; inf is none")
 
     def lr_at(self, step: int) -> float:
         """The learning rate of step 0..steps-1."""

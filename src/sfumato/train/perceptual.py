@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.errors import UserError, unknown
+from sfumato.errors import UserError
+from sfumato.validate import one_of
 
 FeatureMaps = Callable[[Tensor], Sequence[Tensor]]
 """Images (B, 3, H, W) in [-1, 1] -> feature maps (B, C_l, h_l, w_l), differentiable in the
@@ -79,6 +80,4 @@ def feature_maps(name: str) -> FeatureMaps:
                 f"perceptual network {name!r} could not be imported ({error}): expected module:function"
             ) from error
         return make()
-    if name not in NETWORKS:
-        raise unknown("perceptual network", name, NETWORKS)
-    return NETWORKS[name]()
+    return NETWORKS[one_of("perceptual network", name, NETWORKS)]()

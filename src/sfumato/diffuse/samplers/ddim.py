@@ -14,8 +14,8 @@ from torch import Tensor
 from sfumato.diffuse.samplers import Run, traits
 from sfumato.diffuse.samplers._steps import ancestral, place
 from sfumato.diffuse.schedule import Schedule
-from sfumato.errors import UserError
 from sfumato.types import Noise
+from sfumato.validate import number_in
 
 
 @traits(order=1, both=True)
@@ -23,8 +23,7 @@ def ddim(
     x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 0.0
 ) -> Run:
     """eta in [0, 1] (`UserError` otherwise). One network call a step."""
-    if not 0 <= eta <= 1:
-        raise UserError(f"eta={eta}: expected a number in [0, 1], 0 is deterministic and 1 is DDPM")
+    number_in("eta", eta, 0, 1, hint="0 is deterministic, 1 is DDPM")
     for t, s in pairwise(times):
         prediction = yield x, t
         here, there = schedule.point(t), schedule.point(s)

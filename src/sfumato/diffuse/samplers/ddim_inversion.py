@@ -16,8 +16,8 @@ from torch import Tensor
 from sfumato.diffuse.samplers import Run, traits
 from sfumato.diffuse.samplers._steps import along, towards
 from sfumato.diffuse.schedule import Schedule
-from sfumato.errors import UserError
 from sfumato.types import Noise
+from sfumato.validate import positive_int
 
 
 @traits(order=1, upward=True)
@@ -27,8 +27,7 @@ def ddim_inversion(
     """x is the latent at the last of the times (0: clean); the result is the latent at the first.
     `iterations` network calls a step.
     """
-    if iterations < 1:
-        raise UserError(f"iterations={iterations}: expected at least 1 network call a step")
+    positive_int("iterations", iterations, unit="network calls a step")
     for t, s in pairwise(reversed(list(times))):
         here, there, found = schedule.point(t), schedule.point(s), x
         for k in range(iterations):

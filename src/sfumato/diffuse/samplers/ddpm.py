@@ -18,8 +18,9 @@ from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
 from sfumato.diffuse.schedule import Schedule
-from sfumato.errors import UserError, unknown
+from sfumato.errors import UserError
 from sfumato.types import Noise
+from sfumato.validate import one_of
 
 
 @traits(order=1, noise=True)
@@ -35,8 +36,7 @@ def ddpm(
 
     One call a step. `UserError` for "learned" with a network that predicts no variance.
     """
-    if variance not in ("small", "large", "learned"):
-        raise unknown("variance", variance, ("small", "large", "learned"))
+    one_of("variance", variance, ("small", "large", "learned"))
     for t, s in pairwise(times):
         prediction = yield x, t
         learned = prediction.variance if variance == "learned" else None

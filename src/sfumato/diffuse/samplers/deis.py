@@ -17,8 +17,8 @@ from torch import Tensor
 from sfumato.diffuse.samplers import Run, traits
 from sfumato.diffuse.samplers._steps import along, no_signal, place, total
 from sfumato.diffuse.schedule import Schedule
-from sfumato.errors import UserError
 from sfumato.types import Noise
+from sfumato.validate import whole_number
 
 
 @lru_cache(maxsize=1024)
@@ -55,8 +55,7 @@ def deis(
     `lower_below`: does so in runs of fewer steps than that, where `lower_order_final` does not
     (diffusers: 15).
     """
-    if not 1 <= order <= 4:
-        raise UserError(f"order={order}: expected 1 to 4")
+    whole_number("order", order, 1, 4)
     known: list[tuple[Tensor, float]] = []  # (eps, log rho), the latest first
     count = len(times) - 1
     lower = lower_order_final or count < lower_below

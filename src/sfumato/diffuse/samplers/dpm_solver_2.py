@@ -15,8 +15,8 @@ from torch import Tensor
 from sfumato.diffuse.samplers import Run, traits
 from sfumato.diffuse.samplers._steps import along, between, half_log_snr, no_signal, place
 from sfumato.diffuse.schedule import Schedule
-from sfumato.errors import UserError
 from sfumato.types import Noise
+from sfumato.validate import number_in
 
 
 @traits(order=2, calls=2)
@@ -24,8 +24,7 @@ def dpm_solver_2(
     x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, r1: float = 0.5
 ) -> Run:
     """r1 in (0, 1). Two network calls a step, one for a step from alpha = 0 or to sigma = 0."""
-    if not 0 < r1 < 1:
-        raise UserError(f"r1={r1}: expected a number in (0, 1), 0.5 is the midpoint")
+    number_in("r1", r1, above=0, below=1, hint="0.5 is the midpoint")
     for t, s in pairwise(times):
         first = yield x, t
         here, there = schedule.point(t), schedule.point(s)

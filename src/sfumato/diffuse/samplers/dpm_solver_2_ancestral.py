@@ -22,8 +22,8 @@ from sfumato.diffuse.samplers._steps import (
     place,
 )
 from sfumato.diffuse.schedule import Schedule
-from sfumato.errors import UserError
 from sfumato.types import Noise
+from sfumato.validate import number_in
 
 
 @traits(order=2, calls=2, noise=True)
@@ -33,8 +33,7 @@ def dpm_solver_2_ancestral(
     """eta in [0, 1]: how much of the noise is drawn anew. Two network calls a step, one for a step
     from alpha = 0 or to sigma = 0.
     """
-    if not 0 <= eta <= 1:
-        raise UserError(f"eta={eta}: expected a number in [0, 1], 0 is deterministic")
+    number_in("eta", eta, 0, 1, hint="0 is deterministic")
     for t, s in pairwise(times):
         first = yield x, t
         here, there = schedule.point(t), schedule.point(s)

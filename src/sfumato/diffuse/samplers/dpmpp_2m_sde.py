@@ -17,8 +17,8 @@ from torch import Tensor
 from sfumato.diffuse.samplers import Run, traits
 from sfumato.diffuse.samplers._steps import at_an_end, between, total
 from sfumato.diffuse.schedule import Schedule
-from sfumato.errors import UserError, unknown
 from sfumato.types import Noise
+from sfumato.validate import number_in, one_of
 
 
 @traits(order=2, noise=True)
@@ -38,12 +38,8 @@ def dpmpp_2m_sde(
     `lower_order_final` makes the last step a first-order one, wherever it ends (at t = 0 it always
     is); `lower_below` in runs of fewer steps than that (diffusers: 15).
     """
-    if not 0 <= eta < math.inf:
-        raise UserError(
-            f"eta={eta}: expected a number of at least 0; 0 is deterministic, 1 is the usual"
-        )
-    if solver not in ("midpoint", "heun"):
-        raise unknown("solver", solver, ("midpoint", "heun"))
+    number_in("eta", eta, 0, hint="0 is deterministic, 1 is the usual")
+    one_of("solver", solver, ("midpoint", "heun"))
     before: tuple[Tensor, float] | None = None
     last = len(times) - 2 if lower_order_final or len(times) <= lower_below else None
     for index, (t, s) in enumerate(pairwise(times)):

@@ -18,8 +18,8 @@ from torch import Tensor
 from sfumato.diffuse.samplers import Run, traits
 from sfumato.diffuse.samplers._steps import between, total
 from sfumato.diffuse.schedule import Schedule
-from sfumato.errors import UserError, unknown
 from sfumato.types import Noise
+from sfumato.validate import number_in, one_of
 
 
 @traits(order=3, noise=True)
@@ -43,12 +43,8 @@ def dpmpp_3m_sde(
     last two steps, which is stabler when they are few; `lower_below` in runs of fewer steps than
     that (diffusers: 15).
     """
-    if not 0 <= eta < math.inf:
-        raise UserError(
-            f"eta={eta}: expected a number of at least 0; 0 is deterministic, 1 is the usual"
-        )
-    if solver not in ("midpoint", "heun"):
-        raise unknown("solver", solver, ("midpoint", "heun"))
+    number_in("eta", eta, 0, hint="0 is deterministic, 1 is the usual")
+    one_of("solver", solver, ("midpoint", "heun"))
     before: list[tuple[Tensor, float]] = []  # (x0, h) of the last steps, the latest first
     count = len(times) - 1
     lower = lower_order_final or count < lower_below

@@ -23,8 +23,8 @@ from sfumato.diffuse.samplers._steps import (
     towards,
 )
 from sfumato.diffuse.schedule import Schedule
-from sfumato.errors import UserError
 from sfumato.types import Noise, Prediction
+from sfumato.validate import number_in
 
 
 @traits(order=2, calls=2, noise=True)
@@ -39,8 +39,8 @@ def dpmpp_sde(
     """eta in [0, 1], r in (0, 1). Two network calls a step, one for a step from alpha = 0 or to
     sigma = 0.
     """
-    if not (0 <= eta <= 1 and 0 < r < 1):
-        raise UserError(f"eta={eta}, r={r}: expected eta in [0, 1] and r in (0, 1)")
+    number_in("eta", eta, 0, 1, hint="0 is deterministic")
+    number_in("r", r, above=0, below=1, hint="0.5 is the midpoint")
 
     def step(x0: Tensor | Prediction, here: Point, there: Point) -> Tensor:
         down, up = ancestral(here, there, eta)

@@ -5,7 +5,6 @@ a step to `down`, then `up` times noise. With eta 1 it is DDPM's posterior (Ho e
 arXiv:2006.11239) written for the flow of Karras et al. 2022 (arXiv:2206.00364).
 """
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -14,8 +13,8 @@ from torch import Tensor
 from sfumato.diffuse.samplers import Run, traits
 from sfumato.diffuse.samplers._steps import ancestral, towards
 from sfumato.diffuse.schedule import Schedule
-from sfumato.errors import UserError
 from sfumato.types import Noise
+from sfumato.validate import number_in
 
 
 @traits(order=1, noise=True)
@@ -30,10 +29,8 @@ def euler_ancestral(
     """eta: how much of the noise is drawn anew, in [0, 1]; noise_scale multiplies it. One network
     call a step.
     """
-    if not (0 <= eta <= 1 and 0 <= noise_scale < math.inf):
-        raise UserError(
-            f"eta={eta}, noise_scale={noise_scale}: expected eta in [0, 1] and a scale of at least 0"
-        )
+    number_in("eta", eta, 0, 1, hint="0 is deterministic")
+    number_in("noise_scale", noise_scale, 0)
     for t, s in pairwise(times):
         prediction = yield x, t
         here, there = schedule.point(t), schedule.point(s)

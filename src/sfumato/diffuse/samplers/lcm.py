@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
 from sfumato.diffuse.schedule import Schedule
-from sfumato.errors import UserError
 from sfumato.types import Noise
+from sfumato.validate import number_in
 
 
 @traits(order=1, noise=True, network="consistency")
@@ -30,8 +30,8 @@ def lcm(
     """scaling and sigma_data as in the model's config (diffusers: timestep_scaling). One network
     call a step.
     """
-    if not (scaling > 0 and sigma_data > 0):
-        raise UserError(f"scaling={scaling}, sigma_data={sigma_data}: expected positive numbers")
+    number_in("scaling", scaling, above=0)
+    number_in("sigma_data", sigma_data, above=0)
     for t, s in pairwise(times):
         prediction = yield x, t
         alpha, sigma = schedule.point(s)

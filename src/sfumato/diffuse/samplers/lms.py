@@ -16,8 +16,8 @@ from torch import Tensor
 from sfumato.diffuse.samplers import Run, traits
 from sfumato.diffuse.samplers._steps import Straight, total
 from sfumato.diffuse.schedule import Schedule
-from sfumato.errors import UserError
 from sfumato.types import Noise
+from sfumato.validate import whole_number
 
 
 @lru_cache(maxsize=1024)
@@ -37,8 +37,7 @@ def coefficients(points: tuple[float, ...], end: float) -> list[float]:
 @traits(order=4)
 def lms(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, order: int = 4) -> Run:
     """order from 1 (Euler) to 4. One network call a step."""
-    if not 1 <= order <= 4:
-        raise UserError(f"order={order}: expected 1 to 4")
+    whole_number("order", order, 1, 4)
     straight = Straight(schedule)
     known: list[tuple[Tensor, float]] = []  # (slope, B), the latest first
     for t, s in pairwise(times):

@@ -15,8 +15,8 @@ from torch import Tensor
 from sfumato.diffuse.samplers import Run, traits
 from sfumato.diffuse.samplers._steps import rise
 from sfumato.diffuse.schedule import Schedule
-from sfumato.errors import UserError
 from sfumato.types import Noise
+from sfumato.validate import number_in
 
 
 @traits(order=1, noise=True, network="consistency", exact={"eta": 1.0})
@@ -24,8 +24,7 @@ def tcd(
     x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 0.3
 ) -> Run:
     """eta in [0, 1]: how much of each step is noise drawn anew. One network call a step."""
-    if not 0 <= eta <= 1:
-        raise UserError(f"eta={eta}: expected a number in [0, 1], 0 is deterministic")
+    number_in("eta", eta, 0, 1, hint="0 is deterministic")
     for t, s in pairwise(times):
         prediction = yield x, t
         past, there = (1 - eta) * s, schedule.point(s)

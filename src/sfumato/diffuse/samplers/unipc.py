@@ -20,8 +20,8 @@ from torch import Tensor
 from sfumato.diffuse.samplers import Run, traits
 from sfumato.diffuse.samplers._steps import Point, at_an_end, between, half_log_snr, total, towards
 from sfumato.diffuse.schedule import Schedule
-from sfumato.errors import UserError, unknown
 from sfumato.types import Noise
+from sfumato.validate import one_of, whole_number
 
 
 @lru_cache(maxsize=1024)
@@ -56,10 +56,8 @@ def unipc(
 
     One network call a step.
     """
-    if not 1 <= order <= 4:
-        raise UserError(f"order={order}: expected 1 to 4; 2 is the usual with guidance, 3 without")
-    if variant not in ("bh1", "bh2"):
-        raise unknown("variant", variant, ("bh1", "bh2"))
+    whole_number("order", order, 1, 4, hint="2 is the usual with guidance, 3 without")
+    one_of("variant", variant, ("bh1", "bh2"))
     # what the corrector begins from
     last: tuple[Tensor, Point, list[tuple[Tensor, float]], float, int] | None = None
     # (x0, log(alpha/sigma)) of the calls before, the latest first

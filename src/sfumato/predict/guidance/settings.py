@@ -24,7 +24,6 @@ of them.
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache, reduce
@@ -40,6 +39,7 @@ from sfumato.predict.guidance.guide import guide
 from sfumato.registry import find, names
 from sfumato.spec import Spec, options_of, short_number
 from sfumato.types import Conditioning
+from sfumato.validate import number_in
 
 FOLDERS = {
     "weight": "predict.guidance.weights",
@@ -150,9 +150,7 @@ class Guidance:
 
 
 def _scale(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise UserError(f"guidance={value!r}: expected a number of at least 0; 1 is off")
-    return float(value)
+    return float(number_in("guidance", value, 0, hint="1 is off"))
 
 
 @lru_cache(maxsize=256)

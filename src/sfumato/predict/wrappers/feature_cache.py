@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall
 from sfumato.errors import UserError
 from sfumato.types import Conditioning, Prediction
+from sfumato.validate import number_in, positive_int, whole_number
 
 
 def feature_cache(
@@ -138,28 +139,22 @@ class _Rule:
 
     def __post_init__(self) -> None:
         every, threshold = self.every, self.threshold
-        listed = isinstance(every, Sequence) and not isinstance(every, str) and len(every) > 0
-        whole = [every] if not listed else list(every)  # pyright: ignore[reportArgumentType]
-        if every is not None and not all(
-            isinstance(call, int) and not isinstance(call, bool) for call in whole
-        ):
-            raise UserError(
-                f"every={every!r}: expected a whole number of at least 1, or the calls at which the network runs whole"
-            )
         if every is None and threshold is None:
             raise UserError(
                 "every=None without a threshold: expected one or the other, to say when the network runs whole"
             )
-        if (isinstance(every, int) and every < 1) or (
-            isinstance(every, Sequence) and any(call < 0 for call in every)
-        ):
-            raise UserError(
-                f"every={every}: expected a whole number of at least 1, which is exact, or the calls at which the network runs whole"
+        if isinstance(every, Sequence) and not isinstance(every, str) and every:
+            for call in every:
+                whole_number("every", call, 0, hint="the calls at which the network runs whole")
+        elif every is not None:
+            positive_int(
+                "every",
+                every,
+                hint="1 is exact; or a list of the calls at which the network runs whole",
             )
-        if threshold is not None and not 0 <= threshold < float("inf"):
-            raise UserError(f"threshold={threshold}: expected a number of at least 0")
-        if self.skips < 1:
-            raise UserError(f"skips={self.skips}: expected at least 1")
+        if threshold is not None:
+            number_in("threshold", threshold, 0)
+        positive_int("skips", self.skips)
 
     def due(self, kept: _Kept | None, call: int, entry: Tensor) -> bool:
         """Whether the deep part runs for an image with these features at the cut (C, h, w)."""

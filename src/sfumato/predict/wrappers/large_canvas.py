@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall, gather
-from sfumato.errors import UserError, unknown
+from sfumato.errors import UserError
 from sfumato.types import Prediction
+from sfumato.validate import one_of
 
 WEIGHTS = ("uniform", "smooth")
 
@@ -46,8 +47,7 @@ def large_canvas(
     """
     check_windows(size, stride)
     (height, width), (down, right) = _pair(size), _pair(stride)
-    if weights not in WEIGHTS:
-        raise unknown("weighting of windows", weights, WEIGHTS)
+    one_of("weighting of windows", weights, WEIGHTS)
 
     def canvas(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
         windows = [

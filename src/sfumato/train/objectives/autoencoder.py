@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from sfumato.compress.base import Autoencoder, Posterior
 from sfumato.compress.kl import AutoencoderKL
 from sfumato.data import ImageSet
-from sfumato.errors import UserError, unknown
 from sfumato.evaluate.features import Features
 from sfumato.evaluate.frechet import frechet_distance, gaussian
 from sfumato.evaluate.reconstruction import reconstruction
@@ -27,6 +26,7 @@ from sfumato.images import grid, to_pil
 from sfumato.train.discriminator import PatchDiscriminator, adaptive_weight, hinge
 from sfumato.train.objective import Draw, Objective, config_of
 from sfumato.train.perceptual import feature_maps, perceptual_distance
+from sfumato.validate import number_in, one_of
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,9 @@ class AutoencoderLoss:
     discriminator_layers: int = 2
 
     def __post_init__(self) -> None:
-        if self.pixel not in ("l1", "l2"):
-            raise unknown("pixel loss", self.pixel, ("l1", "l2"))
-        if min(self.kl, self.perceptual, self.adversarial) < 0:
-            raise UserError(
-                f"loss weights kl={self.kl}, perceptual={self.perceptual}, adversarial={self.adversarial}: expected none below 0"
-            )
+        one_of("pixel loss", self.pixel, ("l1", "l2"))
+        for name in ("kl", "perceptual", "adversarial"):
+            number_in(f"loss weight {name}", getattr(self, name), 0, hint="0 leaves the term out")
 
 
 class AutoencoderObjective(Objective):

@@ -9,7 +9,6 @@ Networks with a variance behind the target are trained for L_simple + lambda L_v
 constant in L_vlb (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 16): `diffuse/variational.py`.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
@@ -21,10 +20,11 @@ from torch import Tensor, nn
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.variational import bound, check_bounded
 from sfumato.diffuse.weighting import MODE_SCALES, TIMES, WEIGHTINGS, draw_times, loss_weight
-from sfumato.errors import UserError, unknown
+from sfumato.errors import UserError
 from sfumato.io.atomic import hash_bytes, hash_tensors
 from sfumato.train.objective import Draw, Objective, config_of
 from sfumato.types import Conditioning, LatentSpace
+from sfumato.validate import number_in, one_of
 
 
 class Latents(Protocol):
@@ -70,24 +70,13 @@ class DenoiserLoss:
     drawn. With 0 the variance is not trained."""
 
     def __post_init__(self) -> None:
-        for kind, name, known in (
-            ("weighting", self.weighting, WEIGHTINGS),
-            ("distribution of times", self.times, TIMES),
-        ):
-            if name not in known:
-                raise unknown(kind, name, known)
-        if not MODE_SCALES[0] <= self.times_scale <= MODE_SCALES[1]:
-            raise UserError(
-                f"times_scale={self.times_scale}: expected from {MODE_SCALES[0]:g} to {MODE_SCALES[1]:.4g}"
-            )
-        if not 0 < self.times_shift < math.inf or not 0 < self.times_std < math.inf:
-            raise UserError(
-                f"times_shift={self.times_shift}, times_std={self.times_std}: expected positive numbers"
-            )
-        if not 0 <= self.drop <= 1:
-            raise UserError(f"drop={self.drop}: expected a share in [0, 1]")
-        if not 0 <= self.variance < math.inf:
-            raise UserError(f"variance={self.variance}: expected a weight of at least 0")
+        one_of("weighting", self.weighting, WEIGHTINGS)
+        one_of("distribution of times", self.times, TIMES)
+        number_in("times_scale", self.times_scale, *MODE_SCALES)
+        number_in("times_shift", self.times_shift, above=0, hint="1 is no shift")
+        number_in("times_std", self.times_std, above=0)
+        number_in("drop", self.drop, 0, 1)
+        number_in("variance", self.variance, 0, hint="0 does not train the variance")
 
 
 class DenoiserObjective(Objective):

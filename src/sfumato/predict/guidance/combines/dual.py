@@ -13,16 +13,16 @@ can be limited to an interval, as Stability AI has it for skipped layers in earl
 it is off, p = p1 + w (p_c - p1), and p2 is not asked.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from sfumato.errors import UserError, unknown
+from sfumato.errors import UserError
 from sfumato.predict.guidance.combines import Join
 from sfumato.predict.guidance.guide import Moment
 from sfumato.types import Prediction, mixed
+from sfumato.validate import number_in, one_of
 
 KINDS = {"chain": 1.0, "sum": 0.0, "away": 1.0}
 """What there is, and the second scale at which w = 1 is the conditional prediction."""
@@ -43,12 +43,8 @@ class Dual:
     consistent = True
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise unknown("kind of dual guidance", self.kind, KINDS)
-        if not abs(self.second) < math.inf:
-            raise UserError(
-                f"guidance dual second={self.second}: expected a finite number, {KINDS[self.kind]:g} is off"
-            )
+        one_of("kind of dual guidance", self.kind, KINDS)
+        number_in("guidance dual second", self.second, hint=f"{KINDS[self.kind]:g} is off")
         if not 0 <= self.low <= self.high <= 1:
             raise UserError(
                 f"guidance dual low={self.low}, high={self.high}: expected times with 0 <= low <= high <= 1, 1 is noise"

@@ -7,18 +7,17 @@ x0 = x0_c + (w - 1) (D_orth + eta D_par). Saturated colours come from the part a
 the steps before. On x0, as in the paper; eps is what then adds up to x.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sfumato.errors import UserError
 from sfumato.predict.guidance.algebra import moved, ratio, total
 from sfumato.predict.guidance.combines import Join
 from sfumato.predict.guidance.guide import Moment
 from sfumato.types import Prediction
+from sfumato.validate import number_in
 
 
 @dataclass(frozen=True)
@@ -39,18 +38,11 @@ class Project:
     consistent = True
 
     def __post_init__(self) -> None:
-        if not abs(self.eta) < math.inf:
-            raise UserError(
-                f"guidance project eta={self.eta}: expected a finite number, 1 is plain guidance"
-            )
-        if not 0 <= self.threshold < math.inf:
-            raise UserError(
-                f"guidance project threshold={self.threshold}: expected a number of at least 0, 0 is no threshold"
-            )
-        if not -1 < self.momentum < 1:
-            raise UserError(
-                f"guidance project momentum={self.momentum}: expected a number between -1 and 1, 0 is no momentum"
-            )
+        number_in("guidance project eta", self.eta, hint="1 is plain guidance")
+        number_in("guidance project threshold", self.threshold, 0, hint="0 is no threshold")
+        number_in(
+            "guidance project momentum", self.momentum, above=-1, below=1, hint="0 is no momentum"
+        )
 
     def begin(self) -> Join:
         before: Tensor | None = None

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sfumato.errors import UserError
 from sfumato.predict.guidance.algebra import moved, ratio, total
 from sfumato.predict.guidance.combines import Join
 from sfumato.predict.guidance.guide import Moment
 from sfumato.types import Prediction, mixed
+from sfumato.validate import number_in
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,7 @@ class Rescale:
     consistent = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.phi <= 1:
-            raise UserError(
-                f"guidance rescale phi={self.phi}: expected a number in [0, 1], 0 is plain guidance"
-            )
+        number_in("guidance rescale phi", self.phi, 0, 1, hint="0 is plain guidance")
 
     def begin(self) -> Join:
         def join(

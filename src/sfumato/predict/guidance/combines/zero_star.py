@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sfumato.errors import UserError
 from sfumato.predict.guidance.algebra import from_velocity, ratio, total
 from sfumato.predict.guidance.combines import Join
 from sfumato.predict.guidance.guide import Moment
 from sfumato.types import Prediction, mixed
+from sfumato.validate import whole_number
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,7 @@ class ZeroStar:
     consistent = True
 
     def __post_init__(self) -> None:
-        if self.zero_steps < 0:
-            raise UserError(
-                f"guidance zero_star zero_steps={self.zero_steps}: expected a whole number of at least 0"
-            )
+        whole_number("guidance zero_star zero_steps", self.zero_steps, 0)
 
     def begin(self) -> Join:
         def join(

@@ -16,19 +16,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from sfumato.errors import UserError
 from sfumato.predict.guidance.guide import Moment
 from sfumato.types import Prediction
+from sfumato.validate import number_in
 
 Weigh = Callable[[Moment, Prediction, Prediction], float | Tensor]
 """What `begin` returns."""
 
 
-def finite(**values: float) -> None:
-    """Refuses settings that are not finite numbers."""
-    for name, value in values.items():
-        if not abs(value) < float("inf"):
-            raise UserError(
-                f"guidance {name}={value}: expected a finite number"
-                + ("; 1 is off" if name == "scale" else "")
-            )
+def check_scale(scale: float) -> None:
+    """Raise `UserError` unless the scale is a finite number."""
+    number_in("guidance scale", scale, hint="1 is off")

@@ -22,11 +22,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sfumato.errors import UserError, unknown
+from sfumato.errors import UserError
 from sfumato.predict.guidance.algebra import ratio, total
 from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.weights import Weigh, finite
+from sfumato.predict.guidance.weights import Weigh, check_scale
 from sfumato.types import Prediction
+from sfumato.validate import number_in, one_of
 
 DISAGREEMENT = ("lowers", "raises")
 
@@ -48,12 +49,10 @@ class Adaptive:
     high: float = math.inf
 
     def __post_init__(self) -> None:
-        finite(scale=self.scale)
-        if self.disagreement not in DISAGREEMENT:
-            raise unknown("effect of disagreement on the guidance", self.disagreement, DISAGREEMENT)
-        for name, value in (("threshold", self.threshold), ("power", self.power)):
-            if not 0 < value < math.inf:
-                raise UserError(f"guidance adaptive {name}={value}: expected a positive number")
+        check_scale(self.scale)
+        one_of("effect of disagreement on the guidance", self.disagreement, DISAGREEMENT)
+        number_in("guidance adaptive threshold", self.threshold, above=0)
+        number_in("guidance adaptive power", self.power, above=0)
         if not self.low <= self.high:
             raise UserError(
                 f"guidance adaptive low={self.low}, high={self.high}: expected log-SNRs with low <= high"

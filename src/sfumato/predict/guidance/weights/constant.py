@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.weights import Weigh, finite
+from sfumato.predict.guidance.weights import Weigh, check_scale
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Constant:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        finite(scale=self.scale)
+        check_scale(self.scale)
 
     def active(self, moment: Moment) -> bool:
         return self.scale != 1

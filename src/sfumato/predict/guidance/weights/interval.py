@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from sfumato.errors import UserError
 from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.weights import Weigh, finite
+from sfumato.predict.guidance.weights import Weigh, check_scale
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Interval:
     high: float = 0.85
 
     def __post_init__(self) -> None:
-        finite(scale=self.scale)
+        check_scale(self.scale)
         if not 0 <= self.low <= self.high <= 1:
             raise UserError(
                 f"guidance interval low={self.low}, high={self.high}: expected times with 0 <= low <= high <= 1, 1 is noise"

@@ -10,9 +10,9 @@ first 0, last 2.
 import math
 from dataclasses import dataclass
 
-from sfumato.errors import UserError, unknown
 from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.weights import Weigh, finite
+from sfumato.predict.guidance.weights import Weigh, check_scale
+from sfumato.validate import number_in, one_of
 
 SHAPES = ("linear", "cosine", "power")
 
@@ -30,13 +30,11 @@ class Ramp:
     power: float = 2.0
 
     def __post_init__(self) -> None:
-        finite(scale=self.scale, first=self.first, last=self.last)
-        if self.shape not in SHAPES:
-            raise unknown("shape of a guidance ramp", self.shape, SHAPES)
-        if not 0 < self.power < math.inf:
-            raise UserError(
-                f"guidance ramp power={self.power}: expected a positive number, 1 is linear"
-            )
+        check_scale(self.scale)
+        number_in("guidance ramp first", self.first, hint="1 is the whole scale")
+        number_in("guidance ramp last", self.last, hint="1 is the whole scale")
+        one_of("shape of a guidance ramp", self.shape, SHAPES)
+        number_in("guidance ramp power", self.power, above=0, hint="1 is linear")
 
     def at(self, t: float) -> float:
         """w at a time."""

@@ -1,0 +1,92 @@
+"""Checks of settings. Each returns the value, or raises a `UserError` of one sentence.
+
+The sentence is "name=value: expected ...; hint". A name may begin with what has the setting
+("scheduler config steps", "guidance rescale phi"). A hint says what a usual value is or does.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from sfumato.errors import UserError, unknown
+
+
+def whole_number(
+    name: str,
+    value: Any,
+    at_least: int | None = None,
+    at_most: int | None = None,
+    unit: str = "",
+    hint: str = "",
+) -> int:
+    """Return an int from `at_least` to `at_most`, where None is no bound. True and 2.0 are no ints.
+
+    Args:
+        unit: of the number, in the plural ("pixels").
+        hint: added to the sentence.
+    """
+    valid = isinstance(value, int) and not isinstance(value, bool)
+    if (
+        not valid
+        or (at_least is not None and value < at_least)
+        or (at_most is not None and value > at_most)
+    ):
+        bounds = f" from {at_least} to {at_most}"
+        if at_least is None or at_most is None:
+            bounds = f" of at least {at_least}" if at_most is None else f" of at most {at_most}"
+            bounds = bounds.replace(" of", ",") if unit else bounds
+        bounds = "" if at_least is None and at_most is None else bounds
+        raise _refusal(name, value, "a whole number" + f" of {unit}" * bool(unit) + bounds, hint)
+    return value
+
+
+def positive_int(name: str, value: Any, unit: str = "", hint: str = "") -> int:
+    """Return an int of at least 1, see `whole_number`."""
+    return whole_number(name, value, at_least=1, unit=unit, hint=hint)
+
+
+def number_in(
+    name: str,
+    value: Any,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+    hint: str = "",
+) -> float:
+    """Return a finite number with at_least <= number <= at_most and above < number < below.
+
+    Args:
+        hint: added to the sentence.
+    """
+    valid = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (valid and at_least <= value <= at_most and above < value < below):
+        low, high = max(at_least, above), min(at_most, below)
+        if math.isinf(low) and math.isinf(high):
+            kind = "a finite number"
+        elif math.isinf(high):
+            kind = f"a number above {low:g}" if above == low else f"a number of at least {low:g}"
+        else:
+            kind = f"a number in {'(' if above == low else '['}{low:g}, {high:g}{')' if below == high else ']'}"
+        raise _refusal(name, value, kind, hint)
+    return value
+
+
+def flag(name: str, value: Any, hint: str = "") -> bool:
+    """Return True or False."""
+    if not isinstance(value, bool):
+        raise _refusal(name, value, "true or false", hint)
+    return value
+
+
+def one_of(kind: str, value: Any, choices: Iterable[str]) -> str:
+    """Return one of the choices; `kind` is what they are, in the singular ("solver")."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise unknown(kind, value, choices)
+    return value
+
+
+def _refusal(name: str, value: Any, expected: str, hint: str) -> UserError:
+    return UserError(f"{name}={value!r}: expected {expected}{'; ' * bool(hint)}{hint}")
