@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sfumato.batching import drive
 from sfumato.decode.whole import whole
-from sfumato.diffuse.sample import SeededNoise, conduct
+from sfumato.diffuse.run import SeededNoise, sampler_coroutine
 from sfumato.evaluate.reconstruction import psnr
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
@@ -67,7 +67,9 @@ def run(model: LatentDiffusion, settings: Settings, n: int, **cache: Any) -> Ten
         (model.autoencoder.space.channels, side, side), [settings.seed + k for k in range(n)]
     )
     sampler = find("diffuse.samplers", model.defaults.sampler)
-    z = drive(conduct(sampler(draw(), times, schedule, draw), ask, settings.steps), answer)
+    z = drive(
+        sampler_coroutine(sampler(draw(), times, schedule, draw), ask, settings.steps), answer
+    )
     assert z is not None
     return z
 

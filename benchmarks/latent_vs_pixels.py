@@ -27,7 +27,7 @@ from sfumato.data import ImageSet, open_images
 from sfumato.decode.whole import whole
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.sample import SeededNoise, sample
+from sfumato.diffuse.run import SeededNoise, run_sampler
 from sfumato.diffuse.samplers.ddim import ddim
 from sfumato.diffuse.schedule import schedule
 from sfumato.diffuse.timesteps import timesteps
@@ -162,7 +162,7 @@ class Run:
             )
             times = timesteps("trailing", s.sampling_steps)
             with torch.autocast("cpu", torch.bfloat16):
-                z = sample(
+                z = run_sampler(
                     ddim(noise(), times, process.schedule, noise),
                     lambda x, t, c=condition: denoiser(x, t, c),
                     s.sampling_steps,

@@ -76,7 +76,7 @@ def main() -> None:
         )
 
     for name in options.samplers or names("diffuse.samplers"):
-        if not traits_of(find("diffuse.samplers", name)).upward:
+        if not traits_of(find("diffuse.samplers", name)).inverts:
             asked = {
                 "n": options.n,
                 "steps": options.steps,

@@ -31,7 +31,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from sfumato.diffuse.sample import sample
+from sfumato.diffuse.run import run_sampler
 from sfumato.diffuse.samplers import Traits, calls, traits_of
 from sfumato.diffuse.schedule import Schedule, schedule
 from sfumato.diffuse.timesteps import SPACINGS, timesteps
@@ -186,7 +186,7 @@ def run(
 ) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     noise = lambda: torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)  # noqa: E731
-    end = sample(named(name)(x, times, chosen, noise), denoise, 1)
+    end = run_sampler(named(name)(x, times, chosen, noise), denoise, 1)
     assert end is not None
     return end
 
@@ -595,14 +595,16 @@ def main(settings: Settings) -> None:
     """Prints the tables of docs/samplers.md and draws its picture."""
     torch.set_num_threads(1)
     every = {name: traits_of(find("diffuse.samplers", name)) for name in names("diffuse.samplers")}
-    every = {name: traits for name, traits in every.items() if not traits.upward}
+    every = {name: traits for name, traits in every.items() if not traits.inverts}
     smooth = {name: traits for name, traits in every.items() if not traits.noise}
     rough = {
         name: traits
         for name, traits in every.items()
-        if traits.noise and traits.network == "denoiser"
+        if traits.noise and traits.network_type == "denoiser"
     }
-    distilled = {name: traits for name, traits in every.items() if traits.network == "consistency"}
+    distilled = {
+        name: traits for name, traits in every.items() if traits.network_type == "consistency"
+    }
     smooth["dpmpp_3m:published=true"] = Traits(order=2)  # as other implementations have it
     if settings.model:
         shown = ", ".join(map(str, settings.budgets[:4]))

@@ -25,7 +25,7 @@ from sfumato.decode.overflow import decode_in_range, encode_in_range
 from sfumato.decode.tiled import tiled
 from sfumato.decode.whole import check_latent, whole
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.sample import SeededNoise, Step, check_finite, sample
+from sfumato.diffuse.run import SeededNoise, Step, check_finite, run_sampler
 from sfumato.errors import NumericalError, UserError, unknown
 from sfumato.images import composite, to_pil, to_tensor
 from sfumato.inference.offload.model import (
@@ -457,7 +457,7 @@ class LatentDiffusion:
             z.to(self.device).float(), timesteps, schedule, torch.empty, iterations=iterations
         )
         with torch.inference_mode():
-            x = sample(
+            x = run_sampler(
                 sampler,
                 lambda x, t: self.denoiser(x, t, conditioning),
                 iterations * (len(timesteps) - 1),

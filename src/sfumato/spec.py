@@ -1,4 +1,4 @@
-"""One line of text for a named choice with options: "name" or "name:option=value,option=value".
+"""Specs: a name with options as text, "name:option=value,option=value".
 
     spec    = name [":" option ("," option)*]
     option  = key "=" value               spaces around names, keys and values do not count
@@ -24,11 +24,11 @@ class Spec:
     """A name and its options as text. `Spec.parse(str(spec)) == spec` for every spec.
 
     Args:
-        name: without ":"; dashes become underscores.
-        options: key -> value. Values have neither spaces nor commas.
+        name: Without ":"; dashes become underscores.
+        options: Key -> value. Values have neither spaces nor commas.
 
     Raises:
-        UserError: a name, key or value that the line of text could not hold.
+        UserError: A name, key or value that the line of text could not hold.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Spec:
         """Read "name" or "name:option=value,option=value".
 
         Raises:
-            UserError: an item after the colon that is no option, or an option that is given twice.
+            UserError: An item after the colon that is no option, or an option that is given twice.
         """
         line = str(text)
         name, colon, rest = line.partition(":")
@@ -85,13 +85,14 @@ class Spec:
         """Spell values, in their order, without those that equal their defaults.
 
         Args:
-            kind: what `name` is, for the errors: "sampler".
-            values: option -> value, see `typed_values`.
-            defaults: option -> default, as `options_of` returns them.
-            number: the spelling of a number: `repr` (5.0) or `short_number` (5).
+            kind: What `name` is, for the errors: "sampler".
+            name: Of the spec.
+            values: Option -> value, see `typed_values`.
+            defaults: Option -> default, as `options_of` returns them.
+            number: The spelling of a number: `repr` (5.0) or `short_number` (5).
 
         Raises:
-            UserError: an unknown option, or a value of another type than its default.
+            UserError: An unknown option, or a value of another type than its default.
         """
         changed = {
             key: value
@@ -121,10 +122,13 @@ class Spec:
 
 
 def options_of(target: Callable[..., Any], without: Collection[str] = ()) -> dict[str, Any]:
-    """Return option -> default of a function or a dataclass: its parameters that have a default.
+    """Return option -> default of a function or a dataclass.
+
+    Options are the parameters that have a default.
 
     Args:
-        without: parameters with a default that are not options.
+        target: A function, or a dataclass.
+        without: Parameters with a default that are not options.
     """
     parameters = inspect.signature(target).parameters.items()
     return {
@@ -137,15 +141,17 @@ def options_of(target: Callable[..., Any], without: Collection[str] = ()) -> dic
 def typed_values(
     where: str, values: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the values with the types of their defaults; a default of None stands for a number.
+    """Return the values with the types of their defaults.
+
+    A default of None stands for a number.
 
     Args:
-        where: what has the options, for the errors: "sampler ddim".
-        values: option -> text, or what JSON makes of it.
-        defaults: option -> default, as `options_of` returns them.
+        where: What has the options, for the errors: "sampler ddim".
+        values: Option -> text, or what JSON makes of it.
+        defaults: Option -> default, as `options_of` returns them.
 
     Raises:
-        UserError: an unknown option, or a value of another type.
+        UserError: An unknown option, or a value of another type.
     """
     for key in values:
         if key not in defaults:

@@ -19,11 +19,17 @@ def whole_number(
     unit: str = "",
     hint: str = "",
 ) -> int:
-    """Return an int from `at_least` to `at_most`, where None is no bound. True and 2.0 are no ints.
+    """Return an int from `at_least` to `at_most`, where None is no bound.
+
+    True and 2.0 are refused.
 
     Args:
-        unit: of the number, in the plural ("pixels").
-        hint: added to the sentence.
+        name: Name of the setting.
+        value: Its value.
+        at_least: Smallest value.
+        at_most: Largest value.
+        unit: Unit of the number, in the plural ("pixels").
+        hint: Added to the sentence.
     """
     valid = isinstance(value, int) and not isinstance(value, bool)
     if (
@@ -58,7 +64,13 @@ def number_in(
     """Return a finite number with at_least <= number <= at_most and above < number < below.
 
     Args:
-        hint: added to the sentence.
+        name: Name of the setting.
+        value: Its value; True, NaN and infinity are refused.
+        at_least: Smallest value.
+        at_most: Largest value.
+        above: Bound below all values.
+        below: Bound above all values.
+        hint: Added to the sentence.
     """
     valid = isinstance(value, int | float) and not isinstance(value, bool)
     if not (valid and at_least <= value <= at_most and above < value < below):

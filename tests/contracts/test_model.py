@@ -27,9 +27,9 @@ from sfumato.decode.preview import Preview
 from sfumato.decode.whole import whole
 from sfumato.diffuse.parameterization import edm, parameterization
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.rescale import Shifted, ZeroTerminalSNR
-from sfumato.diffuse.sample import SeededNoise, Step
+from sfumato.diffuse.run import SeededNoise, Step
 from sfumato.diffuse.schedule import schedule
+from sfumato.diffuse.schedule_transforms import Shifted, ZeroTerminalSNR
 from sfumato.diffuse.timesteps import SPACINGS
 from sfumato.errors import NumericalError, UserError
 from sfumato.images import to_pil, to_tensor

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.rescale import Shifted, ZeroTerminalSNR
-from sfumato.diffuse.sample import SeededNoise, Step, run, sample
+from sfumato.diffuse.run import SeededNoise, Step, iterate_steps, run_sampler
 from sfumato.diffuse.samplers import calls, traits_of
 from sfumato.diffuse.schedule import SCHEDULES, Schedule, schedule
+from sfumato.diffuse.schedule_transforms import Shifted, ZeroTerminalSNR
 from sfumato.diffuse.timesteps import timesteps
 from sfumato.prediction import LinearPrediction
 from sfumato.registry import find, names
@@ -31,8 +31,8 @@ from sfumato.types import Prediction
 
 SAMPLERS = {name: find("diffuse.samplers", name) for name in names("diffuse.samplers")}
 TRAITS = {name: traits_of(sampler) for name, sampler in SAMPLERS.items()}
-DOWN = [name for name in SAMPLERS if not TRAITS[name].upward]
-UP = [name for name in SAMPLERS if TRAITS[name].upward]
+DOWN = [name for name in SAMPLERS if not TRAITS[name].inverts]
+UP = [name for name in SAMPLERS if TRAITS[name].inverts]
 KINDS = {name: schedule(name) for name in SCHEDULES}
 KINDS |= {
     "zero terminal SNR": ZeroTerminalSNR(schedule("scaled_linear")),
@@ -107,7 +107,7 @@ def finish(
     denoise,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    result = sample(begin(name, chosen, times, seeds, dtype), denoise, len(times) - 1)
+    result = run_sampler(begin(name, chosen, times, seeds, dtype), denoise, len(times) - 1)
     assert result is not None
     return result
 
@@ -148,7 +148,7 @@ def test_it_asks_where_it_should_and_as_often_as_it_says(name: str, kind: str, s
     """
     chosen = KINDS[kind]
     times = timesteps("trailing", steps, chosen)
-    found = list(run(begin(name, chosen, times, [0, 1]), gaussian(chosen), steps))
+    found = list(iterate_steps(begin(name, chosen, times, [0, 1]), gaussian(chosen), steps))
     asked = [s.t for s in found if isinstance(s, Step)]
     assert asked[0] == times[0] and all(0 < t <= 1 for t in asked) and isinstance(found[-1], Tensor)
     assert len(asked) == calls(SAMPLERS[name], times, chosen)
@@ -170,7 +170,7 @@ def test_every_number_is_finite_from_t_one_to_t_zero(name: str, kind: str, steps
     """
     chosen = KINDS[kind]
     for spacing in ("trailing", "linspace", "leading", "karras", "log_snr"):
-        *asked, result = run(
+        *asked, result = iterate_steps(
             begin(name, chosen, timesteps(spacing, steps, chosen), [0]), gaussian(chosen), steps
         )
         assert (
@@ -223,7 +223,7 @@ def test_samples_have_the_mean_and_variance_of_the_data(name: str, kind: str) ->
         timesteps("trailing", 150, chosen) if kind != "edm" else timesteps("karras", 150, chosen)
     )
     sampler = SAMPLERS[name](x, times, chosen, draw, **TRAITS[name].exact)
-    found = sample(sampler, gaussian(chosen, network=TRAITS[name].network), 150)
+    found = run_sampler(sampler, gaussian(chosen, network=TRAITS[name].network_type), 150)
     assert found is not None
     mean = (found.mean(0) - MEAN) / (STD / math.sqrt(count))
     variance = (found.var(0) - STD.square()) / (STD.square() * math.sqrt(2 / count))
@@ -242,7 +242,9 @@ def test_noise_is_drawn_where_the_traits_say_so(name: str) -> None:
         return torch.zeros(1, *SHAPE)
 
     x = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
-    sample(SAMPLERS[name](x, timesteps("trailing", 9, chosen), chosen, draw), gaussian(chosen), 9)
+    run_sampler(
+        SAMPLERS[name](x, timesteps("trailing", 9, chosen), chosen, draw), gaussian(chosen), 9
+    )
     assert bool(drawn) == TRAITS[name].noise
 
 
@@ -270,7 +272,7 @@ def solved(name: str, kind: str, times: tuple[float, ...]) -> Tensor:
     def never() -> Tensor:
         raise AssertionError("a deterministic run asked for noise")
 
-    found = sample(SAMPLERS[name](x, times, chosen, never), wavy(chosen), 1)
+    found = run_sampler(SAMPLERS[name](x, times, chosen, never), wavy(chosen), 1)
     assert found is not None
     return found
 
@@ -313,8 +315,8 @@ def test_two_interleaved_runs_are_two_separate_runs(name: str, kind: str) -> Non
         finish(name, other, more, [5], gaussian(other)),
     )
     runs = [
-        run(begin(name, chosen, times, [0, 1]), gaussian(chosen), 6),
-        run(begin(name, other, more, [5]), gaussian(other), 9),
+        iterate_steps(begin(name, chosen, times, [0, 1]), gaussian(chosen), 6),
+        iterate_steps(begin(name, other, more, [5]), gaussian(other), 9),
     ]
     latest: list = [None, None]
     while any(not isinstance(found, Tensor) for found in latest):
@@ -384,7 +386,7 @@ def test_tensors_that_come_in_are_not_written_to(name: str) -> None:
         given.append((x, x.clone(), found, found.x0.clone(), found.eps.clone()))
         return found
 
-    sample(SAMPLERS[name](x, times, chosen, lambda: noise), denoise, 4)
+    run_sampler(SAMPLERS[name](x, times, chosen, lambda: noise), denoise, 4)
     assert torch.equal(x, start) and torch.equal(noise, torch.ones(1, *SHAPE))
     for seen, before, found, x0, eps in given:
         assert (
@@ -397,7 +399,7 @@ def test_tensors_that_come_in_are_not_written_to(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_dtype_is_kept(name: str, kind: str, dtype: torch.dtype) -> None:
     chosen = KINDS[kind]
-    for event in run(
+    for event in iterate_steps(
         begin(name, chosen, timesteps("trailing", 3, chosen), [0], dtype), gaussian(chosen), 3
     ):
         assert (event.x if isinstance(event, Step) else event).dtype == dtype
@@ -415,7 +417,9 @@ def test_a_run_may_end_before_t_zero(name: str, kind: str) -> None:
     noise = SeededNoise(SHAPE, list(range(count)))
     # the point's own marginal at t = 1
     x = chosen.point(1.0)[0] * MEAN + chosen.point(1.0)[1] * noise().double()
-    found = sample(SAMPLERS[name](x, times, chosen, lambda: noise().double()), point(chosen), 2)
+    found = run_sampler(
+        SAMPLERS[name](x, times, chosen, lambda: noise().double()), point(chosen), 2
+    )
     assert found is not None
     error = (found.mean(0) - alpha * MEAN) / (sigma / math.sqrt(count))
     # the spread is pooled over the 12 positions; 5 standard errors, 13 comparisons: 7e-6 false
@@ -430,7 +434,7 @@ def test_cancelling_closes_it(name: str) -> None:
     chosen = schedule("flow")
     sampler = begin(name, chosen, timesteps("trailing", 9, chosen), [0])
     asked: list[float] = []
-    assert sample(sampler, gaussian(chosen, asked), 9, lambda step: step.index < 2) is None
+    assert run_sampler(sampler, gaussian(chosen, asked), 9, lambda step: step.index < 2) is None
     assert len(asked) == 3 and next(sampler, "closed") == "closed"
 
 
@@ -448,7 +452,7 @@ def test_tcd_without_noise_is_ddim_whatever_the_steps(kind: str, steps: int) -> 
         raise AssertionError("eta 0 asked for noise")
 
     found = [
-        sample(SAMPLERS[n](x, times, chosen, never, **o), gaussian(chosen), 1)
+        run_sampler(SAMPLERS[n](x, times, chosen, never, **o), gaussian(chosen), 1)
         for n, o in (("tcd", {"eta": 0.0}), ("ddim", {}))
     ]
     assert torch.equal(found[0], found[1])
@@ -465,7 +469,7 @@ def test_half_of_the_quadratic_term_costs_an_order() -> None:
     reference, counts = solved("dpm_solver_3", "cosine", tuple(graded(1000))), [90, 135, 200, 300]
     for published in (False, True):
         ends = [
-            sample(
+            run_sampler(
                 SAMPLERS["dpmpp_3m"](x, graded(n, 3), chosen, lambda: x, published=published),
                 wavy(chosen),
                 1,
@@ -493,13 +497,13 @@ def test_upward_ones_end_at_the_first_time_and_come_back(name: str, kind: str) -
         "linspace", 12, chosen, start=1.0 if "flow" in kind else 0.9 if kind != "edm" else 0.6
     )
     asked: list[float] = []
-    x = sample(
+    x = run_sampler(
         SAMPLERS[name](z, times, chosen, lambda: z, iterations=60), gaussian(chosen, asked), 12 * 60
     )
     assert x is not None and asked[-1] == times[0] and min(asked) == times[-2]
-    again = sample(SAMPLERS["ddim"](x, times, chosen, lambda: z), gaussian(chosen), 12)
+    again = run_sampler(SAMPLERS["ddim"](x, times, chosen, lambda: z), gaussian(chosen), 12)
     assert again is not None and float((again - z).abs().max()) < 1e-6
-    rough = sample(SAMPLERS[name](z, times, chosen, lambda: z), gaussian(chosen), 12)
+    rough = run_sampler(SAMPLERS[name](z, times, chosen, lambda: z), gaussian(chosen), 12)
     assert (
         rough is not None and 1e-6 < float((rough - x).abs().max()) < 3 * chosen.point(times[0])[1]
     )

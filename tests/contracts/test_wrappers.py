@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall, drive, gather
-from sfumato.diffuse.sample import SeededNoise, Step, conduct
+from sfumato.diffuse.run import SeededNoise, Step, sampler_coroutine
 from sfumato.errors import UserError
 from sfumato.predict.denoiser import answer
 from sfumato.predict.guidance.combines.linear import Linear
@@ -46,7 +46,7 @@ def begin(
     sampler: str, ask: DenoiseFn, seeds: list[int], steps: list[Step]
 ) -> DenoiseCalls[Tensor | None]:
     draw = SeededNoise(SHAPE, seeds)
-    return conduct(
+    return sampler_coroutine(
         find("diffuse.samplers", sampler)(draw(), MODEL.times(4), SCHEDULE, draw),
         ask,
         4,

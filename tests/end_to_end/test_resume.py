@@ -931,7 +931,7 @@ class Curve(Objective):
         return (networks["curve"](noisy) - batch["x"].prod(1, keepdim=True)).square().mean(), {}
 
 
-def together(count: int, work: Callable[[int], object]) -> list[int]:
+def gather(count: int, work: Callable[[int], object]) -> list[int]:
     """`count` processes that find each other as torchrun's do, over gloo: their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -974,7 +974,7 @@ def train_together(
         assert settings.batch_size % count == 0
         train(network, settings, out, on_step=each)
 
-    return together(count, work)
+    return gather(count, work)
 
 
 def newest(out: Path, name: str) -> dict[str, Tensor]:
@@ -1039,7 +1039,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="batch_size=5 does not divide among 2 processes"):
             train(Curve(), replace(LOOP, batch_size=5), tmp_path)
 
-    assert together(2, work) == [0, 0]
+    assert gather(2, work) == [0, 0]
 
 
 # ---- TensorBoard ---------------------------------------------------------------------------------

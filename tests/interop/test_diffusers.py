@@ -21,9 +21,9 @@ from sfumato.checkpoints.schedulers.config import from_scheduler_config, to_sche
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.rescale import Shifted, ZeroTerminalSNR
-from sfumato.diffuse.sample import SeededNoise
+from sfumato.diffuse.run import SeededNoise
 from sfumato.diffuse.schedule import schedule, table
+from sfumato.diffuse.schedule_transforms import Shifted, ZeroTerminalSNR
 from sfumato.diffuse.timesteps import timesteps
 from sfumato.errors import UserError
 from sfumato.loading import load

@@ -20,7 +20,7 @@ import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 
-from sfumato.diffuse.rescale import flux2_shift
+from sfumato.diffuse.schedule_transforms import flux2_shift
 from sfumato.errors import UserError
 from sfumato.images import to_pil
 from sfumato.loading import load

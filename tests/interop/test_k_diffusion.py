@@ -26,8 +26,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato.diffuse.rescale import ZeroTerminalSNR
-from sfumato.diffuse.sample import sample
+from sfumato.diffuse.run import run_sampler
 from sfumato.diffuse.samplers import calls
 from sfumato.diffuse.samplers.dpm_solver_2 import dpm_solver_2
 from sfumato.diffuse.samplers.dpmpp_2m import dpmpp_2m
@@ -41,6 +40,7 @@ from sfumato.diffuse.samplers.euler_ancestral import euler_ancestral
 from sfumato.diffuse.samplers.heun import heun
 from sfumato.diffuse.samplers.lms import lms
 from sfumato.diffuse.schedule import Schedule, schedule
+from sfumato.diffuse.schedule_transforms import ZeroTerminalSNR
 from sfumato.diffuse.timesteps import timesteps
 from sfumato.types import Prediction
 
@@ -112,7 +112,7 @@ def our_run(
         return Prediction(x0, (x - alpha * x0) / sigma)
 
     run = sampler(start * chosen.point(times[0])[0], times, chosen, lambda: next(draws), **options)
-    result = sample(run, denoise, calls(sampler, times, chosen, **options))
+    result = run_sampler(run, denoise, calls(sampler, times, chosen, **options))
     assert result is not None
     return [*seen, result / chosen.point(times[-1])[0]]
 

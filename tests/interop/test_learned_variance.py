@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sfumato.batching import drive
 from sfumato.checkpoints.schedulers.config import read_scheduler, write_scheduler
-from sfumato.diffuse.sample import conduct
+from sfumato.diffuse.run import sampler_coroutine
 from sfumato.diffuse.samplers import calls
 from sfumato.diffuse.timesteps import timesteps
 from sfumato.predict.denoiser import Denoiser, answer
@@ -110,7 +110,9 @@ def test_the_same_run(
     )
     run = sampler(start, times, process.schedule, lambda: next(noise), **options)
     with torch.inference_mode():
-        ours = drive(conduct(run, ask, calls(sampler, times, process.schedule, **options)), answer)
+        ours = drive(
+            sampler_coroutine(run, ask, calls(sampler, times, process.schedule, **options)), answer
+        )
 
     again = draws()
     scheduler = diffusers.DDPMScheduler.from_config(LEARNED | config)

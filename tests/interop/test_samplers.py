@@ -76,8 +76,7 @@ from torch import Tensor
 from sfumato.diffuse.parameterization import edm as edm_parameterization
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.rescale import ZeroTerminalSNR, shifted_time
-from sfumato.diffuse.sample import sample
+from sfumato.diffuse.run import run_sampler
 from sfumato.diffuse.samplers import calls
 from sfumato.diffuse.samplers.consistency import consistency
 from sfumato.diffuse.samplers.ddim import ddim
@@ -101,6 +100,7 @@ from sfumato.diffuse.samplers.pndm import pndm
 from sfumato.diffuse.samplers.tcd import tcd
 from sfumato.diffuse.samplers.unipc import unipc
 from sfumato.diffuse.schedule import Schedule, schedule, table
+from sfumato.diffuse.schedule_transforms import ZeroTerminalSNR, shifted_time
 from sfumato.diffuse.timesteps import timesteps
 from sfumato.errors import UserError
 from sfumato.types import Prediction
@@ -186,7 +186,7 @@ def our_run(
         return process.split(x, network(shown[-1], heard[-1]), t)
 
     run = sampler(start, times, process.schedule, lambda: next(noise), **options)
-    result = sample(run, denoise, calls(sampler, times, process.schedule, **options))
+    result = run_sampler(run, denoise, calls(sampler, times, process.schedule, **options))
     assert result is not None
     return [*shown, result], heard
 
@@ -941,7 +941,9 @@ def test_score_sde_ve(double: Callable[[str], Any]) -> None:
         level = chosen.noise_level(t)
         return Process(chosen, parameterization("eps")).split(x, network(x / 40, level), t)
 
-    end = sample(ddpm(start, times, chosen, lambda: next(noise), variance="large"), denoise, 12)
+    end = run_sampler(
+        ddpm(start, times, chosen, lambda: next(noise), variance="large"), denoise, 12
+    )
     assert end is not None and difference([*ours, end], [*theirs, result]) < 1e-9
     torch.testing.assert_close(
         x - result, 0.02 * [n for n, _ in zip(draws(), range(12), strict=False)][-1]
@@ -976,7 +978,7 @@ def test_consistency_models(double: Callable[[str], Any]) -> None:
         x0 = skip * x + out * network(shown[-1], timestep)
         return Prediction(x0, (x - x0) / chosen.noise_level(t))
 
-    result = sample(consistency(start, times, chosen, lambda: next(noise)), denoise, 4)
+    result = run_sampler(consistency(start, times, chosen, lambda: next(noise)), denoise, 4)
     assert result is not None and times[-1] == 0
     assert difference([*shown, result], theirs) < 1e-9
 
@@ -1196,7 +1198,7 @@ def test_their_steps_from_nothing_overshoot(name: str, sampler: Callable[..., An
         alpha, sigma = process.schedule.point(t)
         return Prediction(alpha * x, sigma * x)
 
-    ours = sample(
+    ours = run_sampler(
         sampler(start, timesteps("trailing", steps, chosen), chosen, lambda: start), exact, 1
     )
     assert ours is not None and float(ours.abs().max()) < 1.5 * float(

@@ -38,10 +38,10 @@ from sfumato.checkpoints.schedulers.samplers import canonical_sampler
 from sfumato.checkpoints.schedulers.spacing import canonical_spacing
 from sfumato.diffuse.parameterization import edm, parameterization
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.rescale import Shifted, ZeroTerminalSNR, dynamic_shift
-from sfumato.diffuse.sample import sample
+from sfumato.diffuse.run import run_sampler
 from sfumato.diffuse.samplers import calls
 from sfumato.diffuse.schedule import BetaTable, Schedule, cosine, schedule, table
+from sfumato.diffuse.schedule_transforms import Shifted, ZeroTerminalSNR, dynamic_shift
 from sfumato.diffuse.timesteps import SPACINGS as OUR_SPACINGS
 from sfumato.diffuse.timesteps import timesteps
 from sfumato.errors import UserError
@@ -154,7 +154,7 @@ def our_run(
         return process.split(x, y(process.network_input(x, t), timestep), t)
 
     run = sampler(start, times, process.schedule, lambda: next(noise), **options)
-    found = sample(run, denoise, calls(sampler, times, process.schedule, **options))
+    found = run_sampler(run, denoise, calls(sampler, times, process.schedule, **options))
     assert found is not None
     return found
 

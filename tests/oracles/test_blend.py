@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato.diffuse.blend import BlendedNoise, slerp
-from sfumato.diffuse.sample import SeededNoise
+from sfumato.diffuse.run import SeededNoise
+from sfumato.diffuse.slerp import SlerpNoise, slerp
 from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners._between import between
@@ -72,13 +72,13 @@ def test_the_arc_between_vectors_that_are_known() -> None:
 
 
 def test_every_draw_is_blended_and_no_image_knows_its_neighbours() -> None:
-    def source(first: list[int], second: list[int], shares: list[float]) -> BlendedNoise:
-        return BlendedNoise(SeededNoise(SHAPE, first), SeededNoise(SHAPE, second), shares)
+    def source(first: list[int], second: list[int], shares: list[float]) -> SlerpNoise:
+        return SlerpNoise(SeededNoise(SHAPE, first), SeededNoise(SHAPE, second), shares)
 
     together, alone = source([5, 5, 5], [6, 7, 8], [0.0, 0.4, 1.0]), source([5], [7], [0.4])
     ends = SeededNoise(SHAPE, [5, 8])
     for _ in range(3):
-        draw, end = together(), ends()
+        draw, end = gather(), ends()
         assert torch.equal(draw[1], alone()[0]) and torch.equal(draw[[0, 2]], end)
 
 

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from sfumato.diffuse.parameterization import PARAMETERIZATIONS, edm, parameterization
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.rescale import Shifted, ZeroTerminalSNR, dynamic_shift
-from sfumato.diffuse.sample import SeededNoise, Step, check_finite, run, sample
+from sfumato.diffuse.run import SeededNoise, Step, check_finite, iterate_steps, run_sampler
 from sfumato.diffuse.samplers import traits_of
 from sfumato.diffuse.samplers.ddim import ddim
 from sfumato.diffuse.samplers.ddpm import ddpm
 from sfumato.diffuse.schedule import SCHEDULES, BetaTable, schedule, table
+from sfumato.diffuse.schedule_transforms import Shifted, ZeroTerminalSNR, dynamic_shift
 from sfumato.diffuse.timesteps import ALIGN_YOUR_STEPS, SPACINGS, check_times, timesteps, truncate
 from sfumato.diffuse.weighting import draw_times, loss_weight
 from sfumato.errors import NumericalError, UserError
@@ -471,7 +471,7 @@ def start(chosen, count: int, seed: int = 0) -> Tensor:
 def solve(sampler, chosen, steps: int, x: Tensor, noise=never, **options) -> Tensor:
     calls: list[float] = []
     times = timesteps("trailing", steps, chosen)
-    result = sample(sampler(x, times, chosen, noise, **options), exact(chosen, calls), steps)
+    result = run_sampler(sampler(x, times, chosen, noise, **options), exact(chosen, calls), steps)
     assert calls == times[:-1]  # one network call a step, and none at t = 0
     assert result is not None
     return result
@@ -524,7 +524,7 @@ def flow_end(chosen) -> Callable[[Tensor, float], Prediction]:
 
     def end(x: Tensor, t: float) -> Prediction:
         alpha, sigma = chosen.point(t)
-        x0 = sample(
+        x0 = run_sampler(
             solver(x, timesteps("log_snr", 60, chosen, start=t), chosen, never), exact(chosen), 1
         )
         assert x0 is not None
@@ -548,7 +548,7 @@ def test_samples_have_the_mixtures_mean_covariance_and_mode_weights(kind: str, n
         {"eta": 1.0} if "eta" in name else {},
     )
     promised, chosen, count = traits_of(sampler), schedule(kind), 4000
-    distilled = promised.network == "consistency"
+    distilled = promised.network_type == "consistency"
     generator = torch.Generator().manual_seed(0)
     which = torch.multinomial(WEIGHTS, count, replacement=True, generator=generator)
     clean = (MEANS[which] + STDS[which, None] * normal(count, 2, seed=1)).reshape(count, 2, 1, 1)
@@ -556,7 +556,7 @@ def test_samples_have_the_mixtures_mean_covariance_and_mode_weights(kind: str, n
     x = alpha * clean + sigma * normal(count, 2, 1, 1, seed=2)
     times = timesteps("karras" if kind == "edm" else "trailing", 4 if distilled else 100, chosen)
     denoise = flow_end(chosen) if distilled else exact(chosen)
-    end = sample(
+    end = run_sampler(
         sampler(x, times, chosen, stream((count, 2, 1, 1)), **(promised.exact | options)),
         denoise,
         1,
@@ -579,8 +579,8 @@ def test_the_statistical_test_can_fail() -> None:
 def test_ddim_with_eta_one_is_ddpm_step_by_step(kind: str) -> None:
     chosen = schedule(kind)
     x, times, denoise = start(chosen, 20), timesteps("trailing", 25, chosen), exact(chosen)
-    a = run(ddim(x, times, chosen, stream(x.shape), eta=1.0), denoise, 25)
-    b = run(ddpm(x, times, chosen, stream(x.shape)), denoise, 25)
+    a = iterate_steps(ddim(x, times, chosen, stream(x.shape), eta=1.0), denoise, 25)
+    b = iterate_steps(ddpm(x, times, chosen, stream(x.shape)), denoise, 25)
     for left, right in zip(a, b, strict=True):
         left, right = (e.x if isinstance(e, Step) else e for e in (left, right))
         torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-7)
@@ -594,7 +594,7 @@ def test_ddim_is_euler_in_sigma_over_alpha(kind: str) -> None:
     chosen = schedule(kind)
     denoise, times = exact(chosen), timesteps("trailing", 20, chosen, start=0.98)
     x = start(chosen, 20)
-    found = sample(ddim(x, times, chosen, never), denoise, 20)
+    found = run_sampler(ddim(x, times, chosen, never), denoise, 20)
     y, flow = x, x
     for t, s in pairwise(times):
         (a_t, s_t), (a_s, s_s) = chosen.at(t), chosen.at(s)
@@ -611,21 +611,14 @@ def linear_response(sampler, chosen, t: float, s: float, denoise, **options) -> 
     outputs = []
     for x, n in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)):
         noise = torch.full((1, 1, 1, 1), n, dtype=F64)
-        outputs.append(
-            float(
-                sample(
-                    sampler(
-                        torch.full((1, 1, 1, 1), x, dtype=F64),
-                        [t, s],
-                        chosen,
-                        lambda noise=noise: noise,
-                        **options,
-                    ),
-                    denoise,
-                    1,
-                )
-            )
+        run = sampler(
+            torch.full((1, 1, 1, 1), x, dtype=F64),
+            [t, s],
+            chosen,
+            lambda noise=noise: noise,
+            **options,
         )
+        outputs.append(float(run_sampler(run, denoise, 1)))
     return outputs[1] - outputs[0], outputs[2] - outputs[0]
 
 
@@ -649,7 +642,7 @@ def test_one_step_keeps_the_variance(kind: str, t: float, s: float) -> None:
     ):
         gain, spread = linear_response(sampler, chosen, t, s, point, **options)
         assert (gain * s_t) ** 2 + spread**2 == pytest.approx(s_s**2, rel=1e-9)
-        mean = sample(
+        mean = run_sampler(
             sampler(
                 torch.full((1, 1, 1, 1), 0.7 * a_t, dtype=F64),
                 [t, s],
@@ -677,7 +670,9 @@ def test_the_last_step_draws_no_noise(sampler, options) -> None:
     """At t = 0 nothing would remove it; `never` raises if it is asked."""
     chosen = schedule("cosine")
     assert (
-        sample(sampler(start(chosen, 5), [0.3, 0.0], chosen, never, **options), exact(chosen), 1)
+        run_sampler(
+            sampler(start(chosen, 5), [0.3, 0.0], chosen, never, **options), exact(chosen), 1
+        )
         is not None
     )
 
@@ -694,7 +689,7 @@ def test_eta_out_of_range_is_refused(bad: float) -> None:
 def test_run_streams_a_step_a_call_and_ends_with_the_latent() -> None:
     chosen, calls = schedule("flow"), []
     times = timesteps("trailing", 5, chosen)
-    events = run(ddim(start(chosen, 3), times, chosen, never), exact(chosen, calls), 5)
+    events = iterate_steps(ddim(start(chosen, 3), times, chosen, never), exact(chosen, calls), 5)
     for index in range(5):
         step = next(events)
         assert isinstance(step, Step) and len(calls) == index + 1  # nothing runs ahead
@@ -707,15 +702,15 @@ def test_run_streams_a_step_a_call_and_ends_with_the_latent() -> None:
 def test_cancelling_stops_the_calls_and_closes_the_sampler() -> None:
     chosen, calls = schedule("flow"), []
     sampler = ddim(start(chosen, 3), timesteps("trailing", 10, chosen), chosen, never)
-    assert sample(sampler, exact(chosen, calls), 10, lambda step: step.index < 3) is None
+    assert run_sampler(sampler, exact(chosen, calls), 10, lambda step: step.index < 3) is None
     assert len(calls) == 4
     sampler = ddim(start(chosen, 3), timesteps("trailing", 10, chosen), chosen, never)
-    events = run(sampler, exact(chosen, calls), 10)
+    events = iterate_steps(sampler, exact(chosen, calls), 10)
     next(events), next(events)
     events.close()
     assert len(calls) == 6 and inspect.getgeneratorstate(sampler) == inspect.GEN_CLOSED
     assert (
-        sample(
+        run_sampler(
             ddim(start(chosen, 3), [1.0, 0.0], chosen, never), exact(chosen), 1, lambda step: None
         )
         is not None
@@ -737,7 +732,7 @@ def test_a_number_that_is_not_finite_stops_the_run(part: str, value: float) -> N
     with pytest.raises(
         NumericalError, match=r"1 of 6 numbers .* step 3 of 8 \(t = 0\.75\) \(float32\)"
     ):
-        sample(
+        run_sampler(
             ddim(start(chosen, 3).float(), timesteps("trailing", 8, chosen), chosen, never),
             broken,
             8,
@@ -749,7 +744,7 @@ def test_a_number_that_is_not_finite_stops_the_run(part: str, value: float) -> N
 
 def test_image_k_of_a_batch_has_the_noise_of_its_own_seed() -> None:
     together = SeededNoise((4, 5, 3), [7, 8, 9])
-    first, second = together(), together()
+    first, second = gather(), gather()
     assert (
         first.shape == (3, 4, 5, 3)
         and first.dtype == torch.float32
@@ -1048,7 +1043,7 @@ def test_samplers_that_are_one_and_the_same(
     times = timesteps("trailing", 9, chosen) if kind != "edm" else timesteps("karras", 9, chosen)
     x = math.hypot(*chosen.point(1.0)) * normal(20, 2, 1, 1)
     ends = [
-        sample(
+        run_sampler(
             find("diffuse.samplers", name)(x, times, chosen, stream(x.shape), **given),
             exact(chosen),
             1,

@@ -23,13 +23,13 @@ from sfumato.checkpoints.folder import save_part
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.rescale import Shifted, ZeroTerminalSNR
-from sfumato.diffuse.sample import SeededNoise, sample
+from sfumato.diffuse.run import SeededNoise, run_sampler
 from sfumato.diffuse.samplers import calls
 from sfumato.diffuse.samplers.ddpm import ddpm
 from sfumato.diffuse.schedule import Schedule, schedule
+from sfumato.diffuse.schedule_transforms import Shifted, ZeroTerminalSNR
 from sfumato.diffuse.timesteps import timesteps
-from sfumato.diffuse.variational import bound
+from sfumato.diffuse.vlb import bound
 from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.class_names import ClassNames
@@ -367,7 +367,7 @@ def test_few_steps_have_the_datas_variance(kind: str) -> None:
             lambda: torch.randn(x.shape, generator=noise, dtype=DOUBLE),
             variance=kind,
         )  # type: ignore[arg-type]
-        found = sample(run, denoise, 4)
+        found = run_sampler(run, denoise, 4)
         assert found is not None
         return float(found.var())
 
@@ -384,7 +384,7 @@ def test_its_ends_are_the_fixed_variances() -> None:
     def end(kind: str, v: float = 0.0) -> Tensor:
         noise = SeededNoise((1, 4, 4), [0, 1])
         run = ddpm(x, times, chosen, noise, variance=kind)  # type: ignore[arg-type]
-        found = sample(
+        found = run_sampler(
             run, lambda x, t: Prediction(0.5 * x.tanh(), x.sin(), torch.full_like(x, v)), 5
         )
         assert found is not None

@@ -26,7 +26,7 @@ from sfumato.data import ImageSet, Transform
 from sfumato.data.images import Listing, build
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.sample import SeededNoise, sample
+from sfumato.diffuse.run import SeededNoise, run_sampler
 from sfumato.diffuse.samplers.ddim import ddim
 from sfumato.diffuse.schedule import schedule
 from sfumato.diffuse.timesteps import timesteps
@@ -927,7 +927,7 @@ def test_a_denoiser_learns_one_latent_by_heart(tmp_path: Path) -> None:
     found = Denoiser(network, process)
     nothing = Conditioning()
     with torch.no_grad():
-        drawn = sample(
+        drawn = run_sampler(
             ddim(draw(), timesteps("trailing", 5, process.schedule), process.schedule, draw),
             lambda x, t: found(x, t, nothing),
             5,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall, drive, gather
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.sample import SeededNoise, Step, conduct
+from sfumato.diffuse.run import SeededNoise, Step, sampler_coroutine
 from sfumato.diffuse.samplers import traits_of
 from sfumato.diffuse.schedule import SCHEDULES, Schedule, schedule
 from sfumato.diffuse.timesteps import timesteps
@@ -34,7 +34,7 @@ from sfumato.registry import find, names
 from sfumato.types import Conditioning, Prediction
 
 SAMPLERS = {name: find("diffuse.samplers", name) for name in names("diffuse.samplers")}
-DOWNWARD = [name for name, sampler in SAMPLERS.items() if not traits_of(sampler).upward]
+DOWNWARD = [name for name, sampler in SAMPLERS.items() if not traits_of(sampler).inverts]
 FLOW = schedule("flow")
 
 
@@ -100,7 +100,10 @@ def test_the_known_part_is_z_with_the_right_noise_at_every_level_and_z_at_the_en
         x, times, chosen, lambda: torch.randn(first.shape, generator=generator, dtype=torch.float64)
     )
     found = drive(
-        conduct(run, known_region(tangled(chosen), z, mask, chosen.point), 8, steps.append), answer
+        sampler_coroutine(
+            run, known_region(tangled(chosen), z, mask, chosen.point), 8, steps.append
+        ),
+        answer,
     )
     known, tolerance = mask.bool().expand_as(z), 1e-8
     for step in steps:
@@ -182,7 +185,9 @@ def inpainted(
     )
     return finish(
         drive(
-            conduct(run, known_region(two_pixels(rho, chosen), z, mask, chosen.point), steps),
+            sampler_coroutine(
+                run, known_region(two_pixels(rho, chosen), z, mask, chosen.point), steps
+            ),
             answer,
         ),
         z,
@@ -495,7 +500,7 @@ def ran(
 ) -> DenoiseCalls[Tensor | None]:
     draw = SeededNoise((2, size, size), seeds)
     times = timesteps("trailing", steps, FLOW)
-    return conduct(SAMPLERS[sampler](draw(), times, FLOW, draw), ask, steps, on_step)
+    return sampler_coroutine(SAMPLERS[sampler](draw(), times, FLOW, draw), ask, steps, on_step)
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -570,10 +575,12 @@ def test_it_is_deepcache_written_out_by_hand(every: Any, keys: Any, skips: int) 
             velocity.append(network.shallow_up(kept[branch], layers, time, cond))
         x = x + (times[call + 1] - t) * (velocity[1] + 3.0 * (velocity[0] - velocity[1]))
     ask = feature_cache(guided(denoiser, classes(0, 1), classes(2, 2)), every, skips=skips)
-    found = drive(conduct(SAMPLERS["euler"](first, times, FLOW, lambda: first), ask, 7), answer)
+    found = drive(
+        sampler_coroutine(SAMPLERS["euler"](first, times, FLOW, lambda: first), ask, 7), answer
+    )
     assert torch.allclose(found, x, atol=2e-5)
     exact = drive(
-        conduct(
+        sampler_coroutine(
             SAMPLERS["euler"](first, times, FLOW, lambda: first),
             guided(denoiser, classes(0, 1), classes(2, 2)),
             7,
@@ -686,13 +693,19 @@ def test_where_guidance_stops_and_begins_again_nobody_takes_anothers_features(
     )
     draw, times = SeededNoise((2, 8, 16), [0]), timesteps("trailing", 10, FLOW)
     drive(
-        conduct(SAMPLERS["ddim"](draw(), times, FLOW, draw), feature_cache(inside, 100), 10), answer
+        sampler_coroutine(
+            SAMPLERS["ddim"](draw(), times, FLOW, draw), feature_cache(inside, 100), 10
+        ),
+        answer,
     )
     # at the first call of each kind; then nothing is due for a hundred calls
     assert seen == [[0, 2] * 4, [0] * 4]
     seen.clear()
     found = drive(
-        conduct(SAMPLERS["ddim"](draw(), times, FLOW, draw), feature_cache(inside, 4), 10), answer
+        sampler_coroutine(
+            SAMPLERS["ddim"](draw(), times, FLOW, draw), feature_cache(inside, 4), 10
+        ),
+        answer,
     )
     # calls 0 to 2 with both, 3 to 6 with one, 7 to 9 with both
     assert seen == [[0, 2] * 4, [0] * 4, [0, 2] * 4]
@@ -747,7 +760,10 @@ def test_they_stack() -> None:
         draw = SeededNoise((2, 8, 20), seeds)
         x = start(draw(), z, mask, FLOW.point, times[0])
         return finish(
-            drive(conduct(SAMPLERS["ddim"](x, times, FLOW, draw), ask, 6, steps.append), answer),
+            drive(
+                sampler_coroutine(SAMPLERS["ddim"](x, times, FLOW, draw), ask, 6, steps.append),
+                answer,
+            ),
             z,
             mask,
         )

@@ -11,7 +11,7 @@ from sfumato.cli._output import Clock, progress, provenance, read_picture, targe
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from sfumato.diffuse.sample import Step
+    from sfumato.diffuse.run import Step
     from sfumato.model import LatentDiffusion
     from sfumato.sampling import Plan, Request
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sfumato.data import ImageSet
-    from sfumato.diffuse.sample import Step
+    from sfumato.diffuse.run import Step
     from sfumato.evaluate import Features, Report
     from sfumato.model import LatentDiffusion
 

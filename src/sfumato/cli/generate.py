@@ -37,7 +37,7 @@ from sfumato.errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from sfumato.diffuse.sample import Step
+    from sfumato.diffuse.run import Step
     from sfumato.model import LatentDiffusion
     from sfumato.sampling import Request
 

@@ -1,3 +1,5 @@
-"""Act 2, diffuse: z <-> noise. Schedules, parameterizations, the process, timesteps and samplers;
-no network in here.
+"""Act 2, diffuse: z <-> noise.
+
+Schedules, parameterizations, the process, spacings of timesteps and samplers. No network is in
+here.
 """

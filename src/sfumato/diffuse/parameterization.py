@@ -1,12 +1,14 @@
-"""What a network predicts: the target y = a*z + b*eps, and the one 2x2 solve that turns y back into
-(x0, eps).
+"""Parameterizations: the target y = a*z + b*eps, and the solve from y to (x0, eps).
 
-With x = alpha*z + sigma*eps and det = alpha*b - sigma*a:  x0 = (b*x - sigma*y) / det,  eps =
-(alpha*y - a*x) / det. eps: Ho et al. 2020; v: Salimans & Ho 2022, arXiv:2202.00512, appendix D;
-flow eps - z: Lipman et al. 2023, arXiv:2210.02747. edm (Karras et al. 2022, arXiv:2206.00364, eq. 7
-and table 1) for any (alpha, sigma), with S^2 = alpha^2 d^2 + sigma^2 and d the data's standard
-deviation: D = (alpha d^2 x + sigma d S y) / S^2 is the row (sigma/(d S), -alpha d/S), and the
-network is given x/S. det = -S/d is never zero.
+With x = alpha*z + sigma*eps and det = alpha*b - sigma*a:
+
+    x0 = (b*x - sigma*y) / det,  eps = (alpha*y - a*x) / det.
+
+eps: Ho et al. 2020; v: Salimans & Ho 2022, arXiv:2202.00512, appendix D; flow eps - z: Lipman et
+al. 2023, arXiv:2210.02747. edm (Karras et al. 2022, arXiv:2206.00364, eq. 7 and table 1) for any
+(alpha, sigma), with S^2 = alpha^2 d^2 + sigma^2 and d the data's standard deviation: D = (alpha d^2
+x + sigma d S y) / S^2 is the row (sigma/(d S), -alpha d/S), and the network's input is x/S. det =
+-S/d is never zero.
 """
 
 from collections.abc import Callable
@@ -20,8 +22,12 @@ from sfumato.validate import number_in, one_of
 
 @dataclass(frozen=True)
 class Parameterization:
-    """A row (a, b) as functions of (alpha, sigma), float64 tensors; and what the network's input is
-    multiplied by, if anything.
+    """A row (a, b), and the scale of the network's input.
+
+    Args:
+        name: In configs.
+        row: (alpha, sigma) -> (a, b), float64 tensors.
+        input_scale: (alpha, sigma) -> factor of x; None for 1.
     """
 
     name: str
@@ -29,7 +35,7 @@ class Parameterization:
     input_scale: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def determinant(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """alpha*b - sigma*a; zero where y says nothing new about z."""
+        """Return alpha*b - sigma*a; zero where y carries no information about z beside x."""
         a, b = self.row(alpha, sigma)
         return alpha * b - sigma * a
 
@@ -67,11 +73,15 @@ class _EDMInput:
 
 
 def edm(sigma_data: float = 1.0, flipped: bool = False) -> Parameterization:
-    """Karras et al.'s preconditioning; latents here are standardised, so the data's standard
-    deviation is 1 (theirs was 0.5).
+    """Return the preconditioning of Karras et al.
 
-    flipped: the network gives -y. With sigma_data 1 that is v of x/S, what CosXL and Stable Video
-    Diffusion are trained for ("edm_v").
+    Args:
+        sigma_data: Standard deviation of the data: 1 for standardised latents, 0.5 in the paper.
+        flipped: The network's output is -y. With sigma_data 1 that is v of x/S, for which CosXL
+            and Stable Video Diffusion are trained ("edm_v").
+
+    Raises:
+        UserError: For a sigma_data that is not positive.
     """
     number_in("sigma_data", sigma_data, above=0, hint="the standard deviation of the data")
     return Parameterization(
@@ -85,5 +95,5 @@ PARAMETERIZATIONS["edm"] = edm()
 
 
 def parameterization(name: str) -> Parameterization:
-    """A parameterization by name: eps, x0, v, flow or edm."""
+    """Return a parameterization by name: eps, x0, v, flow or edm."""
     return PARAMETERIZATIONS[one_of("parameterization", name, PARAMETERIZATIONS)]

@@ -1,11 +1,11 @@
-"""Noise schedules: t in [0, 1] -> (alpha, sigma) in float64 with x_t = alpha*z + sigma*eps; t = 0
-is clean, t = 1 is noise.
+"""Noise schedules: t in [0, 1] -> (alpha, sigma) with x_t = alpha*z + sigma*eps.
 
-Discrete tables (variance preserving, alpha^2 + sigma^2 = 1): alpha_i^2 = prod_{j<=i} (1 - beta_j)
-(Ho et al. 2020, arXiv:2006.11239, eq. 4) at t = (i+1)/T, log-SNR interpolated between. Continuous:
-variance preserving and exploding (Song et al. 2021, arXiv:2011.13456, appendix C), rectified flow
-alpha = 1 - t, sigma = t (Liu et al. 2023, arXiv:2209.03003, eq. 1), EDM (Karras et al. 2022,
-arXiv:2206.00364). Wrappers (zero terminal SNR, shift) are in rescale.py.
+t = 0 is clean, t = 1 is noise; all is float64. Discrete tables are variance preserving, alpha^2 +
+sigma^2 = 1: alpha_i^2 = prod_{j<=i} (1 - beta_j) (Ho et al. 2020, arXiv:2006.11239, eq. 4) at t =
+(i+1)/T, with the log-SNR interpolated between. Continuous ones are variance preserving and
+exploding (Song et al. 2021, arXiv:2011.13456, appendix C), rectified flow alpha = 1 - t, sigma = t
+(Liu et al. 2023, arXiv:2209.03003, eq. 1), and EDM (Karras et al. 2022, arXiv:2206.00364).
+Transforms (zero terminal SNR, shift) are in schedule_transforms.py.
 """
 
 import math
@@ -21,73 +21,73 @@ from sfumato.errors import UserError
 from sfumato.validate import one_of
 
 NO_SIGNAL = 5000.0
-"""The noise level sigma/alpha above which a latent counts as pure noise: what remains of z is below
-float32's rounding of a prediction."""
+"""Noise level sigma/alpha above which a latent counts as pure noise.
+
+What remains of z is then below float32's rounding of a prediction.
+"""
 
 
 class Schedule(ABC):
-    """t -> (alpha, sigma), float64, and back from the log signal-to-noise ratio log(alpha^2 /
-    sigma^2).
-    """
+    """t -> (alpha, sigma), float64, and back from the log-SNR log(alpha^2 / sigma^2)."""
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha, sigma) for t in [0, 1], any shape; float64 in and out."""
+        """Return (alpha, sigma) at t in [0, 1], of any shape; float64 in and out."""
 
     @abstractmethod
     def timestep(self, t: Tensor) -> Tensor:
-        """t in the units that networks are given: 0..T-1 for tables of T steps, 0..1000 for
-        flows.
-        """
+        """Return t in a network's units: 0..T-1 for a table of T steps, 0..1000 for a flow."""
 
     @abstractmethod
     def time(self, timestep: Tensor) -> Tensor:
-        """The inverse of `timestep`."""
+        """Invert `timestep`."""
 
     @abstractmethod
     def from_log_snr(self, log_snr: Tensor) -> Tensor:
-        """t at which log(alpha^2 / sigma^2) has a value; values outside the schedule's range are
-        clamped to its ends.
+        """Return the t at which log(alpha^2 / sigma^2) has a value.
+
+        Values outside of the schedule's range are clamped to its ends.
         """
 
     @abstractmethod
     def sample_times(self, u: Tensor) -> Tensor:
-        """Maps u in (0, 1), however distributed, to the times that training visits (never 0;
-        discrete tables: the grid).
+        """Map u in (0, 1), of any distribution, to training times.
+
+        They are never 0, and on the grid of a discrete table.
         """
 
     @property
     def grid(self) -> int | None:
-        """How many times a discrete table has; None for a continuous schedule."""
+        """Number of times of a discrete table; None for a continuous schedule."""
         return None
 
     @property
     def first(self) -> float:
-        """The least noisy time that networks were trained at: where spacings by noise level put
-        their last call.
-        """
+        """Least time that networks are trained at, of the last call in spacings by noise level."""
         return 0.001 if self.grid is None else 1 / self.grid
 
     @property
     def bounded(self) -> bool:
-        """Whether there is signal at t = 1. There is none for flows, at zero terminal SNR and in
-        the cosine table.
+        """True if there is signal at t = 1.
+
+        There is none for flows, at zero terminal SNR and in the cosine table.
         """
         return self.noise_level(1.0) < NO_SIGNAL
 
     def point(self, t: float) -> tuple[float, float]:
-        """(alpha, sigma) at a time as plain numbers, for the algebra of samplers. Remembered: runs
-        visit the same times again.
+        """Return (alpha, sigma) at a time as plain numbers, for the algebra of samplers.
+
+        Cached, because runs visit the same times again.
         """
         return _point(self, float(t))
 
     def noise_level(self, t: float) -> float:
-        """sigma/alpha at a time; inf where alpha is 0."""
+        """Return sigma/alpha at a time; inf where alpha is 0."""
         alpha, sigma = self.point(t)
         return sigma / alpha if alpha > 0 else math.inf
 
     def at_noise_level(self, level: float) -> float:
-        """The time at which sigma/alpha has a value, clamped to [0, 1]."""
+        """Return the time at which sigma/alpha has a value, clamped to [0, 1]."""
         return float(
             self.from_log_snr(
                 torch.tensor(-2 * math.log(level) if level > 0 else math.inf, dtype=torch.float64)
@@ -95,11 +95,11 @@ class Schedule(ABC):
         )
 
     def at(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha, sigma) of a number or tensor t as float64 tensors of its shape."""
+        """Return (alpha, sigma) at a number or tensor t as float64 tensors of its shape."""
         return self.coefficients(torch.as_tensor(t, dtype=torch.float64))
 
     def log_snr(self, t: float | Tensor) -> Tensor:
-        """log(alpha^2 / sigma^2): +inf at t = 0, falling in t."""
+        """Return log(alpha^2 / sigma^2): +inf at t = 0, falling in t."""
         alpha, sigma = self.at(t)
         return 2 * (alpha.log() - sigma.log())
 
@@ -112,8 +112,13 @@ def _point(schedule: Schedule, t: float) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class BetaTable(Schedule):
-    """A table of T betas. `kind` names it in configs ("linear", "scaled_linear", "cosine",
-    "sigmoid" or "table").
+    """A table of T betas.
+
+    Args:
+        betas: Numbers in (0, 1), from the least noisy step on.
+        kind: Name in configs: "linear", "scaled_linear", "cosine", "sigmoid" or "table".
+        beta_start: First beta of a closed form, for configs.
+        beta_end: Last beta of a closed form, for configs.
     """
 
     betas: tuple[float, ...] = field(repr=False)
@@ -131,8 +136,8 @@ class BetaTable(Schedule):
     def _hash(self) -> int:
         return hash((self.kind, self.betas))
 
+    # Hashing a thousand numbers each time would cost more than what is cached by it.
     def __hash__(self) -> int:
-        # a thousand numbers each time would cost more than what is remembered by it
         return self._hash
 
     @cached_property
@@ -148,7 +153,7 @@ class BetaTable(Schedule):
         high = (low + 1).clamp(max=count - 1)
         log_snr = torch.lerp(table[low], table[high], position - low)
         alpha2, sigma2 = torch.sigmoid(log_snr), torch.sigmoid(-log_snr)
-        # below the first step sigma^2 falls linearly to 0: t = 0 is exactly clean
+        # Below the first step sigma^2 falls linearly to 0: t = 0 is exactly clean.
         inside = (t.double() * count).clamp(max=1)
         sigma2 = sigma2 * inside
         return torch.where(inside < 1, 1 - sigma2, alpha2).sqrt(), sigma2.sqrt()
@@ -158,7 +163,7 @@ class BetaTable(Schedule):
         return len(self.betas)
 
     def timestep(self, t: Tensor) -> Tensor:
-        # networks know no noise below the table's first
+        # No network is trained below the table's first.
         return (t.double() * len(self.betas) - 1).clamp(min=0)
 
     def time(self, timestep: Tensor) -> Tensor:
@@ -171,7 +176,7 @@ class BetaTable(Schedule):
         high = torch.searchsorted(rising, value.contiguous()).clamp(1, count - 1)
         weight = ((value - rising[high - 1]) / (rising[high] - rising[high - 1])).clamp(0, 1)
         inner = (count - (high - 1 + weight)) / count
-        # sigma^2 is linear below the first step
+        # sigma^2 is linear below the first step.
         below = torch.sigmoid(-value) / torch.sigmoid(-table[0]) / count
         return torch.where(value > table[0], below, inner)
 
@@ -181,7 +186,7 @@ class BetaTable(Schedule):
 
 
 class Continuous(Schedule):
-    """What schedules without a table share: training visits all of (0, 1]."""
+    """A schedule without a table: training visits all of (0, 1]."""
 
     def sample_times(self, u: Tensor) -> Tensor:
         return u.double().clamp(1e-5, 1.0)
@@ -189,7 +194,7 @@ class Continuous(Schedule):
 
 @dataclass(frozen=True)
 class RectifiedFlow(Continuous):
-    """alpha = 1 - t, sigma = t. Networks are given t * 1000, as SD3 and FLUX are."""
+    """Rectified flow: alpha = 1 - t, sigma = t; the timestep is t * 1000, as for SD3 and FLUX."""
 
     kind: str = "flow"
 
@@ -209,8 +214,13 @@ class RectifiedFlow(Continuous):
 
 @dataclass(frozen=True)
 class VariancePreserving(Continuous):
-    """log alpha = -t^2 (b - a)/4 - t a/2 for beta(t) = a + t (b - a) (Song et al. 2021, eq. 33).
-    Networks are given t * 999, as theirs are.
+    """Continuous VP: log alpha = -t^2 (b - a)/4 - t a/2 for beta(t) = a + t (b - a).
+
+    (Song et al. 2021, eq. 33.) The timestep is t * 999, as in their code.
+
+    Args:
+        beta_min: a, above 0.
+        beta_max: b, from a to below 200.
     """
 
     beta_min: float = 0.1
@@ -235,7 +245,7 @@ class VariancePreserving(Continuous):
         return timestep.double() / 999
 
     def from_log_snr(self, log_snr: Tensor) -> Tensor:
-        # -log alpha^2 = (b - a)/2 t^2 + a t
+        # -log alpha^2 = (b - a)/2 t^2 + a t.
         added = torch.nn.functional.softplus(-log_snr.double()).clamp(max=1e6)
         slope, low = self.beta_max - self.beta_min, self.beta_min
         return (2 * added / ((low**2 + 2 * slope * added).sqrt() + low)).clamp(0, 1)
@@ -243,10 +253,13 @@ class VariancePreserving(Continuous):
 
 @dataclass(frozen=True)
 class VarianceExploding(Continuous):
-    """alpha = 1, sigma = sigma_min (sigma_max/sigma_min)^t (Song et al. 2021, eq. 30); below t =
-    0.001 it falls linearly to 0.
+    """Variance exploding: alpha = 1, sigma = sigma_min (sigma_max/sigma_min)^t.
 
-    Networks are given sigma.
+    (Song et al. 2021, eq. 30.) Below t = 0.001 sigma falls linearly to 0. The timestep is sigma.
+
+    Args:
+        sigma_min: Least noise level, above 0.
+        sigma_max: Noise level at t = 1.
     """
 
     sigma_min: float = 0.01
@@ -283,11 +296,15 @@ class VarianceExploding(Continuous):
 
 @dataclass(frozen=True)
 class EDM(Continuous):
-    """alpha = 1, sigma = sigma_max * t^rho: even times are Karras et al.'s spacing (2022, eq. 5)
-    drawn out to sigma = 0.
+    """EDM: alpha = 1, sigma = sigma_max * t^rho.
 
-    Networks are given log(sigma)/4 (their table 1, c_noise), with no noise below sigma_min known to
-    them.
+    Even times are the spacing of Karras et al. (2022, eq. 5) extended to sigma = 0. The timestep is
+    log(sigma)/4 (their table 1, c_noise), and that of sigma_min below it.
+
+    Args:
+        sigma_min: Least noise level that networks are trained at, above 0.
+        sigma_max: Noise level at t = 1.
+        rho: Exponent in [1, 20].
     """
 
     sigma_min: float = 0.002
@@ -339,23 +356,25 @@ def scaled_linear(steps: int = 1000, start: float = 0.00085, end: float = 0.012)
 
 
 def cosine(steps: int = 1000) -> BetaTable:
-    """alpha(t)^2 = cos^2((t + 0.008) / 1.008 * pi/2), betas at most 0.999 (Nichol & Dhariwal 2021,
-    arXiv:2102.09672, eq. 17).
+    """Cosine table: alpha(t)^2 = cos^2((t + 0.008) / 1.008 * pi/2), betas at most 0.999.
+
+    (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17.)
     """
     edge = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
     return BetaTable(tuple(min(1 - edge[i + 1] / edge[i], 0.999) for i in range(steps)), "cosine")
 
 
 def sigmoid(steps: int = 1000, start: float = 0.0001, end: float = 0.02) -> BetaTable:
-    """Betas on a sigmoid between start and end over [-6, 6] (GeoDiff, Xu et al. 2022,
-    arXiv:2203.02923, and diffusers).
+    """Betas on a sigmoid over [-6, 6] from start to end.
+
+    (GeoDiff, Xu et al. 2022, arXiv:2203.02923, and diffusers.)
     """
     ramp = torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid()
     return _table("sigmoid", ramp * (end - start) + start, start, end)
 
 
 def table(betas: Sequence[float]) -> BetaTable:
-    """A table of one's own: betas strictly between 0 and 1, from the least noisy step on."""
+    """Return a table of given betas, strictly between 0 and 1, from the least noisy step on."""
     values = tuple(float(b) for b in betas)
     if not values or not all(0 < b < 1 for b in values):
         raise UserError(
@@ -377,7 +396,13 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 
 def schedule(name: str, **options: float) -> Schedule:
-    """A schedule by name, with its own options: linear, scaled_linear, cosine, sigmoid, flow, vp,
-    ve or edm. `table` takes your own betas.
+    """Return a schedule by name.
+
+    Args:
+        name: linear, scaled_linear, cosine, sigmoid, flow, vp, ve or edm.
+        **options: Its own numbers.
+
+    Raises:
+        UserError: For an unknown name, or numbers that the schedule cannot have.
     """
     return SCHEDULES[one_of("schedule", name, SCHEDULES)](**options)

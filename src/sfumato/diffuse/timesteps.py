@@ -1,13 +1,15 @@
-"""Which times a run visits: from `start` (1 is pure noise) down to 0, `steps` of them and the end,
-no duplicates.
+"""Spacings: the times of a run, from `start` (1 is pure noise) down to 0.
 
-Each spacing returns steps+1 floats, strictly descending, the last 0. By time: "trailing", "leading"
-and "linspace" are the conventions named in Lin et al. 2023 (arXiv:2305.08891, table 2); "beta" is
-Lee et al. 2024 (arXiv:2407.12173). By noise level sigma/alpha (for flows and zero terminal SNR,
-where it is infinite at t = 1: by sigma/(alpha + sigma), a flow's own t): "karras" (2022,
-arXiv:2206.00364, eq. 5) and "exponential"; by log-SNR: "log_snr" (Lu et al. 2022, arXiv:2206.00927,
-section 3.4). "align_your_steps": Sabour et al. 2024 (arXiv:2404.14507). All take `clean=False`: the
-run then ends at the least noise that the network knows and not at 0 (see `SPACINGS`).
+Each spacing is a function (steps, schedule, start, options) -> steps+1 floats, strictly descending,
+the last 0. It is found by name in `SPACINGS`, which adds an option to all of them: with
+`clean=False` a run ends at the least training time and not at 0.
+
+By time: "trailing", "leading" and "linspace" are the conventions named in Lin et al. 2023
+(arXiv:2305.08891, table 2); "beta" is Lee et al. 2024 (arXiv:2407.12173). By noise level
+sigma/alpha: "karras" (2022, arXiv:2206.00364, eq. 5) and "exponential"; where sigma/alpha is
+infinite at t = 1 (flows, zero terminal SNR) by sigma/(alpha + sigma), a flow's own t. By log-SNR:
+"log_snr" (Lu et al. 2022, arXiv:2206.00927, section 3.4). "align_your_steps": Sabour et al. 2024
+(arXiv:2404.14507).
 """
 
 import inspect
@@ -20,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sfumato.diffuse.rescale import dynamic_shift, flux2_shift, shifted_time
 from sfumato.diffuse.schedule import NO_SIGNAL, Schedule
+from sfumato.diffuse.schedule_transforms import dynamic_shift, flux2_shift, shifted_time
 from sfumato.errors import UserError
 from sfumato.validate import number_in, one_of, positive_int
 
@@ -38,8 +40,10 @@ ALIGN_YOUR_STEPS = {
 def trailing(
     steps: int, schedule: Schedule, start: float = 1.0, whole: bool = False
 ) -> list[float]:
-    """start, start*(1 - 1/steps) ... start/steps, 0: begins at the full noise. `whole` rounds to a
-    table's grid, as diffusers does.
+    """Space evenly from the full noise: start, start*(1 - 1/steps) ... start/steps, 0.
+
+    Options:
+        whole: Round to a table's grid, as diffusers does.
     """
     if whole and schedule.grid is not None:
         return [
@@ -51,11 +55,12 @@ def trailing(
 def leading(
     steps: int, schedule: Schedule, start: float = 1.0, offset: int = 0, drop_last: bool = False
 ) -> list[float]:
-    """Multiples of grid // steps, plus an offset (DDIM's original; SD 1 uses offset 1). Never
-    reaches full noise.
+    """Space by multiples of grid // steps (DDIM's original), which never reach the full noise.
 
-    `drop_last` spaces one more step and leaves out the least time, as diffusers' multistep solvers
-    do.
+    Options:
+        offset: Added to each multiple; 1 for Stable Diffusion 1.
+        drop_last: Space one more step and leave out the least time, as diffusers' multistep
+            solvers.
     """
     if drop_last:
         return leading(steps + 1, schedule, start, offset)[:steps] + [0.0]
@@ -72,11 +77,13 @@ def linspace(
     drop_last: bool = False,
     end: float | None = None,
 ) -> list[float]:
-    """From start to the least time that the network knows, evenly; `whole` rounds to a table's grid
-    (Nichol & Dhariwal 2021, section 4).
+    """Space evenly from start to the least training time (Nichol & Dhariwal 2021, section 4).
 
-    `drop_last` spaces one more step and leaves out the least time, as diffusers' multistep solvers
-    do. `end`: the least time instead.
+    Options:
+        whole: Round to a table's grid.
+        drop_last: Space one more step and leave out the least time, as diffusers' multistep
+            solvers.
+        end: Least time instead of the training's.
     """
     if drop_last:
         return linspace(steps + 1, schedule, start, whole, end=end)[:steps] + [0.0]
@@ -98,21 +105,24 @@ def shifted(
     end: float | None = None,
     terminal: float = 0.0,
 ) -> list[float]:
-    """Even times moved towards the noise: s t / (1 + (s - 1) t) (Esser et al. 2024,
-    arXiv:2403.03206, eq. 23). 3 is SD3's.
+    """Shift even times towards the noise: s t / (1 + (s - 1) t).
 
-    `rescale.dynamic_shift` gives FLUX's shift for an image of so many tokens. `end`: the time of
-    the last network call (default: one even step from 0). `terminal`: the same by another way, 1 -
-    t of all times stretched alike (LTX-Video's and Qwen-Image's `shift_terminal`).
+    (Esser et al. 2024, arXiv:2403.03206, eq. 23.)
+
+    Options:
+        shift: s; 3 is SD3's. `dynamic_shift` gives FLUX's for an image of so many tokens.
+        end: Time of the last network call; None: one even step from 0.
+        terminal: The same in another way: 1 - t of all times is stretched alike (`shift_terminal`
+            of LTX-Video and Qwen-Image); 0: not stretched.
     """
     number_in("shift", shift, above=0, hint="1 changes nothing")
     inner = shifted_time(start, 1 / shift)  # the shift undone
     last = inner / steps if end is None else shifted_time(_end(schedule, start, end), 1 / shift)
-    found = [shifted_time(last + (inner - last) * u, shift) for u in _ramp(steps).tolist()]
+    times = [shifted_time(last + (inner - last) * u, shift) for u in _ramp(steps).tolist()]
     if terminal and steps > 1:
-        stretch = (start - _end(schedule, start, terminal)) / (start - found[-1])
-        found = [start - (start - t) * stretch for t in found]
-    return [start, *found[1:], 0.0]
+        stretch = (start - _end(schedule, start, terminal)) / (start - times[-1])
+        times = [start - (start - t) * stretch for t in times]
+    return [start, *times[1:], 0.0]
 
 
 def dynamic(
@@ -129,13 +139,21 @@ def dynamic(
     terminal: float = 0.0,
     rule: str = "line",
 ) -> list[float]:
-    """`shifted` by what an image of so many tokens needs (`rescale.dynamic_shift`): larger images
-    are moved further towards the noise.
+    """Shift by the size of the image (`dynamic_shift`): larger images have more time in noise.
 
-    tokens: filled in by the size of the picture that is asked for. even: even times are shifted
-    down to one step from 0 (FLUX's pipelines), else down to 0.001. terminal: as for `shifted`. The
-    defaults are FLUX.1's. rule: "line", through the two points (base_tokens, base) and (top_tokens,
-    top), or "flux2", which has numbers of its own and counts the steps too (`rescale.flux2_shift`).
+    The defaults are FLUX.1's.
+
+    Options:
+        tokens: Number of image tokens; a run fills it in.
+        base_tokens: Tokens of one point of the line.
+        base: mu of that point.
+        top_tokens: Tokens of another point.
+        top: mu of that point.
+        exponential: The shift is e^mu; else mu.
+        even: Even times are shifted down to one step from 0 (FLUX's pipelines); else down to 0.001.
+        terminal: See `shifted`.
+        rule: "line" through both points, or "flux2" (`flux2_shift`), which depends on the steps
+            too.
     """
     line = one_of("rule", rule, ("line", "flux2")) == "line"
     shift = (
@@ -163,34 +181,43 @@ def beta(
     between: str = "ends",
     offset: int = 0,
 ) -> list[float]:
-    """Quantiles of Beta(a, b): dense where times are near 1 and near 0. `over`: "time" as
-    published, or "noise", the level (diffusers).
+    """Space by quantiles of Beta(a, b), dense near 1 and near 0.
 
-    `between` and `offset` as for `karras`, over noise.
+    Options:
+        a: Of the distribution, above 0.
+        b: Of the distribution, above 0.
+        over: "time", as published, or "noise", the noise level (diffusers).
+        end: Over noise, time of the last network call; None: the least training time.
+        between: Over noise, see `karras`.
+        offset: Over noise, see `karras`.
     """
     one_of("over", over, ("time", "noise"))
     number_in("a", a, above=0)
     number_in("b", b, above=0)
     if over == "time":
-        places = _beta_quantiles(np.arange(steps, 0, -1) / steps, a, b)
-        return [*(start * places).tolist(), 0.0]
-    places = _beta_quantiles(np.linspace(1, 0, steps), a, b) if steps > 1 else np.ones(1)
+        quantiles = _beta_quantiles(np.arange(steps, 0, -1) / steps, a, b)
+        return [*(start * quantiles).tolist(), 0.0]
+    quantiles = _beta_quantiles(np.linspace(1, 0, steps), a, b) if steps > 1 else np.ones(1)
     start, end = _between(between, offset, steps, schedule, start, end)
-    return _by_level(places, schedule, start, end, lambda high, low, u: low + u * (high - low))
+    return _by_level(quantiles, schedule, start, end, lambda high, low, u: low + u * (high - low))
 
 
 def lcm(steps: int, schedule: Schedule, start: float = 1.0, original: int = 50) -> list[float]:
-    """`steps` of the `original` times that a latent consistency model was distilled at (Luo et al.
-    2023, arXiv:2310.04378).
+    """Take some of the times that a latent consistency model was distilled at.
+
+    (Luo et al. 2023, arXiv:2310.04378.)
+
+    Options:
+        original: Number of times of the distillation.
     """
     grid = schedule.grid or 1000
     original = min(original, grid)
-    known = [(i + 1) * (grid // original) / grid for i in range(int(original * start))][::-1]
-    if steps > len(known):
+    distilled = [(i + 1) * (grid // original) / grid for i in range(int(original * start))][::-1]
+    if steps > len(distilled):
         raise UserError(
-            f"steps={steps}: a model distilled at {original} times has {len(known)} of them up to start={start}"
+            f"steps={steps}: a model distilled at {original} times has {len(distilled)} of them up to start={start}"
         )
-    return [known[int(i * len(known) / steps)] for i in range(steps)] + [0.0]
+    return [distilled[int(i * len(distilled) / steps)] for i in range(steps)] + [0.0]
 
 
 # ---- by noise level ------------------------------------------------------------------------------
@@ -205,11 +232,14 @@ def karras(
     between: str = "ends",
     offset: int = 0,
 ) -> list[float]:
-    """Noise levels whose rho-th roots are evenly spaced, from `start` to `end` (default: the least
-    that the network knows), then 0.
+    """Space noise levels whose rho-th roots are even, from `start` to `end`, then 0.
 
-    `between="leading"` (with its `offset`) or "trailing": from the first to the last call of that
-    spacing, as diffusers' Euler has it.
+    Options:
+        rho: Above 0; 7 is Karras et al.'s.
+        end: Time of the last network call; None: the least training time.
+        between: "ends"; or "leading" or "trailing": from the first to the last call of that
+            spacing, as diffusers' Euler has it.
+        offset: Of `leading`.
     """
     number_in("rho", rho, above=0, hint="7 is Karras et al.'s")
     start, end = _between(between, offset, steps, schedule, start, end)
@@ -231,11 +261,14 @@ def exponential(
     between: str = "ends",
     offset: int = 0,
 ) -> list[float]:
-    """Noise levels in equal ratios, from `start` to `end` (default: the least that the network
-    knows), then 0.
+    """Space noise levels in equal ratios, from `start` to `end`, then 0.
 
-    rho bends the logarithm of the level: above 1 there are more steps at little noise
-    (k-diffusion's "polyexponential"). `between` and `offset` as for `karras`.
+    Options:
+        end: Time of the last network call; None: the least training time.
+        rho: Bends the logarithm of the level: above 1 there are more steps at little noise
+            (k-diffusion's "polyexponential").
+        between: See `karras`.
+        offset: See `karras`.
     """
     number_in("rho", rho, above=0, hint="1 is equal ratios")
     start, end = _between(between, offset, steps, schedule, start, end)
@@ -247,11 +280,13 @@ def exponential(
 def log_snr(
     steps: int, schedule: Schedule, start: float = 1.0, end: float | None = None
 ) -> list[float]:
-    """Equal steps of log-SNR from `start` to `end` (default: the least noise that the network
-    knows), then 0.
+    """Space by equal steps of log-SNR, from `start` to `end`, then 0.
 
     Where there is no signal at `start`, the first step goes to t = 0.999 start and the others are
     equal.
+
+    Options:
+        end: Time of the last network call; None: the least training time.
     """
     low = _end(schedule, start, end)
     infinite = schedule.noise_level(start) >= NO_SIGNAL
@@ -270,8 +305,10 @@ def log_snr(
 def align_your_steps(
     steps: int, schedule: Schedule, start: float = 1.0, table: str = "sd15"
 ) -> list[float]:
-    """The published ten times of "sd15" or "sdxl"; other numbers of steps interpolate their log
-    noise levels, as the authors do.
+    """Take the ten published times, or interpolate their log noise levels.
+
+    Options:
+        table: "sd15" or "sdxl".
     """
     published = ALIGN_YOUR_STEPS[one_of("align-your-steps table", table, ALIGN_YOUR_STEPS)]
     return resample([(i + 1) / 1000 for i in published], steps, schedule, start)
@@ -280,28 +317,34 @@ def align_your_steps(
 def resample(
     times: Sequence[float], steps: int, schedule: Schedule, start: float = 1.0
 ) -> list[float]:
-    """A table of times drawn out to another number of steps, linearly in the log of the noise
-    level, then 0.
+    """Interpolate a table of times to another number of steps, in the log of the noise level.
+
+    Args:
+        times: Times in (0, 1), descending; those from `start` on are left out.
+        steps: Number of steps of the result.
+        schedule: t -> noise level.
+        start: First time of the result.
+
+    Returns:
+        steps+1 times from `start` to 0.
     """
-    known = [t for t in times if 0 < t < start]
-    known = [start, *known]
-    if len(known) == steps:
-        return [*known, 0.0]
-    levels = [math.log(_level(schedule, t)) for t in known]
-    places = (
+    kept = [start, *(t for t in times if 0 < t < start)]
+    if len(kept) == steps:
+        return [*kept, 0.0]
+    levels = [math.log(_level(schedule, t)) for t in kept]
+    points = (
         np.interp(np.linspace(0, 1, steps), np.linspace(0, 1, len(levels)), levels)
         if steps > 1
         else levels[:1]
     )
-    return [start, *_times(schedule, np.exp(places))[1:], 0.0]
+    return [start, *_times(schedule, np.exp(points))[1:], 0.0]
 
 
-def _may_stop(spacing: Callable[..., list[float]]) -> Callable[..., list[float]]:
-    """The spacing with one option more, `clean` (True). False: the run ends at the least noise that
-    the network knows, not at 0.
+def _with_clean(spacing: Callable[..., list[float]]) -> Callable[..., list[float]]:
+    """Return the spacing with the option `clean` (True) added.
 
-    So do diffusers' `set_alpha_to_one=False` (Stable Diffusion 1's) and
-    `final_sigmas_type="sigma_min"`: that much noise is left.
+    With False a run ends at the least training time and not at 0, with that much noise left. So do
+    diffusers' `set_alpha_to_one=False` (Stable Diffusion 1) and `final_sigmas_type="sigma_min"`.
     """
 
     @wraps(spacing)
@@ -315,36 +358,50 @@ def _may_stop(spacing: Callable[..., list[float]]) -> Callable[..., list[float]]
             else [*(t for t in times if t > schedule.first * (1 + 1e-9)), schedule.first]
         )
 
-    known = inspect.signature(spacing)
+    signature = inspect.signature(spacing)
     clean = inspect.Parameter(
         "clean", inspect.Parameter.KEYWORD_ONLY, default=True, annotation=bool
     )
-    # the options that there are, for checks
-    vars(spaced)["__signature__"] = known.replace(parameters=[*known.parameters.values(), clean])
+    # The options as `spec.options_of` reads them.
+    vars(spaced)["__signature__"] = signature.replace(
+        parameters=[*signature.parameters.values(), clean]
+    )
     return spaced
 
 
 SPACINGS: dict[str, Callable[..., list[float]]] = {
-    "trailing": _may_stop(trailing),
-    "uniform": _may_stop(trailing),  # another name for even spacing from start to 0
-    "leading": _may_stop(leading),
-    "linspace": _may_stop(linspace),
-    "shifted": _may_stop(shifted),
-    "dynamic": _may_stop(dynamic),
-    "beta": _may_stop(beta),
-    "karras": _may_stop(karras),
-    "exponential": _may_stop(exponential),
-    "log_snr": _may_stop(log_snr),
-    "align_your_steps": _may_stop(align_your_steps),
-    "lcm": _may_stop(lcm),
+    "trailing": _with_clean(trailing),
+    "uniform": _with_clean(trailing),  # another name for even spacing from start to 0
+    "leading": _with_clean(leading),
+    "linspace": _with_clean(linspace),
+    "shifted": _with_clean(shifted),
+    "dynamic": _with_clean(dynamic),
+    "beta": _with_clean(beta),
+    "karras": _with_clean(karras),
+    "exponential": _with_clean(exponential),
+    "log_snr": _with_clean(log_snr),
+    "align_your_steps": _with_clean(align_your_steps),
+    "lcm": _with_clean(lcm),
 }
 
 
 def timesteps(
     spacing: str, steps: int, schedule: Schedule, start: float = 1.0, **options: Any
 ) -> list[float]:
-    """The times of a run by spacing name; `steps` from 1 to the size of the schedule's grid, where
-    it has one. `UserError` otherwise.
+    """Return the times of a run.
+
+    Args:
+        spacing: Name in `SPACINGS`.
+        steps: From 1 to the size of the schedule's grid, if it has one.
+        schedule: The process's.
+        start: First time, in (0, 1].
+        **options: Of the spacing.
+
+    Returns:
+        Times from `start` down, strictly descending, as `check_times` returns them.
+
+    Raises:
+        UserError: For an unknown spacing, options that it cannot have, or too many steps.
     """
     one_of("timestep spacing", spacing, SPACINGS)
     positive_int("steps", steps)
@@ -355,27 +412,22 @@ def timesteps(
     number_in("start", start, above=0, at_most=1, hint="1 is noise")
     times = SPACINGS[spacing](steps, schedule, start, **options)
     if not all(a > b for a, b in pairwise(times)):
-        said = "".join(f", {key}={value}" for key, value in options.items())
+        listed = "".join(f", {key}={value}" for key, value in options.items())
         raise UserError(
-            f"spacing {spacing!r} has no {steps} different times from start={start:g}{said}: expected fewer steps, or another spacing"
+            f"spacing {spacing!r} has no {steps} different times from start={start:g}{listed}: expected fewer steps, or another spacing"
         )
     return check_times(times)
 
 
-def truncate(times: Sequence[float], start: float) -> list[float]:
-    """The tail of a run that begins with less noise (image-to-image): `start`, and the times below
-    it.
-    """
-    values = check_times(times)
-    if not values[-1] < start <= values[0]:
-        raise UserError(
-            f"start={start}: expected a time above {values[-1]:.4g}, where the run ends, and at most {values[0]:.4g}, where it begins"
-        )
-    return [start, *(t for t in values if t < start)]
-
-
 def check_times(times: Sequence[float]) -> list[float]:
-    """The same times as floats, or a `UserError`: they must fall strictly, within [0, 1]."""
+    """Return times as floats.
+
+    Args:
+        times: At least two numbers in [0, 1], strictly descending; 1 is noise and 0 is clean.
+
+    Raises:
+        UserError: For anything else.
+    """
     try:
         values = [float(t) for t in times]
     except (TypeError, ValueError) as error:
@@ -397,13 +449,13 @@ def check_times(times: Sequence[float]) -> list[float]:
 
 
 def _level(schedule: Schedule, t: float) -> float:
-    """sigma/alpha; sigma/(alpha + sigma) for schedules where that is infinite at t = 1."""
+    """Return sigma/alpha, or sigma/(alpha + sigma) for schedules without signal at t = 1."""
     alpha, sigma = schedule.point(t)
     return sigma / alpha if schedule.bounded else sigma / (alpha + sigma)
 
 
 def _times(schedule: Schedule, levels: np.ndarray) -> list[float]:
-    """The inverse of `_level`, for many at once."""
+    """Invert `_level` for many levels."""
     with np.errstate(divide="ignore"):
         ratio = torch.from_numpy(
             levels if schedule.bounded else levels / np.maximum(1 - levels, 0.0)
@@ -412,7 +464,7 @@ def _times(schedule: Schedule, levels: np.ndarray) -> list[float]:
 
 
 def _ramp(steps: int) -> np.ndarray:
-    """1 to 0."""
+    """Return even numbers from 1 to 0."""
     return np.linspace(1, 0, steps) if steps > 1 else np.ones(1)
 
 
@@ -427,9 +479,7 @@ def _end(schedule: Schedule, start: float, end: float | None) -> float:
 def _between(
     name: str, offset: int, steps: int, schedule: Schedule, start: float, end: float | None
 ) -> tuple[float, float | None]:
-    """The times of the first and the last call: `start` and `end`, or those of an even spacing of
-    the same steps.
-    """
+    """Return the times of the first and the last call: the ends, or those of an even spacing."""
     if one_of("between", name, ("ends", "leading", "trailing")) == "ends":
         return start, end
     even = (
@@ -441,30 +491,31 @@ def _between(
 
 
 def _by_level(
-    places: np.ndarray,
+    ramp: np.ndarray,
     schedule: Schedule,
     start: float,
     end: float | None,
     curve: Callable[[float, float, float], float],
 ) -> list[float]:
-    """Times whose levels are curve(highest, lowest, u) for u from 1 to 0; the ends are the asked
-    times themselves.
+    """Return times whose levels are curve(highest, lowest, u) for u of a ramp from 1 to 0.
+
+    The ends are exactly `start` and `end`.
     """
     last = _end(schedule, start, end)
     high, low = _level(schedule, start), _level(schedule, last)
-    found = _times(schedule, np.array([curve(high, low, float(u)) for u in places]))
-    if places[0] == 1:
-        found[0] = start
-    if len(places) > 1 and places[-1] == 0:
-        found[-1] = last
-    return [*found, 0.0]
+    times = _times(schedule, np.array([curve(high, low, float(u)) for u in ramp]))
+    if ramp[0] == 1:
+        times[0] = start
+    if len(ramp) > 1 and ramp[-1] == 0:
+        times[-1] = last
+    return [*times, 0.0]
 
 
 def _beta_quantiles(u: np.ndarray, a: float, b: float) -> np.ndarray:
-    """x with I_x(a, b) = u, by bisection.
+    """Return x with I_x(a, b) = u, by bisection.
 
     The integral of s^(a-1) (1-s)^(b-1) up to x <= 1/2 is that of (1 - v^(1/a))^(b-1) / a up to v =
-    x^a, which is smooth: Gauss's rule of 64 points is exact to about 1e-10; above 1/2 the roles of
+    x^a, which is smooth: Gauss's rule of 64 points is exact to about 1e-10. Above 1/2 the roles of
     a and b are exchanged.
     """
     nodes, weights = np.polynomial.legendre.leggauss(64)
@@ -483,5 +534,5 @@ def _beta_quantiles(u: np.ndarray, a: float, b: float) -> np.ndarray:
         middle = (low + high) / 2
         under = np.where(mirrored, lower(middle, b, a), lower(middle, a, b)) < left
         low, high = np.where(under, middle, low), np.where(under, high, middle)
-    found = (low + high) / 2
-    return np.where(mirrored, 1 - found, found)
+    x = (low + high) / 2
+    return np.where(mirrored, 1 - x, x)

@@ -1,6 +1,6 @@
 """Loss weights and the distribution of training times.
 
-`weight(name)` multiplies the squared error of the network's own target. min-SNR-gamma (Hang et al.
+`loss_weight` multiplies the squared error of the network's own target. min-SNR-gamma (Hang et al.
 2023, arXiv:2303.09556, section 3.4) clips the weight of the x0 error at gamma; in another
 parameterization y the x0 error is (sigma/det)^2 times y's.
 """
@@ -18,10 +18,20 @@ TIMES = ("uniform", "logit_normal", "mode")
 
 
 def loss_weight(name: str, process: Process, t: Tensor, gamma: float = 5.0) -> Tensor:
-    """The factor (B,) float64 on ||y - target||^2 at t (B,).
+    """Return the factor of ||y - target||^2 at each time.
 
-    plain: 1. min_snr: min(SNR, gamma) * (sigma/det)^2, which is min(SNR, gamma)/SNR for eps and
-    min(SNR, gamma)/(SNR + 1) for v.
+    Args:
+        name: "plain": 1. "min_snr": min(SNR, gamma) * (sigma/det)^2, which is min(SNR, gamma)/SNR
+            for eps and min(SNR, gamma)/(SNR + 1) for v.
+        process: Schedule and parameterization.
+        t: Times (B,).
+        gamma: Of min_snr.
+
+    Returns:
+        (B,), float64.
+
+    Raises:
+        UserError: For an unknown name.
     """
     if one_of("weighting", name, WEIGHTINGS) == "plain":
         return torch.ones_like(t, dtype=torch.float64)
@@ -40,15 +50,28 @@ def draw_times(
     scale: float = 1.29,
     shift: float = 1.0,
 ) -> Tensor:
-    """Training times (count,) float64 in (0, 1], of a distribution of Esser et al. 2024
-    (arXiv:2403.03206), section 3.1:
+    """Draw training times.
 
-    uniform; logit_normal(mean, std), eq. 19; mode(scale), eq. 20: 1 - u - scale (cos^2(pi u / 2) -
-    1 + u), around the middle for scales above 0, from -1 to 2/(pi - 2). shift: all of them moved
-    towards the noise as sampling times are, eq. 23.
-
-    u is stratified over the batch: one in each of `count` equal intervals, which lowers the loss's
+    The distributions are those of Esser et al. 2024 (arXiv:2403.03206, section 3.1). u is
+    stratified over the batch, one in each of `count` equal intervals. That lowers the loss's
     variance and keeps every marginal uniform (Kingma et al. 2021, arXiv:2107.00630, appendix I.1).
+
+    Args:
+        name: "uniform", "logit_normal" (eq. 19), or "mode" (eq. 20):
+            1 - u - scale (cos^2(pi u / 2) - 1 + u), around the middle for scales above 0.
+        process: Its schedule maps u to times.
+        count: Number of times.
+        generator: Source of u.
+        mean: Of logit_normal.
+        std: Of logit_normal.
+        scale: Of mode, from -1 to 2/(pi - 2).
+        shift: Moves all times towards the noise as sampling times are (eq. 23); 1 does not.
+
+    Returns:
+        (count,), float64 in (0, 1].
+
+    Raises:
+        UserError: For an unknown name.
     """
     if one_of("distribution of times", name, TIMES) == "logit_normal":
         u = torch.sigmoid(torch.randn(count, generator=generator, dtype=torch.float64) * std + mean)
@@ -63,5 +86,5 @@ def draw_times(
 
 
 MODE_SCALES = (-1.0, 2 / (math.pi - 2))
-"""Between these the map of "mode" rises all the way, so that its times are a distribution on (0,
+"""Scales between which the map of "mode" is monotone, so that its times are a distribution on (0,
 1)."""

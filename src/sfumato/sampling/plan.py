@@ -13,7 +13,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from sfumato.compress.base import InParts
-from sfumato.diffuse.sample import all_finite
+from sfumato.diffuse.run import all_finite
 from sfumato.diffuse.samplers import check_run, traits_of
 from sfumato.diffuse.timesteps import check_times, timesteps
 from sfumato.errors import UserError, unknown
@@ -254,16 +254,16 @@ def _guidance(model: Model, request: Request) -> tuple[Guidance, float | None]:
 def _check_sampler(sampler: str, guidance: Guidance) -> None:
     """Raise `UserError` for a sampler that does not draw, or cannot use the guidance."""
     promised = traits_of(sampler_of(sampler)[0])
-    if not (guidance.consistent or promised.both):
+    if not (guidance.consistent or promised.uses_x0_and_eps):
         able = ", ".join(
             name
             for name in names("diffuse.samplers")
-            if traits_of(find("diffuse.samplers", name)).both
+            if traits_of(find("diffuse.samplers", name)).uses_x0_and_eps
         )
         raise UserError(
             f"guidance {guidance} with sampler {sampler!r}: its x0 and eps do not add up to x; expected one of {able}"
         )
-    if promised.upward:
+    if promised.inverts:
         raise UserError(
             f"sampler {sampler!r} goes from an image to noise: expected one that draws; `invert` is what it is for"
         )

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sfumato.batching import DenoiseCalls, DenoiseFn
-from sfumato.diffuse.blend import BlendedNoise
-from sfumato.diffuse.sample import SeededNoise, Step, conduct
+from sfumato.diffuse.run import SeededNoise, Step, sampler_coroutine
 from sfumato.diffuse.samplers import calls
+from sfumato.diffuse.slerp import SlerpNoise
 from sfumato.predict.conditioners._between import between
 from sfumato.predict.guidance.settings import build
 from sfumato.predict.wrappers.feature_cache import feature_cache
@@ -63,7 +63,7 @@ def plan_coroutine(
             x = start_region(start, z, mask, schedule.point, times[0])
     sampler, options = plan.sampler_function, plan.options
     steps = calls(sampler, times, schedule, **options)
-    latents = yield from conduct(
+    latents = yield from sampler_coroutine(
         sampler(x, times, schedule, draw, **options), denoise, steps, on_step
     )
     if latents is not None and region is not None and times[-1] == 0:
@@ -77,7 +77,7 @@ def noise_source(plan: Plan, device: torch.device | str) -> Noise:
         return SeededNoise(plan.latent_shape, plan.seeds, device)
     seeds, shares = plan.request.noise_mix
     first = SeededNoise(plan.latent_shape, seeds_of(plan.request.seed, 1) * plan.n, device)
-    return BlendedNoise(first, SeededNoise(plan.latent_shape, seeds, device), shares)
+    return SlerpNoise(first, SeededNoise(plan.latent_shape, seeds, device), shares)
 
 
 def _first_latent(model: Model, plan: Plan, point: tuple[float, float], noise: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.diffuse.blend import slerp
+from sfumato.diffuse.slerp import slerp
 from sfumato.errors import UserError, unknown
 from sfumato.model import LatentDiffusion
 from sfumato.sampling.plan import Plan

@@ -13,7 +13,7 @@ The arc (`diffuse/blend.py`) keeps the variance of the noise.
 
 from dataclasses import replace
 
-from sfumato.diffuse.blend import slerp
+from sfumato.diffuse.slerp import slerp
 from sfumato.errors import UserError, unknown
 from sfumato.model import LatentDiffusion
 from sfumato.sampling.plan import Plan, without_guidance

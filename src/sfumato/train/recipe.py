@@ -36,7 +36,7 @@ from sfumato.data.splits import split
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
-from sfumato.diffuse.variational import check_bounded
+from sfumato.diffuse.vlb import check_has_vlb
 from sfumato.errors import UserError
 from sfumato.evaluate.features import Features, load_features
 from sfumato.images import grid
@@ -192,7 +192,7 @@ class DenoiserRecipe:
         accelerator = start(self.loop)
         conditioner, told, prompts, fields = _told(images, self.text, self.network, outline)
         if outline.learned_variance and self.loss.variance:
-            check_bounded(process.schedule)
+            check_has_vlb(process.schedule)
         with accelerator.main_process_first():
             latents = _latents(images, autoencoder, out / "latents")
         side = _side(latents, self.data, space.factor)

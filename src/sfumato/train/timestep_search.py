@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.diffuse.sample import Step
+from sfumato.diffuse.run import Step
 from sfumato.diffuse.samplers import draws_noise
 from sfumato.diffuse.schedule import Schedule
 from sfumato.diffuse.timesteps import SPACINGS, timesteps

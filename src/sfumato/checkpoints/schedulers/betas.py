@@ -34,13 +34,13 @@ def to_fields(betas: Tensor, where: object) -> dict[str, Any]:
 
     Args:
         betas: (T,) in (0, 1).
-        where: what holds the table, for the error.
+        where: What holds the table, for the error.
 
     Returns:
         The closed form that the table follows to float32's rounding, else the table itself.
 
     Raises:
-        UserError: a tensor that is no table of betas.
+        UserError: A tensor that is no table of betas.
     """
     values = betas.double()
     if values.ndim != 1 or len(values) < 2 or not bool(((values > 0) & (values < 1)).all()):
@@ -71,7 +71,7 @@ def table(config: Mapping[str, Any]) -> Tensor:
     """Return the betas (T,), float64, of a scheduler config.
 
     Raises:
-        UserError: a config without a table of betas, such as a flow's.
+        UserError: A config without a table of betas, such as a flow's.
     """
     trained = config.get("trained_betas")
     if trained is not None:

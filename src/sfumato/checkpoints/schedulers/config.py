@@ -43,7 +43,7 @@ from sfumato.checkpoints.schedulers.spacing import (
     spacing_values,
 )
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.rescale import ZeroTerminalSNR
+from sfumato.diffuse.schedule_transforms import ZeroTerminalSNR
 from sfumato.errors import UserError
 
 log = logging.getLogger("sfumato")
@@ -70,12 +70,12 @@ class SchedulerSpec:
     """A scheduler config: the process that the weights were trained for, and its run.
 
     Args:
-        process: schedule and parameterization.
-        sampler: spec of a sampler, such as "dpmpp_2m".
-        spacing: spec of a spacing, such as "leading:offset=1"; of the largest image where `dynamic`
+        process: Schedule and parameterization.
+        sampler: Spec of a sampler, such as "dpmpp_2m".
+        spacing: Spec of a spacing, such as "leading:offset=1"; of the largest image where `dynamic`
             is set.
-        dynamic: the shift of a spacing that follows the image's size.
-        notes: a sentence for each field that is not followed.
+        dynamic: The shift of a spacing that follows the image's size.
+        notes: A sentence for each field that is not followed.
     """
 
     process: Process
@@ -114,14 +114,14 @@ def read_scheduler(
     """Read a scheduler config.
 
     Args:
-        values: the JSON object of scheduler_config.json.
-        even: the pipeline passes even times to a flow's scheduler (`gives_even_times`); None: it
+        values: The JSON object of scheduler_config.json.
+        even: The pipeline passes even times to a flow's scheduler (`gives_even_times`); None: it
             does where the shift is dynamic.
-        strict: raise for a sampler or an option that is not here. Otherwise the nearest is taken,
+        strict: Raise for a sampler or an option that is not here. Otherwise the nearest is taken,
             and the logger "sfumato" warns.
 
     Raises:
-        UserError: a process that is not here, an unknown field, or a value of the wrong kind.
+        UserError: A process that is not here, an unknown field, or a value of the wrong kind.
     """
     spec = _read(values, even)
     for note in spec.notes:
@@ -216,15 +216,15 @@ def write_scheduler(
     only sfumato reads. `read_scheduler` gives back what was written in any case.
 
     Args:
-        process: what the weights were trained for.
-        sampler: spec of a sampler.
-        spacing: spec of a spacing.
-        dynamic: see `SchedulerSpec`.
+        process: What the weights were trained for.
+        sampler: Spec of a sampler.
+        spacing: Spec of a spacing.
+        dynamic: See `SchedulerSpec`.
     """
     target = SchedulerSpec(process, canonical_sampler(sampler), canonical_spacing(spacing), dynamic)
     classes = list(_classes(process, dynamic))
     targets = [target]
-    # the learned variance is kept whatever the times are
+    # A learned variance is kept whatever the times are.
     if sampler_values(target.sampler)[1].get("variance") == "learned":
         targets.append(replace(target, spacing=format_spacing("trailing", whole=True)))
     config = next(
@@ -238,7 +238,7 @@ def write_scheduler(
     )
     if config is None:
         config = to_scheduler_config(process)
-        # a class that has the process at least
+        # A class that has the process at least.
         if classes and (dynamic is not None or config["_class_name"] == OWN_CLASS):
             name, base = classes[0]
             config = {"_class_name": name, **base}

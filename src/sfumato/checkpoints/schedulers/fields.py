@@ -1,4 +1,4 @@
-"""The fields of diffusers' scheduler classes (0.42), their defaults and the values that they take.
+"""Fields of diffusers' scheduler classes (0.42), their defaults and their values.
 
 A config is read as diffusers reads it. An absent field has the default of its class. A field of a
 sister class is ignored, because configs keep the fields of the class that they were made with
@@ -243,13 +243,13 @@ def read_fields(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Read a scheduler config's class and the values of all fields of that class.
 
     Args:
-        values: the JSON object of scheduler_config.json.
+        values: The JSON object of scheduler_config.json.
 
     Returns:
         The class name, and field -> value with defaults filled in.
 
     Raises:
-        UserError: an unknown class or field, or a value that the field does not take.
+        UserError: An unknown class or field, or a value that the field does not take.
     """
     name = values.get("_class_name")
     if not isinstance(name, str) or name not in CLASSES:

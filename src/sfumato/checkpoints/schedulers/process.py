@@ -21,7 +21,6 @@ from typing import Any
 from sfumato.checkpoints.schedulers.fields import EDM_CLASSES, FLOW_CLASSES, OWN_CLASS
 from sfumato.diffuse.parameterization import edm, parameterization
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.rescale import Shifted, ZeroTerminalSNR
 from sfumato.diffuse.schedule import (
     EDM,
     BetaTable,
@@ -32,6 +31,7 @@ from sfumato.diffuse.schedule import (
     schedule,
     table,
 )
+from sfumato.diffuse.schedule_transforms import Shifted, ZeroTerminalSNR
 from sfumato.errors import UserError, unknown
 
 KINDS = {
@@ -57,11 +57,11 @@ def process_of(name: str, values: Mapping[str, Any]) -> Process:
     """Return the process of a scheduler class.
 
     Args:
-        name: class of diffusers.
-        values: all of its fields, from `read_fields`.
+        name: Class of diffusers.
+        values: All of its fields, from `read_fields`.
 
     Raises:
-        UserError: fields that no process here has.
+        UserError: Fields that no process here has.
     """
     if name in FLOW_CLASSES or values.get("use_flow_sigmas"):
         return _flow_process(name, values)
@@ -236,7 +236,7 @@ def own_process(values: Mapping[str, Any]) -> Process:
     """Return the process of a config of `OWN_CLASS`, the inverse of `own_fields`.
 
     Raises:
-        UserError: an unknown class, field or number.
+        UserError: An unknown class, field or number.
     """
     classes: dict[str, Any] = {
         c.__name__: c

@@ -72,13 +72,13 @@ def _options(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How a run steps, as scheduler fields have it.
+    """Sampler and spacing of a scheduler config.
 
     Args:
-        sampler: spec of the sampler.
-        spacing: spec of the spacing; of the largest image where `dynamic` is set.
-        dynamic: the shift by the image's size.
-        notes: a sentence for each field that is not followed.
+        sampler: Spec of the sampler.
+        spacing: Spec of the spacing; of the largest image where `dynamic` is set.
+        dynamic: The shift by the image's size.
+        notes: A sentence for each field that is not followed.
     """
 
     sampler: str
@@ -93,9 +93,9 @@ def sampler_settings(
     """Return the sampler and the spacing of a scheduler class.
 
     Args:
-        name: class of diffusers.
-        values: all of its fields, from `read_fields`.
-        even: see `flow_spacing`.
+        name: Class of diffusers.
+        values: All of its fields, from `read_fields`.
+        even: See `flow_spacing`.
     """
     notes: list[str] = []
     if values.get("clip_sample") or values.get("thresholding"):
@@ -158,8 +158,8 @@ def _plain(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
 
 def _ddpm(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
     kind = values["variance_type"]
-    # not published; diffusers takes the network's own number for the variance, guided-diffusion for
-    # its logarithm
+    # Not published. diffusers takes the network's number for the variance, guided-diffusion for
+    # its logarithm.
     if kind == "learned":
         notes.append(
             "variance_type='learned' is left out: the variance is that of fixed_small; 'learned_range' is the network's own"
@@ -215,7 +215,7 @@ def _final_order(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _multistep(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
     order, kind = _order(name, values, 3), values["algorithm_type"]
-    # diffusers reads UniPC's and DEIS's types as midpoint
+    # diffusers reads UniPC's and DEIS's types as midpoint.
     solver = "heun" if values["solver_type"] == "heun" else "midpoint"
     stochastic = kind.startswith("sde")
     if not kind.endswith("++") and kind != "deis" and not (order == 1 and not stochastic):
@@ -271,9 +271,9 @@ def _unipc(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
         notes.append(
             f"disable_corrector={list(uncorrected)!r}: the corrector is left out of all steps"
         )
-    # diffusers reads DPM-Solver's and DEIS's types as bh2
+    # diffusers reads DPM-Solver's and DEIS's types as bh2.
     variant = "bh1" if values["solver_type"] == "bh1" else "bh2"
-    # the last step of diffusers has no length
+    # The last step of diffusers has no length.
     empty_end = not ends_clean(name, values) and noise_level_spacing(values)
     options = {
         "variant": variant,

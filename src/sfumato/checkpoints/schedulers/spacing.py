@@ -1,5 +1,4 @@
-"""Scheduler fields -> the times of a run, as the spec of a spacing
-("leading:clean=false,offset=1").
+"""Scheduler fields -> the times of a run: a spacing ("leading:clean=false,offset=1").
 
 Even times are trailing in whole timesteps, leading by their offset, or linspace. Multistep solvers
 (`drop_last`) space one more step and leave out the last. Noise levels (use_karras_sigmas,
@@ -13,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sfumato.diffuse.rescale import dynamic_shift, shifted_time
+from sfumato.diffuse.schedule_transforms import dynamic_shift, shifted_time
 from sfumato.diffuse.timesteps import SPACINGS
 from sfumato.errors import UserError, unknown
 from sfumato.spec import Spec, options_of
@@ -65,10 +64,10 @@ class DynamicShift:
     Args:
         base: (tokens, mu), one point of the line.
         top: (tokens, mu), another one.
-        exponential: the shift is e^mu; else mu.
-        even: times are even before the shift, down to one step from 0 (FLUX's pipelines); else
+        exponential: The shift is e^mu; else mu.
+        even: Times are even before the shift, down to one step from 0 (FLUX's pipelines); else
             down to 0.001.
-        terminal: time of the last network call, to which all times are stretched; 0: not stretched.
+        terminal: Time of the last network call, to which all times are stretched; 0: not stretched.
     """
 
     base: tuple[int, float] = (256, 0.5)
@@ -108,9 +107,7 @@ class DynamicShift:
 
 
 def ends_clean(name: str, values: Mapping[str, Any]) -> bool:
-    """Return True for a run that ends at t = 0, False for one that ends at the table's least
-    noise.
-    """
+    """Return True if the run ends at t = 0; else it ends at the table's least noise."""
     if name in ("DEISMultistepScheduler", "TCDScheduler"):
         return False
     if name == "LCMScheduler":
@@ -134,9 +131,9 @@ def table_spacing(name: str, values: Mapping[str, Any], notes: list[str]) -> str
     """Return the spacing of a class with a table of betas: even times, or noise levels.
 
     Args:
-        name: class of diffusers.
-        values: all of its fields.
-        notes: gets a sentence for each field that is not followed.
+        name: Class of diffusers.
+        values: All of its fields.
+        notes: Gets a sentence for each field that is not followed.
     """
     clean, by_level, offset = (
         ends_clean(name, values),
@@ -206,10 +203,10 @@ def flow_spacing(
     """Return the shift by the image's size, if any, and the spacing of a FlowMatch class.
 
     Args:
-        values: all fields of the class.
-        even: the pipeline passes even times down to one step from 0; False: the scheduler's own
+        values: All fields of the class.
+        even: The pipeline passes even times down to one step from 0; False: the scheduler's own
             times down to 0.001; None: even where the shift is dynamic.
-        notes: gets a sentence for each field that is not followed.
+        notes: Gets a sentence for each field that is not followed.
     """
     by_level, shift, terminal = (
         noise_level_spacing(values),
@@ -232,7 +229,7 @@ def flow_spacing(
             "trailing" if not by_level else by_level[0],
             **_level_options(by_level, between="trailing"),
         )
-    # in the time of `Shifted`, which shifts once more
+    # In the time of `Shifted`, which shifts once more.
     end = {} if shift == 1 else {"end": shifted_time(0.001, shift)}
     return None, format_spacing(
         "linspace" if not by_level else by_level[0], **_level_options(by_level), **end

@@ -5,17 +5,21 @@
         ... prediction = yield x, t ...
         return x
 
-x (B, C, h, w) noisy latent at times[0]; times: floats, strictly descending, ending where the run
-ends (0 is clean); schedule gives (alpha, sigma); noise() draws the next standard-normal tensor. A
-sampler holds no model, no device and no state between runs, and what it asks does not depend on the
-answers' values: `calls` counts them with an empty run. Arithmetic on x is multiplications and
+    x           noisy latent (B, C, h, w) at times[0]
+    times       floats, strictly descending, ending where the run ends (0 is clean)
+    schedule    t -> (alpha, sigma)
+    noise       draws the next standard-normal tensor
+    options     numbers, words and flags with defaults; `UserError` before the first call
+
+A sampler holds no model, no device and no state between runs. Its calls do not depend on the values
+of predictions: `calls` counts them with an empty run. Arithmetic on x is multiplications and
 additions of whole tensors, one at a time, so that an image's bits do not depend on its batch.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,40 +27,40 @@ from torch import Tensor
 from sfumato.types import Prediction
 
 Run = Generator[tuple[Tensor, float], Prediction, Tensor]
-"""What a sampler returns: yields (x, t), is sent the prediction there, ends with the latent."""
+"""A sampler's generator: yields (x, t), is sent the prediction there, returns the latent."""
 
 F = TypeVar("F", bound=Callable[..., Run])
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What a sampler promises. The contract tests hold it to that, and the documentation prints it.
+    """Properties of a sampler, checked by the contract tests and printed in the documentation.
 
-    order   of the error in the step size, for a deterministic one; of its deterministic part
-            otherwise
-    calls   network calls a step, at most
-    noise   whether it draws noise on the way, with its default options
-    network "denoiser" (E[z | x]), or "consistency": the end of the flow through x, which distilled
-    models give
-    both    whether it uses x0 and eps as it is given them, and so may be given a pair that does not
-            add up to x (CFG++)
-    upward  whether it runs from clean to noise: x is at the last of the times, and the result at
-            the first
-    exact   options under which its samples have the data's distribution, where the defaults trade
-            that for something else
+    Attributes:
+        order: Order of the error in the step size; of the deterministic part, if it draws noise.
+        calls: Network calls a step, at most.
+        noise: True if it draws noise with its default options.
+        network_type: "denoiser" (E[z | x]), or "consistency": the end of the flow through x, as
+            distilled models predict it.
+        uses_x0_and_eps: True if it uses x0 and eps as they are, so that the pair need not add up to
+            x (CFG++).
+        inverts: True if it runs from clean to noise: x is at the last of the times, the result at
+            the first.
+        exact: Options with which its samples have the data's distribution, where the defaults trade
+            that for something else.
     """
 
     order: int
     calls: int = 1
     noise: bool = False
-    network: str = "denoiser"
-    both: bool = False
-    upward: bool = False
+    network_type: Literal["denoiser", "consistency"] = "denoiser"
+    uses_x0_and_eps: bool = False
+    inverts: bool = False
     exact: dict[str, Any] = field(default_factory=dict)
 
 
 def traits(**values: Any) -> Callable[[F], F]:
-    """Marks a sampler with its `Traits`."""
+    """Set the `Traits` of a sampler."""
 
     def mark(sampler: F) -> F:
         sampler.traits = Traits(**values)  # pyright: ignore[reportFunctionMemberAccess]
@@ -66,14 +70,14 @@ def traits(**values: Any) -> Callable[[F], F]:
 
 
 def traits_of(sampler: Callable[..., Run]) -> Traits:
-    """The traits of a sampler; without any it is taken for a denoiser's, of order 1."""
+    """Return the traits of a sampler; of one without any, those of order 1."""
     return getattr(sampler, "traits", Traits(order=1))
 
 
 def calls(
     sampler: Callable[..., Run], times: Sequence[float], schedule: Any, **options: Any
 ) -> int:
-    """How many network calls a run makes."""
+    """Count the network calls of a run."""
     return _empty_run(sampler, tuple(times), schedule, tuple(options.items()))[0]
 
 
@@ -100,14 +104,14 @@ def check_run(
 def draws_noise(
     sampler: Callable[..., Run], times: Sequence[float], schedule: Any, **options: Any
 ) -> bool:
-    """Whether a run draws noise on the way, with these options."""
+    """Return True if a run with these options draws noise."""
     return draws(sampler, times, schedule, **options) > 0
 
 
 def draws(
     sampler: Callable[..., Run], times: Sequence[float], schedule: Any, **options: Any
 ) -> int:
-    """How many times a run draws noise on the way."""
+    """Count the draws of noise of a run."""
     return _empty_run(sampler, tuple(times), schedule, tuple(options.items()))[1]
 
 
@@ -119,19 +123,19 @@ def _empty_run(
     options: tuple[tuple[str, Any], ...],
     variance: bool = True,
 ) -> tuple[int, int]:
-    """(network calls, draws of noise) of a run on one number, with answers of nothing."""
-    nothing, drawn = torch.zeros(1, 1, 1, 1), []
+    """Count the (network calls, draws of noise) of a run on one number."""
+    zeros, drawn = torch.zeros(1, 1, 1, 1), []
 
     def noise() -> Tensor:
         drawn.append(True)
-        return nothing
+        return zeros
 
-    run, count = sampler(nothing, times, schedule, noise, **dict(options)), 0
-    answer = Prediction(nothing, nothing, nothing if variance else None)
+    run, count = sampler(zeros, times, schedule, noise, **dict(options)), 0
+    prediction = Prediction(zeros, zeros, zeros if variance else None)
     try:
         next(run)
         while True:
             count += 1
-            run.send(answer)
+            run.send(prediction)
     except StopIteration:
         return count, len(drawn)

@@ -1,8 +1,7 @@
-"""Multistep consistency sampling (Song et al. 2023, arXiv:2303.01469, algorithm 1): go to the clean
-latent, add fresh noise, again.
+"""Multistep consistency sampling: to the clean latent, fresh noise on it, and again.
 
-x_s = alpha_s x0 + sigma_s noise, for networks that give the end of the flow through x at once. With
-an ordinary denoiser it blurs.
+(Song et al. 2023, arXiv:2303.01469, algorithm 1.) x_s = alpha_s x0 + sigma_s noise, for networks
+that predict the end of the flow through x. With an ordinary denoiser samples are blurred.
 """
 
 from collections.abc import Sequence
@@ -15,9 +14,9 @@ from sfumato.diffuse.schedule import Schedule
 from sfumato.types import Noise
 
 
-@traits(order=1, noise=True, network="consistency")
+@traits(order=1, noise=True, network_type="consistency")
 def consistency(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise) -> Run:
-    """One network call a step."""
+    """Call the network once a step."""
     for t, s in pairwise(times):
         prediction = yield x, t
         alpha, sigma = schedule.point(s)

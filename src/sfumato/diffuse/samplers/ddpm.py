@@ -1,12 +1,14 @@
-"""DDPM ancestral sampling (Ho et al. 2020, arXiv:2006.11239, eq. 6-7): a draw from the posterior
-q(x_s | x_t, x0).
+"""DDPM ancestral sampling: a draw from the posterior q(x_s | x_t, x0).
 
-With r = alpha_t / alpha_s and beta = sigma_t^2 - r^2 sigma_s^2 (the variance added between s and
-t): mean = r*(sigma_s^2/sigma_t^2)*x_t + alpha_s*(beta/sigma_t^2)*x0, variance
-beta*sigma_s^2/sigma_t^2 ("small") or beta ("large"), or between them where the network says, on the
-line through their logarithms ("learned"; Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15). Any
-spacing: s and t need not be neighbours in the table. The learned variance lies between the two of
-the step that is taken (section 4).
+(Ho et al. 2020, arXiv:2006.11239, eq. 6-7.) With r = alpha_t / alpha_s and
+beta = sigma_t^2 - r^2 sigma_s^2 (the variance added between s and t):
+
+    mean      r*(sigma_s^2/sigma_t^2)*x_t + alpha_s*(beta/sigma_t^2)*x0
+    variance  beta*sigma_s^2/sigma_t^2 ("small") or beta ("large"); or the network's, on the line
+              through their logarithms ("learned"; Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15)
+
+s and t need not be neighbours in the table. The learned variance lies between the two of the step
+that is taken (section 4).
 """
 
 import math
@@ -31,10 +33,14 @@ def ddpm(
     noise: Noise,
     variance: Literal["small", "large", "learned"] = "small",
 ) -> Run:
-    """variance: eq. 7's beta-tilde ("small", exact for a point) or beta ("large", exact for a
-    standard normal), or the network's "learned".
+    """Call the network once a step.
 
-    One call a step. `UserError` for "learned" with a network that predicts no variance.
+    Options:
+        variance: "small", eq. 7's beta-tilde (exact for a point), "large", beta (exact for a
+            standard normal), or "learned", the network's.
+
+    Raises:
+        UserError: For "learned" with a network that predicts no variance.
     """
     one_of("variance", variance, ("small", "large", "learned"))
     for t, s in pairwise(times):

@@ -1,9 +1,9 @@
-"""DPM-Solver-2, singlestep (Lu et al. 2022, arXiv:2206.00927, algorithm 1): the noise at a middle
-point corrects the step.
+"""DPM-Solver-2, singlestep: the noise at a middle point corrects the step.
 
-With h the step in log(alpha/sigma) and m at r1 of it: u = (alpha_m/alpha_t) x - sigma_m (e^(r1 h) -
-1) eps_t, then x_s = (alpha_s/alpha_t) x - sigma_s (e^h - 1) (eps_t + (eps_m - eps_t)/(2 r1)). Steps
-from or to an end, where h is infinite, are DDIM's.
+(Lu et al. 2022, arXiv:2206.00927, algorithm 1.) With h the step in log(alpha/sigma) and m at r1 of
+it: u = (alpha_m/alpha_t) x - sigma_m (e^(r1 h) - 1) eps_t, then x_s = (alpha_s/alpha_t) x - sigma_s
+(e^h - 1) (eps_t + (eps_m - eps_t)/(2 r1)). Steps from or to an end, where h is infinite, are
+DDIM's.
 """
 
 import math
@@ -13,7 +13,13 @@ from itertools import pairwise
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import along, between, half_log_snr, no_signal, place
+from sfumato.diffuse.samplers._steps import (
+    ddim_step,
+    exp_step_eps,
+    half_log_snr,
+    log_snr_step,
+    no_signal,
+)
 from sfumato.diffuse.schedule import Schedule
 from sfumato.types import Noise
 from sfumato.validate import number_in
@@ -23,16 +29,20 @@ from sfumato.validate import number_in
 def dpm_solver_2(
     x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, r1: float = 0.5
 ) -> Run:
-    """r1 in (0, 1). Two network calls a step, one for a step from alpha = 0 or to sigma = 0."""
+    """Call the network twice a step, once for a step from alpha = 0 or to sigma = 0.
+
+    Options:
+        r1: Place of the middle point, in (0, 1).
+    """
     number_in("r1", r1, above=0, below=1, hint="0.5 is the midpoint")
     for t, s in pairwise(times):
         first = yield x, t
         here, there = schedule.point(t), schedule.point(s)
         if no_signal(here) or there[1] == 0:
-            x = place(first, there)
+            x = ddim_step(first, there)
             continue
-        h = between(here, there)
+        h = log_snr_step(here, there)
         m = schedule.at_noise_level(math.exp(-half_log_snr(here) - r1 * h))
-        second = yield along(x, first.eps, here, schedule.point(m)), m
-        x = along(x, first.eps + (second.eps - first.eps) * (0.5 / r1), here, there)
+        second = yield exp_step_eps(x, first.eps, here, schedule.point(m)), m
+        x = exp_step_eps(x, first.eps + (second.eps - first.eps) * (0.5 / r1), here, there)
     return x

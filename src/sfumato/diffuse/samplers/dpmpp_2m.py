@@ -1,8 +1,8 @@
-"""DPM-Solver++(2M), multistep (Lu et al. 2022, arXiv:2211.01095, algorithm 2): the step before
-bends this one.
+"""DPM-Solver++(2M), multistep: the step before corrects this one.
 
-x_s = (sigma_s/sigma_t) x + alpha_s (1 - e^-h) (x0 + (x0 - x0_before) h/(2 h_before)), h the step in
-log(alpha/sigma). The first step, and steps from or to an end, where h is infinite, are DDIM's.
+(Lu et al. 2022, arXiv:2211.01095, algorithm 2.) With h the step in log(alpha/sigma): x_s =
+(sigma_s/sigma_t) x + alpha_s (1 - e^-h) (x0 + (x0 - x0_before) h/(2 h_before)). The first step, and
+steps from or to an end, where h is infinite, are DDIM's.
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,11 @@ def dpmpp_2m(
     lower_order_final: bool = False,
     lower_below: int = 0,
 ) -> Run:
-    """`lower_order_final` makes the last step a first-order one, wherever it ends (at t = 0 it
-    always is). One network call a step.
+    """Call the network once a step.
 
-    `lower_below` does so in runs of fewer steps than that (diffusers: 15).
+    Options:
+        lower_order_final: Make the last step first-order, wherever it ends; to t = 0 it always is.
+        lower_below: Do so in runs of fewer steps than this (diffusers: 15).
     """
     return (
         yield from dpmpp_2m_sde(

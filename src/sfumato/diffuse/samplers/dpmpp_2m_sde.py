@@ -1,10 +1,13 @@
-"""DPM-Solver++(2M) for the stochastic equation (Lu et al. 2022, arXiv:2211.01095, section 5 and
-appendix; k-diffusion's `eta`).
+"""DPM-Solver++(2M) for the stochastic equation.
 
-With h the step in log(alpha/sigma) and k = (1 + eta) h:
-x_s = (sigma_s/sigma_t) e^(-eta h) x + alpha_s (1 - e^-k) (x0 + (x0 - x0_before) h/(2 h_before)) +
-sigma_s sqrt(1 - e^(-2 eta h)) noise. `solver="heun"` weighs the difference by alpha_s (1 - (1 -
-e^-k)/k) instead of alpha_s (1 - e^-k)/2. eta 0 is DPM-Solver++(2M).
+(Lu et al. 2022, arXiv:2211.01095, section 5 and appendix; k-diffusion's `eta`.) With h the step in
+log(alpha/sigma) and k = (1 + eta) h:
+
+    x_s = (sigma_s/sigma_t) e^(-eta h) x + alpha_s (1 - e^-k) (x0 + (x0 - x0_before) h/(2 h_before))
+          + sigma_s sqrt(1 - e^(-2 eta h)) noise
+
+`solver="heun"` weights the difference by alpha_s (1 - (1 - e^-k)/k) instead of alpha_s (1 -
+e^-k)/2. eta 0 is DPM-Solver++(2M).
 """
 
 import math
@@ -15,7 +18,7 @@ from typing import Literal
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import at_an_end, between, total
+from sfumato.diffuse.samplers._steps import at_an_end, log_snr_step, weighted_sum
 from sfumato.diffuse.schedule import Schedule
 from sfumato.types import Noise
 from sfumato.validate import number_in, one_of
@@ -32,11 +35,13 @@ def dpmpp_2m_sde(
     lower_order_final: bool = False,
     lower_below: int = 0,
 ) -> Run:
-    """eta >= 0: how much of the noise is drawn anew. One network call a step; from or to an end,
-    first-order steps.
+    """Call the network once a step; steps from or to an end are first-order.
 
-    `lower_order_final` makes the last step a first-order one, wherever it ends (at t = 0 it always
-    is); `lower_below` in runs of fewer steps than that (diffusers: 15).
+    Options:
+        eta: Amount of noise that is drawn anew, at least 0.
+        solver: "midpoint" or "heun".
+        lower_order_final: Make the last step first-order, wherever it ends; to t = 0 it always is.
+        lower_below: Do so in runs of fewer steps than this (diffusers: 15).
     """
     number_in("eta", eta, 0, hint="0 is deterministic, 1 is the usual")
     one_of("solver", solver, ("midpoint", "heun"))
@@ -45,7 +50,7 @@ def dpmpp_2m_sde(
     for index, (t, s) in enumerate(pairwise(times)):
         x0 = (yield x, t).x0
         here, there = schedule.point(t), schedule.point(s)
-        h = between(here, there)
+        h = log_snr_step(here, there)
         if there[1] == 0:
             x = x0
             continue
@@ -55,9 +60,9 @@ def dpmpp_2m_sde(
         if before is not None and index != last and not at_an_end(here, there):
             bend = gain / 2 if solver == "midpoint" else 1 - gain / ((1 + eta) * h)
             bend *= h / before[1]
-            x = total(stay, (there[0] * (gain + bend), x0), (-there[0] * bend, before[0]))
+            x = weighted_sum(stay, (there[0] * (gain + bend), x0), (-there[0] * bend, before[0]))
         else:
-            x = total(stay, (there[0] * gain, x0))
+            x = weighted_sum(stay, (there[0] * gain, x0))
         if eta:
             x.add_((there[1] * math.sqrt(1 - kept**2)) * noise())
         before = None if here[0] == 0 else (x0, h)

@@ -1,9 +1,9 @@
-"""DPM-Solver++(2S), singlestep (Lu et al. 2022, arXiv:2211.01095, algorithm 1): the clean latent at
-a middle point corrects the step.
+"""DPM-Solver++(2S), singlestep: the clean latent at a middle point corrects the step.
 
-With h the step in log(alpha/sigma) and m at r of it: u = (sigma_m/sigma_t) x + alpha_m (1 - e^(-r
-h)) x0_t, then x_s = (sigma_s/sigma_t) x + alpha_s (1 - e^-h) ((1 - 1/(2r)) x0_t + x0_m/(2r)). Steps
-from or to an end, where h is infinite, are DDIM's.
+(Lu et al. 2022, arXiv:2211.01095, algorithm 1.) With h the step in log(alpha/sigma) and m at r of
+it: u = (sigma_m/sigma_t) x + alpha_m (1 - e^(-r h)) x0_t, then x_s = (sigma_s/sigma_t) x + alpha_s
+(1 - e^-h) ((1 - 1/(2r)) x0_t + x0_m/(2r)). Steps from or to an end, where h is infinite, are
+DDIM's.
 """
 
 import math
@@ -13,7 +13,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import at_an_end, between, half_log_snr, towards
+from sfumato.diffuse.samplers._steps import at_an_end, exp_step_x0, half_log_snr, log_snr_step
 from sfumato.diffuse.schedule import Schedule
 from sfumato.types import Noise
 from sfumato.validate import number_in
@@ -23,16 +23,20 @@ from sfumato.validate import number_in
 def dpmpp_2s(
     x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, r: float = 0.5
 ) -> Run:
-    """r in (0, 1). Two network calls a step, one for a step from alpha = 0 or to sigma = 0."""
+    """Call the network twice a step, once for a step from alpha = 0 or to sigma = 0.
+
+    Options:
+        r: Place of the middle point, in (0, 1).
+    """
     number_in("r", r, above=0, below=1, hint="0.5 is the midpoint")
     for t, s in pairwise(times):
         first = yield x, t
         here, there = schedule.point(t), schedule.point(s)
         x0 = first.x0
         if not at_an_end(here, there):
-            h = between(here, there)
+            h = log_snr_step(here, there)
             m = schedule.at_noise_level(math.exp(-half_log_snr(here) - r * h))
-            second = yield towards(x, x0, here, schedule.point(m)), m
+            second = yield exp_step_x0(x, x0, here, schedule.point(m)), m
             x0 = x0 * (1 - 0.5 / r) + second.x0 * (0.5 / r)
-        x = towards(x, x0, here, there)
+        x = exp_step_x0(x, x0, here, there)
     return x

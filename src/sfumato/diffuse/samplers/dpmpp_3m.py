@@ -1,5 +1,6 @@
-"""DPM-Solver++(3M), multistep: two steps before bend this one (Lu et al. 2022, arXiv:2211.01095,
-appendix; formula in dpmpp_3m_sde.py, eta 0).
+"""DPM-Solver++(3M), multistep: the two steps before correct this one.
+
+(Lu et al. 2022, arXiv:2211.01095, appendix; the formula is in dpmpp_3m_sde.py, with eta 0.)
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ def dpmpp_3m(
     lower_order_final: bool = False,
     lower_below: int = 0,
 ) -> Run:
-    """The options are dpmpp_3m_sde's. One network call a step."""
+    """Call the network once a step; the options are those of `dpmpp_3m_sde`."""
     return (
         yield from dpmpp_3m_sde(
             x,

@@ -1,11 +1,14 @@
-"""DPM-Solver++(3M) for the stochastic equation: two steps before bend this one (Lu et al. 2022,
-arXiv:2211.01095; k-diffusion's `eta`).
+"""DPM-Solver++(3M) for the stochastic equation: the two steps before correct this one.
 
-With h the step in log(alpha/sigma), k = (1 + eta) h, and x0 + u c1 + u^2 c2 the parabola through
-the last three clean latents (u = 1 at the end): x_s = (sigma_s/sigma_t) e^(-eta h) x + alpha_s ((1
-- e^-k) x0 + phi c1 + (1 - 2 phi/k) c2) + sigma_s sqrt(1 - e^(-2 eta h)) noise with phi = 1 - (1 -
-e^-k)/k. The authors' code, k-diffusion and diffusers have 1/2 - phi/k at c2, half of the integral,
-and so are of order two: `published=True` gives their results.
+(Lu et al. 2022, arXiv:2211.01095; k-diffusion's `eta`.) With h the step in log(alpha/sigma),
+k = (1 + eta) h, x0 + u c1 + u^2 c2 the parabola through the last three clean latents (u = 1 at the
+end), and phi = 1 - (1 - e^-k)/k:
+
+    x_s = (sigma_s/sigma_t) e^(-eta h) x + alpha_s ((1 - e^-k) x0 + phi c1 + (1 - 2 phi/k) c2)
+          + sigma_s sqrt(1 - e^(-2 eta h)) noise
+
+The authors' code, k-diffusion and diffusers have 1/2 - phi/k at c2, half of the integral, and so
+are of order two: `published=True` gives their results.
 """
 
 import math
@@ -16,7 +19,7 @@ from typing import Literal
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import between, total
+from sfumato.diffuse.samplers._steps import log_snr_step, weighted_sum
 from sfumato.diffuse.schedule import Schedule
 from sfumato.types import Noise
 from sfumato.validate import number_in, one_of
@@ -34,14 +37,16 @@ def dpmpp_3m_sde(
     lower_order_final: bool = False,
     lower_below: int = 0,
 ) -> Run:
-    """eta >= 0: how much of the noise is drawn anew. One network call a step; from or to an end,
-    first-order steps.
+    """Call the network once a step; steps from or to an end are first-order.
 
-    published: with half of the quadratic term, as other implementations have it (order two).
-    `solver` is how the second-order steps are made (see dpmpp_2m_sde.py): the second one, where the
-    third order has too little to go by. `lower_order_final` lowers the order to 2 and 1 over the
-    last two steps, which is stabler when they are few; `lower_below` in runs of fewer steps than
-    that (diffusers: 15).
+    Options:
+        eta: Amount of noise that is drawn anew, at least 0.
+        published: Half of the quadratic term, as in other implementations (order two).
+        solver: "midpoint" or "heun", of second-order steps (see dpmpp_2m_sde.py), such as the
+            second of a run.
+        lower_order_final: Lower the order to 2 and 1 over the last two steps, which is stabler in
+            few steps.
+        lower_below: Do so in runs of fewer steps than this (diffusers: 15).
     """
     number_in("eta", eta, 0, hint="0 is deterministic, 1 is the usual")
     one_of("solver", solver, ("midpoint", "heun"))
@@ -51,20 +56,20 @@ def dpmpp_3m_sde(
     for index, (t, s) in enumerate(pairwise(times)):
         x0 = (yield x, t).x0
         here, there = schedule.point(t), schedule.point(s)
-        h = between(here, there)
+        h = log_snr_step(here, there)
         if there[1] == 0:
             x = x0
             continue
         kept, k = (math.exp(-eta * h) if eta else 1.0), (1 + eta) * h
         gain = -math.expm1(-k)  # 1 - e^-k
-        known = before[: count - index - 1] if lower else before
-        weights = [gain]  # of x0 and of those known before it
-        if known:
-            r0, phi = known[0][1] / h, 1 - gain / k
-            # divided differences, as weights of the same
+        history = before[: count - index - 1] if lower else before
+        weights = [gain]  # of x0 and of those before it
+        if history:
+            r0, phi = history[0][1] / h, 1 - gain / k
+            # Divided differences, as weights of the same.
             slope, bend = [1 / r0, -1 / r0], [0.0, 0.0]
-            if len(known) > 1:
-                r1 = known[1][1] / h
+            if len(history) > 1:
+                r1 = history[1][1] / h
                 slope, second = [*slope, 0.0], [0.0, 1 / r1, -1 / r1]
                 bend = [(a - b) / (r0 + r1) for a, b in zip(slope, second, strict=True)]
                 slope = [a + r0 * b for a, b in zip(slope, bend, strict=True)]
@@ -73,8 +78,8 @@ def dpmpp_3m_sde(
             curve = (0.5 if published else 1.0) * (1 - 2 * phi / k)
             weights = [phi * a + curve * b for a, b in zip(slope, bend, strict=True)]
             weights[0] += gain
-        points = [x0, *(old for old, _ in known)]
-        x = total(
+        points = [x0, *(old for old, _ in history)]
+        x = weighted_sum(
             (there[1] / here[1] * kept, x),
             *((there[0] * weight, old) for weight, old in zip(weights, points, strict=True)),
         )

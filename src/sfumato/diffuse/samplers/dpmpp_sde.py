@@ -1,9 +1,8 @@
-"""DPM-Solver++(2S) for the stochastic equation, singlestep (Lu et al. 2022, arXiv:2211.01095;
-k-diffusion's "DPM++ SDE").
+"""DPM-Solver++(2S) for the stochastic equation, singlestep (k-diffusion's "DPM++ SDE").
 
-An ancestral step to the middle in log(alpha/sigma), then the whole step again with x0 = (1 -
-1/(2r)) x0_t + x0_m/(2r), each with its own noise. Steps from or to an end, where the middle is
-nowhere, are single ancestral ones.
+(Lu et al. 2022, arXiv:2211.01095.) An ancestral step to the middle in log(alpha/sigma), then the
+whole step again with x0 = (1 - 1/(2r)) x0_t + x0_m/(2r), each with its own noise. Steps from or to
+an end, where there is no middle, are single ancestral ones.
 """
 
 import math
@@ -17,10 +16,10 @@ from sfumato.diffuse.samplers._steps import (
     Point,
     ancestral,
     at_an_end,
-    between,
+    exp_step_x0,
     half_log_snr,
-    total,
-    towards,
+    log_snr_step,
+    weighted_sum,
 )
 from sfumato.diffuse.schedule import Schedule
 from sfumato.types import Noise, Prediction
@@ -36,16 +35,19 @@ def dpmpp_sde(
     eta: float = 1.0,
     r: float = 0.5,
 ) -> Run:
-    """eta in [0, 1], r in (0, 1). Two network calls a step, one for a step from alpha = 0 or to
-    sigma = 0.
+    """Call the network twice a step, once for a step from alpha = 0 or to sigma = 0.
+
+    Options:
+        eta: Share of the noise that is drawn anew, in [0, 1].
+        r: Place of the middle point, in (0, 1).
     """
     number_in("eta", eta, 0, 1, hint="0 is deterministic")
     number_in("r", r, above=0, below=1, hint="0.5 is the midpoint")
 
     def step(x0: Tensor | Prediction, here: Point, there: Point) -> Tensor:
         down, up = ancestral(here, there, eta)
-        moved = towards(x, x0, here, (there[0], down))
-        return moved.add_(up * noise()) if up > 0 else moved
+        x_down = exp_step_x0(x, x0, here, (there[0], down))
+        return x_down.add_(up * noise()) if up > 0 else x_down
 
     for t, s in pairwise(times):
         first = yield x, t
@@ -53,7 +55,7 @@ def dpmpp_sde(
         if at_an_end(here, there):
             x = step(first, here, there)
             continue
-        m = schedule.at_noise_level(math.exp(-half_log_snr(here) - r * between(here, there)))
+        m = schedule.at_noise_level(math.exp(-half_log_snr(here) - r * log_snr_step(here, there)))
         second = yield step(first, here, schedule.point(m)), m
-        x = step(total((1 - 0.5 / r, first.x0), (0.5 / r, second.x0)), here, there)
+        x = step(weighted_sum((1 - 0.5 / r, first.x0), (0.5 / r, second.x0)), here, there)
     return x

@@ -1,9 +1,8 @@
-"""Karras et al.'s stochastic sampler: add a little noise, then a step of Heun's method (2022,
-arXiv:2206.00364, algorithm 2).
+"""Stochastic sampler of EDM: a little noise is added, then a step of Heun's method.
 
-The noise level sigma/alpha of x is raised by a factor 1 + gamma with gamma = min(S_churn/N, sqrt(2)
-- 1) between S_tmin and S_tmax, and Heun's method (heun.py) goes down from there. Their best
-settings for images: churn 40, churn_noise 1.003.
+(Karras et al. 2022, arXiv:2206.00364, algorithm 2.) The noise level sigma/alpha of x is raised by a
+factor 1 + gamma with gamma = min(S_churn/N, sqrt(2) - 1) between S_tmin and S_tmax, and Heun's
+method (heun.py) goes down from there. Their best settings for images: churn 40, churn_noise 1.003.
 """
 
 import math
@@ -14,7 +13,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import Straight, noisier, place
+from sfumato.diffuse.samplers._steps import OdeCoordinates, add_noise_to, ddim_step
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError
 from sfumato.types import Noise
@@ -22,7 +21,15 @@ from sfumato.types import Noise
 
 @dataclass(frozen=True)
 class Churn:
-    """The raising of the noise: S_churn, S_tmin, S_tmax, S_noise and the number of steps."""
+    """Noise added before a step.
+
+    Args:
+        amount: S_churn.
+        low: S_tmin, a noise level.
+        high: S_tmax, a noise level.
+        scale: S_noise.
+        steps: Number of steps of the run.
+    """
 
     amount: float
     low: float
@@ -39,16 +46,14 @@ class Churn:
     def __call__(
         self, x: Tensor, t: float, schedule: Schedule, noise: Noise
     ) -> tuple[Tensor, float]:
-        """(x, t) with more noise; as they are where there is none to add, or no time of more noise
-        to go to.
-        """
+        """Return (x, t) with more noise; unchanged where the time of more noise is not above t."""
         level, gamma = schedule.noise_level(t), min(self.amount / self.steps, math.sqrt(2) - 1)
         if gamma == 0 or not self.low <= level <= self.high or math.isinf(level):
             return x, t
         up = schedule.at_noise_level(level * (1 + gamma))
         if up <= t:
             return x, t
-        return noisier(x, self.scale * noise(), schedule.point(t), schedule.point(up)), up
+        return add_noise_to(x, self.scale * noise(), schedule.point(t), schedule.point(up)), up
 
 
 @traits(order=2, calls=2, noise=True)
@@ -62,20 +67,27 @@ def edm(
     churn_to: float = float("inf"),
     churn_noise: float = 1.0,
 ) -> Run:
-    """Two network calls a step, one for a last step to t = 0."""
-    churned, straight = (
+    """Call the network twice a step, once for a last step to t = 0.
+
+    Options:
+        churn: S_churn.
+        churn_from: S_tmin, a noise level sigma/alpha.
+        churn_to: S_tmax, a noise level sigma/alpha.
+        churn_noise: S_noise.
+    """
+    add_churn, coordinates = (
         Churn(churn, churn_from, churn_to, churn_noise, len(times) - 1),
-        Straight(schedule),
+        OdeCoordinates(schedule),
     )
     for t, s in pairwise(times):
-        x, t = churned(x, t, schedule, noise)
+        x, t = add_churn(x, t, schedule, noise)
         first = yield x, t
-        end = place(first, schedule.point(s))
-        if schedule.point(s)[1] == 0:  # there is nothing to ask at t = 0
+        end = ddim_step(first, schedule.point(s))
+        if schedule.point(s)[1] == 0:  # there is no noise to predict at t = 0
             return end
         second = yield end, s
-        (c_t, b_t), (c_s, b_s) = straight.at(t), straight.at(s)
-        half, (of_x0, of_eps) = c_s * (b_s - b_t) / 2, straight.slope
+        (c_t, b_t), (c_s, b_s) = coordinates.at(t), coordinates.at(s)
+        half, (of_x0, of_eps) = c_s * (b_s - b_t) / 2, coordinates.slope
         x = first.at(half * of_x0, half * of_eps, c_s / c_t, x).add_(
             second.at(half * of_x0, half * of_eps)
         )

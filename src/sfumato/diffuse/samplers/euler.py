@@ -1,9 +1,9 @@
-"""Euler's method on the flow of a diffusion model (Karras et al. 2022, arXiv:2206.00364, algorithm
-1 without the correction).
+"""Euler's method on the flow of a diffusion model.
 
-x/alpha + (sigma_s/alpha_s - sigma_t/alpha_t) eps, in whatever coordinates, is alpha_s*x0 +
-sigma_s*eps: the step of DDIM with eta 0, and of a flow's x + (s - t)(eps - x0). With `churn` > 0
-noise is added before each step and removed by it (their algorithm 2, S_churn).
+(Karras et al. 2022, arXiv:2206.00364, algorithm 1 without the correction.) x/alpha +
+(sigma_s/alpha_s - sigma_t/alpha_t) eps, in any coordinates, is alpha_s*x0 + sigma_s*eps: the step
+of DDIM with eta 0, and of a flow's x + (s - t)(eps - x0). With `churn` > 0 noise is added before
+each step and removed by it (their algorithm 2, S_churn).
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from itertools import pairwise
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import place
+from sfumato.diffuse.samplers._steps import ddim_step
 from sfumato.diffuse.samplers.edm import Churn
 from sfumato.diffuse.schedule import Schedule
 from sfumato.types import Noise
 
 
-@traits(order=1, both=True)
+@traits(order=1, uses_x0_and_eps=True)
 def euler(
     x: Tensor,
     times: Sequence[float],
@@ -29,12 +29,17 @@ def euler(
     churn_to: float = float("inf"),
     churn_noise: float = 1.0,
 ) -> Run:
-    """churn: S_churn, over noise levels sigma/alpha from `churn_from` to `churn_to`. One network
-    call a step.
+    """Call the network once a step.
+
+    Options:
+        churn: S_churn.
+        churn_from: S_tmin, a noise level sigma/alpha.
+        churn_to: S_tmax, a noise level sigma/alpha.
+        churn_noise: S_noise.
     """
-    churned = Churn(churn, churn_from, churn_to, churn_noise, len(times) - 1)
+    add_churn = Churn(churn, churn_from, churn_to, churn_noise, len(times) - 1)
     for t, s in pairwise(times):
-        x, t = churned(x, t, schedule, noise)
+        x, t = add_churn(x, t, schedule, noise)
         prediction = yield x, t
-        x = place(prediction, schedule.point(s))
+        x = ddim_step(prediction, schedule.point(s))
     return x

@@ -1,8 +1,9 @@
-"""Euler's method to less noise than asked for, and fresh noise on top ("Euler a", k-diffusion).
+"""Euler's method with ancestral noise ("Euler a", k-diffusion).
 
-In the noise level r = sigma/alpha: up^2 = eta^2 r_s^2 (r_t^2 - r_s^2)/r_t^2, down^2 = r_s^2 - up^2;
-a step to `down`, then `up` times noise. With eta 1 it is DDPM's posterior (Ho et al. 2020,
-arXiv:2006.11239) written for the flow of Karras et al. 2022 (arXiv:2206.00364).
+A step goes below the next noise level, and fresh noise goes up to it. In r = sigma/alpha:
+up^2 = eta^2 r_s^2 (r_t^2 - r_s^2)/r_t^2, down^2 = r_s^2 - up^2; a step to `down`, then `up` times
+noise. With eta 1 it is DDPM's posterior (Ho et al. 2020, arXiv:2006.11239) written for the flow of
+Karras et al. 2022 (arXiv:2206.00364).
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import ancestral, towards
+from sfumato.diffuse.samplers._steps import ancestral, exp_step_x0
 from sfumato.diffuse.schedule import Schedule
 from sfumato.types import Noise
 from sfumato.validate import number_in
@@ -26,8 +27,11 @@ def euler_ancestral(
     eta: float = 1.0,
     noise_scale: float = 1.0,
 ) -> Run:
-    """eta: how much of the noise is drawn anew, in [0, 1]; noise_scale multiplies it. One network
-    call a step.
+    """Call the network once a step.
+
+    Options:
+        eta: Share of the noise that is drawn anew, in [0, 1].
+        noise_scale: Factor of that noise, at least 0.
     """
     number_in("eta", eta, 0, 1, hint="0 is deterministic")
     number_in("noise_scale", noise_scale, 0)
@@ -35,7 +39,7 @@ def euler_ancestral(
         prediction = yield x, t
         here, there = schedule.point(t), schedule.point(s)
         down, up = ancestral(here, there, eta)
-        x = towards(x, prediction, here, (there[0], down))
+        x = exp_step_x0(x, prediction, here, (there[0], down))
         if up > 0:
             x.add_((up * noise_scale) * noise())
     return x

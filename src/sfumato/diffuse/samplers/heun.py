@@ -1,7 +1,6 @@
-"""Heun's method on the flow: a step of Euler, the slope at its end, and the step again with the
-mean of both slopes.
+"""Heun's method on the flow: Euler's step, then again with the mean of both slopes.
 
-Karras et al. 2022 (arXiv:2206.00364, algorithm 1), in x/alpha over sigma/alpha; for flows and zero
+(Karras et al. 2022, arXiv:2206.00364, algorithm 1.) In x/alpha over sigma/alpha; for flows and zero
 terminal SNR, where that is infinite at t = 1, in x/(alpha + sigma) over sigma/(alpha + sigma),
 which for a flow is x over t.
 """
@@ -18,5 +17,5 @@ from sfumato.types import Noise
 
 @traits(order=2, calls=2)
 def heun(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise) -> Run:
-    """Two network calls a step, one for a last step to t = 0."""
+    """Call the network twice a step, once for a last step to t = 0."""
     return (yield from edm(x, times, schedule, noise, churn=0.0))

@@ -1,9 +1,8 @@
-"""Latent consistency models' sampler (Luo et al. 2023, arXiv:2310.04378, algorithm 3): consistency
-sampling behind a boundary condition.
+"""Sampler of latent consistency models: consistency sampling with a boundary condition.
 
-f = c_skip x + c_out x0 with c_skip = d^2/(k^2 + d^2), c_out = k/sqrt(k^2 + d^2), k = scaling *
-timestep (of 1000): the identity at timestep 0, x0 almost everywhere else. x_s = alpha_s f + sigma_s
-noise.
+(Luo et al. 2023, arXiv:2310.04378, algorithm 3.) f = c_skip x + c_out x0 with c_skip = d^2/(k^2 +
+d^2), c_out = k/sqrt(k^2 + d^2), k = scaling * timestep (of 1000): the identity at timestep 0, x0
+almost everywhere else. x_s = alpha_s f + sigma_s noise.
 """
 
 import math
@@ -18,7 +17,7 @@ from sfumato.types import Noise
 from sfumato.validate import number_in
 
 
-@traits(order=1, noise=True, network="consistency")
+@traits(order=1, noise=True, network_type="consistency")
 def lcm(
     x: Tensor,
     times: Sequence[float],
@@ -27,8 +26,11 @@ def lcm(
     scaling: float = 10.0,
     sigma_data: float = 0.5,
 ) -> Run:
-    """scaling and sigma_data as in the model's config (diffusers: timestep_scaling). One network
-    call a step.
+    """Call the network once a step.
+
+    Options:
+        scaling: Of the timestep, above 0; `timestep_scaling` of diffusers' config.
+        sigma_data: d, above 0.
     """
     number_in("scaling", scaling, above=0)
     number_in("sigma_data", sigma_data, above=0)

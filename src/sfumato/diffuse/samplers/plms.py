@@ -1,9 +1,9 @@
-"""PLMS: the pseudo linear multistep method begun by a pseudo improved Euler step (Liu et al. 2022,
-arXiv:2202.09778, eq. 12 and 22).
+"""PLMS: the pseudo linear multistep method, begun by a pseudo improved Euler step.
 
-DDIM's step with e' = (55 e_0 - 59 e_1 + 37 e_2 - 9 e_3)/24 of the last noises (fewer at first), as
-for even steps in t. The first step is made twice: with e_0, and again with the mean of e_0 and the
-noise found at its end. It is Stable Diffusion's first default sampler.
+(Liu et al. 2022, arXiv:2202.09778, eq. 12 and 22.) DDIM's step with e' = (55 e_0 - 59 e_1 + 37 e_2
+- 9 e_3)/24 of the last noises (fewer at first), as for even steps in t. The first step is made
+twice: with e_0, and again with the mean of e_0 and the noise predicted at its end. It is Stable
+Diffusion's first default sampler.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import Point, along, no_signal, place
+from sfumato.diffuse.samplers._steps import Point, ddim_step, exp_step_eps, no_signal
 from sfumato.diffuse.schedule import Schedule
 from sfumato.types import Noise, Prediction
 
@@ -25,24 +25,25 @@ ADAMS = (
 
 
 def multistep(noises: Sequence[Tensor]) -> Tensor:
-    """Adams-Bashforth's mean of the last noises, the latest first."""
+    """Return Adams-Bashforth's mean of the last noises, the latest first."""
     weights = ADAMS[len(noises) - 1]
-    total = weights[0] * noises[0]
+    mean = weights[0] * noises[0]
     for weight, eps in zip(weights[1:], noises[1:], strict=True):
-        total = total + weight * eps
-    return total
+        mean = mean + weight * eps
+    return mean
 
 
 def transfer(x: Tensor, prediction: Prediction, eps: Tensor, here: Point, there: Point) -> Tensor:
-    """DDIM's step from x with another eps. Without signal at `here` eps cannot be told from x: the
-    prediction's own pair is taken.
+    """Take DDIM's step from x with another eps.
+
+    Without signal at `here` eps is x up to scale, and the prediction's own pair is taken.
     """
-    return place(prediction, there) if no_signal(here) else along(x, eps, here, there)
+    return ddim_step(prediction, there) if no_signal(here) else exp_step_eps(x, eps, here, there)
 
 
 @traits(order=2, calls=2)
 def plms(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise) -> Run:
-    """One network call a step, two for the first."""
+    """Call the network once a step, twice for the first."""
     noises: list[Tensor] = []
     for t, s in pairwise(times):
         prediction = yield x, t

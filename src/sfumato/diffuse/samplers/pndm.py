@@ -1,8 +1,7 @@
-"""PNDM: pseudo Runge-Kutta for the first three steps, then the pseudo linear multistep method (Liu
-et al. 2022, arXiv:2202.09778, eq. 12-14).
+"""PNDM: three pseudo Runge-Kutta steps, then the pseudo linear multistep method.
 
-A pseudo Runge-Kutta step asks at t, twice at the middle m and at s, moving each time by DDIM's
-step: e = (e_1 + 2 e_2 + 2 e_3 + e_4)/6.
+(Liu et al. 2022, arXiv:2202.09778, eq. 12-14.) A pseudo Runge-Kutta step calls the network at t,
+twice at the middle m and at s, moving each time by DDIM's step: e = (e_1 + 2 e_2 + 2 e_3 + e_4)/6.
 """
 
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from sfumato.types import Noise
 
 @traits(order=2, calls=4)
 def pndm(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise) -> Run:
-    """Four network calls for each of the first three steps, then one."""
+    """Call the network four times in each of the first three steps, then once a step."""
     noises: list[Tensor] = []
     for index, (t, s) in enumerate(pairwise(times)):
         prediction = yield x, t

@@ -1,9 +1,9 @@
-"""Restart (Xu et al. 2023, arXiv:2306.14878, algorithm 1): Heun's method, and once at a low noise
-level, back up with fresh noise and down again.
+"""Restart: Heun's method, and at a low noise level up with fresh noise and down again.
 
-When the run passes the noise level `low` (sigma/alpha), `restarts` times: noise is added up to
-`high`, and `inner` steps of Heun, spaced as Karras et al.'s, come back. The noise contracts the
-errors made above; the deterministic steps keep those made below small.
+(Xu et al. 2023, arXiv:2306.14878, algorithm 1.) When the run passes the noise level `low`
+(sigma/alpha), `restarts` times: noise is added up to `high`, and `inner` steps of Heun, spaced as
+those of Karras et al., come back. The noise contracts the errors made above; the deterministic
+steps keep those made below small.
 """
 
 import math
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import noisier
+from sfumato.diffuse.samplers._steps import add_noise_to
 from sfumato.diffuse.samplers.heun import heun
 from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError
@@ -31,15 +31,23 @@ def restart(
     inner: int = 9,
     rho: float = 7.0,
 ) -> Run:
-    """Two network calls a step, and 2 * restarts * inner more; a run that does not come down from
-    above `high` is Heun's alone.
+    """Call the network twice a step, and 2 * restarts * inner times more.
+
+    A run that does not come down from above `high` is Heun's alone.
+
+    Options:
+        low: Noise level sigma/alpha of the restarts, above 0.
+        high: Noise level up to which noise is added, above `low`.
+        restarts: Number of restarts.
+        inner: Heun steps of a restart.
+        rho: Of their spacing, above 0.
     """
     if not (0 < low < high < math.inf and restarts >= 0 and inner >= 1 and 0 < rho < math.inf):
-        found = f"low={low}, high={high}, restarts={restarts}, inner={inner}, rho={rho}"
-        raise UserError(f"{found}: expected 0 < low < high, restarts >= 0, inner >= 1, rho > 0")
+        options = f"low={low}, high={high}, restarts={restarts}, inner={inner}, rho={rho}"
+        raise UserError(f"{options}: expected 0 < low < high, restarts >= 0, inner >= 1, rho > 0")
     bottom, top = schedule.at_noise_level(low), schedule.at_noise_level(high)
     positive = [i for i, s in enumerate(times) if s > 0]
-    # a run of few steps jumps over `low`: its last time then
+    # A run of few steps jumps over `low`: its last time then.
     crossing = next((i for i in positive if times[i] <= bottom), positive[-1])
     if restarts == 0 or crossing == 0 or not times[crossing] < top < times[0]:
         return (yield from heun(x, times, schedule, noise))
@@ -52,7 +60,7 @@ def restart(
     ]
     ladder = [top, *ladder[1:], s]
     for _ in range(restarts):
-        x = noisier(x, noise(), schedule.point(s), schedule.point(top))
+        x = add_noise_to(x, noise(), schedule.point(s), schedule.point(top))
         x = yield from heun(x, ladder, schedule, noise)
     if crossing == len(times) - 1:
         return x

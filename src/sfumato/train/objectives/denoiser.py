@@ -18,7 +18,7 @@ from PIL import Image as PIL
 from torch import Tensor, nn
 
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.variational import bound, check_bounded
+from sfumato.diffuse.vlb import bound, check_has_vlb
 from sfumato.diffuse.weighting import MODE_SCALES, TIMES, WEIGHTINGS, draw_times, loss_weight
 from sfumato.errors import UserError
 from sfumato.io.atomic import hash_bytes, hash_tensors
@@ -112,7 +112,7 @@ class DenoiserObjective(Objective):
         self.settings, self.preview = loss, preview
         self.learned_variance = bool(getattr(network, "learned_variance", False))
         if self.learned_variance and loss.variance:
-            check_bounded(process.schedule)
+            check_has_vlb(process.schedule)
 
     @property
     def size(self) -> int:

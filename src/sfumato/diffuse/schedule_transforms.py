@@ -1,4 +1,4 @@
-"""Schedules made from schedules: zero terminal SNR, and more time spent in noise for larger images.
+"""Transforms of schedules: zero terminal SNR, and the time shift for larger images.
 
 Zero terminal SNR (Lin et al. 2023, arXiv:2305.08891, algorithm 1): alpha is shifted and scaled so
 that alpha(1) = 0 and the first step's alpha is kept. Shift (Esser et al. 2024, arXiv:2403.03206,
@@ -17,8 +17,8 @@ from sfumato.errors import UserError
 from sfumato.validate import number_in, positive_int
 
 
-class Wrapped(Schedule):
-    """What is the base's, unless a wrapper says otherwise."""
+class ScheduleTransform(Schedule):
+    """A schedule around another one, `base`, with the base's methods where it has none."""
 
     base: Schedule
 
@@ -45,11 +45,14 @@ class Wrapped(Schedule):
 
 
 @dataclass(frozen=True)
-class ZeroTerminalSNR(Wrapped):
-    """`base` (variance preserving) with alpha(1)^2 = `last`: 0, or a little more for solvers that
-    divide by alpha.
+class ZeroTerminalSNR(ScheduleTransform):
+    """A variance-preserving schedule with alpha(1)^2 = `last`.
 
     Only v and x0 can be solved at alpha = 0: `Process` refuses eps.
+
+    Args:
+        base: The schedule to transform.
+        last: 0, or a little more for solvers that divide by alpha.
     """
 
     base: Schedule
@@ -68,7 +71,7 @@ class ZeroTerminalSNR(Wrapped):
 
     @property
     def _ends(self) -> tuple[float, float]:
-        """alpha at the first step and at t = 1, of the base."""
+        """Return the base's alpha at the first step and at t = 1."""
         return self.base.point(0.0 if self.grid is None else self.first)[0], self.base.point(1.0)[0]
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +86,7 @@ class ZeroTerminalSNR(Wrapped):
             alpha = torch.where(inside < 1, first, alpha)
             sigma2 = (1 - alpha.square()) * inside
             alpha = torch.where(inside < 1, (1 - sigma2).sqrt(), alpha)
-        # exactly: a rounding error would be a signal
+        # Exactly: a rounding error would be a signal.
         end_alpha = torch.where(t >= 1, math.sqrt(self.last), alpha)
         return end_alpha, torch.where(t >= 1, math.sqrt(1 - self.last), sigma2.clamp(min=0).sqrt())
 
@@ -105,16 +108,24 @@ T = TypeVar("T", float, Tensor)
 
 
 def shifted_time(t: T, shift: float) -> T:
-    """shift * t / (1 + (shift - 1) t): the ends stay, times between move to the noise for shift >
-    1.
+    """Return shift * t / (1 + (shift - 1) t).
+
+    The ends stay. Times between them move towards the noise for shift > 1.
+
+    Args:
+        t: Time in [0, 1].
+        shift: Positive number.
     """
     return shift * t / (1 + (shift - 1) * t)
 
 
 @dataclass(frozen=True)
-class Shifted(Wrapped):
-    """`base` with its time shifted; networks are still told the noise level that they see. shift >
-    1: more time in noise.
+class Shifted(ScheduleTransform):
+    """A schedule with its time shifted; the network still gets the timestep of the noise in x.
+
+    Args:
+        base: The schedule to transform.
+        shift: Positive number; above 1 there is more time in noise.
     """
 
     base: Schedule
@@ -125,30 +136,30 @@ class Shifted(Wrapped):
 
     @property
     def first(self) -> float:
-        return float(self._back(torch.tensor(self.base.first, dtype=torch.float64)))
+        return float(self._unshift(torch.tensor(self.base.first, dtype=torch.float64)))
 
-    def _forth(self, t: Tensor) -> Tensor:
+    def _shift(self, t: Tensor) -> Tensor:
         return shifted_time(t.double(), self.shift)
 
-    def _back(self, t: Tensor) -> Tensor:
+    def _unshift(self, t: Tensor) -> Tensor:
         return shifted_time(t.double(), 1 / self.shift)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self.base.coefficients(self._forth(t))
+        return self.base.coefficients(self._shift(t))
 
     def timestep(self, t: Tensor) -> Tensor:
-        return self.base.timestep(self._forth(t))
+        return self.base.timestep(self._shift(t))
 
     def time(self, timestep: Tensor) -> Tensor:
-        return self._back(self.base.time(timestep))
+        return self._unshift(self.base.time(timestep))
 
     def from_log_snr(self, log_snr: Tensor) -> Tensor:
-        return self._back(self.base.from_log_snr(log_snr))
+        return self._unshift(self.base.from_log_snr(log_snr))
 
     def sample_times(self, u: Tensor) -> Tensor:
-        # u is spread over this schedule's own time; a table's grid is the base's
-        times = self._forth(u)
-        return self._back(self.base.sample_times(times))
+        # u is spread over this schedule's own time; a table's grid is the base's.
+        times = self._shift(u)
+        return self._unshift(self.base.sample_times(times))
 
 
 def dynamic_shift(
@@ -157,11 +168,16 @@ def dynamic_shift(
     top: tuple[int, float] = (4096, 1.15),
     exponential: bool = True,
 ) -> float:
-    """The shift for an image of so many tokens: mu on the line through two (tokens, mu) points;
-    e^mu (FLUX, SD3.5's dynamic) or mu itself.
+    """Return the shift for an image of so many tokens, with mu on a line over the tokens.
 
     The defaults are FLUX.1's (scheduler_config.json: base_image_seq_len, base_shift,
     max_image_seq_len, max_shift).
+
+    Args:
+        tokens: Number of image tokens.
+        base: (tokens, mu), one point of the line.
+        top: (tokens, mu), another one.
+        exponential: The shift is e^mu (FLUX, SD3.5's dynamic shift); else mu itself.
     """
     positive_int("tokens", tokens, unit="image tokens")
     mu = base[1] + (tokens - base[0]) * (top[1] - base[1]) / (top[0] - base[0])
@@ -169,11 +185,16 @@ def dynamic_shift(
 
 
 def flux2_shift(tokens: int, steps: int, exponential: bool = True) -> float:
-    """The same by FLUX.2's rule, which counts the steps too (compute_empirical_mu,
-    github.com/black-forest-labs/flux2, src/flux2/sampling.py).
+    """Return the shift by FLUX.2's rule, which depends on the number of steps too.
 
     mu is on a line over the tokens for 10 steps, on another for 200, and on the line over the steps
-    through both; above 4300 tokens it is that of 200 steps for any number.
+    through both; above 4300 tokens it is that of 200 steps for any number
+    (compute_empirical_mu, github.com/black-forest-labs/flux2, src/flux2/sampling.py).
+
+    Args:
+        tokens: Number of image tokens.
+        steps: Number of steps of the run.
+        exponential: The shift is e^mu; else mu itself.
     """
     positive_int("tokens", tokens, unit="image tokens")
     positive_int("steps", steps)
