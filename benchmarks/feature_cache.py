@@ -25,7 +25,7 @@ from sfumato.diffuse.run import SeededNoise, sampler_coroutine
 from sfumato.evaluate.reconstruction import psnr
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
-from sfumato.predict.denoiser import answer
+from sfumato.predict.denoiser import evaluate_calls
 from sfumato.predict.guidance.settings import Guidance, build
 from sfumato.predict.wrappers.feature_cache import feature_cache
 from sfumato.registry import find
@@ -68,7 +68,8 @@ def run(model: LatentDiffusion, settings: Settings, n: int, **cache: Any) -> Ten
     )
     sampler = find("diffuse.samplers", model.defaults.sampler)
     z = drive(
-        sampler_coroutine(sampler(draw(), times, schedule, draw), ask, settings.steps), answer
+        sampler_coroutine(sampler(draw(), times, schedule, draw), ask, settings.steps),
+        evaluate_calls,
     )
     assert z is not None
     return z

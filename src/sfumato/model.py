@@ -37,7 +37,7 @@ from sfumato.inference.offload.model import (
 )
 from sfumato.io.atomic import hash_json, hash_tensors
 from sfumato.io.host_memory import parse_size
-from sfumato.predict.denoiser import Denoiser, answer
+from sfumato.predict.denoiser import Denoiser, evaluate_calls
 from sfumato.predict.networks._network import Network
 from sfumato.registry import find
 from sfumato.sampling.plan import (
@@ -493,7 +493,7 @@ class LatentDiffusion:
             for k, plan in enumerate(plans)
         ]
         try:
-            latents = drive(gather(runs), partial(answer, rows=batch))
+            latents = drive(gather(runs), partial(evaluate_calls, rows=batch))
         except NumericalError as error:
             dtype = next(self.denoiser.network.parameters()).dtype
             if dtype == torch.float32:

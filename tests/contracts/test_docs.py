@@ -17,7 +17,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 SAMPLERS = names("diffuse.samplers")
 PARTS = [
     (folder, name)
-    for folder in ("predict.guidance.weights", "predict.guidance.combines", "predict.references")
+    for folder in ("predict.guidance.weights", "predict.guidance.rules", "predict.guidance_models")
     for name in names(folder)
 ]
 

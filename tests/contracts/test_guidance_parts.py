@@ -1,5 +1,5 @@
-"""The contract of guidance's parts: a file in weights/, combines/ or predict/references/ is tested
-by being there.
+"""The contract of guidance's parts: a file in weights/, rules/ or predict/guidance_models/ is
+tested by being there.
 """
 
 import inspect
@@ -13,29 +13,30 @@ from torch import Tensor
 
 from sfumato.batching import drive
 from sfumato.errors import UserError
-from sfumato.predict.denoiser import answer
+from sfumato.predict.denoiser import evaluate_calls
 from sfumato.predict.guidance.guide import Moment, guide
 from sfumato.predict.guidance.settings import Guidance
+from sfumato.predict.guidance_models import ALIASES
 from sfumato.registry import find, names
 from sfumato.types import Conditioning, Prediction
 
-FOLDERS = ("predict.guidance.weights", "predict.guidance.combines", "predict.references")
+FOLDERS = ("predict.guidance.weights", "predict.guidance.rules", "predict.guidance_models")
 PARTS = {
     f"{folder.rpartition('.')[2]}.{name}": find(folder, name)
     for folder in FOLDERS
     for name in names(folder)
 }
 WEIGHTS = {name: part for name, part in PARTS.items() if name.startswith("weights")}
-COMBINES = {name: part for name, part in PARTS.items() if name.startswith("combines")}
+RULES = {name: part for name, part in PARTS.items() if name.startswith("rules")}
 # Settings besides the defaults: those under which a part remembers or does more. Others are found
 # by their defaults alone.
 MORE: dict[str, list[dict[str, Any]]] = {
     "weights.adaptive": [{"disagreement": "raises", "power": 2.0}, {"low": -1.0, "high": 2.0}],
     "weights.ramp": [{"first": 2.0, "last": 0.0, "shape": "cosine"}, {"shape": "power"}],
-    "combines.project": [{"eta": 1.0}, {"threshold": 1.0, "momentum": -0.5}],
-    "combines.rescale": [{"phi": 1.0}, {"phi": 0.0}],
-    "combines.zero_star": [{"zero_steps": 0}, {"zero_steps": 2}],
-    "combines.dual": [
+    "rules.project": [{"eta": 1.0}, {"threshold": 1.0, "momentum": -0.5}],
+    "rules.rescale": [{"phi": 1.0}, {"phi": 0.0}],
+    "rules.zero_star": [{"zero_steps": 0}, {"zero_steps": 2}],
+    "rules.dual": [
         {"kind": k, "second": s} for k in ("chain", "sum", "away") for s in (0.0, 1.0, 3.0)
     ],
 }
@@ -56,7 +57,7 @@ def settings(parts: dict[str, type], **given: float) -> list[Any]:
 
 
 every_weight = pytest.mark.parametrize("weight", settings(WEIGHTS, scale=3.0))
-every_combine = pytest.mark.parametrize("combine", settings(COMBINES))
+every_rule = pytest.mark.parametrize("rule", settings(RULES))
 everywhere = pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
 
 
@@ -92,7 +93,7 @@ def equal(a: Prediction, b: Prediction) -> bool:
 
 
 def test_the_folders_are_the_registry() -> None:
-    assert {"weights.constant", "combines.linear", "references.condition"} <= PARTS.keys()
+    assert {"weights.constant", "rules.linear", "guidance_models.condition"} <= PARTS.keys()
     single = [name.partition(".")[2] for name in PARTS]
     assert len(set(single)) == len(single), (
         "a word of `Guidance.parse` must mean one part: no name may be in two folders"
@@ -126,25 +127,31 @@ def test_a_part_is_a_frozen_dataclass_that_says_whose_it_is(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in PARTS if n != "weights.constant" and n != "combines.linear"]
+    "name", [n for n in PARTS if n != "weights.constant" and n != "rules.linear"]
 )
 def test_its_words_come_back(name: str) -> None:
     """Every part is had by its name alone, and its settings by words."""
-    folder, _, word = name.partition(".")
-    setting = folder.removesuffix("s")
-    if folder == "references" or word == "dual":
+    folder, _, file = name.partition(".")
+    field, word = (
+        {"weights": "weight", "rules": "rule", "guidance_models": "baseline"}[folder],
+        ALIASES.get(file, file),
+    )
+    assert Guidance.parse(
+        f"2 {file}" + " condition condition" * (file == "dual")
+    ) == Guidance.parse(f"2 {word}" + " condition condition" * (word == "dual"))
+    if folder == "guidance_models" or word == "dual":
         line = f"2 {word}" if word != "dual" else "2 dual condition model"
     else:
         line = f"2 {word}"
     found = Guidance.parse(line)
     assert Guidance.parse(str(found)) == found == Guidance.parse(found.to_json())
-    assert word in getattr(found, setting) if word != "condition" else found == Guidance(2)
+    assert word in getattr(found, field) if word != "condition" else found == Guidance(2)
     for options in MORE.get(name, ()):
         part = PARTS[name](**options)
         words = [f"{k}={v}" for k, v in options.items()]
         more = Guidance.parse(line.replace(word, f"{word}:{','.join(words)}"))
-        at = {"weight": 0, "combine": 1}[setting]
-        expected = part if setting == "combine" else PARTS[name](scale=2.0, **options)
+        at = {"weight": 0, "rule": 1}[setting]
+        expected = part if setting == "rule" else PARTS[name](scale=2.0, **options)
         assert more.parts()[at] == expected
         assert Guidance.parse(str(more)) == more == Guidance.parse(more.to_json())
 
@@ -198,17 +205,17 @@ def test_a_scale_is_a_finite_number(name: str, scale: float) -> None:
         WEIGHTS[name](scale=scale)
 
 
-# ---- combines ------------------------------------------------------------------------------------
+# ---- rules ---------------------------------------------------------------------------------------
 
 
-@every_combine
+@every_rule
 @everywhere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_combine_keeps_shape_and_dtype_and_is_finite(
-    combine: Any, point: tuple[float, float], dtype: torch.dtype
+    rule: Any, point: tuple[float, float], dtype: torch.dtype
 ) -> None:
-    x, given = predictions(point, 1 + combine.references, dtype=dtype)
-    join = combine.begin()
+    x, given = predictions(point, 1 + rule.num_baselines, dtype=dtype)
+    join = rule.begin()
     for index, w in enumerate(
         (0.0, 1.0, 2.5, torch.tensor([0.0, 1.0, 7.5], dtype=dtype)[:, None, None, None])
     ):
@@ -217,31 +224,31 @@ def test_a_combine_keeps_shape_and_dtype_and_is_finite(
             assert part.shape == x.shape and part.dtype == dtype and torch.isfinite(part).all()
 
 
-@every_combine
+@every_rule
 @everywhere
 def test_a_pair_adds_up_to_x_or_the_combine_says_that_it_does_not(
-    combine: Any, point: tuple[float, float]
+    rule: Any, point: tuple[float, float]
 ) -> None:
     """In float64. Where a combine says that it is not consistent, it must not be: samplers are
     refused for it.
     """
-    x, given = predictions(point, 1 + combine.references, dtype=torch.float64)
-    join, (alpha, sigma) = combine.begin(), point
+    x, given = predictions(point, 1 + rule.num_baselines, dtype=torch.float64)
+    join, (alpha, sigma) = rule.begin(), point
     gaps = []
     for index in range(4):
         found = join(x, Moment(0.5, *point, index), given, 3.0)
         gaps.append(float((alpha * found.x0 + sigma * found.eps - x).abs().max()))
-    assert max(gaps) < 1e-8 if combine.consistent else max(gaps) > 1e-8 or alpha == 0
+    assert max(gaps) < 1e-8 if rule.consistent else max(gaps) > 1e-8 or alpha == 0
 
 
-@every_combine
+@every_rule
 @everywhere
-def test_predictions_of_nothing_are_finite(combine: Any, point: tuple[float, float]) -> None:
+def test_predictions_of_nothing_are_finite(rule: Any, point: tuple[float, float]) -> None:
     """No norm and no standard deviation is divided by where it is 0."""
     zero = torch.zeros(SHAPE)
-    given = [Prediction(zero, zero)] * (1 + combine.references)
+    given = [Prediction(zero, zero)] * (1 + rule.num_baselines)
     for weight in (2.0, torch.full((3, 1, 1, 1), 2.0)):
-        found = combine.begin()(zero, Moment(0.5, *point, 5), given, weight)
+        found = rule.begin()(zero, Moment(0.5, *point, 5), given, weight)
         assert torch.isfinite(found.x0).all() and torch.isfinite(found.eps).all()
 
 
@@ -254,14 +261,14 @@ def test_weights_of_nothing_are_finite(weight: Any, point: tuple[float, float]) 
 
 
 @pytest.mark.invariance
-@every_combine
+@every_rule
 @everywhere
-def test_an_image_is_the_same_in_every_batch(combine: Any, point: tuple[float, float]) -> None:
+def test_an_image_is_the_same_in_every_batch(rule: Any, point: tuple[float, float]) -> None:
     """Bit for bit, over several steps, whatever the combine remembers."""
     w = torch.tensor([0.3, 2.0, 7.5])[:, None, None, None]
-    whole, alone = combine.begin(), [combine.begin() for _ in range(3)]
+    whole, alone = rule.begin(), [rule.begin() for _ in range(3)]
     for index in range(3):
-        x, given = predictions(point, 1 + combine.references, seed=10 * index)
+        x, given = predictions(point, 1 + rule.num_baselines, seed=10 * index)
         found = whole(x, Moment(0.5, *point, index), given, w)
         for k in range(3):
             row = alone[k](
@@ -293,46 +300,41 @@ def flow(t: float) -> tuple[float, float]:
 TIMES = (1.0, 0.8, 0.5, 0.3, 0.1)
 
 
-def run(weight: Any, combine: Any, seed: int, asked: list[float]) -> Iterator[Prediction]:
+def run(weight: Any, rule: Any, seed: int, asked: list[float]) -> Iterator[Prediction]:
     """Five steps of Euler, one at a time."""
     denoiser = Toy(flow, asked)
     conditionings = [
-        Conditioning(vector=torch.full((3, 1), float(k))) for k in range(1 + combine.references)
+        Conditioning(vector=torch.full((3, 1), float(k))) for k in range(1 + rule.num_baselines)
     ]
     ask = guide(
-        denoiser,
-        conditionings[0],
-        [(denoiser, c) for c in conditionings[1:]],
-        weight,
-        combine,
-        flow,
+        denoiser, conditionings[0], [(denoiser, c) for c in conditionings[1:]], weight, rule, flow
     )
     x = normal(seed)
     for t, s in zip(TIMES, (*TIMES[1:], 0.0), strict=True):
-        found = drive(ask(x, t), answer)
+        found = drive(ask(x, t), evaluate_calls)
         yield found
         x = (1 - s) * found.x0 + s * found.eps
 
 
-@every_combine
-def test_two_runs_at_once_are_two_runs(combine: Any) -> None:
+@every_rule
+def test_two_runs_at_once_are_two_runs(rule: Any) -> None:
     """Nothing that a run remembers reaches another: interleaved as apart."""
     weight = WEIGHTS["weights.constant"](scale=3.0)
-    apart = [list(run(weight, combine, seed, [])) for seed in (0, 1)]
-    together = list(zip(run(weight, combine, 0, []), run(weight, combine, 1, []), strict=True))
+    apart = [list(run(weight, rule, seed, [])) for seed in (0, 1)]
+    together = list(zip(run(weight, rule, 0, []), run(weight, rule, 1, []), strict=True))
     assert all(
         equal(a, b)
         for k in (0, 1)
         for a, b in zip(apart[k], (pair[k] for pair in together), strict=True)
     )
-    assert all(equal(a, b) for a, b in zip(apart[0], run(weight, combine, 0, []), strict=True)), (
+    assert all(equal(a, b) for a, b in zip(apart[0], run(weight, rule, 0, []), strict=True)), (
         "nor a later one"
     )
 
 
 @every_weight
 def test_two_weights_at_once_are_two_runs(weight: Any) -> None:
-    linear = COMBINES["combines.linear"]()
+    linear = RULES["rules.linear"]()
     apart = [list(run(weight, linear, seed, [])) for seed in (0, 1)]
     together = list(zip(run(weight, linear, 0, []), run(weight, linear, 1, []), strict=True))
     assert all(
@@ -342,17 +344,15 @@ def test_two_weights_at_once_are_two_runs(weight: Any) -> None:
     )
 
 
-@every_combine
+@every_rule
 @every_weight
-def test_references_are_asked_where_they_count_and_nowhere_else(combine: Any, weight: Any) -> None:
+def test_references_are_asked_where_they_count_and_nowhere_else(rule: Any, weight: Any) -> None:
     asked: list[float] = []
-    list(run(weight, combine, 0, asked))
+    list(run(weight, rule, 0, asked))
     wanted = [
         t
         for t in TIMES
-        for _ in range(
-            1 + combine.references * (combine.always or weight.active(Moment(t, *flow(t))))
-        )
+        for _ in range(1 + rule.num_baselines * (rule.always or weight.active(Moment(t, *flow(t)))))
     ]
     assert asked == wanted
 
@@ -369,58 +369,52 @@ class Sometimes:
         ]
 
 
-@every_combine
+@every_rule
 def test_where_the_weight_is_one_the_conditional_prediction_stays_to_the_last_bit(
-    combine: Any,
+    rule: Any,
 ) -> None:
-    if combine.always:
+    if rule.always:
         pytest.skip("w = 1 is not off for this one")
     denoiser, x = Toy(flow, []), normal(0)
     conditionings = [
-        Conditioning(vector=torch.full((3, 1), float(k))) for k in range(1 + combine.references)
+        Conditioning(vector=torch.full((3, 1), float(k))) for k in range(1 + rule.num_baselines)
     ]
     expected = denoiser(x, 0.5, conditionings[0])
-    references = [(denoiser, c) for c in conditionings[1:]]
-    off = guide(
-        denoiser, conditionings[0], references, WEIGHTS["weights.constant"](1.0), combine, flow
-    )
-    assert equal(drive(off(x, 0.5), answer), expected)
+    baselines = [(denoiser, c) for c in conditionings[1:]]
+    off = guide(denoiser, conditionings[0], baselines, WEIGHTS["weights.constant"](1.0), rule, flow)
+    assert equal(drive(off(x, 0.5), evaluate_calls), expected)
     found = drive(
-        guide(denoiser, conditionings[0], references, Sometimes(), combine, flow)(x, 0.5), answer
+        guide(denoiser, conditionings[0], baselines, Sometimes(), rule, flow)(x, 0.5),
+        evaluate_calls,
     )
     assert equal(rows(found, 1), rows(expected, 1)) and not torch.equal(found.x0[0], expected.x0[0])
 
 
-@every_combine
-def test_as_many_references_as_it_takes(combine: Any) -> None:
+@every_rule
+def test_as_many_baselines_as_it_takes(rule: Any) -> None:
     denoiser, given = Toy(flow, []), Conditioning(vector=torch.zeros(3, 1))
-    with pytest.raises(UserError, match=f"3 references for .*: it takes {combine.references}"):
+    with pytest.raises(UserError, match=f"3 baselines for .*: it takes {rule.num_baselines}"):
         guide(
-            denoiser,
-            given,
-            [(denoiser, given)] * 3,
-            WEIGHTS["weights.constant"](2.0),
-            combine,
-            flow,
+            denoiser, given, [(denoiser, given)] * 3, WEIGHTS["weights.constant"](2.0), rule, flow
         )
     assert equal(
-        drive(guide(denoiser, given, [], Sometimes(), combine, flow)(normal(0), 0.5), answer),
+        drive(guide(denoiser, given, [], Sometimes(), rule, flow)(normal(0), 0.5), evaluate_calls),
         denoiser(normal(0), 0.5, given),
     )
 
 
-# ---- references ----------------------------------------------------------------------------------
+# ---- guidance models -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", names("predict.references"))
-def test_a_reference_says_whom_to_ask_or_what_it_lacks(name: str) -> None:
-    part = find("predict.references", name)()
-    conditioning, reference = (Conditioning(vector=torch.full((1, 1), float(k))) for k in range(2))
+@pytest.mark.parametrize("name", names("predict.guidance_models"))
+def test_a_baseline_is_a_pair_or_a_sentence(name: str) -> None:
+    part = find("predict.guidance_models", name)()
+    conditioning, negative = (Conditioning(vector=torch.full((1, 1), float(k))) for k in range(2))
 
     denoiser, weaker = Toy(flow, []), Toy(flow, [])
     try:
-        whom, given = part.pair(denoiser, conditioning, reference, weaker)
+        whom, given = part.pair(denoiser, conditioning, negative, weaker)
     except UserError as error:  # a copy of a network cannot be made of this one
-        assert "Toy has no network to change" in str(error) and not part.condition
+        assert "Toy has no network to change" in str(error) and not part.takes_negative
     else:
-        assert callable(whom) and given is (reference if part.condition else conditioning)
+        assert callable(whom) and given is (negative if part.takes_negative else conditioning)

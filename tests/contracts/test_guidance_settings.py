@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sfumato.batching import drive
 from sfumato.errors import UserError
-from sfumato.predict.denoiser import answer
+from sfumato.predict.denoiser import evaluate_calls
 from sfumato.predict.guidance import settings as module
-from sfumato.predict.guidance.settings import Guidance, build, same
+from sfumato.predict.guidance.settings import Guidance, build, equal_images
 from sfumato.types import Conditioning, Prediction
 
 LINES: dict[str, tuple[Guidance, Any]] = {
@@ -31,22 +31,22 @@ LINES: dict[str, tuple[Guidance, Any]] = {
         Guidance(2.5, "interval:low=0.1,high=0.8"),
         {"scale": 2.5, "weight": "interval:low=0.1,high=0.8"},
     ),
-    "7.5 rescale:phi=0.7": (Guidance(7.5, combine="rescale"), {"scale": 7.5, "combine": "rescale"}),
-    "0.6 plus_plus": (Guidance(0.6, combine="plus_plus"), {"scale": 0.6, "combine": "plus_plus"}),
+    "7.5 rescale:phi=0.7": (Guidance(7.5, rule="rescale"), {"scale": 7.5, "combine": "rescale"}),
+    "0.6 plus_plus": (Guidance(0.6, rule="plus_plus"), {"scale": 0.6, "combine": "plus_plus"}),
     "4 project:momentum=-0.5,threshold=1e-05 ramp": (
         Guidance(4, "ramp", "project:threshold=1e-05,momentum=-0.5"),
         {"scale": 4.0, "weight": "ramp", "combine": "project:threshold=1e-05,momentum=-0.5"},
     ),
     "3 perturbed_attention:layers=a.b+c": (
-        Guidance(3, reference="perturbed_attention:layers=a.b+c"),
+        Guidance(3, baseline="perturbed_attention:layers=a.b+c"),
         {"scale": 3.0, "reference": "perturbed_attention:layers=a.b+c"},
     ),
     "2 model:path=runs/small.safetensors": (
-        Guidance(2, reference="model:path=runs/small.safetensors"),
+        Guidance(2, baseline="model:path=runs/small.safetensors"),
         {"scale": 2.0, "reference": "model:path=runs/small.safetensors"},
     ),
     "4 dual:kind=away,second=3 condition skip_layers:layers=x": (
-        Guidance(4, combine="dual:kind=away,second=3", reference="condition skip_layers:layers=x"),
+        Guidance(4, rule="dual:kind=away,second=3", baseline="condition skip_layers:layers=x"),
         {
             "scale": 4.0,
             "combine": "dual:kind=away,second=3",
@@ -58,7 +58,7 @@ LINES: dict[str, tuple[Guidance, Any]] = {
         {"scale": 4.0, "weight": "adaptive:disagreement=raises,low=-2"},
     ),
     "2 zero_star:zero_steps=2": (
-        Guidance(2, combine="zero_star:zero_steps=2"),
+        Guidance(2, rule="zero_star:zero_steps=2"),
         {"scale": 2.0, "combine": "zero_star:zero_steps=2"},
     ),
 }
@@ -103,6 +103,32 @@ def test_a_number_stays_a_number(value: Any) -> None:
     """What is recorded in pictures and models that know a scale only stays as it was."""
     found = Guidance.parse(value).to_json()
     assert found == 2.0 and type(found) is float
+
+
+def test_json_may_have_the_names_of_the_fields() -> None:
+    """Files hold "combine" and "reference"; the fields' own names, "rule" and "baseline", are read
+    too.
+    """
+    stored = {
+        "scale": 4,
+        "combine": "dual:kind=away",
+        "reference": ["condition", "model:path=small"],
+    }
+    named = {
+        "scale": 4,
+        "rule": "dual:kind=away",
+        "baseline": ["condition", {"name": "weaker_model", "path": "small"}],
+    }
+    assert (
+        Guidance.parse(stored)
+        == Guidance.parse(named)
+        == Guidance.parse("4 dual:kind=away condition weaker_model:path=small")
+    )
+    assert Guidance.parse(named).to_json() == {
+        "scale": 4.0,
+        "combine": "dual:kind=away",
+        "reference": "condition model:path=small",
+    }
 
 
 def test_json_may_name_options_one_by_one() -> None:
@@ -173,13 +199,13 @@ BAD: list[tuple[Any, str]] = [
         "guidance='2 intervall': unknown guidance 'intervall': did you mean 'interval'",
     ),
     ("2 interval ramp", "two of one kind, interval and ramp: expected one weight"),
-    ("2 rescale project", "two of one kind, rescale and project: expected one combine"),
+    ("2 rescale project", "two of one kind, rescale and project: expected one rule"),
     (
         "2 interval:lo=0.2",
         "unknown option of guidance weight interval 'lo': did you mean 'low'.*known are high, low",
     ),
     ("2 interval:scale=3", "unknown option of guidance weight interval 'scale'"),
-    ("2 linear:phi=1", "unknown option of guidance combine linear 'phi': known are none"),
+    ("2 linear:phi=1", "unknown option of guidance rule linear 'phi': known are none"),
     ("2 interval:low=a", "interval:low='a': expected a number"),
     ("2 interval:low=0.1,low=0.2", "gives low twice"),
     ("2 interval:", "expected NAME or NAME:OPTION=VALUE"),
@@ -214,10 +240,10 @@ BAD: list[tuple[Any, str]] = [
         "2 dual:low=0.6,high=0.5 condition model",
         "dual low=0.6, high=0.5: expected times with 0 <= low <= high <= 1",
     ),
-    ("2 dual", "guidance dual with the reference condition: it takes 2; name as many of"),
+    ("2 dual", "guidance dual with the baseline condition: it takes 2; name as many of"),
     (
         "2 condition perturbed_attention",
-        "guidance linear with the reference condition perturbed_attention: it takes 1",
+        "guidance linear with the baseline condition perturbed_attention: it takes 1",
     ),
     ("0.5 plus_plus interval", "guidance plus_plus with the weight interval: expected constant"),
     ({}, "expected a scale"),
@@ -255,6 +281,14 @@ BAD: list[tuple[Any, str]] = [
         "path='my model': expected a value without spaces and commas",
     ),
     ({"scale": 2, "reference": []}, "it takes 1"),
+    (
+        {"scale": 2, "reference": "condition", "baseline": "condition"},
+        "guidance has baseline and reference: expected one of them",
+    ),
+    (
+        {"scale": 2, "baseline": "modell"},
+        "unknown guidance baseline 'modell': did you mean 'model'",
+    ),
 ]
 
 
@@ -294,7 +328,7 @@ def asked_by(line: str, reference: Any, conditioning: Conditioning | None = None
         reference,
         lambda t: (1 - t, t),
     )
-    drive(ask(torch.zeros(2, 1, 2, 2), 0.5), answer)
+    drive(ask(torch.zeros(2, 1, 2, 2), 0.5), evaluate_calls)
     return [condition for _, condition in asked]
 
 
@@ -366,7 +400,7 @@ def test_conditionings_are_compared_door_by_door() -> None:
         residuals=(torch.ones(2, 1, 2, 2),),
     )
     again = full.to(dtype=torch.float32)
-    assert same(full, again).tolist() == [True, True] and same(
+    assert equal_images(full, again).tolist() == [True, True] and equal_images(
         Conditioning(), Conditioning()
     ).tolist() == [True]
     others = [
@@ -402,5 +436,5 @@ def test_conditionings_are_compared_door_by_door() -> None:
         ),
     ]
     for other, expected in others:
-        assert same(full, other).tolist() == expected
-    assert same(Conditioning(), full).tolist() == [False]
+        assert equal_images(full, other).tolist() == expected
+    assert equal_images(Conditioning(), full).tolist() == [False]

@@ -38,7 +38,7 @@ from sfumato.loading import load
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.conditioners.nothing import Nothing
-from sfumato.predict.denoiser import Denoiser, answer
+from sfumato.predict.denoiser import Denoiser, evaluate_calls
 from sfumato.registry import names
 from sfumato.sampling import Defaults, Request
 
@@ -107,12 +107,12 @@ def test_conditions_asked_together_again_are_joined_again_only_if_they_are_the_s
     alone = [denoiser(x, 0.5, c) for c in conditions]
     with torch.inference_mode():
         for order in ([0, 1], [0, 1], [0, 2], [0, 1, 2], [0], [0, 1], [1, 0], [0, 0]):
-            found = answer([DenoiserCall(denoiser, x, 0.5, conditions[k]) for k in order])
+            found = evaluate_calls([DenoiserCall(denoiser, x, 0.5, conditions[k]) for k in order])
             assert all(
                 torch.equal(p.x0, alone[k].x0) and torch.equal(p.eps, alone[k].eps)
                 for p, k in zip(found, order, strict=True)
             )
-    found = answer(
+    found = evaluate_calls(
         [DenoiserCall(denoiser, x.requires_grad_(), 0.5, conditions[k]) for k in (0, 1)]
     )  # what inference remembers has no gradient
     found[1].x0.sum().backward()
@@ -1218,7 +1218,7 @@ def test_inversion_finds_the_noise_that_makes_the_image_again(fashion: LatentDif
     assert errors[2] < 0.01 and errors[1] < errors[0] / 5, errors
 
 
-@pytest.mark.parametrize("combine", names("predict.guidance.combines"))
+@pytest.mark.parametrize("combine", names("predict.guidance.rules"))
 @pytest.mark.parametrize("weight", names("predict.guidance.weights"))
 def test_what_is_guided_does_not_depend_on_its_neighbours(
     model: LatentDiffusion, combine: str, weight: str
@@ -1253,11 +1253,11 @@ def test_what_is_guided_does_not_depend_on_its_neighbours(
         ),
         (
             {"guidance": "2 model", "guide_model": build(classes=("bag", "hat"))},
-            "knows 3 classes .* the model 4: expected one",
+            "has 3 classes .* the model 4: expected one",
         ),
         (
             {"guidance": "2 model", "guide_model": build(classes=())},
-            "knows no classes .* the model 4: expected one",
+            "has no classes .* the model 4: expected one",
         ),
         ({"negative_prompt": "ankle boot", "guidance": 1.0}, "nothing is moved away from it"),
         ({"tiles": (8, 0)}, r"tiles=\(8, 0\): expected \(size, stride\)"),

@@ -23,9 +23,9 @@ from sfumato.errors import UserError
 from sfumato.inference.prepack import can_prepack, prepack
 from sfumato.kernels import batch_invariant
 from sfumato.predict.denoiser import Denoiser
+from sfumato.predict.guidance_models.perturbed_attention import PerturbedAttention
+from sfumato.predict.guidance_models.skip_layers import SkipLayers, branches
 from sfumato.predict.networks._network import Network, build, registered
-from sfumato.predict.references.perturbed_attention import PerturbedAttention
-from sfumato.predict.references.skip_layers import SkipLayers, branches
 from sfumato.types import Conditioning
 
 SMALL: dict[str, Any] = {

@@ -16,8 +16,9 @@ from sfumato.checkpoints.schedulers.spacing import canonical_spacing, format_spa
 from sfumato.diffuse.timesteps import SPACINGS
 from sfumato.errors import UserError
 from sfumato.predict.guidance.settings import FOLDERS, Guidance
+from sfumato.predict.guidance_models import ALIASES
 from sfumato.registry import find, names
-from sfumato.sampling import sampler_of, spacing_of
+from sfumato.sampling.request import sampler_of, spacing_of
 from sfumato.spec import Spec, options_of, short_number, typed_values
 
 SAMPLERS = {name: find("diffuse.samplers", name) for name in names("diffuse.samplers")}
@@ -277,10 +278,9 @@ def test_every_part_of_guidance_with_its_options(name: str, data: st.DataObject)
         assume(False)
     word = str(Spec.of(setting, name, values, defaults, short_number))
     assert part(**Spec.parse(word).values(setting, defaults)) == expected
-    line = f"2 {word}" + " condition condition" * (name == "dual")
-    guidance = Guidance.parse(line)
+    guidance = Guidance.parse(f"2 {word}" + " condition condition" * (name == "dual"))
     assert Guidance.parse(str(guidance)) == guidance == Guidance.parse(guidance.to_json())
-    assert word.partition(":")[0] in str(guidance).split(" ", 1)[-1] or name in (
+    assert ALIASES.get(name, name) in str(guidance).split(" ", 1)[-1] or name in (
         "constant",
         "linear",
         "condition",

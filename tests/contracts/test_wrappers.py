@@ -11,9 +11,9 @@ from torch import Tensor
 from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall, drive, gather
 from sfumato.diffuse.run import SeededNoise, Step, sampler_coroutine
 from sfumato.errors import UserError
-from sfumato.predict.denoiser import answer
-from sfumato.predict.guidance.combines.linear import Linear
+from sfumato.predict.denoiser import evaluate_calls
 from sfumato.predict.guidance.guide import guide
+from sfumato.predict.guidance.rules.linear import Linear
 from sfumato.predict.guidance.weights.constant import Constant
 from sfumato.registry import find, names
 from sfumato.types import Prediction
@@ -39,7 +39,9 @@ def guided(prompts: list[str], weight: float = 2.0) -> DenoiseFn:
 
 
 def off(name: str, ask: DenoiseFn, x: Tensor) -> DenoiseFn:
-    return WRAPPERS[name](ask, **vars(inspect.getmodule(WRAPPERS[name]))["off"](x, SCHEDULE.point))
+    return WRAPPERS[name](
+        ask, **vars(inspect.getmodule(WRAPPERS[name]))["identity_settings"](x, SCHEDULE.point)
+    )
 
 
 def begin(
@@ -55,7 +57,7 @@ def begin(
 
 
 def test_the_folder_is_the_registry() -> None:
-    assert {"known_region", "large_canvas", "feature_cache"} <= WRAPPERS.keys()
+    assert {"known_region", "multidiffusion", "feature_cache"} <= WRAPPERS.keys()
 
 
 @every
@@ -65,7 +67,10 @@ def test_a_wrapper_is_a_function_from_ask_to_ask_that_says_whose_it_is(name: str
     assert next(iter(inspect.signature(inside).parameters)) == "ask"
     module = inspect.getmodule(inside)
     assert module is not None and module.__doc__ and "arXiv" in module.__doc__
-    assert list(inspect.signature(module.off).parameters) == ["x", "point"] and module.off.__doc__
+    assert (
+        list(inspect.signature(module.identity_settings).parameters) == ["x", "point"]
+        and module.identity_settings.__doc__
+    )
     # no state
     assert not [
         k
@@ -85,7 +90,7 @@ def test_off_it_changes_no_bit_and_asks_the_same(name: str, sampler: str) -> Non
         steps: list[Step] = []
         found = drive(
             begin(sampler, ask, [3, 4], steps),
-            lambda queries, asked=asked: (asked.append(len(queries)), answer(queries))[1],
+            lambda queries, asked=asked: (asked.append(len(queries)), evaluate_calls(queries))[1],
         )
         seen.append((asked, steps, found))
     (asked, steps, found), (asked_too, steps_too, found_too) = seen
@@ -106,8 +111,8 @@ def test_runs_put_together_are_the_runs_alone(name: str) -> None:
         return begin("ddim", off(name, guided([["bag"], ["t-shirt/top"]][k]), x), [k], [])
 
     # rounding: convolutions choose their algorithm by the batch
-    both = drive(gather([run(0), run(1)]), answer)
-    assert all(torch.allclose(both[k], drive(run(k), answer), atol=1e-3) for k in range(2))
+    both = drive(gather([run(0), run(1)]), evaluate_calls)
+    assert all(torch.allclose(both[k], drive(run(k), evaluate_calls), atol=1e-3) for k in range(2))
     assert not torch.allclose(both[0], both[1], atol=0.1)
 
 
@@ -116,7 +121,7 @@ def test_tensors_that_come_in_are_not_written_to(name: str) -> None:
     x, given = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0)), []
 
     def remembered(queries: list[DenoiserCall]) -> list[Prediction]:
-        found = answer(queries)
+        found = evaluate_calls(queries)
         given.extend((p, p.x0.clone(), p.eps.clone()) for p in found)
         return found
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from sfumato.checkpoints.folder import load_part, save_part
 from sfumato.errors import UserError
+from sfumato.predict.guidance_models._layer_replacement import replace_layers
+from sfumato.predict.guidance_models.perturbed_attention import self_attentions
 from sfumato.predict.networks._network import registered
 from sfumato.predict.networks.dit import DiT, DiTConfig
 from sfumato.predict.networks.pixart import PixArt, PixArtConfig
-from sfumato.predict.references._copies import changed
-from sfumato.predict.references.perturbed_attention import self_attentions
 from sfumato.types import Conditioning
 
 differing: Callable[..., Any] = runpy.run_path(
@@ -196,7 +196,9 @@ def test_perturbed_attention(name: str, tmp_path: Path) -> None:
     plain, expected = their_answer(
         network, x.repeat(2, 1, 1, 1), timestep.repeat(2), Conditioning.cat([cond, cond])
     ).chunk(2)
-    found = changed(ours, ["transformer_blocks.1"], self_attentions, "layer")(x, timestep, cond)
+    found = replace_layers(ours, ["transformer_blocks.1"], self_attentions, "layer")(
+        x, timestep, cond
+    )
     close(ours(x, timestep, cond), plain)
     close(found, expected)
     assert (found - plain).abs().max() > 1e-3

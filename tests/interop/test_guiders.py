@@ -17,10 +17,10 @@ from diffusers.models.attention_processor import PAGIdentitySelfAttnProcessor2_0
 from torch import Tensor
 
 from sfumato.predict.guidance.guide import Moment
+from sfumato.predict.guidance_models._layer_replacement import replace_layers
+from sfumato.predict.guidance_models.perturbed_attention import self_attentions
+from sfumato.predict.guidance_models.skip_layers import branches
 from sfumato.predict.networks.unet import UNet, UNetConfig
-from sfumato.predict.references._copies import changed
-from sfumato.predict.references.perturbed_attention import self_attentions
-from sfumato.predict.references.skip_layers import branches
 from sfumato.registry import find
 from sfumato.types import Conditioning, Prediction
 
@@ -43,7 +43,7 @@ def predictions(count: int, seed: int = 0) -> tuple[Tensor, list[Prediction]]:
 
 
 def begun(name: str, **options: Any) -> Callable[..., Prediction]:
-    join = find("predict.guidance.combines", name)(**options).begin()
+    join = find("predict.guidance.rules", name)(**options).begin()
     return lambda x, given, w, index=0: join(x, Moment(0.5, *POINT, index), given, w)
 
 
@@ -197,7 +197,7 @@ def test_perturbed_attention(values: dict[str, Any], layers: list[str]) -> None:
     ).sample
     given = Conditioning(tokens=tokens)
     close(ours(x, timestep, given), doubled[:2])
-    found = changed(ours, layers, self_attentions, "layer")(x, timestep, given)
+    found = replace_layers(ours, layers, self_attentions, "layer")(x, timestep, given)
     close(found, doubled[2:])
     assert (found - doubled[:2]).abs().max() > 1e-3
 
@@ -220,6 +220,6 @@ def test_layers_left_out() -> None:
         "up_blocks.1.attentions.0.transformer_blocks.0.attn1",
     ]
     given = Conditioning(tokens=tokens)
-    found = changed(ours, layers, branches, "layer")(x, timestep, given)
+    found = replace_layers(ours, layers, branches, "layer")(x, timestep, given)
     close(found, expected)
     assert (found - ours(x, timestep, given)).abs().max() > 1e-3

@@ -43,9 +43,9 @@ from sfumato.loading import load
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners._bert import build_bert
 from sfumato.predict.denoiser import Denoiser
+from sfumato.predict.guidance_models.skip_layers import branches
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.predict.networks.unet_2d import UNet2DConfig
-from sfumato.predict.references.skip_layers import branches
 from sfumato.sampling import Defaults
 from sfumato.types import Conditioning
 

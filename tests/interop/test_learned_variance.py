@@ -15,7 +15,7 @@ from sfumato.checkpoints.schedulers.config import read_scheduler, write_schedule
 from sfumato.diffuse.run import sampler_coroutine
 from sfumato.diffuse.samplers import calls
 from sfumato.diffuse.timesteps import timesteps
-from sfumato.predict.denoiser import Denoiser, answer
+from sfumato.predict.denoiser import Denoiser, evaluate_calls
 from sfumato.predict.guidance.settings import Guidance, build
 from sfumato.predict.networks.dit import DiT, DiTConfig
 from sfumato.sampling.request import sampler_of, spacing_of
@@ -111,7 +111,8 @@ def test_the_same_run(
     run = sampler(start, times, process.schedule, lambda: next(noise), **options)
     with torch.inference_mode():
         ours = drive(
-            sampler_coroutine(run, ask, calls(sampler, times, process.schedule, **options)), answer
+            sampler_coroutine(run, ask, calls(sampler, times, process.schedule, **options)),
+            evaluate_calls,
         )
 
     again = draws()

@@ -25,11 +25,11 @@ from sfumato.diffuse.schedule import schedule
 from sfumato.errors import UserError
 from sfumato.inference.prepack import can_prepack, prepack
 from sfumato.kernels import batch_invariant
-from sfumato.predict.denoiser import Denoiser, answer
+from sfumato.predict.denoiser import Denoiser, evaluate_calls
 from sfumato.predict.guidance.settings import Guidance, build
+from sfumato.predict.guidance_models._layer_replacement import replace_layers
+from sfumato.predict.guidance_models.perturbed_attention import self_attentions
 from sfumato.predict.networks.sd3 import SD3, SD3Config
-from sfumato.predict.references._copies import changed
-from sfumato.predict.references.perturbed_attention import self_attentions
 from sfumato.types import Conditioning
 
 SMALL: dict[str, Any] = {
@@ -336,7 +336,7 @@ def test_skipped_blocks(layers: tuple[int, ...]) -> None:
             given,
             denoiser.process.schedule.point,
         )
-        found = drive(ask(x, 0.4), answer)
+        found = drive(ask(x, 0.4), evaluate_calls)
         expected = denoiser.process.split(x, whole + 2.8 * (whole - without), 0.4)
         close(found.x0, expected.x0, 2e-5)
         assert (whole - without).abs().max() > 1e-3
@@ -360,7 +360,7 @@ def test_away_from_no_condition_and_from_skipped_blocks() -> None:
     words = "7 dual:kind=away,second=3.8 condition skip_layers:layers=transformer_blocks.1"
     found = drive(
         build(Guidance.parse(words), denoiser, cond, none, denoiser.process.schedule.point)(x, 0.4),
-        answer,
+        evaluate_calls,
     )
     close(
         found.x0, denoiser.process.split(x, off + 7 * (y - off) + 2.8 * (y - without), 0.4).x0, 5e-5
@@ -406,9 +406,9 @@ def test_perturbed_attention() -> None:
         expected, of_text = (
             y[2:] for y in attention(x.repeat(2, 1, 1), encoder_hidden_states=text.repeat(2, 1, 1))
         )
-        found, found_text = changed(ours, [name], self_attentions, "layer").get_submodule(name)(
-            x, text
-        )
+        found, found_text = replace_layers(ours, [name], self_attentions, "layer").get_submodule(
+            name
+        )(x, text)
         close(found, expected)
         assert (found - ours.get_submodule(name)(x, text)[0]).abs().max() > 1e-3
         assert (found_text is None) == (layer == 2)
@@ -439,7 +439,7 @@ def test_away_from_no_condition_and_from_perturbed_attention() -> None:
 
     off, y, worse = their_parts(PAGCFGJointAttnProcessor2_0(), none, cond, cond)
     words = "7 dual:kind=away,second=4 condition perturbed_attention:layers=transformer_blocks.1-2"
-    found = drive(build(Guidance.parse(words), denoiser, cond, none, point)(x, 0.4), answer)
+    found = drive(build(Guidance.parse(words), denoiser, cond, none, point)(x, 0.4), evaluate_calls)
     close(found.x0, denoiser.process.split(x, off + 7 * (y - off) + 3 * (y - worse), 0.4).x0, 5e-5)
     y, worse = their_parts(PAGJointAttnProcessor2_0(), cond, cond)
     found = drive(
@@ -450,7 +450,7 @@ def test_away_from_no_condition_and_from_perturbed_attention() -> None:
             none,
             point,
         )(x, 0.4),
-        answer,
+        evaluate_calls,
     )
     close(found.x0, denoiser.process.split(x, y + 3 * (y - worse), 0.4).x0, 2e-5)
     assert (y - worse).abs().max() > 1e-3
@@ -470,7 +470,7 @@ def test_perturbed_attention_is_attention_under_a_map(
         normal(2, 5, 32, seed=1),
         torch.arange(11) < torch.tensor([9, 11])[:, None],
     )
-    perturbed = changed(ours, [name], self_attentions, "layer").get_submodule(name)
+    perturbed = replace_layers(ours, [name], self_attentions, "layer").get_submodule(name)
     found, found_text = perturbed(x, text, mask)
     close(found_text, ours.get_submodule(name)(x, text, mask)[1], 1e-6)  # the text sees all
 
@@ -494,15 +494,15 @@ def test_the_second_attention_is_perturbed_to_its_values() -> None:
     ours = ours_of("SD 3.5 medium")
     x = normal(2, 6, 32)
     plain = ours.get_submodule("transformer_blocks.0.attn2")
-    perturbed = changed(ours, ["transformer_blocks.0"], self_attentions, "layer").get_submodule(
-        "transformer_blocks.0.attn2"
-    )
+    perturbed = replace_layers(
+        ours, ["transformer_blocks.0"], self_attentions, "layer"
+    ).get_submodule("transformer_blocks.0.attn2")
     close(perturbed(x), plain.to_out[0](plain.to_v(x)))  # pyright: ignore[reportCallIssue, reportIndexIssue]
     network, (image, _, cond) = denoiser_of(ours), asked(ours, (8, 8))
     ask = build(
         Guidance.parse("3 perturbed_attention"), network, cond, cond, network.process.schedule.point
     )
-    assert drive(ask(image, 0.5), answer).x0.isfinite().all()
+    assert drive(ask(image, 0.5), evaluate_calls).x0.isfinite().all()
 
 
 # ---- inference -----------------------------------------------------------------------------------
@@ -538,7 +538,9 @@ def test_bits_do_not_depend_on_the_batch(kind: str, prepare: Callable[[Any], Any
 
 @pytest.mark.invariance
 def test_bits_of_a_perturbed_network_do_not_depend_on_the_batch() -> None:
-    network = changed(ours_of("SD 3.5 medium"), ["transformer_blocks"], self_attentions, "layer")
+    network = replace_layers(
+        ours_of("SD 3.5 medium"), ["transformer_blocks"], self_attentions, "layer"
+    )
     x, t, cond = asked(ours_of("SD 3.5 medium"), (6, 14), count=3)
     with torch.inference_mode():
         together = network(x, t, cond)

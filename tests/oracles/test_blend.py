@@ -78,7 +78,7 @@ def test_every_draw_is_blended_and_no_image_knows_its_neighbours() -> None:
     together, alone = source([5, 5, 5], [6, 7, 8], [0.0, 0.4, 1.0]), source([5], [7], [0.4])
     ends = SeededNoise(SHAPE, [5, 8])
     for _ in range(3):
-        draw, end = gather(), ends()
+        draw, end = together(), ends()
         assert torch.equal(draw[1], alone()[0]) and torch.equal(draw[[0, 2]], end)
 
 

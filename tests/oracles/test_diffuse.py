@@ -744,7 +744,7 @@ def test_a_number_that_is_not_finite_stops_the_run(part: str, value: float) -> N
 
 def test_image_k_of_a_batch_has_the_noise_of_its_own_seed() -> None:
     together = SeededNoise((4, 5, 3), [7, 8, 9])
-    first, second = gather(), gather()
+    first, second = together(), together()
     assert (
         first.shape == (3, 4, 5, 3)
         and first.dtype == torch.float32
@@ -890,8 +890,8 @@ def test_truncated_runs_begin_where_they_are_told() -> None:
     [
         ("karas", 10, {}, "unknown timestep spacing 'karas': did you mean 'karras'"),
         ("trailing", 0, {}, "steps=0: expected a whole number of at least 1"),
-        ("trailing", 5, {"start": 0.0}, "start=0.0: expected a time"),
-        ("trailing", 5, {"start": 1.1}, "start=1.1: expected a time"),
+        ("trailing", 5, {"start": 0.0}, r"start=0.0: expected a number in \(0, 1\]; 1 is noise"),
+        ("trailing", 5, {"start": 1.1}, r"start=1.1: expected a number in \(0, 1\]; 1 is noise"),
         ("leading", 1001, {}, "the model's noise table has 1000 times"),
         ("karras", 5, {"rho": 0.0}, "rho=0.0"),
         ("karras", 5, {"end": 1.0}, "end=1.0"),

@@ -16,10 +16,10 @@ from sfumato.diffuse.parameterization import PARAMETERIZATIONS, parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import SCHEDULES, schedule
 from sfumato.errors import UserError
-from sfumato.predict.denoiser import Denoiser, answer
+from sfumato.predict.denoiser import Denoiser, evaluate_calls
 from sfumato.predict.guidance.algebra import total
-from sfumato.predict.guidance.combines.linear import Linear
 from sfumato.predict.guidance.guide import Moment, guide
+from sfumato.predict.guidance.rules.linear import Linear
 from sfumato.predict.guidance.settings import Guidance, build
 from sfumato.predict.guidance.weights.constant import Constant
 from sfumato.registry import find
@@ -53,7 +53,7 @@ def classifier_free(denoiser, reference, weight):
         ask = guide(
             denoiser, conditioning, [(denoiser, reference)], Constant(weight), Linear(), point
         )
-        return drive(ask(x, t), answer)
+        return drive(ask(x, t), evaluate_calls)
 
     return guided
 
@@ -303,14 +303,14 @@ def test_dropping_and_joining_conditions() -> None:
 
 
 @pytest.mark.parametrize(
-    "folder", ["predict.guidance.weights", "predict.guidance.combines", "predict.references"]
+    "folder", ["predict.guidance.weights", "predict.guidance.rules", "predict.guidance_models"]
 )
 def test_unknown_parts_are_refused(folder: str) -> None:
     with pytest.raises(UserError, match=f"unknown {folder.split('.')[-1][:-1]} 'interva'"):
         find(folder, "interva")
     assert (
         find("predict.guidance.weights", "constant") is Constant
-        and find("predict.guidance.combines", "linear") is Linear
+        and find("predict.guidance.rules", "linear") is Linear
     )
 
 
@@ -348,7 +348,7 @@ def predictions(
 def join(
     name: str, given: tuple[Tensor, Moment, list[Prediction]], w: float | Tensor, **options
 ) -> Prediction:
-    return find("predict.guidance.combines", name)(**options).begin()(*given, w)
+    return find("predict.guidance.rules", name)(**options).begin()(*given, w)
 
 
 def near(found: Prediction, expected: Prediction, tolerance: float = 1e-10) -> None:
@@ -415,7 +415,7 @@ def test_projection_bounds_its_step_and_remembers() -> None:
         .norm(dim=1)
     ):
         torch.testing.assert_close(size, 2.0 * torch.minimum(bound, steps[0][k].norm()))
-    combine = find("predict.guidance.combines", "project")(eta=1.0, momentum=-0.5).begin()
+    combine = find("predict.guidance.rules", "project")(eta=1.0, momentum=-0.5).begin()
     for k in range(3):
         found = combine(*given[k], 3.0)
         torch.testing.assert_close(
@@ -471,13 +471,13 @@ def test_zero_steps_are_those_of_the_run_and_not_of_the_guidance() -> None:
     denoiser, x, conditioning, reference = setup("flow", "flow")
     point = denoiser.process.schedule.point
     combine, weight = (
-        find("predict.guidance.combines", "zero_star")(),
+        find("predict.guidance.rules", "zero_star")(),
         find("predict.guidance.weights", "interval")(3.0, low=0.0, high=0.5),
     )
     ask = guide(denoiser, conditioning, [(denoiser, reference)], weight, combine, point)
 
     def stands(ask: DenoiseFn, t: float) -> bool:
-        found = drive(ask(x, t), answer)
+        found = drive(ask(x, t), evaluate_calls)
         return torch.equal(found.x0, found.eps)
 
     assert not any(stands(ask, t) for t in (1.0, 0.7, 0.5, 0.2))
@@ -578,7 +578,7 @@ def test_the_second_pass_is_made_only_where_the_weight_is_not_one(weight: str) -
     ask = build(Guidance(3.0, weight=weight), denoiser, conditioning, reference, point)
     times = [1.0, 0.8, 0.6, 0.45, 0.3, 0.1]
     for t in times:
-        drive(ask(x, t), answer)
+        drive(ask(x, t), evaluate_calls)
     inside = {
         "interval": [0.6, 0.45, 0.3],
         "adaptive": [0.6, 0.45],

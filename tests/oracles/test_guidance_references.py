@@ -20,12 +20,12 @@ from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
 from sfumato.errors import UserError
-from sfumato.predict.denoiser import Denoiser, answer
+from sfumato.predict.denoiser import Denoiser, evaluate_calls
 from sfumato.predict.guidance.settings import Guidance, build
+from sfumato.predict.guidance_models import _layer_replacement
+from sfumato.predict.guidance_models.perturbed_attention import PerturbedAttention
+from sfumato.predict.guidance_models.skip_layers import SkipLayers
 from sfumato.predict.networks.unet import UNet, UNetConfig
-from sfumato.predict.references import _copies
-from sfumato.predict.references.perturbed_attention import PerturbedAttention
-from sfumato.predict.references.skip_layers import SkipLayers
 from sfumato.types import Conditioning
 
 COMMON: dict[str, Any] = {
@@ -260,8 +260,10 @@ def test_names_that_differ_in_numbers_are_gathered_and_spread_again(
     block: str, ends: list[tuple[int, str]]
 ) -> None:
     names = [f"{block}.{k}{end}" for k, end in ends]
-    short = _copies.gathered(names)
-    assert sorted(one for name in short for one in _copies.spread(name)) == sorted(names)
+    short = _layer_replacement.collapse_ranges(names)
+    assert sorted(one for name in short for one in _layer_replacement.expand_range(name)) == sorted(
+        names
+    )
     assert len(short) <= len(names)
 
 
@@ -273,9 +275,22 @@ def test_runs_of_layers() -> None:
         "up.7",
         "mid",
     ]
-    assert _copies.gathered(names) == ["down.0-2", "mid", "up.0-1.attn", "up.0-2", "up.7"]
-    assert [*_copies.spread("a.1-2.b.0-1")] == ["a.1.b.0", "a.1.b.1", "a.2.b.0", "a.2.b.1"]
-    assert [*_copies.spread("a.2-1")] == ["a.2-1"] and [*_copies.spread("a-1.x1-2")] == ["a-1.x1-2"]
+    assert _layer_replacement.collapse_ranges(names) == [
+        "down.0-2",
+        "mid",
+        "up.0-1.attn",
+        "up.0-2",
+        "up.7",
+    ]
+    assert [*_layer_replacement.expand_range("a.1-2.b.0-1")] == [
+        "a.1.b.0",
+        "a.1.b.1",
+        "a.2.b.0",
+        "a.2.b.1",
+    ]
+    assert [*_layer_replacement.expand_range("a.2-1")] == ["a.2-1"] and [
+        *_layer_replacement.expand_range("a-1.x1-2")
+    ] == ["a-1.x1-2"]
     denoiser, x, given = setup("cross")
     with torch.inference_mode():
         for kind, named in (
@@ -335,10 +350,10 @@ def test_a_copy_is_made_once_and_goes_with_its_denoiser() -> None:
     assert fresh is not whom and fresh.network.conv_out.weight is denoiser.network.conv_out.weight
     denoiser.network.train()
     assert weaker(reference, denoiser, given).network.training
-    kept, gone = len(_copies._MADE), weakref.ref(denoiser.network)
+    kept, gone = len(_layer_replacement._CACHE), weakref.ref(denoiser.network)
     del denoiser, whom, fresh, x
     gc.collect()
-    assert gone() is None and len(_copies._MADE) < kept
+    assert gone() is None and len(_layer_replacement._CACHE) < kept
 
 
 def counting(passes: list[list[int]]) -> Callable[[list[DenoiserCall]], list]:
@@ -351,7 +366,7 @@ def counting(passes: list[list[int]]) -> Callable[[list[DenoiserCall]], list]:
         for query in queries:
             sizes[id(query.denoiser)] = sizes.get(id(query.denoiser), 0) + len(query.x)
         passes.append(list(sizes.values()))
-        return answer(queries)
+        return evaluate_calls(queries)
 
     return answers
 
@@ -395,9 +410,9 @@ def test_autoguidance_is_the_line_through_two_models() -> None:
             given,
             given,
             denoiser.process.schedule.point,
-            weaker=small,
+            guide_model=small,
         )
-        found = drive(ask(x, 0.4), answer)
+        found = drive(ask(x, 0.4), evaluate_calls)
         for a, b, c in ((found.x0, on.x0, off.x0), (found.eps, on.eps, off.eps)):
             torch.testing.assert_close(a, c + w * (b - c), rtol=1e-5, atol=1e-5)
     with pytest.raises(
@@ -420,5 +435,5 @@ def test_autoguidance_is_the_line_through_two_models() -> None:
             given,
             given,
             denoiser.process.schedule.point,
-            weaker=cosine,
+            guide_model=cosine,
         )

@@ -34,9 +34,9 @@ from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.conditioners.nothing import Nothing
-from sfumato.predict.denoiser import Denoiser, answer
-from sfumato.predict.guidance.combines.linear import Linear
+from sfumato.predict.denoiser import Denoiser, evaluate_calls
 from sfumato.predict.guidance.guide import guide
+from sfumato.predict.guidance.rules.linear import Linear
 from sfumato.predict.guidance.settings import Guidance, build
 from sfumato.predict.guidance.weights.constant import Constant
 from sfumato.predict.networks._network import build as network_of
@@ -45,7 +45,7 @@ from sfumato.predict.networks.modern_dit import ModernDiTConfig
 from sfumato.predict.networks.sit import SiTConfig
 from sfumato.predict.networks.unet import UNetConfig
 from sfumato.predict.wrappers.known_region import known_region
-from sfumato.predict.wrappers.large_canvas import large_canvas
+from sfumato.predict.wrappers.multidiffusion import multidiffusion
 from sfumato.prediction import Selected
 from sfumato.sampling import Defaults
 from sfumato.train import DenoiserRecipe
@@ -459,7 +459,7 @@ def test_a_prediction_has_the_networks_variance(name: str) -> None:
             DenoiserCall(model.denoiser, x[:1] + 1, 0.7, given[:1]),
         ]
         for rows in (None, 2):
-            for query, asked in zip(queries, answer(queries, rows), strict=True):
+            for query, asked in zip(queries, evaluate_calls(queries, rows), strict=True):
                 alone = model.denoiser(query.x, query.t, query.conditioning).variance
                 assert (
                     asked.variance is not None
@@ -492,7 +492,7 @@ def test_guided_predictions_have_the_conditions_variance(name: str, guidance: st
         Guidance.parse(guidance), model.denoiser, given, [none], schedule.point, None
     )(x, 0.4)
     with torch.inference_mode():
-        found = drive(questions, answer)
+        found = drive(questions, evaluate_calls)
         expected, other = model.denoiser(x, 0.4, given), model.denoiser(x, 0.4, none)
     assert (
         found.variance is not None and expected.variance is not None and other.variance is not None
@@ -524,7 +524,7 @@ def test_images_without_a_condition_have_their_own_variance() -> None:
         torch.tensor([False, True]),
     )
     with torch.inference_mode():
-        found, expected = drive(ask(x, 0.4), answer), model.denoiser(x, 0.4, given)
+        found, expected = drive(ask(x, 0.4), evaluate_calls), model.denoiser(x, 0.4, given)
     assert (
         isinstance(found, Selected) and found.variance is not None and expected.variance is not None
     )
@@ -584,7 +584,7 @@ def test_wrappers_hand_it_on() -> None:
         )
 
     known = known_region(ask, z, mask, process.schedule.point)
-    canvas = large_canvas(ask, 4, 2)
+    canvas = multidiffusion(ask, 4, 2)
     assert asked(known, False).variance is None and asked(canvas, False).variance is None
     torch.testing.assert_close(asked(known, True).variance, torch.where(mask == 1, -1.0, 0.1 * x))
     torch.testing.assert_close(asked(canvas, True).variance, 0.1 * x)

@@ -22,14 +22,14 @@ from sfumato.diffuse.samplers import traits_of
 from sfumato.diffuse.schedule import SCHEDULES, Schedule, schedule
 from sfumato.diffuse.timesteps import timesteps
 from sfumato.errors import UserError
-from sfumato.predict.denoiser import Denoiser, answer
-from sfumato.predict.guidance.combines.linear import Linear
+from sfumato.predict.denoiser import Denoiser, evaluate_calls
 from sfumato.predict.guidance.guide import Moment, guide
+from sfumato.predict.guidance.rules.linear import Linear
 from sfumato.predict.guidance.weights.constant import Constant
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.predict.wrappers.feature_cache import feature_cache
 from sfumato.predict.wrappers.known_region import finish, known_region, start
-from sfumato.predict.wrappers.large_canvas import _windows, large_canvas
+from sfumato.predict.wrappers.multidiffusion import _windows, multidiffusion
 from sfumato.registry import find, names
 from sfumato.types import Conditioning, Prediction
 
@@ -103,7 +103,7 @@ def test_the_known_part_is_z_with_the_right_noise_at_every_level_and_z_at_the_en
         sampler_coroutine(
             run, known_region(tangled(chosen), z, mask, chosen.point), 8, steps.append
         ),
-        answer,
+        evaluate_calls,
     )
     known, tolerance = mask.bool().expand_as(z), 1e-8
     for step in steps:
@@ -143,8 +143,8 @@ def test_a_soft_mask_blends_the_predictions_and_they_still_add_up_to_x() -> None
         normal(2, 3, 4, 4, seed=1, dtype=torch.float64),
         torch.rand(2, 1, 4, 4).double(),
     )
-    plain = drive(tangled(FLOW)(x, 0.3), answer)
-    found = drive(known_region(tangled(FLOW), z, mask, FLOW.point)(x, 0.3), answer)
+    plain = drive(tangled(FLOW)(x, 0.3), evaluate_calls)
+    found = drive(known_region(tangled(FLOW), z, mask, FLOW.point)(x, 0.3), evaluate_calls)
     assert torch.allclose(found.x0, mask * z + (1 - mask) * plain.x0, atol=1e-12)
     assert torch.allclose(0.7 * found.x0 + 0.3 * found.eps, x, atol=1e-12)
 
@@ -188,7 +188,7 @@ def inpainted(
             sampler_coroutine(
                 run, known_region(two_pixels(rho, chosen), z, mask, chosen.point), steps
             ),
-            answer,
+            evaluate_calls,
         ),
         z,
         mask,
@@ -272,14 +272,18 @@ def test_noise_on_the_way_brings_it_nearer(
 def test_a_region_that_does_not_fit_is_refused(z: Tensor, mask: Tensor, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         drive(
-            known_region(tangled(FLOW), z, mask, FLOW.point)(torch.zeros(3, 2, 4, 4), 0.5), answer
+            known_region(tangled(FLOW), z, mask, FLOW.point)(torch.zeros(3, 2, 4, 4), 0.5),
+            evaluate_calls,
         )
 
 
 def test_without_noise_there_is_nothing_to_ask() -> None:
     z = torch.zeros(1, 1, 2, 2)
     with pytest.raises(UserError, match="nothing to ask"):
-        drive(known_region(asking(lambda x, t: Prediction(x, x)), z, z, FLOW.point)(z, 0.0), answer)
+        drive(
+            known_region(asking(lambda x, t: Prediction(x, x)), z, z, FLOW.point)(z, 0.0),
+            evaluate_calls,
+        )
 
 
 # ---- large canvas --------------------------------------------------------------------------------
@@ -312,7 +316,9 @@ def test_a_denoiser_of_single_cells_is_what_it_would_be_on_the_whole(
     weights: str, around: bool, size: Any, stride: Any
 ) -> None:
     x = normal(2, 3, 9, 14)
-    found = drive(large_canvas(asking(pixelwise), size, stride, weights, around)(x, 0.5), answer)
+    found = drive(
+        multidiffusion(asking(pixelwise), size, stride, weights, around)(x, 0.5), evaluate_calls
+    )
     assert torch.allclose(found.x0, 0.3 * x, atol=1e-6) and torch.allclose(
         found.eps, 0.7 * x, atol=1e-6
     )
@@ -328,14 +334,14 @@ def test_it_is_the_weighted_average_of_what_the_windows_say(weights: str, around
     count = iter(range(100))
     x = torch.zeros(1, 1, 5, 9)
     found = drive(
-        large_canvas(
+        multidiffusion(
             asking(lambda x, t: Prediction(x + (n := next(count)), x - n)),
             (3, 4),
             (2, 3),
             weights,
             around,
         )(x, 0.5),
-        answer,
+        evaluate_calls,
     )
     columns = [
         [c, (c + 1) % 9, (c + 2) % 9, (c + 3) % 9] for c in ((0, 3, 6) if around else (0, 3, 5))
@@ -391,17 +397,17 @@ def test_guidance_inside_and_conditioning_that_is_cut_as_x_is() -> None:
     conditioning, null = (
         Conditioning(vector=torch.eye(3)[[a, b]], concat=concat) for a, b in ((0, 1), (2, 2))
     )
-    ask = large_canvas(guided(denoiser, conditioning, null), 4, 2)
-    found = drive(ask(x, 0.6), answer)
+    ask = multidiffusion(guided(denoiser, conditioning, null), 4, 2)
+    found = drive(ask(x, 0.6), evaluate_calls)
     # 2 rows and 4 columns of windows, 2 images, 2 classes: one pass
     assert network.calls == [(2 * 4 * 2 * 2, 3, 4, 4)]
-    whole = drive(guided(denoiser, conditioning, null)(x, 0.6), answer)
+    whole = drive(guided(denoiser, conditioning, null)(x, 0.6), evaluate_calls)
     assert torch.allclose(found.x0, whole.x0, atol=1e-5) and torch.allclose(
         found.eps, whole.eps, atol=1e-5
     )
     for k in range(2):
-        alone = large_canvas(guided(denoiser, conditioning[k : k + 1], null[k : k + 1]), 4, 2)
-        assert torch.equal(drive(alone(x[k : k + 1], 0.6), answer).x0[0], found.x0[k])
+        alone = multidiffusion(guided(denoiser, conditioning[k : k + 1], null[k : k + 1]), 4, 2)
+        assert torch.equal(drive(alone(x[k : k + 1], 0.6), evaluate_calls).x0[0], found.x0[k])
 
 
 def test_a_canvas_that_goes_around_has_no_place_where_it_begins() -> None:
@@ -410,7 +416,7 @@ def test_a_canvas_that_goes_around_has_no_place_where_it_begins() -> None:
     """
     denoiser = tiny()
     x, conditioning = normal(1, 2, 8, 16), Conditioning(vector=torch.eye(3)[[0]])
-    ask = large_canvas(
+    ask = multidiffusion(
         guided(denoiser, conditioning, Conditioning(vector=torch.eye(3)[[2]])),
         8,
         4,
@@ -418,10 +424,10 @@ def test_a_canvas_that_goes_around_has_no_place_where_it_begins() -> None:
         around=True,
     )
     with torch.inference_mode():
-        straight, turned = (drive(ask(v, 0.6), answer).x0 for v in (x, x.roll(4, 3)))
+        straight, turned = (drive(ask(v, 0.6), evaluate_calls).x0 for v in (x, x.roll(4, 3)))
         flat = drive(
-            large_canvas(guided(denoiser, conditioning, conditioning), 8, 4, "smooth")(x, 0.6),
-            answer,
+            multidiffusion(guided(denoiser, conditioning, conditioning), 8, 4, "smooth")(x, 0.6),
+            evaluate_calls,
         ).x0
     assert same(straight.roll(4, 3), turned) and not torch.allclose(straight, flat, atol=1e-3)
 
@@ -429,9 +435,9 @@ def test_a_canvas_that_goes_around_has_no_place_where_it_begins() -> None:
 def test_a_canvas_that_cannot_be_cut_is_refused() -> None:
     for size, stride in ((4, 5), (4, 0), ((4, 8), (5, 5))):
         with pytest.raises(UserError, match="expected strides from 1 to"):
-            large_canvas(asking(pixelwise), size, stride)
+            multidiffusion(asking(pixelwise), size, stride)
     with pytest.raises(UserError, match="did you mean 'smooth'"):
-        large_canvas(asking(pixelwise), 4, 2, "smoth")
+        multidiffusion(asking(pixelwise), 4, 2, "smoth")
     x = torch.zeros(1, 3, 4, 8)
     for wrong in (
         Conditioning(concat=torch.zeros(1, 3, 4, 4)),
@@ -441,7 +447,7 @@ def test_a_canvas_that_cannot_be_cut_is_refused() -> None:
         with pytest.raises(
             UserError, match="residuals" if wrong.residuals else "the canvas' height and width"
         ):
-            drive(large_canvas(guided(denoiser, wrong, wrong, 1.0), 4, 2)(x, 0.5), answer)
+            drive(multidiffusion(guided(denoiser, wrong, wrong, 1.0), 4, 2)(x, 0.5), evaluate_calls)
 
 
 # ---- feature cache -------------------------------------------------------------------------------
@@ -576,7 +582,8 @@ def test_it_is_deepcache_written_out_by_hand(every: Any, keys: Any, skips: int) 
         x = x + (times[call + 1] - t) * (velocity[1] + 3.0 * (velocity[0] - velocity[1]))
     ask = feature_cache(guided(denoiser, classes(0, 1), classes(2, 2)), every, skips=skips)
     found = drive(
-        sampler_coroutine(SAMPLERS["euler"](first, times, FLOW, lambda: first), ask, 7), answer
+        sampler_coroutine(SAMPLERS["euler"](first, times, FLOW, lambda: first), ask, 7),
+        evaluate_calls,
     )
     assert torch.allclose(found, x, atol=2e-5)
     exact = drive(
@@ -585,7 +592,7 @@ def test_it_is_deepcache_written_out_by_hand(every: Any, keys: Any, skips: int) 
             guided(denoiser, classes(0, 1), classes(2, 2)),
             7,
         ),
-        answer,
+        evaluate_calls,
     )
     assert torch.equal(found, exact) if every == 1 else (found - exact).abs().max() > 1e-3
 
@@ -594,7 +601,9 @@ def test_it_is_deepcache_written_out_by_hand(every: Any, keys: Any, skips: int) 
 @torch.inference_mode()
 def test_every_call_whole_changes_no_bit(sampler: str) -> None:
     denoiser = tiny()
-    plain = drive(ran(sampler, guided(denoiser, classes(0, 1), classes(2, 2)), [0, 1]), answer)
+    plain = drive(
+        ran(sampler, guided(denoiser, classes(0, 1), classes(2, 2)), [0, 1]), evaluate_calls
+    )
     for options in ({"every": 1}, {"every": None, "threshold": 0.0}, {"every": 1, "skips": 3}):
         found = drive(
             ran(
@@ -602,7 +611,7 @@ def test_every_call_whole_changes_no_bit(sampler: str) -> None:
                 feature_cache(guided(denoiser, classes(0, 1), classes(2, 2)), **options),
                 [0, 1],
             ),
-            answer,
+            evaluate_calls,
         )
         assert torch.equal(found, plain)
 
@@ -613,7 +622,7 @@ def test_between_key_calls_the_deep_part_does_not_run(monkeypatch: pytest.Monkey
     counting = Counting(denoiser.network, monkeypatch)
     drive(
         ran("ddim", feature_cache(guided(denoiser, classes(0, 1), classes(2, 2)), 3), [0, 1]),
-        answer,
+        evaluate_calls,
     )
     assert counting.rows == [4, 4, 4]  # calls 0, 3 and 6, both images of both classes in one pass
 
@@ -633,13 +642,15 @@ def test_runs_never_mix_and_share_passes(monkeypatch: pytest.MonkeyPatch) -> Non
             ran("ddim", feature_cache(guided(denoiser, classes(1), classes(2)), 3), [9], size=12),
         ]
 
-    alone = [drive(run, answer) for run in runs()]
-    assert all(same(a, b) for a, b in zip(drive(gather(runs()), answer), alone, strict=True))
+    alone = [drive(run, evaluate_calls) for run in runs()]
+    assert all(
+        same(a, b) for a, b in zip(drive(gather(runs()), evaluate_calls), alone, strict=True)
+    )
     assert not any(same(a, b) for a, b in ((alone[0][1:], alone[2]), (alone[1], alone[2])))
-    in_parts = drive(gather(runs()), lambda queries: answer(queries, rows=3))
+    in_parts = drive(gather(runs()), lambda queries: evaluate_calls(queries, rows=3))
     assert all(same(a, b) for a, b in zip(in_parts, alone, strict=True))
     counting = Counting(denoiser.network, monkeypatch)
-    drive(gather(runs()[:2]), answer)
+    drive(gather(runs()[:2]), evaluate_calls)
     assert counting.rows[0] == 6  # the first calls of both runs: one pass
 
 
@@ -659,7 +670,7 @@ def test_the_threshold_decides_for_each_image_alone(
             replace(classes(*v), tokens=tokens[list(v)]) for v in (labels, [2] * len(labels))
         )
         ask = guided(denoiser, words, nothing)
-        return drive(ran("ddim", feature_cache(ask, None, 0.35), seeds, 15), answer)
+        return drive(ran("ddim", feature_cache(ask, None, 0.35), seeds, 15), evaluate_calls)
 
     found = run([0, 1], [0, 1])
     # some rows, not all
@@ -688,7 +699,7 @@ def test_where_guidance_stops_and_begins_again_nobody_takes_anothers_features(
         return deep(x, time, cond, count)
 
     monkeypatch.setattr(denoiser.network, "deep", traced)
-    inside = large_canvas(
+    inside = multidiffusion(
         guided(denoiser, classes(0), classes(2), Sometimes(3.0)), 8, 4, around=True
     )
     draw, times = SeededNoise((2, 8, 16), [0]), timesteps("trailing", 10, FLOW)
@@ -696,7 +707,7 @@ def test_where_guidance_stops_and_begins_again_nobody_takes_anothers_features(
         sampler_coroutine(
             SAMPLERS["ddim"](draw(), times, FLOW, draw), feature_cache(inside, 100), 10
         ),
-        answer,
+        evaluate_calls,
     )
     # at the first call of each kind; then nothing is due for a hundred calls
     assert seen == [[0, 2] * 4, [0] * 4]
@@ -705,7 +716,7 @@ def test_where_guidance_stops_and_begins_again_nobody_takes_anothers_features(
         sampler_coroutine(
             SAMPLERS["ddim"](draw(), times, FLOW, draw), feature_cache(inside, 4), 10
         ),
-        answer,
+        evaluate_calls,
     )
     # calls 0 to 2 with both, 3 to 6 with one, 7 to 9 with both
     assert seen == [[0, 2] * 4, [0] * 4, [0, 2] * 4]
@@ -727,17 +738,17 @@ def test_a_cache_that_cannot_be_or_is_used_twice_at_once_is_refused() -> None:
             feature_cache(ask, **options)
     shared = feature_cache(ask, 2)
     with pytest.raises(UserError, match="serves one run"):
-        drive(gather([ran("ddim", shared, [0]), ran("ddim", shared, [1])]), answer)
+        drive(gather([ran("ddim", shared, [0]), ran("ddim", shared, [1])]), evaluate_calls)
     with pytest.raises(UserError, match="serves one run"):
-        drive(large_canvas(feature_cache(ask, 2), 8, 4)(normal(1, 2, 8, 12), 0.5), answer)
+        drive(multidiffusion(feature_cache(ask, 2), 8, 4)(normal(1, 2, 8, 12), 0.5), evaluate_calls)
     with pytest.raises(UserError, match="Pictures cannot"):
         denoiser = Denoiser(Pictures(), Process(FLOW, parameterization("flow")))
         drive(
             feature_cache(guided(denoiser, classes(0), classes(2)), 2)(normal(1, 2, 8, 8), 0.5),
-            answer,
+            evaluate_calls,
         )
     with pytest.raises(UserError, match="which is how many this U-Net has"):
-        drive(feature_cache(ask, 2, skips=5)(normal(1, 2, 8, 8), 0.5), answer)
+        drive(feature_cache(ask, 2, skips=5)(normal(1, 2, 8, 8), 0.5), evaluate_calls)
 
 
 # ---- all at once ---------------------------------------------------------------------------------
@@ -753,7 +764,7 @@ def test_they_stack() -> None:
     times = timesteps("trailing", 6, FLOW)
 
     def run(labels: list[int], seeds: list[int], steps: list[Step]) -> Tensor:
-        ask = large_canvas(
+        ask = multidiffusion(
             guided(denoiser, classes(*labels), classes(*[2] * len(labels))), 8, 4, "smooth"
         )
         ask = known_region(feature_cache(ask, 2), z, mask, FLOW.point)
@@ -762,7 +773,7 @@ def test_they_stack() -> None:
         return finish(
             drive(
                 sampler_coroutine(SAMPLERS["ddim"](x, times, FLOW, draw), ask, 6, steps.append),
-                answer,
+                evaluate_calls,
             ),
             z,
             mask,

@@ -419,6 +419,27 @@ def timesteps(
     return check_times(times)
 
 
+def truncate(times: Sequence[float], start: float) -> list[float]:
+    """Return the tail of a run that begins with less noise, as image-to-image does.
+
+    Args:
+        times: Times of the whole run.
+        start: First time of the tail, above the last and at most the first of the times.
+
+    Returns:
+        `start`, and the times below it.
+
+    Raises:
+        UserError: For another start.
+    """
+    values = check_times(times)
+    if not values[-1] < start <= values[0]:
+        raise UserError(
+            f"start={start}: expected a time above {values[-1]:.4g}, where the run ends, and at most {values[0]:.4g}, where it begins"
+        )
+    return [start, *(t for t in values if t < start)]
+
+
 def check_times(times: Sequence[float]) -> list[float]:
     """Return times as floats.
 

@@ -1,7 +1,7 @@
-"""The denoiser: network + process, (x, t, conditioning) -> Prediction(x0, eps). Casts happen here
-and nowhere else.
+"""The denoiser: network + process, (x, t, conditioning) -> Prediction(x0, eps).
 
-Coefficients are float64, the state float32, the network runs in its own dtype.
+Casts happen here and nowhere else: coefficients are float64, the state float32, and the network
+runs in its own dtype. `evaluate_calls` batches the denoiser calls of many runs.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,11 @@ from sfumato.types import Conditioning, Prediction
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A network that speaks the process's parameterization. `t` is one number, or one an image
-    (B,).
+    """A network with its process.
+
+    Args:
+        network: (x, timestep, conditioning) -> the target of the process's parameterization.
+        process: Schedule and parameterization.
     """
 
     network: nn.Module
@@ -31,8 +34,16 @@ class Denoiser:
     def output(
         self, x: Float[Tensor, "B C h w"], t: float | Tensor, conditioning: Conditioning
     ) -> Float[Tensor, "B D h w"]:
-        """The network's raw output y at x, float32, with the channels of a variance behind it where
-        the network predicts one.
+        """Return the network's raw output y at x, float32.
+
+        Args:
+            x: Noisy latents.
+            t: One time, or one an image (B,).
+            conditioning: Of B rows.
+
+        Returns:
+            (B, C, h, w), or (B, 2 C, h, w) with the channels of a variance last, where the network
+            predicts one.
         """
         module, name = self._weight
         dtype = getattr(module, name).dtype
@@ -44,18 +55,20 @@ class Denoiser:
     def split(
         self, x: Float[Tensor, "B C h w"], y: Float[Tensor, "B D h w"], t: float | Tensor
     ) -> Prediction:
-        """What the output y says of x. Twice as many channels as x has are a variance behind the
-        target (arXiv:2102.09672, section 3.1).
+        """Return the prediction of the output y at x.
+
+        Twice as many channels as x has are the target and a variance (Nichol & Dhariwal 2021,
+        arXiv:2102.09672, section 3.1).
         """
         channels = x.shape[1]
-        found = self.process.split(x, y[:, :channels], t)
-        return found.with_variance(y[:, channels:]) if y.shape[1] == 2 * channels else found
+        prediction = self.process.split(x, y[:, :channels], t)
+        return (
+            prediction.with_variance(y[:, channels:]) if y.shape[1] == 2 * channels else prediction
+        )
 
     @cached_property
     def _weight(self) -> tuple[nn.Module, str]:
-        """Where the network's first weight is: its dtype is asked for at every call, and to look
-        for it takes longer than to ask.
-        """
+        """(module, name) of the network's first weight, for its dtype: the search is slow."""
         return next(
             (module, name)
             for module in self.network.modules()
@@ -63,8 +76,12 @@ class Denoiser:
         )
 
     def optimized(self, compile: bool = False) -> "Denoiser":
-        """The same with a network made ready for inference where it is: see
-        `LatentDiffusion.optimized`.
+        """Return the denoiser with a network prepared for inference on its device.
+
+        See `LatentDiffusion.optimized`.
+
+        Args:
+            compile: Compile the network with torch.compile.
         """
         device = next(self.network.parameters()).device
         if compile:
@@ -80,47 +97,54 @@ class Denoiser:
     def __call__(
         self, x: Float[Tensor, "B C h w"], t: float | Tensor, conditioning: Conditioning
     ) -> Prediction:
-        """What x is made of, according to the network: x0 and eps, float32."""
+        """Predict x0 and eps, float32, of x at t, one time or one an image (B,)."""
         return self.split(x.float(), self.output(x, t, conditioning), t)
 
 
-def answer(queries: Sequence[DenoiserCall], rows: int | None = None) -> list[Prediction]:
-    """Answers questions, those that fit into one forward pass of the same denoiser together; `rows`
-    bounds a pass's batch.
+def evaluate_calls(queries: Sequence[DenoiserCall], rows: int | None = None) -> list[Prediction]:
+    """Evaluate denoiser calls, batching those that fit into one forward pass.
 
-    Each answer is what its question alone would get: on the CPU in float32 to the last bit. A
-    denoiser of another kind is called once a question; if it has an `answer(queries, one_pass)`,
-    that is given all questions whose denoisers have the same `group`, and `one_pass`, which puts
-    questions to a `Denoiser`.
+    Each prediction is that of its call alone: on the CPU in float32 to the last bit. A denoiser of
+    another class is called once a call. If it has a method `evaluate_calls(queries, forward)`, that
+    gets all calls whose denoisers have the same `batch_key`, and `forward`, which evaluates calls
+    of a `Denoiser`.
+
+    Args:
+        queries: The calls.
+        rows: Largest batch of a forward pass; None: no limit.
+
+    Returns:
+        One prediction a call.
     """
     if len(queries) == 1:
-        return _one_pass(queries, rows)
+        return _forward(queries, rows)
     groups: dict[tuple[Any, ...], list[int]] = {}
     for k, query in enumerate(queries):
-        who = getattr(query.denoiser, "group", id(query.denoiser))
-        groups.setdefault((who, query.x.shape[1:], query.conditioning.sizes), []).append(k)
+        key = getattr(query.denoiser, "batch_key", id(query.denoiser))
+        groups.setdefault((key, query.x.shape[1:], query.conditioning.sizes), []).append(k)
     if len(groups) == 1:
-        return _one_pass(queries, rows)
-    found: dict[int, Prediction] = {}
+        return _forward(queries, rows)
+    predictions: dict[int, Prediction] = {}
     for members in groups.values():
-        asked = [queries[k] for k in members]
-        found |= zip(members, _one_pass(asked, rows), strict=True)
-    return [found[k] for k in range(len(queries))]
+        predictions |= zip(members, _forward([queries[k] for k in members], rows), strict=True)
+    return [predictions[k] for k in range(len(queries))]
 
 
-def _one_pass(queries: Sequence[DenoiserCall], rows: int | None) -> list[Prediction]:
-    """Answers to questions of one shape to one denoiser."""
+def _forward(queries: Sequence[DenoiserCall], rows: int | None) -> list[Prediction]:
+    """Evaluate calls of one shape to one denoiser."""
     denoiser = queries[0].denoiser
-    if hasattr(denoiser, "answer"):  # a wrapper's, which has something to do around the pass
-        return denoiser.answer(queries, lambda ready: _one_pass(ready, rows))
-    if not isinstance(denoiser, Denoiser):  # somebody else's, who may answer only one time at once
+    if hasattr(denoiser, "evaluate_calls"):  # a wrapper's, with work around the pass
+        return denoiser.evaluate_calls(queries, lambda ready: _forward(ready, rows))
+    if not isinstance(denoiser, Denoiser):  # of another class, which may take only one time at once
         return [denoiser(q.x, q.t, q.conditioning) for q in queries]
     many = len(queries) > 1
     x = torch.cat([q.x for q in queries]) if many else queries[0].x
     t: float | Tensor = queries[0].t
     if any(q.t != t for q in queries):
         t = torch.tensor([q.t for q in queries for _ in range(len(q.x))], dtype=torch.float64)
-    conditioning = _joined([q.conditioning for q in queries]) if many else queries[0].conditioning
+    conditioning = (
+        _concatenate([q.conditioning for q in queries]) if many else queries[0].conditioning
+    )
     x = x.float()
     if rows is None or len(x) <= rows:
         y = denoiser.output(x, t, conditioning)
@@ -134,28 +158,30 @@ def _one_pass(queries: Sequence[DenoiserCall], rows: int | None) -> list[Predict
         )
     if not many:
         return [denoiser.split(x, y, queries[0].t)]
-    answers, done = [], 0
+    predictions, start = [], 0
     for q in queries:
-        end = done + len(q.x)
-        answers.append(
-            denoiser.split(q.x if q.x.dtype == torch.float32 else q.x.float(), y[done:end], q.t)
+        end = start + len(q.x)
+        predictions.append(
+            denoiser.split(q.x if q.x.dtype == torch.float32 else q.x.float(), y[start:end], q.t)
         )
-        done = end
-    return answers
+        start = end
+    return predictions
 
 
-def _joined(parts: Sequence[Conditioning]) -> Conditioning:
-    """The parts as one batch. In inference the first part remembers the last join that it began: a
-    run asks with the same at every step.
+def _concatenate(parts: Sequence[Conditioning]) -> Conditioning:
+    """Return the parts as one batch.
+
+    In inference the first part caches the last batch that began with it: a run concatenates the
+    same parts at every step.
     """
     if not torch.is_inference_mode_enabled():
         return Conditioning.cat(parts)
-    others, whole = parts[0].__dict__.get("_joined", ((), None))
+    others, batch = parts[0].__dict__.get("_concatenated", ((), None))
     if (
-        whole is None
+        batch is None
         or len(others) != len(parts) - 1
         or any(a is not b for a, b in zip(others, parts[1:], strict=True))
     ):
-        whole = Conditioning.cat(parts)
-        parts[0].__dict__["_joined"] = tuple(parts[1:]), whole
-    return whole
+        batch = Conditioning.cat(parts)
+        parts[0].__dict__["_concatenated"] = tuple(parts[1:]), batch
+    return batch

@@ -22,7 +22,7 @@ from sfumato.predict.guidance.settings import Guidance
 from sfumato.predict.networks._network import Network
 from sfumato.predict.wrappers.feature_cache import check_cache, require_cuttable
 from sfumato.predict.wrappers.known_region import check_fits, check_region
-from sfumato.predict.wrappers.large_canvas import check_windows
+from sfumato.predict.wrappers.multidiffusion import check_windows
 from sfumato.registry import find, names
 from sfumato.sampling._conditioner import check_prompts, fills_vector, masks_padding
 from sfumato.sampling.request import (
@@ -582,9 +582,9 @@ def _check_network(
 
 def _check_guidance(model: Model, request: Request, guidance: Guidance) -> None:
     """Raise `UserError` for guidance, tiles and caches that this model's networks cannot run."""
-    if request.guide_model is not None and "model" not in guidance.reference:
+    if request.guide_model is not None and "model" not in guidance.baseline:
         raise UserError(
-            f"a weaker model with guidance {guidance}: expected the reference model, as in '2 model:path=NAME'"
+            f"a weaker model with guidance {guidance}: expected the baseline model, as in '2 model:path=NAME'"
         )
     if request.tiles is not None:
         _check_tiles(request.tiles, guidance)

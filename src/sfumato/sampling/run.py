@@ -21,7 +21,7 @@ from sfumato.predict.wrappers.feature_cache import feature_cache
 from sfumato.predict.wrappers.known_region import finish as restore_region
 from sfumato.predict.wrappers.known_region import known_region
 from sfumato.predict.wrappers.known_region import start as start_region
-from sfumato.predict.wrappers.large_canvas import large_canvas
+from sfumato.predict.wrappers.multidiffusion import multidiffusion
 from sfumato.sampling.plan import Plan, Prompts, concat_parts, guide_denoiser, seeds_of
 from sfumato.sampling.request import Model
 from sfumato.types import Conditioning, ImageSpec, Noise
@@ -101,7 +101,7 @@ def _denoise_fn(model: Model, plan: Plan) -> DenoiseFn:
         plan.guidance, model.denoiser, conditioning, references, point, guide_denoiser(request)
     )
     if request.tiles is not None:
-        denoise = large_canvas(denoise, *request.tiles)
+        denoise = multidiffusion(denoise, *request.tiles)
     return denoise if request.cache is None else feature_cache(denoise, request.cache)
 
 

@@ -95,8 +95,8 @@ def edit(
         )
     guidance = {
         "scale": scale,
-        "combine": f"dual:kind=chain,second={image_guidance}",
-        "reference": "condition condition",
+        "rule": f"dual:kind=chain,second={image_guidance}",
+        "baseline": "condition condition",
     }
     plan = model.plan(replace(request, guidance=guidance, concat=(outline(model, pixels),) * 3))
     # not standardised: as they trained it

@@ -1,13 +1,13 @@
-"""Guidance is reference x weight x combine: what to move away from, how far, and how the
-predictions become one.
+"""Guidance is weight x rule x baseline.
 
-weights/     w(t), or w of the predictions: one file each, found by name
-combines/    prediction = f(conditional, references, w): one file each, found by name
-guide.py     puts the questions, and skips the references where w is 1
-algebra.py   the few lines that combines and weights share
-settings.py  `Guidance`: all of it as one number, one line of text or one JSON object; and `build`,
-             which makes it a run's questions
+The weight is how far predictions move away from a baseline, the rule how they combine.
 
-What to move away from (no condition, a weaker network) touches networks, so it lives next door in
-predict/references/.
+    weights/     w(t), or w of the predictions: one file each, found by name
+    rules/       prediction = f(conditional, baselines, w): one file each, found by name
+    guide.py     calls the denoiser, and the baselines where w is not 1
+    algebra.py   a few lines that rules and weights share
+    settings.py  `Guidance`: all of it as a number, a line of text or a JSON object
+
+A baseline is the prediction to move away from: without the condition, or of a weaker network. It
+needs networks, so it lives next door in predict/guidance_models/.
 """

@@ -1,6 +1,4 @@
-"""Guidance as questions: ask the denoiser, ask the references where they count, combine the
-answers.
-"""
+"""The guided denoiser: call the denoiser, call the baselines where they count, combine."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,8 +16,13 @@ from sfumato.types import Conditioning, Prediction
 
 @dataclass(frozen=True)
 class Moment:
-    """A time of a run and what is there: x = alpha*z + sigma*eps. `index` counts the times that the
-    run has visited before it.
+    """A time of a run: x = alpha*z + sigma*eps.
+
+    Attributes:
+        t: Time in (0, 1].
+        alpha: Weight of the clean latent.
+        sigma: Weight of the noise.
+        index: Number of times that the run has visited before.
     """
 
     t: float
@@ -38,63 +41,68 @@ class Moment:
 def guide(
     denoiser: Any,
     conditioning: Conditioning,
-    references: Sequence[tuple[Any, Conditioning]],
+    baselines: Sequence[tuple[Any, Conditioning]],
     weight: Any,
-    combine: Any,
+    rule: Any,
     point: Callable[[float], tuple[float, float]],
     unguided: Bool[Tensor, " B"] | None = None,
 ) -> DenoiseFn:
-    """The guided denoiser of one run, as questions to answer.
+    """Return the guided denoiser of one run.
 
-    references: (denoiser, conditioning) pairs to move away from: the same denoiser without the
-    condition, or a weaker one with it; as many as the combine takes (`UserError` otherwise), or
-    none: then nothing is guided. weight, combine: settings from `weights` and `combines`. point: t
-    -> (alpha, sigma). unguided: the images that have nothing to move away from, as a draw without a
-    condition: each is as it is alone, to the last bit. The variance, of networks that predict one,
-    is the conditional prediction's (as DiT's code has it, Peebles & Xie 2023, arXiv:2212.09748).
-    All questions of a time are put at once; where the weight is 1 only the conditional one, unless
-    the combine needs them `always`.
+    All denoisers are called at once, so that they share a forward pass. Where the weight is 1 the
+    conditional one is called alone, unless the rule needs the baselines `always`. The variance, of
+    networks that predict one, is the conditional prediction's (as in DiT's code, Peebles & Xie
+    2023, arXiv:2212.09748).
+
+    Args:
+        denoiser: The denoiser to guide.
+        conditioning: Its conditioning.
+        baselines: (denoiser, conditioning) to move away from: the same denoiser without the
+            condition, or a weaker one with it; as many as the rule takes, or none for no guidance.
+        weight: Settings from `weights`.
+        rule: Settings from `rules`.
+        point: The schedule's t -> (alpha, sigma).
+        unguided: Images without a baseline, such as draws without a condition. Each is as it is
+            alone, to the last bit.
+
+    Raises:
+        UserError: For another number of baselines than the rule takes.
     """
-    if references and len(references) != combine.references:
-        raise UserError(
-            f"{len(references)} references for {combine}: it takes {combine.references}"
-        )
-    weigh, join = weight.begin(), combine.begin()
-    needed = getattr(combine, "needed", lambda moment: combine.references)
+    if baselines and len(baselines) != rule.num_baselines:
+        raise UserError(f"{len(baselines)} baselines for {rule}: it takes {rule.num_baselines}")
+    weight_at, combine = weight.begin(), rule.begin()
+    active_baselines = getattr(rule, "active_baselines", lambda moment: rule.num_baselines)
     index, visited = -1, math.nan
 
     def ask(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
         nonlocal index, visited
-        if t != visited:  # a sampler that asks twice at one time is still at that time
+        if t != visited:  # a sampler may call twice at one time
             index, visited = index + 1, t
         moment = Moment(t, *point(t), index)
-        first = DenoiserCall(denoiser, x, t, conditioning)
-        count = needed(moment)
-        always = combine.always and count == combine.references
-        if not references or not (always or weight.active(moment)):
-            return (yield [first])[0]
+        conditional = DenoiserCall(denoiser, x, t, conditioning)
+        count = active_baselines(moment)
+        always = rule.always and count == rule.num_baselines
+        if not baselines or not (always or weight.active(moment)):
+            return (yield [conditional])[0]
         predictions = yield [
-            first,
-            *(DenoiserCall(who, x, t, given) for who, given in references[:count]),
+            conditional,
+            *(DenoiserCall(baseline, x, t, cond) for baseline, cond in baselines[:count]),
         ]
-        w = weigh(moment, predictions[0], predictions[1])
-        found = join(x, moment, predictions, w)
+        w = weight_at(moment, predictions[0], predictions[1])
+        guided = combine(x, moment, predictions, w)
         if not always:
-            found = _off_is_off(predictions[0], found, w)
-        found = (
-            found
-            if unguided is None
-            else Selected(unguided.reshape(-1, 1, 1, 1), predictions[0], found)
-        )
-        return found.with_variance(predictions[0].variance)
+            guided = _conditional_where_off(predictions[0], guided, w)
+        if unguided is not None:
+            guided = Selected(unguided.reshape(-1, 1, 1, 1), predictions[0], guided)
+        return guided.with_variance(predictions[0].variance)
 
     return ask
 
 
-def _off_is_off(conditional: Prediction, found: Prediction, w: float | Tensor) -> Prediction:
-    """The conditional prediction itself, to the last bit, for the images whose w is 1: as if nobody
-    had asked the references.
-    """
+def _conditional_where_off(
+    conditional: Prediction, guided: Prediction, w: float | Tensor
+) -> Prediction:
+    """Return the conditional prediction itself, to the last bit, for images whose w is 1."""
     if not isinstance(w, Tensor):
-        return conditional if w == 1 else found
-    return Selected(w == 1, conditional, found)
+        return conditional if w == 1 else guided
+    return Selected(w == 1, conditional, guided)

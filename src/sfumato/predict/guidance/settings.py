@@ -1,26 +1,20 @@
-"""`Guidance`: reference x weight x combine as one number, one line of text or one JSON object;
-`build` makes a run's questions of it.
+"""`Guidance`: weight x rule x baseline as a number, a line of text or a JSON object.
 
-A line of text is words in any order, with spaces between them: one number, the scale; and the names
+A line of text is specs in any order, with spaces between them: one number, the scale, and the names
 of parts, each with its options.
 
     2                                             classifier-free guidance; 1 is off
     2.5 interval:low=0.2,high=0.8                 only at 0.2 <= t <= 0.8: a weight
-                                                  (predict/guidance/weights)
-    7.5 rescale:phi=0.7                           contrast kept: a combine
-                                                  (predict/guidance/combines)
-    4 ramp project:threshold=10,momentum=-0.5     from off at the first step to 4 at the last, by
-                                                  APG
-    3 perturbed_attention:layers=mid_block        a reference (predict/references); several layers
-                                                  are joined by +
-    2 model:path=small                            autoguidance by another model, which the caller
-                                                  opens
-    0.6 plus_plus                                 CFG++: here the scale is lambda, and 1 is not off
+    7.5 rescale:phi=0.7                           contrast kept: a rule
+    4 ramp project:threshold=10,momentum=-0.5     from off to 4 along the run, by APG
+    3 perturbed_attention:layers=mid_block        a baseline; several layers are joined by +
+    2 model:path=small                            autoguidance by a model that the caller opens
+    0.6 plus_plus                                 CFG++: the scale is lambda, and 1 is not off
     4 dual:kind=away,second=3 condition perturbed_attention:layers=up_blocks.0+up_blocks.1
-                                                  two references and two scales
+                                                  two baselines and two scales
 
-What is not said is: constant, linear, condition. Names lie in three folders, and no name is in two
-of them.
+The default parts are constant, linear and condition. Names are unique over the three folders:
+weights/, rules/ and predict/guidance_models/. `build` makes the guided denoiser of a run.
 """
 
 import json
@@ -36,83 +30,88 @@ from torch import Tensor
 from sfumato.batching import DenoiseFn
 from sfumato.errors import UserError, unknown
 from sfumato.predict.guidance.guide import guide
+from sfumato.predict.guidance_models import ALIASES
 from sfumato.registry import find, names
 from sfumato.spec import Spec, options_of, short_number
 from sfumato.types import Conditioning
-from sfumato.validate import number_in
+from sfumato.validate import number_in, one_of
 
 FOLDERS = {
     "weight": "predict.guidance.weights",
-    "combine": "predict.guidance.combines",
-    "reference": "predict.references",
+    "rule": "predict.guidance.rules",
+    "baseline": "predict.guidance_models",
 }
-"""Where the parts lie, by the name of the setting."""
+"""Folder of the parts, by the field of `Guidance`."""
+STORED = {"scale": "scale", "weight": "weight", "rule": "combine", "baseline": "reference"}
+"""Key in a JSON object, by the field of `Guidance`; the field's own name is read too."""
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly and in which way to follow the condition. Parts are words: "interval", or with
-    options "interval:low=0.2,high=0.8".
+    """Settings of guidance. Parts are specs: "interval", or "interval:low=0.2,high=0.8".
 
-    scale      at least 0; 1 is off
-    weight     how the scale acts along the run
-    combine    how the predictions become one
-    reference  what to move away from; two words for a combine that takes two
+    Settings that mean the same are brought into one form, so that they are equal.
 
-    They are brought into one form, so that settings that mean the same are equal; `UserError` for
-    impossible ones.
+    Args:
+        scale: At least 0; 1 is off.
+        weight: Spec of the scale's course along the run.
+        rule: Spec of the way in which predictions combine.
+        baseline: Spec of the prediction to move away from; two for a rule that takes two.
+
+    Raises:
+        UserError: For an unknown part, options that it cannot have, or parts that do not go
+            together.
     """
 
     scale: float = 1.0
     weight: str = "constant"
-    combine: str = "linear"
-    reference: str = "condition"
+    rule: str = "linear"
+    baseline: str = "condition"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", _scale(self.scale))
-        weight, combine, references = self.parts()
-        for setting, parts in (
-            ("weight", [weight]),
-            ("combine", [combine]),
-            ("reference", references),
-        ):
-            written = " ".join(
-                _spelled(setting, Spec.parse(w).name, part)
-                for w, part in zip(getattr(self, setting).split(), parts, strict=True)
+        weight, rule, baselines = self.parts()
+        for field, parts in (("weight", [weight]), ("rule", [rule]), ("baseline", baselines)):
+            specs = map(Spec.parse, getattr(self, field).split())
+            canonical = " ".join(
+                _canonical(field, spec.name, part) for spec, part in zip(specs, parts, strict=True)
             )
-            object.__setattr__(self, setting, written)
-        if len(references) != combine.references:
+            object.__setattr__(self, field, canonical)
+        if len(baselines) != rule.num_baselines:
             raise UserError(
-                f"guidance {self.combine} with the reference {self.reference}: it takes {combine.references}; name as many of "
-                f"{', '.join(names(FOLDERS['reference']))}, for example 'condition perturbed_attention'"
+                f"guidance {self.rule} with the baseline {self.baseline}: it takes {rule.num_baselines}; name as many of "
+                f"{', '.join(sorted(_files('baseline')))}, for example 'condition perturbed_attention'"
             )
-        if not combine.consistent and self.weight != "constant":
+        if not rule.consistent and self.weight != "constant":
             raise UserError(
-                f"guidance {self.combine} with the weight {self.weight}: expected constant, because 1, which weights take for off, "
+                f"guidance {self.rule} with the weight {self.weight}: expected constant, because 1, which weights take for off, "
                 "is full guidance there"
             )
 
     def parts(self) -> tuple[Any, Any, list[Any]]:
-        """The weight, the combine and the references as objects."""
-        weight, combine, references = _parts(self.scale, self.weight, self.combine, self.reference)
-        return weight, combine, list(references)
+        """Return the weight, the rule and the baselines as objects."""
+        weight, rule, baselines = _parts(self.scale, self.weight, self.rule, self.baseline)
+        return weight, rule, list(baselines)
 
     @property
     def off(self) -> bool:
-        """Whether nothing is guided at any time, so that no reference is needed."""
+        """True if nothing is guided at any time, so that no baseline is needed."""
         return self.scale == 1 and not self.parts()[1].always
 
     @property
     def consistent(self) -> bool:
-        """Whether predictions add up to x. If not (CFG++), only samplers whose traits say `both`
-        can use them.
+        """True if predictions add up to x.
+
+        Otherwise (CFG++) only samplers with the trait `uses_x0_and_eps` can use them.
         """
         return self.parts()[1].consistent
 
     @classmethod
     def parse(cls, value: Any) -> "Guidance":
-        """From a number, a line of text, a JSON object (`to_json`), or a Guidance; `UserError` for
-        anything else.
+        """Read a number, a line of text, a JSON object (`to_json`), or a Guidance.
+
+        Raises:
+            UserError: For anything else.
         """
         if isinstance(value, Guidance):
             return value
@@ -129,24 +128,24 @@ class Guidance:
         return cls(_scale(value))
 
     def to_json(self) -> float | dict[str, Any]:
-        """A plain number where that says it all, else an object of scale and the words that are not
-        the usual ones.
-        """
-        said = {
+        """Return the scale, or an object of it and the specs that are not defaults."""
+        changed = {
             f.name: getattr(self, f.name)
             for f in fields(self)
             if getattr(self, f.name) != f.default
         }
-        return self.scale if said.keys() <= {"scale"} else {**said, "scale": self.scale}
+        if changed.keys() <= {"scale"}:
+            return self.scale
+        return {STORED[field]: value for field, value in (changed | {"scale": self.scale}).items()}
 
     def __str__(self) -> str:
-        """The line of text: `parse` reads it."""
-        said = [
+        """Return the line of text that `parse` reads."""
+        changed = [
             getattr(self, f.name)
             for f in fields(self)
             if f.name != "scale" and getattr(self, f.name) != f.default
         ]
-        return " ".join([short_number(self.scale), *said])
+        return " ".join([short_number(self.scale), *changed])
 
 
 def _scale(value: Any) -> float:
@@ -154,149 +153,174 @@ def _scale(value: Any) -> float:
 
 
 @lru_cache(maxsize=256)
-def _parts(
-    scale: float, weight: str, combine: str, reference: str
-) -> tuple[Any, Any, tuple[Any, ...]]:
-    """Remembered: they are settings, frozen, and every request asks for them several times."""
-    words = reference.split()
+def _parts(scale: float, weight: str, rule: str, baseline: str) -> tuple[Any, Any, tuple[Any, ...]]:
+    """Return all parts. Cached: a request needs these frozen settings several times."""
     return (
         _part("weight", weight, scale=scale),
-        _part("combine", combine),
-        tuple(_part("reference", word) for word in words),
+        _part("rule", rule),
+        tuple(_part("baseline", word) for word in baseline.split()),
     )
 
 
-def _part(setting: str, word: str, **scale: float) -> Any:
-    """The object for a word of a setting."""
+def _part(field: str, word: str, **scale: float) -> Any:
+    """Return the object of a spec."""
     spec = Spec.parse(word)
-    return _class(setting, spec.name)(
-        **scale, **spec.values(f"guidance {setting}", _options(setting, spec.name))
+    return _class(field, spec.name)(
+        **scale, **spec.values(f"guidance {field}", _options(field, spec.name))
     )
 
 
-def _class(setting: str, name: str) -> type:
-    if name not in names(FOLDERS[setting]):
-        raise unknown(f"guidance {setting}", name, names(FOLDERS[setting]))
-    return find(FOLDERS[setting], name)
+def _files(field: str) -> dict[str, str]:
+    """Return name in specs -> file, of a field's parts."""
+    return {ALIASES.get(file, file): file for file in names(FOLDERS[field])}
 
 
-def _options(setting: str, name: str) -> dict[str, Any]:
-    """The options of a part. A weight's scale is none: it is the number that everybody gives."""
-    return options_of(_class(setting, name), without=("scale",))
+def _class(field: str, name: str) -> type:
+    """Return the class of a part, by its name in specs or by its file's."""
+    files = _files(field)
+    return find(FOLDERS[field], files[one_of(f"guidance {field}", ALIASES.get(name, name), files)])
 
 
-def _spelled(setting: str, name: str, part: Any) -> str:
-    """The word for a part."""
-    defaults = _options(setting, name)
+def _options(field: str, name: str) -> dict[str, Any]:
+    """Return the options of a part. The scale of a weight is none: it has no name in a line."""
+    return options_of(_class(field, name), without=("scale",))
+
+
+def _canonical(field: str, name: str, part: Any) -> str:
+    """Return the spec of a part."""
+    defaults = _options(field, name)
+    values = {key: getattr(part, key) for key in defaults}
     return str(
-        Spec.of(
-            f"guidance {setting}",
-            name,
-            {key: getattr(part, key) for key in defaults},
-            defaults,
-            short_number,
-        )
+        Spec.of(f"guidance {field}", ALIASES.get(name, name), values, defaults, short_number)
     )
 
 
 def _from_text(text: str) -> Guidance:
-    homes = {name: setting for setting, folder in FOLDERS.items() for name in names(folder)}
+    fields_of = {
+        name: field
+        for field, folder in FOLDERS.items()
+        for name in {*names(folder), *_files(field)}
+    }
     scales: list[float] = []
-    said: dict[str, list[str]] = {}
+    specs: dict[str, list[str]] = {}
     for word in text.split():
         try:
             scales.append(float(word))
         except ValueError:
             name = Spec.parse(word).name
-            if name not in homes:
+            if name not in fields_of:
+                listed = [name for field in FOLDERS for name in _files(field)]
                 raise UserError(
-                    f"guidance={text!r}: {unknown('guidance', name, homes)}; a number is the scale"
+                    f"guidance={text!r}: {unknown('guidance', name, listed)}; a number is the scale"
                 ) from None
-            said.setdefault(homes[name], []).append(word)
+            specs.setdefault(fields_of[name], []).append(word)
     if len(scales) != 1:
         raise UserError(
             f"guidance={text!r}: expected one number, the scale (1 is off), found {len(scales)}: write for example '2 interval'"
         )
-    for setting in ("weight", "combine"):
-        if len(said.get(setting, ())) > 1:
+    for field in ("weight", "rule"):
+        if len(specs.get(field, ())) > 1:
             raise UserError(
-                f"guidance={text!r} has two of one kind, {' and '.join(said[setting])}: expected one {setting}"
+                f"guidance={text!r} has two of one kind, {' and '.join(specs[field])}: expected one {field}"
             )
-    return Guidance(scales[0], **{setting: " ".join(words) for setting, words in said.items()})
+    return Guidance(scales[0], **{field: " ".join(words) for field, words in specs.items()})
 
 
 def _from_json(value: Mapping[str, Any]) -> Guidance:
-    known = [f.name for f in fields(Guidance)]
-    for key in value:
-        if key not in known:
-            raise unknown("guidance setting", key, known)
-    if "scale" not in value:
+    fields_of = {key: field for field, stored in STORED.items() for key in (field, stored)}
+    values: dict[str, Any] = {}
+    for key, part in value.items():
+        field = fields_of.get(key)
+        if field is None:
+            raise unknown("guidance setting", key, fields_of)
+        if field in values:
+            raise UserError(f"guidance has {field} and {STORED[field]}: expected one of them")
+        values[field] = part
+    if "scale" not in values:
         raise UserError(f"guidance={dict(value)!r}: expected a scale; 1 is off")
-    words: dict[str, str] = {}
-    for setting, given in value.items():
-        if setting != "scale":
-            words[setting] = " ".join(
-                _word(setting, g) for g in (given if isinstance(given, list | tuple) else [given])
+    specs: dict[str, str] = {}
+    for field, part in values.items():
+        if field != "scale":
+            specs[field] = " ".join(
+                _spec_text(field, one)
+                for one in (part if isinstance(part, list | tuple) else [part])
             )
-            if setting != "reference" and len(words[setting].split()) != 1:
-                raise UserError(f"guidance {setting}={given!r}: expected one {setting}")
-    return Guidance(_scale(value["scale"]), **words)
+            if field != "baseline" and len(specs[field].split()) != 1:
+                raise UserError(f"guidance {field}={part!r}: expected one {field}")
+    return Guidance(_scale(values["scale"]), **specs)
 
 
-def _word(setting: str, given: Any) -> str:
-    """The word for {"name": "interval", "low": 0.2}; a word is one already."""
-    if isinstance(given, str):
-        return given
-    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+def _spec_text(field: str, part: Any) -> str:
+    """Return the spec of {"name": "interval", "low": 0.2}; a text is one already."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping) or not isinstance(part.get("name"), str):
         raise UserError(
-            f'guidance {setting}={given!r}: expected a word such as "NAME:OPTION=VALUE", or an object with a name and options'
+            f'guidance {field}={part!r}: expected a word such as "NAME:OPTION=VALUE", or an object with a name and options'
         )
-    name, options = given["name"], {key: value for key, value in given.items() if key != "name"}
-    return str(Spec.of(f"guidance {setting}", name, options, _options(setting, name), short_number))
+    name, options = part["name"], {key: value for key, value in part.items() if key != "name"}
+    return str(Spec.of(f"guidance {field}", name, options, _options(field, name), short_number))
 
 
 def build(
     guidance: Guidance,
     denoiser: Any,
     conditioning: Conditioning,
-    reference: Conditioning | Sequence[Conditioning],
+    negative: Conditioning | Sequence[Conditioning],
     point: Callable[[float], tuple[float, float]],
-    weaker: Any = None,
+    guide_model: Any = None,
 ) -> DenoiseFn:
-    """The guided denoiser of one run, as questions to answer.
+    """Return the guided denoiser of one run.
 
-    reference: the conditioning to move away from (none, or a negative prompt); for two references
-    of that kind one or two. point: t -> (alpha, sigma), the schedule's. weaker: the denoiser for
-    the reference "model". Where all there is to move away from is the condition itself, as in an
-    unconditional draw, nothing is guided: one pass a time.
+    Where the condition is its own baseline, as in an unconditional draw, nothing is guided: one
+    pass a time.
+
+    Args:
+        guidance: The settings.
+        denoiser: The denoiser to guide.
+        conditioning: Its conditioning.
+        negative: Conditioning to move away from, of no prompt or a negative prompt; one or two for
+            two baselines that take one.
+        point: The schedule's t -> (alpha, sigma).
+        guide_model: Denoiser of the baseline "model".
+
+    Raises:
+        UserError: For another number of conditionings than the baselines take.
     """
-    weight, combine, references = guidance.parts()
+    weight, rule, baselines = guidance.parts()
     if guidance.off:
-        return guide(denoiser, conditioning, [], weight, combine, point)
-    given = [reference] if isinstance(reference, Conditioning) else list(reference)
-    wanted = sum(r.condition for r in references)
-    if len(given) == 1:
-        given *= max(wanted, 1)
-    if wanted and len(given) != wanted:
+        return guide(denoiser, conditioning, [], weight, rule, point)
+    negatives = [negative] if isinstance(negative, Conditioning) else list(negative)
+    count = sum(b.takes_negative for b in baselines)
+    if len(negatives) == 1:
+        negatives *= max(count, 1)
+    if count and len(negatives) != count:
         raise UserError(
-            f"{len(given)} conditionings to move away from, for guidance {guidance}: expected {wanted}"
+            f"{len(negatives)} conditionings to move away from, for guidance {guidance}: expected {count}"
         )
-    taken = iter(given)
+    following = iter(negatives)
     pairs = [
-        r.pair(denoiser, conditioning, next(taken) if r.condition else conditioning, weaker)
-        for r in references
+        b.pair(
+            denoiser,
+            conditioning,
+            next(following) if b.takes_negative else conditioning,
+            guide_model,
+        )
+        for b in baselines
     ]
     unguided = None
-    if all(r.condition for r in references):
-        alike = reduce(torch.logical_and, (same(conditioning, other) for _, other in pairs))
-        if alike.any():
-            pairs, unguided = ([], None) if alike.all() else (pairs, alike)
-    return guide(denoiser, conditioning, pairs, weight, combine, point, unguided)
+    if all(b.takes_negative for b in baselines):
+        equal = reduce(torch.logical_and, (equal_images(conditioning, other) for _, other in pairs))
+        if equal.any():
+            pairs, unguided = ([], None) if equal.all() else (pairs, equal)
+    return guide(denoiser, conditioning, pairs, weight, rule, point, unguided)
 
 
-def same(a: Conditioning, b: Conditioning) -> Bool[Tensor, " B"]:
-    """The images of `a` for which two conditionings are equal, door by door; (1,) if `a` has no
-    doors.
+def equal_images(a: Conditioning, b: Conditioning) -> Bool[Tensor, " B"]:
+    """Compare two conditionings field by field.
+
+    Returns:
+        (B,), True for the images of `a` whose conditioning is equal; (1,) if `a` has no fields.
     """
     if (
         a.sizes != b.sizes

@@ -1,17 +1,20 @@
-"""Reuse of deep features between steps (DeepCache, Ma et al. 2024, arXiv:2312.00858, section 3.3).
+"""Feature cache: reuse of a U-Net's deep features between steps (DeepCache).
 
-A U-Net's deep features change little from one step to the next. It is cut at its m-th skip D_m: on
-a key call it runs whole, and what comes up from below, F, is kept; on the calls between only the
-layers above the cut run, and join what was kept:
+(Ma et al. 2024, arXiv:2312.00858, section 3.3.) Deep features change little from one step to the
+next. The network is cut at its m-th skip D_m. On a key call it runs whole, and the features from
+below the cut, F, are cached. On the calls between only the layers above the cut run, with the
+cached features:
 
-    key call     F = below(D_m),   y = above(F, D_m)             in between     y = above(F kept,
-                 D_m)
+    key call     F = below(D_m),   y = above(F, D_m)
+    in between   y = above(F cached, D_m)
 
-Key calls are every N-th (their 1:N), or a schedule, or, image by image, those where D_m has moved
-from where F was made by more than a threshold, |D_m - D_m kept|_1 / |D_m kept|_1 (the distance of
-TeaCache, Liu et al. 2025, arXiv:2411.19108, measured after the first layers as "first-block" caches
-do). Exact for N = 1, else an approximation: benchmarks/feature_cache.py prints what it saves and
-costs. There (the bundled model, 64 images, 20 steps, seed 0) with 57 % of the operations saved the
+Key calls are every N-th (1:N in the paper), or a schedule, or, image by image, those where D_m has
+moved by more than a threshold from where F was made, |D_m - D_m cached|_1 / |D_m cached|_1 (the
+distance of TeaCache, Liu et al. 2025, arXiv:2411.19108, measured after the first layers as
+"first-block" caches do).
+
+It is exact for N = 1, else an approximation: benchmarks/feature_cache.py prints the saving and the
+error. There (the bundled model, 64 images, 20 steps, seed 0) with 57 % of the operations saved the
 images' PSNR against the exact ones is 26.1 dB for N = 3, 24.8 dB for a threshold, and 31.6 dB for a
 schedule dense where the run begins (calls 0, 1, 2, 4, 7, 11, 16): early features move most.
 """
@@ -35,44 +38,51 @@ def feature_cache(
     threshold: float | None = None,
     skips: int = 1,
 ) -> DenoiseFn:
-    """The questions of one run, answered by a U-Net that remembers what lies below the first
-    `skips` of its skips.
+    """Run a U-Net's deep part at key calls only.
 
-    every: N, the deep part runs at every N-th network call; or the calls (from 0) at which it runs;
-    None leaves it to the threshold. threshold: it runs besides for images whose features at the cut
-    have moved by more than this. The first call is always whole. Each question of a call
-    (conditional, unconditional, each window) and each image in it has its own memory. It serves one
-    run, whose calls come one after the other: build one a run, around guidance and large canvases.
-    `UserError` for a second run at the same time, for settings that make no sense and for networks
-    that cannot be cut there.
+    Each denoiser call of a step (conditional, unconditional, each window) and each image in it has
+    its own cache. It serves one run, whose steps come one after the other: build one a run, around
+    guidance and multidiffusion.
+
+    Args:
+        ask: The denoiser of a run.
+        every: N, the deep part runs at every N-th step; or the steps (from 0) at which it runs;
+            None leaves it to the threshold.
+        threshold: It runs besides for images whose features at the cut have moved by more than
+            this. The first step is always whole.
+        skips: Number of skips above the cut.
+
+    Raises:
+        UserError: For a second run at the same time, settings that cannot be, and networks that
+            cannot be cut there.
     """
-    rule = _Rule(every, threshold, skips)
-    branches: dict[tuple[Any, ...], _Branch] = {}
-    calls, busy = 0, False
+    rule = _KeyCalls(every, threshold, skips)
+    caches: dict[tuple[Any, ...], _CallCache] = {}
+    steps, busy = 0, False
 
-    def remembering(query: DenoiserCall, place: tuple[int, int, int], call: int) -> DenoiserCall:
-        # With the number of questions in the key: where guidance is off for a while, places shift.
-        branch = branches.setdefault(
-            (*place, id(query.denoiser), query.x.shape), _Branch(query.denoiser)
+    def with_cache(query: DenoiserCall, position: tuple[int, int, int], step: int) -> DenoiserCall:
+        # The number of calls is in the key: where guidance is off for a while, positions shift.
+        cache = caches.setdefault(
+            (*position, id(query.denoiser), query.x.shape), _CallCache(query.denoiser)
         )
-        return replace(query, denoiser=_Remembering(query.denoiser, rule, branch, call))
+        return replace(query, denoiser=_CachingDenoiser(query.denoiser, rule, cache, step))
 
     def cached(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
-        nonlocal calls, busy
+        nonlocal steps, busy
         if busy:
             raise UserError(
-                "a feature cache serves one run: build one for each, and put it around a large canvas, not inside"
+                "a feature cache serves one run: build one for each, and put it around multidiffusion, not inside"
             )
         busy = True
-        questions, rounds = ask(x, t), 0
+        coroutine, rounds = ask(x, t), 0
         try:
-            asked = next(questions)
+            queries = next(coroutine)
             while True:
-                asked = questions.send(
+                queries = coroutine.send(
                     (
                         yield [
-                            remembering(q, (rounds, len(asked), k), calls)
-                            for k, q in enumerate(asked)
+                            with_cache(q, (rounds, len(queries), k), steps)
+                            for k, q in enumerate(queries)
                         ]
                     )
                 )
@@ -80,8 +90,8 @@ def feature_cache(
         except StopIteration as stop:
             return stop.value
         finally:
-            questions.close()
-            calls, busy = calls + 1, False
+            coroutine.close()
+            steps, busy = steps + 1, False
 
     return cached
 
@@ -90,7 +100,7 @@ def check_cache(
     every: int | Sequence[int] | None = 1, threshold: float | None = None, skips: int = 1
 ) -> None:
     """Raise `UserError` for settings of `feature_cache` that make no sense."""
-    _Rule(every, threshold, skips)
+    _KeyCalls(every, threshold, skips)
 
 
 def require_cuttable(denoiser: Any) -> None:
@@ -103,35 +113,34 @@ def require_cuttable(denoiser: Any) -> None:
         )
 
 
-def off(x: Tensor, point: Any) -> dict[str, Any]:
-    """Every call is whole."""
+def identity_settings(x: Tensor, point: Any) -> dict[str, Any]:
+    """Return settings with which the network always runs whole: see the folder's docstring."""
     return {"every": 1}
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """What one image left behind at its last whole call: its features at the cut, and what came up
-    from below.
-    """
+class _CachedFeatures:
+    """One image's features at the cut and from below it, of its last whole step."""
 
-    call: int
+    step: int
     entry: Tensor
     deep: Tensor
 
 
 @dataclass(frozen=True)
-class _Branch:
-    """The memory of one question of a run's calls. It holds the denoiser, whose id is in its key:
-    no other can take that id.
+class _CallCache:
+    """Cache of one denoiser call of a run's steps.
+
+    It holds the denoiser, whose id is in its key: no other object can get that id.
     """
 
     denoiser: Any
-    kept: dict[int, _Kept] = field(default_factory=dict)
+    features: dict[int, _CachedFeatures] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class _Rule:
-    """When the deep part runs."""
+class _KeyCalls:
+    """Steps at which the deep part runs."""
 
     every: int | Sequence[int] | None
     threshold: float | None
@@ -156,80 +165,86 @@ class _Rule:
             number_in("threshold", threshold, 0)
         positive_int("skips", self.skips)
 
-    def due(self, kept: _Kept | None, call: int, entry: Tensor) -> bool:
-        """Whether the deep part runs for an image with these features at the cut (C, h, w)."""
-        if kept is None:
+    def due(self, cached: _CachedFeatures | None, step: int, entry: Tensor) -> bool:
+        """Return True if the deep part runs for an image with these features at the cut (C, h,
+        w).
+        """
+        if cached is None:
             return True
-        if isinstance(self.every, int) and call - kept.call >= self.every:
+        if isinstance(self.every, int) and step - cached.step >= self.every:
             return True
-        if isinstance(self.every, Sequence) and any(kept.call < key <= call for key in self.every):
+        if isinstance(self.every, Sequence) and any(
+            cached.step < key <= step for key in self.every
+        ):
             return True
         if self.threshold is None:
             return False
-        # Image by image, so that what is decided for one does not depend on the batch it is in.
-        moved = (entry.float() - kept.entry.float()).abs().mean()
-        return float(moved) > self.threshold * float(kept.entry.float().abs().mean())
+        # Image by image, so that the decision does not depend on the batch.
+        distance = (entry.float() - cached.entry.float()).abs().mean()
+        return float(distance) > self.threshold * float(cached.entry.float().abs().mean())
 
 
 @dataclass(frozen=True, eq=False)
-class _Remembering:
-    """A denoiser at one call, with the memory of one question: what
-    `sfumato.predict.denoiser.answer` is given in its place.
-    """
+class _CachingDenoiser:
+    """A denoiser at one step, with the cache of one call, for `denoiser.evaluate_calls`."""
 
     denoiser: Any
-    rule: _Rule
-    branch: _Branch
-    call: int
+    rule: _KeyCalls
+    cache: _CallCache
+    step: int
 
     @property
-    def group(self) -> tuple[Any, ...]:
-        """Questions with the same network cut at the same place share passes, also those of other
-        runs and other rules.
-        """
+    def batch_key(self) -> tuple[Any, ...]:
+        """Key of calls that share a pass: the same network cut at the same place, in any run."""
         return id(self.denoiser), "feature_cache", self.rule.skips
 
-    def answer(
+    def evaluate_calls(
         self,
         queries: Sequence[DenoiserCall],
-        one_pass: Callable[[list[DenoiserCall]], list[Prediction]],
+        forward: Callable[[list[DenoiserCall]], list[Prediction]],
     ) -> list[Prediction]:
+        """Evaluate calls with one `batch_key` by a `forward` of the network cut in two."""
         require_cuttable(self.denoiser)
         network = self.denoiser.network
         rows = [(query.denoiser, row) for query in queries for row in range(len(query.x))]
-        cut = replace(self.denoiser, network=_Cut(network, rows, self.rule.skips))
-        return one_pass([replace(query, denoiser=cut) for query in queries])
+        cut = replace(self.denoiser, network=_CutNetwork(network, rows, self.rule.skips))
+        return forward([replace(query, denoiser=cut) for query in queries])
 
 
-class _Cut(nn.Module):
-    """The network during one pass: `rows` says whose memory each row of the batches that come
-    is.
+class _CutNetwork(nn.Module):
+    """The network during one pass.
+
+    Args:
+        network: A network in a shallow and a deep part.
+        rows: (denoiser, row of its cache), one a row of the batch.
+        skips: Number of skips above the cut.
     """
 
-    def __init__(self, network: Any, rows: Sequence[tuple[_Remembering, int]], skips: int):
+    def __init__(self, network: Any, rows: Sequence[tuple[_CachingDenoiser, int]], skips: int):
         super().__init__()
         self.network, self.skips = network, skips
         self.rows = iter(rows)  # a large pass comes in several batches, in order
 
     def forward(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        mine = [next(self.rows) for _ in range(len(x))]
+        """Run the shallow part for all rows, the deep part for those that are due."""
+        rows = [next(self.rows) for _ in range(len(x))]
         skips, time = self.network.shallow_down(x, timestep, cond, self.skips)
         entry = skips[-1]
-        keys = [
+        due = [
             k
-            for k, (who, row) in enumerate(mine)
-            if who.rule.due(who.branch.kept.get(row), who.call, entry[k])
+            for k, (d, row) in enumerate(rows)
+            if d.rule.due(d.cache.features.get(row), d.step, entry[k])
         ]
-        if len(keys) == len(mine):
+        if len(due) == len(rows):
             deep = self.network.deep(entry, time, cond, self.skips)
-        elif keys:
-            some = torch.tensor(keys, device=x.device)
+        elif due:
+            some = torch.tensor(due, device=x.device)
             deep = self.network.deep(entry[some], time[some], cond[some], self.skips)
         else:
             deep = ()
-        for k, features in zip(keys, deep, strict=True):
-            who, row = mine[k]
-            who.branch.kept[row] = _Kept(who.call, entry[k], features)
-        if len(keys) < len(mine):
-            deep = torch.stack([who.branch.kept[row].deep for who, row in mine])
+        for k, features in zip(due, deep, strict=True):
+            denoiser, row = rows[k]
+            denoiser.cache.features[row] = _CachedFeatures(denoiser.step, entry[k], features)
+        if len(due) < len(rows):
+            deep = torch.stack([denoiser.cache.features[row].deep for denoiser, row in rows])
         return self.network.shallow_up(deep, skips, time, cond)

@@ -1,5 +1,4 @@
-"""Inpainting with an ordinary model: what is known is predicted exactly, and only the rest is asked
-for.
+"""Inpainting with an ordinary model: the known region is predicted exactly.
 
 A distribution that is one point z has the denoiser x0 = z, eps = (x - alpha z)/sigma. With it where
 the mask m is 1, the model's elsewhere,
@@ -12,25 +11,22 @@ nearly: its boundary condition blends x in). It is what "replacement" does by ha
 eq. 8), without a word in the sampler.
 
 It is not conditioning (Ho et al. 2022, arXiv:2204.03458, section 3.1; Trippe et al. 2022,
-arXiv:2206.04119, on "replacement"): the model sees the known part through x_t only, as noisy as the
-rest, where the exact answer would know z itself. It is exact where known and unknown are
+arXiv:2206.04119, on "replacement"): the model's input has the known part in x_t only, as noisy as
+the rest, where the exact answer would depend on z itself. It is exact where known and unknown are
 independent. How far off it is otherwise, for two cells of variance 1 and correlation rho, the exact
 denoiser, and many steps:
 
-                                   slope of the found cell on the known one                 at rho =
-                                   0.8   variance about it
-    exact conditioning             rho                                                      0.80
-                                   0.36
-    deterministic samplers         rho/2 (1 - rho^2)^1/4 int_1^inf (u^2 - rho^2)^-5/4 du    0.34
-                                   0.67
-    ancestral (ddpm)               (1 - sqrt(1 - rho^2))/rho                                0.50
-                                   0.52
-    edm with its churn of 40       -                                                        0.69
-                                   0.43
+                                slope at    variance     slope of the inpainted cell
+                                rho = 0.8   about it     on the known one
+    exact conditioning            0.80        0.36       rho
+    deterministic samplers        0.34        0.67       rho/2 (1 - rho^2)^1/4
+                                                         int_1^inf (u^2 - rho^2)^-5/4 du
+    ancestral (ddpm)              0.50        0.52       (1 - sqrt(1 - rho^2))/rho
+    edm with its churn of 40      0.69        0.43       -
 
 (cosine schedule; 1000 steps of ddim, for the others 20,000 draws of 100 steps:
-tests/oracles/test_wrappers.py). What is found is tied too loosely to what is known. Samplers that
-draw noise on the way do better, and the more the better (RePaint's resampling is that).
+tests/oracles/test_wrappers.py). The inpainted part is tied too loosely to the known one. Samplers
+that draw noise on the way do better, and the more the better (RePaint's resampling is that).
 """
 
 import math
@@ -55,35 +51,42 @@ def known_region(
     point: Point,
     first: Float[Tensor, "B C h w"] | None = None,
 ) -> DenoiseFn:
-    """z is kept where mask is 1 and found where it is 0; in between the predictions are blended.
+    """Keep z where the mask is 1, draw where it is 0, and blend predictions in between.
 
-    z: (B or 1, C, h, w), standardised; what lies under 0 is not looked at, but must be finite.
-    mask: (B or 1, 1 or C, h, w) in [0, 1]. point: t -> (alpha, sigma). Begin the run at `start`,
-    and give what it ends with to `finish`. `UserError` for what does not fit. first: what the
-    network sees at the first question in place of x, from which it may differ where z is known.
+    A run begins at `start`, and its result goes through `finish`.
+
+    Args:
+        ask: The denoiser of a run.
+        z: (B or 1, C, h, w), standardised and finite; unused where the mask is 0.
+        mask: (B or 1, 1 or C, h, w) in [0, 1].
+        point: The schedule's t -> (alpha, sigma).
+        first: Input of the network's first call in place of x, which may differ from x where z is
+            known.
+
+    Raises:
+        UserError: For tensors that do not fit together.
     """
     check_region(z, mask)
-    nothing = not mask.any()
-    waiting = [] if first is None or nothing else [first]
+    empty = not mask.any()
+    first_inputs = [] if first is None or empty else [first]
 
-    def known(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
-        found = yield from ask(waiting.pop() if waiting else x, t)
+    def inpaint(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
+        prediction = yield from ask(first_inputs.pop() if first_inputs else x, t)
         alpha, sigma = point(t)
         if not sigma > 0:
             raise UserError(
                 f"t={t}: there is no noise, and so nothing to ask: expected a time in (0, 1]"
             )
         kept, m = _like(x, z, mask)
-        if nothing:
-            return found
+        if empty:
+            return prediction
         eps = (x - alpha * kept) * (1 / sigma)
-        # of a point: the smallest
-        variance = (
-            None if found.variance is None else _mixed(torch.full_like(x, -1), found.variance, m)
-        )
-        return Prediction(_mixed(kept, found.x0, m), _mixed(eps, found.eps, m), variance)
+        variance = prediction.variance
+        if variance is not None:
+            variance = _blend(torch.full_like(x, -1), variance, m)  # a point's is the smallest
+        return Prediction(_blend(kept, prediction.x0, m), _blend(eps, prediction.eps, m), variance)
 
-    return known
+    return inpaint
 
 
 def start(
@@ -93,42 +96,51 @@ def start(
     point: Point,
     t: float,
 ) -> Float[Tensor, "B _ _ _"]:
-    """x at the first time of a run: alpha z + sigma noise where z is known; elsewhere the usual,
-    noise of variance alpha^2 + sigma^2.
+    """Return x at the first time of a run.
+
+    It is alpha z + sigma noise where z is known; elsewhere, as usual, noise of variance
+    alpha^2 + sigma^2.
+
+    Args:
+        noise: Standard-normal noise.
+        z: See `known_region`.
+        mask: See `known_region`.
+        point: The schedule's t -> (alpha, sigma).
+        t: First time of the run.
     """
     check_region(z, mask)
     kept, m = _like(noise, z, mask)
     alpha, sigma = point(t)
-    return _mixed(alpha * kept + sigma * noise, math.hypot(alpha, sigma) * noise, m)
+    return _blend(alpha * kept + sigma * noise, math.hypot(alpha, sigma) * noise, m)
 
 
 def finish(
-    found: Float[Tensor, "B _ _ _"], z: Float[Tensor, "N C h w"], mask: Float[Tensor, "M K H W"]
+    latents: Float[Tensor, "B _ _ _"], z: Float[Tensor, "N C h w"], mask: Float[Tensor, "M K H W"]
 ) -> Float[Tensor, "B _ _ _"]:
-    """The end of a run with z put back bit for bit where the mask is 1: the sampler's own
-    arithmetic had rounded it.
+    """Put z back bit for bit where the mask is 1, which the sampler's arithmetic has rounded.
+
+    Args:
+        latents: Result of the run.
+        z: See `known_region`.
+        mask: See `known_region`.
     """
     check_region(z, mask)
-    kept, m = _like(found, z, mask)
-    return torch.where(m == 1, kept, found)
+    kept, m = _like(latents, z, mask)
+    return torch.where(m == 1, kept, latents)
 
 
-def off(x: Tensor, point: Point) -> dict[str, Any]:
-    """Nothing is known."""
+def identity_settings(x: Tensor, point: Point) -> dict[str, Any]:
+    """Return an empty region: see the folder's docstring."""
     return {"z": torch.zeros_like(x), "mask": torch.zeros_like(x[:1, :1]), "point": point}
 
 
-def _mixed(known: Tensor, found: Tensor, m: Tensor) -> Tensor:
-    """m known + (1 - m) found, one rounding at a time; where m is 0 or 1 it is the one or the other
-    to the last bit.
-    """
-    return m * known + (1 - m) * found
+def _blend(a: Tensor, b: Tensor, m: Tensor) -> Tensor:
+    """Return m a + (1 - m) b, one rounding at a time; exactly a or b where m is 1 or 0."""
+    return m * a + (1 - m) * b
 
 
 def check_region(z: Tensor, mask: Tensor) -> None:
-    """Raise `UserError` unless the mask has values in [0, 1], z is finite, and the one can be laid
-    on the other.
-    """
+    """Raise `UserError` unless mask is in [0, 1], z is finite and both have one size."""
     if (
         mask.shape[2:] != z.shape[2:]
         or mask.shape[1] not in (1, z.shape[1])
@@ -159,8 +171,9 @@ def check_fits(shape: Sequence[int], z: Tensor, mask: Tensor) -> None:
 
 
 def _like(x: Tensor, z: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """z and mask on the device and in the dtype of x (B, C, h, w); `UserError` if they are of other
-    latents.
+    """Return z and mask on the device and in the dtype of x (B, C, h, w).
+
+    `UserError` if they are of other latents.
     """
     check_fits(x.shape, z, mask)
     return z.to(x.device, x.dtype), mask.to(x.device, x.dtype)

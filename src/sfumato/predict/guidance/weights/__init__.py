@@ -1,15 +1,14 @@
-"""Guidance weights, one file each, found by name. 1 is off: there the references are not asked.
+"""Guidance weights, one file each, found by name.
 
-A weight is a frozen dataclass of settings, `scale` first, whose w lies between 1 and that scale,
-give or take what its options say; at scale 1 every weight is off. It has two methods:
+Where w is 1 guidance is off, and the baselines are not called. A weight is a frozen dataclass of
+settings, `scale` first, with w between 1 and that scale but for what its options say. At scale 1
+every weight is off. It has two methods:
 
-    active(moment) -> bool                  whether the references are needed at this time at all
-    begin() -> (moment, conditional, reference) -> float | Tensor (B, 1, 1, 1)      1 where it is
-    not active
+    active(moment) -> bool      True where the baselines are needed
+    begin() -> WeightFn         a function for one run
 
-`begin` is called once a run: what a weight remembers from step to step belongs to the function that
-it returns. A weight that looks at the predictions cannot say that it is off before they are there,
-except by time or noise level.
+Memory from step to step belongs to the function that `begin` returns. A weight that depends on the
+predictions can be off before they are computed only by time or noise level.
 """
 
 from collections.abc import Callable
@@ -20,8 +19,8 @@ from sfumato.predict.guidance.guide import Moment
 from sfumato.types import Prediction
 from sfumato.validate import number_in
 
-Weigh = Callable[[Moment, Prediction, Prediction], float | Tensor]
-"""What `begin` returns."""
+WeightFn = Callable[[Moment, Prediction, Prediction], float | Tensor]
+"""(moment, conditional, baseline) -> w, a number or one an image (B, 1, 1, 1); 1 where inactive."""
 
 
 def check_scale(scale: float) -> None:

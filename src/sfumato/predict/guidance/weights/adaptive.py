@@ -1,20 +1,21 @@
-"""A weight that looks at how far the condition pulls, image by image, and at the noise level.
+"""A weight by the pull of the condition, image by image, and by the noise level.
 
-w = 1 + (scale - 1) g(log-SNR) f(d),  d = ||eps_c - eps_ref|| / ||eps_ref||,
-g = 1 for low <= log-SNR <= high, else 0,  f = 1/(1 + (d/threshold)^power) where disagreement lowers
-w, and 1 minus that where it raises w.
+    w = 1 + (scale - 1) g(log-SNR) f(d),  d = ||eps_c - eps_base|| / ||eps_base||
+    g = 1 for low <= log-SNR <= high, else 0
+    f = 1/(1 + (d/threshold)^power) where disagreement lowers w, and 1 minus that where it raises w
 
-d is the condition's pull against that of the data itself: eps is -sigma times a score (Song et al.
+d is the condition's pull against that of the data itself. eps is -sigma times a score (Song et al.
 2021, arXiv:2011.13456), so d = ||grad log p(c|x)|| / ||grad log p(x)||, a number without units. f
-is monotone in d, lies in [0, 1] and is 1/2 at the threshold, so w lies between 1 and scale. With
-power 1, where disagreement lowers w, what is added to eps_c, (w - 1)||eps_c - eps_ref||, stays
-below (scale - 1) threshold ||eps_ref||, however much the two disagree. Where disagreement raises w,
-what the condition has settled is left alone (the observation of Castillo et al. 2023,
-arXiv:2312.12487; Koulischer et al. 2025, arXiv:2506.06085, also let w follow the predictions). The
-default threshold is the middle of what the bundled model says: d from 0.009 to 0.12, t from 0.95 to
+is monotone in d, lies in [0, 1] and is 1/2 at the threshold, so w lies between 1 and scale.
+
+With power 1, where disagreement lowers w, the change of eps_c, (w - 1)||eps_c - eps_base||, stays
+below (scale - 1) threshold ||eps_base|| for any disagreement. Where disagreement raises w, the
+parts that the condition has settled are left alone (the observation of Castillo et al. 2023,
+arXiv:2312.12487; Koulischer et al. 2025, arXiv:2506.06085, also let w follow the predictions).
+
+The default threshold is the middle of d for the bundled model: d from 0.009 to 0.12, t from 0.95 to
 0.05 (DDIM, 20 steps, scales 1 and 2, two images a class, seeds 0 to 19); 0 at t = 1, where eps is x
-whatever the condition. Only outside of [low, high] is the second pass saved: inside, d has to be
-seen first.
+for any condition. Only outside of [low, high] is the second pass saved: inside, d needs it.
 """
 
 import math
@@ -25,7 +26,7 @@ from torch import Tensor
 from sfumato.errors import UserError
 from sfumato.predict.guidance.algebra import ratio, total
 from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.weights import Weigh, check_scale
+from sfumato.predict.guidance.weights import WeightFn, check_scale
 from sfumato.types import Prediction
 from sfumato.validate import number_in, one_of
 
@@ -34,11 +35,16 @@ DISAGREEMENT = ("lowers", "raises")
 
 @dataclass(frozen=True)
 class Adaptive:
-    """disagreement: "lowers" w or "raises" it. threshold > 0: the d at which half of the scale
-    acts. power > 0: how steep that is.
+    """w by the disagreement d of the conditional prediction and the baseline.
 
-    low, high: the window of log-SNR, log(alpha^2/sigma^2), negative where there is more noise than
-    signal.
+    Args:
+        scale: 1 is off.
+        disagreement: "lowers" w or "raises" it.
+        threshold: The d at which half of the scale acts, above 0.
+        power: Steepness of f, above 0.
+        low: Least log-SNR, log(alpha^2/sigma^2), at which the weight acts; negative where there is
+            more noise than signal.
+        high: Largest log-SNR at which it acts.
     """
 
     scale: float = 1.0
@@ -61,12 +67,12 @@ class Adaptive:
     def active(self, moment: Moment) -> bool:
         return self.scale != 1 and self.low <= moment.log_snr <= self.high
 
-    def begin(self) -> Weigh:
-        def weigh(moment: Moment, conditional: Prediction, reference: Prediction) -> float | Tensor:
+    def begin(self) -> WeightFn:
+        def weigh(moment: Moment, conditional: Prediction, baseline: Prediction) -> float | Tensor:
             if not self.active(moment):
                 return 1.0
-            pull = total((conditional.eps - reference.eps).square()).sqrt()
-            d = ratio(pull, self.threshold * total(reference.eps.square()).sqrt(), math.inf)
+            pull = total((conditional.eps - baseline.eps).square()).sqrt()
+            d = ratio(pull, self.threshold * total(baseline.eps.square()).sqrt(), math.inf)
             lower = 1 / (1 + d**self.power)
             return 1 + (self.scale - 1) * (lower if self.disagreement == "lowers" else 1 - lower)
 

@@ -3,12 +3,16 @@
 from dataclasses import dataclass
 
 from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.weights import Weigh, check_scale
+from sfumato.predict.guidance.weights import WeightFn, check_scale
 
 
 @dataclass(frozen=True)
 class Constant:
-    """w(t) = scale."""
+    """w(t) = scale.
+
+    Args:
+        scale: 1 is off.
+    """
 
     scale: float = 1.0
 
@@ -18,5 +22,5 @@ class Constant:
     def active(self, moment: Moment) -> bool:
         return self.scale != 1
 
-    def begin(self) -> Weigh:
-        return lambda moment, conditional, reference: self.scale
+    def begin(self) -> WeightFn:
+        return lambda moment, conditional, baseline: self.scale

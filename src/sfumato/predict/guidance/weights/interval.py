@@ -1,21 +1,27 @@
-"""Guidance in a limited interval (Kynkaanniemi et al. 2024, arXiv:2404.07724): w(t) = scale where
-low <= t <= high, 1 elsewhere.
+"""Guidance in a limited interval: w(t) = scale where low <= t <= high, 1 elsewhere.
 
-At high noise guidance takes variety away, at low noise it changes nothing to speak of; in between
-it helps. Outside of the interval the second pass is not made. They give noise levels; for a flow t
-= 0.2 to 0.85, the defaults here, is sigma/alpha = 0.25 to 5.7.
+(Kynkaanniemi et al. 2024, arXiv:2404.07724.) At high noise guidance takes variety away, at low
+noise it changes next to nothing; in between it helps. Outside of the interval the baselines are not
+called. The paper gives noise levels; for a flow t = 0.2 to 0.85, the defaults here, is sigma/alpha
+= 0.25 to 5.7.
 """
 
 from dataclasses import dataclass
 
 from sfumato.errors import UserError
 from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.weights import Weigh, check_scale
+from sfumato.predict.guidance.weights import WeightFn, check_scale
 
 
 @dataclass(frozen=True)
 class Interval:
-    """low, high: times in [0, 1], 1 is noise."""
+    """w(t) = scale in an interval.
+
+    Args:
+        scale: 1 is off.
+        low: Least time, in [0, 1]; 1 is noise.
+        high: Largest time.
+    """
 
     scale: float = 1.0
     low: float = 0.2
@@ -31,5 +37,5 @@ class Interval:
     def active(self, moment: Moment) -> bool:
         return self.scale != 1 and self.low <= moment.t <= self.high
 
-    def begin(self) -> Weigh:
-        return lambda moment, conditional, reference: self.scale if self.active(moment) else 1.0
+    def begin(self) -> WeightFn:
+        return lambda moment, conditional, baseline: self.scale if self.active(moment) else 1.0

@@ -1,17 +1,19 @@
-"""A weight that rises or falls along the run (Wang et al. 2024, arXiv:2404.13040, who compare such
-schedulers).
+"""A weight that rises or falls along the run.
 
-w(t) = 1 + (scale - 1) r(t),  r(t) = last + (first - last) f(t),  f = t, (1 - cos(pi t))/2 or
-t^power: r is `first` at t = 1 and `last` at t = 0.
-The defaults go from off to scale; their "linear" scheduler, which keeps the mean over the run, is
-first 0, last 2.
+(Wang et al. 2024, arXiv:2404.13040, who compare such schedulers.)
+
+    w(t) = 1 + (scale - 1) r(t)
+    r(t) = last + (first - last) f(t),  f = t, (1 - cos(pi t))/2 or t^power
+
+r is `first` at t = 1 and `last` at t = 0. The defaults go from off to scale. Their "linear"
+scheduler, which keeps the mean over the run, is first 0, last 2.
 """
 
 import math
 from dataclasses import dataclass
 
 from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.weights import Weigh, check_scale
+from sfumato.predict.guidance.weights import WeightFn, check_scale
 from sfumato.validate import number_in, one_of
 
 SHAPES = ("linear", "cosine", "power")
@@ -19,8 +21,14 @@ SHAPES = ("linear", "cosine", "power")
 
 @dataclass(frozen=True)
 class Ramp:
-    """first, last: how much of the scale acts at the start (t = 1) and at the end (t = 0) of a run.
-    power > 0 is for that shape.
+    """w(t) = 1 + (scale - 1) r(t).
+
+    Args:
+        scale: 1 is off.
+        first: Share of the scale at the start of a run, t = 1.
+        last: Share of the scale at its end, t = 0.
+        shape: "linear", "cosine" or "power".
+        power: Exponent of the shape "power", above 0.
     """
 
     scale: float = 1.0
@@ -37,7 +45,7 @@ class Ramp:
         number_in("guidance ramp power", self.power, above=0, hint="1 is linear")
 
     def at(self, t: float) -> float:
-        """w at a time."""
+        """Return w at a time."""
         f = (
             t
             if self.shape == "linear"
@@ -50,5 +58,5 @@ class Ramp:
     def active(self, moment: Moment) -> bool:
         return self.at(moment.t) != 1
 
-    def begin(self) -> Weigh:
-        return lambda moment, conditional, reference: self.at(moment.t)
+    def begin(self) -> WeightFn:
+        return lambda moment, conditional, baseline: self.at(moment.t)

@@ -1,16 +1,18 @@
-"""Guidance with two references, p1 and p2, and two scales, w and `second`; p is x0 and eps alike.
+"""Guidance with two baselines, p1 and p2, and two scales, w and `second`.
 
-chain   p = p2 + second (p1 - p2) + w (p_c - p1): p1 has one of two conditions and p2 none (Brooks
-        et al. 2023, arXiv:2211.09800, eq. 3)
-sum     p = p1 + second (p2 - p1) + w (p_c - p1): p1 has no condition and p2 another one (Liu et al.
-        2022, arXiv:2206.01714)
-away    p = p_c + (w - 1) (p_c - p1) + (second - 1) (p_c - p2): away from both, as from no condition
-        and from perturbed attention (Ahn et al. 2024, arXiv:2403.17377)
+p is x0 and eps alike:
 
-The weights of the three predictions sum to 1, so it is the same in every parameterization. Where p1
-= p2 the first two are plain guidance with w, and the third with w + second - 1. The second scale
-can be limited to an interval, as Stability AI has it for skipped layers in early steps: elsewhere
-it is off, p = p1 + w (p_c - p1), and p2 is not asked.
+    chain   p = p2 + second (p1 - p2) + w (p_c - p1): p1 has one of two conditions and p2 none
+            (Brooks et al. 2023, arXiv:2211.09800, eq. 3)
+    sum     p = p1 + second (p2 - p1) + w (p_c - p1): p1 has no condition and p2 another one
+            (Liu et al. 2022, arXiv:2206.01714)
+    away    p = p_c + (w - 1) (p_c - p1) + (second - 1) (p_c - p2): away from both, as from no
+            condition and from perturbed attention (Ahn et al. 2024, arXiv:2403.17377)
+
+The weights of the three predictions sum to 1, so it is the same in every parameterization. Where
+p1 = p2 the first two are plain guidance with w, and the third with w + second - 1. The second scale
+can be limited to an interval, as by Stability AI for skipped layers in early steps. Elsewhere it is
+off, p = p1 + w (p_c - p1), and p2 is not computed.
 """
 
 from collections.abc import Sequence
@@ -19,19 +21,24 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.predict.guidance.combines import Join
 from sfumato.predict.guidance.guide import Moment
+from sfumato.predict.guidance.rules import CombineFn
 from sfumato.types import Prediction, mixed
 from sfumato.validate import number_in, one_of
 
 KINDS = {"chain": 1.0, "sum": 0.0, "away": 1.0}
-"""What there is, and the second scale at which w = 1 is the conditional prediction."""
+"""Kind -> the second scale at which w = 1 is the conditional prediction."""
 
 
 @dataclass(frozen=True)
 class Dual:
-    """kind: "chain", "sum" or "away". second: the second scale, at times from low to high, in [0,
-    1], 1 is noise.
+    """Settings of two baselines.
+
+    Args:
+        kind: "chain", "sum" or "away".
+        second: The second scale.
+        low: Least time at which it acts, in [0, 1]; 1 is noise.
+        high: Largest time at which it acts.
     """
 
     kind: str = "chain"
@@ -39,7 +46,7 @@ class Dual:
     low: float = 0.0
     high: float = 1.0
 
-    references = 2
+    num_baselines = 2
     consistent = True
 
     def __post_init__(self) -> None:
@@ -50,16 +57,16 @@ class Dual:
                 f"guidance dual low={self.low}, high={self.high}: expected times with 0 <= low <= high <= 1, 1 is noise"
             )
 
-    def needed(self, moment: Moment) -> int:
-        """How many of the references count at a time: both, or the first alone."""
+    def active_baselines(self, moment: Moment) -> int:
+        """Return 2 where the second scale acts, 1 elsewhere."""
         return 2 if self.low <= moment.t <= self.high else 1
 
     @property
     def always(self) -> bool:
-        """Whether the second scale acts where w is 1."""
+        """True if the second scale acts where w is 1."""
         return self.second != KINDS[self.kind]
 
-    def begin(self) -> Join:
+    def begin(self) -> CombineFn:
         def both(conditional: Tensor, one: Tensor, two: Tensor, w: float | Tensor) -> Tensor:
             if self.kind == "chain":
                 return mixed(one, two, self.second) + w * (conditional - one)
@@ -71,7 +78,7 @@ class Dual:
                 + (self.second - 1) * (conditional - two)
             )
 
-        def join(
+        def combine(
             x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
         ) -> Prediction:
             conditional, one, *rest = predictions
@@ -82,4 +89,4 @@ class Dual:
                 both(conditional.x0, one.x0, two.x0, w), both(conditional.eps, one.eps, two.eps, w)
             )
 
-        return join
+        return combine

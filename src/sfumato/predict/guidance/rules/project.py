@@ -1,10 +1,11 @@
 """Adaptive projected guidance, APG (Sadat et al. 2024, arXiv:2410.02416).
 
-With D = x0_c - x0_ref:  D <- D + momentum D_before;  D <- D min(1, threshold/||D||);  D = D_par +
-                         D_orth, along and across x0_c;
-x0 = x0_c + (w - 1) (D_orth + eta D_par). Saturated colours come from the part along x0_c, so eta <
-1 damps it; the threshold bounds the step, and a negative momentum moves away from the directions of
-the steps before. On x0, as in the paper; eps is what then adds up to x.
+With D = x0_c - x0_base:  D <- D + momentum D_before;  D <- D min(1, threshold/||D||);
+D = D_par + D_orth, along and across x0_c;  x0 = x0_c + (w - 1) (D_orth + eta D_par).
+
+Saturated colours come from the part along x0_c, so eta < 1 damps it. The threshold bounds the step.
+A negative momentum moves away from the directions of the steps before. The rule acts on x0, as in
+the paper, and eps is what then adds up to x.
 """
 
 from collections.abc import Sequence
@@ -13,27 +14,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sfumato.predict.guidance.algebra import moved, ratio, total
-from sfumato.predict.guidance.combines import Join
+from sfumato.predict.guidance.algebra import ratio, total, with_x0
 from sfumato.predict.guidance.guide import Moment
+from sfumato.predict.guidance.rules import CombineFn
 from sfumato.types import Prediction
 from sfumato.validate import number_in
 
 
 @dataclass(frozen=True)
 class Project:
-    """eta: how much of the part along x0_c stays; 1 without threshold and momentum is plain
-    guidance.
+    """Settings of APG.
 
-    threshold: of ||D||, which grows with the latent's size (in use are 2.5 to 15); 0 is none.
-    momentum in (-1, 1), 0 is none.
+    Args:
+        eta: Share of the part along x0_c that stays. 1 without threshold and momentum is plain
+            guidance.
+        threshold: Bound of ||D||, which grows with the latent's size (2.5 to 15 are usual); 0 is
+            none.
+        momentum: In (-1, 1); 0 is none.
     """
 
     eta: float = 0.0
     threshold: float = 0.0
     momentum: float = 0.0
 
-    references = 1
+    num_baselines = 1
     always = False
     consistent = True
 
@@ -44,15 +48,15 @@ class Project:
             "guidance project momentum", self.momentum, above=-1, below=1, hint="0 is no momentum"
         )
 
-    def begin(self) -> Join:
+    def begin(self) -> CombineFn:
         before: Tensor | None = None
 
-        def join(
+        def combine(
             x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
         ) -> Prediction:
             nonlocal before
-            conditional, reference = predictions
-            step = conditional.x0 - reference.x0
+            conditional, baseline = predictions
+            step = conditional.x0 - baseline.x0
             if self.momentum:
                 step = step if before is None else step + self.momentum * before
                 before = step
@@ -63,8 +67,8 @@ class Project:
                 ratio(total(step * conditional.x0), total(conditional.x0.square()), 0.0)
                 * conditional.x0
             )
-            return moved(
+            return with_x0(
                 conditional, conditional.x0 + (w - 1) * (step - (1 - self.eta) * along), moment
             )
 
-        return join
+        return combine

@@ -1,0 +1,33 @@
+"""Classifier-free guidance: baseline + w (conditional - baseline).
+
+(Ho & Salimans 2022, arXiv:2207.12598, eq. 6.) It is linear, so it is the same in x0, eps, v and a
+flow's velocity. With a weaker network as the baseline it is autoguidance (Karras et al. 2024,
+arXiv:2406.02507).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sfumato.predict.guidance.guide import Moment
+from sfumato.predict.guidance.rules import CombineFn
+from sfumato.types import Prediction
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One baseline, no options."""
+
+    num_baselines = 1
+    always = False
+    consistent = True
+
+    def begin(self) -> CombineFn:
+        def combine(
+            x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
+        ) -> Prediction:
+            conditional, baseline = predictions
+            return conditional.away(baseline, w)
+
+        return combine

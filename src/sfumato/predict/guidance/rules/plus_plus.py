@@ -1,0 +1,37 @@
+"""CFG++: x0 is guided, and noised again with the baseline's eps.
+
+(Chung et al. 2024, arXiv:2406.08070, algorithm 2.) x0 = x0_base + w (x0_c - x0_base), eps =
+eps_base, with w = lambda in [0, 1]. The pair does not add up to x, so only samplers that use both
+halves as they are (trait `uses_x0_and_eps`: DDIM, Euler) can use it. There a step to (alpha_s,
+sigma_s) is that of plain guidance with w = lambda/(1 - e^-h), h the step in log(alpha/sigma).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sfumato.predict.guidance.guide import Moment
+from sfumato.predict.guidance.rules import CombineFn
+from sfumato.types import Prediction, mixed
+
+
+@dataclass(frozen=True)
+class PlusPlus:
+    """One baseline, no options.
+
+    w = 1 is full guidance here and not off, so the baseline is always needed.
+    """
+
+    num_baselines = 1
+    always = True
+    consistent = False
+
+    def begin(self) -> CombineFn:
+        def combine(
+            x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
+        ) -> Prediction:
+            conditional, baseline = predictions
+            return Prediction(mixed(conditional.x0, baseline.x0, w), baseline.eps)
+
+        return combine
