@@ -73,7 +73,7 @@ def sd35(batch: int, prepared: bool) -> Call:
     import torch
 
     from sfumato.inference.prepack import prepack
-    from sfumato.predict.networks._network import build, registered
+    from sfumato.predict.networks.base import build, registered
     from sfumato.types import Conditioning
 
     config = {

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sfumato.inference.prepack import can_prepack, compile_network, prepack
-from sfumato.predict.networks._network import build, registered
+from sfumato.predict.networks.base import build, registered
 from sfumato.types import Conditioning
 
 SD35_MEDIUM: dict[str, Any] = {

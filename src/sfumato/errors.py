@@ -41,6 +41,30 @@ def unknown(kind: str, value: object, known: Iterable[str]) -> UserError:
     )
 
 
+def quoted(text: str) -> str:
+    """Quote a text for an error message, without the middle of a long one."""
+    return repr(text if len(text) <= 80 else f"{text[:50]} ... {text[-25:]}")
+
+
+@contextmanager
+def usable_device(device: object) -> Iterator[None]:
+    """Turn torch's errors about a device into one `UserError`.
+
+    Args:
+        device: The device to which the body moves tensors, as the caller gave it.
+
+    Raises:
+        UserError: For a name that torch does not know and a device that is not there.
+    """
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:  # which of the two depends on the device's type
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"device {str(device)!r} cannot be used ({reason}): expected one such as cpu or cuda"
+        ) from error
+
+
 @contextmanager
 def explained(path: str | Path, kinds: tuple[type[Exception], ...] = WRONG) -> Iterator[None]:
     """Around what is built from a file's values: every error of these kinds that they lead to

@@ -42,13 +42,17 @@ from sfumato.errors import WRONG, UserError, explained
 from sfumato.io.atomic import read_table
 from sfumato.io.host_memory import parse_size
 from sfumato.model import LatentDiffusion
-from sfumato.predict.conditioners import reader_of, text_encoders
+from sfumato.predict.conditioners import (
+    conditioner_class,
+    text_conditioner_class,
+    text_encoder_classes,
+)
+from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.conditioners.class_embedding import ClassEmbedding
 from sfumato.predict.conditioners.class_labels import ClassLabels
-from sfumato.predict.conditioners.nothing import Nothing
+from sfumato.predict.conditioners.unconditional import Unconditional
 from sfumato.predict.denoiser import Denoiser
-from sfumato.predict.networks._network import Network
-from sfumato.registry import find
+from sfumato.predict.networks.base import Network
 from sfumato.sampling import Defaults
 
 NETWORK_PARTS = ("unet", "transformer")
@@ -375,25 +379,25 @@ def _check_process(where: Path, network: Any, process: Process) -> None:
 _NOTED = {"scheduler": SCHEDULER, "low_res_scheduler": LOW_RES}
 
 
-def _guidance(conditioner: Any) -> dict[str, Any]:
+def _guidance(conditioner: Conditioner) -> dict[str, Any]:
     """How strongly to follow what diffusers has no pipeline for: classes as in the paper's table 3
     (arXiv:2112.10752, LDM-4-G, s = 1.5).
     """
     if isinstance(conditioner, ClassEmbedding):
         return {"guidance": 1.5 if conditioner.unconditional else 1.0}
-    return {"guidance": 1.0} if isinstance(conditioner, Nothing) else {}
+    return {"guidance": 1.0} if not conditioner.is_conditional else {}
 
 
-def _conditioner(path: Path, parts: dict[str, Any], network: Any, how: _How) -> Any:
+def _conditioner(path: Path, parts: dict[str, Any], network: Network, how: _How) -> Conditioner:
     """What turns prompts into conditioning: the text encoders of the folder, or the conditioner
     that sfumato wrote; a network that is told nothing needs none.
     """
-    there = text_encoders(parts, path / "model_index.json")
-    if there:
-        return reader_of(there, path).from_folder(path, how.opened, how.variant)
+    encoders = text_encoder_classes(parts, path / "model_index.json")
+    if encoders:
+        return text_conditioner_class(encoders, path).from_folder(path, how.opened, how.variant)
     config = path / "conditioner" / "config.json"
-    if not config.exists() and not network.told:
-        return Nothing()
+    if not config.exists() and not network.is_conditional:
+        return Unconditional()
     if not config.exists() and parts.get("_class_name") == "DiTPipeline" and network.classes > 1:
         with explained(path / "model_index.json"):
             return ClassLabels.from_id2label(parts.get("id2label"), network.classes - 1)
@@ -402,26 +406,20 @@ def _conditioner(path: Path, parts: dict[str, Any], network: Any, how: _How) -> 
             f"{path} has neither a text encoder nor a conditioner/config.json: nothing there reads prompts"
         )
     with explained(config):
-        values = read_table(config)
-        kind = find("predict.conditioners", values.get("_class_name", ""))
-        return (
-            kind.from_folder(path, how.dtype)
-            if hasattr(kind, "from_folder")
-            else kind.from_config(values)
+        return conditioner_class(read_table(config).get("_class_name", "")).from_folder(
+            path, how.dtype
         )
 
 
-def _check_parts(path: Path, autoencoder: Autoencoder, network: Any, conditioner: Any) -> None:
+def _check_parts(
+    path: Path, autoencoder: Autoencoder, network: Any, conditioner: Conditioner
+) -> None:
     """`UserError` where the parts of a folder belong to different models."""
-    part, classes, text = (
-        network.part,
-        len(getattr(conditioner, "names", ())),
-        getattr(conditioner, "width", None),
-    )
+    part, classes, text = network.part, len(conditioner.class_names), conditioner.width
     channels, wide, vector = (
         autoencoder.space.channels,
         network.token_width,
-        getattr(conditioner, "vector_width", None),
+        conditioner.vector_width,
     )
     if network.channels != channels or network.in_channels < channels:
         found = f"{part} takes {network.in_channels} channels and gives {network.channels}, latents of vae have {channels}"
@@ -429,7 +427,7 @@ def _check_parts(path: Path, autoencoder: Autoencoder, network: Any, conditioner
         found = f"{part} attends to tokens of width {wide}, the text encoders give {text}"
     elif (
         text is None
-        and (network.classes or not network.told)
+        and (network.classes or not network.is_conditional)
         and network.classes != (classes + 1 if classes else 0)
     ):
         found = f"{part} has {network.classes} class embeddings, conditioner has {classes} classes (and one for none)"

@@ -26,7 +26,7 @@ from sfumato.decode.tiled import tiled
 from sfumato.decode.whole import check_latent, whole
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.run import SeededNoise, Step, check_finite, run_sampler
-from sfumato.errors import NumericalError, UserError, unknown
+from sfumato.errors import NumericalError, UserError, unknown, usable_device
 from sfumato.images import composite, to_pil, to_tensor
 from sfumato.inference.offload.model import (
     conditioner_state,
@@ -37,8 +37,9 @@ from sfumato.inference.offload.model import (
 )
 from sfumato.io.atomic import hash_json, hash_tensors
 from sfumato.io.host_memory import parse_size
+from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.denoiser import Denoiser, evaluate_calls
-from sfumato.predict.networks._network import Network
+from sfumato.predict.networks.base import Network
 from sfumato.registry import find
 from sfumato.sampling.plan import (
     Plan,
@@ -49,7 +50,7 @@ from sfumato.sampling.plan import (
     seeds_of,
     times_of,
 )
-from sfumato.sampling.request import ConditionerLike, Defaults, Prompt, Request, RequestFields
+from sfumato.sampling.request import Defaults, Prompt, Request, RequestFields
 from sfumato.sampling.run import append_distilled_guidance, plan_coroutine
 from sfumato.saving import save_model
 from sfumato.types import Conditioning, ImageSpec, Prediction
@@ -77,7 +78,7 @@ class LatentDiffusion:
 
     autoencoder: Autoencoder
     denoiser: Denoiser
-    conditioner: ConditionerLike
+    conditioner: Conditioner
     defaults: Defaults = field(default_factory=Defaults)
     name: str = "model"
     low_res: Process | None = None
@@ -469,7 +470,7 @@ class LatentDiffusion:
         """Conditioning of prompts alone; guidance-distilled networks get the model's own scale."""
         distilled = (
             self.defaults.distilled_guidance
-            if getattr(self.denoiser.network, "learned_guidance", False)
+            if getattr(self.denoiser.network, "guidance_embeds", False)
             else None
         )
         return append_distilled_guidance(
@@ -536,19 +537,19 @@ class LatentDiffusion:
         """The prompts of a class-conditional model, in the order of its labels; empty for
         others.
         """
-        return getattr(self.conditioner, "names", ())
+        return self.conditioner.class_names
 
     @cached_property
     def hash(self) -> str:
         """SHA-256 of all weights and settings that decide an image; defaults are not among them."""
-        texts = getattr(self.conditioner, "identity", self.conditioner.to_config)()
+        texts = self.conditioner.identity()
         configs = [self.autoencoder.to_config(), self.denoiser.network.to_config(), texts]  # pyright: ignore
         weights = [
             hash_tensors(network_state(m)) for m in (self.autoencoder, self.denoiser.network)
         ]
         if self.low_res is not None:
             configs.append(to_scheduler_config(self.low_res))
-        if hasattr(self.conditioner, "tensors"):
+        if self.conditioner.tensors():
             weights.append(hash_tensors(conditioner_state(self.conditioner)))
         return hash_json([configs, to_scheduler_config(self.denoiser.process), weights])
 
@@ -558,7 +559,7 @@ class LatentDiffusion:
         networks = {"autoencoder": self.autoencoder, "denoiser": self.denoiser.network}
         networks |= {
             f"text_encoder{end}": encoder.model
-            for end, encoder in getattr(self.conditioner, "encoders", {}).items()
+            for end, encoder in self.conditioner.encoders.items()
         }
         return {
             "name": self.name,
@@ -596,23 +597,13 @@ class LatentDiffusion:
             UserError: a device that there is not, or weights that are streamed
         """
         require_resident(self, "moving", "open it with device=")
-        try:
+        with usable_device(device):
             autoencoder, network = (
                 copy.deepcopy(m).to(device) for m in (self.autoencoder, self.denoiser.network)
             )
-        except (RuntimeError, AssertionError) as error:
-            # torch's words for a name that it does not know, or a device that is not there
-            raise UserError(
-                f"device {str(device)!r} cannot be used ({str(error).splitlines()[0]}): expected one such as cpu or cuda"
-            ) from error
-        move = getattr(self.conditioner, "to", None)  # merge: Conditioner.to
-        conditioner = self.conditioner if move is None else move(device)
-        return replace(
-            self,
-            autoencoder=autoencoder,
-            denoiser=replace(self.denoiser, network=network),
-            conditioner=conditioner,
-        )
+        denoiser = replace(self.denoiser, network=network)
+        conditioner = self.conditioner.to(device)
+        return replace(self, autoencoder=autoencoder, denoiser=denoiser, conditioner=conditioner)
 
     def optimized(self, compile: bool = False) -> "LatentDiffusion":
         """The same model with its network prepared for inference.

@@ -16,13 +16,14 @@ from sfumato.errors import unknown
 
 @cache
 def names(package: str) -> tuple[str, ...]:
-    """The names in a registered folder, e.g. `names("diffuse.samplers") == ("ddim", "ddpm")`.
-    Imports only the folder.
+    """List the names in a registered folder, e.g. `names("diffuse.samplers") == ("ddim", "ddpm")`.
+
+    Only the folder is imported. Files that begin with "_" and `base.py`, the folder's base class,
+    have no name.
     """
     module = importlib.import_module(f"sfumato.{package}")
-    return tuple(
-        sorted(m.name for m in pkgutil.iter_modules(module.__path__) if not m.name.startswith("_"))
-    )
+    files = (m.name for m in pkgutil.iter_modules(module.__path__))
+    return tuple(sorted(name for name in files if not name.startswith("_") and name != "base"))
 
 
 def find(package: str, name: str) -> Any:

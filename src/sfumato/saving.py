@@ -48,10 +48,7 @@ def _save_folder(model: Any, folder: str | Path, dtype: torch.dtype | None) -> N
         save_part(temporary / network.part, network, dtype)
         scheduler = _scheduler(model)
         _write(temporary / "scheduler" / "scheduler_config.json", scheduler)
-        if hasattr(model.conditioner, "save"):
-            model.conditioner.save(temporary, dtype)
-        else:
-            _write(temporary / "conditioner" / "config.json", model.conditioner.to_config())
+        model.conditioner.save(temporary, dtype)
         parts = {
             **entries,
             "_sfumato": {

@@ -28,7 +28,7 @@ def tokenizer(length: int = 77) -> Any:
 
 
 def bert_config(**fields: Any) -> Any:
-    from sfumato.predict.conditioners._ldm_bert import LDMBertConfig
+    from sfumato.predict.text_encoders.ldm_bert import LDMBertConfig
 
     small = {
         "vocab_size": len(WORDS),
@@ -50,9 +50,9 @@ def randomised(network: Any, seed: int) -> Any:
 
 
 def bert_text(**fields: Any) -> Any:
-    from sfumato.predict.conditioners._bert import BertEncoder
-    from sfumato.predict.conditioners._ldm_bert import LDMBert
     from sfumato.predict.conditioners.bert_text import BertText
+    from sfumato.predict.text_encoders.bert import BertEncoder
+    from sfumato.predict.text_encoders.ldm_bert import LDMBert
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -13,7 +13,7 @@ from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.class_names import ClassNames
-from sfumato.predict.conditioners.nothing import Nothing
+from sfumato.predict.conditioners.unconditional import Unconditional
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.sampling import Defaults
@@ -60,7 +60,7 @@ def build(
             if classes:
                 network.class_embedding.weight.mul_(3)
     names = PROCESSES[process]
-    conditioner = ClassNames(classes) if classes else Nothing()
+    conditioner = ClassNames(classes) if classes else Unconditional()
     denoiser = Denoiser(
         network.eval().requires_grad_(False),
         Process(schedule(names[0]), parameterization(names[1])),

@@ -1,4 +1,5 @@
-"""The contract of every conditioner: a file in predict/conditioners is tested by being there.
+"""The contract of every conditioner (`Conditioner`): a file in predict/conditioners is tested by
+being there.
 
 Each is built by its own `from_config` from EXAMPLE, a config with a field for every kind; what a
 conditioner does not know it ignores. One with weights is built by `from_folder` from a folder that
@@ -15,10 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sfumato.errors import UserError
+from sfumato.predict.conditioners import conditioner_class
+from sfumato.predict.conditioners.base import ClassConditioner, Conditioner
 from sfumato.predict.conditioners.class_names import ClassNames
-from sfumato.predict.conditioners.nothing import Nothing
+from sfumato.predict.conditioners.unconditional import Unconditional
 from sfumato.registry import find, names
 from sfumato.types import Conditioning, ImageSpec
 
@@ -34,27 +39,32 @@ FOLDERS |= {"flux_text": ("_text.py", "flux"), "flux2_text": ("_text.py", "flux2
 FOLDERS |= {"sentence_text": ("_text.py", "sentence")}
 every = pytest.mark.parametrize("name", CONDITIONERS)
 labelled = pytest.mark.parametrize(
-    "name", [name for name, c in CONDITIONERS.items() if hasattr(c, "from_labels")]
+    "name", [name for name, c in CONDITIONERS.items() if issubclass(c, ClassConditioner)]
 )
 
 
+def has_weights(name: str) -> bool:
+    """Whether a conditioner is opened from a folder and not from its config alone."""
+    return CONDITIONERS[name].from_config.__func__ is Conditioner.from_config.__func__
+
+
 @cache
-def opened(name: str) -> Any:
+def opened(name: str) -> Conditioner:
     file, kind = FOLDERS.get(name, ("_ldm.py", name))
     write = runpy.run_path(str(Path(__file__).with_name(file)))["write"]
     with tempfile.TemporaryDirectory() as folder:
         return CONDITIONERS[name].from_folder(write(Path(folder), kind))
 
 
-def build(name: str) -> Any:
-    if hasattr(CONDITIONERS[name], "from_folder"):
+def build(name: str) -> Conditioner:
+    if has_weights(name):
         return opened(name)
     return CONDITIONERS[name].from_config({"_class_name": name, **EXAMPLE})
 
 
-def prompts_of(conditioner: Any) -> list[str | None]:
-    """Something to ask for: the names it knows, or nothing."""
-    return [*getattr(conditioner, "names", ()), None, ""]
+def prompts_of(conditioner: Conditioner) -> list[str | None]:
+    """Something to ask for: the classes it has, or nothing."""
+    return [*conditioner.class_names, None, ""]
 
 
 def doors(conditioning: Conditioning) -> dict[str, torch.Tensor]:
@@ -75,7 +85,13 @@ def unmoved(told: Conditioning, untold: Conditioning) -> bool:
 
 
 def test_the_folder_is_the_registry() -> None:
-    assert {"class_names": ClassNames, "nothing": Nothing}.items() <= CONDITIONERS.items()
+    assert {
+        "class_names": ClassNames,
+        "unconditional": Unconditional,
+    }.items() <= CONDITIONERS.items()
+    assert all(
+        issubclass(cls, Conditioner) and cls.name == name for name, cls in CONDITIONERS.items()
+    )
 
 
 @every
@@ -83,16 +99,23 @@ def test_its_config_is_json_and_comes_back(name: str, tmp_path: Path) -> None:
     conditioner = build(name)
     config = json.loads(json.dumps(conditioner.to_config(), allow_nan=False))
     assert config["_class_name"] == name  # how `load` finds it again
-    cls = find("predict.conditioners", config["_class_name"])
-    if hasattr(cls, "from_folder"):
-        conditioner.save(tmp_path)
-        assert json.loads((tmp_path / "conditioner" / "config.json").read_text()) == config
-    again = cls.from_folder(tmp_path) if hasattr(cls, "from_folder") else cls.from_config(config)
+    cls = conditioner_class(config["_class_name"])
+    conditioner.save(tmp_path)
+    assert json.loads((tmp_path / "conditioner" / "config.json").read_text()) == config
+    again = cls.from_folder(tmp_path)
     assert again.to_config() == conditioner.to_config() and type(again) is type(conditioner)
+    assert (
+        again.identity() == conditioner.identity()
+        and again.tensors().keys() == conditioner.tensors().keys()
+    )
     assert equal(again(prompts_of(conditioner)), conditioner(prompts_of(conditioner)))
-    # weights are compared by their hash, not by ==
-    if is_dataclass(conditioner) and not hasattr(cls, "from_folder"):
-        assert again == conditioner
+    if has_weights(name):  # weights are compared by their hash, not by ==
+        with pytest.raises(
+            UserError, match=f"a {cls.__name__} has weights: open it with from_folder"
+        ):
+            cls.from_config(config)
+    else:
+        assert again == conditioner == cls.from_config(config)
 
 
 @every
@@ -117,7 +140,7 @@ def test_no_prompt_and_an_empty_one_are_the_null_condition(name: str, count: int
     null = conditioner.null(count)
     for prompt in (None, "", "  "):
         assert equal(conditioner([prompt] * count), null)
-    if hasattr(conditioner, "from_labels"):
+    if isinstance(conditioner, ClassConditioner):
         assert equal(conditioner.from_labels(torch.full((count,), -1)), null)
     assert all(len(v) == count for v in doors(null).values())
 
@@ -125,7 +148,8 @@ def test_no_prompt_and_an_empty_one_are_the_null_condition(name: str, count: int
 @labelled
 def test_labels_are_the_names_in_their_order(name: str) -> None:
     conditioner = build(name)
-    known = list(getattr(conditioner, "names", ()))
+    assert isinstance(conditioner, ClassConditioner)
+    known = list(conditioner.class_names)
     count = max(len(known), 1)
     assert equal(conditioner.from_labels(torch.arange(count)), conditioner(known or [None]))
 
@@ -160,22 +184,177 @@ def test_a_prompt_it_does_not_know_is_refused_in_one_sentence(name: str) -> None
 @every
 def test_it_is_frozen_and_has_its_docstrings(name: str) -> None:
     conditioner = build(name)
-    way_back = (
-        ("save", "from_folder", "to", "tensors", "identity", "index")
-        if hasattr(conditioner, "from_folder")
-        else ("from_config",)
-    )
-    for method in (
-        "__call__",
-        "null",
-        "to_config",
-        *way_back,
-        *(["from_labels"] if hasattr(conditioner, "from_labels") else []),
-    ):
-        assert getattr(type(conditioner), method).__doc__, method
+    for method, member in vars(Conditioner).items():
+        if not method.startswith("_") or method == "__call__":
+            assert isinstance(member, str) or getattr(type(conditioner), method).__doc__, method
     if is_dataclass(conditioner) and fields(conditioner):
         with pytest.raises(AttributeError):
             setattr(conditioner, fields(conditioner)[0].name, ())
+
+
+# ---- check ---------------------------------------------------------------------------------------
+
+LONG = "a cat sat on the mat, " * 200
+SPEC = Picture(64, 48)
+
+
+class Untouched(TorchDispatchMode):
+    """No tensor on the meta device, where all weights are, takes part in anything."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        assert not any(tensor.is_meta for tensor in tensors), f"{func} uses a weight"
+        return func(*args, **(kwargs or {}))
+
+
+def weightless(conditioner: Conditioner) -> Conditioner:
+    """The same with its weights on the meta device, and networks that cannot be run."""
+
+    def run(*args: Any, **more: Any) -> None:
+        raise AssertionError("a network is run")
+
+    away = conditioner.to("meta")
+    for encoder in away.encoders.values():
+        encoder.model.forward = run
+    return away
+
+
+def strict(conditioner: Conditioner) -> Conditioner:
+    """The same where it refuses long prompts, if it has that setting."""
+    settings: Any = getattr(conditioner, "config", None)
+    return (
+        replace(conditioner, config=replace(settings, truncation="refuse"))
+        if hasattr(settings, "truncation")
+        else conditioner
+    )
+
+
+def refused(call: Any, *given: Any) -> str | None:
+    """The sentence in which a call refuses its arguments."""
+    try:
+        call(*given)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+CALLS: list[tuple[Any, ...]] = [
+    (["a zebra on the moon"], SPEC),
+    (["a cat", None, ""], SPEC),
+    ([None], SPEC),
+    (["a cat"],),
+    (["0", "2"], SPEC),
+    (["4"], SPEC),
+    (["99999999999"], SPEC),
+    (["bag", "boots"], SPEC),
+    ("a cat", SPEC),
+    ([], SPEC),
+    ([LONG], SPEC),
+    ([None, LONG], SPEC),
+    (["a (cat:12)"], SPEC),
+    (["a [cat:dog:0.5]"], SPEC),
+    (["a cat"], SPEC, ["a dog"]),
+    (["a cat"], SPEC, [None]),
+    (["a cat"], SPEC, [LONG]),
+    (["a cat"], SPEC, ["a (dog:-11)"]),
+    (["a cat"], SPEC, ["a dog", "b"]),
+    ([None], SPEC, ["a dog"]),
+    (["a cat"], SPEC, "a dog"),
+    (["a cat"], SPEC, []),
+]
+
+
+@every
+def test_check_refuses_what_a_call_refuses_and_uses_no_weight(name: str) -> None:
+    conditioner = strict(build(name))
+    away = weightless(conditioner)
+    sentences = []
+    for call in CALLS:
+        with Untouched():
+            sentence = refused(away.check, *call)
+        assert sentence == refused(conditioner, *call), call
+        assert sentence is None or "\n" not in sentence
+        sentences.append(sentence)
+    assert None in sentences and any(sentences)
+    with Untouched():
+        for prompt in prompts_of(conditioner):
+            away.check([prompt], SPEC)
+
+
+@every
+def test_a_call_checks_first(name: str) -> None:
+    """What `check` refuses costs no forward pass: with networks that cannot be run the sentences
+    are the same.
+    """
+    conditioner = strict(build(name))
+    away = weightless(conditioner)
+    for call in CALLS:
+        sentence = refused(away.check, *call)
+        if sentence is not None:
+            with Untouched():
+                assert refused(away, *call) == sentence
+
+
+@every
+def test_it_says_its_widths(name: str) -> None:
+    """`width` and `vector_width` are those of what it makes, by which `load` compares a
+    network's.
+    """
+    conditioner = build(name)
+    made = conditioner(prompts_of(conditioner), SPEC)
+    assert conditioner.width == (None if made.tokens is None else made.tokens.shape[2])
+    assert conditioner.vector_width == (None if made.vector is None else made.vector.shape[1])
+    assert conditioner.is_conditional == bool(made.tensors)
+
+
+@every
+def test_a_copy_on_another_device_leaves_the_first(name: str) -> None:
+    conditioner = build(name)
+    moved = conditioner.to("meta")
+    assert type(moved) is type(conditioner) and moved.identity() == conditioner.identity()
+    assert (
+        all(tensor.is_meta for tensor in moved.tensors().values())
+        and moved.tensors().keys() == conditioner.tensors().keys()
+    )
+    assert not any(tensor.is_meta for tensor in conditioner.tensors().values())
+    same = conditioner.with_encoders(conditioner.encoders)
+    assert equal(same(prompts_of(conditioner)), conditioner(prompts_of(conditioner)))
+    if conditioner.tensors():
+        with pytest.raises(UserError, match="device 'nonsense' cannot be used"):
+            conditioner.to("nonsense")
+
+
+def test_names_of_earlier_versions_are_known() -> None:
+    for earlier in ("nothing", "Nothing"):
+        assert conditioner_class(earlier) is Unconditional
+    assert Unconditional().identity() == {"_class_name": "nothing"}, "a model keeps its hash"
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in CONDITIONERS if name.endswith("_text") and name != "bert_text"]
+)
+def test_settings_by_the_names_of_earlier_versions(name: str, tmp_path: Path) -> None:
+    conditioner: Any = strict(build(name))
+    conditioner.save(tmp_path)
+    file = tmp_path / "conditioner" / "config.json"
+    config = json.loads(file.read_text())
+    earlier = {
+        {"mask_padding": "masked", "truncation": "long"}.get(key, key): value
+        for key, value in config.items()
+    }
+    assert earlier != config
+    file.write_text(json.dumps(earlier))
+    again: Any = CONDITIONERS[name].from_folder(tmp_path)
+    assert again.config == conditioner.config and again.to_config() == config
+    settings = earlier | {
+        f"text_encoder{end}": encoder.identity() for end, encoder in conditioner.encoders.items()
+    }
+    assert again.identity() == settings, "a model keeps its hash"
+    file.write_text(json.dumps(config | {"long": "refuse"}))
+    with pytest.raises(
+        UserError, match="config fields long and truncation are one setting: give truncation alone"
+    ):
+        CONDITIONERS[name].from_folder(tmp_path)
 
 
 # ---- class names ---------------------------------------------------------------------------------

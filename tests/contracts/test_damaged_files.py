@@ -27,10 +27,10 @@ from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
 from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
-from sfumato.predict.conditioners._clip import ClipEncoder
 from sfumato.predict.conditioners.clip_text import ClipText
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.unet import UNet, UNetConfig
+from sfumato.predict.text_encoders.clip import ClipEncoder
 
 clip: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "_clip.py")))
 

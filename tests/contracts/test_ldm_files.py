@@ -21,10 +21,10 @@ from sfumato.checkpoints.names.ldm_vae import vae_rows
 from sfumato.checkpoints.names.rows import under
 from sfumato.checkpoints.original import Reading, gather, join, notes, split_tensors
 from sfumato.errors import NumericalError, UserError
-from sfumato.predict.conditioners._ldm_bert import LDMBert, LDMBertConfig
 from sfumato.predict.conditioners.bert_text import BertText
 from sfumato.predict.conditioners.class_embedding import ClassEmbedding, ClassEmbeddingConfig
-from sfumato.predict.networks._network import registered
+from sfumato.predict.networks.base import registered
+from sfumato.predict.text_encoders.ldm_bert import LDMBert, LDMBertConfig
 
 ldm: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_ldm.py"))))
 

@@ -37,7 +37,7 @@ from sfumato.io.atomic import read_tensors, write_tensors
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.class_names import ClassNames
-from sfumato.predict.conditioners.nothing import Nothing
+from sfumato.predict.conditioners.unconditional import Unconditional
 from sfumato.predict.denoiser import Denoiser, evaluate_calls
 from sfumato.registry import names
 from sfumato.sampling import Defaults, Request
@@ -1023,7 +1023,7 @@ def test_prompts_to_models_that_have_none(models: dict[str, LatentDiffusion]) ->
         models["flow-colour"].generate("bag")
     with pytest.raises(UserError, match="prompt 'bag': this model is unconditional"):
         models["flow-colour"].generate(negative_prompt="bag")
-    assert Nothing.from_config(Nothing().to_config()) == Nothing()
+    assert Unconditional.from_config(Unconditional().to_config()) == Unconditional()
 
 
 # ---- numbers that are not finite -----------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""Every network of the folder keeps the promises of `_network.py`: found by its file, built small
-from its own config.
+"""Every network of the folder keeps the promises of `base.py`: found by its file, built small from
+its own config.
 
 A new network is tested without being named here, as long as its config speaks the field's usual
 names (see SMALL).
@@ -25,7 +25,7 @@ from sfumato.kernels import batch_invariant
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.guidance_models.perturbed_attention import PerturbedAttention
 from sfumato.predict.guidance_models.skip_layers import SkipLayers, branches
-from sfumato.predict.networks._network import Network, build, registered
+from sfumato.predict.networks.base import Network, build, registered
 from sfumato.types import Conditioning
 
 SMALL: dict[str, Any] = {
@@ -93,7 +93,7 @@ def told(network: Network, n: int, size: tuple[int, int]) -> Conditioning:
         given = torch.eye(network.classes)[torch.arange(n) % network.classes]
     else:
         given = None if vector is None else 30 * normal(n, vector, seed=1).abs()
-    if network.learned_guidance:
+    if network.guidance_embeds:
         strength = 3 + torch.arange(n, dtype=torch.float32)[:, None]
         given = strength if given is None else torch.cat([given, strength], 1)
     extra = network.in_channels - network.channels
@@ -141,7 +141,7 @@ def test_all_that_comes_in_is_heard(name: str) -> None:
         assert not torch.allclose(network(x, t + 100, cond), y)
         for door in ("tokens", "vector"):
             value = getattr(cond, door)
-            if value is not None and network.told:
+            if value is not None and network.is_conditional:
                 changed = Conditioning(**_with(cond, door, value.roll(1, 0)))
                 assert not torch.allclose(network(x, t, changed), y), door
 
@@ -183,7 +183,7 @@ def test_what_is_missing_is_said_in_one_sentence(name: str) -> None:
     x, t, cond = inputs(network)
     for door in ("tokens", "vector"):
         if getattr(cond, door) is not None and (
-            door == "tokens" or network.classes or network.learned_guidance
+            door == "tokens" or network.classes or network.guidance_embeds
         ):
             with pytest.raises(UserError, match=door):
                 network(x, t, Conditioning(**_with(cond, door, None)))

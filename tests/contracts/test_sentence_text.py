@@ -25,7 +25,9 @@ from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
 from sfumato.errors import NumericalError, UserError
 from sfumato.model import LatentDiffusion
+from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.conditioners.sentence_text import SentenceText, SentenceTextConfig
+from sfumato.predict.conditioners.unconditional import Unconditional
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.modern_dit import ModernDiT, ModernDiTConfig
 from sfumato.predict.networks.unet import UNet, UNetConfig
@@ -69,9 +71,9 @@ def with_length(conditioner: SentenceText, length: int, **more: Any) -> Sentence
 def test_padding_makes_no_difference_where_it_is_masked_and_does_where_it_is_not(
     opened: SentenceText,
 ) -> None:
-    def words(length: int, masked: bool) -> Tensor:
+    def words(length: int, mask_padding: bool) -> Tensor:
         # [CLS] a red shirt [SEP]
-        return with_length(opened, length, masked=masked)(["a red shirt"]).tokens[0, :5]
+        return with_length(opened, length, mask_padding=mask_padding)(["a red shirt"]).tokens[0, :5]
 
     assert with_length(opened, 8)(["a red shirt"]).mask.tolist() == [[True] * 5 + [False] * 3]
     torch.testing.assert_close(words(5, True), words(96, True), rtol=1e-5, atol=1e-5)
@@ -103,12 +105,12 @@ def test_the_mean_of_what_counts_is_what_the_network_takes(opened: SentenceText)
 def test_what_it_cannot_read_is_refused_in_a_sentence(opened: SentenceText) -> None:
     with pytest.raises(
         UserError,
-        match=r"prompt 'dog dog .* has 70 tokens: expected at most 62; shorten it, set long='cut'",
+        match=r"prompt 'dog dog .* has 70 tokens: expected at most 62; shorten it, set truncation='cut'",
     ):
         opened(["dog " * 70])
     assert opened(["dog " * 62]).mask.all()
     assert torch.equal(
-        replace(opened, config=SentenceTextConfig(long="cut"))(["dog " * 70]).tokens,
+        replace(opened, config=SentenceTextConfig(truncation="cut"))(["dog " * 70]).tokens,
         opened(["dog " * 62]).tokens,
     )
     with pytest.raises(UserError, match="1 prompts for a second text encoder: this model has one"):
@@ -130,7 +132,7 @@ def test_what_it_cannot_read_is_refused_in_a_sentence(opened: SentenceText) -> N
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("long", "chunks"), ("max_sequence_length", 1), ("max_sequence_length", True)],
+    [("truncation", "chunks"), ("max_sequence_length", 1), ("max_sequence_length", True)],
 )
 def test_settings_that_cannot_be_are_refused(field: str, value: Any) -> None:
     with pytest.raises(UserError, match=field.split("_")[0]):
@@ -335,7 +337,9 @@ def autoencoder(kind: str) -> Any:
     )  # fmt: skip
 
 
-def dit(kind: str = "kl", conditioner: Any = None, width: int = 24) -> LatentDiffusion:
+def dit(
+    kind: str = "kl", conditioner: Conditioner = Unconditional(), width: int = 24
+) -> LatentDiffusion:
     """A transformer that reads tokens, every weight of it random: pictures of 8x8, latents of
     4x4.
     """
@@ -369,7 +373,7 @@ def test_a_model_comes_back_from_its_folder_and_its_file(
     kind: str, place: str, opened: SentenceText, tmp_path: Path
 ) -> None:
     model = dit(
-        kind, replace(opened, config=SentenceTextConfig(max_sequence_length=20, long="cut"))
+        kind, replace(opened, config=SentenceTextConfig(max_sequence_length=20, truncation="cut"))
     )
     wanted = picture(model)
     assert not torch.equal(wanted, picture(model, "the dog"))

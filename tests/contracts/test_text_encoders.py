@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sfumato.errors import NumericalError, UserError
-from sfumato.predict.conditioners._parts import read_settings
+from sfumato.predict.conditioners._text_base import read_settings
 from sfumato.predict.conditioners.flux2_text import Flux2Text, Flux2TextConfig
 from sfumato.predict.conditioners.flux_text import FluxText, FluxTextConfig
 from sfumato.predict.conditioners.sd3_text import Sd3Text, Sd3TextConfig
@@ -153,7 +153,7 @@ BAD: list[tuple[str, Change, str]] = [
     ("flux", gone("text_encoder_2"), "text_encoder_2/config.json is missing"),
     ("flux", table(CONFIG, architectures=["CLIPTextModelWithProjection"]), "expected clip_text_model, CLIPTextModel"),
     ("flux", gone("tokenizer_2"), "tokenizer_2 has no tokenizer: expected T5's"),
-    ("flux", table(OURS, _class_name="flux_text", long="chunks"), "unknown way with long prompts 'chunks': known are cut, refuse"),
+    ("flux", table(OURS, _class_name="flux_text", truncation="chunks"), "unknown truncation 'chunks': known are cut, refuse"),
     # FLUX.2
     ("flux2_dev", gone("text_encoder"), "text_encoder/config.json is missing"),
     ("flux2_dev", gone("tokenizer"), "tokenizer has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"),
@@ -307,7 +307,7 @@ def test_settings_are_those_the_models_were_trained_with(opened: dict[str, Any])
         "pixart_alpha": 120, "pixart_sigma": 300, "sd3": 256, "sd3_without_t5": 256, "flux": 512, "flux_schnell": 256, "flux2_dev": 512,
         "flux2_klein": 512,
     }  # fmt: skip
-    assert {kind for kind, config in found.items() if config.masked} == {
+    assert {kind for kind, config in found.items() if config.mask_padding} == {
         "pixart_alpha",
         "pixart_sigma",
     }
@@ -330,8 +330,8 @@ def test_settings_come_back_from_the_folder(
     config = replace(
         opened[kind].config,
         max_sequence_length=90,
-        masked=kind != "pixart_alpha",
-        long="cut",
+        mask_padding=kind != "pixart_alpha",
+        truncation="cut",
         **more,
     )
     replace(opened[kind], config=config).save(tmp_path)
@@ -344,7 +344,7 @@ def test_settings_come_back_from_the_folder(
     ("cls", "values", "words"),
     [
         *(
-            (cls, {"long": "chunks"}, "unknown way with long prompts 'chunks'")
+            (cls, {"truncation": "chunks"}, "unknown truncation 'chunks'")
             for cls in (T5TextConfig, Sd3TextConfig, FluxTextConfig)
         ),
         (
@@ -372,8 +372,8 @@ def test_settings_that_cannot_be_are_refused(cls: Any, values: dict[str, Any], w
 
 SETTINGS = [
     (T5TextConfig, "lower"),
-    (T5TextConfig, "masked"),
-    (FluxTextConfig, "long"),
+    (T5TextConfig, "mask_padding"),
+    (FluxTextConfig, "truncation"),
     (FluxTextConfig, "max_sequence_length"),
 ]
 SETTINGS += [
@@ -381,7 +381,7 @@ SETTINGS += [
     (Flux2TextConfig, "system_message"),
     (Sd3TextConfig, "joint_attention_dim"),
 ]
-SETTINGS += [(SentenceTextConfig, "masked"), (SentenceTextConfig, "max_sequence_length")]
+SETTINGS += [(SentenceTextConfig, "mask_padding"), (SentenceTextConfig, "max_sequence_length")]
 
 
 @pytest.mark.parametrize(("config", "field"), SETTINGS)
@@ -410,7 +410,7 @@ def test_a_prompt_that_does_not_fit_is_refused_with_its_counts(
 ) -> None:
     with pytest.raises(
         UserError,
-        match=r"prompt 'a cat sat .* has \d+ tokens: expected at most \d+; shorten it, set long='cut'",
+        match=r"prompt 'a cat sat .* has \d+ tokens: expected at most \d+; shorten it, set truncation='cut'",
     ) as caught:
         opened[kind](["a cat", LONG])
     has, most = map(
@@ -468,11 +468,11 @@ def test_masked_padding_changes_nothing_and_other_padding_does(
     trained, sees the padding.
     """
 
-    def rows(masked: bool, length: int) -> torch.Tensor:
-        config = replace(opened[kind].config, masked=masked, max_sequence_length=length)
+    def rows(mask_padding: bool, length: int) -> torch.Tensor:
+        config = replace(opened[kind].config, mask_padding=mask_padding, max_sequence_length=length)
         found = replace(opened[kind], config=config)(["a cat sat on the mat"])
-        assert (found.mask is not None) == masked
-        words = replace(opened[kind], config=replace(config, masked=True))(
+        assert (found.mask is not None) == mask_padding
+        words = replace(opened[kind], config=replace(config, mask_padding=True))(
             ["a cat sat on the mat"]
         ).mask
         assert (
@@ -514,7 +514,7 @@ def test_sd3_without_t5_has_zeros_in_its_place(opened: dict[str, Any]) -> None:
 
 
 def test_the_mask_of_sd3_counts_words_with_their_begin_and_end(opened: dict[str, Any]) -> None:
-    masked = replace(opened["sd3"], config=replace(opened["sd3"].config, masked=True))
+    masked = replace(opened["sd3"], config=replace(opened["sd3"].config, mask_padding=True))
     mask = masked(["a cat", "", "a cat " * 60]).mask
     assert mask[:, :77].sum(1).tolist() == [4, 2, 77]  # the tiny CLIP has "a" and "cat" whole
     assert mask[:2, 77:].sum(1).tolist() == [
@@ -522,7 +522,8 @@ def test_the_mask_of_sd3_counts_words_with_their_begin_and_end(opened: dict[str,
     ]
     assert (
         not replace(
-            opened["sd3_without_t5"], config=replace(opened["sd3_without_t5"].config, masked=True)
+            opened["sd3_without_t5"],
+            config=replace(opened["sd3_without_t5"].config, mask_padding=True),
         )(["a"])
         .mask[:, 77:]
         .any()
@@ -546,14 +547,14 @@ def test_the_frame_is_the_chat_s(opened: dict[str, Any]) -> None:
     dev, klein = opened["flux2_dev"], opened["flux2_klein"]
     said = dev.config.system_message
     assert (
-        dev.encoder.framed("a cat [IMG]", said)
+        dev.encoder.apply_template("a cat [IMG]", said)
         == f"<s>[SYSTEM_PROMPT]{said}[/SYSTEM_PROMPT][INST]a cat [/INST]"
     )
-    assert dev.encoder.framed("a cat", None) == "<s>[INST]a cat[/INST]"
-    assert klein.encoder.framed("a [IMG]", None) == (
+    assert dev.encoder.apply_template("a cat", None) == "<s>[INST]a cat[/INST]"
+    assert klein.encoder.apply_template("a [IMG]", None) == (
         "<|im_start|>user\na [IMG]<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )
-    assert klein.encoder.framed("a", "b").startswith(
+    assert klein.encoder.apply_template("a", "b").startswith(
         "<|im_start|>system\nb<|im_end|>\n<|im_start|>user\na<|im_end|>"
     )
     other = replace(dev, config=replace(dev.config, system_message="Look."))

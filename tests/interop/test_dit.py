@@ -19,7 +19,7 @@ from sfumato.checkpoints.folder import load_part, save_part
 from sfumato.errors import UserError
 from sfumato.predict.guidance_models._layer_replacement import replace_layers
 from sfumato.predict.guidance_models.perturbed_attention import self_attentions
-from sfumato.predict.networks._network import registered
+from sfumato.predict.networks.base import registered
 from sfumato.predict.networks.dit import DiT, DiTConfig
 from sfumato.predict.networks.pixart import PixArt, PixArtConfig
 from sfumato.types import Conditioning

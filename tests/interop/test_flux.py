@@ -21,8 +21,8 @@ from sfumato.errors import UserError
 from sfumato.inference.prepack import can_prepack, prepack
 from sfumato.kernels import batch_invariant
 from sfumato.nn.embeddings import from_patches, patches
-from sfumato.predict.networks import _streams
-from sfumato.predict.networks._network import registered
+from sfumato.predict.networks import _flux_base
+from sfumato.predict.networks.base import registered
 from sfumato.predict.networks.flux import FluxConfig, FluxTransformer
 from sfumato.predict.networks.flux2 import Flux2Config, Flux2Transformer
 from sfumato.types import Conditioning
@@ -120,7 +120,7 @@ def asked(
 ) -> tuple[Tensor, Conditioning]:
     """x and a conditioning that is another for each image."""
     vector = [normal(count, network.vector_width, seed=2)] if network.vector_width else []
-    vector += [torch.linspace(3.5, 1.25, count)[:, None]] if network.learned_guidance else []
+    vector += [torch.linspace(3.5, 1.25, count)[:, None]] if network.guidance_embeds else []
     extra = network.in_channels - network.channels
     cond = Conditioning(
         tokens=normal(count, LENGTH, TEXT, seed=1),
@@ -389,7 +389,7 @@ def test_full_sizes_run_on_the_meta_device(name: str) -> None:
         size = (128, 96) if "FLUX.1" in name else (64, 48)
         extra, width = (
             network.in_channels - network.channels,
-            (network.vector_width or 0) + network.learned_guidance,
+            (network.vector_width or 0) + network.guidance_embeds,
         )
         cond = Conditioning(
             tokens=torch.empty(1, 512, network.token_width),
@@ -489,8 +489,10 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
 @torch.inference_mode()
 def test_float16_stays_finite() -> None:
     big = torch.tensor([1e6, -1e6, 3.0])
-    assert torch.equal(_streams.limited(big), big)
-    assert torch.equal(_streams.limited(big.half()), torch.tensor([65504.0, -65504.0, 3.0]).half())
+    assert torch.equal(_flux_base.limited(big), big)
+    assert torch.equal(
+        _flux_base.limited(big.half()), torch.tensor([65504.0, -65504.0, 3.0]).half()
+    )
 
 
 @pytest.mark.parametrize("name", FLUX)
@@ -548,7 +550,7 @@ def test_exported() -> None:
             return self.network(x, t, Conditioning(tokens, vector=vector))
 
     given = (x, T, cond.tokens, cond.vector)
-    _streams._remembered.cache_clear()
+    _flux_base._remembered.cache_clear()
     with torch.no_grad():
         program = torch.export.export(Bare(), given, strict=False)
         close(program.module()(*given), network(x, T, cond))
@@ -556,7 +558,7 @@ def test_exported() -> None:
 
 COMPILED = """
 import torch
-from sfumato.predict.networks import _streams
+from sfumato.predict.networks import _flux_base
 from sfumato.predict.networks.flux2 import Flux2Config, Flux2Transformer
 from sfumato.types import Conditioning
 
@@ -566,7 +568,7 @@ network = Flux2Transformer(Flux2Config(**small, axes_dims_rope=(4, 4, 4, 4), gui
 x, t, cond = torch.randn(2, 8, 6, 4), torch.tensor([10.0, 900.0]), Conditioning(torch.randn(2, 5, 12), references=(torch.randn(2, 8, 3, 3),))
 with torch.no_grad():
     found = torch.compile(network, backend="eager", fullgraph=True)(x, t, cond)
-    assert _streams._remembered.cache_info().currsize == 0, "nothing of the compiler's is remembered"
+    assert _flux_base._remembered.cache_info().currsize == 0, "nothing of the compiler's is remembered"
     expected = network(x, t, cond)
 assert (found - expected).abs().max() < 1e-5 * expected.abs().max(), (found - expected).abs().max()
 """

@@ -41,11 +41,11 @@ from sfumato.diffuse.schedule import schedule
 from sfumato.errors import UserError
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
-from sfumato.predict.conditioners._bert import build_bert
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.guidance_models.skip_layers import branches
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.predict.networks.unet_2d import UNet2DConfig
+from sfumato.predict.text_encoders.bert import build_bert
 from sfumato.sampling import Defaults
 from sfumato.types import Conditioning
 
@@ -482,9 +482,9 @@ def unconditional(name: str, levels: int = 3) -> LatentDiffusion:
 
 
 def ldm_nothing() -> Any:
-    from sfumato.predict.conditioners.nothing import Nothing
+    from sfumato.predict.conditioners.unconditional import Unconditional
 
-    return Nothing()
+    return Unconditional()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

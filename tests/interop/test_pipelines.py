@@ -546,7 +546,8 @@ def test_single_files_both_ways(family: str, tmp_path: Path) -> None:
     folder = load(tmp_path / "folder")
     assert isinstance(folder.conditioner, ClipText)
     skipping = replace(
-        folder.conditioner, config=replace(folder.conditioner.config, clip_skip=1, long="refuse")
+        folder.conditioner,
+        config=replace(folder.conditioner.config, clip_skip=1, truncation="refuse"),
     )
     replace(folder, conditioner=skipping).save(tmp_path / "skips.safetensors")
     assert load(tmp_path / "skips.safetensors").conditioner.config == skipping.config, (

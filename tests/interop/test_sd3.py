@@ -741,7 +741,7 @@ def test_what_the_house_asks_a_network() -> None:
         2,
         "transformer",
     )
-    assert (network.token_width, network.vector_width, network.classes, network.told) == (
+    assert (network.token_width, network.vector_width, network.classes, network.is_conditional) == (
         12,
         10,
         0,

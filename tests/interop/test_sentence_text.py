@@ -63,7 +63,7 @@ def theirs(
 def test_states_and_mask_are_transformers_own(
     masked: bool, folder: Path, ours: SentenceText
 ) -> None:
-    found = replace(ours, config=SentenceTextConfig(masked=masked))(PROMPTS)
+    found = replace(ours, config=SentenceTextConfig(mask_padding=masked))(PROMPTS)
     states, mask = theirs(folder, PROMPTS, masked)
     assert found.tokens.dtype == torch.float32 and found.tokens.shape == (6, 64, 24) == (
         len(PROMPTS),
@@ -80,7 +80,7 @@ def test_states_and_mask_are_transformers_own(
 
 
 def test_a_long_prompt_is_cut_where_transformers_cuts_it(folder: Path, ours: SentenceText) -> None:
-    found = replace(ours, config=SentenceTextConfig(long="cut"))([LONG])
+    found = replace(ours, config=SentenceTextConfig(truncation="cut"))([LONG])
     states, mask = theirs(folder, [LONG])
     assert mask.all() and torch.equal(found.mask, mask)
     assert float((found.tokens - states).abs().max()) <= 1e-6 * float(states.abs().max())

@@ -47,14 +47,14 @@ from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
 from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
-from sfumato.predict.conditioners._clip import ClipEncoder
-from sfumato.predict.conditioners._t5 import T5Encoder
 from sfumato.predict.conditioners.class_labels import ClassLabels
 from sfumato.predict.conditioners.flux_text import FluxText, FluxTextConfig
 from sfumato.predict.conditioners.sd3_text import Sd3Text, Sd3TextConfig
 from sfumato.predict.denoiser import Denoiser
-from sfumato.predict.networks._network import build, registered
+from sfumato.predict.networks.base import build, registered
 from sfumato.predict.networks.sit import SiTConfig, SiTTransformer
+from sfumato.predict.text_encoders.clip import ClipEncoder
+from sfumato.predict.text_encoders.t5 import T5Encoder
 from sfumato.sampling import Defaults
 from sfumato.types import Conditioning
 

@@ -171,7 +171,7 @@ def test_second_prompts_go_where_diffusers_sends_them(
 def test_a_long_prompt_is_cut_where_diffusers_cuts_it(
     kind: str, ours: dict[str, Any], theirs: dict[str, Any]
 ) -> None:
-    cut = replace(ours[kind], config=replace(ours[kind].config, long="cut"))
+    cut = replace(ours[kind], config=replace(ours[kind].config, truncation="cut"))
     close(
         cut(["a cat", LONG, LONG + "and a dog"]),
         asked(theirs[kind], kind, ["a cat", LONG, LONG + "and a dog"]),

@@ -17,8 +17,9 @@ from sfumato.diffuse.run import SeededNoise
 from sfumato.diffuse.slerp import SlerpNoise, slerp
 from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
-from sfumato.predict.conditioners._between import between
-from sfumato.sampling import Plan, Request
+from sfumato.predict.conditioners import interpolate_conditioning
+from sfumato.sampling import Plan
+from sfumato.sampling.request import Request
 from sfumato.tasks.image_to_image import image_to_image
 from sfumato.tasks.interpolate import interpolate, interpolate_images
 from sfumato.tasks.refine import handover, refine
@@ -103,19 +104,19 @@ def test_conditions_between_two() -> None:
         Conditioning(tokens=c.tokens.expand(3, -1, -1), vector=c.vector.expand(3, -1))
         for c in (a, b)
     ]  # pyright: ignore
-    found = between(three[0], three[1], [0.0, 0.25, 1.0])
+    found = interpolate_conditioning(three[0], three[1], [0.0, 0.25, 1.0])
     for door in ("tokens", "vector"):
         ours, first, last = (getattr(c, door) for c in (found, a, b))
         assert torch.equal(ours[0], first[0]) and torch.equal(ours[2], last[0])
         assert torch.allclose(ours[1], 0.75 * first[0] + 0.25 * last[0], atol=1e-6)
-    same = between(a, a, [0.3])
+    same = interpolate_conditioning(a, a, [0.3])
     assert torch.equal(same.tokens, a.tokens) and torch.equal(same.vector, a.vector)  # pyright: ignore
 
 
 def test_prompts_of_different_lengths_are_attended_to_as_they_were_at_both_ends() -> None:
     draw = torch.Generator().manual_seed(0)
     a, b = (Conditioning(tokens=torch.randn(1, length, 4, generator=draw)) for length in (4, 6))
-    start, end = between(a, b, [0.0]), between(a, b, [1.0])
+    start, end = interpolate_conditioning(a, b, [0.0]), interpolate_conditioning(a, b, [1.0])
     assert (
         start.tokens is not None
         and end.tokens is not None
@@ -125,8 +126,8 @@ def test_prompts_of_different_lengths_are_attended_to_as_they_were_at_both_ends(
     assert start.tokens.shape == end.tokens.shape == (1, 12, 4)
     assert torch.allclose(attended(start.tokens), attended(a.tokens), atol=1e-6)
     assert torch.allclose(attended(end.tokens), attended(b.tokens), atol=1e-6)
-    with pytest.raises(UserError, match="conditions with masks"):
-        between(replace(a, mask=torch.ones(1, 4, dtype=torch.bool)), b, [0.5])
+    with pytest.raises(UserError, match="conditionings with masks"):
+        interpolate_conditioning(replace(a, mask=torch.ones(1, 4, dtype=torch.bool)), b, [0.5])
 
 
 # ---- variations ----------------------------------------------------------------------------------

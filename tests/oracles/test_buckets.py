@@ -34,7 +34,7 @@ from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
 from sfumato.errors import UserError
 from sfumato.io.atomic import hash_json, read_tensors
-from sfumato.predict.conditioners.nothing import Nothing
+from sfumato.predict.conditioners.unconditional import Unconditional
 from sfumato.predict.networks.modern_dit import ModernDiT, ModernDiTConfig
 from sfumato.train import AutoencoderRecipe, DenoiserRecipe
 from sfumato.train.batch_sampler import Order, batch_indices
@@ -485,7 +485,7 @@ def objective(
         process,
         cached,
         LatentSpace(2, 2, (0.0, 0.0), (1.0, 1.0)),
-        Nothing(),
+        Unconditional(),
         DenoiserLoss(drop=0),
     )
     if shapes is not None:

@@ -19,6 +19,7 @@ import sfumato
 from sfumato.compress.tiny import AutoencoderTiny
 from sfumato.errors import UserError
 from sfumato.io.atomic import hash_tensors
+from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.networks.dit import DiTConfig
 from sfumato.predict.networks.modern_dit import ModernDiT, ModernDiTConfig
 from sfumato.sampling import Defaults
@@ -39,15 +40,17 @@ LOOP = LoopSettings(
 )
 
 
-class Letters:
+class Letters(Conditioner):
     """A reader whose states are the letters' numbers: 12 positions of 3, padding is nonsense that a
     mask hides.
     """
 
+    name = "letters"
+
     def __init__(self, masked: bool = True):
         self.masked, self.asked = masked, []
 
-    def __call__(self, prompts: Sequence[str | None]) -> Conditioning:
+    def encode(self, prompts: Sequence[str | None], image_spec: Any, second: Any) -> Conditioning:
         self.asked += prompts
         codes = [[float(ord(c)) for c in f"^{p or ''}"] for p in prompts]
         tokens = torch.tensor([c + [-1e3] * (12 - len(c)) for c in codes])[
@@ -55,9 +58,6 @@ class Letters:
         ] * torch.tensor([1.0, 2.0, 0.5])
         mask = torch.tensor([[k < len(c) for k in range(12)] for c in codes])
         return Conditioning(tokens, mask if self.masked else None)
-
-    def identity(self) -> dict[str, Any]:
-        return {"_class_name": "letters"}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"scale": torch.tensor([1.0, 2.0, 0.5])}
@@ -104,12 +104,12 @@ def test_what_is_cut_off_changes_no_answer() -> None:
 
 def test_other_captions_are_other_data() -> None:
     one, same, other = (
-        Captions(Letters(), c).to_config() for c in (["a", "b"], ["a", "b"], ["b", "a"])
+        Captions(Letters(), c).identity() for c in (["a", "b"], ["a", "b"], ["b", "a"])
     )
     assert one == same != other
     retrained = Letters()
     retrained.tensors = lambda: {"scale": torch.tensor([1.0, 2.0, 0.25])}
-    assert Captions(retrained, ["a", "b"]).to_config() != one
+    assert Captions(retrained, ["a", "b"]).identity() != one
     with pytest.raises(UserError, match="no captions: expected one a picture"):
         Captions(Letters(), [])
 

@@ -23,9 +23,9 @@ from sfumato.diffuse.timesteps import timesteps
 from sfumato.diffuse.weighting import MODE_SCALES, draw_times
 from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
-from sfumato.predict.networks._network import Network
-from sfumato.sampling import Defaults, Request
+from sfumato.predict.networks.base import Network
 from sfumato.sampling.plan import tokens_of
+from sfumato.sampling.request import Defaults, Request
 from sfumato.train.objectives.denoiser import DenoiserLoss
 from sfumato.types import Conditioning
 
@@ -165,7 +165,7 @@ class Told(Network):
         self.heard: list[float] = []
         self.rows = 0
 
-    learned_guidance = True  # pyright: ignore[reportAssignmentType]
+    guidance_embeds = True  # pyright: ignore[reportAssignmentType]
     channels = in_channels = 2  # pyright: ignore[reportAssignmentType]
     sample_size = 8  # pyright: ignore[reportAssignmentType]
 

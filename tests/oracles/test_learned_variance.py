@@ -33,13 +33,13 @@ from sfumato.diffuse.vlb import bound
 from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.class_names import ClassNames
-from sfumato.predict.conditioners.nothing import Nothing
+from sfumato.predict.conditioners.unconditional import Unconditional
 from sfumato.predict.denoiser import Denoiser, evaluate_calls
 from sfumato.predict.guidance.guide import guide
 from sfumato.predict.guidance.rules.linear import Linear
 from sfumato.predict.guidance.settings import Guidance, build
 from sfumato.predict.guidance.weights.constant import Constant
-from sfumato.predict.networks._network import build as network_of
+from sfumato.predict.networks.base import build as network_of
 from sfumato.predict.networks.dit import DiTConfig
 from sfumato.predict.networks.modern_dit import ModernDiTConfig
 from sfumato.predict.networks.sit import SiTConfig
@@ -215,7 +215,7 @@ def objective(
 ) -> DenoiserObjective:
     space = LatentSpace(channels, 2, (0.0,) * channels, (1.0,) * channels)
     return DenoiserObjective(
-        network, process, Latents(normal(6, channels, 4, 4)), space, Nothing(), loss
+        network, process, Latents(normal(6, channels, 4, 4)), space, Unconditional(), loss
     )
 
 
@@ -278,7 +278,7 @@ def test_training_finds_the_true_variance() -> None:
         process,
         Latents(spread * normal(400, 1, 8, 8)),
         space,
-        Nothing(),
+        Unconditional(),
         DenoiserLoss(variance=1.0),
     )
     rule = torch.optim.Adam(network.parameters(), 0.1)

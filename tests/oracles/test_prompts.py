@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.predict.conditioners._chunks import BACK, Token, cut
-from sfumato.predict.conditioners._clip import ClipEncoder
+from sfumato.predict.conditioners._chunks import BACK, cut
 from sfumato.predict.conditioners._prompt import parse
-from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig, weighed
+from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig, weigh
+from sfumato.predict.text_encoders.clip import ClipEncoder, Token
 from sfumato.types import ImageSpec
 
 tiny: Any = SimpleNamespace(
@@ -291,11 +291,11 @@ def test_each_prompt_is_encoded_once(sd: ClipText, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_long_prompt_can_be_refused_and_nothing_is_cut_off(sd: ClipText) -> None:
-    strict = replace(sd, config=replace(sd.config, long="refuse"))
+    strict = replace(sd, config=replace(sd.config, truncation="refuse"))
     assert torch.equal(tokens(strict, CATS), tokens(sd, CATS))
     with pytest.raises(
         UserError,
-        match=r"prompt 'cat cat .* dog' has 76 tokens: expected at most 75; shorten it, or set long='chunks'",
+        match=r"prompt 'cat cat .* dog' has 76 tokens: expected at most 75; shorten it, or set truncation='chunks'",
     ):
         strict(["cat", CATS + "dog"])
     for count in (74, 75, 76, 149, 150, 151):  # the last word always shows
@@ -343,7 +343,7 @@ def test_a_weight_of_one_changes_no_bit_and_brackets_can_be_text(sd: ClipText) -
 
 def test_weights_that_leave_nothing_are_refused() -> None:
     with pytest.raises(UserError, match=r"weights \[-2.0\] leave nothing"):
-        weighed(torch.ones(3, 2), [Token(0, -2.0)])  # 1 - 2 + 1
+        weigh(torch.ones(3, 2), [Token(0, -2.0)])  # 1 - 2 + 1
 
 
 def test_half_precision_gives_float32_near_by(sdxl: ClipText) -> None:

@@ -34,7 +34,7 @@ from sfumato.diffuse.weighting import draw_times, loss_weight
 from sfumato.errors import NumericalError, UserError
 from sfumato.evaluate.features import load_features
 from sfumato.predict.conditioners.class_names import ClassNames
-from sfumato.predict.conditioners.nothing import Nothing
+from sfumato.predict.conditioners.unconditional import Unconditional
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.train import checkpoint
@@ -427,7 +427,7 @@ def denoiser(
 ) -> DenoiserObjective:
     torch.manual_seed(0)
     names = ("boot", "bag")
-    conditioner = Nothing() if latents.labels is None else ClassNames(names)
+    conditioner = Unconditional() if latents.labels is None else ClassNames(names)
     space = LatentSpace(2, 2, (0.5, -1.0), (2.0, 0.5))
     return DenoiserObjective(network or UNet(NET), process, latents, space, conditioner, loss)
 
@@ -515,11 +515,11 @@ def test_a_share_of_the_conditions_is_null(drop: float) -> None:
     assert torch.equal(vector[~null].argmax(1), (torch.arange(400) % 2)[~null])
 
 
-def test_a_conditioner_says_which_entry_of_the_batch_it_is_told_by() -> None:
+def test_a_conditioner_names_the_entry_of_the_batch_that_conditions() -> None:
     """By the pictures' numbers rows 1 and 3 are asked for, by their labels class 0 both times."""
 
     class Numbered(ClassNames):
-        told_by = "number"
+        batch_key = "number"
 
     latents, spy = Latents(torch.randn(4, 2, 8, 8), labels=torch.tensor([1, 0, 1, 0])), Spy()
     objective = denoiser(DenoiserLoss(drop=0.0), FLOW, latents, spy)

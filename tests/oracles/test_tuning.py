@@ -21,7 +21,7 @@ from sfumato.diffuse.schedule import schedule
 from sfumato.errors import UserError
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
-from sfumato.predict.conditioners.nothing import Nothing
+from sfumato.predict.conditioners.unconditional import Unconditional
 from sfumato.predict.denoiser import Denoiser
 from sfumato.sampling import Defaults
 from sfumato.train.timestep_search import (
@@ -64,7 +64,7 @@ def sharp() -> LatentDiffusion:
     tiny = build("flow", classes=())
     network = Sharp(tiny.denoiser.network.config).requires_grad_(False)
     denoiser = Denoiser(network, Process(schedule("flow"), parameterization("flow")))
-    return replace(tiny, denoiser=denoiser, conditioner=Nothing(), defaults=Defaults(steps=4))
+    return replace(tiny, denoiser=denoiser, conditioner=Unconditional(), defaults=Defaults(steps=4))
 
 
 def test_tuned_times_beat_every_fixed_spacing_on_unseen_images(sharp: LatentDiffusion) -> None:

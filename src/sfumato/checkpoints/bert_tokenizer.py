@@ -12,7 +12,7 @@ from typing import Any
 
 from sfumato.checkpoints.tokenizer import KEY
 from sfumato.errors import UserError
-from sfumato.predict.conditioners._bert import read_tokenizer
+from sfumato.predict.text_encoders.bert import load_tokenizer
 
 HUB = "bert-base-uncased"
 _FILES = ["vocab.txt", "tokenizer_config.json"]
@@ -50,7 +50,7 @@ def bert_tokenizer(length: int, folder: str | Path | None, notes: Mapping[str, s
     hub; `UserError` where there is none.
     """
     if folder is not None:
-        return read_tokenizer(Path(folder))
+        return load_tokenizer(Path(folder))
     if KEY in notes:
         from transformers import BertTokenizer
 
@@ -62,7 +62,7 @@ def bert_tokenizer(length: int, folder: str | Path | None, notes: Mapping[str, s
     for local in (True, False):
         place = _cached(local)
         if place is not None:
-            return read_tokenizer(place)
+            return load_tokenizer(place)
     raise UserError(
         "this file has a text transformer and no tokenizer, as all files in its layout, and BERT's is not on this machine: give its folder with "
         f"vocab.txt (tokenizer=...), or be online once ({HUB})"

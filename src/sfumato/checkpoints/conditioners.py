@@ -18,14 +18,14 @@ from sfumato.checkpoints import bert_tokenizer
 from sfumato.checkpoints.names.ldm_unet import is_plain
 from sfumato.checkpoints.original import Parts, Reading
 from sfumato.checkpoints.tokenizer import CONDITIONER, END, KEY, clip_tokenizer, packed
-from sfumato.config import read_config
 from sfumato.errors import UserError, explained
-from sfumato.predict.conditioners._bert import BertEncoder, build_bert
-from sfumato.predict.conditioners._clip import POSITIONS, PREFIX, ClipEncoder, build_model
+from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.conditioners.bert_text import BertText
 from sfumato.predict.conditioners.class_embedding import ClassEmbedding
 from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig
-from sfumato.predict.conditioners.nothing import Nothing
+from sfumato.predict.conditioners.unconditional import Unconditional
+from sfumato.predict.text_encoders.bert import BertEncoder, build_bert
+from sfumato.predict.text_encoders.clip import POSITIONS, PREFIX, ClipEncoder, build_clip
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class Source:
         return None if self.as_stored else self.dtype
 
 
-def has_original(network: Any, conditioner: Any) -> bool:
+def has_original(network: Any, conditioner: Conditioner) -> bool:
     """Whether models of such parts were published as single files, in a layout of `original.py`."""
-    if isinstance(conditioner, Nothing):
+    if not conditioner.is_conditional:
         return is_plain(network.to_config())
     return isinstance(conditioner, ClipText | BertText | ClassEmbedding)
 
 
-def to_parts(conditioner: Any) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
+def to_parts(conditioner: Conditioner) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
     """Config and tensors of each part that a conditioner has in a single file."""
     if isinstance(conditioner, ClipText):
         return {
@@ -77,7 +77,7 @@ def to_parts(conditioner: Any) -> dict[str, tuple[dict[str, Any], dict[str, Tens
     return {}
 
 
-def to_notes(conditioner: Any) -> dict[str, str]:
+def to_notes(conditioner: Conditioner) -> dict[str, str]:
     """What goes into the file's metadata, because the layout has no place for it."""
     found = {CONDITIONER: json.dumps(conditioner.to_config())}
     if isinstance(conditioner, ClipText):
@@ -87,11 +87,11 @@ def to_notes(conditioner: Any) -> dict[str, str]:
     return found
 
 
-def from_parts(parts: Parts, source: Source) -> Any:
+def from_parts(parts: Parts, source: Source) -> Conditioner:
     """What reads prompts for a file's networks; `UserError` where nothing does."""
     known = parts.networks.keys() - {"unet", "vae"}
     if not known and is_plain(parts.networks["unet"].config):
-        return Nothing()
+        return Unconditional()
     if known == {"bert"}:
         return _bert(parts, source)
     if known == {"class_embedder"}:
@@ -135,7 +135,7 @@ def _clip(parts: Parts, source: Source) -> ClipText:
             for key, tensor in part.tensors.items()
             if not key.endswith(POSITIONS)
         }
-        model = build_model(part.config, tensors, projected, source.opened, path, path)
+        model = build_clip(part.config, tensors, projected, source.opened, path, path)
         # as they were trained
         pad = END if parts.family.startswith(("sd1", "sdxl")) and not projected else "!"
         # the libraries raise anything about a vocabulary that is none
@@ -149,7 +149,5 @@ def _clip(parts: Parts, source: Source) -> ClipText:
         "requires_aesthetics_score": ends == ["_2"],
     }
     with explained(path):
-        settings = read_config(
-            ClipTextConfig, flags | json.loads(source.notes.get(CONDITIONER, "{}")), {}
-        )
+        settings = ClipTextConfig.from_dict(flags | json.loads(source.notes.get(CONDITIONER, "{}")))
     return ClipText(encoders.get(""), encoders.get("_2"), settings)

@@ -34,7 +34,7 @@ from sfumato.io.safetensors import (
     require_finite,
     unscaled,
 )
-from sfumato.predict.networks._network import Network, registered
+from sfumato.predict.networks.base import Network, registered
 
 STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"

@@ -22,6 +22,7 @@ from sfumato.checkpoints.whole_files import LazyPart, read_whole, write_whole
 from sfumato.checkpoints.whole_texts import TOKENIZERS, pack_tokenizers
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.errors import UserError, explained
+from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.conditioners.flux_text import FluxText
 from sfumato.predict.conditioners.sd3_text import Sd3Text
 
@@ -44,7 +45,7 @@ _T5 = (
 """Fields of text encoders that change states; sizes are held against the tensors."""
 
 
-def has_whole(network: Any, conditioner: Any, process: Any) -> bool:
+def has_whole(network: Any, conditioner: Conditioner, process: Any) -> bool:
     """Whether models of such parts were published as whole files."""
     kind = KINDS.get(network.to_config()["_class_name"])
     return (
@@ -68,7 +69,7 @@ def read_configs(notes: Mapping[str, str], where: object) -> dict[str, Any]:
 
 
 def write_model(
-    network: Any, autoencoder: Any, conditioner: Any, dtype: torch.dtype | None
+    network: Any, autoencoder: Any, conditioner: Conditioner, dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     """Tensors under their original names, and notes; None where a reader without the notes would
     find another model.

@@ -20,15 +20,15 @@ from sfumato.checkpoints.conditioners import Source
 from sfumato.checkpoints.names.pipeline_transformer import transformer_defaults
 from sfumato.checkpoints.tokenizer import CONDITIONER, MODEL, SCHEDULER
 from sfumato.checkpoints.whole_files import TOWERS, LazyPart
-from sfumato.config import read_config
 from sfumato.errors import WRONG, UserError, explained
 from sfumato.io.atomic import read_table
-from sfumato.predict.conditioners import _clip, _t5
-from sfumato.predict.conditioners._clip import POSITIONS, PREFIX, ClipEncoder, build_model
-from sfumato.predict.conditioners._parts import require_transformers
-from sfumato.predict.conditioners._t5 import SPIECE, T5Encoder, build_t5
+from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.conditioners.flux_text import SCHNELL, FluxText, FluxTextConfig
 from sfumato.predict.conditioners.sd3_text import Sd3Text, Sd3TextConfig
+from sfumato.predict.text_encoders import clip, t5
+from sfumato.predict.text_encoders.base import require_transformers
+from sfumato.predict.text_encoders.clip import POSITIONS, PREFIX, ClipEncoder, build_clip
+from sfumato.predict.text_encoders.t5 import SPIECE, T5Encoder, build_t5
 
 TOKENIZERS = "sfumato.tokenizers"
 """Metadata of files that sfumato wrote: the tokenizers' folders."""
@@ -57,14 +57,12 @@ def read_texts(
     with explained(source.path):
         noted = json.loads(source.notes.get(CONDITIONER, "{}"))
         if family == "flux":
-            told = {} if network.learned_guidance else {"max_sequence_length": SCHNELL}
+            told = {} if network.guidance_embeds else {"max_sequence_length": SCHNELL}
             return FluxText(
-                read["text_encoder"],
-                read["text_encoder_2"],
-                read_config(FluxTextConfig, told | noted, {}),
+                read["text_encoder"], read["text_encoder_2"], FluxTextConfig.from_dict(told | noted)
             )
         told = {} if "text_encoder_3" in read else {"joint_attention_dim": network.token_width}
-        settings = read_config(Sd3TextConfig, told | noted, {})
+        settings = Sd3TextConfig.from_dict(told | noted)
         return Sd3Text(
             read["text_encoder"], read["text_encoder_2"], read.get("text_encoder_3"), settings
         )
@@ -74,19 +72,19 @@ def _encoder(name: str, part: LazyPart, folder: Path, source: Source) -> Any:
     """One encoder with the tokenizer of a folder."""
     path, tensors = source.path, {key: lazy.make() for key, lazy in part.tensors.items()}
     if name == "t5xxl":
-        opened = _t5.read_tokenizer(folder)
+        opened = t5.load_tokenizer(folder)
         model = build_t5(part.config, tensors, source.opened, path, path, lambda: True)
         spiece = (folder / SPIECE).read_bytes() if (folder / SPIECE).exists() else None
         with explained(path):
             return T5Encoder(opened, model, spiece)
     opened, projected = (
-        _clip.read_tokenizer(folder),
+        clip.load_tokenizer(folder),
         part.config["architectures"] == ["CLIPTextModelWithProjection"],
     )
     bare: dict[str, Tensor] = {
         k.removeprefix(PREFIX): v for k, v in tensors.items() if not k.endswith(POSITIONS)
     }
-    model = build_model(part.config, bare, projected, source.opened, path, path, lambda: True)
+    model = build_clip(part.config, bare, projected, source.opened, path, path, lambda: True)
     with explained(path):
         return ClipEncoder(opened, model, projected)
 
@@ -140,7 +138,7 @@ def unpack_tokenizers(
     return names
 
 
-def pack_tokenizers(conditioner: Sd3Text | FluxText) -> str:
+def pack_tokenizers(conditioner: Conditioner) -> str:
     """The tokenizers' folders, for the metadata of a file."""
     packed: dict[str, dict[str, str]] = {}
     for end, encoder in conditioner.encoders.items():
@@ -148,9 +146,8 @@ def pack_tokenizers(conditioner: Sd3Text | FluxText) -> str:
             folder = Path(temporary)
             encoder.tokenizer.save_pretrained(folder)
             packed[f"tokenizer{end}"] = _packed(folder)
-        spiece = getattr(encoder, "spiece", None)
-        if spiece is not None:
-            packed[f"tokenizer{end}"][SPIECE] = base64.b64encode(spiece).decode()
+        if isinstance(encoder, T5Encoder) and encoder.spiece is not None:
+            packed[f"tokenizer{end}"][SPIECE] = base64.b64encode(encoder.spiece).decode()
     return json.dumps(packed, sort_keys=True)
 
 

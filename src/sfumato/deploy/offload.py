@@ -29,7 +29,7 @@ from sfumato.errors import WRONG, UserError
 from sfumato.io import host_memory
 from sfumato.io.atomic import read_table
 from sfumato.io.safetensors import find_weights
-from sfumato.predict.networks._network import Network
+from sfumato.predict.networks.base import Network
 from sfumato.types import Conditioning
 
 STEMS = (("diffusion_pytorch_model", None), ("model", "pytorch_model"))
@@ -252,7 +252,7 @@ def _conditions(network: Network, rows: int, dtype: torch.dtype) -> Conditioning
     if joined and each:  # six numbers beside the pooled text, or SDXL's refiner's five
         numbers = 6 if joined - 6 * each > 0 and (joined - 6 * each) % 256 == 0 else 5
         joined += numbers - numbers * each
-    vector = (joined or network.vector_width or network.classes or 0) + network.learned_guidance
+    vector = (joined or network.vector_width or network.classes or 0) + network.guidance_embeds
     return Conditioning(tokens, vector=torch.empty(rows, vector, device="meta") if vector else None)
 
 

@@ -19,12 +19,11 @@ from sfumato.diffuse.timesteps import check_times, timesteps
 from sfumato.errors import UserError, unknown
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.guidance.settings import Guidance
-from sfumato.predict.networks._network import Network
+from sfumato.predict.networks.base import Network
 from sfumato.predict.wrappers.feature_cache import check_cache, require_cuttable
 from sfumato.predict.wrappers.known_region import check_fits, check_region
 from sfumato.predict.wrappers.multidiffusion import check_windows
 from sfumato.registry import find, names
-from sfumato.sampling._conditioner import check_prompts, fills_vector, masks_padding
 from sfumato.sampling.request import (
     DECODINGS,
     Model,
@@ -234,7 +233,7 @@ def _guidance(model: Model, request: Request) -> tuple[Guidance, float | None]:
     guidance = (
         defaults.guidance_settings if request.guidance is None else Guidance.parse(request.guidance)
     )
-    if not getattr(model.denoiser.network, "learned_guidance", False):
+    if not getattr(model.denoiser.network, "guidance_embeds", False):
         if distilled is not None:
             raise UserError(
                 f"distilled_guidance={distilled}: this model is not guidance-distilled; expected guidance={distilled}"
@@ -337,7 +336,7 @@ def without_guidance(model: Model, request: Request) -> Request:
     if request.guidance is not None:
         return request
     distilled = request.distilled_guidance
-    if distilled is None and getattr(model.denoiser.network, "learned_guidance", False):
+    if distilled is None and getattr(model.denoiser.network, "guidance_embeds", False):
         distilled = model.defaults.distilled_guidance
     return replace(request, guidance=1.0, distilled_guidance=distilled)
 
@@ -370,7 +369,7 @@ def _read_prompts(
         name: str, prompt: Prompt, second: Prompt, image_spec: ImageSpec
     ) -> tuple[Prompts, Prompts | None]:
         if second is not None:
-            if len(getattr(model.conditioner, "encoders", {})) < 2:
+            if len(model.conditioner.encoders) < 2:
                 raise UserError(
                     f"{name}_2 {second!r}: this model has no second text encoder to read it, put everything into {name}"
                 )
@@ -379,7 +378,7 @@ def _read_prompts(
                     f"{name}_2 {second!r} without {name}: say what the first text encoder reads too; '' is no words"
                 )
         first, other = prompt_list(prompt, n), None if second is None else prompt_list(second, n)
-        check_prompts(model.conditioner, first, image_spec, other)
+        model.conditioner.check(first, image_spec, other)
         return tuple(first), None if other is None else tuple(other)
 
     prompts, prompts_2 = pair("prompt", request.prompt, request.prompt_2, spec)
@@ -393,7 +392,7 @@ def _read_prompts(
             raise UserError(
                 f"prompt_mix with a list of prompts ({request.prompt!r}): expected one text for all images at each end"
             )
-        if masks_padding(model.conditioner):
+        if model.conditioner.masks_padding:
             raise UserError(
                 "conditions with masks (of padded words, as PixArt's) or pictures have nothing between them: expected one prompt for all images; "
                 "between two seeds or pictures there is a way"
@@ -549,7 +548,7 @@ def _check_network(
 ) -> None:
     """Raise `UserError` for inputs that the network lacks or ignores, and for sizes."""
     network, parts, vector = model.denoiser.network, concat_parts(request), request.vector
-    fills = fills_vector(model.conditioner)
+    fills = model.conditioner.vector_width is not None
     if vector is not None and fills:
         raise UserError("this model's conditioner fills the vector itself: expected vector=None")
     if not isinstance(network, Network):  # another's: it checks its inputs itself
@@ -563,7 +562,7 @@ def _check_network(
                 "take a mask, a picture or a depth map need the task that gives it"
             )
     width = network.vector_width or network.classes
-    if vector is None and width and fills is False:
+    if vector is None and width and not fills:
         raise UserError(
             f"{kind} needs a vector of {width} numbers, which this model's conditioner does not give: use the task that gives it"
         )

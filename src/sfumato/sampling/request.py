@@ -15,11 +15,12 @@ from torch import Tensor
 from sfumato.compress.base import Autoencoder
 from sfumato.diffuse.timesteps import SPACINGS, check_times
 from sfumato.errors import UserError, unknown
+from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.guidance.settings import Guidance
 from sfumato.registry import find
 from sfumato.spec import Spec, options_of
-from sfumato.types import Conditioning, ImageSpec
+from sfumato.types import ImageSpec
 
 Prompt = str | None | Sequence[str | None]
 DECODINGS = ("whole", "exact", "tiled")
@@ -111,17 +112,6 @@ class Defaults:
         )
 
 
-class ConditionerLike(Protocol):
-    # merge: predict.conditioners.base.Conditioner
-    """A conditioner, as far as sampling calls it."""
-
-    def __call__(
-        self, prompts: Sequence[str | None], image_spec: ImageSpec | None = None, /
-    ) -> Conditioning: ...
-
-    def to_config(self) -> dict[str, Any]: ...
-
-
 class Model(Protocol):
     """A `LatentDiffusion`, as far as sampling and tasks read it."""
 
@@ -132,7 +122,7 @@ class Model(Protocol):
     def denoiser(self) -> Denoiser: ...
 
     @property
-    def conditioner(self) -> ConditionerLike: ...
+    def conditioner(self) -> Conditioner: ...
 
     @property
     def defaults(self) -> Defaults: ...

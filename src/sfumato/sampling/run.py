@@ -6,7 +6,6 @@ Nothing of the request is checked here: `plan.py` has done so.
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from sfumato.batching import DenoiseCalls, DenoiseFn
 from sfumato.diffuse.run import SeededNoise, Step, sampler_coroutine
 from sfumato.diffuse.samplers import calls
 from sfumato.diffuse.slerp import SlerpNoise
-from sfumato.predict.conditioners._between import between
+from sfumato.predict.conditioners import interpolate_conditioning
 from sfumato.predict.guidance.settings import build
 from sfumato.predict.wrappers.feature_cache import feature_cache
 from sfumato.predict.wrappers.known_region import finish as restore_region
@@ -150,7 +149,7 @@ def _encode_prompts(model: Model, plan: Plan) -> Conditioning:
     if plan.request.prompt_mix is None:
         return condition
     prompt, shares = plan.request.prompt_mix
-    return between(
+    return interpolate_conditioning(
         condition, encode(model, (prompt,) * plan.n, plan.prompts_2, plan.image_spec), shares
     )
 
@@ -159,10 +158,7 @@ def encode(
     model: Model, prompts: Prompts, prompts_2: Prompts | None, image_spec: ImageSpec
 ) -> Conditioning:
     """Encode prompts, and `prompts_2` for the second text encoder."""
-    if prompts_2 is None:
-        return model.conditioner(list(prompts), image_spec).to(model.device)
-    conditioner = cast("Any", model.conditioner)  # merge: Conditioner takes second prompts
-    return conditioner(list(prompts), image_spec, list(prompts_2)).to(model.device)
+    return model.conditioner(prompts, image_spec, prompts_2).to(model.device)
 
 
 def append_distilled_guidance(

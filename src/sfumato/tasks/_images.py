@@ -13,7 +13,7 @@ from torch import Tensor
 from sfumato.errors import UserError, unknown
 from sfumato.images import to_tensor
 from sfumato.model import LatentDiffusion
-from sfumato.predict.networks._network import Network
+from sfumato.predict.networks.base import Network
 from sfumato.sampling.plan import Plan, latent_shape
 from sfumato.sampling.request import Request
 from sfumato.sampling.run import noise_source

@@ -1,7 +1,7 @@
 """A series of images between two prompts, seeds or images, or several of these.
 
-Prompts: the conditioning goes straight from one to the other (`predict/conditioners/_between.py`).
-Seeds: all noise goes along the arc from one seed's to the other's (`diffuse/blend.py`). Images:
+Prompts: the conditioning goes straight from one to the other (`predict/conditioners/_interpolate.py`).
+Seeds: all noise goes along the arc from one seed's to the other's (`diffuse/slerp.py`). Images:
 their latents, then noised to the run's first time, or the noise that DDIM inversion gives for them,
 go along the arc. The first and the last image are those of the plain requests at both ends.
 """

@@ -83,7 +83,7 @@ def handover(
         before = schedule.point(time)
         time = own.at_noise_level(schedule.noise_level(time))
         scale = math.hypot(*own.point(time)) / math.hypot(*before)
-    if len(getattr(refiner.conditioner, "encoders", {})) < 2:
+    if len(refiner.conditioner.encoders) < 2:
         request = replace(request, prompt_2=None, negative_prompt_2=None)
     last = refiner.plan(replace(request, init_latent=None, noise=None))
     times = [time, *(t for t in last.timesteps if t < time)]

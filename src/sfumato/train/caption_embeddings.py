@@ -5,7 +5,7 @@ first step.
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Int
@@ -14,17 +14,10 @@ from torch import Tensor
 from sfumato.checkpoints.folder import index
 from sfumato.errors import UserError
 from sfumato.io.atomic import hash_json, hash_tensors
-from sfumato.predict.conditioners import reader_of, text_encoders
+from sfumato.predict.conditioners import text_conditioner_class, text_encoder_classes
+from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.conditioners.sentence_text import SentenceText
 from sfumato.types import Conditioning
-
-
-class Reader(Protocol):
-    """A conditioner that reads text."""
-
-    def __call__(self, prompts: Sequence[str | None], /) -> Conditioning: ...
-    def identity(self) -> dict[str, Any]: ...
-    def tensors(self) -> dict[str, Tensor]: ...
 
 
 @final
@@ -36,10 +29,10 @@ class Captions:
     a mask hides them. A conditioner without a mask keeps all.
     """
 
-    told_by = "number"
+    batch_key: ClassVar[str] = "number"
     """The entry of a batch that names its captions."""
 
-    def __init__(self, reader: Reader, captions: Sequence[str], batch_size: int = 64):
+    def __init__(self, reader: Conditioner, captions: Sequence[str], batch_size: int = 64):
         if not captions:
             raise UserError("no captions: expected one a picture")
         kinds = list(dict.fromkeys(["", *captions]))  # the empty prompt is row 0
@@ -54,7 +47,7 @@ class Captions:
             "weights": hash_tensors(reader.tensors()),
             "captions": hash_json(list(captions)),
         }
-        self._config = {"_class_name": "captions", **said}
+        self._identity = {"_class_name": "captions", **said}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -67,9 +60,9 @@ class Captions:
         """The empty prompt, `count` times."""
         return self._table[torch.zeros(count, dtype=torch.int64)]
 
-    def to_config(self) -> dict[str, Any]:
-        """What decides these conditions, as JSON."""
-        return self._config
+    def identity(self) -> dict[str, Any]:
+        """JSON of everything that decides these conditionings."""
+        return self._identity
 
 
 def _trimmed(table: Conditioning) -> Conditioning:
@@ -79,15 +72,15 @@ def _trimmed(table: Conditioning) -> Conditioning:
     return replace(table, tokens=table.tokens[:, :used].clone(), mask=table.mask[:, :used].clone())
 
 
-def open_reader(folder: str | Path) -> Any:
+def open_reader(folder: str | Path) -> Conditioner:
     """The text conditioner of a folder: a model's (diffusers' layout: what its `model_index.json`
     names), or a sentence encoder's own, with config.json, weights and tokenizer side by side.
     `UserError` for another.
     """
     folder = Path(folder).expanduser()
     if (folder / "model_index.json").exists():
-        return reader_of(
-            text_encoders(index(folder), folder / "model_index.json"), folder
+        return text_conditioner_class(
+            text_encoder_classes(index(folder), folder / "model_index.json"), folder
         ).from_folder(folder)
     if not (folder / "config.json").exists():
         raise UserError(

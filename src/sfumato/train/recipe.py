@@ -43,9 +43,9 @@ from sfumato.images import grid
 from sfumato.io.atomic import atomic_folder, hash_tensors, write_json
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.class_names import ClassNames
-from sfumato.predict.conditioners.nothing import Nothing
+from sfumato.predict.conditioners.unconditional import Unconditional
 from sfumato.predict.denoiser import Denoiser
-from sfumato.predict.networks._network import Network, build, network_of
+from sfumato.predict.networks.base import Network, build, network_of
 from sfumato.predict.networks.unet import UNetConfig
 from sfumato.sampling import Defaults
 from sfumato.train.caption_embeddings import Captions, open_reader
@@ -289,7 +289,7 @@ def _told(
     """What the network is told: the model's conditioner, the examples' conditions in training,
     prompts to show, fields of the network's config.
     """
-    if outline.learned_guidance:
+    if outline.guidance_embeds:
         raise UserError(
             "guidance_embeds=True: the strength of guidance is learned from another model, not from data; expected False"
         )
@@ -297,12 +297,12 @@ def _told(
         if images.class_names and images.labels is not None:
             names = ClassNames(images.class_names)
             return names, names, list(names.names), outline.class_fields(len(names.names))
-        if outline.told:
+        if outline.is_conditional:
             raise UserError(
                 f"a {type(outline).__name__} is told classes or text, and {images.name} has no classes: expected a folder for each class, "
                 "captions with --text, or a network that is told nothing"
             )
-        return Nothing(), Nothing(), [None], {}
+        return Unconditional(), Unconditional(), [None], {}
     if images.captions is None:
         raise UserError(
             f"text={text}, and {images.name} has no captions: expected a column or file of them; leave text out for classes"

@@ -14,6 +14,8 @@ from sfumato.checkpoints.names.pipeline_transformer import (
     transformer_defaults,
     transformer_entries,
 )
+from sfumato.predict.conditioners.base import Conditioner
+from sfumato.predict.conditioners.class_labels import ClassLabels
 
 _FAMILIES = {  # by (channels beyond the latent's, second encoder): the class
     (0, False): "StableDiffusionPipeline",
@@ -54,17 +56,16 @@ def autoencoder_unsaid(pipeline: Any) -> dict[str, Any]:
     return {"scaling_factor": 1.0} if pipeline == "LDMPipeline" else {}
 
 
-def pipeline_class(network: Any, conditioner: Any, references: int = 0) -> str:
+def pipeline_class(network: Any, conditioner: Conditioner, references: int = 0) -> str:
     """The name of diffusers' pipeline for these parts; "LatentDiffusion", which only sfumato opens,
     where it has none.
     """
     if network.part == "transformer":
         return transformer_class(network, conditioner, references) or "LatentDiffusion"
-    encoders = getattr(conditioner, "encoders", {})
-    kind = conditioner.to_config()["_class_name"]
+    encoders, kind = conditioner.encoders, conditioner.name
     if kind == "bert_text":
         return "LDMTextToImagePipeline"
-    if kind == "nothing" and network.to_config()["_class_name"] == "UNet2DModel":
+    if not conditioner.is_conditional and network.to_config()["_class_name"] == "UNet2DModel":
         return "LDMPipeline"
     if kind != "clip_text":  # diffusers has no U-Net that reads any other text encoder
         return "LatentDiffusion"
@@ -76,26 +77,17 @@ def pipeline_class(network: Any, conditioner: Any, references: int = 0) -> str:
     )
 
 
-def pipeline_index(network: Any, conditioner: Any, defaults: Any) -> dict[str, Any]:
+def pipeline_index(network: Any, conditioner: Conditioner, defaults: Any) -> dict[str, Any]:
     """The entries of model_index.json that depend on the kind of model. defaults: the model's."""
     name = pipeline_class(network, conditioner, defaults.max_reference_images)
-    if network.part == "transformer" and hasattr(conditioner, "index"):
-        return {
-            "_class_name": name,
-            **conditioner.index(),
-            **transformer_entries(name, defaults.guidance),
-        }
     if name == "LDMPipeline":
         return {"_class_name": name}
-    if name == "DiTPipeline":
+    if name == "DiTPipeline" and isinstance(conditioner, ClassLabels):
         return {"_class_name": name, "id2label": conditioner.to_id2label()}
-    if not hasattr(conditioner, "index"):
-        return {
-            "_class_name": name,
-            "conditioner": ["sfumato", conditioner.to_config()["_class_name"]],
-        }
     entries = {"_class_name": name, **conditioner.index()}
-    if name in _LDM or conditioner.to_config()["_class_name"] != "clip_text":
+    if network.part == "transformer":
+        return {**entries, **transformer_entries(name, defaults.guidance)}
+    if name in _LDM or conditioner.name != "clip_text":
         return entries
     if "XL" in name:
         return {**entries, "feature_extractor": _NOTHING, "image_encoder": _NOTHING}
@@ -115,6 +107,6 @@ def pipeline_defaults(index: dict[str, Any], network: Any) -> dict[str, Any]:
     """Steps and guidance with which diffusers runs a folder's pipeline."""
     if network.part == "transformer":
         return {"steps": 50, "guidance": 1.0} | transformer_defaults(
-            index, getattr(network, "learned_guidance", True)
+            index, getattr(network, "guidance_embeds", True)
         )
     return {"steps": 50, "guidance": 7.5} | _DEFAULTS.get(str(index.get("_class_name")), {})

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from sfumato.checkpoints.schedulers.spacing import format_spacing
+from sfumato.predict.conditioners.base import Conditioner
+from sfumato.predict.conditioners.t5_text import T5Text
 from sfumato.spec import Spec
 
 _NOTHING = [None, None]
@@ -36,11 +38,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 """By the beginning of a pipeline's name; the first that fits."""
 
 
-def transformer_class(network: Any, conditioner: Any, references: int = 0) -> str | None:
+def transformer_class(network: Any, conditioner: Conditioner, references: int = 0) -> str | None:
     """The pipeline for these parts; None where diffusers has none. references: how many pictures
     the model reads.
     """
-    kind, reader = network.to_config()["_class_name"], conditioner.to_config()["_class_name"]
+    kind, reader = network.to_config()["_class_name"], conditioner.name
     if (kind, reader) == ("SD3Transformer2DModel", "sd3_text"):
         return "StableDiffusion3Pipeline"
     if (kind, reader) == ("FluxTransformer2DModel", "flux_text"):
@@ -51,7 +53,7 @@ def transformer_class(network: Any, conditioner: Any, references: int = 0) -> st
             if "Mistral" in conditioner.index()["text_encoder"][1]
             else "Flux2KleinPipeline"
         )
-    if (kind, reader) == ("PixArtTransformer2DModel", "t5_text"):
+    if kind == "PixArtTransformer2DModel" and isinstance(conditioner, T5Text):
         return (
             "PixArtAlphaPipeline"
             if conditioner.config.max_sequence_length <= 120

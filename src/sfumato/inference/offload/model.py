@@ -5,13 +5,13 @@ inference/offload/streaming.py does it for one network. `model` in this module i
 """
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sfumato.errors import UserError
+from sfumato.errors import UserError, usable_device
 from sfumato.inference.offload.placeholders import materialized
 from sfumato.inference.offload.streaming import (
     MemoryBudget,
@@ -28,20 +28,10 @@ ROOM = 2**25
 
 def offloadable_networks(model: Any) -> dict[str, nn.Module]:
     """Return the networks of a model that can be offloaded, by component name."""
-    encoders = {name: encoder.model for name, encoder in _encoders(model.conditioner).items()}
-    return {"autoencoder": model.autoencoder, "denoiser": model.denoiser.network, **encoders}
-
-
-def _encoders(conditioner: Any) -> dict[str, Any]:
-    """Return the text encoders of a conditioner: its fields with a network called `model`."""
-    if not is_dataclass(conditioner):
-        return {}
-    values = {field.name: getattr(conditioner, field.name) for field in fields(conditioner)}
-    return {
-        name: value
-        for name, value in values.items()
-        if isinstance(getattr(value, "model", None), nn.Module)
+    encoders = {
+        f"encoder{end}": encoder.model for end, encoder in model.conditioner.encoders.items()
     }
+    return {"autoencoder": model.autoencoder, "denoiser": model.denoiser.network, **encoders}
 
 
 def denoiser_streamer(model: Any) -> WeightStreamer | None:
@@ -100,11 +90,11 @@ def offload_model(
         return clone
 
     encoders = {
-        name: replace(encoder, model=streaming(encoder.model, name))
-        for name, encoder in _encoders(model.conditioner).items()
+        end: replace(encoder, model=streaming(encoder.model, f"encoder{end}"))
+        for end, encoder in model.conditioner.encoders.items()
     }
-    conditioner = replace(model.conditioner, **encoders) if encoders else model.conditioner
-    if where.type != "cpu" and not encoders and hasattr(conditioner, "to"):
+    conditioner = model.conditioner.with_encoders(encoders)
+    if where.type != "cpu" and not encoders:
         conditioner = conditioner.to(where)
     offloaded = replace(
         model,
@@ -117,15 +107,9 @@ def offload_model(
 
 
 def _device(device: str | torch.device) -> torch.device:
-    try:
+    with usable_device(device):
         result = torch.device(device)
         torch.empty(0, device=result)
-    except (RuntimeError, AssertionError) as error:
-        # torch's message for an unknown name or a missing device
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"device {str(device)!r} cannot be used ({reason}): expected one such as cpu or cuda"
-        ) from error
     if result.type not in ("cpu", "cuda"):
         raise UserError(
             f"device {str(device)!r} with memory=: expected cpu or cuda, which weights can stream to"
@@ -158,6 +142,6 @@ def network_state(network: nn.Module) -> Mapping[str, Tensor]:
 def conditioner_state(conditioner: Any) -> Mapping[str, Tensor]:
     """Return a conditioner's weights by name, as `network_state`."""
     tensors = conditioner.tensors()
-    encoders = _encoders(conditioner).values()
+    encoders = conditioner.encoders.values()
     offloaded = any(streamer_of(encoder.model) is not None for encoder in encoders)
     return materialized(tensors) if offloaded else tensors

@@ -1,16 +1,9 @@
-"""Conditioners: prompts -> Conditioning. One file each, found by name; the class is the file's name
-in CamelCase.
+"""Conditioners: prompts -> Conditioning. One file each, found by its name; the class is the name in
+CamelCase.
 
-A conditioner has `__call__(prompts, picture=None) -> Conditioning`, `null(count, picture=None) ->
-Conditioning`, `from_labels(labels) -> Conditioning` where the data have labels, and `to_config()`.
-It comes back by `from_config(values)`; one with weights has `save(folder)` and
-`from_folder(folder)` instead, `to(device)`, `tensors()`, `identity()` (all that decides its
-answers, for hashing) and `index()` (its entries of model_index.json). One with several text
-encoders takes `prompts_2` beside, what those after the first read.
-
-A file whose conditioner has text encoders has a table READS: the parts that it reads, as {name in
-model_index.json: class}, a row for each combination that there is. By it the encoders of a folder
-find their conditioner.
+`base.py` has the class that all inherit. A file whose conditioner has text encoders has a table
+ENCODERS: {name in model_index.json: class of the network}, a row for each combination. By it the
+text encoders of a folder find their conditioner.
 """
 
 from collections.abc import Mapping
@@ -18,32 +11,56 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.errors import UserError, explained
+from sfumato.predict.conditioners._interpolate import (
+    interpolate_conditioning as interpolate_conditioning,
+)
+from sfumato.predict.conditioners.base import Conditioner
 from sfumato.registry import find, module_of, names
 
 _PACKAGE = "predict.conditioners"
+_RENAMED = {"nothing": "unconditional", "Nothing": "unconditional"}
+"""Names in conditioner/config.json of earlier versions, and today's."""
 
 
-def reader_of(encoders: Mapping[str, str], where: object) -> Any:
-    """The conditioner that reads by these encoders, {name in model_index.json: class}; `UserError`
-    that lists the known ones if none does.
+def conditioner_class(name: str) -> type[Conditioner]:
+    """The class of a conditioner's name, `_class_name` in conditioner/config.json.
+
+    Raises:
+        UserError: For an unknown name, with the known ones.
+    """
+    return find(_PACKAGE, _RENAMED.get(name, name))
+
+
+def text_conditioner_class(encoders: Mapping[str, str], source: object) -> type[Conditioner]:
+    """The class of the conditioner that has these text encoders.
+
+    Args:
+        encoders: {name in model_index.json: class of the network}, as `text_encoder_classes` gives
+        it. source: Where they are from, for the message.
+
+    Raises:
+        UserError: For a combination that no conditioner has, with the known ones.
     """
     known = []
     for file in names(_PACKAGE):
-        for row in getattr(module_of(_PACKAGE, file), "READS", ()):
+        for row in getattr(module_of(_PACKAGE, file), "ENCODERS", ()):
             if row == encoders:
                 return find(_PACKAGE, file)
             known.append(" and ".join(f"{part} {kind}" for part, kind in row.items()))
     found = " and ".join(f"{part} {kind}" for part, kind in sorted(encoders.items()))
-    raise UserError(f"{where} reads prompts by {found}: expected {'; or '.join(known)}")
+    raise UserError(f"{source} has the text encoders {found}: expected {'; or '.join(known)}")
 
 
-def text_encoders(parts: Mapping[str, Any], where: str | Path) -> dict[str, str]:
-    """The text encoders of a model_index.json, {name: class}, as `reader_of` takes them. where: the
-    file, for what is said about it.
+def text_encoder_classes(index: Mapping[str, Any], path: str | Path) -> dict[str, str]:
+    """The text encoders of a model_index.json, {name: class}.
+
+    Args:
+        index: The content of model_index.json.
+        path: The file, for messages.
     """
-    with explained(where):
+    with explained(path):
         return {
             key: str(value[1])
-            for key, value in parts.items()
+            for key, value in index.items()
             if key.startswith(("text_encoder", "bert")) and value != [None, None]
         }

@@ -1,4 +1,5 @@
-"""Long prompts: tokens cut into chunks that an encoder can read, at commas and between words.
+"""Long prompts: tokens cut into chunks that an encoder has positions for, at commas and between
+words.
 
 A CLIP text encoder has 77 positions: begin, 75 tokens, end. A longer prompt becomes several chunks,
 which are encoded one by one and joined (as AUTOMATIC1111's web UI does; there is no paper). A chunk
@@ -7,24 +8,15 @@ does not fit; only a word that is longer than a chunk is cut itself.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+
+from sfumato.predict.text_encoders.clip import Token
 
 BACK = 20
-"""How far back, in tokens, a comma is looked for."""
-
-
-@dataclass(frozen=True)
-class Token:
-    """One token of a prompt. last: it ends a word. comma: it is a comma."""
-
-    id: int
-    weight: float = 1.0
-    last: bool = True
-    comma: bool = False
+"""How many tokens back a comma is searched."""
 
 
 def cut(tokens: Sequence[Token], room: int) -> list[list[Token]]:
-    """All tokens in their order, in chunks of at most `room`; at least one chunk, which may be
+    """Split tokens into chunks of at most `room`, in their order; at least one chunk, which may be
     empty.
     """
     chunks: list[list[Token]] = []
@@ -39,7 +31,7 @@ def cut(tokens: Sequence[Token], room: int) -> list[list[Token]]:
 
 
 def _words(tokens: Sequence[Token], room: int) -> Iterator[list[Token]]:
-    """The tokens word by word, none longer than `room`."""
+    """Split tokens into words, none longer than `room`."""
     word: list[Token] = []
     for token in tokens:
         word.append(token)
@@ -51,7 +43,7 @@ def _words(tokens: Sequence[Token], room: int) -> Iterator[list[Token]]:
 
 
 def _end(chunk: Sequence[Token]) -> int:
-    """Where a chunk is best ended: after its last comma, if that is near."""
+    """The best length of a full chunk: up to its last comma, if that is near the end."""
     commas = (
         i + 1 for i in range(len(chunk) - 1, max(len(chunk) - 1 - BACK, -1), -1) if chunk[i].comma
     )

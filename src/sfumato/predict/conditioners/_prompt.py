@@ -8,16 +8,16 @@ Brackets nest, and their factors multiply. As in AUTOMATIC1111's web UI (wiki,
 "Attention/emphasis"), from which people know this syntax: a bracket that never closes acts to the
 end of the prompt, one that closes nothing is text, and so is a colon that no number and ")" follow.
 Two other notations of that program, [from:to:when] and [one|other], change the prompt from step to
-step: they are refused, not read as emphasis. Its words BREAK and AND are words here.
+step: they are refused, not taken as emphasis. Its words BREAK and AND are words here.
 """
 
 import re
 from dataclasses import dataclass
 
-from sfumato.errors import UserError
+from sfumato.errors import UserError, quoted
 
 FACTOR = 1.1
-"""What a pair of brackets without a number multiplies by: ( ), or divides by: [ ]."""
+"""The factor of ( ) without a number, and the divisor of [ ]."""
 
 LARGEST = 10.0
 """Weights beyond this are refused: "(at 12:30)" is a time of day, not a weight of 30."""
@@ -39,20 +39,17 @@ class _Piece:
     escaped: bool = False
 
 
-def shown(prompt: str) -> str:
-    """A prompt in quotes for an error message, its middle left out if it is long."""
-    return repr(prompt if len(prompt) <= 80 else f"{prompt[:50]} ... {prompt[-25:]}")
-
-
 def parse(prompt: str) -> list[tuple[str, float]]:
-    """Prompt -> [(text, weight)], neighbours of equal weight as one; at least one piece, which may
-    be empty.
+    """Prompt -> [(text, weight)], at least one piece, which may be empty.
 
-    A prompt without brackets and double backslashes is one piece of weight 1, unchanged.
-    `UserError` for weights beyond `LARGEST` and for notations that change the prompt between steps.
+    Neighbours of equal weight are one piece. A prompt without brackets and double backslashes is
+    one piece of weight 1, unchanged.
+
+    Raises:
+        UserError: For weights beyond `LARGEST`, and notations that change the prompt between steps.
     """
     pieces: list[_Piece] = []
-    # where each bracket that waits for its end begins
+    # the first piece inside each bracket that is still open
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
     def multiply(start: int, factor: float) -> None:
@@ -84,7 +81,7 @@ def _weight(number: str, prompt: str) -> float:
     weight = float(number)
     if abs(weight) > LARGEST:
         raise UserError(
-            rf"weight {number} in prompt {shown(prompt)}: expected -{LARGEST:g} to {LARGEST:g}; write \( and \) for parentheses that are text"
+            rf"weight {number} in prompt {quoted(prompt)}: expected -{LARGEST:g} to {LARGEST:g}; write \( and \) for parentheses that are text"
         )
     return weight
 
@@ -92,7 +89,7 @@ def _weight(number: str, prompt: str) -> float:
 def _check_editing(pieces: list[_Piece], prompt: str) -> None:
     if _EDITING.search("".join("" if piece.escaped else piece.text for piece in pieces)):
         raise UserError(
-            rf"prompt {shown(prompt)} has [from:to:when] or [one|other]: expected one prompt for all steps; write \[ and \] for brackets that are text"
+            rf"prompt {quoted(prompt)} has [from:to:when] or [one|other]: expected one prompt for all steps; write \[ and \] for brackets that are text"
         )
 
 

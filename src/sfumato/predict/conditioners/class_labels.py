@@ -1,38 +1,43 @@
-"""Classes with several names each, or with none but their numbers: the labels of ImageNet's
-diffusers pipelines (DiT; Peebles & Xie 2022, arXiv:2212.09748).
+"""Classes with several names each, or with numbers alone: the labels of ImageNet's diffusers
+pipelines.
 
-A label is a text with commas, "tench, Tinca tinca": each of its parts, the whole of it and the
-number of the class mean the class. As in model_index.json of a DiTPipeline (`id2label`), two
-classes may have the same text: ImageNet has two cranes, a bird and a machine. `names` tells them
-apart by their numbers: "crane (134)".
+DiT (Peebles & Xie 2022, arXiv:2212.09748). A label is a text with commas, "tench, Tinca tinca":
+each of its parts, the whole of it and the number of the class mean the class. As in
+model_index.json of a DiTPipeline (`id2label`), two classes may have the same text: ImageNet has two
+cranes, a bird and a machine. Their class names have their numbers: "crane (134)".
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from sfumato.errors import UserError, unknown
+from sfumato.predict.conditioners.base import ClassConditioner
 from sfumato.predict.conditioners.class_names import ClassNames
-from sfumato.types import Conditioning, ImageSpec
+from sfumato.types import Conditioning
 
 
 def _loose(text: str) -> str:
-    """Case and spaces do not tell names apart, unless nothing else does."""
+    """A name without case and repeated spaces."""
     return " ".join(text.casefold().split())
 
 
 @dataclass(frozen=True)
-class ClassLabels:
-    """labels: one text a class, in the order of the rows of the network's table, which has one
-    more, for no class.
+class ClassLabels(ClassConditioner):
+    """Classes with labels.
+
+    Attributes:
+        labels: One text a class, in the order of the rows of the network's table, which has one
+            more, for no class.
     """
+
+    name = "class_labels"
 
     labels: tuple[str, ...]
 
@@ -43,17 +48,15 @@ class ClassLabels:
             raise UserError(
                 f"class labels {str(list(self.labels))[:80]}: expected at least one, texts that are not empty"
             )
-        twice = [name for name, count in Counter(self.names).items() if count > 1]
+        twice = [name for name, count in Counter(self.class_names).items() if count > 1]
         if twice:
             raise UserError(
                 f"class labels: {twice[0][:80]!r} is a label, and another class's with its number: expected another text"
             )
 
     @cached_property
-    def names(self) -> tuple[str, ...]:
-        """What to ask for, another name for each class: its label, with its number where others
-        have the same label.
-        """
+    def class_names(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """A name for each class: its label, with its number where another class has the same."""
         count = Counter(self.labels)
         return tuple(
             label if count[label] == 1 else f"{label} ({i})" for i, label in enumerate(self.labels)
@@ -61,11 +64,11 @@ class ClassLabels:
 
     @cached_property
     def _tables(self) -> tuple[dict[str, list[int]], ...]:
-        """Numbers by name, the strictest way to read one first: whole labels, parts of labels, and
-        both but for case.
+        """Labels by name, the strictest match first: whole labels, parts of labels, and both but
+        for case.
         """
         tables: tuple[dict[str, list[int]], ...] = ({}, {}, {}, {})
-        for i, (name, label) in enumerate(zip(self.names, self.labels, strict=True)):
+        for i, (name, label) in enumerate(zip(self.class_names, self.labels, strict=True)):
             whole, parts = {name, label}, {part.strip() for part in label.split(",")} - {""}
             for table, keys in zip(
                 tables,
@@ -77,19 +80,19 @@ class ClassLabels:
         return tables
 
     def label(self, prompt: str | None) -> int:
-        """The number of a prompt's class; the row for none, `len(labels)`, for None or an empty
-        prompt.
+        """The number of a prompt's class; `len(labels)` for None and an empty prompt.
 
-        `UserError` for a number that is too large, for an unknown name with near matches, and for
-        one that stands for several classes.
+        Raises:
+            UserError: For a number that is too large, for an unknown name, with near matches, and
+                for a name of several classes.
         """
         if prompt is None or not prompt.strip():
             return len(self.labels)
-        for found in self._read(prompt):
-            if len(found) == 1:
-                return found[0]
-            if found:
-                choices = " or ".join(f"{i} ({self.labels[i]})" for i in found[:8])
+        for numbers in self._matches(prompt):
+            if len(numbers) == 1:
+                return numbers[0]
+            if numbers:
+                choices = " or ".join(f"{i} ({self.labels[i]})" for i in numbers[:8])
                 raise UserError(f"class {prompt!r} is ambiguous: write its number, {choices}")
         number = prompt.strip()
         if not re.fullmatch(r"[+-]?[0-9]+", number):
@@ -104,39 +107,38 @@ class ClassLabels:
             f"class number {number[:20]}: expected 0 to {len(self.labels) - 1}; for no class leave the prompt empty"
         )
 
-    def _read(self, prompt: str) -> Iterator[list[int]]:
-        """The classes that a prompt may mean, the strictest reading first."""
+    def _matches(self, prompt: str) -> Iterator[list[int]]:
+        """The classes that a prompt may mean, the strictest match first."""
         exact, loose = prompt.strip(), _loose(prompt)
         for table, key in zip(self._tables, (exact, exact, loose, loose), strict=True):
             yield table.get(key, [])
 
     @cached_property
-    def _rows(self) -> ClassNames:
-        return ClassNames(self.names)
+    def _one_hot(self) -> ClassNames:
+        return ClassNames(self.class_names)
 
-    def __call__(
-        self, prompts: Sequence[str | None], picture: ImageSpec | None = None
-    ) -> Conditioning:
-        """Prompts -> Conditioning with `vector` (B, len(labels) + 1), one-hot. The picture makes no
-        difference.
-        """
-        return self.from_labels(torch.tensor([self.label(prompt) for prompt in prompts]))
+    @property
+    def vector_width(self) -> int:
+        """Numbers of `Conditioning.vector`: one a class, and one for none."""
+        return self._one_hot.vector_width
 
     def from_labels(self, labels: Int[Tensor, " B"]) -> Conditioning:
-        """Numbers (B,) int64 -> Conditioning; -1 and `len(labels)` are the row for no class."""
-        return self._rows.from_labels(labels)
+        """Numbers (B,) int64 -> `Conditioning` with `vector` (B, len(labels) + 1), one-hot.
 
-    def null(self, count: int, picture: ImageSpec | None = None) -> Conditioning:
-        """No class, `count` times."""
-        return self._rows.null(count)
+        -1 and `len(labels)` are no class.
+
+        Raises:
+            UserError: For numbers out of range.
+        """
+        return self._one_hot.from_labels(labels)
 
     def to_config(self) -> dict[str, Any]:
         """The JSON of conditioner/config.json."""
-        return {"_class_name": "class_labels", "names": list(self.labels)}
+        return {"_class_name": self.name, "names": list(self.labels)}
 
     @classmethod
     def from_config(cls, values: dict[str, Any]) -> "ClassLabels":
-        """The inverse of `to_config`."""
+        """The inverse of `to_config`; `UserError` for what is not a list of labels."""
         names = values.get("names")
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
             raise UserError(f"names is {str(names)[:80]}: expected a list of class labels")
@@ -148,8 +150,14 @@ class ClassLabels:
 
     @classmethod
     def from_id2label(cls, table: Any, count: int) -> "ClassLabels":
-        """The inverse, for `count` classes: what has no label is called by its number. diffusers
-        leaves the table out (None) when it saves.
+        """The inverse of `to_id2label`.
+
+        Args:
+            table: `id2label`; None where it is missing, as in folders that diffusers saved.
+            count: Number of classes. A class without a label is called by its number.
+
+        Raises:
+            UserError: For what is not a table of numbers and labels.
         """
         if not isinstance(table, dict | None) or not all(
             isinstance(label, str) for label in (table or {}).values()

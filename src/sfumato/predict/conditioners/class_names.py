@@ -1,12 +1,12 @@
-"""Class names as prompts: "ankle boot" -> a one-hot vector over the classes and one more row that
-stands for "no class".
+"""Class names as prompts: "ankle boot" -> a one-hot vector over the classes and one more row for
+"no class".
 
-The network multiplies it by its embedding table (a look-up), so mixtures of classes are weights
-that sum to 1. The last row is the null condition of classifier-free guidance (Ho & Salimans 2022,
-arXiv:2207.12598, section 3.2).
+The network multiplies it by its embedding table (a look-up), so that mixtures of classes are
+weights which sum to 1. The last row is the null condition of classifier-free guidance (Ho &
+Salimans 2022, arXiv:2207.12598, section 3.2).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,17 +17,18 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sfumato.errors import UserError, unknown
-from sfumato.types import Conditioning, ImageSpec
+from sfumato.predict.conditioners.base import ClassConditioner
+from sfumato.types import Conditioning
 
 
 def _key(text: str) -> str:
-    """Case, hyphens, underscores and spaces do not tell names apart."""
+    """A name without case, hyphens, underscores and repeated spaces."""
     return " ".join(text.casefold().replace("-", " ").replace("_", " ").replace("/", " / ").split())
 
 
 def _forms(key: str) -> Iterable[str]:
-    """The words as they are, then one fewer or one more: "boots" is "boot", "dresses" is "dress",
-    "bag" may stand for "bags".
+    """A name as it is, then in singular and plural: "boots" is "boot", "dresses" is "dress", "bag"
+    may be "bags".
     """
     yield key
     yield from (key.removesuffix(end) for end in ("s", "es") if key.endswith(end))
@@ -35,10 +36,15 @@ def _forms(key: str) -> Iterable[str]:
 
 
 @dataclass(frozen=True)
-class ClassNames:
-    """names in the order of the labels; a name with "/" answers to each part ("t-shirt/top" to
-    "t-shirt" and to "top").
+class ClassNames(ClassConditioner):
+    """Classes with one name each.
+
+    Attributes:
+        names: In the order of the labels. Each part of a name with "/" is a name too: "t-shirt" and
+            "top" of "t-shirt/top".
     """
+
+    name = "class_names"
 
     names: tuple[str, ...]
 
@@ -52,6 +58,16 @@ class ClassNames:
                 f"class names {list(self.names)!r}: expected at least one, all of them different texts that are not empty"
             )
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names, in the order of the labels."""
+        return self.names
+
+    @property
+    def vector_width(self) -> int:
+        """Numbers of `Conditioning.vector`: one a class, and one for none."""
+        return len(self.names) + 1
+
     @cached_property
     def _tables(self) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
         """Labels by whole name, and by part of a name."""
@@ -64,10 +80,10 @@ class ClassNames:
         return whole, parts
 
     def label(self, prompt: str | None) -> int:
-        """The label of a prompt; the null row, `len(names)`, for None or an empty prompt.
+        """The label of a prompt; `len(names)` for None and an empty prompt.
 
-        `UserError` with near matches for an unknown name, and for one that stands for several
-        classes.
+        Raises:
+            UserError: For an unknown name, with near matches, and for a name of several classes.
         """
         if prompt is None or not prompt.strip():
             return len(self.names)
@@ -75,29 +91,22 @@ class ClassNames:
             return self.names.index(prompt)
         for form in _forms(_key(prompt)):
             for table in self._tables:
-                found = table.get(form, [])
-                if len(found) == 1:
-                    return found[0]
-                if found:
-                    choices = " or ".join(repr(self.names[i]) for i in found)
+                labels = table.get(form, [])
+                if len(labels) == 1:
+                    return labels[0]
+                if labels:
+                    choices = " or ".join(repr(self.names[i]) for i in labels)
                     raise UserError(f"class {prompt!r} is ambiguous: write {choices}")
         raise unknown("class", prompt, self.names)
 
-    def __call__(
-        self, prompts: Sequence[str | None], picture: ImageSpec | None = None
-    ) -> Conditioning:
-        """Prompts -> Conditioning with `vector` (B, len(names) + 1). The picture makes no
-        difference.
-        """
-        labels = {p: self.label(p) for p in set(prompts)}
-        return Conditioning(
-            vector=F.one_hot(
-                torch.tensor([labels[p] for p in prompts]), len(self.names) + 1
-            ).float()
-        )
-
     def from_labels(self, labels: Int[Tensor, " B"]) -> Conditioning:
-        """Labels (B,) int64 -> Conditioning; -1 (no label) and `len(names)` are the null row."""
+        """Labels (B,) int64 -> `Conditioning` with `vector` (B, len(names) + 1), one-hot.
+
+        -1 and `len(names)` are no class.
+
+        Raises:
+            UserError: For labels out of range.
+        """
         rows = torch.where(labels < 0, len(self.names), labels)
         if len(rows) and int(rows.max()) > len(self.names):
             raise UserError(
@@ -105,17 +114,13 @@ class ClassNames:
             )
         return Conditioning(vector=F.one_hot(rows, len(self.names) + 1).float())
 
-    def null(self, count: int, picture: ImageSpec | None = None) -> Conditioning:
-        """The unconditional row, `count` times."""
-        return self.from_labels(torch.full((count,), -1))
-
     def to_config(self) -> dict[str, Any]:
         """The JSON of conditioner/config.json."""
-        return {"_class_name": "class_names", "names": list(self.names)}
+        return {"_class_name": self.name, "names": list(self.names)}
 
     @classmethod
     def from_config(cls, values: dict[str, Any]) -> "ClassNames":
-        """The inverse of `to_config`."""
+        """The inverse of `to_config`; `UserError` for what is not a list of names."""
         names = values.get("names")
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
             raise UserError(f"names is {names!r}: expected a list of class names")

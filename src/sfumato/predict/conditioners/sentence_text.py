@@ -1,55 +1,66 @@
-"""Text prompts through a small sentence encoder, for models that are trained at home: BERT's
-network, such as all-MiniLM-L6-v2, 384 wide (Wang et al. 2020, arXiv:2002.10957; Reimers & Gurevych
-2019, arXiv:1908.10084).
+"""Text prompts through a small sentence encoder, for models that are trained at home.
+
+BERT's network, such as all-MiniLM-L6-v2, 384 wide (Wang et al. 2020, arXiv:2002.10957; Reimers &
+Gurevych 2019, arXiv:1908.10084).
 
     tokens   the states of all positions, 64 unless the settings say otherwise
-    mask     [CLS], the words and [SEP]: neither the encoder nor the network looks at padding
+    mask     False on padding: neither the encoder nor the network attends to it
 
-The mean of the states that count, brought to length 1, is the sentence's embedding; a network that
-wants it takes it from these two, as `ModernDiT` with `caption_channels` does.
+The mean of the states that the mask keeps, brought to length 1, is the sentence's embedding. A
+network computes it from these two, as `ModernDiT` with `caption_channels` does.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from sfumato.errors import UserError
-from sfumato.predict.conditioners._parts import check_settings, read_settings
-from sfumato.predict.conditioners._reading import TextAlone
-from sfumato.predict.conditioners._sentence import CLASS, SentenceEncoder, read_sentence
+from sfumato.predict.conditioners._text_base import (
+    SingleEncoderText,
+    TextConfig,
+    check_settings,
+    read_settings,
+)
+from sfumato.predict.text_encoders.sentence import CLASS, SentenceEncoder, load_sentence_encoder
 
-READS = ({"text_encoder": CLASS},)
+ENCODERS = ({"text_encoder": CLASS},)
 
 
 @dataclass(frozen=True)
-class SentenceTextConfig:
-    """max_sequence_length: positions of a prompt, [CLS] and [SEP] among them; at most what the
-    encoder knows, 512 as a rule. masked: whether padding is left out, in the encoder's attention
-    and (by the mask) in the network's. long: "refuse" a prompt of more tokens, or "cut" it.
+class SentenceTextConfig(TextConfig):
+    """Settings of `SentenceText`.
+
+    Attributes:
+        max_sequence_length: Positions of a prompt, [CLS] and [SEP] among them; at most the
+            encoder's, 512 as a rule.
+        mask_padding: Whether padding is masked, in the encoder's attention and (by the mask) in the
+            network's.
+        truncation: "refuse" a longer prompt, or "cut" it.
     """
 
     max_sequence_length: int = 64
-    masked: bool = True
-    long: str = "refuse"
+    mask_padding: bool = True
+    truncation: str = "refuse"
 
     def __post_init__(self) -> None:
         check_settings(self)
 
 
 @dataclass(frozen=True, eq=False)
-class SentenceText(TextAlone):
-    """encoder: BERT with its tokenizer, which puts prompts into lower case if it was trained so.
-    The null condition is the empty prompt.
+class SentenceText(SingleEncoderText):
+    """Prompts through BERT. The null condition is the empty prompt.
 
-    `UserError` for more positions than the encoder knows.
+    Attributes:
+        encoder: BERT with its tokenizer, which puts prompts into lower case if it was trained so.
+        config: The settings; `UserError` for more positions than the encoder has.
     """
+
+    name = "sentence_text"
 
     encoder: SentenceEncoder
     config: SentenceTextConfig = SentenceTextConfig()
-
-    NAME: ClassVar[str] = "sentence_text"
 
     def __post_init__(self) -> None:
         if self.config.max_sequence_length > self.encoder.length:
@@ -59,7 +70,7 @@ class SentenceText(TextAlone):
             )
 
     def index(self) -> dict[str, Any]:
-        """Its entries of model_index.json, as diffusers writes such."""
+        """Its entries of model_index.json, as diffusers would write them."""
         return {
             "tokenizer": ["transformers", "BertTokenizer"],
             "text_encoder": ["transformers", CLASS],
@@ -72,14 +83,21 @@ class SentenceText(TextAlone):
         dtype: torch.dtype | None = torch.float32,
         variant: str | None = None,
     ) -> "SentenceText":
-        """Opens text_encoder/ and tokenizer/ of a model's folder, and the settings in
-        conditioner/config.json if there are any; weights become `dtype` (None: as stored).
-        `UserError` for what does not fit. variant: the files of weights to prefer, such as
-        "fp16".
+        """Open text_encoder/ and tokenizer/ of a model's folder, and the settings if there are any.
+
+        Args:
+            folder: The model's folder.
+            dtype: Of the weights; None leaves them as stored and unread, to be streamed.
+            variant: The files of weights to prefer, such as "fp16".
+
+        Raises:
+            UserError: For files that are missing or do not fit.
         """
         folder = Path(folder)
-        encoder = read_sentence(folder / "tokenizer", folder / "text_encoder", dtype, variant)
-        return cls(encoder, read_settings(SentenceTextConfig, cls.NAME, folder, {}))
+        encoder = load_sentence_encoder(
+            folder / "tokenizer", folder / "text_encoder", dtype, variant
+        )
+        return cls(encoder, read_settings(SentenceTextConfig, cls.name, folder, {}))
 
     @classmethod
     def from_encoder(
@@ -89,10 +107,19 @@ class SentenceText(TextAlone):
         dtype: torch.dtype | None = torch.float32,
         variant: str | None = None,
     ) -> "SentenceText":
-        """Opens an encoder as transformers and sentence-transformers save one: config.json, the
-        weights and the tokenizer's files side by side.
+        """Open an encoder's folder as transformers and sentence-transformers save one.
 
-        What sentence-transformers adds (modules.json, 1_Pooling/, ...) is not looked at: its
-        pooling, its limit of length, its dense layers. The rest as in `from_folder`.
+        config.json, the weights and the tokenizer's files lie side by side. What
+        sentence-transformers adds (modules.json, 1_Pooling/, ...) is ignored: its pooling, its
+        limit of length, its dense layers.
+
+        Args:
+            folder: The encoder's folder.
+            config: The settings.
+            dtype: Of the weights; None leaves them as stored and unread, to be streamed.
+            variant: The files of weights to prefer, such as "fp16".
+
+        Raises:
+            UserError: For files that are missing or do not fit.
         """
-        return cls(read_sentence(Path(folder), Path(folder), dtype, variant), config)
+        return cls(load_sentence_encoder(Path(folder), Path(folder), dtype, variant), config)

@@ -27,7 +27,7 @@ from sfumato.kernels import batch_invariant
 from sfumato.nn.attention import Attention, FeedForward
 from sfumato.nn.embeddings import TimestepEmbedding, sinusoidal
 from sfumato.nn.modulation import Modulation, gated, modulated
-from sfumato.predict.networks._patches import (
+from sfumato.predict.networks._patch_transformer import (
     ACTIVATIONS,
     LEGACY,
     WAVES,

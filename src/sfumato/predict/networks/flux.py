@@ -22,7 +22,7 @@ from sfumato.nn import rope
 from sfumato.nn.attention import FeedForward, PictureAttention, by_rows
 from sfumato.nn.mmdit import JointAttention
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
-from sfumato.predict.networks._streams import (
+from sfumato.predict.networks._flux_base import (
     OutNorm,
     Places,
     Streams,

@@ -34,7 +34,7 @@ from sfumato.nn.embeddings import (
 from sfumato.nn.mmdit import with_picture
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
 from sfumato.nn.rope import angles, grid, rotate
-from sfumato.predict.networks._network import Network
+from sfumato.predict.networks.base import Network
 from sfumato.types import Conditioning
 
 CLASS_NAME = "SfumatoDiT"

@@ -28,7 +28,7 @@ from sfumato.nn.embeddings import (
 )
 from sfumato.nn.mmdit import JointBlock, with_picture
 from sfumato.nn.modulation import Modulation, modulated
-from sfumato.predict.networks._network import Network
+from sfumato.predict.networks.base import Network
 from sfumato.types import Conditioning
 
 _WAVES = 256

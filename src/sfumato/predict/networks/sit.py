@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.nn.embeddings import sinusoidal
-from sfumato.predict.networks._patches import WAVES
+from sfumato.predict.networks._patch_transformer import WAVES
 from sfumato.predict.networks.dit import DiT, DiTConfig
 from sfumato.types import Conditioning
 

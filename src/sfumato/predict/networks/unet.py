@@ -20,7 +20,7 @@ from sfumato.kernels import batch_invariant
 from sfumato.nn.attention import SpatialAttention, SpatialTransformer
 from sfumato.nn.blocks import Downsample, ResnetBlock, Upsample
 from sfumato.nn.embeddings import TimestepEmbedding, sinusoidal
-from sfumato.predict.networks._network import Network
+from sfumato.predict.networks.base import Network
 from sfumato.types import Conditioning
 
 _KINDS = {
@@ -581,9 +581,9 @@ class UNet(Network):
         return self.config.cross_attention_dim if self.config.attends_to_tokens else None
 
     @property
-    def told(self) -> bool:
+    def is_conditional(self) -> bool:
         """Whether it is conditioned on anything."""
-        return super().told or self.config.class_embed_type is not None
+        return super().is_conditional or self.config.class_embed_type is not None
 
     @classmethod
     def class_fields(cls, count: int) -> dict[str, Any]:

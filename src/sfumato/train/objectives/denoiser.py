@@ -41,12 +41,15 @@ class Latents(Protocol):
 
 
 class Labelled(Protocol):
-    """A conditioner that knows labels; or whatever entry of a batch it is told by, which it then
-    says in `told_by` ("number": the picture's).
+    """A conditioner of labels, or of the entry `batch_key` of a batch: "label", or "number", the
+    example's.
     """
 
+    @property
+    def batch_key(self) -> str: ...
     def from_labels(self, labels: Tensor, /) -> Conditioning: ...
     def null(self, count: int, /) -> Conditioning: ...
+    def identity(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ class DenoiserObjective(Objective):
         )
         parts = {
             "network": config_of(self.networks["denoiser"]),
-            "conditioner": config_of(self.conditioner),
+            "conditioner": self.conditioner.identity(),
             "space": asdict(self.space),
         }
         loss = asdict(self.settings)
@@ -163,7 +166,7 @@ class DenoiserObjective(Objective):
             )
         )
         dropped = draw(lambda n, g: torch.rand(n, generator=g)) < s.drop
-        known = batch[getattr(self.conditioner, "told_by", "label")].cpu()
+        known = batch[self.conditioner.batch_key].cpu()
         condition = (
             self.conditioner.from_labels(known)
             .drop(dropped, self.conditioner.null(len(mean)))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import UserError
 from sfumato.nn.embeddings import PatchEmbed, padded, sincos_2d, unpatched
-from sfumato.predict.networks._network import Network
+from sfumato.predict.networks.base import Network
 from sfumato.types import Conditioning
 
 WAVES = 256

@@ -63,20 +63,20 @@ class Network(nn.Module):
 
     @property
     def vector_width(self) -> int | None:
-        """The width of the vector that it must be given, without the number of `learned_guidance`;
+        """The width of the vector that it must be given, without the number of `guidance_embeds`;
         None: that is not checked.
         """
         return None
 
     @property
-    def learned_guidance(self) -> bool:
+    def guidance_embeds(self) -> bool:
         """Whether it is told how strongly to follow the condition, as the last number of
         `Conditioning.vector`.
         """
         return False
 
     @property
-    def told(self) -> bool:
+    def is_conditional(self) -> bool:
         """Whether it is conditioned on anything."""
         return self.token_width is not None or self.classes > 0 or self.vector_width is not None
 

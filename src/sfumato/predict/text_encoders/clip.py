@@ -21,47 +21,60 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sfumato.errors import NumericalError, UserError, explained
-from sfumato.io.atomic import hash_json, read_table, write_json, write_tensors
-from sfumato.io.safetensors import (
-    check_keys,
-    find_weights,
-    looked_at,
-    not_finite,
-    read_weights,
-    require_finite,
+from sfumato.errors import UserError, explained, quoted
+from sfumato.io.atomic import hash_json, read_table
+from sfumato.io.safetensors import check_keys, find_weights, looked_at, read_weights, require_finite
+from sfumato.predict.text_encoders._transformers import ANY, PICKLED, STEM
+from sfumato.predict.text_encoders.base import (
+    Encoder,
+    read_optional_json,
+    require_count,
+    require_transformers,
 )
-from sfumato.predict.conditioners._chunks import Token
-from sfumato.predict.conditioners._prompt import shown
 
 logger = logging.getLogger(__name__)
 
 CLASSES = {False: "CLIPTextModel", True: "CLIPTextModelWithProjection"}
+"""The network's class, by whether it has a projection."""
 PREFIX = "text_model."
-STEM, PICKLED = "model", "pytorch_model"
-"""What files of weights are called, with shards and variants: see sfumato.io.safetensors."""
 POSITIONS = "embeddings.position_ids"
 """0, 1, 2 ...: a key of old files, not a weight."""
-HARMLESS = {"dropout", "torch_dtype", "transformers_version", "architectures", "model_type"}
+IGNORED_FIELDS = {"dropout", "torch_dtype", "transformers_version", "architectures", "model_type"}
 """Fields of old configs that change no state."""
-DECISIVE = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id")
-"""Fields that change states, and that the shapes of the weights do not show."""
-ANY = (Exception,)
-"""The libraries raise a dozen kinds of errors about a file's values, some of them no more than
-`Exception`."""
 LEGACY_END = 2
 """The end token's id in configs that name it wrongly: transformers then takes the highest id of the
 text, which is the end token's."""
 
 
-@dataclass(frozen=True, eq=False)
-class ClipEncoder:
-    """tokenizer: a `CLIPTokenizer`. model: a `CLIPTextModel`, or a `CLIPTextModelWithProjection`
-    where `projected`.
+@dataclass(frozen=True)
+class Token:
+    """One token of a prompt.
+
+    Attributes:
+        id: Its number in the vocabulary.
+        weight: The factor of its state.
+        last: Whether it ends a word.
+        comma: Whether it is a comma.
     """
 
-    tokenizer: Any
-    model: Any
+    id: int
+    weight: float = 1.0
+    last: bool = True
+    comma: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class ClipEncoder(Encoder):
+    """A CLIP text encoder.
+
+    Attributes:
+        tokenizer: A `CLIPTokenizer`.
+        model: A `CLIPTextModel`, or a `CLIPTextModelWithProjection` where `projected`.
+        projected: Whether the pooled vector is projected.
+    """
+
+    CONFIG_FIELDS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id")
+
     projected: bool
 
     def __post_init__(self) -> None:
@@ -85,14 +98,14 @@ class ClipEncoder:
             )
 
     @property
+    def class_name(self) -> str:
+        """The network's class in model_index.json and config.json."""
+        return CLASSES[self.projected]
+
+    @property
     def length(self) -> int:
         """Positions of a chunk, with the begin and the end token."""
         return min(self.model.config.max_position_embeddings, self.tokenizer.model_max_length)
-
-    @property
-    def width(self) -> int:
-        """Channels of a position's state."""
-        return self.model.config.hidden_size
 
     @property
     def pooled_width(self) -> int:
@@ -100,63 +113,71 @@ class ClipEncoder:
         return self.model.config.projection_dim if self.projected else self.width
 
     @property
-    def layers(self) -> int:
-        """How many layers it has."""
+    def num_layers(self) -> int:
+        """Number of layers."""
         return self.model.config.num_hidden_layers
 
     def tokens(self, pieces: Sequence[tuple[str, float]]) -> list[Token]:
-        """[(text, weight)] -> tokens without begin and end; every piece is tokenized for itself."""
-        found: list[Token] = []
+        """[(text, weight)] -> tokens without begin and end; every piece is tokenized on its own."""
+        tokens: list[Token] = []
         for text, weight in pieces:
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             for id, word in zip(ids, self.tokenizer.convert_ids_to_tokens(ids), strict=True):
                 last = word.endswith("</w>") or id in self.tokenizer.added_tokens_decoder
-                found.append(Token(id, weight, last, comma=word == ",</w>"))
-        return found
+                tokens.append(Token(id, weight, last, comma=word == ",</w>"))
+        return tokens
 
     @torch.no_grad()
     def encode(
         self, chunk: Sequence[Token], layer: int, norm: bool
     ) -> tuple[Float[Tensor, "L D"], Float[Tensor, " V"]]:
-        """One chunk -> the states of all positions (padding counts: so the models were trained) and
-        the pooled vector, in float32.
+        """One chunk -> the states of all positions and the pooled vector, in float32.
 
-        layer: 1 is the last, 2 the one before. norm: whether the model's final norm follows.
+        Padding is attended to: so the models were trained.
+
+        Args:
+            chunk: At most `length` - 2 tokens.
+            layer: The layer whose states are taken, counted from the end: 1 is the last.
+            norm: Whether the network's final norm follows.
         """
         tokenizer, network = self.tokenizer, getattr(self.model, "text_model", self.model)
         ids = [tokenizer.bos_token_id, *(token.id for token in chunk), tokenizer.eos_token_id]
         ids += [tokenizer.pad_token_id] * (self.length - len(ids))
         # One row at a time: a matrix product of several rows may round otherwise, and a prompt's
         # bits would depend on its neighbours.
-        found = self.model(torch.tensor([ids], device=self.model.device), output_hidden_states=True)
-        states = found.hidden_states[-layer]
+        output = self.model(
+            torch.tensor([ids], device=self.model.device), output_hidden_states=True
+        )
+        states = output.hidden_states[-layer]
         states = network.final_layer_norm(states) if norm else states
-        return states[0].float(), (found.text_embeds if self.projected else found.pooler_output)[
+        return states[0].float(), (output.text_embeds if self.projected else output.pooler_output)[
             0
         ].float()
 
-    def read(
+    def encode_text(
         self, text: str, layer: int, norm: bool
     ) -> tuple[Float[Tensor, "L D"], Float[Tensor, " V"], Bool[Tensor, " L"]]:
-        """`encode` of as much of a text as there is room for, as models read it that have a second
-        encoder for the rest; and where there are words, their begin and their end.
+        """`encode` the first chunk of a text, and a mask that is False on padding.
+
+        For models whose second encoder takes the rest; what is left out is logged. `layer` and
+        `norm` as in `encode`.
         """
-        found = self.tokens([(text, 1.0)])
+        tokens = self.tokens([(text, 1.0)])
         room = self.length - 2
-        if len(found) > room:
+        if len(tokens) > room:
             logger.info(
-                "CLIP reads the first %d of %d tokens of prompt %s", room, len(found), shown(text)
+                "CLIP reads the first %d of %d tokens of prompt %s", room, len(tokens), quoted(text)
             )
-        states, pooled = self.encode(found[:room], layer, norm)
+        states, pooled = self.encode(tokens[:room], layer, norm)
         return (
             states,
             pooled,
-            torch.arange(self.length, device=states.device) < min(len(found), room) + 2,
+            torch.arange(self.length, device=states.device) < min(len(tokens), room) + 2,
         )
 
     def identity(self) -> dict[str, Any]:
-        """What decides its states besides the weights, as JSON: fields of its config, and a hash
-        over the tokenizer's vocabulary and merges.
+        """JSON of everything beside the weights that decides the states: config, vocabulary,
+        merges.
         """
         model = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"]
         special = [
@@ -166,71 +187,54 @@ class ClipEncoder:
             self.length,
         ]
         return {
-            "config": {field: getattr(self.model.config, field) for field in DECISIVE},
+            **super().identity(),
             "tokenizer": hash_json([self.tokenizer.get_vocab(), model["merges"], special]),
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its weights by the names that files have. Not copies."""
+        """The weights by the names that files have, with `PREFIX`; not copies."""
         return {
             key if key.startswith((PREFIX, "text_projection.")) else PREFIX + key: tensor
             for key, tensor in self.model.state_dict().items()
         }
 
-    def to_config(self) -> dict[str, Any]:
-        """The JSON of config.json, as transformers writes it."""
-        return {**self.model.config.to_dict(), "architectures": [CLASSES[self.projected]]}
-
-    def save(self, tokenizer: Path, encoder: Path, dtype: torch.dtype | None = None) -> None:
-        """Writes both folders; the weights in `dtype`, by default their own. `NumericalError` for
-        weights that are not finite in it.
-        """
-        tensors = {
-            key: tensor if dtype is None else tensor.to(dtype)
-            for key, tensor in self.tensors().items()
-        }
-        for key in not_finite(tensors):
-            raise NumericalError(
-                f"weight {key} of {encoder.name} is NaN or infinite in {tensors[key].dtype}: nothing was written"
-            )
-        stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        for folder in (tokenizer, encoder):
-            folder.mkdir(parents=True, exist_ok=True)
-        write_json(encoder / "config.json", {**self.to_config(), "torch_dtype": stored})
-        write_tensors(encoder / f"{STEM}.safetensors", tensors)
-        self.tokenizer.save_pretrained(tokenizer)
+    def write_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer's folder."""
+        super().write_tokenizer(folder)
         # vocab.json and merges.txt, which older programs read
-        self.tokenizer.backend_tokenizer.model.save(str(tokenizer))
+        self.tokenizer.backend_tokenizer.model.save(str(folder))
 
 
-def read_encoder(
+def load_clip(
     tokenizer: Path,
     encoder: Path,
     projected: bool,
     dtype: torch.dtype | None,
     variant: str | None = None,
 ) -> ClipEncoder:
-    """Opens both folders; `UserError` for what is missing, of another kind, or not finite. variant:
-    the weights to prefer, such as "fp16".
+    """Open a tokenizer's and a network's folder.
 
-    dtype None: as stored, not read and not looked at yet: to be streamed.
+    Args:
+        tokenizer: The tokenizer's folder.
+        encoder: The network's folder.
+        projected: Whether the network has a projection.
+        dtype: Of the weights; None leaves them as stored and unread, to be streamed.
+        variant: The weights to prefer, such as "fp16".
+
+    Raises:
+        UserError: For files that are missing, of another kind, or not finite.
     """
-    try:
-        import transformers  # noqa: F401  (asked for once, here, so that its absence is one sentence)
-    except ImportError as error:
-        raise UserError(
-            "text prompts need the package transformers: run `pip install 'sfumato[text]'`"
-        ) from error
-    opened, model = read_tokenizer(tokenizer), _read_model(encoder, projected, dtype, variant)
+    require_transformers()
+    loaded, model = load_tokenizer(tokenizer), _load_model(encoder, projected, dtype, variant)
     with explained(tokenizer, ANY):
-        return ClipEncoder(opened, model, projected)
+        return ClipEncoder(loaded, model, projected)
 
 
-def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder; `UserError` for one that is missing or of another kind."""
+def load_tokenizer(folder: Path) -> Any:
+    """Open the tokenizer of a folder; `UserError` for one that is missing or of another kind."""
     from transformers import CLIPTokenizer
 
-    # Without its files the library makes a tokenizer of two tokens, and says nothing.
+    # Without its files the library makes a tokenizer of two tokens, and raises nothing.
     if not (folder / "tokenizer.json").exists() and not all(
         (folder / name).exists() for name in ("vocab.json", "merges.txt")
     ):
@@ -238,21 +242,16 @@ def read_tokenizer(folder: Path) -> Any:
             f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"
         )
     config = folder / "tokenizer_config.json"
-    name = (
-        str(read_table(config).get("tokenizer_class", "CLIPTokenizer"))
-        if config.exists()
-        else "CLIPTokenizer"
-    )
+    name = str(read_optional_json(config).get("tokenizer_class", "CLIPTokenizer"))
     if name.removesuffix("Fast") != "CLIPTokenizer":
         raise UserError(f"{config} is of class {name!r}: expected CLIPTokenizer")
     with explained(folder, ANY):
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _read_model(
+def _load_model(
     folder: Path, projected: bool, dtype: torch.dtype | None, variant: str | None
 ) -> Any:
-    """The encoder of a folder with config.json and weights."""
     path = folder / "config.json"
     values = read_table(path)
     files = find_weights(folder, STEM, variant, PICKLED)
@@ -261,26 +260,38 @@ def _read_model(
         for key, tensor in read_weights(files).items()
         if not key.endswith(POSITIONS)
     }
-    where = files[0] if len(files) == 1 else folder
-    return build_model(
-        values, tensors, projected, dtype, path, where, lambda: looked_at(files, tensors, dtype)
+    file = files[0] if len(files) == 1 else folder
+    return build_clip(
+        values, tensors, projected, dtype, path, file, lambda: looked_at(files, tensors, dtype)
     )
 
 
-def build_model(
+def build_clip(
     values: dict[str, Any],
     tensors: dict[str, Tensor],
     projected: bool,
     dtype: torch.dtype | None,
     path: Path,
     file: Path,
-    looked: Callable[[], bool] = lambda: False,
+    check_files: Callable[[], bool] = lambda: False,
 ) -> Any:
-    """Built without weights, then filled: transformers would draw what a file lacks, and say so in
-    a log.
+    """The network of a config and its weights.
 
-    tensors: by names without `PREFIX`. path, file: where the config and the weights are from, for
-    what is said about them. looked: looks for NaN and infinity there, and says whether it did.
+    It is built without weights and then filled: transformers would draw missing ones at random.
+
+    Args:
+        values: The config.
+        tensors: Weights by names without `PREFIX`.
+        projected: Whether the network has a projection.
+        dtype: Of the weights; None leaves them as stored, to be streamed.
+        path: Where the config is from, for messages.
+        file: Where the weights are from, for messages.
+        check_files: Checks the files for NaN and infinity and returns True, or returns False where
+        it cannot.
+
+    Raises:
+        UserError: For another kind of network, unknown fields, keys that do not fit and weights
+        that are not finite.
     """
     import transformers
 
@@ -289,7 +300,7 @@ def build_model(
         raise UserError(
             f"{path} is of type {values.get('model_type')!r}, {built_as}: expected clip_text_model, {CLASSES[projected]}"
         )
-    known = transformers.CLIPTextConfig().to_dict().keys() | HARMLESS
+    known = transformers.CLIPTextConfig().to_dict().keys() | IGNORED_FIELDS
     for field in sorted(field for field in values.keys() - known if not field.startswith("_")):
         raise UserError(
             f"{path}: {field}={values[field]!r} is not known to a CLIP text encoder: it might change the result, so it is refused"
@@ -300,7 +311,7 @@ def build_model(
         model = getattr(transformers, CLASSES[projected])(config)
     names = {key.removeprefix(PREFIX): key for key in model.state_dict()}
     check_keys({name: model.state_dict()[key] for name, key in names.items()}, tensors, file)
-    if dtype is not None and not looked():
+    if dtype is not None and not check_files():
         require_finite(tensors, file)
     model.load_state_dict(
         {
@@ -317,7 +328,7 @@ def build_model(
 
 
 def _check_config(config: Any) -> None:
-    """What transformers would build and then stumble over."""
+    """Raise `UserError` for values that transformers would build and fail on later."""
     counts = (
         "vocab_size",
         "hidden_size",
@@ -327,8 +338,6 @@ def _check_config(config: Any) -> None:
         "num_attention_heads",
     )
     for field, least in (*((field, 1) for field in counts), ("max_position_embeddings", 3)):
-        value = getattr(config, field)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(f"{field}={value!r}: expected a whole number of at least {least}")
+        require_count(field, getattr(config, field), least)
     if not isinstance(config.layer_norm_eps, float) or config.layer_norm_eps <= 0:
         raise UserError(f"layer_norm_eps={config.layer_norm_eps!r}: expected a number above 0")

@@ -23,7 +23,7 @@ from sfumato.nn import rope
 from sfumato.nn.embeddings import TimestepEmbedding, from_patches, padded, patches, sinusoidal
 from sfumato.nn.mmdit import with_picture
 from sfumato.nn.modulation import modulated
-from sfumato.predict.networks._network import Network
+from sfumato.predict.networks.base import Network
 from sfumato.types import Conditioning
 
 _HALF = 65504.0  # the largest number of float16
@@ -226,7 +226,7 @@ class Streams(Network):
         """x with what is joined to it, and the references, in whole patches; `UserError` for what
         is missing or does not fit.
         """
-        name, vector = type(self).__name__, (self.vector_width or 0) + self.learned_guidance
+        name, vector = type(self).__name__, (self.vector_width or 0) + self.guidance_embeds
         if cond.tokens is None or cond.tokens.shape[2] != self.token_width:
             found = "missing" if cond.tokens is None else f"of width {cond.tokens.shape[2]}"
             raise UserError(
@@ -240,7 +240,7 @@ class Streams(Network):
             found = "missing" if cond.vector is None else f"of {cond.vector.shape[1]} numbers"
             what = [f"{self.vector_width} of a pooled text"] * bool(self.vector_width) + [
                 "the strength of guidance"
-            ] * self.learned_guidance
+            ] * self.guidance_embeds
             raise UserError(
                 f"{name} needs {' and '.join(what)}: Conditioning.vector (B, {vector}) is {found}"
             )
@@ -292,7 +292,7 @@ class Streams(Network):
         return self.config.joint_attention_dim
 
     @property
-    def learned_guidance(self) -> bool:
+    def guidance_embeds(self) -> bool:
         """Whether it is told how strongly to follow the condition, as the last number of
         `Conditioning.vector`.
         """

@@ -1,9 +1,9 @@
 """The encoder half of T5 with its tokenizer (Raffel et al. 2020, arXiv:1910.10683, section 2.1),
-read from and written to folders in diffusers' layout, run by transformers.
+run by transformers.
 
-Words in pieces (SentencePiece), the end token, padding; the states of all positions after the final
-norm. Positions are told by a bias of the attention that depends on their distance, so that any
-length will do. PixArt, SD 3 and FLUX.1 read T5 version 1.1 XXL, 4096 wide.
+Word pieces (SentencePiece), the end token, padding; the states of all positions after the final
+norm. Positions enter as a bias of the attention that depends on their distance, so any length will
+do. PixArt, SD 3 and FLUX.1 take T5 version 1.1 XXL, 4096 wide.
 
     tokenizer/      tokenizer.json or spiece.model; tokenizer_config.json
     text_encoder/   config.json and model.safetensors (or shards, or a variant)
@@ -12,6 +12,7 @@ In float16 the sums of the feed-forward layers overflow: as in transformers, the
 (`wo`) stays in float32 there.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,33 +22,38 @@ from torch import Tensor
 
 from sfumato.errors import UserError, explained
 from sfumato.io.atomic import atomic_file
-from sfumato.predict.conditioners._parts import (
+from sfumato.predict.text_encoders._transformers import (
     ANY,
+    build_network,
     check_fields,
-    fill,
-    read_network,
+    load_network,
+)
+from sfumato.predict.text_encoders.base import (
+    SequenceEncoder,
+    read_optional_json,
     require_count,
     require_transformers,
-    table,
 )
-from sfumato.predict.conditioners._reading import Encoder
 
 CLASS = "T5EncoderModel"
 SHARED, EMBED = "shared.weight", "encoder.embed_tokens.weight"
 """One table of tokens under two names; files have either, or both."""
 SPIECE = "spiece.model"
-HARMLESS = {"decoder_start_token_id", "tie_word_embeddings", "n_positions", "bos_token_id"}
+IGNORED_FIELDS = {"decoder_start_token_id", "tie_word_embeddings", "n_positions", "bos_token_id"}
 """Fields of configs that change nothing in the encoder."""
 
 
 @dataclass(frozen=True, eq=False)
-class T5Encoder(Encoder):
-    """tokenizer: a `T5Tokenizer`. model: a `T5EncoderModel`. spiece: the bytes of spiece.model,
-    which older programs read, if the folder had it.
+class T5Encoder(SequenceEncoder):
+    """T5's encoder.
+
+    Attributes:
+        tokenizer: A `T5Tokenizer`.
+        model: A `T5EncoderModel`.
+        spiece: The bytes of spiece.model, which older programs read, if the folder had it.
     """
 
-    NAME = CLASS
-    DECISIVE = (
+    CONFIG_FIELDS = (
         *("num_heads", "feed_forward_proj", "dense_act_fn", "is_gated_act", "layer_norm_epsilon"),
         *("relative_attention_num_buckets", "relative_attention_max_distance"),
     )
@@ -64,43 +70,55 @@ class T5Encoder(Encoder):
                 f"tokenizer has {len(self.tokenizer)} tokens, text encoder {self.model.config.vocab_size}: use parts of one model"
             )
 
+    @property
+    def class_name(self) -> str:
+        """The network's class in model_index.json and config.json."""
+        return CLASS
+
     def tensors(self) -> dict[str, Tensor]:
-        """Its weights by the names that files have. Not copies."""
+        """The weights by the names that files have, the table of tokens once; not copies."""
         return {key: tensor for key, tensor in self.model.state_dict().items() if key != EMBED}
 
     def write_tokenizer(self, folder: Path) -> None:
-        """Writes the tokenizer's folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(folder)
+        """Write the tokenizer's folder."""
+        super().write_tokenizer(folder)
         if self.spiece is not None:
             with atomic_file(folder / SPIECE) as temporary:
                 temporary.write_bytes(self.spiece)
 
 
-def read_t5(
+def load_t5(
     tokenizer: Path, encoder: Path, dtype: torch.dtype | None, variant: str | None = None
 ) -> T5Encoder:
-    """Opens both folders; `UserError` for what is missing, of another kind, or not finite. variant:
-    the weights to prefer, such as "fp16".
+    """Open a tokenizer's and a network's folder.
+
+    Args:
+        tokenizer: The tokenizer's folder.
+        encoder: The network's folder.
+        dtype: Of the weights; None leaves them as stored and unread, to be streamed.
+        variant: The weights to prefer, such as "fp16".
+
+    Raises:
+        UserError: For files that are missing, of another kind, or not finite.
     """
     require_transformers()
-    opened, model = read_tokenizer(tokenizer), read_network(encoder, dtype, variant, build_t5)
+    loaded, model = load_tokenizer(tokenizer), load_network(encoder, dtype, variant, build_t5)
     spiece = (tokenizer / SPIECE).read_bytes() if (tokenizer / SPIECE).exists() else None
     with explained(tokenizer, ANY):
-        return T5Encoder(opened, model, spiece)
+        return T5Encoder(loaded, model, spiece)
 
 
-def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder; `UserError` for one that is missing or of another kind."""
+def load_tokenizer(folder: Path) -> Any:
+    """Open the tokenizer of a folder; `UserError` for one that is missing or of another kind."""
     from transformers import T5Tokenizer
 
-    # Without its files the library makes a tokenizer of a few tokens, and says nothing.
+    # Without its files the library makes a tokenizer of a few tokens, and raises nothing.
     if not (folder / "tokenizer.json").exists():
         if not (folder / SPIECE).exists():
             raise UserError(f"{folder} has no tokenizer: expected T5's tokenizer.json or {SPIECE}")
         _require_sentencepiece(folder)
     config = folder / "tokenizer_config.json"
-    name = str(table(config).get("tokenizer_class", "T5Tokenizer"))
+    name = str(read_optional_json(config).get("tokenizer_class", "T5Tokenizer"))
     if name.removesuffix("Fast") != "T5Tokenizer":
         raise UserError(f"{config} is of class {name!r}: expected T5Tokenizer")
     with explained(folder, ANY):
@@ -108,8 +126,8 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def _require_sentencepiece(folder: Path) -> None:
-    """`UserError` without the packages that read spiece.model: transformers would take the file for
-    one of another kind.
+    """Raise `UserError` without the packages that read spiece.model: transformers would take it for
+    a file of another kind.
     """
     try:
         import google.protobuf  # noqa: F401
@@ -132,10 +150,22 @@ def build_t5(
     dtype: torch.dtype | None,
     path: Path,
     file: Path,
-    looked: Any = lambda: False,
+    check_files: Callable[[], bool] = lambda: False,
 ) -> Any:
-    """The encoder of a config and its weights. path, file: where they are from, for what is said
-    about them. looked: looks for NaN and infinity there, and says whether it did.
+    """The network of a config and its weights.
+
+    Args:
+        values: The config, of T5's encoder or of both halves.
+        tensors: Weights by the names that files have; those of a decoder are left out.
+        dtype: Of the weights; None leaves them as stored, to be streamed.
+        path: Where the config is from, for messages.
+        file: Where the weights are from, for messages.
+        check_files: Checks the files for NaN and infinity and returns True, or returns False where
+        it cannot.
+
+    Raises:
+        UserError: For another kind of network, unknown fields, keys that do not fit and weights
+        that are not finite.
     """
     import transformers
 
@@ -148,7 +178,7 @@ def build_t5(
             f"{path} is of type {values.get('model_type')!r}, {built_as}: expected t5, {CLASS}"
         )
     check_fields(
-        values, set(transformers.T5Config().to_dict()) | HARMLESS, path, "a T5 text encoder"
+        values, set(transformers.T5Config().to_dict()) | IGNORED_FIELDS, path, "a T5 text encoder"
     )
 
     def build() -> Any:
@@ -156,31 +186,26 @@ def build_t5(
         _check_config(config)
         return transformers.T5EncoderModel(config)
 
-    ours = {
+    weights = {
         key: tensor
         for key, tensor in tensors.items()
         if not key.startswith(("decoder.", "lm_head.")) and key != EMBED
     }
-    if SHARED not in ours and EMBED in tensors:
-        ours[SHARED] = tensors[EMBED]
-    return fill(
-        build,
-        ours,
-        {EMBED: SHARED},
-        lambda key: torch.float32 if _is_wide(key, dtype) else dtype,
-        path,
-        file,
-        looked,
-    )
+    if SHARED not in weights and EMBED in tensors:
+        weights[SHARED] = tensors[EMBED]
 
+    def dtype_of(key: str) -> torch.dtype | None:
+        return (
+            torch.float32
+            if dtype == torch.float16 and key.endswith(".DenseReluDense.wo.weight")
+            else dtype
+        )
 
-def _is_wide(key: str, dtype: torch.dtype | None) -> bool:
-    """Whether a weight stays in float32."""
-    return dtype == torch.float16 and key.endswith(".DenseReluDense.wo.weight")
+    return build_network(build, weights, {EMBED: SHARED}, dtype_of, path, file, check_files)
 
 
 def _check_config(config: Any) -> None:
-    """What transformers would build and then stumble over."""
+    """Raise `UserError` for values that transformers would build and fail on later."""
     for field in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"):
         require_count(field, getattr(config, field))
     require_count("relative_attention_num_buckets", config.relative_attention_num_buckets, 4)
@@ -194,9 +219,9 @@ def _check_config(config: Any) -> None:
             f"layer_norm_epsilon={config.layer_norm_epsilon!r}: expected a number above 0 and below 1"
         )
     gate, _, act = config.feed_forward_proj.rpartition("-")
-    follows = "gelu_new" if config.feed_forward_proj == "gated-gelu" else act
-    if (config.dense_act_fn, config.is_gated_act) != (follows, gate == "gated"):
+    activation = "gelu_new" if config.feed_forward_proj == "gated-gelu" else act
+    if (config.dense_act_fn, config.is_gated_act) != (activation, gate == "gated"):
         raise UserError(
             f"feed_forward_proj={config.feed_forward_proj!r} with dense_act_fn={config.dense_act_fn!r}, is_gated_act={config.is_gated_act!r}: "
-            f"expected {follows!r}, {gate == 'gated'}"
+            f"expected {activation!r}, {gate == 'gated'}"
         )

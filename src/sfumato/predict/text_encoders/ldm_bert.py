@@ -1,8 +1,9 @@
 """The text transformer of Latent Diffusion (Rombach et al. 2022, arXiv:2112.10752, section 4.3.1,
 appendix E.2.1), trained with its U-Net.
 
-    x = E[token] + P[position];   in each layer x += A(norm(x)), x += W2 gelu(W1 norm(x));   at the
-                                  end norm(x)
+    x = E[token] + P[position]
+    x += A(norm(x)),  x += W2 gelu(W1 norm(x))      in each layer
+    norm(x)                                         at the end
 
 A(x): attention of every position to all, padding too (Vaswani et al. 2017, arXiv:1706.03762), whose
 q, k and v have no bias. Names and config are diffusers' LDMBertModel.
@@ -25,18 +26,26 @@ _FIXED: dict[str, Any] = {
     "pad_token_id": 0,
     "model_type": "ldmbert",
 }
-_NOTES = set(
+_IGNORED_FIELDS = set(
     "dropout attention_dropout activation_dropout encoder_layerdrop classifier_dropout init_std use_cache num_hidden_layers architectures "
     "torch_dtype dtype transformers_version return_dict output_hidden_states output_attentions chunk_size_feed_forward is_encoder_decoder "
     "id2label label2id problem_type".split()
 )
-"""Fields of configs, transformers' among them, that change no state in inference."""
+"""Fields of configs, transformers' own among them, that change no state in inference."""
 
 
 @dataclass(frozen=True)
 class LDMBertConfig:
-    """The numbers of the transformer, with diffusers' names and defaults. head_dim: the width of a
-    head; encoder_ffn_dim: of the layer between.
+    """The numbers of the transformer, with diffusers' names and defaults.
+
+    Attributes:
+        vocab_size: Rows of the table of tokens.
+        max_position_embeddings: Positions of a text.
+        encoder_layers: Number of layers.
+        encoder_ffn_dim: Inner width of the feed-forward layers.
+        encoder_attention_heads: Heads of attention.
+        head_dim: Width of a head.
+        d_model: Width of a position's state.
     """
 
     vocab_size: int = 30522
@@ -54,10 +63,10 @@ class LDMBertConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LDMBertConfig":
-        """Reads an LDMBertModel's config; a field that is not known, or a value it cannot honour,
-        is refused.
-        """
-        return read_config(cls, {k: v for k, v in values.items() if k not in _NOTES}, _FIXED)
+        """Read an LDMBertModel's config; `UserError` for unknown fields and unsupported values."""
+        return read_config(
+            cls, {k: v for k, v in values.items() if k not in _IGNORED_FIELDS}, _FIXED
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON that diffusers' LDMBertModel reads."""
@@ -67,12 +76,12 @@ class LDMBertConfig:
 class _Attention(nn.Module):
     def __init__(self, config: LDMBertConfig):
         super().__init__()
-        wide, inner = config.d_model, config.encoder_attention_heads * config.head_dim
+        width, inner = config.d_model, config.encoder_attention_heads * config.head_dim
         self.heads = config.encoder_attention_heads
-        self.k_proj = batch_invariant.Linear(wide, inner, bias=False)
-        self.v_proj = batch_invariant.Linear(wide, inner, bias=False)
-        self.q_proj = batch_invariant.Linear(wide, inner, bias=False)
-        self.out_proj = batch_invariant.Linear(inner, wide)
+        self.k_proj = batch_invariant.Linear(width, inner, bias=False)
+        self.v_proj = batch_invariant.Linear(width, inner, bias=False)
+        self.q_proj = batch_invariant.Linear(width, inner, bias=False)
+        self.out_proj = batch_invariant.Linear(inner, width)
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
         return self.out_proj(
@@ -110,8 +119,9 @@ class _Encoder(nn.Module):
 
 
 class LDMBert(nn.Module):
-    """Token ids (B, L) -> states (B, L, d_model). `to_logits` is a weight of the files that nothing
-    here uses, kept for their sake.
+    """Token ids (B, L) -> states (B, L, d_model).
+
+    `to_logits` is kept because the files have it: no state depends on it.
     """
 
     def __init__(self, config: LDMBertConfig):
@@ -129,5 +139,5 @@ class LDMBert(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.to_logits.weight.device

@@ -1,0 +1,286 @@
+"""Networks of transformers: built from files, run on one text, written to folders.
+
+A network is built without memory for its weights and then takes the tensors of its files as they
+are. T5-XXL is 4.8 billion numbers, of which a second copy would not fit.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sfumato.errors import NumericalError, UserError, explained, quoted, usable_device
+from sfumato.io.atomic import hash_json, read_table, write_json, write_tensors
+from sfumato.io.safetensors import (
+    check_keys,
+    find_weights,
+    looked_at,
+    not_finite,
+    read_weights,
+    require_finite,
+)
+
+STEM, PICKLED = "model", "pytorch_model"
+"""Names of files of weights, without shard and variant: see `sfumato.io.safetensors`."""
+ANY = (Exception,)
+"""The libraries raise a dozen kinds of errors about a file's values, some of them no more than
+`Exception`."""
+IGNORED_FIELDS = set(
+    "architectures dtype torch_dtype transformers_version return_dict output_hidden_states output_attentions use_cache initializer_range "
+    "attention_dropout dropout id2label label2id problem_type chunk_size_feed_forward task_specific_params output_past".split()
+)
+"""Fields of transformers' configs that change no state in inference."""
+
+
+# ---- one text ------------------------------------------------------------------------------------
+
+
+def check_length(tokenizer: Any, text: str, length: int, prompt: str, special: bool = True) -> None:
+    """Refuse a text of more than `length` tokens.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        text: What the encoder is given.
+        length: Positions of the encoder, special tokens among them.
+        prompt: What the user wrote, for the message. `text` may have a frame around it.
+        special: Whether the tokenizer adds its own tokens to those in the text.
+
+    Raises:
+        UserError: For a longer text, with the counts of the prompt's own tokens.
+    """
+    count = len(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    if count > length:
+        frame = count - len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
+        raise UserError(
+            f"prompt {quoted(prompt)} has {count - frame} tokens: expected at most {length - frame}; "
+            f"shorten it, set truncation='cut', or raise max_sequence_length={length}"
+        )
+
+
+def tokenize(
+    tokenizer: Any, text: str, length: int, special: bool = True
+) -> tuple[Int[Tensor, " L"], Bool[Tensor, " L"]]:
+    """Token ids of a text, cut or padded to `length`, and a mask that is False on padding.
+
+    The model's own tokenizer decides on which side it cuts and pads. `special` as in
+    `check_length`.
+    """
+    encoding = tokenizer(
+        text,
+        add_special_tokens=special,
+        padding="max_length",
+        truncation=True,
+        max_length=length,
+        verbose=False,
+    )
+    return torch.tensor(encoding["input_ids"]), torch.tensor(encoding["attention_mask"]).bool()
+
+
+@torch.no_grad()
+def last_states(
+    tokenizer: Any, model: Any, text: str, length: int, mask_padding: bool
+) -> tuple[Float[Tensor, "L D"], Bool[Tensor, " L"]]:
+    """Hidden states after the last layer, in float32, and a mask that is False on padding.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        model: Its network.
+        text: One prompt, which is cut where it is longer.
+        length: Positions L of the result.
+        mask_padding: Whether padding is masked in the network's attention.
+
+    Raises:
+        NumericalError: For states beyond the range of the network's dtype.
+    """
+    ids, mask = (part.to(model.device) for part in tokenize(tokenizer, text, length))
+    # One row at a time: a matrix product of several rows may round otherwise, and a prompt's bits
+    # would depend on its neighbours.
+    output = model(
+        ids[None], attention_mask=mask[None].long() if mask_padding else None, return_dict=True
+    )
+    states = output.last_hidden_state[0].float()
+    require_finite_states(states, model, text)
+    return states, mask
+
+
+def require_finite_states(states: Tensor, model: Any, prompt: str) -> None:
+    """Raise `NumericalError` for states that are NaN or infinite."""
+    if not torch.isfinite(states).all():
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise NumericalError(
+            f"text encoder {type(model).__name__} in {dtype} gives NaN or infinite states for prompt {quoted(prompt)}: load it in bfloat16 or float32"
+        )
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 of everything that decides how a tokenizer splits text."""
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = [
+        settings[key]
+        for key in ("normalizer", "pre_tokenizer", "model", "post_processor", "added_tokens")
+    ]
+    return hash_json(
+        [*parts, tokenizer.pad_token_id, tokenizer.padding_side, tokenizer.truncation_side]
+    )
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def check_fields(values: Mapping[str, Any], known: set[str], path: Path, kind: str) -> None:
+    """Raise `UserError` for a config field beyond `known` and `IGNORED_FIELDS`.
+
+    Args:
+        values: The config.
+        known: Fields that the network of transformers has, and those that change none of its
+        states. path: The config's file, for the message.
+        kind: The network's kind, for the message.
+    """
+    for field in sorted(
+        field for field in values.keys() - known - IGNORED_FIELDS if not field.startswith("_")
+    ):
+        raise UserError(
+            f"{path}: {field}={values[field]!r} is not known to {kind}: it might change the result, so it is refused"
+        )
+
+
+# ---- networks ------------------------------------------------------------------------------------
+
+
+def load_network(
+    folder: Path, dtype: torch.dtype | None, variant: str | None, build: Callable[..., Any]
+) -> Any:
+    """Build a network from a folder's config.json and weights.
+
+    Args:
+        folder: The network's folder.
+        dtype: Of the weights; None leaves them as stored and unread, to be streamed.
+        variant: The weights to prefer, such as "fp16".
+        build: Called with (config, tensors, dtype, config path, weights path, check_files); the
+        last as in `build_network`.
+    """
+    path = folder / "config.json"
+    values = read_table(path)
+    files = find_weights(folder, STEM, variant, PICKLED)
+    tensors = read_weights(files)
+    return build(
+        values,
+        tensors,
+        dtype,
+        path,
+        files[0] if len(files) == 1 else folder,
+        lambda: looked_at(files, tensors, dtype),
+    )
+
+
+def build_network(
+    build: Callable[[], Any],
+    tensors: Mapping[str, Tensor],
+    ties: Mapping[str, str],
+    dtype_of: Callable[[str], torch.dtype | None],
+    path: Path,
+    file: Path,
+    check_files: Callable[[], bool] = lambda: False,
+) -> Any:
+    """A network with the weights of its files, in eval mode and without gradients.
+
+    Args:
+        build: Makes the network; called on the meta device.
+        tensors: Weights by the network's names.
+        ties: {key that a file may lack: key of the weight that takes its place}.
+        dtype_of: The dtype of a key's weight; None leaves it as stored.
+        path: Where the config is from, for messages.
+        file: Where the weights are from, for messages.
+        check_files: Checks the files for NaN and infinity and returns True, or returns False where
+        it cannot.
+
+    Raises:
+        UserError: For keys that do not fit the config, and weights that are NaN or infinite.
+    """
+    with explained(path, ANY), torch.device("meta"):
+        model = build()
+    expected = model.state_dict()
+    missing = {
+        key
+        for key, source in ties.items()
+        if key in expected and key not in tensors and source in tensors
+    }
+    check_keys(
+        {key: tensor for key, tensor in expected.items() if key not in missing}, tensors, file
+    )
+    if not check_files():
+        require_finite(tensors, file)
+    weights = {
+        key: tensor.to(dtype_of(key) or tensor.dtype).contiguous()
+        for key, tensor in tensors.items()
+    }
+    model.load_state_dict(weights | {key: weights[ties[key]] for key in missing}, assign=True)
+    # one parameter under two names, not two with the same numbers: it is moved once
+    for key in missing:
+        place, _, name = key.rpartition(".")
+        setattr(model.get_submodule(place), name, model.get_parameter(ties[key]))
+    with explained(path, ANY):
+        _make_buffers(model)
+    return model.eval().requires_grad_(False)
+
+
+def _make_buffers(model: Any) -> None:
+    """Compute the buffers that no file holds (positions, rotary frequencies), by building their
+    modules anew.
+    """
+    for module in model.modules():
+        names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        if names:
+            fresh = type(module)(getattr(module, "config", model.config))
+            for name in names:
+                module.register_buffer(name, getattr(fresh, name), persistent=False)
+
+
+def on_device(model: Any, device: str | torch.device) -> Any:
+    """A copy of a network on a device, which shares the tensors that are there already.
+
+    Raises:
+        UserError: For a device that cannot be used.
+    """
+    with usable_device(device):
+        memo: dict[int, Any] = {id(b): b.to(device) for b in model.buffers()}
+        memo |= {id(p): nn.Parameter(p.to(device), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def write_network(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+) -> None:
+    """Write config.json and the weights.
+
+    Args:
+        folder: The network's folder.
+        config: The JSON of config.json; its dtype is replaced by that of the weights.
+        tensors: Weights by the names that files have.
+        dtype: The dtype to store; None keeps each weight's own.
+
+    Raises:
+        NumericalError: For weights that are not finite in `dtype`; nothing is written then.
+    """
+    weights = {
+        key: tensor if dtype is None else tensor.to(dtype) for key, tensor in tensors.items()
+    }
+    for key in not_finite(weights):
+        raise NumericalError(
+            f"weight {key} of {folder.name} is NaN or infinite in {weights[key].dtype}: nothing was written"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    write_json(
+        folder / "config.json",
+        {**{k: v for k, v in config.items() if k != "dtype"}, "torch_dtype": stored},
+    )
+    write_tensors(folder / f"{STEM}.safetensors", weights)
