@@ -338,7 +338,7 @@ def autoencoder(kind: str) -> Any:
 
 
 def dit(
-    kind: str = "kl", conditioner: Conditioner = Unconditional(), width: int = 24
+    kind: str = "kl", conditioner: Conditioner | None = None, width: int = 24
 ) -> LatentDiffusion:
     """A transformer that reads tokens, every weight of it random: pictures of 8x8, latents of
     4x4.
@@ -360,7 +360,9 @@ def dit(
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     network, vae = network.eval().requires_grad_(False), vae.eval().requires_grad_(False)
     denoiser = Denoiser(network, Process(schedule("flow"), parameterization("flow")))
-    return LatentDiffusion(vae, denoiser, conditioner, Defaults(steps=2, guidance=2.0), "tiny")
+    return LatentDiffusion(
+        vae, denoiser, conditioner or Unconditional(), Defaults(steps=2, guidance=2.0), "tiny"
+    )
 
 
 def picture(model: LatentDiffusion, prompt: str = "a red shirt") -> Tensor:

@@ -477,7 +477,7 @@ def test_doors_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:
         (
             pixart,
             {"vector": None},
-            r"told the picture's height, width and height/width: Conditioning.vector \(B, 3\) is missing",
+            r"conditioned on the image's height, width and height/width: Conditioning.vector \(B, 3\) is missing",
         ),
         (pixart, {"vector": normal(2, 2)}, r"Conditioning.vector \(B, 3\) has 2 numbers"),
         (

@@ -489,9 +489,9 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
 @torch.inference_mode()
 def test_float16_stays_finite() -> None:
     big = torch.tensor([1e6, -1e6, 3.0])
-    assert torch.equal(_flux_base.limited(big), big)
+    assert torch.equal(_flux_base.clamp_fp16(big), big)
     assert torch.equal(
-        _flux_base.limited(big.half()), torch.tensor([65504.0, -65504.0, 3.0]).half()
+        _flux_base.clamp_fp16(big.half()), torch.tensor([65504.0, -65504.0, 3.0]).half()
     )
 
 
@@ -524,12 +524,12 @@ def test_every_weight_gets_a_gradient(name: str) -> None:
     assert not none
 
 
-def test_places_are_remembered_and_no_part_of_the_weights() -> None:
+def test_positions_are_cached_and_no_part_of_the_weights() -> None:
     network: Any = FluxTransformer(FluxConfig(**FLUX["FLUX.1 dev"]))
     with torch.inference_mode():
-        table = network.places.turns(3, ((2, 2), (1, 5)), torch.device("cpu"))
+        table = network.positions.rope(3, ((2, 2), (1, 5)), torch.device("cpu"))
     assert (
-        network.places.turns(3, ((2, 2), (1, 5)), torch.device("cpu")) is table
+        network.positions.rope(3, ((2, 2), (1, 5)), torch.device("cpu")) is table
         and not table.is_inference()
     )
     assert table.shape == (3 + 4 + 5, 8, 2)
@@ -550,7 +550,7 @@ def test_exported() -> None:
             return self.network(x, t, Conditioning(tokens, vector=vector))
 
     given = (x, T, cond.tokens, cond.vector)
-    _flux_base._remembered.cache_clear()
+    _flux_base._cached_rope.cache_clear()
     with torch.no_grad():
         program = torch.export.export(Bare(), given, strict=False)
         close(program.module()(*given), network(x, T, cond))
@@ -568,7 +568,7 @@ network = Flux2Transformer(Flux2Config(**small, axes_dims_rope=(4, 4, 4, 4), gui
 x, t, cond = torch.randn(2, 8, 6, 4), torch.tensor([10.0, 900.0]), Conditioning(torch.randn(2, 5, 12), references=(torch.randn(2, 8, 3, 3),))
 with torch.no_grad():
     found = torch.compile(network, backend="eager", fullgraph=True)(x, t, cond)
-    assert _flux_base._remembered.cache_info().currsize == 0, "nothing of the compiler's is remembered"
+    assert _flux_base._cached_rope.cache_info().currsize == 0, "nothing of the compiler's is remembered"
     expected = network(x, t, cond)
 assert (found - expected).abs().max() < 1e-5 * expected.abs().max(), (found - expected).abs().max()
 """

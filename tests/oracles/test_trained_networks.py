@@ -111,8 +111,8 @@ def test_any_network_is_trained_by_a_recipe(name: str, place: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("network", "text", "source", "words"),
     [
-        (SD3Config(), None, "classes", "a SD3 is told no class: train it from captions"),
-        (PixArtConfig(), None, "classes", "a PixArt is told no class"),
+        (SD3Config(), None, "classes", "a SD3 has no classes: train it from captions"),
+        (PixArtConfig(), None, "classes", "a PixArt has no classes"),
         (
             DiTConfig(**SMALL, in_channels=4, out_channels=8),
             None,

@@ -48,6 +48,7 @@ class Autoencoder(nn.Module, ABC):
 
     space: LatentSpace
     channels: int
+    config: Any
 
     @abstractmethod
     def posterior(self, image: Float[Tensor, "B C H W"]) -> Posterior:
@@ -88,6 +89,11 @@ class Autoencoder(nn.Module, ABC):
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
         return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.parameters()).device
 
 
 class InParts(Autoencoder):

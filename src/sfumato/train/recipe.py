@@ -329,7 +329,7 @@ def encode_all(
     """
 
     def encode(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        posterior = autoencoder.posterior(image.to(next(autoencoder.parameters()).device))
+        posterior = autoencoder.posterior(image.to(autoencoder.device))
         return posterior.mean, posterior.std
 
     weights = {

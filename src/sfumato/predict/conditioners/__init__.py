@@ -1,5 +1,6 @@
-"""Conditioners: prompts -> Conditioning. One file each, found by its name; the class is the name in
-CamelCase.
+"""Conditioners: prompts -> Conditioning, one file each.
+
+A file is found by its name; its class is the name in CamelCase.
 
 `base.py` has the class that all inherit. A file whose conditioner has text encoders has a table
 ENCODERS: {name in model_index.json: class of the network}, a row for each combination. By it the
@@ -36,19 +37,20 @@ def text_conditioner_class(encoders: Mapping[str, str], source: object) -> type[
 
     Args:
         encoders: {name in model_index.json: class of the network}, as `text_encoder_classes` gives
-        it. source: Where they are from, for the message.
+            it.
+        source: Where they are from, for the message.
 
     Raises:
         UserError: For a combination that no conditioner has, with the known ones.
     """
-    known = []
+    rows = []
     for file in names(_PACKAGE):
         for row in getattr(module_of(_PACKAGE, file), "ENCODERS", ()):
             if row == encoders:
                 return find(_PACKAGE, file)
-            known.append(" and ".join(f"{part} {kind}" for part, kind in row.items()))
-    found = " and ".join(f"{part} {kind}" for part, kind in sorted(encoders.items()))
-    raise UserError(f"{source} has the text encoders {found}: expected {'; or '.join(known)}")
+            rows.append(" and ".join(f"{part} {kind}" for part, kind in row.items()))
+    listed = " and ".join(f"{part} {kind}" for part, kind in sorted(encoders.items()))
+    raise UserError(f"{source} has the text encoders {listed}: expected {'; or '.join(rows)}")
 
 
 def text_encoder_classes(index: Mapping[str, Any], path: str | Path) -> dict[str, str]:

@@ -1,5 +1,4 @@
-"""Long prompts: tokens cut into chunks that an encoder has positions for, at commas and between
-words.
+"""Chunks of long prompts, split at commas and between words.
 
 A CLIP text encoder has 77 positions: begin, 75 tokens, end. A longer prompt becomes several chunks,
 which are encoded one by one and joined (as AUTOMATIC1111's web UI does; there is no paper). A chunk
@@ -12,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from sfumato.predict.text_encoders.clip import Token
 
 BACK = 20
-"""How many tokens back a comma is searched."""
+"""Tokens before the end of a chunk among which a comma is searched."""
 
 
 def cut(tokens: Sequence[Token], room: int) -> list[list[Token]]:
-    """Split tokens into chunks of at most `room`, in their order; at least one chunk, which may be
-    empty.
+    """Split tokens into chunks of at most `room`, in their order.
+
+    There is at least one chunk, which may be empty.
     """
     chunks: list[list[Token]] = []
     current: list[Token] = []

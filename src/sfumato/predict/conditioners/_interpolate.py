@@ -53,8 +53,9 @@ def _same_length(a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Ten
 
 
 def _lerp(a: Tensor | None, b: Tensor | None, shares: Tensor) -> Tensor | None:
-    """(1 - s) a + s b from the nearer end: both ends, and what is equal in both, keep their
-    bits.
+    """(1 - s) a + s b, from the nearer end.
+
+    Both ends keep their bits, and so does what is equal in both.
     """
     if a is None or b is None:
         assert a is b, "one conditioner sets the same fields for all prompts"

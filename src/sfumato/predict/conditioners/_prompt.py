@@ -1,8 +1,9 @@
 r"""Weighted prompts: "a (red:1.3) hat, [trees]" -> pieces of text with a weight each.
 
     (text:1.3)   times 1.3            (text)    times 1.1            [text]    divided by 1.1
-    \( \) \[ \]  brackets as text     \\        a backslash as text; before anything else a
-                 backslash is text by itself
+    \( \) \[ \]  brackets as text     \\        a backslash as text
+
+Before anything else a backslash is text by itself.
 
 Brackets nest, and their factors multiply. As in AUTOMATIC1111's web UI (wiki,
 "Attention/emphasis"), from which people know this syntax: a bracket that never closes acts to the

@@ -1,5 +1,4 @@
-"""Conditioners with text encoders: `TextConditioner`, `SingleEncoderText` for those with one, and
-their settings.
+"""Conditioners with text encoders, and their settings.
 
 A text becomes the hidden states of an encoder's positions (`tokens`) and a mask that is False on
 padding.
@@ -58,9 +57,7 @@ C = TypeVar("C", bound=TextConfig)
 
 
 def check_settings(config: Any) -> None:
-    """Raise `UserError` for impossible values of max_sequence_length, mask_padding and
-    truncation.
-    """
+    """Raise `UserError` for impossible values of the settings that these conditioners share."""
     if config.truncation not in TRUNCATIONS:
         raise unknown("truncation", config.truncation, TRUNCATIONS)
     check_flag("mask_padding", config.mask_padding)
@@ -83,7 +80,8 @@ def read_settings(
         name: The conditioner's name, which the file must have.
         folder: The model's folder.
         defaults: What follows from the folder's other files, for settings that the file does not
-        have. source: Where the defaults are from, for messages; None: the folder.
+            have.
+        source: Where the defaults are from, for messages; None: the folder.
 
     Raises:
         UserError: For a file of another conditioner, unknown fields and impossible values.
@@ -105,11 +103,11 @@ def read_settings(
 
 
 class TextConditioner(Conditioner):
-    """A conditioner with text encoders: a frozen dataclass with fields encoder, encoder_2, ... and
-    config.
+    """A conditioner with text encoders.
 
-    Brackets are text, but for `ClipText`. `dataclasses.replace` changes the settings; encoders are
-    shared, not copied.
+    Each subclass is a frozen dataclass with fields encoder, encoder_2, ... and config. Brackets are
+    text, but for `ClipText`. `dataclasses.replace` changes the settings; encoders are shared, not
+    copied.
 
     Attributes:
         part: The encoders' folders, before their ending.
@@ -148,8 +146,7 @@ class TextConditioner(Conditioner):
         }
 
     def identity(self) -> dict[str, Any]:
-        """JSON of everything beside the weights that decides the result: settings, encoders'
-        configs, tokenizers.
+        """JSON of everything beside the weights that decides the result, for hashing.
 
         Settings have the names of earlier versions, so that a model keeps its hash.
         """
@@ -269,7 +266,7 @@ class SingleEncoderText(TextConditioner):
         return prompt_texts(prompts)
 
     def _vector(self, image_spec: ImageSpec | None) -> Tensor | None:
-        """What the network is conditioned on beside the text, (1, V)."""
+        """The vector (1, V) beside the text; None: there is none."""
         return None
 
     @property

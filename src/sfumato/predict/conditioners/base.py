@@ -1,10 +1,9 @@
-"""Conditioner: prompts -> `Conditioning`, the third part of a model beside `Autoencoder` and
-`Network`.
+"""Conditioner: prompts -> `Conditioning`.
 
-A conditioner checks prompts, then encodes them:
+It is the third part of a model, beside `Autoencoder` and `Network`. A conditioner checks prompts,
+then encodes them:
 
-    conditioner(prompts, image_spec, second) = encode(prompts, image_spec, second)     after
-                                                                                       check(...)
+    conditioner(...) = encode(...), after check(...)
 
 `check` raises every `UserError` that the prompts would raise and uses no weight, so that a request
 can be refused long before it is run.
@@ -35,8 +34,9 @@ class Conditioner(ABC):
 
     Attributes:
         name: `_class_name` of conditioner/config.json: the name of the file in
-        `predict/conditioners`. batch_key: The entry of a training batch that conditions an example:
-        its label, or its index.
+            `predict/conditioners`.
+        batch_key: The entry of a training batch that conditions an example: its label, or its
+            index.
     """
 
     name: ClassVar[str]
@@ -59,6 +59,7 @@ class Conditioner(ABC):
 
         Raises:
             UserError: For prompts that the model cannot take.
+            NumericalError: For states beyond the range of a text encoder's dtype.
         """
         self.check(prompts, image_spec, second)
         return self.encode(prompts, image_spec, second)
@@ -137,7 +138,7 @@ class Conditioner(ABC):
         return False
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """All weights by name, none for many; not copies."""
+        """All weights by name, empty where there are none; not copies."""
         return {}
 
     def identity(self) -> dict[str, Any]:
@@ -153,8 +154,10 @@ class Conditioner(ABC):
         return self
 
     def with_encoders(self, encoders: Mapping[str, Encoder]) -> Self:
-        """The same conditioner with other text encoders by the keys of `encoders`; itself without
-        any.
+        """The same conditioner with other text encoders; itself where there are none.
+
+        Args:
+            encoders: The others, by the keys of `encoders`.
         """
         return self
 

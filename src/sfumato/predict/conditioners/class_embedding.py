@@ -5,8 +5,8 @@ of the table is no class, for guidance (Ho & Salimans 2022, arXiv:2207.12598): I
 1000 classes and that one. A table of exactly 1000 (the first of these models) has no such row.
 
     conditioner/config.json                           {"_class_name": "class_embedding",
-                                                      "class_names": [...] or [], "unconditional":
-                                                      true}
+                                                       "class_names": [...] or [], "unconditional":
+                                                       true}
     conditioner/diffusion_pytorch_model.safetensors   embedding.weight (classes, width)
 """
 
@@ -51,7 +51,9 @@ class ClassEmbeddingConfig:
 
 @dataclass(frozen=True, eq=False)
 class ClassEmbedding(ClassConditioner):
-    """Classes as rows of a table: a prompt is a number, "207", or a name where names are known.
+    """Classes as rows of a table.
+
+    A prompt is a number, "207", or a name where names are known.
 
     Attributes:
         table: The embedding, (rows, width).
@@ -76,7 +78,7 @@ class ClassEmbedding(ClassConditioner):
 
     @property
     def unconditional(self) -> bool:
-        """Whether the last row is no class."""
+        """True where the last row is no class."""
         setting = self.config.unconditional
         return len(self.table) != IMAGENET if setting is None else setting
 
@@ -128,7 +130,9 @@ class ClassEmbedding(ClassConditioner):
             )
 
     def from_labels(self, labels: Int[Tensor, " B"]) -> Conditioning:
-        """Labels (B,) int64 -> `Conditioning` with `tokens` (B, 1, width), float32; -1 is no class.
+        """Labels (B,) int64 -> `Conditioning` with `tokens` (B, 1, width), float32.
+
+        -1 is no class.
 
         Raises:
             UserError: For labels out of range, and -1 where the table has no row for no class.
@@ -189,8 +193,9 @@ class ClassEmbedding(ClassConditioner):
         dtype: torch.dtype | None = torch.float32,
         variant: str | None = None,
     ) -> "ClassEmbedding":
-        """The inverse of `save`; arguments as in `Conditioner.from_folder`, there are no
-        variants.
+        """The inverse of `save`.
+
+        Arguments as in `Conditioner.from_folder`; there are no variants.
         """
         path = Path(folder) / CONFIG
         values = read_json(path)

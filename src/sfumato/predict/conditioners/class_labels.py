@@ -1,10 +1,10 @@
-"""Classes with several names each, or with numbers alone: the labels of ImageNet's diffusers
-pipelines.
+"""Classes with several names each, or with numbers alone.
 
-DiT (Peebles & Xie 2022, arXiv:2212.09748). A label is a text with commas, "tench, Tinca tinca":
-each of its parts, the whole of it and the number of the class mean the class. As in
-model_index.json of a DiTPipeline (`id2label`), two classes may have the same text: ImageNet has two
-cranes, a bird and a machine. Their class names have their numbers: "crane (134)".
+These are the labels of ImageNet's diffusers pipelines: DiT (Peebles & Xie 2022, arXiv:2212.09748).
+A label is a text with commas, "tench, Tinca tinca": each of its parts, the whole of it and the
+number of the class mean the class. As in model_index.json of a DiTPipeline (`id2label`), two
+classes may have the same text: ImageNet has two cranes, a bird and a machine. Their class names
+have their numbers: "crane (134)".
 """
 
 import re
@@ -64,8 +64,9 @@ class ClassLabels(ClassConditioner):
 
     @cached_property
     def _tables(self) -> tuple[dict[str, list[int]], ...]:
-        """Labels by name, the strictest match first: whole labels, parts of labels, and both but
-        for case.
+        """Labels by name, the strictest match first.
+
+        Whole labels, parts of labels, and both but for case.
         """
         tables: tuple[dict[str, list[int]], ...] = ({}, {}, {}, {})
         for i, (name, label) in enumerate(zip(self.class_names, self.labels, strict=True)):

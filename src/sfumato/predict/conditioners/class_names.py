@@ -1,9 +1,8 @@
-"""Class names as prompts: "ankle boot" -> a one-hot vector over the classes and one more row for
-"no class".
+"""Class names as prompts: "ankle boot" -> a one-hot vector.
 
-The network multiplies it by its embedding table (a look-up), so that mixtures of classes are
-weights which sum to 1. The last row is the null condition of classifier-free guidance (Ho &
-Salimans 2022, arXiv:2207.12598, section 3.2).
+It has an entry for each class and one more for "no class". The network multiplies it by its
+embedding table (a look-up), so that mixtures of classes are weights which sum to 1. The last row is
+the null condition of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, section 3.2).
 """
 
 from collections.abc import Iterable
@@ -27,8 +26,9 @@ def _key(text: str) -> str:
 
 
 def _forms(key: str) -> Iterable[str]:
-    """A name as it is, then in singular and plural: "boots" is "boot", "dresses" is "dress", "bag"
-    may be "bags".
+    """A name as it is, then in singular and plural.
+
+    "boots" is "boot", "dresses" is "dress", "bag" may be "bags".
     """
     yield key
     yield from (key.removesuffix(end) for end in ("s", "es") if key.endswith(end))

@@ -1,12 +1,13 @@
-"""Text prompts through CLIP: Stable Diffusion 1 and 2 (one encoder), SDXL (two) and its refiner
-(the second alone).
+"""Text prompts through CLIP: Stable Diffusion 1 and 2, SDXL and its refiner.
+
+Stable Diffusion has one encoder, SDXL two, its refiner the second alone.
 
     SD 1, SD 2   tokens: the last layer's states after the final norm (Rombach et al. 2022,
                  arXiv:2112.10752, section 3.3; SD 2's file holds one layer less, so that its last
                  is OpenCLIP's last but one)
-    SDXL         tokens: the last but one layer's states of both encoders side by side, without the
-                 norm; vector: the second's pooled text, then the image's sizes (Podell et al. 2023,
-                 arXiv:2307.01952, sections 2.1 and 2.2), which the network embeds itself
+    SDXL         tokens: the last but one layer's states of both encoders side by side, without
+                 the norm; vector: the second's pooled text, then the image's sizes (Podell et al.
+                 2023, arXiv:2307.01952, sections 2.1 and 2.2), which the network embeds itself
 
 A prompt longer than the encoders' 77 positions is encoded in chunks (`_chunks.py`), "(word:1.3)"
 weighs words (`_prompt.py`): a weighted chunk's states are multiplied by their tokens' weights, then
@@ -166,8 +167,9 @@ class ClipText(TextConditioner):
     def _encode_pair(
         self, prompt: str | None, second: str | None
     ) -> tuple[Float[Tensor, "L D"], Float[Tensor, " V"] | None]:
-        """A prompt's states, chunk after chunk, and its pooled vector where there is a second
-        encoder.
+        """A prompt's states, chunk after chunk, and its pooled vector.
+
+        The vector is None without a second encoder.
 
         second: The text of the second encoder; None is the prompt.
         """
@@ -215,10 +217,10 @@ class ClipText(TextConditioner):
         ), encoded[0][1]
 
     def _sizes(self, image: ImageSpec) -> list[float]:
-        """SDXL's micro-conditioning: original height and width, crop top and left, target height
-        and width.
+        """SDXL's micro-conditioning.
 
-        The refiner has the score alone in place of the target.
+        Original height and width, crop top and left, target height and width. The refiner has the
+        score alone in place of the target.
         """
         last = (
             (image.aesthetic_score,)
@@ -245,9 +247,7 @@ class ClipText(TextConditioner):
 
     @property
     def vector_width(self) -> int | None:
-        """Numbers of `Conditioning.vector`: the pooled text's and the image's; None without a
-        second encoder.
-        """
+        """Numbers of `Conditioning.vector`, pooled text and sizes; None with one encoder alone."""
         return (
             None
             if self.encoder_2 is None
@@ -344,7 +344,9 @@ def _pairs(prompts: Prompts, second: Prompts | None) -> list[tuple[str | None, s
 
 
 def weigh(states: Float[Tensor, "L D"], chunk: Sequence[Token]) -> Float[Tensor, "L D"]:
-    """Multiply states by their tokens' weights and restore their mean; unchanged if all weigh 1.
+    """Multiply states by their tokens' weights and restore their mean.
+
+    They are unchanged if all weigh 1.
 
     Args:
         states: The states of a chunk, in which begin, end and padding weigh 1.
@@ -367,11 +369,14 @@ def weigh(states: Float[Tensor, "L D"], chunk: Sequence[Token]) -> Float[Tensor,
 
 
 def _settings(folder: Path, index: dict[str, Any], two: bool) -> ClipTextConfig:
-    """The settings of a model's folder. index: its model_index.json. two: with SDXL's second
-    encoder.
+    """The settings of a model's folder.
+
+    Args:
+        folder: The folder.
+        index: Its model_index.json.
+        two: Whether it has SDXL's second encoder.
     """
-    # diffusers' defaults where model_index.json is silent: zeros for SDXL's missing prompts, no
-    # score.
+    # diffusers' defaults where model_index.json has none: zeros for SDXL's null prompt, no score
     flags = dict(zip(FLAGS, (two, False), strict=True)) | {
         flag: index[flag] for flag in FLAGS if flag in index
     }

@@ -2,8 +2,8 @@
 
 Black Forest Labs 2025, github.com/black-forest-labs/flux2, src/flux2/text_encoder.py.
 
-    dev      Mistral Small 3's states after layers 10, 20 and 30, after a system message; 3 times
-             5120 wide
+    dev      Mistral Small 3's states after layers 10, 20 and 30, 3 times 5120 wide; the prompt
+             follows a system message
     klein    Qwen3's states after layers 9, 18 and 27; 3 times 2560 (4B) or 4096 (8B) wide
 
     tokens   those states side by side, at 512 positions; no vector
@@ -36,14 +36,15 @@ SYSTEM = (
     "You are an AI that reasons about image descriptions. You give structured responses focusing on object relationships, object\n"
     "attribution and actions without speculation."
 )
-"""The system message that FLUX.2 dev was trained with: src/flux2/system_messages.py of
-github.com/black-forest-labs/flux2."""
+"""The system message that FLUX.2 dev was trained with.
+
+src/flux2/system_messages.py of github.com/black-forest-labs/flux2.
+"""
 TRAINED: dict[str, dict[str, Any]] = {
     "mistral3": {"layers": (10, 20, 30), "system_message": SYSTEM},
     "qwen3": {"layers": (9, 18, 27), "system_message": None},
 }
-"""The settings that the published models were trained with, by the `model_type` of their language
-model."""
+"""Settings that the published models were trained with, by the language model's `model_type`."""
 ENCODERS = tuple({"text_encoder": name} for name in CLASSES.values())
 
 
@@ -117,8 +118,9 @@ class Flux2Text(TextConditioner):
     def encode(
         self, prompts: Prompts, image_spec: ImageSpec | None, second: Prompts | None
     ) -> Conditioning:
-        """`tokens` (B, L, width), and `mask` (B, L) where the settings say so. The image makes no
-        difference.
+        """`tokens` (B, L, width), and `mask` (B, L) where the settings say so.
+
+        The image makes no difference.
         """
         texts = prompt_texts(prompts)
         states = {text: self._encode_text(text) for text in dict.fromkeys(texts)}

@@ -4,11 +4,11 @@ Black Forest Labs 2024, github.com/black-forest-labs/flux, src/flux/modules/cond
 util.py.
 
     tokens   the states of T5's encoder, 4096 wide: 512 positions, 256 for the model schnell
-    vector   CLIP L's state of the end token after the final norm, 768 wide, added to the time
-             embedding
+    vector   CLIP L's state of the end token after the final norm, 768 wide, which is added to the
+             time embedding
 
 Padding is attended to like words: so it was trained. CLIP takes 75 tokens of a prompt and leaves
-the rest to T5; what it leaves is logged (level info).
+the rest to T5, which is logged (level info).
 """
 
 from dataclasses import dataclass

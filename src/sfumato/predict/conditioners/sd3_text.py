@@ -3,15 +3,15 @@
 Esser et al. 2024, arXiv:2403.03206, section 4.
 
     tokens   [ CLIP L's states | CLIP G's states | zeros ]   77 rows: side by side, the last layer's
-             but one, without the final norm [ T5's states                               ]   256
-             rows below them; width: T5's, 4096
+                                                             but one, without the final norm
+             [ T5's states                               ]   256 rows below them; width: T5's, 4096
     vector   [ CLIP L's pooled text | CLIP G's ], 768 and 1280 wide, added to the time embedding
 
 Padding is attended to like words: so it was trained. Each encoder was left out for almost half of
 the training images, so that the model runs without T5, which is most of the memory: its states are
 zeros then.
 
-A CLIP takes 75 tokens of a prompt and leaves the rest to T5; what it leaves is logged (level info).
+A CLIP takes 75 tokens of a prompt and leaves the rest to T5, which is logged (level info).
 """
 
 from dataclasses import dataclass
@@ -45,13 +45,12 @@ class Sd3TextConfig(TextConfig):
     """Settings of `Sd3Text`.
 
     Attributes:
-        max_sequence_length: T5's positions of a prompt, its end token among them. mask_padding:
-        Whether padding is masked, in T5's attention and (by a mask) in the network's; SD 3
-            was trained with padding in it.
+        max_sequence_length: T5's positions of a prompt, its end token among them.
+        mask_padding: Whether padding is masked, in T5's attention and (by a mask) in the network's;
+            SD 3 was trained with padding in it.
         truncation: "refuse" a prompt of more tokens than T5 has positions, or "cut" it.
         joint_attention_dim: Channels of a token, T5's and the network's; None: T5's, which must be
-        there
-            then.
+            there then.
     """
 
     max_sequence_length: int = 256
@@ -123,11 +122,10 @@ class Sd3Text(TextConditioner):
     def encode(
         self, prompts: Prompts, image_spec: ImageSpec | None, second: Prompts | None
     ) -> Conditioning:
-        """`tokens` (B, 77 + max_sequence_length, width), `vector` (B, V), and `mask` where the
-        settings say so.
+        """`tokens` (B, 77 + max_sequence_length, width) and `vector` (B, V).
 
-        `second` is for the second CLIP and T5 (diffusers' prompt_2 and prompt_3 in one). The image
-        makes no difference.
+        `mask` (B, L) is there where the settings say so. `second` is for the second CLIP and T5
+        (diffusers' prompt_2 and prompt_3 in one). The image makes no difference.
         """
         pairs = prompt_pairs(prompts, second)
         rows = {pair: self._encode_pair(*pair) for pair in dict.fromkeys(pairs)}

@@ -83,7 +83,7 @@ class SentenceText(SingleEncoderText):
         dtype: torch.dtype | None = torch.float32,
         variant: str | None = None,
     ) -> "SentenceText":
-        """Open text_encoder/ and tokenizer/ of a model's folder, and the settings if there are any.
+        """Open text_encoder/ and tokenizer/ of a model's folder, and its settings.
 
         Args:
             folder: The model's folder.

@@ -1,8 +1,8 @@
-"""Text prompts through T5 alone: PixArt-alpha (Chen et al. 2023, arXiv:2310.00426, section 3.1) and
-PixArt-Sigma.
+"""Text prompts through T5 alone: PixArt-alpha and PixArt-Sigma.
+
+Chen et al. 2023, arXiv:2310.00426, section 3.1; Sigma: Chen et al. 2024, arXiv:2403.04692.
 
     tokens   the states of T5's encoder: 120 positions, as alpha was trained, or 300, as Sigma was
-             (Chen et al. 2024, arXiv:2403.04692)
     mask     False on padding: neither T5 nor the network attends to it
     vector   (height, width, height / width) of the image in pixels, if one is given: alpha's model
              for 1024 pixels, which was trained on many shapes, is conditioned on it, after SDXL's

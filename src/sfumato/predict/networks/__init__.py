@@ -1,3 +1,1 @@
-"""Networks: (x, timestep, conditioning) -> y. They know no schedule; the denoiser gives y its
-meaning.
-"""
+"""Networks: (x, timestep, conditioning) -> y. The denoiser turns y into a `Prediction`."""

@@ -1,8 +1,7 @@
-"""What DiT and PixArt share: a latent cut into patches as tokens with sine positions, and tokens
-put together as a picture again.
+"""Base of DiT and PixArt: a latent as patches with sine positions, and back.
 
-tokens = W patch + places (Peebles & Xie 2022, arXiv:2212.09748, section 3.2). The places are
-stretched, so that a map of any size and aspect covers what the map of training covered (diffusers'
+tokens = W patch + positions (Peebles & Xie 2022, arXiv:2212.09748, section 3.2). Positions are
+scaled so that a map of any size and aspect covers what the map of training covered (diffusers'
 PatchEmbed).
 """
 
@@ -19,9 +18,6 @@ from sfumato.nn.embeddings import PatchEmbed, padded, sincos_2d, unpatched
 from sfumato.predict.networks.base import Network
 from sfumato.types import Conditioning
 
-WAVES = 256
-"""Sinusoidal features of a timestep, or of a size."""
-
 ACTIVATIONS = {"gelu-approximate": "gelu", "geglu": "geglu"}
 """diffusers' `activation_fn` -> the kind of nn.attention.FeedForward."""
 
@@ -34,18 +30,28 @@ LEGACY: dict[str, Any] = {
     "positional_embeddings": None,
     "num_positional_embeddings": None,
 }
-"""Fields of Transformer2DModel, the class of DiT's and PixArt's first files, with the values that
-they have there."""
+"""Fields of Transformer2DModel, the class of DiT's and PixArt's first files, with their values."""
 
 
 @dataclass(frozen=True)
 class PatchConfig:
     """The numbers of a transformer over patches, with diffusers' names.
 
-    out_channels: with those of a learned variance, which come behind the others (Nichol & Dhariwal
-    2021, arXiv:2102.09672); None: in_channels. sample_size: sides of the latents of training, in
-    cells. norm_num_groups and upcast_attention are kept for the file's sake: there is no group
-    norm, and attention sums in float32 in every dtype.
+    Attributes:
+        num_attention_heads: Heads of attention.
+        attention_head_dim: Width of a head.
+        in_channels: Channels of the latents.
+        out_channels: With those of a learned variance, which follow the others (Nichol & Dhariwal
+            2021, arXiv:2102.09672); None: in_channels.
+        num_layers: Number of blocks.
+        norm_num_groups: Kept for the file's sake: there is no group norm.
+        attention_bias: Whether queries, keys and values have a bias.
+        sample_size: Cells along a side of the latents of training.
+        patch_size: Cells along a side of a patch.
+        activation_fn: One of `ACTIVATIONS`.
+        num_embeds_ada_norm: Number of classes.
+        upcast_attention: Kept for the file's sake: attention sums in float32 in every dtype.
+        norm_eps: Added to variances in norms.
     """
 
     num_attention_heads: int = 16
@@ -95,43 +101,41 @@ class PatchConfig:
 
     @property
     def width(self) -> int:
-        """Numbers of a token."""
+        """Channels of a token."""
         return self.num_attention_heads * self.attention_head_dim
 
     @property
     def outputs(self) -> int:
-        """Channels of the network's answer."""
+        """Channels of the network's output."""
         return self.out_channels or self.in_channels
 
     @property
-    def stretch(self) -> float:
-        """What places are divided by: the size of training over that for which the places were
-        made.
-        """
+    def position_scale(self) -> float:
+        """The divisor of positions: the size of training over that for which they were made."""
         return 1.0
 
 
 def whole(name: str, value: Any, least: int = 1) -> None:
-    """`UserError` unless a field is a whole number of at least `least`."""
+    """Raise `UserError` unless a field is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"{name} {value!r}: expected a whole number of at least {least}")
 
 
 def flag(name: str, value: Any) -> None:
-    """`UserError` unless a field is true or false."""
+    """Raise `UserError` unless a field is true or false."""
     if not isinstance(value, bool):
         raise UserError(f"{name} {value!r}: expected true or false")
 
 
-def zeroed(linear: nn.Linear) -> nn.Linear:
-    """A layer that answers 0 until it is trained."""
+def zero_init(linear: nn.Linear) -> nn.Linear:
+    """The same layer with weights of 0, so that its output is 0 at the start of training."""
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
 
 
-class PatchNetwork(Network):
-    """A transformer over patches: `tokens` on the way in, `picture` on the way out."""
+class PatchTransformer(Network):
+    """A transformer over patches: `patchify` on the way in, `unpatchify` on the way out."""
 
     config: PatchConfig
 
@@ -147,39 +151,43 @@ class PatchNetwork(Network):
 
     @property
     def learned_variance(self) -> bool:
-        """Whether a variance comes behind what it predicts."""
+        """True where a variance follows the target, in as many channels again."""
         return self.config.outputs == 2 * self.config.in_channels
 
-    def tokens(self, x: Float[Tensor, "B C h w"], cond: Conditioning) -> Float[Tensor, "B N D"]:
-        """Patches as tokens, with their places; `UserError` for other channels than the network's,
-        and for doors that it does not have.
+    def patchify(self, x: Float[Tensor, "B C h w"], cond: Conditioning) -> Float[Tensor, "B N D"]:
+        """A latent as tokens with their positions.
+
+        Raises:
+            UserError: For other channels than the network's, and fields of `cond` that it does not
+                use.
         """
         c = self.config
         if x.shape[1] != c.in_channels:
             raise UserError(
                 f"this {type(self).__name__} takes latents of {c.in_channels} channels and was given {x.shape[1]}"
             )
-        for door in ("concat", "residuals", "image_tokens", "references"):
-            if getattr(cond, door) is not None:
+        for field in ("concat", "residuals", "image_tokens", "references"):
+            if getattr(cond, field) is not None:
                 raise UserError(
-                    f"this {type(self).__name__} has no use for Conditioning.{door}: leave it out, or take a model that reads it"
+                    f"this {type(self).__name__} has no use for Conditioning.{field}: leave it out, or take a model that reads it"
                 )
         rows, columns = (-(-side // c.patch_size) for side in x.shape[2:])
-        places = _places(c.width, rows, columns, c.sample_size // c.patch_size, c.stretch, x.device)
-        # places first: torch lays the sum out in memory as its first term, and theirs is token by
-        # token
-        return (places + self.pos_embed(padded(x, c.patch_size))).to(x.dtype)
+        positions = _positions(
+            c.width, rows, columns, c.sample_size // c.patch_size, c.position_scale, x.device
+        )
+        # positions first: the sum has its first term's layout in memory, which is token by token
+        return (positions + self.pos_embed(padded(x, c.patch_size))).to(x.dtype)
 
-    def picture(self, y: Float[Tensor, "B N E"], size: torch.Size) -> Float[Tensor, "B K h w"]:
-        """Tokens of patch * patch * K numbers as a map of `size` (h, w)."""
+    def unpatchify(self, y: Float[Tensor, "B N E"], size: torch.Size) -> Float[Tensor, "B K h w"]:
+        """Tokens of patch * patch * K channels as a map of `size` (h, w)."""
         height, width = size
         return unpatched(y, -(-height // self.patch), self.patch)[:, :, :height, :width]
 
 
 @lru_cache(maxsize=16)
-def _places(
-    width: int, rows: int, columns: int, base: int, stretch: float, device: torch.device
+def _positions(
+    width: int, rows: int, columns: int, base: int, scale: float, device: torch.device
 ) -> Float[Tensor, "N D"]:
-    """`sincos_2d` on a device; not to be changed."""
+    """`sincos_2d` on a device, cached: not to be changed in place."""
     with torch.inference_mode(False):
-        return sincos_2d(width, rows, columns, base, stretch).to(device)
+        return sincos_2d(width, rows, columns, base, scale).to(device)

@@ -1,4 +1,4 @@
-"""What every network tells the rest of the house about itself, and how the folder finds it."""
+"""Network: (x, timestep, conditioning) -> y, the base class, and the registry."""
 
 from functools import cache
 from typing import Any, ClassVar
@@ -8,24 +8,29 @@ from torch import nn
 from sfumato.errors import UserError
 from sfumato.registry import module_of, names
 
+SINUSOIDAL_WIDTH = 256
+"""Sinusoidal features of a timestep, or of a size, in most transformers."""
+
 
 class Network(nn.Module):
-    """(x, timestep, conditioning) -> y: a network is built from a frozen config with diffusers'
-    field names and saved with `to_config`.
+    """(x, timestep, conditioning) -> y, the target of the process's parameterization.
 
-    A file of this folder has a table CLASSES: {"_class_name" of config.json: (network, config)}, by
-    which it is found. Latents whose sides are no multiple of `patch` are the network's own affair:
-    it fills them up and cuts the answer.
+    A network is built from a frozen config with diffusers' field names and saved with `to_config`.
+    Its file has a table CLASSES: {"_class_name" of config.json: (network, config)}, by which it is
+    found. A network pads latents whose sides are no multiple of `patch`, and crops its output.
+
+    Attributes:
+        part: The network's folder in diffusers' layout.
+        parameterization: The target of all networks of this class, by its name in
+            `diffuse.parameterization`; None: the model's scheduler decides.
+        config: The numbers of the network.
     """
 
     part: ClassVar[str] = "transformer"
-    """The network's folder in diffusers' layout."""
-
     parameterization: ClassVar[str | None] = None
-    """What all networks of this class answer, by the name that `diffuse.parameterization` has for
-    it; None: the model's scheduler tells."""
-
     config: Any
+
+    # ---- latents ---------------------------------------------------------------------------------
 
     @property
     def channels(self) -> int:
@@ -34,54 +39,25 @@ class Network(nn.Module):
 
     @property
     def in_channels(self) -> int:
-        """Channels that it takes: the latent's, and those that `Conditioning.concat` adds."""
+        """Channels of its input: the latent's, and those that `Conditioning.concat` adds."""
         return self.config.in_channels
 
     @property
     def learned_variance(self) -> bool:
-        """Whether a variance comes behind what it predicts, in as many channels again (Nichol &
-        Dhariwal 2021, arXiv:2102.09672, eq. 15).
+        """True where a variance follows the target, in as many channels again.
+
+        Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15.
         """
         return False
 
     @property
     def sample_size(self) -> int:
-        """The side of the latents that it draws if nobody says otherwise, in cells."""
+        """The default side of its latents, in cells."""
         return getattr(self.config, "sample_size", None) or 64
 
     @property
-    def token_width(self) -> int | tuple[int, ...] | None:
-        """The width of the tokens that it attends to; None: it attends to none."""
-        return None
-
-    @property
-    def classes(self) -> int:
-        """How many classes it was trained with, none at all being one of them; 0: it is told no
-        class.
-        """
-        return 0
-
-    @property
-    def vector_width(self) -> int | None:
-        """The width of the vector that it must be given, without the number of `guidance_embeds`;
-        None: that is not checked.
-        """
-        return None
-
-    @property
-    def guidance_embeds(self) -> bool:
-        """Whether it is told how strongly to follow the condition, as the last number of
-        `Conditioning.vector`.
-        """
-        return False
-
-    @property
-    def is_conditional(self) -> bool:
-        """Whether it is conditioned on anything."""
-        return self.token_width is not None or self.classes > 0 or self.vector_width is not None
-
     max_reference_images: ClassVar[float] = 0
-    """Number of reference images that it can read beside x (`Conditioning.references`)."""
+    """Number of reference images that the network attends to (`Conditioning.references`)."""
 
     def check_size(self, height: int, width: int) -> None:
         """Raise `UserError` for latents of h x w cells that it cannot predict."""
@@ -94,12 +70,48 @@ class Network(nn.Module):
         """Latent cells along a side of one token; 1 for networks without tokens."""
         return 1
 
+    # ---- conditioning ----------------------------------------------------------------------------
+
+    @property
+    def token_width(self) -> int | tuple[int, ...] | None:
+        """Channels of `Conditioning.tokens`, one for all levels or one a level; None: no tokens."""
+        return None
+
+    @property
+    def classes(self) -> int:
+        """Rows of the table of classes, one of them for no class; 0: no classes."""
+        return 0
+
+    @property
+    def vector_width(self) -> int | None:
+        """Numbers of `Conditioning.vector`, without the guidance scale; None: not checked."""
+        return None
+
+    @property
+    def guidance_embeds(self) -> bool:
+        """True for guidance-distilled networks.
+
+        The last number of `Conditioning.vector` is the guidance scale then.
+        """
+        return False
+
+    @property
+    def is_conditional(self) -> bool:
+        """True where it is conditioned on tokens, classes or a vector."""
+        return self.token_width is not None or self.classes > 0 or self.vector_width is not None
+
+    # ---- configs ---------------------------------------------------------------------------------
+
     @classmethod
     def shape_fields(cls, config: Any, channels: int, side: int) -> dict[str, Any]:
-        """What becomes of `config` for a network that is to be trained on latents of so many
-        channels and cells a side.
+        """Fields that change `config` into that of a network for other latents.
 
         out_channels stay twice the in_channels where they are: a learned variance.
+
+        Args:
+            config: The config of a network of this class.
+            channels: Channels of the latents.
+            side: Cells along a side of the latents in training.
         """
         twice = config.out_channels == 2 * config.in_channels
         return {
@@ -110,11 +122,13 @@ class Network(nn.Module):
 
     @classmethod
     def class_fields(cls, count: int) -> dict[str, Any]:
-        """The same, of one that is to be told which of `count` classes; `UserError` for a network
-        that no class can be told.
+        """Fields that change a config into that of a network for `count` classes.
+
+        Raises:
+            UserError: For a network that cannot be conditioned on classes.
         """
         raise UserError(
-            f"a {cls.__name__} is told no class: train it from captions (--text), or a network such as ModernDiT, DiT or SiT"
+            f"a {cls.__name__} has no classes: train it from captions (--text), or a network such as ModernDiT, DiT or SiT"
         )
 
     def to_config(self) -> dict[str, Any]:
@@ -124,7 +138,7 @@ class Network(nn.Module):
 
 @cache
 def registered() -> dict[str, tuple[type[Any], Any]]:
-    """Every network of this folder and its config, by the "_class_name" of config.json."""
+    """Every network of this folder and its config, by "_class_name" of config.json."""
     package = "predict.networks"
     return {
         name: entry

@@ -1,11 +1,13 @@
-"""FLUX.1: a rectified flow transformer of 12 billion parameters (Black Forest Labs 2024,
-github.com/black-forest-labs/flux; Kontext: Batifol et al. 2025, arXiv:2506.15742, section 3).
+"""FLUX.1: a rectified flow transformer of 12 billion parameters.
 
-y = F(x, t, text, guidance): 2x2 cells of the latent are a token; 19 double blocks for text and
-picture, 38 single blocks for both as one. Each block is steered by an embedding of time, pooled
-text and, in models distilled from guidance ("dev"; Meng et al. 2022, arXiv:2210.03142), its
-strength. Fill and control models take more channels; Kontext reads another picture beside x. Names
-and config are diffusers'.
+Black Forest Labs 2024, github.com/black-forest-labs/flux; Kontext: Batifol et al. 2025,
+arXiv:2506.15742, section 3.
+
+y = F(x, t, text, guidance): 2x2 cells of the latent are a token; 19 double blocks for image and
+text, 38 single blocks for both as one. Each block is modulated by an embedding of time, pooled text
+and, in guidance-distilled models ("dev"; Meng et al. 2022, arXiv:2210.03142), the guidance scale.
+Fill and control models take more channels; Kontext attends to a reference image too. Names and
+config are diffusers'.
 """
 
 from dataclasses import asdict, dataclass
@@ -18,36 +20,44 @@ from torch import Tensor, nn
 from sfumato.config import read_config
 from sfumato.errors import UserError
 from sfumato.kernels import batch_invariant
-from sfumato.nn import rope
 from sfumato.nn.attention import FeedForward, PictureAttention, by_rows
 from sfumato.nn.mmdit import JointAttention
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
+from sfumato.nn.rope import rotate
 from sfumato.predict.networks._flux_base import (
+    FluxBase,
     OutNorm,
-    Places,
-    Streams,
+    RopePositions,
     TimeEmbedding,
     check_numbers,
-    limited,
+    clamp_fp16,
 )
+from sfumato.predict.networks.base import SINUSOIDAL_WIDTH
 from sfumato.types import Conditioning
 
 FIXED: dict[str, Any] = {"patch_size": 1}
-"""Fields of FluxTransformer2DModel that we stand for with one value only: there tokens are made
-outside, here inside."""
-_WAVES = 256  # sinusoidal features of time
+"""Fields of FluxTransformer2DModel of which one value is supported.
+
+There tokens are made outside the network, here inside.
+"""
 
 
 @dataclass(frozen=True)
 class FluxConfig:
-    """The numbers of a FLUX.1 transformer, with diffusers' names and defaults (which are those of
-    "schnell").
+    """The numbers of a FLUX.1 transformer, with diffusers' names and defaults (schnell's).
 
-    in_channels, out_channels: of a token, four times the latent's; out_channels None: as
-    in_channels. in_channels counts what `Conditioning.concat` joins: 384 for fill (16 + 16 + 64
-    channels), 128 for depth and canny. joint_attention_dim, pooled_projection_dim: widths of text
-    tokens (T5) and of the pooled text (CLIP). guidance_embeds: whether the strength of guidance is
-    embedded. axes_dims_rope: numbers of a head turned by picture, row and column.
+    Attributes:
+        in_channels: Of a token, four times the latent's, with those that `Conditioning.concat`
+            joins: 384 for fill (16 + 16 + 64 channels), 128 for depth and canny.
+        out_channels: Of a token; None: in_channels.
+        num_layers: Number of double blocks.
+        num_single_layers: Number of single blocks.
+        attention_head_dim: Width of a head.
+        num_attention_heads: Heads of attention.
+        joint_attention_dim: Channels of text tokens (T5).
+        pooled_projection_dim: Channels of the pooled text (CLIP).
+        guidance_embeds: Whether the guidance scale is embedded.
+        axes_dims_rope: Channels of a head for the rotary positions of image, row and column.
     """
 
     in_channels: int = 64
@@ -87,14 +97,12 @@ class FluxConfig:
 
     @property
     def width(self) -> int:
-        """Numbers of a token inside the network."""
+        """Channels of a token inside the network."""
         return self.num_attention_heads * self.attention_head_dim
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "FluxConfig":
-        """Reads a diffusers config; a field that this class does not know, or a value it cannot
-        honour, is refused.
-        """
+        """Read a diffusers config; `UserError` for unknown fields and unsupported values."""
         return read_config(cls, values, FIXED)
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,11 +111,12 @@ class FluxConfig:
 
 
 class DoubleBlock(nn.Module):
-    """Attention of both streams to both, and a feed-forward layer for each: picture (B, N, D), text
-    (B, L, D) -> the same.
+    """Joint attention of both streams, and a feed-forward layer for each.
+
+    img (B, N, D), txt (B, L, D) -> the same.
     """
 
-    streams = 2  # it takes and gives two streams of tokens
+    streams = 2  # two streams of tokens in and out
 
     def __init__(self, heads: int, head_width: int):
         super().__init__()
@@ -118,41 +127,43 @@ class DoubleBlock(nn.Module):
 
     def forward(
         self,
-        picture: Float[Tensor, "B N D"],
-        text: Float[Tensor, "B L D"],
-        time: Float[Tensor, "B D"],
-        turn: Float[Tensor, "S d 2"],
+        img: Float[Tensor, "B N D"],
+        txt: Float[Tensor, "B L D"],
+        c: Float[Tensor, "B D"],
+        rope: Float[Tensor, "S d 2"],
         mask: Bool[Tensor, "B S"] | None,
         count: int,
     ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B L D"]]:
-        shift, scale, gate, *feed = self.norm1(time)
-        text_shift, text_scale, text_gate, *text_feed = self.norm1_context(time)
+        img_shift, img_scale, img_gate, *img_mlp = self.norm1(c)
+        txt_shift, txt_scale, txt_gate, *txt_mlp = self.norm1_context(c)
 
         # attention
-        seen, read = self.attn(
-            modulated(picture, scale, shift),
-            modulated(text, text_scale, text_shift),
+        attn_img, attn_txt = self.attn(
+            modulated(img, img_scale, img_shift),
+            modulated(txt, txt_scale, txt_shift),
             mask,
-            turn,
+            rope,
             count,
         )
-        picture, text = gated(picture, gate, seen), gated(text, text_gate, read)
+        img, txt = gated(img, img_gate, attn_img), gated(txt, txt_gate, attn_txt)
 
         # feed-forward
-        return _fed(self.ff, picture, feed), limited(_fed(self.ff_context, text, text_feed))
+        return _mlp(self.ff, img, img_mlp), clamp_fp16(_mlp(self.ff_context, txt, txt_mlp))
 
 
-def _fed(ff: nn.Module, x: Float[Tensor, "B N D"], steer: list[Tensor]) -> Float[Tensor, "B N D"]:
-    """x and, gated, the feed-forward layer of its norm."""
+def _mlp(
+    ff: nn.Module, x: Float[Tensor, "B N D"], modulation: list[Tensor]
+) -> Float[Tensor, "B N D"]:
+    """x + gate ff(LN(x) (1 + scale) + shift). modulation: shift, scale and gate."""
 
-    def fed(rows: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+    def mlp(rows: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         return gated(rows, gate, ff(modulated(rows, scale, shift)))
 
-    return by_rows(fed, [x], *steer)
+    return by_rows(mlp, [x], *modulation)
 
 
 class SelfAttention(PictureAttention):
-    """Tokens attend to all tokens, without a map behind: (B, S, D) -> (B, S, D)."""
+    """Self-attention without an output projection: (B, S, D) -> (B, S, D)."""
 
     def __init__(self, heads: int, head_width: int):
         super().__init__()
@@ -164,7 +175,7 @@ class SelfAttention(PictureAttention):
     def forward(
         self,
         x: Float[Tensor, "B S D"],
-        turn: Float[Tensor, "S d 2"],
+        rope: Float[Tensor, "S d 2"],
         mask: Bool[Tensor, "B S"] | None,
         count: int,
     ) -> Float[Tensor, "B S D"]:
@@ -172,17 +183,16 @@ class SelfAttention(PictureAttention):
         q, k, v = (
             layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.to_q, self.to_k, self.to_v)
         )
-        return self.find(
-            rope.rotate(self.norm_q(q), turn), rope.rotate(self.norm_k(k), turn), v, mask, count
-        )
+        return self.find(rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope), v, mask, count)
 
 
 class SingleBlock(nn.Module):
-    """Attention and a feed-forward layer side by side, with one map back for both: (B, S, D) -> (B,
-    S, D).
+    """Attention and a feed-forward layer side by side: (B, S, D) -> (B, S, D).
+
+    Both have one output projection.
     """
 
-    streams = 1  # it takes and gives one stream of tokens
+    streams = 1  # one stream of tokens in and out
 
     def __init__(self, heads: int, head_width: int):
         super().__init__()
@@ -195,23 +205,24 @@ class SingleBlock(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B S D"],
-        time: Float[Tensor, "B D"],
-        turn: Float[Tensor, "S d 2"],
+        c: Float[Tensor, "B D"],
+        rope: Float[Tensor, "S d 2"],
         mask: Bool[Tensor, "B S"] | None,
         count: int,
     ) -> Float[Tensor, "B S D"]:
-        shift, scale, gate = self.norm(time)
+        shift, scale, gate = self.norm(c)
         y = modulated(x, scale, shift)
-        return limited(by_rows(self._out, [x, y, self.attn(y, turn, mask, count)], gate))
+        return clamp_fp16(by_rows(self._out, [x, y, self.attn(y, rope, mask, count)], gate))
 
-    def _out(self, x: Tensor, y: Tensor, seen: Tensor, gate: Tensor) -> Tensor:
-        inner = batch_invariant.gelu(self.proj_mlp(y), tanh=True)
-        return gated(x, gate, self.proj_out(torch.cat([seen, inner], dim=-1)))
+    def _out(self, x: Tensor, y: Tensor, attn: Tensor, gate: Tensor) -> Tensor:
+        mlp = batch_invariant.gelu(self.proj_mlp(y), tanh=True)
+        return gated(x, gate, self.proj_out(torch.cat([attn, mlp], dim=-1)))
 
 
-class FluxTransformer(Streams):
-    """FLUX.1: see the module's docstring. Its latents are (B, 16, h, w), of any sides. With
-    `references`, one picture (Kontext).
+class FluxTransformer(FluxBase):
+    """FLUX.1: see the module's docstring.
+
+    Its latents are (B, 16, h, w), of any sides; `references` hold one at most (Kontext).
     """
 
     max_reference_images: ClassVar[float] = 1
@@ -225,9 +236,11 @@ class FluxTransformer(Streams):
             config.num_attention_heads,
             config.attention_head_dim,
         )
-        self.places = Places(config.axes_dims_rope, theta=10000.0, apart=1, line=False)
+        self.positions = RopePositions(
+            config.axes_dims_rope, theta=10000.0, image_step=1, text_axis=False
+        )
         self.time_text_embed = TimeEmbedding(
-            width, _WAVES, config.pooled_projection_dim, config.guidance_embeds
+            width, SINUSOIDAL_WIDTH, config.pooled_projection_dim, config.guidance_embeds
         )
         self.context_embedder = batch_invariant.Linear(config.joint_attention_dim, width)
         self.x_embedder = batch_invariant.Linear(config.in_channels, width)
@@ -243,7 +256,7 @@ class FluxTransformer(Streams):
     def forward(
         self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning
     ) -> Float[Tensor, "B D h w"]:
-        """x noisy latent, timestep in 0..1000, conditioning -> y, the network's target."""
+        """The network's target. Arguments and errors as in `FluxBase.forward`."""
         if len(cond.references or ()) > 1:
             raise UserError(
                 f"FLUX.1 reads one reference picture, got {len(cond.references or ())}: put them side by side in one"
@@ -253,22 +266,22 @@ class FluxTransformer(Streams):
     def embedding(
         self, timestep: Float[Tensor, " B"], vector: Float[Tensor, "B V"] | None, dtype: torch.dtype
     ) -> Float[Tensor, "B D"]:
-        """Time, guidance and pooled text as one embedding."""
+        """Time, guidance scale and pooled text as one embedding."""
         return self.time_text_embed(timestep, vector, dtype)
 
     @classmethod
     def shape_fields(cls, config: Any, channels: int, side: int) -> dict[str, Any]:
-        """A token is 2 x 2 cells; no field says the side."""
+        """Fields for other latents: a token is 2 x 2 cells, and no field is the side."""
         return {"in_channels": 4 * channels, "out_channels": 4 * channels}
 
     @property
     def sample_size(self) -> int:
-        """Cells of a picture of 1024 pixels, which the published models draw; no config says it."""
+        """128 cells, of 1024 pixels: the size of the published models, which no config has."""
         return 128
 
     @property
     def vector_width(self) -> int:
-        """The width of the pooled text that `Conditioning.vector` begins with."""
+        """Channels of the pooled text, the first numbers of `Conditioning.vector`."""
         return self.config.pooled_projection_dim
 
     @property

@@ -1,10 +1,11 @@
-"""FLUX.2: the transformer of FLUX.2 [dev] (32 billion parameters) and [klein] (4 and 9 billion)
-(Black Forest Labs 2025, github.com/black-forest-labs/flux2).
+"""FLUX.2: the transformer of [dev] (32 billion parameters) and [klein] (4 and 9 billion).
 
-y = F(x, t, text, guidance): FLUX.1's two kinds of blocks, with one steering for all blocks of a
-kind, no biases, SwiGLU (Shazeer 2020, arXiv:2002.05202) and one matrix for all that a single block
-reads. The latent is the autoencoder's, which packs 2x2 cells itself (see compress/kl_flux2.py): one
-of its cells is a token. Names and config are diffusers'.
+Black Forest Labs 2025, github.com/black-forest-labs/flux2.
+
+y = F(x, t, text, guidance): FLUX.1's two kinds of blocks, with one modulation for all blocks of a
+kind, no biases, SwiGLU (Shazeer 2020, arXiv:2002.05202) and one input projection in a single block.
+The latent is the autoencoder's, which packs 2x2 cells itself (see compress/kl_flux2.py): one of its
+cells is a token. Names and config are diffusers'.
 """
 
 import math
@@ -18,35 +19,43 @@ from torch import Tensor, nn
 from sfumato.config import read_config
 from sfumato.errors import UserError
 from sfumato.kernels import batch_invariant
-from sfumato.nn import rope
 from sfumato.nn.attention import PictureAttention, by_rows
 from sfumato.nn.mmdit import JointAttention
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
+from sfumato.nn.rope import rotate
 from sfumato.predict.networks._flux_base import (
+    FluxBase,
+    ModulationParams,
     OutNorm,
-    Places,
-    Steer,
-    Streams,
+    RopePositions,
     TimeEmbedding,
     check_numbers,
-    limited,
+    clamp_fp16,
 )
 
 FIXED: dict[str, Any] = {"patch_size": 1}
-"""Fields of Flux2Transformer2DModel that we stand for with one value only."""
+"""Fields of Flux2Transformer2DModel of which one value is supported."""
 
 
 @dataclass(frozen=True)
 class Flux2Config:
-    """The numbers of a FLUX.2 transformer, with diffusers' names and defaults (which are those of
-    "dev").
+    """The numbers of a FLUX.2 transformer, with diffusers' names and defaults (dev's).
 
-    in_channels, out_channels: of the packed latent; out_channels None: as in_channels.
-    joint_attention_dim: the width of text tokens (three layers of a language model).
-    timestep_guidance_channels: sinusoidal features of time and guidance. mlp_ratio: the
-    feed-forward layers' inner width in widths. axes_dims_rope: numbers of a head turned by picture,
-    row, column and place in the text. guidance_embeds: whether the strength of guidance is embedded
-    ("dev"); klein is guided by a second pass ("base") or not at all.
+    Attributes:
+        in_channels: Of the packed latent.
+        out_channels: Of the packed latent; None: in_channels.
+        num_layers: Number of double blocks.
+        num_single_layers: Number of single blocks.
+        attention_head_dim: Width of a head.
+        num_attention_heads: Heads of attention.
+        joint_attention_dim: Channels of text tokens (three layers of a language model).
+        timestep_guidance_channels: Sinusoidal features of time and guidance scale.
+        mlp_ratio: Inner width of the feed-forward layers, over the width.
+        axes_dims_rope: Channels of a head for the rotary positions of image, row, column and text.
+        rope_theta: Base of the rotary frequencies.
+        eps: Added to variances in norms.
+        guidance_embeds: Whether the guidance scale is embedded ("dev"); klein is guided by a second
+            pass ("base") or not at all.
     """
 
     in_channels: int = 128
@@ -96,19 +105,17 @@ class Flux2Config:
 
     @property
     def width(self) -> int:
-        """Numbers of a token inside the network."""
+        """Channels of a token inside the network."""
         return self.num_attention_heads * self.attention_head_dim
 
     @property
     def inner(self) -> int:
-        """The inner width of feed-forward layers."""
+        """Inner width of the feed-forward layers."""
         return int(self.width * self.mlp_ratio)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Flux2Config":
-        """Reads a diffusers config; a field that this class does not know, or a value it cannot
-        honour, is refused.
-        """
+        """Read a diffusers config; `UserError` for unknown fields and unsupported values."""
         return read_config(cls, values, FIXED)
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,13 +124,13 @@ class Flux2Config:
 
 
 def _swiglu(x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
-    """silu(a) b of the halves a and b."""
+    """silu(a) b, of the halves a and b of the last axis."""
     gate, value = x.chunk(2, dim=-1)
     return batch_invariant.silu(gate) * value
 
 
 class FeedForward(nn.Module):
-    """SwiGLU and a map back, without biases: (..., D) -> (..., D)."""
+    """SwiGLU and an output projection, without biases: (..., D) -> (..., D)."""
 
     def __init__(self, width: int, inner: int):
         super().__init__()
@@ -135,11 +142,12 @@ class FeedForward(nn.Module):
 
 
 class DoubleBlock(nn.Module):
-    """Attention of both streams to both, and a feed-forward layer for each: picture (B, N, D), text
-    (B, L, D) -> the same.
+    """Joint attention of both streams, and a feed-forward layer for each.
+
+    img (B, N, D), txt (B, L, D) -> the same.
     """
 
-    streams = 2  # it takes and gives two streams of tokens
+    streams = 2  # two streams of tokens in and out
 
     def __init__(self, config: Flux2Config):
         super().__init__()
@@ -154,45 +162,48 @@ class DoubleBlock(nn.Module):
 
     def forward(
         self,
-        picture: Float[Tensor, "B N D"],
-        text: Float[Tensor, "B L D"],
-        steer: tuple[Steer, Steer],
-        turn: Float[Tensor, "S d 2"],
+        img: Float[Tensor, "B N D"],
+        txt: Float[Tensor, "B L D"],
+        modulation: tuple[ModulationParams, ModulationParams],
+        rope: Float[Tensor, "S d 2"],
         mask: Bool[Tensor, "B S"] | None,
         count: int,
     ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B L D"]]:
-        (shift, scale, gate, *feed), (text_shift, text_scale, text_gate, *text_feed) = steer
+        (img_shift, img_scale, img_gate, *img_mlp), (txt_shift, txt_scale, txt_gate, *txt_mlp) = (
+            modulation
+        )
 
         # attention
         eps = self.eps
-        seen, read = self.attn(
-            modulated(picture, scale, shift, eps),
-            modulated(text, text_scale, text_shift, eps),
+        attn_img, attn_txt = self.attn(
+            modulated(img, img_scale, img_shift, eps),
+            modulated(txt, txt_scale, txt_shift, eps),
             mask,
-            turn,
+            rope,
             count,
         )
-        picture, text = gated(picture, gate, seen), gated(text, text_gate, read)
+        img, txt = gated(img, img_gate, attn_img), gated(txt, txt_gate, attn_txt)
 
         # feed-forward
-        return self._fed(self.ff, picture, feed), limited(
-            self._fed(self.ff_context, text, text_feed)
+        return self._mlp(self.ff, img, img_mlp), clamp_fp16(
+            self._mlp(self.ff_context, txt, txt_mlp)
         )
 
-    def _fed(
-        self, ff: nn.Module, x: Float[Tensor, "B N D"], steer: list[Tensor]
+    def _mlp(
+        self, ff: nn.Module, x: Float[Tensor, "B N D"], modulation: list[Tensor]
     ) -> Float[Tensor, "B N D"]:
-        """x and, gated, the feed-forward layer of its norm."""
+        """x + gate ff(LN(x) (1 + scale) + shift). modulation: shift, scale and gate."""
 
-        def fed(rows: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        def mlp(rows: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
             return gated(rows, gate, ff(modulated(rows, scale, shift, self.eps)))
 
-        return by_rows(fed, [x], *steer)
+        return by_rows(mlp, [x], *modulation)
 
 
 class ParallelAttention(PictureAttention):
-    """Attention and SwiGLU side by side: one matrix makes queries, keys, values and the inner
-    numbers, one maps both back: (B, S, D) -> (B, S, D).
+    """Attention and SwiGLU side by side: (B, S, D) -> (B, S, D).
+
+    Both have one input and one output projection.
     """
 
     def __init__(self, config: Flux2Config):
@@ -209,22 +220,20 @@ class ParallelAttention(PictureAttention):
     def forward(
         self,
         x: Float[Tensor, "B S D"],
-        turn: Float[Tensor, "S d 2"],
+        rope: Float[Tensor, "S d 2"],
         mask: Bool[Tensor, "B S"] | None,
         count: int,
     ) -> Float[Tensor, "B S D"]:
-        q, k, v, inner = self.to_qkv_mlp_proj(x).split(self.parts, dim=-1)
+        q, k, v, mlp = self.to_qkv_mlp_proj(x).split(self.parts, dim=-1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))  # (B, S, H, d)
-        seen = self.find(
-            rope.rotate(self.norm_q(q), turn), rope.rotate(self.norm_k(k), turn), v, mask, count
-        )
-        return self.to_out(torch.cat([seen, _swiglu(inner)], dim=-1))
+        attn = self.find(rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope), v, mask, count)
+        return self.to_out(torch.cat([attn, _swiglu(mlp)], dim=-1))
 
 
 class SingleBlock(nn.Module):
     """Parallel attention, pre-normed and gated: (B, S, D) -> (B, S, D)."""
 
-    streams = 1  # it takes and gives one stream of tokens
+    streams = 1  # one stream of tokens in and out
 
     def __init__(self, config: Flux2Config):
         super().__init__()
@@ -234,20 +243,21 @@ class SingleBlock(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B S D"],
-        steer: Steer,
-        turn: Float[Tensor, "S d 2"],
+        modulation: ModulationParams,
+        rope: Float[Tensor, "S d 2"],
         mask: Bool[Tensor, "B S"] | None,
         count: int,
     ) -> Float[Tensor, "B S D"]:
-        shift, scale, gate = steer
-        return limited(
-            gated(x, gate, self.attn(modulated(x, scale, shift, self.eps), turn, mask, count))
+        shift, scale, gate = modulation
+        return clamp_fp16(
+            gated(x, gate, self.attn(modulated(x, scale, shift, self.eps), rope, mask, count))
         )
 
 
-class Flux2Transformer(Streams):
-    """FLUX.2: see the module's docstring. Its latents are (B, 128, h, w), of any sides; any number
-    of `references`.
+class Flux2Transformer(FluxBase):
+    """FLUX.2: see the module's docstring.
+
+    Its latents are (B, 128, h, w), of any sides; any number of `references`.
     """
 
     max_reference_images: ClassVar[float] = math.inf
@@ -257,7 +267,9 @@ class Flux2Transformer(Streams):
         super().__init__()
         self.config = config
         width = config.width
-        self.places = Places(config.axes_dims_rope, config.rope_theta, apart=10, line=True)
+        self.positions = RopePositions(
+            config.axes_dims_rope, config.rope_theta, image_step=10, text_axis=True
+        )
         self.time_guidance_embed = TimeEmbedding(
             width, config.timestep_guidance_channels, 0, config.guidance_embeds, bias=False
         )
@@ -281,18 +293,20 @@ class Flux2Transformer(Streams):
 
     @classmethod
     def shape_fields(cls, config: Any, channels: int, side: int) -> dict[str, Any]:
-        """A token is a cell; no field says the side."""
+        """Fields for other latents: a token is a cell, and no field is the side."""
         return {"in_channels": channels, "out_channels": channels}
 
-    def steering(self, time: Float[Tensor, "B D"]) -> tuple[tuple[Steer, Steer], Steer]:
-        """What every double block, and every single block, is steered by."""
-        doubles = self.double_stream_modulation_img(time), self.double_stream_modulation_txt(time)
-        return doubles, self.single_stream_modulation(time)
+    def modulation(
+        self, c: Float[Tensor, "B D"]
+    ) -> tuple[tuple[ModulationParams, ModulationParams], ModulationParams]:
+        """The modulation of every double block, for img and txt, and of every single block."""
+        double = self.double_stream_modulation_img(c), self.double_stream_modulation_txt(c)
+        return double, self.single_stream_modulation(c)
 
     def embedding(
         self, timestep: Float[Tensor, " B"], vector: Float[Tensor, "B V"] | None, dtype: torch.dtype
     ) -> Float[Tensor, "B D"]:
-        """Time and guidance as one embedding."""
+        """Time and guidance scale as one embedding."""
         return self.time_guidance_embed(timestep, vector, dtype)
 
 

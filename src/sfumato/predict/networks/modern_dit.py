@@ -1,14 +1,14 @@
-"""A diffusion transformer to train from scratch: DiT (Peebles & Xie 2022, arXiv:2212.09748) with
-the parts that have proven themselves since.
+"""A diffusion transformer to train from scratch: DiT with later improvements.
 
-    tokens = [patches, registers, words];  each block: x += gate * attention(norm(x)), x += gate *
-                                           feed-forward(norm(x)), norms steered by time
+    tokens = [patches, registers, text]
+    x += gate attention(norm(x)),  x += gate' feed-forward(norm(x))     in each block
 
-QK-norm (Dehghani et al. 2023, arXiv:2302.05442, section 3), rotary places on rows and columns (Su
-et al. 2021, arXiv:2104.09864; for pictures Heo et al. 2024, arXiv:2403.13298), SwiGLU (Shazeer
-2020, arXiv:2002.05202), register tokens (Darcet et al. 2023, arXiv:2309.16588). Each can be
-exchanged for DiT's own part by a setting. Words are joined to the patches and attend to them in
-turn, as in MMDiT (arXiv:2403.03206), but with shared weights.
+Norms are modulated by time and condition (DiT; Peebles & Xie 2022, arXiv:2212.09748). QK-norm
+(Dehghani et al. 2023, arXiv:2302.05442, section 3), rotary positions on rows and columns (Su et al.
+2021, arXiv:2104.09864; for images Heo et al. 2024, arXiv:2403.13298), SwiGLU (Shazeer 2020,
+arXiv:2002.05202), register tokens (Darcet et al. 2023, arXiv:2309.16588). A setting exchanges each
+for DiT's own part. Text tokens are joined to the patches, and both attend to both, as in MMDiT
+(arXiv:2403.03206), but with shared weights.
 """
 
 from dataclasses import asdict, dataclass
@@ -34,28 +34,34 @@ from sfumato.nn.embeddings import (
 from sfumato.nn.mmdit import with_picture
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
 from sfumato.nn.rope import angles, grid, rotate
-from sfumato.predict.networks.base import Network
+from sfumato.predict.networks.base import SINUSOIDAL_WIDTH, Network
 from sfumato.types import Conditioning
 
 CLASS_NAME = "SfumatoDiT"
-_WAVES = 256  # sinusoidal features of the time, as in DiT
 
 
 @dataclass(frozen=True)
 class ModernDiTConfig:
     """The numbers of the network; width = num_attention_heads * attention_head_dim.
 
-    sample_size            the latent's side in training (cells); "sincos" places are stretched to
-                           it
-    ffn, ffn_ratio         "swiglu" or "gelu", and the feed-forward's inner width over the width;
-                           SwiGLU has three matrices where GELU has two, so that 8/3 costs what 4
-                           costs there
-    positions, rope_theta  "rope" (distances in tokens, of any size and aspect) or "sincos" (DiT's)
-    qk_norm                queries and keys have length 1 before a learned scale: attention cannot
-                           grow without bound
-    register_tokens        tokens of no place, for what belongs to the whole picture
-    num_class_embeds       classes, and one more for none; None: it is told no class
-    caption_channels       the width of text tokens; None: it reads none
+    Attributes:
+        sample_size: The latent's side in training (cells), to which "sincos" positions are scaled.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output; None: in_channels.
+        patch_size: Latent cells along a side of a patch.
+        num_layers: Number of blocks.
+        num_attention_heads: Heads of attention.
+        attention_head_dim: Width of a head.
+        ffn: Kind of the feed-forward layers, "swiglu" or "gelu".
+        ffn_ratio: Their inner width over the width. SwiGLU has three matrices where GELU has two,
+            so that 8/3 costs what 4 costs there.
+        positions: "rope" (distances in tokens, of any size and aspect) or "sincos" (DiT's).
+        rope_theta: Base of the rotary frequencies.
+        qk_norm: Whether queries and keys are normalised before a learned scale, so that attention
+            logits cannot grow without bound.
+        register_tokens: Tokens without a position, for global information.
+        num_class_embeds: Classes, and one more for none; None: no classes.
+        caption_channels: Channels of text tokens; None: no text.
     """
 
     sample_size: int = 32
@@ -102,28 +108,26 @@ class ModernDiTConfig:
 
     @property
     def width(self) -> int:
-        """Numbers of a token."""
+        """Channels of a token."""
         return self.num_attention_heads * self.attention_head_dim
 
     @property
     def inner(self) -> int:
-        """The feed-forward's width between, a multiple of 8."""
+        """Inner width of the feed-forward layers, a multiple of 8."""
         return max(8, round(self.ffn_ratio * self.width / 8) * 8)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModernDiTConfig":
-        """Reads config.json; a field that this class does not know is refused."""
+        """Read config.json; `UserError` for unknown fields."""
         return read_config(cls, values, {})
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON of config.json, which only sfumato reads."""
+        """The JSON of config.json, in sfumato's own format."""
         return {"_class_name": CLASS_NAME, **asdict(self)}
 
 
 class _Attention(PictureAttention):
-    """Self-attention of all tokens; queries and keys are normed, and turned where they have a
-    place.
-    """
+    """Self-attention of all tokens with QK-norm, and rotary positions where tokens have one."""
 
     def __init__(self, config: ModernDiTConfig):
         super().__init__()
@@ -136,21 +140,21 @@ class _Attention(PictureAttention):
     def forward(
         self,
         x: Float[Tensor, "B N D"],
-        turn: Tensor | None,
+        rope: Tensor | None,
         mask: Bool[Tensor, "B N"] | None,
         count: int,
     ) -> Float[Tensor, "B N D"]:
         q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, N, H, d)
         q, k = self.norm_q(q), self.norm_k(k)
-        if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
         return self.to_out(self.find(q, k, v, mask, count))
 
 
 class _Block(nn.Module):
-    """Attention and feed-forward, both steered and gated by the embedding of time and condition."""
+    """Attention and feed-forward, both modulated by c, the embedding of time and condition."""
 
-    streams = 1  # it takes and gives one stream of tokens
+    streams = 1  # one stream of tokens in and out
 
     def __init__(self, config: ModernDiTConfig):
         super().__init__()
@@ -161,19 +165,20 @@ class _Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B N D"],
-        embedding: Float[Tensor, "B D"],
-        turn: Tensor | None,
+        c: Float[Tensor, "B D"],
+        rope: Tensor | None,
         mask: Bool[Tensor, "B N"] | None,
         count: int,
     ) -> Float[Tensor, "B N D"]:
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(embedding)
-        x = gated(x, gate_1, self.attn(modulated(x, scale_1, shift_1), turn, mask, count))
-        return gated(x, gate_2, self.ff(modulated(x, scale_2, shift_2)))
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = self.modulation(c)
+        x = gated(x, gate, self.attn(modulated(x, scale, shift), rope, mask, count))
+        return gated(x, gate_ff, self.ff(modulated(x, scale_ff, shift_ff)))
 
 
 class ModernDiT(Network):
-    """The network: see the module's docstring. Built from a `ModernDiTConfig`; begins as the
-    identity, its gates and its answer are zero.
+    """The network: see the module's docstring. Built from a `ModernDiTConfig`.
+
+    At the start of training its gates and its output are zero.
     """
 
     config: ModernDiTConfig
@@ -183,7 +188,7 @@ class ModernDiT(Network):
         self.config = config
         width, patch = config.width, config.patch_size
         self.pos_embed = PatchEmbed(config.in_channels, width, patch)
-        self.time_embedding = TimestepEmbedding(_WAVES, width)
+        self.time_embedding = TimestepEmbedding(SINUSOIDAL_WIDTH, width)
         self.class_embedding = (
             nn.Embedding(config.num_class_embeds, width) if config.num_class_embeds else None
         )
@@ -201,8 +206,9 @@ class ModernDiT(Network):
         self._initialise()
 
     def _initialise(self) -> None:
-        """As DiT (appendix A): Xavier for matrices, a normal of 0.02 for embeddings, zero for what
-        steers, gates and answers.
+        """Initialise as DiT (appendix A).
+
+        Xavier for matrices, N(0, 0.02) for embeddings, 0 for modulation and output.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -224,38 +230,47 @@ class ModernDiT(Network):
     def forward(
         self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning
     ) -> Float[Tensor, "B D h w"]:
-        """x noisy latent, timestep in 0..1000, conditioning -> y, the network's target."""
+        """The network's target.
+
+        Args:
+            x: Noisy latent, of any sides.
+            timestep: In 0..1000.
+            cond: `tokens` (B, L, D) with `mask` are the text, `vector` (B, V) the class, where the
+                network has these; `concat` joins x along channels.
+
+        Raises:
+            UserError: For a latent or a conditioning that does not fit.
+        """
         size, patch = x.shape[2:], self.config.patch_size
         x = padded(self._joined(x, cond), patch)
         rows, columns = x.shape[2] // patch, x.shape[3] // patch
-        embedding = self._embed(timestep, cond, x.dtype)
+        c = self._embed(timestep, cond, x.dtype)
 
-        # Patches, and behind them what has no place.
+        # patches, and behind them tokens without a position
         x = self.pos_embed(x)  # (B, N, D)
         if self.config.positions == "sincos":
             x = x + sincos_2d(
                 self.config.width, rows, columns, self.config.sample_size // patch
             ).to(x)
         count = x.shape[1]
-        others, mask = self._placeless(x, cond)
+        others, mask = self._unpositioned(x, cond)
         x = torch.cat([x, others], dim=1)
-        # what a compiler looks at is no tensor to remember
-        make = _turns.__wrapped__ if torch.compiler.is_compiling() else _turns
-        turn = (
-            make(self.config, others.shape[1], rows, columns, x.device)
+        compute = _rope.__wrapped__ if torch.compiler.is_compiling() else _rope  # see `FluxBase`
+        rope = (
+            compute(self.config, others.shape[1], rows, columns, x.device)
             if self.config.positions == "rope"
             else None
         )
 
         for block in self.transformer_blocks:
-            x = block(x, embedding, turn, mask, count)
+            x = block(x, c, rope, mask, count)
 
-        shift, scale = self.norm_out(embedding)
+        shift, scale = self.norm_out(c)
         y = self.proj_out(modulated(x[:, :count], scale, shift))
         return unpatched(y, rows, patch)[:, :, : size[0], : size[1]]
 
     def _joined(self, x: Tensor, cond: Conditioning) -> Tensor:
-        """The latent, and what joins it along channels."""
+        """x with `concat`; `UserError` for other channels than the network's."""
         if cond.concat is not None:
             x = torch.cat([x, cond.concat], dim=1)
         if x.shape[1] != self.config.in_channels:
@@ -268,16 +283,14 @@ class ModernDiT(Network):
     def _embed(
         self, timestep: Float[Tensor, " B"], cond: Conditioning, dtype: torch.dtype
     ) -> Float[Tensor, "B D"]:
-        """Time, class and the mean of the words, as one embedding."""
-        embedding = self.time_embedding(sinusoidal(timestep, _WAVES).to(dtype))
+        """Time, class and the mean of the text tokens as one embedding."""
+        c = self.time_embedding(sinusoidal(timestep, SINUSOIDAL_WIDTH).to(dtype))
         if self.class_embedding is not None:
             if cond.vector is None:
                 raise UserError(
                     "this network is class-conditional: Conditioning.vector (B, V) is missing"
                 )
-            embedding = embedding + batch_invariant.linear(
-                cond.vector.to(dtype), self.class_embedding.weight.T
-            )
+            c = c + batch_invariant.linear(cond.vector.to(dtype), self.class_embedding.weight.T)
         if self.config.caption_channels:
             if cond.tokens is None:
                 raise UserError(
@@ -289,13 +302,13 @@ class ModernDiT(Network):
                 else cond.mask[..., None].to(dtype)
             )
             mean = (self.caption_norm(cond.tokens) * counts).sum(1) / counts.sum(1).clamp(min=1)
-            embedding = embedding + self.caption_embedding(mean)
-        return embedding
+            c = c + self.caption_embedding(mean)
+        return c
 
-    def _placeless(
+    def _unpositioned(
         self, x: Float[Tensor, "B N D"], cond: Conditioning
     ) -> tuple[Float[Tensor, "B M D"], Bool[Tensor, "B L"] | None]:
-        """Registers and words, and who of all tokens counts (None: all)."""
+        """Registers and text tokens, and the mask of all tokens (None: nothing is masked)."""
         parts = (
             [self.registers.to(x.dtype).expand(len(x), -1, -1)]
             if self.config.register_tokens
@@ -310,7 +323,7 @@ class ModernDiT(Network):
 
     @property
     def learned_variance(self) -> bool:
-        """Whether a variance comes behind what it predicts: twice as many channels as it takes."""
+        """True where a variance follows the target: the output has twice the channels."""
         return self.config.out_channels == 2 * self.config.in_channels
 
     @property
@@ -324,17 +337,17 @@ class ModernDiT(Network):
 
     @property
     def token_width(self) -> int | None:
-        """The width of text tokens."""
+        """Channels of `Conditioning.tokens`; None: no text."""
         return self.config.caption_channels
 
     @classmethod
     def class_fields(cls, count: int) -> dict[str, Any]:
-        """A row for each class, and one for none."""
+        """Fields for `count` classes: a row for each, and one for no class."""
         return {"num_class_embeds": count + 1}
 
     @property
     def classes(self) -> int:
-        """Rows of the class table."""
+        """Rows of the table of classes, one of them for no class; 0: no classes."""
         return self.config.num_class_embeds or 0
 
     @property
@@ -344,17 +357,18 @@ class ModernDiT(Network):
 
 
 @lru_cache(maxsize=32)
-def _turns(
-    config: ModernDiTConfig, placeless: int, rows: int, columns: int, device: torch.device
+def _rope(
+    config: ModernDiTConfig, unpositioned: int, rows: int, columns: int, device: torch.device
 ) -> Float[Tensor, "N d 2"]:
-    """The turns of all tokens; those without a place do not turn. Rows and columns have half of a
-    head's pairs each.
+    """cos and sin of all tokens, cached: not to be changed in place.
+
+    Rows and columns have half of a head's pairs each. Tokens without a position are at the origin.
     """
     half = config.attention_head_dim // 2
     with torch.inference_mode(False):
-        places = grid(rows, columns, device)
-        still = angles(places.new_zeros(placeless, 2), (half, half), config.rope_theta)
-        return torch.cat([angles(places, (half, half), config.rope_theta), still])
+        positions = grid(rows, columns, device)
+        origin = angles(positions.new_zeros(unpositioned, 2), (half, half), config.rope_theta)
+        return torch.cat([angles(positions, (half, half), config.rope_theta), origin])
 
 
 CLASSES = {CLASS_NAME: (ModernDiT, ModernDiTConfig)}

@@ -1,15 +1,16 @@
-"""PixArt: a transformer over latent patches that attends to a text (Chen et al. 2023,
-arXiv:2310.00426, section 2.3; Sigma, 2403.04692).
+"""PixArt: a transformer over latent patches with cross-attention to a text.
 
-adaLN-single: S = W SiLU(c) is made once for all blocks, and each block adds a table of its own,
+Chen et al. 2023, arXiv:2310.00426, section 2.3; Sigma: Chen et al. 2024, arXiv:2403.04692.
+
+adaLN-single: S = W SiLU(c) is computed once for all blocks, and each block adds a table of its own,
 (shift, scale, gate) x 2 = S + table:
 
     x <- x + gate attention(LN(x) (1 + scale) + shift)
     x <- x + attention to the text
     x <- x + gate' mlp(LN(x) (1 + scale') + shift')
 
-c = MLP(waves(t)), and for PixArt-alpha at 1024 x 1024 pixels also what height, width and
-height/width are embedded as. Module names and config are diffusers' PixArtTransformer2DModel.
+c = MLP(sinusoidal(t)); PixArt-alpha at 1024 x 1024 pixels adds embeddings of height, width and
+height/width. Module names and config are diffusers' PixArtTransformer2DModel.
 """
 
 from collections.abc import Iterable
@@ -29,33 +30,38 @@ from sfumato.nn.modulation import gated, modulated
 from sfumato.predict.networks._patch_transformer import (
     ACTIVATIONS,
     LEGACY,
-    WAVES,
     PatchConfig,
-    PatchNetwork,
+    PatchTransformer,
     flag,
     whole,
-    zeroed,
+    zero_init,
 )
+from sfumato.predict.networks.base import SINUSOIDAL_WIDTH
 from sfumato.types import Conditioning
 
-# Fields of PixArtTransformer2DModel that we stand for with one value only.
 FIXED: dict[str, Any] = {
     "dropout": 0.0,
     "norm_type": "ada_norm_single",
     "norm_elementwise_affine": False,
     "attention_type": "default",
 }
+"""Fields of PixArtTransformer2DModel of which one value is supported."""
 
 
 @dataclass(frozen=True)
 class PixArtConfig(PatchConfig):
-    """The numbers of a PixArt, with diffusers' names and defaults, which are PixArt-XL/2's for 1024
-    x 1024 pixels.
+    """The numbers of a PixArt, with diffusers' names and defaults.
 
-    caption_channels: width of the text encoder's tokens, which are then made as wide as the
-    network's; None: cross_attention_dim wide. interpolation_scale: of places; None: sample_size /
-    64. use_additional_conditions: whether it is told the picture's size; None: where sample_size is
-    128. num_embeds_ada_norm: kept for the file's sake.
+    The defaults are PixArt-XL/2's for 1024 x 1024 pixels.
+
+    Attributes:
+        cross_attention_dim: Channels of text tokens in the blocks.
+        interpolation_scale: The divisor of positions; None: sample_size / 64.
+        use_additional_conditions: Whether it is conditioned on the image's size; None: where
+            sample_size is 128.
+        caption_channels: Channels of the text encoder's tokens, which are projected to the
+            network's width; None: cross_attention_dim, without a projection.
+        num_embeds_ada_norm: Kept for the file's sake.
     """
 
     out_channels: int | None = 8
@@ -77,7 +83,7 @@ class PixArtConfig(PatchConfig):
                 )
         if self.use_additional_conditions is not None:
             flag("use_additional_conditions", self.use_additional_conditions)
-        if self.told_sizes and self.width % 3:
+        if self.conditioned_on_size and self.width % 3:
             raise UserError(
                 f"use_additional_conditions with a width of {self.width}: height, width and aspect need a third of it each"
             )
@@ -88,8 +94,8 @@ class PixArtConfig(PatchConfig):
             raise UserError(f"interpolation_scale {scale!r}: expected a number above 0, or null")
 
     @property
-    def told_sizes(self) -> bool:
-        """Whether it is told height, width and their ratio."""
+    def conditioned_on_size(self) -> bool:
+        """True where it is conditioned on height, width and their ratio."""
         return (
             self.sample_size == 128
             if self.use_additional_conditions is None
@@ -97,8 +103,8 @@ class PixArtConfig(PatchConfig):
         )
 
     @property
-    def stretch(self) -> float:
-        """What places are divided by."""
+    def position_scale(self) -> float:
+        """The divisor of positions."""
         return (
             max(self.sample_size // 64, 1)
             if self.interpolation_scale is None
@@ -107,9 +113,7 @@ class PixArtConfig(PatchConfig):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "PixArtConfig":
-        """Reads a diffusers config; a field that this class does not know, or a value it cannot
-        honour, is refused.
-        """
+        """Read a diffusers config; `UserError` for unknown fields and unsupported values."""
         return read_config(cls, values, LEGACY | FIXED)
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,61 +121,56 @@ class PixArtConfig(PatchConfig):
         return {"_class_name": "PixArtTransformer2DModel", **asdict(self), **FIXED}
 
 
-class _Sizes(nn.Module):
-    """Time (B,) and perhaps (height, width, height/width) (B, 3) -> c (B, D): sizes are two thirds
-    of what is added to time's, their ratio one.
+class _TimeSizeEmbedding(nn.Module):
+    """Time (B,) and perhaps (height, width, height/width) (B, 3) -> c (B, D).
+
+    To the embedding of time, the sizes' embeddings side by side are added: two thirds of height and
+    width, one third of their ratio.
     """
 
-    def __init__(self, width: int, told_sizes: bool):
+    def __init__(self, width: int, conditioned_on_size: bool):
         super().__init__()
-        self.told_sizes = told_sizes
-        self.timestep_embedder = TimestepEmbedding(WAVES, width)
-        if told_sizes:
-            self.resolution_embedder = TimestepEmbedding(WAVES, width // 3)
-            self.aspect_ratio_embedder = TimestepEmbedding(WAVES, width // 3)
+        self.conditioned_on_size = conditioned_on_size
+        self.timestep_embedder = TimestepEmbedding(SINUSOIDAL_WIDTH, width)
+        if conditioned_on_size:
+            self.resolution_embedder = TimestepEmbedding(SINUSOIDAL_WIDTH, width // 3)
+            self.aspect_ratio_embedder = TimestepEmbedding(SINUSOIDAL_WIDTH, width // 3)
 
     def forward(
-        self,
-        timestep: Float[Tensor, " B"],
-        picture: Float[Tensor, "B V"] | None,
-        dtype: torch.dtype,
+        self, timestep: Float[Tensor, " B"], size: Float[Tensor, "B V"] | None, dtype: torch.dtype
     ) -> Float[Tensor, "B D"]:
-        time = self.timestep_embedder(sinusoidal(timestep, WAVES).to(dtype))
-        if not self.told_sizes:
-            return time
-        if picture is None or picture.shape[1] != 3:
-            found = "is missing" if picture is None else f"has {picture.shape[1]} numbers"
+        c = self.timestep_embedder(sinusoidal(timestep, SINUSOIDAL_WIDTH).to(dtype))
+        if not self.conditioned_on_size:
+            return c
+        if size is None or size.shape[1] != 3:
+            state = "is missing" if size is None else f"has {size.shape[1]} numbers"
             raise UserError(
-                f"this PixArt is told the picture's height, width and height/width: Conditioning.vector (B, 3) {found}"
+                f"this PixArt is conditioned on the image's height, width and height/width: Conditioning.vector (B, 3) {state}"
             )
-        # (B, 2/3 D)
         sides = self.resolution_embedder(
-            sinusoidal(picture[:, :2].flatten(), WAVES).to(dtype)
-        ).view(len(picture), -1)
-        ratio = self.aspect_ratio_embedder(sinusoidal(picture[:, 2], WAVES).to(dtype))  # (B, 1/3 D)
-        return time + torch.cat([sides, ratio], dim=1)
+            sinusoidal(size[:, :2].flatten(), SINUSOIDAL_WIDTH).to(dtype)
+        )
+        ratio = self.aspect_ratio_embedder(sinusoidal(size[:, 2], SINUSOIDAL_WIDTH).to(dtype))
+        return c + torch.cat([sides.view(len(size), -1), ratio], dim=1)  # (B, 2/3 D) and (B, 1/3 D)
 
 
-class _Single(nn.Module):
-    """adaLN-single: -> S (B, 6, D) for all blocks, and c (B, D)."""
+class _AdaLNSingle(nn.Module):
+    """adaLN-single: time and size -> S (B, 6, D) for all blocks, and c (B, D)."""
 
-    def __init__(self, width: int, told_sizes: bool):
+    def __init__(self, width: int, conditioned_on_size: bool):
         super().__init__()
-        self.emb = _Sizes(width, told_sizes)
+        self.emb = _TimeSizeEmbedding(width, conditioned_on_size)
         self.linear = batch_invariant.Linear(width, 6 * width)
 
     def forward(
-        self,
-        timestep: Float[Tensor, " B"],
-        picture: Float[Tensor, "B V"] | None,
-        dtype: torch.dtype,
+        self, timestep: Float[Tensor, " B"], size: Float[Tensor, "B V"] | None, dtype: torch.dtype
     ) -> tuple[Float[Tensor, "B 6 D"], Float[Tensor, "B D"]]:
-        told = self.emb(timestep, picture, dtype)
-        return self.linear(batch_invariant.silu(told)).unflatten(1, (6, -1)), told
+        c = self.emb(timestep, size, dtype)
+        return self.linear(batch_invariant.silu(c)).unflatten(1, (6, -1)), c
 
 
-class _Caption(nn.Module):
-    """The text encoder's tokens as wide as the network's: (B, L, E) -> (B, L, D)."""
+class _CaptionProjection(nn.Module):
+    """Text tokens in the network's width, by two layers with GELU: (B, L, E) -> (B, L, D)."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -183,11 +182,9 @@ class _Caption(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention of all patches to each other, steered; to the text; and a feed-forward layer,
-    steered.
-    """
+    """Self-attention, cross-attention to the text, and feed-forward; first and last modulated."""
 
-    streams = 1  # it takes and gives one stream of tokens
+    streams = 1  # one stream of tokens in and out
 
     def __init__(self, config: PixArtConfig):
         super().__init__()
@@ -203,32 +200,31 @@ class _Block(nn.Module):
             width, heads, head_width, config.cross_attention_dim, config.attention_bias
         )
         self.ff = FeedForward(width, ACTIVATIONS[config.activation_fn])
-        # a network that was trained without text goes on as it is
-        zeroed(cast("nn.Linear", self.attn2.to_out[0]))
+        # a network that was trained without text goes on unchanged
+        zero_init(cast("nn.Linear", self.attn2.to_out[0]))
 
     def forward(
         self,
         x: Float[Tensor, "B N D"],
-        single: Float[Tensor, "B 6 D"],
+        modulation: Float[Tensor, "B 6 D"],
         text: Float[Tensor, "B L E"],
         mask: Bool[Tensor, "B L"] | None,
     ) -> Float[Tensor, "B N D"]:
         # (B, 1, D) each
-        shift, scale, gate, shift_ff, scale_ff, gate_ff = (self.scale_shift_table + single).chunk(
-            6, dim=1
-        )
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = (
+            self.scale_shift_table + modulation
+        ).chunk(6, dim=1)
         x = gated(x, gate, self.attn1(modulated(x, scale, shift, self.eps)))
         x = self.attn2(x, text, mask, plus=x)
         return gated(x, gate_ff, self.ff(modulated(x, scale_ff, shift_ff, self.eps)))
 
 
-class PixArt(PatchNetwork):
-    """The transformer: see the module's docstring. Built from a `PixArtConfig`; weights are random
-    until loaded.
+class PixArt(PatchTransformer):
+    """The transformer: see the module's docstring.
 
-    `Conditioning.tokens` (B, L, E) is the text, with `mask` (B, L) True where a token counts;
-    `vector` (B, 3) the height and width in pixels and their ratio, where the network is told them.
-    A fresh network answers 0.
+    Built from a `PixArtConfig`; weights are random until loaded. `Conditioning.tokens` (B, L, E) is
+    the text, with `mask` (B, L) False on padding; `vector` (B, 3) the height and width in pixels
+    and their ratio, where the network is conditioned on them. A new network's output is 0.
     """
 
     config: PixArtConfig
@@ -238,45 +234,54 @@ class PixArt(PatchNetwork):
         width = config.width
         self.transformer_blocks = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
-        self.proj_out = zeroed(batch_invariant.Linear(width, config.patch_size**2 * config.outputs))
-        self.adaln_single = _Single(width, config.told_sizes)
+        self.proj_out = zero_init(
+            batch_invariant.Linear(width, config.patch_size**2 * config.outputs)
+        )
+        self.adaln_single = _AdaLNSingle(width, config.conditioned_on_size)
         self.caption_projection = (
-            None if config.caption_channels is None else _Caption(config.caption_channels, width)
+            None
+            if config.caption_channels is None
+            else _CaptionProjection(config.caption_channels, width)
         )
 
     @property
     def token_width(self) -> int:
-        """The width of the text encoder's tokens."""
+        """Channels of `Conditioning.tokens`."""
         return self.config.caption_channels or self.config.cross_attention_dim
 
     @property
     def vector_width(self) -> int | None:
-        """3 where it is told height, width and their ratio; None where it makes nothing of a
-        vector.
-        """
-        return 3 if self.config.told_sizes else None
+        """3, for height, width and their ratio; None where the network ignores a vector."""
+        return 3 if self.config.conditioned_on_size else None
 
     def forward(
         self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning
     ) -> Float[Tensor, "B K h w"]:
-        """x noisy latent, timestep in 0..1000, conditioning with `tokens` -> y, the network's
-        target and, behind it, a learned variance.
+        """The network's target and, behind it, a learned variance.
+
+        Args:
+            x: Noisy latent.
+            timestep: In 0..1000.
+            cond: With `tokens`, and `vector` where the network is conditioned on the image's size.
+
+        Raises:
+            UserError: For a latent or a conditioning that does not fit.
         """
-        text = self._text(cond)  # (B, L, E)
-        single, told = self.adaln_single(timestep, cond.vector, x.dtype)  # (B, 6, D), (B, D)
+        text = self._embed_text(cond)  # (B, L, E)
+        modulation, c = self.adaln_single(timestep, cond.vector, x.dtype)  # (B, 6, D), (B, D)
 
-        y = self.tokens(x, cond)  # (B, N, D)
+        y = self.patchify(x, cond)  # (B, N, D)
         for block in cast("Iterable[_Block]", self.transformer_blocks):
-            y = block(y, single, text, cond.mask)
+            y = block(y, modulation, text, cond.mask)
 
-        shift, scale = (self.scale_shift_table + told[:, None]).chunk(2, dim=1)
-        return self.picture(self.proj_out(modulated(y, scale, shift)), x.shape[2:])
+        shift, scale = (self.scale_shift_table + c[:, None]).chunk(2, dim=1)
+        return self.unpatchify(self.proj_out(modulated(y, scale, shift)), x.shape[2:])
 
-    def _text(self, cond: Conditioning) -> Float[Tensor, "B L E"]:
+    def _embed_text(self, cond: Conditioning) -> Float[Tensor, "B L E"]:
         if cond.tokens is None or cond.tokens.shape[2] != self.token_width:
-            found = "is missing" if cond.tokens is None else f"is {cond.tokens.shape[2]} wide"
+            state = "is missing" if cond.tokens is None else f"is {cond.tokens.shape[2]} wide"
             raise UserError(
-                f"this PixArt attends to tokens of width {self.token_width}: Conditioning.tokens (B, L, {self.token_width}) {found}"
+                f"this PixArt attends to tokens of width {self.token_width}: Conditioning.tokens (B, L, {self.token_width}) {state}"
             )
         return (
             cond.tokens if self.caption_projection is None else self.caption_projection(cond.tokens)

@@ -1,10 +1,11 @@
-"""MMDiT: the denoiser of Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv:2403.03206, section
-4).
+"""MMDiT: the network of Stable Diffusion 3 and 3.5.
 
-y = U(x, t, conditioning): patches of the latent and tokens of a text go through blocks in which
-both attend to both (`nn/mmdit.py`), each with weights of its own, steered by time and a pooled text
-(adaLN; Peebles & Xie 2022, arXiv:2212.09748). Places are a table of sines, cut from its middle.
-Module names and config are diffusers' SD3Transformer2DModel.
+Esser et al. 2024, arXiv:2403.03206, section 4.
+
+y = U(x, t, conditioning): patches of the latent and tokens of a text go through blocks of joint
+attention (`nn/mmdit.py`), each stream with weights of its own, modulated by time and a pooled text
+(adaLN; Peebles & Xie 2022, arXiv:2212.09748). Positions are a table of sines, cropped from its
+middle. Module names and config are diffusers' SD3Transformer2DModel.
 """
 
 from collections.abc import Iterable
@@ -28,28 +29,31 @@ from sfumato.nn.embeddings import (
 )
 from sfumato.nn.mmdit import JointBlock, with_picture
 from sfumato.nn.modulation import Modulation, modulated
-from sfumato.predict.networks.base import Network
+from sfumato.predict.networks.base import SINUSOIDAL_WIDTH, Network
 from sfumato.types import Conditioning
-
-_WAVES = 256
-"""Sinusoidal features of a time."""
 
 
 @dataclass(frozen=True)
 class SD3Config:
     """The numbers of an MMDiT, with diffusers' names and defaults.
 
-    sample_size            latent cells along a side that the table of places was stretched for
-                           (over patch_size of them)
-    pos_embed_max_size     tokens along a side of that table: no map of more can be placed
-    joint_attention_dim    the width of the text's tokens; pooled_projection_dim: of the pooled
-                           text, `Conditioning.vector`
-    caption_projection_dim the width in which they are read: that of the blocks, attention_head_dim
-    * num_attention_heads
-    dual_attention_layers  blocks, from 0, whose picture also attends to itself alone (SD 3.5
-                           medium)
-    qk_norm                "rms_norm" (SD 3.5) or None (SD 3), of each head's queries and keys
-    out_channels           None: as in_channels
+    Attributes:
+        sample_size: Latent cells along a side for which the table of positions was scaled (over
+            patch_size).
+        patch_size: Latent cells along a side of a patch.
+        in_channels: Channels of the input.
+        num_layers: Number of blocks.
+        attention_head_dim: Width of a head.
+        num_attention_heads: Heads of attention.
+        joint_attention_dim: Channels of text tokens.
+        caption_projection_dim: Channels of text tokens in the blocks, attention_head_dim *
+            num_attention_heads.
+        pooled_projection_dim: Channels of the pooled text, `Conditioning.vector`.
+        out_channels: Channels of the output; None: in_channels.
+        pos_embed_max_size: Tokens along a side of the table of positions, the most of a latent.
+        dual_attention_layers: Blocks, from 0, with a second attention, of the image to itself (SD
+            3.5 medium).
+        qk_norm: "rms_norm" (SD 3.5) or None (SD 3), of each head's queries and keys.
     """
 
     sample_size: int = 128
@@ -100,14 +104,12 @@ class SD3Config:
 
     @property
     def width(self) -> int:
-        """Numbers of a token in the blocks."""
+        """Channels of a token in the blocks."""
         return self.attention_head_dim * self.num_attention_heads
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SD3Config":
-        """Reads a diffusers config; a field that this class does not know, or a value it cannot
-        honour, is refused.
-        """
+        """Read a diffusers config; `UserError` for unknown fields and unsupported values."""
         return read_config(cls, values, {})
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,12 +117,12 @@ class SD3Config:
         return {"_class_name": "SD3Transformer2DModel", **asdict(self)}
 
 
-class PlacedPatches(PatchEmbed):
-    """Patches as tokens, with their places added: (B, C, h, w) -> (B, h/p * w/p, D).
+class CroppedPatchEmbed(PatchEmbed):
+    """Patches as tokens, with their positions added: (B, C, h, w) -> (B, h/p * w/p, D).
 
-    Places are sines of a map of `most` x `most` tokens, stretched to `base`
-    (`nn.embeddings.sincos_2d`); a smaller map is cut from the middle of it, so that its centre is
-    at the same place whatever its size (Esser et al. 2024, section 5.3.2). The table lies in the
+    Positions are sines of a map of `most` x `most` tokens, scaled to `base`
+    (`nn.embeddings.sincos_2d`). A smaller map is cropped from the middle, so that its centre has
+    the same position for every size (Esser et al. 2024, section 5.3.2). The table is stored in the
     file.
     """
 
@@ -140,35 +142,36 @@ class PlacedPatches(PatchEmbed):
         y = self.proj(x).permute(0, 2, 3, 1)  # (B, rows, columns, D)
         rows, columns = y.shape[1:3]
         top, left = (self.most - rows) // 2, (self.most - columns) // 2
-        places = self.pos_embed.view(self.most, self.most, -1)[
+        positions = self.pos_embed.view(self.most, self.most, -1)[
             top : top + rows, left : left + columns
         ]
-        return (y.contiguous() + places).flatten(1, 2)
+        return (y.contiguous() + positions).flatten(1, 2)
 
 
-class TimeAndText(nn.Module):
-    """A time in 0..1000 (B,) and a pooled text (B, V) as one embedding (B, D)."""
+class TimeTextEmbedding(nn.Module):
+    """A timestep in 0..1000 (B,) and a pooled text (B, V) as one embedding (B, D)."""
 
     def __init__(self, width: int, pooled: int):
         super().__init__()
-        self.timestep_embedder = TimestepEmbedding(_WAVES, width)
+        self.timestep_embedder = TimestepEmbedding(SINUSOIDAL_WIDTH, width)
         self.text_embedder = TimestepEmbedding(pooled, width)
 
     def forward(
         self, timestep: Float[Tensor, " B"], pooled: Float[Tensor, "B V"]
     ) -> Float[Tensor, "B D"]:
         return self.timestep_embedder(
-            sinusoidal(timestep, _WAVES).to(pooled.dtype)
+            sinusoidal(timestep, SINUSOIDAL_WIDTH).to(pooled.dtype)
         ) + self.text_embedder(pooled)
 
 
 class SD3(Network):
-    """The MMDiT: see the module's docstring. Built from an `SD3Config`; weights are random until
-    loaded.
+    """The MMDiT: see the module's docstring.
+
+    Built from an `SD3Config`; weights are random until loaded.
 
     Of `Conditioning`: `tokens` (B, L, D) are the text and `vector` (B, V) a pooled text; both are
-    required. `mask` (B, L) hides text tokens (the published models were trained to see the padding
-    too). `concat` joins x along channels. `residuals` are a ControlNet's, (B, N, D) for the N
+    required. `mask` (B, L) hides text tokens (the published models were trained with attention to
+    padding). `concat` joins x along channels. `residuals` are a ControlNet's, (B, N, D) for the N
     patches of x: n of them for m blocks are added behind m / n blocks each.
     """
 
@@ -178,14 +181,14 @@ class SD3(Network):
         super().__init__()
         self.config = config
         width, last = config.width, config.num_layers - 1
-        self.pos_embed = PlacedPatches(
+        self.pos_embed = CroppedPatchEmbed(
             config.in_channels,
             width,
             config.patch_size,
             config.pos_embed_max_size,
             config.sample_size // config.patch_size,
         )
-        self.time_text_embed = TimeAndText(width, config.pooled_projection_dim)
+        self.time_text_embed = TimeTextEmbedding(width, config.pooled_projection_dim)
         self.context_embedder = batch_invariant.Linear(config.joint_attention_dim, width)
         self.transformer_blocks = nn.ModuleList(
             JointBlock(
@@ -210,54 +213,57 @@ class SD3(Network):
     def forward(
         self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning
     ) -> Float[Tensor, "B D h w"]:
-        """x noisy latent, timestep in 0..1000, conditioning -> y, the network's target. A map
-        beyond `pos_embed_max_size` is a `UserError`.
+        """The network's target.
+
+        Args:
+            x: Noisy latent, of any sides up to `pos_embed_max_size` patches.
+            timestep: In 0..1000.
+            cond: See the class.
+
+        Raises:
+            UserError: For a latent or a conditioning that does not fit.
         """
         tokens, pooled = self._text(cond)
-        whole = padded(self._joined(x, cond), self.patch)
+        full = padded(self._joined(x, cond), self.patch)
 
         # embeddings
-        picture = self.pos_embed(whole)  # (B, N, D)
-        time = self.time_text_embed(timestep, pooled.to(x.dtype))  # (B, D)
-        text = self.context_embedder(tokens)  # (B, L, D)
+        img = self.pos_embed(full)  # (B, N, D)
+        c = self.time_text_embed(timestep, pooled.to(x.dtype))  # (B, D)
+        txt = self.context_embedder(tokens)  # (B, L, D)
 
         # blocks
-        mask = with_picture(cond.mask, picture.shape[1])
+        mask = with_picture(cond.mask, img.shape[1])
         for block, residual in zip(
-            self.transformer_blocks, self._residuals(cond, picture.shape), strict=True
+            self.transformer_blocks, self._residuals(cond, img.shape), strict=True
         ):
-            picture, text = block(picture, text, time, mask)
+            img, txt = block(img, txt, c, mask)
             if residual is not None:
-                picture = picture + residual
+                img = img + residual
 
         # out
-        scale, shift = self.norm_out(time)
-        y = self.proj_out(modulated(picture, scale, shift))
-        return unpatched(y, whole.shape[2] // self.patch, self.patch)[
+        scale, shift = self.norm_out(c)
+        y = self.proj_out(modulated(img, scale, shift))
+        return unpatched(y, full.shape[2] // self.patch, self.patch)[
             :, :, : x.shape[2], : x.shape[3]
         ]
 
     def _text(self, cond: Conditioning) -> tuple[Float[Tensor, "B L E"], Float[Tensor, "B V"]]:
-        """The text's tokens and the pooled text; `UserError` where they are missing or of another
-        width.
-        """
+        """Text tokens and pooled text; `UserError` where they are missing or of another width."""
         c = self.config
         for name, value, shape, width in (
             ("tokens", cond.tokens, "(B, L, D)", c.joint_attention_dim),
             ("vector", cond.vector, "(B, V)", c.pooled_projection_dim),
         ):
             if value is None or value.shape[-1] != width:
-                found = "is missing" if value is None else f"is {value.shape[-1]} wide"
+                state = "is missing" if value is None else f"is {value.shape[-1]} wide"
                 raise UserError(
-                    f"this MMDiT reads {name} of width {width}: Conditioning.{name} {shape} {found}; use the model's text encoders"
+                    f"this MMDiT reads {name} of width {width}: Conditioning.{name} {shape} {state}; use the model's text encoders"
                 )
         assert cond.tokens is not None and cond.vector is not None
         return cond.tokens, cond.vector
 
     def _joined(self, x: Float[Tensor, "B C h w"], cond: Conditioning) -> Float[Tensor, "B D h w"]:
-        """x with what joins its channels; `UserError` for other channels than the network takes, or
-        a map that is too large.
-        """
+        """x with `concat`; `UserError` for other channels, and a latent that is too large."""
         if cond.concat is not None:
             x = torch.cat([x, cond.concat], dim=1)
         if x.shape[1] != self.in_channels:
@@ -278,19 +284,20 @@ class SD3(Network):
             )
 
     def _residuals(self, cond: Conditioning, shape: torch.Size) -> Iterable[Tensor | None]:
-        """What is added behind each block: the k-th of n residuals, with k the whole part of i / (m
-        / n) for the i-th of m blocks, but the last.
+        """The residual added behind each block.
+
+        Of n residuals, number floor(i / (m / n)) is behind block i of m, and none behind the last.
         """
-        count, given = len(self.transformer_blocks), cond.residuals
-        if not given:
+        count, residuals = len(self.transformer_blocks), cond.residuals
+        if not residuals:
             return [None] * count
-        if len(given) > count or any(r.shape != shape for r in given):
+        if len(residuals) > count or any(r.shape != shape for r in residuals):
             raise UserError(
-                f"{len(given)} residuals of shapes {sorted({tuple(r.shape) for r in given})}: expected at most {count} of {tuple(shape)}, "
+                f"{len(residuals)} residuals of shapes {sorted({tuple(r.shape) for r in residuals})}: expected at most {count} of {tuple(shape)}, "
                 "from a ControlNet for this MMDiT and this size"
             )
-        interval = count / len(given)
-        return [*(given[int(i / interval)] for i in range(count - 1)), None]
+        interval = count / len(residuals)
+        return [*(residuals[int(i / interval)] for i in range(count - 1)), None]
 
     @property
     def channels(self) -> int:
@@ -299,12 +306,12 @@ class SD3(Network):
 
     @property
     def token_width(self) -> int:
-        """The width of the text's tokens."""
+        """Channels of `Conditioning.tokens`."""
         return self.config.joint_attention_dim
 
     @property
     def vector_width(self) -> int:
-        """The width of the pooled text."""
+        """Numbers of `Conditioning.vector`, the pooled text."""
         return self.config.pooled_projection_dim
 
     @property

@@ -1,5 +1,6 @@
-"""Transformer2DModel: the class that DiT's and PixArt's first files name; how their norms are
-steered says which of the two it is.
+"""Transformer2DModel: the class in DiT's and PixArt's first files.
+
+The kind of the norms says which of the two it is:
 
     facebook/DiT-XL-2-256, -512        norm_type "ada_norm_zero"
     PixArt-alpha/PixArt-XL-2-*         norm_type "ada_norm_single"
@@ -16,14 +17,12 @@ from sfumato.predict.networks.pixart import PixArt, PixArtConfig
 _KINDS = {"ada_norm_zero": DiTConfig, "ada_norm_single": PixArtConfig}
 
 
-class Either:
-    """Reads such a config."""
+class EitherConfig:
+    """A config of Transformer2DModel, which is one of two."""
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> DiTConfig | PixArtConfig:
-        """The config of a DiT or a PixArt; `UserError` for another norm_type, and as those two
-        say.
-        """
+        """The config of a DiT or a PixArt; `UserError` for another norm_type, and as theirs."""
         kind = values.get("norm_type")
         if kind not in _KINDS:
             raise UserError(
@@ -32,9 +31,9 @@ class Either:
         return _KINDS[kind].from_dict(values)
 
 
-def built(config: DiTConfig | PixArtConfig) -> DiT | PixArt:
+def build_either(config: DiTConfig | PixArtConfig) -> DiT | PixArt:
     """The network of a config."""
     return DiT(config) if isinstance(config, DiTConfig) else PixArt(config)
 
 
-CLASSES = {"Transformer2DModel": (built, Either)}
+CLASSES = {"Transformer2DModel": (build_either, EitherConfig)}

@@ -1,5 +1,6 @@
-"""U-Net with cross-attention: the denoiser of Stable Diffusion (Rombach et al. 2022,
-arXiv:2112.10752, section 3.3, appendix E.2).
+"""U-Net with cross-attention: the network of Stable Diffusion.
+
+Rombach et al. 2022, arXiv:2112.10752, section 3.3, appendix E.2.
 
 y = U(x, t, conditioning): residual blocks with a time embedding at each resolution, transformer
 blocks that attend to tokens, skips from the way down to the way up. Module names and config are
@@ -33,7 +34,6 @@ _KINDS |= {"ResnetDownsampleBlock2D": None, "ResnetUpsampleBlock2D": None}
 _CLASS_KINDS = ("timestep", "identity", "projection", "simple_projection")
 _KINDS |= {"CrossAttnDownBlock2D": "cross", "CrossAttnUpBlock2D": "cross"}
 
-# Fields of UNet2DConditionModel that we stand for with one value only.
 FIXED: dict[str, Any] = {
     "center_input_sample": False,
     "mid_block_scale_factor": 1,
@@ -56,6 +56,7 @@ FIXED: dict[str, Any] = {
     "cross_attention_norm": None,
     "addition_embed_type_num_heads": 64,
 }
+"""Fields of UNet2DConditionModel of which one value is supported."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,20 @@ class UNetConfig:
     """The numbers of a U-Net, with diffusers' names and defaults.
 
     attention_head_dim is, as in diffusers, the number of heads of cross-attention blocks and the
-    width of a head of plain attention blocks ("AttnDownBlock2D"). Of several numbers, one a level,
-    the k-th is also for the k-th plain attention block on the way up: there diffusers does not
+    width of a head of self-attention blocks ("AttnDownBlock2D"). Of several numbers, one a level,
+    the k-th is also for the k-th self-attention block on the way up: there diffusers does not
     reverse them as it does for everything else.
-    only_cross_attention: blocks (one value, or one a level) whose first attention is to the tokens
-    as well (the x4 upscaler); never the middle's: mid_block_only_cross_attention is kept for the
-    file's sake, and means other kinds of middle in diffusers. addition_embed_type "text_time"
-    (SDXL): `Conditioning.vector` is a pooled text and after it numbers such as sizes in pixels,
-    each of which becomes `addition_time_embed_dim` sinusoidal features; together
-    `projection_class_embeddings_input_dim` wide. upcast_attention: kept for the file's sake.
-    Attention sums in float32 in every dtype, as torch's fused kernels do.
+
+    only_cross_attention (one value, or one a level): the first attention of blocks is to the tokens
+    as well (the x4 upscaler), but for the middle block. mid_block_only_cross_attention is kept for
+    the file's sake: in diffusers it belongs to other kinds of middle block.
+
+    addition_embed_type "text_time" (SDXL): `Conditioning.vector` is a pooled text and after it
+    numbers such as sizes in pixels, each of which becomes `addition_time_embed_dim` sinusoidal
+    features; together they are `projection_class_embeddings_input_dim` wide.
+
+    upcast_attention is kept for the file's sake: attention sums in float32 in every dtype, as
+    torch's fused kernels do.
     """
 
     sample_size: int | None = None
@@ -171,42 +176,36 @@ class UNetConfig:
                 )
 
     def at(self, field: str, level: int) -> Any:
-        """A field that holds one number for all levels or one a level."""
+        """The value at a level of a field with one value for all levels or one a level."""
         value = getattr(self, field)
         return value[level] if isinstance(value, tuple) else value
 
     def attention(self, kind: str) -> str | None:
-        """What blocks of a kind (the middle's too) attend to: "cross" (tokens), "self" (the map
-        itself) or None.
-        """
+        """The attention in blocks of a kind: "cross" (to tokens), "self" (in the map) or None."""
         return "cross" if kind == "UNetMidBlock2DCrossAttn" else _KINDS.get(kind)
 
     def head_width(self, level: int, position: int) -> int:
-        """Channels of a head of plain attention at a level; `position`: of the block on its way."""
+        """Width of a head of self-attention. position: of the block on its way, down or up."""
         return self.at("attention_head_dim", position)
 
     def steps_by_block(self, kind: str) -> bool:
-        """Whether blocks of a kind change the map's size by a residual block instead of a
-        convolution.
-        """
+        """True where blocks of a kind resample by a residual block, not by a convolution."""
         return kind.startswith("Resnet")
 
     @property
     def middle_resnets(self) -> int:
-        """Residual blocks in the middle, if there is one."""
+        """Number of residual blocks in the middle block, if there is one."""
         return 1 if self.mid_block_type == "UNetMidBlock2D" else 2
 
     @property
     def attends_to_tokens(self) -> bool:
-        """Whether any block has cross-attention, so that `Conditioning.tokens` is required."""
+        """True where any block has cross-attention, which needs `Conditioning.tokens`."""
         kinds = (*self.down_block_types, *self.up_block_types, self.mid_block_type or "")
         return any("CrossAttn" in kind for kind in kinds)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "UNetConfig":
-        """Reads a diffusers config; a field that this class does not know, or a value it cannot
-        honour, is refused.
-        """
+        """Read a diffusers config; `UserError` for unknown fields and unsupported values."""
         return read_config(cls, values, FIXED)
 
     def to_dict(self) -> dict[str, Any]:
@@ -215,10 +214,10 @@ class UNetConfig:
 
 
 class _Block(nn.Module):
-    """Residual blocks at one resolution, each with its attention; the way down keeps every output
-    as a skip, the way up takes them.
+    """Residual blocks at one resolution, each with its attention.
 
-    `position` counts the blocks on the way up, from the lowest resolution.
+    Every output on the way down is a skip of the way up. `position` counts the blocks on the way
+    up, from the lowest resolution.
     """
 
     def __init__(
@@ -283,40 +282,40 @@ class _Block(nn.Module):
             return self.attentions[i](x, cond.tokens, cond.mask)
         return self.attentions[i](x) if self.kind == "self" else x
 
-    def smaller(
+    def downsample(
         self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B T"]
     ) -> Float[Tensor, "B C h w"]:
         """The map at half the size."""
         (step,) = cast("nn.ModuleList", self.downsamplers)
         return step(x, time) if isinstance(step, ResnetBlock) else step(x)
 
-    def larger(
+    def upsample(
         self, x: Float[Tensor, "B C h w"], time: Float[Tensor, "B T"], size: torch.Size
     ) -> Float[Tensor, "B C H W"]:
-        """The map at the next level's size; where there is no next level, itself."""
+        """The map at the next level's size; unchanged where there is no next level."""
         for step in getattr(self, "upsamplers", ()):
             x = step(x, time, size) if isinstance(step, ResnetBlock) else step(x, size)
         return x
 
 
-def _joined(skips: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor]:
-    """ControlNet (Zhang et al. 2023, arXiv:2302.05543): one residual a skip, and the last for the
-    middle.
+def _add_residuals(skips: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor]:
+    """Skips with a ControlNet's residuals (Zhang et al. 2023, arXiv:2302.05543).
+
+    One a skip, and the last for the middle.
     """
-    wanted, found = [s.shape for s in skips], [r.shape for r in residuals]
-    if wanted != found:
+    expected, shapes = [s.shape for s in skips], [r.shape for r in residuals]
+    if expected != shapes:
         raise UserError(
-            f"residuals of shapes {[*map(tuple, found)]} do not fit this U-Net: expected {[*map(tuple, wanted)]}"
+            f"residuals of shapes {[*map(tuple, shapes)]} do not fit this U-Net: expected {[*map(tuple, expected)]}"
         )
     return [s + r for s, r in zip(skips, residuals, strict=True)]
 
 
 class UNet(Network):
-    """The U-Net: see the module's docstring. Built from a `UNetConfig`; weights are random until
-    loaded.
+    """The U-Net: see the module's docstring.
 
-    The way down, the middle and the way up are `shallow_down`, `deep` and `shallow_up`; `forward`
-    is one after the other.
+    Built from a `UNetConfig`; weights are random until loaded. `forward` runs the way down, the
+    middle and the way up: `shallow_down`, `deep` and `shallow_up`.
     """
 
     part = "unet"
@@ -389,70 +388,85 @@ class UNet(Network):
     def embed(
         self, timestep: Float[Tensor, " B"], cond: Conditioning, dtype: torch.dtype
     ) -> Float[Tensor, "B T"]:
-        """The activated time embedding, which all residual blocks read."""
+        """The activated embedding of time and vector, an input of all residual blocks."""
         return batch_invariant.silu(self._embedding(timestep, cond, dtype))
 
     def _embedding(
         self, timestep: Float[Tensor, " B"], cond: Conditioning, dtype: torch.dtype
     ) -> Float[Tensor, "B T"]:
-        """Time, and the conditioning vector (class weights, features, or a pooled text and sizes),
-        as one embedding.
+        """Time and `Conditioning.vector` as one embedding.
+
+        The vector holds class weights, features, or a pooled text and sizes.
         """
         c = self.config
-        features = self._waves(timestep, c.block_out_channels[0])
+        features = self._sinusoidal(timestep, c.block_out_channels[0])
         time = self.time_embedding(features.to(dtype))
         if self.class_embedding is None and c.addition_embed_type is None:
             return time
         if cond.vector is None:
-            what = (
+            kind = (
                 "class-conditional"
                 if c.addition_embed_type is None
                 else "conditioned on a pooled text and sizes"
             )
-            raise UserError(f"this U-Net is {what}: Conditioning.vector (B, V) is missing")
+            raise UserError(f"this U-Net is {kind}: Conditioning.vector (B, V) is missing")
         if c.addition_embed_type is not None:
-            return time + self.add_embedding(self._text_and_numbers(cond.vector).to(dtype))
+            return time + self.add_embedding(self._text_and_sizes(cond.vector).to(dtype))
         table = cast("nn.Module", self.class_embedding)
         if isinstance(table, nn.Embedding):
             return time + batch_invariant.linear(cond.vector.to(dtype), table.weight.to(dtype).T)
         if c.class_embed_type == "timestep":
-            return time + table(self._waves(cond.vector[:, 0], c.block_out_channels[0]).to(dtype))
+            return time + table(
+                self._sinusoidal(cond.vector[:, 0], c.block_out_channels[0]).to(dtype)
+            )
         return time + table(cond.vector.to(dtype))
 
-    def _waves(self, numbers: Float[Tensor, " B"], width: int) -> Float[Tensor, "B D"]:
+    def _sinusoidal(self, numbers: Float[Tensor, " B"], width: int) -> Float[Tensor, "B D"]:
         return sinusoidal(numbers, width, self.config.flip_sin_to_cos, self.config.freq_shift)
 
-    def _text_and_numbers(self, vector: Float[Tensor, "B V"]) -> Float[Tensor, "B P"]:
-        """(text, n numbers) -> (text, n * A features). P = V - n + n A says how many of V are
-        numbers (SDXL, Podell et al. 2023, arXiv:2307.01952, section 2.2).
+    def _text_and_sizes(self, vector: Float[Tensor, "B V"]) -> Float[Tensor, "B P"]:
+        """(text, n numbers) -> (text, n * A features), where n follows from P = V - n + n A.
+
+        SDXL (Podell et al. 2023, arXiv:2307.01952, section 2.2).
         """
-        wanted, each = (
+        total, each = (
             self.config.projection_class_embeddings_input_dim or 0,
             self.config.addition_time_embed_dim or 0,
         )
-        count, rest = divmod(wanted - vector.shape[1], each - 1)
+        count, rest = divmod(total - vector.shape[1], each - 1)
         if rest or not 0 <= count <= vector.shape[1]:
             raise UserError(
-                f"a conditioning vector of {vector.shape[1]} numbers: with features of width {each} for sizes they cannot be made {wanted}; "
+                f"a conditioning vector of {vector.shape[1]} numbers: with features of width {each} for sizes they cannot be made {total}; "
                 "use the text encoders and settings of this model"
             )
         text, numbers = vector.split([vector.shape[1] - count, count], dim=1)
         return torch.cat(
-            [text, self._waves(numbers.flatten(), each).unflatten(0, numbers.shape).flatten(1)],
+            [
+                text,
+                self._sinusoidal(numbers.flatten(), each).unflatten(0, numbers.shape).flatten(1),
+            ],
             dim=1,
         )
 
     def forward(
         self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning
     ) -> Float[Tensor, "B D h w"]:
-        """x noisy latent, timestep in the units the network was trained with (0..1000),
-        conditioning -> y, the network's target.
+        """The network's target and, behind it, a learned variance.
+
+        Args:
+            x: Noisy latent.
+            timestep: In 0..1000.
+            cond: `tokens` with `mask`, `vector` and `concat`, where the network has these;
+                `residuals` are a ControlNet's.
+
+        Raises:
+            UserError: For a latent or a conditioning that does not fit.
         """
         skips, time = self.shallow_down(x, timestep, cond, 1)
         return self.shallow_up(self.deep(skips[-1], time, cond, 1), skips, time, cond)
 
-    # A pass in three parts, cut at the `count`-th skip: what lies below it can be run or, as in
-    # wrappers/feature_cache.py, remembered.
+    # A pass in three parts, split at the `count`-th skip: the part below can be cached, as in
+    # wrappers/feature_cache.py.
 
     def shallow_down(
         self,
@@ -461,8 +475,10 @@ class UNet(Network):
         cond: Conditioning,
         count: int,
     ) -> tuple[list[Tensor], Float[Tensor, "B T"]]:
-        """The way down to the `count`-th skip (the first is conv_in's): those skips, and the
-        activated time embedding.
+        """The way down to the `count`-th skip (the first is conv_in's).
+
+        Returns:
+            Those skips, and the activated time embedding.
         """
         if cond.concat is not None:
             x = torch.cat([x, cond.concat], dim=1)
@@ -490,7 +506,7 @@ class UNet(Network):
         cond: Conditioning,
         count: int,
     ) -> Float[Tensor, "B G k l"]:
-        """From the `count`-th skip x down, through the middle, and up to where that skip joins."""
+        """From the `count`-th skip x down, through the middle, and up to where it is taken."""
         _, *skips = reached = self._descend(x, self._way_down()[count - 1 :], time, cond)
         low = reached[-1]
         if self.mid_block is not None:
@@ -498,7 +514,7 @@ class UNet(Network):
             for i, resnet in enumerate(self.mid_block.resnets[1:]):
                 low = resnet(self.mid_block.attend(i, low, cond), time)
         if cond.residuals:
-            *skips, low = _joined([*skips, low], cond.residuals[count:])
+            *skips, low = _add_residuals([*skips, low], cond.residuals[count:])
         return self._ascend(low, skips, self._way_up()[:-count], time, cond, x.shape[2:])
 
     def shallow_up(
@@ -508,15 +524,16 @@ class UNet(Network):
         time: Float[Tensor, "B T"],
         cond: Conditioning,
     ) -> Float[Tensor, "B D h w"]:
-        """The rest of the way up, with what `deep` and `shallow_down` gave."""
+        """The rest of the way up, from the outputs of `deep` and `shallow_down`."""
         if cond.residuals:
-            skips = _joined(skips, cond.residuals[: len(skips)])
+            skips = _add_residuals(skips, cond.residuals[: len(skips)])
         x = self._ascend(x, skips, self._way_up()[-len(skips) :], time, cond, skips[0].shape[2:])
         return self.conv_out(batch_invariant.silu(self.conv_norm_out(x)))
 
     def _way_down(self) -> list[tuple[_Block, int | None]]:
-        """Who makes each skip after conv_in's: a block's residual block of that index, or (None)
-        its downsampler.
+        """The source of each skip after conv_in's.
+
+        (block, index of its residual block), or (block, None) for its downsampler.
         """
         steps: list[tuple[_Block, int | None]] = []
         for block in cast("Iterable[_Block]", self.down_blocks):
@@ -525,7 +542,7 @@ class UNet(Network):
         return steps
 
     def _way_up(self) -> list[tuple[_Block, int]]:
-        """Who takes each skip, the last one first."""
+        """The target of each skip, the last skip first: (block, index of its residual block)."""
         return [
             (block, i)
             for block in cast("Iterable[_Block]", self.up_blocks)
@@ -535,11 +552,11 @@ class UNet(Network):
     def _descend(
         self, x: Tensor, steps: list[tuple[_Block, int | None]], time: Tensor, cond: Conditioning
     ) -> list[Tensor]:
-        """x, and what each step makes of the one before."""
+        """x and the output of each step in turn."""
         skips = [x]
         for block, i in steps:
             x = (
-                block.smaller(x, time)
+                block.downsample(x, time)
                 if i is None
                 else block.attend(i, block.resnets[i](x, time), cond)
             )
@@ -555,17 +572,17 @@ class UNet(Network):
         cond: Conditioning,
         size: torch.Size,
     ) -> Tensor:
-        """x with the skips, from the last one; `size` is the next skip's when all are taken."""
-        waiting = list(skips)
+        """x after steps that take the skips, the last skip first. size: of the skip after those."""
+        left = list(skips)
         for block, i in steps:
-            x = block.attend(i, block.resnets[i](torch.cat([x, waiting.pop()], dim=1), time), cond)
+            x = block.attend(i, block.resnets[i](torch.cat([x, left.pop()], dim=1), time), cond)
             if i == len(block.resnets) - 1:
-                x = block.larger(x, time, waiting[-1].shape[2:] if waiting else size)
+                x = block.upsample(x, time, left[-1].shape[2:] if left else size)
         return x
 
     @property
     def learned_variance(self) -> bool:
-        """Whether a variance comes behind what it predicts: twice as many channels as it takes."""
+        """True where a variance follows the target: the output has twice the channels."""
         return self.config.out_channels == 2 * self.config.in_channels
 
     @property
@@ -575,26 +592,22 @@ class UNet(Network):
 
     @property
     def token_width(self) -> int | tuple[int, ...] | None:
-        """The width of the tokens that it attends to, one for all levels or one a level; None: it
-        attends to none.
-        """
+        """Channels of `Conditioning.tokens`, one for all levels or one a level; None: no tokens."""
         return self.config.cross_attention_dim if self.config.attends_to_tokens else None
 
     @property
     def is_conditional(self) -> bool:
-        """Whether it is conditioned on anything."""
+        """True where it is conditioned on tokens, classes or a vector."""
         return super().is_conditional or self.config.class_embed_type is not None
 
     @classmethod
     def class_fields(cls, count: int) -> dict[str, Any]:
-        """A row for each class, and one for none."""
+        """Fields for `count` classes: a row for each, and one for no class."""
         return {"num_class_embeds": count + 1}
 
     @property
     def classes(self) -> int:
-        """How many classes it was trained with, none at all being one of them; 0: it is told no
-        class.
-        """
+        """Rows of the table of classes, one of them for no class; 0: no classes."""
         return (self.config.num_class_embeds or 0) if self.config.class_embed_type is None else 0
 
 

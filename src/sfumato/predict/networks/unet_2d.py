@@ -1,9 +1,10 @@
-"""The U-Net without tokens: unconditional Latent Diffusion (Rombach et al. 2022, arXiv:2112.10752,
-appendix E.1, table 12).
+"""The U-Net without tokens: unconditional Latent Diffusion.
 
-It is the U-Net of `unet.py` with attention of the map to itself, in the middle too (Dhariwal &
-Nichol 2021, arXiv:2105.05233, section 3). The config is diffusers' UNet2DModel, which shares its
-names of weights.
+Rombach et al. 2022, arXiv:2112.10752, appendix E.1, table 12.
+
+It is the U-Net of `unet.py` with self-attention alone, in the middle too (Dhariwal & Nichol 2021,
+arXiv:2105.05233, section 3). The config is diffusers' UNet2DModel, which has the same names of
+weights.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -14,15 +15,14 @@ from sfumato.errors import UserError
 from sfumato.predict.networks.unet import UNet, UNetConfig
 
 OWN_CLASS = "SfumatoUNet2DModel"
-"""In place of "UNet2DModel" where `num_attention_heads` says what diffusers' class has no field
-for, and would pass over."""
+"""The class with `num_attention_heads`, a field that diffusers' UNet2DModel would ignore."""
 _STEPS = ("conv", "resnet")
 _SHARED = (
     "sample_size in_channels out_channels flip_sin_to_cos freq_shift down_block_types mid_block_type up_block_types block_out_channels "
     "layers_per_block downsample_padding dropout norm_num_groups norm_eps resnet_time_scale_shift class_embed_type num_class_embeds "
     "time_embedding_dim attention_head_dim"
 ).split()
-"""Fields of UNet2DModel that mean what they do in UNet2DConditionModel."""
+"""Fields of UNet2DModel with the meaning of UNet2DConditionModel's."""
 _OWN = (
     "add_attention",
     "downsample_type",
@@ -42,12 +42,16 @@ _FIXED: dict[str, Any] = {
 class UNet2DConfig(UNetConfig):
     """The numbers of a U-Net without tokens, with diffusers' names and defaults.
 
-    attention_head_dim: the width of a head in every attention; None: one head. num_attention_heads:
-    their number instead (ours). add_attention: in the middle. downsample_type, upsample_type:
-    "conv" or "resnet", of blocks with attention; others say it by their names ("DownBlock2D",
-    "ResnetDownsampleBlock2D"). attn_norm_num_groups: of the middle's attention; None:
-    `norm_num_groups`, or with "scale_shift" no norm at all, which is not supported.
-    num_train_timesteps: kept for the file's sake.
+    Attributes:
+        attention_head_dim: Width of a head in every attention; None: one head.
+        add_attention: Whether the middle block has attention.
+        downsample_type: "conv" or "resnet", of blocks with attention; the names of others say it
+            ("DownBlock2D", "ResnetDownsampleBlock2D").
+        upsample_type: As downsample_type.
+        attn_norm_num_groups: Of the norm of the middle's attention; None: `norm_num_groups`, or
+            with "scale_shift" no norm at all, which is not supported.
+        num_train_timesteps: Kept for the file's sake.
+        num_attention_heads: Number of heads in place of their width (sfumato's own field).
     """
 
     in_channels: int = 3
@@ -104,9 +108,9 @@ class UNet2DConfig(UNetConfig):
         self._check_heads()
 
     def _check_heads(self) -> None:
-        """`UserError` where a width does not divide into heads."""
+        """Raise `UserError` where a width does not divide into heads."""
         for level, kind in enumerate(self.down_block_types):
-            wide = self.block_out_channels[level]
+            width = self.block_out_channels[level]
             middle = (
                 level == len(self.block_out_channels) - 1
                 and self.mid_block_type is not None
@@ -121,46 +125,44 @@ class UNet2DConfig(UNetConfig):
                 if self.num_attention_heads is not None
                 else self.attention_head_dim
             )
-            if attends and by is not None and (by < 1 or wide % by):
+            if attends and by is not None and (by < 1 or width % by):
                 name = (
                     "num_attention_heads"
                     if self.num_attention_heads is not None
                     else "attention_head_dim"
                 )
                 raise UserError(
-                    f"block_out_channels {wide} does not divide by {name} {by}: change one of them"
+                    f"block_out_channels {width} does not divide by {name} {by}: change one of them"
                 )
 
     def attention(self, kind: str) -> str | None:
-        """As `UNetConfig.attention`, where the middle attends to itself."""
+        """As in `UNetConfig`, with self-attention in the middle block."""
         if kind == "UNetMidBlock2D":
             return "self" if self.add_attention else None
         return super().attention(kind)
 
     def head_width(self, level: int, position: int) -> int:
-        """One number for all levels, or of heads."""
-        wide = self.block_out_channels[level]
+        """Width of a head, by the number of heads where that is given."""
+        width = self.block_out_channels[level]
         return (
-            wide // self.num_attention_heads
+            width // self.num_attention_heads
             if self.num_attention_heads
-            else self.attention_head_dim or wide
+            else self.attention_head_dim or width
         )
 
     def steps_by_block(self, kind: str) -> bool:
-        """See the class's docstring."""
+        """True where blocks of a kind resample by a residual block: see the class."""
         own = {"AttnDownBlock2D": self.downsample_type, "AttnUpBlock2D": self.upsample_type}
         return own.get(kind) == "resnet" or super().steps_by_block(kind)
 
     @property
     def middle_resnets(self) -> int:
-        """Two, with attention between them or not."""
+        """Number of residual blocks in the middle block, with attention between them or not."""
         return 2
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "UNet2DConfig":
-        """Reads a UNet2DModel's config; a field that it does not have, or a value it cannot honour,
-        is refused.
-        """
+        """Read a UNet2DModel's config; `UserError` for unknown fields and unsupported values."""
         own = values.get("_class_name") == OWN_CLASS
         foreign = {f.name for f in fields(cls)} - {
             *_SHARED,
@@ -175,9 +177,7 @@ class UNet2DConfig(UNetConfig):
         return read_config(cls, values, _FIXED)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON that diffusers' UNet2DModel reads; with `num_attention_heads` one that only
-        sfumato reads.
-        """
+        """The JSON that diffusers' UNet2DModel reads; with `num_attention_heads` sfumato's own."""
         values = asdict(self)
         kept = {name: values[name] for name in (*_SHARED, *_OWN)} | _FIXED
         if self.num_attention_heads is None:

@@ -1,4 +1,5 @@
-"""Text encoders: networks with their tokenizers, a file each, run by transformers or by `ldm_bert`.
+"""Text encoders: networks with their tokenizers, a file each.
 
-Conditioners (`predict/conditioners/`) decide which states of which encoder become `Conditioning`.
+They are run by transformers, Latent Diffusion's by `ldm_bert`. Conditioners
+(`predict/conditioners/`) decide which states of which encoder become `Conditioning`.
 """

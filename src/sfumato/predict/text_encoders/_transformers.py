@@ -28,8 +28,7 @@ from sfumato.io.safetensors import (
 STEM, PICKLED = "model", "pytorch_model"
 """Names of files of weights, without shard and variant: see `sfumato.io.safetensors`."""
 ANY = (Exception,)
-"""The libraries raise a dozen kinds of errors about a file's values, some of them no more than
-`Exception`."""
+"""The libraries raise many kinds of errors about a file's values, some no more than `Exception`."""
 IGNORED_FIELDS = set(
     "architectures dtype torch_dtype transformers_version return_dict output_hidden_states output_attentions use_cache initializer_range "
     "attention_dropout dropout id2label label2id problem_type chunk_size_feed_forward task_specific_params output_past".split()
@@ -45,9 +44,9 @@ def check_length(tokenizer: Any, text: str, length: int, prompt: str, special: b
 
     Args:
         tokenizer: A tokenizer of transformers.
-        text: What the encoder is given.
+        text: The encoder's input.
         length: Positions of the encoder, special tokens among them.
-        prompt: What the user wrote, for the message. `text` may have a frame around it.
+        prompt: The user's own text, for the message: `text` may be it in a template.
         special: Whether the tokenizer adds its own tokens to those in the text.
 
     Raises:
@@ -98,8 +97,8 @@ def last_states(
         NumericalError: For states beyond the range of the network's dtype.
     """
     ids, mask = (part.to(model.device) for part in tokenize(tokenizer, text, length))
-    # One row at a time: a matrix product of several rows may round otherwise, and a prompt's bits
-    # would depend on its neighbours.
+    # One row at a time: a matrix product of several rows may round otherwise, and a prompt's
+    # bits would depend on its neighbours.
     output = model(
         ids[None], attention_mask=mask[None].long() if mask_padding else None, return_dict=True
     )
@@ -132,17 +131,18 @@ def tokenizer_hash(tokenizer: Any) -> str:
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def check_fields(values: Mapping[str, Any], known: set[str], path: Path, kind: str) -> None:
-    """Raise `UserError` for a config field beyond `known` and `IGNORED_FIELDS`.
+def check_fields(values: Mapping[str, Any], supported: set[str], path: Path, kind: str) -> None:
+    """Raise `UserError` for a config field beyond `supported` and `IGNORED_FIELDS`.
 
     Args:
         values: The config.
-        known: Fields that the network of transformers has, and those that change none of its
-        states. path: The config's file, for the message.
+        supported: Fields that the network of transformers has, and those that change none of its
+            states.
+        path: The config's file, for the message.
         kind: The network's kind, for the message.
     """
     for field in sorted(
-        field for field in values.keys() - known - IGNORED_FIELDS if not field.startswith("_")
+        field for field in values.keys() - supported - IGNORED_FIELDS if not field.startswith("_")
     ):
         raise UserError(
             f"{path}: {field}={values[field]!r} is not known to {kind}: it might change the result, so it is refused"
@@ -162,7 +162,7 @@ def load_network(
         dtype: Of the weights; None leaves them as stored and unread, to be streamed.
         variant: The weights to prefer, such as "fp16".
         build: Called with (config, tensors, dtype, config path, weights path, check_files); the
-        last as in `build_network`.
+            last as in `build_network`.
     """
     path = folder / "config.json"
     values = read_table(path)
@@ -197,7 +197,7 @@ def build_network(
         path: Where the config is from, for messages.
         file: Where the weights are from, for messages.
         check_files: Checks the files for NaN and infinity and returns True, or returns False where
-        it cannot.
+            it cannot.
 
     Raises:
         UserError: For keys that do not fit the config, and weights that are NaN or infinite.
@@ -220,8 +220,7 @@ def build_network(
         for key, tensor in tensors.items()
     }
     model.load_state_dict(weights | {key: weights[ties[key]] for key in missing}, assign=True)
-    # one parameter under two names, not two with the same numbers: it is moved once
-    for key in missing:
+    for key in missing:  # one parameter under two names: it is moved once
         place, _, name = key.rpartition(".")
         setattr(model.get_submodule(place), name, model.get_parameter(ties[key]))
     with explained(path, ANY):
@@ -230,8 +229,9 @@ def build_network(
 
 
 def _make_buffers(model: Any) -> None:
-    """Compute the buffers that no file holds (positions, rotary frequencies), by building their
-    modules anew.
+    """Compute the buffers that no file holds, by building their modules anew.
+
+    Such as positions and rotary frequencies.
     """
     for module in model.modules():
         names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]

@@ -93,9 +93,7 @@ class SequenceEncoder(Encoder):
     """An encoder whose last hidden states, at a fixed number of positions, are the result."""
 
     def check(self, text: str, length: int, truncation: str) -> None:
-        """Raise `UserError` for a text of more than `length` tokens, where `truncation` is
-        "refuse".
-        """
+        """Raise every `UserError` of `encode`, without running the network."""
         if truncation == "refuse":
             check_length(self.tokenizer, text, length, text)
 
@@ -121,7 +119,7 @@ class SequenceEncoder(Encoder):
 def require_transformers() -> None:
     """Raise `UserError` where the package that runs text encoders is not installed."""
     try:
-        import transformers  # noqa: F401  (imported once, here, so that its absence is one sentence)
+        import transformers  # noqa: F401  (so that its absence is one sentence)
     except ImportError as error:
         raise UserError(
             "text prompts need the package transformers: run `pip install 'sfumato[text]'`"

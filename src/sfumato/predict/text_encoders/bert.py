@@ -1,5 +1,4 @@
-"""Latent Diffusion's text transformer with its tokenizer, read from and written to folders in
-diffusers' layout.
+"""Latent Diffusion's text transformer with its tokenizer, in diffusers' layout.
 
 [CLS], word pieces (WordPiece; Devlin et al. 2019, arXiv:1810.04805, section 3.2), [SEP], and
 padding up to the last position, which is attended to like the rest: so it was trained.
@@ -71,8 +70,10 @@ class BertEncoder(Encoder):
 
     @torch.no_grad()
     def encode(self, text: str) -> Float[Tensor, "L D"]:
-        """One text -> the states of all positions in float32; `UserError` for a text that is too
-        long.
+        """One text -> the states of all positions in float32.
+
+        Raises:
+            UserError: For a text that is too long.
         """
         # One row at a time: a prompt's bits do not depend on its neighbours.
         return self.model(torch.tensor([self.token_ids(text)], device=self.model.device))[0].float()
@@ -149,8 +150,10 @@ def build_bert(
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Open the `BertTokenizer` of a folder; `UserError` for one that is missing or of another
-    kind.
+    """Open the `BertTokenizer` of a folder.
+
+    Raises:
+        UserError: For a tokenizer that is missing or of another kind.
     """
     require_transformers()
     from transformers import BertTokenizer
@@ -167,12 +170,14 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def require_wordpiece(tokenizer: Any, vocabulary: int) -> None:
-    """Raise `UserError` for a tokenizer that is not BERT's, or has tokens beyond a network's
-    vocabulary.
+    """Check that a tokenizer is BERT's and fits a network.
 
     Args:
         tokenizer: A tokenizer of transformers.
         vocabulary: Rows of the network's table of tokens.
+
+    Raises:
+        UserError: For another kind of tokenizer, and tokens beyond the vocabulary.
     """
     special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]
     if None in special or len(tokenizer) < 5:

@@ -1,5 +1,4 @@
-"""One CLIP text encoder with its tokenizer, read from and written to folders in diffusers' layout,
-run by transformers.
+"""A CLIP text encoder with its tokenizer, run by transformers.
 
 A causal transformer over at most 77 tokens: begin, words, end, padding (Radford et al. 2021,
 arXiv:2103.00020, section 2.4). The state of the end token after the final norm stands for the whole
@@ -42,8 +41,10 @@ POSITIONS = "embeddings.position_ids"
 IGNORED_FIELDS = {"dropout", "torch_dtype", "transformers_version", "architectures", "model_type"}
 """Fields of old configs that change no state."""
 LEGACY_END = 2
-"""The end token's id in configs that name it wrongly: transformers then takes the highest id of the
-text, which is the end token's."""
+"""The end token's id in old configs, which is wrong.
+
+transformers then takes the highest id of the text, which is the end token's.
+"""
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class ClipEncoder(Encoder):
     ) -> tuple[Float[Tensor, "L D"], Float[Tensor, " V"], Bool[Tensor, " L"]]:
         """`encode` the first chunk of a text, and a mask that is False on padding.
 
-        For models whose second encoder takes the rest; what is left out is logged. `layer` and
+        For models whose second encoder takes the rest, which is logged. `layer` and
         `norm` as in `encode`.
         """
         tokens = self.tokens([(text, 1.0)])
@@ -176,9 +177,7 @@ class ClipEncoder(Encoder):
         )
 
     def identity(self) -> dict[str, Any]:
-        """JSON of everything beside the weights that decides the states: config, vocabulary,
-        merges.
-        """
+        """JSON of everything beside the weights that decides the states, for hashing."""
         model = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"]
         special = [
             self.tokenizer.bos_token_id,
@@ -287,11 +286,11 @@ def build_clip(
         path: Where the config is from, for messages.
         file: Where the weights are from, for messages.
         check_files: Checks the files for NaN and infinity and returns True, or returns False where
-        it cannot.
+            it cannot.
 
     Raises:
         UserError: For another kind of network, unknown fields, keys that do not fit and weights
-        that are not finite.
+            that are not finite.
     """
     import transformers
 
@@ -300,8 +299,8 @@ def build_clip(
         raise UserError(
             f"{path} is of type {values.get('model_type')!r}, {built_as}: expected clip_text_model, {CLASSES[projected]}"
         )
-    known = transformers.CLIPTextConfig().to_dict().keys() | IGNORED_FIELDS
-    for field in sorted(field for field in values.keys() - known if not field.startswith("_")):
+    supported = transformers.CLIPTextConfig().to_dict().keys() | IGNORED_FIELDS
+    for field in sorted(field for field in values.keys() - supported if not field.startswith("_")):
         raise UserError(
             f"{path}: {field}={values[field]!r} is not known to a CLIP text encoder: it might change the result, so it is refused"
         )

@@ -1,5 +1,4 @@
-"""A language model that encodes prompts in a chat template, with its tokenizer: Mistral Small 3 or
-Qwen3.
+"""A language model with its tokenizer: Mistral Small 3 or Qwen3.
 
 The prompt becomes a user's message in the chat's template. The states after some of the layers,
 side by side, are what a diffusion model attends to. Attention is causal and masks padding.
@@ -56,8 +55,10 @@ IGNORED_FIELDS = set(
 """Fields of older configs, which transformers converts, and fields that change nothing for text."""
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "chat_template.json")
 IMAGE_TOKEN = "[IMG]"
-"""The mark of an image in Mistral's text: removed from prompts, as FLUX.2's own program does,
-because there is no image."""
+"""The mark of an image in Mistral's text.
+
+It is removed from prompts, as FLUX.2's own program does, because there is no image.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +156,7 @@ class LanguageModel(Encoder):
             )
 
     def _adds_special_tokens(self, text: str) -> bool:
-        """Whether the tokenizer adds its begin token: not where the template wrote it."""
+        """False where the template wrote the begin token, which the tokenizer would add."""
         begin = self.tokenizer.bos_token
         return begin is None or not text.startswith(begin)
 
@@ -169,8 +170,9 @@ class LanguageModel(Encoder):
     def encode(
         self, prompt: str, system: str | None, layers: Sequence[int], length: int, truncation: str
     ) -> tuple[Float[Tensor, "L D"], Bool[Tensor, " L"]]:
-        """One prompt -> hidden states (L, layers * width) in float32 and a mask (L,), False on
-        padding.
+        """One prompt -> hidden states (L, layers * width) in float32 and a mask (L,).
+
+        The mask is False on padding.
 
         Args:
             prompt: The user's message.
@@ -202,9 +204,7 @@ class LanguageModel(Encoder):
         return states, mask
 
     def identity(self) -> dict[str, Any]:
-        """JSON of everything beside the weights that decides the states: config, tokenizer,
-        template.
-        """
+        """JSON of everything beside the weights that decides the states, for hashing."""
         config = self.text_config.to_dict()
         return {
             "config": {name: config.get(name) for name in self.CONFIG_FIELDS},
@@ -223,9 +223,7 @@ class LanguageModel(Encoder):
         return {_renamed(key, stored): tensor for key, tensor in tensors.items()}
 
     def to_config(self) -> dict[str, Any]:
-        """The JSON of config.json, as transformers writes it, and as its versions before 5 read
-        it.
-        """
+        """The JSON of config.json, as transformers writes it and its versions before 5 read it."""
         return {**_with_theta(self.model.config.to_dict()), "architectures": [self.class_name]}
 
     def index(self) -> dict[str, Any]:
@@ -348,16 +346,15 @@ def build_language_model(
         _check_config(getattr(config, "text_config", config))
         return getattr(transformers, CLASSES[kind])(config)
 
-    # The head is not run: where a file has none, the table of tokens stands for it, as in models
+    # The head is not run: where a file has none, the table of tokens takes its place, as in models
     # that tie the two.
     return build_network(build, weights, {HEAD: embed}, lambda key: dtype, path, file, check_files)
 
 
 def _with_theta(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config, and those within it, with the base of rotary positions where transformers 4 looks
-    for it.
+    """A config with the base of rotary positions where transformers 4 looks for it.
 
-    Without it that version takes another base, and raises nothing.
+    So are the configs within it. Without it that version takes another base, and raises nothing.
     """
     values = {
         key: _with_theta(value) if key.endswith("_config") and isinstance(value, dict) else value

@@ -1,5 +1,6 @@
-"""The text transformer of Latent Diffusion (Rombach et al. 2022, arXiv:2112.10752, section 4.3.1,
-appendix E.2.1), trained with its U-Net.
+"""The text transformer of Latent Diffusion, which was trained with its U-Net.
+
+Rombach et al. 2022, arXiv:2112.10752, section 4.3.1, appendix E.2.1.
 
     x = E[token] + P[position]
     x += A(norm(x)),  x += W2 gelu(W1 norm(x))      in each layer

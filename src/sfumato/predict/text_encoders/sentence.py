@@ -1,9 +1,8 @@
-"""A sentence encoder with its tokenizer: BERT's network (Devlin et al. 2019, arXiv:1810.04805), run
-by transformers.
+"""A sentence encoder with its tokenizer, run by transformers.
 
-It is trained so that the mean of a sentence's states is an embedding of its meaning (Reimers &
-Gurevych 2019, arXiv:1908.10084, section 3); small ones are distilled (MiniLM: Wang et al. 2020,
-arXiv:2002.10957).
+It is BERT's network (Devlin et al. 2019, arXiv:1810.04805), trained so that the mean of a
+sentence's states is an embedding of its meaning (Reimers & Gurevych 2019, arXiv:1908.10084, section
+3); small ones are distilled (MiniLM: Wang et al. 2020, arXiv:2002.10957).
 
 [CLS], word pieces (WordPiece), [SEP], padding; the states of all positions after the last layer,
 without the pooler, which is for other tasks.
@@ -56,8 +55,7 @@ IGNORED_FIELDS |= {
     f"pooler_{name}"
     for name in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
 }
-"""Fields of older configs; `position_embedding_type` has one supported value, which is checked
-apart."""
+"""Fields of older configs; `position_embedding_type` is checked apart."""
 RULES = ("normalizer", "pre_tokenizer")
 
 
@@ -114,8 +112,9 @@ def load_sentence_encoder(
 
 
 def _check_rules(folder: Path, tokenizer: Any) -> None:
-    """Raise `UserError` where tokenizer.json contradicts tokenizer_config.json, which the library
-    follows without a warning.
+    """Raise `UserError` where tokenizer.json contradicts tokenizer_config.json.
+
+    The library follows the latter without a warning.
     """
     used, stored = (
         json.loads(tokenizer.backend_tokenizer.to_str()),

@@ -1,9 +1,9 @@
-"""The encoder half of T5 with its tokenizer (Raffel et al. 2020, arXiv:1910.10683, section 2.1),
-run by transformers.
+"""The encoder half of T5 with its tokenizer, run by transformers.
 
-Word pieces (SentencePiece), the end token, padding; the states of all positions after the final
-norm. Positions enter as a bias of the attention that depends on their distance, so any length will
-do. PixArt, SD 3 and FLUX.1 take T5 version 1.1 XXL, 4096 wide.
+Raffel et al. 2020, arXiv:1910.10683, section 2.1. Word pieces (SentencePiece), the end token,
+padding; the states of all positions after the final norm. Positions enter as a bias of the
+attention that depends on their distance, so any length will do. PixArt, SD 3 and FLUX.1 take T5
+version 1.1 XXL, 4096 wide.
 
     tokenizer/      tokenizer.json or spiece.model; tokenizer_config.json
     text_encoder/   config.json and model.safetensors (or shards, or a variant)
@@ -126,8 +126,9 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _require_sentencepiece(folder: Path) -> None:
-    """Raise `UserError` without the packages that read spiece.model: transformers would take it for
-    a file of another kind.
+    """Raise `UserError` without the packages that read spiece.model.
+
+    transformers would take it for a file of another kind.
     """
     try:
         import google.protobuf  # noqa: F401
@@ -161,11 +162,11 @@ def build_t5(
         path: Where the config is from, for messages.
         file: Where the weights are from, for messages.
         check_files: Checks the files for NaN and infinity and returns True, or returns False where
-        it cannot.
+            it cannot.
 
     Raises:
         UserError: For another kind of network, unknown fields, keys that do not fit and weights
-        that are not finite.
+            that are not finite.
     """
     import transformers
 
