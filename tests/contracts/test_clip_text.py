@@ -414,6 +414,8 @@ def test_sdxl_is_told_the_size_and_others_need_no_picture(opened: dict[str, Clip
             match=r"conditioned on the size of the image: expected image_spec=ImageSpec\(height, width\)",
         ):
             opened[kind](["a cat"])
+        with pytest.raises(UserError, match="conditioned on the size of the image"):
+            opened[kind].to("meta").check(["a cat"])
     assert all(
         torch.equal(a, b)
         for a, b in zip(
