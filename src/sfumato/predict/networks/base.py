@@ -55,7 +55,6 @@ class Network(nn.Module):
         """The default side of its latents, in cells."""
         return getattr(self.config, "sample_size", None) or 64
 
-    @property
     max_reference_images: ClassVar[float] = 0
     """Number of reference images that the network attends to (`Conditioning.references`)."""
 
