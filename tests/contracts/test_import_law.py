@@ -1,7 +1,7 @@
 """The import law: who may know whom, read from the syntax tree of every file of the library
 (nothing is imported).
 
-    types, asking, registry, errors, io <- kernels <- nn <- inference <- compress, predict
+    types, batching, prediction, spec, validate, registry, errors, io <- kernels <- nn <- inference <- compress, predict
     compress and diffuse never meet; diffuse knows no nn
     diffuse.process <- predict      compress <- decode
     the four acts <- checkpoints <- model <- tasks <- deploy, cli
@@ -20,61 +20,70 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "sfumato"
 
-BOTTOM = ("types", "asking", "errors", "registry", "config", "io")
+BOTTOM = (
+    "types",
+    "batching",
+    "prediction",
+    "spec",
+    "validate",
+    "errors",
+    "registry",
+    "config",
+    "io",
+)
 ACTS = ("compress", "diffuse", "predict", "decode")
-MODEL = ("", "model", "loading", "saving", "sampling", "tasks")
+MODEL = ("", "model", "loading", "saving", "sampling", "images", "tasks")
 
 # zone -> what its files may import from sfumato, besides the zone itself. The longest zone that
 # holds a file is its zone.
 LAW: dict[str, tuple[str, ...]] = {
-    "": ("model", "loading", "sampling"),  # __init__.py
+    "": ("model", "loading", "sampling", "predict", "errors", "tasks"),  # __init__.py
     "__main__": ("cli",),
     "errors": (),
-    "types": ("errors",),
-    "asking": ("types",),
+    "validate": ("errors",),
+    "spec": ("errors", "validate"),
+    "types": ("errors", "validate"),
+    "batching": ("types",),
+    "prediction": ("types",),
     "registry": ("errors",),
-    "io": ("errors",),
-    "config": ("errors", "io", "registry", "types"),
+    "io": ("errors", "validate"),
+    "config": ("errors", "io", "registry", "types", "validate"),
+    "images": ("types", "errors", "io", "validate"),
     "kernels": ("errors",),
     "nn": (*BOTTOM, "kernels"),
     "inference": (*BOTTOM, "kernels", "nn"),
+    # a whole model is offloaded by its conditioner's encoders
+    "inference.offload.model": (*BOTTOM, "kernels", "nn", "inference", "predict.text_encoders"),
     "compress": (*BOTTOM, "kernels", "nn", "inference"),
     "diffuse": BOTTOM,
-    "diffuse.samplers": ("types", "errors", "diffuse.schedule"),
+    "diffuse.samplers": (*BOTTOM, "diffuse.schedule"),
     "predict": (*BOTTOM, "kernels", "nn", "inference", "diffuse.process"),
-    "predict.guidance": ("types", "errors"),
+    "predict.guidance": ("types", "batching", "prediction", "errors", "spec", "validate"),
     # puts names together
-    "predict.guidance.settings": (
-        "types",
-        "errors",
-        "registry",
-        "predict.guidance",
-        "predict.references",
-    ),
-    "predict.wrappers": ("types", "asking", "errors"),
+    "predict.guidance.settings": (*BOTTOM, "predict.guidance", "predict.guidance_models"),
+    "predict.wrappers": ("types", "batching", "prediction", "errors", "validate"),
     "decode": (*BOTTOM, "compress"),
-    "decode.image": ("types", "errors", "io"),
     "checkpoints": (*BOTTOM, *ACTS),
     "sampling": (*BOTTOM, *ACTS),
-    "running": (*BOTTOM, *ACTS, "sampling"),
     "saving": (*BOTTOM, *ACTS, "checkpoints"),
-    "model": (*BOTTOM, *ACTS, "inference", "checkpoints", "sampling", "running", "saving"),
-    "loading": (*BOTTOM, *ACTS, "checkpoints", "sampling", "model"),
+    "model": (*BOTTOM, *ACTS, "images", "inference", "checkpoints", "sampling", "saving"),
+    "loading": (*BOTTOM, *ACTS, "inference", "checkpoints", "sampling", "model"),
     "data": BOTTOM,
-    "evaluate": BOTTOM,
+    "evaluate": (*BOTTOM, "images"),
     # a run ends by saving a model
     "train": (
         *BOTTOM,
         *ACTS,
         "kernels",
         "nn",
+        "images",
         "data",
         "checkpoints",
         "evaluate",
         "model",
         "sampling",
     ),
-    "tasks": (*BOTTOM, *ACTS, "model", "sampling", "running"),
+    "tasks": (*BOTTOM, *ACTS, "images", "model", "sampling"),
     "deploy": (
         *BOTTOM,
         *ACTS,
@@ -272,7 +281,7 @@ KNOWN = {
         ("predict.guidance.cfg", "from sfumato.predict.networks.unet import UNet"),
         ("predict.denoiser", "from sfumato.diffuse.run import sample"),
         ("predict.denoiser", "import sfumato.model"),
-        ("evaluate.frechet", "from sfumato.images import to_pil"),
+        ("evaluate.frechet", "from sfumato.decode.tiled import tiled"),
         ("data.latents", "from sfumato.compress.kl import KL"),
         ("checkpoints.folders", "from sfumato.model import LatentDiffusion"),
         ("model", "from sfumato.train.loop import run"),

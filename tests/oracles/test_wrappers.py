@@ -421,7 +421,7 @@ def test_a_canvas_that_goes_around_has_no_place_where_it_begins() -> None:
         8,
         4,
         "smooth",
-        around=True,
+        circular=True,
     )
     with torch.inference_mode():
         straight, turned = (drive(ask(v, 0.6), evaluate_calls).x0 for v in (x, x.roll(4, 3)))
@@ -700,7 +700,7 @@ def test_where_guidance_stops_and_begins_again_nobody_takes_anothers_features(
 
     monkeypatch.setattr(denoiser.network, "deep", traced)
     inside = multidiffusion(
-        guided(denoiser, classes(0), classes(2), Sometimes(3.0)), 8, 4, around=True
+        guided(denoiser, classes(0), classes(2), Sometimes(3.0)), 8, 4, circular=True
     )
     draw, times = SeededNoise((2, 8, 16), [0]), timesteps("trailing", 10, FLOW)
     drive(

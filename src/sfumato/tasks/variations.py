@@ -8,7 +8,7 @@
                  towards other noise; the result stays an image that the model could have drawn from
                  noise.
 
-The arc (`diffuse/blend.py`) keeps the variance of the noise.
+The arc (`diffuse/slerp.py`) keeps the variance of the noise.
 """
 
 from dataclasses import replace

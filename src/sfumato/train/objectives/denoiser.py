@@ -6,7 +6,7 @@ the null condition, for classifier-free guidance (Ho & Salimans 2022, arXiv:2207
 1).
 
 Networks with a variance behind the target are trained for L_simple + lambda L_vlb, the mean as a
-constant in L_vlb (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 16): `diffuse/variational.py`.
+constant in L_vlb (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 16): `diffuse/vlb.py`.
 """
 
 from collections.abc import Callable, Mapping
