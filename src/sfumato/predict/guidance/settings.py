@@ -20,7 +20,7 @@ weights/, rules/ and predict/guidance_models/. `build` makes the guided denoiser
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache, reduce
+from functools import cache, lru_cache, reduce
 from typing import Any
 
 import torch
@@ -181,6 +181,7 @@ def _class(field: str, name: str) -> type:
     return find(FOLDERS[field], files[one_of(f"guidance {field}", ALIASES.get(name, name), files)])
 
 
+@cache
 def _options(field: str, name: str) -> dict[str, Any]:
     """Return the options of a part. The scale of a weight is none: it has no name in a line."""
     return options_of(_class(field, name), without=("scale",))
