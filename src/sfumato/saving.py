@@ -4,7 +4,6 @@
 conditioner, defaults, name and low_res.
 """
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -13,53 +12,123 @@ from typing import Any
 import torch
 
 from sfumato import __version__
-from sfumato.checkpoints.conditioners import has_original, to_notes, to_parts
-from sfumato.checkpoints.folder import save_part, storable
-from sfumato.checkpoints.names.pipeline import autoencoder_name, pipeline_class, pipeline_index
-from sfumato.checkpoints.original import Part, gather, join, notes
+from sfumato.checkpoints import families
+from sfumato.checkpoints.checkpoint import Checkpoint, Component
+from sfumato.checkpoints.families._base import Family
+from sfumato.checkpoints.formats.folded import fold
+from sfumato.checkpoints.formats.folder import write_component
+from sfumato.checkpoints.lazy_tensor import (
+    LazyTensors,
+    cast,
+    checked_finite,
+    from_tensors,
+    write_file,
+)
+from sfumato.checkpoints.pipelines import OWN, autoencoder_folder, pipeline_class, pipeline_index
 from sfumato.checkpoints.schedulers.config import to_scheduler_config, write_scheduler
 from sfumato.checkpoints.schedulers.spacing import DynamicShift
-from sfumato.checkpoints.single_file import fold
-from sfumato.checkpoints.tokenizer import LOW_RES, MODEL, SCHEDULER
-from sfumato.checkpoints.whole_models import has_whole, write_model
 from sfumato.errors import UserError
-from sfumato.io.atomic import atomic_folder, write_json, write_tensors
+from sfumato.io.atomic import atomic_folder, write_json
 
 
-def save_model(model: Any, place: str | Path, dtype: torch.dtype | None) -> None:
-    """`LatentDiffusion.save`: a folder, or a file where the name ends in .safetensors."""
+def save_model(
+    model: Any, place: str | Path, dtype: torch.dtype | None, source: Path | None = None
+) -> None:
+    """`LatentDiffusion.save`: a folder, or a file where the name ends in .safetensors.
+
+    Args:
+        model: see above
+        place: what to write
+        dtype: of the weights; None: their own
+        source: the file whose weights a model has as they are stored, unchecked; None: they were
+        checked
+    """
     if Path(place).suffix != ".safetensors":
-        _save_folder(model, place, dtype)
-    elif has_original(model.denoiser.network, model.conditioner):
-        _save_original(model, place, dtype)
-    elif not _save_whole(model, place, dtype):
+        _save_folder(model, place, dtype, source)
+        return
+    network, conditioner = model.denoiser.network, model.conditioner
+    family = families.by_parts(network, conditioner, model.denoiser.process)
+    raw = None
+    if family is not None and not (family.is_transformer and model.low_res is not None):
+        checkpoint = disassemble(model, family, dtype, source)
+        family = families.by_components(checkpoint.components) or family
+        raw = family.single_file(checkpoint)
+    if raw is None or family is None:
         with tempfile.TemporaryDirectory() as temporary:
-            _save_folder(model, Path(temporary) / "model", dtype)
+            _save_folder(model, Path(temporary) / "model", dtype, source)
             fold(Path(temporary) / "model", place)
+    else:
+        write_file(place, raw.tensors, {**raw.metadata, **family.notes(checkpoint, conditioner)})
 
 
-def _save_folder(model: Any, folder: str | Path, dtype: torch.dtype | None) -> None:
+def disassemble(
+    model: Any, family: Family, dtype: torch.dtype | None, source: Path | None = None
+) -> Checkpoint:
+    """The parts of a model that its single file holds. See `save_model`."""
+    parts = {"vae": (model.autoencoder.to_config(), model.autoencoder.state_dict())}
+    parts |= {
+        model.denoiser.network.part: (
+            model.denoiser.network.to_config(),
+            model.denoiser.network.state_dict(),
+        )
+    }
+    parts |= family.text_components(model.conditioner)
+    schedulers = {"scheduler": scheduler_config(model)}
+    if model.low_res is not None:
+        schedulers["low_res_scheduler"] = to_scheduler_config(model.low_res)
+    return Checkpoint(
+        {
+            name: Component(_plain(config), _stored(tensors, dtype, source))
+            for name, (config, tensors) in parts.items()
+        },
+        schedulers,
+        defaults=model.defaults.to_json(),
+        name=model.name,
+        family=family,
+        conditioner=lambda network, options: model.conditioner,
+        path=Path("the model"),
+    )
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without what depends on how transformers opened it."""
+    return {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")}
+
+
+def _stored(tensors: Any, dtype: torch.dtype | None, source: Path | None) -> LazyTensors:
+    """Weights as they will lie in the file."""
+    table = from_tensors(dict(tensors))
+    return cast(table if source is None else checked_finite(table, source), dtype)
+
+
+def _save_folder(
+    model: Any, folder: str | Path, dtype: torch.dtype | None, source: Path | None = None
+) -> None:
     """Each part in a folder of its own, and model_index.json, which names them."""
-    entries = pipeline_index(model.denoiser.network, model.conditioner, model.defaults)
-    vae = autoencoder_name(entries["_class_name"])
+    network, conditioner = model.denoiser.network, model.conditioner
+    entries = pipeline_index(network, conditioner, model.defaults)
+    scheduler = scheduler_config(model)
+    modules = {autoencoder_folder(entries["_class_name"]): model.autoencoder, network.part: network}
+    parts = {
+        **entries,
+        "_sfumato": {
+            "version": __version__,
+            "name": model.name,
+            "defaults": model.defaults.to_json(),
+        },
+        **{
+            name: ["diffusers", module.to_config()["_class_name"]]
+            for name, module in modules.items()
+        },
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+    }
     with atomic_folder(check_target(folder)) as temporary:
-        save_part(temporary / vae, model.autoencoder, dtype)
-        network = model.denoiser.network
-        save_part(temporary / network.part, network, dtype)
-        scheduler = _scheduler(model)
+        for name, module in modules.items():
+            write_component(
+                temporary / name, module.to_config(), _stored(module.state_dict(), dtype, source)
+            )
         _write(temporary / "scheduler" / "scheduler_config.json", scheduler)
-        model.conditioner.save(temporary, dtype)
-        parts = {
-            **entries,
-            "_sfumato": {
-                "version": __version__,
-                "name": model.name,
-                "defaults": model.defaults.to_json(),
-            },
-            vae: ["diffusers", model.autoencoder.to_config()["_class_name"]],
-            network.part: ["diffusers", network.to_config()["_class_name"]],
-            "scheduler": ["diffusers", scheduler["_class_name"]],
-        }
+        conditioner.save(temporary, dtype)
         if model.low_res is not None:
             # the class that diffusers' upscaler wants
             small = {**to_scheduler_config(model.low_res), "_class_name": "DDPMScheduler"}
@@ -74,9 +143,9 @@ def _write(path: Path, values: dict[str, Any]) -> None:
     write_json(path, values)
 
 
-def _scheduler(model: Any) -> dict[str, Any]:
-    """The scheduler config of a model's folder: for published kinds of models and a learned
-    variance the run too, for others the process.
+def scheduler_config(model: Any) -> dict[str, Any]:
+    """scheduler_config.json of a model: for published kinds and a learned variance the run too, for
+    others the process.
     """
     process, sampler, spacing = (
         model.denoiser.process,
@@ -87,57 +156,18 @@ def _scheduler(model: Any) -> dict[str, Any]:
     if dynamic is not None:
         return write_scheduler(process, sampler, dynamic.spacing_for(dynamic.top[0]), dynamic)
     network, conditioner = model.denoiser.network, model.conditioner
-    ours = (
-        not has_original(network, conditioner)
-        and pipeline_class(network, conditioner) == "LatentDiffusion"
-    )
-    if ours and not getattr(network, "learned_variance", False):
+    family = families.by_parts(network, conditioner, process)
+    published = (family is not None and not family.is_transformer) or pipeline_class(
+        network, conditioner
+    ) != OWN
+    if not published and not getattr(network, "learned_variance", False):
         return to_scheduler_config(process)
     return write_scheduler(process, sampler, spacing)
 
 
-def _save_original(model: Any, file: str | Path, dtype: torch.dtype | None) -> None:
-    """One file under the original names; what is beside the weights there (the tokenizer) goes into
-    its metadata.
-    """
-    networks = {"unet": model.denoiser.network, "vae": model.autoencoder}
-    configs = {name: network.to_config() for name, network in networks.items()}
-    tensors = {name: network.state_dict() for name, network in networks.items()}
-    for name, (config, table) in to_parts(model.conditioner).items():
-        configs[name], tensors[name] = config, table
-    cast = {name: storable(table, dtype) for name, table in tensors.items()}
-    scheduler = _scheduler(model)
-    parts = gather(
-        {name: Part(configs[name], table) for name, table in cast.items()}, {"scheduler": scheduler}
-    )
-    ours = {SCHEDULER: json.dumps(scheduler), **to_notes(model.conditioner)}
-    if model.low_res is not None:
-        ours[LOW_RES] = json.dumps(to_scheduler_config(model.low_res))
-    write_tensors(file, join(parts), {**notes(parts), **ours})
-
-
-def _save_whole(model: Any, file: str | Path, dtype: torch.dtype | None) -> bool:
-    """One file with a diffusion transformer under the original names; False, and nothing is
-    written, where others would read another model.
-    """
-    network, conditioner = model.denoiser.network, model.conditioner
-    if not has_whole(network, conditioner, model.denoiser.process) or model.low_res is not None:
-        return False
-    found = write_model(network, model.autoencoder, conditioner, dtype)
-    if found is None:
-        return False
-    tensors, notes = found
-    ours = {
-        SCHEDULER: json.dumps(_scheduler(model)),
-        MODEL: json.dumps({"name": model.name, "defaults": model.defaults.to_json()}),
-    }
-    write_tensors(file, tensors, {**notes, **ours})
-    return True
-
-
 def check_target(folder: str | Path) -> Path:
-    """Where a model would be saved; `UserError` for a place that holds something else, or that may
-    not be written.
+    """The folder to which a model would be saved; `UserError` for a place that holds something
+    else, or that may not be written.
     """
     # through a link: the folder behind it is replaced, not the link
     target = Path(folder).expanduser().resolve()

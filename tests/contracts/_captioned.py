@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sfumato.checkpoints.taesd import save_taesd
+from sfumato.checkpoints.families.taesd import save_taesd
 from sfumato.compress.tiny import AutoencoderTiny, TinyConfig
 
 text: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_text.py"))))

@@ -13,10 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sfumato.checkpoints.folder import AUTOENCODERS, WEIGHTS, load_part, save_part
-from sfumato.checkpoints.names.taesd import config_of, from_original, to_original
-from sfumato.checkpoints.names.vae import modern
-from sfumato.checkpoints.taesd import load_taesd, save_taesd
+from sfumato.checkpoints.families.taesd import (
+    config_of,
+    from_original,
+    load_taesd,
+    save_taesd,
+    to_original,
+)
+from sfumato.checkpoints.formats.folder import WEIGHTS, load_part, modern, save_part
+from sfumato.compress.base import registered as autoencoders
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.compress.kl_flux2 import AutoencoderKLFlux2, KLFlux2Config
 from sfumato.compress.tiny import AutoencoderTiny, TinyConfig
@@ -108,7 +113,7 @@ def test_fields_we_would_not_honour_are_refused(
     tmp_path: Path, name: str, values: dict[str, Any], words: str
 ) -> None:
     save_part(tmp_path, MODELS[name]())
-    assert type(load_part(tmp_path)) is AUTOENCODERS[name][0]
+    assert type(load_part(tmp_path)) is autoencoders()[name][0]
     change_config(tmp_path, **values)
     with pytest.raises(UserError) as caught:
         load_part(tmp_path)
@@ -304,7 +309,7 @@ def test_pickles_with_code_are_refused(tmp_path: Path) -> None:
     torch.save({"0.weight": Trap()}, tmp_path / "a_encoder.pth")
     torch.save([1, 2], tmp_path / "b_encoder.pth")
     (tmp_path / "c_encoder.pth").write_bytes(b"not a pickle")
-    for name, words in (("a", "nothing else"), ("b", "holds a list"), ("c", "is not a whole file")):
+    for name, words in (("a", "wants to run code"), ("b", "holds a list"), ("c", "is not a whole")):
         with pytest.raises(UserError) as caught:
             load_taesd(tmp_path / f"{name}_encoder.pth", decoder)
         one_sentence(caught.value, words, f"{name}_encoder.pth")

@@ -10,12 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sfumato.checkpoints.folder import load_part, save_part, storable
-from sfumato.checkpoints.lazily import present, stored, with_scales, without_scales, write
+from sfumato.checkpoints.formats.folder import load_part, save_part
+from sfumato.checkpoints.lazy_tensor import (
+    apply_scales,
+    cast_for_storage,
+    from_tensors,
+    quantize_scaled,
+    write_file,
+)
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.errors import NumericalError, UserError
 from sfumato.io.atomic import read_tensors, write_streamed, write_tensors
-from sfumato.io.safetensors import cast, looked_at, require_finite, scaled, unscaled
+from sfumato.io.safetensors import cast, looked_at, require_finite, scaled, storable, unscaled
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 EVERY = torch.arange(256, dtype=torch.uint8)
@@ -91,14 +97,14 @@ def test_files_with_scales_are_read(name: str) -> None:
     found = unscaled(table)
     assert found.keys() == {"a.weight", "a.bias", "b.weight", "c.weight"}
     assert torch.equal(found["a.weight"], torch.full((2, 2), 0.75)) and found["b.weight"] is weight
-    lazy = without_scales(present(table))
+    lazy = apply_scales(from_tensors(table))
     assert {k: v.dtype for k, v in lazy.items()} == {
         "a.weight": torch.bfloat16,
         "a.bias": torch.bfloat16,
         "b.weight": E4,
         "c.weight": torch.bfloat16,
     }
-    assert torch.equal(lazy["a.weight"].make().float(), found["a.weight"])
+    assert torch.equal(lazy["a.weight"].load().float(), found["a.weight"])
     # a scale of what is not in eight bits stays, to be refused
     other = unscaled({"c.weight": half, f"c.{name}": torch.ones(())})
     assert f"c.{name}" in other
@@ -113,10 +119,10 @@ def test_scaled_weights_keep_their_digits() -> None:
     torch.manual_seed(0)
     for size in (1e-9, 1e-3, 1.0, 1e6):
         weight = size * torch.randn(31, 17)
-        table = present(
+        table = from_tensors(
             {"a.weight": weight, "a.bias": weight[0].bfloat16(), "z.weight": torch.zeros(2, 2)}
         )
-        held = {k: v.make() for k, v in with_scales(table).items()}
+        held = {k: v.load() for k, v in quantize_scaled(table).items()}
         assert (
             held["a.weight"].dtype == E4
             and held["a.scale_weight"].shape == ()
@@ -139,7 +145,7 @@ def test_what_is_stored_in_eight_bits() -> None:
         "table": torch.ones(2, 2),
         "count": torch.ones(2).long(),
     }
-    kinds = {k: v.make().dtype for k, v in stored(present(table), E4).items()}
+    kinds = {k: v.load().dtype for k, v in cast_for_storage(from_tensors(table), E4).items()}
     half = torch.bfloat16
     assert kinds == {
         "a.weight": E4,
@@ -149,11 +155,15 @@ def test_what_is_stored_in_eight_bits() -> None:
         "count": torch.int64,
     }
     assert {
-        k: v.make().dtype
-        for k, v in stored(present(table | {"a.bias": torch.ones(2).to(E4)}), None).items()
+        k: v.load().dtype
+        for k, v in cast_for_storage(
+            from_tensors(table | {"a.bias": torch.ones(2).to(E4)}), None
+        ).items()
     }["a.bias"] == E4
     with pytest.raises(NumericalError, match="beyond 448"):
-        stored(present({"a.weight": torch.full((2, 2), 500.0)}), E4)["a.weight"].make()
+        cast_for_storage(from_tensors({"a.weight": torch.full((2, 2), 500.0)}), E4)[
+            "a.weight"
+        ].load()
 
 
 KL: dict[str, Any] = {
@@ -217,7 +227,7 @@ def test_files_written_one_tensor_at_a_time(tmp_path: Path) -> None:
         "turned": torch.arange(6.0).reshape(2, 3).T,
     }
     file, count = tmp_path / "a.safetensors", []
-    write(file, present(tensors), {"note": "ä"}, lambda: count.append(1))
+    write_file(file, from_tensors(tensors), {"note": "ä"}, lambda: count.append(1))
     found = read_tensors(file)
     assert found.keys() == tensors.keys() and len(count) == len(tensors)
     assert all(

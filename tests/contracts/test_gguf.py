@@ -12,7 +12,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from sfumato.checkpoints.gguf import is_gguf, read_gguf
+from sfumato.checkpoints.formats.gguf import is_gguf, read_gguf
 from sfumato.errors import UserError
 
 RANDOM = np.random.default_rng(0)
@@ -101,7 +101,7 @@ def test_numbers_are_those_of_the_published_layout(kind: Kind, tmp_path: Path) -
             for row in data
         ]
     )
-    value = found.tensors["w"].make()
+    value = found.tensors["w"].load()
     assert found.kinds == {"w": kind.name} and value.shape == found.tensors["w"].shape == (
         3,
         2 * count,
@@ -128,7 +128,7 @@ def test_weights_come_back_as_near_as_they_were_stored(
         },
     )
     found = read_gguf(file, dtype)
-    value = found.tensors["b.weight"].make()
+    value = found.tensors["b.weight"].load()
     assert value.dtype == found.tensors["b.weight"].dtype == dtype and value.shape == (5, 96)
     error = float((value.float() - torch.from_numpy(weights)).abs().max())
     near = {
@@ -142,9 +142,9 @@ def test_weights_come_back_as_near_as_they_were_stored(
         "Q4_1": 0.3,
     }[kind.name]
     assert error <= max(near, 0.02 if dtype is torch.bfloat16 else 0.0)
-    assert torch.equal(found.tensors["b.bias"].make(), torch.from_numpy(weights[:, 0]).to(dtype))
+    assert torch.equal(found.tensors["b.bias"].load(), torch.from_numpy(weights[:, 0]).to(dtype))
     value.zero_()  # its own memory, not the file's
-    assert float(found.tensors["b.weight"].make().abs().max()) > 1
+    assert float(found.tensors["b.weight"].load().abs().max()) > 1
 
 
 def test_notes_and_shapes(tmp_path: Path) -> None:
@@ -156,9 +156,9 @@ def test_notes_and_shapes(tmp_path: Path) -> None:
     found = read_gguf(
         write(tmp_path / "a.gguf", {"a": (values, None), "b": (values, None)}, **notes)
     )
-    assert torch.equal(found.tensors["a"].make(), torch.from_numpy(values))
+    assert torch.equal(found.tensors["a"].load(), torch.from_numpy(values))
     assert torch.equal(
-        found.tensors["b"].make(), torch.from_numpy(values).reshape(1, 6, 2, 2)
+        found.tensors["b"].load(), torch.from_numpy(values).reshape(1, 6, 2, 2)
     ) and found.tensors["b"].shape == (1, 6, 2, 2)
     assert found.notes["general.architecture"] == "flux" and found.notes["general.name"] == "small"
     with pytest.raises(UserError, match=r"b has \(2, 3, 4\) and its note"):
@@ -201,7 +201,7 @@ def test_damaged_tables_are_refused_or_read(tmp_path: Path) -> None:
         (tmp_path / "bent.gguf").write_bytes(bytes(data))
         try:
             for lazy in read_gguf(tmp_path / "bent.gguf").tensors.values():
-                lazy.make()
+                lazy.load()
         except UserError:
             refused += 1
     assert refused > 50

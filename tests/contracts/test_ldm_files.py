@@ -4,6 +4,7 @@ sentence.
 """
 
 import json
+import math
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sfumato.checkpoints.ldm_yaml import from_yaml
-from sfumato.checkpoints.names.ldm_conditioner import bert_rows, class_rows
-from sfumato.checkpoints.names.ldm_unet import unet_rows
-from sfumato.checkpoints.names.ldm_vae import vae_rows
-from sfumato.checkpoints.names.rows import under
-from sfumato.checkpoints.original import Reading, gather, join, notes, split_tensors
+from sfumato.checkpoints.checkpoint import ReadOptions
+from sfumato.checkpoints.families._unet_map import unet_map
+from sfumato.checkpoints.families._vae import vae_map
+from sfumato.checkpoints.families.ldm_yaml import from_yaml
+from sfumato.checkpoints.weight_map import with_prefix
 from sfumato.errors import NumericalError, UserError
 from sfumato.predict.conditioners.bert_text import BertText
 from sfumato.predict.conditioners.class_embedding import ClassEmbedding, ClassEmbeddingConfig
@@ -27,6 +27,7 @@ from sfumato.predict.networks.base import registered
 from sfumato.predict.text_encoders.ldm_bert import LDMBert, LDMBertConfig
 
 ldm: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_ldm.py"))))
+single: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_single_files.py"))))
 
 # ---- the published configurations, on the meta device: shapes without numbers --------------------
 
@@ -94,7 +95,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
             "target": "ClassEmbedder",
             "params": {"n_classes": 1001, "embed_dim": 512, "key": "class_label"},
         },
-        "rows": lambda: class_rows({"n_classes": 1001, "embed_dim": 512}),
+        "rows": lambda: single.class_map({"n_classes": 1001, "embed_dim": 512}),
         "millions": 400,
         "side": 64,
         "heads": {"attention_head_dim": 1},
@@ -115,7 +116,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
             "target": "ClassEmbedder",
             "params": {"embed_dim": 512, "key": "class_label"},
         },
-        "rows": lambda: class_rows({"n_classes": 1000, "embed_dim": 512}),
+        "rows": lambda: single.class_map({"n_classes": 1000, "embed_dim": 512}),
         "millions": 395,
         "side": 32,
         "heads": {"attention_head_dim": [8, 16, 32]},
@@ -139,7 +140,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         },
         "first": _KL8,
         "condition": {"target": "BERTEmbedder", "params": {"n_embed": 1280, "n_layer": 32}},
-        "rows": lambda: bert_rows(LDMBertConfig().to_dict()),
+        "rows": lambda: single.bert_map(LDMBertConfig().to_dict()),
         "millions": 1450,
         "side": 32,
         "heads": {"attention_head_dim": 8},
@@ -198,16 +199,16 @@ def published_file(name: str) -> dict[str, Tensor]:
     vae["up_block_types"] = [
         k.replace("DownEncoder", "UpDecoder") for k in reversed(vae["down_block_types"])
     ]
-    rows = under(unet_rows(unet), "model.diffusion_model.") + under(
-        vae_rows(vae), "first_stage_model."
+    rows = with_prefix(unet_map(unet), "model.diffusion_model.") + with_prefix(
+        vae_map(vae), "first_stage_model."
     )
     prefix = (
         "cond_stage_model.transformer."
         if "BERT" in str(PUBLISHED[name].get("condition"))
         else "cond_stage_model."
     )
-    rows += under(PUBLISHED[name].get("rows", list)(), prefix)
-    return {row.theirs: torch.empty(row.stored, device="meta") for row in rows}
+    rows += with_prefix(PUBLISHED[name].get("rows", list)(), prefix)
+    return {row.source: torch.empty(row.stored, device="meta") for row in rows}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -216,10 +217,10 @@ def test_published_configurations(name: str) -> None:
     text-to-image need no YAML.
     """
     given, file = PUBLISHED[name], published_file(name)
-    found = split_tensors(
-        file, {}, "file", Reading(original_config=from_yaml(published_yaml(name)))
+    found = single.split_tensors(
+        file, {}, "file", ReadOptions(original_config=from_yaml(published_yaml(name)))
     )
-    unet = found.networks["unet"].config
+    unet = found.components["unet"].config
     assert {k: unet.get(k) for k in given["heads"]} == given["heads"] and unet[
         "sample_size"
     ] == given["side"]
@@ -228,10 +229,10 @@ def test_published_configurations(name: str) -> None:
         network = network_class(config_class.from_dict(unet))
     count = sum(p.numel() for p in network.parameters())
     if name == "text-to-image":
-        count += sum(v.numel() for v in found.networks["bert"].tensors.values())
+        count += sum(math.prod(v.shape) for v in found.components["bert"].tensors.values())
     assert count / 1e6 == pytest.approx(given["millions"], rel=0.004)
     assert {k: tuple(v.shape) for k, v in network.state_dict().items()} == {
-        k: tuple(v.shape) for k, v in found.networks["unet"].tensors.items()
+        k: v.shape for k, v in found.components["unet"].tensors.items()
     }
     schedule = found.schedulers["scheduler"]
     more = given.get("more", {})
@@ -239,9 +240,9 @@ def test_published_configurations(name: str) -> None:
         more.get("linear_start", 0.0015),
         more.get("linear_end", 0.0195),
     )
-    assert found.networks["vae"].config["scaling_factor"] == more.get("scale_factor", 1.0)
+    assert found.components["vae"].config["scaling_factor"] == more.get("scale_factor", 1.0)
     if "ImageNet" not in name:
-        assert split_tensors(file, {}, "file").networks["unet"].config == unet
+        assert single.split_tensors(file, {}, "file").components["unet"].config == unet
 
 
 # ---- damaged files, and those of other kinds -----------------------------------------------------
@@ -267,44 +268,49 @@ VQ |= {"latent_channels": 3, "num_vq_embeddings": 11, "vq_embed_dim": 3}
 
 
 def plain(**fields: Any) -> dict[str, Tensor]:
-    rows = under(unet_rows(PLAIN | fields), "model.diffusion_model.") + under(
-        vae_rows(VQ), "first_stage_model."
+    rows = with_prefix(unet_map(PLAIN | fields), "model.diffusion_model.") + with_prefix(
+        vae_map(VQ), "first_stage_model."
     )
     generator = torch.Generator().manual_seed(0)
-    return {row.theirs: torch.randn(row.stored, generator=generator) for row in rows}
+    return {row.source: torch.randn(row.stored, generator=generator) for row in rows}
 
 
 def test_an_unconditional_file_there_and_back() -> None:
     file = plain()
-    found = split_tensors(file, {}, "file")
+    found = single.split_tensors(file, {}, "file")
     assert (
-        found.family == "ldm-unconditional"
-        and {k: found.networks["unet"].config[k] for k in PLAIN} == PLAIN
+        found.kind == "ldm-unconditional"
+        and {k: found.components["unet"].config[k] for k in PLAIN} == PLAIN
     )
     assert (
         found.schedulers["scheduler"]["beta_start"],
-        found.networks["vae"].config["scaling_factor"],
+        found.components["vae"].config["scaling_factor"],
     ) == (0.0015, 1.0)
-    again = join(found)
+    again = single.join(found)
     assert {k: v for k, v in again.items() if k in file}.keys() == file.keys() and all(
         torch.equal(v, again[k]) for k, v in file.items()
     )
-    assert notes(found)["sfumato.heads"] == '{"num_head_channels": 32}'
+    assert single.notes(found)["sfumato.heads"] == '{"num_head_channels": 32}'
     matrices = {
         k: v.squeeze(-1) if k.endswith(("qkv.weight", "attn.proj_out.weight")) else v
         for k, v in file.items()
     }
-    # 1x1 convolutions that somebody stored as matrices
-    same = split_tensors(matrices, {}, "file").networks["unet"].tensors
-    assert all(torch.equal(v, same[k]) for k, v in found.networks["unet"].tensors.items())
+    same = single.weights(
+        single.split_tensors(matrices, {}, "file").components["unet"]
+    )  # 1x1 convolutions that somebody stored as matrices
+    assert all(torch.equal(v, same[k]) for k, v in single.weights(found.components["unet"]).items())
     averaged = {
         k: "model_ema." + k.removeprefix("model.").replace(".", "")
         for k in file
         if k.startswith("model.")
     }
     both = file | {v: file[k] + 1 for k, v in averaged.items()}
-    ema = split_tensors(both, {}, "file", Reading(ema=True)).networks["unet"].tensors
-    assert all(torch.equal(v + 1, ema[k]) for k, v in found.networks["unet"].tensors.items())
+    ema = single.weights(
+        single.split_tensors(both, {}, "file", ReadOptions(ema=True)).components["unet"]
+    )
+    assert all(
+        torch.equal(v + 1, ema[k]) for k, v in single.weights(found.components["unet"]).items()
+    )
 
 
 def test_every_fault_of_an_unconditional_file_names_its_key() -> None:
@@ -318,7 +324,7 @@ def test_every_fault_of_an_unconditional_file_names_its_key() -> None:
             rest | {key: value.to(torch.int32)},
         ][count % 4]
         with pytest.raises(UserError) as caught:
-            split_tensors(faulty, {}, "file")
+            single.split_tensors(faulty, {}, "file")
         text = str(caught.value)
         assert key in text or "it may be damaged" in text, (key, text)
 
@@ -332,27 +338,27 @@ def test_every_fault_of_an_unconditional_file_names_its_key() -> None:
 )
 def test_other_networks_without_tokens(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        split_tensors(plain(**change), {}, "file")
+        single.split_tensors(plain(**change), {}, "file")
 
 
 def test_heads_that_do_not_divide_and_notes_that_are_none() -> None:
     with pytest.raises(
         UserError, match="width 64 does not divide into 5 heads: give heads, or its YAML"
     ):
-        split_tensors(plain(), {}, "file", Reading(heads=5))
+        single.split_tensors(plain(), {}, "file", ReadOptions(heads=5))
     for note in ("[]", "{", '{"num_heads": 0}', '{"num_head_channels": "x"}'):
         with pytest.raises(UserError, match=r"its note sfumato\.heads="):
-            split_tensors(plain(), {"sfumato.heads": note}, "file")
+            single.split_tensors(plain(), {"sfumato.heads": note}, "file")
     told = (
-        split_tensors(plain(), {"sfumato.heads": '{"num_heads": 1}'}, "file")
-        .networks["unet"]
+        single.split_tensors(plain(), {"sfumato.heads": '{"num_heads": 1}'}, "file")
+        .components["unet"]
         .config
     )
     assert told["attention_head_dim"] is None
 
 
 def test_what_the_layout_cannot_tell_of_a_network_without_tokens() -> None:
-    parts = split_tensors(plain(), {}, "file")
+    parts = single.split_tensors(plain(), {}, "file")
     for field, value in (
         ("freq_shift", 1),
         ("norm_num_groups", 16),
@@ -360,11 +366,15 @@ def test_what_the_layout_cannot_tell_of_a_network_without_tokens() -> None:
         ("time_embedding_dim", 64),
         ("new_field", 3),
     ):
-        changed = {**parts.networks["unet"].config, field: value}
+        changed = {**parts.components["unet"].config, field: value}
         with pytest.raises(UserError, match=field):
-            join(
-                gather(
-                    {"unet": type(parts.networks["unet"])(changed, parts.networks["unet"].tensors)},
+            single.join(
+                single.gather(
+                    {
+                        "unet": type(parts.components["unet"])(
+                            changed, parts.components["unet"].tensors
+                        )
+                    },
                     {},
                 )
             )
@@ -375,7 +385,7 @@ def test_what_the_layout_cannot_tell_of_a_network_without_tokens() -> None:
         {"downsample_type": "resnet"},
     ):
         with pytest.raises(UserError, match="no name in the original layout"):
-            unet_rows(
+            unet_map(
                 PLAIN
                 | {"block_out_channels": [32, 64, 64], "layers_per_block": 1, **_three(), **change}
             )
@@ -458,7 +468,9 @@ def test_yamls_that_do_not_fit(name: str, change: dict[str, Any], message: str) 
     if "scale_factor" in change.get("model", {}):
         del params["scale_by_std"]
     with pytest.raises(UserError, match=message) as caught:
-        split_tensors(published_file(name), {}, "file", Reading(original_config=from_yaml(values)))
+        single.split_tensors(
+            published_file(name), {}, "file", ReadOptions(original_config=from_yaml(values))
+        )
     assert "\n" not in str(caught.value)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import sfumato
 from sfumato.batching import DenoiserCall
-from sfumato.checkpoints import folder as folders
+from sfumato.checkpoints.formats import folder as folders
 from sfumato.decode.preview import Preview
 from sfumato.decode.whole import whole
 from sfumato.diffuse.parameterization import edm, parameterization
@@ -885,18 +885,18 @@ def test_a_full_disk_loses_nothing(
     target = tmp_path / "m"
     model.save(target)
     before = contents(target)
-    write, write_json = folders.write_tensors, folders.write_json
+    write, write_json = folders.write_file, folders.write_json
 
     def full(writer: Callable[..., None]) -> Callable[..., None]:
-        def wrapped(path: Path, *arguments: Any) -> None:
+        def wrapped(path: Path, *arguments: Any, **options: Any) -> None:
             if failing in str(path):
                 path.with_name(f".{path.name}.part").write_bytes(b"half of it")
                 raise OSError(errno.ENOSPC, "No space left on device")
-            writer(path, *arguments)
+            writer(path, *arguments, **options)
 
         return wrapped
 
-    monkeypatch.setattr(folders, "write_tensors", full(write))
+    monkeypatch.setattr(folders, "write_file", full(write))
     monkeypatch.setattr("sfumato.saving.write_json", full(write_json))
     with pytest.raises(
         UserError, match=r"could not write .*No space left on device; what was there is unchanged"

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sfumato.checkpoints.folder import load_part, save_part
+from sfumato.checkpoints.formats.folder import load_part, save_part
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule

@@ -5,8 +5,10 @@ names what is wrong.
 
 import os
 import pickle
+import runpy
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,24 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sfumato.checkpoints.families import FAMILIES
-from sfumato.checkpoints.ldm_yaml import OriginalConfig, from_yaml, read_yaml
-from sfumato.checkpoints.names.clip_text import clip_rows
-from sfumato.checkpoints.names.ldm_conditioner import bert_rows, class_rows
-from sfumato.checkpoints.names.ldm_unet import unet_rows
-from sfumato.checkpoints.names.ldm_vae import vae_rows
-from sfumato.checkpoints.names.rows import Row, under
-from sfumato.checkpoints.original import (
-    Parts,
-    Reading,
-    gather,
-    join,
-    notes,
-    save,
-    split,
-    split_tensors,
-)
+from sfumato.checkpoints import families
+from sfumato.checkpoints.checkpoint import Checkpoint, ReadOptions
+from sfumato.checkpoints.families._unet_map import unet_map
+from sfumato.checkpoints.families._vae import vae_map
+from sfumato.checkpoints.families.ldm_yaml import OriginalConfig, from_yaml, read_yaml
+from sfumato.checkpoints.weight_map import WeightMap, with_prefix
 from sfumato.errors import UserError
+
+single: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_single_files.py"))))
 
 UNET: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
@@ -72,35 +65,35 @@ BERT: dict[str, Any] = {
 BERT |= {"vocab_size": 20, "max_position_embeddings": 7}
 
 
-def draw(rows: list[Row]) -> dict[str, Tensor]:
+def draw(rows: list[WeightMap]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {r.theirs: torch.randn(r.stored, generator=generator) for r in rows}
+    return {r.source: torch.randn(r.stored, generator=generator) for r in rows}
 
 
 def body(vae: dict[str, Any] = KL, **fields: Any) -> dict[str, Tensor]:
-    return draw(under(unet_rows(UNET | fields), "model.diffusion_model.")) | draw(
-        under(vae_rows(vae), "first_stage_model.")
+    return draw(with_prefix(unet_map(UNET | fields), "model.diffusion_model.")) | draw(
+        with_prefix(vae_map(vae), "first_stage_model.")
     )
 
 
 def sd1() -> dict[str, Tensor]:
-    return body() | draw(under(clip_rows(CLIP), "cond_stage_model.transformer."))
+    return body() | draw(with_prefix(single.clip_map(CLIP), "cond_stage_model.transformer."))
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def equal(a: Parts, b: Parts) -> bool:
-    return a.networks.keys() == b.networks.keys() and all(
-        a.networks[k].config == b.networks[k].config
-        and same(a.networks[k].tensors, b.networks[k].tensors)
-        for k in a.networks
+def equal(a: Checkpoint, b: Checkpoint) -> bool:
+    return a.components.keys() == b.components.keys() and all(
+        a.components[k].config == b.components[k].config
+        and same(single.weights(a.components[k]), single.weights(b.components[k]))
+        for k in a.components
     )
 
 
 def test_pickles_and_safetensors_are_the_same_model(tmp_path: Path) -> None:
-    file, expected = sd1(), split_tensors(sd1(), {}, "file")
+    file, expected = sd1(), single.split_tensors(sd1(), {}, "file")
     save_file(file, tmp_path / "a.safetensors")
     torch.save({"global_step": 470000, "state_dict": file, "epoch": 3}, tmp_path / "a.ckpt")
     torch.save(file, tmp_path / "a.bin")
@@ -110,7 +103,7 @@ def test_pickles_and_safetensors_are_the_same_model(tmp_path: Path) -> None:
         _use_new_zipfile_serialization=False,
     )
     for name in ("a.safetensors", "a.ckpt", "a.bin", "a.pt"):
-        assert equal(split(tmp_path / name), expected), name
+        assert equal(single.split(tmp_path / name), expected), name
 
 
 class Evil:
@@ -134,10 +127,10 @@ def test_a_pickle_that_would_run_code_does_not_run(tmp_path: Path, new: bool) ->
     with pytest.raises(
         UserError, match=r"evil\.ckpt is refused: it is a pickle that wants to run code"
     ):
-        split(tmp_path / "evil.ckpt")
+        single.split(tmp_path / "evil.ckpt")
     (tmp_path / "bare.bin").write_bytes(pickle.dumps(Evil(witness)))
     with pytest.raises(UserError, match=r"bare\.bin"):
-        split(tmp_path / "bare.bin")
+        single.split(tmp_path / "bare.bin")
     assert not witness.exists()
     torch.load(tmp_path / "evil.ckpt", weights_only=False)  # the trap works where nobody looks
     assert witness.exists()
@@ -162,11 +155,11 @@ def test_names_of_training_frameworks_are_placeholders(tmp_path: Path) -> None:
         b"c" + module + b"\nPath\n",
         b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n",
     )
-    assert equal(split(path), split_tensors(sd1(), {}, "file"))
+    assert equal(single.split(path), single.split_tensors(sd1(), {}, "file"))
     torch.save({"state_dict": sd1(), "x": Evil(witness)}, path)
     swap(b"cposix\nmkdir\n", b"cpytorch_lightning.x\nmkdir\n")
     # a call of a placeholder is a placeholder
-    assert equal(split(path), split_tensors(sd1(), {}, "file"))
+    assert equal(single.split(path), single.split_tensors(sd1(), {}, "file"))
     assert not witness.exists()
 
 
@@ -178,7 +171,7 @@ def test_truncated_files(tmp_path: Path) -> None:
         for size in (0, 1, 7, 100, len(whole) // 2, len(whole) - 1):
             (tmp_path / name).write_bytes(whole[:size])
             with pytest.raises(UserError, match=r"a\.(ckpt|safetensors)"):
-                split(tmp_path / name)
+                single.split(tmp_path / name)
 
 
 def test_strange_files(tmp_path: Path) -> None:
@@ -196,9 +189,9 @@ def test_strange_files(tmp_path: Path) -> None:
     }
     for name, message in cases.items():
         with pytest.raises(UserError, match=message):
-            split(tmp_path / name)
+            single.split(tmp_path / name)
     with pytest.raises(UserError, match="Playground"):
-        split_tensors(sd1() | {"edm_mean": torch.zeros(4)}, {}, "file")
+        single.split_tensors(sd1() | {"edm_mean": torch.zeros(4)}, {}, "file")
 
 
 def test_missing_extra_misshapen_and_integer_keys_are_in_one_message() -> None:
@@ -213,7 +206,7 @@ def test_missing_extra_misshapen_and_integer_keys_are_in_one_message() -> None:
     file[wide] = file[wide].transpose(0, 1)
     file["model.diffusion_model.out.2.weight"] = torch.zeros(4, 32, 3, 3, dtype=torch.int64)
     with pytest.raises(UserError) as caught:
-        split_tensors(file, {}, "some.safetensors")
+        single.split_tensors(file, {}, "some.safetensors")
     text = str(caught.value)
     for piece in (
         "some.safetensors",
@@ -239,11 +232,11 @@ def test_every_single_fault_is_refused_and_names_its_key() -> None:
             rest | {key: value.to(torch.int32)},
         ][count % 4]
         with pytest.raises(UserError) as caught:
-            split_tensors(faulty, {}, "file")
+            single.split_tensors(faulty, {}, "file")
         assert key in str(caught.value), key
         if count % 2 and value.ndim == 2 and value.shape[0] != value.shape[1]:
             with pytest.raises(UserError):
-                split_tensors(rest | {key: value.T}, {}, "file")
+                single.split_tensors(rest | {key: value.T}, {}, "file")
 
 
 def test_known_buffers_are_dropped() -> None:
@@ -277,18 +270,22 @@ def test_known_buffers_are_dropped() -> None:
     names += ("first_stage_model.loss.discriminator.main.0.weight",)
     extra = {k: table for k in names}
     extra["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(7)[None]
-    assert equal(split_tensors(file | extra, {}, "file"), split_tensors(file, {}, "file"))
+    assert equal(
+        single.split_tensors(file | extra, {}, "file"), single.split_tensors(file, {}, "file")
+    )
 
 
 def test_betas_are_read_from_the_file() -> None:
     steps = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64).square()
-    found = split_tensors(sd1() | {"betas": steps.float()}, {}, "file").schedulers["scheduler"]
+    found = single.split_tensors(sd1() | {"betas": steps.float()}, {}, "file").schedulers[
+        "scheduler"
+    ]
     assert (found["beta_schedule"], found["beta_start"], found["beta_end"]) == (
         "scaled_linear",
         0.0015,
         0.0195,
     )
-    found = split_tensors(
+    found = single.split_tensors(
         sd1() | {"betas": torch.linspace(0.0001, 0.02, 500)}, {}, "file"
     ).schedulers["scheduler"]
     assert (
@@ -298,25 +295,25 @@ def test_betas_are_read_from_the_file() -> None:
         found["num_train_timesteps"],
     ) == ("linear", 0.0001, 0.02, 500)
     odd = torch.rand(10) * 0.1 + 0.1
-    found = split_tensors(sd1() | {"betas": odd}, {}, "file").schedulers["scheduler"]
+    found = single.split_tensors(sd1() | {"betas": odd}, {}, "file").schedulers["scheduler"]
     assert torch.tensor(found["trained_betas"]).equal(odd)
     with pytest.raises(UserError, match="betas of shape"):
-        split_tensors(sd1() | {"betas": torch.zeros(4)}, {}, "file")
+        single.split_tensors(sd1() | {"betas": torch.zeros(4)}, {}, "file")
 
 
 def sd2() -> dict[str, Tensor]:
-    from sfumato.checkpoints.names.clip_text import open_clip_rows
-
     fields = {"block_out_channels": [64, 128], "use_linear_projection": True}
-    return body(**fields) | draw(under(open_clip_rows(CLIP), "cond_stage_model.model."))
+    return body(**fields) | draw(with_prefix(single.open_clip_map(CLIP), "cond_stage_model.model."))
 
 
 def test_what_is_predicted_is_said_by_caller_file_or_default(tmp_path: Path) -> None:
     def asked(
         notes: dict[str, str] | None = None, given: str | None = None, **extra: Tensor
     ) -> tuple[str, int]:
-        found = split_tensors(sd2() | extra, notes or {}, "file", Reading(prediction_type=given))
-        return found.schedulers["scheduler"]["prediction_type"], found.networks["unet"].config[
+        found = single.split_tensors(
+            sd2() | extra, notes or {}, "file", ReadOptions(prediction_type=given)
+        )
+        return found.schedulers["scheduler"]["prediction_type"], found.components["unet"].config[
             "sample_size"
         ]
 
@@ -330,12 +327,14 @@ def test_what_is_predicted_is_said_by_caller_file_or_default(tmp_path: Path) -> 
     assert asked({"modelspec.architecture": "stable-diffusion-v2-512"}) == ("epsilon", 64)
     assert asked({"modelspec.architecture": "stable-diffusion-v2-768-v"}) == ("v_prediction", 96)
     torch.save({"global_step": 875000, "state_dict": sd2()}, tmp_path / "base.ckpt")
-    assert split(tmp_path / "base.ckpt").schedulers["scheduler"]["prediction_type"] == "epsilon"
+    assert (
+        single.split(tmp_path / "base.ckpt").schedulers["scheduler"]["prediction_type"] == "epsilon"
+    )
     with pytest.raises(UserError, match="note modelspec"):
         asked({"modelspec.prediction_type": "banana"})
     with pytest.raises(UserError, match="unknown prediction_type"):
-        Reading(prediction_type="flow")
-    found = split_tensors(
+        ReadOptions(prediction_type="flow")
+    found = single.split_tensors(
         sd1() | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, {}, "file"
     ).schedulers["scheduler"]
     assert found["prediction_type"] == "v_prediction" and found["rescale_betas_zero_snr"] is True
@@ -344,15 +343,15 @@ def test_what_is_predicted_is_said_by_caller_file_or_default(tmp_path: Path) -> 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_what_is_predicted_survives_the_file(tmp_path: Path, prediction: str) -> None:
     for make in (sd1, sd2):
-        parts = split_tensors(make(), {}, "file", Reading(prediction_type=prediction))
-        save(tmp_path / "a.safetensors", parts)
-        again = split(tmp_path / "a.safetensors")
+        parts = single.split_tensors(make(), {}, "file", ReadOptions(prediction_type=prediction))
+        single.save(tmp_path / "a.safetensors", parts)
+        again = single.split(tmp_path / "a.safetensors")
         assert equal(again, parts) and again.schedulers == parts.schedulers
 
 
 def test_running_averages_asked_for_and_absent() -> None:
     with pytest.raises(UserError, match="no running average"):
-        split_tensors(sd1(), {}, "file", Reading(ema=True))
+        single.split_tensors(sd1(), {}, "file", ReadOptions(ema=True))
 
 
 @pytest.mark.parametrize(
@@ -372,83 +371,85 @@ def test_running_averages_asked_for_and_absent() -> None:
     ],
 )
 def test_join_refuses_what_the_layout_cannot_tell(part: str, field: str, value: Any) -> None:
-    parts = split_tensors(sd1(), {}, "file")
-    join(parts)
-    parts.networks[part].config[field] = value
+    parts = single.split_tensors(sd1(), {}, "file")
+    single.join(parts)
+    parts.components[part].config[field] = value
     with pytest.raises(UserError, match=field):
-        join(parts)
+        single.join(parts)
 
 
 def test_join_refuses_weights_and_schedules_that_do_not_fit(tmp_path: Path) -> None:
-    parts = split_tensors(sd1(), {}, "file")
+    parts = single.split_tensors(sd1(), {}, "file")
     with pytest.raises(UserError, match=r"written as \.safetensors"):
-        save(tmp_path / "a.ckpt", parts)
-    flow = Parts(
-        parts.family,
-        parts.networks,
-        {"scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler"}},
+        single.save(tmp_path / "a.ckpt", parts)
+    flow = Checkpoint(
+        parts.components, {"scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler"}}
     )
     with pytest.raises(UserError, match="no table of betas"):
-        join(flow)
-    del parts.networks["unet"].tensors["conv_in.bias"]
+        single.join(flow)
+    del parts.components["unet"].tensors["conv_in.bias"]
     with pytest.raises(UserError, match=r"1 missing \(conv_in.bias\)"):
-        join(parts)
+        single.join(parts)
     with pytest.raises(UserError, match="'controlnet' has no place"):
-        gather(parts.networks | {"controlnet": parts.networks["vae"]}, {})
+        single.join(single.gather(parts.components | {"controlnet": parts.components["vae"]}, {}))
     assert not list(tmp_path.iterdir())
 
 
 def test_scale_of_latents() -> None:
     file = sd1()
-    assert split_tensors(file, {}, "file").networks["vae"].config["scaling_factor"] == 0.18215
-    found = split_tensors(file | {"scale_factor": torch.tensor(0.22765929)}, {}, "file")
-    assert found.networks["vae"].config["scaling_factor"] == pytest.approx(0.22765929, abs=1e-8)
-    assert equal(split_tensors(join(found), notes(found), "file"), found)
     assert (
-        split_tensors(file, {}, "file", Reading(scaling_factor=0.5))
-        .networks["vae"]
+        single.split_tensors(file, {}, "file").components["vae"].config["scaling_factor"] == 0.18215
+    )
+    found = single.split_tensors(file | {"scale_factor": torch.tensor(0.22765929)}, {}, "file")
+    assert found.components["vae"].config["scaling_factor"] == pytest.approx(0.22765929, abs=1e-8)
+    assert equal(single.split_tensors(single.join(found), single.notes(found), "file"), found)
+    assert (
+        single.split_tensors(file, {}, "file", ReadOptions(scaling_factor=0.5))
+        .components["vae"]
         .config["scaling_factor"]
         == 0.5
     )
     lone = {k: v for k, v in file.items() if k.startswith("first_stage")}
-    xl = split_tensors(lone, {"modelspec.architecture": "stable-diffusion-xl-v1-base/vae"}, "file")
-    assert xl.networks["vae"].config["scaling_factor"] == 0.13025
+    xl = single.split_tensors(
+        lone, {"modelspec.architecture": "stable-diffusion-xl-v1-base/vae"}, "file"
+    )
+    assert xl.components["vae"].config["scaling_factor"] == 0.13025
 
 
 @pytest.mark.parametrize("vae", [KL, VQ], ids=["kl", "vq"])
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
 def test_autoencoders_alone(vae: dict[str, Any], prefix: str, tmp_path: Path) -> None:
-    file = draw(under(vae_rows(vae), prefix)) | {f"{prefix}loss.logvar": torch.zeros(())}
+    file = draw(with_prefix(vae_map(vae), prefix)) | {f"{prefix}loss.logvar": torch.zeros(())}
     torch.save({"state_dict": file}, tmp_path / "model.ckpt")
-    found = split(tmp_path / "model.ckpt")
-    config = found.networks["vae"].config
-    assert found.family == "autoencoder" and {k: config[k] for k in vae} == vae
+    found = single.split(tmp_path / "model.ckpt")
+    config = found.components["vae"].config
+    assert found.kind == "autoencoder" and {k: config[k] for k in vae} == vae
     assert config["scaling_factor"] == (1.0 if vae is VQ else 0.18215)
-    save(tmp_path / "one.safetensors", found)
-    assert equal(split(tmp_path / "one.safetensors"), found)
+    single.save(tmp_path / "one.safetensors", found)
+    assert equal(single.split(tmp_path / "one.safetensors"), found)
 
 
 def ldm_text() -> dict[str, Tensor]:
-    return body() | draw(under(bert_rows(BERT), "cond_stage_model.transformer."))
+    return body() | draw(with_prefix(single.bert_map(BERT), "cond_stage_model.transformer."))
 
 
 def ldm_class() -> dict[str, Tensor]:
     return body(VQ) | draw(
-        under(class_rows({"n_classes": 5, "embed_dim": 64}), "cond_stage_model.")
+        with_prefix(single.class_map({"n_classes": 5, "embed_dim": 64}), "cond_stage_model.")
     )
 
 
 def test_latent_diffusions_own_models(tmp_path: Path) -> None:
-    found = split_tensors(ldm_text(), {}, "file")
+    found = single.split_tensors(ldm_text(), {}, "file")
     assert (
-        found.family == "ldm-text" and {k: found.networks["bert"].config[k] for k in BERT} == BERT
+        found.kind == "ldm-text" and {k: found.components["bert"].config[k] for k in BERT} == BERT
     )
-    assert equal(split_tensors(join(found), notes(found), "file"), found)
+    assert equal(single.split_tensors(single.join(found), single.notes(found), "file"), found)
     with pytest.raises(UserError, match="give heads, or its YAML"):
-        split_tensors(ldm_class(), {}, "file")
-    found = split_tensors(ldm_class(), {}, "file", Reading(heads=1))
-    assert found.family == "ldm-class" and found.networks["vae"].config["_class_name"] == "VQModel"
-    assert found.networks["class_embedder"].config == {
+        single.split_tensors(ldm_class(), {}, "file")
+    found = single.split_tensors(ldm_class(), {}, "file", ReadOptions(heads=1))
+    assert found.kind == "ldm-class" and found.components["vae"].config["_class_name"] == "VQModel"
+    assert found.components["class_embedder"].config == {
         "_class_name": "ClassEmbedder",
         "n_classes": 5,
         "embed_dim": 64,
@@ -457,8 +458,8 @@ def test_latent_diffusions_own_models(tmp_path: Path) -> None:
         found.schedulers["scheduler"]["beta_start"],
         found.schedulers["scheduler"]["beta_end"],
     ) == (0.0015, 0.0195)
-    save(tmp_path / "one.safetensors", found)
-    assert equal(split(tmp_path / "one.safetensors", Reading(heads=1)), found)
+    single.save(tmp_path / "one.safetensors", found)
+    assert equal(single.split(tmp_path / "one.safetensors", ReadOptions(heads=1)), found)
 
 
 YAML = """
@@ -504,18 +505,18 @@ def said(**changes: tuple[str, str]) -> OriginalConfig:
 def test_yaml_says_what_keys_do_not(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(YAML)
     read = read_yaml(tmp_path / "config.yaml")
-    found = split_tensors(ldm_class(), {}, "file", Reading(original_config=read))
-    assert found.networks["unet"].config["attention_head_dim"] == [1, 2]
-    assert found.networks["vae"].config["scaling_factor"] == 1.0
+    found = single.split_tensors(ldm_class(), {}, "file", ReadOptions(original_config=read))
+    assert found.components["unet"].config["attention_head_dim"] == [1, 2]
+    assert found.components["vae"].config["scaling_factor"] == 1.0
     assert found.schedulers["scheduler"]["prediction_type"] == "epsilon"
     more = said(
         a=("num_head_channels: 32", "num_heads: 4"),
         b=("image_size: 8\n", "image_size: 8\n    parameterization: v\n    scale_factor: 0.5\n"),
     )
-    found = split_tensors(ldm_class(), {}, "file", Reading(original_config=more))
+    found = single.split_tensors(ldm_class(), {}, "file", ReadOptions(original_config=more))
     assert (
-        found.networks["unet"].config["attention_head_dim"] == 4
-        and found.networks["vae"].config["scaling_factor"] == 0.5
+        found.components["unet"].config["attention_head_dim"] == 4
+        and found.components["vae"].config["scaling_factor"] == 0.5
     )
     assert found.schedulers["scheduler"]["prediction_type"] == "v_prediction"
 
@@ -532,7 +533,9 @@ def test_yaml_says_what_keys_do_not(tmp_path: Path) -> None:
 )
 def test_a_yaml_of_another_model_is_refused(old: str, new: str, message: str) -> None:
     with pytest.raises(UserError, match=f"not the model of the YAML.*{message}"):
-        split_tensors(ldm_class(), {}, "file", Reading(original_config=said(a=(old, new))))
+        single.split_tensors(
+            ldm_class(), {}, "file", ReadOptions(original_config=said(a=(old, new)))
+        )
 
 
 @pytest.mark.parametrize(
@@ -574,40 +577,35 @@ def test_damaged_yaml(tmp_path: Path) -> None:
 
 def test_half_precision_is_kept_and_nothing_is_copied(tmp_path: Path) -> None:
     save_file({k: v.half() for k, v in sd1().items()}, tmp_path / "half.safetensors")
-    found = split(tmp_path / "half.safetensors")
-    assert {v.dtype for p in found.networks.values() for v in p.tensors.values()} == {torch.float16}
+    found = single.split(tmp_path / "half.safetensors")
+    assert {v.dtype for p in found.components.values() for v in p.tensors.values()} == {
+        torch.float16
+    }
     file = sd1()
     stored = {v.untyped_storage().data_ptr() for v in file.values()}
-    parts = split_tensors(file, {}, "file")
+    parts = single.split_tensors(file, {}, "file")
     assert all(
-        v.untyped_storage().data_ptr() in stored
-        for p in parts.networks.values()
+        v.load().untyped_storage().data_ptr() in stored
+        for p in parts.components.values()
         for v in p.tensors.values()
     )
 
 
 def test_a_part_that_is_wholly_absent_is_absent(tmp_path: Path) -> None:
     lone = {k: v for k, v in sd2().items() if k.startswith("model.")}
-    found = split_tensors(lone, {}, "file")
-    assert found.family == "sd2" and found.networks.keys() == {"unet"}
+    found = single.split_tensors(lone, {}, "file")
+    assert found.kind == "sd2" and found.components.keys() == {"unet"}
     lone = {k: v for k, v in sd1().items() if k.startswith("model.")}
     with pytest.raises(UserError, match="give heads"):  # tokens 64 wide: not SD 1, so who knows
-        split_tensors(lone, {}, "file")
-    found = split_tensors(lone, {}, "file", Reading(heads=8))
-    save(tmp_path / "a.safetensors", split_tensors(sd1(), {}, "file"))
-    assert found.networks.keys() == {"unet"} and set(load_file(tmp_path / "a.safetensors")) > set(
+        single.split_tensors(lone, {}, "file")
+    found = single.split_tensors(lone, {}, "file", ReadOptions(heads=8))
+    single.save(tmp_path / "a.safetensors", single.split_tensors(sd1(), {}, "file"))
+    assert found.components.keys() == {"unet"} and set(load_file(tmp_path / "a.safetensors")) > set(
         lone
     )
 
 
 def test_every_family_is_reachable() -> None:
     ldm = {"ldm-text", "ldm-class", "ldm-unconditional"}
-    assert FAMILIES.keys() == {
-        "sd1",
-        "sd2",
-        "x4-upscaler",
-        "sdxl",
-        "sdxl-refiner",
-        *ldm,
-        "autoencoder",
-    }
+    named = {family.name for family in families.registered() if not family.is_transformer}
+    assert named == {"sd1", "sd2", "x4-upscaler", "sdxl", "sdxl-refiner", *ldm, "autoencoder"}

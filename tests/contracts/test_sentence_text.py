@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sfumato
-from sfumato.checkpoints.names.pipeline import pipeline_class
+from sfumato.checkpoints.pipelines import pipeline_class
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.compress.tiny import AutoencoderTiny, TinyConfig
 from sfumato.diffuse.parameterization import parameterization

@@ -3,17 +3,26 @@ model as the folder.
 """
 
 import json
+import runpy
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import sfumato
-from sfumato.checkpoints.single_file import fold, unfold
+from sfumato.checkpoints import families
+from sfumato.checkpoints.formats import open_file
+from sfumato.checkpoints.formats.folded import fold, unfold
+from sfumato.checkpoints.lazy_tensor import load_tensors
 from sfumato.errors import UserError
 from sfumato.io.atomic import write_json
+
+models: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_families.py"))))
+opens: Any = runpy.run_path(str(Path(__file__).with_name("_opens.py")))["opens"]
 
 
 def test_single_file_is_the_folder(tiny: Path, tmp_path: Path) -> None:
@@ -92,7 +101,7 @@ def test_a_folder_is_folded_whole(tmp_path: Path) -> None:
     (folder / "tokenizer" / "spiece.model").write_bytes(bytes(range(256)))
     write_json(folder / "model_index.json", {"a": 1})
     fold(folder, tmp_path / "one.safetensors")
-    unfold(tmp_path / "one.safetensors", tmp_path / "again")
+    unfold(open_file(tmp_path / "one.safetensors"), tmp_path / "again")
     files, others = (
         sorted(p.relative_to(at) for p in at.rglob("*") if p.is_file())
         for at in (folder, tmp_path / "again")
@@ -125,3 +134,36 @@ def test_hub_id_from_the_local_cache(
     assert sfumato.load("someone/tiny").hash == sfumato.load(tiny).hash
     with pytest.raises(UserError, match="someone/else"):
         sfumato.load("someone/else")
+
+
+def test_a_file_is_opened_once(tiny: Path, tmp_path: Path) -> None:
+    """A folder's parts, a folder in one file, and a model with a U-Net in the original layout:
+    safetensors and pickled.
+    """
+    with opens() as counts:
+        sfumato.load(tiny)
+    assert counts == {
+        "vae/diffusion_pytorch_model.safetensors": 1,
+        "unet/diffusion_pytorch_model.safetensors": 1,
+    }
+    sfumato.load(tiny).save(tmp_path / "folded.safetensors")
+    raw = families.write(
+        models.checkpoint("ldm-unconditional", models.networks("ldm-unconditional"))
+    )
+    tensors = load_tensors(raw.tensors)
+    save_file(tensors, tmp_path / "unet.safetensors")
+    torch.save({"state_dict": tensors}, tmp_path / "unet.ckpt")
+    for name in ("folded.safetensors", "unet.safetensors", "unet.ckpt"):
+        with opens() as counts:
+            sfumato.load(tmp_path / name)
+        assert counts[f"{tmp_path.name}/{name}"] == 1, name
+        assert set(counts.values()) == {1}, (
+            "the parts of a folder in one file are unpacked, and opened once each"
+        )
+    for name in ("unet.safetensors", "unet.ckpt"):
+        with opens() as counts:
+            sfumato.load(tmp_path / name)
+        assert counts == {f"{tmp_path.name}/{name}": 1}
+    with opens() as counts:
+        sfumato.load(tmp_path / "unet.safetensors", memory="64GB")
+    assert counts == {f"{tmp_path.name}/unet.safetensors": 1}

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 import sfumato
-from sfumato.checkpoints.folder import WEIGHTS
+from sfumato.checkpoints.formats.folder import WEIGHTS
 from sfumato.data import open_images
 from sfumato.errors import UserError
 from sfumato.io.atomic import read_json, read_tensors, write_json, write_tensors
@@ -322,7 +322,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 
 def other_latents(folder: Path) -> None:
     """An autoencoder of a space with other channels, sound in itself."""
-    from sfumato.checkpoints.folder import save_part
+    from sfumato.checkpoints.formats.folder import save_part
     from sfumato.compress.kl import AutoencoderKL, KLConfig
 
     shutil.rmtree(folder / "vae")

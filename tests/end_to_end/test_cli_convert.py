@@ -386,7 +386,7 @@ from pathlib import Path
 def held():
     return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("RssAnon")).split()[1])
 import torch
-from sfumato.checkpoints import conversion
+import sfumato.checkpoints.convert
 from sfumato.cli import main
 torch.set_num_threads(1)
 before = peak = held()

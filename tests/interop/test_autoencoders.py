@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sfumato.checkpoints.folder import AUTOENCODERS, WEIGHTS, load_part, save_part
+from sfumato.checkpoints.formats.folder import WEIGHTS, load_part, save_part
+from sfumato.compress.base import registered as autoencoders
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.compress.kl_flux2 import KLFlux2Config
 from sfumato.compress.tiny import TinyConfig
@@ -215,7 +216,7 @@ def same(ours: Any, theirs: Any) -> None:
 
 def pair(name: str) -> tuple[Any, Any, dict[str, Any]]:
     kind, values = FAMILIES[name]
-    network, config = AUTOENCODERS[kind]
+    network, config = autoencoders()[kind]
     return network, config, values
 
 
@@ -499,7 +500,7 @@ def test_published_configs(name: str) -> None:
     use.
     """
     values, mean, std = PUBLISHED[name]
-    network, config = AUTOENCODERS[values["_class_name"]]
+    network, config = autoencoders()[values["_class_name"]]
     with torch.device("meta"):
         ours: Any = network(config.from_dict(values))
         theirs: Any = getattr(diffusers, values["_class_name"]).from_config(values)

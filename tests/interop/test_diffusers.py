@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sfumato.checkpoints.folder import load_part, save_part
+from sfumato.checkpoints.formats.folder import load_part, save_part
 from sfumato.checkpoints.schedulers.config import from_scheduler_config, to_scheduler_config
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.diffuse.parameterization import parameterization

@@ -15,7 +15,7 @@ import torch
 from diffusers.models.attention_processor import PAGIdentitySelfAttnProcessor2_0
 from torch import Tensor
 
-from sfumato.checkpoints.folder import load_part, save_part
+from sfumato.checkpoints.formats.folder import load_part, save_part
 from sfumato.errors import UserError
 from sfumato.predict.guidance_models._layer_replacement import replace_layers
 from sfumato.predict.guidance_models.perturbed_attention import self_attentions

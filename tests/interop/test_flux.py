@@ -16,7 +16,7 @@ from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 from torch import Tensor
 
-from sfumato.checkpoints.folder import load_part, save_part
+from sfumato.checkpoints.formats.folder import load_part, save_part
 from sfumato.errors import UserError
 from sfumato.inference.prepack import can_prepack, prepack
 from sfumato.kernels import batch_invariant

@@ -3,6 +3,11 @@ transformer written out here from the papers (arXiv:2112.10752, appendix G; pre-
 under the original names, and diffusers' networks with the same weights.
 """
 
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import diffusers
 import pytest
 import torch
@@ -13,11 +18,14 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
 )
 from torch import Tensor
 
-from sfumato.checkpoints.families import FAMILIES
-from sfumato.checkpoints.infer import Shapes, text_config
-from sfumato.checkpoints.original import Part, Parts, gather, join, split_tensors
+from sfumato.checkpoints.checkpoint import Checkpoint
+from sfumato.checkpoints.families import by_name
+from sfumato.checkpoints.lazy_tensor import load_tensors
+from sfumato.checkpoints.shapes import Shapes
 
-PREFIX = "first_stage_model."
+single: Any = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_single_files.py"))
+)
 
 
 class Names:
@@ -138,10 +146,6 @@ def kinds(attends: list[bool]) -> dict[str, list[str]]:
     }
 
 
-def below(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(PREFIX): v for k, v in tensors.items() if k.startswith(PREFIX)}
-
-
 # factors 4 to 32, with attention where the published models have it: at the lowest resolutions of
 # f16 and f32, one but last of f8 (VQ)
 @pytest.mark.parametrize(
@@ -164,14 +168,18 @@ def test_autoencoders(attends: list[bool]) -> None:
     with torch.no_grad():
         # so that several codes are near
         vq.quantize.embedding.weight[:5] = vq.encode(image).latents.flatten(2)[0].T[:5]
-        names = Names(below(join(gather({"vae": Part(dict(vq.config), vq.state_dict())}, {}))))
+        names = Names(
+            single.join(single.gather({"vae": single.part(dict(vq.config), vq.state_dict())}, {}))
+        )
         z = names.encoder(image, len(widths), 1)
         assert relative(z, vq.encode(image).latents) < 1e-5
         codes = names.nearest(z)
         assert len(torch.unique(codes.flatten(2)[0].T, dim=0)) > 3
         assert relative(names.decoder(codes, len(widths), 1), vq(image).sample) < 1e-5
         assert names.taken == names.tensors.keys()
-        names = Names(below(join(gather({"vae": Part(dict(kl.config), kl.state_dict())}, {}))))
+        names = Names(
+            single.join(single.gather({"vae": single.part(dict(kl.config), kl.state_dict())}, {}))
+        )
         z = names.encoder(image, len(widths), 1)
         assert relative(z, kl.encode(image).latent_dist.parameters) < 1e-5
         assert relative(names.decoder(z[:, :4], len(widths), 1), kl.decode(z[:, :4]).sample) < 1e-5
@@ -193,22 +201,27 @@ def test_text_transformer() -> None:
     with torch.no_grad():
         for weight in network.parameters():
             weight.add_(0.3 * torch.randn_like(weight))
-        tensors = join(
-            Parts("ldm-text", {"bert": Part(config.to_dict(), network.state_dict())}, {})
+        tensors = load_tensors(
+            by_name("ldm-text")
+            .write(Checkpoint({"bert": single.part(config.to_dict(), network.state_dict())}))
+            .tensors
         )
         names = Names({k.removeprefix(prefix): v for k, v in tensors.items()})
         tokens = torch.randint(0, 30, (2, 7))
         assert relative(names.bert(tokens, 3, 8), network(tokens)[0]) < 1e-5
     assert names.taken | {"to_logits.weight", "to_logits.bias"} == names.tensors.keys()
-    found = text_config(
-        Shapes({k: tuple(v.shape) for k, v in tensors.items()}, prefix, "file"),
-        FAMILIES["ldm-text"].texts[0],
+    found = (
+        by_name("ldm-text")
+        .towers[0]
+        .config(Shapes({k: tuple(v.shape) for k, v in tensors.items()}, prefix, "file"))
     )
     again = LDMBertModel(
         LDMBertConfig(
             **{k: v for k, v in found.items() if k not in ("architectures", "model_type")}
         )
     ).eval()
-    again.load_state_dict(split_tensors(tensors, {}, "file").networks["bert"].tensors)
+    again.load_state_dict(
+        single.weights(single.split_tensors(tensors, {}, "file").components["bert"])
+    )
     with torch.no_grad():
         assert torch.equal(again(tokens)[0], network(tokens)[0])

@@ -29,11 +29,12 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sfumato.checkpoints.folder import build_part, load_part, save_part
-from sfumato.checkpoints.ldm_yaml import from_yaml
-from sfumato.checkpoints.names.ldm_unet import unet_rows
-from sfumato.checkpoints.names.rows import to_ours, to_theirs, under
-from sfumato.checkpoints.original import Reading, split_tensors
+from sfumato.checkpoints.checkpoint import ReadOptions
+from sfumato.checkpoints.families._unet_map import unet_map
+from sfumato.checkpoints.families.ldm_yaml import from_yaml
+from sfumato.checkpoints.formats.folder import load_part, save_part
+from sfumato.checkpoints.lazy_tensor import from_tensors, load_tensors
+from sfumato.checkpoints.weight_map import load_all, store_all, with_prefix
 from sfumato.compress.vq import VQConfig, VQModel
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
@@ -51,6 +52,9 @@ from sfumato.types import Conditioning
 
 ldm: Any = SimpleNamespace(
     **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_ldm.py"))
+)
+single: Any = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_single_files.py"))
 )
 BETAS = {
     "beta_schedule": "scaled_linear",
@@ -492,7 +496,9 @@ def ldm_nothing() -> Any:
 def test_original_layout_without_tokens(name: str, new_order: bool) -> None:
     config, given = config_of(name), PUBLISHED[name][0]
     network = ldm.randomised(UNet(config), 1)
-    tensors = to_theirs(unet_rows(config.to_dict(), new_order), network.state_dict(), "unet")
+    tensors = load_tensors(
+        store_all(unet_map(config.to_dict(), new_order), from_tensors(network.state_dict()))
+    )
     original = Original(tensors, given.get("num_heads"), given.get("num_head_channels"), new_order)
     x, t = torch.randn(2, 3, 8, 16), torch.tensor([981.0, 7.0])
     with torch.no_grad():
@@ -500,21 +506,21 @@ def test_original_layout_without_tokens(name: str, new_order: bool) -> None:
     assert original.taken == tensors.keys()
     file = {f"model.diffusion_model.{k}": v for k, v in tensors.items()}
     said = from_yaml(yaml_of(name, 3, use_new_attention_order=new_order))
-    for reading in (Reading(new_attention_order=new_order), Reading(original_config=said)):
-        found = split_tensors(file | ae_tensors(3), {}, "file", reading).networks["unet"]
+    for reading in (ReadOptions(new_attention_order=new_order), ReadOptions(original_config=said)):
+        found = single.split_tensors(file | ae_tensors(3), {}, "file", reading).components["unet"]
         assert {k: found.config.get(k) for k in PUBLISHED[name][1]} == PUBLISHED[name][1], (
             "the rule of the published models, or the YAML's"
         )
-        assert all(torch.equal(v, found.tensors[k]) for k, v in network.state_dict().items())
+        assert all(torch.equal(v, found.tensors[k].load()) for k, v in network.state_dict().items())
         assert found.config["sample_size"] == 64 and found.config["down_block_types"] == list(
             config.down_block_types
         )
-        rebuilt = build_part(
-            found.config, found.tensors, Path("file"), Path("file"), None, torch.float32
-        )
+        rebuilt = found.build(Path("file"))
         assert torch.equal(rebuilt(x, t, Conditioning()), network(x, t, Conditioning()))
     if given.get("num_heads", 2) > 1:  # the orders differ, and so does what comes out
-        other = to_ours(under(unet_rows(config.to_dict(), not new_order), ""), tensors)
+        other = load_tensors(
+            load_all(unet_map(config.to_dict(), not new_order), from_tensors(tensors), "file")
+        )
         assert not torch.equal(
             other["mid_block.attentions.0.to_q.weight"],
             network.state_dict()["mid_block.attentions.0.to_q.weight"],
@@ -522,14 +528,11 @@ def test_original_layout_without_tokens(name: str, new_order: bool) -> None:
 
 
 def ae_tensors(levels: int) -> dict[str, Tensor]:
-    from sfumato.checkpoints.names.ldm_vae import vae_rows
+    from sfumato.checkpoints.families._vae import vae_map
 
     autoencoder = unconditional("ffhq", levels).autoencoder
-    return to_theirs(
-        under(vae_rows(autoencoder.to_config()), "first_stage_model."),
-        autoencoder.state_dict(),
-        "vae",
-    )
+    maps = with_prefix(vae_map(autoencoder.to_config()), "first_stage_model.")
+    return load_tensors(store_all(maps, from_tensors(autoencoder.state_dict())))
 
 
 # ---- whole pictures ------------------------------------------------------------------------------
@@ -879,7 +882,7 @@ def test_class_conditional_models(tmp_path: Path, names: tuple[str, ...]) -> Non
     save_file(bare, tmp_path / "bare.safetensors")
     with pytest.raises(UserError, match="give heads, or its YAML"):
         load(tmp_path / "bare.safetensors")
-    told = load(tmp_path / "bare.safetensors", reading=Reading(heads=1, class_names=names))
+    told = load(tmp_path / "bare.safetensors", reading=ReadOptions(heads=1, class_names=names))
     assert told.class_names == model.class_names
     same_pictures(model, told, prompt="2", guidance=3.0, height=16, width=16)
 

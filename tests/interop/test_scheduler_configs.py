@@ -24,11 +24,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sfumato.checkpoints.families import by_pipeline
 from sfumato.checkpoints.schedulers.config import (
     DynamicShift,
     SchedulerSpec,
     from_scheduler_config,
-    gives_even_times,
     read_scheduler,
     to_scheduler_config,
     write_scheduler,
@@ -482,11 +482,11 @@ def test_even_times_of_a_flow(shift: float, double: Callable[[str], Any]) -> Non
             )
             < 1e-9
         )
-    assert (
-        gives_even_times("FluxPipeline")
-        and gives_even_times("QwenImagePipeline")
-        and not gives_even_times("StableDiffusion3Pipeline")
-    )
+    even = {
+        name: getattr(by_pipeline(f"{name}Pipeline"), "even_times", None)
+        for name in ("Flux", "Flux2", "StableDiffusion3", "LDM")
+    }
+    assert even == {"Flux": True, "Flux2": True, "StableDiffusion3": False, "LDM": None}
 
 
 # ---- published families --------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import (
 from torch import Tensor
 
 from sfumato.batching import drive
-from sfumato.checkpoints.folder import load_part, save_part
+from sfumato.checkpoints.formats.folder import load_part, save_part
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule

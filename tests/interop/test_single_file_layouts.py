@@ -1,11 +1,13 @@
-"""Single files in the original layouts against diffusers: what `join` writes, its converters read
-as the very same tensors under the very same keys, and `split` gives back what was joined. Small
-random models of every family.
+"""Single files in the original layouts against diffusers: what a family writes, its converters read
+as the very same tensors under the very same keys, and it reads back what it wrote. Small random
+models of every family.
 """
 
 import json
+import runpy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -16,23 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sfumato.checkpoints.infer import UNET_STANDARD
-from sfumato.checkpoints.names.clip_text import clip_rows, open_clip_rows
-from sfumato.checkpoints.names.ldm_unet import unet_rows
-from sfumato.checkpoints.names.ldm_vae import vae_rows
-from sfumato.checkpoints.names.rows import Row
-from sfumato.checkpoints.original import (
-    Part,
-    Parts,
-    Reading,
-    gather,
-    join,
-    notes,
-    save,
-    split,
-    split_tensors,
-)
+from sfumato.checkpoints.checkpoint import Checkpoint, Component, ReadOptions
+from sfumato.checkpoints.families._unet_config import STANDARD
+from sfumato.checkpoints.families._unet_map import unet_map
+from sfumato.checkpoints.families._vae import vae_map
 from sfumato.checkpoints.schedulers import betas
+from sfumato.checkpoints.weight_map import WeightMap
+
+single: Any = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_single_files.py"))
+)
 
 LEVELS = {
     "D": ("DownBlock2D", "UpBlock2D"),
@@ -88,14 +83,16 @@ def clip(kind: type[nn.Module] = CLIPTextModel, **fields: Any) -> nn.Module:
     return kind(config)
 
 
-def part(network: nn.Module) -> Part:
+def part(network: nn.Module) -> Component:
     if isinstance(network, CLIPTextModel | CLIPTextModelWithProjection):
         names = {
             k if k.startswith(("text_model.", "text_projection")) else f"text_model.{k}": v
             for k, v in network.state_dict().items()
         }
-        return Part(network.config.to_dict() | {"architectures": [type(network).__name__]}, names)
-    return Part(dict(network.config), network.state_dict())
+        return single.part(
+            network.config.to_dict() | {"architectures": [type(network).__name__]}, names
+        )
+    return single.part(dict(network.config), network.state_dict())
 
 
 def sd1(**fields: Any) -> dict[str, nn.Module]:
@@ -178,13 +175,15 @@ FAMILIES: dict[str, tuple[Callable[[], dict[str, nn.Module]], str]] = {
 }
 
 
-def build(name: str, prediction: str | None = None) -> tuple[dict[str, nn.Module], Parts]:
+def build(name: str, prediction: str | None = None) -> tuple[dict[str, nn.Module], Checkpoint]:
     torch.manual_seed(0)
     make, usual = FAMILIES[name]
     networks = make()
     ends = {"beta_start": 0.0001, "beta_end": 0.02} if name == "x4-upscaler" else {}
     scheduler = SCHEDULER | ends | {"prediction_type": prediction or usual}
-    return networks, gather({k: part(v) for k, v in networks.items()}, {"scheduler": scheduler})
+    return networks, single.gather(
+        {k: part(v) for k, v in networks.items()}, {"scheduler": scheduler}
+    )
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -218,22 +217,22 @@ def converted(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_diffusers_converts_what_join_writes(name: str) -> None:
     networks, parts = build(name)
-    assert parts.family == name
-    found = converted(name, networks, join(parts))
-    assert found.keys() == parts.networks.keys()
-    for key, expected in parts.networks.items():
-        assert equal(found[key], expected.tensors), key
+    assert parts.kind == name
+    found = converted(name, networks, single.join(parts))
+    assert found.keys() == parts.components.keys()
+    for key, expected in parts.components.items():
+        assert equal(found[key], single.weights(expected)), key
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_split_is_the_inverse_of_join(name: str, tmp_path: Path) -> None:
     _, parts = build(name)
-    save(tmp_path / "one.safetensors", parts)
-    again = split(tmp_path / "one.safetensors")
-    assert again.family == name
-    for key, expected in parts.networks.items():
-        assert equal(again.networks[key].tensors, expected.tensors), key
-    given, found = parts.networks["unet"].config, again.networks["unet"].config
+    single.save(tmp_path / "one.safetensors", parts)
+    again = single.split(tmp_path / "one.safetensors")
+    assert again.kind == name
+    for key, expected in parts.components.items():
+        assert equal(single.weights(again.components[key]), single.weights(expected)), key
+    given, found = parts.components["unet"].config, again.components["unet"].config
     levels = len(given["block_out_channels"])
     for field in given.keys() - {
         "sample_size",
@@ -254,7 +253,7 @@ def test_split_is_the_inverse_of_join(name: str, tmp_path: Path) -> None:
         betas.table(parts.schedulers["scheduler"]),
         rtol=1e-5,
     )
-    save(tmp_path / "two.safetensors", again)  # what was split joins to the very same file
+    single.save(tmp_path / "two.safetensors", again)  # what was split joins to the very same file
     assert equal(load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "two.safetensors"))
 
 
@@ -264,11 +263,11 @@ def test_inferred_configs_build_the_same_networks(name: str) -> None:
     outputs.
     """
     networks, parts = build(name)
-    again = split_tensors(join(parts), notes(parts), "file")
-    network = diffusers.UNet2DConditionModel.from_config(again.networks["unet"].config)
-    network.load_state_dict(again.networks["unet"].tensors)
-    autoencoder = diffusers.AutoencoderKL.from_config(again.networks["vae"].config)
-    autoencoder.load_state_dict(again.networks["vae"].tensors)
+    again = single.split_tensors(single.join(parts), single.notes(parts), "file")
+    network = diffusers.UNet2DConditionModel.from_config(again.components["unet"].config)
+    network.load_state_dict(single.weights(again.components["unet"]))
+    autoencoder = diffusers.AutoencoderKL.from_config(again.components["vae"].config)
+    autoencoder.load_state_dict(single.weights(again.components["vae"]))
     channels, context = (
         networks["unet"].config.in_channels,
         networks["unet"].config.cross_attention_dim,
@@ -293,7 +292,7 @@ def test_inferred_configs_build_the_same_networks(name: str) -> None:
         assert torch.equal(autoencoder(image).sample, networks["vae"](image).sample)
     for key in ("text_encoder", "text_encoder_2"):
         if key in networks:
-            config = again.networks[key].config
+            config = again.components[key].config
             kind = (
                 CLIPTextModelWithProjection
                 if "With" in config["architectures"][0]
@@ -305,7 +304,7 @@ def test_inferred_configs_build_the_same_networks(name: str) -> None:
                     **{k: v for k, v in config.items() if k not in ("architectures", "model_type")}
                 )
             ).eval()
-            state = again.networks[key].tensors
+            state = single.weights(again.components[key])
             text.load_state_dict(
                 {
                     k.removeprefix("text_model.") if kind is CLIPTextModel else k: v
@@ -319,7 +318,7 @@ def test_inferred_configs_build_the_same_networks(name: str) -> None:
 
 def test_diffusers_opens_the_file_itself(tmp_path: Path) -> None:
     networks, parts = build("sd1")
-    save(tmp_path / "one.safetensors", parts)
+    single.save(tmp_path / "one.safetensors", parts)
     for name in ("unet", "vae"):
         networks[name].save_pretrained(tmp_path / name)
     network = diffusers.UNet2DConditionModel.from_single_file(
@@ -399,8 +398,8 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def held(rows: list[Row]) -> dict[str, tuple[int, ...]]:
-    return {name: r.shape for r in rows for name in r.ours}
+def held(rows: list[WeightMap]) -> dict[str, tuple[int, ...]]:
+    return {name: r.shape for r in rows for name in r.targets}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -409,10 +408,10 @@ def test_published_structures_are_covered_key_by_key(name: str) -> None:
     up = [k.replace("Down", "Up") for k in reversed(fields["down_block_types"])]
     with torch.device("meta"):
         network = diffusers.UNet2DConditionModel(up_block_types=up, **fields)
-    rows = unet_rows(network.config)
-    assert len(rows) == len({r.theirs for r in rows}) == count
+    rows = unet_map(network.config)
+    assert len(rows) == len({r.source for r in rows}) == count
     assert held(rows) == {k: tuple(v.shape) for k, v in network.state_dict().items()}
-    file = {f"model.diffusion_model.{r.theirs}": torch.empty(r.stored, device="meta") for r in rows}
+    file = {f"model.diffusion_model.{r.source}": torch.empty(r.stored, device="meta") for r in rows}
     there = theirs.convert_ldm_unet_checkpoint(file, dict(network.config))
     assert {k: tuple(v.shape) for k, v in there.items()} == held(rows)
 
@@ -427,7 +426,7 @@ def test_published_autoencoder_and_text_encoders() -> None:
         autoencoder = diffusers.AutoencoderKL(
             block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4, **kinds
         )
-        rows = vae_rows(autoencoder.config)
+        rows = vae_map(autoencoder.config)
         assert len(rows) == 248
         assert held(rows) == {k: tuple(v.shape) for k, v in autoencoder.state_dict().items()}
         for width, inner, layers, count in towers.values():
@@ -439,20 +438,27 @@ def test_published_autoencoder_and_text_encoders() -> None:
                 "num_attention_heads": width // 64,
             }
             given = part(kind(CLIPTextConfig(**sizes, projection_dim=width)))
-            shapes = {k: tuple(v.shape) for k, v in given.tensors.items()}
-            assert held(clip_rows(given.config)) == held(open_clip_rows(given.config)) == shapes
+            shapes = {k: v.shape for k, v in given.tensors.items()}
+            assert (
+                held(single.clip_map(given.config))
+                == held(single.open_clip_map(given.config))
+                == shapes
+            )
             assert count is None or len(shapes) == count
 
 
 def test_sd2_whole_tower_leaves_its_last_layer_out() -> None:
     _, parts = build("sd2")
-    tensors = join(parts)
+    tensors = single.join(parts)
     prefix = "cond_stage_model.model."
     block = {k: v for k, v in tensors.items() if f"{prefix}transformer.resblocks.22." in k}
     whole = tensors | {k.replace("resblocks.22", "resblocks.23"): v + 1 for k, v in block.items()}
     whole |= {f"{prefix}text_projection": torch.eye(64), f"{prefix}logit_scale": torch.tensor(4.6)}
-    again = split_tensors(whole, {}, "file")
-    assert equal(again.networks["text_encoder"].tensors, parts.networks["text_encoder"].tensors)
+    again = single.split_tensors(whole, {}, "file")
+    assert equal(
+        single.weights(again.components["text_encoder"]),
+        single.weights(parts.components["text_encoder"]),
+    )
 
 
 def test_json_configs(tmp_path: Path) -> None:
@@ -460,12 +466,12 @@ def test_json_configs(tmp_path: Path) -> None:
     know.
     """
     _, parts = build("sdxl")
-    again = split_tensors(join(parts), notes(parts), "file")
-    for each in (*(p.config for p in again.networks.values()), *again.schedulers.values()):
+    again = single.split_tensors(single.join(parts), single.notes(parts), "file")
+    for each in (*(p.config for p in again.components.values()), *again.schedulers.values()):
         assert json.loads(json.dumps(each)) == each
-    assert UNET_STANDARD.keys() <= again.networks["unet"].config.keys()
+    assert STANDARD.keys() <= again.components["unet"].config.keys()
     for kind, config in (
-        (diffusers.UNet2DConditionModel, again.networks["unet"].config),
+        (diffusers.UNet2DConditionModel, again.components["unet"].config),
         (diffusers.DDIMScheduler, again.schedulers["scheduler"]),
     ):
         _, unused, _ = kind.extract_init_dict(config)
@@ -474,7 +480,7 @@ def test_json_configs(tmp_path: Path) -> None:
 
 def test_running_averages_are_read_on_request_only() -> None:
     _, parts = build("sd1")
-    tensors = join(parts)
+    tensors = single.join(parts)
     mine = [k for k in tensors if k.startswith("model.diffusion_model.")]
     averaged = {
         "model_ema." + k.removeprefix("model.").replace(".", ""): tensors[k] + 1 for k in mine
@@ -484,12 +490,14 @@ def test_running_averages_are_read_on_request_only() -> None:
         | averaged
         | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(3)}
     )
-    config = parts.networks["unet"].config
+    config = parts.components["unet"].config
     for ema in (False, True):
-        found = split_tensors(file, {}, "file", Reading(ema=ema)).networks["unet"].tensors
+        found = single.split_tensors(file, {}, "file", ReadOptions(ema=ema)).components["unet"]
+        found = single.weights(found)
         assert equal(found, theirs.convert_ldm_unet_checkpoint(dict(file), config, extract_ema=ema))
         assert torch.equal(
-            found["conv_in.bias"], parts.networks["unet"].tensors["conv_in.bias"] + int(ema)
+            found["conv_in.bias"],
+            single.weights(parts.components["unet"])["conv_in.bias"] + int(ema),
         )
 
 
@@ -497,8 +505,11 @@ def test_both_ways_of_naming_clip_and_the_autoencoder(tmp_path: Path) -> None:
     _, parts = build("sd1")
     other = {
         k.replace(".text_model.", ".").replace("first_stage_model.", "vae."): v
-        for k, v in join(parts).items()
+        for k, v in single.join(parts).items()
     }
     save_file(other, tmp_path / "other.safetensors")
-    again = split(tmp_path / "other.safetensors")
-    assert all(equal(again.networks[k].tensors, p.tensors) for k, p in parts.networks.items())
+    again = single.split(tmp_path / "other.safetensors")
+    assert all(
+        equal(single.weights(again.components[k]), single.weights(p))
+        for k, p in parts.components.items()
+    )

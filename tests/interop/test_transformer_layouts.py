@@ -4,6 +4,7 @@ what was written. Small random networks, and the full sizes on the meta device.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -12,21 +13,50 @@ import torch
 from diffusers.loaders import single_file_utils as theirs
 from torch import Tensor, nn
 
-from sfumato.checkpoints.lazily import present
-from sfumato.checkpoints.names.dit import grid_table
-from sfumato.checkpoints.names.rows import to_ours, to_theirs
-from sfumato.checkpoints.transformer_files import (
-    LAYOUTS,
-    NOTE,
-    PREFIX,
-    Layout,
-    layout_of_keys,
-    read_transformer,
-    write_transformer,
-)
+from sfumato.checkpoints import families
+from sfumato.checkpoints.checkpoint import Checkpoint, Component, RawCheckpoint
+from sfumato.checkpoints.families._base import NETWORK as PREFIX
+from sfumato.checkpoints.families._transformer import TransformerFamily
+from sfumato.checkpoints.families.dit import grid_table
+from sfumato.checkpoints.lazy_tensor import LazyTensor, from_tensors, load_tensors
+from sfumato.checkpoints.metadata import TRANSFORMER as NOTE
+from sfumato.checkpoints.shapes import Shapes
+from sfumato.checkpoints.weight_map import load_all, store_all
 from sfumato.errors import UserError
 
-KINDS = {k.name: k for k in LAYOUTS}
+KINDS = {
+    family.name: family for family in families.registered() if isinstance(family, TransformerFamily)
+}
+Layout = TransformerFamily
+
+
+def write_transformer(
+    layout: Layout, config: dict[str, Any], ours: dict[str, LazyTensor], where: str
+) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    raw = layout.write(Checkpoint({"transformer": Component(config, ours)}, path=Path(where)))
+    return dict(raw.tensors), dict(raw.metadata)
+
+
+def read_transformer(
+    layout: Layout,
+    tensors: dict[str, LazyTensor],
+    where: str,
+    config: dict[str, Any] | None = None,
+    notes: dict[str, str] | None = None,
+) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
+    raw = RawCheckpoint(tensors, notes or {}, Path(where))
+    found = layout.read(raw, None, {} if config is None else {"transformer": config}).components[
+        "transformer"
+    ]
+    return found.config, dict(found.tensors)
+
+
+def detected(tensors: dict[str, Tensor]) -> Layout:
+    found = families.candidates({k: tuple(v.shape) for k, v in tensors.items()}, "file")[0]
+    assert isinstance(found, TransformerFamily)
+    return found
+
+
 SD3 = {
     "sample_size": 8,
     "num_layers": 3,
@@ -214,7 +244,10 @@ def written(name: str) -> tuple[Layout, dict[str, Any], dict[str, Tensor], dict[
         layout,
         config,
         ours,
-        {k: v.make() for k, v in write_transformer(layout, config, present(ours), name)[0].items()},
+        {
+            k: v.load()
+            for k, v in write_transformer(layout, config, from_tensors(ours), name)[0].items()
+        },
     )
 
 
@@ -241,16 +274,15 @@ def test_diffusers_reads_what_is_written(name: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", MODELS)
 def test_back_again(name: str, prefix: str) -> None:
     layout, config, ours, original = written(name)
-    file = (
-        {prefix + k: v for k, v in original.items()} | {"first_stage_model.x": torch.ones(1)}
-        if prefix
-        else original
+    file = {prefix + k: v for k, v in original.items()}
+    assert detected(file) is layout
+    known = config if name == "pixart-512" else None
+    told, again = read_transformer(layout, from_tensors(file), name, known)
+    beside = RawCheckpoint(
+        from_tensors(file | {"first_stage_model.x": torch.ones(1)}), {}, Path(name)
     )
-    assert layout_of_keys(file) == (layout, prefix)
-    told, again = read_transformer(
-        layout, prefix, present(file), name, config if name == "pixart-512" else None
-    )
-    assert equal({k: v.make() for k, v in again.items()}, ours)
+    assert layout.read_network(beside, known or told).tensors.keys() == again.keys()
+    assert equal({k: v.load() for k, v in again.items()}, ours)
     assert all(v.dtype == ours[k].dtype and v.shape == ours[k].shape for k, v in again.items())
     network = MODELS[name][1](**{k: v for k, v in told.items() if not k.startswith("_")})
     network.load_state_dict(ours)  # the config that was read builds the same network
@@ -269,11 +301,10 @@ def test_full_size(name: str) -> None:
     with torch.device("meta"):
         network = network_class(**fields)
     layout, config, ours = KINDS[kind], dict(network.config), network.state_dict()
-    original, notes = write_transformer(layout, config, present(ours), name)
+    original, notes = write_transformer(layout, config, from_tensors(ours), name)
     assert not json.loads(notes.get(NOTE, "{}")).keys() - {"sample_size", "norm_eps"}, notes
     told, again = read_transformer(
         layout,
-        "",
         {k: v for k, v in original.items() if k != "pos_embed" or kind != "dit"}
         | _table(kind, config),
         name,
@@ -288,7 +319,9 @@ def test_full_size(name: str) -> None:
     if kind in CONVERTERS:
         assert {
             k: v.shape
-            for k, v in CONVERTERS[kind]({k: v.outline for k, v in original.items()}).items()
+            for k, v in CONVERTERS[kind](
+                {k: torch.empty(v.shape, dtype=v.dtype, device="meta") for k, v in original.items()}
+            ).items()
         } == {k: v.shape for k, v in ours.items()}
 
 
@@ -296,7 +329,9 @@ def _table(kind: str, config: dict[str, Any]) -> dict[str, Any]:
     if kind != "dit":
         return {}
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    return present({"pos_embed": grid_table(width, config["sample_size"] // config["patch_size"])})
+    return from_tensors(
+        {"pos_embed": grid_table(width, config["sample_size"] // config["patch_size"])}
+    )
 
 
 def test_table_of_places_is_diffusers() -> None:
@@ -310,8 +345,7 @@ def test_dit_with_another_table_or_unlike_copies_is_refused() -> None:
         with pytest.raises(UserError, match="pos_embed is not the table"):
             read_transformer(
                 layout,
-                "",
-                present(original | {"pos_embed": change(original["pos_embed"])}),
+                from_tensors(original | {"pos_embed": change(original["pos_embed"])}),
                 "file",
                 config,
             )
@@ -321,15 +355,24 @@ def test_dit_with_another_table_or_unlike_copies_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"transformer_blocks\.1\.\S+ differs from transformer_blocks\.0"
     ):
-        [v.make() for v in write_transformer(layout, config, present(ours), "folder")[0].values()]
+        [
+            v.load()
+            for v in write_transformer(layout, config, from_tensors(ours), "folder")[0].values()
+        ]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_eager_tables_are_the_lazy_ones(name: str) -> None:
+def test_tables_are_inverses(name: str) -> None:
     layout, config, ours, original = written(name)
-    rows, made = layout.rows(config), layout.made(config)
-    assert equal(to_theirs(rows, ours, name) | made, original)
-    assert equal(to_ours(rows, original), ours)
+    maps = layout.weight_map(config)
+    assert equal(load_tensors(store_all(maps, from_tensors(ours))), original)
+    assert equal(load_tensors(load_all(maps, from_tensors(original), name)), ours)
+    for m in maps:  # tensor by tensor
+        values = m.load(original[m.source])
+        assert all(
+            torch.equal(value, ours[key]) for key, value in zip(m.targets, values, strict=True)
+        )
+        assert torch.equal(m.store(values), original[m.source])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -347,7 +390,7 @@ def test_what_is_wrong_is_said_in_one_message(name: str) -> None:
         bent: original[bent][:, :-1],
     }
     with pytest.raises(UserError) as error:
-        read_transformer(layout, "", present(table), "a.safetensors", given)
+        read_transformer(layout, from_tensors(table), "a.safetensors", given)
     said = str(error.value)
     if lost not in ("double_blocks.0.img_mlp.2.weight",):  # by which FLUX.2's MLPs are measured
         assert (
@@ -358,8 +401,7 @@ def test_what_is_wrong_is_said_in_one_message(name: str) -> None:
     with pytest.raises(UserError, match="not of floating-point numbers"):
         read_transformer(
             layout,
-            "",
-            present(original | {bent: original[bent].to(torch.int8)}),
+            from_tensors(original | {bent: original[bent].to(torch.int8)}),
             "a.safetensors",
             given,
         )
@@ -381,20 +423,20 @@ def test_what_keys_do_not_tell_is_noted(name: str, fields: dict[str, Any]) -> No
     """With the note the config comes back; without it, another, or a sentence that asks for it."""
     layout, config, ours = build(name)
     config |= fields
-    original, notes = write_transformer(layout, config, present(ours), name)
-    told, again = read_transformer(layout, "", original, name, notes=notes)
+    original, notes = write_transformer(layout, config, from_tensors(ours), name)
+    told, again = read_transformer(layout, original, name, notes=notes)
     assert all(
         told[k] == list(v) if isinstance(v, tuple) else told[k] == v for k, v in fields.items()
     )
-    assert equal({k: v.make() for k, v in again.items()}, ours)
+    assert equal({k: v.load() for k, v in again.items()}, ours)
     try:
-        other, _ = read_transformer(layout, "", original, name)
+        other, _ = read_transformer(layout, original, name)
         assert any(other[k] != told[k] for k in fields)
     except UserError as error:
         assert "--config" in str(error)
     for note in ("[1]", "{"):
         with pytest.raises(UserError, match=r"sfumato\.transformer"):
-            read_transformer(layout, "", original, name, notes={NOTE: note})
+            read_transformer(layout, original, name, notes={NOTE: note})
 
 
 def test_a_config_of_another_class_is_refused() -> None:
@@ -403,18 +445,17 @@ def test_a_config_of_another_class_is_refused() -> None:
         UserError, match="holds a FluxTransformer2DModel, and the given config is of a SD3"
     ):
         read_transformer(
-            layout, "", present(original), "file", config | {"_class_name": "SD3Transformer2DModel"}
+            layout,
+            from_tensors(original),
+            "file",
+            config | {"_class_name": "SD3Transformer2DModel"},
         )
     with pytest.raises(UserError, match="does not fit the architecture"):
-        read_transformer(layout, "", present(original), "file", config | {"num_layers": 3})
+        read_transformer(layout, from_tensors(original), "file", config | {"num_layers": 3})
     with pytest.raises(UserError, match=r"^file has a value of the wrong kind"):
-        read_transformer(layout, "", present(original), "file", {})
+        read_transformer(layout, from_tensors(original), "file", {})
 
 
 def test_what_is_none() -> None:
-    assert (
-        layout_of_keys(
-            ["model.diffusion_model.input_blocks.0.0.weight", "double_blocks.0.img_attn.qkv.weight"]
-        )
-        is None
-    )
+    keys = ["model.diffusion_model.input_blocks.0.0.weight", "double_blocks.0.img_attn.qkv.weight"]
+    assert not any(kind.detect(Shapes(dict.fromkeys(keys, ()))) for kind in KINDS.values())

@@ -26,20 +26,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sfumato
-from sfumato.checkpoints.lazily import present
-from sfumato.checkpoints.names.whole import DYNAMIC, FLOW
-from sfumato.checkpoints.original import Reading
+from sfumato.checkpoints import families
+from sfumato.checkpoints.checkpoint import Checkpoint, Component, RawCheckpoint, ReadOptions
+from sfumato.checkpoints.families._base import Family
+from sfumato.checkpoints.families._transformer import FLOW, TransformerFamily
+from sfumato.checkpoints.families.flux import DYNAMIC
+from sfumato.checkpoints.formats.folded import KEY as KEY_OF_OURS
+from sfumato.checkpoints.lazy_tensor import LazyTensor, from_tensors
+from sfumato.checkpoints.metadata import CONFIGS, TOKENIZERS
+from sfumato.checkpoints.metadata import TRANSFORMER as NOTE
 from sfumato.checkpoints.schedulers.config import read_scheduler
-from sfumato.checkpoints.single_file import KEY_OF_OURS
-from sfumato.checkpoints.transformer_files import (
-    NOTE,
-    layout_named,
-    read_transformer,
-    write_transformer,
-)
-from sfumato.checkpoints.whole_files import LATENTS
-from sfumato.checkpoints.whole_models import CONFIGS
-from sfumato.checkpoints.whole_texts import TOKENIZERS
 from sfumato.cli import main
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.diffuse.parameterization import parameterization
@@ -58,6 +54,7 @@ from sfumato.predict.text_encoders.t5 import T5Encoder
 from sfumato.sampling import Defaults
 from sfumato.types import Conditioning
 
+opens: Any = runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_opens.py"))["opens"]
 text: Any = SimpleNamespace(
     **runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_text.py"))
 )
@@ -103,6 +100,22 @@ DIT: dict[str, Any] = {
 }
 DIT |= {"num_embeds_ada_norm": 5, "norm_eps": 1e-6}
 PREFIX = "model.diffusion_model."
+
+
+LATENTS = {
+    family.name: family.latents
+    for family in families.registered()
+    if isinstance(family, TransformerFamily) and family.latents
+}
+
+
+def write_transformer(
+    family: Family, config: dict[str, Any], tensors: dict[str, LazyTensor]
+) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    raw = family.write(
+        Checkpoint({"transformer": Component(config, tensors)}, path=Path("network"))
+    )
+    return dict(raw.tensors), dict(raw.metadata)
 
 
 def network(name: str, **fields: Any) -> Any:
@@ -454,7 +467,7 @@ def test_damaged_files(saved: Callable[[str], Path], tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"(?s)bad.safetensors.*{said}|{said}.*bad.safetensors"):
             sfumato.load(bad)
     with pytest.raises(UserError, match="reading="):
-        sfumato.load(good, reading=Reading(ema=True))
+        sfumato.load(good, reading=ReadOptions(ema=True))
 
 
 # ---- a network in a file of its own --------------------------------------------------------------
@@ -464,9 +477,9 @@ def lone(model: LatentDiffusion, name: str, path: Path, prefix: str = "") -> dic
     """Writes the network of a model under its original names."""
     net: Any = model.denoiser.network
     table, _ = write_transformer(
-        layout_named(name), net.to_config(), present(net.state_dict()), "network"
+        families.by_name(name), net.to_config(), from_tensors(net.state_dict())
     )
-    tensors = {prefix + k: v.make().contiguous() for k, v in table.items()}
+    tensors = {prefix + k: v.load().contiguous() for k, v in table.items()}
     save_file(tensors, path)
     return tensors
 
@@ -547,6 +560,40 @@ def test_quantised_networks(
     for name in ("net.gguf", "fp8.safetensors"):
         with pytest.raises(UserError, match="cannot be streamed"):
             sfumato.load(base, transformer=tmp_path / name, memory="64GB")
+
+
+def test_a_file_is_opened_once(
+    models: dict[str, LatentDiffusion], saved: Callable[[str], Path], base: Path, tmp_path: Path
+) -> None:
+    """A whole file, a folder's parts, and a network beside a folder: safetensors, pickled, GGUF."""
+    place = saved("flux")
+    with opens() as counts:
+        sfumato.load(place / "a.safetensors")
+    assert counts == {f"{place.name}/a.safetensors": 1}
+    with opens() as counts:
+        sfumato.load(place / "a.safetensors", memory="64GB")
+    assert counts == {f"{place.name}/a.safetensors": 1}
+    with opens() as counts:
+        sfumato.load(place / "folder")
+    assert set(counts.values()) == {1} and len(counts) == 4
+    tensors = lone(models["flux"], "flux", tmp_path / "net.safetensors")
+    torch.save(tensors, tmp_path / "net.pt")
+    writer = gguf.GGUFWriter(tmp_path / "net.gguf", "flux")
+    for key, tensor in tensors.items():
+        writer.add_tensor(key, tensor.numpy())
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    for name in ("net.safetensors", "net.pt", "net.gguf"):
+        with opens() as counts:
+            sfumato.load(base, transformer=tmp_path / name)
+        assert (
+            set(counts.values()) == {1} and f"{tmp_path.name}/{name}" in counts and len(counts) == 4
+        )
 
 
 def test_networks_that_do_not_belong(
@@ -649,9 +696,9 @@ def sit_file(**fields: Any) -> tuple[SiTTransformer, dict[str, Tensor], dict[str
     for block in net.transformer_blocks:
         block.norm1.emb.load_state_dict(first)
     table, notes = write_transformer(
-        layout_named("sit"), net.to_config(), present(net.state_dict()), "network"
+        families.by_name("sit"), net.to_config(), from_tensors(net.state_dict())
     )
-    return net, {k: v.make().contiguous() for k, v in table.items()}, notes
+    return net, {k: v.load().contiguous() for k, v in table.items()}, notes
 
 
 def published(file: dict[str, Tensor], heads: int, x: Tensor, s: Tensor, label: Tensor) -> Tensor:
@@ -731,18 +778,15 @@ def test_sit_is_the_papers_network_as_a_flow() -> None:
 def test_sit_is_told_from_dit_by_its_class() -> None:
     net, file, notes = sit_file()
     assert json.loads(notes[NOTE])["_class_name"] == "SfumatoSiT"
-    values, tensors = read_transformer(layout_named("sit"), "", present(file), "file")
+    found = (
+        families.by_name("sit").read(RawCheckpoint(from_tensors(file))).components["transformer"]
+    )
+    values = found.config
     assert SiTConfig.from_dict(values) == net.config
-    assert equal({k: v.make() for k, v in tensors.items()}, dict(net.state_dict()))
+    assert equal({k: v.load() for k, v in found.tensors.items()}, dict(net.state_dict()))
     with pytest.raises(UserError, match="holds a SfumatoSiT, and the given config is of a DiT"):
-        read_transformer(
-            layout_named("dit"),
-            "",
-            present(file),
-            "file",
-            {**values, "_class_name": "DiTTransformer2DModel"},
-            notes,
-        )
+        other = {"transformer": {**values, "_class_name": "DiTTransformer2DModel"}}
+        families.by_name("dit").read(RawCheckpoint(from_tensors(file), notes), None, other)
 
 
 def test_convert_dit_and_sit(

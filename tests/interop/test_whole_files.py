@@ -3,6 +3,7 @@ read what is written as the very same tensors under the very same keys, and it c
 file.
 """
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -18,11 +19,18 @@ from transformers import (
     T5EncoderModel,
 )
 
-from sfumato.checkpoints.lazily import present
-from sfumato.checkpoints.names.flux2 import BATCHES
-from sfumato.checkpoints.whole_files import LATENTS, LazyPart, read_whole, write_whole
+from sfumato.checkpoints import families
+from sfumato.checkpoints.checkpoint import Checkpoint, Component, RawCheckpoint
+from sfumato.checkpoints.families._transformer import TransformerFamily
+from sfumato.checkpoints.families.flux2 import BATCHES
+from sfumato.checkpoints.lazy_tensor import LazyTensor, from_tensors
 from sfumato.errors import UserError
 
+LATENTS = {
+    family.name: family.latents
+    for family in families.registered()
+    if isinstance(family, TransformerFamily) and family.latents
+}
 T5 = {
     "vocab_size": 30,
     "d_model": 24,
@@ -63,6 +71,23 @@ LEVELS |= {
     "down_block_types": ["DownEncoderBlock2D"] * 2,
     "up_block_types": ["UpDecoderBlock2D"] * 2,
 }
+
+
+def write_whole(
+    parts: dict[str, Component], where: str
+) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    raw = families.write(Checkpoint(parts, path=Path(where)))
+    return dict(raw.tensors), dict(raw.metadata)
+
+
+def read_whole(
+    tensors: dict[str, LazyTensor],
+    notes: dict[str, str],
+    where: str,
+    configs: dict[str, dict[str, Any]] | None = None,
+) -> dict[str, Component]:
+    raw = RawCheckpoint(tensors, notes, Path(where))
+    return families.detect(raw.shapes, where).read(raw, None, configs).components
 
 
 def vae(family: str) -> nn.Module:
@@ -132,21 +157,21 @@ def names(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def part(network: nn.Module) -> LazyPart:
+def part(network: nn.Module) -> Component:
     if isinstance(network, diffusers.ModelMixin):
-        return LazyPart(
-            {"_class_name": type(network).__name__, **network.config}, present(names(network))
+        return Component(
+            {"_class_name": type(network).__name__, **network.config}, from_tensors(names(network))
         )
-    return LazyPart(
+    return Component(
         network.config.to_dict() | {"architectures": [type(network).__name__]},
-        present(names(network)),
+        from_tensors(names(network)),
     )
 
 
 def file_of(networks: dict[str, nn.Module]) -> dict[str, Tensor]:
     table, notes = write_whole({k: part(v) for k, v in networks.items()}, "folder")
     assert not notes
-    return {k: v.make() for k, v in table.items()}
+    return {k: v.load() for k, v in table.items()}
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -161,10 +186,10 @@ def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def test_whole_and_back(family: str) -> None:
     networks = models(family)
     file = file_of(networks)
-    parts = read_whole(present(file), {}, "file")
+    parts = read_whole(from_tensors(file), {}, "file")
     assert parts.keys() == networks.keys()
     for name, found in parts.items():
-        assert equal({k: v.make() for k, v in found.tensors.items()}, names(networks[name])), name
+        assert equal({k: v.load() for k, v in found.tensors.items()}, names(networks[name])), name
     for name in networks:  # the configs that were read build the same networks
         network, config = networks[name], parts[name].config
         if isinstance(network, diffusers.ModelMixin):
@@ -217,9 +242,9 @@ def test_a_projection_that_is_none_is_kept() -> None:
         networks["text_encoder"].text_projection.weight.mul_(2)
     file = file_of(networks)
     again = (
-        read_whole(present(file), {}, "file")["text_encoder"]
+        read_whole(from_tensors(file), {}, "file")["text_encoder"]
         .tensors["text_projection.weight"]
-        .make()
+        .load()
     )
     assert torch.equal(again, 2 * torch.eye(64))
 
@@ -231,7 +256,7 @@ def test_files_as_they_come() -> None:
     networks = models("sd3")
     file = file_of(networks)
     bare = {k: v for k, v in file.items() if not k.startswith("text_encoders.")}
-    assert read_whole(present(bare), {}, "file").keys() == {"transformer", "vae"}
+    assert read_whole(from_tensors(bare), {}, "file").keys() == {"transformer", "vae"}
     renamed = {k.replace("first_stage_model.", "vae."): v for k, v in file.items()}
     renamed |= {
         "text_encoders.t5xxl.transformer.encoder.embed_tokens.weight": file[
@@ -242,14 +267,14 @@ def test_files_as_they_come() -> None:
         "text_encoders.clip_g.logit_scale": torch.ones(()),
         "text_encoders.t5xxl.logit_scale": torch.ones(()),
     }
-    parts = read_whole(present(renamed), {}, "file")
+    parts = read_whole(from_tensors(renamed), {}, "file")
     assert all(
-        equal({k: v.make() for k, v in p.tensors.items()}, names(networks[n]))
+        equal({k: v.load() for k, v in p.tensors.items()}, names(networks[n]))
         for n, p in parts.items()
     )
     for odd in ("something.else", "text_encoders.gemma.weight", "text_encoders.clip_l.more"):
         with pytest.raises(UserError, match=odd.replace(".", r"\.")):
-            read_whole(present(file | {odd: torch.ones(1)}), {}, "file")
+            read_whole(from_tensors(file | {odd: torch.ones(1)}), {}, "file")
     for lost, extra in (
         ("first_stage_model.decoder.conv_out.weight", "first_stage_model.x"),
         ("text_encoders.t5xxl.transformer.shared.weight", None),
@@ -258,7 +283,7 @@ def test_files_as_they_come() -> None:
             {extra: torch.ones(1)} if extra else {}
         )
         with pytest.raises(UserError, match=lost.replace(".", r"\.")):
-            read_whole(present(table), {}, "file")
+            read_whole(from_tensors(table), {}, "file")
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux", "flux2"])
@@ -266,13 +291,13 @@ def test_autoencoder_alone(family: str) -> None:
     network = vae(family)
     file = file_of({"vae": network})
     assert not any(k.startswith(("vae.", "first_stage_model.")) for k in file)
-    if family != "flux2":
-        with pytest.raises(UserError, match="does not tell the scale of its latents"):
-            read_whole(present(file), {}, "file")
+    shapes = {k: tuple(v.shape) for k, v in file.items()}
+    # of others `convert` asks for the config
+    assert families.detect(shapes, "file").tells_latents is (family == "flux2")
     config = None if family == "flux2" else {"vae": dict(network.config)}
     for given in (file, {k: v for k, v in file.items() if k != BATCHES}):
-        found = read_whole(present(given), {}, "file", config)["vae"]
-        assert equal({k: v.make() for k, v in found.tensors.items()}, network.state_dict())
+        found = read_whole(from_tensors(given), {}, "file", config)["vae"]
+        assert equal({k: v.load() for k, v in found.tensors.items()}, network.state_dict())
     if family == "flux2":
         assert all(
             list(v) == found.config[k] if isinstance(v, tuple) else v == found.config[k]
@@ -305,7 +330,7 @@ def test_what_has_no_place_is_refused() -> None:
     with pytest.raises(UserError, match="expected a diffusion transformer"):
         write_whole({"text_encoder": part(networks["text_encoder"])}, "folder")
     with pytest.raises(UserError, match="of no known layout"):
-        read_whole(present({"a.weight": torch.ones(2)}), {}, "file")
+        read_whole(from_tensors({"a.weight": torch.ones(2)}), {}, "file")
     twos = diffusers.Flux2Transformer2DModel(
         num_layers=1,
         num_single_layers=1,

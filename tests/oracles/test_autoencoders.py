@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.checkpoints.taesd import load_taesd, save_taesd
+from sfumato.checkpoints.families.taesd import load_taesd, save_taesd
 from sfumato.compress.base import Autoencoder
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.compress.kl_flux2 import AutoencoderKLFlux2, KLFlux2Config

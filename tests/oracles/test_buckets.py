@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import sfumato
-from sfumato.checkpoints.folder import save_part
+from sfumato.checkpoints.formats.folder import save_part
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.data import (
     BucketedImages,

@@ -19,7 +19,7 @@ from torch.distributions import Normal, kl_divergence
 
 import sfumato
 from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall, drive
-from sfumato.checkpoints.folder import save_part
+from sfumato.checkpoints.formats.folder import save_part
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process

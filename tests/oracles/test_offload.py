@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import sfumato
+from sfumato.checkpoints.memory_estimate import counted, header, parts_of, report, running
 from sfumato.cli import main
 from sfumato.compress.kl import AutoencoderKL, KLConfig
-from sfumato.deploy.offload import counted, header, parts_of, report, running
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
@@ -742,7 +742,8 @@ def test_info_tells_it(
     # a machine that is too small for the model: told all the same, by streaming
     need, libraries = facts["memory"]["ways"]["in memory, float32"]["needs"], 64 * 10**9
     monkeypatch.setattr(
-        "sfumato.deploy.offload._way", lambda needs, machine: {"needs": needs, "fits": needs < need}
+        "sfumato.checkpoints.memory_estimate._way",
+        lambda needs, machine: {"needs": needs, "fits": needs < need},
     )
     monkeypatch.setattr(host_memory, "available_bytes", lambda: libraries)
     opened: list[Any] = []

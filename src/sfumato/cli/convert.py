@@ -5,7 +5,7 @@ asked for.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -21,9 +21,8 @@ class Convert:
     """Converts a model between a folder in diffusers' layout and one file in the layout of its
     first publication; reads GGUF too.
 
-    A file with a transformer alone becomes a folder with transformer/ in it, and back. Transformers
-    are converted one tensor at a time and need little memory, whatever their size; models with a
-    U-Net are loaded first.
+    A file with a transformer alone becomes a folder with transformer/ in it, and back. Models are
+    converted one tensor at a time and need little memory, whatever their size.
     """
 
     source: tyro.conf.Positional[Path]
@@ -38,8 +37,8 @@ class Convert:
     config: Annotated[Path | None, unset("from the file's keys and shapes")] = None
     """A folder with the config.json of what a file holds, or a model's folder, whose scheduler and
     tokenizers are copied too."""
-    network: Annotated[Literal["dit", "sit"] | None, unset("dit")] = None
-    """Network of a file whose keys do not tell: those of DiT and SiT are the same."""
+    network: Annotated[str | None, unset("the first by name")] = None
+    """Family of a file's network, where its keys do not tell: dit or sit."""
     variant: Annotated[str | None, unset("none")] = None
     """Of a folder's files those to prefer, such as fp16."""
 
@@ -62,8 +61,8 @@ def convert(arguments: Sequence[str]) -> None:
 
     import torch
 
-    from sfumato.checkpoints.conversion import Storing, has_unet, open_source, to_file, to_folder
-    from sfumato.checkpoints.transformer_files import layout_named
+    from sfumato.checkpoints.convert import StoreOptions, open_source, to_file, to_folder
+    from sfumato.checkpoints.families import by_name
 
     eights = {"fp8": torch.float8_e4m3fn, "fp8-scaled": torch.float8_e4m3fn}
     dtype = (
@@ -73,35 +72,23 @@ def convert(arguments: Sequence[str]) -> None:
         if options.dtype in eights
         else torch_dtype(options.dtype)
     )
-    if has_unet(source):
-        given = [f"--dtype {options.dtype}"] * (options.dtype in eights)
-        given += [
-            f"--{name}" for name in ("config", "network") if getattr(options, name) is not None
-        ]
-        if given:
-            flag = given[0]
-            raise UserError(
-                f"{flag} is for diffusion transformers, and {options.source} holds a U-Net: leave it out"
-            )
-        from sfumato.loading import load
-
-        load(str(source), dtype=dtype, variant=options.variant).save(target, dtype=dtype)
-        print(f"{options.target}: {_size(target)}")
-        return
-    network = layout_named(options.network).class_name if options.network else None
-    storing = Storing(dtype, options.dtype == "fp8-scaled")
-    found = open_source(
+    network = by_name(options.network).alone[0] if options.network else None
+    storing = StoreOptions(dtype, options.dtype == "fp8-scaled")
+    opened = open_source(
         source,
         storing,
         options.config.expanduser() if options.config else None,
         options.variant,
         network,
     )
+    if opened is None:
+        _convert_unet(options, source, target, dtype)
+        return
     with progress("converting") as update:
         counts = (
-            to_file(found, target, storing, options.source, update)
+            to_file(opened, target, storing, update)
             if whole
-            else to_folder(found, target, storing, update)
+            else to_folder(opened, target, storing, update)
         )
     print(
         f"{options.target}: {', '.join(f'{name} ({n} tensors)' for name, n in counts.items())}, {_size(target)}"
@@ -110,6 +97,26 @@ def convert(arguments: Sequence[str]) -> None:
         print(
             f"{options.target} has no tokenizers, which {options.source} does not hold: --config DIR brings those of a model's folder"
         )
+
+
+def _convert_unet(options: Convert, source: Path, target: Path, dtype: Any) -> None:
+    """Through a model whose weights stay in the source's files until they are written."""
+    import torch
+
+    from sfumato.checkpoints.checkpoint import LoadOptions
+    from sfumato.loading import open_model
+    from sfumato.saving import save_model
+
+    foreign = [f"--dtype {options.dtype}"] * str(options.dtype).startswith("fp8")
+    foreign += [f"--{name}" for name in ("config", "network") if getattr(options, name) is not None]
+    if foreign:
+        raise UserError(
+            f"{foreign[0]} is for diffusion transformers, and {options.source} holds a U-Net: leave it out"
+        )
+    dtype = dtype or torch.float32
+    model = open_model(source, LoadOptions(dtype=dtype, variant=options.variant, stored=True))
+    save_model(model, target, dtype, source)
+    print(f"{options.target}: {_size(target)}")
 
 
 def _size(target: Path) -> str:

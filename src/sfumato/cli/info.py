@@ -49,7 +49,7 @@ def info(arguments: Sequence[str]) -> None:
         _print(facts if options.json else {**facts, CHECKS: _failures(facts[CHECKS])}, options.json)
         return
 
-    from sfumato.deploy.offload import report
+    from sfumato.checkpoints.memory_estimate import report
     from sfumato.loading import load
 
     place = _place(options.model)

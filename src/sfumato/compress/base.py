@@ -9,12 +9,14 @@ scaling factor.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sfumato.registry import module_of, names
 from sfumato.types import LatentSpace
 
 
@@ -94,6 +96,18 @@ class Autoencoder(nn.Module, ABC):
     def device(self) -> torch.device:
         """The device of the weights."""
         return next(self.parameters()).device
+
+
+@cache
+def registered() -> dict[str, tuple[type[Any], Any]]:
+    """Every autoencoder of this folder and its config, by the "_class_name" of config.json: the
+    tables CLASSES of its files.
+    """
+    return {
+        name: entry
+        for file in names("compress")
+        for name, entry in getattr(module_of("compress", file), "CLASSES", {}).items()
+    }
 
 
 class InParts(Autoencoder):

@@ -121,3 +121,6 @@ def gaussian(moments: Float[Tensor, "B D h w"]) -> Posterior:
     """
     mean, log_variance = moments.chunk(2, dim=1)
     return Posterior(mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)))
+
+
+CLASSES = {"AutoencoderKL": (AutoencoderKL, KLConfig)}

@@ -201,3 +201,6 @@ class AutoencoderKLFlux2(Halved):
 
     def to_config(self) -> dict[str, Any]:
         return self.config.to_dict()
+
+
+CLASSES = {"AutoencoderKLFlux2": (AutoencoderKLFlux2, KLFlux2Config)}

@@ -229,3 +229,9 @@ class AutoencoderTiny(InParts):
 
     def to_config(self) -> dict[str, Any]:
         return self.config.to_dict()
+
+
+CLASSES = {
+    "AutoencoderTiny": (AutoencoderTiny, TinyConfig),
+    _OWN_CLASS: (AutoencoderTiny, TinyConfig),
+}

@@ -171,3 +171,6 @@ class VQModel(Halved):
 
     def to_config(self) -> dict[str, Any]:
         return self.config.to_dict()
+
+
+CLASSES = {"VQModel": (VQModel, VQConfig)}

@@ -282,11 +282,22 @@ def read_tensors(path: str | Path) -> dict[str, "torch.Tensor"]:
     """Reads a safetensors file (memory-mapped); a missing, truncated or foreign file is a
     `UserError` that names it.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    return open_tensors(path)[0]
+
+
+def open_tensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict[str, str]]:
+    """The tensors (memory-mapped) and the metadata of a safetensors file, which is opened once.
+
+    Raises:
+        UserError: a missing, truncated or foreign file.
+    """
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as opened:
+            return {
+                name: opened.get_tensor(name) for name in opened.keys()
+            }, opened.metadata() or {}
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: expected a safetensors file there") from error
     except (SafetensorError, ValueError, OSError) as error:

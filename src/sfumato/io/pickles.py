@@ -68,7 +68,11 @@ def _zipped(path: Path) -> bool:
 
 def _reason(error: pickle.UnpicklingError) -> str:
     text = " ".join(str(error).split())
-    if "GLOBAL" in text or "not allowed" in text or "Unsupported" in text:
+    if (
+        "GLOBAL" in text
+        or "not allowed" in text
+        or ("Unsupported" in text and "Unsupported operand" not in text)
+    ):
         name = text.partition("GLOBAL ")[2].split(" ")[0]
         return f"it is a pickle that wants to run code{f' ({name})' if name else ''}, and nothing of it was run"
     return f"it is not a whole pickle of tensors ({text[:120]}) and may be truncated"

@@ -9,15 +9,15 @@ Safetensors come first and are memory-mapped. Pickled files are read with `weigh
 makes tensors and runs nothing; what wants more is refused.
 """
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sfumato.errors import UserError
+from sfumato.errors import NumericalError, UserError
+from sfumato.io import host_memory
 from sfumato.io.atomic import read_json, read_tensors
 from sfumato.io.pickles import read_pickle
 
@@ -112,37 +112,49 @@ def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
 
 def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: object) -> None:
     """`UserError` that lists every missing, extra and misshapen key, and weights of whole or
-    complex numbers (the first eight of each).
+    complex numbers.
 
     Whole numbers are what quantised files hold: without their scales, which are kept elsewhere,
     they are not the weights.
     """
-    missing = sorted(expected.keys() - found.keys())
-    extra = sorted(found.keys() - expected.keys())
-    shapes = [
-        f"{k} {tuple(found[k].shape)} instead of {tuple(expected[k].shape)}"
-        for k in sorted(expected.keys() & found.keys())
-        if found[k].shape != expected[k].shape
-    ]
-    kinds = [
-        f"{k} {str(found[k].dtype).removeprefix('torch.')}"
-        for k in sorted(expected.keys() & found.keys())
-        if expected[k].is_floating_point() and not found[k].is_floating_point()
-    ]
-    problems = [
-        f"{len(names)} {what} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
-        for what, names in (
-            ("missing", missing),
-            ("not expected", extra),
-            ("of another shape", shapes),
-            ("not of floating-point numbers", kinds),
-        )
-        if names
-    ]
+    both = sorted(expected.keys() & found.keys())
+    problems = key_faults(
+        missing=expected.keys() - found.keys(),
+        extra=found.keys() - expected.keys(),
+        shapes=[
+            f"{k} {tuple(found[k].shape)} instead of {tuple(expected[k].shape)}"
+            for k in both
+            if found[k].shape != expected[k].shape
+        ],
+        dtypes=[
+            f"{k} {str(found[k].dtype).removeprefix('torch.')}"
+            for k in both
+            if expected[k].is_floating_point() and not found[k].is_floating_point()
+        ],
+    )
     if problems:
         raise UserError(
-            f"{where} does not fit its config: keys {'; '.join(problems)}; use the weights that belong to the config"
+            f"{where} does not fit its config: keys {problems}; use the weights that belong to the config"
         )
+
+
+def key_faults(
+    missing: Iterable[str], extra: Iterable[str], shapes: Sequence[str], dtypes: Sequence[str]
+) -> str:
+    """One clause of all that is wrong with a file's keys, the first eight of each kind; empty where
+    nothing is.
+    """
+    listed = (
+        (sorted(missing), "missing"),
+        (sorted(extra), "not expected"),
+        (shapes, "of another shape"),
+        (dtypes, "not of floating-point numbers"),
+    )
+    return "; ".join(
+        f"{len(names)} {fault} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
+        for names, fault in listed
+        if names
+    )
 
 
 def require_finite(tensors: Mapping[str, Tensor], where: object) -> None:
@@ -154,51 +166,43 @@ def require_finite(tensors: Mapping[str, Tensor], where: object) -> None:
 def looked_at(
     files: Sequence[Path], tensors: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> bool:
-    """Looks for NaN and infinity (`UserError`) in the files of memory-mapped tensors that are used
-    as they lie there, in `dtype`.
+    """Look for NaN and infinity in memory-mapped tensors that are used as they lie in their files.
 
-    None: they are streamed, and looked at when they are first used.
+    The numbers are read some at a time, and their pages are given back: the mapping does not become
+    resident, and the files are not opened again.
 
-    The numbers are read some at a time, beside the mapping: to look at them there would make every
-    page of it resident. False: not looked, because the files are pickled or the tensors will be
-    converted.
+    Args:
+        files: where the tensors are from
+        tensors: all of theirs
+        dtype: what the tensors are used in; None: they are streamed, and checked when first used
+
+    Returns:
+        False where nothing was looked at: the files are pickled or the tensors will be converted.
+
+    Raises:
+        UserError: the first tensor with NaN or infinity.
     """
     if dtype is None:
         return True
-    mapped = dtype in _KINDS.values() and all(path.suffix == ENDINGS[0] for path in files)
-    if not mapped or any(t.is_floating_point() and t.dtype != dtype for t in tensors.values()):
+    if any(path.suffix != ENDINGS[0] for path in files) or any(
+        t.is_floating_point() and t.dtype != dtype for t in tensors.values()
+    ):
         return False
-    for path in files:
-        for key in _damaged(path):
-            raise _damage(path, key)
+    mapped = host_memory.MappedRanges()
+    for key, tensor in tensors.items():
+        pieces = (
+            tensor.reshape(-1).split(_PIECE // tensor.itemsize) if tensor in mapped else [tensor]
+        )
+        for piece in pieces:
+            finite = _finite(piece)
+            if tensor in mapped:
+                host_memory.drop_pages(piece)
+            if not finite:
+                raise _damage(files[0] if len(files) == 1 else files[0].parent, key)
     return True
 
 
-_KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_KINDS |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _PIECE = 2**22  # bytes, which stay in the processor's cache
-
-
-def _damaged(path: Path) -> Iterator[str]:
-    """Keys of a sound safetensors file with NaN or infinity: 8 bytes that give the length of a JSON
-    table, the table, and the numbers.
-    """
-    piece = bytearray(_PIECE)
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        table = json.loads(file.read(length))
-        for key, entry in table.items():
-            kind = _KINDS.get(entry.get("dtype", ""))
-            if kind is None:
-                continue
-            begin, end = entry["data_offsets"]
-            file.seek(8 + length + begin)
-            while begin < end:
-                count = file.readinto(memoryview(piece)[: min(_PIECE, end - begin)])
-                begin += count
-                if not _finite(torch.frombuffer(piece, dtype=kind, count=count // kind.itemsize)):
-                    yield key
-                    break
 
 
 def _finite(numbers: Tensor) -> bool:
@@ -219,6 +223,34 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     wide, largest = tensor.float(), torch.finfo(dtype).max
     beyond = (wide > largest) | (wide < -largest)
     return (wide.masked_fill(beyond, torch.nan) if beyond.any() else wide).to(dtype)
+
+
+def storable(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Weights in the dtype that is to be stored (None: their own); counters stay whole numbers.
+
+    Raises:
+        NumericalError: a weight that is NaN or infinite in it (float16 ends at 65504): readers
+            would refuse the file.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise UserError(
+            f"dtype {dtype}: weights are stored as floating-point numbers such as torch.float32 or torch.float16"
+        )
+    tensors = {
+        k: cast(v, dtype) if dtype is not None and v.is_floating_point() else v
+        for k, v in tensors.items()
+    }
+    for key in not_finite(tensors):
+        name = str(tensors[key].dtype).removeprefix("torch.")
+        if dtype in EIGHTS:
+            raise NumericalError(
+                f"weight {key} is NaN or beyond {torch.finfo(dtype).max:g}, the largest number of {name}: nothing was written; store it in "
+                "bfloat16, or scaled"
+            )
+        raise NumericalError(
+            f"weight {key} is NaN or infinite in {name}: nothing was written; store it in float32, or repair the training"
+        )
+    return tensors
 
 
 def scale_of(key: str, tensors: Mapping[str, object]) -> str | None:

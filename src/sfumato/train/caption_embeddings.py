@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sfumato.checkpoints.folder import index
+from sfumato.checkpoints.formats.folder import read_index
 from sfumato.errors import UserError
 from sfumato.io.atomic import hash_json, hash_tensors
 from sfumato.predict.conditioners import text_conditioner_class, text_encoder_classes
@@ -80,7 +80,7 @@ def open_reader(folder: str | Path) -> Conditioner:
     folder = Path(folder).expanduser()
     if (folder / "model_index.json").exists():
         return text_conditioner_class(
-            text_encoder_classes(index(folder), folder / "model_index.json"), folder
+            text_encoder_classes(read_index(folder), folder / "model_index.json"), folder
         ).from_folder(folder)
     if not (folder / "config.json").exists():
         raise UserError(

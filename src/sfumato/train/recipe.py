@@ -18,8 +18,8 @@ import torch
 from PIL import Image as PIL
 from torch import nn
 
-from sfumato.checkpoints.folder import load_part, save_part
-from sfumato.checkpoints.taesd import load_taesd
+from sfumato.checkpoints.families.taesd import load_taesd
+from sfumato.checkpoints.formats.folder import load_part, save_part
 from sfumato.compress.base import Autoencoder
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.data import (

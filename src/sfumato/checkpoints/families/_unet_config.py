@@ -1,0 +1,282 @@
+"""The config of a U-Net, detected from its keys and shapes alone.
+
+Two things leave no trace and are assumed: norms have 32 groups, and attention has as many heads as
+the family's rule says, or the caller, the YAML or the file's metadata. A U-Net without tokens
+(unconditional Latent Diffusion, diffusers' UNet2DModel) has steps that may be residual blocks: the
+way up tells, where one stands behind another block.
+"""
+
+from typing import Any
+
+from sfumato.checkpoints.shapes import Shapes, one_or_all
+from sfumato.errors import UserError
+from sfumato.predict.networks.unet import FIXED
+from sfumato.predict.networks.unet_2d import OWN_CLASS
+
+STANDARD: dict[str, Any] = FIXED | {
+    "_class_name": "UNet2DConditionModel",
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "mid_block_only_cross_attention": None,
+    "only_cross_attention": False,
+    "downsample_padding": 1,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "projection_class_embeddings_input_dim": None,
+    "resnet_time_scale_shift": "default",
+    "time_embedding_dim": None,
+}
+"""What the original layout stands for, in diffusers' fields: a file cannot tell a config that says
+otherwise."""
+PLAIN_STANDARD: dict[str, Any] = {
+    "_class_name": "UNet2DModel",
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_type": "UNetMidBlock2D",
+    "add_attention": True,
+    "downsample_padding": 1,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "mid_block_scale_factor": 1,
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "attn_norm_num_groups": None,
+    "norm_eps": 1e-5,
+    "resnet_time_scale_shift": "default",
+    "class_embed_type": None,
+    "num_class_embeds": None,
+}
+"""The same, of a U-Net without tokens."""
+PLAIN_MARK = "middle_block.1.qkv."
+"""The middle attends to itself and to no tokens."""
+_HEAD_WIDTH, _HEADS = 32, 8
+"""Of U-Nets without tokens: heads 32 wide (CelebA-HQ, FFHQ, LSUN bedrooms) or, with residual blocks
+as steps, 8 heads (LSUN churches)."""
+Heads = tuple[int | None, int | None]
+"""The number of heads of every attention, or the width of each."""
+
+
+# ---- with tokens ---------------------------------------------------------------------------------
+
+
+def unet_config(
+    shapes: Shapes, sample_size: int, heads: Heads, sizes: int, pooled: str
+) -> dict[str, Any]:
+    """diffusers' config of UNet2DConditionModel, below the network's prefix.
+
+    Args:
+        shapes: of the file's tensors
+        sample_size: the side of latents that the family was trained at
+        heads: of attention
+        sizes: numbers beside the pooled text in the vector; 0: there is none
+        pooled: the key of the projection of the text that is pooled
+
+    Raises:
+        UserError: a U-Net of no known kind, or one whose heads cannot be known.
+    """
+    levels = _levels(shapes)
+    widths = [shapes.size(f"input_blocks.{blocks[0]}.0.out_layers.0.weight") for blocks in levels]
+    attends = [shapes.has(f"input_blocks.{blocks[0]}.1.") for blocks in levels]
+    middle = "middle_block.1"
+    if not shapes.has(f"{middle}.transformer_blocks."):
+        raise UserError(
+            f"{shapes.where}: a U-Net whose middle attends neither to tokens nor to itself is not supported"
+        )
+    depth = shapes.count(f"{middle}.transformer_blocks.")
+    depths = [
+        shapes.count(f"input_blocks.{b[0]}.1.transformer_blocks.") if a else None
+        for b, a in zip(levels, attends, strict=True)
+    ]
+    if attends[-1] and depths[-1] != depth:
+        raise UserError(
+            f"{shapes.where}: its middle has {depth} transformer blocks and its last level {depths[-1]}: expected as many"
+        )
+    if all(d in (None, depth) for d in depths):
+        # levels that do not attend have none, whatever is said of them
+        depths = [depth] * len(widths)
+    depths[-1] = depth
+    context = shapes.size(f"{middle}.transformer_blocks.0.attn2.to_k.weight", 1, 2)
+    only = [
+        a
+        and shapes.size(f"input_blocks.{b[0]}.1.transformer_blocks.0.attn1.to_k.weight", 1, 2) != w
+        for b, a, w in zip(levels, attends, widths, strict=True)
+    ]
+    down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends]
+    shift = shapes.size("input_blocks.1.0.emb_layers.1.bias") == 2 * widths[0]
+    return STANDARD | {
+        "sample_size": sample_size,
+        "in_channels": shapes.size("input_blocks.0.0.weight", 1, 4),
+        "out_channels": shapes.size("out.2.bias"),
+        "down_block_types": down,
+        "up_block_types": [k.replace("Down", "Up") for k in reversed(down)],
+        "block_out_channels": widths,
+        "layers_per_block": one_or_all([len(b) for b in levels]),
+        "cross_attention_dim": context,
+        "transformer_layers_per_block": one_or_all([1 if d is None else d for d in depths]),
+        "attention_head_dim": _heads(shapes, widths, *heads),
+        "use_linear_projection": shapes.rank(f"{middle}.proj_in.weight") == 2,
+        "only_cross_attention": [bool(o) for o in only] if any(only) else False,
+        "resnet_time_scale_shift": "scale_shift" if shift else "default",
+        **_labels(shapes, sizes, pooled),
+    }
+
+
+def _levels(shapes: Shapes) -> list[list[int]]:
+    """The numbers of the residual blocks on the way down, one list a level."""
+    levels: list[list[int]] = [[]]
+    for n in range(1, shapes.count("input_blocks.")):
+        if shapes.has(f"input_blocks.{n}.0.op."):
+            levels.append([])
+        else:
+            levels[-1].append(n)
+    if not all(levels):
+        raise UserError(
+            f"{shapes.where}: its U-Net has levels without residual blocks: it may be damaged; copy it again"
+        )
+    return levels
+
+
+def _heads(
+    shapes: Shapes, widths: list[int], heads: int | None, head_width: int | None
+) -> int | list[int]:
+    if heads is not None:
+        return heads
+    if head_width is None:
+        raise UserError(
+            f"{shapes.where} does not tell how many heads its attention has, and files of its kind differ: give heads, or its YAML"
+        )
+    _check_widths(shapes, widths, head_width, f"heads {head_width} wide")
+    return [w // head_width for w in widths]
+
+
+def _check_widths(shapes: Shapes, widths: list[int], divisor: int, parts: str) -> None:
+    wrong = [w for w in widths if w % divisor]
+    if wrong:
+        raise UserError(
+            f"{shapes.where}: width {wrong[0]} does not divide into {parts}: give heads, or its YAML"
+        )
+
+
+def _labels(shapes: Shapes, sizes: int, pooled: str) -> dict[str, Any]:
+    """What joins the time embedding."""
+    if shapes.has("label_emb.weight"):
+        return {"num_class_embeds": shapes.size("label_emb.weight", 0, 2)}
+    if not shapes.has("label_emb.0."):
+        return {}
+    width = shapes.size("label_emb.0.0.weight", 1, 2)
+    if not sizes:
+        return {"class_embed_type": "projection", "projection_class_embeddings_input_dim": width}
+    shape = shapes.table.get(pooled)
+    sinusoidal, rest = (
+        divmod(width - shape[1], sizes) if shape is not None and len(shape) == 2 else (256, 0)
+    )
+    if sinusoidal <= 0 or rest:
+        raise UserError(
+            f"{shapes.where}: a vector of {width} numbers is not a pooled text of {shape and shape[1]} and {sizes} sizes"
+        )
+    named = {"addition_embed_type": "text_time", "addition_time_embed_dim": sinusoidal}
+    return named | {"projection_class_embeddings_input_dim": width}
+
+
+# ---- without tokens ------------------------------------------------------------------------------
+
+
+def plain_config(shapes: Shapes, heads: int | None, head_width: int | None) -> dict[str, Any]:
+    """diffusers' config of UNet2DModel, below the network's prefix; `UserError` for one that is
+    damaged, or that embeds a class.
+    """
+    if shapes.has("label_emb."):
+        raise UserError(
+            f"{shapes.where}: a U-Net without tokens that is told a class (label_emb) is not supported"
+        )
+    levels, steps = _plain_levels(shapes)
+    widths = [shapes.size(f"input_blocks.{blocks[0]}.0.out_layers.0.weight") for blocks in levels]
+    attends = [shapes.has(f"input_blocks.{blocks[0]}.1.") for blocks in levels]
+    by_block = any(steps)
+    if by_block and not all(steps):
+        raise UserError(
+            f"{shapes.where}: of its U-Net's steps down some are residual blocks: expected all of them, or none"
+        )
+    rest = (
+        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+        if by_block
+        else ("DownBlock2D", "UpBlock2D")
+    )
+    step, shift = (
+        "resnet" if by_block else "conv",
+        shapes.size("input_blocks.1.0.emb_layers.1.bias") == 2 * widths[0],
+    )
+    return PLAIN_STANDARD | {
+        "in_channels": shapes.size("input_blocks.0.0.weight", 1, 4),
+        "out_channels": shapes.size("out.2.bias"),
+        "down_block_types": ["AttnDownBlock2D" if a else rest[0] for a in attends],
+        "up_block_types": ["AttnUpBlock2D" if a else rest[1] for a in reversed(attends)],
+        "block_out_channels": widths,
+        "layers_per_block": one_or_all([len(blocks) for blocks in levels]),
+        "downsample_type": step,
+        "upsample_type": step,
+        "resnet_time_scale_shift": "scale_shift" if shift else "default",
+        # without a word diffusers leaves out the norm of the middle's attention there
+        "attn_norm_num_groups": 32 if shift else None,
+        **_plain_heads(
+            shapes,
+            [w for w, a in zip(widths, attends, strict=True) if a] + widths[-1:],
+            heads,
+            head_width,
+            by_block,
+        ),
+    }
+
+
+def _plain_levels(shapes: Shapes) -> tuple[list[list[int]], list[bool]]:
+    """The numbers of the residual blocks on the way down, one list a level; and of each step
+    between, whether it is a residual block.
+    """
+    counts = [0]
+    for n in range(shapes.count("output_blocks.")):
+        counts[-1] += 1
+        if any(shapes.has(f"output_blocks.{n}.{step}.") for step in ("1.conv", "1.in_layers", "2")):
+            counts.append(0)
+    levels, steps, n = [], [], 1
+    for level, blocks in enumerate(reversed(counts)):  # one block more than on the way down
+        levels.append([*range(n, n + blocks - 1)])
+        n += blocks - 1
+        if level < len(counts) - 1:
+            steps.append(shapes.has(f"input_blocks.{n}.0.in_layers."))
+            n += 1
+    count = shapes.count("input_blocks.")
+    if n != count or not all(levels):
+        raise UserError(
+            f"{shapes.where}: its U-Net has {count} blocks on the way down, the way up has room for {n}: it may be damaged"
+        )
+    return levels, steps
+
+
+def _plain_heads(
+    shapes: Shapes, widths: list[int], heads: int | None, head_width: int | None, by_block: bool
+) -> dict[str, Any]:
+    """`widths`: where it attends."""
+    if heads is None and head_width is None:
+        heads, head_width = (_HEADS, None) if by_block else (None, _HEAD_WIDTH)
+    _check_widths(
+        shapes,
+        widths,
+        heads or head_width or 1,
+        f"{heads} heads" if heads else f"heads {head_width} wide",
+    )
+    if heads is None:
+        return {"attention_head_dim": head_width}
+    if heads == 1:
+        return {"attention_head_dim": None}
+    each = {w // heads for w in widths}
+    if len(each) == 1:
+        return {"attention_head_dim": each.pop()}
+    return {"_class_name": OWN_CLASS, "attention_head_dim": None, "num_attention_heads": heads}

@@ -1,0 +1,68 @@
+"""SDXL and its refiner on disk (Podell et al. 2023, arXiv:2307.01952)."""
+
+from typing import ClassVar
+
+from sfumato.checkpoints.families._base import NETWORK, Config
+from sfumato.checkpoints.families._clip import ClipTower, OpenClipTower
+from sfumato.checkpoints.families._unet import UNetFamily
+from sfumato.checkpoints.shapes import Shapes
+from sfumato.errors import UserError
+
+_FIRST, _BIG_G = "conditioner.embedders.0.transformer.", "conditioner.embedders.{}.model."
+
+
+class Sdxl(UNetFamily):
+    """SDXL, and its inpainting and InstructPix2Pix models. sizes: original, crop and target, two
+    each.
+    """
+
+    name, title = "sdxl", "SDXL"
+    towers = (ClipTower("text_encoder", _FIRST), OpenClipTower("text_encoder_2", _BIG_G.format(1)))
+    head_width = 64
+    scaling_factor = 0.13025
+    sample_size = 128
+    sizes = 6
+    pipelines: ClassVar = {
+        "StableDiffusionXLPipeline": {"guidance": 5.0},
+        "StableDiffusionXLInpaintPipeline": {"guidance": 7.5},
+        "StableDiffusionXLInstructPix2PixPipeline": {},
+    }
+
+    def detect(self, shapes: Shapes) -> bool:
+        """Two encoders; `UserError` for Playground 2.5, whose latents are scaled otherwise."""
+        if any(key.startswith(("edm_mean", "edm_std")) for key in shapes.table):
+            raise UserError(
+                f"{shapes.where} is of the Playground 2.5 family (edm_mean, edm_std): it is not supported; use its folder in diffusers' layout"
+            )
+        return shapes.has(_BIG_G.format(1)) or shapes.has(_FIRST)
+
+    def detect_alone(self, shapes: Shapes) -> bool:
+        """A U-Net that takes a vector."""
+        return shapes.has(f"{NETWORK}label_emb.0.")
+
+    def fits_alone(self, unet: Config) -> bool:
+        """A U-Net that takes a vector."""
+        return bool(unet.get("addition_embed_type"))
+
+
+class SdxlRefiner(UNetFamily):
+    """SDXL's refiner. sizes: original and crop, two each, and the aesthetic score."""
+
+    name, title = "sdxl-refiner", "SDXL"
+    towers = (OpenClipTower("text_encoder_2", _BIG_G.format(0)),)
+    head_width = 64
+    scaling_factor = 0.13025
+    sample_size = 128
+    sizes = 5
+    pipelines: ClassVar = {"StableDiffusionXLImg2ImgPipeline": {"guidance": 5.0}}
+
+    def detect(self, shapes: Shapes) -> bool:
+        """SDXL's second encoder as the first."""
+        return (
+            shapes.has(_BIG_G.format(0))
+            and not shapes.has(_BIG_G.format(1))
+            and not shapes.has(_FIRST)
+        )
+
+
+FAMILIES = (Sdxl(), SdxlRefiner())

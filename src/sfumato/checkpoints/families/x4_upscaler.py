@@ -1,0 +1,61 @@
+"""Stable Diffusion's x4 upscaler on disk (Stability AI, 2022): beside the latent its U-Net takes a
+small image, and how noisy that is.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from sfumato.checkpoints.checkpoint import Component
+from sfumato.checkpoints.families._base import NETWORK, Config
+from sfumato.checkpoints.families._unet import EPSILON, VELOCITY, UNetFamily, is_open_clip
+from sfumato.checkpoints.families.sd2 import CLIP_H
+from sfumato.checkpoints.schedulers import betas
+from sfumato.checkpoints.shapes import Shapes
+from sfumato.errors import UserError
+
+
+class X4Upscaler(UNetFamily):
+    """The x4 upscaler."""
+
+    name, title = "x4-upscaler", "the x4 upscaler"
+    towers = (CLIP_H,)
+    heads = 8
+    betas = (0.0001, 0.02)
+    scaling_factor = 0.08333
+    sample_size = 128
+    predicts = VELOCITY
+    pipelines: ClassVar = {"StableDiffusionUpscalePipeline": {"steps": 75, "guidance": 9.0}}
+
+    def detect(self, shapes: Shapes) -> bool:
+        """OpenCLIP and a table of noise levels."""
+        return shapes.has(CLIP_H.prefix) and self.detect_alone(shapes)
+
+    def detect_alone(self, shapes: Shapes) -> bool:
+        """A table of noise levels."""
+        return shapes.has(f"{NETWORK}label_emb.weight") and not shapes.has(f"{NETWORK}label_emb.0.")
+
+    def fits(self, unet: Config, components: Mapping[str, Component]) -> bool:
+        """OpenCLIP and a table of noise levels."""
+        return is_open_clip(components) and unet.get("num_class_embeds") is not None
+
+    def kind(self, config: Config, where: object) -> str:
+        """The small image has three channels."""
+        taken, channels = config["in_channels"], config["out_channels"]
+        if taken != channels + 3:
+            raise UserError(
+                f"{where}: a U-Net of {taken} channels in and {channels} out is of no known kind: expected {channels + 3} in"
+            )
+        return self.name
+
+    def more_schedulers(self) -> dict[str, dict[str, Any]]:
+        """The process by which the small image is made noisy."""
+        low = {
+            "_class_name": "DDPMScheduler",
+            **betas.fields(0.0001, 0.02),
+            "prediction_type": EPSILON,
+            "clip_sample": True,
+        }
+        return {"low_res_scheduler": low}
+
+
+FAMILIES = (X4Upscaler(),)

@@ -1,0 +1,69 @@
+"""File formats: bytes to tensors and metadata by the file's own names, no model.
+
+safetensors   .safetensors, .sft          gguf     .gguf, or a file that begins with GGUF
+pickle        .ckpt, .bin, .pt, .pth      folded   a model's folder in one safetensors file
+folder        a model's folder in diffusers' layout
+"""
+
+from pathlib import Path
+
+import torch
+
+from sfumato.checkpoints.checkpoint import RawCheckpoint
+from sfumato.checkpoints.formats.folded import is_folded
+from sfumato.checkpoints.formats.gguf import is_gguf, read_gguf
+from sfumato.checkpoints.lazy_tensor import apply_scales, from_tensors
+from sfumato.errors import UserError
+from sfumato.io.atomic import open_tensors
+from sfumato.io.pickles import read_pickle, state_dict
+from sfumato.io.safetensors import aside
+
+SAFE = (".safetensors", ".sft")
+PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+
+
+def open_file(path: Path, dtype: torch.dtype = torch.float32) -> RawCheckpoint:
+    """Open a single file, once; weights stay where they are.
+
+    Weights of eight bits that have a scale are multiplied by it when they are loaded.
+
+    Args:
+        path: the file
+        dtype: what quantised weights become (GGUF)
+
+    Raises:
+        UserError: a file that is missing, damaged or of another kind, or a pickle that would run
+            code.
+    """
+    if path.suffix in SAFE:
+        tensors, metadata = open_tensors(path)
+        table, mapped = (
+            from_tensors(tensors),
+            not aside({key: tensor.dtype for key, tensor in tensors.items()}),
+        )
+        return RawCheckpoint(
+            table if is_folded(metadata) else apply_scales(table), metadata, path, mapped
+        )
+    if path.suffix in PICKLES:
+        values = read_pickle(path)
+        step = values.get("global_step")
+        metadata = {"global_step": str(step)} if isinstance(step, int) else {}
+        return RawCheckpoint(from_tensors(state_dict(values, path)), metadata, path, mapped=False)
+    if path.suffix == ".gguf" or is_gguf(path):
+        return RawCheckpoint(read_gguf(path, dtype).tensors, {}, path, mapped=False)
+    raise UserError(f"{path}: expected a file that ends in {', '.join((*SAFE, *PICKLES, '.gguf'))}")
+
+
+def require_mapped(raw: RawCheckpoint) -> RawCheckpoint:
+    """The same file; `UserError` for one that cannot be streamed: pickled, quantised, or with
+    scales beside its weights.
+    """
+    if raw.path.suffix in PICKLES:
+        raise UserError(
+            f"{raw.path} is pickled and cannot be streamed: open it without memory=, `save` it as safetensors, and stream that"
+        )
+    if not raw.mapped:
+        raise UserError(
+            f"{raw.path} cannot be streamed: its weights are quantised, or have scales; `sfumato convert` it to a folder in bf16, and stream that"
+        )
+    return raw

@@ -1,0 +1,270 @@
+"""A model's folder in diffusers' layout: each part in a folder of its own.
+
+    vae/  unet/ | transformer/  text_encoder/   config.json and diffusion_pytorch_model.safetensors,
+          or model.safetensors
+    scheduler/scheduler_config.json   tokenizer/   conditioner/config.json   model_index.json
+
+Weights are held against the network key by key before anything is used: a missing, extra or
+misshapen key is an error that lists them.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.checkpoints import families
+from sfumato.checkpoints.checkpoint import Checkpoint, Component, LoadOptions
+from sfumato.checkpoints.families._transformer import TransformerFamily
+from sfumato.checkpoints.formats import open_file, require_mapped
+from sfumato.checkpoints.formats.folded import is_folded
+from sfumato.checkpoints.lazy_tensor import LazyTensors, cast, from_tensors, write_file
+from sfumato.checkpoints.metadata import network_class
+from sfumato.errors import UserError, explained
+from sfumato.io.atomic import read_table, write_json
+from sfumato.io.safetensors import find_weights, read_weights
+from sfumato.predict.conditioners import text_conditioner_class, text_encoder_classes
+from sfumato.predict.conditioners.unconditional import Unconditional
+from sfumato.registry import find
+
+STEM, TEXT_STEM, TEXT_PICKLED = "diffusion_pytorch_model", "model", "pytorch_model"
+WEIGHTS = f"{STEM}.safetensors"
+NETWORKS = ("unet", "transformer")
+"""What the network is called in model_index.json."""
+_OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_LAYER = re.compile(rf"(.*\battentions\.\d+)\.({'|'.join(_OLD)})\.(weight|bias)")
+
+
+# ---- parts ---------------------------------------------------------------------------------------
+
+
+def read_component(
+    folder: Path, variant: str | None = None, defaults: dict[str, Any] | None = None
+) -> Component:
+    """A part's config and weights; nothing is read of the weights yet.
+
+    Args:
+        folder: with config.json and the weights, which may be sharded or pickled: see weights.py
+        variant: the files to prefer, such as "fp16"
+        defaults: fields of the config, where it does not have them
+    """
+    config = {**(defaults or {}), **read_table(folder / "config.json")}
+    stems = (STEM, None) if "_class_name" in config else (TEXT_STEM, TEXT_PICKLED)
+    files = tuple(find_weights(folder, stems[0], variant, stems[1]))
+    with explained(files[0] if len(files) == 1 else folder):
+        tensors = from_tensors(modern(read_weights(files)))
+    return Component(config, tensors, files, folder / "config.json")
+
+
+def load_part(
+    folder: str | Path,
+    expected: str | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    variant: str | None = None,
+    defaults: dict[str, Any] | None = None,
+) -> nn.Module:
+    """A network or autoencoder from a folder, in eval mode.
+
+    Args:
+        folder: with config.json and weights
+        expected: the class that it must be
+        dtype: of the weights; None: as stored, neither read nor checked, to be streamed
+        variant: the files to prefer, such as "fp16"
+        defaults: fields of the config, where it does not have them
+
+    Raises:
+        UserError: an unknown class, weights that do not fit the config, NaN or infinity.
+    """
+    return read_component(Path(folder), variant, defaults).build(None, dtype, expected)
+
+
+def save_part(folder: str | Path, module: Any, dtype: torch.dtype | None = None) -> None:
+    """Write config.json and the weights (in `dtype`, by default their own) of a network or
+    autoencoder, which diffusers opens.
+
+    Raises:
+        NumericalError: a weight that is NaN or infinite in `dtype` (float16 ends at 65504):
+            `load_part` would refuse the file.
+    """
+    write_component(
+        Path(folder), module.to_config(), cast(from_tensors(module.state_dict()), dtype)
+    )
+
+
+def write_component(
+    folder: Path, config: dict[str, Any], tensors: LazyTensors, **options: Any
+) -> None:
+    """Write config.json and the weights of a part. options: of `write_file`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+    write_file(
+        folder / f"{STEM if '_class_name' in config else TEXT_STEM}.safetensors", tensors, **options
+    )
+
+
+def modern(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights under today's names; `UserError` for a weight under both.
+
+    Attention's layers of autoencoders, and of U-Nets without tokens, were called query, key, value
+    and proj_attn until diffusers 0.17 (2023).
+    """
+    renamed = {_modern(key): tensor for key, tensor in tensors.items()}
+    if len(renamed) < len(tensors):
+        both = next(key for key in tensors if _modern(key) != key and _modern(key) in tensors)
+        raise UserError(
+            f"weights hold both {both} and {_modern(both)}, its new name: expected one of them; use a file of one layout"
+        )
+    return renamed
+
+
+def _modern(key: str) -> str:
+    match = _OLD_LAYER.fullmatch(key)
+    return f"{match[1]}.{_OLD[match[2]]}.{match[3]}" if match else key
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+def read_index(folder: str | Path) -> dict[str, Any]:
+    """model_index.json of a model folder; a folder without one is a `UserError`."""
+    path = Path(folder) / "model_index.json"
+    if not path.exists():
+        raise UserError(
+            f"{folder} is not a model folder: it has no model_index.json; give a folder that `model.save` or diffusers wrote"
+        )
+    return read_table(path)
+
+
+def read(path: Path, name: str, options: LoadOptions) -> Checkpoint:
+    """The network, the autoencoder and the schedulers of a model's folder; text encoders are opened
+    with the conditioner.
+
+    Raises:
+        UserError: a folder without network or autoencoder, or with damaged files.
+    """
+    index = read_index(path)
+    pipeline = str(index.get("_class_name"))
+    family = families.by_pipeline(pipeline)
+    vae = "vae" if family is None else family.autoencoder_folder(pipeline)
+    part = next((name for name in NETWORKS if index.get(name, [None, None]) != [None, None]), None)
+    if options.transformer is not None and part == "unet":
+        raise UserError(
+            f"{path} is a model with a U-Net: transformer={options.transformer} has no place in it"
+        )
+    part = "transformer" if options.transformer is not None else part
+    if part is None or vae not in index:
+        raise UserError(
+            f"{path}/model_index.json names {', '.join(k for k in index if not k.startswith('_'))}: expected at least {vae} and "
+            f"{' or '.join(NETWORKS)}"
+        )
+    defaults = {} if family is None else family.autoencoder_defaults(pipeline)
+    components = {"vae": read_component(path / vae, options.variant, defaults)}
+    components[part] = (
+        read_component(path / part, options.variant)
+        if options.transformer is None
+        else _override(path, options)
+    )
+    schedulers = {
+        name: path / name / "scheduler_config.json" for name in ("scheduler", "low_res_scheduler")
+    }
+    with explained(path / "model_index.json"):
+        notes = index.get("_sfumato", {})
+        model_name, run = str(notes.get("name", name)), dict(notes.get("defaults", {}))
+    return Checkpoint(
+        components,
+        {
+            name: read_table(file)
+            for name, file in schedulers.items()
+            if name == "scheduler" or file.exists()
+        },
+        index=index,
+        defaults=run,
+        name=model_name,
+        family=family,
+        conditioner=lambda network, load_options: _read_conditioner(
+            path, index, network, load_options
+        ),
+        path=path,
+    )
+
+
+def _override(folder: Path, options: LoadOptions) -> Component:
+    """The network of a file, by the config of a model's folder; other parts in the file are not
+    read.
+
+    FLUX.1 and SD 3.5 are released so, and so are most of their quantised and further trained
+    versions.
+
+    Raises:
+        UserError: a file without a transformer, with another than the folder's, or that cannot be
+            streamed.
+    """
+    file = options.transformer
+    assert file is not None
+    if not file.is_file():
+        raise UserError(
+            f"transformer={file} was not found: expected a file with a diffusion transformer, such as a .safetensors or .gguf file"
+        )
+    place = folder / "transformer" / "config.json"
+    if not place.exists():
+        raise UserError(
+            f"{place} is missing: the network of {file} is read by the config of its model; give a folder that has it"
+        )
+    config = read_table(place)
+    if families.by_network(config.get("_class_name")) is None:
+        raise UserError(
+            f"{place} is of class {config.get('_class_name')!r}, which has no files of its own: leave out transformer={file}"
+        )
+    raw = open_file(file, options.opened or torch.float32)
+    raw = raw.checked() if options.opened is not None else require_mapped(raw)
+    if is_folded(raw.metadata):
+        raise UserError(
+            f"transformer={file} is a whole model in sfumato's own layout: open it by itself"
+        )
+    found = [
+        family
+        for family in families.candidates(raw.shapes, file)
+        if isinstance(family, TransformerFamily)
+    ]
+    if not found:
+        shown = ", ".join(sorted(raw.tensors)[:4])
+        raise UserError(
+            f"transformer={file} holds no diffusion transformer under its original names (its first keys: {shown})"
+        )
+    named = network_class(raw.metadata) or config["_class_name"]
+    family = next((family for family in found if named in family.alone), found[0])
+    return replace(family.read_network(raw, config), config_file=place, path=file)
+
+
+def _read_conditioner(path: Path, index: dict[str, Any], network: Any, options: LoadOptions) -> Any:
+    """By the text encoders of the folder, or by conditioner/config.json; unconditional networks
+    need none.
+    """
+    encoders = text_encoder_classes(index, path / "model_index.json")
+    if encoders:
+        return text_conditioner_class(encoders, path).from_folder(
+            path, options.opened, options.variant
+        )
+    config = path / "conditioner" / "config.json"
+    if not config.exists() and not network.is_conditional:
+        return Unconditional()
+    if not config.exists():
+        family = families.by_pipeline(str(index.get("_class_name")))
+        with explained(path / "model_index.json"):
+            conditioner = None if family is None else family.folder_conditioner(index, network)
+        if conditioner is not None:
+            return conditioner
+        raise UserError(
+            f"{path} has neither a text encoder nor a conditioner/config.json: nothing there reads prompts"
+        )
+    with explained(config):
+        values = read_table(config)
+        kind = find("predict.conditioners", values.get("_class_name", ""))
+        return (
+            kind.from_folder(path, options.dtype)
+            if hasattr(kind, "from_folder")
+            else kind.from_config(values)
+        )

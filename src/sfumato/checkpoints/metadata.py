@@ -1,0 +1,114 @@
+"""The metadata of single files that sfumato wrote: what the original layouts have no place for.
+
+sfumato.scheduler           scheduler_config.json
+sfumato.low_res_scheduler   that of a network which enlarges small images
+sfumato.conditioner         conditioner/config.json: how prompts are encoded
+sfumato.tokenizer           CLIP's {"vocab": ..., "merges": ...}, or BERT's {"wordpiece": ...}
+sfumato.tokenizers          {"tokenizer": {file: text}, ...}, whole folders
+sfumato.model               {"name": ..., "defaults": ...}
+sfumato.configs             {part: config.json} of parts whose config other readers would guess
+sfumato.transformer         fields of the network's config that keys and shapes do not tell
+sfumato.heads               {"num_heads": 8} or {"num_head_channels": 32}, in the words of LDM's
+                            YAML
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from sfumato.errors import UserError, explained
+
+SCHEDULER = "sfumato.scheduler"
+LOW_RES_SCHEDULER = "sfumato.low_res_scheduler"
+CONDITIONER = "sfumato.conditioner"
+TOKENIZER = "sfumato.tokenizer"
+TOKENIZERS = "sfumato.tokenizers"
+MODEL = "sfumato.model"
+CONFIGS = "sfumato.configs"
+TRANSFORMER = "sfumato.transformer"
+HEADS = "sfumato.heads"
+SCHEDULERS = {"scheduler": SCHEDULER, "low_res_scheduler": LOW_RES_SCHEDULER}
+"""Keys of scheduler configs by their folders in a model."""
+FOLDER_FILES = {
+    SCHEDULER: "scheduler/scheduler_config.json",
+    CONDITIONER: "conditioner/config.json",
+}
+"""Metadata that are files of a model's folder."""
+KEPT = {TOKENIZERS, CONFIGS, MODEL, *FOLDER_FILES}
+"""Metadata that a conversion carries from file to file."""
+
+
+def read_model_note(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Name and defaults of the model; empty where they are not noted."""
+    return json.loads(metadata.get(MODEL, "{}"))
+
+
+def read_configs(metadata: Mapping[str, str], where: object) -> dict[str, dict[str, Any]]:
+    """The configs that a file notes, by part; `UserError` for a note that is none."""
+    with explained(str(where)):
+        configs = json.loads(metadata.get(CONFIGS, "{}"))
+        if not isinstance(configs, dict) or not all(
+            isinstance(config, dict) for config in configs.values()
+        ):
+            raise UserError(
+                f"its note {CONFIGS} is no table of configs: it may be damaged; copy it again"
+            )
+        return configs
+
+
+def network_class(metadata: Mapping[str, str]) -> object:
+    """The class of the network, where keys do not tell it; None: they do, or the note is no
+    table.
+    """
+    try:
+        fields = json.loads(metadata.get(TRANSFORMER, "{}"))
+    except ValueError:
+        return None
+    return fields.get("_class_name") if isinstance(fields, dict) else None
+
+
+def read_network_fields(metadata: Mapping[str, str], where: object) -> dict[str, Any]:
+    """Fields of the network's config; `UserError` for a note that is no table."""
+    try:
+        fields = json.loads(metadata.get(TRANSFORMER, "{}"))
+    except ValueError as error:
+        raise UserError(
+            f"{where}: its note {TRANSFORMER} is not JSON ({error}): it may be damaged; copy it again"
+        ) from error
+    if not isinstance(fields, dict):
+        raise UserError(
+            f"{where}: its note {TRANSFORMER} is a {type(fields).__name__}: expected fields of a config; it may be damaged; copy it again"
+        )
+    return fields
+
+
+def read_heads(metadata: Mapping[str, str], where: object) -> tuple[int | None, int | None]:
+    """The number of heads of every attention, or their width; `UserError` for what is neither."""
+    try:
+        fields = json.loads(metadata.get(HEADS, "{}"))
+        heads = fields.get("num_heads"), fields.get("num_head_channels")
+    except (ValueError, AttributeError):
+        heads = 0, 0
+    if not all(n is None or (isinstance(n, int) and n > 0) for n in heads):
+        raise UserError(
+            f"{where}: its note {HEADS}={metadata[HEADS]!r} is no number of heads or width of a head: it may be damaged; copy it again"
+        )
+    return heads
+
+
+def write_heads(config: Mapping[str, Any], plain: bool) -> dict[str, str]:
+    """The metadata for a U-Net of this config (diffusers' fields); none where one number does not
+    say it.
+
+    plain: whether the U-Net attends to no tokens.
+    """
+    heads = config.get("attention_head_dim", 8)
+    if plain:
+        count = config.get("num_attention_heads") or (1 if heads is None else None)
+        fields = {"num_heads": count} if count else {"num_head_channels": heads}
+    elif isinstance(heads, int):
+        fields = {"num_heads": heads}
+    else:
+        each = {width // n for width, n in zip(config["block_out_channels"], heads, strict=True)}
+        fields = {"num_head_channels": each.pop()} if len(each) == 1 else None
+    return {HEADS: json.dumps(fields)} if fields else {}

@@ -1,0 +1,79 @@
+"""The shapes of a file's tensors, from which configs are detected."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any
+
+from sfumato.errors import UserError
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The shapes of a file's tensors below one prefix.
+
+    Widths are best read from one-dimensional tensors (norms, biases), which cannot be transposed.
+    """
+
+    table: Mapping[str, tuple[int, ...]]
+    prefix: str = ""
+    where: object = "the file"
+
+    def below(self, prefix: str) -> "Shapes":
+        """The shapes below another prefix."""
+        return Shapes(self.table, prefix, self.where)
+
+    def has(self, start: str) -> bool:
+        """Whether any key starts so."""
+        return any(k.startswith(self.prefix + start) for k in self.table)
+
+    def size(self, key: str, axis: int = 0, rank: int = 1) -> int:
+        """One side of a tensor of `rank` dimensions; `UserError` where it has another number of
+        them.
+        """
+        if self.rank(key) != rank:
+            shape = self.table[self.prefix + key]
+            raise UserError(
+                f"{self.where}: {self.prefix + key} has shape {shape}: expected {rank} dimensions; it may be damaged"
+            )
+        return self.table[self.prefix + key][axis]
+
+    def rank(self, key: str) -> int:
+        """The number of dimensions of one tensor; `UserError` where it is missing."""
+        if self.prefix + key not in self.table:
+            raise UserError(
+                f"{self.where} lacks {self.prefix + key}, which tells its architecture: it may be damaged; copy it again"
+            )
+        return len(self.table[self.prefix + key])
+
+    def count(self, start: str) -> int:
+        """One more than the largest number that follows `start` in any key; 0 where none does."""
+        pattern = re.compile(re.escape(self.prefix + start) + r"(\d{1,4})\.")
+        return 1 + max((int(m[1]) for k in self.table if (m := pattern.match(k))), default=-1)
+
+    def square(self, key: str, cells: int) -> int:
+        """The side of a square grid of so many cells, which `key` has; `UserError` where it is
+        none.
+        """
+        side = isqrt(cells)
+        if side * side != cells:
+            raise UserError(
+                f"{self.where}: {self.prefix}{key} has {cells} places, which are no square: it may be damaged, or is of no known kind"
+            )
+        return side
+
+    def heads(self, width: int, head: int) -> int:
+        """How many heads of this width a layer has; `UserError` where it does not divide into
+        them.
+        """
+        if head < 1 or width % head:
+            raise UserError(
+                f"{self.where}: width {width} does not divide into heads {head} wide: it may be damaged, or is of no known kind"
+            )
+        return width // head
+
+
+def one_or_all(values: list[Any]) -> Any:
+    """One value where all levels agree."""
+    return values[0] if all(v == values[0] for v in values) else values
