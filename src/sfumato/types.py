@@ -158,10 +158,12 @@ Pair = tuple[float, float]
 
 def _check_pair(name: str, value: Any) -> None:
     """Raise `UserError` unless `value` is a tuple of 2 numbers of at least 0."""
-    if not isinstance(value, tuple) or len(value) != 2:
+    try:
+        valid = isinstance(value, tuple) and len([number_in(name, n, 0) for n in value]) == 2
+    except UserError:
+        valid = False
+    if not valid:
         raise UserError(f"{name}={value!r}: expected a tuple of 2 numbers of at least 0")
-    for number in value:
-        number_in(name, number, 0)
 
 
 @dataclass(frozen=True)

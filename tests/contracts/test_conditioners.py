@@ -195,7 +195,7 @@ def test_it_is_frozen_and_has_its_docstrings(name: str) -> None:
 # ---- check ---------------------------------------------------------------------------------------
 
 LONG = "a cat sat on the mat, " * 200
-SPEC = Picture(64, 48)
+SPEC = ImageSpec(64, 48)
 
 
 class Untouched(TorchDispatchMode):
