@@ -3,7 +3,7 @@
 `UserError`: the input is wrong; the message is one sentence with the value, what was expected and
 what to do. The command line prints it and exits with code 2, the server answers 4xx.
 `NumericalError`: a NaN or an infinity was found; the message names the stage, the step and the
-dtype. Nothing is written.
+dtype. Unconditional is written.
 """
 
 import difflib

@@ -3,16 +3,17 @@
 import tempfile
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sfumato.checkpoints import families
 from sfumato.checkpoints.checkpoint import Checkpoint, LoadOptions, ReadOptions
 from sfumato.checkpoints.formats import folder as folders
-from sfumato.checkpoints.formats import open_file, require_mapped
+from sfumato.checkpoints.formats import open_file
 from sfumato.checkpoints.formats.folded import is_folded, unfold
 from sfumato.checkpoints.metadata import network_class, read_configs
-from sfumato.checkpoints.pipelines import pipeline_class, pipeline_defaults
+from sfumato.checkpoints.pipelines import pipeline_class, pipeline_defaults, pipeline_spacing
 from sfumato.checkpoints.schedulers.config import from_scheduler_config, read_scheduler
 from sfumato.compress.base import Autoencoder
 from sfumato.errors import WRONG, UserError, explained
@@ -100,7 +101,7 @@ def _open_file(path: Path, options: LoadOptions) -> LatentDiffusion:
         raise UserError(
             f"transformer={options.transformer} with the file {path}: expected a model's folder, which has the other parts"
         )
-    raw = open_file(path, options.dtype)
+    raw = open_file(path, options.dtype, mapped=options.memory is not None)
     if is_folded(raw.metadata):
         if options.memory is not None:
             raise UserError(
@@ -113,8 +114,6 @@ def _open_file(path: Path, options: LoadOptions) -> LatentDiffusion:
                 return assemble(folders.read(Path(temporary), path.stem, options), options)
             except UserError as error:  # what is wrong is wrong in the file that the user named
                 raise UserError(str(error).replace(temporary, str(path))) from error
-    if options.memory is not None:
-        require_mapped(raw)
     family = families.detect(raw.shapes, path, network_class(raw.metadata))
     if options.reading is not None and family.is_transformer:
         raise UserError(
@@ -155,21 +154,18 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> LatentDiffusion:
     assert checkpoint.conditioner is not None
     conditioner = checkpoint.conditioner(network, options)
     with explained(path / "model_index.json" if path.is_dir() else path):
-        run, spacing = (
-            dict(checkpoint.defaults),
-            spec.default_spacing if family is None else family.spacing(spec.default_spacing),
-        )
+        saved, spacing = checkpoint.defaults, pipeline_spacing(spec.default_spacing, family)
         index = checkpoint.index or {
             "_class_name": pipeline_class(
-                network, conditioner, Defaults.from_json(run).max_reference_images
+                network, conditioner, Defaults.from_json(saved).max_reference_images
             )
         }
         own = {} if family is None else family.guidance(conditioner)
-        run = (
+        run: dict[str, Any] = (
             pipeline_defaults(index, network)
             | own
             | {"sampler": spec.sampler, "spacing": spacing}
-            | run
+            | saved
         )
         defaults = Defaults.from_json(run)
     _check_parts(path, autoencoder, network, conditioner)

@@ -2,7 +2,7 @@
 `diffuse/samplers/ddim.py:ddim`.
 
 A new sampler, guidance, conditioner, metric or command is one new file whose main name equals the
-file's name; no list is edited. Nothing is imported until it is asked for.
+file's name; no list is edited. Unconditional is imported until it is asked for.
 """
 
 import importlib

@@ -14,7 +14,7 @@ import torch
 from sfumato import __version__
 from sfumato.checkpoints import families
 from sfumato.checkpoints.checkpoint import Checkpoint, Component
-from sfumato.checkpoints.families._base import Family
+from sfumato.checkpoints.families import Family
 from sfumato.checkpoints.formats.folded import fold
 from sfumato.checkpoints.formats.folder import write_component
 from sfumato.checkpoints.lazy_tensor import (

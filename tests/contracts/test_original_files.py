@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sfumato.checkpoints import families
-from sfumato.checkpoints.checkpoint import Checkpoint, ReadOptions
+from sfumato.checkpoints.checkpoint import Checkpoint, OriginalConfig, ReadOptions
 from sfumato.checkpoints.families._unet_map import unet_map
 from sfumato.checkpoints.families._vae import vae_map
-from sfumato.checkpoints.families.ldm_yaml import OriginalConfig, from_yaml, read_yaml
+from sfumato.checkpoints.families.ldm_yaml import from_yaml, read_yaml
 from sfumato.checkpoints.weight_map import WeightMap, with_prefix
 from sfumato.errors import UserError
 

@@ -3,8 +3,10 @@ one sentence where it cannot.
 """
 
 import json
+import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from sfumato.cli import main
 
+build = runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_tiny.py"))["build"]
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 FLUX: dict[str, Any] = {
     "in_channels": 64,
@@ -366,10 +369,25 @@ def test_models_with_a_unet(place: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "holds a U-Net" in refused(capsys, str(folder), "x", "--dtype", "fp8")
 
 
+def unet_folder() -> None:
+    """A model with a U-Net of more than 100 MB, unet."""
+    from sfumato.predict.networks.unet import UNet, UNetConfig
+
+    small = build()
+    config = replace(
+        small.denoiser.network.config, block_out_channels=(256, 512), norm_num_groups=32
+    )
+    assert isinstance(config, UNetConfig)
+    replace(
+        small, denoiser=replace(small.denoiser, network=UNet(config).eval().requires_grad_(False))
+    ).save("unet")
+    assert Path("unet/unet/diffusion_pytorch_model.safetensors").stat().st_size > 100e6
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's accounts of memory")
 def test_little_memory(place: Path) -> None:
-    """180 MB of weights, both ways and in eight bits: what is held is a few tensors, 6 MB the
-    largest.
+    """180 MB of weights, both ways and in eight bits, and a U-Net: what is held is a few tensors,
+    20 MB the largest.
     """
     fields = FLUX | {
         "num_attention_heads": 10,
@@ -380,13 +398,14 @@ def test_little_memory(place: Path) -> None:
     }
     torch.manual_seed(0)
     diffusers.FluxTransformer2DModel(**fields).bfloat16().save_pretrained("flux/transformer")
+    unet_folder()
     program = """
 import sys, threading
 from pathlib import Path
 def held():
     return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("RssAnon")).split()[1])
 import torch
-import sfumato.checkpoints.convert
+import sfumato.checkpoints.convert, sfumato.loading, sfumato.saving
 from sfumato.cli import main
 torch.set_num_threads(1)
 before = peak = held()
@@ -404,10 +423,16 @@ print((peak - before) * 1024)
     env = {"PYTHONPATH": str(SOURCE), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     size = Path("flux/transformer/diffusion_pytorch_model.safetensors").stat().st_size
     assert size > 150e6
-    steps = ["flux:a.safetensors", "a.safetensors:again", "a.safetensors:b.safetensors:--dtype:fp8"]
+    steps = [
+        "flux:a.safetensors",
+        "a.safetensors:again",
+        "a.safetensors:b.safetensors:--dtype:fp8",
+        "unet:half:--dtype:fp16",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", program, *steps], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) < size / 2, done.stdout
     assert equal(weights("again/transformer"), weights("flux/transformer"))
+    assert equal(weights("half/unet"), {k: v.half() for k, v in weights("unet/unet").items()})

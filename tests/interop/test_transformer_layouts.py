@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from sfumato.checkpoints import families
 from sfumato.checkpoints.checkpoint import Checkpoint, Component, RawCheckpoint
-from sfumato.checkpoints.families._base import NETWORK as PREFIX
-from sfumato.checkpoints.families._transformer import TransformerFamily
+from sfumato.checkpoints.families import NETWORK as PREFIX
+from sfumato.checkpoints.families import TransformerFamily
 from sfumato.checkpoints.families.dit import grid_table
 from sfumato.checkpoints.lazy_tensor import LazyTensor, from_tensors, load_tensors
 from sfumato.checkpoints.metadata import TRANSFORMER as NOTE

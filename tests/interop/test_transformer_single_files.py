@@ -28,8 +28,7 @@ from torch import Tensor
 import sfumato
 from sfumato.checkpoints import families
 from sfumato.checkpoints.checkpoint import Checkpoint, Component, RawCheckpoint, ReadOptions
-from sfumato.checkpoints.families._base import Family
-from sfumato.checkpoints.families._transformer import FLOW, TransformerFamily
+from sfumato.checkpoints.families import FLOW, Family, TransformerFamily
 from sfumato.checkpoints.families.flux import DYNAMIC
 from sfumato.checkpoints.formats.folded import KEY as KEY_OF_OURS
 from sfumato.checkpoints.lazy_tensor import LazyTensor, from_tensors

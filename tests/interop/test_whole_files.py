@@ -21,7 +21,7 @@ from transformers import (
 
 from sfumato.checkpoints import families
 from sfumato.checkpoints.checkpoint import Checkpoint, Component, RawCheckpoint
-from sfumato.checkpoints.families._transformer import TransformerFamily
+from sfumato.checkpoints.families import TransformerFamily
 from sfumato.checkpoints.families.flux2 import BATCHES
 from sfumato.checkpoints.lazy_tensor import LazyTensor, from_tensors
 from sfumato.errors import UserError

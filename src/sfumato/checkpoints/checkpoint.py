@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sfumato.checkpoints.families.ldm_yaml import OriginalConfig
 from sfumato.checkpoints.lazy_tensor import LazyTensors, checked_finite, load_tensors
 from sfumato.compress.base import registered as autoencoders
 from sfumato.errors import UserError, explained, unknown
@@ -28,6 +27,37 @@ if TYPE_CHECKING:
     from sfumato.checkpoints.families import Family
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class OriginalConfig:
+    """What a YAML says. `parts`: fields of diffusers' configs by part, which the file's own must
+    equal; the rest, where given, decides what keys and shapes leave open (`heads`, `head_width` and
+    `new_attention_order`: see `ReadOptions`). One that says nothing is the default.
+    """
+
+    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    heads: int | None = None
+    head_width: int | None = None
+    prediction_type: str | None = None
+    schedule: Mapping[str, Any] | None = None
+    scaling_factor: float | None = None
+    new_attention_order: bool | None = None
+
+    def agree(self, configs: Mapping[str, Mapping[str, Any]], where: object) -> None:
+        """`UserError` that lists where configs read from a file are not what the YAML says."""
+        wrong = [
+            f"{part}'s {name}={configs[part].get(name)!r} instead of {value!r}"
+            if part in configs
+            else f"no {part}"
+            for part, values in self.parts.items()
+            for name, value in (values or {"": None}).items()
+            if part not in configs or configs[part].get(name) != value
+        ]
+        if wrong:
+            raise UserError(
+                f"{where} is not the model of the YAML: it has {', '.join(dict.fromkeys(wrong))}; use the YAML that belongs to it"
+            )
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,13 @@ import torch
 
 from sfumato.checkpoints import families
 from sfumato.checkpoints.checkpoint import Checkpoint, Component, RawCheckpoint
-from sfumato.checkpoints.families._base import AUTOENCODERS, NETWORK
-from sfumato.checkpoints.families._transformer import TEXTS, TransformerFamily, untold_latents
+from sfumato.checkpoints.families import (
+    AUTOENCODERS,
+    NETWORK,
+    TEXTS,
+    TransformerFamily,
+    untold_latents,
+)
 from sfumato.checkpoints.formats import open_file
 from sfumato.checkpoints.formats.folded import is_folded
 from sfumato.checkpoints.formats.folder import read_component, write_component

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from sfumato.checkpoints import families
-from sfumato.checkpoints.families._base import Family
+from sfumato.checkpoints.families import Family
+from sfumato.checkpoints.schedulers.spacing import format_spacing
+from sfumato.spec import Spec
 
 OWN = "LatentDiffusion"
 
 
-def pipeline_of(network: Any, conditioner: Any, references: int = 0) -> tuple["Family | None", str]:
+def pipeline_of(network: Any, conditioner: Any, references: int = 0) -> tuple[Family | None, str]:
     """The family and diffusers' pipeline of a model with these parts; None and `OWN` where
     diffusers has none.
 
@@ -34,7 +36,7 @@ def pipeline_class(network: Any, conditioner: Any, references: int = 0) -> str:
 def autoencoder_folder(pipeline: str) -> str:
     """The autoencoder's folder in a pipeline's model."""
     family = families.by_pipeline(pipeline)
-    return "vae" if family is None else family.autoencoder_folder(pipeline)
+    return "vae" if family is None else family.autoencoder_folder
 
 
 def pipeline_index(network: Any, conditioner: Any, defaults: Any) -> dict[str, Any]:
@@ -50,3 +52,11 @@ def pipeline_defaults(index: Mapping[str, Any], network: Any) -> dict[str, Any]:
     family = families.by_pipeline(str(index.get("_class_name")))
     own = {} if family is None else family.defaults(index, network.guidance_embeds)
     return {"steps": 50, "guidance": 1.0 if network.part == "transformer" else 7.5} | own
+
+
+def pipeline_spacing(spacing: str, family: Family | None) -> str:
+    """A scheduler's spacing as a family's pipeline runs it."""
+    spec, rule = Spec.parse(spacing), None if family is None else family.shift_rule
+    if rule is None or spec.name != "dynamic":
+        return spacing
+    return format_spacing(spec.name, **spec.options, rule=rule)

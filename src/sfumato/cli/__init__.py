@@ -2,7 +2,7 @@
 
 A command called `x-y` is the function `x_y` in `x_y.py`, one called `x` is the function
 `x(arguments: list[str])` in `x.py`; the first line of its docstring is its line in the help.
-Nothing heavy is imported before the arguments are known to be good: `--help` answers at once.
+Unconditional heavy is imported before the arguments are known to be good: `--help` answers at once.
 
 Exit codes: 0 done; 1 something unforeseen; 2 wrong input (`UserError`, or arguments that do not
 parse); 3 a value that is not finite (`NumericalError`); 130 stopped with Ctrl-C. Errors are one

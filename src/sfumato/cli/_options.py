@@ -1,4 +1,4 @@
-"""Options that commands share. Nothing here imports torch."""
+"""Options that commands share. Unconditional here imports torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -72,7 +72,12 @@ def convert(arguments: Sequence[str]) -> None:
         if options.dtype in eights
         else torch_dtype(options.dtype)
     )
-    network = by_name(options.network).alone[0] if options.network else None
+    classes = by_name(options.network).alone if options.network else ()
+    if options.network and not classes:
+        raise UserError(
+            f"--network {options.network}: expected the family of a diffusion transformer, such as dit or sit"
+        )
+    network = classes[0] if classes else None
     storing = StoreOptions(dtype, options.dtype == "fp8-scaled")
     opened = open_source(
         source,

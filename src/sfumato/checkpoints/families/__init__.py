@@ -5,105 +5,36 @@ names a family. A new family is one file here, one network in `predict/networks/
 reads prompts in a new way one conditioner in `predict/conditioners/`.
 """
 
-from collections.abc import Mapping
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from sfumato.checkpoints.families._base import ABSENT, AUTOENCODERS, NETWORK, Family
+from sfumato.checkpoints.families._registry import (
+    by_components,
+    by_name,
+    by_network,
+    by_parts,
+    by_pipeline,
+    candidates,
+    detect,
+    registered,
+    write,
+)
+from sfumato.checkpoints.families._transformer import FLOW, TEXTS, TransformerFamily, untold_latents
 
-from sfumato.checkpoints.shapes import Shapes
-from sfumato.errors import UserError, unknown
-from sfumato.registry import module_of, names
-
-if TYPE_CHECKING:
-    from sfumato.checkpoints.checkpoint import Checkpoint, Component, RawCheckpoint
-    from sfumato.checkpoints.families._base import Family
-
-_PACKAGE = "checkpoints.families"
-
-
-@cache
-def registered() -> tuple["Family", ...]:
-    """Every family of this folder, by the names of their files."""
-    return tuple(
-        family
-        for file in names(_PACKAGE)
-        for family in getattr(module_of(_PACKAGE, file), "FAMILIES", ())
-    )
-
-
-def by_name(name: str) -> "Family":
-    """The family of this name; `UserError` that lists the known ones for another."""
-    family = next((family for family in registered() if family.name == name), None)
-    if family is None:
-        raise unknown("family", name, (family.name for family in registered()))
-    return family
-
-
-def by_network(class_name: object) -> "Family | None":
-    """The family with files of the network alone, by the "_class_name" of its config; None where
-    there is none.
-    """
-    return next((family for family in registered() if class_name in family.alone), None)
-
-
-def by_pipeline(pipeline: str) -> "Family | None":
-    """The family that diffusers opens with a pipeline (the `_class_name` of model_index.json)."""
-    found = [
-        (start, family)
-        for family in registered()
-        for start in family.pipelines
-        if pipeline.startswith(start)
-    ]
-    return max(found, key=lambda pair: len(pair[0]))[1] if found else None
-
-
-def by_components(components: "Mapping[str, Component]") -> "Family | None":
-    """The family whose single file holds these components."""
-    return next((family for family in registered() if family.holds(components)), None)
-
-
-def by_parts(network: Any, conditioner: Any, process: Any) -> "Family | None":
-    """The family of a model with these parts whose models were published as single files."""
-    return next(
-        (family for family in registered() if family.publishes(network, conditioner, process)), None
-    )
-
-
-def detect(keys: Mapping[str, tuple[int, ...]], where: object, network: object = None) -> "Family":
-    """The family of a file.
-
-    Args:
-        keys: the shapes of its tensors
-        where: the file, for messages
-        network: the class of its network, which decides where several families have its keys
-
-    Raises:
-        UserError: a file of no known layout.
-    """
-    found = candidates(keys, where)
-    if not found:
-        shown = ", ".join(sorted(keys)[:4]) or "none"
-        titles = ", ".join(dict.fromkeys(family.title for family in registered()))
-        raise UserError(
-            f"{where} is of no known layout (its first keys: {shown}): expected the original names of {titles}"
-        )
-    return next(
-        (family for family in found if network is not None and network in family.alone), found[0]
-    )
-
-
-def candidates(keys: Mapping[str, tuple[int, ...]], where: object) -> list["Family"]:
-    """Every family that has the keys of a file; those with a part of it where none has all."""
-    shapes = Shapes(keys, "", where)
-    found = [family for family in registered() if family.detect(shapes)]
-    return found or [family for family in registered() if family.detect_alone(shapes)]
-
-
-def write(checkpoint: "Checkpoint") -> "RawCheckpoint":
-    """A checkpoint as a single file; `UserError` where there is no family with such a file."""
-    family = by_components(checkpoint.components)
-    if family is None:
-        parts = " and ".join(sorted(checkpoint.components)) or "nothing"
-        raise UserError(
-            f"{checkpoint.path} holds {parts}: expected a diffusion transformer of a known class"
-        )
-    return family.write(checkpoint)
+__all__ = [
+    "ABSENT",
+    "AUTOENCODERS",
+    "FLOW",
+    "NETWORK",
+    "TEXTS",
+    "Family",
+    "TransformerFamily",
+    "by_components",
+    "by_name",
+    "by_network",
+    "by_parts",
+    "by_pipeline",
+    "candidates",
+    "detect",
+    "registered",
+    "untold_latents",
+    "write",
+]

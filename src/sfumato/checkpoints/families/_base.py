@@ -114,6 +114,10 @@ class Family(ABC):
             where the scheduler's shift is dynamic
         is_transformer: whether convert streams it without building a model
         tells_latents: whether the scale of latents is known of its files
+        autoencoder_folder: of its pipelines
+        autoencoder_defaults: fields of the autoencoder's config that old folders leave out and that
+            differ from today's defaults
+        shift_rule: by which its pipelines shift times with the image's size; None: the scheduler's
     """
 
     name: ClassVar[str]
@@ -124,6 +128,9 @@ class Family(ABC):
     even_times: ClassVar[bool | None] = None
     is_transformer: ClassVar[bool] = False
     tells_latents: ClassVar[bool] = True
+    autoencoder_folder: ClassVar[str] = "vae"
+    autoencoder_defaults: ClassVar[Mapping[str, Any]] = {}
+    shift_rule: ClassVar[str | None] = None
 
     # ---- which -----------------------------------------------------------------------------------
 
@@ -253,16 +260,6 @@ class Family(ABC):
     def require_whole(self, checkpoint: Checkpoint) -> None:
         """`UserError` for a single file that lacks parts of a model."""
 
-    def autoencoder_folder(self, pipeline: str) -> str:
-        """The folder of the autoencoder in diffusers' layout."""
-        return "vae"
-
-    def autoencoder_defaults(self, pipeline: str) -> dict[str, Any]:
-        """Fields of the autoencoder's config that old folders leave out and that differ from
-        today's defaults.
-        """
-        return {}
-
     def defaults(self, index: Config, learned_guidance: bool = True) -> dict[str, Any]:
         """What a run of a pipeline begins with, where that differs from its kind of network.
 
@@ -277,10 +274,6 @@ class Family(ABC):
     def guidance(self, conditioner: Any) -> dict[str, Any]:
         """The guidance with which models that diffusers has no pipeline for are used."""
         return {}
-
-    def spacing(self, spacing: str) -> str:
-        """A scheduler's spacing as diffusers' pipeline runs it."""
-        return spacing
 
 
 def store_section(

@@ -19,7 +19,7 @@ from sfumato.checkpoints.checkpoint import (
     RawCheckpoint,
     ReadOptions,
 )
-from sfumato.checkpoints.families import _clip, _t5, _vae, candidates
+from sfumato.checkpoints.families import _clip, _t5, _vae
 from sfumato.checkpoints.families._base import (
     AUTOENCODERS,
     NETWORK,
@@ -28,6 +28,7 @@ from sfumato.checkpoints.families._base import (
     Section,
     store_section,
 )
+from sfumato.checkpoints.families._registry import candidates
 from sfumato.checkpoints.shapes import Shapes
 from sfumato.checkpoints.tokenizers import pack_encoders, tokenizer_folders
 from sfumato.checkpoints.weight_map import WeightMap, check_sources, load_all, with_prefix

@@ -36,7 +36,7 @@ from sfumato.checkpoints.families._base import (
     store_section,
 )
 from sfumato.checkpoints.families._lossless import unrepresentable_fields
-from sfumato.checkpoints.families._unet_config import PLAIN_MARK, Heads, unet_config
+from sfumato.checkpoints.families._unet_config import Heads, unet_config
 from sfumato.checkpoints.families._unet_map import is_plain, unet_map
 from sfumato.checkpoints.families._vae import is_quantized, vae_config, vae_map
 from sfumato.checkpoints.lazy_tensor import LazyTensor, LazyTensors, from_tensors
@@ -50,6 +50,8 @@ from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig
 
 EPSILON, VELOCITY = PREDICTIONS[:2]
 TEXT = "cond_stage_model."
+LABELS, LEVELS = f"{NETWORK}label_emb.0.", f"{NETWORK}label_emb.weight"
+"""A vector, and a table of noise levels, that join the time embedding."""
 _PREDICTION_NOTES = {
     "epsilon": EPSILON,
     "eps": EPSILON,
@@ -84,6 +86,8 @@ class UNetFamily(Family):
     """A family with a U-Net.
 
     Attributes:
+        marks: beginnings of keys by which its files are known
+        foreign_marks: those of families whose files have its marks, too
         heads: the number of heads of every attention, or
         head_width: of each; neither where files of the family differ
         betas: first and last of its schedule
@@ -94,8 +98,13 @@ class UNetFamily(Family):
         notes_heads: whether files note the heads, because the family's differ and keys do not tell
         image_size: the side of images of all that were published; None: `sample_size` counts
         conditioner_class: the conditioner of its models
+        more_schedulers: beside the denoiser's
+        lone_prefix: of an autoencoder whose names begin with none of the usual ones; None: there is
+        none
     """
 
+    marks: ClassVar[tuple[str, ...]] = ()
+    foreign_marks: ClassVar[tuple[str, ...]] = ()
     heads: ClassVar[int | None] = None
     head_width: ClassVar[int | None] = None
     betas: ClassVar[tuple[float, float]] = (0.00085, 0.012)
@@ -106,8 +115,16 @@ class UNetFamily(Family):
     notes_heads: ClassVar[bool] = False
     image_size: ClassVar[int | None] = None
     conditioner_class: ClassVar[type] = ClipText
+    more_schedulers: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    lone_prefix: ClassVar[str | None] = None
 
     # ---- which -----------------------------------------------------------------------------------
+
+    def detect(self, shapes: Shapes) -> bool:
+        """Whether any key begins with one of the marks, and none with what other families have."""
+        return any(shapes.has(mark) for mark in self.marks) and not any(
+            shapes.has(mark) for mark in self.foreign_marks
+        )
 
     def holds(self, components: Mapping[str, Component]) -> bool:
         """Whether the text encoders are the family's, or there are none and the U-Net alone is of
@@ -176,9 +193,6 @@ class UNetFamily(Family):
             {part: section.config for part, section in found.items()}, raw.path
         )
         yield from found.values()
-
-    lone_prefix: ClassVar[str | None] = None
-    """The prefix of an autoencoder whose names begin with none of the usual ones."""
 
     def unet_config(self, shapes: Shapes, heads: Heads) -> dict[str, Any]:
         """diffusers' config of the U-Net."""
@@ -312,12 +326,8 @@ class UNetFamily(Family):
                 "prediction_type": self._prediction(raw, options, kind),
                 **rest,
             },
-            **self.more_schedulers(),
+            **{name: dict(config) for name, config in self.more_schedulers.items()},
         }
-
-    def more_schedulers(self) -> dict[str, dict[str, Any]]:
-        """Other schedulers of the family."""
-        return {}
 
     def _prediction(self, raw: RawCheckpoint, options: ReadOptions, kind: str) -> str:
         """See `ReadOptions`."""
@@ -438,15 +448,17 @@ class UNetFamily(Family):
             notes.SCHEDULERS[name]: json.dumps(config)
             for name, config in checkpoint.schedulers.items()
         }
-        return (
-            schedulers
-            | self.tokenizer_note(conditioner)
-            | {notes.CONDITIONER: json.dumps(conditioner.to_config())}
+        # both of SDXL's have the same words
+        encoders = list(getattr(conditioner, "encoders", {}).values())
+        tokenizer = (
+            {notes.TOKENIZER: self.pack_tokenizer(encoders[-1].tokenizer)} if encoders else {}
         )
+        return schedulers | tokenizer | {notes.CONDITIONER: json.dumps(conditioner.to_config())}
 
-    def tokenizer_note(self, conditioner: Any) -> dict[str, str]:
-        """The tokenizer of the last encoder: both of SDXL's have the same words."""
-        return {notes.TOKENIZER: pack_clip(list(conditioner.encoders.values())[-1].tokenizer)}
+    @staticmethod
+    def pack_tokenizer(tokenizer: Any) -> str:
+        """The tokenizer of its text encoders, for the metadata."""
+        return pack_clip(tokenizer)
 
     # ---- models ----------------------------------------------------------------------------------
 
@@ -482,11 +494,6 @@ class UNetFamily(Family):
 def is_open_clip(components: Mapping[str, Component]) -> bool:
     """Whether the first text encoder is open_clip's, by its activation."""
     return components["text_encoder"].config.get("hidden_act", "quick_gelu") == "gelu"
-
-
-def is_plain_file(shapes: Shapes) -> bool:
-    """Whether a file has a U-Net without tokens."""
-    return shapes.has(NETWORK + PLAIN_MARK)
 
 
 def _averaged(raw: RawCheckpoint) -> LazyTensors:

@@ -19,10 +19,6 @@ class Autoencoder(UNetFamily):
     tells_latents = False
     lone_prefix = ""
 
-    def detect(self, shapes: Shapes) -> bool:
-        """Its names are in the files of whole models, too: see `detect_alone`."""
-        return False
-
     def detect_alone(self, shapes: Shapes) -> bool:
         """Encoder and decoder, with or without a prefix, and no network."""
         return not shapes.has(NETWORK) and any(

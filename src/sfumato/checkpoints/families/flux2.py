@@ -19,12 +19,10 @@ from sfumato.checkpoints.families._transformer import SINUSOIDAL, TransformerFam
 from sfumato.checkpoints.families._vae import vae_config, vae_map
 from sfumato.checkpoints.families.flux import STREAMS, norms
 from sfumato.checkpoints.lazy_tensor import LazyTensor
-from sfumato.checkpoints.schedulers.spacing import format_spacing
 from sfumato.checkpoints.shapes import Shapes
 from sfumato.checkpoints.weight_map import WeightMap, chunked, swapped, weight
 from sfumato.errors import UserError
 from sfumato.predict.conditioners.flux2_text import Flux2Text
-from sfumato.spec import Spec
 
 AUTOENCODER = "AutoencoderKLFlux2"
 BATCHES = "bn.num_batches_tracked"
@@ -40,6 +38,7 @@ class Flux2(TransformerFamily):
     class_name, mark = "Flux2Transformer2DModel", "double_stream_modulation_img.lin.weight"
     conditioner_class = Flux2Text
     even_times = True
+    shift_rule = "flux2"
     # Steps and guidance with which diffusers calls its pipelines.
     pipelines: ClassVar = {
         "Flux2": {"steps": 50, "guidance": 1.0, "learned_guidance": 4.0, "references": 10},
@@ -151,13 +150,6 @@ class Flux2(TransformerFamily):
         return super().defaults(index, learned_guidance) | (
             {"steps": 4, "guidance": 1.0} if distilled else {}
         )
-
-    def spacing(self, spacing: str) -> str:
-        """diffusers' pipelines give a shift that follows the size by a rule of their own."""
-        spec = Spec.parse(spacing)
-        if spec.name != "dynamic":
-            return spacing
-        return format_spacing(spec.name, **spec.options, rule="flux2")
 
 
 FAMILIES = (Flux2(),)

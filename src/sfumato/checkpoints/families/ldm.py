@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from sfumato.checkpoints import metadata as notes
 from sfumato.checkpoints.checkpoint import Component, LoadOptions, RawCheckpoint
-from sfumato.checkpoints.families._base import Config, Tower
+from sfumato.checkpoints.families._base import NETWORK, Config, Tower
 from sfumato.checkpoints.families._bert import BertTower
-from sfumato.checkpoints.families._unet import TEXT, UNetFamily, is_plain_file
-from sfumato.checkpoints.families._unet_config import Heads, plain_config
+from sfumato.checkpoints.families._unet import TEXT, UNetFamily
+from sfumato.checkpoints.families._unet_config import PLAIN_MARK, Heads, plain_config
 from sfumato.checkpoints.families._unet_map import is_plain
 from sfumato.checkpoints.lazy_tensor import load_tensors
 from sfumato.checkpoints.shapes import Shapes
@@ -31,15 +31,14 @@ class LdmText(UNetFamily):
     """Text-to-image with a transformer trained with the model."""
 
     name, title = "ldm-text", "Latent Diffusion"
+    marks = (f"{TEXT}transformer.attn_layers.",)
     towers = (BertTower("bert", f"{TEXT}transformer."),)
     heads = 8
     sample_size = 32
     pipelines: ClassVar = {"LDMTextToImagePipeline": {"guidance": 1.0}}
+    autoencoder_folder = _FOLDER
     conditioner_class = BertText
-
-    def detect(self, shapes: Shapes) -> bool:
-        """The transformer's layers."""
-        return shapes.has(f"{TEXT}transformer.attn_layers.")
+    pack_tokenizer = staticmethod(pack_bert)
 
     def conditioner(
         self, raw: RawCheckpoint, components: Mapping[str, Component], options: LoadOptions
@@ -54,10 +53,6 @@ class LdmText(UNetFamily):
         model = conditioner.encoder.model
         return {"bert": (model.config.to_dict(), model.state_dict())}
 
-    def tokenizer_note(self, conditioner: BertText) -> dict[str, str]:
-        """BERT's words."""
-        return {notes.TOKENIZER: pack_bert(conditioner.encoder.tokenizer)}
-
     def pipeline(self, network: Any, conditioner: Any, references: int) -> str | None:
         """Its own."""
         return (
@@ -69,10 +64,6 @@ class LdmText(UNetFamily):
     def index(self, pipeline: str, conditioner: Any, guidance: Any) -> dict[str, Any]:
         """The transformer."""
         return conditioner.index()
-
-    def autoencoder_folder(self, pipeline: str) -> str:
-        """As diffusers calls it."""
-        return _FOLDER
 
 
 class ClassTower(Tower):
@@ -104,16 +95,13 @@ class LdmClass(UNetFamily):
     """ImageNet's classes."""
 
     name, title = "ldm-class", "Latent Diffusion"
+    marks = (TEXT + KEY,)
     towers = (ClassTower("class_embedder", TEXT),)
     betas = (0.0015, 0.0195)
     scaling_factor = 1.0
     notes_heads = True
     image_size = 256
     conditioner_class = ClassEmbedding
-
-    def detect(self, shapes: Shapes) -> bool:
-        """The table."""
-        return TEXT + KEY in shapes.table
 
     def conditioner(
         self, raw: RawCheckpoint, components: Mapping[str, Component], options: LoadOptions
@@ -133,10 +121,6 @@ class LdmClass(UNetFamily):
             )
         }
 
-    def tokenizer_note(self, conditioner: Any) -> dict[str, str]:
-        """There is none."""
-        return {}
-
     def pipeline(self, network: Any, conditioner: Any, references: int) -> str | None:
         """diffusers has none."""
         return None
@@ -150,16 +134,18 @@ class LdmUnconditional(UNetFamily):
     """Faces, bedrooms, churches: a U-Net without tokens."""
 
     name, title = "ldm-unconditional", "Latent Diffusion"
+    marks = (NETWORK + PLAIN_MARK,)
     betas = (0.0015, 0.0195)
     scaling_factor = 1.0
     notes_heads = True
     image_size = 256
     pipelines: ClassVar = {"LDMPipeline": {"guidance": 1.0}}
+    autoencoder_folder = _FOLDER
+    # Folders are of the time before the field; diffusers now takes 0.18215 there, and
+    # CompVis/ldm-celebahq-256 then draws noise
+    # (https://github.com/huggingface/diffusers/issues/6725).
+    autoencoder_defaults: ClassVar = {"scaling_factor": 1.0}
     conditioner_class = Unconditional
-
-    def detect(self, shapes: Shapes) -> bool:
-        """A U-Net without tokens."""
-        return is_plain_file(shapes)
 
     def holds(self, components: Mapping[str, Component]) -> bool:
         """A U-Net without tokens."""
@@ -185,10 +171,6 @@ class LdmUnconditional(UNetFamily):
         """None."""
         return Unconditional()
 
-    def tokenizer_note(self, conditioner: Any) -> dict[str, str]:
-        """There is none."""
-        return {}
-
     def publishes(self, network: Any, conditioner: Any, process: Any) -> bool:
         """Whether the U-Net has no tokens, too."""
         return super().publishes(network, conditioner, process) and is_plain(network.to_config())
@@ -205,18 +187,6 @@ class LdmUnconditional(UNetFamily):
     def guidance(self, conditioner: Any) -> dict[str, Any]:
         """Off."""
         return {"guidance": 1.0}
-
-    def autoencoder_folder(self, pipeline: str) -> str:
-        """As diffusers calls it."""
-        return _FOLDER
-
-    def autoencoder_defaults(self, pipeline: str) -> dict[str, Any]:
-        """The scale of latents, 1, in folders of the time before the field.
-
-        diffusers now takes 0.18215 there, and CompVis/ldm-celebahq-256 then draws noise
-        (https://github.com/huggingface/diffusers/issues/6725).
-        """
-        return {"scaling_factor": 1.0}
 
 
 FAMILIES = (LdmText(), LdmClass(), LdmUnconditional())

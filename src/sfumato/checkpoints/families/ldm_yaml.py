@@ -8,10 +8,10 @@ A target or a parameter that is not known is refused: it might change the result
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sfumato.checkpoints.checkpoint import OriginalConfig
 from sfumato.checkpoints.schedulers import betas
 from sfumato.checkpoints.shapes import one_or_all
 from sfumato.errors import UserError, unknown
@@ -35,80 +35,23 @@ _TEXTS = {"FrozenCLIPEmbedder": "text_encoder", "FrozenOpenCLIPEmbedder": "text_
 _TEXTS |= {"BERTEmbedder": "bert", "ClassEmbedder": "class_embedder"}
 
 # Parameters that say how a model was trained, or that the weights tell anyway.
-_FREE_MODEL = {
-    "num_timesteps_cond",
-    "log_every_t",
-    "first_stage_key",
-    "cond_stage_key",
-    "image_size",
-    "channels",
-    "cond_stage_trainable",
-}
-_FREE_MODEL |= {
-    "conditioning_key",
-    "monitor",
-    "use_ema",
-    "scheduler_config",
-    "finetune_keys",
-    "concat_keys",
-    "ckpt_path",
-    "ignore_keys",
-}
-_FREE_MODEL |= {
-    "loss_type",
-    "low_scale_key",
-    "low_scale_config",
-    "load_ema",
-    "load_only_unet",
-    "unet_trainable",
-    "learn_logvar",
-    "logvar_init",
-}
-_FREE_MODEL |= {
-    "original_elbo_weight",
-    "l_simple_weight",
-    "reset_ema",
-    "keep_finetune_dims",
-    "c_concat_log_start",
-    "masked_image_key",
-}
-_READ_MODEL = {
-    "linear_start",
-    "linear_end",
-    "timesteps",
-    "beta_schedule",
-    "parameterization",
-    "scale_factor",
-    "scale_by_std",
-}
-_READ_MODEL |= {"unet_config", "first_stage_config", "cond_stage_config"}
-_FREE_UNET = {
-    "image_size",
-    "use_checkpoint",
-    "legacy",
-    "use_fp16",
-    "use_bf16",
-    "dropout",
-    "adm_in_channels",
-}
-_READ_UNET = {
-    "in_channels",
-    "out_channels",
-    "model_channels",
-    "attention_resolutions",
-    "num_res_blocks",
-    "channel_mult",
-    "num_heads",
-}
-_READ_UNET |= {
-    "num_head_channels",
-    "transformer_depth",
-    "context_dim",
-    "use_linear_in_transformer",
-    "num_classes",
-    "use_scale_shift_norm",
-}
-_READ_UNET |= {"disable_self_attentions"}
+_FREE_MODEL: set[str] = set(
+    "num_timesteps_cond log_every_t first_stage_key cond_stage_key image_size channels cond_stage_trainable conditioning_key monitor use_ema "
+    "scheduler_config finetune_keys concat_keys ckpt_path ignore_keys loss_type low_scale_key low_scale_config load_ema load_only_unet "
+    "unet_trainable learn_logvar logvar_init original_elbo_weight l_simple_weight reset_ema keep_finetune_dims c_concat_log_start "
+    "masked_image_key".split()
+)
+_READ_MODEL: set[str] = set(
+    "linear_start linear_end timesteps beta_schedule parameterization scale_factor scale_by_std unet_config first_stage_config "
+    "cond_stage_config".split()
+)
+_FREE_UNET: set[str] = set(
+    "image_size use_checkpoint legacy use_fp16 use_bf16 dropout adm_in_channels".split()
+)
+_READ_UNET: set[str] = set(
+    "in_channels out_channels model_channels attention_resolutions num_res_blocks channel_mult num_heads num_head_channels transformer_depth "
+    "context_dim use_linear_in_transformer num_classes use_scale_shift_norm disable_self_attentions".split()
+)
 _FIXED_UNET: dict[str, Any] = {"conv_resample": True, "dims": 2}
 _WITH_TOKENS: dict[str, Any] = {
     "use_spatial_transformer": True,
@@ -148,37 +91,6 @@ _READ_DD = {
 }
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 _SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear"}
-
-
-@dataclass(frozen=True)
-class OriginalConfig:
-    """What a YAML says. `parts`: fields of diffusers' configs by part, which the file's own must
-    equal; the rest, where given, decides what keys and shapes leave open (`heads`, `head_width` and
-    `new_attention_order`: see `ReadOptions`). One that says nothing is the default.
-    """
-
-    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    heads: int | None = None
-    head_width: int | None = None
-    prediction_type: str | None = None
-    schedule: Mapping[str, Any] | None = None
-    scaling_factor: float | None = None
-    new_attention_order: bool | None = None
-
-    def agree(self, configs: Mapping[str, Mapping[str, Any]], where: object) -> None:
-        """`UserError` that lists where configs read from a file are not what the YAML says."""
-        wrong = [
-            f"{part}'s {name}={configs[part].get(name)!r} instead of {value!r}"
-            if part in configs
-            else f"no {part}"
-            for part, values in self.parts.items()
-            for name, value in (values or {"": None}).items()
-            if part not in configs or configs[part].get(name) != value
-        ]
-        if wrong:
-            raise UserError(
-                f"{where} is not the model of the YAML: it has {', '.join(dict.fromkeys(wrong))}; use the YAML that belongs to it"
-            )
 
 
 def read_yaml(path: str | Path) -> OriginalConfig:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from sfumato.checkpoints.checkpoint import Component
 from sfumato.checkpoints.families._base import NETWORK, Config
 from sfumato.checkpoints.families._clip import ClipTower
-from sfumato.checkpoints.families._unet import TEXT, UNetFamily, is_open_clip
+from sfumato.checkpoints.families._unet import LABELS, LEVELS, TEXT, UNetFamily, is_open_clip
 from sfumato.checkpoints.families._unet_config import Heads
 from sfumato.checkpoints.shapes import Shapes
 
@@ -21,6 +21,7 @@ class Sd1(UNetFamily):
     """
 
     name, title = "sd1", "Stable Diffusion 1"
+    marks = (f"{TEXT}transformer.text_model.", f"{TEXT}transformer.embeddings.")
     towers = (ClipTower("text_encoder", f"{TEXT}transformer."),)
     heads = 8
     pipelines: ClassVar = {
@@ -29,17 +30,9 @@ class Sd1(UNetFamily):
         "StableDiffusionInstructPix2PixPipeline": {"steps": 100},
     }
 
-    def detect(self, shapes: Shapes) -> bool:
-        """transformers' CLIP."""
-        return any(
-            shapes.has(f"{TEXT}transformer.{start}") for start in ("text_model.", "embeddings.")
-        )
-
     def detect_alone(self, shapes: Shapes) -> bool:
         """A U-Net with convolutions around its attention."""
-        lone = shapes.has(NETWORK) and not any(
-            shapes.has(f"{NETWORK}label_emb.{end}") for end in ("0.", "weight")
-        )
+        lone = shapes.has(NETWORK) and not shapes.has(LABELS) and not shapes.has(LEVELS)
         return lone and shapes.rank(f"{_MIDDLE}proj_in.weight") != 2
 
     def fits(self, unet: Config, components: Mapping[str, Component]) -> bool:

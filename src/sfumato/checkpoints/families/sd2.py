@@ -6,7 +6,15 @@ from typing import Any
 from sfumato.checkpoints.checkpoint import Component
 from sfumato.checkpoints.families._base import NETWORK, Config
 from sfumato.checkpoints.families._clip import OpenClipTower
-from sfumato.checkpoints.families._unet import EPSILON, TEXT, VELOCITY, UNetFamily, is_open_clip
+from sfumato.checkpoints.families._unet import (
+    EPSILON,
+    LABELS,
+    LEVELS,
+    TEXT,
+    VELOCITY,
+    UNetFamily,
+    is_open_clip,
+)
 from sfumato.checkpoints.shapes import Shapes
 
 CLIP_H = OpenClipTower("text_encoder", f"{TEXT}model.", penultimate=True)
@@ -22,20 +30,15 @@ class Sd2(UNetFamily):
     """
 
     name, title = "sd2", "Stable Diffusion 2"
+    marks, foreign_marks = (CLIP_H.prefix,), (LEVELS,)
     towers = (CLIP_H,)
     head_width = 64
     sample_size = 96
     predicts = VELOCITY
 
-    def detect(self, shapes: Shapes) -> bool:
-        """OpenCLIP without a table of noise levels."""
-        return shapes.has(CLIP_H.prefix) and not shapes.has(f"{NETWORK}label_emb.weight")
-
     def detect_alone(self, shapes: Shapes) -> bool:
         """A U-Net with linear projections around its attention."""
-        lone = shapes.has(NETWORK) and not any(
-            shapes.has(f"{NETWORK}label_emb.{end}") for end in ("0.", "weight")
-        )
+        lone = shapes.has(NETWORK) and not shapes.has(LABELS) and not shapes.has(LEVELS)
         return lone and shapes.rank(f"{NETWORK}middle_block.1.proj_in.weight") == 2
 
     def fits(self, unet: Config, components: Mapping[str, Component]) -> bool:

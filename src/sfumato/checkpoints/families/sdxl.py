@@ -2,9 +2,9 @@
 
 from typing import ClassVar
 
-from sfumato.checkpoints.families._base import NETWORK, Config
+from sfumato.checkpoints.families._base import Config
 from sfumato.checkpoints.families._clip import ClipTower, OpenClipTower
-from sfumato.checkpoints.families._unet import UNetFamily
+from sfumato.checkpoints.families._unet import LABELS, UNetFamily
 from sfumato.checkpoints.shapes import Shapes
 from sfumato.errors import UserError
 
@@ -17,6 +17,7 @@ class Sdxl(UNetFamily):
     """
 
     name, title = "sdxl", "SDXL"
+    marks = (_BIG_G.format(1), _FIRST)
     towers = (ClipTower("text_encoder", _FIRST), OpenClipTower("text_encoder_2", _BIG_G.format(1)))
     head_width = 64
     scaling_factor = 0.13025
@@ -34,11 +35,11 @@ class Sdxl(UNetFamily):
             raise UserError(
                 f"{shapes.where} is of the Playground 2.5 family (edm_mean, edm_std): it is not supported; use its folder in diffusers' layout"
             )
-        return shapes.has(_BIG_G.format(1)) or shapes.has(_FIRST)
+        return super().detect(shapes)
 
     def detect_alone(self, shapes: Shapes) -> bool:
         """A U-Net that takes a vector."""
-        return shapes.has(f"{NETWORK}label_emb.0.")
+        return shapes.has(LABELS)
 
     def fits_alone(self, unet: Config) -> bool:
         """A U-Net that takes a vector."""
@@ -49,20 +50,13 @@ class SdxlRefiner(UNetFamily):
     """SDXL's refiner. sizes: original and crop, two each, and the aesthetic score."""
 
     name, title = "sdxl-refiner", "SDXL"
+    marks, foreign_marks = (_BIG_G.format(0),), (_BIG_G.format(1), _FIRST)
     towers = (OpenClipTower("text_encoder_2", _BIG_G.format(0)),)
     head_width = 64
     scaling_factor = 0.13025
     sample_size = 128
     sizes = 5
     pipelines: ClassVar = {"StableDiffusionXLImg2ImgPipeline": {"guidance": 5.0}}
-
-    def detect(self, shapes: Shapes) -> bool:
-        """SDXL's second encoder as the first."""
-        return (
-            shapes.has(_BIG_G.format(0))
-            and not shapes.has(_BIG_G.format(1))
-            and not shapes.has(_FIRST)
-        )
 
 
 FAMILIES = (Sdxl(), SdxlRefiner())

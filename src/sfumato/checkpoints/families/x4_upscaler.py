@@ -3,14 +3,20 @@ small image, and how noisy that is.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from sfumato.checkpoints.checkpoint import Component
-from sfumato.checkpoints.families._base import NETWORK, Config
-from sfumato.checkpoints.families._unet import EPSILON, VELOCITY, UNetFamily, is_open_clip
+from sfumato.checkpoints.families._base import Config
+from sfumato.checkpoints.families._unet import (
+    EPSILON,
+    LABELS,
+    LEVELS,
+    VELOCITY,
+    UNetFamily,
+    is_open_clip,
+)
 from sfumato.checkpoints.families.sd2 import CLIP_H
-from sfumato.checkpoints.schedulers import betas
-from sfumato.checkpoints.shapes import Shapes
+from sfumato.checkpoints.schedulers import betas as schedules
 from sfumato.errors import UserError
 
 
@@ -18,21 +24,22 @@ class X4Upscaler(UNetFamily):
     """The x4 upscaler."""
 
     name, title = "x4-upscaler", "the x4 upscaler"
+    marks, foreign_marks = (LEVELS,), (LABELS,)
     towers = (CLIP_H,)
     heads = 8
     betas = (0.0001, 0.02)
     scaling_factor = 0.08333
     sample_size = 128
     predicts = VELOCITY
+    more_schedulers: ClassVar = {  # by which the small image is made noisy
+        "low_res_scheduler": {
+            "_class_name": "DDPMScheduler",
+            **schedules.fields(0.0001, 0.02),
+            "prediction_type": EPSILON,
+            "clip_sample": True,
+        }
+    }
     pipelines: ClassVar = {"StableDiffusionUpscalePipeline": {"steps": 75, "guidance": 9.0}}
-
-    def detect(self, shapes: Shapes) -> bool:
-        """OpenCLIP and a table of noise levels."""
-        return shapes.has(CLIP_H.prefix) and self.detect_alone(shapes)
-
-    def detect_alone(self, shapes: Shapes) -> bool:
-        """A table of noise levels."""
-        return shapes.has(f"{NETWORK}label_emb.weight") and not shapes.has(f"{NETWORK}label_emb.0.")
 
     def fits(self, unet: Config, components: Mapping[str, Component]) -> bool:
         """OpenCLIP and a table of noise levels."""
@@ -46,16 +53,6 @@ class X4Upscaler(UNetFamily):
                 f"{where}: a U-Net of {taken} channels in and {channels} out is of no known kind: expected {channels + 3} in"
             )
         return self.name
-
-    def more_schedulers(self) -> dict[str, dict[str, Any]]:
-        """The process by which the small image is made noisy."""
-        low = {
-            "_class_name": "DDPMScheduler",
-            **betas.fields(0.0001, 0.02),
-            "prediction_type": EPSILON,
-            "clip_sample": True,
-        }
-        return {"low_res_scheduler": low}
 
 
 FAMILIES = (X4Upscaler(),)

@@ -22,7 +22,9 @@ SAFE = (".safetensors", ".sft")
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 
 
-def open_file(path: Path, dtype: torch.dtype = torch.float32) -> RawCheckpoint:
+def open_file(
+    path: Path, dtype: torch.dtype = torch.float32, mapped: bool = False
+) -> RawCheckpoint:
     """Open a single file, once; weights stay where they are.
 
     Weights of eight bits that have a scale are multiplied by it when they are loaded.
@@ -30,11 +32,25 @@ def open_file(path: Path, dtype: torch.dtype = torch.float32) -> RawCheckpoint:
     Args:
         path: the file
         dtype: what quantised weights become (GGUF)
+        mapped: whether every tensor must be a view of the file, to be streamed
 
     Raises:
-        UserError: a file that is missing, damaged or of another kind, or a pickle that would run
-            code.
+        UserError: a file that is missing, damaged or of another kind, a pickle that would run code,
+            or a file that cannot be streamed where it must be.
     """
+    if mapped and path.suffix in PICKLES:
+        raise UserError(
+            f"{path} is pickled and cannot be streamed: open it without memory=, `save` it as safetensors, and stream that"
+        )
+    raw = _open(path, dtype)
+    if mapped and not raw.mapped:
+        raise UserError(
+            f"{path} cannot be streamed: its weights are quantised, or have scales; `sfumato convert` it to a folder in bf16, and stream that"
+        )
+    return raw
+
+
+def _open(path: Path, dtype: torch.dtype) -> RawCheckpoint:
     if path.suffix in SAFE:
         tensors, metadata = open_tensors(path)
         table, mapped = (
@@ -52,18 +68,3 @@ def open_file(path: Path, dtype: torch.dtype = torch.float32) -> RawCheckpoint:
     if path.suffix == ".gguf" or is_gguf(path):
         return RawCheckpoint(read_gguf(path, dtype).tensors, {}, path, mapped=False)
     raise UserError(f"{path}: expected a file that ends in {', '.join((*SAFE, *PICKLES, '.gguf'))}")
-
-
-def require_mapped(raw: RawCheckpoint) -> RawCheckpoint:
-    """The same file; `UserError` for one that cannot be streamed: pickled, quantised, or with
-    scales beside its weights.
-    """
-    if raw.path.suffix in PICKLES:
-        raise UserError(
-            f"{raw.path} is pickled and cannot be streamed: open it without memory=, `save` it as safetensors, and stream that"
-        )
-    if not raw.mapped:
-        raise UserError(
-            f"{raw.path} cannot be streamed: its weights are quantised, or have scales; `sfumato convert` it to a folder in bf16, and stream that"
-        )
-    return raw

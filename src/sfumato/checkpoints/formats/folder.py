@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from sfumato.checkpoints import families
 from sfumato.checkpoints.checkpoint import Checkpoint, Component, LoadOptions
-from sfumato.checkpoints.families._transformer import TransformerFamily
-from sfumato.checkpoints.formats import open_file, require_mapped
+from sfumato.checkpoints.families import TransformerFamily
+from sfumato.checkpoints.formats import open_file
 from sfumato.checkpoints.formats.folded import is_folded
 from sfumato.checkpoints.lazy_tensor import LazyTensors, cast, from_tensors, write_file
 from sfumato.checkpoints.metadata import network_class
@@ -148,7 +148,7 @@ def read(path: Path, name: str, options: LoadOptions) -> Checkpoint:
     index = read_index(path)
     pipeline = str(index.get("_class_name"))
     family = families.by_pipeline(pipeline)
-    vae = "vae" if family is None else family.autoencoder_folder(pipeline)
+    vae = "vae" if family is None else family.autoencoder_folder
     part = next((name for name in NETWORKS if index.get(name, [None, None]) != [None, None]), None)
     if options.transformer is not None and part == "unet":
         raise UserError(
@@ -160,7 +160,7 @@ def read(path: Path, name: str, options: LoadOptions) -> Checkpoint:
             f"{path}/model_index.json names {', '.join(k for k in index if not k.startswith('_'))}: expected at least {vae} and "
             f"{' or '.join(NETWORKS)}"
         )
-    defaults = {} if family is None else family.autoencoder_defaults(pipeline)
+    defaults = {} if family is None else dict(family.autoencoder_defaults)
     components = {"vae": read_component(path / vae, options.variant, defaults)}
     components[part] = (
         read_component(path / part, options.variant)
@@ -218,8 +218,8 @@ def _override(folder: Path, options: LoadOptions) -> Component:
         raise UserError(
             f"{place} is of class {config.get('_class_name')!r}, which has no files of its own: leave out transformer={file}"
         )
-    raw = open_file(file, options.opened or torch.float32)
-    raw = raw.checked() if options.opened is not None else require_mapped(raw)
+    raw = open_file(file, options.opened or torch.float32, mapped=options.opened is None)
+    raw = raw if options.opened is None else raw.checked()
     if is_folded(raw.metadata):
         raise UserError(
             f"transformer={file} is a whole model in sfumato's own layout: open it by itself"
