@@ -7,6 +7,8 @@ torch, and the refusal becomes one sentence.
 """
 
 import pickle
+import pickletools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,11 +70,10 @@ def _zipped(path: Path) -> bool:
 
 def _reason(error: pickle.UnpicklingError) -> str:
     text = " ".join(str(error).split())
-    if (
-        "GLOBAL" in text
-        or "not allowed" in text
-        or ("Unsupported" in text and "Unsupported operand" not in text)
-    ):
+    operand = re.search(r"Unsupported operand (\d+)", text)
+    # no instruction of any pickle
+    foreign = operand is not None and chr(int(operand[1])) not in pickletools.code2op
+    if not foreign and ("GLOBAL" in text or "not allowed" in text or "Unsupported" in text):
         name = text.partition("GLOBAL ")[2].split(" ")[0]
         return f"it is a pickle that wants to run code{f' ({name})' if name else ''}, and nothing of it was run"
     return f"it is not a whole pickle of tensors ({text[:120]}) and may be truncated"
