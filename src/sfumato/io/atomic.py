@@ -295,7 +295,8 @@ def open_tensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict[str,
 
     try:
         with safe_open(path, "pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened}, opened.metadata() or {}
+            names = opened.keys()
+            return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: expected a safetensors file there") from error
     except (SafetensorError, ValueError, OSError) as error:

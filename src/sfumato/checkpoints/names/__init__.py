@@ -1,1 +1,0 @@
-"""Two-way tables between our names and those of other layouts."""
