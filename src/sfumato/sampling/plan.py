@@ -588,16 +588,16 @@ def _check_guidance(model: Model, request: Request, guidance: Guidance) -> None:
     if request.tiles is not None:
         _check_tiles(request.tiles, guidance)
     denoisers: list[Any] = [model.denoiser]
-    references = [] if guidance.off else guidance.parts()[2]
-    conditions, parts = sum(r.condition for r in references), concat_parts(request)
+    baselines = [] if guidance.off else guidance.parts()[2]
+    conditions, parts = sum(b.takes_negative for b in baselines), concat_parts(request)
     supplied = len(parts) - 1 if parts else 1
     if conditions and supplied not in (1, conditions):
         raise UserError(
             f"{supplied} conditionings to move away from, for guidance {guidance}: expected {conditions}"
         )
     weaker = guide_denoiser(request)
-    for reference in references:
-        denoiser, _ = reference.pair(model.denoiser, Conditioning(), Conditioning(), weaker)
+    for baseline in baselines:
+        denoiser, _ = baseline.pair(model.denoiser, Conditioning(), Conditioning(), weaker)
         _check_same_latents(model.denoiser, denoiser)
         denoisers.append(denoiser)
     if request.cache is not None:
