@@ -71,8 +71,9 @@ def _zipped(path: Path) -> bool:
 def _reason(error: pickle.UnpicklingError) -> str:
     text = " ".join(str(error).split())
     operand = re.search(r"Unsupported operand (\d+)", text)
-    # no instruction of any pickle
-    foreign = operand is not None and chr(int(operand[1])) not in pickletools.code2op  # pyright: ignore[reportAttributeAccessIssue]
+    foreign = operand is not None and chr(int(operand[1])) not in {
+        op.code for op in pickletools.opcodes
+    }
     if not foreign and ("GLOBAL" in text or "not allowed" in text or "Unsupported" in text):
         name = text.partition("GLOBAL ")[2].split(" ")[0]
         return f"it is a pickle that wants to run code{f' ({name})' if name else ''}, and nothing of it was run"
