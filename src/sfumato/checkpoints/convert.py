@@ -222,7 +222,7 @@ def _open_folder(folder: Path, variant: str | None) -> Source:
 
 
 def _read_part(folder: Path, variant: str | None) -> Component:
-    component = read_component(folder, variant)
+    component = read_component(folder, variant, text=None)
     return replace(component, tensors=checked_finite(apply_scales(component.tensors), folder))
 
 

@@ -42,7 +42,10 @@ _OLD_LAYER = re.compile(rf"(.*\battentions\.\d+)\.({'|'.join(_OLD)})\.(weight|bi
 
 
 def read_component(
-    folder: Path, variant: str | None = None, defaults: dict[str, Any] | None = None
+    folder: Path,
+    variant: str | None = None,
+    defaults: dict[str, Any] | None = None,
+    text: bool | None = False,
 ) -> Component:
     """A part's config and weights; nothing is read of the weights yet.
 
@@ -50,9 +53,11 @@ def read_component(
         folder: with config.json and the weights, which may be sharded or pickled: see weights.py
         variant: the files to prefer, such as "fp16"
         defaults: fields of the config, where it does not have them
+        text: whether weights are called as those of text encoders; None: the config tells
     """
     config = {**(defaults or {}), **read_table(folder / "config.json")}
-    stems = (STEM, None) if "_class_name" in config else (TEXT_STEM, TEXT_PICKLED)
+    text = "_class_name" not in config if text is None else text
+    stems = (TEXT_STEM, TEXT_PICKLED) if text else (STEM, None)
     files = tuple(find_weights(folder, stems[0], variant, stems[1]))
     with explained(files[0] if len(files) == 1 else folder):
         tensors = from_tensors(modern(read_weights(files)))
