@@ -135,7 +135,7 @@ def test_the_wheel_is_small_and_carries_what_is_bundled(wheel: Path) -> None:
         for f in (ROOT / "src" / "sfumato").rglob("*")
         if f.suffix in (".py", ".json", ".safetensors")
     }
-    assert here <= inside, f"left behind: {sorted(here - inside)}"
+    assert here | {"sfumato/py.typed"} <= inside, f"left behind: {sorted(here - inside)}"
     assert not [name for name in inside if name.startswith(("tests", "recipes", "benchmarks"))]
 
 
