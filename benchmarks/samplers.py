@@ -1,7 +1,7 @@
 """Every sampler of the registry against the exact answer, by network calls.
 
     python benchmarks/samplers.py                    # the mixture: all tables but the last, and
-                                                     docs/samplers.png
+                                                     docs/images/samplers.png
     python benchmarks/samplers.py --model fashion    # the last table: a trained network (about a
                                                      minute on one thread)
 
@@ -71,7 +71,7 @@ class Settings:
     seed: int = 0
     model: str = ""
     """A model to run instead of the mixture: 20 images of its classes, without guidance."""
-    picture: Path = Path("docs/samplers.png")
+    picture: Path = Path("docs/images/samplers.png")
 
 
 # ---- the mixture ---------------------------------------------------------------------------------
@@ -592,7 +592,7 @@ def picture(
 
 
 def main(settings: Settings) -> None:
-    """Prints the tables of docs/samplers.md and draws its picture."""
+    """Prints the tables of docs/results/samplers.md and draws its picture."""
     torch.set_num_threads(1)
     every = {name: traits_of(find("diffuse.samplers", name)) for name in names("diffuse.samplers")}
     every = {name: traits for name, traits in every.items() if not traits.inverts}

@@ -172,11 +172,11 @@ class RunOptions:
     """Sampling steps. More is slower and closer to the model's own distribution; a strength below 1
     runs the last part of them."""
     sampler: Annotated[str | None, unset(MODELS)] = None
-    """Sampler, with options if need be: ddim:eta=0.5 (docs/samplers.md lists them)."""
+    """Sampler, with options if need be: ddim:eta=0.5 (docs/reference/samplers.md lists them)."""
     spacing: Annotated[str | None, unset(MODELS)] = None
     """Spacing of the times: trailing, karras, karras:rho=5, tuned ..."""
     guidance: Annotated[str | None, unset(MODELS)] = None
-    """Guidance scale, 1 is off; or more, as "3 interval:low=0.2,high=0.8" (docs/guidance.md)."""
+    """Guidance scale, 1 is off; or more, as "3 interval:low=0.2,high=0.8" (docs/reference/guidance.md)."""
     distilled_guidance: Annotated[float | None, unset(MODELS)] = None
     """Guidance scale of guidance-distilled models (FLUX.1 dev). For them a bare number in
     --guidance sets this."""
