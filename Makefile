@@ -1,5 +1,6 @@
 # make generate PROMPT="ankle boot"   installs what is needed (once) and writes ankle-boot.png
 # make test | quick | lint            the test run | without the slow tests | ruff and pyright
+# make docs                           the documentation site, build/docs/index.html
 #
 # Needs Python >= 3.11 with venv and pip, git and make. PYTHON=python3.12 picks another interpreter.
 
@@ -10,13 +11,14 @@ PROMPT ?= ankle boot
 ARGS ?=
 export PROMPT
 
-.PHONY: generate install install-test test quick lint law clean
+.PHONY: generate install install-test install-docs test quick lint law docs clean
 
 generate: $(VENV)/.installed
 	@$(VENV)/bin/sfumato generate "$$PROMPT" $(ARGS)
 
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test
+install-docs: $(VENV)/.installed-docs
 
 # The stamps are newer than what they were made from only if every step went well.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -31,6 +33,11 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP) -e '.[test]'
 # An oracle for samplers, of which one file is read: what the package asks for besides is large, and not needed.
 	@$(PIP) --no-deps k-diffusion==0.1.1.post1 || echo "without k-diffusion: the tests that compare with it will be skipped"
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@echo "installing the documentation tools into $(VENV) (once)"
+	@$(PIP) -e '.[docs]'
 	@touch $@
 
 # Two workers, one thread each: oversubscribed OpenMP is several times slower. Files in their order: the longest, tests/contracts/test_arithmetic.py,
@@ -51,5 +58,10 @@ lint: $(VENV)/.installed-test
 law: $(VENV)/.installed-test
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --no-header -q tests/contracts/test_import_law.py
 
+# Strict: a warning fails the build. -E reads every page again, since a warning of an unchanged page would not come back.
+docs: $(VENV)/.installed-docs
+	@$(VENV)/bin/python -m sphinx -E -W --keep-going -q -b html docs build/docs
+	@echo build/docs/index.html
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) build dist docs/api .pytest_cache .ruff_cache .hypothesis src/*.egg-info

@@ -350,3 +350,44 @@ def test_the_task_of_contributing_makes_a_request(recipe: ModuleType) -> None:
     request = recipe.colourise(model, image, sfumato.Request("bag", n=2, steps=10), strength=0.5)
     assert (request.height, request.width, request.prompt, request.n) == (28, 28, "bag", 2)
     assert len(model.run(request)) == 2
+
+
+# ---- docstrings of the site --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def docstrings() -> ModuleType:
+    """docs/_ext/docstrings.py, which needs no Sphinx to convert."""
+    spec = importlib.util.spec_from_file_location("docstrings_of_the_site", DOCS / "_ext" / "docstrings.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x = a*z + b*eps", r"x = a\*z + b\*eps"),
+        ("|x| of x_ and x_t", r"\|x\| of x\_ and x_t"),
+        ("`Prediction`s of `x_`", r"``Prediction``\ s of ``x_``"),
+        ("(arXiv:2206.00364)", "(`arXiv:2206.00364 <https://arxiv.org/abs/2206.00364>`__)"),
+        ("* an item", "* an item"),
+    ],
+)
+def test_markup_of_docstrings_survives(docstrings: ModuleType, text: str, expected: str) -> None:
+    assert docstrings.inline(text) == expected
+
+
+def test_code_blocks_and_columns_stay_literal_and_sections_stay_sections(docstrings: ModuleType) -> None:
+    assert docstrings.convert(["Text:", "    a  b", "", "x    y"]) == ["Text:", "", "::", "", "        a  b", "", "::", "", "    x    y"]
+    items = ["Two:", "- a*b", "    and c", "- d"]
+    assert docstrings.convert(items) == ["Two:", "", r"- a\*b", "  and c", "- d"]
+    lines = ["Args:", "    a: A |value|.", "        More.", "    b, c: Others.", "", "Example:", "    f(1)", "", "Text."]
+    assert docstrings.convert(lines) == [
+        *("Args:", r"    a: A \|value\|.", "        More.", "    b, c: Others.", ""),
+        *("Example:", "", "    ::", "", "        f(1)", "", "Text."),
+    ]
+    assert docstrings.documented(lines) == ["a", "b", "c"]
+    assert docstrings.unknown_parameters(lambda a, b: None, lines) == ["c"]
+    assert docstrings.unknown_parameters(lambda a, **fields: None, lines) == []
