@@ -20,7 +20,9 @@ extensions = [
     "docstrings",  # Markdown in docstrings
     "navigation",  # the site's menu, from the links of index.md
 ]
-exclude_patterns = ["_ext"]
+exclude_patterns = ["_ext", "_static"]
+highlight_language = "none"  # commands and outputs; Python says so
+smartquotes = False  # formulas have primes
 
 myst_heading_anchors = 4  # links to headings, as repository browsers make them
 
@@ -48,5 +50,7 @@ api_packages = [
 
 html_theme = "furo"
 html_title = f"sfumato {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_copy_source = False
 html_show_copyright = False

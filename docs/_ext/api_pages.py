@@ -43,7 +43,7 @@ def page(package: ModuleType) -> str:
             title = module.removeprefix(f"{name}.")
             lines += [title, "-" * len(title), "", f".. automodule:: {module}", "   :members:", ""]
     if inner := packages(package):
-        lines += [".. toctree::", "   :maxdepth: 1", "", *(f"   {n}" for n in inner), ""]
+        lines += [".. toctree::", "   :maxdepth: 1", "", *(f"   {n.rpartition('.')[2]} <{n}>" for n in inner), ""]
     return "\n".join(lines)
 
 

@@ -6,8 +6,10 @@ trailing _ and an indented block as markup, and would lose them or fail. A param
 not have is a warning, which fails the strict build.
 """
 
+import ast
 import inspect
 import re
+import textwrap
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -63,7 +65,7 @@ def _block(block: list[str], section: str) -> Iterator[str]:
     elif section:
         yield from map(inline, block)
     elif all(line.startswith("    ") for line in block) or any(COLUMNS.search(line) for line in block if line[0] != " "):
-        yield from ["::", "", *("    " + line for line in block)]
+        yield from literal(block)
     elif (head := next((k for k, line in enumerate(block) if ITEM.match(line)), len(block))) < len(block):
         yield from [*map(inline, block[:head]), ""]
         yield from (inline(line) if ITEM.match(line) else "  " + inline(line.strip()) for line in block[head:])
@@ -71,7 +73,17 @@ def _block(block: list[str], section: str) -> Iterator[str]:
         head = next((k for k, line in enumerate(block) if line.startswith("    ")), len(block))
         yield from map(inline, block[:head])
         if head < len(block):  # a code block right below its sentence
-            yield from ["", "::", "", *("    " + line for line in block[head:])]
+            yield from ["", *literal(block[head:])]
+
+
+def literal(block: list[str]) -> Iterator[str]:
+    """Write a literal block, with colours if it is Python."""
+    try:
+        ast.parse(textwrap.dedent("\n".join(block)))
+        yield ".. code-block:: python"
+    except SyntaxError:
+        yield "::"
+    yield from ["", *("    " + line for line in block)]
 
 
 def inline(text: str) -> str:

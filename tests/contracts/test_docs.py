@@ -381,6 +381,7 @@ def test_markup_of_docstrings_survives(docstrings: ModuleType, text: str, expect
 
 def test_code_blocks_and_columns_stay_literal_and_sections_stay_sections(docstrings: ModuleType) -> None:
     assert docstrings.convert(["Text:", "    a  b", "", "x    y"]) == ["Text:", "", "::", "", "        a  b", "", "::", "", "    x    y"]
+    assert docstrings.convert(["    import sfumato", "    sfumato.load('fashion')"])[0] == ".. code-block:: python"
     items = ["Two:", "- a*b", "    and c", "- d"]
     assert docstrings.convert(items) == ["Two:", "", r"- a\*b", "  and c", "- d"]
     lines = ["Args:", "    a: A |value|.", "        More.", "    b, c: Others.", "", "Example:", "    f(1)", "", "Text."]
