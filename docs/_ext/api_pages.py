@@ -1,8 +1,8 @@
 """API pages: one page for each public package, written before Sphinx reads the sources.
 
-A package with `__all__` is documented by the names in it. One without is documented by its modules whose names do not
-begin with an underscore. Packages inside a package get pages by the same rule, so that a registered folder (samplers,
-networks, guidance rules) lists its files without being named here.
+A package with `__all__` is documented by the names in it, one without by its modules whose names do
+not begin with an underscore. Packages inside a package get pages by the same rule, so that a
+registered folder (samplers, networks, guidance rules) lists its files without being named here.
 """
 
 import importlib
@@ -43,7 +43,13 @@ def page(package: ModuleType) -> str:
             title = module.removeprefix(f"{name}.")
             lines += [title, "-" * len(title), "", f".. automodule:: {module}", "   :members:", ""]
     if inner := packages(package):
-        lines += [".. toctree::", "   :maxdepth: 1", "", *(f"   {n.rpartition('.')[2]} <{n}>" for n in inner), ""]
+        lines += [
+            ".. toctree::",
+            "   :maxdepth: 1",
+            "",
+            *(f"   {n.rpartition('.')[2]} <{n}>" for n in inner),
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -64,7 +70,7 @@ def modules(package: ModuleType) -> list[str]:
 
 
 def packages(package: ModuleType) -> list[str]:
-    """List the full names of the public packages inside a package; none for the root, whose list is a setting."""
+    """List the public packages inside a package; those of the root are a setting."""
     if "." not in package.__name__:
         return []
     inside = pkgutil.iter_modules(package.__path__, f"{package.__name__}.")

@@ -1,9 +1,10 @@
 """Docstrings in Markdown, made reStructuredText for autodoc, and held against signatures.
 
-Docstrings of sfumato are plain text: code spans in single backticks, formulas such as `a*z + b*eps` or |x|, indented
-code blocks, columns aligned by spaces, and Google's sections (Args, Returns, Raises). reStructuredText reads *, |, a
-trailing _ and an indented block as markup, and would lose them or fail. A parameter under Args that the signature does
-not have is a warning, which fails the strict build.
+Docstrings of sfumato are plain text: code spans in single backticks, formulas such as `a*z + b*eps`
+or |x|, indented code blocks, columns aligned by spaces, and Google's sections (Args, Returns,
+Raises). reStructuredText reads *, |, a trailing _ and an indented block as markup, and would lose
+them or fail. A parameter under Args that the signature does not have is a warning, which fails the
+strict build.
 """
 
 import ast
@@ -17,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
-SECTION = re.compile(r"(Args|Arguments|Attributes|Example|Examples|Note|Raises|Returns|Warning|Yields):$")
+SECTION = re.compile(
+    r"(Args|Arguments|Attributes|Example|Examples|Note|Raises|Returns|Warning|Yields):$"
+)
 EXAMPLE = ("Example:", "Examples:")
 CODE = re.compile(r"(``.+?``|`[^`]+`)")
 ITEM = re.compile(r"[-*] ")
@@ -51,7 +54,11 @@ def convert(lines: Iterable[str]) -> list[str]:
                 continue
             if block[0][0] != " ":
                 section = ""
-            ends = (k for k, line in enumerate(block) if k and (SECTION.match(line) or (section and line[0] != " ")))
+            ends = (
+                k
+                for k, line in enumerate(block)
+                if k and (SECTION.match(line) or (section and line[0] != " "))
+            )
             end = next(ends, len(block))
             result += _block(block[:end], section)
             block = block[end:]
@@ -59,16 +66,23 @@ def convert(lines: Iterable[str]) -> list[str]:
 
 
 def _block(block: list[str], section: str) -> Iterator[str]:
-    """Convert one paragraph: literal where its layout matters, else a list, or text with code spans."""
+    """Convert one paragraph: literal where its layout matters, else a list or text."""
     if section in EXAMPLE:
         yield from ("    " + line for line in block)
     elif section:
         yield from map(inline, block)
-    elif all(line.startswith("    ") for line in block) or any(COLUMNS.search(line) for line in block if line[0] != " "):
+    elif all(line.startswith("    ") for line in block) or any(
+        COLUMNS.search(line) for line in block if line[0] != " "
+    ):
         yield from literal(block)
-    elif (head := next((k for k, line in enumerate(block) if ITEM.match(line)), len(block))) < len(block):
+    elif (head := next((k for k, line in enumerate(block) if ITEM.match(line)), len(block))) < len(
+        block
+    ):
         yield from [*map(inline, block[:head]), ""]
-        yield from (inline(line) if ITEM.match(line) else "  " + inline(line.strip()) for line in block[head:])
+        yield from (
+            inline(line) if ITEM.match(line) else "  " + inline(line.strip())
+            for line in block[head:]
+        )
     else:
         head = next((k for k, line in enumerate(block) if line.startswith("    ")), len(block))
         yield from map(inline, block[:head])
@@ -87,7 +101,7 @@ def literal(block: list[str]) -> Iterator[str]:
 
 
 def inline(text: str) -> str:
-    """Convert one line of text: code spans in double backticks, no markup in formulas, links to papers."""
+    """Convert a line of text: code spans, formulas without markup, links to papers."""
     parts = CODE.split(text)
     for k, part in enumerate(parts):
         if k % 2 == 0:
@@ -113,7 +127,7 @@ def documented(lines: Iterable[str]) -> list[str]:
 
 
 def unknown_parameters(value: Any, lines: Iterable[str]) -> list[str]:
-    """List documented parameters that a function or class does not take; none where it takes any keyword."""
+    """List documented parameters that a callable without **keywords does not take."""
     names = documented(lines)
     if not names:
         return []
@@ -123,13 +137,17 @@ def unknown_parameters(value: Any, lines: Iterable[str]) -> list[str]:
     return [name for name in names if name not in parameters]
 
 
-def process(app: "Sphinx", kind: str, name: str, value: Any, options: object, lines: list[str]) -> None:
+def process(
+    app: "Sphinx", kind: str, name: str, value: Any, options: object, lines: list[str]
+) -> None:
     """Check a docstring and convert it in place, before napoleon reads its sections."""
     from sphinx.util import logging
 
     if callable(value):
         for parameter in unknown_parameters(value, lines):
-            logging.getLogger(__name__).warning("%s documents the parameter %r, which it does not take", name, parameter)
+            logging.getLogger(__name__).warning(
+                "%s documents the parameter %r, which it does not take", name, parameter
+            )
     lines[:] = convert(lines)
 
 

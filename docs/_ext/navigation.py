@@ -1,6 +1,7 @@
-"""The menu of the site: hidden toctrees made of the links in index.md, one for each of its sections.
+"""The menu of the site: hidden toctrees from the links of index.md, one for each section.
 
-index.md stays a plain list of links, which repository browsers show as it is, and no page is listed twice.
+index.md stays a plain list of links, which repository browsers show as it is, and no page is listed
+twice.
 """
 
 import re
@@ -25,7 +26,11 @@ def toctrees(text: str) -> str:
     for section in text.split("\n## ")[1:]:
         caption, _, body = section.partition("\n")
         if pages := LINK.findall(body):
-            blocks.append("\n".join(["```{toctree}", ":hidden:", f":caption: {caption.strip()}", "", *pages, "```"]))
+            blocks.append(
+                "\n".join(
+                    ["```{toctree}", ":hidden:", f":caption: {caption.strip()}", "", *pages, "```"]
+                )
+            )
     return "\n\n".join(blocks)
 
 

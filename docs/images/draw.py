@@ -1,6 +1,6 @@
-"""Pictures of the bundled model on the pages: python docs/images/draw.py (half a minute, two cores).
+"""Pictures of the bundled model on the pages, drawn by `python docs/images/draw.py`.
 
-Each picture is the output of the command on its page, enlarged three times. acts.png shows the five
+Each is the output of the command on its page, enlarged three times. acts.png shows the five
 stages of an image between the four acts.
 """
 
