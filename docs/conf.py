@@ -33,6 +33,7 @@ autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Options", "params_style")]  # of samplers
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 add_module_names = False

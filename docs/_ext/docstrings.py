@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 SECTION = re.compile(
-    r"(Args|Arguments|Attributes|Example|Examples|Note|Raises|Returns|Warning|Yields):$"
+    r"(Args|Arguments|Attributes|Example|Examples|Note|Options|Raises|Returns|Warning|Yields):$"
 )
 EXAMPLE = ("Example:", "Examples:")
 CODE = re.compile(r"(``.+?``|`[^`]+`)")
@@ -115,13 +115,13 @@ def inline(text: str) -> str:
 
 
 def documented(lines: Iterable[str]) -> list[str]:
-    """List the parameters under Args, in order and without stars."""
+    """List the parameters under Args and Options, in order and without stars."""
     names: list[str] = []
     section = ""
     for line in lines:
         if SECTION.match(line):
             section = line.rstrip()
-        elif section in ("Args:", "Arguments:") and (match := PARAMETER.match(line)):
+        elif section in ("Args:", "Arguments:", "Options:") and (match := PARAMETER.match(line)):
             names += match.group(1).replace("*", "").split(", ")
     return names
 
