@@ -31,13 +31,14 @@ def page(package: ModuleType) -> str:
     """
     name = package.__name__
     names = [n for n in getattr(package, "__all__", ()) if not n.startswith("__")]
-    members = [n for n in names if not inspect.ismodule(getattr(package, n))]
+    values = {n: getattr(package, n) for n in names}
+    members = {n: value for n, value in values.items() if not inspect.ismodule(value)}
     lines = [name, "=" * len(name), "", f".. automodule:: {name}", "   :no-members:", ""]
     if members:
         lines += [f".. currentmodule:: {name}", "", ".. autosummary::", "   :nosignatures:", ""]
         lines += [*(f"   {n}" for n in members), ""]
-        for n in members:
-            lines += directive(n, getattr(package, n))
+        for n, value in members.items():
+            lines += directive(n, value)
     elif not hasattr(package, "__all__"):
         for module in modules(package):
             title = module.removeprefix(f"{name}.")
@@ -58,7 +59,7 @@ def directive(name: str, value: object) -> list[str]:
     if inspect.isclass(value):
         bases = [] if value.__bases__ == (object,) else ["   :show-inheritance:"]
         return [f".. autoclass:: {name}", "   :members:", *bases, ""]
-    if callable(value) and hasattr(value, "__code__"):
+    if callable(value) and inspect.isroutine(inspect.unwrap(value)):  # a cached function too
         return [f".. autofunction:: {name}", ""]
     return [f".. autodata:: {name}", "   :no-value:", ""]
 
