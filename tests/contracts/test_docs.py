@@ -345,9 +345,9 @@ def test_the_task_of_contributing_makes_a_request(recipe: ModuleType) -> None:
 
     model = sfumato.load("fashion")
     image = model.generate("bag", steps=2)[0]
-    request = recipe.colourise(model, image, sfumato.Request("bag", n=2, steps=10), strength=0.5)
-    assert (request.height, request.width, request.prompt, request.n) == (28, 28, "bag", 2)
-    assert len(model.run(request)) == 2
+    plan = recipe.colourise(model, image, sfumato.Request("bag", n=2, steps=10), strength=0.5)
+    assert (plan.height, plan.width, plan.prompts, plan.n) == (28, 28, ("bag", "bag"), 2)
+    assert len(model.run(plan)) == 2
 
 
 # ---- docstrings of the site ---------------------------------------------------------------------

@@ -150,8 +150,8 @@ def test_its_words_come_back(name: str) -> None:
         part = PARTS[name](**options)
         words = [f"{k}={v}" for k, v in options.items()]
         more = Guidance.parse(line.replace(word, f"{word}:{','.join(words)}"))
-        at = {"weight": 0, "rule": 1}[setting]
-        expected = part if setting == "rule" else PARTS[name](scale=2.0, **options)
+        at = {"weight": 0, "rule": 1}[field]
+        expected = part if field == "rule" else PARTS[name](scale=2.0, **options)
         assert more.parts()[at] == expected
         assert Guidance.parse(str(more)) == more == Guidance.parse(more.to_json())
 
