@@ -1,0 +1,328 @@
+"""Two versions of the code beside each other: pictures, latents, files and trained weights,
+compared bit for bit.
+
+    python benchmarks/behaviour.py --before CHECKOUT [--after CHECKOUT] [--only WORDS] [--work
+    FOLDER] [--threads 1]
+
+CHECKOUT is a clone or worktree of another commit; --after is by default the checkout that this file
+lies in. The old code makes fixtures in the work folder (default: a temporary one): small random
+models of every family in every container, PNGs, and an interrupted training run. Then each version
+runs all cases on them in a process of its own, with the same number of threads. So the new code
+also shows that it opens what the old code wrote.
+
+A table is printed: case, result, and seconds before and after. A result is "equal" (same dtype,
+shape and bytes), or the largest difference and where it is. A case that is meant to raise has the
+exception's class as its result. Texts such as PNG metadata and configs of saved models are compared
+key by key; their differences are printed as notes and don't count. The exit code is 1 where a case
+differs, fails, or is there on one side only.
+
+--only runs the cases whose name contains one of the words (separated by commas). --list prints the
+names of the cases. --quiet leaves out the lines of the table that show no difference. With --work
+the
+fixtures and the results of the old code are kept, and used again while that code, the cases and the
+versions of torch, diffusers and transformers stay the same. Cases are in benchmarks/_behaviour;
+where a public name changes, its new name is added to benchmarks/_behaviour/names.py.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+LIBRARIES = (
+    "torch",
+    "numpy",
+    "pillow",
+    "diffusers",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "gguf",
+    "accelerate",
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A case's line in the table. good: it counts as equal. notes: differences that don't count."""
+
+    name: str
+    good: bool
+    result: str
+    seconds: tuple[float, float] = (0.0, 0.0)
+    notes: tuple[str, ...] = ()
+
+
+def main() -> int:
+    """Makes fixtures, runs both versions, prints the table."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/behaviour.py", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "--before", type=Path, required=True, metavar="CHECKOUT", help="a checkout of the old code"
+    )
+    parser.add_argument(
+        "--after",
+        type=Path,
+        default=HERE.parent,
+        metavar="CHECKOUT",
+        help="a checkout of the new code",
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="WORDS",
+        help="run the cases whose name contains one of these, separated by commas",
+    )
+    parser.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="keep fixtures and old results here"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument(
+        "--quiet", action="store_true", help="print the lines that show a difference only"
+    )
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    arguments = parser.parse_args()
+    for checkout in (arguments.before, arguments.after):
+        if not (checkout / "src" / "sfumato" / "__init__.py").exists():
+            sys.exit(f"{checkout} has no src/sfumato: expected a checkout of sfumato")
+    if arguments.work is not None:
+        arguments.work.mkdir(parents=True, exist_ok=True)
+        return compare(arguments, arguments.work.resolve())
+    with tempfile.TemporaryDirectory() as temporary:
+        return compare(arguments, Path(temporary).resolve())
+
+
+def compare(arguments: argparse.Namespace, work: Path) -> int:
+    """Runs both versions in a work folder, prints the table, and returns the exit code."""
+    before, after = arguments.before.resolve(), arguments.after.resolve()
+    libraries = " ".join(f"{name}={_version(name)}" for name in LIBRARIES)
+    key = _hash(before / "src", HERE / "_behaviour" / "fixtures.py", libraries, arguments.threads)
+    fixtures = _kept(work / "fixtures", key, lambda out: _child("fixtures", before, out, arguments))
+    if arguments.list:
+        print("\n".join(_child("list", before, work / "list", arguments, fixtures).split()))
+        return 0
+    key = _hash(
+        before / "src",
+        before / "recipes",
+        HERE / "_behaviour",
+        libraries,
+        arguments.threads,
+        arguments.only,
+        key,
+    )
+    old = _kept(work / "before", key, lambda out: _child("cases", before, out, arguments, fixtures))
+    new = work / "after"
+    shutil.rmtree(new, ignore_errors=True)
+    _child("cases", after, new, arguments, fixtures)
+    verdicts = [*judge(old, new)]
+    return report(verdicts, arguments.quiet)
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _hash(*parts: object) -> str:
+    """SHA-256 over Python and JSON files below folders, single files, and text."""
+    digest = hashlib.sha256()
+    for part in parts:
+        files = (
+            sorted(f for f in part.rglob("*") if f.suffix in (".py", ".json", ".safetensors"))
+            if isinstance(part, Path)
+            else []
+        )
+        for file in [part] if isinstance(part, Path) and part.is_file() else files:
+            digest.update(f"{file.name}\0".encode() + file.read_bytes())
+        if not isinstance(part, Path):
+            digest.update(f"{part}\0".encode())
+    return digest.hexdigest()
+
+
+def _kept(folder: Path, key: str, make: Any) -> Path:
+    """A folder that was made for this key, made anew where it was made for another."""
+    done = folder / "done.txt"
+    if not done.exists() or done.read_text() != key:
+        shutil.rmtree(folder, ignore_errors=True)
+        make(folder)
+        done.write_text(key)
+    return folder
+
+
+def _child(
+    job: str, checkout: Path, out: Path, arguments: argparse.Namespace, fixtures: Path | None = None
+) -> str:
+    """Runs a job with a checkout's code in a process of its own."""
+    threads = str(arguments.threads)
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("SFUMATO")
+    }
+    environment |= {
+        "PYTHONPATH": os.pathsep.join([str(checkout / "src"), str(HERE)]),
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONHASHSEED": "0",
+        "COLUMNS": "200",
+    }
+    where = [] if fixtures is None else ["--fixtures", str(fixtures)]
+    command = [
+        sys.executable,
+        "-m",
+        "_behaviour",
+        job,
+        "--source",
+        str(checkout / "src"),
+        "--out",
+        str(out),
+        *where,
+    ]
+    started = time.perf_counter()
+    print(f"{job} with {checkout} ...", file=sys.stderr, flush=True)
+    done = subprocess.run(
+        [*command, "--only", arguments.only, "--threads", threads],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode:
+        sys.exit(f"{job} with {checkout} ended with exit code {done.returncode}")
+    print(
+        f"{job} with {checkout}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True
+    )
+    return done.stdout
+
+
+def judge(before: Path, after: Path) -> Iterator[Verdict]:
+    """The verdict on each case, in the order of the old code's."""
+    old, new = (
+        {e["name"]: e for e in json.loads((side / "results.json").read_text())}
+        for side in (before, after)
+    )
+    for name in [*old, *(name for name in new if name not in old)]:
+        if name not in old or name not in new:
+            yield Verdict(name, False, "missing " + ("before" if name not in old else "after"))
+            continue
+        a, b = old[name], new[name]
+        yield Verdict(
+            name, *_result(a, b, before, after), (a["seconds"], b["seconds"]), tuple(_notes(a, b))
+        )
+
+
+def _result(a: dict[str, Any], b: dict[str, Any], before: Path, after: Path) -> tuple[bool, str]:
+    if "error" in a or "error" in b:
+        classes = [entry.get("error", "no error") for entry in (a, b)]
+        good = a["raises"] and classes[0] == classes[1]
+        if good:
+            return True, f"equal ({classes[0]})"
+        last = next(
+            entry["message"].strip().splitlines()[-1] for entry in (b, a) if "error" in entry
+        )
+        return False, f"{classes[0]} before, {classes[1]} after ({_short(last, 160)})"
+    if a["raises"]:
+        return False, "no error, where one is expected"
+    if not a["leaves"] and not a["texts"]:
+        return False, "nothing to compare"
+    wrong = [*_texts(a["texts"], b["texts"]), *_arrays(a, b, before, after)]
+    return not wrong, "; ".join(wrong[:3]) + (
+        f"; {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    ) if wrong else "equal"
+
+
+def _texts(a: dict[str, str], b: dict[str, str]) -> Iterator[str]:
+    for path in sorted({*a, *b}):
+        if a.get(path) != b.get(path):
+            yield f"{path}: {_short(a.get(path, 'absent'))} before, {_short(b.get(path, 'absent'))} after"
+
+
+def _arrays(a: dict[str, Any], b: dict[str, Any], before: Path, after: Path) -> Iterator[str]:
+    """Differences between the arrays of two entries, the largest number of each."""
+    old, new = a["leaves"], b["leaves"]
+    for path in [*old, *(p for p in new if p not in old)]:
+        if path not in old or path not in new:
+            yield f"{path}: absent {'before' if path not in old else 'after'}"
+        elif (old[path]["dtype"], old[path]["shape"]) != (new[path]["dtype"], new[path]["shape"]):
+            yield f"{path}: {_kind(old[path])} before, {_kind(new[path])} after"
+        elif old[path]["sha256"] != new[path]["sha256"]:
+            x, y = (
+                np.load(side / e["file"])[str([*e["leaves"]].index(path))].astype(np.float64)
+                for side, e in ((before, a), (after, b))
+            )
+            apart = np.abs(x - y)
+            place = tuple(
+                int(k)
+                for k in np.unravel_index(np.argmax(np.nan_to_num(apart, nan=np.inf)), apart.shape)
+            )
+            count = int(np.sum(~((x == y) | (np.isnan(x) & np.isnan(y)))))
+            at = (
+                f"{x[place]:.9g} before, {y[place]:.9g} after at {list(place)}"
+                if apart.size
+                else "no numbers"
+            )
+            yield f"{path or 'result'}: largest difference {apart[place]:.3g} ({at}), {count} of {apart.size} numbers"
+
+
+def _kind(leaf: dict[str, Any]) -> str:
+    return f"{leaf['dtype']} {leaf['shape']}"
+
+
+def _notes(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
+    """Differences between texts that don't count, key by key."""
+    old, new = (dict(_flat(entry.get("notes", {}))) for entry in (a, b))
+    for key in sorted({*old, *new}):
+        if old.get(key, "absent") != new.get(key, "absent"):
+            yield f"{key}: {_short(old.get(key, 'absent'))} -> {_short(new.get(key, 'absent'))}"
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, part in value.items():
+            yield from _flat(part, f"{path}/{key}")
+    else:
+        yield path, json.dumps(value)
+
+
+def _short(text: str, length: int = 80) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def report(verdicts: list[Verdict], quiet: bool) -> int:
+    """Prints the table and returns the exit code. quiet: without the lines that show no
+    difference.
+    """
+    width = max((len(v.name) for v in verdicts), default=0)
+    for v in (v for v in verdicts if v.notes or not (quiet and v.good)):
+        print(
+            f"{v.name:<{width}}  {v.seconds[0]:6.2f} {v.seconds[1]:6.2f}  {'' if v.good else 'DIFFERS: '}{v.result}"
+        )
+        for note in v.notes:
+            print(f"{'':<{width}}    note: {note}")
+    bad = [v for v in verdicts if not v.good]
+    sums = [sum(v.seconds[k] for v in verdicts) for k in (0, 1)]
+    print(
+        f"{len(verdicts)} cases, {len(verdicts) - len(bad)} equal, {len(bad)} not; {sums[0]:.0f} s before, {sums[1]:.0f} s after"
+    )
+    if not verdicts:
+        print("no case has such a name: see --list")
+    return 1 if bad or not verdicts else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
