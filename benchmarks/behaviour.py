@@ -25,6 +25,7 @@ where a public name changes, its new name is added to benchmarks/_behaviour/name
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -42,6 +43,7 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
+FIXTURES = ("fixtures", "models", "encoders", "training", "commands", "names")
 LIBRARIES = (
     "torch",
     "numpy",
@@ -92,6 +94,11 @@ def main() -> int:
     )
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument(
+        "--arrays",
+        action="store_true",
+        help="keep the tensors of files too, to say by how much they differ",
+    )
+    parser.add_argument(
         "--quiet", action="store_true", help="print the lines that show a difference only"
     )
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
@@ -110,7 +117,12 @@ def compare(arguments: argparse.Namespace, work: Path) -> int:
     """Runs both versions in a work folder, prints the table, and returns the exit code."""
     before, after = arguments.before.resolve(), arguments.after.resolve()
     libraries = " ".join(f"{name}={_version(name)}" for name in LIBRARIES)
-    key = _hash(before / "src", HERE / "_behaviour" / "fixtures.py", libraries, arguments.threads)
+    key = _hash(
+        before / "src",
+        *(HERE / "_behaviour" / f"{name}.py" for name in FIXTURES),
+        libraries,
+        arguments.threads,
+    )
     fixtures = _kept(work / "fixtures", key, lambda out: _child("fixtures", before, out, arguments))
     if arguments.list:
         print("\n".join(_child("list", before, work / "list", arguments, fixtures).split()))
@@ -122,6 +134,7 @@ def compare(arguments: argparse.Namespace, work: Path) -> int:
         libraries,
         arguments.threads,
         arguments.only,
+        arguments.arrays,
         key,
     )
     old = _kept(work / "before", key, lambda out: _child("cases", before, out, arguments, fixtures))
@@ -196,14 +209,20 @@ def _child(
     ]
     started = time.perf_counter()
     print(f"{job} with {checkout} ...", file=sys.stderr, flush=True)
+    command += [
+        "--only",
+        arguments.only,
+        "--threads",
+        threads,
+        *(["--arrays"] if arguments.arrays else []),
+    ]
     done = subprocess.run(
-        [*command, "--only", arguments.only, "--threads", threads],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     if done.returncode:
-        sys.exit(f"{job} with {checkout} ended with exit code {done.returncode}")
+        sys.exit(
+            f"{done.stderr[-5000:]}\n{job} with {checkout} ended with exit code {done.returncode}"
+        )
     print(
         f"{job} with {checkout}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True
     )
@@ -277,6 +296,12 @@ def _arrays(a: dict[str, Any], b: dict[str, Any], before: Path, after: Path) -> 
                 else "no numbers"
             )
             yield f"{path or 'result'}: largest difference {apart[place]:.3g} ({at}), {count} of {apart.size} numbers"
+
+
+def _array(file: Path, index: int) -> np.ndarray | None:
+    """An array of a case's result in float64, None where it was not kept."""
+    with np.load(file) if file.exists() else contextlib.nullcontext({}) as arrays:
+        return arrays[str(index)].astype(np.float64) if str(index) in arrays else None
 
 
 def _kind(leaf: dict[str, Any]) -> str:

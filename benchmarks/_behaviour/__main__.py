@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--fixtures", type=Path)
     parser.add_argument("--only", default="")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--arrays", action="store_true")
     arguments = parser.parse_args()
 
     import torch
@@ -57,11 +58,13 @@ def main() -> None:
         return
     scratch.mkdir(parents=True)
     os.chdir(scratch)
-    results = [run(case, arguments.out, index) for index, case in enumerate(chosen)]
+    results = [
+        run(case, arguments.out, index, arguments.arrays) for index, case in enumerate(chosen)
+    ]
     (arguments.out / "results.json").write_text(json.dumps(results, indent=1))
 
 
-def run(case, out: Path, index: int) -> dict[str, object]:
+def run(case, out: Path, index: int, arrays: bool) -> dict[str, object]:
     """A case's entry in the results: its leaves, or the class of the exception that it raised."""
     import torch
 
@@ -70,7 +73,7 @@ def run(case, out: Path, index: int) -> dict[str, object]:
     torch.manual_seed(0)
     started, error, entry = time.perf_counter(), None, {}
     try:
-        entry = write(out, index, case.run())
+        entry = write(out, index, case.run(), arrays)
     except Exception as raised:
         error = raised
     entry |= {

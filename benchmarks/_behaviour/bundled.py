@@ -116,7 +116,7 @@ def _cases(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"sampler/{sampler}", partial(draw, sampler=sampler, n=2)
     for sampler in SAMPLERS:
         yield f"sampler/{sampler}", partial(draw, sampler=sampler, steps=5)
-    for spacing in (*names.module("diffuse.timesteps").SPACINGS, *SPACINGS):
+    for spacing in (*names.attribute("diffuse.timesteps", "SPACINGS"), *SPACINGS):
         yield f"spacing/{spacing}", partial(draw, spacing=spacing, steps=5)
     yield from _guidance(context, draw)
     for name, values in ARGUMENTS.items():
@@ -269,20 +269,22 @@ def _acts(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
         return context.load("fashion")
 
     def z(seed: int | None = None, size: int = 28) -> torch.Tensor:
-        return model().compress([context.picture(f"grey-{size}-{k}") for k in range(2)], seed=seed)
+        return model().compress(
+            [context.picture(f"grey-{size}x{size}-{k}") for k in range(2)], seed=seed
+        )
 
     yield "acts/compress", z
     yield "acts/compress with a seed", lambda: z(3)
-    yield "acts/compress, colour", lambda: model().compress(context.picture("colour-28-0"))
+    yield "acts/compress, colour", lambda: model().compress(context.picture("colour-28x28-0"))
     yield (
         "acts/compress, odd sides",
-        lambda: model().compress(context.picture("grey-32-0").crop((0, 0, 27, 30))),
+        lambda: model().compress(context.picture("grey-32x32-0").crop((0, 0, 27, 30))),
     )
-    yield "acts/pixels", lambda: model().pixels(context.picture("colour-28-1"))
+    yield "acts/pixels", lambda: model().pixels(context.picture("colour-28x28-1"))
     yield (
         "acts/encode with noise",
         lambda: model().encode(
-            model().pixels(context.picture("grey-28-0")), torch.ones(1, 12, 7, 7)
+            model().pixels(context.picture("grey-28x28-0")), torch.ones(1, 12, 7, 7)
         ),
     )
     yield "acts/diffuse", lambda: model().diffuse(z(), 0.37, seed=4)
@@ -323,10 +325,10 @@ def _tasks(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
         )
 
     def grey(k: int = 0) -> Any:
-        return context.picture(f"grey-28-{k}")
+        return context.picture(f"grey-28x28-{k}")
 
     def mask() -> Any:
-        return context.picture("mask-28")
+        return context.picture("mask-28x28")
 
     yield (
         "task/image_to_image",

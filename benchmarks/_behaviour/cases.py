@@ -42,6 +42,7 @@ class Context:
 
 def cases(context: Context) -> Iterator[Case]:
     """Every case. Building the list computes nothing."""
-    from _behaviour import bundled
+    from _behaviour import bundled, command_line, families, stored, training
 
-    yield from bundled.cases(context)
+    for group in (bundled, families, stored, command_line, training):
+        yield from group.cases(context)

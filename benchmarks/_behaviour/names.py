@@ -1,7 +1,7 @@
 """Names of the public Python API in every version that the cases have to run with.
 
-A case is written with the oldest name. `options` and `module` try the newer names first, so that
-one case runs with every version: a name that changes is added to a table here, and nowhere else.
+A case is written with the oldest name. The newer names are tried first, so that one case runs with
+every version: a name that changes is added to a table here, and nowhere else.
 """
 
 import importlib
@@ -38,11 +38,11 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 got."""
 
 MODULES: dict[str, tuple[str, ...]] = {
+    "checkpoints.original": ("loading", "checkpoints.options"),
+    "checkpoints.taesd": ("checkpoints.families.taesd",),
     "decode.image": ("images",),
     "files": ("io.atomic",),
     "sampling": ("sampling.request",),
-    "train.recipe": ("train.recipe",),
-    "types": ("types",),
 }
 """Modules inside the package, in the same way."""
 
@@ -63,25 +63,31 @@ WORDS: dict[str, tuple[str, ...]] = {"model": ("weaker_model",)}
 """Names of guidance's parts, in the same way."""
 
 
-def module(name: str) -> ModuleType:
-    """The module of the package that has one of the names."""
+def modules(name: str) -> list[ModuleType]:
+    """The modules of the package that have one of the names, the newest name first."""
+    result = []
     for candidate in (*MODULES.get(name, ()), name):
         try:
-            return importlib.import_module(f"sfumato.{candidate}")
+            result.append(importlib.import_module(f"sfumato.{candidate}"))
         except ModuleNotFoundError as error:
             if not f"sfumato.{candidate}".startswith(str(error.name)):
                 raise
-    raise ModuleNotFoundError(
-        f"sfumato has none of {', '.join((*MODULES.get(name, ()), name))}: add the module to names.MODULES"
-    )
+    if not result:
+        raise ModuleNotFoundError(
+            f"sfumato has none of {', '.join((*MODULES.get(name, ()), name))}: add its new name to names.MODULES"
+        )
+    return result
 
 
 def attribute(home: str, name: str) -> Any:
     """An attribute of a module, both by any of their names."""
-    for candidate in (*ATTRIBUTES.get(name, ()), name):
-        if hasattr(module(home), candidate):
-            return getattr(module(home), candidate)
-    raise AttributeError(f"{home} has no {name}: add its new name to names.ATTRIBUTES")
+    for module in modules(home):
+        for candidate in (*ATTRIBUTES.get(name, ()), name):
+            if hasattr(module, candidate):
+                return getattr(module, candidate)
+    raise AttributeError(
+        f"{home} has no {name}: add its new name to names.ATTRIBUTES, or its new home to names.MODULES"
+    )
 
 
 def registered(folder: str) -> list[str]:

@@ -30,9 +30,13 @@ class Notes(dict[str, Any]):
     """Text whose differences are shown and do not fail the comparison, such as a PNG's metadata."""
 
 
+class Hashed(dict[str, Any]):
+    """Tensors of files, of which only the hash is kept unless all arrays are asked for."""
+
+
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """(path, tensor or array or text or notes) of a nested value."""
-    if isinstance(value, Tensor | np.ndarray | Notes):
+    if isinstance(value, Tensor | np.ndarray | Notes | Hashed):
         yield path, value
     elif isinstance(value, Image.Image):
         yield f"{path}:{value.mode}", np.asarray(value)
@@ -70,13 +74,21 @@ def described(value: Tensor | np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
     return about, plain
 
 
-def write(folder: Path, index: int, value: Any) -> dict[str, Any]:
-    """Writes the arrays of a case's result, and returns its entry in the JSON file."""
+def write(folder: Path, index: int, value: Any, every: bool) -> dict[str, Any]:
+    """Writes the arrays of a case's result, and returns its entry in the JSON file. every: also
+    those of `Hashed`.
+    """
     entry: dict[str, Any] = {"leaves": {}, "texts": {}, "notes": {}}
     arrays: dict[str, np.ndarray] = {}
     for path, leaf in leaves(value):
         if isinstance(leaf, Notes):
             entry["notes"][path] = leaf
+        elif isinstance(leaf, Hashed):
+            for name, tensor in leaf.items():
+                about, plain = described(tensor)
+                if every:
+                    arrays[str(len(entry["leaves"]))] = plain
+                entry["leaves"][f"{path}/{name}"] = about
         elif isinstance(leaf, str):
             entry["texts"][path] = leaf
         else:
