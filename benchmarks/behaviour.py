@@ -1,27 +1,33 @@
-"""Two versions of the code beside each other: pictures, latents, files and trained weights,
-compared bit for bit.
+"""Bitwise comparison of two versions: pictures, latents, files and trained weights.
 
-    python benchmarks/behaviour.py --before CHECKOUT [--after CHECKOUT] [--only WORDS] [--work
-    FOLDER] [--threads 1]
+    python benchmarks/behaviour.py --before CHECKOUT [--after CHECKOUT] [--only WORDS]
+                                   [--work FOLDER] [--quiet] [--arrays] [--threads N] [--list]
 
-CHECKOUT is a clone or worktree of another commit; --after is by default the checkout that this file
-lies in. The old code makes fixtures in the work folder (default: a temporary one): small random
-models of every family in every container, PNGs, and an interrupted training run. Then each version
-runs all cases on them in a process of its own, with the same number of threads. So the new code
-also shows that it opens what the old code wrote.
+CHECKOUT is a clone or worktree of another commit. --after is by default the checkout of this
+file. The old code makes fixtures: small random models of every family in every container,
+pictures with metadata, and interrupted training runs. Then each version runs all cases on them,
+in a process of its own with the same number of threads. So the new code also shows that it
+opens what the old code wrote.
 
-A table is printed: case, result, and seconds before and after. A result is "equal" (same dtype,
-shape and bytes), or the largest difference and where it is. A case that is meant to raise has the
-exception's class as its result. Texts such as PNG metadata and configs of saved models are compared
-key by key; their differences are printed as notes and don't count. The exit code is 1 where a case
-differs, fails, or is there on one side only.
+The table has a line for each case: its name, CPU seconds before and after, and the result.
 
---only runs the cases whose name contains one of the words (separated by commas). --list prints the
-names of the cases. --quiet leaves out the lines of the table that show no difference. With --work
-the
-fixtures and the results of the old code are kept, and used again while that code, the cases and the
-versions of torch, diffusers and transformers stay the same. Cases are in benchmarks/_behaviour;
-where a public name changes, its new name is added to benchmarks/_behaviour/names.py.
+    equal      the same dtypes, shapes and bytes; or the same class of exception, where a case
+               is meant to raise
+    DIFFERS    the largest difference and its place; or an error, or a case of one version only
+
+Texts, such as the metadata of pictures and the configs of saved models, are compared key by key.
+Their differences are printed as notes and don't count. The exit code is 1 if a case differs.
+
+--only     runs the cases whose names contain one of the words, separated by commas
+--work     keeps the fixtures and the results of the old code in a folder (half a gigabyte), and
+           uses them again while that code, the cases and the libraries stay the same
+--quiet    prints the lines of cases that differ
+--arrays   keeps the tensors of saved files and what the cases write; without it, of tensors in
+           files only the hashes are compared
+--list     prints the names of the cases
+
+A run takes about 30 s of one CPU core for the fixtures and 220 s for each version. The cases are
+in benchmarks/_behaviour. A public name that changes gets its new name in names.py there.
 """
 
 import argparse
@@ -29,11 +35,14 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -59,7 +68,10 @@ LIBRARIES = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """A case's line in the table. good: it counts as equal. notes: differences that don't count."""
+    """A case's line in the table.
+
+    good: it counts as equal. seconds: of CPU, before and after. notes: differences between texts.
+    """
 
     name: str
     good: bool
@@ -69,9 +81,9 @@ class Verdict:
 
 
 def main() -> int:
-    """Makes fixtures, runs both versions, prints the table."""
+    """Make fixtures, run both versions, print the table."""
     parser = argparse.ArgumentParser(
-        prog="benchmarks/behaviour.py", description=(__doc__ or "").splitlines()[0]
+        prog="benchmarks/behaviour.py", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument(
         "--before", type=Path, required=True, metavar="CHECKOUT", help="a checkout of the old code"
@@ -114,9 +126,9 @@ def main() -> int:
 
 
 def compare(arguments: argparse.Namespace, work: Path) -> int:
-    """Runs both versions in a work folder, prints the table, and returns the exit code."""
+    """Run both versions in a work folder, print the table, and return the exit code."""
     before, after = arguments.before.resolve(), arguments.after.resolve()
-    libraries = " ".join(f"{name}={_version(name)}" for name in LIBRARIES)
+    libraries = " ".join(f"{name}={_version(name)}" for name in LIBRARIES) + f" {platform.node()}"
     key = _hash(
         before / "src",
         *(HERE / "_behaviour" / f"{name}.py" for name in FIXTURES),
@@ -137,7 +149,12 @@ def compare(arguments: argparse.Namespace, work: Path) -> int:
         arguments.arrays,
         key,
     )
-    old = _kept(work / "before", key, lambda out: _child("cases", before, out, arguments, fixtures))
+    name = (
+        f"before-{hashlib.sha256(arguments.only.encode()).hexdigest()[:8]}"
+        if arguments.only
+        else "before"
+    )
+    old = _kept(work / name, key, lambda out: _child("cases", before, out, arguments, fixtures))
     new = work / "after"
     shutil.rmtree(new, ignore_errors=True)
     _child("cases", after, new, arguments, fixtures)
@@ -169,7 +186,7 @@ def _hash(*parts: object) -> str:
 
 
 def _kept(folder: Path, key: str, make: Any) -> Path:
-    """A folder that was made for this key, made anew where it was made for another."""
+    """Make a folder, unless the one that is there was made for the same key."""
     done = folder / "done.txt"
     if not done.exists() or done.read_text() != key:
         shutil.rmtree(folder, ignore_errors=True)
@@ -181,7 +198,7 @@ def _kept(folder: Path, key: str, make: Any) -> Path:
 def _child(
     job: str, checkout: Path, out: Path, arguments: argparse.Namespace, fixtures: Path | None = None
 ) -> str:
-    """Runs a job with a checkout's code in a process of its own."""
+    """Run a job with a checkout's code in a process of its own; returns its standard output."""
     threads = str(arguments.threads)
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("SFUMATO")
@@ -207,7 +224,7 @@ def _child(
         str(out),
         *where,
     ]
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), _cpu_seconds()
     print(f"{job} with {checkout} ...", file=sys.stderr, flush=True)
     command += [
         "--only",
@@ -216,17 +233,20 @@ def _child(
         threads,
         *(["--arrays"] if arguments.arrays else []),
     ]
-    done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(
             f"{done.stderr[-5000:]}\n{job} with {checkout} ended with exit code {done.returncode}"
         )
-    print(
-        f"{job} with {checkout}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True
-    )
+    seconds = f"{time.perf_counter() - started:.0f} s, {_cpu_seconds() - cpu:.0f} s of CPU"
+    print(f"{job} with {checkout}: {seconds}", file=sys.stderr, flush=True)
     return done.stdout
+
+
+def _cpu_seconds() -> float:
+    """CPU time of the processes that ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def judge(before: Path, after: Path) -> Iterator[Verdict]:
@@ -281,9 +301,12 @@ def _arrays(a: dict[str, Any], b: dict[str, Any], before: Path, after: Path) -> 
             yield f"{path}: {_kind(old[path])} before, {_kind(new[path])} after"
         elif old[path]["sha256"] != new[path]["sha256"]:
             x, y = (
-                np.load(side / e["file"])[str([*e["leaves"]].index(path))].astype(np.float64)
+                _array(side / e["file"], [*e["leaves"]].index(path))
                 for side, e in ((before, a), (after, b))
             )
+            if x is None or y is None:
+                yield f"{path}: other bytes (--arrays: by how much)"
+                continue
             apart = np.abs(x - y)
             place = tuple(
                 int(k)
@@ -313,7 +336,8 @@ def _notes(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
     old, new = (dict(_flat(entry.get("notes", {}))) for entry in (a, b))
     for key in sorted({*old, *new}):
         if old.get(key, "absent") != new.get(key, "absent"):
-            yield f"{key}: {_short(old.get(key, 'absent'))} -> {_short(new.get(key, 'absent'))}"
+            place = key.split(":")[-1].split("/")
+            yield f"{'/'.join(place[-2:])}: {_short(old.get(key, 'absent'))} -> {_short(new.get(key, 'absent'))}"
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -329,16 +353,19 @@ def _short(text: str, length: int = 80) -> str:
 
 
 def report(verdicts: list[Verdict], quiet: bool) -> int:
-    """Prints the table and returns the exit code. quiet: without the lines that show no
-    difference.
-    """
+    """Print the table and return the exit code; with `quiet` only the lines that differ."""
     width = max((len(v.name) for v in verdicts), default=0)
-    for v in (v for v in verdicts if v.notes or not (quiet and v.good)):
+    for v in (v for v in verdicts if not (quiet and v.good)):
         print(
             f"{v.name:<{width}}  {v.seconds[0]:6.2f} {v.seconds[1]:6.2f}  {'' if v.good else 'DIFFERS: '}{v.result}"
         )
-        for note in v.notes:
-            print(f"{'':<{width}}    note: {note}")
+    notes = Counter(note for v in verdicts for note in set(v.notes))
+    if notes:
+        print(
+            "notes: differences between texts, which don't count; how many cases have them, and the first"
+        )
+    for note, count in notes.items():
+        print(f"  {note} ({count}: {next(v.name for v in verdicts if note in v.notes)})")
     bad = [v for v in verdicts if not v.good]
     sums = [sum(v.seconds[k] for v in verdicts) for k in (0, 1)]
     print(

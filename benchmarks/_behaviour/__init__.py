@@ -1,3 +1,1 @@
-"""Cases of benchmarks/behaviour.py, and the child process that runs them with one version of the
-code.
-"""
+"""Cases of benchmarks/behaviour.py, and the process that runs them with one version."""

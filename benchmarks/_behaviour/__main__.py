@@ -1,11 +1,13 @@
-"""The child process: `python -m _behaviour fixtures|list|cases ...`, with the code to run on
-PYTHONPATH.
+"""Process of one version: `python -m _behaviour fixtures|list|cases ...`.
+
+The code to run is the first entry of PYTHONPATH.
 """
 
 import argparse
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -14,7 +16,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Makes the fixtures, or runs the cases and writes their results."""
+    """Make the fixtures, or run the cases and write their results."""
     parser = argparse.ArgumentParser(prog="_behaviour")
     parser.add_argument("job", choices=("fixtures", "list", "cases"))
     parser.add_argument(
@@ -61,17 +63,20 @@ def main() -> None:
     results = [
         run(case, arguments.out, index, arguments.arrays) for index, case in enumerate(chosen)
     ]
-    (arguments.out / "results.json").write_text(json.dumps(results, indent=1))
+    (arguments.out / "results.json").write_text(json.dumps(results))
+    os.chdir(arguments.out)
+    if not arguments.arrays:
+        shutil.rmtree(scratch)
 
 
 def run(case, out: Path, index: int, arrays: bool) -> dict[str, object]:
-    """A case's entry in the results: its leaves, or the class of the exception that it raised."""
+    """Run a case and return its entry in the results, with its leaves or its exception."""
     import torch
 
     from _behaviour.outcome import write
 
     torch.manual_seed(0)
-    started, error, entry = time.perf_counter(), None, {}
+    started, error, entry = time.process_time(), None, {}
     try:
         entry = write(out, index, case.run(), arrays)
     except Exception as raised:
@@ -79,7 +84,7 @@ def run(case, out: Path, index: int, arrays: bool) -> dict[str, object]:
     entry |= {
         "name": case.name,
         "raises": case.raises,
-        "seconds": round(time.perf_counter() - started, 3),
+        "seconds": round(time.process_time() - started, 3),
         "file": f"{index}.npz",
     }
     if error is not None:

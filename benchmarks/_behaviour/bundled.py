@@ -1,6 +1,4 @@
-"""The bundled model: samplers, spacings, guidance, wrappers, inputs, outputs, decoding, the four
-acts and tasks.
-"""
+"""Cases of the bundled model: requests, the four acts, tasks, dtypes, errors."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -159,15 +157,11 @@ def _guidance(
                 f"guidance/3 {baseline}",
                 partial(draw, guidance=f"3 {baseline}{layers.get(baseline, '')}"),
             )
-    for line in (
-        f"2 {weaker}",
-        f"2 {weaker} rescale",
-        f"3 dual:kind=away,second=2 condition {weaker}",
-    ):
+    for line in ("2", "2 rescale", "3 dual:kind=away,second=2 condition"):
         yield (
-            f"guidance/{line}",
+            f"guidance/{line} by a weaker model",
             lambda line=line: draw(
-                guidance=line, weaker=context.load("fashion", dtype=torch.bfloat16)
+                guidance=f"{line} {weaker}", weaker=context.load("fashion", dtype=torch.bfloat16)
             ),
         )
 
@@ -318,10 +312,10 @@ def _tasks(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
         request: Any = None,
         **values: Any,
     ) -> Any:
-        asked = names.request("ankle boot", **{"steps": 5, "seed": 3, **(request or {})})
+        plain = names.request("ankle boot", **{"steps": 5, "seed": 3, **(request or {})})
         model = context.load("fashion")
         return model.run(
-            names.task(name, model, *positional, asked, home=home, **values), output=output
+            names.task(name, model, *positional, plain, home=home, **values), output=output
         )
 
     def grey(k: int = 0) -> Any:
@@ -410,6 +404,11 @@ def _loaded(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
 
     yield "load/bfloat16", lambda: draw(context.load("fashion", dtype=torch.bfloat16))
     yield "load/float16", lambda: draw(context.load("fashion", dtype=torch.float16))
+    yield (
+        "load/float16, decoding overflows",
+        lambda: context.load("fashion", dtype=torch.float16).decode(1e5 * torch.ones(1, 12, 7, 7)),
+    )
+    yield "load/moved", lambda: draw(context.load("fashion").to("cpu"))
     yield "load/packed", lambda: draw(context.load("fashion").optimized(), guidance=3)
     yield (
         "load/packed bfloat16",

@@ -9,13 +9,15 @@ from PIL import Image
 
 from _behaviour.outcome import Case
 
+OPEN = 24
+"""Models that are kept open."""
+
 
 @dataclass(frozen=True)
 class Context:
     """Folders of a run, and models that are open.
 
-    fixtures: what both versions read. scratch: a folder for what cases write. checkout: the code
-    that runs.
+    fixtures: read by both versions. scratch: written by cases. checkout: the code that runs.
     """
 
     fixtures: Path
@@ -24,12 +26,14 @@ class Context:
     models: dict[Any, Any] = field(default_factory=dict)
 
     def load(self, source: str | Path, **options: Any) -> Any:
-        """A model, opened once for all cases that use it."""
+        """A model, opened once for the cases that use it one after the other."""
         import sfumato
         from _behaviour.names import call
 
         key = (str(source), tuple(sorted((name, str(value)) for name, value in options.items())))
         if key not in self.models:
+            while len(self.models) >= OPEN:
+                del self.models[next(iter(self.models))]
             self.models[key] = call(sfumato.load, source, **options)
         return self.models[key]
 
@@ -42,7 +46,7 @@ class Context:
 
 def cases(context: Context) -> Iterator[Case]:
     """Every case. Building the list computes nothing."""
-    from _behaviour import bundled, command_line, families, stored, training
+    from _behaviour import bundled, command_line, families, pictures, stored, training
 
-    for group in (bundled, families, stored, command_line, training):
+    for group in (bundled, families, stored, command_line, pictures, training):
         yield from group.cases(context)

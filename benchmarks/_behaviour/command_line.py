@@ -251,7 +251,7 @@ def _rest(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
     def info(model: str | Path) -> Any:
         facts = json.loads(commands.sfumato("info", model, "--json"))
         facts.pop("memory", None)
-        return [facts["hash"], facts["class_names"], facts["latent"], facts["parts"], Notes(facts)]
+        return [facts["hash"], facts["class_names"], facts["latent"], Notes(facts)]
 
     def evaluate() -> Any:
         few = [
@@ -269,10 +269,11 @@ def _rest(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
             out,
         ]
         commands.sfumato("evaluate", "fashion", "--data", data, *few)
-        return _numbers(json.loads((out / "report.json").read_text()))
+        report = json.loads((out / "report.json").read_text())
+        return [_numbers({"metrics": report["metrics"], "tables": report["tables"]}), Notes(report)]
 
     def tune() -> Any:
-        few = ["--steps", "3", "--images", "2", "--reference-steps", "12", "--iterations", "1"]
+        few = ["--steps", "3", "--images", "2", "--reference-steps", "50", "--iterations", "1"]
         commands.sfumato("tune-timesteps", "fashion", *few, "--out", out / "tuned-model")
         index = json.loads((out / "tuned-model" / "model_index.json").read_text())
         return [index["_sfumato"]["defaults"]["tuned"], stored(out / "tuned-model")]
@@ -310,25 +311,11 @@ def _rest(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def _numbers(report: Any) -> Any:
-    """A report without times and paths."""
+    """The numbers of a report, without its texts."""
     if isinstance(report, dict):
-        free = (
-            "seconds",
-            "speed",
-            "time",
-            "version",
-            "torch",
-            "date",
-            "created",
-            "path",
-            "data",
-            "memory",
-            "threads",
-            "settings",
-        )
-        return {
-            key: _numbers(value)
-            for key, value in report.items()
-            if not any(word in key.lower() for word in free)
-        }
-    return [_numbers(value) for value in report] if isinstance(report, list) else report
+        return {key: _numbers(value) for key, value in report.items() if not isinstance(value, str)}
+    return (
+        [_numbers(value) for value in report if not isinstance(value, str)]
+        if isinstance(report, list)
+        else report
+    )

@@ -3,11 +3,13 @@
 import contextlib
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from _behaviour.names import FLAGS
 from _behaviour.outcome import Notes
 
 
@@ -24,9 +26,22 @@ def run(*arguments: str | Path) -> tuple[int, str, str]:
     return code, out.getvalue(), error.getvalue()
 
 
+def renamed(arguments: tuple[str | Path, ...]) -> list[str]:
+    """The arguments with flags under the names that this version's command has."""
+    texts = [str(argument) for argument in arguments]
+    if not any(text in FLAGS for text in texts):
+        return texts
+    text = run(texts[0], "--help")[1]
+    there = {
+        flag: next((c for c in (*others, flag) if re.search(rf"{c}\b(?!-)", text)), flag)
+        for flag, others in FLAGS.items()
+    }
+    return [there.get(text, text) for text in texts]
+
+
 def sfumato(*arguments: str | Path) -> str:
     """Standard output of a command that has to succeed."""
-    code, out, error = run(*arguments)
+    code, out, error = run(*renamed(arguments))
     if code:
         raise RuntimeError(
             f"sfumato {' '.join(map(str, arguments))} ended with exit code {code}: {error.strip()[-300:]}"

@@ -1,6 +1,4 @@
-"""Small random text encoders and tokenizers, as transformers has them: CLIP, T5, BERT, and the
-language models of FLUX.2.
-"""
+"""Small random text encoders and tokenizers: CLIP, T5, BERT, and FLUX.2's language models."""
 
 import io
 import json
@@ -42,8 +40,9 @@ QWEN_CHAT = (
 
 
 def randomised(build: Callable[[], Any], seed: int, size: float = 0.1) -> Any:
-    """A network whose weights are random everywhere: norms start at 1 and 0, where many faults
-    would not show.
+    """A network with random numbers added to all weights.
+
+    Norms start at 1 and 0, where many faults would not show.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -62,8 +61,9 @@ def byte_letters() -> list[str]:
 
 
 def clip_vocabulary() -> dict[str, int]:
-    """Every byte inside a word and at its end, a few merges, begin and end. Id 0 is "!", the
-    padding of SD 2.
+    """Every byte inside a word and at its end, a few merges, begin and end.
+
+    Id 0 is "!", the padding of SD 2.
     """
     letters = byte_letters()
     letters.insert(0, letters.pop(letters.index("!")))

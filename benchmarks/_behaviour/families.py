@@ -1,6 +1,4 @@
-"""Models of every family, from folders, single files, GGUF, eight bits and streamed; and the tasks
-that they were trained for.
-"""
+"""Cases of models of every family, from every container, and of the tasks they were made for."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -48,6 +46,9 @@ STREAMED_FILES = (
 """Models whose single files can be streamed: others are unpacked, which needs memory."""
 
 LONG = "a red cat sat on the mat, " * 12
+SHORT = ("ldm-text", "pixart-alpha", "modern-dit-text")
+"""Models that refuse it."""
+
 WORDS = [
     "",
     "a ((red)) cat",
@@ -87,7 +88,7 @@ def size(name: str) -> tuple[int, int]:
 def draw(context: "Context", name: str, model: Any, **values: Any) -> Any:
     """The latents and the pixels of two images, by the task that the model was trained for."""
     width, height = size(name)
-    asked: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "prompt": PROMPTS.get(name, TEXT),
         "n": 2,
         "steps": 2,
@@ -95,14 +96,14 @@ def draw(context: "Context", name: str, model: Any, **values: Any) -> Any:
     } | values
     task = TASKS.get(name)
     if task is None:
-        request = names.request(**{"height": height, "width": width, **asked})
+        request = names.request(**{"height": height, "width": width, **fields})
     else:
         sides = "8x8" if task == "upscale" else f"{width}x{height}"
         pictures = [
             context.picture(f"colour-{sides}-0"),
             *([context.picture(f"mask-{sides}")] if task == "inpaint" else []),
         ]
-        request = names.task(task, model, *pictures, names.request(**asked))
+        request = names.task(task, model, *pictures, names.request(**fields))
     return [model.run(request, output=output) for output in ("latent", "tensor")]
 
 
@@ -128,7 +129,7 @@ def _model(context: "Context", folder: Path) -> Iterator[tuple[str, Callable[[],
             Notes(model.describe()),
         ]
 
-    sources = {"folder": folder}
+    sources = {"folder": folder, "saved folder": context.fixtures / "files" / f"{name}-saved"}
     if name not in KEPT_AS_FOLDERS:
         sources["file"] = context.fixtures / "files" / f"{name}.safetensors"
     for kind, source in sources.items():
@@ -164,7 +165,7 @@ def _files(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
 
     def drawn(file: str, name: str, reading: dict[str, Any] | None = None, **options: Any) -> Any:
         if reading is not None:
-            options["reading"] = names.attribute("checkpoints.original", "Reading")(**reading)
+            options["reading"] = names.build("checkpoints.original", "Reading", **reading)
         return draw(context, name, context.load(files / file, **options))
 
     for name in ("sd3", "flux-dev"):
@@ -181,13 +182,33 @@ def _files(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
             tokenizer=models / "ldm-text" / "tokenizer",
         ),
     )
+    clip = context.fixtures / "tokenizers" / "clip"
     for name in ("sd1", "sdxl"):
-        tokenizer = models / name / "tokenizer"
-        yield (
-            f"{name}, bare file",
-            partial(drawn, f"{name}-bare.safetensors", name, tokenizer=tokenizer),
-        )
-    yield "sd1, pickle", partial(drawn, "sd1.ckpt", "sd1", tokenizer=models / "sd1" / "tokenizer")
+        yield f"{name}, bare file", partial(drawn, f"{name}-bare.safetensors", name, tokenizer=clip)
+    yield "sd1, pickle", partial(drawn, "sd1.ckpt", "sd1", tokenizer=clip)
+    yield "sd1, file with averages", partial(drawn, "sd1-ema.safetensors", "sd1", tokenizer=clip)
+    yield (
+        "sd1, averages",
+        partial(drawn, "sd1-ema.safetensors", "sd1", {"ema": True}, tokenizer=clip),
+    )
+    yield "sd1, half of the precision by name", partial(drawn, "sd1-variant", "sd1", variant="fp16")
+    yield (
+        "ldm-unconditional, pickled folder of the first hour",
+        partial(drawn, "ldm-first-hour", "ldm-unconditional"),
+    )
+    yield (
+        "ldm-unconditional, bare file with its YAML",
+        lambda: draw(
+            context,
+            "ldm-unconditional",
+            context.load(
+                files / "ldm-unconditional-bare.safetensors",
+                reading=names.build(
+                    "checkpoints.original", "Reading", original_config=yaml_config()
+                ),
+            ),
+        ),
+    )
     for name in ("sd1", "sd3", "pixart-sigma"):
         yield f"{name}, float16 file", partial(drawn, f"{name}-fp16.safetensors", name)
         yield f"{name}, bfloat16 folder", partial(drawn, f"{name}-bf16", name)
@@ -198,6 +219,49 @@ def _files(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
     for values in ({"prediction_type": "v_prediction"}, {"heads": 4}, {"scaling_factor": 0.5}):
         words = " ".join(f"{key}={value}" for key, value in values.items())
         yield f"sd1, file, {words}", partial(drawn, "sd1.safetensors", "sd1", reading=values)
+
+
+def yaml_config() -> Any:
+    """The YAML of a small unconditional model of Latent Diffusion, as read."""
+    unet = {
+        "image_size": 8,
+        "in_channels": 3,
+        "out_channels": 3,
+        "num_res_blocks": 1,
+        "model_channels": 32,
+        "channel_mult": [1, 2, 2],
+    }
+    unet |= {"attention_resolutions": [4, 2], "num_head_channels": 32}
+    halves = {
+        "double_z": False,
+        "z_channels": 3,
+        "resolution": 32,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 32,
+        "ch_mult": [1, 1, 1],
+    }
+    halves |= {"num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
+    first = {
+        "target": "ldm.models.autoencoder.VQModelInterface",
+        "params": {"embed_dim": 3, "n_embed": 40, "ddconfig": halves},
+    }
+    params = {
+        "linear_start": 0.0015,
+        "linear_end": 0.0195,
+        "timesteps": 1000,
+        "image_size": 8,
+        "channels": 3,
+    }
+    params |= {
+        "unet_config": {
+            "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+            "params": unet,
+        }
+    }
+    params |= {"first_stage_config": first, "cond_stage_config": "__is_unconditional__"}
+    config = {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
+    return names.attribute("checkpoints.ldm_yaml", "from_yaml")(config)
 
 
 def _networks(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -254,11 +318,12 @@ def _words(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
 
     for name in texts:
         for k, prompt in enumerate(WORDS):
-            yield f"{name}, prompt {k}", partial(predict, name, prompt)
+            if not (prompt is LONG and name in SHORT):
+                yield f"{name}, prompt {k}", partial(predict, name, prompt)
 
-    def drawn(name: str, told: dict[str, Any] | None = None, **values: Any) -> Any:
-        if told is not None:  # what the network is told of the picture's size
-            values["picture"] = names.attribute("types", "Picture")(32, 32, **told)
+    def drawn(name: str, spec: dict[str, Any] | None = None, **values: Any) -> Any:
+        if spec is not None:
+            values["picture"] = names.build("types", "Picture", height=32, width=32, **spec)
         return draw(context, name, context.load(context.fixtures / "models" / name), **values)
 
     ugly = {"negative_prompt": "ugly", "guidance": 2.0}
@@ -289,9 +354,7 @@ def _words(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def _runs(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Samplers, spacings, guidance and wrappers of models with a table of noise, and of
-    transformers.
-    """
+    """Samplers, spacings, guidance and wrappers with noise tables and with transformers."""
 
     def drawn(name: str, **values: Any) -> Any:
         return draw(
@@ -333,7 +396,26 @@ def _runs(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "sd3, canvas", partial(drawn, "sd3", canvas=(8, 4), height=32, width=16)
     yield "flux-dev, other size", partial(drawn, "flux-dev", height=40, width=24)
     yield "sd1, decoded exactly", partial(drawn, "sd1", decoding="exact", height=40, width=32)
-    yield "flux-dev, decoded in tiles", partial(drawn, "flux-dev", decoding="tiled", steps=1)
+    for name in ("flux-dev", "flux2-dev", "sd1-taesd", "ldm-unconditional"):
+        for way in ("exact", "tiled"):
+            yield f"{name}, decoded {way}", partial(drawn, name, decoding=way, steps=1)
+
+    def many(name: str) -> Any:
+        fields = (
+            {"prompt": "a dog", "height": 32},
+            {"prompt": "a cat", "n": 2, "steps": 3, "guidance": 2.0},
+            {"seed": 4, "sampler": "euler"},
+        )
+        requests = [
+            names.renamed({"steps": 2, "width": 32, **values}, names.request_fields())
+            for values in fields
+        ]
+        return context.load(context.fixtures / "models" / name).sample_many(
+            requests, output="tensor"
+        )
+
+    for name in ("sd1", "sdxl", "sd3", "flux2-klein"):
+        yield f"{name}, several requests", partial(many, name)
 
 
 def _tasks(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -341,11 +423,11 @@ def _tasks(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
         name: str, task: str, *pictures: str, request: dict[str, Any] | None = None, **values: Any
     ) -> Any:
         model = context.load(context.fixtures / "models" / name)
-        asked = names.request(
+        plain = names.request(
             PROMPTS.get(name, TEXT), **{"n": 2, "steps": 4, "seed": 3, **(request or {})}
         )
         return model.run(
-            names.task(task, model, *(context.picture(p) for p in pictures), asked, **values),
+            names.task(task, model, *(context.picture(p) for p in pictures), plain, **values),
             output="tensor",
         )
 
@@ -435,23 +517,23 @@ def _tasks(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
         base, refiner = (
             context.load(context.fixtures / "models" / name) for name in ("sdxl", "sdxl-refiner")
         )
-        asked = names.request(
+        request = names.request(
             TEXT, n=2, height=32, width=32, **{"steps": 10, "negative_prompt": "ugly", **values}
         )
-        return refiner.run(names.task("refine", base, refiner, asked, at=0.7), output="tensor")
+        return refiner.run(names.task("refine", base, refiner, request, at=0.7), output="tensor")
 
     yield "sdxl, refine", refined
     yield "sdxl, refine, sde", partial(refined, sampler="dpmpp_2m_sde")
 
     def between(name: str) -> Any:
         width, height = size(name)
-        asked = names.request("a red cat", n=3, steps=3, height=height, width=width)
+        request = names.request("a red cat", n=3, steps=3, height=height, width=width)
         model = context.load(context.fixtures / "models" / name)
         return model.run(
-            names.task("interpolate", asked, to_prompt="two dogs", to_seed=8), output="tensor"
+            names.task("interpolate", request, to_prompt="two dogs", to_seed=8), output="tensor"
         )
 
-    for name in ("sd1", "sdxl", "sd3", "flux-dev", "pixart-sigma", "modern-dit-text"):
+    for name in ("sd1", "sdxl", "sd3", "flux-dev"):
         yield f"{name}, interpolate", partial(between, name)
 
 
@@ -519,6 +601,11 @@ def _errors(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
         ),
     )
     yield "too little memory", lambda: context.load(models / "sd1", memory="1MB")
+    for name in SHORT:
+        yield (
+            f"a long prompt for {name}",
+            lambda name=name: context.load(models / name).generate(LONG, steps=1),
+        )
     yield (
         "two prompts for the second of one encoder",
         lambda: draw(context, "sd1", context.load(models / "sd1"), prompt_2="a dog"),

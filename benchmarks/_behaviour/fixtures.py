@@ -2,8 +2,9 @@
 
 pictures/     grey and colour pictures, masks
 models/       a folder for each model of `models`, as diffusers or the library's own layout has it
-files/        single files: what the old code saves, the same without metadata, in half precision,
-              pickled
+tokenizers/   CLIP's vocabulary and merges
+files/        single files and folders that the old code saves; others without metadata, in half
+              precision, pickled
 networks/     transformers alone: original names, GGUF, eight bits, pickled
 autoencoders/ tiny autoencoders as pairs of files, and folders
 pngs/         pictures of the old command line, with metadata
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from _behaviour import models, training
+from _behaviour import encoders, models, training
 from _behaviour.commands import sfumato
 
 GGUF = {
@@ -43,6 +44,7 @@ def make(folder: Path) -> None:
     pictures(folder / "pictures")
     models.write(folder / "models", folder / "scratch")
     shutil.rmtree(folder / "scratch")
+    clip(folder / "tokenizers" / "clip")
     files(folder / "models", folder / "files")
     networks(folder / "models", folder / "networks")
     autoencoders(folder / "autoencoders")
@@ -67,8 +69,17 @@ def pictures(folder: Path) -> None:
         Image.fromarray(mask).save(folder / f"mask-{width}x{height}.png")
 
 
+def clip(folder: Path) -> None:
+    """CLIP's tokenizer in its two files."""
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps(encoders.clip_vocabulary()))
+    (folder / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *(" ".join(pair) for pair in encoders.MERGES)]) + "\n"
+    )
+
+
 def files(source: Path, folder: Path) -> None:
-    """Single files of all models, and of a few in other forms."""
+    """All models as the old code saves them, and a few in other forms."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -78,14 +89,53 @@ def files(source: Path, folder: Path) -> None:
     for model in sorted(source.iterdir()):
         if model.name not in NO_SINGLE_FILE:
             package.load(model).save(folder / f"{model.name}.safetensors")
-    for name in ("sd1", "sdxl", "ldm-text", "sd3", "flux-dev"):
+        package.load(model).save(folder / f"{model.name}-saved")
+    for name in ("sd1", "sdxl", "ldm-text", "ldm-unconditional", "sd3", "flux-dev"):
         tensors = load_file(folder / f"{name}.safetensors")
         save_file(tensors, folder / f"{name}-bare.safetensors")
         if name == "sd1":
             torch.save({"state_dict": tensors, "global_step": 7}, folder / "sd1.ckpt")
+            averages = {
+                f"model_ema.{k.removeprefix('model.').replace('.', '')}": 0.9 * v
+                for k, v in tensors.items()
+                if k.startswith("model.")
+            }
+            save_file(
+                {**tensors, **averages, "model_ema.decay": torch.tensor(0.99)},
+                folder / "sd1-ema.safetensors",
+            )
     for name in ("sd1", "sd3", "pixart-sigma"):
         package.load(source / name).save(folder / f"{name}-fp16.safetensors", dtype=torch.float16)
         package.load(source / name).save(folder / f"{name}-bf16", dtype=torch.bfloat16)
+    models.sd1().to(torch.float16).save_pretrained(folder / "sd1-variant", variant="fp16")
+    first_hour(folder / "ldm-first-hour")
+
+
+def first_hour(folder: Path) -> None:
+    """A folder as of diffusers 0.1: pickles, old names of attention, no newer fields."""
+    import torch
+
+    models.ldm_unconditional().save_pretrained(folder, safe_serialization=False)
+    late = {
+        "unet": ["add_attention", "downsample_type", "upsample_type", "attn_norm_num_groups"],
+        "vqvae": ["scaling_factor"],
+    }
+    for part, fields in late.items():
+        config, file = folder / part / "config.json", folder / part / "diffusion_pytorch_model.bin"
+        config.write_text(
+            json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k not in fields})
+        )
+        tensors = torch.load(file, weights_only=True)
+        for now, then in {
+            "to_q": "query",
+            "to_k": "key",
+            "to_v": "value",
+            "to_out.0": "proj_attn",
+        }.items():
+            tensors = {
+                key.replace(f".{now}.", f".{then}."): value for key, value in tensors.items()
+            }
+        torch.save(tensors, file)
 
 
 def networks(source: Path, folder: Path) -> None:
@@ -109,13 +159,15 @@ def write_gguf(path: Path, architecture: str, tensors: dict, kind: str) -> None:
     """Matrices whose rows are whole blocks in one kind of numbers, all else in float32."""
     import gguf
 
-    wanted = gguf.GGMLQuantizationType[kind]
-    block = gguf.GGML_QUANT_SIZES[wanted][0]
+    quantisation = gguf.GGMLQuantizationType[kind]
+    block = gguf.GGML_QUANT_SIZES[quantisation][0]
     writer = gguf.GGUFWriter(path, architecture)
     for key, tensor in tensors.items():
         numbers = tensor.float().numpy()
         if numbers.ndim == 2 and numbers.shape[1] % block == 0:
-            writer.add_tensor(key, gguf.quants.quantize(numbers, wanted), raw_dtype=wanted)
+            writer.add_tensor(
+                key, gguf.quants.quantize(numbers, quantisation), raw_dtype=quantisation
+            )
         else:
             writer.add_tensor(key, numbers)
     writer.write_header_to_file()
@@ -143,7 +195,7 @@ def autoencoders(folder: Path) -> None:
             "latent_channels": 4,
             **fields,
         }
-        config = names.attribute("compress.tiny", "TinyConfig")(**shape)
+        config = names.build("compress.tiny", "TinyConfig", **shape)
         network = models.randomised(
             lambda config=config: names.attribute("compress.tiny", "AutoencoderTiny")(config), 4
         )
@@ -163,7 +215,7 @@ def data(folder: Path) -> None:
     draw = np.random.default_rng(3)
     for label, name in enumerate(("bag", "boot")):
         (folder / "classes" / name).mkdir(parents=True)
-        for k in range(6):
+        for k in range(12):
             small = draw.integers(0, 256, (4, 4 + label), dtype=np.uint8)
             Image.fromarray(small).resize((28, 28), Image.Resampling.BICUBIC).save(
                 folder / "classes" / name / f"{k}.png"

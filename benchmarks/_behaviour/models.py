@@ -1,8 +1,9 @@
-"""Small random models of every family, as diffusers' pipelines save them; those that diffusers
-lacks are written in our folders' layout.
+"""Small random models of every family, as folders.
 
-Shapes follow the published models where a layout on disk depends on them: norms of 32 groups, heads
-of 64 channels.
+diffusers' pipelines save them. Those that diffusers lacks are written in sfumato's own layout.
+
+Shapes follow the published models where a layout on disk depends on them: norms of 32 groups,
+heads of 64 channels.
 """
 
 import json
@@ -29,9 +30,7 @@ CLASSES = ["cat", "dog", "fox", "owl", "carp"]
 
 
 def unet(levels: str, widths: tuple[int, ...], **fields: Any) -> Any:
-    """A U-Net that reads tokens. levels: a letter for each, C with cross-attention and D
-    without.
-    """
+    """A U-Net with tokens; a letter for each level, C with cross-attention and D without."""
     import diffusers
 
     shape: dict[str, Any] = {
@@ -165,8 +164,9 @@ def sd2_zero_snr() -> Any:
 
 
 def x4_upscaler() -> Any:
-    """Stable Diffusion's x4 upscaler: a small picture of three channels beside the latent, and its
-    noise level as a class.
+    """Stable Diffusion's x4 upscaler.
+
+    A small picture of three channels joins the latent, and its noise level is a class.
     """
     import diffusers
 
@@ -380,8 +380,9 @@ def sd3(folder: Path, t5: bool = True, **fields: Any) -> Any:
 
 
 def flux(folder: Path, name: str = "FluxPipeline", extra: int = 0, guided: bool = True) -> Any:
-    """FLUX.1: dev, schnell, Fill, Canny and Depth, Kontext. extra: channels beside the latent's 16,
-    before packing.
+    """FLUX.1: dev, schnell, Fill, Canny and Depth, Kontext.
+
+    extra: channels beside the latent's 16, before packing.
     """
     import diffusers
 
@@ -457,7 +458,7 @@ def flux2(name: str = "Flux2Pipeline", **flags: Any) -> Any:
 
 
 def pixart(folder: Path, name: str, **fields: Any) -> Any:
-    """PixArt-alpha, which is told the picture's size at 1024 pixels, and -Sigma."""
+    """PixArt-alpha, conditioned on the size of the picture at 1024 pixels, and -Sigma."""
     import diffusers
 
     shape: dict[str, Any] = {
@@ -588,9 +589,7 @@ def sit(folder: Path) -> None:
 
 
 def ldm_classes(folder: Path) -> None:
-    """Latent Diffusion's model of ImageNet's classes: a table of tokens, the last of which is no
-    class.
-    """
+    """Latent Diffusion's model of classes: a table of tokens, the last one for no class."""
     from safetensors.torch import save_file
 
     vq().save_pretrained(folder / "vae")
@@ -629,14 +628,14 @@ def modern_dit(folder: Path, **fields: Any) -> None:
     from safetensors.torch import save_file
 
     home = "predict.networks.modern_dit"
-    config = names.attribute(home, "ModernDiTConfig")(
-        sample_size=8,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        register_tokens=2,
-        **fields,
-    )
+    sizes = {
+        "sample_size": 8,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "register_tokens": 2,
+    }
+    config = names.build(home, "ModernDiTConfig", **sizes, **fields)
     network = randomised(lambda: names.attribute(home, "ModernDiT")(config), 1)
     kl().save_pretrained(folder / "vae")
     flow().save_pretrained(folder / "scheduler")
@@ -671,9 +670,7 @@ def _own(
     conditioner: dict[str, Any] | None,
     defaults: dict[str, Any],
 ) -> None:
-    """Writes what sfumato adds to a folder: the conditioner's config, and its notes in
-    model_index.json.
-    """
+    """Write sfumato's own parts of a folder: the conditioner's config and the notes."""
     if conditioner is not None:
         (folder / "conditioner").mkdir(exist_ok=True)
         (folder / "conditioner" / "config.json").write_text(json.dumps(conditioner))

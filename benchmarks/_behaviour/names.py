@@ -1,7 +1,7 @@
-"""Names of the public Python API in every version that the cases have to run with.
+"""Names of the public Python API in every version.
 
 A case is written with the oldest name. The newer names are tried first, so that one case runs with
-every version: a name that changes is added to a table here, and nowhere else.
+every version. A name that changes is added to a table here, and nowhere else.
 """
 
 import importlib
@@ -34,10 +34,10 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "way": ("method", "mode"),
     "weaker": ("guide_model",),
 }
-"""Fields of a request, and parameters of functions: the oldest name, and those that it may have
-got."""
+"""Fields of a request and parameters of functions, by the oldest name: newer names."""
 
 MODULES: dict[str, tuple[str, ...]] = {
+    "checkpoints.ldm_yaml": ("checkpoints.families.ldm_yaml",),
     "checkpoints.original": ("loading", "checkpoints.options"),
     "checkpoints.taesd": ("checkpoints.families.taesd",),
     "decode.image": ("images",),
@@ -58,6 +58,14 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "predict.references": ("predict.guidance_models",),
 }
 """Registered folders, in the same way."""
+
+FLAGS: dict[str, tuple[str, ...]] = {
+    "--also": ("--more-images", "--other-images", "--images"),
+    "--picture-guidance": ("--image-guidance",),
+    "--pictures": ("--images",),
+    "--way": ("--method", "--mode"),
+}
+"""Flags of the command line, in the same way."""
 
 WORDS: dict[str, tuple[str, ...]] = {"model": ("weaker_model",)}
 """Names of guidance's parts, in the same way."""
@@ -126,20 +134,25 @@ def renamed(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """The same values under those of the names that this version has."""
     there, result = set(names), {}
     for name, value in values.items():
-        known = next(
+        parameter = next(
             (candidate for candidate in (*OPTIONS.get(name, ()), name) if candidate in there), None
         )
-        if known is None:
+        if parameter is None:
             raise AttributeError(
                 f"no parameter {name} among {', '.join(sorted(there))}: add its new name to names.OPTIONS"
             )
-        result[known] = value
+        result[parameter] = value
     return result
 
 
-def call(function: Callable[..., Any], *positional: Any, **values: Any) -> Any:
+def call(function: Callable[..., Any], /, *positional: Any, **values: Any) -> Any:
     """The function's result, its keyword arguments renamed."""
     return function(*positional, **renamed(values, accepted(function)))
+
+
+def build(home: str, name: str, /, **values: Any) -> Any:
+    """An object of a class of a module, the class and its fields renamed."""
+    return call(attribute(home, name), **values)
 
 
 def request(prompt: Any = None, **values: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Results of cases as named arrays with their SHA-256, in a JSON file and one .npz file a case."""
+"""Results of cases: named arrays with their SHA-256, and texts."""
 
 import hashlib
 import json
@@ -15,9 +15,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """A name and a function without arguments, which returns tensors, pictures, text and numbers in
-    any nesting of lists and mappings.
+    """A named function without arguments, whose results are compared.
 
+    run: returns tensors, pictures, texts and numbers, in any nesting of lists and mappings.
     raises: the case is an error, and the class of the exception is its result.
     """
 
@@ -27,11 +27,11 @@ class Case:
 
 
 class Notes(dict[str, Any]):
-    """Text whose differences are shown and do not fail the comparison, such as a PNG's metadata."""
+    """Texts whose differences are shown and don't count, such as a PNG's metadata."""
 
 
 class Hashed(dict[str, Any]):
-    """Tensors of files, of which only the hash is kept unless all arrays are asked for."""
+    """Tensors of files: their hashes are compared, and their numbers kept with --arrays."""
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -75,9 +75,7 @@ def described(value: Tensor | np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
 
 
 def write(folder: Path, index: int, value: Any, every: bool) -> dict[str, Any]:
-    """Writes the arrays of a case's result, and returns its entry in the JSON file. every: also
-    those of `Hashed`.
-    """
+    """Write the arrays of a result, with `every` also those of `Hashed`, and return its entry."""
     entry: dict[str, Any] = {"leaves": {}, "texts": {}, "notes": {}}
     arrays: dict[str, np.ndarray] = {}
     for path, leaf in leaves(value):

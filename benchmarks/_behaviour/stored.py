@@ -139,9 +139,11 @@ def _conversions(
             )
     for network in sorted(networks.iterdir()):
         flags = ("--network", "sit") if network.name.startswith("sit") else ()
+        if network.name.startswith("pixart"):  # whose file does not tell the size of the pictures
+            flags = ("--config", str(models / "pixart-sigma" / "transformer"))
         yield (
             f"{network.name} to folder",
-            partial(convert, network, f"network-{network.name}", *flags),
+            partial(convert, network, f"network-{network.name.replace('.', '-')}", *flags),
         )
     for name in ("sd3", "flux-dev", "flux2-dev", "pixart-alpha", "dit", "sit"):
         yield (
@@ -152,7 +154,7 @@ def _conversions(
         scaled = networks / f"{name}.safetensors"
         yield (
             f"{name}, transformer to scaled eight bits",
-            partial(convert, scaled, f"{name}-fp8.safetensors", "--dtype", "fp8-scaled"),
+            partial(convert, scaled, f"{name}-scaled.safetensors", "--dtype", "fp8-scaled"),
         )
     for name in ("flux2-dev", "sd3"):
         yield (

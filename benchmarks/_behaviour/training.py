@@ -1,6 +1,4 @@
-"""Training runs of both stages: whole, interrupted and resumed, and one of the old code that goes
-on.
-"""
+"""Cases of training: both stages, whole, interrupted and resumed, also by another version."""
 
 import contextlib
 import json
@@ -35,34 +33,40 @@ def loop(**fields: Any) -> Any:
         "save_every": 2,
         "show_every": 3,
     }
-    return names.attribute("train.loop", "LoopSettings")(
-        **settings | {"log_every": 1, "weight_decay": 0.1} | fields
+    return names.build(
+        "train.loop", "LoopSettings", **settings | {"log_every": 1, "weight_decay": 0.1} | fields
     )
 
 
 def data(fixtures: Path, **fields: Any) -> Any:
     """The training pictures with classes."""
-    return names.attribute("train.recipe", "DataSettings")(
-        **{"source": str(fixtures / "data" / "classes"), "held_out": 0.2, **fields}
+    return names.build(
+        "train.recipe",
+        "DataSettings",
+        **{"source": str(fixtures / "data" / "classes"), "held_out": 0.2, **fields},
     )
 
 
 def autoencoder(fixtures: Path, **fields: Any) -> Any:
     """The recipe of an autoencoder with a discriminator, for mirrored pictures."""
-    network = names.attribute("compress.kl", "KLConfig")(
+    network = names.build(
+        "compress.kl",
+        "KLConfig",
         block_out_channels=(8, 16),
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,
         sample_size=28,
     )
-    loss = names.attribute("train.objectives.autoencoder", "AutoencoderLoss")(
+    loss = names.build(
+        "train.objectives.autoencoder",
+        "AutoencoderLoss",
         **{
             "adversarial": 0.5,
             "adversarial_start": 2,
             "discriminator_width": 8,
             **fields.pop("loss", {}),
-        }
+        },
     )
     settings = {
         "data": data(fixtures, flip=True),
@@ -72,19 +76,20 @@ def autoencoder(fixtures: Path, **fields: Any) -> Any:
         "features": "fashion",
         **fields,
     }
-    return names.attribute("train.recipe", "AutoencoderRecipe")(**settings)
+    return names.build("train.recipe", "AutoencoderRecipe", **settings)
 
 
 def denoiser(fixtures: Path, **fields: Any) -> Any:
-    """The recipe of a class-conditional U-Net with dropout, on the bundled model's autoencoder."""
-    network = fields.pop("network", None) or names.attribute("predict.networks.unet", "UNetConfig")(
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), mid_block_type="UNetMidBlock2D", up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    """Recipe of a class-conditional U-Net with dropout, on the bundled model's latents."""
+    network = fields.pop("network", None) or names.build("predict.networks.unet", "UNetConfig", down_block_types=("DownBlock2D", "AttnDownBlock2D"), mid_block_type="UNetMidBlock2D", up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, dropout=0.2,
     )  # fmt: skip
-    loss = names.attribute("train.objectives.denoiser", "DenoiserLoss")(
-        **{"times": "logit_normal", "drop": 0.3, **fields.pop("loss", {})}
+    loss = names.build(
+        "train.objectives.denoiser",
+        "DenoiserLoss",
+        **{"times": "logit_normal", "drop": 0.3, **fields.pop("loss", {})},
     )
-    defaults = names.attribute("sampling", "Defaults")(steps=3, sampler="ddim", guidance=2.0)
+    defaults = names.build("sampling", "Defaults", steps=3, sampler="ddim", guidance=2.0)
     settings = {
         "autoencoder": bundled_autoencoder(),
         "data": data(fixtures),
@@ -92,8 +97,10 @@ def denoiser(fixtures: Path, **fields: Any) -> Any:
         "loss": loss,
         "loop": loop(),
     }
-    return names.attribute("train.recipe", "DenoiserRecipe")(
-        **settings | {"defaults": defaults, "name": "toy"} | fields
+    return names.build(
+        "train.recipe",
+        "DenoiserRecipe",
+        **settings | {"defaults": defaults, "name": "toy"} | fields,
     )
 
 
@@ -105,9 +112,15 @@ def bundled_autoencoder() -> Path:
 
 
 def text_denoiser(fixtures: Path, **fields: Any) -> Any:
-    """The recipe of a transformer that reads captions, with aspect buckets, on TAESD's latents."""
-    network = names.attribute("predict.networks.modern_dit", "ModernDiTConfig")(
-        patch_size=1, num_layers=2, num_attention_heads=2, attention_head_dim=8, register_tokens=2
+    """Recipe of a transformer conditioned on captions, with aspect buckets, on TAESD's latents."""
+    network = names.build(
+        "predict.networks.modern_dit",
+        "ModernDiTConfig",
+        patch_size=1,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        register_tokens=2,
     )
     captions = data(fixtures, source=str(fixtures / "data" / "captions"), size=32, buckets=8)
     settings = {
@@ -122,7 +135,7 @@ def text_denoiser(fixtures: Path, **fields: Any) -> Any:
 
 @contextlib.contextmanager
 def interrupted(step: int, per_step: int = 1) -> Iterator[None]:
-    """Stops what is inside before its optimizers have made so many steps."""
+    """Context that ends when the optimizers inside are about to exceed so many steps."""
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     count = 0
@@ -291,10 +304,11 @@ def _command(context: "Context", stage: str, recipe: str) -> Any:
     }
     settings |= {
         "loop.save-every": 2,
-        "loop.show-every": 2,
+        "loop.show-every": 9,
         "loop.log-every": 1,
         "loop.precision": "fp32",
     }
+    settings |= {"defaults.steps": 2} if stage == "denoiser" else {}
     flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     commands.sfumato(
         "train", stage, context.checkout / "recipes" / f"{recipe}.py", "--out", out, *flags
