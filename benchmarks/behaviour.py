@@ -51,6 +51,12 @@ from typing import Any
 
 import numpy as np
 
+NOTES = 60
+"""Notes that are printed, the most frequent first."""
+
+MANY = 100
+"""Keys from which an object is compared as a whole: vocabularies."""
+
 HERE = Path(__file__).resolve().parent
 FIXTURES = ("fixtures", "models", "encoders", "training", "commands", "names")
 LIBRARIES = (
@@ -341,7 +347,12 @@ def _notes(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict) and len(value) > MANY:
+        yield (
+            path,
+            f"{len(value)} entries, SHA-256 {hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]}",
+        )
+    elif isinstance(value, dict) and value:
         for key, part in value.items():
             yield from _flat(part, f"{path}/{key}")
     else:
@@ -359,13 +370,15 @@ def report(verdicts: list[Verdict], quiet: bool) -> int:
         print(
             f"{v.name:<{width}}  {v.seconds[0]:6.2f} {v.seconds[1]:6.2f}  {'' if v.good else 'DIFFERS: '}{v.result}"
         )
-    notes = Counter(note for v in verdicts for note in set(v.notes))
+    notes = Counter(note for v in verdicts if v.good for note in dict.fromkeys(v.notes))
     if notes:
         print(
-            "notes: differences between texts, which don't count; how many cases have them, and the first"
+            "notes: differences between texts of equal cases, which don't count; how many, and the first"
         )
-    for note, count in notes.items():
+    for note, count in notes.most_common(NOTES):
         print(f"  {note} ({count}: {next(v.name for v in verdicts if note in v.notes)})")
+    if len(notes) > NOTES:
+        print(f"  and {len(notes) - NOTES} more")
     bad = [v for v in verdicts if not v.good]
     sums = [sum(v.seconds[k] for v in verdicts) for k in (0, 1)]
     print(

@@ -44,7 +44,7 @@ def sfumato(*arguments: str | Path) -> str:
     code, out, error = run(*renamed(arguments))
     if code:
         raise RuntimeError(
-            f"sfumato {' '.join(map(str, arguments))} ended with exit code {code}: {error.strip()[-300:]}"
+            f"{error.strip()[-300:]} (exit code {code} of sfumato {' '.join(map(str, arguments))})"
         )
     return out
 
