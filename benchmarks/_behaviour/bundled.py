@@ -248,7 +248,7 @@ def _given(context: "Context", draw: Callable[..., Any]) -> Iterator[tuple[str, 
 
     def many(**values: Any) -> Any:
         requests = [names.renamed(request, names.request_fields()) for request in mixed]
-        return context.load("fashion").sample_many(requests, **values)
+        return names.run_many(context.load("fashion"))(requests, **values)
 
     yield "sample_many/latents", lambda: many(output="latent")
     yield "sample_many/pictures, batch 2", lambda: many(batch=2)

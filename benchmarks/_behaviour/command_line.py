@@ -274,7 +274,9 @@ def _rest(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
         few = ["--steps", "3", "--images", "2", "--reference-steps", "50", "--iterations", "1"]
         commands.sfumato("tune-timesteps", "fashion", *few, "--out", out / "tuned-model")
         index = json.loads((out / "tuned-model" / "model_index.json").read_text())
-        return [index["_sfumato"]["defaults"]["tuned"], stored(out / "tuned-model")]
+        defaults = index["_sfumato"]["defaults"]
+        tuned = defaults.get("tuned", defaults.get("tuned_timesteps"))
+        return [tuned, stored(out / "tuned-model")]
 
     for model in (
         "fashion",

@@ -410,7 +410,7 @@ def _runs(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
             names.renamed({"steps": 2, "width": 32, **values}, names.request_fields())
             for values in fields
         ]
-        return context.load(context.fixtures / "models" / name).sample_many(
+        return names.run_many(context.load(context.fixtures / "models" / name))(
             requests, output="tensor"
         )
 

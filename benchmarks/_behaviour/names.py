@@ -163,3 +163,8 @@ def request(prompt: Any = None, **values: Any) -> Any:
 def task(name: str, *positional: Any, home: str | None = None, **values: Any) -> Any:
     """A task's request. home: its file, where that has another name than the task."""
     return call(attribute(f"tasks.{home or name}", name), *positional, **values)
+
+
+def run_many(model: Any) -> Callable[..., Any]:
+    """Return the method that runs several requests: `run_many`, before that `sample_many`."""
+    return getattr(model, "run_many", None) or model.sample_many
