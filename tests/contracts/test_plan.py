@@ -103,9 +103,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"guidance": "2 model", "guide_model": build("eps")}, "expected the same one"),
     (
         {"guidance": "2 model", "guide_model": build(classes=("bag", "hat"))},
-        "knows 3 classes .* the model 4",
+        "has 3 classes .* the model 4",
     ),
-    ({"guidance": 2.0, "guide_model": build()}, "expected the reference model"),
+    ({"guidance": 2.0, "guide_model": build()}, "expected the baseline model"),
     ({"guidance": "2 perturbed_attention:layers=nowhere"}, "nowhere"),
     ({"guidance": "2 skip_layers:layers=conv_in"}, "conv_in"),
     ({"guidance": "2 model", "guide_model": inpainting()}, "expected the same"),

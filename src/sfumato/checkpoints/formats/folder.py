@@ -26,9 +26,12 @@ from sfumato.checkpoints.metadata import network_class
 from sfumato.errors import UserError, explained
 from sfumato.io.atomic import read_table, write_json
 from sfumato.io.safetensors import find_weights, read_weights
-from sfumato.predict.conditioners import text_conditioner_class, text_encoder_classes
+from sfumato.predict.conditioners import (
+    conditioner_class,
+    text_conditioner_class,
+    text_encoder_classes,
+)
 from sfumato.predict.conditioners.unconditional import Unconditional
-from sfumato.registry import find
 
 STEM, TEXT_STEM, TEXT_PICKLED = "diffusion_pytorch_model", "model", "pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"
@@ -266,10 +269,5 @@ def _read_conditioner(path: Path, index: dict[str, Any], network: Any, options: 
             f"{path} has neither a text encoder nor a conditioner/config.json: nothing there reads prompts"
         )
     with explained(config):
-        values = read_table(config)
-        kind = find("predict.conditioners", values.get("_class_name", ""))
-        return (
-            kind.from_folder(path, options.dtype)
-            if hasattr(kind, "from_folder")
-            else kind.from_config(values)
-        )
+        kind = conditioner_class(read_table(config).get("_class_name", ""))
+        return kind.from_folder(path, options.dtype)
