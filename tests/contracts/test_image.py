@@ -153,7 +153,7 @@ def test_a_grid_needs_pictures_of_one_size() -> None:
         grid([])
     with pytest.raises(UserError, match="2x2, 3x2"):
         grid([Image.new("L", (2, 2)), Image.new("L", (3, 2))])
-    with pytest.raises(UserError, match="columns 0"):
+    with pytest.raises(UserError, match="columns=0: expected a whole number of at least 1"):
         grid([Image.new("L", (2, 2))], columns=0)
 
 

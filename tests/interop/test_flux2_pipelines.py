@@ -262,19 +262,20 @@ def test_a_picture_that_is_not_of_whole_tokens(folders: dict[str, Path]) -> None
     compare(model.run(edit(model, read, Request(PROMPTS, steps=2)), output="tensor"), expected)
 
 
-def test_pictures_that_are_too_large(folders: dict[str, Path]) -> None:
+def test_pictures_that_are_too_large(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Made smaller as theirs are, but for the filter (Lanczos there, bicubic here), and then cut; a
     tiny one is drawn out to a token.
     """
     from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 
     model, read, largest = load(folders["distilled"]), photo(7, 150, 230), 100 * 100
-    seen = []
-    spied = SimpleNamespace(
-        autoencoder=model.autoencoder, denoiser=model.denoiser, defaults=model.defaults, pixels=model.pixels,
-        encode=lambda pixels: seen.append(pixels) or pixels,
-    )  # fmt: skip
-    made = edit(spied, read, Request("a cat"), also=[photo(8, 5, 40)], largest=largest)
+    seen, encode = [], model.encode
+    monkeypatch.setattr(
+        type(model), "encode", lambda self, pixels: seen.append(pixels) or encode(pixels)
+    )
+    made = edit(model, read, Request("a cat"), also=[photo(8, 5, 40)], largest=largest)
     small = Flux2ImageProcessor._resize_to_target_area(read, largest)
     height, width = small.height // 16 * 16, small.width // 16 * 16
     expected = Flux2ImageProcessor().preprocess(

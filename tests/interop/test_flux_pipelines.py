@@ -334,7 +334,12 @@ def test_inpainting_with_an_ordinary_model(strength: float, folders: dict[str, P
         "guidance_scale": 3.5,
     }
     expected = pictures(pipe, num_inference_steps=4, **asked, **SIZE)
-    task = {"strength": strength, "posterior": "sample", "paste": False, "blind": strength == 1}
+    task = {
+        "strength": strength,
+        "posterior": "sample",
+        "paste": False,
+        "noise_only_start": strength == 1,
+    }
     compare(
         model.run(
             inpaint(model, photo() * 2 - 1, hole(), Request(PROMPTS, steps=4), **task),

@@ -188,7 +188,7 @@ def test_what_diffusers_saved_and_what_we_save(
         ours.defaults.steps,
         ours.defaults.guidance,
         ours.defaults.sampler,
-        ours.defaults.references,
+        ours.defaults.max_reference_images,
     ) == (28, 7.0, "euler", 0)
     same(ours, opened(folders[kind]))
     ours.save(tmp_path / "ours")

@@ -449,7 +449,9 @@ def test_other_refusals() -> None:
         ssim(a[..., :8], a[..., :8])
     with pytest.raises(UserError, match="at least 6 rows"):
         manifold(noise(5, 2), noise(50, 2))
-    with pytest.raises(UserError, match="k is 0"):
+    with pytest.raises(
+        UserError, match="k=0: expected a whole number of nearest neighbours, at least 1"
+    ):
         manifold(noise(50, 2), noise(50, 2), k=0)
     with pytest.raises(NumericalError, match="not finite"):
         gaussian(noise(5, 2) * float("inf"))
@@ -457,5 +459,5 @@ def test_other_refusals() -> None:
         report_parts(labels=torch.zeros(39, dtype=torch.long))
     with pytest.raises(UserError, match="expected 0 to 7"):
         report_parts(labels=torch.full((40,), 8))
-    with pytest.raises(UserError, match="needs a number of images"):
+    with pytest.raises(UserError, match="n=None: expected a whole number of images, at least 1"):
         report_parts(samples=lambda n, batch, seed: uniform(n, 3, 16, 16))

@@ -356,7 +356,7 @@ def test_wrong_encoders_and_settings(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match=r"expected mean and std of one shape \(B, C, h, w\)"):
         cache_latents(images, flat, "enc", tmp_path)
-    with pytest.raises(UserError, match="batch_size 0"):
+    with pytest.raises(UserError, match="batch_size=0: expected a whole number of at least 1"):
         build(images, tmp_path, batch_size=0)
     with pytest.raises(UserError, match="no image left"):
         build(images.subset([]), tmp_path)

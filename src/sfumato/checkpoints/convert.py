@@ -325,7 +325,7 @@ def _write_folder_files(checkpoint: Checkpoint, folder: Path) -> None:
     with explained("the notes of the file"):
         note = read_model_note(metadata)
         index = family.file_index(
-            checkpoint.components, note.get("defaults", {}).get("references", 0)
+            checkpoint.components, _max_reference_images(note.get("defaults", {}))
         )
         files: dict[str, Any] = {
             "scheduler/scheduler_config.json": family.scheduler(network.config)
@@ -374,3 +374,8 @@ def _copy_folder_files(folder: Path, target: Path) -> None:
         ):
             (target / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target / path)
+
+
+def _max_reference_images(defaults: Mapping[str, Any]) -> int:
+    """Read a model's number of reference images, also by its earlier name."""
+    return defaults.get("max_reference_images", defaults.get("references", 0))

@@ -20,7 +20,7 @@ from sfumato.errors import NumericalError
 from sfumato.types import Conditioning, Prediction
 
 Denoise = Callable[[Tensor, float], Prediction]
-"""(x, t) -> Prediction: a denoiser with its conditioning and guidance already inside."""
+"""A denoiser (x, t) -> Prediction with its conditioning and guidance inside."""
 
 
 @dataclass(frozen=True)

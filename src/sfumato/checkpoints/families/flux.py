@@ -52,9 +52,14 @@ class Flux(TransformerFamily):
     # Steps and guidance with which diffusers calls its pipelines; of models distilled to few steps
     # those of their cards.
     pipelines: ClassVar = {
-        "Flux": {"steps": 28, "guidance": 1.0, "learned_guidance": 3.5},
-        "FluxFill": {"steps": 50, "guidance": 1.0, "learned_guidance": 30.0},
-        "FluxKontext": {"steps": 28, "guidance": 1.0, "learned_guidance": 3.5, "references": 1},
+        "Flux": {"steps": 28, "guidance": 1.0, "distilled_guidance": 3.5},
+        "FluxFill": {"steps": 50, "guidance": 1.0, "distilled_guidance": 30.0},
+        "FluxKontext": {
+            "steps": 28,
+            "guidance": 1.0,
+            "distilled_guidance": 3.5,
+            "max_reference_images": 1,
+        },
     }
 
     def config(self, shapes: Shapes) -> dict[str, Any]:

@@ -41,8 +41,13 @@ class Flux2(TransformerFamily):
     shift_rule = "flux2"
     # Steps and guidance with which diffusers calls its pipelines.
     pipelines: ClassVar = {
-        "Flux2": {"steps": 50, "guidance": 1.0, "learned_guidance": 4.0, "references": 10},
-        "Flux2Klein": {"steps": 50, "guidance": 4.0, "references": 4},
+        "Flux2": {
+            "steps": 50,
+            "guidance": 1.0,
+            "distilled_guidance": 4.0,
+            "max_reference_images": 10,
+        },
+        "Flux2Klein": {"steps": 50, "guidance": 4.0, "max_reference_images": 4},
     }
 
     def detect(self, shapes: Shapes) -> bool:
