@@ -167,7 +167,8 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> LatentDiffusion:
             | {"sampler": spec.sampler, "spacing": spacing}
             | saved
         )
-        defaults = Defaults.from_json(run)
+        # A folder that sfumato wrote has all its defaults, those left out being `Defaults`' own.
+        defaults = Defaults.from_json(saved if "_sfumato" in index else run)
     _check_parts(path, autoencoder, network, conditioner)
     return LatentDiffusion(
         autoencoder, Denoiser(network, spec.process), conditioner, defaults, checkpoint.name, small
