@@ -44,7 +44,6 @@ from sfumato.checkpoints.schedulers import betas
 from sfumato.checkpoints.shapes import Shapes
 from sfumato.checkpoints.tokenizers import pack_clip
 from sfumato.checkpoints.weight_map import with_prefix
-from sfumato.config import read_config
 from sfumato.errors import UserError, explained
 from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig
 
@@ -379,8 +378,8 @@ class UNetFamily(Family):
             "requires_aesthetics_score": [*encoders] == ["_2"],
         }
         with explained(raw.path):
-            settings = read_config(
-                ClipTextConfig, flags | json.loads(raw.metadata.get(notes.CONDITIONER, "{}")), {}
+            settings = ClipTextConfig.from_dict(
+                flags | json.loads(raw.metadata.get(notes.CONDITIONER, "{}"))
             )
         return ClipText(encoders.get(""), encoders.get("_2"), settings)
 

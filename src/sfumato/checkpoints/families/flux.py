@@ -15,7 +15,6 @@ from sfumato.checkpoints.families._t5 import T5Tower
 from sfumato.checkpoints.families._transformer import FLOW, SINUSOIDAL, TransformerFamily, axes
 from sfumato.checkpoints.shapes import Shapes
 from sfumato.checkpoints.weight_map import Split, WeightMap, chunked, linear, swapped, weight
-from sfumato.config import read_config
 from sfumato.predict.conditioners.flux_text import SCHNELL, FluxText, FluxTextConfig
 
 DYNAMIC = {
@@ -95,7 +94,7 @@ class Flux(TransformerFamily):
         """CLIP L and T5, with fewer positions for schnell."""
         shorter = {} if network.guidance_embeds else {"max_sequence_length": SCHNELL}
         return FluxText(
-            encoders[""], encoders["_2"], read_config(FluxTextConfig, {**shorter, **settings}, {})
+            encoders[""], encoders["_2"], FluxTextConfig.from_dict({**shorter, **settings})
         )
 
     def pipeline(self, network: Any, conditioner: Any, references: int) -> str | None:

@@ -16,7 +16,6 @@ from sfumato.checkpoints.families._t5 import T5Tower
 from sfumato.checkpoints.families._transformer import FLOW, SINUSOIDAL, TransformerFamily
 from sfumato.checkpoints.shapes import Shapes
 from sfumato.checkpoints.weight_map import WeightMap, chunked, linear, swapped, weight
-from sfumato.config import read_config
 from sfumato.errors import UserError
 from sfumato.predict.conditioners.sd3_text import Sd3Text, Sd3TextConfig
 
@@ -93,7 +92,7 @@ class Sd3(TransformerFamily):
             encoders[""],
             encoders["_2"],
             encoders.get("_3"),
-            read_config(Sd3TextConfig, {**wide, **settings}, {}),
+            Sd3TextConfig.from_dict({**wide, **settings}),
         )
 
     def pipeline(self, network: Any, conditioner: Any, references: int) -> str | None:
