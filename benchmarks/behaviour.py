@@ -26,7 +26,7 @@ Their differences are printed as notes and don't count. The exit code is 1 if a 
            files only the hashes are compared
 --list     prints the names of the cases
 
-A run takes about 30 s of one CPU core for the fixtures and 220 s for each version. The cases are
+A run takes about 30 s of one CPU core for the fixtures and 230 s for each version. The cases are
 in benchmarks/_behaviour. A public name that changes gets its new name in names.py there.
 """
 

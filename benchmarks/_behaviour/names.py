@@ -38,7 +38,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 
 MODULES: dict[str, tuple[str, ...]] = {
     "checkpoints.ldm_yaml": ("checkpoints.families.ldm_yaml",),
-    "checkpoints.original": ("loading", "checkpoints.options"),
+    "checkpoints.original": ("checkpoints.checkpoint",),
     "checkpoints.taesd": ("checkpoints.families.taesd",),
     "decode.image": ("images",),
     "files": ("io.atomic",),
@@ -49,7 +49,7 @@ MODULES: dict[str, tuple[str, ...]] = {
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "Picture": ("ImageSpec",),
     "interpolate_pictures": ("interpolate_images",),
-    "Reading": ("LoadOptions",),
+    "Reading": ("ReadOptions",),
 }
 """Functions and classes, in the same way."""
 
