@@ -37,6 +37,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 """Fields of a request and parameters of functions, by the oldest name: newer names."""
 
 MODULES: dict[str, tuple[str, ...]] = {
+    "checkpoints.folder": ("checkpoints.formats.folder",),
     "checkpoints.ldm_yaml": ("checkpoints.families.ldm_yaml",),
     "checkpoints.original": ("checkpoints.checkpoint",),
     "checkpoints.taesd": ("checkpoints.families.taesd",),
