@@ -66,8 +66,8 @@ def directive(name: str, value: object) -> list[str]:
 
 def modules(package: ModuleType) -> list[str]:
     """List the full names of a package's public modules."""
-    found = pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
-    return [m.name for m in found if not m.ispkg and not m.name.rpartition(".")[2].startswith("_")]
+    infos = pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+    return [m.name for m in infos if not m.ispkg and not m.name.rpartition(".")[2].startswith("_")]
 
 
 def packages(package: ModuleType) -> list[str]:

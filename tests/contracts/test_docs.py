@@ -252,18 +252,18 @@ def test_every_command_parses(
     module = module_of("cli", name)
     parse = module.parse
 
-    def parse_only(*given: Any, **options: Any) -> Any:
-        parse(*given, **options)
+    def parse_only(*args: Any, **options: Any) -> Any:
+        parse(*args, **options)
         raise Parsed
 
     monkeypatch.setattr(module, "parse", parse_only)
     monkeypatch.chdir(ROOT)  # recipes are found by name
     with pytest.raises((Parsed, SystemExit)) as caught:
         find("cli", name)(arguments)
-    asked_for_help = (
+    is_help = (
         isinstance(caught.value, SystemExit) and caught.value.code == 0 and "--help" in arguments
     )
-    assert caught.type is Parsed or asked_for_help, capsys.readouterr().err
+    assert caught.type is Parsed or is_help, capsys.readouterr().err
 
 
 # ---- CONTRIBUTING's recipes ---------------------------------------------------------------------
