@@ -15,9 +15,8 @@ extensions = [
     "myst_parser",  # pages are Markdown, so that they read as well in a repository browser
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.napoleon",  # Args:, Returns:, Raises:
     "api_pages",  # one page a public package, from its __all__
-    "docstrings",  # Markdown in docstrings
+    "docstrings",  # Markdown, and Google's sections, in docstrings
     "navigation",  # the site's menu, from the links of index.md
 ]
 exclude_patterns = ["_ext", "_static"]
@@ -32,8 +31,6 @@ autodoc_inherit_docstrings = False  # torch documents forward in reStructuredTex
 autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-napoleon_numpy_docstring = False
-napoleon_custom_sections = [("Options", "params_style")]  # of samplers
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 add_module_names = False

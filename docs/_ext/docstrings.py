@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SECTION = re.compile(
     r"(Args|Arguments|Attributes|Example|Examples|Note|Options|Raises|Returns|Warning|Yields):$"
 )
+VARIABLES = ("attribute", "data", "property")
 EXAMPLE = ("Example:", "Examples:")
 CODE = re.compile(r"(``.+?``|`[^`]+`)")
 ITEM = re.compile(r"[-*] ")
@@ -138,20 +139,22 @@ def unknown_parameters(value: Any, lines: Iterable[str]) -> list[str]:
 
 
 def process(
-    app: "Sphinx", kind: str, name: str, value: Any, options: object, lines: list[str]
+    app: "Sphinx", kind: str, name: str, value: Any, options: Any, lines: list[str]
 ) -> None:
-    """Check a docstring and convert it in place, before napoleon reads its sections."""
+    """Check a docstring and make it reStructuredText, in place."""
+    from sphinx.ext.napoleon import Config, GoogleDocstring
     from sphinx.util import logging
 
     if callable(value):
         for parameter in unknown_parameters(value, lines):
-            logging.getLogger(__name__).warning(
-                "%s documents the parameter %r, which it does not take", name, parameter
-            )
-    lines[:] = convert(lines)
+            message = "%s documents the parameter %r, which it does not take"
+            logging.getLogger(__name__).warning(message, name, parameter)
+    config = Config(napoleon_use_ivar=True, napoleon_custom_sections=[("Options", "params_style")])
+    what = "object" if kind in VARIABLES else kind  # else "x: y" of a variable is type and text
+    lines[:] = GoogleDocstring(convert(lines), config, app, what, name, value, options).lines()
 
 
 def setup(app: "Sphinx") -> dict[str, Any]:
     """Register with Sphinx."""
-    app.connect("autodoc-process-docstring", process, priority=400)
+    app.connect("autodoc-process-docstring", process)
     return {"parallel_read_safe": True}
