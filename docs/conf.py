@@ -21,7 +21,7 @@ extensions = [
 ]
 exclude_patterns = ["_ext", "_static"]
 highlight_language = "none"  # commands and outputs; Python says so
-smartquotes = False  # formulas have primes
+smartquotes_action = "D"  # dashes; quotes stay, formulas have primes
 
 myst_heading_anchors = 4  # links to headings, as repository browsers make them
 
