@@ -1,5 +1,5 @@
-"""What every test runs under: shapes checked by beartype, no network, few threads; and the bundled
-model where there is one.
+"""Conditions of every test: shapes checked by beartype, no network, few threads; and shared
+models.
 """
 
 import os
@@ -27,9 +27,7 @@ settings = BeartypeConf(hint_overrides=FrozenDict({Self: object}), is_pep484_tow
 
 
 def check_types(function: Any) -> Any:
-    """beartype, with protocols made checkable (by their methods' names) where the library had no
-    need to.
-    """
+    """Apply beartype, after making protocols checkable by their methods' names."""
     waiting = list(getattr(function, "__annotations__", {}).values())
     while waiting:
         hint = waiting.pop()
@@ -47,6 +45,7 @@ install_import_hook("sfumato", "sfumato_typechecker.check")
 import pytest
 import torch
 
+pytest.register_assert_rewrite("helpers")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,56 +78,25 @@ def fashion() -> Any:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a whole model with random weights: 16x16 grey pictures of two classes, 8x8
-    latents of two channels.
-    """
-    from sfumato.compress.kl import AutoencoderKL, KLConfig
-    from sfumato.diffuse.parameterization import parameterization
-    from sfumato.diffuse.process import Process
-    from sfumato.diffuse.schedule import schedule
-    from sfumato.model import LatentDiffusion
-    from sfumato.predict.conditioners.class_names import ClassNames
-    from sfumato.predict.denoiser import Denoiser
-    from sfumato.predict.networks.unet import UNet, UNetConfig
-    from sfumato.sampling import Defaults
+    """The folder of `tiny_model` with two classes."""
+    from helpers.models import tiny_model
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        widths = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
-        autoencoder = AutoencoderKL(
-            KLConfig(in_channels=1, out_channels=1, latent_channels=2, sample_size=16, **widths)
-        )
-        config = UNetConfig(
-            sample_size=8,
-            in_channels=2,
-            out_channels=2,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            mid_block_type="UNetMidBlock2D",
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            num_class_embeds=3,
-            **widths,
-        )
-        network = UNet(config)
-        with torch.no_grad():  # so that no layer starts at zero and every input shows in the output
-            for parameter in network.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    process = Process(schedule("flow"), parameterization("flow"))
-    defaults = Defaults(steps=3, guidance=2.0)
-    model = LatentDiffusion(
-        autoencoder.eval(),
-        Denoiser(network.eval(), process),
-        ClassNames(("boot", "bag")),
-        defaults,
-        "tiny",
-    )
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    model.save(folder)
+    tiny_model(classes=("boot", "bag")).save(folder)
     return folder
+
+
+@pytest.fixture
+def working_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A fresh current folder, where the command line shows no traceback."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SFUMATO_DEBUG", raising=False)
+    return tmp_path
 
 
 @pytest.fixture(autouse=True)
 def same_weights_every_time() -> None:
-    """Networks that a test builds begin with the same random weights in every run: a bound is then
-    kept or broken always.
+    """Networks that a test builds have the same random weights in every run, so bounds hold
+    always.
     """
     torch.manual_seed(20260701)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from helpers.errors import assert_one_sentence
 from sfumato.checkpoints.families.taesd import (
     config_of,
     from_original,
@@ -40,11 +41,6 @@ MODELS: dict[str, Callable[[], Any]] = {
     "SfumatoAutoencoderTiny": lambda: AutoencoderTiny(TinyConfig(**EIGHT, use_midblock_gn=True)),
     "VQModel": lambda: VQModel(VQConfig(**SMALL, num_vq_embeddings=9)),
 }
-
-
-def one_sentence(error: UserError, *words: object) -> None:
-    text = str(error)
-    assert "\n" not in text and len(text) < 1500 and all(str(w) in text for w in words), text
 
 
 def change_config(folder: Path, **values: Any) -> None:
@@ -117,7 +113,7 @@ def test_fields_we_would_not_honour_are_refused(
     change_config(tmp_path, **values)
     with pytest.raises(UserError) as caught:
         load_part(tmp_path)
-    one_sentence(caught.value, tmp_path, words)
+    assert_one_sentence(caught.value, tmp_path, words)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -152,11 +148,11 @@ def test_damaged_weights(name: str, tmp_path: Path) -> None:
             save_file(damaged, file)
             with pytest.raises(UserError) as caught:
                 load_part(tmp_path)
-            one_sentence(caught.value, file, key)
+            assert_one_sentence(caught.value, file, key)
         file.write_bytes(whole[: dice.randrange(len(whole))])
         with pytest.raises(UserError) as caught:
             load_part(tmp_path)
-        one_sentence(caught.value, file)
+        assert_one_sentence(caught.value, file)
 
 
 def test_statistics_of_a_damaged_batch_norm(tmp_path: Path) -> None:
@@ -165,7 +161,7 @@ def test_statistics_of_a_damaged_batch_norm(tmp_path: Path) -> None:
     save_part(tmp_path, model)
     with pytest.raises(UserError) as caught:
         load_part(tmp_path)
-    one_sentence(caught.value, tmp_path / WEIGHTS, "running_var has -1")
+    assert_one_sentence(caught.value, tmp_path / WEIGHTS, "running_var has -1")
 
 
 def test_old_names() -> None:
@@ -286,7 +282,7 @@ def test_taesd_that_is_not_known(tmp_path: Path) -> None:
     for case, words in cases:
         with pytest.raises(UserError) as caught:
             case()
-        one_sentence(caught.value, words)
+        assert_one_sentence(caught.value, words)
     save_taesd(tmp_path / "b", AutoencoderTiny(TinyConfig(**EIGHT)))
     with pytest.raises(UserError, match="expected one pair"):
         load_taesd(tmp_path)
@@ -312,7 +308,7 @@ def test_pickles_with_code_are_refused(tmp_path: Path) -> None:
     for name, words in (("a", "wants to run code"), ("b", "holds a list"), ("c", "is not a whole")):
         with pytest.raises(UserError) as caught:
             load_taesd(tmp_path / f"{name}_encoder.pth", decoder)
-        one_sentence(caught.value, words, f"{name}_encoder.pth")
+        assert_one_sentence(caught.value, words, f"{name}_encoder.pth")
     assert not (tmp_path / "sprung").exists()
 
 
@@ -345,5 +341,5 @@ def test_damaged_pairs(tmp_path: Path) -> None:
                 )
                 with pytest.raises(UserError) as caught:
                     load_taesd(*files)
-                one_sentence(caught.value, "damaged.safetensors")
+                assert_one_sentence(caught.value, "damaged.safetensors")
     same(load_taesd(*pair), load_taesd(*pair))

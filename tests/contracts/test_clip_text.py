@@ -3,84 +3,36 @@ in one sentence that says what to do.
 """
 
 import json
-import os
-import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers import clip_encoders
+from helpers.folder_changes import Change, gone, pickled, renamed, table, text, weights
+from helpers.processes import run_python
 from sfumato.errors import NumericalError, UserError
 from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig
 from sfumato.types import ImageSpec
 
-tiny: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_clip.py"))))
-Change = Callable[[Path], Any]
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: tiny.write(tmp_path_factory.mktemp("clip") / kind, kind) for kind in tiny.KINDS}
+    return {
+        kind: clip_encoders.write(tmp_path_factory.mktemp("clip") / kind, kind)
+        for kind in clip_encoders.KINDS
+    }
 
 
 @pytest.fixture(scope="module")
 def opened(folders: dict[str, Path]) -> dict[str, ClipText]:
     return {kind: ClipText.from_folder(folder) for kind, folder in folders.items()}
-
-
-def table(file: str, **values: Any) -> Change:
-    """Other fields in a JSON file; `...` takes a field away."""
-
-    def change(folder: Path) -> None:
-        path = folder / file
-        found = (json.loads(path.read_text()) if path.exists() else {}) | values
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(
-            json.dumps({key: value for key, value in found.items() if value is not ...})
-        )
-
-    return change
-
-
-def text(file: str, content: str) -> Change:
-    return lambda folder: (folder / file).write_text(content)
-
-
-def gone(name: str) -> Change:
-    return lambda folder: (
-        (folder / name).unlink() if (folder / name).is_file() else shutil.rmtree(folder / name)
-    )
-
-
-def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
-    def write(folder: Path) -> None:
-        tensors = load_file(folder / "text_encoder" / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "text_encoder" / "model.safetensors")
-
-    return write
-
-
-def pickled(value: Any) -> Change:
-    def write(folder: Path) -> None:
-        gone("text_encoder/model.safetensors")(folder)
-        torch.save(value, folder / "text_encoder" / "pytorch_model.bin")
-
-    return write
-
-
-def renamed(name: str) -> Change:
-    return lambda folder: (folder / "text_encoder" / "model.safetensors").rename(
-        folder / "text_encoder" / name
-    )
 
 
 shards = renamed("model-00001-of-00002.safetensors")
@@ -372,9 +324,7 @@ KINDS = [
 ]
 
 
-def test_arguments_of_other_types_are_refused_in_a_sentence(
-    folders: dict[str, Path], source: Path
-) -> None:
+def test_arguments_of_other_types_are_refused_in_a_sentence(folders: dict[str, Path]) -> None:
     """In a process without the tests' check of types, which users do not have."""
     lines = [
         "from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig",
@@ -393,17 +343,9 @@ def test_arguments_of_other_types_are_refused_in_a_sentence(
             "else:",
             "    print('accepted')",
         ]
-    run = [sys.executable, "-c", "\n".join(lines)]
-    found = subprocess.run(
-        run,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(source.parent)},
-        check=True,
-    )
-    said = found.stdout.splitlines()
-    assert len(said) == len(KINDS)
-    for line, (call, words) in zip(said, KINDS, strict=True):
+    printed = run_python("-c", "\n".join(lines)).stdout.splitlines()
+    assert len(printed) == len(KINDS)
+    for line, (call, words) in zip(printed, KINDS, strict=True):
         assert words in line, call
 
 

@@ -3,11 +3,10 @@ being there.
 
 Each is built by its own `from_config` from EXAMPLE, a config with a field for every kind; what a
 conditioner does not know it ignores. One with weights is built by `from_folder` from a folder that
-`_clip.py`, `_ldm.py` or `_text.py` writes, and comes back from what its `save` writes.
+a module of `helpers` writes, and comes back from what its `save` writes.
 """
 
 import json
-import runpy
 import tempfile
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
@@ -19,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from helpers import clip_encoders, ldm_conditioners, text_encoders
 from sfumato.errors import UserError
 from sfumato.predict.conditioners import conditioner_class
 from sfumato.predict.conditioners.base import ClassConditioner, Conditioner
@@ -31,12 +31,12 @@ CONDITIONERS = {name: find("predict.conditioners", name) for name in names("pred
 LABELS = ["t-shirt/top", "ankle boot", "bag", "dress"]
 EXAMPLE: dict[str, Any] = {"names": LABELS}
 FOLDERS = {
-    "clip_text": ("_clip.py", "sd1"),
-    "t5_text": ("_text.py", "pixart_alpha"),
-    "sd3_text": ("_text.py", "sd3"),
+    "clip_text": (clip_encoders, "sd1"),
+    "t5_text": (text_encoders, "pixart_alpha"),
+    "sd3_text": (text_encoders, "sd3"),
 }
-FOLDERS |= {"flux_text": ("_text.py", "flux"), "flux2_text": ("_text.py", "flux2_klein")}
-FOLDERS |= {"sentence_text": ("_text.py", "sentence")}
+FOLDERS |= {"flux_text": (text_encoders, "flux"), "flux2_text": (text_encoders, "flux2_klein")}
+FOLDERS |= {"sentence_text": (text_encoders, "sentence")}
 every = pytest.mark.parametrize("name", CONDITIONERS)
 labelled = pytest.mark.parametrize(
     "name", [name for name, c in CONDITIONERS.items() if issubclass(c, ClassConditioner)]
@@ -50,10 +50,9 @@ def has_weights(name: str) -> bool:
 
 @cache
 def opened(name: str) -> Conditioner:
-    file, kind = FOLDERS.get(name, ("_ldm.py", name))
-    write = runpy.run_path(str(Path(__file__).with_name(file)))["write"]
+    module, kind = FOLDERS.get(name, (ldm_conditioners, name))
     with tempfile.TemporaryDirectory() as folder:
-        return CONDITIONERS[name].from_folder(write(Path(folder), kind))
+        return CONDITIONERS[name].from_folder(module.write(Path(folder), kind))
 
 
 def build(name: str) -> Conditioner:

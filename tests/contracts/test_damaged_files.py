@@ -6,12 +6,10 @@ among the numbers), a model that opens; never another error, and never code that
 import json
 import os
 import random
-import runpy
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sfumato
+from helpers import clip_encoders
+from helpers.errors import assert_one_sentence
+from helpers.models import randomised
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
@@ -31,8 +32,6 @@ from sfumato.predict.conditioners.clip_text import ClipText
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.predict.text_encoders.clip import ClipEncoder
-
-clip: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "_clip.py")))
 
 PARTS = {
     "unet": ("unet/diffusion_pytorch_model.safetensors", "model.diffusion_model."),
@@ -74,13 +73,6 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
         OPENED.append(str(arguments[0]))
 
 
-def randomised(network: Any) -> Any:
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return network.eval().requires_grad_(False)
-
-
 def build() -> LatentDiffusion:
     """As small as a single file allows: norms of 32 groups, heads of CLIP 64 wide."""
     torch.manual_seed(0)
@@ -92,18 +84,19 @@ def build() -> LatentDiffusion:
         layers_per_block=1,
         cross_attention_dim=64,
     )
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
-    size = len(clip.vocabulary())
-    text = CLIPTextConfig(
-        vocab_size=size, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=1, projection_dim=64,
-        bos_token_id=size - 2, eos_token_id=2,
-    )  # fmt: skip
-    encoder = ClipEncoder(clip.tokenizer(), randomised(CLIPTextModel(text)), projected=False)
+    size = len(clip_encoders.vocabulary())
+    words = {"vocab_size": size, "max_position_embeddings": 77, "bos_token_id": size - 2}
+    text = clip_encoders.wide_encoder(CLIPTextModel, num_hidden_layers=1, **words)
+    encoder = ClipEncoder(clip_encoders.tokenizer(), randomised(text, None, 0.05), projected=False)
     vae = AutoencoderKL(KLConfig(block_out_channels=(32, 64), layers_per_block=1))
     process = Process(schedule("scaled_linear"), parameterization("eps"))
     return LatentDiffusion(
-        randomised(vae), Denoiser(randomised(UNet(unet)), process), ClipText(encoder), name="small"
+        randomised(vae, None, 0.05),
+        Denoiser(randomised(UNet(unet), None, 0.05), process),
+        ClipText(encoder),
+        name="small",
     )
 
 
@@ -130,16 +123,7 @@ def refused(model: Path, names: object, *words: str) -> None:
     """Opening fails with one sentence, in which the file's name and the words are."""
     with pytest.raises(UserError) as caught:
         sfumato.load(model)
-    one_sentence(caught.value, names, *words)
-
-
-def one_sentence(error: Exception, *words: object) -> None:
-    text = str(error)
-    assert isinstance(error, UserError), repr(error)
-    assert "\n" not in text and len(text) < 1500 and all(str(w) in text for w in words), (
-        text,
-        words,
-    )
+    assert_one_sentence(caught.value, names, *words)
 
 
 def opens_or_refused(model: Path, names: object) -> LatentDiffusion | None:
@@ -147,7 +131,7 @@ def opens_or_refused(model: Path, names: object) -> LatentDiffusion | None:
     try:
         return sfumato.load(model)
     except UserError as error:
-        one_sentence(error, names)
+        assert_one_sentence(error, names)
         return None
 
 

@@ -3,9 +3,7 @@ folder, to the bit, under the keys of diffusers' networks, and its single file i
 converters read. A table that lacks one row is found.
 """
 
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from diffusers.loaders import single_file_utils as theirs
 from torch import Tensor
 
+import helpers.family_models as models
 from sfumato.checkpoints import families
 from sfumato.checkpoints.checkpoint import Checkpoint, RawCheckpoint, ReadOptions
 from sfumato.checkpoints.families import _base
@@ -21,7 +20,6 @@ from sfumato.checkpoints.formats.folder import read_component, write_component
 from sfumato.checkpoints.lazy_tensor import load_tensors, write_file
 from sfumato.errors import UserError
 
-models: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_families.py"))))
 FAMILIES = {family.name: family for family in families.registered()}
 NETWORKS = {
     "sd3": theirs.convert_sd3_transformer_checkpoint_to_diffusers,

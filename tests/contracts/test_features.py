@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.tensors import uniform
 from sfumato.errors import UserError
 from sfumato.evaluate import FeatureNetwork, Features, extract, load_features
 from sfumato.evaluate.efficientnet import EfficientNetLite0
@@ -20,10 +21,6 @@ from sfumato.evaluate.inception import BLOCKS, InceptionV3
 SHIPPED = (
     Path(__file__).resolve().parents[2] / "src" / "sfumato" / "bundled" / "fashion" / "classifier"
 )
-
-
-def uniform(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Pooled(nn.Module):

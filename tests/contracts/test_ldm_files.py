@@ -5,9 +5,7 @@ sentence.
 
 import json
 import math
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import helpers.single_files as single
+from helpers import ldm_conditioners
 from sfumato.checkpoints.checkpoint import ReadOptions
 from sfumato.checkpoints.families._unet_map import unet_map
 from sfumato.checkpoints.families._vae import vae_map
@@ -25,9 +25,6 @@ from sfumato.predict.conditioners.bert_text import BertText
 from sfumato.predict.conditioners.class_embedding import ClassEmbedding, ClassEmbeddingConfig
 from sfumato.predict.networks.base import registered
 from sfumato.predict.text_encoders.ldm_bert import LDMBert, LDMBertConfig
-
-ldm: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_ldm.py"))))
-single: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_single_files.py"))))
 
 # ---- the published configurations, on the meta device: shapes without numbers --------------------
 
@@ -484,13 +481,13 @@ NAMED = {"class_names": ("tench", "great white shark", "7", "shark/ray")}
     [("0", 0), (" 3 ", 3), ("+2", 2), ("003", 3), (None, 4), ("", 4), ("  ", 4)],
 )
 def test_numbers_are_rows(prompt: str | None, row: int) -> None:
-    classes = ldm.class_embedding()
+    classes = ldm_conditioners.class_embedding()
     found = classes([prompt]).tokens
     assert found.shape == (1, 1, 24) and torch.equal(found[0, 0], classes.table[row])
 
 
 def test_names_are_rows_too() -> None:
-    classes = ldm.class_embedding(**NAMED)
+    classes = ldm_conditioners.class_embedding(**NAMED)
     for prompt, row in (
         ("tench", 0),
         ("Great White Sharks", 1),
@@ -511,7 +508,7 @@ def test_numbers_out_of_range(wrong: str) -> None:
     with pytest.raises(
         UserError, match=r"class number .*: expected 0 to 3; for no class leave the prompt empty"
     ) as caught:
-        ldm.class_embedding()([wrong])
+        ldm_conditioners.class_embedding()([wrong])
     assert len(str(caught.value)) < 200
 
 
@@ -520,15 +517,15 @@ def test_numbers_out_of_range(wrong: str) -> None:
 )
 def test_words_without_names(wrong: str) -> None:
     with pytest.raises(UserError, match="class") as caught:
-        ldm.class_embedding(20)([wrong])
+        ldm_conditioners.class_embedding(20)([wrong])
     assert "expected a number from 0 to 18" in str(caught.value) and len(str(caught.value)) < 250
     for prompts in ("0", []):
         with pytest.raises(UserError, match="expected a list of at least one"):
-            ldm.class_embedding()(prompts)
+            ldm_conditioners.class_embedding()(prompts)
 
 
 def test_labels_of_data() -> None:
-    classes = ldm.class_embedding()
+    classes = ldm_conditioners.class_embedding()
     assert torch.equal(
         classes.from_labels(torch.tensor([3, -1])).tokens[:, 0], classes.table[[3, 4]]
     )
@@ -538,15 +535,18 @@ def test_labels_of_data() -> None:
 
 
 def test_a_table_of_a_thousand_has_no_row_for_none() -> None:
-    assert ldm.class_embedding(1000).count == 1000 and ldm.class_embedding(1001).count == 1000
-    whole = ldm.class_embedding(1000)
+    assert (
+        ldm_conditioners.class_embedding(1000).count == 1000
+        and ldm_conditioners.class_embedding(1001).count == 1000
+    )
+    whole = ldm_conditioners.class_embedding(1000)
     assert torch.equal(whole(["999"]).tokens[0, 0], whole.table[999])
     for none in (lambda: whole([None, "0"]), lambda: whole.null(2)):
         with pytest.raises(UserError, match="no row for no class"):
             none()
     assert (
-        ldm.class_embedding(1000, unconditional=True).count == 999
-        and ldm.class_embedding(5, unconditional=False).count == 5
+        ldm_conditioners.class_embedding(1000, unconditional=True).count == 999
+        and ldm_conditioners.class_embedding(5, unconditional=False).count == 5
     )
 
 
@@ -563,7 +563,7 @@ def test_a_table_of_a_thousand_has_no_row_for_none() -> None:
     ],
 )
 def test_damaged_configs_of_classes(values: dict[str, Any], message: str, tmp_path: Path) -> None:
-    ldm.class_embedding().save(tmp_path)
+    ldm_conditioners.class_embedding().save(tmp_path)
     file = tmp_path / "conditioner" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
     with pytest.raises(UserError, match=message) as caught:
@@ -572,7 +572,7 @@ def test_damaged_configs_of_classes(values: dict[str, Any], message: str, tmp_pa
 
 
 def test_damaged_tables(tmp_path: Path) -> None:
-    ldm.class_embedding().save(tmp_path)
+    ldm_conditioners.class_embedding().save(tmp_path)
     file = tmp_path / "conditioner" / "diffusion_pytorch_model.safetensors"
     whole = load_file(file)
     nan = whole["embedding.weight"].clone()
@@ -600,9 +600,9 @@ def test_damaged_tables(tmp_path: Path) -> None:
 
 
 def test_a_prompt_is_read_as_bert_reads_it() -> None:
-    bert = ldm.bert_text()
+    bert = ldm_conditioners.bert_text()
     tokens = bert(["A RED cat, dogs", None]).tokens
-    ids = [2, *map(ldm.WORDS.index, ["a", "red", "cat", ",", "dog", "##s"]), 3]
+    ids = [2, *map(ldm_conditioners.WORDS.index, ["a", "red", "cat", ",", "dog", "##s"]), 3]
     expected = [ids + [0] * (77 - len(ids)), [2, 3] + [0] * 75]
     with torch.no_grad():
         assert torch.equal(
@@ -612,7 +612,7 @@ def test_a_prompt_is_read_as_bert_reads_it() -> None:
 
 
 def test_prompts_that_do_not_fit_are_not_cut() -> None:
-    bert = ldm.bert_text()
+    bert = ldm_conditioners.bert_text()
     bert(["cat " * 75])
     with pytest.raises(UserError, match="has 76 tokens: expected at most 75; shorten it"):
         bert(["cat " * 76])
@@ -622,7 +622,7 @@ def test_prompts_that_do_not_fit_are_not_cut() -> None:
 
 
 def test_damaged_folders_of_text(tmp_path: Path) -> None:
-    ldm.bert_text().save(tmp_path)
+    ldm_conditioners.bert_text().save(tmp_path)
     weights, config, vocabulary = (
         tmp_path / p for p in ("bert/model.safetensors", "bert/config.json", "tokenizer/vocab.txt")
     )
@@ -662,18 +662,18 @@ def test_damaged_folders_of_text(tmp_path: Path) -> None:
     (tmp_path / "tokenizer" / "tokenizer.json").unlink()
     # vocab.txt alone does
     assert BertText.from_folder(tmp_path)(["a cat"]).tokens.shape == (1, 77, 24)
-    vocabulary.write_text("\n".join([*ldm.WORDS, "more"]))
+    vocabulary.write_text("\n".join([*ldm_conditioners.WORDS, "more"]))
     refused(r"tokenizer has \d+ tokens, text transformer \d+: use parts of one model")
     vocabulary.unlink()
     refused("has no tokenizer: expected BERT's tokenizer.json or vocab.txt")
 
 
 def test_positions_and_precision() -> None:
-    bert = ldm.bert_text()
+    bert = ldm_conditioners.bert_text()
     with pytest.raises(UserError, match="78 tokens: this text transformer has 77 positions"):
         bert.encoder.model(torch.zeros(1, 78, dtype=torch.long))
     with pytest.raises(UserError, match="max_position_embeddings=2: expected at least 3"):
-        ldm.bert_text(max_position_embeddings=2)
+        ldm_conditioners.bert_text(max_position_embeddings=2)
     whole = bert(["a red cat", "dogs"]).tokens
     assert torch.equal(bert(["dogs"]).tokens, whole[1:])
     broken = LDMBert(bert.encoder.model.config).eval()

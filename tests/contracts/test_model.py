@@ -1,13 +1,12 @@
 """The face of the library: every parameter of `generate`, the four acts beside it, saving and
 loading, names, and numbers that are not finite.
 
-All on whole models with small random weights (`_tiny.py`). Two runs of the same arithmetic are
-compared bit for bit. The same image in batches of different sizes is compared to rounding, because
-convolutions and matrix products choose their algorithm by the batch.
+All on whole models with small random weights (`helpers/models.py`). Two runs of the same arithmetic
+are compared bit for bit. The same image in batches of different sizes is compared to rounding,
+because convolutions and matrix products choose their algorithm by the batch.
 """
 
 import errno
-import runpy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import FrozenInstanceError, fields, replace
@@ -21,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 import sfumato
+from helpers.models import CLASSES, LATENT, tiny_model
 from sfumato.batching import DenoiserCall
 from sfumato.checkpoints.formats import folder as folders
 from sfumato.decode.preview import Preview
@@ -42,8 +42,6 @@ from sfumato.predict.denoiser import Denoiser, evaluate_calls
 from sfumato.registry import names
 from sfumato.sampling import Defaults, Request
 
-TINY = runpy.run_path(str(Path(__file__).with_name("_tiny.py")))
-build, CLASSES, LATENT = TINY["build"], TINY["CLASSES"], TINY["LATENT"]
 KINDS = {
     "flow-grey-classes": ("flow", 1, CLASSES),
     "eps-colour-classes": ("eps", 3, CLASSES),
@@ -55,7 +53,7 @@ UNET = Path("unet", folders.WEIGHTS)
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, LatentDiffusion]:
-    return {name: build(*kind) for name, kind in KINDS.items()}
+    return {name: tiny_model(*kind) for name, kind in KINDS.items()}
 
 
 @pytest.fixture(params=KINDS)
@@ -101,8 +99,8 @@ def test_conditions_asked_together_again_are_joined_again_only_if_they_are_the_s
     """A run's joined condition is remembered in inference; another second condition, a third, or
     fewer must not get it.
     """
-    denoiser = build().denoiser
-    conditions = [build().conditioner([name]) for name in CLASSES]
+    denoiser = tiny_model().denoiser
+    conditions = [tiny_model().conditioner([name]) for name in CLASSES]
     x = torch.randn(1, *LATENT, generator=torch.Generator().manual_seed(0))
     alone = [denoiser(x, 0.5, c) for c in conditions]
     with torch.inference_mode():
@@ -121,7 +119,7 @@ def test_conditions_asked_together_again_are_joined_again_only_if_they_are_the_s
 
 def test_a_denoiser_follows_its_network_to_another_dtype() -> None:
     """Where the first weight lies is remembered, not what it is."""
-    denoiser, condition = build().denoiser, build().conditioner([CLASSES[0]])
+    denoiser, condition = tiny_model().denoiser, tiny_model().conditioner([CLASSES[0]])
     x = torch.randn(1, *LATENT, generator=torch.Generator().manual_seed(0))
     before = denoiser(x, 0.5, condition).x0
     denoiser.network.to(torch.bfloat16)
@@ -365,7 +363,7 @@ def test_half_precision_that_overflows_is_decoded_again(
     """As SDXL's autoencoder does in float16: black pictures elsewhere (diffusers 4325), here that
     stage alone in float32.
     """
-    wide = build(seed=1)
+    wide = tiny_model(seed=1)
     with torch.no_grad():  # activations above 65504, where float16 ends, from weights below it
         weight = wide.autoencoder.decoder.conv_in.weight
         weight.mul_(6e4 / weight.abs().max())
@@ -674,14 +672,14 @@ def with_weight(model: LatentDiffusion, part: str) -> LatentDiffusion:
 def test_the_hash_is_of_what_decides_an_image(
     model: LatentDiffusion, models: dict[str, LatentDiffusion]
 ) -> None:
-    assert len(model.hash) == 64 and model.hash == build().hash == model.to("cpu").hash
+    assert len(model.hash) == 64 and model.hash == tiny_model().hash == model.to("cpu").hash
     assert (
         replace(model, name="other").hash
         == replace(model, defaults=Defaults(steps=7)).hash
         == model.hash
     )
     model.generate("bag")
-    assert build().hash == model.hash, "running changes nothing"
+    assert tiny_model().hash == model.hash, "running changes nothing"
     statistics = model.to("cpu")
     statistics.autoencoder.set_statistics((0.1, -0.2), (0.5, 0.71))  # pyright: ignore
     process = replace(
@@ -695,7 +693,7 @@ def test_the_hash_is_of_what_decides_an_image(
         statistics,
         process,
         names,
-        build(seed=1),
+        tiny_model(seed=1),
     ]
     assert len({m.hash for m in (model, *others)}) == 7
 
@@ -772,7 +770,7 @@ def test_describe_counts(model: LatentDiffusion) -> None:
 def test_devices(model: LatentDiffusion, tmp_path: Path) -> None:
     other = model.to("cpu")
     next(iter(other.denoiser.network.parameters())).data.fill_(0)
-    assert other.hash != build().hash == replace(model).hash, "a copy"
+    assert other.hash != tiny_model().hash == replace(model).hash, "a copy"
     for device in ("toaster", "cuda:99"):
         with pytest.raises(UserError, match=f"device '{device}' cannot be used"):
             model.to(device)
@@ -901,7 +899,7 @@ def test_a_full_disk_loses_nothing(
     with pytest.raises(
         UserError, match=r"could not write .*No space left on device; what was there is unchanged"
     ):
-        build(seed=1).save(target)
+        tiny_model(seed=1).save(target)
     assert contents(target) == before
     assert sfumato.load(target).hash == model.hash
     with pytest.raises(UserError, match="No space left on device"):
@@ -1252,11 +1250,11 @@ def test_what_is_guided_does_not_depend_on_its_neighbours(
             r"known_region: expected \(z, mask\)",
         ),
         (
-            {"guidance": "2 model", "guide_model": build(classes=("bag", "hat"))},
+            {"guidance": "2 model", "guide_model": tiny_model(classes=("bag", "hat"))},
             "has 3 classes .* the model 4: expected one",
         ),
         (
-            {"guidance": "2 model", "guide_model": build(classes=())},
+            {"guidance": "2 model", "guide_model": tiny_model(classes=())},
             "has no classes .* the model 4: expected one",
         ),
         ({"negative_prompt": "ankle boot", "guidance": 1.0}, "nothing is moved away from it"),

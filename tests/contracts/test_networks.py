@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.models import random_network
+from helpers.tensors import normal
 from sfumato.checkpoints.formats.folder import load_part, save_part
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
@@ -72,18 +74,9 @@ def small(name: str) -> Network:
     config_class = registered()[name][1]
     known = {f.name for f in fields(config_class)}
     values = {key: value for key, value in SMALL.items() if key in known} | ONE_OF.get(name, {})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = build(config_class(**values))
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    network = random_network(lambda: build(config_class(**values)))
     assert isinstance(network, Network)
-    return network.eval()
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return network.requires_grad_(True)
 
 
 def told(network: Network, n: int, size: tuple[int, int]) -> Conditioning:

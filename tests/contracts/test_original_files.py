@@ -5,10 +5,8 @@ names what is wrong.
 
 import os
 import pickle
-import runpy
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import helpers.single_files as single
+from helpers.tensors import equal_tensors
 from sfumato.checkpoints import families
 from sfumato.checkpoints.checkpoint import Checkpoint, OriginalConfig, ReadOptions
 from sfumato.checkpoints.families._unet_map import unet_map
@@ -23,8 +23,6 @@ from sfumato.checkpoints.families._vae import vae_map
 from sfumato.checkpoints.families.ldm_yaml import from_yaml, read_yaml
 from sfumato.checkpoints.weight_map import WeightMap, with_prefix
 from sfumato.errors import UserError
-
-single: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_single_files.py"))))
 
 UNET: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
@@ -80,14 +78,10 @@ def sd1() -> dict[str, Tensor]:
     return body() | draw(with_prefix(single.clip_map(CLIP), "cond_stage_model.transformer."))
 
 
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 def equal(a: Checkpoint, b: Checkpoint) -> bool:
     return a.components.keys() == b.components.keys() and all(
         a.components[k].config == b.components[k].config
-        and same(single.weights(a.components[k]), single.weights(b.components[k]))
+        and equal_tensors(single.weights(a.components[k]), single.weights(b.components[k]))
         for k in a.components
     )
 

@@ -5,7 +5,6 @@ The models here lie on torch's meta device, where no number can be read: a plan 
 weight would fail.
 """
 
-import runpy
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.models import LATENT, tiny_model
 from sfumato import Defaults, LatentDiffusion, Plan, Request, UserError, tasks
 from sfumato.diffuse.timesteps import timesteps
 from sfumato.predict.denoiser import Denoiser
@@ -23,8 +23,6 @@ from sfumato.sampling import Settings
 from sfumato.sampling.request import RequestFields
 from sfumato.types import ImageSpec
 
-TINY = runpy.run_path(str(Path(__file__).with_name("_tiny.py")))
-build, LATENT = TINY["build"], TINY["LATENT"]
 IMAGE = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
@@ -40,17 +38,17 @@ def without_weights(model: LatentDiffusion) -> LatentDiffusion:
 
 @pytest.fixture(scope="module")
 def model() -> LatentDiffusion:
-    return build()
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
 def empty() -> LatentDiffusion:
-    return without_weights(build())
+    return without_weights(tiny_model())
 
 
 def inpainting() -> LatentDiffusion:
     """A model whose network takes a mask and a masked image beside the latent."""
-    model = build()
+    model = tiny_model()
     config = replace(model.denoiser.network.config, in_channels=5)
     return replace(
         model, denoiser=Denoiser(UNet(config).eval().requires_grad_(False), model.denoiser.process)
@@ -100,12 +98,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"guidance": "0.6 plus_plus", "sampler": "heun"}, "do not add up to x"),
     ({"distilled_guidance": 3.0}, "this model is not guidance-distilled"),
     ({"guidance": "2 model"}, "needs that model's denoiser"),
-    ({"guidance": "2 model", "guide_model": build("eps")}, "expected the same one"),
+    ({"guidance": "2 model", "guide_model": tiny_model("eps")}, "expected the same one"),
     (
-        {"guidance": "2 model", "guide_model": build(classes=("bag", "hat"))},
+        {"guidance": "2 model", "guide_model": tiny_model(classes=("bag", "hat"))},
         "has 3 classes .* the model 4",
     ),
-    ({"guidance": 2.0, "guide_model": build()}, "expected the baseline model"),
+    ({"guidance": 2.0, "guide_model": tiny_model()}, "expected the baseline model"),
     ({"guidance": "2 perturbed_attention:layers=nowhere"}, "nowhere"),
     ({"guidance": "2 skip_layers:layers=conv_in"}, "conv_in"),
     ({"guidance": "2 model", "guide_model": inpainting()}, "expected the same"),
@@ -173,7 +171,7 @@ def test_a_plan_refuses_what_a_run_would_refuse(
         {"n": 2, "sampler": "ddpm", "negative_prompt": "ankle boot"},
         {"height": 15, "width": 31, "tiles": (8, 4), "cache": 2},
         {"guidance": "2 perturbed_attention"},
-        {"guidance": "2 model", "guide_model": build(seed=1)},
+        {"guidance": "2 model", "guide_model": tiny_model(seed=1)},
         {"noise": Z, "known_region": (Z, MASK), "noise_only_start": True},
         {"init_latent": Z, "timesteps": [0.5, 0.0], "composite": (IMAGE, torch.ones(1, 1, 16, 16))},
     ],

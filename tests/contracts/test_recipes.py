@@ -7,7 +7,6 @@ import json
 import runpy
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,8 @@ import torch
 from PIL import Image as PIL
 
 import sfumato
+from helpers import captioned_images
+from helpers.models import CONVOLUTIONAL_UNET, SMALL_BLOCKS
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.data.idx import fashion_mnist_folder, read_idx
 from sfumato.errors import UserError
@@ -30,25 +31,11 @@ FILES = sorted(FOLDER.glob("*.py"))
 STAGES = ("autoencoder", "denoiser")
 RECIPES = [f for f in FILES if "Recipe(" in f.read_text()]
 READING = [f for f in RECIPES if "text=" in f.read_text()]
-captioned: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_captioned.py"))))
 LOOP = LoopSettings(
     steps=2, batch_size=4, lr=1e-3, warmup=1, save_every=1, show_every=1, log_every=1
 )
-TINY_KL = KLConfig(
-    block_out_channels=(8, 16),
-    layers_per_block=1,
-    latent_channels=2,
-    norm_num_groups=4,
-    sample_size=16,
-)
-TINY_NET = UNetConfig(
-    down_block_types=("DownBlock2D", "DownBlock2D"),
-    mid_block_type=None,
-    up_block_types=("UpBlock2D", "UpBlock2D"),
-    block_out_channels=(8, 16),
-    layers_per_block=1,
-    norm_num_groups=4,
-)
+TINY_KL = KLConfig(latent_channels=2, sample_size=16, **SMALL_BLOCKS)
+TINY_NET = UNetConfig(**CONVOLUTIONAL_UNET)
 
 
 def stages_of(file: Path) -> tuple[str, ...]:
@@ -152,7 +139,7 @@ def test_a_recipe_that_reads_captions_trains_a_model_that_opens(file: Path, tmp_
     """With a text encoder, an autoencoder and pictures of several sizes, all of them small: 16
     pixels stand for its size, 4 for its step.
     """
-    parts = captioned.write(tmp_path / "parts")
+    parts = captioned_images.write(tmp_path / "parts")
     recipe = shrunk(load_recipe(file, "denoiser"), parts / "pictures")
     data = replace(recipe.data, size=16, buckets=4 if recipe.data.buckets else None)
     recipe = replace(recipe, autoencoder=parts / "tiny", text=parts / "t5", data=data)
@@ -165,7 +152,7 @@ def test_a_recipe_that_reads_captions_trains_a_model_that_opens(file: Path, tmp_
         > 1
     )
     sizes = [
-        model.generate(captioned.WORDS[0], height=h, width=w)[0].size
+        model.generate(captioned_images.WORDS[0], height=h, width=w)[0].size
         for h, w in ((16, 16), (12, 20))
     ]
     assert sizes == [(16, 16), (20, 12)]

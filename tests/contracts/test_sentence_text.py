@@ -3,12 +3,11 @@ a folder, a file, streamed.
 """
 
 import json
-import runpy
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sfumato
+from helpers import text_encoders
+from helpers.folder_changes import Change, pickled, table
+from helpers.folder_changes import weights as part_weights
+from helpers.models import SMALL_BLOCKS, random_network
 from sfumato.checkpoints.pipelines import pipeline_class
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.compress.tiny import AutoencoderTiny, TinyConfig
@@ -33,8 +36,6 @@ from sfumato.predict.networks.modern_dit import ModernDiT, ModernDiTConfig
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.sampling import Defaults
 
-tiny: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_text.py"))))
-Change = Callable[[Path], Any]
 Tensors = dict[str, Tensor]
 PROMPTS = ["a red shirt", "", "two cats on the dog!"]
 NORM = "encoder.layer.1.output.LayerNorm.weight"
@@ -44,8 +45,8 @@ NORM = "encoder.layer.1.output.LayerNorm.weight"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As transformers and sentence-transformers save: all side by side, with a pooler."""
     found = tmp_path_factory.mktemp("encoder")
-    tiny.bert_model(heads=True).save_pretrained(found)
-    tiny.bert_tokenizer().save_pretrained(found)
+    text_encoders.bert_model(heads=True).save_pretrained(found)
+    text_encoders.bert_tokenizer().save_pretrained(found)
     (found / "modules.json").write_text(
         '[{"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"}]'
     )
@@ -122,7 +123,7 @@ def test_what_it_cannot_read_is_refused_in_a_sentence(opened: SentenceText) -> N
         UserError, match="max_sequence_length=97: this text encoder has 96 positions"
     ):
         with_length(opened, 97)
-    broken = tiny.bert_model()
+    broken = text_encoders.bert_model()
     broken.encoder.layer[0].output.dense.bias.fill_(float("inf"))
     with pytest.raises(
         NumericalError, match="BertModel in float32 gives NaN or infinite states for prompt 'a cat'"
@@ -194,27 +195,7 @@ def test_words_alone_are_a_tokenizer(folder: Path, opened: SentenceText, tmp_pat
     assert torch.equal(SentenceText.from_encoder(place)(PROMPTS).tokens, opened(PROMPTS).tokens)
 
 
-def table(file: str, **values: Any) -> Change:
-    """Other fields in a JSON file."""
-    return lambda folder: (folder / file).write_text(
-        json.dumps(json.loads((folder / file).read_text()) | values)
-    )
-
-
-def weights(change: Callable[[Tensors], Any]) -> Change:
-    def write(folder: Path) -> None:
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-    return write
-
-
-def pickled(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    torch.save({"code": print}, folder / "pytorch_model.bin")
-
-
+weights = partial(part_weights, part="")
 CASED = {
     "type": "BertNormalizer",
     "clean_text": True,
@@ -228,7 +209,7 @@ BAD: list[tuple[Change, str]] = [
     (lambda f: (f / "tokenizer.json").write_text("{"), "encoder has a value of the wrong kind"),
     (lambda f: (f / "model.safetensors").unlink(), "has no weights model.safetensors"),
     (lambda f: (f / "model.safetensors").write_text("no"), "is not a whole safetensors file"),
-    (pickled, "is refused: it is a pickle that wants to run code"),
+    (pickled({"code": print}, part=""), "is refused: it is a pickle that wants to run code"),
     (table("tokenizer_config.json", tokenizer_class="XLMRobertaTokenizer"), "is of class 'XLMRobertaTokenizer': expected BertTokenizer"),
     (table("tokenizer.json", normalizer=CASED), "tokenizer.json has the normalizer .*'lowercase': False.* and tokenizer_config.json means .*True"),
     (table("config.json", model_type="roberta"), "is of type 'roberta', .*: expected bert, BertModel"),
@@ -324,9 +305,10 @@ def test_the_published_config_is_known(folder: Path, tmp_path: Path) -> None:
 
 def autoencoder(kind: str) -> Any:
     if kind == "kl":
-        widths = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
         return AutoencoderKL(
-            KLConfig(in_channels=3, out_channels=3, latent_channels=4, sample_size=8, **widths)
+            KLConfig(
+                in_channels=3, out_channels=3, latent_channels=4, sample_size=8, **SMALL_BLOCKS
+            )
         )
     blocks, widths = (1, 1), (16, 16)
     return AutoencoderTiny(
@@ -343,22 +325,18 @@ def dit(
     """A transformer that reads tokens, every weight of it random: pictures of 8x8, latents of
     4x4.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        vae = autoencoder(kind)
-        network = ModernDiT(
-            ModernDiTConfig(
-                sample_size=4,
-                num_layers=1,
-                num_attention_heads=2,
-                attention_head_dim=8,
-                register_tokens=1,
-                caption_channels=width,
-            )
-        )
-        for parameter in (*network.parameters(), *vae.parameters()):
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
-    network, vae = network.eval().requires_grad_(False), vae.eval().requires_grad_(False)
+    config = ModernDiTConfig(
+        sample_size=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        register_tokens=1,
+        caption_channels=width,
+    )
+    vae, network = (
+        random_network(lambda: autoencoder(kind), 1),
+        random_network(lambda: ModernDiT(config), 2),
+    )
     denoiser = Denoiser(network, Process(schedule("flow"), parameterization("flow")))
     return LatentDiffusion(
         vae, denoiser, conditioner or Unconditional(), Defaults(steps=2, guidance=2.0), "tiny"
@@ -423,7 +401,7 @@ def test_a_unet_that_reads_by_one_is_no_pipeline_of_diffusers(opened: SentenceTe
     """There "StableDiffusionPipeline" would mean CLIP."""
     unet = UNet(
         UNetConfig(
-            sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=24,
+            sample_size=8, cross_attention_dim=24, **SMALL_BLOCKS,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         )
     )  # fmt: skip

@@ -3,26 +3,22 @@ model as the folder.
 """
 
 import json
-import runpy
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import helpers.family_models as models
 import sfumato
+from helpers.file_opens import opens
 from sfumato.checkpoints import families
 from sfumato.checkpoints.formats import open_file
 from sfumato.checkpoints.formats.folded import fold, unfold
 from sfumato.checkpoints.lazy_tensor import load_tensors
 from sfumato.errors import UserError
 from sfumato.io.atomic import write_json
-
-models: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_families.py"))))
-opens: Any = runpy.run_path(str(Path(__file__).with_name("_opens.py")))["opens"]
 
 
 def test_single_file_is_the_folder(tiny: Path, tmp_path: Path) -> None:

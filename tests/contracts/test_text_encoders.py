@@ -4,19 +4,18 @@ must be: all else is refused in a sentence.
 
 import json
 import re
-import runpy
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers import text_encoders
+from helpers.folder_changes import Change, gone, pickled, renamed, table, text, weights
 from sfumato.errors import NumericalError, UserError
 from sfumato.predict.conditioners._text_base import read_settings
 from sfumato.predict.conditioners.flux2_text import Flux2Text, Flux2TextConfig
@@ -25,10 +24,8 @@ from sfumato.predict.conditioners.sd3_text import Sd3Text, Sd3TextConfig
 from sfumato.predict.conditioners.sentence_text import SentenceTextConfig
 from sfumato.predict.conditioners.t5_text import T5Text, T5TextConfig
 
-tiny: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_text.py"))))
 CLASSES: dict[str, Any] = {"pixart": T5Text, "sd3": Sd3Text, "flux": FluxText, "flux2": Flux2Text}
-KINDS = list(tiny.PIPELINES)
-Change = Callable[[Path], Any]
+KINDS = list(text_encoders.PIPELINES)
 
 
 def named(kind: str) -> Any:
@@ -37,26 +34,14 @@ def named(kind: str) -> Any:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: tiny.write(tmp_path_factory.mktemp("text") / kind, kind) for kind in KINDS}
+    return {
+        kind: text_encoders.write(tmp_path_factory.mktemp("text") / kind, kind) for kind in KINDS
+    }
 
 
 @pytest.fixture(scope="module")
 def opened(folders: dict[str, Path]) -> dict[str, Any]:
     return {kind: named(kind).from_folder(folder) for kind, folder in folders.items()}
-
-
-def table(file: str, **values: Any) -> Change:
-    """Other fields in a JSON file; `...` takes a field away."""
-
-    def change(folder: Path) -> None:
-        path = folder / file
-        found = (json.loads(path.read_text()) if path.exists() else {}) | values
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(
-            json.dumps({key: value for key, value in found.items() if value is not ...})
-        )
-
-    return change
 
 
 def inner(**values: Any) -> Change:
@@ -69,41 +54,8 @@ def inner(**values: Any) -> Change:
     return change
 
 
-def text(file: str, content: str) -> Change:
-    return lambda folder: (folder / file).write_text(content)
-
-
-def gone(name: str) -> Change:
-    return lambda folder: (
-        (folder / name).unlink() if (folder / name).is_file() else shutil.rmtree(folder / name)
-    )
-
-
 def both(*changes: Change) -> Change:
     return lambda folder: [change(folder) for change in changes]
-
-
-def weights(change: Callable[[dict[str, torch.Tensor]], Any], part: str = "text_encoder") -> Change:
-    def write(folder: Path) -> None:
-        tensors = load_file(folder / part / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / part / "model.safetensors", {"format": "pt"})
-
-    return write
-
-
-def pickled(value: Any) -> Change:
-    def write(folder: Path) -> None:
-        gone("text_encoder/model.safetensors")(folder)
-        torch.save(value, folder / "text_encoder" / "pytorch_model.bin")
-
-    return write
-
-
-def renamed(name: str) -> Change:
-    return lambda folder: (folder / "text_encoder" / "model.safetensors").rename(
-        folder / "text_encoder" / name
-    )
 
 
 CONFIG, TOKENIZER, OURS = (
@@ -582,7 +534,7 @@ def test_the_begin_token_stands_once(
     expected = opened["flux2_dev"](["a cat"]).tokens
     assert torch.equal(named("flux2").from_folder(folder)(["a cat"]).tokens, expected)
     (folder / "tokenizer" / "chat_template.jinja").write_text(
-        tiny.MISTRAL_CHAT.removeprefix("{{ bos_token }}")
+        text_encoders.MISTRAL_CHAT.removeprefix("{{ bos_token }}")
     )
     found = named("flux2").from_folder(folder)
     assert (
@@ -596,7 +548,7 @@ def test_a_processor_s_files_are_kept_and_its_template_is_read(
 ) -> None:
     folder = Path(shutil.copytree(folders["flux2_dev"], tmp_path / "model"))
     (folder / "tokenizer" / "chat_template.jinja").unlink()
-    table("tokenizer/chat_template.json", chat_template=tiny.MISTRAL_CHAT)(folder)
+    table("tokenizer/chat_template.json", chat_template=text_encoders.MISTRAL_CHAT)(folder)
     table(
         "tokenizer/preprocessor_config.json",
         image_processor_type="PixtralImageProcessor",

@@ -1,13 +1,12 @@
 """The contract of every wrapper: a file in predict/wrappers/ is tested by being there."""
 
 import inspect
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from helpers.models import tiny_model
 from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall, drive, gather
 from sfumato.diffuse.run import SeededNoise, Step, sampler_coroutine
 from sfumato.errors import UserError
@@ -18,10 +17,9 @@ from sfumato.predict.guidance.weights.constant import Constant
 from sfumato.registry import find, names
 from sfumato.types import Prediction
 
-build = runpy.run_path(str(Path(__file__).parent / "_tiny.py"))["build"]
 WRAPPERS = {name: find("predict.wrappers", name) for name in names("predict.wrappers")}
 every = pytest.mark.parametrize("name", WRAPPERS)
-MODEL = build("flow")
+MODEL = tiny_model("flow")
 SCHEDULE = MODEL.denoiser.process.schedule
 SHAPE = (2, 8, 8)
 

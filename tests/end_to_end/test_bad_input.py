@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -25,16 +24,14 @@ import torch
 from PIL import Image
 
 import sfumato
+from helpers.models import SMALL_BLOCKS, tiny_model
+from helpers.processes import environment, run_python
 from sfumato.checkpoints.formats.folder import WEIGHTS
 from sfumato.data import open_images
 from sfumato.errors import UserError
 from sfumato.io.atomic import read_json, read_tensors, write_json, write_tensors
 from sfumato.loading import bundled
 from sfumato.train.recipe import DataSettings
-
-ROOT = Path(__file__).resolve().parents[2]
-TINY = runpy.run_path(str(ROOT / "tests" / "contracts" / "_tiny.py"))
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
 
 WARM = """
 import json, os, runpy, sys, tempfile, traceback
@@ -75,7 +72,7 @@ def child() -> Iterator[Child]:
         pytest.skip("this system cannot fork processes")
     command = [sys.executable, "-c", WARM]
     with subprocess.Popen(
-        command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -95,7 +92,7 @@ def child() -> Iterator[Child]:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sound model folder that nobody changes."""
     folder = tmp_path_factory.mktemp("models") / "sound"
-    TINY["build"]().save(folder)
+    tiny_model().save(folder)
     return folder
 
 
@@ -326,14 +323,7 @@ def other_latents(folder: Path) -> None:
     from sfumato.compress.kl import AutoencoderKL, KLConfig
 
     shutil.rmtree(folder / "vae")
-    save_part(
-        folder / "vae",
-        AutoencoderKL(
-            KLConfig(
-                block_out_channels=(8, 16), latent_channels=3, norm_num_groups=4, layers_per_block=1
-            )
-        ),
-    )
+    save_part(folder / "vae", AutoencoderKL(KLConfig(latent_channels=3, **SMALL_BLOCKS)))
 
 
 BROKEN["autoencoder of another model"] = (
@@ -365,7 +355,7 @@ def test_the_sound_model_is_not_refused(folder: Path, child: Child) -> None:
         "generate", "bag", "--model", str(folder), "--n", "1", folder=folder.parent
     )
     assert code == 0 and err == "" and out.startswith("bag.png")
-    assert sfumato.load(folder).hash == TINY["build"]().hash
+    assert sfumato.load(folder).hash == tiny_model().hash
 
 
 def single(
@@ -376,7 +366,7 @@ def single(
     def make(path: Path) -> None:
         from safetensors import safe_open
 
-        TINY["build"]().save(path)
+        tiny_model().save(path)
         tensors = {k: v.clone() for k, v in read_tensors(path).items()}
         with safe_open(path, "pt") as opened:
             configs = json.loads(opened.metadata()["sfumato"])
@@ -479,7 +469,7 @@ def test_a_pickle_of_tensors_that_wants_more_is_refused_too(folder: Path, tmp_pa
     tensors = read_tensors(folder / "unet" / WEIGHTS)
     (folder / "unet" / WEIGHTS).unlink()
     torch.save(tensors, folder / "unet" / "diffusion_pytorch_model.bin")
-    assert sfumato.load(folder).hash == TINY["build"]().hash
+    assert sfumato.load(folder).hash == tiny_model().hash
     marker = tmp_path / "code has run"
     torch.save({**tensors, "trap": Trap(marker)}, folder / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match="it is a pickle that wants to run code"):
@@ -514,7 +504,7 @@ def test_shards(folder: Path) -> None:
     index = stem.with_name(f"{WEIGHTS}.index.json")
     good = {"metadata": {}, "weight_map": {k: name for name, mine in files.items() for k in mine}}
     write_json(index, good)
-    assert sfumato.load(folder).hash == TINY["build"]().hash
+    assert sfumato.load(folder).hash == tiny_model().hash
     for bad, words in (
         (
             {"weight_map": {k: "../../vae/" + WEIGHTS for k in keys}},
@@ -553,7 +543,7 @@ def test_an_index_cannot_name_code(folder: Path) -> None:
         ),
     )(folder)
     (folder / "evil.py").write_text("raise SystemExit('code from the model ran')")
-    assert sfumato.load(folder).hash == TINY["build"]().hash
+    assert sfumato.load(folder).hash == tiny_model().hash
 
 
 # ---- requests ------------------------------------------------------------------------------------
@@ -1012,29 +1002,24 @@ def test_importing_the_library_imports_nothing_heavy() -> None:
         "('torch', 'numpy', 'PIL', 'jaxtyping', 'safetensors', 'huggingface_hub', 'tyro', 'rich')"
     )
     program = f"import sys, sfumato; assert 'load' in dir(sfumato); print(sorted({{m.split('.')[0] for m in sys.modules}} & set({heavy})))"
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=ENVIRONMENT, check=True, capture_output=True, text=True
-    )
-    assert done.stdout.strip() == "[]"
+    assert run_python("-c", program).stdout.strip() == "[]"
 
 
 @pytest.mark.slow
 def test_the_command_line_without_a_warm_start(saved: Path, tmp_path: Path) -> None:
     """`python -m sfumato` as a user starts it: once well, once badly."""
     for prompt, code in (("bag", 0), ("bagg", 2)):
-        command = [
-            sys.executable,
+        done = run_python(
             "-m",
             "sfumato",
             "generate",
             prompt,
             "--model",
-            str(saved),
+            saved,
             "--n",
             "1",
-        ]
-        done = subprocess.run(
-            command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True
+            cwd=tmp_path,
+            check=False,
         )
         assert done.returncode == code, done.stderr
         assert len(done.stderr.splitlines()) == (code == 2)

@@ -19,14 +19,14 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.images import pixels
+from helpers.processes import SOURCE, environment, run_python
 from sfumato.cli import main
 from sfumato.cli.generate import slug
 from sfumato.errors import NumericalError, UserError
 from sfumato.images import read_parameters, to_pil, write_png
 from sfumato.registry import names
 from sfumato.sampling import Request
-
-SOURCE = Path(__file__).resolve().parents[2] / "src"
 
 
 class StubPlan(dict[str, Any]):
@@ -101,15 +101,7 @@ class StubModel:
 
 
 @pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A fresh current folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("SFUMATO_DEBUG", raising=False)
-    return tmp_path
-
-
-@pytest.fixture
-def stub(monkeypatch: pytest.MonkeyPatch, place: Path) -> Iterator[dict[str, Any]]:
+def stub(monkeypatch: pytest.MonkeyPatch, working_folder: Path) -> Iterator[dict[str, Any]]:
     """Replaces sfumato.loading by stubs, by name, in a fresh folder."""
     models = {"fashion": StubModel(), "other": StubModel("b" * 64)}
     module = types.ModuleType("sfumato.loading")
@@ -118,11 +110,6 @@ def stub(monkeypatch: pytest.MonkeyPatch, place: Path) -> Iterator[dict[str, Any
     threads = torch.get_num_threads()
     yield models
     torch.set_num_threads(threads)
-
-
-def pixels(path: str | Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture)
 
 
 def run(*arguments: str) -> int:
@@ -446,7 +433,9 @@ denoiser = "not settings"
 
 
 @pytest.mark.parametrize("by_name", [False, True])
-def test_train_runs_the_recipes_settings_with_typed_changes(place: Path, by_name: bool) -> None:
+def test_train_runs_the_recipes_settings_with_typed_changes(
+    working_folder: Path, by_name: bool
+) -> None:
     Path("recipes").mkdir()
     Path("recipes/toy.py").write_text(RECIPE)
     recipe = "toy" if by_name else "recipes/toy.py"
@@ -476,7 +465,9 @@ def test_train_runs_the_recipes_settings_with_typed_changes(place: Path, by_name
     ]
 
 
-def test_train_lists_the_recipes_settings(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_lists_the_recipes_settings(
+    working_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("toy.py").write_text(RECIPE)
     assert run("train", "autoencoder", "toy.py", "--help") == 0
     out = capsys.readouterr().out
@@ -498,7 +489,7 @@ def test_train_lists_the_recipes_settings(place: Path, capsys: pytest.CaptureFix
     ],
 )
 def test_train_explains_what_is_wrong(
-    place: Path, capsys: pytest.CaptureFixture[str], arguments: str, words: str
+    working_folder: Path, capsys: pytest.CaptureFixture[str], arguments: str, words: str
 ) -> None:
     Path("toy.py").write_text(RECIPE)
     assert run(*arguments.split()) == 2
@@ -564,7 +555,7 @@ def test_info_tells_what_the_model_says(
 @pytest.mark.parametrize("count", [20, 21, 1000])
 def test_info_names_classes_where_they_are_few(
     count: int,
-    place: Path,
+    working_folder: Path,
     stub: dict[str, Any],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -595,18 +586,15 @@ with progress("sampling") as update:
         update(k + 1, 3)
 """
     pty = pytest.importorskip("pty")
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "TERM": "xterm", "COLUMNS": "80"}
-    ours, theirs = pty.openpty()
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True, stderr=theirs)
-    os.close(theirs)
-    assert b"sampling" in os.read(ours, 65536)
-    os.close(ours)
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", program], env=environment, check=True, capture_output=True
-        ).stderr
-        == b""
+    variables = {"TERM": "xterm", "COLUMNS": "80"}
+    reader, terminal = pty.openpty()
+    subprocess.run(
+        [sys.executable, "-c", program], env=environment(**variables), check=True, stderr=terminal
     )
+    os.close(terminal)
+    assert b"sampling" in os.read(reader, 65536)
+    os.close(reader)
+    assert run_python("-c", program, **variables).stderr == ""
 
 
 # ---- help ----------------------------------------------------------------------------------------
@@ -658,15 +646,7 @@ with contextlib.redirect_stdout(io.StringIO()) as said:
         code = stop.code
 print(json.dumps([code, time.process_time() - start, len(said.getvalue()), [m for m in ("torch", "numpy", "PIL") if m in sys.modules]]))
 """
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    answers = [
-        json.loads(
-            subprocess.run(
-                [sys.executable, "-c", program], env=environment, check=True, capture_output=True
-            ).stdout
-        )
-        for _ in range(3)
-    ]
+    answers = [json.loads(run_python("-c", program).stdout) for _ in range(3)]
     for code, _, length, heavy in answers:
         assert code in (0, None) and length > 10
         assert heavy == []
@@ -676,23 +656,13 @@ print(json.dumps([code, time.process_time() - start, len(said.getvalue()), [m fo
 def test_importing_sfumato_costs_nothing() -> None:
     watched = ("torch", "numpy", "PIL", "tyro", "rich", "sfumato")
     program = f"import sys, sfumato; print(sorted(m for m in sys.modules if m.split('.')[0] in {watched}))"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(SOURCE)},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.strip() == "['sfumato']"
+    assert run_python("-c", program).stdout.strip() == "['sfumato']"
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
     command = [sys.executable, "-u", "-m", "sfumato", "--help"]
     with subprocess.Popen(
-        command,
-        env={**os.environ, "PYTHONPATH": str(SOURCE)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()

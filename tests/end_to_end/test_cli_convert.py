@@ -3,8 +3,6 @@ one sentence where it cannot.
 """
 
 import json
-import runpy
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from helpers.models import tiny_model
+from helpers.processes import run_python
+from helpers.tensors import equal_tensors
 from sfumato.cli import main
 
-build = runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_tiny.py"))["build"]
-SOURCE = Path(__file__).resolve().parents[2] / "src"
 FLUX: dict[str, Any] = {
     "in_channels": 64,
     "num_layers": 1,
@@ -40,14 +39,7 @@ E4 = torch.float8_e4m3fn
 
 
 @pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("SFUMATO_DEBUG", raising=False)
-    return tmp_path
-
-
-@pytest.fixture
-def flux(place: Path) -> dict[str, Tensor]:
+def flux(working_folder: Path) -> dict[str, Tensor]:
     """A small FLUX transformer's folder, flux/transformer, in bfloat16."""
     torch.manual_seed(0)
     network = diffusers.FluxTransformer2DModel(**FLUX).bfloat16()
@@ -71,37 +63,37 @@ def weights(folder: str) -> dict[str, Tensor]:
     return load_file(Path(folder) / "diffusion_pytorch_model.safetensors")
 
 
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 def test_there_and_back(flux: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
     """A part's folder, a folder with one, a file; diffusers opens each of them as the same
     network.
     """
     assert run("flux/transformer", "a.safetensors") == 0
     assert "a.safetensors: transformer" in capsys.readouterr().out
-    assert run("flux", "b.safetensors") == 0 and equal(
+    assert run("flux", "b.safetensors") == 0 and equal_tensors(
         load_file("a.safetensors"), load_file("b.safetensors")
     )
     assert "double_blocks.0.img_attn.qkv.weight" in load_file("a.safetensors")
     assert run("a.safetensors", "again") == 0
-    assert equal(weights("again/transformer"), flux) and sorted(
+    assert equal_tensors(weights("again/transformer"), flux) and sorted(
         p.name for p in Path("again").iterdir()
     ) == ["transformer"]
     opened = diffusers.FluxTransformer2DModel.from_pretrained(
         "again/transformer", torch_dtype=torch.bfloat16
     )
-    assert equal(opened.state_dict(), flux) and opened.config.axes_dims_rope == [4, 14, 14]
+    assert equal_tensors(opened.state_dict(), flux) and opened.config.axes_dims_rope == [4, 14, 14]
     prefixed = {f"model.diffusion_model.{k}": v for k, v in load_file("a.safetensors").items()}
     save_file(prefixed, "p.sft")
-    assert run("p.sft", "from_prefixed") == 0 and equal(weights("from_prefixed/transformer"), flux)
+    assert run("p.sft", "from_prefixed") == 0 and equal_tensors(
+        weights("from_prefixed/transformer"), flux
+    )
     torch.save({"state_dict": load_file("a.safetensors")}, "a.pt")
-    assert run("a.pt", "from_pickle") == 0 and equal(weights("from_pickle/transformer"), flux)
-    assert run("flux/transformer", "copy") == 0 and equal(weights("copy/transformer"), flux)
+    assert run("a.pt", "from_pickle") == 0 and equal_tensors(
+        weights("from_pickle/transformer"), flux
+    )
+    assert run("flux/transformer", "copy") == 0 and equal_tensors(weights("copy/transformer"), flux)
     file = Path("copy/transformer/diffusion_pytorch_model.safetensors")
     file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    assert run("copy", "c.safetensors", "--variant", "fp16") == 0 and equal(
+    assert run("copy", "c.safetensors", "--variant", "fp16") == 0 and equal_tensors(
         load_file("c.safetensors"), load_file("a.safetensors")
     )
     assert "ask for variant 'fp16'" in refused(capsys, "copy", "x")
@@ -117,7 +109,7 @@ def test_dtypes(name: str, dtype: torch.dtype, flux: dict[str, Tensor]) -> None:
     assert run("flux", "a.safetensors", "--dtype", name) == 0 and run("a.safetensors", "again") == 0
     assert run("flux", "direct", "--dtype", name) == 0
     for folder in ("again/transformer", "direct/transformer"):
-        assert equal(weights(folder), {k: v.to(dtype) for k, v in flux.items()})
+        assert equal_tensors(weights(folder), {k: v.to(dtype) for k, v in flux.items()})
 
 
 def test_eight_bits(flux: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,12 +121,12 @@ def test_eight_bits(flux: dict[str, Tensor], capsys: pytest.CaptureFixture[str])
         and run("flux", "folder", "--dtype", "fp8") == 0
     )
     rounded = {k: v.to(E4) if v.ndim > 1 else v for k, v in flux.items()}
-    assert equal(weights("folder/transformer"), rounded)
+    assert equal_tensors(weights("folder/transformer"), rounded)
     held = load_file("plain.safetensors")
     assert {str(v.dtype) for k, v in held.items() if v.ndim > 1} == {"torch.float8_e4m3fn"}
     assert {str(v.dtype) for k, v in held.items() if v.ndim == 1} == {"torch.bfloat16"}
     assert run("plain.safetensors", "wide", "--dtype", "bf16") == 0
-    assert equal(weights("wide/transformer"), {k: v.bfloat16() for k, v in rounded.items()})
+    assert equal_tensors(weights("wide/transformer"), {k: v.bfloat16() for k, v in rounded.items()})
     assert "for single files" in refused(capsys, "flux", "x", "--dtype", "fp8-scaled")
 
 
@@ -183,11 +175,11 @@ def test_gguf(kind: Kind, prefix: str, flux: dict[str, Tensor]) -> None:
         writer.close,
     ):
         write()
-    assert run("a.gguf", "b.safetensors", "--dtype", "fp32") == 0 and equal(
+    assert run("a.gguf", "b.safetensors", "--dtype", "fp32") == 0 and equal_tensors(
         load_file("b.safetensors"), wanted
     )
     assert run("a.gguf", "folder") == 0 and run("b.safetensors", "other", "--dtype", "bf16") == 0
-    assert equal(weights("folder/transformer"), weights("other/transformer"))
+    assert equal_tensors(weights("folder/transformer"), weights("other/transformer"))
     assert {v.dtype for v in weights("folder/transformer").values()} == {torch.bfloat16}
     error = max(float((weights("folder/transformer")[k] - v).abs().max()) for k, v in flux.items())
     assert 0 <= error < {"Q8_0": 0.01, "Q4_0": 0.1, "F16": 0.01}[kind.name]
@@ -195,7 +187,7 @@ def test_gguf(kind: Kind, prefix: str, flux: dict[str, Tensor]) -> None:
     assert run("cut.gguf", "x") == 2 and not Path("x").exists()
 
 
-def whole(place: Path) -> None:
+def whole(working_folder: Path) -> None:
     """The rest of a FLUX folder beside flux/transformer, tokenizers too."""
     torch.manual_seed(1)
     levels = {
@@ -252,14 +244,14 @@ def whole(place: Path) -> None:
     Path("flux/model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", **index}))
 
 
-def test_whole_model(flux: dict[str, Tensor], place: Path) -> None:
-    whole(place)
+def test_whole_model(flux: dict[str, Tensor], working_folder: Path) -> None:
+    whole(working_folder)
     assert run("flux", "all.safetensors") == 0
     assert run("all.safetensors", "again", "--config", "flux") == 0
     assert run("all.safetensors", "alone") == 0
     assert run("flux", "copy", "--dtype", "fp8") == 0
     for part in ("transformer", "vae"):
-        assert equal(weights(f"again/{part}"), weights(f"flux/{part}")) and equal(
+        assert equal_tensors(weights(f"again/{part}"), weights(f"flux/{part}")) and equal_tensors(
             weights(f"alone/{part}"), weights(f"flux/{part}")
         )
         assert json.loads(Path(f"again/{part}/config.json").read_text()) == json.loads(
@@ -277,7 +269,7 @@ def test_whole_model(flux: dict[str, Tensor], place: Path) -> None:
                 .from_pretrained(f"flux/{part}")
                 .state_dict()
             )
-            assert equal(opened, wanted), (folder, part)
+            assert equal_tensors(opened, wanted), (folder, part)
     assert {v.dtype for v in weights("copy/vae").values()} == {torch.bfloat16}
     assert E4 in {v.dtype for v in load_file("copy/text_encoder_2/model.safetensors").values()}
     for folder in ("again", "copy"):
@@ -307,12 +299,12 @@ def test_a_folder_below_a_file(flux: dict[str, Tensor], capsys: pytest.CaptureFi
 
 
 def test_autoencoder_alone(
-    flux: dict[str, Tensor], place: Path, capsys: pytest.CaptureFixture[str]
+    flux: dict[str, Tensor], working_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole(place)
+    whole(working_folder)
     assert run("flux/vae", "ae.safetensors") == 0
     assert "does not tell the scale" in refused(capsys, "ae.safetensors", "x")
-    assert run("ae.safetensors", "again", "--config", "flux/vae") == 0 and equal(
+    assert run("ae.safetensors", "again", "--config", "flux/vae") == 0 and equal_tensors(
         weights("again/vae"), weights("flux/vae")
     )
     assert (
@@ -356,7 +348,7 @@ def test_what_cannot_be(flux: dict[str, Tensor], capsys: pytest.CaptureFixture[s
     assert not [p for p in Path().iterdir() if p.name == "x" or p.name.startswith(".")]
 
 
-def test_models_with_a_unet(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_with_a_unet(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The bundled model, into one file and back."""
     import sfumato
 
@@ -373,7 +365,7 @@ def unet_folder() -> None:
     """A model with a U-Net of more than 100 MB, unet."""
     from sfumato.predict.networks.unet import UNet, UNetConfig
 
-    small = build()
+    small = tiny_model()
     config = replace(
         small.denoiser.network.config, block_out_channels=(256, 512), norm_num_groups=32
     )
@@ -385,7 +377,7 @@ def unet_folder() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's accounts of memory")
-def test_little_memory(place: Path) -> None:
+def test_little_memory(working_folder: Path) -> None:
     """180 MB of weights, both ways and in eight bits, and a U-Net: what is held is a few tensors,
     20 MB the largest.
     """
@@ -420,7 +412,6 @@ for source, target, *more in (a.split(":") for a in sys.argv[1:]):
 stop.set()
 print((peak - before) * 1024)
 """
-    env = {"PYTHONPATH": str(SOURCE), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     size = Path("flux/transformer/diffusion_pytorch_model.safetensors").stat().st_size
     assert size > 150e6
     steps = [
@@ -429,10 +420,9 @@ print((peak - before) * 1024)
         "a.safetensors:b.safetensors:--dtype:fp8",
         "unet:half:--dtype:fp16",
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", program, *steps], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", program, *steps, OMP_NUM_THREADS="1")
     assert int(done.stdout.split()[-1]) < size / 2, done.stdout
-    assert equal(weights("again/transformer"), weights("flux/transformer"))
-    assert equal(weights("half/unet"), {k: v.half() for k, v in weights("unet/unet").items()})
+    assert equal_tensors(weights("again/transformer"), weights("flux/transformer"))
+    assert equal_tensors(
+        weights("half/unet"), {k: v.half() for k, v in weights("unet/unet").items()}
+    )

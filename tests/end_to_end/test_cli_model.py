@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+from helpers.images import pixels
 from sfumato.cli import main
 from sfumato.cli.evaluate import Evaluate, _images
 from sfumato.data import open_images
@@ -27,16 +27,7 @@ from sfumato.model import LatentDiffusion
 from sfumato.train.recipe import DataSettings
 from sfumato.train.timestep_search import Tuned, store_tuned
 
-
-@pytest.fixture(autouse=True)
-def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A fresh current folder."""
-    monkeypatch.chdir(tmp_path)
-
-
-def pixels(path: str | Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture)
+pytestmark = pytest.mark.usefixtures("working_folder")
 
 
 # ---- generate ------------------------------------------------------------------------------------

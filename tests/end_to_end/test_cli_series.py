@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.images import pixels
 from sfumato.cli import main
 from sfumato.images import grid, read_parameters
 from sfumato.loading import load
@@ -22,19 +23,11 @@ from sfumato.tasks.variations import variations
 
 
 @pytest.fixture(autouse=True)
-def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def pictures(working_folder: Path) -> None:
     """A fresh current folder with two pictures of one size and one of another."""
-    monkeypatch.chdir(tmp_path)
     numbers = np.random.default_rng(0)
     for name, size in (("a", (16, 20)), ("b", (16, 20)), ("c", (16, 16))):
         Image.fromarray(numbers.integers(0, 256, size, np.uint8)).save(f"{name}.png")
-
-
-def pixels(path: str | Path | Image.Image) -> np.ndarray:
-    if isinstance(path, Image.Image):
-        return np.asarray(path).astype(int)
-    with Image.open(path) as picture:
-        return np.asarray(picture).astype(int)
 
 
 def run(*words: str, model: Path) -> int:

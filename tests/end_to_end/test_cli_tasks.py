@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.images import pixels
 from sfumato.cli import main
 from sfumato.errors import UserError
 from sfumato.images import read_parameters, to_tensor
@@ -21,22 +22,16 @@ from sfumato.tasks.outpaint import outpaint, outpaint_mask
 
 
 @pytest.fixture(autouse=True)
-def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def pictures(working_folder: Path) -> None:
     """A fresh current folder with a picture and a mask, of a size that is no multiple of the
     factor.
     """
-    monkeypatch.chdir(tmp_path)
     numbers = np.random.default_rng(0)
     Image.fromarray(numbers.integers(0, 256, (15, 21), np.uint8)).save("photo.png")
     mask = np.zeros((15, 21), np.uint8)
     mask[3:9, 5:21] = 255
     mask[9, 5:21] = 128
     Image.fromarray(mask).save("mask.png")
-
-
-def pixels(path: str | Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture).astype(int)
 
 
 def test_inpainting_keeps_every_other_pixel(tiny: Path) -> None:

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,12 @@ from PIL import Image as PIL
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from helpers.images import smooth_image_set
+from helpers.latents import Latents
+from helpers.models import CONVOLUTIONAL_UNET, SMALL_BLOCKS
+from helpers.processes import environment
+from helpers.tensors import normal
 from sfumato.compress.kl import AutoencoderKL, KLConfig
-from sfumato.data import ImageSet, Transform
-from sfumato.data.images import Listing, build
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
@@ -55,7 +59,6 @@ from sfumato.types import LatentSpace
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need a system with fork")
 
-SOURCE = Path(__file__).resolve().parents[2] / "src"
 LOOP = LoopSettings(
     steps=7,
     batch_size=4,
@@ -75,28 +78,11 @@ SKIP = 77
 # ---- what is trained -----------------------------------------------------------------------------
 
 
-def pictures(seed: int = 0) -> ImageSet:
-    draw = np.random.default_rng(seed)
-    arrays = tuple(
-        np.asarray(PIL.fromarray(draw.integers(0, 256, (4, 4), dtype=np.uint8)).resize((16, 16)))
-        for _ in range(10)
-    )
-    return build(Listing("toy", arrays, "picture {}".format), Transform(flip=True), "raise")
+LATENTS = normal(10, 2, 8, 8, seed=7)
+CLASSES = torch.arange(10) % 2
 
 
-class Latents:
-    """Ten latents in memory, of two classes."""
-
-    def __init__(self, key: str = "toy", labels: Tensor | None = None):
-        self.mean = torch.randn(10, 2, 8, 8, generator=torch.Generator().manual_seed(7))
-        self.key, self.labels = key, torch.arange(10) % 2 if labels is None else labels
-
-    def __len__(self) -> int:
-        return len(self.mean)
-
-    def batch(self, indices: Tensor, /) -> dict[str, Tensor]:
-        mean = self.mean[indices]
-        return {"mean": mean, "std": torch.full_like(mean, 0.2), "label": self.labels[indices]}
+images = partial(smooth_image_set, 10, flip=True)
 
 
 def make(
@@ -115,35 +101,21 @@ def make(
         config = KLConfig(
             in_channels=1,
             out_channels=1,
-            block_out_channels=(8, width),
-            layers_per_block=1,
             latent_channels=2,
-            norm_num_groups=4,
+            **SMALL_BLOCKS | {"block_out_channels": (8, width)},
         )
         loss = loss or AutoencoderLoss(adversarial=0.5, adversarial_start=3, discriminator_width=8)
-        return AutoencoderObjective(AutoencoderKL(config), pictures(seed), pictures(5), loss)
+        return AutoencoderObjective(AutoencoderKL(config), images(seed=seed), images(seed=5), loss)
+    fields = CONVOLUTIONAL_UNET | {"block_out_channels": (8, width)}
     config = UNetConfig(
-        in_channels=2,
-        out_channels=2,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        mid_block_type=None,
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        block_out_channels=(8, width),
-        layers_per_block=1,
-        norm_num_groups=4,
-        num_class_embeds=3,
-        dropout=dropout,
+        in_channels=2, out_channels=2, num_class_embeds=3, dropout=dropout, **fields
     )
     process = Process(schedule("cosine"), parameterization("v"))
     loss = loss or DenoiserLoss(weighting="min_snr", times="logit_normal", drop=0.3)
     space = LatentSpace(2, 2, (0.0, 0.0), (1.0, 1.0))
+    latents = Latents(LATENTS, 0.2, CLASSES if labels is None else labels, f"toy{seed}")
     return DenoiserObjective(
-        UNet(config),
-        process,
-        Latents(f"toy{seed}", labels),
-        space,
-        ClassNames(("boot", "bag")),
-        loss,
+        UNet(config), process, latents, space, ClassNames(("boot", "bag")), loss
     )
 
 
@@ -572,7 +544,6 @@ def test_the_command_line_killed_from_outside_goes_on_bit_for_bit(tmp_path: Path
             tmp_path / "data" / f"{k}.png"
         )
     (tmp_path / "toy.py").write_text(RECIPE.format(data=str(tmp_path / "data")))
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
 
     def command(out: str) -> subprocess.Popen[bytes]:
         arguments = [
@@ -588,7 +559,7 @@ def test_the_command_line_killed_from_outside_goes_on_bit_for_bit(tmp_path: Path
         return subprocess.Popen(
             arguments,
             cwd=tmp_path,
-            env=environment,
+            env=environment(OMP_NUM_THREADS="1"),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )

@@ -1,5 +1,6 @@
-"""Print a hash of what the libraries below torch compute here: two processes with the same hash use
-the same kernels.
+"""Print a hash of the kernels below torch.
+
+Two processes with the same hash use the same kernels.
 
 python tests/helpers/fingerprint.py [other_vendor]
 """
@@ -13,9 +14,7 @@ import torch.nn.functional as F
 
 
 def fingerprint() -> str:
-    """A hash of the bits of products (MKL, oneDNN), convolutions, attention and elementwise
-    functions.
-    """
+    """Return a hash of the bits of products, convolutions, attention and elementwise functions."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:

@@ -1,9 +1,8 @@
-"""A pytest plugin: MKL computes as on a processor of the other vendor, Intel on AMD and AMD on
-Intel.
+"""A pytest plugin that makes MKL compute as on a processor of the other vendor.
 
-MKL chooses its kernels by the vendor of the processor first, and its choice on Intel needs no
-instruction that AMD lacks. The function that tells the vendor is replaced in memory, before its
-first call, by one that returns the opposite. For x86-64 Linux and torch's own MKL.
+MKL chooses its kernels by the vendor of the processor first, Intel or AMD, and its choice on Intel
+needs no instruction that AMD lacks. The function that returns the vendor is replaced in memory,
+before its first call, by one that returns the opposite. For x86-64 Linux and torch's own MKL.
 
     PYTHONPATH=tests/helpers python -m pytest -p other_vendor
 """
@@ -16,17 +15,18 @@ import torch
 
 
 def vendor() -> str:
-    """The vendor of this processor, as it says itself: GenuineIntel, AuthenticAMD, or an empty
-    string.
-    """
+    """Return the vendor of this processor: GenuineIntel, AuthenticAMD, or an empty string."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def switch() -> None:
-    """Replace both functions that tell whether the processor is Intel's. Raises OSError or
-    AttributeError where that is impossible.
+    """Replace both functions that return whether the processor is Intel's.
+
+    Raises:
+        OSError: the memory of the functions cannot be written.
+        AttributeError: this torch has no such functions.
     """
     libraries = Path(torch.__file__).parent / "lib"
     torch_cpu, libc = (

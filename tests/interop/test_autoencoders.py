@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from helpers.tensors import assert_close, normal
 from sfumato.checkpoints.formats.folder import WEIGHTS, load_part, save_part
 from sfumato.compress.base import registered as autoencoders
 from sfumato.compress.kl import AutoencoderKL, KLConfig
@@ -30,19 +31,6 @@ def weights() -> None:
     ran before.
     """
     torch.manual_seed(0)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def close(ours: Tensor, theirs: Tensor, relative: float = 1e-5) -> None:
-    assert ours.shape == theirs.shape
-    scale = float(theirs.abs().max())
-    assert float((ours - theirs).abs().max()) <= relative * scale, (
-        float((ours - theirs).abs().max()),
-        scale,
-    )
 
 
 def randomise(network: Any, seed: int = 0) -> Any:
@@ -207,11 +195,11 @@ def same(ours: Any, theirs: Any) -> None:
         ours.space.channels,
         ours.space.factor,
     )
-    close(found.mean, mean)
+    assert_close(found.mean, mean)
     torch.testing.assert_close(found.std, std, rtol=1e-5, atol=0)
-    close(ours.reconstruct(found.mean), decoded(theirs, mean))
+    assert_close(ours.reconstruct(found.mean), decoded(theirs, mean))
     noise = 2 * normal(*mean.shape, seed=1)
-    close(ours.reconstruct(noise), decoded(theirs, noise))
+    assert_close(ours.reconstruct(noise), decoded(theirs, noise))
 
 
 def pair(name: str) -> tuple[Any, Any, dict[str, Any]]:
@@ -258,9 +246,9 @@ def test_flux2_standardises_as_its_pipeline_does(tmp_path: Path) -> None:
     )
     expected = (patchify(theirs.encode(image).latent_dist.mode()) - mean) / std
     z = ours.encode(image)
-    close(z, expected)
-    close(ours.decode(z), theirs.decode(unpatchify(expected * std + mean)).sample)
-    close(
+    assert_close(z, expected)
+    assert_close(ours.decode(z), theirs.decode(unpatchify(expected * std + mean)).sample)
+    assert_close(
         z,
         torch.nn.functional.batch_norm(
             patchify(theirs.encode(image).latent_dist.mode()),
@@ -302,17 +290,17 @@ def test_codes_are_theirs(name: str) -> None:
     quantised, _, (_, _, indices) = theirs.quantize(h)
     codes = ours.codes(image)
     assert torch.equal(codes.flatten(), indices) and len(codes.unique()) > count / 2
-    close(ours.quantize(h), quantised)
+    assert_close(ours.quantize(h), quantised)
     shape = (3, *h.shape[2:], h.shape[1])
     entries = (
         indices
         if theirs.config.lookup_from_codebook
         else theirs.quantize.get_codebook_entry(indices, shape)
     )
-    close(
+    assert_close(
         ours.from_codes(codes), theirs.decode(entries, force_not_quantize=True, shape=shape).sample
     )
-    close(ours.from_codes(codes), ours.reconstruct(h))
+    assert_close(ours.from_codes(codes), ours.reconstruct(h))
 
 
 # ---- old names and published configs -------------------------------------------------------------

@@ -3,7 +3,6 @@ for Stable Diffusion 1, 2, XL and its refiner.
 """
 
 import json
-import runpy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import clip_encoders
 from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig
 from sfumato.types import ImageSpec
 
-tiny: Any = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_clip.py"))
-)
 PROMPTS = [
     "a cat, a red dog",
     "",
@@ -36,7 +33,10 @@ PICTURE = ImageSpec(
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: tiny.write(tmp_path_factory.mktemp("clip") / kind, kind) for kind in tiny.KINDS}
+    return {
+        kind: clip_encoders.write(tmp_path_factory.mktemp("clip") / kind, kind)
+        for kind in clip_encoders.KINDS
+    }
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +72,10 @@ def pipeline(kind: str, folder: Path | None = None) -> Any:
         rest |= {"add_watermarker": False}
     if folder is not None:
         return cls.from_pretrained(folder, local_files_only=True, **rest)
-    parts = tiny.parts(kind)
+    parts = clip_encoders.parts(kind)
     if kind == "refiner":
         parts |= {"tokenizer": None, "text_encoder": None}
-    return cls(**parts, **tiny.KINDS[kind][1], **rest)
+    return cls(**parts, **clip_encoders.KINDS[kind][1], **rest)
 
 
 def close(found: Tensor | None, theirs: Tensor) -> None:
@@ -208,7 +208,7 @@ def test_the_refiners_score(ours: dict[str, ClipText]) -> None:
         assert found is not None and torch.equal(found[:, 10:], numbers)
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("kind", clip_encoders.KINDS)
 def test_what_is_saved_opens_in_diffusers_and_here(
     kind: str, ours: dict[str, ClipText], tmp_path: Path
 ) -> None:
@@ -243,8 +243,8 @@ def test_folders_of_older_versions_open(
     from safetensors.torch import load_file
 
     vocabulary = {
-        "vocab.json": json.dumps(tiny.vocabulary()),
-        "merges.txt": "#version: 0.2\n" + "\n".join(" ".join(m) for m in tiny.MERGES),
+        "vocab.json": json.dumps(clip_encoders.vocabulary()),
+        "merges.txt": "#version: 0.2\n" + "\n".join(" ".join(m) for m in clip_encoders.MERGES),
     }
     (tmp_path / "tokenizer").mkdir()
     for name, text in vocabulary.items():
@@ -252,7 +252,7 @@ def test_folders_of_older_versions_open(
     settings = {
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": 77,
-        "pad_token": tiny.END,
+        "pad_token": clip_encoders.END,
         "do_lower_case": True,
     }
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -4,8 +4,6 @@ reference here and nothing else.
 
 import inspect
 import json
-import runpy
-from collections.abc import Callable
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.models import randomised, tiny_model
+from helpers.tensors import assert_close, normal
 from sfumato.checkpoints.formats.folder import load_part, save_part
 from sfumato.checkpoints.schedulers.config import from_scheduler_config, to_scheduler_config
 from sfumato.compress.kl import AutoencoderKL, KLConfig
@@ -27,14 +27,10 @@ from sfumato.diffuse.schedule_transforms import Shifted, ZeroTerminalSNR
 from sfumato.diffuse.timesteps import timesteps
 from sfumato.errors import UserError
 from sfumato.loading import load
-from sfumato.model import LatentDiffusion
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.unet import FIXED, UNet, UNetConfig
 from sfumato.types import Conditioning
 
-build: Callable[..., LatentDiffusion] = runpy.run_path(
-    str(Path(__file__).resolve().parents[1] / "contracts" / "_tiny.py")
-)["build"]
 THEIR_NAMES = {
     "linear": "linear",
     "scaled_linear": "scaled_linear",
@@ -42,28 +38,6 @@ THEIR_NAMES = {
     "sigmoid": "sigmoid",
 }
 THEIR_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def close(ours: Tensor, theirs: Tensor, relative: float = 1e-5) -> None:
-    assert ours.shape == theirs.shape
-    scale = float(theirs.abs().max())
-    assert float((ours - theirs).abs().max()) <= relative * scale, (
-        float((ours - theirs).abs().max()),
-        scale,
-    )
-
-
-def randomise(network: Any, seed: int = 0) -> Any:
-    """Norms start at 1 and 0 and some layers at 0, where mistakes would not show."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return network.eval().requires_grad_(False)
 
 
 def norms(network: nn.Module) -> dict[str, Any]:
@@ -117,9 +91,9 @@ def same_autoencoder(ours: Any, theirs: Any) -> None:
     image = normal(2, ours.channels, 64, 32)
     expected = theirs.encode(image).latent_dist
     found = ours.posterior(image)
-    close(found.mean, expected.mean)
-    close(found.std, expected.std)
-    close(ours.reconstruct(found.mean), theirs.decode(expected.mean).sample)
+    assert_close(found.mean, expected.mean)
+    assert_close(found.std, expected.std)
+    assert_close(ours.reconstruct(found.mean), theirs.decode(expected.mean).sample)
     for name in (
         "scaling_factor",
         "shift_factor",
@@ -138,7 +112,7 @@ def _tuples(value: Any) -> Any:
 @torch.inference_mode()
 def test_autoencoders_in_both_directions_through_folders(name: str, tmp_path: Path) -> None:
     values = SMALL | AUTOENCODERS[name]
-    ours = randomise(AutoencoderKL(KLConfig(**values)))
+    ours = randomised(AutoencoderKL(KLConfig(**values)))
     save_part(tmp_path / "ours", ours)
     same_autoencoder(ours, diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours"))
     count = len(values["block_out_channels"])
@@ -146,7 +120,7 @@ def test_autoencoders_in_both_directions_through_folders(name: str, tmp_path: Pa
         "down_block_types": ("DownEncoderBlock2D",) * count,
         "up_block_types": ("UpDecoderBlock2D",) * count,
     }
-    theirs = randomise(diffusers.AutoencoderKL(**values, **blocks), seed=1)
+    theirs = randomised(diffusers.AutoencoderKL(**values, **blocks), seed=1)
     theirs.save_pretrained(tmp_path / "theirs")
     loaded = load_part(tmp_path / "theirs", "AutoencoderKL")
     same_autoencoder(loaded, theirs)
@@ -345,14 +319,14 @@ def same_unet(ours: Any, theirs: Any, size: tuple[int, int] = (8, 8), mask: bool
     assert ours.state_dict().keys() == theirs.state_dict().keys() and norms(ours) == norms(theirs)
     x, timestep, cond, words = inputs(ours.config, size, mask)
     joined = x if cond.concat is None else torch.cat([x, cond.concat], 1)
-    close(ours(x, timestep, cond), theirs(joined, timestep, **words).sample)
+    assert_close(ours(x, timestep, cond), theirs(joined, timestep, **words).sample)
 
 
 @pytest.mark.parametrize("name", UNETS)
 @torch.inference_mode()
 def test_unets_in_both_directions_through_folders(name: str, tmp_path: Path) -> None:
     values = TINY | UNETS[name]
-    ours = randomise(UNet(UNetConfig(**values)))
+    ours = randomised(UNet(UNetConfig(**values)))
     save_part(tmp_path / "ours", ours)
     theirs = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "ours")
     same_unet(ours, theirs)
@@ -361,7 +335,7 @@ def test_unets_in_both_directions_through_folders(name: str, tmp_path: Path) -> 
     for size in sizes:
         # there their first attention takes no mask
         same_unet(ours, theirs, size, mask="only_cross_attention" not in values)
-    theirs = randomise(diffusers.UNet2DConditionModel(**values), seed=1)
+    theirs = randomised(diffusers.UNet2DConditionModel(**values), seed=1)
     theirs.save_pretrained(tmp_path / "theirs")
     loaded = load_part(tmp_path / "theirs", "UNet2DConditionModel")
     same_unet(loaded, theirs)
@@ -373,7 +347,7 @@ def test_odd_maps_where_theirs_fail() -> None:
     """AttnUpBlock2D doubles to the skip's own size: padding the input by hand and cropping would be
     the alternative.
     """
-    ours = randomise(UNet(UNetConfig(**(TINY | SELF | MIDDLE))))
+    ours = randomised(UNet(UNetConfig(**(TINY | SELF | MIDDLE))))
     x, timestep, cond, _ = inputs(ours.config, (7, 5))
     assert ours(x, timestep, cond).shape == (2, 3, 7, 5)
 
@@ -383,7 +357,7 @@ def test_every_input_shows_in_the_output() -> None:
     """Without this, parity could hold because nothing matters: tokens, mask, vector, time, concat
     each change y.
     """
-    ours = randomise(
+    ours = randomised(
         UNet(
             UNetConfig(
                 **(
@@ -422,10 +396,10 @@ def test_controlnet_residuals(size: tuple[int, int]) -> None:
     blocks' in order, then the middle's.
     """
     values = TINY | CROSS | {"mid_block_type": "UNetMidBlock2DCrossAttn"}
-    ours = randomise(UNet(UNetConfig(**values)))
+    ours = randomised(UNet(UNetConfig(**values)))
     theirs = diffusers.UNet2DConditionModel(**values).eval()
     theirs.load_state_dict(ours.state_dict())
-    control = randomise(
+    control = randomised(
         diffusers.ControlNetModel.from_unet(theirs, conditioning_channels=3), seed=2
     )
     x, timestep, cond, words = inputs(ours.config, size)
@@ -438,7 +412,7 @@ def test_controlnet_residuals(size: tuple[int, int]) -> None:
         down_block_additional_residuals=down,
         mid_block_additional_residual=middle,
     ).sample
-    close(ours(x, timestep, replace(cond, residuals=(*down, middle))), expected)
+    assert_close(ours(x, timestep, replace(cond, residuals=(*down, middle))), expected)
     assert (expected - ours(x, timestep, cond)).abs().max() > 1e-2
     for wrong in ((*down[1:], middle), (*down, middle, middle), (*down, middle[:, :8])):
         with pytest.raises(UserError, match="do not fit this U-Net: expected"):
@@ -706,7 +680,7 @@ PAIRS = [
 def test_a_whole_model_makes_the_same_latents_and_pictures(
     pair: tuple[str, str], weight: float, tmp_path: Path
 ) -> None:
-    model = build()
+    model = tiny_model()
     process = Process(schedule(pair[0]), parameterization(pair[1]))
     model = replace(model, denoiser=Denoiser(model.denoiser.network, process))
     model.save(tmp_path / "model")
@@ -716,7 +690,7 @@ def test_a_whole_model_makes_the_same_latents_and_pictures(
     settings = {"prompt": [names[k] for k in labels], "seed": 11, "steps": 5, "guidance": weight}
     ours = model.generate(**settings, output="latent")
     expected = theirs(noise, labels, len(names), 5, weight)
-    close(ours, expected, 1e-4)
+    assert_close(ours, expected, 1e-4)
     # a random network's eps errors are divided by alpha(1): those latents are far out of any
     # picture's range
     if pair[1] != "eps":

@@ -3,8 +3,6 @@ do; and what ours does beyond.
 """
 
 import json
-import runpy
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,9 @@ import torch
 from diffusers.models.attention_processor import PAGIdentitySelfAttnProcessor2_0
 from torch import Tensor
 
+from helpers.batch_invariance import batch_dependent
+from helpers.models import randomised
+from helpers.tensors import assert_close, normal
 from sfumato.checkpoints.formats.folder import load_part, save_part
 from sfumato.errors import UserError
 from sfumato.predict.guidance_models._layer_replacement import replace_layers
@@ -24,9 +25,6 @@ from sfumato.predict.networks.dit import DiT, DiTConfig
 from sfumato.predict.networks.pixart import PixArt, PixArtConfig
 from sfumato.types import Conditioning
 
-differing: Callable[..., Any] = runpy.run_path(
-    str(Path(__file__).resolve().parents[1] / "oracles" / "test_batch_invariance.py")
-)["differing"]
 SMALL: dict[str, Any] = {
     "num_attention_heads": 3,
     "attention_head_dim": 8,
@@ -66,29 +64,14 @@ PIXARTS: dict[str, dict[str, Any]] = {
 every = pytest.mark.parametrize("name", [*DITS, *PIXARTS])
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def randomise(network: Any, seed: int = 0) -> Any:
-    """No weight is 0, so that mistakes show; in place, where modules that are shared stay
-    shared.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return network.eval().requires_grad_(False)
-
-
 def theirs(name: str, alike: bool = True) -> Any:
     """diffusers' network; a DiT's layers for time and class are the same in all blocks, as in
     published files, unless told otherwise.
     """
     if name in PIXARTS:
         values = SMALL | {"cross_attention_dim": 24} | PIXARTS[name]
-        return randomise(diffusers.PixArtTransformer2DModel(**values), 1)
-    network = randomise(
+        return randomised(diffusers.PixArtTransformer2DModel(**values), 1)
+    network = randomised(
         diffusers.DiTTransformer2DModel(num_embeds_ada_norm=CLASSES - 1, **(SMALL | DITS[name])), 1
     )
     if alike:
@@ -100,15 +83,6 @@ def theirs(name: str, alike: bool = True) -> Any:
 def opened(network: Any, folder: Path) -> Any:
     network.save_pretrained(folder)
     return load_part(folder)
-
-
-def close(ours: Tensor, expected: Tensor, relative: float = 1e-5) -> None:
-    assert ours.shape == expected.shape
-    scale = float(expected.abs().max())
-    assert float((ours - expected).abs().max()) <= relative * scale, (
-        float((ours - expected).abs().max()),
-        scale,
-    )
 
 
 def asked(ours: Any, size: tuple[int, int], batch: int = 2) -> tuple[Tensor, Tensor, Conditioning]:
@@ -178,8 +152,8 @@ def test_parity_and_folders_in_both_directions(name: str, tmp_path: Path) -> Non
         x, timestep, cond = asked(ours, size)
         expected = their_answer(network, x, timestep, cond)
         assert expected.shape[2:] == size and expected.std() > 0.05
-        close(ours(x, timestep, cond), expected)
-        close(their_answer(again, x, timestep, cond), expected, 0)
+        assert_close(ours(x, timestep, cond), expected)
+        assert_close(their_answer(again, x, timestep, cond), expected, 0)
 
 
 @torch.inference_mode()
@@ -199,8 +173,8 @@ def test_perturbed_attention(name: str, tmp_path: Path) -> None:
     found = replace_layers(ours, ["transformer_blocks.1"], self_attentions, "layer")(
         x, timestep, cond
     )
-    close(ours(x, timestep, cond), plain)
-    close(found, expected)
+    assert_close(ours(x, timestep, cond), plain)
+    assert_close(found, expected)
     assert (found - plain).abs().max() > 1e-3
 
 
@@ -211,20 +185,22 @@ def test_a_dit_whose_blocks_are_told_by_layers_of_their_own(tmp_path: Path) -> N
     network = theirs("DiT", alike=False)
     ours = opened(network, tmp_path / "theirs")
     x, timestep, cond = asked(ours, (8, 8))
-    close(ours(x, timestep, cond), their_answer(network, x, timestep, cond))
+    assert_close(ours(x, timestep, cond), their_answer(network, x, timestep, cond))
     first, second = (block.norm1.emb for block in ours.transformer_blocks)
     assert first is not second
     shared = DiT(ours.config).eval()
     assert shared.transformer_blocks[0].norm1.emb is shared.transformer_blocks[1].norm1.emb
     shared.load_state_dict(network.state_dict())
-    close(shared(x, timestep, cond), their_answer(network, x, timestep, cond))
+    assert_close(shared(x, timestep, cond), their_answer(network, x, timestep, cond))
     save_part(tmp_path / "ours", shared)
     again = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "ours")
-    close(their_answer(again, x, timestep, cond), their_answer(network, x, timestep, cond), 0)
+    assert_close(
+        their_answer(again, x, timestep, cond), their_answer(network, x, timestep, cond), 0
+    )
     network = theirs("DiT")
     shared.load_state_dict(network.state_dict())
     assert shared.transformer_blocks[0].norm1.emb is shared.transformer_blocks[1].norm1.emb
-    close(shared(x, timestep, cond), their_answer(network, x, timestep, cond))
+    assert_close(shared(x, timestep, cond), their_answer(network, x, timestep, cond))
 
 
 def test_weights_of_a_checkpoint_come_into_the_parameters_that_an_optimizer_holds() -> None:
@@ -312,7 +288,7 @@ def test_the_class_of_the_first_files(name: str, tmp_path: Path) -> None:
     assert ours.to_config()["_class_name"] == type(network).__name__  # pyright: ignore[reportCallIssue]
     with torch.inference_mode():
         x, timestep, cond = asked(ours, (8, 8))
-        close(ours(x, timestep, cond), their_answer(network, x, timestep, cond))
+        assert_close(ours(x, timestep, cond), their_answer(network, x, timestep, cond))
     config["norm_type"] = "ada_norm"
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
@@ -378,18 +354,18 @@ def test_an_image_has_the_bits_that_it_has_alone(
 ) -> None:
     ours = opened(theirs(name), tmp_path)
     x, timestep, cond = asked(ours, size, 12)
-    assert not differing(lambda rows: ours(x[rows], timestep[rows], cond[rows]), (2, 3, 11))
+    assert not batch_dependent(lambda rows: ours(x[rows], timestep[rows], cond[rows]), (2, 3, 11))
 
 
 @pytest.mark.invariance
 def test_a_wide_network_has_them_too() -> None:
     """Weights that go other ways than small ones: the table of classes, and oneDNN's."""
-    ours = randomise(
+    ours = randomised(
         DiT(DiTConfig(num_attention_heads=4, attention_head_dim=72, num_layers=1, sample_size=8))
     )
     x, timestep = normal(5, 4, 6, 8), torch.linspace(0, 999, 5)
     cond = Conditioning(vector=torch.eye(1001)[[1, 1000, 7, 1000, 999]])
-    assert not differing(lambda rows: ours(x[rows], timestep[rows], cond[rows]), (2, 4))
+    assert not batch_dependent(lambda rows: ours(x[rows], timestep[rows], cond[rows]), (2, 4))
 
 
 @pytest.mark.parametrize("name", ["DiT", "PixArt, sizes asked for"])
@@ -401,7 +377,7 @@ def test_bfloat16(name: str, tmp_path: Path) -> None:
     half = load_part(tmp_path, dtype=torch.bfloat16)
     found = half(x.bfloat16(), timestep, cond.to(dtype=torch.bfloat16))
     assert found.dtype == torch.bfloat16
-    close(found.float(), expected, 0.05)
+    assert_close(found.float(), expected, 0.05)
 
 
 @pytest.mark.parametrize(
@@ -421,11 +397,11 @@ def test_training(name: str) -> None:
     ours: Any = kind[0](kind[1](**(SMALL | values)))
     x, timestep, cond = asked(ours, (8, 8), CLASSES)
     assert not ours(x, timestep, cond).any()
-    randomise(ours)
+    randomised(ours)
     with torch.inference_mode():
         expected = ours(x, timestep, cond)
     y = ours.requires_grad_(True)(x, timestep, cond)
-    close(y.detach(), expected)
+    assert_close(y.detach(), expected)
     y.square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in ours.parameters())
 
@@ -442,7 +418,7 @@ def test_prepared_for_inference(name: str, dtype: torch.dtype, tmp_path: Path) -
     x, timestep, cond = asked(ours, (8, 8))
     x, cond = x.to(dtype), cond.to(dtype=dtype)
     ready = prepack(ours)
-    close(
+    assert_close(
         ready(x, timestep, cond), ours(x, timestep, cond), 1e-5 if dtype == torch.float32 else 0.05
     )
     assert all(torch.equal(a, ours.state_dict()[key]) for key, a in ready.state_dict().items())

@@ -9,8 +9,9 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from torch import Tensor
 
+from helpers.models import randomised
+from helpers.pipelines import assert_same_images, open_pipeline, pipeline_images, quiet, vae_blocks
 from sfumato.errors import UserError
 from sfumato.loading import load
 from sfumato.predict.conditioners.class_labels import ClassLabels
@@ -26,14 +27,6 @@ LABELS = {
 }
 
 
-def randomise(network: Any, seed: int) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
-    return network.eval().requires_grad_(False)
-
-
 def theirs(**shape: Any) -> Any:
     """A small random DiTPipeline. DiT's own has a thousand classes: that the next is none is
     written into it.
@@ -45,24 +38,20 @@ def theirs(**shape: Any) -> Any:
         "sample_size": 8,
         "out_channels": 8,
     } | shape
-    transformer = randomise(diffusers.DiTTransformer2DModel(**shape), 1)
+    transformer = randomised(diffusers.DiTTransformer2DModel(**shape), 1, 0.15)
     for block in transformer.transformer_blocks:
         block.norm1.emb.load_state_dict(transformer.transformer_blocks[0].norm1.emb.state_dict())
-    blocks = {
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "norm_num_groups": 4,
-    }
-    vae = randomise(
+    vae = randomised(
         diffusers.AutoencoderKL(
-            block_out_channels=(4, 8), latent_channels=4, sample_size=16, **blocks
+            block_out_channels=(4, 8), latent_channels=4, sample_size=16, **vae_blocks()
         ),
         2,
+        0.15,
     )
     # as published: linear betas
-    pipe = diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler(clip_sample=False))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(
+        diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler(clip_sample=False))
+    )
 
 
 def labelled(folder: Path, labels: Any = None) -> Path:
@@ -74,25 +63,15 @@ def labelled(folder: Path, labels: Any = None) -> Path:
     return folder
 
 
-def their_pictures(pipe: Any, classes: list[int], **asked: Any) -> Tensor:
-    generators = [torch.Generator().manual_seed(k) for k in range(len(classes))]
-    return torch.from_numpy(
-        pipe(classes, generator=generators, output_type="np", **asked).images
-    ).permute(0, 3, 1, 2)
-
-
 def same(ours: Any, pipe: Any, **asked: Any) -> None:
     """With and without guidance, and by the model's defaults."""
     prompts, classes = ["tench", "Carassius auratus", "7", "517"], [0, 1, 7, 517]
     for guidance in (4.0, 1.0, 1.5):
-        expected = their_pictures(pipe, classes, guidance_scale=guidance, num_inference_steps=5)
+        expected = pipeline_images(pipe, classes, guidance_scale=guidance, num_inference_steps=5)
         found = ours.generate(prompts, guidance=guidance, steps=5, output="tensor")
-        assert found.shape == expected.shape == (4, 3, 16, 16)
-        assert (found - expected).abs().max() < 1e-3, float((found - expected).abs().max())
-        assert expected.std() > 0.05 and (expected[0] - expected[1]).abs().max() > 0.05, (
-            "pictures in which something can be seen"
-        )
-    expected = their_pictures(pipe, classes[:2])
+        assert expected.shape == (4, 3, 16, 16) and (expected[0] - expected[1]).abs().max() > 0.05
+        assert_same_images(found, expected)
+    expected = pipeline_images(pipe, classes[:2])
     assert (ours.generate(prompts[:2], output="tensor") - expected).abs().max() < 1e-3
     assert (
         ours.generate(prompts[:2], guidance=1, output="tensor") - expected
@@ -126,11 +105,10 @@ def test_what_we_save(tmp_path: Path) -> None:
         and again.defaults == ours.defaults
         and again.conditioner == ours.conditioner
     )
-    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
+    pipe = open_pipeline(tmp_path / "ours")
     assert type(pipe).__name__ == "DiTPipeline" and pipe.get_label_ids(
         ["Tinca tinca", "toilet tissue"]
     ) == [0, 999]
-    pipe.set_progress_bar_config(disable=True)
     same(again, pipe)
     ours.save(tmp_path / "ours.safetensors")
     assert load(tmp_path / "ours.safetensors").hash == ours.hash
@@ -153,9 +131,8 @@ def test_folders_of_the_first_class(tmp_path: Path) -> None:
     ):
         values = json.loads((tmp_path / file).read_text())
         (tmp_path / file).write_text(json.dumps(values | change))
-    again = diffusers.DiTPipeline.from_pretrained(tmp_path)
-    again.set_progress_bar_config(disable=True)
-    expected = their_pictures(again, [3], num_inference_steps=5)
+    again = open_pipeline(tmp_path, "DiTPipeline")
+    expected = pipeline_images(again, [3], num_inference_steps=5)
     assert (load(tmp_path).generate("3", steps=5, output="tensor") - expected).abs().max() < 1e-3
 
 
@@ -164,12 +141,11 @@ def test_another_scheduler(tmp_path: Path) -> None:
     pipe = theirs()
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.save_pretrained(tmp_path / "theirs")
-    expected = their_pictures(pipe, [3, 5], num_inference_steps=10)
+    expected = pipeline_images(pipe, [3, 5], num_inference_steps=10)
     ours = load(tmp_path / "theirs")
     ours.save(tmp_path / "ours")
-    again = diffusers.DiTPipeline.from_pretrained(tmp_path / "ours")
-    again.set_progress_bar_config(disable=True)
-    assert (their_pictures(again, [3, 5], num_inference_steps=10) - expected).abs().max() < 1e-3
+    again = open_pipeline(tmp_path / "ours", "DiTPipeline")
+    assert (pipeline_images(again, [3, 5], num_inference_steps=10) - expected).abs().max() < 1e-3
     for model in (ours, load(tmp_path / "ours")):
         assert (model.generate(["3", "5"], steps=10, output="tensor") - expected).abs().max() < 1e-3
 
@@ -188,7 +164,7 @@ def test_other_numbers_of_classes_are_not_for_their_pipeline(tmp_path: Path) -> 
     """It takes class 1000 for none, whatever the table: such models are saved as ours."""
     theirs().save_pretrained(tmp_path / "theirs")
     ours = load(tmp_path / "theirs")
-    network = randomise(
+    network = randomised(
         DiT(
             DiTConfig(
                 num_attention_heads=3,
@@ -199,6 +175,7 @@ def test_other_numbers_of_classes_are_not_for_their_pipeline(tmp_path: Path) -> 
             )
         ),
         3,
+        0.15,
     )
     few = type(ours)(
         ours.autoencoder,

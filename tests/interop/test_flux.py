@@ -3,8 +3,6 @@ tokens and their places are made as by its pipelines.
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,9 @@ from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 from torch import Tensor
 
+from helpers.models import random_network
+from helpers.processes import run_python
+from helpers.tensors import assert_close, normal
 from sfumato.checkpoints.formats.folder import load_part, save_part
 from sfumato.errors import UserError
 from sfumato.inference.prepack import can_prepack, prepack
@@ -76,30 +77,12 @@ SIZES = [(8, 8), (4, 10), (7, 5)]
 T = torch.tensor([1000.0, 250.0])
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def close(ours: Tensor, theirs: Tensor, relative: float = 1e-5) -> None:
-    assert ours.shape == theirs.shape
-    scale = float(theirs.abs().max())
-    assert float((ours - theirs).abs().max()) <= relative * scale, (
-        float((ours - theirs).abs().max()),
-        scale,
-    )
-
-
 def theirs(name: str) -> Any:
     """diffusers' model with weights large enough that every one of them shows."""
-    torch.manual_seed(0)
     kind = (
         diffusers.FluxTransformer2DModel if "FLUX.1" in name else diffusers.Flux2Transformer2DModel
     )
-    model = kind(**FLUX[name])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return random_network(lambda: kind(**FLUX[name]))
 
 
 def ours(name: str) -> Any:
@@ -228,7 +211,7 @@ def test_parity_in_both_directions_through_folders(name: str, tmp_path: Path) ->
     for size in SIZES:
         x, cond = asked(network, size)
         y = answer(reference, x, T, cond)
-        close(network(x, T, cond), y)
+        assert_close(network(x, T, cond), y)
         assert torch.equal(answer(back, x, T, cond), y)
 
 
@@ -244,7 +227,7 @@ def test_references(name: str) -> None:
             continue
         x, cond = asked(network, (6, 4), references=references)
         y = network(x, T, cond)
-        close(y, answer(reference, x, T, cond))
+        assert_close(y, answer(reference, x, T, cond))
         without = network(x, T, asked(network, (6, 4))[1])
         assert float((y - without).abs().max()) > 1e-3
         if len(references) > 1:
@@ -263,7 +246,7 @@ def test_many_tokens_and_one_image(name: str) -> None:
     size = (60, 80) if "FLUX.1" in name else (30, 40)
     for count in (1, 2):
         x, cond = asked(network, size, count)
-        close(network(x, T[:count], cond), answer(reference, x, T[:count], cond))
+        assert_close(network(x, T[:count], cond), answer(reference, x, T[:count], cond))
 
 
 @torch.inference_mode()
@@ -274,7 +257,7 @@ def test_residuals_of_a_controlnet() -> None:
     maps = [normal(2, 6, 32, seed=k) for k in range(4)]
     for given, theirs_too in [(maps, (maps[:2], maps[2:])), (maps[:2], (maps[:2], None))]:
         y = network(x, T, Conditioning(cond.tokens, vector=cond.vector, residuals=tuple(given)))
-        close(y, answer(reference, x, T, cond, theirs_too))
+        assert_close(y, answer(reference, x, T, cond, theirs_too))
     with_reference = Conditioning(
         cond.tokens, vector=cond.vector, residuals=tuple(maps), references=(normal(2, 4, 4, 4),)
     )
@@ -312,7 +295,7 @@ def test_the_latent_is_the_autoencoders() -> None:
     expected = Flux2Pipeline._patchify_latents(moments[:, :2])
     z = small.eval().encode(image)
     space = small.space
-    close(space.restore(z), expected, 1e-4)
+    assert_close(space.restore(z), expected, 1e-4)
     assert space.channels == 8 == Flux2Transformer(Flux2Config(**FLUX["FLUX.2 klein"])).channels
 
 
@@ -423,8 +406,8 @@ def test_masks_hide_text(name: str) -> None:
         ),
     )
     short = Conditioning(cond.tokens[:, :4], vector=cond.vector, references=cond.references)
-    close(y[1], network(x, T, short)[1])
-    close(y[0], network(x, T, cond)[0])
+    assert_close(y[1], network(x, T, short)[1])
+    assert_close(y[0], network(x, T, cond)[0])
     assert float((y - network(x, T, cond)).abs().max()) > 1e-3
 
 
@@ -472,7 +455,7 @@ def test_prepared_for_inference(name: str) -> None:
     network = ours(name)
     x, cond = asked(network, (6, 8))
     assert can_prepack(network)
-    close(prepack(network)(x, T, cond), network(x, T, cond), 1e-5)
+    assert_close(prepack(network)(x, T, cond), network(x, T, cond), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["FLUX.1 dev", "FLUX.2 dev"])
@@ -504,7 +487,7 @@ def test_every_weight_gets_a_gradient(name: str) -> None:
     y = network(x, T, cond)
     y.square().mean().backward()
     with torch.inference_mode():
-        close(network(x, T, cond), y.detach())
+        assert_close(network(x, T, cond), y.detach())
     none = [
         k
         for k, p in network.named_parameters()
@@ -553,7 +536,7 @@ def test_exported() -> None:
     _flux_base._cached_rope.cache_clear()
     with torch.no_grad():
         program = torch.export.export(Bare(), given, strict=False)
-        close(program.module()(*given), network(x, T, cond))
+        assert_close(program.module()(*given), network(x, T, cond))
 
 
 COMPILED = """
@@ -578,8 +561,7 @@ def test_one_graph_for_compilers() -> None:
     """In a process of its own: the compiler cannot look through the checks of types and shapes that
     tests run with.
     """
-    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_python("-c", COMPILED)
 
 
 # ---- what is refused -----------------------------------------------------------------------------

@@ -8,10 +8,8 @@ in [0, 1]. What we save opens in diffusers with the same tensors under the same 
 
 import json
 import math
-import runpy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -20,6 +18,17 @@ import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 
+from helpers import text_encoders
+from helpers.models import random_network
+from helpers.pipelines import (
+    assert_same_images,
+    open_pipeline,
+    pipeline_images,
+    quiet,
+    save_pipelines,
+    smooth_image,
+    vae_blocks,
+)
 from sfumato.diffuse.schedule_transforms import flux2_shift
 from sfumato.errors import UserError
 from sfumato.images import to_pil
@@ -27,14 +36,10 @@ from sfumato.loading import load
 from sfumato.sampling import Request
 from sfumato.tasks.edit import edit
 
-text: Any = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_text.py"))
-)
 KINDS = {"dev": "Flux2Pipeline", "klein": "Flux2KleinPipeline", "distilled": "Flux2KleinPipeline"}
 PARTS = ("transformer", "vae", "text_encoder")
 PROMPTS = ["a red cat", "two dogs, 3 cats"]
 SIZES = [(32, 48), (64, 32)]
-CLOSE = 1e-4
 
 
 @cache
@@ -42,18 +47,13 @@ def autoencoder() -> Any:
     """Eight channels at an eighth of the sides, packed to 32 at a sixteenth; statistics that are
     not 0 and 1.
     """
-    blocks = {
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "norm_num_groups": 4,
-    }
-    vae = text.drawn(
+    vae = random_network(
         lambda: diffusers.AutoencoderKLFlux2(
             block_out_channels=(4, 4, 8, 8),
             latent_channels=8,
             layers_per_block=1,
             sample_size=64,
-            **blocks,
+            **vae_blocks(4),
         ),
         2,
     )
@@ -72,7 +72,7 @@ def theirs(kind: str, scratch: Path) -> Any:
         "timestep_guidance_channels": 32,
     }
     width = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 36}
-    network = text.drawn(
+    network = random_network(
         lambda: diffusers.Flux2Transformer2DModel(
             **numbers, **width, guidance_embeds=kind == "dev"
         ),
@@ -81,7 +81,7 @@ def theirs(kind: str, scratch: Path) -> Any:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
         num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=True
     )
-    parts = text.parts("flux2_dev" if kind == "dev" else "flux2_klein", scratch)
+    parts = text_encoders.parts("flux2_dev" if kind == "dev" else "flux2_klein", scratch)
     more = {"is_distilled": kind == "distilled"} if kind != "dev" else {}
     return quiet(
         getattr(diffusers, KINDS[kind])(
@@ -90,44 +90,23 @@ def theirs(kind: str, scratch: Path) -> Any:
     )
 
 
-def quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {kind: tmp_path_factory.mktemp("flux2") / kind for kind in KINDS}
-    for kind, folder in found.items():
-        theirs(kind, tmp_path_factory.mktemp("scratch")).save_pretrained(folder)
-    return found
+    return save_pipelines(
+        lambda kind: theirs(kind, tmp_path_factory.mktemp("scratch")), KINDS, tmp_path_factory
+    )
 
 
-def opened(folder: Path) -> Any:
-    return quiet(diffusers.DiffusionPipeline.from_pretrained(folder))
+compare = partial(assert_same_images, tolerance=1e-4, contrast=0.02)
 
 
 def pictures(pipe: Any, count: int = 2, **asked: Any) -> Tensor:
-    """Of seeds 0, 1 ..., as ours."""
-    generators = [torch.Generator().manual_seed(k) for k in range(count)]
-    found = pipe(
-        generator=generators, output_type="np", **({"prompt": PROMPTS[:count]} | asked)
-    ).images
-    return torch.from_numpy(found).permute(0, 3, 1, 2)
+    return pipeline_images(pipe, n=count, **({"prompt": PROMPTS[:count]} | asked))
 
 
 def photo(seed: int = 5, height: int = 64, width: int = 96) -> Any:
-    """A picture of something smooth; diffusers takes none below 64 pixels."""
-    rough = torch.rand(1, 3, 4, 6, generator=torch.Generator().manual_seed(seed))
-    return to_pil(
-        torch.nn.functional.interpolate(rough, (height, width), mode="bicubic").clamp(0, 1) * 2 - 1
-    )[0]
-
-
-def compare(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape
-    assert expected.std() > 0.02, "pictures in which something can be seen"
-    assert (found - expected).abs().max() < CLOSE, float((found - expected).abs().max())
+    """A smooth PIL image; diffusers takes none below 64 pixels."""
+    return to_pil(smooth_image(seed, height, width) * 2 - 1)[0]
 
 
 # ---- times ---------------------------------------------------------------------------------------
@@ -194,7 +173,7 @@ def test_defaults(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", SIZES)
 def test_text_to_image(kind: str, size: tuple[int, int], folders: dict[str, Path]) -> None:
-    pipe, model = opened(folders[kind]), load(folders[kind])
+    pipe, model = open_pipeline(folders[kind]), load(folders[kind])
     asked: dict[str, Any] = {"height": size[0], "width": size[1]}
     compare(
         model.generate(PROMPTS, steps=3, output="tensor", **asked),
@@ -205,7 +184,7 @@ def test_text_to_image(kind: str, size: tuple[int, int], folders: dict[str, Path
 def test_strengths_of_guidance(folders: dict[str, Path]) -> None:
     asked: dict[str, Any] = {"height": 32, "width": 32}
     for kind, scale in (("dev", 1.5), ("klein", 2.0), ("klein", 1.0)):
-        pipe, model = opened(folders[kind]), load(folders[kind])
+        pipe, model = open_pipeline(folders[kind]), load(folders[kind])
         expected = pictures(pipe, num_inference_steps=2, guidance_scale=scale, **asked)
         compare(
             model.generate(PROMPTS, steps=2, guidance=scale, output="tensor", **asked), expected
@@ -216,7 +195,7 @@ def test_strengths_of_guidance(folders: dict[str, Path]) -> None:
 
 
 def test_another_negative_prompt(folders: dict[str, Path]) -> None:
-    pipe, model = opened(folders["klein"]), load(folders["klein"])
+    pipe, model = open_pipeline(folders["klein"]), load(folders["klein"])
     asked: dict[str, Any] = {"height": 32, "width": 32}
     tokens, _ = pipe.encode_prompt(["a dog"] * 2)
     expected = pictures(pipe, num_inference_steps=2, negative_prompt_embeds=tokens, **asked)
@@ -240,7 +219,7 @@ def test_streamed(kind: str, folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize("count", [1, 2])
 def test_pictures_that_are_read(kind: str, count: int, folders: dict[str, Path]) -> None:
     """One picture and two, of another size than what is drawn."""
-    pipe, model = opened(folders[kind]), load(folders[kind])
+    pipe, model = open_pipeline(folders[kind]), load(folders[kind])
     read = [photo(5), photo(6, 80, 64)][:count]
     asked: dict[str, Any] = {"height": 48, "width": 32}
     expected = pictures(pipe, image=list(read), num_inference_steps=2, **asked)
@@ -255,7 +234,7 @@ def test_pictures_that_are_read(kind: str, count: int, folders: dict[str, Path])
 
 def test_a_picture_that_is_not_of_whole_tokens(folders: dict[str, Path]) -> None:
     """What is too much at the sides is left out; what is drawn has the size that is left."""
-    pipe, model = opened(folders["distilled"]), load(folders["distilled"])
+    pipe, model = open_pipeline(folders["distilled"]), load(folders["distilled"])
     read = photo(7, 75, 109)
     expected = pictures(pipe, image=read, num_inference_steps=2)
     assert expected.shape[2:] == (64, 96)
@@ -293,7 +272,11 @@ def test_what_we_save(kind: str, folders: dict[str, Path], tmp_path: Path) -> No
     """The same class, the same tensors under the same names, and the same pictures."""
     model = load(folders[kind])
     model.save(tmp_path / "ours")
-    again, pipe, before = load(tmp_path / "ours"), opened(tmp_path / "ours"), opened(folders[kind])
+    again, pipe, before = (
+        load(tmp_path / "ours"),
+        open_pipeline(tmp_path / "ours"),
+        open_pipeline(folders[kind]),
+    )
     assert (
         type(pipe).__name__ == KINDS[kind]
         and again.hash == model.hash

@@ -7,9 +7,8 @@ save opens in diffusers with the same tensors under the same names.
 """
 
 import json
-import runpy
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +19,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from helpers import text_encoders
+from helpers.models import random_network
+from helpers.pipelines import (
+    assert_same_images,
+    open_pipeline,
+    pipeline_images,
+    quiet,
+    save_pipelines,
+    smooth_image,
+    vae_blocks,
+)
 from sfumato.cli import main
 from sfumato.errors import UserError
 from sfumato.images import to_pil
@@ -32,9 +42,6 @@ from sfumato.tasks.image_to_image import image_to_image
 from sfumato.tasks.inpaint import inpaint
 from sfumato.tasks.variations import variations
 
-text: Any = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_text.py"))
-)
 # by channels beside the latent's and whether guidance is embedded: the pipeline that is saved
 NAMES = {
     "dev": ("FluxPipeline", 0, True),
@@ -46,7 +53,6 @@ NAMES = {
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 PROMPTS = ["a red cat", "two dogs, 3 cats"]
 SIZE = {"height": 32, "width": 48}
-CLOSE = 1e-4
 FEW: dict[str, Any] = {"max_sequence_length": 256}
 """What schnell was trained with; diffusers' pipelines have to be told."""
 
@@ -56,11 +62,6 @@ def parts() -> dict[str, Any]:
     """Text encoders and the autoencoder, which all kinds share: sixteen channels at an eighth of
     the sides, as the published.
     """
-    blocks = {
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "norm_num_groups": 4,
-    }
     numbers = {
         "scaling_factor": 0.3611,
         "shift_factor": 0.1159,
@@ -68,9 +69,13 @@ def parts() -> dict[str, Any]:
         "use_post_quant_conv": False,
         "layers_per_block": 1,
     }
-    vae = text.drawn(
+    vae = random_network(
         lambda: diffusers.AutoencoderKL(
-            block_out_channels=(4, 4, 8, 8), latent_channels=16, sample_size=64, **blocks, **numbers
+            block_out_channels=(4, 4, 8, 8),
+            latent_channels=16,
+            sample_size=64,
+            **vae_blocks(4),
+            **numbers,
         ),
         2,
     )
@@ -92,7 +97,7 @@ def theirs(kind: str, scratch: Path) -> Any:
         "joint_attention_dim": 48,
         "pooled_projection_dim": 16,
     }
-    network = text.drawn(
+    network = random_network(
         lambda: diffusers.FluxTransformer2DModel(**numbers, **width, guidance_embeds=guided), 1
     )
     moved = (
@@ -103,40 +108,27 @@ def theirs(kind: str, scratch: Path) -> Any:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, **moved)
     return quiet(
         getattr(diffusers, name)(
-            **text.parts("flux", scratch), **parts(), transformer=network, scheduler=scheduler
+            **text_encoders.parts("flux", scratch),
+            **parts(),
+            transformer=network,
+            scheduler=scheduler,
         )
     )
 
 
-def quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {kind: tmp_path_factory.mktemp("flux") / kind for kind in NAMES}
-    for kind, folder in found.items():
-        theirs(kind, tmp_path_factory.mktemp("scratch")).save_pretrained(folder)
-    return found
-
-
-def as_tensor(pictures: Any) -> Tensor:
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
-
-
-def pictures(pipe: Any, count: int = 2, **asked: Any) -> Tensor:
-    """Of seeds 0, 1 ..., as ours."""
-    generators = [torch.Generator().manual_seed(k) for k in range(count)]
-    return as_tensor(
-        pipe(generator=generators, output_type="np", **({"prompt": PROMPTS[:count]} | asked)).images
+    return save_pipelines(
+        lambda kind: theirs(kind, tmp_path_factory.mktemp("scratch")), NAMES, tmp_path_factory
     )
 
 
-def photo(seed: int = 5, height: int = SIZE["height"], width: int = SIZE["width"]) -> Tensor:
-    """Pixels in [0, 1] of something smooth: (1, 3, height, width)."""
-    rough = torch.rand(1, 3, 4, 6, generator=torch.Generator().manual_seed(seed))
-    return torch.nn.functional.interpolate(rough, (height, width), mode="bicubic").clamp(0, 1)
+photo = partial(smooth_image, **SIZE)
+compare = partial(assert_same_images, tolerance=1e-4, contrast=0.02)
+
+
+def pictures(pipe: Any, count: int = 2, **asked: Any) -> Tensor:
+    return pipeline_images(pipe, n=count, **({"prompt": PROMPTS[:count]} | asked))
 
 
 def twice(picture: Tensor) -> Tensor:
@@ -151,17 +143,6 @@ def hole() -> Tensor:
     mask = torch.zeros(1, 1, SIZE["height"], SIZE["width"])
     mask[:, :, 8:24, 16:40] = 1
     return mask
-
-
-def compare(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape
-    assert expected.std() > 0.02, "pictures in which something can be seen"
-    assert (found - expected).abs().max() < CLOSE, float((found - expected).abs().max())
-
-
-def opened(folder: Path, name: str | None = None) -> Any:
-    kind = diffusers.DiffusionPipeline if name is None else getattr(diffusers, name)
-    return quiet(kind.from_pretrained(folder))
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -193,7 +174,9 @@ def test_convert_keeps_the_pipeline(
         ), capsys.readouterr().err
         for model in (load(file), load(folder)):
             assert (model.hash, model.defaults) == (wanted.hash, wanted.defaults), (kind, source)
-        assert read_index(folder) == index and type(opened(folder)).__name__ == NAMES[kind][0]
+        assert (
+            read_index(folder) == index and type(open_pipeline(folder)).__name__ == NAMES[kind][0]
+        )
 
 
 # ---- text to image -------------------------------------------------------------------------------
@@ -218,7 +201,7 @@ def test_defaults(kind: str, steps: int, folders: dict[str, Path], tmp_path: Pat
 @pytest.mark.parametrize("kind", ["dev", "schnell"])
 @pytest.mark.parametrize("size", [(32, 48), (64, 32)])
 def test_text_to_image(kind: str, size: tuple[int, int], folders: dict[str, Path]) -> None:
-    pipe, model = opened(folders[kind]), load(folders[kind])
+    pipe, model = open_pipeline(folders[kind]), load(folders[kind])
     asked: dict[str, Any] = {"height": size[0], "width": size[1]}
     theirs = asked | (FEW if kind == "schnell" else {})
     compare(
@@ -235,7 +218,7 @@ def test_learned_guidance_and_a_second_pass(folders: dict[str, Path]) -> None:
     """A bare number is what the network is told; with `distilled_guidance` beside it, it is the
     scale of two passes (their true CFG).
     """
-    pipe, model = opened(folders["dev"]), load(folders["dev"])
+    pipe, model = open_pipeline(folders["dev"]), load(folders["dev"])
     plain = pictures(pipe, num_inference_steps=3, guidance_scale=7.0, **SIZE)
     compare(model.generate(PROMPTS, steps=3, guidance=7.0, output="tensor", **SIZE), plain)
     compare(
@@ -259,7 +242,7 @@ def test_learned_guidance_and_a_second_pass(folders: dict[str, Path]) -> None:
 
 
 def test_schnell_by_two_passes(folders: dict[str, Path]) -> None:
-    pipe, model = opened(folders["schnell"]), load(folders["schnell"])
+    pipe, model = open_pipeline(folders["schnell"]), load(folders["schnell"])
     words: dict[str, Any] = {"negative_prompt": ["ugly", "a dog"]}
     twice = pictures(pipe, num_inference_steps=2, true_cfg_scale=3.0, **words, **FEW, **SIZE)
     compare(model.generate(PROMPTS, steps=2, guidance=3.0, output="tensor", **words, **SIZE), twice)
@@ -269,7 +252,7 @@ def test_schnell_by_two_passes(folders: dict[str, Path]) -> None:
 
 def test_a_second_prompt(folders: dict[str, Path]) -> None:
     """T5 reads the second, CLIP the first."""
-    pipe, model = opened(folders["dev"]), load(folders["dev"])
+    pipe, model = open_pipeline(folders["dev"]), load(folders["dev"])
     expected = pictures(pipe, num_inference_steps=2, prompt_2=["the mat"] * 2, **SIZE)
     compare(
         model.run(Request(PROMPTS, steps=2, prompt_2="the mat", **SIZE), output="tensor"), expected
@@ -304,7 +287,7 @@ def test_image_to_image(kind: str, strength: float, ours: float, folders: dict[s
     """Where the strength is no whole number of steps we round down, and they up: 0.6 of four are
     three.
     """
-    pipe, model = opened(folders[kind], "FluxImg2ImgPipeline"), load(folders[kind])
+    pipe, model = open_pipeline(folders[kind], "FluxImg2ImgPipeline"), load(folders[kind])
     asked = SIZE | (FEW if kind == "schnell" else {})
     expected = pictures(
         pipe,
@@ -326,7 +309,7 @@ def test_image_to_image(kind: str, strength: float, ours: float, folders: dict[s
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_inpainting_with_an_ordinary_model(strength: float, folders: dict[str, Path]) -> None:
-    pipe, model = opened(folders["dev"], "FluxInpaintPipeline"), load(folders["dev"])
+    pipe, model = open_pipeline(folders["dev"], "FluxInpaintPipeline"), load(folders["dev"])
     asked: dict[str, Any] = {
         "image": twice(photo()),
         "mask_image": twice(hole()),
@@ -360,7 +343,7 @@ def fill(model: LatentDiffusion, request: Request, **options: Any) -> Tensor:
 
 def test_fill(folders: dict[str, Path]) -> None:
     """The mask by pixels: one that is not of whole cells."""
-    pipe, model = opened(folders["fill"]), load(folders["fill"])
+    pipe, model = open_pipeline(folders["fill"]), load(folders["fill"])
     mask = hole()
     mask[:, :, 3:9, 5:11] = 1
     asked: dict[str, Any] = {"image": twice(photo()), "mask_image": twice(mask)}
@@ -401,7 +384,7 @@ def settled(pipe: Any) -> Any:
 
 
 def test_control(folders: dict[str, Path]) -> None:
-    pipe, model = opened(folders["control"]), load(folders["control"])
+    pipe, model = open_pipeline(folders["control"]), load(folders["control"])
     expected = pictures(
         pipe, control_image=photo() * 2 - 1, guidance_scale=10.0, num_inference_steps=3, **SIZE
     )
@@ -423,7 +406,7 @@ def test_kontext(size: tuple[int, int], folders: dict[str, Path]) -> None:
     """A picture for both images, of another size than what is drawn; a picture for each; two
     passes; no picture.
     """
-    pipe, model = opened(folders["kontext"]), load(folders["kontext"])
+    pipe, model = open_pipeline(folders["kontext"]), load(folders["kontext"])
     asked: dict[str, Any] = {"height": size[0], "width": size[1]}
     given: dict[str, Any] = {
         "image": photo(),
@@ -519,7 +502,11 @@ def test_what_we_save(kind: str, folders: dict[str, Path], tmp_path: Path) -> No
     """
     model = load(folders[kind])
     model.save(tmp_path / "ours")
-    again, pipe, before = load(tmp_path / "ours"), opened(tmp_path / "ours"), opened(folders[kind])
+    again, pipe, before = (
+        load(tmp_path / "ours"),
+        open_pipeline(tmp_path / "ours"),
+        open_pipeline(folders[kind]),
+    )
     assert (
         type(pipe).__name__ == NAMES[kind][0]
         and again.hash == model.hash

@@ -16,6 +16,8 @@ from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
 from diffusers.models.attention_processor import PAGIdentitySelfAttnProcessor2_0
 from torch import Tensor
 
+from helpers.models import randomised
+from helpers.tensors import normal
 from sfumato.predict.guidance.guide import Moment
 from sfumato.predict.guidance_models._layer_replacement import replace_layers
 from sfumato.predict.guidance_models.perturbed_attention import self_attentions
@@ -26,10 +28,6 @@ from sfumato.types import Conditioning, Prediction
 
 POINT = (0.6, 0.4)
 SCALES = pytest.mark.parametrize("w", [0.0, 1.5, 7.5])
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def predictions(count: int, seed: int = 0) -> tuple[Tensor, list[Prediction]]:
@@ -160,13 +158,10 @@ SELF |= {"mid_block_type": "UNetMidBlock2D"}
 
 
 def unets(values: dict[str, Any]) -> tuple[UNet, Any]:
-    theirs = diffusers.UNet2DConditionModel(**values)
-    with torch.no_grad():
-        for k, parameter in enumerate(theirs.parameters()):
-            parameter.add_(0.1 * normal(*parameter.shape, seed=k))
+    theirs = randomised(diffusers.UNet2DConditionModel(**values))
     ours = UNet(UNetConfig(**values))
     ours.load_state_dict(theirs.state_dict())
-    return ours.eval(), theirs.eval()
+    return ours.eval(), theirs
 
 
 @pytest.mark.parametrize(

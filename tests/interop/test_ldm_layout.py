@@ -3,11 +3,6 @@ transformer written out here from the papers (arXiv:2112.10752, appendix G; pre-
 under the original names, and diffusers' networks with the same weights.
 """
 
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-
 import diffusers
 import pytest
 import torch
@@ -18,14 +13,12 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
 )
 from torch import Tensor
 
+import helpers.single_files as single
+from helpers.tensors import relative_error
 from sfumato.checkpoints.checkpoint import Checkpoint
 from sfumato.checkpoints.families import by_name
 from sfumato.checkpoints.lazy_tensor import load_tensors
 from sfumato.checkpoints.shapes import Shapes
-
-single: Any = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_single_files.py"))
-)
 
 
 class Names:
@@ -134,10 +127,6 @@ class Names:
         return self.layer_norm("norm", x)
 
 
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
-
-
 def kinds(attends: list[bool]) -> dict[str, list[str]]:
     down = ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends]
     return {
@@ -172,17 +161,20 @@ def test_autoencoders(attends: list[bool]) -> None:
             single.join(single.gather({"vae": single.part(dict(vq.config), vq.state_dict())}, {}))
         )
         z = names.encoder(image, len(widths), 1)
-        assert relative(z, vq.encode(image).latents) < 1e-5
+        assert relative_error(z, vq.encode(image).latents) < 1e-5
         codes = names.nearest(z)
         assert len(torch.unique(codes.flatten(2)[0].T, dim=0)) > 3
-        assert relative(names.decoder(codes, len(widths), 1), vq(image).sample) < 1e-5
+        assert relative_error(names.decoder(codes, len(widths), 1), vq(image).sample) < 1e-5
         assert names.taken == names.tensors.keys()
         names = Names(
             single.join(single.gather({"vae": single.part(dict(kl.config), kl.state_dict())}, {}))
         )
         z = names.encoder(image, len(widths), 1)
-        assert relative(z, kl.encode(image).latent_dist.parameters) < 1e-5
-        assert relative(names.decoder(z[:, :4], len(widths), 1), kl.decode(z[:, :4]).sample) < 1e-5
+        assert relative_error(z, kl.encode(image).latent_dist.parameters) < 1e-5
+        assert (
+            relative_error(names.decoder(z[:, :4], len(widths), 1), kl.decode(z[:, :4]).sample)
+            < 1e-5
+        )
         assert names.taken == names.tensors.keys()
 
 
@@ -208,7 +200,7 @@ def test_text_transformer() -> None:
         )
         names = Names({k.removeprefix(prefix): v for k, v in tensors.items()})
         tokens = torch.randint(0, 30, (2, 7))
-        assert relative(names.bert(tokens, 3, 8), network(tokens)[0]) < 1e-5
+        assert relative_error(names.bert(tokens, 3, 8), network(tokens)[0]) < 1e-5
     assert names.taken | {"to_logits.weight", "to_logits.bias"} == names.tensors.keys()
     found = (
         by_name("ldm-text")

@@ -8,10 +8,8 @@ arXiv:2006.11239; Dhariwal & Nichol 2021, arXiv:2105.05233) under the original n
 
 import json
 import math
-import runpy
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -29,6 +27,11 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import helpers.single_files as single
+from helpers import ldm_conditioners
+from helpers.models import randomised
+from helpers.pipelines import open_pipeline, pipeline_images, quiet, vae_blocks
+from helpers.tensors import relative_error
 from sfumato.checkpoints.checkpoint import ReadOptions
 from sfumato.checkpoints.families._unet_map import unet_map
 from sfumato.checkpoints.families.ldm_yaml import from_yaml
@@ -50,12 +53,6 @@ from sfumato.predict.text_encoders.bert import build_bert
 from sfumato.sampling import Defaults
 from sfumato.types import Conditioning
 
-ldm: Any = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_ldm.py"))
-)
-single: Any = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_single_files.py"))
-)
 BETAS = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.0015,
@@ -99,23 +96,13 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def relative(a: Tensor, b: Tensor) -> float:
-    assert a.shape == b.shape
-    return float((a - b).abs().max() / b.abs().max())
-
-
-def quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 # ---- networks ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unet_without_tokens(kind: str, tmp_path: Path) -> None:
     """The same folder, the same numbers, ours from theirs and theirs from ours."""
-    theirs = ldm.randomised(diffusers.UNet2DModel(**{**SMALL, **KINDS[kind]}), 1)
+    theirs = randomised(diffusers.UNet2DModel(**{**SMALL, **KINDS[kind]}), 1)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_part(tmp_path / "theirs", "UNet2DModel")
     assert isinstance(ours, UNet)
@@ -129,8 +116,8 @@ def test_unet_without_tokens(kind: str, tmp_path: Path) -> None:
         with torch.no_grad():
             expected = theirs(x, t).sample
             # where weights lie in memory decides how sums are rounded
-            assert relative(again(x, t).sample, expected) < 1e-6
-        assert relative(ours(x, t, Conditioning()), expected) < 1e-5
+            assert relative_error(again(x, t).sample, expected) < 1e-6
+        assert relative_error(ours(x, t, Conditioning()), expected) < 1e-5
 
 
 def test_every_default_is_theirs() -> None:
@@ -200,13 +187,13 @@ def test_steps_by_residual_blocks_with_tokens() -> None:
         "layers_per_block": 1,
     }
     shape |= {"up_block_types": ("CrossAttnUpBlock2D", "ResnetUpsampleBlock2D")}
-    theirs = ldm.randomised(diffusers.UNet2DConditionModel(**shape), 1)
+    theirs = randomised(diffusers.UNet2DConditionModel(**shape), 1)
     ours = UNet(UNetConfig(**shape)).eval()
     ours.load_state_dict(theirs.state_dict())
     x, tokens = torch.randn(2, 3, 8, 8), torch.randn(2, 5, 6)
     with torch.no_grad():
         assert (
-            relative(
+            relative_error(
                 ours(x, torch.full((2,), 7.0), Conditioning(tokens)), theirs(x, 7, tokens).sample
             )
             < 1e-5
@@ -215,7 +202,7 @@ def test_steps_by_residual_blocks_with_tokens() -> None:
 
 @pytest.mark.invariance
 def test_rows_do_not_depend_on_the_batch() -> None:
-    network = ldm.randomised(UNet(UNet2DConfig(**{**SMALL, **KINDS["churches"]})), 1)
+    network = randomised(UNet(UNet2DConfig(**{**SMALL, **KINDS["churches"]})), 1)
     x, t = torch.randn(5, 3, 8, 8), torch.full((5,), 500.0)
     with torch.inference_mode():
         whole = network(x, t, Conditioning())
@@ -234,7 +221,7 @@ def test_text_transformer() -> None:
         "d_model": 24,
     }
     config = LDMBertConfig(**small)
-    theirs = ldm.randomised(LDMBertModel(config), 1)
+    theirs = randomised(LDMBertModel(config), 1)
     ours = build_bert(
         config.to_diff_dict(),
         theirs.state_dict(),
@@ -244,8 +231,8 @@ def test_text_transformer() -> None:
     )
     tokens = torch.randint(0, 40, (2, 77))
     with torch.no_grad():
-        assert relative(ours(tokens), theirs(tokens)[0]) < 1e-5
-        assert relative(ours(tokens[:, :9]), theirs(tokens[:, :9])[0]) < 1e-5
+        assert relative_error(ours(tokens), theirs(tokens)[0]) < 1e-5
+        assert relative_error(ours(tokens[:, :9]), theirs(tokens[:, :9])[0]) < 1e-5
     for field, value in (
         ("activation_function", "relu"),
         ("scale_embedding", True),
@@ -477,11 +464,11 @@ def unconditional(name: str, levels: int = 3) -> LatentDiffusion:
             scaling_factor=1.0,
         )
     )
-    network = ldm.randomised(UNet(config_of(name)), 1)
+    network = randomised(UNet(config_of(name)), 1)
     process = Process(schedule("scaled_linear", start=0.0015, end=0.0195), parameterization("eps"))
     defaults = Defaults(steps=4, guidance=1.0, spacing=LEADING)
     return LatentDiffusion(
-        ldm.randomised(autoencoder, 2), Denoiser(network, process), conditioner, defaults
+        randomised(autoencoder, 2), Denoiser(network, process), conditioner, defaults
     )
 
 
@@ -495,14 +482,14 @@ def ldm_nothing() -> Any:
 @pytest.mark.parametrize("new_order", [False, True])
 def test_original_layout_without_tokens(name: str, new_order: bool) -> None:
     config, given = config_of(name), PUBLISHED[name][0]
-    network = ldm.randomised(UNet(config), 1)
+    network = randomised(UNet(config), 1)
     tensors = load_tensors(
         store_all(unet_map(config.to_dict(), new_order), from_tensors(network.state_dict()))
     )
     original = Original(tensors, given.get("num_heads"), given.get("num_head_channels"), new_order)
     x, t = torch.randn(2, 3, 8, 16), torch.tensor([981.0, 7.0])
     with torch.no_grad():
-        assert relative(network(x, t, Conditioning()), original.run(x, t)) < 1e-5
+        assert relative_error(network(x, t, Conditioning()), original.run(x, t)) < 1e-5
     assert original.taken == tensors.keys()
     file = {f"model.diffusion_model.{k}": v for k, v in tensors.items()}
     said = from_yaml(yaml_of(name, 3, use_new_attention_order=new_order))
@@ -543,19 +530,14 @@ def ddim(**fields: Any) -> Any:
 
 
 def vq(levels: int = 2, **fields: Any) -> Any:
-    blocks = {
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-    }
     shape = {
+        **vae_blocks(levels),
         "block_out_channels": (8,) * levels,
-        "norm_num_groups": 4,
         "num_vq_embeddings": 40,
         "latent_channels": 3,
-        **blocks,
         **fields,
     }
-    found = ldm.randomised(diffusers.VQModel(**shape), 2)
+    found = randomised(diffusers.VQModel(**shape), 2)
     found.quantize.embedding.weight.copy_(
         torch.randn(40, 3, generator=torch.Generator().manual_seed(5))
     )
@@ -563,17 +545,15 @@ def vq(levels: int = 2, **fields: Any) -> Any:
 
 
 def their_unconditional(**fields: Any) -> Any:
-    unet = ldm.randomised(diffusers.UNet2DModel(**{**SMALL, **fields}), 1)
+    unet = randomised(diffusers.UNet2DModel(**{**SMALL, **fields}), 1)
     return quiet(LDMPipeline(vqvae=vq(scaling_factor=1.0), unet=unet, scheduler=ddim()))
 
 
-def drawn(pipe: Any, *prompts: list[str], n: int = 2, **asked: Any) -> Tensor:
-    """(n, 3, H, W) in [0, 1]; image k from seed k."""
-    generators = [torch.Generator().manual_seed(k) for k in range(n)]
-    found = pipe(*prompts, generator=generators, output_type="np", num_inference_steps=5, **asked)
-    pictures = torch.from_numpy(found.images).permute(0, 3, 1, 2)
-    assert pictures.std() > 0.02, "a picture in which something can be seen"
-    return pictures
+def drawn(pipe: Any, *prompts: list[str], **options: Any) -> Tensor:
+    """Two images in five steps."""
+    images = pipeline_images(pipe, *prompts, n=2, num_inference_steps=5, **options)
+    assert images.std() > 0.02, "images in which something can be seen"
+    return images
 
 
 def compare(found: Tensor, expected: Tensor) -> None:
@@ -596,7 +576,7 @@ def test_unconditional_pictures(kind: str, tmp_path: Path) -> None:
     assert again.hash == ours.hash and again.defaults == ours.defaults
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipe = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours"))
+        pipe = open_pipeline(tmp_path / "ours")
     assert isinstance(pipe, LDMPipeline)
     compare(drawn(pipe, batch_size=2), expected)
     with pytest.raises(UserError, match="this model is unconditional"):
@@ -664,27 +644,29 @@ TEXT_UNET = {
 
 def their_text_model(**wide: Any) -> Any:
     """Latents of one eighth, as the pipeline takes for granted."""
-    config = ldm.bert_config(**wide.get("bert", {}))
+    config = ldm_conditioners.bert_config(**wide.get("bert", {}))
     bert = LDMBertModel(
         LDMBertConfig(**{k: getattr(config, k) for k in config.__dataclass_fields__})
     )
     unet = diffusers.UNet2DConditionModel(**{**TEXT_UNET, **wide.get("unet", {})})
-    blocks = {
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "latent_channels": 4,
-    }
     vae = diffusers.AutoencoderKL(
-        **{"block_out_channels": (8,) * 4, "norm_num_groups": 4, **blocks, **wide.get("vae", {})}
+        **{
+            **vae_blocks(4),
+            "block_out_channels": (8,) * 4,
+            "latent_channels": 4,
+            **wide.get("vae", {}),
+        }
     )
     parts = {
-        "bert": ldm.randomised(bert, 1),
-        "unet": ldm.randomised(unet, 3),
-        "vqvae": ldm.randomised(vae, 2),
+        "bert": randomised(bert, 1),
+        "unet": randomised(unet, 3),
+        "vqvae": randomised(vae, 2),
     }
     return quiet(
         LDMTextToImagePipeline(
-            **parts, tokenizer=ldm.tokenizer(), scheduler=ddim(beta_start=0.00085, beta_end=0.012)
+            **parts,
+            tokenizer=ldm_conditioners.tokenizer(),
+            scheduler=ddim(beta_start=0.00085, beta_end=0.012),
         )
     )
 
@@ -701,7 +683,7 @@ def test_text_to_image_pictures(tmp_path: Path) -> None:
     ours.save(tmp_path / "ours")
     again = load(tmp_path / "ours")
     assert again.hash == ours.hash and again.defaults == ours.defaults
-    pipe = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours"))
+    pipe = open_pipeline(tmp_path / "ours")
     assert isinstance(pipe, LDMTextToImagePipeline)
     for guidance, height in ((1.0, 32), (5.0, 32), (3.0, 64)):
         asked: dict[str, Any] = {"height": height, "width": 32}
@@ -789,7 +771,7 @@ def test_unconditional_single_files(name: str, tmp_path: Path) -> None:
     kind = json.loads((tmp_path / "folder" / "model_index.json").read_text())
     if name == "ffhq":
         assert kind["_class_name"] == "LDMPipeline" and kind["unet"] == ["diffusers", "UNet2DModel"]
-        expected = drawn(quiet(LDMPipeline.from_pretrained(tmp_path / "folder")), batch_size=2)
+        expected = drawn(open_pipeline(tmp_path / "folder", "LDMPipeline"), batch_size=2)
         compare(load(tmp_path / "folder").generate(n=2, steps=5, output="tensor"), expected)
     else:  # 8 heads at every width: diffusers' class has no field for it, and would pass over ours
         assert kind["_class_name"] == "LatentDiffusion" and kind["unet"] == [
@@ -829,12 +811,12 @@ def class_conditional(rows: int = 5, **fields: Any) -> LatentDiffusion:
             scaling_factor=1.0,
         )
     )
-    network = ldm.randomised(UNet(UNetConfig(**{**CLASS_UNET, "attention_head_dim": 1})), 1)
+    network = randomised(UNet(UNetConfig(**{**CLASS_UNET, "attention_head_dim": 1})), 1)
     process = Process(schedule("scaled_linear", start=0.0015, end=0.0195), parameterization("eps"))
-    conditioner = ldm.class_embedding(rows, **fields)
+    conditioner = ldm_conditioners.class_embedding(rows, **fields)
     defaults = Defaults(guidance=1.5, steps=50, spacing=LEADING)
     return LatentDiffusion(
-        ldm.randomised(autoencoder, 2), Denoiser(network, process), conditioner, defaults
+        randomised(autoencoder, 2), Denoiser(network, process), conditioner, defaults
     )
 
 
@@ -860,7 +842,7 @@ def test_class_conditional_models(tmp_path: Path, names: tuple[str, ...]) -> Non
     with torch.no_grad():
         for t in scheduler.timesteps:
             z = scheduler.step(guided(z, t[None].float()), t, z).prev_sample
-    assert relative(found, z) < 1e-4
+    assert relative_error(found, z) < 1e-4
     assert not torch.allclose(found, model.generate("1", guidance=3.0, **asked))
     if names:
         assert torch.equal(model.generate("sharks", guidance=3.0, **asked), found)

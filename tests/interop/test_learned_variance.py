@@ -2,7 +2,6 @@
 same network with the same noise.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import diffusers as _diffusers
@@ -10,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.models import random_network
+from helpers.schedulers import step_scheduler
+from helpers.tensors import noise_stream
 from sfumato.batching import drive
 from sfumato.checkpoints.schedulers.config import read_scheduler, write_scheduler
 from sfumato.diffuse.run import sampler_coroutine
@@ -43,37 +45,25 @@ LEADING, LINSPACE, TRAILING = (
 )
 
 
-def draws() -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    while True:
-        yield torch.randn(SHAPE, generator=generator)
-
-
 @pytest.fixture(scope="module")
 def network() -> DiT:
     """Random, and with a variance that goes beyond its range in both directions, as nothing holds
     it there.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        net = DiT(CONFIG)
-        with torch.no_grad():
-            for parameter in net.parameters():
-                parameter.add_(0.15 * torch.randn_like(parameter))
-    return net.eval().requires_grad_(False)
+    return random_network(lambda: DiT(CONFIG), 1, 0.15)
 
 
 def theirs(scheduler: Any, network: DiT, start: Tensor, w: float) -> Tensor:
     """DiT's guided loop: the target is guided, the variance behind it is the condition's
     (forward_with_cfg of its code).
     """
-    x = start
-    for step in scheduler.timesteps:
-        t = step.float().expand(2)
+
+    def guided(x: Tensor, timestep: float) -> Tensor:
+        t = torch.full((2,), timestep)
         y, none = network(x, t, GIVEN), network(x, t, NONE)
-        guided = torch.cat([none[:, :4] + w * (y[:, :4] - none[:, :4]), y[:, 4:]], 1)
-        x = scheduler.step(guided, step, x).prev_sample
-    return x
+        return torch.cat([none[:, :4] + w * (y[:, :4] - none[:, :4]), y[:, 4:]], 1)
+
+    return step_scheduler(scheduler, guided, start)[-1]
 
 
 @pytest.mark.parametrize("w", [1.0, 2.5])
@@ -102,7 +92,7 @@ def test_the_same_run(
     recipe = read_scheduler(LEARNED | config, strict=True)
     assert recipe.sampler == "ddpm:variance=learned"
     (sampler, options), (spacing, spaced) = sampler_of(recipe.sampler), spacing_of(recipe.spacing)
-    process, noise = recipe.process, draws()
+    process, noise = recipe.process, noise_stream(*SHAPE, seed=5)
     times = timesteps(spacing, steps, process.schedule, **spaced)
     start = next(noise)
     ask = build(
@@ -115,7 +105,7 @@ def test_the_same_run(
             evaluate_calls,
         )
 
-    again = draws()
+    again = noise_stream(*SHAPE, seed=5)
     scheduler = diffusers.DDPMScheduler.from_config(LEARNED | config)
     monkeypatch.setattr(
         "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(again)
@@ -125,7 +115,7 @@ def test_the_same_run(
     assert ours is not None and float((ours - expected).norm() / expected.norm()) < 1e-4
     fixed, others = (
         diffusers.DDPMScheduler.from_config(LEARNED | config | {"variance_type": "fixed_small"}),
-        draws(),
+        noise_stream(*SHAPE, seed=5),
     )
     monkeypatch.setattr(
         "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(others)

@@ -1,14 +1,11 @@
 """Tasks beside diffusers' pipelines, to 1e-3 of white: the hand-over to a refiner, inpainting of
 SDXL and at full strength, two prompts.
 
-The small random models are those of `test_pipelines.py`, with SDXL's refiner and its inpainting
-model beside them.
+The small random models are those of `helpers.pipelines`.
 """
 
-import runpy
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -17,6 +14,20 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.pipelines import (
+    FAMILIES,
+    as_tensor,
+    assert_same_images,
+    open_pipeline,
+    pipeline_images,
+    published_schedulers,
+    rectangle_mask,
+    save_pipelines,
+    seeded_generators,
+    smooth_image,
+    tiny_pipeline,
+    without_prompt_weights,
+)
 from sfumato.cli import main
 from sfumato.errors import UserError
 from sfumato.images import read_parameters, to_pil
@@ -31,42 +42,16 @@ from sfumato.tasks.refine import handover, refine
 from sfumato.tasks.variations import variations, vary
 from sfumato.types import ImageSpec
 
-shared: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("test_pipelines.py"))))
-compare, picture, hole, opened, plain, their_pictures = (
-    getattr(shared, name)
-    for name in ("compare", "picture", "hole", "opened", "plain", "their_pictures")
+FAMILY_NAMES = (
+    "SD 1",
+    "SD 1 inpainting",
+    "SDXL",
+    "SDXL inpainting",
+    "refiner",
+    "InstructPix2Pix",
+    "x4 upscaler",
 )
-REFINER = {
-    "down_block_types": (
-        "DownBlock2D",
-        "CrossAttnDownBlock2D",
-        "CrossAttnDownBlock2D",
-        "DownBlock2D",
-    ),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (8, 8, 16, 16),
-    "transformer_layers_per_block": 2,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 10 + 5 * 8,
-    "attention_head_dim": (1, 1, 2, 2),
-    "use_linear_projection": True,
-}
-NAMES = {  # of test_pipelines' families, and two more: SDXL for inpainting, and its refiner
-    "SD 1": "StableDiffusionPipeline",
-    "SD 1 inpainting": "StableDiffusionInpaintPipeline",
-    "SDXL": "StableDiffusionXLPipeline",
-    "SDXL inpainting": "StableDiffusionXLInpaintPipeline",
-    "refiner": "StableDiffusionXLImg2ImgPipeline",
-    "InstructPix2Pix": "StableDiffusionInstructPix2PixPipeline",
-    "x4 upscaler": "StableDiffusionUpscalePipeline",
-}
-shared.FAMILIES["SDXL inpainting"] = (
-    NAMES["SDXL inpainting"],
-    {**shared.FAMILIES["SDXL"][1], "in_channels": 9},
-    *shared.FAMILIES["SDXL"][2:],
-)
-shared.FAMILIES["refiner"] = (NAMES["refiner"], REFINER, {}, "refiner")
+REFINER, BASE = FAMILIES["refiner"][0], FAMILIES["SDXL"][0]
 PROMPTS = ["a red cat", "a dog"]
 SCALE = 4.0
 REQUEST = Request(PROMPTS, steps=5, sampler="ddim", spacing="leading:offset=1", guidance=SCALE)
@@ -74,50 +59,11 @@ REQUEST = Request(PROMPTS, steps=5, sampler="ddim", spacing="leading:offset=1", 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
-    for family in NAMES:
-        found[family] = tmp_path_factory.mktemp("pipelines") / family.replace(" ", "_")
-        pipe = refiner() if family == "refiner" else shared.theirs(family)
-        pipe.save_pretrained(found[family])
-    return found
-
-
-def refiner() -> Any:
-    """A refiner with the base's autoencoder, as theirs."""
-    parts = shared.clip.parts("refiner")
-    base = shared.theirs("SDXL")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(4)
-        unet = diffusers.UNet2DConditionModel(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            cross_attention_dim=24,
-            **{**REFINER, **shared.NORMS},
-        )
-    parts |= {
-        "unet": shared.randomise(unet, 5),
-        "vae": base.vae,
-        "scheduler": base.scheduler,
-        "text_encoder": None,
-        "tokenizer": None,
-    }
-    pipe = diffusers.StableDiffusionXLImg2ImgPipeline(
-        **parts,
-        requires_aesthetics_score=True,
-        force_zeros_for_empty_prompt=True,
-        add_watermarker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return save_pipelines(tiny_pipeline, FAMILY_NAMES, tmp_path_factory)
 
 
 def ours(folder: Path) -> LatentDiffusion:
-    return plain(load(folder))
-
-
-def generators() -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(k) for k in range(len(PROMPTS))]
+    return without_prompt_weights(load(folder))
 
 
 # ---- base and refiner ----------------------------------------------------------------------------
@@ -128,10 +74,7 @@ def test_hand_over_to_a_refiner(
     at: float, steps: int, offset: int, folders: dict[str, Path]
 ) -> None:
     """Offset 0: a timestep lies on the border, 200 of 1000, and is the base's."""
-    base, second = (
-        opened(folders["SDXL"], "StableDiffusionXLPipeline"),
-        opened(folders["refiner"], NAMES["refiner"]),
-    )
+    base, second = open_pipeline(folders["SDXL"], BASE), open_pipeline(folders["refiner"], REFINER)
     for pipe in (base, second):
         pipe.scheduler.register_to_config(steps_offset=offset)
     asked: dict[str, Any] = {
@@ -140,9 +83,9 @@ def test_hand_over_to_a_refiner(
         "negative_prompt": ["ugly"] * 2,
     }
     latents = base(
-        PROMPTS, generator=generators(), denoising_end=at, output_type="latent", **asked
+        PROMPTS, generator=seeded_generators(2), denoising_end=at, output_type="latent", **asked
     ).images
-    expected = their_pictures(second, PROMPTS, image=latents, denoising_start=at, **asked)
+    expected = pipeline_images(second, PROMPTS, image=latents, denoising_start=at, **asked)
     request = replace(
         REQUEST, steps=steps, spacing=f"leading:offset={offset}", negative_prompt="ugly"
     )
@@ -150,7 +93,7 @@ def test_hand_over_to_a_refiner(
     plans = handover(first, last, request, at=at)
     begun = first.run(plans.first, output="latent")
     assert (begun - latents).abs().max() < 1e-4
-    compare(last.run(plans.resume(begun), output="tensor"), expected)
+    assert_same_images(last.run(plans.resume(begun), output="tensor"), expected)
     assert torch.equal(
         last.run(refine(first, last, request, at=at), output="tensor"),
         last.run(plans.resume(begun), output="tensor"),
@@ -159,19 +102,19 @@ def test_hand_over_to_a_refiner(
 
 def test_hand_over_without_a_word_about_samplers(folders: dict[str, Path], tmp_path: Path) -> None:
     """As published: Euler's method for both models, whose latents diffusers scales by 1/alpha."""
-    published = shared.PUBLISHED["SDXL"]
+    published = published_schedulers()["SDXL"]
     asked: dict[str, Any] = {"num_inference_steps": 10}
-    pipes = [opened(folders["SDXL"], NAMES["SDXL"]), opened(folders["refiner"], NAMES["refiner"])]
+    pipes = [open_pipeline(folders["SDXL"], BASE), open_pipeline(folders["refiner"], REFINER)]
     for name, pipe in zip(("base", "refiner"), pipes, strict=True):
         pipe.scheduler = type(published).from_config(published.config)
         pipe.save_pretrained(tmp_path / name)
     latents = pipes[0](
-        PROMPTS, generator=generators(), denoising_end=0.7, output_type="latent", **asked
+        PROMPTS, generator=seeded_generators(2), denoising_end=0.7, output_type="latent", **asked
     ).images
-    expected = their_pictures(pipes[1], PROMPTS, image=latents, denoising_start=0.7, **asked)
+    expected = pipeline_images(pipes[1], PROMPTS, image=latents, denoising_start=0.7, **asked)
     base, second = ours(tmp_path / "base"), ours(tmp_path / "refiner")
     assert base.defaults.sampler.startswith("euler") and second.defaults.guidance == 5.0
-    compare(
+    assert_same_images(
         second.run(refine(base, second, Request(PROMPTS, steps=10), at=0.7), output="tensor"),
         expected,
     )
@@ -179,7 +122,7 @@ def test_hand_over_without_a_word_about_samplers(folders: dict[str, Path], tmp_p
 
 @pytest.mark.parametrize("strength", [0.3, 0.8])
 def test_a_refiner_begins_with_a_picture(strength: float, folders: dict[str, Path]) -> None:
-    image = picture()
+    image = smooth_image()
     asked: dict[str, Any] = {
         "image": image.expand(2, -1, -1, -1),
         "strength": strength,
@@ -187,12 +130,12 @@ def test_a_refiner_begins_with_a_picture(strength: float, folders: dict[str, Pat
         "num_inference_steps": 10,
     }
     scores: dict[str, Any] = {"aesthetic_score": 7.5, "negative_aesthetic_score": 1.5}
-    expected = their_pictures(
-        opened(folders["refiner"], NAMES["refiner"]), PROMPTS, **asked, **scores
+    expected = pipeline_images(
+        open_pipeline(folders["refiner"], REFINER), PROMPTS, **asked, **scores
     )
     model = ours(folders["refiner"])
     request = replace(REQUEST, steps=10, image_spec=ImageSpec(24, 16, **scores))
-    compare(
+    assert_same_images(
         model.run(
             image_to_image(model, image * 2 - 1, request, strength=strength, posterior="sample"),
             output="tensor",
@@ -213,7 +156,7 @@ def test_a_refiner_is_saved_and_opened(folders: dict[str, Path], tmp_path: Path)
     model = ours(folders["refiner"])
     model.save(tmp_path / "ours")
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
-    assert type(pipe).__name__ == NAMES["refiner"] and load(tmp_path / "ours").hash == model.hash
+    assert type(pipe).__name__ == REFINER and load(tmp_path / "ours").hash == model.hash
 
 
 # ---- inpainting ----------------------------------------------------------------------------------
@@ -231,7 +174,7 @@ def test_a_refiner_is_saved_and_opened(folders: dict[str, Path], tmp_path: Path)
 )
 def test_inpainting(family: str, name: str, strength: float, folders: dict[str, Path]) -> None:
     """Ordinary models at full strength: told to, the first look is at noise alone, as theirs."""
-    image, mask = picture(), hole()
+    image, mask = smooth_image(), rectangle_mask()
     asked: dict[str, Any] = {
         "height": 24,
         "width": 16,
@@ -240,10 +183,10 @@ def test_inpainting(family: str, name: str, strength: float, folders: dict[str, 
         "num_inference_steps": 5,
     }
     asked |= {"image": image.expand(2, -1, -1, -1), "mask_image": mask.expand(2, -1, -1, -1)}
-    expected = their_pictures(opened(folders[family], name), PROMPTS, **asked)
+    expected = pipeline_images(open_pipeline(folders[family], name), PROMPTS, **asked)
     model, blind = ours(folders[family]), strength == 1 and "inpainting" not in family
     task = {"strength": strength, "posterior": "sample", "paste": False, "noise_only_start": blind}
-    compare(
+    assert_same_images(
         model.run(inpaint(model, image * 2 - 1, mask, REQUEST, **task), output="tensor"), expected
     )
     if blind:
@@ -258,8 +201,8 @@ def test_a_blind_start_is_for_ordinary_models_at_full_strength(folders: dict[str
         with pytest.raises(UserError, match="noise_only_start=True with strength"):
             inpaint(
                 ours(folders[family]),
-                picture() * 2 - 1,
-                hole(),
+                smooth_image() * 2 - 1,
+                rectangle_mask(),
                 REQUEST,
                 strength=strength,
                 noise_only_start=True,
@@ -270,7 +213,7 @@ def test_a_blind_start_is_for_ordinary_models_at_full_strength(folders: dict[str
 
 
 def test_each_encoder_reads_its_own_prompt(folders: dict[str, Path]) -> None:
-    pipe, model = opened(folders["SDXL"], NAMES["SDXL"]), ours(folders["SDXL"])
+    pipe, model = open_pipeline(folders["SDXL"], BASE), ours(folders["SDXL"])
     words = {
         "prompt": "a cat",
         "prompt_2": "a red dog",
@@ -292,15 +235,13 @@ def test_each_encoder_reads_its_own_prompt(folders: dict[str, Path]) -> None:
         ).abs().max() < 1e-5
     pictures = pipe(
         **words,
-        generator=[torch.Generator().manual_seed(0)],
+        generator=seeded_generators(1),
         guidance_scale=SCALE,
         num_inference_steps=5,
         output_type="np",
     )
     request = replace(REQUEST, **words)
-    compare(
-        model.run(request, output="tensor"), torch.from_numpy(pictures.images).permute(0, 3, 1, 2)
-    )
+    assert_same_images(model.run(request, output="tensor"), as_tensor(pictures.images))
 
 
 def test_second_prompts_that_nobody_reads(folders: dict[str, Path]) -> None:
@@ -366,10 +307,10 @@ def test_the_other_tasks_with_refiners_inpainting_and_instructions(
         model = ours(folders[family])
         for way in ("noise", "inversion"):
             with pytest.raises(UserError, match="channels beside the latent"):
-                variations(model, picture() * 2 - 1, way=way)
+                variations(model, smooth_image() * 2 - 1, way=way)
             with pytest.raises(UserError, match="channels beside the latent"):
                 interpolate_images(
-                    model, picture() * 2 - 1, picture(6) * 2 - 1, Request(n=2), way=way
+                    model, smooth_image() * 2 - 1, smooth_image(6) * 2 - 1, Request(n=2), way=way
                 )
     second = ours(folders["refiner"])
     found = second.run(vary(Request("a cat", n=2, steps=2), strength=0.3), output="tensor")
@@ -383,7 +324,7 @@ def test_commands_with_text_models(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photo, made = str(tmp_path / "photo.png"), tmp_path / "made.png"
-    to_pil(picture() * 2 - 1)[0].save(photo)
+    to_pil(smooth_image() * 2 - 1)[0].save(photo)
     out = ["--steps", "4", "--n", "1", "--out", str(made)]
     xl, second = (load(folders[name]) for name in ("SDXL", "refiner"))
     words = [

@@ -5,26 +5,30 @@ Small random models: alpha, with and without being told the picture's size, and 
 diffusers saved we open, what we save it opens.
 """
 
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from helpers import text_encoders
+from helpers.models import random_network
+from helpers.pipelines import (
+    assert_same_images,
+    count_equal_weight_files,
+    open_pipeline,
+    pipeline_images,
+    quiet,
+    save_pipelines,
+    vae_blocks,
+)
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
 from sfumato.sampling import Request
 from sfumato.tasks.image_to_image import image_to_image
 from sfumato.types import ImageSpec
-
-text: Any = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_text.py"))
-)
 
 SMALL: dict[str, Any] = {
     "num_attention_heads": 3,
@@ -50,58 +54,49 @@ def theirs(kind: str, scratch: Path) -> Any:
     (huggingface.co/PixArt-alpha).
     """
     name, shape = KINDS[kind]
-    blocks = {
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "norm_num_groups": 4,
-    }
     scale = 0.13025 if "Sigma" in name else 0.18215  # Sigma has SDXL's autoencoder
-    pipe = getattr(diffusers, name)(
-        transformer=text.drawn(lambda: diffusers.PixArtTransformer2DModel(**(SMALL | shape)), 1),
-        scheduler=diffusers.DPMSolverMultistepScheduler(
-            beta_start=0.0001, beta_end=0.02, beta_schedule="linear"
-        ),
-        vae=text.drawn(
-            lambda: diffusers.AutoencoderKL(
-                block_out_channels=(4, 8), latent_channels=4, scaling_factor=scale, **blocks
+    build = getattr(diffusers, name)
+    return quiet(
+        build(
+            transformer=random_network(
+                lambda: diffusers.PixArtTransformer2DModel(**(SMALL | shape)), 1
             ),
-            2,
-        ),
-        **text.parts("pixart_sigma", scratch),
+            scheduler=diffusers.DPMSolverMultistepScheduler(
+                beta_start=0.0001, beta_end=0.02, beta_schedule="linear"
+            ),
+            vae=random_network(
+                lambda: diffusers.AutoencoderKL(
+                    block_out_channels=(4, 8),
+                    latent_channels=4,
+                    scaling_factor=scale,
+                    **vae_blocks(),
+                ),
+                2,
+            ),
+            **text_encoders.parts("pixart_sigma", scratch),
+        )
     )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
-    for kind in KINDS:
-        found[kind] = tmp_path_factory.mktemp("pixart") / kind.replace(" ", "_")
-        theirs(kind, tmp_path_factory.mktemp("scratch")).save_pretrained(found[kind])
-    return found
+    return save_pipelines(
+        lambda kind: theirs(kind, tmp_path_factory.mktemp("scratch")), KINDS, tmp_path_factory
+    )
 
 
 def their_pictures(pipe: Any, prompts: list[str], **asked: Any) -> Tensor:
-    """(n, 3, H, W) in [0, 1]; image k from seed k. Of the size asked for, not of the nearest that
-    the model was trained on; of the words as they are, not cleaned like captions from the web.
+    """Images of the size asked for, not of the nearest trained one, and of prompts that are not
+    cleaned like captions from the web.
     """
-    generators = [torch.Generator().manual_seed(k) for k in range(len(prompts))]
-    usual: dict[str, Any] = {
-        "output_type": "np",
-        "use_resolution_binning": False,
-        "clean_caption": False,
-    }
-    found = pipe(prompts, generator=generators, **usual, **asked).images
-    return torch.from_numpy(found).permute(0, 3, 1, 2)
-
-
-def compare(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape and expected.std() > 0.05, (
-        "pictures in which something can be seen"
+    return pipeline_images(
+        pipe, prompts, **({"use_resolution_binning": False, "clean_caption": False} | asked)
     )
+
+
+def compare(images: Tensor, expected: Tensor) -> None:
+    assert_same_images(images, expected, tolerance=1e-4)
     assert (expected[0] - expected[1]).abs().max() > 0.05
-    assert (found - expected).abs().max() < 1e-4, float((found - expected).abs().max())
 
 
 def same(ours: LatentDiffusion, pipe: Any) -> None:
@@ -136,23 +131,6 @@ def same(ours: LatentDiffusion, pipe: Any) -> None:
         )
 
 
-def key_for_key(one: Path, other: Path) -> int:
-    """How many parts with weights two folders have: the same ones, with equal tensors by equal
-    names.
-    """
-    files, others = (
-        sorted(path.relative_to(folder) for path in folder.glob("*/*.safetensors"))
-        for folder in (one, other)
-    )
-    assert files == others
-    for file in files:
-        first, second = load_file(one / file), load_file(other / file)
-        assert first.keys() == second.keys() and all(
-            torch.equal(value, second[key]) for key, value in first.items()
-        ), file
-    return len(files)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_diffusers_saved_and_what_we_save(
     kind: str, folders: dict[str, Path], tmp_path: Path
@@ -164,25 +142,21 @@ def test_what_diffusers_saved_and_what_we_save(
         "dpmpp_2m",
     )
     assert ours.sample_size == 2 * KINDS[kind][1]["sample_size"]
-    pipe = getattr(diffusers, name).from_pretrained(folders[kind])
-    pipe.set_progress_bar_config(disable=True)
-    same(ours, pipe)
+    same(ours, open_pipeline(folders[kind], name))
     ours.save(tmp_path / "ours")
     again = load(tmp_path / "ours")
     assert again.hash == ours.hash and again.defaults == ours.defaults
-    second = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
+    second = open_pipeline(tmp_path / "ours")
     assert type(second).__name__ == name
-    second.set_progress_bar_config(disable=True)
     same(again, second)
-    assert key_for_key(folders[kind], tmp_path / "ours") == 3
+    assert count_equal_weight_files(folders[kind], tmp_path / "ours") == 3
     again.save(tmp_path / "ours.safetensors")
     assert load(tmp_path / "ours.safetensors").hash == ours.hash
 
 
 def test_by_the_models_own_settings(folders: dict[str, Path]) -> None:
     """Steps, guidance and size where nobody says them."""
-    pipe = diffusers.PixArtSigmaPipeline.from_pretrained(folders["Sigma, small"])
-    pipe.set_progress_bar_config(disable=True)
+    pipe = open_pipeline(folders["Sigma, small"], "PixArtSigmaPipeline")
     compare(
         load(folders["Sigma, small"]).generate(PROMPTS, output="tensor"),
         their_pictures(pipe, PROMPTS),

@@ -2,12 +2,12 @@
 latents, at every network call and at the end.
 
 Their tables, levels and casts are float32. To compare the algebra and not its rounding, a
-scheduler's module is lent float64 under the name of float32 (`Doubled`): its own code, unchanged,
-then agrees with ours to 1e-9 (most of it to 1e-12; only what divides by a difference of levels
-loses more). `test_as_shipped` runs them as they are, within 1e-5. Noise is handed to both from one
-list. Some of theirs work in x/alpha; what is compared is what the network is shown, and the result.
-Their networks are told whole timesteps where levels lie between them: ours is then told the same
-(`Case.told`), and a test says so.
+scheduler's module is lent float64 under the name of float32 (`helpers.schedulers`): its own code,
+unchanged, then agrees with ours to 1e-9 (most of it to 1e-12; only what divides by a difference of
+levels loses more). `test_as_shipped` runs them as they are, within 1e-5. Noise is handed to both
+from one list. Some of theirs work in x/alpha; what is compared is what the network is shown, and
+the result. Their networks are told whole timesteps where levels lie between them: ours is then told
+the same (`Case.told`), and a test says so.
 
 What differs, and why; each has a test below that fails when theirs changes (numbers are diffusers'
 issues):
@@ -73,11 +73,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.schedulers import DOUBLE, float64_schedulers, noise_draws, step_sampler, step_scheduler
 from sfumato.diffuse.parameterization import edm as edm_parameterization
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.run import run_sampler
-from sfumato.diffuse.samplers import calls
 from sfumato.diffuse.samplers.consistency import consistency
 from sfumato.diffuse.samplers.ddim import ddim
 from sfumato.diffuse.samplers.ddim_inversion import ddim_inversion
@@ -113,15 +113,6 @@ dpmpp_3m_sde = partial(whole_3m_sde, published=True)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 diffusers: Any = _diffusers  # its names are made at run time
-SHAPE = (1, 2, 4, 4)
-DOUBLE = torch.float64
-
-
-def draws(seed: int = 5) -> Iterator[Tensor]:
-    """The same noise tensors for both."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield torch.randn(SHAPE, generator=generator, dtype=DOUBLE)
 
 
 def network(x: Tensor, timestep: float) -> Tensor:
@@ -129,38 +120,11 @@ def network(x: Tensor, timestep: float) -> Tensor:
     return 0.8 * torch.tanh(1.2 * x + math.sin(timestep / 150 + 1)) + 0.1 * x.roll(1, -1)
 
 
-class Doubled:
-    """torch or numpy with float64 in the place of float32: what a scheduler's module is given, so
-    that its own code runs in float64.
-    """
-
-    def __init__(self, module: Any) -> None:
-        self.module, self.float32 = module, module.float64
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
-
-
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
-    """Their classes by name, in float64 and with our noise."""
-
-    def theirs(name: str) -> Any:
-        found = getattr(diffusers, name)
-        module, noise = sys.modules[found.__module__], draws()
-        for part, value in (
-            ("torch", Doubled(torch)),
-            ("np", Doubled(np)),
-            ("randn_tensor", lambda *_, **__: next(noise)),
-        ):
-            if hasattr(module, part):
-                monkeypatch.setattr(module, part, value)
-        return found
-
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(DOUBLE)  # where they write torch.tensor(1.0) or torch.linspace(...)
-    yield theirs
-    torch.set_default_dtype(before)
+    """diffusers' scheduler classes by name, in float64 and with the noise of `noise_draws()`."""
+    with float64_schedulers(monkeypatch) as schedulers:
+        yield schedulers
 
 
 def our_run(
@@ -168,39 +132,22 @@ def our_run(
     process: Process,
     times: Sequence[float],
     start: Tensor,
-    told: Sequence[float] | None = None,
+    at: Sequence[float] | None = None,
     **options: Any,
 ) -> tuple[list[Tensor], list[float]]:
-    """What the network was shown in every call and, last, the result; and the timesteps that it was
-    told, which are `told` where given.
+    """The network's inputs and, last, our final latents; and the timesteps of its calls, which are
+    `at` where given.
     """
-    noise, shown, heard = draws(), [], []
-
-    def denoise(x: Tensor, t: float) -> Any:
-        heard.append(
-            float(process.schedule.timestep(torch.tensor(t, dtype=DOUBLE)))
-            if told is None
-            else told[len(heard)]
-        )
-        shown.append(process.network_input(x, t))
-        return process.split(x, network(shown[-1], heard[-1]), t)
-
-    run = sampler(start, times, process.schedule, lambda: next(noise), **options)
-    result = run_sampler(run, denoise, calls(sampler, times, process.schedule, **options))
-    assert result is not None
-    return [*shown, result], heard
+    return step_sampler(sampler, process, times, network, start, at, **options)
 
 
 def their_run(
     scheduler: Any, start: Tensor, last: float = 1.0, **options: Any
 ) -> tuple[list[Tensor], list[float]]:
-    """The same of theirs. `last` takes the result to our coordinates: alpha at the end, for
+    """The same of diffusers. `last` takes the result to our coordinates: alpha at the end, for
     schedulers that work in x/alpha.
     """
-    x, shown = start, []
-    for timestep in scheduler.timesteps:
-        shown.append(scheduler.scale_model_input(x, timestep))
-        x = scheduler.step(network(shown[-1], float(timestep)), timestep, x, **options).prev_sample
+    *shown, x = step_scheduler(scheduler, network, start, **options)
     return [*shown, x * last], scheduler.timesteps.tolist()
 
 
@@ -553,7 +500,7 @@ def coordinates(case: Case, chosen: Schedule, times: list[float]) -> tuple[Tenso
     """The same start in our coordinates and in theirs, and alpha at the end where theirs are
     x/alpha.
     """
-    start, first, last = next(draws(9)), chosen.point(times[0])[0], chosen.point(times[-1])[0]
+    start, first, last = next(noise_draws(9)), chosen.point(times[0])[0], chosen.point(times[-1])[0]
     return start, start / first if case.scaled else start, last if case.scaled else 1.0
 
 
@@ -623,7 +570,7 @@ def test_as_shipped(case: Case) -> None:
     scheduler = case.scheduler(
         getattr(diffusers, case.theirs + "Scheduler"), "scaled_linear", prediction
     )
-    noise, module = draws(), sys.modules[type(scheduler).__module__]
+    noise, module = noise_draws(), sys.modules[type(scheduler).__module__]
     chosen = TABLES["scaled_linear"][1]
     times = case.times(chosen)
     start, their_start, last = coordinates(case, chosen, times)
@@ -679,7 +626,7 @@ def test_zero_terminal_snr(
         end=end,
     ).times(chosen)
     for prediction in ("sample", "v_prediction"):
-        start = next(draws(9))
+        start = next(noise_draws(9))
         theirs, told = their_run(zero_snr(name, double, prediction, kind), start)
         ours, heard = our_run(
             sampler, Process(chosen, parameterization(PREDICTIONS[prediction])), times, start
@@ -712,7 +659,7 @@ def test_nearly_zero_terminal_snr(
     scheduler = zero_snr(name, double)
     products = scheduler.alphas_cumprod.tolist()
     same = table([1 - products[0], *(1 - b / a for a, b in pairwise(products))])
-    scaled, start = name.startswith("Euler"), next(draws(9))
+    scaled, start = name.startswith("Euler"), next(noise_draws(9))
     theirs, told = their_run(scheduler, start / same.point(1.0)[0] if scaled else start)
     times = timesteps("trailing", 10, same)
     ours, heard = our_run(sampler, Process(same, parameterization("v")), times, start, **options)
@@ -736,7 +683,7 @@ def test_inversion(clean: bool, offset: int, double: Callable[[str], Any]) -> No
     options = {"steps_offset": offset, "set_alpha_to_one": clean, "clip_sample": False}
     scheduler = double("DDIMInverseScheduler")(**TABLES["scaled_linear"][0], **options)
     scheduler.set_timesteps(10)
-    start = next(draws(9))
+    start = next(noise_draws(9))
     theirs, told = their_run(scheduler, start)
     times = [t for t in timesteps("leading", 10, chosen, offset=offset) if t > 0]
     if clean:
@@ -803,7 +750,7 @@ def test_flow_euler(stochastic: bool, name: str, double: Callable[[str], Any]) -
     config, spacing_options, spacing, space = FLOWS[name]
     scheduler = double("FlowMatchEulerDiscreteScheduler")(stochastic_sampling=stochastic, **config)
     scheduler.set_timesteps(10, **spacing_options)
-    start = next(draws(9))
+    start = next(noise_draws(9))
     theirs, told = flow_run(scheduler, start)
     ours, heard = our_run(
         consistency if stochastic else euler,
@@ -825,7 +772,7 @@ def flow_run(scheduler: Any, start: Tensor) -> tuple[list[Tensor], list[float]]:
 def test_flow_heun(shift: float, double: Callable[[str], Any]) -> None:
     scheduler = double("FlowMatchHeunDiscreteScheduler")(shift=shift)
     scheduler.set_timesteps(8)
-    start = next(draws(9))
+    start = next(noise_draws(9))
     theirs, told = flow_run(scheduler, start)
     ours, heard = our_run(
         heun, FLOW, timesteps("shifted", 8, FLOW.schedule, shift=shift, end=twice(shift)), start
@@ -846,7 +793,7 @@ def test_flow_multistep(order: int, shift: float, double: Callable[[str], Any]) 
         "flow_shift": shift,
         "solver_order": order,
     }
-    start = next(draws(9))
+    start = next(noise_draws(9))
     scheduler = double("DPMSolverMultistepScheduler")(**values)
     scheduler.set_timesteps(10)
     theirs, told = their_run(scheduler, start)
@@ -908,7 +855,7 @@ def test_edm(
     process = Process(schedule("edm"), edm_parameterization(0.5))
     scheduler = double(name + "Scheduler")(sigma_schedule=kind, **config)
     scheduler.set_timesteps(10)
-    start = 80 * next(draws(9))
+    start = 80 * next(noise_draws(9))
     theirs, told = their_run(scheduler, start)
     mine, heard = our_run(sampler, process, timesteps(kind, 10, process.schedule), start, **ours)
     np.testing.assert_allclose(heard, told, atol=1e-6)
@@ -926,7 +873,7 @@ def test_score_sde_ve(double: Callable[[str], Any]) -> None:
     times = timesteps("exponential", 12, chosen, end=chosen.at_noise_level(0.02))
     levels = [chosen.noise_level(t) for t in times]
     np.testing.assert_allclose(scheduler.discrete_sigmas.flip(0), levels[:-1], rtol=1e-9)
-    x, theirs, result = 40 * next(draws(9)), [], None
+    x, theirs, result = 40 * next(noise_draws(9)), [], None
     start = x
     for timestep, level in zip(scheduler.timesteps, levels, strict=False):
         theirs.append(x)
@@ -934,7 +881,7 @@ def test_score_sde_ve(double: Callable[[str], Any]) -> None:
         x, result = scheduler.step_pred(score, timestep, x, return_dict=False)
     # without the last noise, which theirs adds and its pipeline leaves out
     assert result is not None
-    noise, ours = draws(), []
+    noise, ours = noise_draws(), []
 
     def denoise(x: Tensor, t: float) -> Any:
         ours.append(x)
@@ -946,7 +893,7 @@ def test_score_sde_ve(double: Callable[[str], Any]) -> None:
     )
     assert end is not None and difference([*ours, end], [*theirs, result]) < 1e-9
     torch.testing.assert_close(
-        x - result, 0.02 * [n for n, _ in zip(draws(), range(12), strict=False)][-1]
+        x - result, 0.02 * [n for n, _ in zip(noise_draws(), range(12), strict=False)][-1]
     )
 
 
@@ -959,14 +906,14 @@ def test_consistency_models(double: Callable[[str], Any]) -> None:
     """
     scheduler = double("CMStochasticIterativeScheduler")(clip_denoised=False)
     scheduler.set_timesteps(4)
-    start = 80 * next(draws(9))
+    start = 80 * next(noise_draws(9))
     theirs, told = their_run(scheduler, start)
     chosen, levels = schedule("edm"), scheduler.sigmas.tolist()
     times = [
         chosen.at_noise_level(level)
         for level in (levels[0], *(math.sqrt(s**2 - 0.002**2) for s in levels[1:]))
     ]
-    noise, shown = draws(), []
+    noise, shown = noise_draws(), []
 
     def denoise(x: Tensor, t: float) -> Any:
         sigma, timestep = levels[len(shown)], told[len(shown)]
@@ -1106,7 +1053,10 @@ def test_they_step_by_a_fixed_stride(name: str, double: Callable[[str], Any]) ->
     evenly, the steps as for "leading".
     """
     clip = {"clip_sample": False} if name == "DDIM" else {"skip_prk_steps": True}
-    scheduler, start = double(name + "Scheduler")(**SD_TABLE, **LINSPACE, **clip), next(draws(9))
+    scheduler, start = (
+        double(name + "Scheduler")(**SD_TABLE, **LINSPACE, **clip),
+        next(noise_draws(9)),
+    )
     scheduler.set_timesteps(10)
     assert scheduler.timesteps[:2].tolist() == [999, 888]
     process = Process(SCALED, parameterization("eps"))
@@ -1129,11 +1079,11 @@ def test_they_leave_noise_at_the_end(
     """
     case = Case("DDPM", ddpm, spacing, {"variance_type": "fixed_large", **config}, space)
     scheduler = case.scheduler(double("DDPMScheduler"), "scaled_linear", "v_prediction")
-    start, times = next(draws(9)), case.times(SCALED)
+    start, times = next(noise_draws(9)), case.times(SCALED)
     theirs, _ = their_run(scheduler, start)
     ours, _ = our_run(ddpm, Process(SCALED, parameterization("v")), times, start, variance="large")
     assert difference(ours[:-1], theirs[:-1]) < 1e-9
-    last = [noise for noise, _ in zip(draws(), range(10), strict=False)][-1]
+    last = [noise for noise, _ in zip(noise_draws(), range(10), strict=False)][-1]
     torch.testing.assert_close(theirs[-1] - ours[-1], SCALED.point(times[-2])[1] * last)
 
 
@@ -1152,7 +1102,7 @@ def test_between_timesteps_they_interpolate_sigma(name: str, double: Callable[[s
     sigmas = list(dict.fromkeys(scheduler.sigmas.tolist()))
     apart = np.abs(np.array([SCALED.noise_level(t) for t in times[:-1]]) / sigmas[:-1] - 1)
     assert 1e-7 < apart.max() < 1e-3
-    start, process = next(draws(9)), Process(SCALED, parameterization("eps"))
+    start, process = next(noise_draws(9)), Process(SCALED, parameterization("eps"))
     same = [1.0, *(SCALED.at_noise_level(sigma) for sigma in sigmas[1:])]
     theirs, told = their_run(scheduler, start / SCALED.point(1.0)[0])
     ours, _ = our_run({"E": euler, "H": heun, "L": lms}[name[0]], process, same, start, told)
@@ -1186,7 +1136,7 @@ def test_their_steps_from_nothing_overshoot(name: str, sampler: Callable[..., An
         **TABLES["cosine"][0], **TRAILING, prediction_type="epsilon"
     )
     scheduler.set_timesteps(steps)
-    x = start = next(draws(9)).float()
+    x = start = next(noise_draws(9)).float()
     x = x * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         shown = scheduler.scale_model_input(x, timestep)
@@ -1217,7 +1167,7 @@ def test_their_whole_timesteps_collide(name: str) -> None:
     scheduler.set_timesteps(20)
     assert len(set(scheduler.timesteps.tolist())) < 20
     with pytest.raises(IndexError, match="out of bounds"):
-        their_run(scheduler, next(draws(9)).float())
+        their_run(scheduler, next(noise_draws(9)).float())
     assert len(set(timesteps("karras", 20, TABLES["cosine"][1]))) == 21
 
 
@@ -1242,7 +1192,7 @@ def test_their_third_order_sde_has_a_sign_wrong(double: Callable[[str], Any]) ->
         config={**TRAILING, "algorithm_type": "sde-dpmsolver++", "solver_order": 3},
     )
     scheduler = case.scheduler(double("DPMSolverMultistepScheduler"), "scaled_linear", "sample")
-    times, start = timesteps("trailing", 10, SCALED), next(draws(9))
+    times, start = timesteps("trailing", 10, SCALED), next(noise_draws(9))
     theirs, told = their_run(scheduler, start)
     ours, _ = our_run(
         dpmpp_3m_sde, Process(SCALED, parameterization("x0")), times, start, solver="midpoint"
@@ -1262,7 +1212,7 @@ def test_their_third_order_sde_of_edm_is_missing(double: Callable[[str], Any]) -
     )
     scheduler.set_timesteps(5)
     with pytest.raises(UnboundLocalError):
-        their_run(scheduler, next(draws(9)))
+        their_run(scheduler, next(noise_draws(9)))
 
 
 @pytest.mark.parametrize(
@@ -1282,7 +1232,7 @@ def test_their_unipc_is_not_finite_at_zero(
     """
     scheduler = double("UniPCMultistepScheduler")(**SD_TABLE, **TRAILING, **config)
     scheduler.set_timesteps(10)
-    start = next(draws(9))
+    start = next(noise_draws(9))
     theirs, _ = their_run(scheduler, start)
     mine, _ = our_run(
         unipc,
@@ -1307,7 +1257,7 @@ def test_their_third_order_singlestep(double: Callable[[str], Any]) -> None:
         **SD_TABLE, **options, algorithm_type="dpmsolver", final_sigmas_type="sigma_min"
     )
     scheduler.set_timesteps(7)
-    start = next(draws(9))
+    start = next(noise_draws(9))
     theirs, told = their_run(scheduler, start)
     times = [*timesteps("exponential", 3, SCALED)[:2], at(0)]
     process = Process(SCALED, parameterization("eps"))
@@ -1330,12 +1280,12 @@ def test_their_churn_comes_after_the_network(double: Callable[[str], Any]) -> No
     """
     scheduler = double("EulerDiscreteScheduler")(**SD_TABLE, **TRAILING)
     scheduler.set_timesteps(10)
-    start, timestep = next(draws(9)), scheduler.timesteps[0]
+    start, timestep = next(noise_draws(9)), scheduler.timesteps[0]
     sigma, after = float(scheduler.sigmas[0]), float(scheduler.sigmas[1])
     higher = sigma * math.sqrt(2)
     answer = network(scheduler.scale_model_input(start, timestep), 999)
     theirs = scheduler.step(answer, timestep, start, s_churn=40.0).prev_sample
-    noisy = start + next(draws()) * math.sqrt(higher**2 - sigma**2)
+    noisy = start + next(noise_draws()) * math.sqrt(higher**2 - sigma**2)
     torch.testing.assert_close(theirs, noisy + (after - higher) * answer)
     # and a v is read at the level that the latent no longer has
     scheduler = double("EulerDiscreteScheduler")(
@@ -1363,7 +1313,7 @@ def test_their_flows_are_shifted_twice(double: Callable[[str], Any]) -> None:
 
 def test_eps_at_zero_terminal_snr(double: Callable[[str], Any]) -> None:
     """Issue 3851: theirs divides by 0 and goes on; ours does not build such a process."""
-    theirs, _ = their_run(zero_snr("DDIM", double, "epsilon"), next(draws(9)))
+    theirs, _ = their_run(zero_snr("DDIM", double, "epsilon"), next(noise_draws(9)))
     assert not bool(theirs[1].isfinite().any())
     with pytest.raises(UserError, match="cannot be solved"):
         Process(ZeroTerminalSNR(SCALED), parameterization("eps"))
@@ -1398,7 +1348,7 @@ def test_their_pndm_reads_v_at_one_point(sampler: Any, double: Callable[[str], A
         space={"whole": True},
     )
     scheduler = case.scheduler(double("PNDMScheduler"), "scaled_linear", "v_prediction")
-    start = next(draws(9))
+    start = next(noise_draws(9))
     theirs, _ = their_run(scheduler, start)
     ours, _ = our_run(sampler, Process(SCALED, parameterization("v")), case.times(SCALED), start)
     assert difference(ours[:2], theirs[:2]) < 1e-9 < 1e-4 < difference(ours[2:3], theirs[2:3])
@@ -1412,7 +1362,7 @@ def test_their_inversion_reads_v_at_the_wrong_end(double: Callable[[str], Any]) 
         **SD_TABLE, prediction_type="v_prediction", clip_sample=False
     )
     scheduler.set_timesteps(10)
-    x, timestep = next(draws(9)), scheduler.timesteps[5]
+    x, timestep = next(noise_draws(9)), scheduler.timesteps[5]
     y, here, there = network(x, float(timestep)), SCALED.point(at(400)), SCALED.point(at(500))
     theirs = scheduler.step(y, timestep, x).prev_sample
     torch.testing.assert_close(
@@ -1428,7 +1378,7 @@ def test_their_tcd_with_eta_one_keeps_the_least_noise(double: Callable[[str], An
     """
     case = Case("TCD", tcd, "lcm", steps=4, end=at(0))
     scheduler = case.scheduler(double("TCDScheduler"), "scaled_linear", "v_prediction")
-    start, process = next(draws(9)), Process(SCALED, parameterization("v"))
+    start, process = next(noise_draws(9)), Process(SCALED, parameterization("v"))
     theirs, _ = their_run(scheduler, start, eta=1.0)
     ours, _ = our_run(tcd, process, case.times(SCALED), start, eta=1.0)
     plain, _ = our_run(consistency, process, [*case.times(SCALED)[:-1], 0.0], start)

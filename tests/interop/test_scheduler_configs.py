@@ -2,15 +2,14 @@
 process read from it end at the same latents.
 
 The network is exact for Gaussian latents, and told a timestep by both. Their code runs in float64
-(`Doubled`, as in test_samplers.py), so that what agrees does so to 1e-9, and each greater tolerance
-is a difference with a reason (`DIFFERENT`, from the table of test_samplers.py).
+(`helpers.schedulers`), so that what agrees does so to 1e-9, and each greater tolerance is a
+difference with a reason (`DIFFERENT`, from the table of test_samplers.py).
 """
 
 import inspect
 import json
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.schedulers import (
+    DOUBLE,
+    float64_schedulers,
+    noise_draws,
+    scheduler_class,
+    step_sampler,
+    step_scheduler,
+)
 from sfumato.checkpoints.families import by_pipeline
 from sfumato.checkpoints.schedulers.config import (
     DynamicShift,
@@ -38,8 +45,6 @@ from sfumato.checkpoints.schedulers.samplers import canonical_sampler
 from sfumato.checkpoints.schedulers.spacing import canonical_spacing
 from sfumato.diffuse.parameterization import edm, parameterization
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.run import run_sampler
-from sfumato.diffuse.samplers import calls
 from sfumato.diffuse.schedule import BetaTable, Schedule, cosine, schedule, table
 from sfumato.diffuse.schedule_transforms import Shifted, ZeroTerminalSNR, dynamic_shift
 from sfumato.diffuse.timesteps import SPACINGS as OUR_SPACINGS
@@ -51,7 +56,6 @@ from sfumato.sampling.request import sampler_of, spacing_of
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 diffusers: Any = _diffusers
-SHAPE, DOUBLE = (1, 2, 4, 4), torch.float64
 MEAN, SPREAD = 0.3, 0.6  # of the latents: a Gaussian
 SD = {
     "num_train_timesteps": 1000,
@@ -62,57 +66,11 @@ SD = {
 SCALED = ("Euler", "Heun", "LMS", "KDPM2", "DPMSolverSDE")  # whose latents are x/alpha
 
 
-def draws(seed: int = 5) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield torch.randn(SHAPE, generator=generator, dtype=DOUBLE)
-
-
-class Doubled:
-    """torch or numpy with float64 in the place of float32."""
-
-    def __init__(self, module: Any) -> None:
-        self.module, self.float32 = module, module.float64
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
-
-
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
-    """Their classes by name, in float64 and with our noise."""
-
-    def theirs(name: str) -> Any:
-        found = their_class(name)
-        module, noise = sys.modules[found.__module__], draws()
-        for part, value in (
-            ("torch", Doubled(torch)),
-            ("np", Doubled(np)),
-            ("randn_tensor", lambda *_, **__: next(noise)),
-        ):
-            if hasattr(module, part):
-                monkeypatch.setattr(module, part, value)
-        # independent draws in the place of one path's
-        if hasattr(module, "BrownianTreeNoiseSampler"):
-            monkeypatch.setattr(
-                module, "BrownianTreeNoiseSampler", lambda *_, **__: lambda *_: next(noise)
-            )
-        return found
-
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(DOUBLE)
-    yield theirs
-    torch.set_default_dtype(before)
-
-
-def their_class(name: str) -> Any:
-    if name != "DPMSolverSDEScheduler":
-        return getattr(diffusers, name)
-    # which makes its Brownian path, and is not installed
-    sys.modules.setdefault("torchsde", type(sys)("torchsde"))
-    from diffusers.schedulers.scheduling_dpmsolver_sde import DPMSolverSDEScheduler
-
-    return DPMSolverSDEScheduler
+    """diffusers' scheduler classes by name, in float64 and with the noise of `noise_draws()`."""
+    with float64_schedulers(monkeypatch) as schedulers:
+        yield schedulers
 
 
 def network(process: Process) -> Callable[[Tensor, float], Tensor]:
@@ -139,32 +97,17 @@ def times_of(recipe: SchedulerSpec, steps: int, tokens: int | None = None) -> li
 
 
 def our_run(
-    recipe: SchedulerSpec, times: list[float], start: Tensor, told: list[float] | None = None
+    recipe: SchedulerSpec, times: list[float], start: Tensor, at: list[float] | None = None
 ) -> Tensor:
-    """The end of a run here; the network is told the timesteps `told` where they are given."""
+    """The final latents of our sampler; `at` replaces the timesteps of the network's calls."""
     sampler, options = sampler_of(recipe.sampler)
-    noise, y, process, known = draws(), network(recipe.process), recipe.process, iter(told or ())
-
-    def denoise(x: Tensor, t: float) -> Any:
-        timestep = (
-            float(process.schedule.timestep(torch.tensor(t, dtype=DOUBLE)))
-            if told is None
-            else next(known)
-        )
-        return process.split(x, y(process.network_input(x, t), timestep), t)
-
-    run = sampler(start, times, process.schedule, lambda: next(noise), **options)
-    found = run_sampler(run, denoise, calls(sampler, times, process.schedule, **options))
-    assert found is not None
-    return found
+    return step_sampler(
+        sampler, recipe.process, times, network(recipe.process), start, at, **options
+    )[0][-1]
 
 
 def their_run(scheduler: Any, process: Process, start: Tensor) -> Tensor:
-    x, y = start, network(process)
-    scale = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
-    for timestep in scheduler.timesteps:
-        x = scheduler.step(y(scale(x, timestep), float(timestep)), timestep, x).prev_sample
-    return x
+    return step_scheduler(scheduler, network(process), start)[-1]
 
 
 def apart(
@@ -189,7 +132,7 @@ def apart(
     first, last, start = (
         recipe.process.schedule.point(times[0]),
         recipe.process.schedule.point(times[-1]),
-        next(draws(9)),
+        next(noise_draws(9)),
     )
     start = start * math.hypot(*first)
     scaled = made.__name__.startswith(SCALED)
@@ -460,7 +403,7 @@ def test_a_flow_shifted_by_the_images_size(
         scheduler.set_timesteps(mu=mu, **spaced)
         np.testing.assert_allclose(times_of(recipe, steps, tokens), scheduler.sigmas, atol=1e-9)
     assert recipe.dynamic is not None and recipe.spacing == recipe.spacing_for(high)
-    start = next(draws(9))
+    start = next(noise_draws(9))
     theirs = their_run(scheduler, recipe.process, start)
     ours = our_run(recipe, times_of(recipe, 20, tokens), start)
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-9
@@ -648,7 +591,7 @@ def test_what_is_read_is_written_so_that_theirs_makes_the_same_run(
         for values in (case.config, written):
             scheduler = double(values["_class_name"]).from_config(values)
             scheduler.set_timesteps(steps)
-            x = next(draws(9)) * (
+            x = next(noise_draws(9)) * (
                 1
                 if case.name.startswith(SCALED)
                 else math.hypot(*recipe.process.schedule.point(1.0))
@@ -763,7 +706,7 @@ def test_we_know_every_field_of_their_classes_with_its_default() -> None:
     for name, ours in CLASSES.items():
         theirs = {
             k: p.default
-            for k, p in inspect.signature(their_class(name).__init__).parameters.items()
+            for k, p in inspect.signature(scheduler_class(name).__init__).parameters.items()
             if k != "self"
         }
         assert ours == theirs, name

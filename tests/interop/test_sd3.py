@@ -17,6 +17,8 @@ from diffusers.models.attention_processor import (
 )
 from torch import Tensor
 
+from helpers.models import randomised
+from helpers.tensors import assert_close, normal
 from sfumato.batching import drive
 from sfumato.checkpoints.formats.folder import load_part, save_part
 from sfumato.diffuse.parameterization import parameterization
@@ -91,32 +93,9 @@ FULL["SD 3.5 large"] = (_LARGE, 8_056_627_520, 8_146_280_768, 8.1)
 every = pytest.mark.parametrize("kind", KINDS)
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def close(ours: Tensor, theirs: Tensor, relative: float = 1e-5) -> None:
-    assert ours.shape == theirs.shape
-    scale = float(theirs.abs().max())
-    assert float((ours - theirs).abs().max()) <= relative * scale, (
-        float((ours - theirs).abs().max()),
-        scale,
-    )
-
-
-def shaken(network: Any, seed: int = 0) -> Any:
-    """Some layers start at 0 and norms at 1, where mistakes would not show; so would a table of
-    places that is made again.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for tensor in (*network.parameters(), *network.buffers()):
-            tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
-    return network.eval().requires_grad_(False)
-
-
 def ours_of(kind: str, seed: int = 0, **more: Any) -> SD3:
-    return shaken(SD3(SD3Config(**(SMALL | KINDS[kind] | more))), seed)
+    # Buffers too: a positional table that is computed anew instead of being read would not show.
+    return randomised(SD3(SD3Config(**(SMALL | KINDS[kind] | more))), seed, buffers=True)
 
 
 def theirs_of(ours: SD3) -> Any:
@@ -148,7 +127,7 @@ def same(ours: Any, theirs: Any) -> None:
     assert mine == others
     for size in SIZES[ours.patch]:
         x, t, cond = asked(ours, size)
-        close(ours(x, t, cond), theirs(x, **said(cond, t)).sample)
+        assert_close(ours(x, t, cond), theirs(x, **said(cond, t)).sample)
 
 
 # ---- parity --------------------------------------------------------------------------------------
@@ -162,7 +141,9 @@ def test_in_both_directions_through_folders(kind: str, tmp_path: Path) -> None:
     theirs = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "ours")
     assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
     same(ours, theirs)
-    theirs = shaken(diffusers.SD3Transformer2DModel(**(SMALL | KINDS[kind])), seed=1)
+    theirs = randomised(
+        diffusers.SD3Transformer2DModel(**(SMALL | KINDS[kind])), seed=1, buffers=True
+    )
     theirs.save_pretrained(tmp_path / "theirs")
     loaded = load_part(tmp_path / "theirs", "SD3Transformer2DModel")
     assert isinstance(loaded, SD3) and loaded.config == ours.config
@@ -209,7 +190,9 @@ def test_sides_that_are_no_whole_patches() -> None:
     for size in ((7, 9), (1, 1), (8, 5)):
         x, t, cond = asked(ours, size)
         whole = torch.nn.functional.pad(x, (0, size[1] % 2, 0, size[0] % 2), mode="replicate")
-        close(ours(x, t, cond), theirs(whole, **said(cond, t)).sample[:, :, : size[0], : size[1]])
+        assert_close(
+            ours(x, t, cond), theirs(whole, **said(cond, t)).sample[:, :, : size[0], : size[1]]
+        )
 
 
 @every
@@ -224,7 +207,7 @@ def test_a_masked_token_is_as_none(kind: str) -> None:
     found = ours(x, t, replace(cond, mask=mask))
     for i, length in enumerate(lengths):
         alone = replace(cond[i : i + 1], tokens=cond[i : i + 1].tokens[:, :length])  # pyright: ignore[reportOptionalSubscript]
-        close(found[i : i + 1], theirs(x[i : i + 1], **said(alone, t[i : i + 1])).sample)
+        assert_close(found[i : i + 1], theirs(x[i : i + 1], **said(alone, t[i : i + 1])).sample)
     assert (found[0] - ours(x, t, cond)[0]).abs().max() > 1e-3
 
 
@@ -263,7 +246,9 @@ def test_a_controlnets_residuals(layers: int) -> None:
         "num_extra_conditioning_channels": 0,
         "load_weights_from_transformer": False,
     }
-    control = shaken(diffusers.SD3ControlNetModel.from_transformer(theirs, **made), seed=2)
+    control = randomised(
+        diffusers.SD3ControlNetModel.from_transformer(theirs, **made), seed=2, buffers=True
+    )
     x, t, cond = asked(ours, (6, 14))
     residuals = control(
         x,
@@ -274,7 +259,7 @@ def test_a_controlnets_residuals(layers: int) -> None:
     )[0]
     assert len(residuals) == layers
     found = ours(x, t, replace(cond, residuals=tuple(residuals)))
-    close(found, theirs(x, block_controlnet_hidden_states=residuals, **said(cond, t)).sample)
+    assert_close(found, theirs(x, block_controlnet_hidden_states=residuals, **said(cond, t)).sample)
     assert (found - ours(x, t, cond)).abs().max() > 1e-3
 
 
@@ -288,7 +273,7 @@ def test_residuals_of_every_number() -> None:
     x, t, cond = asked(ours, (4, 4))
     for count in range(1, 8):
         residuals = tuple(normal(2, 4, 32, seed=10 + i) for i in range(count))
-        close(
+        assert_close(
             ours(x, t, replace(cond, residuals=residuals)),
             theirs(x, block_controlnet_hidden_states=list(residuals), **said(cond, t)).sample,
         )
@@ -338,7 +323,7 @@ def test_skipped_blocks(layers: tuple[int, ...]) -> None:
         )
         found = drive(ask(x, 0.4), evaluate_calls)
         expected = denoiser.process.split(x, whole + 2.8 * (whole - without), 0.4)
-        close(found.x0, expected.x0, 2e-5)
+        assert_close(found.x0, expected.x0, 2e-5)
         assert (whole - without).abs().max() > 1e-3
 
 
@@ -362,7 +347,7 @@ def test_away_from_no_condition_and_from_skipped_blocks() -> None:
         build(Guidance.parse(words), denoiser, cond, none, denoiser.process.schedule.point)(x, 0.4),
         evaluate_calls,
     )
-    close(
+    assert_close(
         found.x0, denoiser.process.split(x, off + 7 * (y - off) + 2.8 * (y - without), 0.4).x0, 5e-5
     )
 
@@ -409,11 +394,11 @@ def test_perturbed_attention() -> None:
         found, found_text = replace_layers(ours, [name], self_attentions, "layer").get_submodule(
             name
         )(x, text)
-        close(found, expected)
+        assert_close(found, expected)
         assert (found - ours.get_submodule(name)(x, text)[0]).abs().max() > 1e-3
         assert (found_text is None) == (layer == 2)
         if found_text is not None:
-            close(found_text, of_text)
+            assert_close(found_text, of_text)
 
 
 @torch.inference_mode()
@@ -440,7 +425,9 @@ def test_away_from_no_condition_and_from_perturbed_attention() -> None:
     off, y, worse = their_parts(PAGCFGJointAttnProcessor2_0(), none, cond, cond)
     words = "7 dual:kind=away,second=4 condition perturbed_attention:layers=transformer_blocks.1-2"
     found = drive(build(Guidance.parse(words), denoiser, cond, none, point)(x, 0.4), evaluate_calls)
-    close(found.x0, denoiser.process.split(x, off + 7 * (y - off) + 3 * (y - worse), 0.4).x0, 5e-5)
+    assert_close(
+        found.x0, denoiser.process.split(x, off + 7 * (y - off) + 3 * (y - worse), 0.4).x0, 5e-5
+    )
     y, worse = their_parts(PAGJointAttnProcessor2_0(), cond, cond)
     found = drive(
         build(
@@ -452,7 +439,7 @@ def test_away_from_no_condition_and_from_perturbed_attention() -> None:
         )(x, 0.4),
         evaluate_calls,
     )
-    close(found.x0, denoiser.process.split(x, y + 3 * (y - worse), 0.4).x0, 2e-5)
+    assert_close(found.x0, denoiser.process.split(x, y + 3 * (y - worse), 0.4).x0, 2e-5)
     assert (y - worse).abs().max() > 1e-3
 
 
@@ -472,7 +459,7 @@ def test_perturbed_attention_is_attention_under_a_map(
     )
     perturbed = replace_layers(ours, [name], self_attentions, "layer").get_submodule(name)
     found, found_text = perturbed(x, text, mask)
-    close(found_text, ours.get_submodule(name)(x, text, mask)[1], 1e-6)  # the text sees all
+    assert_close(found_text, ours.get_submodule(name)(x, text, mask)[1], 1e-6)  # the text sees all
 
     def seen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, picture: int) -> Tensor:
         allowed = torch.ones(11, 11, dtype=torch.bool)
@@ -486,7 +473,7 @@ def test_perturbed_attention_is_attention_under_a_map(
         )
 
     monkeypatch.setattr(ours.get_submodule(name), "find", seen)
-    close(found, ours.get_submodule(name)(x, text, mask)[0])
+    assert_close(found, ours.get_submodule(name)(x, text, mask)[0])
 
 
 @torch.inference_mode()
@@ -497,7 +484,7 @@ def test_the_second_attention_is_perturbed_to_its_values() -> None:
     perturbed = replace_layers(
         ours, ["transformer_blocks.0"], self_attentions, "layer"
     ).get_submodule("transformer_blocks.0.attn2")
-    close(perturbed(x), plain.to_out[0](plain.to_v(x)))  # pyright: ignore[reportCallIssue, reportIndexIssue]
+    assert_close(perturbed(x), plain.to_out[0](plain.to_v(x)))  # pyright: ignore[reportCallIssue, reportIndexIssue]
     network, (image, _, cond) = denoiser_of(ours), asked(ours, (8, 8))
     ask = build(
         Guidance.parse("3 perturbed_attention"), network, cond, cond, network.process.schedule.point
@@ -564,11 +551,11 @@ def test_wide_layers_and_more_rows_than_are_taken_at_a_time() -> None:
     ours = ours_of("SD 3.5 medium", **wide)
     x, t, cond = asked(ours, (66, 64), length=77)
     expected = theirs_of(ours)(x, **said(cond, t)).sample
-    close(ours(x, t, cond), expected)
+    assert_close(ours(x, t, cond), expected)
     assert torch.equal(ours(x, t, cond)[1:], ours(x[1:], t[1:], cond[1:]))
     if can_prepack(ours):
         quick = prepack(ours)
-        close(quick(x, t, cond), expected)
+        assert_close(quick(x, t, cond), expected)
         assert torch.equal(quick(x, t, cond)[1:], quick(x[1:], t[1:], cond[1:]))
         assert all(torch.equal(v, ours.state_dict()[k]) for k, v in quick.state_dict().items())
 

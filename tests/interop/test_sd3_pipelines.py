@@ -7,10 +7,8 @@ that is told the mask. What diffusers saved we open, what we save diffusers open
 """
 
 import json
-import runpy
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -18,19 +16,28 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
+from helpers import text_encoders
+from helpers.models import random_network
+from helpers.pipelines import (
+    assert_same_images,
+    count_equal_weight_files,
+    open_pipeline,
+    pipeline_images,
+    quiet,
+    rectangle_mask,
+    save_pipelines,
+    seeded_generators,
+    smooth_image,
+    vae_blocks,
+)
 from sfumato.cli import main
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
 from sfumato.sampling import Request
 from sfumato.tasks.image_to_image import image_to_image
 from sfumato.tasks.inpaint import inpaint
-
-text: Any = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_text.py"))
-)
 
 SMALL: dict[str, Any] = {
     "sample_size": 8,
@@ -62,11 +69,6 @@ LAYERS = "transformer_blocks.0+transformer_blocks.2"
 def theirs(kind: str, scratch: Path) -> Any:
     """diffusers' pipeline with small random parts."""
     texts, shape, scheduler = KINDS[kind]
-    blocks = {
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "norm_num_groups": 4,
-    }
     space = {
         "latent_channels": 16,
         "scaling_factor": 1.5305,
@@ -74,75 +76,43 @@ def theirs(kind: str, scratch: Path) -> Any:
         "use_quant_conv": False,
         "use_post_quant_conv": False,
     }
-    pipe = diffusers.StableDiffusion3Pipeline(
-        transformer=text.drawn(
-            lambda: diffusers.SD3Transformer2DModel(
-                **{**SMALL, "in_channels": 16, "out_channels": 16, **shape}
+    return quiet(
+        diffusers.StableDiffusion3Pipeline(
+            transformer=random_network(
+                lambda: diffusers.SD3Transformer2DModel(
+                    **{**SMALL, "in_channels": 16, "out_channels": 16, **shape}
+                ),
+                1,
             ),
-            1,
-        ),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
-        vae=text.drawn(
-            lambda: diffusers.AutoencoderKL(
-                block_out_channels=(4, 8), sample_size=16, **blocks, **space
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
+            vae=random_network(
+                lambda: diffusers.AutoencoderKL(
+                    block_out_channels=(4, 8), sample_size=16, **vae_blocks(), **space
+                ),
+                2,
             ),
-            2,
-        ),
-        **text.parts(texts, scratch),
+            **text_encoders.parts(texts, scratch),
+        )
     )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
-    for kind in KINDS:
-        found[kind] = tmp_path_factory.mktemp("sd3") / kind.replace(" ", "_")
-        theirs(kind, tmp_path_factory.mktemp("scratch")).save_pretrained(found[kind])
-    return found
+    return save_pipelines(
+        lambda kind: theirs(kind, tmp_path_factory.mktemp("scratch")), KINDS, tmp_path_factory
+    )
 
 
 def opened(folder: Path, name: str = "StableDiffusion3Pipeline") -> Any:
     index = json.loads((folder / "model_index.json").read_text())
     # which their loader wants to be told
     absent = {key: None for key in ("text_encoder_3", "tokenizer_3") if index[key] == [None, None]}
-    pipe = getattr(diffusers, name).from_pretrained(folder, **absent)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return open_pipeline(folder, name, **absent)
 
 
-def their_pictures(pipe: Any, prompts: list[str], **asked: Any) -> Tensor:
-    """(n, 3, H, W) in [0, 1]; image k from seed k."""
-    generators = [torch.Generator().manual_seed(k) for k in range(len(prompts))]
-    return torch.from_numpy(
-        pipe(prompts, generator=generators, output_type="np", **asked).images
-    ).permute(0, 3, 1, 2)
-
-
-def compare(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape and expected.std() > 0.05, (
-        "pictures in which something can be seen"
-    )
+def compare(images: Tensor, expected: Tensor) -> None:
+    assert_same_images(images, expected, tolerance=1e-4)
     assert (expected[0] - expected[1]).abs().max() > 0.05
-    assert (found - expected).abs().max() < 1e-4, float((found - expected).abs().max())
-
-
-def key_for_key(one: Path, other: Path) -> int:
-    """How many parts with weights two folders have: the same ones, with equal tensors by equal
-    names.
-    """
-    files, others = (
-        sorted(path.relative_to(folder) for path in folder.glob("*/*.safetensors"))
-        for folder in (one, other)
-    )
-    assert files == others
-    for file in files:
-        first, second = load_file(one / file), load_file(other / file)
-        assert first.keys() == second.keys() and all(
-            torch.equal(value, second[key]) for key, value in first.items()
-        ), file
-    return len(files)
 
 
 def same(ours: LatentDiffusion, pipe: Any) -> None:
@@ -168,7 +138,7 @@ def same(ours: LatentDiffusion, pipe: Any) -> None:
         said |= {
             key.replace("_2", "_3"): value for key, value in said.items() if key.endswith("_2")
         }
-        expected = their_pictures(
+        expected = pipeline_images(
             pipe, PROMPTS, guidance_scale=guidance, num_inference_steps=3, **said, **size
         )
         compare(
@@ -199,7 +169,9 @@ def test_what_diffusers_saved_and_what_we_save(
     same(again, pipe)
     first, second = (one.scheduler.config for one in (opened(folders[kind]), pipe))
     assert all(second[key] == value for key, value in first.items() if not key.startswith("_"))
-    assert key_for_key(folders[kind], tmp_path / "ours") == 5 - ("without" in KINDS[kind][0])
+    assert count_equal_weight_files(folders[kind], tmp_path / "ours") == 5 - (
+        "without" in KINDS[kind][0]
+    )
     again.save(tmp_path / "ours.safetensors")
     assert load(tmp_path / "ours.safetensors").hash == ours.hash
 
@@ -230,7 +202,7 @@ def test_convert_keeps_the_pipeline(kind: str, folders: dict[str, Path], tmp_pat
 def test_by_the_models_own_settings(folders: dict[str, Path]) -> None:
     """Steps, guidance and size where nobody says them."""
     kind = "dynamic shift"
-    expected = their_pictures(opened(folders[kind]), PROMPTS)
+    expected = pipeline_images(opened(folders[kind]), PROMPTS)
     compare(load(folders[kind]).generate(PROMPTS, output="tensor"), expected)
 
 
@@ -253,7 +225,7 @@ def test_away_from_skipped_layers(
         "skip_layer_guidance_scale": 1.8,
         "skip_layer_guidance_start": start,
     }
-    expected = their_pictures(
+    expected = pipeline_images(
         pipe,
         PROMPTS,
         guidance_scale=4.0,
@@ -274,12 +246,6 @@ def test_away_from_skipped_layers(
 # ---- tasks ---------------------------------------------------------------------------------------
 
 
-def picture() -> Tensor:
-    """Smooth colours in [0, 1]: what an autoencoder with random weights leaves something of."""
-    small = torch.rand(1, 3, 3, 2, generator=torch.Generator().manual_seed(5))
-    return torch.nn.functional.interpolate(small, (24, 16), mode="bilinear")
-
-
 REQUEST = Request(PROMPTS, steps=5, guidance=4.0, negative_prompt="ugly")
 ASKED: Mapping[str, Any] = {
     "guidance_scale": 4.0,
@@ -294,9 +260,9 @@ ASKED: Mapping[str, Any] = {
     ("kind", "strength"), [("SD 3", 0.6), ("dynamic shift", 0.4), ("dynamic shift", 1.0)]
 )
 def test_image_to_image(kind: str, strength: float, folders: dict[str, Path]) -> None:
-    image = picture()
+    image = smooth_image()
     pipe = opened(folders[kind], "StableDiffusion3Img2ImgPipeline")
-    expected = their_pictures(
+    expected = pipeline_images(
         pipe, PROMPTS, image=image.expand(2, -1, -1, -1), strength=strength, **ASKED
     )
     ours = load(folders[kind])
@@ -318,14 +284,17 @@ def test_inpainting(kind: str, strength: float, folders: dict[str, Path]) -> Non
     are compared, because diffusers 0.42.1 leaves the autoencoder's shift out when its pipeline
     decodes them; that of drawing does not.
     """
-    image, mask = picture(), torch.zeros(1, 1, 24, 16)
-    mask[:, :, 4:14, 6:16] = 1
+    image, mask = smooth_image(), rectangle_mask()
     # one a prompt: each from its own generator
     pair = {"image": image.expand(2, -1, -1, -1), "mask_image": mask.expand(2, -1, -1, -1)}
-    generators = [torch.Generator().manual_seed(k) for k in range(2)]
     pipe = opened(folders[kind], "StableDiffusion3InpaintPipeline")
     expected = pipe(
-        PROMPTS, generator=generators, output_type="latent", strength=strength, **pair, **ASKED
+        PROMPTS,
+        generator=seeded_generators(2),
+        output_type="latent",
+        strength=strength,
+        **pair,
+        **ASKED,
     ).images
     ours = load(folders[kind])
     blind = kind != "inpainting" and strength == 1
@@ -377,7 +346,7 @@ def test_on_the_command_line(
     assert main(["generate", "a red cat", "--model", str(folder), *flags]) == 0
     with Image.open(tmp_path / "cat.png") as image:
         found = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-    expected = their_pictures(
+    expected = pipeline_images(
         opened(folder),
         PROMPTS[:1],
         num_inference_steps=3,

@@ -2,21 +2,17 @@
 that are written here.
 """
 
-import runpy
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from helpers import text_encoders
 from sfumato.predict.conditioners.sentence_text import SentenceText, SentenceTextConfig
 
-tiny: Any = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_text.py"))
-)
 PROMPTS = ["a red shirt", "", "Two CATS, on the dog!", "a red shirt", "naïve 中 §", "  a \n cat "]
 LONG = "the red cat " * 40
 
@@ -25,8 +21,8 @@ LONG = "the red cat " * 40
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As transformers and sentence-transformers save: all side by side, with a pooler."""
     found = tmp_path_factory.mktemp("encoder")
-    tiny.bert_model(heads=True).save_pretrained(found)
-    tiny.bert_tokenizer().save_pretrained(found)
+    text_encoders.bert_model(heads=True).save_pretrained(found)
+    text_encoders.bert_tokenizer().save_pretrained(found)
     return found
 
 
@@ -115,8 +111,8 @@ def test_what_is_saved_opens_in_transformers(ours: SentenceText, tmp_path: Path)
 
 
 def test_a_model_that_keeps_case_keeps_it(tmp_path: Path) -> None:
-    tiny.bert_model().save_pretrained(tmp_path)
-    tiny.bert_tokenizer(do_lower_case=False, strip_accents=False).save_pretrained(tmp_path)
+    text_encoders.bert_model().save_pretrained(tmp_path)
+    text_encoders.bert_tokenizer(do_lower_case=False, strip_accents=False).save_pretrained(tmp_path)
     cased = SentenceText.from_encoder(tmp_path)
     assert not torch.allclose(*cased(["Red FHR", "red fhr"]).tokens, atol=1e-3)
     assert float((cased(PROMPTS).tokens - theirs(tmp_path, PROMPTS)[0]).abs().max()) <= 1e-5

@@ -4,10 +4,8 @@ models of every family.
 """
 
 import json
-import runpy
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -18,16 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+import helpers.single_files as single
+from helpers.clip_encoders import wide_encoder
+from helpers.tensors import equal_tensors
 from sfumato.checkpoints.checkpoint import Checkpoint, Component, ReadOptions
 from sfumato.checkpoints.families._unet_config import STANDARD
 from sfumato.checkpoints.families._unet_map import unet_map
 from sfumato.checkpoints.families._vae import vae_map
 from sfumato.checkpoints.schedulers import betas
 from sfumato.checkpoints.weight_map import WeightMap
-
-single: Any = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_single_files.py"))
-)
 
 LEVELS = {
     "D": ("DownBlock2D", "UpBlock2D"),
@@ -68,19 +65,7 @@ def vae(**fields: Any) -> diffusers.AutoencoderKL:
 
 
 def clip(kind: type[nn.Module] = CLIPTextModel, **fields: Any) -> nn.Module:
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 1,
-        "vocab_size": 50,
-    }
-    config = CLIPTextConfig(
-        **sizes
-        | {"max_position_embeddings": 9, "projection_dim": 64, "bos_token_id": 0, "eos_token_id": 2}
-        | fields
-    )
-    return kind(config)
+    return wide_encoder(kind, **fields)
 
 
 def part(network: nn.Module) -> Component:
@@ -186,12 +171,6 @@ def build(name: str, prediction: str | None = None) -> tuple[dict[str, nn.Module
     )
 
 
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(
-        a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a
-    )
-
-
 def converted(
     name: str, networks: dict[str, nn.Module], tensors: dict[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
@@ -221,7 +200,7 @@ def test_diffusers_converts_what_join_writes(name: str) -> None:
     found = converted(name, networks, single.join(parts))
     assert found.keys() == parts.components.keys()
     for key, expected in parts.components.items():
-        assert equal(found[key], single.weights(expected)), key
+        assert equal_tensors(found[key], single.weights(expected)), key
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -231,7 +210,7 @@ def test_split_is_the_inverse_of_join(name: str, tmp_path: Path) -> None:
     again = single.split(tmp_path / "one.safetensors")
     assert again.kind == name
     for key, expected in parts.components.items():
-        assert equal(single.weights(again.components[key]), single.weights(expected)), key
+        assert equal_tensors(single.weights(again.components[key]), single.weights(expected)), key
     given, found = parts.components["unet"].config, again.components["unet"].config
     levels = len(given["block_out_channels"])
     for field in given.keys() - {
@@ -254,7 +233,9 @@ def test_split_is_the_inverse_of_join(name: str, tmp_path: Path) -> None:
         rtol=1e-5,
     )
     single.save(tmp_path / "two.safetensors", again)  # what was split joins to the very same file
-    assert equal(load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "two.safetensors"))
+    assert equal_tensors(
+        load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "two.safetensors")
+    )
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "x4-upscaler", "sdxl", "sdxl-refiner"])
@@ -327,7 +308,7 @@ def test_diffusers_opens_the_file_itself(tmp_path: Path) -> None:
     autoencoder = diffusers.AutoencoderKL.from_single_file(
         tmp_path / "one.safetensors", config=str(tmp_path), subfolder="vae"
     )
-    assert equal(network.state_dict(), networks["unet"].state_dict()) and equal(
+    assert equal_tensors(network.state_dict(), networks["unet"].state_dict()) and equal_tensors(
         autoencoder.state_dict(), networks["vae"].state_dict()
     )
 
@@ -455,7 +436,7 @@ def test_sd2_whole_tower_leaves_its_last_layer_out() -> None:
     whole = tensors | {k.replace("resblocks.22", "resblocks.23"): v + 1 for k, v in block.items()}
     whole |= {f"{prefix}text_projection": torch.eye(64), f"{prefix}logit_scale": torch.tensor(4.6)}
     again = single.split_tensors(whole, {}, "file")
-    assert equal(
+    assert equal_tensors(
         single.weights(again.components["text_encoder"]),
         single.weights(parts.components["text_encoder"]),
     )
@@ -494,7 +475,9 @@ def test_running_averages_are_read_on_request_only() -> None:
     for ema in (False, True):
         found = single.split_tensors(file, {}, "file", ReadOptions(ema=ema)).components["unet"]
         found = single.weights(found)
-        assert equal(found, theirs.convert_ldm_unet_checkpoint(dict(file), config, extract_ema=ema))
+        assert equal_tensors(
+            found, theirs.convert_ldm_unet_checkpoint(dict(file), config, extract_ema=ema)
+        )
         assert torch.equal(
             found["conv_in.bias"],
             single.weights(parts.components["unet"])["conv_in.bias"] + int(ema),
@@ -510,6 +493,6 @@ def test_both_ways_of_naming_clip_and_the_autoencoder(tmp_path: Path) -> None:
     save_file(other, tmp_path / "other.safetensors")
     again = single.split(tmp_path / "other.safetensors")
     assert all(
-        equal(single.weights(again.components[k]), single.weights(p))
+        equal_tensors(single.weights(again.components[k]), single.weights(p))
         for k, p in parts.components.items()
     )

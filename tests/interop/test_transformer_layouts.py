@@ -13,6 +13,7 @@ import torch
 from diffusers.loaders import single_file_utils as theirs
 from torch import Tensor, nn
 
+from helpers.tensors import equal_tensors
 from sfumato.checkpoints import families
 from sfumato.checkpoints.checkpoint import Checkpoint, Component, RawCheckpoint
 from sfumato.checkpoints.families import NETWORK as PREFIX
@@ -251,10 +252,6 @@ def written(name: str) -> tuple[Layout, dict[str, Any], dict[str, Tensor], dict[
     )
 
 
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 @pytest.mark.parametrize("name", [n for n, (kind, *_) in MODELS.items() if kind in CONVERTERS])
 def test_diffusers_reads_what_is_written(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layout, config, ours, original = written(name)
@@ -267,7 +264,7 @@ def test_diffusers_reads_what_is_written(name: str, monkeypatch: pytest.MonkeyPa
             "split",
             lambda t, sizes, dim=0: split(t, [s * width // 3072 for s in sizes], dim),
         )
-    assert equal(CONVERTERS[layout.name](dict(original)), ours)
+    assert equal_tensors(CONVERTERS[layout.name](dict(original)), ours)
 
 
 @pytest.mark.parametrize("prefix", ["", PREFIX])
@@ -282,7 +279,7 @@ def test_back_again(name: str, prefix: str) -> None:
         from_tensors(file | {"first_stage_model.x": torch.ones(1)}), {}, Path(name)
     )
     assert layout.read_network(beside, known or told).tensors.keys() == again.keys()
-    assert equal({k: v.load() for k, v in again.items()}, ours)
+    assert equal_tensors({k: v.load() for k, v in again.items()}, ours)
     assert all(v.dtype == ours[k].dtype and v.shape == ours[k].shape for k, v in again.items())
     network = MODELS[name][1](**{k: v for k, v in told.items() if not k.startswith("_")})
     network.load_state_dict(ours)  # the config that was read builds the same network
@@ -365,8 +362,8 @@ def test_dit_with_another_table_or_unlike_copies_is_refused() -> None:
 def test_tables_are_inverses(name: str) -> None:
     layout, config, ours, original = written(name)
     maps = layout.weight_map(config)
-    assert equal(load_tensors(store_all(maps, from_tensors(ours))), original)
-    assert equal(load_tensors(load_all(maps, from_tensors(original), name)), ours)
+    assert equal_tensors(load_tensors(store_all(maps, from_tensors(ours))), original)
+    assert equal_tensors(load_tensors(load_all(maps, from_tensors(original), name)), ours)
     for m in maps:  # tensor by tensor
         values = m.load(original[m.source])
         assert all(
@@ -428,7 +425,7 @@ def test_what_keys_do_not_tell_is_noted(name: str, fields: dict[str, Any]) -> No
     assert all(
         told[k] == list(v) if isinstance(v, tuple) else told[k] == v for k, v in fields.items()
     )
-    assert equal({k: v.load() for k, v in again.items()}, ours)
+    assert equal_tensors({k: v.load() for k, v in again.items()}, ours)
     try:
         other, _ = read_transformer(layout, original, name)
         assert any(other[k] != told[k] for k in fields)

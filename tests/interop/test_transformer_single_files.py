@@ -6,13 +6,11 @@ diffusers' converters and transformers read as the same tensors.
 import argparse
 import json
 import math
-import runpy
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -26,6 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sfumato
+from helpers import clip_encoders, text_encoders
+from helpers.file_opens import opens
+from helpers.models import random_network
+from helpers.tensors import equal_tensors
 from sfumato.checkpoints import families
 from sfumato.checkpoints.checkpoint import Checkpoint, Component, RawCheckpoint, ReadOptions
 from sfumato.checkpoints.families import FLOW, Family, TransformerFamily
@@ -52,11 +54,6 @@ from sfumato.predict.text_encoders.clip import ClipEncoder
 from sfumato.predict.text_encoders.t5 import T5Encoder
 from sfumato.sampling import Defaults
 from sfumato.types import Conditioning
-
-opens: Any = runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_opens.py"))["opens"]
-text: Any = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_text.py"))
-)
 
 SD3: dict[str, Any] = {
     "sample_size": 8,
@@ -119,7 +116,7 @@ def write_transformer(
 
 def network(name: str, **fields: Any) -> Any:
     class_name, values = CLASSES[name]
-    return text.drawn(lambda: build(registered()[class_name][1](**values | fields)), 1)
+    return random_network(lambda: build(registered()[class_name][1](**values | fields)), 1)
 
 
 def autoencoder(scale: float, shift: float | None, channels: int = 16) -> AutoencoderKL:
@@ -127,24 +124,24 @@ def autoencoder(scale: float, shift: float | None, channels: int = 16) -> Autoen
         block_out_channels=(32, 32), layers_per_block=1, latent_channels=channels, scaling_factor=scale, shift_factor=shift,
         use_quant_conv=False, use_post_quant_conv=False, sample_size=16,
     )  # fmt: skip
-    return text.drawn(lambda: AutoencoderKL(config), 2)
+    return random_network(lambda: AutoencoderKL(config), 2)
 
 
 def clip(projected: bool, seed: int, pad: str, **fields: Any) -> ClipEncoder:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    size = len(text.clip.vocabulary())
-    sizes: dict[str, Any] = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 1,
-        "projection_dim": 64,
+    size, kind = (
+        len(clip_encoders.vocabulary()),
+        CLIPTextModelWithProjection if projected else CLIPTextModel,
+    )
+    words = {
+        "vocab_size": size,
+        "max_position_embeddings": 77,
+        "bos_token_id": size - 2,
+        "eos_token_id": size - 1,
     }
-    sizes |= {"vocab_size": size, "bos_token_id": size - 2, "eos_token_id": size - 1} | fields
-    config = CLIPTextConfig(**sizes)
-    kind = CLIPTextModelWithProjection if projected else CLIPTextModel
-    return ClipEncoder(text.clip.tokenizer(pad), text.drawn(lambda: kind(config), seed), projected)
+    network = random_network(lambda: clip_encoders.wide_encoder(kind, **words | fields), seed)
+    return ClipEncoder(clip_encoders.tokenizer(pad), network, projected)
 
 
 def t5(width: int, scratch: Path) -> T5Encoder:
@@ -159,21 +156,23 @@ def t5(width: int, scratch: Path) -> T5Encoder:
         num_heads=4,
         feed_forward_proj="gated-gelu",
     )
-    tokenizer = text.t5_tokenizer(scratch / f"spiece-{width}")
-    return T5Encoder(tokenizer, text.drawn(lambda: T5EncoderModel(config), 3), text.spiece())
+    tokenizer = text_encoders.t5_tokenizer(scratch / f"spiece-{width}")
+    return T5Encoder(
+        tokenizer, random_network(lambda: T5EncoderModel(config), 3), text_encoders.spiece()
+    )
 
 
 def texts(name: str, scratch: Path) -> Any:
     if name != "sd3":
         return FluxText(
-            clip(False, 1, text.clip.END),
+            clip(False, 1, clip_encoders.END),
             t5(32, scratch),
             FluxTextConfig(max_sequence_length=512 if name == "flux" else 256),
         )
     big = clip(
         True, 2, "!", hidden_size=128, num_attention_heads=2, projection_dim=96, hidden_act="gelu"
     )
-    return Sd3Text(clip(True, 1, text.clip.END), big, t5(192, scratch))
+    return Sd3Text(clip(True, 1, clip_encoders.END), big, t5(192, scratch))
 
 
 def whole(name: str, scratch: Path) -> LatentDiffusion:
@@ -248,10 +247,6 @@ def notes_of(path: Path) -> dict[str, str]:
         return opened.metadata() or {}
 
 
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
@@ -273,7 +268,9 @@ def test_there_and_back(
     )
     assert same(picture(again), picture(model))
     again.save(tmp_path / "b.safetensors")
-    assert equal(load_file(saved(name) / "a.safetensors"), load_file(tmp_path / "b.safetensors"))
+    assert equal_tensors(
+        load_file(saved(name) / "a.safetensors"), load_file(tmp_path / "b.safetensors")
+    )
     one, two = (
         notes_of(path) for path in (saved(name) / "a.safetensors", tmp_path / "b.safetensors")
     )
@@ -293,10 +290,10 @@ def test_others_read_the_file(
 ) -> None:
     model = models[name]
     file = load_file(saved(name) / "a.safetensors")
-    assert equal(
+    assert equal_tensors(
         converted(name, below(file, PREFIX), monkeypatch), dict(model.denoiser.network.state_dict())
     )
-    assert equal(
+    assert equal_tensors(
         theirs.convert_ldm_vae_checkpoint(dict(file), model.autoencoder.to_config()),
         dict(model.autoencoder.state_dict()),
     )
@@ -305,8 +302,8 @@ def test_others_read_the_file(
             found = theirs.convert_ldm_clip_checkpoint(
                 dict(file), f"text_encoders.{tower}.transformer."
             )
-            assert equal(found, model.conditioner.encoders[part].tensors())
-        assert equal(
+            assert equal_tensors(found, model.conditioner.encoders[part].tensors())
+        assert equal_tensors(
             below(file, "text_encoders.t5xxl.transformer."), model.conditioner.encoder_3.tensors()
         )
     assert NOTE not in notes_of(saved(name) / "a.safetensors") or set(
@@ -411,7 +408,7 @@ def test_what_the_layout_cannot_tell(
         model,
         conditioner=replace(
             model.conditioner,
-            encoder=clip(False, 1, text.clip.END, layer_norm_eps=1e-3, hidden_act="gelu"),
+            encoder=clip(False, 1, clip_encoders.END, layer_norm_eps=1e-3, hidden_act="gelu"),
         ),
     )
     axes = replace(
@@ -536,7 +533,7 @@ def test_quantised_networks(
     writer.write_tensors_to_file()
     writer.close()
     found = sfumato.load(base, transformer=tmp_path / "net.gguf").denoiser.network
-    assert equal(dict(found.state_dict()), converted("flux", wanted, monkeypatch))
+    assert equal_tensors(dict(found.state_dict()), converted("flux", wanted, monkeypatch))
     with pytest.raises(UserError, match=r"net\.gguf holds a network alone"):
         sfumato.load(tmp_path / "net.gguf")
     eights: dict[str, Tensor] = {}
@@ -555,7 +552,7 @@ def test_quantised_networks(
         if not k.endswith("scale_weight")
     }
     found = sfumato.load(base, transformer=tmp_path / "fp8.safetensors").denoiser.network
-    assert equal(dict(found.state_dict()), converted("flux", scaled, monkeypatch))
+    assert equal_tensors(dict(found.state_dict()), converted("flux", scaled, monkeypatch))
     for name in ("net.gguf", "fp8.safetensors"):
         with pytest.raises(UserError, match="cannot be streamed"):
             sfumato.load(base, transformer=tmp_path / name, memory="64GB")
@@ -690,7 +687,7 @@ def test_command_line(
 
 def sit_file(**fields: Any) -> tuple[SiTTransformer, dict[str, Tensor], dict[str, str]]:
     config = SiTConfig(**DIT | fields)
-    net = text.drawn(lambda: SiTTransformer(config), 4)
+    net = random_network(lambda: SiTTransformer(config), 4)
     first = net.transformer_blocks[0].norm1.emb.state_dict()
     for block in net.transformer_blocks:
         block.norm1.emb.load_state_dict(first)
@@ -782,7 +779,7 @@ def test_sit_is_told_from_dit_by_its_class() -> None:
     )
     values = found.config
     assert SiTConfig.from_dict(values) == net.config
-    assert equal({k: v.load() for k, v in found.tensors.items()}, dict(net.state_dict()))
+    assert equal_tensors({k: v.load() for k, v in found.tensors.items()}, dict(net.state_dict()))
     with pytest.raises(UserError, match="holds a SfumatoSiT, and the given config is of a DiT"):
         other = {"transformer": {**values, "_class_name": "DiTTransformer2DModel"}}
         families.by_name("dit").read(RawCheckpoint(from_tensors(file), notes), None, other)
@@ -809,11 +806,11 @@ def test_convert_dit_and_sit(
         assert main(["convert", source, folder, "--network", "sit"]) == 0, capsys.readouterr().err
         config = json.loads((tmp_path / folder / "transformer" / "config.json").read_text())
         assert SiTConfig.from_dict(config) == net.config and config["_class_name"] == "SfumatoSiT"
-        assert equal(
+        assert equal_tensors(
             load_file(tmp_path / folder / "transformer" / "diffusion_pytorch_model.safetensors"),
             dict(net.state_dict()),
         )
-    assert main(["convert", "net", "again.safetensors"]) == 0 and equal(
+    assert main(["convert", "net", "again.safetensors"]) == 0 and equal_tensors(
         load_file("again.safetensors"), file
     )
     assert main(["convert", "again.safetensors", "third"]) == 0  # the file says that it is SiT's

@@ -4,7 +4,6 @@ vectors from the same folders, both ways.
 
 import json
 import logging
-import runpy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import text_encoders
 from sfumato.registry import find
 from sfumato.types import Conditioning, ImageSpec
 
-tiny: Any = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_text.py"))
-)
-KINDS = list(tiny.PIPELINES)
+KINDS = list(text_encoders.PIPELINES)
 NAMES = {"pixart": "t5_text", "sd3": "sd3_text", "flux": "flux_text", "flux2": "flux2_text"}
 PROMPTS = [
     "a cat, a red dog",
@@ -41,7 +38,9 @@ def named(kind: str) -> Any:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: tiny.write(tmp_path_factory.mktemp("text") / kind, kind) for kind in KINDS}
+    return {
+        kind: text_encoders.write(tmp_path_factory.mktemp("text") / kind, kind) for kind in KINDS
+    }
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,7 @@ def ours(folders: dict[str, Path]) -> dict[str, Any]:
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """diffusers' pipelines of the same parts, which went through no file."""
     return {
-        kind: pipeline(kind, tiny.parts(kind, tmp_path_factory.mktemp("parts") / kind))
+        kind: pipeline(kind, text_encoders.parts(kind, tmp_path_factory.mktemp("parts") / kind))
         for kind in KINDS
     }
 
@@ -63,7 +62,7 @@ def empty(kind: str) -> dict[str, Any]:
     rest: dict[str, Any] = {"vae": None, "transformer": None, "scheduler": None}
     if kind == "sd3_without_t5":  # it asks the network for its width
         rest["transformer"] = SimpleNamespace(
-            config=SimpleNamespace(sample_size=8, patch_size=2, **tiny.NETWORKS[kind])
+            config=SimpleNamespace(sample_size=8, patch_size=2, **text_encoders.NETWORKS[kind])
         )
     return rest
 
@@ -71,7 +70,7 @@ def empty(kind: str) -> dict[str, Any]:
 def pipeline(kind: str, parts: dict[str, Any]) -> Any:
     import diffusers
 
-    found = object.__new__(getattr(diffusers, tiny.PIPELINES[kind]))
+    found = object.__new__(getattr(diffusers, text_encoders.PIPELINES[kind]))
     # the stand-in for a network is not a model that could be registered
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -221,13 +220,13 @@ def test_what_is_saved_opens_in_diffusers_and_here(
     import diffusers
 
     ours[kind].save(tmp_path)
-    index = {"_class_name": tiny.PIPELINES[kind], **ours[kind].index()}
-    assert index.keys() - {"_class_name"} == tiny.parts(kind, tmp_path / "scratch").keys()
+    index = {"_class_name": text_encoders.PIPELINES[kind], **ours[kind].index()}
+    assert index.keys() - {"_class_name"} == text_encoders.parts(kind, tmp_path / "scratch").keys()
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     rest = dict.fromkeys(
         [*empty(kind), *(name for name, entry in index.items() if entry == [None, None])]
     )
-    loaded = getattr(diffusers, tiny.PIPELINES[kind]).from_pretrained(
+    loaded = getattr(diffusers, text_encoders.PIPELINES[kind]).from_pretrained(
         tmp_path, local_files_only=True, **rest
     )
     parts = {name: getattr(loaded, name) for name in index if name != "_class_name"}

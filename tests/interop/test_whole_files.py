@@ -11,14 +11,10 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils as theirs
 from torch import Tensor, nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    T5Config,
-    T5EncoderModel,
-)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from helpers.clip_encoders import wide_encoder
+from helpers.tensors import equal_tensors
 from sfumato.checkpoints import families
 from sfumato.checkpoints.checkpoint import Checkpoint, Component, RawCheckpoint
 from sfumato.checkpoints.families import TransformerFamily
@@ -100,45 +96,23 @@ def vae(family: str) -> nn.Module:
     )
 
 
-def clip(kind: type[nn.Module], **fields: Any) -> nn.Module:
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 1,
-        "vocab_size": 50,
-    }
-    return kind(
-        CLIPTextConfig(
-            **sizes
-            | {
-                "max_position_embeddings": 9,
-                "projection_dim": 64,
-                "bos_token_id": 0,
-                "eos_token_id": 2,
-            }
-            | fields
-        )
-    )
-
-
 def models(family: str) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     t5 = T5EncoderModel(T5Config(**T5, tie_word_embeddings=False))
     if family == "sd3":
-        second = clip(
+        second = wide_encoder(
             CLIPTextModelWithProjection,
             hidden_act="gelu",
             hidden_size=128,
             num_attention_heads=2,
             projection_dim=96,
         )
-        first = clip(CLIPTextModelWithProjection)
+        first = wide_encoder(CLIPTextModelWithProjection)
         with torch.no_grad():
             first.text_projection.weight.copy_(torch.eye(64))
         texts = {"text_encoder": first, "text_encoder_2": second, "text_encoder_3": t5}
         return {"transformer": diffusers.SD3Transformer2DModel(**SD3), "vae": vae(family), **texts}
-    texts = {"text_encoder": clip(CLIPTextModel), "text_encoder_2": t5}
+    texts = {"text_encoder": wide_encoder(CLIPTextModel), "text_encoder_2": t5}
     return {"transformer": diffusers.FluxTransformer2DModel(**FLUX), "vae": vae(family), **texts}
 
 
@@ -174,10 +148,6 @@ def file_of(networks: dict[str, nn.Module]) -> dict[str, Tensor]:
     return {k: v.load() for k, v in table.items()}
 
 
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
@@ -189,7 +159,9 @@ def test_whole_and_back(family: str) -> None:
     parts = read_whole(from_tensors(file), {}, "file")
     assert parts.keys() == networks.keys()
     for name, found in parts.items():
-        assert equal({k: v.load() for k, v in found.tensors.items()}, names(networks[name])), name
+        assert equal_tensors(
+            {k: v.load() for k, v in found.tensors.items()}, names(networks[name])
+        ), name
     for name in networks:  # the configs that were read build the same networks
         network, config = networks[name], parts[name].config
         if isinstance(network, diffusers.ModelMixin):
@@ -218,17 +190,17 @@ def test_diffusers_reads_the_parts_of_sd3() -> None:
     networks = models("sd3")
     file = file_of(networks)
     found = theirs.convert_ldm_vae_checkpoint(dict(file), networks["vae"].config)
-    assert equal(found, names(networks["vae"]))
+    assert equal_tensors(found, names(networks["vae"]))
     for part_name, name in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g")):
         tower = theirs.convert_ldm_clip_checkpoint(dict(file), f"text_encoders.{name}.transformer.")
         wanted = names(networks[part_name])
-        assert equal(
+        assert equal_tensors(
             tower | ({"text_projection.weight": torch.eye(64)} if name == "clip_l" else {}), wanted
         )
-    assert equal(
+    assert equal_tensors(
         theirs.convert_sd3_t5_checkpoint_to_diffusers(dict(file)), names(networks["text_encoder_3"])
     )
-    assert equal(
+    assert equal_tensors(
         theirs.convert_sd3_transformer_checkpoint_to_diffusers(
             below(file, "model.diffusion_model.")
         ),
@@ -269,7 +241,7 @@ def test_files_as_they_come() -> None:
     }
     parts = read_whole(from_tensors(renamed), {}, "file")
     assert all(
-        equal({k: v.load() for k, v in p.tensors.items()}, names(networks[n]))
+        equal_tensors({k: v.load() for k, v in p.tensors.items()}, names(networks[n]))
         for n, p in parts.items()
     )
     for odd in ("something.else", "text_encoders.gemma.weight", "text_encoders.clip_l.more"):
@@ -297,7 +269,7 @@ def test_autoencoder_alone(family: str) -> None:
     config = None if family == "flux2" else {"vae": dict(network.config)}
     for given in (file, {k: v for k, v in file.items() if k != BATCHES}):
         found = read_whole(from_tensors(given), {}, "file", config)["vae"]
-        assert equal({k: v.load() for k, v in found.tensors.items()}, network.state_dict())
+        assert equal_tensors({k: v.load() for k, v in found.tensors.items()}, network.state_dict())
     if family == "flux2":
         assert all(
             list(v) == found.config[k] if isinstance(v, tuple) else v == found.config[k]
@@ -310,7 +282,7 @@ def test_autoencoder_alone(family: str) -> None:
         )
         assert found.config["_class_name"] == "AutoencoderKLFlux2"
     else:
-        assert equal(
+        assert equal_tensors(
             theirs.convert_ldm_vae_checkpoint(dict(file), network.config), network.state_dict()
         )
 

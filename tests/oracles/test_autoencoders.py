@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.batch_invariance import batch_dependent
+from helpers.models import randomised
+from helpers.tensors import normal
 from sfumato.checkpoints.families.taesd import load_taesd, save_taesd
 from sfumato.compress.base import Autoencoder
 from sfumato.compress.kl import AutoencoderKL, KLConfig
@@ -35,18 +38,7 @@ def weights() -> None:
     torch.manual_seed(0)
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def shaken(network: Any) -> Any:
-    """Weights of which none is 0, for inference."""
-    with torch.no_grad():
-        for k, parameter in enumerate(network.parameters()):
-            parameter.add_(0.1 * normal(*parameter.shape, seed=k))
-    return network.eval().requires_grad_(False)
-
-
+SOME = (2, 3, 7)
 SMALL: dict[str, Any] = {"layers_per_block": 1, "norm_num_groups": 2}
 FAR: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
@@ -74,36 +66,19 @@ KINDS: dict[str, Callable[[], Autoencoder]] = {
 }
 
 
-def differing(
-    run: Callable[[Tensor], Tensor], batches: tuple[int, ...] = (2, 3, 7)
-) -> list[tuple[int, int]]:
-    """(batch size, position) of each image whose bits are not those of a batch of one; `run` takes
-    the indices of images.
-    """
-    alone = [run(torch.tensor([i]))[0] for i in range(max(batches) + 1)]
-    found = []
-    for size in batches:
-        for first in (0, 1):
-            together = run(torch.arange(first, first + size))
-            found += [
-                (size, i) for i in range(size) if not torch.equal(together[i], alone[first + i])
-            ]
-    return found
-
-
 @pytest.mark.invariance
 @pytest.mark.parametrize("size", [(32, 16), (16, 48)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_an_image_has_the_bits_that_it_has_alone(kind: str, size: tuple[int, int]) -> None:
-    autoencoder = shaken(KINDS[kind]())
+    autoencoder = randomised(KINDS[kind]())
     image = normal(8, 3, *size).tanh()
     f = autoencoder.space.factor
     z = normal(8, autoencoder.space.channels, size[0] // f, size[1] // f, seed=1)
-    assert not differing(lambda rows: autoencoder.encode(image[rows]))
-    assert not differing(lambda rows: whole(autoencoder, z[rows]))
+    assert not batch_dependent(lambda rows: autoencoder.encode(image[rows]), SOME)
+    assert not batch_dependent(lambda rows: whole(autoencoder, z[rows]), SOME)
     if isinstance(autoencoder, VQModel):
-        assert not differing(lambda rows: autoencoder.codes(image[rows]))
+        assert not batch_dependent(lambda rows: autoencoder.codes(image[rows]), SOME)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,7 +86,7 @@ def test_every_kind_is_an_autoencoder(kind: str) -> None:
     """Latents that do not fit are refused, z is standardised, tiles that cover all are the whole,
     and gradients reach the whole encoder.
     """
-    autoencoder = shaken(KINDS[kind]())
+    autoencoder = randomised(KINDS[kind]())
     space = autoencoder.space
     if isinstance(autoencoder, AutoencoderKLFlux2):
         autoencoder.set_statistics(
@@ -170,7 +145,7 @@ def test_the_nearest_code_by_counting() -> None:
 @torch.inference_mode()
 def test_cells_between_two_codes_take_the_same_one_in_any_batch() -> None:
     """Each cell is as far from e as from -e, so that the last bit of a product decides."""
-    book = shaken(
+    book = randomised(
         VQModel(VQConfig(block_out_channels=(4, 8), num_vq_embeddings=2, vq_embed_dim=61, **SMALL))
     ).quantize
     e = F.normalize(normal(61), dim=0)
@@ -178,7 +153,7 @@ def test_cells_between_two_codes_take_the_same_one_in_any_batch() -> None:
     h = normal(18, 61, 3, 3, seed=1)
     h = h - torch.einsum("c,bchw,d->bdhw", e, h, e)
     assert len(book.nearest(h).unique()) == 2
-    assert not differing(lambda rows: book.nearest(h[rows]), (2, 3, 5, 7, 11, 16, 17))
+    assert not batch_dependent(lambda rows: book.nearest(h[rows]), (2, 3, 5, 7, 11, 16, 17))
 
 
 def test_gradients_pass_straight_through() -> None:
@@ -196,7 +171,7 @@ def test_gradients_pass_straight_through() -> None:
 
 
 def test_codes_that_are_not_there() -> None:
-    model = shaken(VQModel(VQConfig(block_out_channels=(4, 8), num_vq_embeddings=11, **SMALL)))
+    model = randomised(VQModel(VQConfig(block_out_channels=(4, 8), num_vq_embeddings=11, **SMALL)))
     image = normal(1, 3, 8, 8)
     assert torch.equal(
         model.from_codes(model.codes(image)), model.reconstruct(model.posterior(image).mean)
@@ -216,7 +191,7 @@ def test_packing_by_counting() -> None:
     between.
     """
     config = KLFlux2Config(block_out_channels=(4, 8), latent_channels=3, **SMALL)
-    model: Any = shaken(AutoencoderKLFlux2(config))
+    model: Any = randomised(AutoencoderKLFlux2(config))
     plain: Any = AutoencoderKL(KLConfig(block_out_channels=(4, 8), latent_channels=3, **SMALL))
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("bn.")})
     image = normal(1, 3, 16, 24)

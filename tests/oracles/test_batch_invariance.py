@@ -15,6 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.batch_invariance import batch_dependent
+from helpers.models import randomised
+from helpers.tensors import normal
 from sfumato.decode.whole import whole
 from sfumato.inference.prepack import can_prepack, prepack
 from sfumato.kernels import batch_invariant
@@ -27,41 +30,8 @@ from sfumato.types import Conditioning
 
 pytestmark = pytest.mark.invariance
 
-BATCHES = (2, 3, 4, 5, 7, 11, 16, 17, 32, 33)
 SOME = (2, 11, 17)
 COUNT = 34
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def shaken(network: Any) -> Any:
-    """Weights of which none is 0, for inference."""
-    with torch.no_grad():
-        for k, parameter in enumerate(network.parameters()):
-            parameter.add_(0.1 * normal(*parameter.shape, seed=k))
-    return network.eval()
-
-
-def differing(
-    run: Callable[[Tensor], Tensor], batches: tuple[int, ...] = BATCHES
-) -> list[tuple[int, int]]:
-    """(batch size, position) of each image whose bits are not those of a batch of one; `run` takes
-    the indices of images.
-
-    Batches begin at image 0 and at image 1, so that an image is seen at even and odd positions.
-    """
-    with torch.inference_mode():
-        alone = [run(torch.tensor([i]))[0] for i in range(max(batches) + 1)]
-        found = []
-        for size in batches:
-            for first in (0, 1):
-                together = run(torch.arange(first, first + size))
-                found += [
-                    (size, i) for i in range(size) if not torch.equal(together[i], alone[first + i])
-                ]
-        return found
 
 
 # ---- layers --------------------------------------------------------------------------------------
@@ -94,11 +64,11 @@ WIDE = [
 def test_convolutions(shape: tuple[int, ...], last: bool) -> None:
     inputs, outputs, kernel, stride, height, width = shape
     layer, x = (
-        shaken(batch_invariant.Conv2d(inputs, outputs, kernel, stride, kernel // 2)),
+        randomised(batch_invariant.Conv2d(inputs, outputs, kernel, stride, kernel // 2)),
         normal(COUNT, inputs, height, width),
     )
     layout = torch.channels_last if last else torch.contiguous_format
-    assert not differing(lambda rows: layer(x[rows].contiguous(memory_format=layout)))
+    assert not batch_dependent(lambda rows: layer(x[rows].contiguous(memory_format=layout)))
 
 
 @pytest.mark.parametrize("ready", [False, True], ids=["plain", "prepared"])
@@ -106,21 +76,21 @@ def test_convolutions(shape: tuple[int, ...], last: bool) -> None:
 def test_convolutions_of_many_channels(shape: tuple[int, ...], ready: bool) -> None:
     """oneDNN's own kernels for these differ from batch to batch where threads are many."""
     inputs, outputs, kernel, stride, height, width = shape
-    layer: Any = shaken(
+    layer: Any = randomised(
         nn.Sequential(batch_invariant.Conv2d(inputs, outputs, kernel, stride, kernel // 2))
     )
     if ready and not can_prepack(layer):
         pytest.skip("networks are prepared for oneDNN on AVX2 or later")
     layer, x = prepack(layer) if ready else layer, normal(COUNT, inputs, height, width)
-    assert not differing(lambda rows: layer(x[rows]), (2, 3, 17))
+    assert not batch_dependent(lambda rows: layer(x[rows]), (2, 3, 17))
 
 
 def test_many_columns() -> None:
     """From 20,000 columns on oneDNN splits the sum of a row among threads, by the number of
     rows.
     """
-    layer, x = shaken(batch_invariant.Linear(20480, 24)), normal(COUNT, 20480)
-    assert not differing(lambda rows: layer(x[rows]), SOME)
+    layer, x = randomised(batch_invariant.Linear(20480, 24)), normal(COUNT, 20480)
+    assert not batch_dependent(lambda rows: layer(x[rows]), SOME)
 
 
 @pytest.mark.parametrize("tokens", [None, 3, 9, 49])
@@ -131,12 +101,12 @@ def test_many_columns() -> None:
 )
 def test_linear_maps(widths: tuple[int, int], tokens: int | None) -> None:
     layer, x = (
-        shaken(batch_invariant.Linear(*widths)),
+        randomised(batch_invariant.Linear(*widths)),
         normal(COUNT, *([] if tokens is None else [tokens]), widths[0]),
     )
-    assert not differing(lambda rows: layer(x[rows]))
+    assert not batch_dependent(lambda rows: layer(x[rows]))
     if tokens is not None:  # as they come from a feature map: channels first in memory
-        assert not differing(lambda rows: layer(x[rows].mT.contiguous().mT))
+        assert not batch_dependent(lambda rows: layer(x[rows].mT.contiguous().mT))
 
 
 @pytest.mark.parametrize(
@@ -149,15 +119,15 @@ def test_linear_maps(widths: tuple[int, int], tokens: int | None) -> None:
 )
 def test_activations(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> None:
     x = 3 * normal(COUNT, *shape)
-    assert not differing(lambda rows: function(x[rows]))
+    assert not batch_dependent(lambda rows: function(x[rows]))
     halves = 3 * normal(COUNT, *shape[:-1], 2 * shape[-1])
-    assert not differing(lambda rows: function(halves[rows].chunk(2, dim=-1)[1]))
+    assert not batch_dependent(lambda rows: function(halves[rows].chunk(2, dim=-1)[1]))
 
 
 @pytest.mark.parametrize("width", [6, 10, 64, 320])
 def test_sinusoidal_features(width: int) -> None:
     position = 1000 * torch.rand(COUNT, generator=torch.Generator().manual_seed(0))
-    assert not differing(lambda rows: sinusoidal(position[rows], width))
+    assert not batch_dependent(lambda rows: sinusoidal(position[rows], width))
 
 
 @pytest.mark.parametrize(
@@ -172,10 +142,10 @@ def test_attention(heads: int, width: int, tokens: tuple[int, int]) -> None:
         normal(COUNT, length, width, seed=2),
     )
     mask = (normal(COUNT, length, seed=3) > -0.5) | (torch.arange(length) == 0)
-    assert not differing(
+    assert not batch_dependent(
         lambda rows: batch_invariant.attention(q[rows], k[rows], v[rows], heads), SOME
     )
-    assert not differing(
+    assert not batch_dependent(
         lambda rows: batch_invariant.attention(q[rows], k[rows], v[rows], heads, mask[rows]), SOME
     )
 
@@ -187,19 +157,22 @@ def test_blocks(size: tuple[int, int]) -> None:
         normal(COUNT, 32, seed=1),
         normal(COUNT, 5, 12, seed=2),
     )
-    resnet = shaken(ResnetBlock(8, 24, 4, 1e-5, time_width=32, scale_shift=True))
-    assert not differing(lambda rows: resnet(x[rows], time[rows]), SOME)
+    resnet = randomised(ResnetBlock(8, 24, 4, 1e-5, time_width=32, scale_shift=True))
+    assert not batch_dependent(lambda rows: resnet(x[rows], time[rows]), SOME)
     for linear in (False, True):
-        transformer = shaken(
+        transformer = randomised(
             SpatialTransformer(8, 4, 2, depth=1, context_width=12, groups=4, linear=linear)
         )
-        assert not differing(lambda rows, layer=transformer: layer(x[rows], tokens[rows]), SOME)
+        assert not batch_dependent(
+            lambda rows, layer=transformer: layer(x[rows], tokens[rows]), SOME
+        )
     for layer in map(
-        shaken, (SpatialAttention(8, 4, 4, 1e-5), Downsample(8, 0), Downsample(8, 1), Upsample(8))
+        randomised,
+        (SpatialAttention(8, 4, 4, 1e-5), Downsample(8, 0), Downsample(8, 1), Upsample(8)),
     ):
-        assert not differing(lambda rows, layer=layer: layer(x[rows]), SOME)
-    feed = shaken(FeedForward(8))
-    assert not differing(lambda rows: feed(x[rows].flatten(2).mT), SOME)
+        assert not batch_dependent(lambda rows, layer=layer: layer(x[rows]), SOME)
+    feed = randomised(FeedForward(8))
+    assert not batch_dependent(lambda rows: feed(x[rows].flatten(2).mT), SOME)
 
 
 # ---- whole networks ------------------------------------------------------------------------------
@@ -237,7 +210,7 @@ UNETS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("size", [(7, 7), (6, 9)], ids=str)
 @pytest.mark.parametrize("name", UNETS)
 def test_small_unets(name: str, size: tuple[int, int]) -> None:
-    network = shaken(UNet(UNetConfig(**(SMALL | UNETS[name]))))
+    network = randomised(UNet(UNetConfig(**(SMALL | UNETS[name]))))
     vector = (
         None
         if "cross_attention_dim" in UNETS[name] or UNETS[name].get("use_linear_projection")
@@ -249,7 +222,7 @@ def test_small_unets(name: str, size: tuple[int, int]) -> None:
         normal(COUNT, 3, *size, seed=2),
         1000 * torch.rand(COUNT, generator=torch.Generator().manual_seed(3)),
     )
-    assert not differing(lambda rows: network(x[rows], t[rows], cond[rows]), SOME)
+    assert not batch_dependent(lambda rows: network(x[rows], t[rows], cond[rows]), SOME)
 
 
 def test_the_bundled_network(fashion: Any) -> None:
@@ -259,13 +232,15 @@ def test_the_bundled_network(fashion: Any) -> None:
         1000 * torch.rand(COUNT, generator=torch.Generator().manual_seed(1)),
     )
     cond = Conditioning(vector=torch.eye(classes)[torch.arange(COUNT) % classes])
-    assert not differing(lambda rows: network(x[rows], t[rows], cond[rows]), (2, 3, 7, 16, 33))
+    assert not batch_dependent(
+        lambda rows: network(x[rows], t[rows], cond[rows]), (2, 3, 7, 16, 33)
+    )
 
 
 def test_the_bundled_autoencoder(fashion: Any) -> None:
     z, image = normal(COUNT, 12, 7, 7), normal(COUNT, 1, 28, 28, seed=1).tanh()
-    assert not differing(lambda rows: whole(fashion.autoencoder, z[rows]), (2, 7, 17))
-    assert not differing(lambda rows: fashion.autoencoder.encode(image[rows]), (2, 7))
+    assert not batch_dependent(lambda rows: whole(fashion.autoencoder, z[rows]), (2, 7, 17))
+    assert not batch_dependent(lambda rows: fashion.autoencoder.encode(image[rows]), (2, 7))
     together = whole(fashion.autoencoder, z[:7], batch=3)
     assert torch.equal(together, whole(fashion.autoencoder, z[:7])), "however the batch is cut"
 
@@ -283,22 +258,22 @@ def test_with_two_threads() -> None:
     torch.set_num_threads(2)
     try:
         linear, conv, pixel = (
-            shaken(batch_invariant.Linear(64, 256)),
-            shaken(batch_invariant.Conv2d(8, 8, 3, 2, 1)),
-            shaken(batch_invariant.Conv2d(8, 16, 1)),
+            randomised(batch_invariant.Linear(64, 256)),
+            randomised(batch_invariant.Conv2d(8, 8, 3, 2, 1)),
+            randomised(batch_invariant.Conv2d(8, 16, 1)),
         )
         rows_in, maps, wide = normal(COUNT, 64), normal(COUNT, 8, 7, 7), normal(COUNT, 96, 7, 7)
-        assert not differing(lambda rows: linear(rows_in[rows]), (2, 5, 11))
-        assert not differing(lambda rows: conv(maps[rows]), (2, 3))
-        assert not differing(lambda rows: pixel(maps[rows]), (2, 3))
-        assert not differing(lambda rows: batch_invariant.silu(wide[rows]), (7, 9))
-        network = shaken(UNet(UNetConfig(**(SMALL | CROSS))))
+        assert not batch_dependent(lambda rows: linear(rows_in[rows]), (2, 5, 11))
+        assert not batch_dependent(lambda rows: conv(maps[rows]), (2, 3))
+        assert not batch_dependent(lambda rows: pixel(maps[rows]), (2, 3))
+        assert not batch_dependent(lambda rows: batch_invariant.silu(wide[rows]), (7, 9))
+        network = randomised(UNet(UNetConfig(**(SMALL | CROSS))))
         x, t, cond = (
             normal(COUNT, 3, 7, 7),
             torch.full((COUNT,), 500.0),
             Conditioning(tokens=normal(COUNT, 5, 12, seed=1)),
         )
-        assert not differing(lambda rows: network(x[rows], t[rows], cond[rows]), (2, 11))
+        assert not batch_dependent(lambda rows: network(x[rows], t[rows], cond[rows]), (2, 11))
     finally:
         torch.set_num_threads(before)
 
@@ -354,7 +329,7 @@ def test_the_plain_layers_differ() -> None:
         "1x1": normal(COUNT, 128, 7, 7),
     }
     found = [
-        differing(lambda rows, x=inputs[name], layer=layer: layer(x[rows]), SOME)
+        batch_dependent(lambda rows, x=inputs[name], layer=layer: layer(x[rows]), SOME)
         for name, layer in plain.items()
     ]
     if not any(found):
@@ -393,9 +368,9 @@ def test_values_are_torchs() -> None:
     comes nothing.
     """
     linear, conv, pixel = (
-        shaken(batch_invariant.Linear(6, 5)),
-        shaken(batch_invariant.Conv2d(6, 8, 3, 2, 1)),
-        shaken(batch_invariant.Conv2d(6, 8, 1)),
+        randomised(batch_invariant.Linear(6, 5)),
+        randomised(batch_invariant.Conv2d(6, 8, 3, 2, 1)),
+        randomised(batch_invariant.Conv2d(6, 8, 1)),
     )
     for count in (0, 1, 3, 17):
         x, maps = normal(count, 3, 6), normal(count, 6, 5, 4)
@@ -419,7 +394,7 @@ def test_values_are_torchs() -> None:
 
 
 def test_other_dtypes_and_compilers_are_left_alone() -> None:
-    layer, x = shaken(batch_invariant.Conv2d(4, 8, 3, padding=1)), normal(2, 4, 5, 5)
+    layer, x = randomised(batch_invariant.Conv2d(4, 8, 3, padding=1)), normal(2, 4, 5, 5)
     with torch.inference_mode():
         assert (
             batch_invariant.applies(x)

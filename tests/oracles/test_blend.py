@@ -3,16 +3,15 @@ are made of them.
 """
 
 import math
-import runpy
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from helpers.models import tiny_model
 from sfumato.diffuse.run import SeededNoise
 from sfumato.diffuse.slerp import SlerpNoise, slerp
 from sfumato.errors import UserError
@@ -26,8 +25,7 @@ from sfumato.tasks.refine import handover, refine
 from sfumato.tasks.variations import variations, vary
 from sfumato.types import Conditioning
 
-build = runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_tiny.py"))["build"]
-MODELS: dict[str, LatentDiffusion] = {kind: build(kind) for kind in ("v", "flow")}
+MODELS: dict[str, LatentDiffusion] = {kind: tiny_model(kind) for kind in ("v", "flow")}
 every = pytest.mark.parametrize("kind", MODELS)
 SHAPE = (4, 32, 32)
 PICTURES = [
@@ -346,7 +344,7 @@ def test_hand_overs_that_cannot_be() -> None:
         refine(model, model, Request(steps=5), at=0.99)
     with pytest.raises(UserError, match="leaves the first model none"):
         refine(model, model, Request(timesteps=[0.5, 0.3, 0]), at=0.1)
-    other = build("v")
+    other = tiny_model("v")
     other.autoencoder.set_statistics((0.1, -0.2), (1.0, 1.4))
     with pytest.raises(UserError, match="expected two models of one latent space"):
         refine(model, other, Request(steps=5))

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import sfumato
+from helpers.models import SMALL_BLOCKS
 from sfumato.checkpoints.formats.folder import save_part
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.data import (
@@ -534,14 +535,7 @@ def test_a_run_over_buckets_goes_on_bit_for_bit(
 def recipe(folder: Path, tmp_path: Path, **data: Any) -> DenoiserRecipe:
     """A denoiser for an autoencoder of random weights, factor 2, with a transformer of patch 2."""
     torch.manual_seed(0)
-    config = KLConfig(
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        latent_channels=2,
-        norm_num_groups=4,
-    )
+    config = KLConfig(in_channels=3, out_channels=3, latent_channels=2, **SMALL_BLOCKS)
     if not (tmp_path / "vae").exists():
         (tmp_path / "vae").mkdir()
         save_part(tmp_path / "vae", AutoencoderKL(config))

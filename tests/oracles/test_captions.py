@@ -3,11 +3,9 @@ the model that comes out reads prompts.
 """
 
 import json
-import runpy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ import torch
 from PIL import Image
 
 import sfumato
+from helpers import captioned_images
 from sfumato.compress.tiny import AutoencoderTiny
 from sfumato.errors import UserError
 from sfumato.io.atomic import hash_tensors
@@ -28,10 +27,7 @@ from sfumato.train.loop import LoopSettings
 from sfumato.train.recipe import DataSettings, DenoiserRecipe
 from sfumato.types import Conditioning
 
-captioned: Any = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_captioned.py"))
-)
-WORDS = captioned.WORDS
+WORDS = captioned_images.WORDS
 NETWORK = ModernDiTConfig(
     patch_size=2, num_layers=2, num_attention_heads=2, attention_head_dim=8, register_tokens=1
 )
@@ -119,7 +115,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Captioned pictures, a model's folder with a tiny T5, and a tiny autoencoder as a pair of
     files.
     """
-    return captioned.write(tmp_path_factory.mktemp("captions") / "parts")
+    return captioned_images.write(tmp_path_factory.mktemp("captions") / "parts")
 
 
 def recipe(place: Path, **changes: Any) -> DenoiserRecipe:

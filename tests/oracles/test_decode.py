@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helpers.models import SMALL_BLOCKS
+from helpers.tensors import normal
 from sfumato.compress.base import Autoencoder, Posterior
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.decode.preview import Preview
@@ -62,18 +64,9 @@ class Averaging(Linear):
         return mean.expand(-1, 3, 2 * raw.shape[2], 2 * raw.shape[3])
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def kl(**changes: Any) -> AutoencoderKL:
     torch.manual_seed(0)
-    values = {
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "latent_channels": 3,
-    }
+    values = SMALL_BLOCKS | {"latent_channels": 3}
     return AutoencoderKL(KLConfig(**{**values, **changes})).eval().requires_grad_(False)
 
 

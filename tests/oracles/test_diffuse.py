@@ -9,6 +9,7 @@ proportional to w_k N(x; alpha m_k, v_k I) (Bayes' rule for Gaussians).
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise, product
 
 import numpy as np
@@ -19,6 +20,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
+from helpers.mixture import MEANS, STDS, WEIGHTS, exact_denoiser, log_densities, noisy_points
+from helpers.tensors import normal as draw_normal
 from sfumato.diffuse.parameterization import PARAMETERIZATIONS, edm, parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.run import SeededNoise, Step, check_finite, iterate_steps, run_sampler
@@ -49,44 +52,7 @@ quick = settings(
     max_examples=40, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 
-# The mixture: three round components of different sizes in two dimensions.
-WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=F64)
-MEANS = torch.tensor([[-2.0, 0.0], [1.5, 1.0], [1.0, -2.0]], dtype=F64)
-STDS = torch.tensor([0.5, 0.3, 0.7], dtype=F64)
-
-
-def log_density(points: Tensor, alpha: float, sigma: float) -> Tensor:
-    """log(w_k N(x; alpha m_k, v_k I)) for points (N, 2): (N, 3)."""
-    v = (alpha * STDS).square() + sigma**2
-    return (
-        WEIGHTS.log()
-        - torch.log(2 * math.pi * v)
-        - (points[:, None] - alpha * MEANS).square().sum(-1) / (2 * v)
-    )
-
-
-def exact(process_schedule, calls: list | None = None) -> Callable[[Tensor, float], Prediction]:
-    """The mixture's own denoiser, in float64; `calls` collects the times at which it was asked."""
-
-    def denoise(x: Tensor, t: float) -> Prediction:
-        if calls is not None:
-            calls.append(t)
-        alpha, sigma = (float(v) for v in process_schedule.at(t))
-        points = x.flatten(1)
-        r = log_density(points, alpha, sigma).softmax(1)
-        gain = alpha * STDS.square() / ((alpha * STDS).square() + sigma**2)
-        x0 = (
-            (r[..., None] * (MEANS + gain[:, None] * (points[:, None] - alpha * MEANS)))
-            .sum(1)
-            .reshape(x.shape)
-        )
-        return Prediction(x0, (x - alpha * x0) / sigma)
-
-    return denoise
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+normal = partial(draw_normal, dtype=F64)
 
 
 def stream(shape, seed: int = 1) -> Callable[[], Tensor]:
@@ -105,8 +71,12 @@ def test_the_oracle_obeys_tweedies_formula() -> None:
     for t in (0.05, 0.4, 0.9):
         alpha, sigma = (float(v) for v in table.at(t))
         points = x.flatten(1).requires_grad_()
-        (score,) = torch.autograd.grad(log_density(points, alpha, sigma).logsumexp(1).sum(), points)
-        assert torch.allclose(exact(table)(x, t).eps.flatten(1), -sigma * score, atol=1e-12)
+        (score,) = torch.autograd.grad(
+            log_densities(points, alpha, sigma).logsumexp(1).sum(), points
+        )
+        assert torch.allclose(
+            exact_denoiser(table)(x, t).eps.flatten(1), -sigma * score, atol=1e-12
+        )
 
 
 # ---- schedules -----------------------------------------------------------------------------------
@@ -378,7 +348,7 @@ def test_what_is_worked_out_late_is_what_the_pair_gives(kind: str, name: str) ->
     against those of its x0 and eps.
     """
     process = Process(schedule(kind), parameterization(name))
-    x, y, other, elsewhere = (normal(3, 2, 2, 2, seed=s, dtype=F64) for s in range(4))
+    x, y, other, elsewhere = (normal(3, 2, 2, 2, seed=s) for s in range(4))
     w = torch.tensor([1.0, 2.5, 0.3], dtype=F64).reshape(-1, 1, 1, 1)
     for t in (max(0.05, process.schedule.first), 0.5, 0.9):
         late, reference = process.split(x, y, t), process.split(x, other, t)
@@ -471,7 +441,9 @@ def start(chosen, count: int, seed: int = 0) -> Tensor:
 def solve(sampler, chosen, steps: int, x: Tensor, noise=never, **options) -> Tensor:
     calls: list[float] = []
     times = timesteps("trailing", steps, chosen)
-    result = run_sampler(sampler(x, times, chosen, noise, **options), exact(chosen, calls), steps)
+    result = run_sampler(
+        sampler(x, times, chosen, noise, **options), exact_denoiser(chosen, calls), steps
+    )
     assert calls == times[:-1]  # one network call a step, and none at t = 0
     assert result is not None
     return result
@@ -498,7 +470,7 @@ def features(points: Tensor) -> Tensor:
     """
     a, b = points.T
     return torch.cat(
-        [torch.stack([a, b, a * a, a * b, b * b], 1), log_density(points, 1.0, 0.0).softmax(1)], 1
+        [torch.stack([a, b, a * a, a * b, b * b], 1), log_densities(points, 1.0, 0.0).softmax(1)], 1
     )
 
 
@@ -525,7 +497,9 @@ def flow_end(chosen) -> Callable[[Tensor, float], Prediction]:
     def end(x: Tensor, t: float) -> Prediction:
         alpha, sigma = chosen.point(t)
         x0 = run_sampler(
-            solver(x, timesteps("log_snr", 60, chosen, start=t), chosen, never), exact(chosen), 1
+            solver(x, timesteps("log_snr", 60, chosen, start=t), chosen, never),
+            exact_denoiser(chosen),
+            1,
         )
         assert x0 is not None
         return Prediction(x0, (x - alpha * x0) / sigma)
@@ -549,13 +523,9 @@ def test_samples_have_the_mixtures_mean_covariance_and_mode_weights(kind: str, n
     )
     promised, chosen, count = traits_of(sampler), schedule(kind), 4000
     distilled = promised.network_type == "consistency"
-    generator = torch.Generator().manual_seed(0)
-    which = torch.multinomial(WEIGHTS, count, replacement=True, generator=generator)
-    clean = (MEANS[which] + STDS[which, None] * normal(count, 2, seed=1)).reshape(count, 2, 1, 1)
-    alpha, sigma = chosen.point(1.0)
-    x = alpha * clean + sigma * normal(count, 2, 1, 1, seed=2)
+    x = noisy_points(count, chosen.point(1.0), 0)
     times = timesteps("karras" if kind == "edm" else "trailing", 4 if distilled else 100, chosen)
-    denoise = flow_end(chosen) if distilled else exact(chosen)
+    denoise = flow_end(chosen) if distilled else exact_denoiser(chosen)
     end = run_sampler(
         sampler(x, times, chosen, stream((count, 2, 1, 1)), **(promised.exact | options)),
         denoise,
@@ -578,7 +548,7 @@ def test_the_statistical_test_can_fail() -> None:
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_ddim_with_eta_one_is_ddpm_step_by_step(kind: str) -> None:
     chosen = schedule(kind)
-    x, times, denoise = start(chosen, 20), timesteps("trailing", 25, chosen), exact(chosen)
+    x, times, denoise = start(chosen, 20), timesteps("trailing", 25, chosen), exact_denoiser(chosen)
     a = iterate_steps(ddim(x, times, chosen, stream(x.shape), eta=1.0), denoise, 25)
     b = iterate_steps(ddpm(x, times, chosen, stream(x.shape)), denoise, 25)
     for left, right in zip(a, b, strict=True):
@@ -592,7 +562,7 @@ def test_ddim_is_euler_in_sigma_over_alpha(kind: str) -> None:
     also along dx = (eps - z) dt.
     """
     chosen = schedule(kind)
-    denoise, times = exact(chosen), timesteps("trailing", 20, chosen, start=0.98)
+    denoise, times = exact_denoiser(chosen), timesteps("trailing", 20, chosen, start=0.98)
     x = start(chosen, 20)
     found = run_sampler(ddim(x, times, chosen, never), denoise, 20)
     y, flow = x, x
@@ -671,7 +641,9 @@ def test_the_last_step_draws_no_noise(sampler, options) -> None:
     chosen = schedule("cosine")
     assert (
         run_sampler(
-            sampler(start(chosen, 5), [0.3, 0.0], chosen, never, **options), exact(chosen), 1
+            sampler(start(chosen, 5), [0.3, 0.0], chosen, never, **options),
+            exact_denoiser(chosen),
+            1,
         )
         is not None
     )
@@ -689,12 +661,14 @@ def test_eta_out_of_range_is_refused(bad: float) -> None:
 def test_run_streams_a_step_a_call_and_ends_with_the_latent() -> None:
     chosen, calls = schedule("flow"), []
     times = timesteps("trailing", 5, chosen)
-    events = iterate_steps(ddim(start(chosen, 3), times, chosen, never), exact(chosen, calls), 5)
+    events = iterate_steps(
+        ddim(start(chosen, 3), times, chosen, never), exact_denoiser(chosen, calls), 5
+    )
     for index in range(5):
         step = next(events)
         assert isinstance(step, Step) and len(calls) == index + 1  # nothing runs ahead
         assert (step.index, step.count, step.t) == (index, 5, times[index])
-        assert torch.equal(step.prediction.x0, exact(chosen)(step.x, step.t).x0)
+        assert torch.equal(step.prediction.x0, exact_denoiser(chosen)(step.x, step.t).x0)
     assert torch.equal(next(events), solve(ddim, chosen, 5, start(chosen, 3)))
     assert next(events, None) is None and len(calls) == 5
 
@@ -702,16 +676,21 @@ def test_run_streams_a_step_a_call_and_ends_with_the_latent() -> None:
 def test_cancelling_stops_the_calls_and_closes_the_sampler() -> None:
     chosen, calls = schedule("flow"), []
     sampler = ddim(start(chosen, 3), timesteps("trailing", 10, chosen), chosen, never)
-    assert run_sampler(sampler, exact(chosen, calls), 10, lambda step: step.index < 3) is None
+    assert (
+        run_sampler(sampler, exact_denoiser(chosen, calls), 10, lambda step: step.index < 3) is None
+    )
     assert len(calls) == 4
     sampler = ddim(start(chosen, 3), timesteps("trailing", 10, chosen), chosen, never)
-    events = iterate_steps(sampler, exact(chosen, calls), 10)
+    events = iterate_steps(sampler, exact_denoiser(chosen, calls), 10)
     next(events), next(events)
     events.close()
     assert len(calls) == 6 and inspect.getgeneratorstate(sampler) == inspect.GEN_CLOSED
     assert (
         run_sampler(
-            ddim(start(chosen, 3), [1.0, 0.0], chosen, never), exact(chosen), 1, lambda step: None
+            ddim(start(chosen, 3), [1.0, 0.0], chosen, never),
+            exact_denoiser(chosen),
+            1,
+            lambda step: None,
         )
         is not None
     )
@@ -721,7 +700,7 @@ def test_cancelling_stops_the_calls_and_closes_the_sampler() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_number_that_is_not_finite_stops_the_run(part: str, value: float) -> None:
     chosen, calls = schedule("flow"), []
-    oracle = exact(chosen, calls)
+    oracle = exact_denoiser(chosen, calls)
 
     def broken(x: Tensor, t: float) -> Prediction:
         found = oracle(x, t)
@@ -1045,7 +1024,7 @@ def test_samplers_that_are_one_and_the_same(
     ends = [
         run_sampler(
             find("diffuse.samplers", name)(x, times, chosen, stream(x.shape), **given),
-            exact(chosen),
+            exact_denoiser(chosen),
             1,
         )
         for name, given in ((one, options), (other, others))

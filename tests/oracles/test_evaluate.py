@@ -7,6 +7,7 @@ import math
 import re
 import statistics
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from helpers.tensors import normal, uniform
 from sfumato.errors import NumericalError, UserError
 from sfumato.evaluate import Features, evaluate_reconstruction, evaluate_samples, measure_speed
 from sfumato.evaluate.classes import classes, deviation_from_even
@@ -29,13 +31,7 @@ from sfumato.evaluate.memorisation import memorisation
 from sfumato.evaluate.precision_recall import expected_coverage, manifold, nearest
 from sfumato.evaluate.reconstruction import psnr, psnr_mean, reconstruction, ssim
 
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def uniform(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+noise = partial(normal, dtype=torch.float64)
 
 
 # Frechet distance

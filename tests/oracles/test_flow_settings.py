@@ -3,8 +3,6 @@ size, guidance that a network has learned.
 """
 
 import math
-import runpy
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from helpers.models import tiny_model
 from sfumato.checkpoints.schedulers.config import read_scheduler
 from sfumato.checkpoints.schedulers.spacing import DynamicShift
 from sfumato.diffuse.parameterization import parameterization
@@ -29,9 +28,6 @@ from sfumato.sampling.request import Defaults, Request
 from sfumato.train.objectives.denoiser import DenoiserLoss
 from sfumato.types import Conditioning
 
-TINY: Callable[..., LatentDiffusion] = runpy.run_path(
-    str(Path(__file__).parents[1] / "contracts" / "_tiny.py")
-)["build"]
 FLOW = Process(schedule("flow"), parameterization("flow"))
 COUNT = 20_000
 
@@ -114,7 +110,7 @@ def test_the_word_of_a_dynamic_shift_says_it_all() -> None:
 
 
 def test_larger_pictures_are_shifted_further() -> None:
-    model = TINY("flow")
+    model = tiny_model("flow")
     model = replace(
         model, defaults=replace(model.defaults, spacing="dynamic:base_tokens=16,top_tokens=256")
     )
@@ -142,7 +138,7 @@ def test_larger_pictures_are_shifted_further() -> None:
 def test_a_saved_model_keeps_its_dynamic_shift(tmp_path: Path) -> None:
     from sfumato import load
 
-    model = TINY("flow")
+    model = tiny_model("flow")
     model = replace(model, defaults=replace(model.defaults, spacing="dynamic:top=1.3"))
     model.save(tmp_path / "model")
     again = load(tmp_path / "model")
@@ -180,7 +176,7 @@ class Told(Network):
 
 
 def listening(**defaults: Any) -> tuple[LatentDiffusion, Told]:
-    model, network = TINY("flow"), Told()
+    model, network = tiny_model("flow"), Told()
     denoiser = replace(model.denoiser, network=network)
     return replace(model, denoiser=denoiser, defaults=Defaults(steps=2, **defaults)), network
 
@@ -213,7 +209,7 @@ def test_a_models_own_strength_is_its_default_and_predict_tells_it() -> None:
 
 def test_other_models_refuse_a_learned_guidance() -> None:
     with pytest.raises(UserError, match="is not guidance-distilled"):
-        TINY("flow").generate("bag", distilled_guidance=3.0)
+        tiny_model("flow").generate("bag", distilled_guidance=3.0)
     with pytest.raises(UserError, match="distilled_guidance"):
         listening()[0].generate("bag", distilled_guidance=-1.0)
     with pytest.raises(UserError, match="distilled_guidance"):

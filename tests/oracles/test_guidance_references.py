@@ -15,6 +15,8 @@ from hypothesis import given as drawn
 from torch import Tensor
 
 import sfumato.kernels.batch_invariant
+from helpers.models import random_network
+from helpers.tensors import normal
 from sfumato.batching import DenoiserCall, drive, gather
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
@@ -55,20 +57,9 @@ ATTENTION = {
 every = pytest.mark.parametrize("kind", KINDS)
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def setup(kind: str, seed: int = 0, **more: Any) -> tuple[Denoiser, Tensor, Conditioning]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = UNet(UNetConfig(**(COMMON | KINDS[kind] | more)))
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    denoiser = Denoiser(
-        network.eval().requires_grad_(False), Process(schedule("flow"), parameterization("flow"))
-    )
+    network = random_network(lambda: UNet(UNetConfig(**(COMMON | KINDS[kind] | more))), seed)
+    denoiser = Denoiser(network, Process(schedule("flow"), parameterization("flow")))
     return (
         denoiser,
         normal(3, 2, 8, 8, seed=1),

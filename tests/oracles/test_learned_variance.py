@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 import sfumato
+from helpers.latents import Latents
+from helpers.models import SMALL_BLOCKS, random_network
+from helpers.tensors import normal
 from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall, drive
 from sfumato.checkpoints.formats.folder import save_part
 from sfumato.compress.kl import AutoencoderKL, KLConfig
@@ -73,10 +76,6 @@ tables = pytest.mark.parametrize("kind", TABLES)
 def process_of(kind: str) -> Process:
     chosen, name = TABLES[kind]
     return Process(chosen, parameterization(name))
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def grid(chosen: Schedule) -> tuple[Tensor, Tensor]:
@@ -179,20 +178,6 @@ def test_a_schedule_without_steps_has_no_bound() -> None:
 
 
 # ---- training ------------------------------------------------------------------------------------
-
-
-class Latents:
-    """Latents in memory, without posteriors of any width."""
-
-    def __init__(self, mean: Tensor):
-        self.mean, self.key, self.labels = mean, "toy", None
-
-    def __len__(self) -> int:
-        return len(self.mean)
-
-    def batch(self, indices: Tensor, /) -> dict[str, Tensor]:
-        mean = self.mean[indices]
-        return {"mean": mean, "std": torch.zeros_like(mean), "label": torch.full((len(mean),), -1)}
 
 
 class Maps(nn.Module):
@@ -418,24 +403,19 @@ CONFIGS: dict[str, Any] = {
     "ModernDiT": ModernDiTConfig(**PATCHES, num_class_embeds=3),
     "DiT": DiTConfig(**PATCHES, num_embeds_ada_norm=2),
 }
-BLOCKS = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
-KL = KLConfig(in_channels=1, out_channels=1, latent_channels=CHANNELS, sample_size=16, **BLOCKS)
+KL = KLConfig(
+    in_channels=1, out_channels=1, latent_channels=CHANNELS, sample_size=16, **SMALL_BLOCKS
+)
 
 
 def model_of(config: Any, process: Process) -> LatentDiffusion:
     """Every weight random, so that the variance is that of a picture and a class."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network, autoencoder = network_of(config), AutoencoderKL(KL)
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    denoiser = Denoiser(network.eval().requires_grad_(False), process)
+    network, autoencoder = (
+        random_network(lambda: network_of(config)),
+        random_network(lambda: AutoencoderKL(KL)),
+    )
     return LatentDiffusion(
-        autoencoder.eval().requires_grad_(False),
-        denoiser,
-        ClassNames(("boot", "bag")),
-        Defaults(steps=3),
+        autoencoder, Denoiser(network, process), ClassNames(("boot", "bag")), Defaults(steps=3)
     )
 
 

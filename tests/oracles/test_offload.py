@@ -5,12 +5,10 @@ info` says of it.
 import copy
 import gc
 import json
-import runpy
 import sys
 import threading
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import sfumato
+from helpers import clip_encoders, ldm_conditioners
+from helpers.models import SMALL_BLOCKS, randomised
 from sfumato.checkpoints.memory_estimate import counted, header, parts_of, report, running
 from sfumato.cli import main
 from sfumato.compress.kl import AutoencoderKL, KLConfig
@@ -45,12 +45,6 @@ from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.sampling import Defaults
 
-clip: Any = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_clip.py"))
-)
-ldm: Any = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_ldm.py"))
-)
 pytestmark = pytest.mark.skipif(
     not host_memory.can_drop_pages(), reason="pages of files can be given back on Linux only"
 )
@@ -77,11 +71,6 @@ def all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 def folders(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
     """Two tiny models, one of classes and one of texts, stored in two dtypes."""
     root = tmp_path_factory.mktemp("streamed")
-    widths: dict[str, Any] = {
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
@@ -93,11 +82,11 @@ def folders(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[
             up_block_types=up,
             cross_attention_dim=40,
             attention_head_dim=2,
-            **widths,
+            **SMALL_BLOCKS,
         )
         network, autoencoder = (
             UNet(config),
-            AutoencoderKL(KLConfig(latent_channels=2, sample_size=16, **widths)),
+            AutoencoderKL(KLConfig(latent_channels=2, sample_size=16, **SMALL_BLOCKS)),
         )
         config = {
             "addition_embed_type": "text_time",
@@ -105,7 +94,7 @@ def folders(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[
             "projection_class_embeddings_input_dim": 34,
         }
         network = UNet(UNetConfig(**{**vars(network.config), **config}))
-    texts = ClipText.from_folder(clip.write(root / "clip", "sdxl"))
+    texts = ClipText.from_folder(clip_encoders.write(root / "clip", "sdxl"))
     process = Process(schedule("flow"), parameterization("flow"))
     model = LatentDiffusion(
         autoencoder.eval(),
@@ -195,7 +184,7 @@ def test_an_original_single_file(tmp_path: Path, dtype: str) -> None:
     """
     widths: dict[str, Any] = {"block_out_channels": (32, 64), "layers_per_block": 1}
     down, up = ("CrossAttnDownBlock2D",) * 2, ("CrossAttnUpBlock2D",) * 2
-    network = ldm.randomised(
+    network = randomised(
         UNet(
             UNetConfig(
                 8, down_block_types=down, up_block_types=up, cross_attention_dim=24, **widths
@@ -203,10 +192,13 @@ def test_an_original_single_file(tmp_path: Path, dtype: str) -> None:
         ),
         3,
     )
-    autoencoder = ldm.randomised(AutoencoderKL(KLConfig(sample_size=16, **widths)), 4)
+    autoencoder = randomised(AutoencoderKL(KLConfig(sample_size=16, **widths)), 4)
     process = Process(schedule("scaled_linear"), parameterization("eps"))
     model = LatentDiffusion(
-        autoencoder, Denoiser(network, process), ldm.bert_text(), Defaults(steps=2, guidance=2.0)
+        autoencoder,
+        Denoiser(network, process),
+        ldm_conditioners.bert_text(),
+        Defaults(steps=2, guidance=2.0),
     )
     file = tmp_path / "one.safetensors"
     model.save(file)

@@ -4,8 +4,6 @@ the batch, the plain weights back.
 
 import copy
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helpers.models import randomised
+from helpers.processes import run_python
 from sfumato.errors import UserError
 from sfumato.inference.prepack import Convolution, Winograd, can_prepack, compile_network, prepack
 from sfumato.kernels import batch_invariant, winograd
@@ -50,21 +50,11 @@ pytestmark = pytest.mark.skipif(
 
 
 def unet(name: str, dtype: torch.dtype = torch.float32) -> UNet:
-    network = UNet(
-        UNetConfig(
-            **{
-                "in_channels": 3,
-                "out_channels": 3,
-                "norm_num_groups": 4,
-                "block_out_channels": (8, 16),
-            }
-            | UNETS[name]
-        )
+    config = UNetConfig(
+        **{"in_channels": 3, "out_channels": 3, "norm_num_groups": 4, "block_out_channels": (8, 16)}
+        | UNETS[name]
     )
-    with torch.no_grad():
-        for p in network.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return network.to(dtype).eval()
+    return randomised(UNet(config)).to(dtype).requires_grad_(True)
 
 
 def asked(count: int, *size: int) -> tuple[Tensor, Tensor, Conditioning]:
@@ -298,5 +288,4 @@ def test_compiled_is_the_same_to_rounding(program: str) -> None:
     """In a process of its own: the compiler cannot look through the checks of types and shapes that
     tests run with.
     """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_python("-c", program)

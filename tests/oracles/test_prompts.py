@@ -2,13 +2,10 @@
 against encoding by hand.
 """
 
-import runpy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers import clip_encoders
 from sfumato.errors import UserError
 from sfumato.predict.conditioners._chunks import BACK, cut
 from sfumato.predict.conditioners._prompt import parse
@@ -25,9 +23,6 @@ from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig, wei
 from sfumato.predict.text_encoders.clip import ClipEncoder, Token
 from sfumato.types import ImageSpec
 
-tiny: Any = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).resolve().parents[1] / "contracts" / "_clip.py"))
-)
 quick = hypothesis_settings(max_examples=200, deadline=None)
 
 # ---- the grammar ---------------------------------------------------------------------------------
@@ -200,14 +195,16 @@ PICTURE = ImageSpec(64, 48)
 
 @pytest.fixture(scope="module")
 def sd() -> ClipText:
-    return ClipText(ClipEncoder(tiny.tokenizer(), tiny.encoder(False, 0), False))
+    return ClipText(ClipEncoder(clip_encoders.tokenizer(), clip_encoders.encoder(False, 0), False))
 
 
 @pytest.fixture(scope="module")
 def sdxl(sd: ClipText) -> ClipText:
     config = ClipTextConfig(force_zeros_for_empty_prompt=True)
     return ClipText(
-        sd.encoder, ClipEncoder(tiny.tokenizer("!"), tiny.encoder(True, 1), True), config
+        sd.encoder,
+        ClipEncoder(clip_encoders.tokenizer("!"), clip_encoders.encoder(True, 1), True),
+        config,
     )
 
 
@@ -349,7 +346,7 @@ def test_weights_that_leave_nothing_are_refused() -> None:
 def test_half_precision_gives_float32_near_by(sdxl: ClipText) -> None:
     assert sdxl.encoder is not None and sdxl.encoder_2 is not None
     encoders = [
-        replace(e, model=tiny.encoder(e.projected, int(e.projected)).to(torch.bfloat16))
+        replace(e, model=clip_encoders.encoder(e.projected, int(e.projected)).to(torch.bfloat16))
         for e in (sdxl.encoder, sdxl.encoder_2)
     ]
     found = ClipText(encoders[0], encoders[1], sdxl.config)(

@@ -20,10 +20,12 @@ import torch
 from PIL import Image as PIL
 from torch import Tensor, nn
 
+from helpers.images import smooth_image_set
+from helpers.latents import Latents
+from helpers.models import CONVOLUTIONAL_UNET, SMALL_BLOCKS
 from sfumato.compress.base import Posterior
 from sfumato.compress.kl import AutoencoderKL, KLConfig
-from sfumato.data import ImageSet, Transform
-from sfumato.data.images import Listing, build
+from sfumato.data import ImageSet
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.run import SeededNoise, run_sampler
@@ -49,24 +51,8 @@ from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective
 from sfumato.train.perceptual import feature_maps, perceptual_distance
 from sfumato.types import Conditioning, LatentSpace
 
-KL = KLConfig(
-    in_channels=1,
-    out_channels=1,
-    block_out_channels=(8, 16),
-    layers_per_block=1,
-    latent_channels=2,
-    norm_num_groups=4,
-)
-NET = UNetConfig(
-    in_channels=2,
-    out_channels=2,
-    down_block_types=("DownBlock2D", "DownBlock2D"),
-    mid_block_type=None,
-    up_block_types=("UpBlock2D", "UpBlock2D"),
-    block_out_channels=(8, 16),
-    layers_per_block=1,
-    norm_num_groups=4,
-)
+KL = KLConfig(in_channels=1, out_channels=1, latent_channels=2, **SMALL_BLOCKS)
+NET = UNetConfig(in_channels=2, out_channels=2, **CONVOLUTIONAL_UNET)
 LOOP = LoopSettings(
     steps=4,
     batch_size=4,
@@ -80,25 +66,10 @@ LOOP = LoopSettings(
 FLOW = Process(schedule("flow"), parameterization("flow"))
 
 
-def pictures(
-    count: int = 8, size: int = 16, channels: int = 1, seed: int = 0, flip: bool = False
-) -> ImageSet:
-    """Smooth random pictures."""
-    draw = np.random.default_rng(seed)
-    small = (
-        PIL.fromarray(
-            draw.integers(0, 256, (4, 4) if channels == 1 else (4, 4, 3), dtype=np.uint8)
-        ).resize((size, size))
-        for _ in range(count)
-    )
-    listing = Listing("toy", tuple(np.asarray(picture) for picture in small), "picture {}".format)
-    return build(listing, Transform(flip=flip), "raise")
-
-
 def autoencoder(
     loss: AutoencoderLoss, images: ImageSet | None = None, **options: Any
 ) -> AutoencoderObjective:
-    images = images or pictures()
+    images = images or smooth_image_set()
     torch.manual_seed(0)
     network = AutoencoderKL(replace(KL, in_channels=images.shape[0], out_channels=images.shape[0]))
     return AutoencoderObjective(network, images, images, loss, **options)
@@ -117,21 +88,6 @@ def one_loss(
         phase, objective.networks, objective.batch(torch.arange(count), draw), step, draw
     )
     return loss, {name: float(value) for name, value in numbers.items()}
-
-
-class Latents:
-    """A latent cache in memory: means (N, C, h, w), a constant std and labels."""
-
-    def __init__(self, mean: Tensor, std: float = 0.0, labels: Tensor | None = None):
-        self.mean, self.std, self.labels, self.key = mean, std, labels, "toy"
-
-    def __len__(self) -> int:
-        return len(self.mean)
-
-    def batch(self, indices: Tensor, /) -> dict[str, Tensor]:
-        mean = self.mean[indices]
-        label = torch.full((len(mean),), -1) if self.labels is None else self.labels[indices]
-        return {"mean": mean, "std": torch.full_like(mean, self.std), "label": label}
 
 
 class Line(Objective):
@@ -766,7 +722,7 @@ def test_mirroring_belongs_to_the_step(tmp_path: Path) -> None:
     """Half of the images, the same ones whenever a step is made again, whatever else has drawn
     random numbers.
     """
-    images = pictures(64, flip=True)
+    images = smooth_image_set(64, flip=True)
     objective = autoencoder(AutoencoderLoss(), images)
     plain = images.unflipped().batch(range(64))["image"]
     first = objective.batch(torch.arange(64), draws(64))["image"]
@@ -889,7 +845,7 @@ def test_means_go_on_from_their_state() -> None:
 
 def test_held_out_numbers_are_those_of_the_held_out_images(tmp_path: Path) -> None:
     """PSNR by hand, of the averaged network, on images it was not trained on."""
-    train_images, held_out = pictures(8), pictures(6, seed=9)
+    train_images, held_out = smooth_image_set(8), smooth_image_set(6, seed=9)
     torch.manual_seed(0)
     objective = AutoencoderObjective(AutoencoderKL(KL), train_images, held_out, AutoencoderLoss())
     network = train(objective, LOOP, tmp_path)
@@ -907,7 +863,7 @@ def test_held_out_numbers_are_those_of_the_held_out_images(tmp_path: Path) -> No
 
 
 def test_an_autoencoder_learns_one_batch_by_heart(tmp_path: Path) -> None:
-    objective = autoencoder(AutoencoderLoss(pixel="l2"), pictures(4))
+    objective = autoencoder(AutoencoderLoss(pixel="l2"), smooth_image_set(4))
     before = one_loss(objective)[0].item()
     train(objective, replace(LOOP, steps=80, lr=1e-2, ema=0.9, log_every=80), tmp_path)
     assert one_loss(objective)[0].item() < before / 5

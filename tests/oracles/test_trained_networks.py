@@ -3,9 +3,7 @@ in, and what cannot be is said before the first step.
 """
 
 import json
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 from PIL import Image
 
 import sfumato
+from helpers import captioned_images, text_encoders
 from sfumato.errors import UserError
 from sfumato.predict.networks.dit import DiTConfig
 from sfumato.predict.networks.flux import FluxConfig
@@ -26,9 +25,6 @@ from sfumato.train.loop import LoopSettings
 from sfumato.train.objectives.denoiser import DenoiserLoss
 from sfumato.train.recipe import DataSettings, DenoiserRecipe
 
-captioned: Any = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).parents[1] / "contracts" / "_captioned.py"))
-)
 SMALL: dict[str, Any] = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
 FLUX: dict[str, Any] = {
     "num_layers": 1,
@@ -53,8 +49,8 @@ NETWORKS: dict[str, tuple[Any, str | None, dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `captioned` writes, a folder with FLUX's text encoders, and pictures of two classes."""
-    found = captioned.write(tmp_path_factory.mktemp("networks") / "parts")
-    captioned.text.write(found / "flux", "flux")
+    found = captioned_images.write(tmp_path_factory.mktemp("networks") / "parts")
+    text_encoders.write(found / "flux", "flux")
     for name, value in (("red", 40), ("blue", 200)):
         (found / "classes" / name).mkdir(parents=True)
         for k in range(4):
@@ -100,7 +96,7 @@ def test_any_network_is_trained_by_a_recipe(name: str, place: Path, tmp_path: Pa
     assert {key: config[key] for key in told} == told
     model = sfumato.load(folder)
     assert model.class_names == (() if text else ("blue", "red")) and model.sample_size == 16
-    (picture,) = model.generate(captioned.WORDS[0] if text else "red")
+    (picture,) = model.generate(captioned_images.WORDS[0] if text else "red")
     assert picture.size == (16, 16)
     if text != "flux":  # 512 tokens of text, in 80 pictures
         assert Image.open(tmp_path / "run" / "denoiser" / "samples" / "samples-00000002.png").size[

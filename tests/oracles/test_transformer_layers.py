@@ -9,16 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.tensors import normal
 from sfumato.kernels import attention_backend, batch_invariant, cpu_attention
 from sfumato.nn.attention import FeedForward
 from sfumato.nn.embeddings import PatchEmbed, padded, sincos_2d, unpatched
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
 from sfumato.nn.rope import angles, grid, rotate
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
 
 # ---- rotary places -------------------------------------------------------------------------------
 

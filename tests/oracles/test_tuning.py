@@ -3,8 +3,6 @@ finds travels with the model.
 """
 
 import json
-import runpy
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import sfumato.cli
+from helpers.models import tiny_model
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
@@ -32,10 +31,6 @@ from sfumato.train.timestep_search import (
     tune_timesteps,
     with_tuned,
 )
-
-build: Callable[..., LatentDiffusion] = runpy.run_path(
-    str(Path(__file__).resolve().parents[1] / "contracts" / "_tiny.py")
-)["build"]
 
 
 class Sharp(nn.Module):
@@ -61,7 +56,7 @@ class Sharp(nn.Module):
 
 @pytest.fixture(scope="module")
 def sharp() -> LatentDiffusion:
-    tiny = build("flow", classes=())
+    tiny = tiny_model("flow", classes=())
     network = Sharp(tiny.denoiser.network.config).requires_grad_(False)
     denoiser = Denoiser(network, Process(schedule("flow"), parameterization("flow")))
     return replace(tiny, denoiser=denoiser, conditioner=Unconditional(), defaults=Defaults(steps=4))
@@ -106,7 +101,7 @@ def test_the_shortest_path_is_the_best_of_all_paths(sharp: LatentDiffusion) -> N
 def test_what_is_found_is_kept_beside_what_was_there(
     sharp: LatentDiffusion, tmp_path: Path
 ) -> None:
-    model = build("flow")
+    model = tiny_model("flow")
     model.save(tmp_path / "model")
     before = {
         p.relative_to(tmp_path): p.read_bytes()
@@ -156,7 +151,7 @@ def test_impossible_searches_are_refused(
 def test_the_command_stores_times_that_generate_uses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build("flow").save(tmp_path / "model")
+    tiny_model("flow").save(tmp_path / "model")
     few = ["--images", "4", "--reference-steps", "50", "--iterations", "1"]
     assert (
         sfumato.cli.main(["tune-timesteps", str(tmp_path / "model"), "--steps", "2", "3", *few])

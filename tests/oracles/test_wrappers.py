@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from helpers.models import random_network
+from helpers.tensors import normal
 from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall, drive, gather
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
@@ -36,10 +38,6 @@ from sfumato.types import Conditioning, Prediction
 SAMPLERS = {name: find("diffuse.samplers", name) for name in names("diffuse.samplers")}
 DOWNWARD = [name for name, sampler in SAMPLERS.items() if not traits_of(sampler).inverts]
 FLOW = schedule("flow")
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def asking(predict: Callable[[Tensor, float], Prediction]) -> DenoiseFn:
@@ -478,14 +476,9 @@ CROSS = UNetConfig(
 
 
 def unet(config: UNetConfig) -> UNet:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = UNet(config)
-        with torch.no_grad():  # norms start at 1 and 0 otherwise, and many faults would not show
-            for parameter in network.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            network.class_embedding.weight.mul_(3)
-    return network.eval().requires_grad_(False)
+    network = random_network(lambda: UNet(config))
+    network.class_embedding.weight.mul_(3)
+    return network
 
 
 def tiny() -> Denoiser:

@@ -1,11 +1,11 @@
-"""Small random parts of Latent Diffusion's own models; read by the tests with runpy, because tests
-are no package.
-"""
+"""Tiny conditioners of Latent Diffusion with random weights: a BERT, class embeddings."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from helpers.models import randomised
 
 WORDS = [
     "[PAD]",
@@ -22,12 +22,14 @@ ROWS = 5
 
 
 def tokenizer(length: int = 77) -> Any:
+    """Build a BERT tokenizer of `WORDS`."""
     from transformers import BertTokenizer
 
     return BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}, model_max_length=length)
 
 
 def bert_config(**fields: Any) -> Any:
+    """Return a small config of Latent Diffusion's BERT, with other fields where given."""
     from sfumato.predict.text_encoders.ldm_bert import LDMBertConfig
 
     small = {
@@ -40,16 +42,8 @@ def bert_config(**fields: Any) -> Any:
     return LDMBertConfig(**{**small, **fields})
 
 
-def randomised(network: Any, seed: int) -> Any:
-    """Norms start at 1 and 0, where mistakes would not show."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return network.eval().requires_grad_(False)
-
-
 def bert_text(**fields: Any) -> Any:
+    """Build the BERT conditioner; `fields` are of its config."""
     from sfumato.predict.conditioners.bert_text import BertText
     from sfumato.predict.text_encoders.bert import BertEncoder
     from sfumato.predict.text_encoders.ldm_bert import LDMBert
@@ -60,6 +54,7 @@ def bert_text(**fields: Any) -> Any:
 
 
 def class_embedding(rows: int = ROWS, width: int = 24, **fields: Any) -> Any:
+    """Build the class conditioner of a random table (rows, width)."""
     from sfumato.predict.conditioners.class_embedding import ClassEmbedding, ClassEmbeddingConfig
 
     table = torch.randn(rows, width, generator=torch.Generator().manual_seed(2))
@@ -67,6 +62,6 @@ def class_embedding(rows: int = ROWS, width: int = 24, **fields: Any) -> Any:
 
 
 def write(folder: Path, kind: str) -> Path:
-    """A folder of one of these conditioners, by the name of its file."""
+    """Save the conditioner of a name, that of its file in the library; return the folder."""
     {"bert_text": bert_text, "class_embedding": class_embedding}[kind]().save(folder)
     return folder

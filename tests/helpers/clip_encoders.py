@@ -1,16 +1,14 @@
-"""Tiny CLIP text encoders with random weights, in diffusers' layout; read by the tests with runpy,
-because tests are no package.
-"""
+"""Tiny CLIP text encoders with random weights, in diffusers' layout."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
+from helpers.models import random_network
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"), ("r", "e"), ("re", "d</w>")]
-KINDS = {  # which encoders a model has, and what its model_index.json says besides
+KINDS = {  # suffixes of a model's encoders, and further fields of its model_index.json
     "sd1": (("",), {}),
     "sd2": (("",), {}),
     "sdxl": (("", "_2"), {"force_zeros_for_empty_prompt": True}),
@@ -20,9 +18,7 @@ KINDS = {  # which encoders a model has, and what its model_index.json says besi
 
 
 def vocabulary() -> dict[str, int]:
-    """Every byte alone, inside a word and at its end; what is merged; begin and end last, as in
-    CLIP's own.
-    """
+    """Return CLIP's kind of vocabulary: bytes inside and ending a word, merges, begin, end."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     letters = sorted(ByteLevel.alphabet())
@@ -39,6 +35,7 @@ def vocabulary() -> dict[str, int]:
 
 
 def tokenizer(pad: str = END, length: int = 77) -> Any:
+    """Build a tokenizer of this vocabulary, with a padding token and a largest length."""
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer(
@@ -49,7 +46,15 @@ def tokenizer(pad: str = END, length: int = 77) -> Any:
 def encoder(
     projected: bool, seed: int, layers: int = 3, end: int | None = 2, **settings: Any
 ) -> Any:
-    """end: the config's end token; 2 is what old configs say wrongly, None is the right one."""
+    """Build a text encoder with random weights.
+
+    Args:
+        projected: with a text projection, as the second encoder of SDXL.
+        seed: seed of the weights.
+        layers: number of hidden layers.
+        end: the config's end token: 2, wrong, as in old configs; None for the right one.
+        settings: further fields of CLIPTextConfig.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     size = len(vocabulary())
@@ -58,45 +63,59 @@ def encoder(
         vocab_size=size, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=2, projection_dim=10,
         bos_token_id=size - 2, eos_token_id=size - 1 if end is None else end, **settings,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
-        with torch.no_grad():  # norms start at 1 and 0, where mistakes would not show
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval().requires_grad_(False)
+    return random_network(
+        lambda: (CLIPTextModelWithProjection if projected else CLIPTextModel)(config), seed
+    )
+
+
+def wide_encoder(kind: Any, **fields: Any) -> Any:
+    """Build a text encoder with heads 64 wide, which single files take for granted.
+
+    Args:
+        kind: CLIPTextModel or CLIPTextModelWithProjection.
+        fields: fields of CLIPTextConfig besides the smallest possible.
+    """
+    from transformers import CLIPTextConfig
+
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "projection_dim": 64,
+    }
+    words = {"vocab_size": 50, "max_position_embeddings": 9, "bos_token_id": 0, "eos_token_id": 2}
+    return kind(CLIPTextConfig(**sizes | words | fields))
 
 
 def parts(kind: str) -> dict[str, Any]:
-    """The parts by the names that diffusers' pipelines have for them."""
+    """Build the tokenizers and encoders of a kind of model, by diffusers' names for them."""
     ends, _ = KINDS[kind]
-    found: dict[str, Any] = {}
+    components: dict[str, Any] = {}
     for end in ends:
-        found[f"tokenizer{end}"] = tokenizer("!" if end or kind == "sd2" else END)
+        components[f"tokenizer{end}"] = tokenizer("!" if end or kind == "sd2" else END)
         settings: dict[str, Any] = {
             "sd1": {},
             "sd2": {"layers": 2, "hidden_act": "gelu", "end": None},
         }.get(kind, {})
-        found[f"text_encoder{end}"] = encoder(bool(end), len(end), **settings)
-    return found
+        components[f"text_encoder{end}"] = encoder(bool(end), len(end), **settings)
+    return components
 
 
 def write(folder: Path, kind: str) -> Path:
-    """A model's folder with these parts as transformers writes them, and the rest of a
-    model_index.json.
-    """
+    """Write a folder of these parts as transformers saves them, with a model_index.json."""
     ends, flags = KINDS[kind]
     for name, part in parts(kind).items():
         part.save_pretrained(folder / name)
     names = {
-        f"{what}{end}": end in ends
-        for what in ("text_encoder", "tokenizer")
+        f"{part}{end}": end in ends
+        for part in ("text_encoder", "tokenizer")
         for end in ("", "_2")[: 1 if kind in ("sd1", "sd2") else 2]
     }
     classes = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
     entries = {
-        name: ["transformers", classes.get(name, "CLIPTokenizer")] if there else [None, None]
-        for name, there in names.items()
+        name: ["transformers", classes.get(name, "CLIPTokenizer")] if present else [None, None]
+        for name, present in names.items()
     }
     (folder / "model_index.json").write_text(json.dumps({**entries, **flags}))
     return folder

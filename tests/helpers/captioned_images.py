@@ -1,24 +1,15 @@
-"""What a training from captions needs, small: pictures of several sizes with captions, a model's
-folder with a T5, and another's tiny autoencoder.
-
-Test modules cannot import each other here, so they take it by path: `write =
-runpy.run_path(...)["write"]`.
-"""
+"""Small inputs of training from captions: images with captions, a T5, an autoencoder."""
 
 import csv
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from helpers import text_encoders
 from sfumato.checkpoints.families.taesd import save_taesd
 from sfumato.compress.tiny import AutoencoderTiny, TinyConfig
-
-text: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_text.py"))))
 
 WORDS = ("a red dog runs", "a cat sat on the mat", "two cats")
 SIZES = ((16, 16), (12, 24), (24, 12))
@@ -26,8 +17,12 @@ SIZES = ((16, 16), (12, 24), (24, 12))
 
 
 def write(folder: Path, count: int = 9) -> Path:
-    """folder/pictures, folder/t5 (tokens 48 wide), folder/tiny (factor 2, 4 channels, a pair of
-    files).
+    """Write captioned images, a model's folder with a T5, and a tiny autoencoder; return the
+    folder.
+
+    Args:
+        folder: gets pictures/, t5/ (tokens 48 wide) and tiny/ (factor 2, 4 channels, two files).
+        count: number of images, three of each size.
     """
     (folder / "pictures").mkdir(parents=True)
     draw = np.random.default_rng(0)
@@ -38,7 +33,7 @@ def write(folder: Path, count: int = 9) -> Path:
             pixels = draw.integers(0, 256, (*SIZES[k // 3 % 3], 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / "pictures" / f"{k:02d}.png")
             rows.writerow([f"{k:02d}.png", WORDS[k % 3]])
-    text.write(folder / "t5", "pixart_alpha")
+    text_encoders.write(folder / "t5", "pixart_alpha")
     widths = {
         "encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1),
     }  # fmt: skip

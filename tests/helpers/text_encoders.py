@@ -1,22 +1,18 @@
-"""Tiny text encoders of diffusion transformers with random weights, in diffusers' layout; read by
-the tests with runpy, because tests are no package.
+"""Tiny text encoders of diffusion transformers with random weights, in diffusers' layout.
 
-The CLIPs are `_clip.py`'s. T5 reads with a SentencePiece model that is trained here on a few lines;
-the language models read bytes; BERT, which no pipeline of diffusers has ("sentence"), a few words
-and letters.
+The CLIPs are those of `clip_encoders`. T5's SentencePiece model is trained here on a few lines.
+The tokens of the language models are bytes. BERT ("sentence"), which no pipeline of diffusers has,
+knows a few words and letters.
 """
 
 import io
 import json
-import runpy
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import torch
-
-clip: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_clip.py"))))
+from helpers import clip_encoders
+from helpers.models import random_network
 
 LINES = [
     "a cat sat on the mat",
@@ -39,7 +35,7 @@ NETWORKS = {
     "flux": {"guidance_embeds": True},
     "flux_schnell": {"guidance_embeds": False},
 }
-"""As much of transformer/config.json as conditioners look at."""
+"""The fields of transformer/config.json that conditioners read."""
 MISTRAL_MARKS = [
     "<unk>",
     "<s>",
@@ -66,7 +62,7 @@ QWEN_CHAT = """{% for m in messages %}<|im_start|>{{ m.role }}
 
 @cache
 def spiece() -> bytes:
-    """A SentencePiece model with T5's special tokens; of a fixed text, so always the same."""
+    """Train a SentencePiece model with T5's special tokens, on a fixed text."""
     import sentencepiece
 
     file = io.BytesIO()
@@ -78,7 +74,7 @@ def spiece() -> bytes:
 
 
 def write_spiece(folder: Path) -> None:
-    """A tokenizer's folder as of the time before tokenizer.json: PixArt's."""
+    """Write the tokenizer's folder of PixArt, which has spiece.model and no tokenizer.json."""
     folder.mkdir(parents=True)
     (folder / "spiece.model").write_bytes(spiece())
     settings = {
@@ -92,6 +88,7 @@ def write_spiece(folder: Path) -> None:
 
 
 def t5_tokenizer(folder: Path) -> Any:
+    """Open the T5 tokenizer of a folder, which is written where there is none."""
     from transformers import T5Tokenizer
 
     if not folder.exists():
@@ -99,97 +96,89 @@ def t5_tokenizer(folder: Path) -> Any:
     return T5Tokenizer.from_pretrained(folder)
 
 
-def drawn(build: Any, seed: int) -> Any:
-    """A network of random numbers, its norms too: they start at 1 and 0, where mistakes would not
-    show.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval().requires_grad_(False)
-
-
 def t5_model(width: int = 48, **settings: Any) -> Any:
+    """Build a T5 encoder of this width; `settings` are further fields of its config."""
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
         vocab_size=192, d_model=width, d_kv=8, d_ff=40, num_layers=2, num_heads=4, relative_attention_num_buckets=8,
         relative_attention_max_distance=20, feed_forward_proj="gated-gelu", **settings,
     )  # fmt: skip
-    return drawn(lambda: T5EncoderModel(config), 3)
+    return random_network(lambda: T5EncoderModel(config), 3)
 
 
 def bytes_tokenizer(marks: list[str]) -> Any:
-    """Every byte a token, after the marks."""
+    """Build a tokenizer whose tokens are the marks, then every byte."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     words = [*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    found = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
-    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    found.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    found.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
-    return found
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.add_special_tokens(
+        [AddedToken(mark, special=True, normalized=False) for mark in marks]
+    )
+    return tokenizer
 
 
 def mistral_tokenizer() -> Any:
-    """The part for text of Mistral's processor, which is what FLUX.2 dev has as its tokenizer; all
-    of it would need torchvision.
-    """
+    """Build FLUX.2 dev's tokenizer: the text part of Mistral's processor, without torchvision."""
     from transformers import PreTrainedTokenizerFast
 
-    found = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bytes_tokenizer(MISTRAL_MARKS), bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
         padding_side="left", model_max_length=4096,
     )  # fmt: skip
-    found.chat_template = MISTRAL_CHAT
-    return found
+    tokenizer.chat_template = MISTRAL_CHAT
+    return tokenizer
 
 
 def mistral_model() -> Any:
+    """Build the language model of FLUX.2 dev."""
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
     text = {
         "model_type": "mistral", "vocab_size": 280, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 31,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "rope_theta": 10000.0,
     }  # fmt: skip
-    eyes = {
+    vision = {
         "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8,
         "image_size": 28, "patch_size": 14,
     }  # fmt: skip
-    config = Mistral3Config(text_config=text, vision_config=eyes, tie_word_embeddings=False)
-    return drawn(lambda: Mistral3ForConditionalGeneration(config), 4)
+    config = Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    return random_network(lambda: Mistral3ForConditionalGeneration(config), 4)
 
 
 def qwen_tokenizer() -> Any:
+    """Build the tokenizer of FLUX.2 klein."""
     from transformers import Qwen2Tokenizer
 
     words = json.loads(bytes_tokenizer(QWEN_MARKS).to_str())["model"]["vocab"]
-    found = Qwen2Tokenizer(
+    tokenizer = Qwen2Tokenizer(
         vocab=words,
         merges=[],
         unk_token="<|endoftext|>",
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
     )
-    found.add_special_tokens({"additional_special_tokens": QWEN_MARKS[1:]})
-    found.chat_template = QWEN_CHAT
-    return found
+    tokenizer.add_special_tokens({"additional_special_tokens": QWEN_MARKS[1:]})
+    tokenizer.chat_template = QWEN_CHAT
+    return tokenizer
 
 
 def qwen_model(tied: bool = True) -> Any:
+    """Build the language model of FLUX.2 klein; tied: its head shares the embeddings."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
         vocab_size=280, hidden_size=12, intermediate_size=20, num_hidden_layers=28, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
         tie_word_embeddings=tied,
     )  # fmt: skip
-    return drawn(lambda: Qwen3ForCausalLM(config), 5)
+    return random_network(lambda: Qwen3ForCausalLM(config), 5)
 
 
 def bert_tokenizer(**settings: Any) -> Any:
+    """Build a BERT tokenizer of a few words and all letters."""
     from transformers import BertTokenizer
 
     letters = "abcdefghijklmnopqrstuvwxyzFHR0123456789.,:!&()"
@@ -213,7 +202,13 @@ def bert_tokenizer(**settings: Any) -> Any:
 
 
 def bert_model(heads: bool = False, seed: int = 6, **settings: Any) -> Any:
-    """heads: with a pooler, as the library builds it unless told otherwise."""
+    """Build a BERT.
+
+    Args:
+        heads: with a pooler, as transformers builds it by default.
+        seed: seed of the weights.
+        settings: further fields of BertConfig.
+    """
     from transformers import BertConfig, BertModel
 
     numbers = {
@@ -224,12 +219,15 @@ def bert_model(heads: bool = False, seed: int = 6, **settings: Any) -> Any:
         "max_position_embeddings": 96,
     }
     config = BertConfig(vocab_size=120, **(numbers | settings))
-    return drawn(lambda: BertModel(config, add_pooling_layer=heads), seed)
+    return random_network(lambda: BertModel(config, add_pooling_layer=heads), seed)
 
 
 def parts(kind: str, scratch: Path) -> dict[str, Any]:
-    """The parts by the names that diffusers' pipelines have for them. scratch: where a tokenizer's
-    files may be put.
+    """Build the text parts of a kind of model, by their names in diffusers' pipelines.
+
+    Args:
+        kind: a key of `PIPELINES`, or "sentence".
+        scratch: folder for the files of a tokenizer that is built from them.
     """
     if kind == "sentence":
         return {"tokenizer": bert_tokenizer(), "text_encoder": bert_model()}
@@ -240,28 +238,35 @@ def parts(kind: str, scratch: Path) -> dict[str, Any]:
     if kind == "flux2_klein":
         return {"tokenizer": qwen_tokenizer(), "text_encoder": qwen_model()}
     if kind.startswith("flux"):
-        ours = {"tokenizer": clip.tokenizer(), "text_encoder": clip.encoder(False, 1)}
+        encoders = {
+            "tokenizer": clip_encoders.tokenizer(),
+            "text_encoder": clip_encoders.encoder(False, 1),
+        }
         return {
-            **ours,
+            **encoders,
             "tokenizer_2": t5_tokenizer(scratch / "tokenizer_2"),
             "text_encoder_2": t5_model(),
         }
-    ours = {"tokenizer": clip.tokenizer(), "text_encoder": clip.encoder(True, 1)}
-    ours |= {
-        "tokenizer_2": clip.tokenizer("!"),
-        "text_encoder_2": clip.encoder(True, 2, hidden_act="gelu"),
+    encoders = {
+        "tokenizer": clip_encoders.tokenizer(),
+        "text_encoder": clip_encoders.encoder(True, 1),
+    }
+    encoders |= {
+        "tokenizer_2": clip_encoders.tokenizer("!"),
+        "text_encoder_2": clip_encoders.encoder(True, 2, hidden_act="gelu"),
     }
     if kind == "sd3_without_t5":
-        return {**ours, "tokenizer_3": None, "text_encoder_3": None}
+        return {**encoders, "tokenizer_3": None, "text_encoder_3": None}
     return {
-        **ours,
+        **encoders,
         "tokenizer_3": t5_tokenizer(scratch / "tokenizer_3"),
         "text_encoder_3": t5_model(),
     }
 
 
 def write(folder: Path, kind: str) -> Path:
-    """A model's folder with these parts as transformers writes them, and a model_index.json;
+    """Write a folder of these parts as transformers saves them, with a model_index.json.
+
     PixArt's tokenizer is a lone spiece.model.
     """
     index: dict[str, Any] = {"_class_name": PIPELINES.get(kind, "LatentDiffusion")}
