@@ -17,10 +17,14 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from _common import fill, print_header, print_row, side_arguments, take_turns, timed
+from _models import SD15_UNET, SD35_MEDIUM
 
 ROOT = Path(__file__).resolve().parents[1]
 Call = Callable[[], Any]
@@ -37,29 +41,15 @@ def fashion(count: int, prepared: bool) -> Call:
     )
 
 
-def filled(network: Any) -> Any:
-    """Random weights of the usual size for a network that was made on the meta device."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    network.to_empty(device="cpu")
-    for weight in (*network.parameters(), *network.buffers()):
-        weight.data.normal_(0, 0.02, generator=generator)
-    return network.eval().requires_grad_(False)
-
-
 def sd15(batch: int, prepared: bool) -> Call:
     """One call of Stable Diffusion 1.5's U-Net, 64x64 latents."""
-    import torch
-
     from sfumato.inference.prepack import prepack
     from sfumato.predict.networks.unet import UNet, UNetConfig
     from sfumato.types import Conditioning
 
     with torch.device("meta"):
-        network = UNet(UNetConfig(sample_size=64, cross_attention_dim=768, attention_head_dim=8))
-    network = filled(network)
-    network = prepack(network) if prepared else network
+        network = UNet(UNetConfig(**SD15_UNET))
+    network = prepack(fill(network)) if prepared else fill(network)
     x, t, cond = (
         torch.randn(batch, 4, 64, 64),
         torch.full((batch,), 500.0),
@@ -70,21 +60,14 @@ def sd15(batch: int, prepared: bool) -> Call:
 
 def sd35(batch: int, prepared: bool) -> Call:
     """One call of two blocks of Stable Diffusion 3.5 medium's transformer, 64x64 latents."""
-    import torch
-
     from sfumato.inference.prepack import prepack
     from sfumato.predict.networks.base import build, registered
     from sfumato.types import Conditioning
 
-    config = {
-        "sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 2, "attention_head_dim": 64, "num_attention_heads": 24,
-        "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "out_channels": 16,
-        "pos_embed_max_size": 384, "dual_attention_layers": (0,), "qk_norm": "rms_norm",
-    }  # fmt: skip
+    config = SD35_MEDIUM | {"num_layers": 2, "dual_attention_layers": (0,)}
     with torch.device("meta"):
         network = build(registered()["SD3Transformer2DModel"][1](**config))
-    network = filled(network)
-    network = prepack(network) if prepared else network
+    network = prepack(fill(network)) if prepared else fill(network)
     x, t = torch.randn(batch, 16, 64, 64), torch.full((batch,), 500.0)
     cond = Conditioning(tokens=torch.randn(batch, 333, 4096), vector=torch.randn(batch, 2048))
     return lambda: network(x, t, cond)
@@ -107,8 +90,6 @@ def work(plain: bool, threads: int) -> None:
     """A child: make the workload that a line of stdin names, or run it where the line is "run" and
     print the seconds.
     """
-    import torch
-
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     if plain:
@@ -126,14 +107,12 @@ def work(plain: bool, threads: int) -> None:
             print("ready", flush=True)
             continue
         assert call is not None
-        begin = time.perf_counter()
-        call()
-        print(time.perf_counter() - begin, flush=True)
+        print(timed(call), flush=True)
 
 
 def child(checkout: Path, way: str, threads: int) -> "subprocess.Popen[str]":
     """A process that runs a checkout's code."""
-    command = [sys.executable, __file__, "--work", way, "--threads", str(threads)]
+    command = [sys.executable, __file__, "--side", way, str(threads)]
     environment = {**os.environ, "PYTHONPATH": str(checkout / "src")}
     return subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -152,6 +131,10 @@ def ask(process: "subprocess.Popen[str]", line: str) -> str:
 
 
 def main() -> None:
+    if (side := side_arguments()) is not None:
+        way, threads = side
+        work(way == "plain", int(threads))
+        return
     parser = argparse.ArgumentParser(
         description="The cost of images that do not depend on their batch."
     )
@@ -161,30 +144,29 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.work:
-        work(options.work == "plain", options.threads)
-        return
     ways = {"this code": ROOT, "plain": ROOT} | (
         {"before": options.before.resolve()} if options.before else {}
     )
     processes = {way: child(checkout, way, options.threads) for way, checkout in ways.items()}
-    print("| workload | way | best, ms | median, ms | of this code |\n|---|---|---|---|---|")
+    print_header("workload", "way", "best, ms", "median, ms", "of this code")
     for workload in options.workloads:
         # a prepared network is oneDNN's
         chosen = [way for way in ways if not (way == "plain" and workload.endswith("prepared"))]
         for way in chosen:
             ask(processes[way], workload)
-        seconds: dict[str, list[float]] = {way: [] for way in chosen}
-        for _ in range(options.repeats):
-            for way in chosen:
-                seconds[way].append(float(ask(processes[way], "run")))
+        seconds = take_turns(
+            {way: lambda way=way: float(ask(processes[way], "run")) for way in chosen},
+            options.repeats,
+        )
         for way, measured in seconds.items():
             best, median = 1000 * min(measured), 1000 * statistics.median(measured)
-            print(
-                f"| {workload} | {way} | {best:.1f} | {median:.1f} | {min(measured) / min(seconds['this code']):.3f} |",
-                flush=True,
+            print_row(
+                workload,
+                way,
+                f"{best:.1f}",
+                f"{median:.1f}",
+                f"{min(measured) / min(seconds['this code']):.3f}",
             )
     for process in processes.values():
         process.terminate()

@@ -24,7 +24,6 @@ error), where the range is 2 for pixels, and from the lowest to the highest for 
 
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from _common import flags, process_memory, run_side, side_arguments
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.decode.exact import exact, exact_posterior
 from sfumato.decode.tiled import tiled, tiled_posterior
@@ -65,9 +65,6 @@ class Settings:
     seed: int = 0
     keep: Path | None = None
     """A folder in which what was made stays: ways whose results lie there are not run again."""
-    into: Path | None = None
-    """For the processes that this one starts: run the one way and the one part here, and write what
-    they gave into this folder."""
 
     @property
     def title(self) -> str:
@@ -137,16 +134,6 @@ def runner(settings: Settings, way: str, part: str) -> Callable[[Tensor], Tensor
     return lambda image: tiled_posterior(autoencoder, image, tile, overlap).mean
 
 
-def resident(field: Literal["VmRSS", "VmHWM"]) -> int:
-    """Bytes, of this process: now, or at most so far."""
-    line = next(
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith(field)
-    )
-    return 1024 * int(line.split()[1])
-
-
 @torch.inference_mode()
 def measure(settings: Settings, way: str, part: str, folder: Path) -> None:
     """Runs one way in this process; writes its numbers and what it made."""
@@ -160,12 +147,12 @@ def measure(settings: Settings, way: str, part: str, folder: Path) -> None:
     small = 8 if part == "decode" else 64
     run(given[:, :, :small, :small])
     Path("/proc/self/clear_refs").write_text("5")  # the mark of the highest memory begins anew
-    before, begun, busy = resident("VmRSS"), perf_counter(), process_time()
+    before, begun, busy = process_memory("VmRSS"), perf_counter(), process_time()
     made = run(given)
     numbers = {
         "seconds": perf_counter() - begun,
         "busy": process_time() - busy,
-        "peak": resident("VmHWM") - before,
+        "peak": process_memory() - before,
     }
     write_tensors(folder / "made.safetensors", {"made": made.float().contiguous()})
     # last: with it the results are whole
@@ -179,23 +166,12 @@ def results(settings: Settings, way: str, part: str, folder: Path) -> tuple[dict
     numbers = folder / "numbers.json"
     if not numbers.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        words = [
-            f"--{name}={getattr(settings, name)}"
-            for name in ("size", "tile", "dtype", "threads", "seed")
-        ]
-        subprocess.run(
-            [
-                sys.executable,
-                __file__,
-                *words,
-                "--ways",
-                way,
-                "--parts",
-                part,
-                "--into",
-                str(folder),
-            ],
-            check=True,
+        run_side(
+            __file__,
+            way,
+            part,
+            folder,
+            *flags(settings, "size", "tile", "dtype", "threads", "seed"),
         )
     found = json.loads(numbers.read_text())
     if found["title"] != settings.title:
@@ -223,9 +199,12 @@ def cells(
     ]
 
 
-def main(settings: Settings) -> None:
-    if settings.into is not None:
-        return measure(settings, settings.ways[0], settings.parts[0], settings.into)
+def main() -> None:
+    if (side := side_arguments()) is not None:
+        way, part, folder, *rest = side
+        measure(tyro.cli(Settings, args=rest), way, part, Path(folder))
+        return
+    settings = tyro.cli(Settings, description=__doc__)
     # rich cuts what is wider than a terminal it assumes
     console = Console(width=None if sys.stdout.isatty() else 120)
     table, below = Table(title=settings.title), []
@@ -268,4 +247,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    main()

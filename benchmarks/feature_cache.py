@@ -17,8 +17,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from _common import operations
 from sfumato.batching import drive
 from sfumato.decode.whole import whole
 from sfumato.diffuse.run import SeededNoise, sampler_coroutine
@@ -114,7 +114,7 @@ def main(settings: Settings) -> None:
         table.add_column(column, justify="right")
     exact = run(model, settings, settings.n)
     image = whole(model.autoencoder, exact).add(1).div(2).clamp(0, 1)
-    operations_whole = seconds_whole = 0.0
+    gflop_whole = seconds_whole = 0.0
     for cache in [
         {"every": 1, "skips": settings.skips[0]},
         *(c for c in caches if c["every"] != 1),
@@ -122,16 +122,15 @@ def main(settings: Settings) -> None:
         begun = process_time()
         z = run(model, settings, settings.n, **cache)
         seconds = process_time() - begun
-        with FlopCounterMode(display=False) as counter:
-            run(model, settings, 8, **cache)  # operations are proportional to images
-        operations = counter.get_total_flops() / 8e9
-        operations_whole, seconds_whole = operations_whole or operations, seconds_whole or seconds
+        # proportional to images
+        gflop = operations(lambda cache=cache: run(model, settings, 8, **cache)) / 8e9
+        gflop_whole, seconds_whole = gflop_whole or gflop, seconds_whole or seconds
         found, difference = whole(model.autoencoder, z).add(1).div(2).clamp(0, 1), (z - exact).abs()
         table.add_row(
             label(cache),
             str(cache["skips"]),
-            f"{operations:.2f}",
-            f"{1 - operations / operations_whole:.0%}",
+            f"{gflop:.2f}",
+            f"{1 - gflop / gflop_whole:.0%}",
             f"{seconds:.2f}",
             f"{1 - seconds / seconds_whole:.0%}",
             f"{float(difference.max()):.3f}",

@@ -10,73 +10,28 @@ the folder's scheduler (DDIM), and says how long it took and its largest residen
 Differences are of pictures in [0, 1].
 """
 
-import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import tyro
-from torch import nn
+
+from _common import (
+    compare_sides,
+    flags,
+    print_header,
+    print_row,
+    process_memory,
+    side_arguments,
+    weights_size,
+    write_result,
+)
+from _models import FAMILIES, write_folder
 
 PROMPT = "a cat and a red dog"
-VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
-VAE |= {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-}
-CLIP_L = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-}
-CLIP_G = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-}
-SCHEDULE = {
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-}
-SCHEDULE |= {"steps_offset": 1}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "sd15": {
-        "pipeline": "StableDiffusionPipeline",
-        "unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-        "vae": VAE | {"sample_size": 512, "scaling_factor": 0.18215},
-        "texts": {"": CLIP_L},
-    },
-    "sdxl": {
-        "pipeline": "StableDiffusionXLPipeline",
-        "unet": {
-            "sample_size": 128,
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": (1, 2, 10),
-            "attention_head_dim": (5, 10, 20),
-            "cross_attention_dim": 2048,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-        "vae": VAE | {"sample_size": 1024, "scaling_factor": 0.13025},
-        "texts": {"": CLIP_L, "_2": CLIP_G | {"hidden_act": "gelu"}},
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -94,94 +49,11 @@ class Settings:
     ways: tuple[str, ...] = ("diffusers", "ours", "ours optimized")
 
 
-def fill(network: nn.Module) -> nn.Module:
-    """Random weights of the usual size, without torch's own slow drawing of each layer."""
-    generator = torch.Generator().manual_seed(0)
-    network.to_empty(device="cpu")
-    for name, weight in network.named_parameters():
-        weight.data.normal_(0, 0.03, generator=generator)
-        if "norm" in name and name.endswith("weight"):
-            weight.data.add_(1)
-    for name, buffer in network.named_buffers():
-        if name.endswith("position_ids"):
-            buffer.copy_(torch.arange(buffer.shape[-1]).expand(buffer.shape))
-    return network.eval().requires_grad_(False)
-
-
-def write(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
-    """A model's folder as diffusers writes it, part by part; a folder that is complete is left as
-    it is.
-    """
-    if (folder / "model_index.json").exists():
-        return folder
-    import diffusers
-    import transformers
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    chosen = FAMILIES[family]
-    index: dict[str, Any] = {
-        "_class_name": chosen["pipeline"],
-        "_diffusers_version": diffusers.__version__,
-    }
-    for part, kind in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")):
-        with torch.device("meta"):
-            network = getattr(diffusers, kind)(**chosen[part])
-        fill(network).to(dtype).save_pretrained(folder / part)
-        index[part] = ["diffusers", kind]
-    diffusers.DDIMScheduler(**SCHEDULE).save_pretrained(folder / "scheduler")
-    index["scheduler"] = ["diffusers", "DDIMScheduler"]
-    letters = sorted(ByteLevel.alphabet())
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    for end, shape in chosen["texts"].items():
-        kind = "CLIPTextModelWithProjection" if end else "CLIPTextModel"
-        config = transformers.CLIPTextConfig(
-            vocab_size=49408,
-            bos_token_id=len(words) - 2,
-            eos_token_id=len(words) - 1,
-            pad_token_id=len(words) - 1,
-            **shape,
-        )
-        fill(getattr(transformers, kind)(config)).to(dtype).save_pretrained(
-            folder / f"text_encoder{end}"
-        )
-        tokenizer = transformers.CLIPTokenizer(
-            vocab={word: i for i, word in enumerate(words)},
-            merges=[],
-            model_max_length=77,
-            pad_token="<|endoftext|>",
-        )
-        tokenizer.save_pretrained(folder / f"tokenizer{end}")
-        index |= {
-            f"text_encoder{end}": ["transformers", kind],
-            f"tokenizer{end}": ["transformers", "CLIPTokenizer"],
-        }
-    if family == "sd15":
-        index |= {
-            "safety_checker": [None, None],
-            "feature_extractor": [None, None],
-            "requires_safety_checker": False,
-        }
-    else:
-        index["force_zeros_for_empty_prompt"] = True
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
-
-
-def memory(what: str = "VmHWM") -> float:
-    """GB of this process, by Linux: VmHWM is the largest resident memory so far."""
-    line = next(
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith(f"{what}:")
-    )
-    return int(line.split()[1]) * 1024 / 1e9
-
-
 def run(way: str, folder: Path, settings: Settings, out: Path) -> None:
-    """One side: its picture, seconds and memory, written to `out`."""
+    """Write a side's image, seconds and memory to `out`."""
     torch.set_num_threads(settings.threads)
     begin = perf_counter()
-    asked = {"height": settings.size, "width": settings.size}
+    size = {"height": settings.size, "width": settings.size}
     if way == "diffusers":
         import diffusers
 
@@ -194,7 +66,7 @@ def run(way: str, folder: Path, settings: Settings, out: Path) -> None:
             num_inference_steps=settings.steps,
             generator=torch.Generator().manual_seed(0),
             output_type="np",
-            **asked,
+            **size,
         ).images
         image = torch.from_numpy(images).permute(0, 3, 1, 2)
     else:
@@ -209,49 +81,35 @@ def run(way: str, folder: Path, settings: Settings, out: Path) -> None:
             steps=settings.steps,
             seed=0,
             output="tensor",
-            **asked,
+            **size,
         )
-    torch.save({"image": image.clone(), "seconds": perf_counter() - begin, "memory": memory()}, out)
+    write_result(out, image, seconds=perf_counter() - begin, memory=process_memory() / 1e9)
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--side"]:
-        way, folder, out, *rest = sys.argv[2:]
+    if (side := side_arguments()) is not None:
+        way, folder, out, *rest = side
         run(way, Path(folder), tyro.cli(Settings, args=rest), Path(out))
         return
-    settings = tyro.cli(Settings)
+    settings = tyro.cli(Settings, description=__doc__)
     with TemporaryDirectory() as temporary:
-        folder = write(settings.folder or Path(temporary) / "model", settings.family)
-        size = sum(p.stat().st_size for p in folder.rglob("*.safetensors")) / 1e9
-        print(
-            f"{settings.family}, {size:.1f} GB of weights in float32, {settings.size} pixels, {settings.steps} steps, guidance 5\n"
+        folder = write_folder(
+            settings.folder or Path(temporary) / "model", FAMILIES[settings.family]
         )
-        print(
-            "| way | seconds | largest resident memory, GB | largest difference |\n|---|---|---|---|"
-        )
-        expected = None
-        for way in settings.ways:
-            out = Path(temporary) / f"{way}.pt"
-            rest = [
-                f"--family={settings.family}",
-                f"--size={settings.size}",
-                f"--steps={settings.steps}",
-                f"--threads={settings.threads}",
-            ]
-            subprocess.run(
-                [sys.executable, __file__, "--side", way, str(folder), str(out), *rest], check=True
+        weights = f"{settings.family}, {weights_size(folder):.1f} GB of weights in float32"
+        print(f"{weights}, {settings.size} pixels, {settings.steps} steps, guidance 5\n")
+        print_header("way", "seconds", "largest resident memory, GB", "largest difference")
+        contrast = 0.0
+        arguments = flags(settings, "family", "size", "steps", "threads")
+        for way, image, expected, numbers in compare_sides(
+            __file__, settings.ways, folder, arguments
+        ):
+            difference, contrast = float((image - expected).abs().max()), float(expected.std())
+            print_row(
+                way, f"{numbers['seconds']:.1f}", f"{numbers['memory']:.2f}", f"{difference:.1e}"
             )
-            found = torch.load(out, weights_only=True)
-            expected = found["image"] if expected is None else expected
-            difference = float((found["image"] - expected).abs().max())
-            print(
-                f"| {way} | {found['seconds']:.1f} | {found['memory']:.2f} | {difference:.1e} |",
-                flush=True,
-            )
-        assert expected is not None and expected.std() > 0.02, (
-            "a picture in which something can be seen"
-        )
-        print(f"\nthe picture's standard deviation: {float(expected.std()):.3f}")
+    assert contrast > 0.02, "an image in which something can be seen"
+    print(f"\nthe image's standard deviation: {contrast:.3f}")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ second set of seeds, of `--second` samples: what differs by as much is chance.
 
 import argparse
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from _common import all_pixels, print_header, print_row
 from sfumato.data import open_images
 from sfumato.evaluate import extract, load_features
 from sfumato.evaluate.classes import classes
@@ -41,6 +43,7 @@ VARYING = [
     "2 adaptive",
     "1.5 adaptive:disagreement=raises",
 ]
+SHARES = ("precision", "recall", "density", "coverage")
 OTHERS = ["1.25 project", "0.6 plus_plus", "1.25 @ dpmpp_2m", "1.25 @ dpmpp_2m_sde"]
 
 
@@ -65,7 +68,7 @@ def main() -> None:
 
     model, features = load(options.model), load_features("fashion")
     images = {
-        split: _pixels(open_images("fashion-mnist", split=split, size=28, channels=1))
+        split: (all_pixels(open_images("fashion-mnist", split=split, size=28, channels=1)) + 1) / 2
         for split in ("train", "test")
     }
     f_train, f_test = (extract(features, images[split]) for split in ("train", "test"))
@@ -92,14 +95,23 @@ def main() -> None:
     print(
         f"{options.samples} samples, {options.sampler}, {options.steps} steps, {options.spacing or 'default spacing'}, seed {options.seed}\n"
     )
-    print(
-        "| guidance | Frechet distance | precision | recall | density | coverage | class accuracy | PSNR | SSIM | calls | seconds | second set |"
+    print_header(
+        "guidance",
+        "Frechet distance",
+        *SHARES,
+        "class accuracy",
+        "PSNR",
+        "SSIM",
+        "calls",
+        "seconds",
+        "second set",
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     found = manifold(near, floor, 5)
-    print(
-        f"| real images | {frechet_distance(gaussian(floor, features.hash), reference):.3f} | {_shares(found)} | | | | | | |",
-        flush=True,
+    print_row(
+        "real images",
+        f"{frechet_distance(gaussian(floor, features.hash), reference):.3f}",
+        *shares(found),
+        *[""] * 6,
     )
     first: Tensor | None = None
     for text in asked:
@@ -113,17 +125,25 @@ def main() -> None:
         )
         accuracy = classes(classify(features, samples), labels).accuracy
         moved = (
-            "| " if samples is first else f"{psnr(first, samples):.2f} | {ssim(first, samples):.4f}"
+            ("", "")
+            if samples is first
+            else (f"{psnr(first, samples):.2f}", f"{ssim(first, samples):.4f}")
         )
         second = ""
         if options.second:
             again = extract(features, draw(text, options.second, options.seed + 1_000_000))
             second = f"{frechet_distance(gaussian(again, features.hash), reference):.3f}"
         distance = frechet_distance(gaussian(f, features.hash), reference)
-        print(
-            f"| {text} | {distance:.3f} | {_shares(manifold(near, f, 5))} | {accuracy:.3f} | {moved} | {calls:.1f} | {seconds:.0f} | {second} |",
-            flush=True,
+        row = (
+            f"{distance:.3f}",
+            *shares(manifold(near, f, 5)),
+            f"{accuracy:.3f}",
+            *moved,
+            f"{calls:.1f}",
+            f"{seconds:.0f}",
+            second,
         )
+        print_row(text, *row)
 
 
 def settings_of(text: str, options: argparse.Namespace) -> dict[str, object]:
@@ -141,18 +161,9 @@ def settings_of(text: str, options: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _shares(found) -> str:
-    return (
-        f"{found.precision:.3f} | {found.recall:.3f} | {found.density:.3f} | {found.coverage:.3f}"
-    )
-
-
-def _pixels(images) -> Tensor:
-    parts = [
-        images.batch(range(start, min(start + 1000, len(images))))["image"]
-        for start in range(0, len(images), 1000)
-    ]
-    return (torch.cat(parts) + 1) / 2
+def shares(measured: Any) -> list[str]:
+    """Precision, recall, density and coverage as cells of the table."""
+    return [f"{getattr(measured, name):.3f}" for name in SHARES]
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from _common import all_pixels
 from sfumato.compress.kl import AutoencoderKL
 from sfumato.data import ImageSet, open_images
 from sfumato.decode.whole import whole
@@ -160,7 +161,7 @@ class Run:
             condition = self.conditioner.from_labels(
                 (torch.arange(count) + start) % len(self.conditioner.names)
             )
-            times = timesteps("trailing", s.sampling_steps)
+            times = timesteps("trailing", s.sampling_steps, process.schedule)
             with torch.autocast("cpu", torch.bfloat16):
                 z = run_sampler(
                     ddim(noise(), times, process.schedule, noise),
@@ -238,9 +239,7 @@ def main(settings: Settings) -> None:
     )
     conditioner = ClassNames(images.class_names)
     features = load_features("fashion")
-    pixels = torch.cat(
-        [images.batch(torch.arange(i, i + 1000))["image"] for i in range(0, len(images), 1000)]
-    )
+    pixels = all_pixels(images)
     statistics = gaussian(extract(features, (pixels + 1) / 2))
     real = held_out.batch(torch.arange(settings.samples))["image"]
     floor = frechet_distance(gaussian(extract(features, (real + 1) / 2)), statistics)

@@ -12,8 +12,6 @@ counts pages of the file, which the system can take back at any time, and memory
 
 import json
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,9 @@ from typing import Literal
 
 import torch
 import tyro
+
+from _common import print_header, print_row, process_memory, run_side, side_arguments, weights_size
+from _models import FAMILIES, write_folder
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
@@ -43,8 +44,12 @@ class Settings:
 
 @torch.inference_mode()
 def side(way: str, folder: str, dtype: torch.dtype, begin: float) -> None:
-    """Opens the folder in this process and prints what it took, as JSON."""
-    from full_size import memory  # beside this file
+    """Open the folder in this process; print seconds and GB of memory, opened and after a step, as
+    JSON.
+    """
+
+    def cost() -> tuple[float, float, float]:
+        return time.time() - begin, process_memory() / 1e9, process_memory("RssAnon") / 1e9
 
     torch.set_num_threads(2)
     x, t, tokens = (
@@ -56,7 +61,7 @@ def side(way: str, folder: str, dtype: torch.dtype, begin: float) -> None:
         import diffusers
 
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
-        opened = time.time() - begin, memory(), memory("RssAnon")
+        opened = cost()
         pipe.unet(x, t, encoder_hidden_states=tokens)
     else:
         import sfumato
@@ -64,54 +69,39 @@ def side(way: str, folder: str, dtype: torch.dtype, begin: float) -> None:
 
         model = sfumato.load(folder, dtype=dtype)
         model = model.optimized() if way.endswith("optimized") else model
-        opened = time.time() - begin, memory(), memory("RssAnon")
+        opened = cost()
         model.denoiser.network(x, t, Conditioning(tokens=tokens))
-    print(json.dumps([*opened, time.time() - begin, memory(), memory("RssAnon")]))
+    print(json.dumps([*opened, *cost()]))
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--side"]:
-        way, folder, dtype, begin = sys.argv[2:]
+    if (arguments := side_arguments()) is not None:
+        way, folder, dtype, begin = arguments
         side(way, folder, getattr(torch, dtype), float(begin))
         return
-    from full_size import write
-
-    settings = tyro.cli(Settings)
+    settings = tyro.cli(Settings, description=__doc__)
     with TemporaryDirectory() as temporary:
-        folder = write(
-            settings.folder or Path(temporary) / "model", "sd15", getattr(torch, settings.stored)
+        folder = write_folder(
+            settings.folder or Path(temporary) / "model",
+            FAMILIES["sd15"],
+            getattr(torch, settings.stored),
         )
-        size = sum(p.stat().st_size for p in folder.rglob("*.safetensors")) / 1e9
         print(
-            f"{size:.2f} GB in {settings.stored}, opened in {settings.dtype}; torch {torch.__version__}\n"
+            f"{weights_size(folder):.2f} GB in {settings.stored}, opened in {settings.dtype}; torch {torch.__version__}\n"
         )
-        found: dict[str, list[list[float]]] = {way: [] for way in settings.ways}
+        costs: dict[str, list[list[float]]] = {way: [] for way in settings.ways}
         for turn in range(settings.repeats + 1):  # the first turn fills the page cache
             for way in settings.ways:
-                words = [
-                    sys.executable,
-                    __file__,
-                    "--side",
-                    way,
-                    str(folder),
-                    settings.dtype,
-                    str(time.time()),
-                ]
-                answer = subprocess.run(
-                    words, check=True, capture_output=True, text=True
-                ).stdout.splitlines()[-1]
+                printed = run_side(__file__, way, folder, settings.dtype, time.time())
                 if turn:
-                    found[way].append(json.loads(answer))
-    print(
-        "| way | opened: seconds | peak resident GB | anonymous GB | first step: seconds | peak resident GB | anonymous GB |"
+                    costs[way].append(json.loads(printed.splitlines()[-1]))
+    print_header(
+        "way",
+        *("opened: seconds", "peak resident GB", "anonymous GB"),
+        *("first step: seconds", "peak resident GB", "anonymous GB"),
     )
-    print("|---|---|---|---|---|---|---|")
-    for way, rows in found.items():
-        print(
-            f"| {way} | "
-            + " | ".join(f"{statistics.median(column):.2f}" for column in zip(*rows, strict=True))
-            + " |"
-        )
+    for way, rows in costs.items():
+        print_row(way, *(f"{statistics.median(column):.2f}" for column in zip(*rows, strict=True)))
 
 
 if __name__ == "__main__":

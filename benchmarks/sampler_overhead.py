@@ -21,6 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from _common import print_header, print_row, timed
 from sfumato.diffuse.samplers import traits_of
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
@@ -45,35 +46,29 @@ def main() -> None:
     network, calls = model.denoiser.network, []
     forward = network.forward
 
-    def timed(*arguments):
+    def timed_forward(*arguments):
         begin = time.perf_counter()
         y = forward(*arguments)
         calls.append(time.perf_counter() - begin)
         return y
 
-    network.forward = timed
+    network.forward = timed_forward
     noise = torch.randn(options.n, *(12, 7, 7), generator=torch.Generator().manual_seed(0))
     print(
         f"n={options.n}, {options.steps} steps, {torch.get_num_threads()} threads, torch {torch.__version__}, median of {options.repeats} runs\n"
     )
-    print("| sampler | calls | ms a call in the network | ms beside it | share |")
-    print("|---|---|---|---|---|")
+    print_header("sampler", "calls", "ms a call in the network", "ms beside it", "share")
 
     def report(name: str, work: Callable[[], object]) -> None:
         beside, inside = [], []
         for repeat in range(options.repeats + 2):
             calls.clear()
-            begin = time.perf_counter()
-            work()
-            total = time.perf_counter() - begin
+            total = timed(work)
             if repeat >= 2:  # the first runs fill memories
                 beside.append((total - sum(calls)) / len(calls))
                 inside.append(sum(calls) / len(calls))
         a, b = statistics.median(inside), statistics.median(beside)
-        print(
-            f"| {name} | {len(calls)} | {1e3 * a:.2f} | {1e3 * b:.3f} | {100 * b / a:.2f} % |",
-            flush=True,
-        )
+        print_row(name, str(len(calls)), f"{1e3 * a:.2f}", f"{1e3 * b:.3f}", f"{100 * b / a:.2f} %")
 
     for name in options.samplers or names("diffuse.samplers"):
         if not traits_of(find("diffuse.samplers", name)).inverts:

@@ -5,7 +5,7 @@
     python benchmarks/samplers.py --model fashion    # the last table: a trained network (about a
                                                      minute on one thread)
 
-The mixture is that of tests/oracles/test_diffuse.py: three round Gaussians in two dimensions
+The mixture is that of the tests (tests/helpers/mixture.py): three round Gaussians in two dimensions
 (standard deviation 1.5 a coordinate), whose denoiser is known. Runs begin at its own noisy points,
 so that what is measured is the sampler alone.
 
@@ -19,6 +19,7 @@ distance of the samples to the mixture, mean over directions, each against the e
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -31,6 +32,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from _common import print_header, print_row
 from sfumato.diffuse.run import run_sampler
 from sfumato.diffuse.samplers import Traits, calls, traits_of
 from sfumato.diffuse.schedule import Schedule, schedule
@@ -40,9 +42,9 @@ from sfumato.registry import find, names
 from sfumato.sampling.request import sampler_of
 from sfumato.types import Prediction
 
-WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-MEANS = torch.tensor([[-2.0, 0.0], [1.5, 1.0], [1.0, -2.0]], dtype=torch.float64)
-STDS = torch.tensor([0.5, 0.3, 0.7], dtype=torch.float64)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the mixture is the tests'
+from helpers.mixture import MEANS, STDS, WEIGHTS, Denoise, clean_mean, exact_denoiser, noisy_points
+
 RUNS = (
     ("scaled_linear", "trailing"),
     ("scaled_linear", "karras"),
@@ -51,7 +53,6 @@ RUNS = (
 )
 DRAWN = ("flow", "trailing")  # in the picture
 COLOURS = {1: "#7a7a7a", 2: "#1f6fb4", 3: "#d1570d", 4: "#2c8a4b"}
-Denoise = Callable[[Tensor, float], Prediction]
 
 
 @dataclass(frozen=True)
@@ -75,38 +76,6 @@ class Settings:
 
 
 # ---- the mixture ---------------------------------------------------------------------------------
-
-
-def mean_given(x: Tensor, alpha: float, sigma: float) -> Tensor:
-    """E[z | x] of the shape of x, (N, 2, 1, 1): each component's own, weighted by Bayes' rule.
-    Squares are written out: it is asked often.
-    """
-    points = x.flatten(1)
-    v = (alpha * STDS).square() + sigma**2
-    gain = alpha * STDS.square() / v
-    constant = WEIGHTS.log() - v.log() - (alpha * MEANS).square().sum(1) / (2 * v)
-    square = points.square().sum(1, keepdim=True)
-    r = torch.addmm(constant - square / (2 * v), points, (alpha * MEANS / v[:, None]).T).softmax(1)
-    return (r @ (MEANS * (1 - alpha * gain)[:, None]) + (r @ gain)[:, None] * points).reshape(
-        x.shape
-    )
-
-
-def exact(chosen: Schedule) -> Denoise:
-    def denoise(x: Tensor, t: float) -> Prediction:
-        alpha, sigma = chosen.point(t)
-        x0 = mean_given(x, alpha, sigma)
-        return Prediction(x0, (x - alpha * x0) / sigma)
-
-    return denoise
-
-
-def noisy(count: int, point: tuple[float, float], seed: int) -> Tensor:
-    """Points of the mixture with noise: (count, 2, 1, 1)."""
-    generator = torch.Generator().manual_seed(seed)
-    which = torch.multinomial(WEIGHTS, count, replacement=True, generator=generator)
-    z, noise = torch.randn((2, count, 2), generator=generator, dtype=torch.float64)
-    return (point[0] * (MEANS[which] + STDS[which, None] * z) + point[1] * noise)[..., None, None]
 
 
 def flow(
@@ -139,7 +108,7 @@ def flow(
 def mixture_flow(
     x: Tensor, begin: tuple[float, float], end: tuple[float, float], steps: int = 800
 ) -> Tensor:
-    return flow(x, begin, end, mean_given, steps)
+    return flow(x, begin, end, clean_mean, steps)
 
 
 class Distance:
@@ -258,8 +227,8 @@ def inside(settings: Settings, promised: dict[str, Traits]) -> Measured:
     found = Measured()
     for kind in dict(RUNS):
         chosen = schedule(kind)
-        denoise, high, low = exact(chosen), chosen.point(0.95), chosen.point(0.15)
-        x = noisy(settings.points, high, settings.seed)
+        denoise, high, low = exact_denoiser(chosen), chosen.point(0.95), chosen.point(0.15)
+        x = noisy_points(settings.points, high, settings.seed)
         end = mixture_flow(x, high, low)
         for name, traits in promised.items():
             curve, medians = found.curves.setdefault((name, kind), Curve()), {}
@@ -279,8 +248,8 @@ def whole(settings: Settings, promised: dict[str, Traits]) -> Measured:
     found = Measured()
     for kind, spacing in RUNS:
         chosen = schedule(kind)
-        denoise, top = exact(chosen), chosen.point(1.0)
-        x = noisy(settings.points, top, settings.seed)
+        denoise, top = exact_denoiser(chosen), chosen.point(1.0)
+        x = noisy_points(settings.points, top, settings.seed)
         end = mixture_flow(x, top, (1.0, 0.0))
         for name in promised:
             curve, medians = Curve(), {}
@@ -307,10 +276,13 @@ def whole(settings: Settings, promised: dict[str, Traits]) -> Measured:
 def stochastic(settings: Settings, promised: dict[str, Traits]) -> tuple[Measured, list[float]]:
     """Wasserstein distances, and those of ten exact draws, among which nothing is seen."""
     found, measure = Measured(), Distance(settings.samples)
-    floor = [measure(noisy(settings.samples, (1.0, 0.0), seed)) for seed in range(100, 110)]
+    floor = [measure(noisy_points(settings.samples, (1.0, 0.0), seed)) for seed in range(100, 110)]
     for kind, spacing in RUNS:
         chosen = schedule(kind)
-        denoise, x = exact(chosen), noisy(settings.samples, chosen.point(1.0), settings.seed)
+        denoise, x = (
+            exact_denoiser(chosen),
+            noisy_points(settings.samples, chosen.point(1.0), settings.seed),
+        )
         for name in promised:
             runs = [affordable(name, kind, spacing, budget) for budget in settings.budgets]
             found.at[name, kind, spacing] = [
@@ -325,7 +297,7 @@ def consistency(settings: Settings, promised: dict[str, Traits]) -> list[list[st
     an ordinary denoiser.
     """
     chosen, measure = schedule("flow"), Distance(settings.samples)
-    x = noisy(settings.samples, chosen.point(1.0), settings.seed)
+    x = noisy_points(settings.samples, chosen.point(1.0), settings.seed)
 
     def end(x: Tensor, t: float) -> Prediction:
         alpha, sigma = chosen.point(t)
@@ -335,7 +307,7 @@ def consistency(settings: Settings, promised: dict[str, Traits]) -> list[list[st
     rows = []
     for name in promised:
         cells = []
-        for denoise in (end, exact(chosen)):
+        for denoise in (end, exact_denoiser(chosen)):
             errors = [
                 measure(run(name, x, timesteps("trailing", n, chosen), chosen, denoise))
                 for n in (1, 2, 4)
@@ -353,14 +325,14 @@ def spacings(settings: Settings, budget: int = 10) -> list[list[str]]:
         for kind in ("scaled_linear", "flow"):
             chosen = schedule(kind)
             x, times = (
-                noisy(settings.points, chosen.point(1.0), settings.seed),
+                noisy_points(settings.points, chosen.point(1.0), settings.seed),
                 timesteps(spacing, budget, chosen),
             )
             end = mixture_flow(x, chosen.point(1.0), (1.0, 0.0))
             # as a run begins that leaves out the top
             begin = x * (math.hypot(*chosen.point(times[0])) / math.hypot(*chosen.point(1.0)))
             cells += [
-                f"{distance(run(n, begin, times, chosen, exact(chosen)), end):.3f}"
+                f"{distance(run(n, begin, times, chosen, exact_denoiser(chosen)), end):.3f}"
                 for n in ("ddim", "dpmpp_2m", "unipc")
             ]
         rows.append([f"`{spacing}`", *cells])
@@ -408,8 +380,10 @@ def network(settings: Settings, promised: dict[str, Traits]) -> list[list[str]]:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A markdown table."""
-    lines = ["", title, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    print("\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]))
+    print(f"\n{title}\n")
+    print_header(*columns)
+    for row in rows:
+        print_row(*row)
 
 
 def cells(values: Sequence[float | None]) -> str:
@@ -509,8 +483,14 @@ def dots(
     shades = [str(v) for v in np.linspace(0.8, 0.0, len(budgets))]
     axes.axvspan(min(floor), max(floor), color="#2c8a4b", alpha=0.13, linewidth=0)
     for place, values in enumerate(rows.values()):
-        known = [v for v in values if v is not None]
-        axes.plot([min(known), max(known)], [place, place], color="0.85", linewidth=1, zorder=0)
+        measured = [v for v in values if v is not None]
+        axes.plot(
+            [min(measured, default=math.nan), max(measured, default=math.nan)],
+            [place, place],
+            color="0.85",
+            linewidth=1,
+            zorder=0,
+        )
         for value, shade, budget in zip(values, shades, budgets, strict=True):
             axes.scatter(
                 [value or math.nan],

@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from _common import all_pixels
 from sfumato.compress.kl import AutoencoderKL
 from sfumato.data import open_images
 from sfumato.diffuse.parameterization import parameterization
@@ -78,9 +79,7 @@ class Bench:
         )
         self.conditioner, self.features = ClassNames(images.class_names), load_features("fashion")
         self.latents = encode_all(images, autoencoder, settings.out / "latents")
-        pixels = torch.cat(
-            [images.batch(torch.arange(i, i + 1000))["image"] for i in range(0, len(images), 1000)]
-        )
+        pixels = all_pixels(images)
         self.statistics = gaussian(extract(self.features, (pixels + 1) / 2))
         real = held_out.batch(torch.arange(settings.samples))
         self.floor = frechet_distance(

@@ -15,40 +15,29 @@ in float32 with the same (rounded) weights: the largest over the largest number 
 the root mean square over the output's.
 """
 
-import argparse
-import statistics
-import time
-from collections.abc import Callable
-
 import torch
+import tyro
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from _common import (
+    Call,
+    StepSettings,
+    differences,
+    fill,
+    machine_rate,
+    median_seconds,
+    operations,
+    print_header,
+    print_row,
+)
+from _models import SD15_UNET
 from sfumato.inference.prepack import Winograd, can_prepack, compile_network, prepack
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.types import Conditioning
 
-CONFIG = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 
-
-def filled(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Random weights of the usual size, without torch's own slow drawing of each layer."""
-    generator = torch.Generator().manual_seed(seed)
-    network.to_empty(device="cpu")
-    for name, weight in network.named_parameters():
-        weight.data.normal_(0, 0.02, generator=generator)
-        if "norm" in name and name.endswith("weight"):
-            weight.data.add_(1)
-    return network.eval().requires_grad_(False)
-
-
-def attention_products(q: torch.Size, k: torch.Size, *_: object, **__: object) -> int:
-    """Operations of Q K^T and P V for heads (B, H, N, d)."""
-    return 4 * q.numel() * k[-2]
-
-
-def saved(network: nn.Module, call: Callable[[], Tensor]) -> int:
-    """Operations that the network's 3x3 convolutions leave out: 20 of 36 products."""
+def winograd_savings(network: nn.Module, call: Call) -> int:
+    """Count the operations that the network's 3x3 convolutions leave out: 20 of 36 products."""
     left_out = 0
 
     def hook(layer: nn.Module, _: object, y: Tensor) -> None:
@@ -61,73 +50,28 @@ def saved(network: nn.Module, call: Callable[[], Tensor]) -> int:
         if isinstance(layer, Winograd)
     ]
     call()
-    for one in hooks:
-        one.remove()
+    for handle in hooks:
+        handle.remove()
     return left_out
 
 
-def differences(y: Tensor, expected: Tensor) -> str:
-    """The largest over the largest number, and the root mean square over the output's."""
-    error = y - expected
-    return f"{float(error.abs().max() / expected.abs().max()):.1e}, {float(error.norm() / expected.norm()):.1e}"
-
-
-def timed(call: Callable[[], Tensor], device: str) -> float:
-    begin = time.perf_counter()
-    call()
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - begin
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="SD 1.5's U-Net: ours beside diffusers.")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    import diffusers
-
-    with torch.device("meta"):
-        ours, theirs = UNet(UNetConfig(**CONFIG)), diffusers.UNet2DConditionModel(**CONFIG)
-    filled(ours)
-    theirs.load_state_dict(ours.state_dict(), assign=True)
-    theirs.eval().requires_grad_(False)
-    print(
-        f"torch {torch.__version__}, diffusers {diffusers.__version__}, {options.device}, {torch.get_num_threads()} threads\n"
-    )
-    print(
-        "| dtype | way | seconds a call | of diffusers eager | largest, mean difference to float32 |\n|---|---|---|---|---|"
-    )
-    for name in options.dtypes:
-        compare(
-            ours.to(options.device, getattr(torch, name)),
-            theirs.to(options.device, getattr(torch, name)),
-            name,
-            options,
-        )
-
-
 @torch.inference_mode()
-def compare(ours: nn.Module, theirs: nn.Module, name: str, options: argparse.Namespace) -> None:
-    dtype, device = getattr(torch, name), options.device
+def compare(ours: nn.Module, theirs: nn.Module, name: str, settings: StepSettings) -> None:
+    """Print a table row a way."""
+    dtype, device = getattr(torch, name), settings.device
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 4, 64, 64, generator=generator).to(device, dtype)
     tokens = torch.randn(2, 77, 768, generator=generator).to(device, dtype)
     t = torch.full((2,), 500.0, device=device)
     cond = Conditioning(tokens=tokens)
-    ways: dict[str, Callable[[], Tensor]] = {
+    ways: dict[str, Call] = {
         "diffusers eager": lambda: theirs(x, t, encoder_hidden_states=tokens).sample,
         "ours eager": lambda: ours(x, t, cond),
     }
     if can_prepack(ours):
         quick = prepack(ours)
         ways["ours packed"] = lambda: quick(x, t, cond)
-    if options.compile:
+    if settings.compile:
         fast, slow = compile_network(ours), torch.compile(theirs)
         ways |= {
             "diffusers compiled": lambda: slow(x, t, encoder_hidden_states=tokens).sample,
@@ -137,33 +81,49 @@ def compare(ours: nn.Module, theirs: nn.Module, name: str, options: argparse.Nam
     expected = theirs(x.float(), t, encoder_hidden_states=tokens.float()).sample
     theirs.to(dtype)
     error = {way: differences(call().float(), expected) for way, call in ways.items()}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(options.repeats):
-        for way, call in ways.items():
-            seconds[way].append(timed(call, device))
-    base = statistics.median(seconds["diffusers eager"])
-    for way, found in seconds.items():
-        mine = statistics.median(found)
-        print(f"| {name} | {way} | {mine:.2f} | {mine / base:.2f} | {error[way]} |", flush=True)
-    # which torch does not count by itself
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={kernel: attention_products}) as counter:
-        ways["diffusers eager"]()
-    conv = nn.Conv2d(320, 320, 3, padding=1).to(device, dtype)
-    image = torch.randn(2, 320, 64, 64, device=device).to(dtype)
-    conv(image)
-    rate = (
-        2 * 320 * 320 * 9 * 2 * 64 * 64 / min(timed(lambda: conv(image), device) for _ in range(8))
+    seconds = median_seconds(ways, settings.repeats, device)
+    base = seconds["diffusers eager"]
+    for way, median in seconds.items():
+        print_row(name, way, f"{median:.2f}", f"{median / base:.2f}", error[way])
+    conv, image = (
+        nn.Conv2d(320, 320, 3, padding=1).to(device, dtype),
+        torch.randn(2, 320, 64, 64, device=device).to(dtype),
     )
-    counts = {"limit": counter.get_total_flops()}
+    rate = machine_rate(lambda: conv(image), 2 * 320 * 320 * 9 * 2 * 64 * 64, device)
+    counts = {"limit": operations(ways["diffusers eager"])}
     if "ours packed" in ways:
-        counts["limit of ours packed"] = counts["limit"] - saved(quick, ways["ours packed"])
-    for way, count in counts.items():
-        print(
-            f"| {name} | {way}: {count / 1e12:.2f} TFLOP at {rate / 1e9:.0f} GFLOP/s | {count / rate:.2f} | {count / rate / base:.2f} | |",
-            flush=True,
+        counts["limit of ours packed"] = counts["limit"] - winograd_savings(
+            quick, ways["ours packed"]
         )
+    for way, count in counts.items():
+        limit = f"{way}: {count / 1e12:.2f} TFLOP at {rate / 1e9:.0f} GFLOP/s"
+        print_row(name, limit, f"{count / rate:.2f}", f"{count / rate / base:.2f}", "")
+
+
+def main(settings: StepSettings) -> None:
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    import diffusers
+
+    with torch.device("meta"):
+        ours, theirs = UNet(UNetConfig(**SD15_UNET)), diffusers.UNet2DConditionModel(**SD15_UNET)
+    fill(ours)
+    theirs.load_state_dict(ours.state_dict(), assign=True)
+    theirs.eval().requires_grad_(False)
+    print(
+        f"torch {torch.__version__}, diffusers {diffusers.__version__}, {settings.device}, {torch.get_num_threads()} threads\n"
+    )
+    print_header(
+        "dtype",
+        "way",
+        "seconds a call",
+        "of diffusers eager",
+        "largest, mean difference to float32",
+    )
+    for name in settings.dtypes:
+        dtype = getattr(torch, name)
+        compare(ours.to(settings.device, dtype), theirs.to(settings.device, dtype), name, settings)
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(StepSettings, description=__doc__))

@@ -25,8 +25,6 @@ bits. In another run, with others' work beside it, 18, 23 and 29 s a step.
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +35,18 @@ from typing import Any
 import torch
 import tyro
 from safetensors.torch import save_file
+
+from _common import (
+    compare_sides,
+    flags,
+    print_header,
+    print_row,
+    process_memory,
+    side_arguments,
+    weights_size,
+    write_result,
+)
+from _models import FAMILIES, write_folder
 
 SHARD = 10**9
 BLOCK = 31_500_000
@@ -65,8 +75,6 @@ def write(folder: Path, size: float) -> Path:
     """The model's folder; one that is complete is left as it is."""
     if (folder / "model_index.json").exists():
         return folder
-    import full_size  # beside this file
-
     small = {
         "block_out_channels": (32,),
         "down_block_types": ("DownBlock2D",),
@@ -74,11 +82,9 @@ def write(folder: Path, size: float) -> Path:
         "layers_per_block": 1,
     }
     small |= {"mid_block_type": None, "sample_size": 64, "cross_attention_dim": 768}
-    full_size.FAMILIES["streaming"] = {**full_size.FAMILIES["sd15"], "unet": small}
     place = folder.with_name(folder.name + ".part")
     shutil.rmtree(place, ignore_errors=True)
-    full_size.FAMILIES["streaming"]["pipeline"] = "StableDiffusionPipeline"
-    full_size.write(place, "streaming", torch.bfloat16)
+    write_folder(place, FAMILIES["sd15"] | {"unet": small}, torch.bfloat16)
     shutil.rmtree(place / "unet")
     _write_unet(place / "unet", size)
     place.rename(folder)
@@ -125,24 +131,20 @@ def evict(folder: Path) -> None:
 
 
 class Watching(threading.Thread):
-    """The largest RssAnon so far."""
+    """The largest RssAnon so far, in bytes."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.most = 0.0
+        self.most = 0
 
     def run(self) -> None:
-        from full_size import memory
-
         while True:
-            self.most = max(self.most, memory("RssAnon"))
+            self.most = max(self.most, process_memory("RssAnon"))
             sleep(0.02)
 
 
 def side(way: str, folder: Path, settings: Settings, out: Path) -> None:
-    """One way: its picture, seconds and memory, written to `out`."""
-    from full_size import memory
-
+    """Write a way's image, seconds and memory to `out`."""
     import sfumato
 
     torch.set_num_threads(settings.threads)
@@ -171,68 +173,60 @@ def side(way: str, folder: Path, settings: Settings, out: Path) -> None:
     )
     done = perf_counter()
     steps = [b - a for a, b in zip([opened, *ends], ends, strict=False)]
-    found = {
-        "seconds": done - begin,
-        "steps": steps,
-        "decode": done - ends[-1],
-        "held": memory(),
-        "own": watching.most,
-    }
-    save_file({"image": image.contiguous()}, out, metadata={"found": json.dumps(found)})
+    memory = {"held": process_memory() / 1e9, "own": watching.most / 1e9}
+    write_result(out, image, seconds=done - begin, steps=steps, decode=done - ends[-1], **memory)
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--side"]:
-        way, folder, out, *rest = sys.argv[2:]
+    if (arguments := side_arguments()) is not None:
+        way, folder, out, *rest = arguments
         side(way, Path(folder), tyro.cli(Settings, args=rest), Path(out))
         return
-    from safetensors import safe_open
-
-    settings = tyro.cli(Settings)
+    settings = tyro.cli(Settings, description=__doc__)
     with TemporaryDirectory() as temporary:
         begin = perf_counter()
         folder = write(settings.folder or Path(temporary) / "model", settings.weights)
-        size = sum(p.stat().st_size for p in folder.rglob("*.safetensors")) / 1e9
-        print(
-            f"{size:.2f} GB of weights in bfloat16 (written in {perf_counter() - begin:.0f} s), {settings.size} pixels, {settings.steps} steps, "
-        )
+        weights = f"{weights_size(folder):.2f} GB of weights in bfloat16 (written in {perf_counter() - begin:.0f} s)"
+        print(f"{weights}, {settings.size} pixels, {settings.steps} steps, ")
         print(
             f"guidance 7.5, {settings.threads} threads, memory={settings.memory}; torch {torch.__version__}\n"
         )
-        print(
-            "| way | seconds | first step | other steps | decode | held, GB | own, GB | the same bits |\n|---|---|---|---|---|---|---|---|"
+        print_header(
+            "way",
+            "seconds",
+            "first step",
+            "other steps",
+            "decode",
+            "held, GB",
+            "own, GB",
+            "the same bits",
         )
-        expected = None
-        for way in settings.ways:
-            out = Path(temporary) / f"{way}.safetensors"
-            rest = [
-                f"--memory={settings.memory}",
-                f"--size={settings.size}",
-                f"--steps={settings.steps}",
-                f"--threads={settings.threads}",
-            ]
-            subprocess.run(
-                [sys.executable, __file__, "--side", way, str(folder), str(out), *rest], check=True
+        contrast = 0.0
+        arguments = flags(settings, "memory", "size", "steps", "threads")
+        for way, image, expected, numbers in compare_sides(
+            __file__, settings.ways, folder, arguments
+        ):
+            first, *others = numbers["steps"]
+            times = (
+                numbers["seconds"],
+                first,
+                sum(others) / max(len(others), 1),
+                numbers["decode"],
             )
-            with safe_open(out, "pt") as opened:
-                image, found = (
-                    opened.get_tensor("image"),
-                    json.loads((opened.metadata() or {})["found"]),
-                )
-            expected = image if expected is None else expected
-            first, *others = found["steps"]
-            times = f"{found['seconds']:.1f} | {first:.1f} | {sum(others) / max(len(others), 1):.1f} | {found['decode']:.1f}"
             same = (
                 "yes"
                 if torch.equal(image, expected)
                 else f"no: up to {float((image - expected).abs().max()):.1e}"
             )
-            print(
-                f"| {way} | {times} | {found['held']:.2f} | {found['own']:.2f} | {same} |",
-                flush=True,
+            print_row(
+                way,
+                *(f"{time:.1f}" for time in times),
+                f"{numbers['held']:.2f}",
+                f"{numbers['own']:.2f}",
+                same,
             )
-        assert expected is not None
-        print(f"\nthe picture's standard deviation: {float(expected.std()):.3f}")
+            contrast = float(expected.std())
+    print(f"\nthe image's standard deviation: {contrast:.3f}")
 
 
 if __name__ == "__main__":

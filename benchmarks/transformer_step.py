@@ -15,44 +15,40 @@ diffusers eager in float32 with the same (rounded) weights: the largest over the
 the output, and the root mean square over the output's.
 """
 
-import argparse
 import gc
-import statistics
-import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
+import tyro
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from _common import (
+    Call,
+    StepSettings,
+    differences,
+    fill,
+    machine_rate,
+    median_seconds,
+    operations,
+    print_header,
+    print_row,
+)
+from _models import FLUX_DEV, SD35_MEDIUM
 from sfumato.inference.prepack import can_prepack, compile_network, prepack
 from sfumato.predict.networks.base import build, registered
 from sfumato.types import Conditioning
 
-SD35_MEDIUM: dict[str, Any] = {
-    "sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24,
-    "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "out_channels": 16,
-    "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
-}  # fmt: skip
-"""stabilityai/stable-diffusion-3.5-medium, transformer/config.json."""
-FLUX_DEV: dict[str, Any] = {
-    "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24,
-    "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": (16, 56, 56),
-}  # fmt: skip
-"""black-forest-labs/FLUX.1-dev, transformer/config.json."""
-Call = Callable[[], Tensor]
 
+@dataclass(frozen=True)
+class Settings(StepSettings):
+    """Networks, and how much of them is measured."""
 
-def filled(network: nn.Module, device: str) -> nn.Module:
-    """Random weights of the usual size."""
-    generator = torch.Generator(device).manual_seed(0)
-    network.to_empty(device=device)
-    for name, weight in (*network.named_parameters(), *network.named_buffers()):
-        weight.data.normal_(0, 0.02, generator=generator)
-        if "norm_" in name and name.endswith("weight") and weight.ndim == 1:
-            weight.data.add_(1)
-    return network.eval().requires_grad_(False)
+    kinds: tuple[str, ...] = ("sd3", "flux")
+    size: int = 1024
+    """Pixels along a side."""
+    blocks: int = 2
+    """Blocks that are kept; 0: all."""
 
 
 def pair(kind: str, blocks: int | None) -> tuple[nn.Module, nn.Module]:
@@ -136,108 +132,60 @@ def calls(
     return lambda net: lambda: net(x, t, cond), theirs
 
 
-def attention_products(q: torch.Size, k: torch.Size, *_: object, **__: object) -> int:
-    """Operations of Q K^T and P V for heads (B, H, N, d)."""
-    return 4 * q.numel() * k[-2]
-
-
-def differences(y: Tensor, expected: Tensor) -> str:
-    """The largest over the largest number, and the root mean square over the output's."""
-    error = y - expected
-    return f"{float(error.abs().max() / expected.abs().max()):.1e}, {float(error.norm() / expected.norm()):.1e}"
-
-
-def timed(call: Call, device: str) -> float:
-    begin = time.perf_counter()
-    call()
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - begin
-
-
 @torch.inference_mode()
-def compare(kind: str, name: str, options: argparse.Namespace) -> None:
-    """One table row a way."""
-    dtype, device = getattr(torch, name), options.device
-    ours, theirs = pair(kind, options.blocks or None)
-    filled(ours, device)
+def compare(kind: str, name: str, settings: Settings) -> None:
+    """Print a table row a way."""
+    dtype, device = getattr(torch, name), settings.device
+    ours, theirs = pair(kind, settings.blocks or None)
+    fill(ours, device=device)
     theirs.load_state_dict(ours.state_dict(), assign=True)
     theirs.eval().requires_grad_(False)
     ours.to(dtype), theirs.to(dtype)
-    call_ours, call_theirs = calls(kind, options.size, dtype, device)
+    call_ours, call_theirs = calls(kind, settings.size, dtype, device)
     ways: dict[str, Call] = {"diffusers eager": call_theirs(theirs), "ours eager": call_ours(ours)}
     if can_prepack(ours):
         ways["ours packed"] = call_ours(prepack(ours))
-    if options.compile:
+    if settings.compile:
         ways |= {
             "diffusers compiled": call_theirs(torch.compile(theirs)),
             "ours compiled": call_ours(compile_network(ours)),
         }
-    exact, (_, call_exact) = theirs.float(), calls(kind, options.size, torch.float32, device)
+    exact, (_, call_exact) = theirs.float(), calls(kind, settings.size, torch.float32, device)
     expected = call_exact(exact)()
     theirs.to(dtype)
     gc.collect()
     error = {way: differences(call().float(), expected) for way, call in ways.items()}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(options.repeats):
-        for way, call in ways.items():
-            seconds[way].append(timed(call, device))
-    base = statistics.median(seconds["diffusers eager"])
-    for way, found in seconds.items():
-        mine = statistics.median(found)
-        print(
-            f"| {kind} | {name} | {way} | {mine:.3f} | {base / mine:.2f} | {error[way]} |",
-            flush=True,
-        )
-    # which torch does not count by itself
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={kernel: attention_products}) as counter:
-        ways["diffusers eager"]()
+    seconds = median_seconds(ways, settings.repeats, device)
+    base = seconds["diffusers eager"]
+    for way, median in seconds.items():
+        print_row(kind, name, way, f"{median:.3f}", f"{base / median:.2f}", error[way])
     width = 1536 if kind == "sd3" else 3072
     layer, rows = (
         nn.Linear(width, 4 * width).to(device, dtype),
         torch.randn(4096, width, device=device).to(dtype),
     )
-    layer(rows)
     rate, count = (
-        2 * 4096 * width * 4 * width / min(timed(lambda: layer(rows), device) for _ in range(8)),
-        counter.get_total_flops(),
+        machine_rate(lambda: layer(rows), 2 * 4096 * width * 4 * width, device),
+        operations(ways["diffusers eager"]),
     )
-    print(
-        f"| {kind} | {name} | limit: {count / 1e12:.2f} TFLOP at {rate / 1e9:.0f} GFLOP/s | {count / rate:.3f} | {base * rate / count:.2f} | |",
-        flush=True,
-    )
+    limit = f"limit: {count / 1e12:.2f} TFLOP at {rate / 1e9:.0f} GFLOP/s"
+    print_row(kind, name, limit, f"{count / rate:.3f}", f"{base * rate / count:.2f}", "")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Transformers of SD 3.5 and FLUX.1: ours beside diffusers."
-    )
-    parser.add_argument("--kinds", nargs="+", default=["sd3", "flux"])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--size", type=int, default=1024)
-    parser.add_argument("--blocks", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+def main(settings: Settings) -> None:
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     import diffusers
 
-    print(
-        f"torch {torch.__version__}, diffusers {diffusers.__version__}, {options.device}, {torch.get_num_threads()} threads, {options.size} px\n"
-    )
-    print(
-        "| network | dtype | way | seconds a call | times as quick as diffusers eager | largest, mean difference to float32 |"
-    )
-    print("|---|---|---|---|---|---|")
-    for kind in options.kinds:
-        for name in options.dtypes:
-            compare(kind, name, options)
+    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+    print(f"{versions}, {settings.device}, {torch.get_num_threads()} threads, {settings.size} px\n")
+    quotient, error = "times as quick as diffusers eager", "largest, mean difference to float32"
+    print_header("network", "dtype", "way", "seconds a call", quotient, error)
+    for kind in settings.kinds:
+        for name in settings.dtypes:
+            compare(kind, name, settings)
             gc.collect()
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Settings, description=__doc__))
