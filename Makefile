@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "installing the test tools into $(VENV) (once)"
 	@$(PIP) -e '.[test]'
-# An oracle for samplers, of which one file is read: what the package asks for besides is large, and not needed.
+# k-diffusion is an oracle for samplers. Only one of its files is imported, so its large dependencies are left out.
 	@$(PIP) --no-deps k-diffusion==0.1.1.post1 || echo "without k-diffusion: the tests that compare with it will be skipped"
 	@touch $@
 
