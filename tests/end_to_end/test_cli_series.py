@@ -290,10 +290,10 @@ def test_a_second_model_finishes(tiny: Path, tmp_path: Path) -> None:
         ),
         (["upscale", "a.png", "boot", "--noise-level", "2"], "this model is no upscaler"),
         (["vary", "gone.png"], "gone.png is missing: expected a picture"),
-        (["vary", "a.png", "--strength", "0"], "strength=0.0: expected a number above 0"),
+        (["vary", "a.png", "--strength", "0"], "strength=0.0: expected a number in (0, 1]"),
         (
             ["vary", "a.png", "--strength", "-1", "--way", "inversion"],
-            "strength=-1.0: expected a number from 0",
+            "strength=-1.0: expected a number in [0, 1]",
         ),
         (["vary", "a.png", "--way", "magic"], "unknown way to vary a picture 'magic'"),
         (["vary", "a.png", "--way", "inversion", "--sampler", "heun"], "expected ddim"),
@@ -323,7 +323,7 @@ def test_a_second_model_finishes(tiny: Path, tmp_path: Path) -> None:
         ),
         (
             ["interpolate", "--pictures", "a.png", "b.png", "--strength", "2"],
-            "strength=2.0: expected a number above 0",
+            "strength=2.0: expected a number in (0, 1]",
         ),
         (
             [

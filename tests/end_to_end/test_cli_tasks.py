@@ -213,7 +213,7 @@ def test_the_mask_of_what_grows() -> None:
             "expected floating-point numbers of shape (1, 1, 15, 21)",
         ),
         (["inpaint", "text.png", "--mask", "mask.png"], "text.png could not be read as a picture"),
-        (["edit", "photo.png", "--strength", "0"], "strength=0.0: expected a number above 0"),
+        (["edit", "photo.png", "--strength", "0"], "strength=0.0: expected a number in (0, 1]"),
         (
             ["edit", "photo.png", "--strength", "0.01"],
             "strength=0.01 of 3 steps is none: expected at least 0.333",

@@ -336,7 +336,7 @@ def test_latents_are_handed_over_at_the_noise_that_they_have() -> None:
 def test_hand_overs_that_cannot_be() -> None:
     model = MODELS["v"]
     for at in (0, 1, -0.1, math.nan, True):
-        with pytest.raises(UserError, match="expected a number above 0 and below 1"):
+        with pytest.raises(UserError, match=r"expected a number in \(0, 1\)"):
             refine(model, model, Request(steps=5), at=at)  # pyright: ignore
     with pytest.raises(
         UserError, match=r"at=0\.99 of a run of 5 steps leaves the second model none"

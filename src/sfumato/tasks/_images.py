@@ -10,13 +10,14 @@ from jaxtyping import Float
 from PIL import Image as pil
 from torch import Tensor
 
-from sfumato.errors import UserError, unknown
+from sfumato.errors import UserError
 from sfumato.images import to_tensor
 from sfumato.model import LatentDiffusion
 from sfumato.predict.networks.base import Network
-from sfumato.sampling.plan import Plan, latent_shape
-from sfumato.sampling.request import Request
+from sfumato.sampling import Plan, Request
+from sfumato.sampling.plan import latent_shape
 from sfumato.sampling.run import noise_source
+from sfumato.validate import number_in, one_of
 
 ImageInput = pil.Image | Sequence[pil.Image] | Tensor
 """One image for all, or one an image of the request: PIL images, or pixels in [-1, 1]."""
@@ -24,26 +25,27 @@ POSTERIORS = ("mean", "sample")
 
 
 def resize_request(
-    model: LatentDiffusion, image: ImageInput, request: Request
+    model: LatentDiffusion, image: ImageInput, request: Request | None
 ) -> tuple[Float[Tensor, "N C H W"], Request]:
     """Give the request the size of an image.
 
     Args:
-        model: whose autoencoder decides the channels
-        image: one for all images, or one an image
-        request: may have the image's size already
+        model: The model, whose autoencoder has the channels of the pixels.
+        image: One image for all of the request's, or one each.
+        request: May have the image's size already; None: a request of defaults.
 
     Returns:
-        the pixels in [-1, 1], and the request with their height and width
+        The pixels in [-1, 1], and the request with their height and width.
 
     Raises:
-        UserError: the request has another size, or another number of images
+        UserError: For a request with another size, or another number of images.
     """
-    pixels = model.pixels(image)
+    pixels, request = model.pixels(image), request or Request()
     height, width = pixels.shape[2:]
     if (request.height or height, request.width or width) != (height, width):
         raise UserError(
-            f"height={request.height}, width={request.width} for a picture of {height} x {width}: resize the picture first"
+            f"height={request.height}, width={request.width} for a picture of {height} x {width}: "
+            "resize the picture first"
         )
     check_count(pixels, request.count)
     return pixels, replace(request, height=height, width=width)
@@ -61,23 +63,20 @@ def mask_pixels(
     """A mask (M, 1, H, W) in [0, 1] of an image's size.
 
     Args:
-        pixels: the image
-        mask: white, or 1, is drawn anew
+        pixels: The image.
+        mask: White, or 1, is drawn anew.
 
     Raises:
-        UserError: another size, or numbers outside of [0, 1]
+        UserError: For another size, or numbers outside of [0, 1].
     """
     if isinstance(mask, pil.Image):
         mask = to_tensor(mask.convert("L")).add(1).div(2)
-    if (
-        mask.ndim != 4
-        or mask.shape[1] != 1
-        or mask.shape[2:] != pixels.shape[2:]
-        or not mask.is_floating_point()
-    ):
+    fits = mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2:] == pixels.shape[2:]
+    if not fits or not mask.is_floating_point():
         raise UserError(
-            f"a mask of shape {tuple(mask.shape)} and type {mask.dtype} for a picture of shape {tuple(pixels.shape)}: expected floating-point "
-            f"numbers of shape (1, 1, {pixels.shape[2]}, {pixels.shape[3]}), 1 is drawn anew"
+            f"a mask of shape {tuple(mask.shape)} and type {mask.dtype} for a picture of shape "
+            f"{tuple(pixels.shape)}: expected floating-point numbers of shape "
+            f"(1, 1, {pixels.shape[2]}, {pixels.shape[3]}), 1 is drawn anew"
         )
     low, high = (float(v) for v in mask.aminmax())
     if not (low >= 0 and high <= 1):
@@ -87,17 +86,18 @@ def mask_pixels(
     return mask
 
 
-def latent_mask(model: LatentDiffusion, mask: Float[Tensor, "M _ H W"]) -> Float[Tensor, "M _ h w"]:
-    """1 for latent cells in which any pixel is to be drawn anew."""
-    factor = model.autoencoder.space.factor
-    return F.max_pool2d((mask > 0).float(), factor, ceil_mode=True)
-
-
 class NoiseDraws:
-    """The noise of a plan's images, draw after draw, with their number in `used`."""
+    """The noise of a plan's images, draw after draw, with their number in `used`.
 
-    def __init__(self, model: LatentDiffusion, plan: Plan):
-        self.count, self.used = plan.n, plan.request.noise_offset
+    Args:
+        model: The model that runs the plan.
+        plan: The plan; the draws that it skips are skipped.
+        posterior: "mean" or "sample", as in `encode`.
+    """
+
+    def __init__(self, model: LatentDiffusion, plan: Plan, posterior: str = "mean"):
+        self.posterior = one_of("posterior", posterior, POSTERIORS)
+        self.model, self.count, self.used = model, plan.n, plan.request.noise_offset
         self.noise = noise_source(plan, model.device)
         for _ in range(self.used):
             self.noise()
@@ -106,38 +106,34 @@ class NoiseDraws:
         self.used += 1
         return self.noise()
 
-
-def encode_images(
-    model: LatentDiffusion, pixels: Float[Tensor, "N C H W"], posterior: str, draws: NoiseDraws
-) -> Float[Tensor, "M c h w"]:
-    """Encode pixels to z: the posterior's mean, or a "sample" for each image of the request."""
-    if posterior == "mean":
-        return model.encode(pixels)
-    return model.encode(pixels.expand(draws.count, -1, -1, -1), draws())
-
-
-def check_posterior(posterior: str) -> None:
-    """Raise `UserError` for a posterior that there is not."""
-    if posterior not in POSTERIORS:
-        raise unknown("posterior", posterior, POSTERIORS)
+    def encode(self, pixels: Float[Tensor, "N C H W"]) -> Float[Tensor, "M c h w"]:
+        """Encode pixels to z: the posterior's mean, or a sample for each image of the plan."""
+        if self.posterior == "mean":
+            return self.model.encode(pixels)
+        return self.model.encode(pixels.expand(self.count, -1, -1, -1), self())
 
 
 def last_steps(times: Sequence[float], strength: float) -> Sequence[float]:
     """The last part of a run's times: `strength` of its steps, rounded down.
 
     Raises:
-        UserError: a strength outside of (0, 1], or of less than one step
+        UserError: For a strength outside of (0, 1], or of less than one step.
     """
-    if not 0 < strength <= 1:
-        raise UserError(
-            f"strength={strength}: expected a number above 0, which keeps the picture, up to 1, which keeps next to nothing of it"
-        )
-    count = int((len(times) - 1) * strength + 1e-9)
+    hint = "near 0 keeps the picture, 1 next to nothing of it"
+    number_in("strength", strength, above=0, at_most=1, hint=hint)
+    steps = len(times) - 1
+    count = int(steps * strength + 1e-9)
     if count == 0:
         raise UserError(
-            f"strength={strength} of {len(times) - 1} steps is none: expected at least {1 / (len(times) - 1):.3g}, or more steps"
+            f"strength={strength} of {steps} steps is none: expected at least {1 / steps:.3g}, "
+            "or more steps"
         )
     return times[-count - 1 :]
+
+
+def network_of(model: LatentDiffusion) -> Network:
+    """The model's network, of this library's."""
+    return cast("Network", model.denoiser.network)
 
 
 def extra_channels(model: LatentDiffusion) -> int:
@@ -149,20 +145,24 @@ def extra_channels(model: LatentDiffusion) -> int:
     return network.in_channels - network.channels
 
 
-def network_of(model: LatentDiffusion) -> Network:
-    """The model's network, of this library's."""
-    return cast("Network", model.denoiser.network)
+def channels_error(model: LatentDiffusion, expected: str) -> UserError:
+    """The error for a network with other input channels than a task needs."""
+    extra = extra_channels(model)
+    return UserError(f"this model takes {extra} channels beside the latent: {expected}")
 
 
 def outline(
     model: LatentDiffusion, pixels: Float[Tensor, "N C H W"], channels: int | None = None
 ) -> Tensor:
     """The pixels' latent without numbers (meta device), for a plan made before encoding."""
-    space = model.autoencoder.space
-    _, *cells = latent_shape(space, *pixels.shape[2:])
-    return torch.empty(
-        len(pixels), space.channels if channels is None else channels, *cells, device="meta"
-    )
+    own, *cells = latent_shape(model.autoencoder.space, *pixels.shape[2:])
+    return torch.empty(len(pixels), own if channels is None else channels, *cells, device="meta")
+
+
+def latent_mask(model: LatentDiffusion, mask: Float[Tensor, "M _ H W"]) -> Float[Tensor, "M _ h w"]:
+    """1 for latent cells in which any pixel is to be drawn anew."""
+    factor = model.autoencoder.space.factor
+    return F.max_pool2d((mask > 0).float(), factor, ceil_mode=True)
 
 
 def mask_by_cell(

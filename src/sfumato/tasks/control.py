@@ -6,15 +6,12 @@ beside x, as many channels as the latent has. Making the map of an image is anot
 
 from dataclasses import replace
 
-from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
-from sfumato.sampling.plan import Plan
-from sfumato.sampling.request import Request
+from sfumato.sampling import Plan, Request
 from sfumato.tasks._images import (
     ImageInput,
     NoiseDraws,
-    check_posterior,
-    encode_images,
+    channels_error,
     extra_channels,
     network_of,
     outline,
@@ -32,23 +29,22 @@ def control(
     """Plan images that follow a map.
 
     Args:
-        model: one that was trained to follow a map
-        image: the map, one for all images or one an image; the result has its size
-        request: everything else
-        posterior: as for `image_to_image`
+        model: A model that was trained to follow a map.
+        image: The map, one for all images or one an image; the result has its size.
+        request: Everything else.
+        posterior: As for `image_to_image`.
 
     Raises:
-        UserError: for another model
+        UserError: For another model.
     """
-    pixels, request = resize_request(model, image, request or Request())
+    pixels, request = resize_request(model, image, request)
     channels = model.autoencoder.space.channels
     if network_of(model).part == "unet" or extra_channels(model) != channels:
-        raise UserError(
-            f"this model takes {extra_channels(model)} channels beside the latent: to follow a map it needs a transformer that takes "
-            f"{channels} more, as FLUX.1 Depth and Canny do"
+        raise channels_error(
+            model,
+            f"to follow a map it needs a transformer that takes {channels} more, "
+            "as FLUX.1 Depth and Canny do",
         )
-    check_posterior(posterior)
     plan = model.plan(replace(request, concat=outline(model, pixels)))
-    draws = NoiseDraws(model, plan)
-    z = encode_images(model, pixels, posterior, draws)
-    return plan.edit(concat=z, noise_offset=draws.used)
+    draws = NoiseDraws(model, plan, posterior)
+    return plan.edit(concat=draws.encode(pixels), noise_offset=draws.used)

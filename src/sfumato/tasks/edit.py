@@ -5,9 +5,9 @@ x (8 channels). Guidance has two scales (their eq. 3): towards the instruction, 
 alone, and towards the image, from nothing: p = p_0 + s_image (p_image - p_0) + s_text (p_both -
 p_image).
 
-FLUX.1 Kontext (Batifol et al. 2025, arXiv:2506.15742, section 3) and FLUX.2: a transformer reads
-the image's latent as more tokens beside x's, at positions of their own. It may have another size
-than the result.
+FLUX.1 Kontext (Batifol et al. 2025, arXiv:2506.15742, section 3) and FLUX.2: the image's latent
+becomes more tokens of the transformer beside x's, at positions of their own. It may have another
+size than the result.
 """
 
 import math
@@ -20,34 +20,33 @@ from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
-from sfumato.sampling.plan import Plan
-from sfumato.sampling.request import Request
+from sfumato.sampling import Plan, Request
 from sfumato.tasks._images import (
     ImageInput,
+    channels_error,
     check_count,
     extra_channels,
     network_of,
     outline,
     resize_request,
 )
+from sfumato.validate import number_in, positive_int
 
 LARGEST = 1024 * 1024
-"""Pixels of an image that is read as tokens: models that do so were trained on about so many."""
+"""Number of pixels of an image that becomes tokens: about as many as in training."""
 
 
 def kind_of_edit(model: LatentDiffusion) -> str | None:
     """The way in which a model follows instructions.
 
     Returns:
-        "reference" (the image as tokens), "concat" (channels beside x), or None (it does not)
+        "reference" (the image as tokens), "concat" (channels beside x), or None (it does not).
     """
     if model.defaults.max_reference_images:
         return "reference"
-    concat = (
-        network_of(model).part == "unet"
-        and extra_channels(model) == model.autoencoder.space.channels
-    )
-    return "concat" if concat else None
+    is_unet = network_of(model).part == "unet"
+    takes_image = extra_channels(model) == model.autoencoder.space.channels
+    return "concat" if is_unet and takes_image else None
 
 
 def edit(
@@ -62,36 +61,36 @@ def edit(
     """Plan an edit by instruction.
 
     Args:
-        model: one that was trained for instructions
-        image: one for all images or one an image
-        request: its prompt is the instruction, its guidance (one number) the scale towards it
-        image_guidance: scale towards the image, 1 is off; for models with two scales
-        also: more images, each for all or one an image, for models that read several (FLUX.2)
-        largest: images of more pixels are reduced before such models read them, and all are cropped
-            to whole tokens; the result has the (first) image's size then, or the request's
+        model: A model that was trained for instructions.
+        image: One for all images or one an image.
+        request: Its prompt is the instruction, its guidance (one number) the scale towards it.
+        image_guidance: Scale towards the image, 1 is off; for models with two scales.
+        also: More images, each for all or one an image, for models that take several (FLUX.2).
+        largest: Number of pixels. Larger images are reduced before they become tokens, and all are
+            cropped to whole tokens; the result has the (first) image's size then, or the request's.
 
     Raises:
-        UserError: for a model that was not trained for instructions: use `image_to_image`
+        UserError: For a model that was not trained for instructions: use `image_to_image`.
     """
-    if kind_of_edit(model) == "reference":
+    kind = kind_of_edit(model)
+    if kind == "reference":
         return _edit_by_reference(model, (image, *also), request or Request(), largest)
     if also:
-        raise UserError(f"{1 + len(also)} pictures: this model reads one")
-    pixels, request = resize_request(model, image, request or Request())
-    channels = model.autoencoder.space.channels
-    if kind_of_edit(model) is None:
-        raise UserError(
-            f"this model takes {extra_channels(model)} channels beside the latent: instructions need a model that takes a picture ({channels}); "
-            "image_to_image edits with any other"
+        raise UserError(f"{1 + len(also)} pictures: this model takes one")
+    pixels, request = resize_request(model, image, request)
+    if kind is None:
+        channels = model.autoencoder.space.channels
+        raise channels_error(
+            model,
+            f"instructions need a model that takes a picture ({channels}); "
+            "image_to_image edits with any other",
         )
-    if not 0 <= image_guidance < math.inf:
-        raise UserError(
-            f"image_guidance={image_guidance}: expected a number of at least 0, 1 is off"
-        )
+    number_in("image_guidance", image_guidance, at_least=0, hint="1 is off")
     scale = model.defaults.guidance if request.guidance is None else request.guidance
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise UserError(
-            f"guidance={scale!r} for an edit: expected one number, the scale towards the instruction"
+            f"guidance={scale!r} for an edit: expected one number, the scale towards the "
+            "instruction"
         )
     guidance = {
         "scale": scale,
@@ -108,22 +107,21 @@ def _edit_by_reference(
     model: LatentDiffusion, images: Sequence[ImageInput], request: Request, largest: int
 ) -> Plan:
     """A plan with the images' latents as reference images."""
-    if len(images) > model.defaults.max_reference_images:
-        raise UserError(
-            f"{len(images)} pictures: this model reads {model.defaults.max_reference_images}"
-        )
-    if largest < 1:
-        raise UserError(f"largest={largest}: expected a number of pixels, {LARGEST} is usual")
+    limit = model.defaults.max_reference_images
+    if len(images) > limit:
+        raise UserError(f"{len(images)} pictures: this model takes {limit}")
+    positive_int("largest", largest, "pixels", f"{LARGEST} is usual")
     references = [_fit_tokens(model, model.pixels(image), largest) for image in images]
     for pixels in references:
         check_count(pixels, request.count)
     height, width = references[0].shape[2:]
-    size = {"height": request.height or height, "width": request.width or width}
-    plan = model.plan(
-        replace(
-            request, **size, reference_images=tuple(outline(model, pixels) for pixels in references)
-        )
+    request = replace(
+        request,
+        height=request.height or height,
+        width=request.width or width,
+        reference_images=tuple(outline(model, pixels) for pixels in references),
     )
+    plan = model.plan(request)
     return plan.edit(reference_images=tuple(model.encode(pixels) for pixels in references))
 
 
@@ -133,10 +131,8 @@ def _fit_tokens(model: LatentDiffusion, pixels: Tensor, largest: int) -> Tensor:
     They are reduced, then the excess is cropped around the middle, as FLUX.2 was trained. A side of
     less than a token is enlarged to one.
     """
-    cell, (height, width) = (
-        model.autoencoder.space.factor * network_of(model).patch,
-        pixels.shape[2:],
-    )
+    cell = model.autoencoder.space.factor * network_of(model).patch
+    height, width = pixels.shape[2:]
     scale = min(1.0, math.sqrt(largest / (height * width)))
     size = [max(cell, int(side * scale + 1e-6)) for side in (height, width)]
     if size != [height, width]:

@@ -5,17 +5,15 @@ The first image is enlarged by a cubic filter and a run begins with it, made a l
 large size from the start such models repeat themselves.
 """
 
-import math
 from dataclasses import replace
 
 import torch.nn.functional as F
 
-from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
-from sfumato.sampling.plan import Plan
-from sfumato.sampling.request import Request
+from sfumato.sampling import Plan, Request
 from sfumato.tasks._images import ImageInput
 from sfumato.tasks.image_to_image import image_to_image
+from sfumato.validate import number_in
 
 
 def enlarge(
@@ -29,26 +27,21 @@ def enlarge(
     """Plan a larger version of an image, with new details.
 
     Args:
-        model: any that takes the latent alone
-        image: one for all images or one an image
-        request: everything else
-        scale: the result has `scale` times the image's sides, rounded; at least 1
-        strength: as for `image_to_image`
+        model: Any model that takes the latent alone.
+        image: One for all images or one an image.
+        request: Everything else.
+        scale: The result has `scale` times the image's sides, rounded; at least 1.
+        strength: As for `image_to_image`.
 
     Raises:
-        UserError: for an impossible scale or strength
+        UserError: For an impossible scale or strength.
     """
-    if not 1 <= scale < math.inf:
-        raise UserError(f"scale={scale}: expected a number of at least 1")
+    number_in("scale", scale, at_least=1)
     pixels = model.pixels(image)
-    size = tuple(round(side * scale) for side in pixels.shape[2:])
-    large = F.interpolate(pixels, size, mode="bicubic", align_corners=False).clamp(-1, 1)
-    return image_to_image(
-        model,
-        large,
-        replace(request or Request(), height=size[0], width=size[1]),
-        strength=strength,
-    )
+    height, width = (round(side * scale) for side in pixels.shape[2:])
+    large = F.interpolate(pixels, (height, width), mode="bicubic", align_corners=False).clamp(-1, 1)
+    request = replace(request or Request(), height=height, width=width)
+    return image_to_image(model, large, request, strength=strength)
 
 
 def two_pass(
@@ -57,13 +50,12 @@ def two_pass(
     """Run a request at the model's size, and plan its images `scale` times as large.
 
     Args:
-        model: any that takes the latent alone
-        request: of the first pass; height and width are those of the small images
-        scale: as for `enlarge`
-        strength: as for `image_to_image`
+        model: Any model that takes the latent alone.
+        request: Request of the first pass; height and width are those of the small images.
+        scale: As for `enlarge`.
+        strength: As for `image_to_image`.
     """
-    pixels = model.run(request, output="tensor") * 2 - 1
+    images = model.run(request, output="tensor") * 2 - 1
+    pixels = images[:, : model.autoencoder.channels]
     second = replace(request, height=None, width=None, n=len(pixels))
-    return enlarge(
-        model, pixels[:, : model.autoencoder.channels], second, scale=scale, strength=strength
-    )
+    return enlarge(model, pixels, second, scale=scale, strength=strength)

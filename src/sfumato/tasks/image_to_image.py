@@ -6,15 +6,12 @@ With little strength colours and shapes stay, with much only the composition: st
 variations, repairs.
 """
 
-from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
-from sfumato.sampling.plan import Plan
-from sfumato.sampling.request import Request
+from sfumato.sampling import Plan, Request
 from sfumato.tasks._images import (
     ImageInput,
     NoiseDraws,
-    check_posterior,
-    encode_images,
+    channels_error,
     extra_channels,
     last_steps,
     resize_request,
@@ -32,24 +29,21 @@ def image_to_image(
     """Plan images that begin with an image.
 
     Args:
-        model: any that takes the latent alone
-        image: one for all images or one an image; the result has its size
-        request: everything else
-        strength: in (0, 1]: the share of the steps that are run
+        model: Any model that takes the latent alone.
+        image: One for all images or one an image; the result has its size.
+        request: Everything else.
+        strength: Share of the steps that are run, in (0, 1].
         posterior: "mean": begin with the mean of the autoencoder's posterior; "sample": with a draw
-            from it (diffusers' way), made before the run's noise
+            from it (diffusers' way), made before the run's noise.
 
     Raises:
-        UserError: for a size, strength or network that does not fit
+        UserError: For a size, strength or network that does not fit.
     """
-    pixels, request = resize_request(model, image, request or Request())
+    pixels, request = resize_request(model, image, request)
     if extra_channels(model):
-        raise UserError(
-            f"this model takes {extra_channels(model)} channels beside the latent: use the task that it was trained for"
-        )
-    check_posterior(posterior)
+        raise channels_error(model, "use the task that it was trained for")
     plan = model.plan(request)
     times = last_steps(plan.timesteps, strength)
-    draws = NoiseDraws(model, plan)
-    z = encode_images(model, pixels, posterior, draws)
+    draws = NoiseDraws(model, plan, posterior)
+    z = draws.encode(pixels)
     return plan.edit(timesteps=times, init_latent=z, noise_offset=draws.used)

@@ -17,8 +17,8 @@ from torch import Tensor
 from sfumato.diffuse.samplers import draws
 from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
-from sfumato.sampling.plan import Plan
-from sfumato.sampling.request import Request
+from sfumato.sampling import Plan, Request
+from sfumato.validate import number_in
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Handover:
     """Two plans that share one run.
 
     Attributes:
-        first: for the base model; `base.run(first, output="latent")` gives the noisy latent
-        last: for the refiner, without that latent
-        scale: what the latent is multiplied by where the refiner's process has another scale
+        first: Plan of the base model; `base.run(first, output="latent")` gives the noisy latent.
+        last: Plan of the refiner, without that latent.
+        scale: Factor of the latent, for a refiner whose process has another scale.
     """
 
     first: Plan
@@ -45,20 +45,20 @@ def refine(
 ) -> Plan:
     """Run the first part of a request with a base model, and plan the last part for a refiner.
 
-    Both read the same prompts; a refiner with one text encoder reads `prompt`, not `prompt_2`.
+    Both encode the same prompts; a refiner with one text encoder encodes `prompt`, not `prompt_2`.
     Steps, sampler, spacing and guidance that the request leaves open are each model's own.
 
     Args:
-        base: the first model
-        refiner: the second, of the same latent space
-        request: of the whole run, or the base model's plan of it
-        at: the base model's share of the process, in (0, 1)
+        base: The first model.
+        refiner: The second, of the same latent space.
+        request: Request of the whole run, or the base model's plan of it.
+        at: The base model's share of the process, in (0, 1).
 
     Returns:
-        a plan for `refiner.run`
+        A plan for `refiner.run`.
 
     Raises:
-        UserError: latents of two kinds, or an `at` that leaves one of the models no step
+        UserError: For latents of two kinds, or an `at` that leaves one of the models no step.
     """
     plans = handover(base, refiner, request, at=at)
     return plans.resume(base.run(plans.first, output="latent"))
@@ -69,8 +69,8 @@ def handover(
 ) -> Handover:
     """Plan both parts of `refine`, without a weight.
 
-    Where the refiner's process is another than the base's, it begins at the time of equal noise
-    level.
+    A refiner with another process than the base's begins at the time of equal noise level.
+    Arguments and errors are those of `refine`.
     """
     _check_pair(base, refiner)
     plan = request if isinstance(request, Plan) else base.plan(request)
@@ -89,12 +89,12 @@ def handover(
     times = [time, *(t for t in last.timesteps if t < time)]
     if len(times) < 2:
         raise UserError(
-            f"at={at}: the refiner's {len(last.timesteps) - 1} steps are all before it; expected less, or more steps"
+            f"at={at}: the refiner's {len(last.timesteps) - 1} steps are all before it; "
+            "expected less, or more steps"
         )
-    # What the first part drew is in the latent already: the last part continues with the next draw.
-    return Handover(
-        first, last.edit(timesteps=times, noise_offset=request.noise_offset + drawn), scale
-    )
+    # The latent holds the first part's draws: the last part continues with the next one.
+    last = last.edit(timesteps=times, noise_offset=request.noise_offset + drawn)
+    return Handover(first, last, scale)
 
 
 def _check_pair(base: LatentDiffusion, refiner: LatentDiffusion) -> None:
@@ -102,25 +102,24 @@ def _check_pair(base: LatentDiffusion, refiner: LatentDiffusion) -> None:
     space, own = base.autoencoder.space, refiner.autoencoder.space
     if space != own:
         raise UserError(
-            f"the refiner's latents have {own.channels} channels, factor {own.factor} and std {own.std[0]:.4g}, the first model's "
-            f"{space.channels}, {space.factor} and {space.std[0]:.4g}: expected two models of one latent space"
+            f"the refiner's latents have {own.channels} channels, factor {own.factor} and std "
+            f"{own.std[0]:.4g}, the first model's {space.channels}, {space.factor} and "
+            f"{space.std[0]:.4g}: expected two models of one latent space"
         )
 
 
 def _count_steps(model: LatentDiffusion, times: tuple[float, ...], at: float) -> int:
     """Number of times before the hand-over."""
-    if isinstance(at, bool) or not isinstance(at, int | float) or not 0 < at < 1:
-        raise UserError(
-            f"at={at!r}: expected a number above 0 and below 1, the share of the process before the hand-over; 0.8 is usual"
-        )
-    schedule = model.denoiser.process.schedule
-    least = (
-        1 - at if schedule.grid is None else (round(schedule.grid * (1 - at)) + 1) / schedule.grid
-    )
+    hint = "the share of the process before the hand-over; 0.8 is usual"
+    number_in("at", at, above=0, below=1, hint=hint)
+    grid, least = model.denoiser.process.schedule.grid, 1 - at
+    if grid is not None:
+        least = (round(grid * (1 - at)) + 1) / grid
     count = sum(t > least - 1e-9 for t in times[:-1])
     if not 0 < count < len(times) - 1:
         raise UserError(
-            f"at={at} of a run of {len(times) - 1} steps leaves {'the first' if count == 0 else 'the second'} model none: expected more "
-            "steps, or another share"
+            f"at={at} of a run of {len(times) - 1} steps leaves "
+            f"{'the first' if count == 0 else 'the second'} model none: expected more steps, "
+            "or another share"
         )
     return count

@@ -14,13 +14,20 @@ The arc (`diffuse/slerp.py`) keeps the variance of the noise.
 from dataclasses import replace
 
 from sfumato.diffuse.slerp import slerp
-from sfumato.errors import UserError, unknown
+from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
-from sfumato.sampling.plan import Plan, without_guidance
-from sfumato.sampling.request import Request
+from sfumato.sampling import Plan, Request
+from sfumato.sampling.plan import without_guidance
 from sfumato.sampling.run import condition_of
-from sfumato.tasks._images import ImageInput, NoiseDraws, extra_channels, resize_request
+from sfumato.tasks._images import (
+    ImageInput,
+    NoiseDraws,
+    channels_error,
+    extra_channels,
+    resize_request,
+)
 from sfumato.tasks.image_to_image import image_to_image
+from sfumato.validate import number_in, one_of, whole_number
 
 WAYS = ("noise", "inversion")
 
@@ -29,25 +36,21 @@ def vary(request: Request, *, seed: int | None = None, strength: float = 0.2) ->
     """Vary the image that a request's seed draws: image k moves towards that of `seed` + k.
 
     Args:
-        request: n variations of its first image
-        seed: by default the one after the request's
+        request: Request of n variations of its first image.
+        seed: Seed of the others; None: the one after the request's.
         strength: 0 is n times the request's first image, 1 the images of `seed`, seed + 1 ..., both
-            bit for bit
+            bit for bit.
 
     Raises:
-        UserError: a strength outside of [0, 1]
+        UserError: For a strength outside of [0, 1].
     """
     _check_strength(strength)
     if request.noise_mix is not None:
         raise UserError(
             "this request's noise lies between two seeds already: expected noise_mix=None"
         )
-    other = request.seed + 1 if seed is None else seed
-    if isinstance(other, bool) or not isinstance(other, int):
-        raise UserError(f"seed={seed!r}: expected a whole number")
-    return replace(
-        request, noise_mix=([other + k for k in range(request.count)], [strength] * request.count)
-    )
+    other, n = whole_number("seed", request.seed + 1 if seed is None else seed), request.count
+    return replace(request, noise_mix=([other + k for k in range(n)], [strength] * n))
 
 
 def variations(
@@ -61,56 +64,46 @@ def variations(
     """Plan variations of an image: image k differs by the noise of seed + k.
 
     Args:
-        model: any that takes the latent alone
-        image: one for all images or one an image
-        request: everything else
-        strength: "noise": above 0 to 1, the share of the steps that are run; "inversion": from 0
+        model: Any model that takes the latent alone.
+        image: One for all images or one an image.
+        request: Everything else.
+        strength: "noise": share of the steps that are run, in (0, 1]; "inversion": in [0, 1].
         way: "noise", or "inversion": five network calls a step for the noise, then a run of ddim,
-            without guidance where the request leaves it open
+            without guidance if the request leaves it open.
 
     Raises:
-        UserError: for a way, a strength or a network that does not fit
+        UserError: For a way, a strength or a network that does not fit.
     """
-    if way not in WAYS:
-        raise unknown("way to vary a picture", way, WAYS)
-    if way == "noise":
+    if one_of("way to vary a picture", way, WAYS) == "noise":
         return image_to_image(model, image, request, strength=strength)
     _check_strength(strength)
-    pixels, request = resize_request(model, image, request or Request())
+    pixels, request = resize_request(model, image, request)
     plan = model.plan(invertible_request(model, request))
     condition, z = condition_of(model, plan), model.encode(pixels)
     # as many prompts as images: each its own noise
     if len(z) < plan.n and not isinstance(request.prompt, str | None):
         z = z.expand(plan.n, -1, -1, -1)
-    noise = model.invert(z, condition[: len(z)], timesteps=plan.timesteps).expand(
-        plan.n, -1, -1, -1
-    )
+    noise = model.invert(z, condition[: len(z)], timesteps=plan.timesteps)
+    noise = noise.expand(plan.n, -1, -1, -1)
     return plan.edit(noise=slerp(noise, NoiseDraws(model, plan)(), [strength] * plan.n))
 
 
 def invertible_request(model: LatentDiffusion, request: Request) -> Request:
-    """The request as a run of ddim, without guidance where it leaves it open.
+    """The request as a run of ddim, without guidance if it leaves it open.
 
     Raises:
-        UserError: another sampler, times of its own, or a network that takes more than the latent
+        UserError: For another sampler, timesteps of its own, or a network that takes more than the
+            latent.
     """
     if extra_channels(model):
-        raise UserError(
-            f"this model takes {extra_channels(model)} channels beside the latent: inversion needs one that takes the latent alone"
-        )
+        raise channels_error(model, "inversion needs one that takes the latent alone")
     if request.sampler not in (None, "ddim") or request.timesteps is not None:
         raise UserError(
-            f"sampler {request.sampler!r} or given times with way 'inversion': expected ddim, by steps and spacing"
+            f"sampler {request.sampler!r} or timesteps with way 'inversion': "
+            "expected ddim, by steps and spacing"
         )
     return without_guidance(model, replace(request, sampler="ddim"))
 
 
 def _check_strength(strength: float) -> None:
-    if (
-        isinstance(strength, bool)
-        or not isinstance(strength, int | float)
-        or not 0 <= strength <= 1
-    ):
-        raise UserError(
-            f"strength={strength!r}: expected a number from 0, the same picture, to 1, another one"
-        )
+    number_in("strength", strength, 0, 1, hint="0 is the same picture, 1 another one")
