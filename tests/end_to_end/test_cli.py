@@ -679,4 +679,6 @@ def test_weights_are_packed_where_steps_are_enough_to_pay_for_it(
     model, packed = StubModel(), StubModel()  # whose own steps are 3
     monkeypatch.setattr(model, "optimized", lambda: packed)
     monkeypatch.setattr("sfumato.loading.load", lambda source: model)
-    assert _options.LoadOptions().ready("somewhere", steps) is (packed if packs else model)
+    assert _options.RunOptions().load_for_sampling("somewhere", steps) is (
+        packed if packs else model
+    )

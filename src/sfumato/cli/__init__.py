@@ -2,9 +2,9 @@
 
 A command called `x-y` is the function `x_y` in `x_y.py`, one called `x` is the function
 `x(arguments: list[str])` in `x.py`; the first line of its docstring is its line in the help.
-Unconditional heavy is imported before the arguments are known to be good: `--help` answers at once.
+Heavy libraries are imported after the arguments are checked, so that `--help` answers at once.
 
-Exit codes: 0 done; 1 something unforeseen; 2 wrong input (`UserError`, or arguments that do not
+Exit codes: 0 done; 1 unforeseen error; 2 wrong input (`UserError`, or arguments that do not
 parse); 3 a value that is not finite (`NumericalError`); 130 stopped with Ctrl-C. Errors are one
 sentence on stderr; `SFUMATO_DEBUG=1` adds the traceback.
 """
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     Args:
-        arguments: without the program's name; None: the process's own
+        arguments: Arguments without the program's name; None: the process's own.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -64,23 +64,16 @@ def _dispatch(arguments: list[str]) -> None:
 def _overview() -> str:
     from sfumato.registry import find, names
 
-    lines = [
-        "usage: sfumato COMMAND ...",
-        "",
-        "Latent diffusion: train, sample, measure.",
-        "",
-        "commands:",
+    width = max(map(len, names("cli")))
+    commands = [
+        f"  {name.replace('_', '-'):<{width}}  {find('cli', name).__doc__.splitlines()[0]}\n"
+        for name in names("cli")
     ]
-    for name in names("cli"):
-        lines.append(
-            f"  {name.replace('_', '-'):<15} {(find('cli', name).__doc__ or '').strip().splitlines()[0]}"
-        )
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "`sfumato COMMAND --help` lists the options of a command; `sfumato --version` prints the version.",
-        ]
+    return (
+        "usage: sfumato COMMAND ...\n\nLatent diffusion: train, sample, measure.\n\n"
+        f"commands:\n{''.join(commands)}\n"
+        "`sfumato COMMAND --help` lists the options of a command.\n"
+        "`sfumato --version` prints the version."
     )
 
 

@@ -1,9 +1,9 @@
-"""Options that commands share. Unconditional here imports torch."""
+"""Options that commands share. Torch is imported inside functions alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 
@@ -11,19 +11,21 @@ from sfumato.errors import UserError, unknown
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
     from sfumato.model import LatentDiffusion
+    from sfumato.sampling import Plan, Request
 
 T = TypeVar("T")
 
 
-def unset(meaning: str) -> Any:
-    """The help's text for a flag whose default is None."""
-    return tyro.conf.arg(help_behavior_hint=f"(default: {meaning})")
+def unset(default: str, help: str | None = None) -> Any:
+    """Show `default` in the help of a flag whose default is None or empty."""
+    return tyro.conf.arg(help=help, help_behavior_hint=f"(default: {default})")
 
 
 MODELS = "the model's"
-"""Text of `unset` where the model decides."""
+"""Text of `unset` for a setting that the model decides."""
 
 
 def parse(
@@ -39,36 +41,56 @@ def parse(
     Arguments that do not parse print the reason and exit with code 2.
 
     Args:
-        kind: the dataclass
-        arguments: the command line behind the command
-        command: name of the command
-        default: values of flags that are not given; None: the class's
-        description: text of the help; None: the class's docstring
-        none: allow the word None for a setting that can be None
+        kind: The dataclass.
+        arguments: The command line after the command.
+        command: Name of the command.
+        default: Values of flags that the command line lacks; None: the class's.
+        description: Text of the help; None: the class's docstring.
+        none: Allow the word None for a setting that can be None.
     """
     options: dict[str, Any] = {} if default is None else {"default": default}
-    config = (
-        tyro.conf.PositionalMetavarFromFieldName,
-        *(() if none else (tyro.conf.DisallowNone,)),
-    )
+    markers = () if none else (tyro.conf.DisallowNone,)
     return tyro.cli(
         kind,
         args=list(arguments),
         prog=f"sfumato {command}",
         description=description,
-        config=config,
+        config=(tyro.conf.PositionalMetavarFromFieldName, *markers),
         **options,
     )
 
 
-def at_least(low: int, **values: int | None) -> None:
-    """Raise `UserError` for numbers below `low`; None is left to the model."""
-    for name, value in values.items():
-        if value is not None and value < low:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(
-                f"{flag} {value} is too small: expected a whole number of at least {low}"
-            )
+def at_least(options: Any, low: int, *names: str) -> None:
+    """Raise `UserError` for numbers below `low`, alone or in tuples; None is the model's."""
+    for name in names:
+        value = getattr(options, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and number < low:
+                raise UserError(
+                    f"{_flag(name)} {number} is too small: "
+                    f"expected a whole number of at least {low}"
+                )
+
+
+def refuse(options: Any, reason: str, *names: str) -> None:
+    """Raise `UserError` for a flag that has a value; `reason` follows flag and value."""
+    for name in names:
+        if (value := getattr(options, name)) is not None:
+            raise UserError(f"{_flag(name)} {value}{reason}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def recorded(options: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Options that have a value, as the JSON of a PNG's parameters."""
+    values = {name: getattr(options, name) for name in names}
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in values.items()
+        if value is not None
+    }
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -89,71 +111,6 @@ def torch_dtype(name: str) -> "torch.dtype":
     return dtypes[name]
 
 
-@dataclass(frozen=True)
-class LoadOptions:
-    """Options of a command for opening its models.
-
-    Attributes:
-        memory: bytes that the process may use; weights are streamed then, and not packed
-        dtype: None: float32
-        device: None: the CPU
-        transformer: a file that replaces the first model's own transformer
-    """
-
-    memory: int | None = None
-    dtype: Precision | None = None
-    device: str | None = None
-    transformer: Path | None = None
-
-    def load(self, source: str) -> "LatentDiffusion":
-        """Open a model as its files have it."""
-        from sfumato.loading import load
-
-        dtype = None if self.dtype is None else torch_dtype(self.dtype)
-        options = {
-            "memory": self.memory,
-            "transformer": self.transformer,
-            "dtype": dtype,
-            "device": self.device,
-        }
-        return load(source, **{name: value for name, value in options.items() if value is not None})  # pyright: ignore[reportArgumentType]
-
-    def ready(self, source: str, steps: int | None) -> "LatentDiffusion":
-        """Open a model for sampling in `steps` steps (None: its own).
-
-        Its hash, which PNG files record, is computed before weights are packed.
-        """
-        model = self.load(source)
-        if self.memory is not None or (model.defaults.steps if steps is None else steps) <= FEW:
-            return model
-        _ = model.hash
-        return model.optimized()
-
-    def others(self) -> "LoadOptions":
-        """The same options for models beside the first."""
-        return replace(self, transformer=None)
-
-    def recorded(self) -> dict[str, str]:
-        """The options that decide the bits of an image, for its PNG."""
-        return {
-            name: value
-            for name in ("dtype", "device")
-            if (value := getattr(self, name)) is not None
-        }
-
-
-def load_guide_model(guidance: Any, options: LoadOptions | None = None) -> "LatentDiffusion | None":
-    """Open the model that guidance names ("2 model:path=small"); None: it names none."""
-    from sfumato.predict.guidance.settings import Guidance
-
-    paths = [
-        path
-        for path in (getattr(r, "path", None) for r in Guidance.parse(guidance).parts()[2])
-        if path
-    ]
-    return (options or LoadOptions()).others().load(paths[0]) if paths else None
-
-
 # ---- runs ----------------------------------------------------------------------------------------
 
 
@@ -163,23 +120,20 @@ class RunOptions:
 
     model: str = "fashion"
     """Bundled name, folder in the diffusers layout, single file or Hub id."""
-    transformer: Annotated[Path | None, unset("the model's")] = None
-    """File with a diffusion transformer alone (original, GGUF, fp8), in place of the one in the
-    model's folder."""
+    transformer: Annotated[Path | None, unset(MODELS)] = None
+    """File with a transformer (original, GGUF, fp8) in place of the model folder's."""
     n: int = 1
     """Number of images. Image k is drawn from seed + k."""
     steps: Annotated[int | None, unset(MODELS)] = None
-    """Sampling steps. More is slower and closer to the model's own distribution; a strength below 1
-    runs the last part of them."""
+    """Number of sampling steps. More are slower and closer to the exact solution."""
     sampler: Annotated[str | None, unset(MODELS)] = None
-    """Sampler, with options if need be: ddim:eta=0.5 (docs/reference/samplers.md lists them)."""
+    """Sampler, with options as in ddim:eta=0.5 (list: docs/reference/samplers.md)."""
     spacing: Annotated[str | None, unset(MODELS)] = None
-    """Spacing of the times: trailing, karras, karras:rho=5, tuned ..."""
+    """Spacing of the timesteps: trailing, karras, karras:rho=5, tuned ..."""
     guidance: Annotated[str | None, unset(MODELS)] = None
-    """Guidance scale, 1 is off; or more, as "3 interval:low=0.2,high=0.8" (docs/reference/guidance.md)."""
+    """Guidance scale, 1 is off, or as "3 interval:low=0.2" (list: docs/reference/guidance.md)."""
     distilled_guidance: Annotated[float | None, unset(MODELS)] = None
-    """Guidance scale of guidance-distilled models (FLUX.1 dev). For them a bare number in
-    --guidance sets this."""
+    """Guidance scale of guidance-distilled models (FLUX.1 dev); --guidance NUMBER sets it too."""
     negative_prompt: Annotated[str | None, unset("none")] = None
     """Negative prompt."""
     prompt_2: Annotated[str | None, unset("the prompt")] = None
@@ -191,53 +145,95 @@ class RunOptions:
     out: Annotated[Path | None, unset("NAME-COMMAND.png in the current folder")] = None
     """PNG to write, or a folder for it."""
     grid: bool = False
-    """One PNG with all images, instead of one PNG an image (NAME-0.png, NAME-1.png, ...)."""
+    """One PNG with all images, instead of NAME-0.png, NAME-1.png, ..."""
     threads: Annotated[int | None, unset("all cores")] = None
-    """CPU threads."""
+    """Number of CPU threads."""
     dtype: Annotated[Precision | None, unset("fp32")] = None
-    """Dtype of the computation: bf16 takes half the memory, and less time where the processor
-    supports it."""
+    """Dtype of the weights and the computation: bf16 and fp16 take half the memory."""
     device: Annotated[str | None, unset("cpu")] = None
     """Device: cpu, cuda, cuda:1 ..."""
     memory: Annotated[str | None, unset("all weights in memory")] = None
-    """Memory limit of the process, as 3GB: weights are streamed from their files layer by layer.
-    Slower; `sfumato info MODEL` lists needs."""
+    """Memory limit, such as 3GB: streams the weights, slower (needs: `sfumato info MODEL`)."""
 
-    def load_options(self) -> LoadOptions:
-        """The options for opening models."""
-        from sfumato.io.host_memory import parse_size
+    def load(self, source: str, transformer: Path | None = None) -> "LatentDiffusion":
+        """Open a model with the dtype, device and memory of the options."""
+        from sfumato.loading import load
 
-        return LoadOptions(
-            None if self.memory is None else parse_size(self.memory),
-            self.dtype,
-            self.device,
-            self.transformer,
-        )
+        options: dict[str, Any] = {
+            "memory": self.memory,
+            "transformer": transformer,
+            "dtype": None if self.dtype is None else torch_dtype(self.dtype),
+            "device": self.device,
+        }
+        return load(source, **{name: value for name, value in options.items() if value is not None})
 
-    def request_fields(self) -> dict[str, Any]:
-        """The fields of a `Request` that the options set, but its prompt and guide model."""
+    def load_for_sampling(
+        self, source: str, steps: int | None, transformer: Path | None = None
+    ) -> "LatentDiffusion":
+        """Open a model for `steps` steps (None: its own), with packed weights where that pays.
+
+        Its hash, which PNG files record, is computed before weights are packed. Streamed weights
+        are not packed.
+        """
+        model = self.load(source, transformer)
+        if self.memory is not None or (model.defaults.steps if steps is None else steps) <= FEW:
+            return model
+        _ = model.hash
+        return model.optimized()
+
+    def request(self, model: "LatentDiffusion") -> "Request":
+        """The request of the options that are named as its fields; opens its guide model."""
         from sfumato.predict.guidance.settings import Guidance
+        from sfumato.sampling import Request
 
-        names = (
-            "n",
-            "steps",
-            "sampler",
-            "spacing",
-            "distilled_guidance",
-            "negative_prompt",
-            "prompt_2",
-            "negative_prompt_2",
-            "seed",
-        )
-        guidance = None if self.guidance is None else Guidance.parse(self.guidance).to_json()
-        return {"guidance": guidance, **{name: getattr(self, name) for name in names}}
+        names = {f.name for f in fields(self)} & {f.name for f in fields(Request)}
+        values = {name: getattr(self, name) for name in names}
+        if self.guidance is not None:
+            values["guidance"] = Guidance.parse(self.guidance).to_json()
+        guidance = model.defaults.guidance if self.guidance is None else values["guidance"]
+        return Request(**values, guide_model=load_guide_model(guidance, self))
+
+
+def load_guide_model(guidance: Any, options: RunOptions | None = None) -> "LatentDiffusion | None":
+    """Open the model that guidance names ("2 model:path=small"); None: it names none."""
+    from sfumato.predict.guidance.settings import Guidance
+
+    baselines = Guidance.parse(guidance).parts()[2]
+    paths = [path for baseline in baselines if (path := getattr(baseline, "path", None))]
+    return (options or RunOptions()).load(paths[0]) if paths else None
 
 
 @dataclass(frozen=True)
 class TaskOptions(RunOptions):
-    """An image, a prompt, and the settings of a run."""
+    """An image, a prompt, and the settings of a run.
+
+    A task's command adds the settings of its function in `sfumato.tasks`. A setting whose value
+    None means "not set" has its number in `defaults`.
+    """
+
+    task: ClassVar[str]
+    """Name of the function."""
+    defaults: ClassVar[dict[str, Any]] = {}
 
     picture: tyro.conf.Positional[Path]
     """Image to begin with (PNG, JPEG, WebP ...)."""
     prompt: tyro.conf.Positional[Annotated[str | None, unset("no prompt")]] = None
     """Prompt, or the name of a class."""
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that the command adds."""
+        shared = {f.name for f in fields(TaskOptions)}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in shared}
+        return {k: self.defaults.get(k) if v is None else v for k, v in values.items()}
+
+    def plan(
+        self,
+        model: "LatentDiffusion",
+        image: "Image",
+        request: "Request",
+        settings: dict[str, Any],
+    ) -> "Plan":
+        """Plan the task; `settings` has images in place of their paths."""
+        from sfumato import tasks
+
+        return getattr(tasks, self.task)(model, image, request=request, **settings)

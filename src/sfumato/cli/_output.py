@@ -14,6 +14,7 @@ from sfumato.errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from sfumato.diffuse.run import Step
     from sfumato.model import LatentDiffusion
 
 
@@ -21,11 +22,11 @@ def target(out: Path | None, name: str) -> Path:
     """Path of the PNG to write.
 
     Args:
-        out: value of --out: None, a file or a folder
-        name: name of the file where `out` gives none, without its ending
+        out: Value of --out: None, a file or a folder.
+        name: Name of the file if `out` has none, without its ending.
 
     Raises:
-        UserError: another ending, or a place that cannot be written to
+        UserError: For another ending, or a place that cannot be written to.
     """
     if out is None:
         return Path(f"{name}.png")
@@ -33,12 +34,14 @@ def target(out: Path | None, name: str) -> Path:
         return out / f"{name}.png"
     if out.suffix.lower() not in ("", ".png"):
         raise UserError(
-            f"--out {out} ends in {out.suffix}: pictures are written as PNG, which keeps parameters; name it {out.with_suffix('.png')}"
+            f"--out {out} ends in {out.suffix}: pictures are written as PNG, "
+            f"which keeps parameters; name it {out.with_suffix('.png')}"
         )
     parent = next((p for p in out.absolute().parents if p.exists()), Path("/"))
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(
-            f"--out {out} cannot be written: {parent} is not a folder that you may write to; choose another place"
+            f"--out {out} cannot be written: {parent} is not a folder that you may write to; "
+            "choose another place"
         )
     return out if out.suffix else out.with_name(out.name + ".png")
 
@@ -58,13 +61,12 @@ def provenance(name: str, model: "LatentDiffusion") -> dict[str, Any]:
 
     from sfumato import __version__
 
-    threads, version = torch.get_num_threads(), str(torch.__version__)
     return {
         "model": name,
         "model_hash": model.hash,
         "version": __version__,
-        "torch": version,
-        "threads": threads,
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -79,28 +81,27 @@ def write_images(
     """Write images with their parameters inside.
 
     Args:
-        path: the PNG; the numbers of several files are added to its name
-        images: at least one
-        parameters: written into each PNG, with the image's index where each has its own file
-        grid: one PNG with all images
-        columns: of the grid; None: square
-        numbered: add its number to the name of a single file too
+        path: The PNG; the numbers of several files are added to its name.
+        images: At least one.
+        parameters: Written into each PNG, with the image's index if each has its own file.
+        grid: Write one PNG with all images.
+        columns: Columns of the grid; None: square.
+        numbered: Add its number to the name of a single file too.
 
     Returns:
-        the files written
+        The files written.
     """
     from sfumato.images import grid as arrange
     from sfumato.images import write_png
 
     if grid:
         return [write_png(path, arrange(images, columns), parameters)]
-    alone = len(images) == 1 and not numbered
-    names = (
-        [path] if alone else [path.with_name(f"{path.stem}-{k}.png") for k in range(len(images))]
-    )
+    files = [path.with_name(f"{path.stem}-{k}.png") for k in range(len(images))]
+    if len(images) == 1 and not numbered:
+        files = [path]
     return [
-        write_png(name, image, {**parameters, "index": k})
-        for k, (name, image) in enumerate(zip(names, images, strict=True))
+        write_png(file, image, {**parameters, "index": k})
+        for k, (file, image) in enumerate(zip(files, images, strict=True))
     ]
 
 
@@ -108,9 +109,9 @@ def read_picture(path: Path) -> "Image":
     """Read an image file.
 
     Raises:
-        UserError: the file is missing, or no image
+        UserError: For a file that is missing, or no image.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
@@ -118,15 +119,11 @@ def read_picture(path: Path) -> "Image":
             return image
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: expected a picture there") from error
-    except (
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        OSError,
-        SyntaxError,
-        ValueError,
-    ) as error:
+    # UnidentifiedImageError is an OSError
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(
-            f"{path} could not be read as a picture ({error}): it may be truncated; copy or download it again"
+            f"{path} could not be read as a picture ({error}): "
+            "it may be truncated; copy or download it again"
         ) from error
 
 
@@ -154,24 +151,30 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def sampling_progress(title: str, clock: Clock) -> Iterator[Callable[["Step"], None]]:
+    """Yield an `on_step` that times the steps of a run and moves a bar on stderr."""
+    with progress(title) as update:
+
+        def on_step(step: "Step") -> None:
+            clock.lap("sample")
+            update(step.index + 1, step.count)
+
+        yield on_step
 
 
 def readable_size(size: int) -> str:

@@ -5,41 +5,41 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato.cli._options import RunOptions, TaskOptions, at_least, load_guide_model
-from sfumato.cli._output import Clock, progress, provenance, read_picture, target, write_images
+from sfumato.cli._options import RunOptions, TaskOptions, at_least, recorded
+from sfumato.cli._output import (
+    Clock,
+    provenance,
+    read_picture,
+    sampling_progress,
+    target,
+    write_images,
+)
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from sfumato.diffuse.run import Step
     from sfumato.model import LatentDiffusion
     from sfumato.sampling import Plan, Request
 
 
-def run_task(
-    name: str,
-    options: TaskOptions,
-    own: dict[str, Any],
-    prepare: Callable[["LatentDiffusion", "Image", "Request"], "Plan"],
-) -> None:
-    """Run a task on an image and write the result.
-
-    Args:
-        name: of the command
-        options: of the command line
-        own: the task's own settings, recorded in the PNG files
-        prepare: model, image and plain request -> plan
-    """
+def run_task(options: TaskOptions) -> None:
+    """Run a task on an image and write the result; the command is called as its class."""
+    name = type(options).__name__.lower()
     base = check_options(options, f"{options.picture.stem}-{name}")
-    image = read_picture(options.picture)
-    parameters = source_parameters(options.picture) | own
+    image, own = read_picture(options.picture), source_parameters(options.picture)
+    settings = options.settings()
+    for key, value in settings.items():
+        if isinstance(value, Path):
+            own[key], settings[key] = str(value), read_picture(value)
+        elif isinstance(value, tuple):  # of paths
+            own |= {key: list(map(str, value))} if value else {}
+            settings[key] = [read_picture(path) for path in value]
+        else:
+            own[key] = value
     run_request(
         name,
         options,
         base,
-        parameters,
-        options.prompt,
-        lambda model, request: prepare(model, image, request),
+        own,
+        lambda model, request: options.plan(model, image, request, settings),
     )
 
 
@@ -47,13 +47,18 @@ def check_options(options: RunOptions, name: str) -> Path:
     """Check options before torch is imported.
 
     Returns:
-        the PNG to write
+        The PNG to write.
 
     Raises:
-        UserError: a number below the least
+        UserError: For a number below the least, a memory limit that is no size, or a place that
+            cannot be written to.
     """
-    at_least(1, n=options.n, steps=options.steps, threads=options.threads)
-    at_least(0, seed=options.seed)
+    from sfumato.io.host_memory import parse_size
+
+    at_least(options, 1, "n", "steps", "threads")
+    at_least(options, 0, "seed")
+    if options.memory is not None:
+        parse_size(options.memory)
     return target(options.out, name)
 
 
@@ -64,20 +69,20 @@ def source_parameters(picture: Path) -> dict[str, Any]:
     return {"picture": str(picture), "picture_hash": hash_bytes(picture.read_bytes())}
 
 
-def set_threads(threads: int | None, recorded: Any = None) -> None:
+def set_threads(threads: int | None, previous: Any = None) -> None:
     """Set the number of CPU threads.
 
     Args:
-        threads: value of --threads
-        recorded: number that a PNG was made with, used where this machine has as many: sums may be
-            split by threads
+        threads: Value of --threads.
+        previous: Number that a PNG was made with, used if this machine has as many: sums may be
+            split by threads.
     """
     import torch
 
     if threads is not None:
         torch.set_num_threads(threads)
-    elif isinstance(recorded, int) and 0 < recorded <= (os.cpu_count() or 1):
-        torch.set_num_threads(recorded)
+    elif isinstance(previous, int) and 0 < previous <= (os.cpu_count() or 1):
+        torch.set_num_threads(previous)
 
 
 def run_request(
@@ -85,57 +90,38 @@ def run_request(
     options: RunOptions,
     base: Path,
     own: dict[str, Any],
-    prompt: str | None,
     prepare: Callable[["LatentDiffusion", "Request"], "Request | Plan"],
     columns: int | None = None,
 ) -> None:
     """Run the plan that `prepare` makes of the options' plain request, and write its images.
 
     Args:
-        name: of the command
-        options: of the command line
-        base: the PNG to write
-        own: the command's own settings, recorded in the PNG files
-        prompt: of the request
-        prepare: model and plain request -> request or plan
-        columns: of the grid; None: square
+        name: Name of the command.
+        options: Options of the command line.
+        base: The PNG to write.
+        own: The command's own settings, recorded in the PNG files.
+        prepare: Model and plain request -> request or plan.
+        columns: Columns of the grid; None: square.
     """
     clock = Clock()
-    from sfumato.sampling import Request
-
-    opening = options.load_options()
     set_threads(options.threads)
     clock.lap("import")
-    model = opening.ready(options.model, options.steps)
+    model = options.load_for_sampling(options.model, options.steps, options.transformer)
     clock.lap("load")
-    values = options.request_fields()
-    # The settings as they are asked for: a task may run another sampler, or other guidance.
+    request = options.request(model)
+    # The settings of the plain request: a task may run another sampler, or other guidance.
     names = ("n", "steps", "sampler", "spacing", "guidance", "distilled_guidance")
-    settings = model.settings(**{key: values[key] for key in names})
-    plan = prepare(
-        model,
-        Request(prompt, guide_model=load_guide_model(settings["guidance"], opening), **values),
-    )
-    with progress(name) as update:
-
-        def on_step(step: "Step") -> None:
-            clock.lap("sample")
-            update(step.index + 1, step.count)
-
+    settings = model.settings(**{name: getattr(request, name) for name in names})
+    plan = prepare(model, request)
+    with sampling_progress(name, clock) as on_step:
         images = model.run(plan, on_step=on_step)
     clock.lap("decode")
-    second = {
-        key: value
-        for key in ("prompt_2", "negative_prompt_2")
-        if (value := getattr(options, key)) is not None
-    }
+    optional = ("prompt_2", "negative_prompt_2", "transformer", "dtype", "device")
     parameters = {
         "task": name,
-        "prompt": prompt,
+        "prompt": request.prompt,
         "negative_prompt": options.negative_prompt,
-        **second,
-        **({} if options.transformer is None else {"transformer": str(options.transformer)}),
-        **opening.recorded(),
+        **recorded(options, optional),
         "seed": options.seed,
         **settings,
         "height": images[0].height,
@@ -143,13 +129,12 @@ def run_request(
         **own,
         **provenance(options.model, model),
     }
-    written = write_images(base, images, parameters, options.grid, columns)
-    clock.lap("write")
-    report_written(written, len(images), clock)
+    report_written(write_images(base, images, parameters, options.grid, columns), images, clock)
 
 
-def report_written(written: list[Path], count: int, clock: Clock) -> None:
+def report_written(written: list[Path], images: list[Any], clock: Clock) -> None:
     """Print the files written and the time spent."""
+    clock.lap("write")
     for path in written:
         print(path)
-    print(f"{count} picture{'s' if count > 1 else ''} in {clock}")
+    print(f"{len(images)} picture{'s' if len(images) > 1 else ''} in {clock}")

@@ -1,6 +1,4 @@
-"""`sfumato convert SOURCE TARGET`: a model from one layout on disk to another, in another dtype if
-asked for.
-"""
+"""`sfumato convert SOURCE TARGET`: a model to another layout on disk, or another dtype."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sfumato.cli._options import parse, torch_dtype, unset
+from sfumato.cli._options import parse, recorded, torch_dtype, unset
 from sfumato.cli._output import progress, readable_size
 from sfumato.errors import UserError
 
@@ -18,33 +16,30 @@ Dtype = Literal["bf16", "fp16", "fp32", "fp8", "fp8-scaled"]
 
 @dataclass(frozen=True)
 class Convert:
-    """Converts a model between a folder in diffusers' layout and one file in the layout of its
-    first publication; reads GGUF too.
+    """Convert a model between a diffusers folder and one file in its original layout.
 
-    A file with a transformer alone becomes a folder with transformer/ in it, and back. Models are
-    converted one tensor at a time and need little memory, whatever their size.
+    GGUF is read too. A file with a transformer alone becomes a folder with transformer/ in it, and
+    back. Models are converted one tensor at a time and need little memory, whatever their size.
+    The dtype fp8 stores the matrices of transformers in eight bits (e4m3) and the rest in bf16,
+    fp8-scaled with a scale for each matrix.
     """
 
     source: tyro.conf.Positional[Path]
-    """A model's folder, one part's folder, a single file (.safetensors, .sft, .ckpt, .pt, .pth,
-    .bin) or a .gguf file."""
+    """Folder of a model or a part, or a file (.safetensors .sft .ckpt .pt .pth .bin .gguf)."""
     target: tyro.conf.Positional[Path]
-    """File or folder to write: one file if the name ends in .safetensors, else a folder. It must
-    not exist."""
+    """File (.safetensors) or folder (any other name) to write. It must not exist."""
     dtype: Annotated[Dtype | None, unset("as in the source; bf16 for GGUF, fp32 for U-Nets")] = None
-    """Dtype of the stored weights. fp8: matrices of transformers in eight bits (e4m3), the rest in
-    bf16; fp8-scaled: with a scale for each matrix."""
+    """Dtype of the stored weights."""
     config: Annotated[Path | None, unset("from the file's keys and shapes")] = None
-    """A folder with the config.json of what a file holds, or a model's folder, whose scheduler and
-    tokenizers are copied too."""
+    """Folder with the file's config.json, or a model's, which adds scheduler and tokenizers."""
     network: Annotated[str | None, unset("the first by name")] = None
-    """Family of a file's network, where its keys do not tell: dit or sit."""
+    """Family of a file's network if its keys fit several: dit or sit."""
     variant: Annotated[str | None, unset("none")] = None
-    """Of a folder's files those to prefer, such as fp16."""
+    """Variant of a folder's files to prefer, such as fp16."""
 
 
 def convert(arguments: Sequence[str]) -> None:
-    """Converts a model: folder, original single file, GGUF; bf16, fp16, fp32, fp8."""
+    """Convert a model: folder, original single file, GGUF; bf16, fp16, fp32, fp8."""
     options = parse(Convert, arguments, "convert")
     source, target = options.source.expanduser(), options.target.expanduser()
     whole = target.suffix == ".safetensors"
@@ -56,7 +51,8 @@ def convert(arguments: Sequence[str]) -> None:
         raise UserError(f"{options.target} lies in {file}, which is a file: choose another name")
     if target.suffix in (".gguf", ".sft", ".ckpt", ".pt", ".pth", ".bin"):
         raise UserError(
-            f"{options.target}: single files are written as .safetensors only; choose such a name, or a folder's"
+            f"{options.target}: single files are written as .safetensors only; "
+            "choose such a name, or a folder's"
         )
 
     import torch
@@ -64,43 +60,31 @@ def convert(arguments: Sequence[str]) -> None:
     from sfumato.checkpoints.convert import StoreOptions, open_source, to_file, to_folder
     from sfumato.checkpoints.families import by_name
 
-    eights = {"fp8": torch.float8_e4m3fn, "fp8-scaled": torch.float8_e4m3fn}
-    dtype = (
-        None
-        if options.dtype is None
-        else eights[options.dtype]
-        if options.dtype in eights
-        else torch_dtype(options.dtype)
-    )
+    eight_bits = options.dtype in ("fp8", "fp8-scaled")
+    dtype = torch.float8_e4m3fn if eight_bits else None
+    if options.dtype is not None and not eight_bits:
+        dtype = torch_dtype(options.dtype)
     classes = by_name(options.network).alone if options.network else ()
     if options.network and not classes:
         raise UserError(
-            f"--network {options.network}: expected the family of a diffusion transformer, such as dit or sit"
+            f"--network {options.network}: expected the family of a diffusion transformer, "
+            "such as dit or sit"
         )
-    network = classes[0] if classes else None
     storing = StoreOptions(dtype, options.dtype == "fp8-scaled")
-    opened = open_source(
-        source,
-        storing,
-        options.config.expanduser() if options.config else None,
-        options.variant,
-        network,
-    )
+    config = options.config.expanduser() if options.config else None
+    network = classes[0] if classes else None
+    opened = open_source(source, storing, config, options.variant, network)
     if opened is None:
         _convert_unet(options, source, target, dtype)
         return
     with progress("converting") as update:
-        counts = (
-            to_file(opened, target, storing, update)
-            if whole
-            else to_folder(opened, target, storing, update)
-        )
-    print(
-        f"{options.target}: {', '.join(f'{name} ({n} tensors)' for name, n in counts.items())}, {_size(target)}"
-    )
+        counts = (to_file if whole else to_folder)(opened, target, storing, update)
+    tensors = ", ".join(f"{name} ({n} tensors)" for name, n in counts.items())
+    print(f"{options.target}: {tensors}, {_size(target)}")
     if not whole and "text_encoder" in counts and not (target / "tokenizer").exists():
         print(
-            f"{options.target} has no tokenizers, which {options.source} does not hold: --config DIR brings those of a model's folder"
+            f"{options.target} has no tokenizers, which {options.source} does not hold: "
+            "--config DIR brings those of a model's folder"
         )
 
 
@@ -113,10 +97,11 @@ def _convert_unet(options: Convert, source: Path, target: Path, dtype: Any) -> N
     from sfumato.saving import save_model
 
     foreign = [f"--dtype {options.dtype}"] * str(options.dtype).startswith("fp8")
-    foreign += [f"--{name}" for name in ("config", "network") if getattr(options, name) is not None]
+    foreign += [f"--{name}" for name in recorded(options, ("config", "network"))]
     if foreign:
         raise UserError(
-            f"{foreign[0]} is for diffusion transformers, and {options.source} holds a U-Net: leave it out"
+            f"{foreign[0]} is for diffusion transformers, and {options.source} holds a U-Net: "
+            "leave it out"
         )
     dtype = dtype or torch.float32
     model = open_model(source, LoadOptions(dtype=dtype, variant=options.variant, stored=True))

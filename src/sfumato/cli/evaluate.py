@@ -1,9 +1,8 @@
-"""`sfumato evaluate`: draws samples, measures them and the autoencoder against real images, and
-writes a report.
+"""`sfumato evaluate`: measure a model against real images, and write a report.
 
-This is the place where model, data and metrics meet: `sfumato.evaluate` itself knows no model.
-Samples are balanced over the classes (sample k asks for class k mod K), sample k is drawn from seed
-+ k, images are handed over in [0, 1].
+Model, data and metrics meet in this file: `sfumato.evaluate` imports no model. Samples are balanced
+over the classes (sample k has class k mod K), sample k is drawn from seed + k, and the metrics take
+images in [0, 1].
 """
 
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import tyro
 
 from sfumato.cli._options import MODELS, at_least, load_guide_model, parse, unset
 from sfumato.cli._output import Clock, progress
+from sfumato.cli._run import set_threads
 from sfumato.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,82 +28,74 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measures a model against real images: Frechet distance, precision and recall, coverage,
-    memorisation, reconstruction.
+    """Measure a model against real images.
+
+    Metrics: Frechet distance, precision and recall, coverage, memorisation, reconstruction.
     """
 
     model: tyro.conf.Positional[str]
-    """A bundled name, a folder in the diffusers layout, a single file or a hub id."""
+    """Bundled name, folder in the diffusers layout, single file or Hub id."""
     data: str
     """Training data of the model: fashion-mnist, a folder, a .parquet file or hf:NAME."""
     features: str = "fashion"
-    """The network whose features are compared: fashion, efficientnet-lite0, inception:PATH,
-    module:attribute or a folder."""
+    """Feature network: fashion, efficientnet-lite0, inception:PATH, module:attribute, folder."""
     samples: int = 5000
-    """Number of samples, balanced over the classes where the model has classes."""
+    """Number of samples, balanced over the classes of class-conditional models."""
     unconditional_samples: int = 5000
     """Number of samples without a class, measured apart; 0 for none."""
-    unconditional_steps: Annotated[int | None, unset("as many network calls")] = None
-    """Sampling steps without a class. Guidance calls the network twice a step, so by default twice
-    the steps where there is guidance."""
+    unconditional_steps: Annotated[int | None, unset("as many network calls as with a class")] = (
+        None
+    )
+    """Number of sampling steps without a class."""
     batch: int = 250
-    """Samples drawn at a time."""
+    """Number of samples drawn at a time."""
     seed: int = 0
-    """Sample k is drawn from seed + k."""
+    """Seed of the first sample. Sample k is drawn from seed + k."""
     steps: Annotated[int | None, unset(MODELS)] = None
-    """Sampling steps."""
+    """Number of sampling steps."""
     sampler: Annotated[str | None, unset(MODELS)] = None
-    """The sampler's name, with options if need be."""
+    """Sampler, with options as in ddim:eta=0.5 (list: docs/reference/samplers.md)."""
     spacing: Annotated[str | None, unset(MODELS)] = None
-    """Spacing of the times."""
+    """Spacing of the timesteps: trailing, karras, karras:rho=5, tuned ..."""
     guidance: Annotated[str | None, unset(MODELS)] = None
-    """Guidance scale, 1 is off; or more, as "3 interval:low=0.2,high=0.8"."""
+    """Guidance scale, 1 is off; with options as in "3 interval:low=0.2,high=0.8"."""
     train_split: str = "train"
-    """The split that the model was trained on: the reference."""
+    """Split that the model was trained on: the reference."""
     test_split: str = "test"
-    """A split that it never saw: the floor."""
+    """Split that the model was not trained on: the floor."""
     held_out: float = 0.02
-    """The share of the training images that is the floor where there is no such split: what its
-    recipe held out of training."""
+    """Share of the training images that replaces a missing test split, as in the recipe."""
     limit: Annotated[int | None, unset("all")] = None
-    """Only the first so many images of each split."""
+    """Number of images of each split, the first ones."""
     out: Path = Path()
-    """The folder for report.json and report.html."""
+    """Folder for report.json and report.html."""
     threads: Annotated[int | None, unset("all cores")] = None
-    """CPU threads."""
+    """Number of CPU threads."""
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """Measures a model against real images and writes report.json and report.html."""
+    """Measure a model against real images and write report.json and report.html."""
     clock = Clock()
     options = parse(Evaluate, arguments, "evaluate")
-    at_least(
-        1,
-        batch=options.batch,
-        steps=options.steps,
-        unconditional_steps=options.unconditional_steps,
-        limit=options.limit,
-        threads=options.threads,
-    )
-    at_least(6, samples=options.samples)  # k + 1 neighbours
-    at_least(0, seed=options.seed)
+    at_least(options, 1, "batch", "steps", "unconditional_steps", "limit", "threads")
+    at_least(options, 6, "samples")  # k + 1 neighbours
+    at_least(options, 0, "seed")
     if options.unconditional_samples and options.unconditional_samples < 6:
         raise UserError(
-            f"--unconditional-samples {options.unconditional_samples} is too small: expected 0 for none, or at least 6"
+            f"--unconditional-samples {options.unconditional_samples} is too small: "
+            "expected 0 for none, or at least 6"
         )
     if options.out.exists() and not options.out.is_dir():
         raise UserError(
             f"--out {options.out} is a file: expected a folder for report.json and report.html"
         )
 
-    import torch
     from rich.console import Console
 
     from sfumato.evaluate import load_features
     from sfumato.loading import load
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     clock.lap("import")
     model = load(options.model)
     features = load_features(options.features)
@@ -121,28 +113,19 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 
 def _images(model: "LatentDiffusion", options: Evaluate) -> "tuple[ImageSet, ImageSet]":
+    """Training images and held-out images, in the model's size and channels."""
     from sfumato.data import open_both, open_first
 
     shape = model.describe()["image"]
-    size, channels, train, test = (
-        shape["height"],
-        shape["channels"],
-        options.train_split,
-        options.test_split,
-    )
+    settings = {
+        "train": options.train_split,
+        "test": options.test_split,
+        "size": shape["height"],
+        "channels": shape["channels"],
+    }
     if options.limit is None:
-        return open_both(
-            options.data, options.held_out, train=train, test=test, size=size, channels=channels
-        )
-    return open_first(
-        options.data,
-        options.limit,
-        options.held_out,
-        train=train,
-        test=test,
-        size=size,
-        channels=channels,
-    )
+        return open_both(options.data, options.held_out, **settings)
+    return open_first(options.data, options.limit, options.held_out, **settings)
 
 
 def _pixels(images: "ImageSet", batch: int = 1000) -> "Tensor":
@@ -170,12 +153,8 @@ def _measure(
     from sfumato.evaluate import evaluate_reconstruction, evaluate_samples
     from sfumato.predict.guidance.settings import Guidance
 
-    settings = model.settings(
-        steps=options.steps,
-        sampler=options.sampler,
-        spacing=options.spacing,
-        guidance=options.guidance,
-    )
+    sampling = {name: getattr(options, name) for name in ("sampler", "spacing", "guidance")}
+    settings = model.settings(steps=options.steps, **sampling)
     del settings["n"]  # of one call; the report has its own
     facts = {
         "model": options.model,
@@ -188,7 +167,7 @@ def _measure(
     real_train, real_test = _pixels(train), _pixels(test)
     train_labels, test_labels = _as_classes(train, features), _as_classes(test, features)
 
-    def report(samples: "Tensor", labels: "Tensor | None", title: str, **changed: Any) -> "Report":
+    def measure(samples: "Tensor", labels: "Tensor | None", title: str, **changed: Any) -> "Report":
         return evaluate_samples(
             samples,
             labels,
@@ -202,52 +181,40 @@ def _measure(
             title=title,
         )
 
-    kinds = len(model.class_names)
+    num_classes = len(model.class_names)
+    # guidance calls the network twice a step
     equal = settings["steps"] * (1 if Guidance.parse(settings["guidance"]).off else 2)
-    # there may be no tuned times for so many steps
-    spacing = None if options.spacing == "tuned" else options.spacing
-    free = model.settings(
-        steps=options.unconditional_steps or equal,
-        sampler=options.sampler,
-        spacing=spacing,
-        guidance=options.guidance,
-    )
+    if options.spacing == "tuned":  # there may be no tuned times for so many steps
+        sampling["spacing"] = None
+    free = model.settings(steps=options.unconditional_steps or equal, **sampling)
     del free["n"]
-    asked = torch.arange(options.samples) % kinds if kinds else None
-    samples = _draw(model, asked, options.samples, options, settings)
+    labels = torch.arange(options.samples) % num_classes if num_classes else None
+    samples = _draw(model, labels, options.samples, options, settings)
     clock.lap("sample")
-    found = report(
-        samples,
-        _translate(asked, model.class_names, features.class_names),
-        f"{options.model} on {options.data}",
-    )
+    sample_labels = _translate(labels, model.class_names, features.class_names)
+    report = measure(samples, sample_labels, f"{options.model} on {options.data}")
     clock.lap("measure")
-    if kinds and options.unconditional_samples:
-        drawn = _draw(model, None, options.unconditional_samples, options, free)
+    if num_classes and options.unconditional_samples:
+        samples = _draw(model, None, options.unconditional_samples, options, free)
         clock.lap("sample")
-        found = found.join(
-            _renamed(
-                report(drawn, None, "Samples without a class", steps=free["steps"]), "unconditional"
-            )
-        )
+        unconditional = measure(samples, None, "Samples without a class", steps=free["steps"])
+        report = report.join(_renamed(unconditional, "unconditional"))
         clock.lap("measure")
     rebuilt = _reconstruct(model, real_test, options.batch)
     clock.lap("reconstruct")
-    found = found.join(evaluate_reconstruction(real_test, rebuilt, features, seed=options.seed))
+    report = report.join(evaluate_reconstruction(real_test, rebuilt, features, seed=options.seed))
     clock.lap("measure")
-    return found
+    return report
 
 
 def _draw(
     model: "LatentDiffusion",
-    asked: "Tensor | None",
+    labels: "Tensor | None",
     count: int,
     options: Evaluate,
     settings: dict[str, Any],
 ) -> "Tensor":
-    """`count` samples, (N, C, H, W) in [0, 1]; with `asked`, sample k is of class `asked[k]`.
-    Sample k is drawn from seed + k.
-    """
+    """`count` samples, (N, C, H, W) in [0, 1], sample k of class `labels[k]`, from seed + k."""
     import torch
 
     parts, guide_model = [], load_guide_model(settings["guidance"])
@@ -259,11 +226,9 @@ def _draw(
                 update(run * step.count + step.index + 1, len(starts) * step.count)
 
             size = min(options.batch, count - start)
-            prompts = (
-                None
-                if asked is None
-                else [model.class_names[int(k)] for k in asked[start : start + size]]
-            )
+            prompts = None
+            if labels is not None:
+                prompts = [model.class_names[int(k)] for k in labels[start : start + size]]
             images = model.generate(
                 prompts,
                 n=1 if prompts else size,
@@ -289,44 +254,35 @@ def _reconstruct(model: "LatentDiffusion", images: "Tensor", batch: int) -> "Ten
 
 
 def _as_classes(images: "ImageSet", features: "Features") -> "Tensor | None":
-    """The set's labels as numbers of the classifier's classes, where both speak of the same
-    classes.
-    """
-    return (
-        None
-        if images.labels is None
-        else _translate(images.labels, images.class_names, features.class_names)
-    )
+    """The set's labels as numbers of the classifier's classes, if both have the same classes."""
+    return _translate(images.labels, images.class_names, features.class_names)
 
 
 def _translate(
-    labels: "Tensor | None", ours: Sequence[str], theirs: Sequence[str]
+    labels: "Tensor | None", source: Sequence[str], target: Sequence[str]
 ) -> "Tensor | None":
-    """Labels that count `ours` as labels that count `theirs`; None where a name is not in both, or
-    a label is missing.
+    """Labels into the names `source` as labels into the names `target`.
+
+    None if the names differ, or a label is missing.
     """
     import torch
 
-    if labels is None or not theirs or set(ours) != set(theirs) or bool((labels < 0).any()):
+    if labels is None or not target or set(source) != set(target) or bool((labels < 0).any()):
         return None
-    return torch.tensor([theirs.index(name) for name in ours])[labels]
+    return torch.tensor([target.index(name) for name in source])[labels]
 
 
 def _renamed(report: "Report", prefix: str) -> "Report":
-    """The report with `prefix` before its names, so that it can be joined with another of the same
-    metrics.
-    """
-    metrics = tuple(replace(m, name=f"{prefix}_{m.name}") for m in report.metrics)
-    tables = tuple(replace(t, title=f"{t.title} ({prefix})") for t in report.tables)
-    pictures = tuple(
-        replace(p, title=f"{p.title} ({prefix})")
-        for p in report.pictures
-        if p.title != "Real images"
-    )
-    data = {
-        f"{prefix}_{key}" if key == "samples" else key: value for key, value in report.data.items()
-    }
-    settings = {f"{prefix}_{key}": report.settings[key] for key in ("n", "floor_n", "steps")}
+    """The report with `prefix` in its names, to join another of the same metrics."""
     return replace(
-        report, metrics=metrics, tables=tables, pictures=pictures, data=data, settings=settings
+        report,
+        metrics=tuple(replace(m, name=f"{prefix}_{m.name}") for m in report.metrics),
+        tables=tuple(replace(t, title=f"{t.title} ({prefix})") for t in report.tables),
+        pictures=tuple(
+            replace(p, title=f"{p.title} ({prefix})")
+            for p in report.pictures
+            if p.title != "Real images"
+        ),
+        data={f"{prefix}_{k}" if k == "samples" else k: value for k, value in report.data.items()},
+        settings={f"{prefix}_{key}": report.settings[key] for key in ("n", "floor_n", "steps")},
     )

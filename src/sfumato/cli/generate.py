@@ -1,8 +1,8 @@
 """`sfumato generate`: a prompt in, PNG files with their parameters out.
 
-The parameters in the PNG (images.py) become the defaults of the command when `--from` names it;
-flags that are given win. Image k of a request is drawn from seed + k, but arithmetic may depend on
-its batch: so one image of several is drawn again with its whole request, and taken out of it.
+With `--from`, the parameters in a PNG (images.py) become the defaults of the command, and flags
+override them. Image k of a request is drawn from seed + k, but arithmetic may depend on its batch:
+so one image of several is drawn again with its whole request, and taken out of it.
 """
 
 import json
@@ -13,31 +13,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from sfumato.cli._options import (
-    MODELS,
-    LoadOptions,
-    RunOptions,
-    at_least,
-    load_guide_model,
-    parse,
-    unset,
-)
+from sfumato.cli._options import MODELS, RunOptions, at_least, parse, recorded, refuse, unset
 from sfumato.cli._output import (
     Clock,
-    progress,
     provenance,
     readable_size,
+    sampling_progress,
     slug,
-    target,
     write_images,
 )
-from sfumato.cli._run import report_written, set_threads
+from sfumato.cli._run import check_options, report_written, set_threads
 from sfumato.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from sfumato.diffuse.run import Step
     from sfumato.model import LatentDiffusion
     from sfumato.sampling import Request
 
@@ -50,30 +40,28 @@ class Generate(RunOptions):
     """Prompt, or the name of a class (`sfumato info MODEL` lists them)."""
     n: int = 16
     """Number of images. Image k is drawn from seed + k."""
-    timesteps: tuple[float, ...] = ()
-    """Times to visit, falling from noise (1) to clean (0), instead of --steps and --spacing."""
+    timesteps: Annotated[tuple[float, ...], unset("of --steps and --spacing")] = ()
+    """Timesteps to visit, falling from noise (1) to clean (0)."""
     height: Annotated[int | None, unset(MODELS)] = None
     """Height in pixels."""
     width: Annotated[int | None, unset(MODELS)] = None
     """Width in pixels."""
     variation_strength: Annotated[float | None, unset("off")] = None
-    """Variations of the one image of --seed: 0 is that image, 1 others; 0.1 to 0.3 keeps its
-    subject."""
+    """Vary the image of --seed: 0 is that image, 1 others; 0.1 to 0.3 keeps its subject."""
     variation_seed: Annotated[int | None, unset("seed + 1")] = None
     """Seed of the variations: image k moves towards that of variation-seed + k."""
     refiner: Annotated[str | None, unset("none")] = None
-    """Second model that finishes the images, such as SDXL's refiner, with the same steps, sampler,
-    spacing and guidance."""
+    """Second model that finishes the images with the same settings, such as SDXL's refiner."""
     handover: Annotated[float | None, unset("0.8")] = None
-    """With --refiner: share of the process that the first model runs."""
+    """With --refiner: share of the process that the first model runs, in (0, 1)."""
     out: Annotated[Path | None, unset("PROMPT.png in the current folder")] = None
     """PNG to write, or a folder for it."""
     grid: bool = True
-    """One PNG with all images, or one PNG an image (NAME-0.png, NAME-1.png, ...)."""
+    """One PNG with all images, instead of NAME-0.png, NAME-1.png, ..."""
     source: Annotated[
         Path | None, tyro.conf.arg(name="from", metavar="PNG", help_behavior_hint="")
     ] = None
-    """Draw the image in this PNG again; flags that are given change its parameters."""
+    """Draw the image in this PNG again; other flags change its parameters."""
     allow_other_model: bool = False
     """With --from: continue although another model made the PNG."""
 
@@ -81,35 +69,29 @@ class Generate(RunOptions):
 HANDOVER = 0.8
 """Share of the process that the first model runs, as SDXL's authors advise."""
 
-RECORDED: dict[str, type | tuple[type, ...]] = {
-    "prompt": (str, type(None)),
-    "model": str,
-    "n": int,
-    "steps": int,
-    "sampler": str,
-    "spacing": (str, type(None)),
-    "timesteps": (list, type(None)),
-    "guidance": (int, float, dict),
-    "negative_prompt": (str, type(None)),
-    "height": int,
-    "width": int,
-    "seed": int,
+Kind = type | tuple[type, ...]
+_NUMBER = (int, float)
+_TEXT = (str, type(None))
+REQUIRED: dict[str, Kind] = {
+    **dict.fromkeys(("n", "steps", "height", "width", "seed"), int),
+    **dict.fromkeys(("model", "sampler"), str),
+    **dict.fromkeys(("prompt", "negative_prompt"), _TEXT),
+    "guidance": (*_NUMBER, dict),
     "grid": bool,
 }
 """Parameters of a PNG that make its request, with their types."""
-OPTIONAL: dict[str, type | tuple[type, ...]] = {
-    "transformer": str,
-    "dtype": str,
-    "device": str,
-    "distilled_guidance": (int, float),
-    "prompt_2": str,
-    "negative_prompt_2": str,
-    "variation_strength": (int, float),
+LATER: dict[str, Kind] = {"spacing": str, "timesteps": list}
+"""The same of parameters that the oldest PNG files lack, and that may be null."""
+OPTIONAL: dict[str, Kind] = {
+    **dict.fromkeys(("transformer", "dtype", "device"), str),
+    "distilled_guidance": _NUMBER,
+    **dict.fromkeys(("prompt_2", "negative_prompt_2"), str),
+    "variation_strength": _NUMBER,
     "variation_seed": int,
     "refiner": str,
-    "handover": (int, float),
+    "handover": _NUMBER,
 }
-"""The same of parameters that a PNG may lack."""
+"""The same of parameters that are written only if they are set."""
 _OLD_PARAMETERS = {"learned_guidance": "distilled_guidance"}
 """Names in older PNG files, and today's."""
 
@@ -118,65 +100,58 @@ def generate(arguments: Sequence[str]) -> None:
     """Generate images from a prompt or a class name, or draw one again from its PNG."""
     clock = Clock()
     options = parse(Generate, arguments, "generate")
-    recorded: dict[str, Any] = {}
+    previous: dict[str, Any] = {}
     index: int | None = None
     same = True
     if options.source is not None:
         from sfumato.images import read_parameters
 
-        recorded = read_parameters(options.source)
-        before = _recorded_options(recorded, options.source)
+        previous = read_parameters(options.source)
+        before = _recorded_options(previous, options.source)
         options = _drop_derived(parse(Generate, arguments, "generate", default=before), before)
         # in another dtype the same weights have another hash
         same = not options.allow_other_model and options.dtype == before.dtype
         # One image of a request stays one image, unless the request itself is changed.
-        index = (
-            recorded.get("index") if (options.n, options.grid) == (before.n, before.grid) else None
-        )
+        if (options.n, options.grid) == (before.n, before.grid):
+            index = previous.get("index")
     _check(options)
     options = _fill_dependent(options)
-    opening = options.load_options()
-    base = target(
-        options.out, f"{options.source.stem}-again" if options.source else slug(options.prompt)
-    )
+    name = slug(options.prompt) if options.source is None else f"{options.source.stem}-again"
+    base = check_options(options, name)
 
     from sfumato.images import write_png
 
-    set_threads(options.threads, recorded.get("threads"))
+    set_threads(options.threads, previous.get("threads"))
     clock.lap("import")
     steps = max(len(options.timesteps) - 1, 1) if options.timesteps else options.steps
-    model = opening.ready(options.model, steps)
-    if recorded and same:
-        _check_same_model(model.hash, "model", options.model, options.source, recorded)
-    refiner = None if options.refiner is None else opening.others().ready(options.refiner, steps)
-    if recorded.get("refiner") and refiner is not None and same:
-        _check_same_model(refiner.hash, "refiner", options.refiner, options.source, recorded)
+    model = options.load_for_sampling(options.model, steps, options.transformer)
+    refiner = None
+    if previous and same:
+        _check_same_model(model, "model", options, previous)
+    if options.refiner is not None:
+        refiner = options.load_for_sampling(options.refiner, steps)
+        if previous.get("refiner") and same:
+            _check_same_model(refiner, "refiner", options, previous)
     clock.lap("load")
-    images, settings = _sample(model, refiner, options, opening, clock)
-
-    optional = {name: value for name in OPTIONAL if (value := getattr(options, name)) is not None}
+    images, settings = _sample(model, refiner, options, clock)
     parameters = {
         "prompt": options.prompt,
         "negative_prompt": options.negative_prompt,
-        "index": None,
+        "index": index,
         "grid": options.grid,
         "seed": options.seed,
         **settings,
-        **{
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in optional.items()
-        },
+        **recorded(options, list(OPTIONAL)),
         **({} if refiner is None else {"refiner_hash": refiner.hash}),
         **provenance(options.model, model),
     }
     if index is not None:
-        written = [write_png(base, images[index], {**parameters, "index": index})]
+        written = [write_png(base, images[index], parameters)]
     else:
         written = write_images(base, images, parameters, options.grid, numbered=True)
-    clock.lap("write")
-    report_written(written, len(images), clock)
-    if opening.memory is not None:
-        print(f"at most {_peak(opening.device)} of memory")
+    report_written(written, images, clock)
+    if options.memory is not None:
+        print(f"at most {_peak(options.device)} of memory")
 
 
 def _peak(device: str | None) -> str:
@@ -185,23 +160,22 @@ def _peak(device: str | None) -> str:
 
     from sfumato.io.host_memory import resident_bytes
 
-    peak = (
-        torch.cuda.max_memory_reserved(device)
-        if (device or "cpu").startswith("cuda")
-        else resident_bytes(peak=True)
-    )
+    if device is not None and device.startswith("cuda"):
+        return readable_size(torch.cuda.max_memory_reserved(device))
+    peak = resident_bytes(peak=True)
     return "an unknown size" if peak is None else readable_size(peak)
 
 
 def _check_same_model(
-    model_hash: str, role: str, name: str | None, source: Path | None, recorded: dict[str, Any]
+    model: "LatentDiffusion", role: str, options: Generate, previous: dict[str, Any]
 ) -> None:
     """Raise `UserError` for another model than that of the PNG: the image would differ."""
-    made_with = str(recorded.get(f"{role}_hash"))
-    if model_hash != made_with:
+    made_with = str(previous.get(f"{role}_hash"))
+    if model.hash != made_with:
         raise UserError(
-            f"{source} was made by {role} {recorded[role]!r} with hash {made_with[:12]}, but {name!r} has hash "
-            f"{model_hash[:12]}: the picture would differ; name the right model with --{role}, or add --allow-other-model"
+            f"{options.source} was made by {role} {previous[role]!r} with hash {made_with[:12]}, "
+            f"but {getattr(options, role)!r} has hash {model.hash[:12]}: the picture would differ; "
+            f"name the right model with --{role}, or add --allow-other-model"
         )
 
 
@@ -209,26 +183,19 @@ def _sample(
     model: "LatentDiffusion",
     refiner: "LatentDiffusion | None",
     options: Generate,
-    opening: LoadOptions,
     clock: Clock,
 ) -> tuple[list["Image"], dict[str, Any]]:
     """The images, and the settings that made them, the model's defaults filled in."""
-    request = _request(model, options, opening)
-    with progress("sampling") as update:
-
-        def on_step(step: "Step") -> None:
-            clock.lap("sample")
-            update(step.index + 1, step.count)
-
+    request = _request(model, options)
+    with sampling_progress("sampling", clock) as on_step:
         plan = first = model.plan(request)
         if refiner is not None:
             from sfumato.tasks.refine import handover
 
             # the refiner runs with the first model's settings
             same = replace(first, request=first.explicit_request())
-            plans = handover(
-                model, refiner, same, at=HANDOVER if options.handover is None else options.handover
-            )
+            assert options.handover is not None
+            plans = handover(model, refiner, same, at=options.handover)
             plan = plans.resume(model.run(plans.first, output="latent", on_step=on_step))
             if options.memory is not None:
                 model.release()
@@ -238,87 +205,58 @@ def _sample(
     return images, {**first.to_json(), "timesteps": first.explicit_request().timesteps}
 
 
-def _request(model: "LatentDiffusion", options: Generate, opening: LoadOptions) -> "Request":
+def _request(model: "LatentDiffusion", options: Generate) -> "Request":
     """The request of the options."""
-    from sfumato.sampling import Request
     from sfumato.tasks.variations import vary
 
-    values = options.request_fields()
-    request = Request(
-        options.prompt,
-        height=options.height,
-        width=options.width,
-        timesteps=list(options.timesteps) or None,
-        guide_model=load_guide_model(
-            model.defaults.guidance if options.guidance is None else options.guidance, opening
-        ),
-        **values,
-    )
-    if options.variation_strength is not None:
-        return vary(request, seed=options.variation_seed, strength=options.variation_strength)
-    return request
+    request = replace(options.request(model), timesteps=list(options.timesteps) or None)
+    if options.variation_strength is None:
+        return request
+    return vary(request, seed=options.variation_seed, strength=options.variation_strength)
 
 
-def _recorded_options(recorded: dict[str, Any], source: Path) -> Generate:
+def _recorded_options(previous: dict[str, Any], source: Path) -> Generate:
     """The request that a PNG records, as defaults for the command."""
-    recorded = {_OLD_PARAMETERS.get(name, name): value for name, value in recorded.items()}
-    if "task" in recorded:
+    previous = {_OLD_PARAMETERS.get(name, name): value for name, value in previous.items()}
+    changed = "the file was changed after it was made"
+    if "task" in previous:
         raise UserError(
-            f"{source} was made by `sfumato {recorded['task']}` from {recorded.get('picture')!r}: run that command with the same picture and seed"
+            f"{source} was made by `sfumato {previous['task']}` from {previous.get('picture')!r}: "
+            "run that command with the same picture and seed"
         )
-    for name, kind in {**RECORDED, **OPTIONAL}.items():
-        value = recorded.get(name)
-        # pictures of before there was a choice
-        if value is None and name in (*OPTIONAL, "spacing", "timesteps"):
+    for name, kind in {**REQUIRED, **LATER, **OPTIONAL}.items():
+        value = previous.get(name)
+        if value is None and name not in REQUIRED:
             continue
-        if (
-            name not in recorded
-            or not isinstance(value, kind)
-            or (isinstance(value, bool) and kind is not bool)
-        ):
+        odd = isinstance(value, bool) and kind is not bool
+        if name not in previous or odd or not isinstance(value, kind):
             raise UserError(
-                f"the parameters in {source} lack a usable {name!r} (got {value!r}): the file was changed after it was made"
+                f"the parameters in {source} lack a usable {name!r} (got {value!r}): {changed}"
             )
-    index = recorded.get("index")
-    if index is not None and (not isinstance(index, int) or not 0 <= index < recorded["n"]):
-        raise UserError(
-            f"the parameters in {source} name picture {index!r} of {recorded['n']}: the file was changed after it was made"
-        )
-    values = {name: recorded[name] for name in (*RECORDED, *OPTIONAL) if name in recorded}
-    times = tuple(values.get("timesteps") or ())
-    transformer = None if values.get("transformer") is None else Path(values["transformer"])
-    return replace(
-        Generate(),
-        **{
-            **values,
-            "guidance": json.dumps(values["guidance"]),
-            "timesteps": times,
-            "transformer": transformer,
-        },
-    )
+    index, n = previous.get("index"), previous["n"]
+    if index is not None and (not isinstance(index, int) or not 0 <= index < n):
+        raise UserError(f"the parameters in {source} name picture {index!r} of {n}: {changed}")
+    values = {k: previous[k] for k in (*REQUIRED, *LATER, *OPTIONAL) if k in previous}
+    values["guidance"] = json.dumps(values["guidance"])
+    values["timesteps"] = tuple(values.get("timesteps") or ())
+    if values.get("transformer") is not None:
+        values["transformer"] = Path(values["transformer"])
+    return Generate(**values)
 
 
 def _drop_derived(options: Generate, before: Generate) -> Generate:
     """Drop recorded times and scales that other flags of the command line replace."""
-    changed = (options.steps, options.sampler, options.spacing) != (
-        before.steps,
-        before.sampler,
-        before.spacing,
+    changed = any(
+        getattr(options, name) != getattr(before, name) for name in ("steps", "sampler", "spacing")
     )
     if options.timesteps == before.timesteps and changed:
         options = replace(options, timesteps=())
-    if (
-        not options.timesteps
-        and options.spacing == before.spacing
-        and options.spacing in ("given", "tuned")
-        and changed
-    ):
-        # it was never chosen: the times were the image's, or the model's
+    # never chosen: the times were the image's, or the model's
+    derived = options.spacing in ("given", "tuned") and options.spacing == before.spacing
+    if changed and derived and not options.timesteps:
         options = replace(options, spacing=None)
-    if (
-        options.guidance != before.guidance
-        and options.distilled_guidance == before.distilled_guidance
-    ):
+    guided = options.guidance != before.guidance
+    if guided and options.distilled_guidance == before.distilled_guidance:
         options = replace(options, distilled_guidance=None)
     return options
 
@@ -333,32 +271,23 @@ def _fill_dependent(options: Generate) -> Generate:
 
 
 def _check(options: Generate) -> None:
-    """Check options before torch is imported."""
-    at_least(
-        1,
-        n=options.n,
-        steps=options.steps,
-        height=options.height,
-        width=options.width,
-        threads=options.threads,
-    )
-    at_least(0, seed=options.seed)
+    """Check options of this command alone before torch is imported."""
+    at_least(options, 1, "height", "width")
     if options.allow_other_model and options.source is None:
-        raise UserError("--allow-other-model says what to do with --from PNG, which was not given")
-    if options.handover is not None and options.refiner is None:
-        raise UserError(
-            f"--handover {options.handover} without --refiner: name the model to hand over to"
-        )
+        raise UserError("--allow-other-model without --from PNG: there is no model to compare with")
+    if options.refiner is None:
+        refuse(options, " without --refiner: name the model to hand over to", "handover")
     if options.handover is not None and not 0 < options.handover < 1:
         raise UserError(
-            f"--handover {options.handover}: expected a number above 0 and below 1, the share of the first model"
+            f"--handover {options.handover}: expected a number above 0 and below 1, "
+            "the share of the first model"
         )
     strength = options.variation_strength
-    if options.variation_seed is not None and strength is None:
+    if strength is None:
+        reason = " without --variation-strength: say how far to go there, 0.2 is a little"
+        refuse(options, reason, "variation_seed")
+    elif not 0 <= strength <= 1:
         raise UserError(
-            f"--variation-seed {options.variation_seed} without --variation-strength: say how far to go there, 0.2 is a little"
-        )
-    if strength is not None and not 0 <= strength <= 1:
-        raise UserError(
-            f"--variation-strength {strength}: expected a number from 0, the picture of --seed, to 1, others"
+            f"--variation-strength {strength}: expected a number from 0, the picture of --seed, "
+            "to 1, others"
         )

@@ -1,5 +1,6 @@
-"""`sfumato info MODEL`: what a model is made of and what fits into this machine; `sfumato info
---machine`: this machine. A table or JSON.
+"""`sfumato info MODEL`: the parts of a model, and what fits into this machine.
+
+`sfumato info --machine` describes this machine. Both print a table or JSON.
 """
 
 import json
@@ -21,29 +22,28 @@ FEW = 20
 
 @dataclass(frozen=True)
 class Info:
-    """Tells what a model is made of: parts, parameters, latent space, schedule, defaults, classes,
-    hash, files; and what memory it takes.
+    """Describe a model: parts, parameters, latent space, schedule, defaults, classes, memory.
+
+    With --machine: processor, instruction sets, threads, methods of layers, and a check that no
+    image depends on its batch, with each kind of layer and the bundled model (a few seconds).
     """
 
     model: tyro.conf.Positional[str] = "fashion"
-    """A bundled name, a folder in the diffusers layout, a single file or a hub id."""
+    """Bundled name, folder in the diffusers layout, single file or Hub id."""
     machine: bool = False
-    """Describe this machine instead of a model: processor, instruction sets, threads, how layers
-    are computed, and whether an image depends on its batch (checked for each kind of layer and with
-    the bundled model; takes a few seconds)."""
+    """Describe this machine instead of a model."""
     json: bool = False
     """JSON instead of a table."""
 
 
 def info(arguments: Sequence[str]) -> None:
-    """Tells what a model is made of and what memory it takes: parts, parameters, latent space,
-    schedule, defaults, hash, files.
-    """
+    """Describe a model: parts, parameters, latent space, defaults, memory, files."""
     options = parse(Info, arguments, "info")
     if options.machine:
         if options.model != Info.model:
             raise UserError(
-                f"--machine describes this machine, not a model: leave {options.model!r} out, or --machine"
+                f"--machine describes this machine, not a model: leave {options.model!r} out, "
+                "or --machine"
             )
         facts = _machine()
         _print(facts if options.json else {**facts, CHECKS: _failures(facts[CHECKS])}, options.json)
@@ -54,23 +54,16 @@ def info(arguments: Sequence[str]) -> None:
 
     place = _place(options.model)
     memory = None if place is None else report(place)  # before any weight is read
-    tight = memory is not None and not memory["ways"].get("in memory, float32", {}).get(
-        "fits", True
-    )
-    model = (
-        load(options.model, memory=memory["machine"]["available"])
-        if memory and tight
-        else load(options.model)
-    )
+    limit: dict[str, Any] = {}
+    if memory is not None and not memory["ways"].get("in memory, float32", {}).get("fits", True):
+        limit["memory"] = memory["machine"]["available"]
+    model = load(options.model, **limit)
     facts: dict[str, Any] = {"model": options.model, "hash": model.hash, **model.describe()}
     facts.setdefault("class_names", list(model.class_names))
     if memory is not None:
-        facts["memory"] = memory
-    facts["files"] = _files(options.model)
-    _print(
-        facts if memory is None or options.json else {**facts, "memory": _in_words(memory)},
-        options.json,
-    )
+        facts["memory"] = memory if options.json else _in_words(memory)
+    facts["files"] = {} if place is None else _files(place)
+    _print(facts, options.json)
 
 
 def _print(facts: Mapping[str, Any], as_json: bool) -> None:
@@ -113,7 +106,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _failures(checks: Mapping[str, bool]) -> str | dict[str, bool]:
-    """One line where all checks hold, else those that do not."""
+    """One line if all checks hold, else those that do not."""
     failures = {name: False for name, holds in checks.items() if not holds}
     if not failures:
         return f"yes ({len(checks)} checks: layers and the bundled model; --json lists them)"
@@ -121,39 +114,32 @@ def _failures(checks: Mapping[str, bool]) -> str | dict[str, bool]:
 
 
 def _in_words(memory: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of `report`, for people."""
+    """The memory report for people."""
     weights = {
         name: readable_size(part)
         if isinstance(part, int)
         else f"{readable_size(part['stored'])} ({', '.join(part['dtypes'])})"
         for name, part in memory["weights"].items()
     }
-    machine = {
-        name: "-" if size is None else readable_size(size)
-        for name, size in memory["machine"].items()
-    }
     beside = {
-        dtype: ", ".join(f"{what} {readable_size(size)}" for what, size in sizes.items())
+        dtype: ", ".join(f"{stage} {readable_size(size)}" for stage, size in sizes.items())
         for dtype, sizes in memory["beside"].items()
     }
+    machine = memory["machine"].items()
     ways = {}
-    for way, said in memory["ways"].items():
-        fits = [
-            f"{_fits(said[key])}{where}"
-            for key, where in (("fits", ""), ("fits_gpu", " into the GPU"))
-            if key in said
-        ]
-        ways[way] = f"{readable_size(said['needs'])}: {', '.join(fits)}"
+    for way, needs in memory["ways"].items():
+        places = {"fits": "", "fits_gpu": " into the GPU"}
+        fits = [f"{_FITS[needs[key]]}{place}" for key, place in places.items() if key in needs]
+        ways[way] = f"{readable_size(needs['needs'])}: {', '.join(fits)}"
     return {
         "weights": weights,
         "beside them, counted": {k: v or "not known" for k, v in beside.items()},
-        "machine": machine,
+        "machine": {name: "-" if size is None else readable_size(size) for name, size in machine},
         "ways": ways,
     }
 
 
-def _fits(said: bool | None) -> str:
-    return "not known whether it fits" if said is None else "fits" if said else "does not fit"
+_FITS = {None: "not known whether it fits", True: "fits", False: "does not fit"}
 
 
 def _rows(facts: Mapping[str, Any], depth: int = 0) -> list[tuple[str, str]]:
@@ -170,10 +156,11 @@ def _rows(facts: Mapping[str, Any], depth: int = 0) -> list[tuple[str, str]]:
 
 
 def _names(names: Sequence[str]) -> str:
-    """All names where they are few, else how many, the first and the last."""
+    """All names of a short list, else their number, the first and the last."""
     if len(names) <= FEW:
         return _text(names)
-    return f"{len(names):,} classes: {', '.join(names[:3])}, ..., {names[-1]} (all of them with --json)"
+    some = f"{', '.join(names[:3])}, ..., {names[-1]}"
+    return f"{len(names):,} classes: {some} (all of them with --json)"
 
 
 def _text(value: Any) -> str:
@@ -186,7 +173,7 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(_text(v) for v in value) or "none"
+        return ", ".join(map(_text, value)) or "none"
     return str(value)
 
 
@@ -198,14 +185,9 @@ def _place(model: str) -> Path | None:
     return next((p for p in (Path(model).expanduser(), bundled) if p.exists()), None)
 
 
-def _files(model: str) -> dict[str, str]:
+def _files(place: Path) -> dict[str, str]:
     """The files of a model and their sizes."""
-    place = _place(model)
-    if place is None:
-        return {}
     files = [place] if place.is_file() else sorted(f for f in place.rglob("*") if f.is_file())
     sizes = {str(f.relative_to(place)) if f != place else f.name: f.stat().st_size for f in files}
-    return {
-        **{name: readable_size(size) for name, size in sizes.items()},
-        "all": readable_size(sum(sizes.values())),
-    }
+    sizes["all"] = sum(sizes.values())
+    return {name: readable_size(size) for name, size in sizes.items()}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from sfumato.cli._options import MODELS, RunOptions, at_least, parse, unset
+from sfumato.cli._options import MODELS, RunOptions, at_least, parse, recorded, refuse, unset
 from sfumato.cli._output import read_picture, slug
 from sfumato.cli._run import check_options, run_request, source_parameters
 from sfumato.errors import UserError
@@ -33,10 +33,9 @@ class Interpolate(RunOptions):
     pictures: Annotated[tuple[Path, Path] | None, unset("none")] = None
     """Two images of one size, the ends of the series."""
     strength: Annotated[float | None, unset("0.6")] = None
-    """With --pictures: share of the steps that are run, from above 0 to 1."""
+    """With --pictures: share of the steps to run, in (0, 1]."""
     way: Annotated[str | None, unset("noise")] = None
-    """With --pictures: noise, begin between both made noisy; inversion, between the noise that ddim
-    makes them from."""
+    """With --pictures: noise (added to both) or inversion (the noise of both by ddim)."""
     n: int = 8
     """Number of images, with both ends."""
     height: Annotated[int | None, unset(MODELS)] = None
@@ -44,22 +43,16 @@ class Interpolate(RunOptions):
     width: Annotated[int | None, unset(MODELS)] = None
     """Width in pixels."""
     grid: bool = True
-    """One PNG with all images, instead of one PNG an image (NAME-0.png, NAME-1.png, ...)."""
+    """One PNG with all images, instead of NAME-0.png, NAME-1.png, ..."""
 
 
 def interpolate(arguments: Sequence[str]) -> None:
     """Generate a series of images from one prompt, seed or image to another."""
     options = parse(Interpolate, arguments, "interpolate")
-    base = check_options(
-        options,
-        f"{options.pictures[0].stem if options.pictures else slug(options.prompt)}-interpolate",
-    )
+    stem = options.pictures[0].stem if options.pictures else slug(options.prompt)
+    base = check_options(options, f"{stem}-interpolate")
     _check(options)
-    ends = {
-        name: value
-        for name in ("to_prompt", "to_seed")
-        if (value := getattr(options, name)) is not None
-    }
+    ends = recorded(options, ("to_prompt", "to_seed"))
     own: dict[str, Any] = dict(ends)
     images = [read_picture(path) for path in options.pictures or ()]
     way, strength = options.way or "noise", 0.6 if options.strength is None else options.strength
@@ -69,49 +62,29 @@ def interpolate(arguments: Sequence[str]) -> None:
         own |= {} if way == "inversion" else {"strength": strength}
 
     def prepare(model: "LatentDiffusion", request: "Request") -> "Request | Plan":
-        from dataclasses import replace
-
         from sfumato import tasks
 
-        if images:
-            return tasks.interpolate_images(
-                model, images[0], images[1], request, strength=strength, way=way, **ends
-            )
-        return tasks.interpolate(
-            replace(request, height=options.height, width=options.width), **ends
-        )
+        if not images:
+            return tasks.interpolate(request, **ends)
+        return tasks.interpolate_images(model, *images, request, strength=strength, way=way, **ends)
 
-    run_request(
-        "interpolate",
-        options,
-        base,
-        own,
-        options.prompt,
-        prepare,
-        columns=options.n if options.n <= COLUMNS else None,
-    )
+    columns = options.n if options.n <= COLUMNS else None
+    run_request("interpolate", options, base, own, prepare, columns)
 
 
 def _check(options: Interpolate) -> None:
     """Check options before torch is imported."""
-    at_least(2, n=options.n)
-    at_least(1, height=options.height, width=options.width)
-    at_least(0, to_seed=options.to_seed)
+    at_least(options, 2, "n")
+    at_least(options, 1, "height", "width")
+    at_least(options, 0, "to_seed")
     if options.pictures is None:
-        for flag, value in (("--strength", options.strength), ("--way", options.way)):
-            if value is not None:
-                raise UserError(
-                    f"{flag} {value} without --pictures: it is for a series between pictures"
-                )
+        reason = " without --pictures: it is for a series between pictures"
+        refuse(options, reason, "strength", "way")
         if options.to_prompt is None and options.to_seed is None:
             raise UserError(
                 "nothing to go to: give a second prompt, --to-seed or --pictures FIRST SECOND"
             )
         return
-    for flag, value in (("--height", options.height), ("--width", options.width)):
-        if value is not None:
-            raise UserError(f"{flag} {value} with --pictures: the series has their size")
-    if options.way == "inversion" and options.strength is not None:
-        raise UserError(
-            f"--strength {options.strength} with --way inversion: all steps are run; leave it away"
-        )
+    refuse(options, " with --pictures: the series has their size", "height", "width")
+    if options.way == "inversion":
+        refuse(options, " with --way inversion: all steps are run; leave it away", "strength")

@@ -1,9 +1,8 @@
-"""`sfumato train STAGE RECIPE [settings]`: runs a stage of a recipe, with any of its settings
-changed on the command line.
+"""`sfumato train STAGE RECIPE [settings]`: run a stage of a recipe.
 
 A recipe is a Python file that builds objects: frozen settings called `autoencoder` and `denoiser`.
-The settings themselves are the command line (`sfumato train denoiser RECIPE --help` lists them,
-with their types and the recipe's values).
+Each setting is a flag of the command line (`sfumato train denoiser RECIPE --help` lists them, with
+their types and the recipe's values).
 """
 
 import dataclasses
@@ -21,24 +20,27 @@ from sfumato.errors import UserError
 STAGES = ("autoencoder", "denoiser")
 
 
+OUT = "Folder of the run, the same for both stages."
+RESUME = "Resume an earlier run in the folder, or start anew."
+
+
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Trains a stage of a recipe. After RECIPE, `--help` lists the settings of that stage; each can
-    be changed.
+    """Train a stage of a recipe.
+
+    Flags change its settings, which `sfumato train STAGE RECIPE --help` lists.
     """
 
     stage: tyro.conf.Positional[Literal["autoencoder", "denoiser"]]
     """Stage to train: the autoencoder first, then the denoiser on its latents."""
     recipe: tyro.conf.Positional[str]
-    """A Python file, or the name of one in recipes/."""
-    out: Annotated[Path | None, unset("runs/RECIPE")] = None
-    """The folder of the run, the same for both stages."""
-    resume: bool = True
-    """Go on where an earlier run in the same folder stopped, or start anew."""
+    """Python file, or the name of one in recipes/."""
+    out: Annotated[Path | None, unset("runs/RECIPE", OUT)] = None
+    resume: Annotated[bool, tyro.conf.arg(help=RESUME)] = True
 
 
 def train(arguments: Sequence[str]) -> None:
-    """Trains the autoencoder or the denoiser of a recipe; resumes where an earlier run stopped."""
+    """Train the autoencoder or the denoiser of a recipe, or resume an earlier run."""
     if len(arguments) < 2 or arguments[0] not in STAGES or arguments[1].startswith("-"):
         parse(Train, arguments, "train")  # says what is missing, or shows the help
         raise UserError(
@@ -49,7 +51,7 @@ def train(arguments: Sequence[str]) -> None:
     from sfumato.train import load_recipe
 
     settings = load_recipe(recipe, stage)
-    chosen: Any = parse(
+    run: Any = parse(
         _options(settings, recipe),
         rest,
         f"train {stage} {recipe}",
@@ -57,24 +59,20 @@ def train(arguments: Sequence[str]) -> None:
         none=True,
     )
     logger = logging.getLogger("sfumato")
-    logger.addHandler(_Lines())
+    logger.addHandler(_StderrHandler())
     logger.setLevel(logging.INFO)
-    print(chosen.settings.run(chosen.out, chosen.resume))
+    print(run.settings.run(run.out, run.resume))
 
 
-class _Lines(logging.Handler):
-    """Log lines on whatever stderr is at that moment: a progress bar puts itself there, and lets
-    lines pass above it.
-    """
+class _StderrHandler(logging.Handler):
+    """Log lines on the stderr of the moment: a progress bar replaces it to stay below them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr)
 
 
 def _options(settings: Any, recipe: str) -> type:
-    """A dataclass of what the command line can change: the recipe's settings, without a prefix, and
-    the run's own two.
-    """
+    """A dataclass of the recipe's settings, without a prefix, and the run's own two."""
     # the settings of this recipe's network, of the many that there are
     if dataclasses.is_dataclass(getattr(settings, "network", None)):
         narrow = [("network", type(settings.network), dataclasses.field(default=settings.network))]
@@ -82,20 +80,13 @@ def _options(settings: Any, recipe: str) -> type:
         settings = dataclasses.make_dataclass(
             type(settings).__name__, narrow, bases=(type(settings),), frozen=True
         )(**values)
-    out = Annotated[Path, tyro.conf.arg(help="The folder of the run, the same for both stages.")]
-    resume = Annotated[
-        bool, tyro.conf.arg(help="Go on where an earlier run in the folder stopped, or start anew.")
-    ]
-    return dataclasses.make_dataclass(
-        "Run",
-        [
-            (
-                "settings",
-                Annotated[type(settings), tyro.conf.arg(name="")],
-                dataclasses.field(default=settings),
-            ),
-            ("out", out, dataclasses.field(default=Path("runs") / Path(recipe).stem)),
-            ("resume", resume, dataclasses.field(default=True)),
-        ],
-        frozen=True,
+    rows = (
+        ("settings", type(settings), tyro.conf.arg(name=""), settings),
+        ("out", Path, tyro.conf.arg(help=OUT), Path("runs") / Path(recipe).stem),
+        ("resume", bool, tyro.conf.arg(help=RESUME), True),
     )
+    fields = [
+        (name, Annotated[kind, argument], dataclasses.field(default=default))
+        for name, kind, argument, default in rows
+    ]
+    return dataclasses.make_dataclass("Run", fields, frozen=True)

@@ -9,15 +9,16 @@ import tyro
 
 from sfumato.cli._options import MODELS, at_least, parse, unset
 from sfumato.cli._output import Clock, progress
+from sfumato.cli._run import set_threads
 from sfumato.errors import UserError
 
 
 @dataclass(frozen=True)
 class TuneTimesteps:
-    """Find the times whose runs end nearest to a run of a thousand steps.
+    """Find the timesteps whose runs end nearest to a run of a thousand steps.
 
-    `generate` then uses them for that sampler and number of steps (spacing "tuned"). The table
-    compares them with the fixed spacings on images that the search did not see.
+    Then `generate` uses them for that sampler and number of steps (spacing "tuned"). The table
+    compares them with the fixed spacings, on images that the search did not use.
     """
 
     model: tyro.conf.Positional[str] = "fashion"
@@ -25,53 +26,54 @@ class TuneTimesteps:
     steps: tuple[int, ...] = (8,)
     """Number of steps, or several."""
     sampler: Annotated[str | None, unset(MODELS)] = None
-    """Deterministic sampler, with options if need be."""
+    """Deterministic sampler, with options as in lms:order=3."""
     guidance: Annotated[str | None, unset(MODELS)] = None
     """Guidance scale; 1 is off."""
-    prompts: tuple[str, ...] = ()
-    """Prompts of the search; class-conditional models draw their classes in turn."""
+    prompts: Annotated[tuple[str, ...], unset("all classes in turn")] = ()
+    """Prompts of the search."""
     images: int = 64
     """Number of images in the search; as many others judge the result."""
     reference_steps: int = 1000
-    """Steps of the run that counts as exact."""
+    """Number of steps of the run that counts as exact."""
     iterations: int = 6
     """Rounds of the search: each costs about twice as many runs as there are steps."""
     seed: int = 0
     """Seed of the first image."""
     out: Annotated[Path | None, unset("the model's own folder")] = None
-    """Folder for a copy of the model with the new times; required where the model is not a folder
-    that may be written."""
+    """Folder for a copy with the new timesteps; required unless MODEL is a folder."""
     threads: Annotated[int | None, unset("all cores")] = None
-    """CPU threads."""
+    """Number of CPU threads."""
 
 
 def tune_timesteps(arguments: Sequence[str]) -> None:
-    """Find the best times for a number of steps and store them with the model."""
+    """Find the best timesteps for a number of steps and store them with the model."""
     clock = Clock()
     options = parse(TuneTimesteps, arguments, "tune-timesteps")
-    at_least(2, images=options.images, **{"steps": min(options.steps, default=None)})
-    at_least(0, seed=options.seed, iterations=options.iterations)
-    at_least(1, threads=options.threads)
+    at_least(options, 2, "images", "steps")
+    at_least(options, 0, "seed", "iterations")
+    at_least(options, 1, "threads")
     if not options.steps:
         raise UserError("--steps is empty: expected one number of steps, or several")
     folder = Path(options.model).expanduser()
     if options.out is None and not (folder / "model_index.json").is_file():
         raise UserError(
-            f"{options.model!r} is not a folder that can keep the times: add --out FOLDER for a copy of the model with them"
+            f"{options.model!r} is not a folder that can keep the times: "
+            "add --out FOLDER for a copy of the model with them"
         )
 
-    import torch
+    from rich.console import Console
+    from rich.table import Table
 
     from sfumato.loading import bundled, load
     from sfumato.saving import check_target
     from sfumato.train.timestep_search import store_tuned, with_tuned
     from sfumato.train.timestep_search import tune_timesteps as search
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     if options.out is None and options.model in bundled():
         raise UserError(
-            f"{options.model!r} is the bundled model: say ./{options.model} for the folder of that name, or add --out FOLDER"
+            f"{options.model!r} is the bundled model: say ./{options.model} for the folder of that "
+            "name, or add --out FOLDER"
         )
     model = load(options.model)
     if options.out is not None:
@@ -88,24 +90,16 @@ def tune_timesteps(arguments: Sequence[str]) -> None:
             seed=options.seed,
             reference_steps=options.reference_steps,
             iterations=options.iterations,
-            progress=lambda what, done, total: update(done, total),
+            progress=lambda stage, done, total: update(done, total),
         )
     clock.lap("search")
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"distance to {options.reference_steps} steps, {results[0].sampler}, guidance {results[0].guidance}"
-    )
-    table.add_column("spacing")
+    run = f"{results[0].sampler}, guidance {results[0].guidance}"
+    table = Table("spacing", title=f"distance to {options.reference_steps} steps, {run}")
     for tuned in results:
         table.add_column(f"{len(tuned.times) - 1} steps", justify="right")
     for name in results[0].errors:
-        table.add_row(
-            name,
-            *(f"{tuned.errors[name]:.4f}" for tuned in results),
-            style="bold" if name == "tuned" else None,
-        )
+        errors = (f"{tuned.errors[name]:.4f}" for tuned in results)
+        table.add_row(name, *errors, style="bold" if name == "tuned" else None)
     Console().print(table)
     for tuned in results:
         print(f"{len(tuned.times) - 1} steps: {', '.join(f'{t:.4f}' for t in tuned.times)}")
