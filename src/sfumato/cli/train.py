@@ -35,7 +35,7 @@ class Train:
     """Stage to train: the autoencoder first, then the denoiser on its latents."""
     recipe: tyro.conf.Positional[str]
     """Python file, or the name of one in recipes/."""
-    out: Annotated[Path | None, unset("runs/RECIPE", OUT)] = None
+    out: Annotated[Path | None, unset("runs/RECIPE", help=OUT)] = None
     resume: Annotated[bool, tyro.conf.arg(help=RESUME)] = True
 
 
