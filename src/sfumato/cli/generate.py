@@ -71,11 +71,10 @@ HANDOVER = 0.8
 
 Kind = type | tuple[type, ...]
 _NUMBER = (int, float)
-_TEXT = (str, type(None))
 REQUIRED: dict[str, Kind] = {
     **dict.fromkeys(("n", "steps", "height", "width", "seed"), int),
     **dict.fromkeys(("model", "sampler"), str),
-    **dict.fromkeys(("prompt", "negative_prompt"), _TEXT),
+    **dict.fromkeys(("prompt", "negative_prompt"), (str, type(None))),
     "guidance": (*_NUMBER, dict),
     "grid": bool,
 }
@@ -125,9 +124,9 @@ def generate(arguments: Sequence[str]) -> None:
     clock.lap("import")
     steps = max(len(options.timesteps) - 1, 1) if options.timesteps else options.steps
     model = options.load_for_sampling(options.model, steps, options.transformer)
-    refiner = None
     if previous and same:
         _check_same_model(model, "model", options, previous)
+    refiner = None
     if options.refiner is not None:
         refiner = options.load_for_sampling(options.refiner, steps)
         if previous.get("refiner") and same:

@@ -66,7 +66,9 @@ def interpolate(arguments: Sequence[str]) -> None:
 
         if not images:
             return tasks.interpolate(request, **ends)
-        return tasks.interpolate_images(model, *images, request, strength=strength, way=way, **ends)
+        first, last = images
+        settings = {"strength": strength, "way": way, **ends}
+        return tasks.interpolate_images(model, first, last, request, **settings)
 
     columns = options.n if options.n <= COLUMNS else None
     run_request("interpolate", options, base, own, prepare, columns)

@@ -103,11 +103,11 @@ def interpolate_images(
         )
     plan = model.plan(invertible_request(model, mixed))
     condition = condition_of(model, plan)
-    noise = (
+    first, last = (
         model.invert(model.encode(pixels), prompt, timesteps=plan.timesteps)
         for pixels, prompt in ((start, condition[:1]), (end, condition[-1:]))
     )
-    return plan.edit(noise=_arc(*noise, plan.n))
+    return plan.edit(noise=_arc(first, last, plan.n))
 
 
 def _mix_ends(request: Request, to_prompt: str | None, to_seed: int | None) -> Request:
