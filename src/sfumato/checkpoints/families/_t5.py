@@ -25,13 +25,11 @@ from sfumato.predict.text_encoders.t5 import (
 )
 
 DECISIVE = (
-    "feed_forward_proj",
-    "layer_norm_epsilon",
-    "num_heads",
-    "relative_attention_num_buckets",
-    "relative_attention_max_distance",
+    *("feed_forward_proj", "layer_norm_epsilon", "num_heads"),
+    *("relative_attention_num_buckets", "relative_attention_max_distance"),
 )
 """Fields that change states; sizes are held against the tensors."""
+_BIAS = "SelfAttention.relative_attention_bias.weight"
 
 
 @dataclass(frozen=True)
@@ -39,13 +37,10 @@ class T5Tower(Tower):
     """T5's encoder, version 1.1."""
 
     def config(self, shapes: Shapes) -> dict[str, Any]:
-        """transformers' fields of T5EncoderModel."""
+        """Fields of transformers' T5EncoderModel."""
         first = "encoder.block.0.layer"
         inner = shapes.size(f"{first}.0.SelfAttention.q.weight", 0, 2)
-        buckets, heads = (
-            shapes.size(f"{first}.0.SelfAttention.relative_attention_bias.weight", axis, 2)
-            for axis in (0, 1)
-        )
+        buckets, heads = (shapes.size(f"{first}.0.{_BIAS}", axis, 2) for axis in (0, 1))
         return {
             "architectures": [CLASS],
             "model_type": "t5",
@@ -67,7 +62,7 @@ class T5Tower(Tower):
         }
 
     def weight_map(self, config: Config, bare: bool = False) -> list[WeightMap]:
-        """transformers' names, but for the table of tokens once more."""
+        """Names of transformers, with the table of tokens once."""
         return [weight(name, name, *shape) for name, shape in _t5(config)]
 
     def spare(self, config: Config, keys: Mapping[str, object]) -> set[str]:
@@ -75,7 +70,7 @@ class T5Tower(Tower):
         return {self.prefix + EMBED, f"{self.prefix.removesuffix('transformer.')}logit_scale"}
 
     def named(self, tensors: LazyTensors) -> dict[str, LazyTensor]:
-        """Without the table of tokens once more."""
+        """Tensors with the table of tokens once."""
         return {key: lazy for key, lazy in tensors.items() if key != EMBED}
 
     def encoder(
@@ -83,15 +78,9 @@ class T5Tower(Tower):
     ) -> T5Encoder:
         """The encoder with the tokenizer of a folder."""
         assert tokenizer is not None, "T5's is in no package"
-        opened, path = load_tokenizer(tokenizer), raw.path
-        model = build_t5(
-            component.config,
-            load_tensors(component.tensors),
-            options.opened,
-            path,
-            path,
-            lambda: options.opened is None,
-        )
+        opened, path, dtype = load_tokenizer(tokenizer), raw.path, options.opened
+        tensors = load_tensors(component.tensors)
+        model = build_t5(component.config, tensors, dtype, path, path, lambda: dtype is None)
         spiece = (tokenizer / SPIECE).read_bytes() if (tokenizer / SPIECE).exists() else None
         with explained(path):
             return T5Encoder(opened, model, spiece)
@@ -101,19 +90,16 @@ def _t5(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     width, inner, forward = config["d_model"], config["num_heads"] * config["d_kv"], config["d_ff"]
     yield "shared.weight", (config["vocab_size"], width)
     for k in range(config["num_layers"]):
-        layers = f"encoder.block.{k}.layer"
+        attention, mlp = f"encoder.block.{k}.layer.0", f"encoder.block.{k}.layer.1"
         for a in "qkv":
-            yield f"{layers}.0.SelfAttention.{a}.weight", (inner, width)
-        yield f"{layers}.0.SelfAttention.o.weight", (width, inner)
+            yield f"{attention}.SelfAttention.{a}.weight", (inner, width)
+        yield f"{attention}.SelfAttention.o.weight", (width, inner)
         if k == 0:
             buckets = config.get("relative_attention_num_buckets", 32)
-            yield (
-                f"{layers}.0.SelfAttention.relative_attention_bias.weight",
-                (buckets, config["num_heads"]),
-            )
-        yield f"{layers}.0.layer_norm.weight", (width,)
-        for name in ("wi_0", "wi_1"):
-            yield f"{layers}.1.DenseReluDense.{name}.weight", (forward, width)
-        yield f"{layers}.1.DenseReluDense.wo.weight", (width, forward)
-        yield f"{layers}.1.layer_norm.weight", (width,)
+            yield f"{attention}.{_BIAS}", (buckets, config["num_heads"])
+        yield f"{attention}.layer_norm.weight", (width,)
+        yield f"{mlp}.DenseReluDense.wi_0.weight", (forward, width)
+        yield f"{mlp}.DenseReluDense.wi_1.weight", (forward, width)
+        yield f"{mlp}.DenseReluDense.wo.weight", (width, forward)
+        yield f"{mlp}.layer_norm.weight", (width,)
     yield "encoder.final_layer_norm.weight", (width,)
