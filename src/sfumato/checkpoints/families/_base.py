@@ -1,4 +1,4 @@
-"""Family: detection, components, key tables, configs, text encoders, scheduler and pipelines."""
+"""Family: the base class of all that a published model means on disk."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping

@@ -1,10 +1,10 @@
-"""CLIP's text tower (Radford et al. 2021, arXiv:2103.00020) in the two layouts of single files.
+"""CLIP's text tower in the two layouts of single files.
 
-`ClipTower` is transformers' own layout (CLIPTextModel) behind a prefix: SD 1, the first encoder of
-SDXL, SD 3 and FLUX.1. `OpenClipTower` (Cherti et al. 2023, arXiv:2212.07143) is that of SD 2,
-SDXL's second encoder and the refiner's: q, k and v concatenated in `in_proj`, the projection a
-plain matrix that multiplies from the right. Our names carry `text_model.`, as the files of
-diffusers' time do; transformers 5 reads them with it and without.
+Radford et al. 2021, arXiv:2103.00020. `ClipTower` is transformers' own layout (CLIPTextModel)
+behind a prefix: SD 1, the first encoder of SDXL, SD 3 and FLUX.1. `OpenClipTower` (Cherti et al.
+2023, arXiv:2212.07143) is that of SD 2, SDXL's second encoder and the refiner's: q, k and v
+concatenated in `in_proj`, the projection a plain matrix that multiplies from the right. Our names
+begin with `text_model.`, as in older files; transformers 5 reads them with it and without.
 """
 
 from collections.abc import Iterator, Mapping

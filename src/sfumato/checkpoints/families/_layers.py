@@ -1,4 +1,4 @@
-"""Tables of keys: layers that several networks have, and functions that put tables together."""
+"""Tables of keys: layers that several networks have, and functions that join tables."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -37,7 +37,7 @@ def matrix(source: str, target: str, *shape: int) -> WeightMap:
 def embedder(
     source: str, target: str, width: int, inputs: int, layers: tuple[str, str] = ("mlp.0", "mlp.2")
 ) -> Iterator[WeightMap]:
-    """The two layers that embed a timestep, a vector or a size; `layers`: their original names."""
+    """Two layers that embed a timestep, a vector or a size; `layers`: their original names."""
     yield from linear(f"{source}.{layers[0]}", f"{target}.linear_1", width, inputs)
     yield from linear(f"{source}.{layers[1]}", f"{target}.linear_2", width, width)
 

@@ -1,5 +1,6 @@
-"""Autoencoders alone on disk (`ae.safetensors`, Latent Diffusion's first stages): AutoencoderKL and
-VQModel.
+"""Autoencoders alone on disk: `ae.safetensors`, Latent Diffusion's first stages.
+
+They are of the classes AutoencoderKL and VQModel.
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,9 @@ from sfumato.checkpoints.families._unet import UNetFamily
 from sfumato.checkpoints.families._vae import vae_map
 from sfumato.checkpoints.families.sdxl import Sdxl
 from sfumato.checkpoints.shapes import Shapes
+from sfumato.diffuse.process import Process
+from sfumato.predict.conditioners.base import Conditioner
+from sfumato.predict.networks.base import Network
 
 
 class Autoencoder(UNetFamily):
@@ -20,38 +24,33 @@ class Autoencoder(UNetFamily):
     lone_prefix = ""
 
     def detect_alone(self, shapes: Shapes) -> bool:
-        """Encoder and decoder, with or without a prefix, and no network."""
-        return not shapes.has(NETWORK) and any(
-            key.startswith(("encoder.", "decoder.", *AUTOENCODERS)) for key in shapes.table
-        )
+        """True for encoder and decoder, with or without a prefix, and no network."""
+        starts = ("encoder.", "decoder.", *AUTOENCODERS)
+        return not shapes.has(NETWORK) and any(map(shapes.has, starts))
 
     def holds(self, components: Mapping[str, Component]) -> bool:
-        """An autoencoder of the two classes, alone."""
+        """True for an autoencoder of the two classes, alone."""
         kinds = ("AutoencoderKL", "VQModel")
-        return (
-            components.keys() == {"vae"}
-            and components["vae"].config.get("_class_name", kinds[0]) in kinds
-        )
+        alone = components.keys() == {"vae"}
+        return alone and components["vae"].config.get("_class_name", kinds[0]) in kinds
 
-    def publishes(self, network: object, conditioner: object, process: object) -> bool:
-        """No model is an autoencoder alone."""
+    def publishes(self, network: Network, conditioner: Conditioner, process: Process) -> bool:
+        """False: no model is an autoencoder alone."""
         return False
 
-    def pipeline(self, network: object, conditioner: object, references: int) -> None:
+    def pipeline(self, network: Network, conditioner: Conditioner, references: int) -> None:
         """No pipeline is an autoencoder alone."""
 
     def default_scale(self, metadata: Mapping[str, str], vq: bool) -> float:
-        """A codebook's latents are not scaled; SDXL's are otherwise than others."""
+        """SDXL's scale by the metadata, 1 with a codebook, else SD 1's."""
         if "xl" in metadata.get("modelspec.architecture", ""):
             return Sdxl.scaling_factor
         return 1.0 if vq else self.scaling_factor
 
     def write(self, checkpoint: Checkpoint) -> RawCheckpoint:
-        """Names without prefix; the scale of latents is not told."""
-        part = checkpoint.components["vae"]
-        return RawCheckpoint(
-            store_section(vae_map(part.config), part, "", checkpoint.path), {}, checkpoint.path
-        )
+        """Names without prefix; the file does not hold the scale of latents."""
+        part, where = checkpoint.components["vae"], checkpoint.path
+        return RawCheckpoint(store_section(vae_map(part.config), part, "", where), {}, where)
 
 
 FAMILIES = (Autoencoder(),)

@@ -46,8 +46,11 @@ STREAMS = (
     ("img", "", "to_{}", "norm", "to_out.0"),
     ("txt", "_context", "add_{}_proj", "norm_added", "to_add_out"),
 )
-"""The two halves of a double block: the original's name; diffusers' ending of its modulation and
-MLP, its layers of q, k and v, their norms, and the output of its attention."""
+"""The two halves of a double block.
+
+Each is the original's name, then diffusers' names: the ending of modulation and MLP, the layers of
+q, k and v, their norms, and the output of the attention.
+"""
 HEAD = "double_blocks.0.img_attn.norm.query_norm.scale"
 """A tensor as long as a head is wide."""
 _PIPELINES = {0: "FluxPipeline", 16: "FluxControlPipeline", 80: "FluxFillPipeline"}

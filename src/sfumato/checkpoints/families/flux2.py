@@ -1,10 +1,10 @@
-"""FLUX.2 on disk (Black Forest Labs 2025, github.com/black-forest-labs/flux2): dev and klein.
+"""FLUX.2 on disk: dev and klein.
 
-No layer of the transformer has a bias. Its blocks share three modulations; MLPs are gated (twice
-the width in, half of it the gate), and in a single block q, k, v and the MLP's first layer are one
-layer there and in diffusers. The final layer's modulation holds (shift, scale) there and (scale,
-shift) in diffusers. In the autoencoder's file the convolutions around the latent belong to the
-encoder and the decoder.
+Black Forest Labs 2025, github.com/black-forest-labs/flux2. No layer of the transformer has a bias.
+Its blocks share three modulations. MLPs are gated: the first layer is twice as wide, and half of it
+is the gate. In a single block q, k, v and the MLP's first layer are one layer there and in
+diffusers. The final layer's modulation holds (shift, scale) there and (scale, shift) in diffusers.
+In the autoencoder's file the convolutions around the latent belong to the encoder and the decoder.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,10 +1,10 @@
-"""Stable Diffusion 3 and 3.5 on disk (MMDiT, MMDiT-X; Esser et al. 2024, arXiv:2403.03206).
+"""Stable Diffusion 3 and 3.5 on disk (MMDiT, MMDiT-X).
 
-The original has one matrix for q, k and v. A block has two halves, `x_block` for the image and
-`context_block` for the text; the last context block ends at its attention. Modulations of two
-vectors, those of the last context block and of the final layer, hold (shift, scale) there and
-(scale, shift) in diffusers; those of six and nine vectors are in the same order. `pos_embed` is a
-table in both.
+Esser et al. 2024, arXiv:2403.03206. The original has one matrix for q, k and v. A block has
+two halves, `x_block` for the image and `context_block` for the text; the last context block ends at
+its attention. Modulations of two vectors, those of the last context block and of the final layer,
+hold (shift, scale) there and (scale, shift) in diffusers; those of six and nine vectors are in the
+same order. `pos_embed` is a table in both.
 """
 
 from collections.abc import Iterator, Mapping
