@@ -63,10 +63,9 @@ def network_class(metadata: Mapping[str, str]) -> object:
     A note that is no table gives None, too: `read_network_fields` refuses it.
     """
     try:
-        fields = read_json(metadata, TRANSFORMER)
-    except ValueError:
+        return read_network_fields(metadata, "").get("_class_name")
+    except UserError:
         return None
-    return fields.get("_class_name") if isinstance(fields, dict) else None
 
 
 def read_network_fields(metadata: Mapping[str, str], where: object) -> dict[str, Any]:
@@ -78,10 +77,7 @@ def read_network_fields(metadata: Mapping[str, str], where: object) -> dict[str,
             f"{where}: its note {TRANSFORMER} is not JSON ({error}): {_DAMAGED}"
         ) from error
     if not isinstance(fields, dict):
-        raise UserError(
-            f"{where}: its note {TRANSFORMER} is a {type(fields).__name__}: "
-            f"expected fields of a config; {_DAMAGED}"
-        )
+        raise UserError(f"{where}: its note {TRANSFORMER} is no table of fields: {_DAMAGED}")
     return fields
 
 

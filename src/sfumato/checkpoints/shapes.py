@@ -24,6 +24,14 @@ class Shapes:
         """The shapes below another prefix."""
         return Shapes(self.table, prefix, self.where)
 
+    def error(self, fault: str) -> UserError:
+        """The error for a file that cannot be read."""
+        return UserError(f"{self.where}: {fault}")
+
+    def damaged(self, fault: str) -> UserError:
+        """The error for keys or shapes that contradict each other."""
+        return self.error(f"{fault}: it may be damaged, or is of no known kind")
+
     def has(self, start: str) -> bool:
         """True where any key below the prefix begins with `start`."""
         return any(k.startswith(self.prefix + start) for k in self.table)
@@ -36,10 +44,7 @@ class Shapes:
         """
         if self.rank(key) != rank:
             shape = self.table[self.prefix + key]
-            raise UserError(
-                f"{self.where}: {self.prefix + key} has shape {shape}: expected {rank} dimensions; "
-                "it may be damaged"
-            )
+            raise self.damaged(f"{self.prefix + key} has shape {shape}, not {rank} dimensions")
         return self.table[self.prefix + key][axis]
 
     def rank(self, key: str) -> int:
@@ -65,10 +70,7 @@ class Shapes:
         cells = self.size(key, 1, 3)
         side = isqrt(cells)
         if side * side != cells:
-            raise UserError(
-                f"{self.where}: {self.prefix}{key} has {cells} places, which are no square: "
-                "it may be damaged, or is of no known kind"
-            )
+            raise self.damaged(f"{self.prefix}{key} has {cells} places, which are no square")
         return side
 
     def heads(self, width: int, head: int) -> int:
@@ -78,10 +80,7 @@ class Shapes:
             UserError: The width is no multiple of `head`.
         """
         if head < 1 or width % head:
-            raise UserError(
-                f"{self.where}: width {width} does not divide into heads {head} wide: "
-                "it may be damaged, or is of no known kind"
-            )
+            raise self.damaged(f"width {width} does not divide into heads {head} wide")
         return width // head
 
 

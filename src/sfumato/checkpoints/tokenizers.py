@@ -67,15 +67,9 @@ def clip_tokenizer(
     from transformers import CLIPTokenizer
 
     vocab, merges = _vocabulary(folder, metadata)
-    return CLIPTokenizer(
-        vocab=vocab,
-        merges=merges,  # pyright: ignore[reportArgumentType]
-        model_max_length=length,
-        bos_token=BEGIN,
-        eos_token=END,
-        unk_token=END,
-        pad_token=pad,
-    )
+    tables: Any = {"vocab": vocab, "merges": merges}
+    special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": pad}
+    return CLIPTokenizer(**tables, model_max_length=length, **special)
 
 
 def _vocabulary(folder: str | Path | None, metadata: Mapping[str, str]) -> Vocabulary:
@@ -90,11 +84,8 @@ def _vocabulary(folder: str | Path | None, metadata: Mapping[str, str]) -> Vocab
         return packaged
     if (downloaded := _cached(HUB, _CLIP_FILES, local=False)) is not None:
         return _from_folder(downloaded)
-    raise UserError(
-        "this file has text encoders and no tokenizer, as all files in its layout, and CLIP's is "
-        "not on this machine: give its folder with vocab.json and merges.txt (tokenizer=...), "
-        f"install open_clip_torch, or be online once ({HUB})"
-    )
+    remedy = "vocab.json and merges.txt (tokenizer=...), install open_clip_torch"
+    raise _no_tokenizer("text encoders", "CLIP", remedy, HUB)
 
 
 def _from_folder(folder: Path) -> Vocabulary:
@@ -114,6 +105,13 @@ def _from_folder(folder: Path) -> Vocabulary:
             "and two words in each line of merges.txt"
         )
     return vocab, [(a, b) for a, b in pairs]
+
+
+def _no_tokenizer(reader: str, kind: str, remedy: str, hub: str) -> UserError:
+    return UserError(
+        f"this file has {reader} and no tokenizer, as all files in its layout, and {kind}'s is not "
+        f"on this machine: give its folder with {remedy}, or be online once ({hub})"
+    )
 
 
 def _cached(name: str, files: list[str], local: bool) -> Path | None:
@@ -200,11 +198,7 @@ def bert_tokenizer(length: int, folder: str | Path | None, metadata: Mapping[str
         place = _cached(BERT_HUB, _BERT_FILES, local)
         if place is not None:
             return load_tokenizer(place)
-    raise UserError(
-        "this file has a text transformer and no tokenizer, as all files in its layout, and BERT's "
-        "is not on this machine: give its folder with vocab.txt (tokenizer=...), "
-        f"or be online once ({BERT_HUB})"
-    )
+    raise _no_tokenizer("a text transformer", "BERT", "vocab.txt (tokenizer=...)", BERT_HUB)
 
 
 # ---- whole folders -------------------------------------------------------------------------------
@@ -268,8 +262,7 @@ def unpack_folders(
     for name in names:
         if name not in ("tokenizer", "tokenizer_2", "tokenizer_3"):
             raise UserError(
-                f"its note {TOKENIZERS} names {name!r}: "
-                "expected tokenizer, tokenizer_2 or tokenizer_3"
+                f"its note {TOKENIZERS} names {name!r}: expected tokenizer, tokenizer_2 or _3"
             )
         (folder / name).mkdir()
         for file, text in packed[name].items():

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +29,7 @@ from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.networks.base import Network
 
 Config = Mapping[str, Any]
+Components = Mapping[str, Component]
 Configs = Mapping[str, Config]
 """Configs by part."""
 Parts = dict[str, tuple[dict[str, Any], Mapping[str, Any]]]
@@ -185,10 +187,7 @@ class Family(ABC):
         """
 
     def read(
-        self,
-        raw: RawCheckpoint,
-        options: ReadOptions | None = None,
-        configs: Configs | None = None,
+        self, raw: RawCheckpoint, options: ReadOptions | None = None, configs: Configs | None = None
     ) -> Checkpoint:
         """The parts of a file under our names; weights stay where they are.
 
@@ -220,6 +219,34 @@ class Family(ABC):
         self, raw: RawCheckpoint, options: ReadOptions, components: dict[str, Component]
     ) -> Checkpoint:
         """The checkpoint of a file's components, with schedulers, defaults and conditioner."""
+
+    def checkpoint(
+        self,
+        raw: RawCheckpoint,
+        components: dict[str, Component],
+        schedulers: dict[str, dict[str, Any]],
+        kind: str,
+        note: Config | None = None,
+    ) -> Checkpoint:
+        """The checkpoint of a file's components; `note`: the model's name and defaults."""
+        note = note or {}
+        return Checkpoint(
+            components,
+            schedulers,
+            defaults=note.get("defaults", {}),
+            name=str(note.get("name", raw.path.stem)),
+            family=self,
+            kind=kind,
+            conditioner=partial(self.read_conditioner, raw, components),
+            path=raw.path,
+            metadata=raw.metadata,
+        )
+
+    @abstractmethod
+    def read_conditioner(
+        self, raw: RawCheckpoint, components: Components, network: Network, options: LoadOptions
+    ) -> Conditioner:
+        """The conditioner of a file's components, for its network."""
 
     @abstractmethod
     def write(self, checkpoint: Checkpoint) -> RawCheckpoint:

@@ -21,15 +21,9 @@ from sfumato.checkpoints.lazy_tensor import LazyTensor, LazyTensors
 from sfumato.checkpoints.shapes import Shapes
 from sfumato.checkpoints.tokenizers import END, clip_tokenizer
 from sfumato.checkpoints.weight_map import Chunk, Transpose, WeightMap, linear, weight
-from sfumato.errors import UserError, explained
-from sfumato.predict.text_encoders.clip import (
-    CLASSES,
-    POSITIONS,
-    PREFIX,
-    ClipEncoder,
-    build_clip,
-    load_tokenizer,
-)
+from sfumato.errors import WRONG, explained
+from sfumato.predict.text_encoders import clip
+from sfumato.predict.text_encoders.clip import CLASSES, PREFIX
 
 PROJECTION = "text_projection.weight"
 DECISIVE = ("architectures", "hidden_act", "layer_norm_eps", "num_attention_heads")
@@ -54,18 +48,13 @@ def clip_config(
         activation: Of the MLPs.
     """
     width = shapes.size(names["norm"])
-    if width > 64 and width % 64:
-        raise UserError(
-            f"{shapes.where}: a text encoder of width {width} does not divide into heads 64 wide: "
-            "it is of no known kind"
-        )
     return {
         "architectures": [CLASSES[projection is not None]],
         "model_type": "clip_text_model",
         "hidden_size": width,
         "intermediate_size": shapes.size(names["mlp"]),
         "num_hidden_layers": layers,
-        "num_attention_heads": max(1, width // 64),
+        "num_attention_heads": shapes.heads(width, 64) if width > 64 else 1,
         "vocab_size": shapes.size(names["tokens"], 0, 2),
         "max_position_embeddings": shapes.size(names["positions"], 0, 2),
         "projection_dim": width if projection is None else projection,
@@ -97,24 +86,22 @@ class _ClipTower(Tower):
 
     def encoder(
         self, component: Component, tokenizer: Path | None, raw: RawCheckpoint, options: LoadOptions
-    ) -> ClipEncoder:
+    ) -> clip.ClipEncoder:
         """The encoder with the tokenizer of a folder, or with CLIP's."""
         path, projected = raw.path, projects(component.config)
-        opened = None if tokenizer is None else load_tokenizer(tokenizer)
+        opened = None if tokenizer is None else clip.load_tokenizer(tokenizer)
         tensors = {
             k.removeprefix(PREFIX): lazy.load()
             for k, lazy in component.tensors.items()
-            if not k.endswith(POSITIONS)
+            if not k.endswith(clip.POSITIONS)
         }
-        model = build_clip(component.config, tensors, projected, options.opened, path, path)
-        if opened is not None:
-            with explained(path):
-                return ClipEncoder(opened, model, projected)
+        model = clip.build_clip(component.config, tensors, projected, options.opened, path, path)
         # the libraries raise any exception for a damaged vocabulary
-        with explained(path, (Exception,)):
-            length = model.config.max_position_embeddings
-            tokens = clip_tokenizer(self.pad, length, options.tokenizer, raw.metadata)
-            return ClipEncoder(tokens, model, projected)
+        with explained(path, (Exception,) if opened is None else WRONG):
+            if opened is None:
+                length = model.config.max_position_embeddings
+                opened = clip_tokenizer(self.pad, length, options.tokenizer, raw.metadata)
+            return clip.ClipEncoder(opened, model, projected)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,12 @@ def mlp(
     yield from linear(f"{source}.{layers[1]}", f"{target}.net.2", width, 4 * width)
 
 
+def unnamed(value: str, expected: str | None = None) -> UserError:
+    """The error for a config's value that has no name in the original layout."""
+    end = "" if expected is None else f": expected {expected}"
+    return UserError(f"{value} has no name in the original layout{end}")
+
+
 def attending_levels(config: Config, down: dict[str, bool], up: dict[str, bool]) -> list[bool]:
     """For each level, True where it attends, from the block types of a U-Net or autoencoder.
 
@@ -73,30 +79,11 @@ def attending_levels(config: Config, down: dict[str, bool], up: dict[str, bool])
         k for kinds, names in zip(ways, (down, up), strict=True) for k in kinds if k not in names
     ]
     if foreign:
-        raise UserError(
-            f"block type {foreign[0]!r} has no name in the original layout: "
-            f"expected one of {', '.join((*down, *up))}"
-        )
-    if [len(kinds) for kinds in ways] != [n, n]:
-        raise UserError(
-            f"{n} block_out_channels need {n} down_block_types and {n} up_block_types: "
-            f"{len(ways[0])} and {len(ways[1])} have no name in the original layout"
-        )
+        raise unnamed(f"block type {foreign[0]!r}", f"one of {', '.join((*down, *up))}")
+    counts = [len(kinds) for kinds in ways]
+    if counts != [n, n]:
+        raise unnamed(f"a pair of {counts[0]} down_ and {counts[1]} up_block_types", f"{n} of each")
     attends = [down[kind] for kind in ways[0]]
     if attends != [up[kind] for kind in reversed(ways[1])]:
-        raise UserError(
-            "up_block_types that are not the reverse of down_block_types have no name in the "
-            "original layout"
-        )
+        raise unnamed("a list of up_block_types that is not the reverse of down_block_types")
     return attends
-
-
-def width_of(config: Config) -> int:
-    """The width of a transformer's tokens."""
-    return config["num_attention_heads"] * config["attention_head_dim"]
-
-
-def patch_outputs(config: Config) -> int:
-    """Numbers that a transformer's last layer gives for one token."""
-    channels = config.get("out_channels") or config["in_channels"]
-    return config.get("patch_size", 1) ** 2 * channels

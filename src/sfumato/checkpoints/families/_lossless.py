@@ -45,21 +45,18 @@ def unrepresentable_fields(checkpoint: Checkpoint, again: Checkpoint) -> list[st
         config, inferred = part.config, again.components[name].config
         if name in ("unet", "vae"):
             lost += _lost_fields(name, _defaults(name, config, inferred) | config, inferred)
-        elif inferred.get("model_type") == "clip_text_model":
+            continue
+        if inferred.get("model_type") == "clip_text_model":
             projected = inferred["architectures"] == ["CLIPTextModelWithProjection"]
             fields = [*_CLIP, "projection_dim"] if projected else [*_CLIP]
-            values = _CLIP | dict(config)
-            lost += [
-                _clause(name, k, values.get(k), inferred[k])
-                for k in fields
-                if values.get(k) != inferred[k]
-            ]
+            values = _CLIP | config
         else:
-            lost += [
-                _clause(name, k, config.get(k), v)
-                for k, v in inferred.items()
-                if config.get(k) not in (None, v)
-            ]
+            fields, values = (
+                [*inferred],
+                inferred | {k: v for k, v in config.items() if v is not None},
+            )
+        changed = [field for field in fields if values.get(field) != inferred[field]]
+        lost += [_clause(name, field, values.get(field), inferred[field]) for field in changed]
     written, read = (c.schedulers.get("scheduler") for c in (checkpoint, again))
     return lost if written is None or read is None else lost + _lost_schedule(written, read)
 

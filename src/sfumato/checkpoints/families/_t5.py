@@ -15,14 +15,7 @@ from sfumato.checkpoints.lazy_tensor import LazyTensor, LazyTensors, load_tensor
 from sfumato.checkpoints.shapes import Shapes
 from sfumato.checkpoints.weight_map import WeightMap, weight
 from sfumato.errors import explained
-from sfumato.predict.text_encoders.t5 import (
-    CLASS,
-    EMBED,
-    SPIECE,
-    T5Encoder,
-    build_t5,
-    load_tokenizer,
-)
+from sfumato.predict.text_encoders import t5
 
 DECISIVE = (
     *("feed_forward_proj", "layer_norm_epsilon", "num_heads"),
@@ -42,7 +35,7 @@ class T5Tower(Tower):
         inner = shapes.size(f"{first}.0.SelfAttention.q.weight", 0, 2)
         buckets, heads = (shapes.size(f"{first}.0.{_BIAS}", axis, 2) for axis in (0, 1))
         return {
-            "architectures": [CLASS],
+            "architectures": [t5.CLASS],
             "model_type": "t5",
             "d_model": shapes.size("encoder.final_layer_norm.weight"),
             "d_kv": inner // max(heads, 1),
@@ -67,23 +60,24 @@ class T5Tower(Tower):
 
     def spare(self, config: Config, keys: Mapping[str, object]) -> set[str]:
         """The table of tokens once more, and a scale that other towers have."""
-        return {self.prefix + EMBED, f"{self.prefix.removesuffix('transformer.')}logit_scale"}
+        return {self.prefix + t5.EMBED, f"{self.prefix.removesuffix('transformer.')}logit_scale"}
 
     def named(self, tensors: LazyTensors) -> dict[str, LazyTensor]:
         """Tensors with the table of tokens once."""
-        return {key: lazy for key, lazy in tensors.items() if key != EMBED}
+        return {key: lazy for key, lazy in tensors.items() if key != t5.EMBED}
 
     def encoder(
         self, component: Component, tokenizer: Path | None, raw: RawCheckpoint, options: LoadOptions
-    ) -> T5Encoder:
+    ) -> t5.T5Encoder:
         """The encoder with the tokenizer of a folder."""
         assert tokenizer is not None, "T5's is in no package"
-        opened, path, dtype = load_tokenizer(tokenizer), raw.path, options.opened
+        opened, path, dtype = t5.load_tokenizer(tokenizer), raw.path, options.opened
         tensors = load_tensors(component.tensors)
-        model = build_t5(component.config, tensors, dtype, path, path, lambda: dtype is None)
-        spiece = (tokenizer / SPIECE).read_bytes() if (tokenizer / SPIECE).exists() else None
+        model = t5.build_t5(component.config, tensors, dtype, path, path, lambda: dtype is None)
+        file = tokenizer / t5.SPIECE
+        spiece = file.read_bytes() if file.exists() else None
         with explained(path):
-            return T5Encoder(opened, model, spiece)
+            return t5.T5Encoder(opened, model, spiece)
 
 
 def _t5(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -23,6 +23,7 @@ from sfumato.checkpoints.families import _clip, _t5, _vae
 from sfumato.checkpoints.families._base import (
     AUTOENCODERS,
     NETWORK,
+    Components,
     Config,
     Configs,
     Family,
@@ -84,6 +85,17 @@ class TransformerFamily(Family):
     def scheduler(self, config: Config) -> dict[str, Any]:
         """The published scheduler_config.json of a network; empty where there is none."""
         return {}
+
+    @staticmethod
+    def width(config: Config) -> int:
+        """The width of a network's tokens."""
+        return config["num_attention_heads"] * config["attention_head_dim"]
+
+    @staticmethod
+    def outputs(config: Config) -> int:
+        """Numbers that a network's last layer gives for one token."""
+        channels = config.get("out_channels") or config["in_channels"]
+        return config.get("patch_size", 1) ** 2 * channels
 
     # ---- which -----------------------------------------------------------------------------------
 
@@ -181,19 +193,8 @@ class TransformerFamily(Family):
             scheduler = json.loads(raw.metadata.get(notes.SCHEDULER, "null"))
         if scheduler is None and "transformer" in components:
             scheduler = self.scheduler(components["transformer"].config)
-        return Checkpoint(
-            components,
-            {"scheduler": scheduler} if scheduler else {},
-            defaults=model.get("defaults", {}),
-            name=str(model.get("name", raw.path.stem)),
-            family=self,
-            kind=self.name,
-            conditioner=lambda network, load_options: self._read_conditioner(
-                raw, components, network, load_options
-            ),
-            path=raw.path,
-            metadata=raw.metadata,
-        )
+        schedulers = {"scheduler": scheduler} if scheduler else {}
+        return self.checkpoint(raw, components, schedulers, self.name, model)
 
     def require_whole(self, checkpoint: Checkpoint) -> None:
         """Raise `UserError` without network, autoencoder or a text encoder that is not optional."""
@@ -212,13 +213,10 @@ class TransformerFamily(Family):
     def _tower_parts(self) -> set[str]:
         return {tower.part for tower in self.towers}
 
-    def _read_conditioner(
-        self,
-        raw: RawCheckpoint,
-        components: Mapping[str, Component],
-        network: Network,
-        options: LoadOptions,
+    def read_conditioner(
+        self, raw: RawCheckpoint, components: Components, network: Network, options: LoadOptions
     ) -> Conditioner:
+        """The conditioner with the tokenizers of the caller or the metadata."""
         require_transformers()
         towers = [tower for tower in self.towers if tower.part in components]
         names = [f"tokenizer{tower.end}" for tower in towers]
@@ -241,10 +239,7 @@ class TransformerFamily(Family):
             network: The model's.
             settings: The settings that the file notes.
         """
-        raise self._no_whole_file()
-
-    def _no_whole_file(self) -> UserError:
-        return UserError(f"a whole file with a {self.class_name} is not known: give a folder")
+        raise NotImplementedError
 
     # ---- writing ---------------------------------------------------------------------------------
 
@@ -344,6 +339,12 @@ class TransformerFamily(Family):
 
     # ---- model_index.json ------------------------------------------------------------------------
 
+    def pipeline(self, network: Network, conditioner: Conditioner, references: int) -> str | None:
+        """The pipeline of a whole file with the same network."""
+        if self.latents is None or not self.fits(network, conditioner):
+            return None
+        return self.file_pipeline(network.to_config(), references)
+
     def file_index(self, parts: Mapping[str, Component], references: int) -> dict[str, Any]:
         """The model_index.json of a whole file's parts.
 
@@ -369,7 +370,7 @@ class TransformerFamily(Family):
 
     def file_pipeline(self, config: Config, references: int) -> str:
         """The pipeline of a whole file, by its network's config; arguments as in `file_index`."""
-        raise self._no_whole_file()
+        raise NotImplementedError
 
     def extras(
         self, pipeline: str, guidance: object, parts: Mapping[str, object] | None = None
@@ -403,9 +404,8 @@ def axes(shapes: Shapes, head: int, published: list[int]) -> list[int]:
     """
     split = [head * a // sum(published) for a in published]
     if sum(split) != head or any(a % 2 for a in split):
-        raise UserError(
-            f"{shapes.where}: heads {head} wide do not divide among the axes as {published} do: "
-            "give its config.json (--config)"
+        raise shapes.error(
+            f"heads {head} wide do not divide into axes as {published}: give its config (--config)"
         )
     return split
 

@@ -29,6 +29,7 @@ from sfumato.checkpoints.families._base import (
     ABSENT,
     AUTOENCODERS,
     NETWORK,
+    Components,
     Config,
     Configs,
     Family,
@@ -97,7 +98,7 @@ class UNetFamily(Family):
         predicts: The network's target.
         notes_heads: Whether files note the heads, which differ and do not follow from keys.
         image_size: The side of images of all that were published; None: `sample_size` counts.
-        conditioner_class: The conditioner of its models.
+        conditioner_class: The conditioner of its models; None: it has no whole models.
         more_schedulers: Schedulers beside the denoiser's.
         lone_prefix: The prefix of an autoencoder whose names begin with none of the usual ones;
             None: there is none.
@@ -115,7 +116,7 @@ class UNetFamily(Family):
     predicts: ClassVar[str] = EPSILON
     notes_heads: ClassVar[bool] = False
     image_size: ClassVar[int | None] = None
-    conditioner_class: ClassVar[type] = ClipText
+    conditioner_class: ClassVar[type | None] = ClipText
     more_schedulers: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     lone_prefix: ClassVar[str | None] = None
 
@@ -154,10 +155,7 @@ class UNetFamily(Family):
     # ---- single files ----------------------------------------------------------------------------
 
     def read(
-        self,
-        raw: RawCheckpoint,
-        options: ReadOptions | None = None,
-        configs: Configs | None = None,
+        self, raw: RawCheckpoint, options: ReadOptions | None = None, configs: Configs | None = None
     ) -> Checkpoint:
         """The parts of a file, as in `Family.read`.
 
@@ -277,18 +275,7 @@ class UNetFamily(Family):
                 for name, key in notes.SCHEDULERS.items()
                 if key in raw.metadata
             }
-        return Checkpoint(
-            components,
-            schedulers,
-            name=raw.path.stem,
-            family=self,
-            kind=kind,
-            conditioner=lambda network, load_options: self._read_conditioner(
-                raw, components, load_options
-            ),
-            path=raw.path,
-            metadata=raw.metadata,
-        )
+        return self.checkpoint(raw, components, schedulers, kind)
 
     def require_whole(self, checkpoint: Checkpoint) -> None:
         """Raise `UserError` without a U-Net or an autoencoder."""
@@ -354,9 +341,10 @@ class UNetFamily(Family):
 
     # ---- conditioners ----------------------------------------------------------------------------
 
-    def _read_conditioner(
-        self, raw: RawCheckpoint, components: Mapping[str, Component], options: LoadOptions
+    def read_conditioner(
+        self, raw: RawCheckpoint, components: Components, network: Network, options: LoadOptions
     ) -> Conditioner:
+        """The conditioner; `UserError` for a file without text encoders."""
         if self.towers and components.keys() <= {"unet", "vae"}:
             raise UserError(
                 f"{raw.path} has no text encoder: give the file or folder of a whole model"
@@ -389,8 +377,7 @@ class UNetFamily(Family):
         tensors: dict[str, LazyTensor] = {}
         if foreign := sorted(checkpoint.components.keys() - {"unet", "vae", *towers}):
             raise UserError(
-                f"part {foreign[0]!r} has no place in a single file of the {self.name} family: "
-                "save a folder instead"
+                f"part {foreign[0]!r} has no place in a file of {self.title}: save a folder instead"
             )
         for name, part in checkpoint.components.items():
             if name == "unet":
@@ -452,11 +439,13 @@ class UNetFamily(Family):
 
     def publishes(self, network: Network, conditioner: Conditioner, process: Process) -> bool:
         """True where the conditioner is of this family."""
-        return network.part == "unet" and isinstance(conditioner, self.conditioner_class)
+        kind = self.conditioner_class
+        return network.part == "unet" and kind is not None and isinstance(conditioner, kind)
 
     def pipeline(self, network: Network, conditioner: Conditioner, references: int) -> str | None:
         """By the U-Net's inputs beside the latent, and by its text encoders."""
-        if network.part != "unet" or not isinstance(conditioner, ClipText):
+        fits = network.part == "unet" and isinstance(conditioner, ClipText)
+        if not fits or self.conditioner_class is not ClipText:
             return None
         if "" not in conditioner.encoders:  # the refiner
             return "StableDiffusionXLImg2ImgPipeline"
@@ -465,6 +454,8 @@ class UNetFamily(Family):
 
     def index(self, pipeline: str, conditioner: Conditioner, guidance: object) -> dict[str, Any]:
         """The text encoders, and parts that diffusers' pipelines may have and these do not."""
+        if self.conditioner_class is not ClipText:
+            return conditioner.index()
         if "XL" in pipeline:
             return conditioner.index() | _absent("feature_extractor", "image_encoder")
         if pipeline == "StableDiffusionUpscalePipeline":

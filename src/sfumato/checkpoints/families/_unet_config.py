@@ -9,7 +9,6 @@ are detected on the way up, where one stands behind another block.
 from typing import Any
 
 from sfumato.checkpoints.shapes import Shapes, one_or_all
-from sfumato.errors import UserError
 from sfumato.predict.networks.unet import FIXED
 from sfumato.predict.networks.unet_2d import OWN_CLASS
 
@@ -87,17 +86,13 @@ def unet_config(
     levels, middle = _levels(shapes), "middle_block.1"
     widths, attends = _widths(shapes, levels)
     if not shapes.has(f"{middle}.transformer_blocks."):
-        raise UserError(
-            f"{shapes.where}: a U-Net whose middle attends neither to tokens nor to itself "
-            "is not supported"
-        )
+        raise shapes.error("a U-Net without attention in its middle is not supported")
     depth = shapes.count(f"{middle}.transformer_blocks.")
     blocks = [f"input_blocks.{level[0]}.1.transformer_blocks." for level in levels]
     depths = [shapes.count(b) if a else None for b, a in zip(blocks, attends, strict=True)]
     if attends[-1] and depths[-1] != depth:
-        raise UserError(
-            f"{shapes.where}: its middle has {depth} transformer blocks and its last level "
-            f"{depths[-1]}: expected as many"
+        raise shapes.damaged(
+            f"its middle has {depth} transformer blocks, its last level {depths[-1]}"
         )
     if all(d in (None, depth) for d in depths):
         # levels that do not attend have none, whatever the config holds
@@ -131,10 +126,7 @@ def _levels(shapes: Shapes) -> list[list[int]]:
         else:
             levels[-1].append(n)
     if not all(levels):
-        raise UserError(
-            f"{shapes.where}: its U-Net has levels without residual blocks: "
-            "it may be damaged; copy it again"
-        )
+        raise shapes.damaged("its U-Net has levels without residual blocks")
     return levels
 
 
@@ -167,10 +159,7 @@ def _heads(
     if heads is not None:
         return heads
     if head_width is None:
-        raise UserError(
-            f"{shapes.where} does not tell how many heads its attention has, and files of its kind "
-            "differ: give heads, or its YAML"
-        )
+        raise shapes.error("its keys do not tell its attention's heads: give heads, or its YAML")
     _check_widths(shapes, widths, head_width, f"heads {head_width} wide")
     return [w // head_width for w in widths]
 
@@ -178,10 +167,8 @@ def _heads(
 def _check_widths(shapes: Shapes, widths: list[int], divisor: int, parts: str) -> None:
     faults = [w for w in widths if w % divisor]
     if faults:
-        raise UserError(
-            f"{shapes.where}: width {faults[0]} does not divide into {parts}: "
-            "give heads, or its YAML"
-        )
+        fault = f"width {faults[0]} does not divide into {parts}"
+        raise shapes.error(f"{fault}: give heads, or its YAML")
 
 
 def _labels(shapes: Shapes, sizes: int, pooled: str) -> dict[str, Any]:
@@ -198,9 +185,8 @@ def _labels(shapes: Shapes, sizes: int, pooled: str) -> dict[str, Any]:
     if shape is not None and len(shape) == 2:
         sinusoidal, rest = divmod(width - shape[1], sizes)
     if sinusoidal <= 0 or rest:
-        raise UserError(
-            f"{shapes.where}: a vector of {width} numbers is not a pooled text of "
-            f"{shape and shape[1]} and {sizes} sizes"
+        raise shapes.damaged(
+            f"its {width} numbers are no pooled text ({shape and shape[1]}) and {sizes} sizes"
         )
     return {
         "addition_embed_type": "text_time",
@@ -224,18 +210,14 @@ def plain_config(shapes: Shapes, heads: int | None, head_width: int | None) -> d
         UserError: A U-Net that is damaged, or that embeds a class.
     """
     if shapes.has("label_emb."):
-        raise UserError(
-            f"{shapes.where}: a U-Net without tokens that is told a class (label_emb) "
-            "is not supported"
+        raise shapes.error(
+            "a U-Net without tokens that is told a class (label_emb) is not supported"
         )
     levels, steps = _plain_levels(shapes)
     widths, attends = _widths(shapes, levels)
     by_block = any(steps)
     if by_block and not all(steps):
-        raise UserError(
-            f"{shapes.where}: of its U-Net's steps down some are residual blocks: "
-            "expected all of them, or none"
-        )
+        raise shapes.damaged("some of its U-Net's steps down are residual blocks, others are not")
     step = "resnet" if by_block else "conv"
     down, up = ("ResnetDownsample", "ResnetUpsample") if by_block else ("Down", "Up")
     down_types = [f"{'AttnDown' if a else down}Block2D" for a in attends]
@@ -272,9 +254,8 @@ def _plain_levels(shapes: Shapes) -> tuple[list[list[int]], list[bool]]:
             n += 1
     count = shapes.count("input_blocks.")
     if n != count or not all(levels):
-        raise UserError(
-            f"{shapes.where}: its U-Net has {count} blocks on the way down, the way up has room "
-            f"for {n}: it may be damaged"
+        raise shapes.damaged(
+            f"its U-Net has {count} blocks on the way down, the way up has room for {n}"
         )
     return levels, steps
 

@@ -22,9 +22,9 @@ from sfumato.checkpoints.families._layers import (
     embedder,
     listed,
     matrix,
+    unnamed,
 )
 from sfumato.checkpoints.weight_map import Chunk, Conv1d, WeightMap, linear, weight
-from sfumato.errors import UserError
 from sfumato.predict.networks.unet_2d import OWN_CLASS
 
 DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
@@ -57,15 +57,11 @@ def _attending(config: Config) -> list[bool]:
     attends = attending_levels(config, *((PLAIN_DOWN, PLAIN_UP) if plain else (DOWN, UP)))
     middle = "UNetMidBlock2D" if plain else "UNetMidBlock2DCrossAttn"
     if config.get("mid_block_type", middle) != middle or not config.get("add_attention", True):
-        raise UserError(
-            f"mid_block_type {config.get('mid_block_type')!r} has no name in the original layout: "
-            f"expected {middle} with attention"
+        raise unnamed(
+            f"mid_block_type {config.get('mid_block_type')!r}", f"{middle} with attention"
         )
     if plain and len(set(_steps(config))) > 1:
-        raise UserError(
-            "steps of which some are residual blocks have no name in the original layout: "
-            "expected all of them, or none"
-        )
+        raise unnamed("a U-Net with residual blocks as some of its steps", "all of them, or none")
     return attends
 
 
@@ -157,10 +153,7 @@ def _labels(config: Config, time: int) -> Iterator[WeightMap]:
         target = "add_embedding" if addition else "class_embedding"
         yield from embedder("label_emb.0", target, time, inputs, ("0", "2"))
     elif (addition, kind) != (None, None):
-        raise UserError(
-            f"addition_embed_type {addition!r} with class_embed_type {kind!r} has no name in the "
-            "original layout"
-        )
+        raise unnamed(f"addition_embed_type {addition!r} with class_embed_type {kind!r}")
     elif config.get("num_class_embeds") is not None:
         yield weight("label_emb.weight", "class_embedding.weight", config["num_class_embeds"], time)
 

@@ -13,7 +13,6 @@ from sfumato.checkpoints.families._base import Config
 from sfumato.checkpoints.families._layers import attending_levels, below, listed
 from sfumato.checkpoints.shapes import Shapes
 from sfumato.checkpoints.weight_map import Conv1x1, WeightMap, linear, weight
-from sfumato.errors import UserError
 
 STANDARD: dict[str, Any] = {"act_fn": "silu", "norm_num_groups": 32}
 KL_STANDARD: dict[str, Any] = {"shift_factor": None, "latents_mean": None, "latents_std": None}
@@ -41,10 +40,7 @@ def vae_config(shapes: Shapes, scaling_factor: float, sample_size: int = 512) ->
     """
     levels = shapes.count("encoder.down.")
     if not levels:
-        raise UserError(
-            f"{shapes.where} lacks {shapes.prefix}encoder.down.*: "
-            "an autoencoder without its encoder is not supported"
-        )
+        raise shapes.error("an autoencoder without its encoder (encoder.down.*) is not supported")
     down = [
         "AttnDownEncoderBlock2D" if shapes.has(f"encoder.down.{k}.attn.") else "DownEncoderBlock2D"
         for k in range(levels)
@@ -94,17 +90,11 @@ def vae_map(config: Config) -> Iterator[WeightMap]:
     )
     code = config.get("vq_embed_dim") or latent
     moments, quantum = (latent, code) if vq else (2 * latent, 2 * latent)
-    last, layers = len(widths) - 1, config["layers_per_block"]
-    middle = config.get("mid_block_add_attention", True)
-    yield from linear("encoder.conv_in", "encoder.conv_in", widths[0], config["in_channels"], 3, 3)
-    channels = widths[0]
-    for level, width in enumerate(widths):
-        source, target = f"encoder.down.{level}", f"encoder.down_blocks.{level}"
-        yield from below(source, target, _level(channels, width, layers, attends[level]))
-        if level < last:
-            steps = f"{source}.downsample.conv", f"{target}.downsamplers.0.conv"
-            yield from linear(*steps, width, width, 3, 3)
-        channels = width
+    inputs, outputs, channels = config["in_channels"], config["out_channels"], widths[-1]
+    layers, middle = config["layers_per_block"], config.get("mid_block_add_attention", True)
+    levels = list(zip(range(n), widths, attends, strict=True))
+    yield from linear("encoder.conv_in", "encoder.conv_in", widths[0], inputs, 3, 3)
+    yield from below("encoder", "encoder", _levels("down", levels, widths[0], layers))
     yield from below("encoder.mid", "encoder.mid_block", _middle(channels, middle))
     yield from linear("encoder.norm_out", "encoder.conv_norm_out", channels)
     yield from linear("encoder.conv_out", "encoder.conv_out", moments, channels, 3, 3)
@@ -117,17 +107,22 @@ def vae_map(config: Config) -> Iterator[WeightMap]:
         yield from linear("post_quant_conv", "post_quant_conv", latent, code, 1, 1)
     yield from linear("decoder.conv_in", "decoder.conv_in", channels, latent, 3, 3)
     yield from below("decoder.mid", "decoder.mid_block", _middle(channels, middle))
-    for level in reversed(range(len(widths))):
-        source, target = f"decoder.up.{level}", f"decoder.up_blocks.{last - level}"
-        width = widths[level]
-        yield from below(source, target, _level(channels, width, layers + 1, attends[level]))
-        if level:
-            steps = f"{source}.upsample.conv", f"{target}.upsamplers.0.conv"
+    yield from below("decoder", "decoder", _levels("up", levels[::-1], channels, layers + 1))
+    yield from linear("decoder.norm_out", "decoder.conv_norm_out", widths[0])
+    yield from linear("decoder.conv_out", "decoder.conv_out", outputs, widths[0], 3, 3)
+
+
+def _levels(
+    way: str, levels: list[tuple[int, int, bool]], channels: int, layers: int
+) -> Iterator[WeightMap]:
+    """The levels of one half in the order in which they run: (number, width, attends)."""
+    for k, (level, width, attends) in enumerate(levels):
+        source, target = f"{way}.{level}", f"{way}_blocks.{k}"
+        yield from below(source, target, _level(channels, width, layers, attends))
+        if k < len(levels) - 1:
+            steps = f"{source}.{way}sample.conv", f"{target}.{way}samplers.0.conv"
             yield from linear(*steps, width, width, 3, 3)
         channels = width
-    outputs = config["out_channels"]
-    yield from linear("decoder.norm_out", "decoder.conv_norm_out", channels)
-    yield from linear("decoder.conv_out", "decoder.conv_out", outputs, channels, 3, 3)
 
 
 def _level(channels: int, width: int, layers: int, attends: bool) -> Iterator[WeightMap]:

@@ -11,9 +11,6 @@ from sfumato.checkpoints.families._unet import UNetFamily
 from sfumato.checkpoints.families._vae import vae_map
 from sfumato.checkpoints.families.sdxl import Sdxl
 from sfumato.checkpoints.shapes import Shapes
-from sfumato.diffuse.process import Process
-from sfumato.predict.conditioners.base import Conditioner
-from sfumato.predict.networks.base import Network
 
 
 class Autoencoder(UNetFamily):
@@ -22,6 +19,7 @@ class Autoencoder(UNetFamily):
     name, title = "autoencoder", "autoencoders"
     tells_latents = False
     lone_prefix = ""
+    conditioner_class = None
 
     def detect_alone(self, shapes: Shapes) -> bool:
         """True for encoder and decoder, with or without a prefix, and no network."""
@@ -33,13 +31,6 @@ class Autoencoder(UNetFamily):
         kinds = ("AutoencoderKL", "VQModel")
         alone = components.keys() == {"vae"}
         return alone and components["vae"].config.get("_class_name", kinds[0]) in kinds
-
-    def publishes(self, network: Network, conditioner: Conditioner, process: Process) -> bool:
-        """False: no model is an autoencoder alone."""
-        return False
-
-    def pipeline(self, network: Network, conditioner: Conditioner, references: int) -> None:
-        """No pipeline is an autoencoder alone."""
 
     def default_scale(self, metadata: Mapping[str, str], vq: bool) -> float:
         """SDXL's scale by the metadata, 1 with a codebook, else SD 1's."""

@@ -13,14 +13,7 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.families._base import Config
-from sfumato.checkpoints.families._layers import (
-    attention,
-    below,
-    listed,
-    mlp,
-    patch_outputs,
-    width_of,
-)
+from sfumato.checkpoints.families._layers import attention, below, listed, mlp
 from sfumato.checkpoints.families._transformer import SINUSOIDAL, TransformerFamily, patch_fields
 from sfumato.checkpoints.shapes import Shapes
 from sfumato.checkpoints.weight_map import Broadcast, Constant, WeightMap, linear
@@ -58,7 +51,7 @@ class Dit(TransformerFamily):
     @listed
     def weight_map(self, config: Config) -> Iterator[WeightMap]:
         """Names of diffusers, and the table of positions, which the config determines."""
-        width, patch, layers = width_of(config), config["patch_size"], range(config["num_layers"])
+        width, patch, layers = self.width(config), config["patch_size"], range(config["num_layers"])
         classes, channels = config["num_embeds_ada_norm"] + 1, config["in_channels"]
         yield from linear("x_embedder.proj", "pos_embed.proj", width, channels, patch, patch)
         for source, target, shape in (
@@ -73,7 +66,7 @@ class Dit(TransformerFamily):
         for k in layers:
             yield from below(f"blocks.{k}", f"transformer_blocks.{k}", _block(width))
         yield from linear("final_layer.adaLN_modulation.1", "proj_out_1", 2 * width, width)
-        yield from linear("final_layer.linear", "proj_out_2", patch_outputs(config), width)
+        yield from linear("final_layer.linear", "proj_out_2", self.outputs(config), width)
         side = config["sample_size"] // patch
         table = Constant(value=lambda: grid_table(width, side))
         yield WeightMap(TABLE, (), (1, side * side, width), table)

@@ -11,14 +11,7 @@ from typing import Any, ClassVar
 
 from sfumato.checkpoints.families._base import ABSENT, Config
 from sfumato.checkpoints.families._clip import ClipTower
-from sfumato.checkpoints.families._layers import (
-    below,
-    embedder,
-    listed,
-    mlp,
-    patch_outputs,
-    width_of,
-)
+from sfumato.checkpoints.families._layers import below, embedder, listed, mlp
 from sfumato.checkpoints.families._t5 import T5Tower
 from sfumato.checkpoints.families._transformer import (
     FLOW,
@@ -92,7 +85,7 @@ class Flux(TransformerFamily):
     @listed
     def weight_map(self, config: Config) -> Iterator[WeightMap]:
         """Names of diffusers."""
-        width, head = width_of(config), config["attention_head_dim"]
+        width, head = self.width(config), config["attention_head_dim"]
         embedders = [
             ("time_in", "timestep", SINUSOIDAL),
             ("vector_in", "text", config["pooled_projection_dim"]),
@@ -110,7 +103,7 @@ class Flux(TransformerFamily):
             target = f"single_transformer_blocks.{k}"
             yield from below(f"single_blocks.{k}", target, _single(width, head))
         yield from swapped("final_layer.adaLN_modulation.1", "norm_out.linear", 2 * width, width)
-        yield from linear("final_layer.linear", "proj_out", patch_outputs(config), width)
+        yield from linear("final_layer.linear", "proj_out", self.outputs(config), width)
 
     def scheduler(self, config: Config) -> dict[str, Any]:
         """A shift that follows the number of tokens for dev, none for schnell."""

@@ -15,14 +15,13 @@ import torch
 
 from sfumato.checkpoints.checkpoint import Component
 from sfumato.checkpoints.families._base import AUTOENCODERS, Config, Section
-from sfumato.checkpoints.families._layers import below, listed, matrix, patch_outputs, width_of
+from sfumato.checkpoints.families._layers import below, listed, matrix, unnamed
 from sfumato.checkpoints.families._transformer import SINUSOIDAL, TransformerFamily, axes
 from sfumato.checkpoints.families._vae import vae_config, vae_map
 from sfumato.checkpoints.families.flux import HEAD, STREAMS, norms, stream_fields
 from sfumato.checkpoints.lazy_tensor import LazyTensor
 from sfumato.checkpoints.shapes import Shapes
 from sfumato.checkpoints.weight_map import WeightMap, chunked, swapped, weight
-from sfumato.errors import UserError
 from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.conditioners.flux2_text import Flux2Text
 from sfumato.predict.networks.base import Network
@@ -89,7 +88,7 @@ class Flux2(TransformerFamily):
     @listed
     def weight_map(self, config: Config) -> Iterator[WeightMap]:
         """Names of diffusers."""
-        width, head = width_of(config), config["attention_head_dim"]
+        width, head = self.width(config), config["attention_head_dim"]
         inner = int(width * config.get("mlp_ratio", 3.0))
         sinusoidal = config.get("timestep_guidance_channels", SINUSOIDAL)
         for name in (
@@ -116,7 +115,7 @@ class Flux2(TransformerFamily):
             yield from norms(f"{source}.norm", f"{target}.norm", head)
         final = "final_layer.adaLN_modulation.1"
         yield from swapped(final, "norm_out.linear", 2 * width, width, bias=False)
-        yield matrix("final_layer.linear", "proj_out", patch_outputs(config), width)
+        yield matrix("final_layer.linear", "proj_out", self.outputs(config), width)
 
     def autoencoder(self, shapes: Shapes, config: Config | None) -> Section:
         """The autoencoder's section; the file holds the statistics of its latents."""
@@ -183,12 +182,9 @@ def _double(width: int, inner: int, head: int) -> Iterator[WeightMap]:
 def _autoencoder_map(config: Config) -> list[WeightMap]:
     """The autoencoder's table; `UserError` for a decoder of other widths than the encoder."""
     widths = list(config["block_out_channels"])
-    if list(config.get("decoder_block_out_channels") or widths) != widths:
-        raise UserError(
-            f"decoder_block_out_channels {config['decoder_block_out_channels']} beside "
-            f"block_out_channels {widths} has no name in the original layout: "
-            "expected the same widths"
-        )
+    decoder = list(config.get("decoder_block_out_channels") or widths)
+    if decoder != widths:
+        raise unnamed(f"decoder_block_out_channels {decoder}", f"{widths}, the block_out_channels")
     halves = {"quant_conv": "encoder.", "post_quant_conv": "decoder."}
     maps = [
         replace(m, source=halves.get(m.source.partition(".")[0], "") + m.source)

@@ -59,10 +59,6 @@ class LdmText(UNetFamily):
         fits = network.part == "unet" and isinstance(conditioner, BertText)
         return "LDMTextToImagePipeline" if fits else None
 
-    def index(self, pipeline: str, conditioner: Conditioner, guidance: object) -> dict[str, Any]:
-        """The transformer."""
-        return conditioner.index()
-
 
 class ClassTower(Tower):
     """A table of classes, one token a class; the last row may stand for none."""
@@ -120,10 +116,6 @@ class LdmClass(_LdmImages):
         """The table, under the name "class_embedder"."""
         return {"class_embedder": (_class_config(*conditioner.table.shape), conditioner.tensors())}
 
-    def pipeline(self, network: Network, conditioner: Conditioner, references: int) -> str | None:
-        """None: diffusers has no pipeline for it."""
-        return None
-
     def guidance(self, conditioner: ClassEmbedding) -> dict[str, Any]:
         """As in the paper's table 3 (LDM-4-G, s = 1.5)."""
         return {"guidance": 1.5 if conditioner.unconditional else 1.0}
@@ -155,9 +147,8 @@ class LdmUnconditional(_LdmImages):
         inputs, channels = config["in_channels"], config["out_channels"]
         if inputs != channels:
             raise UserError(
-                f"{where}: a U-Net without tokens that takes {inputs} channels and gives {channels}"
-                " is conditioned on a picture (Latent Diffusion's inpainting, super-resolution, "
-                "semantic synthesis): that is not supported"
+                f"{where}: a U-Net without tokens of {inputs} channels in and {channels} out is "
+                "conditioned on an image (inpainting, super-resolution): that is not supported"
             )
         return self.name
 

@@ -106,10 +106,10 @@ def from_yaml(values: Any, where: object = "YAML") -> OriginalConfig:
         model = values["model"]
         target, params = model["target"], model.get("params") or {}
         if target in _VAES:
-            return OriginalConfig({"vae": _vae(target, params, where)})
+            return OriginalConfig({"vae": _vae(target, params)})
         if target not in _MODELS:
             raise unknown("target of a model", target, _MODELS | _VAES)
-        return _model(params, where)
+        return _model(params)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, ArithmeticError) as error:
@@ -128,12 +128,11 @@ def _check(kind: str, params: Mapping[str, Any], names: set[str], fixed: Mapping
             )
         if name not in names and name not in fixed:
             raise UserError(
-                f"{kind} parameter {name}={value!r} is not known: it might change the result, "
-                "so it is refused"
+                f"{kind} parameter {name}={value!r} is not known: it might change the result"
             )
 
 
-def _model(params: Mapping[str, Any], where: object) -> OriginalConfig:
+def _model(params: Mapping[str, Any]) -> OriginalConfig:
     _check("model", params, _FREE_MODEL | _READ_MODEL, _FIXED_MODEL)
     kind, prediction = params.get("beta_schedule", "linear"), params.get("parameterization", "eps")
     if kind not in _SCHEDULES or prediction not in _PREDICTIONS:
@@ -151,7 +150,7 @@ def _model(params: Mapping[str, Any], where: object) -> OriginalConfig:
     texts = _text(conditioner)
     parts = {
         "unet": _unet(unet["params"], None if conditioner is None else bool(texts)),
-        "vae": _vae(first["target"], first["params"], where),
+        "vae": _vae(first["target"], first["params"]),
         **texts,
     }
     scale = None if params.get("scale_by_std") else float(params.get("scale_factor", 1.0))
@@ -205,15 +204,14 @@ def _one_or_all(value: Any) -> Any:
     return value if isinstance(value, int) else one_or_all(list(value))
 
 
-def _vae(target: str, params: Mapping[str, Any], where: object) -> dict[str, Any]:
+def _vae(target: str, params: Mapping[str, Any]) -> dict[str, Any]:
     dd, vq = params["ddconfig"], not target.endswith("AutoencoderKL")
     _check("first stage", params, _VAE | ({"n_embed"} if vq else set()), _FIXED_VAE)
     _check("ddconfig", dd, _DD, _FIXED_DD)
     width, channels = params["embed_dim"], dd["z_channels"]
     if bool(dd.get("double_z", True)) == vq or (not vq and width != channels):
         raise UserError(
-            f"{where}: double_z {dd.get('double_z')}, embed_dim {width} and z_channels {channels} "
-            "do not fit"
+            f"double_z {dd.get('double_z')}, embed_dim {width}, z_channels {channels} do not fit"
         )
     sides = [dd["resolution"] // 2**k for k in range(len(dd["ch_mult"]))]
     attends = [side in dd["attn_resolutions"] for side in sides]

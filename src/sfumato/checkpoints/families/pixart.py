@@ -10,19 +10,10 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from sfumato.checkpoints.families._base import Config
-from sfumato.checkpoints.families._layers import (
-    attention,
-    below,
-    embedder,
-    listed,
-    mlp,
-    patch_outputs,
-    width_of,
-)
+from sfumato.checkpoints.families._layers import attention, below, embedder, listed, mlp
 from sfumato.checkpoints.families._transformer import SINUSOIDAL, TransformerFamily, patch_fields
 from sfumato.checkpoints.shapes import Shapes
 from sfumato.checkpoints.weight_map import WeightMap, chunked, linear, weight
-from sfumato.errors import UserError
 from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.conditioners.t5_text import T5Text
 from sfumato.predict.networks.base import Network
@@ -50,9 +41,8 @@ class PixArt(TransformerFamily):
         patch = shapes.size("x_embedder.proj.weight", 2, 4)
         sized, tabled = shapes.has("csize_embedder."), shapes.has("pos_embed")
         if not sized and not tabled:
-            raise UserError(
-                f"{shapes.where} does not tell for which size of pictures its network is "
-                "(PixArt without pos_embed): give its config.json (--config)"
+            raise shapes.error(
+                "PixArt without pos_embed tells no image size: give its config.json (--config)"
             )
         side = patch * shapes.square("pos_embed") if tabled else 128
         caption = "y_embedder.y_embedding"
@@ -76,7 +66,7 @@ class PixArt(TransformerFamily):
     @listed
     def weight_map(self, config: Config) -> Iterator[WeightMap]:
         """Names of diffusers."""
-        width, patch, channels = width_of(config), config["patch_size"], config["in_channels"]
+        width, patch, channels = self.width(config), config["patch_size"], config["in_channels"]
         yield from linear("x_embedder.proj", "pos_embed.proj", width, channels, patch, patch)
         embedders = [("t", "timestep", width)]
         if has_sizes(config):
@@ -90,7 +80,7 @@ class PixArt(TransformerFamily):
         for k in range(config["num_layers"]):
             yield from below(f"blocks.{k}", f"transformer_blocks.{k}", _block(width))
         yield weight("final_layer.scale_shift_table", "scale_shift_table", 2, width)
-        yield from linear("final_layer.linear", "proj_out", patch_outputs(config), width)
+        yield from linear("final_layer.linear", "proj_out", self.outputs(config), width)
 
     def pipeline(self, network: Network, conditioner: Conditioner, references: int) -> str | None:
         """By the length of prompts."""

@@ -6,14 +6,7 @@ from typing import Any
 from sfumato.checkpoints.checkpoint import Component
 from sfumato.checkpoints.families._base import Config
 from sfumato.checkpoints.families._clip import OpenClipTower
-from sfumato.checkpoints.families._unet import (
-    EPSILON,
-    LEVELS,
-    TEXT,
-    VELOCITY,
-    UNetFamily,
-    is_open_clip,
-)
+from sfumato.checkpoints.families._unet import LEVELS, TEXT, UNetFamily, is_open_clip
 
 CLIP_H = OpenClipTower("text_encoder", f"{TEXT}model.", penultimate=True)
 """OpenCLIP's ViT-H, whose last layer is not used."""
@@ -33,7 +26,7 @@ class Sd2(UNetFamily):
     towers = (CLIP_H,)
     head_width = 64
     sample_size = 96
-    predicts = VELOCITY
+    predicts = "v_prediction"
 
     def fits(self, unet: Config, components: Mapping[str, Component]) -> bool:
         """True for OpenCLIP without a table of noise levels."""
@@ -42,11 +35,11 @@ class Sd2(UNetFamily):
     def default_prediction(self, kind: str, metadata: Mapping[str, str]) -> str:
         """Noise for base and inpainting models."""
         base = metadata.get("global_step") == _BASE_STEPS
-        return EPSILON if base or kind != self.name else self.predicts
+        return "epsilon" if base or kind != self.name else self.predicts
 
     def adjusted(self, prediction: str) -> dict[str, Any]:
         """The size of the models that predict noise, which are for 512 pixels."""
-        return {"sample_size": 64} if prediction == EPSILON else {}
+        return {"sample_size": 64} if prediction == "epsilon" else {}
 
 
 FAMILIES = (Sd2(),)

@@ -12,20 +12,11 @@ from typing import Any, ClassVar
 
 from sfumato.checkpoints.families._base import ABSENT, Config
 from sfumato.checkpoints.families._clip import ClipTower
-from sfumato.checkpoints.families._layers import (
-    below,
-    embedder,
-    listed,
-    mlp,
-    patch_outputs,
-    width_of,
-)
+from sfumato.checkpoints.families._layers import below, embedder, listed, mlp, unnamed
 from sfumato.checkpoints.families._t5 import T5Tower
 from sfumato.checkpoints.families._transformer import FLOW, SINUSOIDAL, TEXTS, TransformerFamily
 from sfumato.checkpoints.shapes import Shapes
 from sfumato.checkpoints.weight_map import WeightMap, chunked, linear, swapped, weight
-from sfumato.errors import UserError
-from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.conditioners.sd3_text import Sd3Text, Sd3TextConfig
 from sfumato.predict.networks.base import Network
 
@@ -77,16 +68,12 @@ class Sd3(TransformerFamily):
     @listed
     def weight_map(self, config: Config) -> Iterator[WeightMap]:
         """Names of diffusers; `UserError` for a config without names there."""
-        width, patch, channels = width_of(config), config["patch_size"], config["in_channels"]
+        width, patch, channels = self.width(config), config["patch_size"], config["in_channels"]
         if config.get("qk_norm") not in (None, "rms_norm"):
-            raise UserError(
-                f"qk_norm {config['qk_norm']!r} has no name in SD3's original layout: "
-                "expected 'rms_norm' or null"
-            )
-        if config["caption_projection_dim"] != width:
-            raise UserError(
-                f"caption_projection_dim {config['caption_projection_dim']} is not the width "
-                f"{width} of the blocks, to which the text is projected"
+            raise unnamed(f"qk_norm {config['qk_norm']!r}", "'rms_norm' or null")
+        if (text_width := config["caption_projection_dim"]) != width:
+            raise unnamed(
+                f"caption_projection_dim {text_width}", f"{width}, the width of the blocks"
             )
         cells, text = config["pos_embed_max_size"] ** 2, config["joint_attention_dim"]
         pooled, last = config["pooled_projection_dim"], config["num_layers"] - 1
@@ -102,7 +89,7 @@ class Sd3(TransformerFamily):
             yield from below(f"{source}.x_block", target, _image(width, dual, config))
             yield from below(f"{source}.context_block", target, _text(width, k == last, config))
         yield from swapped("final_layer.adaLN_modulation.1", "norm_out.linear", 2 * width, width)
-        yield from linear("final_layer.linear", "proj_out", patch_outputs(config), width)
+        yield from linear("final_layer.linear", "proj_out", self.outputs(config), width)
 
     def scheduler(self, config: Config) -> dict[str, Any]:
         """A flow with shift 3 (section 5.3.2)."""
@@ -115,10 +102,6 @@ class Sd3(TransformerFamily):
         wide = {} if "_3" in encoders else {"joint_attention_dim": network.token_width}
         values = Sd3TextConfig.from_dict({**wide, **settings})
         return Sd3Text(encoders[""], encoders["_2"], encoders.get("_3"), values)
-
-    def pipeline(self, network: Network, conditioner: Conditioner, references: int) -> str | None:
-        """One pipeline for all of them."""
-        return "StableDiffusion3Pipeline" if self.fits(network, conditioner) else None
 
     def file_pipeline(self, config: Config, references: int) -> str:
         """One pipeline for all of them."""

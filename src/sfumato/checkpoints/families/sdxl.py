@@ -6,7 +6,6 @@ from sfumato.checkpoints.families._base import Config
 from sfumato.checkpoints.families._clip import ClipTower, OpenClipTower
 from sfumato.checkpoints.families._unet import LABELS, UNetFamily
 from sfumato.checkpoints.shapes import Shapes
-from sfumato.errors import UserError
 
 _FIRST, _BIG_G = "conditioner.embedders.0.transformer.", "conditioner.embedders.{}.model."
 
@@ -36,9 +35,8 @@ class Sdxl(_Sdxl):
     def detect(self, shapes: Shapes) -> bool:
         """True for two encoders; `UserError` for Playground 2.5, whose latents differ in scale."""
         if any(key.startswith(("edm_mean", "edm_std")) for key in shapes.table):
-            raise UserError(
-                f"{shapes.where} is of the Playground 2.5 family (edm_mean, edm_std): "
-                "it is not supported; use its folder in diffusers' layout"
+            raise shapes.error(
+                "Playground 2.5 (edm_mean, edm_std) is supported in folders only: use its folder"
             )
         return super().detect(shapes)
 

@@ -56,8 +56,7 @@ def load_taesd(
     if source.is_dir():
         if decoder is not None:
             raise UserError(
-                f"{source} is a folder and a decoder was given too: give the encoder's file with "
-                "the decoder's, or the folder alone"
+                f"{source} is a folder and a decoder was given too: give two files, or the folder"
             )
         source, decoder = _pair(source)
     if decoder is None:

@@ -8,14 +8,7 @@ from typing import ClassVar
 
 from sfumato.checkpoints.checkpoint import Component
 from sfumato.checkpoints.families._base import Config
-from sfumato.checkpoints.families._unet import (
-    EPSILON,
-    LABELS,
-    LEVELS,
-    VELOCITY,
-    UNetFamily,
-    is_open_clip,
-)
+from sfumato.checkpoints.families._unet import LABELS, LEVELS, UNetFamily, is_open_clip
 from sfumato.checkpoints.families.sd2 import CLIP_H
 from sfumato.checkpoints.schedulers import betas as schedules
 
@@ -30,12 +23,12 @@ class X4Upscaler(UNetFamily):
     betas = (0.0001, 0.02)
     scaling_factor = 0.08333
     sample_size = 128
-    predicts = VELOCITY
+    predicts = "v_prediction"
     more_schedulers: ClassVar = {  # adds noise to the small image
         "low_res_scheduler": {
             "_class_name": "DDPMScheduler",
             **schedules.fields(0.0001, 0.02),
-            "prediction_type": EPSILON,
+            "prediction_type": "epsilon",
             "clip_sample": True,
         }
     }
