@@ -32,6 +32,8 @@ Config = Mapping[str, Any]
 Components = Mapping[str, Component]
 Configs = Mapping[str, Config]
 """Configs by part."""
+Encoders = Mapping[str, Any]
+"""Text encoders by the endings of their folders' names."""
 Parts = dict[str, tuple[dict[str, Any], Mapping[str, Any]]]
 """Config and tensors by part."""
 NETWORK = "model.diffusion_model."
@@ -164,7 +166,7 @@ class Family(ABC):
         return False
 
     @abstractmethod
-    def holds(self, components: Mapping[str, Component]) -> bool:
+    def holds(self, components: Components) -> bool:
         """True where these components make a single file of this family."""
 
     def publishes(self, network: Network, conditioner: Conditioner, process: Process) -> bool:

@@ -26,6 +26,7 @@ from sfumato.checkpoints.families._base import (
     Components,
     Config,
     Configs,
+    Encoders,
     Family,
     Section,
     store_section,
@@ -103,7 +104,7 @@ class TransformerFamily(Family):
         """True where the file has the mark, with prefix or without."""
         return NETWORK + self.mark in shapes.table or self.mark in shapes.table
 
-    def holds(self, components: Mapping[str, Component]) -> bool:
+    def holds(self, components: Components) -> bool:
         """True where the network is of this class."""
         network = components.get("transformer")
         return network is not None and network.config.get("_class_name") == self.class_name
@@ -229,9 +230,7 @@ class TransformerFamily(Family):
             settings = notes.read_json(raw.metadata, notes.CONDITIONER)
             return self.conditioner(encoders, network, settings)
 
-    def conditioner(
-        self, encoders: Mapping[str, Any], network: Network, settings: Config
-    ) -> Conditioner:
+    def conditioner(self, encoders: Encoders, network: Network, settings: Config) -> Conditioner:
         """The conditioner of a whole file.
 
         Args:
@@ -345,7 +344,7 @@ class TransformerFamily(Family):
             return None
         return self.file_pipeline(network.to_config(), references)
 
-    def file_index(self, parts: Mapping[str, Component], references: int) -> dict[str, Any]:
+    def file_index(self, parts: Components, references: int) -> dict[str, Any]:
         """The model_index.json of a whole file's parts.
 
         Tokenizers are left out: no file holds their classes.

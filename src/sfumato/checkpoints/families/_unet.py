@@ -134,7 +134,7 @@ class UNetFamily(Family):
             return False
         return (shapes.rank(f"{MIDDLE}proj_in.weight") == 2) is self.linear_projection
 
-    def holds(self, components: Mapping[str, Component]) -> bool:
+    def holds(self, components: Components) -> bool:
         """True where the text encoders are the family's, or where the U-Net alone is."""
         if "unet" not in components or is_plain(components["unet"].config):
             return False
@@ -143,7 +143,7 @@ class UNetFamily(Family):
             return texts == {tower.part for tower in self.towers} and self.fits(unet, components)
         return self.fits_alone(unet)
 
-    def fits(self, unet: Config, components: Mapping[str, Component]) -> bool:
+    def fits(self, unet: Config, components: Components) -> bool:
         """True for components of this family, among those with the same text encoders."""
         return True
 
@@ -352,7 +352,7 @@ class UNetFamily(Family):
         return self.conditioner(raw, components, options)
 
     def conditioner(
-        self, raw: RawCheckpoint, components: Mapping[str, Component], options: LoadOptions
+        self, raw: RawCheckpoint, components: Components, options: LoadOptions
     ) -> Conditioner:
         """The text encoders of CLIP, with a tokenizer from elsewhere."""
         encoders = {
@@ -469,7 +469,7 @@ def _absent(*parts: str) -> dict[str, Any]:
     return dict.fromkeys(parts, ABSENT)
 
 
-def is_open_clip(components: Mapping[str, Component]) -> bool:
+def is_open_clip(components: Components) -> bool:
     """True where the first text encoder is open_clip's, by its activation."""
     return components["text_encoder"].config.get("hidden_act", "quick_gelu") == "gelu"
 

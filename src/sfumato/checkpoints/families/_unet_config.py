@@ -12,45 +12,41 @@ from sfumato.checkpoints.shapes import Shapes, one_or_all
 from sfumato.predict.networks.unet import FIXED
 from sfumato.predict.networks.unet_2d import OWN_CLASS
 
-STANDARD: dict[str, Any] = FIXED | {
-    "_class_name": "UNet2DConditionModel",
+_SHARED: dict[str, Any] = {
     "flip_sin_to_cos": True,
     "freq_shift": 0,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "mid_block_only_cross_attention": None,
-    "only_cross_attention": False,
     "downsample_padding": 1,
     "norm_num_groups": 32,
     "norm_eps": 1e-5,
     "class_embed_type": None,
     "num_class_embeds": None,
-    "addition_embed_type": None,
-    "addition_time_embed_dim": None,
-    "projection_class_embeddings_input_dim": None,
     "resnet_time_scale_shift": "default",
     "time_embedding_dim": None,
 }
+STANDARD = {
+    **FIXED,
+    **_SHARED,
+    "_class_name": "UNet2DConditionModel",
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "mid_block_only_cross_attention": None,
+    "only_cross_attention": False,
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "projection_class_embeddings_input_dim": None,
+}
 """Diffusers' fields that are the same for all files of the original layout with tokens."""
-PLAIN_STANDARD: dict[str, Any] = {
+PLAIN_STANDARD = {
+    **_SHARED,
     "_class_name": "UNet2DModel",
     "center_input_sample": False,
     "time_embedding_type": "positional",
-    "time_embedding_dim": None,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
     "mid_block_type": "UNetMidBlock2D",
     "add_attention": True,
-    "downsample_padding": 1,
     "downsample_type": "conv",
     "upsample_type": "conv",
     "mid_block_scale_factor": 1,
     "act_fn": "silu",
-    "norm_num_groups": 32,
     "attn_norm_num_groups": None,
-    "norm_eps": 1e-5,
-    "resnet_time_scale_shift": "default",
-    "class_embed_type": None,
-    "num_class_embeds": None,
 }
 """The same of a U-Net without tokens."""
 PLAIN_MARK = "middle_block.1.qkv."
@@ -83,11 +79,11 @@ def unet_config(
     Raises:
         UserError: A U-Net of no known kind, or one whose heads are undecided.
     """
-    levels, middle = _levels(shapes), "middle_block.1"
+    levels, deepest = _levels(shapes), "middle_block.1.transformer_blocks."
     widths, attends = _widths(shapes, levels)
-    if not shapes.has(f"{middle}.transformer_blocks."):
+    if not shapes.has(deepest):
         raise shapes.error("a U-Net without attention in its middle is not supported")
-    depth = shapes.count(f"{middle}.transformer_blocks.")
+    depth = shapes.count(deepest)
     blocks = [f"input_blocks.{level[0]}.1.transformer_blocks." for level in levels]
     depths = [shapes.count(b) if a else None for b, a in zip(blocks, attends, strict=True)]
     if attends[-1] and depths[-1] != depth:
@@ -106,12 +102,10 @@ def unet_config(
     return STANDARD | {
         "sample_size": sample_size,
         **_shared_fields(shapes, levels, widths, down, [k.replace("Down", "Up") for k in down]),
-        "cross_attention_dim": shapes.size(
-            f"{middle}.transformer_blocks.0.attn2.to_k.weight", 1, 2
-        ),
+        "cross_attention_dim": shapes.size(f"{deepest}0.attn2.to_k.weight", 1, 2),
         "transformer_layers_per_block": one_or_all([1 if d is None else d for d in depths]),
         "attention_head_dim": _heads(shapes, widths, *heads),
-        "use_linear_projection": shapes.rank(f"{middle}.proj_in.weight") == 2,
+        "use_linear_projection": shapes.rank("middle_block.1.proj_in.weight") == 2,
         "only_cross_attention": only if any(only) else False,
         **_labels(shapes, sizes, pooled),
     }

@@ -5,8 +5,8 @@ They are of the classes AutoencoderKL and VQModel.
 
 from collections.abc import Mapping
 
-from sfumato.checkpoints.checkpoint import Checkpoint, Component, RawCheckpoint
-from sfumato.checkpoints.families._base import AUTOENCODERS, NETWORK, store_section
+from sfumato.checkpoints.checkpoint import Checkpoint, RawCheckpoint
+from sfumato.checkpoints.families._base import AUTOENCODERS, NETWORK, Components, store_section
 from sfumato.checkpoints.families._unet import UNetFamily
 from sfumato.checkpoints.families._vae import vae_map
 from sfumato.checkpoints.families.sdxl import Sdxl
@@ -26,7 +26,7 @@ class Autoencoder(UNetFamily):
         starts = ("encoder.", "decoder.", *AUTOENCODERS)
         return not shapes.has(NETWORK) and any(map(shapes.has, starts))
 
-    def holds(self, components: Mapping[str, Component]) -> bool:
+    def holds(self, components: Components) -> bool:
         """True for an autoencoder of the two classes, alone."""
         kinds = ("AutoencoderKL", "VQModel")
         alone = components.keys() == {"vae"}

@@ -9,7 +9,7 @@ diffusers.
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from sfumato.checkpoints.families._base import ABSENT, Config
+from sfumato.checkpoints.families._base import ABSENT, Config, Encoders
 from sfumato.checkpoints.families._clip import ClipTower
 from sfumato.checkpoints.families._layers import below, embedder, listed, mlp
 from sfumato.checkpoints.families._t5 import T5Tower
@@ -109,9 +109,7 @@ class Flux(TransformerFamily):
         """A shift that follows the number of tokens for dev, none for schnell."""
         return FLOW | (DYNAMIC if config.get("guidance_embeds") else {"shift": 1.0})
 
-    def conditioner(
-        self, encoders: Mapping[str, Any], network: Network, settings: Config
-    ) -> FluxText:
+    def conditioner(self, encoders: Encoders, network: Network, settings: Config) -> FluxText:
         """CLIP L and T5, with fewer positions for schnell."""
         shorter = {} if network.guidance_embeds else {"max_sequence_length": SCHNELL}
         values = FluxTextConfig.from_dict({**shorter, **settings})

@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from sfumato.checkpoints.checkpoint import Component
-from sfumato.checkpoints.families._base import AUTOENCODERS, Config, Section
+from sfumato.checkpoints.families._base import AUTOENCODERS, Components, Config, Section
 from sfumato.checkpoints.families._layers import below, listed, matrix, unnamed
 from sfumato.checkpoints.families._transformer import SINUSOIDAL, TransformerFamily, axes
 from sfumato.checkpoints.families._vae import vae_config, vae_map
@@ -62,7 +61,7 @@ class Flux2(TransformerFamily):
         normed = any(prefix + _NORM in shapes.table for prefix in ("", *AUTOENCODERS))
         return normed or super().detect(shapes)
 
-    def holds(self, components: Mapping[str, Component]) -> bool:
+    def holds(self, components: Components) -> bool:
         """True where the network is of this class, or the autoencoder alone is FLUX.2's."""
         alone = components.keys() == {"vae"}
         return super().holds(components) or (

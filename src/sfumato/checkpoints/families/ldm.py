@@ -3,13 +3,12 @@
 Rombach et al. 2022, arXiv:2112.10752.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from sfumato.checkpoints import metadata as notes
 from sfumato.checkpoints.checkpoint import Component, LoadOptions, RawCheckpoint
-from sfumato.checkpoints.families._base import NETWORK, Config, Parts, Tower
+from sfumato.checkpoints.families._base import NETWORK, Components, Config, Parts, Tower
 from sfumato.checkpoints.families._bert import BertTower
 from sfumato.checkpoints.families._unet import TEXT, UNetFamily
 from sfumato.checkpoints.families._unet_config import PLAIN_MARK, Heads, plain_config
@@ -44,7 +43,7 @@ class LdmText(UNetFamily):
     pack_tokenizer = staticmethod(pack_bert)
 
     def conditioner(
-        self, raw: RawCheckpoint, components: Mapping[str, Component], options: LoadOptions
+        self, raw: RawCheckpoint, components: Components, options: LoadOptions
     ) -> BertText:
         """The transformer with BERT's tokenizer."""
         return BertText(self.towers[0].encoder(components["bert"], None, raw, options))
@@ -107,7 +106,7 @@ class LdmClass(_LdmImages):
     conditioner_class = ClassEmbedding
 
     def conditioner(
-        self, raw: RawCheckpoint, components: Mapping[str, Component], options: LoadOptions
+        self, raw: RawCheckpoint, components: Components, options: LoadOptions
     ) -> ClassEmbedding:
         """The table."""
         return self.towers[0].encoder(components["class_embedder"], None, raw, options)
@@ -134,7 +133,7 @@ class LdmUnconditional(_LdmImages):
     autoencoder_defaults: ClassVar = {"scaling_factor": 1.0}
     conditioner_class = Unconditional
 
-    def holds(self, components: Mapping[str, Component]) -> bool:
+    def holds(self, components: Components) -> bool:
         """True for a U-Net without tokens."""
         return "unet" in components and is_plain(components["unet"].config)
 
@@ -153,7 +152,7 @@ class LdmUnconditional(_LdmImages):
         return self.name
 
     def conditioner(
-        self, raw: RawCheckpoint, components: Mapping[str, Component], options: LoadOptions
+        self, raw: RawCheckpoint, components: Components, options: LoadOptions
     ) -> Unconditional:
         """The conditioner without prompts."""
         return Unconditional()

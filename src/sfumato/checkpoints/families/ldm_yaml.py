@@ -26,18 +26,16 @@ _UNCONDITIONAL = "__is_unconditional__"
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 _SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear"}
 
-# _FREE: parameters that describe the training, or that follow from the weights anyway. _READ: those
-# that are read. _FIXED: those of which one value is supported.
-_FREE_MODEL = set(
-    "num_timesteps_cond log_every_t first_stage_key cond_stage_key image_size channels "
-    "cond_stage_trainable conditioning_key monitor use_ema scheduler_config finetune_keys "
-    "concat_keys ckpt_path ignore_keys loss_type low_scale_key low_scale_config load_ema "
-    "load_only_unet unet_trainable learn_logvar logvar_init original_elbo_weight l_simple_weight "
-    "reset_ema keep_finetune_dims c_concat_log_start masked_image_key".split()
-)
-_READ_MODEL = set(
+# Parameters that are read, that describe the training, or that follow from the weights; and, in
+# _FIXED, those of which one value is supported.
+_MODEL = set(
     "linear_start linear_end timesteps beta_schedule parameterization scale_factor scale_by_std "
-    "unet_config first_stage_config cond_stage_config".split()
+    "unet_config first_stage_config cond_stage_config num_timesteps_cond log_every_t "
+    "first_stage_key cond_stage_key image_size channels cond_stage_trainable conditioning_key "
+    "monitor use_ema scheduler_config finetune_keys concat_keys ckpt_path ignore_keys loss_type "
+    "low_scale_key low_scale_config load_ema load_only_unet unet_trainable learn_logvar "
+    "logvar_init original_elbo_weight l_simple_weight reset_ema keep_finetune_dims "
+    "c_concat_log_start masked_image_key".split()
 )
 _FIXED_MODEL = {"clip_denoised": False, "v_posterior": 0.0, "concat_mode": False}
 _UNET = set(
@@ -133,7 +131,7 @@ def _check(kind: str, params: Mapping[str, Any], names: set[str], fixed: Mapping
 
 
 def _model(params: Mapping[str, Any]) -> OriginalConfig:
-    _check("model", params, _FREE_MODEL | _READ_MODEL, _FIXED_MODEL)
+    _check("model", params, _MODEL, _FIXED_MODEL)
     kind, prediction = params.get("beta_schedule", "linear"), params.get("parameterization", "eps")
     if kind not in _SCHEDULES or prediction not in _PREDICTIONS:
         raise UserError(

@@ -3,11 +3,9 @@
 Rombach et al. 2022, arXiv:2112.10752.
 """
 
-from collections.abc import Mapping
 from typing import ClassVar
 
-from sfumato.checkpoints.checkpoint import Component
-from sfumato.checkpoints.families._base import Config
+from sfumato.checkpoints.families._base import Components, Config
 from sfumato.checkpoints.families._clip import ClipTower
 from sfumato.checkpoints.families._unet import MIDDLE, TEXT, UNetFamily, is_open_clip
 from sfumato.checkpoints.families._unet_config import Heads
@@ -28,7 +26,7 @@ class Sd1(UNetFamily):
         "StableDiffusionInstructPix2PixPipeline": {"steps": 100},
     }
 
-    def fits(self, unet: Config, components: Mapping[str, Component]) -> bool:
+    def fits(self, unet: Config, components: Components) -> bool:
         """True for CLIP with the quick GELU."""
         return not is_open_clip(components)
 

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sfumato.checkpoints.checkpoint import Component
-from sfumato.checkpoints.families._base import Config
+from sfumato.checkpoints.families._base import Components, Config
 from sfumato.checkpoints.families._clip import OpenClipTower
 from sfumato.checkpoints.families._unet import LEVELS, TEXT, UNetFamily, is_open_clip
 
@@ -28,7 +27,7 @@ class Sd2(UNetFamily):
     sample_size = 96
     predicts = "v_prediction"
 
-    def fits(self, unet: Config, components: Mapping[str, Component]) -> bool:
+    def fits(self, unet: Config, components: Components) -> bool:
         """True for OpenCLIP without a table of noise levels."""
         return is_open_clip(components) and unet.get("num_class_embeds") is None
 

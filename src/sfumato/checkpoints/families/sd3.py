@@ -10,7 +10,7 @@ same order. `pos_embed` is a table in both.
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from sfumato.checkpoints.families._base import ABSENT, Config
+from sfumato.checkpoints.families._base import ABSENT, Config, Encoders
 from sfumato.checkpoints.families._clip import ClipTower
 from sfumato.checkpoints.families._layers import below, embedder, listed, mlp, unnamed
 from sfumato.checkpoints.families._t5 import T5Tower
@@ -95,9 +95,7 @@ class Sd3(TransformerFamily):
         """A flow with shift 3 (section 5.3.2)."""
         return FLOW | {"shift": 3.0}
 
-    def conditioner(
-        self, encoders: Mapping[str, Any], network: Network, settings: Config
-    ) -> Sd3Text:
+    def conditioner(self, encoders: Encoders, network: Network, settings: Config) -> Sd3Text:
         """Both CLIPs, and T5. Without it the width of tokens is the network's."""
         wide = {} if "_3" in encoders else {"joint_attention_dim": network.token_width}
         values = Sd3TextConfig.from_dict({**wide, **settings})

@@ -3,11 +3,9 @@
 Beside the latent its U-Net takes a small image, and the noise level of that image.
 """
 
-from collections.abc import Mapping
 from typing import ClassVar
 
-from sfumato.checkpoints.checkpoint import Component
-from sfumato.checkpoints.families._base import Config
+from sfumato.checkpoints.families._base import Components, Config
 from sfumato.checkpoints.families._unet import LABELS, LEVELS, UNetFamily, is_open_clip
 from sfumato.checkpoints.families.sd2 import CLIP_H
 from sfumato.checkpoints.schedulers import betas as schedules
@@ -34,7 +32,7 @@ class X4Upscaler(UNetFamily):
     }
     pipelines: ClassVar = {"StableDiffusionUpscalePipeline": {"steps": 75, "guidance": 9.0}}
 
-    def fits(self, unet: Config, components: Mapping[str, Component]) -> bool:
+    def fits(self, unet: Config, components: Components) -> bool:
         """True for OpenCLIP and a table of noise levels."""
         return is_open_clip(components) and unet.get("num_class_embeds") is not None
 
