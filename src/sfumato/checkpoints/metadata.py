@@ -58,7 +58,7 @@ def read_configs(metadata: Mapping[str, str], where: object) -> dict[str, dict[s
 
 
 def network_class(metadata: Mapping[str, str]) -> object:
-    """The class of the network, where keys do not tell it; else None.
+    """The class of the network, where it does not follow from keys; else None.
 
     A note that is no table gives None, too: `read_network_fields` refuses it.
     """

@@ -51,7 +51,7 @@ class Shapes:
         """The number of dimensions of one tensor; `UserError` where it is missing."""
         if self.prefix + key not in self.table:
             raise UserError(
-                f"{self.where} lacks {self.prefix + key}, which tells its architecture: "
+                f"{self.where} lacks {self.prefix + key}, which decides its architecture: "
                 "it may be damaged; copy it again"
             )
         return len(self.table[self.prefix + key])

@@ -80,7 +80,7 @@ def _lost_fields(part: str, config: Mapping[str, Any], inferred: Config) -> list
         if field in _FREE or (field.startswith("_") and field != "_class_name"):
             continue
         if field not in inferred:
-            lost.append(f"{part}'s {field}={value!r}, which it does not know")
+            lost.append(f"{part}'s {field}={value!r}")
         elif not _same(field, value, inferred[field], config):
             lost.append(_clause(part, field, value, inferred[field]))
     return lost

@@ -269,8 +269,8 @@ class TransformerFamily(Family):
             latents = tuple(vae.config.get(key) for key in ("scaling_factor", "shift_factor"))
             if latents != self.latents:
                 raise UserError(
-                    f"{where}: a single file cannot tell that latents have scale and shift "
-                    f"{latents}: a reader would take {self.latents}"
+                    f"{where}: a single file has no place for scale and shift {latents}: "
+                    f"a reader would take {self.latents}"
                 )
             tensors |= self._store_autoencoder(vae, AUTOENCODERS[0], where)
         for tower in self.towers:
@@ -391,8 +391,8 @@ class TransformerFamily(Family):
 def untold_latents(where: object) -> UserError:
     """The error for an autoencoder's file, which does not hold the scale of its latents."""
     return UserError(
-        f"{where} holds an autoencoder and does not tell the scale of its latents, which differs "
-        "between models: give the folder of its config.json (--config)"
+        f"{where} holds an autoencoder without the scale of its latents, which differs between "
+        "models: give the folder of its config.json (--config)"
     )
 
 

@@ -252,7 +252,7 @@ class UNetFamily(Family):
         return self.default_scale(raw.metadata, vq)
 
     def default_scale(self, metadata: Mapping[str, str], vq: bool) -> float:
-        """The scale of latents where no file tells it; `vq`: of an autoencoder with a codebook."""
+        """The scale of latents without one in the file; `vq`: the autoencoder has a codebook."""
         return self.scaling_factor
 
     def buffers(self, keys: Mapping[str, object]) -> set[str]:
@@ -391,7 +391,7 @@ class UNetFamily(Family):
         again = self.read(replace(raw, path=RawCheckpoint.path))
         if lost := unrepresentable_fields(checkpoint, again):
             raise UserError(
-                f"the original layout cannot tell {'; '.join(lost)}: save a folder instead"
+                f"the original layout has no place for {'; '.join(lost)}: save a folder instead"
             )
         return raw
 

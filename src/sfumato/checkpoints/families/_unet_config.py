@@ -153,7 +153,7 @@ def _heads(
     if heads is not None:
         return heads
     if head_width is None:
-        raise shapes.error("its keys do not tell its attention's heads: give heads, or its YAML")
+        raise shapes.error("heads of attention do not follow from keys: give heads, or its YAML")
     _check_widths(shapes, widths, head_width, f"heads {head_width} wide")
     return [w // head_width for w in widths]
 
@@ -204,9 +204,7 @@ def plain_config(shapes: Shapes, heads: int | None, head_width: int | None) -> d
         UserError: A U-Net that is damaged, or that embeds a class.
     """
     if shapes.has("label_emb."):
-        raise shapes.error(
-            "a U-Net without tokens that is told a class (label_emb) is not supported"
-        )
+        raise shapes.error("UNet2DModel conditioned on a class (label_emb) is not supported")
     levels, steps = _plain_levels(shapes)
     widths, attends = _widths(shapes, levels)
     by_block = any(steps)

@@ -42,7 +42,7 @@ class PixArt(TransformerFamily):
         sized, tabled = shapes.has("csize_embedder."), shapes.has("pos_embed")
         if not sized and not tabled:
             raise shapes.error(
-                "PixArt without pos_embed tells no image size: give its config.json (--config)"
+                "PixArt without pos_embed has no image size: give its config.json (--config)"
             )
         side = patch * shapes.square("pos_embed") if tabled else 128
         caption = "y_embedder.y_embedding"
