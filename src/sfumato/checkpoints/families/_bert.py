@@ -24,7 +24,7 @@ class BertTower(Tower):
     """Latent Diffusion's text transformer."""
 
     def config(self, shapes: Shapes) -> dict[str, Any]:
-        """Fields of diffusers' LDMBertConfig."""
+        """Config in the fields of diffusers' LDMBertConfig."""
         return {
             "architectures": ["LDMBertModel"],
             "model_type": "ldmbert",
@@ -43,7 +43,7 @@ class BertTower(Tower):
 
     @listed
     def weight_map(self, config: Config, bare: bool = False) -> Iterator[WeightMap]:
-        """Names of diffusers."""
+        """Table with diffusers' names."""
         width, inner = config["d_model"], config["encoder_ffn_dim"]
         heads = config["encoder_attention_heads"] * config["head_dim"]
         tokens, positions = config["vocab_size"], config["max_position_embeddings"]

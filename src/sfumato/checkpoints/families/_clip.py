@@ -38,7 +38,7 @@ def projects(config: Config) -> bool:
 def clip_config(
     shapes: Shapes, layers: int, names: Mapping[str, str], projection: int | None, activation: str
 ) -> dict[str, Any]:
-    """Fields of transformers for a tower whose heads are 64 wide, as all published ones are.
+    """Config in transformers' fields, with heads 64 wide as in all published towers.
 
     Args:
         shapes: Of the tensors below the tower's prefix.
@@ -120,7 +120,7 @@ class ClipTower(_ClipTower):
     pad = END
 
     def config(self, shapes: Shapes) -> dict[str, Any]:
-        """Fields of transformers."""
+        """Config in transformers' fields."""
         start = "" if self.is_bare(shapes) else PREFIX
         names = {
             "norm": f"{start}final_layer_norm.weight",
@@ -142,7 +142,7 @@ class ClipTower(_ClipTower):
 
     @listed
     def weight_map(self, config: Config, bare: bool = False) -> Iterator[WeightMap]:
-        """Names of transformers."""
+        """Table with transformers' names."""
         start, width = "" if bare else PREFIX, config["hidden_size"]
         tables = (("token", config["vocab_size"]), ("position", config["max_position_embeddings"]))
         for name, rows in tables:
@@ -192,7 +192,7 @@ class OpenClipTower(_ClipTower):
     pad = "!"
 
     def config(self, shapes: Shapes) -> dict[str, Any]:
-        """Fields of transformers."""
+        """Config in transformers' fields."""
         blocks = "transformer.resblocks."
         names = {
             "norm": "ln_final.weight",
@@ -208,7 +208,7 @@ class OpenClipTower(_ClipTower):
 
     @listed
     def weight_map(self, config: Config, bare: bool = False) -> Iterator[WeightMap]:
-        """Names of open_clip."""
+        """Table with open_clip's names."""
         width, table = config["hidden_size"], f"{PREFIX}embeddings.{{}}_embedding.weight"
         tokens, positions = config["vocab_size"], config["max_position_embeddings"]
         yield weight("token_embedding.weight", table.format("token"), tokens, width)

@@ -30,7 +30,7 @@ class T5Tower(Tower):
     """T5's encoder, version 1.1."""
 
     def config(self, shapes: Shapes) -> dict[str, Any]:
-        """Fields of transformers' T5EncoderModel."""
+        """Config in the fields of transformers' T5EncoderModel."""
         first = "encoder.block.0.layer"
         inner = shapes.size(f"{first}.0.SelfAttention.q.weight", 0, 2)
         buckets, heads = (shapes.size(f"{first}.0.{_BIAS}", axis, 2) for axis in (0, 1))
@@ -55,7 +55,7 @@ class T5Tower(Tower):
         }
 
     def weight_map(self, config: Config, bare: bool = False) -> list[WeightMap]:
-        """Names of transformers, with the table of tokens once."""
+        """Table with transformers' names, with the table of tokens once."""
         return [weight(name, name, *shape) for name, shape in _t5(config)]
 
     def spare(self, config: Config, keys: Mapping[str, object]) -> set[str]:

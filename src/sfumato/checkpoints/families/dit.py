@@ -33,7 +33,10 @@ class Dit(TransformerFamily):
     pipelines: ClassVar = {"DiT": {"steps": 50, "guidance": 4.0}}
 
     def config(self, shapes: Shapes) -> dict[str, Any]:
-        """Fields of diffusers. Heads are 72 wide where they divide the width, else 64 (table 1)."""
+        """Config in diffusers' fields.
+
+        Heads are 72 wide where 72 divides the width, else 64 (table 1).
+        """
         width = shapes.size("x_embedder.proj.bias")
         patch = shapes.size("x_embedder.proj.weight", 2, 4)
         return {
@@ -50,7 +53,7 @@ class Dit(TransformerFamily):
 
     @listed
     def weight_map(self, config: Config) -> Iterator[WeightMap]:
-        """Names of diffusers, and the table of positions, which the config determines."""
+        """Table with diffusers' names, and the table of positions, which the config determines."""
         width, patch, layers = self.width(config), config["patch_size"], range(config["num_layers"])
         classes, channels = config["num_embeds_ada_norm"] + 1, config["in_channels"]
         yield from linear("x_embedder.proj", "pos_embed.proj", width, channels, patch, patch)

@@ -72,7 +72,10 @@ class Flux(TransformerFamily):
     }
 
     def config(self, shapes: Shapes) -> dict[str, Any]:
-        """Fields of diffusers. Fill takes 384 channels in, Canny and Depth 128, the others 64."""
+        """Config in diffusers' fields.
+
+        Fill takes 384 channels in, Canny and Depth 128, the others 64.
+        """
         width, outputs = shapes.size("img_in.bias"), shapes.size("final_layer.linear.bias")
         return {
             "_class_name": self.class_name,
@@ -84,7 +87,7 @@ class Flux(TransformerFamily):
 
     @listed
     def weight_map(self, config: Config) -> Iterator[WeightMap]:
-        """Names of diffusers."""
+        """Table with diffusers' names."""
         width, head = self.width(config), config["attention_head_dim"]
         embedders = [
             ("time_in", "timestep", SINUSOIDAL),

@@ -69,7 +69,7 @@ class Flux2(TransformerFamily):
         )
 
     def config(self, shapes: Shapes) -> dict[str, Any]:
-        """Fields of diffusers."""
+        """Config in diffusers' fields."""
         width, outputs = (
             shapes.size(f"{layer}.weight", 0, 2) for layer in ("img_in", "final_layer.linear")
         )
@@ -86,7 +86,7 @@ class Flux2(TransformerFamily):
 
     @listed
     def weight_map(self, config: Config) -> Iterator[WeightMap]:
-        """Names of diffusers."""
+        """Table with diffusers' names."""
         width, head = self.width(config), config["attention_head_dim"]
         inner = int(width * config.get("mlp_ratio", 3.0))
         sinusoidal = config.get("timestep_guidance_channels", SINUSOIDAL)
@@ -123,7 +123,7 @@ class Flux2(TransformerFamily):
         return super().autoencoder(shapes, config)
 
     def autoencoder_config(self, shapes: Shapes) -> dict[str, Any]:
-        """Fields of diffusers; the channels of its batch norm are packed two by two."""
+        """Config in diffusers' fields; the channels of its batch norm are packed two by two."""
         values = vae_config(shapes, 1.0, 1024)
         return {
             "_class_name": AUTOENCODER,

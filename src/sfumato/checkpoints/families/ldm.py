@@ -138,7 +138,7 @@ class LdmUnconditional(_LdmImages):
         return "unet" in components and is_plain(components["unet"].config)
 
     def unet_config(self, shapes: Shapes, heads: Heads) -> dict[str, Any]:
-        """Fields of diffusers' UNet2DModel."""
+        """Config in the fields of diffusers' UNet2DModel."""
         return plain_config(shapes, *heads)
 
     def kind(self, config: Config, where: object) -> str:

@@ -31,7 +31,7 @@ class PixArt(TransformerFamily):
     pipelines: ClassVar = {"PixArt": {"steps": 20, "guidance": 4.5}}
 
     def config(self, shapes: Shapes) -> dict[str, Any]:
-        """Fields of diffusers.
+        """Config in diffusers' fields.
 
         The size follows from the table of positions; without one, embedded sizes mean 1024 pixels.
         Sigma's captions are 300 tokens long and alpha's 120; its network for 256 pixels has half
@@ -65,7 +65,7 @@ class PixArt(TransformerFamily):
 
     @listed
     def weight_map(self, config: Config) -> Iterator[WeightMap]:
-        """Names of diffusers."""
+        """Table with diffusers' names."""
         width, patch, channels = self.width(config), config["patch_size"], config["in_channels"]
         yield from linear("x_embedder.proj", "pos_embed.proj", width, channels, patch, patch)
         embedders = [("t", "timestep", width)]

@@ -42,7 +42,7 @@ class Sd3(TransformerFamily):
     optional = ("text_encoder_3",)
 
     def config(self, shapes: Shapes) -> dict[str, Any]:
-        """Fields of diffusers. Heads are as wide as the norms of q and k, or 64."""
+        """Config in diffusers' fields. Heads are as wide as the norms of q and k, or 64."""
         width, layers = shapes.size("x_embedder.proj.bias"), shapes.count("joint_blocks.")
         patch, side = shapes.size("x_embedder.proj.weight", 2, 4), shapes.square("pos_embed")
         normed = shapes.has(_NORM)
@@ -67,7 +67,7 @@ class Sd3(TransformerFamily):
 
     @listed
     def weight_map(self, config: Config) -> Iterator[WeightMap]:
-        """Names of diffusers; `UserError` for a config without names there."""
+        """Table with diffusers' names; `UserError` for a config without names there."""
         width, patch, channels = self.width(config), config["patch_size"], config["in_channels"]
         if config.get("qk_norm") not in (None, "rms_norm"):
             raise unnamed(f"qk_norm {config['qk_norm']!r}", "'rms_norm' or null")
