@@ -311,7 +311,7 @@ def test_autoencoder_alone(
 ) -> None:
     whole(place)
     assert run("flux/vae", "ae.safetensors") == 0
-    assert "without the scale" in refused(capsys, "ae.safetensors", "x")
+    assert "does not tell the scale" in refused(capsys, "ae.safetensors", "x")
     assert run("ae.safetensors", "again", "--config", "flux/vae") == 0 and equal(
         weights("again/vae"), weights("flux/vae")
     )

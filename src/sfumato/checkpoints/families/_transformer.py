@@ -391,8 +391,8 @@ class TransformerFamily(Family):
 def untold_latents(where: object) -> UserError:
     """The error for an autoencoder's file, which does not hold the scale of its latents."""
     return UserError(
-        f"{where} holds an autoencoder without the scale of its latents, which differs between "
-        "models: give the folder of its config.json (--config)"
+        f"{where} holds an autoencoder and does not tell the scale of its latents, which differs "
+        "between models: give the folder of its config.json (--config)"
     )
 
 
