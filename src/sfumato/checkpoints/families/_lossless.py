@@ -51,10 +51,8 @@ def unrepresentable_fields(checkpoint: Checkpoint, again: Checkpoint) -> list[st
             fields = [*_CLIP, "projection_dim"] if projected else [*_CLIP]
             values = _CLIP | config
         else:
-            fields, values = (
-                [*inferred],
-                inferred | {k: v for k, v in config.items() if v is not None},
-            )
+            fields = [*inferred]
+            values = inferred | {k: v for k, v in config.items() if v is not None}
         changed = [field for field in fields if values.get(field) != inferred[field]]
         lost += [_clause(name, field, values.get(field), inferred[field]) for field in changed]
     written, read = (c.schedulers.get("scheduler") for c in (checkpoint, again))

@@ -5,7 +5,6 @@ Raffel et al. 2019, arXiv:1910.10683; version 1.1 with gated MLPs, Shazeer 2020,
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ DECISIVE = (
 _BIAS = "SelfAttention.relative_attention_bias.weight"
 
 
-@dataclass(frozen=True)
 class T5Tower(Tower):
     """T5's encoder, version 1.1."""
 

@@ -125,9 +125,8 @@ def unet_map(config: Config, new_order: bool = False) -> Iterator[WeightMap]:
             yield from step(source, f"{target}.downsamplers.0", "op", width)
             skips.append(width)
     yield from block("middle_block", "mid_block", 0, channels, channels, None)
-    yield from below(
-        "middle_block.2", "mid_block.resnets.1", _resnet(channels, channels, time, config)
-    )
+    resnet = _resnet(channels, channels, time, config)
+    yield from below("middle_block.2", "mid_block.resnets.1", resnet)
     count = 0
     for level in reversed(range(len(widths))):
         width, target = widths[level], f"up_blocks.{last - level}"

@@ -83,11 +83,8 @@ def vae_map(config: Config) -> Iterator[WeightMap]:
         "up_block_types": ["UpDecoderBlock2D"] * n,
     }
     attends = attending_levels(kinds | dict(config), DOWN, UP)
-    widths, latent, vq = (
-        config["block_out_channels"],
-        config["latent_channels"],
-        is_quantized(config),
-    )
+    widths, latent = config["block_out_channels"], config["latent_channels"]
+    vq = is_quantized(config)
     code = config.get("vq_embed_dim") or latent
     moments, quantum = (latent, code) if vq else (2 * latent, 2 * latent)
     inputs, outputs, channels = config["in_channels"], config["out_channels"], widths[-1]

@@ -93,10 +93,8 @@ class Flux2(TransformerFamily):
         for name in (
             ["timestep", "guidance"] if config.get("guidance_embeds", True) else ["timestep"]
         ):
-            source, target = (
-                f"{name.removesuffix('step')}_in",
-                f"time_guidance_embed.{name}_embedder",
-            )
+            source = f"{name.removesuffix('step')}_in"
+            target = f"time_guidance_embed.{name}_embedder"
             yield matrix(f"{source}.in_layer", f"{target}.linear_1", width, sinusoidal)
             yield matrix(f"{source}.out_layer", f"{target}.linear_2", width, width)
         for name, vectors in _MODULATIONS.items():
