@@ -42,7 +42,7 @@ def unrepresentable_fields(checkpoint: Checkpoint, again: Checkpoint) -> list[st
     """
     lost: list[str] = []
     for name, part in checkpoint.components.items():
-        config, inferred = part.config, again.components[name].config
+        config, inferred = dict(part.config), again.components[name].config
         if name in ("unet", "vae"):
             lost += _lost_fields(name, _defaults(name, config, inferred) | config, inferred)
             continue
