@@ -6,7 +6,7 @@
 An unknown target or parameter is refused: it might change the result. Needs PyYAML.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,9 @@ def from_yaml(values: Any, where: object = "YAML") -> OriginalConfig:
         ) from error
 
 
-def _check(kind: str, params: Mapping[str, Any], names: set[str], fixed: Mapping[str, Any]) -> None:
+def _check(
+    kind: str, params: Mapping[str, Any], names: Collection[str], fixed: Mapping[str, Any]
+) -> None:
     """Raise `UserError` for a parameter that is neither in `names` nor has its fixed value."""
     for name, value in params.items():
         if name in fixed and value != fixed[name]:
