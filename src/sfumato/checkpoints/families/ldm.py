@@ -146,8 +146,8 @@ class LdmUnconditional(_LdmImages):
         inputs, channels = config["in_channels"], config["out_channels"]
         if inputs != channels:
             raise UserError(
-                f"{where}: a U-Net without tokens that takes {inputs} channels and gives {channels} is "
-                "conditioned on a picture (inpainting, super-resolution): that is not supported"
+                f"{where}: a U-Net without tokens that takes {inputs} channels and gives {channels}"
+                " is conditioned on a picture (inpainting, super-resolution): that is not supported"
             )
         return self.name
 
