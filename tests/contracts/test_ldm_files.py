@@ -330,7 +330,7 @@ def test_every_fault_of_an_unconditional_file_names_its_key() -> None:
     ("change", "message"),
     [
         ({"in_channels": 7}, "takes 7 channels and gives 3 is conditioned on a picture"),
-        ({"num_class_embeds": 5}, r"told a class \(label_emb\) is not supported"),
+        ({"num_class_embeds": 5}, r"conditioned on a class \(label_emb\) is not supported"),
     ],
 )
 def test_other_networks_without_tokens(change: dict[str, Any], message: str) -> None:

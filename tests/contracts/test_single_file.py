@@ -57,7 +57,7 @@ def test_truncated_and_foreign_files_are_refused(tiny: Path, tmp_path: Path) -> 
         sfumato.load(path)
     save_file({"model.diffusion_model.x": torch.zeros(2)}, path)
     with pytest.raises(
-        UserError, match=r"lacks model.diffusion_model.*, which tells its architecture"
+        UserError, match=r"lacks model.diffusion_model.*, which decides its architecture"
     ):
         sfumato.load(path)
 

@@ -383,7 +383,7 @@ SINGLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda p: p.write_bytes(b""), "not a whole safetensors file"),
     "from another tool": (
         lambda p: write_tensors(p, {"model.diffusion_model.x": torch.zeros(1)}),
-        "lacks model.diffusion_model.*, which tells its architecture",
+        "lacks model.diffusion_model.*, which decides its architecture",
     ),
     "header that is no JSON": (single(lambda t, c: "{"), "value of the wrong kind"),
     "header that is a list": (single(lambda t, c: "[1]"), "value of the wrong kind"),

@@ -1,9 +1,8 @@
 """A model's checkpoint between files and modules.
 
-    path -> formats.open -> RawCheckpoint     the file's own names; knows bytes, no model ->
-                                              family.read  -> Checkpoint        our names, configs
-                                              in diffusers' and transformers' fields ->
-                                              loading.assemble -> LatentDiffusion
+    path -> formats.open      -> RawCheckpoint    the file's own names: bytes, no model
+         -> family.read       -> Checkpoint       our names, configs of diffusers and transformers
+         -> loading.assemble  -> LatentDiffusion
 
 and back: `saving.disassemble`, then `family.write` or `formats.folder`.
 """
@@ -18,9 +17,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sfumato.checkpoints.lazy_tensor import LazyTensors, checked_finite, load_tensors
+from sfumato.compress.base import Autoencoder
 from sfumato.compress.base import registered as autoencoders
 from sfumato.errors import UserError, explained, unknown
 from sfumato.io.safetensors import cast, check_keys, looked_at, require_finite, unscaled
+from sfumato.predict.conditioners.base import Conditioner
+from sfumato.predict.networks.base import Network
 from sfumato.predict.networks.base import registered as networks
 
 if TYPE_CHECKING:
@@ -31,9 +33,19 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 @dataclass(frozen=True)
 class OriginalConfig:
-    """What a YAML says. `parts`: fields of diffusers' configs by part, which the file's own must
-    equal; the rest, where given, decides what keys and shapes leave open (`heads`, `head_width` and
-    `new_attention_order`: see `ReadOptions`). One that says nothing is the default.
+    """The settings in a model's YAML; the default is that of a YAML without any.
+
+    `heads`, `head_width` and `new_attention_order` decide what keys and shapes leave open: see
+    `ReadOptions`.
+
+    Attributes:
+        parts: Fields of diffusers' configs by part, which the file's own must equal.
+        heads: The number of heads of attention.
+        head_width: The width of a head.
+        prediction_type: As in `ReadOptions`.
+        schedule: Fields of the scheduler's config.
+        scaling_factor: Of latents.
+        new_attention_order: As in `ReadOptions`.
     """
 
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -45,8 +57,13 @@ class OriginalConfig:
     new_attention_order: bool | None = None
 
     def agree(self, configs: Mapping[str, Mapping[str, Any]], where: object) -> None:
-        """`UserError` that lists where configs read from a file are not what the YAML says."""
-        wrong = [
+        """Raise a `UserError` that lists every field in which a file's configs differ.
+
+        Args:
+            configs: By part, as read from the file.
+            where: The file, for the message.
+        """
+        faults = [
             f"{part}'s {name}={configs[part].get(name)!r} instead of {value!r}"
             if part in configs
             else f"no {part}"
@@ -54,29 +71,30 @@ class OriginalConfig:
             for name, value in (values or {"": None}).items()
             if part not in configs or configs[part].get(name) != value
         ]
-        if wrong:
+        if faults:
             raise UserError(
-                f"{where} is not the model of the YAML: it has {', '.join(dict.fromkeys(wrong))}; use the YAML that belongs to it"
+                f"{where} is not the model of the YAML: it has {', '.join(dict.fromkeys(faults))}; "
+                "use the YAML that belongs to it"
             )
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What the caller knows better than a single file with a U-Net.
+    """Settings of a single file with a U-Net that override what is read from it.
 
     Attributes:
-        prediction_type: "epsilon", "v_prediction" or "sample"; None: decided by the YAML, the
+        prediction_type: "epsilon", "v_prediction" or "sample". None: decided by the YAML, the
             file's metadata (`modelspec.*`, `v_pred`), 875000 training steps (SD 2.0 base), and last
-            the family's default, for SD 2 "v_prediction" as in diffusers: give "epsilon" for its
-            base models
-        heads: the number of heads of attention
-        new_attention_order: how a U-Net without tokens stores q, k and v (`families/_unet.py`);
-            none of the published ones has the new order
-        class_names: of a model with a table of classes, in the order of its rows
-        scaling_factor: of latents
-        ema: whether to read the running average of the U-Net (`model_ema.*`), which is ignored
-            otherwise, as in diffusers; Latent Diffusion's own scripts take it
-        original_config: the YAML beside the file
+            the family's default. For SD 2 that is "v_prediction", as in diffusers: give "epsilon"
+            for its base models.
+        heads: The number of heads of attention.
+        new_attention_order: How a U-Net without tokens stores q, k and v (`families/_unet.py`);
+            none of the published ones has the new order.
+        class_names: Of a model with a table of classes, in the order of its rows.
+        scaling_factor: Of latents.
+        ema: Whether to read the running average of the U-Net (`model_ema.*`), as Latent Diffusion's
+            own scripts do. It is ignored otherwise, as in diffusers.
+        original_config: The YAML beside the file.
     """
 
     prediction_type: str | None = None
@@ -96,10 +114,18 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a model is opened: the arguments of `loading.load`.
+    """The arguments of `loading.load`, checked.
 
-    stored: whether weights stay as they are in the files, neither read nor checked, to be streamed
-    or converted.
+    Attributes:
+        device: Where the model runs.
+        dtype: Of all weights.
+        variant: Of a folder's files those to prefer, such as "fp16".
+        reading: Settings of a single file with a U-Net.
+        tokenizer: A folder with tokenizers, for single files.
+        memory: The bytes that the process may take.
+        transformer: A file that replaces the folder's network.
+        stored: Whether weights stay as they are in the files, neither read nor checked, to be
+            streamed or converted.
     """
 
     device: str = "cpu"
@@ -121,7 +147,11 @@ class LoadOptions:
 class RawCheckpoint:
     """The tensors and metadata of one file, by its own names.
 
-    mapped: whether every tensor is a view of the file, so that it can be streamed.
+    Attributes:
+        tensors: By the file's names.
+        metadata: The file's notes.
+        path: The file.
+        mapped: Whether every tensor is a view of the file, so that it can be streamed.
     """
 
     tensors: LazyTensors
@@ -144,11 +174,11 @@ class Component:
     """One part of a model.
 
     Attributes:
-        config: in the fields of diffusers or transformers
-        tensors: by our names
-        files: of the weights, where they are a part's own
-        config_file: where the config was read from
-        path: another file of the weights
+        config: In the fields of diffusers or transformers.
+        tensors: By our names.
+        files: The files of the weights, where they hold nothing else.
+        config_file: The file that the config was read from.
+        path: Another file of the weights.
     """
 
     config: dict[str, Any]
@@ -159,14 +189,10 @@ class Component:
 
     @property
     def where(self) -> Path | None:
-        """The file or folder of the weights, where they are a part's own."""
-        return (
-            self.files[0]
-            if len(self.files) == 1
-            else self.files[0].parent
-            if self.files
-            else self.path
-        )
+        """The file or folder of the weights, where it holds nothing else."""
+        if not self.files:
+            return self.path
+        return self.files[0] if len(self.files) == 1 else self.files[0].parent
 
     @property
     def folder(self) -> Path | None:
@@ -182,29 +208,25 @@ class Component:
         """The network or autoencoder.
 
         Args:
-            path: what the weights were read from, for messages; None: the part's own files
-            dtype: of the weights; None: as stored, neither read nor checked
-            expected: the class that it must be
+            path: The file of the weights, for messages; None: the part's own files.
+            dtype: Of the weights; None: as stored, neither read nor checked.
+            expected: The class that it must be.
 
         Raises:
-            UserError: see `build_module`.
+            UserError: As in `build_module`.
         """
         tensors, where = load_tensors(self.tensors), self.where or path or Path("the checkpoint")
 
         def checked() -> bool:
-            """Whether no number can have become infinite since it was checked."""
+            """True where no number can have become infinite since it was checked."""
             if self.files:
                 return looked_at(self.files, tensors, dtype)
+            floats = (x.dtype for x in self.tensors.values() if x.dtype.is_floating_point)
             wide = dtype in (None, torch.float32, torch.float64)
-            return wide or all(
-                lazy.dtype == dtype
-                for lazy in self.tensors.values()
-                if lazy.dtype.is_floating_point
-            )
+            return wide or all(stored == dtype for stored in floats)
 
-        return build_module(
-            self.config, tensors, self.config_file or where, where, dtype, checked, expected
-        )
+        config_file = self.config_file or where
+        return build_module(self.config, tensors, config_file, where, dtype, checked, expected)
 
 
 @dataclass(frozen=True)
@@ -212,17 +234,17 @@ class Checkpoint:
     """A model in parts.
 
     Attributes:
-        components: by folder in diffusers' layout: "unet" or "transformer", "vae" (whatever the
-            pipeline calls it), "text_encoder", "text_encoder_2", "bert", "class_embedder"
-        schedulers: "scheduler" and "low_res_scheduler", the JSON of each
-        index: model_index.json; None: a file has none
-        defaults: fields of `sampling.Defaults` that are noted
-        name: the model's
-        family: its family; None for a model that no other library publishes
-        kind: the family's name with the network's inputs, such as "sd1-inpainting"
-        conditioner: builds the conditioner for a network
-        path: where it was read from; tensors are views of its files
-        metadata: of the file
+        components: By folder in diffusers' layout: "unet" or "transformer", "vae" (whatever the
+            pipeline calls it), "text_encoder", "text_encoder_2", "bert", "class_embedder".
+        schedulers: "scheduler" and "low_res_scheduler", the JSON of each.
+        index: model_index.json; None: a file has none.
+        defaults: Fields of `sampling.Defaults` that are noted.
+        name: The model's.
+        family: Its family; None for a model that no other library publishes.
+        kind: The family's name with the network's inputs, such as "sd1-inpainting".
+        conditioner: Builds the conditioner for a network.
+        path: The place it was read from; tensors are views of its files.
+        metadata: Of the file.
     """
 
     components: dict[str, Component]
@@ -232,7 +254,7 @@ class Checkpoint:
     name: str = "model"
     family: "Family | None" = None
     kind: str = ""
-    conditioner: Callable[[Any, LoadOptions], Any] | None = None
+    conditioner: Callable[[Network, LoadOptions], Conditioner] | None = None
     path: Path = Path("the checkpoint")
     metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -247,21 +269,15 @@ class _Unfilled(TorchFunctionMode):
     a second.
     """
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__module__", "") == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
 
-def known_class(name: Any) -> tuple[Any, Any] | None:
-    """The module and its config for the "_class_name" of a config.json; None for an unknown one."""
+def class_of(name: object) -> tuple[Any, Any] | None:
+    """The module's class and its config's, by "_class_name"; None for any other name."""
     return {**autoencoders(), **networks()}.get(name) if isinstance(name, str) else None
 
 
@@ -277,27 +293,26 @@ def build_module(
     """Build a network or autoencoder from its config and weights, in eval mode.
 
     Args:
-        values: the fields of config.json
-        tensors: by our names
-        config, where: what they were read from, for messages
-        dtype: of the weights; None: as stored
-        checked: whether NaN and infinity were looked for before; it may look now
-        expected: the class that it must be
+        values: The fields of config.json.
+        tensors: By our names.
+        config: The file of the fields, for messages.
+        where: The file of the tensors, for messages.
+        dtype: Of the weights; None: as stored.
+        checked: Whether NaN and infinity were looked for before; it may look now.
+        expected: The class that it must be.
 
     Raises:
-        UserError: an unknown class, keys and shapes that do not fit the config, NaN or infinity.
+        UserError: An unknown class, keys and shapes that do not fit the config, NaN or infinity.
     """
     name = values.get("_class_name")
-    known = known_class(name)
-    if known is None or (expected is not None and name != expected):
-        raise UserError(
-            f"{config} is of class {name!r}: expected {expected or ' or '.join([*autoencoders(), *networks()])}"
-        )
-    module_class, config_class = known
+    classes = class_of(name)
+    if classes is None or (expected is not None and name != expected):
+        names = expected or " or ".join([*autoencoders(), *networks()])
+        raise UserError(f"{config} is of class {name!r}: expected {names}")
+    module_class, config_class = classes
     with explained(config), torch.device("meta"), _Unfilled():
         module = module_class(config_class.from_dict(values))
-        # the statistics of the latent are checked when they are read
-        _ = getattr(module, "space", None)
+        _check_space(module)
     with explained(where):
         tensors = unscaled(tensors, dtype or torch.float32)
     check_keys(module.state_dict(), tensors, where)
@@ -309,6 +324,11 @@ def build_module(
         require_finite(ready, where)
     module.load_state_dict(ready, assign=True)
     with explained(where):
-        # some keep the statistics of the latent among the weights
-        _ = getattr(module, "space", None)
+        _check_space(module)  # some hold the statistics of the latent among their weights
     return module.eval().requires_grad_(False)
+
+
+def _check_space(module: nn.Module) -> None:
+    """Read an autoencoder's latent space, which checks its statistics."""
+    if isinstance(module, Autoencoder):
+        _ = module.space

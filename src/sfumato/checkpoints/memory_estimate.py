@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sfumato.checkpoints.checkpoint import known_class
+from sfumato.checkpoints.checkpoint import class_of
 from sfumato.checkpoints.formats.folder import read_index
 from sfumato.errors import WRONG, UserError
 from sfumato.io import host_memory
@@ -291,7 +291,7 @@ def running(path: Path, dtype: torch.dtype) -> dict[str, int]:
 
 def _built(config: Path, dtype: torch.dtype) -> nn.Module | None:
     values = read_table(config)
-    known = known_class(values.get("_class_name"))
+    known = class_of(values.get("_class_name"))
     if known is None:
         return None
     network, settings = known

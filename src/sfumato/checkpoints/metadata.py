@@ -1,15 +1,14 @@
-"""The metadata of single files that sfumato wrote: what the original layouts have no place for.
+"""Metadata of sfumato's single files: notes for which original layouts have no place.
 
 sfumato.scheduler           scheduler_config.json
-sfumato.low_res_scheduler   that of a network which enlarges small images
+sfumato.low_res_scheduler   that of a network which upscales small images
 sfumato.conditioner         conditioner/config.json: how prompts are encoded
 sfumato.tokenizer           CLIP's {"vocab": ..., "merges": ...}, or BERT's {"wordpiece": ...}
 sfumato.tokenizers          {"tokenizer": {file: text}, ...}, whole folders
 sfumato.model               {"name": ..., "defaults": ...}
 sfumato.configs             {part: config.json} of parts whose config other readers would guess
-sfumato.transformer         fields of the network's config that keys and shapes do not tell
-sfumato.heads               {"num_heads": 8} or {"num_head_channels": 32}, in the words of LDM's
-                            YAML
+sfumato.transformer         fields of the network's config that do not follow from keys and shapes
+sfumato.heads               {"num_heads": 8} or {"num_head_channels": 32}, as in LDM's YAML
 """
 
 import json
@@ -36,71 +35,73 @@ FOLDER_FILES = {
 """Metadata that are files of a model's folder."""
 KEPT = {TOKENIZERS, CONFIGS, MODEL, *FOLDER_FILES}
 """Metadata that a conversion carries from file to file."""
+_DAMAGED = "it may be damaged; copy it again"
+
+
+def read_json(metadata: Mapping[str, str], key: str) -> Any:
+    """The JSON of one note; an empty dictionary where the file does not have it."""
+    return json.loads(metadata.get(key, "{}"))
 
 
 def read_model_note(metadata: Mapping[str, str]) -> dict[str, Any]:
     """Name and defaults of the model; empty where they are not noted."""
-    return json.loads(metadata.get(MODEL, "{}"))
+    return read_json(metadata, MODEL)
 
 
 def read_configs(metadata: Mapping[str, str], where: object) -> dict[str, dict[str, Any]]:
-    """The configs that a file notes, by part; `UserError` for a note that is none."""
+    """The configs that a file notes, by part; `UserError` for a note that holds anything else."""
     with explained(str(where)):
-        configs = json.loads(metadata.get(CONFIGS, "{}"))
-        if not isinstance(configs, dict) or not all(
-            isinstance(config, dict) for config in configs.values()
-        ):
-            raise UserError(
-                f"its note {CONFIGS} is no table of configs: it may be damaged; copy it again"
-            )
+        configs = read_json(metadata, CONFIGS)
+        if not isinstance(configs, dict) or not all(isinstance(c, dict) for c in configs.values()):
+            raise UserError(f"its note {CONFIGS} is no table of configs: {_DAMAGED}")
         return configs
 
 
 def network_class(metadata: Mapping[str, str]) -> object:
-    """The class of the network, where keys do not tell it; None: they do, or the note is no
-    table.
+    """The class of the network, where it does not follow from keys; else None.
+
+    A note that is no table gives None, too: `read_network_fields` refuses it.
     """
     try:
-        fields = json.loads(metadata.get(TRANSFORMER, "{}"))
-    except ValueError:
+        return read_network_fields(metadata, "").get("_class_name")
+    except UserError:
         return None
-    return fields.get("_class_name") if isinstance(fields, dict) else None
 
 
 def read_network_fields(metadata: Mapping[str, str], where: object) -> dict[str, Any]:
     """Fields of the network's config; `UserError` for a note that is no table."""
     try:
-        fields = json.loads(metadata.get(TRANSFORMER, "{}"))
+        fields = read_json(metadata, TRANSFORMER)
     except ValueError as error:
         raise UserError(
-            f"{where}: its note {TRANSFORMER} is not JSON ({error}): it may be damaged; copy it again"
+            f"{where}: its note {TRANSFORMER} is not JSON ({error}): {_DAMAGED}"
         ) from error
     if not isinstance(fields, dict):
-        raise UserError(
-            f"{where}: its note {TRANSFORMER} is a {type(fields).__name__}: expected fields of a config; it may be damaged; copy it again"
-        )
+        raise UserError(f"{where}: its note {TRANSFORMER} is no table of fields: {_DAMAGED}")
     return fields
 
 
 def read_heads(metadata: Mapping[str, str], where: object) -> tuple[int | None, int | None]:
-    """The number of heads of every attention, or their width; `UserError` for what is neither."""
+    """The number of heads of every attention, or their width; `UserError` for anything else."""
     try:
-        fields = json.loads(metadata.get(HEADS, "{}"))
+        fields = read_json(metadata, HEADS)
         heads = fields.get("num_heads"), fields.get("num_head_channels")
     except (ValueError, AttributeError):
         heads = 0, 0
     if not all(n is None or (isinstance(n, int) and n > 0) for n in heads):
         raise UserError(
-            f"{where}: its note {HEADS}={metadata[HEADS]!r} is no number of heads or width of a head: it may be damaged; copy it again"
+            f"{where}: its note {HEADS}={metadata[HEADS]!r} is no number of heads "
+            f"or width of a head: {_DAMAGED}"
         )
     return heads
 
 
 def write_heads(config: Mapping[str, Any], plain: bool) -> dict[str, str]:
-    """The metadata for a U-Net of this config (diffusers' fields); none where one number does not
-    say it.
+    """The metadata of a U-Net's heads; empty where no single number describes them.
 
-    plain: whether the U-Net attends to no tokens.
+    Args:
+        config: Diffusers' fields of the U-Net.
+        plain: Whether the U-Net attends to no tokens.
     """
     heads = config.get("attention_head_dim", 8)
     if plain:

@@ -4,8 +4,8 @@ A tokenizer is the caller's, one that sfumato wrote into the file's metadata, or
 machine: of a package, of the cache of huggingface_hub, or from the hub.
 
 CLIP's vocabulary (Radford et al. 2021, arXiv:2103.00020, section 2.4): 256 bytes as letters, the
-same at a word's end, one entry a merge, begin and end. Latent Diffusion's text-to-image model reads
-text as "bert-base-uncased" does (Devlin et al. 2019, arXiv:1810.04805).
+same at a word's end, one entry a merge, begin and end. Latent Diffusion's text-to-image model
+splits text as "bert-base-uncased" does (Devlin et al. 2019, arXiv:1810.04805).
 """
 
 import base64
@@ -22,6 +22,7 @@ from sfumato.checkpoints.checkpoint import LoadOptions, RawCheckpoint
 from sfumato.checkpoints.metadata import TOKENIZER, TOKENIZERS
 from sfumato.errors import WRONG, UserError, explained
 from sfumato.io.atomic import read_json
+from sfumato.predict.text_encoders.base import Encoder
 from sfumato.predict.text_encoders.bert import load_tokenizer
 from sfumato.predict.text_encoders.t5 import SPIECE
 
@@ -35,6 +36,8 @@ _FLAGS = {
     "tokenize_chinese_chars": "handle_chinese_chars",
 }
 """Settings of a `BertTokenizer` by their names in its normalizer."""
+Vocabulary = tuple[dict[str, int], list[tuple[str, str]]]
+"""CLIP's entries with their numbers, and its merges."""
 
 
 # ---- CLIP ----------------------------------------------------------------------------------------
@@ -43,12 +46,8 @@ _FLAGS = {
 def pack_clip(tokenizer: Any) -> str:
     """The vocabulary of a `CLIPTokenizer`, for the metadata of a file."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    return json.dumps(
-        {
-            "vocab": model["vocab"],
-            "merges": [list(m) if isinstance(m, list) else m.split(" ") for m in model["merges"]],
-        }
-    )
+    merges = [list(m) if isinstance(m, list) else m.split(" ") for m in model["merges"]]
+    return json.dumps({"vocab": model["vocab"], "merges": merges})
 
 
 def clip_tokenizer(
@@ -57,61 +56,62 @@ def clip_tokenizer(
     """A `CLIPTokenizer`.
 
     Args:
-        pad: the token that fills up prompts
-        length: positions
-        folder: with vocab.json and merges.txt; None: the file's own, or this machine's
-        metadata: the file's
+        pad: The token that fills up prompts.
+        length: The number of positions.
+        folder: With vocab.json and merges.txt; None: the file's own, or this machine's.
+        metadata: The file's.
 
     Raises:
-        UserError: no vocabulary is to be had; the message says what to do.
+        UserError: There is no vocabulary.
     """
     from transformers import CLIPTokenizer
 
     vocab, merges = _vocabulary(folder, metadata)
+    tables: Any = {"vocab": vocab, "merges": merges}
     special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": pad}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length, **special)  # pyright: ignore[reportArgumentType]
+    return CLIPTokenizer(**tables, model_max_length=length, **special)
 
 
-def _vocabulary(
-    folder: str | Path | None, metadata: Mapping[str, str]
-) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _vocabulary(folder: str | Path | None, metadata: Mapping[str, str]) -> Vocabulary:
     if folder is not None:
         return _from_folder(Path(folder))
     if TOKENIZER in metadata:
         note = json.loads(metadata[TOKENIZER])
         return note["vocab"], [(a, b) for a, b in note["merges"]]
-    for place in (
-        _cached(HUB, _CLIP_FILES, local=True),
-        _open_clip(),
-        _cached(HUB, _CLIP_FILES, local=False),
-    ):
-        if place is not None:
-            return place if isinstance(place, tuple) else _from_folder(place)
-    raise UserError(
-        "this file has text encoders and no tokenizer, as all files in its layout, and CLIP's is not on this machine: give its folder with "
-        f"vocab.json and merges.txt (tokenizer=...), install open_clip_torch, or be online once ({HUB})"
-    )
+    if (cached := _cached(HUB, _CLIP_FILES, local=True)) is not None:
+        return _from_folder(cached)
+    if (packaged := _open_clip()) is not None:
+        return packaged
+    if (downloaded := _cached(HUB, _CLIP_FILES, local=False)) is not None:
+        return _from_folder(downloaded)
+    remedy = "vocab.json and merges.txt (tokenizer=...), install open_clip_torch"
+    raise _no_tokenizer("text encoders", "CLIP", remedy, HUB)
 
 
-def _from_folder(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _from_folder(folder: Path) -> Vocabulary:
     vocab = read_json(folder / "vocab.json")
     try:
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(
-            f"{folder}/merges.txt cannot be read ({error.strerror}): expected CLIP's merges beside vocab.json"
+            f"{folder}/merges.txt cannot be read ({error.strerror}): "
+            "expected CLIP's merges beside vocab.json"
         ) from error
-    merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-    if (
-        not isinstance(vocab, dict)
-        or BEGIN not in vocab
-        or END not in vocab
-        or any(len(m) != 2 for m in merges)
-    ):
+    pairs = [line.split() for line in lines if line and not line.startswith("#version")]
+    special = isinstance(vocab, dict) and BEGIN in vocab and END in vocab
+    if not special or any(len(pair) != 2 for pair in pairs):
         raise UserError(
-            f"{folder} holds no CLIP tokenizer: expected vocab.json with {BEGIN} and {END}, and two words in each line of merges.txt"
+            f"{folder} holds no CLIP tokenizer: expected vocab.json with {BEGIN} and {END}, "
+            "and two words in each line of merges.txt"
         )
-    return vocab, merges  # pyright: ignore[reportReturnType]
+    return vocab, [(a, b) for a, b in pairs]
+
+
+def _no_tokenizer(reader: str, kind: str, remedy: str, hub: str) -> UserError:
+    return UserError(
+        f"this file has {reader} and no tokenizer, as all files in its layout, and {kind}'s is not "
+        f"on this machine: give its folder with {remedy}, or be online once ({hub})"
+    )
 
 
 def _cached(name: str, files: list[str], local: bool) -> Path | None:
@@ -121,25 +121,18 @@ def _cached(name: str, files: list[str], local: bool) -> Path | None:
     try:
         folder = Path(snapshot_download(name, allow_patterns=files, local_files_only=local))
     except Exception:
-        # the library raises a dozen kinds, all of which mean that it is not to be had
+        # the library raises a dozen kinds, all of which mean that there is no such folder
         return None
     required = files if files is _CLIP_FILES else files[:1]
     return folder if all((folder / file).exists() for file in required) else None
 
 
-def _open_clip() -> tuple[dict[str, int], list[tuple[str, str]]] | None:
-    """From the list of merges in the package `open_clip`, which is not imported."""
+def _open_clip() -> Vocabulary | None:
+    """The vocabulary of the merges in the package `open_clip`, which is not imported."""
     spec = importlib.util.find_spec("open_clip")
-    places = (
-        [
-            Path(p) / "bpe_simple_vocab_16e6.txt.gz"
-            for p in (spec.submodule_search_locations or ())
-            if spec
-        ]
-        if spec
-        else []
-    )
-    file = next((p for p in places if p.exists()), None)
+    places = [] if spec is None else spec.submodule_search_locations or []
+    files = [Path(place) / "bpe_simple_vocab_16e6.txt.gz" for place in places]
+    file = next((file for file in files if file.exists()), None)
     if file is None:
         return None
     lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")[1 : MERGES + 1]
@@ -148,18 +141,14 @@ def _open_clip() -> tuple[dict[str, int], list[tuple[str, str]]] | None:
 
 
 def vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
-    """Every entry's number: bytes, bytes at a word's end, merges, begin and end, in CLIP's order
-    (printable bytes come first).
+    """The number of every entry: bytes, bytes at a word's end, merges, begin and end.
+
+    Bytes are in CLIP's order, the printable ones first.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     letters = [chr(b) for b in printable] + [chr(256 + k) for k in range(256 - len(printable))]
-    words = [
-        *letters,
-        *(letter + "</w>" for letter in letters),
-        *(a + b for a, b in merges),
-        BEGIN,
-        END,
-    ]
+    ends = [letter + "</w>" for letter in letters]
+    words = [*letters, *ends, *(a + b for a, b in merges), BEGIN, END]
     return {word: number for number, word in enumerate(words)}
 
 
@@ -167,29 +156,34 @@ def vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
 
 
 def pack_bert(tokenizer: Any) -> str:
-    """The words of a `BertTokenizer` in their order, and its settings, for the metadata of a file;
-    `UserError` for one that differs more.
+    """The words of a `BertTokenizer` in order, and its settings, for the metadata of a file.
+
+    Raises:
+        UserError: A tokenizer of another kind, or with gaps in its numbers.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     rules, words = state["normalizer"] or {}, state["model"].get("vocab", {})
-    if (
-        state["model"].get("type") != "WordPiece"
-        or rules.get("type") != "BertNormalizer"
-        or set(words.values()) != {*range(len(words))}
-    ):
-        kind = f"{state['model'].get('type')} after {rules.get('type')}, {len(words)} words"
+    kinds = state["model"].get("type"), rules.get("type")
+    if kinds != ("WordPiece", "BertNormalizer") or set(words.values()) != {*range(len(words))}:
         raise UserError(
-            f"a tokenizer of another kind ({kind}): a single file holds BERT's, whose words are numbered from 0 without gaps; save a folder instead"
+            f"a tokenizer of another kind ({kinds[0]} after {kinds[1]}, {len(words)} words): "
+            "a single file holds BERT's, whose words are numbered from 0 without gaps; "
+            "save a folder instead"
         )
-    ordered = sorted(words, key=words.__getitem__)
-    return json.dumps(
-        {"wordpiece": ordered, **{flag: rules.get(name) for flag, name in _FLAGS.items()}}
-    )
+    flags = {flag: rules.get(name) for flag, name in _FLAGS.items()}
+    return json.dumps({"wordpiece": sorted(words, key=words.__getitem__), **flags})
 
 
 def bert_tokenizer(length: int, folder: str | Path | None, metadata: Mapping[str, str]) -> Any:
-    """A `BertTokenizer` from `folder`, the file's metadata, or this machine; `UserError` where
-    there is none.
+    """A `BertTokenizer` from `folder`, the file's metadata, or this machine.
+
+    Args:
+        length: The number of positions.
+        folder: With vocab.txt; None: the file's own, or this machine's.
+        metadata: The file's.
+
+    Raises:
+        UserError: There is no vocabulary.
     """
     if folder is not None:
         return load_tokenizer(Path(folder))
@@ -198,17 +192,13 @@ def bert_tokenizer(length: int, folder: str | Path | None, metadata: Mapping[str
 
         note = json.loads(metadata[TOKENIZER])
         words = {word: number for number, word in enumerate(note["wordpiece"])}
-        return BertTokenizer(
-            vocab=words, model_max_length=length, **{flag: note[flag] for flag in _FLAGS}
-        )
+        flags = {flag: note[flag] for flag in _FLAGS}
+        return BertTokenizer(vocab=words, model_max_length=length, **flags)
     for local in (True, False):
         place = _cached(BERT_HUB, _BERT_FILES, local)
         if place is not None:
             return load_tokenizer(place)
-    raise UserError(
-        "this file has a text transformer and no tokenizer, as all files in its layout, and BERT's is not on this machine: give its folder with "
-        f"vocab.txt (tokenizer=...), or be online once ({BERT_HUB})"
-    )
+    raise _no_tokenizer("a text transformer", "BERT", "vocab.txt (tokenizer=...)", BERT_HUB)
 
 
 # ---- whole folders -------------------------------------------------------------------------------
@@ -216,8 +206,15 @@ def bert_tokenizer(length: int, folder: str | Path | None, metadata: Mapping[str
 
 @contextmanager
 def tokenizer_folders(raw: RawCheckpoint, names: list[str], options: LoadOptions) -> Iterator[Path]:
-    """A folder with the tokenizers of these names: the caller's, or those that the file's metadata
-    hold.
+    """A folder with the tokenizers of these names: the caller's, or the ones in the metadata.
+
+    Args:
+        raw: The file.
+        names: Folders, such as "tokenizer" and "tokenizer_2".
+        options: With the caller's folder in `tokenizer`.
+
+    Raises:
+        UserError: There are no tokenizers, or one of them is missing or damaged.
     """
     if options.tokenizer is None and TOKENIZERS in raw.metadata:
         with tempfile.TemporaryDirectory() as temporary:
@@ -225,20 +222,21 @@ def tokenizer_folders(raw: RawCheckpoint, names: list[str], options: LoadOptions
                 with explained(raw.path, WRONG):
                     unpack_folders(raw.metadata, names, Path(temporary))
                 yield Path(temporary)
-            except UserError as error:  # what is wrong is wrong in the file that the user named
+            except UserError as error:  # the fault is in the file that the user named
                 raise UserError(str(error).replace(temporary, str(raw.path))) from error
         return
     expected = " and ".join(names)
     if options.tokenizer is None:
         raise UserError(
-            f"{raw.path} has text encoders and no tokenizers, as all files in its layout: give the folder of a model of its kind, which has "
-            f"{expected} (tokenizer=...)"
+            f"{raw.path} has text encoders and no tokenizers, as all files in its layout: give the "
+            f"folder of a model of its kind, which has {expected} (tokenizer=...)"
         )
     folder = Path(options.tokenizer).expanduser()
-    lost = [name for name in names if not (folder / name).is_dir()]
-    if lost:
+    missing = [name for name in names if not (folder / name).is_dir()]
+    if missing:
         raise UserError(
-            f"tokenizer={options.tokenizer} has no folder {lost[0]}: expected a model's folder with {expected}"
+            f"tokenizer={options.tokenizer} has no folder {missing[0]}: "
+            f"expected a model's folder with {expected}"
         )
     yield folder
 
@@ -246,15 +244,25 @@ def tokenizer_folders(raw: RawCheckpoint, names: list[str], options: LoadOptions
 def unpack_folders(
     metadata: Mapping[str, str], names: Iterable[str] | None, folder: Path
 ) -> list[str]:
-    """Write the tokenizers' folders of these names (None: all) that a file's metadata hold; returns
-    their names.
+    """Write the tokenizers' folders that a file's metadata hold.
+
+    Args:
+        metadata: The file's.
+        names: The folders to write; None: all.
+        folder: The place to write them.
+
+    Returns:
+        The names of the written folders.
+
+    Raises:
+        UserError: Metadata with another folder's name, or with a path.
     """
     packed = json.loads(metadata[TOKENIZERS])
     names = sorted(packed) if names is None else list(names)
     for name in names:
         if name not in ("tokenizer", "tokenizer_2", "tokenizer_3"):
             raise UserError(
-                f"its note {TOKENIZERS} names {name!r}: expected tokenizer, tokenizer_2 or tokenizer_3"
+                f"its note {TOKENIZERS} names {name!r}: expected tokenizer, tokenizer_2 or _3"
             )
         (folder / name).mkdir()
         for file, text in packed[name].items():
@@ -265,35 +273,27 @@ def unpack_folders(
     return names
 
 
-def pack_encoders(encoders: Mapping[str, Any]) -> str:
+def pack_encoders(encoders: Mapping[str, Encoder]) -> str:
     """The tokenizers' folders of a conditioner's encoders, for the metadata of a file."""
     packed: dict[str, dict[str, str]] = {}
     for end, encoder in encoders.items():
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            encoder.tokenizer.save_pretrained(folder)
-            packed[f"tokenizer{end}"] = _packed(folder)
-        spiece = getattr(encoder, "spiece", None)
-        if spiece is not None:
-            packed[f"tokenizer{end}"][SPIECE] = base64.b64encode(spiece).decode()
+            encoder.write_tokenizer(Path(temporary))
+            packed[f"tokenizer{end}"] = _packed(Path(temporary))
     return json.dumps(packed, sort_keys=True)
 
 
 def pack_folders(folder: Path) -> dict[str, str]:
     """The metadata of the tokenizers in a model's folder; empty where it has none."""
     folders = sorted(path for path in folder.glob("tokenizer*") if path.is_dir())
-    return (
-        {TOKENIZERS: json.dumps({path.name: _packed(path) for path in folders}, sort_keys=True)}
-        if folders
-        else {}
-    )
+    packed = {path.name: _packed(path) for path in folders}
+    return {TOKENIZERS: json.dumps(packed, sort_keys=True)} if packed else {}
 
 
 def _packed(folder: Path) -> dict[str, str]:
-    files = sorted(
-        path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
-    )
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    contents = {file.name: file.read_bytes() for file in files}
     return {
-        p.name: (base64.b64encode(p.read_bytes()) if p.name == SPIECE else p.read_bytes()).decode()
-        for p in files
+        name: (base64.b64encode(data) if name == SPIECE else data).decode()
+        for name, data in contents.items()
     }

@@ -5,7 +5,7 @@ names a family. A new family is one file here, one network in `predict/networks/
 reads prompts in a new way one conditioner in `predict/conditioners/`.
 """
 
-from sfumato.checkpoints.families._base import ABSENT, AUTOENCODERS, NETWORK, Family
+from sfumato.checkpoints.families._base import AUTOENCODERS, NETWORK, Family
 from sfumato.checkpoints.families._registry import (
     by_components,
     by_name,
@@ -20,7 +20,6 @@ from sfumato.checkpoints.families._registry import (
 from sfumato.checkpoints.families._transformer import FLOW, TEXTS, TransformerFamily, untold_latents
 
 __all__ = [
-    "ABSENT",
     "AUTOENCODERS",
     "FLOW",
     "NETWORK",

@@ -1,10 +1,9 @@
-"""What a family is: detection, components, tables of keys, configs, text encoders, scheduler,
-pipelines.
-"""
+"""Family: the base class of all that a published model means on disk."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,8 +24,18 @@ from sfumato.checkpoints.weight_map import (
     store_all,
     with_prefix,
 )
+from sfumato.diffuse.process import Process
+from sfumato.predict.conditioners.base import Conditioner
+from sfumato.predict.networks.base import Network
 
 Config = Mapping[str, Any]
+Components = Mapping[str, Component]
+Configs = Mapping[str, Config]
+"""Configs by part."""
+Encoders = Mapping[str, Any]
+"""Text encoders by the endings of their folders' names."""
+Parts = dict[str, tuple[dict[str, Any], Mapping[str, Any]]]
+"""Config and tensors by part."""
 NETWORK = "model.diffusion_model."
 """The prefix of networks in single files."""
 AUTOENCODERS = ("first_stage_model.", "vae.")
@@ -37,8 +46,13 @@ ABSENT = [None, None]
 
 @dataclass(frozen=True)
 class Section:
-    """One part of a single file: its config, its table with the file's prefixes, keys that are not
-    read.
+    """One part of a single file.
+
+    Attributes:
+        part: Its name among the components.
+        config: Its config.
+        maps: Its table, with the file's prefixes.
+        spare: Keys that the file may hold and that are not read.
     """
 
     part: str
@@ -60,12 +74,10 @@ class Tower(ABC):
 
     @abstractmethod
     def weight_map(self, config: Config, bare: bool = False) -> list[WeightMap]:
-        """The table, without the prefix. bare: in the form without `text_model.`, where there is
-        one.
-        """
+        """The table, without the prefix; `bare`: of the form without `text_model.`."""
 
     def is_bare(self, shapes: Shapes) -> bool:
-        """Whether a file has the other form of the names."""
+        """True for a file with the bare form of the names."""
         return False
 
     def spare(self, config: Config, keys: Mapping[str, object]) -> set[str]:
@@ -73,7 +85,7 @@ class Tower(ABC):
         return set()
 
     def named(self, tensors: LazyTensors) -> LazyTensors:
-        """An encoder's tensors by the targets of the table; what files do not hold is left out."""
+        """An encoder's tensors by the targets of the table, without those that no file holds."""
         return tensors
 
     @abstractmethod
@@ -82,8 +94,12 @@ class Tower(ABC):
     ) -> Any:
         """The encoder with its tokenizer.
 
-        tokenizer: its folder in a model's folder; None: of the layouts that have none, by
-        `tokenizers`.
+        Args:
+            component: The encoder's config and tensors.
+            tokenizer: Its folder in a model's folder; None: `tokenizers` finds one, for the
+                layouts that have none.
+            raw: The file.
+            options: The arguments of `load`.
         """
 
     @property
@@ -92,32 +108,39 @@ class Tower(ABC):
         return self.part.removeprefix("text_encoder")
 
     def section(self, shapes: Shapes, config: Config | None = None) -> Section:
-        """The encoder's section of a file. config: what is noted of it."""
-        below = shapes.below(self.prefix)
-        values = dict(config or self.config(below))
-        maps = with_prefix(self.weight_map(values, self.is_bare(below)), self.prefix)
+        """The encoder's section of a file; `config`: the one that is noted."""
+        inner = shapes.below(self.prefix)
+        values = dict(config or self.config(inner))
+        maps = with_prefix(self.weight_map(values, self.is_bare(inner)), self.prefix)
         return Section(self.part, values, maps, frozenset(self.spare(values, shapes.table)))
+
+    def store(self, component: Component, where: object) -> dict[str, LazyTensor]:
+        """The encoder's tensors under the file's names."""
+        named = Component(component.config, self.named(component.tensors))
+        return store_section(self.weight_map(component.config), named, self.prefix, where)
 
 
 class Family(ABC):
-    """A kind of published models. Final subclasses have one object each, in the table FAMILIES of
-    their file.
+    """A kind of published models.
+
+    Final subclasses have one object each, in the table FAMILIES of their file.
 
     Attributes:
-        name: by which it is chosen
-        title: for messages
-        alone: classes ("_class_name") of networks that have files of their own
-        towers: text encoders of its single files
-        pipelines: beginnings of diffusers' pipeline classes, and what a run of them begins with
-            there, other than 50 steps; the longest that fits counts
-        even_times: whether diffusers' pipeline gives a flow's scheduler its own even times; None:
-            where the scheduler's shift is dynamic
-        is_transformer: whether convert streams it without building a model
-        tells_latents: whether the scale of latents is known of its files
-        autoencoder_folder: of its pipelines
-        autoencoder_defaults: fields of the autoencoder's config that old folders leave out and that
-            differ from today's defaults
-        shift_rule: by which its pipelines shift times with the image's size; None: the scheduler's
+        name: The family's name in options and messages.
+        title: The models' name, for messages.
+        alone: Classes ("_class_name") of networks that have files of their own.
+        towers: Text encoders of its single files.
+        pipelines: Beginnings of diffusers' pipeline classes, with the defaults of a run there,
+            other than 50 steps. The longest that fits counts.
+        even_times: Whether diffusers' pipeline gives a flow's scheduler its own even times; None:
+            where the scheduler's shift is dynamic.
+        is_transformer: Whether `convert` streams it without building a model.
+        tells_latents: Whether the scale of latents follows from its files.
+        autoencoder_folder: The autoencoder's folder in its pipelines.
+        autoencoder_defaults: Fields of the autoencoder's config that old folders leave out and that
+            differ from today's defaults.
+        shift_rule: The rule by which its pipelines shift times with the image's size; None: the
+            scheduler's.
     """
 
     name: ClassVar[str]
@@ -136,51 +159,47 @@ class Family(ABC):
 
     @abstractmethod
     def detect(self, shapes: Shapes) -> bool:
-        """Whether a single file is of this family."""
+        """True for a single file of this family."""
 
     def detect_alone(self, shapes: Shapes) -> bool:
-        """Whether a file that no family detects has this family's network or autoencoder without
-        its text encoders.
-        """
+        """True for a file with the network or autoencoder alone, which no family detects."""
         return False
 
     @abstractmethod
-    def holds(self, components: Mapping[str, Component]) -> bool:
-        """Whether these components make a single file of this family."""
+    def holds(self, components: Components) -> bool:
+        """True where these components make a single file of this family."""
 
-    def publishes(self, network: Any, conditioner: Any, process: Any) -> bool:
-        """Whether models with this network, conditioner and process were published as single
-        files.
-        """
+    def publishes(self, network: Network, conditioner: Conditioner, process: Process) -> bool:
+        """True where models with these parts were published as single files."""
         return False
 
     # ---- single files ----------------------------------------------------------------------------
 
     @abstractmethod
     def sections(
-        self,
-        raw: RawCheckpoint,
-        shapes: Shapes,
-        options: ReadOptions,
-        configs: Mapping[str, Config],
+        self, raw: RawCheckpoint, shapes: Shapes, options: ReadOptions, configs: Configs
     ) -> Iterator[Section]:
-        """The parts of a file. configs: what is noted, or given, of each."""
+        """The parts of a file.
+
+        Args:
+            raw: The file.
+            shapes: Of its tensors.
+            options: The caller's settings of a file with a U-Net.
+            configs: The noted or given config of each part.
+        """
 
     def read(
-        self,
-        raw: RawCheckpoint,
-        options: ReadOptions | None = None,
-        configs: Mapping[str, Config] | None = None,
+        self, raw: RawCheckpoint, options: ReadOptions | None = None, configs: Configs | None = None
     ) -> Checkpoint:
         """The parts of a file under our names; weights stay where they are.
 
         Args:
-            raw: the file
-            options: what the caller knows of a file with a U-Net
-            configs: what the caller knows of each part's config
+            raw: The file.
+            options: The caller's settings of a file with a U-Net.
+            configs: The noted or given config of each part.
 
         Raises:
-            UserError: a file with missing, extra or misshapen keys, or with parts of unknown sizes.
+            UserError: A file with missing, extra or misshapen keys, or with parts of unknown sizes.
         """
         options = options or ReadOptions()
         shapes = Shapes(raw.shapes, "", raw.path)
@@ -201,78 +220,109 @@ class Family(ABC):
     def complete(
         self, raw: RawCheckpoint, options: ReadOptions, components: dict[str, Component]
     ) -> Checkpoint:
-        """The checkpoint of a file's components: with schedulers, defaults and how its conditioner
-        is built.
-        """
+        """The checkpoint of a file's components, with schedulers, defaults and conditioner."""
+
+    def checkpoint(
+        self,
+        raw: RawCheckpoint,
+        components: dict[str, Component],
+        schedulers: dict[str, dict[str, Any]],
+        kind: str,
+        note: Config | None = None,
+    ) -> Checkpoint:
+        """The checkpoint of a file's components; `note`: the model's name and defaults."""
+        note = note or {}
+        return Checkpoint(
+            components,
+            schedulers,
+            defaults=note.get("defaults", {}),
+            name=str(note.get("name", raw.path.stem)),
+            family=self,
+            kind=kind,
+            conditioner=partial(self.read_conditioner, raw, components),
+            path=raw.path,
+            metadata=raw.metadata,
+        )
+
+    @abstractmethod
+    def read_conditioner(
+        self, raw: RawCheckpoint, components: Components, network: Network, options: LoadOptions
+    ) -> Conditioner:
+        """The conditioner of a file's components, for its network."""
 
     @abstractmethod
     def write(self, checkpoint: Checkpoint) -> RawCheckpoint:
-        """The inverse of `read`: tensors under the original names, and metadata that other readers
-        need.
+        """The inverse of `read`: original names, and the metadata that other readers need.
 
         Raises:
-            UserError: weights that do not fit their config; configs that a reader of the file could
-                not find out again.
+            UserError: Weights that do not fit their config; configs that a reader of the file could
+                not infer again.
         """
 
     def single_file(self, checkpoint: Checkpoint) -> RawCheckpoint | None:
-        """`write` for a whole model; None where a reader without sfumato's metadata would find
-        another model.
+        """The file of a whole model.
+
+        None where a reader without sfumato's metadata would build another model.
         """
         return self.write(checkpoint)
 
     @abstractmethod
-    def notes(self, checkpoint: Checkpoint, conditioner: Any) -> dict[str, str]:
-        """sfumato's metadata of a whole model's file."""
+    def notes(self, checkpoint: Checkpoint, conditioner: Conditioner) -> dict[str, str]:
+        """The metadata by which sfumato reads a whole model's file."""
 
     # ---- models ----------------------------------------------------------------------------------
 
-    def text_components(
-        self, conditioner: Any
-    ) -> dict[str, tuple[dict[str, Any], Mapping[str, Any]]]:
+    def text_components(self, conditioner: Conditioner) -> Parts:
         """Config and tensors of each text encoder of a model."""
         return {
             f"text_encoder{end}": (e.to_config(), e.tensors())
             for end, e in conditioner.encoders.items()
         }
 
-    def pipeline(self, network: Any, conditioner: Any, references: int) -> str | None:
-        """diffusers' pipeline for these parts; None where it has none.
+    def pipeline(self, network: Network, conditioner: Conditioner, references: int) -> str | None:
+        """The pipeline of diffusers for these parts; None where it has none.
 
-        references: how many images the model reads.
+        Args:
+            network: The model's.
+            conditioner: The model's.
+            references: The number of reference images that the model takes.
         """
         return None
 
-    def index(self, pipeline: str, conditioner: Any, guidance: Any) -> dict[str, Any]:
-        """What a pipeline has in model_index.json beside network, autoencoder and scheduler.
+    def index(self, pipeline: str, conditioner: Conditioner, guidance: object) -> dict[str, Any]:
+        """Entries of model_index.json beside network, autoencoder and scheduler.
 
-        guidance: the model's own scale; 1 is off.
+        Args:
+            pipeline: The pipeline's class.
+            conditioner: The model's.
+            guidance: The model's own scale; 1 is off.
         """
         return conditioner.index()
 
-    def folder_conditioner(self, index: Config, network: Any) -> Any | None:
-        """The conditioner of a folder without text encoders and conditioner/config.json; None where
-        it has none.
+    def folder_conditioner(self, index: Config, network: Network) -> Conditioner | None:
+        """The conditioner of a folder with neither text encoders nor conditioner/config.json.
+
+        None where the folder has no conditioner at all.
         """
         return None
 
     @abstractmethod
     def require_whole(self, checkpoint: Checkpoint) -> None:
-        """`UserError` for a single file that lacks parts of a model."""
+        """Raise `UserError` for a single file that lacks parts of a model."""
 
     def defaults(self, index: Config, learned_guidance: bool = True) -> dict[str, Any]:
-        """What a run of a pipeline begins with, where that differs from its kind of network.
+        """Defaults of a pipeline's run, where they differ from those of its kind of network.
 
         Args:
-            index: model_index.json, with its `_class_name`
-            learned_guidance: whether the network has a guidance embedding
+            index: model_index.json, with its `_class_name`.
+            learned_guidance: Whether the network has a guidance embedding.
         """
         pipeline = str(index.get("_class_name"))
         starts = [start for start in self.pipelines if pipeline.startswith(start)]
         return dict(self.pipelines[max(starts, key=len)]) if starts else {}
 
-    def guidance(self, conditioner: Any) -> dict[str, Any]:
-        """The guidance with which models that diffusers has no pipeline for are used."""
+    def guidance(self, conditioner: Conditioner) -> dict[str, Any]:
+        """The guidance of models that diffusers has no pipeline for."""
         return {}
 
 

@@ -1,15 +1,15 @@
-"""The registry of families: found by the folder, by their names, networks, pipelines, parts and
-keys.
-"""
+"""The registry of families: found by names, networks, pipelines, parts and keys."""
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Component, RawCheckpoint
 from sfumato.checkpoints.families._base import Family
 from sfumato.checkpoints.shapes import Shapes
+from sfumato.diffuse.process import Process
 from sfumato.errors import UserError, unknown
+from sfumato.predict.conditioners.base import Conditioner
+from sfumato.predict.networks.base import Network
 from sfumato.registry import module_of, names
 
 _PACKAGE = "checkpoints.families"
@@ -18,15 +18,12 @@ _PACKAGE = "checkpoints.families"
 @cache
 def registered() -> tuple[Family, ...]:
     """Every family of this folder, by the names of their files."""
-    return tuple(
-        family
-        for file in names(_PACKAGE)
-        for family in getattr(module_of(_PACKAGE, file), "FAMILIES", ())
-    )
+    modules = [module_of(_PACKAGE, file) for file in names(_PACKAGE)]
+    return tuple(family for module in modules for family in getattr(module, "FAMILIES", ()))
 
 
 def by_name(name: str) -> Family:
-    """The family of this name; `UserError` that lists the known ones for another."""
+    """The family of this name; the `UserError` for another name lists them."""
     family = next((family for family in registered() if family.name == name), None)
     if family is None:
         raise unknown("family", name, (family.name for family in registered()))
@@ -34,21 +31,15 @@ def by_name(name: str) -> Family:
 
 
 def by_network(class_name: object) -> Family | None:
-    """The family with files of the network alone, by the "_class_name" of its config; None where
-    there is none.
-    """
+    """The family with files of this network alone, by the "_class_name" of its config."""
     return next((family for family in registered() if class_name in family.alone), None)
 
 
 def by_pipeline(pipeline: str) -> Family | None:
     """The family that diffusers opens with a pipeline (the `_class_name` of model_index.json)."""
-    found = [
-        (start, family)
-        for family in registered()
-        for start in family.pipelines
-        if pipeline.startswith(start)
-    ]
-    return max(found, key=lambda pair: len(pair[0]))[1] if found else None
+    starts = {start: family for family in registered() for start in family.pipelines}
+    fitting = [start for start in starts if pipeline.startswith(start)]
+    return starts[max(fitting, key=len)] if fitting else None
 
 
 def by_components(components: Mapping[str, Component]) -> Family | None:
@@ -56,41 +47,39 @@ def by_components(components: Mapping[str, Component]) -> Family | None:
     return next((family for family in registered() if family.holds(components)), None)
 
 
-def by_parts(network: Any, conditioner: Any, process: Any) -> Family | None:
+def by_parts(network: Network, conditioner: Conditioner, process: Process) -> Family | None:
     """The family of a model with these parts whose models were published as single files."""
-    return next(
-        (family for family in registered() if family.publishes(network, conditioner, process)), None
-    )
+    parts = network, conditioner, process
+    return next((family for family in registered() if family.publishes(*parts)), None)
 
 
 def detect(keys: Mapping[str, tuple[int, ...]], where: object, network: object = None) -> Family:
     """The family of a file.
 
     Args:
-        keys: the shapes of its tensors
-        where: the file, for messages
-        network: the class of its network, which decides where several families have its keys
+        keys: The shapes of its tensors.
+        where: The file, for messages.
+        network: The class of its network, which decides where several families have its keys.
 
     Raises:
-        UserError: a file of no known layout.
+        UserError: A file of no known layout.
     """
-    found = candidates(keys, where)
-    if not found:
+    fitting = candidates(keys, where)
+    if not fitting:
         shown = ", ".join(sorted(keys)[:4]) or "none"
         titles = ", ".join(dict.fromkeys(family.title for family in registered()))
         raise UserError(
-            f"{where} is of no known layout (its first keys: {shown}): expected the original names of {titles}"
+            f"{where} is of no known layout (its first keys: {shown}): "
+            f"expected the original names of {titles}"
         )
-    return next(
-        (family for family in found if network is not None and network in family.alone), found[0]
-    )
+    return next((family for family in fitting if network in family.alone), fitting[0])
 
 
 def candidates(keys: Mapping[str, tuple[int, ...]], where: object) -> list[Family]:
     """Every family that has the keys of a file; those with a part of it where none has all."""
     shapes = Shapes(keys, "", where)
-    found = [family for family in registered() if family.detect(shapes)]
-    return found or [family for family in registered() if family.detect_alone(shapes)]
+    whole = [family for family in registered() if family.detect(shapes)]
+    return whole or [family for family in registered() if family.detect_alone(shapes)]
 
 
 def write(checkpoint: Checkpoint) -> RawCheckpoint:

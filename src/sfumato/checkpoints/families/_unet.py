@@ -1,11 +1,10 @@
-"""Families with a U-Net: Latent Diffusion's layout (Rombach et al. 2022, arXiv:2112.10752).
+"""Families with a U-Net: Latent Diffusion's layout of single files.
 
-    model.diffusion_model.*   first_stage_model.* | vae.*   cond_stage_model.* |
-                              conditioner.embedders.N.*
-    betas, alphas_cumprod, ...
+    model.diffusion_model.*   first_stage_model.* | vae.*
+    cond_stage_model.* | conditioner.embedders.N.*           betas, alphas_cumprod, ...
 
-Configs are detected from keys and shapes. What the layout cannot tell a reader is refused when a
-file is written.
+Rombach et al. 2022, arXiv:2112.10752. Configs are detected from keys and shapes. A model whose
+config would not be detected again is refused when a file is written.
 """
 
 import json
@@ -30,7 +29,9 @@ from sfumato.checkpoints.families._base import (
     ABSENT,
     AUTOENCODERS,
     NETWORK,
+    Components,
     Config,
+    Configs,
     Family,
     Section,
     store_section,
@@ -44,31 +45,30 @@ from sfumato.checkpoints.schedulers import betas
 from sfumato.checkpoints.shapes import Shapes
 from sfumato.checkpoints.tokenizers import pack_clip
 from sfumato.checkpoints.weight_map import with_prefix
+from sfumato.diffuse.process import Process
 from sfumato.errors import UserError, explained
+from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig
+from sfumato.predict.networks.base import Network
 
 EPSILON, VELOCITY = PREDICTIONS[:2]
 TEXT = "cond_stage_model."
+MIDDLE = f"{NETWORK}middle_block.1."
 LABELS, LEVELS = f"{NETWORK}label_emb.0.", f"{NETWORK}label_emb.weight"
 """A vector, and a table of noise levels, that join the time embedding."""
-_PREDICTION_NOTES = {
-    "epsilon": EPSILON,
-    "eps": EPSILON,
-    "v": VELOCITY,
-    "v_prediction": VELOCITY,
-    "sample": "sample",
-    "x0": "sample",
-}
-_BUFFER = (
-    r"(betas|alphas_cumprod(_prev)?|sqrt_(recipm?1?_|one_minus_)?alphas_cumprod|log_one_minus_alphas_cumprod|logvar|lvlb_weights|"
-    r"posterior_(variance|log_variance_clipped|mean_coef[12]))"
+_PREDICTION_NOTES = {"eps": EPSILON, "v": VELOCITY, "x0": "sample", **{k: k for k in PREDICTIONS}}
+"""Targets by the values of modelspec.prediction_type."""
+_TABLES = (
+    r"betas|alphas_cumprod(_prev)?|sqrt_(recipm?1?_|one_minus_)?alphas_cumprod|"
+    r"log_one_minus_alphas_cumprod|logvar|lvlb_weights|"
+    r"posterior_(variance|log_variance_clipped|mean_coef[12])"
 )
 _BUFFERS = re.compile(
-    rf"(low_res_scale_model\.)?{_BUFFER}|denoiser\.sigmas|scale_factor|v_pred|ztsnr|global_step|model_ema\..+|(first_stage_model\.)?loss\..+|"
-    r".+\.(position_ids|logit_scale|attn_mask)|(cond_stage_model|conditioner\.embedders\.0)\.(transformer\.)?text_projection(\.weight)?"
+    rf"(low_res_scale_model\.)?({_TABLES})|denoiser\.sigmas|scale_factor|v_pred|ztsnr|global_step|"
+    r"model_ema\..+|(first_stage_model\.)?loss\..+|.+\.(position_ids|logit_scale|attn_mask)|"
+    r"(cond_stage_model|conditioner\.embedders\.0)\.(transformer\.)?text_projection(\.weight)?"
 )
-"""Keys that are not weights of a part: tables made from betas, training losses, running
-averages."""
+"""Keys that are no weights: tables made from betas, training losses, running averages."""
 _TEXTS = {"text_encoder", "text_encoder_2", "bert", "class_embedder"}
 _PIPELINES = {  # by (channels beyond the latent's, second encoder): the class
     (0, False): "StableDiffusionPipeline",
@@ -85,25 +85,28 @@ class UNetFamily(Family):
     """A family with a U-Net.
 
     Attributes:
-        marks: beginnings of keys by which its files are known
-        foreign_marks: those of families whose files have its marks, too
-        heads: the number of heads of every attention, or
-        head_width: of each; neither where files of the family differ
-        betas: first and last of its schedule
-        scaling_factor: of latents
-        sample_size: the side of latents that it was trained at
-        sizes: numbers beside the pooled text in the vector of SDXL
-        predicts: the network's target
-        notes_heads: whether files note the heads, because the family's differ and keys do not tell
-        image_size: the side of images of all that were published; None: `sample_size` counts
-        conditioner_class: the conditioner of its models
-        more_schedulers: beside the denoiser's
-        lone_prefix: of an autoencoder whose names begin with none of the usual ones; None: there is
-        none
+        marks: Beginnings of keys that its files have.
+        foreign_marks: Beginnings of keys of other families, whose files have its marks, too.
+        linear_projection: Whether projections around the attention are linear, by which a U-Net
+            without text encoders is detected; None: such a U-Net is of another family.
+        heads: The number of heads of every attention, or
+        head_width: the width of each; neither where files of the family differ.
+        betas: First and last of its schedule.
+        scaling_factor: Of latents.
+        sample_size: The side of latents that it was trained at.
+        sizes: Numbers beside the pooled text in the vector of SDXL.
+        predicts: The network's target.
+        notes_heads: Whether files note the heads, which differ and do not follow from keys.
+        image_size: The side of images of all that were published; None: `sample_size` counts.
+        conditioner_class: The conditioner of its models; None: it has no whole models.
+        more_schedulers: Schedulers beside the denoiser's.
+        lone_prefix: The prefix of an autoencoder whose names begin with none of the usual ones;
+            None: there is none.
     """
 
     marks: ClassVar[tuple[str, ...]] = ()
     foreign_marks: ClassVar[tuple[str, ...]] = ()
+    linear_projection: ClassVar[bool | None] = None
     heads: ClassVar[int | None] = None
     head_width: ClassVar[int | None] = None
     betas: ClassVar[tuple[float, float]] = (0.00085, 0.012)
@@ -113,22 +116,26 @@ class UNetFamily(Family):
     predicts: ClassVar[str] = EPSILON
     notes_heads: ClassVar[bool] = False
     image_size: ClassVar[int | None] = None
-    conditioner_class: ClassVar[type] = ClipText
+    conditioner_class: ClassVar[type | None] = ClipText
     more_schedulers: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     lone_prefix: ClassVar[str | None] = None
 
     # ---- which -----------------------------------------------------------------------------------
 
     def detect(self, shapes: Shapes) -> bool:
-        """Whether any key begins with one of the marks, and none with what other families have."""
-        return any(shapes.has(mark) for mark in self.marks) and not any(
-            shapes.has(mark) for mark in self.foreign_marks
-        )
+        """True where a key begins with a mark, and none with another family's."""
+        has = shapes.has
+        return any(map(has, self.marks)) and not any(map(has, self.foreign_marks))
 
-    def holds(self, components: Mapping[str, Component]) -> bool:
-        """Whether the text encoders are the family's, or there are none and the U-Net alone is of
-        its kind.
-        """
+    def detect_alone(self, shapes: Shapes) -> bool:
+        """True for a U-Net alone with the family's kind of projections around its attention."""
+        alone = shapes.has(NETWORK) and not shapes.has(LABELS) and not shapes.has(LEVELS)
+        if self.linear_projection is None or not alone:
+            return False
+        return (shapes.rank(f"{MIDDLE}proj_in.weight") == 2) is self.linear_projection
+
+    def holds(self, components: Components) -> bool:
+        """True where the text encoders are the family's, or where the U-Net alone is."""
         if "unet" not in components or is_plain(components["unet"].config):
             return False
         unet, texts = components["unet"].config, components.keys() & _TEXTS
@@ -136,65 +143,54 @@ class UNetFamily(Family):
             return texts == {tower.part for tower in self.towers} and self.fits(unet, components)
         return self.fits_alone(unet)
 
-    def fits(self, unet: Config, components: Mapping[str, Component]) -> bool:
-        """Whether these components are of this family, among those with the same text encoders."""
+    def fits(self, unet: Config, components: Components) -> bool:
+        """True for components of this family, among those with the same text encoders."""
         return True
 
     def fits_alone(self, unet: Config) -> bool:
-        """Whether a U-Net without text encoders is of this family."""
-        return False
+        """True for a U-Net of this family, among those without text encoders."""
+        linear = bool(unet.get("use_linear_projection"))
+        return not unet.get("addition_embed_type") and linear is self.linear_projection
 
     # ---- single files ----------------------------------------------------------------------------
 
     def read(
-        self,
-        raw: RawCheckpoint,
-        options: ReadOptions | None = None,
-        configs: Mapping[str, Config] | None = None,
+        self, raw: RawCheckpoint, options: ReadOptions | None = None, configs: Configs | None = None
     ) -> Checkpoint:
-        """The parts of a file; see `Family.read`. With `ema` the U-Net's weights are the running
-        averages.
+        """The parts of a file, as in `Family.read`.
+
+        With `ema` the U-Net's weights are the running averages.
         """
         if options is not None and options.ema:
             raw = replace(raw, tensors=_averaged(raw))
         return super().read(raw, options, configs)
 
     def sections(
-        self,
-        raw: RawCheckpoint,
-        shapes: Shapes,
-        options: ReadOptions,
-        configs: Mapping[str, Config],
+        self, raw: RawCheckpoint, shapes: Shapes, options: ReadOptions, configs: Configs
     ) -> Iterator[Section]:
-        """The U-Net, the autoencoder and the text encoders that are there."""
-        found: dict[str, Section] = {}
+        """The U-Net, the autoencoder and the text encoders that the file holds."""
+        yaml, sections = options.original_config, dict[str, Section]()
         if shapes.has(NETWORK):
-            below = shapes.below(NETWORK)
-            config = self.unet_config(below, self._heads(raw, shapes, options))
+            config = self.unet_config(shapes.below(NETWORK), self._heads(raw, shapes, options))
             self.kind(config, raw.path)
             order = options.new_attention_order
-            maps = unet_map(
-                config,
-                bool(options.original_config.new_attention_order if order is None else order),
-            )
-            found["unet"] = Section("unet", config, with_prefix(maps, NETWORK))
+            maps = unet_map(config, bool(yaml.new_attention_order if order is None else order))
+            sections["unet"] = Section("unet", config, with_prefix(maps, NETWORK))
         prefix = next((p for p in AUTOENCODERS if shapes.has(p)), self.lone_prefix)
         if prefix is not None:
-            found["vae"] = self._autoencoder(raw, shapes.below(prefix), options, configs.get("vae"))
-        if self.image_size is not None and found.keys() >= {"unet", "vae"}:
-            found["unet"].config["sample_size"] = self.image_size >> (
-                len(found["vae"].config["block_out_channels"]) - 1
-            )
+            vae = self._autoencoder(raw, shapes.below(prefix), options, configs.get("vae"))
+            sections["vae"] = vae
+            if self.image_size is not None and "unet" in sections:
+                steps = len(vae.config["block_out_channels"]) - 1
+                sections["unet"].config["sample_size"] = self.image_size >> steps
         for tower in self.towers:
             if shapes.has(tower.prefix):
-                found[tower.part] = tower.section(shapes)
-        options.original_config.agree(
-            {part: section.config for part, section in found.items()}, raw.path
-        )
-        yield from found.values()
+                sections[tower.part] = tower.section(shapes)
+        yaml.agree({part: section.config for part, section in sections.items()}, raw.path)
+        yield from sections.values()
 
     def unet_config(self, shapes: Shapes, heads: Heads) -> dict[str, Any]:
-        """diffusers' config of the U-Net."""
+        """The U-Net's config in diffusers' fields."""
         pooled = f"{self.towers[-1].prefix}text_projection" if self.towers else ""
         return unet_config(shapes, self.sample_size, heads, self.sizes, pooled)
 
@@ -203,7 +199,7 @@ class UNetFamily(Family):
         return self.heads, self.head_width
 
     def _heads(self, raw: RawCheckpoint, shapes: Shapes, options: ReadOptions) -> Heads:
-        """What the caller, the YAML, the file's metadata or the family say, in this order."""
+        """The heads of the caller, the YAML, the file's metadata or the family, in this order."""
         yaml = options.original_config
         rules = (
             (options.heads, None),
@@ -213,16 +209,27 @@ class UNetFamily(Family):
         return next((rule for rule in rules if rule != (None, None)), self.head_rule(shapes))
 
     def kind(self, config: Config, where: object) -> str:
-        """The family's name with a suffix for what the U-Net takes beside latents: an image
-        ("-pix2pix"), and a mask ("-inpainting").
+        """The family's name with a suffix for the U-Net's inputs beside latents.
+
+        Args:
+            config: The U-Net's.
+            where: The file, for messages.
+
+        Raises:
+            UserError: A number of input channels that no model of the family has.
         """
-        taken, channels = config["in_channels"], config["out_channels"]
-        suffixes = {channels: "", 2 * channels: "-pix2pix", 2 * channels + 1: "-inpainting"}
-        if taken not in suffixes:
+        inputs, channels = config["in_channels"], config["out_channels"]
+        suffixes = self.suffixes(channels)
+        if inputs not in suffixes:
             raise UserError(
-                f"{where}: a U-Net of {taken} channels in and {channels} out is of no known kind: expected {', '.join(map(str, suffixes))} in"
+                f"{where}: a U-Net of {inputs} channels in and {channels} out is of no known kind: "
+                f"expected {', '.join(map(str, suffixes))} in"
             )
-        return self.name + suffixes[taken]
+        return self.name + suffixes[inputs]
+
+    def suffixes(self, channels: int) -> dict[int, str]:
+        """Kinds of the family by their input channels: an image ("-pix2pix"), and a mask, too."""
+        return {channels: "", 2 * channels: "-pix2pix", 2 * channels + 1: "-inpainting"}
 
     def _autoencoder(
         self, raw: RawCheckpoint, shapes: Shapes, options: ReadOptions, config: Config | None
@@ -245,9 +252,7 @@ class UNetFamily(Family):
         return self.default_scale(raw.metadata, vq)
 
     def default_scale(self, metadata: Mapping[str, str], vq: bool) -> float:
-        """The scale of latents where nothing tells it. vq: whether the autoencoder has a
-        codebook.
-        """
+        """The scale of latents without one in the file; `vq`: the autoencoder has a codebook."""
         return self.scaling_factor
 
     def buffers(self, keys: Mapping[str, object]) -> set[str]:
@@ -257,40 +262,27 @@ class UNetFamily(Family):
     def complete(
         self, raw: RawCheckpoint, options: ReadOptions, components: dict[str, Component]
     ) -> Checkpoint:
-        """With the scheduler of the file's betas and of what it predicts, or those that its
-        metadata note.
-        """
-        kind = self.kind(components["unet"].config, raw.path) if "unet" in components else self.name
-        schedulers = self._schedulers(raw, options, kind) if "unet" in components else {}
+        """With the schedulers of the file's betas, or those that its metadata note."""
+        kind, schedulers = self.name, dict[str, dict[str, Any]]()
         if "unet" in components:
-            components["unet"].config.update(
-                self.adjusted(schedulers["scheduler"]["prediction_type"])
-            )
-        with explained(raw.path):  # our own notes, where the layout says nothing
+            unet = components["unet"].config
+            kind = self.kind(unet, raw.path)
+            schedulers = self._schedulers(raw, options, kind)
+            unet.update(self.adjusted(schedulers["scheduler"]["prediction_type"]))
+        with explained(raw.path):
             schedulers |= {
                 name: json.loads(raw.metadata[key])
                 for name, key in notes.SCHEDULERS.items()
                 if key in raw.metadata
             }
-        return Checkpoint(
-            components,
-            schedulers,
-            name=raw.path.stem,
-            family=self,
-            kind=kind,
-            conditioner=lambda network, load_options: self._read_conditioner(
-                raw, components, load_options
-            ),
-            path=raw.path,
-            metadata=raw.metadata,
-        )
+        return self.checkpoint(raw, components, schedulers, kind)
 
     def require_whole(self, checkpoint: Checkpoint) -> None:
-        """A U-Net and an autoencoder."""
+        """Raise `UserError` without a U-Net or an autoencoder."""
         if not {"unet", "vae"} <= checkpoint.components.keys():
-            parts = " and ".join(checkpoint.components)
             raise UserError(
-                f"{checkpoint.path} holds {parts}: a model needs a U-Net and an autoencoder; give the file that has both"
+                f"{checkpoint.path} holds {' and '.join(checkpoint.components)}: "
+                "a model needs a U-Net and an autoencoder; give the file that has both"
             )
 
     def adjusted(self, prediction: str) -> dict[str, Any]:
@@ -300,48 +292,43 @@ class UNetFamily(Family):
     def _schedulers(
         self, raw: RawCheckpoint, options: ReadOptions, kind: str
     ) -> dict[str, dict[str, Any]]:
-        """scheduler_config.json of the denoiser, from the file's betas where it has them."""
+        """The schedulers' configs, from the file's betas where it has them."""
         yaml = options.original_config.schedule
+        table = yaml or betas.fields(*self.betas)
         if "betas" in raw.tensors:
             table = betas.to_fields(raw.tensors["betas"].load(), raw.path)
             if yaml and not _close(betas.table(yaml), betas.table(table)):
                 raise UserError(
-                    f"{raw.path}: its betas ({table['beta_start']} to {table['beta_end']}) are not those of the YAML: use its own YAML"
+                    f"{raw.path}: its betas ({table['beta_start']} to {table['beta_end']}) are not "
+                    "those of the YAML: use its own YAML"
                 )
-        else:
-            table = yaml or betas.fields(*self.betas)
-        rest: dict[str, Any] = {
+        scheduler = {
+            "_class_name": "DDIMScheduler",
+            **table,
+            "prediction_type": self._prediction(raw, options, kind),
             "clip_sample": False,
             "set_alpha_to_one": False,
             "steps_offset": 1,
             "timestep_spacing": "leading",
         }
         if "ztsnr" in raw.tensors:
-            rest |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        return {
-            "scheduler": {
-                "_class_name": "DDIMScheduler",
-                **table,
-                "prediction_type": self._prediction(raw, options, kind),
-                **rest,
-            },
-            **{name: dict(config) for name, config in self.more_schedulers.items()},
-        }
+            scheduler |= {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+        more = {name: dict(config) for name, config in self.more_schedulers.items()}
+        return {"scheduler": scheduler, **more}
 
     def _prediction(self, raw: RawCheckpoint, options: ReadOptions, kind: str) -> str:
-        """See `ReadOptions`."""
-        if said := options.prediction_type or options.original_config.prediction_type:
-            return said
+        """The U-Net's target, see `ReadOptions`."""
+        if chosen := options.prediction_type or options.original_config.prediction_type:
+            return chosen
         if "v_pred" in raw.tensors:
             return VELOCITY
-        noted, architecture = (
-            raw.metadata.get("modelspec.prediction_type"),
-            raw.metadata.get("modelspec.architecture", ""),
-        )
+        noted = raw.metadata.get("modelspec.prediction_type")
+        architecture = raw.metadata.get("modelspec.architecture", "")
         if noted is not None:
             if noted.lower() not in _PREDICTION_NOTES:
                 raise UserError(
-                    f"the file's note modelspec.prediction_type={noted!r} is not known: give prediction_type, one of {', '.join(PREDICTIONS)}"
+                    f"the file's note modelspec.prediction_type={noted!r} is not known: "
+                    f"give prediction_type, one of {', '.join(PREDICTIONS)}"
                 )
             return _PREDICTION_NOTES[noted.lower()]
         if "-v2-512" in architecture or "-v2-768-v" in architecture:
@@ -349,25 +336,25 @@ class UNetFamily(Family):
         return self.default_prediction(kind, raw.metadata)
 
     def default_prediction(self, kind: str, metadata: Mapping[str, str]) -> str:
-        """What the U-Net predicts where nothing tells it."""
+        """The U-Net's target where neither caller nor file decide it."""
         return self.predicts
 
     # ---- conditioners ----------------------------------------------------------------------------
 
-    def _read_conditioner(
-        self, raw: RawCheckpoint, components: Mapping[str, Component], options: LoadOptions
-    ) -> Any:
-        parts = components.keys() - {"unet", "vae"}
-        if parts - {tower.part for tower in self.towers} or (self.towers and not parts):
+    def read_conditioner(
+        self, raw: RawCheckpoint, components: Components, network: Network, options: LoadOptions
+    ) -> Conditioner:
+        """The conditioner; `UserError` for a file without text encoders."""
+        if self.towers and components.keys() <= {"unet", "vae"}:
             raise UserError(
-                f"{raw.path} is conditioned by {' and '.join(sorted(parts)) or 'nothing'}: that is not run by this version"
+                f"{raw.path} has no text encoder: give the file or folder of a whole model"
             )
         return self.conditioner(raw, components, options)
 
     def conditioner(
-        self, raw: RawCheckpoint, components: Mapping[str, Component], options: LoadOptions
-    ) -> Any:
-        """CLIP's text encoders, with a tokenizer from elsewhere."""
+        self, raw: RawCheckpoint, components: Components, options: LoadOptions
+    ) -> Conditioner:
+        """The text encoders of CLIP, with a tokenizer from elsewhere."""
         encoders = {
             t.end: t.encoder(components[t.part], None, raw, options)
             for t in self.towers
@@ -378,22 +365,19 @@ class UNetFamily(Family):
             "requires_aesthetics_score": [*encoders] == ["_2"],
         }
         with explained(raw.path):
-            settings = ClipTextConfig.from_dict(
-                flags | json.loads(raw.metadata.get(notes.CONDITIONER, "{}"))
-            )
-        return ClipText(encoders.get(""), encoders.get("_2"), settings)
+            settings = flags | notes.read_json(raw.metadata, notes.CONDITIONER)
+            values = ClipTextConfig.from_dict(settings)
+        return ClipText(encoders.get(""), encoders.get("_2"), values)
 
     # ---- writing ---------------------------------------------------------------------------------
 
     def write(self, checkpoint: Checkpoint) -> RawCheckpoint:
-        """Every part with its prefix, and the few buffers that tell betas, the scale of latents and
-        what is predicted.
-        """
+        """Every part with its prefix, and buffers for betas, scale of latents and target."""
         towers = {tower.part: tower for tower in self.towers}
         tensors: dict[str, LazyTensor] = {}
         if foreign := sorted(checkpoint.components.keys() - {"unet", "vae", *towers}):
             raise UserError(
-                f"part {foreign[0]!r} has no place in a single file of the {self.name} family: save a folder instead"
+                f"part {foreign[0]!r} has no place in a file of {self.title}: save a folder instead"
             )
         for name, part in checkpoint.components.items():
             if name == "unet":
@@ -401,16 +385,13 @@ class UNetFamily(Family):
             elif name == "vae":
                 tensors |= store_section(vae_map(part.config), part, AUTOENCODERS[0], name)
             else:
-                named = Component(part.config, towers[name].named(part.tensors))
-                tensors |= store_section(
-                    towers[name].weight_map(part.config), named, towers[name].prefix, name
-                )
+                tensors |= towers[name].store(part, name)
         tensors |= from_tensors(self._buffers(checkpoint))
         raw = RawCheckpoint(tensors, self._notes(checkpoint), checkpoint.path)
-        lost = unrepresentable_fields(checkpoint, self.read(replace(raw, path=RawCheckpoint.path)))
-        if lost:
+        again = self.read(replace(raw, path=RawCheckpoint.path))
+        if lost := unrepresentable_fields(checkpoint, again):
             raise UserError(
-                f"the original layout cannot tell {'; '.join(lost)}: save a folder instead"
+                f"the original layout has no place for {'; '.join(lost)}: save a folder instead"
             )
         return raw
 
@@ -431,9 +412,7 @@ class UNetFamily(Family):
         return buffers
 
     def _notes(self, checkpoint: Checkpoint) -> dict[str, str]:
-        """What is predicted, by Stability AI's modelspec; and the heads, where the family's files
-        differ.
-        """
+        """The target, by Stability AI's modelspec, and the heads where the files differ."""
         if "unet" not in checkpoint.components:
             return {}
         prediction = checkpoint.schedulers.get("scheduler", {}).get("prediction_type", EPSILON)
@@ -441,18 +420,15 @@ class UNetFamily(Family):
         heads = notes.write_heads(config, is_plain(config)) if self.notes_heads else {}
         return {"modelspec.prediction_type": "v" if prediction == VELOCITY else prediction, **heads}
 
-    def notes(self, checkpoint: Checkpoint, conditioner: Any) -> dict[str, str]:
+    def notes(self, checkpoint: Checkpoint, conditioner: Conditioner) -> dict[str, str]:
         """Schedulers, tokenizer and settings of the conditioner."""
-        schedulers = {
+        noted = {
             notes.SCHEDULERS[name]: json.dumps(config)
             for name, config in checkpoint.schedulers.items()
         }
-        # both of SDXL's have the same words
-        encoders = list(getattr(conditioner, "encoders", {}).values())
-        tokenizer = (
-            {notes.TOKENIZER: self.pack_tokenizer(encoders[-1].tokenizer)} if encoders else {}
-        )
-        return schedulers | tokenizer | {notes.CONDITIONER: json.dumps(conditioner.to_config())}
+        if encoders := [*conditioner.encoders.values()]:  # both of SDXL's have the same words
+            noted[notes.TOKENIZER] = self.pack_tokenizer(encoders[-1].tokenizer)
+        return noted | {notes.CONDITIONER: json.dumps(conditioner.to_config())}
 
     @staticmethod
     def pack_tokenizer(tokenizer: Any) -> str:
@@ -461,37 +437,40 @@ class UNetFamily(Family):
 
     # ---- models ----------------------------------------------------------------------------------
 
-    def publishes(self, network: Any, conditioner: Any, process: Any) -> bool:
-        """Whether the conditioner is of this family."""
-        return network.part == "unet" and isinstance(conditioner, self.conditioner_class)
+    def publishes(self, network: Network, conditioner: Conditioner, process: Process) -> bool:
+        """True where the conditioner is of this family."""
+        kind = self.conditioner_class
+        return network.part == "unet" and kind is not None and isinstance(conditioner, kind)
 
-    def pipeline(self, network: Any, conditioner: Any, references: int) -> str | None:
-        """By what the U-Net takes beside the latent, and by its text encoders."""
-        if network.part != "unet" or not isinstance(conditioner, ClipText):
+    def pipeline(self, network: Network, conditioner: Conditioner, references: int) -> str | None:
+        """By the U-Net's inputs beside the latent, and by its text encoders."""
+        fits = network.part == "unet" and isinstance(conditioner, ClipText)
+        if not fits or self.conditioner_class is not ClipText:
             return None
         if "" not in conditioner.encoders:  # the refiner
             return "StableDiffusionXLImg2ImgPipeline"
         channels = network.config.in_channels - network.config.out_channels
         return _PIPELINES.get((channels, "_2" in conditioner.encoders), "LatentDiffusion")
 
-    def index(self, pipeline: str, conditioner: Any, guidance: Any) -> dict[str, Any]:
-        """The text encoders, and what diffusers' pipelines may have and these folders do not."""
-        entries = conditioner.index()
+    def index(self, pipeline: str, conditioner: Conditioner, guidance: object) -> dict[str, Any]:
+        """The text encoders, and parts that diffusers' pipelines may have and these do not."""
+        if self.conditioner_class is not ClipText:
+            return conditioner.index()
         if "XL" in pipeline:
-            return {**entries, "feature_extractor": ABSENT, "image_encoder": ABSENT}
+            return conditioner.index() | _absent("feature_extractor", "image_encoder")
         if pipeline == "StableDiffusionUpscalePipeline":
-            return {
-                **entries,
-                "safety_checker": ABSENT,
-                "feature_extractor": ABSENT,
-                "watermarker": ABSENT,
-            }
-        absent = {"safety_checker": ABSENT, "feature_extractor": ABSENT, "image_encoder": ABSENT}
-        return {**entries, **absent, "requires_safety_checker": False}
+            absent = _absent("safety_checker", "feature_extractor", "watermarker")
+            return conditioner.index() | absent
+        absent = _absent("safety_checker", "feature_extractor", "image_encoder")
+        return {**conditioner.index(), **absent, "requires_safety_checker": False}
 
 
-def is_open_clip(components: Mapping[str, Component]) -> bool:
-    """Whether the first text encoder is open_clip's, by its activation."""
+def _absent(*parts: str) -> dict[str, Any]:
+    return dict.fromkeys(parts, ABSENT)
+
+
+def is_open_clip(components: Components) -> bool:
+    """True where the first text encoder is open_clip's, by its activation."""
     return components["text_encoder"].config.get("hidden_act", "quick_gelu") == "gelu"
 
 
@@ -502,10 +481,11 @@ def _averaged(raw: RawCheckpoint) -> LazyTensors:
         for k in raw.tensors
         if k.startswith(NETWORK)
     }
-    lost = sorted(v for v in flat.values() if v not in raw.tensors)
-    if lost:
+    missing = sorted(v for v in flat.values() if v not in raw.tensors)
+    if missing:
         raise UserError(
-            f"{raw.path} has no running average for {len(lost)} of {len(flat)} weights ({lost[0]}, ...): read it without ema"
+            f"{raw.path} has no running average for {len(missing)} of {len(flat)} weights "
+            f"({missing[0]}, ...): read it without ema"
         )
     return dict(raw.tensors) | {k: raw.tensors[v] for k, v in flat.items()}
 

@@ -2,64 +2,61 @@
 
 Two things leave no trace and are assumed: norms have 32 groups, and attention has as many heads as
 the family's rule says, or the caller, the YAML or the file's metadata. A U-Net without tokens
-(unconditional Latent Diffusion, diffusers' UNet2DModel) has steps that may be residual blocks: the
-way up tells, where one stands behind another block.
+(unconditional Latent Diffusion, diffusers' UNet2DModel) has steps that may be residual blocks. They
+are detected on the way up, where one stands behind another block.
 """
 
 from typing import Any
 
 from sfumato.checkpoints.shapes import Shapes, one_or_all
-from sfumato.errors import UserError
 from sfumato.predict.networks.unet import FIXED
 from sfumato.predict.networks.unet_2d import OWN_CLASS
 
-STANDARD: dict[str, Any] = FIXED | {
-    "_class_name": "UNet2DConditionModel",
+_SHARED: dict[str, Any] = {
     "flip_sin_to_cos": True,
     "freq_shift": 0,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "mid_block_only_cross_attention": None,
-    "only_cross_attention": False,
     "downsample_padding": 1,
     "norm_num_groups": 32,
     "norm_eps": 1e-5,
     "class_embed_type": None,
     "num_class_embeds": None,
-    "addition_embed_type": None,
-    "addition_time_embed_dim": None,
-    "projection_class_embeddings_input_dim": None,
     "resnet_time_scale_shift": "default",
     "time_embedding_dim": None,
 }
-"""What the original layout stands for, in diffusers' fields: a file cannot tell a config that says
-otherwise."""
-PLAIN_STANDARD: dict[str, Any] = {
+STANDARD = {
+    **FIXED,
+    **_SHARED,
+    "_class_name": "UNet2DConditionModel",
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "mid_block_only_cross_attention": None,
+    "only_cross_attention": False,
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "projection_class_embeddings_input_dim": None,
+}
+"""Diffusers' fields that are the same for all files of the original layout with tokens."""
+PLAIN_STANDARD = {
+    **_SHARED,
     "_class_name": "UNet2DModel",
     "center_input_sample": False,
     "time_embedding_type": "positional",
-    "time_embedding_dim": None,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
     "mid_block_type": "UNetMidBlock2D",
     "add_attention": True,
-    "downsample_padding": 1,
     "downsample_type": "conv",
     "upsample_type": "conv",
     "mid_block_scale_factor": 1,
     "act_fn": "silu",
-    "norm_num_groups": 32,
     "attn_norm_num_groups": None,
-    "norm_eps": 1e-5,
-    "resnet_time_scale_shift": "default",
-    "class_embed_type": None,
-    "num_class_embeds": None,
 }
-"""The same, of a U-Net without tokens."""
+"""The same of a U-Net without tokens."""
 PLAIN_MARK = "middle_block.1.qkv."
-"""The middle attends to itself and to no tokens."""
+"""Attention of the middle to itself, without tokens."""
 _HEAD_WIDTH, _HEADS = 32, 8
-"""Of U-Nets without tokens: heads 32 wide (CelebA-HQ, FFHQ, LSUN bedrooms) or, with residual blocks
-as steps, 8 heads (LSUN churches)."""
+"""Heads of U-Nets without tokens.
+
+They are 32 wide (CelebA-HQ, FFHQ, LSUN bedrooms); with residual blocks as steps there are 8 of them
+(LSUN churches).
+"""
 Heads = tuple[int | None, int | None]
 """The number of heads of every attention, or the width of each."""
 
@@ -70,61 +67,46 @@ Heads = tuple[int | None, int | None]
 def unet_config(
     shapes: Shapes, sample_size: int, heads: Heads, sizes: int, pooled: str
 ) -> dict[str, Any]:
-    """diffusers' config of UNet2DConditionModel, below the network's prefix.
+    """The config of UNet2DConditionModel in diffusers' fields, below the network's prefix.
 
     Args:
-        shapes: of the file's tensors
-        sample_size: the side of latents that the family was trained at
-        heads: of attention
-        sizes: numbers beside the pooled text in the vector; 0: there is none
-        pooled: the key of the projection of the text that is pooled
+        shapes: Of the file's tensors.
+        sample_size: The side of latents that the family was trained at.
+        heads: Of attention.
+        sizes: Numbers beside the pooled text in the vector; 0: there is none.
+        pooled: The key of the projection of the text that is pooled.
 
     Raises:
-        UserError: a U-Net of no known kind, or one whose heads cannot be known.
+        UserError: A U-Net of no known kind, or one whose heads are undecided.
     """
-    levels = _levels(shapes)
-    widths = [shapes.size(f"input_blocks.{blocks[0]}.0.out_layers.0.weight") for blocks in levels]
-    attends = [shapes.has(f"input_blocks.{blocks[0]}.1.") for blocks in levels]
-    middle = "middle_block.1"
-    if not shapes.has(f"{middle}.transformer_blocks."):
-        raise UserError(
-            f"{shapes.where}: a U-Net whose middle attends neither to tokens nor to itself is not supported"
-        )
-    depth = shapes.count(f"{middle}.transformer_blocks.")
-    depths = [
-        shapes.count(f"input_blocks.{b[0]}.1.transformer_blocks.") if a else None
-        for b, a in zip(levels, attends, strict=True)
-    ]
+    levels, deepest = _levels(shapes), "middle_block.1.transformer_blocks."
+    widths, attends = _widths(shapes, levels)
+    if not shapes.has(deepest):
+        raise shapes.error("a U-Net without attention in its middle is not supported")
+    depth = shapes.count(deepest)
+    blocks = [f"input_blocks.{level[0]}.1.transformer_blocks." for level in levels]
+    depths = [shapes.count(b) if a else None for b, a in zip(blocks, attends, strict=True)]
     if attends[-1] and depths[-1] != depth:
-        raise UserError(
-            f"{shapes.where}: its middle has {depth} transformer blocks and its last level {depths[-1]}: expected as many"
+        raise shapes.damaged(
+            f"its middle has {depth} transformer blocks, its last level {depths[-1]}"
         )
     if all(d in (None, depth) for d in depths):
-        # levels that do not attend have none, whatever is said of them
+        # levels that do not attend have none, whatever the config holds
         depths = [depth] * len(widths)
     depths[-1] = depth
-    context = shapes.size(f"{middle}.transformer_blocks.0.attn2.to_k.weight", 1, 2)
     only = [
-        a
-        and shapes.size(f"input_blocks.{b[0]}.1.transformer_blocks.0.attn1.to_k.weight", 1, 2) != w
-        for b, a, w in zip(levels, attends, widths, strict=True)
+        a and shapes.size(f"{b}0.attn1.to_k.weight", 1, 2) != w
+        for b, a, w in zip(blocks, attends, widths, strict=True)
     ]
     down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends]
-    shift = shapes.size("input_blocks.1.0.emb_layers.1.bias") == 2 * widths[0]
     return STANDARD | {
         "sample_size": sample_size,
-        "in_channels": shapes.size("input_blocks.0.0.weight", 1, 4),
-        "out_channels": shapes.size("out.2.bias"),
-        "down_block_types": down,
-        "up_block_types": [k.replace("Down", "Up") for k in reversed(down)],
-        "block_out_channels": widths,
-        "layers_per_block": one_or_all([len(b) for b in levels]),
-        "cross_attention_dim": context,
+        **_shared_fields(shapes, levels, widths, down, [k.replace("Down", "Up") for k in down]),
+        "cross_attention_dim": shapes.size(f"{deepest}0.attn2.to_k.weight", 1, 2),
         "transformer_layers_per_block": one_or_all([1 if d is None else d for d in depths]),
         "attention_head_dim": _heads(shapes, widths, *heads),
-        "use_linear_projection": shapes.rank(f"{middle}.proj_in.weight") == 2,
-        "only_cross_attention": [bool(o) for o in only] if any(only) else False,
-        "resnet_time_scale_shift": "scale_shift" if shift else "default",
+        "use_linear_projection": shapes.rank("middle_block.1.proj_in.weight") == 2,
+        "only_cross_attention": only if any(only) else False,
         **_labels(shapes, sizes, pooled),
     }
 
@@ -138,10 +120,31 @@ def _levels(shapes: Shapes) -> list[list[int]]:
         else:
             levels[-1].append(n)
     if not all(levels):
-        raise UserError(
-            f"{shapes.where}: its U-Net has levels without residual blocks: it may be damaged; copy it again"
-        )
+        raise shapes.damaged("its U-Net has levels without residual blocks")
     return levels
+
+
+def _widths(shapes: Shapes, levels: list[list[int]]) -> tuple[list[int], list[bool]]:
+    """The width of each level, and True where it attends."""
+    first = [f"input_blocks.{blocks[0]}" for blocks in levels]
+    widths = [shapes.size(f"{block}.0.out_layers.0.weight") for block in first]
+    return widths, [shapes.has(f"{block}.1.") for block in first]
+
+
+def _shared_fields(
+    shapes: Shapes, levels: list[list[int]], widths: list[int], down: list[str], up: list[str]
+) -> dict[str, Any]:
+    """The fields of all U-Nets; `down` and `up`: the block types of each level."""
+    shift = shapes.size("input_blocks.1.0.emb_layers.1.bias") == 2 * widths[0]
+    return {
+        "in_channels": shapes.size("input_blocks.0.0.weight", 1, 4),
+        "out_channels": shapes.size("out.2.bias"),
+        "down_block_types": down,
+        "up_block_types": up[::-1],
+        "block_out_channels": widths,
+        "layers_per_block": one_or_all([len(blocks) for blocks in levels]),
+        "resnet_time_scale_shift": "scale_shift" if shift else "default",
+    }
 
 
 def _heads(
@@ -150,23 +153,20 @@ def _heads(
     if heads is not None:
         return heads
     if head_width is None:
-        raise UserError(
-            f"{shapes.where} does not tell how many heads its attention has, and files of its kind differ: give heads, or its YAML"
-        )
+        raise shapes.error("heads of attention do not follow from keys: give heads, or its YAML")
     _check_widths(shapes, widths, head_width, f"heads {head_width} wide")
     return [w // head_width for w in widths]
 
 
 def _check_widths(shapes: Shapes, widths: list[int], divisor: int, parts: str) -> None:
-    wrong = [w for w in widths if w % divisor]
-    if wrong:
-        raise UserError(
-            f"{shapes.where}: width {wrong[0]} does not divide into {parts}: give heads, or its YAML"
-        )
+    faults = [w for w in widths if w % divisor]
+    if faults:
+        fault = f"width {faults[0]} does not divide into {parts}"
+        raise shapes.error(f"{fault}: give heads, or its YAML")
 
 
 def _labels(shapes: Shapes, sizes: int, pooled: str) -> dict[str, Any]:
-    """What joins the time embedding."""
+    """The fields of the layers that join the time embedding."""
     if shapes.has("label_emb.weight"):
         return {"num_class_embeds": shapes.size("label_emb.weight", 0, 2)}
     if not shapes.has("label_emb.0."):
@@ -175,70 +175,62 @@ def _labels(shapes: Shapes, sizes: int, pooled: str) -> dict[str, Any]:
     if not sizes:
         return {"class_embed_type": "projection", "projection_class_embeddings_input_dim": width}
     shape = shapes.table.get(pooled)
-    sinusoidal, rest = (
-        divmod(width - shape[1], sizes) if shape is not None and len(shape) == 2 else (256, 0)
-    )
+    sinusoidal, rest = 256, 0
+    if shape is not None and len(shape) == 2:
+        sinusoidal, rest = divmod(width - shape[1], sizes)
     if sinusoidal <= 0 or rest:
-        raise UserError(
-            f"{shapes.where}: a vector of {width} numbers is not a pooled text of {shape and shape[1]} and {sizes} sizes"
+        raise shapes.damaged(
+            f"its {width} numbers are no pooled text ({shape and shape[1]}) and {sizes} sizes"
         )
-    named = {"addition_embed_type": "text_time", "addition_time_embed_dim": sinusoidal}
-    return named | {"projection_class_embeddings_input_dim": width}
+    return {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": sinusoidal,
+        "projection_class_embeddings_input_dim": width,
+    }
 
 
 # ---- without tokens ------------------------------------------------------------------------------
 
 
 def plain_config(shapes: Shapes, heads: int | None, head_width: int | None) -> dict[str, Any]:
-    """diffusers' config of UNet2DModel, below the network's prefix; `UserError` for one that is
-    damaged, or that embeds a class.
+    """The config of UNet2DModel in diffusers' fields, below the network's prefix.
+
+    Args:
+        shapes: Of the file's tensors.
+        heads: The number of heads of every attention.
+        head_width: The width of each; both None: those of the published models.
+
+    Raises:
+        UserError: A U-Net that is damaged, or that embeds a class.
     """
     if shapes.has("label_emb."):
-        raise UserError(
-            f"{shapes.where}: a U-Net without tokens that is told a class (label_emb) is not supported"
-        )
+        raise shapes.error("UNet2DModel conditioned on a class (label_emb) is not supported")
     levels, steps = _plain_levels(shapes)
-    widths = [shapes.size(f"input_blocks.{blocks[0]}.0.out_layers.0.weight") for blocks in levels]
-    attends = [shapes.has(f"input_blocks.{blocks[0]}.1.") for blocks in levels]
+    widths, attends = _widths(shapes, levels)
     by_block = any(steps)
     if by_block and not all(steps):
-        raise UserError(
-            f"{shapes.where}: of its U-Net's steps down some are residual blocks: expected all of them, or none"
-        )
-    rest = (
-        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
-        if by_block
-        else ("DownBlock2D", "UpBlock2D")
-    )
-    step, shift = (
-        "resnet" if by_block else "conv",
-        shapes.size("input_blocks.1.0.emb_layers.1.bias") == 2 * widths[0],
-    )
+        raise shapes.damaged("some of its U-Net's steps down are residual blocks, others are not")
+    step = "resnet" if by_block else "conv"
+    down, up = ("ResnetDownsample", "ResnetUpsample") if by_block else ("Down", "Up")
+    down_types = [f"{'AttnDown' if a else down}Block2D" for a in attends]
+    up_types = [f"{'AttnUp' if a else up}Block2D" for a in attends]
+    fields = _shared_fields(shapes, levels, widths, down_types, up_types)
+    shift = fields["resnet_time_scale_shift"] == "scale_shift"
+    attending = [w for w, a in zip(widths, attends, strict=True) if a] + widths[-1:]
     return PLAIN_STANDARD | {
-        "in_channels": shapes.size("input_blocks.0.0.weight", 1, 4),
-        "out_channels": shapes.size("out.2.bias"),
-        "down_block_types": ["AttnDownBlock2D" if a else rest[0] for a in attends],
-        "up_block_types": ["AttnUpBlock2D" if a else rest[1] for a in reversed(attends)],
-        "block_out_channels": widths,
-        "layers_per_block": one_or_all([len(blocks) for blocks in levels]),
+        **fields,
         "downsample_type": step,
         "upsample_type": step,
-        "resnet_time_scale_shift": "scale_shift" if shift else "default",
-        # without a word diffusers leaves out the norm of the middle's attention there
+        # diffusers leaves out the norm of the middle's attention unless its groups are given
         "attn_norm_num_groups": 32 if shift else None,
-        **_plain_heads(
-            shapes,
-            [w for w, a in zip(widths, attends, strict=True) if a] + widths[-1:],
-            heads,
-            head_width,
-            by_block,
-        ),
+        **_plain_heads(shapes, attending, heads, head_width, by_block),
     }
 
 
 def _plain_levels(shapes: Shapes) -> tuple[list[list[int]], list[bool]]:
-    """The numbers of the residual blocks on the way down, one list a level; and of each step
-    between, whether it is a residual block.
+    """The numbers of the residual blocks on the way down, one list a level.
+
+    And for each step between levels, True where it is a residual block.
     """
     counts = [0]
     for n in range(shapes.count("output_blocks.")):
@@ -254,8 +246,8 @@ def _plain_levels(shapes: Shapes) -> tuple[list[list[int]], list[bool]]:
             n += 1
     count = shapes.count("input_blocks.")
     if n != count or not all(levels):
-        raise UserError(
-            f"{shapes.where}: its U-Net has {count} blocks on the way down, the way up has room for {n}: it may be damaged"
+        raise shapes.damaged(
+            f"its U-Net has {count} blocks on the way down, the way up has room for {n}"
         )
     return levels, steps
 
@@ -263,15 +255,11 @@ def _plain_levels(shapes: Shapes) -> tuple[list[list[int]], list[bool]]:
 def _plain_heads(
     shapes: Shapes, widths: list[int], heads: int | None, head_width: int | None, by_block: bool
 ) -> dict[str, Any]:
-    """`widths`: where it attends."""
+    """The fields of the heads; `widths`: of the levels that attend."""
     if heads is None and head_width is None:
         heads, head_width = (_HEADS, None) if by_block else (None, _HEAD_WIDTH)
-    _check_widths(
-        shapes,
-        widths,
-        heads or head_width or 1,
-        f"{heads} heads" if heads else f"heads {head_width} wide",
-    )
+    parts = f"{heads} heads" if heads else f"heads {head_width} wide"
+    _check_widths(shapes, widths, heads or head_width or 1, parts)
     if heads is None:
         return {"attention_head_dim": head_width}
     if heads == 1:

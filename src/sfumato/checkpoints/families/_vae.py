@@ -10,32 +10,37 @@ from collections.abc import Iterator
 from typing import Any
 
 from sfumato.checkpoints.families._base import Config
+from sfumato.checkpoints.families._layers import attending_levels, below, listed
 from sfumato.checkpoints.shapes import Shapes
 from sfumato.checkpoints.weight_map import Conv1x1, WeightMap, linear, weight
-from sfumato.errors import UserError
 
 STANDARD: dict[str, Any] = {"act_fn": "silu", "norm_num_groups": 32}
 KL_STANDARD: dict[str, Any] = {"shift_factor": None, "latents_mean": None, "latents_std": None}
 VQ_STANDARD: dict[str, Any] = {"norm_type": "group", "lookup_from_codebook": False}
-"""What the original layout stands for, in diffusers' fields."""
+"""Diffusers' fields that are the same for all files of the original layout."""
 DOWN = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
 UP = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
 
 
 def is_quantized(config: Config) -> bool:
-    """Whether the config is a VQModel's."""
+    """True for a VQModel's config."""
     return config.get("_class_name") == "VQModel" or "num_vq_embeddings" in config
 
 
 def vae_config(shapes: Shapes, scaling_factor: float, sample_size: int = 512) -> dict[str, Any]:
-    """diffusers' config of the autoencoder below the prefix: AutoencoderKL, or VQModel where there
-    is a codebook.
+    """The config of the autoencoder below the prefix: a VQModel's where there is a codebook.
+
+    Args:
+        shapes: Of the file's tensors.
+        scaling_factor: Of latents.
+        sample_size: The side of images that it was trained at.
+
+    Raises:
+        UserError: A decoder alone.
     """
     levels = shapes.count("encoder.down.")
     if not levels:
-        raise UserError(
-            f"{shapes.where} lacks {shapes.prefix}encoder.down.*: an autoencoder without its encoder is not supported"
-        )
+        raise shapes.error("an autoencoder without its encoder (encoder.down.*) is not supported")
     down = [
         "AttnDownEncoderBlock2D" if shapes.has(f"encoder.down.{k}.attn.") else "DownEncoderBlock2D"
         for k in range(levels)
@@ -59,143 +64,89 @@ def vae_config(shapes: Shapes, scaling_factor: float, sample_size: int = 512) ->
         "mid_block_add_attention": shapes.has("encoder.mid.attn_1."),
     }
     if vq:
-        codes = {axis: shapes.size("quantize.embedding.weight", axis, 2) for axis in (0, 1)}
-        return config | {"num_vq_embeddings": codes[0], "vq_embed_dim": codes[1], **VQ_STANDARD}
-    return (
-        config
-        | KL_STANDARD
-        | {
-            "use_quant_conv": shapes.has("quant_conv."),
-            "use_post_quant_conv": shapes.has("post_quant_conv."),
-        }
-    )
+        entries, width = (shapes.size("quantize.embedding.weight", axis, 2) for axis in (0, 1))
+        return config | {"num_vq_embeddings": entries, "vq_embed_dim": width, **VQ_STANDARD}
+    convs = {f"use_{name}": shapes.has(f"{name}.") for name in ("quant_conv", "post_quant_conv")}
+    return config | KL_STANDARD | convs
 
 
-def vae_map(config: Config) -> list[WeightMap]:
-    """The table for diffusers' config fields, without prefix; `UserError` for what has no name
-    there.
+@listed
+def vae_map(config: Config) -> Iterator[WeightMap]:
+    """The table for diffusers' config fields, without prefix.
+
+    Raises:
+        UserError: A config that has no names in the original layout.
     """
     n = len(config["block_out_channels"])
-    down = config.get("down_block_types", ["DownEncoderBlock2D"] * n)
-    up = config.get("up_block_types", ["UpDecoderBlock2D"] * n)
-    kinds = [k for k in down if k not in DOWN] + [k for k in up if k not in UP]
-    if kinds:
-        raise UserError(
-            f"block type {kinds[0]!r} has no name in the original layout: expected one of {', '.join((*DOWN, *UP))}"
-        )
-    if (len(down), len(up)) != (n, n) or [DOWN[k] for k in down] != [UP[k] for k in up][::-1]:
-        raise UserError(
-            "an autoencoder whose up_block_types are not the reverse of its down_block_types has no name in the original layout"
-        )
-    return list(_vae(config, [DOWN[k] for k in down]))
-
-
-def _vae(config: Config, attends: list[bool]) -> Iterator[WeightMap]:
-    widths, latent, vq = (
-        list(config["block_out_channels"]),
-        config["latent_channels"],
-        is_quantized(config),
-    )
+    kinds = {
+        "down_block_types": ["DownEncoderBlock2D"] * n,
+        "up_block_types": ["UpDecoderBlock2D"] * n,
+    }
+    attends = attending_levels(kinds | dict(config), DOWN, UP)
+    widths, latent = config["block_out_channels"], config["latent_channels"]
+    vq = is_quantized(config)
     code = config.get("vq_embed_dim") or latent
     moments, quantum = (latent, code) if vq else (2 * latent, 2 * latent)
-    last, layers, middle = (
-        len(widths) - 1,
-        config["layers_per_block"],
-        config.get("mid_block_add_attention", True),
-    )
-    yield from linear("encoder.conv_in", "encoder.conv_in", widths[0], config["in_channels"], 3, 3)
-    channels = widths[0]
-    for level, width in enumerate(widths):
-        yield from _level(
-            f"encoder.down.{level}",
-            f"encoder.down_blocks.{level}",
-            channels,
-            width,
-            layers,
-            attends[level],
-        )
-        if level < last:
-            yield from linear(
-                f"encoder.down.{level}.downsample.conv",
-                f"encoder.down_blocks.{level}.downsamplers.0.conv",
-                width,
-                width,
-                3,
-                3,
-            )
-        channels = width
-    yield from _middle("encoder", channels, middle)
+    inputs, outputs, channels = config["in_channels"], config["out_channels"], widths[-1]
+    layers, middle = config["layers_per_block"], config.get("mid_block_add_attention", True)
+    levels = list(zip(range(n), widths, attends, strict=True))
+    yield from linear("encoder.conv_in", "encoder.conv_in", widths[0], inputs, 3, 3)
+    yield from below("encoder", "encoder", _levels("down", levels, widths[0], layers))
+    yield from below("encoder.mid", "encoder.mid_block", _middle(channels, middle))
     yield from linear("encoder.norm_out", "encoder.conv_norm_out", channels)
     yield from linear("encoder.conv_out", "encoder.conv_out", moments, channels, 3, 3)
     if vq or config.get("use_quant_conv", True):
         yield from linear("quant_conv", "quant_conv", quantum, moments, 1, 1)
     if vq:
-        yield weight(
-            "quantize.embedding.weight",
-            "quantize.embedding.weight",
-            config["num_vq_embeddings"],
-            code,
-        )
+        codebook, entries = "quantize.embedding.weight", config["num_vq_embeddings"]
+        yield weight(codebook, codebook, entries, code)
     if vq or config.get("use_post_quant_conv", True):
         yield from linear("post_quant_conv", "post_quant_conv", latent, code, 1, 1)
     yield from linear("decoder.conv_in", "decoder.conv_in", channels, latent, 3, 3)
-    yield from _middle("decoder", channels, middle)
-    for level in reversed(range(len(widths))):
-        width, target = widths[level], f"decoder.up_blocks.{last - level}"
-        yield from _level(
-            f"decoder.up.{level}", target, channels, width, layers + 1, attends[level]
-        )
-        if level:
-            yield from linear(
-                f"decoder.up.{level}.upsample.conv",
-                f"{target}.upsamplers.0.conv",
-                width,
-                width,
-                3,
-                3,
-            )
-        channels = width
-    yield from linear("decoder.norm_out", "decoder.conv_norm_out", channels)
-    yield from linear(
-        "decoder.conv_out", "decoder.conv_out", config["out_channels"], channels, 3, 3
-    )
+    yield from below("decoder.mid", "decoder.mid_block", _middle(channels, middle))
+    yield from below("decoder", "decoder", _levels("up", levels[::-1], channels, layers + 1))
+    yield from linear("decoder.norm_out", "decoder.conv_norm_out", widths[0])
+    yield from linear("decoder.conv_out", "decoder.conv_out", outputs, widths[0], 3, 3)
 
 
-def _level(
-    source: str, target: str, channels: int, width: int, layers: int, attends: bool
+def _levels(
+    way: str, levels: list[tuple[int, int, bool]], channels: int, layers: int
 ) -> Iterator[WeightMap]:
-    for layer in range(layers):
-        yield from _resnet(
-            f"{source}.block.{layer}",
-            f"{target}.resnets.{layer}",
-            width if layer else channels,
-            width,
-        )
+    """The levels of one half in the order in which they run: (number, width, attends)."""
+    for k, (level, width, attends) in enumerate(levels):
+        source, target = f"{way}.{level}", f"{way}_blocks.{k}"
+        yield from below(source, target, _level(channels, width, layers, attends))
+        if k < len(levels) - 1:
+            steps = f"{source}.{way}sample.conv", f"{target}.{way}samplers.0.conv"
+            yield from linear(*steps, width, width, 3, 3)
+        channels = width
+
+
+def _level(channels: int, width: int, layers: int, attends: bool) -> Iterator[WeightMap]:
+    for k in range(layers):
+        inputs = width if k else channels
+        yield from below(f"block.{k}", f"resnets.{k}", _resnet(inputs, width))
         if attends:
-            yield from _attention(f"{source}.attn.{layer}", f"{target}.attentions.{layer}", width)
+            yield from below(f"attn.{k}", f"attentions.{k}", _attention(width))
 
 
-def _middle(half: str, channels: int, attends: bool) -> Iterator[WeightMap]:
-    for k in (1, 2):
-        yield from _resnet(
-            f"{half}.mid.block_{k}", f"{half}.mid_block.resnets.{k - 1}", channels, channels
-        )
+def _middle(width: int, attends: bool) -> Iterator[WeightMap]:
+    yield from below("block_1", "resnets.0", _resnet(width, width))
+    yield from below("block_2", "resnets.1", _resnet(width, width))
     if attends:
-        yield from _attention(f"{half}.mid.attn_1", f"{half}.mid_block.attentions.0", channels)
+        yield from below("attn_1", "attentions.0", _attention(width))
 
 
-def _resnet(source: str, target: str, channels: int, width: int) -> Iterator[WeightMap]:
-    for k, wide in ((1, channels), (2, width)):
-        yield from linear(f"{source}.norm{k}", f"{target}.norm{k}", wide)
-        yield from linear(f"{source}.conv{k}", f"{target}.conv{k}", width, wide, 3, 3)
+def _resnet(channels: int, width: int) -> Iterator[WeightMap]:
+    for k, inputs in ((1, channels), (2, width)):
+        yield from linear(f"norm{k}", f"norm{k}", inputs)
+        yield from linear(f"conv{k}", f"conv{k}", width, inputs, 3, 3)
     if channels != width:
-        yield from linear(
-            f"{source}.nin_shortcut", f"{target}.conv_shortcut", width, channels, 1, 1
-        )
+        yield from linear("nin_shortcut", "conv_shortcut", width, channels, 1, 1)
 
 
-def _attention(source: str, target: str, width: int) -> Iterator[WeightMap]:
-    yield from linear(f"{source}.norm", f"{target}.group_norm", width)
+def _attention(width: int) -> Iterator[WeightMap]:
+    yield from linear("norm", "group_norm", width)
     for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
-        yield weight(f"{source}.{a}.weight", f"{target}.{b}.weight", width, width, op=Conv1x1())
-        yield weight(f"{source}.{a}.bias", f"{target}.{b}.bias", width)
+        yield weight(f"{a}.weight", f"{b}.weight", width, width, op=Conv1x1())
+        yield weight(f"{a}.bias", f"{b}.bias", width)

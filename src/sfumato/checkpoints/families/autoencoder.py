@@ -1,11 +1,12 @@
-"""Autoencoders alone on disk (`ae.safetensors`, Latent Diffusion's first stages): AutoencoderKL and
-VQModel.
+"""Autoencoders alone on disk: `ae.safetensors`, Latent Diffusion's first stages.
+
+They are of the classes AutoencoderKL and VQModel.
 """
 
 from collections.abc import Mapping
 
-from sfumato.checkpoints.checkpoint import Checkpoint, Component, RawCheckpoint
-from sfumato.checkpoints.families._base import AUTOENCODERS, NETWORK, store_section
+from sfumato.checkpoints.checkpoint import Checkpoint, RawCheckpoint
+from sfumato.checkpoints.families._base import AUTOENCODERS, NETWORK, Components, store_section
 from sfumato.checkpoints.families._unet import UNetFamily
 from sfumato.checkpoints.families._vae import vae_map
 from sfumato.checkpoints.families.sdxl import Sdxl
@@ -18,40 +19,29 @@ class Autoencoder(UNetFamily):
     name, title = "autoencoder", "autoencoders"
     tells_latents = False
     lone_prefix = ""
+    conditioner_class = None
 
     def detect_alone(self, shapes: Shapes) -> bool:
-        """Encoder and decoder, with or without a prefix, and no network."""
-        return not shapes.has(NETWORK) and any(
-            key.startswith(("encoder.", "decoder.", *AUTOENCODERS)) for key in shapes.table
-        )
+        """True for encoder and decoder, with or without a prefix, and no network."""
+        starts = ("encoder.", "decoder.", *AUTOENCODERS)
+        return not shapes.has(NETWORK) and any(map(shapes.has, starts))
 
-    def holds(self, components: Mapping[str, Component]) -> bool:
-        """An autoencoder of the two classes, alone."""
+    def holds(self, components: Components) -> bool:
+        """True for an autoencoder of the two classes, alone."""
         kinds = ("AutoencoderKL", "VQModel")
-        return (
-            components.keys() == {"vae"}
-            and components["vae"].config.get("_class_name", kinds[0]) in kinds
-        )
-
-    def publishes(self, network: object, conditioner: object, process: object) -> bool:
-        """No model is an autoencoder alone."""
-        return False
-
-    def pipeline(self, network: object, conditioner: object, references: int) -> None:
-        """No pipeline is an autoencoder alone."""
+        alone = components.keys() == {"vae"}
+        return alone and components["vae"].config.get("_class_name", kinds[0]) in kinds
 
     def default_scale(self, metadata: Mapping[str, str], vq: bool) -> float:
-        """A codebook's latents are not scaled; SDXL's are otherwise than others."""
+        """SDXL's scale by the metadata, 1 with a codebook, else SD 1's."""
         if "xl" in metadata.get("modelspec.architecture", ""):
             return Sdxl.scaling_factor
         return 1.0 if vq else self.scaling_factor
 
     def write(self, checkpoint: Checkpoint) -> RawCheckpoint:
-        """Names without prefix; the scale of latents is not told."""
-        part = checkpoint.components["vae"]
-        return RawCheckpoint(
-            store_section(vae_map(part.config), part, "", checkpoint.path), {}, checkpoint.path
-        )
+        """Names without prefix; the file does not hold the scale of latents."""
+        part, where = checkpoint.components["vae"], checkpoint.path
+        return RawCheckpoint(store_section(vae_map(part.config), part, "", where), {}, where)
 
 
 FAMILIES = (Autoencoder(),)

@@ -1,10 +1,10 @@
-"""FLUX.2 on disk (Black Forest Labs 2025, github.com/black-forest-labs/flux2): dev and klein.
+"""FLUX.2 on disk: dev and klein.
 
-No layer of the transformer has a bias. Its blocks share three modulations; MLPs are gated (twice
-the width in, half of it the gate), and in a single block q, k, v and the MLP's first layer are one
-layer there and in diffusers. The final layer's modulation holds (shift, scale) there and (scale,
-shift) in diffusers. In the autoencoder's file the convolutions around the latent belong to the
-encoder and the decoder.
+Black Forest Labs 2025, github.com/black-forest-labs/flux2. No layer of the transformer has a bias.
+Its blocks share three modulations. MLPs are gated: the first layer is twice as wide, and half of it
+is the gate. In a single block q, k, v and the MLP's first layer are one layer there and in
+diffusers. The final layer's modulation holds (shift, scale) there and (scale, shift) in diffusers.
+In the autoencoder's file the convolutions around the latent belong to the encoder and the decoder.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,22 +13,33 @@ from typing import Any, ClassVar
 
 import torch
 
-from sfumato.checkpoints.checkpoint import Component
-from sfumato.checkpoints.families._base import AUTOENCODERS, Config, Section
+from sfumato.checkpoints.families._base import AUTOENCODERS, Components, Config, Section
+from sfumato.checkpoints.families._layers import below, listed, matrix, unnamed
 from sfumato.checkpoints.families._transformer import SINUSOIDAL, TransformerFamily, axes
 from sfumato.checkpoints.families._vae import vae_config, vae_map
-from sfumato.checkpoints.families.flux import STREAMS, norms
+from sfumato.checkpoints.families.flux import HEAD, STREAMS, norms, stream_fields
 from sfumato.checkpoints.lazy_tensor import LazyTensor
 from sfumato.checkpoints.shapes import Shapes
 from sfumato.checkpoints.weight_map import WeightMap, chunked, swapped, weight
-from sfumato.errors import UserError
+from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.conditioners.flux2_text import Flux2Text
+from sfumato.predict.networks.base import Network
 
 AUTOENCODER = "AutoencoderKLFlux2"
 BATCHES = "bn.num_batches_tracked"
-"""How often the autoencoder's batch norm was run while it was trained: a whole number that nothing
-reads."""
+"""Training steps of the autoencoder's batch norm: a whole number that nothing reads."""
 _NORM = "bn.running_mean"
+_VAE_FIELDS = (
+    *("in_channels", "out_channels", "down_block_types", "up_block_types"),
+    *("block_out_channels", "layers_per_block", "latent_channels"),
+)
+_MODULATIONS = {
+    "double_stream_modulation_img": 6,
+    "double_stream_modulation_txt": 6,
+    "single_stream_modulation": 3,
+}
+"""Vectors of each modulation."""
+_DEV = {"steps": 50, "guidance": 1.0, "distilled_guidance": 4.0}
 
 
 class Flux2(TransformerFamily):
@@ -41,77 +52,80 @@ class Flux2(TransformerFamily):
     shift_rule = "flux2"
     # Steps and guidance with which diffusers calls its pipelines.
     pipelines: ClassVar = {
-        "Flux2": {
-            "steps": 50,
-            "guidance": 1.0,
-            "distilled_guidance": 4.0,
-            "max_reference_images": 10,
-        },
+        "Flux2": _DEV | {"max_reference_images": 10},
         "Flux2Klein": {"steps": 50, "guidance": 4.0, "max_reference_images": 4},
     }
 
     def detect(self, shapes: Shapes) -> bool:
-        """The network's mark, or the autoencoder's batch norm."""
-        return super().detect(shapes) or any(
-            prefix + _NORM in shapes.table for prefix in ("", *AUTOENCODERS)
-        )
+        """True for the network's mark, and for the autoencoder's batch norm."""
+        normed = any(prefix + _NORM in shapes.table for prefix in ("", *AUTOENCODERS))
+        return normed or super().detect(shapes)
 
-    def holds(self, components: Mapping[str, Component]) -> bool:
-        """Whether the network is of this class, or the autoencoder alone."""
-        lone = (
-            components.keys() == {"vae"}
-            and components["vae"].config.get("_class_name") == AUTOENCODER
+    def holds(self, components: Components) -> bool:
+        """True where the network is of this class, or the autoencoder alone is FLUX.2's."""
+        alone = components.keys() == {"vae"}
+        return super().holds(components) or (
+            alone and components["vae"].config.get("_class_name") == AUTOENCODER
         )
-        return lone or super().holds(components)
 
     def config(self, shapes: Shapes) -> dict[str, Any]:
-        """diffusers' fields."""
-        width, head = (
-            shapes.size("img_in.weight", 0, 2),
-            shapes.size("double_blocks.0.img_attn.norm.query_norm.scale"),
+        """Config in diffusers' fields."""
+        width, outputs = (
+            shapes.size(f"{layer}.weight", 0, 2) for layer in ("img_in", "final_layer.linear")
         )
-        inner = shapes.size("double_blocks.0.img_mlp.2.weight", 1, 2)
         return {
             "_class_name": self.class_name,
-            "patch_size": 1,
-            "in_channels": shapes.size("img_in.weight", 1, 2),
-            "out_channels": shapes.size("final_layer.linear.weight", 0, 2),
-            "num_layers": shapes.count("double_blocks."),
-            "num_single_layers": shapes.count("single_blocks."),
-            "attention_head_dim": head,
-            "num_attention_heads": shapes.heads(width, head),
-            "joint_attention_dim": shapes.size("txt_in.weight", 1, 2),
+            **stream_fields(shapes, width, outputs),
             "timestep_guidance_channels": shapes.size("time_in.in_layer.weight", 1, 2),
-            "mlp_ratio": inner / width,
-            "axes_dims_rope": axes(shapes, head, [32, 32, 32, 32]),
+            "mlp_ratio": shapes.size("double_blocks.0.img_mlp.2.weight", 1, 2) / width,
+            "axes_dims_rope": axes(shapes, shapes.size(HEAD), [32, 32, 32, 32]),
             "rope_theta": 2000,
             "eps": 1e-6,
             "guidance_embeds": shapes.has("guidance_in."),
         }
 
-    def weight_map(self, config: Config) -> list[WeightMap]:
-        """diffusers' names."""
-        return list(_network(config))
+    @listed
+    def weight_map(self, config: Config) -> Iterator[WeightMap]:
+        """Table with diffusers' names."""
+        width, head = self.width(config), config["attention_head_dim"]
+        inner = int(width * config.get("mlp_ratio", 3.0))
+        sinusoidal = config.get("timestep_guidance_channels", SINUSOIDAL)
+        for name in (
+            ["timestep", "guidance"] if config.get("guidance_embeds", True) else ["timestep"]
+        ):
+            source = f"{name.removesuffix('step')}_in"
+            target = f"time_guidance_embed.{name}_embedder"
+            yield matrix(f"{source}.in_layer", f"{target}.linear_1", width, sinusoidal)
+            yield matrix(f"{source}.out_layer", f"{target}.linear_2", width, width)
+        for name, vectors in _MODULATIONS.items():
+            yield matrix(f"{name}.lin", f"{name}.linear", vectors * width, width)
+        yield matrix("img_in", "x_embedder", width, config["in_channels"])
+        yield matrix("txt_in", "context_embedder", width, config["joint_attention_dim"])
+        for k in range(config["num_layers"]):
+            block = _double(width, inner, head)
+            yield from below(f"double_blocks.{k}", f"transformer_blocks.{k}", block)
+        for k in range(config["num_single_layers"]):
+            source, target = f"single_blocks.{k}", f"single_transformer_blocks.{k}.attn"
+            joined = 3 * width + 2 * inner
+            yield matrix(f"{source}.linear1", f"{target}.to_qkv_mlp_proj", joined, width)
+            yield matrix(f"{source}.linear2", f"{target}.to_out", width, width + inner)
+            yield from norms(f"{source}.norm", f"{target}.norm", head)
+        final = "final_layer.adaLN_modulation.1"
+        yield from swapped(final, "norm_out.linear", 2 * width, width, bias=False)
+        yield matrix("final_layer.linear", "proj_out", self.outputs(config), width)
 
     def autoencoder(self, shapes: Shapes, config: Config | None) -> Section:
-        """The statistics of its latents are in the file, so that it can stand alone."""
-        known = config or (self.autoencoder_config(shapes) if shapes.has(_NORM) else None)
-        return super().autoencoder(shapes, known)
+        """The autoencoder's section; the file holds the statistics of its latents."""
+        if config is None and shapes.has(_NORM):
+            config = self.autoencoder_config(shapes)
+        return super().autoencoder(shapes, config)
 
     def autoencoder_config(self, shapes: Shapes) -> dict[str, Any]:
-        """diffusers' fields; the channels of its batch norm are packed two by two."""
+        """Config in diffusers' fields; the channels of its batch norm are packed two by two."""
         values = vae_config(shapes, 1.0, 1024)
-        shared = (
-            "in_channels",
-            "out_channels",
-            "down_block_types",
-            "up_block_types",
-            "block_out_channels",
-            "layers_per_block",
-        )
         return {
             "_class_name": AUTOENCODER,
-            **{key: values[key] for key in (*shared, "latent_channels")},
+            **{field: values[field] for field in _VAE_FIELDS},
             "act_fn": "silu",
             "norm_num_groups": 32,
             "mid_block_add_attention": values["mid_block_add_attention"],
@@ -125,126 +139,52 @@ class Flux2(TransformerFamily):
 
     def autoencoder_map(self, config: Config) -> list[WeightMap]:
         """The table of its own class; others as in other families."""
-        return (
-            _autoencoder_map(config)
-            if config.get("_class_name") == AUTOENCODER
-            else super().autoencoder_map(config)
-        )
+        own = config.get("_class_name") == AUTOENCODER
+        return _autoencoder_map(config) if own else super().autoencoder_map(config)
 
-    def pipeline(self, network: Any, conditioner: Any, references: int) -> str | None:
-        """By the language model that reads the prompts: Mistral for dev, Qwen for klein."""
+    def pipeline(self, network: Network, conditioner: Conditioner, references: int) -> str | None:
+        """By the language model that encodes the prompts: Mistral for dev, Qwen for klein."""
         if not self.fits(network, conditioner):
             return None
-        return (
-            "Flux2Pipeline"
-            if "Mistral" in conditioner.index()["text_encoder"][1]
-            else "Flux2KleinPipeline"
-        )
+        dev = "Mistral" in conditioner.index()["text_encoder"][1]
+        return "Flux2Pipeline" if dev else "Flux2KleinPipeline"
 
     def extras(
-        self, pipeline: str, guidance: Any, parts: Mapping[str, object] | None = None
+        self, pipeline: str, guidance: object, parts: Mapping[str, object] | None = None
     ) -> dict[str, Any]:
-        """Whether klein was distilled, so that it runs without guidance."""
+        """A note whether klein was distilled, so that it runs without guidance."""
         return {"is_distilled": guidance == 1} if pipeline == "Flux2KleinPipeline" else {}
 
     def defaults(self, index: Config, learned_guidance: bool = True) -> dict[str, Any]:
-        """A distilled klein takes four steps, as on its card."""
-        distilled = str(index.get("_class_name")).startswith("Flux2Klein") and index.get(
-            "is_distilled"
-        )
-        return super().defaults(index, learned_guidance) | (
-            {"steps": 4, "guidance": 1.0} if distilled else {}
-        )
+        """Four steps for a distilled klein, as on its card."""
+        klein = str(index.get("_class_name")).startswith("Flux2Klein")
+        distilled = {"steps": 4, "guidance": 1.0} if klein and index.get("is_distilled") else {}
+        return super().defaults(index, learned_guidance) | distilled
 
 
 FAMILIES = (Flux2(),)
 
 
-def _network(config: Config) -> Iterator[WeightMap]:
-    width, head = (
-        config["num_attention_heads"] * config["attention_head_dim"],
-        config["attention_head_dim"],
-    )
-    channels, patch, inner = (
-        config["in_channels"],
-        config.get("patch_size", 1),
-        int(width * config.get("mlp_ratio", 3.0)),
-    )
-    sinusoidal = config.get("timestep_guidance_channels", SINUSOIDAL)
-    embedders = ["timestep", "guidance"] if config.get("guidance_embeds", True) else ["timestep"]
-    for name in embedders:
-        source, target = f"{name.removesuffix('step')}_in", f"time_guidance_embed.{name}_embedder"
-        yield weight(f"{source}.in_layer.weight", f"{target}.linear_1.weight", width, sinusoidal)
-        yield weight(f"{source}.out_layer.weight", f"{target}.linear_2.weight", width, width)
-    for name, vectors in (
-        ("double_stream_modulation_img", 6),
-        ("double_stream_modulation_txt", 6),
-        ("single_stream_modulation", 3),
-    ):
-        yield weight(f"{name}.lin.weight", f"{name}.linear.weight", vectors * width, width)
-    yield weight("img_in.weight", "x_embedder.weight", width, channels)
-    yield weight("txt_in.weight", "context_embedder.weight", width, config["joint_attention_dim"])
-    for k in range(config["num_layers"]):
-        yield from _double(f"double_blocks.{k}", f"transformer_blocks.{k}", width, inner, head)
-    for k in range(config["num_single_layers"]):
-        source, target = f"single_blocks.{k}", f"single_transformer_blocks.{k}.attn"
-        yield weight(
-            f"{source}.linear1.weight",
-            f"{target}.to_qkv_mlp_proj.weight",
-            3 * width + 2 * inner,
-            width,
-        )
-        yield weight(f"{source}.linear2.weight", f"{target}.to_out.weight", width, width + inner)
-        for a, name in (("q", "query"), ("k", "key")):
-            yield weight(f"{source}.norm.{name}_norm.scale", f"{target}.norm_{a}.weight", head)
-    yield from swapped(
-        "final_layer.adaLN_modulation.1", "norm_out.linear", 2 * width, width, bias=False
-    )
-    yield weight(
-        "final_layer.linear.weight",
-        "proj_out.weight",
-        patch * patch * (config.get("out_channels") or channels),
-        width,
-    )
-
-
-def _double(source: str, target: str, width: int, inner: int, head: int) -> Iterator[WeightMap]:
-    for side, layer, _, out in STREAMS:
-        end = "" if side == "img" else "_context"
-        yield from chunked(
-            f"{source}.{side}_attn.qkv",
-            [f"{target}.attn.{layer.format(a)}" for a in "qkv"],
-            width,
-            width,
-            bias=False,
-        )
-        yield weight(
-            f"{source}.{side}_attn.proj.weight", f"{target}.attn.{out}.weight", width, width
-        )
-        yield weight(
-            f"{source}.{side}_mlp.0.weight", f"{target}.ff{end}.linear_in.weight", 2 * inner, width
-        )
-        yield weight(
-            f"{source}.{side}_mlp.2.weight", f"{target}.ff{end}.linear_out.weight", width, inner
-        )
-    yield from norms(source, target, head)
+def _double(width: int, inner: int, head: int) -> Iterator[WeightMap]:
+    for side, end, layer, _, output in STREAMS:
+        layers = [f"attn.{layer.format(a)}" for a in "qkv"]
+        yield from chunked(f"{side}_attn.qkv", layers, width, width, bias=False)
+        yield matrix(f"{side}_attn.proj", f"attn.{output}", width, width)
+        yield matrix(f"{side}_mlp.0", f"ff{end}.linear_in", 2 * inner, width)
+        yield matrix(f"{side}_mlp.2", f"ff{end}.linear_out", width, inner)
+    for side, _, _, norm, _ in STREAMS:
+        yield from norms(f"{side}_attn.norm", f"attn.{norm}", head)
 
 
 def _autoencoder_map(config: Config) -> list[WeightMap]:
-    """The autoencoder's table; `UserError` for a decoder of other widths than the encoder, which
-    has no names there.
-    """
+    """The autoencoder's table; `UserError` for a decoder of other widths than the encoder."""
     widths = list(config["block_out_channels"])
-    if list(config.get("decoder_block_out_channels") or widths) != widths:
-        raise UserError(
-            f"decoder_block_out_channels {config['decoder_block_out_channels']} beside block_out_channels {widths} has no name in the "
-            "original layout: expected the same widths"
-        )
-    halves = {"quant_conv.": "encoder.", "post_quant_conv.": "decoder."}
+    decoder = list(config.get("decoder_block_out_channels") or widths)
+    if decoder != widths:
+        raise unnamed(f"decoder_block_out_channels {decoder}", f"{widths}, the block_out_channels")
+    halves = {"quant_conv": "encoder.", "post_quant_conv": "decoder."}
     maps = [
-        replace(
-            m, source=next((p for k, p in halves.items() if m.source.startswith(k)), "") + m.source
-        )
+        replace(m, source=halves.get(m.source.partition(".")[0], "") + m.source)
         for m in vae_map(config)
     ]
     patch = config.get("patch_size", (2, 2))

@@ -1,21 +1,22 @@
-"""PixArt-alpha (Chen et al. 2023, arXiv:2310.00426) and PixArt-Sigma (Chen et al. 2024,
-arXiv:2403.04692) on disk.
+"""PixArt-alpha (Chen et al. 2023, arXiv:2310.00426) and PixArt-Sigma on disk.
 
-One modulation for all blocks (`t_block`), to which every block adds a table of its own. Two things
-of the original are not in diffusers' network, and are left out both ways, as in diffusers:
-`pos_embed`, a table of sines, and `y_embedder.y_embedding`, the tokens that stood for dropped
-captions in training.
+PixArt-Sigma is Chen et al. 2024, arXiv:2403.04692. One modulation serves all blocks (`t_block`), to
+which every block adds a table of its own. Two tensors of the original are not in diffusers'
+network, and are left out both ways, as in diffusers: `pos_embed`, a table of sines, and
+`y_embedder.y_embedding`, the tokens that stood for dropped captions in training.
 """
 
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from sfumato.checkpoints.families._base import Config
-from sfumato.checkpoints.families._transformer import SINUSOIDAL, TransformerFamily
+from sfumato.checkpoints.families._layers import attention, below, embedder, listed, mlp
+from sfumato.checkpoints.families._transformer import SINUSOIDAL, TransformerFamily, patch_fields
 from sfumato.checkpoints.shapes import Shapes
 from sfumato.checkpoints.weight_map import WeightMap, chunked, linear, weight
-from sfumato.errors import UserError
+from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.conditioners.t5_text import T5Text
+from sfumato.predict.networks.base import Network
 
 _HEAD = 72
 
@@ -30,33 +31,25 @@ class PixArt(TransformerFamily):
     pipelines: ClassVar = {"PixArt": {"steps": 20, "guidance": 4.5}}
 
     def config(self, shapes: Shapes) -> dict[str, Any]:
-        """diffusers' fields. The size comes from the table of positions or, where only that can be,
-        from embedding sizes.
+        """Config in diffusers' fields.
 
+        The size follows from the table of positions; without one, embedded sizes mean 1024 pixels.
         Sigma's captions are 300 tokens long and alpha's 120; its network for 256 pixels has half
         the steps between positions (Chen et al. 2024).
         """
-        width, patch = (
-            shapes.size("x_embedder.proj.bias"),
-            shapes.size("x_embedder.proj.weight", 2, 4),
-        )
+        width = shapes.size("x_embedder.proj.bias")
+        patch = shapes.size("x_embedder.proj.weight", 2, 4)
         sized, tabled = shapes.has("csize_embedder."), shapes.has("pos_embed")
         if not sized and not tabled:
-            raise UserError(
-                f"{shapes.where} does not tell for which size of pictures its network is (PixArt without pos_embed): give its config.json (--config)"
+            raise shapes.error(
+                "PixArt without pos_embed has no image size: give its config.json (--config)"
             )
-        side = patch * shapes.square("pos_embed", shapes.size("pos_embed", 1, 3)) if tabled else 128
-        sigma = (
-            shapes.has("y_embedder.y_embedding")
-            and shapes.size("y_embedder.y_embedding", 0, 2) == 300
-        )
+        side = patch * shapes.square("pos_embed") if tabled else 128
+        caption = "y_embedder.y_embedding"
+        sigma = shapes.has(caption) and shapes.size(caption, 0, 2) == 300
         return {
             "_class_name": self.class_name,
-            "num_attention_heads": shapes.heads(width, _HEAD),
-            "attention_head_dim": _HEAD,
-            "in_channels": shapes.size("x_embedder.proj.weight", 1, 4),
-            "out_channels": shapes.size("final_layer.linear.bias") // patch**2,
-            "num_layers": shapes.count("blocks."),
+            **patch_fields(shapes, width, _HEAD),
             "cross_attention_dim": width,
             "sample_size": side,
             "patch_size": patch,
@@ -70,73 +63,46 @@ class PixArt(TransformerFamily):
             "caption_channels": shapes.size("y_embedder.y_proj.fc1.weight", 1, 2),
         }
 
-    def weight_map(self, config: Config) -> list[WeightMap]:
-        """diffusers' names."""
-        return list(_network(config))
+    @listed
+    def weight_map(self, config: Config) -> Iterator[WeightMap]:
+        """Table with diffusers' names."""
+        width, patch, channels = self.width(config), config["patch_size"], config["in_channels"]
+        yield from linear("x_embedder.proj", "pos_embed.proj", width, channels, patch, patch)
+        embedders = [("t", "timestep", width)]
+        if has_sizes(config):
+            embedders += [("csize", "resolution", width // 3), ("ar", "aspect_ratio", width // 3)]
+        for source, name, wide in embedders:
+            target = f"adaln_single.emb.{name}_embedder"
+            yield from embedder(f"{source}_embedder", target, wide, SINUSOIDAL)
+        yield from linear("t_block.1", "adaln_single.linear", 6 * width, width)
+        inputs, layers = config["caption_channels"], ("fc1", "fc2")
+        yield from embedder("y_embedder.y_proj", "caption_projection", width, inputs, layers)
+        for k in range(config["num_layers"]):
+            yield from below(f"blocks.{k}", f"transformer_blocks.{k}", _block(width))
+        yield weight("final_layer.scale_shift_table", "scale_shift_table", 2, width)
+        yield from linear("final_layer.linear", "proj_out", self.outputs(config), width)
 
-    def pipeline(self, network: Any, conditioner: Any, references: int) -> str | None:
+    def pipeline(self, network: Network, conditioner: Conditioner, references: int) -> str | None:
         """By the length of prompts."""
-        if not self.fits(network, conditioner):
+        if not isinstance(conditioner, T5Text) or not self.fits(network, conditioner):
             return None
-        return (
-            "PixArtAlphaPipeline"
-            if conditioner.config.max_sequence_length <= 120
-            else "PixArtSigmaPipeline"
-        )
+        alpha = conditioner.config.max_sequence_length <= 120
+        return "PixArtAlphaPipeline" if alpha else "PixArtSigmaPipeline"
 
 
 FAMILIES = (PixArt(),)
 
 
 def has_sizes(config: Config) -> bool:
-    """Whether the network embeds the image's size; by default only the one for 1024 pixels does."""
-    given = config.get("use_additional_conditions")
-    return config["sample_size"] == 128 if given is None else bool(given)
+    """True where the network embeds the image's size; by default the one for 1024 pixels does."""
+    sized = config.get("use_additional_conditions")
+    return config["sample_size"] == 128 if sized is None else bool(sized)
 
 
-def _network(config: Config) -> Iterator[WeightMap]:
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    patch, channels = config["patch_size"], config["in_channels"]
-    yield from linear("x_embedder.proj", "pos_embed.proj", width, channels, patch, patch)
-    embedders = [("t", "timestep", width)]
-    if has_sizes(config):
-        embedders += [("csize", "resolution", width // 3), ("ar", "aspect_ratio", width // 3)]
-    for source, target, wide in embedders:
-        yield from linear(
-            f"{source}_embedder.mlp.0",
-            f"adaln_single.emb.{target}_embedder.linear_1",
-            wide,
-            SINUSOIDAL,
-        )
-        yield from linear(
-            f"{source}_embedder.mlp.2", f"adaln_single.emb.{target}_embedder.linear_2", wide, wide
-        )
-    yield from linear("t_block.1", "adaln_single.linear", 6 * width, width)
-    yield from linear(
-        "y_embedder.y_proj.fc1", "caption_projection.linear_1", width, config["caption_channels"]
-    )
-    yield from linear("y_embedder.y_proj.fc2", "caption_projection.linear_2", width, width)
-    for k in range(config["num_layers"]):
-        yield from _block(f"blocks.{k}", f"transformer_blocks.{k}", width)
-    yield weight("final_layer.scale_shift_table", "scale_shift_table", 2, width)
-    yield from linear(
-        "final_layer.linear",
-        "proj_out",
-        patch * patch * (config.get("out_channels") or channels),
-        width,
-    )
-
-
-def _block(source: str, target: str, width: int) -> Iterator[WeightMap]:
-    yield weight(f"{source}.scale_shift_table", f"{target}.scale_shift_table", 6, width)
-    yield from chunked(
-        f"{source}.attn.qkv", [f"{target}.attn1.to_{a}" for a in "qkv"], width, width
-    )
-    yield from linear(f"{source}.attn.proj", f"{target}.attn1.to_out.0", width, width)
-    yield from linear(f"{source}.cross_attn.q_linear", f"{target}.attn2.to_q", width, width)
-    yield from chunked(
-        f"{source}.cross_attn.kv_linear", [f"{target}.attn2.to_{a}" for a in "kv"], width, width
-    )
-    yield from linear(f"{source}.cross_attn.proj", f"{target}.attn2.to_out.0", width, width)
-    yield from linear(f"{source}.mlp.fc1", f"{target}.ff.net.0.proj", 4 * width, width)
-    yield from linear(f"{source}.mlp.fc2", f"{target}.ff.net.2", width, 4 * width)
+def _block(width: int) -> Iterator[WeightMap]:
+    yield weight("scale_shift_table", "scale_shift_table", 6, width)
+    yield from attention("attn", "attn1", width)
+    yield from linear("cross_attn.q_linear", "attn2.to_q", width, width)
+    yield from chunked("cross_attn.kv_linear", ["attn2.to_k", "attn2.to_v"], width, width)
+    yield from linear("cross_attn.proj", "attn2.to_out.0", width, width)
+    yield from mlp("mlp", "ff", width)

@@ -6,23 +6,26 @@ from sfumato.checkpoints.families._base import Config
 from sfumato.checkpoints.families._clip import ClipTower, OpenClipTower
 from sfumato.checkpoints.families._unet import LABELS, UNetFamily
 from sfumato.checkpoints.shapes import Shapes
-from sfumato.errors import UserError
 
 _FIRST, _BIG_G = "conditioner.embedders.0.transformer.", "conditioner.embedders.{}.model."
 
 
-class Sdxl(UNetFamily):
-    """SDXL, and its inpainting and InstructPix2Pix models. sizes: original, crop and target, two
-    each.
-    """
+class _Sdxl(UNetFamily):
+    """The numbers that SDXL and its refiner share."""
 
-    name, title = "sdxl", "SDXL"
-    marks = (_BIG_G.format(1), _FIRST)
-    towers = (ClipTower("text_encoder", _FIRST), OpenClipTower("text_encoder_2", _BIG_G.format(1)))
+    title = "SDXL"
     head_width = 64
     scaling_factor = 0.13025
     sample_size = 128
-    sizes = 6
+
+
+class Sdxl(_Sdxl):
+    """SDXL, and its inpainting and InstructPix2Pix models."""
+
+    name = "sdxl"
+    marks = (_BIG_G.format(1), _FIRST)
+    towers = (ClipTower("text_encoder", _FIRST), OpenClipTower("text_encoder_2", _BIG_G.format(1)))
+    sizes = 6  # original, crop and target, two each
     pipelines: ClassVar = {
         "StableDiffusionXLPipeline": {"guidance": 5.0},
         "StableDiffusionXLInpaintPipeline": {"guidance": 7.5},
@@ -30,32 +33,29 @@ class Sdxl(UNetFamily):
     }
 
     def detect(self, shapes: Shapes) -> bool:
-        """Two encoders; `UserError` for Playground 2.5, whose latents are scaled otherwise."""
+        """True for two encoders; `UserError` for Playground 2.5, whose latents differ in scale."""
         if any(key.startswith(("edm_mean", "edm_std")) for key in shapes.table):
-            raise UserError(
-                f"{shapes.where} is of the Playground 2.5 family (edm_mean, edm_std): it is not supported; use its folder in diffusers' layout"
+            raise shapes.error(
+                "Playground 2.5 (edm_mean, edm_std) is supported in folders only: use its folder"
             )
         return super().detect(shapes)
 
     def detect_alone(self, shapes: Shapes) -> bool:
-        """A U-Net that takes a vector."""
+        """True for a U-Net that takes a vector."""
         return shapes.has(LABELS)
 
     def fits_alone(self, unet: Config) -> bool:
-        """A U-Net that takes a vector."""
+        """True for a U-Net that takes a vector."""
         return bool(unet.get("addition_embed_type"))
 
 
-class SdxlRefiner(UNetFamily):
-    """SDXL's refiner. sizes: original and crop, two each, and the aesthetic score."""
+class SdxlRefiner(_Sdxl):
+    """SDXL's refiner."""
 
-    name, title = "sdxl-refiner", "SDXL"
+    name = "sdxl-refiner"
     marks, foreign_marks = (_BIG_G.format(0),), (_BIG_G.format(1), _FIRST)
     towers = (OpenClipTower("text_encoder_2", _BIG_G.format(0)),)
-    head_width = 64
-    scaling_factor = 0.13025
-    sample_size = 128
-    sizes = 5
+    sizes = 5  # original and crop, two each, and the aesthetic score
     pipelines: ClassVar = {"StableDiffusionXLImg2ImgPipeline": {"guidance": 5.0}}
 
 

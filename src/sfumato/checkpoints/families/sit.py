@@ -1,4 +1,4 @@
-"""SiT on disk (Ma et al. 2024, arXiv:2401.08740): DiT's layout, for a network trained as a flow.
+"""SiT on disk (Ma et al. 2024, arXiv:2401.08740): DiT's layout, trained as a flow.
 
 Keys and shapes are DiT's: a file's metadata, or the caller, must name the class.
 """

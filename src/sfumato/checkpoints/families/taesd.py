@@ -1,5 +1,6 @@
-"""Tiny autoencoders on disk as their author publishes them (github.com/madebyollin/taesd): an
-encoder and a decoder, without a config.
+"""Tiny autoencoders on disk as their author publishes them, without a config.
+
+An encoder and a decoder (github.com/madebyollin/taesd):
 
     taef2_encoder.safetensors  taef2_decoder.safetensors
 
@@ -7,8 +8,8 @@ The keys of each half begin with a layer's number; the architecture is detected 
 shapes. diffusers' AutoencoderTiny leaves out the decoder's first layer, which limits the latent and
 has no weights, so that its numbers are one lower:
 
-    encoder  7.conv.0.weight <-> encoder.layers.7.conv.0.weight          decoder  7.weight <->
-             decoder.layers.6.weight
+    encoder   7.conv.0.weight <-> encoder.layers.7.conv.0.weight
+    decoder   7.weight        <-> decoder.layers.6.weight
 """
 
 from itertools import pairwise
@@ -20,12 +21,11 @@ from torch import Tensor
 from sfumato.checkpoints.checkpoint import build_module
 from sfumato.checkpoints.formats.folder import load_part
 from sfumato.compress.tiny import AutoencoderTiny, TinyConfig
-from sfumato.errors import UserError
+from sfumato.errors import UserError, explained
 from sfumato.io.atomic import read_tensors, write_tensors
 from sfumato.io.pickles import read_pickle
 from sfumato.io.safetensors import require_finite
 
-_HALVES = ("encoder", "decoder")
 _SHIFT = {"encoder": 0, "decoder": 1}
 """The original's numbers of layers minus diffusers'."""
 
@@ -36,14 +36,14 @@ def load_taesd(
     """A tiny autoencoder in eval mode.
 
     Args:
-        source: a folder with config.json (diffusers' layout) or with one pair of files
+        source: A folder with config.json (diffusers' layout) or with one pair of files
             *encoder.safetensors and *decoder.safetensors; one file with both halves under
             diffusers' names; or the encoder's file, and then
-        decoder: the decoder's file
-        dtype: of the weights
+        decoder: The decoder's file.
+        dtype: Of the weights.
 
     Raises:
-        UserError: anything else, an unknown variant, weights that are NaN or infinite.
+        UserError: Any other source, an unknown variant, weights that are NaN or infinite.
     """
     source = Path(source)
     if source.is_dir() and decoder is None and (source / "config.json").exists():
@@ -56,40 +56,33 @@ def load_taesd(
     if source.is_dir():
         if decoder is not None:
             raise UserError(
-                f"{source} is a folder and a decoder was given too: give the encoder's file with the decoder's, or the folder alone"
+                f"{source} is a folder and a decoder was given too: give two files, or the folder"
             )
         source, decoder = _pair(source)
     if decoder is None:
         return _build(_read(source), source, dtype)
     tensors: dict[str, Tensor] = {}
-    for half, file in zip(_HALVES, (source, Path(decoder)), strict=True):
-        try:
+    for half, file in (("encoder", source), ("decoder", Path(decoder))):
+        with explained(file):
             tensors |= from_original(half, _read(file))
-        except UserError as error:
-            raise UserError(
-                str(error) if str(file) in str(error) else f"{file}: {error}"
-            ) from error
     return _build(tensors, Path(f"{source} with {decoder}"), dtype)
 
 
 def _pair(folder: Path) -> tuple[Path, Path]:
     """The one encoder and the one decoder in a folder."""
-    files = [
-        sorted(
-            p
-            for p in folder.iterdir()
-            if p.stem.endswith(half) and p.suffix in (".safetensors", ".pth")
-        )
-        for half in _HALVES
+    files = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".pth")]
+    encoders, decoders = ([p for p in files if p.stem.endswith(half)] for half in _SHIFT)
+    starts = [
+        [p.stem.removesuffix(half) for p in paths]
+        for half, paths in zip(_SHIFT, (encoders, decoders), strict=True)
     ]
-    if [len(half) for half in files] != [1, 1] or files[0][0].stem.removesuffix("encoder") != files[
-        1
-    ][0].stem.removesuffix("decoder"):
-        names = ", ".join(p.name for half in files for p in half) or "none"
+    if len(encoders) != 1 or starts[0] != starts[1]:
+        names = ", ".join(p.name for p in [*encoders, *decoders]) or "none"
         raise UserError(
-            f"{folder} has no config.json, and of files that end in encoder or decoder {names}: expected one pair; name the two files"
+            f"{folder} has no config.json, and of files that end in encoder or decoder {names}: "
+            "expected one pair; name the two files"
         )
-    return files[0][0], files[1][0]
+    return encoders[0], decoders[0]
 
 
 def _read(file: Path) -> dict[str, Tensor]:
@@ -103,10 +96,8 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def _build(tensors: dict[str, Tensor], where: Path, dtype: torch.dtype) -> AutoencoderTiny:
-    try:
+    with explained(where):
         config = config_of(tensors)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
     autoencoder = build_module(AutoencoderTiny(config).to_config(), tensors, where, where, dtype)
     assert isinstance(autoencoder, AutoencoderTiny)
     return autoencoder
@@ -115,38 +106,49 @@ def _build(tensors: dict[str, Tensor], where: Path, dtype: torch.dtype) -> Autoe
 def save_taesd(
     stem: str | Path, autoencoder: AutoencoderTiny, dtype: torch.dtype = torch.float16
 ) -> tuple[Path, Path]:
-    """Write `<stem>_encoder.safetensors` and `<stem>_decoder.safetensors` with the original keys,
-    in `dtype`; returns both paths.
+    """Write two files with the original keys.
+
+    Args:
+        stem: The path without `_encoder.safetensors` and `_decoder.safetensors`.
+        autoencoder: The weights.
+        dtype: Of the stored weights.
+
+    Returns:
+        Both paths.
     """
     stem = Path(stem)
     weights = {k: v.to(dtype) for k, v in autoencoder.state_dict().items()}
     require_finite(weights, f"the autoencoder in {str(dtype).removeprefix('torch.')}")
-    paths = (
-        stem.with_name(f"{stem.name}_encoder.safetensors"),
-        stem.with_name(f"{stem.name}_decoder.safetensors"),
-    )
-    for half, path in zip(_HALVES, paths, strict=True):
+    paths = {half: stem.with_name(f"{stem.name}_{half}.safetensors") for half in _SHIFT}
+    for half, path in paths.items():
         write_tensors(path, to_original(half, weights))
-    return paths
+    return paths["encoder"], paths["decoder"]
 
 
 def from_original(half: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The keys of one original file ("encoder" or "decoder") under our names; `UserError` for keys
-    that do not begin with a layer's number.
+    """The tensors of one original file under our names.
+
+    Args:
+        half: "encoder" or "decoder".
+        tensors: By the original names.
+
+    Raises:
+        UserError: Keys that do not begin with a layer's number.
     """
     renamed = {}
     for key, tensor in tensors.items():
         number, _, rest = key.partition(".")
         if not number.isdecimal() or not rest or int(number) < _SHIFT[half]:
             raise UserError(
-                f"key {key!r} is not of a TAESD {half}: expected a layer's number first, such as '3.conv.0.weight'"
+                f"key {key!r} is not of a TAESD {half}: expected a layer's number first, "
+                "such as '3.conv.0.weight'"
             )
         renamed[f"{half}.layers.{int(number) - _SHIFT[half]}.{rest}"] = tensor
     return renamed
 
 
 def to_original(half: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The keys of one original file, from all of our tensors."""
+    """The tensors of one original file, from all of ours; the inverse of `from_original`."""
     start, renamed = f"{half}.layers.", {}
     for key, tensor in tensors.items():
         if key.startswith(start):
@@ -156,24 +158,21 @@ def to_original(half: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def config_of(tensors: dict[str, Tensor]) -> TinyConfig:
-    """The architecture, from our keys and shapes; `UserError` where they are of no known
-    network.
-    """
+    """The architecture, from our keys and shapes; `UserError` for an unknown network."""
     counts, convs = {}, {}
     for half in _SHIFT:
         layers = _layers(half, tensors)
         convs[half] = [tensors[f"{half}.layers.{n}.weight"] for n, kind in layers if kind == "conv"]
-        counts[half] = _runs([kind for _, kind in layers])
+        places = [i for i, (_, kind) in enumerate(layers) if kind == "conv"]
+        counts[half] = tuple(b - a - 1 for a, b in pairwise(places))  # blocks between convolutions
         first, *middle, last = convs[half]
-        widths = {
-            first.shape[0],
-            last.shape[1],
-            *(size for weight in middle for size in weight.shape[:2]),
-        }
+        widths = {first.shape[0], last.shape[1]}
+        widths |= {size for weight in middle for size in weight.shape[:2]}
         if len(widths) > 1:
             raise UserError(
-                f"this {half} has convolutions of widths {sorted(widths)}: a variant of TAESD that is not supported; known are those of one "
-                "width, taesd, taesdxl, taesd3, taef1 and taef2"
+                f"this {half} has convolutions of widths {sorted(widths)}: a variant of TAESD that "
+                "is not supported; known are those of one width, taesd, taesdxl, taesd3, taef1 and "
+                "taef2"
             )
     encoder, decoder = convs["encoder"], convs["decoder"]
     return TinyConfig(
@@ -189,29 +188,22 @@ def config_of(tensors: dict[str, Tensor]) -> TinyConfig:
 
 
 def _layers(half: str, tensors: dict[str, Tensor]) -> list[tuple[int, str]]:
-    """(number, "conv" or "block") of each layer with weights, in order; the first and the last are
-    convolutions.
+    """(number, "conv" or "block") of each layer with weights, in order.
+
+    The first and the last are convolutions.
     """
     start, kinds = f"{half}.layers.", dict[int, str]()
     for key in tensors:
         number, _, rest = key.removeprefix(start).partition(".")
         if key.startswith(start) and number.isdecimal():
-            kinds[int(number)] = (
-                "conv"
-                if rest in ("weight", "bias") and kinds.get(int(number), "conv") == "conv"
-                else "block"
-            )
-    found = sorted(kinds.items())
-    convs = [f"{start}{n}.weight" for n, kind in found if kind == "conv"]
+            plain = rest in ("weight", "bias") and kinds.get(int(number), "conv") == "conv"
+            kinds[int(number)] = "conv" if plain else "block"
+    layers = sorted(kinds.items())
+    convs = [f"{start}{n}.weight" for n, kind in layers if kind == "conv"]
     whole = all(key in tensors and tensors[key].ndim == 4 for key in convs)
-    if len(convs) < 3 or not whole or found[0][1] == "block" or found[-1][1] == "block":
+    if len(convs) < 3 or not whole or "block" in (layers[0][1], layers[-1][1]):
         raise UserError(
-            f"the {half} is not one of TAESD ({len(found)} layers, {len(convs)} convolutions between blocks): give the file of the {half}"
+            f"the {half} is not one of TAESD ({len(layers)} layers, {len(convs)} convolutions "
+            f"between blocks): give the file of the {half}"
         )
-    return found
-
-
-def _runs(kinds: list[str]) -> tuple[int, ...]:
-    """Blocks between one convolution and the next."""
-    places = [i for i, kind in enumerate(kinds) if kind == "conv"]
-    return tuple(b - a - 1 for a, b in pairwise(places))
+    return layers

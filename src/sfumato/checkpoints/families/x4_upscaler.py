@@ -1,23 +1,14 @@
-"""Stable Diffusion's x4 upscaler on disk (Stability AI, 2022): beside the latent its U-Net takes a
-small image, and how noisy that is.
+"""Stable Diffusion's x4 upscaler on disk (Stability AI, 2022).
+
+Beside the latent its U-Net takes a small image, and the noise level of that image.
 """
 
-from collections.abc import Mapping
 from typing import ClassVar
 
-from sfumato.checkpoints.checkpoint import Component
-from sfumato.checkpoints.families._base import Config
-from sfumato.checkpoints.families._unet import (
-    EPSILON,
-    LABELS,
-    LEVELS,
-    VELOCITY,
-    UNetFamily,
-    is_open_clip,
-)
+from sfumato.checkpoints.families._base import Components, Config
+from sfumato.checkpoints.families._unet import LABELS, LEVELS, UNetFamily, is_open_clip
 from sfumato.checkpoints.families.sd2 import CLIP_H
 from sfumato.checkpoints.schedulers import betas as schedules
-from sfumato.errors import UserError
 
 
 class X4Upscaler(UNetFamily):
@@ -30,29 +21,24 @@ class X4Upscaler(UNetFamily):
     betas = (0.0001, 0.02)
     scaling_factor = 0.08333
     sample_size = 128
-    predicts = VELOCITY
-    more_schedulers: ClassVar = {  # by which the small image is made noisy
+    predicts = "v_prediction"
+    more_schedulers: ClassVar = {  # adds noise to the small image
         "low_res_scheduler": {
             "_class_name": "DDPMScheduler",
             **schedules.fields(0.0001, 0.02),
-            "prediction_type": EPSILON,
+            "prediction_type": "epsilon",
             "clip_sample": True,
         }
     }
     pipelines: ClassVar = {"StableDiffusionUpscalePipeline": {"steps": 75, "guidance": 9.0}}
 
-    def fits(self, unet: Config, components: Mapping[str, Component]) -> bool:
-        """OpenCLIP and a table of noise levels."""
+    def fits(self, unet: Config, components: Components) -> bool:
+        """True for OpenCLIP and a table of noise levels."""
         return is_open_clip(components) and unet.get("num_class_embeds") is not None
 
-    def kind(self, config: Config, where: object) -> str:
-        """The small image has three channels."""
-        taken, channels = config["in_channels"], config["out_channels"]
-        if taken != channels + 3:
-            raise UserError(
-                f"{where}: a U-Net of {taken} channels in and {channels} out is of no known kind: expected {channels + 3} in"
-            )
-        return self.name
+    def suffixes(self, channels: int) -> dict[int, str]:
+        """One kind: the small image has three channels."""
+        return {channels + 3: ""}
 
 
 FAMILIES = (X4Upscaler(),)
