@@ -171,8 +171,12 @@ def _checked(field: str, value: Any, default: Any) -> Any:
         valid = isinstance(value, int) and not isinstance(value, bool) and value >= 0
         expected = "a whole number of at least 0"
     else:
-        valid = isinstance(value, int | float) and not isinstance(value, bool)
-        valid = valid and (math.isfinite(value) or value == default) and (value > 0 or not positive)
+        valid = (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and (math.isfinite(value) or value == default)
+            and (value > 0 or not positive)
+        )
         expected = "a positive number" if positive else "a number"
     if not valid:
         raise UserError(f"scheduler config {field}={value!r}: expected {expected}")
