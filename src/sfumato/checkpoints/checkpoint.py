@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sfumato.checkpoints.lazy_tensor import LazyTensors, checked_finite, load_tensors
+from sfumato.checkpoints.lazy_tensor import LazyTensors, checked_finite, load_tensors, unscaled
 from sfumato.compress.base import registered as autoencoders
 from sfumato.errors import UserError, explained, unknown
-from sfumato.io.safetensors import cast, check_keys, looked_at, require_finite, unscaled
+from sfumato.io.safetensors import cast, check_keys, looked_at, require_finite
 from sfumato.predict.networks.base import registered as networks
 
 if TYPE_CHECKING:
@@ -260,8 +260,8 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def known_class(name: Any) -> tuple[Any, Any] | None:
-    """The module and its config for the "_class_name" of a config.json; None for an unknown one."""
+def class_of(name: object) -> tuple[Any, Any] | None:
+    """The module's class and its config's, by "_class_name"; None for any other name."""
     return {**autoencoders(), **networks()}.get(name) if isinstance(name, str) else None
 
 
@@ -288,7 +288,7 @@ def build_module(
         UserError: an unknown class, keys and shapes that do not fit the config, NaN or infinity.
     """
     name = values.get("_class_name")
-    known = known_class(name)
+    known = class_of(name)
     if known is None or (expected is not None and name != expected):
         raise UserError(
             f"{config} is of class {name!r}: expected {expected or ' or '.join([*autoencoders(), *networks()])}"
