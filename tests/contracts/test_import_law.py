@@ -65,7 +65,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "decode": (*BOTTOM, "compress"),
     "checkpoints": (*BOTTOM, *ACTS),
     "sampling": (*BOTTOM, *ACTS),
-    "saving": (*BOTTOM, *ACTS, "checkpoints"),
+    "saving": (*BOTTOM, *ACTS, "checkpoints", "model"),
     "model": (*BOTTOM, *ACTS, "images", "inference", "checkpoints", "sampling", "saving"),
     "loading": (*BOTTOM, *ACTS, "inference", "checkpoints", "sampling", "model"),
     "data": BOTTOM,

@@ -628,7 +628,7 @@ def test_an_unknown_model_lists_those_that_travel_in_the_package(
     for name, words in (
         ("nope", f"model 'nope' was not found: expected a bundled name ({known})"),
         ("./runs/nope", "model './runs/nope' was not found"),
-        ("owner/name", "'owner/name' could not be had from the hub"),
+        ("owner/name", "cannot download model 'owner/name' from the Hub"),
         ("notes.txt", "notes.txt: expected a file that ends in .safetensors, .sft, .ckpt"),
         ("empty", "empty is not a model folder"),
     ):
