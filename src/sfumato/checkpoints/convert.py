@@ -237,6 +237,13 @@ def to_file(
         UserError: a model that the layout cannot hold.
         NumericalError: a weight that is not finite in its new dtype.
     """
+    vae = source.components.get("vae")
+    autoencoder = None if vae is None else str(vae.config.get("_class_name"))
+    if autoencoder is not None and autoencoder.endswith("AutoencoderTiny"):
+        raise UserError(
+            f"the autoencoder of {source.checkpoint.path} is an {autoencoder}, which has no place "
+            "in a single file: expected an AutoencoderKL; convert to a folder instead"
+        )
     raw = families.write(source.checkpoint)
     if options.scaled:
         if source.components.keys() != {"transformer"}:

@@ -142,7 +142,7 @@ def _part(tensors: Mapping[str, Tensor]) -> Part:
 
 
 class _Counting(TorchDispatchMode):
-    """Counts bytes of tensors that live at the same time; `most` is their maximum.
+    """Counts the bytes of tensors that live at the same time; `most` is their maximum.
 
     Tensors that exist before are not counted.
     """
@@ -211,7 +211,7 @@ def counted(run: Callable[[], object]) -> int:
 
 
 def step_bytes(network: Network, side: int, rows: int = 2) -> int:
-    """Return what one call of a network on the meta device allocates.
+    """Return the bytes that one call of a network on the meta device allocates.
 
     Args:
         network: on the meta device.
@@ -245,7 +245,7 @@ def _sdxl_vector(config: UNetConfig) -> int:
 
 
 def decode_bytes(autoencoder: Autoencoder, side: int) -> int:
-    """Return what decoding one latent on the meta device allocates.
+    """Return the bytes that decoding one latent on the meta device allocates.
 
     Args:
         autoencoder: on the meta device.
@@ -296,14 +296,15 @@ def _built(config: Path, dtype: torch.dtype) -> nn.Module | None:
 
 
 def report(path: Path, variant: str | None = None) -> dict[str, Any] | None:
-    """Return a model's weights, what running allocates, the machine's memory and what fits.
+    """Compare the memory that a model needs with that of the machine.
 
     Args:
         path: a model's folder or single file.
         variant: the files of a folder to prefer, such as "fp16".
 
     Returns:
-        All in bytes; None for a path without a model.
+        "weights" by part, "beside": allocations of a run by dtype, the "machine", and the "ways" to
+        run; all in bytes. None for a path without a model.
     """
     if not path.is_file() and not (path / "model_index.json").exists():
         return None

@@ -306,7 +306,7 @@ def check_sources(
     )
     if problems:
         raise UserError(
-            f"{where} does not fit the architecture that its other keys tell: keys {problems}; "
+            f"{where} does not fit the architecture of its other keys: keys {problems}; "
             "the file may be damaged, or of a kind that is not supported"
         )
 

@@ -1,7 +1,9 @@
 """diffusers' scheduler_config.json <-> process, sampler and spacing.
 
-`read_scheduler` splits a config into what the weights were trained for (`process.py`, strict) and
-how a run steps (`samplers.py`, lenient: what is not here is replaced by the nearest, with a note).
+`read_scheduler` splits a config into the process that the weights were trained for (`process.py`,
+strict) and the sampler of a run (`samplers.py`, lenient: a sampler that sfumato lacks is replaced
+by the nearest, with a note).
+
 `write_scheduler` inverts it by search over the classes and the values of their fields, and takes
 the first config that reads as the same. Without one it writes the nearest config that diffusers
 opens with the same process, and the sampler and the spacing in an entry "_sfumato".
@@ -147,7 +149,7 @@ def write_scheduler(
     """Return a config with which diffusers' class makes the run of `sampler` and `spacing`.
 
     Without one: a config with the same process, if diffusers has one, and an entry "_sfumato" that
-    only sfumato reads. `read_scheduler` gives back what was written in any case.
+    only sfumato reads. `read_scheduler` inverts it in any case.
 
     Args:
         process: What the weights were trained for.
