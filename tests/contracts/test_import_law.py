@@ -53,7 +53,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "nn": (*BOTTOM, "kernels"),
     "inference": (*BOTTOM, "kernels", "nn"),
     # a whole model is offloaded by its conditioner's encoders
-    "inference.offload.model": (*BOTTOM, "kernels", "nn", "inference", "predict.text_encoders"),
+    "inference.offload.model": (*BOTTOM, "kernels", "nn", "inference", "predict", "model"),
     "compress": (*BOTTOM, "kernels", "nn", "inference"),
     "diffuse": BOTTOM,
     "diffuse.samplers": (*BOTTOM, "diffuse.schedule"),
