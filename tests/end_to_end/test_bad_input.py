@@ -489,7 +489,7 @@ def test_a_pickle_of_tensors_that_wants_more_is_refused_too(folder: Path, tmp_pa
     with pytest.raises(UserError, match="holds a list: expected a dictionary of tensors"):
         sfumato.load(folder)
     torch.save({**tensors, "epoch": 7}, folder / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(UserError, match="things that are not tensors"):
+    with pytest.raises(UserError, match="values that are not tensors"):
         sfumato.load(folder)
     data = (folder / "unet" / "diffusion_pytorch_model.bin").read_bytes()
     for cut in (0, 10, len(data) // 2, len(data) - 30):
