@@ -1,9 +1,8 @@
-"""Opens models: bundled names, folders in diffusers' layout, single files, hub ids."""
+"""Loading of models: bundled names, folders in diffusers' layout, single files, hub ids."""
 
 import tempfile
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,13 +25,9 @@ from sfumato.sampling import Defaults
 
 
 def bundled() -> dict[str, Path]:
-    """The models that travel in the package, by name."""
+    """Return the folders of the models in the package, by name."""
     root = Path(str(resources.files("sfumato"))) / "bundled"
-    return (
-        {p.name: p for p in sorted(root.iterdir()) if (p / "model_index.json").exists()}
-        if root.is_dir()
-        else {}
-    )
+    return {index.parent.name: index.parent for index in sorted(root.glob("*/model_index.json"))}
 
 
 def load(
@@ -49,17 +44,17 @@ def load(
 
     Args:
         source: a bundled name ("fashion"), a folder in diffusers' layout, a single file
-            (.safetensors, .ckpt), or a hub id ("owner/name"; `huggingface_hub` caches its files)
-        device: where the model runs
-        dtype: of all weights (default: float32)
-        variant: of a folder's files those to prefer, such as "fp16"
-        reading: what a single file with a U-Net does not tell
+            (.safetensors, .ckpt), or a hub id ("owner/name"; `huggingface_hub` caches its files).
+        device: where the model runs.
+        dtype: of all weights (default: float32).
+        variant: the files of a folder to prefer, such as "fp16".
+        reading: settings that a single file with a U-Net does not contain.
         tokenizer: for single files: a folder with CLIP's vocab.json and merges.txt, or BERT's
-            vocab.txt; for whole files of transformers a model's folder
-        memory: what the process may take, in bytes or as "3GB": the weights are streamed from the
-            files then, as in `LatentDiffusion.streamed`, with the same images
-        transformer: for folders: a file with the network alone (original, GGUF, fp8), which is
-            taken in place of the folder's; whose weights need not be there
+            vocab.txt; for whole files of transformers a model's folder.
+        memory: memory that the process may use, in bytes or as "3GB". Weights are then streamed
+            from the files, as in `LatentDiffusion.streamed`, with the same images.
+        transformer: for folders: a file with the network alone (original, GGUF, fp8), which
+            replaces the folder's. The folder may lack the weights of its own.
 
     Raises:
         UserError: a model that is missing, damaged, of an unknown kind, or whose parts do not fit.
@@ -78,17 +73,17 @@ def open_model(source: str | Path, options: LoadOptions) -> LatentDiffusion:
     """`load` with its arguments checked."""
     models = bundled()
     path = models.get(str(source), Path(source).expanduser())
+    hub_id = str(source).count("/") == 1 and not str(source).startswith((".", "/", "~"))
+    if not path.exists() and hub_id:
+        path = _from_hub(str(source))
     if path.is_file():
         model = _open_file(path, options)
     elif path.is_dir():
         model = assemble(folders.read(path, path.name, options), options)
-    elif str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")):
-        path = _from_hub(str(source))
-        model = assemble(folders.read(path, path.name, options), options)
     else:
-        names = ", ".join(models) or "none"
         raise UserError(
-            f"model {str(source)!r} was not found: expected a bundled name ({names}), a folder, or a hub id such as owner/name"
+            f"model {str(source)!r} was not found: expected a bundled name "
+            f"({', '.join(models) or 'none'}), a folder, or a hub id such as owner/name"
         )
     if options.memory is not None:
         return model.streamed(options.memory, options.dtype, options.device)
@@ -96,28 +91,30 @@ def open_model(source: str | Path, options: LoadOptions) -> LatentDiffusion:
 
 
 def _open_file(path: Path, options: LoadOptions) -> LatentDiffusion:
-    """A model from a single file: in an original layout, or a folder in one file."""
+    """Load a single file: in an original layout, or a folder in one file."""
     if options.transformer is not None:
         raise UserError(
-            f"transformer={options.transformer} with the file {path}: expected a model's folder, which has the other parts"
+            f"transformer={options.transformer} with the file {path}: "
+            "expected a model's folder, which has the other parts"
         )
     raw = open_file(path, options.dtype, mapped=options.memory is not None)
     if is_folded(raw.metadata):
         if options.memory is not None:
             raise UserError(
-                f"{path} cannot be streamed, a single file of sfumato's own is unpacked to be read: open it, `save` it as a folder, and stream that"
+                f"{path} cannot be streamed, a single file of sfumato's own is unpacked to be "
+                "read: open it, `save` it as a folder, and stream that"
             )
         with tempfile.TemporaryDirectory() as temporary:
             try:
                 with explained(path, (*WRONG, OSError)):  # names that no file can have
                     unfold(raw, temporary)
                 return assemble(folders.read(Path(temporary), path.stem, options), options)
-            except UserError as error:  # what is wrong is wrong in the file that the user named
+            except UserError as error:  # name the file instead of the temporary folder
                 raise UserError(str(error).replace(temporary, str(path))) from error
     family = families.detect(raw.shapes, path, network_class(raw.metadata))
     if options.reading is not None and family.is_transformer:
         raise UserError(
-            f"{path} holds a diffusion transformer, of which there is nothing to say in reading=: leave it out"
+            f"{path} holds a diffusion transformer, to which reading= does not apply: leave it out"
         )
     with explained(path):
         checked = raw if options.opened is None else raw.checked()
@@ -127,48 +124,47 @@ def _open_file(path: Path, options: LoadOptions) -> LatentDiffusion:
 
 
 def assemble(checkpoint: Checkpoint, options: LoadOptions) -> LatentDiffusion:
-    """A model of a checkpoint's parts; `UserError` where they do not fit each other."""
+    """Build the model of a checkpoint's parts; `UserError` where they do not fit each other."""
     path, family, components = checkpoint.path, checkpoint.family, checkpoint.components
     part = next(name for name in folders.NETWORKS if name in components)
     autoencoder, network = (components[name].build(path, options.opened) for name in ("vae", part))
     if not isinstance(autoencoder, Autoencoder):
         raise UserError(
-            f"{components['vae'].folder or path} is a {type(autoencoder).__name__}: expected an autoencoder"
+            f"{components['vae'].folder or path} is a {type(autoencoder).__name__}: "
+            "expected an autoencoder"
         )
     if not isinstance(network, Network):
         raise UserError(
-            f"{components[part].folder or path} is a {type(network).__name__}: expected a network that predicts, such as a U-Net"
+            f"{components[part].folder or path} is a {type(network).__name__}: "
+            "expected a network that predicts, such as a U-Net"
         )
     scheduler = path / "scheduler" / "scheduler_config.json" if path.is_dir() else path
     low_res = checkpoint.schedulers.get("low_res_scheduler")
+    even = None if family is None else family.even_times
     with explained(scheduler):
-        spec = read_scheduler(
-            checkpoint.schedulers["scheduler"], even=None if family is None else family.even_times
-        )
+        spec = read_scheduler(checkpoint.schedulers["scheduler"], even)
         small = None if low_res is None else from_scheduler_config(low_res)
-    if network.parameterization not in (None, spec.process.parameterization.name):
+    target = spec.process.parameterization.name
+    if network.parameterization not in (None, target):
         raise UserError(
-            f"{scheduler} is of a process with target {spec.process.parameterization.name!r}, and a {type(network).__name__} answers "
-            f"{network.parameterization!r}: put a scheduler of its kind there, such as FlowMatchEulerDiscreteScheduler"
+            f"{scheduler} is of a process with target {target!r}, and a {type(network).__name__} "
+            f"answers {network.parameterization!r}: put a scheduler of its kind there, "
+            "such as FlowMatchEulerDiscreteScheduler"
         )
     assert checkpoint.conditioner is not None
     conditioner = checkpoint.conditioner(network, options)
     with explained(path / "model_index.json" if path.is_dir() else path):
-        saved, spacing = checkpoint.defaults, pipeline_spacing(spec.default_spacing, family)
-        index = checkpoint.index or {
-            "_class_name": pipeline_class(
-                network, conditioner, Defaults.from_json(saved).max_reference_images
-            )
-        }
-        own = {} if family is None else family.guidance(conditioner)
-        run: dict[str, Any] = (
-            pipeline_defaults(index, network)
-            | own
-            | {"sampler": spec.sampler, "spacing": spacing}
-            | saved
-        )
-        # A folder that sfumato wrote has all its defaults, those left out being `Defaults`' own.
-        defaults = Defaults.from_json(saved if "_sfumato" in index else run)
+        saved, index = checkpoint.defaults, checkpoint.index
+        if index is None:
+            references = Defaults.from_json(saved).max_reference_images
+            index = {"_class_name": pipeline_class(network, conditioner, references)}
+        if "_sfumato" not in index:
+            spacing = pipeline_spacing(spec.default_spacing, family)
+            own = {} if family is None else family.guidance(conditioner)
+            run = {"sampler": spec.sampler, "spacing": spacing}
+            saved = pipeline_defaults(index, network) | own | run | saved
+        # Else sfumato wrote the folder: defaults that it omits are those of `Defaults`.
+        defaults = Defaults.from_json(saved)
     _check_parts(path, autoencoder, network, conditioner)
     return LatentDiffusion(
         autoencoder, Denoiser(network, spec.process), conditioner, defaults, checkpoint.name, small
@@ -178,12 +174,15 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> LatentDiffusion:
 def _check_parts(
     path: Path, autoencoder: Autoencoder, network: Network, conditioner: Conditioner
 ) -> None:
-    """`UserError` where the parts of a folder belong to different models."""
+    """Raise `UserError` where the parts of a folder belong to different models."""
     part, classes, text = network.part, len(conditioner.class_names), conditioner.width
     channels, wide = autoencoder.space.channels, network.token_width
     vector = conditioner.vector_width
     if network.channels != channels or network.in_channels < channels:
-        fault = f"{part} takes {network.in_channels} channels and gives {network.channels}, latents of vae have {channels}"
+        fault = (
+            f"{part} takes {network.in_channels} channels and gives {network.channels}, "
+            f"latents of vae have {channels}"
+        )
     elif text != wide and wide != (text,) * len(wide if isinstance(wide, tuple) else ()):
         fault = f"{part} attends to tokens of width {wide}, the text encoders give {text}"
     elif (
@@ -191,18 +190,22 @@ def _check_parts(
         and (network.classes or not network.is_conditional)
         and network.classes != (classes + 1 if classes else 0)
     ):
-        fault = f"{part} has {network.classes} class embeddings, conditioner has {classes} classes (and one for none)"
+        fault = (
+            f"{part} has {network.classes} class embeddings, "
+            f"conditioner has {classes} classes (and one for none)"
+        )
     elif None not in (vector, network.vector_width) and vector != network.vector_width:
-        fault = f"{part} takes a vector of {network.vector_width} numbers, the text encoders give {vector}"
+        fault = (
+            f"{part} takes a vector of {network.vector_width} numbers, "
+            f"the text encoders give {vector}"
+        )
     else:
         return
     raise UserError(f"the parts of {path} do not fit: {fault}; use parts of one model")
 
 
 def _from_hub(name: str) -> Path:
-    """The local snapshot of a hub repository (`huggingface_hub`), fetched when it is not there and
-    the network is.
-    """
+    """Return the local snapshot of a hub repository, downloaded where it is not cached."""
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -210,10 +213,10 @@ def _from_hub(name: str) -> Path:
         folder = Path(snapshot_download(name, allow_patterns=patterns))
         if any(folder.glob("*/*.safetensors")):
             return folder
-        # of the time before safetensors: pickled
+        # older than safetensors: pickled
         return Path(snapshot_download(name, allow_patterns=[*patterns, "*.bin"]))
-    except Exception as error:
-        # the library raises a dozen kinds: all of them mean that the model is not to be had
+    except Exception as error:  # the library raises a dozen kinds for a failed download
         raise UserError(
-            f"model {name!r} could not be had from the hub ({type(error).__name__}): check the name and the network, or give a folder"
+            f"cannot download model {name!r} from the Hub ({type(error).__name__}): "
+            "check the name and the connection, or give a folder"
         ) from error

@@ -16,12 +16,13 @@ from sfumato.checkpoints.lazy_tensor import (
     cast_for_storage,
     from_tensors,
     quantize_scaled,
+    unscaled,
     write_file,
 )
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.errors import NumericalError, UserError
 from sfumato.io.atomic import read_tensors, write_streamed, write_tensors
-from sfumato.io.safetensors import cast, looked_at, require_finite, scaled, storable, unscaled
+from sfumato.io.safetensors import cast, looked_at, require_finite, scaled, storable
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 EVERY = torch.arange(256, dtype=torch.uint8)

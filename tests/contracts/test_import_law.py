@@ -53,7 +53,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "nn": (*BOTTOM, "kernels"),
     "inference": (*BOTTOM, "kernels", "nn"),
     # a whole model is offloaded by its conditioner's encoders
-    "inference.offload.model": (*BOTTOM, "kernels", "nn", "inference", "predict.text_encoders"),
+    "inference.offload.model": (*BOTTOM, "kernels", "nn", "inference", "predict", "model"),
     "compress": (*BOTTOM, "kernels", "nn", "inference"),
     "diffuse": BOTTOM,
     "diffuse.samplers": (*BOTTOM, "diffuse.schedule"),
@@ -65,7 +65,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "decode": (*BOTTOM, "compress"),
     "checkpoints": (*BOTTOM, *ACTS),
     "sampling": (*BOTTOM, *ACTS),
-    "saving": (*BOTTOM, *ACTS, "checkpoints"),
+    "saving": (*BOTTOM, *ACTS, "checkpoints", "model"),
     "model": (*BOTTOM, *ACTS, "images", "inference", "checkpoints", "sampling", "saving"),
     "loading": (*BOTTOM, *ACTS, "inference", "checkpoints", "sampling", "model"),
     "data": BOTTOM,

@@ -4,6 +4,7 @@ model as the folder.
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,12 @@ import helpers.family_models as models
 import sfumato
 from helpers.file_opens import opens
 from sfumato.checkpoints import families
+from sfumato.checkpoints.checkpoint import Checkpoint, Component
+from sfumato.checkpoints.convert import Source, StoreOptions, to_file
 from sfumato.checkpoints.formats import open_file
 from sfumato.checkpoints.formats.folded import fold, unfold
-from sfumato.checkpoints.lazy_tensor import load_tensors
+from sfumato.checkpoints.lazy_tensor import from_tensors, load_tensors
+from sfumato.compress.tiny import AutoencoderTiny, TinyConfig
 from sfumato.errors import UserError
 from sfumato.io.atomic import write_json
 
@@ -34,6 +38,28 @@ def test_single_file_is_the_folder(tiny: Path, tmp_path: Path) -> None:
         m.generate(model.class_names[0], steps=2, output="latent", seed=3) for m in (model, again)
     )
     assert torch.equal(a, b)
+
+
+def test_a_model_with_taesd_is_a_folder_in_one_file(tmp_path: Path) -> None:
+    """TAESD has no place in the original layouts: sfumato's own holds it, and `convert` refuses."""
+    name = "ldm-unconditional"
+    parts = models.checkpoint(name, models.networks(name))
+    save_file(load_tensors(families.write(parts).tensors), tmp_path / "kl.safetensors")
+    torch.manual_seed(0)
+    model = sfumato.load(tmp_path / "kl.safetensors")
+    channels = model.autoencoder.space.channels
+    tiny = AutoencoderTiny(TinyConfig(latent_channels=channels)).eval().requires_grad_(False)
+    model = replace(model, autoencoder=tiny)
+    model.save(tmp_path / "tiny.safetensors")
+    again = sfumato.load(tmp_path / "tiny.safetensors")
+    assert isinstance(again.autoencoder, AutoencoderTiny) and again.hash == model.hash
+    z = torch.randn(1, channels, 4, 4)
+    assert torch.equal(again.autoencoder.decode(z), tiny.decode(z))
+    vae = Component(tiny.to_config(), from_tensors(tiny.state_dict()))
+    source = Source(Checkpoint({"unet": parts.components["unet"], "vae": vae}))
+    with pytest.raises(UserError, match=r"is an AutoencoderTiny, .* expected an AutoencoderKL"):
+        to_file(source, tmp_path / "no.safetensors", StoreOptions(), lambda k, n: None)
+    assert not (tmp_path / "no.safetensors").exists()
 
 
 def test_a_changed_weight_is_another_model(tiny: Path, tmp_path: Path) -> None:

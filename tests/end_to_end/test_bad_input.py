@@ -479,7 +479,7 @@ def test_a_pickle_of_tensors_that_wants_more_is_refused_too(folder: Path, tmp_pa
     with pytest.raises(UserError, match="holds a list: expected a dictionary of tensors"):
         sfumato.load(folder)
     torch.save({**tensors, "epoch": 7}, folder / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(UserError, match="things that are not tensors"):
+    with pytest.raises(UserError, match="values that are not tensors"):
         sfumato.load(folder)
     data = (folder / "unet" / "diffusion_pytorch_model.bin").read_bytes()
     for cut in (0, 10, len(data) // 2, len(data) - 30):
@@ -618,7 +618,7 @@ def test_an_unknown_model_lists_those_that_travel_in_the_package(
     for name, words in (
         ("nope", f"model 'nope' was not found: expected a bundled name ({known})"),
         ("./runs/nope", "model './runs/nope' was not found"),
-        ("owner/name", "'owner/name' could not be had from the hub"),
+        ("owner/name", "cannot download model 'owner/name' from the Hub"),
         ("notes.txt", "notes.txt: expected a file that ends in .safetensors, .sft, .ckpt"),
         ("empty", "empty is not a model folder"),
     ):

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sfumato.checkpoints.lazy_tensor import LazyTensors, checked_finite, load_tensors
+from sfumato.checkpoints.lazy_tensor import LazyTensors, checked_finite, load_tensors, unscaled
 from sfumato.compress.base import Autoencoder
 from sfumato.compress.base import registered as autoencoders
 from sfumato.errors import UserError, explained, unknown
-from sfumato.io.safetensors import cast, check_keys, looked_at, require_finite, unscaled
+from sfumato.io.safetensors import cast, check_keys, looked_at, require_finite
 from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.networks.base import Network
 from sfumato.predict.networks.base import registered as networks

@@ -1,8 +1,7 @@
-"""Models from one layout on disk to another: folder, original single file, GGUF; in another dtype,
-if asked for.
+"""Conversion between layouts on disk (folder, original single file, GGUF) and dtypes.
 
-Transformers go from `Checkpoint` to `Checkpoint`, models with a U-Net through modules whose weights
-stay in the files. Unconditional is held in memory but the tensor that is being written.
+Transformers are converted from `Checkpoint` to `Checkpoint`, models with a U-Net through modules
+whose weights stay in the files. Only the tensor that is being written is in memory.
 """
 
 import json
@@ -27,7 +26,6 @@ from sfumato.checkpoints.formats import open_file
 from sfumato.checkpoints.formats.folded import is_folded
 from sfumato.checkpoints.formats.folder import read_component, write_component
 from sfumato.checkpoints.lazy_tensor import (
-    LazyTensors,
     apply_scales,
     cast_for_storage,
     checked_finite,
@@ -52,14 +50,16 @@ from sfumato.io.safetensors import EIGHTS
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 _COPIED = (".json", ".txt", ".model", ".jinja")
-"""What is copied from a model's folder beside its weights: schedulers, tokenizers, the list of
-parts."""
+"""Suffixes of files that are copied beside a folder's weights: configs and tokenizers."""
 
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """How weights are stored: in `dtype` (None: as they are); `scaled`: in eight bits with a scale
-    beside each matrix.
+    """Storage of the written weights.
+
+    Attributes:
+        dtype: of the weights; None: as they are.
+        scaled: eight bits with a scale for each matrix.
     """
 
     dtype: torch.dtype | None = None
@@ -68,7 +68,12 @@ class StoreOptions:
 
 @dataclass(frozen=True)
 class Source:
-    """What is converted: a checkpoint, and a folder whose other files go with it (None: none)."""
+    """The model to convert.
+
+    Attributes:
+        checkpoint: its parts.
+        folder: a folder whose other files are copied or noted; None: there is none.
+    """
 
     checkpoint: Checkpoint
     folder: Path | None = None
@@ -77,6 +82,15 @@ class Source:
     def components(self) -> dict[str, Component]:
         """The checkpoint's."""
         return self.checkpoint.components
+
+    @property
+    def complete_folder(self) -> Path | None:
+        """The folder, where the source has every part with weights that it names; else None."""
+        index = None if self.folder is None else self.folder / "model_index.json"
+        if index is None or not index.exists():
+            return None
+        parts = {k for k, v in read_table(index).items() if k in PARTS and v != [None, None]}
+        return self.folder if parts and parts <= self.components.keys() else None
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -92,11 +106,11 @@ def open_source(
     """Read the tables of a folder, a single file or a GGUF; weights stay where they are.
 
     Args:
-        source: what to convert
-        options: how weights will be stored
-        config: for files: a folder with configs
-        variant: of a folder's files those to prefer, such as "fp16"
-        network: the class of a file's transformer, where its keys do not tell it
+        source: the model's folder or file.
+        options: how weights will be stored.
+        config: for files: a folder with configs.
+        variant: the files of a folder to prefer, such as "fp16".
+        network: the class of a file's transformer, where its keys do not determine it.
 
     Returns:
         None for a model with a U-Net, or in sfumato's own single file, which `loading.load` reads.
@@ -108,30 +122,20 @@ def open_source(
         index = source / "model_index.json"
         if index.exists() and "unet" in read_table(index):
             return None
-        if config is not None:
-            raise UserError(
-                f"--config {config} is for single files: the folder {source} has its own configs"
-            )
-        if network is not None:
-            raise UserError(
-                f"--network is for single files: the folder {source} has its own configs"
-            )
+        for flag, value in ((f"--config {config}", config), ("--network", network)):
+            if value is not None:
+                raise UserError(
+                    f"{flag} is for single files: the folder {source} has its own configs"
+                )
         return _open_folder(source, variant)
     if not source.is_file():
         raise UserError(
             f"{source} was not found: expected a model's folder, a single file or a GGUF file"
         )
-    dtype = (
-        torch.bfloat16
-        if options.dtype is None
-        else torch.float32
-        if options.dtype in EIGHTS
-        else options.dtype
-    )
+    dtype = torch.float32 if options.dtype in EIGHTS else options.dtype or torch.bfloat16
     raw = open_file(source, dtype).checked()
-    if is_folded(raw.metadata) or any(
-        key.startswith(f"{NETWORK}input_blocks.") for key in raw.tensors
-    ):
+    unet = any(key.startswith(f"{NETWORK}input_blocks.") for key in raw.tensors)
+    if is_folded(raw.metadata) or unet:
         return None
     if variant is not None:
         raise UserError(f"--variant {variant} is for folders: {source} is one file")
@@ -139,91 +143,74 @@ def open_source(
 
 
 def _open_file(raw: RawCheckpoint, config: Path | None, network: str | None) -> Source:
-    source, given = raw.path, {} if config is None else _read_configs(config)
-    configs = read_configs(raw.metadata, source) | given
-    named = (
-        configs.get("transformer", {}).get("_class_name") or network_class(raw.metadata) or network
-    )
-    family = families.detect(raw.shapes, source, named)
+    source, overrides = raw.path, {} if config is None else _read_configs(config)
+    configs = read_configs(raw.metadata, source) | overrides
+    named = configs.get("transformer", {}).get("_class_name") or network_class(raw.metadata)
+    family = families.detect(raw.shapes, source, named or network)
     if not family.tells_latents and "vae" not in configs:
         raise untold_latents(source)
     checkpoint = family.read(raw, None, configs)
     components = checkpoint.components
-    held = (
-        components["transformer"].config["_class_name"]
-        if "transformer" in components
-        else "no transformer"
-    )
+    transformer = components.get("transformer")
+    held = "no transformer" if transformer is None else transformer.config["_class_name"]
     if network not in (None, held):
         raise UserError(
             f"{source} holds {held}, not {network}: leave out --network, or give another file"
         )
-    foreign = (
-        sorted(given.keys() - components.keys())
-        if config is not None and (config / "config.json").exists()
-        else []
-    )
-    if foreign:
+    foreign = sorted(overrides.keys() - components.keys())
+    if foreign and config is not None and (config / "config.json").exists():
         raise UserError(
-            f"{config} is the config of a {foreign[0]}, which {source} does not hold (it holds {', '.join(components)})"
+            f"{config} is the config of a {foreign[0]}, which {source} does not hold "
+            f"(it holds {', '.join(components)})"
         )
     return Source(checkpoint, config)
 
 
-def _read_configs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Configs by part, from a part's folder or a model's; `UserError` where there are none."""
+def _part_folders(folder: Path) -> dict[str, Path]:
+    """Return the folders of parts: that of one part, or those in a model's folder."""
     if (folder / "config.json").exists():
-        values = read_table(folder / "config.json")
-        return {_part_of(values, folder): values}
-    configs = {
-        part: read_table(folder / part / "config.json")
-        for part in PARTS
-        if (folder / part / "config.json").exists()
-    }
-    if not configs:
-        raise UserError(
-            f"--config {folder}: expected a folder with config.json, or a model's folder with transformer/config.json"
-        )
-    return configs
+        return {_part_of(folder): folder}
+    return {part: folder / part for part in PARTS if (folder / part / "config.json").exists()}
 
 
-def _part_of(config: Mapping[str, Any], folder: Path) -> str:
+def _part_of(folder: Path) -> str:
+    """Return the name of the part whose config.json a folder has."""
+    config = read_table(folder / "config.json")
     name = config.get("_class_name")
     if families.by_network(name) is not None:
         return "transformer"
-    if (
-        name in autoencoders()
-        and families.by_components({"vae": Component(dict(config), {})}) is not None
-    ):
+    if name in autoencoders() and families.by_components({"vae": Component(config, {})}):
         return "vae"
     raise UserError(
-        f"{folder}/config.json is of class {name!r}: expected a diffusion transformer, an autoencoder, or the folder of a model"
+        f"{folder}/config.json is of class {name!r}: "
+        "expected a diffusion transformer, an autoencoder, or the folder of a model"
     )
+
+
+def _read_configs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return configs by part; `UserError` where there are none."""
+    folders = _part_folders(folder)
+    if not folders:
+        raise UserError(
+            f"--config {folder}: expected a folder with config.json, "
+            "or a model's folder with transformer/config.json"
+        )
+    return {part: read_table(place / "config.json") for part, place in folders.items()}
 
 
 def _open_folder(folder: Path, variant: str | None) -> Source:
-    if (folder / "config.json").exists():
-        values = read_table(folder / "config.json")
-        return Source(
-            Checkpoint({_part_of(values, folder): _read_part(folder, variant)}, path=folder)
-        )
-    parts = {
-        part: _read_part(folder / part, variant)
-        for part in PARTS
-        if (folder / part / "config.json").exists()
-    }
-    if not parts:
+    components: dict[str, Component] = {}
+    for part, place in _part_folders(folder).items():
+        component = read_component(place, variant, text=None)
+        tensors = checked_finite(apply_scales(component.tensors), place)
+        components[part] = replace(component, tensors=tensors)
+    if not components:
         raise UserError(
-            f"{folder} holds no model: expected config.json with weights, model_index.json, or a folder transformer in it"
+            f"{folder} holds no model: expected config.json with weights, model_index.json, "
+            "or a folder transformer in it"
         )
-    return Source(
-        Checkpoint(parts, path=folder), folder if (folder / "model_index.json").exists() else None
-    )
-
-
-def _read_part(folder: Path, variant: str | None) -> Component:
-    component = read_component(folder, variant, text=None)
-    return replace(component, tensors=checked_finite(apply_scales(component.tensors), folder))
+    whole = not (folder / "config.json").exists() and (folder / "model_index.json").exists()
+    return Source(Checkpoint(components, path=folder), folder if whole else None)
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -232,74 +219,81 @@ def _read_part(folder: Path, variant: str | None) -> Component:
 def to_file(
     source: Source, target: Path, options: StoreOptions, done: Callable[[int, int], None]
 ) -> dict[str, int]:
-    """Write one file in the original layout; returns the number of tensors of each part."""
+    """Write one file in the original layout.
+
+    With eight bits the transformer and T5 are stored in them. The autoencoder and CLIP are small
+    and sensitive: they are stored in bfloat16.
+
+    Args:
+        source: the model.
+        target: the file.
+        options: how weights are stored.
+        done: called after each tensor with its number and the number of all.
+
+    Returns:
+        The number of tensors of each part.
+
+    Raises:
+        UserError: a model that the layout cannot hold.
+        NumericalError: a weight that is not finite in its new dtype.
+    """
+    vae = source.components.get("vae")
+    autoencoder = None if vae is None else str(vae.config.get("_class_name"))
+    if autoencoder is not None and autoencoder.endswith("AutoencoderTiny"):
+        raise UserError(
+            f"the autoencoder of {source.checkpoint.path} is an {autoencoder}, which has no place "
+            "in a single file: expected an AutoencoderKL; convert to a folder instead"
+        )
     raw = families.write(source.checkpoint)
     if options.scaled:
         if source.components.keys() != {"transformer"}:
             raise UserError("--dtype fp8-scaled is for a transformer alone: give its folder")
         tensors = quantize_scaled(raw.tensors)
     else:
-        tensors = _cast_file(raw.tensors, options.dtype)
-    noted = source.checkpoint.metadata
-    metadata = {**raw.metadata, **{key: text for key, text in noted.items() if key in KEPT}}
-    if source.folder is not None and _is_complete(source.folder, source.components):
+        lone_autoencoder = any(key.startswith("decoder.conv_in.") for key in raw.tensors)
+        wide = ("",) if lone_autoencoder else (*AUTOENCODERS, f"{TEXTS}clip_")
+        tensors = cast_for_storage(raw.tensors, options.dtype, wide)
+    metadata = source.checkpoint.metadata
+    if (folder := source.complete_folder) is not None:
         configs = {
             name: {k: v for k, v in part.config.items() if k not in ("dtype", "torch_dtype")}
             for name, part in source.components.items()
         }
-        metadata = {
-            **raw.metadata,
-            **_folder_notes(source.folder, configs),
-            CONFIGS: json.dumps(configs, sort_keys=True),
-        }
-    write_file(target, tensors, metadata, _counter(len(tensors), done))
+        metadata = _folder_notes(folder, configs)
+        metadata[CONFIGS] = json.dumps(configs, sort_keys=True)
+    else:
+        metadata = {key: text for key, text in metadata.items() if key in KEPT}
+    write_file(target, tensors, {**raw.metadata, **metadata}, _counter(len(tensors), done))
     return {name: len(part.tensors) for name, part in source.components.items()}
-
-
-def _cast_file(table: LazyTensors, dtype: torch.dtype | None) -> dict[str, Any]:
-    """In eight bits the transformer and T5 are stored, what is small and counts (the autoencoder,
-    CLIP) in bfloat16.
-    """
-    if dtype not in EIGHTS:
-        return cast_for_storage(table, dtype)
-    lone = any(key.startswith("decoder.conv_in.") for key in table)
-    small = "" if lone else (*AUTOENCODERS, f"{TEXTS}clip_")
-    return {
-        key: cast_for_storage({key: lazy}, torch.bfloat16 if key.startswith(small) else dtype)[key]
-        for key, lazy in table.items()
-    }
 
 
 def to_folder(
     source: Source, target: Path, options: StoreOptions, done: Callable[[int, int], None]
 ) -> dict[str, int]:
-    """Write a folder in diffusers' layout, each part in its own; returns the number of tensors of
-    each.
-    """
+    """Write a folder in diffusers' layout; arguments, result and errors as of `to_file`."""
     if options.scaled:
         raise UserError(
-            "--dtype fp8-scaled is for single files: readers of folders would take the weights without their scales; use fp8"
+            "--dtype fp8-scaled is for single files: "
+            "readers of folders would take the weights without their scales; use fp8"
         )
     counted = _counter(sum(len(part.tensors) for part in source.components.values()), done)
     with atomic_folder(target) as temporary:
         for name, part in source.components.items():
-            small = options.dtype in EIGHTS and not (
-                name == "transformer" or part.config.get("model_type") == "t5"
-            )
-            tensors = cast_for_storage(part.tensors, torch.bfloat16 if small else options.dtype)
+            large = name == "transformer" or part.config.get("model_type") == "t5"
+            tensors = cast_for_storage(part.tensors, options.dtype, () if large else ("",))
             write_component(temporary / name, part.config, tensors, done=counted)
-        if source.folder is not None and _is_complete(source.folder, source.components):
-            _copy_folder_files(source.folder, temporary)
+        if (folder := source.complete_folder) is not None:
+            _copy_folder_files(folder, temporary)
         elif len(source.components) > 1:
             _write_folder_files(source.checkpoint, temporary)
     return {name: len(part.tensors) for name, part in source.components.items()}
 
 
 def _folder_notes(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """What a single file notes of a model's folder: tokenizers, scheduler, settings of the
-    conditioner, name and defaults.
+    """Return a single file's metadata of a model's folder.
 
-    Defaults are those of the folder's pipeline where sfumato did not write it.
+    These are tokenizers, scheduler, the conditioner's settings, name and defaults. Defaults are
+    those of the folder's pipeline where sfumato did not write it.
     """
     metadata = pack_folders(folder)
     for key, path in FOLDER_FILES.items():
@@ -309,24 +303,22 @@ def _folder_notes(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> dic
     family = families.by_pipeline(str(index.get("_class_name")))
     learned = bool(configs.get("transformer", {}).get("guidance_embeds"))
     model = {"defaults": {} if family is None else family.defaults(index, learned)}
-    return metadata | {
-        MODEL: json.dumps({k: v for k, v in index.get("_sfumato", model).items() if k != "version"})
-    }
+    model = {k: v for k, v in index.get("_sfumato", model).items() if k != "version"}
+    return metadata | {MODEL: json.dumps(model)}
 
 
 def _write_folder_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """What a model's folder has beside its networks: by the metadata of the file, or as
-    published.
-    """
+    """Write the other files of a model's folder, by the file's metadata or as published."""
     family, metadata = checkpoint.family, checkpoint.metadata
     network = checkpoint.components.get("transformer")
     if not isinstance(family, TransformerFamily) or family.latents is None or network is None:
         return
     with explained("the notes of the file"):
         note = read_model_note(metadata)
-        index = family.file_index(
-            checkpoint.components, _max_reference_images(note.get("defaults", {}))
-        )
+        defaults = note.get("defaults", {})
+        # "references" is the name of earlier versions
+        references = defaults.get("max_reference_images", defaults.get("references", 0))
+        index = family.file_index(checkpoint.components, references)
         files: dict[str, Any] = {
             "scheduler/scheduler_config.json": family.scheduler(network.config)
         }
@@ -349,33 +341,17 @@ def _counter(total: int, done: Callable[[int, int], None]) -> Callable[[], None]
     return lambda: done(next(count), total)
 
 
-def _is_complete(folder: Path, parts: Mapping[str, object]) -> bool:
-    """Whether the parts are all with weights that a model's folder names."""
-    index = folder / "model_index.json"
-    named = (
-        {k for k, v in read_table(index).items() if k in PARTS and v != [None, None]}
-        if index.exists()
-        else set()
-    )
-    return bool(named) and named <= parts.keys()
-
-
 def _copy_folder_files(folder: Path, target: Path) -> None:
     for file in sorted(folder.rglob("*")):
         path = file.relative_to(folder)
-        weights = file.name.endswith((".index.json", ".safetensors")) or ".index." in file.name
+        index_of_shards = ".index." in file.name
         hidden = any(p.startswith(".") for p in path.parts)
         if (
             file.is_file()
             and file.suffix in _COPIED
-            and not weights
+            and not index_of_shards
             and not hidden
             and not (target / path).exists()
         ):
             (target / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target / path)
-
-
-def _max_reference_images(defaults: Mapping[str, Any]) -> int:
-    """Read a model's number of reference images, also by its earlier name."""
-    return defaults.get("max_reference_images", defaults.get("references", 0))

@@ -1,1 +1,1 @@
-"""Models in use: what runs where, in which memory."""
+"""Deployment: a description of the machine that models run on."""

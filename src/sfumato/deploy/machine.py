@@ -1,9 +1,11 @@
-"""This machine: its processor, how layers are computed on it, and a check that an image does not
-depend on its batch.
+"""This machine: its processor, its methods for layers, and a check of batch invariance.
+
+Batch invariance means that an image does not depend on its batch.
 """
 
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,53 +17,24 @@ from sfumato.inference.prepack import can_prepack, prepack
 from sfumato.kernels import batch_invariant
 from sfumato.kernels.mkl_threads import controlled
 
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 BATCHES = (2, 3, 7, 17)
 """Batch sizes that are compared with images computed alone."""
 
-LIMITS = (
-    "MKL_CBWR",
-    "MKL_ENABLE_INSTRUCTIONS",
-    "ONEDNN_MAX_CPU_ISA",
-    "DNNL_MAX_CPU_ISA",
-    "ATEN_CPU_CAPABILITY",
-)
-LIMITS += ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Environment variables that change which kernels the libraries below torch choose, and the number
-of their threads."""
+LIMITS = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+LIMITS += ("ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""Environment variables that change the kernels and threads of the libraries below torch."""
 
 _SETS = (
-    "sse4_2",
-    "avx",
-    "avx2",
-    "fma3",
-    "f16c",
-    "avx_vnni",
-    "avx512_f",
-    "avx512_bw",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx512_fp16",
-)
-_SETS += (
-    "avx10_1",
-    "avx10_2",
-    "amx_tile",
-    "amx_int8",
-    "amx_bf16",
-    "amx_fp16",
-    "neon",
-    "dotprod",
-    "bf16",
-    "i8mm",
-    "sve",
-    "sve2",
-    "sme",
-)
+    "sse4_2 avx avx2 fma3 f16c avx_vnni avx512_f avx512_bw avx512_vnni avx512_bf16 avx512_fp16 "
+    "avx10_1 avx10_2 amx_tile amx_int8 amx_bf16 amx_fp16 neon dotprod bf16 i8mm sve sve2 sme"
+).split()
 
 
 def report() -> dict[str, Any]:
-    """Describe this machine, as JSON: processor, threads, libraries, methods, and the result of
-    `check_layers`.
+    """Describe this machine, as JSON.
+
+    It has the processor, threads, libraries, methods, and the result of `check_layers`.
     """
     return {
         "processor": processor(),
@@ -81,27 +54,20 @@ def report() -> dict[str, Any]:
 
 
 def processor() -> dict[str, Any]:
-    """The processor's name, architecture, instruction sets and caches, as far as torch or the
-    system tells them.
-    """
+    """Describe the processor: name, architecture, instruction sets and caches."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     name = str(capabilities.get("cpu_name") or platform.processor() or "unknown")
-    kind = _kind()
     sets = [key for key in _SETS if capabilities.get(key)]
     if not capabilities:
-        known = {
-            "avx2": "_is_avx2_supported",
-            "avx512_f": "_is_avx512_supported",
-            "amx_tile": "_is_amx_tile_supported",
-        }
-        sets = [key for key, function in known.items() if getattr(torch.cpu, function, bool)()]
+        checks = {"avx2": "avx2", "avx512_f": "avx512", "amx_tile": "amx_tile"}
+        sets = [k for k, v in checks.items() if getattr(torch.cpu, f"_is_{v}_supported", bool)()]
     caches = {
         level: int(size)
         for level in ("l1d", "l2")
         if (size := capabilities.get(f"{level}_cache_size"))
     }
     return {
-        "name": f"{name}{kind}",
+        "name": f"{name}{_model()}",
         "architecture": platform.machine(),
         "instruction sets": sets,
         "caches": caches,
@@ -109,34 +75,35 @@ def processor() -> dict[str, Any]:
 
 
 def methods() -> dict[str, str]:
-    """How the layers of a network are computed on the CPU, by dtype."""
-    small = nn.Sequential(nn.Linear(8, 8))
-    bfloat16 = can_prepack(nn.Sequential(nn.Linear(8, 8)).bfloat16())
+    """Describe the methods that compute the layers of a network on the CPU, by dtype."""
+    layers = {dtype: nn.Sequential(nn.Linear(8, 8, dtype=dtype)) for dtype in _DTYPES}
+    packed = {dtype: can_prepack(layer) for dtype, layer in layers.items()}
+    fused, blocks = "torch's fused kernel", "in blocks, by oneDNN"
     return {
         "linear and convolution, float32": batch_invariant.method(),
-        "attention, float32": "torch's fused kernel"
-        + (", MKL on one thread" if controlled() else ""),
-        "attention of many tokens, bfloat16": "in blocks, by oneDNN"
-        if bfloat16
-        else "torch's fused kernel",
-        "prepared networks, float32": "weights packed for oneDNN"
-        if can_prepack(small)
-        else "as they are",
-        "prepared networks, bfloat16": "weights packed for oneDNN" if bfloat16 else "as they are",
+        "attention, float32": fused + (", MKL on one thread" if controlled() else ""),
+        "attention of many tokens, bfloat16": blocks if packed[torch.bfloat16] else fused,
+    } | {
+        f"prepared networks, {name}": "weights packed for oneDNN"
+        if packed[dtype]
+        else "as they are"
+        for dtype, name in _DTYPES.items()
     }
 
 
 def check_layers() -> dict[str, bool]:
-    """Compare images of batches with the same images alone, bit for bit, for each kind of layer.
-    Takes about a second.
+    """Compare images in batches with the same images alone, bit for bit.
+
+    Each kind of layer is checked. It takes about a second.
     """
     with torch.inference_mode():
         return {name: _same(function, x) for name, function, x in _layers()}
 
 
 def _layers() -> Iterator[tuple[str, Callable[[Tensor], Tensor], Tensor]]:
-    """(name, function of a batch, images), in float32 on the CPU, with numbers that do not change
-    torch's random state.
+    """Yield (name, function of a batch, images), in float32 on the CPU.
+
+    Torch's random state does not change.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -162,14 +129,10 @@ def _layers() -> Iterator[tuple[str, Callable[[Tensor], Tensor], Tensor]]:
     ):
         layer = filled(batch_invariant.Conv2d(c, d, kernel, stride, kernel // 2))
         x = normal(count, c, side, side)
-        yield f"convolution {kernel}x{kernel} of {c} to {d} channels, stride {stride}", layer, x
+        name = f"convolution {kernel}x{kernel} of {c} to {d} channels, stride {stride}"
+        yield name, layer, x
         if can_prepack(layer):
-            ready = prepack(nn.Sequential(layer))
-            yield (
-                f"prepared convolution {kernel}x{kernel} of {c} to {d} channels, stride {stride}",
-                ready,
-                x,
-            )
+            yield f"prepared {name}", prepack(nn.Sequential(layer)), x
     yield "group norm", filled(batch_invariant.GroupNorm(4, 24)), normal(count, 24, 7, 5)
     yield "layer norm", nn.LayerNorm(77), normal(count, 5, 77)
     for name, function in (
@@ -188,15 +151,12 @@ def _attention(x: Tensor) -> Tensor:
 
 
 def _same(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    """True if each image of batches that begin at image 0 and at image 1 has the bits that it has
-    alone.
-    """
-    alone = [function(x[i : i + 1].clone())[0] for i in range(len(x))]
-    batches = [
-        (first, function(x[first : first + size].clone())) for size in BATCHES for first in (0, 1)
-    ]
+    """Return True if images have the same bits alone and in batches from image 0 and image 1."""
+    alone = torch.cat([function(x[i : i + 1].clone()) for i in range(len(x))])
     return all(
-        torch.equal(image, alone[first + i]) for first, y in batches for i, image in enumerate(y)
+        torch.equal(function(x[first : first + size].clone()), alone[first : first + size])
+        for size in BATCHES
+        for first in (0, 1)
     )
 
 
@@ -204,33 +164,24 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _kind() -> str:
-    """Vendor, family and model as Linux numbers them: names such as "AMD EPYC" leave them out."""
+def _model() -> str:
+    """Return vendor, family and model as Linux numbers them; "AMD EPYC" and such omit them."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return ""
-    entries = dict(
-        line.split(":", 1)
-        for line in cpuinfo.read_text().split("\n\n")[0].splitlines()
-        if ":" in line
-    )
-    entries = {key.strip(): value.strip() for key, value in entries.items()}
-    parts = [
-        f"{label}{entries[key]}"
-        for key, label in (("vendor_id", ""), ("cpu family", "family "), ("model", "model "))
-        if key in entries
-    ]
+    lines = cpuinfo.read_text().split("\n\n")[0].splitlines()
+    entries = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
+    labels = {"vendor_id": "", "cpu family": "family ", "model": "model "}
+    parts = [f"{label}{entries[key].strip()}" for key, label in labels.items() if key in entries]
     return f" ({', '.join(parts)})" if parts else ""
 
 
 def _libraries() -> dict[str, str]:
-    """The versions of oneDNN and MKL that torch was built with."""
-    config = torch.__config__.show()
-    versions = {}
+    """Return the versions of oneDNN and MKL that torch was built with."""
+    config, versions = torch.__config__.show(), {}
     for name, mark in (("oneDNN", "MKL-DNN v"), ("MKL", "Math Kernel Library Version ")):
-        versions[name] = (
-            config.split(mark)[1].split()[0].split("-")[0] if mark in config else "none"
-        )
+        match = re.search(rf"{mark}([^\s-]+)", config)
+        versions[name] = "none" if match is None else match[1]
     return versions
 
 

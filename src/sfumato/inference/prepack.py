@@ -82,7 +82,8 @@ def compile_network(network: nn.Module) -> nn.Module:
 
     def call(*inputs: Any) -> Tensor:
         # torch reads the setting while it traces; it is not an option of torch.compile.
-        with torch._inductor.config.patch(freezing=constant):  # pyright: ignore[reportAttributeAccessIssue]
+        config = torch._inductor.config  # pyright: ignore[reportAttributeAccessIssue]
+        with config.patch(freezing=constant):
             return compiled_call(*inputs)
 
     clone._compiled_call_impl = call
@@ -210,6 +211,7 @@ class Convolution(_Packed):
     def forward(
         self, x: Float[Tensor, "B C H W"], *, plus: Float[Tensor, "B D h w"] | None = None
     ) -> Float[Tensor, "B D h w"]:
+        """Convolve in one call or image by image, and add `plus`."""
         _check(x, self.dtype)
         return self.one_call(self._convolve, _last(x), None if plus is None else _last(plus))
 
@@ -232,6 +234,7 @@ class Pointwise(_Packed):
     def forward(
         self, x: Float[Tensor, "B C H W"], *, plus: Float[Tensor, "B D H W"] | None = None
     ) -> Float[Tensor, "B D H W"]:
+        """Multiply the pixels, and add `plus`."""
         _check(x, self.dtype)
         rows = _last(x).permute(0, 2, 3, 1)
         plus = None if plus is None else _last(plus).permute(0, 2, 3, 1)
@@ -251,11 +254,11 @@ class Winograd(_Packed):
     def forward(
         self, x: Float[Tensor, "B C H W"], *, plus: Float[Tensor, "B D H W"] | None = None
     ) -> Float[Tensor, "B D H W"]:
+        """Convolve by `winograd.convolve`, and add `plus`."""
         _check(x, self.dtype)
+        x = x.detach().permute(0, 2, 3, 1)
         plus = None if plus is None else plus.detach().permute(0, 2, 3, 1)
-        return winograd.convolve(
-            x.detach().permute(0, 2, 3, 1), len(self.weight), self._product, plus
-        ).permute(0, 3, 1, 2)
+        return winograd.convolve(x, len(self.weight), self._product, plus).permute(0, 3, 1, 2)
 
     def _product(self, i: int, j: int, rows: Tensor, added: Tensor | None) -> Tensor:
         bias = self.bias if (i, j) in ((0, 1), (3, 1)) else None
@@ -276,19 +279,23 @@ def _convolution(conv: nn.Conv2d) -> _Packed:
 
 
 class _Linear(_Packed):
-    """`nn.Linear`."""
+    """`nn.Linear`, or `GELU`, whose activation is fused into the product."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, layer: nn.Linear | GELU):
+        linear, self.prefix = (layer.proj, "proj.") if isinstance(layer, GELU) else (layer, "")
         super().__init__(linear.weight.dtype)
         packed = self.dtype == torch.bfloat16
         self.weight = _frozen(_matrix(linear.weight)) if packed else linear.weight
-        self.bias = linear.bias
+        self.bias, self.end = linear.bias, "gelu tanh" if self.prefix else "none"
+
+    def plain(self) -> dict[str, Tensor]:
+        return {self.prefix + name: value for name, value in super().plain().items()}
 
     def forward(
         self, x: Float[Tensor, "*B D"], *, plus: Float[Tensor, "*B E"] | None = None
     ) -> Float[Tensor, "*B E"]:
         _check(x, self.dtype)
-        end, plus = ("none", None) if plus is None else ("add", plus.contiguous())
+        end, plus = (self.end, None) if plus is None else ("add", plus.contiguous())
         return batch_invariant.onednn_linear(x.contiguous(), self.weight, self.bias, end, plus)
 
 
@@ -316,22 +323,6 @@ class _Gated(_Packed):
         x, (value_bias, gate_bias) = x.contiguous(), self.bias.chunk(2)
         gated = batch_invariant.onednn_linear(x, gate, gate_bias, "gelu")
         return batch_invariant.onednn_linear(x, value, value_bias, "mul", gated)
-
-
-class _GELU(_Packed):
-    """`GELU`: the activation is fused into the product."""
-
-    def __init__(self, layer: GELU):
-        super().__init__(layer.proj.weight.dtype)
-        weight, self.bias = layer.proj.weight, layer.proj.bias
-        self.weight = _frozen(_matrix(weight)) if self.dtype == torch.bfloat16 else weight
-
-    def plain(self) -> dict[str, Tensor]:
-        return {f"proj.{name}": value for name, value in super().plain().items()}
-
-    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
-        _check(x, self.dtype)
-        return batch_invariant.onednn_linear(x.contiguous(), self.weight, self.bias, "gelu tanh")
 
 
 class _Upsample(_Packed):
@@ -385,7 +376,7 @@ def _last(x: Tensor) -> Tensor:
 _LAYERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     Upsample: _Upsample,
     GEGLU: _Gated,
-    GELU: _GELU,
+    GELU: _Linear,
     nn.Conv2d: _convolution,
     nn.Linear: _Linear,
 }

@@ -231,24 +231,17 @@ def residual(branch: Layer, join: Callable[[Tensor, Tensor], Tensor]) -> Layer:
 
     Rows of x wait for the branch, whose windows need later rows.
     """
-    return lambda strips: _Beside(join).run(branch, strips)
 
+    def run(strips: Strips) -> Strips:
+        waiting = deque[Tensor]()
 
-class _Beside:
-    """Queue of the rows of x that wait for the branch."""
+        def watch(strip: Tensor) -> Tensor:
+            waiting.append(strip)
+            return strip
 
-    def __init__(self, join: Callable[[Tensor, Tensor], Tensor]):
-        self.join, self.waiting = join, deque[Tensor]()
+        return map(lambda y: join(y, take(waiting, y.shape[2])), branch(map(watch, strips)))
 
-    def run(self, branch: Layer, strips: Strips) -> Strips:
-        return map(self.meet, branch(map(self.watch, strips)))
-
-    def watch(self, strip: Tensor) -> Tensor:
-        self.waiting.append(strip)
-        return strip
-
-    def meet(self, y: Tensor) -> Tensor:
-        return self.join(y, take(self.waiting, y.shape[2]))
+    return run
 
 
 def series(layers: Iterable[Layer]) -> Layer:
@@ -320,7 +313,7 @@ class Moments:
 
 
 def _affine(scale: Tensor, shift: Tensor, silu: bool, strip: Tensor) -> Tensor:
-    """scale * strip + shift, in float32 at least, rounded once; then SiLU where `silu`."""
+    """Return scale * strip + shift, in float32 at least, rounded once; then SiLU if `silu`."""
     at = torch.float32 if strip.dtype.itemsize < 4 else strip.dtype
     y = torch.addcmul(shift.to(at), strip.to(at), scale.to(at)).to(strip.dtype)
     return F.silu(y, inplace=True) if silu else y

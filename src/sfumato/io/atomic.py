@@ -1,8 +1,8 @@
 """Files that are whole or absent: atomic writes, JSON with clear errors, content hashes.
 
-A writer fills a temporary name in the same folder, calls fsync and renames; a full disk or a kill
-leaves the old file. Temporary names are .NAME.PID.tmp; `recover` clears those of writers that are
-gone.
+A writer fills a temporary file in the same folder, calls fsync and renames it; a full disk or a
+kill leaves the old file. Temporary names are .NAME.PID.tmp; `recover` removes those of processes
+that have ended.
 """
 
 import ctypes
@@ -27,12 +27,13 @@ _TEMPORARY = re.compile(r"\.(.+)\.(\d+)\.(tmp|old)")
 
 
 class NotWritten(UserError):
-    """A file could not be written (full disk, permissions); what was there before is unchanged."""
+    """A file could not be written (full disk, permissions); the old one is unchanged."""
 
     def __init__(self, path: Path, error: OSError):
         reason = error.strerror or error
         super().__init__(
-            f"could not write {path}: {reason}; what was there is unchanged: free some space or choose another place"
+            f"could not write {path}: {reason}; what was there is unchanged: "
+            "free some space or choose another place"
         )
 
 
@@ -45,10 +46,11 @@ def _sync(path: Path) -> None:
 
 
 def _alive(process: int) -> bool:
-    """Whether another process has this number. What carries our own number was left by an earlier
-    process that had it.
+    """Return True where another process has this number.
+
+    Files with this process's number were left by an earlier one.
     """
-    # Windows: signal 0 is Ctrl-C; what is left there stays
+    # Windows: signal 0 is Ctrl-C; files that are left there stay
     if process == os.getpid() or os.name == "nt":
         return os.name == "nt"
     try:
@@ -69,25 +71,28 @@ def _remove(path: Path) -> None:
 
 
 def recover(folder: str | Path, name: str | None = None) -> None:
-    """Clears what killed writers left in a folder, of one `name` or of all: half-written things go,
-    and a thing that a writer had moved aside (see `atomic_folder`) takes its place again if nothing
-    stands there. What living processes write is not touched.
+    """Clear a folder after killed writers; files of running processes are not touched.
+
+    Half-written files and folders are removed. A folder that a writer had moved aside (see
+    `atomic_folder`) is renamed back if its name is free.
+
+    Args:
+        folder: the folder.
+        name: of the file or folder that was written; None: all.
     """
     for left in sorted(Path(folder).glob(".*")):
-        found = _TEMPORARY.fullmatch(left.name)
-        if found is None or name not in (None, found[1]) or _alive(int(found[2])):
+        match = _TEMPORARY.fullmatch(left.name)
+        if match is None or name not in (None, match[1]) or _alive(int(match[2])):
             continue
-        if found[3] == "old" and not (left.parent / found[1]).exists():
+        if match[3] == "old" and not (left.parent / match[1]).exists():
             with suppress(OSError):
-                os.replace(left, left.parent / found[1])
+                os.replace(left, left.parent / match[1])
         else:
             _remove(left)
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swaps the names of two folders in one step, so that at every moment both exist. False where
-    the system cannot (not Linux).
-    """
+    """Swap the names of two folders in one step; False where the system cannot (not Linux)."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
@@ -98,8 +103,10 @@ def _exchange(a: Path, b: Path) -> bool:
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; renames it to `path` when the block ends well, removes
-    it when it does not.
+    """Yield a temporary path, renamed to `path` after the block and removed on errors.
+
+    Raises:
+        NotWritten: the file cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,12 +125,14 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`; it takes the name `path` (replacing what was there)
-    when the block ends well.
+    """Yield a temporary folder that replaces `path` after the block; removed on errors.
 
     A kill at any moment leaves the old folder or the new one under the name. Where the system
     cannot swap two names in one step (not Linux), a kill between two renames leaves the old one
-    moved aside: `recover`, or the next writer, puts it back.
+    moved aside: `recover`, or the next writer, renames it back.
+
+    Raises:
+        NotWritten: the folder cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,15 +166,17 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Writes JSON atomically, two-space indented, with a final newline. NaN is refused: it is not
-    JSON.
+    """Write JSON atomically, indented by two spaces, with a final newline.
+
+    Raises:
+        ValueError: NaN or infinity, which JSON does not have.
     """
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
-    """Reads a JSON file; a missing or broken one is a `UserError` that names it."""
+    """Read a JSON file; a missing or broken one is a `UserError` that names it."""
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError as error:
@@ -181,7 +192,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_table(path: str | Path) -> dict[str, Any]:
-    """A JSON object; anything else in the file is a `UserError` that names it."""
+    """Read a JSON object; anything else in the file is a `UserError` that names it."""
     values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(
@@ -193,11 +204,10 @@ def read_table(path: str | Path) -> dict[str, Any]:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, "torch.Tensor"], metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file atomically (contiguous copies on the CPU; `format: pt` is what
-    diffusers expects).
+    """Write a safetensors file atomically, from contiguous tensors on the CPU.
 
-    A tensor of several names is written under each: the library refuses that, unless the others are
-    copies.
+    A tensor of several names is written under each, as copies: the library refuses shared memory.
+    The metadata have `format: pt`, which diffusers expects.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -213,7 +223,7 @@ def write_tensors(
             save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:  # the library wraps "No space left on device"
             raise OSError(None, str(error)) from error
-        temporary.chmod(0o644)  # the library makes files that only their owner can read
+        temporary.chmod(0o644)  # the library's files are readable by their owner only
 
 
 def write_streamed(
@@ -222,12 +232,20 @@ def write_streamed(
     tensors: Iterable[tuple[str, "torch.Tensor"]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a safetensors file atomically, one tensor at a time: never more of them in memory than
-    one.
+    """Write a safetensors file atomically, with one tensor at a time in memory.
 
-    table: dtype and shape of each, in the order in which `tensors` gives them; numbers of more
-    bytes come first, so that all lie aligned. The format: 8 bytes that give the length of a JSON
-    table, the table, and the numbers one after the other.
+    The format: 8 bytes with the length of a JSON table, the table, and the numbers one after the
+    other.
+
+    Args:
+        path: the file.
+        table: dtype and shape of each tensor, in the order of `tensors`. Dtypes of more bytes come
+            first, so that all tensors are aligned.
+        tensors: names and tensors.
+        metadata: texts by name.
+
+    Raises:
+        ValueError: tensors that are not those of the table, or a table in another order.
     """
     import torch
 
@@ -238,55 +256,36 @@ def write_streamed(
             raise ValueError(f"{name}: numbers of {dtype.itemsize} bytes after those of {before}")
         begin, before = end, dtype.itemsize
         end += math.prod(shape) * dtype.itemsize
-        head[name] = {
-            "dtype": _NAMES[str(dtype).removeprefix("torch.")],
-            "shape": list(shape),
-            "data_offsets": [begin, end],
-        }
+        code = DTYPE_CODES[str(dtype).removeprefix("torch.")]
+        head[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         expected = iter(table.items())
         for name, tensor in tensors:
-            given, wanted = (name, (tensor.dtype, tuple(tensor.shape))), next(expected, None)
-            if given != wanted:
-                raise ValueError(f"{given} came where {wanted} was announced")
-            file.write(
-                tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            )
+            entry, due = (name, (tensor.dtype, tuple(tensor.shape))), next(expected, None)
+            if entry != due:
+                raise ValueError(f"{entry} came where {due} was announced")
+            values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            file.write(values.numpy().data)
         if left := next(expected, None):
             raise ValueError(f"{left[0]} was announced and did not come")
 
 
-_NAMES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-}
-_NAMES |= {
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
-"""torch's names of dtypes and those of safetensors."""
+DTYPE_CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPE_CODES |= {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "bool": "BOOL"}
+DTYPE_CODES |= {"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8"}
+"""torch's names of dtypes -> those of safetensors."""
 
 
 def read_tensors(path: str | Path) -> dict[str, "torch.Tensor"]:
-    """Reads a safetensors file (memory-mapped); a missing, truncated or foreign file is a
-    `UserError` that names it.
-    """
+    """Read the tensors of a safetensors file, memory-mapped; errors as in `open_tensors`."""
     return open_tensors(path)[0]
 
 
 def open_tensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict[str, str]]:
-    """The tensors (memory-mapped) and the metadata of a safetensors file, which is opened once.
+    """Read the tensors, memory-mapped, and the metadata of a safetensors file.
 
     Raises:
         UserError: a missing, truncated or foreign file.
@@ -301,12 +300,13 @@ def open_tensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict[str,
         raise UserError(f"{path} is missing: expected a safetensors file there") from error
     except (SafetensorError, ValueError, OSError) as error:
         raise UserError(
-            f"{path} is not a whole safetensors file ({error}): it may be truncated; copy or download it again"
+            f"{path} is not a whole safetensors file ({error}): it may be truncated; "
+            "copy or download it again"
         ) from error
 
 
 def hash_bytes(*parts: bytes | str) -> str:
-    """SHA-256 in hexadecimal of the parts, each preceded by its length."""
+    """Return the SHA-256 in hexadecimal of the parts, each preceded by its length."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -316,12 +316,12 @@ def hash_bytes(*parts: bytes | str) -> str:
 
 
 def hash_json(value: object) -> str:
-    """Hash of a JSON-serialisable value, independent of key order."""
+    """Hash a JSON-serialisable value, independent of key order."""
     return hash_bytes(json.dumps(value, sort_keys=True, default=str))
 
 
 def hash_tensors(tensors: Mapping[str, "torch.Tensor"]) -> str:
-    """Hash of names, shapes, dtypes and bytes of a state dict, independent of its order."""
+    """Hash the names, shapes, dtypes and bytes of a state dict, independent of its order."""
     import torch
 
     digest = hashlib.sha256()

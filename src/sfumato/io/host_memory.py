@@ -20,18 +20,8 @@ from torch import Tensor
 
 from sfumato.errors import UserError
 
-_UNITS = {
-    "": 1,
-    "B": 1,
-    "K": 10**3,
-    "M": 10**6,
-    "G": 10**9,
-    "T": 10**12,
-    "KI": 2**10,
-    "MI": 2**20,
-    "GI": 2**30,
-    "TI": 2**40,
-}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*")
 
 
@@ -117,13 +107,9 @@ class MappedRanges:
         self._ranges: list[tuple[int, int]] = []
         if can_drop_pages():
             for line in Path("/proc/self/maps").read_text().splitlines():
-                addresses, _, _, _, inode, *path = line.split(maxsplit=5)
-                if (
-                    inode != "0"
-                    and path
-                    and path[0].startswith("/")
-                    and not path[0].startswith("/dev/")
-                ):
+                addresses, _, _, _, inode, *rest = line.split(maxsplit=5)
+                path = rest[0] if rest else ""
+                if inode != "0" and path.startswith("/") and not path.startswith("/dev/"):
                     begin, end = addresses.split("-")
                     self._ranges.append((int(begin, 16), int(end, 16)))
 
@@ -148,7 +134,7 @@ def prefetch_pages(tensor: Tensor) -> None:
 
 def _advise(tensor: Tensor, advice: int) -> None:
     call, begin, page = _madvise(), tensor.data_ptr(), mmap.PAGESIZE
-    assert call is not None, "see can_drop"
+    assert call is not None, "see can_drop_pages"
     end = begin + tensor.nbytes
     begin -= begin % page
     # Whole pages, including those shared with neighbours in the file, which are read again too.

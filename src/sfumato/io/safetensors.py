@@ -1,17 +1,17 @@
-"""The weights of one part of a model folder, however its files are cut: whole or in shards, a
-variant such as fp16, safetensors or pickled.
+"""The weights of one part of a model folder: whole or in shards, safetensors or pickled.
 
     diffusion_pytorch_model.safetensors              diffusion_pytorch_model.fp16.safetensors
     diffusion_pytorch_model.safetensors.index.json   {"weight_map": {key: file of a shard}}
                                                      .bin instead of .safetensors: pickled
 
-Safetensors come first and are memory-mapped. Pickled files are read with `weights_only`, which
-makes tensors and runs nothing; what wants more is refused.
+Safetensors files are preferred, and memory-mapped. Pickled files are read with `weights_only`,
+which runs no code and refuses files that need it.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,142 +23,184 @@ from sfumato.io.pickles import read_pickle
 
 ENDINGS = (".safetensors", ".bin")
 EIGHTS = (torch.float8_e4m3fn, torch.float8_e5m2)
-"""Formats of eight bits; the largest numbers are 448 and 57344 (Micikevicius et al. 2022,
-arXiv:2209.05433)."""
+"""Formats of eight bits, with largest numbers 448 and 57344.
+
+Micikevicius et al. 2022, arXiv:2209.05433.
+"""
+Kind = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor."""
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_tensors(path)
-    found = read_pickle(path)
-    strange = [k for k, v in found.items() if not isinstance(v, Tensor)]
+    values = read_pickle(path)
+    strange = [k for k, v in values.items() if not isinstance(v, Tensor)]
     if strange:
         raise UserError(
-            f"{path} holds things that are not tensors ({', '.join(map(repr, strange[:8]))}): expected a table of tensors"
+            f"{path} holds values that are not tensors ({', '.join(map(repr, strange[:8]))}): "
+            "expected a table of tensors"
         )
-    return found
+    return values
 
 
 def find_weights(
     folder: str | Path, stem: str, variant: str | None = None, pickled: str | None = None
 ) -> list[Path]:
-    """The file of a part's weights, or its shards: `stem` with the variant, or without one;
-    `UserError` that lists what is there if none.
+    """Find the file of a part's weights, or its shards.
 
-    pickled: the stem of pickled files, where it is another one.
+    Args:
+        folder: the part's folder.
+        stem: the beginning of the files' names.
+        variant: the files to prefer, such as "fp16".
+        pickled: the stem of pickled files, where it is another one.
+
+    Raises:
+        UserError: no such file; the message lists the folder's files.
     """
     folder, stems = Path(folder), {ENDINGS[0]: stem, ENDINGS[1]: pickled or stem}
     marks = [f".{variant}", ""] if variant else [""]
     for mark in marks:
         for ending in ENDINGS:
-            whole, listed = (
-                folder / f"{stems[ending]}{mark}{ending}",
-                folder / f"{stems[ending]}{ending}.index{mark}.json",
-            )
+            whole = folder / f"{stems[ending]}{mark}{ending}"
+            index = folder / f"{stems[ending]}{ending}.index{mark}.json"
             if whole.exists():
                 return [whole]
-            if listed.exists():
-                return _shards(listed)
-    there = (
-        ", ".join(sorted(p.name for p in folder.iterdir() if p.is_file()))
-        if folder.is_dir()
-        else "nothing"
-    )
-    marked = {
-        p.name.removeprefix(f"{stem}.").split(".")[0] for p in folder.glob(f"{stem}.*.safetensors")
-    }
-    others = sorted({re.sub(r"-\d+-of-\d+$", "", mark) for mark in marked} - {"safetensors"})
-    hint = (
-        f"ask for variant {' or '.join(map(repr, others))}"
-        if others
-        else "copy or download it again"
-    )
+            if index.exists():
+                return _shards(index)
+    files = sorted(p.name for p in folder.iterdir() if p.is_file()) if folder.is_dir() else ()
+    present = ", ".join(files) if folder.is_dir() else "nothing"
+    marked = (name.removeprefix(f"{stem}.") for name in files if name.startswith(f"{stem}."))
+    variants = {name.split(".")[0] for name in marked if name.endswith(".safetensors")}
+    variants = sorted({re.sub(r"-\d+-of-\d+$", "", mark) for mark in variants})
+    hint = f"ask for variant {' or '.join(map(repr, variants))}"
     raise UserError(
-        f"{folder} has no weights {stem}{''.join(marks[:1])}.safetensors (it has {there}): {hint}"
+        f"{folder} has no weights {stem}{marks[0]}.safetensors (it has {present}): "
+        f"{hint if variants else 'copy or download it again'}"
     )
 
 
-def _shards(listed: Path) -> list[Path]:
-    """The files that an index names; all must lie beside it."""
-    names = read_json(listed)
-    names = names.get("weight_map") if isinstance(names, dict) else None
-    if (
-        not isinstance(names, dict)
-        or not names
-        or not all(isinstance(n, str) for n in names.values())
-    ):
-        raise UserError(f"{listed} has no weight_map of keys and files: copy or download it again")
-    found = []
-    for name in sorted(set(names.values())):
+def _shards(index: Path) -> list[Path]:
+    """Return the files that an index names; all must lie beside it."""
+    values = read_json(index)
+    table = values.get("weight_map") if isinstance(values, dict) else None
+    names = list(table.values()) if isinstance(table, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{index} has no weight_map of keys and files: copy or download it again")
+    names = sorted(set(names))
+    for name in names:
         if Path(name).name != name:
-            raise UserError(f"{listed} names a path outside its folder ({name!r}): it is refused")
-        found.append(listed.parent / name)
-    return found
+            raise UserError(f"{index} names a path outside its folder ({name!r}): it is refused")
+    return [index.parent / name for name in names]
 
 
 def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
-    """Every tensor of a part's files. Shards may not hold a key twice (`UserError`)."""
+    """Read every tensor of a part's files.
+
+    Raises:
+        UserError: a damaged file, or a key that two shards hold.
+    """
     tensors: dict[str, Tensor] = {}
     for path in files:
-        found = _read(path)
-        twice = tensors.keys() & found.keys()
-        if twice:
+        shard = _read(path)
+        if twice := tensors.keys() & shard.keys():
             raise UserError(
-                f"{path} holds {min(twice)!r}, which another shard holds too: copy or download the folder again"
+                f"{path} holds {min(twice)!r}, which another shard holds too: "
+                "copy or download the folder again"
             )
-        tensors |= found
+        tensors |= shard
     return tensors
 
 
-def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: object) -> None:
-    """`UserError` that lists every missing, extra and misshapen key, and weights of whole or
-    complex numbers.
+# ---- keys ----------------------------------------------------------------------------------------
 
-    Whole numbers are what quantised files hold: without their scales, which are kept elsewhere,
-    they are not the weights.
+
+class _Described(Protocol):
+    """A tensor, or a lazy one."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def kinds_of(tensors: Mapping[str, _Described]) -> dict[str, Kind]:
+    """Return the kinds of tensors, in memory or lazy."""
+    return {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+
+
+def check_keys(
+    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: object
+) -> None:
+    """Compare the tensors of a file with those of a network.
+
+    Integers instead of floating-point numbers are quantised weights, whose scales lie elsewhere.
+
+    Raises:
+        UserError: lists every missing, extra and misshapen key, and weights of integers or complex
+            numbers.
     """
-    both = sorted(expected.keys() & found.keys())
-    problems = key_faults(
-        missing=expected.keys() - found.keys(),
-        extra=found.keys() - expected.keys(),
-        shapes=[
-            f"{k} {tuple(found[k].shape)} instead of {tuple(expected[k].shape)}"
-            for k in both
-            if found[k].shape != expected[k].shape
-        ],
-        dtypes=[
-            f"{k} {str(found[k].dtype).removeprefix('torch.')}"
-            for k in both
-            if expected[k].is_floating_point() and not found[k].is_floating_point()
-        ],
-    )
-    if problems:
+    check_kinds(kinds_of(expected), kinds_of(tensors), where)
+
+
+def check_kinds(
+    expected: Mapping[str, Kind],
+    kinds: Mapping[str, Kind],
+    where: object,
+    optional: Collection[str] = (),
+) -> None:
+    """`check_keys` by shapes and dtypes; `optional` keys may be missing."""
+    if problems := key_faults(expected, kinds, optional):
         raise UserError(
-            f"{where} does not fit its config: keys {problems}; use the weights that belong to the config"
+            f"{where} does not fit its config: keys {problems}; "
+            "use the weights that belong to the config"
         )
 
 
 def key_faults(
-    missing: Iterable[str], extra: Iterable[str], shapes: Sequence[str], dtypes: Sequence[str]
+    expected: Mapping[str, Kind],
+    kinds: Mapping[str, Kind],
+    optional: Collection[str] = (),
+    fits: Callable[[str, tuple[int, ...]], bool] | None = None,
 ) -> str:
-    """One clause of all that is wrong with a file's keys, the first eight of each kind; empty where
-    nothing is.
+    """Return one clause of all faults of a file's keys, empty where there are none.
+
+    The clause names the first eight keys of each kind of fault.
+
+    Args:
+        expected: shape and dtype by key.
+        kinds: those of the file.
+        optional: keys that may be missing.
+        fits: (key, shape) -> True for a shape that can be read; None: only the expected one.
     """
-    listed = (
-        (sorted(missing), "missing"),
-        (sorted(extra), "not expected"),
-        (shapes, "of another shape"),
-        (dtypes, "not of floating-point numbers"),
-    )
+    fits = fits or (lambda key, shape: shape == expected[key][0])
+    both = sorted(expected.keys() & kinds.keys())
+    faults = {
+        "missing": sorted(expected.keys() - kinds.keys() - set(optional)),
+        "not expected": sorted(kinds.keys() - expected.keys()),
+        "of another shape": [
+            f"{key} {kinds[key][0]} instead of {expected[key][0]}"
+            for key in both
+            if not fits(key, kinds[key][0])
+        ],
+        "not of floating-point numbers": [
+            f"{key} {str(kinds[key][1]).removeprefix('torch.')}"
+            for key in both
+            if expected[key][1].is_floating_point and not kinds[key][1].is_floating_point
+        ],
+    }
     return "; ".join(
-        f"{len(names)} {fault} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
-        for names, fault in listed
-        if names
+        f"{len(keys)} {fault} ({', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''})"
+        for fault, keys in faults.items()
+        if keys
     )
+
+
+# ---- numbers -------------------------------------------------------------------------------------
 
 
 def require_finite(tensors: Mapping[str, Tensor], where: object) -> None:
-    """`UserError` that names the first weight with NaN or infinity in it."""
+    """Raise `UserError` that names the first weight with NaN or infinity."""
     for key in not_finite(tensors):
         raise _damage(where, key)
 
@@ -166,21 +208,21 @@ def require_finite(tensors: Mapping[str, Tensor], where: object) -> None:
 def looked_at(
     files: Sequence[Path], tensors: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> bool:
-    """Look for NaN and infinity in memory-mapped tensors that are used as they lie in their files.
+    """Look for NaN and infinity in memory-mapped tensors that are used as stored.
 
-    The numbers are read some at a time, and their pages are given back: the mapping does not become
-    resident, and the files are not opened again.
+    Numbers are read in pieces, whose pages are dropped: the mapping does not become resident, and
+    the files are not opened again.
 
     Args:
-        files: where the tensors are from
-        tensors: all of theirs
-        dtype: what the tensors are used in; None: they are streamed, and checked when first used
+        files: the files of the tensors.
+        tensors: all tensors of these files.
+        dtype: compute dtype; None: the tensors are streamed, and checked when first used.
 
     Returns:
-        False where nothing was looked at: the files are pickled or the tensors will be converted.
+        False where nothing was checked: the files are pickled or the tensors will be converted.
 
     Raises:
-        UserError: the first tensor with NaN or infinity.
+        UserError: names the first tensor with NaN or infinity.
     """
     if dtype is None:
         return True
@@ -206,17 +248,18 @@ _PIECE = 2**22  # bytes, which stay in the processor's cache
 
 
 def _finite(numbers: Tensor) -> bool:
-    """A finite sum says that all are, for less than to look at each number."""
-    # torch has no arithmetic for them: bytes that are not finite are few
-    if numbers.dtype in EIGHTS:
+    """Return True where all numbers are finite, as a finite sum shows at the least cost."""
+    if numbers.dtype in EIGHTS:  # torch has no arithmetic for them
         bits = numbers.contiguous().view(torch.uint8) & 0x7F
         return not bool((bits >= (0x7F if numbers.dtype is torch.float8_e4m3fn else 0x7C)).any())
     return bool(numbers.sum(dtype=torch.float32).isfinite() or numbers.isfinite().all())
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers in `dtype`. Those beyond the largest of a format of eight bits become NaN, as in
-    wider formats infinity: torch would write the largest instead, and nobody could tell.
+    """Cast to `dtype`; numbers beyond the largest of a format of eight bits become NaN.
+
+    Wider formats have infinity for them. torch's own cast gives the largest number, so that the
+    overflow could not be detected.
     """
     if dtype not in EIGHTS or tensor.dtype == dtype:
         return tensor.to(dtype)
@@ -226,15 +269,19 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def storable(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Weights in the dtype that is to be stored (None: their own); counters stay whole numbers.
+    """Cast weights to the dtype in which they are stored (None: their own), and check them.
+
+    Counters stay integers.
 
     Raises:
-        NumericalError: a weight that is NaN or infinite in it (float16 ends at 65504): readers
+        UserError: a dtype of integers.
+        NumericalError: a weight that is NaN or infinite in `dtype` (float16 ends at 65504): readers
             would refuse the file.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise UserError(
-            f"dtype {dtype}: weights are stored as floating-point numbers such as torch.float32 or torch.float16"
+            f"dtype {dtype}: weights are stored as floating-point numbers "
+            "such as torch.float32 or torch.float16"
         )
     tensors = {
         k: cast(v, dtype) if dtype is not None and v.is_floating_point() else v
@@ -244,71 +291,67 @@ def storable(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[s
         name = str(tensors[key].dtype).removeprefix("torch.")
         if dtype in EIGHTS:
             raise NumericalError(
-                f"weight {key} is NaN or beyond {torch.finfo(dtype).max:g}, the largest number of {name}: nothing was written; store it in "
-                "bfloat16, or scaled"
+                f"weight {key} is NaN or beyond {torch.finfo(dtype).max:g}, the largest number of "
+                f"{name}: nothing was written; store it in bfloat16, or scaled"
             )
         raise NumericalError(
-            f"weight {key} is NaN or infinite in {name}: nothing was written; store it in float32, or repair the training"
+            f"weight {key} is NaN or infinite in {name}: nothing was written; "
+            "store it in float32, or repair the training"
         )
     return tensors
 
 
 def scale_of(key: str, tensors: Mapping[str, object]) -> str | None:
-    """The key of the number by which a weight of eight bits is multiplied, if a file has one;
-    `UserError` where it has two.
+    """Return the key of the scale of a weight of eight bits; None without one.
+
+    Raises:
+        UserError: a weight with two scales.
     """
     stem, _, last = key.rpartition(".")
-    found = [
-        name
-        for name in (f"{stem}.scale_weight", f"{stem}.weight_scale")
-        if last == "weight" and name in tensors
-    ]
-    if len(found) > 1:
+    names = (f"{stem}.scale_weight", f"{stem}.weight_scale") if last == "weight" else ()
+    scales = [name for name in names if name in tensors]
+    if len(scales) > 1:
         raise UserError(
-            f"{key} has two scales ({' and '.join(found)}): expected one; use a file of one layout"
+            f"{key} has two scales ({' and '.join(scales)}): expected one; use a file of one layout"
         )
-    return found[0] if found else None
+    return scales[0] if scales else None
 
 
 def scaled(key: str, weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """weight * scale, in float32 and then in `dtype`: one scale for all, or one for each row;
-    `UserError` for scales of another shape.
+    """Return weight * scale, computed in float32 and cast to `dtype`.
+
+    Args:
+        key: of the weight, for messages.
+        weight: of any dtype.
+        scale: one number, or one a row.
+        dtype: of the product.
+
+    Raises:
+        UserError: a scale of another shape.
     """
     rows = weight.shape[0] if weight.ndim else 1
     if scale.numel() not in (1, rows) or scale.numel() != max([1, *scale.shape]):
         raise UserError(
-            f"the scale of {key} has shape {tuple(scale.shape)}: expected one number, or one for each of {rows} rows"
+            f"the scale of {key} has shape {tuple(scale.shape)}: "
+            f"expected one number, or one for each of {rows} rows"
         )
     shape = () if scale.numel() == 1 else (rows, *[1] * (weight.ndim - 1))
     return (weight.float() * scale.float().reshape(shape)).to(dtype)
 
 
-def aside(kinds: Mapping[str, torch.dtype]) -> set[str]:
-    """Keys that files with scaled weights of eight bits hold beside them and that are no weights:
-    the scales, those of activations, marks.
+def scale_keys(dtypes: Mapping[str, torch.dtype]) -> set[str]:
+    """Return the keys beside scaled weights of eight bits: all scales, and marks.
+
+    Args:
+        dtypes: of a file's tensors by key.
     """
-    found = {key for key in kinds if key.rpartition(".")[2] in ("scaled_fp8", "comfy_quant")}
-    for key, kind in kinds.items():
+    keys = {key for key in dtypes if key.rpartition(".")[2] in ("scaled_fp8", "comfy_quant")}
+    for key, dtype in dtypes.items():
         stem, _, last = key.rpartition(".")
-        if kind in EIGHTS and last == "weight":
-            names = (scale_of(key, kinds), f"{stem}.scale_input", f"{stem}.input_scale")
-            found |= {name for name in names if name is not None and name in kinds}
-    return found
-
-
-def unscaled(
-    tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    """The weights themselves, in `dtype` where a file holds them in eight bits and a scale
-    (`weight_scale`, `scale_weight`) beside each.
-    """
-    beside = aside({key: value.dtype for key, value in tensors.items()})
-    found: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        scale = scale_of(key, tensors) if value.dtype in EIGHTS else None
-        if key not in beside:
-            found[key] = value if scale is None else scaled(key, value, tensors[scale], dtype)
-    return found
+        if dtype in EIGHTS and last == "weight":
+            names = {scale_of(key, dtypes), f"{stem}.scale_input", f"{stem}.input_scale"}
+            keys |= names & dtypes.keys()
+    return keys
 
 
 def _damage(where: object, key: str) -> UserError:
@@ -318,5 +361,5 @@ def _damage(where: object, key: str) -> UserError:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """Keys with NaN or infinity."""
+    """Yield the keys of tensors with NaN or infinity."""
     return (k for k, v in tensors.items() if not _finite(v))

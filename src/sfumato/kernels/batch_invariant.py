@@ -136,12 +136,8 @@ def _for_compiler(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-_ONEDNN_OPS = (
-    "_linear_pointwise",
-    "_convolution_pointwise",
-    "_reorder_linear_weight",
-    "_reorder_convolution_weight",
-)
+_ONEDNN_OPS = ("_linear_pointwise", "_convolution_pointwise")
+_ONEDNN_OPS += ("_reorder_linear_weight", "_reorder_convolution_weight")
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name) for name in _ONEDNN_OPS
 )
@@ -182,7 +178,7 @@ def onednn_linear(
     end: str = "none",
     other: Float[Tensor, "*B E"] | None = None,
 ) -> Float[Tensor, "*B E"]:
-    """x W^T + b and a fused operation, in one pass. The weight may be packed.
+    """Compute x W^T + b and a fused operation in one pass. The weight may be packed.
 
     Args:
         x: (*B, D).
@@ -194,12 +190,8 @@ def onednn_linear(
     # image by image: oneDNN would split the sums by the number of rows
     if x.shape[-1] >= _SPLIT and weight.shape[0] <= _FEW and x.ndim > 1 and len(x) > 1:
         others = [None] * len(x) if other is None else other.split(1)
-        return torch.cat(
-            [
-                onednn_linear(image, weight, bias, end, o)
-                for image, o in zip(x.split(1), others, strict=True)
-            ]
-        )
+        pairs = zip(x.split(1), others, strict=True)
+        return torch.cat([onednn_linear(image, weight, bias, end, o) for image, o in pairs])
     alone = x.numel() == x.shape[-1]
     if alone:  # one row would be computed by a kernel of its own, which adds up in another order
         x, other = torch.stack([x, x]), None if other is None else torch.stack([other, other])
@@ -397,6 +389,7 @@ class Linear(nn.Linear):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Float[Tensor, "*B D"], *, plus: Float[Tensor, "*B E"] | None = None
     ) -> Float[Tensor, "*B E"]:
+        """Compute `linear`, and add `plus`."""
         y = linear(x, self.weight, self.bias)
         return y if plus is None else plus + y
 
@@ -410,6 +403,7 @@ class Conv2d(nn.Conv2d):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Float[Tensor, "B C H W"], *, plus: Float[Tensor, "B D h w"] | None = None
     ) -> Float[Tensor, "B D h w"]:
+        """Convolve by `convolve` where it applies, and add `plus`."""
         y = self._convolve(x)
         return y if plus is None else plus + y
 
@@ -475,6 +469,7 @@ class GroupNorm(nn.GroupNorm):
     """`nn.GroupNorm` whose images do not depend on their number, also with channels last."""
 
     def forward(self, input: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """Normalise image by image where the batch would change the result."""
         if len(input) < 2 or input.is_contiguous() or not applies(input, self.weight):
             return super().forward(input)
         y = torch.empty_like(input)

@@ -33,12 +33,9 @@ def fits(q: Float[Tensor, "B N H d"], k: Float[Tensor, "B L H d"]) -> bool:
 
     That is inference in bfloat16 on the CPU, with many tokens and wide heads.
     """
-    if (
-        q.dtype != torch.bfloat16
-        or not q.is_cpu
-        or torch.is_grad_enabled()
-        or torch.compiler.is_exporting()
-    ):
+    if q.dtype != torch.bfloat16 or not q.is_cpu:
+        return False
+    if torch.is_grad_enabled() or torch.compiler.is_exporting():
         return False
     few, wide = min(q.shape[1], k.shape[1]), q.shape[-1]
     return any(wide >= least and few >= many for least, many in _MANY.items())

@@ -1,4 +1,4 @@
-"""File formats: bytes to tensors and metadata by the file's own names, no model.
+"""File formats: bytes -> tensors and metadata by the file's own names, without a model.
 
 safetensors   .safetensors, .sft          gguf     .gguf, or a file that begins with GGUF
 pickle        .ckpt, .bin, .pt, .pth      folded   a model's folder in one safetensors file
@@ -16,7 +16,7 @@ from sfumato.checkpoints.lazy_tensor import apply_scales, from_tensors
 from sfumato.errors import UserError
 from sfumato.io.atomic import open_tensors
 from sfumato.io.pickles import read_pickle, state_dict
-from sfumato.io.safetensors import aside
+from sfumato.io.safetensors import scale_keys
 
 SAFE = (".safetensors", ".sft")
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
@@ -30,9 +30,9 @@ def open_file(
     Weights of eight bits that have a scale are multiplied by it when they are loaded.
 
     Args:
-        path: the file
-        dtype: what quantised weights become (GGUF)
-        mapped: whether every tensor must be a view of the file, to be streamed
+        path: the file.
+        dtype: of GGUF's weights.
+        mapped: True where every tensor must be a view of the file, to be streamed.
 
     Raises:
         UserError: a file that is missing, damaged or of another kind, a pickle that would run code,
@@ -40,12 +40,14 @@ def open_file(
     """
     if mapped and path.suffix in PICKLES:
         raise UserError(
-            f"{path} is pickled and cannot be streamed: open it without memory=, `save` it as safetensors, and stream that"
+            f"{path} is pickled and cannot be streamed: "
+            "open it without memory=, `save` it as safetensors, and stream that"
         )
     raw = _open(path, dtype)
     if mapped and not raw.mapped:
         raise UserError(
-            f"{path} cannot be streamed: its weights are quantised, or have scales; `sfumato convert` it to a folder in bf16, and stream that"
+            f"{path} cannot be streamed: its weights are quantised, or have scales; "
+            "`sfumato convert` it to a folder in bf16, and stream that"
         )
     return raw
 
@@ -53,13 +55,10 @@ def open_file(
 def _open(path: Path, dtype: torch.dtype) -> RawCheckpoint:
     if path.suffix in SAFE:
         tensors, metadata = open_tensors(path)
-        table, mapped = (
-            from_tensors(tensors),
-            not aside({key: tensor.dtype for key, tensor in tensors.items()}),
-        )
-        return RawCheckpoint(
-            table if is_folded(metadata) else apply_scales(table), metadata, path, mapped
-        )
+        mapped = not scale_keys({key: tensor.dtype for key, tensor in tensors.items()})
+        table = from_tensors(tensors)
+        table = table if is_folded(metadata) else apply_scales(table)
+        return RawCheckpoint(table, metadata, path, mapped)
     if path.suffix in PICKLES:
         values = read_pickle(path)
         step = values.get("global_step")

@@ -13,6 +13,7 @@ import json
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -26,37 +27,39 @@ _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def is_folded(metadata: Mapping[str, str]) -> bool:
-    """Whether a file is a folder in one."""
+    """Return True for the metadata of a folder in one file."""
     return KEY in metadata
 
 
 def fold(folder: str | Path, file: str | Path) -> None:
-    """Write a model's folder as one file, atomically; `UserError` for a part with several files of
-    weights.
+    """Write a model's folder as one file, atomically.
+
+    Args:
+        folder: the folder, with one file of weights a part.
+        file: the file.
+
+    Raises:
+        UserError: a part with several files of weights.
     """
     folder = Path(folder)
-    files = {
-        str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()
-    }
-    configs = {
-        name: json.loads(path.read_text()) for name, path in files.items() if path.suffix == ".json"
-    }
-    weights = {name: path for name, path in files.items() if path.suffix == ".safetensors"}
-    others = {
-        name: b64encode(path.read_bytes()).decode()
-        for name, path in files.items()
-        if name not in configs | weights
-    }
+    configs: dict[str, Any] = {}
+    others: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
     names: dict[str, str] = {}
-    for path in weights.values():
-        part = path.parent.name
-        if part in names or path.parent.parent != folder:
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name, part = str(path.relative_to(folder)), path.parent.name
+        if path.suffix == ".json":
+            configs[name] = json.loads(path.read_text())
+        elif path.suffix != ".safetensors":
+            others[name] = b64encode(path.read_bytes()).decode()
+        elif part in names or path.parent.parent != folder:
             raise UserError(
-                f"{path} cannot be folded into one file: expected one file of weights a part, in the part's own folder"
+                f"{path} cannot be folded into one file: "
+                "expected one file of weights a part, in the part's own folder"
             )
-        names[part] = path.name
-        tensors |= {f"{part}.{key}": value for key, value in read_tensors(path).items()}
+        else:
+            names[part] = path.name
+            tensors |= {f"{part}.{key}": value for key, value in read_tensors(path).items()}
     metadata = {KEY: json.dumps(configs, sort_keys=True)}
     names = {part: name for part, name in names.items() if name != _WEIGHTS}
     if names or others:
@@ -65,13 +68,20 @@ def fold(folder: str | Path, file: str | Path) -> None:
 
 
 def unfold(raw: RawCheckpoint, folder: str | Path) -> None:
-    """Write the folder that `fold` read into `folder`; `UserError` for a file that sfumato did not
-    write.
+    """Write the folder of a file that `fold` wrote.
+
+    Args:
+        raw: the file.
+        folder: where to write.
+
+    Raises:
+        UserError: a file that sfumato did not write, or with paths outside its folder.
     """
     file, folder = raw.path, Path(folder)
     if not is_folded(raw.metadata):
         raise UserError(
-            f"{file} was not written by sfumato in its own layout: `sfumato.load` opens the original ones too"
+            f"{file} was not written by sfumato in its own layout: "
+            "`sfumato.load` opens the original ones too"
         )
     more = json.loads(raw.metadata.get(_FILES, "{}"))
     for name, value in json.loads(raw.metadata[KEY]).items():
@@ -89,9 +99,8 @@ def unfold(raw: RawCheckpoint, folder: str | Path) -> None:
             raise UserError(
                 f"{file} has a part called {part!r}: expected a plain name such as vae or unet"
             )
-        write_tensors(
-            _inside(folder, f"{part}/{more.get('weights', {}).get(part, _WEIGHTS)}", file), tensors
-        )
+        name = more.get("weights", {}).get(part, _WEIGHTS)
+        write_tensors(_inside(folder, f"{part}/{name}", file), tensors)
 
 
 def _inside(folder: Path, name: str, file: Path) -> Path:

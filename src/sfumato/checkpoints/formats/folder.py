@@ -4,12 +4,13 @@
           or model.safetensors
     scheduler/scheduler_config.json   tokenizer/   conditioner/config.json   model_index.json
 
-Weights are held against the network key by key before anything is used: a missing, extra or
-misshapen key is an error that lists them.
+Weights are compared with the network key by key before they are used. Missing, extra and misshapen
+keys are an error that lists them.
 """
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sfumato.checkpoints.formats import open_file
 from sfumato.checkpoints.formats.folded import is_folded
 from sfumato.checkpoints.lazy_tensor import LazyTensors, cast, from_tensors, write_file
 from sfumato.checkpoints.metadata import network_class
+from sfumato.compress.base import Autoencoder
 from sfumato.errors import UserError, explained
 from sfumato.io.atomic import read_table, write_json
 from sfumato.io.safetensors import find_weights, read_weights
@@ -31,12 +33,14 @@ from sfumato.predict.conditioners import (
     text_conditioner_class,
     text_encoder_classes,
 )
+from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.conditioners.unconditional import Unconditional
+from sfumato.predict.networks.base import Network
 
 STEM, TEXT_STEM, TEXT_PICKLED = "diffusion_pytorch_model", "model", "pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"
 NETWORKS = ("unet", "transformer")
-"""What the network is called in model_index.json."""
+"""Names of the network in model_index.json."""
 _OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_LAYER = re.compile(rf"(.*\battentions\.\d+)\.({'|'.join(_OLD)})\.(weight|bias)")
 
@@ -50,18 +54,18 @@ def read_component(
     defaults: dict[str, Any] | None = None,
     text: bool | None = False,
 ) -> Component:
-    """A part's config and weights; nothing is read of the weights yet.
+    """Read a part's config and the table of its weights.
 
     Args:
-        folder: with config.json and the weights, which may be sharded or pickled: see weights.py
-        variant: the files to prefer, such as "fp16"
-        defaults: fields of the config, where it does not have them
-        text: whether weights are called as those of text encoders; None: the config tells
+        folder: the part's folder; weights may be sharded or pickled (`io/safetensors.py`).
+        variant: the files to prefer, such as "fp16".
+        defaults: values of fields that the config lacks.
+        text: True for the file names of text encoders; None: decided by the config.
     """
     config = {**(defaults or {}), **read_table(folder / "config.json")}
     text = "_class_name" not in config if text is None else text
-    stems = (TEXT_STEM, TEXT_PICKLED) if text else (STEM, None)
-    files = tuple(find_weights(folder, stems[0], variant, stems[1]))
+    stem, pickled = (TEXT_STEM, TEXT_PICKLED) if text else (STEM, None)
+    files = tuple(find_weights(folder, stem, variant, pickled))
     with explained(files[0] if len(files) == 1 else folder):
         tensors = from_tensors(modern(read_weights(files)))
     return Component(config, tensors, files, folder / "config.json")
@@ -74,14 +78,14 @@ def load_part(
     variant: str | None = None,
     defaults: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """A network or autoencoder from a folder, in eval mode.
+    """Load a network or autoencoder from a folder, in eval mode.
 
     Args:
-        folder: with config.json and weights
-        expected: the class that it must be
-        dtype: of the weights; None: as stored, neither read nor checked, to be streamed
-        variant: the files to prefer, such as "fp16"
-        defaults: fields of the config, where it does not have them
+        folder: the part's folder, with config.json and weights.
+        expected: the class that it must be.
+        dtype: of the weights; None: as stored, neither read nor checked, to be streamed.
+        variant: the files to prefer, such as "fp16".
+        defaults: values of fields that the config lacks.
 
     Raises:
         UserError: an unknown class, weights that do not fit the config, NaN or infinity.
@@ -89,41 +93,56 @@ def load_part(
     return read_component(Path(folder), variant, defaults).build(None, dtype, expected)
 
 
-def save_part(folder: str | Path, module: Any, dtype: torch.dtype | None = None) -> None:
-    """Write config.json and the weights (in `dtype`, by default their own) of a network or
-    autoencoder, which diffusers opens.
+def save_part(
+    folder: str | Path, module: Network | Autoencoder, dtype: torch.dtype | None = None
+) -> None:
+    """Write the config and the weights of a network or autoencoder, as diffusers reads them.
+
+    Args:
+        folder: the part's folder.
+        module: the network or autoencoder.
+        dtype: of the stored weights; None: their own.
 
     Raises:
         NumericalError: a weight that is NaN or infinite in `dtype` (float16 ends at 65504):
             `load_part` would refuse the file.
     """
-    write_component(
-        Path(folder), module.to_config(), cast(from_tensors(module.state_dict()), dtype)
-    )
+    tensors = cast(from_tensors(module.state_dict()), dtype)
+    write_component(Path(folder), module.to_config(), tensors)
 
 
 def write_component(
     folder: Path, config: dict[str, Any], tensors: LazyTensors, **options: Any
 ) -> None:
-    """Write config.json and the weights of a part. options: of `write_file`."""
+    """Write config.json and the weights of a part.
+
+    Args:
+        folder: the part's folder.
+        config: of a network or autoencoder (with `_class_name`), or of a text encoder.
+        tensors: the weights.
+        options: of `write_file`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
-    write_file(
-        folder / f"{STEM if '_class_name' in config else TEXT_STEM}.safetensors", tensors, **options
-    )
+    stem = STEM if "_class_name" in config else TEXT_STEM
+    write_file(folder / f"{stem}.safetensors", tensors, **options)
 
 
 def modern(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights under today's names; `UserError` for a weight under both.
+    """Return the same weights under today's names.
 
-    Attention's layers of autoencoders, and of U-Nets without tokens, were called query, key, value
+    Attention layers of autoencoders, and of U-Nets without tokens, were called query, key, value
     and proj_attn until diffusers 0.17 (2023).
+
+    Raises:
+        UserError: a weight under both names.
     """
     renamed = {_modern(key): tensor for key, tensor in tensors.items()}
     if len(renamed) < len(tensors):
         both = next(key for key in tensors if _modern(key) != key and _modern(key) in tensors)
         raise UserError(
-            f"weights hold both {both} and {_modern(both)}, its new name: expected one of them; use a file of one layout"
+            f"weights hold both {both} and {_modern(both)}, its new name: "
+            "expected one of them; use a file of one layout"
         )
     return renamed
 
@@ -137,18 +156,25 @@ def _modern(key: str) -> str:
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:
-    """model_index.json of a model folder; a folder without one is a `UserError`."""
+    """Read model_index.json of a model folder; a folder without one is a `UserError`."""
     path = Path(folder) / "model_index.json"
     if not path.exists():
         raise UserError(
-            f"{folder} is not a model folder: it has no model_index.json; give a folder that `model.save` or diffusers wrote"
+            f"{folder} is not a model folder: it has no model_index.json; "
+            "give a folder that `model.save` or diffusers wrote"
         )
     return read_table(path)
 
 
 def read(path: Path, name: str, options: LoadOptions) -> Checkpoint:
-    """The network, the autoencoder and the schedulers of a model's folder; text encoders are opened
-    with the conditioner.
+    """Read the network, autoencoder and schedulers of a model's folder.
+
+    Text encoders are opened with the conditioner.
+
+    Args:
+        path: the folder.
+        name: of the model, where the folder has none.
+        options: how the model is opened.
 
     Raises:
         UserError: a folder without network or autoencoder, or with damaged files.
@@ -164,67 +190,62 @@ def read(path: Path, name: str, options: LoadOptions) -> Checkpoint:
         )
     part = "transformer" if options.transformer is not None else part
     if part is None or vae not in index:
+        names = ", ".join(k for k in index if not k.startswith("_"))
         raise UserError(
-            f"{path}/model_index.json names {', '.join(k for k in index if not k.startswith('_'))}: expected at least {vae} and "
-            f"{' or '.join(NETWORKS)}"
+            f"{path}/model_index.json names {names}: "
+            f"expected at least {vae} and {' or '.join(NETWORKS)}"
         )
     defaults = {} if family is None else dict(family.autoencoder_defaults)
     components = {"vae": read_component(path / vae, options.variant, defaults)}
-    components[part] = (
-        read_component(path / part, options.variant)
-        if options.transformer is None
-        else _override(path, options)
-    )
-    schedulers = {
-        name: path / name / "scheduler_config.json" for name in ("scheduler", "low_res_scheduler")
-    }
+    if options.transformer is None:
+        components[part] = read_component(path / part, options.variant)
+    else:
+        components[part] = _override(path, options.transformer, options)
+    schedulers = {"scheduler": read_table(path / "scheduler" / "scheduler_config.json")}
+    low_res = path / "low_res_scheduler" / "scheduler_config.json"
+    if low_res.exists():
+        schedulers["low_res_scheduler"] = read_table(low_res)
     with explained(path / "model_index.json"):
         notes = index.get("_sfumato", {})
         model_name, run = str(notes.get("name", name)), dict(notes.get("defaults", {}))
     return Checkpoint(
         components,
-        {
-            name: read_table(file)
-            for name, file in schedulers.items()
-            if name == "scheduler" or file.exists()
-        },
+        schedulers,
         index=index,
         defaults=run,
         name=model_name,
         family=family,
-        conditioner=lambda network, load_options: _read_conditioner(
-            path, index, network, load_options
-        ),
+        conditioner=partial(_read_conditioner, path, index),
         path=path,
     )
 
 
-def _override(folder: Path, options: LoadOptions) -> Component:
-    """The network of a file, by the config of a model's folder; other parts in the file are not
-    read.
+def _override(folder: Path, file: Path, options: LoadOptions) -> Component:
+    """Read the network of a single file, with the config of a model's folder.
 
     FLUX.1 and SD 3.5 are released so, and so are most of their quantised and further trained
-    versions.
+    versions. Other parts in the file are not read.
 
     Raises:
         UserError: a file without a transformer, with another than the folder's, or that cannot be
             streamed.
     """
-    file = options.transformer
-    assert file is not None
     if not file.is_file():
         raise UserError(
-            f"transformer={file} was not found: expected a file with a diffusion transformer, such as a .safetensors or .gguf file"
+            f"transformer={file} was not found: expected a file with a diffusion transformer, "
+            "such as a .safetensors or .gguf file"
         )
     place = folder / "transformer" / "config.json"
     if not place.exists():
         raise UserError(
-            f"{place} is missing: the network of {file} is read by the config of its model; give a folder that has it"
+            f"{place} is missing: the network of {file} is read by the config of its model; "
+            "give a folder that has it"
         )
     config = read_table(place)
     if families.by_network(config.get("_class_name")) is None:
         raise UserError(
-            f"{place} is of class {config.get('_class_name')!r}, which has no files of its own: leave out transformer={file}"
+            f"{place} is of class {config.get('_class_name')!r}, "
+            f"which has no files of its own: leave out transformer={file}"
         )
     raw = open_file(file, options.opened or torch.float32, mapped=options.opened is None)
     raw = raw if options.opened is None else raw.checked()
@@ -232,30 +253,31 @@ def _override(folder: Path, options: LoadOptions) -> Component:
         raise UserError(
             f"transformer={file} is a whole model in sfumato's own layout: open it by itself"
         )
-    found = [
-        family
-        for family in families.candidates(raw.shapes, file)
-        if isinstance(family, TransformerFamily)
-    ]
-    if not found:
+    candidates = families.candidates(raw.shapes, file)
+    candidates = [family for family in candidates if isinstance(family, TransformerFamily)]
+    if not candidates:
         shown = ", ".join(sorted(raw.tensors)[:4])
         raise UserError(
-            f"transformer={file} holds no diffusion transformer under its original names (its first keys: {shown})"
+            f"transformer={file} holds no diffusion transformer under its original names "
+            f"(its first keys: {shown})"
         )
     named = network_class(raw.metadata) or config["_class_name"]
-    family = next((family for family in found if named in family.alone), found[0])
+    family = next((family for family in candidates if named in family.alone), candidates[0])
     return replace(family.read_network(raw, config), config_file=place, path=file)
 
 
-def _read_conditioner(path: Path, index: dict[str, Any], network: Any, options: LoadOptions) -> Any:
-    """By the text encoders of the folder, or by conditioner/config.json; unconditional networks
+def _read_conditioner(
+    path: Path, index: dict[str, Any], network: Network, options: LoadOptions
+) -> Conditioner:
+    """Open the conditioner of a model's folder.
+
+    It is that of the folder's text encoders, or of conditioner/config.json. Unconditional networks
     need none.
     """
     encoders = text_encoder_classes(index, path / "model_index.json")
     if encoders:
-        return text_conditioner_class(encoders, path).from_folder(
-            path, options.opened, options.variant
-        )
+        kind = text_conditioner_class(encoders, path)
+        return kind.from_folder(path, options.opened, options.variant)
     config = path / "conditioner" / "config.json"
     if not config.exists() and not network.is_conditional:
         return Unconditional()
@@ -266,7 +288,8 @@ def _read_conditioner(path: Path, index: dict[str, Any], network: Any, options: 
         if conditioner is not None:
             return conditioner
         raise UserError(
-            f"{path} has neither a text encoder nor a conditioner/config.json: nothing there reads prompts"
+            f"{path} has neither a text encoder nor a conditioner/config.json: "
+            "expected one of them, to encode prompts; copy or download the folder again"
         )
     with explained(config):
         kind = conditioner_class(read_table(config).get("_class_name", ""))

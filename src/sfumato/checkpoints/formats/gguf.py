@@ -1,8 +1,7 @@
-"""GGUF files: weights quantised in blocks, read tensor by tensor through the package `gguf`
-(github.com/ggml-org/ggml, docs/gguf.md).
+"""GGUF files: weights quantised in blocks, read tensor by tensor with the package `gguf`.
 
-A block of a row becomes numbers by one scale d, or by eight small ones (d, m float16; q, s, t small
-whole numbers of the block):
+A block of a row is dequantised with one scale d, or with eight (d, m float16; q, s, t small
+integers of the block; github.com/ggml-org/ggml, docs/gguf.md):
 
     Q8_0   32 numbers in 34 bytes     w = d q
     Q4_0   32 numbers in 18 bytes     w = d (q - 8)
@@ -26,16 +25,17 @@ from sfumato.errors import UserError
 
 MAGIC = b"GGUF"
 _SHAPE = "comfy.gguf.orig_shape."
-"""Notes of ComfyUI's converter: the shape of a tensor whose rows do not divide into blocks, and
-which it stored in another."""
+"""Metadata of ComfyUI's converter: the shape of a tensor that is stored in another one.
+
+Its rows do not divide into blocks."""
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Type of a metadata value -> its size in bytes."""
 _TEXT, _LIST = 8, 9
-"""Kinds of notes by their numbers in the file, and how many bytes one takes."""
 _PLAIN = ("F16", "F32", "F64")
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Whether a file says that it is one."""
+    """Return True for a file that begins with GGUF's magic number."""
     try:
         with Path(path).open("rb") as file:
             return file.read(4) == MAGIC
@@ -45,8 +45,12 @@ def is_gguf(path: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class GGUF:
-    """A file: its notes, and its tensors, which are made when they are asked for; kinds: how each
-    is stored, such as "Q4_K".
+    """A GGUF file.
+
+    Attributes:
+        notes: the metadata.
+        tensors: dequantised when they are loaded.
+        kinds: storage type by tensor, such as "Q4_K".
     """
 
     notes: dict[str, Any]
@@ -55,18 +59,23 @@ class GGUF:
 
 
 def read_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> GGUF:
-    """Opens a file; nothing but its table is read. Tensors are made in `dtype`, those that are not
-    quantised too.
+    """Open a file; only its table is read.
 
-    `UserError` for a file that is missing, truncated or no GGUF, and for kinds of blocks that the
-    package cannot read.
+    Args:
+        path: the file.
+        dtype: of all loaded tensors, also of those that are not quantised.
+
+    Raises:
+        UserError: a file that is missing, truncated or no GGUF, and types of blocks that the
+            package cannot read.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is missing: expected a GGUF file there")
     if not is_gguf(path):
         raise UserError(
-            f"{path} is not a GGUF file (it does not begin with {MAGIC.decode()}): give one, or a .safetensors file"
+            f"{path} is not a GGUF file (it does not begin with {MAGIC.decode()}): "
+            "give one, or a .safetensors file"
         )
     reader = _opened(path)
     fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
@@ -74,14 +83,15 @@ def read_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> GGUF:
         notes = {name: field.contents() for name, field in fields.items()}
     except Exception as error:
         raise _damaged(path, error) from error
-    tensors, kinds = {}, {}
-    for found in reader.tensors:
-        kinds[found.name] = found.tensor_type.name
-        tensors[found.name] = _lazy(path, found, notes.get(_SHAPE + found.name), dtype)
-    if not tensors:
+    if not reader.tensors:
         raise UserError(
             f"{path} holds no tensors: it may be a vocabulary only; give a file with weights"
         )
+    kinds = {entry.name: entry.tensor_type.name for entry in reader.tensors}
+    tensors = {
+        entry.name: _lazy(path, entry, notes.get(_SHAPE + entry.name), dtype)
+        for entry in reader.tensors
+    }
     return GGUF(notes, tensors, kinds)
 
 
@@ -90,7 +100,8 @@ def _opened(path: Path) -> Any:
         from gguf import GGUFReader
     except ImportError as error:
         raise UserError(
-            f"{path} is read with the package gguf, which is not installed: pip install 'sfumato[gguf]'"
+            f"{path} is read with the package gguf, which is not installed: "
+            "pip install 'sfumato[gguf]'"
         ) from error
     try:
         _check_lists(path)
@@ -100,11 +111,9 @@ def _opened(path: Path) -> Any:
 
 
 def _check_lists(path: Path) -> None:
-    """ValueError for a list among the notes that is longer than the file: the package would count
-    its way through it.
-    """
+    """Raise ValueError for metadata lists longer than the file, which the package would read."""
     with path.open("rb") as file:
-        left = path.stat().st_size
+        size = path.stat().st_size
 
         def number(kind: str) -> int:
             data = file.read(struct.calcsize(kind))
@@ -124,12 +133,12 @@ def _check_lists(path: Path) -> None:
                 jump(_SIZES[kind])
 
         def jump(count: int) -> None:
-            if file.tell() + count > left:
-                raise ValueError(f"a note of {count} bytes in a file of {left}")
+            if file.tell() + count > size:
+                raise ValueError(f"a note of {count} bytes in a file of {size}")
             file.seek(count, 1)
 
         file.read(4)
-        # of a machine with the other order of bytes, which the package knows
+        # the version of a big-endian file, which the package reads
         if not number("<I") & 0xFFFF:
             return
         _, notes = number("<Q"), number("<Q")
@@ -141,39 +150,39 @@ def _check_lists(path: Path) -> None:
 def _damaged(path: Path, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200]
     return UserError(
-        f"{path} is not a whole GGUF file of a known kind ({type(error).__name__}: {reason}): it may be truncated, or newer than the "
-        "installed package gguf; copy or download it again"
+        f"{path} is not a whole GGUF file of a known kind ({type(error).__name__}: {reason}): "
+        "it may be truncated, or newer than the installed package gguf; copy or download it again"
     )
 
 
-def _lazy(path: Path, found: Any, noted: Any, dtype: torch.dtype) -> LazyTensor:
-    """One tensor; GGUF counts dimensions from the innermost."""
-    kind, shape = found.tensor_type.name, tuple(int(n) for n in reversed(found.shape.tolist()))
-    if noted is not None:
-        given = tuple(int(n) for n in noted)
-        if torch.Size(given).numel() != torch.Size(shape).numel():
+def _lazy(path: Path, entry: Any, original_shape: Any, dtype: torch.dtype) -> LazyTensor:
+    """Return one tensor. GGUF lists dimensions from the innermost on."""
+    name, kind = entry.name, entry.tensor_type
+    shape = tuple(int(n) for n in reversed(entry.shape.tolist()))
+    if original_shape is not None:
+        stored, shape = shape, tuple(int(n) for n in original_shape)
+        if torch.Size(shape).numel() != torch.Size(stored).numel():
             raise UserError(
-                f"{path}: {found.name} has {shape} and its note {_SHAPE}* says {given}: it may be damaged; copy it again"
+                f"{path}: {name} has {stored} and its note {_SHAPE}* says {shape}: "
+                "it may be damaged; copy it again"
             )
-        shape = given
-    if kind in ("I8", "I16", "I32", "I64"):
+    if kind.name in ("I8", "I16", "I32", "I64"):
         raise UserError(
-            f"{path}: {found.name} holds whole numbers ({kind}): expected weights, quantised or not"
+            f"{path}: {name} holds whole numbers ({kind.name}): expected weights, quantised or not"
         )
     from gguf import GGML_QUANT_SIZES, dequantize
 
     try:
-        dequantize(
-            np.zeros((1, GGML_QUANT_SIZES[found.tensor_type][1]), np.uint8), found.tensor_type
-        )
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except NotImplementedError as error:
         raise UserError(
-            f"{path}: {found.name} is stored as {kind}, which the installed package gguf cannot read: expected Q8_0, Q4_K or such"
+            f"{path}: {name} is stored as {kind.name}, which the installed package gguf cannot "
+            "read: expected Q8_0, Q4_K or such"
         ) from error
 
     def load() -> Tensor:
-        values = found.data if kind in _PLAIN else dequantize(found.data, found.tensor_type)
-        # a copy: the file is mapped to be read only
+        values = entry.data if kind.name in _PLAIN else dequantize(entry.data, kind)
+        # a copy: the file is mapped read-only
         return torch.from_numpy(np.array(values)).reshape(shape).to(dtype)
 
     return LazyTensor(dtype, shape, load)

@@ -13,20 +13,27 @@ from torch import Tensor
 from sfumato.diffuse.schedule import BetaTable, schedule
 from sfumato.errors import UserError
 
-KINDS = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
+KINDS = {"linear": "linear", "scaled_linear": "scaled_linear"}
+KINDS |= {"squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
+"""diffusers' beta_schedule -> the kind of `BetaTable`."""
+_STORED = ("scaled_linear", "linear", "squaredcos_cap_v2")
+"""Values of beta_schedule in the original layout."""
 _CLOSE = 1e-6
+
+
+def beta_table(kind: str, steps: int, start: float, end: float) -> BetaTable:
+    """Return the table of a `beta_schedule`; the cosine's has no ends to choose."""
+    ends = {} if kind == "squaredcos_cap_v2" else {"start": start, "end": end}
+    made = schedule(KINDS[kind], steps=steps, **ends)
+    assert isinstance(made, BetaTable)
+    return made
 
 
 def fields(
     start: float, end: float, steps: int = 1000, kind: str = "scaled_linear"
 ) -> dict[str, Any]:
     """Return the four scheduler fields of a schedule in closed form."""
-    return {
-        "num_train_timesteps": steps,
-        "beta_schedule": kind,
-        "beta_start": start,
-        "beta_end": end,
-    }
+    return dict(num_train_timesteps=steps, beta_schedule=kind, beta_start=start, beta_end=end)
 
 
 def to_fields(betas: Tensor, where: object) -> dict[str, Any]:
@@ -45,25 +52,19 @@ def to_fields(betas: Tensor, where: object) -> dict[str, Any]:
     values = betas.double()
     if values.ndim != 1 or len(values) < 2 or not bool(((values > 0) & (values < 1)).all()):
         raise UserError(
-            f"{where}: betas of shape {tuple(betas.shape)}: expected a list of numbers strictly between 0 and 1"
+            f"{where}: betas of shape {tuple(betas.shape)}: "
+            "expected a list of numbers strictly between 0 and 1"
         )
     start, end, steps = float(f"{values[0]:.6g}"), float(f"{values[-1]:.6g}"), len(values)
-    for kind in ("scaled_linear", "linear"):
-        closed = fields(start, end, steps, kind)
-        if torch.allclose(
-            values,
-            table(closed),
-            rtol=1e-4 if betas.dtype != torch.float64 else _CLOSE,
-            atol=_CLOSE,
-        ):
-            return closed
-    if torch.allclose(
-        values,
-        table({"num_train_timesteps": steps, "beta_schedule": "squaredcos_cap_v2"}),
-        rtol=1e-4,
-        atol=_CLOSE,
+    cosine = fields(0.0001, 0.02, steps, "squaredcos_cap_v2")
+    rounding = 1e-4 if betas.dtype != torch.float64 else _CLOSE
+    for closed, rtol in (
+        (fields(start, end, steps, "scaled_linear"), rounding),
+        (fields(start, end, steps, "linear"), rounding),
+        (cosine, 1e-4),
     ):
-        return fields(0.0001, 0.02, steps, "squaredcos_cap_v2")
+        if torch.allclose(values, table(closed), rtol=rtol, atol=_CLOSE):
+            return closed
     return fields(start, end, steps, "linear") | {"trained_betas": values.tolist()}
 
 
@@ -76,20 +77,13 @@ def table(config: Mapping[str, Any]) -> Tensor:
     trained = config.get("trained_betas")
     if trained is not None:
         return torch.tensor(trained, dtype=torch.float64)
-    kind = config.get("beta_schedule", "linear")
-    if kind not in KINDS or config.get("_class_name") in (
-        "FlowMatchEulerDiscreteScheduler",
-        "SfumatoProcess",
-    ):
+    kind, name = config.get("beta_schedule", "linear"), config.get("_class_name")
+    if kind not in _STORED or name in ("FlowMatchEulerDiscreteScheduler", "SfumatoProcess"):
         raise UserError(
-            f"scheduler {config.get('_class_name')!r} with beta_schedule {kind!r} has no table of betas that the original layout could hold: "
-            f"expected one of {', '.join(KINDS)}; save a folder instead"
+            f"scheduler {name!r} with beta_schedule {kind!r} has no table of betas that the "
+            f"original layout could hold: expected one of {', '.join(_STORED)}; "
+            "save a folder instead"
         )
-    ends = (
-        {}
-        if kind == "squaredcos_cap_v2"
-        else {"start": config.get("beta_start", 0.0001), "end": config.get("beta_end", 0.02)}
-    )
-    beta_table = schedule(KINDS[kind], steps=config.get("num_train_timesteps", 1000), **ends)
-    assert isinstance(beta_table, BetaTable)
-    return torch.tensor(beta_table.betas, dtype=torch.float64)
+    steps, start = config.get("num_train_timesteps", 1000), config.get("beta_start", 0.0001)
+    betas = beta_table(kind, steps, start, config.get("beta_end", 0.02)).betas
+    return torch.tensor(betas, dtype=torch.float64)

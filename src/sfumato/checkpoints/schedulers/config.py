@@ -1,7 +1,9 @@
 """diffusers' scheduler_config.json <-> process, sampler and spacing.
 
-`read_scheduler` splits a config into what the weights were trained for (`process.py`, strict) and
-how a run steps (`samplers.py`, lenient: what is not here is replaced by the nearest, with a note).
+`read_scheduler` splits a config into the process that the weights were trained for (`process.py`,
+strict) and the sampler of a run (`samplers.py`, lenient: a sampler that sfumato lacks is replaced
+by the nearest, with a note).
+
 `write_scheduler` inverts it by search over the classes and the values of their fields, and takes
 the first config that reads as the same. Without one it writes the nearest config that diffusers
 opens with the same process, and the sampler and the spacing in an entry "_sfumato".
@@ -9,7 +11,7 @@ opens with the same process, and the sampler and the spacing in an entry "_sfuma
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -18,10 +20,10 @@ from sfumato.checkpoints.schedulers.fields import (
     EDM_CLASSES,
     OWN_CLASS,
     TABLE_CLASSES,
+    class_names,
     read_fields,
 )
 from sfumato.checkpoints.schedulers.process import (
-    KINDS,
     edm_fields,
     flow_shift,
     own_fields,
@@ -30,11 +32,11 @@ from sfumato.checkpoints.schedulers.process import (
     table_fields,
 )
 from sfumato.checkpoints.schedulers.samplers import (
-    SamplerSettings,
+    SchedulerSpec,
     canonical_sampler,
     format_sampler,
-    sampler_settings,
     sampler_values,
+    scheduler_spec,
 )
 from sfumato.checkpoints.schedulers.spacing import (
     DynamicShift,
@@ -48,64 +50,7 @@ from sfumato.errors import UserError
 
 log = logging.getLogger("sfumato")
 
-_FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
-_EVEN_PIPELINES = (
-    "Flux",
-    "QwenImage",
-    "Chroma",
-    "Lumina2",
-    "ZImage",
-    "Bria",
-    "OvisImage",
-    "VisualCloze",
-    "LTX",
-)
-"""Pipelines that pass even times, down to one step from 0, to their flow's scheduler."""
-_OWN_PIPELINES = ("StableDiffusion3",)
-"""Pipelines that leave the times to the scheduler."""
-
-
-@dataclass(frozen=True)
-class SchedulerSpec:
-    """A scheduler config: the process that the weights were trained for, and its run.
-
-    Args:
-        process: Schedule and parameterization.
-        sampler: Spec of a sampler, such as "dpmpp_2m".
-        spacing: Spec of a spacing, such as "leading:offset=1"; of the largest image where `dynamic`
-            is set.
-        dynamic: The shift of a spacing that follows the image's size.
-        notes: A sentence for each field that is not followed.
-    """
-
-    process: Process
-    sampler: str
-    spacing: str
-    dynamic: DynamicShift | None = None
-    notes: tuple[str, ...] = field(default=(), compare=False)
-
-    @property
-    def default_spacing(self) -> str:
-        """The spacing for images of any size."""
-        return self.spacing if self.dynamic is None else self.dynamic.spec
-
-    def spacing_for(self, tokens: int) -> str:
-        """Return the spacing for an image of so many tokens (FLUX: 2x2 latent cells a token)."""
-        return self.spacing if self.dynamic is None else self.dynamic.spacing_for(tokens)
-
-
-def gives_even_times(pipeline: str) -> bool | None:
-    """Return True for a pipeline that passes even times to a flow's scheduler.
-
-    Args:
-        pipeline: `_class_name` of model_index.json.
-
-    Returns:
-        False for one that leaves the times to the scheduler, None for an unknown one.
-    """
-    if pipeline.startswith(_OWN_PIPELINES):
-        return False
-    return True if pipeline.startswith(_EVEN_PIPELINES) else None
+_FLOW_CLASSES = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 
 
 def read_scheduler(
@@ -115,8 +60,8 @@ def read_scheduler(
 
     Args:
         values: The JSON object of scheduler_config.json.
-        even: The pipeline passes even times to a flow's scheduler (`gives_even_times`); None: it
-            does where the shift is dynamic.
+        even: The pipeline passes even times, down to one step from 0, to a flow's scheduler
+            (`Family.even_times`); None: it does where the shift is dynamic.
         strict: Raise for a sampler or an option that is not here. Otherwise the nearest is taken,
             and the logger "sfumato" warns.
 
@@ -142,19 +87,25 @@ def _read(values: Mapping[str, Any], even: bool | None) -> SchedulerSpec:
     entry = values.get("_sfumato")
     entry = entry if isinstance(entry, Mapping) else {}
     if values.get("_class_name") == OWN_CLASS:
-        settings = SamplerSettings(format_sampler("ddim"), format_spacing("trailing"))
-        return _spec(_own_process(values), _stored_settings(settings, entry))
-    name, fields = read_fields(values)
-    even = entry.get("even") if even is None and isinstance(entry.get("even"), bool) else even
-    return _spec(
-        process_of(name, fields), _stored_settings(sampler_settings(name, fields, even), entry)
-    )
-
-
-def _spec(process: Process, settings: SamplerSettings) -> SchedulerSpec:
-    return SchedulerSpec(
-        process, settings.sampler, settings.spacing, settings.dynamic, settings.notes
-    )
+        spec = SchedulerSpec(
+            _own_process(values), format_sampler("ddim"), format_spacing("trailing")
+        )
+    else:
+        name, fields = read_fields(values)
+        even = entry.get("even") if even is None and isinstance(entry.get("even"), bool) else even
+        spec = scheduler_spec(process_of(name, fields), name, fields, even)
+    # "_sfumato" holds if it was written beside these very fields: a field that was changed
+    # afterwards goes before the entry.
+    if entry.get("instead_of") != [spec.sampler, spec.spacing]:
+        return spec
+    sampler, spacing = entry.get("sampler"), entry.get("spacing")
+    if not isinstance(sampler, str) or not isinstance(spacing, str):
+        raise UserError(
+            f"scheduler config _sfumato: sampler={sampler!r}, spacing={spacing!r}: "
+            "expected two words"
+        )
+    run = canonical_sampler(sampler), canonical_spacing(spacing)
+    return SchedulerSpec(spec.process, *run, spec.dynamic)
 
 
 def _own_process(values: Mapping[str, Any]) -> Process:
@@ -166,21 +117,6 @@ def _own_process(values: Mapping[str, Any]) -> Process:
         raise UserError(
             f"scheduler config of {OWN_CLASS} has a value of the wrong kind: {error}"
         ) from error
-
-
-def _stored_settings(settings: SamplerSettings, entry: Mapping[str, Any]) -> SamplerSettings:
-    """Return the settings of "_sfumato" if it was written beside these very fields.
-
-    A field that was changed afterwards goes before the entry.
-    """
-    if entry.get("instead_of") != [settings.sampler, settings.spacing]:
-        return settings
-    sampler, spacing = entry.get("sampler"), entry.get("spacing")
-    if not isinstance(sampler, str) or not isinstance(spacing, str):
-        raise UserError(
-            f"scheduler config _sfumato: sampler={sampler!r}, spacing={spacing!r}: expected two words"
-        )
-    return SamplerSettings(canonical_sampler(sampler), canonical_spacing(spacing), settings.dynamic)
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -195,14 +131,14 @@ def to_scheduler_config(process: Process) -> dict[str, Any]:
     """
     shift, values = flow_shift(process), table_fields(process)
     if shift is not None and process.parameterization.name == "flow":
-        return {"_class_name": _FLOW_CLASS, "num_train_timesteps": 1000, "shift": shift}
+        return {"_class_name": _FLOW_CLASSES[0], "num_train_timesteps": 1000, "shift": shift}
     if values is None or (
         isinstance(process.schedule, ZeroTerminalSNR) and process.schedule.last > 0
     ):
         return own_fields(process)
     rest = {"timestep_spacing": "trailing", "clip_sample": False, "steps_offset": 0}
     zero = {k: values.pop(k) for k in ("trained_betas", "rescale_betas_zero_snr") if k in values}
-    if values["beta_schedule"] == KINDS["sigmoid"]:  # DDIMScheduler has no such schedule
+    if values["beta_schedule"] == "sigmoid":  # DDIMScheduler has no such schedule
         return {"_class_name": "DDPMScheduler", **values, **rest, **zero}
     return {"_class_name": "DDIMScheduler", **values, **rest, **zero, "set_alpha_to_one": True}
 
@@ -213,7 +149,7 @@ def write_scheduler(
     """Return a config with which diffusers' class makes the run of `sampler` and `spacing`.
 
     Without one: a config with the same process, if diffusers has one, and an entry "_sfumato" that
-    only sfumato reads. `read_scheduler` gives back what was written in any case.
+    only sfumato reads. `read_scheduler` inverts it in any case.
 
     Args:
         process: What the weights were trained for.
@@ -227,15 +163,8 @@ def write_scheduler(
     # A learned variance is kept whatever the times are.
     if sampler_values(target.sampler)[1].get("variance") == "learned":
         targets.append(replace(target, spacing=format_spacing("trailing", whole=True)))
-    config = next(
-        (
-            values
-            for run in targets
-            for name, base in classes
-            if (values := _search(name, base, run))
-        ),
-        None,
-    )
+    configs = (_search(name, base, run) for run in targets for name, base in classes)
+    config = next((config for config in configs if config), None)
     if config is None:
         config = to_scheduler_config(process)
         # A class that has the process at least.
@@ -246,12 +175,9 @@ def write_scheduler(
         config["_sfumato"] = {"even": False}
     read = _read(config, None)
     if read != target:
-        run = {
-            "sampler": target.sampler,
-            "spacing": target.spacing,
-            "instead_of": [read.sampler, read.spacing],
-        }
-        config["_sfumato"] = config.get("_sfumato", {}) | run
+        run = {"sampler": target.sampler, "spacing": target.spacing}
+        replaced = {"instead_of": [read.sampler, read.spacing]}
+        config["_sfumato"] = config.get("_sfumato", {}) | run | replaced
     return config
 
 
@@ -262,30 +188,25 @@ def _classes(
     shift, kind = flow_shift(process), process.parameterization.name
     if shift is not None and kind in ("flow", "x0"):
         if kind == "flow":
-            for name in ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"):
-                sizes = _dynamic_fields(dynamic) if dynamic and name == _FLOW_CLASS else {}
-                if dynamic is None or sizes:
-                    yield name, {"num_train_timesteps": 1000, "shift": shift, **sizes}
-        flow = {
-            "prediction_type": "flow_prediction" if kind == "flow" else "sample",
-            "use_flow_sigmas": True,
-            "flow_shift": shift,
-        }
-        yield from (
-            (name, flow)
-            for name, fields in TABLE_CLASSES.items()
-            if "use_flow_sigmas" in fields and dynamic is None
-        )
+            base = {"num_train_timesteps": 1000, "shift": shift}
+            if dynamic is not None:
+                yield _FLOW_CLASSES[0], base | _dynamic_fields(dynamic)
+            else:
+                yield from ((name, base) for name in _FLOW_CLASSES)
+        flow = {"prediction_type": "flow_prediction" if kind == "flow" else "sample"}
+        flow |= {"use_flow_sigmas": True, "flow_shift": shift}
+        for name, fields in TABLE_CLASSES.items():
+            if "use_flow_sigmas" in fields and dynamic is None:
+                yield name, flow
     if (levels := edm_fields(process)) is not None:
         yield from ((name, levels) for name in EDM_CLASSES)
     if (values := table_fields(process)) is None:
         return
     for name, defaults in TABLE_CLASSES.items():
-        able = values["beta_schedule"] != KINDS["sigmoid"] or name == "DDPMScheduler"
+        able = values["beta_schedule"] != "sigmoid" or name == "DDPMScheduler"
         able &= kind != "x0" or name not in _NO_SAMPLE
-        fields = {k: v for k, v in values.items() if k in defaults} | (
-            {"clip_sample": False} if "clip_sample" in defaults else {}
-        )
+        unclipped = values | {"clip_sample": False}
+        fields = {k: v for k, v in unclipped.items() if k in defaults}
         if able and _has_process(name, defaults | fields, process):
             yield name, fields
 
@@ -301,25 +222,17 @@ def _has_process(name: str, fields: Mapping[str, Any], process: Process) -> bool
         return False
 
 
-_NO_SAMPLE = (
-    "PNDMScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
+_NO_SAMPLE = class_names(
+    "PNDM", "EulerAncestralDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE"
 )
-_NO_SAMPLE += ("DPMSolverSDEScheduler",)
 """Classes without prediction_type "sample"."""
 
 
 def _dynamic_fields(dynamic: DynamicShift) -> dict[str, Any]:
     (low, base), (high, top) = dynamic.base, dynamic.top
-    values = {
-        "use_dynamic_shifting": True,
-        "base_image_seq_len": low,
-        "base_shift": base,
-        "max_image_seq_len": high,
-        "max_shift": top,
-    }
+    values: dict[str, Any] = {"use_dynamic_shifting": True}
+    values |= {"base_image_seq_len": low, "base_shift": base}
+    values |= {"max_image_seq_len": high, "max_shift": top}
     values["time_shift_type"] = "exponential" if dynamic.exponential else "linear"
     return values | ({"shift_terminal": dynamic.terminal} if dynamic.terminal else {})
 
@@ -331,15 +244,14 @@ def _search(name: str, base: Mapping[str, Any], target: SchedulerSpec) -> dict[s
     """
     fields = {**CLASSES[name], **base}
     for times in _combinations(fields, _time_values(target.spacing)):
-        if sampler_settings(name, fields | times).spacing != target.spacing:
+        if scheduler_spec(target.process, name, fields | times).spacing != target.spacing:
             continue
         for solver in _combinations(fields, _solver_values(target.sampler)):
             try:
-                settings = sampler_settings(name, fields | times | solver)
+                spec = scheduler_spec(target.process, name, fields | times | solver)
             except UserError:  # an order that the class does not have
                 continue
-            run = settings.sampler, settings.spacing, settings.dynamic, settings.notes
-            if run == (target.sampler, target.spacing, target.dynamic, ()):
+            if spec == target and not spec.notes:
                 return {"_class_name": name, **base, **times, **solver}
     return None
 
@@ -360,14 +272,11 @@ def _each(key: str, *values: Any) -> list[dict[str, Any]]:
 def _time_values(spacing: str) -> list[list[dict[str, Any]]]:
     """Return the values to search in the fields of the times, the plain ones first."""
     options = spacing_values(spacing)[1]
-    levels = [
-        {},
-        *(_each(f"use_{kind}_sigmas", True)[0] for kind in ("karras", "exponential", "beta")),
-    ]
+    levels = [{f"use_{kind}_sigmas": True} for kind in ("karras", "exponential", "beta")]
     return [
         _each("timestep_spacing", "leading", "trailing", "linspace"),
         _each("steps_offset", *dict.fromkeys((options.get("offset", 0), 0))),
-        [*levels, {"use_lu_lambdas": True}],
+        [{}, *levels, {"use_lu_lambdas": True}],
         _each("final_sigmas_type", "zero", "sigma_min"),
         _each("set_alpha_to_one", True, False),
         _each("original_inference_steps", options.get("original", 50)),

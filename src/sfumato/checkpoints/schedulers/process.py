@@ -3,22 +3,31 @@
 That is a table of betas and a prediction type, a flow and its shift, or the noise levels of EDM.
 These fields are read strictly: a value without a process here is a `UserError`.
 
-| fields | process |
-|---|---|
-| beta_schedule, beta_start, beta_end, num_train_timesteps; trained_betas | `BetaTable` |
-| rescale_betas_zero_snr of DDIM, DDPM, LCM, TCD | `ZeroTerminalSNR` |
-| the same of the others, which put alpha^2 = 2^-24 at the end | `ZeroTerminalSNR(last=2**-24)`: the
-table drawn out to it | | FlowMatch*, use_flow_sigmas | `RectifiedFlow`; `Shifted` by shift or
-flow_shift, where that is not dynamic | | EDM*: sigma_min, sigma_max, sigma_data; v_prediction |
-`EDM`; `edm(sigma_data)`; `flipped` | | Euler with timestep_type continuous and v_prediction | `EDM`
-between its levels, `edm(1, flipped=True)`: the same algebra |
+    beta_schedule, beta_start, beta_end,     `BetaTable`
+    num_train_timesteps; trained_betas
+    rescale_betas_zero_snr                   `ZeroTerminalSNR` for DDIM, DDPM, LCM and TCD; the
+                                             other classes end at alpha^2 = 2^-24:
+                                             `ZeroTerminalSNR(last=2**-24)`
+    FlowMatch*, use_flow_sigmas              `RectifiedFlow`, `Shifted` by shift or flow_shift
+                                             where the shift is not dynamic
+    EDM*: sigma_min, sigma_max, sigma_data;  `EDM`, `edm(sigma_data)`; `flipped`
+    v_prediction
+    Euler with timestep_type continuous      `EDM` between its levels and `edm(1, flipped=True)`,
+    and v_prediction                         which is the same algebra
 """
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from sfumato.checkpoints.schedulers.fields import EDM_CLASSES, FLOW_CLASSES, OWN_CLASS
+from sfumato.checkpoints.schedulers.betas import KINDS, beta_table
+from sfumato.checkpoints.schedulers.fields import (
+    EDM_CLASSES,
+    FLOW_CLASSES,
+    OWN_CLASS,
+    check_fields,
+    class_names,
+)
 from sfumato.diffuse.parameterization import edm, parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import (
@@ -34,23 +43,10 @@ from sfumato.diffuse.schedule import (
 from sfumato.diffuse.schedule_transforms import Shifted, ZeroTerminalSNR
 from sfumato.errors import UserError, unknown
 
-KINDS = {
-    "linear": "linear",
-    "scaled_linear": "scaled_linear",
-    "cosine": "squaredcos_cap_v2",
-    "sigmoid": "sigmoid",
-}
-TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+_PARAMETERIZATIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 NEARLY_ZERO = 2.0**-24
-"""alpha(1)^2 after rescale_betas_zero_snr in the classes of diffusers that divide by alpha."""
-_EXACTLY_ZERO = (
-    "DDIMScheduler",
-    "DDIMParallelScheduler",
-    "DDPMScheduler",
-    "DDPMParallelScheduler",
-    "LCMScheduler",
-    "TCDScheduler",
-)
+"""alpha(1)^2 after rescale_betas_zero_snr in classes of diffusers that divide by alpha."""
+_EXACTLY_ZERO = class_names("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "LCM", "TCD")
 
 
 def process_of(name: str, values: Mapping[str, Any]) -> Process:
@@ -69,91 +65,72 @@ def process_of(name: str, values: Mapping[str, Any]) -> Process:
     if name in EDM_CLASSES:
         if kind not in ("epsilon", "v_prediction"):
             raise UserError(
-                f"{name} with prediction_type={kind!r}: expected epsilon or v_prediction, which EDM's preconditioning is written for"
+                f"{name} with prediction_type={kind!r}: expected epsilon or v_prediction, "
+                "which EDM's preconditioning is written for"
             )
-        return _edm_process(
-            values["sigma_min"], values["sigma_max"], values["sigma_data"], kind == "v_prediction"
-        )
-    parameterizations = {prediction_type: name for name, prediction_type in TYPES.items()}
-    if kind not in parameterizations:
+        levels = EDM(sigma_min=values["sigma_min"], sigma_max=values["sigma_max"])
+        return Process(levels, edm(values["sigma_data"], kind == "v_prediction"))
+    if kind not in _PARAMETERIZATIONS:
         raise UserError(
-            f"{name} with prediction_type={kind!r}: expected epsilon, sample or v_prediction with a table of betas"
+            f"{name} with prediction_type={kind!r}: "
+            "expected epsilon, sample or v_prediction with a table of betas"
         )
     chosen = _beta_table(values)
     if values.get("timestep_type") == "continuous" and kind == "v_prediction":
         low, high = (chosen.noise_level(t) for t in (chosen.first, 1.0))
-        return _edm_process(
-            values["sigma_min"] or low, values["sigma_max"] or high, 1.0, flipped=True
-        )
+        low, high = values["sigma_min"] or low, values["sigma_max"] or high
+        return Process(EDM(sigma_min=low, sigma_max=high), edm(1.0, flipped=True))
     if values.get("rescale_betas_zero_snr"):
         chosen = ZeroTerminalSNR(chosen, 0.0 if name in _EXACTLY_ZERO else NEARLY_ZERO)
-    return Process(chosen, parameterization(parameterizations[kind]))
-
-
-def _edm_process(sigma_min: float, sigma_max: float, sigma_data: float, flipped: bool) -> Process:
-    return Process(EDM(sigma_min=sigma_min, sigma_max=sigma_max), edm(sigma_data, flipped))
+    return Process(chosen, parameterization(_PARAMETERIZATIONS[kind]))
 
 
 def _beta_table(values: Mapping[str, Any]) -> BetaTable:
     """Return the table of betas, from its name or its numbers."""
-    kind, steps, betas = (
-        values["beta_schedule"],
-        values["num_train_timesteps"],
-        values["trained_betas"],
-    )
+    steps, betas = values["num_train_timesteps"], values["trained_betas"]
     if betas is not None:
-        numbers = isinstance(betas, list | tuple) and all(
+        listed = isinstance(betas, list | tuple)
+        numbers = listed and all(
             isinstance(b, int | float) and not isinstance(b, bool) for b in betas
         )
         if not numbers or len(betas) != steps:
-            value = (
-                f"{len(betas)} trained_betas"
-                if isinstance(betas, list | tuple)
-                else f"trained_betas={betas!r}"
-            )
+            value = f"{len(betas)} trained_betas" if listed else f"trained_betas={betas!r}"
             raise UserError(
                 f"scheduler config num_train_timesteps={steps}, {value}: expected as many numbers"
             )
         return table(betas)
     if steps < 1:
         raise UserError(f"scheduler config num_train_timesteps={steps}: expected at least 1")
-    ends = (
-        {}
-        if kind == "squaredcos_cap_v2"
-        else {"start": values["beta_start"], "end": values["beta_end"]}
-    )
-    if ends and not max(ends.values()) < 1:
+    kind, start, end = values["beta_schedule"], values["beta_start"], values["beta_end"]
+    if kind != "squaredcos_cap_v2" and not max(start, end) < 1:
         raise UserError(
-            f"scheduler config beta_start={ends['start']}, beta_end={ends['end']}: expected numbers between 0 and 1"
+            f"scheduler config beta_start={start}, beta_end={end}: expected numbers between 0 and 1"
         )
-    names = {beta_schedule: name for name, beta_schedule in KINDS.items()}
-    beta_table = schedule(names[kind], steps=steps, **ends)
-    assert isinstance(beta_table, BetaTable)
-    return beta_table
+    return beta_table(kind, steps, start, end)
 
 
 def _flow_process(name: str, values: Mapping[str, Any]) -> Process:
     steps, kind = values["num_train_timesteps"], values.get("prediction_type", "flow_prediction")
     if steps != 1000:
         raise UserError(
-            f"{name} with num_train_timesteps={steps}: expected 1000, the units of a flow network's timestep"
+            f"{name} with num_train_timesteps={steps}: "
+            "expected 1000, the units of a flow network's timestep"
         )
     if values.get("invert_sigmas"):
         raise UserError(
-            f"{name} with invert_sigmas=True: expected a flow whose time 0 is the clean latent (Mochi's runs the other way)"
+            f"{name} with invert_sigmas=True: "
+            "expected a flow whose time 0 is the clean latent (Mochi's runs the other way)"
         )
     if kind not in ("flow_prediction", "sample"):
         raise UserError(
-            f"{name} with use_flow_sigmas and prediction_type={kind!r}: expected flow_prediction or sample"
+            f"{name} with use_flow_sigmas and prediction_type={kind!r}: "
+            "expected flow_prediction or sample"
         )
-    shift = (
-        1.0
-        if values.get("use_dynamic_shifting")
-        else values.get("shift", values.get("flow_shift", 1.0))
-    )
+    shift = values.get("shift", values.get("flow_shift", 1.0))
     flow = schedule("flow")
+    plain = values.get("use_dynamic_shifting") or shift == 1
     return Process(
-        flow if shift == 1 else Shifted(flow, shift),
+        flow if plain else Shifted(flow, shift),
         parameterization("x0" if kind == "sample" else "flow"),
     )
 
@@ -165,22 +142,21 @@ def table_fields(process: Process) -> dict[str, Any] | None:
     """Return the fields that all table classes share; None without a table of betas."""
     chosen, kind = process.schedule, process.parameterization.name
     zero = isinstance(chosen, ZeroTerminalSNR)
-    beta_table = chosen.base if zero else chosen
-    if (
-        not isinstance(beta_table, BetaTable)
-        or beta_table.kind not in (*KINDS, "table")
-        or kind not in TYPES
-    ):
+    betas = chosen.base if zero else chosen
+    types = {name: prediction_type for prediction_type, name in _PARAMETERIZATIONS.items()}
+    schedules = {kind: beta_schedule for beta_schedule, kind in KINDS.items()}
+    schedules["table"] = "linear"
+    if not isinstance(betas, BetaTable) or betas.kind not in schedules or kind not in types:
         return None
     values = {
-        "num_train_timesteps": len(beta_table.betas),
-        "beta_schedule": KINDS.get(beta_table.kind, "linear"),
-        "beta_start": beta_table.beta_start,
-        "beta_end": beta_table.beta_end,
-        "prediction_type": TYPES[kind],
+        "num_train_timesteps": len(betas.betas),
+        "beta_schedule": schedules[betas.kind],
+        "beta_start": betas.beta_start,
+        "beta_end": betas.beta_end,
+        "prediction_type": types[kind],
     }
-    if beta_table.kind == "table":
-        values["trained_betas"] = list(beta_table.betas)
+    if betas.kind == "table":
+        values["trained_betas"] = list(betas.betas)
     return values | ({"rescale_betas_zero_snr": True} if zero else {})
 
 
@@ -206,6 +182,9 @@ def edm_fields(process: Process) -> dict[str, Any] | None:
 
 # ---- SfumatoProcess ------------------------------------------------------------------------------
 
+_SCHEDULES = [BetaTable, RectifiedFlow, VariancePreserving, VarianceExploding, EDM]
+_SCHEDULES += [ZeroTerminalSNR, Shifted]
+
 
 def own_fields(process: Process) -> dict[str, Any]:
     """Return a config of `OWN_CLASS`, for processes without a class in diffusers.
@@ -220,16 +199,12 @@ def own_fields(process: Process) -> dict[str, Any]:
             values[field.name] = described(value) if is_dataclass(value) else value
         return values
 
-    parameter = process.parameterization
-    sigma_data = (
-        {} if not parameter.name.startswith("edm") else {"sigma_data": parameter.row.sigma_data}
-    )  # pyright: ignore[reportFunctionMemberAccess]
-    return {
-        "_class_name": OWN_CLASS,
-        "schedule": described(process.schedule),
-        "parameterization": parameter.name,
-        **sigma_data,
-    }
+    name, row = process.parameterization.name, process.parameterization.row
+    config = {"_class_name": OWN_CLASS, "schedule": described(process.schedule)}
+    config["parameterization"] = name
+    if name.startswith("edm"):
+        config["sigma_data"] = row.sigma_data  # pyright: ignore[reportFunctionMemberAccess]
+    return config
 
 
 def own_process(values: Mapping[str, Any]) -> Process:
@@ -238,23 +213,13 @@ def own_process(values: Mapping[str, Any]) -> Process:
     Raises:
         UserError: An unknown class, field or number.
     """
-    classes: dict[str, Any] = {
-        c.__name__: c
-        for c in (
-            BetaTable,
-            RectifiedFlow,
-            VariancePreserving,
-            VarianceExploding,
-            EDM,
-            ZeroTerminalSNR,
-            Shifted,
-        )
-    }
+    classes: dict[str, Any] = {c.__name__: c for c in _SCHEDULES}
 
     def built(described: Any) -> Schedule:
         if not isinstance(described, Mapping) or described.get("class") not in classes:
             raise UserError(
-                f"scheduler config schedule {described!r}: expected a class of {', '.join(classes)} with its numbers"
+                f"scheduler config schedule {described!r}: "
+                f"expected a class of {', '.join(classes)} with its numbers"
             )
         chosen = classes[described["class"]]
         names = {field.name for field in fields(chosen)}
@@ -270,12 +235,7 @@ def own_process(values: Mapping[str, Any]) -> Process:
             }
         )
 
-    own = {"_class_name", "schedule", "parameterization", "sigma_data"}
-    rest = [field for field in values if field not in own and not field.startswith("_")]
-    if rest:
-        raise UserError(
-            f"scheduler config field {min(rest)!r} is not known: it might change the result, so it is refused"
-        )
+    check_fields(values, {"_class_name", "schedule", "parameterization", "sigma_data"})
     name, sigma_data = values.get("parameterization", ""), values.get("sigma_data", 1.0)
     return Process(
         built(values.get("schedule")),

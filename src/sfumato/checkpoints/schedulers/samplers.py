@@ -1,20 +1,28 @@
 """Scheduler fields -> how a run steps: the specs of a sampler and a spacing.
 
-| class | sampler | spacing |
-|---|---|---|
-| DDIM, DDPM, PNDM | `ddim`, `ddpm`, `pndm` (`plms` with skip_prk_steps) | even, in whole timesteps
-| | Euler, EulerAncestral, Heun, LMS, KDPM2 | `euler`, `euler_ancestral`, `heun`, `lms`,
-`dpm_solver_2` | even, or by level between its ends | | KDPM2Ancestral | `dpm_solver_2_ancestral` |
-the same |
-| DPMSolverSDE | `dpmpp_sde`, the two noises of a step independent (there one Brownian path's) | the
-same | | DPMSolverMultistep, EDMDPMSolverMultistep | `dpmpp_2m`, `dpmpp_3m:published=true`, their
-`_sde`; order 1: `ddim`, `ddpm` | even but the last, or by level | | UniPC, DEIS | `unipc`, `deis` |
-the same |
-| DPMSolverSinglestep | `dpmpp_2s`, `dpm_solver_2`, `dpm_solver_3`; a step here has 2 or 3 calls,
-there calls count as steps | the same | | LCM, TCD | `lcm`, `tcd` | `lcm` |
-| EDMEuler | `euler` | `karras`, `exponential` |
-| FlowMatchEuler, -Heun, -LCM | `euler` (stochastic: `consistency`), `heun`, `consistency` |
-`linspace`, `trailing`, `shifted`, by level |
+    class                      sampler                          spacing
+    DDIM, DDPM, PNDM           `ddim`, `ddpm`, `pndm` (`plms`   even, in whole timesteps
+                               with skip_prk_steps)
+    Euler, EulerAncestral,     `euler`, `euler_ancestral`,      even, or by level between the
+    Heun, LMS, KDPM2,          `heun`, `lms`, `dpm_solver_2`,   ends of the even times
+    KDPM2Ancestral             `dpm_solver_2_ancestral`
+    DPMSolverSDE               `dpmpp_sde`, the two noises of   the same
+                               a step independent (there one
+                               Brownian path's)
+    DPMSolverMultistep,        `dpmpp_2m`,                      even but the last, or by level
+    EDMDPMSolverMultistep      `dpmpp_3m:published=true`,
+                               their `_sde`; order 1: `ddim`,
+                               `ddpm`
+    UniPC, DEIS                `unipc`, `deis`                  the same
+    DPMSolverSinglestep        `dpmpp_2s`, `dpm_solver_2`,      the same
+                               `dpm_solver_3`; a step here
+                               has 2 or 3 calls, there calls
+                               count as steps
+    LCM, TCD                   `lcm`, `tcd`                     `lcm`
+    EDMEuler                   `euler`                          `karras`, `exponential`
+    FlowMatchEuler,            `euler` (stochastic:             `linspace`, `trailing`,
+    -Heun, -LCM                `consistency`), `heun`,          `shifted`, by level
+                               `consistency`
 
 Options follow steps_offset, set_alpha_to_one=False and final_sigmas_type="sigma_min"
 (`clean=false`), solver_order and -type, DEIS's end at timestep 0, and flows whose least time is
@@ -31,7 +39,7 @@ no bounds, and diffusers' own Stable Diffusion pipelines turn clip_sample off.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sfumato.checkpoints.schedulers.fields import EDM_CLASSES, FLOW_CLASSES
@@ -44,6 +52,7 @@ from sfumato.checkpoints.schedulers.spacing import (
     noise_level_spacing,
     table_spacing,
 )
+from sfumato.diffuse.process import Process
 from sfumato.errors import UserError
 from sfumato.registry import find
 from sfumato.spec import Spec, options_of
@@ -57,7 +66,7 @@ def format_sampler(name: str, **options: Any) -> str:
 def canonical_sampler(sampler: str) -> str:
     """Return the one spelling of all specs of a sampler that mean the same."""
     spec = Spec.parse(sampler)
-    return format_sampler(spec.name, **spec.options)
+    return str(spec.canonical("sampler", _options(spec.name)))
 
 
 def sampler_values(sampler: str) -> tuple[str, dict[str, Any]]:
@@ -71,68 +80,66 @@ def _options(name: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class SamplerSettings:
-    """Sampler and spacing of a scheduler config.
+class SchedulerSpec:
+    """A scheduler config: the process that the weights were trained for, and its run.
 
     Args:
-        sampler: Spec of the sampler.
-        spacing: Spec of the spacing; of the largest image where `dynamic` is set.
-        dynamic: The shift by the image's size.
+        process: Schedule and parameterization.
+        sampler: Spec of a sampler, such as "dpmpp_2m".
+        spacing: Spec of a spacing, such as "leading:offset=1"; of the largest image where `dynamic`
+            is set.
+        dynamic: The shift of a spacing that follows the image's size.
         notes: A sentence for each field that is not followed.
     """
 
+    process: Process
     sampler: str
     spacing: str
     dynamic: DynamicShift | None = None
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def default_spacing(self) -> str:
+        """The spacing for images of any size."""
+        return self.spacing if self.dynamic is None else self.dynamic.spec
+
+    def spacing_for(self, tokens: int) -> str:
+        """Return the spacing for an image of so many tokens (FLUX: 2x2 latent cells a token)."""
+        return self.spacing if self.dynamic is None else self.dynamic.spacing_for(tokens)
 
 
-def sampler_settings(
-    name: str, values: Mapping[str, Any], even: bool | None = None
-) -> SamplerSettings:
-    """Return the sampler and the spacing of a scheduler class.
+def scheduler_spec(
+    process: Process, name: str, values: Mapping[str, Any], even: bool | None = None
+) -> SchedulerSpec:
+    """Return the run of a scheduler class.
 
     Args:
+        process: The process of the same fields, from `process_of`.
         name: Class of diffusers.
         values: All of its fields, from `read_fields`.
         even: See `flow_spacing`.
     """
     notes: list[str] = []
     if values.get("clip_sample") or values.get("thresholding"):
-        field = "clip_sample" if values.get("clip_sample") else "thresholding"
+        flag = "clip_sample" if values.get("clip_sample") else "thresholding"
         notes.append(
-            f"{field}=True is for pixels and is left out: latents have no bounds; set it to false"
-        )
-    if name in FLOW_CLASSES:
-        sampler = {
-            "FlowMatchHeunDiscreteScheduler": "heun",
-            "FlowMatchLCMScheduler": "consistency",
-        }.get(name, "euler")
-        if values.get("scale_factors"):
-            notes.append(
-                f"scale_factors={values['scale_factors']!r} is left out: latents keep their size during a run"
-            )
-        dynamic, spacing = flow_spacing(values, even, notes)
-        return SamplerSettings(
-            "consistency" if values.get("stochastic_sampling") else sampler,
-            spacing,
-            dynamic,
-            tuple(notes),
+            f"{flag}=True is for pixels and is left out: latents have no bounds; set it to false"
         )
     sampler = _SAMPLERS.get(name, _plain)(name, values, notes)
-    if values.get("use_flow_sigmas"):
+    dynamic = None
+    if name in FLOW_CLASSES:
+        dynamic, spacing = flow_spacing(values, even, notes)
+    elif values.get("use_flow_sigmas"):
         dynamic, spacing = flow_solver_spacing(name, values, notes)
-        return SamplerSettings(sampler, spacing, dynamic, tuple(notes))
-    if name in EDM_CLASSES:
+    elif name in EDM_CLASSES:
         rho = {"rho": float(values["rho"])} if values["sigma_schedule"] == "karras" else {}
         spacing = format_spacing(values["sigma_schedule"], clean=ends_clean(name, values), **rho)
     elif name in ("LCMScheduler", "TCDScheduler"):
-        spacing = format_spacing(
-            "lcm", original=values["original_inference_steps"], clean=ends_clean(name, values)
-        )
+        original = values["original_inference_steps"]
+        spacing = format_spacing("lcm", original=original, clean=ends_clean(name, values))
     else:
         spacing = table_spacing(name, values, notes)
-    return SamplerSettings(sampler, spacing, None, tuple(notes))
+    return SchedulerSpec(process, sampler, spacing, dynamic, tuple(notes))
 
 
 # ---- samplers ------------------------------------------------------------------------------------
@@ -149,11 +156,19 @@ _NAMES = {
     "DPMSolverSDEScheduler": "dpmpp_sde",
     "TCDScheduler": "tcd",
     "EDMEulerScheduler": "euler",
+    "FlowMatchEulerDiscreteScheduler": "euler",
+    "FlowMatchHeunDiscreteScheduler": "heun",
+    "FlowMatchLCMScheduler": "consistency",
 }
 
 
 def _plain(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
-    return format_sampler(_NAMES[name])
+    if values.get("scale_factors"):
+        notes.append(
+            f"scale_factors={values['scale_factors']!r} is left out: "
+            "latents keep their size during a run"
+        )
+    return "consistency" if values.get("stochastic_sampling") else _NAMES[name]
 
 
 def _ddpm(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
@@ -162,16 +177,12 @@ def _ddpm(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
     # its logarithm.
     if kind == "learned":
         notes.append(
-            "variance_type='learned' is left out: the variance is that of fixed_small; 'learned_range' is the network's own"
+            "variance_type='learned' is left out: the variance is that of fixed_small; "
+            "'learned_range' is the network's own"
         )
-    variance = (
-        "learned"
-        if kind == "learned_range"
-        else "large"
-        if kind.startswith("fixed_large")
-        else "small"
-    )
-    return format_sampler("ddpm", variance=variance)
+    if kind == "learned_range":
+        return format_sampler("ddpm", variance="learned")
+    return format_sampler("ddpm", variance="large" if kind.startswith("fixed_large") else "small")
 
 
 def _pndm(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
@@ -191,7 +202,7 @@ def _order(name: str, values: Mapping[str, Any], highest: int) -> int:
 
 
 LOWER_BELOW = 15
-"""Number of steps below which diffusers' DPM-Solver and DEIS lower the order of the last steps."""
+"""Steps below which diffusers' DPM-Solver and DEIS lower the order of the last steps."""
 
 
 def _final_order(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,11 +217,8 @@ def _final_order(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if values.get("euler_at_final") and to_noise and order == 2:
         return {"lower_order_final": True}
-    return (
-        {"lower_below": LOWER_BELOW}
-        if values["lower_order_final"] and (to_noise or order == 3)
-        else {}
-    )
+    lowered = values["lower_order_final"] and (to_noise or order == 3)
+    return {"lower_below": LOWER_BELOW} if lowered else {}
 
 
 def _multistep(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
@@ -220,19 +228,18 @@ def _multistep(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
     stochastic = kind.startswith("sde")
     if not kind.endswith("++") and kind != "deis" and not (order == 1 and not stochastic):
         notes.append(
-            f"algorithm_type={kind!r} is not here: {kind}++, by the clean latent instead of the noise, is taken in its place"
+            f"algorithm_type={kind!r} is not here: "
+            f"{kind}++, by the clean latent instead of the noise, is taken in its place"
         )
     if order == 1:
         return format_sampler("ddpm" if stochastic else "ddim")
     last = _final_order(name, values)
     if order == 3:
-        return format_sampler(
-            "dpmpp_3m_sde" if stochastic else "dpmpp_3m", published=True, solver=solver, **last
-        )
-    if stochastic:
-        return format_sampler("dpmpp_2m_sde", solver=solver, **last)
-    if solver == "heun":
-        return format_sampler("dpmpp_2m_sde", eta=0.0, solver=solver, **last)
+        sampler = "dpmpp_3m_sde" if stochastic else "dpmpp_3m"
+        return format_sampler(sampler, published=True, solver=solver, **last)
+    if stochastic or solver == "heun":
+        eta = {} if stochastic else {"eta": 0.0}
+        return format_sampler("dpmpp_2m_sde", solver=solver, **eta, **last)
     return format_sampler("dpmpp_2m", **last)
 
 
@@ -245,19 +252,20 @@ def _singlestep(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
         sampler, calls = ("dpm_solver_2", 2) if order == 2 else ("dpm_solver_3", 3)
     elif order == 3:
         notes.append(
-            f"solver_order=3 of {kind} singlestep is not here: {sampler}, of order 2, is taken in its place"
+            f"solver_order=3 of {kind} singlestep is not here: "
+            f"{sampler}, of order 2, is taken in its place"
         )
     notes.append(
-        f"{name} counts network calls as steps, {sampler} has {calls} calls a step: ask for fewer steps"
+        f"{name} counts network calls as steps, {sampler} has {calls} calls a step: "
+        "ask for fewer steps"
     )
     return format_sampler(sampler)
 
 
 def _unipc(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
     uncorrected = values["disable_corrector"]
-    if not isinstance(uncorrected, list | tuple) or not all(
-        isinstance(k, int) for k in uncorrected
-    ):
+    listed = isinstance(uncorrected, list | tuple)
+    if not listed or not all(isinstance(k, int) for k in uncorrected):
         raise UserError(
             f"scheduler config disable_corrector={uncorrected!r}: expected a list of steps"
         )
@@ -275,18 +283,14 @@ def _unipc(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
     variant = "bh1" if values["solver_type"] == "bh1" else "bh2"
     # The last step of diffusers has no length.
     empty_end = not ends_clean(name, values) and noise_level_spacing(values)
-    options = {
-        "variant": variant,
-        "corrector": not uncorrected,
-        "lower_order_final": values["lower_order_final"] and not empty_end,
-    }
+    lowered = values["lower_order_final"] and not empty_end
+    options = {"variant": variant, "corrector": not uncorrected, "lower_order_final": lowered}
     return format_sampler("unipc", order=_order(name, values, 4), **options)
 
 
 def _deis(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
-    return format_sampler(
-        "deis", order=_order(name, values, 3), lower_order_final=False, **_final_order(name, values)
-    )
+    order, last = _order(name, values, 3), _final_order(name, values)
+    return format_sampler("deis", order=order, lower_order_final=False, **last)
 
 
 _SAMPLERS: dict[str, Callable[[str, Mapping[str, Any], list[str]], str]] = {

@@ -12,24 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sfumato.checkpoints.schedulers.fields import class_names
 from sfumato.diffuse.schedule_transforms import dynamic_shift, shifted_time
 from sfumato.diffuse.timesteps import SPACINGS
 from sfumato.errors import UserError, unknown
 from sfumato.spec import Spec, options_of
 
-_WHOLE = (
-    "DDIMScheduler",
-    "DDIMParallelScheduler",
-    "DDPMScheduler",
-    "DDPMParallelScheduler",
-    "PNDMScheduler",
-)
+_WHOLE = class_names("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "PNDM")
 """Classes whose linspace rounds to whole timesteps."""
-_DROP_LAST = (
-    "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
+_DROP_LAST = class_names(
+    "DPMSolverMultistep", "UniPCMultistep", "DEISMultistep", "DPMSolverSinglestep"
 )
 """Classes that space one more step and leave out the last."""
 
@@ -42,7 +34,7 @@ def format_spacing(name: str, **options: Any) -> str:
 def canonical_spacing(spacing: str) -> str:
     """Return the one spelling of all specs of a spacing that mean the same."""
     spec = Spec.parse(spacing)
-    return format_spacing(spec.name, **spec.options)
+    return str(spec.canonical("spacing", _options(spec.name)))
 
 
 def spacing_values(spacing: str) -> tuple[str, dict[str, Any]]:
@@ -100,7 +92,8 @@ class DynamicShift:
         shift = dynamic_shift(tokens, self.base, self.top, self.exponential)
         if shift <= 0:
             raise UserError(
-                f"{tokens} tokens: the shift between {self.base} and {self.top} would be {shift:g}; expected more tokens"
+                f"{tokens} tokens: the shift between {self.base} and {self.top} "
+                f"would be {shift:g}; expected more tokens"
             )
         end = {} if self.even else {"end": shifted_time(0.001, shift)}
         return format_spacing("shifted", shift=shift, terminal=self.terminal, **end)
@@ -112,9 +105,8 @@ def ends_clean(name: str, values: Mapping[str, Any]) -> bool:
         return False
     if name == "LCMScheduler":
         return True
-    return values.get("final_sigmas_type", "zero") == "zero" and values.get(
-        "set_alpha_to_one", True
-    )
+    zero = values.get("final_sigmas_type", "zero") == "zero"
+    return zero and values.get("set_alpha_to_one", True)
 
 
 def noise_level_spacing(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
@@ -122,7 +114,8 @@ def noise_level_spacing(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
     kinds = [kind for kind in ("karras", "exponential", "beta") if values.get(f"use_{kind}_sigmas")]
     if len(kinds) > 1:
         raise UserError(
-            f"scheduler config use_{kinds[0]}_sigmas and use_{kinds[1]}_sigmas: expected one of them"
+            f"scheduler config use_{kinds[0]}_sigmas and use_{kinds[1]}_sigmas: "
+            "expected one of them"
         )
     return (kinds[0], {"over": "noise"} if kinds[0] == "beta" else {}) if kinds else None
 
@@ -135,15 +128,10 @@ def table_spacing(name: str, values: Mapping[str, Any], notes: list[str]) -> str
         values: All of its fields.
         notes: Gets a sentence for each field that is not followed.
     """
-    clean, by_level, offset = (
-        ends_clean(name, values),
-        noise_level_spacing(values),
-        values.get("steps_offset", 0),
-    )
-    even, drop_last = values.get("timestep_spacing", "linspace"), name in _DROP_LAST
-    continuous = (
-        values.get("timestep_type") == "continuous" and values["prediction_type"] == "v_prediction"
-    )
+    clean, by_level = ends_clean(name, values), noise_level_spacing(values)
+    even, offset = values.get("timestep_spacing", "linspace"), values.get("steps_offset", 0)
+    drop_last, continuous = name in _DROP_LAST, values.get("timestep_type") == "continuous"
+    continuous = continuous and values["prediction_type"] == "v_prediction"
     for field in ("sigma_min", "sigma_max"):
         if values.get(field) is not None and by_level and not continuous:
             notes.append(
@@ -151,7 +139,8 @@ def table_spacing(name: str, values: Mapping[str, Any], notes: list[str]) -> str
             )
     if values.get("lambda_min_clipped", -math.inf) > -math.inf:
         notes.append(
-            f"lambda_min_clipped={values['lambda_min_clipped']} is left out: the run begins at the full noise"
+            f"lambda_min_clipped={values['lambda_min_clipped']} is left out: "
+            "the run begins at the full noise"
         )
     if values.get("use_lu_lambdas") and not by_level:
         return format_spacing("log_snr", clean=clean)
@@ -161,16 +150,15 @@ def table_spacing(name: str, values: Mapping[str, Any], notes: list[str]) -> str
     if continuous:
         if not by_level:
             notes.append(
-                "timestep_type='continuous' with even times is not here: use_karras_sigmas is taken in its place"
+                "timestep_type='continuous' with even times is not here: "
+                "use_karras_sigmas is taken in its place"
             )
         kind, options = by_level or ("karras", {})
         return format_spacing(kind, clean=clean, **options)
     if by_level:
-        between = (
-            {}
-            if drop_last or even == "linspace"
-            else {"between": even, "offset": offset if even == "leading" else 0}
-        )
+        between: dict[str, Any] = {}
+        if not drop_last and even != "linspace":
+            between = {"between": even, "offset": offset if even == "leading" else 0}
         return format_spacing(by_level[0], clean=clean, **by_level[1], **between)
     drop = {"drop_last": True} if drop_last else {}
     if even == "trailing":
@@ -186,15 +174,11 @@ def _dynamic(values: Mapping[str, Any], even: bool) -> DynamicShift:
     top = values.get("max_image_seq_len", 4096), float(values.get("max_shift", 1.15))
     if not 0 < base[0] < top[0]:
         raise UserError(
-            f"scheduler config base_image_seq_len={base[0]}, max_image_seq_len={top[0]}: expected 0 < base < max"
+            f"scheduler config base_image_seq_len={base[0]}, max_image_seq_len={top[0]}: "
+            "expected 0 < base < max"
         )
-    return DynamicShift(
-        base,
-        top,
-        values["time_shift_type"] == "exponential",
-        even,
-        float(values.get("shift_terminal") or 0.0),
-    )
+    exponential = values["time_shift_type"] == "exponential"
+    return DynamicShift(base, top, exponential, even, float(values.get("shift_terminal") or 0.0))
 
 
 def flow_spacing(
@@ -208,11 +192,8 @@ def flow_spacing(
             times down to 0.001; None: even where the shift is dynamic.
         notes: Gets a sentence for each field that is not followed.
     """
-    by_level, shift, terminal = (
-        noise_level_spacing(values),
-        float(values["shift"]),
-        values.get("shift_terminal"),
-    )
+    by_level = noise_level_spacing(values)
+    shift, terminal = float(values["shift"]), values.get("shift_terminal")
     if terminal is not None and not 0 <= terminal < 1:
         raise UserError(f"scheduler config shift_terminal={terminal}: expected a time in [0, 1)")
     if values.get("use_dynamic_shifting"):
@@ -224,20 +205,12 @@ def flow_spacing(
         return dynamic, dynamic.spacing_for(dynamic.top[0])
     if terminal:
         notes.append(f"shift_terminal={terminal} with a shift that is not dynamic is left out")
-    if even:
-        return None, format_spacing(
-            "trailing" if not by_level else by_level[0],
-            **_level_options(by_level, between="trailing"),
-        )
-    # In the time of `Shifted`, which shifts once more.
+    if even and by_level is None:
+        return None, format_spacing("trailing")
+    kind, options = by_level or ("linspace", {})
+    # The end is in the time of `Shifted`, which shifts once more.
     end = {} if shift == 1 else {"end": shifted_time(0.001, shift)}
-    return None, format_spacing(
-        "linspace" if not by_level else by_level[0], **_level_options(by_level), **end
-    )
-
-
-def _level_options(by_level: tuple[str, dict[str, Any]] | None, **more: Any) -> dict[str, Any]:
-    return {**by_level[1], **more} if by_level else {}
+    return None, format_spacing(kind, **options, **({"between": "trailing"} if even else end))
 
 
 def flow_solver_spacing(
@@ -249,7 +222,8 @@ def flow_solver_spacing(
     """
     if noise_level_spacing(values):
         notes.append(
-            "use_flow_sigmas with levels of a table of betas is not here: only the flow's own times are kept"
+            "use_flow_sigmas with levels of a table of betas is not here: "
+            "only the flow's own times are kept"
         )
     if not ends_clean(name, values):
         notes.append("a flow that ends before its last step is not here: the run ends at t = 0")

@@ -1,12 +1,11 @@
 """Offload of a whole model: its networks stream their weights in turn.
 
-inference/offload/streaming.py does it for one network. `model` in this module is a
-`LatentDiffusion`, or an object with its autoencoder, denoiser and conditioner.
+inference/offload/streaming.py does it for one network.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +20,16 @@ from sfumato.inference.offload.streaming import (
 )
 from sfumato.inference.prepack import clone_sharing_weights
 from sfumato.io.host_memory import can_drop_pages
+from sfumato.predict.conditioners.base import Conditioner
+
+if TYPE_CHECKING:
+    import sfumato.model
 
 ROOM = 2**25
 """Least bytes for anything besides weights."""
 
 
-def offloadable_networks(model: Any) -> dict[str, nn.Module]:
+def offloadable_networks(model: "sfumato.model.LatentDiffusion") -> dict[str, nn.Module]:
     """Return the networks of a model that can be offloaded, by component name."""
     encoders = {
         f"encoder{end}": encoder.model for end, encoder in model.conditioner.encoders.items()
@@ -34,17 +37,17 @@ def offloadable_networks(model: Any) -> dict[str, nn.Module]:
     return {"autoencoder": model.autoencoder, "denoiser": model.denoiser.network, **encoders}
 
 
-def denoiser_streamer(model: Any) -> WeightStreamer | None:
+def denoiser_streamer(model: "sfumato.model.LatentDiffusion") -> WeightStreamer | None:
     """Return the streamer of the denoiser's network, None for models in memory."""
     return streamer_of(model.denoiser.network)
 
 
-def require_resident(model: Any, what: str, instead: str) -> None:
+def require_resident(model: "sfumato.model.LatentDiffusion", subject: str, instead: str) -> None:
     """Check that a model is not offloaded.
 
     Args:
         model: the model.
-        what: subject of the message.
+        subject: of the message.
         instead: what to do, for the message.
 
     Raises:
@@ -52,13 +55,16 @@ def require_resident(model: Any, what: str, instead: str) -> None:
     """
     if denoiser_streamer(model) is not None:
         raise UserError(
-            f"{what} needs all weights in memory, and this model streams them: {instead}"
+            f"{subject} needs all weights in memory, and this model streams them: {instead}"
         )
 
 
 def offload_model(
-    model: Any, limit: int, dtype: torch.dtype | None, device: str | torch.device
-) -> Any:
+    model: "sfumato.model.LatentDiffusion",
+    limit: int,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+) -> "sfumato.model.LatentDiffusion":
     """Return a model that streams its weights, see `LatentDiffusion.streamed`.
 
     Args:
@@ -112,7 +118,8 @@ def _device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=result)
     if result.type not in ("cpu", "cuda"):
         raise UserError(
-            f"device {str(device)!r} with memory=: expected cpu or cuda, which weights can stream to"
+            f"device {str(device)!r} with memory=: "
+            "expected cpu or cuda, which weights can stream to"
         )
     return result
 
@@ -139,7 +146,7 @@ def network_state(network: nn.Module) -> Mapping[str, Tensor]:
     return tensors if streamer_of(network) is None else materialized(tensors)
 
 
-def conditioner_state(conditioner: Any) -> Mapping[str, Tensor]:
+def conditioner_state(conditioner: Conditioner) -> Mapping[str, Tensor]:
     """Return a conditioner's weights by name, as `network_state`."""
     tensors = conditioner.tensors()
     encoders = conditioner.encoders.values()

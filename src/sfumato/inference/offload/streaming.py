@@ -1,7 +1,7 @@
 """Weight streaming: layer-wise offload of networks larger than memory.
 
 A layer is a module with parameters of its own and no submodules. Its weights are in memory while it
-runs, and are treated by where they lie:
+runs. There are two kinds, by their place:
 
     mapped   in a file, in the compute dtype, on the CPU: the layer computes from the file's pages,
              which are dropped afterwards
@@ -68,19 +68,15 @@ class MemoryBudget:
 
     def now(self) -> int | None:
         """Return the bytes in use."""
-        return (
-            torch.cuda.memory_reserved(self.device)
-            if self.device.type == "cuda"
-            else host_memory.resident_bytes()
-        )
+        if self.device.type == "cuda":
+            return torch.cuda.memory_reserved(self.device)
+        return host_memory.resident_bytes()
 
     def peak(self) -> int | None:
         """Return the peak of the bytes in use."""
-        return (
-            torch.cuda.max_memory_reserved(self.device)
-            if self.device.type == "cuda"
-            else host_memory.resident_bytes(peak=True)
-        )
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self.device)
+        return host_memory.resident_bytes(peak=True)
 
     def spare(self) -> int:
         """Return the bytes that the peak leaves of the limit; negative above the limit.
@@ -115,47 +111,32 @@ class WeightStreamer:
         self.layers: list[OffloadedLayer] = []
         self.resident: list[Tensor] = []  # stored tensors of resident weights
         device, files, wide = memory.device, host_memory.MappedRanges(), _wide(network, dtype)
-        first = next(
-            (
-                module
-                for module in network.modules()
-                if any(p is not None for p in module._parameters.values())
-            ),
-            None,
+        owners = (
+            m for m in network.modules() if next(m.parameters(recurse=False), None) is not None
         )
+        first = next(owners, None)
         for name, module in network.named_modules():
             own = {key: p.detach() for key, p in module._parameters.items() if p is not None}
             kind = torch.float32 if wide.intersection(name.split(".")) else dtype
             size = sum(t.numel() * compute_dtype(t, kind).itemsize for t in own.values())
-            as_stored = device.type == "cpu" and all(
-                t.dtype == compute_dtype(t, kind) for t in own.values()
-            )
+            converted = any(t.dtype != compute_dtype(t, kind) for t in own.values())
+            as_stored = device.type == "cpu" and not converted
             mapped = as_stored and all(t in files for t in own.values())
             self._place_buffers(module)
-            if (
-                size <= SMALL
-                or next(module.children(), None) is not None
-                or (as_stored and not mapped)
-            ):
+            inner = next(module.children(), None) is not None
+            if size <= SMALL or inner or (as_stored and not mapped):
                 self._place(module, own, kind)
                 continue
-            layer = OffloadedLayer(
-                name,
-                own,
-                kind,
-                mapped,
-                isinstance(module, nn.Embedding),
-                device if module is first else None,
-            )
+            by_rows, at = isinstance(module, nn.Embedding), device if module is first else None
+            layer = OffloadedLayer(name, own, kind, mapped, by_rows, at)
             self.layers.append(layer)
             if not mapped:
                 module._parameters.update(layer.placeholders)
                 module.__class__ = with_weight_access(type(module), tuple(own))
                 module.__dict__[MARK] = self
             module.register_forward_pre_hook(_Hook(self, layer, self.begin), with_kwargs=True)
-            module.register_forward_hook(
-                _Hook(self, layer, self.end), with_kwargs=True, always_call=True
-            )
+            end = _Hook(self, layer, self.end)
+            module.register_forward_hook(end, with_kwargs=True, always_call=True)
             module.register_state_dict_post_hook(_Hook(self, layer, put_placeholders))
         # Bytes of mapped layers that are kept before they are dropped: some run again at once.
         self.window = 2 * self._largest(mapped=True)
@@ -190,20 +171,10 @@ class WeightStreamer:
 
         These are the largest layers, one more read by name, and the pages that copies read from.
         """
-        source = max(
-            (
-                sum(t.nbytes for t in layer.stored.values())
-                for layer in self.layers
-                if not layer.mapped
-            ),
-            default=0,
-        )
-        return (
-            self.window
-            + self.ring_size
-            + self._largest(mapped=False)
-            + (source if self.memory.device.type == "cpu" else 0)
-        )
+        copied = (layer.stored.values() for layer in self.layers if not layer.mapped)
+        pages = max((sum(t.nbytes for t in tensors) for tensors in copied), default=0)
+        pages = pages if self.memory.device.type == "cpu" else 0
+        return self.window + self.ring_size + self._largest(mapped=False) + pages
 
     def _place(self, module: nn.Module, own: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Make weights resident."""
@@ -216,9 +187,8 @@ class WeightStreamer:
     def _place_buffers(self, module: nn.Module) -> None:
         for key, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[key] = buffer.to(
-                    self.memory.device, compute_dtype(buffer, self.dtype)
-                )
+                dtype = compute_dtype(buffer, self.dtype)
+                module._buffers[key] = buffer.to(self.memory.device, dtype)
 
     # ---- a layer's turn --------------------------------------------------------------------------
 
@@ -259,11 +229,7 @@ class WeightStreamer:
                 if self.named_layer is not None and not self.named_layer.stays:
                     self.named_layer.kept = None
                 self.named_layer = layer
-                weights = self._copy(layer, own=True)
-                assert (
-                    self.transfer is not None and weights is not None and layer.copied is not None
-                )
-                self.transfer.wait(layer.copied[1])
+                self._copy_and_wait(layer, own=True)
             assert layer.kept is not None
             if not layer.checked:
                 self._check_finite(layer, layer.kept)
@@ -344,21 +310,24 @@ class WeightStreamer:
 
     def _weights_of(self, layer: OffloadedLayer) -> dict[str, nn.Parameter]:
         """Return a layer's weights on the device."""
-        weights = self._copy(layer)
+        weights, transfer = self._copy_and_wait(layer)
+        self.mark = transfer.mark()
+        return weights
+
+    def _copy_and_wait(
+        self, layer: OffloadedLayer, own: bool = False
+    ) -> tuple[dict[str, nn.Parameter], Transfer]:
+        weights = self._copy(layer, own=own)
         assert self.transfer is not None and weights is not None and layer.copied is not None
         self.transfer.wait(layer.copied[1])
-        self.mark = self.transfer.mark()
-        return weights
+        return weights, self.transfer
 
     def _copy_next(self, layer: OffloadedLayer) -> None:
         """Start to copy the next layer's weights while this one computes."""
         follows = self.after.get(layer)
-        if (
-            self.transfer is not None
-            and self.transfer.ahead
-            and follows is not None
-            and not (follows.mapped or follows.stays)
-        ):
+        if self.transfer is None or not self.transfer.ahead or follows is None:
+            return
+        if not (follows.mapped or follows.stays):
             self._copy(follows, layer, self.mark)
 
     def _copy(
@@ -372,16 +341,11 @@ class WeightStreamer:
 
         Layers that stay have a buffer of their own. Returns None if `keep` would lose its bytes.
         """
+        device = self.memory.device
         if self.ring is None:
-            self.ring, self.buffer = (
-                Ring(self.ring_size),
-                allocate(self.ring_size, self.memory.device),
-            )
-            self.transfer = (
-                CPUTransfer()
-                if self.memory.device.type == "cpu"
-                else GPUTransfer(self.memory.device, self.ring_size // 3)
-            )
+            self.ring, self.buffer = Ring(self.ring_size), allocate(self.ring_size, device)
+            cpu = device.type == "cpu"
+            self.transfer = CPUTransfer() if cpu else GPUTransfer(device, self.ring_size // 3)
         assert self.buffer is not None and self.transfer is not None
         if layer.kept is not None:
             return layer.kept
@@ -389,7 +353,7 @@ class WeightStreamer:
         if not own and layer.copied is not None and self.ring.find(layer) is not None:
             return layer.copied[0]
         if own:
-            at, buffer = 0, allocate(layer.size, self.memory.device)
+            at, buffer = 0, allocate(layer.size, device)
         else:
             at, buffer = self.ring.take(layer, layer.size, keep), self.buffer
         if at is None:

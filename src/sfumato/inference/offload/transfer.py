@@ -6,7 +6,6 @@ Transfer   copies tensors into the buffer, converted to its dtype; on a GPU from
 """
 
 import mmap
-from collections import deque
 from collections.abc import Hashable
 from typing import Any, Protocol
 
@@ -24,9 +23,8 @@ def allocate(size: int, device: torch.device) -> Tensor:
     unreferenced; the C library would keep the memory.
     """
     if device.type == "cpu":
-        private = (
-            {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-        )
+        unix = hasattr(mmap, "MAP_PRIVATE")
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if unix else {}
         return torch.frombuffer(mmap.mmap(-1, max(size, 1), **private), dtype=torch.uint8)
     return torch.empty(size, dtype=torch.uint8, device=device)
 
@@ -46,13 +44,11 @@ class Ring:
 
     def __init__(self, size: int):
         self.size = size
-        # (owner, begin, end), oldest first
-        self._spans: deque[tuple[Hashable, int, int]] = deque()
-        self._offsets: dict[Hashable, int] = {}
+        self._spans: dict[Hashable, tuple[int, int]] = {}  # (begin, end), oldest first
 
     def find(self, owner: Hashable) -> int | None:
         """Return the offset of an owner's bytes, None if they were replaced."""
-        return self._offsets.get(owner)
+        return self._spans[owner][0] if owner in self._spans else None
 
     def take(self, owner: Hashable, size: int, keep: Hashable = None) -> int | None:
         """Allocate `size` bytes for an owner; owners of overlapping bytes lose theirs.
@@ -61,19 +57,15 @@ class Ring:
             The offset, or None if `keep` would lose its bytes.
         """
         assert size <= self.size, "a ring is made for the largest"
-        if owner in self._offsets:
-            self._spans = deque(span for span in self._spans if span[0] != owner)
-            del self._offsets[owner]
-        end = self._spans[-1][2] if self._spans else 0
+        self._spans.pop(owner, None)
+        _, end = next(reversed(self._spans.values()), (0, 0))
         begin = end if end + size <= self.size else 0
-        kept = next((span for span in self._spans if span[0] == keep), None)
-        if kept is not None and begin < kept[2] and kept[1] < begin + size:
+        lost = [k for k, (low, high) in self._spans.items() if low < begin + size and begin < high]
+        if keep in lost:
             return None
-        for lost in [span for span in self._spans if span[1] < begin + size and begin < span[2]]:
-            self._spans.remove(lost)
-            del self._offsets[lost[0]]
-        self._spans.append((owner, begin, begin + size))
-        self._offsets[owner] = begin
+        for other in lost:
+            del self._spans[other]
+        self._spans[owner] = begin, begin + size
         return begin
 
 
