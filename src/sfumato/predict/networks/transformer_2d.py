@@ -22,11 +22,12 @@ class EitherConfig:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> DiTConfig | PixArtConfig:
-        """The config of a DiT or a PixArt; `UserError` for another norm_type, and as theirs."""
+        """Read the config of a DiT or a PixArt; `UserError` for another norm_type."""
         kind = values.get("norm_type")
         if kind not in _KINDS:
             raise UserError(
-                f"norm_type {kind!r} of Transformer2DModel is not supported: expected one of {', '.join(_KINDS)}"
+                f"norm_type {kind!r} of Transformer2DModel is not supported: expected one of "
+                f"{', '.join(_KINDS)}"
             )
         return _KINDS[kind].from_dict(values)
 
