@@ -114,7 +114,7 @@ class Autoencoder(nn.Module, ABC):
 
 
 @cache
-def registered() -> dict[str, tuple[type[Any], Any]]:
+def registered() -> dict[str, tuple[type[Autoencoder], Any]]:
     """Every autoencoder of this folder and its config, by "_class_name" of config.json."""
     return {
         name: entry

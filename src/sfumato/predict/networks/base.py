@@ -233,7 +233,7 @@ class Network(nn.Module):
 
 
 @cache
-def registered() -> dict[str, tuple[type[Any], Any]]:
+def registered() -> dict[str, tuple[type[Network], Any]]:
     """Every network of this folder and its config, by "_class_name" of config.json."""
     package = "predict.networks"
     return {

@@ -11,6 +11,7 @@ Such models are saved under the names that diffusers has for them now.
 from typing import Any
 
 from sfumato.errors import UserError
+from sfumato.predict.networks.base import Network
 from sfumato.predict.networks.dit import DiT, DiTConfig
 from sfumato.predict.networks.pixart import PixArt, PixArtConfig
 
@@ -32,9 +33,12 @@ class EitherConfig:
         return _KINDS[kind].from_dict(values)
 
 
-def build_either(config: DiTConfig | PixArtConfig) -> DiT | PixArt:
-    """The network of a config."""
-    return DiT(config) if isinstance(config, DiTConfig) else PixArt(config)
+class EitherNetwork(Network):
+    """Constructor of the network of an `EitherConfig`, which is one of two."""
+
+    def __new__(cls, config: DiTConfig | PixArtConfig) -> DiT | PixArt:
+        """The network of a config."""
+        return DiT(config) if isinstance(config, DiTConfig) else PixArt(config)
 
 
-CLASSES = {"Transformer2DModel": (build_either, EitherConfig)}
+CLASSES = {"Transformer2DModel": (EitherNetwork, EitherConfig)}

@@ -153,7 +153,7 @@ class UNet2DConfig(UNetConfig):
     def to_dict(self) -> dict[str, Any]:
         """The JSON that diffusers' UNet2DModel reads; with `num_attention_heads` sfumato's own."""
         values = asdict(self)
-        kept = {name: values[name] for name in (*_SHARED, *_OWN)} | self.fixed
+        kept = {**{name: values[name] for name in (*_SHARED, *_OWN)}, **self.fixed}
         if self.num_attention_heads is None:
             return {"_class_name": self.class_name, **kept}
         return {"_class_name": OWN_CLASS, **kept, "num_attention_heads": self.num_attention_heads}

@@ -6,7 +6,7 @@ are. T5-XXL is 4.8 billion numbers, of which a second copy would not fit.
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ def check_class(values: Mapping[str, Any], path: Path, kind: str, *classes: str)
 
 
 def check_fields(
-    values: Mapping[str, Any], config: Any, ignored: set[str], path: Path, kind: str
+    values: Mapping[str, Any], config: Any, ignored: Set[str], path: Path, kind: str
 ) -> None:
     """Raise `UserError` for a field that a network's config does not have.
 
