@@ -25,7 +25,7 @@ _UP = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
 
 
 @dataclass(frozen=True)
-class StageConfig:
+class Levels:
     """The numbers of an encoder or a decoder.
 
     Attributes:
@@ -57,16 +57,16 @@ class StageConfig:
                 )
 
 
-class Stages:
-    """Fields that configs of convolutional autoencoders share, and stages made of them."""
+class LevelFields:
+    """Fields that configs of convolutional autoencoders share, and levels made of them."""
 
     layers_per_block: int
     norm_num_groups: int
     mid_block_add_attention: bool
 
-    def stages(self, widths: tuple[int, ...], attention: tuple[bool, ...]) -> StageConfig:
+    def levels(self, widths: tuple[int, ...], attention: tuple[bool, ...]) -> Levels:
         """The numbers of an encoder or a decoder of these widths."""
-        return StageConfig(
+        return Levels(
             widths,
             self.layers_per_block,
             self.norm_num_groups,
@@ -76,7 +76,7 @@ class Stages:
 
 
 @dataclass(frozen=True)
-class ConvAutoencoderConfig(Stages):
+class ConvAutoencoderConfig(LevelFields):
     """The numbers that configs of KL and VQ autoencoders share, with diffusers' names.
 
     `sample_size` and `force_upcast` are notes that other tools read.
@@ -106,21 +106,21 @@ class ConvAutoencoderConfig(Stages):
     up_block_types: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        _ = self.encoder_stages, self.decoder_stages  # they refuse values that do not fit
+        _ = self.encoder_levels, self.decoder_levels  # they refuse values that do not fit
 
     @property
-    def encoder_stages(self) -> StageConfig:
+    def encoder_levels(self) -> Levels:
         """The numbers of the encoder."""
         widths = self.block_out_channels
         attention = _attention("down_block_types", self.down_block_types, len(widths), _DOWN)
-        return self.stages(widths, attention)
+        return self.levels(widths, attention)
 
     @property
-    def decoder_stages(self) -> StageConfig:
+    def decoder_levels(self) -> Levels:
         """The numbers of the decoder."""
         widths = self.block_out_channels
         attention = _attention("up_block_types", self.up_block_types, len(widths), _UP)
-        return self.stages(widths, attention[::-1])
+        return self.levels(widths, attention[::-1])
 
     @property
     def factor(self) -> int:
@@ -255,22 +255,22 @@ def _parts(levels: nn.ModuleList) -> list[nn.Module]:
 class Encoder(_Half):
     """Image (B, in_channels, H, W) in [-1, 1] -> (B, out_channels, h, w), of the latent."""
 
-    def __init__(self, in_channels: int, out_channels: int, stages: StageConfig):
+    def __init__(self, in_channels: int, out_channels: int, levels: Levels):
         super().__init__()
-        widths, groups, last = stages.widths, stages.groups, len(stages.widths) - 1
+        widths, groups, last = levels.widths, levels.groups, len(levels.widths) - 1
         self.conv_in = batch_invariant.Conv2d(in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             _Level(
                 widths[max(i - 1, 0)],
                 w,
-                stages.depth,
+                levels.depth,
                 groups,
-                stages.attention[i],
+                levels.attention[i],
                 Downsample(w, 0) if i < last else None,
             )
             for i, w in enumerate(widths)
         )
-        self.mid_block = _Middle(widths[-1], groups, stages.middle_attention)
+        self.mid_block = _Middle(widths[-1], groups, levels.middle_attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], _EPS)
         self.conv_out = batch_invariant.Conv2d(widths[-1], out_channels, 3, padding=1)
 
@@ -283,17 +283,17 @@ class Encoder(_Half):
 class Decoder(_Half):
     """Latent (B, in_channels, h, w) -> image (B, out_channels, H, W), not clamped to [-1, 1]."""
 
-    def __init__(self, in_channels: int, out_channels: int, stages: StageConfig):
+    def __init__(self, in_channels: int, out_channels: int, levels: Levels):
         super().__init__()
-        widths, attention = stages.widths[::-1], stages.attention[::-1]
-        groups, last = stages.groups, len(stages.widths) - 1
+        widths, attention = levels.widths[::-1], levels.attention[::-1]
+        groups, last = levels.groups, len(levels.widths) - 1
         self.conv_in = batch_invariant.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.mid_block = _Middle(widths[0], groups, stages.middle_attention)
+        self.mid_block = _Middle(widths[0], groups, levels.middle_attention)
         self.up_blocks = nn.ModuleList(
             _Level(
                 widths[max(i - 1, 0)],
                 w,
-                stages.depth + 1,
+                levels.depth + 1,
                 groups,
                 attention[i],
                 Upsample(w) if i < last else None,

@@ -81,8 +81,8 @@ class GaussianAutoencoder(ConvAutoencoder):
         super().__init__()
         self.config = config
         c = config.latent_channels
-        self.encoder = Encoder(config.in_channels, 2 * c, config.encoder_stages)
-        self.decoder = Decoder(c, config.out_channels, config.decoder_stages)
+        self.encoder = Encoder(config.in_channels, 2 * c, config.encoder_levels)
+        self.decoder = Decoder(c, config.out_channels, config.decoder_levels)
         self.quant_conv = batch_invariant.Conv2d(2 * c, 2 * c, 1) if config.use_quant_conv else None
         self.post_quant_conv = (
             batch_invariant.Conv2d(c, c, 1) if config.use_post_quant_conv else None

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfumato.compress.base import Posterior
-from sfumato.compress.conv_autoencoder import StageConfig, Stages, block_types
+from sfumato.compress.conv_autoencoder import LevelFields, Levels, block_types
 from sfumato.compress.kl import GaussianAutoencoder
 from sfumato.config import read_config
 from sfumato.errors import UserError
@@ -32,7 +32,7 @@ from sfumato.types import LatentSpace
 
 
 @dataclass(frozen=True)
-class KLFlux2Config(Stages):
+class KLFlux2Config(LevelFields):
     """The numbers of FLUX.2's autoencoder, with diffusers' names and defaults.
 
     `decoder_block_out_channels` None: as the encoder's. `sample_size` and `batch_norm_momentum` are
@@ -55,8 +55,8 @@ class KLFlux2Config(Stages):
     patch_size: tuple[int, ...] = (2, 2)
 
     def __post_init__(self) -> None:
-        _ = self.encoder_stages  # which refuses values that do not fit
-        if len(self.decoder_stages.widths) != len(self.block_out_channels):
+        _ = self.encoder_levels  # which refuses values that do not fit
+        if len(self.decoder_levels.widths) != len(self.block_out_channels):
             raise UserError(
                 f"decoder_block_out_channels {self.decoder_block_out_channels} needs as many "
                 f"levels as block_out_channels {self.block_out_channels}: the image would come "
@@ -70,16 +70,16 @@ class KLFlux2Config(Stages):
             )
 
     @property
-    def encoder_stages(self) -> StageConfig:
+    def encoder_levels(self) -> Levels:
         """The numbers of the encoder."""
         widths = self.block_out_channels
-        return self.stages(widths, (False,) * len(widths))
+        return self.levels(widths, (False,) * len(widths))
 
     @property
-    def decoder_stages(self) -> StageConfig:
+    def decoder_levels(self) -> Levels:
         """The numbers of the decoder."""
         widths = self.decoder_block_out_channels or self.block_out_channels
-        return self.stages(widths, (False,) * len(widths))
+        return self.levels(widths, (False,) * len(widths))
 
     @property
     def packed_channels(self) -> int:

@@ -135,11 +135,11 @@ class VQModel(ConvAutoencoder):
         super().__init__()
         self.config = config
         inner, code = config.latent_channels, config.code_channels
-        self.encoder = Encoder(config.in_channels, inner, config.encoder_stages)
+        self.encoder = Encoder(config.in_channels, inner, config.encoder_levels)
         self.quant_conv = batch_invariant.Conv2d(inner, code, 1)
         self.quantize = _Codebook(config.num_vq_embeddings, code)
         self.post_quant_conv = batch_invariant.Conv2d(code, inner, 1)
-        self.decoder = Decoder(inner, config.out_channels, config.decoder_stages)
+        self.decoder = Decoder(inner, config.out_channels, config.decoder_levels)
 
     def to_posterior(self, encoded: Float[Tensor, "B c h w"]) -> Posterior:
         """A point, before quantisation: std is 0."""
