@@ -444,7 +444,8 @@ class UNet(Network):
             )
         if not 1 <= count <= len(self._way_up()):
             raise UserError(
-                f"{count} skips: expected from 1 to {len(self._way_up())}, the number in this U-Net"
+                f"{count} skips: expected from 1 to {len(self._way_up())}, which is how many this "
+                "U-Net has"
             )
         time = self.embed(timestep, cond, x.dtype)
         return self._descend(self.conv_in(x), self._way_down()[: count - 1], time, cond), time
