@@ -1,7 +1,7 @@
 """Base of the KL and VQ autoencoders: a convolutional encoder and decoder.
 
 Residual blocks at each resolution, halved between resolutions (factor = 2^(levels-1)),
-self-attention at the lowest one and, where a config says so, after every residual block of a level
+self-attention at the lowest one and, where a config has it, after every residual block of a level
 (Rombach et al. 2022, arXiv:2112.10752, appendix G.1; VQGAN, Esser et al. 2021, arXiv:2012.09841,
 appendix A, table 7). Module names are diffusers'.
 """

@@ -81,7 +81,7 @@ class RopePositions:
             maps: (rows, columns) of each image.
             device: The device of the result.
         """
-        if torch.compiler.is_compiling():  # whose tensors cannot be cached
+        if torch.compiler.is_compiling():  # a compiler's tensors cannot be cached
             return self.compute(text, maps, device).to(device)
         return _cached_rope(self, text, maps, device)
 
@@ -106,7 +106,7 @@ class RopePositions:
 def _cached_rope(
     positions: RopePositions, text: int, maps: tuple[tuple[int, int], ...], device: torch.device
 ) -> Tensor:
-    with torch.inference_mode(False):  # later calls may want gradients
+    with torch.inference_mode(False):  # later calls may need gradients
         return positions.compute(text, maps, torch.device("cpu")).to(device)
 
 

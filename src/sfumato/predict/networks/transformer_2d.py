@@ -1,6 +1,6 @@
 """Transformer2DModel: the class in DiT's and PixArt's first files.
 
-The kind of the norms says which of the two it is:
+The kind of the norms decides which of the two it is:
 
     facebook/DiT-XL-2-256, -512        norm_type "ada_norm_zero"
     PixArt-alpha/PixArt-XL-2-*         norm_type "ada_norm_single"

@@ -35,7 +35,7 @@ class UNet2DConfig(UNetConfig):
     Attributes:
         attention_head_dim: Width of a head in every attention; None: one head.
         add_attention: Whether the middle block has attention.
-        downsample_type: "conv" or "resnet", of blocks with attention; the names of others say it
+        downsample_type: "conv" or "resnet", of blocks with attention; for others it is in the name
             ("DownBlock2D", "ResnetDownsampleBlock2D").
         upsample_type: As downsample_type.
         attn_norm_num_groups: Of the norm of the middle's attention; None: `norm_num_groups`, or

@@ -1,7 +1,7 @@
 """A language model with its tokenizer: Mistral Small 3 or Qwen3.
 
-The prompt becomes a user's message in the chat's template. The states after some of the layers,
-side by side, are what a diffusion model attends to. Attention is causal and masks padding.
+The prompt becomes a user's message in the chat's template. A diffusion model attends to the states
+after some of the layers, side by side. Attention is causal and masks padding.
 Mistral's vision tower is loaded and stored, and not run.
 
     tokenizer/      tokenizer.json, tokenizer_config.json, and the chat template in it or in
