@@ -24,7 +24,6 @@ from sfumato.io.atomic import atomic_file
 from sfumato.predict.text_encoders._transformers import (
     ANY,
     build_network,
-    check_class,
     check_counts,
     check_fields,
     check_length,
@@ -293,12 +292,14 @@ def build_language_model(
     import transformers
 
     kind = values.get("model_type")
-    if kind not in CLASSES:
+    if kind not in CLASSES or values.get("architectures", [CLASSES[kind]]) not in (
+        None,
+        [CLASSES[kind]],
+    ):
         raise UserError(
             f"{path} is of type {kind!r}, {values.get('architectures')}: expected one of "
             f"{', '.join(CLASSES.values())}"
         )
-    check_class(values, path, kind, CLASSES[kind])
     _check_fields(values, kind, path)
     embed, weights = "model.embed_tokens.weight", tensors
     if kind == "mistral3":
