@@ -66,13 +66,8 @@ class LevelFields:
 
     def levels(self, widths: tuple[int, ...], attention: tuple[bool, ...]) -> Levels:
         """The numbers of an encoder or a decoder of these widths."""
-        return Levels(
-            widths,
-            self.layers_per_block,
-            self.norm_num_groups,
-            attention,
-            self.mid_block_add_attention,
-        )
+        depth, groups = self.layers_per_block, self.norm_num_groups
+        return Levels(widths, depth, groups, attention, self.mid_block_add_attention)
 
 
 @dataclass(frozen=True)

@@ -254,17 +254,13 @@ class _Walk:
         first = by.series(
             [self._moments().norm(block.norm1, silu=True), by.convolution(block.conv1)]
         )
-        shortcut = block.conv_shortcut
+        shortcut = block.conv_shortcut or nn.Identity()
         if not self._fits(after, after):
             second = by.series(
                 [self._moments(first).norm(block.norm2, silu=True), by.convolution(block.conv2)]
             )
-            self.ahead.append(
-                by.residual(
-                    by.series([first, second]),
-                    lambda y, x: y.add_(x if shortcut is None else shortcut(x)),
-                )
-            )
+            both = by.series([first, second])
+            self.ahead.append(by.residual(both, lambda y, x: y.add_(shortcut(x))))
             return
         aside = by.Store(after[1])
         self.ahead.append(by.residual(first, partial(_put_aside, aside, shortcut)))
@@ -296,7 +292,7 @@ class _Walk:
         self.ahead.append(by.residual(by.series(layers), lambda y, x: y.add_(x).relu_()))
 
 
-def _put_aside(aside: by.Store, shortcut: nn.Module | None, y: Tensor, x: Tensor) -> Tensor:
+def _put_aside(aside: by.Store, shortcut: nn.Module, y: Tensor, x: Tensor) -> Tensor:
     """Store the input, or its 1x1 convolution, beside y."""
-    aside.add(x if shortcut is None else shortcut(x))
+    aside.add(shortcut(x))
     return y
