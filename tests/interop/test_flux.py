@@ -612,7 +612,7 @@ def test_missing_doors_are_refused(name: str) -> None:
     assert tokens is not None and vector is not None
     wrong = [
         (Conditioning(vector=vector), "tokens"),
-        (Conditioning(tokens[..., :5], vector=vector), "width 5"),
+        (Conditioning(tokens[..., :5], vector=vector), "5 wide"),
         (Conditioning(tokens), "vector"),
         (Conditioning(tokens, vector=vector[:, :-1]), f"{vector.shape[1] - 1} numbers"),
         (Conditioning(tokens, vector=vector, concat=x), "channels"),

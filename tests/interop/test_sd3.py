@@ -665,11 +665,15 @@ def test_what_is_missing_or_does_not_fit_is_said() -> None:
         (
             x,
             {"tokens": None},
-            r"reads tokens of width 12: Conditioning.tokens \(B, L, D\) is missing",
+            r"reads tokens of width 12: Conditioning.tokens \(B, L, 12\) is missing",
         ),
         (x, {"tokens": normal(2, 5, 11)}, "reads tokens of width 12: .* is 11 wide"),
-        (x, {"vector": None}, r"reads vector of width 10: Conditioning.vector \(B, V\) is missing"),
-        (x, {"vector": normal(2, 9)}, "reads vector of width 10: .* is 9 wide"),
+        (
+            x,
+            {"vector": None},
+            r"reads vector of width 10: Conditioning.vector \(B, 10\) is missing",
+        ),
+        (x, {"vector": normal(2, 9)}, "reads vector of width 10: .* has 9 numbers"),
         (x[:, :3], {}, "takes 4 channels and was given 3, 0 of them by Conditioning.concat"),
         (
             x,
@@ -679,7 +683,7 @@ def test_what_is_missing_or_does_not_fit_is_said() -> None:
         (
             normal(2, 4, 26, 8),
             {},
-            "a latent of 26 x 8 cells: this MMDiT has places for 24 x 24 at most; ask for a smaller picture",
+            "a latent of 26 x 8 cells: this MMDiT has positions for 24 x 24 at most; generate a smaller image",
         ),
         (normal(2, 4, 8, 25), {}, "a latent of 8 x 25 cells"),
     ]
@@ -691,9 +695,9 @@ def test_what_is_missing_or_does_not_fit_is_said() -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"num_layers": 0}, "num_layers 0: expected a whole number of at least 1"),
-        ({"patch_size": True}, "patch_size True: expected a whole number"),
-        ({"out_channels": 0}, "out_channels 0: expected a whole number"),
+        ({"num_layers": 0}, "num_layers=0: expected a whole number of at least 1"),
+        ({"patch_size": True}, "patch_size=True: expected a whole number"),
+        ({"out_channels": 0}, "out_channels=0: expected a whole number"),
         (
             {"caption_projection_dim": 33},
             r"caption_projection_dim 33: expected 32, which is attention_head_dim 8 \* num_attention_heads 4",

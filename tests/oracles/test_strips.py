@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers.models import randomised
 from helpers.tensors import normal, relative_error
 from sfumato.compress import exact as walk
-from sfumato.compress.base import Autoencoder, InParts
+from sfumato.compress.base import Autoencoder, SequentialAutoencoder
 from sfumato.compress.exact import posterior, reconstruct
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.compress.kl_flux2 import AutoencoderKLFlux2, KLFlux2Config
@@ -53,7 +53,7 @@ def kl(dtype: torch.dtype = torch.float64, **changes: Any) -> AutoencoderKL:
     return randomised(AutoencoderKL(KLConfig(**{**values, **changes}))).to(dtype)
 
 
-OTHERS: dict[str, Callable[[], InParts]] = {
+OTHERS: dict[str, Callable[[], SequentialAutoencoder]] = {
     "vq": lambda: VQModel(
         VQConfig(
             block_out_channels=(8, 16, 12), norm_num_groups=4, num_vq_embeddings=23, vq_embed_dim=2
@@ -102,7 +102,7 @@ def tiny(**changes: Any) -> TinyConfig:
     )
 
 
-def other(kind: str, dtype: torch.dtype = torch.float64) -> InParts:
+def other(kind: str, dtype: torch.dtype = torch.float64) -> SequentialAutoencoder:
     torch.manual_seed(0)
     # a seed with which few pixels are limited to [-1, 1]
     return randomised(OTHERS[kind](), 3).to(dtype)
@@ -258,7 +258,7 @@ def test_other_kinds_in_strips_are_the_whole(kind: str, memory: int | None) -> N
     strips_are_the_whole(other(kind), memory)
 
 
-def strips_are_the_whole(autoencoder: InParts, memory: int | None) -> None:
+def strips_are_the_whole(autoencoder: SequentialAutoencoder, memory: int | None) -> None:
     """A single cell, and odd numbers of cells."""
     for height, width in ((1, 1), (5, 3)):
         raw = normal(2, autoencoder.space.channels, height, width, dtype=torch.float64)
@@ -480,7 +480,7 @@ def test_wrong_input_is_refused() -> None:
         exact(autoencoder, torch.zeros(1, 3, 0, 4))
     with pytest.raises(
         UserError,
-        match="Other does not say what its parts are, and cannot be run in strips: use whole or tiled",
+        match="Other is not a SequentialAutoencoder and cannot be run in strips: use whole or tiled",
     ):
         exact(Other(), torch.zeros(1, 3, 4, 4))
     with pytest.raises(UserError, match="Linear cannot be run in strips"):

@@ -1,9 +1,8 @@
-"""What every autoencoder is: an encoder to a Gaussian (or a point), a decoder, and the latent space
-between them.
+"""Base classes of autoencoders: an encoder to a Gaussian or a point, and a decoder.
 
-Standardised latents everywhere: z = (raw - mean) / std per channel with statistics measured over
-the data (EDM2, Karras et al. 2024, arXiv:2312.02696, appendix B.1); nobody outside multiplies by a
-scaling factor.
+Latents are standardised everywhere: z = (raw - mean) / std per channel with statistics measured
+over the data (EDM2, Karras et al. 2024, arXiv:2312.02696, appendix B.1). No other code multiplies
+by a scaling factor.
 """
 
 from abc import ABC, abstractmethod
@@ -22,22 +21,27 @@ from sfumato.types import LatentSpace
 
 @dataclass(frozen=True)
 class Posterior:
-    """A diagonal Gaussian over raw latents: mean and std, both (B, C, h, w); std 0 for
-    deterministic encoders.
+    """A diagonal Gaussian over raw latents.
+
+    Attributes:
+        mean: (B, C, h, w).
+        std: (B, C, h, w), 0 for deterministic encoders.
     """
 
     mean: Float[Tensor, "B C h w"]
     std: Float[Tensor, "B C h w"]
 
     def sample(self, noise: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
-        """mean + std * noise, the reparameterised draw (Kingma & Welling 2014, arXiv:1312.6114,
-        section 2.4).
+        """The reparameterised draw mean + std * noise.
+
+        Kingma & Welling 2014, arXiv:1312.6114, section 2.4.
         """
         return self.mean + self.std * noise
 
     def kl(self) -> Float[Tensor, " B"]:
-        """KL divergence to the standard normal in nats, summed over the latent (Kingma & Welling
-        2014, appendix B).
+        """KL divergence to the standard normal in nats, summed over the latent.
+
+        Kingma & Welling 2014, arXiv:1312.6114, appendix B.
         """
         variance = self.std.square()
         return 0.5 * (self.mean.square() + variance - 1 - variance.clamp_min(1e-30).log()).sum(
@@ -46,7 +50,13 @@ class Posterior:
 
 
 class Autoencoder(nn.Module, ABC):
-    """image (B, 1|3, H, W) in [-1, 1] <-> latent. H and W are multiples of `space.factor`."""
+    """Image (B, 1|3, H, W) in [-1, 1] <-> latent. H and W are multiples of `space.factor`.
+
+    Attributes:
+        space: The latent space.
+        channels: Channels of the image.
+        config: The numbers of the network.
+    """
 
     space: LatentSpace
     channels: int
@@ -58,30 +68,35 @@ class Autoencoder(nn.Module, ABC):
 
     @abstractmethod
     def reconstruct(self, raw: Float[Tensor, "B c h w"]) -> Float[Tensor, "B C H W"]:
-        """Raw latent -> image, not clamped."""
+        """The image of a raw latent, not clamped."""
 
-    @abstractmethod
     def to_config(self) -> dict[str, Any]:
         """The JSON of config.json, with diffusers' names."""
+        return self.config.to_dict()
 
     def encode(
         self, image: Float[Tensor, "B C H W"], noise: Float[Tensor, "B c h w"] | None = None
     ) -> Float[Tensor, "B c h w"]:
-        """image -> z, standardised: the posterior's mean, or a draw where `noise` (standard normal)
-        is given.
+        """Encode images as standardised latents.
+
+        Args:
+            image: Pixels in [-1, 1].
+            noise: Standard normal, for a draw from the posterior; None: its mean.
         """
         posterior = self.posterior(image)
         return self.space.standardise(posterior.mean if noise is None else posterior.sample(noise))
 
     def decode(self, z: Float[Tensor, "B c h w"]) -> Float[Tensor, "B C H W"]:
-        """z -> image, not clamped."""
+        """Decode standardised latents as images, not clamped."""
         return self.reconstruct(self.space.restore(z))
 
     def forward(
         self, image: Float[Tensor, "B C H W"], noise: Float[Tensor, "B c h w"] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """image -> (reconstruction, posterior mean, posterior std); the training path, so that
-        wrappers such as DDP see one call.
+        """Run the training path in one call, which wrappers such as DDP need.
+
+        Returns:
+            The reconstruction, the posterior's mean and its std.
         """
         posterior = self.posterior(image)
         raw = posterior.mean if noise is None else posterior.sample(noise)
@@ -99,10 +114,8 @@ class Autoencoder(nn.Module, ABC):
 
 
 @cache
-def registered() -> dict[str, tuple[type[Any], Any]]:
-    """Every autoencoder of this folder and its config, by the "_class_name" of config.json: the
-    tables CLASSES of its files.
-    """
+def registered() -> dict[str, tuple[type[Autoencoder], Any]]:
+    """Every autoencoder of this folder and its config, by "_class_name" of config.json."""
     return {
         name: entry
         for file in names("compress")
@@ -110,26 +123,35 @@ def registered() -> dict[str, tuple[type[Any], Any]]:
     }
 
 
-class InParts(Autoencoder):
-    """An autoencoder whose halves are parts in a row, each given what the one before it made, so
-    that they can be run strip by strip.
+class SequentialAutoencoder(Autoencoder):
+    """An autoencoder of layers in a row, which can run strip by strip.
 
-    posterior: `to_posterior` of what the encoder's parts make of the image; reconstruct: what the
-    decoder's parts make of `to_cells`.
+    `posterior` is `to_posterior` of the output of the encoder's layers. `reconstruct` is the output
+    of the decoder's layers for `to_cells` of a latent.
     """
+
+    @property
+    def space(self) -> LatentSpace:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Channels, factor and statistics of the latent."""
+        return self.config.space
+
+    @property
+    def channels(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Channels of the image."""
+        return self.config.in_channels
 
     @abstractmethod
     def encoder_parts(self) -> Sequence[nn.Module]:
-        """From the image on, in the order in which they run. A group norm has SiLU after it."""
+        """The encoder's layers, in the order in which they run. SiLU follows a group norm."""
 
     @abstractmethod
     def decoder_parts(self) -> Sequence[nn.Module]:
-        """From the cells to the image, as `encoder_parts`."""
+        """The decoder's layers, as `encoder_parts`."""
 
     def to_cells(self, raw: Float[Tensor, "B c h w"]) -> Float[Tensor, "B d y x"]:
-        """Raw latent -> what the decoder's first part is given."""
+        """The input of the decoder's first layer for a raw latent."""
         return raw
 
     @abstractmethod
-    def to_posterior(self, made: Float[Tensor, "B d y x"]) -> Posterior:
-        """What the encoder's last part made -> the distribution of raw latents."""
+    def to_posterior(self, encoded: Float[Tensor, "B d y x"]) -> Posterior:
+        """The distribution of raw latents for the output of the encoder's last layer."""

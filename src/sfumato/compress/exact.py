@@ -1,22 +1,20 @@
-"""Autoencoders run in horizontal strips: the numbers of the whole image at once, in a fraction of
-the memory.
+"""Exact evaluation of autoencoders in horizontal strips, in a fraction of the memory.
 
-The layers (`sfumato.inference.row_streaming`) see a few rows at a time. What cannot be had from a
-few rows are the means and variances of group norms and the keys and values of attention: each needs
-a pass over all rows before the next layer may begin. Between passes one map is *kept*, in strips
-that are let go as the next kept map grows; layers that lie *ahead* of it are run again in every
-pass.
+The layers (`sfumato.inference.row_streaming`) take a few rows at a time. A few rows do not give the
+means and variances of group norms and the keys and values of attention: each needs a pass over all
+rows before the next layer may begin. Between passes one map is *kept*, in strips that are released
+as the next kept map grows. Layers that lie *ahead* of it are run again in every pass.
 
-What is kept, and what is worked out again, follows from how many bytes maps may take (`memory`). At
-each norm and block:
+The bytes that maps may take (`memory`) decide what is kept, and what is computed again. At each
+norm and block:
 
-    keep           what lies ahead is worked out once and kept, if the new map fits
+    keep           the layers ahead are run once and their map is kept, if it fits
     both halves    of a residual block: its first half and its shortcut are kept, if they fit
                    together
     again          else a pass goes by for the moments alone, and nothing is kept of it
 
-By default maps may take what the largest map after a residual block takes: less would mean to work
-out whole blocks again for each norm above. In Stable Diffusion's decoder this is one map of 128
+By default maps may take what the largest map after a residual block takes: less would mean to
+compute whole blocks again for each norm above. In Stable Diffusion's decoder this is one map of 128
 channels at the image's size. Then the last doubling is done three times and the first convolutions
 of the last three blocks twice: 8 % more products than at once. With twice the memory nothing is
 done again, and there are 16 % fewer than at once, since doublings are convolved where they are
@@ -33,7 +31,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sfumato.compress.base import InParts, Posterior
+from sfumato.compress.base import Posterior, SequentialAutoencoder
 from sfumato.compress.conv_autoencoder import check_image
 from sfumato.compress.tiny import Block, Scale
 from sfumato.errors import UserError
@@ -43,34 +41,46 @@ from sfumato.nn.blocks import Downsample, ResnetBlock, Upsample
 from sfumato.validate import positive_int
 
 STRIP = 2**23
-"""Bytes of one strip at most, where no number of rows is given: a sixteenth of what maps may take,
-but no more than this."""
+"""Most bytes of a strip without a number of rows.
+
+A strip is a sixteenth of the bytes that maps may take, but no more than this.
+"""
 
 
 def reconstruct(
-    autoencoder: InParts,
+    autoencoder: SequentialAutoencoder,
     raw: Float[Tensor, "B c h w"],
     rows: int | None = None,
     memory: int | None = None,
 ) -> Float[Tensor, "B C H W"]:
-    """Raw latent -> image, not clamped, without gradient: as `autoencoder.reconstruct`, image by
-    image and strip by strip.
+    """Reconstruct image by image and strip by strip, without gradient.
 
-    rows: about how many rows of any map a strip has (default: as many as make 8 MB, or less for
-    small images). memory: bytes that kept maps may take; more than the default saves repeated work,
-    less costs more of it.
+    Args:
+        autoencoder: The autoencoder.
+        raw: Raw latent.
+        rows: About how many rows of any map a strip has; None: as many as make 8 MB, or less for
+            small images.
+        memory: Bytes that kept maps may take; more than the default saves repeated work, less costs
+            more of it.
+
+    Returns:
+        The image, not clamped.
+
+    Raises:
+        UserError: For rows or memory below 1, an empty map, and layers that cannot run in strips.
     """
     return _run(autoencoder.decoder_parts(), autoencoder.to_cells(raw), rows, memory)
 
 
 def posterior(
-    autoencoder: InParts,
+    autoencoder: SequentialAutoencoder,
     image: Float[Tensor, "B C H W"],
     rows: int | None = None,
     memory: int | None = None,
 ) -> Posterior:
-    """The distribution of raw latents, without gradient: as `autoencoder.posterior`. rows and
-    memory: see `reconstruct`.
+    """The distribution of an image's raw latents, in strips and without gradient.
+
+    Arguments and errors as for `reconstruct`.
     """
     check_image(image, autoencoder.channels, autoencoder.space.factor)
     return autoencoder.to_posterior(_run(autoencoder.encoder_parts(), image, rows, memory))
@@ -81,7 +91,7 @@ Size = tuple[int, int, int]
 
 
 def _after(module: nn.Module, size: Size) -> Size:
-    """The size of what a part makes."""
+    """The size of a part's output."""
     _, h, w = size
     match module:
         case ResnetBlock():
@@ -104,9 +114,8 @@ def least(modules: Sequence[nn.Module], size: Size) -> int:
     largest = 0
     for module in modules:
         size = _after(module, size)
-        largest = (
-            max(largest, _numbers(size)) if isinstance(module, ResnetBlock | Block) else largest
-        )
+        if isinstance(module, ResnetBlock | Block):
+            largest = max(largest, _numbers(size))
     return largest
 
 
@@ -116,9 +125,7 @@ def _numbers(size: Size) -> int:
 
 @torch.no_grad()
 def _run(modules: Sequence[nn.Module], x: Tensor, rows: int | None, memory: int | None) -> Tensor:
-    """Each image by itself, so that memory does not grow with the batch (and so that no image
-    depends on it).
-    """
+    """Run layers on each image by itself: neither memory nor an image depends on the batch."""
     for name, value in (("rows", rows), ("memory", memory)):
         if value is not None:
             positive_int(name, value, hint="None is the default")
@@ -152,8 +159,9 @@ class _Kept(by.Store):
 
 
 class _Walk:
-    """One image on its way: the map that is kept, and the layers ahead of it that were not run or
-    will be run again.
+    """The state of one image between layers.
+
+    A map is kept, and the layers ahead of it have not run or will run again.
     """
 
     def __init__(self, x: Tensor, rows: int | None, memory: int):
@@ -164,7 +172,7 @@ class _Walk:
         self.ahead: list[by.Layer] = []
 
     def go(self, module: nn.Module) -> None:
-        """Past one part."""
+        """Pass one part."""
         after = _after(module, self.size)
         match module:
             case ResnetBlock():
@@ -192,13 +200,15 @@ class _Walk:
                 self.ahead.append(by.pointwise(module))
             case _:
                 raise UserError(
-                    f"{type(module).__name__} cannot be run in strips: use another way to run this autoencoder"
+                    f"{type(module).__name__} cannot be run in strips: use decoding='whole' or "
+                    "'tiled'"
                 )
         self.size = after
 
     def strips(self, release: bool = False) -> by.Strips:
-        """The map after all layers ahead, strip by strip; `release` lets go of the kept map on the
-        way.
+        """The map after all layers ahead, strip by strip.
+
+        `release` releases the kept map on the way.
         """
         return by.series(self.ahead)(self.kept.read(self._rows(self.kept.size), release))
 
@@ -206,18 +216,19 @@ class _Walk:
         return self.rows or max(1, self.strip // (size[0] * size[2] * self.bytes))
 
     def _split(self, after: Size, step: float) -> by.Layer:
-        """Strips small enough for what a layer makes of them, each of whose rows needs `step`
-        rows.
+        """Split into strips that are small enough behind a layer.
+
+        Each row behind it needs `step` rows.
         """
         rows = max(1, int(self._rows(after) * step))
         return lambda strips: by.split(strips, rows)
 
     def _fits(self, *sizes: Size) -> bool:
-        """Whether maps that grow together while the kept one is let go stay within the memory."""
+        """True where maps that grow together while the kept one is released fit the memory."""
         return max(_numbers(self.kept.size), sum(map(_numbers, sizes))) * self.bytes <= self.memory
 
     def _keep(self) -> None:
-        """Runs what lies ahead and keeps the map."""
+        """Run the layers ahead and keep the map."""
         if self.ahead:
             self.kept = _Kept(self.strips(release=True), self.size)
             self.ahead = []
@@ -227,8 +238,9 @@ class _Walk:
             self._keep()
 
     def _moments(self, *layers: by.Layer) -> by.Moments:
-        """Of the map after all layers ahead, and these: known, or from a pass that keeps
-        nothing.
+        """The moments of the map after all layers ahead, and these.
+
+        They are stored with a kept map, and otherwise from a pass that keeps nothing.
         """
         if not self.ahead and not layers:
             return self.kept.moments
@@ -237,23 +249,20 @@ class _Walk:
         return moments
 
     def _resnet(self, block: ResnetBlock, after: Size) -> None:
-        """norm, SiLU, conv, norm, SiLU, conv, plus the input or a 1x1 convolution of it."""
-        assert block.time_emb_proj is None, "blocks of autoencoders know no time"
+        """Norm, SiLU, conv, norm, SiLU, conv, plus the input or a 1x1 convolution of it."""
+        assert block.time_emb_proj is None, "blocks of autoencoders have no time embedding"
         first = by.series(
             [self._moments().norm(block.norm1, silu=True), by.convolution(block.conv1)]
         )
-        shortcut = block.conv_shortcut
+        shortcut = block.conv_shortcut or nn.Identity()
         if not self._fits(after, after):
             second = by.series(
                 [self._moments(first).norm(block.norm2, silu=True), by.convolution(block.conv2)]
             )
-            add = (
-                (lambda y, x: y.add_(x)) if shortcut is None else (lambda y, x: y.add_(shortcut(x)))
-            )
-            self.ahead.append(by.residual(by.series([first, second]), add))
+            both = by.series([first, second])
+            self.ahead.append(by.residual(both, lambda y, x: y.add_(shortcut(x))))
             return
         aside = by.Store(after[1])
-
         self.ahead.append(by.residual(first, partial(_put_aside, aside, shortcut)))
         self.size = after
         self._keep()
@@ -263,25 +272,19 @@ class _Walk:
         self.ahead.append(
             lambda strips: map(lambda y: y.add_(by.take(aside.slabs, y.shape[2])), second(strips))
         )
-        self._keep()  # at once: what was put aside can be read only once
+        self._keep()  # at once: the rows put aside can be read only once
 
     def _tiny_block(self, block: Block) -> None:
-        """relu(convs(x) + x), after the branch with a norm where there is one."""
+        """Compute relu(convs(x) + x), after the branch with a norm where there is one."""
         if block.pool is not None:
             self._settle()
             first, norm, relu, last = block.pool
-            assert (
-                isinstance(first, nn.Conv2d)
-                and isinstance(norm, nn.GroupNorm)
-                and isinstance(last, nn.Conv2d)
-            )
+            assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
+            assert isinstance(norm, nn.GroupNorm)
             wide = by.convolution(first)
             normed = self._moments(wide).norm(norm, silu=False)
-            self.ahead.append(
-                by.residual(
-                    by.series([wide, normed, by.pointwise(relu), by.convolution(last)]), torch.add
-                )
-            )
+            branch = by.series([wide, normed, by.pointwise(relu), by.convolution(last)])
+            self.ahead.append(by.residual(branch, torch.add))
         layers = [
             by.convolution(part) if isinstance(part, nn.Conv2d) else by.pointwise(part)
             for part in block.conv
@@ -289,7 +292,7 @@ class _Walk:
         self.ahead.append(by.residual(by.series(layers), lambda y, x: y.add_(x).relu_()))
 
 
-def _put_aside(aside: by.Store, shortcut: nn.Module | None, y: Tensor, x: Tensor) -> Tensor:
-    """Keeps the input, or its 1x1 convolution, beside y."""
-    aside.add(x if shortcut is None else shortcut(x))
+def _put_aside(aside: by.Store, shortcut: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+    """Store the input, or its 1x1 convolution, beside y."""
+    aside.add(shortcut(x))
     return y

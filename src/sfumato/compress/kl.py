@@ -1,9 +1,10 @@
-"""KL autoencoder of Latent Diffusion and Stable Diffusion (Rombach et al. 2022, arXiv:2112.10752,
-section 3.1, appendix G).
+"""KL autoencoder of Latent Diffusion and Stable Diffusion.
 
-encoder: image -> (mean, log variance) of a Gaussian; decoder: raw latent -> image. The halves are
-those of `compress.halves`. Config and names are diffusers' AutoencoderKL: Stable Diffusion 1 to 3
-and XL, FLUX.1 and LDM's kl-f4 to kl-f32 are numbers of this class.
+Rombach et al. 2022, arXiv:2112.10752, section 3.1, appendix G.
+
+encoder: image -> (mean, log variance) of a Gaussian; decoder: raw latent -> image. Both are those
+of `compress.conv_autoencoder`. Config and names are diffusers' AutoencoderKL: Stable Diffusion 1 to
+3 and XL, FLUX.1 and LDM's kl-f4 to kl-f32 are numbers of this class.
 """
 
 from dataclasses import dataclass, replace
@@ -15,26 +16,27 @@ from torch import Tensor
 
 from sfumato.compress.base import Posterior
 from sfumato.compress.conv_autoencoder import (
+    ConvAutoencoder,
+    ConvAutoencoderConfig,
     Decoder,
     Encoder,
-    Halved,
-    HalvesConfig,
-    plain_types_left_out,
+    without_plain_types,
 )
 from sfumato.config import read_config
 from sfumato.kernels import batch_invariant
 from sfumato.types import LatentSpace
 
-_UNSAID = 0.18215  # what a config carries as its scaling factor where nobody chose one
+_DEFAULT_SCALE = 0.18215  # diffusers' default of scaling_factor
 
 
 @dataclass(frozen=True)
-class KLConfig(HalvesConfig):
-    """The numbers of a KL autoencoder, with diffusers' names. `latents_mean` and `latents_std` hold
-    the measured statistics.
+class KLConfig(ConvAutoencoderConfig):
+    """The numbers of a KL autoencoder, with diffusers' names.
+
+    `latents_mean` and `latents_std` hold the measured statistics.
     """
 
-    scaling_factor: float = _UNSAID
+    scaling_factor: float = _DEFAULT_SCALE
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
@@ -44,9 +46,7 @@ class KLConfig(HalvesConfig):
 
     @property
     def space(self) -> LatentSpace:
-        """Measured statistics where present, otherwise those that one scaling factor and shift
-        stand for.
-        """
+        """Measured statistics where present, otherwise those of the scaling factor and shift."""
         c = self.latent_channels
         mean = self.latents_mean or (self.shift_factor or 0.0,) * c
         std = self.latents_std or (1.0 / self.scaling_factor,) * c
@@ -54,14 +54,13 @@ class KLConfig(HalvesConfig):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "KLConfig":
-        """Reads a diffusers config; a field that this class does not know, or a value it cannot
-        honour, is refused.
+        """Read a diffusers config; `UserError` for unknown fields and unsupported values.
 
         A scaling factor beside measured statistics divides the stds, as in diffusers' SDXL pipeline
-        (Playground v2.5 has 0.5), except for the default, which is there where nobody chose one.
+        (Playground v2.5 has 0.5), except for the default, which every config has.
         """
-        config = read_config(cls, plain_types_left_out(values), {"act_fn": "silu"})
-        if config.latents_std is None or config.scaling_factor in (_UNSAID, 1.0):
+        config = read_config(cls, without_plain_types(values), {"act_fn": "silu"})
+        if config.latents_std is None or config.scaling_factor in (_DEFAULT_SCALE, 1.0):
             return config
         std = tuple(s / config.scaling_factor for s in config.latents_std)
         return replace(config, latents_std=std, scaling_factor=1.0)
@@ -69,23 +68,18 @@ class KLConfig(HalvesConfig):
     def to_dict(self) -> dict[str, Any]:
         """The JSON that diffusers' AutoencoderKL reads."""
         values = {**self.fields(), "act_fn": "silu"}
-        if self.latents_std is not None and self.scaling_factor != _UNSAID:
-            # the statistics have come first: who reads both must find the same latents
+        if self.latents_std is not None and self.scaling_factor != _DEFAULT_SCALE:
+            # the statistics have precedence: readers of both must get the same latents
             values["scaling_factor"] = 1.0
         return {"_class_name": "AutoencoderKL", **values}
 
 
-class AutoencoderKL(Halved):
-    """The KL autoencoder: see the module's docstring. Built from a `KLConfig`; weights are random
-    until loaded.
-    """
+class GaussianAutoencoder(ConvAutoencoder):
+    """An autoencoder whose encoder gives means and log variances, as channels in a row."""
 
-    config: KLConfig
-
-    def __init__(self, config: KLConfig):
+    def __init__(self, config: Any):
         super().__init__()
         self.config = config
-        self.channels = config.in_channels
         c = config.latent_channels
         self.encoder = Encoder(config.in_channels, 2 * c, config.encoder_levels)
         self.decoder = Decoder(c, config.out_channels, config.decoder_levels)
@@ -94,33 +88,28 @@ class AutoencoderKL(Halved):
             batch_invariant.Conv2d(c, c, 1) if config.use_post_quant_conv else None
         )
 
-    @property
-    def space(self) -> LatentSpace:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Channels, factor and statistics of the latent."""
-        return self.config.space
+    def to_posterior(self, encoded: Float[Tensor, "B D h w"]) -> Posterior:
+        """The Gaussian of means and log variances, which are limited to [-30, 20]."""
+        mean, log_variance = encoded.chunk(2, dim=1)
+        return Posterior(mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)))
+
+
+class AutoencoderKL(GaussianAutoencoder):
+    """The KL autoencoder: see the module's docstring.
+
+    Built from a `KLConfig`; weights are random until loaded.
+    """
+
+    config: KLConfig
 
     def set_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """Stores per-channel statistics of raw latents, measured over the data, so that z is
-        standardised.
+        """Store per-channel statistics of raw latents, measured over the data.
+
+        They standardise z.
         """
         self.config = replace(
             self.config, latents_mean=tuple(mean), latents_std=tuple(std), scaling_factor=1.0
         )
-
-    def to_posterior(self, made: Float[Tensor, "B D h w"]) -> Posterior:
-        """Means and log variances, one after the other along the channels."""
-        return gaussian(made)
-
-    def to_config(self) -> dict[str, Any]:
-        return self.config.to_dict()
-
-
-def gaussian(moments: Float[Tensor, "B D h w"]) -> Posterior:
-    """Mean and log variance, one after the other along the channels, as a posterior; log variances
-    are limited to [-30, 20].
-    """
-    mean, log_variance = moments.chunk(2, dim=1)
-    return Posterior(mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)))
 
 
 CLASSES = {"AutoencoderKL": (AutoencoderKL, KLConfig)}

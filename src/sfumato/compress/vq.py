@@ -1,15 +1,16 @@
-"""Vector-quantised autoencoder of Latent Diffusion: VQ-f4, f8, f16 (Rombach et al. 2022,
-arXiv:2112.10752, section 3.1, appendix G).
+"""Vector-quantised autoencoder of Latent Diffusion: VQ-f4, f8, f16.
+
+Rombach et al. 2022, arXiv:2112.10752, section 3.1, appendix G.
 
 Each cell of the encoder's output h becomes the nearest of K learned codes (van den Oord et al.
 2017, arXiv:1711.00937, eq. 1-2),
 
     code(h) = argmin_k |h - e_k|^2 = argmin_k |e_k|^2 - 2 <h, e_k>,
 
-and the decoder sees e_code(h). Gradients pass straight through: d e / d h = 1 (section 3.2). As in
-Latent Diffusion the quantisation is the decoder's first layer: the latent is h, which a denoiser
-can be trained on, and `reconstruct` quantises. The halves are those of `compress.halves`. Config
-and names are diffusers' VQModel.
+and e_code(h) is the decoder's input. Gradients pass straight through: d e / d h = 1 (section 3.2).
+As in Latent Diffusion the quantisation is the decoder's first layer: the latent is h, which a
+denoiser can be trained on, and `reconstruct` quantises. Encoder and decoder are those of
+`compress.conv_autoencoder`. Config and names are diffusers' VQModel.
 """
 
 from dataclasses import dataclass
@@ -21,11 +22,11 @@ from torch import Tensor, nn
 
 from sfumato.compress.base import Posterior
 from sfumato.compress.conv_autoencoder import (
+    ConvAutoencoder,
+    ConvAutoencoderConfig,
     Decoder,
     Encoder,
-    Halved,
-    HalvesConfig,
-    plain_types_left_out,
+    without_plain_types,
 )
 from sfumato.config import read_config
 from sfumato.errors import UserError
@@ -38,12 +39,15 @@ _ROWS = 4096  # cells that are compared with the codebook at a time: 4096 by 819
 
 
 @dataclass(frozen=True)
-class VQConfig(HalvesConfig):
+class VQConfig(ConvAutoencoderConfig):
     """The numbers of a vector-quantised autoencoder, with diffusers' names.
 
-    num_vq_embeddings: codes K; vq_embed_dim: numbers in a code, and channels of the latent (None:
-    `latent_channels`, which are the channels inside the halves). `lookup_from_codebook` (how other
-    tools decode codes) is a note.
+    `lookup_from_codebook` is a note on how other tools decode codes.
+
+    Attributes:
+        latent_channels: Channels inside encoder and decoder.
+        num_vq_embeddings: Codes K.
+        vq_embed_dim: Numbers in a code, and channels of the latent; None: `latent_channels`.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512)
@@ -66,17 +70,19 @@ class VQConfig(HalvesConfig):
 
     @property
     def space(self) -> LatentSpace:
-        """The statistics that one scaling factor stands for."""
+        """The latent space of one scaling factor."""
         c = self.code_channels
         return LatentSpace(c, self.factor, (0.0,) * c, (1.0 / self.scaling_factor,) * c)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "VQConfig":
-        """Reads a diffusers config, with diffusers' defaults; a field or a value that this class
-        cannot honour is refused.
-        """
-        theirs = {"layers_per_block": 1, "sample_size": 32, "num_vq_embeddings": 256}
-        return read_config(cls, theirs | plain_types_left_out(values), _FIXED)
+        """Read a diffusers config; `UserError` for unknown fields and unsupported values."""
+        defaults = {
+            "layers_per_block": 1,
+            "sample_size": 32,
+            "num_vq_embeddings": 256,
+        }  # diffusers'
+        return read_config(cls, defaults | without_plain_types(values), _FIXED)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON that diffusers' VQModel reads."""
@@ -96,14 +102,12 @@ class _Codebook(nn.Module):
         lengths = codes.square().sum(1)
         cells = h.detach().movedim(1, -1).flatten(1, -2)  # (B, h*w, C)
         images = max(1, _ROWS // max(1, cells.shape[1]))
+
+        def search(part: Tensor) -> Tensor:
+            return torch.argmin(lengths - 2 * batch_invariant.linear(part, codes), dim=-1)
+
         nearest = [
-            torch.cat(
-                [
-                    torch.argmin(lengths - 2 * batch_invariant.linear(part, codes), dim=-1)
-                    for part in batch.split(_ROWS, dim=1)
-                ],
-                dim=1,
-            )
+            torch.cat([search(part) for part in batch.split(_ROWS, dim=1)], dim=1)
             for batch in cells.split(images)
         ]
         return torch.cat(nearest).unflatten(1, h.shape[2:])
@@ -113,17 +117,16 @@ class _Codebook(nn.Module):
         return self.embedding(indices).movedim(-1, 1).contiguous()
 
     def forward(self, h: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
-        """The nearest code in place of each cell; its gradient goes to h unchanged, and none to the
-        codes.
-        """
+        """Replace each cell by the nearest code. The gradient passes to h alone, unchanged."""
         quantised = self.look_up(self.nearest(h)).detach()
         # h - h is exactly 0: the value is the code's, to the bit
         return quantised + (h - h.detach()) if h.requires_grad else quantised
 
 
-class VQModel(Halved):
-    """The vector-quantised autoencoder: see the module's docstring. Built from a `VQConfig`;
-    weights are random until loaded.
+class VQModel(ConvAutoencoder):
+    """The vector-quantised autoencoder: see the module's docstring.
+
+    Built from a `VQConfig`; weights are random until loaded.
     """
 
     config: VQConfig
@@ -131,7 +134,6 @@ class VQModel(Halved):
     def __init__(self, config: VQConfig):
         super().__init__()
         self.config = config
-        self.channels = config.in_channels
         inner, code = config.latent_channels, config.code_channels
         self.encoder = Encoder(config.in_channels, inner, config.encoder_levels)
         self.quant_conv = batch_invariant.Conv2d(inner, code, 1)
@@ -139,38 +141,27 @@ class VQModel(Halved):
         self.post_quant_conv = batch_invariant.Conv2d(code, inner, 1)
         self.decoder = Decoder(inner, config.out_channels, config.decoder_levels)
 
-    @property
-    def space(self) -> LatentSpace:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Channels, factor and statistics of the latent."""
-        return self.config.space
-
-    def to_posterior(self, made: Float[Tensor, "B c h w"]) -> Posterior:
+    def to_posterior(self, encoded: Float[Tensor, "B c h w"]) -> Posterior:
         """A point, before quantisation: std is 0."""
-        return Posterior(made, torch.zeros_like(made))
+        return Posterior(encoded, torch.zeros_like(encoded))
 
     def to_cells(self, raw: Float[Tensor, "B c h w"]) -> Float[Tensor, "B c h w"]:
-        """Quantises: the decoder sees codes only."""
+        """The nearest codes, the decoder's input."""
         return self.quantize(raw)
 
     def codes(self, image: Float[Tensor, "B C H W"]) -> Int[Tensor, "B h w"]:
-        """image -> the index of each cell's code, 0 to num_vq_embeddings - 1: the whole picture in
-        log2(K) bits a cell.
-        """
+        """The index of each cell's code, 0 to num_vq_embeddings - 1: log2(K) bits a cell."""
         return self.quantize.nearest(self.posterior(image).mean)
 
     def from_codes(self, indices: Int[Tensor, "B h w"]) -> Float[Tensor, "B C H W"]:
-        """Indices of codes -> image, not clamped; `UserError` for an index that is not in the
-        codebook.
-        """
+        """The image, not clamped, of indices of codes; `UserError` for an index of no code."""
         count = self.config.num_vq_embeddings
         if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < count:
             raise UserError(
-                f"code indices from {int(indices.min())} to {int(indices.max())}: expected 0 to {count - 1}, as `codes` returns"
+                f"code indices from {int(indices.min())} to {int(indices.max())}: expected 0 to "
+                f"{count - 1}, as `codes` returns"
             )
         return self.from_cells(self.quantize.look_up(indices))
-
-    def to_config(self) -> dict[str, Any]:
-        return self.config.to_dict()
 
 
 CLASSES = {"VQModel": (VQModel, VQConfig)}

@@ -1,16 +1,15 @@
-"""Decode and encode in strips, without approximation: the whole image's result to rounding, in
-about an eighth of the memory.
+"""Decode and encode in strips: the whole image's result, in about an eighth of the memory.
 
-Unlike tiles, strips hand each layer's last rows on to the next strip, group norms have the
-statistics of the whole map, and attention sees all positions: there is nothing to blend. How it is
-done, and what is worked out twice, stands in `sfumato.compress.exact`.
+Both are equal to rounding. Unlike tiles, strips pass each layer's last rows on to the next strip,
+group norms have the statistics of the whole map, and attention is over all positions: there is
+nothing to blend. `sfumato.compress.exact` is the method, with the cost of layers that run twice.
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.compress.base import Autoencoder, InParts, Posterior
+from sfumato.compress.base import Autoencoder, Posterior, SequentialAutoencoder
 from sfumato.compress.exact import posterior, reconstruct
 from sfumato.decode.whole import check_decoded, check_latent
 from sfumato.errors import UserError
@@ -23,18 +22,27 @@ def exact(
     rows: int | None = None,
     memory: int | None = None,
 ) -> Float[Tensor, "B c H W"]:
-    """z (standardised) -> image in [-1, 1], clamped, float32: `whole`, to rounding.
+    """Decode standardised latents in strips: `whole`, to rounding.
 
-    rows: about how many rows of any feature map are worked on at a time (default: as many as make 8
-    MB, or less). memory: bytes that feature maps may take between layers (default: the largest map
-    after a residual block; more is quicker, less slower). `UserError` for autoencoders that do not
-    say what their parts are (`InParts`: all of sfumato's do), `NumericalError` for NaN or infinity.
+    Args:
+        autoencoder: A `SequentialAutoencoder`, as all of sfumato's are.
+        z: Standardised latents.
+        rows: About how many rows of any feature map are computed at a time; None: as many as make 8
+            MB, or less.
+        memory: Bytes that feature maps may take between layers; None: the largest map after a
+            residual block. More is quicker, less slower.
+
+    Returns:
+        The images in [-1, 1], clamped, float32.
+
+    Raises:
+        UserError: For latents that do not fit, and autoencoders that cannot run in strips.
+        NumericalError: For NaN or infinity.
     """
-    parts = _require_parts(autoencoder)
+    sequential = _require_sequential(autoencoder)
     check_latent(autoencoder.space, z)
-    image = reconstruct(
-        parts, autoencoder.space.restore(z.to(autoencoder.dtype)), rows, memory
-    ).float()
+    raw = autoencoder.space.restore(z.to(autoencoder.dtype))
+    image = reconstruct(sequential, raw, rows, memory).float()
     check_decoded(image, autoencoder.dtype)
     return image.clamp_(-1, 1)
 
@@ -46,15 +54,21 @@ def exact_posterior(
     rows: int | None = None,
     memory: int | None = None,
 ) -> Posterior:
-    """image in [-1, 1] -> the distribution of raw latents, in the autoencoder's dtype:
-    `autoencoder.posterior`, to rounding. As `exact`.
+    """Encode images in [-1, 1] in strips: `autoencoder.posterior`, to rounding.
+
+    Arguments and errors as for `exact`.
+
+    Returns:
+        The distribution of raw latents, in the autoencoder's dtype.
     """
-    return posterior(_require_parts(autoencoder), image.to(autoencoder.dtype), rows, memory)
+    sequential = _require_sequential(autoencoder)
+    return posterior(sequential, image.to(autoencoder.dtype), rows, memory)
 
 
-def _require_parts(autoencoder: Autoencoder) -> InParts:
-    if not isinstance(autoencoder, InParts):
+def _require_sequential(autoencoder: Autoencoder) -> SequentialAutoencoder:
+    if not isinstance(autoencoder, SequentialAutoencoder):
         raise UserError(
-            f"{type(autoencoder).__name__} does not say what its parts are, and cannot be run in strips: use whole or tiled"
+            f"{type(autoencoder).__name__} is not a SequentialAutoencoder and cannot be run in "
+            "strips: use whole or tiled"
         )
     return autoencoder

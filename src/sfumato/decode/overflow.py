@@ -1,7 +1,6 @@
-"""Autoencoders in half precision: where they overflow, again in float32.
+"""Decode and encode again in float32 where an autoencoder in half precision overflows.
 
-SDXL's autoencoder overflows in float16. The result of the first try is thrown away, and the log
-says so.
+SDXL's autoencoder overflows in float16. The first result is discarded, with a warning in the log.
 """
 
 import copy
@@ -27,16 +26,16 @@ def decode_in_range(
     """Decode a latent, in float32 where the autoencoder's own dtype overflows.
 
     Args:
-        autoencoder: left as it is
-        z: standardised latent
-        decode: `whole`, `exact` or `tiled`
-        retry: False: do not try again, as where there is no memory for a second copy
+        autoencoder: Not changed.
+        z: Standardised latents.
+        decode: `whole`, `exact` or `tiled`.
+        retry: False without memory for a copy in float32: the error is raised.
 
     Returns:
-        image in [-1, 1]
+        The images in [-1, 1].
 
     Raises:
-        NumericalError: NaN or infinity in float32 too, or in the latent
+        NumericalError: For NaN or infinity in float32 too, or in the latent.
     """
     try:
         return decode(autoencoder, z)
@@ -44,7 +43,7 @@ def decode_in_range(
         if autoencoder.dtype == torch.float32 or not retry or not torch.isfinite(z).all():
             raise
         LOG.warning(
-            "%s; decoding again in float32 (load the model in bfloat16 or float32 to save the time)",
+            "%s; decoding again in float32 (a model loaded in bfloat16 or float32 saves the time)",
             error,
         )
         return decode(copy.deepcopy(autoencoder).float(), z)
@@ -59,13 +58,13 @@ def encode_in_range(
     """Encode an image, in float32 where the autoencoder's own dtype overflows.
 
     Args:
-        autoencoder: left as it is
-        image: pixels in [-1, 1], of any dtype
-        noise: standard normal, for a draw from the posterior; None: its mean
-        retry: as for `decode_in_range`
+        autoencoder: Not changed.
+        image: Pixels in [-1, 1], of any dtype.
+        noise: Standard normal, for a draw from the posterior; None: its mean.
+        retry: As for `decode_in_range`.
 
     Returns:
-        z, standardised, float32; not finite where the image or float32 itself is not
+        Standardised latents, float32; not finite where the image or float32 itself is not.
     """
     z = autoencoder.encode(image.to(autoencoder.dtype), noise).float()
     if autoencoder.dtype == torch.float32 or not retry or torch.isfinite(z).all():

@@ -1,9 +1,8 @@
 """Previews without a decoder: image ~ W z + b at the latent's own resolution.
 
-W and b are fitted by least squares to pairs of latents and images.
-A linear map from latent channels to colour is what a glance at a running sample needs; it costs
-nothing (the same idea is known as latent2rgb). Fitted once per autoencoder, from images of any
-kind.
+W and b are fitted by least squares to pairs of latents and images, once an autoencoder and from
+images of any kind. A linear map from latent channels to colour is enough to judge a running sample,
+and costs nothing (the same idea is known as latent2rgb).
 """
 
 from dataclasses import dataclass
@@ -18,7 +17,12 @@ from sfumato.decode.whole import check_decoded
 
 @dataclass(frozen=True)
 class Preview:
-    """weight (colours, C) and bias (colours,), float32."""
+    """A linear map from latents to small images.
+
+    Attributes:
+        weight: (colours, C), float32.
+        bias: (colours,), float32.
+    """
 
     weight: Float[Tensor, "c C"]
     bias: Float[Tensor, " c"]
@@ -30,8 +34,8 @@ class Preview:
         The ridge is 1e-3, for few pairs.
 
         Args:
-            z: standardised latents
-            image: their images in [-1, 1]
+            z: Standardised latents.
+            image: Their images in [-1, 1].
         """
         small = F.interpolate(image.double(), z.shape[2:], mode="area")
         features = z.double().permute(0, 2, 3, 1).flatten(0, 2)  # (N, C)
@@ -45,7 +49,7 @@ class Preview:
         """Preview latents as small images in [-1, 1].
 
         Raises:
-            NumericalError: NaN or infinity, which the clamp would hide
+            NumericalError: For NaN or infinity, which the clamp would hide.
         """
         image = torch.einsum("oc,bchw->bohw", self.weight.to(z), z) + self.bias.to(z)[:, None, None]
         check_decoded(image, z.dtype)

@@ -1,12 +1,13 @@
-"""Decode and encode in overlapping tiles: memory grows with the tile, not with the image. For the
-exact result see `sfumato.decode.exact`.
+"""Decode and encode in overlapping tiles: memory grows with the tile, not with the image.
 
-Neighbours share `overlap` latent cells. Over these a tile's weight is 0 in the outer quarter, where
-its decoder saw a border that is not the image's, rises linearly over the middle half, and is 1 in
-the inner quarter; the weights of all tiles sum to 1 at every pixel. So a decoder whose output
-depends on no latent cell farther away than overlap/4 gives the same image as all at once. Group
-norms and attention see the tile and not the image: for them this is an approximation, exact where
-one tile covers everything. Encoders the same, with tiles of whole cells.
+For the exact result see `sfumato.decode.exact`.
+
+Neighbours share `overlap` latent cells. Over these a tile's weight is 0 in the outer quarter, next
+to a border that is not the image's, rises linearly over the middle half, and is 1 in the inner
+quarter; the weights of all tiles sum to 1 at every pixel. So a decoder whose output depends on no
+latent cell farther away than overlap/4 gives the same image as all at once. Group norms and
+attention are over the tile and not the image: for them this is an approximation, exact where one
+tile covers everything. Encoders likewise, with tiles of whole cells.
 """
 
 from collections.abc import Callable
@@ -28,8 +29,9 @@ def _starts(length: int, tile: int, stride: int) -> list[int]:
 
 
 def _ramp(start: int, tile: int, length: int, overlap: int) -> Tensor:
-    """Weights (tile,) along one side of a tile: rising and falling over the overlap, but not at the
-    image's own edges.
+    """Weights (tile,) along one side of a tile.
+
+    They rise and fall over the overlap, but not at the image's own edges.
     """
     position = torch.arange(tile, dtype=torch.float32) + 0.5
     weight = torch.ones(tile)
@@ -43,8 +45,20 @@ def _ramp(start: int, tile: int, length: int, overlap: int) -> Tensor:
 def tiled(
     autoencoder: Autoencoder, z: Float[Tensor, "B C h w"], tile: int = 64, overlap: int = 16
 ) -> Float[Tensor, "B c H W"]:
-    """z -> image in [-1, 1] by tiles of `tile` latent cells that share `overlap` cells; `UserError`
-    unless 0 < overlap < tile.
+    """Decode standardised latents by tiles.
+
+    Args:
+        autoencoder: The autoencoder.
+        z: Standardised latents.
+        tile: Latent cells along a side of a tile.
+        overlap: Cells that neighbours share.
+
+    Returns:
+        The images in [-1, 1], clamped, float32.
+
+    Raises:
+        UserError: Unless 0 < overlap < tile, and for latents that do not fit.
+        NumericalError: For NaN or infinity.
     """
     _check(tile, overlap)
     check_latent(autoencoder.space, z)
@@ -54,9 +68,8 @@ def tiled(
     f = autoencoder.space.factor
 
     def run(top: int, left: int) -> Tensor:
-        pixels = autoencoder.decode(
-            z[:, :, top : top + tile, left : left + tile].to(autoencoder.dtype)
-        ).float()
+        piece = z[:, :, top : top + tile, left : left + tile]
+        pixels = autoencoder.decode(piece.to(autoencoder.dtype)).float()
         check_decoded(pixels, autoencoder.dtype)
         return pixels
 
@@ -67,14 +80,19 @@ def tiled(
 def tiled_posterior(
     autoencoder: Autoencoder, image: Float[Tensor, "B C H W"], tile: int = 64, overlap: int = 16
 ) -> Posterior:
-    """image in [-1, 1] -> the distribution of raw latents, float32, by tiles as in `tiled`: means
-    and stds are blended each by itself.
+    """Encode images in [-1, 1] by tiles, blending means and stds each by itself.
+
+    Arguments and errors as for `tiled`.
+
+    Returns:
+        The distribution of raw latents, float32.
     """
     _check(tile, overlap)
     f = autoencoder.space.factor
     if image.shape[2] % f or image.shape[3] % f:
         raise UserError(
-            f"image of shape {tuple(image.shape)}: this autoencoder takes sides that are multiples of {f}"
+            f"image of shape {tuple(image.shape)}: this autoencoder takes sides that are multiples "
+            f"of {f}"
         )
     h, w = image.shape[2] // f, image.shape[3] // f
 
@@ -97,11 +115,17 @@ def _check(tile: int, overlap: int) -> None:
 def _blend(
     run: Callable[[int, int], Tensor], h: int, w: int, tile: int, overlap: int, f: int
 ) -> Tensor:
-    """The weighted mean of what `run` makes of the tile at (top, left) latent cells; f: numbers
-    along a side that it makes of a cell.
+    """The weighted mean of tiles.
+
+    Args:
+        run: (top, left) in latent cells -> the tile there.
+        h: Latent cells along the vertical side.
+        w: Latent cells along the horizontal side.
+        tile: Latent cells along a side of a tile.
+        overlap: Latent cells that neighbours share.
+        f: Numbers along a side of a tile for one latent cell.
     """
-    made: Tensor | None = None
-    total = torch.zeros(1, 1, h * f, w * f)
+    blend, total = torch.zeros(()), torch.zeros(())
     for top in _starts(h, tile, tile - overlap):
         for left in _starts(w, tile, tile - overlap):
             piece = run(top, left)
@@ -109,10 +133,10 @@ def _blend(
             rows = _ramp(top * f, height, h * f, overlap * f)
             columns = _ramp(left * f, width, w * f, overlap * f)
             weight = (rows[:, None] * columns[None, :]).to(piece.device)
-            if made is None:
-                made = torch.zeros(*piece.shape[:2], h * f, w * f, device=piece.device)
-                total = total.to(piece.device)
-            made[:, :, top * f : top * f + height, left * f : left * f + width] += weight * piece
-            total[:, :, top * f : top * f + height, left * f : left * f + width] += weight
-    assert made is not None
-    return made / total
+            if not blend.ndim:
+                blend = torch.zeros(*piece.shape[:2], h * f, w * f, device=piece.device)
+                total = torch.zeros(1, 1, h * f, w * f, device=piece.device)
+            y, x = slice(top * f, top * f + height), slice(left * f, left * f + width)
+            blend[:, :, y, x] += weight * piece
+            total[:, :, y, x] += weight
+    return blend / total

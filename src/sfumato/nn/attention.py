@@ -5,6 +5,7 @@ diffusers', so state dicts load as they are.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -48,6 +49,7 @@ class Attention(nn.Module):
         *,
         plus: Float[Tensor, "B N D"] | None = None,
     ) -> Float[Tensor, "B N D"]:
+        """Attend to the context, or without one to x."""
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         return self.to_out[0](batch_invariant.attention(q, k, v, self.heads, mask), plus=plus)
@@ -85,7 +87,10 @@ class SpatialAttention(Attention):
         super().__init__(channels, channels // head_width, head_width, qkv_bias=True)
         self.group_norm = batch_invariant.GroupNorm(groups, channels, eps)
 
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Float[Tensor, "B C H W"]
+    ) -> Float[Tensor, "B C H W"]:
+        """Add attention over all positions to the map."""
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
         return x + super().forward(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
 
@@ -98,6 +103,7 @@ class GEGLU(nn.Module):
         self.proj = batch_invariant.Linear(width, 2 * inner)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
+        """Project, and gate by GELU."""
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * batch_invariant.gelu(gate)
 
@@ -113,6 +119,7 @@ class SwiGLU(nn.Module):
         self.proj = batch_invariant.Linear(width, 2 * inner, bias=False)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
+        """Project, and gate by SiLU."""
         gate, value = self.proj(x).chunk(2, dim=-1)
         return batch_invariant.silu(gate) * value
 
@@ -128,6 +135,7 @@ class GELU(nn.Module):
         self.proj = batch_invariant.Linear(width, inner)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
+        """Project, and apply GELU."""
         return batch_invariant.gelu(self.proj(x), tanh=True)
 
 
@@ -139,9 +147,9 @@ class FeedForward(nn.Module):
 
     Args:
         width: D.
-        kind: activation "geglu", "gelu" or "swiglu".
-        inner: hidden width, 4 D by default.
-        bias: whether the output projection has a bias.
+        kind: Activation "geglu", "gelu" or "swiglu".
+        inner: Hidden width, 4 D by default.
+        bias: Whether the output projection has a bias.
     """
 
     def __init__(
@@ -158,6 +166,7 @@ class FeedForward(nn.Module):
     def forward(
         self, x: Float[Tensor, "*B D"], *, plus: Float[Tensor, "*B D"] | None = None
     ) -> Float[Tensor, "*B D"]:
+        """Apply the layer; `plus` is added to the output."""
         widen, _, back = self.net
         if not _by_parts(x):
             return back(widen(x), plus=plus)
@@ -192,8 +201,8 @@ def by_rows(
 
     Args:
         function: (*tokens, *of_image) -> (B, N, E). Each token's result depends on it alone.
-        tokens: tensors (B, N, _), split along N.
-        of_image: tensors shared by all tokens of an image, such as gates.
+        tokens: Tensors (B, N, _), split along N.
+        of_image: Tensors shared by all tokens of an image, such as gates.
     """
     if not _by_parts(tokens[0]):
         return function(*tokens, *of_image)
@@ -229,6 +238,7 @@ class TransformerBlock(nn.Module):
         context: Float[Tensor, "B L E"],
         mask: Bool[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "B N D"]:
+        """Tokens after the block."""
         attended = (context, mask) if self.only_cross else ()
         x = self.attn1(self.norm1(x), *attended, plus=x)
         x = self.attn2(self.norm2(x), context, mask, plus=x)
@@ -257,20 +267,15 @@ class SpatialTransformer(nn.Module):
         self.linear = linear
         inner = heads * head_width
         self.norm = batch_invariant.GroupNorm(groups, channels, 1e-6)
-        self.proj_in = (
-            batch_invariant.Linear(channels, inner)
-            if linear
-            else batch_invariant.Conv2d(channels, inner, 1)
+        project = (
+            batch_invariant.Linear if linear else partial(batch_invariant.Conv2d, kernel_size=1)
         )
+        self.proj_in = project(channels, inner)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(inner, heads, head_width, context_width, only_cross)
             for _ in range(depth)
         )
-        self.proj_out = (
-            batch_invariant.Linear(inner, channels)
-            if linear
-            else batch_invariant.Conv2d(inner, channels, 1)
-        )
+        self.proj_out = project(inner, channels)
 
     def forward(
         self,
@@ -278,6 +283,7 @@ class SpatialTransformer(nn.Module):
         context: Float[Tensor, "B L E"],
         mask: Bool[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "B C H W"]:
+        """Add attention among the positions and to the context to the map."""
         size = x.shape[2:]
         y = self.norm(x)
         if self.linear:

@@ -21,12 +21,12 @@ class ResnetBlock(nn.Module):
     Args:
         in_channels: C.
         out_channels: D.
-        groups: groups of the norms.
-        eps: epsilon of the norms.
-        time_width: width T of the time embedding (B, T), None for none.
-        scale_shift: the time embedding scales and shifts the second norm (Dhariwal & Nichol 2021,
+        groups: Groups of the norms.
+        eps: Epsilon of the norms.
+        time_width: Width T of the time embedding (B, T), None for none.
+        scale_shift: The time embedding scales and shifts the second norm (Dhariwal & Nichol 2021,
             arXiv:2105.05233, eq. 3) instead of being added before it.
-        dropout: probability.
+        dropout: Probability.
         resample: "down" averages 2x2 pixels, "up" repeats each, of both the input and the first
             convolution's input (the same paper, section 3: "BigGAN up/downsampling").
     """
@@ -70,9 +70,9 @@ class ResnetBlock(nn.Module):
         """Return the block's output.
 
         Args:
-            x: feature map.
-            time: the activated time embedding.
-            size: output size of "up" for maps with an odd side; default: twice the input.
+            x: Feature map.
+            time: The activated time embedding.
+            size: Output size of "up" for maps with an odd side; default: twice the input.
         """
         y = batch_invariant.silu(self.norm1(x))
         if self.resample is not None:
@@ -113,6 +113,7 @@ class Downsample(nn.Module):
         self.conv = batch_invariant.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C h w"]:
+        """Halve the map."""
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
 
 
@@ -129,6 +130,7 @@ class Upsample(nn.Module):
     def forward(
         self, x: Float[Tensor, "B C h w"], size: torch.Size | None = None
     ) -> Float[Tensor, "B C H W"]:
+        """Double the map, or resize it to `size`."""
         if size is None or size == (2 * x.shape[-2], 2 * x.shape[-1]):
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))

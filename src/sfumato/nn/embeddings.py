@@ -21,8 +21,8 @@ def sinusoidal(
     """Sinusoidal features of positions: (B,) -> (B, width), float32.
 
     Args:
-        position: timesteps in 0..1000, sizes in pixels, ...
-        width: an even number.
+        position: Timesteps in 0..1000, sizes in pixels, ...
+        width: An even number.
         cos_first: diffusers' `flip_sin_to_cos`.
         shift: diffusers' `freq_shift`.
     """
@@ -41,11 +41,45 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, width: int, out_width: int, bias: bool = True):
         super().__init__()
+        self.width = width
         self.linear_1 = batch_invariant.Linear(width, out_width, bias=bias)
         self.linear_2 = batch_invariant.Linear(out_width, out_width, bias=bias)
 
     def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B E"]:
+        """Embed features."""
         return self.linear_2(batch_invariant.silu(self.linear_1(x)))
+
+    def embed(self, position: Float[Tensor, " N"], dtype: torch.dtype) -> Float[Tensor, "N E"]:
+        """Embed numbers by their sinusoidal features, which are cast to `dtype`."""
+        return self(sinusoidal(position, self.width).to(dtype))
+
+
+class TimeEmbedding(nn.Module):
+    """Time, guidance scale and pooled text as one embedding: (B,), (B, V) -> (B, E).
+
+    The vector holds `pooled` numbers (0: none) and, with `guidance`, one more, whose thousandfold
+    is embedded as time is.
+    """
+
+    def __init__(
+        self, width: int, num_features: int, pooled: int, guidance: bool = False, bias: bool = True
+    ):
+        super().__init__()
+        self.pooled = pooled
+        self.timestep_embedder = TimestepEmbedding(num_features, width, bias)
+        self.guidance_embedder = TimestepEmbedding(num_features, width, bias) if guidance else None
+        self.text_embedder = TimestepEmbedding(pooled, width, bias) if pooled else None
+
+    def forward(
+        self, timestep: Float[Tensor, " B"], vector: Float[Tensor, "B V"] | None, dtype: torch.dtype
+    ) -> Float[Tensor, "B E"]:
+        """Embed timesteps in 0..1000 and a vector, with features in `dtype`."""
+        c = self.timestep_embedder.embed(timestep, dtype)
+        if vector is not None and self.guidance_embedder is not None:
+            c = c + self.guidance_embedder.embed(1000 * vector[:, -1].float(), dtype)
+        if vector is not None and self.text_embedder is not None:
+            c = c + self.text_embedder(vector[:, : self.pooled].to(dtype))
+        return c
 
 
 class PatchEmbed(nn.Module):
@@ -59,6 +93,7 @@ class PatchEmbed(nn.Module):
         self.proj = batch_invariant.Conv2d(channels, width, patch, stride=patch)
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B N D"]:
+        """Embed the patches of a latent."""
         return self.proj(x).flatten(2).transpose(1, 2)
 
 

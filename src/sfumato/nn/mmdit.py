@@ -36,10 +36,10 @@ class NormedAttention(Attention):
 
     Args:
         width: D.
-        heads: number of heads.
-        normed: apply RMS norm with a weight to each head's queries and keys.
-        bias: whether all projections have a bias.
-        eps: epsilon of the norms.
+        heads: Number of heads.
+        normed: Apply RMS norm with a weight to each head's queries and keys.
+        bias: Whether all projections have a bias.
+        eps: Epsilon of the norms.
     """
 
     def __init__(
@@ -59,7 +59,10 @@ class NormedAttention(Attention):
         q, k, v = (self.cut(project(x)) for project in (self.to_q, self.to_k, self.to_v))
         return self.norm_q(q), self.norm_k(k), v
 
-    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Float[Tensor, "B N D"]
+    ) -> Float[Tensor, "B N D"]:
+        """Attend among all tokens."""
         return self.to_out[0](batch_invariant.attend(*self.heads_of(x)))
 
 
@@ -67,8 +70,8 @@ class JointAttention(NormedAttention, PictureAttention):
     """Joint attention of image tokens x (B, N, D) and text tokens (B, L, D).
 
     `forward` returns (B, N, D) and (B, L, D). Its `mask` (B, N + L) is True for keys to attend to,
-    image tokens first. `turn` (N + L, d, 2) are the angles of RoPE. `picture` is the number of the
-    N tokens that are image tokens (default: all), where others are of reference images.
+    image tokens first. `rotations` (N + L, d, 2) are the angles of RoPE. `picture` is the number of
+    the N tokens that are image tokens (default: all), where others are of reference images.
 
     In the last block (`last`) the text's output is unused: None is returned for it. Checkpoints
     still hold its query projection.
@@ -101,9 +104,10 @@ class JointAttention(NormedAttention, PictureAttention):
         x: Float[Tensor, "B N D"],
         text: Float[Tensor, "B L D"],
         mask: Bool[Tensor, "B S"] | None = None,
-        turn: Float[Tensor, "S d 2"] | None = None,
+        rotations: Float[Tensor, "S d 2"] | None = None,
         picture: int | None = None,
     ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B L D"] | None]:
+        """Attend among all tokens of both streams."""
         count = x.shape[1]
         q, k, v = self.heads_of(x)
         if self.to_add_out is not None:
@@ -111,8 +115,8 @@ class JointAttention(NormedAttention, PictureAttention):
             q = torch.cat([q, self.norm_added_q(self.cut(self.add_q_proj(text)))], dim=1)
         k = torch.cat([k, self.norm_added_k(self.cut(self.add_k_proj(text)))], dim=1)
         v = torch.cat([v, self.cut(self.add_v_proj(text))], dim=1)
-        if turn is not None:
-            q, k = rope.rotate(q, turn[: q.shape[1]]), rope.rotate(k, turn)
+        if rotations is not None:
+            q, k = rope.rotate(q, rotations[: q.shape[1]]), rope.rotate(k, rotations)
         y = self.find(q, k, v, mask, count if picture is None else picture)
         of_text = None if self.to_add_out is None else self.to_add_out(y[:, count:])
         return self.to_out[0](y[:, :count]), of_text
@@ -125,10 +129,10 @@ class JointBlock(nn.Module):
 
     Args:
         width: D.
-        heads: number of heads.
+        heads: Number of heads.
         normed: RMS norm of queries and keys.
-        dual: a second attention among image tokens.
-        last: the text is returned unchanged.
+        dual: A second attention among image tokens.
+        last: The text is returned unchanged.
     """
 
     streams = 2  # token streams that the block takes and returns
@@ -151,6 +155,7 @@ class JointBlock(nn.Module):
         embedding: Float[Tensor, "B D"],
         mask: Bool[Tensor, "B S"] | None = None,
     ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B L D"]]:
+        """Both streams after the block."""
         # (B, 1, D) each
         shift, scale, gate, ff_shift, ff_scale, ff_gate, *second = self.norm1(embedding)
         if self.ff_context is None:

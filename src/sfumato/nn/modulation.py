@@ -24,6 +24,7 @@ class Modulation(nn.Module):
         self.linear = batch_invariant.Linear(width, parts * width, bias=bias)
 
     def forward(self, embedding: Float[Tensor, "B D"]) -> tuple[Tensor, ...]:
+        """Project an embedding."""
         return self.linear(batch_invariant.silu(embedding))[:, None].chunk(self.parts, dim=-1)
 
 
@@ -49,7 +50,7 @@ def modulated(
 def gated(
     x: Float[Tensor, "B N D"], gate: Float[Tensor, "B 1 D"], y: Float[Tensor, "B N D"]
 ) -> Float[Tensor, "B N D"]:
-    """x + gate * y."""
+    """Add gate * y to x."""
     return torch.addcmul(x, gate, y)
 
 
@@ -66,6 +67,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """Normalise the last axis."""
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         factor = (size.square() / x.shape[-1] + self.eps).rsqrt()
         y = x * factor.to(x.dtype) if x.dtype != torch.float16 else (x * factor).to(x.dtype)

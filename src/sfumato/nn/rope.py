@@ -17,12 +17,12 @@ from torch import Tensor
 def angles(
     positions: Float[Tensor, "N A"], widths: Sequence[int], theta: float = 10000.0
 ) -> Float[Tensor, "N d 2"]:
-    """cos and sin of the rotation angles, float32.
+    """Rotations (cos, sin) by the angles of positions, float32.
 
     Args:
-        positions: one position per token and axis.
-        widths: features of a head that each axis rotates, even numbers; d = sum(widths) / 2.
-        theta: base of the frequencies.
+        positions: One position per token and axis.
+        widths: Features of a head that each axis rotates, even numbers; d = sum(widths) / 2.
+        theta: Base of the frequencies.
     """
     angles_of_axes = []
     for axis, width in enumerate(widths):
@@ -39,17 +39,19 @@ def grid(height: int, width: int, device: torch.device | None = None) -> Float[T
     return torch.cartesian_prod(rows, columns).reshape(-1, 2).float()
 
 
-def rotate(x: Float[Tensor, "B N H D"], turn: Float[Tensor, "N d 2"]) -> Float[Tensor, "B N H D"]:
-    """Rotate each head's pairs by `turn`, the angles of its position (`angles`).
+def rotate(
+    x: Float[Tensor, "B N H D"], rotations: Float[Tensor, "N d 2"]
+) -> Float[Tensor, "B N H D"]:
+    """Rotate each head's pairs by `rotations`, the angles of its position (`angles`).
 
     Computed in float32; the result has the dtype of x.
     """
     tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     if torch.compiler.is_compiling() or tracing:
-        pairs, turn = x.float().unflatten(-1, (-1, 2)), turn[:, None]
-        a, b, c, s = pairs[..., 0], pairs[..., 1], turn[..., 0], turn[..., 1]
+        pairs, rotations = x.float().unflatten(-1, (-1, 2)), rotations[:, None]
+        a, b, c, s = pairs[..., 0], pairs[..., 1], rotations[..., 0], rotations[..., 1]
         return torch.stack([a * c - b * s, a * s + b * c], dim=-1).flatten(-2).to(x.dtype)
-    phase = torch.view_as_complex(turn)[:, None]
+    phase = torch.view_as_complex(rotations)[:, None]
     y: Any = _Rotation.apply(x, phase) if x.requires_grad else _rotate_complex(x, phase)
     return y
 

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from sfumato.compress.base import InParts
+from sfumato.compress.base import SequentialAutoencoder
 from sfumato.diffuse.run import all_finite
 from sfumato.diffuse.samplers import check_run, traits_of
 from sfumato.diffuse.timesteps import check_times, timesteps
@@ -646,7 +646,7 @@ def _check_tiles(tiles: Any, guidance: Guidance) -> None:
 
 def _check_output(model: Model, request: Request, settings: Settings) -> None:
     """Raise `UserError` for a decoding or a composite that does not fit the images."""
-    if request.decoding == "exact" and not isinstance(model.autoencoder, InParts):
+    if request.decoding == "exact" and not isinstance(model.autoencoder, SequentialAutoencoder):
         raise UserError(
             f"decoding='exact': {type(model.autoencoder).__name__} does not say what its parts are, and cannot be run in strips: use whole or tiled"
         )

@@ -17,8 +17,9 @@ from sfumato.config import read_config
 from sfumato.errors import UserError, explained, unknown
 from sfumato.io.atomic import read_table
 from sfumato.predict.conditioners.base import CONFIG, Conditioner, Prompts
-from sfumato.predict.text_encoders.base import Encoder, SequenceEncoder, require_count
+from sfumato.predict.text_encoders.base import Encoder, SequenceEncoder
 from sfumato.types import Conditioning, ImageSpec
+from sfumato.validate import whole_number
 
 TRUNCATIONS = ("refuse", "cut")
 _RENAMED = {"masked": "mask_padding", "long": "truncation"}
@@ -61,7 +62,7 @@ def check_settings(config: Any) -> None:
     if config.truncation not in TRUNCATIONS:
         raise unknown("truncation", config.truncation, TRUNCATIONS)
     check_flag("mask_padding", config.mask_padding)
-    require_count("max_sequence_length", config.max_sequence_length, 2)
+    whole_number("max_sequence_length", config.max_sequence_length, 2)
 
 
 def check_flag(name: str, value: Any) -> None:

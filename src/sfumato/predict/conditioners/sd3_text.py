@@ -31,10 +31,11 @@ from sfumato.predict.conditioners._text_base import (
     read_settings,
 )
 from sfumato.predict.conditioners.base import Prompts
-from sfumato.predict.text_encoders.base import read_optional_json, require_count
+from sfumato.predict.text_encoders.base import read_optional_json
 from sfumato.predict.text_encoders.clip import CLASSES, ClipEncoder, load_clip
 from sfumato.predict.text_encoders.t5 import CLASS, T5Encoder, load_t5
 from sfumato.types import Conditioning, ImageSpec
+from sfumato.validate import positive_int
 
 _CLIPS = {f"text_encoder{end}": CLASSES[True] for end in ("", "_2")}
 ENCODERS = (_CLIPS, _CLIPS | {"text_encoder_3": CLASS})
@@ -61,7 +62,7 @@ class Sd3TextConfig(TextConfig):
     def __post_init__(self) -> None:
         check_settings(self)
         if self.joint_attention_dim is not None:
-            require_count("joint_attention_dim", self.joint_attention_dim)
+            positive_int("joint_attention_dim", self.joint_attention_dim)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,22 +15,37 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.kernels import batch_invariant
-from sfumato.nn.embeddings import TimestepEmbedding, from_patches, padded, patches, sinusoidal
-from sfumato.nn.mmdit import with_picture
-from sfumato.nn.modulation import modulated
-from sfumato.nn.rope import angles, grid
-from sfumato.predict.networks.base import Network
+from sfumato.nn.attention import PictureAttention, by_rows
+from sfumato.nn.embeddings import from_patches, padded, patches
+from sfumato.nn.mmdit import JointAttention, with_picture
+from sfumato.nn.modulation import Modulation, gated, modulated
+from sfumato.nn.rope import angles, grid, rotate
+from sfumato.predict.networks.base import Network, TransformerConfig
 from sfumato.types import Conditioning
 
 _FP16_MAX = 65504.0
 
 ModulationParams = tuple[Tensor, ...]
 """Shifts, scales and gates (B, 1, D)."""
+
+
+class FluxBaseConfig(TransformerConfig):
+    """The numbers that FLUX.1 and FLUX.2 share."""
+
+    axes_dims_rope: tuple[int, ...]
+
+    def check_rope(self, count: int) -> None:
+        """Raise `UserError` unless axes_dims_rope splits a head among `count` axes."""
+        axes, head = self.axes_dims_rope, self.attention_head_dim
+        if len(axes) != count or sum(axes) != head or any(w < 2 or w % 2 for w in axes):
+            raise UserError(
+                f"axes_dims_rope {axes}: expected {count} even numbers, {head} together, which is "
+                "attention_head_dim"
+            )
 
 
 # ---- positions -----------------------------------------------------------------------------------
@@ -59,14 +74,14 @@ class RopePositions:
     def rope(
         self, text: int, maps: tuple[tuple[int, int], ...], device: torch.device
     ) -> Float[Tensor, "N d 2"]:
-        """cos and sin of all tokens, float32, cached: not to be changed in place.
+        """Rotations (cos, sin) of all tokens, float32, cached: not to be changed in place.
 
         Args:
             text: Number of text tokens, which come last.
             maps: (rows, columns) of each image.
             device: The device of the result.
         """
-        if torch.compiler.is_compiling():  # whose tensors cannot be cached
+        if torch.compiler.is_compiling():  # a compiler's tensors cannot be cached
             return self.compute(text, maps, device).to(device)
         return _cached_rope(self, text, maps, device)
 
@@ -74,16 +89,16 @@ class RopePositions:
         self, text: int, maps: tuple[tuple[int, int], ...], device: torch.device
     ) -> Float[Tensor, "N d 2"]:
         """The same, computed on a device that has float64, and otherwise on the CPU."""
-        where, axes = torch.device("cpu") if device.type == "mps" else device, len(self.widths)
+        device, axes = torch.device("cpu") if device.type == "mps" else device, len(self.widths)
         images = []
         for k, (rows, columns) in enumerate(maps):
-            positions = torch.zeros(rows * columns, axes, device=where)
+            positions = torch.zeros(rows * columns, axes, device=device)
             positions[:, 0] = self.image_step * k
-            positions[:, 1:3] = grid(rows, columns, where)
+            positions[:, 1:3] = grid(rows, columns, device)
             images.append(positions)
-        words = torch.zeros(text, axes, device=where)
+        words = torch.zeros(text, axes, device=device)
         if self.text_axis:
-            words[:, -1] = torch.arange(text, device=where)
+            words[:, -1] = torch.arange(text, device=device)
         return angles(torch.cat([*images, words]), self.widths, self.theta)
 
 
@@ -91,56 +106,11 @@ class RopePositions:
 def _cached_rope(
     positions: RopePositions, text: int, maps: tuple[tuple[int, int], ...], device: torch.device
 ) -> Tensor:
-    with torch.inference_mode(False):  # later calls may want gradients
+    with torch.inference_mode(False):  # later calls may need gradients
         return positions.compute(text, maps, torch.device("cpu")).to(device)
 
 
 # ---- layers --------------------------------------------------------------------------------------
-
-
-class TimeEmbedding(nn.Module):
-    """Time, guidance scale and pooled text as one embedding: (B,), (B, V) -> (B, E).
-
-    The vector holds `pooled` numbers (0: none) and, with `guidance`, one more, whose thousandfold
-    is embedded as time is.
-    """
-
-    def __init__(
-        self, width: int, num_features: int, pooled: int, guidance: bool, bias: bool = True
-    ):
-        super().__init__()
-        self.num_features, self.pooled = num_features, pooled
-        self.timestep_embedder = TimestepEmbedding(num_features, width, bias)
-        self.guidance_embedder = TimestepEmbedding(num_features, width, bias) if guidance else None
-        self.text_embedder = TimestepEmbedding(pooled, width, bias) if pooled else None
-
-    def forward(
-        self, timestep: Float[Tensor, " B"], vector: Float[Tensor, "B V"] | None, dtype: torch.dtype
-    ) -> Float[Tensor, "B E"]:
-        c = self.timestep_embedder(sinusoidal(timestep, self.num_features).to(dtype))
-        if vector is not None and self.guidance_embedder is not None:
-            c = c + self.guidance_embedder(
-                sinusoidal(1000 * vector[:, -1].float(), self.num_features).to(dtype)
-            )
-        if vector is not None and self.text_embedder is not None:
-            c = c + self.text_embedder(vector[:, : self.pooled].to(dtype))
-        return c
-
-
-class OutNorm(nn.Module):
-    """LayerNorm(x) (1 + scale) + shift: x (B, N, D), c (B, D) -> (B, N, D).
-
-    scale and shift are linear in SiLU(c).
-    """
-
-    def __init__(self, width: int, bias: bool = True, eps: float = 1e-6):
-        super().__init__()
-        self.eps = eps
-        self.linear = batch_invariant.Linear(width, 2 * width, bias=bias)
-
-    def forward(self, x: Float[Tensor, "B N D"], c: Float[Tensor, "B D"]) -> Float[Tensor, "B N D"]:
-        scale, shift = self.linear(batch_invariant.silu(c))[:, None].chunk(2, dim=-1)
-        return modulated(x, scale, shift, self.eps)
 
 
 def clamp_fp16(x: Tensor) -> Tensor:
@@ -148,31 +118,92 @@ def clamp_fp16(x: Tensor) -> Tensor:
     return x.clamp(-_FP16_MAX, _FP16_MAX) if x.dtype == torch.float16 else x
 
 
-def check_numbers(
-    config: Any, head: int, axes: tuple[int, ...], count: int, *least: tuple[str, int]
-) -> None:
-    """Check the whole numbers of a config, and how axes_dims_rope splits a head.
+class DoubleBlock(nn.Module):
+    """Joint attention of both streams, and a feed-forward layer for each.
 
-    Args:
-        config: The config.
-        head: Width of a head.
-        axes: Channels of a head for each axis of the rotary embedding.
-        count: Number of axes.
-        least: (field, least value) of whole numbers.
-
-    Raises:
-        UserError: For a field that is no such number, and axes that do not split a head.
+    Subclasses make the layers. The modulation is the network's (FLUX.2) or the block's (FLUX.1).
     """
-    for name, lowest in least:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-            raise UserError(
-                f"config field {name}={value!r}: expected a whole number of at least {lowest}"
-            )
-    if len(axes) != count or sum(axes) != head or any(width < 2 or width % 2 for width in axes):
-        raise UserError(
-            f"axes_dims_rope {axes}: expected {count} even numbers, {head} together, which is attention_head_dim"
+
+    streams = 2  # two streams of tokens in and out
+
+    eps: float = 1e-6
+    attn: JointAttention
+    ff: nn.Module
+    ff_context: nn.Module
+
+    def modulation(self, c: Any) -> tuple[ModulationParams, ModulationParams]:
+        """Two shifts, scales and gates for each stream."""
+        return c
+
+    def forward(
+        self,
+        img: Float[Tensor, "B N D"],
+        txt: Float[Tensor, "B L D"],
+        c: Any,
+        rope: Float[Tensor, "S d 2"],
+        mask: Bool[Tensor, "B S"] | None,
+        count: int,
+    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B L D"]]:
+        """Both streams after the block.
+
+        Args:
+            img: Image tokens, and behind them those of reference images.
+            txt: Text tokens.
+            c: The input of `modulation`.
+            rope: Rotations of all tokens.
+            mask: False for keys that are hidden.
+            count: Number of image tokens.
+        """
+        of_img, of_txt = self.modulation(c)
+        img_shift, img_scale, img_gate, *img_mlp = of_img
+        txt_shift, txt_scale, txt_gate, *txt_mlp = of_txt
+
+        # attention
+        attn_img, attn_txt = self.attn(
+            modulated(img, img_scale, img_shift, self.eps),
+            modulated(txt, txt_scale, txt_shift, self.eps),
+            mask,
+            rope,
+            count,
         )
+        img, txt = gated(img, img_gate, attn_img), gated(txt, txt_gate, attn_txt)
+
+        # feed-forward
+        return self._mlp(self.ff, img, img_mlp), clamp_fp16(
+            self._mlp(self.ff_context, txt, txt_mlp)
+        )
+
+    def _mlp(
+        self, ff: nn.Module, x: Float[Tensor, "B N D"], modulation: list[Tensor]
+    ) -> Float[Tensor, "B N D"]:
+        """Compute x + gate ff(LN(x) (1 + scale) + shift) with modulation (shift, scale, gate)."""
+
+        def mlp(rows: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+            return gated(rows, gate, ff(modulated(rows, scale, shift, self.eps)))
+
+        return by_rows(mlp, [x], *modulation)
+
+
+class RotaryAttention(PictureAttention):
+    """Attention with rotary positions, and norms of queries and keys.
+
+    Subclasses make the layers.
+    """
+
+    heads: int
+    norm_q: nn.Module
+    norm_k: nn.Module
+
+    def attend(
+        self,
+        qkv: Iterable[Float[Tensor, "B S D"]],
+        rope: Float[Tensor, "S d 2"],
+        mask: Bool[Tensor, "B S"] | None,
+        count: int,
+    ) -> Float[Tensor, "B S D"]:
+        """Attend with projected queries, keys and values of all tokens, `count` of an image."""
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in qkv)  # (B, S, H, d)
+        return self.find(rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope), v, mask, count)
 
 
 # ---- the network ---------------------------------------------------------------------------------
@@ -195,8 +226,9 @@ class FluxBase(Network):
     context_embedder: nn.Module
     transformer_blocks: nn.ModuleList
     single_transformer_blocks: nn.ModuleList
-    norm_out: OutNorm
+    norm_out: Modulation
     proj_out: nn.Module
+    eps: float = 1e-6
 
     def modulation(self, c: Float[Tensor, "B D"]) -> tuple[Any, Any]:
         """The modulation input of every double block, and of every single block."""
@@ -221,17 +253,17 @@ class FluxBase(Network):
         Raises:
             UserError: For a latent or a conditioning that does not fit.
         """
+        text = self._text(cond)
         maps = self._maps(x, cond)
         sizes = tuple((m.shape[2] // self.patch, m.shape[3] // self.patch) for m in maps)
-        assert cond.tokens is not None
         c = self.embedding(timestep, cond.vector, x.dtype)
-        rope = self.positions.rope(cond.tokens.shape[1], sizes, x.device)
+        rope = self.positions.rope(text.shape[1], sizes, x.device)
 
         # embeddings
         tokens = [patches(m, self.patch) for m in maps]
         # (B, N + references, D)
         img = self.x_embedder(torch.cat(tokens, 1) if len(tokens) > 1 else tokens[0])
-        txt = self.context_embedder(cond.tokens)  # (B, L, D)
+        txt = self.context_embedder(text)  # (B, L, D)
         mask = with_picture(cond.mask, img.shape[1])
 
         # blocks
@@ -246,49 +278,44 @@ class FluxBase(Network):
             both = _add_residual(block(both, single_modulation, rope, mask, count), residual)
 
         # out
-        y = self.proj_out(self.norm_out(both[:, :count], c))
+        scale, shift = self.norm_out(c)
+        y = self.proj_out(modulated(both[:, :count], scale, shift, self.eps))
         return from_patches(y, sizes[0][0], self.patch)[:, :, : x.shape[2], : x.shape[3]]
 
-    def _maps(self, x: Tensor, cond: Conditioning) -> list[Tensor]:
-        """x with `concat`, and the references, padded to whole patches.
-
-        Raises:
-            UserError: For a latent or a conditioning that does not fit.
-        """
-        name, vector = type(self).__name__, (self.vector_width or 0) + self.guidance_embeds
-        if cond.tokens is None or cond.tokens.shape[2] != self.token_width:
-            state = "missing" if cond.tokens is None else f"of width {cond.tokens.shape[2]}"
+    def _text(self, cond: Conditioning) -> Float[Tensor, "B L D"]:
+        """The text tokens; `UserError` for a conditioning that does not fit."""
+        width, numbers = self.token_width, (self.vector_width or 0) + self.guidance_embeds
+        text = self.require(cond, "tokens", width, f"attends to text of width {width}")
+        if cond.mask is not None and cond.mask.shape != text.shape[:2]:
             raise UserError(
-                f"{name} attends to text of width {self.token_width}: Conditioning.tokens (B, L, {self.token_width}) is {state}"
+                f"Conditioning.mask is {tuple(cond.mask.shape)}: expected one value a text token, "
+                f"{tuple(text.shape[:2])}"
             )
-        if cond.mask is not None and cond.mask.shape != cond.tokens.shape[:2]:
-            raise UserError(
-                f"Conditioning.mask is {tuple(cond.mask.shape)}: expected one value a text token, {tuple(cond.tokens.shape[:2])}"
-            )
-        if vector and (cond.vector is None or cond.vector.shape[1] != vector):
-            state = "missing" if cond.vector is None else f"of {cond.vector.shape[1]} numbers"
-            parts = [f"{self.vector_width} of a pooled text"] * bool(self.vector_width)
-            parts += ["the strength of guidance"] * self.guidance_embeds
-            raise UserError(
-                f"{name} needs {' and '.join(parts)}: Conditioning.vector (B, {vector}) is {state}"
-            )
+        if numbers:
+            parts = [f"{self.vector_width} numbers of a pooled text"] * bool(self.vector_width)
+            parts += ["the guidance scale"] * self.guidance_embeds
+            self.require(cond, "vector", numbers, f"needs {' and '.join(parts)}")
         if cond.image_tokens is not None:
             raise UserError(
-                f"{name} has no attention to Conditioning.image_tokens {tuple(cond.image_tokens.shape)}: leave them out"
+                f"{type(self).__name__} has no attention to Conditioning.image_tokens "
+                f"{tuple(cond.image_tokens.shape)}: leave them out"
             )
-        joined = x if cond.concat is None else torch.cat([x, cond.concat], 1)
-        if joined.shape[1] != self.in_channels:
-            raise UserError(
-                f"{name} takes {self.in_channels} channels and was given {joined.shape[1]}, {joined.shape[1] - x.shape[1]} of them by "
-                "Conditioning.concat: models that also take a mask, a picture or a depth map need the task that gives it"
-            )
+        return text
+
+    def _maps(self, x: Tensor, cond: Conditioning) -> list[Tensor]:
+        """The latent with `concat`, and the references, padded to whole patches.
+
+        Raises:
+            UserError: For other channels than the network's.
+        """
         references = cond.references or ()
         for image in references:
             if image.shape[1] != self.in_channels:
                 raise UserError(
-                    f"{name} reads references of {self.in_channels} channels, got {image.shape[1]}: give latents of its autoencoder"
+                    f"{type(self).__name__} takes references of {self.in_channels} channels, got "
+                    f"{image.shape[1]}: give latents of its autoencoder"
                 )
-        return [padded(m, self.patch) for m in (joined, *references)]
+        return [padded(m, self.patch) for m in (self.join_concat(x, cond), *references)]
 
     def _residuals(
         self, cond: Conditioning, shape: tuple[int, int, int]
@@ -306,8 +333,8 @@ class FluxBase(Network):
             r.shape != shape for r in residuals
         ):
             raise UserError(
-                f"residuals of shapes {[*{tuple(r.shape) for r in residuals}]}, {len(residuals)} of them: expected {double} or "
-                f"{double + single} of {shape}"
+                f"{len(residuals)} residuals of shapes {[*{tuple(r.shape) for r in residuals}]}: "
+                f"expected {double} or {double + single} of {shape}"
             )
         return residuals[:double], residuals[double:] or (None,) * single
 
@@ -335,9 +362,7 @@ class FluxBase(Network):
 def _add_residual(
     x: Float[Tensor, "B S D"], residual: Float[Tensor, "B N D"] | None
 ) -> Float[Tensor, "B S D"]:
-    """x with the residual added to its first tokens."""
-    return (
-        x
-        if residual is None
-        else x + nn.functional.pad(residual, (0, 0, 0, x.shape[1] - residual.shape[1]))
-    )
+    """Add the residual to the first tokens of x."""
+    if residual is None:
+        return x
+    return x + nn.functional.pad(residual, (0, 0, 0, x.shape[1] - residual.shape[1]))

@@ -1,13 +1,14 @@
 """Base of DiT and PixArt: a latent as patches with sine positions, and back.
 
 tokens = W patch + positions (Peebles & Xie 2022, arXiv:2212.09748, section 3.2). Positions are
-scaled so that a map of any size and aspect covers what the map of training covered (diffusers'
+scaled so that a map of any size and aspect covers the positions of the training map (diffusers'
 PatchEmbed).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from sfumato.errors import UserError
 from sfumato.nn.embeddings import PatchEmbed, padded, sincos_2d, unpatched
-from sfumato.predict.networks.base import Network
+from sfumato.predict.networks.base import Network, TransformerConfig
 from sfumato.types import Conditioning
+from sfumato.validate import flag, number_in, whole_number
 
 ACTIVATIONS = {"gelu-approximate": "gelu", "geglu": "geglu"}
 """diffusers' `activation_fn` -> the kind of nn.attention.FeedForward."""
@@ -30,11 +32,11 @@ LEGACY: dict[str, Any] = {
     "positional_embeddings": None,
     "num_positional_embeddings": None,
 }
-"""Fields of Transformer2DModel, the class of DiT's and PixArt's first files, with their values."""
+"""Fields of Transformer2DModel, the class in the first files of DiT and PixArt."""
 
 
 @dataclass(frozen=True)
-class PatchConfig:
+class PatchConfig(TransformerConfig):
     """The numbers of a transformer over patches, with diffusers' names.
 
     Attributes:
@@ -54,6 +56,8 @@ class PatchConfig:
         norm_eps: Added to variances in norms.
     """
 
+    legacy: ClassVar[Mapping[str, Any]] = LEGACY
+
     num_attention_heads: int = 16
     attention_head_dim: int = 72
     in_channels: int = 4
@@ -69,40 +73,19 @@ class PatchConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_attention_heads",
-            "attention_head_dim",
-            "in_channels",
-            "num_layers",
-            "patch_size",
-            "num_embeds_ada_norm",
-        ):
-            whole(name, getattr(self, name))
-        whole("sample_size", self.sample_size, self.patch_size)
+        self.check_counts("num_attention_heads attention_head_dim in_channels num_layers")
+        self.check_counts("patch_size num_embeds_ada_norm")
+        whole_number("sample_size", self.sample_size, self.patch_size)
         flag("attention_bias", self.attention_bias)
         if self.out_channels is not None:
-            whole("out_channels", self.out_channels, self.in_channels)
+            whole_number("out_channels", self.out_channels, self.in_channels)
         if self.width % 4:
             raise UserError(
-                f"num_attention_heads * attention_head_dim is {self.width}: sine positions need a multiple of 4"
+                f"num_attention_heads * attention_head_dim is {self.width}: expected a multiple of "
+                "4, for sine positions"
             )
-        if not isinstance(self.activation_fn, str) or self.activation_fn not in ACTIVATIONS:
-            raise UserError(
-                f"activation_fn {self.activation_fn!r} is not supported: expected one of {', '.join(ACTIVATIONS)}"
-            )
-        if (
-            isinstance(self.norm_eps, bool)
-            or not isinstance(self.norm_eps, int | float)
-            or not 0 < self.norm_eps < 1
-        ):
-            raise UserError(
-                f"norm_eps {self.norm_eps!r}: expected a small number above 0, such as 1e-6"
-            )
-
-    @property
-    def width(self) -> int:
-        """Channels of a token."""
-        return self.num_attention_heads * self.attention_head_dim
+        self.check_choice("activation_fn", *ACTIVATIONS)
+        number_in("norm_eps", self.norm_eps, above=0, below=1, hint="1e-6 is usual")
 
     @property
     def outputs(self) -> int:
@@ -115,18 +98,6 @@ class PatchConfig:
         return 1.0
 
 
-def whole(name: str, value: Any, least: int = 1) -> None:
-    """Raise `UserError` unless a field is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{name} {value!r}: expected a whole number of at least {least}")
-
-
-def flag(name: str, value: Any) -> None:
-    """Raise `UserError` unless a field is true or false."""
-    if not isinstance(value, bool):
-        raise UserError(f"{name} {value!r}: expected true or false")
-
-
 def zero_init(linear: nn.Linear) -> nn.Linear:
     """The same layer with weights of 0, so that its output is 0 at the start of training."""
     nn.init.zeros_(linear.weight)
@@ -134,7 +105,21 @@ def zero_init(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
-class PatchTransformer(Network):
+class PatchNetwork(Network):
+    """A network whose tokens are patches of the latent, of `config.patch_size` cells a side."""
+
+    @property
+    def patch(self) -> int:
+        """Latent cells along a side of one token."""
+        return self.config.patch_size
+
+    def unpatchify(self, y: Float[Tensor, "B N E"], size: torch.Size) -> Float[Tensor, "B K h w"]:
+        """Tokens of patch * patch * K channels as a map of `size` (h, w)."""
+        height, width = size
+        return unpatched(y, -(-height // self.patch), self.patch)[:, :, :height, :width]
+
+
+class PatchTransformer(PatchNetwork):
     """A transformer over patches: `patchify` on the way in, `unpatchify` on the way out."""
 
     config: PatchConfig
@@ -145,14 +130,9 @@ class PatchTransformer(Network):
         self.pos_embed = PatchEmbed(config.in_channels, config.width, config.patch_size)
 
     @property
-    def patch(self) -> int:
-        """Latent cells along a side of one token."""
-        return self.config.patch_size
-
-    @property
     def learned_variance(self) -> bool:
         """True where a variance follows the target, in as many channels again."""
-        return self.config.outputs == 2 * self.config.in_channels
+        return self.config.out_channels == 2 * self.config.in_channels
 
     def patchify(self, x: Float[Tensor, "B C h w"], cond: Conditioning) -> Float[Tensor, "B N D"]:
         """A latent as tokens with their positions.
@@ -161,27 +141,19 @@ class PatchTransformer(Network):
             UserError: For other channels than the network's, and fields of `cond` that it does not
                 use.
         """
-        c = self.config
-        if x.shape[1] != c.in_channels:
-            raise UserError(
-                f"this {type(self).__name__} takes latents of {c.in_channels} channels and was given {x.shape[1]}"
-            )
         for field in ("concat", "residuals", "image_tokens", "references"):
             if getattr(cond, field) is not None:
                 raise UserError(
-                    f"this {type(self).__name__} has no use for Conditioning.{field}: leave it out, or take a model that reads it"
+                    f"this {type(self).__name__} has no use for Conditioning.{field}: leave it "
+                    "out, or take a model that uses it"
                 )
+        c, x = self.config, self.join_concat(x, cond)
         rows, columns = (-(-side // c.patch_size) for side in x.shape[2:])
         positions = _positions(
             c.width, rows, columns, c.sample_size // c.patch_size, c.position_scale, x.device
         )
         # positions first: the sum has its first term's layout in memory, which is token by token
         return (positions + self.pos_embed(padded(x, c.patch_size))).to(x.dtype)
-
-    def unpatchify(self, y: Float[Tensor, "B N E"], size: torch.Size) -> Float[Tensor, "B K h w"]:
-        """Tokens of patch * patch * K channels as a map of `size` (h, w)."""
-        height, width = size
-        return unpatched(y, -(-height // self.patch), self.patch)[:, :, :height, :width]
 
 
 @lru_cache(maxsize=16)

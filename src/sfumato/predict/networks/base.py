@@ -1,15 +1,70 @@
 """Network: (x, timestep, conditioning) -> y, the base class, and the registry."""
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from torch import nn
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
+from sfumato.config import read_config
 from sfumato.errors import UserError
 from sfumato.registry import module_of, names
+from sfumato.types import Conditioning
+from sfumato.validate import whole_number
 
 SINUSOIDAL_WIDTH = 256
 """Sinusoidal features of a timestep, or of a size, in most transformers."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The numbers of a network, read from and written to config.json.
+
+    Attributes:
+        class_name: "_class_name" of config.json.
+        fixed: Fields of that class with the one value that is supported.
+        legacy: Fields of older classes that are read in the same way, and not written.
+    """
+
+    class_name: ClassVar[str]
+    fixed: ClassVar[Mapping[str, Any]] = {}
+    legacy: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Read config.json; `UserError` for unknown fields and unsupported values."""
+        return read_config(cls, values, {**cls.legacy, **cls.fixed})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON of config.json."""
+        return {"_class_name": self.class_name, **asdict(self), **self.fixed}
+
+    def check_counts(self, fields: str, at_least: int = 1) -> None:
+        """Raise `UserError` unless fields, named with spaces between, are whole numbers."""
+        for name in fields.split():
+            whole_number(name, getattr(self, name), at_least)
+
+    def check_choice(self, field: str, *choices: str | None) -> None:
+        """Raise `UserError` unless a field is one of the choices."""
+        value = getattr(self, field)
+        if value not in choices:
+            expected = " or ".join("null" if c is None else repr(c) for c in choices)
+            raise UserError(f"{field} {value!r} is not supported: expected {expected}")
+
+
+class TransformerConfig(NetworkConfig):
+    """The numbers of a transformer, whose width is divided among heads."""
+
+    num_attention_heads: int
+    attention_head_dim: int
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.num_attention_heads * self.attention_head_dim
 
 
 class Network(nn.Module):
@@ -99,6 +154,47 @@ class Network(nn.Module):
         """True where it is conditioned on tokens, classes or a vector."""
         return self.token_width is not None or self.classes > 0 or self.vector_width is not None
 
+    def join_concat(
+        self, x: Float[Tensor, "B C h w"], cond: Conditioning
+    ) -> Float[Tensor, "B D h w"]:
+        """The latent with `Conditioning.concat` behind its channels.
+
+        Raises:
+            UserError: For other channels than the network's.
+        """
+        joined = x if cond.concat is None else torch.cat([x, cond.concat], dim=1)
+        if joined.shape[1] != self.in_channels:
+            raise UserError(
+                f"this {type(self).__name__} takes {self.in_channels} channels and was given "
+                f"{joined.shape[1]}, {joined.shape[1] - x.shape[1]} of them by "
+                "Conditioning.concat: models that also take a mask, an image or a depth map need "
+                "the task that gives it"
+            )
+        return joined
+
+    def require(self, cond: Conditioning, field: str, width: int, purpose: str) -> Tensor:
+        """The tokens (B, L, width) or the vector (B, width) of a conditioning.
+
+        Args:
+            cond: The conditioning.
+            field: "tokens" or "vector".
+            width: Its last size.
+            purpose: The network's use of it, for the message: "attends to a text".
+
+        Raises:
+            UserError: Where the field is missing or of another width.
+        """
+        value, shape, unit = cond.vector, f"(B, {width})", "has {} numbers"
+        if field == "tokens":
+            value, shape, unit = cond.tokens, f"(B, L, {width})", "is {} wide"
+        if value is None or value.shape[-1] != width:
+            state = "is missing" if value is None else unit.format(value.shape[-1])
+            raise UserError(
+                f"this {type(self).__name__} {purpose}: Conditioning.{field} {shape} {state}; "
+                "use the conditioner of this model"
+            )
+        return value
+
     # ---- configs ---------------------------------------------------------------------------------
 
     @classmethod
@@ -127,7 +223,8 @@ class Network(nn.Module):
             UserError: For a network that cannot be conditioned on classes.
         """
         raise UserError(
-            f"a {cls.__name__} has no classes: train it from captions (--text), or a network such as ModernDiT, DiT or SiT"
+            f"a {cls.__name__} has no classes: train it from captions (--text), or a network such "
+            "as ModernDiT, DiT or SiT"
         )
 
     def to_config(self) -> dict[str, Any]:
@@ -136,7 +233,7 @@ class Network(nn.Module):
 
 
 @cache
-def registered() -> dict[str, tuple[type[Any], Any]]:
+def registered() -> dict[str, tuple[type[Network], Any]]:
     """Every network of this folder and its config, by "_class_name" of config.json."""
     package = "predict.networks"
     return {

@@ -15,14 +15,13 @@ are the same, as in every published file, share one module here, which is run on
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sfumato.config import read_config
 from sfumato.errors import UserError
 from sfumato.kernels import batch_invariant
 from sfumato.nn.attention import Attention, FeedForward
@@ -38,12 +37,6 @@ from sfumato.predict.networks._patch_transformer import (
 from sfumato.predict.networks.base import SINUSOIDAL_WIDTH
 from sfumato.types import Conditioning
 
-FIXED: dict[str, Any] = {
-    "dropout": 0.0,
-    "norm_type": "ada_norm_zero",
-    "norm_elementwise_affine": False,
-}
-"""Fields of DiTTransformer2DModel of which one value is supported."""
 _NO_TEXT = {
     "cross_attention_dim": None,
     "caption_channels": None,
@@ -62,14 +55,13 @@ class DiTConfig(PatchConfig):
     1e-6.
     """
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "DiTConfig":
-        """Read a diffusers config; `UserError` for unknown fields and unsupported values."""
-        return read_config(cls, values, FIXED | LEGACY | _NO_TEXT)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON that diffusers' DiTTransformer2DModel reads."""
-        return {"_class_name": "DiTTransformer2DModel", **asdict(self), **FIXED}
+    class_name = "DiTTransformer2DModel"
+    fixed: ClassVar[Mapping[str, Any]] = {
+        "dropout": 0.0,
+        "norm_type": "ada_norm_zero",
+        "norm_elementwise_affine": False,
+    }
+    legacy: ClassVar[Mapping[str, Any]] = LEGACY | _NO_TEXT
 
 
 class _TimeClassEmbedding(nn.Module):
@@ -108,14 +100,12 @@ class _Block(nn.Module):
 
     def __init__(self, config: DiTConfig, embedding: _TimeClassEmbedding):
         super().__init__()
-        width, heads, head_width = (
-            config.width,
-            config.num_attention_heads,
-            config.attention_head_dim,
-        )
+        width, heads = config.width, config.num_attention_heads
         self.eps = config.norm_eps
         self.norm1 = _BlockModulation(width, embedding)
-        self.attn1 = Attention(width, heads, head_width, qkv_bias=config.attention_bias)
+        self.attn1 = Attention(
+            width, heads, config.attention_head_dim, qkv_bias=config.attention_bias
+        )
         self.ff = FeedForward(width, ACTIVATIONS[config.activation_fn])
 
     def forward(self, x: Float[Tensor, "B N D"], c: Float[Tensor, "B D"]) -> Float[Tensor, "B N D"]:
@@ -170,7 +160,7 @@ class DiT(PatchTransformer):
         """
         self.check_blocks()
         features = self.time_features(timestep).to(x.dtype)
-        classes = self._class_weights(cond).to(x.dtype)
+        classes = self.require(cond, "vector", self.classes, "is class-conditional").to(x.dtype)
         embed = self._blocks()[0].norm1.emb
         c = embed(features, classes)  # (B, D)
 
@@ -179,7 +169,7 @@ class DiT(PatchTransformer):
             own = block.norm1.emb if isinstance(block, _Block) else embed  # none if skipped
             y = block(y, c if own is embed else own(features, classes))
 
-        scale, shift = self._final_modulation(c)
+        shift, scale = self.proj_out_1(batch_invariant.silu(c))[:, None].chunk(2, dim=-1)
         return self.unpatchify(self.proj_out_2(modulated(y, scale, shift)), x.shape[2:])
 
     def check_blocks(self) -> None:
@@ -193,24 +183,6 @@ class DiT(PatchTransformer):
         """Sinusoidal features of a timestep, the input of c's first layer."""
         return sinusoidal(timestep, SINUSOIDAL_WIDTH, shift=1.0)
 
-    def _class_weights(self, cond: Conditioning) -> Float[Tensor, "B K"]:
-        if cond.vector is None:
-            raise UserError(
-                f"this DiT is class-conditional: Conditioning.vector (B, {self.classes}) is missing"
-            )
-        if cond.vector.shape[1] != self.classes:
-            raise UserError(
-                f"this DiT has {self.classes} classes, none at all being one of them: Conditioning.vector has {cond.vector.shape[1]} numbers"
-            )
-        return cond.vector
-
-    def _final_modulation(
-        self, c: Float[Tensor, "B D"]
-    ) -> tuple[Float[Tensor, "B 1 D"], Float[Tensor, "B 1 D"]]:
-        """Scale and shift of the last norm."""
-        shift, scale = self.proj_out_1(batch_invariant.silu(c))[:, None].chunk(2, dim=-1)
-        return scale, shift
-
     def _blocks(self) -> "list[_Block]":
         return [block for block in self.transformer_blocks if isinstance(block, _Block)]
 
@@ -223,10 +195,7 @@ class DiT(PatchTransformer):
         blocks = self._blocks()
         embed = blocks[0].norm1.emb
         shared = all(
-            _same_weights(
-                state_dict, f"transformer_blocks.{i}.norm1.emb.", list(embed.state_dict())
-            )
-            for i in range(1, len(blocks))
+            _same_weights(state_dict, i, list(embed.state_dict())) for i in range(1, len(blocks))
         )
         for block in blocks[1:]:
             if shared:
@@ -236,16 +205,10 @@ class DiT(PatchTransformer):
         return super().load_state_dict(state_dict, strict, assign)
 
 
-def _same_weights(tensors: Mapping[str, Any], prefix: str, names: list[str]) -> bool:
-    """True where the weights below a block's prefix are the first block's.
-
-    Those missing in both are equal.
-    """
+def _same_weights(tensors: Mapping[str, Any], block: int, names: list[str]) -> bool:
+    """True where a block's layers of c have the first block's weights, or lack the same ones."""
     for name in names:
-        first, other = (
-            tensors.get(f"transformer_blocks.0.norm1.emb.{name}"),
-            tensors.get(f"{prefix}{name}"),
-        )
+        first, other = (tensors.get(f"transformer_blocks.{i}.norm1.emb.{name}") for i in (0, block))
         if first is not other and (
             first is None
             or other is None

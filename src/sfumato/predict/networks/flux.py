@@ -10,40 +10,35 @@ Fill and control models take more channels; Kontext attends to a reference image
 config are diffusers'.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sfumato.config import read_config
 from sfumato.errors import UserError
 from sfumato.kernels import batch_invariant
-from sfumato.nn.attention import FeedForward, PictureAttention, by_rows
+from sfumato.nn.attention import FeedForward, by_rows
+from sfumato.nn.embeddings import TimeEmbedding
 from sfumato.nn.mmdit import JointAttention
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
-from sfumato.nn.rope import rotate
+from sfumato.predict.networks import _flux_base
 from sfumato.predict.networks._flux_base import (
     FluxBase,
-    OutNorm,
+    FluxBaseConfig,
+    ModulationParams,
     RopePositions,
-    TimeEmbedding,
-    check_numbers,
+    RotaryAttention,
     clamp_fp16,
 )
 from sfumato.predict.networks.base import SINUSOIDAL_WIDTH
 from sfumato.types import Conditioning
 
-FIXED: dict[str, Any] = {"patch_size": 1}
-"""Fields of FluxTransformer2DModel of which one value is supported.
-
-There tokens are made outside the network, here inside.
-"""
-
 
 @dataclass(frozen=True)
-class FluxConfig:
+class FluxConfig(FluxBaseConfig):
     """The numbers of a FLUX.1 transformer, with diffusers' names and defaults (schnell's).
 
     Attributes:
@@ -60,6 +55,9 @@ class FluxConfig:
         axes_dims_rope: Channels of a head for the rotary positions of image, row and column.
     """
 
+    class_name = "FluxTransformer2DModel"
+    fixed: ClassVar[Mapping[str, Any]] = {"patch_size": 1}  # patches are made in the network here
+
     in_channels: int = 64
     out_channels: int | None = None
     num_layers: int = 19
@@ -72,51 +70,21 @@ class FluxConfig:
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
 
     def __post_init__(self) -> None:
-        widths = (
-            "in_channels",
-            "attention_head_dim",
-            "num_attention_heads",
-            "joint_attention_dim",
-            "pooled_projection_dim",
-        )
-        layers = (("num_layers", 0), ("num_single_layers", 0))
-        check_numbers(
-            self,
-            self.attention_head_dim,
-            self.axes_dims_rope,
-            3,
-            *((name, 1) for name in widths),
-            *layers,
-        )
+        self.check_counts("in_channels attention_head_dim num_attention_heads")
+        self.check_counts("joint_attention_dim pooled_projection_dim")
+        self.check_counts("num_layers num_single_layers", at_least=0)
+        self.check_rope(3)
         for name in ("in_channels", "out_channels"):
             value = getattr(self, name)
             if value is not None and (value < 1 or value % 4):
                 raise UserError(
-                    f"config field {name}={value!r}: expected a multiple of 4, as a token is 2x2 cells of the latent"
+                    f"config field {name}={value!r}: expected a multiple of 4, as a token is 2x2 "
+                    "cells of the latent"
                 )
 
-    @property
-    def width(self) -> int:
-        """Channels of a token inside the network."""
-        return self.num_attention_heads * self.attention_head_dim
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "FluxConfig":
-        """Read a diffusers config; `UserError` for unknown fields and unsupported values."""
-        return read_config(cls, values, FIXED)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON that diffusers' FluxTransformer2DModel reads."""
-        return {"_class_name": "FluxTransformer2DModel", **asdict(self), **FIXED}
-
-
-class DoubleBlock(nn.Module):
-    """Joint attention of both streams, and a feed-forward layer for each.
-
-    img (B, N, D), txt (B, L, D) -> the same.
-    """
-
-    streams = 2  # two streams of tokens in and out
+class DoubleBlock(_flux_base.DoubleBlock):
+    """A double block with its own modulation: img (B, N, D), txt (B, L, D) -> the same."""
 
     def __init__(self, heads: int, head_width: int):
         super().__init__()
@@ -125,44 +93,12 @@ class DoubleBlock(nn.Module):
         self.attn = JointAttention(width, heads)
         self.ff, self.ff_context = FeedForward(width, "gelu"), FeedForward(width, "gelu")
 
-    def forward(
-        self,
-        img: Float[Tensor, "B N D"],
-        txt: Float[Tensor, "B L D"],
-        c: Float[Tensor, "B D"],
-        rope: Float[Tensor, "S d 2"],
-        mask: Bool[Tensor, "B S"] | None,
-        count: int,
-    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B L D"]]:
-        img_shift, img_scale, img_gate, *img_mlp = self.norm1(c)
-        txt_shift, txt_scale, txt_gate, *txt_mlp = self.norm1_context(c)
-
-        # attention
-        attn_img, attn_txt = self.attn(
-            modulated(img, img_scale, img_shift),
-            modulated(txt, txt_scale, txt_shift),
-            mask,
-            rope,
-            count,
-        )
-        img, txt = gated(img, img_gate, attn_img), gated(txt, txt_gate, attn_txt)
-
-        # feed-forward
-        return _mlp(self.ff, img, img_mlp), clamp_fp16(_mlp(self.ff_context, txt, txt_mlp))
+    def modulation(self, c: Float[Tensor, "B D"]) -> tuple[ModulationParams, ModulationParams]:
+        """Two shifts, scales and gates for each stream, linear in SiLU(c)."""
+        return self.norm1(c), self.norm1_context(c)
 
 
-def _mlp(
-    ff: nn.Module, x: Float[Tensor, "B N D"], modulation: list[Tensor]
-) -> Float[Tensor, "B N D"]:
-    """x + gate ff(LN(x) (1 + scale) + shift). modulation: shift, scale and gate."""
-
-    def mlp(rows: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        return gated(rows, gate, ff(modulated(rows, scale, shift)))
-
-    return by_rows(mlp, [x], *modulation)
-
-
-class SelfAttention(PictureAttention):
+class SelfAttention(RotaryAttention):
     """Self-attention without an output projection: (B, S, D) -> (B, S, D)."""
 
     def __init__(self, heads: int, head_width: int):
@@ -179,11 +115,8 @@ class SelfAttention(PictureAttention):
         mask: Bool[Tensor, "B S"] | None,
         count: int,
     ) -> Float[Tensor, "B S D"]:
-        # (B, S, H, d)
-        q, k, v = (
-            layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.to_q, self.to_k, self.to_v)
-        )
-        return self.find(rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope), v, mask, count)
+        """Attend among all tokens, of which the first `count` are an image's."""
+        return self.attend((self.to_q(x), self.to_k(x), self.to_v(x)), rope, mask, count)
 
 
 class SingleBlock(nn.Module):
@@ -210,6 +143,7 @@ class SingleBlock(nn.Module):
         mask: Bool[Tensor, "B S"] | None,
         count: int,
     ) -> Float[Tensor, "B S D"]:
+        """All tokens after the block; the first `count` are an image's."""
         shift, scale, gate = self.norm(c)
         y = modulated(x, scale, shift)
         return clamp_fp16(by_rows(self._out, [x, y, self.attn(y, rope, mask, count)], gate))
@@ -231,11 +165,8 @@ class FluxTransformer(FluxBase):
     def __init__(self, config: FluxConfig):
         super().__init__()
         self.config = config
-        width, heads, head_width = (
-            config.width,
-            config.num_attention_heads,
-            config.attention_head_dim,
-        )
+        width, outputs = config.width, config.out_channels or config.in_channels
+        heads, head_width = config.num_attention_heads, config.attention_head_dim
         self.positions = RopePositions(
             config.axes_dims_rope, theta=10000.0, image_step=1, text_axis=False
         )
@@ -250,8 +181,8 @@ class FluxTransformer(FluxBase):
         self.single_transformer_blocks = nn.ModuleList(
             SingleBlock(heads, head_width) for _ in range(config.num_single_layers)
         )
-        self.norm_out = OutNorm(width)
-        self.proj_out = batch_invariant.Linear(width, config.out_channels or config.in_channels)
+        self.norm_out = Modulation(width, 2)
+        self.proj_out = batch_invariant.Linear(width, outputs)
 
     def forward(
         self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning
@@ -259,7 +190,8 @@ class FluxTransformer(FluxBase):
         """The network's target. Arguments and errors as in `FluxBase.forward`."""
         if len(cond.references or ()) > 1:
             raise UserError(
-                f"FLUX.1 reads one reference picture, got {len(cond.references or ())}: put them side by side in one"
+                f"FLUX.1 takes one reference image, got {len(cond.references or ())}: put them "
+                "side by side in one"
             )
         return super().forward(x, timestep, cond)
 

@@ -9,36 +9,33 @@ cells is a token. Names and config are diffusers'.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sfumato.config import read_config
 from sfumato.errors import UserError
 from sfumato.kernels import batch_invariant
-from sfumato.nn.attention import PictureAttention, by_rows
+from sfumato.nn.embeddings import TimeEmbedding
 from sfumato.nn.mmdit import JointAttention
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
-from sfumato.nn.rope import rotate
+from sfumato.predict.networks import _flux_base
 from sfumato.predict.networks._flux_base import (
     FluxBase,
+    FluxBaseConfig,
     ModulationParams,
-    OutNorm,
     RopePositions,
-    TimeEmbedding,
-    check_numbers,
+    RotaryAttention,
     clamp_fp16,
 )
-
-FIXED: dict[str, Any] = {"patch_size": 1}
-"""Fields of Flux2Transformer2DModel of which one value is supported."""
+from sfumato.validate import number_in, whole_number
 
 
 @dataclass(frozen=True)
-class Flux2Config:
+class Flux2Config(FluxBaseConfig):
     """The numbers of a FLUX.2 transformer, with diffusers' names and defaults (dev's).
 
     Attributes:
@@ -58,6 +55,9 @@ class Flux2Config:
             pass ("base") or not at all.
     """
 
+    class_name = "Flux2Transformer2DModel"
+    fixed: ClassVar[Mapping[str, Any]] = {"patch_size": 1}
+
     in_channels: int = 128
     out_channels: int | None = None
     num_layers: int = 8
@@ -73,54 +73,24 @@ class Flux2Config:
     guidance_embeds: bool = True
 
     def __post_init__(self) -> None:
-        widths = (
-            "in_channels",
-            "attention_head_dim",
-            "num_attention_heads",
-            "joint_attention_dim",
-            "timestep_guidance_channels",
-        )
-        layers = (("num_layers", 0), ("num_single_layers", 0))
-        check_numbers(
-            self,
-            self.attention_head_dim,
-            self.axes_dims_rope,
-            4,
-            *((name, 1) for name in widths),
-            *layers,
-        )
-        if self.out_channels is not None and self.out_channels < 1:
-            raise UserError(
-                f"config field out_channels={self.out_channels!r}: expected a number of at least 1"
-            )
+        self.check_counts("in_channels attention_head_dim num_attention_heads joint_attention_dim")
+        self.check_counts("timestep_guidance_channels")
+        self.check_counts("num_layers num_single_layers", at_least=0)
+        self.check_rope(4)
+        if self.out_channels is not None:
+            whole_number("out_channels", self.out_channels, at_least=1)
         if self.timestep_guidance_channels % 2:
             raise UserError(
-                f"config field timestep_guidance_channels={self.timestep_guidance_channels}: expected an even number"
+                f"timestep_guidance_channels={self.timestep_guidance_channels}: expected an even "
+                "number"
             )
         for name in ("mlp_ratio", "rope_theta", "eps"):
-            if not getattr(self, name) > 0:
-                raise UserError(
-                    f"config field {name}={getattr(self, name)!r}: expected a number above 0"
-                )
-
-    @property
-    def width(self) -> int:
-        """Channels of a token inside the network."""
-        return self.num_attention_heads * self.attention_head_dim
+            number_in(name, getattr(self, name), above=0)
 
     @property
     def inner(self) -> int:
         """Inner width of the feed-forward layers."""
         return int(self.width * self.mlp_ratio)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Flux2Config":
-        """Read a diffusers config; `UserError` for unknown fields and unsupported values."""
-        return read_config(cls, values, FIXED)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON that diffusers' Flux2Transformer2DModel reads."""
-        return {"_class_name": "Flux2Transformer2DModel", **asdict(self), **FIXED}
 
 
 def _swiglu(x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
@@ -138,16 +108,12 @@ class FeedForward(nn.Module):
         self.linear_out = batch_invariant.Linear(inner, width, bias=False)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """Apply both projections."""
         return self.linear_out(_swiglu(self.linear_in(x)))
 
 
-class DoubleBlock(nn.Module):
-    """Joint attention of both streams, and a feed-forward layer for each.
-
-    img (B, N, D), txt (B, L, D) -> the same.
-    """
-
-    streams = 2  # two streams of tokens in and out
+class DoubleBlock(_flux_base.DoubleBlock):
+    """A double block with shared modulation: img (B, N, D), txt (B, L, D) -> the same."""
 
     def __init__(self, config: Flux2Config):
         super().__init__()
@@ -155,52 +121,10 @@ class DoubleBlock(nn.Module):
         self.attn = JointAttention(
             config.width, config.num_attention_heads, bias=False, eps=config.eps
         )
-        self.ff, self.ff_context = (
-            FeedForward(config.width, config.inner),
-            FeedForward(config.width, config.inner),
-        )
-
-    def forward(
-        self,
-        img: Float[Tensor, "B N D"],
-        txt: Float[Tensor, "B L D"],
-        modulation: tuple[ModulationParams, ModulationParams],
-        rope: Float[Tensor, "S d 2"],
-        mask: Bool[Tensor, "B S"] | None,
-        count: int,
-    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B L D"]]:
-        (img_shift, img_scale, img_gate, *img_mlp), (txt_shift, txt_scale, txt_gate, *txt_mlp) = (
-            modulation
-        )
-
-        # attention
-        eps = self.eps
-        attn_img, attn_txt = self.attn(
-            modulated(img, img_scale, img_shift, eps),
-            modulated(txt, txt_scale, txt_shift, eps),
-            mask,
-            rope,
-            count,
-        )
-        img, txt = gated(img, img_gate, attn_img), gated(txt, txt_gate, attn_txt)
-
-        # feed-forward
-        return self._mlp(self.ff, img, img_mlp), clamp_fp16(
-            self._mlp(self.ff_context, txt, txt_mlp)
-        )
-
-    def _mlp(
-        self, ff: nn.Module, x: Float[Tensor, "B N D"], modulation: list[Tensor]
-    ) -> Float[Tensor, "B N D"]:
-        """x + gate ff(LN(x) (1 + scale) + shift). modulation: shift, scale and gate."""
-
-        def mlp(rows: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-            return gated(rows, gate, ff(modulated(rows, scale, shift, self.eps)))
-
-        return by_rows(mlp, [x], *modulation)
+        self.ff, self.ff_context = (FeedForward(config.width, config.inner) for _ in range(2))
 
 
-class ParallelAttention(PictureAttention):
+class ParallelAttention(RotaryAttention):
     """Attention and SwiGLU side by side: (B, S, D) -> (B, S, D).
 
     Both have one input and one output projection.
@@ -211,10 +135,7 @@ class ParallelAttention(PictureAttention):
         width, inner, eps = config.width, config.inner, config.eps
         self.heads, self.parts = config.num_attention_heads, [width, width, width, 2 * inner]
         self.to_qkv_mlp_proj = batch_invariant.Linear(width, 3 * width + 2 * inner, bias=False)
-        self.norm_q, self.norm_k = (
-            RMSNorm(config.attention_head_dim, eps),
-            RMSNorm(config.attention_head_dim, eps),
-        )
+        self.norm_q, self.norm_k = (RMSNorm(config.attention_head_dim, eps) for _ in range(2))
         self.to_out = batch_invariant.Linear(width + inner, width, bias=False)
 
     def forward(
@@ -224,9 +145,9 @@ class ParallelAttention(PictureAttention):
         mask: Bool[Tensor, "B S"] | None,
         count: int,
     ) -> Float[Tensor, "B S D"]:
-        q, k, v, mlp = self.to_qkv_mlp_proj(x).split(self.parts, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))  # (B, S, H, d)
-        attn = self.find(rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope), v, mask, count)
+        """Attend among all tokens, of which the first `count` are an image's."""
+        *qkv, mlp = self.to_qkv_mlp_proj(x).split(self.parts, dim=-1)
+        attn = self.attend(qkv, rope, mask, count)
         return self.to_out(torch.cat([attn, _swiglu(mlp)], dim=-1))
 
 
@@ -248,6 +169,7 @@ class SingleBlock(nn.Module):
         mask: Bool[Tensor, "B S"] | None,
         count: int,
     ) -> Float[Tensor, "B S D"]:
+        """All tokens after the block; the first `count` are an image's."""
         shift, scale, gate = modulation
         return clamp_fp16(
             gated(x, gate, self.attn(modulated(x, scale, shift, self.eps), rope, mask, count))
@@ -265,8 +187,8 @@ class Flux2Transformer(FluxBase):
 
     def __init__(self, config: Flux2Config):
         super().__init__()
-        self.config = config
-        width = config.width
+        self.config, self.eps = config, config.eps
+        width, outputs = config.width, config.out_channels or config.in_channels
         self.positions = RopePositions(
             config.axes_dims_rope, config.rope_theta, image_step=10, text_axis=True
         )
@@ -286,10 +208,8 @@ class Flux2Transformer(FluxBase):
         self.single_transformer_blocks = nn.ModuleList(
             SingleBlock(config) for _ in range(config.num_single_layers)
         )
-        self.norm_out = OutNorm(width, bias=False, eps=config.eps)
-        self.proj_out = batch_invariant.Linear(
-            width, config.out_channels or config.in_channels, bias=False
-        )
+        self.norm_out = Modulation(width, 2, bias=False)
+        self.proj_out = batch_invariant.Linear(width, outputs, bias=False)
 
     @classmethod
     def shape_fields(cls, config: Any, channels: int, side: int) -> dict[str, Any]:

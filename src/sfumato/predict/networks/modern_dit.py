@@ -11,7 +11,7 @@ for DiT's own part. Text tokens are joined to the patches, and both attend to bo
 (arXiv:2403.03206), but with shared weights.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -19,29 +19,21 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sfumato.config import read_config
-from sfumato.errors import UserError, unknown
+from sfumato.errors import UserError
 from sfumato.kernels import batch_invariant
 from sfumato.nn.attention import FeedForward, PictureAttention
-from sfumato.nn.embeddings import (
-    PatchEmbed,
-    TimestepEmbedding,
-    padded,
-    sincos_2d,
-    sinusoidal,
-    unpatched,
-)
+from sfumato.nn.embeddings import PatchEmbed, TimestepEmbedding, padded, sincos_2d
 from sfumato.nn.mmdit import with_picture
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
 from sfumato.nn.rope import angles, grid, rotate
-from sfumato.predict.networks.base import SINUSOIDAL_WIDTH, Network
+from sfumato.predict.networks._patch_transformer import PatchNetwork
+from sfumato.predict.networks.base import SINUSOIDAL_WIDTH, TransformerConfig
 from sfumato.types import Conditioning
-
-CLASS_NAME = "SfumatoDiT"
+from sfumato.validate import number_in, one_of
 
 
 @dataclass(frozen=True)
-class ModernDiTConfig:
+class ModernDiTConfig(TransformerConfig):
     """The numbers of the network; width = num_attention_heads * attention_head_dim.
 
     Attributes:
@@ -64,6 +56,8 @@ class ModernDiTConfig:
         caption_channels: Channels of text tokens; None: no text.
     """
 
+    class_name = "SfumatoDiT"
+
     sample_size: int = 32
     in_channels: int = 4
     out_channels: int | None = None
@@ -81,49 +75,22 @@ class ModernDiTConfig:
     caption_channels: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "sample_size",
-            "in_channels",
-            "patch_size",
-            "num_layers",
-            "num_attention_heads",
-        ):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UserError(
-                    f"{name}={getattr(self, name)!r}: expected a whole number of at least 1"
-                )
-        if self.ffn not in ("swiglu", "gelu"):
-            raise unknown("ffn", self.ffn, ("swiglu", "gelu"))
-        if self.positions not in ("rope", "sincos"):
-            raise unknown("positions", self.positions, ("rope", "sincos"))
+        self.check_counts("sample_size in_channels patch_size num_layers num_attention_heads")
+        self.check_counts("register_tokens", at_least=0)
+        one_of("ffn", self.ffn, ("swiglu", "gelu"))
+        one_of("positions", self.positions, ("rope", "sincos"))
+        number_in("ffn_ratio", self.ffn_ratio, above=0)
+        number_in("rope_theta", self.rope_theta, above=1)
         if self.attention_head_dim < 4 or self.attention_head_dim % 4:
             raise UserError(
-                f"attention_head_dim={self.attention_head_dim}: expected a multiple of 4, for pairs that turn with rows and with columns"
+                f"attention_head_dim={self.attention_head_dim}: expected a multiple of 4, for "
+                "pairs that are rotated by the row and by the column"
             )
-        if self.register_tokens < 0 or not self.ffn_ratio > 0 or not self.rope_theta > 1:
-            raise UserError(
-                f"register_tokens={self.register_tokens}, ffn_ratio={self.ffn_ratio}, rope_theta={self.rope_theta}: expected at least 0, "
-                "above 0 and above 1"
-            )
-
-    @property
-    def width(self) -> int:
-        """Channels of a token."""
-        return self.num_attention_heads * self.attention_head_dim
 
     @property
     def inner(self) -> int:
         """Inner width of the feed-forward layers, a multiple of 8."""
         return max(8, round(self.ffn_ratio * self.width / 8) * 8)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ModernDiTConfig":
-        """Read config.json; `UserError` for unknown fields."""
-        return read_config(cls, values, {})
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON of config.json, in sfumato's own format."""
-        return {"_class_name": CLASS_NAME, **asdict(self)}
 
 
 class _Attention(PictureAttention):
@@ -133,8 +100,10 @@ class _Attention(PictureAttention):
         super().__init__()
         self.heads, width = config.num_attention_heads, config.width
         self.to_qkv = batch_invariant.Linear(width, 3 * width, bias=False)
-        self.norm_q = RMSNorm(config.attention_head_dim) if config.qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(config.attention_head_dim) if config.qk_norm else nn.Identity()
+        self.norm_q, self.norm_k = (
+            RMSNorm(config.attention_head_dim) if config.qk_norm else nn.Identity()
+            for _ in range(2)
+        )
         self.to_out = batch_invariant.Linear(width, width, bias=False)
 
     def forward(
@@ -175,7 +144,7 @@ class _Block(nn.Module):
         return gated(x, gate_ff, self.ff(modulated(x, scale_ff, shift_ff)))
 
 
-class ModernDiT(Network):
+class ModernDiT(PatchNetwork):
     """The network: see the module's docstring. Built from a `ModernDiTConfig`.
 
     At the start of training its gates and its output are zero.
@@ -216,12 +185,10 @@ class ModernDiT(Network):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.pos_embed.proj.weight.view(self.config.width, -1))
-        for table in (
-            self.class_embedding.weight if self.class_embedding else None,
-            getattr(self, "registers", None),
-        ):
-            if table is not None:
-                nn.init.normal_(table, std=0.02)
+        if self.class_embedding is not None:
+            nn.init.normal_(self.class_embedding.weight, std=0.02)
+        if self.config.register_tokens:
+            nn.init.normal_(self.registers, std=0.02)
         for module in self.modules():
             if isinstance(module, Modulation):
                 nn.init.zeros_(module.linear.weight)
@@ -241,67 +208,47 @@ class ModernDiT(Network):
         Raises:
             UserError: For a latent or a conditioning that does not fit.
         """
-        size, patch = x.shape[2:], self.config.patch_size
-        x = padded(self._joined(x, cond), patch)
-        rows, columns = x.shape[2] // patch, x.shape[3] // patch
-        c = self._embed(timestep, cond, x.dtype)
+        size, c = x.shape[2:], self._embed(timestep, cond, x.dtype)
+        x = padded(self.join_concat(x, cond), self.patch)
+        rows, columns = x.shape[2] // self.patch, x.shape[3] // self.patch
 
         # patches, and behind them tokens without a position
         x = self.pos_embed(x)  # (B, N, D)
         if self.config.positions == "sincos":
-            x = x + sincos_2d(
-                self.config.width, rows, columns, self.config.sample_size // patch
-            ).to(x)
+            base = self.config.sample_size // self.patch
+            x = x + sincos_2d(self.config.width, rows, columns, base).to(x)
         count = x.shape[1]
         others, mask = self._unpositioned(x, cond)
         x = torch.cat([x, others], dim=1)
-        compute = _rope.__wrapped__ if torch.compiler.is_compiling() else _rope  # see `FluxBase`
-        rope = (
-            compute(self.config, others.shape[1], rows, columns, x.device)
-            if self.config.positions == "rope"
-            else None
-        )
+        rope = None
+        if self.config.positions == "rope":
+            # a compiler's tensors cannot be cached
+            compute = _rope.__wrapped__ if torch.compiler.is_compiling() else _rope
+            rope = compute(self.config, others.shape[1], rows, columns, x.device)
 
         for block in self.transformer_blocks:
             x = block(x, c, rope, mask, count)
 
         shift, scale = self.norm_out(c)
-        y = self.proj_out(modulated(x[:, :count], scale, shift))
-        return unpatched(y, rows, patch)[:, :, : size[0], : size[1]]
-
-    def _joined(self, x: Tensor, cond: Conditioning) -> Tensor:
-        """x with `concat`; `UserError` for other channels than the network's."""
-        if cond.concat is not None:
-            x = torch.cat([x, cond.concat], dim=1)
-        if x.shape[1] != self.config.in_channels:
-            joined = 0 if cond.concat is None else cond.concat.shape[1]
-            raise UserError(
-                f"this network takes {self.config.in_channels} channels and was given {x.shape[1]}, {joined} of them by Conditioning.concat"
-            )
-        return x
+        return self.unpatchify(self.proj_out(modulated(x[:, :count], scale, shift)), size)
 
     def _embed(
         self, timestep: Float[Tensor, " B"], cond: Conditioning, dtype: torch.dtype
     ) -> Float[Tensor, "B D"]:
         """Time, class and the mean of the text tokens as one embedding."""
-        c = self.time_embedding(sinusoidal(timestep, SINUSOIDAL_WIDTH).to(dtype))
+        c = self.time_embedding.embed(timestep, dtype)
         if self.class_embedding is not None:
-            if cond.vector is None:
-                raise UserError(
-                    "this network is class-conditional: Conditioning.vector (B, V) is missing"
-                )
-            c = c + batch_invariant.linear(cond.vector.to(dtype), self.class_embedding.weight.T)
+            classes = self.require(cond, "vector", self.classes, "is class-conditional")
+            c = c + batch_invariant.linear(classes.to(dtype), self.class_embedding.weight.T)
         if self.config.caption_channels:
-            if cond.tokens is None:
-                raise UserError(
-                    f"this network reads tokens of width {self.config.caption_channels}: Conditioning.tokens (B, L, D) is missing"
-                )
+            width = self.config.caption_channels
+            text = self.require(cond, "tokens", width, f"reads tokens of width {width}")
             counts = (
-                torch.ones_like(cond.tokens[..., :1])
+                torch.ones_like(text[..., :1])
                 if cond.mask is None
                 else cond.mask[..., None].to(dtype)
             )
-            mean = (self.caption_norm(cond.tokens) * counts).sum(1) / counts.sum(1).clamp(min=1)
+            mean = (self.caption_norm(text) * counts).sum(1) / counts.sum(1).clamp(min=1)
             c = c + self.caption_embedding(mean)
         return c
 
@@ -309,17 +256,13 @@ class ModernDiT(Network):
         self, x: Float[Tensor, "B N D"], cond: Conditioning
     ) -> tuple[Float[Tensor, "B M D"], Bool[Tensor, "B L"] | None]:
         """Registers and text tokens, and the mask of all tokens (None: nothing is masked)."""
-        parts = (
-            [self.registers.to(x.dtype).expand(len(x), -1, -1)]
-            if self.config.register_tokens
-            else []
-        )
+        parts, mask = [x[:, :0]], None
+        if self.config.register_tokens:
+            parts.append(self.registers.to(x.dtype).expand(len(x), -1, -1))
         if self.config.caption_channels:
             parts.append(self.caption_projection(self.caption_norm(cond.tokens)))
-        mask = cond.mask if self.config.caption_channels else None
-        return torch.cat(parts, dim=1) if parts else x[:, :0], with_picture(
-            mask, x.shape[1] + self.config.register_tokens
-        )
+            mask = with_picture(cond.mask, x.shape[1] + self.config.register_tokens)
+        return torch.cat(parts, dim=1), mask
 
     @property
     def learned_variance(self) -> bool:
@@ -329,11 +272,9 @@ class ModernDiT(Network):
     @property
     def channels(self) -> int:
         """Channels of the latents that it predicts."""
-        return (
-            self.config.in_channels
-            if self.learned_variance
-            else self.config.out_channels or self.config.in_channels
-        )
+        if self.learned_variance:
+            return self.config.in_channels
+        return self.config.out_channels or self.config.in_channels
 
     @property
     def token_width(self) -> int | None:
@@ -350,17 +291,12 @@ class ModernDiT(Network):
         """Rows of the table of classes, one of them for no class; 0: no classes."""
         return self.config.num_class_embeds or 0
 
-    @property
-    def patch(self) -> int:
-        """Latent cells along a side of one token."""
-        return self.config.patch_size
-
 
 @lru_cache(maxsize=32)
 def _rope(
     config: ModernDiTConfig, unpositioned: int, rows: int, columns: int, device: torch.device
 ) -> Float[Tensor, "N d 2"]:
-    """cos and sin of all tokens, cached: not to be changed in place.
+    """Rotations (cos, sin) of all tokens, cached: not to be changed in place.
 
     Rows and columns have half of a head's pairs each. Tokens without a position are at the origin.
     """
@@ -371,4 +307,4 @@ def _rope(
         return torch.cat([angles(positions, (half, half), config.rope_theta), origin])
 
 
-CLASSES = {CLASS_NAME: (ModernDiT, ModernDiTConfig)}
+CLASSES = {"SfumatoDiT": (ModernDiT, ModernDiTConfig)}

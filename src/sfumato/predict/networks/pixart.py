@@ -13,39 +13,28 @@ c = MLP(sinusoidal(t)); PixArt-alpha at 1024 x 1024 pixels adds embeddings of he
 height/width. Module names and config are diffusers' PixArtTransformer2DModel.
 """
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sfumato.config import read_config
 from sfumato.errors import UserError
 from sfumato.kernels import batch_invariant
 from sfumato.nn.attention import Attention, FeedForward
-from sfumato.nn.embeddings import TimestepEmbedding, sinusoidal
+from sfumato.nn.embeddings import TimestepEmbedding
 from sfumato.nn.modulation import gated, modulated
 from sfumato.predict.networks._patch_transformer import (
     ACTIVATIONS,
-    LEGACY,
     PatchConfig,
     PatchTransformer,
-    flag,
-    whole,
     zero_init,
 )
 from sfumato.predict.networks.base import SINUSOIDAL_WIDTH
 from sfumato.types import Conditioning
-
-FIXED: dict[str, Any] = {
-    "dropout": 0.0,
-    "norm_type": "ada_norm_single",
-    "norm_elementwise_affine": False,
-    "attention_type": "default",
-}
-"""Fields of PixArtTransformer2DModel of which one value is supported."""
+from sfumato.validate import flag, number_in, whole_number
 
 
 @dataclass(frozen=True)
@@ -64,6 +53,14 @@ class PixArtConfig(PatchConfig):
         num_embeds_ada_norm: Kept for the file's sake.
     """
 
+    class_name = "PixArtTransformer2DModel"
+    fixed: ClassVar[Mapping[str, Any]] = {
+        "dropout": 0.0,
+        "norm_type": "ada_norm_single",
+        "norm_elementwise_affine": False,
+        "attention_type": "default",
+    }
+
     out_channels: int | None = 8
     cross_attention_dim: int = 1152
     sample_size: int = 128
@@ -74,51 +71,37 @@ class PixArtConfig(PatchConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole("cross_attention_dim", self.cross_attention_dim)
+        self.check_counts("cross_attention_dim")
         if self.caption_channels is not None:
-            whole("caption_channels", self.caption_channels)
+            whole_number("caption_channels", self.caption_channels, at_least=1)
             if self.cross_attention_dim != self.width:
                 raise UserError(
-                    f"cross_attention_dim {self.cross_attention_dim} with caption_channels: expected the network's own width, {self.width}"
+                    f"cross_attention_dim {self.cross_attention_dim} with caption_channels: "
+                    f"expected the network's own width, {self.width}"
                 )
         if self.use_additional_conditions is not None:
             flag("use_additional_conditions", self.use_additional_conditions)
         if self.conditioned_on_size and self.width % 3:
             raise UserError(
-                f"use_additional_conditions with a width of {self.width}: height, width and aspect need a third of it each"
+                f"use_additional_conditions with a width of {self.width}: height, width and aspect "
+                "need a third of it each"
             )
-        scale = self.interpolation_scale
-        if scale is not None and (
-            isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0
-        ):
-            raise UserError(f"interpolation_scale {scale!r}: expected a number above 0, or null")
+        if self.interpolation_scale is not None:
+            number_in("interpolation_scale", self.interpolation_scale, above=0)
 
     @property
     def conditioned_on_size(self) -> bool:
         """True where it is conditioned on height, width and their ratio."""
-        return (
-            self.sample_size == 128
-            if self.use_additional_conditions is None
-            else self.use_additional_conditions
-        )
+        if self.use_additional_conditions is None:
+            return self.sample_size == 128
+        return self.use_additional_conditions
 
     @property
     def position_scale(self) -> float:
         """The divisor of positions."""
-        return (
-            max(self.sample_size // 64, 1)
-            if self.interpolation_scale is None
-            else self.interpolation_scale
-        )
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "PixArtConfig":
-        """Read a diffusers config; `UserError` for unknown fields and unsupported values."""
-        return read_config(cls, values, LEGACY | FIXED)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON that diffusers' PixArtTransformer2DModel reads."""
-        return {"_class_name": "PixArtTransformer2DModel", **asdict(self), **FIXED}
+        if self.interpolation_scale is None:
+            return max(self.sample_size // 64, 1)
+        return self.interpolation_scale
 
 
 class _TimeSizeEmbedding(nn.Module):
@@ -130,7 +113,6 @@ class _TimeSizeEmbedding(nn.Module):
 
     def __init__(self, width: int, conditioned_on_size: bool):
         super().__init__()
-        self.conditioned_on_size = conditioned_on_size
         self.timestep_embedder = TimestepEmbedding(SINUSOIDAL_WIDTH, width)
         if conditioned_on_size:
             self.resolution_embedder = TimestepEmbedding(SINUSOIDAL_WIDTH, width // 3)
@@ -139,18 +121,11 @@ class _TimeSizeEmbedding(nn.Module):
     def forward(
         self, timestep: Float[Tensor, " B"], size: Float[Tensor, "B V"] | None, dtype: torch.dtype
     ) -> Float[Tensor, "B D"]:
-        c = self.timestep_embedder(sinusoidal(timestep, SINUSOIDAL_WIDTH).to(dtype))
-        if not self.conditioned_on_size:
+        c = self.timestep_embedder.embed(timestep, dtype)
+        if size is None:
             return c
-        if size is None or size.shape[1] != 3:
-            state = "is missing" if size is None else f"has {size.shape[1]} numbers"
-            raise UserError(
-                f"this PixArt is conditioned on the image's height, width and height/width: Conditioning.vector (B, 3) {state}"
-            )
-        sides = self.resolution_embedder(
-            sinusoidal(size[:, :2].flatten(), SINUSOIDAL_WIDTH).to(dtype)
-        )
-        ratio = self.aspect_ratio_embedder(sinusoidal(size[:, 2], SINUSOIDAL_WIDTH).to(dtype))
+        sides = self.resolution_embedder.embed(size[:, :2].flatten(), dtype)
+        ratio = self.aspect_ratio_embedder.embed(size[:, 2], dtype)
         return c + torch.cat([sides.view(len(size), -1), ratio], dim=1)  # (B, 2/3 D) and (B, 1/3 D)
 
 
@@ -188,17 +163,12 @@ class _Block(nn.Module):
 
     def __init__(self, config: PixArtConfig):
         super().__init__()
-        width, heads, head_width = (
-            config.width,
-            config.num_attention_heads,
-            config.attention_head_dim,
-        )
+        width, bias = config.width, config.attention_bias
+        heads, head_width = config.num_attention_heads, config.attention_head_dim
         self.eps = config.norm_eps
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
-        self.attn1 = Attention(width, heads, head_width, qkv_bias=config.attention_bias)
-        self.attn2 = Attention(
-            width, heads, head_width, config.cross_attention_dim, config.attention_bias
-        )
+        self.attn1 = Attention(width, heads, head_width, qkv_bias=bias)
+        self.attn2 = Attention(width, heads, head_width, config.cross_attention_dim, bias)
         self.ff = FeedForward(width, ACTIVATIONS[config.activation_fn])
         # a network that was trained without text goes on unchanged
         zero_init(cast("nn.Linear", self.attn2.to_out[0]))
@@ -267,8 +237,14 @@ class PixArt(PatchTransformer):
         Raises:
             UserError: For a latent or a conditioning that does not fit.
         """
-        text = self._embed_text(cond)  # (B, L, E)
-        modulation, c = self.adaln_single(timestep, cond.vector, x.dtype)  # (B, 6, D), (B, D)
+        width, size = self.token_width, None
+        text = self.require(cond, "tokens", width, f"attends to tokens of width {width}")
+        if self.caption_projection is not None:
+            text = self.caption_projection(text)  # (B, L, E)
+        if self.config.conditioned_on_size:
+            sizes = "is conditioned on the image's height, width and height/width"
+            size = self.require(cond, "vector", 3, sizes)
+        modulation, c = self.adaln_single(timestep, size, x.dtype)  # (B, 6, D), (B, D)
 
         y = self.patchify(x, cond)  # (B, N, D)
         for block in cast("Iterable[_Block]", self.transformer_blocks):
@@ -276,16 +252,6 @@ class PixArt(PatchTransformer):
 
         shift, scale = (self.scale_shift_table + c[:, None]).chunk(2, dim=1)
         return self.unpatchify(self.proj_out(modulated(y, scale, shift)), x.shape[2:])
-
-    def _embed_text(self, cond: Conditioning) -> Float[Tensor, "B L E"]:
-        if cond.tokens is None or cond.tokens.shape[2] != self.token_width:
-            state = "is missing" if cond.tokens is None else f"is {cond.tokens.shape[2]} wide"
-            raise UserError(
-                f"this PixArt attends to tokens of width {self.token_width}: Conditioning.tokens (B, L, {self.token_width}) {state}"
-            )
-        return (
-            cond.tokens if self.caption_projection is None else self.caption_projection(cond.tokens)
-        )
 
 
 CLASSES = {"PixArtTransformer2DModel": (PixArt, PixArtConfig)}

@@ -9,32 +9,25 @@ middle. Module names and config are diffusers' SD3Transformer2DModel.
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sfumato.config import read_config
 from sfumato.errors import UserError
 from sfumato.kernels import batch_invariant
-from sfumato.nn.embeddings import (
-    PatchEmbed,
-    TimestepEmbedding,
-    padded,
-    sincos_2d,
-    sinusoidal,
-    unpatched,
-)
+from sfumato.nn.embeddings import PatchEmbed, TimeEmbedding, padded, sincos_2d
 from sfumato.nn.mmdit import JointBlock, with_picture
 from sfumato.nn.modulation import Modulation, modulated
-from sfumato.predict.networks.base import SINUSOIDAL_WIDTH, Network
+from sfumato.predict.networks._patch_transformer import PatchNetwork, zero_init
+from sfumato.predict.networks.base import SINUSOIDAL_WIDTH, TransformerConfig
 from sfumato.types import Conditioning
+from sfumato.validate import whole_number
 
 
 @dataclass(frozen=True)
-class SD3Config:
+class SD3Config(TransformerConfig):
     """The numbers of an MMDiT, with diffusers' names and defaults.
 
     Attributes:
@@ -56,6 +49,8 @@ class SD3Config:
         qk_norm: "rms_norm" (SD 3.5) or None (SD 3), of each head's queries and keys.
     """
 
+    class_name = "SD3Transformer2DModel"
+
     sample_size: int = 128
     patch_size: int = 2
     in_channels: int = 16
@@ -71,50 +66,37 @@ class SD3Config:
     qk_norm: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if name in ("dual_attention_layers", "qk_norm") or (
-                name == "out_channels" and value is None
-            ):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"{name} {value!r}: expected a whole number of at least 1")
-        if self.qk_norm not in (None, "rms_norm"):
-            raise UserError(
-                f"qk_norm {self.qk_norm!r} is not supported: expected null or 'rms_norm'"
-            )
+        self.check_counts("sample_size patch_size in_channels num_layers pos_embed_max_size")
+        self.check_counts("attention_head_dim num_attention_heads joint_attention_dim")
+        self.check_counts("caption_projection_dim pooled_projection_dim")
+        if self.out_channels is not None:
+            whole_number("out_channels", self.out_channels, at_least=1)
+        self.check_choice("qk_norm", None, "rms_norm")
+        product = (
+            f"attention_head_dim {self.attention_head_dim} * "
+            f"num_attention_heads {self.num_attention_heads}"
+        )
         if self.caption_projection_dim != self.width:
             raise UserError(
-                f"caption_projection_dim {self.caption_projection_dim}: expected {self.width}, which is attention_head_dim "
-                f"{self.attention_head_dim} * num_attention_heads {self.num_attention_heads}"
+                f"caption_projection_dim {self.caption_projection_dim}: expected {self.width}, "
+                f"which is {product}"
             )
         if self.width % 4:
             raise UserError(
-                f"attention_head_dim {self.attention_head_dim} * num_attention_heads {self.num_attention_heads} is {self.width}: expected a "
-                "multiple of 4, for sines and cosines of rows and columns"
+                f"{product} is {self.width}: expected a multiple of 4, for sines and cosines of "
+                "rows and columns"
             )
         if self.sample_size < self.patch_size:
             raise UserError(
-                f"sample_size {self.sample_size} is less than patch_size {self.patch_size}: expected at least one whole patch"
+                f"sample_size {self.sample_size} is less than patch_size {self.patch_size}: "
+                "expected at least one whole patch"
             )
         for layer in self.dual_attention_layers:
             if layer not in range(self.num_layers):
                 raise UserError(
-                    f"dual_attention_layers {layer!r}: expected numbers from 0 to {self.num_layers - 1}, of the blocks that there are"
+                    f"dual_attention_layers {layer!r}: expected numbers from 0 to "
+                    f"{self.num_layers - 1}, of the blocks that there are"
                 )
-
-    @property
-    def width(self) -> int:
-        """Channels of a token in the blocks."""
-        return self.attention_head_dim * self.num_attention_heads
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "SD3Config":
-        """Read a diffusers config; `UserError` for unknown fields and unsupported values."""
-        return read_config(cls, values, {})
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON that diffusers' SD3Transformer2DModel reads."""
-        return {"_class_name": "SD3Transformer2DModel", **asdict(self)}
 
 
 class CroppedPatchEmbed(PatchEmbed):
@@ -139,6 +121,7 @@ class CroppedPatchEmbed(PatchEmbed):
         self.pos_embed: Tensor
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B N D"]:
+        """Embed the patches of a latent, with positions."""
         y = self.proj(x).permute(0, 2, 3, 1)  # (B, rows, columns, D)
         rows, columns = y.shape[1:3]
         top, left = (self.most - rows) // 2, (self.most - columns) // 2
@@ -148,23 +131,7 @@ class CroppedPatchEmbed(PatchEmbed):
         return (y.contiguous() + positions).flatten(1, 2)
 
 
-class TimeTextEmbedding(nn.Module):
-    """A timestep in 0..1000 (B,) and a pooled text (B, V) as one embedding (B, D)."""
-
-    def __init__(self, width: int, pooled: int):
-        super().__init__()
-        self.timestep_embedder = TimestepEmbedding(SINUSOIDAL_WIDTH, width)
-        self.text_embedder = TimestepEmbedding(pooled, width)
-
-    def forward(
-        self, timestep: Float[Tensor, " B"], pooled: Float[Tensor, "B V"]
-    ) -> Float[Tensor, "B D"]:
-        return self.timestep_embedder(
-            sinusoidal(timestep, SINUSOIDAL_WIDTH).to(pooled.dtype)
-        ) + self.text_embedder(pooled)
-
-
-class SD3(Network):
+class SD3(PatchNetwork):
     """The MMDiT: see the module's docstring.
 
     Built from an `SD3Config`; weights are random until loaded.
@@ -188,7 +155,7 @@ class SD3(Network):
             config.pos_embed_max_size,
             config.sample_size // config.patch_size,
         )
-        self.time_text_embed = TimeTextEmbedding(width, config.pooled_projection_dim)
+        self.time_text_embed = TimeEmbedding(width, SINUSOIDAL_WIDTH, config.pooled_projection_dim)
         self.context_embedder = batch_invariant.Linear(config.joint_attention_dim, width)
         self.transformer_blocks = nn.ModuleList(
             JointBlock(
@@ -202,13 +169,11 @@ class SD3(Network):
         )
         self.norm_out = Modulation(width, 2)
         self.proj_out = batch_invariant.Linear(width, config.patch_size**2 * self.channels)
-        for layer in (
-            *(m.linear for m in self.modules() if isinstance(m, Modulation)),
-            self.proj_out,
-        ):
-            # adaLN-Zero: every block begins as the identity (DiT, section 3.2)
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        # adaLN-Zero: every block begins as the identity (DiT, section 3.2)
+        zero_init(self.proj_out)
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                zero_init(module.linear)
 
     def forward(
         self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning
@@ -223,12 +188,15 @@ class SD3(Network):
         Raises:
             UserError: For a latent or a conditioning that does not fit.
         """
-        tokens, pooled = self._text(cond)
-        full = padded(self._joined(x, cond), self.patch)
+        width, vector_width = self.token_width, self.vector_width
+        tokens = self.require(cond, "tokens", width, f"reads tokens of width {width}")
+        pooled = self.require(cond, "vector", vector_width, f"reads vector of width {vector_width}")
+        self.check_size(*x.shape[2:])
+        size, x = x.shape[2:], padded(self.join_concat(x, cond), self.patch)
 
         # embeddings
-        img = self.pos_embed(full)  # (B, N, D)
-        c = self.time_text_embed(timestep, pooled.to(x.dtype))  # (B, D)
+        img = self.pos_embed(x)  # (B, N, D)
+        c = self.time_text_embed(timestep, pooled, x.dtype)  # (B, D)
         txt = self.context_embedder(tokens)  # (B, L, D)
 
         # blocks
@@ -242,45 +210,15 @@ class SD3(Network):
 
         # out
         scale, shift = self.norm_out(c)
-        y = self.proj_out(modulated(img, scale, shift))
-        return unpatched(y, full.shape[2] // self.patch, self.patch)[
-            :, :, : x.shape[2], : x.shape[3]
-        ]
-
-    def _text(self, cond: Conditioning) -> tuple[Float[Tensor, "B L E"], Float[Tensor, "B V"]]:
-        """Text tokens and pooled text; `UserError` where they are missing or of another width."""
-        c = self.config
-        for name, value, shape, width in (
-            ("tokens", cond.tokens, "(B, L, D)", c.joint_attention_dim),
-            ("vector", cond.vector, "(B, V)", c.pooled_projection_dim),
-        ):
-            if value is None or value.shape[-1] != width:
-                state = "is missing" if value is None else f"is {value.shape[-1]} wide"
-                raise UserError(
-                    f"this MMDiT reads {name} of width {width}: Conditioning.{name} {shape} {state}; use the model's text encoders"
-                )
-        assert cond.tokens is not None and cond.vector is not None
-        return cond.tokens, cond.vector
-
-    def _joined(self, x: Float[Tensor, "B C h w"], cond: Conditioning) -> Float[Tensor, "B D h w"]:
-        """x with `concat`; `UserError` for other channels, and a latent that is too large."""
-        if cond.concat is not None:
-            x = torch.cat([x, cond.concat], dim=1)
-        if x.shape[1] != self.in_channels:
-            joined = 0 if cond.concat is None else cond.concat.shape[1]
-            raise UserError(
-                f"this MMDiT takes {self.in_channels} channels and was given {x.shape[1]}, {joined} of them by Conditioning.concat: "
-                "models that also take a mask or a picture need the task that gives it"
-            )
-        self.check_size(*x.shape[2:])
-        return x
+        return self.unpatchify(self.proj_out(modulated(img, scale, shift)), size)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise `UserError` for latents larger than the table of positions."""
         most = self.config.pos_embed_max_size * self.patch
         if max(height, width) > most:
             raise UserError(
-                f"a latent of {height} x {width} cells: this MMDiT has places for {most} x {most} at most; ask for a smaller picture"
+                f"a latent of {height} x {width} cells: this MMDiT has positions for {most} x "
+                f"{most} at most; generate a smaller image"
             )
 
     def _residuals(self, cond: Conditioning, shape: torch.Size) -> Iterable[Tensor | None]:
@@ -293,8 +231,9 @@ class SD3(Network):
             return [None] * count
         if len(residuals) > count or any(r.shape != shape for r in residuals):
             raise UserError(
-                f"{len(residuals)} residuals of shapes {sorted({tuple(r.shape) for r in residuals})}: expected at most {count} of {tuple(shape)}, "
-                "from a ControlNet for this MMDiT and this size"
+                f"{len(residuals)} residuals of shapes "
+                f"{sorted({tuple(r.shape) for r in residuals})}: expected at most {count} of "
+                f"{tuple(shape)}, from a ControlNet for this MMDiT and this size"
             )
         interval = count / len(residuals)
         return [*(residuals[int(i / interval)] for i in range(count - 1)), None]
@@ -313,11 +252,6 @@ class SD3(Network):
     def vector_width(self) -> int:
         """Numbers of `Conditioning.vector`, the pooled text."""
         return self.config.pooled_projection_dim
-
-    @property
-    def patch(self) -> int:
-        """Latent cells along a side of one token."""
-        return self.config.patch_size
 
 
 CLASSES = {"SD3Transformer2DModel": (SD3, SD3Config)}

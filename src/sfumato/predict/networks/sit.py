@@ -14,7 +14,7 @@ no such class: the name in the config is sfumato's own.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -29,11 +29,9 @@ from sfumato.types import Conditioning
 class SiTConfig(DiTConfig):
     """The numbers of a SiT: DiT's, with the eps of the original in all norms."""
 
-    norm_eps: float = 1e-6
+    class_name = "SfumatoSiT"
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON of config.json."""
-        return {**super().to_dict(), "_class_name": "SfumatoSiT"}
+    norm_eps: float = 1e-6
 
 
 class SiTTransformer(DiT):
@@ -57,7 +55,7 @@ class SiTTransformer(DiT):
     def forward(
         self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning
     ) -> Float[Tensor, "B C h w"]:
-        """eps - z. Arguments as in `DiT.forward`."""
+        """The velocity eps - z. Arguments as in `DiT.forward`."""
         return -super().forward(x, timestep, cond)[:, : self.channels]
 
 

@@ -7,32 +7,32 @@ blocks that attend to tokens, skips from the way down to the way up. Module name
 diffusers' UNet2DConditionModel.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sfumato.config import read_config
 from sfumato.errors import UserError
 from sfumato.kernels import batch_invariant
 from sfumato.nn.attention import SpatialAttention, SpatialTransformer
 from sfumato.nn.blocks import Downsample, ResnetBlock, Upsample
 from sfumato.nn.embeddings import TimestepEmbedding, sinusoidal
-from sfumato.predict.networks.base import Network
+from sfumato.predict.networks.base import Network, NetworkConfig
 from sfumato.types import Conditioning
 
-_KINDS = {
-    "DownBlock2D": None,
-    "UpBlock2D": None,
-    "AttnDownBlock2D": "self",
-    "AttnUpBlock2D": "self",
-}
-_KINDS |= {"ResnetDownsampleBlock2D": None, "ResnetUpsampleBlock2D": None}
-_CLASS_KINDS = ("timestep", "identity", "projection", "simple_projection")
-_KINDS |= {"CrossAttnDownBlock2D": "cross", "CrossAttnUpBlock2D": "cross"}
+_KINDS = (
+    "AttnDownBlock2D",
+    "AttnUpBlock2D",
+    "CrossAttnDownBlock2D",
+    "CrossAttnUpBlock2D",
+    "DownBlock2D",
+    "ResnetDownsampleBlock2D",
+    "ResnetUpsampleBlock2D",
+    "UpBlock2D",
+)
 
 FIXED: dict[str, Any] = {
     "center_input_sample": False,
@@ -60,7 +60,7 @@ FIXED: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(NetworkConfig):
     """The numbers of a U-Net, with diffusers' names and defaults.
 
     attention_head_dim is, as in diffusers, the number of heads of cross-attention blocks and the
@@ -79,6 +79,9 @@ class UNetConfig:
     upcast_attention is kept for the file's sake: attention sums in float32 in every dtype, as
     torch's fused kernels do.
     """
+
+    class_name: ClassVar[str] = "UNet2DConditionModel"
+    fixed: ClassVar[Mapping[str, Any]] = FIXED
 
     sample_size: int | None = None
     in_channels: int = 4
@@ -123,46 +126,34 @@ class UNetConfig:
         n = len(self.block_out_channels)
         if len(self.down_block_types) != n or len(self.up_block_types) != n:
             raise UserError(
-                f"a U-Net of {n} block_out_channels needs {n} down_block_types and {n} up_block_types, "
-                f"got {len(self.down_block_types)} and {len(self.up_block_types)}"
+                f"a U-Net of {n} block_out_channels needs {n} down_block_types and {n} "
+                f"up_block_types, got {len(self.down_block_types)} and {len(self.up_block_types)}"
             )
         for kind in (*self.down_block_types, *self.up_block_types):
             if kind not in _KINDS:
                 raise UserError(
-                    f"block type {kind!r} is not supported: expected one of {', '.join(sorted(_KINDS))}"
+                    f"block type {kind!r} is not supported: expected one of {', '.join(_KINDS)}"
                 )
-        if self.mid_block_type not in ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None):
+        self.check_choice("mid_block_type", "UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
+        self.check_choice("resnet_time_scale_shift", "default", "scale_shift")
+        projections = ("projection", "simple_projection")
+        self.check_choice("class_embed_type", None, "timestep", "identity", *projections)
+        self.check_choice("addition_embed_type", None, "text_time")
+        width = self.projection_class_embeddings_input_dim
+        if self.addition_embed_type and not (self.addition_time_embed_dim and width):
             raise UserError(
-                f"mid_block_type {self.mid_block_type!r} is not supported: expected UNetMidBlock2DCrossAttn, UNetMidBlock2D or null"
+                "addition_embed_type 'text_time' needs addition_time_embed_dim and "
+                "projection_class_embeddings_input_dim: set both"
             )
-        if self.resnet_time_scale_shift not in ("default", "scale_shift"):
+        if self.class_embed_type in projections and not width:
             raise UserError(
-                f"resnet_time_scale_shift {self.resnet_time_scale_shift!r}: expected 'default' or 'scale_shift'"
-            )
-        if self.class_embed_type not in (None, *_CLASS_KINDS):
-            raise UserError(
-                f"class_embed_type {self.class_embed_type!r} is not supported: expected null or one of {', '.join(_CLASS_KINDS)}"
-            )
-        if self.addition_embed_type not in (None, "text_time"):
-            raise UserError(
-                f"addition_embed_type {self.addition_embed_type!r} is not supported: expected null or 'text_time'"
-            )
-        if self.addition_embed_type and not (
-            self.addition_time_embed_dim and self.projection_class_embeddings_input_dim
-        ):
-            raise UserError(
-                "addition_embed_type 'text_time' needs addition_time_embed_dim and projection_class_embeddings_input_dim: set both"
-            )
-        if (
-            self.class_embed_type in ("projection", "simple_projection")
-            and not self.projection_class_embeddings_input_dim
-        ):
-            raise UserError(
-                f"class_embed_type {self.class_embed_type!r} needs projection_class_embeddings_input_dim: set it"
+                f"class_embed_type {self.class_embed_type!r} needs "
+                "projection_class_embeddings_input_dim: set it"
             )
         if self.addition_embed_type and (self.class_embed_type or self.num_class_embeds):
             raise UserError(
-                "class embeddings beside addition_embed_type are not supported: both would be read from one vector"
+                "class embeddings beside addition_embed_type are not supported: both would be read "
+                "from one vector"
             )
         only = self.only_cross_attention
         if not isinstance(only, bool) and len(only) != n:
@@ -172,7 +163,8 @@ class UNetConfig:
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
                 raise UserError(
-                    f"block_out_channels {width} is not a multiple of norm_num_groups {self.norm_num_groups}: change one of them"
+                    f"block_out_channels {width} is not a multiple of norm_num_groups "
+                    f"{self.norm_num_groups}: change one of them"
                 )
 
     def at(self, field: str, level: int) -> Any:
@@ -182,7 +174,9 @@ class UNetConfig:
 
     def attention(self, kind: str) -> str | None:
         """The attention in blocks of a kind: "cross" (to tokens), "self" (in the map) or None."""
-        return "cross" if kind == "UNetMidBlock2DCrossAttn" else _KINDS.get(kind)
+        if "CrossAttn" in kind:
+            return "cross"
+        return "self" if "Attn" in kind else None
 
     def head_width(self, level: int, position: int) -> int:
         """Width of a head of self-attention. position: of the block on its way, down or up."""
@@ -191,6 +185,11 @@ class UNetConfig:
     def steps_by_block(self, kind: str) -> bool:
         """True where blocks of a kind resample by a residual block, not by a convolution."""
         return kind.startswith("Resnet")
+
+    @property
+    def time_width(self) -> int:
+        """Channels of the time embedding."""
+        return self.time_embedding_dim or 4 * self.block_out_channels[0]
 
     @property
     def middle_resnets(self) -> int:
@@ -202,15 +201,6 @@ class UNetConfig:
         """True where any block has cross-attention, which needs `Conditioning.tokens`."""
         kinds = (*self.down_block_types, *self.up_block_types, self.mid_block_type or "")
         return any("CrossAttn" in kind for kind in kinds)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "UNetConfig":
-        """Read a diffusers config; `UserError` for unknown fields and unsupported values."""
-        return read_config(cls, values, FIXED)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON that diffusers' UNet2DConditionModel reads."""
-        return {"_class_name": "UNet2DConditionModel", **asdict(self), **FIXED}
 
 
 class _Block(nn.Module):
@@ -232,23 +222,15 @@ class _Block(nn.Module):
         super().__init__()
         channels, heads = config.block_out_channels[level], config.at("attention_head_dim", level)
         groups, eps = config.norm_num_groups, config.norm_eps
-        time_width = config.time_embedding_dim or 4 * config.block_out_channels[0]
-        scale_shift = config.resnet_time_scale_shift == "scale_shift"
-        self.resnets = nn.ModuleList(
-            ResnetBlock(i, o, groups, eps, time_width, scale_shift, config.dropout)
-            for i, o in widths
-        )
+        time = config.time_width, config.resnet_time_scale_shift == "scale_shift", config.dropout
+        self.resnets = nn.ModuleList(ResnetBlock(i, o, groups, eps, *time) for i, o in widths)
         self.kind = config.attention(kind)
         count = len(widths) if step != "middle" else len(widths) - 1
         if self.kind == "cross":
-            depth, context = (
-                config.at("transformer_layers_per_block", level),
-                config.at("cross_attention_dim", level),
-            )
-            linear, only = (
-                config.use_linear_projection,
-                step != "middle" and config.at("only_cross_attention", level),
-            )
+            depth = config.at("transformer_layers_per_block", level)
+            context = config.at("cross_attention_dim", level)
+            only = step != "middle" and config.at("only_cross_attention", level)
+            linear = config.use_linear_projection
             self.attentions = nn.ModuleList(
                 SpatialTransformer(
                     channels, heads, channels // heads, depth, context, groups, linear, only
@@ -260,19 +242,16 @@ class _Block(nn.Module):
             self.attentions = nn.ModuleList(
                 SpatialAttention(channels, head_width, groups, eps) for _ in range(count)
             )
-        if step not in ("down", "up"):
-            return
-        if config.steps_by_block(kind):
-            resampler: nn.Module = ResnetBlock(
-                channels, channels, groups, eps, time_width, scale_shift, config.dropout, step
-            )
-        else:
-            resampler = (
-                Downsample(channels, config.downsample_padding)
-                if step == "down"
-                else Upsample(channels)
-            )
-        self.add_module(f"{step}samplers", nn.ModuleList([resampler]))
+        resamplers: list[nn.Module] = []
+        if step in ("down", "up"):
+            if config.steps_by_block(kind):
+                resamplers.append(ResnetBlock(channels, channels, groups, eps, *time, step))
+            elif step == "down":
+                resamplers.append(Downsample(channels, config.downsample_padding))
+            else:
+                resamplers.append(Upsample(channels))
+        self.downsamplers = nn.ModuleList(resamplers if step == "down" else ())
+        self.upsamplers = nn.ModuleList(resamplers if step == "up" else ())
 
     def attend(
         self, i: int, x: Float[Tensor, "B C H W"], cond: Conditioning
@@ -286,14 +265,14 @@ class _Block(nn.Module):
         self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B T"]
     ) -> Float[Tensor, "B C h w"]:
         """The map at half the size."""
-        (step,) = cast("nn.ModuleList", self.downsamplers)
+        (step,) = self.downsamplers
         return step(x, time) if isinstance(step, ResnetBlock) else step(x)
 
     def upsample(
         self, x: Float[Tensor, "B C h w"], time: Float[Tensor, "B T"], size: torch.Size
     ) -> Float[Tensor, "B C H W"]:
         """The map at the next level's size; unchanged where there is no next level."""
-        for step in getattr(self, "upsamplers", ()):
+        for step in self.upsamplers:
             x = step(x, time, size) if isinstance(step, ResnetBlock) else step(x, size)
         return x
 
@@ -306,7 +285,8 @@ def _add_residuals(skips: Sequence[Tensor], residuals: Sequence[Tensor]) -> list
     expected, shapes = [s.shape for s in skips], [r.shape for r in residuals]
     if expected != shapes:
         raise UserError(
-            f"residuals of shapes {[*map(tuple, shapes)]} do not fit this U-Net: expected {[*map(tuple, expected)]}"
+            f"residuals of shapes {[*map(tuple, shapes)]} do not fit this U-Net: expected "
+            f"{[*map(tuple, expected)]}"
         )
     return [s + r for s, r in zip(skips, residuals, strict=True)]
 
@@ -324,8 +304,7 @@ class UNet(Network):
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
-        widths = config.block_out_channels
-        time_width = config.time_embedding_dim or 4 * widths[0]
+        widths, time_width = config.block_out_channels, config.time_width
         last = len(widths) - 1
         self.conv_in = batch_invariant.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], time_width)
@@ -348,38 +327,26 @@ class UNet(Network):
         skips = [widths[0]]
         self.down_blocks = nn.ModuleList()
         for level, kind in enumerate(config.down_block_types):
-            pairs = [
-                (skips[-1] if i == 0 else widths[level], widths[level])
-                for i in range(config.at("layers_per_block", level))
-            ]
-            self.down_blocks.append(
-                _Block(config, level, kind, pairs, "down" if level < last else None)
-            )
-            skips += [widths[level]] * (len(pairs) + (level < last))
+            width, count = widths[level], config.at("layers_per_block", level)
+            pairs = [(width if i else skips[-1], width) for i in range(count)]
+            step = "down" if level < last else None
+            self.down_blocks.append(_Block(config, level, kind, pairs, step))
+            skips += [width] * (count + (level < last))
 
-        wide = widths[-1]
-        if config.mid_block_type is None:
-            self.mid_block = None
-        else:
-            self.mid_block = _Block(
-                config,
-                last,
-                config.mid_block_type,
-                [(wide, wide)] * config.middle_resnets,
-                "middle",
-            )
+        self.mid_block, below = None, widths[-1]
+        if config.mid_block_type is not None:
+            pairs = [(below, below)] * config.middle_resnets
+            self.mid_block = _Block(config, last, config.mid_block_type, pairs, "middle")
 
         self.up_blocks = nn.ModuleList()
-        below = wide
         for position, kind in enumerate(config.up_block_types):
             level = last - position
             pairs = []
             for _ in range(config.at("layers_per_block", level) + 1):
                 pairs.append((below + skips.pop(), widths[level]))
                 below = widths[level]
-            self.up_blocks.append(
-                _Block(config, level, kind, pairs, "up" if level > 0 else None, position)
-            )
+            step = "up" if level > 0 else None
+            self.up_blocks.append(_Block(config, level, kind, pairs, step, position))
         self.conv_norm_out = batch_invariant.GroupNorm(
             config.norm_num_groups, widths[0], config.norm_eps
         )
@@ -399,16 +366,13 @@ class UNet(Network):
         The vector holds class weights, features, or a pooled text and sizes.
         """
         c = self.config
-        features = self._sinusoidal(timestep, c.block_out_channels[0])
-        time = self.time_embedding(features.to(dtype))
+        width = c.block_out_channels[0]
+        time = self.time_embedding(self._sinusoidal(timestep, width).to(dtype))
         if self.class_embedding is None and c.addition_embed_type is None:
             return time
         if cond.vector is None:
-            kind = (
-                "class-conditional"
-                if c.addition_embed_type is None
-                else "conditioned on a pooled text and sizes"
-            )
+            kind = "conditioned on a pooled text and sizes"
+            kind = "class-conditional" if c.addition_embed_type is None else kind
             raise UserError(f"this U-Net is {kind}: Conditioning.vector (B, V) is missing")
         if c.addition_embed_type is not None:
             return time + self.add_embedding(self._text_and_sizes(cond.vector).to(dtype))
@@ -416,9 +380,7 @@ class UNet(Network):
         if isinstance(table, nn.Embedding):
             return time + batch_invariant.linear(cond.vector.to(dtype), table.weight.to(dtype).T)
         if c.class_embed_type == "timestep":
-            return time + table(
-                self._sinusoidal(cond.vector[:, 0], c.block_out_channels[0]).to(dtype)
-            )
+            return time + table(self._sinusoidal(cond.vector[:, 0], width).to(dtype))
         return time + table(cond.vector.to(dtype))
 
     def _sinusoidal(self, numbers: Float[Tensor, " B"], width: int) -> Float[Tensor, "B D"]:
@@ -429,24 +391,18 @@ class UNet(Network):
 
         SDXL (Podell et al. 2023, arXiv:2307.01952, section 2.2).
         """
-        total, each = (
-            self.config.projection_class_embeddings_input_dim or 0,
-            self.config.addition_time_embed_dim or 0,
-        )
+        total = self.config.projection_class_embeddings_input_dim or 0
+        each = self.config.addition_time_embed_dim or 0
         count, rest = divmod(total - vector.shape[1], each - 1)
         if rest or not 0 <= count <= vector.shape[1]:
             raise UserError(
-                f"a conditioning vector of {vector.shape[1]} numbers: with features of width {each} for sizes they cannot be made {total}; "
-                "use the text encoders and settings of this model"
+                f"a conditioning vector of {vector.shape[1]} numbers: with features of width "
+                f"{each} for sizes they cannot be made {total}; use the text encoders and settings "
+                "of this model"
             )
         text, numbers = vector.split([vector.shape[1] - count, count], dim=1)
-        return torch.cat(
-            [
-                text,
-                self._sinusoidal(numbers.flatten(), each).unflatten(0, numbers.shape).flatten(1),
-            ],
-            dim=1,
-        )
+        sizes = self._sinusoidal(numbers.flatten(), each).unflatten(0, numbers.shape).flatten(1)
+        return torch.cat([text, sizes], dim=1)
 
     def forward(
         self, x: Float[Tensor, "B C h w"], timestep: Float[Tensor, " B"], cond: Conditioning
@@ -480,21 +436,16 @@ class UNet(Network):
         Returns:
             Those skips, and the activated time embedding.
         """
-        if cond.concat is not None:
-            x = torch.cat([x, cond.concat], dim=1)
-        if x.shape[1] != self.config.in_channels:
-            joined = 0 if cond.concat is None else cond.concat.shape[1]
-            raise UserError(
-                f"this U-Net takes {self.config.in_channels} channels and was given {x.shape[1]}, {joined} of them by Conditioning.concat: "
-                "models that also take a mask, a picture or a depth map need the task that gives it"
-            )
+        x = self.join_concat(x, cond)
         if self.config.attends_to_tokens and cond.tokens is None:
             raise UserError(
-                f"this U-Net attends to tokens of width {self.config.cross_attention_dim}: Conditioning.tokens (B, L, D) is missing"
+                f"this U-Net attends to tokens of width {self.config.cross_attention_dim}: "
+                "Conditioning.tokens (B, L, D) is missing"
             )
         if not 1 <= count <= len(self._way_up()):
             raise UserError(
-                f"{count} skips: expected from 1 to {len(self._way_up())}, which is how many this U-Net has"
+                f"{count} skips: expected from 1 to {len(self._way_up())}, which is how many this "
+                "U-Net has"
             )
         time = self.embed(timestep, cond, x.dtype)
         return self._descend(self.conv_in(x), self._way_down()[: count - 1], time, cond), time
@@ -538,7 +489,7 @@ class UNet(Network):
         steps: list[tuple[_Block, int | None]] = []
         for block in cast("Iterable[_Block]", self.down_blocks):
             steps += [(block, i) for i in range(len(block.resnets))]
-            steps += [(block, None) for _ in getattr(block, "downsamplers", ())]
+            steps += [(block, None) for _ in block.downsamplers]
         return steps
 
     def _way_up(self) -> list[tuple[_Block, int]]:
@@ -552,14 +503,13 @@ class UNet(Network):
     def _descend(
         self, x: Tensor, steps: list[tuple[_Block, int | None]], time: Tensor, cond: Conditioning
     ) -> list[Tensor]:
-        """x and the output of each step in turn."""
+        """The input and the output of each step in turn."""
         skips = [x]
         for block, i in steps:
-            x = (
-                block.downsample(x, time)
-                if i is None
-                else block.attend(i, block.resnets[i](x, time), cond)
-            )
+            if i is None:
+                x = block.downsample(x, time)
+            else:
+                x = block.attend(i, block.resnets[i](x, time), cond)
             skips.append(x)
         return skips
 
@@ -572,7 +522,7 @@ class UNet(Network):
         cond: Conditioning,
         size: torch.Size,
     ) -> Tensor:
-        """x after steps that take the skips, the last skip first. size: of the skip after those."""
+        """Apply steps that take the skips, the last skip first. size: of the skip after those."""
         left = list(skips)
         for block, i in steps:
             x = block.attend(i, block.resnets[i](torch.cat([x, left.pop()], dim=1), time), cond)

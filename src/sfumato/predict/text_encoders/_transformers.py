@@ -6,7 +6,7 @@ are. T5-XXL is 4.8 billion numbers, of which a second copy would not fit.
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,16 @@ from sfumato.io.safetensors import (
     read_weights,
     require_finite,
 )
+from sfumato.validate import whole_number
 
 STEM, PICKLED = "model", "pytorch_model"
 """Names of files of weights, without shard and variant: see `sfumato.io.safetensors`."""
 ANY = (Exception,)
-"""The libraries raise many kinds of errors about a file's values, some no more than `Exception`."""
+"""Errors of the libraries about a file's values: of many kinds, some mere `Exception`."""
 IGNORED_FIELDS = set(
-    "architectures dtype torch_dtype transformers_version return_dict output_hidden_states output_attentions use_cache initializer_range "
-    "attention_dropout dropout id2label label2id problem_type chunk_size_feed_forward task_specific_params output_past".split()
+    "architectures dtype torch_dtype transformers_version return_dict output_hidden_states "
+    "output_attentions use_cache initializer_range attention_dropout dropout id2label label2id "
+    "problem_type chunk_size_feed_forward task_specific_params output_past".split()
 )
 """Fields of transformers' configs that change no state in inference."""
 
@@ -56,8 +58,9 @@ def check_length(tokenizer: Any, text: str, length: int, prompt: str, special: b
     if count > length:
         frame = count - len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
         raise UserError(
-            f"prompt {quoted(prompt)} has {count - frame} tokens: expected at most {length - frame}; "
-            f"shorten it, set truncation='cut', or raise max_sequence_length={length}"
+            f"prompt {quoted(prompt)} has {count - frame} tokens: expected at most "
+            f"{length - frame}; shorten it, set truncation='cut', or raise "
+            f"max_sequence_length={length}"
         )
 
 
@@ -112,41 +115,123 @@ def require_finite_states(states: Tensor, model: Any, prompt: str) -> None:
     if not torch.isfinite(states).all():
         dtype = str(model.dtype).removeprefix("torch.")
         raise NumericalError(
-            f"text encoder {type(model).__name__} in {dtype} gives NaN or infinite states for prompt {quoted(prompt)}: load it in bfloat16 or float32"
+            f"text encoder {type(model).__name__} in {dtype} gives NaN or infinite states for "
+            f"prompt {quoted(prompt)}: load it in bfloat16 or float32"
         )
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
     """SHA-256 of everything that decides how a tokenizer splits text."""
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
-    parts = [
-        settings[key]
-        for key in ("normalizer", "pre_tokenizer", "model", "post_processor", "added_tokens")
-    ]
-    return hash_json(
-        [*parts, tokenizer.pad_token_id, tokenizer.padding_side, tokenizer.truncation_side]
-    )
+    rules = ("normalizer", "pre_tokenizer", "model", "post_processor", "added_tokens")
+    padding = [tokenizer.pad_token_id, tokenizer.padding_side, tokenizer.truncation_side]
+    return hash_json([*(settings[rule] for rule in rules), *padding])
 
 
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def check_fields(values: Mapping[str, Any], supported: set[str], path: Path, kind: str) -> None:
-    """Raise `UserError` for a config field beyond `supported` and `IGNORED_FIELDS`.
+def check_class(values: Mapping[str, Any], path: Path, kind: str, *classes: str) -> None:
+    """Raise `UserError` for the config of another network.
 
     Args:
         values: The config.
-        supported: Fields that the network of transformers has, and those that change none of its
-            states.
+        path: The config's file, for the message.
+        kind: The `model_type`.
+        classes: Names in `architectures`, the usual one first; none: any.
+    """
+    built_as = values.get("architectures") or list(classes[:1])
+    if values.get("model_type") != kind or (classes and built_as not in [[c] for c in classes]):
+        expected = ", ".join([kind, *classes[:1]])
+        raise UserError(
+            f"{path} is of type {values.get('model_type')!r}, {built_as}: expected {expected}"
+        )
+
+
+def check_fields(
+    values: Mapping[str, Any], config: Any, ignored: Set[str], path: Path, kind: str
+) -> None:
+    """Raise `UserError` for a field that a network's config does not have.
+
+    Args:
+        values: The config.
+        config: Its class of transformers.
+        ignored: Further fields, beside `IGNORED_FIELDS`, that change no state.
         path: The config's file, for the message.
         kind: The network's kind, for the message.
     """
-    for field in sorted(
-        field for field in values.keys() - supported - IGNORED_FIELDS if not field.startswith("_")
-    ):
+    supported = config().to_dict().keys() | ignored | IGNORED_FIELDS
+    for field in sorted(values.keys() - supported):
+        if not field.startswith("_"):
+            raise UserError(
+                f"{path}: {field}={values[field]!r} is not known to {kind}: it might change the "
+                "result, so it is refused"
+            )
+
+
+def check_counts(config: Any, fields: str, at_least: int = 1) -> None:
+    """Raise `UserError` unless fields, named with spaces between, are whole numbers."""
+    for field in fields.split():
+        whole_number(field, getattr(config, field), at_least)
+
+
+def check_tokenizer(
+    tokenizer: Any, special: str, expected: str, network: str, vocabulary: int, at_least: int = 4
+) -> None:
+    """Raise `UserError` for a tokenizer of another kind or with tokens beyond a vocabulary.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        special: Names of the special tokens that it needs, with spaces between: "bos eos pad".
+        expected: Its kind, for the message.
+        network: The network's kind, for the message.
+        vocabulary: Rows of the network's table of tokens.
+        at_least: Number of tokens; without its files the library makes a few.
+    """
+    ids = [getattr(tokenizer, f"{name}_token_id") for name in special.split()]
+    if None in ids or len(tokenizer) < at_least:
         raise UserError(
-            f"{path}: {field}={values[field]!r} is not known to {kind}: it might change the result, so it is refused"
+            f"tokenizer has {len(tokenizer)} tokens, special tokens ({special}) {ids}: expected "
+            f"{expected}; copy its files again"
         )
+    if max(len(tokenizer) - 1, *ids) >= vocabulary:
+        raise UserError(
+            f"tokenizer has {len(tokenizer)} tokens, {network} {vocabulary}: use parts of one model"
+        )
+
+
+def open_tokenizer(
+    folder: Path, name: str, expected: str, *files: tuple[str, ...], **options: Any
+) -> Any:
+    """Open the tokenizer of a folder.
+
+    Args:
+        folder: The tokenizer's folder.
+        name: Its class in transformers, which tokenizer_config.json has too ("Fast" or not);
+            AutoTokenizer: any.
+        expected: Description of `files`, for the message.
+        files: Sets of files, one of which is complete.
+        options: Further arguments of `from_pretrained`.
+
+    Raises:
+        UserError: For a tokenizer that is missing or of another kind.
+    """
+    import transformers
+
+    # Without its files the library makes a tokenizer of a few tokens, and raises nothing.
+    if not any(all((folder / file).exists() for file in group) for group in files):
+        raise UserError(f"{folder} has no tokenizer: expected {expected}")
+    config = folder / "tokenizer_config.json"
+    stored = str(read_optional_json(config).get("tokenizer_class", name))
+    if name not in ("AutoTokenizer", stored.removesuffix("Fast")):
+        raise UserError(f"{config} is of class {stored!r}: expected {name}")
+    with explained(folder, ANY):
+        return getattr(transformers, name).from_pretrained(folder, local_files_only=True, **options)
+
+
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """Read the JSON object of a file, empty where the file is missing."""
+    return read_table(path) if path.exists() else {}
 
 
 # ---- networks ------------------------------------------------------------------------------------
@@ -168,14 +253,8 @@ def load_network(
     values = read_table(path)
     files = find_weights(folder, STEM, variant, PICKLED)
     tensors = read_weights(files)
-    return build(
-        values,
-        tensors,
-        dtype,
-        path,
-        files[0] if len(files) == 1 else folder,
-        lambda: looked_at(files, tensors, dtype),
-    )
+    file = files[0] if len(files) == 1 else folder
+    return build(values, tensors, dtype, path, file, lambda: looked_at(files, tensors, dtype))
 
 
 def build_network(
@@ -186,37 +265,35 @@ def build_network(
     path: Path,
     file: Path,
     check_files: Callable[[], bool] = lambda: False,
+    prefix: str = "",
 ) -> Any:
     """A network with the weights of its files, in eval mode and without gradients.
 
     Args:
         build: Makes the network; called on the meta device.
-        tensors: Weights by the network's names.
+        tensors: Weights by the network's names, without `prefix`.
         ties: {key that a file may lack: key of the weight that takes its place}.
         dtype_of: The dtype of a key's weight; None leaves it as stored.
         path: Where the config is from, for messages.
         file: Where the weights are from, for messages.
         check_files: Checks the files for NaN and infinity and returns True, or returns False where
             it cannot.
+        prefix: Prefix of the network's names that some versions of transformers have.
 
     Raises:
         UserError: For keys that do not fit the config, and weights that are NaN or infinite.
     """
     with explained(path, ANY), torch.device("meta"):
         model = build()
-    expected = model.state_dict()
-    missing = {
-        key
-        for key, source in ties.items()
-        if key in expected and key not in tensors and source in tensors
-    }
-    check_keys(
-        {key: tensor for key, tensor in expected.items() if key not in missing}, tensors, file
-    )
+    state = model.state_dict()
+    names = {key.removeprefix(prefix): key for key in state}
+    expected = {name: state[key] for name, key in names.items()}
+    missing = {k for k, source in ties.items() if k in names.keys() - tensors and source in tensors}
+    check_keys({k: tensor for k, tensor in expected.items() if k not in missing}, tensors, file)
     if not check_files():
         require_finite(tensors, file)
     weights = {
-        key: tensor.to(dtype_of(key) or tensor.dtype).contiguous()
+        names[key]: tensor.to(dtype_of(key) or tensor.dtype).contiguous()
         for key, tensor in tensors.items()
     }
     model.load_state_dict(weights | {key: weights[ties[key]] for key in missing}, assign=True)
@@ -270,17 +347,14 @@ def write_network(
     Raises:
         NumericalError: For weights that are not finite in `dtype`; nothing is written then.
     """
-    weights = {
-        key: tensor if dtype is None else tensor.to(dtype) for key, tensor in tensors.items()
-    }
+    weights = {key: tensor.to(dtype or tensor.dtype) for key, tensor in tensors.items()}
     for key in not_finite(weights):
         raise NumericalError(
-            f"weight {key} of {folder.name} is NaN or infinite in {weights[key].dtype}: nothing was written"
+            f"weight {key} of {folder.name} is NaN or infinite in {weights[key].dtype}: nothing "
+            "was written"
         )
     folder.mkdir(parents=True, exist_ok=True)
     stored = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    write_json(
-        folder / "config.json",
-        {**{k: v for k, v in config.items() if k != "dtype"}, "torch_dtype": stored},
-    )
+    values = {k: v for k, v in config.items() if k != "dtype"} | {"torch_dtype": stored}
+    write_json(folder / "config.json", values)
     write_tensors(folder / f"{STEM}.safetensors", weights)

@@ -1,6 +1,5 @@
 """Encoder: a network with its tokenizer, read from and written to two folders of a model."""
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -10,18 +9,20 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.io.atomic import read_table
 from sfumato.predict.text_encoders._transformers import (
     check_length,
     last_states,
     on_device,
+    read_optional_json,
     tokenizer_hash,
     write_network,
 )
 
+__all__ = ["Encoder", "SequenceEncoder", "read_optional_json", "require_transformers"]
+
 
 @dataclass(frozen=True, eq=False)
-class Encoder(ABC):
+class Encoder:
     """A text encoder: `encode` of each subclass turns one text into hidden states in float32.
 
     Attributes:
@@ -37,9 +38,9 @@ class Encoder(ABC):
     model: Any
 
     @property
-    @abstractmethod
     def class_name(self) -> str:
         """The network's class in model_index.json and config.json."""
+        return type(self.model).__name__
 
     @property
     def width(self) -> int:
@@ -124,14 +125,3 @@ def require_transformers() -> None:
         raise UserError(
             "text prompts need the package transformers: run `pip install 'sfumato[text]'`"
         ) from error
-
-
-def require_count(name: str, value: Any, least: int = 1) -> None:
-    """Raise `UserError` unless a value is a whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{name}={value!r}: expected a whole number of at least {least}")
-
-
-def read_optional_json(path: Path) -> dict[str, Any]:
-    """The JSON object of a file, empty where the file is missing."""
-    return read_table(path) if path.exists() else {}

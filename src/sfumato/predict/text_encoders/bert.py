@@ -19,8 +19,13 @@ from torch import Tensor
 
 from sfumato.errors import UserError, explained, quoted
 from sfumato.io.atomic import hash_json, read_table
-from sfumato.predict.text_encoders._transformers import build_network, load_network
-from sfumato.predict.text_encoders.base import Encoder, read_optional_json, require_transformers
+from sfumato.predict.text_encoders._transformers import (
+    build_network,
+    check_tokenizer,
+    load_network,
+    open_tokenizer,
+)
+from sfumato.predict.text_encoders.base import Encoder, require_transformers
 from sfumato.predict.text_encoders.ldm_bert import LDMBert, LDMBertConfig
 
 CLASS = "LDMBertModel"
@@ -41,7 +46,8 @@ class BertEncoder(Encoder):
         require_wordpiece(self.tokenizer, self.model.config.vocab_size)
         if self.length < 3:
             raise UserError(
-                f"max_position_embeddings={self.length}: expected at least 3, for [CLS], a word and [SEP]"
+                f"max_position_embeddings={self.length}: expected at least 3, for [CLS], a word "
+                "and [SEP]"
             )
 
     @property
@@ -64,7 +70,8 @@ class BertEncoder(Encoder):
         ids = self.tokenizer(text, verbose=False)["input_ids"]
         if len(ids) > self.length:
             raise UserError(
-                f"prompt {quoted(text)} has {len(ids) - 2} tokens: expected at most {self.length - 2}; shorten it"
+                f"prompt {quoted(text)} has {len(ids) - 2} tokens: expected at most "
+                f"{self.length - 2}; shorten it"
             )
         return [*ids, *[self.tokenizer.pad_token_id] * (self.length - len(ids))]
 
@@ -137,12 +144,14 @@ def build_bert(
     Raises:
         UserError: For unknown fields, keys that do not fit and weights that are not finite.
     """
-
-    def build() -> LDMBert:
-        return LDMBert(LDMBertConfig.from_dict(values))
-
     return build_network(
-        build, tensors, {}, lambda key: dtype, path, file, check_files or (lambda: dtype is None)
+        lambda: LDMBert(LDMBertConfig.from_dict(values)),
+        tensors,
+        {},
+        lambda key: dtype,
+        path,
+        file,
+        check_files or (lambda: dtype is None),
     )
 
 
@@ -156,17 +165,8 @@ def load_tokenizer(folder: Path) -> Any:
         UserError: For a tokenizer that is missing or of another kind.
     """
     require_transformers()
-    from transformers import BertTokenizer
-
-    # Without its files the library makes a tokenizer of five tokens, and raises nothing.
-    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt")):
-        raise UserError(f"{folder} has no tokenizer: expected BERT's tokenizer.json or vocab.txt")
-    config = folder / "tokenizer_config.json"
-    name = str(read_optional_json(config).get("tokenizer_class", "BertTokenizer"))
-    if name.removesuffix("Fast") != "BertTokenizer":
-        raise UserError(f"{config} is of class {name!r}: expected BertTokenizer")
-    with explained(folder):
-        return BertTokenizer.from_pretrained(folder, local_files_only=True)
+    expected = "BERT's tokenizer.json or vocab.txt"
+    return open_tokenizer(folder, "BertTokenizer", expected, ("tokenizer.json",), ("vocab.txt",))
 
 
 def require_wordpiece(tokenizer: Any, vocabulary: int) -> None:
@@ -179,15 +179,7 @@ def require_wordpiece(tokenizer: Any, vocabulary: int) -> None:
     Raises:
         UserError: For another kind of tokenizer, and tokens beyond the vocabulary.
     """
-    special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]
-    if None in special or len(tokenizer) < 5:
-        raise UserError(
-            f"tokenizer has {len(tokenizer)} tokens, [CLS], [SEP] and [PAD] are {special}: expected BERT's; copy its files again"
-        )
-    if max(len(tokenizer) - 1, *special) >= vocabulary:
-        raise UserError(
-            f"tokenizer has {len(tokenizer)} tokens, text transformer {vocabulary}: use parts of one model"
-        )
+    check_tokenizer(tokenizer, "cls sep pad", "BERT's", "text transformer", vocabulary, at_least=5)
 
 
 def write_vocabulary(tokenizer: Any, folder: Path) -> None:

@@ -21,15 +21,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sfumato.errors import UserError, explained, quoted
-from sfumato.io.atomic import hash_json, read_table
-from sfumato.io.safetensors import check_keys, find_weights, looked_at, read_weights, require_finite
-from sfumato.predict.text_encoders._transformers import ANY, PICKLED, STEM
-from sfumato.predict.text_encoders.base import (
-    Encoder,
-    read_optional_json,
-    require_count,
-    require_transformers,
+from sfumato.io.atomic import hash_json
+from sfumato.predict.text_encoders._transformers import (
+    ANY,
+    build_network,
+    check_class,
+    check_counts,
+    check_fields,
+    check_tokenizer,
+    load_network,
+    open_tokenizer,
 )
+from sfumato.predict.text_encoders.base import Encoder, require_transformers
+from sfumato.validate import number_in
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +42,6 @@ CLASSES = {False: "CLIPTextModel", True: "CLIPTextModelWithProjection"}
 PREFIX = "text_model."
 POSITIONS = "embeddings.position_ids"
 """0, 1, 2 ...: a key of old files, not a weight."""
-IGNORED_FIELDS = {"dropout", "torch_dtype", "transformers_version", "architectures", "model_type"}
-"""Fields of old configs that change no state."""
 LEGACY_END = 2
 """The end token's id in old configs, which is wrong.
 
@@ -80,28 +82,19 @@ class ClipEncoder(Encoder):
 
     def __post_init__(self) -> None:
         config, tokenizer = self.model.config, self.tokenizer
-        special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-        if None in special or len(tokenizer) < 4:
-            raise UserError(
-                f"tokenizer has {len(tokenizer)} tokens, begin, end and padding are {special}: expected a CLIP tokenizer; copy its files again"
-            )
+        check_tokenizer(
+            tokenizer, "bos eos pad", "a CLIP tokenizer", "text encoder", config.vocab_size
+        )
         if not isinstance(tokenizer.model_max_length, int) or tokenizer.model_max_length < 3:
             raise UserError(
-                f"tokenizer's model_max_length={tokenizer.model_max_length!r}: expected a whole number such as 77"
-            )
-        if max(len(tokenizer) - 1, *special) >= config.vocab_size:
-            raise UserError(
-                f"tokenizer has {len(tokenizer)} tokens, text encoder {config.vocab_size}: use parts of one model"
+                f"tokenizer's model_max_length={tokenizer.model_max_length!r}: expected a whole "
+                "number such as 77"
             )
         if config.eos_token_id not in (LEGACY_END, tokenizer.eos_token_id):
             raise UserError(
-                f"text encoder has end token {config.eos_token_id}, tokenizer {tokenizer.eos_token_id}: use parts of one model"
+                f"text encoder has end token {config.eos_token_id}, tokenizer "
+                f"{tokenizer.eos_token_id}: use parts of one model"
             )
-
-    @property
-    def class_name(self) -> str:
-        """The network's class in model_index.json and config.json."""
-        return CLASSES[self.projected]
 
     @property
     def length(self) -> int:
@@ -151,9 +144,8 @@ class ClipEncoder(Encoder):
         )
         states = output.hidden_states[-layer]
         states = network.final_layer_norm(states) if norm else states
-        return states[0].float(), (output.text_embeds if self.projected else output.pooler_output)[
-            0
-        ].float()
+        pooled = output.text_embeds if self.projected else output.pooler_output
+        return states[0].float(), pooled[0].float()
 
     def encode_text(
         self, text: str, layer: int, norm: bool
@@ -170,25 +162,16 @@ class ClipEncoder(Encoder):
                 "CLIP reads the first %d of %d tokens of prompt %s", room, len(tokens), quoted(text)
             )
         states, pooled = self.encode(tokens[:room], layer, norm)
-        return (
-            states,
-            pooled,
-            torch.arange(self.length, device=states.device) < min(len(tokens), room) + 2,
-        )
+        positions = torch.arange(self.length, device=states.device)
+        return states, pooled, positions < min(len(tokens), room) + 2
 
     def identity(self) -> dict[str, Any]:
         """JSON of everything beside the weights that decides the states, for hashing."""
-        model = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"]
-        special = [
-            self.tokenizer.bos_token_id,
-            self.tokenizer.eos_token_id,
-            self.tokenizer.pad_token_id,
-            self.length,
-        ]
-        return {
-            **super().identity(),
-            "tokenizer": hash_json([self.tokenizer.get_vocab(), model["merges"], special]),
-        }
+        tokenizer = self.tokenizer
+        merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+        special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+        rules = [tokenizer.get_vocab(), merges, [*special, self.length]]
+        return {**super().identity(), "tokenizer": hash_json(rules)}
 
     def tensors(self) -> dict[str, Tensor]:
         """The weights by the names that files have, with `PREFIX`; not copies."""
@@ -224,44 +207,22 @@ def load_clip(
         UserError: For files that are missing, of another kind, or not finite.
     """
     require_transformers()
-    loaded, model = load_tokenizer(tokenizer), _load_model(encoder, projected, dtype, variant)
+
+    def build(
+        values: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype | None, *files: Any
+    ) -> Any:
+        return build_clip(values, tensors, projected, dtype, *files)
+
+    loaded, model = load_tokenizer(tokenizer), load_network(encoder, dtype, variant, build)
     with explained(tokenizer, ANY):
         return ClipEncoder(loaded, model, projected)
 
 
 def load_tokenizer(folder: Path) -> Any:
     """Open the tokenizer of a folder; `UserError` for one that is missing or of another kind."""
-    from transformers import CLIPTokenizer
-
-    # Without its files the library makes a tokenizer of two tokens, and raises nothing.
-    if not (folder / "tokenizer.json").exists() and not all(
-        (folder / name).exists() for name in ("vocab.json", "merges.txt")
-    ):
-        raise UserError(
-            f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"
-        )
-    config = folder / "tokenizer_config.json"
-    name = str(read_optional_json(config).get("tokenizer_class", "CLIPTokenizer"))
-    if name.removesuffix("Fast") != "CLIPTokenizer":
-        raise UserError(f"{config} is of class {name!r}: expected CLIPTokenizer")
-    with explained(folder, ANY):
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def _load_model(
-    folder: Path, projected: bool, dtype: torch.dtype | None, variant: str | None
-) -> Any:
-    path = folder / "config.json"
-    values = read_table(path)
-    files = find_weights(folder, STEM, variant, PICKLED)
-    tensors = {
-        key.removeprefix(PREFIX): tensor
-        for key, tensor in read_weights(files).items()
-        if not key.endswith(POSITIONS)
-    }
-    file = files[0] if len(files) == 1 else folder
-    return build_clip(
-        values, tensors, projected, dtype, path, file, lambda: looked_at(files, tensors, dtype)
+    files = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+    return open_tokenizer(
+        folder, "CLIPTokenizer", "tokenizer.json, or vocab.json and merges.txt", *files
     )
 
 
@@ -280,7 +241,7 @@ def build_clip(
 
     Args:
         values: The config.
-        tensors: Weights by names without `PREFIX`.
+        tensors: Weights by names with or without `PREFIX`.
         projected: Whether the network has a projection.
         dtype: Of the weights; None leaves them as stored, to be streamed.
         path: Where the config is from, for messages.
@@ -294,49 +255,38 @@ def build_clip(
     """
     import transformers
 
-    built_as = values.get("architectures") or [CLASSES[projected]]
-    if values.get("model_type") != "clip_text_model" or built_as != [CLASSES[projected]]:
-        raise UserError(
-            f"{path} is of type {values.get('model_type')!r}, {built_as}: expected clip_text_model, {CLASSES[projected]}"
-        )
-    supported = transformers.CLIPTextConfig().to_dict().keys() | IGNORED_FIELDS
-    for field in sorted(field for field in values.keys() - supported if not field.startswith("_")):
-        raise UserError(
-            f"{path}: {field}={values[field]!r} is not known to a CLIP text encoder: it might change the result, so it is refused"
-        )
-    with explained(path, ANY), torch.device("meta"):
+    check_class(values, path, "clip_text_model", CLASSES[projected])
+    check_fields(values, transformers.CLIPTextConfig, {"model_type"}, path, "a CLIP text encoder")
+
+    def build() -> Any:
         config = transformers.CLIPTextConfig.from_dict(values)
         _check_config(config)
         model = getattr(transformers, CLASSES[projected])(config)
-    names = {key.removeprefix(PREFIX): key for key in model.state_dict()}
-    check_keys({name: model.state_dict()[key] for name, key in names.items()}, tensors, file)
-    if dtype is not None and not check_files():
-        require_finite(tensors, file)
-    model.load_state_dict(
-        {
-            names[name]: (tensor if dtype is None else tensor.to(dtype)).contiguous()
-            for name, tensor in tensors.items()
-        },
-        assign=True,
+        positions = torch.arange(config.max_position_embeddings, device="cpu")[None]
+        embeddings = getattr(model, "text_model", model).embeddings
+        embeddings.register_buffer("position_ids", positions, persistent=False)
+        return model
+
+    weights = {
+        key.removeprefix(PREFIX): tensor
+        for key, tensor in tensors.items()
+        if not key.endswith(POSITIONS)
+    }
+    return build_network(
+        build,
+        weights,
+        {},
+        lambda key: dtype,
+        path,
+        file,
+        lambda: dtype is None or check_files(),
+        PREFIX,
     )
-    embeddings = getattr(model, "text_model", model).embeddings
-    embeddings.register_buffer(
-        "position_ids", torch.arange(model.config.max_position_embeddings)[None], persistent=False
-    )
-    return model.eval().requires_grad_(False)
 
 
 def _check_config(config: Any) -> None:
     """Raise `UserError` for values that transformers would build and fail on later."""
-    counts = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "projection_dim",
-        "num_hidden_layers",
-        "num_attention_heads",
-    )
-    for field, least in (*((field, 1) for field in counts), ("max_position_embeddings", 3)):
-        require_count(field, getattr(config, field), least)
-    if not isinstance(config.layer_norm_eps, float) or config.layer_norm_eps <= 0:
-        raise UserError(f"layer_norm_eps={config.layer_norm_eps!r}: expected a number above 0")
+    check_counts(config, "vocab_size hidden_size intermediate_size projection_dim")
+    check_counts(config, "num_hidden_layers num_attention_heads")
+    check_counts(config, "max_position_embeddings", at_least=3)
+    number_in("layer_norm_eps", config.layer_norm_eps, above=0)

@@ -1,7 +1,7 @@
 """A language model with its tokenizer: Mistral Small 3 or Qwen3.
 
-The prompt becomes a user's message in the chat's template. The states after some of the layers,
-side by side, are what a diffusion model attends to. Attention is causal and masks padding.
+The prompt becomes a user's message in the chat's template. A diffusion model attends to the states
+after some of the layers, side by side. Attention is causal and masks padding.
 Mistral's vision tower is loaded and stored, and not run.
 
     tokenizer/      tokenizer.json, tokenizer_config.json, and the chat template in it or in
@@ -24,19 +24,19 @@ from sfumato.io.atomic import atomic_file
 from sfumato.predict.text_encoders._transformers import (
     ANY,
     build_network,
+    check_counts,
     check_fields,
     check_length,
+    check_tokenizer,
     load_network,
+    open_tokenizer,
+    read_optional_json,
     require_finite_states,
     tokenize,
     tokenizer_hash,
 )
-from sfumato.predict.text_encoders.base import (
-    Encoder,
-    read_optional_json,
-    require_count,
-    require_transformers,
-)
+from sfumato.predict.text_encoders.base import Encoder, require_transformers
+from sfumato.validate import number_in
 
 CLASSES = {"mistral3": "Mistral3ForConditionalGeneration", "qwen3": "Qwen3ForCausalLM"}
 """The model's class by the `model_type` of its config."""
@@ -50,9 +50,10 @@ NAMES = (
 )
 """Prefixes of Mistral 3's weights in files, and in transformers since version 4.52."""
 IGNORED_FIELDS = set(
-    "rope_theta rope_scaling bos_token_id eos_token_id pad_token_id tie_word_embeddings vision_feature_layer is_composition".split()
+    "rope_theta rope_scaling bos_token_id eos_token_id pad_token_id tie_word_embeddings "
+    "vision_feature_layer is_composition".split()
 )
-"""Fields of older configs, which transformers converts, and fields that change nothing for text."""
+"""Fields of older configs, which transformers converts, and fields without effect on text."""
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "chat_template.json")
 IMAGE_TOKEN = "[IMG]"
 """The mark of an image in Mistral's text.
@@ -72,16 +73,9 @@ class LanguageModel(Encoder):
         extra_files: Files of the tokenizer's folder, by name, that are written back unchanged.
     """
 
-    CONFIG_FIELDS = (
-        *(
-            "model_type",
-            "hidden_act",
-            "rms_norm_eps",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-        ),
-        *("rope_parameters", "sliding_window", "layer_types", "attention_bias"),
+    CONFIG_FIELDS = tuple(
+        "model_type hidden_act rms_norm_eps num_attention_heads num_key_value_heads head_dim "
+        "rope_parameters sliding_window layer_types attention_bias".split()
     )
 
     template: str
@@ -89,24 +83,12 @@ class LanguageModel(Encoder):
 
     def __post_init__(self) -> None:
         size = self.text_config.vocab_size
-        if self.tokenizer.pad_token_id is None:
-            raise UserError(
-                "tokenizer has no padding token: expected the one of the model's own; copy its files again"
-            )
-        if max(len(self.tokenizer) - 1, self.tokenizer.pad_token_id) >= size:
-            raise UserError(
-                f"tokenizer has {len(self.tokenizer)} tokens, language model {size}: use parts of one model"
-            )
+        check_tokenizer(self.tokenizer, "pad", "the model's own", "language model", size, 0)
 
     @property
     def kind(self) -> str:
-        """ "mistral3" or "qwen3"."""
+        """The `model_type`, "mistral3" or "qwen3"."""
         return self.model.config.model_type
-
-    @property
-    def class_name(self) -> str:
-        """The network's class in model_index.json and config.json."""
-        return CLASSES[self.kind]
 
     @property
     def text_config(self) -> Any:
@@ -228,15 +210,11 @@ class LanguageModel(Encoder):
 
     def index(self) -> dict[str, Any]:
         """The entries of model_index.json."""
-        name = type(self.tokenizer).__name__
+        tokenizer = "PreTrainedTokenizerFast"
         if self.kind == "mistral3" and not {*PROCESSOR[:2]}.isdisjoint(self.extra_files):
             tokenizer = "PixtralProcessor"
-        else:
-            tokenizer = (
-                "Qwen2TokenizerFast"
-                if name.startswith("Qwen2Tokenizer")
-                else "PreTrainedTokenizerFast"
-            )
+        elif type(self.tokenizer).__name__.startswith("Qwen2Tokenizer"):
+            tokenizer = "Qwen2TokenizerFast"
         return {
             "tokenizer": ["transformers", tokenizer],
             "text_encoder": ["transformers", self.class_name],
@@ -269,31 +247,23 @@ def load_language_model(
     extra_files = {
         name: (tokenizer / name).read_bytes() for name in PROCESSOR if (tokenizer / name).exists()
     }
-    loaded = _load_tokenizer(tokenizer)
-    template = loaded.chat_template or read_optional_json(tokenizer / PROCESSOR[2]).get(
-        "chat_template"
-    )
+    loaded = load_tokenizer(tokenizer)
+    stored = read_optional_json(tokenizer / PROCESSOR[2])
+    template = loaded.chat_template or stored.get("chat_template")
     if not isinstance(template, str):
         raise UserError(
-            f"{tokenizer} has no chat template: expected one in tokenizer_config.json or chat_template.jinja; copy its files again"
+            f"{tokenizer} has no chat template: expected one in tokenizer_config.json or "
+            "chat_template.jinja; copy its files again"
         )
     with explained(tokenizer, ANY):
         return LanguageModel(loaded, model, template, extra_files)
 
 
-def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    # Without its files the library makes a tokenizer of a few tokens, and raises nothing.
-    if not (folder / "tokenizer.json").exists() and not all(
-        (folder / name).exists() for name in ("vocab.json", "merges.txt")
-    ):
-        raise UserError(
-            f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"
-        )
-    read_optional_json(folder / "tokenizer_config.json")
-    with explained(folder, ANY):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+def load_tokenizer(folder: Path) -> Any:
+    """Open the tokenizer of a folder; `UserError` for one that is missing."""
+    expected = "tokenizer.json, or vocab.json and merges.txt"
+    files = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+    return open_tokenizer(folder, "AutoTokenizer", expected, *files, trust_remote_code=False)
 
 
 def build_language_model(
@@ -327,19 +297,14 @@ def build_language_model(
         [CLASSES[kind]],
     ):
         raise UserError(
-            f"{path} is of type {kind!r}, {values.get('architectures')}: expected one of {', '.join(CLASSES.values())}"
+            f"{path} is of type {kind!r}, {values.get('architectures')}: expected one of "
+            f"{', '.join(CLASSES.values())}"
         )
     _check_fields(values, kind, path)
-    weights = (
-        {_renamed(key, NAMES): tensor for key, tensor in tensors.items()}
-        if kind == "mistral3"
-        else tensors
-    )
-    embed = (
-        "model.language_model.embed_tokens.weight"
-        if kind == "mistral3"
-        else "model.embed_tokens.weight"
-    )
+    embed, weights = "model.embed_tokens.weight", tensors
+    if kind == "mistral3":
+        embed = "model.language_model.embed_tokens.weight"
+        weights = {_renamed(key, NAMES): tensor for key, tensor in tensors.items()}
 
     def build() -> Any:
         config = getattr(transformers, CONFIGS[kind]).from_dict(values)
@@ -373,33 +338,25 @@ def _check_fields(values: Mapping[str, Any], kind: str, path: Path) -> None:
     """Raise `UserError` for fields that the model does not have, in Mistral's text_config too."""
     import transformers
 
-    check_fields(
-        values,
-        set(getattr(transformers, CONFIGS[kind])().to_dict()) | IGNORED_FIELDS,
-        path,
-        "this language model",
-    )
+    config = getattr(transformers, CONFIGS[kind])
+    check_fields(values, config, IGNORED_FIELDS, path, "this language model")
     if kind == "mistral3":
         inner = values.get("text_config", {})
         if not isinstance(inner, dict) or inner.get("model_type", "mistral") != "mistral":
             raise UserError(
-                f"{path}: text_config is not one of type mistral: FLUX.2 has Mistral Small 3; copy the file again"
+                f"{path}: text_config is not one of type mistral: FLUX.2 has Mistral Small 3; copy "
+                "the file again"
             )
-        check_fields(
-            inner, set(transformers.MistralConfig().to_dict()) | IGNORED_FIELDS, path, "Mistral"
-        )
+        check_fields(inner, transformers.MistralConfig, IGNORED_FIELDS, path, "Mistral")
 
 
 def _check_config(config: Any) -> None:
     """Raise `UserError` for values that transformers would build and fail on later."""
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "head_dim")
-    for name in (*sizes, "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
-        require_count(name, getattr(config, name))
+    check_counts(config, "vocab_size hidden_size intermediate_size head_dim")
+    check_counts(config, "num_hidden_layers num_attention_heads num_key_value_heads")
     if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
         raise UserError(
-            f"{config.num_attention_heads} heads of {config.head_dim} numbers over {config.num_key_value_heads} keys: expected a multiple, and an even size"
+            f"{config.num_attention_heads} heads of {config.head_dim} numbers over "
+            f"{config.num_key_value_heads} keys: expected a multiple, and an even size"
         )
-    if not isinstance(config.rms_norm_eps, float) or not 0 < config.rms_norm_eps < 1:
-        raise UserError(
-            f"rms_norm_eps={config.rms_norm_eps!r}: expected a number above 0 and below 1"
-        )
+    number_in("rms_norm_eps", config.rms_norm_eps, above=0, below=1)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sfumato.config import read_config
 from sfumato.errors import UserError
 from sfumato.kernels import batch_invariant
+from sfumato.validate import positive_int
 
 _FIXED: dict[str, Any] = {
     "activation_function": "gelu",
@@ -28,9 +29,10 @@ _FIXED: dict[str, Any] = {
     "model_type": "ldmbert",
 }
 _IGNORED_FIELDS = set(
-    "dropout attention_dropout activation_dropout encoder_layerdrop classifier_dropout init_std use_cache num_hidden_layers architectures "
-    "torch_dtype dtype transformers_version return_dict output_hidden_states output_attentions chunk_size_feed_forward is_encoder_decoder "
-    "id2label label2id problem_type".split()
+    "dropout attention_dropout activation_dropout encoder_layerdrop classifier_dropout init_std "
+    "use_cache num_hidden_layers architectures torch_dtype dtype transformers_version return_dict "
+    "output_hidden_states output_attentions chunk_size_feed_forward is_encoder_decoder id2label "
+    "label2id problem_type".split()
 )
 """Fields of configs, transformers' own among them, that change no state in inference."""
 
@@ -59,15 +61,13 @@ class LDMBertConfig:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"{name}={value!r}: expected a whole number of at least 1")
+            positive_int(name, value)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LDMBertConfig":
         """Read an LDMBertModel's config; `UserError` for unknown fields and unsupported values."""
-        return read_config(
-            cls, {k: v for k, v in values.items() if k not in _IGNORED_FIELDS}, _FIXED
-        )
+        kept = {k: v for k, v in values.items() if k not in _IGNORED_FIELDS}
+        return read_config(cls, kept, _FIXED)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON that diffusers' LDMBertModel reads."""
@@ -79,9 +79,9 @@ class _Attention(nn.Module):
         super().__init__()
         width, inner = config.d_model, config.encoder_attention_heads * config.head_dim
         self.heads = config.encoder_attention_heads
-        self.k_proj = batch_invariant.Linear(width, inner, bias=False)
-        self.v_proj = batch_invariant.Linear(width, inner, bias=False)
-        self.q_proj = batch_invariant.Linear(width, inner, bias=False)
+        self.k_proj, self.v_proj, self.q_proj = (
+            batch_invariant.Linear(width, inner, bias=False) for _ in range(3)
+        )
         self.out_proj = batch_invariant.Linear(inner, width)
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
@@ -132,9 +132,15 @@ class LDMBert(nn.Module):
         self.to_logits = nn.Linear(config.d_model, config.vocab_size)
 
     def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+        """Encode token ids.
+
+        Raises:
+            UserError: For more tokens than positions.
+        """
         if tokens.shape[1] > self.config.max_position_embeddings:
             raise UserError(
-                f"{tokens.shape[1]} tokens: this text transformer has {self.config.max_position_embeddings} positions"
+                f"{tokens.shape[1]} tokens: this text transformer has "
+                f"{self.config.max_position_embeddings} positions"
             )
         return self.model(tokens)
 

@@ -24,37 +24,30 @@ from sfumato.errors import UserError, explained
 from sfumato.predict.text_encoders._transformers import (
     ANY,
     build_network,
+    check_class,
+    check_counts,
     check_fields,
     load_network,
-)
-from sfumato.predict.text_encoders.base import (
-    SequenceEncoder,
     read_optional_json,
-    require_count,
-    require_transformers,
 )
+from sfumato.predict.text_encoders.base import SequenceEncoder, require_transformers
 from sfumato.predict.text_encoders.bert import load_tokenizer, require_wordpiece, write_vocabulary
+from sfumato.validate import number_in
 
 CLASS = "BertModel"
 WORDS = "embeddings.word_embeddings.weight"
-"""The key by which a prefix is recognised, where the encoder was a part of another network."""
+"""The key that shows the prefix of an encoder that was a part of another network."""
 COMPUTED = ("embeddings.position_ids", "embeddings.token_type_ids")
 """Buffers that files of older versions have, and that follow from the config."""
 HEADS = ("pooler.", "cls.")
 """Prefixes of weights on top of the states, which are left out."""
 LEGACY_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 """Names of files from before PyTorch, and today's."""
-IGNORED_FIELDS = {
-    "gradient_checkpointing",
-    "position_embedding_type",
-    "directionality",
-    "classifier_dropout",
-    "tie_word_embeddings",
-}
-IGNORED_FIELDS |= {
-    f"pooler_{name}"
-    for name in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
-}
+IGNORED_FIELDS = set(
+    "gradient_checkpointing position_embedding_type directionality classifier_dropout "
+    "tie_word_embeddings pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers "
+    "pooler_size_per_head pooler_type".split()
+)
 """Fields of older configs; `position_embedding_type` is checked apart."""
 RULES = ("normalizer", "pre_tokenizer")
 
@@ -72,11 +65,6 @@ class SentenceEncoder(SequenceEncoder):
 
     def __post_init__(self) -> None:
         require_wordpiece(self.tokenizer, self.model.config.vocab_size)
-
-    @property
-    def class_name(self) -> str:
-        """The network's class in model_index.json and config.json."""
-        return CLASS
 
     @property
     def length(self) -> int:
@@ -116,15 +104,14 @@ def _check_rules(folder: Path, tokenizer: Any) -> None:
 
     The library follows the latter without a warning.
     """
-    used, stored = (
-        json.loads(tokenizer.backend_tokenizer.to_str()),
-        read_optional_json(folder / "tokenizer.json"),
-    )
+    used = json.loads(tokenizer.backend_tokenizer.to_str())
+    stored = read_optional_json(folder / "tokenizer.json")
     for rule in RULES:
         if stored and stored.get(rule) != used[rule]:
             raise UserError(
-                f"{folder}/tokenizer.json has the {rule} {stored.get(rule)!r}, and tokenizer_config.json means {used[rule]!r}: expected the same "
-                "(do_lower_case, strip_accents and tokenize_chinese_chars there decide)"
+                f"{folder}/tokenizer.json has the {rule} {stored.get(rule)!r}, and "
+                f"tokenizer_config.json means {used[rule]!r}: expected the same (do_lower_case, "
+                "strip_accents and tokenize_chinese_chars there decide)"
             )
 
 
@@ -153,24 +140,18 @@ def build_sentence_encoder(
     """
     import transformers
 
-    if values.get("model_type") != "bert":
-        raise UserError(
-            f"{path} is of type {values.get('model_type')!r}, {values.get('architectures')}: expected bert, {CLASS}"
-        )
-    check_fields(
-        values,
-        set(transformers.BertConfig().to_dict()) | IGNORED_FIELDS,
-        path,
-        "a sentence encoder",
-    )
-    for field, supported in (
-        ("position_embedding_type", "absolute"),
-        ("is_decoder", False),
-        ("add_cross_attention", False),
-    ):
-        if values.get(field, supported) != supported:
+    check_class(values, path, "bert")
+    check_fields(values, transformers.BertConfig, IGNORED_FIELDS, path, "a sentence encoder")
+    supported = {
+        "position_embedding_type": "absolute",
+        "is_decoder": False,
+        "add_cross_attention": False,
+    }
+    for field, value in supported.items():
+        if values.get(field, value) != value:
             raise UserError(
-                f"{path}: {field}={values[field]!r} is not supported in a sentence encoder: expected {supported!r}"
+                f"{path}: {field}={values[field]!r} is not supported in a sentence encoder: "
+                f"expected {value!r}"
             )
 
     def build() -> Any:
@@ -202,17 +183,7 @@ def _encoder_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_config(config: Any) -> None:
     """Raise `UserError` for values that transformers would build and fail on later."""
-    for field in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "type_vocab_size",
-    ):
-        require_count(field, getattr(config, field))
-    require_count("max_position_embeddings", config.max_position_embeddings, 3)
-    if not isinstance(config.layer_norm_eps, float) or not 0 < config.layer_norm_eps < 1:
-        raise UserError(
-            f"layer_norm_eps={config.layer_norm_eps!r}: expected a number above 0 and below 1"
-        )
+    check_counts(config, "vocab_size hidden_size intermediate_size num_hidden_layers")
+    check_counts(config, "num_attention_heads type_vocab_size")
+    check_counts(config, "max_position_embeddings", at_least=3)
+    number_in("layer_norm_eps", config.layer_norm_eps, above=0, below=1)

@@ -25,15 +25,15 @@ from sfumato.io.atomic import atomic_file
 from sfumato.predict.text_encoders._transformers import (
     ANY,
     build_network,
+    check_class,
+    check_counts,
     check_fields,
+    check_tokenizer,
     load_network,
+    open_tokenizer,
 )
-from sfumato.predict.text_encoders.base import (
-    SequenceEncoder,
-    read_optional_json,
-    require_count,
-    require_transformers,
-)
+from sfumato.predict.text_encoders.base import SequenceEncoder, require_transformers
+from sfumato.validate import number_in, whole_number
 
 CLASS = "T5EncoderModel"
 SHARED, EMBED = "shared.weight", "encoder.embed_tokens.weight"
@@ -60,20 +60,8 @@ class T5Encoder(SequenceEncoder):
     spiece: bytes | None = None
 
     def __post_init__(self) -> None:
-        special = [self.tokenizer.eos_token_id, self.tokenizer.pad_token_id]
-        if None in special or len(self.tokenizer) < 4:
-            raise UserError(
-                f"tokenizer has {len(self.tokenizer)} tokens, end and padding are {special}: expected T5's; copy its files again"
-            )
-        if max(len(self.tokenizer) - 1, *special) >= self.model.config.vocab_size:
-            raise UserError(
-                f"tokenizer has {len(self.tokenizer)} tokens, text encoder {self.model.config.vocab_size}: use parts of one model"
-            )
-
-    @property
-    def class_name(self) -> str:
-        """The network's class in model_index.json and config.json."""
-        return CLASS
+        size = self.model.config.vocab_size
+        check_tokenizer(self.tokenizer, "eos pad", "T5's", "text encoder", size)
 
     def tensors(self) -> dict[str, Tensor]:
         """The weights by the names that files have, the table of tokens once; not copies."""
@@ -110,19 +98,10 @@ def load_t5(
 
 def load_tokenizer(folder: Path) -> Any:
     """Open the tokenizer of a folder; `UserError` for one that is missing or of another kind."""
-    from transformers import T5Tokenizer
-
-    # Without its files the library makes a tokenizer of a few tokens, and raises nothing.
-    if not (folder / "tokenizer.json").exists():
-        if not (folder / SPIECE).exists():
-            raise UserError(f"{folder} has no tokenizer: expected T5's tokenizer.json or {SPIECE}")
+    if not (folder / "tokenizer.json").exists() and (folder / SPIECE).exists():
         _require_sentencepiece(folder)
-    config = folder / "tokenizer_config.json"
-    name = str(read_optional_json(config).get("tokenizer_class", "T5Tokenizer"))
-    if name.removesuffix("Fast") != "T5Tokenizer":
-        raise UserError(f"{config} is of class {name!r}: expected T5Tokenizer")
-    with explained(folder, ANY):
-        return T5Tokenizer.from_pretrained(folder, local_files_only=True)
+    expected = f"T5's tokenizer.json or {SPIECE}"
+    return open_tokenizer(folder, "T5Tokenizer", expected, ("tokenizer.json",), (SPIECE,))
 
 
 def _require_sentencepiece(folder: Path) -> None:
@@ -137,7 +116,8 @@ def _require_sentencepiece(folder: Path) -> None:
         sentencepiece.SentencePieceProcessor(model_file=str(folder / SPIECE))
     except ImportError as error:
         raise UserError(
-            f"{folder}/{SPIECE} needs the packages sentencepiece and protobuf: run `pip install 'sfumato[text]'`"
+            f"{folder}/{SPIECE} needs the packages sentencepiece and protobuf: run `pip install "
+            "'sfumato[text]'`"
         ) from error
     except (OSError, RuntimeError, TypeError) as error:
         raise UserError(
@@ -170,17 +150,8 @@ def build_t5(
     """
     import transformers
 
-    built_as = values.get("architectures") or [CLASS]
-    if values.get("model_type") != "t5" or built_as not in (
-        [CLASS],
-        ["T5ForConditionalGeneration"],
-    ):
-        raise UserError(
-            f"{path} is of type {values.get('model_type')!r}, {built_as}: expected t5, {CLASS}"
-        )
-    check_fields(
-        values, set(transformers.T5Config().to_dict()) | IGNORED_FIELDS, path, "a T5 text encoder"
-    )
+    check_class(values, path, "t5", CLASS, "T5ForConditionalGeneration")
+    check_fields(values, transformers.T5Config, IGNORED_FIELDS, path, "a T5 text encoder")
 
     def build() -> Any:
         config = transformers.T5Config.from_dict(values)
@@ -196,33 +167,24 @@ def build_t5(
         weights[SHARED] = tensors[EMBED]
 
     def dtype_of(key: str) -> torch.dtype | None:
-        return (
-            torch.float32
-            if dtype == torch.float16 and key.endswith(".DenseReluDense.wo.weight")
-            else dtype
-        )
+        overflows = dtype == torch.float16 and key.endswith(".DenseReluDense.wo.weight")
+        return torch.float32 if overflows else dtype
 
     return build_network(build, weights, {EMBED: SHARED}, dtype_of, path, file, check_files)
 
 
 def _check_config(config: Any) -> None:
     """Raise `UserError` for values that transformers would build and fail on later."""
-    for field in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"):
-        require_count(field, getattr(config, field))
-    require_count("relative_attention_num_buckets", config.relative_attention_num_buckets, 4)
-    require_count(
-        "relative_attention_max_distance",
-        config.relative_attention_max_distance,
-        config.relative_attention_num_buckets // 4 + 1,
-    )
-    if not isinstance(config.layer_norm_epsilon, float) or not 0 < config.layer_norm_epsilon < 1:
-        raise UserError(
-            f"layer_norm_epsilon={config.layer_norm_epsilon!r}: expected a number above 0 and below 1"
-        )
+    check_counts(config, "vocab_size d_model d_kv d_ff num_layers num_heads")
+    check_counts(config, "relative_attention_num_buckets", at_least=4)
+    least = config.relative_attention_num_buckets // 4 + 1
+    whole_number("relative_attention_max_distance", config.relative_attention_max_distance, least)
+    number_in("layer_norm_epsilon", config.layer_norm_epsilon, above=0, below=1)
     gate, _, act = config.feed_forward_proj.rpartition("-")
     activation = "gelu_new" if config.feed_forward_proj == "gated-gelu" else act
     if (config.dense_act_fn, config.is_gated_act) != (activation, gate == "gated"):
         raise UserError(
-            f"feed_forward_proj={config.feed_forward_proj!r} with dense_act_fn={config.dense_act_fn!r}, is_gated_act={config.is_gated_act!r}: "
-            f"expected {activation!r}, {gate == 'gated'}"
+            f"feed_forward_proj={config.feed_forward_proj!r} with dense_act_fn="
+            f"{config.dense_act_fn!r}, is_gated_act={config.is_gated_act!r}: expected "
+            f"{activation!r}, {gate == 'gated'}"
         )
