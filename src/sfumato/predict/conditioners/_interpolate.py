@@ -29,14 +29,11 @@ def interpolate_conditioning(
     Raises:
         UserError: For conditionings with masks, images or residuals.
     """
-    if any(
-        field is not None
-        for c in (a, b)
-        for field in (c.mask, c.concat, c.residuals, c.image_tokens)
-    ):
+    fields = (f for c in (a, b) for f in (c.mask, c.concat, c.residuals, c.image_tokens))
+    if any(field is not None for field in fields):
         raise UserError(
-            "conditionings with masks (of padding, as PixArt's) or images cannot be interpolated: expected one prompt for all images; "
-            "two seeds or two images can be"
+            "conditionings with masks (of padding, as PixArt's) or images cannot be interpolated: "
+            "expected one prompt for all images; two seeds or two images can be"
         )
     s = torch.tensor(list(shares), dtype=torch.float32)
     return Conditioning(
