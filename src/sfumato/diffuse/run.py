@@ -87,9 +87,10 @@ def check_finite(value: Tensor, stage: str) -> None:
     """Raise `NumericalError`, with the stage and the dtype, if any number is NaN or infinite."""
     if not all_finite(value):
         bad = int((~torch.isfinite(value)).sum())
+        dtype = str(value.dtype).removeprefix("torch.")
         raise NumericalError(
-            f"{bad} of {value.numel()} numbers are NaN or infinite in {stage} ({str(value.dtype).removeprefix('torch.')}): nothing was written; "
-            "try float32, or other weights"
+            f"{bad} of {value.numel()} numbers are NaN or infinite in {stage} ({dtype}): "
+            "nothing was written; try float32, or other weights"
         )
 
 
