@@ -74,9 +74,7 @@ def known_region(
         prediction = yield from ask(first_inputs.pop() if first_inputs else x, t)
         alpha, sigma = point(t)
         if not sigma > 0:
-            raise UserError(
-                f"t={t}: there is no noise, and so nothing to ask: expected a time in (0, 1]"
-            )
+            raise UserError(f"t={t}: expected a time in (0, 1], 0 has no noise to predict")
         kept, m = _like(x, z, mask)
         if empty:
             return prediction
@@ -147,8 +145,8 @@ def check_region(z: Tensor, mask: Tensor) -> None:
         or (len(mask) != len(z) and 1 not in (len(mask), len(z)))
     ):
         raise UserError(
-            f"a mask of shape {tuple(mask.shape)} for z of shape {tuple(z.shape)}: expected (B or 1, 1 or {z.shape[1]}, "
-            f"{z.shape[2]}, {z.shape[3]})"
+            f"a mask of shape {tuple(mask.shape)} for z of shape {tuple(z.shape)}: "
+            f"expected (B or 1, 1 or {z.shape[1]}, {z.shape[2]}, {z.shape[3]})"
         )
     if not torch.isfinite(z).all():
         raise UserError(
@@ -165,8 +163,9 @@ def check_fits(shape: Sequence[int], z: Tensor, mask: Tensor) -> None:
     """Raise `UserError` unless z and mask fit latents of `shape` (B, C, h, w)."""
     if z.shape[1:] != tuple(shape[1:]) or any(len(v) not in (1, shape[0]) for v in (z, mask)):
         raise UserError(
-            f"z of shape {tuple(z.shape)} and a mask of shape {tuple(mask.shape)} for latents of shape {tuple(shape)}: expected the "
-            "same channels, height and width, and one for all or one an image"
+            f"z of shape {tuple(z.shape)} and a mask of shape {tuple(mask.shape)} "
+            f"for latents of shape {tuple(shape)}: expected the same channels, height and width, "
+            "and one for all or one an image"
         )
 
 

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.rules import CombineFn
-from sfumato.types import Prediction, mixed
+from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Rule
+from sfumato.types import mixed
 from sfumato.validate import number_in, one_of
 
 KINDS = {"chain": 1.0, "sum": 0.0, "away": 1.0}
@@ -31,7 +30,7 @@ KINDS = {"chain": 1.0, "sum": 0.0, "away": 1.0}
 
 
 @dataclass(frozen=True)
-class Dual:
+class Dual(Rule):
     """Settings of two baselines.
 
     Args:
@@ -47,14 +46,14 @@ class Dual:
     high: float = 1.0
 
     num_baselines = 2
-    consistent = True
 
     def __post_init__(self) -> None:
         one_of("kind of dual guidance", self.kind, KINDS)
         number_in("guidance dual second", self.second, hint=f"{KINDS[self.kind]:g} is off")
         if not 0 <= self.low <= self.high <= 1:
             raise UserError(
-                f"guidance dual low={self.low}, high={self.high}: expected times with 0 <= low <= high <= 1, 1 is noise"
+                f"guidance dual low={self.low}, high={self.high}: "
+                "expected times with 0 <= low <= high <= 1, 1 is noise"
             )
 
     def active_baselines(self, moment: Moment) -> int:
@@ -67,6 +66,8 @@ class Dual:
         return self.second != KINDS[self.kind]
 
     def begin(self) -> CombineFn:
+        """Return the sum of both differences, or of one where the second scale is off."""
+
         def both(conditional: Tensor, one: Tensor, two: Tensor, w: float | Tensor) -> Tensor:
             if self.kind == "chain":
                 return mixed(one, two, self.second) + w * (conditional - one)

@@ -10,20 +10,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.rules import CombineFn
-from sfumato.types import Prediction
+from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Rule
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Rule):
     """One baseline, no options."""
 
-    num_baselines = 1
-    always = False
-    consistent = True
-
     def begin(self) -> CombineFn:
+        """Return baseline + w (conditional - baseline)."""
+
         def combine(
             x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
         ) -> Prediction:

@@ -11,23 +11,23 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.rules import CombineFn
-from sfumato.types import Prediction, mixed
+from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Rule
+from sfumato.types import mixed
 
 
 @dataclass(frozen=True)
-class PlusPlus:
+class PlusPlus(Rule):
     """One baseline, no options.
 
     w = 1 is full guidance here and not off, so the baseline is always needed.
     """
 
-    num_baselines = 1
     always = True
     consistent = False
 
     def begin(self) -> CombineFn:
+        """Return the guided x0 with the baseline's eps."""
+
         def combine(
             x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
         ) -> Prediction:

@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 
 from sfumato.predict.guidance.algebra import ratio, total, with_x0
-from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.rules import CombineFn
-from sfumato.types import Prediction
+from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Rule
 from sfumato.validate import number_in
 
 
 @dataclass(frozen=True)
-class Project:
+class Project(Rule):
     """Settings of APG.
 
     Args:
@@ -37,10 +35,6 @@ class Project:
     threshold: float = 0.0
     momentum: float = 0.0
 
-    num_baselines = 1
-    always = False
-    consistent = True
-
     def __post_init__(self) -> None:
         number_in("guidance project eta", self.eta, hint="1 is plain guidance")
         number_in("guidance project threshold", self.threshold, 0, hint="0 is no threshold")
@@ -48,7 +42,13 @@ class Project:
             "guidance project momentum", self.momentum, above=-1, below=1, hint="0 is no momentum"
         )
 
+    @property
+    def stateful(self) -> bool:
+        """True with a momentum."""
+        return self.momentum != 0
+
     def begin(self) -> CombineFn:
+        """Return the projected step, with the momentum of one run."""
         before: Tensor | None = None
 
         def combine(

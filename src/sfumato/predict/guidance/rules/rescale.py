@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sfumato.predict.guidance.algebra import ratio, total, with_x0
-from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.rules import CombineFn
-from sfumato.types import Prediction, mixed
+from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Rule
+from sfumato.types import mixed
 from sfumato.validate import number_in
 
 
 @dataclass(frozen=True)
-class Rescale:
+class Rescale(Rule):
     """Settings of the rescaling.
 
     Args:
@@ -33,14 +32,12 @@ class Rescale:
 
     phi: float = 0.7
 
-    num_baselines = 1
-    always = False
-    consistent = True
-
     def __post_init__(self) -> None:
         number_in("guidance rescale phi", self.phi, 0, 1, hint="0 is plain guidance")
 
     def begin(self) -> CombineFn:
+        """Return the guided x0 at the conditional prediction's deviation."""
+
         def combine(
             x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
         ) -> Prediction:

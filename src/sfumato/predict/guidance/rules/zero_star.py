@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sfumato.predict.guidance.algebra import from_velocity, ratio, total
-from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.rules import CombineFn
-from sfumato.types import Prediction, mixed
+from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Rule
+from sfumato.types import mixed
 from sfumato.validate import whole_number
 
 
 @dataclass(frozen=True)
-class ZeroStar:
+class ZeroStar(Rule):
     """Settings of CFG-Zero*.
 
     Args:
@@ -32,14 +31,12 @@ class ZeroStar:
 
     zero_steps: int = 1
 
-    num_baselines = 1
-    always = False
-    consistent = True
-
     def __post_init__(self) -> None:
         whole_number("guidance zero_star zero_steps", self.zero_steps, 0)
 
     def begin(self) -> CombineFn:
+        """Return the guided velocity, or none at the first times."""
+
         def combine(
             x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
         ) -> Prediction:
