@@ -51,14 +51,14 @@ class DenoiserCall:
 
 
 DenoiseCalls = Generator[list[DenoiserCall], list[Prediction], T]
-"""Coroutine that yields denoiser calls, is sent their predictions in order, and returns a T."""
+"""Coroutine that yields calls, is sent their predictions in order, and returns a T."""
 
 DenoiseFn = Callable[[Tensor, float], DenoiseCalls[Prediction]]
 """(x, t) -> prediction, as a coroutine. Guidance and wrappers take one and return one."""
 
 
 class BatchingDenoiser(ABC):
-    """A denoiser of a wrapper, which evaluates several calls with work around the forward pass."""
+    """A wrapper's denoiser, which evaluates several calls with work around the forward pass."""
 
     @property
     @abstractmethod
