@@ -88,6 +88,14 @@ class Denoiser:
         """Rows of the network's table of classes; 0: no classes."""
         return self.network.classes if isinstance(self.network, Network) else 0
 
+    @property
+    def sample_size(self) -> int:
+        """The default side of latents, in cells."""
+        if isinstance(self.network, Network):
+            return self.network.sample_size
+        config = self.network.config  # of diffusers' networks
+        return getattr(config, "sample_size", None) or 64
+
     @cached_property
     def _weight(self) -> tuple[nn.Module, str]:
         """(module, name) of the network's first weight, for its dtype: the search is slow."""
@@ -113,8 +121,8 @@ class Denoiser:
         elif device.type == "cpu":
             return self
         else:
-            network = clone_sharing_weights(self.network)
-            network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            clone = clone_sharing_weights(self.network)
+            network = clone.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         return replace(self, network=network)
 
     def __call__(
