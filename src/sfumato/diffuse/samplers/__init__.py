@@ -25,22 +25,9 @@ import torch
 from torch import Tensor
 
 from sfumato.diffuse.schedule import Schedule
-from sfumato.types import Noise, Prediction
-
-__all__ = [
-    "Noise",
-    "Run",
-    "Sampler",
-    "Schedule",
-    "Times",
-    "Traits",
-    "calls",
-    "check_run",
-    "draws",
-    "draws_noise",
-    "traits",
-    "traits_of",
-]
+from sfumato.registry import find
+from sfumato.types import Noise as Noise
+from sfumato.types import Prediction
 
 Times = Sequence[float]
 """Times of a run, strictly descending, in [0, 1]: 1 is noise, 0 is clean."""
@@ -92,6 +79,11 @@ def traits(**values: Any) -> Callable[[F], F]:
 def traits_of(sampler: Sampler) -> Traits:
     """Return the traits of a sampler; of one without any, those of order 1."""
     return getattr(sampler, "traits", Traits(order=1))
+
+
+def get_sampler(name: str) -> Sampler:
+    """Return a sampler by name; `UserError` for an unknown one."""
+    return find("diffuse.samplers", name)
 
 
 def calls(sampler: Sampler, times: Times, schedule: Schedule, **options: Any) -> int:

@@ -14,8 +14,6 @@ from torch import Tensor
 from sfumato.predict.guidance.guide import Moment
 from sfumato.types import Prediction
 
-__all__ = ["CombineFn", "Moment", "Prediction", "Rule"]
-
 CombineFn = Callable[[Tensor, Moment, Sequence[Prediction], float | Tensor], Prediction]
 """(x, moment, predictions, w) -> prediction.
 

@@ -15,8 +15,6 @@ from sfumato.predict.guidance.guide import Moment
 from sfumato.types import Prediction
 from sfumato.validate import number_in
 
-__all__ = ["Moment", "Prediction", "TimeWeight", "Weight", "WeightFn"]
-
 WeightFn = Callable[[Moment, Prediction, Prediction], float | Tensor]
 """(moment, conditional, baseline) -> w.
 
