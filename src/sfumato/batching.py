@@ -28,7 +28,6 @@ class NetworkDenoiser(Protocol):
     @property
     def network(self) -> nn.Module:
         """(x, timestep, conditioning) -> y."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -171,10 +171,8 @@ def write_png(
     if parameters is not None:
         chunks.add_text(KEY, json.dumps(dict(parameters), allow_nan=False))  # ASCII: a tEXt chunk
         readable = readable_parameters(parameters)
-        if readable.isascii():
-            chunks.add_text("parameters", readable)
-        else:
-            chunks.add_itxt("parameters", readable)
+        add = chunks.add_text if readable.isascii() else chunks.add_itxt
+        add("parameters", readable)
     with atomic_file(path) as temporary:
         picture.save(temporary, format="PNG", pnginfo=chunks)
     return Path(path)

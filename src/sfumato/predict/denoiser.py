@@ -122,7 +122,7 @@ class Denoiser:
             return self
         else:
             clone = clone_sharing_weights(self.network)
-            network = clone.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            network = clone.to(memory_format=torch.channels_last)  # pyright: ignore
         return replace(self, network=network)
 
     def __call__(

@@ -10,15 +10,5 @@ from sfumato.sampling.plan import Plan, Settings, resolve, resolve_settings
 from sfumato.sampling.request import Defaults, Model, Request, sampler_of, spacing_of
 from sfumato.sampling.run import plan_coroutine
 
-__all__ = [
-    "Defaults",
-    "Model",
-    "Plan",
-    "Request",
-    "Settings",
-    "plan_coroutine",
-    "resolve",
-    "resolve_settings",
-    "sampler_of",
-    "spacing_of",
-]
+__all__ = ["Defaults", "Model", "Plan", "Request", "Settings", "plan_coroutine", "resolve"]
+__all__ += ["resolve_settings", "sampler_of", "spacing_of"]

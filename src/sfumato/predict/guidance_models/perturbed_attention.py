@@ -73,14 +73,11 @@ def attend_to_itself_and_others(
     """
     # Image by image: the scores are many, and their bits do not depend on the batch.
     masks = [None] * len(q) if mask is None else mask[:, picture:]
-    image = torch.stack(
-        [_attend_one_image(*parts) for parts in zip(q[:, :picture], k, v, masks, strict=True)]
-    )
-    return (
-        torch.cat([image, batch_invariant.attend(q[:, picture:], k, v, mask)], dim=1)
-        if q.shape[1] > picture
-        else image
-    )
+    images = zip(q[:, :picture], k, v, masks, strict=True)
+    image = torch.stack([_attend_one_image(*parts) for parts in images])
+    if q.shape[1] == picture:
+        return image
+    return torch.cat([image, batch_invariant.attend(q[:, picture:], k, v, mask)], dim=1)
 
 
 def _attend_one_image(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

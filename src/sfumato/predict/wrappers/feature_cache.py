@@ -43,23 +43,18 @@ from sfumato.validate import number_in, positive_int, whole_number
 
 @runtime_checkable
 class CuttableNetwork(Protocol):
-    """A network in a shallow and a deep part, with `skips` skips between them, as the U-Net."""
+    """A network in a shallow and a deep part, with some skips between them, as the U-Net.
 
-    def shallow_down(
-        self, x: Tensor, timestep: Tensor, cond: Conditioning, skips: int
-    ) -> tuple[Sequence[Tensor], Tensor]:
-        """Return the skips above the cut, its own last, and the time embedding."""
-        ...
+    Attributes:
+        shallow_down: (x, timestep, cond, skips) -> the skips above the cut, that at the cut last,
+            and the time embedding.
+        deep: (skip at the cut, time embedding, cond, skips) -> the features from below the cut.
+        shallow_up: (features, the skips, time embedding, cond) -> y.
+    """
 
-    def deep(self, x: Tensor, time: Tensor, cond: Conditioning, skips: int) -> Tensor:
-        """Return the features from below the cut."""
-        ...
-
-    def shallow_up(
-        self, x: Tensor, skips: Sequence[Tensor], time: Tensor, cond: Conditioning
-    ) -> Tensor:
-        """Return the output, from the deep features and the skips."""
-        ...
+    shallow_down: Callable[..., tuple[Sequence[Tensor], Tensor]]
+    deep: Callable[..., Tensor]
+    shallow_up: Callable[..., Tensor]
 
 
 def feature_cache(
@@ -227,11 +222,7 @@ class _CachingDenoiser(BatchingDenoiser):
         """Evaluate calls with one `batch_key` by a `forward` of the network cut in two."""
         require_cuttable(self.denoiser)
         whole = cast(Any, self.denoiser)
-        rows = [
-            (cast(_CachingDenoiser, call.denoiser), row)
-            for call in calls
-            for row in range(len(call.x))
-        ]
+        rows = [(cast(Any, call.denoiser), row) for call in calls for row in range(len(call.x))]
         cut = replace(whole, network=_CutNetwork(whole.network, rows, self.rule.skips))
         return forward([replace(call, denoiser=cut) for call in calls])
 

@@ -14,11 +14,12 @@ from torch import Tensor
 from sfumato.predict.guidance.guide import Moment
 from sfumato.types import Prediction
 
-CombineFn = Callable[[Tensor, Moment, Sequence[Prediction], float | Tensor], Prediction]
-"""(x, moment, predictions, w) -> prediction.
-
-The predictions are the conditional one, then one a baseline; w weights the first baseline.
-"""
+Predictions = Sequence[Prediction]
+"""The conditional prediction, then one a baseline."""
+Scale = float | Tensor
+"""The weight of the first baseline: a number, or one an image (B, 1, 1, 1)."""
+CombineFn = Callable[[Tensor, Moment, Predictions, Scale], Prediction]
+"""(x, moment, predictions, w) -> prediction."""
 
 
 class Rule(ABC):

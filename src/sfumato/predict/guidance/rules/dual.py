@@ -15,13 +15,12 @@ can be limited to an interval, as by Stability AI for skipped layers in early st
 off, p = p1 + w (p_c - p1), and p2 is not computed.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Rule
+from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Predictions, Rule, Scale
 from sfumato.types import mixed
 from sfumato.validate import number_in, one_of
 
@@ -68,7 +67,7 @@ class Dual(Rule):
     def begin(self) -> CombineFn:
         """Return the sum of both differences, or of one where the second scale is off."""
 
-        def both(conditional: Tensor, one: Tensor, two: Tensor, w: float | Tensor) -> Tensor:
+        def both(conditional: Tensor, one: Tensor, two: Tensor, w: Scale) -> Tensor:
             if self.kind == "chain":
                 return mixed(one, two, self.second) + w * (conditional - one)
             if self.kind == "sum":
@@ -79,9 +78,7 @@ class Dual(Rule):
                 + (self.second - 1) * (conditional - two)
             )
 
-        def combine(
-            x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
-        ) -> Prediction:
+        def combine(x: Tensor, moment: Moment, predictions: Predictions, w: Scale) -> Prediction:
             conditional, one, *rest = predictions
             if not rest:
                 return conditional.away(one, w)

@@ -5,12 +5,11 @@ flow's velocity. With a weaker network as the baseline it is autoguidance (Karra
 arXiv:2406.02507).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Rule
+from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Predictions, Rule, Scale
 
 
 @dataclass(frozen=True)
@@ -20,9 +19,7 @@ class Linear(Rule):
     def begin(self) -> CombineFn:
         """Return baseline + w (conditional - baseline)."""
 
-        def combine(
-            x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
-        ) -> Prediction:
+        def combine(x: Tensor, moment: Moment, predictions: Predictions, w: Scale) -> Prediction:
             conditional, baseline = predictions
             return conditional.away(baseline, w)
 

@@ -6,12 +6,11 @@ halves as they are (trait `uses_x0_and_eps`: DDIM, Euler) can use it. There a st
 sigma_s) is that of plain guidance with w = lambda/(1 - e^-h), h the step in log(alpha/sigma).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Rule
+from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Predictions, Rule, Scale
 from sfumato.types import mixed
 
 
@@ -28,9 +27,7 @@ class PlusPlus(Rule):
     def begin(self) -> CombineFn:
         """Return the guided x0 with the baseline's eps."""
 
-        def combine(
-            x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
-        ) -> Prediction:
+        def combine(x: Tensor, moment: Moment, predictions: Predictions, w: Scale) -> Prediction:
             conditional, baseline = predictions
             return Prediction(mixed(conditional.x0, baseline.x0, w), baseline.eps)
 

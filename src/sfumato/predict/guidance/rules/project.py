@@ -8,14 +8,13 @@ A negative momentum moves away from the directions of the steps before. The rule
 the paper, and eps is what then adds up to x.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sfumato.predict.guidance.algebra import ratio, total, with_x0
-from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Rule
+from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Predictions, Rule, Scale
 from sfumato.validate import number_in
 
 
@@ -51,9 +50,7 @@ class Project(Rule):
         """Return the projected step, with the momentum of one run."""
         before: Tensor | None = None
 
-        def combine(
-            x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
-        ) -> Prediction:
+        def combine(x: Tensor, moment: Moment, predictions: Predictions, w: Scale) -> Prediction:
             nonlocal before
             conditional, baseline = predictions
             step = conditional.x0 - baseline.x0

@@ -10,13 +10,12 @@ rescales the network's output in any parameterization. Here it is x0, where the 
 parameterization, and eps is what then adds up to x.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from sfumato.predict.guidance.algebra import ratio, total, with_x0
-from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Rule
+from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Predictions, Rule, Scale
 from sfumato.types import mixed
 from sfumato.validate import number_in
 
@@ -38,9 +37,7 @@ class Rescale(Rule):
     def begin(self) -> CombineFn:
         """Return the guided x0 at the conditional prediction's deviation."""
 
-        def combine(
-            x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
-        ) -> Prediction:
+        def combine(x: Tensor, moment: Moment, predictions: Predictions, w: Scale) -> Prediction:
             conditional, baseline = predictions
             x0 = mixed(conditional.x0, baseline.x0, w)
             return with_x0(

@@ -9,13 +9,12 @@ where a network that is not fully trained is worse than none. v = 0 keeps x/(alp
 for a flow is x.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from sfumato.predict.guidance.algebra import from_velocity, ratio, total
-from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Rule
+from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Predictions, Rule, Scale
 from sfumato.types import mixed
 from sfumato.validate import whole_number
 
@@ -37,9 +36,7 @@ class ZeroStar(Rule):
     def begin(self) -> CombineFn:
         """Return the guided velocity, or none at the first times."""
 
-        def combine(
-            x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
-        ) -> Prediction:
+        def combine(x: Tensor, moment: Moment, predictions: Predictions, w: Scale) -> Prediction:
             conditional, baseline = (p.eps - p.x0 for p in predictions)
             if moment.index < self.zero_steps:
                 return from_velocity(x, 0 * conditional, moment)

@@ -24,7 +24,7 @@ w is a number or one an image (B, 1, 1, 1), and 1 where the weight is inactive.
 
 @dataclass(frozen=True)
 class Weight(ABC):
-    """How far predictions move away from a baseline.
+    """The distance by which predictions move away from a baseline.
 
     Args:
         scale: 1 is off.
