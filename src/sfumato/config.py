@@ -1,6 +1,6 @@
 """Settings from JSON as a frozen dataclass.
 
-A field that is not known is refused: it might change the result.
+An unknown field is refused: it might change the result.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """The two errors of sfumato.
 
-`UserError`: the input is wrong; the message is one sentence with the value, what was expected and
-what to do. The command line prints it and exits with code 2, the server answers 4xx.
+`UserError`: the input is wrong; the message is one sentence with the value, the expected one and
+the remedy. The command line prints it and exits with code 2, the server answers 4xx.
 `NumericalError`: a NaN or an infinity was found; the message names the stage, the step and the
 dtype. Nothing is written then.
 """
@@ -57,7 +57,7 @@ def usable_device(device: object) -> Iterator[None]:
         device: The device to which the body moves tensors, as the caller gave it.
 
     Raises:
-        UserError: For a name that torch does not know and a device that is not there.
+        UserError: For an unknown name and a device that is missing.
     """
     try:
         yield

@@ -298,7 +298,7 @@ class LatentDiffusion:
             batch: Largest number of rows in a forward pass.
 
         Returns:
-            For each request what `generate` alone returns, bit for bit.
+            For each request the result of `generate` alone, bit for bit.
 
         Raises:
             UserError: For impossible settings in any of them, before any weight is used.
@@ -486,7 +486,7 @@ class LatentDiffusion:
         resident = denoiser_streamer(self) is None
         return decode_in_range(self.autoencoder, z, _DECODE[decoding], retry=resident)
 
-    # ---- what it is ------------------------------------------------------------------------------
+    # ---- properties ------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -519,7 +519,7 @@ class LatentDiffusion:
 
     def describe(self) -> dict[str, Any]:
         """Parts, sizes and defaults, for `sfumato info`."""
-        space, process = self.autoencoder.space, self.denoiser.process
+        space, process, side = self.autoencoder.space, self.denoiser.process, self.sample_size
         networks = {"autoencoder": self.autoencoder, "denoiser": self.denoiser.network}
         networks |= {
             f"text_encoder{end}": encoder.model
@@ -532,21 +532,12 @@ class LatentDiffusion:
                 k: {"class": type(m).__name__, "parameters": sum(p.numel() for p in m.parameters())}
                 for k, m in networks.items()
             },
-            "latent": {
-                "channels": space.channels,
-                "factor": space.factor,
-                "mean": list(space.mean),
-                "std": list(space.std),
-            },
+            "latent": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(space).items()},
             "process": {
                 "schedule": process.schedule.kind,
                 "parameterization": process.parameterization.name,
             },
-            "image": {
-                "channels": self.autoencoder.channels,
-                "height": self.sample_size,
-                "width": self.sample_size,
-            },
+            "image": {"channels": self.autoencoder.channels, "height": side, "width": side},
             "defaults": self.settings(),
             "class_names": list(self.class_names),
         }

@@ -75,7 +75,7 @@ class LinearPrediction(LazyPrediction):
 class Selected(LazyPrediction):
     """One prediction for the images where `first` is True, another for the rest.
 
-    Each image's numbers are what its own prediction alone gives.
+    Each image's numbers are those of its own prediction alone.
 
     Args:
         first: (B, 1, 1, 1) bool.

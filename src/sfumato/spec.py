@@ -5,7 +5,7 @@
     value   = number | "true" | "false" | word | word ("+" word)*
 
 A dash in a name or a key is an underscore. A value is text until it is checked against the options
-of its target, a function's parameters or a dataclass's fields, whose defaults say what it must be.
+of its target, a function's parameters or a dataclass's fields, whose defaults have its type.
 Samplers, spacings and the parts of guidance are written so, on the command line and in files.
 """
 

@@ -61,7 +61,7 @@ class Conditioning:
 
     @property
     def _values(self) -> list[Tensor | tuple[Tensor, ...] | None]:
-        return [getattr(self, door) for door in DOORS]
+        return [getattr(self, field) for field in FIELDS]
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -125,23 +125,23 @@ class Conditioning:
         cls, parts: Sequence["Conditioning"], join: Callable[[Sequence[Tensor]], Tensor]
     ) -> "Conditioning":
         joined: dict[str, Tensor | tuple[Tensor, ...] | None] = {}
-        for door in DOORS:
-            values = [getattr(p, door) for p in parts]
+        for field in FIELDS:
+            values = [getattr(p, field) for p in parts]
             if any(v is None for v in values):
                 if any(v is not None for v in values):
                     raise ValueError(
-                        f"conditionings differ: {door!r} is set in some parts of the batch "
+                        f"conditionings differ: {field!r} is set in some parts of the batch "
                         "and missing in others"
                     )
-                joined[door] = None
+                joined[field] = None
             elif isinstance(values[0], tuple):
-                joined[door] = tuple(join(column) for column in zip(*values, strict=True))
+                joined[field] = tuple(join(column) for column in zip(*values, strict=True))
             else:
-                joined[door] = join(values)
+                joined[field] = join(values)
         return cls(**joined)  # pyright: ignore[reportArgumentType]
 
 
-DOORS = tuple(f.name for f in fields(Conditioning))
+FIELDS = tuple(f.name for f in fields(Conditioning))
 """The names of a conditioning's fields, in order."""
 
 

@@ -1,7 +1,7 @@
 """Checks of settings. Each returns the value, or raises a `UserError` of one sentence.
 
-The sentence is "name=value: expected ...; hint". A name may begin with what has the setting
-("scheduler config steps", "guidance rescale phi"). A hint says what a usual value is or does.
+The sentence is "name=value: expected ...; hint". A name may begin with the setting's owner
+("scheduler config steps", "guidance rescale phi"). A hint gives a usual value or its effect.
 """
 
 import math
@@ -95,7 +95,7 @@ def flag(name: str, value: Any, hint: str = "") -> bool:
 
 
 def one_of(kind: str, value: Any, choices: Iterable[str]) -> str:
-    """Return one of the choices; `kind` is what they are, in the singular ("solver")."""
+    """Return one of the choices; `kind` is their kind, in the singular ("solver")."""
     choices = tuple(choices)
     if value not in choices:
         raise unknown(kind, value, choices)

@@ -23,7 +23,7 @@ from sfumato.validate import one_of
 NO_SIGNAL = 5000.0
 """Noise level sigma/alpha above which a latent counts as pure noise.
 
-What remains of z is then below float32's rounding of a prediction.
+The rest of z is then below float32's rounding of a prediction.
 """
 
 
@@ -140,7 +140,7 @@ class BetaTable(Schedule):
     def _hash(self) -> int:
         return hash((self.kind, self.betas))
 
-    # Hashing a thousand numbers each time would cost more than what is cached by it.
+    # Hashing a thousand numbers each time would cost more than the cache saves.
     def __hash__(self) -> int:
         return self._hash
 

@@ -1,7 +1,7 @@
 """A request resolved against a model, once: `resolve(model, request) -> Plan`.
 
 Every `UserError` of a request is raised here, without touching a weight, so that a server may
-refuse a request before it is queued. What reads a `Plan` later can fail with `NumericalError`, or
+refuse a request before it is queued. A run of a `Plan` can fail with `NumericalError`, or
 for want of memory, and for no other reason.
 """
 
@@ -111,7 +111,7 @@ class Plan(Settings):
         )
 
     def edit(self, timesteps: Sequence[float] | None = None, **values: Any) -> Self:
-        """Change the run without resolving the request again: what tasks do.
+        """Change the run without resolving the request again, as tasks do.
 
         Args:
             timesteps: Other times to visit.

@@ -72,10 +72,8 @@ def edm(
         churn_to: S_tmax, a noise level sigma/alpha.
         churn_noise: S_noise.
     """
-    add_churn, coordinates = (
-        Churn(churn, churn_from, churn_to, churn_noise, len(times) - 1),
-        OdeCoordinates(schedule),
-    )
+    add_churn = Churn(churn, churn_from, churn_to, churn_noise, len(times) - 1)
+    coordinates = OdeCoordinates(schedule)
     for t, s in pairwise(times):
         x, t = add_churn(x, t, schedule, noise)
         first = yield x, t

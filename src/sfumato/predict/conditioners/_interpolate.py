@@ -52,7 +52,7 @@ def _same_length(a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Ten
 def _lerp(a: Tensor | None, b: Tensor | None, shares: Tensor) -> Tensor | None:
     """(1 - s) a + s b, from the nearer end.
 
-    Both ends keep their bits, and so does what is equal in both.
+    Both ends keep their bits, and so do values that are equal in both.
     """
     if a is None or b is None:
         assert a is b, "one conditioner sets the same fields for all prompts"

@@ -71,10 +71,9 @@ def parse(prompt: str) -> list[tuple[str, float]]:
             multiply(start, 1 / FACTOR)
         else:
             pieces.append(_Piece(part["escaped"] or part[0], escaped=part["escaped"] is not None))
-    for start in opened["("]:
-        multiply(start, FACTOR)
-    for start in opened["["]:
-        multiply(start, 1 / FACTOR)
+    for bracket, factor in (("(", FACTOR), ("[", 1 / FACTOR)):
+        for start in opened[bracket]:
+            multiply(start, factor)
     return _joined(pieces)
 
 

@@ -98,8 +98,7 @@ def read_settings(
         cls: The settings' class.
         name: The conditioner's name, which the file must have.
         folder: The model's folder.
-        defaults: What follows from the folder's other files, for settings that the file does not
-            have.
+        defaults: Settings that follow from the folder's other files, where this file has none.
         source: Where the defaults are from, for messages; None: the folder.
 
     Raises:
@@ -190,7 +189,7 @@ class TextConditioner(Conditioner):
         """Encode a row's texts; for subclasses that leave `encode` as it is."""
         raise NotImplementedError
 
-    # ---- what it is ------------------------------------------------------------------------------
+    # ---- properties ------------------------------------------------------------------------------
 
     @property
     def encoders(self) -> Mapping[str, Encoder]:
@@ -345,14 +344,9 @@ def prompt_pairs(prompts: Prompts, second: Prompts | None) -> list[tuple[str, st
 
     None and whitespace are ""; None in `second` is the first encoder's text.
     """
-    texts = prompt_texts(prompts)
-    if second is None:
-        return list(zip(texts, texts, strict=True))
-    others = zip(second, prompt_texts(second), strict=True)
-    return [
-        (text, text if prompt is None else other)
-        for text, (prompt, other) in zip(texts, others, strict=True)
-    ]
+    second = [None] * len(prompts) if second is None else second
+    rows = zip(prompt_texts(prompts), second, prompt_texts(second), strict=True)
+    return [(text, text if prompt is None else other) for text, prompt, other in rows]
 
 
 def prompt_texts(prompts: Prompts) -> list[str]:

@@ -73,9 +73,9 @@ class Conditioner(ABC):
         Arguments as in `__call__`.
 
         Raises:
-            UserError: For what is not a list of texts, `second` prompts without a second text
-                encoder or of another number, and what the subclass refuses: unknown classes, wrong
-                weights, texts that are too long, a missing `image_spec`.
+            UserError: For anything but a list of texts, `second` prompts without a second text
+                encoder or of another number, and by the subclass for unknown classes, wrong
+                weights, texts that are too long and a missing `image_spec`.
         """
         _check_list(prompts)
         if second is None:
@@ -109,7 +109,7 @@ class Conditioner(ABC):
         """The null condition of classifier-free guidance: no prompt, `count` times."""
         return self([None] * count, image_spec)
 
-    # ---- what it is ------------------------------------------------------------------------------
+    # ---- properties ------------------------------------------------------------------------------
 
     @property
     def is_conditional(self) -> bool:

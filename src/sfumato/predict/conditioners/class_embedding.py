@@ -225,13 +225,8 @@ class ClassEmbedding(ClassConditioner):
         Raises:
             UserError: For other tensors, a table that is not finite, and values of another kind.
         """
-        table = tensors.get(KEY)
-        if (
-            tensors.keys() != {KEY}
-            or table is None
-            or table.ndim != 2
-            or not table.is_floating_point()
-        ):
+        table = tensors[KEY] if tensors.keys() == {KEY} else torch.empty(0)
+        if table.ndim != 2 or not table.is_floating_point():
             listed = ", ".join(f"{k} {tuple(v.shape)}" for k, v in tensors.items())
             raise UserError(
                 f"{source} holds {listed[:200] or 'nothing'}: "
@@ -243,11 +238,8 @@ class ClassEmbedding(ClassConditioner):
                 "the file is damaged or its training diverged"
             )
         names, flag = values.get("class_names", []), values.get("unconditional")
-        if (
-            not isinstance(names, list)
-            or not all(isinstance(n, str) for n in names)
-            or not isinstance(flag, bool | None)
-        ):
+        texts = isinstance(names, list) and all(isinstance(n, str) for n in names)
+        if not texts or not isinstance(flag, bool | None):
             raise UserError(
                 f"{source}: class_names={str(names)[:80]}, unconditional={flag!r}: "
                 "expected a list of names, and true, false or null"

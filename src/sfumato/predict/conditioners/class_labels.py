@@ -9,7 +9,6 @@ have their numbers: "crane (134)".
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -87,7 +86,9 @@ class ClassLabels(ClassConditioner):
         """
         if prompt is None or not prompt.strip():
             return len(self.labels)
-        for numbers in self._matches(prompt):
+        exact, loose = prompt.strip(), _loose(prompt)
+        for table, key in zip(self._tables, (exact, exact, loose, loose), strict=True):
+            numbers = table.get(key, [])
             if len(numbers) == 1:
                 return numbers[0]
             if numbers:
@@ -98,12 +99,6 @@ class ClassLabels(ClassConditioner):
             names = {part.strip() for label in self.labels for part in label.split(",")}
             raise unknown("class", prompt, names)
         return number
-
-    def _matches(self, prompt: str) -> Iterator[list[int]]:
-        """The classes that a prompt may mean, the strictest match first."""
-        exact, loose = prompt.strip(), _loose(prompt)
-        for table, key in zip(self._tables, (exact, exact, loose, loose), strict=True):
-            yield table.get(key, [])
 
     @cached_property
     def _one_hot(self) -> ClassNames:
@@ -130,7 +125,7 @@ class ClassLabels(ClassConditioner):
 
     @classmethod
     def from_config(cls, values: dict[str, Any]) -> "ClassLabels":
-        """The inverse of `to_config`; `UserError` for what is not a list of labels."""
+        """The inverse of `to_config`; `UserError` for anything but a list of labels."""
         return cls(read_names(values, "class labels"))
 
     def to_id2label(self) -> dict[str, str]:
@@ -146,7 +141,7 @@ class ClassLabels(ClassConditioner):
             count: Number of classes. A class without a label is called by its number.
 
         Raises:
-            UserError: For what is not a table of numbers and labels.
+            UserError: For anything but a table of numbers and labels.
         """
         if not isinstance(table, dict | None) or not all(
             isinstance(label, str) for label in (table or {}).values()

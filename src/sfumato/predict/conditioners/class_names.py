@@ -121,7 +121,7 @@ class ClassNames(ClassConditioner):
 
     @classmethod
     def from_config(cls, values: dict[str, Any]) -> "ClassNames":
-        """The inverse of `to_config`; `UserError` for what is not a list of names."""
+        """The inverse of `to_config`; `UserError` for anything but a list of names."""
         return cls(read_names(values, "class names"))
 
 

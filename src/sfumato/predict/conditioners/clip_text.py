@@ -222,7 +222,7 @@ class ClipText(TextConditioner):
         )
         return [float(v) for v in (*(image.original_size or image.size), *image.crop, *last)]
 
-    # ---- what it is ------------------------------------------------------------------------------
+    # ---- properties ------------------------------------------------------------------------------
 
     @property
     def _all(self) -> list[ClipEncoder]:

@@ -9,8 +9,8 @@ Black Forest Labs 2025, github.com/black-forest-labs/flux2, src/flux2/text_encod
     tokens   those states side by side, at 512 positions; no vector
 
 The language model masks padding in its attention; the diffusion model attends to the states of
-padding like those of words: so it was trained. text_encoder/config.json says which of the two a
-folder holds.
+padding like those of words: so it was trained. text_encoder/config.json names the language model of
+a folder.
 """
 
 from collections.abc import Mapping

@@ -67,9 +67,9 @@ class SentenceText(SingleEncoderText):
     ) -> "SentenceText":
         """Open an encoder's folder as transformers and sentence-transformers save one.
 
-        config.json, the weights and the tokenizer's files lie side by side. What
-        sentence-transformers adds (modules.json, 1_Pooling/, ...) is ignored: its pooling, its
-        limit of length, its dense layers.
+        config.json, the weights and the tokenizer's files lie side by side. Files
+        that sentence-transformers adds (modules.json, 1_Pooling/, ...) are ignored: its pooling,
+        its limit of length, its dense layers.
 
         Args:
             folder: The encoder's folder.

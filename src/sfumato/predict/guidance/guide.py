@@ -77,7 +77,7 @@ def guide(
     weight_at, combine = weight.begin(), rule.begin()
     index, visited = -1, math.nan
 
-    def ask(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
+    def guided_denoise(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
         nonlocal index, visited
         if t != visited:  # a sampler may call twice at one time
             index, visited = index + 1, t
@@ -99,7 +99,7 @@ def guide(
             guided = Selected(unguided.reshape(-1, 1, 1, 1), predictions[0], guided)
         return guided.with_variance(predictions[0].variance)
 
-    return ask
+    return guided_denoise
 
 
 def _conditional_where_off(

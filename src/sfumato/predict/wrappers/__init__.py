@@ -1,6 +1,6 @@
 """Wrappers around the denoiser of a run, one file each, found by name.
 
-    name(ask, ...settings) -> DenoiseFn     wrappers stack, around guidance and around each other
+    name(denoise, ...settings) -> DenoiseFn     wrappers stack, around guidance and around each other
     identity_settings(x, point) -> dict     settings with which no bit changes, for latents like x
 
 A wrapper is built for one run, as guidance is (`guide`): memory from step to step belongs to the

@@ -58,7 +58,7 @@ class CuttableNetwork(Protocol):
 
 
 def feature_cache(
-    ask: DenoiseFn,
+    denoise: DenoiseFn,
     every: int | Sequence[int] | None = 1,
     threshold: float | None = None,
     skips: int = 1,
@@ -70,7 +70,7 @@ def feature_cache(
     guidance and multidiffusion.
 
     Args:
-        ask: The denoiser of a run.
+        denoise: The denoiser of a run.
         every: N, the deep part runs at every N-th step; or the steps (from 0) at which it runs;
             None leaves it to the threshold.
         threshold: It runs besides for images whose features at the cut have moved by more than
@@ -105,7 +105,7 @@ def feature_cache(
             return [with_cache(call, number, len(calls), k) for k, call in enumerate(calls)]
 
         try:
-            return (yield from map_calls(ask(x, t), with_caches))
+            return (yield from map_calls(denoise(x, t), with_caches))
         finally:
             steps, busy = steps + 1, False
 

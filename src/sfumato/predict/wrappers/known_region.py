@@ -6,7 +6,7 @@ the mask m is 1, the model's elsewhere,
     x0 = m z + (1 - m) x0_model,      eps = m (x - alpha z)/sigma + (1 - m) eps_model,
 
 every sampler keeps the known part of x_t at alpha_t z + sigma_t noise and ends there at z (LCM
-nearly: its boundary condition blends x in). It is what "replacement" does by hand at each step
+nearly: its boundary condition blends x in). "Replacement" does the same by hand at each step
 (Song et al. 2021, arXiv:2011.13456, appendix I.2; RePaint, Lugmayr et al. 2022, arXiv:2201.09865,
 eq. 8), without a word in the sampler.
 
@@ -45,7 +45,7 @@ Point = Callable[[float], tuple[float, float]]
 
 
 def known_region(
-    ask: DenoiseFn,
+    denoise: DenoiseFn,
     z: Float[Tensor, "N C h w"],
     mask: Float[Tensor, "M K H W"],
     point: Point,
@@ -56,7 +56,7 @@ def known_region(
     A run begins at `start`, and its result goes through `finish`.
 
     Args:
-        ask: The denoiser of a run.
+        denoise: The denoiser of a run.
         z: (B or 1, C, h, w), standardised and finite; unused where the mask is 0.
         mask: (B or 1, 1 or C, h, w) in [0, 1].
         point: The schedule's t -> (alpha, sigma).
@@ -71,7 +71,7 @@ def known_region(
     first_inputs = [] if first is None or empty else [first]
 
     def inpaint(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
-        prediction = yield from ask(first_inputs.pop() if first_inputs else x, t)
+        prediction = yield from denoise(first_inputs.pop() if first_inputs else x, t)
         alpha, sigma = point(t)
         if not sigma > 0:
             raise UserError(f"t={t}: expected a time in (0, 1], 0 has no noise to predict")

@@ -29,7 +29,7 @@ WEIGHTS = ("uniform", "smooth")
 
 
 def multidiffusion(
-    ask: DenoiseFn,
+    denoise: DenoiseFn,
     size: int | tuple[int, int],
     stride: int | tuple[int, int],
     weights: str = "uniform",
@@ -41,7 +41,7 @@ def multidiffusion(
     and is cut like x.
 
     Args:
-        ask: The denoiser of a run.
+        denoise: The denoiser of a run.
         size: Of the windows in latent cells, one for both sides or (height, width).
         stride: Between windows in latent cells, one for both sides or (down, right).
         weights: "uniform", or "smooth" (sin^2, small at a window's edges: no seams where a window
@@ -63,8 +63,10 @@ def multidiffusion(
             for columns in _windows(x.shape[3], width, right, circular)
         ]
         if len(windows) == 1:
-            return (yield from ask(x, t))
-        predictions = yield from gather([_predict_window(ask, x, t, window) for window in windows])
+            return (yield from denoise(x, t))
+        predictions = yield from gather(
+            [_predict_window(denoise, x, t, window) for window in windows]
+        )
         average = partial(_average, x, windows, _shares(windows, x.shape[2:], weights))
         variances = [p.variance for p in predictions if p.variance is not None]
         return Prediction(
@@ -142,11 +144,11 @@ def _average(
 
 
 def _predict_window(
-    ask: DenoiseFn, x: Tensor, t: float, window: tuple[Tensor, Tensor]
+    denoise: DenoiseFn, x: Tensor, t: float, window: tuple[Tensor, Tensor]
 ) -> DenoiseCalls[Prediction]:
     """Predict one window, with its part of the canvas' conditioning."""
     rows, columns = window
-    run = ask(x[:, :, rows, columns], t)
+    run = denoise(x[:, :, rows, columns], t)
     return map_calls(run, lambda calls: [_cut(call, x, window) for call in calls])
 
 

@@ -72,19 +72,15 @@ class Dual(Rule):
                 return mixed(one, two, self.second) + w * (conditional - one)
             if self.kind == "sum":
                 return mixed(two, one, self.second) + w * (conditional - one)
-            return (
-                conditional
-                + (w - 1) * (conditional - one)
-                + (self.second - 1) * (conditional - two)
-            )
+            moved = conditional + (w - 1) * (conditional - one)
+            return moved + (self.second - 1) * (conditional - two)
 
         def combine(x: Tensor, moment: Moment, predictions: Predictions, w: Scale) -> Prediction:
             conditional, one, *rest = predictions
             if not rest:
                 return conditional.away(one, w)
             (two,) = rest
-            return Prediction(
-                both(conditional.x0, one.x0, two.x0, w), both(conditional.eps, one.eps, two.eps, w)
-            )
+            x0 = both(conditional.x0, one.x0, two.x0, w)
+            return Prediction(x0, both(conditional.eps, one.eps, two.eps, w))
 
         return combine

@@ -5,7 +5,7 @@ D = D_par + D_orth, along and across x0_c;  x0 = x0_c + (w - 1) (D_orth + eta D_
 
 Saturated colours come from the part along x0_c, so eta < 1 damps it. The threshold bounds the step.
 A negative momentum moves away from the directions of the steps before. The rule acts on x0, as in
-the paper, and eps is what then adds up to x.
+the paper, and eps follows, so that the pair adds up to x.
 """
 
 from dataclasses import dataclass
@@ -60,12 +60,8 @@ class Project(Rule):
             if self.threshold:
                 size = total(step.square()).sqrt()
                 step = step * ratio(torch.full_like(size, self.threshold), size, 1.0).clamp(max=1)
-            along = (
-                ratio(total(step * conditional.x0), total(conditional.x0.square()), 0.0)
-                * conditional.x0
-            )
-            return with_x0(
-                conditional, conditional.x0 + (w - 1) * (step - (1 - self.eta) * along), moment
-            )
+            x0 = conditional.x0
+            along = ratio(total(step * x0), total(x0.square()), 0.0) * x0
+            return with_x0(conditional, x0 + (w - 1) * (step - (1 - self.eta) * along), moment)
 
         return combine

@@ -7,7 +7,7 @@
 
 Large weights make x0 too wide, and images over-exposed; phi pulls the width back. The paper
 rescales the network's output in any parameterization. Here it is x0, where the image is, in every
-parameterization, and eps is what then adds up to x.
+parameterization, and eps follows, so that the pair adds up to x.
 """
 
 from dataclasses import dataclass
@@ -40,12 +40,8 @@ class Rescale(Rule):
         def combine(x: Tensor, moment: Moment, predictions: Predictions, w: Scale) -> Prediction:
             conditional, baseline = predictions
             x0 = mixed(conditional.x0, baseline.x0, w)
-            return with_x0(
-                conditional,
-                ((1 - self.phi) + self.phi * ratio(deviation(conditional.x0), deviation(x0), 1.0))
-                * x0,
-                moment,
-            )
+            width = ratio(deviation(conditional.x0), deviation(x0), 1.0)
+            return with_x0(conditional, ((1 - self.phi) + self.phi * width) * x0, moment)
 
         return combine
 
