@@ -1,8 +1,8 @@
 """Guidance weights, one file each, found by name.
 
 Where w is 1 guidance is off, and the baselines are not called. A weight is a frozen dataclass of
-settings, `scale` first, with w between 1 and that scale unless its options say otherwise. At scale 1
-every weight is off. Memory from step to step belongs to the function that `begin` returns.
+settings, `scale` first, with w between 1 and that scale unless its options say otherwise. At
+scale 1 every weight is off. Memory from step to step belongs to the function that `begin` returns.
 """
 
 from abc import ABC, abstractmethod
