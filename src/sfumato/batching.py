@@ -28,6 +28,7 @@ class NetworkDenoiser(Protocol):
     @property
     def network(self) -> nn.Module:
         """(x, timestep, conditioning) -> y."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

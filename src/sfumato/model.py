@@ -450,8 +450,8 @@ class LatentDiffusion:
         if isinstance(prompt, Conditioning):
             return prompt.to(self.device)
         count, factor = len(latents), self.autoencoder.space.factor
-        spec = ImageSpec(*(side * factor for side in latents.shape[2:]))
-        encoded = self.conditioner(prompt_list(prompt, count), spec)
+        height, width = (side * factor for side in latents.shape[2:])
+        encoded = self.conditioner(prompt_list(prompt, count), ImageSpec(height, width))
         scale = self.defaults.distilled_guidance if self.denoiser.guidance_embeds else None
         return append_distilled_guidance(encoded, count, scale, self.device).to(self.device)
 

@@ -165,7 +165,8 @@ def iterate_steps(sampler: Run, denoise: Denoise, count: int) -> Iterator[Step |
 
 
 def _single_call(denoise: Denoise, x: Tensor, t: float) -> DenoiseCalls[Prediction]:
-    return (yield [DenoiserCall(denoise, x, t, Conditioning())])[0]
+    call = DenoiserCall(lambda x, t, conditioning: denoise(x, t), x, t, Conditioning())
+    return (yield [call])[0]
 
 
 def run_sampler(

@@ -115,26 +115,32 @@ class Model(Protocol):
     @property
     def autoencoder(self) -> Autoencoder:
         """Image <-> latent."""
+        ...
 
     @property
     def denoiser(self) -> Denoiser:
         """Network and process."""
+        ...
 
     @property
     def conditioner(self) -> Conditioner:
         """Prompts -> `Conditioning`."""
+        ...
 
     @property
     def defaults(self) -> Defaults:
         """Settings that apply where a request leaves them open."""
+        ...
 
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
+        ...
 
     @property
     def sample_size(self) -> int:
         """The default height and width of images, in pixels."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -173,8 +173,8 @@ class TextConditioner(Conditioner):
         tokens, masks, vectors = zip(*(encoded[row] for row in rows), strict=True)
         masked = self.masks_padding or len(set(map(len, tokens))) > 1
         return Conditioning(
-            pad_sequence(tokens, batch_first=True),
-            pad_sequence(masks, batch_first=True) if masked else None,
+            pad_sequence(list(tokens), batch_first=True),
+            pad_sequence(list(masks), batch_first=True) if masked else None,
             None if vectors[0] is None else torch.stack(vectors),
         )
 

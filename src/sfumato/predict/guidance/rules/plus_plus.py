@@ -21,8 +21,12 @@ class PlusPlus(Rule):
     w = 1 is full guidance here and not off, so the baseline is always needed.
     """
 
-    always = True
     consistent = False
+
+    @property
+    def always(self) -> bool:
+        """True."""
+        return True
 
     def begin(self) -> CombineFn:
         """Return the guided x0 with the baseline's eps."""
