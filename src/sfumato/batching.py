@@ -6,15 +6,29 @@ one to completion. A function that evaluates the calls is passed to `drive`, so 
 guidance and wrappers never hold a network.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfumato.types import Conditioning, Prediction
 
 T = TypeVar("T")
+
+DenoiserLike = Callable[[Tensor, float, Conditioning], Prediction]
+"""(x, t, conditioning) -> prediction of B rows: a `Denoiser`, or any other."""
+
+
+@runtime_checkable
+class NetworkDenoiser(Protocol):
+    """A denoiser made of a network, as `Denoiser` is."""
+
+    @property
+    def network(self) -> nn.Module:
+        """(x, timestep, conditioning) -> y."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,33 +38,55 @@ class DenoiserCall:
     Calls of the same denoiser with equal shapes may share a forward pass.
 
     Attributes:
-        denoiser: a `Denoiser`, or any callable (x, t, conditioning) -> `Prediction` of B rows
-        x: the noisy latent
-        t: its time in (0, 1], 1 is noise
-        conditioning: B rows, or no rows for an unconditional network
+        denoiser: A `Denoiser`, or any other.
+        x: The noisy latent.
+        t: Its time in (0, 1]; 1 is noise.
+        conditioning: B rows, or no rows for an unconditional network.
     """
 
-    denoiser: Any
+    denoiser: "DenoiserLike | BatchingDenoiser"
     x: Tensor
     t: float
     conditioning: Conditioning
 
 
 DenoiseCalls = Generator[list[DenoiserCall], list[Prediction], T]
-"""Coroutine that yields denoiser calls, is sent their predictions in order, and returns a T."""
+"""Coroutine that yields calls, is sent their predictions in order, and returns a T."""
 
 DenoiseFn = Callable[[Tensor, float], DenoiseCalls[Prediction]]
 """(x, t) -> prediction, as a coroutine. Guidance and wrappers take one and return one."""
+
+
+class BatchingDenoiser(ABC):
+    """A wrapper's denoiser, which evaluates several calls with work around the forward pass."""
+
+    @property
+    @abstractmethod
+    def batch_key(self) -> Hashable:
+        """Equal for denoisers whose calls are evaluated together."""
+
+    @abstractmethod
+    def evaluate_calls(
+        self,
+        calls: Sequence[DenoiserCall],
+        forward: Callable[[list[DenoiserCall]], list[Prediction]],
+    ) -> list[Prediction]:
+        """Evaluate calls of denoisers with one `batch_key`.
+
+        Args:
+            calls: The calls.
+            forward: Evaluates calls of one `Denoiser`.
+        """
 
 
 def gather(runs: Sequence[DenoiseCalls[T]]) -> DenoiseCalls[list[T]]:
     """Interleave coroutines: calls pending at the same moment are yielded as one list.
 
     Args:
-        runs: the coroutines, none of them started
+        runs: The coroutines, none of them started.
 
     Returns:
-        what each coroutine returned, in order
+        The result of each coroutine, in order.
     """
     if len(runs) == 1:
         return [(yield from runs[0])]
@@ -79,15 +115,34 @@ def gather(runs: Sequence[DenoiseCalls[T]]) -> DenoiseCalls[list[T]]:
             run.close()
 
 
+def map_calls(
+    run: DenoiseCalls[T], change: Callable[[list[DenoiserCall]], list[DenoiserCall]]
+) -> DenoiseCalls[T]:
+    """Yield the calls of a coroutine, changed.
+
+    Args:
+        run: The coroutine, not started.
+        change: Calls -> as many others, in order.
+    """
+    try:
+        calls = next(run)
+        while True:
+            calls = run.send((yield change(calls)))
+    except StopIteration as stop:
+        return stop.value
+    finally:
+        run.close()
+
+
 def drive(run: DenoiseCalls[T], evaluate: Callable[[list[DenoiserCall]], list[Prediction]]) -> T:
     """Run a coroutine to completion.
 
     Args:
-        run: the coroutine
-        evaluate: calls -> their predictions, in order
+        run: The coroutine.
+        evaluate: Calls -> their predictions, in order.
 
     Returns:
-        what the coroutine returned
+        The coroutine's result.
     """
     try:
         calls = next(run)

@@ -1,5 +1,6 @@
-"""Settings from JSON: known fields become a frozen dataclass, a field that would change behaviour
-unseen is refused.
+"""Settings from JSON as a frozen dataclass.
+
+An unknown field is refused: it might change the result.
 """
 
 from collections.abc import Mapping
@@ -16,32 +17,39 @@ def _plain(value: Any) -> Any:
 
 
 def read_config(cls: type[T], values: Mapping[str, Any], fixed: Mapping[str, Any]) -> T:
-    """Builds the dataclass `cls` from a config's fields.
+    """Build a dataclass from the fields of a config.
 
-    `fixed` names fields that `cls` does not carry, each with the one value that our code stands
-    for: absent or equal is fine, another value is a `UserError`, and so is a field that neither
-    knows. Names that start with an underscore are notes.
+    Args:
+        cls: The dataclass.
+        values: Field -> value. Names that start with an underscore are notes.
+        fixed: Fields that `cls` does not have, each with the one value that it stands for; other
+            values are refused.
+
+    Raises:
+        UserError: For a field that is neither, another value of a fixed one, and missing fields.
     """
-    known = {f.name for f in fields(cls)}  # pyright: ignore[reportArgumentType]
-    taken: dict[str, Any] = {}
+    names = {f.name for f in fields(cls)}  # pyright: ignore[reportArgumentType]
+    settings: dict[str, Any] = {}
     for name, value in values.items():
-        if name in known:
-            taken[name] = _plain(value)
+        if name in names:
+            settings[name] = _plain(value)
         elif name.startswith("_"):
             continue
         elif name not in fixed:
             raise UserError(
-                f"config field {name}={value!r} is not known to {cls.__name__}: it might change the result, so it is refused"
+                f"config field {name}={value!r} is not known to {cls.__name__}: "
+                "it might change the result, so it is refused"
             )
         elif _plain(value) != _plain(fixed[name]):
             raise UserError(
-                f"config field {name}={value!r} is not supported by {cls.__name__}: expected {fixed[name]!r}"
+                f"config field {name}={value!r} is not supported by {cls.__name__}: "
+                f"expected {fixed[name]!r}"
             )
     missing = [
         f.name
         for f in fields(cls)  # pyright: ignore[reportArgumentType]
-        if f.default is MISSING and f.default_factory is MISSING and f.name not in taken
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in settings
     ]
     if missing:
         raise UserError(f"config lacks {', '.join(missing)}: {cls.__name__} needs them")
-    return cls(**taken)
+    return cls(**settings)

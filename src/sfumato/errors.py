@@ -1,9 +1,9 @@
-"""The two ways in which sfumato says no.
+"""The two errors of sfumato.
 
-`UserError`: the input is wrong; the message is one sentence with the value, what was expected and
-what to do. The command line prints it and exits with code 2, the server answers 4xx.
+`UserError`: the input is wrong; the message is one sentence with the value, the expected one and
+the remedy. The command line prints it and exits with code 2, the server answers 4xx.
 `NumericalError`: a NaN or an infinity was found; the message names the stage, the step and the
-dtype. Unconditional is written.
+dtype. Nothing is written then.
 """
 
 import difflib
@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SHOWN = 50
-"""How many known names an error lists: ImageNet's thousand would bury the sentence."""
+"""Most names that an error lists: ImageNet's thousand would bury the sentence."""
 WRONG = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What Python and torch raise for a value that is not what it should be."""
+"""Errors that Python and torch raise for a value of the wrong kind."""
 
 
 class UserError(ValueError):
@@ -25,14 +25,17 @@ class NumericalError(ArithmeticError):
     """A value that is not finite, with the stage, step and dtype in which it appeared."""
 
 
-def unknown(kind: str, value: object, known: Iterable[str]) -> UserError:
-    """The error for a name that is not in a list: says what is known, at most `SHOWN`, and what is
-    near.
+def unknown(kind: str, value: object, choices: Iterable[str]) -> UserError:
+    """Return the error for a name that is not in a list, with near matches.
+
+    Args:
+        kind: Kind of the names, in the singular ("sampler").
+        value: The name.
+        choices: The names of the list, of which the error has at most `SHOWN`.
     """
-    names = sorted(known)
-    near = difflib.get_close_matches(
-        str(value).lower(), [n.lower() for n in names], n=3, cutoff=0.5
-    )
+    names = sorted(choices)
+    lower = [n.lower() for n in names]
+    near = difflib.get_close_matches(str(value).lower(), lower, n=3, cutoff=0.5)
     close = [n for best in near for n in names if n.lower() == best]  # the nearest first
     hint = f"did you mean {' or '.join(repr(n) for n in close)}? " if close else ""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
@@ -54,7 +57,7 @@ def usable_device(device: object) -> Iterator[None]:
         device: The device to which the body moves tensors, as the caller gave it.
 
     Raises:
-        UserError: For a name that torch does not know and a device that is not there.
+        UserError: For an unknown name and a device that is missing.
     """
     try:
         yield
@@ -67,8 +70,14 @@ def usable_device(device: object) -> Iterator[None]:
 
 @contextmanager
 def explained(path: str | Path, kinds: tuple[type[Exception], ...] = WRONG) -> Iterator[None]:
-    """Around what is built from a file's values: every error of these kinds that they lead to
-    becomes a `UserError` that names the file.
+    """Turn errors about a file's values into a `UserError` that names the file.
+
+    Args:
+        path: The file.
+        kinds: Errors to turn, besides a `UserError` that does not name the file.
+
+    Raises:
+        UserError: For each of them.
     """
     try:
         yield
@@ -79,5 +88,6 @@ def explained(path: str | Path, kinds: tuple[type[Exception], ...] = WRONG) -> I
     except kinds as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{path} has a value of the wrong kind ({type(error).__name__}: {reason}): correct it, or copy the file again"
+            f"{path} has a value of the wrong kind ({type(error).__name__}: {reason}): "
+            "correct it, or copy the file again"
         ) from error

@@ -2,9 +2,9 @@
 
     byte = round(127.5 * (image + 1)), limited to 0..255        image = byte / 127.5 - 1
 
-so that tensor -> picture -> tensor is the identity on the 256 levels. A PNG carries two text chunks
-(PNG specification, 3rd edition, 11.3.3): `sfumato`, JSON that can be read back to make the picture
-again, and `parameters`, the same for people, in the layout that other image tools show.
+so that tensor -> picture -> tensor is the identity on the 256 levels. A PNG has two text chunks
+(PNG specification, 3rd edition, 11.3.3): `sfumato`, JSON to draw the picture again, and
+`parameters`, the same for people, in the layout that other image tools show.
 """
 
 import json
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image as pil
-from PIL import ImageOps, UnidentifiedImageError
+from PIL import ImageOps
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
@@ -32,25 +32,23 @@ KEY = "sfumato"
 def to_pil(image: Float[Tensor, "B C H W"]) -> list[pil.Image]:
     """Convert pixels in [-1, 1] to PIL images: mode L for one channel, RGB for three.
 
-    Raises `NumericalError` if a value is not finite (a black picture would hide it), `UserError`
-    for other channel counts.
+    Raises:
+        NumericalError: For values that are not finite: a black picture would hide them.
+        UserError: For other numbers of channels.
     """
     if image.shape[1] not in (1, 3):
         raise UserError(
-            f"a picture needs 1 or 3 channels, got {image.shape[1]} in a tensor of shape {tuple(image.shape)}: decode the latent first"
+            f"a picture needs 1 or 3 channels, got {image.shape[1]} in a tensor "
+            f"of shape {tuple(image.shape)}: decode the latent first"
         )
     bad = (~image.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if bad:
         raise NumericalError(
-            f"decode: image {', '.join(map(str, bad))} of {len(image)} has NaN or infinite pixels ({image.dtype}); nothing was written"
+            f"decode: image {', '.join(map(str, bad))} of {len(image)} has NaN or infinite pixels "
+            f"({image.dtype}); nothing was written"
         )
-    levels = (
-        ((image.detach().to("cpu", torch.float32) + 1) * 127.5)
-        .round()
-        .clamp(0, 255)
-        .to(torch.uint8)
-    )
-    arrays = levels.permute(0, 2, 3, 1).contiguous().numpy()
+    levels = ((image.detach().to("cpu", torch.float32) + 1) * 127.5).round().clamp(0, 255)
+    arrays = levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
     return [pil.fromarray(a[:, :, 0] if a.shape[2] == 1 else a) for a in arrays]
 
 
@@ -59,8 +57,11 @@ def to_tensor(picture: pil.Image | Sequence[pil.Image]) -> Float[Tensor, "B C H 
 
     Grey gives C = 1, everything else C = 3.
 
-    The camera's orientation tag is obeyed and transparency is laid over white. 16-bit and
-    floating-point pictures are refused: their white is not known.
+    The camera's orientation tag is applied and transparency is composited over white.
+
+    Raises:
+        UserError: For no pictures, different sizes, and 16-bit or floating-point pictures, whose
+            white is not known.
     """
     pictures = [picture] if isinstance(picture, pil.Image) else list(picture)
     if not pictures:
@@ -69,7 +70,8 @@ def to_tensor(picture: pil.Image | Sequence[pil.Image]) -> Float[Tensor, "B C H 
     if len({a.shape for a in arrays}) > 1:
         shapes = ", ".join(sorted({str(a.shape) for a in arrays}))
         raise UserError(
-            f"pictures of one batch must have one size and one kind, got shapes {shapes}: resize them first"
+            f"pictures of one batch must have one size and one kind, got shapes {shapes}: "
+            "resize them first"
         )
     levels = torch.from_numpy(np.stack([a if a.ndim == 3 else a[:, :, None] for a in arrays]))
     return levels.permute(0, 3, 1, 2).to(torch.float32).div(127.5).sub(1).contiguous()
@@ -79,7 +81,8 @@ def _plain(picture: pil.Image) -> pil.Image:
     """The picture upright, opaque, in mode L or RGB."""
     if picture.mode.startswith(("I", "F")):
         raise UserError(
-            f"pictures must have 8 bits a channel, got mode {picture.mode!r}: convert it to L or RGB first"
+            f"pictures must have 8 bits a channel, got mode {picture.mode!r}: "
+            "convert it to L or RGB first"
         )
     picture = ImageOps.exif_transpose(picture)
     if picture.has_transparency_data:
@@ -98,15 +101,15 @@ def composite(
     """Composite an image over an original by a mask.
 
     Args:
-        image: (B, c, H, W) in [-1, 1]
-        original: as many, or one
-        mask: (B or 1, 1, H, W) in [0, 1]
+        image: (B, c, H, W) in [-1, 1].
+        original: As many, or one.
+        mask: (B or 1, 1, H, W) in [0, 1].
 
     Returns:
-        the image where the mask is 1, the original bit for bit where it is 0, a blend in between
+        The image where the mask is 1, the original bit for bit where it is 0, a blend in between.
 
     Raises:
-        UserError: other sizes
+        UserError: For other sizes.
     """
     if (
         original.shape[1:] != image.shape[1:]
@@ -114,7 +117,8 @@ def composite(
         or {len(original), len(mask)} - {1, len(image)}
     ):
         raise UserError(
-            f"an original of shape {tuple(original.shape)} and a mask of shape {tuple(mask.shape)} for images of shape {tuple(image.shape)}: "
+            f"an original of shape {tuple(original.shape)} and a mask of shape "
+            f"{tuple(mask.shape)} for images of shape {tuple(image.shape)}: "
             "expected as many, or one, of the same size"
         )
     original, mask = original.to(image), mask.to(image)
@@ -125,22 +129,21 @@ def grid(images: Sequence[pil.Image], columns: int | None = None, pad: int = 2) 
     """Arrange images of one size in a grid, row by row.
 
     Args:
-        images: at least one, all of one size
-        columns: by default the smallest number that makes the grid no taller than wide
-        pad: white pixels between images, none around
+        images: At least one, all of one size.
+        columns: By default the smallest number that makes the grid no taller than wide.
+        pad: White pixels between images, none around.
 
     Returns:
-        one image, mode L if all are, else RGB; empty cells are white
+        One image, mode L if all are, else RGB; empty cells are white.
 
     Raises:
-        UserError: no images, different sizes, or impossible numbers
+        UserError: For no images, different sizes, or impossible numbers.
     """
     if not images:
         raise UserError("a grid needs at least one picture, got none")
-    if len({i.size for i in images}) > 1:
-        raise UserError(
-            f"the pictures of a grid must have one size, got {', '.join(sorted({f'{i.width}x{i.height}' for i in images}))}"
-        )
+    sizes = sorted({f"{i.width}x{i.height}" for i in images})
+    if len(sizes) > 1:
+        raise UserError(f"the pictures of a grid must have one size, got {', '.join(sizes)}")
     whole_number("pad", pad, 0, unit="pixels")
     if columns is not None:
         positive_int("columns", columns)
@@ -168,10 +171,8 @@ def write_png(
     if parameters is not None:
         chunks.add_text(KEY, json.dumps(dict(parameters), allow_nan=False))  # ASCII: a tEXt chunk
         readable = readable_parameters(parameters)
-        if readable.isascii():
-            chunks.add_text("parameters", readable)
-        else:
-            chunks.add_itxt("parameters", readable)
+        add = chunks.add_text if readable.isascii() else chunks.add_itxt
+        add("parameters", readable)
     with atomic_file(path) as temporary:
         picture.save(temporary, format="PNG", pnginfo=chunks)
     return Path(path)
@@ -181,43 +182,42 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     """The parameters that `write_png` put into a PNG.
 
     Raises:
-        UserError: a file without them, or no PNG
+        UserError: For a file without them, and other files than PNG.
     """
     try:
         with pil.open(path) as picture:
             if not isinstance(picture, PngImageFile):
                 raise UserError(
-                    f"{path} is a {picture.format} picture: the parameters of a picture are kept in PNG files only"
+                    f"{path} is a {picture.format} picture: "
+                    "the parameters of a picture are kept in PNG files only"
                 )
             # reads the whole file: some tools move the text behind the pixels
             text = picture.text.get(KEY)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: expected a PNG made by sfumato") from error
-    except (
-        UnidentifiedImageError,
-        pil.DecompressionBombError,
-        OSError,
-        SyntaxError,
-        ValueError,
-    ) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (pil.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(
-            f"{path} could not be read as a PNG ({error}): it may be truncated; copy or download it again"
+            f"{path} could not be read as a PNG ({error}): "
+            "it may be truncated; copy or download it again"
         ) from error
     if text is None:
         raise UserError(
-            f"{path} holds no parameters of sfumato: it was made by another program, or they were stripped when it was edited or uploaded"
+            f"{path} holds no parameters of sfumato: it was made by another program, "
+            "or they were stripped when it was edited or uploaded"
         )
     try:
         parameters = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"the parameters in {path} are not valid JSON ({error}): the file was changed after it was made"
+            f"the parameters in {path} are not valid JSON ({error}): "
+            "the file was changed after it was made"
         ) from error
     if not isinstance(parameters, dict):
         raise UserError(
-            f"the parameters in {path} are {type(parameters).__name__}, expected a table: the file was changed after it was made"
+            f"the parameters in {path} are {type(parameters).__name__}, expected a table: "
+            "the file was changed after it was made"
         )
     return parameters
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ from sfumato.decode.tiled import tiled
 from sfumato.decode.whole import check_latent, whole
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.run import SeededNoise, Step, check_finite, run_sampler
-from sfumato.errors import NumericalError, UserError, unknown, usable_device
+from sfumato.diffuse.samplers import get_sampler
+from sfumato.errors import NumericalError, UserError, usable_device
 from sfumato.images import composite, to_pil, to_tensor
 from sfumato.inference.offload.model import (
     conditioner_state,
@@ -40,7 +41,6 @@ from sfumato.io.host_memory import parse_size
 from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.denoiser import Denoiser, evaluate_calls
 from sfumato.predict.networks.base import Network
-from sfumato.registry import find
 from sfumato.sampling.plan import (
     Plan,
     latent_shape,
@@ -54,6 +54,7 @@ from sfumato.sampling.request import Defaults, Prompt, Request, RequestFields
 from sfumato.sampling.run import append_distilled_guidance, plan_coroutine
 from sfumato.saving import save_model
 from sfumato.types import Conditioning, ImageSpec, Prediction
+from sfumato.validate import one_of, positive_int
 
 Output = Literal["pil", "tensor", "latent"]
 OUTPUTS = ("pil", "tensor", "latent")
@@ -68,12 +69,12 @@ class LatentDiffusion:
     Immutable: `dataclasses.replace` swaps a part.
 
     Attributes:
-        autoencoder: image <-> latent
-        denoiser: network and process
-        conditioner: prompts -> `Conditioning`
-        defaults: settings that apply where a request leaves them open
-        name: of the model
-        low_res: process that noises small images, for networks that upscale them; else None
+        autoencoder: Image <-> latent.
+        denoiser: Network and process.
+        conditioner: Prompts -> `Conditioning`.
+        defaults: Settings that apply where a request leaves them open.
+        name: Of the model.
+        low_res: Process that noises small images, for networks that upscale them; else None.
     """
 
     autoencoder: Autoencoder
@@ -97,24 +98,21 @@ class LatentDiffusion:
         autoencoder needs it.
 
         Args:
-            image: PIL images, or pixels in [-1, 1]
-            seed: draw from the posterior, image k with seed + k; None: its mean
+            image: PIL images, or pixels in [-1, 1].
+            seed: Draw from the posterior, image k with seed + k; None: its mean.
 
         Returns:
-            z, standardised
+            z, standardised.
 
         Raises:
-            UserError: for anything but pixels
-            NumericalError: NaN or infinity
+            UserError: For anything but pixels.
+            NumericalError: For NaN or infinity.
         """
         pixels = self.pixels(image)
+        if seed is None:
+            return self.encode(pixels)
         shape = latent_shape(self.autoencoder.space, *pixels.shape[2:])
-        return self.encode(
-            pixels,
-            None
-            if seed is None
-            else SeededNoise(shape, seeds_of(seed, len(pixels)), self.device)(),
-        )
+        return self.encode(pixels, SeededNoise(shape, seeds_of(seed, len(pixels)), self.device)())
 
     def pixels(
         self, image: PIL.Image | Sequence[PIL.Image] | Float[Tensor, "B C H W"]
@@ -122,28 +120,29 @@ class LatentDiffusion:
         """Convert images to this autoencoder's channels.
 
         Returns:
-            float pixels (B, C, H, W) in [-1, 1]
+            Float pixels (B, C, H, W) in [-1, 1].
 
         Raises:
-            UserError: for anything else than images
+            UserError: For anything else than images.
         """
         pixels = image if isinstance(image, Tensor) else to_tensor(image)
         if pixels.ndim != 4 or not pixels.is_floating_point() or not pixels.numel():
             raise UserError(
-                f"image is {pixels.dtype} of shape {tuple(pixels.shape)}: expected floating-point pixels (B, C, H, W) in [-1, 1]"
+                f"image is {pixels.dtype} of shape {tuple(pixels.shape)}: "
+                "expected floating-point pixels (B, C, H, W) in [-1, 1]"
             )
         low, high = (float(v) for v in pixels.aminmax())
         if not (low >= -1.001 and high <= 1.001):  # a NaN fails too
             raise UserError(
-                f"image has pixels from {low:.4g} to {high:.4g}: expected [-1, 1]; bytes become so by value / 127.5 - 1"
+                f"image has pixels from {low:.4g} to {high:.4g}: "
+                "expected [-1, 1]; bytes become so by value / 127.5 - 1"
             )
         channels = self.autoencoder.channels
         if pixels.shape[1] == 1:
             pixels = pixels.expand(-1, channels, -1, -1)
         elif pixels.shape[1] == 3 and channels == 1:
-            pixels = torch.einsum("bchw,c->bhw", pixels, pixels.new_tensor([0.299, 0.587, 0.114]))[
-                :, None
-            ]
+            luma = pixels.new_tensor([0.299, 0.587, 0.114])  # ITU-R 601
+            pixels = torch.einsum("bchw,c->bhw", pixels, luma)[:, None]
         return pixels
 
     def encode(
@@ -152,11 +151,11 @@ class LatentDiffusion:
         """Encode `pixels`, padded to whole cells as in `compress`.
 
         Args:
-            pixels: in [-1, 1], of the autoencoder's channels
-            noise: standard normal, for a draw from the posterior; None: its mean
+            pixels: In [-1, 1], of the autoencoder's channels.
+            noise: Standard normal, for a draw from the posterior; None: its mean.
 
         Returns:
-            z, standardised
+            z, standardised.
         """
         space = self.autoencoder.space
         shape = latent_shape(space, *pixels.shape[2:])
@@ -166,13 +165,9 @@ class LatentDiffusion:
         )
         if bottom or right:  # the last cells cover more than the image: its edge is repeated there
             pixels = F.pad(pixels, (0, right, 0, bottom), mode="replicate")
+        resident = denoiser_streamer(self) is None
         with torch.inference_mode():
-            z = encode_in_range(
-                self.autoencoder,
-                pixels.to(self.device),
-                noise,
-                retry=denoiser_streamer(self) is None,
-            )
+            z = encode_in_range(self.autoencoder, pixels.to(self.device), noise, retry=resident)
         check_finite(z, f"compress, with the autoencoder in {_name(self.autoencoder.dtype)}")
         # a plain tensor, which training can use: those of inference mode cannot be saved for a
         # gradient
@@ -184,12 +179,12 @@ class LatentDiffusion:
         """Add noise to latents: act 2.
 
         Args:
-            z: clean latent, standardised
-            t: time in [0, 1], 0 is clean and 1 is noise
-            seed: image k's noise is drawn from seed + k
+            z: Clean latent, standardised.
+            t: Time in [0, 1], 0 is clean and 1 is noise.
+            seed: Image k's noise is drawn from seed + k.
 
         Returns:
-            x = alpha*z + sigma*eps
+            x = alpha*z + sigma*eps.
         """
         if not 0 <= t <= 1:
             raise UserError(f"t={t}: expected a time in [0, 1], 0 is clean and 1 is noise")
@@ -203,29 +198,23 @@ class LatentDiffusion:
         """Predict clean latent and noise, without guidance: act 3.
 
         Args:
-            x: noisy latent
-            t: time in (0, 1]
-            conditioning: conditioning, or prompt(s)
+            x: Noisy latent.
+            t: Time in (0, 1].
+            conditioning: Conditioning, or prompt(s).
 
         Returns:
-            `Prediction` of x0 and eps
+            `Prediction` of x0 and eps.
         """
         if not 0 < t <= 1:
             raise UserError(f"t={t}: expected a time in (0, 1]")
-        check_latent(self.autoencoder.space, x)
-        factor = self.autoencoder.space.factor
-        spec = ImageSpec(x.shape[2] * factor, x.shape[3] * factor)
-        encoded = (
-            conditioning
-            if isinstance(conditioning, Conditioning)
-            else self._encode_prompts(prompt_list(conditioning, len(x)), spec)
-        )
+        encoded = self._condition(conditioning, x)
         with torch.inference_mode():
-            prediction = self.denoiser(x.to(self.device), t, encoded.to(self.device))
+            prediction = self.denoiser(x.to(self.device), t, encoded)
+        variance = prediction.variance
         return Prediction(
             prediction.x0.clone(),
             prediction.eps.clone(),
-            None if prediction.variance is None else prediction.variance.clone(),
+            None if variance is None else variance.clone(),
         )
 
     def decode(self, z: Float[Tensor, "B C h w"]) -> list[PIL.Image]:
@@ -235,10 +224,10 @@ class LatentDiffusion:
         gives tensors.
 
         Args:
-            z: standardised latent
+            z: Standardised latent.
 
         Raises:
-            NumericalError: NaN or infinity, in float32 too
+            NumericalError: For NaN or infinity, in float32 too.
         """
         return to_pil(self._decode(z.to(self.device)))
 
@@ -256,20 +245,20 @@ class LatentDiffusion:
         """Generate images: `run` of a `Request` of these fields.
 
         Args:
-            prompt: one text for all images or one an image; None: no prompt
+            prompt: One text for all images or one an image; None: no prompt.
             output: "pil": a list of PIL images, mode L from a grey model, else RGB; "tensor": (n,
-                3, H, W) in [0, 1]; "latent": (n, C, h, w)
-            on_step: called after each network call; cancels the run by returning False (no images
-                then)
-            batch: largest number of rows in a forward pass
-            fields: any other field of `Request`: n, steps, sampler, guidance, seed, height ...
+                3, H, W) in [0, 1]; "latent": (n, C, h, w).
+            on_step: Called after each network call; cancels the run by returning False (no images
+                then).
+            batch: Largest number of rows in a forward pass.
+            **fields: Any other field of `Request`: n, steps, sampler, guidance, seed, height ...
 
         Returns:
-            n images, as `output` says; image k is drawn from seed + k
+            n images, as `output` says; image k is drawn from seed + k.
 
         Raises:
-            UserError: impossible settings, before any weight is used
-            NumericalError: NaN or infinity
+            UserError: For impossible settings, before any weight is used.
+            NumericalError: For NaN or infinity.
         """
         return self.run(Request(prompt, **fields), output=output, on_step=on_step, batch=batch)
 
@@ -302,21 +291,20 @@ class LatentDiffusion:
         that are pending at the same moment go through the network together.
 
         Args:
-            requests: requests, their fields as mappings, or plans
-            output: as for `generate`
-            on_step: called as on_step(k, step) after each network call of request k; cancels that
-                request by returning False
-            batch: largest number of rows in a forward pass
+            requests: Requests, their fields as mappings, or plans.
+            output: As for `generate`.
+            on_step: Called as on_step(k, step) after each network call of request k; cancels that
+                request by returning False.
+            batch: Largest number of rows in a forward pass.
 
         Returns:
-            for each request what `generate` alone returns, bit for bit
+            For each request the result of `generate` alone, bit for bit.
 
         Raises:
-            UserError: impossible settings in any of them, before any weight is used
-            NumericalError: NaN or infinity
+            UserError: For impossible settings in any of them, before any weight is used.
+            NumericalError: For NaN or infinity.
         """
-        if output not in OUTPUTS:
-            raise unknown("output", output, OUTPUTS)
+        one_of("output", output, OUTPUTS)
         plans = [r if isinstance(r, Plan) else self.plan(r) for r in requests]
         return [
             self.finish(z, plan, output)
@@ -327,13 +315,13 @@ class LatentDiffusion:
         """Resolve a request: defaults filled in and everything checked, without a weight.
 
         Args:
-            request: a request, or its fields as a mapping
+            request: A request, or its fields as a mapping.
 
         Returns:
-            the plan, for `run`, or for `sample` and `finish`
+            The plan, for `run`, or for `sample` and `finish`.
 
         Raises:
-            UserError: anything that cannot be carried out; after this only `NumericalError` is left
+            UserError: For anything that cannot be carried out; only `NumericalError` is left then.
         """
         return resolve(
             self, request if isinstance(request, Request) else Request.from_dict(request)
@@ -345,15 +333,15 @@ class LatentDiffusion:
         """Sample a plan's latents.
 
         Args:
-            plan: made by this model's `plan`, or by a task
-            on_step: called after each network call; cancels the run by returning False
-            batch: largest number of rows in a forward pass
+            plan: Made by this model's `plan`, or by a task.
+            on_step: Called after each network call; cancels the run by returning False.
+            batch: Largest number of rows in a forward pass.
 
         Returns:
-            (n, C, h, w), standardised; no rows where the run was cancelled
+            (n, C, h, w), standardised; no rows where the run was cancelled.
 
         Raises:
-            NumericalError: NaN or infinity
+            NumericalError: For NaN or infinity.
         """
         watch = None if on_step is None else lambda k, step: on_step(step)
         return self._sample([plan], batch, watch)[0]
@@ -362,12 +350,12 @@ class LatentDiffusion:
         """Decode a plan's latents, crop the images, and put back the pixels that stay.
 
         Args:
-            latents: what `sample` returned for the plan
-            plan: the plan
-            output: as for `generate`
+            latents: Result of `sample` for the plan.
+            plan: The plan.
+            output: As for `generate`.
 
         Raises:
-            NumericalError: NaN or infinity after decoding
+            NumericalError: For NaN or infinity after decoding.
         """
         if output == "latent":
             # a plain tensor: those of inference mode cannot be saved for a gradient
@@ -383,14 +371,14 @@ class LatentDiffusion:
         """The settings of a run, with the model's defaults where a field is missing or None.
 
         Args:
-            fields: n, steps, sampler, spacing, timesteps, guidance, distilled_guidance, height,
-                width, as for `generate`
+            **fields: n, steps, sampler, spacing, timesteps, guidance, distilled_guidance, height,
+                width, as for `generate`.
 
         Returns:
-            the settings as a JSON object
+            The settings as a JSON object.
 
         Raises:
-            UserError: impossible ones
+            UserError: For impossible ones.
         """
         return resolve_settings(self, Request(**fields)).to_json()
 
@@ -400,10 +388,10 @@ class LatentDiffusion:
         """The times that a run visits, from noise to 0.
 
         Args:
-            steps: number of steps; None: the model's
-            sampler: decides which tuned times apply; None: the model's
+            steps: Number of steps; None: the model's.
+            sampler: Decides which tuned times apply; None: the model's.
             spacing: None: tuned times where the model has them for these steps, else the model's
-                spacing
+                spacing.
         """
         request = Request(steps=steps, sampler=sampler, spacing=spacing)
         return times_of(self, request, resolve_settings(self, request))
@@ -424,37 +412,25 @@ class LatentDiffusion:
         again, the closer the more iterations.
 
         Args:
-            z: clean latents, standardised
-            prompt: prompt(s), or their conditioning
-            steps: number of steps
-            iterations: iterations of the fixed point at each step
-            spacing: how the times are spaced
-            timesteps: the times themselves, instead of `steps` and `spacing`
+            z: Clean latents, standardised.
+            prompt: Prompt(s), or their conditioning.
+            steps: Number of steps.
+            iterations: Iterations of the fixed point at each step.
+            spacing: Spacing of the times.
+            timesteps: The times themselves, instead of `steps` and `spacing`.
 
         Returns:
-            standard-normal noise, (B, C, h, w)
+            Standard-normal noise, (B, C, h, w).
         """
-        check_latent(self.autoencoder.space, z)
-        n, schedule = len(z), self.denoiser.process.schedule
-        factor = self.autoencoder.space.factor
-        spec = ImageSpec(z.shape[2] * factor, z.shape[3] * factor)
+        conditioning = self._condition(prompt, z)
+        schedule, factor = self.denoiser.process.schedule, self.autoencoder.space.factor
         if timesteps is None:  # they may depend on the size
+            height, width = (side * factor for side in z.shape[2:])
             request = Request(
-                n=n,
-                steps=steps,
-                sampler="ddim",
-                spacing=spacing,
-                height=spec.height,
-                width=spec.width,
+                steps=steps, sampler="ddim", spacing=spacing, height=height, width=width
             )
             timesteps = times_of(self, request, resolve_settings(self, request))
-        encoded = (
-            prompt
-            if isinstance(prompt, Conditioning)
-            else self._encode_prompts(prompt_list(prompt, n), spec)
-        )
-        conditioning = encoded.to(self.device)
-        sampler = find("diffuse.samplers", "ddim_inversion")(
+        sampler = get_sampler("ddim_inversion")(
             z.to(self.device).float(), timesteps, schedule, torch.empty, iterations=iterations
         )
         with torch.inference_mode():
@@ -466,16 +442,18 @@ class LatentDiffusion:
         assert x is not None
         return x.clone() / math.hypot(*schedule.point(timesteps[0]))
 
-    def _encode_prompts(self, prompts: Sequence[str | None], spec: ImageSpec) -> Conditioning:
-        """Conditioning of prompts alone; guidance-distilled networks get the model's own scale."""
-        distilled = (
-            self.defaults.distilled_guidance
-            if getattr(self.denoiser.network, "guidance_embeds", False)
-            else None
-        )
-        return append_distilled_guidance(
-            self.conditioner(prompts, spec), len(prompts), distilled, self.device
-        )
+    def _condition(
+        self, prompt: Conditioning | Prompt, latents: Float[Tensor, "B C h w"]
+    ) -> Conditioning:
+        """Conditioning for latents; guidance-distilled networks get the model's own scale."""
+        check_latent(self.autoencoder.space, latents)
+        if isinstance(prompt, Conditioning):
+            return prompt.to(self.device)
+        count, factor = len(latents), self.autoencoder.space.factor
+        height, width = (side * factor for side in latents.shape[2:])
+        encoded = self.conditioner(prompt_list(prompt, count), ImageSpec(height, width))
+        scale = self.defaults.distilled_guidance if self.denoiser.guidance_embeds else None
+        return append_distilled_guidance(encoded, count, scale, self.device).to(self.device)
 
     @torch.inference_mode()
     def _sample(
@@ -485,10 +463,8 @@ class LatentDiffusion:
         on_step: Callable[[int, Step], bool | None] | None,
     ) -> list[Float[Tensor, "B C h w"]]:
         """The latents of each plan; no rows where `on_step` cancelled it."""
-        if batch is not None and (not isinstance(batch, int) or batch < 1):
-            raise UserError(
-                f"batch={batch!r}: expected a whole number of at least 1 row in a forward pass"
-            )
+        if batch is not None:
+            positive_int("batch", batch, unit="rows in a forward pass")
         runs = [
             plan_coroutine(self, plan, None if on_step is None else partial(on_step, k))
             for k, plan in enumerate(plans)
@@ -506,12 +482,11 @@ class LatentDiffusion:
         ]
 
     def _decode(self, z: Tensor, decoding: str = "whole") -> Tensor:
-        """z -> image in [-1, 1]; in float32 where half precision overflows."""
-        return decode_in_range(
-            self.autoencoder, z, _DECODE[decoding], retry=denoiser_streamer(self) is None
-        )
+        """Decode to an image in [-1, 1], in float32 where half precision overflows."""
+        resident = denoiser_streamer(self) is None
+        return decode_in_range(self.autoencoder, z, _DECODE[decoding], retry=resident)
 
-    # ---- what it is ------------------------------------------------------------------------------
+    # ---- properties ------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -523,30 +498,19 @@ class LatentDiffusion:
         """The default height and width of images, in pixels."""
         if self.defaults.size is not None:
             return self.defaults.size
-        network: Any = self.denoiser.network
-        # another's
-        side = (
-            network.sample_size
-            if isinstance(network, Network)
-            else getattr(network.config, "sample_size", None) or 64
-        )
-        return side * self.autoencoder.space.factor
+        return self.denoiser.sample_size * self.autoencoder.space.factor
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The prompts of a class-conditional model, in the order of its labels; empty for
-        others.
-        """
+        """The prompts of a class-conditional model, in the order of its labels; else empty."""
         return self.conditioner.class_names
 
     @cached_property
     def hash(self) -> str:
         """SHA-256 of all weights and settings that decide an image; defaults are not among them."""
-        texts = self.conditioner.identity()
-        configs = [self.autoencoder.to_config(), self.denoiser.network.to_config(), texts]  # pyright: ignore
-        weights = [
-            hash_tensors(network_state(m)) for m in (self.autoencoder, self.denoiser.network)
-        ]
+        parts = self.autoencoder, cast(Network, self.denoiser.network)
+        configs = [*(part.to_config() for part in parts), self.conditioner.identity()]
+        weights = [hash_tensors(network_state(part)) for part in parts]
         if self.low_res is not None:
             configs.append(to_scheduler_config(self.low_res))
         if self.conditioner.tensors():
@@ -555,7 +519,7 @@ class LatentDiffusion:
 
     def describe(self) -> dict[str, Any]:
         """Parts, sizes and defaults, for `sfumato info`."""
-        space, process = self.autoencoder.space, self.denoiser.process
+        space, process, side = self.autoencoder.space, self.denoiser.process, self.sample_size
         networks = {"autoencoder": self.autoencoder, "denoiser": self.denoiser.network}
         networks |= {
             f"text_encoder{end}": encoder.model
@@ -568,21 +532,12 @@ class LatentDiffusion:
                 k: {"class": type(m).__name__, "parameters": sum(p.numel() for p in m.parameters())}
                 for k, m in networks.items()
             },
-            "latent": {
-                "channels": space.channels,
-                "factor": space.factor,
-                "mean": list(space.mean),
-                "std": list(space.std),
-            },
+            "latent": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(space).items()},
             "process": {
-                "schedule": getattr(process.schedule, "kind", "?"),
+                "schedule": process.schedule.kind,
                 "parameterization": process.parameterization.name,
             },
-            "image": {
-                "channels": self.autoencoder.channels,
-                "height": self.sample_size,
-                "width": self.sample_size,
-            },
+            "image": {"channels": self.autoencoder.channels, "height": side, "width": side},
             "defaults": self.settings(),
             "class_names": list(self.class_names),
         }
@@ -594,7 +549,7 @@ class LatentDiffusion:
             device: "cpu", "cuda", "cuda:1" ...
 
         Raises:
-            UserError: a device that there is not, or weights that are streamed
+            UserError: For a device that cannot be used, or weights that are streamed.
         """
         require_resident(self, "moving", "open it with device=")
         with usable_device(device):
@@ -615,8 +570,8 @@ class LatentDiffusion:
         prepared stays as it is.
 
         Args:
-            compile: use torch.compile instead, with the weights as constants on the CPU; the first
-                image of each size waits for the compiler, minutes for large networks
+            compile: Use torch.compile instead, with the weights as constants on the CPU; the first
+                image of each size waits for the compiler, minutes for large networks.
         """
         require_resident(self, "packing", "use it as it is, or open it without memory=")
         model = replace(self, denoiser=self.denoiser.optimized(compile))
@@ -638,13 +593,13 @@ class LatentDiffusion:
         memory yet; weights that are stay there. Not for training, saving or `optimized`.
 
         Args:
-            memory: limit in bytes, or as "3GB": of all that the process holds, or on a GPU of the
-                memory there. Feature maps must leave room for a layer's weights
-            dtype: of the weights; None: the denoiser's
-            device: "cpu" or a CUDA device
+            memory: Limit in bytes, or as "3GB": of all that the process holds, or on a GPU of the
+                memory there. Feature maps must leave room for a layer's weights.
+            dtype: Of the weights; None: the denoiser's.
+            device: "cpu" or a CUDA device.
 
         Raises:
-            UserError: for less memory than works
+            UserError: For less memory than works.
         """
         return offload_model(self, parse_size(memory), dtype, device)
 
@@ -662,12 +617,12 @@ class LatentDiffusion:
         Diffusion); other models have our own.
 
         Args:
-            folder: folder, or a name that ends in .safetensors
-            dtype: of the stored weights; None: their own
+            folder: Folder, or a name that ends in .safetensors.
+            dtype: Of the stored weights; None: their own.
 
         Raises:
-            UserError: the name is that of something else, or the disk is full
-            NumericalError: weights that are not finite in `dtype`
+            UserError: For the name of something else, or a full disk.
+            NumericalError: For weights that are not finite in `dtype`.
         """
         require_resident(self, "saving", "open it without memory=, or copy its files")
         save_model(self, folder, dtype)

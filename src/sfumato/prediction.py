@@ -14,10 +14,12 @@ class LazyPrediction(Prediction):
 
     @cached_property
     def x0(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The clean latent."""
         return self.at(1.0, 0.0)
 
     @cached_property
     def eps(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The noise."""
         return self.at(0.0, 1.0)
 
 
@@ -29,7 +31,9 @@ class LinearPrediction(LazyPrediction):
     cancel (eps at nearly pure noise). x and y must not be changed in place while it is in use.
 
     Attributes:
-        solution: (a, b, c, d)
+        x: The latent.
+        y: The network's output at x.
+        solution: (a, b, c, d).
     """
 
     x: Tensor
@@ -46,6 +50,7 @@ class LinearPrediction(LazyPrediction):
         fields["x"], fields["y"], fields["solution"] = x, y, solution
 
     def at(self, alpha: float, sigma: float, k: float = 0.0, x: Tensor | None = None) -> Tensor:
+        """Return alpha*x0 + sigma*eps, and k*x where x is given, from x and y at once."""
         a, b, c, d = self.solution
         if x is not None and x is not self.x:
             return self.at(alpha, sigma).add_(k * x)
@@ -53,6 +58,7 @@ class LinearPrediction(LazyPrediction):
         return ((alpha * a + sigma * c + k) * self.x).add_((alpha * b + sigma * d) * self.y)
 
     def away(self, reference: Prediction, w: float | Tensor) -> Prediction:
+        """Return reference + w (self - reference), by the outputs if both are at one x."""
         if (
             not isinstance(reference, LinearPrediction)
             or reference.x is not self.x
@@ -62,18 +68,19 @@ class LinearPrediction(LazyPrediction):
         return LinearPrediction(self.x, mixed(self.y, reference.y, w), self.solution)
 
     def size(self) -> Tensor:
-        return self.y.sum()  # x is finite: it was checked at the step before
+        """Return the sum of y: x is finite, it was checked at the step before."""
+        return self.y.sum()
 
 
 class Selected(LazyPrediction):
     """One prediction for the images where `first` is True, another for the rest.
 
-    Each image's numbers are what its own prediction alone gives.
+    Each image's numbers are those of its own prediction alone.
 
     Args:
-        first: (B, 1, 1, 1) bool
-        one: the prediction where `first` is True
-        other: the prediction where it is False
+        first: (B, 1, 1, 1) bool.
+        one: The prediction where `first` is True.
+        other: The prediction where it is False.
     """
 
     parts: tuple[Tensor, Prediction, Prediction]
@@ -82,8 +89,10 @@ class Selected(LazyPrediction):
         self.__dict__.update(parts=(first, one, other))
 
     def at(self, alpha: float, sigma: float, k: float = 0.0, x: Tensor | None = None) -> Tensor:
+        """Return the latent of each image's own prediction."""
         first, one, other = self.parts
         return torch.where(first, one.at(alpha, sigma, k, x), other.at(alpha, sigma, k, x))
 
     def size(self) -> Tensor:
+        """Return the sum of both."""
         return self.parts[1].size() + self.parts[2].size()

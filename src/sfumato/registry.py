@@ -1,8 +1,8 @@
-"""The folder is the registry: `find("diffuse.samplers", "ddim")` is
-`diffuse/samplers/ddim.py:ddim`.
+"""The folder is the registry: a name is a file, and its object has the file's name.
 
-A new sampler, guidance, conditioner, metric or command is one new file whose main name equals the
-file's name; no list is edited. Unconditional is imported until it is asked for.
+`find("diffuse.samplers", "ddim")` is `diffuse/samplers/ddim.py:ddim`. A new sampler, guidance,
+conditioner, metric or command is one new file; no list is edited. A file is imported when it is
+used first.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from sfumato.errors import unknown
 
 @cache
 def names(package: str) -> tuple[str, ...]:
-    """List the names in a registered folder, e.g. `names("diffuse.samplers") == ("ddim", "ddpm")`.
+    """List the names in a registered folder, such as "diffuse.samplers".
 
     Only the folder is imported. Files that begin with "_" and `base.py`, the folder's base class,
     have no name.
@@ -27,10 +27,12 @@ def names(package: str) -> tuple[str, ...]:
 
 
 def find(package: str, name: str) -> Any:
-    """The object called `name` in the file called `name` of a registered folder; an unknown name
-    lists the known ones.
+    """Return the object of a name in a registered folder.
 
-    A file name is snake_case; its object is that name itself, or its CamelCase form for a class.
+    A file name is snake_case. Its object has that name, or its CamelCase form for a class.
+
+    Raises:
+        UserError: For an unknown name, with the known ones.
     """
     if name not in names(package):
         raise unknown(package.rsplit(".", 1)[-1].removesuffix("s"), name, names(package))
@@ -40,5 +42,5 @@ def find(package: str, name: str) -> Any:
 
 
 def module_of(package: str, name: str) -> ModuleType:
-    """A file of a registered folder, imported."""
+    """Import a file of a registered folder."""
     return importlib.import_module(f"sfumato.{package}.{name}")

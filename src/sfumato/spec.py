@@ -5,7 +5,7 @@
     value   = number | "true" | "false" | word | word ("+" word)*
 
 A dash in a name or a key is an underscore. A value is text until it is checked against the options
-of its target, a function's parameters or a dataclass's fields, whose defaults say what it must be.
+of its target, a function's parameters or a dataclass's fields, whose defaults have its type.
 Samplers, spacings and the parts of guidance are written so, on the command line and in files.
 """
 
@@ -28,7 +28,7 @@ class Spec:
         options: Key -> value. Values have neither spaces nor commas.
 
     Raises:
-        UserError: A name, key or value that the line of text could not hold.
+        UserError: For a name, key or value that the line of text could not hold.
     """
 
     name: str
@@ -44,7 +44,8 @@ class Spec:
         for key, value in self.options.items():
             if not key or key != key.strip() or any(c in key for c in "=,"):
                 raise UserError(
-                    f"{self.name} with option {key!r}: expected a key without equals signs, commas and outer spaces"
+                    f"{self.name} with option {key!r}: "
+                    "expected a key without equals signs, commas and outer spaces"
                 )
             if not value or "," in value or any(c.isspace() for c in value):
                 raise UserError(
@@ -56,7 +57,7 @@ class Spec:
         """Read "name" or "name:option=value,option=value".
 
         Raises:
-            UserError: An item after the colon that is no option, or an option that is given twice.
+            UserError: For an item after the colon that is no option, and an option twice.
         """
         line = str(text)
         name, colon, rest = line.partition(":")
@@ -85,32 +86,24 @@ class Spec:
         """Spell values, in their order, without those that equal their defaults.
 
         Args:
-            kind: What `name` is, for the errors: "sampler".
+            kind: Kind of the target, for the errors: "sampler".
             name: Of the spec.
             values: Option -> value, see `typed_values`.
             defaults: Option -> default, as `options_of` returns them.
             number: The spelling of a number: `repr` (5.0) or `short_number` (5).
 
         Raises:
-            UserError: An unknown option, or a value of another type than its default.
+            UserError: For an unknown option, or a value of another type than its default.
         """
         changed = {
-            key: value
-            for key, value in values.items()
-            if key not in defaults or not _equal(value, defaults[key])
+            k: v for k, v in values.items() if k not in defaults or not _equal(v, defaults[k])
         }
         typed = typed_values(f"{kind} {name}", changed, defaults)
-        return cls(
-            name,
-            {key: _text(value, number) for key, value in typed.items() if value != defaults[key]},
-        )
+        return cls(name, {k: _text(v, number) for k, v in typed.items() if v != defaults[k]})
 
     def __str__(self) -> str:
-        return (
-            self.name
-            + ":" * bool(self.options)
-            + ",".join(f"{key}={value}" for key, value in self.options.items())
-        )
+        options = ",".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.name}:{options}" if options else self.name
 
     def values(self, kind: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options with the types of their defaults, see `typed_values`."""
@@ -131,11 +124,8 @@ def options_of(target: Callable[..., Any], without: Collection[str] = ()) -> dic
         without: Parameters with a default that are not options.
     """
     parameters = inspect.signature(target).parameters.items()
-    return {
-        name: p.default
-        for name, p in parameters
-        if p.default is not p.empty and name not in without
-    }
+    defaults = {name: p.default for name, p in parameters if p.default is not p.empty}
+    return {name: default for name, default in defaults.items() if name not in without}
 
 
 def typed_values(
@@ -146,12 +136,12 @@ def typed_values(
     A default of None stands for a number.
 
     Args:
-        where: What has the options, for the errors: "sampler ddim".
-        values: Option -> text, or what JSON makes of it.
+        where: Owner of the options, for the errors: "sampler ddim".
+        values: Option -> text, or a value of JSON.
         defaults: Option -> default, as `options_of` returns them.
 
     Raises:
-        UserError: An unknown option, or a value of another type.
+        UserError: For an unknown option, or a value of another type.
     """
     for key in values:
         if key not in defaults:
@@ -175,13 +165,9 @@ def _underscored(name: str) -> str:
 def _text(value: Any, number: Callable[[float], str]) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return (
-        "+".join(value)
-        if isinstance(value, tuple)
-        else value
-        if isinstance(value, str)
-        else number(value)
-    )
+    if isinstance(value, tuple):
+        return "+".join(value)
+    return value if isinstance(value, str) else number(value)
 
 
 def _typed(where: str, value: Any, default: Any) -> Any:

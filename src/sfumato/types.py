@@ -5,6 +5,7 @@ noise, `t` in [0, 1] with 0 clean and 1 noise, and x = alpha*z + sigma*eps.
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -22,24 +23,24 @@ Image = Float[Tensor, "B C H W"]
 Latent = Float[Tensor, "B C h w"]
 """A standardised latent, clean (`z`) or noisy (`x`)."""
 Noise = Callable[[], Tensor]
-"""Draws the next standard-normal tensor of the run's shape: image k's part comes from image k's own
-seed."""
+"""Draws the next standard-normal tensor of a run, image k's part from its own seed."""
 
 
 @dataclass(frozen=True)
 class Conditioning:
     """The inputs of a network beside x and t: every field is optional, batch first.
 
-    tokens     (B, L, D)    attended to by cross-attention, with `mask` (B, L), True where a token
-               counts
-    vector     (B, V)       joins the time embedding: pooled text, or class weights (one-hot for one
-               class)
-    concat     (B, K, h, w) joins x along channels: masks, low-resolution images, maps
-    residuals  tuple of (B, c, h, w), or of (B, N, D) for the tokens of a transformer, added inside
-               the network (ControlNet)
-    image_tokens (B, M, D)  a second token set, for image prompts
-    references tuple of (B, C, k, l), clean latents of other pictures, of any sizes, that are read
-    beside x (FLUX.1 Kontext, FLUX.2)
+    Attributes:
+        tokens: (B, L, D), attended to by cross-attention.
+        mask: (B, L), True where a token counts.
+        vector: (B, V), joins the time embedding: pooled text, or class weights (one-hot for one
+            class).
+        concat: (B, K, h, w), joins x along channels: masks, low-resolution images, maps.
+        residuals: Each (B, c, h, w), or (B, N, D) for the tokens of a transformer, added inside the
+            network (ControlNet).
+        image_tokens: (B, M, D), a second token set, for image prompts.
+        references: Each (B, C, k, l), clean latents of other images, of any sizes, that are
+            attended to beside x (FLUX.1 Kontext, FLUX.2).
     """
 
     tokens: Float[Tensor, "B L D"] | None = None
@@ -51,63 +52,50 @@ class Conditioning:
     references: tuple[Tensor, ...] | None = None
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        def apply(value: Tensor | tuple[Tensor, ...] | None) -> Tensor | tuple[Tensor, ...] | None:
-            return (
-                None
-                if value is None
-                else tuple(map(change, value))
-                if isinstance(value, tuple)
-                else change(value)
-            )
+        def apply(value: Any) -> Any:
+            if value is None:
+                return None
+            return tuple(map(change, value)) if isinstance(value, tuple) else change(value)
 
-        return type(self)(*(apply(getattr(self, door)) for door in DOORS))  # pyright: ignore[reportArgumentType]
+        return type(self)(*map(apply, self._values))
+
+    @property
+    def _values(self) -> list[Tensor | tuple[Tensor, ...] | None]:
+        return [getattr(self, field) for field in FIELDS]
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Self:
         """The same conditioning on a device, and its floating-point tensors in a dtype.
 
-        Itself, where nothing changes.
-        `vector` keeps its dtype: it may hold sizes in pixels, which bfloat16 cannot tell apart.
-        Networks cast what they make of it.
+        Itself, where nothing changes. `vector` keeps its dtype: it may hold sizes in pixels, which
+        bfloat16 would round. Networks cast its embedding.
         """
-        where = None if device is None else torch.device(device)
+        target = None if device is None else torch.device(device)
 
         def kind(v: Tensor) -> torch.dtype | None:
             return dtype if v.is_floating_point() and v is not self.vector else None
 
-        if all(
-            (where is None or v.device == where) and kind(v) in (None, v.dtype)
-            for v in self.tensors
-        ):
+        if all(target in (None, v.device) and kind(v) in (None, v.dtype) for v in self.tensors):
             return self
-        return self._map(lambda v: v.to(device=where, dtype=kind(v)))
+        return self._map(lambda v: v.to(device=target, dtype=kind(v)))
 
     @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that comes in through the open doors."""
-        values = (getattr(self, door) for door in DOORS)
-        return tuple(
-            v
-            for value in values
-            if value is not None
-            for v in (value if isinstance(value, tuple) else (value,))
-        )
+        """The tensors of all fields, in order."""
+        tuples = (v if isinstance(v, tuple) else (v,) for v in self._values if v is not None)
+        return tuple(itertools.chain.from_iterable(tuples))
 
     @cached_property
     def sizes(self) -> tuple[Any, ...]:
         """Shapes that must agree to concatenate: each field's without the batch, or None."""
 
         def size(value: Tensor | tuple[Tensor, ...] | None) -> Any:
-            return (
-                tuple(map(size, value))
-                if isinstance(value, tuple)
-                else None
-                if value is None
-                else value.shape[1:]
-            )
+            if value is None:
+                return None
+            return tuple(map(size, value)) if isinstance(value, tuple) else value.shape[1:]
 
-        return tuple(size(getattr(self, door)) for door in DOORS)
+        return tuple(map(size, self._values))
 
     def __getitem__(self, rows: slice | Tensor) -> Self:
         """Some rows of the batch."""
@@ -115,7 +103,11 @@ class Conditioning:
 
     @classmethod
     def cat(cls, parts: Sequence["Conditioning"]) -> "Conditioning":
-        """Joins batches. A door must be open in all parts or in none (`ValueError` otherwise)."""
+        """Concatenate batches.
+
+        Raises:
+            ValueError: For a field that some parts have and others lack.
+        """
         return cls._join(parts, lambda tensors: torch.cat(list(tensors)))
 
     def drop(self, dropped: Bool[Tensor, " B"], null: "Conditioning") -> "Conditioning":
@@ -123,9 +115,8 @@ class Conditioning:
 
         def choose(pair: Sequence[Tensor]) -> Tensor:
             row, other = pair
-            return torch.where(
-                dropped.reshape(-1, *[1] * (row.ndim - 1)).to(row.device), other, row
-            )
+            rows = dropped.reshape(-1, *[1] * (row.ndim - 1)).to(row.device)
+            return torch.where(rows, other, row)
 
         return self._join([self, null], choose)
 
@@ -134,22 +125,23 @@ class Conditioning:
         cls, parts: Sequence["Conditioning"], join: Callable[[Sequence[Tensor]], Tensor]
     ) -> "Conditioning":
         joined: dict[str, Tensor | tuple[Tensor, ...] | None] = {}
-        for door in DOORS:
-            values = [getattr(p, door) for p in parts]
+        for field in FIELDS:
+            values = [getattr(p, field) for p in parts]
             if any(v is None for v in values):
                 if any(v is not None for v in values):
                     raise ValueError(
-                        f"conditionings differ: {door!r} is set in some parts of the batch and missing in others"
+                        f"conditionings differ: {field!r} is set in some parts of the batch "
+                        "and missing in others"
                     )
-                joined[door] = None
+                joined[field] = None
             elif isinstance(values[0], tuple):
-                joined[door] = tuple(join(column) for column in zip(*values, strict=True))
+                joined[field] = tuple(join(column) for column in zip(*values, strict=True))
             else:
-                joined[door] = join(values)
+                joined[field] = join(values)
         return cls(**joined)  # pyright: ignore[reportArgumentType]
 
 
-DOORS = tuple(f.name for f in fields(Conditioning))
+FIELDS = tuple(f.name for f in fields(Conditioning))
 """The names of a conditioning's fields, in order."""
 
 
@@ -175,12 +167,12 @@ class ImageSpec:
     same.
 
     Attributes:
-        height: in pixels
-        width: in pixels
-        original_size: (height, width) of a training image before any resizing; None: this size
-        crop: (top, left) of the crop from such an image, in pixels
-        target_size: (height, width) after the crop; None: this size
-        aesthetic_score: in about 1 to 10
+        height: In pixels.
+        width: In pixels.
+        original_size: (height, width) of a training image before any resizing; None: this size.
+        crop: (top, left) of the crop from such an image, in pixels.
+        target_size: (height, width) after the crop; None: this size.
+        aesthetic_score: In about 1 to 10.
     """
 
     height: int
@@ -197,16 +189,10 @@ class ImageSpec:
     def __post_init__(self) -> None:
         for side in ("height", "width"):
             positive_int(f"image_spec: {side}", getattr(self, side), unit="pixels")
-        for name in (
-            "original_size",
-            "target_size",
-            "negative_original_size",
-            "negative_target_size",
-            "crop",
-            "negative_crop",
-        ):
-            if getattr(self, name) is not None or name == "crop":
-                _check_pair(f"image_spec: {name}", getattr(self, name))
+        for name in ("original_size", "target_size", "crop"):
+            for field in (name, f"negative_{name}"):
+                if getattr(self, field) is not None or field == "crop":
+                    _check_pair(f"image_spec: {field}", getattr(self, field))
         for name in ("aesthetic_score", "negative_aesthetic_score"):
             number_in(f"image_spec: {name}", getattr(self, name), 0)
 
@@ -252,11 +238,11 @@ class Prediction:
         return latent if x is None else latent.add_(k * x)
 
     def away(self, reference: "Prediction", w: float | Tensor) -> "Prediction":
-        """reference + w (self - reference), in x0 and eps.
+        """Return reference + w (self - reference), in x0 and eps.
 
         Args:
-            reference: the prediction to move away from
-            w: one number, or one an image (B, 1, 1, 1)
+            reference: The prediction to move away from.
+            w: One number, or one an image (B, 1, 1, 1).
         """
         return Prediction(mixed(self.x0, reference.x0, w), mixed(self.eps, reference.eps, w))
 
@@ -277,18 +263,19 @@ class Prediction:
 
 
 def mixed(conditional: Tensor, reference: Tensor, w: float | Tensor) -> Tensor:
-    """reference + w (conditional - reference), so that bits do not depend on the batch."""
+    """Return reference + w (conditional - reference): bits do not depend on the batch."""
     return (w * (conditional - reference)).add_(reference)
 
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """The coordinates of an autoencoder: raw = z * std + mean, per channel, measured from data.
+    """The coordinates of an autoencoder: raw = z * std + mean, each channel's from data.
 
-    channels  C of z
-    factor    pixels along a side for one latent cell (2, 4, 8 ...)
-    mean, std one number a channel. Stable Diffusion's scaling factor s is mean 0, std 1/s in every
-    channel.
+    Attributes:
+        channels: C of z.
+        factor: Pixels along a side of one latent cell (2, 4, 8 ...).
+        mean: One number a channel.
+        std: One number a channel. Stable Diffusion's scaling factor s is mean 0 and std 1/s.
     """
 
     channels: int
@@ -297,13 +284,11 @@ class LatentSpace:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if (
-            len(self.mean) != self.channels
-            or len(self.std) != self.channels
-            or min(self.std, default=1.0) <= 0
-        ):
+        counts = {len(self.mean), len(self.std)}
+        if counts != {self.channels} or min(self.std, default=1.0) <= 0:
             raise ValueError(
-                f"a latent space of {self.channels} channels needs as many means and positive stds, got {self.mean} and {self.std}"
+                f"a latent space of {self.channels} channels needs as many means and "
+                f"positive stds, got {self.mean} and {self.std}"
             )
 
     def _column(self, values: tuple[float, ...], like: Tensor) -> Tensor:
@@ -314,5 +299,5 @@ class LatentSpace:
         return (raw - self._column(self.mean, raw)) / self._column(self.std, raw)
 
     def restore(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
-        """z -> the numbers the decoder was trained on."""
+        """Standardised z -> the numbers that the decoder was trained on."""
         return z * self._column(self.std, z) + self._column(self.mean, z)

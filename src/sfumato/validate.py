@@ -1,7 +1,7 @@
 """Checks of settings. Each returns the value, or raises a `UserError` of one sentence.
 
-The sentence is "name=value: expected ...; hint". A name may begin with what has the setting
-("scheduler config steps", "guidance rescale phi"). A hint says what a usual value is or does.
+The sentence is "name=value: expected ...; hint". A name may begin with the setting's owner
+("scheduler config steps", "guidance rescale phi"). A hint gives a usual value or its effect.
 """
 
 import math
@@ -31,17 +31,18 @@ def whole_number(
         unit: Unit of the number, in the plural ("pixels").
         hint: Added to the sentence.
     """
-    valid = isinstance(value, int) and not isinstance(value, bool)
-    if (
-        not valid
-        or (at_least is not None and value < at_least)
-        or (at_most is not None and value > at_most)
-    ):
-        bounds = f" from {at_least} to {at_most}"
-        if at_least is None or at_most is None:
-            bounds = f" of at least {at_least}" if at_most is None else f" of at most {at_most}"
-            bounds = bounds.replace(" of", ",") if unit else bounds
-        bounds = "" if at_least is None and at_most is None else bounds
+    low, high = (
+        -math.inf if at_least is None else at_least,
+        math.inf if at_most is None else at_most,
+    )
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        if at_least is None and at_most is None:
+            bounds = ""
+        elif at_least is None or at_most is None:
+            bound = f"at least {at_least}" if at_most is None else f"at most {at_most}"
+            bounds = f", {bound}" if unit else f" of {bound}"
+        else:
+            bounds = f" from {at_least} to {at_most}"
         raise _refusal(name, value, "a whole number" + f" of {unit}" * bool(unit) + bounds, hint)
     return value
 
@@ -80,7 +81,8 @@ def number_in(
         elif math.isinf(high):
             kind = f"a number above {low:g}" if above == low else f"a number of at least {low:g}"
         else:
-            kind = f"a number in {'(' if above == low else '['}{low:g}, {high:g}{')' if below == high else ']'}"
+            begin, end = "(" if above == low else "[", ")" if below == high else "]"
+            kind = f"a number in {begin}{low:g}, {high:g}{end}"
         raise _refusal(name, value, kind, hint)
     return value
 
@@ -93,7 +95,7 @@ def flag(name: str, value: Any, hint: str = "") -> bool:
 
 
 def one_of(kind: str, value: Any, choices: Iterable[str]) -> str:
-    """Return one of the choices; `kind` is what they are, in the singular ("solver")."""
+    """Return one of the choices; `kind` is their kind, in the singular ("solver")."""
     choices = tuple(choices)
     if value not in choices:
         raise unknown(kind, value, choices)

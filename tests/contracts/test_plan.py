@@ -247,7 +247,7 @@ def test_an_autoencoder_without_parts_cannot_decode_row_by_row(empty: LatentDiff
         def to_config(self) -> dict[str, Any]:
             return {}
 
-    with pytest.raises(UserError, match="decoding='exact': Whole does not say what its parts are"):
+    with pytest.raises(UserError, match="decoding='exact': Whole has no list of parts"):
         replace(empty, autoencoder=Whole()).plan(Request("bag", decoding="exact"))
 
 

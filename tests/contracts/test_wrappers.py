@@ -62,7 +62,7 @@ def test_the_folder_is_the_registry() -> None:
 def test_a_wrapper_is_a_function_from_ask_to_ask_that_says_whose_it_is(name: str) -> None:
     inside = inspect.unwrap(WRAPPERS[name])
     assert inspect.isfunction(inside) and inside.__name__ == name and inside.__doc__
-    assert next(iter(inspect.signature(inside).parameters)) == "ask"
+    assert next(iter(inspect.signature(inside).parameters)) == "denoise"
     module = inspect.getmodule(inside)
     assert module is not None and module.__doc__ and "arXiv" in module.__doc__
     assert (

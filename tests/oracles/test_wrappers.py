@@ -277,7 +277,7 @@ def test_a_region_that_does_not_fit_is_refused(z: Tensor, mask: Tensor, complain
 
 def test_without_noise_there_is_nothing_to_ask() -> None:
     z = torch.zeros(1, 1, 2, 2)
-    with pytest.raises(UserError, match="nothing to ask"):
+    with pytest.raises(UserError, match="0 has no noise to predict"):
         drive(
             known_region(asking(lambda x, t: Prediction(x, x)), z, z, FLOW.point)(z, 0.0),
             evaluate_calls,

@@ -46,8 +46,10 @@ class Process:
         worst = int(det.abs().argmin())
         if det[worst].abs() < 1e-9:
             raise UserError(
-                f"parameterization {self.parameterization.name!r} cannot be solved at t = {t[worst]:.3g}: there alpha is {self.schedule.at(t[worst])[0]:.3g}, "
-                "so the network's output says nothing about the clean latent; use v or x0 with this schedule"
+                f"parameterization {self.parameterization.name!r} cannot be solved "
+                f"at t = {t[worst]:.3g}: there alpha is {self.schedule.at(t[worst])[0]:.3g}, "
+                "so the network's output has no information about the clean latent; "
+                "use v or x0 with this schedule"
             )
 
     def add_noise(

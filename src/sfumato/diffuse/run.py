@@ -87,20 +87,24 @@ def check_finite(value: Tensor, stage: str) -> None:
     """Raise `NumericalError`, with the stage and the dtype, if any number is NaN or infinite."""
     if not all_finite(value):
         bad = int((~torch.isfinite(value)).sum())
+        dtype = str(value.dtype).removeprefix("torch.")
         raise NumericalError(
-            f"{bad} of {value.numel()} numbers are NaN or infinite in {stage} ({str(value.dtype).removeprefix('torch.')}): nothing was written; "
-            "try float32, or other weights"
+            f"{bad} of {value.numel()} numbers are NaN or infinite in {stage} ({dtype}): "
+            "nothing was written; try float32, or other weights"
         )
 
 
 def sampler_coroutine(
-    sampler: Run, ask: DenoiseFn, count: int, on_step: Callable[[Step], bool | None] | None = None
+    sampler: Run,
+    denoise: DenoiseFn,
+    count: int,
+    on_step: Callable[[Step], bool | None] | None = None,
 ) -> DenoiseCalls[Tensor | None]:
     """Run a sampler as a coroutine: yield its calls to denoisers, return the latent.
 
     Args:
         sampler: A sampler's generator.
-        ask: The denoiser with its conditioning, guidance and wrappers.
+        denoise: The denoiser with its conditioning, guidance and wrappers.
         count: Number of times that the sampler calls it, for `Step.count` and errors.
         on_step: Called with each step; False cancels the run.
 
@@ -113,7 +117,7 @@ def sampler_coroutine(
     try:
         x, t = next(sampler)
         for index in itertools.count():
-            prediction = yield from ask(x, t)
+            prediction = yield from denoise(x, t)
             if not math.isfinite(float(prediction.size())):
                 for part in (prediction.x0, prediction.eps):
                     check_finite(part, f"step {index + 1} of {count} (t = {t:.4g})")
@@ -145,11 +149,11 @@ def iterate_steps(sampler: Run, denoise: Denoise, count: int) -> Iterator[Step |
         sampler, lambda x, t: _single_call(denoise, x, t), count, steps.append
     )
     try:
-        queries = next(coroutine)
+        calls = next(coroutine)
         while True:
-            prediction = denoise(queries[0].x, queries[0].t)
+            prediction = denoise(calls[0].x, calls[0].t)
             try:
-                queries = coroutine.send([prediction])
+                calls = coroutine.send([prediction])
             finally:
                 yield from steps
                 steps.clear()
@@ -161,7 +165,8 @@ def iterate_steps(sampler: Run, denoise: Denoise, count: int) -> Iterator[Step |
 
 
 def _single_call(denoise: Denoise, x: Tensor, t: float) -> DenoiseCalls[Prediction]:
-    return (yield [DenoiserCall(denoise, x, t, Conditioning())])[0]
+    call = DenoiserCall(lambda x, t, conditioning: denoise(x, t), x, t, Conditioning())
+    return (yield [call])[0]
 
 
 def run_sampler(
@@ -182,4 +187,4 @@ def run_sampler(
         NumericalError: At the first step whose prediction is not finite.
     """
     coroutine = sampler_coroutine(sampler, lambda x, t: _single_call(denoise, x, t), count, on_step)
-    return drive(coroutine, lambda queries: [denoise(query.x, query.t) for query in queries])
+    return drive(coroutine, lambda calls: [denoise(call.x, call.t) for call in calls])

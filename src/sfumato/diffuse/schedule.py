@@ -23,12 +23,18 @@ from sfumato.validate import one_of
 NO_SIGNAL = 5000.0
 """Noise level sigma/alpha above which a latent counts as pure noise.
 
-What remains of z is then below float32's rounding of a prediction.
+The rest of z is then below float32's rounding of a prediction.
 """
 
 
 class Schedule(ABC):
-    """t -> (alpha, sigma), float64, and back from the log-SNR log(alpha^2 / sigma^2)."""
+    """t -> (alpha, sigma), float64, and back from the log-SNR log(alpha^2 / sigma^2).
+
+    Attributes:
+        kind: Name in configs.
+    """
+
+    kind: str = "?"
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,11 +94,8 @@ class Schedule(ABC):
 
     def at_noise_level(self, level: float) -> float:
         """Return the time at which sigma/alpha has a value, clamped to [0, 1]."""
-        return float(
-            self.from_log_snr(
-                torch.tensor(-2 * math.log(level) if level > 0 else math.inf, dtype=torch.float64)
-            )
-        )
+        log_snr = -2 * math.log(level) if level > 0 else math.inf
+        return float(self.from_log_snr(torch.tensor(log_snr, dtype=torch.float64)))
 
     def at(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         """Return (alpha, sigma) at a number or tensor t as float64 tensors of its shape."""
@@ -128,15 +131,16 @@ class BetaTable(Schedule):
 
     def __post_init__(self) -> None:
         if not self.betas or not all(0 < b < 1 for b in self.betas):
-            raise ValueError(
-                f"a beta table needs values strictly between 0 and 1, got {len(self.betas)} values"
+            raise UserError(
+                f"a beta table of {len(self.betas)} values: "
+                "expected numbers strictly between 0 and 1"
             )
 
     @cached_property
     def _hash(self) -> int:
         return hash((self.kind, self.betas))
 
-    # Hashing a thousand numbers each time would cost more than what is cached by it.
+    # Hashing a thousand numbers each time would cost more than the cache saves.
     def __hash__(self) -> int:
         return self._hash
 
@@ -147,6 +151,7 @@ class BetaTable(Schedule):
         return log_alpha2 - torch.log(-torch.expm1(log_alpha2))
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (alpha, sigma) at t; the log-SNR is linear between the times of the table."""
         table, count = self._log_snr_table.to(t.device), len(self.betas)
         position = (t.double() * count - 1).clamp(0, count - 1)
         low = position.floor().long().clamp(max=max(count - 2, 0))
@@ -160,16 +165,19 @@ class BetaTable(Schedule):
 
     @property
     def grid(self) -> int:
+        """Number of betas."""
         return len(self.betas)
 
     def timestep(self, t: Tensor) -> Tensor:
-        # No network is trained below the table's first.
+        """Return t in steps of the table, from 0: no network is trained below its first."""
         return (t.double() * len(self.betas) - 1).clamp(min=0)
 
     def time(self, timestep: Tensor) -> Tensor:
+        """Return the time of a step of the table."""
         return (timestep.double() + 1) / len(self.betas)
 
     def from_log_snr(self, log_snr: Tensor) -> Tensor:
+        """Return the t of a log-SNR, by interpolation in the table."""
         table, count = self._log_snr_table.to(log_snr.device), len(self.betas)
         value = log_snr.double()
         rising = table.flip(0)
@@ -181,6 +189,7 @@ class BetaTable(Schedule):
         return torch.where(value > table[0], below, inner)
 
     def sample_times(self, u: Tensor) -> Tensor:
+        """Map u to the times of the table."""
         count = len(self.betas)
         return ((u.double() * count).floor().clamp(0, count - 1) + 1) / count
 
@@ -189,6 +198,7 @@ class Continuous(Schedule):
     """A schedule without a table: training visits all of (0, 1]."""
 
     def sample_times(self, u: Tensor) -> Tensor:
+        """Return u itself, at least 1e-5."""
         return u.double().clamp(1e-5, 1.0)
 
 
@@ -199,16 +209,20 @@ class RectifiedFlow(Continuous):
     kind: str = "flow"
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (1 - t, t)."""
         t = t.double()
         return 1 - t, t.clone()
 
     def timestep(self, t: Tensor) -> Tensor:
+        """Return 1000 t."""
         return t.double() * 1000
 
     def time(self, timestep: Tensor) -> Tensor:
+        """Return the timestep over 1000."""
         return timestep.double() / 1000
 
     def from_log_snr(self, log_snr: Tensor) -> Tensor:
+        """Return the sigmoid of minus half the log-SNR."""
         return torch.sigmoid(-log_snr.double() / 2)
 
 
@@ -230,22 +244,26 @@ class VariancePreserving(Continuous):
     def __post_init__(self) -> None:
         if not 0 < self.beta_min <= self.beta_max < 200:  # e^-50 of signal is as good as none
             raise UserError(
-                f"beta_min={self.beta_min}, beta_max={self.beta_max}: expected 0 < beta_min <= beta_max < 200"
+                f"beta_min={self.beta_min}, beta_max={self.beta_max}: "
+                "expected 0 < beta_min <= beta_max < 200"
             )
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha by the formula above, and sigma with alpha^2 + sigma^2 = 1."""
         t = t.double()
         log_alpha2 = -t.square() * (self.beta_max - self.beta_min) / 2 - t * self.beta_min
         return (log_alpha2 / 2).exp(), (-torch.expm1(log_alpha2)).sqrt()
 
     def timestep(self, t: Tensor) -> Tensor:
+        """Return 999 t."""
         return t.double() * 999
 
     def time(self, timestep: Tensor) -> Tensor:
+        """Return the timestep over 999."""
         return timestep.double() / 999
 
     def from_log_snr(self, log_snr: Tensor) -> Tensor:
-        # -log alpha^2 = (b - a)/2 t^2 + a t.
+        """Solve -log alpha^2 = (b - a)/2 t^2 + a t."""
         added = torch.nn.functional.softplus(-log_snr.double()).clamp(max=1e6)
         slope, low = self.beta_max - self.beta_min, self.beta_min
         return (2 * added / ((low**2 + 2 * slope * added).sqrt() + low)).clamp(0, 1)
@@ -269,28 +287,29 @@ class VarianceExploding(Continuous):
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise UserError(
-                f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: expected 0 < sigma_min < sigma_max"
+                f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: "
+                "expected 0 < sigma_min < sigma_max"
             )
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        t = t.double()
+        """Return 1 and the noise level, linear in t below `first`."""
+        t, ratio = t.double(), self.sigma_max / self.sigma_min
         foot = (t / self.first).clamp(max=1)
-        return torch.ones_like(t), self.sigma_min * (self.sigma_max / self.sigma_min) ** t.clamp(
-            min=self.first
-        ) * foot
+        return torch.ones_like(t), self.sigma_min * ratio ** t.clamp(min=self.first) * foot
 
     def timestep(self, t: Tensor) -> Tensor:
+        """Return the noise level."""
         return self.coefficients(t.double().clamp(min=self.first))[1]
 
     def time(self, timestep: Tensor) -> Tensor:
+        """Return the time of a noise level."""
         return self.from_log_snr(-2 * timestep.double().log())
 
     def from_log_snr(self, log_snr: Tensor) -> Tensor:
+        """Return t from the logarithm of the noise level over sigma_min."""
         growth = math.log(self.sigma_max / self.sigma_min)
-        above = (-log_snr.double() / 2 - math.log(self.sigma_min)) / growth
-        foot = (
-            -log_snr.double() / 2 - math.log(self.sigma_min) - growth * self.first
-        ).exp() * self.first
+        raised = -log_snr.double() / 2 - math.log(self.sigma_min)
+        above, foot = raised / growth, (raised - growth * self.first).exp() * self.first
         return torch.where(above >= self.first, above, foot).clamp(0, 1)
 
 
@@ -315,24 +334,30 @@ class EDM(Continuous):
     def __post_init__(self) -> None:
         if not (0 < self.sigma_min < self.sigma_max < math.inf and 1 <= self.rho <= 20):
             raise UserError(
-                f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}, rho={self.rho}: expected 0 < sigma_min < sigma_max and rho in [1, 20]"
+                f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}, rho={self.rho}: "
+                "expected 0 < sigma_min < sigma_max and rho in [1, 20]"
             )
 
     @property
     def first(self) -> float:
+        """Time of sigma_min."""
         return (self.sigma_min / self.sigma_max) ** (1 / self.rho)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return 1 and sigma_max t^rho."""
         t = t.double()
         return torch.ones_like(t), self.sigma_max * t**self.rho
 
     def timestep(self, t: Tensor) -> Tensor:
+        """Return log(sigma)/4, at least that of sigma_min."""
         return self.coefficients(t.double().clamp(min=self.first))[1].log() / 4
 
     def time(self, timestep: Tensor) -> Tensor:
+        """Return the time of log(sigma)/4."""
         return self.from_log_snr(-8 * timestep.double())
 
     def from_log_snr(self, log_snr: Tensor) -> Tensor:
+        """Return the rho-th root of sigma/sigma_max."""
         return ((-log_snr.double() / 2 - math.log(self.sigma_max)) / self.rho).exp().clamp(0, 1)
 
 
@@ -347,12 +372,8 @@ def linear(steps: int = 1000, start: float = 0.0001, end: float = 0.02) -> BetaT
 
 def scaled_linear(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> BetaTable:
     """Square roots of betas on a line: Latent Diffusion's and Stable Diffusion's."""
-    return _table(
-        "scaled_linear",
-        torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square(),
-        start,
-        end,
-    )
+    roots = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64)
+    return _table("scaled_linear", roots.square(), start, end)
 
 
 def cosine(steps: int = 1000) -> BetaTable:
@@ -375,12 +396,7 @@ def sigmoid(steps: int = 1000, start: float = 0.0001, end: float = 0.02) -> Beta
 
 def table(betas: Sequence[float]) -> BetaTable:
     """Return a table of given betas, strictly between 0 and 1, from the least noisy step on."""
-    values = tuple(float(b) for b in betas)
-    if not values or not all(0 < b < 1 for b in values):
-        raise UserError(
-            f"a beta table of {len(values)} values: expected numbers strictly between 0 and 1"
-        )
-    return BetaTable(values)
+    return BetaTable(tuple(map(float, betas)))
 
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {

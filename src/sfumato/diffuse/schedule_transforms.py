@@ -23,24 +23,30 @@ class ScheduleTransform(Schedule):
     base: Schedule
 
     @property
-    def kind(self) -> str:
-        return getattr(self.base, "kind", "?")
+    def kind(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The base's."""
+        return self.base.kind
 
     @property
     def grid(self) -> int | None:
+        """The base's."""
         return self.base.grid
 
     @property
     def first(self) -> float:
+        """The base's."""
         return self.base.first
 
     def timestep(self, t: Tensor) -> Tensor:
+        """Return the base's timestep."""
         return self.base.timestep(t)
 
     def time(self, timestep: Tensor) -> Tensor:
+        """Return the base's time."""
         return self.base.time(timestep)
 
     def sample_times(self, u: Tensor) -> Tensor:
+        """Return the base's times."""
         return self.base.sample_times(u)
 
 
@@ -62,11 +68,13 @@ class ZeroTerminalSNR(ScheduleTransform):
         alpha, sigma = self.base.at(torch.tensor([self.base.first, 0.5, 1.0], dtype=torch.float64))
         if (alpha.square() + sigma.square() - 1).abs().max() > 1e-9:
             raise UserError(
-                "zero terminal SNR is for variance-preserving schedules (alpha^2 + sigma^2 = 1): flows end without signal anyway"
+                "zero terminal SNR is for variance-preserving schedules (alpha^2 + sigma^2 = 1): "
+                "flows end without signal anyway"
             )
         if not 0 <= self.last < float(alpha[-1]) ** 2:
             raise UserError(
-                f"last={self.last}: expected alpha^2 at t = 1 from 0 to below {float(alpha[-1]) ** 2:.3g}, what the schedule has now"
+                f"last={self.last}: expected alpha^2 at t = 1 from 0 to below "
+                f"{float(alpha[-1]) ** 2:.3g}, that of the schedule itself"
             )
 
     @property
@@ -75,10 +83,9 @@ class ZeroTerminalSNR(ScheduleTransform):
         return self.base.point(0.0 if self.grid is None else self.first)[0], self.base.point(1.0)[0]
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        first, end = self._ends
-        alpha = first - (first - self.base.coefficients(t)[0]) * (first - math.sqrt(self.last)) / (
-            first - end
-        )
+        """Return the base's alpha, shifted and scaled, and sigma with alpha^2 + sigma^2 = 1."""
+        (first, end), least = self._ends, math.sqrt(self.last)
+        alpha = first - (first - self.base.coefficients(t)[0]) * (first - least) / (first - end)
         if self.grid is None:
             sigma2 = 1 - alpha.square()
         else:  # below the first step sigma^2 is linear in t, as in the base
@@ -87,16 +94,15 @@ class ZeroTerminalSNR(ScheduleTransform):
             sigma2 = (1 - alpha.square()) * inside
             alpha = torch.where(inside < 1, (1 - sigma2).sqrt(), alpha)
         # Exactly: a rounding error would be a signal.
-        end_alpha = torch.where(t >= 1, math.sqrt(self.last), alpha)
-        return end_alpha, torch.where(t >= 1, math.sqrt(1 - self.last), sigma2.clamp(min=0).sqrt())
+        sigma = torch.where(t >= 1, math.sqrt(1 - self.last), sigma2.clamp(min=0).sqrt())
+        return torch.where(t >= 1, least, alpha), sigma
 
     def from_log_snr(self, log_snr: Tensor) -> Tensor:
-        first, end = self._ends
+        """Return the base's t of its own alpha."""
+        (first, end), least = self._ends, math.sqrt(self.last)
         value = log_snr.double()
-        alpha = torch.sigmoid(value).sqrt().clamp(min=math.sqrt(self.last))
-        base = (first - (first - alpha) * (first - end) / (first - math.sqrt(self.last))).clamp(
-            max=1.0
-        )
+        alpha = torch.sigmoid(value).sqrt().clamp(min=least)
+        base = (first - (first - alpha) * (first - end) / (first - least)).clamp(max=1.0)
         inner = self.base.from_log_snr(2 * base.log() - torch.log1p(-base.square()))
         if self.grid is None:
             return inner
@@ -136,6 +142,7 @@ class Shifted(ScheduleTransform):
 
     @property
     def first(self) -> float:
+        """The base's, shifted."""
         return float(self._unshift(torch.tensor(self.base.first, dtype=torch.float64)))
 
     def _shift(self, t: Tensor) -> Tensor:
@@ -145,21 +152,24 @@ class Shifted(ScheduleTransform):
         return shifted_time(t.double(), 1 / self.shift)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the base's at the shifted time."""
         return self.base.coefficients(self._shift(t))
 
     def timestep(self, t: Tensor) -> Tensor:
+        """Return the base's timestep of the shifted time."""
         return self.base.timestep(self._shift(t))
 
     def time(self, timestep: Tensor) -> Tensor:
+        """Return the base's time, shifted back."""
         return self._unshift(self.base.time(timestep))
 
     def from_log_snr(self, log_snr: Tensor) -> Tensor:
+        """Return the base's time, shifted back."""
         return self._unshift(self.base.from_log_snr(log_snr))
 
     def sample_times(self, u: Tensor) -> Tensor:
-        # u is spread over this schedule's own time; a table's grid is the base's.
-        times = self._shift(u)
-        return self._unshift(self.base.sample_times(times))
+        """Spread u over this schedule's own time; a table's grid is the base's."""
+        return self._unshift(self.base.sample_times(self._shift(u)))
 
 
 def dynamic_shift(

@@ -18,7 +18,10 @@ from torch import Tensor
 from sfumato.types import Noise
 
 PARALLEL = 1e-6
-"""Sine of the angle below which a and b count as parallel: slerp is then linear interpolation."""
+"""Sine of the angle below which a and b count as parallel.
+
+The interpolation between them is then linear.
+"""
 
 
 def slerp(

@@ -46,9 +46,8 @@ def trailing(
         whole: Round to a table's grid, as diffusers does.
     """
     if whole and schedule.grid is not None:
-        return [
-            round(schedule.grid * start * (steps - i) / steps) / schedule.grid for i in range(steps)
-        ] + [0.0]
+        grid = schedule.grid
+        return [round(grid * start * (steps - i) / steps) / grid for i in range(steps)] + [0.0]
     return [start * (steps - i) / steps for i in range(steps)] + [0.0]
 
 
@@ -163,11 +162,11 @@ def dynamic(
     )
     if shift <= 0:
         raise UserError(
-            f"{tokens} tokens: the shift between {base} and {top} would be {shift:g}; expected more tokens"
+            f"{tokens} tokens: the shift between {base} and {top} would be {shift:g}; "
+            "expected more tokens"
         )
-    return shifted(
-        steps, schedule, start, shift, None if even else shifted_time(0.001, shift), terminal
-    )
+    end = None if even else shifted_time(0.001, shift)
+    return shifted(steps, schedule, start, shift, end, terminal)
 
 
 def beta(
@@ -215,7 +214,8 @@ def lcm(steps: int, schedule: Schedule, start: float = 1.0, original: int = 50) 
     distilled = [(i + 1) * (grid // original) / grid for i in range(int(original * start))][::-1]
     if steps > len(distilled):
         raise UserError(
-            f"steps={steps}: a model distilled at {original} times has {len(distilled)} of them up to start={start}"
+            f"steps={steps}: a model distilled at {original} times has "
+            f"{len(distilled)} of them up to start={start}"
         )
     return [distilled[int(i * len(distilled) / steps)] for i in range(steps)] + [0.0]
 
@@ -243,13 +243,12 @@ def karras(
     """
     number_in("rho", rho, above=0, hint="7 is Karras et al.'s")
     start, end = _between(between, offset, steps, schedule, start, end)
-    return _by_level(
-        _ramp(steps),
-        schedule,
-        start,
-        end,
-        lambda h, lo, u: (lo ** (1 / rho) + u * (h ** (1 / rho) - lo ** (1 / rho))) ** rho,
-    )
+
+    def level(high: float, low: float, u: float) -> float:
+        root = low ** (1 / rho)
+        return (root + u * (high ** (1 / rho) - root)) ** rho
+
+    return _by_level(_ramp(steps), schedule, start, end, level)
 
 
 def exponential(
@@ -293,12 +292,9 @@ def log_snr(
     if steps == 1 or (infinite and steps == 2):
         return [start, low, 0.0] if steps == 2 else [start, 0.0]
     head, top = ([start], 0.999 * start) if infinite else ([], start)
-    a, b, count = (
-        math.log(schedule.noise_level(top)),
-        math.log(schedule.noise_level(low)),
-        steps - len(head),
-    )
-    inner = schedule.from_log_snr(-2 * torch.linspace(a, b, count, dtype=torch.float64)).tolist()
+    a, b = (math.log(schedule.noise_level(t)) for t in (top, low))
+    levels = torch.linspace(a, b, steps - len(head), dtype=torch.float64)
+    inner = schedule.from_log_snr(-2 * levels).tolist()
     return [*head, top, *inner[1:-1], low, 0.0]
 
 
@@ -332,11 +328,8 @@ def resample(
     if len(kept) == steps:
         return [*kept, 0.0]
     levels = [math.log(_level(schedule, t)) for t in kept]
-    points = (
-        np.interp(np.linspace(0, 1, steps), np.linspace(0, 1, len(levels)), levels)
-        if steps > 1
-        else levels[:1]
-    )
+    places = np.linspace(0, 1, steps), np.linspace(0, 1, len(levels))
+    points = np.interp(*places, levels) if steps > 1 else levels[:1]
     return [start, *_times(schedule, np.exp(points))[1:], 0.0]
 
 
@@ -352,11 +345,9 @@ def _with_clean(spacing: Callable[..., list[float]]) -> Callable[..., list[float
         steps: int, schedule: Schedule, start: float = 1.0, clean: bool = True, **options: Any
     ) -> list[float]:
         times = spacing(steps, schedule, start, **options)
-        return (
-            times
-            if clean
-            else [*(t for t in times if t > schedule.first * (1 + 1e-9)), schedule.first]
-        )
+        if clean:
+            return times
+        return [*(t for t in times if t > schedule.first * (1 + 1e-9)), schedule.first]
 
     signature = inspect.signature(spacing)
     clean = inspect.Parameter(
@@ -369,20 +360,14 @@ def _with_clean(spacing: Callable[..., list[float]]) -> Callable[..., list[float
     return spaced
 
 
-SPACINGS: dict[str, Callable[..., list[float]]] = {
-    "trailing": _with_clean(trailing),
-    "uniform": _with_clean(trailing),  # another name for even spacing from start to 0
-    "leading": _with_clean(leading),
-    "linspace": _with_clean(linspace),
-    "shifted": _with_clean(shifted),
-    "dynamic": _with_clean(dynamic),
-    "beta": _with_clean(beta),
-    "karras": _with_clean(karras),
-    "exponential": _with_clean(exponential),
-    "log_snr": _with_clean(log_snr),
-    "align_your_steps": _with_clean(align_your_steps),
-    "lcm": _with_clean(lcm),
+SPACINGS = {"trailing": _with_clean(trailing), "uniform": _with_clean(trailing)} | {
+    spacing.__name__: _with_clean(spacing)
+    for spacing in (
+        *(leading, linspace, shifted, dynamic, beta),
+        *(karras, exponential, log_snr, align_your_steps, lcm),
+    )
 }
+"""Spacings by name; "uniform" is another name of even times from `start` to 0."""
 
 
 def timesteps(
@@ -407,14 +392,16 @@ def timesteps(
     positive_int("steps", steps)
     if schedule.grid is not None and steps > schedule.grid:
         raise UserError(
-            f"steps={steps}: the model's noise table has {schedule.grid} times, expected at most as many steps"
+            f"steps={steps}: the model's noise table has {schedule.grid} times, "
+            "expected at most as many steps"
         )
     number_in("start", start, above=0, at_most=1, hint="1 is noise")
     times = SPACINGS[spacing](steps, schedule, start, **options)
     if not all(a > b for a, b in pairwise(times)):
         listed = "".join(f", {key}={value}" for key, value in options.items())
         raise UserError(
-            f"spacing {spacing!r} has no {steps} different times from start={start:g}{listed}: expected fewer steps, or another spacing"
+            f"spacing {spacing!r} has no {steps} different times from start={start:g}{listed}: "
+            "expected fewer steps, or another spacing"
         )
     return check_times(times)
 
@@ -435,7 +422,8 @@ def truncate(times: Sequence[float], start: float) -> list[float]:
     values = check_times(times)
     if not values[-1] < start <= values[0]:
         raise UserError(
-            f"start={start}: expected a time above {values[-1]:.4g}, where the run ends, and at most {values[0]:.4g}, where it begins"
+            f"start={start}: expected a time above {values[-1]:.4g}, where the run ends, "
+            f"and at most {values[0]:.4g}, where it begins"
         )
     return [start, *(t for t in values if t < start)]
 
@@ -453,15 +441,12 @@ def check_times(times: Sequence[float]) -> list[float]:
         values = [float(t) for t in times]
     except (TypeError, ValueError) as error:
         raise UserError(f"timesteps {times!r}: expected numbers in [0, 1]") from error
-    if (
-        len(values) < 2
-        or not all(a > b for a, b in pairwise(values))
-        or values[0] > 1
-        or values[-1] < 0
-    ):
+    falling = len(values) >= 2 and all(a > b for a, b in pairwise(values))
+    if not falling or values[0] > 1 or values[-1] < 0:
         shown = ", ".join(f"{t:.4g}" for t in values[:8])
         raise UserError(
-            f"timesteps [{shown}{', ...' if len(values) > 8 else ''}]: expected at least two numbers in [0, 1] that fall strictly, 1 is noise and 0 is clean"
+            f"timesteps [{shown}{', ...' if len(values) > 8 else ''}]: expected at least "
+            "two numbers in [0, 1] that fall strictly, 1 is noise and 0 is clean"
         )
     return values
 
@@ -478,10 +463,8 @@ def _level(schedule: Schedule, t: float) -> float:
 def _times(schedule: Schedule, levels: np.ndarray) -> list[float]:
     """Invert `_level` for many levels."""
     with np.errstate(divide="ignore"):
-        ratio = torch.from_numpy(
-            levels if schedule.bounded else levels / np.maximum(1 - levels, 0.0)
-        )
-    return schedule.from_log_snr(-2 * ratio.log()).tolist()
+        ratios = levels if schedule.bounded else levels / np.maximum(1 - levels, 0.0)
+    return schedule.from_log_snr(-2 * torch.from_numpy(ratios).log()).tolist()
 
 
 def _ramp(steps: int) -> np.ndarray:
@@ -492,7 +475,8 @@ def _ramp(steps: int) -> np.ndarray:
 def _end(schedule: Schedule, start: float, end: float | None) -> float:
     if end is not None and not 0 < end < start:
         raise UserError(
-            f"end={end}: expected the time of the last network call, above 0 and below start={start}"
+            f"end={end}: expected the time of the last network call, "
+            f"above 0 and below start={start}"
         )
     return min(schedule.first, start / 2) if end is None else end
 

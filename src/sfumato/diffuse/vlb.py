@@ -30,10 +30,10 @@ from sfumato.errors import UserError
 def check_has_vlb(schedule: Schedule) -> None:
     """Raise `UserError` for a schedule without a table of steps, which has no such bound."""
     if schedule.grid is None:
-        kind = getattr(schedule, "kind", type(schedule).__name__)
         raise UserError(
-            f"a learned variance with schedule {kind!r}: its loss is for tables of betas, such as cosine; expected variance=0 in the loss, which "
-            "trains the mean alone, or a network with as many output channels as the latent has"
+            f"a learned variance with schedule {schedule.kind!r}: its loss is for tables of betas, "
+            "such as cosine; expected variance=0 in the loss, which trains the mean alone, "
+            "or a network with as many output channels as the latent has"
         )
 
 

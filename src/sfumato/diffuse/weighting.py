@@ -86,5 +86,4 @@ def draw_times(
 
 
 MODE_SCALES = (-1.0, 2 / (math.pi - 2))
-"""Scales between which the map of "mode" is monotone, so that its times are a distribution on (0,
-1)."""
+"""Scales between which the map of "mode" is monotone: its times lie in (0, 1)."""

@@ -4,18 +4,18 @@ Casts happen here and nowhere else: coefficients are float64, the state float32,
 runs in its own dtype. `evaluate_calls` batches the denoiser calls of many runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sfumato.batching import DenoiserCall
+from sfumato.batching import BatchingDenoiser, DenoiserCall
 from sfumato.diffuse.process import Process
 from sfumato.inference.prepack import can_prepack, clone_sharing_weights, compile_network, prepack
+from sfumato.predict.networks.base import Network
 from sfumato.types import Conditioning, Prediction
 
 
@@ -66,6 +66,36 @@ class Denoiser:
             prediction.with_variance(y[:, channels:]) if y.shape[1] == 2 * channels else prediction
         )
 
+    # ---- the network; networks of other classes than `Network` check their inputs themselves -----
+
+    @property
+    def guidance_embeds(self) -> bool:
+        """True for a guidance-distilled network."""
+        return isinstance(self.network, Network) and self.network.guidance_embeds
+
+    @property
+    def learned_variance(self) -> bool:
+        """True if the network may predict a variance."""
+        return not isinstance(self.network, Network) or self.network.learned_variance
+
+    @property
+    def patch(self) -> int:
+        """Latent cells along a side of one of the network's tokens."""
+        return self.network.patch if isinstance(self.network, Network) else 1
+
+    @property
+    def classes(self) -> int:
+        """Rows of the network's table of classes; 0: no classes."""
+        return self.network.classes if isinstance(self.network, Network) else 0
+
+    @property
+    def sample_size(self) -> int:
+        """The default side of latents, in cells."""
+        if isinstance(self.network, Network):
+            return self.network.sample_size
+        config = self.network.config  # of diffusers' networks
+        return getattr(config, "sample_size", None) or 64
+
     @cached_property
     def _weight(self) -> tuple[nn.Module, str]:
         """(module, name) of the network's first weight, for its dtype: the search is slow."""
@@ -91,7 +121,8 @@ class Denoiser:
         elif device.type == "cpu":
             return self
         else:
-            network = clone_sharing_weights(self.network).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            clone = clone_sharing_weights(self.network)
+            network = clone.to(memory_format=torch.channels_last)  # pyright: ignore
         return replace(self, network=network)
 
     def __call__(
@@ -101,51 +132,47 @@ class Denoiser:
         return self.split(x.float(), self.output(x, t, conditioning), t)
 
 
-def evaluate_calls(queries: Sequence[DenoiserCall], rows: int | None = None) -> list[Prediction]:
+def evaluate_calls(calls: Sequence[DenoiserCall], rows: int | None = None) -> list[Prediction]:
     """Evaluate denoiser calls, batching those that fit into one forward pass.
 
     Each prediction is that of its call alone: on the CPU in float32 to the last bit. A denoiser of
-    another class is called once a call. If it has a method `evaluate_calls(queries, forward)`, that
-    gets all calls whose denoisers have the same `batch_key`, and `forward`, which evaluates calls
-    of a `Denoiser`.
+    another class is called once a call, but for a `BatchingDenoiser`.
 
     Args:
-        queries: The calls.
+        calls: The calls.
         rows: Largest batch of a forward pass; None: no limit.
 
     Returns:
         One prediction a call.
     """
-    if len(queries) == 1:
-        return _forward(queries, rows)
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for k, query in enumerate(queries):
-        key = getattr(query.denoiser, "batch_key", id(query.denoiser))
-        groups.setdefault((key, query.x.shape[1:], query.conditioning.sizes), []).append(k)
+    groups: dict[Hashable, list[int]] = {}
+    for k, call in enumerate(calls):
+        batches = isinstance(call.denoiser, BatchingDenoiser)
+        key = call.denoiser.batch_key if batches else id(call.denoiser)
+        groups.setdefault((key, call.x.shape[1:], call.conditioning.sizes), []).append(k)
     if len(groups) == 1:
-        return _forward(queries, rows)
+        return _forward(calls, rows)
     predictions: dict[int, Prediction] = {}
     for members in groups.values():
-        predictions |= zip(members, _forward([queries[k] for k in members], rows), strict=True)
-    return [predictions[k] for k in range(len(queries))]
+        predictions |= zip(members, _forward([calls[k] for k in members], rows), strict=True)
+    return [predictions[k] for k in range(len(calls))]
 
 
-def _forward(queries: Sequence[DenoiserCall], rows: int | None) -> list[Prediction]:
+def _forward(calls: Sequence[DenoiserCall], rows: int | None) -> list[Prediction]:
     """Evaluate calls of one shape to one denoiser."""
-    denoiser = queries[0].denoiser
-    if hasattr(denoiser, "evaluate_calls"):  # a wrapper's, with work around the pass
-        return denoiser.evaluate_calls(queries, lambda ready: _forward(ready, rows))
+    denoiser, first = calls[0].denoiser, calls[0]
+    if isinstance(denoiser, BatchingDenoiser):
+        return denoiser.evaluate_calls(calls, lambda ready: _forward(ready, rows))
     if not isinstance(denoiser, Denoiser):  # of another class, which may take only one time at once
-        return [denoiser(q.x, q.t, q.conditioning) for q in queries]
-    many = len(queries) > 1
-    x = torch.cat([q.x for q in queries]) if many else queries[0].x
-    t: float | Tensor = queries[0].t
-    if any(q.t != t for q in queries):
-        t = torch.tensor([q.t for q in queries for _ in range(len(q.x))], dtype=torch.float64)
-    conditioning = (
-        _concatenate([q.conditioning for q in queries]) if many else queries[0].conditioning
-    )
-    x = x.float()
+        return [denoiser(call.x, call.t, call.conditioning) for call in calls]
+    x, conditioning = first.x.float(), first.conditioning
+    t: float | Tensor = first.t
+    if len(calls) > 1:
+        x = torch.cat([call.x for call in calls]).float()
+        conditioning = _concatenate([call.conditioning for call in calls])
+        if any(call.t != t for call in calls):
+            times = [call.t for call in calls for _ in range(len(call.x))]
+            t = torch.tensor(times, dtype=torch.float64)
     if rows is None or len(x) <= rows:
         y = denoiser.output(x, t, conditioning)
     else:
@@ -156,16 +183,12 @@ def _forward(queries: Sequence[DenoiserCall], rows: int | None) -> list[Predicti
                 for p in parts
             ]
         )
-    if not many:
-        return [denoiser.split(x, y, queries[0].t)]
-    predictions, start = [], 0
-    for q in queries:
-        end = start + len(q.x)
-        predictions.append(
-            denoiser.split(q.x if q.x.dtype == torch.float32 else q.x.float(), y[start:end], q.t)
-        )
-        start = end
-    return predictions
+    # Predictions at one x stay predictions at one x: guidance combines their outputs then.
+    outputs = y.split([len(call.x) for call in calls])
+    return [
+        denoiser.split(call.x.float(), output, call.t)
+        for call, output in zip(calls, outputs, strict=True)
+    ]
 
 
 def _concatenate(parts: Sequence[Conditioning]) -> Conditioning:
@@ -177,11 +200,7 @@ def _concatenate(parts: Sequence[Conditioning]) -> Conditioning:
     if not torch.is_inference_mode_enabled():
         return Conditioning.cat(parts)
     others, batch = parts[0].__dict__.get("_concatenated", ((), None))
-    if (
-        batch is None
-        or len(others) != len(parts) - 1
-        or any(a is not b for a, b in zip(others, parts[1:], strict=True))
-    ):
+    if batch is None or [*map(id, others)] != [*map(id, parts[1:])]:
         batch = Conditioning.cat(parts)
         parts[0].__dict__["_concatenated"] = tuple(parts[1:]), batch
     return batch

@@ -7,6 +7,8 @@ run.py       `plan_coroutine`: a `Plan` as a coroutine of denoiser calls that re
 """
 
 from sfumato.sampling.plan import Plan, Settings, resolve, resolve_settings
-from sfumato.sampling.request import Defaults, Model, Request
+from sfumato.sampling.request import Defaults, Model, Request, sampler_of, spacing_of
+from sfumato.sampling.run import plan_coroutine
 
-__all__ = ["Defaults", "Model", "Plan", "Request", "Settings", "resolve", "resolve_settings"]
+__all__ = ["Defaults", "Model", "Plan", "Request", "Settings", "plan_coroutine", "resolve"]
+__all__ += ["resolve_settings", "sampler_of", "spacing_of"]

@@ -3,24 +3,24 @@
 Both check what can be checked without a model. `plan.py` checks the rest.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
-from typing import Any, Protocol, Self, TypedDict
+from typing import Any, Protocol, Self, TypedDict, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from sfumato.compress.base import Autoencoder
+from sfumato.diffuse.samplers import Sampler, get_sampler
 from sfumato.diffuse.timesteps import SPACINGS, check_times
 from sfumato.errors import UserError, unknown
 from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.guidance.settings import Guidance
-from sfumato.registry import find
 from sfumato.spec import Spec, options_of
 from sfumato.types import ImageSpec
+from sfumato.validate import number_in, one_of, positive_int, whole_number
 
 Prompt = str | None | Sequence[str | None]
 DECODINGS = ("whole", "exact", "tiled")
@@ -38,17 +38,17 @@ class Defaults:
     """Settings that apply where a request leaves them open. They are saved with the model.
 
     Attributes:
-        steps: sampling steps, at least 1
-        sampler: "name" or "name:option=value,..."
-        guidance: a number, or anything that `Guidance.parse` reads; kept as a number or JSON object
-        spacing: "name" or "name:option=value,..."
-        distilled_guidance: guidance scale passed to guidance-distilled networks (FLUX.1 dev; Meng
-            et al. 2023, arXiv:2210.03142); other networks ignore it
-        max_reference_images: number of reference images that the model was trained to read beside
-            x (FLUX.1 Kontext: 1); read by `tasks.edit`
-        size: height and width in pixels; None: the network config's, where it has one
-        tuned_timesteps: times found by `sfumato tune-timesteps`, as {sampler: [times, ...]}; used
-            where sampler and number of steps agree
+        steps: Sampling steps, at least 1.
+        sampler: "name" or "name:option=value,...".
+        guidance: A number, or anything that `Guidance.parse` reads; kept as a number or JSON.
+        spacing: "name" or "name:option=value,...".
+        distilled_guidance: Guidance scale passed to guidance-distilled networks (FLUX.1 dev; Meng
+            et al. 2023, arXiv:2210.03142); other networks ignore it.
+        max_reference_images: Number of reference images that the model was trained to read beside
+            x (FLUX.1 Kontext: 1); read by `tasks.edit`.
+        size: Height and width in pixels; None: the network config's, where it has one.
+        tuned_timesteps: Times found by `sfumato tune-timesteps`, as {sampler: [times, ...]}; used
+            where sampler and number of steps agree.
     """
 
     steps: int = 20
@@ -63,14 +63,11 @@ class Defaults:
     def __post_init__(self) -> None:
         sampler_of(self.sampler)
         spacing_of(self.spacing)
-        check_steps(self.steps)
-        check_distilled(self.distilled_guidance)
-        if not isinstance(self.max_reference_images, int) or self.max_reference_images < 0:
-            raise UserError(
-                f"max_reference_images={self.max_reference_images!r}: expected a whole number of at least 0"
-            )
-        if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
-            raise UserError(f"size={self.size!r}: expected a whole number of pixels, at least 1")
+        positive_int("steps", self.steps)
+        number_in("distilled_guidance", self.distilled_guidance, 0)
+        whole_number("max_reference_images", self.max_reference_images, 0)
+        if self.size is not None:
+            positive_int("size", self.size, unit="pixels")
         # one form, which JSON can hold
         object.__setattr__(self, "guidance", Guidance.parse(self.guidance).to_json())
         for sampler, tables in self.tuned_timesteps.items():
@@ -86,13 +83,13 @@ class Defaults:
         newer file opens.
 
         Raises:
-            UserError: a value is impossible
+            UserError: For an impossible value.
         """
-        renamed = {
-            _OLD_DEFAULTS[key]: value for key, value in values.items() if key in _OLD_DEFAULTS
-        }
         names = {f.name for f in fields(cls)}
-        return cls(**renamed | {key: value for key, value in values.items() if key in names})
+        # a field's own name goes before its earlier one
+        ordered = sorted(values.items(), key=lambda item: item[0] in names)
+        renamed = {_OLD_DEFAULTS.get(key, key): value for key, value in ordered}
+        return cls(**{key: value for key, value in renamed.items() if key in names})
 
     def to_json(self) -> dict[str, Any]:
         """All fields as a JSON object: the inverse of `from_json`."""
@@ -107,31 +104,43 @@ class Defaults:
         """Tuned times of a sampler, however it is spelled; None: none for these steps."""
         name = _canonical(sampler)
         tables = (tables for key, tables in self.tuned_timesteps.items() if _canonical(key) == name)
-        return next(
-            (list(times) for table in tables for times in table if len(times) == steps + 1), None
-        )
+        runs = (list(times) for table in tables for times in table if len(times) == steps + 1)
+        return next(runs, None)
 
 
+@runtime_checkable
 class Model(Protocol):
-    """A `LatentDiffusion`, as far as sampling and tasks read it."""
+    """The parts of a `LatentDiffusion` that sampling and tasks read."""
 
     @property
-    def autoencoder(self) -> Autoencoder: ...
+    def autoencoder(self) -> Autoencoder:
+        """Image <-> latent."""
+        ...
 
     @property
-    def denoiser(self) -> Denoiser: ...
+    def denoiser(self) -> Denoiser:
+        """Network and process."""
+        ...
 
     @property
-    def conditioner(self) -> Conditioner: ...
+    def conditioner(self) -> Conditioner:
+        """Prompts -> `Conditioning`."""
+        ...
 
     @property
-    def defaults(self) -> Defaults: ...
+    def defaults(self) -> Defaults:
+        """Settings that apply where a request leaves them open."""
+        ...
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        ...
 
     @property
-    def sample_size(self) -> int: ...
+    def sample_size(self) -> int:
+        """The default height and width of images, in pixels."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -142,50 +151,50 @@ class Request:
     axis of 1 stands for all images.
 
     Attributes:
-        prompt: one text for all images, or one an image (n is their number then); None: no prompt
-        n: number of images
-        steps: sampling steps
-        sampler: "name" or "name:option=value,...", as "ddim:eta=0.5"
-        spacing: "name" or "name:option=value,...", as "karras:rho=5"; "tuned" for tuned times
+        prompt: One text for all images, or one an image (n is their number then); None: no prompt.
+        n: Number of images.
+        steps: Sampling steps.
+        sampler: "name" or "name:option=value,...", as "ddim:eta=0.5".
+        spacing: "name" or "name:option=value,...", as "karras:rho=5"; "tuned" for tuned times.
         guidance: a number (1 is off), or anything that `Guidance.parse` reads, as
-            "3 interval:low=0.2,high=0.8"
-        seed: image k uses seed + k
-        negative_prompt: prompt(s) that guidance moves away from
-        height: in pixels
-        width: in pixels
-        timesteps: times to visit, strictly falling, 1 is noise; the last is where the run ends (0:
-            clean). Overrides `steps` and `spacing`
-        noise: (n, C, h, w) start noise instead of the seeds' own; noise drawn later is the seeds'
+            "3 interval:low=0.2,high=0.8".
+        seed: Image k uses seed + k.
+        negative_prompt: Prompt(s) that guidance moves away from.
+        height: In pixels.
+        width: In pixels.
+        timesteps: Times to visit, strictly falling, 1 is noise; the last is where the run ends (0:
+            clean). Overrides `steps` and `spacing`.
+        noise: (n, C, h, w) start noise instead of the seeds' own; noise drawn later is the seeds'.
         known_region: (z, mask): latents (n or 1, C, h, w) to keep where the mask (n or 1, 1 or C,
-            h, w) is 1
+            h, w) is 1.
         tiles: (size, stride) in latent cells: the denoiser runs on overlapping windows, for images
-            larger than the model's
-        cache: recompute the network's deep features at every so-many-th call, or at these calls
-        guide_model: the model, or its denoiser, that guidance by "model" (autoguidance) moves from
-        image_spec: size, crop and score for SDXL-class models; default: an uncropped image of this
-            height and width
+            larger than the model's.
+        cache: Recompute the network's deep features at every so-many-th call, or at these calls.
+        guide_model: The model, or its denoiser, that guidance by "model" (autoguidance) moves from.
+        image_spec: Size, crop and score for SDXL-class models; default: an uncropped image of this
+            height and width.
         init_latent: (n or 1, C, h, w) clean latent that is noised to the first time and sampled
-            from there (image to image)
-        noisy_latent: (n or 1, C, h, w) noisy latent at the first time; the run continues from it
+            from there (image to image).
+        noisy_latent: (n or 1, C, h, w) noisy latent at the first time; the run continues from it.
         concat: (n or 1, k, h, w), concatenated to x along channels: masks, images, maps. A tuple
-            holds one for the condition and one for each of guidance's references
-        vector: (n or 1, V) that joins the time embedding, for networks whose conditioner has none
+            holds one for the condition and one for each of guidance's references.
+        vector: (n or 1, V) that joins the time embedding, for networks whose conditioner has none.
         composite: (image, mask): pixels (n or 1, c, H, W) in [-1, 1] put back where the mask
-            (n or 1, 1, H, W) is 0, blended where it is between 0 and 1
-        noise_only_start: the first network call sees noise alone in the known region too, as in
-            diffusers' inpainting
-        prompt_2: text for the second text encoder (SDXL, SD 3, FLUX.1); None: the prompt
-        negative_prompt_2: the same for the negative prompt
+            (n or 1, 1, H, W) is 0, blended where it is between 0 and 1.
+        noise_only_start: The first network call gets noise alone in the known region too, as in
+            diffusers' inpainting.
+        prompt_2: Text for the second text encoder (SDXL, SD 3, FLUX.1); None: the prompt.
+        negative_prompt_2: The same for the negative prompt.
         prompt_mix: (prompt, shares): image k's conditioning lies at shares[k] in [0, 1] between
-            the request's prompt (0) and this one (1)
+            the request's prompt (0) and this one (1).
         noise_mix: (seeds, shares): image k's noise lies at shares[k] on the arc between the noise
-            of `seed` (0) and of seeds[k] (1); image k's own seed is then `seed`, not seed + k
-        noise_offset: number of draws of each image's noise to skip
+            of `seed` (0) and of seeds[k] (1); image k's own seed is then `seed`, not seed + k.
+        noise_offset: Number of draws of each image's noise to skip.
         decoding: "whole", "exact" (row by row: the same to rounding, about an eighth of the memory,
-            slower) or "tiled" (approximate)
-        distilled_guidance: guidance scale of guidance-distilled models. For them a `guidance` that
-            is given alone, as a number, sets this, and there is no second pass
-        reference_images: latents (n or 1, C, k, l) of images that the network reads beside x
+            slower) or "tiled" (approximate).
+        distilled_guidance: Guidance scale of guidance-distilled models. For them a `guidance` that
+            is given alone, as a number, sets this, and there is no second pass.
+        reference_images: Latents (n or 1, C, k, l) of images that the network reads beside x.
     """
 
     prompt: Prompt = None
@@ -225,22 +234,17 @@ class Request:
         """Build a request from its fields.
 
         Raises:
-            UserError: a field that does not exist
+            UserError: For a field that does not exist.
         """
         names = [f.name for f in fields(cls)]
         for name in values:
-            if name not in names:
-                raise unknown("field of a request", name, names)
+            one_of("field of a request", name, names)
         return cls(**values)
 
     @property
     def count(self) -> int:
         """Number of images: n, or the number of prompts."""
-        if (
-            self.prompt is None
-            or isinstance(self.prompt, str)
-            or not isinstance(self.prompt, Sequence)
-        ):
+        if isinstance(self.prompt, str) or not isinstance(self.prompt, Sequence):
             return self.n
         if self.n not in (1, len(self.prompt)):
             raise UserError(
@@ -285,14 +289,14 @@ class RequestFields(TypedDict, total=False):
 
 
 @lru_cache(maxsize=256)
-def sampler_of(spec: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+def sampler_of(spec: str) -> tuple[Sampler, dict[str, Any]]:
     """Parse "name" or "name:option=value,..." into a sampler and its options.
 
     Raises:
-        UserError: an unknown sampler or option, or a value of another type.
+        UserError: For an unknown sampler or option, or a value of another type.
     """
     parsed = Spec.parse(spec)
-    sampler = find("diffuse.samplers", parsed.name)
+    sampler = get_sampler(parsed.name)
     return sampler, parsed.values("sampler", options_of(sampler))
 
 
@@ -301,7 +305,7 @@ def spacing_of(spec: str) -> tuple[str, dict[str, Any]]:
     """Parse "name" or "name:option=value,..." into a spacing's name and its options.
 
     Raises:
-        UserError: an unknown spacing or option, or a value of another type.
+        UserError: For an unknown spacing or option, or a value of another type.
     """
     parsed = Spec.parse(spec)
     if parsed.name not in SPACINGS:
@@ -314,15 +318,3 @@ def spacing_of(spec: str) -> tuple[str, dict[str, Any]]:
 def _canonical(spec: str) -> Spec:
     """Return a sampler's name and those of its options that differ from the defaults."""
     return Spec.parse(spec).canonical("sampler", options_of(sampler_of(spec)[0]))
-
-
-def check_distilled(value: Any) -> None:
-    """Raise `UserError` unless a value is a finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise UserError(f"distilled_guidance={value!r}: expected a number of at least 0")
-
-
-def check_steps(steps: Any) -> None:
-    """Raise `UserError` unless a value is a whole number of at least 1."""
-    if not isinstance(steps, int) or steps < 1:
-        raise UserError(f"steps={steps!r}: expected a whole number of at least 1")

@@ -32,12 +32,12 @@ def plan_coroutine(
     """Coroutine that samples one plan: yields denoiser calls, returns the latents.
 
     Args:
-        model: the model that the plan was made for
-        plan: what to sample
-        on_step: called after each network call; cancels the run by returning False
+        model: The model that the plan was made for.
+        plan: The plan.
+        on_step: Called after each network call; cancels the run by returning False.
 
     Returns:
-        the latents; None where `on_step` cancelled the run
+        The latents; None where `on_step` cancelled the run.
     """
     request, times, schedule = plan.request, plan.timesteps, model.denoiser.process.schedule
     draw = noise_source(plan, model.device)
@@ -46,18 +46,13 @@ def plan_coroutine(
     start = draw()  # drawn also where `noise` replaces it, so that later draws are the same
     if request.noise is not None:
         start = request.noise.to(model.device, torch.float32)
-    denoise, x = (
-        _denoise_fn(model, plan),
-        _first_latent(model, plan, schedule.point(times[0]), start),
-    )
+    denoise = _denoise_fn(model, plan)
+    x = _first_latent(model, plan, schedule.point(times[0]), start)
     region = None
     if request.known_region is not None:
-        z, mask = region = tuple(
-            part.to(model.device, torch.float32) for part in request.known_region
-        )
-        denoise = known_region(
-            denoise, z, mask, schedule.point, x if request.noise_only_start else None
-        )
+        z, mask = region = tuple(v.to(model.device, torch.float32) for v in request.known_region)
+        first = x if request.noise_only_start else None
+        denoise = known_region(denoise, z, mask, schedule.point, first)
         if request.init_latent is None and request.noisy_latent is None:
             x = start_region(start, z, mask, schedule.point, times[0])
     sampler, options = plan.sampler_function, plan.options
@@ -80,7 +75,7 @@ def noise_source(plan: Plan, device: torch.device | str) -> Noise:
 
 
 def _first_latent(model: Model, plan: Plan, point: tuple[float, float], noise: Tensor) -> Tensor:
-    """x at the first time: the request's own latent, or noise as strong as x is there."""
+    """The latent at the first time: the request's own, or noise of the process's variance."""
     alpha, sigma = point
     request = plan.request
     if request.noisy_latent is not None:
@@ -107,33 +102,30 @@ def _denoise_fn(model: Model, plan: Plan) -> DenoiseFn:
 def _conditionings(model: Model, plan: Plan) -> tuple[Conditioning, list[Conditioning]]:
     """The condition, and the conditionings that guidance moves away from."""
     request, n, device = plan.request, plan.n, model.device
-    condition = _encode_prompts(model, plan)
-    reference = condition
+    condition = reference = _encode_prompts(model, plan)
     if not plan.guidance.off:
-        reference = encode(
-            model, plan.negative_prompts, plan.negative_prompts_2, plan.image_spec.negative
-        )
-    if request.vector is not None:
-        vector = request.vector.to(device, torch.float32).expand(n, -1)
-        condition, reference = replace(condition, vector=vector), replace(reference, vector=vector)
-    scale = plan.distilled_guidance
-    condition, reference = (
-        append_distilled_guidance(c, n, scale, device) for c in (condition, reference)
-    )
-    if request.reference_images is not None:
-        images = tuple(
-            z.to(device, torch.float32).expand(n, -1, -1, -1) for z in request.reference_images
-        )
-        condition, reference = (
-            replace(condition, references=images),
-            replace(reference, references=images),
-        )
-    maps = [part.to(device, torch.float32).expand(n, -1, -1, -1) for part in concat_parts(request)]
+        spec = plan.image_spec.negative
+        reference = encode(model, plan.negative_prompts, plan.negative_prompts_2, spec)
+
+    def rows(value: Tensor) -> Tensor:
+        """One row an image."""
+        return value.to(device, torch.float32).expand(n, *[-1] * (value.ndim - 1))
+
+    def complete(conditioning: Conditioning) -> Conditioning:
+        """Add the inputs beside the prompt, which guidance does not move away from."""
+        if request.vector is not None:
+            conditioning = replace(conditioning, vector=rows(request.vector))
+        if request.reference_images is not None:
+            references = tuple(map(rows, request.reference_images))
+            conditioning = replace(conditioning, references=references)
+        return append_distilled_guidance(conditioning, n, plan.distilled_guidance, device)
+
+    condition, reference = complete(condition), complete(reference)
+    maps = [*map(rows, concat_parts(request))]
     if not maps:
         return condition, [reference]
-    return replace(condition, concat=maps[0]), [
-        replace(reference, concat=part) for part in maps[1:]
-    ]
+    references = [replace(reference, concat=part) for part in maps[1:]]
+    return replace(condition, concat=maps[0]), references
 
 
 def condition_of(model: Model, plan: Plan) -> Conditioning:
@@ -167,10 +159,6 @@ def append_distilled_guidance(
     """Append the scale of distilled guidance to the vector; None: unchanged."""
     if scale is None:
         return conditioning
-    column = torch.full((n, 1), scale, device=device)
-    vector = (
-        column
-        if conditioning.vector is None
-        else torch.cat([conditioning.vector.float(), column], dim=1)
-    )
+    column, vector = torch.full((n, 1), scale, device=device), conditioning.vector
+    vector = column if vector is None else torch.cat([vector.float(), column], dim=1)
     return replace(conditioning, vector=vector)

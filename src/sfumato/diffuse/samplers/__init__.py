@@ -24,12 +24,19 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from sfumato.diffuse.schedule import Schedule
+from sfumato.registry import find
+from sfumato.types import Noise as Noise
 from sfumato.types import Prediction
 
+Times = Sequence[float]
+"""Times of a run, strictly descending, in [0, 1]: 1 is noise, 0 is clean."""
 Run = Generator[tuple[Tensor, float], Prediction, Tensor]
 """A sampler's generator: yields (x, t), is sent the prediction there, returns the latent."""
 
-F = TypeVar("F", bound=Callable[..., Run])
+Sampler = Callable[..., Run]
+"""(x, times, schedule, noise, **options) -> run."""
+F = TypeVar("F", bound=Sampler)
 
 
 @dataclass(frozen=True)
@@ -69,59 +76,60 @@ def traits(**values: Any) -> Callable[[F], F]:
     return mark
 
 
-def traits_of(sampler: Callable[..., Run]) -> Traits:
+def traits_of(sampler: Sampler) -> Traits:
     """Return the traits of a sampler; of one without any, those of order 1."""
     return getattr(sampler, "traits", Traits(order=1))
 
 
-def calls(
-    sampler: Callable[..., Run], times: Sequence[float], schedule: Any, **options: Any
-) -> int:
+def get_sampler(name: str) -> Sampler:
+    """Return a sampler by name; `UserError` for an unknown one."""
+    return find("diffuse.samplers", name)
+
+
+def calls(sampler: Sampler, times: Times, schedule: Schedule, **options: Any) -> int:
     """Count the network calls of a run."""
-    return _empty_run(sampler, tuple(times), schedule, tuple(options.items()))[0]
+    return _empty_run(sampler, tuple(times), schedule, tuple(options.items()), True)[0]
+
+
+def draws(sampler: Sampler, times: Times, schedule: Schedule, **options: Any) -> int:
+    """Count the draws of noise of a run."""
+    return _empty_run(sampler, tuple(times), schedule, tuple(options.items()), True)[1]
+
+
+def draws_noise(sampler: Sampler, times: Times, schedule: Schedule, **options: Any) -> bool:
+    """Return True if a run with these options draws noise."""
+    return draws(sampler, times, schedule, **options) > 0
 
 
 def check_run(
-    sampler: Callable[..., Run],
-    times: Sequence[float],
-    schedule: Any,
+    sampler: Sampler,
+    times: Times,
+    schedule: Schedule,
     options: Mapping[str, Any],
     variance: bool = True,
 ) -> None:
     """Run a sampler on one number, without a network.
 
     Args:
-        variance: whether the network predicts a variance
+        sampler: The sampler.
+        times: Times of the run.
+        schedule: t -> (alpha, sigma).
+        options: The sampler's options.
+        variance: True if the network predicts a variance.
 
     Raises:
-        UserError: options or times that the sampler refuses, or a variance that it needs
+        UserError: For options or times that the sampler refuses, and a variance that it needs.
     """
-    arguments = sampler, tuple(times), schedule, tuple(options.items())
-    # the former is remembered for `calls`
-    _empty_run(*arguments) if variance else _empty_run(*arguments, False)
-
-
-def draws_noise(
-    sampler: Callable[..., Run], times: Sequence[float], schedule: Any, **options: Any
-) -> bool:
-    """Return True if a run with these options draws noise."""
-    return draws(sampler, times, schedule, **options) > 0
-
-
-def draws(
-    sampler: Callable[..., Run], times: Sequence[float], schedule: Any, **options: Any
-) -> int:
-    """Count the draws of noise of a run."""
-    return _empty_run(sampler, tuple(times), schedule, tuple(options.items()))[1]
+    _empty_run(sampler, tuple(times), schedule, tuple(options.items()), variance)
 
 
 @lru_cache(maxsize=256)
 def _empty_run(
-    sampler: Callable[..., Run],
+    sampler: Sampler,
     times: tuple[float, ...],
-    schedule: Any,
+    schedule: Schedule,
     options: tuple[tuple[str, Any], ...],
-    variance: bool = True,
+    variance: bool,
 ) -> tuple[int, int]:
     """Count the (network calls, draws of noise) of a run on one number."""
     zeros, drawn = torch.zeros(1, 1, 1, 1), []

@@ -43,6 +43,13 @@ def log_snr_step(here: Point, there: Point) -> float:
     return half_log_snr(there) - half_log_snr(here)
 
 
+def time_between(schedule: Schedule, here: Point, there: Point, share: float) -> float:
+    """Return the time at a share of the step in log(alpha/sigma), which is finite."""
+    return schedule.at_noise_level(
+        math.exp(-half_log_snr(here) - share * log_snr_step(here, there))
+    )
+
+
 def ddim_step(prediction: Prediction, there: Point) -> Tensor:
     """Return alpha*x0 + sigma*eps: the forward process at the predicted pair.
 

@@ -4,18 +4,15 @@
 that predict the end of the flow through x. With an ordinary denoiser samples are blurred.
 """
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.schedule import Schedule
-from sfumato.types import Noise
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 
 
 @traits(order=1, noise=True, network_type="consistency")
-def consistency(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise) -> Run:
+def consistency(x: Tensor, times: Times, schedule: Schedule, noise: Noise) -> Run:
     """Call the network once a step."""
     for t, s in pairwise(times):
         prediction = yield x, t

@@ -5,22 +5,17 @@ x_s = alpha_s*x0 + sqrt(sigma_s^2 - nu^2)*eps + nu*noise, where nu is the standa
 (alpha_s*sigma_t))^2). eta 0 is deterministic, eta 1 is DDPM.
 """
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.diffuse.samplers._steps import ancestral, ddim_step
-from sfumato.diffuse.schedule import Schedule
-from sfumato.types import Noise
 from sfumato.validate import number_in
 
 
 @traits(order=1, uses_x0_and_eps=True)
-def ddim(
-    x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 0.0
-) -> Run:
+def ddim(x: Tensor, times: Times, schedule: Schedule, noise: Noise, eta: float = 0.0) -> Run:
     """Call the network once a step.
 
     Options:

@@ -7,21 +7,18 @@ the usual approximation. Where there is more noise than signal the same step is 
 hardly changes with x_s there, as eps hardly changes elsewhere.
 """
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.diffuse.samplers._steps import exp_step_eps, exp_step_x0
-from sfumato.diffuse.schedule import Schedule
-from sfumato.types import Noise
 from sfumato.validate import positive_int
 
 
 @traits(order=1, inverts=True)
 def ddim_inversion(
-    x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, iterations: int = 1
+    x: Tensor, times: Times, schedule: Schedule, noise: Noise, iterations: int = 1
 ) -> Run:
     """Run from x at the last of the times (0: clean) to the latent at the first.
 

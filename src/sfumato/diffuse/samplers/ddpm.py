@@ -12,23 +12,20 @@ that is taken (section 4).
 """
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.schedule import Schedule
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.errors import UserError
-from sfumato.types import Noise
 from sfumato.validate import one_of
 
 
 @traits(order=1, noise=True)
 def ddpm(
     x: Tensor,
-    times: Sequence[float],
+    times: Times,
     schedule: Schedule,
     noise: Noise,
     variance: Literal["small", "large", "learned"] = "small",
@@ -48,7 +45,8 @@ def ddpm(
         learned = prediction.variance if variance == "learned" else None
         if variance == "learned" and learned is None:
             raise UserError(
-                "ddpm with variance 'learned': this network predicts no variance; expected 'small' or 'large'"
+                "ddpm with variance 'learned': this network predicts no variance; "
+                "expected 'small' or 'large'"
             )
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.point(t), schedule.point(s)
         ratio = alpha_t / alpha_s

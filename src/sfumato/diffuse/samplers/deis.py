@@ -7,17 +7,14 @@ u^(k-1)). The first step, and one from alpha = 0, is DDIM's.
 """
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.diffuse.samplers._steps import ddim_step, exp_step_eps, no_signal, weighted_sum
-from sfumato.diffuse.schedule import Schedule
-from sfumato.types import Noise
 from sfumato.validate import whole_number
 
 
@@ -45,7 +42,7 @@ def coefficients(points: tuple[float, ...], end: float) -> list[float]:
 @traits(order=2)
 def deis(
     x: Tensor,
-    times: Sequence[float],
+    times: Times,
     schedule: Schedule,
     noise: Noise,
     order: int = 2,

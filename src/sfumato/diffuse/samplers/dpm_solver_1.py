@@ -4,19 +4,16 @@ x_s = (alpha_s/alpha_t) x - sigma_s (e^h - 1) eps, h the step in log(alpha/sigma
 shows: sigma_s e^h = alpha_s sigma_t / alpha_t, and x - sigma_t eps = alpha_t x0.
 """
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.diffuse.samplers._steps import ddim_step
-from sfumato.diffuse.schedule import Schedule
-from sfumato.types import Noise
 
 
 @traits(order=1, uses_x0_and_eps=True)
-def dpm_solver_1(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise) -> Run:
+def dpm_solver_1(x: Tensor, times: Times, schedule: Schedule, noise: Noise) -> Run:
     """Call the network once a step."""
     for t, s in pairwise(times):
         prediction = yield x, t

@@ -6,29 +6,17 @@ it: u = (alpha_m/alpha_t) x - sigma_m (e^(r1 h) - 1) eps_t, then x_s = (alpha_s/
 DDIM's.
 """
 
-import math
-from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import (
-    ddim_step,
-    exp_step_eps,
-    half_log_snr,
-    log_snr_step,
-    no_signal,
-)
-from sfumato.diffuse.schedule import Schedule
-from sfumato.types import Noise
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
+from sfumato.diffuse.samplers._steps import ddim_step, exp_step_eps, no_signal, time_between
 from sfumato.validate import number_in
 
 
 @traits(order=2, calls=2)
-def dpm_solver_2(
-    x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, r1: float = 0.5
-) -> Run:
+def dpm_solver_2(x: Tensor, times: Times, schedule: Schedule, noise: Noise, r1: float = 0.5) -> Run:
     """Call the network twice a step, once for a step from alpha = 0 or to sigma = 0.
 
     Options:
@@ -41,8 +29,7 @@ def dpm_solver_2(
         if no_signal(here) or there[1] == 0:
             x = ddim_step(first, there)
             continue
-        h = log_snr_step(here, there)
-        m = schedule.at_noise_level(math.exp(-half_log_snr(here) - r1 * h))
+        m = time_between(schedule, here, there, r1)
         second = yield exp_step_eps(x, first.eps, here, schedule.point(m)), m
         x = exp_step_eps(x, first.eps + (second.eps - first.eps) * (0.5 / r1), here, there)
     return x

@@ -6,29 +6,24 @@ are those of DDIM's posterior with eta (Song et al. 2021, arXiv:2010.02502, eq. 
 2022, arXiv:2206.00927, algorithm 1). Steps from or to an end are single ancestral ones.
 """
 
-import math
-from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.diffuse.samplers._steps import (
     ancestral,
     ddim_step,
     exp_step_eps,
-    half_log_snr,
-    log_snr_step,
     no_signal,
+    time_between,
 )
-from sfumato.diffuse.schedule import Schedule
-from sfumato.types import Noise
 from sfumato.validate import number_in
 
 
 @traits(order=2, calls=2, noise=True)
 def dpm_solver_2_ancestral(
-    x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 1.0
+    x: Tensor, times: Times, schedule: Schedule, noise: Noise, eta: float = 1.0
 ) -> Run:
     """Call the network twice a step, once for a step from alpha = 0 or to sigma = 0.
 
@@ -44,9 +39,7 @@ def dpm_solver_2_ancestral(
         if no_signal(here) or down == 0:
             x = ddim_step(first, lower)
         else:
-            m = schedule.at_noise_level(
-                math.exp(-half_log_snr(here) - log_snr_step(here, lower) / 2)
-            )
+            m = time_between(schedule, here, lower, 0.5)
             second = yield exp_step_eps(x, first.eps, here, schedule.point(m)), m
             x = exp_step_eps(x, second.eps, here, lower)
         if up > 0:

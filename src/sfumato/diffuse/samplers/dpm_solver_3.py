@@ -12,28 +12,25 @@ Steps from or to an end are DDIM's.
 """
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.diffuse.samplers._steps import (
     ddim_step,
     exp_step_eps,
-    half_log_snr,
     log_snr_step,
     no_signal,
+    time_between,
 )
-from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError
-from sfumato.types import Noise
 
 
 @traits(order=3, calls=3)
 def dpm_solver_3(
     x: Tensor,
-    times: Sequence[float],
+    times: Times,
     schedule: Schedule,
     noise: Noise,
     r1: float = 1 / 3,
@@ -54,7 +51,7 @@ def dpm_solver_3(
             x = ddim_step(first, there)
             continue
         h = log_snr_step(here, there)
-        t1, t2 = (schedule.at_noise_level(math.exp(-half_log_snr(here) - r * h)) for r in (r1, r2))
+        t1, t2 = (time_between(schedule, here, there, r) for r in (r1, r2))
         p1, p2 = schedule.point(t1), schedule.point(t2)
         d1 = (yield exp_step_eps(x, first.eps, here, p1), t1).eps - first.eps
         bend = p2[1] * (r2 / r1) * (math.expm1(r2 * h) / (r2 * h) - 1)

@@ -5,20 +5,16 @@
 steps from or to an end, where h is infinite, are DDIM's.
 """
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.diffuse.samplers.dpmpp_2m_sde import dpmpp_2m_sde
-from sfumato.diffuse.schedule import Schedule
-from sfumato.types import Noise
 
 
 @traits(order=2)
 def dpmpp_2m(
     x: Tensor,
-    times: Sequence[float],
+    times: Times,
     schedule: Schedule,
     noise: Noise,
     lower_order_final: bool = False,
@@ -30,14 +26,5 @@ def dpmpp_2m(
         lower_order_final: Make the last step first-order, wherever it ends; to t = 0 it always is.
         lower_below: Do so in runs of fewer steps than this (diffusers: 15).
     """
-    return (
-        yield from dpmpp_2m_sde(
-            x,
-            times,
-            schedule,
-            noise,
-            eta=0.0,
-            lower_order_final=lower_order_final,
-            lower_below=lower_below,
-        )
-    )
+    lower = {"lower_order_final": lower_order_final, "lower_below": lower_below}
+    return (yield from dpmpp_2m_sde(x, times, schedule, noise, eta=0.0, **lower))

@@ -6,23 +6,17 @@ it: u = (sigma_m/sigma_t) x + alpha_m (1 - e^(-r h)) x0_t, then x_s = (sigma_s/s
 DDIM's.
 """
 
-import math
-from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.samplers._steps import at_an_end, exp_step_x0, half_log_snr, log_snr_step
-from sfumato.diffuse.schedule import Schedule
-from sfumato.types import Noise
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
+from sfumato.diffuse.samplers._steps import at_an_end, exp_step_x0, time_between
 from sfumato.validate import number_in
 
 
 @traits(order=2, calls=2)
-def dpmpp_2s(
-    x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, r: float = 0.5
-) -> Run:
+def dpmpp_2s(x: Tensor, times: Times, schedule: Schedule, noise: Noise, r: float = 0.5) -> Run:
     """Call the network twice a step, once for a step from alpha = 0 or to sigma = 0.
 
     Options:
@@ -34,8 +28,7 @@ def dpmpp_2s(
         here, there = schedule.point(t), schedule.point(s)
         x0 = first.x0
         if not at_an_end(here, there):
-            h = log_snr_step(here, there)
-            m = schedule.at_noise_level(math.exp(-half_log_snr(here) - r * h))
+            m = time_between(schedule, here, there, r)
             second = yield exp_step_x0(x, x0, here, schedule.point(m)), m
             x0 = x0 * (1 - 0.5 / r) + second.x0 * (0.5 / r)
         x = exp_step_x0(x, x0, here, there)

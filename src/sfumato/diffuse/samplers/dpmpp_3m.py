@@ -3,21 +3,18 @@
 (Lu et al. 2022, arXiv:2211.01095, appendix; the formula is in dpmpp_3m_sde.py, with eta 0.)
 """
 
-from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.diffuse.samplers.dpmpp_3m_sde import dpmpp_3m_sde
-from sfumato.diffuse.schedule import Schedule
-from sfumato.types import Noise
 
 
 @traits(order=3)
 def dpmpp_3m(
     x: Tensor,
-    times: Sequence[float],
+    times: Times,
     schedule: Schedule,
     noise: Noise,
     published: bool = False,
@@ -26,16 +23,5 @@ def dpmpp_3m(
     lower_below: int = 0,
 ) -> Run:
     """Call the network once a step; the options are those of `dpmpp_3m_sde`."""
-    return (
-        yield from dpmpp_3m_sde(
-            x,
-            times,
-            schedule,
-            noise,
-            eta=0.0,
-            published=published,
-            solver=solver,
-            lower_order_final=lower_order_final,
-            lower_below=lower_below,
-        )
-    )
+    lower = {"lower_order_final": lower_order_final, "lower_below": lower_below}
+    return (yield from dpmpp_3m_sde(x, times, schedule, noise, 0.0, published, solver, **lower))

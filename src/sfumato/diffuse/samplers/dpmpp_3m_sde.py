@@ -12,23 +12,20 @@ are of order two: `published=True` gives their results.
 """
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.diffuse.samplers._steps import log_snr_step, weighted_sum
-from sfumato.diffuse.schedule import Schedule
-from sfumato.types import Noise
 from sfumato.validate import number_in, one_of
 
 
 @traits(order=3, noise=True)
 def dpmpp_3m_sde(
     x: Tensor,
-    times: Sequence[float],
+    times: Times,
     schedule: Schedule,
     noise: Noise,
     eta: float = 1.0,

@@ -5,31 +5,27 @@ whole step again with x0 = (1 - 1/(2r)) x0_t + x0_m/(2r), each with its own nois
 an end, where there is no middle, are single ancestral ones.
 """
 
-import math
-from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.diffuse.samplers._steps import (
     Point,
     ancestral,
     at_an_end,
     exp_step_x0,
-    half_log_snr,
-    log_snr_step,
+    time_between,
     weighted_sum,
 )
-from sfumato.diffuse.schedule import Schedule
-from sfumato.types import Noise, Prediction
+from sfumato.types import Prediction
 from sfumato.validate import number_in
 
 
 @traits(order=2, calls=2, noise=True)
 def dpmpp_sde(
     x: Tensor,
-    times: Sequence[float],
+    times: Times,
     schedule: Schedule,
     noise: Noise,
     eta: float = 1.0,
@@ -55,7 +51,7 @@ def dpmpp_sde(
         if at_an_end(here, there):
             x = step(first, here, there)
             continue
-        m = schedule.at_noise_level(math.exp(-half_log_snr(here) - r * log_snr_step(here, there)))
+        m = time_between(schedule, here, there, r)
         second = yield step(first, here, schedule.point(m)), m
         x = step(weighted_sum((1 - 0.5 / r, first.x0), (0.5 / r, second.x0)), here, there)
     return x

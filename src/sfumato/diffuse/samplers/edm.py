@@ -6,17 +6,14 @@ method (heun.py) goes down from there. Their best settings for images: churn 40,
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.diffuse.samplers._steps import OdeCoordinates, add_noise_to, ddim_step
-from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError
-from sfumato.types import Noise
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Churn:
 @traits(order=2, calls=2, noise=True)
 def edm(
     x: Tensor,
-    times: Sequence[float],
+    times: Times,
     schedule: Schedule,
     noise: Noise,
     churn: float = 40.0,
@@ -75,10 +72,8 @@ def edm(
         churn_to: S_tmax, a noise level sigma/alpha.
         churn_noise: S_noise.
     """
-    add_churn, coordinates = (
-        Churn(churn, churn_from, churn_to, churn_noise, len(times) - 1),
-        OdeCoordinates(schedule),
-    )
+    add_churn = Churn(churn, churn_from, churn_to, churn_noise, len(times) - 1)
+    coordinates = OdeCoordinates(schedule)
     for t, s in pairwise(times):
         x, t = add_churn(x, t, schedule, noise)
         first = yield x, t

@@ -6,22 +6,19 @@ of DDIM with eta 0, and of a flow's x + (s - t)(eps - x0). With `churn` > 0 nois
 each step and removed by it (their algorithm 2, S_churn).
 """
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.diffuse.samplers._steps import ddim_step
 from sfumato.diffuse.samplers.edm import Churn
-from sfumato.diffuse.schedule import Schedule
-from sfumato.types import Noise
 
 
 @traits(order=1, uses_x0_and_eps=True)
 def euler(
     x: Tensor,
-    times: Sequence[float],
+    times: Times,
     schedule: Schedule,
     noise: Noise,
     churn: float = 0.0,

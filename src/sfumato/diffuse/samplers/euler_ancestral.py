@@ -6,22 +6,19 @@ noise. With eta 1 it is DDPM's posterior (Ho et al. 2020, arXiv:2006.11239) writ
 Karras et al. 2022 (arXiv:2206.00364).
 """
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.diffuse.samplers._steps import ancestral, exp_step_x0
-from sfumato.diffuse.schedule import Schedule
-from sfumato.types import Noise
 from sfumato.validate import number_in
 
 
 @traits(order=1, noise=True)
 def euler_ancestral(
     x: Tensor,
-    times: Sequence[float],
+    times: Times,
     schedule: Schedule,
     noise: Noise,
     eta: float = 1.0,

@@ -5,17 +5,13 @@ terminal SNR, where that is infinite at t = 1, in x/(alpha + sigma) over sigma/(
 which for a flow is x over t.
 """
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.diffuse.samplers.edm import edm
-from sfumato.diffuse.schedule import Schedule
-from sfumato.types import Noise
 
 
 @traits(order=2, calls=2)
-def heun(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise) -> Run:
+def heun(x: Tensor, times: Times, schedule: Schedule, noise: Noise) -> Run:
     """Call the network twice a step, once for a last step to t = 0."""
     return (yield from edm(x, times, schedule, noise, churn=0.0))

@@ -6,21 +6,18 @@ almost everywhere else. x_s = alpha_s f + sigma_s noise.
 """
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
-from sfumato.diffuse.schedule import Schedule
-from sfumato.types import Noise
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.validate import number_in
 
 
 @traits(order=1, noise=True, network_type="consistency")
 def lcm(
     x: Tensor,
-    times: Sequence[float],
+    times: Times,
     schedule: Schedule,
     noise: Noise,
     scaling: float = 10.0,

@@ -6,17 +6,14 @@ slope eps; for flows B is t and the slope eps - x0).
 """
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.diffuse.samplers._steps import OdeCoordinates, weighted_sum
-from sfumato.diffuse.schedule import Schedule
-from sfumato.types import Noise
 from sfumato.validate import whole_number
 
 
@@ -38,7 +35,7 @@ def coefficients(points: tuple[float, ...], end: float) -> list[float]:
 
 
 @traits(order=4)
-def lms(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, order: int = 4) -> Run:
+def lms(x: Tensor, times: Times, schedule: Schedule, noise: Noise, order: int = 4) -> Run:
     """Call the network once a step.
 
     Options:

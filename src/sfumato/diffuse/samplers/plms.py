@@ -11,10 +11,9 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.diffuse.samplers._steps import Point, ddim_step, exp_step_eps, no_signal
-from sfumato.diffuse.schedule import Schedule
-from sfumato.types import Noise, Prediction
+from sfumato.types import Prediction
 
 ADAMS = (
     (1.0,),
@@ -42,7 +41,7 @@ def transfer(x: Tensor, prediction: Prediction, eps: Tensor, here: Point, there:
 
 
 @traits(order=2, calls=2)
-def plms(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise) -> Run:
+def plms(x: Tensor, times: Times, schedule: Schedule, noise: Noise) -> Run:
     """Call the network once a step, twice for the first."""
     noises: list[Tensor] = []
     for t, s in pairwise(times):

@@ -4,19 +4,16 @@
 twice at the middle m and at s, moving each time by DDIM's step: e = (e_1 + 2 e_2 + 2 e_3 + e_4)/6.
 """
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.diffuse.samplers.plms import multistep, transfer
-from sfumato.diffuse.schedule import Schedule
-from sfumato.types import Noise
 
 
 @traits(order=2, calls=4)
-def pndm(x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise) -> Run:
+def pndm(x: Tensor, times: Times, schedule: Schedule, noise: Noise) -> Run:
     """Call the network four times in each of the first three steps, then once a step."""
     noises: list[Tensor] = []
     for index, (t, s) in enumerate(pairwise(times)):

@@ -7,22 +7,19 @@ steps keep those made below small.
 """
 
 import math
-from collections.abc import Sequence
 
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.diffuse.samplers._steps import add_noise_to
 from sfumato.diffuse.samplers.heun import heun
-from sfumato.diffuse.schedule import Schedule
 from sfumato.errors import UserError
-from sfumato.types import Noise
 
 
 @traits(order=2, calls=2, noise=True)
 def restart(
     x: Tensor,
-    times: Sequence[float],
+    times: Times,
     schedule: Schedule,
     noise: Noise,
     low: float = 0.1,

@@ -7,22 +7,17 @@
 """
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.diffuse.samplers._steps import added_noise
-from sfumato.diffuse.schedule import Schedule
-from sfumato.types import Noise
 from sfumato.validate import number_in
 
 
 @traits(order=1, noise=True, network_type="consistency", exact={"eta": 1.0})
-def tcd(
-    x: Tensor, times: Sequence[float], schedule: Schedule, noise: Noise, eta: float = 0.3
-) -> Run:
+def tcd(x: Tensor, times: Times, schedule: Schedule, noise: Noise, eta: float = 0.3) -> Run:
     """Call the network once a step.
 
     Options:

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from sfumato.diffuse.samplers import Run, traits
+from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.diffuse.samplers._steps import (
     Point,
     at_an_end,
@@ -28,8 +28,6 @@ from sfumato.diffuse.samplers._steps import (
     log_snr_step,
     weighted_sum,
 )
-from sfumato.diffuse.schedule import Schedule
-from sfumato.types import Noise
 from sfumato.validate import one_of, whole_number
 
 
@@ -52,7 +50,7 @@ def weights(ratios: tuple[float, ...], h: float, kind: str) -> list[float]:
 @traits(order=2)
 def unipc(
     x: Tensor,
-    times: Sequence[float],
+    times: Times,
     schedule: Schedule,
     noise: Noise,
     order: int = 2,

@@ -29,14 +29,11 @@ def interpolate_conditioning(
     Raises:
         UserError: For conditionings with masks, images or residuals.
     """
-    if any(
-        field is not None
-        for c in (a, b)
-        for field in (c.mask, c.concat, c.residuals, c.image_tokens)
-    ):
+    fields = (f for c in (a, b) for f in (c.mask, c.concat, c.residuals, c.image_tokens))
+    if any(field is not None for field in fields):
         raise UserError(
-            "conditionings with masks (of padding, as PixArt's) or images cannot be interpolated: expected one prompt for all images; "
-            "two seeds or two images can be"
+            "conditionings with masks (of padding, as PixArt's) or images cannot be interpolated: "
+            "expected one prompt for all images; two seeds or two images can be"
         )
     s = torch.tensor(list(shares), dtype=torch.float32)
     return Conditioning(
@@ -55,7 +52,7 @@ def _same_length(a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Ten
 def _lerp(a: Tensor | None, b: Tensor | None, shares: Tensor) -> Tensor | None:
     """(1 - s) a + s b, from the nearer end.
 
-    Both ends keep their bits, and so does what is equal in both.
+    Both ends keep their bits, and so do values that are equal in both.
     """
     if a is None or b is None:
         assert a is b, "one conditioner sets the same fields for all prompts"

@@ -71,10 +71,9 @@ def parse(prompt: str) -> list[tuple[str, float]]:
             multiply(start, 1 / FACTOR)
         else:
             pieces.append(_Piece(part["escaped"] or part[0], escaped=part["escaped"] is not None))
-    for start in opened["("]:
-        multiply(start, FACTOR)
-    for start in opened["["]:
-        multiply(start, 1 / FACTOR)
+    for bracket, factor in (("(", FACTOR), ("[", 1 / FACTOR)):
+        for start in opened[bracket]:
+            multiply(start, factor)
     return _joined(pieces)
 
 
@@ -82,7 +81,8 @@ def _weight(number: str, prompt: str) -> float:
     weight = float(number)
     if abs(weight) > LARGEST:
         raise UserError(
-            rf"weight {number} in prompt {quoted(prompt)}: expected -{LARGEST:g} to {LARGEST:g}; write \( and \) for parentheses that are text"
+            f"weight {number} in prompt {quoted(prompt)}: expected -{LARGEST:g} to {LARGEST:g}; "
+            r"write \( and \) for parentheses that are text"
         )
     return weight
 
@@ -90,7 +90,8 @@ def _weight(number: str, prompt: str) -> float:
 def _check_editing(pieces: list[_Piece], prompt: str) -> None:
     if _EDITING.search("".join("" if piece.escaped else piece.text for piece in pieces)):
         raise UserError(
-            rf"prompt {quoted(prompt)} has [from:to:when] or [one|other]: expected one prompt for all steps; write \[ and \] for brackets that are text"
+            f"prompt {quoted(prompt)} has [from:to:when] or [one|other]: "
+            r"expected one prompt for all steps; write \[ and \] for brackets that are text"
         )
 
 

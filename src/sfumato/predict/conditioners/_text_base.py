@@ -5,32 +5,38 @@ padding.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sfumato.config import read_config
-from sfumato.errors import UserError, explained, unknown
+from sfumato.errors import UserError, explained
 from sfumato.io.atomic import read_table
 from sfumato.predict.conditioners.base import CONFIG, Conditioner, Prompts
 from sfumato.predict.text_encoders.base import Encoder, SequenceEncoder
 from sfumato.types import Conditioning, ImageSpec
-from sfumato.validate import whole_number
+from sfumato.validate import flag, one_of, whole_number
 
 TRUNCATIONS = ("refuse", "cut")
 _RENAMED = {"masked": "mask_padding", "long": "truncation"}
 """Settings in files of earlier versions, and today's names."""
+Texts = tuple[str | None, str | None]
+"""A row's text for the first encoder and for the others."""
+Encoded = tuple[Tensor, Tensor, Tensor | None]
+"""A row's tokens (L, D), mask (L,), False on padding, and vector (V,), where there is one."""
 
 
 # ---- settings ------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class TextConfig:
-    """Settings of a `TextConditioner`: each subclass is a frozen dataclass."""
+    """Settings of a `TextConditioner`, none by themselves."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -50,25 +56,37 @@ class TextConfig:
         """The settings as JSON."""
         return {
             name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(cast(Any, self)).items()
+            for name, value in asdict(self).items()
         }
+
+
+@dataclass(frozen=True)
+class SequenceTextConfig(TextConfig):
+    """Settings of a conditioner whose encoder has a fixed number of positions.
+
+    Attributes:
+        max_sequence_length: Positions of a prompt, the special tokens among them.
+        mask_padding: True masks padding in the encoder's attention, where it has such a mask, and
+            (by `Conditioning.mask`) in the network's, as the model was trained.
+        truncation: "refuse" a longer prompt, or "cut" it.
+    """
+
+    max_sequence_length: int = 512
+    mask_padding: bool = False
+    truncation: str = "refuse"
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 C = TypeVar("C", bound=TextConfig)
 
 
-def check_settings(config: Any) -> None:
+def check_settings(config: SequenceTextConfig) -> None:
     """Raise `UserError` for impossible values of the settings that these conditioners share."""
-    if config.truncation not in TRUNCATIONS:
-        raise unknown("truncation", config.truncation, TRUNCATIONS)
-    check_flag("mask_padding", config.mask_padding)
+    one_of("truncation", config.truncation, TRUNCATIONS)
+    flag("mask_padding", config.mask_padding)
     whole_number("max_sequence_length", config.max_sequence_length, 2)
-
-
-def check_flag(name: str, value: Any) -> None:
-    """Raise `UserError` unless a setting is true or false."""
-    if not isinstance(value, bool):
-        raise UserError(f"{name}={value!r}: expected true or false")
 
 
 def read_settings(
@@ -80,8 +98,7 @@ def read_settings(
         cls: The settings' class.
         name: The conditioner's name, which the file must have.
         folder: The model's folder.
-        defaults: What follows from the folder's other files, for settings that the file does not
-            have.
+        defaults: Settings that follow from the folder's other files, where this file has none.
         source: Where the defaults are from, for messages; None: the folder.
 
     Raises:
@@ -94,7 +111,8 @@ def read_settings(
     values = read_table(path)
     if values.get("_class_name") != name:
         raise UserError(
-            f"{path} is of class {values.get('_class_name')!r}: expected {name}, as the folder has its text encoders"
+            f"{path} is of class {values.get('_class_name')!r}: "
+            f"expected {name}, as the folder has its text encoders"
         )
     with explained(path):
         return cls.from_dict({**defaults, **values})
@@ -103,25 +121,81 @@ def read_settings(
 # ---- conditioners --------------------------------------------------------------------------------
 
 
+class EncoderPart(NamedTuple):
+    """A text encoder of a model's folder.
+
+    Attributes:
+        load: (tokenizer's folder, encoder's folder, dtype=, variant=) -> the encoder.
+        tokenizer: The tokenizer's class in model_index.json; empty where `index` is overridden.
+    """
+
+    load: Callable[..., Encoder]
+    tokenizer: str = ""
+
+
 class TextConditioner(Conditioner):
     """A conditioner with text encoders.
 
-    Each subclass is a frozen dataclass with fields encoder, encoder_2, ... and config. Brackets are
-    text, but for `ClipText`. `dataclasses.replace` changes the settings; encoders are shared, not
-    copied.
+    Each subclass is a frozen dataclass with fields encoder, encoder_2, ... and config, and has
+    `_encode_row`. Brackets are text, but for `ClipText`. `dataclasses.replace` changes settings
+    and encoders, which are shared, not copied.
 
     Attributes:
+        parts: The text encoders by the ending of their folders' names: "", "_2", ....
         part: The encoders' folders, before their ending.
         config: The settings.
     """
 
+    parts: ClassVar[Mapping[str, EncoderPart]] = {}
     part: ClassVar[str] = "text_encoder"
-    config: Any
+    config: TextConfig = TextConfig()
+
+    # ---- prompts -> Conditioning -----------------------------------------------------------------
+
+    def check(
+        self, prompts: Prompts, image_spec: ImageSpec | None = None, second: Prompts | None = None
+    ) -> None:
+        """Raise every `UserError` that these prompts would raise, without using a weight."""
+        super().check(prompts, image_spec, second)
+        for row in dict.fromkeys(self._rows(prompts, second)):
+            self._check_row(*row)
+
+    def encode(
+        self, prompts: Prompts, image_spec: ImageSpec | None, second: Prompts | None
+    ) -> Conditioning:
+        """Encode each different row once: `tokens` (B, L, D), `mask` (B, L) and `vector` (B, V).
+
+        `mask` is there where the settings mask padding, and where some rows are longer: the others
+        end in masked zeros then. The image makes no difference.
+        """
+        rows = self._rows(prompts, second)
+        encoded = {row: self._encode_row(*row) for row in dict.fromkeys(rows)}
+        tokens, masks, vectors = zip(*(encoded[row] for row in rows), strict=True)
+        masked = self.masks_padding or len(set(map(len, tokens))) > 1
+        return Conditioning(
+            pad_sequence(list(tokens), batch_first=True),
+            pad_sequence(list(masks), batch_first=True) if masked else None,
+            None if vectors[0] is None else torch.stack(vectors),
+        )
+
+    def _rows(self, prompts: Prompts, second: Prompts | None) -> Sequence[Texts]:
+        """Checked prompts as texts, row by row: for the first encoder, and for the others."""
+        return prompt_pairs(prompts, second)
+
+    def _check_row(self, first: Any, others: Any) -> None:
+        """Raise `UserError` for a row's texts that `_encode_row` refuses."""
+
+    def _encode_row(self, first: Any, others: Any) -> Encoded:
+        """Encode a row's texts; for subclasses that leave `encode` as it is."""
+        raise NotImplementedError
+
+    # ---- properties ------------------------------------------------------------------------------
 
     @property
-    @abstractmethod
     def encoders(self) -> Mapping[str, Encoder]:
         """Text encoders by the ending of their folder's name: "", "_2", ...."""
+        encoders = {end: getattr(self, f"encoder{end}") for end in self.parts}
+        return {end: encoder for end, encoder in encoders.items() if encoder is not None}
 
     @property
     @abstractmethod
@@ -131,7 +205,7 @@ class TextConditioner(Conditioner):
     @property
     def masks_padding(self) -> bool:
         """True where the network does not attend to padded tokens."""
-        return bool(getattr(self.config, "mask_padding", False))
+        return isinstance(self.config, SequenceTextConfig) and self.config.mask_padding
 
     @property
     def device(self) -> torch.device:
@@ -180,9 +254,15 @@ class TextConditioner(Conditioner):
         """The JSON of conditioner/config.json: the name and the settings."""
         return {"_class_name": self.name, **self.config.to_dict()}
 
-    @abstractmethod
     def index(self) -> dict[str, Any]:
         """Its entries of model_index.json, as diffusers writes them."""
+        entries: dict[str, Any] = {}
+        for end, part in self.parts.items():
+            encoder = self.encoders.get(end)
+            names = (None, None) if encoder is None else (part.tokenizer, encoder.class_name)
+            for folder, name in zip((f"tokenizer{end}", f"{self.part}{end}"), names, strict=True):
+                entries[folder] = [None if name is None else "transformers", name]
+        return entries
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the folders of tokenizers and encoders, and conditioner/config.json.
@@ -202,20 +282,71 @@ class TextConditioner(Conditioner):
             )
         super().save(folder, dtype)
 
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype | None = torch.float32,
+        variant: str | None = None,
+    ) -> Self:
+        """Open the tokenizers and encoders of a folder in diffusers' layout, and the settings.
+
+        Settings come from conditioner/config.json where there is one, else from the folder's other
+        files.
+
+        Args:
+            folder: The model's folder.
+            dtype: Of the weights; None leaves them as stored and unread, to be streamed.
+            variant: The files of weights to prefer, such as "fp16".
+
+        Raises:
+            UserError: For files that are missing or do not fit.
+        """
+        folder = Path(folder)
+        present = cls._parts_of(folder)
+        encoders = {
+            f"encoder{end}": part.load(
+                folder / f"tokenizer{end}",
+                folder / f"{cls.part}{end}",
+                dtype=dtype,
+                variant=variant,
+            )
+            if end in present
+            else None
+            for end, part in cls.parts.items()
+        }
+        return cast(Any, cls)(**encoders, config=cls._settings_of(folder, encoders))
+
+    @classmethod
+    def _parts_of(cls, folder: Path) -> Collection[str]:
+        """The endings of the text encoders that a model's folder has."""
+        return cls.parts
+
+    @classmethod
+    def _settings_of(cls, folder: Path, encoders: Mapping[str, Any]) -> TextConfig:
+        """The settings of a model's folder.
+
+        Args:
+            folder: The model's folder.
+            encoders: Its text encoders by the name of the field.
+        """
+        defaults = cls._default_settings(folder, encoders)
+        return read_settings(type(cls.config), cls.name, folder, defaults)
+
+    @classmethod
+    def _default_settings(cls, folder: Path, encoders: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Settings that follow from the folder's other files; arguments as in `_settings_of`."""
+        return {}
+
 
 def prompt_pairs(prompts: Prompts, second: Prompts | None) -> list[tuple[str, str]]:
     """Checked prompts as texts, row by row: for the first encoder, and for the others.
 
     None and whitespace are ""; None in `second` is the first encoder's text.
     """
-    texts = prompt_texts(prompts)
-    if second is None:
-        return list(zip(texts, texts, strict=True))
-    others = zip(second, prompt_texts(second), strict=True)
-    return [
-        (text, text if prompt is None else other)
-        for text, (prompt, other) in zip(texts, others, strict=True)
-    ]
+    second = [None] * len(prompts) if second is None else second
+    rows = zip(prompt_texts(prompts), second, prompt_texts(second), strict=True)
+    return [(text, text if prompt is None else other) for text, prompt, other in rows]
 
 
 def prompt_texts(prompts: Prompts) -> list[str]:
@@ -229,53 +360,28 @@ class SingleEncoderText(TextConditioner):
 
     Attributes:
         encoder: The text encoder.
-        config: Settings, with max_sequence_length, mask_padding and truncation.
+        config: The settings.
     """
 
     encoder: SequenceEncoder
-    config: Any
+    config: SequenceTextConfig = SequenceTextConfig()
 
-    def check(
-        self, prompts: Prompts, image_spec: ImageSpec | None = None, second: Prompts | None = None
-    ) -> None:
-        """Raise every `UserError` that these prompts would raise, without using a weight."""
-        super().check(prompts, image_spec, second)
-        for text in dict.fromkeys(self._texts(prompts)):
-            self.encoder.check(text, self.config.max_sequence_length, self.config.truncation)
+    def _check_row(self, first: str, others: str) -> None:
+        """Raise `UserError` for a text that is too long."""
+        self.encoder.check(first, self.config.max_sequence_length, self.config.truncation)
 
-    def encode(
-        self, prompts: Prompts, image_spec: ImageSpec | None, second: Prompts | None
-    ) -> Conditioning:
-        """`tokens` (B, L, width), and `mask` (B, L), False on padding, where the settings say so.
-
-        `vector` (B, V) holds the image's size, where the network is conditioned on it.
-        """
-        texts, settings = self._texts(prompts), self.config
-        states = {
-            text: self.encoder.encode(
-                text, settings.max_sequence_length, settings.mask_padding, settings.truncation
-            )
-            for text in dict.fromkeys(texts)
-        }
-        tokens = torch.stack([states[text][0] for text in texts])
-        mask = torch.stack([states[text][1] for text in texts]) if settings.mask_padding else None
-        vector = self._vector(image_spec)
-        return Conditioning(tokens, mask, None if vector is None else vector.expand(len(texts), -1))
-
-    def _texts(self, prompts: Prompts) -> list[str]:
-        """Checked prompts as the encoder's input."""
-        return prompt_texts(prompts)
-
-    def _vector(self, image_spec: ImageSpec | None) -> Tensor | None:
-        """The vector (1, V) beside the text; None: there is none."""
-        return None
-
-    @property
-    def encoders(self) -> dict[str, Encoder]:
-        """The one encoder, by the ending of its folder's name."""
-        return {"": self.encoder}
+    def _encode_row(self, first: str, others: str) -> Encoded:
+        """The encoder's states and mask; no vector."""
+        return *encode_sequence(self.encoder, first, self.config), None
 
     @property
     def width(self) -> int:
         """Channels of a token."""
         return self.encoder.width
+
+
+def encode_sequence(
+    encoder: SequenceEncoder, text: str, config: SequenceTextConfig
+) -> tuple[Tensor, Tensor]:
+    """Encode a text by the settings: states (L, D) in float32 and a mask (L,)."""
+    return encoder.encode(text, config.max_sequence_length, config.mask_padding, config.truncation)

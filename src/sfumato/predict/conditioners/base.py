@@ -9,6 +9,7 @@ then encodes them:
 can be refused long before it is run.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,9 +73,9 @@ class Conditioner(ABC):
         Arguments as in `__call__`.
 
         Raises:
-            UserError: For what is not a list of texts, `second` prompts without a second text
-                encoder or of another number, and what the subclass refuses: unknown classes, wrong
-                weights, texts that are too long, a missing `image_spec`.
+            UserError: For anything but a list of texts, `second` prompts without a second text
+                encoder or of another number, and by the subclass for unknown classes, wrong
+                weights, texts that are too long and a missing `image_spec`.
         """
         _check_list(prompts)
         if second is None:
@@ -83,16 +84,19 @@ class Conditioner(ABC):
         count = len(self.encoders)
         if count < 2:
             raise UserError(
-                f"{len(second)} prompts for a second text encoder: this model has {'one' if count else 'none'}, put everything into the prompt"
+                f"{len(second)} prompts for a second text encoder: "
+                f"this model has {'one' if count else 'none'}, put everything into the prompt"
             )
         if len(second) != len(prompts):
             raise UserError(
-                f"{len(second)} prompts for a second text encoder, {len(prompts)} for the first: expected as many"
+                f"{len(second)} prompts for a second text encoder, "
+                f"{len(prompts)} for the first: expected as many"
             )
         for prompt, other in zip(prompts, second, strict=True):
             if prompt is None and other is not None:
                 raise UserError(
-                    f"no prompt but {quoted(other)} for the second text encoder: expected both; '' is an empty prompt"
+                    f"no prompt but {quoted(other)} for the second text encoder: "
+                    "expected both; '' is an empty prompt"
                 )
 
     @abstractmethod
@@ -105,7 +109,7 @@ class Conditioner(ABC):
         """The null condition of classifier-free guidance: no prompt, `count` times."""
         return self([None] * count, image_spec)
 
-    # ---- what it is ------------------------------------------------------------------------------
+    # ---- properties ------------------------------------------------------------------------------
 
     @property
     def is_conditional(self) -> bool:
@@ -254,13 +258,30 @@ class ClassConditioner(Conditioner):
         return self.from_labels(torch.full((count,), -1))
 
 
+def class_number(prompt: str, count: int, unconditional: bool = True) -> int | None:
+    """The class whose number a prompt is; None for a prompt that is no number.
+
+    Args:
+        prompt: The prompt.
+        count: Number of classes.
+        unconditional: True mentions the empty prompt in the error.
+
+    Raises:
+        UserError: For a number of no class.
+    """
+    number = prompt.strip()
+    if not re.fullmatch(r"[+-]?[0-9]+", number):
+        return None
+    if len(number) < 10 and 0 <= int(number) < count:
+        return int(number)
+    hint = "; for no class leave the prompt empty" if unconditional else ""
+    raise UserError(f"class number {number[:20]}: expected 0 to {count - 1}{hint}")
+
+
 def _check_list(prompts: Prompts) -> None:
-    """Raise `UserError` for what is not a list of texts."""
-    if (
-        isinstance(prompts, str)
-        or not prompts
-        or not all(p is None or isinstance(p, str) for p in prompts)
-    ):
+    """Raise `UserError` for anything but a list of texts."""
+    texts = not isinstance(prompts, str) and all(isinstance(p, str | None) for p in prompts)
+    if not texts or not prompts:
         raise UserError(
             f"prompts {prompts!r}: expected a list of at least one, each a text or None"
         )

@@ -7,16 +7,26 @@ LDMTextToImagePipeline: `bert` and `tokenizer`.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from sfumato.predict.conditioners._text_base import TextConditioner, prompt_texts
-from sfumato.predict.conditioners.base import Prompts
+from sfumato.predict.conditioners._text_base import (
+    Encoded,
+    EncoderPart,
+    TextConditioner,
+    TextConfig,
+)
 from sfumato.predict.text_encoders.bert import CLASS, BertEncoder, load_bert
-from sfumato.types import Conditioning, ImageSpec
 
 ENCODERS = ({"bert": CLASS},)
+NO_SETTINGS = TextConfig()
+
+
+def _load(
+    tokenizer: Path, encoder: Path, dtype: torch.dtype | None, variant: str | None
+) -> BertEncoder:
+    return load_bert(tokenizer, encoder, dtype)  # there are no variants
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,30 +38,18 @@ class BertText(TextConditioner):
     """
 
     name = "bert_text"
+    parts: ClassVar = {"": EncoderPart(_load, "BertTokenizer")}
     part = "bert"
 
     encoder: BertEncoder
+    config: TextConfig = NO_SETTINGS
 
-    def check(
-        self, prompts: Prompts, image_spec: ImageSpec | None = None, second: Prompts | None = None
-    ) -> None:
-        """Raise every `UserError` that these prompts would raise, without using a weight."""
-        super().check(prompts, image_spec, second)
-        for text in dict.fromkeys(prompt_texts(prompts)):
-            self.encoder.token_ids(text)
+    def _check_row(self, first: str, others: str) -> None:
+        self.encoder.token_ids(first)
 
-    def encode(
-        self, prompts: Prompts, image_spec: ImageSpec | None, second: Prompts | None
-    ) -> Conditioning:
-        """`tokens` (B, L, width); the image makes no difference."""
-        texts = prompt_texts(prompts)
-        states = {text: self.encoder.encode(text) for text in dict.fromkeys(texts)}
-        return Conditioning(torch.stack([states[text] for text in texts]))
-
-    @property
-    def encoders(self) -> dict[str, BertEncoder]:
-        """The one encoder, by the ending that others have in their folder's name."""
-        return {"": self.encoder}
+    def _encode_row(self, first: str, others: str) -> Encoded:
+        states = self.encoder.encode(first)
+        return states, torch.ones(len(states), dtype=torch.bool, device=states.device), None
 
     @property
     def width(self) -> int:
@@ -62,25 +60,6 @@ class BertText(TextConditioner):
         """JSON of everything beside the weights that decides the result."""
         return {**self.to_config(), **self.encoder.identity()}
 
-    # ---- folders ---------------------------------------------------------------------------------
-
-    def to_config(self) -> dict[str, Any]:
-        """The JSON of conditioner/config.json: the name alone."""
-        return {"_class_name": self.name}
-
     def index(self) -> dict[str, Any]:
         """Its entries of model_index.json, as diffusers writes them."""
-        return {"tokenizer": ["transformers", "BertTokenizer"], "bert": ["latent_diffusion", CLASS]}
-
-    @classmethod
-    def from_folder(
-        cls,
-        folder: str | Path,
-        dtype: torch.dtype | None = torch.float32,
-        variant: str | None = None,
-    ) -> "BertText":
-        """Open bert/ and tokenizer/ of a folder in diffusers' layout.
-
-        Arguments as in `Conditioner.from_folder`; there are no variants.
-        """
-        return cls(load_bert(Path(folder) / "tokenizer", Path(folder) / "bert", dtype))
+        return super().index() | {"bert": ["latent_diffusion", CLASS]}

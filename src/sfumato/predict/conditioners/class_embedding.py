@@ -10,7 +10,6 @@ of the table is no class, for guidance (Ho & Salimans 2022, arXiv:2207.12598): I
     conditioner/diffusion_pytorch_model.safetensors   embedding.weight (classes, width)
 """
 
-import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sfumato.config import read_config
-from sfumato.errors import NumericalError, UserError, unknown, usable_device
+from sfumato.errors import NumericalError, UserError, explained, unknown, usable_device
 from sfumato.io.atomic import read_json, read_tensors, write_tensors
-from sfumato.predict.conditioners.base import CONFIG, ClassConditioner, Prompts
+from sfumato.predict.conditioners.base import CONFIG, ClassConditioner, Prompts, class_number
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.types import Conditioning, ImageSpec
 
@@ -37,8 +36,8 @@ class ClassEmbeddingConfig:
     """Settings of `ClassEmbedding`.
 
     Attributes:
-        class_names: Of all classes, in the order of the rows; empty where they are not known.
-        unconditional: Whether the last row is no class; None: unless there are 1000 rows.
+        class_names: Of all classes, in the order of the rows; empty where they have none.
+        unconditional: True for a last row that is no class; None: unless there are 1000 rows.
     """
 
     class_names: tuple[str, ...] = ()
@@ -53,7 +52,7 @@ class ClassEmbeddingConfig:
 class ClassEmbedding(ClassConditioner):
     """Classes as rows of a table.
 
-    A prompt is a number, "207", or a name where names are known.
+    A prompt is a number, "207", or a name where the classes have names.
 
     Attributes:
         table: The embedding, (rows, width).
@@ -73,7 +72,8 @@ class ClassEmbedding(ClassConditioner):
         named = len(self.config.class_names)
         if named not in (0, self.count):
             raise UserError(
-                f"{named} class names for {self.count} classes: expected one a class, or none at all"
+                f"{named} class names for {self.count} classes: "
+                "expected one a class, or none at all"
             )
 
     @property
@@ -100,19 +100,18 @@ class ClassEmbedding(ClassConditioner):
         """
         if prompt is None or not prompt.strip():
             return -1
-        if prompt not in self.config.class_names and re.fullmatch(r"\s*[+-]?[0-9]+\s*", prompt):
-            if len(prompt.strip()) < 10 and 0 <= int(prompt) < self.count:
-                return int(prompt)
-            none = "; for no class leave the prompt empty" if self.unconditional else ""
-            raise UserError(
-                f"class number {prompt.strip()[:20]}: expected 0 to {self.count - 1}{none}"
-            )
+        if prompt in self.config.class_names:
+            return self.config.class_names.index(prompt)
+        number = class_number(prompt, self.count, self.unconditional)
+        if number is not None:
+            return number
         if self.config.class_names:
             return ClassNames(self.config.class_names).label(prompt)
         if self.count <= 8:
             raise unknown("class", prompt, self.class_names)
         raise UserError(
-            f"class {prompt[:80]!r}: expected a number from 0 to {self.count - 1}, this model does not know its classes' names"
+            f"class {prompt[:80]!r}: expected a number from 0 to {self.count - 1}, "
+            "this model has no names for its classes"
         )
 
     def check(
@@ -126,7 +125,8 @@ class ClassEmbedding(ClassConditioner):
         """Raise `UserError` for no class, where the table has no row for that."""
         if none and not self.unconditional:
             raise UserError(
-                "this model has no row for no class: expected a class for every image, and guidance 1"
+                "this model has no row for no class: "
+                "expected a class for every image, and guidance 1"
             )
 
     def from_labels(self, labels: Int[Tensor, " B"]) -> Conditioning:
@@ -139,7 +139,8 @@ class ClassEmbedding(ClassConditioner):
         """
         if len(labels) and not -1 <= int(labels.min()) <= int(labels.max()) < self.count:
             raise UserError(
-                f"labels from {int(labels.min())} to {int(labels.max())}: expected 0 to {self.count - 1}, or -1 for none"
+                f"labels from {int(labels.min())} to {int(labels.max())}: "
+                f"expected 0 to {self.count - 1}, or -1 for none"
             )
         self._check_none(bool((labels < 0).any()))
         labels = labels.to(self.table.device)
@@ -224,34 +225,25 @@ class ClassEmbedding(ClassConditioner):
         Raises:
             UserError: For other tensors, a table that is not finite, and values of another kind.
         """
-        table = tensors.get(KEY)
-        if (
-            tensors.keys() != {KEY}
-            or table is None
-            or table.ndim != 2
-            or not table.is_floating_point()
-        ):
+        table = tensors[KEY] if tensors.keys() == {KEY} else torch.empty(0)
+        if table.ndim != 2 or not table.is_floating_point():
             listed = ", ".join(f"{k} {tuple(v.shape)}" for k, v in tensors.items())
             raise UserError(
-                f"{source} holds {listed[:200] or 'nothing'}: expected {KEY} alone, a table (classes, width)"
+                f"{source} holds {listed[:200] or 'nothing'}: "
+                f"expected {KEY} alone, a table (classes, width)"
             )
         if not torch.isfinite(table).all():
             raise UserError(
-                f"{source}: {KEY} has NaN or infinite numbers; the file is damaged or its training diverged"
+                f"{source}: {KEY} has NaN or infinite numbers; "
+                "the file is damaged or its training diverged"
             )
         names, flag = values.get("class_names", []), values.get("unconditional")
-        if (
-            not isinstance(names, list)
-            or not all(isinstance(n, str) for n in names)
-            or not (flag is None or isinstance(flag, bool))
-        ):
+        texts = isinstance(names, list) and all(isinstance(n, str) for n in names)
+        if not texts or not isinstance(flag, bool | None):
             raise UserError(
-                f"{source}: class_names={str(names)[:80]}, unconditional={flag!r}: expected a list of names, and true, false or null"
+                f"{source}: class_names={str(names)[:80]}, unconditional={flag!r}: "
+                "expected a list of names, and true, false or null"
             )
-        try:
-            return cls(
-                table.to(dtype or table.dtype).contiguous(),
-                read_config(ClassEmbeddingConfig, values, {}),
-            )
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from error
+        with explained(str(source)):
+            config = read_config(ClassEmbeddingConfig, values, {})
+            return cls(table.to(dtype or table.dtype).contiguous(), config)

@@ -9,7 +9,6 @@ have their numbers: "crane (134)".
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,8 +17,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sfumato.errors import UserError, unknown
-from sfumato.predict.conditioners.base import ClassConditioner
-from sfumato.predict.conditioners.class_names import ClassNames
+from sfumato.predict.conditioners.base import ClassConditioner, class_number
+from sfumato.predict.conditioners.class_names import ClassNames, read_names
 from sfumato.types import Conditioning
 
 
@@ -42,16 +41,17 @@ class ClassLabels(ClassConditioner):
     labels: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not self.labels or not all(
-            isinstance(label, str) and label.strip() for label in self.labels
-        ):
+        texts = all(isinstance(label, str) and label.strip() for label in self.labels)
+        if not self.labels or not texts:
             raise UserError(
-                f"class labels {str(list(self.labels))[:80]}: expected at least one, texts that are not empty"
+                f"class labels {str(list(self.labels))[:80]}: "
+                "expected at least one, texts that are not empty"
             )
         twice = [name for name, count in Counter(self.class_names).items() if count > 1]
         if twice:
             raise UserError(
-                f"class labels: {twice[0][:80]!r} is a label, and another class's with its number: expected another text"
+                f"class labels: {twice[0][:80]!r} is a label, "
+                "and another class's with its number: expected another text"
             )
 
     @cached_property
@@ -71,12 +71,9 @@ class ClassLabels(ClassConditioner):
         tables: tuple[dict[str, list[int]], ...] = ({}, {}, {}, {})
         for i, (name, label) in enumerate(zip(self.class_names, self.labels, strict=True)):
             whole, parts = {name, label}, {part.strip() for part in label.split(",")} - {""}
-            for table, keys in zip(
-                tables,
-                (whole, parts, set(map(_loose, whole)), set(map(_loose, parts))),
-                strict=True,
-            ):
-                for key in keys:
+            keys = whole, parts, set(map(_loose, whole)), set(map(_loose, parts))
+            for table, column in zip(tables, keys, strict=True):
+                for key in column:
                     table.setdefault(key, []).append(i)
         return tables
 
@@ -89,30 +86,19 @@ class ClassLabels(ClassConditioner):
         """
         if prompt is None or not prompt.strip():
             return len(self.labels)
-        for numbers in self._matches(prompt):
+        exact, loose = prompt.strip(), _loose(prompt)
+        for table, key in zip(self._tables, (exact, exact, loose, loose), strict=True):
+            numbers = table.get(key, [])
             if len(numbers) == 1:
                 return numbers[0]
             if numbers:
                 choices = " or ".join(f"{i} ({self.labels[i]})" for i in numbers[:8])
                 raise UserError(f"class {prompt!r} is ambiguous: write its number, {choices}")
-        number = prompt.strip()
-        if not re.fullmatch(r"[+-]?[0-9]+", number):
-            raise unknown(
-                "class",
-                prompt,
-                {part.strip() for label in self.labels for part in label.split(",")},
-            )
-        if len(number) < 10 and 0 <= int(number) < len(self.labels):
-            return int(number)
-        raise UserError(
-            f"class number {number[:20]}: expected 0 to {len(self.labels) - 1}; for no class leave the prompt empty"
-        )
-
-    def _matches(self, prompt: str) -> Iterator[list[int]]:
-        """The classes that a prompt may mean, the strictest match first."""
-        exact, loose = prompt.strip(), _loose(prompt)
-        for table, key in zip(self._tables, (exact, exact, loose, loose), strict=True):
-            yield table.get(key, [])
+        number = class_number(prompt, len(self.labels))
+        if number is None:
+            names = {part.strip() for label in self.labels for part in label.split(",")}
+            raise unknown("class", prompt, names)
+        return number
 
     @cached_property
     def _one_hot(self) -> ClassNames:
@@ -139,11 +125,8 @@ class ClassLabels(ClassConditioner):
 
     @classmethod
     def from_config(cls, values: dict[str, Any]) -> "ClassLabels":
-        """The inverse of `to_config`; `UserError` for what is not a list of labels."""
-        names = values.get("names")
-        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-            raise UserError(f"names is {str(names)[:80]}: expected a list of class labels")
-        return cls(tuple(names))
+        """The inverse of `to_config`; `UserError` for anything but a list of labels."""
+        return cls(read_names(values, "class labels"))
 
     def to_id2label(self) -> dict[str, str]:
         """`id2label` of a DiTPipeline's model_index.json: {"0": label, ...}."""
@@ -158,19 +141,21 @@ class ClassLabels(ClassConditioner):
             count: Number of classes. A class without a label is called by its number.
 
         Raises:
-            UserError: For what is not a table of numbers and labels.
+            UserError: For anything but a table of numbers and labels.
         """
         if not isinstance(table, dict | None) or not all(
             isinstance(label, str) for label in (table or {}).values()
         ):
             raise UserError(
-                f"id2label is {str(table)[:80]}: expected an object with the label of each class's number"
+                f"id2label is {str(table)[:80]}: "
+                "expected an object with the label of each class's number"
             )
-        labels = [str(i) for i in range(count)]
+        labels = list(map(str, range(count)))
         for key, label in (table or {}).items():
             if not re.fullmatch(r"[0-9]{1,9}", str(key)) or int(key) >= count:
                 raise UserError(
-                    f"id2label has {str(key)[:20]!r}: expected numbers of classes from 0 to {count - 1}"
+                    f"id2label has {str(key)[:20]!r}: "
+                    f"expected numbers of classes from 0 to {count - 1}"
                 )
             labels[int(key)] = label
         return cls(tuple(labels))

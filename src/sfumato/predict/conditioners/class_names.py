@@ -55,7 +55,8 @@ class ClassNames(ClassConditioner):
             or len(set(self.names)) < len(self.names)
         ):
             raise UserError(
-                f"class names {list(self.names)!r}: expected at least one, all of them different texts that are not empty"
+                f"class names {list(self.names)!r}: "
+                "expected at least one, all of them different texts that are not empty"
             )
 
     @property
@@ -120,8 +121,13 @@ class ClassNames(ClassConditioner):
 
     @classmethod
     def from_config(cls, values: dict[str, Any]) -> "ClassNames":
-        """The inverse of `to_config`; `UserError` for what is not a list of names."""
-        names = values.get("names")
-        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-            raise UserError(f"names is {names!r}: expected a list of class names")
-        return cls(tuple(names))
+        """The inverse of `to_config`; `UserError` for anything but a list of names."""
+        return cls(read_names(values, "class names"))
+
+
+def read_names(values: dict[str, Any], kind: str) -> tuple[str, ...]:
+    """`names` of conditioner/config.json; `UserError` for anything but a list of texts."""
+    names = values.get("names")
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise UserError(f"names is {str(names)[:80]!r}: expected a list of {kind}")
+    return tuple(names)

@@ -15,28 +15,32 @@ all by one number that restores the chunk's mean (AUTOMATIC1111's way). The pool
 first chunk's, unweighted.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sfumato.errors import UserError, quoted, unknown
-from sfumato.io.atomic import read_table
+from sfumato.errors import UserError, quoted
 from sfumato.predict.conditioners._chunks import cut
 from sfumato.predict.conditioners._prompt import parse
 from sfumato.predict.conditioners._text_base import (
+    Encoded,
+    EncoderPart,
     TextConditioner,
     TextConfig,
-    check_flag,
+    Texts,
     read_settings,
 )
 from sfumato.predict.conditioners.base import CONFIG, Prompts
+from sfumato.predict.text_encoders.base import read_optional_json
 from sfumato.predict.text_encoders.clip import CLASSES, ClipEncoder, Token, load_clip
 from sfumato.types import Conditioning, ImageSpec
+from sfumato.validate import flag, one_of, whole_number
 
 TRUNCATIONS = ("chunks", "refuse")
 _ONE, _TWO = {"text_encoder": CLASSES[False]}, {"text_encoder_2": CLASSES[True]}
@@ -50,16 +54,16 @@ class ClipTextConfig(TextConfig):
     """Settings of `ClipText`.
 
     Attributes:
-        weighting: Whether brackets weigh words, as most people who write prompts expect; off, every
-            character is text, as in diffusers.
+        weighting: True lets brackets weigh words, as most people who write prompts expect; off,
+            every character is text, as in diffusers.
         truncation: "chunks" encodes a prompt of any length, "refuse" raises for one that does not
             fit; nothing is ever cut off.
         clip_skip: 1 takes the states one layer earlier than the model does by itself, and so on;
             for all prompts (diffusers leaves negative ones as they are).
-        force_zeros_for_empty_prompt: Whether no prompt (None) is zeros, as for SDXL, and not the
-            encoding of "".
-        requires_aesthetics_score: Whether the vector ends in the image's score (SDXL's refiner),
-            and not in its target size.
+        force_zeros_for_empty_prompt: True encodes no prompt (None) as zeros, as for SDXL, and not
+            as "".
+        requires_aesthetics_score: True ends the vector in the image's score (SDXL's refiner), and
+            not in its target size.
     """
 
     weighting: bool = True
@@ -69,18 +73,11 @@ class ClipTextConfig(TextConfig):
     requires_aesthetics_score: bool = False
 
     def __post_init__(self) -> None:
-        if self.truncation not in TRUNCATIONS:
-            raise unknown("truncation", self.truncation, TRUNCATIONS)
+        one_of("truncation", self.truncation, TRUNCATIONS)
         for name in ("weighting", *FLAGS):
-            check_flag(name, getattr(self, name))
-        if self.clip_skip is not None and (
-            not isinstance(self.clip_skip, int)
-            or isinstance(self.clip_skip, bool)
-            or self.clip_skip < 0
-        ):
-            raise UserError(
-                f"clip_skip={self.clip_skip!r}: expected a whole number of layers, 0 or more"
-            )
+            flag(name, getattr(self, name))
+        if self.clip_skip is not None:
+            whole_number("clip_skip", self.clip_skip, 0, unit="layers")
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +91,10 @@ class ClipText(TextConditioner):
     """
 
     name = "clip_text"
+    parts: ClassVar = {
+        "": EncoderPart(partial(load_clip, projected=False), "CLIPTokenizer"),
+        "_2": EncoderPart(partial(load_clip, projected=True), "CLIPTokenizer"),
+    }
 
     encoder: ClipEncoder | None
     encoder_2: ClipEncoder | None = None
@@ -101,22 +102,27 @@ class ClipText(TextConditioner):
 
     def __post_init__(self) -> None:
         projected = [e is not None and e.projected for e in (self.encoder, self.encoder_2)]
-        if not self.encoders or projected != [False, self.encoder_2 is not None]:
+        two, skip = self.encoder_2 is not None, self.config.clip_skip or 0
+        if not self._all or projected != [False, two]:
             raise UserError(
-                f"text encoders with projection: {projected}: expected one without, one with, or one of each in this order"
+                f"text encoders with projection: {projected}: "
+                "expected one without, one with, or one of each in this order"
             )
-        if len({e.length for e in self._all}) > 1:
+        lengths = [str(encoder.length) for encoder in self._all]
+        if len(set(lengths)) > 1:
             raise UserError(
-                f"text encoders read {' and '.join(str(e.length) for e in self._all)} tokens: use parts of one model"
+                f"text encoders read {' and '.join(lengths)} tokens: use parts of one model"
             )
-        if self.config.requires_aesthetics_score and self.encoder_2 is None:
+        if self.config.requires_aesthetics_score and not two:
             raise UserError(
-                "requires_aesthetics_score=True without a second text encoder: expected false, nothing would read the score"
+                "requires_aesthetics_score=True without a second text encoder: "
+                "expected false, nothing would read the score"
             )
-        most = min(e.num_layers for e in self._all) - (self.encoder_2 is not None)
-        if (self.config.clip_skip or 0) > most:
+        most = min(e.num_layers for e in self._all) - two
+        if skip > most:
             raise UserError(
-                f"clip_skip={self.config.clip_skip}: expected at most {most}, the text encoder has no more layers to skip"
+                f"clip_skip={skip}: expected at most {most}, "
+                "the text encoder has no more layers to skip"
             )
 
     # ---- prompts -> Conditioning -----------------------------------------------------------------
@@ -132,10 +138,9 @@ class ClipText(TextConditioner):
         super().check(prompts, image_spec, second)
         if self.encoder_2 is not None and image_spec is None:
             raise UserError(
-                "this model is conditioned on the size of the image: expected image_spec=ImageSpec(height, width) beside the prompts"
+                "this model is conditioned on the size of the image: "
+                "expected image_spec=ImageSpec(height, width) beside the prompts"
             )
-        for prompt, other in dict.fromkeys(_pairs(prompts, second)):
-            self._chunks(prompt, other)
 
     def encode(
         self, prompts: Prompts, image_spec: ImageSpec | None, second: Prompts | None
@@ -145,51 +150,39 @@ class ClipText(TextConditioner):
         `mask` (B, L) is there where some prompts have more chunks than others, whose rows end in
         masked zeros. No prompt is "" or zeros: see `force_zeros_for_empty_prompt`.
         """
-        pairs = _pairs(prompts, second)
-        states = {pair: self._encode_pair(*pair) for pair in dict.fromkeys(pairs)}
-        rows = [states[pair] for pair in pairs]
-        lengths = torch.tensor([len(tokens) for tokens, _ in rows])
-        # (B, L, D)
-        tokens = torch.nn.utils.rnn.pad_sequence([tokens for tokens, _ in rows], batch_first=True)
-        mask = (
-            None
-            if len(set(lengths.tolist())) == 1
-            else torch.arange(tokens.shape[1]) < lengths[:, None]
-        )
-        mask = None if mask is None else mask.to(tokens.device)
-        if self.encoder_2 is None:
-            return Conditioning(tokens, mask)
+        conditioning = super().encode(prompts, image_spec, second)
+        if conditioning.vector is None:
+            return conditioning
         assert image_spec is not None, "checked"
-        pooled = torch.stack([pooled for _, pooled in rows if pooled is not None])
-        sizes = torch.tensor(self._sizes(image_spec), device=tokens.device).expand(len(rows), -1)
-        return Conditioning(tokens, mask, torch.cat([pooled, sizes], 1))
+        pooled = conditioning.vector
+        sizes = torch.tensor(self._sizes(image_spec), device=pooled.device)
+        return replace(
+            conditioning, vector=torch.cat([pooled, sizes.expand(len(pooled), -1)], dim=1)
+        )
 
-    def _encode_pair(
-        self, prompt: str | None, second: str | None
-    ) -> tuple[Float[Tensor, "L D"], Float[Tensor, " V"] | None]:
-        """A prompt's states, chunk after chunk, and its pooled vector.
+    def _rows(self, prompts: Prompts, second: Prompts | None) -> Sequence[Texts]:
+        """None stays, and in `second` it is the first encoder's text."""
+        return list(zip(prompts, second or [None] * len(prompts), strict=True))
 
-        The vector is None without a second encoder.
+    def _check_row(self, first: str | None, others: str | None) -> None:
+        self._chunks(first, others)
 
-        second: The text of the second encoder; None is the prompt.
-        """
-        if prompt is None and self.config.force_zeros_for_empty_prompt:
-            pooled = (
-                None
-                if self.encoder_2 is None
-                else torch.zeros(self.encoder_2.pooled_width, device=self.device)
-            )
-            return torch.zeros(self._all[0].length, self.width, device=self.device), pooled
-        chunks = self._chunks(prompt, second)
-        most = max(map(len, chunks))  # equal, but for tokenizers that split words differently
-        states, pooled = zip(
-            *(
+    def _encode_row(self, first: str | None, others: str | None) -> Encoded:
+        """A prompt's states, chunk after chunk, and its pooled vector if there are two encoders."""
+        if first is None and self.config.force_zeros_for_empty_prompt:
+            tokens = torch.zeros(self._all[0].length, self.width, device=self.device)
+            width = 0 if self.encoder_2 is None else self.encoder_2.pooled_width
+            pooled = torch.zeros(width, device=self.device)
+        else:
+            chunks = self._chunks(first, others)
+            most = max(map(len, chunks))  # equal, but for tokenizers that split words differently
+            encoded = [
                 self._encode_chunks(e, c + [[]] * (most - len(c)))
                 for e, c in zip(self._all, chunks, strict=True)
-            ),
-            strict=True,
-        )
-        return torch.cat(states, 1), pooled[-1]
+            ]
+            tokens, pooled = torch.cat([states for states, _ in encoded], 1), encoded[-1][1]
+        mask = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+        return tokens, mask, None if self.encoder_2 is None else pooled
 
     def _chunks(self, prompt: str | None, second: str | None) -> list[list[list[Token]]]:
         """The chunks of each encoder; `UserError` for wrong weights and a text that is refused."""
@@ -203,18 +196,18 @@ class ClipText(TextConditioner):
         tokens = encoder.tokens(parse(text) if self.config.weighting else [(text, 1.0)])
         if len(tokens) > room and self.config.truncation == "refuse":
             raise UserError(
-                f"prompt {quoted(text)} has {len(tokens)} tokens: expected at most {room}; shorten it, or set truncation='chunks'"
+                f"prompt {quoted(text)} has {len(tokens)} tokens: expected at most {room}; "
+                "shorten it, or set truncation='chunks'"
             )
         return cut(tokens, room)
 
     def _encode_chunks(
         self, encoder: ClipEncoder, chunks: Sequence[Sequence[Token]]
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         skip, two = self.config.clip_skip or 0, self.encoder_2 is not None
         encoded = [encoder.encode(chunk, layer=skip + 1 + two, norm=not two) for chunk in chunks]
-        return torch.cat(
-            [weigh(states, chunk) for (states, _), chunk in zip(encoded, chunks, strict=True)]
-        ), encoded[0][1]
+        weighed = [weigh(states, chunk) for (states, _), chunk in zip(encoded, chunks, strict=True)]
+        return torch.cat(weighed), encoded[0][1]
 
     def _sizes(self, image: ImageSpec) -> list[float]:
         """SDXL's micro-conditioning.
@@ -229,16 +222,11 @@ class ClipText(TextConditioner):
         )
         return [float(v) for v in (*(image.original_size or image.size), *image.crop, *last)]
 
-    # ---- what it is ------------------------------------------------------------------------------
-
-    @property
-    def encoders(self) -> dict[str, ClipEncoder]:
-        """The encoders by the ending of their folders' names: "" and "_2"."""
-        return {end: e for end, e in (("", self.encoder), ("_2", self.encoder_2)) if e is not None}
+    # ---- properties ------------------------------------------------------------------------------
 
     @property
     def _all(self) -> list[ClipEncoder]:
-        return list(self.encoders.values())
+        return [encoder for encoder in (self.encoder, self.encoder_2) if encoder is not None]
 
     @property
     def width(self) -> int:
@@ -248,11 +236,9 @@ class ClipText(TextConditioner):
     @property
     def vector_width(self) -> int | None:
         """Numbers of `Conditioning.vector`, pooled text and sizes; None with one encoder alone."""
-        return (
-            None
-            if self.encoder_2 is None
-            else self.encoder_2.pooled_width + (5 if self.config.requires_aesthetics_score else 6)
-        )
+        if self.encoder_2 is None:
+            return None
+        return self.encoder_2.pooled_width + (5 if self.config.requires_aesthetics_score else 6)
 
     def tensors(self) -> dict[str, Tensor]:
         """All weights by name, as "text_encoder_2." and the network's own names; not copies.
@@ -269,78 +255,42 @@ class ClipText(TextConditioner):
 
     def index(self) -> dict[str, Any]:
         """Its entries of model_index.json, as diffusers writes them."""
-        parts: dict[str, Any] = {}
-        for end in ("", "_2") if self.encoder_2 is not None else ("",):
-            encoder = self.encoders.get(end)
-            parts[f"tokenizer{end}"] = (
-                [None, None] if encoder is None else ["transformers", "CLIPTokenizer"]
-            )
-            parts[f"text_encoder{end}"] = (
-                [None, None] if encoder is None else ["transformers", encoder.class_name]
-            )
-        return {
-            **parts,
-            **(
-                {flag: getattr(self.config, flag) for flag in FLAGS}
-                if self.encoder_2 is not None
-                else {}
-            ),
-        }
+        entries = super().index()
+        if self.encoder_2 is None:
+            return {name: entry for name, entry in entries.items() if not name.endswith("_2")}
+        return entries | {name: getattr(self.config, name) for name in FLAGS}
 
     @classmethod
-    def from_folder(
-        cls,
-        folder: str | Path,
-        dtype: torch.dtype | None = torch.float32,
-        variant: str | None = None,
-    ) -> "ClipText":
-        """Open the encoders of a folder in diffusers' layout, as diffusers or `save` wrote it.
-
-        Settings come from conditioner/config.json where there is one, else from model_index.json.
-
-        Args:
-            folder: The model's folder.
-            dtype: Of the weights; None leaves them as stored and unread, to be streamed.
-            variant: The files of weights to prefer, such as "fp16".
-
-        Raises:
-            UserError: For other kinds of encoders, for parts that do not fit each other, and where
-                the two files disagree.
-        """
-        folder = Path(folder)
-        index = (
-            read_table(folder / "model_index.json")
-            if (folder / "model_index.json").exists()
-            else {}
-        )
-        named = {
-            name
-            for name, value in index.items()
-            if name.startswith("text_encoder") and value != [None, None]
-        }
-        there = named | {path.name for path in folder.glob("text_encoder*") if path.is_dir()}
-        if not there or there - {"text_encoder", "text_encoder_2"}:
+    def _parts_of(cls, folder: Path) -> Collection[str]:
+        """Those of model_index.json and those with a folder."""
+        index = read_optional_json(folder / "model_index.json")
+        listed = {name for name, value in index.items() if value != [None, None]}
+        present = {name for name in listed if name.startswith(cls.part)}
+        present |= {path.name for path in folder.glob("text_encoder*") if path.is_dir()}
+        if not present or present - {"text_encoder", "text_encoder_2"}:
             raise UserError(
-                f"{folder} has {', '.join(sorted(there)) or 'no text encoder'}: expected text_encoder, text_encoder_2 or both"
+                f"{folder} has {', '.join(sorted(present)) or 'no text encoder'}: "
+                "expected text_encoder, text_encoder_2 or both"
             )
-        encoders = [
-            load_clip(
-                folder / f"tokenizer{end}",
-                folder / f"text_encoder{end}",
-                end == "_2",
-                dtype,
-                variant,
-            )
-            if f"text_encoder{end}" in there
-            else None
-            for end in ("", "_2")
-        ]
-        return cls(encoders[0], encoders[1], _settings(folder, index, two=encoders[1] is not None))
+        return {name.removeprefix(cls.part) for name in present}
 
-
-def _pairs(prompts: Prompts, second: Prompts | None) -> list[tuple[str | None, str | None]]:
-    """Checked prompts, row by row: for the first encoder, and for the second (None: the same)."""
-    return list(zip(prompts, [None] * len(prompts) if second is None else second, strict=True))
+    @classmethod
+    def _settings_of(cls, folder: Path, encoders: Mapping[str, Any]) -> ClipTextConfig:
+        """Settings of conditioner/config.json and of model_index.json, which must agree."""
+        index = read_optional_json(folder / "model_index.json")
+        stored = {name: index[name] for name in FLAGS if name in index}
+        # diffusers' defaults without an entry: zeros for SDXL's null prompt, no score
+        defaults = dict(zip(FLAGS, (encoders["encoder_2"] is not None, False), strict=True))
+        config = read_settings(
+            ClipTextConfig, cls.name, folder, defaults | stored, folder / "model_index.json"
+        )
+        for name, value in stored.items():
+            if getattr(config, name) != value:
+                raise UserError(
+                    f"{folder / CONFIG} has {name}={getattr(config, name)}, "
+                    f"model_index.json {value!r}: expected the same in both"
+                )
+        return config
 
 
 def weigh(states: Float[Tensor, "L D"], chunk: Sequence[Token]) -> Float[Tensor, "L D"]:
@@ -363,29 +313,7 @@ def weigh(states: Float[Tensor, "L D"], chunk: Sequence[Token]) -> Float[Tensor,
     scale = states.mean() / weighted.mean()
     if not torch.isfinite(scale):
         raise UserError(
-            f"weights {sorted({token.weight for token in chunk})} leave nothing of a prompt: expected some that are not 0"
+            f"weights {sorted({token.weight for token in chunk})} leave nothing of a prompt: "
+            "expected some that are not 0"
         )
     return weighted * scale
-
-
-def _settings(folder: Path, index: dict[str, Any], two: bool) -> ClipTextConfig:
-    """The settings of a model's folder.
-
-    Args:
-        folder: The folder.
-        index: Its model_index.json.
-        two: Whether it has SDXL's second encoder.
-    """
-    # diffusers' defaults where model_index.json has none: zeros for SDXL's null prompt, no score
-    flags = dict(zip(FLAGS, (two, False), strict=True)) | {
-        flag: index[flag] for flag in FLAGS if flag in index
-    }
-    config = read_settings(
-        ClipTextConfig, ClipText.name, folder, flags, folder / "model_index.json"
-    )
-    for flag in FLAGS:
-        if flag in index and getattr(config, flag) != index[flag]:
-            raise UserError(
-                f"{folder / CONFIG} has {flag}={getattr(config, flag)}, model_index.json {index[flag]!r}: expected the same in both"
-            )
-    return config

@@ -14,9 +14,11 @@ zeros then.
 A CLIP takes 75 tokens of a prompt and leaves the rest to T5, which is logged (level info).
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,17 +26,15 @@ from torch.nn.functional import pad
 
 from sfumato.errors import UserError
 from sfumato.predict.conditioners._text_base import (
+    Encoded,
+    EncoderPart,
+    SequenceTextConfig,
     TextConditioner,
-    TextConfig,
-    check_settings,
-    prompt_pairs,
-    read_settings,
+    encode_sequence,
 )
-from sfumato.predict.conditioners.base import Prompts
 from sfumato.predict.text_encoders.base import read_optional_json
 from sfumato.predict.text_encoders.clip import CLASSES, ClipEncoder, load_clip
 from sfumato.predict.text_encoders.t5 import CLASS, T5Encoder, load_t5
-from sfumato.types import Conditioning, ImageSpec
 from sfumato.validate import positive_int
 
 _CLIPS = {f"text_encoder{end}": CLASSES[True] for end in ("", "_2")}
@@ -42,25 +42,19 @@ ENCODERS = (_CLIPS, _CLIPS | {"text_encoder_3": CLASS})
 
 
 @dataclass(frozen=True)
-class Sd3TextConfig(TextConfig):
-    """Settings of `Sd3Text`.
+class Sd3TextConfig(SequenceTextConfig):
+    """Settings of `Sd3Text`, T5's; SD 3 was trained with padding in its attention.
 
     Attributes:
-        max_sequence_length: T5's positions of a prompt, its end token among them.
-        mask_padding: Whether padding is masked, in T5's attention and (by a mask) in the network's;
-            SD 3 was trained with padding in it.
-        truncation: "refuse" a prompt of more tokens than T5 has positions, or "cut" it.
         joint_attention_dim: Channels of a token, T5's and the network's; None: T5's, which must be
             there then.
     """
 
     max_sequence_length: int = 256
-    mask_padding: bool = False
-    truncation: str = "refuse"
     joint_attention_dim: int | None = None
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         if self.joint_attention_dim is not None:
             positive_int("joint_attention_dim", self.joint_attention_dim)
 
@@ -77,6 +71,11 @@ class Sd3Text(TextConditioner):
     """
 
     name = "sd3_text"
+    parts: ClassVar = {
+        "": EncoderPart(partial(load_clip, projected=True), "CLIPTokenizer"),
+        "_2": EncoderPart(partial(load_clip, projected=True), "CLIPTokenizer"),
+        "_3": EncoderPart(load_t5, "T5TokenizerFast"),
+    }
 
     encoder: ClipEncoder
     encoder_2: ClipEncoder
@@ -84,59 +83,38 @@ class Sd3Text(TextConditioner):
     config: Sd3TextConfig = Sd3TextConfig()
 
     def __post_init__(self) -> None:
-        if not (self.encoder.projected and self.encoder_2.projected):
+        clip, clip_2, t5 = self.encoder, self.encoder_2, self.encoder_3
+        width = self.config.joint_attention_dim
+        if not (clip.projected and clip_2.projected):
             raise UserError(
-                "text encoders of SD 3 without projection: expected two of class CLIPTextModelWithProjection"
+                "text encoders of SD 3 without projection: "
+                "expected two of class CLIPTextModelWithProjection"
             )
-        if self.encoder.length != self.encoder_2.length:
+        if clip.length != clip_2.length:
             raise UserError(
-                f"text encoders read {self.encoder.length} and {self.encoder_2.length} tokens: use parts of one model"
+                f"text encoders read {clip.length} and {clip_2.length} tokens: "
+                "use parts of one model"
             )
-        if self.config.joint_attention_dim is None and self.encoder_3 is None:
+        if width is None and t5 is None:
             raise UserError(
-                "SD 3 without T5: expected the setting joint_attention_dim, the width of the network's tokens (4096 as published)"
+                "SD 3 without T5: expected the setting joint_attention_dim, "
+                "the width of the network's tokens (4096 as published)"
             )
-        if self.encoder_3 is not None and self.config.joint_attention_dim not in (
-            None,
-            self.encoder_3.width,
-        ):
+        if t5 is not None and width not in (None, t5.width):
             raise UserError(
-                f"joint_attention_dim={self.config.joint_attention_dim}, T5 is {self.encoder_3.width} wide: use parts of one model"
+                f"joint_attention_dim={width}, T5 is {t5.width} wide: use parts of one model"
             )
-        if self.width < self.encoder.width + self.encoder_2.width:
+        if self.width < clip.width + clip_2.width:
             raise UserError(
-                f"tokens {self.width} wide, the CLIPs {self.encoder.width} and {self.encoder_2.width}: expected room for both side by side"
+                f"tokens {self.width} wide, the CLIPs {clip.width} and {clip_2.width}: "
+                "expected room for both side by side"
             )
 
-    # ---- prompts -> Conditioning -----------------------------------------------------------------
+    def _check_row(self, first: str, others: str) -> None:
+        if self.encoder_3 is not None:
+            self.encoder_3.check(others, self.config.max_sequence_length, self.config.truncation)
 
-    def check(
-        self, prompts: Prompts, image_spec: ImageSpec | None = None, second: Prompts | None = None
-    ) -> None:
-        """Raise every `UserError` that these prompts would raise, without using a weight."""
-        super().check(prompts, image_spec, second)
-        if self.encoder_3 is None:
-            return
-        for text in dict.fromkeys(other for _, other in prompt_pairs(prompts, second)):
-            self.encoder_3.check(text, self.config.max_sequence_length, self.config.truncation)
-
-    def encode(
-        self, prompts: Prompts, image_spec: ImageSpec | None, second: Prompts | None
-    ) -> Conditioning:
-        """`tokens` (B, 77 + max_sequence_length, width) and `vector` (B, V).
-
-        `mask` (B, L) is there where the settings say so. `second` is for the second CLIP and T5
-        (diffusers' prompt_2 and prompt_3 in one). The image makes no difference.
-        """
-        pairs = prompt_pairs(prompts, second)
-        rows = {pair: self._encode_pair(*pair) for pair in dict.fromkeys(pairs)}
-        tokens, mask, vector = (
-            torch.stack(parts) for parts in zip(*(rows[pair] for pair in pairs), strict=True)
-        )
-        return Conditioning(tokens, mask if self.config.mask_padding else None, vector)
-
-    def _encode_pair(self, first: str, others: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (L, D), mask (L,) and vector (V,) of a row."""
+    def _encode_row(self, first: str, others: str) -> Encoded:
         states, pooled, mask = self.encoder.encode_text(first, layer=2, norm=False)
         states_2, pooled_2, mask_2 = self.encoder_2.encode_text(others, layer=2, norm=False)
         clip = torch.cat([states, states_2], 1)
@@ -146,94 +124,34 @@ class Sd3Text(TextConditioner):
 
     def _encode_t5(self, text: str) -> tuple[Tensor, Tensor]:
         """T5's states and mask; without T5 zeros, which the mask hides."""
-        config = self.config
-        if self.encoder_3 is None:
-            zeros = torch.zeros(config.max_sequence_length, self.width, device=self.device)
-            return zeros, torch.zeros(
-                config.max_sequence_length, dtype=torch.bool, device=self.device
-            )
-        return self.encoder_3.encode(
-            text, config.max_sequence_length, config.mask_padding, config.truncation
-        )
-
-    # ---- what it is ------------------------------------------------------------------------------
-
-    @property
-    def encoders(self) -> dict[str, ClipEncoder | T5Encoder]:
-        """The encoders by the ending of their folders' names: "", "_2" and, for T5, "_3"."""
-        return {
-            "": self.encoder,
-            "_2": self.encoder_2,
-            **({} if self.encoder_3 is None else {"_3": self.encoder_3}),
-        }
+        if self.encoder_3 is not None:
+            return encode_sequence(self.encoder_3, text, self.config)
+        zeros = torch.zeros(self.config.max_sequence_length, self.width, device=self.device)
+        return zeros, torch.zeros(len(zeros), dtype=torch.bool, device=self.device)
 
     @property
     def width(self) -> int:
         """Channels of a token, the network's `joint_attention_dim`."""
-        return self.config.joint_attention_dim or (
-            0 if self.encoder_3 is None else self.encoder_3.width
-        )
+        t5 = self.encoder_3
+        return self.config.joint_attention_dim or (0 if t5 is None else t5.width)
 
     @property
     def vector_width(self) -> int:
         """Numbers of `Conditioning.vector`, the network's `pooled_projection_dim`."""
         return self.encoder.pooled_width + self.encoder_2.pooled_width
 
-    # ---- folders ---------------------------------------------------------------------------------
-
-    def index(self) -> dict[str, Any]:
-        """Its entries of model_index.json, as diffusers writes them."""
-        clip: dict[str, Any] = {
-            f"text_encoder{end}": ["transformers", CLASSES[True]] for end in ("", "_2")
-        }
-        clip |= {f"tokenizer{end}": ["transformers", "CLIPTokenizer"] for end in ("", "_2")}
-        t5 = {
-            "text_encoder_3": ["transformers", CLASS],
-            "tokenizer_3": ["transformers", "T5TokenizerFast"],
-        }
-        return {**clip, **({name: [None, None] for name in t5} if self.encoder_3 is None else t5)}
+    @classmethod
+    def _parts_of(cls, folder: Path) -> Collection[str]:
+        """All but T5 where model_index.json leaves it out, or where there is no trace of it."""
+        default = None if (folder / "text_encoder_3").is_dir() else [None, None]
+        entry = read_optional_json(folder / "model_index.json").get("text_encoder_3", default)
+        return ("", "_2") if entry == [None, None] else cls.parts
 
     @classmethod
-    def from_folder(
-        cls,
-        folder: str | Path,
-        dtype: torch.dtype | None = torch.float32,
-        variant: str | None = None,
-    ) -> "Sd3Text":
-        """Open the encoders of a folder in diffusers' layout.
-
-        T5 is left out where model_index.json leaves it out ([null, null]), or where there is
-        neither an entry nor a folder; the width is then the network's (transformer/config.json).
-        Settings come from conditioner/config.json where there is one.
-
-        Args:
-            folder: The model's folder.
-            dtype: Of the weights; None leaves them as stored and unread, to be streamed.
-            variant: The files of weights to prefer, such as "fp16".
-
-        Raises:
-            UserError: For files that are missing or do not fit.
-        """
-        folder = Path(folder)
-        index = read_optional_json(folder / "model_index.json")
-        clips = [
-            load_clip(
-                folder / f"tokenizer{end}", folder / f"text_encoder{end}", True, dtype, variant
-            )
-            for end in ("", "_2")
-        ]
-        entry = index.get(
-            "text_encoder_3", None if (folder / "text_encoder_3").is_dir() else [None, None]
-        )
-        t5 = (
-            None
-            if entry == [None, None]
-            else load_t5(folder / "tokenizer_3", folder / "text_encoder_3", dtype, variant)
-        )
-        width = (
-            read_optional_json(folder / "transformer" / "config.json").get("joint_attention_dim")
-            if t5 is None
-            else None
-        )
-        defaults = {} if width is None else {"joint_attention_dim": width}
-        return cls(clips[0], clips[1], t5, read_settings(Sd3TextConfig, cls.name, folder, defaults))
+    def _default_settings(cls, folder: Path, encoders: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Without T5 the width is the network's."""
+        if encoders["encoder_3"] is not None:
+            return {}
+        network = read_optional_json(folder / "transformer" / "config.json")
+        width = network.get("joint_attention_dim")
+        return {} if width is None else {"joint_attention_dim": width}

@@ -12,16 +12,15 @@ network computes it from these two, as `ModernDiT` with `caption_channels` does.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
 
 from sfumato.errors import UserError
 from sfumato.predict.conditioners._text_base import (
+    EncoderPart,
+    SequenceTextConfig,
     SingleEncoderText,
-    TextConfig,
-    check_settings,
-    read_settings,
 )
 from sfumato.predict.text_encoders.sentence import CLASS, SentenceEncoder, load_sentence_encoder
 
@@ -29,23 +28,11 @@ ENCODERS = ({"text_encoder": CLASS},)
 
 
 @dataclass(frozen=True)
-class SentenceTextConfig(TextConfig):
-    """Settings of `SentenceText`.
-
-    Attributes:
-        max_sequence_length: Positions of a prompt, [CLS] and [SEP] among them; at most the
-            encoder's, 512 as a rule.
-        mask_padding: Whether padding is masked, in the encoder's attention and (by the mask) in the
-            network's.
-        truncation: "refuse" a longer prompt, or "cut" it.
-    """
+class SentenceTextConfig(SequenceTextConfig):
+    """Settings of `SentenceText`; at most the encoder's positions, 512 as a rule."""
 
     max_sequence_length: int = 64
     mask_padding: bool = True
-    truncation: str = "refuse"
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +45,7 @@ class SentenceText(SingleEncoderText):
     """
 
     name = "sentence_text"
+    parts: ClassVar = {"": EncoderPart(load_sentence_encoder, "BertTokenizer")}
 
     encoder: SentenceEncoder
     config: SentenceTextConfig = SentenceTextConfig()
@@ -65,39 +53,9 @@ class SentenceText(SingleEncoderText):
     def __post_init__(self) -> None:
         if self.config.max_sequence_length > self.encoder.length:
             raise UserError(
-                f"max_sequence_length={self.config.max_sequence_length}: this text encoder has {self.encoder.length} positions, "
-                "expected at most as many"
+                f"max_sequence_length={self.config.max_sequence_length}: "
+                f"this text encoder has {self.encoder.length} positions, expected at most as many"
             )
-
-    def index(self) -> dict[str, Any]:
-        """Its entries of model_index.json, as diffusers would write them."""
-        return {
-            "tokenizer": ["transformers", "BertTokenizer"],
-            "text_encoder": ["transformers", CLASS],
-        }
-
-    @classmethod
-    def from_folder(
-        cls,
-        folder: str | Path,
-        dtype: torch.dtype | None = torch.float32,
-        variant: str | None = None,
-    ) -> "SentenceText":
-        """Open text_encoder/ and tokenizer/ of a model's folder, and its settings.
-
-        Args:
-            folder: The model's folder.
-            dtype: Of the weights; None leaves them as stored and unread, to be streamed.
-            variant: The files of weights to prefer, such as "fp16".
-
-        Raises:
-            UserError: For files that are missing or do not fit.
-        """
-        folder = Path(folder)
-        encoder = load_sentence_encoder(
-            folder / "tokenizer", folder / "text_encoder", dtype, variant
-        )
-        return cls(encoder, read_settings(SentenceTextConfig, cls.name, folder, {}))
 
     @classmethod
     def from_encoder(
@@ -109,9 +67,9 @@ class SentenceText(SingleEncoderText):
     ) -> "SentenceText":
         """Open an encoder's folder as transformers and sentence-transformers save one.
 
-        config.json, the weights and the tokenizer's files lie side by side. What
-        sentence-transformers adds (modules.json, 1_Pooling/, ...) is ignored: its pooling, its
-        limit of length, its dense layers.
+        config.json, the weights and the tokenizer's files lie side by side. Files
+        that sentence-transformers adds (modules.json, 1_Pooling/, ...) are ignored: its pooling,
+        its limit of length, its dense layers.
 
         Args:
             folder: The encoder's folder.

@@ -13,25 +13,25 @@ training. diffusers can besides take addresses, marks and the like out of captio
 (`clean_caption`): that is for captions from the web, and is not done here.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from sfumato.predict.conditioners._text_base import (
+    EncoderPart,
+    SequenceTextConfig,
     SingleEncoderText,
-    TextConfig,
-    check_flag,
-    check_settings,
+    Texts,
     prompt_texts,
-    read_settings,
 )
 from sfumato.predict.conditioners.base import Prompts
 from sfumato.predict.text_encoders.base import read_optional_json
 from sfumato.predict.text_encoders.t5 import CLASS, T5Encoder, load_t5
-from sfumato.types import ImageSpec
+from sfumato.types import Conditioning, ImageSpec
+from sfumato.validate import flag
 
 LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 """Positions by the `_class_name` of model_index.json."""
@@ -40,25 +40,20 @@ ENCODERS = ({"text_encoder": CLASS},)
 
 
 @dataclass(frozen=True)
-class T5TextConfig(TextConfig):
-    """Settings of `T5Text`.
+class T5TextConfig(SequenceTextConfig):
+    """Settings of `T5Text`: padding is masked, as PixArt was trained.
 
     Attributes:
-        max_sequence_length: Positions of a prompt, its end token among them.
-        mask_padding: Whether padding is masked, in T5's attention and (by the mask) in the
-            network's, as PixArt was trained.
-        lower: Whether prompts are put into lower case and stripped, as PixArt's captions were.
-        truncation: "refuse" a longer prompt, or "cut" it.
+        lower: True puts prompts into lower case and strips them, as PixArt's captions were.
     """
 
     max_sequence_length: int = 120
     mask_padding: bool = True
     lower: bool = True
-    truncation: str = "refuse"
 
     def __post_init__(self) -> None:
-        check_settings(self)
-        check_flag("lower", self.lower)
+        super().__post_init__()
+        flag("lower", self.lower)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,55 +66,39 @@ class T5Text(SingleEncoderText):
     """
 
     name = "t5_text"
+    parts: ClassVar = {"": EncoderPart(load_t5, "T5TokenizerFast")}
 
     encoder: T5Encoder
     config: T5TextConfig = T5TextConfig()
 
-    def _texts(self, prompts: Prompts) -> list[str]:
-        return [
-            text.lower().strip() if self.config.lower else text for text in prompt_texts(prompts)
-        ]
+    def _rows(self, prompts: Prompts, second: Prompts | None) -> list[Texts]:
+        texts = prompt_texts(prompts)
+        if self.config.lower:
+            texts = [text.lower().strip() for text in texts]
+        return [(text, text) for text in texts]
+
+    def encode(
+        self, prompts: Prompts, image_spec: ImageSpec | None, second: Prompts | None
+    ) -> Conditioning:
+        """`tokens` (B, L, width), `mask` (B, L), and the image's size as `vector` (B, 3)."""
+        conditioning = super().encode(prompts, image_spec, second)
+        if image_spec is None:
+            return conditioning
+        height, width = image_spec.size
+        sizes = torch.tensor([height, width, height / width], dtype=torch.float32)
+        return replace(conditioning, vector=sizes.to(self.device).expand(len(prompts), -1))
 
     @property
     def vector_width(self) -> int:
         """Numbers of `Conditioning.vector`: the image's height, width and their ratio."""
         return 3
 
-    def _vector(self, image_spec: ImageSpec | None) -> Tensor | None:
-        if image_spec is None:
-            return None
-        height, width = image_spec.size
-        return torch.tensor(
-            [[height, width, height / width]], dtype=torch.float32, device=self.device
-        )
-
     def index(self) -> dict[str, Any]:
         """Its entries of model_index.json, as diffusers writes them."""
-        tokenizer = "T5TokenizerFast" if self.encoder.spiece is None else "T5Tokenizer"
-        return {"tokenizer": ["transformers", tokenizer], "text_encoder": ["transformers", CLASS]}
+        slow = {} if self.encoder.spiece is None else {"tokenizer": ["transformers", "T5Tokenizer"]}
+        return super().index() | slow
 
     @classmethod
-    def from_folder(
-        cls,
-        folder: str | Path,
-        dtype: torch.dtype | None = torch.float32,
-        variant: str | None = None,
-    ) -> "T5Text":
-        """Open text_encoder/ and tokenizer/ of a folder in diffusers' layout.
-
-        Settings come from conditioner/config.json where there is one, else the length is that of
-        the pipeline in model_index.json.
-
-        Args:
-            folder: The model's folder.
-            dtype: Of the weights; None leaves them as stored and unread, to be streamed.
-            variant: The files of weights to prefer, such as "fp16".
-
-        Raises:
-            UserError: For files that are missing or do not fit.
-        """
-        folder = Path(folder)
+    def _default_settings(cls, folder: Path, encoders: Mapping[str, Any]) -> Mapping[str, Any]:
         pipeline = read_optional_json(folder / "model_index.json").get("_class_name")
-        defaults = {"max_sequence_length": LENGTHS[pipeline]} if pipeline in LENGTHS else {}
-        encoder = load_t5(folder / "tokenizer", folder / "text_encoder", dtype, variant)
-        return cls(encoder, read_settings(T5TextConfig, cls.name, folder, defaults))
+        return {"max_sequence_length": LENGTHS[pipeline]} if pipeline in LENGTHS else {}

@@ -29,7 +29,7 @@ class Unconditional(ClassConditioner):
         """-1 for None and an empty prompt; `UserError` for any other."""
         if prompt is not None and prompt.strip():
             raise UserError(
-                f"prompt {prompt!r}: this model is unconditional, it takes no prompt; leave it empty"
+                f"prompt {prompt!r}: this model is unconditional; leave the prompt empty"
             )
         return -1
 

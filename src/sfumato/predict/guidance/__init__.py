@@ -9,5 +9,5 @@ The weight is how far predictions move away from a baseline, the rule how they c
     settings.py  `Guidance`: all of it as a number, a line of text or a JSON object
 
 A baseline is the prediction to move away from: without the condition, or of a weaker network. It
-needs networks, so it lives next door in predict/guidance_models/.
+needs networks, so it is in predict/guidance_models/.
 """

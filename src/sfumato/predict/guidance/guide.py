@@ -3,15 +3,19 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from jaxtyping import Bool
 from torch import Tensor
 
-from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall
+from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall, DenoiserLike
 from sfumato.errors import UserError
 from sfumato.prediction import Selected
 from sfumato.types import Conditioning, Prediction
+
+if TYPE_CHECKING:
+    from sfumato.predict.guidance.rules import Rule
+    from sfumato.predict.guidance.weights import Weight
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,11 @@ class Moment:
 
 
 def guide(
-    denoiser: Any,
+    denoiser: DenoiserLike,
     conditioning: Conditioning,
-    baselines: Sequence[tuple[Any, Conditioning]],
-    weight: Any,
-    rule: Any,
+    baselines: Sequence[tuple[DenoiserLike, Conditioning]],
+    weight: "Weight",
+    rule: "Rule",
     point: Callable[[float], tuple[float, float]],
     unguided: Bool[Tensor, " B"] | None = None,
 ) -> DenoiseFn:
@@ -71,16 +75,15 @@ def guide(
     if baselines and len(baselines) != rule.num_baselines:
         raise UserError(f"{len(baselines)} baselines for {rule}: it takes {rule.num_baselines}")
     weight_at, combine = weight.begin(), rule.begin()
-    active_baselines = getattr(rule, "active_baselines", lambda moment: rule.num_baselines)
     index, visited = -1, math.nan
 
-    def ask(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
+    def guided_denoise(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
         nonlocal index, visited
         if t != visited:  # a sampler may call twice at one time
             index, visited = index + 1, t
         moment = Moment(t, *point(t), index)
         conditional = DenoiserCall(denoiser, x, t, conditioning)
-        count = active_baselines(moment)
+        count = rule.active_baselines(moment)
         always = rule.always and count == rule.num_baselines
         if not baselines or not (always or weight.active(moment)):
             return (yield [conditional])[0]
@@ -96,7 +99,7 @@ def guide(
             guided = Selected(unguided.reshape(-1, 1, 1, 1), predictions[0], guided)
         return guided.with_variance(predictions[0].variance)
 
-    return ask
+    return guided_denoise
 
 
 def _conditional_where_off(

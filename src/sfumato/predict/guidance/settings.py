@@ -27,10 +27,12 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from sfumato.batching import DenoiseFn
+from sfumato.batching import DenoiseFn, DenoiserLike
 from sfumato.errors import UserError, unknown
 from sfumato.predict.guidance.guide import guide
-from sfumato.predict.guidance_models import ALIASES
+from sfumato.predict.guidance.rules import Rule
+from sfumato.predict.guidance.weights import Weight
+from sfumato.predict.guidance_models import ALIASES, Baseline
 from sfumato.registry import find, names
 from sfumato.spec import Spec, options_of, short_number
 from sfumato.types import Conditioning
@@ -79,19 +81,20 @@ class Guidance:
             object.__setattr__(self, field, canonical)
         if len(baselines) != rule.num_baselines:
             raise UserError(
-                f"guidance {self.rule} with the baseline {self.baseline}: it takes {rule.num_baselines}; name as many of "
-                f"{', '.join(sorted(_files('baseline')))}, for example 'condition perturbed_attention'"
+                f"guidance {self.rule} with the baseline {self.baseline}: "
+                f"it takes {rule.num_baselines}; name as many of "
+                f"{', '.join(sorted(_files('baseline')))}, "
+                "for example 'condition perturbed_attention'"
             )
         if not rule.consistent and self.weight != "constant":
             raise UserError(
-                f"guidance {self.rule} with the weight {self.weight}: expected constant, because 1, which weights take for off, "
-                "is full guidance there"
+                f"guidance {self.rule} with the weight {self.weight}: expected constant, "
+                "because 1, which weights take for off, is full guidance there"
             )
 
-    def parts(self) -> tuple[Any, Any, list[Any]]:
+    def parts(self) -> tuple[Weight, Rule, tuple[Baseline, ...]]:
         """Return the weight, the rule and the baselines as objects."""
-        weight, rule, baselines = _parts(self.scale, self.weight, self.rule, self.baseline)
-        return weight, rule, list(baselines)
+        return _parts(self.scale, self.weight, self.rule, self.baseline)
 
     @property
     def off(self) -> bool:
@@ -116,36 +119,30 @@ class Guidance:
         if isinstance(value, Guidance):
             return value
         if isinstance(value, str):
-            if value.lstrip().startswith("{"):
-                try:
-                    value = json.loads(value)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"guidance={value!r} is not JSON: {error}") from error
-                return _from_json(value)
-            return _from_text(value)
-        if isinstance(value, Mapping):
-            return _from_json(value)
-        return cls(_scale(value))
+            if not value.lstrip().startswith("{"):
+                return _from_text(value)
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise UserError(f"guidance={value!r} is not JSON: {error}") from error
+        return _from_json(value) if isinstance(value, Mapping) else cls(_scale(value))
 
     def to_json(self) -> float | dict[str, Any]:
         """Return the scale, or an object of it and the specs that are not defaults."""
-        changed = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if getattr(self, f.name) != f.default
-        }
-        if changed.keys() <= {"scale"}:
-            return self.scale
-        return {STORED[field]: value for field, value in (changed | {"scale": self.scale}).items()}
+        changed = {STORED[field]: spec for field, spec in self._changed.items()}
+        return {"scale": self.scale, **changed} if changed else self.scale
 
     def __str__(self) -> str:
         """Return the line of text that `parse` reads."""
-        changed = [
-            getattr(self, f.name)
-            for f in fields(self)
-            if f.name != "scale" and getattr(self, f.name) != f.default
-        ]
-        return " ".join([short_number(self.scale), *changed])
+        return " ".join([short_number(self.scale), *self._changed.values()])
+
+    @property
+    def _changed(self) -> dict[str, str]:
+        """The specs that are not defaults, by field."""
+        specs = {
+            f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.name in FOLDERS
+        }
+        return {field: spec for field, (spec, default) in specs.items() if spec != default}
 
 
 def _scale(value: Any) -> float:
@@ -153,7 +150,9 @@ def _scale(value: Any) -> float:
 
 
 @lru_cache(maxsize=256)
-def _parts(scale: float, weight: str, rule: str, baseline: str) -> tuple[Any, Any, tuple[Any, ...]]:
+def _parts(
+    scale: float, weight: str, rule: str, baseline: str
+) -> tuple[Weight, Rule, tuple[Baseline, ...]]:
     """Return all parts. Cached: a request needs these frozen settings several times."""
     return (
         _part("weight", weight, scale=scale),
@@ -165,9 +164,8 @@ def _parts(scale: float, weight: str, rule: str, baseline: str) -> tuple[Any, An
 def _part(field: str, word: str, **scale: float) -> Any:
     """Return the object of a spec."""
     spec = Spec.parse(word)
-    return _class(field, spec.name)(
-        **scale, **spec.values(f"guidance {field}", _options(field, spec.name))
-    )
+    options = spec.values(f"guidance {field}", _options(field, spec.name))
+    return _class(field, spec.name)(**scale, **options)
 
 
 def _files(field: str) -> dict[str, str]:
@@ -211,18 +209,19 @@ def _from_text(text: str) -> Guidance:
             name = Spec.parse(word).name
             if name not in fields_of:
                 listed = [name for field in FOLDERS for name in _files(field)]
-                raise UserError(
-                    f"guidance={text!r}: {unknown('guidance', name, listed)}; a number is the scale"
-                ) from None
+                reason = unknown("guidance", name, listed)
+                raise UserError(f"guidance={text!r}: {reason}; a number is the scale") from None
             specs.setdefault(fields_of[name], []).append(word)
     if len(scales) != 1:
         raise UserError(
-            f"guidance={text!r}: expected one number, the scale (1 is off), found {len(scales)}: write for example '2 interval'"
+            f"guidance={text!r}: expected one number, the scale (1 is off), found {len(scales)}: "
+            "write for example '2 interval'"
         )
     for field in ("weight", "rule"):
         if len(specs.get(field, ())) > 1:
             raise UserError(
-                f"guidance={text!r} has two of one kind, {' and '.join(specs[field])}: expected one {field}"
+                f"guidance={text!r} has two of one kind, {' and '.join(specs[field])}: "
+                f"expected one {field}"
             )
     return Guidance(scales[0], **{field: " ".join(words) for field, words in specs.items()})
 
@@ -239,16 +238,13 @@ def _from_json(value: Mapping[str, Any]) -> Guidance:
         values[field] = part
     if "scale" not in values:
         raise UserError(f"guidance={dict(value)!r}: expected a scale; 1 is off")
-    specs: dict[str, str] = {}
+    scale, specs = _scale(values.pop("scale")), {}
     for field, part in values.items():
-        if field != "scale":
-            specs[field] = " ".join(
-                _spec_text(field, one)
-                for one in (part if isinstance(part, list | tuple) else [part])
-            )
-            if field != "baseline" and len(specs[field].split()) != 1:
-                raise UserError(f"guidance {field}={part!r}: expected one {field}")
-    return Guidance(_scale(values["scale"]), **specs)
+        parts = part if isinstance(part, list | tuple) else [part]
+        specs[field] = " ".join(_spec_text(field, one) for one in parts)
+        if field != "baseline" and len(specs[field].split()) != 1:
+            raise UserError(f"guidance {field}={part!r}: expected one {field}")
+    return Guidance(scale, **specs)
 
 
 def _spec_text(field: str, part: Any) -> str:
@@ -257,7 +253,8 @@ def _spec_text(field: str, part: Any) -> str:
         return part
     if not isinstance(part, Mapping) or not isinstance(part.get("name"), str):
         raise UserError(
-            f'guidance {field}={part!r}: expected a word such as "NAME:OPTION=VALUE", or an object with a name and options'
+            f'guidance {field}={part!r}: expected a word such as "NAME:OPTION=VALUE", '
+            "or an object with a name and options"
         )
     name, options = part["name"], {key: value for key, value in part.items() if key != "name"}
     return str(Spec.of(f"guidance {field}", name, options, _options(field, name), short_number))
@@ -265,11 +262,11 @@ def _spec_text(field: str, part: Any) -> str:
 
 def build(
     guidance: Guidance,
-    denoiser: Any,
+    denoiser: DenoiserLike,
     conditioning: Conditioning,
     negative: Conditioning | Sequence[Conditioning],
     point: Callable[[float], tuple[float, float]],
-    guide_model: Any = None,
+    guide_model: DenoiserLike | None = None,
 ) -> DenoiseFn:
     """Return the guided denoiser of one run.
 
@@ -297,7 +294,8 @@ def build(
         negatives *= max(count, 1)
     if count and len(negatives) != count:
         raise UserError(
-            f"{len(negatives)} conditionings to move away from, for guidance {guidance}: expected {count}"
+            f"{len(negatives)} conditionings to move away from, for guidance {guidance}: "
+            f"expected {count}"
         )
     following = iter(negatives)
     pairs = [
@@ -323,15 +321,9 @@ def equal_images(a: Conditioning, b: Conditioning) -> Bool[Tensor, " B"]:
     Returns:
         (B,), True for the images of `a` whose conditioning is equal; (1,) if `a` has no fields.
     """
-    if (
-        a.sizes != b.sizes
-        or not a.tensors
-        or any(len(x) != len(y) for x, y in zip(a.tensors, b.tensors, strict=True))
-    ):
-        return torch.full(
-            (len(a.tensors[0]) if a.tensors else 1,), a.sizes == b.sizes and not a.tensors
-        )
-    return reduce(
-        torch.logical_and,
-        ((x == y).flatten(1).all(1) for x, y in zip(a.tensors, b.tensors, strict=True)),
-    )
+    if not a.tensors:
+        return torch.full((1,), a.sizes == b.sizes)
+    if a.sizes != b.sizes or [*map(len, a.tensors)] != [*map(len, b.tensors)]:
+        return torch.full((len(a.tensors[0]),), False)
+    pairs = zip(a.tensors, b.tensors, strict=True)
+    return reduce(torch.logical_and, ((x == y).flatten(1).all(1) for x, y in pairs))

@@ -7,14 +7,18 @@ It is made once a network: runs that are guided by the same copy share its forwa
 import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from sfumato.batching import DenoiserLike
 from sfumato.errors import UserError, unknown
+from sfumato.predict.denoiser import Denoiser
+from sfumato.predict.guidance_models import Baseline, Pair
+from sfumato.types import Conditioning
 
 FindLayers = Callable[[nn.Module], Iterator[tuple[str, nn.Module]]]
 """network -> (name of a layer, its replacement), for all layers that may be replaced."""
@@ -24,7 +28,34 @@ _BLOCK = re.compile(r"\w*transformer_blocks\.\d+")
 _RANGE = re.compile(r"(?<=\.)(\d+)-(\d+)(?=\.|$)")
 
 # A cache and not a state: its entries can be made again, and go when their denoiser goes.
-_CACHE: WeakKeyDictionary[Any, dict[Any, tuple[list[Tensor], Any]]] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[
+    Denoiser, dict[tuple[FindLayers, tuple[str, ...]], tuple[list[Tensor], Denoiser]]
+] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class ReplacedLayers(Baseline):
+    """The denoiser with some layers replaced, under the same conditioning.
+
+    Attributes:
+        find: Finds the layers that may be replaced.
+        kind: Kind of these layers, for errors.
+    """
+
+    layers: tuple[str, ...] = ()
+
+    find: ClassVar[FindLayers]
+    kind: ClassVar[str]
+
+    def pair(
+        self,
+        denoiser: DenoiserLike,
+        conditioning: Conditioning,
+        negative: Conditioning,
+        guide_model: DenoiserLike | None,
+    ) -> Pair:
+        """Return the changed denoiser with the conditioning."""
+        return with_replaced_layers(denoiser, self.layers, self.find, self.kind), conditioning
 
 
 def tensors(network: nn.Module) -> list[Tensor]:
@@ -63,9 +94,8 @@ def replace_layers(
             raise unknown(kind, layer, collapse_ranges(_nameable(clone, replacements)))
         chosen |= inside
     if not chosen:
-        listed = (
-            ", ".join(collapse_ranges(_nameable(clone, replacements))) or "this network has none"
-        )
+        listed = ", ".join(collapse_ranges(_nameable(clone, replacements)))
+        listed = listed or "this network has none"
         raise UserError(f"no layers to change: name at least one {kind} ({listed})")
     for name in chosen:
         if not any(name != other and _within(name, other) for other in chosen):
@@ -92,22 +122,23 @@ def default_layers(replaceable: Iterable[str]) -> list[str]:
     return names[len(names) // 2 :][:1]
 
 
-def with_replaced_layers(denoiser: Any, layers: Sequence[str], find: FindLayers, kind: str) -> Any:
+def with_replaced_layers(
+    denoiser: DenoiserLike, layers: Sequence[str], find: FindLayers, kind: str
+) -> Denoiser:
     """Return the denoiser with a network of `replace_layers`.
 
     It is the same object for the same arguments, as long as the network's tensors stay.
     """
-    network = getattr(denoiser, "network", None)
-    if not isinstance(network, nn.Module):
+    if not isinstance(denoiser, Denoiser):
         raise UserError(
-            f"{type(denoiser).__name__} has no network to change: guidance by a changed network needs a Denoiser"
+            f"{type(denoiser).__name__} has no network to change: "
+            "guidance by a changed network needs a Denoiser"
         )
+    network = denoiser.network
     cached, key, current = _CACHE.setdefault(denoiser, {}), (find, tuple(layers)), tensors(network)
     if key in cached:
         before, weaker = cached[key]
-        same = len(before) == len(current) and all(
-            a is b for a, b in zip(before, current, strict=True)
-        )
+        same = [*map(id, before)] == [*map(id, current)]
         if same and weaker.network.training == network.training:
             return weaker
     weaker = replace(denoiser, network=replace_layers(network, layers, find, kind))

@@ -4,19 +4,24 @@
 """
 
 from dataclasses import dataclass
-from typing import Any
 
+from sfumato.batching import DenoiserLike
+from sfumato.predict.guidance_models import Baseline, Pair
 from sfumato.types import Conditioning
 
 
 @dataclass(frozen=True)
-class Condition:
+class Condition(Baseline):
     """The denoiser under the negative conditioning; no options."""
 
     takes_negative = True
 
     def pair(
-        self, denoiser: Any, conditioning: Conditioning, negative: Conditioning, guide_model: Any
-    ) -> tuple[Any, Conditioning]:
+        self,
+        denoiser: DenoiserLike,
+        conditioning: Conditioning,
+        negative: Conditioning,
+        guide_model: DenoiserLike | None,
+    ) -> Pair:
         """Return the denoiser with the negative conditioning."""
         return denoiser, negative

@@ -9,7 +9,7 @@ images, registers), each attends to itself and to those, and those attend to all
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from sfumato.kernels import batch_invariant
 from sfumato.nn.attention import Attention, PictureAttention, SpatialAttention, TransformerBlock
 from sfumato.nn.mmdit import NormedAttention
-from sfumato.predict.guidance_models._layer_replacement import with_replaced_layers
-from sfumato.types import Conditioning
+from sfumato.predict.guidance_models._layer_replacement import ReplacedLayers
 
 
 class IdentityAttention(nn.Module):
@@ -74,14 +73,11 @@ def attend_to_itself_and_others(
     """
     # Image by image: the scores are many, and their bits do not depend on the batch.
     masks = [None] * len(q) if mask is None else mask[:, picture:]
-    image = torch.stack(
-        [_attend_one_image(*parts) for parts in zip(q[:, :picture], k, v, masks, strict=True)]
-    )
-    return (
-        torch.cat([image, batch_invariant.attend(q[:, picture:], k, v, mask)], dim=1)
-        if q.shape[1] > picture
-        else image
-    )
+    images = zip(q[:, :picture], k, v, masks, strict=True)
+    image = torch.stack([_attend_one_image(*parts) for parts in images])
+    if q.shape[1] == picture:
+        return image
+    return torch.cat([image, batch_invariant.attend(q[:, picture:], k, v, mask)], dim=1)
 
 
 def _attend_one_image(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -133,7 +129,7 @@ def self_attentions(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 @dataclass(frozen=True)
-class PerturbedAttention:
+class PerturbedAttention(ReplacedLayers):
     """The denoiser with perturbed self-attention.
 
     Args:
@@ -141,18 +137,5 @@ class PerturbedAttention:
             self-attention in them is perturbed. None: the middle, which is the paper's choice.
     """
 
-    layers: tuple[str, ...] = ()
-
-    takes_negative = False
-
-    def pair(
-        self, denoiser: Any, conditioning: Conditioning, negative: Conditioning, guide_model: Any
-    ) -> tuple[Any, Conditioning]:
-        """Return the perturbed denoiser with the conditioning.
-
-        Raises:
-            UserError: For layers without self-attention.
-        """
-        return with_replaced_layers(
-            denoiser, self.layers, self_attentions, "layer with self-attention"
-        ), conditioning
+    find = staticmethod(self_attentions)
+    kind = "layer with self-attention"

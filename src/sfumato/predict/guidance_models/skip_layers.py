@@ -11,7 +11,7 @@ skip_layers:layers=transformer_blocks.7-9`.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,14 @@ from sfumato.nn.attention import (
 )
 from sfumato.nn.blocks import ResnetBlock
 from sfumato.nn.mmdit import JointAttention
-from sfumato.predict.guidance_models._layer_replacement import with_replaced_layers
-from sfumato.types import Conditioning
+from sfumato.predict.guidance_models._layer_replacement import ReplacedLayers
+
+
+@runtime_checkable
+class StreamBlock(Protocol):
+    """A transformer's block, which takes and returns one stream of tokens or two."""
+
+    streams: int
 
 
 class Identity(nn.Module):
@@ -75,7 +81,7 @@ def branches(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in network.named_modules():
         if isinstance(module, SpatialAttention | SpatialTransformer | TransformerBlock):
             yield name, Identity()
-        elif hasattr(module, "streams"):  # a transformer's block
+        elif isinstance(module, StreamBlock):
             yield name, IdentityStreams() if module.streams == 2 else Identity()
         elif isinstance(module, ResnetBlock) and module.resample is None:  # resizing has to stay
             yield name, Identity(module.conv_shortcut)
@@ -88,7 +94,7 @@ def branches(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 @dataclass(frozen=True)
-class SkipLayers:
+class SkipLayers(ReplacedLayers):
     """The denoiser without some layers.
 
     Args:
@@ -97,18 +103,5 @@ class SkipLayers:
             in the middle, a U-Net's attention there.
     """
 
-    layers: tuple[str, ...] = ()
-
-    takes_negative = False
-
-    def pair(
-        self, denoiser: Any, conditioning: Conditioning, negative: Conditioning, guide_model: Any
-    ) -> tuple[Any, Conditioning]:
-        """Return the denoiser without the layers, with the conditioning.
-
-        Raises:
-            UserError: For layers that cannot be left out.
-        """
-        return with_replaced_layers(
-            denoiser, self.layers, branches, "layer that can be left out"
-        ), conditioning
+    find = staticmethod(branches)
+    kind = "layer that can be left out"

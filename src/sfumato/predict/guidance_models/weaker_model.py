@@ -5,14 +5,16 @@ away from it is away from the mistakes, and not from variety.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
+from sfumato.batching import DenoiserLike
 from sfumato.errors import UserError
+from sfumato.predict.denoiser import Denoiser
+from sfumato.predict.guidance_models import Baseline, Pair
 from sfumato.types import Conditioning
 
 
 @dataclass(frozen=True)
-class WeakerModel:
+class WeakerModel(Baseline):
     """Another model's denoiser, which the caller opens; "model" in a line of guidance.
 
     Args:
@@ -21,11 +23,13 @@ class WeakerModel:
 
     path: str = ""
 
-    takes_negative = False
-
     def pair(
-        self, denoiser: Any, conditioning: Conditioning, negative: Conditioning, guide_model: Any
-    ) -> tuple[Any, Conditioning]:
+        self,
+        denoiser: DenoiserLike,
+        conditioning: Conditioning,
+        negative: Conditioning,
+        guide_model: DenoiserLike | None,
+    ) -> Pair:
         """Return the guide model's denoiser with the conditioning.
 
         Raises:
@@ -34,26 +38,24 @@ class WeakerModel:
         """
         if guide_model is None:
             raise UserError(
-                f"guidance by a weaker model ({self.path or 'model'}) needs that model's denoiser: none was given"
+                f"guidance by a weaker model ({self.path or 'model'}) needs that model's denoiser: "
+                "none was given"
             )
-        schedule, weaker = (
-            getattr(getattr(d, "process", None), "schedule", None) for d in (denoiser, guide_model)
-        )
-        if schedule is not None and weaker is not None and schedule != weaker:
-            raise UserError(
-                f"the weaker model {self.path or ''} has the schedule {_name(weaker)}, the model {_name(schedule)}: expected the same one, "
-                "so that both mean the same noise by a time"
-            )
-        classes, weaker_classes = (
-            getattr(getattr(d, "network", None), "classes", 0) for d in (denoiser, guide_model)
-        )
-        if classes != weaker_classes:
-            raise UserError(
-                f"the weaker model {self.path or ''} has {weaker_classes or 'no'} classes (with the one for none), the model "
-                f"{classes or 'no'}: expected one trained on the same classes"
-            )
+        if isinstance(denoiser, Denoiser) and isinstance(guide_model, Denoiser):
+            self._check(denoiser, guide_model)
         return guide_model, conditioning
 
-
-def _name(schedule: Any) -> str:
-    return getattr(schedule, "kind", type(schedule).__name__)
+    def _check(self, denoiser: Denoiser, weaker: Denoiser) -> None:
+        """Raise `UserError` for a weaker model of another schedule or of other classes."""
+        name = f"the weaker model {self.path}"
+        own, other = (d.process.schedule for d in (denoiser, weaker))
+        if own != other:
+            raise UserError(
+                f"{name} has the schedule {other.kind}, the model {own.kind}: "
+                "expected the same one, so that both mean the same noise by a time"
+            )
+        if denoiser.classes != weaker.classes:
+            raise UserError(
+                f"{name} has {weaker.classes or 'no'} classes (with the one for none), "
+                f"the model {denoiser.classes or 'no'}: expected one trained on the same classes"
+            )

@@ -19,21 +19,46 @@ images' PSNR against the exact ones is 26.1 dB for N = 3, 24.8 dB for a threshol
 schedule dense where the run begins (calls 0, 1, 2, 4, 7, 11, 16): early features move most.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall
+from sfumato.batching import (
+    BatchingDenoiser,
+    DenoiseCalls,
+    DenoiseFn,
+    DenoiserCall,
+    DenoiserLike,
+    NetworkDenoiser,
+    map_calls,
+)
 from sfumato.errors import UserError
 from sfumato.types import Conditioning, Prediction
 from sfumato.validate import number_in, positive_int, whole_number
 
 
+@runtime_checkable
+class CuttableNetwork(Protocol):
+    """A network in a shallow and a deep part, with some skips between them, as the U-Net.
+
+    Attributes:
+        shallow_down: (x, timestep, cond, skips) -> the skips above the cut, that at the cut last,
+            and the time embedding.
+        deep: (skip at the cut, time embedding, cond, skips) -> the features from below the cut.
+        shallow_up: (features, the skips, time embedding, cond) -> y.
+    """
+
+    shallow_down: Callable[..., tuple[Sequence[Tensor], Tensor]]
+    deep: Callable[..., Tensor]
+    shallow_up: Callable[..., Tensor]
+
+
 def feature_cache(
-    ask: DenoiseFn,
+    denoise: DenoiseFn,
     every: int | Sequence[int] | None = 1,
     threshold: float | None = None,
     skips: int = 1,
@@ -45,7 +70,7 @@ def feature_cache(
     guidance and multidiffusion.
 
     Args:
-        ask: The denoiser of a run.
+        denoise: The denoiser of a run.
         every: N, the deep part runs at every N-th step; or the steps (from 0) at which it runs;
             None leaves it to the threshold.
         threshold: It runs besides for images whose features at the cut have moved by more than
@@ -57,40 +82,31 @@ def feature_cache(
             cannot be cut there.
     """
     rule = _KeyCalls(every, threshold, skips)
-    caches: dict[tuple[Any, ...], _CallCache] = {}
+    caches: dict[tuple[Hashable, ...], _CallCache] = {}
     steps, busy = 0, False
 
-    def with_cache(query: DenoiserCall, position: tuple[int, int, int], step: int) -> DenoiserCall:
-        # The number of calls is in the key: where guidance is off for a while, positions shift.
-        cache = caches.setdefault(
-            (*position, id(query.denoiser), query.x.shape), _CallCache(query.denoiser)
-        )
-        return replace(query, denoiser=_CachingDenoiser(query.denoiser, rule, cache, step))
+    def with_cache(call: DenoiserCall, *position: int) -> DenoiserCall:
+        key = *position, id(call.denoiser), call.x.shape
+        cache = caches.setdefault(key, _CallCache(call.denoiser))
+        return replace(call, denoiser=_CachingDenoiser(call.denoiser, rule, cache, steps))
 
     def cached(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
         nonlocal steps, busy
         if busy:
             raise UserError(
-                "a feature cache serves one run: build one for each, and put it around multidiffusion, not inside"
+                "a feature cache serves one run: build one for each, "
+                "and put it around multidiffusion, not inside"
             )
-        busy = True
-        coroutine, rounds = ask(x, t), 0
+        busy, rounds = True, itertools.count()
+
+        def with_caches(calls: list[DenoiserCall]) -> list[DenoiserCall]:
+            # The number of calls is in the key: where guidance is off for a while, positions shift.
+            number = next(rounds)
+            return [with_cache(call, number, len(calls), k) for k, call in enumerate(calls)]
+
         try:
-            queries = next(coroutine)
-            while True:
-                queries = coroutine.send(
-                    (
-                        yield [
-                            with_cache(q, (rounds, len(queries), k), steps)
-                            for k, q in enumerate(queries)
-                        ]
-                    )
-                )
-                rounds += 1
-        except StopIteration as stop:
-            return stop.value
+            return (yield from map_calls(denoise(x, t), with_caches))
         finally:
-            coroutine.close()
             steps, busy = steps + 1, False
 
     return cached
@@ -103,13 +119,13 @@ def check_cache(
     _KeyCalls(every, threshold, skips)
 
 
-def require_cuttable(denoiser: Any) -> None:
+def require_cuttable(denoiser: DenoiserLike | BatchingDenoiser) -> None:
     """Raise `UserError` unless the denoiser's network can be cut at its skips."""
-    network = getattr(denoiser, "network", None)
-    if not all(hasattr(network, part) for part in ("shallow_down", "deep", "shallow_up")):
-        name = type(denoiser if network is None else network).__name__
+    network = denoiser.network if isinstance(denoiser, NetworkDenoiser) else denoiser
+    if not isinstance(network, CuttableNetwork):
         raise UserError(
-            f"a feature cache needs a network that can be cut, as the U-Net can: {name} cannot; ask without one"
+            "a feature cache needs a network that can be cut, as the U-Net can: "
+            f"{type(network).__name__} cannot; use none"
         )
 
 
@@ -134,7 +150,7 @@ class _CallCache:
     It holds the denoiser, whose id is in its key: no other object can get that id.
     """
 
-    denoiser: Any
+    denoiser: DenoiserLike | BatchingDenoiser
     features: dict[int, _CachedFeatures] = field(default_factory=dict)
 
 
@@ -150,65 +166,65 @@ class _KeyCalls:
         every, threshold = self.every, self.threshold
         if every is None and threshold is None:
             raise UserError(
-                "every=None without a threshold: expected one or the other, to say when the network runs whole"
+                "every=None without a threshold: "
+                "expected one or the other, to decide when the network runs whole"
             )
         if isinstance(every, Sequence) and not isinstance(every, str) and every:
             for call in every:
                 whole_number("every", call, 0, hint="the calls at which the network runs whole")
         elif every is not None:
-            positive_int(
-                "every",
-                every,
-                hint="1 is exact; or a list of the calls at which the network runs whole",
-            )
+            hint = "1 is exact; or a list of the calls at which the network runs whole"
+            positive_int("every", every, hint=hint)
         if threshold is not None:
             number_in("threshold", threshold, 0)
         positive_int("skips", self.skips)
 
     def due(self, cached: _CachedFeatures | None, step: int, entry: Tensor) -> bool:
-        """Return True if the deep part runs for an image with these features at the cut (C, h,
-        w).
+        """Return True if the deep part runs for an image.
+
+        Args:
+            cached: The features of its last whole step.
+            step: Number of steps before.
+            entry: Its features at the cut, (C, h, w).
         """
         if cached is None:
             return True
-        if isinstance(self.every, int) and step - cached.step >= self.every:
-            return True
-        if isinstance(self.every, Sequence) and any(
-            cached.step < key <= step for key in self.every
-        ):
-            return True
-        if self.threshold is None:
-            return False
+        if isinstance(self.every, int):
+            key = step - cached.step >= self.every
+        else:
+            key = any(cached.step < key <= step for key in self.every or ())
+        if key or self.threshold is None:
+            return key
         # Image by image, so that the decision does not depend on the batch.
         distance = (entry.float() - cached.entry.float()).abs().mean()
         return float(distance) > self.threshold * float(cached.entry.float().abs().mean())
 
 
 @dataclass(frozen=True, eq=False)
-class _CachingDenoiser:
+class _CachingDenoiser(BatchingDenoiser):
     """A denoiser at one step, with the cache of one call, for `denoiser.evaluate_calls`."""
 
-    denoiser: Any
+    denoiser: DenoiserLike | BatchingDenoiser
     rule: _KeyCalls
     cache: _CallCache
     step: int
 
     @property
-    def batch_key(self) -> tuple[Any, ...]:
+    def batch_key(self) -> Hashable:
         """Key of calls that share a pass: the same network cut at the same place, in any run."""
         return id(self.denoiser), "feature_cache", self.rule.skips
 
     def evaluate_calls(
         self,
-        queries: Sequence[DenoiserCall],
+        calls: Sequence[DenoiserCall],
         forward: Callable[[list[DenoiserCall]], list[Prediction]],
     ) -> list[Prediction]:
         """Evaluate calls with one `batch_key` by a `forward` of the network cut in two."""
         require_cuttable(self.denoiser)
-        network = self.denoiser.network
-        rows = [(query.denoiser, row) for query in queries for row in range(len(query.x))]
-        cut = replace(self.denoiser, network=_CutNetwork(network, rows, self.rule.skips))
-        return forward([replace(query, denoiser=cut) for query in queries])
+        whole = cast(Any, self.denoiser)
+        rows = [(cast(Any, call.denoiser), row) for call in calls for row in range(len(call.x))]
+        cut = replace(whole, network=_CutNetwork(whole.network, rows, self.rule.skips))
+        return forward([replace(call, denoiser=cut) for call in calls])
 
 
 class _CutNetwork(nn.Module):
@@ -220,7 +236,9 @@ class _CutNetwork(nn.Module):
         skips: Number of skips above the cut.
     """
 
-    def __init__(self, network: Any, rows: Sequence[tuple[_CachingDenoiser, int]], skips: int):
+    def __init__(
+        self, network: CuttableNetwork, rows: Sequence[tuple[_CachingDenoiser, int]], skips: int
+    ):
         super().__init__()
         self.network, self.skips = network, skips
         self.rows = iter(rows)  # a large pass comes in several batches, in order

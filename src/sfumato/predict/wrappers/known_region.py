@@ -6,7 +6,7 @@ the mask m is 1, the model's elsewhere,
     x0 = m z + (1 - m) x0_model,      eps = m (x - alpha z)/sigma + (1 - m) eps_model,
 
 every sampler keeps the known part of x_t at alpha_t z + sigma_t noise and ends there at z (LCM
-nearly: its boundary condition blends x in). It is what "replacement" does by hand at each step
+nearly: its boundary condition blends x in). "Replacement" does the same by hand at each step
 (Song et al. 2021, arXiv:2011.13456, appendix I.2; RePaint, Lugmayr et al. 2022, arXiv:2201.09865,
 eq. 8), without a word in the sampler.
 
@@ -45,7 +45,7 @@ Point = Callable[[float], tuple[float, float]]
 
 
 def known_region(
-    ask: DenoiseFn,
+    denoise: DenoiseFn,
     z: Float[Tensor, "N C h w"],
     mask: Float[Tensor, "M K H W"],
     point: Point,
@@ -56,7 +56,7 @@ def known_region(
     A run begins at `start`, and its result goes through `finish`.
 
     Args:
-        ask: The denoiser of a run.
+        denoise: The denoiser of a run.
         z: (B or 1, C, h, w), standardised and finite; unused where the mask is 0.
         mask: (B or 1, 1 or C, h, w) in [0, 1].
         point: The schedule's t -> (alpha, sigma).
@@ -71,12 +71,10 @@ def known_region(
     first_inputs = [] if first is None or empty else [first]
 
     def inpaint(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
-        prediction = yield from ask(first_inputs.pop() if first_inputs else x, t)
+        prediction = yield from denoise(first_inputs.pop() if first_inputs else x, t)
         alpha, sigma = point(t)
         if not sigma > 0:
-            raise UserError(
-                f"t={t}: there is no noise, and so nothing to ask: expected a time in (0, 1]"
-            )
+            raise UserError(f"t={t}: expected a time in (0, 1], 0 has no noise to predict")
         kept, m = _like(x, z, mask)
         if empty:
             return prediction
@@ -147,8 +145,8 @@ def check_region(z: Tensor, mask: Tensor) -> None:
         or (len(mask) != len(z) and 1 not in (len(mask), len(z)))
     ):
         raise UserError(
-            f"a mask of shape {tuple(mask.shape)} for z of shape {tuple(z.shape)}: expected (B or 1, 1 or {z.shape[1]}, "
-            f"{z.shape[2]}, {z.shape[3]})"
+            f"a mask of shape {tuple(mask.shape)} for z of shape {tuple(z.shape)}: "
+            f"expected (B or 1, 1 or {z.shape[1]}, {z.shape[2]}, {z.shape[3]})"
         )
     if not torch.isfinite(z).all():
         raise UserError(
@@ -165,8 +163,9 @@ def check_fits(shape: Sequence[int], z: Tensor, mask: Tensor) -> None:
     """Raise `UserError` unless z and mask fit latents of `shape` (B, C, h, w)."""
     if z.shape[1:] != tuple(shape[1:]) or any(len(v) not in (1, shape[0]) for v in (z, mask)):
         raise UserError(
-            f"z of shape {tuple(z.shape)} and a mask of shape {tuple(mask.shape)} for latents of shape {tuple(shape)}: expected the "
-            "same channels, height and width, and one for all or one an image"
+            f"z of shape {tuple(z.shape)} and a mask of shape {tuple(mask.shape)} "
+            f"for latents of shape {tuple(shape)}: expected the same channels, height and width, "
+            "and one for all or one an image"
         )
 
 

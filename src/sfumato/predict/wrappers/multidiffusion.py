@@ -14,12 +14,13 @@ the whole prompt, and windows agree only in the cells that they share.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall, gather
+from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall, gather, map_calls
 from sfumato.errors import UserError
 from sfumato.types import Prediction
 from sfumato.validate import one_of
@@ -28,7 +29,7 @@ WEIGHTS = ("uniform", "smooth")
 
 
 def multidiffusion(
-    ask: DenoiseFn,
+    denoise: DenoiseFn,
     size: int | tuple[int, int],
     stride: int | tuple[int, int],
     weights: str = "uniform",
@@ -40,7 +41,7 @@ def multidiffusion(
     and is cut like x.
 
     Args:
-        ask: The denoiser of a run.
+        denoise: The denoiser of a run.
         size: Of the windows in latent cells, one for both sides or (height, width).
         stride: Between windows in latent cells, one for both sides or (down, right).
         weights: "uniform", or "smooth" (sin^2, small at a window's edges: no seams where a window
@@ -62,15 +63,17 @@ def multidiffusion(
             for columns in _windows(x.shape[3], width, right, circular)
         ]
         if len(windows) == 1:
-            return (yield from ask(x, t))
-        predictions = yield from gather([_predict_window(ask, x, t, window) for window in windows])
-        shares = _shares(windows, x.shape[2:], weights)
-        x0, eps = (
-            _average(x, windows, shares, [getattr(p, name) for p in predictions])
-            for name in ("x0", "eps")
+            return (yield from denoise(x, t))
+        predictions = yield from gather(
+            [_predict_window(denoise, x, t, window) for window in windows]
         )
+        average = partial(_average, x, windows, _shares(windows, x.shape[2:], weights))
         variances = [p.variance for p in predictions if p.variance is not None]
-        return Prediction(x0, eps, _average(x, windows, shares, variances) if variances else None)
+        return Prediction(
+            average([p.x0 for p in predictions]),
+            average([p.eps for p in predictions]),
+            average(variances) if variances else None,
+        )
 
     return canvas
 
@@ -80,7 +83,8 @@ def check_windows(size: int | tuple[int, int], stride: int | tuple[int, int]) ->
     (height, width), (down, right) = _pair(size), _pair(stride)
     if not (1 <= down <= height and 1 <= right <= width):
         raise UserError(
-            f"windows of {height} x {width} cells every {down} x {right}: expected strides from 1 to the window's side"
+            f"windows of {height} x {width} cells every {down} x {right}: "
+            "expected strides from 1 to the window's side"
         )
 
 
@@ -99,9 +103,8 @@ def _windows(length: int, size: int, stride: int, circular: bool) -> list[Tensor
     The last window ends at the edge; a circle has no edge.
     """
     size = min(size, length)
-    starts = (
-        range(0, length, stride) if circular else [*range(0, length - size, stride), length - size]
-    )
+    last = length - size
+    starts = range(0, length, stride) if circular else [*range(0, last, stride), last]
     return [torch.arange(start, start + size) % length for start in starts]
 
 
@@ -116,9 +119,8 @@ def _shares(
     def profile(count: int) -> Tensor:
         if weights == "uniform":
             return torch.ones(count, dtype=torch.float64)
-        return torch.sin(
-            torch.pi * (torch.arange(count, dtype=torch.float64) + 0.5) / count
-        ).square()
+        middles = torch.arange(count, dtype=torch.float64) + 0.5
+        return torch.sin(torch.pi * middles / count).square()
 
     weight = profile(len(windows[0][0]))[:, None] * profile(len(windows[0][1]))
     total = torch.zeros(*sides, dtype=torch.float64)
@@ -136,43 +138,34 @@ def _average(
     """Average the windows (eq. 5), one after the other."""
     canvas = torch.zeros(x.shape, dtype=parts[0].dtype, device=x.device)
     for (rows, columns), share, part in zip(windows, shares, parts, strict=True):
-        canvas[:, :, rows, columns] = (
-            canvas[:, :, rows, columns] + share.to(part.device, part.dtype) * part
-        )
+        cells = canvas[:, :, rows, columns]
+        canvas[:, :, rows, columns] = cells + share.to(part.device, part.dtype) * part
     return canvas
 
 
 def _predict_window(
-    ask: DenoiseFn, x: Tensor, t: float, window: tuple[Tensor, Tensor]
+    denoise: DenoiseFn, x: Tensor, t: float, window: tuple[Tensor, Tensor]
 ) -> DenoiseCalls[Prediction]:
     """Predict one window, with its part of the canvas' conditioning."""
     rows, columns = window
-    coroutine = ask(x[:, :, rows, columns], t)
-    try:
-        queries = next(coroutine)
-        while True:
-            queries = coroutine.send((yield [_cut(query, x, window) for query in queries]))
-    except StopIteration as stop:
-        return stop.value
-    finally:
-        coroutine.close()
+    run = denoise(x[:, :, rows, columns], t)
+    return map_calls(run, lambda calls: [_cut(call, x, window) for call in calls])
 
 
-def _cut(query: DenoiserCall, x: Tensor, window: tuple[Tensor, Tensor]) -> DenoiserCall:
+def _cut(call: DenoiserCall, x: Tensor, window: tuple[Tensor, Tensor]) -> DenoiserCall:
     """Cut the canvas' conditioning to the window."""
-    conditioning = query.conditioning
+    conditioning, concat = call.conditioning, call.conditioning.concat
     if conditioning.residuals:
         raise UserError(
-            "a large canvas cannot cut residuals (ControlNet) into windows: ask without them, or with a canvas of the model's size"
+            "a large canvas cannot cut residuals (ControlNet) into windows: "
+            "expected none, or a canvas of the model's size"
         )
-    if conditioning.concat is None:
-        return query
-    if conditioning.concat.shape[2:] != x.shape[2:]:
+    if concat is None:
+        return call
+    if concat.shape[2:] != x.shape[2:]:
         raise UserError(
-            f"concat of shape {tuple(conditioning.concat.shape)} for a canvas of {x.shape[2]} x {x.shape[3]} cells: "
-            "expected the canvas' height and width"
+            f"concat of shape {tuple(concat.shape)} for a canvas of {x.shape[2]} x {x.shape[3]} "
+            "cells: expected the canvas' height and width"
         )
-    return replace(
-        query,
-        conditioning=replace(conditioning, concat=conditioning.concat[:, :, window[0], window[1]]),
-    )
+    concat = concat[:, :, window[0], window[1]]
+    return replace(call, conditioning=replace(conditioning, concat=concat))

@@ -1,30 +1,56 @@
 """Rules that combine predictions into one, one file each, found by name.
 
-A rule is a frozen dataclass of settings with
-
-    begin() -> CombineFn        a function for one run
-    num_baselines               number of baselines that it takes
-    always                      True if the baselines are needed where w is 1 too; otherwise `guide`
-                                returns the conditional prediction there
-    active_baselines(moment)    number of baselines, from the first, that count at a time; optional:
-                                without it, all
-    consistent                  True if the pair adds up to x = alpha*x0 + sigma*eps. Otherwise only
-                                samplers with the trait `uses_x0_and_eps` can use it
-
-Memory from step to step belongs to the function that `begin` returns. Arithmetic is multiplications
-and additions of whole tensors, one at a time, and sums over single images (`algebra.total`), so
-that an image's bits do not depend on its batch.
+A rule is a frozen dataclass of settings. Memory from step to step belongs to the function that
+`begin` returns. Arithmetic is multiplications and additions of whole tensors, one at a time, and
+sums over single images (`algebra.total`), so that an image's bits do not depend on its batch.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
 from sfumato.predict.guidance.guide import Moment
 from sfumato.types import Prediction
 
-CombineFn = Callable[[Tensor, Moment, Sequence[Prediction], float | Tensor], Prediction]
-"""(x, moment, predictions, w) -> prediction.
+Predictions = Sequence[Prediction]
+"""The conditional prediction, then one a baseline."""
+Scale = float | Tensor
+"""The weight of the first baseline: a number, or one an image (B, 1, 1, 1)."""
+CombineFn = Callable[[Tensor, Moment, Predictions, Scale], Prediction]
+"""(x, moment, predictions, w) -> prediction."""
 
-The predictions are the conditional one, then one a baseline; w weights the first baseline.
-"""
+
+class Rule(ABC):
+    """A way to combine the conditional prediction and those of the baselines.
+
+    Attributes:
+        num_baselines: Number of baselines.
+        consistent: True if the pair adds up to x = alpha*x0 + sigma*eps. Otherwise only samplers
+            with the trait `uses_x0_and_eps` can use it.
+    """
+
+    num_baselines: ClassVar[int] = 1
+    consistent: ClassVar[bool] = True
+
+    @property
+    def always(self) -> bool:
+        """True if the baselines are needed where w is 1 too.
+
+        Otherwise `guide` returns the conditional prediction there.
+        """
+        return False
+
+    @property
+    def stateful(self) -> bool:
+        """True if a prediction depends on those of earlier times."""
+        return False
+
+    def active_baselines(self, moment: Moment) -> int:
+        """Return the number of baselines, from the first, that count at a time."""
+        return self.num_baselines
+
+    @abstractmethod
+    def begin(self) -> CombineFn:
+        """Return the function that combines the predictions of one run."""

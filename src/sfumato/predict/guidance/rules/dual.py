@@ -15,15 +15,13 @@ can be limited to an interval, as by Stability AI for skipped layers in early st
 off, p = p1 + w (p_c - p1), and p2 is not computed.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.rules import CombineFn
-from sfumato.types import Prediction, mixed
+from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Predictions, Rule, Scale
+from sfumato.types import mixed
 from sfumato.validate import number_in, one_of
 
 KINDS = {"chain": 1.0, "sum": 0.0, "away": 1.0}
@@ -31,7 +29,7 @@ KINDS = {"chain": 1.0, "sum": 0.0, "away": 1.0}
 
 
 @dataclass(frozen=True)
-class Dual:
+class Dual(Rule):
     """Settings of two baselines.
 
     Args:
@@ -47,14 +45,14 @@ class Dual:
     high: float = 1.0
 
     num_baselines = 2
-    consistent = True
 
     def __post_init__(self) -> None:
         one_of("kind of dual guidance", self.kind, KINDS)
         number_in("guidance dual second", self.second, hint=f"{KINDS[self.kind]:g} is off")
         if not 0 <= self.low <= self.high <= 1:
             raise UserError(
-                f"guidance dual low={self.low}, high={self.high}: expected times with 0 <= low <= high <= 1, 1 is noise"
+                f"guidance dual low={self.low}, high={self.high}: "
+                "expected times with 0 <= low <= high <= 1, 1 is noise"
             )
 
     def active_baselines(self, moment: Moment) -> int:
@@ -67,26 +65,22 @@ class Dual:
         return self.second != KINDS[self.kind]
 
     def begin(self) -> CombineFn:
-        def both(conditional: Tensor, one: Tensor, two: Tensor, w: float | Tensor) -> Tensor:
+        """Return the sum of both differences, or of one where the second scale is off."""
+
+        def both(conditional: Tensor, one: Tensor, two: Tensor, w: Scale) -> Tensor:
             if self.kind == "chain":
                 return mixed(one, two, self.second) + w * (conditional - one)
             if self.kind == "sum":
                 return mixed(two, one, self.second) + w * (conditional - one)
-            return (
-                conditional
-                + (w - 1) * (conditional - one)
-                + (self.second - 1) * (conditional - two)
-            )
+            moved = conditional + (w - 1) * (conditional - one)
+            return moved + (self.second - 1) * (conditional - two)
 
-        def combine(
-            x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
-        ) -> Prediction:
+        def combine(x: Tensor, moment: Moment, predictions: Predictions, w: Scale) -> Prediction:
             conditional, one, *rest = predictions
             if not rest:
                 return conditional.away(one, w)
             (two,) = rest
-            return Prediction(
-                both(conditional.x0, one.x0, two.x0, w), both(conditional.eps, one.eps, two.eps, w)
-            )
+            x0 = both(conditional.x0, one.x0, two.x0, w)
+            return Prediction(x0, both(conditional.eps, one.eps, two.eps, w))
 
         return combine

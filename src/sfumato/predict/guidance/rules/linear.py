@@ -5,28 +5,21 @@ flow's velocity. With a weaker network as the baseline it is autoguidance (Karra
 arXiv:2406.02507).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.rules import CombineFn
-from sfumato.types import Prediction
+from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Predictions, Rule, Scale
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Rule):
     """One baseline, no options."""
 
-    num_baselines = 1
-    always = False
-    consistent = True
-
     def begin(self) -> CombineFn:
-        def combine(
-            x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
-        ) -> Prediction:
+        """Return baseline + w (conditional - baseline)."""
+
+        def combine(x: Tensor, moment: Moment, predictions: Predictions, w: Scale) -> Prediction:
             conditional, baseline = predictions
             return conditional.away(baseline, w)
 

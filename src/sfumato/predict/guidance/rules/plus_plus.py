@@ -6,31 +6,32 @@ halves as they are (trait `uses_x0_and_eps`: DDIM, Euler) can use it. There a st
 sigma_s) is that of plain guidance with w = lambda/(1 - e^-h), h the step in log(alpha/sigma).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.rules import CombineFn
-from sfumato.types import Prediction, mixed
+from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Predictions, Rule, Scale
+from sfumato.types import mixed
 
 
 @dataclass(frozen=True)
-class PlusPlus:
+class PlusPlus(Rule):
     """One baseline, no options.
 
     w = 1 is full guidance here and not off, so the baseline is always needed.
     """
 
-    num_baselines = 1
-    always = True
     consistent = False
 
+    @property
+    def always(self) -> bool:
+        """True."""
+        return True
+
     def begin(self) -> CombineFn:
-        def combine(
-            x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
-        ) -> Prediction:
+        """Return the guided x0 with the baseline's eps."""
+
+        def combine(x: Tensor, moment: Moment, predictions: Predictions, w: Scale) -> Prediction:
             conditional, baseline = predictions
             return Prediction(mixed(conditional.x0, baseline.x0, w), baseline.eps)
 

@@ -5,24 +5,21 @@ D = D_par + D_orth, along and across x0_c;  x0 = x0_c + (w - 1) (D_orth + eta D_
 
 Saturated colours come from the part along x0_c, so eta < 1 damps it. The threshold bounds the step.
 A negative momentum moves away from the directions of the steps before. The rule acts on x0, as in
-the paper, and eps is what then adds up to x.
+the paper, and eps follows, so that the pair adds up to x.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sfumato.predict.guidance.algebra import ratio, total, with_x0
-from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.rules import CombineFn
-from sfumato.types import Prediction
+from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Predictions, Rule, Scale
 from sfumato.validate import number_in
 
 
 @dataclass(frozen=True)
-class Project:
+class Project(Rule):
     """Settings of APG.
 
     Args:
@@ -37,10 +34,6 @@ class Project:
     threshold: float = 0.0
     momentum: float = 0.0
 
-    num_baselines = 1
-    always = False
-    consistent = True
-
     def __post_init__(self) -> None:
         number_in("guidance project eta", self.eta, hint="1 is plain guidance")
         number_in("guidance project threshold", self.threshold, 0, hint="0 is no threshold")
@@ -48,12 +41,16 @@ class Project:
             "guidance project momentum", self.momentum, above=-1, below=1, hint="0 is no momentum"
         )
 
+    @property
+    def stateful(self) -> bool:
+        """True with a momentum."""
+        return self.momentum != 0
+
     def begin(self) -> CombineFn:
+        """Return the projected step, with the momentum of one run."""
         before: Tensor | None = None
 
-        def combine(
-            x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
-        ) -> Prediction:
+        def combine(x: Tensor, moment: Moment, predictions: Predictions, w: Scale) -> Prediction:
             nonlocal before
             conditional, baseline = predictions
             step = conditional.x0 - baseline.x0
@@ -63,12 +60,8 @@ class Project:
             if self.threshold:
                 size = total(step.square()).sqrt()
                 step = step * ratio(torch.full_like(size, self.threshold), size, 1.0).clamp(max=1)
-            along = (
-                ratio(total(step * conditional.x0), total(conditional.x0.square()), 0.0)
-                * conditional.x0
-            )
-            return with_x0(
-                conditional, conditional.x0 + (w - 1) * (step - (1 - self.eta) * along), moment
-            )
+            x0 = conditional.x0
+            along = ratio(total(step * x0), total(x0.square()), 0.0) * x0
+            return with_x0(conditional, x0 + (w - 1) * (step - (1 - self.eta) * along), moment)
 
         return combine

@@ -7,23 +7,21 @@
 
 Large weights make x0 too wide, and images over-exposed; phi pulls the width back. The paper
 rescales the network's output in any parameterization. Here it is x0, where the image is, in every
-parameterization, and eps is what then adds up to x.
+parameterization, and eps follows, so that the pair adds up to x.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from sfumato.predict.guidance.algebra import ratio, total, with_x0
-from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.rules import CombineFn
-from sfumato.types import Prediction, mixed
+from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Predictions, Rule, Scale
+from sfumato.types import mixed
 from sfumato.validate import number_in
 
 
 @dataclass(frozen=True)
-class Rescale:
+class Rescale(Rule):
     """Settings of the rescaling.
 
     Args:
@@ -33,25 +31,17 @@ class Rescale:
 
     phi: float = 0.7
 
-    num_baselines = 1
-    always = False
-    consistent = True
-
     def __post_init__(self) -> None:
         number_in("guidance rescale phi", self.phi, 0, 1, hint="0 is plain guidance")
 
     def begin(self) -> CombineFn:
-        def combine(
-            x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
-        ) -> Prediction:
+        """Return the guided x0 at the conditional prediction's deviation."""
+
+        def combine(x: Tensor, moment: Moment, predictions: Predictions, w: Scale) -> Prediction:
             conditional, baseline = predictions
             x0 = mixed(conditional.x0, baseline.x0, w)
-            return with_x0(
-                conditional,
-                ((1 - self.phi) + self.phi * ratio(deviation(conditional.x0), deviation(x0), 1.0))
-                * x0,
-                moment,
-            )
+            width = ratio(deviation(conditional.x0), deviation(x0), 1.0)
+            return with_x0(conditional, ((1 - self.phi) + self.phi * width) * x0, moment)
 
         return combine
 

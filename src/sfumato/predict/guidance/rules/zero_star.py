@@ -9,20 +9,18 @@ where a network that is not fully trained is worse than none. v = 0 keeps x/(alp
 for a flow is x.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from sfumato.predict.guidance.algebra import from_velocity, ratio, total
-from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.rules import CombineFn
-from sfumato.types import Prediction, mixed
+from sfumato.predict.guidance.rules import CombineFn, Moment, Prediction, Predictions, Rule, Scale
+from sfumato.types import mixed
 from sfumato.validate import whole_number
 
 
 @dataclass(frozen=True)
-class ZeroStar:
+class ZeroStar(Rule):
     """Settings of CFG-Zero*.
 
     Args:
@@ -32,17 +30,13 @@ class ZeroStar:
 
     zero_steps: int = 1
 
-    num_baselines = 1
-    always = False
-    consistent = True
-
     def __post_init__(self) -> None:
         whole_number("guidance zero_star zero_steps", self.zero_steps, 0)
 
     def begin(self) -> CombineFn:
-        def combine(
-            x: Tensor, moment: Moment, predictions: Sequence[Prediction], w: float | Tensor
-        ) -> Prediction:
+        """Return the guided velocity, or none at the first times."""
+
+        def combine(x: Tensor, moment: Moment, predictions: Predictions, w: Scale) -> Prediction:
             conditional, baseline = (p.eps - p.x0 for p in predictions)
             if moment.index < self.zero_steps:
                 return from_velocity(x, 0 * conditional, moment)

@@ -25,16 +25,14 @@ from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.predict.guidance.algebra import ratio, total
-from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.weights import WeightFn, check_scale
-from sfumato.types import Prediction
+from sfumato.predict.guidance.weights import Moment, Prediction, Weight, WeightFn
 from sfumato.validate import number_in, one_of
 
 DISAGREEMENT = ("lowers", "raises")
 
 
 @dataclass(frozen=True)
-class Adaptive:
+class Adaptive(Weight):
     """w by the disagreement d of the conditional prediction and the baseline.
 
     Args:
@@ -47,7 +45,6 @@ class Adaptive:
         high: Largest log-SNR at which it acts.
     """
 
-    scale: float = 1.0
     disagreement: str = "lowers"
     threshold: float = 0.05
     power: float = 1.0
@@ -55,19 +52,23 @@ class Adaptive:
     high: float = math.inf
 
     def __post_init__(self) -> None:
-        check_scale(self.scale)
+        super().__post_init__()
         one_of("effect of disagreement on the guidance", self.disagreement, DISAGREEMENT)
         number_in("guidance adaptive threshold", self.threshold, above=0)
         number_in("guidance adaptive power", self.power, above=0)
         if not self.low <= self.high:
             raise UserError(
-                f"guidance adaptive low={self.low}, high={self.high}: expected log-SNRs with low <= high"
+                f"guidance adaptive low={self.low}, high={self.high}: "
+                "expected log-SNRs with low <= high"
             )
 
     def active(self, moment: Moment) -> bool:
+        """Return True where the log-SNR lies between `low` and `high`."""
         return self.scale != 1 and self.low <= moment.log_snr <= self.high
 
     def begin(self) -> WeightFn:
+        """Return w by the disagreement of the predictions; there is no memory."""
+
         def weigh(moment: Moment, conditional: Prediction, baseline: Prediction) -> float | Tensor:
             if not self.active(moment):
                 return 1.0

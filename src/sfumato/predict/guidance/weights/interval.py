@@ -9,12 +9,11 @@ called. The paper gives noise levels; for a flow t = 0.2 to 0.85, the defaults h
 from dataclasses import dataclass
 
 from sfumato.errors import UserError
-from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.weights import WeightFn, check_scale
+from sfumato.predict.guidance.weights import TimeWeight
 
 
 @dataclass(frozen=True)
-class Interval:
+class Interval(TimeWeight):
     """w(t) = scale in an interval.
 
     Args:
@@ -23,19 +22,17 @@ class Interval:
         high: Largest time.
     """
 
-    scale: float = 1.0
     low: float = 0.2
     high: float = 0.85
 
     def __post_init__(self) -> None:
-        check_scale(self.scale)
+        super().__post_init__()
         if not 0 <= self.low <= self.high <= 1:
             raise UserError(
-                f"guidance interval low={self.low}, high={self.high}: expected times with 0 <= low <= high <= 1, 1 is noise"
+                f"guidance interval low={self.low}, high={self.high}: "
+                "expected times with 0 <= low <= high <= 1, 1 is noise"
             )
 
-    def active(self, moment: Moment) -> bool:
-        return self.scale != 1 and self.low <= moment.t <= self.high
-
-    def begin(self) -> WeightFn:
-        return lambda moment, conditional, baseline: self.scale if self.active(moment) else 1.0
+    def at(self, t: float) -> float:
+        """Return the scale in the interval, else 1."""
+        return self.scale if self.low <= t <= self.high else 1.0

@@ -12,15 +12,14 @@ scheduler, which keeps the mean over the run, is first 0, last 2.
 import math
 from dataclasses import dataclass
 
-from sfumato.predict.guidance.guide import Moment
-from sfumato.predict.guidance.weights import WeightFn, check_scale
+from sfumato.predict.guidance.weights import TimeWeight
 from sfumato.validate import number_in, one_of
 
 SHAPES = ("linear", "cosine", "power")
 
 
 @dataclass(frozen=True)
-class Ramp:
+class Ramp(TimeWeight):
     """w(t) = 1 + (scale - 1) r(t).
 
     Args:
@@ -31,14 +30,13 @@ class Ramp:
         power: Exponent of the shape "power", above 0.
     """
 
-    scale: float = 1.0
     first: float = 0.0
     last: float = 1.0
     shape: str = "linear"
     power: float = 2.0
 
     def __post_init__(self) -> None:
-        check_scale(self.scale)
+        super().__post_init__()
         number_in("guidance ramp first", self.first, hint="1 is the whole scale")
         number_in("guidance ramp last", self.last, hint="1 is the whole scale")
         one_of("shape of a guidance ramp", self.shape, SHAPES)
@@ -46,17 +44,8 @@ class Ramp:
 
     def at(self, t: float) -> float:
         """Return w at a time."""
-        f = (
-            t
-            if self.shape == "linear"
-            else (1 - math.cos(math.pi * t)) / 2
-            if self.shape == "cosine"
-            else t**self.power
-        )
+        if self.shape == "cosine":
+            f = (1 - math.cos(math.pi * t)) / 2
+        else:
+            f = t if self.shape == "linear" else t**self.power
         return 1 + (self.scale - 1) * (self.last + (self.first - self.last) * f)
-
-    def active(self, moment: Moment) -> bool:
-        return self.at(moment.t) != 1
-
-    def begin(self) -> WeightFn:
-        return lambda moment, conditional, baseline: self.at(moment.t)
