@@ -183,7 +183,7 @@ def test_a_run_that_stopped_goes_on_with_the_same_captions(place: Path, tmp_path
         ),
         (
             {"network": DiTConfig()},
-            "a DiTConfig reads no text: expected one of a network with caption_channels",
+            "a DiT has no text: train it from classes, or a network with text tokens",
         ),
         (
             {"text": "tiny"},
