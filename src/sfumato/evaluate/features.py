@@ -18,7 +18,7 @@ import importlib.resources
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -211,7 +211,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _scripted_inception(network: Any, device: str) -> Features:
+def _scripted_inception(network: torch.jit.ScriptModule, device: str) -> Features:
     """The features of a TorchScript file.
 
     The public file takes bytes and `return_features`, and resizes by itself. Others get 299x299 in
@@ -240,7 +240,7 @@ def _scripted_inception(network: Any, device: str) -> Features:
 def _imported(spec: str, device: str) -> Features:
     module_name, _, attribute = spec.partition(":")
     try:
-        network: Any = getattr(importlib.import_module(module_name), attribute)
+        network: object = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"features {spec!r} could not be imported ({error}): "

@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sfumato.train.caption_embeddings import Captions, open_reader
+    from sfumato.train.caption_embeddings import Captions, open_text_conditioner
     from sfumato.train.loop import LoopSettings, train
     from sfumato.train.objective import Draw, Objective
     from sfumato.train.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sfumato.train.timestep_search import Tuned, store_tuned, tune_timesteps, with_tuned
 
 _HOMES = {
-    "caption_embeddings": ("Captions", "open_reader"),
+    "caption_embeddings": ("Captions", "open_text_conditioner"),
     "loop": ("LoopSettings", "train"),
     "objective": ("Draw", "Objective"),
     "objectives.autoencoder": ("AutoencoderLoss", "AutoencoderObjective"),
@@ -53,7 +53,7 @@ __all__ = [
     "Tuned",
     "encode_all",
     "load_recipe",
-    "open_reader",
+    "open_text_conditioner",
     "run_recipe",
     "store_tuned",
     "train",

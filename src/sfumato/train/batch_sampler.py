@@ -62,7 +62,7 @@ class Stream:
         return self.order[offset : offset + self.batch_size]
 
 
-class Order:
+class BatchSampler:
     """Step -> the indices (batch_size,) of its examples, all of one group.
 
     One group is one `Stream` of the run's own seed. The plan of the current epoch is kept.

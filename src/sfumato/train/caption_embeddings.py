@@ -76,7 +76,7 @@ def _trimmed(table: Conditioning) -> Conditioning:
     return replace(table, tokens=table.tokens[:, :used].clone(), mask=table.mask[:, :used].clone())
 
 
-def open_reader(folder: str | Path) -> Conditioner:
+def open_text_conditioner(folder: str | Path) -> Conditioner:
     """Open the text conditioner of a folder.
 
     Args:

@@ -82,7 +82,7 @@ class Means:
         return cls(sums, dict(state.get("counts", {})))
 
 
-class Record:
+class RunLog:
     """The log of a run, written as it goes on.
 
     Lines after `first` (of a run that was killed after its last checkpoint) are removed at the

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from sfumato.errors import NumericalError, UserError
 from sfumato.train import checkpoint
-from sfumato.train.batch_sampler import Order, derive_seed
+from sfumato.train.batch_sampler import BatchSampler, derive_seed
 from sfumato.train.ema import EMA
-from sfumato.train.logger import Means, Record
+from sfumato.train.logger import Means, RunLog
 from sfumato.train.objective import Draw, Objective
 from sfumato.validate import number_in, one_of, positive_int
 
@@ -189,11 +189,11 @@ def train(
     if state.get("scaler") and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
 
-    order = Order(objective.groups, settings.batch_size, settings.seed)
+    order = BatchSampler(objective.groups, settings.batch_size, settings.seed)
     share = settings.batch_size // accelerator.num_processes
     mine = slice(rank * share, (rank + 1) * share)
-    record_of_main = Record(out, first, settings.steps, objective.stage) if main else nullcontext()
-    with record_of_main as record:
+    main_log = RunLog(out, first, settings.steps, objective.stage) if main else nullcontext()
+    with main_log as log:
         for step in range(first, settings.steps):
             torch.manual_seed(derive_seed(settings.seed, "layers", step, rank))  # dropout
             generator = torch.Generator().manual_seed(derive_seed(settings.seed, "draws", step))
@@ -215,11 +215,11 @@ def train(
                 numbers = {"lr": settings.lr_at(step), **update.mean(means.now())}
                 means = Means()
             else:
-                numbers = means.now() if record and record.due else {}
-            if record:
-                record.step(done, numbers, log=logs)
-            if record and shows:
-                record.show(done, *objective.show(average.network, done))
+                numbers = means.now() if log and log.due else {}
+            if log:
+                log.step(done, numbers, log=logs)
+            if log and shows:
+                log.show(done, *objective.show(average.network, done))
             if saves:
                 update.check_weights({**plain, "average": average.network}, done)
                 sums = means.state(update.mean)

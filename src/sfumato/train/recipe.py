@@ -49,7 +49,7 @@ from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.base import Network, build, network_of
 from sfumato.predict.networks.unet import UNetConfig
 from sfumato.sampling import Defaults
-from sfumato.train.caption_embeddings import Captions, open_reader
+from sfumato.train.caption_embeddings import Captions, open_text_conditioner
 from sfumato.train.loop import LoopSettings, start, train
 from sfumato.train.objective import Preview
 from sfumato.train.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective
@@ -297,7 +297,7 @@ def _conditioners(
             f"text={text}, and {images.name} has no captions: "
             "expected a column or file of them; leave text out for classes"
         )
-    conditioner = open_reader(text)
+    conditioner = open_text_conditioner(text)
     pooled = conditioner.null(1).vector
     fields = network.text_fields(conditioner.width, None if pooled is None else pooled.shape[1])
     captions = Captions(conditioner, images.captions)
