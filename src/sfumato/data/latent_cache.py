@@ -225,8 +225,9 @@ def _read_index(place: Path, key: str) -> dict[str, Any]:
     if not isinstance(index, dict) or index.get("key") != key:
         return {}
     size, shards = index.get("shard_size"), index.get("shards")
-    valid = isinstance(size, int) and size >= 1 and isinstance(shards, dict)
-    return index if valid and all(isinstance(e, dict) for e in shards.values()) else {}
+    if not isinstance(size, int) or size < 1 or not isinstance(shards, dict):
+        return {}
+    return index if all(isinstance(entry, dict) for entry in shards.values()) else {}
 
 
 def _measure(path: Path) -> tuple[int, str]:

@@ -153,14 +153,10 @@ def load(folder: str | Path) -> tuple[FashionClassifier, str]:
             f"{file} is not a classifier's: expected class_names, widths and dim; "
             "point at a folder made by `save`"
         )
-    fields = ClassifierConfig.__dataclass_fields__
-    config = ClassifierConfig(
-        **{
-            k: tuple(v) if k in ("class_names", "widths", "class_accuracy") else v
-            for k, v in values.items()
-            if k in fields
-        }
-    )
+    lists = ("class_names", "widths", "class_accuracy")
+    names = ClassifierConfig.__dataclass_fields__
+    fields: dict[str, Any] = {k: v for k, v in values.items() if k in names}
+    config = ClassifierConfig(**fields | {k: tuple(fields[k]) for k in lists if k in fields})
     network, tensors = FashionClassifier(config), read_tensors(weights)
     try:
         network.load_state_dict(tensors)

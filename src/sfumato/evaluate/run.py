@@ -56,8 +56,9 @@ def _metrics(
     values: object, floor: object | None, better: Literal["lower", "higher", "near"], **about: str
 ) -> tuple[Metric, ...]:
     """Metrics of the fields that `about` describes."""
+    floors = {} if floor is None else vars(floor)
     return tuple(
-        Metric(name, getattr(values, name), floor and getattr(floor, name), better, text)
+        Metric(name, vars(values)[name], floors.get(name), better, text)
         for name, text in about.items()
     )
 

@@ -54,8 +54,10 @@ class Means:
     def add(self, numbers: Mapping[str, float | Tensor]) -> None:
         """Add one step's numbers; tensors are scalars."""
         for name, value in numbers.items():
-            on_device = isinstance(value, Tensor) and value.device.type != "cpu"
-            number = value.detach().float() if on_device else float(value)
+            if isinstance(value, Tensor) and value.device.type != "cpu":
+                number = value.detach().float()
+            else:
+                number = float(value)
             self.sums[name] = self.sums.get(name, 0.0) + number
             self.counts[name] = self.counts.get(name, 0) + 1
 
@@ -78,8 +80,8 @@ class Means:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """The inverse of `state`; of an empty state, new means."""
-        sums = {name: float(total) for name, total in state.get("sums", {}).items()}
-        return cls(sums, dict(state.get("counts", {})))
+        sums = state.get("sums", {}).items()
+        return cls({n: float(total) for n, total in sums}, dict(state.get("counts", {})))
 
 
 class RunLog:
