@@ -156,7 +156,8 @@ def load(folder: str | Path) -> tuple[FashionClassifier, str]:
     lists = ("class_names", "widths", "class_accuracy")
     names = ClassifierConfig.__dataclass_fields__
     fields: dict[str, Any] = {k: v for k, v in values.items() if k in names}
-    config = ClassifierConfig(**fields | {k: tuple(fields[k]) for k in lists if k in fields})
+    fields |= {k: tuple(fields[k]) for k in lists if k in fields}
+    config = ClassifierConfig(**fields)
     network, tensors = FashionClassifier(config), read_tensors(weights)
     try:
         network.load_state_dict(tensors)
