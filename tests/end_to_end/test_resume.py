@@ -50,7 +50,7 @@ from sfumato.io.atomic import NotWritten, atomic_folder, read_tensors, recover, 
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.train import checkpoint
-from sfumato.train.logger import Record
+from sfumato.train.logger import RunLog
 from sfumato.train.loop import LoopSettings, train
 from sfumato.train.objective import Draw, Objective
 from sfumato.train.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective
@@ -786,7 +786,7 @@ def test_a_file_size_limit_is_met_like_a_full_disk(
 def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     with (
         pytest.raises(NotWritten, match=r"could not write .*log.jsonl: No space left on device"),
-        Record(tmp_path, 0, 3, "toy") as record,
+        RunLog(tmp_path, 0, 3, "toy") as record,
     ):
         record.file = open("/dev/full", "a")  # noqa: SIM115 (the record closes it)
         record.step(1, {"loss": 1.0}, log=True)

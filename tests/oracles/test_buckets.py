@@ -38,7 +38,7 @@ from sfumato.io.atomic import hash_json, read_tensors
 from sfumato.predict.conditioners.unconditional import Unconditional
 from sfumato.predict.networks.modern_dit import ModernDiT, ModernDiTConfig
 from sfumato.train import AutoencoderRecipe, DenoiserRecipe
-from sfumato.train.batch_sampler import Order, batch_indices
+from sfumato.train.batch_sampler import BatchSampler, batch_indices
 from sfumato.train.loop import LoopSettings, train
 from sfumato.train.objective import Draw
 from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective
@@ -424,7 +424,7 @@ def ranges(sizes: tuple[int, ...]) -> list[range]:
 
 @pytest.mark.parametrize(("size", "batch_size", "seed"), [(10, 4, 5), (3, 8, 0), (64, 16, 1)])
 def test_one_group_is_the_order_without_groups(size: int, batch_size: int, seed: int) -> None:
-    order = Order([range(size)], batch_size, seed)
+    order = BatchSampler([range(size)], batch_size, seed)
     assert all(
         torch.equal(order(step), batch_indices(size, batch_size, seed, step)) for step in range(30)
     )
@@ -434,7 +434,7 @@ def test_one_group_is_the_order_without_groups(size: int, batch_size: int, seed:
 def test_visits_are_equal_and_batches_of_one_group(sizes: tuple[int, ...], batch_size: int) -> None:
     groups, total = ranges(sizes), sum(sizes)
     epochs = 7 * batch_size  # so that every group has come out even
-    order = Order(groups, batch_size, seed=3)
+    order = BatchSampler(groups, batch_size, seed=3)
     visits = torch.zeros(total, dtype=torch.int64)
     for step in range(epochs * total // batch_size):
         batch = order(step)
@@ -450,7 +450,7 @@ def test_visits_are_equal_and_batches_of_one_group(sizes: tuple[int, ...], batch
 
 def test_no_group_falls_behind_by_a_batch_and_none_comes_in_a_row() -> None:
     groups, batch_size = ranges((130, 47, 9)), 8
-    order = Order(groups, batch_size, seed=0)
+    order = BatchSampler(groups, batch_size, seed=0)
     which = [
         next(i for i, g in enumerate(groups) if int(order(step)[0]) in g) for step in range(2000)
     ]
@@ -464,12 +464,12 @@ def test_no_group_falls_behind_by_a_batch_and_none_comes_in_a_row() -> None:
 
 def test_the_order_is_a_function_of_seed_and_step() -> None:
     groups = ranges((13, 3, 40, 1))
-    straight = [Order(groups, 4, 7)(step) for step in range(60)]  # each asked of a new one
-    order = Order(groups, 4, 7)
+    straight = [BatchSampler(groups, 4, 7)(step) for step in range(60)]  # each asked of a new one
+    order = BatchSampler(groups, 4, 7)
     for step in np.random.default_rng(0).permutation(60).tolist():
         assert torch.equal(order(step), straight[step])
     assert not torch.equal(
-        torch.cat(straight), torch.cat([Order(groups, 4, 8)(step) for step in range(60)])
+        torch.cat(straight), torch.cat([BatchSampler(groups, 4, 8)(step) for step in range(60)])
     )
     steps = [tuple(sorted(b.tolist())) for b in straight if int(b.max()) < 13]
     assert len(set(steps)) > len(steps) // 2, "epochs differ"

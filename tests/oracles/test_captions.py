@@ -22,7 +22,7 @@ from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.networks.dit import DiTConfig
 from sfumato.predict.networks.modern_dit import ModernDiT, ModernDiTConfig
 from sfumato.sampling import Defaults
-from sfumato.train.caption_embeddings import Captions, open_reader
+from sfumato.train.caption_embeddings import Captions, open_text_conditioner
 from sfumato.train.loop import LoopSettings
 from sfumato.train.recipe import DataSettings, DenoiserRecipe
 from sfumato.types import Conditioning
@@ -143,7 +143,7 @@ def test_a_model_learns_from_captions_and_reads_prompts(place: Path, tmp_path: P
         np.asarray(model.generate(words, seed=1)[0], dtype=float) for words in (WORDS[0], WORDS[1])
     )
     assert one.shape == (16, 16, 3) and np.abs(one - two).max() > 0, "the words make no difference"
-    reader = open_reader(place / "t5")
+    reader = open_text_conditioner(place / "t5")
     with torch.inference_mode():
         assert torch.equal(reader([WORDS[2]]).tokens, model.conditioner([WORDS[2]]).tokens)
     again = sfumato.load(recipe(place).run(tmp_path / "two"))
@@ -179,7 +179,7 @@ def test_a_run_that_stopped_goes_on_with_the_same_captions(place: Path, tmp_path
         ),
         (
             {"network": DiTConfig()},
-            "a DiTConfig reads no text: expected one of a network with caption_channels",
+            "a DiT has no text: train it from classes, or a network with text tokens",
         ),
         (
             {"text": "tiny"},

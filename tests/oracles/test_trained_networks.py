@@ -119,7 +119,7 @@ def test_any_network_is_trained_by_a_recipe(name: str, place: Path, tmp_path: Pa
             DiTConfig(**SMALL),
             None,
             "pictures",
-            "a DiT is told classes or text, and pictures has no classes",
+            "a DiT is conditioned on classes or text, and pictures has no classes",
         ),
         (
             Flux2Config(),

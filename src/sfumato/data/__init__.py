@@ -1,12 +1,10 @@
-"""Data: pictures from IDX files, folders, parquet and Hugging Face datasets, and the cache of their
-latents.
+"""Data: images from IDX files, folders, tables and the Hub, and caches of their latents.
 
     open_images("fashion-mnist") -> ImageSet -> cache_latents(images, encode, ...) -> LatentSet
-    open_buckets("pictures", side=256, step=32) -> BucketedImages, an ImageSet a bucket ->
-    BucketedLatents
+    open_buckets("pictures", side=256, step=32) -> BucketedImages, an ImageSet a bucket
 
-The sets answer `batch(indices)`; who draws the indices (shuffling, holdout, resume) is the training
-loop's business.
+The sets return `batch(indices)`. The indices (shuffling, held-out images, resume) are drawn by the
+training loop.
 """
 
 from sfumato.data.buckets import (

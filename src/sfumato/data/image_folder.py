@@ -1,8 +1,7 @@
-"""Folders of pictures: one subfolder a class, or flat; captions from metadata.csv or metadata.jsonl
-beside them.
+"""Folders of images: one subfolder a class, or flat, with optional captions.
 
 The layout is that of Hugging Face's `imagefolder`: an optional train/ or test/ level, then classes,
-then files.
+then files. Captions are read from metadata.csv or metadata.jsonl beside the images.
 """
 
 import csv
@@ -14,54 +13,36 @@ from pathlib import Path
 from sfumato.data.images import Listing
 from sfumato.errors import UserError, unknown
 
-SUFFIXES = frozenset(
-    [
-        ".png",
-        ".jpg",
-        ".jpeg",
-        ".webp",
-        ".bmp",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".jp2",
-        ".avif",
-    ]
-)
+SUFFIXES = frozenset(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .jp2 .avif".split())
 CAPTIONS = ("text", "caption", "prompt", "description")
 _SPLITS = ("train", "test", "validation", "val")
 
 
 def list_folder(path: Path, split: str, limit: int | None, on_error: str) -> Listing:
-    """The pictures of a folder in the order of their names, with labels from subfolders and
-    captions from metadata.
+    """List the images of a folder in the order of their names.
+
+    Labels come from subfolders and captions from metadata.
+
+    Raises:
+        UserError: For an unknown split, a folder without images, images beside class subfolders,
+            and, with on_error="raise", metadata that do not fit the files.
     """
     root = _split_folder(path, split)
-    files = _pictures(root)
-    metadata = _read_metadata(root)
+    files, metadata = _image_files(root), _read_metadata(root)
     if not files and not metadata:
-        suffixes = sorted({p.suffix for p in root.rglob("*") if p.is_file()})
+        suffixes = ", ".join(sorted({p.suffix for p in root.rglob("*") if p.is_file()}))
         raise UserError(
-            f"{root} holds no pictures (found {', '.join(suffixes) or 'nothing'}): expected files such as .png, .jpg or .webp"
+            f"{root} holds no pictures (found {suffixes or 'nothing'}): "
+            "expected files such as .png, .jpg or .webp"
         )
     skipped: list[tuple[str, str]] = []
     if metadata:
         files, skipped = _match(root, files, metadata, on_error)
     files = files[:limit]
     labels, classes = _classes(root, files, strict=not metadata)
-    captions = [metadata[str(f.relative_to(root).as_posix())] for f in files] if metadata else None
-    return Listing(
-        path.resolve().name,
-        tuple(files),
-        tuple(map(str, files)).__getitem__,
-        labels,
-        classes,
-        captions,
-        tuple(skipped),
-    )
+    captions = [metadata[f.relative_to(root).as_posix()] for f in files] if metadata else None
+    name, picture_name = path.resolve().name, tuple(map(str, files)).__getitem__
+    return Listing(name, tuple(files), picture_name, labels, classes, captions, tuple(skipped))
 
 
 def _split_folder(path: Path, split: str) -> Path:
@@ -73,37 +54,35 @@ def _split_folder(path: Path, split: str) -> Path:
     return path
 
 
-def _pictures(root: Path) -> list[Path]:
-    found: list[Path] = []
-    seen: set[str] = set()
-    for here, folders, files in os.walk(root, followlinks=True):  # class folders are often links
-        real = os.path.realpath(here)
-        folders[:] = [] if real in seen else [f for f in folders if not f.startswith(".")]
-        found += (
-            []
-            if real in seen
-            else [
-                Path(here, f)
-                for f in files
-                if Path(f).suffix.lower() in SUFFIXES and not f.startswith(".")
-            ]
-        )
-        seen.add(real)
-    return sorted(found)
+def _image_files(root: Path) -> list[Path]:
+    paths: list[Path] = []
+    visited: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):  # class folders are often links
+        real = os.path.realpath(folder)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        visible = (Path(folder, f) for f in files if not f.startswith("."))
+        paths += [path for path in visible if path.suffix.lower() in SUFFIXES]
+    return sorted(paths)
 
 
 def _classes(
     root: Path, files: list[Path], strict: bool
 ) -> tuple[list[int] | None, tuple[str, ...]]:
-    """Labels when all pictures lie in subfolders. With captions, a single subfolder ("images/") is
-    storage and not a class.
+    """Labels, when all images lie in subfolders.
+
+    With captions, a single subfolder ("images/") is storage and not a class.
     """
     folders = [f.relative_to(root).parts[0] if f.parent != root else None for f in files]
     names = sorted({f for f in folders if f is not None})
     if None in folders:
         if strict and names:
             raise UserError(
-                f"{root} has pictures both directly in it and in subfolders ({', '.join(names[:5])}): "
+                f"{root} has pictures both directly in it and in subfolders "
+                f"({', '.join(names[:5])}): "
                 "move all of them into class subfolders, or open one subfolder"
             )
         return None, ()
@@ -116,18 +95,11 @@ def _classes(
 def _match(
     root: Path, files: list[Path], metadata: dict[str, str], on_error: str
 ) -> tuple[list[Path], list[tuple[str, str]]]:
-    """Pictures that have a caption; those without, and captions without a picture, are errors or
-    skipped.
-    """
-    names = {str(f.relative_to(root).as_posix()): f for f in files}
-    problems = [
-        (str(root / n), "metadata lists it but the file is missing")
-        for n in metadata
-        if n not in names
-    ]
-    problems += [
-        (str(f), "it has no row in metadata") for n, f in names.items() if n not in metadata
-    ]
+    """Images that have a caption; images without, and captions without, are errors or skipped."""
+    names = {f.relative_to(root).as_posix(): f for f in files}
+    missing, unlisted = "metadata lists it but the file is missing", "it has no row in metadata"
+    problems = [(str(root / n), missing) for n in metadata if n not in names]
+    problems += [(str(f), unlisted) for n, f in names.items() if n not in metadata]
     if problems and on_error == "raise":
         name, reason = problems[0]
         advice = "complete the metadata, or open with on_error='skip' to leave them out"
@@ -137,10 +109,9 @@ def _match(
 
 def _read_metadata(root: Path) -> dict[str, str]:
     """file_name -> caption, from metadata.csv or metadata.jsonl; empty when there is neither."""
-    for path in (root / "metadata.jsonl", root / "metadata.csv"):
-        if path.is_file():
-            break
-    else:
+    paths = (root / "metadata.jsonl", root / "metadata.csv")
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
         return {}
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -150,9 +121,8 @@ def _read_metadata(root: Path) -> dict[str, str]:
         else:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): expected one row a picture with file_name and text"
-        ) from error
+        reason = f"{path} cannot be read ({error})"
+        raise UserError(f"{reason}: expected one row a picture with file_name and text") from error
     captions: dict[str, str] = {}
     for number, row in enumerate(rows, 1):
         column = next(
@@ -160,7 +130,8 @@ def _read_metadata(root: Path) -> dict[str, str]:
         )
         if column is None or not isinstance(row.get("file_name"), str):
             raise UserError(
-                f"row {number} of {path} lacks file_name or a caption: expected file_name and one of {', '.join(CAPTIONS)}"
+                f"row {number} of {path} lacks file_name or a caption: "
+                f"expected file_name and one of {', '.join(CAPTIONS)}"
             )
         captions[row["file_name"]] = row[column]
     return captions

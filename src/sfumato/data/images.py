@@ -1,5 +1,4 @@
-"""A set of pictures of one shape, with labels or captions: verified when it is opened, handed out
-in batches.
+"""Images of one shape, with labels or captions: verified when opened, read in batches.
 
     batch(indices)["image"]  float32 (B, C, H, W) in [-1, 1]
 
@@ -8,6 +7,7 @@ The fingerprint is a hash of the decoded pixels themselves, before resizing: a f
 with the same pixels keeps it, one changed pixel does not.
 """
 
+import copy
 import hashlib
 import logging
 import math
@@ -22,40 +22,51 @@ import torch
 from jaxtyping import Int, Int64
 from torch import Tensor
 
-from sfumato.data.transform import Picture, Transform, decode, to_float
+from sfumato.data.transform import RawImage, Transform, decode, to_float
 from sfumato.errors import UserError
 from sfumato.io.atomic import hash_bytes
 
 MEMORY_LIMIT = 1 << 30
 """Bytes of transformed uint8 pixels up to which a set is held in memory."""
 
-log = logging.getLogger(__name__)
+OnError = Literal["raise", "skip"]
+"""Treatment of truncated and corrupt images: raise a `UserError`, or leave them out."""
+Indices = Int[Tensor, " B"] | Sequence[int]
+Skipped = list[tuple[str, str]]
+"""(name, reason) of each image that was left out."""
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
-class Pictures(Protocol):
-    """A sequence of undecoded pictures: a tuple of paths, an array (N, H, W), the rows of a
-    table.
-    """
+class RawImages(Protocol):
+    """A sequence of images before decoding: paths, an array (N, H, W), rows of a table."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Picture: ...
+    def __getitem__(self, index: int, /) -> RawImage: ...
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source knows before anything is decoded; all sequences run over the same N pictures.
+    """The images of a source before anything is decoded; all sequences have the same length N.
 
-    labels     N class numbers, -1 where a picture has none; None for a source without classes
-    captions   N texts, or None
-    picture_name  number -> what to call that picture in a message; it can be pickled, and so can
-                  the `ImageSet`
-    skipped    pictures that the source already had to leave out: (name, reason)
+    Attributes:
+        name: Of the source.
+        pictures: N images.
+        picture_name: Index -> name of that image in a message. It can be pickled, and so can the
+            `ImageSet`.
+        labels: N class numbers, -1 where an image has none; None for a source without classes.
+        class_names: Name of class 0, 1, ...; empty when there are none.
+        captions: N texts, or None.
+        skipped: (name, reason) of the images that the source already left out.
+
+    Raises:
+        UserError: For sequences of different lengths.
     """
 
     name: str
-    pictures: Pictures
+    pictures: RawImages
     picture_name: Callable[[int], str]
     labels: Sequence[int] | np.ndarray | None = None
     class_names: tuple[str, ...] = ()
@@ -63,42 +74,41 @@ class Listing:
     skipped: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        for what, values in (("labels", self.labels), ("captions", self.captions)):
+        for name, values in (("labels", self.labels), ("captions", self.captions)):
             if values is not None and len(values) != len(self.pictures):
                 raise UserError(
-                    f"{self.name} has {len(self.pictures)} images but {len(values)} {what}: there must be one each, so a file is incomplete"
+                    f"{self.name} has {len(self.pictures)} images but {len(values)} {name}: "
+                    "there must be one each, so a file is incomplete"
                 )
 
     def part(self, rows: Sequence[int]) -> "Listing":
-        """The pictures with these numbers, in this order; the classes stay those of all."""
-        pictures, labels = self.pictures, None if self.labels is None else np.asarray(self.labels)
+        """The images with these indices, in this order; the classes stay those of all."""
+        rows, images = list(rows), self.pictures
         return replace(
             self,
-            pictures=pictures[list(rows)]
-            if isinstance(pictures, np.ndarray)
-            else _Part(pictures, tuple(rows)),
+            pictures=images[rows] if isinstance(images, np.ndarray) else _Part(images, rows),
             picture_name=tuple(map(self.picture_name, rows)).__getitem__,
-            labels=None if labels is None else labels[list(rows)],
+            labels=None if self.labels is None else np.asarray(self.labels)[rows],
             captions=None if self.captions is None else [self.captions[i] for i in rows],
         )
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Some of the pictures of a source."""
+    """Some of the images of a source."""
 
-    pictures: Pictures
-    rows: tuple[int, ...]
+    pictures: RawImages
+    rows: list[int]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int, /) -> Picture:
+    def __getitem__(self, index: int, /) -> RawImage:
         return self.pictures[self.rows[index]]
 
 
 class _Memory:
-    """All pixels at hand: uint8 (N, c, H, W), where c = 1 also serves 3 equal channels."""
+    """Pixels in memory: uint8 (N, c, H, W), where c = 1 also serves 3 equal channels."""
 
     def __init__(self, pixels: Tensor, channels: int, digests: np.ndarray | None = None):
         self.pixels, self.channels, self._digests = pixels, channels, digests
@@ -116,37 +126,26 @@ class _Memory:
         return self._digests
 
 
+@dataclass(frozen=True)
 class _OnDemand:
-    """Pixels decoded for each batch, compared with what was seen when the set was opened."""
+    """Pixels decoded for each batch and compared with those at opening."""
 
-    def __init__(
-        self,
-        listing: Listing,
-        rows: list[int],
-        transform: Transform,
-        shape: tuple[int, ...],
-        digests: np.ndarray,
-    ):
-        self.listing, self.rows, self.transform, self.shape, self.digests = (
-            listing,
-            rows,
-            transform,
-            shape,
-            digests,
-        )
+    listing: Listing
+    rows: list[int]
+    transform: Transform
+    shape: tuple[int, ...]
+    digests: np.ndarray
 
     def _one(self, row: int) -> np.ndarray:
-        where = self.rows[row]
+        index = self.rows[row]
+        name = self.listing.picture_name(index)
         try:
-            pixels = decode(self.listing.pictures[where])
+            pixels = decode(self.listing.pictures[index])
         except UserError as error:
-            raise UserError(
-                f"{self.listing.picture_name(where)} can no longer be read ({error}): open the images again"
-            ) from error
+            reason = f"{name} can no longer be read ({error})"
+            raise UserError(f"{reason}: open the images again") from error
         if not np.array_equal(digest(pixels), self.digests[row]):
-            raise UserError(
-                f"{self.listing.picture_name(where)} changed while it was in use: open the images again"
-            )
+            raise UserError(f"{name} changed while it was in use: open the images again")
         return self.transform.fit(pixels)
 
     def take(self, rows: Tensor) -> Tensor:
@@ -156,44 +155,50 @@ class _OnDemand:
 
 @final
 class ImageSet:
-    """N pictures of one shape. Made by `open_images`.
+    """N images of one shape. Made by `open_images`.
 
-    name         of the source
-    shape        (C, H, W) of every image
-    labels       int64 (N,), -1 where a picture has no class; None when the source has no classes
-    class_names  name of class 0, 1, ...; empty when there are none
-    captions     N texts, or None
-    skipped      pictures left out when opening with on_error="skip": (name, reason)
-    transform    what made the pixels, `channels` resolved to what the data have
+    Attributes:
+        name: Of the source.
+        shape: (C, H, W) of every image.
+        labels: int64 (N,), -1 where an image has no class; None when the source has no classes.
+        class_names: Name of class 0, 1, ...; empty when there are none.
+        captions: N texts, or None.
+        skipped: (name, reason) of the images left out when opening with on_error="skip".
+        transform: The transform of the pixels, its `channels` resolved to those of the data.
     """
 
     def __init__(
         self,
         pixels: _Memory | _OnDemand,
-        rows: Int64[Tensor, " N"],
-        *,
-        name: str,
+        listing: Listing,
+        indices: Sequence[int],
         transform: Transform,
-        labels: Int64[Tensor, " N"] | None = None,
-        class_names: tuple[str, ...] = (),
-        captions: list[str] | None = None,
-        skipped: list[tuple[str, str]] | None = None,
+        skipped: Sequence[tuple[str, str]] = (),
     ):
-        self._pixels, self._rows, self._fingerprint = pixels, rows, ""
-        self.name, self.transform, self.shape = name, transform, tuple(pixels.shape)
-        self.labels, self.class_names, self.captions = labels, class_names, captions
-        self.skipped: list[tuple[str, str]] = list(skipped or [])
+        """The images of a listing with these indices, whose pixels are the rows of `pixels`."""
+        self._pixels, self._rows, self._fingerprint = pixels, torch.arange(len(indices)), ""
+        self.name, self.class_names = listing.name, listing.class_names
+        self.transform, self.shape = transform, tuple(pixels.shape)
+        self.skipped: Skipped = list(skipped)
+        self.labels: Int64[Tensor, " N"] | None = None
+        if listing.labels is not None:
+            labels = np.asarray(listing.labels, dtype=np.int64)
+            self.labels = torch.from_numpy(labels[np.asarray(indices)])
+        captions = listing.captions
+        self.captions = None if captions is None else [captions[i] for i in indices]
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __repr__(self) -> str:
-        return f"ImageSet({self.name!r}, {len(self)} images of {'x'.join(map(str, self.shape))}, {len(self.class_names)} classes)"
+        images = f"{len(self)} images of {by(self.shape)}"
+        return f"ImageSet({self.name!r}, {images}, {len(self.class_names)} classes)"
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the decoded pixels, before the transform, in order. Labels and captions are
-        no part of it.
+        """SHA-256 over the decoded pixels, before the transform, in order.
+
+        Labels and captions are no part of it.
         """
         if not self._fingerprint:
             self._fingerprint = hash_bytes(
@@ -202,16 +207,21 @@ class ImageSet:
         return self._fingerprint
 
     def batch(
-        self,
-        indices: Int[Tensor, " B"] | Sequence[int],
-        *,
-        generator: torch.Generator | None = None,
+        self, indices: Indices, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """Images and labels by number, in the order asked for, repeats allowed.
+        """Images and labels by index, in the order of `indices`, repeats allowed.
 
-        Returns "image" float32 (B, C, H, W) in [-1, 1] and "label" int64 (B,), -1 where there is
-        none. With `transform.flip`, each image is mirrored with probability 1/2, drawn from
-        `generator` (None: torch's global one). Raises `IndexError` for a number outside 0..N-1.
+        With `transform.flip`, each image is mirrored with probability 1/2.
+
+        Args:
+            indices: (B,) in 0..N-1.
+            generator: Of the mirroring; None: torch's global one.
+
+        Returns:
+            "image" float32 (B, C, H, W) in [-1, 1] and "label" int64 (B,), -1 where there is none.
+
+        Raises:
+            IndexError: For an index outside 0..N-1.
         """
         chosen = check_indices(indices, len(self))
         image = self._pixels.take(self._rows[chosen])
@@ -220,19 +230,15 @@ class ImageSet:
             image[mirrored] = image[mirrored].flip(-1)
         return {"image": image, "label": labels_of(self.labels, chosen)}
 
-    def subset(self, indices: Int[Tensor, " B"] | Sequence[int]) -> "ImageSet":
-        """The images with these numbers, in this order; pixels are shared, not copied."""
-        chosen = check_indices(indices, len(self))
-        return ImageSet(
-            self._pixels,
-            self._rows[chosen],
-            name=self.name,
-            transform=self.transform,
-            labels=None if self.labels is None else self.labels[chosen],
-            class_names=self.class_names,
-            captions=None if self.captions is None else [self.captions[i] for i in chosen.tolist()],
-            skipped=self.skipped,
-        )
+    def subset(self, indices: Indices) -> "ImageSet":
+        """The images with these indices, in this order; pixels are shared, not copied."""
+        chosen, part = check_indices(indices, len(self)), copy.copy(self)
+        part._rows, part._fingerprint, part.skipped = self._rows[chosen], "", list(self.skipped)
+        if self.labels is not None:
+            part.labels = self.labels[chosen]
+        if self.captions is not None:
+            part.captions = [self.captions[i] for i in chosen.tolist()]
+        return part
 
     def unflipped(self) -> "ImageSet":
         """The same images without random mirroring."""
@@ -241,27 +247,33 @@ class ImageSet:
         return same
 
 
-def check_indices(indices: Tensor | Sequence[int], count: int) -> Tensor:
-    """Numbers as int64 (B,) on the CPU; `IndexError` outside 0..count-1 (negative numbers would
-    hide mistakes).
+def by(shape: Sequence[int]) -> str:
+    """Write a shape as text, such as 3x32x32."""
+    return "x".join(map(str, shape))
+
+
+def check_indices(indices: Indices, count: int) -> Tensor:
+    """Return indices as int64 (B,) on the CPU.
+
+    Raises:
+        IndexError: For an index outside 0..count-1; a negative one would hide a mistake.
     """
     chosen = torch.as_tensor(
         indices if isinstance(indices, Tensor) else list(indices), dtype=torch.int64
     ).cpu()
     if chosen.numel() and (int(chosen.min()) < 0 or int(chosen.max()) >= count):
-        raise IndexError(
-            f"images {int(chosen.min())}..{int(chosen.max())} were asked for, but there are 0..{count - 1}"
-        )
+        requested = f"images {int(chosen.min())}..{int(chosen.max())} were requested"
+        raise IndexError(f"{requested}, but there are 0..{count - 1}")
     return chosen
 
 
 def labels_of(labels: Tensor | None, chosen: Tensor) -> Tensor:
-    """int64 (B,): the labels of the chosen, -1 where there are none."""
+    """int64 (B,): the labels of the chosen indices, -1 where there are none."""
     return torch.full((len(chosen),), -1, dtype=torch.int64) if labels is None else labels[chosen]
 
 
 def digest(pixels: np.ndarray) -> np.ndarray:
-    """SHA-256 of one decoded picture and its shape, as uint8 (32,)."""
+    """SHA-256 of one decoded image and its shape, as uint8 (32,)."""
     hashed = hashlib.sha256(repr(pixels.shape).encode())
     hashed.update(np.ascontiguousarray(pixels).data)
     return np.frombuffer(hashed.digest(), np.uint8)
@@ -280,36 +292,45 @@ class _Checked:
     reason: str = ""
 
 
-def build(listing: Listing, transform: Transform, on_error: Literal["raise", "skip"]) -> ImageSet:
-    """Decodes every picture once: finds the broken ones, the common shape and the digests; keeps
-    the pixels if they fit.
+def build(listing: Listing, transform: Transform, on_error: OnError) -> ImageSet:
+    """Decode every image once: find the broken ones, the common shape and the digests.
 
-    Raises `UserError` for a broken picture (on_error="raise"), when none is left, or when sizes
-    differ and `size` is None.
+    The pixels are kept if they fit.
+
+    Raises:
+        UserError: For a broken image (on_error="raise"), where none is left, and where sizes differ
+            and `size` is None.
     """
     checked, good, skipped = _check(listing, lambda shape: transform, on_error)
     height, width = checked[good[0]].shape[1:]
     for i in good:
         if checked[i].shape[1:] != (height, width):
-            other = "x".join(map(str, checked[i].shape[1:]))
             raise UserError(
-                f"the images of {listing.name} differ in size ({listing.picture_name(good[0])} is {height}x{width}, "
-                f"{listing.picture_name(i)} is {other}): give one size, for example size={min(height, width)}"
+                f"the images of {listing.name} differ in size "
+                f"({listing.picture_name(good[0])} is {height}x{width}, "
+                f"{listing.picture_name(i)} is {by(checked[i].shape[1:])}): "
+                f"give one size, for example size={min(height, width)}"
             )
-    return _held(listing, checked, [(good, transform)], skipped)[0]
+    return _sets(listing, checked, [(good, transform)], skipped)[0]
 
 
 def build_sizes(
     listing: Listing,
     size_of: Callable[[int, int], tuple[int, int]],
     transform: Transform,
-    on_error: Literal["raise", "skip"],
-) -> tuple[list[ImageSet], list[list[int]], list[tuple[str, str]]]:
-    """`build` for several shapes at once: each picture, decoded once, gets the size that
-    `size_of(height, width)` has for it upright.
+    on_error: OnError,
+) -> tuple[list[ImageSet], list[list[int]], Skipped]:
+    """`build` for several shapes at once; each image is decoded once.
 
-    Returns one set a size that has pictures, smallest height first, the numbers of each set's
-    pictures in the listing, and what was left out. All sets together are held in memory, or none.
+    Args:
+        listing: The images.
+        size_of: (height, width) of an upright image -> its size in pixels.
+        transform: The other settings.
+        on_error: See `build`.
+
+    Returns:
+        One set a size that has images, smallest height first; the indices of each set's images in
+        the listing; the images left out. All sets together are held in memory, or none.
     """
     checked, good, skipped = _check(
         listing, lambda shape: replace(transform, size=size_of(*shape)), on_error
@@ -317,24 +338,18 @@ def build_sizes(
     sizes = sorted({checked[i].shape[1:] for i in good})
     rows = [[i for i in good if checked[i].shape[1:] == size] for size in sizes]
     parts = [(r, replace(transform, size=(h, w))) for (h, w), r in zip(sizes, rows, strict=True)]
-    return _held(listing, checked, parts, skipped), rows, skipped
+    return _sets(listing, checked, parts, skipped), rows, skipped
 
 
 def _check(
-    listing: Listing,
-    transform_of: Callable[[tuple[int, int]], Transform],
-    on_error: Literal["raise", "skip"],
-) -> tuple[list[_Checked], list[int], list[tuple[str, str]]]:
-    """Every picture, decoded once; the numbers of those that could be, at least one; and what was
-    left out, with the source's own.
-    """
+    listing: Listing, transform_of: Callable[[tuple[int, int]], Transform], on_error: OnError
+) -> tuple[list[_Checked], list[int], Skipped]:
+    """Every image, decoded once; the indices of the good ones, at least one; all left out."""
     checked = _decode_all(listing, transform_of, on_error)
-    skipped = [
-        *listing.skipped,
-        *((listing.picture_name(i), c.reason) for i, c in enumerate(checked) if c.reason),
-    ]
+    bad = ((listing.picture_name(i), c.reason) for i, c in enumerate(checked) if c.reason)
+    skipped = [*listing.skipped, *bad]
     for name, reason in skipped:
-        log.warning("left out %s: %s", name, reason)
+        logger.warning("left out %s: %s", name, reason)
     good = [i for i, c in enumerate(checked) if not c.reason]
     if not good:
         first = f": the first, {skipped[0][0]}, failed with {skipped[0][1]}" if skipped else ""
@@ -342,13 +357,13 @@ def _check(
     return checked, good, skipped
 
 
-def _held(
+def _sets(
     listing: Listing,
     checked: list[_Checked],
     parts: list[tuple[list[int], Transform]],
-    skipped: list[tuple[str, str]],
+    skipped: Skipped,
 ) -> list[ImageSet]:
-    """A set for the numbers of each part, which share a shape; all have the same channels."""
+    """A set for the indices of each part, which share a shape; all have the same channels."""
     good = [i for rows, _ in parts for i in rows]
     channels = max(
         transform.channels or checked[i].shape[0] for rows, transform in parts for i in rows
@@ -357,27 +372,25 @@ def _held(
     fits = fits and all(checked[i].pixels is not None for i in good)
     sets: list[ImageSet] = []
     for rows, transform in parts:
-        height, width = checked[rows[0]].shape[1:]
+        shape = (channels, *checked[rows[0]].shape[1:])
         transform = replace(transform, channels=channels)
         digests = np.stack([d for i in rows if (d := checked[i].digest) is not None])
         if fits:
-            pixels = np.empty((len(rows), channels, height, width), np.uint8)
-            # a grey picture among coloured ones is repeated by the assignment
+            pixels = np.empty((len(rows), *shape), np.uint8)
+            # a grey image among coloured ones is repeated by the assignment
             for row, i in enumerate(rows):
                 pixels[row] = np.asarray(checked[i].pixels)
                 # let go of each copy at once: the peak stays near one set
                 checked[i] = replace(checked[i], pixels=None)
-            store: _Memory | _OnDemand = _Memory(torch.from_numpy(pixels), channels, digests)
+            store = _Memory(torch.from_numpy(pixels), channels, digests)
         else:
-            store = _OnDemand(listing, rows, transform, (channels, height, width), digests)
-        sets.append(assemble(listing, store, rows, transform, skipped))
+            store = _OnDemand(listing, rows, transform, shape, digests)
+        sets.append(ImageSet(store, listing, rows, transform, skipped))
     return sets
 
 
 def _decode_all(
-    listing: Listing,
-    transform_of: Callable[[tuple[int, int]], Transform],
-    on_error: Literal["raise", "skip"],
+    listing: Listing, transform_of: Callable[[tuple[int, int]], Transform], on_error: OnError
 ) -> list[_Checked]:
     def one(index: int) -> _Checked:
         try:
@@ -388,21 +401,19 @@ def _decode_all(
             return _Checked(None, None, (), str(error))
 
     checked: list[_Checked] = []
-    room = MEMORY_LIMIT
-    keep = True
+    room, keep, count = MEMORY_LIMIT, True, len(listing.pictures)
     # nothing to decode: handing a tiny array to a thread costs more than resizing it
     small = isinstance(listing.pictures, np.ndarray)
     with ThreadPoolExecutor(_workers()) as pool:
-        # a chunk at a time: decoded pictures must not pile up
-        for start in range(0, len(listing.pictures), 64):
-            for result in (map if small else pool.map)(
-                one, range(start, min(start + 64, len(listing.pictures)))
-            ):
+        run = map if small else pool.map
+        # a chunk at a time: decoded images must not pile up
+        for start in range(0, count, 64):
+            for result in run(one, range(start, min(start + 64, count))):
                 if result.reason and on_error == "raise":
                     name = listing.picture_name(len(checked))
-                    advice = "replace or remove it, or open with on_error='skip' to leave it out"
                     raise UserError(
-                        f"{name} cannot be read as an image ({result.reason}): {advice}"
+                        f"{name} cannot be read as an image ({result.reason}): "
+                        "replace or remove it, or open with on_error='skip' to leave it out"
                     )
                 room -= 0 if result.pixels is None else result.pixels.nbytes
                 if keep and room < 0:
@@ -412,34 +423,11 @@ def _decode_all(
     return checked
 
 
-def assemble(
-    listing: Listing,
-    store: "_Memory | _OnDemand",
-    good: Sequence[int],
-    transform: Transform,
-    skipped: list[tuple[str, str]],
-) -> ImageSet:
-    """An `ImageSet` over the pictures numbered `good` of a listing, whose pixels are the rows of
-    `store`.
-    """
-    return ImageSet(
-        store,
-        torch.arange(len(good)),
-        name=listing.name,
-        transform=transform,
-        labels=None
-        if listing.labels is None
-        else torch.from_numpy(np.asarray(listing.labels, dtype=np.int64)[np.asarray(good)]),
-        class_names=listing.class_names,
-        captions=None if listing.captions is None else [listing.captions[i] for i in good],
-        skipped=skipped,
-    )
-
-
 def from_array(listing: Listing, pixels: np.ndarray, transform: Transform) -> ImageSet:
-    """Grey uint8 (N, H, W) that needs no resizing: shared as it is, nothing decoded, digests only
-    when asked for.
+    """A set of grey uint8 (N, H, W) that need no resizing.
+
+    The array is shared, nothing is decoded, and digests are computed on demand.
     """
     transform = replace(transform, channels=transform.channels or 1)
     store = _Memory(torch.from_numpy(pixels)[:, None], transform.channels or 1)
-    return assemble(listing, store, range(len(pixels)), transform, [])
+    return ImageSet(store, listing, range(len(pixels)), transform)

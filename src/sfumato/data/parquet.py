@@ -1,7 +1,6 @@
-"""Tables with a column of pictures: parquet files, folders saved by `datasets`, datasets of the
-Hugging Face hub.
+"""Tables of images: parquet files, folders saved by `datasets`, datasets of the Hub.
 
-The columns are found by type and name: image (type Image, or file bytes), label (ClassLabel or
+The columns are recognised by type and name: image (type Image, or file bytes), label (ClassLabel or
 integer), caption (string). Rows stay in memory-mapped Arrow files; `datasets` is imported only when
 such a source is opened.
 """
@@ -14,7 +13,7 @@ from typing import Any, final
 
 from sfumato.data.image_folder import CAPTIONS
 from sfumato.data.images import Listing
-from sfumato.data.transform import Picture
+from sfumato.data.transform import RawImage
 from sfumato.errors import UserError, unknown
 
 _IMAGES = ("image", "img", "picture", "jpg", "png", "webp")
@@ -25,9 +24,7 @@ MOST_CLASSES = 100_000
 
 @final
 class Rows:
-    """The pictures of a table, row by row: file bytes or a path, never decoded by `datasets`
-    itself.
-    """
+    """The images of a table: bytes of files or paths, never decoded by `datasets` itself."""
 
     def __init__(self, data: Any, column: str):
         self.data, self.column = data, column
@@ -35,7 +32,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int, /) -> Picture:
+    def __getitem__(self, index: int, /) -> RawImage:
         value = self.data[index][self.column]
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
@@ -45,41 +42,45 @@ class Rows:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether a folder was written by `save_to_disk`, or holds parquet files."""
-    return (
-        (folder / "state.json").is_file()
-        or (folder / "dataset_dict.json").is_file()
-        or any(folder.glob("*.parquet"))
-    )
+    """True for a folder that was written by `save_to_disk`, or holds parquet files."""
+    files = (folder / "state.json", folder / "dataset_dict.json")
+    return any(file.is_file() for file in files) or any(folder.glob("*.parquet"))
 
 
 def list_parquet(path: Path, split: str, limit: int | None) -> Listing:
-    """The rows of a parquet file. It is its own "train"; another split is the sibling whose name
-    says so.
+    """List the rows of a parquet file.
+
+    The file is its own "train"; another split is the sibling whose name has "train" replaced by it.
+
+    Raises:
+        UserError: For a split without a file, and a file that cannot be read.
     """
     if split != "train":
         sibling = path.with_name(path.name.replace("train", split))
         if "train" not in path.name or not sibling.is_file():
             raise UserError(
-                f"{path} has no {split!r} split beside it: expected a sibling file {sibling.name}, or split='train'"
+                f"{path} has no {split!r} split beside it: "
+                f"expected a sibling file {sibling.name}, or split='train'"
             )
         path = sibling
     return _list(_read_parquet([path]), path.stem, str(path), limit)
 
 
 def list_saved(folder: Path, split: str, limit: int | None) -> Listing:
-    """The rows of a folder written by `datasets`: one dataset (all "train"), a dictionary of
-    splits, or parquet files.
+    """List the rows of a folder written by `datasets`.
+
+    It holds one dataset (all "train"), a dictionary of splits, or parquet files.
+
+    Raises:
+        UserError: For an unknown split, and files that cannot be read.
     """
     name = folder.resolve().name
     if parquet := sorted(folder.glob("*.parquet")):
         named = [p for p in parquet if split in p.stem]
-        if not named and (
-            split != "train" or any(s in p.stem for p in parquet for s in ("test", "validation"))
-        ):
-            raise UserError(
-                f"{folder} has no parquet file for split {split!r} (found {', '.join(p.name for p in parquet[:5])})"
-            )
+        others = any(s in p.stem for p in parquet for s in ("test", "validation"))
+        if not named and (split != "train" or others):
+            files = ", ".join(p.name for p in parquet[:5])
+            raise UserError(f"{folder} has no parquet file for split {split!r} (found {files})")
         return _list(_read_parquet(named or parquet), name, str(folder), limit)
     from datasets import DatasetDict
 
@@ -94,19 +95,16 @@ def list_saved(folder: Path, split: str, limit: int | None) -> Listing:
 
 
 def list_hub(name: str, split: str, limit: int | None) -> Listing:
-    """The rows of a dataset of the Hugging Face hub, downloaded into its own cache when it is not
-    there.
+    """List the rows of a dataset of the Hugging Face Hub, downloaded into its own cache.
+
+    Raises:
+        UserError: For a dataset that cannot be opened.
     """
     if not name:
         raise UserError("hf: names no dataset: give for example hf:zalando-datasets/fashion_mnist")
-    return _list(
-        _load(
-            lambda datasets: datasets.load_dataset(name, split=split), f"hf:{name}, split {split!r}"
-        ),
-        name,
-        f"hf:{name}",
-        limit,
-    )
+    title = f"hf:{name}, split {split!r}"
+    data = _load(lambda datasets: datasets.load_dataset(name, split=split), title)
+    return _list(data, name, f"hf:{name}", limit)
 
 
 def _read_parquet(paths: list[Path]) -> Any:
@@ -129,12 +127,12 @@ def _quiet(datasets: Any) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _load(read: Callable[[Any], Any], what: str) -> Any:
+def _load(read: Callable[[Any], Any], title: str) -> Any:
     try:
         import datasets
     except ImportError as error:
         raise UserError(
-            f"{what} needs the package datasets: run `pip install 'sfumato[train]'`"
+            f"{title} needs the package datasets: run `pip install 'sfumato[train]'`"
         ) from error
     try:
         with _quiet(datasets):
@@ -142,58 +140,52 @@ def _load(read: Callable[[Any], Any], what: str) -> Any:
     except Exception as error:  # whatever its readers raise: missing, offline, truncated, not Arrow
         cause = error.__cause__ or error
         reason = str(cause).strip().splitlines() or [type(cause).__name__]
-        raise UserError(
-            f"{what} cannot be opened ({reason[0]}): check the name, the file and the connection"
-        ) from error
+        advice = "check the name, the file and the connection"
+        raise UserError(f"{title} cannot be opened ({reason[0]}): {advice}") from error
 
 
-def _list(data: Any, name: str, where: str, limit: int | None) -> Listing:
+def _list(data: Any, name: str, source: str, limit: int | None) -> Listing:
     import datasets
 
     features = data.features
-    column = _image_column(features, datasets, where)
+    column = _image_column(features, datasets, source)
     if limit is not None:
         data = data.select(range(min(limit, len(data))))
     if len(data) == 0:
-        raise UserError(f"{where} has no rows: choose another file or split")
+        raise UserError(f"{source} has no rows: choose another file or split")
     if isinstance(features[column], datasets.Image):
         # broken files are ours to report
         data = data.cast_column(column, datasets.Image(decode=False))
-    labels, classes = _labels(data, features, datasets, where)
-    texts = [
-        c
-        for c in CAPTIONS
-        if c in features and getattr(features[c], "dtype", "") in ("string", "large_string")
-    ]
-    captions = [t or "" for t in data[texts[0]]] if texts else None
+    labels, classes = _labels(data, features, datasets, source)
+    text = next((c for c in CAPTIONS if _has_dtype(features, c, "string", "large_string")), None)
+    captions = [t or "" for t in data[text]] if text else None
     rows = Rows(data.select_columns([column]), column)
-    return Listing(name, rows, partial("row {1} of {0}".format, where), labels, classes, captions)
+    return Listing(name, rows, partial("row {1} of {0}".format, source), labels, classes, captions)
 
 
-def _image_column(features: Any, datasets: Any, where: str) -> str:
+def _has_dtype(features: Any, column: str, *dtypes: str) -> bool:
+    """True for a column whose dtype, without its number of bits, is one of these."""
+    dtype = str(getattr(features[column], "dtype", "")) if column in features else ""
+    return dtype.rstrip("0123456789") in dtypes
+
+
+def _image_column(features: Any, datasets: Any, source: str) -> str:
     typed = [c for c in features if isinstance(features[c], datasets.Image)]
     named = [c for c in _IMAGES if c in features]
     if not typed and not named:
+        columns = ", ".join(features) or "none"
         raise UserError(
-            f"{where} has no column of images (found {', '.join(features) or 'none'}): expected one named image"
+            f"{source} has no column of images (found {columns}): expected one named image"
         )
     return next((c for c in named if c in typed), typed[0] if typed else named[0])
 
 
 def _labels(
-    data: Any, features: Any, datasets: Any, where: str
+    data: Any, features: Any, datasets: Any, source: str
 ) -> tuple[list[int] | None, tuple[str, ...]]:
     typed = [c for c in features if isinstance(features[c], datasets.ClassLabel)]
-    whole = [
-        c
-        for c in _LABELS
-        if c in features and str(getattr(features[c], "dtype", "")).startswith(("int", "uint"))
-    ]
-    words = [
-        c
-        for c in _LABELS
-        if c in features and getattr(features[c], "dtype", "") in ("string", "large_string")
-    ]
+    whole = [c for c in _LABELS if _has_dtype(features, c, "int", "uint")]
+    words = [c for c in _LABELS if _has_dtype(features, c, "string", "large_string")]
     column = next((c for c in _LABELS if c in typed), next(iter([*typed, *whole, *words]), None))
     if column is None:
         return None, ()
@@ -206,6 +198,7 @@ def _labels(
         return labels, tuple(features[column].names)
     if max(labels) > MOST_CLASSES:
         raise UserError(
-            f"column {column} of {where} reaches {max(labels)}: expected class numbers from 0 to at most {MOST_CLASSES}"
+            f"column {column} of {source} reaches {max(labels)}: "
+            f"expected class numbers from 0 to at most {MOST_CLASSES}"
         )
     return labels, tuple(str(n) for n in range(max(labels) + 1))

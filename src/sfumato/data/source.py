@@ -1,18 +1,17 @@
-"""The one way in: a name, a folder or a file -> `ImageSet`.
+"""Opening a source of images: a name, a folder or a file -> `ImageSet`.
 
-fashion-mnist | folder of IDX files | folder of pictures | file.parquet | folder saved by `datasets`
-| hf:NAME
+fashion-mnist | folder of IDX files | folder of images | file.parquet | folder saved by `datasets` |
+hf:NAME
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from sfumato.data import idx, image_folder, parquet
-from sfumato.data.images import ImageSet, Listing, build, from_array
+from sfumato.data.images import ImageSet, Listing, OnError, build, from_array
 from sfumato.data.transform import Transform
 from sfumato.errors import UserError
 from sfumato.validate import one_of, positive_int
@@ -26,54 +25,51 @@ def open_images(
     split: str = "train",
     size: int | None = None,
     channels: int | None = None,
-    on_error: Literal["raise", "skip"] = "raise",
+    on_error: OnError = "raise",
     limit: int | None = None,
     flip: bool = False,
 ) -> ImageSet:
-    """Opens pictures and verifies each by decoding it once.
+    """Open images and verify each by decoding it once.
 
-    source    "fashion-mnist", a folder (IDX files; class subfolders or flat, with an optional
-              metadata.csv or .jsonl of file_name and text; saved by `datasets`), a .parquet file,
-              or "hf:NAME" for a Hugging Face dataset
-    split     "train", "test", or another that the source has
-    size, channels  see `Transform`; None keeps the data's own
-    on_error  what a truncated or corrupt picture does: "raise" a `UserError` that names it, or
-              "skip" it (listed in `.skipped`)
-    limit     only the first so many pictures of the source
-    flip      mirror half of the pictures of each batch
+    Args:
+        source: "fashion-mnist", a folder (IDX files; class subfolders or flat, with an optional
+            metadata.csv or .jsonl of file_name and text; saved by `datasets`), a .parquet file, or
+            "hf:NAME" for a Hugging Face dataset.
+        split: "train", "test", or another that the source has.
+        size: Side in pixels, see `Transform`; None keeps the data's own.
+        channels: 1 or 3; None keeps the data's own.
+        on_error: Treatment of truncated and corrupt images: "raise" a `UserError` that names the
+            first, or "skip" them (listed in `.skipped`).
+        limit: Only the first so many images of the source.
+        flip: Mirror half of the images of each batch.
 
-    Raises `UserError`, one sentence, for everything that is wrong with the source.
+    Raises:
+        UserError: For everything that is wrong with the source.
     """
     transform = Transform(size, channels, flip=flip)
     return open_with(
-        lambda listing: opened(listing, transform, on_error),
-        source,
-        split=split,
-        on_error=on_error,
-        limit=limit,
+        lambda listing: image_set(listing, transform, on_error), source, split, on_error, limit
     )
 
 
-def opened(listing: Listing, transform: Transform, on_error: Literal["raise", "skip"]) -> ImageSet:
-    """The pictures of a listing, verified; an array that needs no resizing is shared as it is."""
-    if isinstance(listing.pictures, np.ndarray) and transform.sides in (
-        None,
-        listing.pictures.shape[1:],
-    ):
-        return from_array(listing, listing.pictures, transform)
+def image_set(listing: Listing, transform: Transform, on_error: OnError) -> ImageSet:
+    """The images of a listing, verified; an array that needs no resizing is shared."""
+    images = listing.pictures
+    if isinstance(images, np.ndarray) and transform.sides in (None, images.shape[1:]):
+        return from_array(listing, images, transform)
     return build(listing, transform, on_error)
 
 
 def open_with(
     make: Callable[[Listing], T],
     source: str | Path,
-    *,
     split: str,
-    on_error: Literal["raise", "skip"],
-    limit: int | None,
+    on_error: OnError = "raise",
+    limit: int | None = None,
 ) -> T:
-    """What `make` makes of the pictures of a source, none of them decoded yet. Arguments and errors
-    as in `open_images`.
+    """Return `make` of the listing of a source, none of whose images is decoded yet.
+
+    The other arguments and the errors are those of `open_images`.
     """
     one_of("on_error", on_error, ("raise", "skip"))
     if limit is not None:
@@ -81,41 +77,31 @@ def open_with(
     try:
         return make(_list(source, split, on_error, limit))
     except OSError as error:
-        raise UserError(
-            f"{source} cannot be read ({error.strerror or error}): check the path and its permissions"
-        ) from error
+        reason = f"{source} cannot be read ({error.strerror or error})"
+        raise UserError(f"{reason}: check the path and its permissions") from error
 
 
-def _list(
-    source: str | Path, split: str, on_error: Literal["raise", "skip"], limit: int | None
-) -> Listing:
+def _list(source: str | Path, split: str, on_error: OnError, limit: int | None) -> Listing:
     name = str(source)
     if name.startswith("hf:"):
         return parquet.list_hub(name.removeprefix("hf:"), split, limit)
     if name == "fashion-mnist":
-        return _list_idx(idx.fashion_mnist_folder(), split, name, limit)
+        return idx.list_idx(idx.fashion_mnist_folder(), split, name, limit)
     path = Path(source).expanduser()
     if not path.exists():
         raise UserError(
-            f"{name} does not exist: expected fashion-mnist, a folder of pictures, a .parquet file or hf:NAME"
+            f"{name} does not exist: "
+            "expected fashion-mnist, a folder of pictures, a .parquet file or hf:NAME"
         )
     if path.is_file():
         if path.suffix != ".parquet":
             raise UserError(
-                f"{name} is a {path.suffix or 'plain'} file: expected a .parquet file, or the folder that holds the pictures"
+                f"{name} is a {path.suffix or 'plain'} file: "
+                "expected a .parquet file, or the folder that holds the pictures"
             )
         return parquet.list_parquet(path, split, limit)
     if idx.has_idx(path):
-        return _list_idx(path, split, path.resolve().name, limit)
+        return idx.list_idx(path, split, path.resolve().name, limit)
     if parquet.is_saved(path):
         return parquet.list_saved(path, split, limit)
     return image_folder.list_folder(path, split, limit, on_error)
-
-
-def _list_idx(folder: Path, split: str, name: str, limit: int | None) -> Listing:
-    listing, pixels = idx.list_idx(folder, split, name)
-    return replace(
-        listing,
-        pictures=pixels[:limit],
-        labels=None if listing.labels is None else listing.labels[:limit],
-    )

@@ -1,5 +1,6 @@
-"""Training images and images that no training sees: the source's own test split, or a share of the
-training images, always the same.
+"""Training images, and held-out images that no training step uses.
+
+The held-out images are the source's own test split, or a fixed share of its training images.
 """
 
 import logging
@@ -12,7 +13,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from sfumato.data.images import ImageSet, Listing
-from sfumato.data.source import open_images, open_with, opened
+from sfumato.data.source import image_set, open_images, open_with
 from sfumato.data.transform import Transform
 from sfumato.errors import UserError
 
@@ -31,10 +32,25 @@ def open_both(
     limit: int | None = None,
     **options: Any,
 ) -> tuple[ImageSet, ImageSet]:
-    """(training images, held-out images); where the source has no `test` split, `share` of the
-    training images is held out, by a fixed order.
+    """Open the training images and the held-out ones of a source.
 
-    flip and limit are for the training images; options: see `open_images`. One image alone is both.
+    Where the source has no `test` split, a share of the training images is held out. One image
+    alone is both.
+
+    Args:
+        source: See `open_images`.
+        share: Of the training images that is held out, in (0, 1).
+        train: The split to train on.
+        test: The split to hold out; a named split must exist.
+        flip: Mirror the training images, see `open_images`.
+        limit: Number of training images, see `open_images`.
+        options: The other arguments of `open_images`.
+
+    Returns:
+        (training images, held-out images)
+
+    Raises:
+        UserError: For everything that is wrong with the source.
     """
     images = open_images(source, split=train, limit=limit, flip=flip, **options)
     try:
@@ -56,39 +72,45 @@ def open_first(
     size: int | None = None,
     channels: int | None = None,
 ) -> tuple[ImageSet, ImageSet]:
-    """The first `count` images of each of the two sets that `open_both` gives; no other is decoded,
-    so that nobody learns whether it is broken.
+    """Open the first `count` images of each of the two sets of `open_both`.
+
+    No other image is decoded, so that a broken one among them does not matter. The other arguments
+    and the errors are those of `open_both`.
     """
 
     def first(listing: Listing, rows: Sequence[int]) -> ImageSet:
-        return opened(listing.part(rows[:count]), Transform(size, channels), "raise")
+        return image_set(listing.part(rows[:count]), Transform(size, channels), "raise")
 
     def whole(listing: Listing) -> ImageSet:
         return first(listing, range(len(listing.pictures)))
 
     try:
-        held_out = open_with(whole, source, split=test, on_error="raise", limit=None)
+        held_out = open_with(whole, source, test)
     except UserError as error:
         if test != "test":
             raise
-        why = error
+        reason = error
 
         def both(listing: Listing) -> tuple[ImageSet, ImageSet]:
-            training, held_out = split(len(listing.pictures), share, why)
+            training, held_out = split(len(listing.pictures), share, reason)
             return first(listing, training.tolist()), first(listing, held_out.tolist())
 
-        return open_with(both, source, split=train, on_error="raise", limit=None)
-    return open_with(whole, source, split=train, on_error="raise", limit=None), held_out
+        return open_with(both, source, train)
+    return open_with(whole, source, train), held_out
 
 
 def split(
-    count: int, share: float, why: Exception
+    count: int, share: float, reason: Exception
 ) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " M"]]:
-    """Numbers of the training images and of the held-out ones where one split serves for both. why:
-    what is said about it.
+    """Divide 0..count-1 into the indices of training and of held-out images, by a fixed order.
+
+    Args:
+        count: Number of images.
+        share: Of them that is held out.
+        reason: Why there is no test split, for the log.
     """
     logger.warning(
-        "no test split (%s): a share of %g is held out of the training images", why, share
+        "no test split (%s): a share of %g is held out of the training images", reason, share
     )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     kept = max(1, round(share * count)) if count > 1 else 0

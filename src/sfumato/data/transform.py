@@ -24,29 +24,26 @@ from sfumato.errors import UserError
 from sfumato.io.atomic import hash_json
 from sfumato.validate import one_of, positive_int
 
-Picture = str | Path | bytes | Image.Image | np.ndarray
-"""What a source holds: a path, the bytes of an image file, or pixels."""
+RawImage = str | Path | bytes | Image.Image | np.ndarray
+"""An image before decoding: a path, the bytes of a file, or pixels."""
 
-_RESAMPLING = {
-    "lanczos": Image.Resampling.LANCZOS,
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "box": Image.Resampling.BOX,
-    "nearest": Image.Resampling.NEAREST,
-}
+_INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "box", "nearest")
 
 
 @dataclass(frozen=True)
 class Transform:
-    """How decoded pictures become tensors of one shape.
+    """Settings by which decoded images become tensors of one shape.
 
-    size      side of the square result in pixels, or (height, width); None keeps each picture as it
-              is
-    channels  1 (grey, ITU-R 601 luma), 3 (RGB), or None: as the picture is
-    crop      "center": the largest centred box of that aspect
-    flip      mirror half of the pictures left to right, drawn anew in every `ImageSet.batch`;
-              `to_tensor` never flips
-    interpolation  lanczos, bicubic, bilinear, box or nearest
+    Attributes:
+        size: Side of the square result in pixels, or (height, width); None keeps each image's own.
+        channels: 1 (grey, ITU-R 601 luma), 3 (RGB), or None, the image's own.
+        crop: "center", the largest centred box of the result's aspect.
+        flip: Mirror half of the images left to right, drawn anew in every `ImageSet.batch`.
+            `to_tensor` never flips.
+        interpolation: lanczos, bicubic, bilinear, box or nearest.
+
+    Raises:
+        UserError: For impossible values.
     """
 
     size: int | tuple[int, int] | None = None
@@ -60,70 +57,72 @@ class Transform:
             positive_int("size", side, unit="pixels", hint="None keeps the size of each image")
         if self.channels not in (None, 1, 3):
             raise UserError(
-                f"{self.channels} channels are not possible: give 1 (grey), 3 (RGB) or None (as the data)"
+                f"{self.channels} channels are not possible: "
+                "give 1 (grey), 3 (RGB) or None (as the data)"
             )
         one_of("crop", self.crop, ["center"])
-        one_of("interpolation", self.interpolation, _RESAMPLING)
+        one_of("interpolation", self.interpolation, _INTERPOLATIONS)
 
     @property
     def sides(self) -> tuple[int, int] | None:
-        """(height, width) of the result in pixels; None: the picture's own."""
+        """(height, width) of the result in pixels; None: the image's own."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
     @cached_property
     def hash(self) -> str:
-        """Hash of all that changes the stored pixels; `flip` is left out because latents are cached
-        unflipped.
+        """Hash of the settings that change the stored pixels.
 
-        A square is its side, whichever way it was said.
+        `flip` is left out, because latents are cached unflipped. A square has one hash, written as
+        one side or as two.
         """
-        size = (
-            self.sides[0]
-            if self.sides is not None and self.sides[0] == self.sides[1]
-            else self.sides
-        )
-        return hash_json(
-            {
-                "size": size,
-                "channels": self.channels,
-                "crop": self.crop,
-                "interpolation": self.interpolation,
-            }
-        )
+        sides = self.sides
+        size = sides[0] if sides is not None and sides[0] == sides[1] else sides
+        values = {"size": size, "channels": self.channels}
+        return hash_json({**values, "crop": self.crop, "interpolation": self.interpolation})
 
-    def to_pixels(self, picture: Picture) -> np.ndarray:
-        """Any picture -> uint8 (C, H, W). Raises `UserError` for a picture that cannot be
-        decoded.
-        """
-        return self.fit(decode(picture))
+    def to_pixels(self, image: RawImage) -> np.ndarray:
+        """Decode an image to uint8 (C, H, W).
 
-    def to_tensor(self, picture: Picture) -> Float[Tensor, "C H W"]:
-        """Any picture (path, file bytes, PIL image, uint8 or uint16 array) -> float32 (C, H, W) in
-        [-1, 1], unflipped.
+        Raises:
+            UserError: For an image that cannot be decoded.
         """
-        return to_float(torch.from_numpy(self.to_pixels(picture)))
+        return self.fit(decode(image))
+
+    def to_tensor(self, image: RawImage) -> Float[Tensor, "C H W"]:
+        """Decode an image to float32 (C, H, W) in [-1, 1], unflipped.
+
+        Args:
+            image: A path, the bytes of a file, a PIL image, or a uint8 or uint16 array.
+
+        Raises:
+            UserError: For an image that cannot be decoded.
+        """
+        return to_float(torch.from_numpy(self.to_pixels(image)))
 
     def fit(self, pixels: np.ndarray) -> np.ndarray:
-        """Decoded uint8 (H, W) or (H, W, 3) -> uint8 (C, *sides), contiguous and owned."""
+        """Crop and resize decoded uint8 (H, W) or (H, W, 3) to uint8 (C, *sides).
+
+        The result is contiguous and a copy.
+        """
         height, width = pixels.shape[:2]
         grey = pixels.ndim == 2
-        if (self.channels == 1 and not grey) or (
-            self.sides is not None and (height, width) != self.sides
-        ):
+        resized = self.sides is not None and (height, width) != self.sides
+        if resized or (self.channels == 1 and not grey):
             image = Image.fromarray(pixels)
             if self.channels == 1:
                 image = image.convert("L")
             if self.sides is not None:
                 # Box first, resize second: the same numbers as resize then crop, centred to a
                 # fraction of a pixel, and a 1 x 10,000 strip never becomes a huge intermediate
-                # picture.
+                # image.
                 h, w = self.sides
                 tall, wide = (
                     (height, height * w / h) if height * w <= width * h else (width * h / w, width)
                 )
                 left, top = (width - wide) / 2, (height - tall) / 2
                 box = (left, top, left + wide, top + tall)
-                image = image.resize((w, h), _RESAMPLING[self.interpolation], box=box)
+                resampling = Image.Resampling[self.interpolation.upper()]
+                image = image.resize((w, h), resampling, box=box)
             pixels = np.asarray(image)
         if pixels.ndim == 2:
             return np.repeat(pixels[None], 3 if self.channels == 3 else 1, axis=0)
@@ -135,28 +134,30 @@ def to_float(pixels: Tensor) -> Tensor:
     return pixels.to(torch.float32).div_(127.5).sub_(1.0)
 
 
-def decode(picture: Picture) -> np.ndarray:
-    """Any picture -> uint8 (H, W) if it is grey, else (H, W, 3); orientation applied, transparency
-    put on white.
+def decode(image: RawImage) -> np.ndarray:
+    """Decode an image to uint8, (H, W) if it is grey, else (H, W, 3).
 
-    Raises `UserError` with the reason (not the name, which the caller knows) when the file is
-    truncated, corrupt or foreign.
+    The orientation tag is applied and transparency is laid over white.
+
+    Raises:
+        UserError: For a truncated, corrupt or foreign file. The message has the reason and not the
+            name, which the caller adds.
     """
-    if isinstance(picture, np.ndarray):
-        return _decode_array(picture)
-    if isinstance(picture, Image.Image):
-        return _to_eight_bit(picture)
+    if isinstance(image, np.ndarray):
+        return _decode_array(image)
+    if isinstance(image, Image.Image):
+        return _to_eight_bit(image)
     try:
-        data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+        data = image if isinstance(image, bytes) else Path(image).read_bytes()
         if not data:
             raise UserError("the file is empty")
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return _to_eight_bit(image)
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.load()
+            return _to_eight_bit(opened)
     except UserError:
         raise
     except Image.UnidentifiedImageError as error:
-        raise UserError("not an image file that Pillow knows") from error
+        raise UserError("not an image file that Pillow can open") from error
     except Exception as error:
         # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
         raise UserError(f"{error or type(error).__name__}") from error
@@ -165,23 +166,20 @@ def decode(picture: Picture) -> np.ndarray:
 def _decode_array(array: np.ndarray) -> np.ndarray:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
-    if (
-        array.ndim not in (2, 3)
-        or (array.ndim == 3 and array.shape[2] not in (3, 4))
-        or array.size == 0
-    ):
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.ndim not in (2, 3) or channels not in (1, 3, 4) or array.size == 0:
         raise UserError(
-            f"an array of shape {array.shape} is not a picture: expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
+            f"an array of shape {array.shape} is not a picture: "
+            "expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
         )
     if array.dtype == np.uint16:
         array = _from_sixteen_bit(array)
     if array.dtype != np.uint8:
         raise UserError(
-            f"an array of {array.dtype} is not a picture: expected uint8 (0..255) or uint16 (0..65535)"
+            f"an array of {array.dtype} is not a picture: "
+            "expected uint8 (0..255) or uint16 (0..65535)"
         )
-    return (
-        _to_eight_bit(Image.fromarray(array)) if array.ndim == 3 and array.shape[2] == 4 else array
-    )
+    return _to_eight_bit(Image.fromarray(array)) if channels == 4 else array
 
 
 def _from_sixteen_bit(values: np.ndarray) -> np.ndarray:
@@ -196,9 +194,8 @@ def _to_eight_bit(image: Image.Image) -> np.ndarray:
     if mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise UserError(
-                f"its 32-bit pixels reach {values.min()}..{values.max()}: convert it to 8 or 16 bits"
-            )
+            reach = f"{values.min()}..{values.max()}"
+            raise UserError(f"its 32-bit pixels reach {reach}: convert it to 8 or 16 bits")
         return _from_sixteen_bit(values)
     if mode == "F":
         raise UserError(

@@ -1,4 +1,4 @@
-"""Evaluation: images in [0, 1] go in, a report comes out; no act of the library is imported.
+"""Evaluation: images in [0, 1] in, a report out; no act of the library is imported.
 
     features = load_features("fashion")
     report = evaluate_samples(samples, labels, real_train, real_test, features)
@@ -9,21 +9,54 @@ One metric a file: reconstruction (PSNR, SSIM), frechet, precision_recall (preci
 density, coverage), memorisation, classes, throughput.
 """
 
-from sfumato.evaluate.features import FeatureNetwork, Features, extract, load_features
+from sfumato.evaluate.classes import Classes, classes
+from sfumato.evaluate.features import FeatureNetwork, Features, classify, extract, load_features
+from sfumato.evaluate.frechet import (
+    GaussianStatistics,
+    frechet_distance,
+    gaussian,
+    load_statistics,
+    save_statistics,
+    stream,
+)
 from sfumato.evaluate.inputs import ImageSource
+from sfumato.evaluate.memorisation import Memorisation, memorisation
+from sfumato.evaluate.precision_recall import Manifold, expected_coverage, manifold, nearest
+from sfumato.evaluate.reconstruction import Reconstruction, psnr, psnr_mean, reconstruction, ssim
 from sfumato.evaluate.report import Metric, Report
 from sfumato.evaluate.run import evaluate_reconstruction, evaluate_samples
-from sfumato.evaluate.throughput import measure_speed
+from sfumato.evaluate.throughput import Speed, measure_speed
 
 __all__ = [
+    "Classes",
     "FeatureNetwork",
     "Features",
+    "GaussianStatistics",
     "ImageSource",
+    "Manifold",
+    "Memorisation",
     "Metric",
+    "Reconstruction",
     "Report",
+    "Speed",
+    "classes",
+    "classify",
     "evaluate_reconstruction",
     "evaluate_samples",
+    "expected_coverage",
     "extract",
+    "frechet_distance",
+    "gaussian",
     "load_features",
+    "load_statistics",
+    "manifold",
     "measure_speed",
+    "memorisation",
+    "nearest",
+    "psnr",
+    "psnr_mean",
+    "reconstruction",
+    "save_statistics",
+    "ssim",
+    "stream",
 ]

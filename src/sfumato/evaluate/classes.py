@@ -1,6 +1,6 @@
-"""Classes: do samples show what was asked for, and do unconditional samples come evenly?
+"""Classes: agreement of samples with requested classes, and evenness without a request.
 
-    accuracy  = share of samples that the classifier gives the label that was asked for (CAS's cheap
+    accuracy  = share of samples to which the classifier gives the requested label (CAS's cheap
               cousin; arXiv:1905.10887)
     deviation = max over classes of |count - n/K| / (n/K), in %
 
@@ -19,8 +19,14 @@ from sfumato.evaluate.inputs import check_labels
 
 @dataclass(frozen=True)
 class Classes:
-    """accuracy and by_class in [0, 1] (None for a class that was never asked for; both None without
-    labels), counts of guesses.
+    """The classifier's guesses, beside the requested labels.
+
+    Attributes:
+        accuracy: In [0, 1]; None without labels.
+        by_class: Accuracy of each class, None for one that was never requested; empty without
+            labels.
+        counts: Guesses of each class.
+        deviation: See `deviation_from_even`.
     """
 
     accuracy: float | None
@@ -30,21 +36,27 @@ class Classes:
 
 
 def deviation_from_even(counts: Int64[Tensor, " K"]) -> float:
-    """Largest distance of a class's count from n/K, in % of n/K: 0 is even, 100 (K - 1) is all in
-    one class.
+    """Largest distance of a class's count from n/K, in % of n/K.
+
+    0 is even, 100 (K - 1) is all in one class.
     """
     even = float(counts.sum()) / len(counts)
     return float((counts.double() - even).abs().max() / even * 100)
 
 
 def classes(logits: Float[Tensor, "N K"], labels: Int64[Tensor, " N"] | None = None) -> Classes:
-    """Compares the classifier's guesses with the labels that were asked for (N,), or only counts
-    them.
+    """Compare the classifier's guesses with the requested labels, or only count them.
+
+    Args:
+        logits: (N, K) of the classifier.
+        labels: (N,) in [0, K); None: only count.
+
+    Raises:
+        UserError: For other shapes and labels.
     """
     if logits.ndim != 2 or len(logits) == 0:
-        raise UserError(
-            f"logits have shape {tuple(logits.shape)}: expected (N, K) with at least one image"
-        )
+        shape = tuple(logits.shape)
+        raise UserError(f"logits have shape {shape}: expected (N, K) with at least one image")
     kinds = logits.shape[1]
     guesses = logits.argmax(dim=1)
     counts = torch.bincount(guesses, minlength=kinds)

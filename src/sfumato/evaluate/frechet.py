@@ -21,13 +21,19 @@ from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.evaluate.inputs import check_features
-from sfumato.io.atomic import read_tensors, write_tensors
+from sfumato.io.atomic import open_tensors, write_tensors
 
 
 @dataclass(frozen=True, eq=False)
 class GaussianStatistics:
-    """Mean (D,) and unbiased covariance (D, D) of `count` features, with the hashes of the network
-    and of the images.
+    """Mean and covariance of features.
+
+    Attributes:
+        count: Number of features.
+        mean: (D,)
+        cov: Unbiased, (D, D).
+        features: Hash of the feature network; empty: unknown.
+        data: Hash of the images; empty: unknown.
     """
 
     count: int
@@ -42,20 +48,19 @@ class GaussianStatistics:
         delta = other.mean - self.mean
         between = torch.outer(delta, delta) * (self.count * other.count / count)
         scatter = self.cov * (self.count - 1) + other.cov * (other.count - 1) + between
-        return GaussianStatistics(
-            count,
-            self.mean + delta * (other.count / count),
-            scatter / (count - 1),
-            self.features,
-            self.data,
-        )
+        mean = self.mean + delta * (other.count / count)
+        return GaussianStatistics(count, mean, scatter / (count - 1), self.features, self.data)
 
 
 def gaussian(
     features: Float[Tensor, "N D"], network: str = "", data: str = ""
 ) -> GaussianStatistics:
-    """Mean and covariance of at least two features. `network` and `data` are the hashes kept beside
-    them.
+    """Mean and covariance of at least two features (N, D).
+
+    Args:
+        features: (N, D).
+        network: Hash of the feature network, kept beside them.
+        data: Hash of the images, kept beside them.
     """
     x = check_features(features, least=2)
     mean = x.mean(dim=0)
@@ -66,45 +71,51 @@ def gaussian(
 def stream(
     batches: Iterable[Float[Tensor, "_ D"]], network: str = "", data: str = ""
 ) -> GaussianStatistics:
-    """The same from an iterator of batches, holding one at a time; a last batch of one row joins
-    the batch before it.
+    """`gaussian` of an iterator of batches, holding one at a time.
+
+    A last batch of one row joins the batch before it.
+
+    Raises:
+        UserError: For no batch.
     """
     total: GaussianStatistics | None = None
-    held: Tensor | None = None
+    last: Tensor | None = None
     for batch in batches:
-        if held is None or len(batch) < 2 or len(held) < 2:
-            held = batch if held is None else torch.cat([held, batch])
+        if last is None or len(batch) < 2 or len(last) < 2:
+            last = batch if last is None else torch.cat([last, batch])
             continue
-        part = gaussian(held, network, data)
-        total, held = part if total is None else total.merge(part), batch
-    if held is None:
+        part = gaussian(last, network, data)
+        total, last = part if total is None else total.merge(part), batch
+    if last is None:
         raise UserError("no features were given: expected at least one batch")
-    last = gaussian(held, network, data)
-    return last if total is None else total.merge(last)
+    part = gaussian(last, network, data)
+    return part if total is None else total.merge(part)
 
 
 def _square_root(matrix: Float64[Tensor, "D D"]) -> Float64[Tensor, "D D"]:
-    """The symmetric root of a positive semi-definite matrix. Eigenvalues at rounding level are
-    zero, not noise with a root of 1e-8.
+    """The symmetric root of a positive semi-definite matrix.
+
+    Eigenvalues at rounding level are zero, not noise with a root of 1e-8.
     """
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    values = torch.where(
-        values > values.abs().max() * len(values) * torch.finfo(torch.float64).eps, values, 0.0
-    )
+    rounding = values.abs().max() * len(values) * torch.finfo(torch.float64).eps
+    values = torch.where(values > rounding, values, 0.0)
     return (vectors * values.sqrt()) @ vectors.T
 
 
 def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
     """The distance d^2 >= 0, in squared units of the features.
 
-    Errors: `UserError` where the two come from different feature networks.
+    Raises:
+        UserError: For statistics of different feature networks.
     """
     if a.mean.shape != b.mean.shape or (a.features and b.features and a.features != b.features):
-        first, second = (
+        both = "; ".join(
             f"{len(s.mean)} features, hash {s.features[:12] or 'none'}" for s in (a, b)
         )
         raise UserError(
-            f"statistics of different feature networks cannot be compared ({first}; {second}): use one network for both"
+            f"statistics of different feature networks cannot be compared ({both}): "
+            "use one network for both"
         )
     cross = torch.linalg.svdvals(_square_root(a.cov) @ _square_root(b.cov)).sum()
     distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross
@@ -112,14 +123,9 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
 
 
 def save_statistics(path: str | Path, statistics: GaussianStatistics) -> None:
-    """Writes a safetensors file with both hashes, so that a reference of 60,000 images is computed
-    once.
-    """
-    tensors = {
-        "mean": statistics.mean,
-        "cov": statistics.cov,
-        "count": torch.tensor(statistics.count),
-    }
+    """Write a safetensors file with both hashes: a large reference is computed once."""
+    tensors = {"mean": statistics.mean, "cov": statistics.cov}
+    tensors["count"] = torch.tensor(statistics.count)
     hashes = {"features": statistics.features, "data": statistics.data}
     write_tensors(path, tensors, metadata={f"sfumato.{k}": v for k, v in hashes.items()})
 
@@ -127,30 +133,27 @@ def save_statistics(path: str | Path, statistics: GaussianStatistics) -> None:
 def load_statistics(
     path: str | Path, features: str | None = None, data: str | None = None
 ) -> GaussianStatistics:
-    """Reads what `save_statistics` wrote.
+    """Read the file of `save_statistics`.
 
-    Errors: `UserError` where the file is not one, or is of another network or other images than the
-    hashes asked for.
+    Args:
+        path: The file.
+        features: The expected hash of the feature network; None: any.
+        data: The expected hash of the images; None: any.
+
+    Raises:
+        UserError: For another file, and statistics of another network or other images.
     """
-    from safetensors import safe_open
-
-    tensors = read_tensors(path)
+    tensors, metadata = open_tensors(path)
     if set(tensors) != {"mean", "cov", "count"}:
         raise UserError(
-            f"{path} holds {', '.join(sorted(tensors)[:5])}: expected the mean, cov and count of reference statistics"
+            f"{path} holds {', '.join(sorted(tensors)[:5])}: "
+            "expected the mean, cov and count of reference statistics"
         )
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    found = {
-        "features": metadata.get("sfumato.features", ""),
-        "data": metadata.get("sfumato.data", ""),
-    }
-    for name, wanted in (("features", features), ("data", data)):
-        if wanted is not None and found[name] != wanted:
-            both = f"hash {found[name][:12] or 'none'}, expected {wanted[:12]}"
+    hashes = {name: metadata.get(f"sfumato.{name}", "") for name in ("features", "data")}
+    for name, expected in (("features", features), ("data", data)):
+        if expected is not None and hashes[name] != expected:
+            both = f"hash {hashes[name][:12] or 'none'}, expected {expected[:12]}"
             raise UserError(
                 f"{path} was made with other {name} ({both}): compute the reference again"
             )
-    return GaussianStatistics(
-        int(tensors["count"]), tensors["mean"], tensors["cov"], found["features"], found["data"]
-    )
+    return GaussianStatistics(int(tensors["count"]), tensors["mean"], tensors["cov"], **hashes)

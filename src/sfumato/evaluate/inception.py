@@ -1,8 +1,7 @@
-"""InceptionV3 as the Frechet distance has used it since 2017: 2048 features of an image, from
-weights that you give.
+"""InceptionV3 as the Frechet distance uses it: 2048 features, from a file of weights.
 
-    images [0, 1] -> 299x299 (bilinear, not antialiased) -> 2x - 1 -> network -> mean over 8x8
-    pixels -> (B, 2048)
+    images [0, 1] -> 299x299 (bilinear, not antialiased) -> 2x - 1 -> network
+    -> mean over 8x8 pixels -> (B, 2048)
 
 Szegedy et al. 2016, arXiv:1512.00567, in the variant of the TensorFlow graph of 2015-12-05 that
 Heusel et al. 2017 (arXiv:1706.08500) measured with: average pools do not count padding, and the
@@ -38,7 +37,8 @@ def _c(mid: int) -> tuple[str, ...]:
     return (
         "branch1x1:192:1x1",
         f"branch7x7_1:{mid}:1x1 branch7x7_2:{mid}:1x7 branch7x7_3:192:7x1",
-        f"branch7x7dbl_1:{mid}:1x1 branch7x7dbl_2:{mid}:7x1 branch7x7dbl_3:{mid}:1x7 branch7x7dbl_4:{mid}:7x1 branch7x7dbl_5:192:1x7",
+        f"branch7x7dbl_1:{mid}:1x1 branch7x7dbl_2:{mid}:7x1 branch7x7dbl_3:{mid}:1x7 "
+        f"branch7x7dbl_4:{mid}:7x1 branch7x7dbl_5:192:1x7",
         "avg branch_pool:192:1x1",
     )
 
@@ -47,36 +47,36 @@ def _e(pool: str) -> tuple[str, ...]:
     return (
         "branch1x1:320:1x1",
         "branch3x3_1:384:1x1 branch3x3_2a:384:1x3+branch3x3_2b:384:3x1",
-        "branch3x3dbl_1:448:1x1 branch3x3dbl_2:384:3x3 branch3x3dbl_3a:384:1x3+branch3x3dbl_3b:384:3x1",
+        "branch3x3dbl_1:448:1x1 branch3x3dbl_2:384:3x3 "
+        "branch3x3dbl_3a:384:1x3+branch3x3dbl_3b:384:3x1",
         f"{pool} branch_pool:192:1x1",
     )
 
 
-STEM = "Conv2d_1a_3x3:32:3x3/2 Conv2d_2a_3x3:32:3x3/v Conv2d_2b_3x3:64:3x3 max/2 Conv2d_3b_1x1:80:1x1 Conv2d_4a_3x3:192:3x3/v max/2"
+STEM = (
+    "Conv2d_1a_3x3:32:3x3/2 Conv2d_2a_3x3:32:3x3/v Conv2d_2b_3x3:64:3x3 max/2 "
+    "Conv2d_3b_1x1:80:1x1 Conv2d_4a_3x3:192:3x3/v max/2"
+)
+_6A = (
+    "branch3x3:384:3x3/2",
+    "branch3x3dbl_1:64:1x1 branch3x3dbl_2:96:3x3 branch3x3dbl_3:96:3x3/2",
+    "max/2",
+)
+_7A = (
+    "branch3x3_1:192:1x1 branch3x3_2:320:3x3/2",
+    "branch7x7x3_1:192:1x1 branch7x7x3_2:192:1x7 branch7x7x3_3:192:7x1 branch7x7x3_4:192:3x3/2",
+    "max/2",
+)
 BLOCKS: dict[str, tuple[int, tuple[str, ...]]] = {
     "Mixed_5b": (192, _a(32)),
     "Mixed_5c": (256, _a(64)),
     "Mixed_5d": (288, _a(64)),
-    "Mixed_6a": (
-        288,
-        (
-            "branch3x3:384:3x3/2",
-            "branch3x3dbl_1:64:1x1 branch3x3dbl_2:96:3x3 branch3x3dbl_3:96:3x3/2",
-            "max/2",
-        ),
-    ),
+    "Mixed_6a": (288, _6A),
     "Mixed_6b": (768, _c(128)),
     "Mixed_6c": (768, _c(160)),
     "Mixed_6d": (768, _c(160)),
     "Mixed_6e": (768, _c(192)),
-    "Mixed_7a": (
-        768,
-        (
-            "branch3x3_1:192:1x1 branch3x3_2:320:3x3/2",
-            "branch7x7x3_1:192:1x1 branch7x7x3_2:192:1x7 branch7x7x3_3:192:7x1 branch7x7x3_4:192:3x3/2",
-            "max/2",
-        ),
-    ),
+    "Mixed_7a": (768, _7A),
     "Mixed_7b": (1280, _e("avg")),
     "Mixed_7c": (2048, _e("max")),
 }
@@ -99,6 +99,7 @@ class ConvNormRelu(nn.Module):
         self.bn = nn.BatchNorm2d(outside, eps=1e-3)
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D v u"]:
+        """Convolve, normalise, rectify."""
         return F.relu(self.bn(self.conv(x)))
 
 
@@ -115,7 +116,7 @@ class Branches(nn.Module):
                 channels = sum(made) or channels
 
     def _make(self, text: str, inside: int) -> int:
-        """Adds the convolution that `text` names; returns its channels, 0 for a pool."""
+        """Add the convolution of a step and return its channels, 0 for a pool."""
         if ":" not in text:
             return 0
         name, outside, shape = text.split(":")
@@ -123,10 +124,9 @@ class Branches(nn.Module):
         size, _, mode = shape.partition("/")
         height, width = map(int, size.split("x"))
         padding = (0, 0) if mode else (height // 2, width // 2)
-        self.add_module(
-            name,
-            ConvNormRelu(inside, int(outside), (height, width), 2 if mode == "2" else 1, padding),
-        )
+        stride = 2 if mode == "2" else 1
+        layer = ConvNormRelu(inside, int(outside), (height, width), stride, padding)
+        self.add_module(name, layer)
         return int(outside)
 
     def _apply_step(self, text: str, x: Tensor) -> Tensor:
@@ -139,6 +139,7 @@ class Branches(nn.Module):
         return self.get_submodule(text.split(":")[0])(x)
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D v u"]:
+        """Concatenate the branches."""
         outputs = []
         for row in self.rows:
             h = x
@@ -149,8 +150,9 @@ class Branches(nn.Module):
 
 
 class InceptionV3(Branches):
-    """Images (B, 3, H, W) in [0, 1] -> features (B, 2048). `fc` is there for its weights; the
-    distance does not use it.
+    """Images (B, 3, H, W) in [0, 1] -> features (B, 2048).
+
+    `fc` holds weights of the published file; the distance does not use it.
     """
 
     def __init__(self) -> None:
@@ -160,6 +162,7 @@ class InceptionV3(Branches):
         self.fc = nn.Linear(DIM, CLASSES)
 
     def forward(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 2048"]:
+        """Resize, apply the blocks, and average over pixels."""
         x = 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1
         x = super().forward(x)  # (B, 192, 35, 35)
         for name in BLOCKS:

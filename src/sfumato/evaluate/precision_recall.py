@@ -1,11 +1,11 @@
-"""Precision, recall, density and coverage: fidelity and variety apart, from balls around k nearest
-neighbours.
+"""Precision, recall, density and coverage: fidelity and variety, each by itself.
 
-    B(x) = the ball around x whose radius is the distance to the k-th nearest *other* point of x's
-    own set precision = share of samples in some ball of a real image      recall = share of real
-    images in some ball of a sample
-    density   = mean over samples of (real balls that hold it) / k  coverage = share of real images
-              whose ball holds a sample
+    B(x)      = the ball around x whose radius is the distance to the k-th nearest *other* point of
+                x's own set
+    precision = share of samples in some ball of a real image
+    recall    = share of real images in some ball of a sample
+    density   = mean over samples of (real balls that hold it) / k
+    coverage  = share of real images whose ball holds a sample
 
 Precision and recall: Kynkaanniemi et al. 2019, arXiv:1904.06991, Eqs. 1 and 2. Density and
 coverage: Naeem et al. 2020, arXiv:2002.09797, Eqs. 3 and 4: real balls only, so one odd sample
@@ -29,8 +29,16 @@ ENTRIES = 2**23
 
 @dataclass(frozen=True)
 class Manifold:
-    """precision, recall and coverage in [0, 1], density in [0, inf), with the k and the two counts
-    they depend on.
+    """The four numbers, with the k and the two counts on which they depend.
+
+    Attributes:
+        precision: In [0, 1].
+        recall: In [0, 1].
+        density: In [0, inf).
+        coverage: In [0, 1].
+        k: Neighbours.
+        real_count: Number of real images.
+        sample_count: Number of samples.
     """
 
     precision: float
@@ -50,22 +58,25 @@ def squared_distances(
     size = max(1, ENTRIES // len(b))
     for start in range(0, len(a), size):
         rows = a[start : start + size]
-        yield (
-            start,
-            torch.addmm(norms[None, :], rows, b.T, alpha=-2)
-            .add_(rows.square().sum(dim=1, keepdim=True))
-            .clamp_(min=0),
-        )
+        squares = torch.addmm(norms[None, :], rows, b.T, alpha=-2)
+        yield start, squares.add_(rows.square().sum(dim=1, keepdim=True)).clamp_(min=0)
 
 
 def nearest(
     a: Float[Tensor, "n D"], b: Float[Tensor, "m D"], k: int, same: bool = False
 ) -> tuple[Int64[Tensor, "n k"], Float64[Tensor, "n k"]]:
-    """For each row of a, the rows of b that are nearest, nearest first: indices (n, k) and
-    Euclidean distances (n, k).
+    """The k rows of b that are nearest to each row of a, nearest first.
 
-    `same` says that a is b, and leaves each row itself out. Distances are recomputed from
-    differences: exact for duplicates.
+    Distances are recomputed from differences: exact for duplicates.
+
+    Args:
+        a: (n, D).
+        b: (m, D).
+        k: Number of neighbours.
+        same: True where a is b: each row itself is left out.
+
+    Returns:
+        Indices (n, k) into b, and Euclidean distances (n, k).
     """
     x, y = check_features(a, least=1), check_features(b, least=k + same)
     indices, distances = [], []
@@ -74,10 +85,10 @@ def nearest(
         if same:
             squared[rows, start + rows] = torch.inf
         # equal distances: lower index first
-        found = squared.topk(k, dim=1, largest=False).indices.sort(dim=1).values
-        exact = (x[start : start + len(squared), None] - y[found]).norm(dim=2)
+        neighbours = squared.topk(k, dim=1, largest=False).indices.sort(dim=1).values
+        exact = (x[start : start + len(squared), None] - y[neighbours]).norm(dim=2)
         order = exact.argsort(dim=1, stable=True)
-        indices.append(found.gather(1, order))
+        indices.append(neighbours.gather(1, order))
         distances.append(exact.gather(1, order))
     return torch.cat(indices), torch.cat(distances)
 
@@ -90,7 +101,7 @@ def radii(points: Float[Tensor, "n D"], k: int) -> Float64[Tensor, " n"]:
 def _inside(
     points: Float64[Tensor, "n D"], centres: Float64[Tensor, "m D"], radius: Float64[Tensor, " m"]
 ) -> tuple[Int64[Tensor, " n"], Bool[Tensor, " m"]]:
-    """How many balls hold each point, and which balls hold any."""
+    """The number of balls that hold each point, and True for the balls that hold any."""
     counts, used = [], torch.zeros(len(centres), dtype=torch.bool)
     for _, squared in squared_distances(points, centres):
         hit = squared <= radius.square()
@@ -100,15 +111,14 @@ def _inside(
 
 
 def manifold(real: Float[Tensor, "n D"], samples: Float[Tensor, "m D"], k: int = 5) -> Manifold:
-    """The four numbers for features of real images and of samples.
+    """The four numbers for features of real images (n, D) and of samples (m, D).
 
-    Errors: `UserError` for k < 1 or fewer than k + 1 images on either side.
+    Raises:
+        UserError: For k < 1 or fewer than k + 1 images on either side.
     """
     positive_int("k", k, unit="nearest neighbours", hint="5 is usual")
-    x, y = (
-        check_features(real, k + 1, "features of real images"),
-        check_features(samples, k + 1, "features of samples"),
-    )
+    x = check_features(real, k + 1, "features of real images")
+    y = check_features(samples, k + 1, "features of samples")
     real_balls_of_samples, covered = _inside(y, x, radii(x, k))
     sample_balls_of_real, _ = _inside(x, y, radii(y, k))
     return Manifold(
@@ -123,10 +133,10 @@ def manifold(real: Float[Tensor, "n D"], samples: Float[Tensor, "m D"], k: int =
 
 
 def expected_coverage(real_count: int, sample_count: int, k: int) -> float:
-    """E[coverage] where both sets come from one distribution: 1 - prod_{i=1..k} (n - i) / (n + m -
-    i), arXiv:2002.09797, Lemma 2.
+    """E[coverage] where both sets come from one distribution.
 
-    The k nearest of n + m - 1 other points must all be real for a ball to stay empty.
+    It is 1 - prod_{i=1..k} (n - i) / (n + m - i), arXiv:2002.09797, Lemma 2: the k nearest of
+    n + m - 1 other points must all be real for a ball to stay empty.
     """
     empty = 1.0
     for i in range(1, k + 1):

@@ -1,5 +1,4 @@
-"""PSNR and SSIM: how close a reconstruction is to its original, pixel by pixel and window by
-window.
+"""PSNR and SSIM: distance of a reconstruction from its original, by pixels and by windows.
 
     PSNR = 10 log10(1 / MSE), pixels in [0, 1]
     SSIM = mean over pixels and channels of (2 ma mb + C1)(2 sab + C2) / ((ma^2 + mb^2 + C1)(saa +
@@ -32,8 +31,13 @@ SIGMA = 1.5
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """psnr and psnr_mean in decibels (infinite for exact images), ssim in [-1, 1], of `count`
-    pairs.
+    """Quality of `count` reconstructions.
+
+    Attributes:
+        psnr: In decibels, of the mean squared error over all images.
+        psnr_mean: In decibels, the mean of the images' own; infinite where one is exact.
+        ssim: In [-1, 1].
+        count: Number of pairs.
     """
 
     psnr: float
@@ -71,17 +75,17 @@ def _window() -> Float64[Tensor, " w"]:
 def _blur(x: Float64[Tensor, "B C H W"]) -> Float64[Tensor, "B C h w"]:
     """Means under the Gaussian window, one axis after the other."""
     window = _window()
-    flat = x.flatten(0, 1)[:, None]
-    return F.conv2d(
-        F.conv2d(flat, window.reshape(1, 1, -1, 1)), window.reshape(1, 1, 1, -1)
-    ).unflatten(0, x.shape[:2])[:, :, 0]
+    rows, columns = window.reshape(1, 1, -1, 1), window.reshape(1, 1, 1, -1)
+    means = F.conv2d(F.conv2d(x.flatten(0, 1)[:, None], rows), columns)
+    return means.unflatten(0, x.shape[:2])[:, :, 0]
 
 
 def ssim(a: Float[Tensor, "N C H W"], b: Float[Tensor, "_ _ _ _"], batch: int = 100) -> float:
-    """Mean SSIM over images. Sides of at least 11 pixels (`UserError`)."""
+    """Mean SSIM over images; `UserError` for sides of less than 11 pixels."""
     if min(a.shape[-2:]) < WINDOW:
+        size = f"{a.shape[-2]}x{a.shape[-1]}"
         raise UserError(
-            f"images of {a.shape[-2]}x{a.shape[-1]} pixels are too small for SSIM: expected at least {WINDOW}x{WINDOW}"
+            f"images of {size} pixels are too small for SSIM: expected at least {WINDOW}x{WINDOW}"
         )
     a, b = check_pair(a, b)
     values = [
@@ -99,14 +103,11 @@ def _ssim_by_image(
     var_a = _blur(a * a) - mean_a**2
     var_b = _blur(b * b) - mean_b**2
     cov = _blur(a * b) - mean_a * mean_b
-    score = (
-        (2 * mean_a * mean_b + c1)
-        * (2 * cov + c2)
-        / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
-    )
+    score = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
+    score /= (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
     return score.mean(dim=(1, 2, 3))
 
 
 def reconstruction(a: Float[Tensor, "N C H W"], b: Float[Tensor, "_ _ _ _"]) -> Reconstruction:
-    """All three of originals and reconstructions, (N, C, H, W) in [0, 1]."""
+    """PSNR and SSIM of originals and reconstructions, (N, C, H, W) in [0, 1]."""
     return Reconstruction(psnr(a, b), psnr_mean(a, b), ssim(a, b), len(a))

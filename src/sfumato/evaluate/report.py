@@ -1,7 +1,7 @@
-"""A report: every number beside its floor, with all that is needed to get it again.
+"""A report: every number beside its floor, with all that is needed to measure it again.
 
-The floor of a metric is the same metric between two disjoint sets of *real* images of equal size:
-what a perfect model would score. A Frechet distance of 3 is poor beside a floor of 0.1 and perfect
+The floor of a metric is the same metric between two disjoint sets of *real* images of equal size,
+the score of a perfect model. A Frechet distance of 3 is poor beside a floor of 0.1 and perfect
 beside a floor of 3.
 """
 
@@ -10,11 +10,11 @@ import html
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sfumato.evaluate.figures import Picture
+from sfumato.evaluate.figures import Figure
 from sfumato.io.atomic import atomic_file
 
 if TYPE_CHECKING:
@@ -23,8 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number, its floor (None where there is none), which way is better, and one line that says
-    what it is and its unit.
+    """A number beside its floor.
+
+    Attributes:
+        name: Of the metric, unique in a report.
+        value: The measured number.
+        floor: The number of real images; None where there is none.
+        better: Direction of better values; "near": nearer to the floor.
+        about: One line that defines the number and its unit.
     """
 
     name: str
@@ -45,11 +51,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was measured.
+    """All metrics of a measurement, with the inputs that determine them.
 
-    features  name, hash, dim, resize of the feature network
-    data      fingerprints of each set of images
-    settings  n, seed, k, and what the caller says about the sampler: steps, sampler, guidance ...
+    Attributes:
+        title: Of the page.
+        metrics: In the order of the page.
+        features: name, hash, dim and resize of the feature network.
+        data: Fingerprint of each set of images.
+        settings: n, seed, k, and the caller's own: steps, sampler, guidance ...
+        tables: Small tables, such as one row a class.
+        pictures: Figures of the page.
     """
 
     title: str
@@ -58,19 +69,18 @@ class Report:
     data: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     tables: tuple[Rows, ...] = ()
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[Figure, ...] = ()
 
     def __getitem__(self, name: str) -> Metric:
-        """The metric of that name; `KeyError` lists those that are there."""
+        """Return the metric of a name; `KeyError` lists the names."""
         for metric in self.metrics:
             if metric.name == name:
                 return metric
-        raise KeyError(
-            f"{name!r} was not measured: known are {', '.join(m.name for m in self.metrics)}"
-        )
+        names = ", ".join(m.name for m in self.metrics)
+        raise KeyError(f"{name!r} was not measured: known are {names}")
 
     def join(self, other: "Report") -> "Report":
-        """Both reports as one, this one's title and, where keys agree, this one's settings."""
+        """Both reports as one; the title and, where keys agree, the settings are of this one."""
         return replace(
             self,
             metrics=self.metrics + other.metrics,
@@ -82,18 +92,18 @@ class Report:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the pictures, as JSON values; an infinite number is the text "infinite"."""
-        metrics = {
-            m.name: {"value": m.value, "floor": m.floor, "better": m.better, "about": m.about}
-            for m in self.metrics
-        }
-        tables = [{"title": t.title, "columns": t.columns, "rows": t.rows} for t in self.tables]
+        """All but the figures, as JSON values; an infinite number is the text "infinite"."""
+        metrics = {m.name: asdict(m) for m in self.metrics}
+        for metric in metrics.values():
+            del metric["name"]
+        tables = [asdict(table) for table in self.tables]
         facts = {"features": self.features, "data": self.data, "settings": self.settings}
         return _jsonable({"title": self.title, "metrics": metrics, "tables": tables, **facts})
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """JSON with sorted keys and every digit: equal measurements give equal text. Also written
-        to `path`, atomically.
+        """Return JSON with sorted keys and every digit; also write it to `path`, atomically.
+
+        Equal measurements give equal text.
         """
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
         if path is not None:
@@ -102,14 +112,12 @@ class Report:
         return text
 
     def to_html(self, path: str | Path) -> None:
-        """One page that needs no other file: the table, the facts, and the pictures embedded as
-        PNG. Written atomically.
-        """
+        """Write one page with the table, the facts and the figures, embedded as PNG, atomically."""
         with atomic_file(path) as temporary:
             temporary.write_text(_page(self), encoding="utf-8")
 
     def table(self) -> "Table":
-        """The metrics for the terminal."""
+        """Return the metrics as a table for the terminal."""
         from rich.table import Table
 
         table = Table("metric", "value", "floor", "better", "what", title=self.title)
@@ -136,13 +144,9 @@ def _text(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return (
-            "infinite"
-            if math.isinf(value)
-            else f"{value:#.4g}"
-            if abs(value) < 1000
-            else f"{value:.1f}"
-        )
+        if math.isinf(value):
+            return "infinite"
+        return f"{value:#.4g}" if abs(value) < 1000 else f"{value:.1f}"
     return str(value)
 
 
@@ -153,7 +157,8 @@ h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin:
 p, figcaption { color: var(--soft); margin: .2rem 0 .6rem; }
 table { border-collapse: collapse; width: 100%; } th { text-align: left; font-weight: 600; }
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap; } td.soft { color: var(--soft); }
+td.number { font-variant-numeric: tabular-nums; white-space: nowrap; } \
+td.soft { color: var(--soft); }
 figure { margin: 0; overflow-x: auto; } img { image-rendering: pixelated; max-width: 100%; }
 code { font-size: .85em; overflow-wrap: anywhere; }
 """
@@ -163,19 +168,17 @@ def _html_table(columns: tuple[str, ...], rows: tuple[tuple[Any, ...], ...]) -> 
     head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
     body = ""
     for row in rows:
-        cells = (
-            f"<td{' class=number' if isinstance(c, int | float) else ''}>{html.escape(_text(c))}</td>"
-            for c in row
-        )
+        kinds = (" class=number" if isinstance(c, int | float) else "" for c in row)
+        cells = (f"<td{k}>{html.escape(_text(c))}</td>" for k, c in zip(kinds, row, strict=True))
         body += f"<tr>{''.join(cells)}</tr>\n"
     return f"<table>\n<tr>{head}</tr>\n{body}</table>"
 
 
 def _facts(title: str, values: Mapping[str, Any]) -> str:
-    cells = ((html.escape(str(k)), html.escape(_text(v))) for k, v in values.items())
     rows = "".join(
-        f"<tr><td class=soft>{name}</td><td><code>{value}</code></td></tr>\n"
-        for name, value in cells
+        f"<tr><td class=soft>{html.escape(str(name))}</td>"
+        f"<td><code>{html.escape(_text(value))}</code></td></tr>\n"
+        for name, value in values.items()
     )
     return f"<h2>{title}</h2>\n<table>\n{rows}</table>\n" if values else ""
 
@@ -184,21 +187,22 @@ def _page(report: Report) -> str:
     title = html.escape(report.title)
     rows = tuple((m.name, m.value, m.floor, m.better, m.about) for m in report.metrics)
     parts = [
-        f"<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n<meta name=viewport content='width=device-width'>\n<title>{title}</title>",
+        "<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n"
+        f"<meta name=viewport content='width=device-width'>\n<title>{title}</title>",
         f"<style>{STYLE}</style>\n<h1>{title}</h1>",
-        "<p>Floor: the same metric between two disjoint sets of real images, which is what a perfect model would score.</p>",
+        "<p>Floor: the same metric between two disjoint sets of real images, "
+        "which is what a perfect model would score.</p>",
         _html_table(("metric", "value", "floor", "better", "what"), rows),
     ]
-    for picture in report.pictures:
-        data = base64.b64encode(picture.png).decode()
-        name = html.escape(picture.title)
-        image = f"<img alt='{html.escape(picture.title, quote=True)}' src='data:image/png;base64,{data}'>"
+    for figure in report.pictures:
+        data, name = base64.b64encode(figure.png).decode(), html.escape(figure.title)
+        alt, caption = html.escape(figure.title, quote=True), html.escape(figure.caption)
+        image = f"<img alt='{alt}' src='data:image/png;base64,{data}'>"
+        parts.append(f"<h2>{name}</h2>\n<figure><figcaption>{caption}</figcaption>{image}</figure>")
+    for table in report.tables:
         parts.append(
-            f"<h2>{name}</h2>\n<figure><figcaption>{html.escape(picture.caption)}</figcaption>{image}</figure>"
+            f"<h2>{html.escape(table.title)}</h2>\n{_html_table(table.columns, table.rows)}"
         )
-    parts += [
-        f"<h2>{html.escape(t.title)}</h2>\n{_html_table(t.columns, t.rows)}" for t in report.tables
-    ]
     parts += [
         _facts("Feature network", report.features),
         _facts("Images (fingerprints)", report.data),

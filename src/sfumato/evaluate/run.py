@@ -6,16 +6,16 @@
                        same n
     memorisation       samples' distances to the training set beside those of held-out images;
                        floor: one half of these beside the other
-    classes            the label asked for beside the classifier's guess; floor: the classifier on
+    classes            the requested label beside the classifier's guess; floor: the classifier on
                        held-out images
 
 Training and held-out images are disjoint by the caller's split. Where fewer than n held-out images
-exist, the floor is made of those, and `floor_n` in the settings says so: the floor of the Frechet
+exist, the floor is made of those, and the settings report `floor_n`: the floor of the Frechet
 distance is then too high.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -26,9 +26,10 @@ from sfumato.evaluate import figures
 from sfumato.evaluate.classes import Classes, classes
 from sfumato.evaluate.features import Features, extract
 from sfumato.evaluate.features import classify as classify_all
-from sfumato.evaluate.figures import Picture
+from sfumato.evaluate.figures import Figure
 from sfumato.evaluate.frechet import frechet_distance, gaussian
 from sfumato.evaluate.inputs import (
+    Images,
     ImageSource,
     check_images,
     check_labels,
@@ -37,8 +38,8 @@ from sfumato.evaluate.inputs import (
     draw,
     fingerprint,
 )
-from sfumato.evaluate.memorisation import Memorisation, memorisation
-from sfumato.evaluate.precision_recall import Manifold, expected_coverage, manifold
+from sfumato.evaluate.memorisation import memorisation
+from sfumato.evaluate.precision_recall import expected_coverage, manifold
 from sfumato.evaluate.reconstruction import reconstruction
 from sfumato.evaluate.report import Metric, Report, Rows
 from sfumato.evaluate.throughput import Speed
@@ -48,92 +49,32 @@ NEIGHBOURS = 3
 
 
 def _describe(features: Features) -> dict[str, Any]:
-    return {
-        "name": features.name,
-        "hash": features.hash,
-        "dim": features.dim,
-        "resize": features.resize,
-    }
+    return {name: getattr(features, name) for name in ("name", "hash", "dim", "resize")}
 
 
-def _manifold_metrics(found: Manifold, floor: Manifold) -> tuple[Metric, ...]:
-    expected = expected_coverage(found.real_count, found.sample_count, found.k)
-    return (
-        Metric(
-            "precision",
-            found.precision,
-            floor.precision,
-            "higher",
-            f"share of samples among real images, k={found.k}",
-        ),
-        Metric(
-            "recall",
-            found.recall,
-            floor.recall,
-            "higher",
-            f"share of real images among samples, k={found.k}",
-        ),
-        Metric(
-            "density",
-            found.density,
-            floor.density,
-            "higher",
-            "mean number of real balls around a sample, over k; 1 expected",
-        ),
-        Metric(
-            "coverage",
-            found.coverage,
-            floor.coverage,
-            "higher",
-            f"share of real images with a sample near; {expected:.4f} expected",
-        ),
+def _metrics(
+    values: object, floor: object | None, better: Literal["lower", "higher", "near"], **about: str
+) -> tuple[Metric, ...]:
+    """Metrics of the fields that `about` describes."""
+    floors = {} if floor is None else vars(floor)
+    return tuple(
+        Metric(name, vars(values)[name], floors.get(name), better, text)
+        for name, text in about.items()
     )
 
 
-def _memorisation_metrics(found: Memorisation, floor: Memorisation) -> tuple[Metric, ...]:
-    return (
-        Metric(
-            "memorisation_ratio",
-            found.ratio,
-            floor.ratio,
-            "near",
-            "median distance to the training set over that of held-out images; 1 expected",
-        ),
-        Metric(
-            "memorisation_share",
-            found.closer_share,
-            floor.closer_share,
-            "near",
-            "share of samples nearer to it than 99 % of held-out images; 0.01 expected",
-        ),
-    )
-
-
-def _class_metrics(found: Classes, floor: Classes, names: tuple[str, ...]) -> tuple[Metric, Rows]:
-    if found.accuracy is not None:
-        metric = Metric(
-            "class_accuracy",
-            found.accuracy,
-            floor.accuracy,
-            "higher",
-            "share of samples classified as what was asked for",
-        )
+def _class_metrics(values: Classes, floor: Classes, names: tuple[str, ...]) -> tuple[Metric, Rows]:
+    if values.accuracy is not None:
+        about = "share of samples classified as what was asked for"
+        metric = Metric("class_accuracy", values.accuracy, floor.accuracy, "higher", about)
     else:
-        metric = Metric(
-            "class_deviation",
-            found.deviation,
-            floor.deviation,
-            "lower",
-            "largest deviation of a class's count from even, in %",
-        )
+        about = "largest deviation of a class's count from even, in %"
+        metric = Metric("class_deviation", values.deviation, floor.deviation, "lower", about)
     nothing = (None,) * len(names)
     columns = ("class", "samples", "accuracy", "real images", "real accuracy")
-    shares, real_shares = found.by_class or nothing, floor.by_class or nothing
-    return metric, Rows(
-        "Classes",
-        columns,
-        tuple(zip(names, found.counts, shares, floor.counts, real_shares, strict=True)),
-    )
+    shares, real_shares = values.by_class or nothing, floor.by_class or nothing
+    rows = zip(names, values.counts, shares, floor.counts, real_shares, strict=True)
+    return metric, Rows("Classes", columns, tuple(rows))
 
 
 def evaluate_samples(
@@ -153,84 +94,97 @@ def evaluate_samples(
     speed: Speed | None = None,
     title: str = "Samples",
 ) -> Report:
-    """Measures samples against real images.
+    """Measure samples against real images.
 
-    samples     (N, C, H, W) in [0, 1], or a function `(n, batch, seed) -> images`, which then needs
-                `n`
-    labels      the class that was asked for, one a sample; None for unconditional samples, whose
-                classes are then only counted
-    real_train  what the model was trained on: reference of the Frechet distance, source of nearest
-                neighbours
-    real_test   real images it never saw: the floor
-    k           neighbours for precision, recall, density and coverage
-    settings    anything that belongs in the report: steps, sampler, guidance
+    Args:
+        samples: (N, C, H, W) in [0, 1], or a function `(n, batch, seed) -> images`, which needs
+            `n`.
+        labels: The requested class of each sample; None for unconditional samples, whose classes
+            are only counted.
+        real_train: The training images: reference of the Frechet distance, source of nearest
+            neighbours.
+        real_test: Real images that are not in the training set: the floor.
+        features: The network whose features are compared.
+        train_labels: Classes of `real_train`, for the figure.
+        test_labels: Classes of `real_test`, for the classifier's own accuracy.
+        n: Number of samples; None: all.
+        batch: Samples that the function makes at a time.
+        seed: Of the samples and of all random choices.
+        k: Neighbours for precision, recall, density and coverage.
+        settings: Entries of the report's settings: steps, sampler, guidance.
+        speed: The measured speed of sampling, for the report.
+        title: Of the report.
 
-    Errors: `UserError` for images outside [0, 1], different sizes, or fewer than k + 1 samples;
-    `NumericalError` for NaN.
+    Raises:
+        UserError: For images outside [0, 1], different sizes, or fewer than k + 1 samples.
+        NumericalError: For NaN.
     """
     shown = draw(samples, n, batch, seed)
-    train, test = (
-        check_images(real_train, "training images"),
-        check_images(real_test, "test images"),
-    )
+    train = check_images(real_train, "training images")
+    test = check_images(real_test, "test images")
     for name, images in (("training images", train), ("test images", test)):
         if images.shape[1:] != shown.shape[1:]:
-            both = (
-                f"samples have shape {tuple(shown.shape[1:])} and {name} {tuple(images.shape[1:])}"
-            )
-            raise UserError(f"{both}: expected equal channels and sides")
+            both = f"{tuple(shown.shape[1:])} and {name} {tuple(images.shape[1:])}"
+            raise UserError(f"samples have shape {both}: expected equal channels and sides")
     count = len(shown)
     if count < k + 1 or len(train) < k + 1 or len(test) < 2 * (k + 1):
-        found = f"{count} samples, {len(train)} training and {len(test)} test images"
         raise UserError(
-            f"{found} are too few: expected at least k + 1 = {k + 1} of each, and twice as many of the last"
+            f"{count} samples, {len(train)} training and {len(test)} test images are too few: "
+            f"expected at least k + 1 = {k + 1} of each, and twice as many of the last"
         )
     floor_rows = choose(len(test), min(count, len(test)), seed)
 
-    f_samples, f_train, f_test = (
-        extract(features, shown),
-        extract(features, train),
-        extract(features, test),
-    )
+    f_samples, f_train, f_test = (extract(features, images) for images in (shown, train, test))
     f_floor = f_test[floor_rows]
     f_near = f_train[choose(len(train), min(count, len(train)), seed)]
     reference = gaussian(f_train, features.hash)
     distance, floor_distance = (
         frechet_distance(gaussian(f, features.hash), reference) for f in (f_samples, f_floor)
     )
+    near, near_floor = manifold(f_near, f_samples, k), manifold(f_near, f_floor, k)
+    expected = expected_coverage(near.real_count, near.sample_count, near.k)
     copies = memorisation(f_samples, f_train, f_test, min(NEIGHBOURS, len(f_train)))
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
     half = len(test) // 2
+    copies_floor = memorisation(f_test[order[:half]], f_train, f_test[order[half:]])
+    about = f"{count} samples, {len(train)} real images, features {features.name}"
     metrics = (
-        Metric(
-            "frechet_distance",
-            distance,
-            floor_distance,
-            "lower",
-            f"{count} samples, {len(train)} real images, features {features.name}",
+        Metric("frechet_distance", distance, floor_distance, "lower", about),
+        *_metrics(
+            near,
+            near_floor,
+            "higher",
+            precision=f"share of samples among real images, k={k}",
+            recall=f"share of real images among samples, k={k}",
+            density="mean number of real balls around a sample, over k; 1 expected",
+            coverage=f"share of real images with a sample near; {expected:.4f} expected",
         ),
-        *_manifold_metrics(manifold(f_near, f_samples, k), manifold(f_near, f_floor, k)),
-        *_memorisation_metrics(
-            copies, memorisation(f_test[order[:half]], f_train, f_test[order[half:]])
+        Metric(
+            "memorisation_ratio",
+            copies.ratio,
+            copies_floor.ratio,
+            "near",
+            "median distance to the training set over that of held-out images; 1 expected",
+        ),
+        Metric(
+            "memorisation_share",
+            copies.closer_share,
+            copies_floor.closer_share,
+            "near",
+            "share of samples nearer to it than 99 % of held-out images; 0.01 expected",
         ),
     )
     tables: tuple[Rows, ...] = ()
     guesses: Tensor | None = None
     if features.class_names:
-        logits = classify_all(features, shown)
+        logits, kinds = classify_all(features, shown), len(features.class_names)
         guesses = logits.argmax(dim=1)
-        asked = (
-            None
-            if labels is None
-            else check_labels(labels[:count], count, len(features.class_names))
-        )
-        floor_labels = (
-            None
-            if test_labels is None
-            else check_labels(test_labels, len(test), len(features.class_names))[floor_rows]
-        )
-        floor_classes = classes(classify_all(features, test[floor_rows]), floor_labels)
-        metric, table = _class_metrics(classes(logits, asked), floor_classes, features.class_names)
+        requested = None if labels is None else check_labels(labels[:count], count, kinds)
+        real = None
+        if test_labels is not None:
+            real = check_labels(test_labels, len(test), kinds)[floor_rows]
+        floor = classes(classify_all(features, test[floor_rows]), real)
+        metric, table = _class_metrics(classes(logits, requested), floor, features.class_names)
         metrics, tables = (*metrics, metric), (table,)
     if speed is not None:
         about = f"median of {speed.calls} calls of {speed.images} images"
@@ -239,9 +193,9 @@ def evaluate_samples(
     rows = guesses if labels is None else labels[:count]
     suspects = copies.distances[:, 0].argsort(stable=True)[:12]
     images = (
-        Picture("Samples", _arranged(labels, guesses), figures.by_class(shown, rows)),
-        Picture("Real images", "from the training set", figures.by_class(train, train_labels)),
-        Picture(
+        Figure("Samples", _arrangement(labels, guesses), figures.by_class(shown, rows)),
+        Figure("Real images", "from the training set", figures.by_class(train, train_labels)),
+        Figure(
             "The samples nearest to the training set",
             "top: the sample; below: its nearest training images",
             figures.neighbours(shown, train, copies.indices, suspects),
@@ -252,18 +206,14 @@ def evaluate_samples(
     return Report(title, metrics, _describe(features), data, facts, tables, images)
 
 
-def _arranged(labels: Tensor | None, guesses: Tensor | None) -> str:
-    return (
-        "one row a class that was asked for"
-        if labels is not None
-        else "one row a class, by the classifier"
-        if guesses is not None
-        else "the first"
-    )
+def _arrangement(labels: Tensor | None, guesses: Tensor | None) -> str:
+    if labels is not None:
+        return "one row a class that was asked for"
+    return "the first" if guesses is None else "one row a class, by the classifier"
 
 
 def evaluate_reconstruction(
-    originals: Float[Tensor, "N C H W"],
+    originals: Images,
     reconstructions: Float[Tensor, "_ _ _ _"],
     features: Features | None = None,
     *,
@@ -271,71 +221,54 @@ def evaluate_reconstruction(
     settings: Mapping[str, Any] | None = None,
     title: str = "Reconstruction",
 ) -> Report:
-    """Measures an autoencoder: PSNR, SSIM and, with features, the Frechet distance between
-    originals and reconstructions.
+    """Measure an autoencoder: PSNR, SSIM and, with features, the Frechet distance.
 
-    Both (N, C, H, W) in [0, 1], pair by pair. The floor of PSNR and SSIM is that of two *different*
-    real images (each original beside the next), below which a reconstruction carries nothing; that
-    of the Frechet distance is between two random halves of the originals.
+    The floor of PSNR and SSIM is that of two *different* real images (each original beside the
+    next), below which a reconstruction carries nothing. That of the Frechet distance is between two
+    random halves of the originals.
 
-    Errors: `UserError` for other shapes or ranges, `NumericalError` for NaN.
+    Args:
+        originals: (N, C, H, W) in [0, 1].
+        reconstructions: As many, pair by pair.
+        features: The network whose features are compared; None: no Frechet distance.
+        seed: Of the two halves.
+        settings: Entries of the report's settings.
+        title: Of the report.
+
+    Raises:
+        UserError: For other shapes or ranges, and fewer than 4 images with features.
+        NumericalError: For NaN.
     """
     a, b = check_pair(originals, reconstructions)
-    found, floor = (
+    metrics = _metrics(
         reconstruction(a, b),
         reconstruction(a, a.roll(1, dims=0)) if len(a) > 1 else None,
-    )
-    metrics: tuple[Metric, ...] = (
-        Metric(
-            "psnr",
-            found.psnr,
-            floor and floor.psnr,
-            "higher",
-            "dB, of the mean squared error over all images",
-        ),
-        Metric(
-            "psnr_mean",
-            found.psnr_mean,
-            floor and floor.psnr_mean,
-            "higher",
-            "dB, mean of each image's own",
-        ),
-        Metric(
-            "ssim", found.ssim, floor and floor.ssim, "higher", "11x11 Gaussian window, sigma 1.5"
-        ),
+        "higher",
+        psnr="dB, of the mean squared error over all images",
+        psnr_mean="dB, mean of each image's own",
+        ssim="11x11 Gaussian window, sigma 1.5",
     )
     if features is not None:
         if len(a) < 4:
-            raise UserError(
-                f"{len(a)} originals are too few for a Frechet distance: expected at least 4"
-            )
-        f_a, f_b = (
-            extract(features, a, name="originals"),
-            extract(features, b, name="reconstructions"),
-        )
+            few = f"{len(a)} originals are too few for a Frechet distance"
+            raise UserError(f"{few}: expected at least 4")
+        f_a = extract(features, a, name="originals")
+        f_b = extract(features, b, name="reconstructions")
         order = torch.randperm(len(a), generator=torch.Generator().manual_seed(seed))
-        first, second = (
-            gaussian(f_a[rows], features.hash)
-            for rows in (order[: len(a) // 2], order[len(a) // 2 :])
+        real, rebuilt, first, second = (
+            gaussian(f, features.hash)
+            for f in (f_a, f_b, f_a[order[: len(a) // 2]], f_a[order[len(a) // 2 :]])
         )
-        distance = frechet_distance(gaussian(f_b, features.hash), gaussian(f_a, features.hash))
+        distance, floor = frechet_distance(rebuilt, real), frechet_distance(first, second)
+        name = "reconstruction_frechet_distance"
         about = f"reconstructions against their originals, features {features.name}"
-        metrics += (
-            Metric(
-                "reconstruction_frechet_distance",
-                distance,
-                frechet_distance(first, second),
-                "lower",
-                about,
-            ),
-        )
-    pairs = Picture(
+        metrics += (Metric(name, distance, floor, "lower", about),)
+    pairs = Figure(
         "Reconstructions",
         "top: the original; below: its reconstruction",
         figures.side_by_side(a, b),
     )
     facts = {"reconstruction_n": len(a), **(settings or {})}
     data = {"originals": fingerprint(a), "reconstructions": fingerprint(b)}
-    return Report(
-        title, metrics, _describe(features) if features else {}, data, facts, (), (pairs,)
-    )
+    network = _describe(features) if features else {}
+    return Report(title, metrics, network, data, facts, (), (pairs,))

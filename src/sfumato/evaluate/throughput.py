@@ -1,5 +1,6 @@
-"""Speed: the median of repeated calls, after a warm-up. A mean would count the neighbours of a
-shared machine.
+"""Speed: the median of repeated calls, after a warm-up.
+
+A mean would count the other programs of a shared machine.
 """
 
 import statistics
@@ -14,8 +15,14 @@ from sfumato.validate import positive_int, whole_number
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds: median of a call, of an image, and the fastest call; `calls` were timed, each making
-    `images` images.
+    """Times of repeated calls.
+
+    Attributes:
+        seconds_per_call: Median of the calls.
+        seconds_per_image: That of one image.
+        fastest_call: In seconds.
+        calls: Number of timed calls.
+        images: Number of images of a call.
     """
 
     seconds_per_call: float
@@ -32,10 +39,17 @@ def measure_speed(
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Speed:
-    """Times `call()`, which makes `images` images. A CUDA device is waited for before the clock is
-    read.
+    """Time `call()`, synchronising a CUDA device before the clock is read.
 
-    Errors: `UserError` for fewer than one call or image.
+    Args:
+        call: Makes `images` images.
+        images: Number of images of a call.
+        calls: Number of timed calls.
+        warmup: Number of calls before them.
+        clock: Returns the time in seconds.
+
+    Raises:
+        UserError: For fewer than one call or image.
     """
     positive_int("calls", calls)
     positive_int("images", images)
@@ -44,15 +58,15 @@ def measure_speed(
         call()
     seconds = []
     for _ in range(calls):
-        _wait()
+        _synchronise()
         start = clock()
         call()
-        _wait()
+        _synchronise()
         seconds.append(clock() - start)
     median = statistics.median(seconds)
     return Speed(median, median / images, min(seconds), calls, images)
 
 
-def _wait() -> None:
+def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

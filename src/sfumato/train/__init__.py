@@ -1,7 +1,73 @@
-"""Training: one loop, pluggable objectives, exact resume. A recipe (recipes/*.py) is Python that
-builds its settings.
+"""Training: one loop, pluggable objectives, exact resume.
+
+    recipe = load_recipe("fashion_mnist", "denoiser")
+    folder = recipe.run(Path("runs/mine"))
+
+A recipe (recipes/*.py) is Python that builds its settings. The names below are imported when they
+are first used.
 """
 
-from sfumato.train.recipe import AutoencoderRecipe, DenoiserRecipe, load_recipe, run_recipe
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["AutoencoderRecipe", "DenoiserRecipe", "load_recipe", "run_recipe"]
+if TYPE_CHECKING:
+    from sfumato.train.caption_embeddings import Captions, open_text_conditioner
+    from sfumato.train.loop import LoopSettings, train
+    from sfumato.train.objective import Draw, Objective
+    from sfumato.train.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective
+    from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective
+    from sfumato.train.recipe import (
+        AutoencoderRecipe,
+        DataSettings,
+        DenoiserRecipe,
+        encode_all,
+        load_recipe,
+        run_recipe,
+    )
+    from sfumato.train.timestep_search import Tuned, store_tuned, tune_timesteps, with_tuned
+
+_HOMES = {
+    "caption_embeddings": ("Captions", "open_text_conditioner"),
+    "loop": ("LoopSettings", "train"),
+    "objective": ("Draw", "Objective"),
+    "objectives.autoencoder": ("AutoencoderLoss", "AutoencoderObjective"),
+    "objectives.denoiser": ("DenoiserLoss", "DenoiserObjective"),
+    "recipe": (
+        *("AutoencoderRecipe", "DataSettings", "DenoiserRecipe"),
+        *("encode_all", "load_recipe", "run_recipe"),
+    ),
+    "timestep_search": ("Tuned", "store_tuned", "tune_timesteps", "with_tuned"),
+}
+__all__ = [
+    "AutoencoderLoss",
+    "AutoencoderObjective",
+    "AutoencoderRecipe",
+    "Captions",
+    "DataSettings",
+    "DenoiserLoss",
+    "DenoiserObjective",
+    "DenoiserRecipe",
+    "Draw",
+    "LoopSettings",
+    "Objective",
+    "Tuned",
+    "encode_all",
+    "load_recipe",
+    "open_text_conditioner",
+    "run_recipe",
+    "store_tuned",
+    "train",
+    "tune_timesteps",
+    "with_tuned",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"sfumato.train.{home}"), name)
+    raise AttributeError(f"module 'sfumato.train' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,4 @@
-"""Captions as conditions of training: a text encoder reads every different one once, before the
-first step.
-"""
+"""Captions as conditions of training, encoded once before the first step."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,38 +20,44 @@ from sfumato.types import Conditioning
 
 @final
 class Captions:
-    """What a conditioner makes of N captions, by the caption's number; nothing of the encoder runs
-    in training.
+    """The conditionings of N captions by index; no text encoder runs in training.
 
-    Positions that neither a caption nor the empty prompt uses are cut off, which changes no answer:
+    Positions that neither a caption nor the empty prompt uses are cut off, which changes no result:
     a mask hides them. A conditioner without a mask keeps all.
+
+    Args:
+        conditioner: The text conditioner.
+        captions: One text an image, at least one.
+        batch_size: Texts encoded at a time.
+
+    Raises:
+        UserError: For no captions.
     """
 
     batch_key: ClassVar[str] = "number"
-    """The entry of a batch that names its captions."""
+    """The entry of a batch with the indices of its captions."""
 
-    def __init__(self, reader: Conditioner, captions: Sequence[str], batch_size: int = 64):
+    def __init__(self, conditioner: Conditioner, captions: Sequence[str], batch_size: int = 64):
         if not captions:
             raise UserError("no captions: expected one a picture")
-        kinds = list(dict.fromkeys(["", *captions]))  # the empty prompt is row 0
-        parts = [
-            reader(kinds[start : start + batch_size]) for start in range(0, len(kinds), batch_size)
-        ]
+        texts = list(dict.fromkeys(["", *captions]))  # the empty prompt is row 0
+        starts = range(0, len(texts), batch_size)
+        parts = [conditioner(texts[start : start + batch_size]) for start in starts]
         self._table = _trimmed(Conditioning.cat(parts))
-        number = {text: row for row, text in enumerate(kinds)}
-        self._rows = torch.tensor([number[text] for text in captions])
-        said = {
-            "reader": reader.identity(),
-            "weights": hash_tensors(reader.tensors()),
+        row = {text: index for index, text in enumerate(texts)}
+        self._rows = torch.tensor([row[text] for text in captions])
+        self._identity = {
+            "_class_name": "captions",
+            "reader": conditioner.identity(),
+            "weights": hash_tensors(conditioner.tensors()),
             "captions": hash_json(list(captions)),
         }
-        self._identity = {"_class_name": "captions", **said}
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def from_labels(self, labels: Int[Tensor, " B"]) -> Conditioning:
-        """Numbers of captions (B,) -> Conditioning."""
+        """Indices of captions (B,) -> `Conditioning`."""
         return self._table[self._rows[labels]]
 
     def null(self, count: int) -> Conditioning:
@@ -72,18 +76,24 @@ def _trimmed(table: Conditioning) -> Conditioning:
     return replace(table, tokens=table.tokens[:, :used].clone(), mask=table.mask[:, :used].clone())
 
 
-def open_reader(folder: str | Path) -> Conditioner:
-    """The text conditioner of a folder: a model's (diffusers' layout: what its `model_index.json`
-    names), or a sentence encoder's own, with config.json, weights and tokenizer side by side.
-    `UserError` for another.
+def open_text_conditioner(folder: str | Path) -> Conditioner:
+    """Open the text conditioner of a folder.
+
+    Args:
+        folder: A model's, in diffusers' layout with a model_index.json, or a sentence encoder's
+            own, with config.json, weights and tokenizer side by side.
+
+    Raises:
+        UserError: For another folder.
     """
     folder = Path(folder).expanduser()
-    if (folder / "model_index.json").exists():
-        return text_conditioner_class(
-            text_encoder_classes(read_index(folder), folder / "model_index.json"), folder
-        ).from_folder(folder)
+    index = folder / "model_index.json"
+    if index.exists():
+        classes = text_encoder_classes(read_index(folder), index)
+        return text_conditioner_class(classes, folder).from_folder(folder)
     if not (folder / "config.json").exists():
         raise UserError(
-            f"text={folder}: expected a model's folder with text encoders, or a sentence encoder's, which has a config.json"
+            f"text={folder}: expected a model's folder with text encoders, "
+            "or a sentence encoder's, which has a config.json"
         )
     return SentenceText.from_encoder(folder)

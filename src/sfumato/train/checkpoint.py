@@ -1,6 +1,6 @@
-"""Training state on disk, whole or absent: networks, average, optimizers and step as safetensors in
-one folder a checkpoint.
+"""Training state on disk, whole or absent: one folder of safetensors files a checkpoint.
 
+It has the networks, their average, the optimizers and the step.
 All other state is a function of (seed, step), so that these files are enough to go on bit for bit:
 the learning rate, the order of the data and every random draw are computed from the step's number.
 """
@@ -35,26 +35,23 @@ _NAME = re.compile(r"step-(\d{8})")
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimizer state as named tensors; numbers become float64 scalars."""
-    flat: dict[str, Tensor] = {}
-    for index, state in optimizer.state_dict()["state"].items():
-        for key, value in state.items():
-            flat[f"{index}.{key}"] = (
-                value
-                if isinstance(value, Tensor)
-                else torch.tensor(float(value), dtype=torch.float64)
-            )
-    return flat
+    return {
+        f"{index}.{key}": value
+        if isinstance(value, Tensor)
+        else torch.tensor(float(value), dtype=torch.float64)
+        for index, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
 
 
 def _unflatten(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in flat.items():
         index, key = name.split(".", 1)
-        # the optimizer keeps what it is given: not a map of the file
+        # the optimizer keeps its tensors: they must not map the file
         state.setdefault(int(index), {})[key] = value.clone()
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def save(
@@ -68,18 +65,26 @@ def save(
     means: dict[str, Any] | None = None,
     keep: int = 2,
 ) -> None:
-    """Writes folder/step-XXXXXXXX atomically, then removes all but the newest `keep`. `run` says
-    what the checkpoint belongs to, means: what was seen since the last line of the log.
+    """Write folder/step-XXXXXXXX atomically, then remove all but the newest checkpoints.
+
+    Args:
+        folder: The folder of the run's checkpoints.
+        step: Number of finished steps.
+        networks: By phase.
+        average: State dict of the averaged network.
+        optimizers: By phase.
+        run: JSON of the settings and data to which the checkpoint belongs.
+        scaler: State of the gradient scaler.
+        means: State of the numbers since the last line of the log.
+        keep: Number of checkpoints to keep.
     """
     with atomic_folder(folder / f"step-{step:08d}") as temporary:
         for name, network in networks.items():
             write_tensors(temporary / f"{name}.safetensors", network.state_dict())
             write_tensors(temporary / f"{name}.optimizer.safetensors", _flatten(optimizers[name]))
         write_tensors(temporary / "average.safetensors", average)
-        write_json(
-            temporary / "state.json",
-            {"step": step, "run": run, "scaler": scaler, "means": means or {}},
-        )
+        state = {"step": step, "run": run, "scaler": scaler, "means": means or {}}
+        write_json(temporary / "state.json", state)
     for old in steps(folder)[:-keep]:
         # Renamed first: a kill in the middle of removing leaves no half checkpoint under the name
         # of a whole one.
@@ -90,7 +95,7 @@ def save(
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps with a whole checkpoint, rising. What an interrupted save left is not one."""
+    """The steps with a whole checkpoint, rising; what an interrupted save left is not one."""
     if not folder.is_dir():
         return []
     return sorted(
@@ -101,7 +106,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def clean(folder: Path) -> None:
-    """Clears what a killed save left behind. One process does this, before any loads."""
+    """Remove what a killed save left behind: by one process, before any loads."""
     recover(folder)
 
 
@@ -112,11 +117,23 @@ def load(
     optimizers: dict[str, torch.optim.Optimizer],
     run: dict[str, Any],
 ) -> dict[str, Any] | None:
-    """Restores the newest checkpoint in place and returns its state.json; None where there is none.
+    """Restore the newest checkpoint in place.
 
-    A damaged one is passed over, with a warning, for the one before it. `UserError`: none is whole,
-    or the newest was made by a run with other settings or data, so that going on would give neither
-    run's result.
+    A damaged one is skipped, with a warning, for the one before it.
+
+    Args:
+        folder: The folder of the run's checkpoints.
+        networks: By phase.
+        average: The averaged network.
+        optimizers: By phase.
+        run: JSON of this run's settings and data.
+
+    Returns:
+        Its state.json; None where there is no checkpoint.
+
+    Raises:
+        UserError: Where none is whole, or the newest was made by a run with other settings or data,
+            so that resuming would give neither run's result.
     """
     damage: list[str] = []
     for step in reversed(steps(folder)):
@@ -125,12 +142,13 @@ def load(
             state = read_json(place / "state.json")
             if not isinstance(state, dict) or state.get("step") != step:
                 raise UserError(
-                    f"{place / 'state.json'} does not say that it is step {step}: it is damaged or of another version"
+                    f"{place / 'state.json'} is not of step {step}: "
+                    "it is damaged or of another version"
                 )
-            _same_run(place, state.get("run"), run)
-            found = {name: _read(place, name, network) for name, network in networks.items()}
+            _check_run(place, state.get("run"), run)
+            states = {name: _read(place, name, network) for name, network in networks.items()}
             averaged = _read(place, "average", average)
-            optimized = {
+            optimizer_states = {
                 name: read_tensors(place / f"{name}.optimizer.safetensors") for name in networks
             }
         except OtherRun:
@@ -140,13 +158,14 @@ def load(
             logger.warning("checkpoint %s is passed over: %s", place, error)
             continue
         for name, network in networks.items():
-            network.load_state_dict(found[name])
-            _unflatten(optimizers[name], optimized[name])
+            network.load_state_dict(states[name])
+            _unflatten(optimizers[name], optimizer_states[name])
         average.load_state_dict(averaged)
         return state
     if damage:
         raise UserError(
-            f"no checkpoint in {folder} is whole ({damage[0]}): put a copy of one there, or train into another folder"
+            f"no checkpoint in {folder} is whole ({damage[0]}): "
+            "put a copy of one there, or train into another folder"
         )
     return None
 
@@ -161,9 +180,9 @@ class OtherRun(UserError):
     """A checkpoint of a run with other settings or data."""
 
 
-def _same_run(place: Path, made: Any, run: dict[str, Any]) -> None:
-    """`OtherRun`, naming the settings that differ."""
-    changed = _differences(made, json.loads(json.dumps(run)), "run")
+def _check_run(place: Path, saved: Any, run: dict[str, Any]) -> None:
+    """Raise `OtherRun`, naming the settings that differ."""
+    changed = _differences(saved, json.loads(json.dumps(run)), "run")
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise OtherRun(

@@ -1,4 +1,6 @@
-"""PatchGAN discriminator (Isola et al. 2017, arXiv:1611.07004, section 3.2.2) and its losses.
+"""PatchGAN discriminator and its losses.
+
+Isola et al. 2017, arXiv:1611.07004, section 3.2.2.
 
 Hinge: L_D = 0.5 E[relu(1 - D(real))] + 0.5 E[relu(1 + D(fake))], L_G = -E[D(fake)] (Lim & Ye 2017,
 arXiv:1705.02894). Adaptive weight: |grad L_rec| / (|grad L_G| + 1e-4) at the decoder's last layer
@@ -15,8 +17,12 @@ class PatchDiscriminator(nn.Module):
     """image (B, C, H, W) in [-1, 1] -> logits (B, 1, h, w), one a patch.
 
     Group norm instead of batch norm: real and fake need no common batch.
-    layers: how many times the side is halved (3 is the 70x70 PatchGAN; 2 suits images of 32
-    pixels).
+
+    Args:
+        channels: Of the images.
+        width: Channels of the first layer.
+        layers: Number of times the side is halved: 3 is the 70x70 PatchGAN, 2 suits images of 32
+            pixels.
     """
 
     def __init__(self, channels: int, width: int = 64, layers: int = 3):
@@ -40,6 +46,7 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 0.0, 0.02)
 
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 1 h w"]:
+        """Return a logit for each patch."""
         return self.main(image)
 
 
@@ -49,11 +56,18 @@ def hinge(real: Float[Tensor, "..."], fake: Float[Tensor, "..."]) -> Float[Tenso
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """How much of the adversarial loss balances the reconstruction loss at `last_layer`; at most
-    1e4, no gradient.
+    """The weight of the adversarial loss that balances the reconstruction loss.
 
     With several processes the gradients are those of the whole batch, so that every process weighs
     alike.
+
+    Args:
+        reconstruction: The reconstruction loss.
+        adversarial: The generator's loss.
+        last_layer: The weight at which their gradients are compared.
+
+    Returns:
+        The quotient of the gradients' norms, at most 1e4, without gradient.
     """
     gradients = [
         torch.autograd.grad(loss, last_layer, retain_graph=True)[0]

@@ -1,8 +1,9 @@
-"""Exponential moving average of weights: avg <- d*avg + (1-d)*w with d = min(decay, (1+n)/(10+n))
-at update n.
+"""Exponential moving average of weights.
+
+    avg <- d*avg + (1-d)*w   with d = min(decay, (1+n)/(10+n)) at update n
 
 The ramp forgets the random start (Tan & Le 2019's implementation of Polyak averaging); averages are
-float32 whatever the weights are.
+float32 in any case.
 """
 
 import copy
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """Keeps the average of a network's floating-point weights; `network` is a frozen copy that
-    carries it.
+    """The average of a network's floating-point weights.
+
+    Attributes:
+        network: A frozen copy with the averaged weights.
     """
 
     def __init__(self, network: nn.Module, decay: float):
@@ -26,7 +29,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, network: nn.Module, updates: int) -> None:
-        """Takes in the weights after `updates` earlier updates."""
+        """Average in the weights after `updates` earlier updates."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
         for a, b in zip(self.network.parameters(), network.parameters(), strict=True):
             a.lerp_(b.detach().float(), 1 - decay)

@@ -1,5 +1,4 @@
-"""What a run leaves for people: a progress bar, log.jsonl, TensorBoard scalars and pictures, sample
-grids and a picture of the curves.
+"""Log of a run: progress bar, log.jsonl, TensorBoard, sample grids, plot of the curves.
 
 A line of log.jsonl is the mean over the steps since the line before it: of one batch, a loss is
 mostly noise.
@@ -27,35 +26,39 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Failures of the disk as one sentence. What training needs is in the checkpoints: after a
-    failure, the run goes on from the last.
-    """
+    """Raise failures of the disk as `NotWritten`: the run can resume from its last checkpoint."""
     try:
         yield
     except OSError as error:
         raise NotWritten(path, error) from error
 
 
+def _text(numbers: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+
+
 @dataclass
 class Means:
-    """Each number's mean over the steps since the last line, of those steps that had it: a sum and
-    a count by name.
+    """Each number's mean over the steps since the last line, of those steps that had it.
 
-    What lies on a GPU is summed there, so that no step waits for the device.
+    Numbers on a GPU are summed there, so that no step waits for the device.
+
+    Attributes:
+        sums: By name.
+        counts: Number of steps by name.
     """
 
     sums: dict[str, float | Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, numbers: Mapping[str, float | Tensor]) -> None:
-        """One step's numbers; tensors without axes."""
+        """Add one step's numbers; tensors are scalars."""
         for name, value in numbers.items():
-            kept = (
-                value.detach().float()
-                if isinstance(value, Tensor) and value.device.type != "cpu"
-                else float(value)
-            )
-            self.sums[name] = self.sums.get(name, 0.0) + kept
+            if isinstance(value, Tensor) and value.device.type != "cpu":
+                number = value.detach().float()
+            else:
+                number = float(value)
+            self.sums[name] = self.sums.get(name, 0.0) + number
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def now(self) -> dict[str, float]:
@@ -65,8 +68,10 @@ class Means:
     def state(
         self, reduced: Callable[[dict[str, float]], dict[str, float]] = dict
     ) -> dict[str, Any]:
-        """The JSON of a checkpoint between two lines. reduced: what the processes make of their
-        sums.
+        """The JSON of a checkpoint between two lines.
+
+        Args:
+            reduced: Reduces the sums over the processes.
         """
         sums = reduced({name: float(total) for name, total in self.sums.items()})
         # JSON has no NaN
@@ -74,36 +79,32 @@ class Means:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """What goes on where `state` was asked for; from nothing, a new one."""
-        return cls(
-            {name: float(total) for name, total in state.get("sums", {}).items()},
-            dict(state.get("counts", {})),
-        )
+        """The inverse of `state`; of an empty state, new means."""
+        sums = state.get("sums", {}).items()
+        return cls({n: float(total) for n, total in sums}, dict(state.get("counts", {})))
 
 
-class Record:
-    """Writes while a run goes on. Lines past `first` (of a run that was killed after its last
-    checkpoint) are removed at the start.
+class RunLog:
+    """The log of a run, written as it goes on.
+
+    Lines after `first` (of a run that was killed after its last checkpoint) are removed at the
+    start.
+
+    Args:
+        out: Folder of the run.
+        first: Number of finished steps.
+        total: Number of all steps.
+        stage: Title of the progress bar.
     """
 
-    def __init__(self, out: Path, first: int, total: int, stage: str, active: bool = True):
-        self.out, self.first, self.total, self.stage, self.active = out, first, total, stage, active
+    def __init__(self, out: Path, first: int, total: int, stage: str):
+        self.out, self.first, self.total, self.stage = out, first, total, stage
         self.path = out / "log.jsonl"
-        self.writer: Any = None
-        self.progress: Any = None
+        self.shown = -math.inf  # time of the losses in the bar
 
     def __enter__(self) -> Self:
-        if not self.active:
-            return self
+        from rich import progress
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
         from torch.utils.tensorboard.writer import SummaryWriter
 
         with _writing(self.out):
@@ -115,29 +116,27 @@ class Record:
             with atomic_file(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             self.file = self.path.open("a")
-            self.writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.first + 1)
-        columns = (
+            self.writer: Any = SummaryWriter(
+                str(self.out / "tensorboard"), purge_step=self.first + 1
+            )
+        self.progress = progress.Progress(
             "{task.description}",
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        console = Console(stderr=True)  # stdout belongs to the program's answer
-        self.progress = Progress(
-            *columns, TextColumn("{task.fields[loss]}"), console=console, refresh_per_second=2
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            "{task.fields[loss]}",
+            console=Console(stderr=True),  # stdout belongs to the program's answer
+            refresh_per_second=2,
         )
         self.progress.start()
         self.task = self.progress.add_task(
             self.stage, total=self.total, completed=self.first, loss=""
         )
         self.started = time.perf_counter()
-        self.told = -math.inf
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not self.active:
-            return
         self.progress.stop()
         failures: list[OSError | NotWritten] = []
         for close in (self.writer.close, self.file.close, self.curves):
@@ -145,30 +144,24 @@ class Record:
                 close()
             except (OSError, NotWritten) as failure:
                 failures.append(failure)
-        if failures and error is None:  # else the error that ended the run is the one to tell
+        if failures and error is None:  # else the error that ended the run is the one to raise
             first = failures[0]
             raise first if isinstance(first, NotWritten) else NotWritten(self.out, first) from first
 
     def lines(self) -> list[dict[str, Any]]:
-        """What log.jsonl holds; a last line cut short by a kill is left out."""
-        if not self.path.exists():
-            return []
-        found = []
-        for line in self.path.read_text().splitlines():
+        """The lines of log.jsonl, without a last line that was cut short by a kill."""
+        lines = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
             try:
-                found.append(json.loads(line))
+                lines.append(json.loads(line))
             except json.JSONDecodeError:
                 continue
-        return found
+        return lines
 
     def _write(self, step: int, numbers: dict[str, float]) -> None:
-        line = {
-            "step": step,
-            "seconds": round(self.before + time.perf_counter() - self.started, 2),
-            **numbers,
-        }
+        seconds = round(self.before + time.perf_counter() - self.started, 2)
         with _writing(self.path):
-            self.file.write(json.dumps(line) + "\n")
+            self.file.write(json.dumps({"step": step, "seconds": seconds, **numbers}) + "\n")
             self.file.flush()
             os.fsync(self.file.fileno())
         with _writing(self.out / "tensorboard"):
@@ -177,51 +170,44 @@ class Record:
 
     @property
     def due(self) -> bool:
-        """Whether the bar's losses are a second old: to ask for them at every step would be to wait
-        for a GPU at every step.
+        """True where the bar's losses are a second old.
+
+        To read them at every step would be to wait for a GPU at every step.
         """
-        return self.active and time.perf_counter() - self.told >= 1
+        return time.perf_counter() - self.shown >= 1
 
     def step(self, step: int, numbers: dict[str, float], log: bool) -> None:
-        """A step is done; the bar shows the losses among the numbers, if there are any, and all are
-        written when `log`.
+        """Record that a step is done.
+
+        Args:
+            step: Number of finished steps.
+            numbers: The bar shows the losses among them, if there are any.
+            log: Write them all.
         """
-        if not self.active:
-            return
         self.progress.update(self.task, completed=step)
         if numbers:
-            self.progress.update(
-                self.task,
-                loss="  ".join(f"{k} {v:.4g}" for k, v in numbers.items() if k.endswith("/loss")),
-            )
-            self.told = time.perf_counter()
+            losses = {name: value for name, value in numbers.items() if name.endswith("/loss")}
+            self.progress.update(self.task, loss=_text(losses))
+            self.shown = time.perf_counter()
         if log:
             self._write(step, numbers)
 
-    def show(self, step: int, numbers: dict[str, float], pictures: dict[str, PIL.Image]) -> None:
-        """Held-out numbers and pictures at a step."""
-        if not self.active:
-            return
+    def show(self, step: int, numbers: dict[str, float], images: dict[str, PIL.Image]) -> None:
+        """Write held-out numbers and images of a step."""
         if numbers:
             self._write(step, numbers)
-            logger.info(
-                "%s step %d: %s",
-                self.stage,
-                step,
-                "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()),
-            )
-        for name, picture in pictures.items():
+            logger.info("%s step %d: %s", self.stage, step, _text(numbers))
+        for name, image in images.items():
             with atomic_file(self.out / "samples" / f"{name}-{step:08d}.png") as temporary:
-                picture.save(temporary, format="PNG")
+                image.save(temporary, format="PNG")
             with _writing(self.out / "tensorboard"):
-                self.writer.add_image(
-                    name, np.asarray(picture.convert("RGB")), step, dataformats="HWC"
-                )
+                pixels = np.asarray(image.convert("RGB"))
+                self.writer.add_image(name, pixels, step, dataformats="HWC")
         with _writing(self.out / "tensorboard"):
             self.writer.flush()
 
     def curves(self) -> None:
-        """Draws every logged number against the step: out/curves.png."""
+        """Plot every logged number against the step: out/curves.png."""
         lines = self.lines()
         names = sorted({name for line in lines for name in line} - {"step", "seconds"})
         if not names:
@@ -234,9 +220,8 @@ class Record:
         for i, name in enumerate(names):
             axes = figure.add_subplot(rows, columns, i + 1)
             points = [(line["step"], line[name]) for line in lines if name in line]
-            axes.plot(
-                *zip(*points, strict=True), linewidth=1, marker="." if len(points) < 30 else None
-            )
+            marker = "." if len(points) < 30 else None
+            axes.plot(*zip(*points, strict=True), linewidth=1, marker=marker)
             axes.set_title(name, fontsize=9)
             axes.tick_params(labelsize=7)
             axes.grid(alpha=0.3)

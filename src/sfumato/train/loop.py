@@ -1,4 +1,4 @@
-"""The training loop: every objective, one process or several (accelerate), and exact resume.
+"""The training loop: any objective, one process or several (accelerate), exact resume.
 
 Step n's batch, noise and learning rate depend on (seed, n) alone, so k steps, a kill, and N-k steps
 are the N steps, bit for bit; and N processes make the steps of one, up to the order of summation
@@ -8,7 +8,8 @@ arXiv:1711.05101), linear warm-up, cosine or linear decay, gradient clipping, we
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 
 from sfumato.errors import NumericalError, UserError
 from sfumato.train import checkpoint
-from sfumato.train.batch_sampler import Order, derive_seed
+from sfumato.train.batch_sampler import BatchSampler, derive_seed
 from sfumato.train.ema import EMA
-from sfumato.train.logger import Means, Record
+from sfumato.train.logger import Means, RunLog
 from sfumato.train.objective import Draw, Objective
 from sfumato.validate import number_in, one_of, positive_int
 
@@ -32,8 +33,9 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long and how fast. Counts are optimizer steps; batch_size is over all processes
-    together.
+    """Length, speed and rhythm of a run.
+
+    Counts are optimizer steps; batch_size is over all processes together.
     """
 
     steps: int = 10_000
@@ -42,7 +44,7 @@ class LoopSettings:
     warmup: int = 100
     decay: Literal["constant", "linear", "cosine"] = "cosine"
     final_lr: float = 0.0
-    """What the decay falls to at the end of the run, as a fraction of lr."""
+    """The learning rate at the end of the decay, as a fraction of lr."""
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0
@@ -68,24 +70,20 @@ class LoopSettings:
         """The learning rate of step 0..steps-1."""
         rise = min(1.0, (step + 1) / max(self.warmup, 1))
         done = min(1.0, max(0, step - self.warmup) / max(self.steps - self.warmup, 1))
-        fall = {
-            "constant": 1.0,
-            "linear": 1 - done,
-            "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-        }[self.decay]
+        cosine = 0.5 * (1 + math.cos(math.pi * done))
+        fall = {"constant": 1.0, "linear": 1 - done, "cosine": cosine}[self.decay]
         return self.lr * rise * (self.final_lr + (1 - self.final_lr) * fall)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the weights. How often to look does not; how far to go does not
-        either, if no decay depends on it.
+        """The settings that decide the weights.
+
+        The intervals of logs and checkpoints do not. Nor does the length, if no decay depends on
+        it.
         """
-        free = {
-            "save_every",
-            "show_every",
-            "log_every",
-            *(["steps", "final_lr"] if self.decay == "constant" else []),
-        }
+        free = {"save_every", "show_every", "log_every"}
+        if self.decay == "constant":
+            free |= {"steps", "final_lr"}
         return {
             name: str(value) if value == math.inf else value
             for name, value in asdict(self).items()
@@ -94,8 +92,11 @@ class LoopSettings:
 
 
 def start(settings: LoopSettings) -> Any:
-    """accelerate's Accelerator in the precision of the settings; `UserError` where this machine
-    cannot.
+    """Return accelerate's Accelerator in the precision of the settings.
+
+    Raises:
+        UserError: Where accelerate is missing, this machine lacks the precision, or the batch does
+            not divide among the processes.
     """
     try:
         from accelerate import Accelerator
@@ -106,10 +107,10 @@ def start(settings: LoopSettings) -> Any:
         ) from error
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     precision = {"fp32": "no"}.get(settings.precision, settings.precision)
+    # With cpu=True on machines without a GPU, accelerate joins the processes of torchrun; else each
+    # would run by itself.
+    cpu = not torch.accelerator.is_available()
     try:
-        # Told that there are only CPUs, accelerate joins the processes of torchrun; else each would
-        # think that it is alone.
-        cpu = not torch.accelerator.is_available()
         accelerator = Accelerator(
             cpu=cpu, mixed_precision=precision, step_scheduler_with_optimizer=False
         )
@@ -119,14 +120,15 @@ def start(settings: LoopSettings) -> Any:
         ) from error
     # one that refuses its settings and leaves would fail the others in the middle of joining
     accelerator.wait_for_everyone()
-    # accelerate would run in fp32 and not say so
+    # accelerate would run in fp32 without a message
     if settings.precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError(
             "precision='fp16' needs a GPU, and this machine trains on its CPU: use bf16 or fp32"
         )
     if settings.batch_size % accelerator.num_processes:
         raise UserError(
-            f"batch_size={settings.batch_size} does not divide among {accelerator.num_processes} processes: choose a multiple"
+            f"batch_size={settings.batch_size} does not divide among "
+            f"{accelerator.num_processes} processes: choose a multiple"
         )
     return accelerator
 
@@ -139,18 +141,27 @@ def train(
     resume: bool = True,
     on_step: Callable[[int], None] | None = None,
 ) -> nn.Module:
-    """Trains to `settings.steps` and returns the averaged main network (float32, eval mode).
+    """Train to `settings.steps`.
 
-    out/checkpoints holds the state, out/log.jsonl the numbers, out/samples the pictures,
-    out/tensorboard both. With `resume` a run that stopped goes on from its newest checkpoint;
-    without, a folder that has one is refused. `on_step` is called after each step.
+    out/checkpoints holds the state, out/log.jsonl the numbers, out/samples the images,
+    out/tensorboard both.
+
+    Args:
+        objective: The training problem.
+        settings: Of the run.
+        out: Its folder.
+        resume: Go on from the newest checkpoint; False: refuse a folder that has one.
+        on_step: Called with the number of finished steps.
+
+    Returns:
+        The averaged main network, in float32 and eval mode.
+
+    Raises:
+        UserError: For settings that are impossible here, and a folder with another run.
+        NumericalError: For a loss, gradient or weight that is not finite.
     """
     accelerator = start(settings)
-    processes, rank, main = (
-        accelerator.num_processes,
-        accelerator.process_index,
-        accelerator.is_main_process,
-    )
+    main, rank = accelerator.is_main_process, accelerator.process_index
     plain, checkpoints = objective.networks, out / "checkpoints"
     if not resume and checkpoint.steps(checkpoints):
         raise UserError(
@@ -169,44 +180,31 @@ def train(
     if main:
         checkpoint.clean(checkpoints)
     accelerator.wait_for_everyone()
-    state = checkpoint.load(checkpoints, plain, average.network, optimizers, run)
-    first = state["step"] if state else 0
-    wrapped = {name: accelerator.prepare(network) for name, network in plain.items()}
-    stepped = {name: accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
-    means = Means.from_state((state or {}).get("means", {}))
-    if state and state.get("scaler") and accelerator.scaler is not None:
+    state = checkpoint.load(checkpoints, plain, average.network, optimizers, run) or {}
+    first = state.get("step", 0)
+    networks = {name: accelerator.prepare(network) for name, network in plain.items()}
+    prepared = {name: accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
+    update = _Update(objective, settings, accelerator, networks, prepared)
+    means = Means.from_state(state.get("means", {}))
+    if state.get("scaler") and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
 
-    order = Order(objective.groups, settings.batch_size, settings.seed)
-    share = settings.batch_size // processes
+    order = BatchSampler(objective.groups, settings.batch_size, settings.seed)
+    share = settings.batch_size // accelerator.num_processes
     mine = slice(rank * share, (rank + 1) * share)
-    with Record(out, first, settings.steps, objective.stage, active=main) as record:
+    main_log = RunLog(out, first, settings.steps, objective.stage) if main else nullcontext()
+    with main_log as log:
         for step in range(first, settings.steps):
             torch.manual_seed(derive_seed(settings.seed, "layers", step, rank))  # dropout
-            draw = Draw(
-                torch.Generator().manual_seed(derive_seed(settings.seed, "draws", step)),
-                settings.batch_size,
-                mine,
-            )
+            generator = torch.Generator().manual_seed(derive_seed(settings.seed, "draws", step))
+            draw = Draw(generator, settings.batch_size, mine)
             batch = {
                 k: v.to(accelerator.device)
                 for k, v in objective.batch(order(step)[mine], draw).items()
             }
             for phase in plain:
                 if objective.active(phase, step):
-                    means.add(
-                        _update(
-                            objective,
-                            phase,
-                            wrapped,
-                            stepped[phase],
-                            batch,
-                            step,
-                            draw,
-                            settings,
-                            accelerator,
-                        )
-                    )
+                    means.add(update(phase, batch, step, draw))
             average.update(plain[objective.main], step)
             done = step + 1
             logs, shows, saves = (
@@ -214,21 +212,21 @@ def train(
                 for n in (settings.log_every, settings.show_every, settings.save_every)
             )
             if logs:
-                record.step(
-                    done, {"lr": settings.lr_at(step), **_mean(means.now(), accelerator)}, log=True
-                )
+                numbers = {"lr": settings.lr_at(step), **update.mean(means.now())}
                 means = Means()
             else:
-                record.step(done, means.now() if record.due else {}, log=False)
-            if main and shows:
-                record.show(done, *objective.show(average.network, done))
+                numbers = means.now() if log and log.due else {}
+            if log:
+                log.step(done, numbers, log=logs)
+            if log and shows:
+                log.show(done, *objective.show(average.network, done))
             if saves:
-                _check_weights(objective, {**plain, "average": average.network}, done, settings)
-                seen = means.state(lambda sums: _mean(sums, accelerator))
+                update.check_weights({**plain, "average": average.network}, done)
+                sums = means.state(update.mean)
             if main and saves:
                 scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
                 checkpoint.save(
-                    checkpoints, done, plain, average.state(), optimizers, run, scaler, seen
+                    checkpoints, done, plain, average.state(), optimizers, run, scaler, sums
                 )
             if shows or saves:
                 accelerator.wait_for_everyone()
@@ -237,56 +235,58 @@ def train(
     return average.network
 
 
-def _update(
-    objective: Objective,
-    phase: str,
-    networks: dict[str, nn.Module],
-    optimizer: Any,
-    batch: dict[str, Tensor],
-    step: int,
-    draw: Draw,
-    settings: LoopSettings,
-    accelerator: Any,
-) -> dict[str, float | Tensor]:
-    """One optimizer step of one phase; the loss and its gradient must be finite."""
-    for group in optimizer.param_groups:
-        group["lr"] = settings.lr_at(step)
-    with accelerator.autocast():
-        loss, numbers = objective.loss(phase, networks, batch, step, draw)
-    if not torch.isfinite(loss):
-        _refuse(f"the loss is {loss.item()}", objective.stage, phase, step + 1, settings)
-    optimizer.zero_grad(set_to_none=True)
-    accelerator.backward(loss)
-    found = accelerator.clip_grad_norm_(networks[phase].parameters(), settings.clip)
-    norm = float(found) if found is not None else 0.0
-    # with a scaler (fp16) such a step is left out, by design
-    if not math.isfinite(norm) and accelerator.scaler is None:
-        _refuse(f"the gradient's norm is {norm}", objective.stage, phase, step + 1, settings)
-    optimizer.step()
-    known = {f"{phase}/grad_norm": norm} if math.isfinite(norm) else {}
-    return {f"{phase}/loss": loss.detach(), **known, **numbers}
+@dataclass(frozen=True)
+class _Update:
+    """The optimizer steps of a run; the loss, its gradient and the weights must be finite."""
 
+    objective: Objective
+    settings: LoopSettings
+    accelerator: Any
+    networks: Mapping[str, nn.Module]
+    optimizers: Mapping[str, Any]
 
-def _mean(numbers: dict[str, float], accelerator: Any) -> dict[str, float]:
-    """Each number's mean over the processes."""
-    if accelerator.num_processes == 1 or not numbers:
-        return numbers
-    values = torch.tensor(list(numbers.values()), dtype=torch.float32, device=accelerator.device)
-    return dict(zip(numbers, accelerator.reduce(values, "mean").tolist(), strict=True))
+    def __call__(
+        self, phase: str, batch: dict[str, Tensor], step: int, draw: Draw
+    ) -> dict[str, float | Tensor]:
+        """Make one step of one phase and return its numbers."""
+        accelerator, optimizer = self.accelerator, self.optimizers[phase]
+        for group in optimizer.param_groups:
+            group["lr"] = self.settings.lr_at(step)
+        with accelerator.autocast():
+            loss, numbers = self.objective.loss(phase, self.networks, batch, step, draw)
+        if not torch.isfinite(loss):
+            self.fail(f"the loss is {loss.item()}", phase, step + 1)
+        optimizer.zero_grad(set_to_none=True)
+        accelerator.backward(loss)
+        parameters = self.networks[phase].parameters()
+        gradient = accelerator.clip_grad_norm_(parameters, self.settings.clip)
+        norm = float(gradient) if gradient is not None else 0.0
+        # with a scaler (fp16) such a step is left out, by design
+        if not math.isfinite(norm) and accelerator.scaler is None:
+            self.fail(f"the gradient's norm is {norm}", phase, step + 1)
+        optimizer.step()
+        finite = {f"{phase}/grad_norm": norm} if math.isfinite(norm) else {}
+        return {f"{phase}/loss": loss.detach(), **finite, **numbers}
 
+    def mean(self, numbers: dict[str, float]) -> dict[str, float]:
+        """Each number's mean over the processes."""
+        accelerator = self.accelerator
+        if accelerator.num_processes == 1 or not numbers:
+            return numbers
+        values = torch.tensor([*numbers.values()], dtype=torch.float32, device=accelerator.device)
+        return dict(zip(numbers, accelerator.reduce(values, "mean").tolist(), strict=True))
 
-def _check_weights(
-    objective: Objective, networks: dict[str, nn.Module], step: int, settings: LoopSettings
-) -> None:
-    """What is about to be saved must be finite."""
-    for name, network in networks.items():
-        for key, tensor in network.state_dict().items():
-            if not torch.isfinite(tensor).all():
-                _refuse(f"the weight {key} is not finite", objective.stage, name, step, settings)
+    def check_weights(self, networks: Mapping[str, nn.Module], step: int) -> None:
+        """Raise `NumericalError` for weights that are not finite, before they are saved."""
+        for name, network in networks.items():
+            for key, tensor in network.state_dict().items():
+                if not torch.isfinite(tensor).all():
+                    self.fail(f"the weight {key} is not finite", name, step)
 
-
-def _refuse(what: str, stage: str, phase: str, step: int, settings: LoopSettings) -> NoReturn:
-    raise NumericalError(
-        f"{what} in {stage} ({phase}) at step {step} ({settings.precision}): "
-        "nothing after the last checkpoint was kept; lower lr, or train in fp32"
-    )
+    def fail(self, problem: str, phase: str, step: int) -> NoReturn:
+        """Raise `NumericalError` with the stage, phase, step and precision."""
+        raise NumericalError(
+            f"{problem} in {self.objective.stage} ({phase}) at step {step} "
+            f"({self.settings.precision}): nothing after the last checkpoint was kept; "
+            "lower lr, or train in fp32"
+        )

@@ -1,7 +1,7 @@
-"""Recipes: two settings objects, `autoencoder` and `denoiser`, in a Python file; each has `run(out,
-resume)`.
+"""Recipes: two settings objects, `autoencoder` and `denoiser`, in a Python file.
 
-out/autoencoder and out/denoiser hold the runs; out/model is the finished model folder.
+Each has `run(out, resume)`. out/autoencoder and out/denoiser hold the runs; out/model is the
+finished model folder.
 """
 
 import importlib.util
@@ -12,10 +12,9 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from PIL import Image as PIL
 from torch import nn
 
 from sfumato.checkpoints.families.taesd import load_taesd
@@ -31,6 +30,7 @@ from sfumato.data import (
     open_both,
     open_buckets,
 )
+from sfumato.data.images import OnError
 from sfumato.data.source import open_with
 from sfumato.data.splits import split
 from sfumato.diffuse.parameterization import parameterization
@@ -38,32 +38,29 @@ from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
 from sfumato.diffuse.vlb import check_has_vlb
 from sfumato.errors import UserError
-from sfumato.evaluate.features import Features, load_features
+from sfumato.evaluate.features import load_features
 from sfumato.images import grid
 from sfumato.io.atomic import atomic_folder, hash_tensors, write_json
 from sfumato.model import LatentDiffusion
+from sfumato.predict.conditioners.base import ClassConditioner, Conditioner
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.conditioners.unconditional import Unconditional
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.base import Network, build, network_of
 from sfumato.predict.networks.unet import UNetConfig
 from sfumato.sampling import Defaults
-from sfumato.train.caption_embeddings import Captions, open_reader
+from sfumato.train.caption_embeddings import Captions, open_text_conditioner
 from sfumato.train.loop import LoopSettings, start, train
+from sfumato.train.objective import Preview
 from sfumato.train.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective
 from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective
 
 logger = logging.getLogger(__name__)
 
-_WIDTHS = ("caption_channels", "cross_attention_dim", "joint_attention_dim")
-"""What configs of networks call the width of text tokens."""
-_POOLED = "pooled_projection_dim"
-"""And that of the pooled text."""
-
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where the images come from: a name or a folder, and what is done to them."""
+    """The source of the images, and their size, channels and held-out share."""
 
     source: str = "fashion-mnist"
     size: int | None = None
@@ -71,57 +68,55 @@ class DataSettings:
     flip: bool = False
     """Mirror at random (the autoencoder's stage only: cached latents are not mirrored)."""
     limit: int | None = None
-    on_error: Literal["raise", "skip"] = "raise"
+    on_error: OnError = "raise"
     held_out: float = 0.02
-    """The share kept for measuring where the source has no test split of its own."""
+    """Share of the images kept for measuring where the source has no test split of its own."""
     buckets: int | None = None
-    """The step of the sides of aspect buckets in pixels: pictures keep their aspect, in about size
-    x size pixels (the denoiser's stage only); none: squares."""
+    """Step of the sides of aspect buckets in pixels; none: squares.
+
+    In buckets images keep their aspect, in about size x size pixels (the denoiser's stage only)."""
 
     def open(self) -> tuple[ImageSet, ImageSet]:
         """(training images, held-out images), all of one shape."""
-        options: dict[str, Any] = {
-            "size": self.size,
-            "channels": self.channels,
-            "on_error": self.on_error,
-        }
-        return open_both(self.source, self.held_out, limit=self.limit, flip=self.flip, **options)
+        return open_both(
+            self.source,
+            self.held_out,
+            limit=self.limit,
+            flip=self.flip,
+            size=self.size,
+            channels=self.channels,
+            on_error=self.on_error,
+        )
 
     def open_buckets(self) -> BucketedImages:
-        """The training images of `open`, by their aspects in buckets of about size x size
-        pixels.
-        """
+        """The training images, by their aspects in buckets of about size x size pixels."""
         if self.size is None or self.buckets is None:
             raise UserError(
-                f"data.size={self.size} and data.buckets={self.buckets}: aspect buckets need both, a size and a step in pixels"
+                f"data.size={self.size} and data.buckets={self.buckets}: "
+                "aspect buckets need both, a size and a step in pixels"
             )
-        options: dict[str, Any] = {"channels": self.channels, "on_error": self.on_error}
         images = open_buckets(
             self.source,
             side=self.size,
             step=self.buckets,
+            channels=self.channels,
+            on_error=self.on_error,
             limit=self.limit,
             flip=self.flip,
-            **options,
         )
         try:
-            open_with(
-                lambda listing: None, self.source, split="test", on_error=self.on_error, limit=None
-            )
+            open_with(lambda listing: None, self.source, "test", self.on_error)
             return images
         except UserError as error:
             training, _ = split(len(images), self.held_out, error)
             return images.subset(torch.isin(images.places, training).nonzero()[:, 0])
 
 
-def _features(name: str | None) -> Features | None:
-    return load_features(name) if name else None
-
-
 @dataclass(frozen=True)
 class AutoencoderRecipe:
-    """Act 1: trains a KL autoencoder, measures its latents over the data and writes
-    out/autoencoder/vae.
+    """Act 1: train a KL autoencoder and measure its latents over the data.
+
+    The autoencoder is written to out/autoencoder/vae.
     """
 
     data: DataSettings = field(default_factory=DataSettings)
@@ -129,30 +124,28 @@ class AutoencoderRecipe:
     loss: AutoencoderLoss = field(default_factory=AutoencoderLoss)
     loop: LoopSettings = field(default_factory=LoopSettings)
     features: str | None = None
-    """The feature network of the held-out Frechet distance; none: not measured."""
+    """Feature network of the held-out Frechet distance; none: not measured."""
 
     def run(self, out: Path, resume: bool = True) -> Path:
-        """Trains (or goes on) and returns the folder of the finished autoencoder."""
+        """Train, or resume, and return the folder of the finished autoencoder."""
         started = time.perf_counter()
         if self.data.buckets is not None:
             raise UserError(
-                f"data.buckets={self.data.buckets}: the autoencoder trains on squares; give aspect buckets to the denoiser alone"
+                f"data.buckets={self.data.buckets}: the autoencoder trains on squares; "
+                "give aspect buckets to the denoiser alone"
             )
         images, held_out = self.data.open()
         torch.manual_seed(self.loop.seed)
-        network = AutoencoderKL(
-            replace(self.network, in_channels=images.shape[0], out_channels=images.shape[0])
-        )
-        objective = AutoencoderObjective(
-            network, images, held_out, self.loss, _features(self.features)
-        )
+        channels = images.shape[0]
+        network = AutoencoderKL(replace(self.network, in_channels=channels, out_channels=channels))
+        features = load_features(self.features) if self.features else None
+        objective = AutoencoderObjective(network, images, held_out, self.loss, features)
         trained = train(objective, self.loop, out / "autoencoder", resume=resume)
         assert isinstance(trained, AutoencoderKL)
         accelerator = start(self.loop)
         with accelerator.main_process_first():  # the others find the first one's cache
-            trained.set_statistics(
-                *encode_all(images.unflipped(), trained, out / "latents").statistics()
-            )
+            latents = encode_all(images.unflipped(), trained, out / "latents")
+        trained.set_statistics(*latents.statistics())
         if accelerator.is_main_process:
             with atomic_folder(out / "autoencoder" / "vae") as temporary:
                 save_part(temporary, trained)
@@ -163,14 +156,16 @@ class AutoencoderRecipe:
 
 @dataclass(frozen=True)
 class DenoiserRecipe:
-    """Act 3: trains a network on the latents of a trained autoencoder and writes out/model."""
+    """Act 3: train a network on the latents of a trained autoencoder and write out/model."""
 
     autoencoder: Path | None = None
-    """A folder with a trained autoencoder, of any kind; none: out/autoencoder/vae."""
+    """Folder of a trained autoencoder, of any kind; none: out/autoencoder/vae."""
     data: DataSettings = field(default_factory=DataSettings)
     network: Any = field(default_factory=UNetConfig)
-    """The config of any network that is told nothing, classes, or text. Its channels become the
-    latent's; out_channels stay twice the in_channels where they are (a learned variance)."""
+    """Config of any network, unconditional or conditioned on classes or text.
+
+    Its channels become the latent's; out_channels stay twice the in_channels where they are (a
+    learned variance)."""
     schedule: str = "cosine"
     parameterization: str = "v"
     loss: DenoiserLoss = field(default_factory=DenoiserLoss)
@@ -178,45 +173,47 @@ class DenoiserRecipe:
     defaults: Defaults = field(default_factory=Defaults)
     name: str = "model"
     text: Path | None = None
-    """A folder with a text encoder, which reads the captions: a model's, or a sentence encoder's
-    own. None: classes, where there are any."""
+    """Folder of the text encoder of the captions; none: classes, where there are any.
+
+    It is a model's, or a sentence encoder's own."""
 
     def run(self, out: Path, resume: bool = True) -> Path:
-        """Trains (or goes on) and returns the folder of the finished model."""
+        """Train, or resume, and return the folder of the finished model."""
         started = time.perf_counter()
         process = Process(schedule(self.schedule), parameterization(self.parameterization))
         autoencoder = _autoencoder(self.autoencoder or out / "autoencoder" / "vae")
         space = autoencoder.space
         outline = _outline(self.network, space.channels)
-        images = _pictures(replace(self.data, flip=False), space.factor, outline.patch)
+        images = _images(replace(self.data, flip=False), space.factor, outline.patch)
         accelerator = start(self.loop)
-        conditioner, told, prompts, fields = _told(images, self.text, self.network, outline)
+        conditioner, conditions, prompts, fields = _conditioners(images, self.text, outline)
         if outline.learned_variance and self.loss.variance:
             check_has_vlb(process.schedule)
         with accelerator.main_process_first():
             latents = _latents(images, autoencoder, out / "latents")
-        side = _side(latents, self.data, space.factor)
+        # cells along a side of a sample; with buckets, of the square's
+        square = (self.data.size or 0) // space.factor
+        side = latents.shape[-1] if isinstance(latents, LatentSet) else square
         shape = outline.shape_fields(self.network, space.channels, side)
         torch.manual_seed(self.loop.seed)
         network = build(replace(self.network, **shape, **fields))
         defaults = self.defaults
-        # the model says it, where no config of the network can
+        # the model has the size, where the config of its network has none
         if "sample_size" not in shape and defaults.size is None:
             defaults = replace(defaults, size=side * space.factor)
 
-        def model(denoiser: nn.Module) -> LatentDiffusion:
-            return LatentDiffusion(
-                autoencoder, Denoiser(denoiser, process), conditioner, defaults, self.name
-            )
+        def model(network: nn.Module) -> LatentDiffusion:
+            denoiser = Denoiser(network, process)
+            return LatentDiffusion(autoencoder, denoiser, conditioner, defaults, self.name)
 
-        def preview(
-            denoiser: nn.Module, step: int
-        ) -> tuple[dict[str, float], dict[str, PIL.Image]]:
+        def preview(network: nn.Module, step: int) -> Preview:
             shown = [prompts[i % len(prompts)] for i in range(80)]
             columns = max(len(prompts), 8) if len(prompts) <= 20 else 10
-            return {}, {"samples": grid(model(denoiser).generate(shown, seed=0), columns=columns)}
+            return {}, {"samples": grid(model(network).generate(shown, seed=0), columns=columns)}
 
-        objective = DenoiserObjective(network, process, latents, space, told, self.loss, preview)
+        objective = DenoiserObjective(
+            network, process, latents, space, conditions, self.loss, preview
+        )
         trained = train(objective, self.loop, out / "denoiser", resume=resume)
         if accelerator.is_main_process:
             model(trained).save(out / "model")
@@ -226,23 +223,19 @@ class DenoiserRecipe:
 
 
 def _outline(config: Any, channels: int) -> Network:
-    """The network of a config without weights, for latents of so many channels and of any size: it
-    tells what it is.
-    """
+    """The network of a config for latents of so many channels and any size, without weights."""
     with torch.device("meta"):
         return build(replace(config, **network_of(config).shape_fields(config, channels, 32)))
 
 
-def _pictures(data: DataSettings, factor: int, patch: int) -> ImageSet | BucketedImages:
-    """The training images: squares, or aspect buckets whose latents are whole patches of the
-    network.
-    """
+def _images(data: DataSettings, factor: int, patch: int) -> ImageSet | BucketedImages:
+    """The training images: squares, or buckets whose latents are whole patches of the network."""
     if data.buckets is None:
         return data.open()[0]
     if data.buckets < 1 or data.buckets % (factor * patch):
-        why = f"the autoencoder's factor {factor} times the network's patch {patch}"
         raise UserError(
-            f"data.buckets={data.buckets}: the step of the buckets' sides must be a multiple of {factor * patch}, {why}"
+            f"data.buckets={data.buckets}: the step of the buckets' sides must be a multiple of "
+            f"{factor * patch}, the autoencoder's factor {factor} times the network's patch {patch}"
         )
     return data.open_buckets()
 
@@ -255,122 +248,119 @@ def _latents(
     return BucketedLatents([encode_all(bucket, autoencoder, folder) for bucket in images.sets])
 
 
-def _side(latents: LatentSet | BucketedLatents, data: DataSettings, factor: int) -> int:
-    """The side of the latents that the model draws if nobody says otherwise, in cells; with
-    buckets, the square's.
-    """
-    return latents.shape[-1] if isinstance(latents, LatentSet) else (data.size or 0) // factor
-
-
 def _finish(folder: Path, started: float, images: int) -> None:
-    write_json(
-        folder / "finished.json",
-        {"seconds_this_run": round(time.perf_counter() - started, 1), "images": images},
-    )
+    seconds = round(time.perf_counter() - started, 1)
+    write_json(folder / "finished.json", {"seconds_this_run": seconds, "images": images})
 
 
 def _autoencoder(folder: Path) -> Autoencoder:
-    """An autoencoder of any kind: in diffusers' layout, or a tiny one as its author publishes it,
-    an encoder's file and a decoder's.
-    """
-    if not (folder / "config.json").exists() and not any(folder.glob("*encoder.*")):
+    """An autoencoder in diffusers' layout, or a tiny one as published, in two files."""
+    in_layout = (folder / "config.json").exists()
+    if not in_layout and not any(folder.glob("*encoder.*")):
         raise UserError(
-            f"{folder} has no trained autoencoder: run `sfumato train autoencoder` first, or give --autoencoder"
+            f"{folder} has no trained autoencoder: "
+            "run `sfumato train autoencoder` first, or give --autoencoder"
         )
-    found = load_part(folder) if (folder / "config.json").exists() else load_taesd(folder)
-    if not isinstance(found, Autoencoder):
-        raise UserError(f"{folder} holds a {type(found).__name__}: expected an autoencoder")
-    return found
+    autoencoder = load_part(folder) if in_layout else load_taesd(folder)
+    if not isinstance(autoencoder, Autoencoder):
+        raise UserError(f"{folder} holds a {type(autoencoder).__name__}: expected an autoencoder")
+    return autoencoder
 
 
-def _told(
-    images: ImageSet | BucketedImages, text: Path | None, network: Any, outline: Network
-) -> tuple[Any, Any, list[str | None], dict[str, Any]]:
-    """What the network is told: the model's conditioner, the examples' conditions in training,
-    prompts to show, fields of the network's config.
+def _conditioners(
+    images: ImageSet | BucketedImages, text: Path | None, network: Network
+) -> tuple[Conditioner, ClassConditioner | Captions, list[str | None], dict[str, Any]]:
+    """The conditioning of a model and of its training.
+
+    Returns:
+        The model's conditioner, the conditions of the training examples, prompts to show, and
+        fields of the network's config.
     """
-    if outline.guidance_embeds:
+    if network.guidance_embeds:
         raise UserError(
-            "guidance_embeds=True: the strength of guidance is learned from another model, not from data; expected False"
+            "guidance_embeds=True: the strength of guidance is learned from another model, "
+            "not from data; expected False"
         )
     if text is None:
         if images.class_names and images.labels is not None:
-            names = ClassNames(images.class_names)
-            return names, names, list(names.names), outline.class_fields(len(names.names))
-        if outline.is_conditional:
+            classes = ClassNames(images.class_names)
+            return classes, classes, [*classes.names], network.class_fields(len(classes.names))
+        if network.is_conditional:
             raise UserError(
-                f"a {type(outline).__name__} is told classes or text, and {images.name} has no classes: expected a folder for each class, "
-                "captions with --text, or a network that is told nothing"
+                f"a {type(network).__name__} is conditioned on classes or text, and {images.name} "
+                "has no classes: expected a folder for each class, captions with --text, "
+                "or an unconditional network"
             )
         return Unconditional(), Unconditional(), [None], {}
     if images.captions is None:
         raise UserError(
-            f"text={text}, and {images.name} has no captions: expected a column or file of them; leave text out for classes"
+            f"text={text}, and {images.name} has no captions: "
+            "expected a column or file of them; leave text out for classes"
         )
-    reader = open_reader(text)
-    field = next((name for name in _WIDTHS if hasattr(network, name)), None)
-    if field is None:
-        raise UserError(
-            f"a {type(network).__name__} reads no text: expected one of a network with {' or '.join(_WIDTHS)}, such as ModernDiTConfig"
-        )
-    told = Captions(reader, images.captions)
-    fields, pooled = {field: reader.width}, told.null(1).vector
-    if pooled is not None and hasattr(network, _POOLED):
-        fields[_POOLED] = pooled.shape[1]
+    conditioner = open_text_conditioner(text)
+    pooled = conditioner.null(1).vector
+    fields = network.text_fields(conditioner.width, None if pooled is None else pooled.shape[1])
+    captions = Captions(conditioner, images.captions)
     common = [caption for caption, _ in Counter(images.captions).most_common(10)]
-    return reader, told, [*common], fields
+    return conditioner, captions, [*common], fields
 
 
 def encode_all(
     images: ImageSet, autoencoder: Autoencoder, folder: Path, pixels: int = 200_000
 ) -> LatentSet:
-    """The latents of a set of images, cached under the images, their transform and the encoder's
-    weights. pixels: at a time, about.
+    """Encode a set of images, with a cache.
+
+    The cache is keyed by the images, their transform and the encoder's weights.
+
+    Args:
+        images: The images.
+        autoencoder: Its posterior is cached.
+        folder: Of the caches.
+        pixels: Number of pixel values encoded at a time, about.
     """
 
     def encode(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         posterior = autoencoder.posterior(image.to(autoencoder.device))
         return posterior.mean, posterior.std
 
-    weights = {
-        k: v for k, v in autoencoder.state_dict().items() if k.startswith(("encoder", "quant_conv"))
-    }
+    encoder = ("encoder", "quant_conv")
+    weights = {k: v for k, v in autoencoder.state_dict().items() if k.startswith(encoder)}
     logger.info("encoding %d images", len(images))
-    return cache_latents(
-        images,
-        encode,
-        hash_tensors(weights),
-        folder,
-        batch_size=max(1, pixels // math.prod(images.shape[1:])),
-    )
+    batch_size = max(1, pixels // math.prod(images.shape[1:]))
+    return cache_latents(images, encode, hash_tensors(weights), folder, batch_size=batch_size)
 
 
 def load_recipe(recipe: str | Path, stage: str) -> AutoencoderRecipe | DenoiserRecipe:
-    """The settings object `autoencoder` or `denoiser` of a recipe: a path to a Python file, or the
-    name of one in ./recipes.
+    """Load the settings of a stage from a recipe.
+
+    Args:
+        recipe: A Python file, or the name of one in ./recipes.
+        stage: "autoencoder" or "denoiser".
+
+    Raises:
+        UserError: For a missing file, and a file without these settings.
     """
     path = Path(recipe)
     if not path.suffix:
         path = Path("recipes") / f"{path.name.replace('-', '_')}.py"
     if not path.is_file():
-        known = (
-            ", ".join(sorted(p.stem for p in Path("recipes").glob("*.py"))) or "none in ./recipes"
-        )
+        recipes = ", ".join(sorted(p.stem for p in Path("recipes").glob("*.py")))
         raise UserError(
-            f"recipe {str(recipe)!r} was not found: expected a Python file, or a name from recipes/ ({known})"
+            f"recipe {str(recipe)!r} was not found: expected a Python file, "
+            f"or a name from recipes/ ({recipes or 'none in ./recipes'})"
         )
     spec = importlib.util.spec_from_file_location(f"sfumato_recipe_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    found = getattr(module, stage, None)
-    if not isinstance(found, AutoencoderRecipe | DenoiserRecipe):
+    settings = getattr(module, stage, None)
+    if not isinstance(settings, AutoencoderRecipe | DenoiserRecipe):
         expected = "an AutoencoderRecipe" if stage == "autoencoder" else "a DenoiserRecipe"
         raise UserError(f"recipe {path} defines no {stage!r}: expected {expected} of that name")
-    return found
+    return settings
 
 
 def run_recipe(recipe: str | Path, stage: str, out: Path, resume: bool = True) -> Path:
-    """Loads a recipe and runs one stage with its own settings."""
+    """Run one stage of a recipe with its own settings, see `load_recipe`."""
     return load_recipe(recipe, stage).run(out, resume)

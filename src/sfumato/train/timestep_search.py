@@ -1,12 +1,12 @@
-"""The best times for a number of steps: runs end nearest to one of a thousand steps.
+"""Search of the best times for a number of steps: of the least error after a whole run.
 
-1. A reference of many DDIM steps, whose predictions say what a single step from any time to any
-other would get wrong. 2. The path of N steps with the least sum of those squared errors, by dynamic
-programming (Watson et al. 2021, arXiv:2106.03802, section 3). 3. From there, and from the best of
-the fixed spacings, Levenberg-Marquardt on the distance of the run's real end to the reference's,
-over the
-   first time and the gaps (softmax, so that times fall). It is the objective of Sabour et al. 2024
-   (arXiv:2404.14507) taken at the end of the run.
+1. A reference of many DDIM steps, whose predictions give the error of a single step from any time
+   to any other.
+2. The path of N steps with the least sum of those squared errors, by dynamic programming (Watson et
+   al. 2021, arXiv:2106.03802, section 3).
+3. From there, and from the best of the fixed spacings, Levenberg-Marquardt on the distance of the
+   run's real end to the reference's, over the first time and the gaps (softmax, so that times
+   fall). It is the objective of Sabour et al. 2024 (arXiv:2404.14507) taken at the end of the run.
 """
 
 import contextlib
@@ -30,14 +30,19 @@ from sfumato.model import LatentDiffusion
 from sfumato.sampling.request import sampler_of
 
 Progress = Callable[[str, int, int], None]
+"""Called with the name of a stage, its finished steps and all of them."""
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """Times found, and the distance of their runs' ends from the reference.
+    """The best times of a search.
 
-    It is the root mean square over latents of images that the search did not see.
-    errors: by name of spacing, and "tuned".
+    Attributes:
+        sampler: Name and options.
+        guidance: A number, or JSON of the guidance.
+        times: From noise to 0.
+        errors: Distance of the runs' ends from the reference's, by name of spacing, and "tuned". It
+            is the root mean square over latents of images outside the search.
     """
 
     sampler: str
@@ -70,49 +75,57 @@ def tune_timesteps(
     iterations: int = 6,
     progress: Progress | None = None,
 ) -> list[Tuned]:
-    """The best times for each number of steps, with a deterministic sampler.
+    """Search the best times for each number of steps, with a deterministic sampler.
 
-    images: how many the search sees, and as many others that judge it; their prompts go round
-    `prompts` (default: the model's class names).
+    Args:
+        model: The model.
+        steps: Numbers of steps.
+        sampler: Name and options; None: the model's.
+        guidance: See `Request`; None: the model's.
+        prompts: Drawn in turn; None: the model's class names.
+        images: Number of images of the search, and of as many others that judge it.
+        seed: Of the first image.
+        reference_steps: Steps of the run that counts as exact.
+        iterations: Rounds of step 3.
+        progress: See `Progress`.
+
+    Raises:
+        UserError: For impossible settings, and a sampler that draws noise.
     """
-    chosen = model.settings(sampler=sampler, guidance=guidance)
-    name, weight = chosen["sampler"], chosen["guidance"]
+    settings = model.settings(sampler=sampler, guidance=guidance)
+    name, weight = settings["sampler"], settings["guidance"]
     schedule = model.denoiser.process.schedule
-    sampler_itself, its_options = sampler_of(name)
-    if draws_noise(sampler_itself, timesteps("trailing", 20, schedule), schedule, **its_options):
+    function, options = sampler_of(name)
+    if draws_noise(function, timesteps("trailing", 20, schedule), schedule, **options):
         raise UserError(
-            f"sampler {name!r} draws noise on the way: there is no one end to come near to; tune with a deterministic one"
+            f"sampler {name!r} draws noise on the way: there is no one end to come near to; "
+            "tune with a deterministic one"
         )
-    for what, value, low in (
-        ("images", images, 2),
-        ("reference_steps", reference_steps, 50),
-        ("iterations", iterations, 0),
-        *(("steps", s, 2) for s in steps),
-    ):
+    limits = [("images", images, 2), ("reference_steps", reference_steps, 50)]
+    limits += [("iterations", iterations, 0), *(("steps", count, 2) for count in steps)]
+    for setting, value, low in limits:
         if value < low:
-            raise UserError(f"{what}={value}: expected at least {low}")
+            raise UserError(f"{setting}={value}: expected at least {low}")
     most = min(reference_steps, 100, schedule.grid or 100)
     if max(steps) > most:
-        raise UserError(
-            f"steps={max(steps)}: expected at most {most}; with more, the spacings hardly differ"
-        )
+        limit = f"expected at most {most}; with more, the spacings hardly differ"
+        raise UserError(f"steps={max(steps)}: {limit}")
     fixed = {count: _fixed(count, schedule) for count in steps}
-    words = list(prompts or model.class_names or [None])
-    words = [words[k % len(words)] for k in range(images)]
-    run = _Runner(model, words, name, weight)
-    say = progress or (lambda what, done, total: None)
-    seen = _reference(run, seed, reference_steps, say)
-    judge = _reference(run, seed + images, reference_steps, say, path=False)
+    texts = list(prompts or model.class_names or [None])
+    run = _Runner(model, [texts[k % len(texts)] for k in range(images)], name, weight)
+    report = progress or (lambda stage, done, total: None)
+    search = _reference(run, seed, reference_steps, report)
+    judge = _reference(run, seed + images, reference_steps, report, path=False)
     results = []
     for count in steps:
-        say(f"search for {count} steps", 0, iterations)
-        scores = {name: run.error(times, seed, seen.end) for name, times in fixed[count].items()}
+        report(f"search for {count} steps", 0, iterations)
+        scores = {name: run.error(times, seed, search.end) for name, times in fixed[count].items()}
         starts = [
-            _shortest_path(seen, model, count),
+            _shortest_path(search, model, count),
             fixed[count][min(scores, key=lambda name: scores[name])],
         ]
         best = min(
-            (_descend(run, times, seed, seen.end, iterations, count, say) for times in starts),
+            (_descend(run, times, seed, search.end, iterations, count, report) for times in starts),
             key=lambda pair: pair[0],
         )[1]
         errors = {
@@ -164,23 +177,23 @@ class _Runner:
         return float((self(times, seed) - end).square().mean().sqrt())
 
 
-def _reference(run: _Runner, seed: int, steps: int, say: Progress, path: bool = True) -> _Reference:
+def _reference(
+    run: _Runner, seed: int, steps: int, report: Progress, path: bool = True
+) -> _Reference:
     """A long DDIM run; where `path`, with every (steps/100)-th of its predictions."""
     times = timesteps("trailing", steps, run.model.denoiser.process.schedule)
     kept: list[Step] = []
 
     def keep(step: Step) -> None:
-        say("reference", step.index + 1, step.count)
+        report("reference", step.index + 1, step.count)
         if path and step.index % max(steps // 100, 1) == 0:
             kept.append(step)
 
     end = run(times, seed, "ddim", keep)
-    x, x0, eps = (
-        [step.x for step in kept],
-        [s.prediction.x0 for s in kept],
-        [s.prediction.eps for s in kept],
-    )
-    return _Reference(end, (*(s.t for s in kept), 0.0), (*x, end), tuple(x0), tuple(eps))
+    x, predictions = [step.x for step in kept], [step.prediction for step in kept]
+    times = (*(step.t for step in kept), 0.0)
+    x0, eps = tuple(p.x0 for p in predictions), tuple(p.eps for p in predictions)
+    return _Reference(end, times, (*x, end), x0, eps)
 
 
 def _shortest_path(reference: _Reference, model: LatentDiffusion, steps: int) -> list[float]:
@@ -193,10 +206,8 @@ def _shortest_path(reference: _Reference, model: LatentDiffusion, steps: int) ->
             alpha, sigma = points[j]
             # An error at s reaches the end shrunk by what the flow does to it: by about
             # 1/sqrt(alpha^2 + sigma^2) of unit data.
-            off = (
-                alpha * reference.x0[i] + sigma * reference.eps[i] - reference.x[j]
-            ).square().mean() / (alpha**2 + sigma**2)
-            cost[i, j] = float(off)
+            error = alpha * reference.x0[i] + sigma * reference.eps[i] - reference.x[j]
+            cost[i, j] = float(error.square().mean() / (alpha**2 + sigma**2))
     best, back = cost[0].clone(), []
     best[0] = math.inf
     for _ in range(steps - 1):
@@ -217,15 +228,14 @@ def _descend(
     end: Tensor,
     iterations: int,
     steps: int,
-    say: Progress,
+    report: Progress,
 ) -> tuple[float, list[float]]:
-    """Levenberg-Marquardt over the first time and the gaps: (error on the seen images, times)."""
-    # What is searched: how [0, 1] is shared between the part that is left out above the first time
-    # and the gaps. No share vanishes.
+    """Levenberg-Marquardt over the first time and the gaps: (error on the images, times)."""
+    # The variables are the shares of [0, 1]: the part above the first time, and the gaps. No share
+    # vanishes.
     least = 1e-3
-    shares = torch.tensor(
-        [1 - times[0], *(a - b for a, b in pairwise(times))], dtype=torch.float64
-    ).clamp(min=2 * least)
+    gaps = [1 - times[0], *(a - b for a, b in pairwise(times))]
+    shares = torch.tensor(gaps, dtype=torch.float64).clamp(min=2 * least)
     theta = (shares / shares.sum() - least).log()
 
     def unfold(theta: Tensor) -> list[float]:
@@ -238,16 +248,13 @@ def _descend(
     now = residual(theta)
     damping = 0.1
     for k in range(iterations):
-        columns = [
-            (residual(theta + 0.03 * unit) - now) / 0.03
-            for unit in torch.eye(len(theta), dtype=torch.float64)
-        ]
+        units = torch.eye(len(theta), dtype=torch.float64)
+        columns = [(residual(theta + 0.03 * unit) - now) / 0.03 for unit in units]
         jacobian = torch.stack(columns, 1).double()
         normal, slope = jacobian.T @ jacobian, jacobian.T @ now.double()
         for _ in range(4):
-            step = torch.linalg.solve(
-                normal + damping * torch.diag(normal.diag() + 1e-12), -slope
-            ).clamp(-0.7, 0.7)
+            damped = normal + damping * torch.diag(normal.diag() + 1e-12)
+            step = torch.linalg.solve(damped, -slope).clamp(-0.7, 0.7)
             there = residual(theta + step)
             if there.square().sum() < now.square().sum():
                 theta, now, damping = theta + step, there, damping / 3
@@ -255,18 +262,22 @@ def _descend(
             damping *= 4
         else:
             break
-        say(f"search for {steps} steps", k + 1, iterations)
+        report(f"search for {steps} steps", k + 1, iterations)
     return float(now.square().sum().sqrt()), unfold(theta)
 
 
 def with_tuned(model: LatentDiffusion, results: Sequence[Tuned]) -> LatentDiffusion:
-    """The same model, whose `generate` uses these times where sampler and steps agree."""
+    """Return the model with these times, for their samplers and numbers of steps."""
     tables = _merged(model.defaults.tuned_timesteps, results)
     return replace(model, defaults=replace(model.defaults, tuned_timesteps=tables))
 
 
 def store_tuned(folder: str | Path, results: Sequence[Tuned]) -> None:
-    """Write times into a model's model_index.json, beside those of other samplers and steps."""
+    """Write times into a model's model_index.json, beside those of other samplers and steps.
+
+    Raises:
+        UserError: For a file that is missing or broken.
+    """
     path = Path(folder) / "model_index.json"
     with explained(path):
         values: dict[str, Any] = read_table(path)
@@ -279,8 +290,8 @@ def store_tuned(folder: str | Path, results: Sequence[Tuned]) -> None:
 
 def _merged(before: Any, results: Sequence[Tuned]) -> dict[str, list[list[float]]]:
     tables = {
-        sampler: {len(times): list(times) for times in known} for sampler, known in before.items()
+        sampler: {len(times): list(times) for times in tables} for sampler, tables in before.items()
     }
     for tuned in results:
         tables.setdefault(tuned.sampler, {})[len(tuned.times)] = list(tuned.times)
-    return {sampler: [known[n] for n in sorted(known)] for sampler, known in tables.items()}
+    return {sampler: [table[n] for n in sorted(table)] for sampler, table in tables.items()}

@@ -131,6 +131,12 @@ class Network(nn.Module):
         """Channels of `Conditioning.tokens`, one for all levels or one a level; None: no tokens."""
         return None
 
+    text_width_fields: ClassVar[tuple[str, ...]] = ()
+    """Config fields with the widths of `Conditioning.tokens` and of a pooled text, if it has one.
+
+    Empty for networks that are not conditioned on text.
+    """
+
     @property
     def classes(self) -> int:
         """Rows of the table of classes, one of them for no class; 0: no classes."""
@@ -226,6 +232,25 @@ class Network(nn.Module):
             f"a {cls.__name__} has no classes: train it from captions (--text), or a network such "
             "as ModernDiT, DiT or SiT"
         )
+
+    @classmethod
+    def text_fields(cls, width: int | None, pooled_width: int | None) -> dict[str, Any]:
+        """Fields that change a config into that of a network for another text encoder.
+
+        Args:
+            width: Channels of `Conditioning.tokens`.
+            pooled_width: Numbers of `Conditioning.vector`; None: the encoder has no pooled text.
+
+        Raises:
+            UserError: For a network that cannot be conditioned on text.
+        """
+        if not cls.text_width_fields:
+            raise UserError(
+                f"a {cls.__name__} has no text: train it from classes, "
+                "or a network with text tokens such as ModernDiT, PixArt or SD3"
+            )
+        widths = zip(cls.text_width_fields, (width, pooled_width), strict=False)
+        return {field: value for field, value in widths if value is not None}
 
     def to_config(self) -> dict[str, Any]:
         """The JSON of config.json, with diffusers' names."""

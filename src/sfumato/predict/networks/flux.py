@@ -160,6 +160,7 @@ class FluxTransformer(FluxBase):
     """
 
     max_reference_images: ClassVar[float] = 1
+    text_width_fields = ("joint_attention_dim", "pooled_projection_dim")
     config: FluxConfig
 
     def __init__(self, config: FluxConfig):

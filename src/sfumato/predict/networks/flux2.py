@@ -183,6 +183,7 @@ class Flux2Transformer(FluxBase):
     """
 
     max_reference_images: ClassVar[float] = math.inf
+    text_width_fields = ("joint_attention_dim",)
     config: Flux2Config
 
     def __init__(self, config: Flux2Config):

@@ -150,6 +150,7 @@ class ModernDiT(PatchNetwork):
     At the start of training its gates and its output are zero.
     """
 
+    text_width_fields = ("caption_channels",)
     config: ModernDiTConfig
 
     def __init__(self, config: ModernDiTConfig):

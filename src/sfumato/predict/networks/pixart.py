@@ -197,6 +197,7 @@ class PixArt(PatchTransformer):
     and their ratio, where the network is conditioned on them. A new network's output is 0.
     """
 
+    text_width_fields = ("caption_channels",)
     config: PixArtConfig
 
     def __init__(self, config: PixArtConfig):

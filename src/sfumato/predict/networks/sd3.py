@@ -142,6 +142,7 @@ class SD3(PatchNetwork):
     patches of x: n of them for m blocks are added behind m / n blocks each.
     """
 
+    text_width_fields = ("joint_attention_dim", "pooled_projection_dim")
     config: SD3Config
 
     def __init__(self, config: SD3Config):

@@ -299,6 +299,7 @@ class UNet(Network):
     """
 
     part = "unet"
+    text_width_fields = ("cross_attention_dim",)
     config: UNetConfig
 
     def __init__(self, config: UNetConfig):

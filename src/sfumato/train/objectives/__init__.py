@@ -1,1 +1,1 @@
-"""What can be trained, one file each: the autoencoder and the denoiser."""
+"""Objectives of training, one file each: the autoencoder and the denoiser."""

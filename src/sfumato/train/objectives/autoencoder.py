@@ -1,9 +1,11 @@
-"""Trains a KL autoencoder: reconstruction + perceptual + KL + adversarial (Rombach et al. 2022,
-arXiv:2112.10752, appendix G, eq. 25).
+"""Training of a KL autoencoder: reconstruction + perceptual + KL + adversarial loss.
 
-loss = |x - x^| (or squared), mean over pixels + w_p * perceptual + w_kl * KL / pixels + lambda *
-w_g * L_G. The KL in nats is divided by the number of pixel values, so that weights such as 1e-6
-mean what they mean in Latent Diffusion, whose losses are sums over the image.
+    loss = |x - x^| (or squared), mean over pixels
+         + w_p * perceptual + w_kl * KL / pixels + lambda * w_g * L_G
+
+Rombach et al. 2022, arXiv:2112.10752, appendix G, eq. 25. The KL in nats is divided by the number
+of pixel values, so that weights such as 1e-6 mean what they mean in Latent Diffusion, whose losses
+are sums over the image.
 """
 
 import random
@@ -13,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from PIL import Image as PIL
 from torch import Tensor, nn
 
 from sfumato.compress.base import Autoencoder, Posterior
@@ -24,7 +25,7 @@ from sfumato.evaluate.frechet import frechet_distance, gaussian
 from sfumato.evaluate.reconstruction import reconstruction
 from sfumato.images import grid, to_pil
 from sfumato.train.discriminator import PatchDiscriminator, adaptive_weight, hinge
-from sfumato.train.objective import Draw, Objective, config_of
+from sfumato.train.objective import Draw, Objective, Preview
 from sfumato.train.perceptual import feature_maps, perceptual_distance
 from sfumato.validate import number_in, one_of
 
@@ -39,7 +40,7 @@ class AutoencoderLoss:
     perceptual_network: str = "efficientnet-lite0"
     adversarial: float = 0.0
     adversarial_start: int = 0
-    """The first step at which the discriminator takes part, and the generator hears it."""
+    """The first step of the discriminator and of the adversarial term."""
     discriminator_width: int = 64
     discriminator_layers: int = 2
 
@@ -50,25 +51,29 @@ class AutoencoderLoss:
 
 
 class AutoencoderObjective(Objective):
-    """Phases: the autoencoder and, with an adversarial weight, the discriminator."""
+    """Training of an autoencoder and, with an adversarial weight, of a discriminator.
+
+    Args:
+        autoencoder: The network to train.
+        images: The training images.
+        held_out: Images of the previews.
+        loss: Weights of the terms.
+        features: The feature network of the held-out Frechet distance; None: not measured.
+    """
 
     main = "autoencoder"
     stage = "train autoencoder"
 
     def __init__(
         self,
-        autoencoder: Autoencoder,
+        autoencoder: AutoencoderKL,
         images: ImageSet,
         held_out: ImageSet,
         loss: AutoencoderLoss,
         features: Features | None = None,
     ):
-        self.images, self.held_out, self.weights, self.features = (
-            images.unflipped(),
-            held_out,
-            loss,
-            features,
-        )
+        self.images, self.held_out = images.unflipped(), held_out
+        self.weights, self.features, self.autoencoder = loss, features, autoencoder
         # mirrored here and not by the data, so that a resumed run mirrors the same images
         self.flip = images.transform.flip
         self.networks: dict[str, nn.Module] = {"autoencoder": autoencoder}
@@ -81,29 +86,29 @@ class AutoencoderObjective(Objective):
 
     @property
     def size(self) -> int:
+        """Number of images."""
         return len(self.images)
 
     @property
     def identity(self) -> dict[str, Any]:
-        data = {
-            "pixels": self.images.fingerprint,
-            "transform": self.images.transform.hash,
-            "flip": self.flip,
-        }
+        """JSON of the network, the loss and the images."""
+        data = {"pixels": self.images.fingerprint, "transform": self.images.transform.hash}
         return {
-            "network": config_of(self.networks["autoencoder"]),
+            "network": self.autoencoder.to_config(),
             "loss": asdict(self.weights),
-            "data": data,
+            "data": {**data, "flip": self.flip},
         }
 
     def batch(self, indices: Tensor, draw: Draw) -> dict[str, Tensor]:
-        found = self.images.batch(indices)
+        """Images and labels, mirrored by `draw` where the data are mirrored."""
+        batch = self.images.batch(indices)
         if self.flip:
             mirrored = draw(lambda n, generator: torch.rand(n, generator=generator) < 0.5)
-            found["image"][mirrored] = found["image"][mirrored].flip(-1)
-        return found
+            batch["image"][mirrored] = batch["image"][mirrored].flip(-1)
+        return batch
 
     def active(self, phase: str, step: int) -> bool:
+        """True for the autoencoder, and for the discriminator from its first step."""
         return phase == "autoencoder" or step >= self.weights.adversarial_start
 
     def loss(
@@ -114,55 +119,45 @@ class AutoencoderObjective(Objective):
         step: int,
         draw: Draw,
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """The loss of the module's docstring, or the discriminator's hinge loss."""
         image = batch["image"]
         if phase == "discriminator":
             assert self.fake is not None
-            logits = networks["discriminator"](torch.cat([image, self.fake])).float()
-            real, fake = logits.chunk(2)
+            both = torch.cat([image, self.fake])
+            real, fake = networks["discriminator"](both).float().chunk(2)
             self.fake = None
-            return hinge(real, fake), {
-                "discriminator/real": real.detach().mean(),
-                "discriminator/fake": fake.detach().mean(),
-            }
+            numbers = {"real": real.detach().mean(), "fake": fake.detach().mean()}
+            return hinge(real, fake), {f"discriminator/{k}": v for k, v in numbers.items()}
 
         w = self.weights
-        autoencoder = _plain(networks["autoencoder"])
-        assert isinstance(autoencoder, AutoencoderKL)
-        space = autoencoder.space
+        space = self.autoencoder.space
         shape = (space.channels, image.shape[2] // space.factor, image.shape[3] // space.factor)
-        noise = draw(lambda n, generator: torch.randn(n, *shape, generator=generator)).to(
-            image.device
-        )
+        noise = draw(lambda n, generator: torch.randn(n, *shape, generator=generator))
+        noise = noise.to(image.device)
         rebuilt, mean, std = (v.float() for v in networks["autoencoder"](image, noise))
         pixel = F.l1_loss(rebuilt, image) if w.pixel == "l1" else F.mse_loss(rebuilt, image)
         kl = Posterior(mean, std).kl().mean()
-        numbers: dict[str, float | Tensor] = {
-            "autoencoder/pixel": pixel.detach(),
-            "autoencoder/kl": kl.detach(),
-        }
+        numbers: dict[str, float | Tensor]
+        numbers = {"autoencoder/pixel": pixel.detach(), "autoencoder/kl": kl.detach()}
         total = pixel
         if self.maps is not None:
             perceptual = perceptual_distance(self.maps, rebuilt, image).mean()
             numbers["autoencoder/perceptual"] = perceptual.detach()
             total = total + w.perceptual * perceptual
         if w.adversarial and step >= w.adversarial_start:
-            discriminator = _plain(networks["discriminator"]).requires_grad_(False)
+            discriminator = self.networks["discriminator"].requires_grad_(False)
             fooled = -discriminator(rebuilt).float().mean()
-            scale = adaptive_weight(total, fooled, autoencoder.decoder.conv_out.weight)
+            scale = adaptive_weight(total, fooled, self.autoencoder.decoder.conv_out.weight)
             discriminator.requires_grad_(True)
-            numbers |= {
-                "autoencoder/adversarial": fooled.detach(),
-                "autoencoder/adaptive_weight": scale,
-            }
+            numbers["autoencoder/adversarial"] = fooled.detach()
+            numbers["autoencoder/adaptive_weight"] = scale
             total = total + w.adversarial * scale * fooled
             self.fake = rebuilt.detach()
         return total + w.kl * kl / image[0].numel(), numbers
 
     @torch.no_grad()
-    def show(self, network: nn.Module, step: int) -> tuple[dict[str, float], dict[str, PIL.Image]]:
-        """PSNR, SSIM and the Frechet distance of reconstructions on held-out images, and pairs of
-        them (original above).
-        """
+    def show(self, network: nn.Module, step: int) -> Preview:
+        """PSNR, SSIM and the Frechet distance on held-out images, and pairs (original above)."""
         assert isinstance(network, Autoencoder)
         chosen = random.Random(0).sample(range(len(self.held_out)), min(2000, len(self.held_out)))
         originals, rebuilt = [], []
@@ -172,24 +167,19 @@ class AutoencoderObjective(Objective):
             originals.append(image)
             rebuilt.append(network.decode(network.encode(image.to(device))).cpu().clamp(-1, 1))
         a, b = torch.cat(originals), torch.cat(rebuilt)
-        found = reconstruction((a + 1) / 2, (b + 1) / 2)
-        numbers = {"held_out/psnr": found.psnr, "held_out/ssim": found.ssim}
-        if self.features is not None and len(a) > 1:
-            net = self.features
+        quality = reconstruction((a + 1) / 2, (b + 1) / 2)
+        numbers = {"held_out/psnr": quality.psnr, "held_out/ssim": quality.ssim}
+        if (network_of_features := self.features) is not None and len(a) > 1:
             real, fake = (
-                torch.cat([net((part + 1) / 2) for part in whole.split(250)]) for whole in (a, b)
+                torch.cat([network_of_features((part + 1) / 2) for part in images.split(250)])
+                for images in (a, b)
             )
             numbers["held_out/frechet"] = frechet_distance(gaussian(real), gaussian(fake))
         rows = min(16, len(a))
         pairs = [
-            p
+            image
             for start in range(0, rows, 8)
-            for whole in (a, b)
-            for p in to_pil(whole[start : min(start + 8, rows)])
+            for images in (a, b)
+            for image in to_pil(images[start : min(start + 8, rows)])
         ]
         return numbers, {"reconstructions": grid(pairs, columns=min(8, rows))}
-
-
-def _plain(network: nn.Module) -> nn.Module:
-    """The network inside a wrapper such as DDP."""
-    return getattr(network, "module", network)
