@@ -132,7 +132,7 @@ class Network(nn.Module):
         return None
 
     text_width_fields: ClassVar[tuple[str, ...]] = ()
-    """Config fields with the widths of `Conditioning.tokens` and of a pooled text, if it has one.
+    """Config fields of the widths of text tokens and of a pooled text, if there is one.
 
     Empty for networks that are not conditioned on text.
     """
