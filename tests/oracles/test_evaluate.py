@@ -23,9 +23,9 @@ from sfumato.evaluate.frechet import (
     GaussianStatistics,
     frechet_distance,
     gaussian,
+    gaussian_of_batches,
     load_statistics,
     save_statistics,
-    stream,
 )
 from sfumato.evaluate.memorisation import memorisation
 from sfumato.evaluate.precision_recall import expected_coverage, manifold, nearest
@@ -102,7 +102,7 @@ def test_frechet_of_samples_approaches_the_closed_form() -> None:
 @pytest.mark.parametrize("sizes", [(100,), (30, 30, 40), (1, 98, 1), (99, 1)])
 def test_streamed_statistics_are_those_of_the_whole(sizes: tuple[int, ...]) -> None:
     x = noise(100, 5) + 1e4
-    whole, streamed = gaussian(x), stream(x.split(list(sizes)))
+    whole, streamed = gaussian(x), gaussian_of_batches(x.split(list(sizes)))
     torch.testing.assert_close(streamed.cov, whole.cov, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(streamed.mean, whole.mean, rtol=1e-13, atol=0)
     torch.testing.assert_close(whole.cov, x.T.cov(), rtol=1e-9, atol=1e-9)

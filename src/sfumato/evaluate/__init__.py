@@ -15,9 +15,9 @@ from sfumato.evaluate.frechet import (
     GaussianStatistics,
     frechet_distance,
     gaussian,
+    gaussian_of_batches,
     load_statistics,
     save_statistics,
-    stream,
 )
 from sfumato.evaluate.inputs import ImageSource
 from sfumato.evaluate.memorisation import Memorisation, memorisation
@@ -47,6 +47,7 @@ __all__ = [
     "extract",
     "frechet_distance",
     "gaussian",
+    "gaussian_of_batches",
     "load_features",
     "load_statistics",
     "manifold",
@@ -58,5 +59,4 @@ __all__ = [
     "reconstruction",
     "save_statistics",
     "ssim",
-    "stream",
 ]

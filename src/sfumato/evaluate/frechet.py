@@ -68,7 +68,7 @@ def gaussian(
     return GaussianStatistics(len(x), mean, centred.T @ centred / (len(x) - 1), network, data)
 
 
-def stream(
+def gaussian_of_batches(
     batches: Iterable[Float[Tensor, "_ D"]], network: str = "", data: str = ""
 ) -> GaussianStatistics:
     """`gaussian` of an iterator of batches, holding one at a time.
