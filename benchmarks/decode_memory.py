@@ -41,10 +41,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from _common import flags, process_memory, run_side, side_arguments
-from sfumato.compress.kl import AutoencoderKL, KLConfig
-from sfumato.decode.exact import exact, exact_posterior
-from sfumato.decode.tiled import tiled, tiled_posterior
-from sfumato.decode.whole import whole
+from sfumato.compress import AutoencoderKL, KLConfig
+from sfumato.decode import exact, exact_posterior, tiled, tiled_posterior, whole
 from sfumato.io.atomic import write_tensors
 
 

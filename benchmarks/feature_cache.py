@@ -20,14 +20,13 @@ from torch import Tensor
 
 from _common import operations
 from sfumato.batching import drive
-from sfumato.decode.whole import whole
-from sfumato.diffuse.run import SeededNoise, sampler_coroutine
-from sfumato.evaluate.reconstruction import psnr
+from sfumato.decode import whole
+from sfumato.diffuse import SeededNoise, sampler_coroutine
+from sfumato.evaluate import psnr
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
-from sfumato.predict.denoiser import evaluate_calls
-from sfumato.predict.guidance.settings import Guidance, build
-from sfumato.predict.wrappers.feature_cache import feature_cache
+from sfumato.predict import Guidance, evaluate_calls, feature_cache
+from sfumato.predict.guidance.settings import build
 from sfumato.registry import find
 
 

@@ -22,13 +22,18 @@ from torch import Tensor
 
 from _common import all_pixels, print_header, print_row
 from sfumato.data import open_images
-from sfumato.evaluate import extract, load_features
-from sfumato.evaluate.classes import classes
-from sfumato.evaluate.features import classify
-from sfumato.evaluate.frechet import frechet_distance, gaussian
+from sfumato.evaluate import (
+    classes,
+    classify,
+    extract,
+    frechet_distance,
+    gaussian,
+    load_features,
+    manifold,
+    psnr,
+    ssim,
+)
 from sfumato.evaluate.inputs import choose
-from sfumato.evaluate.precision_recall import manifold
-from sfumato.evaluate.reconstruction import psnr, ssim
 from sfumato.loading import load
 
 FIXED = ["1.25", "1", "1.5"]

@@ -23,27 +23,29 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from _common import all_pixels
-from sfumato.compress.kl import AutoencoderKL
+from sfumato.compress import AutoencoderKL
 from sfumato.data import ImageSet, open_images
-from sfumato.decode.whole import whole
+from sfumato.decode import whole
+from sfumato.diffuse import Process, SeededNoise, run_sampler
 from sfumato.diffuse.parameterization import parameterization
-from sfumato.diffuse.process import Process
-from sfumato.diffuse.run import SeededNoise, run_sampler
 from sfumato.diffuse.samplers.ddim import ddim
 from sfumato.diffuse.schedule import schedule
 from sfumato.diffuse.timesteps import timesteps
-from sfumato.evaluate import extract, load_features
-from sfumato.evaluate.frechet import frechet_distance, gaussian
+from sfumato.evaluate import extract, frechet_distance, gaussian, load_features
 from sfumato.images import grid, to_pil
 from sfumato.io.atomic import write_json
 from sfumato.loading import load
-from sfumato.predict.conditioners.class_names import ClassNames
-from sfumato.predict.denoiser import Denoiser
-from sfumato.predict.networks.unet import UNet
-from sfumato.train.loop import LoopSettings, train
-from sfumato.train.objective import Draw
-from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective
-from sfumato.train.recipe import DenoiserRecipe, encode_all, load_recipe
+from sfumato.predict import ClassNames, Denoiser, UNet
+from sfumato.train import (
+    DenoiserLoss,
+    DenoiserObjective,
+    DenoiserRecipe,
+    Draw,
+    LoopSettings,
+    encode_all,
+    load_recipe,
+    train,
+)
 from sfumato.types import LatentSpace
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from _common import print_header, print_row, timed
-from sfumato.diffuse.samplers import traits_of
+from sfumato.diffuse import traits_of
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
 from sfumato.registry import find, names

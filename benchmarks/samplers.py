@@ -33,10 +33,9 @@ import tyro
 from torch import Tensor
 
 from _common import print_header, print_row
-from sfumato.diffuse.run import run_sampler
-from sfumato.diffuse.samplers import Traits, calls, traits_of
-from sfumato.diffuse.schedule import Schedule, schedule
-from sfumato.diffuse.timesteps import SPACINGS, timesteps
+from sfumato.diffuse import SPACINGS, Schedule, Traits, calls, run_sampler, traits_of
+from sfumato.diffuse.schedule import schedule
+from sfumato.diffuse.timesteps import timesteps
 from sfumato.loading import load
 from sfumato.registry import find, names
 from sfumato.sampling.request import sampler_of

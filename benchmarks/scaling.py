@@ -25,23 +25,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from _common import all_pixels
-from sfumato.compress.kl import AutoencoderKL
+from sfumato.compress import AutoencoderKL
 from sfumato.data import open_images
+from sfumato.diffuse import Process
 from sfumato.diffuse.parameterization import parameterization
-from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
-from sfumato.evaluate import extract, load_features
-from sfumato.evaluate.frechet import frechet_distance, gaussian
+from sfumato.evaluate import extract, frechet_distance, gaussian, load_features
 from sfumato.io.atomic import write_json
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
-from sfumato.predict.conditioners.class_names import ClassNames
-from sfumato.predict.denoiser import Denoiser
-from sfumato.predict.networks.modern_dit import ModernDiT, ModernDiTConfig
+from sfumato.predict import ClassNames, Denoiser, ModernDiT, ModernDiTConfig
 from sfumato.sampling import Defaults
-from sfumato.train.loop import LoopSettings, train
-from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective
-from sfumato.train.recipe import encode_all
+from sfumato.train import DenoiserLoss, DenoiserObjective, LoopSettings, encode_all, train
 from sfumato.types import Conditioning
 
 

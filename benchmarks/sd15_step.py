@@ -32,7 +32,7 @@ from _common import (
 )
 from _models import SD15_UNET
 from sfumato.inference.prepack import Winograd, can_prepack, compile_network, prepack
-from sfumato.predict.networks.unet import UNet, UNetConfig
+from sfumato.predict import UNet, UNetConfig
 from sfumato.types import Conditioning
 
 

@@ -8,13 +8,17 @@ made for 40 minutes of 2 CPU cores.
     sfumato train denoiser cifar10 --data.source cifar10-train.parquet --out runs/cifar10
 """
 
-from sfumato.compress.kl import KLConfig
-from sfumato.predict.networks.modern_dit import ModernDiTConfig
+from sfumato.compress import KLConfig
+from sfumato.predict import ModernDiTConfig
 from sfumato.sampling import Defaults
-from sfumato.train.loop import LoopSettings
-from sfumato.train.objectives.autoencoder import AutoencoderLoss
-from sfumato.train.objectives.denoiser import DenoiserLoss
-from sfumato.train.recipe import AutoencoderRecipe, DataSettings, DenoiserRecipe
+from sfumato.train import (
+    AutoencoderLoss,
+    AutoencoderRecipe,
+    DataSettings,
+    DenoiserLoss,
+    DenoiserRecipe,
+    LoopSettings,
+)
 
 data = DataSettings(source="cifar10-train.parquet", size=32)
 

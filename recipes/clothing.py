@@ -14,11 +14,9 @@ TAEF2_FOLDER holds taef2_encoder.safetensors and taef2_decoder.safetensors
 
 from pathlib import Path
 
-from sfumato.predict.networks.modern_dit import ModernDiTConfig
+from sfumato.predict import ModernDiTConfig
 from sfumato.sampling import Defaults
-from sfumato.train.loop import LoopSettings
-from sfumato.train.objectives.denoiser import DenoiserLoss
-from sfumato.train.recipe import DataSettings, DenoiserRecipe
+from sfumato.train import DataSettings, DenoiserLoss, DenoiserRecipe, LoopSettings
 
 denoiser = DenoiserRecipe(
     autoencoder=Path("taef2"),

@@ -10,13 +10,17 @@ the comparison is about the recipe.
     fashion_mnist_classroom --out runs/classroom
 """
 
-from sfumato.compress.kl import KLConfig
-from sfumato.predict.networks.unet import UNetConfig
+from sfumato.compress import KLConfig
+from sfumato.predict import UNetConfig
 from sfumato.sampling import Defaults
-from sfumato.train.loop import LoopSettings
-from sfumato.train.objectives.autoencoder import AutoencoderLoss
-from sfumato.train.objectives.denoiser import DenoiserLoss
-from sfumato.train.recipe import AutoencoderRecipe, DataSettings, DenoiserRecipe
+from sfumato.train import (
+    AutoencoderLoss,
+    AutoencoderRecipe,
+    DataSettings,
+    DenoiserLoss,
+    DenoiserRecipe,
+    LoopSettings,
+)
 
 data = DataSettings(source="fashion-mnist")
 

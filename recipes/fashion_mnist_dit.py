@@ -7,11 +7,9 @@ sfumato train denoiser fashion_mnist_dit --out runs/fashion-dit
 from pathlib import Path
 
 import sfumato
-from sfumato.predict.networks.modern_dit import ModernDiTConfig
+from sfumato.predict import ModernDiTConfig
 from sfumato.sampling import Defaults
-from sfumato.train.loop import LoopSettings
-from sfumato.train.objectives.denoiser import DenoiserLoss
-from sfumato.train.recipe import DataSettings, DenoiserRecipe
+from sfumato.train import DataSettings, DenoiserLoss, DenoiserRecipe, LoopSettings
 
 denoiser = DenoiserRecipe(
     autoencoder=Path(sfumato.__file__).parent / "bundled" / "fashion" / "vae",

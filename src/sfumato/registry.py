@@ -7,6 +7,8 @@ used first.
 
 import importlib
 import pkgutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -44,3 +46,27 @@ def find(package: str, name: str) -> Any:
 def module_of(package: str, name: str) -> ModuleType:
     """Import a file of a registered folder."""
     return importlib.import_module(f"sfumato.{package}.{name}")
+
+
+def lazy_exports(
+    package: str, homes: Mapping[str, Sequence[str]]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return `__getattr__` and `__dir__` of a package that imports its exports at first use.
+
+    No export may have the name of a file of the package: importing the file would hide it.
+
+    Args:
+        package: Full name of the package.
+        homes: Names of the exports, by the module below the package that defines them.
+    """
+    modules = {name: module for module, exports in homes.items() for name in exports}
+
+    def get(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{package}.{modules[name]}"), name)
+
+    def listing() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *modules})
+
+    return get, listing

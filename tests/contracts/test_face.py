@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import sfumato
+from helpers.processes import run_python
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 
@@ -43,3 +44,28 @@ print(took)
         for _ in range(5)
     ]
     assert min(float(run.stdout) for run in runs) < 0.03
+
+
+FACES = ("checkpoints", "compress", "decode", "diffuse", "evaluate", "predict", "sampling")
+FACES += ("tasks", "train")
+
+
+@pytest.mark.parametrize("room", FACES)
+def test_every_export_of_a_room_is_there(room: str) -> None:
+    """In a fresh interpreter, whatever file of the room is imported first."""
+    program = f"""
+import importlib, pkgutil
+face = importlib.import_module("sfumato.{room}")
+for file in pkgutil.iter_modules(face.__path__):
+    importlib.import_module("sfumato.{room}." + file.name)
+for name in face.__all__:
+    assert not isinstance(getattr(face, name), type(face)), name + " is a module"
+assert set(face.__all__) <= set(dir(face))
+try:
+    face.no_such_name
+except AttributeError as error:
+    assert "no_such_name" in str(error)
+else:
+    raise AssertionError("an unknown name is no AttributeError")
+"""
+    run_python("-c", program)

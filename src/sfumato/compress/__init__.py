@@ -7,8 +7,9 @@
 The names below are imported when they are first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sfumato.registry import lazy_exports
 
 if TYPE_CHECKING:
     from sfumato.compress.base import Autoencoder, Posterior, SequentialAutoencoder
@@ -30,17 +31,13 @@ __all__ = [
     "VQConfig",
     "VQModel",
 ]
-_HOMES = dict.fromkeys(__all__, "base")
-_HOMES |= {"AutoencoderKL": "kl", "KLConfig": "kl"}
-_HOMES |= {"AutoencoderKLFlux2": "kl_flux2", "KLFlux2Config": "kl_flux2"}
-_HOMES |= {"AutoencoderTiny": "tiny", "TinyConfig": "tiny", "VQConfig": "vq", "VQModel": "vq"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"sfumato.compress.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'sfumato.compress' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "base": ("Autoencoder", "Posterior", "SequentialAutoencoder"),
+        "kl": ("AutoencoderKL", "KLConfig"),
+        "kl_flux2": ("AutoencoderKLFlux2", "KLFlux2Config"),
+        "tiny": ("AutoencoderTiny", "TinyConfig"),
+        "vq": ("VQConfig", "VQModel"),
+    },
+)

@@ -7,8 +7,9 @@ A recipe (recipes/*.py) is Python that builds its settings. The names below are 
 are first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sfumato.registry import lazy_exports
 
 if TYPE_CHECKING:
     from sfumato.train.caption_embeddings import Captions, open_text_conditioner
@@ -26,18 +27,6 @@ if TYPE_CHECKING:
     )
     from sfumato.train.timestep_search import Tuned, store_tuned, tune_timesteps, with_tuned
 
-_HOMES = {
-    "caption_embeddings": ("Captions", "open_text_conditioner"),
-    "loop": ("LoopSettings", "train"),
-    "objective": ("Draw", "Objective"),
-    "objectives.autoencoder": ("AutoencoderLoss", "AutoencoderObjective"),
-    "objectives.denoiser": ("DenoiserLoss", "DenoiserObjective"),
-    "recipe": (
-        *("AutoencoderRecipe", "DataSettings", "DenoiserRecipe"),
-        *("encode_all", "load_recipe", "run_recipe"),
-    ),
-    "timestep_search": ("Tuned", "store_tuned", "tune_timesteps", "with_tuned"),
-}
 __all__ = [
     "AutoencoderLoss",
     "AutoencoderObjective",
@@ -61,13 +50,18 @@ __all__ = [
     "with_tuned",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"sfumato.train.{home}"), name)
-    raise AttributeError(f"module 'sfumato.train' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "caption_embeddings": ("Captions", "open_text_conditioner"),
+        "loop": ("LoopSettings", "train"),
+        "objective": ("Draw", "Objective"),
+        "objectives.autoencoder": ("AutoencoderLoss", "AutoencoderObjective"),
+        "objectives.denoiser": ("DenoiserLoss", "DenoiserObjective"),
+        "recipe": (
+            *("AutoencoderRecipe", "DataSettings", "DenoiserRecipe"),
+            *("encode_all", "load_recipe", "run_recipe"),
+        ),
+        "timestep_search": ("Tuned", "store_tuned", "tune_timesteps", "with_tuned"),
+    },
+)
