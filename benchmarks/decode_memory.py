@@ -87,16 +87,16 @@ def build(settings: Settings) -> AutoencoderKL:
     return autoencoder.eval().requires_grad_(False).to(getattr(torch, settings.dtype))
 
 
-def theirs(autoencoder: AutoencoderKL, settings: Settings, tiles: bool) -> Any:
+def reference(autoencoder: AutoencoderKL, settings: Settings, tiles: bool) -> Any:
     """diffusers' autoencoder with the same weights."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Theirs
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Reference
 
     config = {
         k: v
         for k, v in autoencoder.to_config().items()
         if k not in ("_class_name", "latents_mean", "latents_std")
     }
-    other: Any = Theirs.from_config(config)
+    other: Any = Reference.from_config(config)
     other.load_state_dict(autoencoder.state_dict())
     if tiles:
         other.enable_tiling()
@@ -110,7 +110,7 @@ def runner(settings: Settings, way: str, part: str) -> Callable[[Tensor], Tensor
     autoencoder, decodes = build(settings), part == "decode"
     kind, *numbers = way.split()
     if kind == "diffusers":
-        other = theirs(autoencoder, settings, tiles="tiled" in numbers)
+        other = reference(autoencoder, settings, tiles="tiled" in numbers)
         if decodes:
             return lambda z: other.decode(z.to(other.dtype)).sample.float().clamp(-1, 1)
         return lambda image: other.encode(image.to(other.dtype)).latent_dist.mean.float()
@@ -139,14 +139,14 @@ def measure(settings: Settings, way: str, part: str, folder: Path) -> None:
     run = runner(settings, way, part)
     generator = torch.Generator().manual_seed(settings.seed)
     side = settings.size // 8
-    given = torch.randn(1, 4, side, side, generator=generator)
+    inputs = torch.randn(1, 4, side, side, generator=generator)
     if part == "encode":
-        given = torch.rand(1, 3, settings.size, settings.size, generator=generator) * 2 - 1
+        inputs = torch.rand(1, 3, settings.size, settings.size, generator=generator) * 2 - 1
     small = 8 if part == "decode" else 64
-    run(given[:, :, :small, :small])
+    run(inputs[:, :, :small, :small])
     Path("/proc/self/clear_refs").write_text("5")  # the mark of the highest memory begins anew
     before, begun, busy = process_memory("VmRSS"), perf_counter(), process_time()
-    made = run(given)
+    made = run(inputs)
     numbers = {
         "seconds": perf_counter() - begun,
         "busy": process_time() - busy,
@@ -171,12 +171,12 @@ def results(settings: Settings, way: str, part: str, folder: Path) -> tuple[dict
             folder,
             *flags(settings, "size", "tile", "dtype", "threads", "seed"),
         )
-    found = json.loads(numbers.read_text())
-    if found["title"] != settings.title:
+    result = json.loads(numbers.read_text())
+    if result["title"] != settings.title:
         raise SystemExit(
-            f"{folder} is of another run ({found['title']}): give another folder to keep this one in ({settings.title})"
+            f"{folder} is of another run ({result['title']}): give another folder to keep this one in ({settings.title})"
         )
-    return found, load_file(folder / "made.safetensors")["made"]
+    return result, load_file(folder / "made.safetensors")["made"]
 
 
 def cells(
@@ -225,11 +225,11 @@ def main() -> None:
                 if way.startswith("diffusers") and find_spec("diffusers") is None:
                     continue
                 with console.status(f"{part} {way}"):
-                    found = results(
+                    result = results(
                         settings, way, part, (settings.keep or Path(temporary)) / f"{part} {way}"
                     )
-                first = first or found
-                table.add_row(part, way, *cells(*found, first, part))
+                first = first or result
+                table.add_row(part, way, *cells(*result, first, part))
             table.add_section()
             if first is not None:
                 limited = (

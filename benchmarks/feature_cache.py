@@ -124,7 +124,10 @@ def main(settings: Settings) -> None:
         # proportional to images
         gflop = operations(lambda cache=cache: run(model, settings, 8, **cache)) / 8e9
         gflop_whole, seconds_whole = gflop_whole or gflop, seconds_whole or seconds
-        found, difference = whole(model.autoencoder, z).add(1).div(2).clamp(0, 1), (z - exact).abs()
+        result, difference = (
+            whole(model.autoencoder, z).add(1).div(2).clamp(0, 1),
+            (z - exact).abs(),
+        )
         table.add_row(
             label(cache),
             str(cache["skips"]),
@@ -134,7 +137,7 @@ def main(settings: Settings) -> None:
             f"{1 - seconds / seconds_whole:.0%}",
             f"{float(difference.max()):.3f}",
             f"{float(difference.mean()):.4f}",
-            f"{psnr(image, found):.1f}",
+            f"{psnr(image, result):.1f}",
         )
     console.print(table)
 

@@ -69,7 +69,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     groups = {"quick": [FIXED[0], VARYING[1]], "all": FIXED + VARYING + OTHERS}
-    asked = groups.get(options.settings) or [text.strip() for text in options.settings.split(";")]
+    request = groups.get(options.settings) or [text.strip() for text in options.settings.split(";")]
 
     model, features = load(options.model), load_features("fashion")
     images = {
@@ -111,15 +111,15 @@ def main() -> None:
         "seconds",
         "second set",
     )
-    found = manifold(near, floor, 5)
+    result = manifold(near, floor, 5)
     print_row(
         "real images",
         f"{frechet_distance(gaussian(floor, features.hash), reference):.3f}",
-        *shares(found),
+        *shares(result),
         *[""] * 6,
     )
     first: Tensor | None = None
-    for text in asked:
+    for text in request:
         passes[0], begin = 0, time.perf_counter()
         samples = draw(text, options.samples, options.seed)
         seconds, calls = time.perf_counter() - begin, passes[0] / options.samples

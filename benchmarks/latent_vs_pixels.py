@@ -78,11 +78,11 @@ class Pixels:
         return len(self.images)
 
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
-        found = self.images.batch(indices)
+        result = self.images.batch(indices)
         return {
-            "mean": found["image"],
-            "std": torch.zeros_like(found["image"]),
-            "label": found["label"],
+            "mean": result["image"],
+            "std": torch.zeros_like(result["image"]),
+            "label": result["label"],
         }
 
 
@@ -156,7 +156,7 @@ class Run:
     def draw(self, network: nn.Module) -> Tensor:
         """Class-balanced samples without guidance, (n, C, H, W) in [-1, 1]."""
         s, process = self.settings, self.objective.process
-        denoiser, found = Denoiser(network, process), []
+        denoiser, result = Denoiser(network, process), []
         for start in range(0, s.samples, 100):
             count = min(100, s.samples - start)
             noise = SeededNoise(self.shape, [s.seed + start + k for k in range(count)])
@@ -171,8 +171,8 @@ class Run:
                     s.sampling_steps,
                 )
             assert z is not None
-            found.append(self.decode(z))
-        return torch.cat(found)
+            result.append(self.decode(z))
+        return torch.cat(result)
 
     @torch.inference_mode()
     def measure(self, network: nn.Module, step: int) -> tuple[dict[str, float], dict[str, Any]]:

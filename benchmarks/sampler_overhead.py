@@ -72,21 +72,23 @@ def main() -> None:
 
     for name in options.samplers or names("diffuse.samplers"):
         if not traits_of(find("diffuse.samplers", name)).inverts:
-            asked = {
+            request = {
                 "n": options.n,
                 "steps": options.steps,
                 "sampler": name,
                 "noise": noise,
                 "guidance": options.guidance,
             }
-            report(name, lambda asked=asked: model.generate("bag", **asked, output="latent"))
+            report(name, lambda request=request: model.generate("bag", **request, output="latent"))
     if options.diffusers:
         for name in ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"):
-            report(f"diffusers {name}", lambda name=name: theirs(name, model, noise, options.steps))
+            report(
+                f"diffusers {name}", lambda name=name: reference(name, model, noise, options.steps)
+            )
 
 
 @torch.inference_mode()
-def theirs(
+def reference(
     name: str, model: LatentDiffusion, noise: Tensor, steps: int, guidance: float = 1.5
 ) -> Tensor:
     """The denoising loop of diffusers' pipelines with guidance, on a flow."""
@@ -99,8 +101,10 @@ def theirs(
     for t in scheduler.timesteps:
         both = torch.cat([latents] * 2)
         y = model.denoiser.network(both, t.expand(len(both)), Conditioning(vector=vector))
-        free, given = y.chunk(2)
-        latents = scheduler.step(free + guidance * (given - free), t, latents, return_dict=False)[0]
+        free, inputs = y.chunk(2)
+        latents = scheduler.step(free + guidance * (inputs - free), t, latents, return_dict=False)[
+            0
+        ]
     return latents
 
 

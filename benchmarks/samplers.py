@@ -223,28 +223,28 @@ def fitted(steps: Sequence[int], errors: Sequence[float]) -> float:
 
 def inside(settings: Settings, promised: dict[str, Traits]) -> Measured:
     """Deterministic samplers from t = 0.95 to 0.15."""
-    found = Measured()
+    result = Measured()
     for kind in dict(RUNS):
         chosen = schedule(kind)
         denoise, high, low = exact_denoiser(chosen), chosen.point(0.95), chosen.point(0.15)
         x = noisy_points(settings.points, high, settings.seed)
         end = mixture_flow(x, high, low)
         for name, traits in promised.items():
-            curve, medians = found.curves.setdefault((name, kind), Curve()), {}
+            curve, medians = result.curves.setdefault((name, kind), Curve()), {}
             for n in sorted({*settings.fitted, *(settings.steps if kind == DRAWN[0] else ())}):
                 times = graded(n, traits.order if traits.calls == 1 else 1)
                 y = run(name, x, times, chosen, denoise)
                 medians[n] = median(y, end)
                 curve.add(calls(named(name), times, chosen), distance(y, end))
-            found.orders[name, kind] = fitted(
+            result.orders[name, kind] = fitted(
                 settings.fitted, [medians[n] for n in settings.fitted]
             )
-    return found
+    return result
 
 
 def whole(settings: Settings, promised: dict[str, Traits]) -> Measured:
     """Deterministic samplers from t = 1 to 0."""
-    found = Measured()
+    result = Measured()
     for kind, spacing in RUNS:
         chosen = schedule(kind)
         denoise, top = exact_denoiser(chosen), chosen.point(1.0)
@@ -260,21 +260,21 @@ def whole(settings: Settings, promised: dict[str, Traits]) -> Measured:
                 medians[n] = median(y, end)
                 curve.add(calls(named(name), times, chosen), distance(y, end))
             if (kind, spacing) == DRAWN:
-                found.curves[name, kind] = curve
-            found.orders[name, kind, spacing] = fitted(
+                result.curves[name, kind] = curve
+            result.orders[name, kind, spacing] = fitted(
                 settings.fitted, [medians[n] for n in settings.fitted]
             )
             runs = [affordable(name, kind, spacing, budget) for budget in settings.budgets]
-            found.at[name, kind, spacing] = [
+            result.at[name, kind, spacing] = [
                 None if times is None else distance(run(name, x, times, chosen, denoise), end)
                 for times in runs
             ]
-    return found
+    return result
 
 
 def stochastic(settings: Settings, promised: dict[str, Traits]) -> tuple[Measured, list[float]]:
     """Wasserstein distances, and those of ten exact draws, among which nothing is seen."""
-    found, measure = Measured(), Distance(settings.samples)
+    result, measure = Measured(), Distance(settings.samples)
     floor = [measure(noisy_points(settings.samples, (1.0, 0.0), seed)) for seed in range(100, 110)]
     for kind, spacing in RUNS:
         chosen = schedule(kind)
@@ -284,11 +284,11 @@ def stochastic(settings: Settings, promised: dict[str, Traits]) -> tuple[Measure
         )
         for name in promised:
             runs = [affordable(name, kind, spacing, budget) for budget in settings.budgets]
-            found.at[name, kind, spacing] = [
+            result.at[name, kind, spacing] = [
                 None if times is None else measure(run(name, x, times, chosen, denoise))
                 for times in runs
             ]
-    return found, floor
+    return result, floor
 
 
 def consistency(settings: Settings, promised: dict[str, Traits]) -> list[list[str]]:
@@ -343,7 +343,7 @@ def network(settings: Settings, promised: dict[str, Traits]) -> list[list[str]]:
     """Errors with a trained network, against the flow that it defines itself."""
     model = load(settings.model)
     chosen, classes = model.denoiser.process.schedule, model.class_names or [None]
-    given = model.conditioner([classes[k % len(classes)] for k in range(20)])
+    inputs = model.conditioner([classes[k % len(classes)] for k in range(20)])
     side = model.sample_size // model.autoencoder.space.factor
     generator = torch.Generator().manual_seed(settings.seed)
     x = math.hypot(*chosen.point(1.0)) * torch.randn(
@@ -351,7 +351,7 @@ def network(settings: Settings, promised: dict[str, Traits]) -> list[list[str]]:
     )
 
     def denoise(x: Tensor, t: float) -> Prediction:
-        return model.denoiser(x, t, given)
+        return model.denoiser(x, t, inputs)
 
     def ask(y: Tensor, alpha: float, sigma: float) -> Tensor:
         t = 1.0 if alpha == 0 else chosen.at_noise_level(sigma / alpha)
@@ -394,32 +394,32 @@ def cells(values: Sequence[float | None]) -> str:
 
 def alike(curves: dict[str, Curve]) -> dict[str, Curve]:
     """Samplers whose curves are the same share one, under all their names."""
-    found: dict[str, Curve] = {}
+    result: dict[str, Curve] = {}
     for name, curve in curves.items():
         same = next(
             (
                 k
-                for k, c in found.items()
+                for k, c in result.items()
                 if c.calls == curve.calls and np.allclose(c.errors, curve.errors, rtol=1e-6)
             ),
             None,
         )
-        found[name if same is None else f"{same} =\n{name}"] = (
-            curve if same is None else found.pop(same)
+        result[name if same is None else f"{same} =\n{name}"] = (
+            curve if same is None else result.pop(same)
         )
-    return found
+    return result
 
 
 def apart(places: Sequence[float], heights: Sequence[float], bottom: float) -> list[float]:
     """Places (rising) of labels, pushed apart until none overlap, none below `bottom`."""
-    found = list(places)
+    result = list(places)
     for _ in range(2000):
-        found[0] = max(found[0], bottom)
-        for i in range(len(found) - 1):
-            lack = (heights[i] + heights[i + 1]) / 2 - (found[i + 1] - found[i])
+        result[0] = max(result[0], bottom)
+        for i in range(len(result) - 1):
+            lack = (heights[i] + heights[i + 1]) / 2 - (result[i + 1] - result[i])
             if lack > 0:
-                found[i], found[i + 1] = found[i] - lack / 2, found[i + 1] + lack / 2
-    return found
+                result[i], result[i + 1] = result[i] - lack / 2, result[i + 1] + lack / 2
+    return result
 
 
 def lines(axes: Any, curves: dict[str, Curve], promised: dict[str, Traits]) -> None:
@@ -531,7 +531,7 @@ def dots(
 
 def picture(
     settings: Settings,
-    found: Sequence[Measured],
+    result: Sequence[Measured],
     floor: Sequence[float],
     promised: dict[str, Traits],
 ) -> None:
@@ -545,12 +545,14 @@ def picture(
     ]
     curves = [
         {name: c for (name, kind), c in f.curves.items() if kind == DRAWN[0] and name in promised}
-        for f in found[:2]
+        for f in result[:2]
     ]
     for axes, each in zip(panels, curves, strict=False):
         lines(axes, each, promised)
     guides(panels[0], 0.0013 * max(c.errors[0] for c in curves[0].values()))
-    rows = {name: values for (name, *where), values in found[2].at.items() if tuple(where) == DRAWN}
+    rows = {
+        name: values for (name, *where), values in result[2].at.items() if tuple(where) == DRAWN
+    }
     order = sorted(rows, key=lambda name: (rows[name][1] is None, rows[name][1] or 0.0))
     dots(panels[2], {name: rows[name] for name in order}, settings.budgets, floor)
     panels[0].set_ylabel("root-mean-square error")

@@ -135,11 +135,11 @@ class Bench:
         model = LatentDiffusion(
             self.model.autoencoder, Denoiser(network, self.process), self.conditioner, defaults
         )
-        found: list[Tensor] = []
+        result: list[Tensor] = []
         for start in range(0, s.samples, 200):
             prompts = [names[(start + k) % len(names)] for k in range(200)]
-            found.append(model.generate(prompts, seed=start, output="tensor")[:, :1])
-        images = torch.cat(found)[: s.samples]
+            result.append(model.generate(prompts, seed=start, output="tensor")[:, :1])
+        images = torch.cat(result)[: s.samples]
         grid(to_pil(images[:80] * 2 - 1), columns=10).save(path)
         return frechet_distance(gaussian(extract(self.features, images)), self.statistics)
 
@@ -168,19 +168,19 @@ class Bench:
         began = perf_counter()
         trained = train(objective, loop, folder)
         seconds = perf_counter() - began
-        found = {
+        result = {
             "width": width,
             "parameters": parameters,
             "pflop": steps * flops / 1e15,
             "steps": steps,
             "seconds": seconds,
         }
-        found |= {
+        result |= {
             "loss": self.loss(trained),
             "frechet": self.distance(trained, folder / "samples.png"),
         }
-        write_json(folder / "found.json", found)
-        return found
+        write_json(folder / "found.json", result)
+        return result
 
 
 def exponent(points: list[dict[str, Any]], key: str) -> tuple[float, float]:
@@ -196,7 +196,7 @@ def exponent(points: list[dict[str, Any]], key: str) -> tuple[float, float]:
 
 
 def picture(
-    found: list[dict[str, Any]], best: dict[str, list[dict[str, Any]]], floor: float, path: Path
+    result: list[dict[str, Any]], best: dict[str, list[dict[str, Any]]], floor: float, path: Path
 ) -> None:
     """Loss and FD against compute, a line a width."""
     from matplotlib.figure import Figure
@@ -204,14 +204,14 @@ def picture(
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     for i, (key, label) in enumerate((("loss", "held-out loss"), ("frechet", "Frechet distance"))):
         axes = figure.add_subplot(1, 2, i + 1)
-        for width in dict.fromkeys(p["width"] for p in found):
-            mine = [p for p in found if p["width"] == width]
+        for width in dict.fromkeys(p["width"] for p in result):
+            mine = [p for p in result if p["width"] == width]
             label_of = f"width {width}, {mine[0]['parameters'] / 1e6:.1f} M"
             axes.plot(
                 [p["pflop"] for p in mine], [p[key] for p in mine], marker="o", label=label_of
             )
         a, b = exponent(best[key], key)
-        ends = [min(p["pflop"] for p in found), max(p["pflop"] for p in found)]
+        ends = [min(p["pflop"] for p in result), max(p["pflop"] for p in result)]
         axes.plot(
             ends,
             [a * c**-b for c in ends],
@@ -223,7 +223,7 @@ def picture(
         if key == "frechet":
             axes.axhline(floor, linestyle=":", color="grey", label="floor: real images")
         axes.set(xlabel="training compute, PFLOP", ylabel=label, xscale="log", yscale="log")
-        budgets = sorted({float(f"{p['pflop']:.2g}") for p in found})
+        budgets = sorted({float(f"{p['pflop']:.2g}") for p in result})
         axes.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
         axes.set_xticks([], minor=True)
         axes.yaxis.set_major_formatter("{x:g}")
@@ -239,9 +239,9 @@ def main(settings: Settings) -> None:
     is not measured again.
     """
     bench = Bench(settings)
-    found = [bench.run(width, pflop) for width in settings.widths for pflop in settings.pflop]
+    result = [bench.run(width, pflop) for width in settings.widths for pflop in settings.pflop]
     budgets = [
-        [found[k * len(settings.pflop) + i] for k in range(len(settings.widths))]
+        [result[k * len(settings.pflop) + i] for k in range(len(settings.widths))]
         for i in range(len(settings.pflop))
     ]
     best = {
@@ -261,7 +261,7 @@ def main(settings: Settings) -> None:
         "Frechet distance",
     ):
         table.add_column(column, justify="right")
-    for p in found:
+    for p in result:
         numbers = (
             f"{p['parameters'] / 1e6:.2f}",
             f"{p['pflop']:.3f}",
@@ -276,11 +276,11 @@ def main(settings: Settings) -> None:
         console.print(
             f"{key}: {a:.4g} * PFLOP^-{b:.3f} through the best width of each budget ({', '.join(str(p['width']) for p in points)})"
         )
-    picture(found, best, bench.floor, settings.out / "scaling.png")
+    picture(result, best, bench.floor, settings.out / "scaling.png")
     facts = {k: str(v) for k, v in vars(replace(settings)).items()}
     write_json(
         settings.out / "scaling.json",
-        {"settings": facts, "floor": bench.floor, "runs": found, "torch": torch.__version__},
+        {"settings": facts, "floor": bench.floor, "runs": result, "torch": torch.__version__},
     )
     console.print(settings.out / "scaling.png")
 

@@ -56,7 +56,7 @@ def winograd_savings(network: nn.Module, call: Call) -> int:
 
 
 @torch.inference_mode()
-def compare(ours: nn.Module, theirs: nn.Module, name: str, settings: StepSettings) -> None:
+def compare(actual: nn.Module, reference: nn.Module, name: str, settings: StepSettings) -> None:
     """Print a table row a way."""
     dtype, device = getattr(torch, name), settings.device
     generator = torch.Generator().manual_seed(1)
@@ -65,21 +65,21 @@ def compare(ours: nn.Module, theirs: nn.Module, name: str, settings: StepSetting
     t = torch.full((2,), 500.0, device=device)
     cond = Conditioning(tokens=tokens)
     ways: dict[str, Call] = {
-        "diffusers eager": lambda: theirs(x, t, encoder_hidden_states=tokens).sample,
-        "ours eager": lambda: ours(x, t, cond),
+        "diffusers eager": lambda: reference(x, t, encoder_hidden_states=tokens).sample,
+        "ours eager": lambda: actual(x, t, cond),
     }
-    if can_prepack(ours):
-        quick = prepack(ours)
+    if can_prepack(actual):
+        quick = prepack(actual)
         ways["ours packed"] = lambda: quick(x, t, cond)
     if settings.compile:
-        fast, slow = compile_network(ours), torch.compile(theirs)
+        fast, slow = compile_network(actual), torch.compile(reference)
         ways |= {
             "diffusers compiled": lambda: slow(x, t, encoder_hidden_states=tokens).sample,
             "ours compiled": lambda: fast(x, t, cond),
         }
-    theirs.float()
-    expected = theirs(x.float(), t, encoder_hidden_states=tokens.float()).sample
-    theirs.to(dtype)
+    reference.float()
+    expected = reference(x.float(), t, encoder_hidden_states=tokens.float()).sample
+    reference.to(dtype)
     error = {way: differences(call().float(), expected) for way, call in ways.items()}
     seconds = median_seconds(ways, settings.repeats, device)
     base = seconds["diffusers eager"]
@@ -106,10 +106,13 @@ def main(settings: StepSettings) -> None:
     import diffusers
 
     with torch.device("meta"):
-        ours, theirs = UNet(UNetConfig(**SD15_UNET)), diffusers.UNet2DConditionModel(**SD15_UNET)
-    fill(ours)
-    theirs.load_state_dict(ours.state_dict(), assign=True)
-    theirs.eval().requires_grad_(False)
+        actual, reference = (
+            UNet(UNetConfig(**SD15_UNET)),
+            diffusers.UNet2DConditionModel(**SD15_UNET),
+        )
+    fill(actual)
+    reference.load_state_dict(actual.state_dict(), assign=True)
+    reference.eval().requires_grad_(False)
     print(
         f"torch {torch.__version__}, diffusers {diffusers.__version__}, {settings.device}, {torch.get_num_threads()} threads\n"
     )
@@ -122,7 +125,9 @@ def main(settings: StepSettings) -> None:
     )
     for name in settings.dtypes:
         dtype = getattr(torch, name)
-        compare(ours.to(settings.device, dtype), theirs.to(settings.device, dtype), name, settings)
+        compare(
+            actual.to(settings.device, dtype), reference.to(settings.device, dtype), name, settings
+        )
 
 
 if __name__ == "__main__":

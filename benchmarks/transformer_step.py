@@ -107,7 +107,7 @@ def calls(
     )
     ids, text_ids = ids.reshape(-1, 3), torch.zeros(512, 3, device=device)
 
-    def theirs(net: nn.Module) -> Call:
+    def reference(net: nn.Module) -> Call:
         def call() -> Tensor:
             like = pooled.dtype if net.dtype == pooled.dtype else net.dtype  # pyright: ignore
             tokens_of_x = (
@@ -129,30 +129,33 @@ def calls(
 
         return call
 
-    return lambda net: lambda: net(x, t, cond), theirs
+    return lambda net: lambda: net(x, t, cond), reference
 
 
 @torch.inference_mode()
 def compare(kind: str, name: str, settings: Settings) -> None:
     """Print a table row a way."""
     dtype, device = getattr(torch, name), settings.device
-    ours, theirs = pair(kind, settings.blocks or None)
-    fill(ours, device=device)
-    theirs.load_state_dict(ours.state_dict(), assign=True)
-    theirs.eval().requires_grad_(False)
-    ours.to(dtype), theirs.to(dtype)
-    call_ours, call_theirs = calls(kind, settings.size, dtype, device)
-    ways: dict[str, Call] = {"diffusers eager": call_theirs(theirs), "ours eager": call_ours(ours)}
-    if can_prepack(ours):
-        ways["ours packed"] = call_ours(prepack(ours))
+    actual, reference = pair(kind, settings.blocks or None)
+    fill(actual, device=device)
+    reference.load_state_dict(actual.state_dict(), assign=True)
+    reference.eval().requires_grad_(False)
+    actual.to(dtype), reference.to(dtype)
+    call_actual, call_reference = calls(kind, settings.size, dtype, device)
+    ways: dict[str, Call] = {
+        "diffusers eager": call_reference(reference),
+        "ours eager": call_actual(actual),
+    }
+    if can_prepack(actual):
+        ways["ours packed"] = call_actual(prepack(actual))
     if settings.compile:
         ways |= {
-            "diffusers compiled": call_theirs(torch.compile(theirs)),
-            "ours compiled": call_ours(compile_network(ours)),
+            "diffusers compiled": call_reference(torch.compile(reference)),
+            "ours compiled": call_actual(compile_network(actual)),
         }
-    exact, (_, call_exact) = theirs.float(), calls(kind, settings.size, torch.float32, device)
+    exact, (_, call_exact) = reference.float(), calls(kind, settings.size, torch.float32, device)
     expected = call_exact(exact)()
-    theirs.to(dtype)
+    reference.to(dtype)
     gc.collect()
     error = {way: differences(call().float(), expected) for way, call in ways.items()}
     seconds = median_seconds(ways, settings.repeats, device)

@@ -77,7 +77,7 @@ def marked(interop: bool) -> list[str]:
     """The tests of invariance, found by their marker: files whose tests all have it, and single
     tests as file::name.
     """
-    found = []
+    result = []
     for file in sorted(TESTS.rglob("test_*.py")):
         if (
             file == Path(__file__)
@@ -90,14 +90,14 @@ def marked(interop: bool) -> list[str]:
             isinstance(node, ast.Assign) and "mark.invariance" in ast.unparse(node)
             for node in nodes
         ):
-            found.append(str(file))
+            result.append(str(file))
         tests = [node for node in nodes if isinstance(node, ast.FunctionDef)]
-        found += [
+        result += [
             f"{file}::{test.name}"
             for test in tests
             if any("mark.invariance" in ast.unparse(d) for d in test.decorator_list)
         ]
-    return found
+    return result
 
 
 def test_kinds_differ() -> None:

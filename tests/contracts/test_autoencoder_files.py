@@ -117,7 +117,7 @@ def test_fields_we_would_not_honour_are_refused(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_folders_of_ours(name: str, tmp_path: Path) -> None:
+def test_folders_of_sfumato(name: str, tmp_path: Path) -> None:
     """What was written is what is read: class, settings, weights, latent space."""
     model = MODELS[name]()
     save_part(tmp_path, model)
@@ -214,21 +214,21 @@ def test_taesd_in_every_form(name: str, tmp_path: Path) -> None:
     """The pair by name, the folder of the pair, pickles, one file with both halves, a folder with a
     config: one autoencoder.
     """
-    ours = AutoencoderTiny(VARIANTS[name])
-    pair = save_taesd(tmp_path / name, ours, torch.float32)
+    actual = AutoencoderTiny(VARIANTS[name])
+    pair = save_taesd(tmp_path / name, actual, torch.float32)
     assert [p.name for p in pair] == [f"{name}_encoder.safetensors", f"{name}_decoder.safetensors"]
-    same(load_taesd(*pair), ours)
-    same(load_taesd(tmp_path), ours)
-    save_file(ours.state_dict(), tmp_path / "both.safetensors")
-    same(load_taesd(tmp_path / "both.safetensors"), ours)
+    same(load_taesd(*pair), actual)
+    same(load_taesd(tmp_path), actual)
+    save_file(actual.state_dict(), tmp_path / "both.safetensors")
+    same(load_taesd(tmp_path / "both.safetensors"), actual)
     (tmp_path / "pickles").mkdir()
     for half, file in zip(("encoder", "decoder"), pair, strict=True):
         torch.save(load_file(file), tmp_path / "pickles" / f"{name}_{half}.pth")
-    same(load_taesd(tmp_path / "pickles"), ours)
-    save_part(tmp_path / "folder", ours)
-    same(load_taesd(tmp_path / "folder"), ours)
+    same(load_taesd(tmp_path / "pickles"), actual)
+    save_part(tmp_path / "folder", actual)
+    same(load_taesd(tmp_path / "folder"), actual)
     assert (
-        load_taesd(*save_taesd(tmp_path / "half", ours)).dtype == torch.float32
+        load_taesd(*save_taesd(tmp_path / "half", actual)).dtype == torch.float32
         and load_taesd(*pair, torch.float16).dtype == torch.float16
     )
 
@@ -238,12 +238,12 @@ def test_taesd_keys_in_both_directions(half: str) -> None:
     """The published numbers: taesd's decoder has a layer without weights first, so that its
     convolutions are 1, 7, 12, 17, 19.
     """
-    ours = AutoencoderTiny(TinyConfig(**EIGHT)).state_dict()
-    theirs = to_original(half, ours)
-    convs = {int(k.split(".")[0]) for k in theirs if k.count(".") == 1}
+    actual = AutoencoderTiny(TinyConfig(**EIGHT)).state_dict()
+    reference = to_original(half, actual)
+    convs = {int(k.split(".")[0]) for k in reference if k.count(".") == 1}
     assert convs == ({0, 2, 6, 10, 14} if half == "encoder" else {1, 7, 12, 17, 19})
-    assert from_original(half, theirs).keys() == {k for k in ours if k.startswith(half)}
-    assert all(v is ours[k] for k, v in from_original(half, theirs).items())
+    assert from_original(half, reference).keys() == {k for k in actual if k.startswith(half)}
+    assert all(v is actual[k] for k, v in from_original(half, reference).items())
 
 
 def sana(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -264,12 +264,12 @@ def sana(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def test_taesd_that_is_not_known(tmp_path: Path) -> None:
-    ours = AutoencoderTiny(TinyConfig(**EIGHT)).state_dict()
+def test_unrecognised_taesd(tmp_path: Path) -> None:
+    actual = AutoencoderTiny(TinyConfig(**EIGHT)).state_dict()
     with pytest.raises(
         UserError, match=r"widths \[4, 8\]: a variant of TAESD that is not supported"
     ):
-        config_of(sana(ours))
+        config_of(sana(actual))
     encoder, decoder = save_taesd(tmp_path / "a", AutoencoderTiny(TinyConfig(**EIGHT)))
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: load_taesd(decoder, encoder), "encoder"),  # swapped
@@ -314,8 +314,8 @@ def test_pickles_with_code_are_refused(tmp_path: Path) -> None:
 
 def test_damaged_pairs(tmp_path: Path) -> None:
     """Any key gone, added, misshapen or renumbered, in either file, is a sentence."""
-    ours = AutoencoderTiny(TinyConfig(**EIGHT, use_midblock_gn=True))
-    pair = save_taesd(tmp_path / "a", ours)
+    actual = AutoencoderTiny(TinyConfig(**EIGHT, use_midblock_gn=True))
+    pair = save_taesd(tmp_path / "a", actual)
     dice = random.Random(1)
     for which in (0, 1):
         tensors = load_file(pair[which])

@@ -149,11 +149,11 @@ def test_a_config_with_any_value_opens_or_is_refused(
     folder = Path(shutil.copytree(folders["sd1"], tmp_path / "model"))
     table(CONFIG, **{field: value})(folder)
     try:
-        found = ClipText.from_folder(folder)(["a cat"])
+        result = ClipText.from_folder(folder)(["a cat"])
     except UserError as error:
         assert "\n" not in str(error)
     else:
-        assert found.tokens is not None and torch.isfinite(found.tokens).all()
+        assert result.tokens is not None and torch.isfinite(result.tokens).all()
 
 
 def test_without_transformers_a_sentence_says_what_to_install(
@@ -195,10 +195,10 @@ def test_weights_are_read_and_written_in_other_types(
     (tmp_path / "text_encoder_2" / "model.safetensors").rename(
         tmp_path / "text_encoder_2" / "model.fp16.safetensors"
     )
-    found = ClipText.from_folder(tmp_path, torch.bfloat16, "fp16")
-    assert {t.dtype for t in found.tensors().values()} == {torch.bfloat16}
+    result = ClipText.from_folder(tmp_path, torch.bfloat16, "fp16")
+    assert {t.dtype for t in result.tensors().values()} == {torch.bfloat16}
     for key, tensor in opened["sdxl"].tensors().items():
-        assert torch.equal(found.tensors()[key], tensor.half().bfloat16()), key
+        assert torch.equal(result.tensors()[key], tensor.half().bfloat16()), key
 
 
 @pytest.mark.parametrize(
@@ -231,12 +231,12 @@ def test_shards_and_variants_are_the_same_encoders(
             )
         else:
             cut(lambda folder, files: None, ".fp16" if variant else "", part)(folder)
-    found, expected = (
+    result, expected = (
         ClipText.from_folder(folder, variant=variant).tensors(),
         opened["sdxl"].tensors(),
     )
-    assert found.keys() == expected.keys() and all(
-        torch.equal(found[key], expected[key]) for key in expected
+    assert result.keys() == expected.keys() and all(
+        torch.equal(result[key], expected[key]) for key in expected
     )
 
 
@@ -258,8 +258,8 @@ def test_weights_that_are_not_finite_are_not_written(
 def test_identity_tells_models_apart(
     opened: dict[str, ClipText], folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    found = {json.dumps(c.identity(), sort_keys=True) for c in opened.values()}
-    assert len(found) == len(opened)
+    result = {json.dumps(c.identity(), sort_keys=True) for c in opened.values()}
+    assert len(result) == len(opened)
     folder = Path(shutil.copytree(folders["sd1"], tmp_path / "model"))
     same = json.dumps(opened["sd1"].identity())
     for change in (
@@ -349,7 +349,7 @@ def test_arguments_of_other_types_are_refused_in_a_sentence(folders: dict[str, P
         assert words in line, call
 
 
-def test_sdxl_is_told_the_size_and_others_need_no_picture(opened: dict[str, ClipText]) -> None:
+def test_sdxl_takes_the_size_and_others_need_no_image_spec(opened: dict[str, ClipText]) -> None:
     for kind in ("sdxl", "refiner"):
         with pytest.raises(
             UserError,
@@ -383,8 +383,8 @@ def test_a_picture_that_cannot_be_is_refused(values: dict[str, Any], words: str)
 
 def test_the_picture_of_the_reference() -> None:
     assert ImageSpec(8, 9).negative == ImageSpec(8, 9, aesthetic_score=2.5)
-    told = ImageSpec(8, 9, (1, 2), (3, 4), (5, 6), 7.0, (11, 12), (0, 0), (15, 16), 1.0).negative
-    assert (told.original_size, told.crop, told.target_size, told.aesthetic_score) == (
+    stated = ImageSpec(8, 9, (1, 2), (3, 4), (5, 6), 7.0, (11, 12), (0, 0), (15, 16), 1.0).negative
+    assert (stated.original_size, stated.crop, stated.target_size, stated.aesthetic_score) == (
         (11, 12),
         (0, 0),
         (15, 16),

@@ -67,8 +67,8 @@ def prompts_of(conditioner: Conditioner) -> list[str | None]:
 
 
 def doors(conditioning: Conditioning) -> dict[str, torch.Tensor]:
-    found = {f.name: getattr(conditioning, f.name) for f in fields(conditioning)}
-    return {k: v for k, v in found.items() if isinstance(v, torch.Tensor)}
+    result = {f.name: getattr(conditioning, f.name) for f in fields(conditioning)}
+    return {k: v for k, v in result.items() if isinstance(v, torch.Tensor)}
 
 
 def equal(a: Conditioning, b: Conditioning) -> bool:
@@ -76,11 +76,11 @@ def equal(a: Conditioning, b: Conditioning) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-def unmoved(told: Conditioning, untold: Conditioning) -> bool:
+def unmoved(stated: Conditioning, untold: Conditioning) -> bool:
     """Whether a picture makes no difference, but that `vector` may tell of it where there is none
     without it (PixArt).
     """
-    return equal(replace(told, vector=None) if untold.vector is None else told, untold)
+    return equal(replace(stated, vector=None) if untold.vector is None else stated, untold)
 
 
 def test_the_folder_is_the_registry() -> None:
@@ -148,9 +148,9 @@ def test_no_prompt_and_an_empty_one_are_the_null_condition(name: str, count: int
 def test_labels_are_the_names_in_their_order(name: str) -> None:
     conditioner = build(name)
     assert isinstance(conditioner, ClassConditioner)
-    known = list(conditioner.class_names)
-    count = max(len(known), 1)
-    assert equal(conditioner.from_labels(torch.arange(count)), conditioner(known or [None]))
+    available = list(conditioner.class_names)
+    count = max(len(available), 1)
+    assert equal(conditioner.from_labels(torch.arange(count)), conditioner(available or [None]))
 
 
 @every
@@ -173,11 +173,11 @@ def test_a_prompt_it_does_not_know_is_refused_in_one_sentence(name: str) -> None
     """
     conditioner = build(name)
     try:
-        found = conditioner(["a zebra on the moon"])
+        result = conditioner(["a zebra on the moon"])
     except UserError as error:
         assert "a zebra on the moon" in str(error) and "\n" not in str(error)
     else:
-        assert not equal(found, conditioner.null(1))
+        assert not equal(result, conditioner.null(1))
 
 
 @every
@@ -228,10 +228,10 @@ def strict(conditioner: Conditioner) -> Conditioner:
     )
 
 
-def refused(call: Any, *given: Any) -> str | None:
+def refused(call: Any, *inputs: Any) -> str | None:
     """The sentence in which a call refuses its arguments."""
     try:
-        call(*given)
+        call(*inputs)
     except UserError as error:
         return str(error)
     return None
@@ -323,7 +323,7 @@ def test_a_copy_on_another_device_leaves_the_first(name: str) -> None:
             conditioner.to("nonsense")
 
 
-def test_names_of_earlier_versions_are_known() -> None:
+def test_names_of_earlier_versions_are_read() -> None:
     for earlier in ("nothing", "Nothing"):
         assert conditioner_class(earlier) is Unconditional
     assert Unconditional().identity() == {"_class_name": "nothing"}, "a model keeps its hash"
@@ -386,7 +386,7 @@ def test_names_that_mean_two_classes_are_refused() -> None:
         ClassNames(tuple(LABELS))(["bgg"])
 
 
-def test_a_thousand_known_classes_do_not_bury_the_sentence() -> None:
+def test_a_thousand_classes_do_not_bury_the_sentence() -> None:
     names = ClassNames(tuple(f"class {k}" for k in range(1000)))
     with pytest.raises(
         UserError, match=r"unknown class 'clas 777': did you mean .*'class 777'.* and 950 more"

@@ -147,7 +147,7 @@ def rewrite(
 
 def damages(key: str, value: Tensor) -> dict[str, Callable[[dict[str, Tensor]], object]]:
     """What can be told of one tensor."""
-    found: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    result: dict[str, Callable[[dict[str, Tensor]], object]] = {
         "gone": lambda t: t.pop(key),
         "renamed": lambda t: t.update({key + "s": t.pop(key)}),
         "twice": lambda t: t.update({key + ".copy": value.clone()}),
@@ -156,13 +156,13 @@ def damages(key: str, value: Tensor) -> dict[str, Callable[[dict[str, Tensor]], 
         "NaN": lambda t: t.update({key: torch.full_like(value, torch.nan)}),
         "infinite": lambda t: t[key].view(-1)[-1:].fill_(-torch.inf),
     }
-    found |= {
+    result |= {
         kind: lambda t, kind=kind: t.update({key: value.to(getattr(torch, kind))})
         for kind in ("int8", "int64", "bool", "complex64")
     }
     if value.ndim > 1 and value.shape[0] != value.shape[1]:
-        found["transposed"] = lambda t: t.update({key: value.transpose(0, 1)})
-    return found
+        result["transposed"] = lambda t: t.update({key: value.transpose(0, 1)})
+    return result
 
 
 def test_the_sound_model_opens(sound: tuple[Path, str]) -> None:
@@ -170,12 +170,12 @@ def test_the_sound_model_opens(sound: tuple[Path, str]) -> None:
     place, expected = sound
     folder, one = sfumato.load(place / "model"), sfumato.load(place / "model.safetensors")
     assert folder.hash == expected
-    for ours, theirs in (
+    for actual, reference in (
         (one.autoencoder, folder.autoencoder),
         (one.denoiser.network, folder.denoiser.network),
     ):
-        weights: dict[str, Tensor] = ours.state_dict()  # pyright: ignore
-        assert all(torch.equal(v, weights[k]) for k, v in theirs.state_dict().items())  # pyright: ignore
+        weights: dict[str, Tensor] = actual.state_dict()  # pyright: ignore
+        assert all(torch.equal(v, weights[k]) for k, v in reference.state_dict().items())  # pyright: ignore
     assert all(
         torch.equal(v, one.conditioner.tensors()[k])
         for k, v in folder.conditioner.tensors().items()
@@ -229,7 +229,7 @@ def test_one_tensor_of_a_single_file_in_our_own_layout_is_wrong(
 
 
 @pytest.mark.parametrize("kind", ["float64", "float16", "bfloat16", "float8_e4m3fn"])
-def test_other_floating_point_weights_become_what_was_asked_for(
+def test_other_floating_point_weights_take_the_requested_dtype(
     kind: str, folder: Path, single: Path, sound: tuple[Path, str]
 ) -> None:
     """Each number is the nearest float32 to the one in the file: those of float64 are the very
@@ -248,22 +248,22 @@ def test_other_floating_point_weights_become_what_was_asked_for(
                 }
             ),
         )
-    for found in (sfumato.load(folder), sfumato.load(single)):
-        for ours, theirs in (
-            (found.autoencoder, original.autoencoder),
-            (found.denoiser.network, original.denoiser.network),
+    for result in (sfumato.load(folder), sfumato.load(single)):
+        for actual, reference in (
+            (result.autoencoder, original.autoencoder),
+            (result.denoiser.network, original.denoiser.network),
         ):
             expected = {
-                k: v.to(getattr(torch, kind)).float() for k, v in theirs.state_dict().items()
+                k: v.to(getattr(torch, kind)).float() for k, v in reference.state_dict().items()
             }  # pyright: ignore
             assert all(
                 v.dtype == torch.float32 and torch.equal(v, expected[k])
-                for k, v in ours.state_dict().items()
+                for k, v in actual.state_dict().items()
             )  # pyright: ignore
         texts = original.conditioner.tensors()
         assert all(
             torch.equal(v, texts[k].to(getattr(torch, kind)).float())
-            for k, v in found.conditioner.tensors().items()
+            for k, v in result.conditioner.tensors().items()
         )
 
 
@@ -366,8 +366,8 @@ def test_paths_in_a_config_are_not_followed(file: str, folder: Path, tmp_path: P
                     {**values, field: {"AutoTokenizer": name} if field == "auto_map" else name}
                 )
             )
-            found = opens_or_refused(folder, folder)
-            assert found is None or found.hash == expected, field
+            result = opens_or_refused(folder, folder)
+            assert result is None or result.hash == expected, field
     path.write_text(json.dumps({**values, "_name_or_path": str(bait)}))
     assert sfumato.load(folder).hash == expected
     assert not any("bait" in name for name in OPENED)

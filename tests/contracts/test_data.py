@@ -69,8 +69,8 @@ def test_sixteen_bit_grey_is_scaled_by_257(tmp_path: Path) -> None:
     for delta in (0, 100, -100):  # within half a step: the same level, rounded and never clipped
         values = np.clip(levels.astype(int) * 257 + delta, 0, 65535).astype(np.uint16)
         for name in ("a.png", "a.tif"):
-            found = bytes_of(Transform().to_tensor(save(tmp_path / name, values)))
-            assert np.array_equal(found[0], levels), name
+            result = bytes_of(Transform().to_tensor(save(tmp_path / name, values)))
+            assert np.array_equal(result[0], levels), name
 
 
 def test_transparency_is_put_on_white(tmp_path: Path) -> None:
@@ -111,8 +111,8 @@ def test_palette_with_and_without_transparency(tmp_path: Path) -> None:
 )
 def test_cmyk(tmp_path: Path, ink: tuple[int, ...], seen: tuple[int, ...]) -> None:
     Image.new("CMYK", (8, 8), ink).save(tmp_path / "a.jpg", quality=100)
-    found = bytes_of(Transform().to_tensor(tmp_path / "a.jpg"))[:, 4, 4]
-    assert np.abs(found.astype(int) - seen).max() <= 2
+    result = bytes_of(Transform().to_tensor(tmp_path / "a.jpg"))[:, 4, 4]
+    assert np.abs(result.astype(int) - seen).max() <= 2
 
 
 UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -131,15 +131,15 @@ UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
     stored, exif = noise(5, 7, 3), Image.Exif()
     exif[0x0112] = orientation
-    found = bytes_of(Transform().to_tensor(save(tmp_path / "a.png", stored, exif=exif)))
-    assert np.array_equal(found.transpose(1, 2, 0), UPRIGHT[orientation](stored))
+    result = bytes_of(Transform().to_tensor(save(tmp_path / "a.png", stored, exif=exif)))
+    assert np.array_equal(result.transpose(1, 2, 0), UPRIGHT[orientation](stored))
 
 
 def test_resizing_is_lanczos_of_the_short_side_then_the_centre() -> None:
     pixels = noise(64, 96, 3)
     whole = np.asarray(Image.fromarray(pixels).resize((48, 32), Image.Resampling.LANCZOS))[:, 8:40]
-    found = bytes_of(Transform(size=32).to_tensor(pixels)).transpose(1, 2, 0)
-    assert np.abs(found.astype(int) - whole).max() <= 1
+    result = bytes_of(Transform(size=32).to_tensor(pixels)).transpose(1, 2, 0)
+    assert np.abs(result.astype(int) - whole).max() <= 1
 
 
 @pytest.mark.parametrize("shape", [(37, 90), (90, 37), (50, 51)])
@@ -586,9 +586,9 @@ def test_pictures_beyond_the_memory_limit_are_decoded_on_demand(
 
 @pytest.fixture
 def datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    found = pytest.importorskip("datasets", reason="the package datasets is not installed")
-    monkeypatch.setattr(found.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
-    return found
+    result = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    monkeypatch.setattr(result.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
+    return result
 
 
 def table(
@@ -689,27 +689,27 @@ def test_the_first_of_both_splits_are_opened_alone(
     """
     sets = open_both(numbered(tmp_path / "whole", kind, range(20), request), 0.2)
     expected = [images.subset(range(3)) for images in sets]
-    wanted = {
+    target = {
         int(value) // 10
         for images in expected
         for value in bytes_of(images.batch(range(3))["image"])[:, 0, 0, 0]
     }
-    source = numbered(tmp_path / "broken", kind, wanted, request)
+    source = numbered(tmp_path / "broken", kind, target, request)
     if kind != "idx":
         with pytest.raises(UserError, match="cannot be read as an image"):
             open_images(source)
     for limit in (1 << 30, 0):  # in memory; decoded for each batch
         monkeypatch.setattr(images, "MEMORY_LIMIT", limit)
-        for found, right in zip(open_first(source, 3, 0.2), expected, strict=True):
-            found = pickle.loads(pickle.dumps(found))
-            assert found.fingerprint == right.fingerprint and torch.equal(
-                found.batch(range(3))["image"], right.batch(range(3))["image"]
+        for result, right in zip(open_first(source, 3, 0.2), expected, strict=True):
+            result = pickle.loads(pickle.dumps(result))
+            assert result.fingerprint == right.fingerprint and torch.equal(
+                result.batch(range(3))["image"], right.batch(range(3))["image"]
             )
-            assert (found.class_names, found.captions) == (right.class_names, right.captions)
+            assert (result.class_names, result.captions) == (right.class_names, right.captions)
             assert (
-                found.labels is not None
+                result.labels is not None
                 and right.labels is not None
-                and torch.equal(found.labels, right.labels)
+                and torch.equal(result.labels, right.labels)
             )
     assert [len(images) for images in open_first(tmp_path / "whole", 99, 0.2)] == [
         len(images) for images in sets
@@ -731,7 +731,7 @@ def test_folders_saved_by_datasets(datasets: Any, tmp_path: Path) -> None:
             open_images(tmp_path / folder, split="validation")
 
 
-def test_columns_are_found_or_refused(datasets: Any, tmp_path: Path) -> None:
+def test_columns_are_detected_or_refused(datasets: Any, tmp_path: Path) -> None:
     file = save(tmp_path / "a.png", noise(4, 4)).read_bytes()
     datasets.Dataset.from_dict(
         {"image": [file, file], "label": ["shoe", "hat"], "text": ["x", None]}

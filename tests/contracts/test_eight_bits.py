@@ -42,7 +42,7 @@ def test_range(dtype: torch.dtype, largest: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [E4, E5])
-def test_every_byte_that_is_no_number_is_found(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_every_byte_that_is_no_number_is_detected(dtype: torch.dtype, tmp_path: Path) -> None:
     """In memory and in the file, one byte at a time: what torch calls finite in float32 is."""
     for byte in range(256):
         value = torch.cat([torch.zeros(5, dtype=torch.uint8), EVERY[byte : byte + 1]]).view(dtype)
@@ -95,9 +95,11 @@ def test_files_with_scales_are_read(name: str) -> None:
         **beside,
     }
     table |= {"a.comfy_quant": torch.zeros(3, dtype=torch.uint8)}
-    found = unscaled(table)
-    assert found.keys() == {"a.weight", "a.bias", "b.weight", "c.weight"}
-    assert torch.equal(found["a.weight"], torch.full((2, 2), 0.75)) and found["b.weight"] is weight
+    result = unscaled(table)
+    assert result.keys() == {"a.weight", "a.bias", "b.weight", "c.weight"}
+    assert (
+        torch.equal(result["a.weight"], torch.full((2, 2), 0.75)) and result["b.weight"] is weight
+    )
     lazy = apply_scales(from_tensors(table))
     assert {k: v.dtype for k, v in lazy.items()} == {
         "a.weight": torch.bfloat16,
@@ -105,7 +107,7 @@ def test_files_with_scales_are_read(name: str) -> None:
         "b.weight": E4,
         "c.weight": torch.bfloat16,
     }
-    assert torch.equal(lazy["a.weight"].load().float(), found["a.weight"])
+    assert torch.equal(lazy["a.weight"].load().float(), result["a.weight"])
     # a scale of what is not in eight bits stays, to be refused
     other = unscaled({"c.weight": half, f"c.{name}": torch.ones(())})
     assert f"c.{name}" in other
@@ -229,11 +231,11 @@ def test_files_written_one_tensor_at_a_time(tmp_path: Path) -> None:
     }
     file, count = tmp_path / "a.safetensors", []
     write_file(file, from_tensors(tensors), {"note": "ä"}, lambda: count.append(1))
-    found = read_tensors(file)
-    assert found.keys() == tensors.keys() and len(count) == len(tensors)
+    result = read_tensors(file)
+    assert result.keys() == tensors.keys() and len(count) == len(tensors)
     assert all(
         torch.equal(
-            found[k].view(torch.uint8) if k != "one" else found[k],
+            result[k].view(torch.uint8) if k != "one" else result[k],
             v.contiguous().view(torch.uint8) if k != "one" else v,
         )
         for k, v in tensors.items()
@@ -250,7 +252,7 @@ def test_files_written_one_tensor_at_a_time(tmp_path: Path) -> None:
 def test_a_file_that_is_not_as_announced_is_not_written(tmp_path: Path) -> None:
     one, table = torch.ones(2), {"a": (torch.float32, (2,)), "b": (torch.float32, (2,))}
     file = tmp_path / "a.safetensors"
-    for given in (
+    for inputs in (
         [("a", one)],
         [("b", one), ("a", one)],
         [("a", one.half()), ("b", one)],
@@ -258,7 +260,7 @@ def test_a_file_that_is_not_as_announced_is_not_written(tmp_path: Path) -> None:
         [("a", one), ("b", one), ("c", one)],
     ):
         with pytest.raises(ValueError, match="was announced"):
-            write_streamed(file, table, iter(given))
+            write_streamed(file, table, iter(inputs))
     with pytest.raises(ValueError, match="numbers of 4 bytes after those of 2"):
         write_streamed(file, {"a": (torch.float16, (2,)), "b": (torch.float32, (2,))}, iter([]))
     assert not [*tmp_path.iterdir()]

@@ -52,11 +52,11 @@ def q4_k(block: bytes) -> list[float]:
     minima = [packed[j + 4] & 63 for j in range(4)] + [
         (packed[j + 8] >> 4) | (packed[j + 4] >> 6) << 4 for j in range(4)
     ]
-    found: list[float] = []
+    result: list[float] = []
     for j in range(8):
         part = numbers[32 * (j // 2) : 32 * (j // 2) + 32]
-        found += [d * scales[j] * (b >> 4 if j % 2 else b & 15) - m * minima[j] for b in part]
-    return found
+        result += [d * scales[j] * (b >> 4 if j % 2 else b & 15) - m * minima[j] for b in part]
+    return result
 
 
 BLOCKS = {
@@ -94,20 +94,20 @@ def write(path: Path, tensors: dict[str, tuple[np.ndarray, Kind | None]], **note
 def test_numbers_are_those_of_the_published_layout(kind: Kind, tmp_path: Path) -> None:
     size, count, numbers, _ = BLOCKS[kind]
     data = raw(kind, 3, 2)
-    found = read_gguf(write(tmp_path / "a.gguf", {"w": (data, kind)}))
-    wanted = torch.tensor(
+    result = read_gguf(write(tmp_path / "a.gguf", {"w": (data, kind)}))
+    expected = torch.tensor(
         [
             [x for k in range(2) for x in numbers(row[k * size : (k + 1) * size].tobytes())]
             for row in data
         ]
     )
-    value = found.tensors["w"].load()
-    assert found.kinds == {"w": kind.name} and value.shape == found.tensors["w"].shape == (
+    value = result.tensors["w"].load()
+    assert result.kinds == {"w": kind.name} and value.shape == result.tensors["w"].shape == (
         3,
         2 * count,
     )
-    assert torch.allclose(value, wanted, rtol=1e-6, atol=1e-7)
-    assert wanted.abs().max() > 0.1
+    assert torch.allclose(value, expected, rtol=1e-6, atol=1e-7)
+    assert expected.abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -127,9 +127,9 @@ def test_weights_come_back_as_near_as_they_were_stored(
             "b.bias": (weights[:, 0].copy(), None),
         },
     )
-    found = read_gguf(file, dtype)
-    value = found.tensors["b.weight"].load()
-    assert value.dtype == found.tensors["b.weight"].dtype == dtype and value.shape == (5, 96)
+    result = read_gguf(file, dtype)
+    value = result.tensors["b.weight"].load()
+    assert value.dtype == result.tensors["b.weight"].dtype == dtype and value.shape == (5, 96)
     error = float((value.float() - torch.from_numpy(weights)).abs().max())
     near = {
         "F32": 0.0,
@@ -142,9 +142,9 @@ def test_weights_come_back_as_near_as_they_were_stored(
         "Q4_1": 0.3,
     }[kind.name]
     assert error <= max(near, 0.02 if dtype is torch.bfloat16 else 0.0)
-    assert torch.equal(found.tensors["b.bias"].load(), torch.from_numpy(weights[:, 0]).to(dtype))
+    assert torch.equal(result.tensors["b.bias"].load(), torch.from_numpy(weights[:, 0]).to(dtype))
     value.zero_()  # its own memory, not the file's
-    assert float(found.tensors["b.weight"].load().abs().max()) > 1
+    assert float(result.tensors["b.weight"].load().abs().max()) > 1
 
 
 def test_notes_and_shapes(tmp_path: Path) -> None:
@@ -153,14 +153,16 @@ def test_notes_and_shapes(tmp_path: Path) -> None:
     """
     values = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     notes = {"comfy.gguf.orig_shape.b": [1, 6, 2, 2], "general.name": "small"}
-    found = read_gguf(
+    result = read_gguf(
         write(tmp_path / "a.gguf", {"a": (values, None), "b": (values, None)}, **notes)
     )
-    assert torch.equal(found.tensors["a"].load(), torch.from_numpy(values))
+    assert torch.equal(result.tensors["a"].load(), torch.from_numpy(values))
     assert torch.equal(
-        found.tensors["b"].load(), torch.from_numpy(values).reshape(1, 6, 2, 2)
-    ) and found.tensors["b"].shape == (1, 6, 2, 2)
-    assert found.notes["general.architecture"] == "flux" and found.notes["general.name"] == "small"
+        result.tensors["b"].load(), torch.from_numpy(values).reshape(1, 6, 2, 2)
+    ) and result.tensors["b"].shape == (1, 6, 2, 2)
+    assert (
+        result.notes["general.architecture"] == "flux" and result.notes["general.name"] == "small"
+    )
     with pytest.raises(UserError, match=r"b has \(2, 3, 4\) and its note"):
         read_gguf(
             write(tmp_path / "b.gguf", {"b": (values, None)}, **{"comfy.gguf.orig_shape.b": [5, 5]})

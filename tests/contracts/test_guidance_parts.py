@@ -50,9 +50,9 @@ POINTS = {
 }
 
 
-def settings(parts: dict[str, type], **given: float) -> list[Any]:
+def settings(parts: dict[str, type], **inputs: float) -> list[Any]:
     """pytest parameters: each part with its default settings and with those of MORE."""
-    pairs = [(name, {**given, **more}) for name in parts for more in ({}, *MORE.get(name, ()))]
+    pairs = [(name, {**inputs, **more}) for name in parts for more in ({}, *MORE.get(name, ()))]
     return [pytest.param(parts[name](**options), id=f"{name}-{options}") for name, options in pairs]
 
 
@@ -73,12 +73,12 @@ def predictions(
     """
     alpha, sigma = point
     x = normal(seed, dtype)
-    found = []
+    result = []
     for k in range(count):
         velocity = 0.5 * x + normal(seed + 1 + k, dtype)
         whole = alpha + sigma
-        found.append(Prediction((x - sigma * velocity) / whole, (x + alpha * velocity) / whole))
-    return x, found
+        result.append(Prediction((x - sigma * velocity) / whole, (x + alpha * velocity) / whole))
+    return x, result
 
 
 def rows(prediction: Prediction, k: int) -> Prediction:
@@ -143,9 +143,9 @@ def test_its_words_come_back(name: str) -> None:
         line = f"2 {word}" if word != "dual" else "2 dual condition model"
     else:
         line = f"2 {word}"
-    found = Guidance.parse(line)
-    assert Guidance.parse(str(found)) == found == Guidance.parse(found.to_json())
-    assert word in getattr(found, field) if word != "condition" else found == Guidance(2)
+    result = Guidance.parse(line)
+    assert Guidance.parse(str(result)) == result == Guidance.parse(result.to_json())
+    assert word in getattr(result, field) if word != "condition" else result == Guidance(2)
     for options in MORE.get(name, ()):
         part = PARTS[name](**options)
         words = [f"{k}={v}" for k, v in options.items()]
@@ -214,13 +214,13 @@ def test_a_scale_is_a_finite_number(name: str, scale: float) -> None:
 def test_a_combine_keeps_shape_and_dtype_and_is_finite(
     rule: Any, point: tuple[float, float], dtype: torch.dtype
 ) -> None:
-    x, given = predictions(point, 1 + rule.num_baselines, dtype=dtype)
+    x, inputs = predictions(point, 1 + rule.num_baselines, dtype=dtype)
     join = rule.begin()
     for index, w in enumerate(
         (0.0, 1.0, 2.5, torch.tensor([0.0, 1.0, 7.5], dtype=dtype)[:, None, None, None])
     ):
-        found = join(x, Moment(0.5, *point, index), given, w)
-        for part in (found.x0, found.eps):
+        result = join(x, Moment(0.5, *point, index), inputs, w)
+        for part in (result.x0, result.eps):
             assert part.shape == x.shape and part.dtype == dtype and torch.isfinite(part).all()
 
 
@@ -232,12 +232,12 @@ def test_a_pair_adds_up_to_x_or_the_combine_says_that_it_does_not(
     """In float64. Where a combine says that it is not consistent, it must not be: samplers are
     refused for it.
     """
-    x, given = predictions(point, 1 + rule.num_baselines, dtype=torch.float64)
+    x, inputs = predictions(point, 1 + rule.num_baselines, dtype=torch.float64)
     join, (alpha, sigma) = rule.begin(), point
     gaps = []
     for index in range(4):
-        found = join(x, Moment(0.5, *point, index), given, 3.0)
-        gaps.append(float((alpha * found.x0 + sigma * found.eps - x).abs().max()))
+        result = join(x, Moment(0.5, *point, index), inputs, 3.0)
+        gaps.append(float((alpha * result.x0 + sigma * result.eps - x).abs().max()))
     assert max(gaps) < 1e-8 if rule.consistent else max(gaps) > 1e-8 or alpha == 0
 
 
@@ -246,10 +246,10 @@ def test_a_pair_adds_up_to_x_or_the_combine_says_that_it_does_not(
 def test_predictions_of_nothing_are_finite(rule: Any, point: tuple[float, float]) -> None:
     """No norm and no standard deviation is divided by where it is 0."""
     zero = torch.zeros(SHAPE)
-    given = [Prediction(zero, zero)] * (1 + rule.num_baselines)
+    inputs = [Prediction(zero, zero)] * (1 + rule.num_baselines)
     for weight in (2.0, torch.full((3, 1, 1, 1), 2.0)):
-        found = rule.begin()(zero, Moment(0.5, *point, 5), given, weight)
-        assert torch.isfinite(found.x0).all() and torch.isfinite(found.eps).all()
+        result = rule.begin()(zero, Moment(0.5, *point, 5), inputs, weight)
+        assert torch.isfinite(result.x0).all() and torch.isfinite(result.eps).all()
 
 
 @every_weight
@@ -268,23 +268,23 @@ def test_an_image_is_the_same_in_every_batch(rule: Any, point: tuple[float, floa
     w = torch.tensor([0.3, 2.0, 7.5])[:, None, None, None]
     whole, alone = rule.begin(), [rule.begin() for _ in range(3)]
     for index in range(3):
-        x, given = predictions(point, 1 + rule.num_baselines, seed=10 * index)
-        found = whole(x, Moment(0.5, *point, index), given, w)
+        x, inputs = predictions(point, 1 + rule.num_baselines, seed=10 * index)
+        result = whole(x, Moment(0.5, *point, index), inputs, w)
         for k in range(3):
             row = alone[k](
-                x[k : k + 1], Moment(0.5, *point, index), [rows(p, k) for p in given], w[k : k + 1]
+                x[k : k + 1], Moment(0.5, *point, index), [rows(p, k) for p in inputs], w[k : k + 1]
             )
-            assert equal(row, rows(found, k))
+            assert equal(row, rows(result, k))
 
 
 class Toy:
     """A denoiser without a network, whose answer depends on x, t and the condition."""
 
-    def __init__(self, point: Callable[[float], tuple[float, float]], asked: list[float]) -> None:
-        self.point, self.asked = point, asked
+    def __init__(self, point: Callable[[float], tuple[float, float]], request: list[float]) -> None:
+        self.point, self.request = point, request
 
     def __call__(self, x: Tensor, t: float, conditioning: Conditioning) -> Prediction:
-        self.asked.append(t)
+        self.request.append(t)
         assert conditioning.vector is not None
         alpha, sigma = self.point(t)
         velocity = 0.5 * x + torch.sin(3 * x + conditioning.vector[:, :1, None, None]) + t
@@ -300,9 +300,9 @@ def flow(t: float) -> tuple[float, float]:
 TIMES = (1.0, 0.8, 0.5, 0.3, 0.1)
 
 
-def run(weight: Any, rule: Any, seed: int, asked: list[float]) -> Iterator[Prediction]:
+def run(weight: Any, rule: Any, seed: int, request: list[float]) -> Iterator[Prediction]:
     """Five steps of Euler, one at a time."""
-    denoiser = Toy(flow, asked)
+    denoiser = Toy(flow, request)
     conditionings = [
         Conditioning(vector=torch.full((3, 1), float(k))) for k in range(1 + rule.num_baselines)
     ]
@@ -311,9 +311,9 @@ def run(weight: Any, rule: Any, seed: int, asked: list[float]) -> Iterator[Predi
     )
     x = normal(seed)
     for t, s in zip(TIMES, (*TIMES[1:], 0.0), strict=True):
-        found = drive(ask(x, t), evaluate_calls)
-        yield found
-        x = (1 - s) * found.x0 + s * found.eps
+        result = drive(ask(x, t), evaluate_calls)
+        yield result
+        x = (1 - s) * result.x0 + s * result.eps
 
 
 @every_rule
@@ -346,15 +346,15 @@ def test_two_weights_at_once_are_two_runs(weight: Any) -> None:
 
 @every_rule
 @every_weight
-def test_references_are_asked_where_they_count_and_nowhere_else(rule: Any, weight: Any) -> None:
-    asked: list[float] = []
-    list(run(weight, rule, 0, asked))
-    wanted = [
+def test_references_are_evaluated_where_they_count_and_nowhere_else(rule: Any, weight: Any) -> None:
+    request: list[float] = []
+    list(run(weight, rule, 0, request))
+    target = [
         t
         for t in TIMES
         for _ in range(1 + rule.num_baselines * (rule.always or weight.active(Moment(t, *flow(t)))))
     ]
-    assert asked == wanted
+    assert request == target
 
 
 class Sometimes:
@@ -383,23 +383,25 @@ def test_where_the_weight_is_one_the_conditional_prediction_stays_to_the_last_bi
     baselines = [(denoiser, c) for c in conditionings[1:]]
     off = guide(denoiser, conditionings[0], baselines, WEIGHTS["weights.constant"](1.0), rule, flow)
     assert equal(drive(off(x, 0.5), evaluate_calls), expected)
-    found = drive(
+    result = drive(
         guide(denoiser, conditionings[0], baselines, Sometimes(), rule, flow)(x, 0.5),
         evaluate_calls,
     )
-    assert equal(rows(found, 1), rows(expected, 1)) and not torch.equal(found.x0[0], expected.x0[0])
+    assert equal(rows(result, 1), rows(expected, 1)) and not torch.equal(
+        result.x0[0], expected.x0[0]
+    )
 
 
 @every_rule
 def test_as_many_baselines_as_it_takes(rule: Any) -> None:
-    denoiser, given = Toy(flow, []), Conditioning(vector=torch.zeros(3, 1))
+    denoiser, inputs = Toy(flow, []), Conditioning(vector=torch.zeros(3, 1))
     with pytest.raises(UserError, match=f"3 baselines for .*: it takes {rule.num_baselines}"):
         guide(
-            denoiser, given, [(denoiser, given)] * 3, WEIGHTS["weights.constant"](2.0), rule, flow
+            denoiser, inputs, [(denoiser, inputs)] * 3, WEIGHTS["weights.constant"](2.0), rule, flow
         )
     assert equal(
-        drive(guide(denoiser, given, [], Sometimes(), rule, flow)(normal(0), 0.5), evaluate_calls),
-        denoiser(normal(0), 0.5, given),
+        drive(guide(denoiser, inputs, [], Sometimes(), rule, flow)(normal(0), 0.5), evaluate_calls),
+        denoiser(normal(0), 0.5, inputs),
     )
 
 
@@ -413,8 +415,8 @@ def test_a_baseline_is_a_pair_or_a_sentence(name: str) -> None:
 
     denoiser, weaker = Toy(flow, []), Toy(flow, [])
     try:
-        whom, given = part.pair(denoiser, conditioning, negative, weaker)
+        whom, inputs = part.pair(denoiser, conditioning, negative, weaker)
     except UserError as error:  # a copy of a network cannot be made of this one
         assert "Toy has no network to change" in str(error) and not part.takes_negative
     else:
-        assert callable(whom) and given is (negative if part.takes_negative else conditioning)
+        assert callable(whom) and inputs is (negative if part.takes_negative else conditioning)

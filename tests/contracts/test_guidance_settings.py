@@ -67,12 +67,14 @@ LINES: dict[str, tuple[Guidance, Any]] = {
 @pytest.mark.parametrize("line", LINES)
 def test_lines_objects_and_json_are_one(line: str) -> None:
     expected, stored = LINES[line]
-    found = Guidance.parse(line)
-    assert found == expected and hash(found) == hash(expected) and Guidance.parse(found) is found
-    assert found.to_json() == stored and type(found.to_json()) is type(stored)
-    assert Guidance.parse(json.loads(json.dumps(stored, allow_nan=False))) == found
-    assert Guidance.parse(str(found)) == found and str(Guidance.parse(str(found))) == str(found)
-    assert pickle.loads(pickle.dumps(found)) == found
+    result = Guidance.parse(line)
+    assert (
+        result == expected and hash(result) == hash(expected) and Guidance.parse(result) is result
+    )
+    assert result.to_json() == stored and type(result.to_json()) is type(stored)
+    assert Guidance.parse(json.loads(json.dumps(stored, allow_nan=False))) == result
+    assert Guidance.parse(str(result)) == result and str(Guidance.parse(str(result))) == str(result)
+    assert pickle.loads(pickle.dumps(result)) == result
 
 
 def test_the_lines_of_the_docstring_are_read() -> None:
@@ -84,8 +86,8 @@ def test_the_lines_of_the_docstring_are_read() -> None:
     texts = [line.split("   ")[0] for line in lines]
     assert len(texts) == 8 and "2" in texts
     for text in texts:
-        found = Guidance.parse(text)
-        assert Guidance.parse(found.to_json()) == found
+        result = Guidance.parse(text)
+        assert Guidance.parse(result.to_json()) == result
 
 
 @pytest.mark.parametrize(
@@ -101,8 +103,8 @@ def test_the_lines_of_the_docstring_are_read() -> None:
 )
 def test_a_number_stays_a_number(value: Any) -> None:
     """What is recorded in pictures and models that know a scale only stays as it was."""
-    found = Guidance.parse(value).to_json()
-    assert found == 2.0 and type(found) is float
+    result = Guidance.parse(value).to_json()
+    assert result == 2.0 and type(result) is float
 
 
 def test_json_may_have_the_names_of_the_fields() -> None:
@@ -134,7 +136,7 @@ def test_json_may_have_the_names_of_the_fields() -> None:
 def test_json_may_name_options_one_by_one() -> None:
     weight = {"name": "interval", "low": 0, "high": 0.5}
     references = ["condition", {"name": "perturbed_attention", "layers": ["a", "b.c"]}]
-    found = Guidance.parse(
+    result = Guidance.parse(
         {
             "scale": 3,
             "weight": weight,
@@ -142,7 +144,7 @@ def test_json_may_name_options_one_by_one() -> None:
             "reference": references,
         }
     )
-    assert found == Guidance.parse(
+    assert result == Guidance.parse(
         "3 interval:low=0,high=0.5 dual:kind=away condition perturbed_attention:layers=a+b.c"
     )
 
@@ -159,17 +161,17 @@ def test_every_number_comes_back_to_the_last_bit(
     scale: float, low: float, high: float, phi: float, layers: list[str]
 ) -> None:
     low, high = sorted((low, high))
-    found = Guidance(
+    result = Guidance(
         scale,
         f"interval:low={low!r},high={high!r}",
         f"rescale:phi={phi!r}",
         "skip_layers:layers=" + "+".join(layers),
     )
     for again in (
-        Guidance.parse(str(found)),
-        Guidance.parse(json.loads(json.dumps(found.to_json()))),
+        Guidance.parse(str(result)),
+        Guidance.parse(json.loads(json.dumps(result.to_json()))),
     ):
-        assert again == found
+        assert again == result
         weight, combine, (reference,) = again.parts()
         assert (weight.scale, weight.low, weight.high, combine.phi, list(reference.layers)) == (
             scale,
@@ -293,8 +295,8 @@ BAD: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("value", "said"), BAD, ids=[str(b[0]) for b in BAD])
-def test_what_cannot_be_is_refused(value: Any, said: str) -> None:
-    with pytest.raises(UserError, match=said) as error:
+def test_what_cannot_be_is_refused(value: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
         Guidance.parse(value)
     assert "\n" not in str(error.value)
 
@@ -302,12 +304,12 @@ def test_what_cannot_be_is_refused(value: Any, said: str) -> None:
 # ---- build ---------------------------------------------------------------------------------------
 
 
-def toy(asked: list[tuple[float, float]]):
+def toy(options: list[tuple[float, float]]):
     """A denoiser that notes (t, condition) of each question."""
 
     def denoise(x: Tensor, t: float, conditioning: Conditioning) -> Prediction:
         assert conditioning.vector is not None
-        asked.append((t, float(conditioning.vector[0, 0])))
+        options.append((t, float(conditioning.vector[0, 0])))
         velocity = torch.sin(x) + conditioning.vector[:, :1, None, None]
         return Prediction(x - t * velocity, x + (1 - t) * velocity)
 
@@ -318,47 +320,53 @@ def vector(value: float) -> Conditioning:
     return Conditioning(vector=torch.full((2, 1), value))
 
 
-def asked_by(line: str, reference: Any, conditioning: Conditioning | None = None) -> list[float]:
+def options_by(line: str, reference: Any, conditioning: Conditioning | None = None) -> list[float]:
     """Under which conditions a guided denoiser asks at t = 0.5."""
-    asked: list[tuple[float, float]] = []
+    options: list[tuple[float, float]] = []
     ask = build(
         Guidance.parse(line),
-        toy(asked),
+        toy(options),
         conditioning or vector(1.0),
         reference,
         lambda t: (1 - t, t),
     )
     drive(ask(torch.zeros(2, 1, 2, 2), 0.5), evaluate_calls)
-    return [condition for _, condition in asked]
+    return [condition for _, condition in options]
 
 
-def test_who_is_asked() -> None:
+def test_the_evaluated_denoisers() -> None:
     one, two = vector(2.0), vector(3.0)
     assert (
-        asked_by("2", one) == [1, 2] and asked_by("1", one) == [1] and asked_by("0", one) == [1, 2]
+        options_by("2", one) == [1, 2]
+        and options_by("1", one) == [1]
+        and options_by("0", one) == [1, 2]
     )
-    assert asked_by("2 interval:low=0.6", one) == [1] and asked_by("2 interval:low=0.4", one) == [
+    assert options_by("2 interval:low=0.6", one) == [1] and options_by(
+        "2 interval:low=0.4", one
+    ) == [
         1,
         2,
     ]
-    assert asked_by("1 plus_plus", one) == [1, 2], "there 1 is not off"
-    assert asked_by("1 dual:second=2 condition condition", [one, two]) == [1, 2, 3], (
+    assert options_by("1 plus_plus", one) == [1, 2], "there 1 is not off"
+    assert options_by("1 dual:second=2 condition condition", [one, two]) == [1, 2, 3], (
         "the second scale acts"
     )
-    assert asked_by("1 dual:second=1 condition condition", [one, two]) == [1]
-    assert asked_by("2 dual condition condition", one) == [1, 2, 2]
-    assert asked_by("2 dual:low=0.9 condition condition", [one, two]) == [1, 2], (
+    assert options_by("1 dual:second=1 condition condition", [one, two]) == [1]
+    assert options_by("2 dual condition condition", one) == [1, 2, 2]
+    assert options_by("2 dual:low=0.9 condition condition", [one, two]) == [1, 2], (
         "the second is off at this time"
     )
-    assert asked_by("1 dual:low=0.9 condition condition", [one, two]) == [1], "and so is the first"
-    assert asked_by("1 model:path=elsewhere", one) == [1], "what is off needs no other model"
+    assert options_by("1 dual:low=0.9 condition condition", [one, two]) == [1], (
+        "and so is the first"
+    )
+    assert options_by("1 model:path=elsewhere", one) == [1], "what is off needs no other model"
     with pytest.raises(UserError, match="needs that model's denoiser"):
-        asked_by("2 model:path=elsewhere", one)
+        options_by("2 model:path=elsewhere", one)
     with pytest.raises(
         UserError,
         match="3 conditionings to move away from, for guidance 2 dual condition condition: expected 2",
     ):
-        asked_by("2 dual condition condition", [one, two, one])
+        options_by("2 dual condition condition", [one, two, one])
 
 
 @pytest.mark.parametrize(
@@ -376,7 +384,7 @@ def test_nothing_is_guided_by_its_own_condition(line: str) -> None:
     """An unconditional draw, or the prompt as its own negative prompt: one pass, and the prediction
     as it is.
     """
-    assert asked_by(line, vector(1.0)) == [1]
+    assert options_by(line, vector(1.0)) == [1]
 
 
 def test_off_and_consistent_say_what_the_caller_needs_to_know() -> None:

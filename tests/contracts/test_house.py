@@ -22,23 +22,23 @@ PICKLERS = {
 def offences(text: str, *, may_print: bool = False) -> list[str]:
     """What breaks a house rule in a file's text, with line numbers."""
     tree = ast.parse(text)
-    found = [] if ast.get_docstring(tree) else ["1: no docstring says what this file is"]
+    result = [] if ast.get_docstring(tree) else ["1: no docstring says what this file is"]
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             defaults = [*node.args.defaults, *(d for d in node.args.kw_defaults if d is not None)]
             if any(isinstance(d, (ast.List, ast.Dict, ast.Set)) for d in defaults):
-                found.append(f"{node.lineno}: {node.name} has a mutable default")
+                result.append(f"{node.lineno}: {node.name} has a mutable default")
         if not isinstance(node, ast.Call):
             continue
         called = node.func
         if isinstance(called, ast.Name) and called.id == "print" and not may_print:
-            found.append(
+            result.append(
                 f"{node.lineno}: print belongs to the command line: use logging, or return the text"
             )
         if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name):
             pair = (called.value.id, called.attr)
             if pair in PICKLERS:
-                found.append(
+                result.append(
                     f"{node.lineno}: {'.'.join(pair)} writes a pickle or a bare array: write safetensors (sfumato.io.atomic.write_tensors)"
                 )
             if pair == ("torch", "load") and not any(
@@ -47,10 +47,10 @@ def offences(text: str, *, may_print: bool = False) -> list[str]:
                 and k.value.value is True
                 for k in node.keywords
             ):
-                found.append(
+                result.append(
                     f"{node.lineno}: torch.load without weights_only=True runs code from the file"
                 )
-    return found
+    return result
 
 
 def test_there_are_files_to_check() -> None:
@@ -59,8 +59,8 @@ def test_there_are_files_to_check() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_file_keeps_the_house_rules(file: Path) -> None:
-    found = offences(file.read_text(), may_print=file.is_relative_to(SOURCE / "cli"))
-    assert not found, "\n".join(f"{file.relative_to(SOURCE)}:{line}" for line in found)
+    result = offences(file.read_text(), may_print=file.is_relative_to(SOURCE / "cli"))
+    assert not result, "\n".join(f"{file.relative_to(SOURCE)}:{line}" for line in result)
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def zone_of(module: str) -> str | None:
 
 
 def imports(
-    tree: ast.Module, module: str, is_package: bool, known: set[str]
+    tree: ast.Module, module: str, is_package: bool, available: set[str]
 ) -> Iterator[tuple[int, str]]:
     """(line, absolute module name) of everything a file imports, dynamic imports with a literal
     name included.
@@ -174,7 +174,7 @@ def imports(
             # Noise` does not
             for alias in named:
                 inner = f"{base}.{alias.name}"
-                yield node.lineno, inner if inner.removeprefix("sfumato.") in known else base
+                yield node.lineno, inner if inner.removeprefix("sfumato.") in available else base
         elif (
             isinstance(node, ast.Call)
             and node.args
@@ -188,39 +188,39 @@ def imports(
             )
             if name in ("import_module", "__import__"):
                 yield node.lineno, node.args[0].value
-            elif name in ("find", "names") and node.args[0].value in known:
+            elif name in ("find", "names") and node.args[0].value in available:
                 yield node.lineno, f"sfumato.{node.args[0].value}"
 
 
 def offences(
-    text: str, module: str, is_package: bool = False, known: set[str] | None = None
+    text: str, module: str, is_package: bool = False, available: set[str] | None = None
 ) -> list[str]:
     """What breaks the law in a file's text."""
-    known = set(FILES) if known is None else known
+    available = set(FILES) if available is None else available
     tree = ast.parse(text)
     zone = zone_of(module)
     if zone is None:
         return [f"no zone of LAW holds sfumato.{module}: say there whom it may know"]
-    found = []
-    for line, target in imports(tree, module, is_package, known):
+    result = []
+    for line, target in imports(tree, module, is_package, available):
         top = target.split(".")[0]
         if top in NOWHERE:
-            found.append(f"{line}: {top} is imported nowhere in the library")
+            result.append(f"{line}: {top} is imported nowhere in the library")
         if top != "sfumato":
             continue
         inner = target.removeprefix("sfumato").removeprefix(".")
         # The nearest zone decides: `diffuse` may be imported by a file that may import `diffuse`,
         # and a zone knows itself.
         if not any(within(inner, allowed) for allowed in (zone, *LAW[zone])):
-            found.append(
+            result.append(
                 f"{line}: sfumato.{module} may not know {target} (zone {zone or 'sfumato'!r} may know {', '.join(LAW[zone]) or 'nobody'})"
             )
     for line, target in imports_at_load(tree):
         if target.split(".")[0] in HEAVY:
-            found.append(
+            result.append(
                 f"{line}: {target} is imported when the file is: move it into the function that needs it"
             )
-    return found
+    return result
 
 
 def imports_at_load(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -245,11 +245,11 @@ def imports_at_load(tree: ast.Module) -> Iterator[tuple[int, str]]:
 @pytest.mark.parametrize("module", FILES, ids=[m or "sfumato" for m in FILES])
 def test_file_keeps_the_law(module: str) -> None:
     file = FILES[module]
-    found = offences(file.read_text(), module, file.name == "__init__.py")
-    assert not found, "\n".join(f"{file.relative_to(SOURCE)}:{line}" for line in found)
+    result = offences(file.read_text(), module, file.name == "__init__.py")
+    assert not result, "\n".join(f"{file.relative_to(SOURCE)}:{line}" for line in result)
 
 
-KNOWN = {
+AVAILABLE = {
     "diffuse",
     "diffuse.process",
     "diffuse.schedule",
@@ -300,7 +300,7 @@ KNOWN = {
     ],
 )
 def test_the_law_can_be_broken(module: str, text: str) -> None:
-    assert len(offences(text, module, known=KNOWN)) == 1
+    assert len(offences(text, module, available=AVAILABLE)) == 1
 
 
 @pytest.mark.parametrize(
@@ -329,4 +329,4 @@ def test_the_law_can_be_broken(module: str, text: str) -> None:
     ],
 )
 def test_what_the_law_allows(module: str, text: str) -> None:
-    assert not offences(text, module, known=KNOWN)
+    assert not offences(text, module, available=AVAILABLE)

@@ -147,11 +147,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def published_yaml(name: str) -> dict[str, Any]:
-    given = PUBLISHED[name]
-    vq, wide = not given["first"]["double_z"], given["first"]["z_channels"]
+    inputs = PUBLISHED[name]
+    vq, wide = not inputs["first"]["double_z"], inputs["first"]["z_channels"]
     first = {
         "embed_dim": wide,
-        "ddconfig": given["first"],
+        "ddconfig": inputs["first"],
         "lossconfig": {"target": "torch.nn.Identity"},
     }
     first |= {"n_embed": 8192 if wide == 3 else 16384} if vq else {}
@@ -162,10 +162,10 @@ def published_yaml(name: str) -> dict[str, Any]:
         "num_timesteps_cond": 1,
         "image_size": 64,
     }
-    params |= {"channels": wide, "monitor": "val/loss", "concat_mode": False} | given.get(
+    params |= {"channels": wide, "monitor": "val/loss", "concat_mode": False} | inputs.get(
         "more", {}
     )
-    condition = given.get("condition", "__is_unconditional__")
+    condition = inputs.get("condition", "__is_unconditional__")
     if isinstance(condition, dict):
         condition = {**condition, "target": f"ldm.modules.encoders.modules.{condition['target']}"}
     target = f"ldm.models.autoencoder.{'VQModelInterface' if vq else 'AutoencoderKL'}"
@@ -176,7 +176,7 @@ def published_yaml(name: str) -> dict[str, Any]:
     params |= {
         "unet_config": {
             "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
-            "params": given["unet"],
+            "params": inputs["unet"],
         }
     }
     return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
@@ -184,15 +184,15 @@ def published_yaml(name: str) -> dict[str, Any]:
 
 def published_file(name: str) -> dict[str, Tensor]:
     """Every key with its shape, from the YAML's own words alone."""
-    said = from_yaml(published_yaml(name))
-    unet = {**said.parts["unet"], **PUBLISHED[name]["heads"]}
+    sentence = from_yaml(published_yaml(name))
+    unet = {**sentence.parts["unet"], **PUBLISHED[name]["heads"]}
     up = {"ResnetDownsampleBlock2D": "ResnetUpsampleBlock2D"}
     unet["up_block_types"] = [
         up.get(k, k.replace("Down", "Up")) for k in reversed(unet["down_block_types"])
     ]
     if "condition" not in PUBLISHED[name]:
         unet |= {"_class_name": "UNet2DModel", "upsample_type": unet["downsample_type"]}
-    vae = dict(said.parts["vae"])
+    vae = dict(sentence.parts["vae"])
     vae["up_block_types"] = [
         k.replace("DownEncoder", "UpDecoder") for k in reversed(vae["down_block_types"])
     ]
@@ -213,31 +213,31 @@ def test_published_configurations(name: str) -> None:
     """Read with their YAML, the networks have the paper's sizes; unconditional ones and
     text-to-image need no YAML.
     """
-    given, file = PUBLISHED[name], published_file(name)
-    found = single.split_tensors(
+    inputs, file = PUBLISHED[name], published_file(name)
+    result = single.split_tensors(
         file, {}, "file", ReadOptions(original_config=from_yaml(published_yaml(name)))
     )
-    unet = found.components["unet"].config
-    assert {k: unet.get(k) for k in given["heads"]} == given["heads"] and unet[
+    unet = result.components["unet"].config
+    assert {k: unet.get(k) for k in inputs["heads"]} == inputs["heads"] and unet[
         "sample_size"
-    ] == given["side"]
+    ] == inputs["side"]
     network_class, config_class = registered()[unet["_class_name"]]
     with torch.device("meta"):
         network = network_class(config_class.from_dict(unet))
     count = sum(p.numel() for p in network.parameters())
     if name == "text-to-image":
-        count += sum(math.prod(v.shape) for v in found.components["bert"].tensors.values())
-    assert count / 1e6 == pytest.approx(given["millions"], rel=0.004)
+        count += sum(math.prod(v.shape) for v in result.components["bert"].tensors.values())
+    assert count / 1e6 == pytest.approx(inputs["millions"], rel=0.004)
     assert {k: tuple(v.shape) for k, v in network.state_dict().items()} == {
-        k: v.shape for k, v in found.components["unet"].tensors.items()
+        k: v.shape for k, v in result.components["unet"].tensors.items()
     }
-    schedule = found.schedulers["scheduler"]
-    more = given.get("more", {})
+    schedule = result.schedulers["scheduler"]
+    more = inputs.get("more", {})
     assert (schedule["beta_start"], schedule["beta_end"]) == (
         more.get("linear_start", 0.0015),
         more.get("linear_end", 0.0195),
     )
-    assert found.components["vae"].config["scaling_factor"] == more.get("scale_factor", 1.0)
+    assert result.components["vae"].config["scaling_factor"] == more.get("scale_factor", 1.0)
     if "ImageNet" not in name:
         assert single.split_tensors(file, {}, "file").components["unet"].config == unet
 
@@ -274,20 +274,20 @@ def plain(**fields: Any) -> dict[str, Tensor]:
 
 def test_an_unconditional_file_there_and_back() -> None:
     file = plain()
-    found = single.split_tensors(file, {}, "file")
+    result = single.split_tensors(file, {}, "file")
     assert (
-        found.kind == "ldm-unconditional"
-        and {k: found.components["unet"].config[k] for k in PLAIN} == PLAIN
+        result.kind == "ldm-unconditional"
+        and {k: result.components["unet"].config[k] for k in PLAIN} == PLAIN
     )
     assert (
-        found.schedulers["scheduler"]["beta_start"],
-        found.components["vae"].config["scaling_factor"],
+        result.schedulers["scheduler"]["beta_start"],
+        result.components["vae"].config["scaling_factor"],
     ) == (0.0015, 1.0)
-    again = single.join(found)
+    again = single.join(result)
     assert {k: v for k, v in again.items() if k in file}.keys() == file.keys() and all(
         torch.equal(v, again[k]) for k, v in file.items()
     )
-    assert single.notes(found)["sfumato.heads"] == '{"num_head_channels": 32}'
+    assert single.notes(result)["sfumato.heads"] == '{"num_head_channels": 32}'
     matrices = {
         k: v.squeeze(-1) if k.endswith(("qkv.weight", "attn.proj_out.weight")) else v
         for k, v in file.items()
@@ -295,7 +295,9 @@ def test_an_unconditional_file_there_and_back() -> None:
     same = single.weights(
         single.split_tensors(matrices, {}, "file").components["unet"]
     )  # 1x1 convolutions that somebody stored as matrices
-    assert all(torch.equal(v, same[k]) for k, v in single.weights(found.components["unet"]).items())
+    assert all(
+        torch.equal(v, same[k]) for k, v in single.weights(result.components["unet"]).items()
+    )
     averaged = {
         k: "model_ema." + k.removeprefix("model.").replace(".", "")
         for k in file
@@ -306,7 +308,7 @@ def test_an_unconditional_file_there_and_back() -> None:
         single.split_tensors(both, {}, "file", ReadOptions(ema=True)).components["unet"]
     )
     assert all(
-        torch.equal(v + 1, ema[k]) for k, v in single.weights(found.components["unet"]).items()
+        torch.equal(v + 1, ema[k]) for k, v in single.weights(result.components["unet"]).items()
     )
 
 
@@ -346,12 +348,12 @@ def test_heads_that_do_not_divide_and_notes_that_are_none() -> None:
     for note in ("[]", "{", '{"num_heads": 0}', '{"num_head_channels": "x"}'):
         with pytest.raises(UserError, match=r"its note sfumato\.heads="):
             single.split_tensors(plain(), {"sfumato.heads": note}, "file")
-    told = (
+    settings = (
         single.split_tensors(plain(), {"sfumato.heads": '{"num_heads": 1}'}, "file")
         .components["unet"]
         .config
     )
-    assert told["attention_head_dim"] is None
+    assert settings["attention_head_dim"] is None
 
 
 def test_what_the_layout_cannot_tell_of_a_network_without_tokens() -> None:
@@ -482,8 +484,8 @@ NAMED = {"class_names": ("tench", "great white shark", "7", "shark/ray")}
 )
 def test_numbers_are_rows(prompt: str | None, row: int) -> None:
     classes = ldm_conditioners.class_embedding()
-    found = classes([prompt]).tokens
-    assert found.shape == (1, 1, 24) and torch.equal(found[0, 0], classes.table[row])
+    result = classes([prompt]).tokens
+    assert result.shape == (1, 1, 24) and torch.equal(result[0, 0], classes.table[row])
 
 
 def test_names_are_rows_too() -> None:

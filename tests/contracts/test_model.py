@@ -84,7 +84,7 @@ def watched(model: LatentDiffusion) -> Iterator[list[int]]:
     """The batch sizes of the network's calls."""
     calls: list[int] = []
     handle = model.denoiser.network.register_forward_hook(
-        lambda module, given, found: calls.append(len(found))
+        lambda module, supplied, result: calls.append(len(result))
     )
     try:
         yield calls
@@ -95,7 +95,7 @@ def watched(model: LatentDiffusion) -> Iterator[list[int]]:
 # ---- what comes out ------------------------------------------------------------------------------
 
 
-def test_conditions_asked_together_again_are_joined_again_only_if_they_are_the_same() -> None:
+def test_a_repeated_batch_of_conditions_is_joined_again_only_if_it_is_the_same() -> None:
     """A run's joined condition is remembered in inference; another second condition, a third, or
     fewer must not get it.
     """
@@ -105,15 +105,15 @@ def test_conditions_asked_together_again_are_joined_again_only_if_they_are_the_s
     alone = [denoiser(x, 0.5, c) for c in conditions]
     with torch.inference_mode():
         for order in ([0, 1], [0, 1], [0, 2], [0, 1, 2], [0], [0, 1], [1, 0], [0, 0]):
-            found = evaluate_calls([DenoiserCall(denoiser, x, 0.5, conditions[k]) for k in order])
+            result = evaluate_calls([DenoiserCall(denoiser, x, 0.5, conditions[k]) for k in order])
             assert all(
                 torch.equal(p.x0, alone[k].x0) and torch.equal(p.eps, alone[k].eps)
-                for p, k in zip(found, order, strict=True)
+                for p, k in zip(result, order, strict=True)
             )
-    found = evaluate_calls(
+    result = evaluate_calls(
         [DenoiserCall(denoiser, x.requires_grad_(), 0.5, conditions[k]) for k in (0, 1)]
     )  # what inference remembers has no gradient
-    found[1].x0.sum().backward()
+    result[1].x0.sum().backward()
     assert x.grad is not None
 
 
@@ -156,11 +156,11 @@ def test_results_can_be_trained_on(model: LatentDiffusion) -> None:
     can.
     """
     z = model.compress(torch.zeros(1, 1, 16, 16))
-    found = model.predict(z, 0.5, "bag")
+    result = model.predict(z, 0.5, "bag")
     results = [
         z,
-        found.x0,
-        found.eps,
+        result.x0,
+        result.eps,
         model.generate(output="tensor"),
         latents(model),
         whole(model.autoencoder, z),
@@ -284,10 +284,10 @@ def test_guidance_is_the_line_through_two_predictions(model: LatentDiffusion) ->
             latents(model, "bag", steps=1, guidance=weight, seed=7), free + weight * (bag - free)
         )
         if weight != 1:  # there is no moving away then, and a negative prompt is refused
-            found = latents(
+            result = latents(
                 model, "bag", steps=1, guidance=weight, seed=7, negative_prompt="ankle boot"
             )
-            assert near(found, boot + weight * (bag - boot))
+            assert near(result, boot + weight * (bag - boot))
 
 
 def test_guidance_costs_a_second_pass_only_where_it_acts(model: LatentDiffusion) -> None:
@@ -350,8 +350,8 @@ def test_any_size_is_cut_from_the_next_that_the_latent_covers(each: LatentDiffus
 
 def test_ways_to_decode(model: LatentDiffusion) -> None:
     expected = model.generate("bag", height=31, width=17, steps=2, output="tensor")
-    found = model.generate("bag", height=31, width=17, steps=2, output="tensor", decoding="exact")
-    assert (found - expected).abs().max() < 1e-5
+    result = model.generate("bag", height=31, width=17, steps=2, output="tensor", decoding="exact")
+    assert (result - expected).abs().max() < 1e-5
     assert model.generate("bag", steps=2, output="tensor", decoding="tiled").shape == (1, 3, 16, 16)
     with pytest.raises(UserError, match="unknown way to decode 'hole'"):
         model.generate("bag", decoding="hole")
@@ -371,10 +371,10 @@ def test_half_precision_that_overflows_is_decoded_again(
     expected = wide.decode(z)[0]
     half = replace(wide, autoencoder=wide.autoencoder.half())
     with caplog.at_level("WARNING", logger="sfumato"):
-        found = half.decode(z)[0]
+        result = half.decode(z)[0]
     assert "decoding again in float32" in caplog.text
     assert half.autoencoder.dtype == torch.float16, "the model is left as it is"
-    assert np.abs(np.asarray(found, dtype=int) - np.asarray(expected, dtype=int)).max() <= 3
+    assert np.abs(np.asarray(result, dtype=int) - np.asarray(expected, dtype=int)).max() <= 3
     with pytest.raises(NumericalError):  # what is wrong in the latent is no overflow
         half.decode(z * float("nan"))
 
@@ -384,8 +384,8 @@ def test_timesteps_are_what_steps_stand_for(each: LatentDiffusion, sampler: str)
     times = each.times(4)
     assert times == [1.0, 0.75, 0.5, 0.25, 0.0]
     expected = latents(each, steps=4, sampler=sampler)
-    for given in (times, tuple(times), torch.tensor(times, dtype=torch.float64).tolist()):
-        assert torch.equal(expected, latents(each, timesteps=given, sampler=sampler, steps=99))
+    for supplied in (times, tuple(times), torch.tensor(times, dtype=torch.float64).tolist()):
+        assert torch.equal(expected, latents(each, timesteps=supplied, sampler=sampler, steps=99))
     assert not torch.equal(
         expected, latents(each, timesteps=[1.0, 0.6, 0.5, 0.25, 0.0], sampler=sampler)
     )
@@ -519,8 +519,10 @@ def test_previews_are_pictures(each: LatentDiffusion) -> None:
 def test_a_run_is_cancelled_by_false_only(model: LatentDiffusion) -> None:
     for output, empty in (("latent", (0, *LATENT)), ("tensor", (0, 3, 16, 16))):
         with watched(model) as calls:
-            found = model.generate(n=2, steps=5, output=output, on_step=lambda step: step.index < 1)
-        assert found.shape == empty and len(calls) == 2
+            result = model.generate(
+                n=2, steps=5, output=output, on_step=lambda step: step.index < 1
+            )
+        assert result.shape == empty and len(calls) == 2
     assert model.generate(steps=5, on_step=lambda step: False) == []
     with watched(model) as calls:
         assert len(model.generate(steps=3, on_step=lambda step: None)) == 1
@@ -617,22 +619,22 @@ def test_times_outside_the_process(model: LatentDiffusion, t: float) -> None:
 def test_predict_is_the_denoiser(each: LatentDiffusion) -> None:
     x = SeededNoise(LATENT, [1, 2])()
     prompts = ["bag", "ankle boot"] if each.class_names else [None, None]
-    found = each.predict(x, 0.6, prompts)
+    result = each.predict(x, 0.6, prompts)
     expected = each.denoiser(x, 0.6, each.conditioner(prompts))
-    assert torch.equal(found.x0, expected.x0) and torch.equal(found.eps, expected.eps)
+    assert torch.equal(result.x0, expected.x0) and torch.equal(result.eps, expected.eps)
     assert torch.equal(each.predict(x, 0.6, each.conditioner(prompts)).x0, expected.x0)
     assert torch.equal(
         each.predict(x, 0.6, prompts[0]).x0, each.predict(x, 0.6, [prompts[0]] * 2).x0
     )
     alpha, sigma = (float(v) for v in each.denoiser.process.schedule.at(0.6))
-    assert near(alpha * found.x0 + sigma * found.eps, x)
+    assert near(alpha * result.x0 + sigma * result.eps, x)
 
 
 def test_the_acts_by_hand_are_generate(model: LatentDiffusion) -> None:
     x = SeededNoise(LATENT, [9])()
     for t, s in ((1.0, 0.5), (0.5, 0.0)):
-        found = model.predict(x, t, "bag")
-        x = (1 - s) * found.x0 + s * found.eps
+        result = model.predict(x, t, "bag")
+        x = (1 - s) * result.x0 + s * result.eps
     assert near(x, latents(model, "bag", steps=2, guidance=1.0, seed=9))
     assert (
         np.abs(
@@ -962,7 +964,7 @@ FASHION = ClassNames(
         ("running shoes", "running_shoe"),
     ],
 )
-def test_names_are_found(prompt: str, name: str) -> None:
+def test_names_are_listed(prompt: str, name: str) -> None:
     assert FASHION.names[FASHION.label(prompt)] == name
 
 
@@ -986,7 +988,7 @@ def test_a_name_that_is_like_none_lists_all() -> None:
     assert all(name in str(caught.value) for name in FASHION.names)
 
 
-def test_whole_names_come_before_parts_and_doubt_is_said() -> None:
+def test_whole_names_come_before_parts_and_ambiguity_is_refused() -> None:
     names = ClassNames(("coat/jacket", "jacket", "rain jacket/coat", "Boot", "boot", "bags"))
     assert [
         names.label(p) for p in ("jacket", "Jackets", "rain jacket", "Boot", "boot", "bag")
@@ -1047,12 +1049,12 @@ def broken_at(network: torch.nn.Module, call: int, value: float) -> Iterator[Non
     """One number of the network's output in its call number `call` becomes `value`."""
     count = 0
 
-    def hook(module: object, given: object, found: Tensor) -> Tensor | None:
+    def hook(module: object, supplied: object, result: Tensor) -> Tensor | None:
         nonlocal count
         count += 1
         if count != call:
             return None
-        broken = found.clone()
+        broken = result.clone()
         broken[-1, 0, 0, 0] = value
         return broken
 
@@ -1154,18 +1156,18 @@ def test_many_requests_get_what_each_would_have_alone(
     calls: list[int] = []
     hook = network.register_forward_hook(lambda module, inputs, y: calls.append(len(y)))
     try:
-        said = [
+        sentence = [
             {f.name: getattr(r, f.name) for f in fields(r) if getattr(r, f.name) != f.default}
             for r in MIXED
         ]
-        alone = [model.generate(output="latent", **values) for values in said]
+        alone = [model.generate(output="latent", **values) for values in sentence]
         separate = calls.copy()
         calls.clear()
         together = model.run_many(MIXED, output="latent", batch=rows)
     finally:
         hook.remove()
-    for one, found in zip(alone, together, strict=True):
-        assert torch.equal(one, found)
+    for one, result in zip(alone, together, strict=True):
+        assert torch.equal(one, result)
     assert sum(calls) == sum(separate)  # no row is asked twice
     assert max(calls) <= rows if rows else len(calls) < len(separate) / 2
 
@@ -1177,9 +1179,9 @@ def test_a_cancelled_request_leaves_the_others_alone(model: LatentDiffusion) -> 
         seen.append((k, step.index, step.count))
         return not (k == 1 and step.index == 1)
 
-    found = model.run_many(MIXED[:3], output="latent", on_step=watch)
-    assert found[1].shape == (0, *LATENT) and torch.equal(
-        found[0], model.run_many(MIXED[:1], output="latent")[0]
+    result = model.run_many(MIXED[:3], output="latent", on_step=watch)
+    assert result[1].shape == (0, *LATENT) and torch.equal(
+        result[0], model.run_many(MIXED[:1], output="latent")[0]
     )
     assert [s for s in seen if s[0] == 1] == [(1, 0, 5), (1, 1, 5)]
     # Heun asks twice a step, and once for the last
@@ -1274,7 +1276,7 @@ def test_settings_that_would_be_silently_wrong_are_refused(
         model.run_many([{"prompt": "bag", **values}])
 
 
-def test_tuned_times_are_found_however_the_sampler_is_spelled(model: LatentDiffusion) -> None:
+def test_tuned_times_match_every_spelling_of_the_sampler(model: LatentDiffusion) -> None:
     tuned = replace(model, defaults=Defaults(tuned_timesteps={"ddim": [[1.0, 0.4, 0.0]]}))
     assert (
         tuned.times(2, "ddim:eta=0")

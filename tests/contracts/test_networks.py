@@ -72,29 +72,29 @@ GROUPS = ("transformer_blocks", "single_transformer_blocks")
 def small(name: str) -> Network:
     """A network of which every weight shows, at rest."""
     config_class = registered()[name][1]
-    known = {f.name for f in fields(config_class)}
-    values = {key: value for key, value in SMALL.items() if key in known} | ONE_OF.get(name, {})
+    available = {f.name for f in fields(config_class)}
+    values = {key: value for key, value in SMALL.items() if key in available} | ONE_OF.get(name, {})
     network = random_network(lambda: build(config_class(**values)))
     assert isinstance(network, Network)
     return network.requires_grad_(True)
 
 
-def told(network: Network, n: int, size: tuple[int, int]) -> Conditioning:
+def settings(network: Network, n: int, size: tuple[int, int]) -> Conditioning:
     """Something through every door that the network has."""
     width, vector = network.token_width, network.vector_width
     if network.classes:
-        given = torch.eye(network.classes)[torch.arange(n) % network.classes]
+        arguments = torch.eye(network.classes)[torch.arange(n) % network.classes]
     else:
-        given = None if vector is None else 30 * normal(n, vector, seed=1).abs()
+        arguments = None if vector is None else 30 * normal(n, vector, seed=1).abs()
     if network.guidance_embeds:
         strength = 3 + torch.arange(n, dtype=torch.float32)[:, None]
-        given = strength if given is None else torch.cat([given, strength], 1)
+        arguments = strength if arguments is None else torch.cat([arguments, strength], 1)
     extra = network.in_channels - network.channels
     return Conditioning(
         tokens=None
         if width is None
         else normal(n, 5, width if isinstance(width, int) else width[0], seed=2),
-        vector=given,
+        vector=arguments,
         concat=normal(n, extra, *size, seed=3) if extra > 0 else None,
     )
 
@@ -105,7 +105,7 @@ def inputs(
     return (
         normal(n, network.channels, *size),
         1000 * (torch.arange(n) + 0.5) / n,
-        told(network, n, size),
+        settings(network, n, size),
     )
 
 
@@ -171,7 +171,7 @@ def test_a_masked_token_is_as_if_it_were_not_there(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_is_missing_is_said_in_one_sentence(name: str) -> None:
+def test_missing_parts_are_named_in_one_sentence(name: str) -> None:
     network = small(name)
     x, t, cond = inputs(network)
     for door in ("tokens", "vector"):
@@ -349,9 +349,9 @@ def test_perturbed_attention_is_attention_under_a_map(
             [weakened(network, PerturbedAttention((layer,)), cond)(x, t, cond) for layer in names],
         )
         assert all((y - plain).abs().max() > 1e-4 for y in each)
-        found = weakened(network, PerturbedAttention(tuple(names)), cond)(x, t, cond)
+        result = weakened(network, PerturbedAttention(tuple(names)), cond)(x, t, cond)
         monkeypatch.setattr(batch_invariant, "attend", seen)
-        torch.testing.assert_close(found, network(x, t, cond), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result, network(x, t, cond), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -360,14 +360,14 @@ def test_a_picture_of_one_token_has_nothing_to_perturb(name: str) -> None:
     with torch.inference_mode():
         for cells, same in ((1, True), (2, False)):
             x, t, cond = inputs(network, 2, (network.patch, cells * network.patch))
-            found, plain = (
+            result, plain = (
                 net(x, t, cond)
                 for net in (
                     weakened(network, PerturbedAttention(tuple(blocks_of(network))), cond),
                     network,
                 )
             )
-            assert torch.allclose(found, plain, rtol=1e-5, atol=1e-5) == same
+            assert torch.allclose(result, plain, rtol=1e-5, atol=1e-5) == same
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -377,11 +377,11 @@ def test_no_layers_means_the_block_in_the_middle(name: str) -> None:
     names = blocks_of(network)
     with torch.inference_mode():
         for kind in (PerturbedAttention, SkipLayers):
-            found = weakened(network, kind(), cond)(x, t, cond)
+            result = weakened(network, kind(), cond)(x, t, cond)
             assert torch.equal(
-                found, weakened(network, kind((names[len(names) // 2],)), cond)(x, t, cond)
+                result, weakened(network, kind((names[len(names) // 2],)), cond)(x, t, cond)
             )
-            assert (found - network(x, t, cond)).abs().max() > 1e-4
+            assert (result - network(x, t, cond)).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -398,18 +398,18 @@ def test_parts_of_blocks_can_be_left_out(name: str) -> None:
     }
     assert parts == {layer for layer, _ in branches(network)} - blocks.keys()
 
-    def nothing(module: nn.Module, given: Any, named: dict[str, Any], y: Any) -> Any:
+    def nothing(module: nn.Module, arguments: Any, named: dict[str, Any], y: Any) -> Any:
         if isinstance(y, tuple):
             return tuple(None if part is None else torch.zeros_like(part) for part in y)
         return named["plus"] if named.get("plus") is not None else torch.zeros_like(y)
 
     with torch.inference_mode():
         for part in parts:
-            found = weakened(network, SkipLayers((part,)), cond)(x, t, cond)
+            result = weakened(network, SkipLayers((part,)), cond)(x, t, cond)
             hook = network.get_submodule(part).register_forward_hook(nothing, with_kwargs=True)
             expected = network(x, t, cond)
             hook.remove()
-            torch.testing.assert_close(found, expected)
+            torch.testing.assert_close(result, expected)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -421,14 +421,14 @@ def test_layers_that_are_not_there_are_refused_by_those_that_are(name: str) -> N
         if hasattr(network, "single_transformer_blocks")
         else "transformer_blocks"
     )
-    for kind, said in (
+    for kind, message in (
         (PerturbedAttention, "layer with self-attention"),
         (SkipLayers, "layer that can be left out"),
     ):
         for wrong in (f"{last}.2", f"{last}.1-2", f"{last}.1-0", "proj_out"):
             with pytest.raises(
                 UserError,
-                match=rf"^unknown {said} '\w+[.0-9-]*': .*known are .*\b{last}\.0-1, {last}\.0-1\.attn",
+                match=rf"^unknown {message} '\w+[.0-9-]*': .*known are .*\b{last}\.0-1, {last}\.0-1\.attn",
             ):
                 weakened(network, kind((wrong,)), cond)
         every = weakened(network, kind((f"{last}.0-1",)), cond)

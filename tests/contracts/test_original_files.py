@@ -233,7 +233,7 @@ def test_every_single_fault_is_refused_and_names_its_key() -> None:
                 single.split_tensors(rest | {key: value.T}, {}, "file")
 
 
-def test_known_buffers_are_dropped() -> None:
+def test_recognised_buffers_are_dropped() -> None:
     file, table = sd1(), torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square()
     names = (
         "betas",
@@ -271,26 +271,26 @@ def test_known_buffers_are_dropped() -> None:
 
 def test_betas_are_read_from_the_file() -> None:
     steps = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64).square()
-    found = single.split_tensors(sd1() | {"betas": steps.float()}, {}, "file").schedulers[
+    result = single.split_tensors(sd1() | {"betas": steps.float()}, {}, "file").schedulers[
         "scheduler"
     ]
-    assert (found["beta_schedule"], found["beta_start"], found["beta_end"]) == (
+    assert (result["beta_schedule"], result["beta_start"], result["beta_end"]) == (
         "scaled_linear",
         0.0015,
         0.0195,
     )
-    found = single.split_tensors(
+    result = single.split_tensors(
         sd1() | {"betas": torch.linspace(0.0001, 0.02, 500)}, {}, "file"
     ).schedulers["scheduler"]
     assert (
-        found["beta_schedule"],
-        found["beta_start"],
-        found["beta_end"],
-        found["num_train_timesteps"],
+        result["beta_schedule"],
+        result["beta_start"],
+        result["beta_end"],
+        result["num_train_timesteps"],
     ) == ("linear", 0.0001, 0.02, 500)
     odd = torch.rand(10) * 0.1 + 0.1
-    found = single.split_tensors(sd1() | {"betas": odd}, {}, "file").schedulers["scheduler"]
-    assert torch.tensor(found["trained_betas"]).equal(odd)
+    result = single.split_tensors(sd1() | {"betas": odd}, {}, "file").schedulers["scheduler"]
+    assert torch.tensor(result["trained_betas"]).equal(odd)
     with pytest.raises(UserError, match="betas of shape"):
         single.split_tensors(sd1() | {"betas": torch.zeros(4)}, {}, "file")
 
@@ -300,38 +300,38 @@ def sd2() -> dict[str, Tensor]:
     return body(**fields) | draw(with_prefix(single.open_clip_map(CLIP), "cond_stage_model.model."))
 
 
-def test_what_is_predicted_is_said_by_caller_file_or_default(tmp_path: Path) -> None:
-    def asked(
-        notes: dict[str, str] | None = None, given: str | None = None, **extra: Tensor
+def test_the_parameterization_comes_from_caller_file_or_default(tmp_path: Path) -> None:
+    def options(
+        notes: dict[str, str] | None = None, inputs: str | None = None, **extra: Tensor
     ) -> tuple[str, int]:
-        found = single.split_tensors(
-            sd2() | extra, notes or {}, "file", ReadOptions(prediction_type=given)
+        result = single.split_tensors(
+            sd2() | extra, notes or {}, "file", ReadOptions(prediction_type=inputs)
         )
-        return found.schedulers["scheduler"]["prediction_type"], found.components["unet"].config[
+        return result.schedulers["scheduler"]["prediction_type"], result.components["unet"].config[
             "sample_size"
         ]
 
-    assert asked() == ("v_prediction", 96)
-    assert asked(given="epsilon") == ("epsilon", 64)
-    assert asked({"modelspec.prediction_type": "epsilon"}) == ("epsilon", 64)
-    assert asked({"modelspec.prediction_type": "epsilon"}, given="v_prediction") == (
+    assert options() == ("v_prediction", 96)
+    assert options(inputs="epsilon") == ("epsilon", 64)
+    assert options({"modelspec.prediction_type": "epsilon"}) == ("epsilon", 64)
+    assert options({"modelspec.prediction_type": "epsilon"}, inputs="v_prediction") == (
         "v_prediction",
         96,
     )
-    assert asked({"modelspec.architecture": "stable-diffusion-v2-512"}) == ("epsilon", 64)
-    assert asked({"modelspec.architecture": "stable-diffusion-v2-768-v"}) == ("v_prediction", 96)
+    assert options({"modelspec.architecture": "stable-diffusion-v2-512"}) == ("epsilon", 64)
+    assert options({"modelspec.architecture": "stable-diffusion-v2-768-v"}) == ("v_prediction", 96)
     torch.save({"global_step": 875000, "state_dict": sd2()}, tmp_path / "base.ckpt")
     assert (
         single.split(tmp_path / "base.ckpt").schedulers["scheduler"]["prediction_type"] == "epsilon"
     )
     with pytest.raises(UserError, match="note modelspec"):
-        asked({"modelspec.prediction_type": "banana"})
+        options({"modelspec.prediction_type": "banana"})
     with pytest.raises(UserError, match="unknown prediction_type"):
         ReadOptions(prediction_type="flow")
-    found = single.split_tensors(
+    result = single.split_tensors(
         sd1() | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, {}, "file"
     ).schedulers["scheduler"]
-    assert found["prediction_type"] == "v_prediction" and found["rescale_betas_zero_snr"] is True
+    assert result["prediction_type"] == "v_prediction" and result["rescale_betas_zero_snr"] is True
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -343,7 +343,7 @@ def test_what_is_predicted_survives_the_file(tmp_path: Path, prediction: str) ->
         assert equal(again, parts) and again.schedulers == parts.schedulers
 
 
-def test_running_averages_asked_for_and_absent() -> None:
+def test_requested_running_averages_are_absent() -> None:
     with pytest.raises(UserError, match="no running average"):
         single.split_tensors(sd1(), {}, "file", ReadOptions(ema=True))
 
@@ -394,9 +394,9 @@ def test_scale_of_latents() -> None:
     assert (
         single.split_tensors(file, {}, "file").components["vae"].config["scaling_factor"] == 0.18215
     )
-    found = single.split_tensors(file | {"scale_factor": torch.tensor(0.22765929)}, {}, "file")
-    assert found.components["vae"].config["scaling_factor"] == pytest.approx(0.22765929, abs=1e-8)
-    assert equal(single.split_tensors(single.join(found), single.notes(found), "file"), found)
+    result = single.split_tensors(file | {"scale_factor": torch.tensor(0.22765929)}, {}, "file")
+    assert result.components["vae"].config["scaling_factor"] == pytest.approx(0.22765929, abs=1e-8)
+    assert equal(single.split_tensors(single.join(result), single.notes(result), "file"), result)
     assert (
         single.split_tensors(file, {}, "file", ReadOptions(scaling_factor=0.5))
         .components["vae"]
@@ -415,12 +415,12 @@ def test_scale_of_latents() -> None:
 def test_autoencoders_alone(vae: dict[str, Any], prefix: str, tmp_path: Path) -> None:
     file = draw(with_prefix(vae_map(vae), prefix)) | {f"{prefix}loss.logvar": torch.zeros(())}
     torch.save({"state_dict": file}, tmp_path / "model.ckpt")
-    found = single.split(tmp_path / "model.ckpt")
-    config = found.components["vae"].config
-    assert found.kind == "autoencoder" and {k: config[k] for k in vae} == vae
+    result = single.split(tmp_path / "model.ckpt")
+    config = result.components["vae"].config
+    assert result.kind == "autoencoder" and {k: config[k] for k in vae} == vae
     assert config["scaling_factor"] == (1.0 if vae is VQ else 0.18215)
-    single.save(tmp_path / "one.safetensors", found)
-    assert equal(single.split(tmp_path / "one.safetensors"), found)
+    single.save(tmp_path / "one.safetensors", result)
+    assert equal(single.split(tmp_path / "one.safetensors"), result)
 
 
 def ldm_text() -> dict[str, Tensor]:
@@ -434,26 +434,28 @@ def ldm_class() -> dict[str, Tensor]:
 
 
 def test_latent_diffusions_own_models(tmp_path: Path) -> None:
-    found = single.split_tensors(ldm_text(), {}, "file")
+    result = single.split_tensors(ldm_text(), {}, "file")
     assert (
-        found.kind == "ldm-text" and {k: found.components["bert"].config[k] for k in BERT} == BERT
+        result.kind == "ldm-text" and {k: result.components["bert"].config[k] for k in BERT} == BERT
     )
-    assert equal(single.split_tensors(single.join(found), single.notes(found), "file"), found)
+    assert equal(single.split_tensors(single.join(result), single.notes(result), "file"), result)
     with pytest.raises(UserError, match="give heads, or its YAML"):
         single.split_tensors(ldm_class(), {}, "file")
-    found = single.split_tensors(ldm_class(), {}, "file", ReadOptions(heads=1))
-    assert found.kind == "ldm-class" and found.components["vae"].config["_class_name"] == "VQModel"
-    assert found.components["class_embedder"].config == {
+    result = single.split_tensors(ldm_class(), {}, "file", ReadOptions(heads=1))
+    assert (
+        result.kind == "ldm-class" and result.components["vae"].config["_class_name"] == "VQModel"
+    )
+    assert result.components["class_embedder"].config == {
         "_class_name": "ClassEmbedder",
         "n_classes": 5,
         "embed_dim": 64,
     }
     assert (
-        found.schedulers["scheduler"]["beta_start"],
-        found.schedulers["scheduler"]["beta_end"],
+        result.schedulers["scheduler"]["beta_start"],
+        result.schedulers["scheduler"]["beta_end"],
     ) == (0.0015, 0.0195)
-    single.save(tmp_path / "one.safetensors", found)
-    assert equal(single.split(tmp_path / "one.safetensors", ReadOptions(heads=1)), found)
+    single.save(tmp_path / "one.safetensors", result)
+    assert equal(single.split(tmp_path / "one.safetensors", ReadOptions(heads=1)), result)
 
 
 YAML = """
@@ -486,7 +488,7 @@ model:
 """
 
 
-def said(**changes: tuple[str, str]) -> OriginalConfig:
+def sentence(**changes: tuple[str, str]) -> OriginalConfig:
     import yaml
 
     text = YAML
@@ -499,20 +501,20 @@ def said(**changes: tuple[str, str]) -> OriginalConfig:
 def test_yaml_says_what_keys_do_not(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(YAML)
     read = read_yaml(tmp_path / "config.yaml")
-    found = single.split_tensors(ldm_class(), {}, "file", ReadOptions(original_config=read))
-    assert found.components["unet"].config["attention_head_dim"] == [1, 2]
-    assert found.components["vae"].config["scaling_factor"] == 1.0
-    assert found.schedulers["scheduler"]["prediction_type"] == "epsilon"
-    more = said(
+    result = single.split_tensors(ldm_class(), {}, "file", ReadOptions(original_config=read))
+    assert result.components["unet"].config["attention_head_dim"] == [1, 2]
+    assert result.components["vae"].config["scaling_factor"] == 1.0
+    assert result.schedulers["scheduler"]["prediction_type"] == "epsilon"
+    more = sentence(
         a=("num_head_channels: 32", "num_heads: 4"),
         b=("image_size: 8\n", "image_size: 8\n    parameterization: v\n    scale_factor: 0.5\n"),
     )
-    found = single.split_tensors(ldm_class(), {}, "file", ReadOptions(original_config=more))
+    result = single.split_tensors(ldm_class(), {}, "file", ReadOptions(original_config=more))
     assert (
-        found.components["unet"].config["attention_head_dim"] == 4
-        and found.components["vae"].config["scaling_factor"] == 0.5
+        result.components["unet"].config["attention_head_dim"] == 4
+        and result.components["vae"].config["scaling_factor"] == 0.5
     )
-    assert found.schedulers["scheduler"]["prediction_type"] == "v_prediction"
+    assert result.schedulers["scheduler"]["prediction_type"] == "v_prediction"
 
 
 @pytest.mark.parametrize(
@@ -528,7 +530,7 @@ def test_yaml_says_what_keys_do_not(tmp_path: Path) -> None:
 def test_a_yaml_of_another_model_is_refused(old: str, new: str, message: str) -> None:
     with pytest.raises(UserError, match=f"not the model of the YAML.*{message}"):
         single.split_tensors(
-            ldm_class(), {}, "file", ReadOptions(original_config=said(a=(old, new)))
+            ldm_class(), {}, "file", ReadOptions(original_config=sentence(a=(old, new)))
         )
 
 
@@ -554,7 +556,7 @@ def test_a_yaml_of_another_model_is_refused(old: str, new: str, message: str) ->
 )
 def test_unknown_targets_and_parameters_are_refused(old: str, new: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        said(a=(old, new))
+        sentence(a=(old, new))
 
 
 def test_damaged_yaml(tmp_path: Path) -> None:
@@ -571,8 +573,8 @@ def test_damaged_yaml(tmp_path: Path) -> None:
 
 def test_half_precision_is_kept_and_nothing_is_copied(tmp_path: Path) -> None:
     save_file({k: v.half() for k, v in sd1().items()}, tmp_path / "half.safetensors")
-    found = single.split(tmp_path / "half.safetensors")
-    assert {v.dtype for p in found.components.values() for v in p.tensors.values()} == {
+    result = single.split(tmp_path / "half.safetensors")
+    assert {v.dtype for p in result.components.values() for v in p.tensors.values()} == {
         torch.float16
     }
     file = sd1()
@@ -587,16 +589,16 @@ def test_half_precision_is_kept_and_nothing_is_copied(tmp_path: Path) -> None:
 
 def test_a_part_that_is_wholly_absent_is_absent(tmp_path: Path) -> None:
     lone = {k: v for k, v in sd2().items() if k.startswith("model.")}
-    found = single.split_tensors(lone, {}, "file")
-    assert found.kind == "sd2" and found.components.keys() == {"unet"}
+    result = single.split_tensors(lone, {}, "file")
+    assert result.kind == "sd2" and result.components.keys() == {"unet"}
     lone = {k: v for k, v in sd1().items() if k.startswith("model.")}
     with pytest.raises(UserError, match="give heads"):  # tokens 64 wide: not SD 1, so who knows
         single.split_tensors(lone, {}, "file")
-    found = single.split_tensors(lone, {}, "file", ReadOptions(heads=8))
+    result = single.split_tensors(lone, {}, "file", ReadOptions(heads=8))
     single.save(tmp_path / "a.safetensors", single.split_tensors(sd1(), {}, "file"))
-    assert found.components.keys() == {"unet"} and set(load_file(tmp_path / "a.safetensors")) > set(
-        lone
-    )
+    assert result.components.keys() == {"unet"} and set(
+        load_file(tmp_path / "a.safetensors")
+    ) > set(lone)
 
 
 def test_every_family_is_reachable() -> None:

@@ -151,7 +151,7 @@ def test_a_plan_refuses_what_a_run_would_refuse(
 ) -> None:
     """The same sentence from a model without weights, from one with them, and from a run."""
     request = {"prompt": "bag", **values}
-    said = []
+    message = []
     acts: list[Callable[[], object]] = [
         lambda: empty.plan(request),
         lambda: model.plan(request),
@@ -160,8 +160,8 @@ def test_a_plan_refuses_what_a_run_would_refuse(
     for act in acts:
         with pytest.raises(UserError, match=words) as caught:
             act()
-        said.append(str(caught.value))
-    assert len(set(said)) == 1
+        message.append(str(caught.value))
+    assert len(set(message)) == 1
 
 
 @pytest.mark.parametrize(

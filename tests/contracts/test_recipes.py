@@ -58,23 +58,23 @@ def test_a_file_is_a_recipe_of_both_stages_or_a_program(
             f"{file.name} builds no AutoencoderRecipe or DenoiserRecipe and has no main()"
         )
         return
-    found = [load_recipe(file, stage) for stage in stages_of(file)]
-    assert isinstance(found[-1], DenoiserRecipe)
-    if len(found) == 2:
-        assert isinstance(found[0], AutoencoderRecipe)
-        assert found[0].data == replace(found[1].data, flip=found[0].data.flip), (
+    result = [load_recipe(file, stage) for stage in stages_of(file)]
+    assert isinstance(result[-1], DenoiserRecipe)
+    if len(result) == 2:
+        assert isinstance(result[0], AutoencoderRecipe)
+        assert result[0].data == replace(result[1].data, flip=result[0].data.flip), (
             "both stages must see the same images"
         )
-    elif found[0].text is None:
-        assert (found[0].autoencoder / "config.json").exists(), (
+    elif result[0].text is None:
+        assert (result[0].autoencoder / "config.json").exists(), (
             "a recipe of one stage names the autoencoder that it goes on from"
         )
     else:
-        assert found[0].autoencoder is not None, (
+        assert result[0].autoencoder is not None, (
             "a recipe that reads captions names what the caller has to give"
         )
     monkeypatch.chdir(FOLDER.parent)
-    assert load_recipe(file.stem.replace("_", "-"), "denoiser") == found[-1]
+    assert load_recipe(file.stem.replace("_", "-"), "denoiser") == result[-1]
 
 
 def idx(path: Path, values: np.ndarray) -> None:

@@ -46,11 +46,11 @@ everywhere = pytest.mark.parametrize("kind", KINDS)
 
 
 def gaussian(
-    chosen: Schedule, asked: list[float] | None = None, network: str = "denoiser"
+    chosen: Schedule, options: list[float] | None = None, network: str = "denoiser"
 ) -> Callable[[Tensor, float], Prediction]:
     def denoise(x: Tensor, t: float) -> Prediction:
-        if asked is not None:
-            asked.append(t)
+        if options is not None:
+            options.append(t)
         alpha, sigma = chosen.point(t)
         mean, std = MEAN.to(x.dtype), STD.to(x.dtype)
         total = alpha**2 * std.square() + sigma**2
@@ -148,17 +148,21 @@ def test_it_asks_where_it_should_and_as_often_as_it_says(name: str, kind: str, s
     """
     chosen = KINDS[kind]
     times = timesteps("trailing", steps, chosen)
-    found = list(iterate_steps(begin(name, chosen, times, [0, 1]), gaussian(chosen), steps))
-    asked = [s.t for s in found if isinstance(s, Step)]
-    assert asked[0] == times[0] and all(0 < t <= 1 for t in asked) and isinstance(found[-1], Tensor)
-    assert len(asked) == calls(SAMPLERS[name], times, chosen)
-    assert all(s.x.shape == (2, *SHAPE) for s in found if isinstance(s, Step)) and found[
+    output = list(iterate_steps(begin(name, chosen, times, [0, 1]), gaussian(chosen), steps))
+    options = [s.t for s in output if isinstance(s, Step)]
+    assert (
+        options[0] == times[0]
+        and all(0 < t <= 1 for t in options)
+        and isinstance(output[-1], Tensor)
+    )
+    assert len(options) == calls(SAMPLERS[name], times, chosen)
+    assert all(s.x.shape == (2, *SHAPE) for s in output if isinstance(s, Step)) and output[
         -1
     ].shape == (2, *SHAPE)
     if name not in ("restart", "edm"):  # they go up again, and edm asks above the times
-        assert set(times[:-1]) <= set(asked) and len(asked) <= TRAITS[name].calls * steps
+        assert set(times[:-1]) <= set(options) and len(options) <= TRAITS[name].calls * steps
     if TRAITS[name].calls == 1:
-        assert asked == times[:-1]
+        assert options == times[:-1]
 
 
 @every
@@ -170,21 +174,21 @@ def test_every_number_is_finite_from_t_one_to_t_zero(name: str, kind: str, steps
     """
     chosen = KINDS[kind]
     for spacing in ("trailing", "linspace", "leading", "karras", "log_snr"):
-        *asked, result = iterate_steps(
+        *options, result = iterate_steps(
             begin(name, chosen, timesteps(spacing, steps, chosen), [0]), gaussian(chosen), steps
         )
         assert (
             isinstance(result, Tensor)
             and torch.isfinite(result).all()
-            and isinstance(asked[-1], Step)
+            and isinstance(options[-1], Step)
         )
         # The data lie within 1.5 + 1.2 * 5. Slopes overshoot in 2 or 3 steps, as published; not in
         # 50.
         assert steps in (2, 3) or float(result.abs().max()) < 15, spacing
         if steps == 1:
             # lcm: c_skip
-            assert len(asked) == 1 and (
-                name == "lcm" or torch.allclose(result, asked[-1].prediction.x0, atol=1e-4)
+            assert len(options) == 1 and (
+                name == "lcm" or torch.allclose(result, options[-1].prediction.x0, atol=1e-4)
             )
 
 
@@ -195,10 +199,10 @@ def test_a_distribution_that_is_one_point_is_reached_exactly(
     name: str, kind: str, steps: int
 ) -> None:
     chosen = KINDS[kind]
-    found = finish(
+    output = finish(
         name, chosen, timesteps("trailing", steps, chosen), [3, 4], point(chosen), torch.float64
     )
-    assert torch.allclose(found, MEAN.expand(2, *SHAPE), atol=1e-8)
+    assert torch.allclose(output, MEAN.expand(2, *SHAPE), atol=1e-8)
 
 
 @every
@@ -223,10 +227,10 @@ def test_samples_have_the_mean_and_variance_of_the_data(name: str, kind: str) ->
         timesteps("trailing", 150, chosen) if kind != "edm" else timesteps("karras", 150, chosen)
     )
     sampler = SAMPLERS[name](x, times, chosen, draw, **TRAITS[name].exact)
-    found = run_sampler(sampler, gaussian(chosen, network=TRAITS[name].network_type), 150)
-    assert found is not None
-    mean = (found.mean(0) - MEAN) / (STD / math.sqrt(count))
-    variance = (found.var(0) - STD.square()) / (STD.square() * math.sqrt(2 / count))
+    output = run_sampler(sampler, gaussian(chosen, network=TRAITS[name].network_type), 150)
+    assert output is not None
+    mean = (output.mean(0) - MEAN) / (STD / math.sqrt(count))
+    variance = (output.var(0) - STD.square()) / (STD.square() * math.sqrt(2 / count))
     assert mean.abs().max() < 5.5 and variance.abs().max() < 5.5, (
         mean.abs().max(),
         variance.abs().max(),
@@ -272,9 +276,9 @@ def solved(name: str, kind: str, times: tuple[float, ...]) -> Tensor:
     def never() -> Tensor:
         raise AssertionError("a deterministic run asked for noise")
 
-    found = run_sampler(SAMPLERS[name](x, times, chosen, never), wavy(chosen), 1)
-    assert found is not None
-    return found
+    output = run_sampler(SAMPLERS[name](x, times, chosen, never), wavy(chosen), 1)
+    assert output is not None
+    return output
 
 
 @every
@@ -319,7 +323,7 @@ def test_two_interleaved_runs_are_two_separate_runs(name: str, kind: str) -> Non
         iterate_steps(begin(name, other, more, [5]), gaussian(other), 9),
     ]
     latest: list = [None, None]
-    while any(not isinstance(found, Tensor) for found in latest):
+    while any(not isinstance(output, Tensor) for output in latest):
         for i, events in enumerate(runs):
             latest[i] = next(events, latest[i])
     assert torch.equal(latest[0], alone[0]) and torch.equal(latest[1], alone[1])
@@ -367,10 +371,10 @@ def test_an_answer_that_is_worked_out_late_is_the_pair_that_it_stands_for(
         late.append(process.split(x, process.target(pair.x0, pair.eps, t), t))
         return late[-1]
 
-    found = finish(name, chosen, times, [0, 1], denoise, torch.float64)
+    output = finish(name, chosen, times, [0, 1], denoise, torch.float64)
     assert all(isinstance(p, LinearPrediction) for p in late)
     expected = finish(name, chosen, times, [0, 1], wavy(chosen), torch.float64)
-    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7 * float(expected.abs().max()))
+    torch.testing.assert_close(output, expected, rtol=1e-7, atol=1e-7 * float(expected.abs().max()))
 
 
 @every
@@ -378,19 +382,21 @@ def test_tensors_that_come_in_are_not_written_to(name: str) -> None:
     chosen = KINDS["cosine"]
     times = timesteps("trailing", 4, chosen)
     x = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
-    start, given = x.clone(), []
+    start, inputs = x.clone(), []
     noise = torch.ones(1, *SHAPE)
 
     def denoise(x: Tensor, t: float) -> Prediction:
-        found = gaussian(chosen)(x, t)
-        given.append((x, x.clone(), found, found.x0.clone(), found.eps.clone()))
-        return found
+        output = gaussian(chosen)(x, t)
+        inputs.append((x, x.clone(), output, output.x0.clone(), output.eps.clone()))
+        return output
 
     run_sampler(SAMPLERS[name](x, times, chosen, lambda: noise), denoise, 4)
     assert torch.equal(x, start) and torch.equal(noise, torch.ones(1, *SHAPE))
-    for seen, before, found, x0, eps in given:
+    for seen, before, output, x0, eps in inputs:
         assert (
-            torch.equal(seen, before) and torch.equal(found.x0, x0) and torch.equal(found.eps, eps)
+            torch.equal(seen, before)
+            and torch.equal(output.x0, x0)
+            and torch.equal(output.eps, eps)
         )
 
 
@@ -417,15 +423,15 @@ def test_a_run_may_end_before_t_zero(name: str, kind: str) -> None:
     noise = SeededNoise(SHAPE, list(range(count)))
     # the point's own marginal at t = 1
     x = chosen.point(1.0)[0] * MEAN + chosen.point(1.0)[1] * noise().double()
-    found = run_sampler(
+    output = run_sampler(
         SAMPLERS[name](x, times, chosen, lambda: noise().double()), point(chosen), 2
     )
-    assert found is not None
-    error = (found.mean(0) - alpha * MEAN) / (sigma / math.sqrt(count))
+    assert output is not None
+    error = (output.mean(0) - alpha * MEAN) / (sigma / math.sqrt(count))
     # the spread is pooled over the 12 positions; 5 standard errors, 13 comparisons: 7e-6 false
     # alarms
     assert error.abs().max() < 5
-    pooled = float((found - alpha * MEAN).square().mean())
+    pooled = float((output - alpha * MEAN).square().mean())
     assert abs(pooled / sigma**2 - 1) < 5 * math.sqrt(2 / (12 * count))
 
 
@@ -433,9 +439,9 @@ def test_a_run_may_end_before_t_zero(name: str, kind: str) -> None:
 def test_cancelling_closes_it(name: str) -> None:
     chosen = schedule("flow")
     sampler = begin(name, chosen, timesteps("trailing", 9, chosen), [0])
-    asked: list[float] = []
-    assert run_sampler(sampler, gaussian(chosen, asked), 9, lambda step: step.index < 2) is None
-    assert len(asked) == 3 and next(sampler, "closed") == "closed"
+    options: list[float] = []
+    assert run_sampler(sampler, gaussian(chosen, options), 9, lambda step: step.index < 2) is None
+    assert len(options) == 3 and next(sampler, "closed") == "closed"
 
 
 @pytest.mark.parametrize("kind", ["cosine", "flow"])
@@ -451,11 +457,11 @@ def test_tcd_without_noise_is_ddim_whatever_the_steps(kind: str, steps: int) -> 
     def never() -> Tensor:
         raise AssertionError("eta 0 asked for noise")
 
-    found = [
+    output = [
         run_sampler(SAMPLERS[n](x, times, chosen, never, **o), gaussian(chosen), 1)
         for n, o in (("tcd", {"eta": 0.0}), ("ddim", {}))
     ]
-    assert torch.equal(found[0], found[1])
+    assert torch.equal(output[0], output[1])
 
 
 def test_half_of_the_quadratic_term_costs_an_order() -> None:
@@ -496,11 +502,13 @@ def test_upward_ones_end_at_the_first_time_and_come_back(name: str, kind: str) -
     times = timesteps(
         "linspace", 12, chosen, start=1.0 if "flow" in kind else 0.9 if kind != "edm" else 0.6
     )
-    asked: list[float] = []
+    options: list[float] = []
     x = run_sampler(
-        SAMPLERS[name](z, times, chosen, lambda: z, iterations=60), gaussian(chosen, asked), 12 * 60
+        SAMPLERS[name](z, times, chosen, lambda: z, iterations=60),
+        gaussian(chosen, options),
+        12 * 60,
     )
-    assert x is not None and asked[-1] == times[0] and min(asked) == times[-2]
+    assert x is not None and options[-1] == times[0] and min(options) == times[-2]
     again = run_sampler(SAMPLERS["ddim"](x, times, chosen, lambda: z), gaussian(chosen), 12)
     assert again is not None and float((again - z).abs().max()) < 1e-6
     rough = run_sampler(SAMPLERS[name](z, times, chosen, lambda: z), gaussian(chosen), 12)

@@ -44,15 +44,15 @@ NORM = "encoder.layer.1.output.LayerNorm.weight"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As transformers and sentence-transformers save: all side by side, with a pooler."""
-    found = tmp_path_factory.mktemp("encoder")
-    text_encoders.bert_model(heads=True).save_pretrained(found)
-    text_encoders.bert_tokenizer().save_pretrained(found)
-    (found / "modules.json").write_text(
+    result = tmp_path_factory.mktemp("encoder")
+    text_encoders.bert_model(heads=True).save_pretrained(result)
+    text_encoders.bert_tokenizer().save_pretrained(result)
+    (result / "modules.json").write_text(
         '[{"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"}]'
     )
-    (found / "1_Pooling").mkdir()
-    (found / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
-    return found
+    (result / "1_Pooling").mkdir()
+    (result / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -265,11 +265,11 @@ def test_a_config_with_any_value_opens_or_is_refused(
     place = Path(shutil.copytree(folder, tmp_path / "encoder"))
     table("config.json", **{field: value})(place)
     try:
-        found = SentenceText.from_encoder(place)(["a cat"])
+        result = SentenceText.from_encoder(place)(["a cat"])
     except UserError as error:
         assert "\n" not in str(error)
     else:
-        assert torch.isfinite(found.tokens).all()
+        assert torch.isfinite(result.tokens).all()
 
 
 def test_a_config_that_asks_for_tuples_and_all_states_is_the_same_encoder(
@@ -282,7 +282,7 @@ def test_a_config_that_asks_for_tuples_and_all_states_is_the_same_encoder(
     assert torch.equal(SentenceText.from_encoder(place)(PROMPTS).tokens, opened(PROMPTS).tokens)
 
 
-def test_the_published_config_is_known(folder: Path, tmp_path: Path) -> None:
+def test_the_published_config_is_recognised(folder: Path, tmp_path: Path) -> None:
     """all-MiniLM-L6-v2: five tensors before the layers, 16 in each of six; without weights all that
     is said is that those are missing.
     """
@@ -355,11 +355,11 @@ def test_a_model_comes_back_from_its_folder_and_its_file(
     model = dit(
         kind, replace(opened, config=SentenceTextConfig(max_sequence_length=20, truncation="cut"))
     )
-    wanted = picture(model)
-    assert not torch.equal(wanted, picture(model, "the dog"))
+    expected = picture(model)
+    assert not torch.equal(expected, picture(model, "the dog"))
     model.save(tmp_path / place)
     again = sfumato.load(tmp_path / place)
-    assert torch.equal(picture(again), wanted)
+    assert torch.equal(picture(again), expected)
     assert (
         isinstance(again.conditioner, SentenceText)
         and again.conditioner.identity() == model.conditioner.identity()
@@ -376,7 +376,7 @@ def test_a_model_comes_back_from_its_folder_and_its_file(
         and names["transformer"][1] == "SfumatoDiT"
     )
     assert names["tokenizer"][1] == "BertTokenizer" and names["text_encoder"][1] == "BertModel"
-    assert torch.equal(picture(sfumato.load(tmp_path / "again")), wanted)
+    assert torch.equal(picture(sfumato.load(tmp_path / "again")), expected)
 
 
 def test_a_model_is_streamed_with_the_same_picture(opened: SentenceText, tmp_path: Path) -> None:

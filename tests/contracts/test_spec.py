@@ -150,8 +150,8 @@ DEFAULTS = {"flag": False, "count": 2, "amount": 0.5, "word": "plain", "layers":
     ],
 )
 def test_a_value_has_the_type_of_its_default(key: str, value: Any, expected: Any) -> None:
-    found = typed_values("x", {key: value}, DEFAULTS)[key]
-    assert found == expected and type(found) is type(expected)
+    result = typed_values("x", {key: value}, DEFAULTS)[key]
+    assert result == expected and type(result) is type(expected)
 
 
 @pytest.mark.parametrize(
@@ -255,8 +255,8 @@ def test_every_spacing_with_its_options(name: str, data: st.DataObject) -> None:
     assert "clean" in defaults and "start" not in defaults and "steps" not in defaults
     values = data.draw(drawn_values(defaults, annotations_of(SPACINGS[name])))
     word = format_spacing(name, **values)
-    found, options = spacing_of(word)
-    assert found == name and defaults | options == defaults | values
+    result, options = spacing_of(word)
+    assert result == name and defaults | options == defaults | values
     assert canonical_spacing(word) == word == str(Spec.parse(word))
 
 

@@ -48,8 +48,8 @@ def inner(**values: Any) -> Change:
     """Other fields of Mistral's config, which lies within that of the whole."""
 
     def change(folder: Path) -> None:
-        found = json.loads((folder / CONFIG).read_text())["text_config"]
-        table(CONFIG, text_config=found | values)(folder)
+        result = json.loads((folder / CONFIG).read_text())["text_config"]
+        table(CONFIG, text_config=result | values)(folder)
 
     return change
 
@@ -58,7 +58,7 @@ def both(*changes: Change) -> Change:
     return lambda folder: [change(folder) for change in changes]
 
 
-CONFIG, TOKENIZER, OURS = (
+CONFIG, TOKENIZER, ACTUAL = (
     "text_encoder/config.json",
     "tokenizer/tokenizer_config.json",
     "conditioner/config.json",
@@ -89,15 +89,15 @@ BAD: list[tuple[str, Change, str]] = [
     ("pixart_alpha", weights(lambda t: t.update(extra=torch.ones(1))), r"1 not expected \(extra\)"),
     ("pixart_alpha", weights(lambda t: t.update({NORM: torch.full((48,), torch.inf)})), "final_layer_norm.weight has NaN or infinite numbers"),
     ("pixart_alpha", pickled({"code": print}), "is refused: it is a pickle that wants to run code"),
-    ("pixart_alpha", table(OURS, _class_name="clip_text"), "of class 'clip_text': expected t5_text, as the folder has its text encoders"),
-    ("pixart_alpha", table(OURS, _class_name="t5_text", clean=True), "config field clean=True is not known to T5TextConfig"),
-    ("pixart_alpha", table(OURS, _class_name="t5_text", max_sequence_length=1), "max_sequence_length=1: expected a whole number of at least 2"),
+    ("pixart_alpha", table(ACTUAL, _class_name="clip_text"), "of class 'clip_text': expected t5_text, as the folder has its text encoders"),
+    ("pixart_alpha", table(ACTUAL, _class_name="t5_text", clean=True), "config field clean=True is not known to T5TextConfig"),
+    ("pixart_alpha", table(ACTUAL, _class_name="t5_text", max_sequence_length=1), "max_sequence_length=1: expected a whole number of at least 2"),
     # SD 3
     ("sd3", gone("text_encoder_2"), "text_encoder_2/config.json is missing"),
     ("sd3", gone("text_encoder_3"), "text_encoder_3/config.json is missing"),
     ("sd3", table(CONFIG, architectures=["CLIPTextModel"]), "expected clip_text_model, CLIPTextModelWithProjection"),
     ("sd3", table("tokenizer/tokenizer_config.json", model_max_length=50), "text encoders read 50 and 77 tokens: use parts of one model"),
-    ("sd3", table(OURS, _class_name="sd3_text", joint_attention_dim=64), "joint_attention_dim=64, T5 is 48 wide: use parts of one model"),
+    ("sd3", table(ACTUAL, _class_name="sd3_text", joint_attention_dim=64), "joint_attention_dim=64, T5 is 48 wide: use parts of one model"),
     ("sd3_without_t5", gone("transformer"), "SD 3 without T5: expected the setting joint_attention_dim"),
     ("sd3_without_t5", table("transformer/config.json", joint_attention_dim="wide"), "joint_attention_dim"),
     ("sd3_without_t5", table("transformer/config.json", joint_attention_dim=30), "tokens 30 wide, the CLIPs 24 and 24: expected room for both"),
@@ -105,7 +105,7 @@ BAD: list[tuple[str, Change, str]] = [
     ("flux", gone("text_encoder_2"), "text_encoder_2/config.json is missing"),
     ("flux", table(CONFIG, architectures=["CLIPTextModelWithProjection"]), "expected clip_text_model, CLIPTextModel"),
     ("flux", gone("tokenizer_2"), "tokenizer_2 has no tokenizer: expected T5's"),
-    ("flux", table(OURS, _class_name="flux_text", truncation="chunks"), "unknown truncation 'chunks': known are cut, refuse"),
+    ("flux", table(ACTUAL, _class_name="flux_text", truncation="chunks"), "unknown truncation 'chunks': known are cut, refuse"),
     # FLUX.2
     ("flux2_dev", gone("text_encoder"), "text_encoder/config.json is missing"),
     ("flux2_dev", gone("tokenizer"), "tokenizer has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"),
@@ -122,8 +122,8 @@ BAD: list[tuple[str, Change, str]] = [
     ("flux2_dev", inner(num_hidden_layers=30), "not expected"),
     ("flux2_dev", weights(lambda t: t.pop(TOP)), r"keys 1 missing \(model.language_model.norm.weight\)"),
     ("flux2_dev", weights(lambda t: t.update({TOP: torch.full((12,), torch.nan)})), "norm.weight has NaN or infinite numbers"),
-    ("flux2_dev", table(OURS, _class_name="flux2_text", layers=[10, 32]), r"layers=\[10, 32\]: the language model has 31"),
-    ("flux2_dev", table(OURS, _class_name="flux2_text", system=""), "config field system='' is not known to Flux2TextConfig"),
+    ("flux2_dev", table(ACTUAL, _class_name="flux2_text", layers=[10, 32]), r"layers=\[10, 32\]: the language model has 31"),
+    ("flux2_dev", table(ACTUAL, _class_name="flux2_text", system=""), "config field system='' is not known to Flux2TextConfig"),
     ("flux2_klein", table(CONFIG, num_experts=3), "num_experts=3 is not known to this language model"),
     ("flux2_klein", table(CONFIG, rms_norm_eps=0.0), r"rms_norm_eps=0.0: expected a number in \(0, 1\)"),
     ("flux2_klein", weights(lambda t: t.pop("model.embed_tokens.weight")), "missing"),
@@ -179,7 +179,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
-def test_configs_of_the_published_sizes_are_known(
+def test_configs_of_the_published_sizes_are_recognised(
     kind: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """Of transformers 4's time. Without weights: all that is said is that those are missing, and
@@ -228,11 +228,11 @@ def test_a_config_with_any_value_opens_or_is_refused(
     folder = Path(shutil.copytree(folders[kind], tmp_path / "model"))
     table(CONFIG, **{field: value})(folder)
     try:
-        found = named(kind).from_folder(folder)(["a cat"])
+        result = named(kind).from_folder(folder)(["a cat"])
     except UserError as error:
         assert "\n" not in str(error)
     else:
-        assert torch.isfinite(found.tokens).all()
+        assert torch.isfinite(result.tokens).all()
 
 
 def test_without_their_packages_a_sentence_says_what_to_install(
@@ -254,20 +254,20 @@ def test_without_their_packages_a_sentence_says_what_to_install(
 
 
 def test_settings_are_those_the_models_were_trained_with(opened: dict[str, Any]) -> None:
-    found = {kind: opened[kind].config for kind in KINDS}
-    assert {kind: config.max_sequence_length for kind, config in found.items()} == {
+    result = {kind: opened[kind].config for kind in KINDS}
+    assert {kind: config.max_sequence_length for kind, config in result.items()} == {
         "pixart_alpha": 120, "pixart_sigma": 300, "sd3": 256, "sd3_without_t5": 256, "flux": 512, "flux_schnell": 256, "flux2_dev": 512,
         "flux2_klein": 512,
     }  # fmt: skip
-    assert {kind for kind, config in found.items() if config.mask_padding} == {
+    assert {kind for kind, config in result.items() if config.mask_padding} == {
         "pixart_alpha",
         "pixart_sigma",
     }
-    assert found["flux2_dev"].layers == (10, 20, 30) and found[
+    assert result["flux2_dev"].layers == (10, 20, 30) and result[
         "flux2_dev"
     ].system_message.startswith("You are an AI that reasons")
     assert (
-        found["flux2_klein"].layers == (9, 18, 27) and found["flux2_klein"].system_message is None
+        result["flux2_klein"].layers == (9, 18, 27) and result["flux2_klein"].system_message is None
     )
 
 
@@ -287,9 +287,11 @@ def test_settings_come_back_from_the_folder(
         **more,
     )
     replace(opened[kind], config=config).save(tmp_path)
-    found = named(kind).from_folder(tmp_path)
-    assert found.config == config and found.to_config() == json.loads((tmp_path / OURS).read_text())
-    assert found.identity() != opened[kind].identity()
+    result = named(kind).from_folder(tmp_path)
+    assert result.config == config and result.to_config() == json.loads(
+        (tmp_path / ACTUAL).read_text()
+    )
+    assert result.identity() != opened[kind].identity()
 
 
 @pytest.mark.parametrize(
@@ -342,13 +344,13 @@ def test_a_setting_of_any_value_is_taken_or_refused(
     config: Any, field: str, value: Any, tmp_path: Path
 ) -> None:
     """By way of conditioner/config.json, as users write it."""
-    table(OURS, _class_name="ours", **{field: value})(tmp_path)
+    table(ACTUAL, _class_name="ours", **{field: value})(tmp_path)
     try:
-        found = read_settings(config, "ours", tmp_path, {})
+        result = read_settings(config, "ours", tmp_path, {})
     except UserError as error:
         assert "\n" not in str(error) and field.split("_")[0] in str(error)
     else:
-        assert getattr(found, field) == (tuple(value) if isinstance(value, list) else value)
+        assert getattr(result, field) == (tuple(value) if isinstance(value, list) else value)
 
 
 # ---- prompts -------------------------------------------------------------------------------------
@@ -422,17 +424,17 @@ def test_masked_padding_changes_nothing_and_other_padding_does(
 
     def rows(mask_padding: bool, length: int) -> torch.Tensor:
         config = replace(opened[kind].config, mask_padding=mask_padding, max_sequence_length=length)
-        found = replace(opened[kind], config=config)(["a cat sat on the mat"])
-        assert (found.mask is not None) == mask_padding
+        result = replace(opened[kind], config=config)(["a cat sat on the mat"])
+        assert (result.mask is not None) == mask_padding
         words = replace(opened[kind], config=replace(config, mask_padding=True))(
             ["a cat sat on the mat"]
         ).mask
         assert (
             words is not None
-            and words.shape == found.tokens.shape[:2]
+            and words.shape == result.tokens.shape[:2]
             and 3 < int(words.sum()) < words.shape[1]
         )
-        return found.tokens[words]
+        return result.tokens[words]
 
     torch.testing.assert_close(rows(True, 150), rows(True, 110), rtol=1e-5, atol=1e-5)
     if kind != "flux2_klein":  # whose reader looks away from padding in any case
@@ -497,10 +499,10 @@ def test_encoders_in_the_wrong_places_are_refused(opened: dict[str, Any]) -> Non
 
 def test_the_frame_is_the_chat_s(opened: dict[str, Any]) -> None:
     dev, klein = opened["flux2_dev"], opened["flux2_klein"]
-    said = dev.config.system_message
+    message = dev.config.system_message
     assert (
-        dev.encoder.apply_template("a cat [IMG]", said)
-        == f"<s>[SYSTEM_PROMPT]{said}[/SYSTEM_PROMPT][INST]a cat [/INST]"
+        dev.encoder.apply_template("a cat [IMG]", message)
+        == f"<s>[SYSTEM_PROMPT]{message}[/SYSTEM_PROMPT][INST]a cat [/INST]"
     )
     assert dev.encoder.apply_template("a cat", None) == "<s>[INST]a cat[/INST]"
     assert klein.encoder.apply_template("a [IMG]", None) == (
@@ -536,10 +538,10 @@ def test_the_begin_token_stands_once(
     (folder / "tokenizer" / "chat_template.jinja").write_text(
         text_encoders.MISTRAL_CHAT.removeprefix("{{ bos_token }}")
     )
-    found = named("flux2").from_folder(folder)
+    result = named("flux2").from_folder(folder)
     assert (
-        torch.equal(found(["a cat"]).tokens, expected)
-        and found.identity() != opened["flux2_dev"].identity()
+        torch.equal(result(["a cat"]).tokens, expected)
+        and result.identity() != opened["flux2_dev"].identity()
     )
 
 
@@ -554,11 +556,11 @@ def test_a_processor_s_files_are_kept_and_its_template_is_read(
         image_processor_type="PixtralImageProcessor",
         patch_size=14,
     )(folder)
-    found = named("flux2").from_folder(folder)
-    assert found.index()["tokenizer"] == ["transformers", "PixtralProcessor"]
+    result = named("flux2").from_folder(folder)
+    assert result.index()["tokenizer"] == ["transformers", "PixtralProcessor"]
     assert opened["flux2_dev"].index()["tokenizer"] == ["transformers", "PreTrainedTokenizerFast"]
     assert opened["flux2_klein"].index()["tokenizer"] == ["transformers", "Qwen2TokenizerFast"]
-    found.save(tmp_path / "again")
+    result.save(tmp_path / "again")
     for name in ("chat_template.json", "preprocessor_config.json"):
         assert (tmp_path / "again" / "tokenizer" / name).read_bytes() == (
             folder / "tokenizer" / name
@@ -602,9 +604,9 @@ def test_shards_and_variants_are_the_same_encoders(
     (whole.parent / f"model.safetensors.index{mark}.json").write_text(
         json.dumps({"weight_map": names})
     )
-    found = named(kind).from_folder(folder, variant="fp16" if mark else None).tensors()
-    assert found.keys() == opened[kind].tensors().keys() and all(
-        torch.equal(found[key], t) for key, t in opened[kind].tensors().items()
+    result = named(kind).from_folder(folder, variant="fp16" if mark else None).tensors()
+    assert result.keys() == opened[kind].tensors().keys() and all(
+        torch.equal(result[key], t) for key, t in opened[kind].tensors().items()
     )
 
 
@@ -616,13 +618,13 @@ def test_weights_are_read_and_written_in_other_types(
     for file in tmp_path.glob("text_encoder*/model.safetensors"):
         assert {t.dtype for t in load_file(file).values()} == {torch.float16}
         assert json.loads(file.with_name("config.json").read_text())["torch_dtype"] == "float16"
-    found = named(kind).from_folder(tmp_path, torch.bfloat16)
-    assert {t.dtype for t in found.tensors().values()} == {torch.bfloat16}
+    result = named(kind).from_folder(tmp_path, torch.bfloat16)
+    assert {t.dtype for t in result.tensors().values()} == {torch.bfloat16}
     assert (
-        found(["a cat"]).tokens.dtype == torch.float32
-        and found.identity() == opened[kind].identity()
+        result(["a cat"]).tokens.dtype == torch.float32
+        and result.identity() == opened[kind].identity()
     )
-    tensors = found.tensors()
+    tensors = result.tensors()
     for key, tensor in opened[kind].tensors().items():
         assert torch.equal(tensors[key], tensor.half().bfloat16()), key
 
@@ -642,25 +644,25 @@ def test_older_programs_find_the_base_of_positions(
     (folder / CONFIG).write_text(
         json.dumps({**whole, "text_config": changed} if "text_config" in whole else changed)
     )
-    found = named(kind).from_folder(folder)
-    assert not torch.allclose(found(["a cat"]).tokens, opened[kind](["a cat"]).tokens)
-    found.save(tmp_path / "again")
+    result = named(kind).from_folder(folder)
+    assert not torch.allclose(result(["a cat"]).tokens, opened[kind](["a cat"]).tokens)
+    result.save(tmp_path / "again")
     written = json.loads((tmp_path / "again" / CONFIG).read_text())
     assert written.get("text_config", written)["rope_theta"] == 50000.0
     assert torch.equal(
-        named(kind).from_folder(tmp_path / "again")(["a cat"]).tokens, found(["a cat"]).tokens
+        named(kind).from_folder(tmp_path / "again")(["a cat"]).tokens, result(["a cat"]).tokens
     )
 
 
 def test_states_beyond_the_type_are_an_error_that_says_so(folders: dict[str, Path]) -> None:
-    found = named("pixart").from_folder(folders["pixart_alpha"], torch.float16)
+    result = named("pixart").from_folder(folders["pixart_alpha"], torch.float16)
     # finite; twice that is not
-    found.encoder.model.encoder.final_layer_norm.weight.data.fill_(60000)
+    result.encoder.model.encoder.final_layer_norm.weight.data.fill_(60000)
     with pytest.raises(
         NumericalError,
         match=r"T5EncoderModel in float16 gives NaN or infinite states for prompt 'a cat': load it in bfloat16",
     ):
-        found(["a cat"])
+        result(["a cat"])
     wide = named("pixart").from_folder(folders["pixart_alpha"])
     wide.encoder.model.encoder.final_layer_norm.weight.data.fill_(60000)
     assert torch.isfinite(wide(["a cat"]).tokens).all()
@@ -670,19 +672,19 @@ def test_states_beyond_the_type_are_an_error_that_says_so(folders: dict[str, Pat
 def test_weights_that_are_not_finite_are_not_written(
     kind: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    found = named(kind).from_folder(folders[kind])
+    result = named(kind).from_folder(folders[kind])
     norm = (
-        found.encoder.model.encoder.final_layer_norm
+        result.encoder.model.encoder.final_layer_norm
         if kind == "pixart_alpha"
-        else found.encoder.model.model.norm
+        else result.encoder.model.model.norm
     )
     norm.weight.data[0] = 1e6  # finite, but not in float16
-    found.save(tmp_path / "whole")
+    result.save(tmp_path / "whole")
     with pytest.raises(
         NumericalError,
         match=r"norm.weight of text_encoder is NaN or infinite in torch.float16: nothing was written",
     ):
-        found.save(tmp_path / "half", torch.float16)
+        result.save(tmp_path / "half", torch.float16)
     assert not list((tmp_path / "half").rglob("*.safetensors"))
 
 
@@ -710,10 +712,10 @@ def test_identity_tells_models_apart(
         for k, values in enumerate(changes):
             folder = Path(shutil.copytree(folders[kind], tmp_path / f"{kind}{k}"))
             table(CONFIG, **values)(folder)
-            found = named(kind).from_folder(folder)
-            assert found.identity() != opened[kind].identity(), values
+            result = named(kind).from_folder(folder)
+            assert result.identity() != opened[kind].identity(), values
             # it does decide
-            assert not torch.equal(found(["a cat"]).tokens, opened[kind](["a cat"]).tokens), values
+            assert not torch.equal(result(["a cat"]).tokens, opened[kind](["a cat"]).tokens), values
 
 
 @pytest.mark.parametrize("kind", ["pixart_alpha", "sd3", "flux", "flux2_dev", "flux2_klein"])

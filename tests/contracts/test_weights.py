@@ -19,7 +19,7 @@ LARGE = 5_000_001  # more numbers than are read at a time, and no round count
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", [0, LARGE // 2, LARGE - 1])
-def test_one_wrong_number_is_found(
+def test_one_wrong_number_is_detected(
     dtype: torch.dtype, value: float, place: int, tmp_path: Path
 ) -> None:
     wrong = torch.ones(LARGE, dtype=dtype)
@@ -34,12 +34,12 @@ def test_one_wrong_number_is_found(
         },
     )
     tensors = read_tensors(file)
-    said = []
+    message = []
     for look in (lambda: looked_at([file], tensors, dtype), lambda: require_finite(tensors, file)):
         with pytest.raises(UserError, match=r"b\.weight has NaN or infinite numbers") as error:
             look()
-        said.append(str(error.value))
-    assert said[0] == said[1]
+        message.append(str(error.value))
+    assert message[0] == message[1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -84,15 +84,18 @@ def test_off_it_changes_no_bit_and_asks_the_same(name: str, sampler: str) -> Non
     x, prompts = torch.zeros(2, *SHAPE), ["bag", "ankle boot"]
     seen: list[tuple[list[int], list[Step], Tensor]] = []
     for ask in (guided(prompts), off(name, guided(prompts), x)):
-        asked: list[int] = []
+        options: list[int] = []
         steps: list[Step] = []
-        found = drive(
+        result = drive(
             begin(sampler, ask, [3, 4], steps),
-            lambda queries, asked=asked: (asked.append(len(queries)), evaluate_calls(queries))[1],
+            lambda queries, options=options: (
+                options.append(len(queries)),
+                evaluate_calls(queries),
+            )[1],
         )
-        seen.append((asked, steps, found))
-    (asked, steps, found), (asked_too, steps_too, found_too) = seen
-    assert asked == asked_too and torch.equal(found, found_too)
+        seen.append((options, steps, result))
+    (options, steps, result), (options_too, steps_too, result_too) = seen
+    assert options == options_too and torch.equal(result, result_too)
     for step, other in zip(steps, steps_too, strict=True):
         assert torch.equal(step.prediction.x0, other.prediction.x0) and torch.equal(
             step.prediction.eps, other.prediction.eps
@@ -116,17 +119,17 @@ def test_runs_put_together_are_the_runs_alone(name: str) -> None:
 
 @every
 def test_tensors_that_come_in_are_not_written_to(name: str) -> None:
-    x, given = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0)), []
+    x, inputs = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0)), []
 
     def remembered(queries: list[DenoiserCall]) -> list[Prediction]:
-        found = evaluate_calls(queries)
-        given.extend((p, p.x0.clone(), p.eps.clone()) for p in found)
-        return found
+        result = evaluate_calls(queries)
+        inputs.extend((p, p.x0.clone(), p.eps.clone()) for p in result)
+        return result
 
     before = x.clone()
     drive(off(name, guided(["bag"]), x)(x, 0.7), remembered)
     assert torch.equal(x, before)
-    assert all(torch.equal(p.x0, x0) and torch.equal(p.eps, eps) for p, x0, eps in given)
+    assert all(torch.equal(p.x0, x0) and torch.equal(p.eps, eps) for p, x0, eps in inputs)
 
 
 @every

@@ -614,9 +614,9 @@ def test_an_unknown_model_lists_those_that_travel_in_the_package(
 ) -> None:
     (tmp_path / "notes.txt").write_text("not a model")
     (tmp_path / "empty").mkdir()
-    known = ", ".join(bundled()) or "none"
+    available = ", ".join(bundled()) or "none"
     for name, words in (
-        ("nope", f"model 'nope' was not found: expected a bundled name ({known})"),
+        ("nope", f"model 'nope' was not found: expected a bundled name ({available})"),
         ("./runs/nope", "model './runs/nope' was not found"),
         ("owner/name", "cannot download model 'owner/name' from the Hub"),
         ("notes.txt", "notes.txt: expected a file that ends in .safetensors, .sft, .ckpt"),
@@ -627,7 +627,7 @@ def test_an_unknown_model_lists_those_that_travel_in_the_package(
     with pytest.raises(
         UserError,
         match=re.escape(
-            f"expected a bundled name ({known}), a folder, or a hub id such as owner/name"
+            f"expected a bundled name ({available}), a folder, or a hub id such as owner/name"
         ),
     ):
         sfumato.load("nope")

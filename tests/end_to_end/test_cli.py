@@ -65,12 +65,12 @@ class StubModel:
             "width": 8,
         }
         always = ("prompt", "n", "seed", "negative_prompt")
-        asked = {
+        options = {
             f.name: value
             for f in fields(Request)
             if (value := getattr(request, f.name)) != f.default or f.name in always
         }
-        return StubPlan(settings | asked)
+        return StubPlan(settings | options)
 
     def describe(self) -> dict[str, Any]:
         return {"image": {"channels": 1, "height": 8, "width": 8}}
@@ -79,10 +79,12 @@ class StubModel:
         return self
 
     def run(self, plan: StubPlan, *, on_step: Callable[[object], bool | None]) -> list[Image.Image]:
-        asked = dict(plan)
-        self.requests.append(asked)
-        prompt, n, seed = (asked[name] for name in ("prompt", "n", "seed"))
-        rest = {name: value for name, value in asked.items() if name not in ("prompt", "n", "seed")}
+        options = dict(plan)
+        self.requests.append(options)
+        prompt, n, seed = (options[name] for name in ("prompt", "n", "seed"))
+        rest = {
+            name: value for name, value in options.items() if name not in ("prompt", "n", "seed")
+        }
         if prompt == "interrupt":
             raise KeyboardInterrupt
         if prompt == "nan":
@@ -154,7 +156,7 @@ def test_generate_writes_a_grid_named_after_the_prompt(
 def test_every_flag_reaches_the_model_and_the_png(stub: dict[str, StubModel]) -> None:
     flags = "--model other --n 2 --steps 5 --sampler heun --spacing karras:rho=5 --guidance 1.5 --negative-prompt sole --height 4 --width 6 --seed 9 --out a/b.png"
     assert run("generate", "boot", *flags.split()) == 0
-    asked = {
+    options = {
         "prompt": "boot",
         "negative_prompt": "sole",
         "n": 2,
@@ -166,9 +168,9 @@ def test_every_flag_reaches_the_model_and_the_png(stub: dict[str, StubModel]) ->
         "height": 4,
         "width": 6,
     }
-    assert stub["other"].requests == [asked]
+    assert stub["other"].requests == [options]
     recorded = read_parameters("a/b.png")
-    assert asked.items() <= recorded.items()
+    assert options.items() <= recorded.items()
     assert {
         "index": None,
         "grid": True,
@@ -221,7 +223,7 @@ def test_from_makes_one_picture_of_a_request_again(stub: dict[str, StubModel]) -
     assert [r["n"] for r in stub["fashion"].requests] == [3, 3]
 
 
-def test_flags_that_are_given_win_over_the_png(stub: dict[str, StubModel]) -> None:
+def test_flags_win_over_the_png(stub: dict[str, StubModel]) -> None:
     assert run("generate", "boot", "--n", "2", "--seed", "3") == 0
     assert (
         run("generate", "bag", "--from", "boot.png", "--steps", "9", "--no-grid", "--out", "x.png")
@@ -235,7 +237,7 @@ def test_flags_that_are_given_win_over_the_png(stub: dict[str, StubModel]) -> No
     assert sorted(p.name for p in Path().glob("y*")) == [f"y-{k}.png" for k in range(4)]
 
 
-def test_from_refuses_another_model_unless_told(
+def test_from_refuses_another_model_by_default(
     stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("generate", "boot") == 0
@@ -614,7 +616,7 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
 
 def test_no_help_text_opens_with_a_question_word() -> None:
     """Descriptions of commands and flags are noun phrases, or begin with a verb."""
-    found = []
+    result = []
     for file in sorted((SOURCE / "sfumato" / "cli").glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if (
@@ -624,8 +626,8 @@ def test_no_help_text_opens_with_a_question_word() -> None:
             ):
                 first = node.value.value.split(maxsplit=1)[0].strip(",:.")
                 if first in ("What", "Who", "Whose", "Whether", "How", "Where", "Which"):
-                    found.append(f"{file.name}:{node.lineno}: {node.value.value.splitlines()[0]}")
-    assert not found, "\n".join(found)
+                    result.append(f"{file.name}:{node.lineno}: {node.value.value.splitlines()[0]}")
+    assert not result, "\n".join(result)
 
 
 @pytest.mark.parametrize(

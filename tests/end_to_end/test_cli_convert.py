@@ -54,9 +54,9 @@ def run(*arguments: str) -> int:
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> str:
     capsys.readouterr()
     assert run(*arguments) == code
-    said = capsys.readouterr().err
-    assert said.startswith("sfumato: ") and said.count("\n") == 1
-    return said
+    message = capsys.readouterr().err
+    assert message.startswith("sfumato: ") and message.count("\n") == 1
+    return message
 
 
 def weights(folder: str) -> dict[str, Tensor]:
@@ -152,8 +152,8 @@ def test_eight_bits_with_scales(
     assert error["near"] < 2e-3 * total and error["far"] > 0.1 * total
     large = {k: 10000 * v for k, v in flux.items()}
     save_file(large, "flux/transformer/diffusion_pytorch_model.safetensors")
-    said = refused(capsys, "flux", "x.safetensors", "--dtype", "fp8", code=3)
-    assert "beyond 448" in said and not Path("x.safetensors").exists()
+    message = refused(capsys, "flux", "x.safetensors", "--dtype", "fp8", code=3)
+    assert "beyond 448" in message and not Path("x.safetensors").exists()
     assert run("flux", "large.safetensors", "--dtype", "fp8-scaled") == 0
     assert not [p for p in Path().iterdir() if p.name.startswith(".")]
 
@@ -162,12 +162,12 @@ def test_eight_bits_with_scales(
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_gguf(kind: Kind, prefix: str, flux: dict[str, Tensor]) -> None:
     assert run("flux", "a.safetensors", "--dtype", "fp32") == 0
-    writer, wanted = gguf.GGUFWriter("a.gguf", "flux"), {}
+    writer, expected = gguf.GGUFWriter("a.gguf", "flux"), {}
     for name, value in load_file("a.safetensors").items():
         stored = kind if value.ndim > 1 else Kind.F32
         data = gguf.quants.quantize(value.numpy(), stored)
         writer.add_tensor(prefix + name, data, raw_dtype=stored)
-        wanted[name] = torch.from_numpy(gguf.quants.dequantize(data, stored).copy())
+        expected[name] = torch.from_numpy(gguf.quants.dequantize(data, stored).copy())
     for write in (
         writer.write_header_to_file,
         writer.write_kv_data_to_file,
@@ -176,7 +176,7 @@ def test_gguf(kind: Kind, prefix: str, flux: dict[str, Tensor]) -> None:
     ):
         write()
     assert run("a.gguf", "b.safetensors", "--dtype", "fp32") == 0 and equal_tensors(
-        load_file("b.safetensors"), wanted
+        load_file("b.safetensors"), expected
     )
     assert run("a.gguf", "folder") == 0 and run("b.safetensors", "other", "--dtype", "bf16") == 0
     assert equal_tensors(weights("folder/transformer"), weights("other/transformer"))
@@ -264,12 +264,12 @@ def test_whole_model(flux: dict[str, Tensor], working_folder: Path) -> None:
                 .from_pretrained(f"{folder}/{part}")
                 .state_dict()
             )
-            wanted = (
+            expected = (
                 (CLIPTextModel if part == "text_encoder" else T5EncoderModel)
                 .from_pretrained(f"flux/{part}")
                 .state_dict()
             )
-            assert equal_tensors(opened, wanted), (folder, part)
+            assert equal_tensors(opened, expected), (folder, part)
     assert {v.dtype for v in weights("copy/vae").values()} == {torch.bfloat16}
     assert E4 in {v.dtype for v in load_file("copy/text_encoder_2/model.safetensors").values()}
     for folder in ("again", "copy"):

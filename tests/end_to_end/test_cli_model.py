@@ -69,31 +69,31 @@ def test_one_picture_of_several_is_made_again_bit_for_bit(tiny: Path) -> None:
     assert not np.array_equal(pixels("bag-0.png"), pixels("bag-1.png"))
 
 
-def test_what_it_is_computed_in_is_asked_for_and_remembered(
+def test_dtype_and_device_are_options_and_stored(
     tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The library's pictures in that dtype, again by --from, and in another dtype when that is
     asked for.
     """
-    asked = ["generate", "bag", "--model", str(tiny), "--n", "1", "--steps", "6"]
-    assert main([*asked, "--dtype", "bf16", "--device", "cpu", "--out", "half.png"]) == 0
+    options = ["generate", "bag", "--model", str(tiny), "--n", "1", "--steps", "6"]
+    assert main([*options, "--dtype", "bf16", "--device", "cpu", "--out", "half.png"]) == 0
     (expected,) = load(tiny, dtype=torch.bfloat16).optimized().generate("bag", n=1, steps=6)
     assert np.array_equal(pixels("half.png"), np.asarray(expected))
     assert main(["generate", "--from", "half.png"]) == 0
     assert (pixels("half-again.png") == pixels("half.png")).all()
-    told = read_parameters("half-again.png")
-    assert (told["dtype"], told["device"], told["model_hash"]) == (
+    settings = read_parameters("half-again.png")
+    assert (settings["dtype"], settings["device"], settings["model_hash"]) == (
         "bf16",
         "cpu",
         load(tiny, dtype=torch.bfloat16).hash,
     )
     assert main(["generate", "--from", "half.png", "--dtype", "fp32", "--out", "whole.png"]) == 0
-    assert main([*asked, "--out", "plain.png"]) == 0
+    assert main([*options, "--out", "plain.png"]) == 0
     assert (pixels("whole.png") == pixels("plain.png")).all() and "dtype" not in read_parameters(
         "plain.png"
     )
     capsys.readouterr()
-    assert main([*asked, "--device", "nowhere"]) == 2
+    assert main([*options, "--device", "nowhere"]) == 2
     assert "device 'nowhere' cannot be used" in capsys.readouterr().err
 
 
@@ -199,8 +199,10 @@ def test_another_models_picture_is_refused(
 def test_wrong_requests_are_explained(
     tiny: Path, capsys: pytest.CaptureFixture[str], flags: str, words: str
 ) -> None:
-    given = flags.split()
-    assert main(["generate", *given, *([] if "--model" in given else ["--model", str(tiny)])]) == 2
+    inputs = flags.split()
+    assert (
+        main(["generate", *inputs, *([] if "--model" in inputs else ["--model", str(tiny)])]) == 2
+    )
     err = capsys.readouterr().err
     assert words in err and len(err.splitlines()) == 1
     assert not list(Path().iterdir())
@@ -471,8 +473,8 @@ def test_evaluate_knows_a_model_that_learnt_by_heart(
         (None, 2, 6, 3),
     ]
     metrics = {
-        name: found["value"]
-        for name, found in json.loads(Path("report/report.json").read_text())["metrics"].items()
+        name: result["value"]
+        for name, result in json.loads(Path("report/report.json").read_text())["metrics"].items()
     }
     assert abs(metrics["frechet_distance"]) < 1e-6
     assert (metrics["precision"], metrics["recall"], metrics["coverage"]) == (1.0, 1.0, 1.0)

@@ -38,10 +38,10 @@ def run(*words: str, model: Path) -> int:
 
 
 def test_variations_of_a_seed_and_the_same_again(tiny: Path) -> None:
-    asked = ("generate", "boot", "--seed", "7", "--n", "3", "--no-grid")
+    options = ("generate", "boot", "--seed", "7", "--n", "3", "--no-grid")
     assert (
         run(
-            *asked,
+            *options,
             "--variation-strength",
             "0.3",
             "--variation-seed",
@@ -52,10 +52,10 @@ def test_variations_of_a_seed_and_the_same_again(tiny: Path) -> None:
         )
         == 0
     )
-    assert run(*asked, "--variation-strength", "0", "--out", "zero.png", model=tiny) == 0
+    assert run(*options, "--variation-strength", "0", "--out", "zero.png", model=tiny) == 0
     assert (
         run(
-            *asked,
+            *options,
             "--variation-strength",
             "1",
             "--variation-seed",
@@ -146,11 +146,11 @@ def test_a_series_is_a_row_from_one_plain_picture_to_the_other(
     model = load(tiny).optimized()
     assert run("interpolate", *words, "--n", "6", "--seed", "3", "--out", "s.png", model=tiny) == 0
     row = cells("s.png", 6, 6, 16, 16)
-    for found, prompt, seed in (
+    for result, prompt, seed in (
         (row[0], "boot", 3),
         (row[-1], ends.get("to_prompt", "boot"), ends.get("to_seed", 3)),
     ):
-        assert np.array_equal(found, pixels(model.generate(prompt, seed=seed)[0]))
+        assert np.array_equal(result, pixels(model.generate(prompt, seed=seed)[0]))
     away = [float(np.abs(one - row[0]).mean()) for one in row]
     assert all(a < b for a, b in pairwise(away)), away
     expected = model.run(interpolate(Request("boot", n=6, seed=3), **ends))
@@ -180,8 +180,8 @@ def test_a_series_between_pictures(tiny: Path) -> None:
         )
         == 0
     )
-    found = cells("a-interpolate.png", 12, 4, 20, 16)  # too many for one row
-    for one, name in ((found[0], "a.png"), (found[-1], "b.png")):
+    result = cells("a-interpolate.png", 12, 4, 20, 16)  # too many for one row
+    for one, name in ((result[0], "a.png"), (result[-1], "b.png")):
         request = image_to_image(model, Image.open(name), replace(words, n=1), strength=0.3)
         assert np.array_equal(one, pixels(model.run(request)[0]))
     noted = read_parameters("a-interpolate.png")
@@ -191,7 +191,7 @@ def test_a_series_between_pictures(tiny: Path) -> None:
         0.3,
         "noise",
     )
-    asked = [
+    options = [
         "--pictures",
         "a.png",
         "b.png",
@@ -205,7 +205,7 @@ def test_a_series_between_pictures(tiny: Path) -> None:
         "--out",
         "i.png",
     ]
-    assert run("interpolate", "boot", *asked, model=tiny) == 0
+    assert run("interpolate", "boot", *options, model=tiny) == 0
     expected = model.run(
         interpolate_images(
             model, Image.open("a.png"), Image.open("b.png"), replace(words, n=3), way="inversion"
@@ -223,9 +223,9 @@ def test_a_second_model_finishes(tiny: Path, tmp_path: Path) -> None:
     for parameter in other.denoiser.network.parameters():
         parameter.data.mul_(1.1)
     other.save(tmp_path / "second")
-    asked = ("generate", "boot", "--n", "2", "--steps", "10", "--seed", "3")
+    options = ("generate", "boot", "--n", "2", "--steps", "10", "--seed", "3")
     assert (
-        run(*asked, "--refiner", "second", "--handover", "0.6", "--out", "r.png", model=tiny) == 0
+        run(*options, "--refiner", "second", "--handover", "0.6", "--out", "r.png", model=tiny) == 0
     )
     model = load(tiny).optimized()
     request = refine(
@@ -241,8 +241,8 @@ def test_a_second_model_finishes(tiny: Path, tmp_path: Path) -> None:
     assert main(["generate", "--from", "r.png", "--out", "again.png"]) == 0
     assert np.array_equal(pixels("again.png"), pixels("r.png"))
     assert (
-        run(*asked, "--refiner", str(tiny), "--out", "self.png", model=tiny) == 0
-        and run(*asked, "--out", "plain.png", model=tiny) == 0
+        run(*options, "--refiner", str(tiny), "--out", "self.png", model=tiny) == 0
+        and run(*options, "--out", "plain.png", model=tiny) == 0
     )
     assert np.array_equal(pixels("self.png"), pixels("plain.png")), (
         "a model finishes its own pictures as it would anyway"
@@ -345,11 +345,11 @@ def test_a_second_model_finishes(tiny: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(
-    words: list[str], said: str, tiny: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(*(str(tiny) if word == "SELF" else word for word in words), model=tiny) == 2
     err = capsys.readouterr().err
-    assert said in err and err.count("\n") <= 2, err
+    assert message in err and err.count("\n") <= 2, err
     assert sorted(p.name for p in Path().iterdir()) == ["a.png", "b.png", "c.png"], (
         "nothing was written"
     )

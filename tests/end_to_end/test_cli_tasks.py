@@ -112,10 +112,10 @@ def test_pictures_of_tasks_are_not_made_again_by_generate(
 
 
 def test_tasks_remember_what_they_were_computed_in(tiny: Path) -> None:
-    asked = ["edit", "photo.png", "boot", "--model", str(tiny), "--seed", "2"]
+    options = ["edit", "photo.png", "boot", "--model", str(tiny), "--seed", "2"]
     assert (
-        main([*asked, "--dtype", "bf16", "--out", "half.png"]) == 0
-        and main([*asked, "--out", "whole.png"]) == 0
+        main([*options, "--dtype", "bf16", "--out", "half.png"]) == 0
+        and main([*options, "--out", "whole.png"]) == 0
     )
     half, whole = read_parameters("half.png"), read_parameters("whole.png")
     assert (
@@ -127,7 +127,7 @@ def test_tasks_remember_what_they_were_computed_in(tiny: Path) -> None:
     assert apart.max() > 0 and apart.mean() < 8
 
 
-def test_editing_changes_as_much_as_it_is_asked_to(tiny: Path) -> None:
+def test_editing_follows_its_strength(tiny: Path) -> None:
     model, picture = load(tiny), Image.open("photo.png")
     z = model.compress(to_tensor(picture))
     words = Request("boot", steps=20, guidance=1.0)
@@ -230,13 +230,13 @@ def test_the_mask_of_what_grows() -> None:
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(
-    words: list[str], said: str, tiny: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.new("L", (4, 4)).save("small.png")
     Path("text.png").write_text("no picture")
     assert main([*words, "--model", str(tiny)]) == 2
     err = capsys.readouterr().err
-    assert said in err and err.count("\n") <= 2
+    assert message in err and err.count("\n") <= 2
     assert not list(Path().glob("photo-*.png"))
 
 
@@ -244,18 +244,18 @@ def test_requests_of_tasks_share_passes_with_others(tiny: Path) -> None:
     """A task is a request: `sample_many` answers it beside others, bit for bit as alone."""
     model, picture, mask = load(tiny), Image.open("photo.png"), Image.open("mask.png")
     words = Request("boot", n=2, steps=4, seed=5, sampler="ddpm")
-    asked = [
+    options = [
         image_to_image(model, picture, words, strength=0.5),
         inpaint(model, picture, mask, words),
         outpaint(model, picture, words, left=4),
         Request("bag", steps=3),
     ]
-    for one, found in zip(
-        (model.run(r, output="tensor") for r in asked),
-        model.run_many(asked, output="tensor"),
+    for one, result in zip(
+        (model.run(r, output="tensor") for r in options),
+        model.run_many(options, output="tensor"),
         strict=True,
     ):
-        assert torch.equal(one, found)
+        assert torch.equal(one, result)
 
 
 def test_pictures_that_do_not_fit_the_request(tiny: Path) -> None:

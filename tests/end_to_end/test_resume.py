@@ -205,7 +205,7 @@ FILE_EVENTS = {
 }
 
 
-def die_before(wanted: Callable[[int, str, tuple[Any, ...]], bool]) -> Callable[[], None]:
+def die_before(desired: Callable[[int, str, tuple[Any, ...]], bool]) -> Callable[[], None]:
     """Kills this process just before it touches the file system, when wanted(how many times it did,
     event, arguments).
 
@@ -217,7 +217,7 @@ def die_before(wanted: Callable[[int, str, tuple[Any, ...]], bool]) -> Callable[
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal seen
         if seen >= 0 and event in FILE_EVENTS:
-            if wanted(seen, event, arguments):
+            if desired(seen, event, arguments):
                 die()
             seen += 1
 
@@ -359,17 +359,17 @@ def test_a_run_killed_during_a_save_goes_on_bit_for_bit(
     kind: str, moment: str, tmp_path: Path, reference: Callable[[str], Path]
 ) -> None:
     def work() -> None:
-        wanted, save, count = MOMENTS[moment], checkpoint.save, 0
+        desired, save, count = MOMENTS[moment], checkpoint.save, 0
 
-        def saving(*given: Any, **options: Any) -> None:
+        def saving(*inputs: Any, **options: Any) -> None:
             nonlocal count
             count += 1
             if count == 3:
-                if wanted is None:
+                if desired is None:
                     safetensors.torch.save_file = half_a_file
                 else:
-                    die_before(wanted)()
-            save(*given, **options)
+                    die_before(desired)()
+            save(*inputs, **options)
 
         checkpoint.save = saving
         run(kind, tmp_path)
@@ -409,14 +409,14 @@ def values(folder: Path) -> set[float]:
     """All numbers of the newest checkpoint, after cleaning up."""
     networks, average, optimizers = state(0)
     checkpoint.clean(folder)
-    found = checkpoint.load(folder, networks, average, optimizers, {"a": 1})
-    assert found is not None
+    result = checkpoint.load(folder, networks, average, optimizers, {"a": 1})
+    assert result is not None
     tensors = [
         *networks["net"].parameters(),
         *average.parameters(),
         *(v for s in optimizers["net"].state.values() for v in s.values()),
     ]
-    return {float(found["step"]), *(n for t in tensors for n in t.flatten().tolist())}
+    return {float(result["step"]), *(n for t in tensors for n in t.flatten().tolist())}
 
 
 def kills(work: Callable[[], object]) -> Iterator[bool]:
@@ -446,7 +446,7 @@ def test_a_kill_at_any_access_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path
     save(base, 1)
     save(base, 2)
     shutil.copytree(base, folder)
-    found = []
+    result = []
     for killed in kills(lambda: save(folder, 3)):
         numbers = values(folder)
         assert numbers in ({2.0}, {3.0}) and (killed or numbers == {3.0})
@@ -457,10 +457,10 @@ def test_a_kill_at_any_access_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path
             len(list((folder / f"step-{step:08d}").iterdir())) == 4
             for step in checkpoint.steps(folder)
         ), "half of one is left"
-        found.append(numbers)
+        result.append(numbers)
         shutil.rmtree(folder)
         shutil.copytree(base, folder)
-    assert len(found) > 20 and {2.0} in found and found.count({3.0}) > 1
+    assert len(result) > 20 and {2.0} in result and result.count({3.0}) > 1
 
 
 @pytest.mark.parametrize("swaps", [True, False], ids=["swap", "two renames"])
@@ -487,26 +487,26 @@ def test_a_kill_at_any_access_leaves_the_old_folder_or_the_new(
             (temporary / "weights").write_text(text)
 
     write("old")
-    found, absent = [], 0
+    result, absent = [], 0
     for killed in kills(lambda: write("new")):
         absent += not path.exists()
         recover(place)
-        found.append((path / "weights").read_text())
-        assert found[-1] in ("old", "new") and (killed or found[-1] == "new")
+        result.append((path / "weights").read_text())
+        assert result[-1] in ("old", "new") and (killed or result[-1] == "new")
         assert leftovers(place) == []
         write("old")
-    assert set(found) == {"old", "new"}
+    assert set(result) == {"old", "new"}
     assert (absent == 0) if swaps else (absent > 0)
 
 
 def test_what_a_living_process_writes_is_not_swept(tmp_path: Path) -> None:
-    ours, theirs, gone = (
+    actual, peer, gone = (
         tmp_path / f".a.{pid}.tmp" for pid in (os.getpid(), os.getppid(), wait_for_a_number())
     )
-    for folder in (ours, theirs, gone, tmp_path / ".hidden"):
+    for folder in (actual, peer, gone, tmp_path / ".hidden"):
         folder.mkdir()
     recover(tmp_path)
-    assert sorted(f.name for f in tmp_path.iterdir()) == sorted([theirs.name, ".hidden"])
+    assert sorted(f.name for f in tmp_path.iterdir()) == sorted([peer.name, ".hidden"])
 
 
 def wait_for_a_number() -> int:
@@ -565,8 +565,8 @@ def test_the_command_line_killed_from_outside_goes_on_bit_for_bit(tmp_path: Path
         )
 
     whole = command("whole")
-    _, told = whole.communicate()
-    assert whole.returncode == 0, told.decode()
+    _, stated = whole.communicate()
+    assert whole.returncode == 0, stated.decode()
     killed = command("killed")
     while (
         not checkpoint.steps(tmp_path / "killed" / "autoencoder" / "checkpoints")
@@ -578,8 +578,8 @@ def test_the_command_line_killed_from_outside_goes_on_bit_for_bit(tmp_path: Path
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL, "it was done before the kill: train for more steps"
     again = command("killed")
-    _, told = again.communicate()
-    assert again.returncode == 0, told.decode()
+    _, stated = again.communicate()
+    assert again.returncode == 0, stated.decode()
     a, b = tmp_path / "whole" / "autoencoder", tmp_path / "killed" / "autoencoder"
     names = [f.relative_to(a) for f in sorted(a.rglob("*.safetensors"))]
     assert len(names) == 2 * 5 + 1  # two checkpoints and the finished autoencoder
@@ -734,14 +734,14 @@ def test_a_full_disk_during_a_save_loses_nothing(
     """
     write, count = safetensors.torch.save_file, 0
 
-    def full(*given: Any, **options: Any) -> None:
+    def full(*inputs: Any, **options: Any) -> None:
         nonlocal count
         count += 1
         if count == per_save + 1 + call:
             raise SafetensorError(
                 "Error while serializing: I/O error: No space left on device (os error 28)"
             )
-        write(*given, **options)
+        write(*inputs, **options)
 
     per_save = 5 if kind == "autoencoder" else 3
     with monkeypatch.context() as patch:
@@ -749,9 +749,9 @@ def test_a_full_disk_during_a_save_loses_nothing(
         with pytest.raises(
             NotWritten,
             match=r"could not write .*step-00000004: .*No space left on device.*free some space",
-        ) as told:
+        ) as stated:
             run(kind, tmp_path)
-    assert ".tmp" not in str(told.value)
+    assert ".tmp" not in str(stated.value)
     assert checkpoint.steps(tmp_path / "checkpoints") == [2] and leftovers(tmp_path) == []
     run(kind, tmp_path)
     assert_same_run(tmp_path, reference(kind))

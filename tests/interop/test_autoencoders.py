@@ -167,39 +167,41 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def encoded(theirs: Any, image: Tensor) -> tuple[Tensor, Tensor]:
+def encoded(reference: Any, image: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, std) of raw latents, in the layout that their denoisers see."""
-    found = theirs.encode(image)
-    if hasattr(found, "latents"):
-        return found.latents, torch.zeros_like(found.latents)
-    mean, std = found.latent_dist.mean, found.latent_dist.std
-    return (patchify(mean), patchify(std)) if hasattr(theirs, "bn") else (mean, std)
+    result = reference.encode(image)
+    if hasattr(result, "latents"):
+        return result.latents, torch.zeros_like(result.latents)
+    mean, std = result.latent_dist.mean, result.latent_dist.std
+    return (patchify(mean), patchify(std)) if hasattr(reference, "bn") else (mean, std)
 
 
-def decoded(theirs: Any, raw: Tensor) -> Tensor:
-    return theirs.decode(unpatchify(raw) if hasattr(theirs, "bn") else raw).sample
+def decoded(reference: Any, raw: Tensor) -> Tensor:
+    return reference.decode(unpatchify(raw) if hasattr(reference, "bn") else raw).sample
 
 
-def same(ours: Any, theirs: Any) -> None:
+def same(actual: Any, reference: Any) -> None:
     """Equal keys, norms, moments and pictures, of the latent of a picture and of any other."""
-    assert ours.state_dict().keys() == theirs.state_dict().keys() and norms(ours) == norms(theirs)
-    for key, tensor in theirs.state_dict().items():
-        assert (
-            torch.equal(ours.state_dict()[key], tensor)
-            and ours.state_dict()[key].dtype == tensor.dtype
-        ), key
-    image = normal(2, ours.channels, 64, 32)
-    mean, std = encoded(theirs, image)
-    found = ours.posterior(image)
-    assert (found.mean.shape[1], 64 // found.mean.shape[2]) == (
-        ours.space.channels,
-        ours.space.factor,
+    assert actual.state_dict().keys() == reference.state_dict().keys() and norms(actual) == norms(
+        reference
     )
-    assert_close(found.mean, mean)
-    torch.testing.assert_close(found.std, std, rtol=1e-5, atol=0)
-    assert_close(ours.reconstruct(found.mean), decoded(theirs, mean))
+    for key, tensor in reference.state_dict().items():
+        assert (
+            torch.equal(actual.state_dict()[key], tensor)
+            and actual.state_dict()[key].dtype == tensor.dtype
+        ), key
+    image = normal(2, actual.channels, 64, 32)
+    mean, std = encoded(reference, image)
+    result = actual.posterior(image)
+    assert (result.mean.shape[1], 64 // result.mean.shape[2]) == (
+        actual.space.channels,
+        actual.space.factor,
+    )
+    assert_close(result.mean, mean)
+    torch.testing.assert_close(result.std, std, rtol=1e-5, atol=0)
+    assert_close(actual.reconstruct(result.mean), decoded(reference, mean))
     noise = 2 * normal(*mean.shape, seed=1)
-    assert_close(ours.reconstruct(noise), decoded(theirs, noise))
+    assert_close(actual.reconstruct(noise), decoded(reference, noise))
 
 
 def pair(name: str) -> tuple[Any, Any, dict[str, Any]]:
@@ -213,21 +215,21 @@ def pair(name: str) -> tuple[Any, Any, dict[str, Any]]:
 def test_in_both_directions_through_folders(name: str, tmp_path: Path) -> None:
     network, config, values = pair(name)
     kind: Any = getattr(diffusers, FAMILIES[name][0])
-    ours = randomise(network(config.from_dict(values)))
-    save_part(tmp_path / "ours", ours)
-    same(ours, kind.from_pretrained(tmp_path / "ours"))
-    theirs = randomise(kind(**values), seed=1)
-    theirs.save_pretrained(tmp_path / "theirs")
+    actual = randomise(network(config.from_dict(values)))
+    save_part(tmp_path / "ours", actual)
+    same(actual, kind.from_pretrained(tmp_path / "ours"))
+    reference = randomise(kind(**values), seed=1)
+    reference.save_pretrained(tmp_path / "theirs")
     loaded: Any = load_part(tmp_path / "theirs", FAMILIES[name][0])
-    same(loaded, theirs)
-    assert loaded.config == ours.config
+    same(loaded, reference)
+    assert loaded.config == actual.config
     written, read = (
         json.loads((tmp_path / k / "config.json").read_text()) for k in ("ours", "theirs")
     )
     # AutoencoderTiny notes these by itself
-    known = read.keys() - {"block_out_channels"} if name.startswith("t") else read.keys()
-    assert {k: written.get(k) for k in known if not k.startswith("_d")} == {
-        k: read[k] for k in known if not k.startswith("_d")
+    available = read.keys() - {"block_out_channels"} if name.startswith("t") else read.keys()
+    assert {k: written.get(k) for k in available if not k.startswith("_d")} == {
+        k: read[k] for k in available if not k.startswith("_d")
     }
     assert not written.keys() - read.keys(), "a field that they do not know"
 
@@ -236,32 +238,32 @@ def test_in_both_directions_through_folders(name: str, tmp_path: Path) -> None:
 def test_flux2_standardises_as_its_pipeline_does(tmp_path: Path) -> None:
     """Its lines: (patchify(mean) - running_mean) / sqrt(running_var + eps), and back."""
     values = FAMILIES["flux2"][1]
-    theirs: Any = randomise(diffusers.AutoencoderKLFlux2(**values))
-    theirs.save_pretrained(tmp_path)
-    ours: Any = load_part(tmp_path)
+    reference: Any = randomise(diffusers.AutoencoderKLFlux2(**values))
+    reference.save_pretrained(tmp_path)
+    actual: Any = load_part(tmp_path)
     image = normal(2, 3, 32, 16)
     mean, std = (
-        theirs.bn.running_mean.view(1, -1, 1, 1),
-        torch.sqrt(theirs.bn.running_var.view(1, -1, 1, 1) + theirs.config.batch_norm_eps),
+        reference.bn.running_mean.view(1, -1, 1, 1),
+        torch.sqrt(reference.bn.running_var.view(1, -1, 1, 1) + reference.config.batch_norm_eps),
     )
-    expected = (patchify(theirs.encode(image).latent_dist.mode()) - mean) / std
-    z = ours.encode(image)
+    expected = (patchify(reference.encode(image).latent_dist.mode()) - mean) / std
+    z = actual.encode(image)
     assert_close(z, expected)
-    assert_close(ours.decode(z), theirs.decode(unpatchify(expected * std + mean)).sample)
+    assert_close(actual.decode(z), reference.decode(unpatchify(expected * std + mean)).sample)
     assert_close(
         z,
         torch.nn.functional.batch_norm(
-            patchify(theirs.encode(image).latent_dist.mode()),
-            theirs.bn.running_mean,
-            theirs.bn.running_var,
+            patchify(reference.encode(image).latent_dist.mode()),
+            reference.bn.running_mean,
+            reference.bn.running_var,
             eps=1e-4,
         ),
     )
-    ours.set_statistics(
+    actual.set_statistics(
         tuple(torch.linspace(-1, 1, 12).tolist()), tuple(torch.linspace(0.5, 2, 12).tolist())
     )
-    torch.testing.assert_close(torch.tensor(ours.space.std), torch.linspace(0.5, 2, 12))
-    save_part(tmp_path / "again", ours, torch.float16)
+    torch.testing.assert_close(torch.tensor(actual.space.std), torch.linspace(0.5, 2, 12))
+    save_part(tmp_path / "again", actual, torch.float16)
     halves: Any = diffusers.AutoencoderKLFlux2.from_pretrained(
         tmp_path / "again", torch_dtype=torch.float16
     )
@@ -274,33 +276,34 @@ def test_flux2_standardises_as_its_pipeline_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["vq-f4", "vq-f8's levels"])
 @torch.inference_mode()
-def test_codes_are_theirs(name: str) -> None:
+def test_codes_equal_diffusers(name: str) -> None:
     network, config, values = pair(name)
-    theirs: Any = randomise(diffusers.VQModel(**values))
+    reference: Any = randomise(diffusers.VQModel(**values))
     image = normal(3, 3, 64, 32)
-    h = theirs.encode(image).latents
+    h = reference.encode(image).latents
     # codes among the cells, so that most are somebody's nearest
     count = values["num_vq_embeddings"]
-    theirs.quantize.embedding.weight.copy_(
+    reference.quantize.embedding.weight.copy_(
         h.movedim(1, -1).flatten(0, -2)[:count] + 0.1 * h.std() * normal(count, h.shape[1])
     )
-    ours = network(config.from_dict(values))
-    ours.load_state_dict(theirs.state_dict())
-    ours.eval()
-    quantised, _, (_, _, indices) = theirs.quantize(h)
-    codes = ours.codes(image)
+    actual = network(config.from_dict(values))
+    actual.load_state_dict(reference.state_dict())
+    actual.eval()
+    quantised, _, (_, _, indices) = reference.quantize(h)
+    codes = actual.codes(image)
     assert torch.equal(codes.flatten(), indices) and len(codes.unique()) > count / 2
-    assert_close(ours.quantize(h), quantised)
+    assert_close(actual.quantize(h), quantised)
     shape = (3, *h.shape[2:], h.shape[1])
     entries = (
         indices
-        if theirs.config.lookup_from_codebook
-        else theirs.quantize.get_codebook_entry(indices, shape)
+        if reference.config.lookup_from_codebook
+        else reference.quantize.get_codebook_entry(indices, shape)
     )
     assert_close(
-        ours.from_codes(codes), theirs.decode(entries, force_not_quantize=True, shape=shape).sample
+        actual.from_codes(codes),
+        reference.decode(entries, force_not_quantize=True, shape=shape).sample,
     )
-    assert_close(ours.from_codes(codes), ours.reconstruct(h))
+    assert_close(actual.from_codes(codes), actual.reconstruct(h))
 
 
 # ---- old names and published configs -------------------------------------------------------------
@@ -313,8 +316,8 @@ RENAMED = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_at
 def test_old_names_of_attention(name: str, tmp_path: Path) -> None:
     """They convert them when they open the file; so do we."""
     network, config, values = pair(name)
-    ours = randomise(network(config.from_dict(values | {"mid_block_add_attention": True})))
-    save_part(tmp_path, ours)
+    actual = randomise(network(config.from_dict(values | {"mid_block_add_attention": True})))
+    save_part(tmp_path, actual)
     tensors = load_file(tmp_path / WEIGHTS)
     old = dict(tensors)
     for new, before in RENAMED.items():
@@ -490,13 +493,13 @@ def test_published_configs(name: str) -> None:
     values, mean, std = PUBLISHED[name]
     network, config = autoencoders()[values["_class_name"]]
     with torch.device("meta"):
-        ours: Any = network(config.from_dict(values))
-        theirs: Any = getattr(diffusers, values["_class_name"]).from_config(values)
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {
-        k: v.shape for k, v in theirs.state_dict().items()
+        actual: Any = network(config.from_dict(values))
+        reference: Any = getattr(diffusers, values["_class_name"]).from_config(values)
+    assert {k: v.shape for k, v in actual.state_dict().items()} == {
+        k: v.shape for k, v in reference.state_dict().items()
     }
-    assert (ours.space.mean[0], ours.space.std[0]) == pytest.approx((mean, std))
-    assert config.from_dict(json.loads(json.dumps(ours.to_config()))) == ours.config
+    assert (actual.space.mean[0], actual.space.std[0]) == pytest.approx((mean, std))
+    assert config.from_dict(json.loads(json.dumps(actual.to_config()))) == actual.config
 
 
 def test_statistics_are_read_as_they_were_written() -> None:
@@ -524,21 +527,21 @@ def test_statistics_are_read_as_they_were_written() -> None:
         assert KLConfig.from_dict(written).space == config.space
 
 
-def test_defaults_are_theirs() -> None:
+def test_defaults_equal_diffusers() -> None:
     """A field that a folder leaves out means what they take for it."""
     import inspect
 
     for name, config in (("AutoencoderKLFlux2", KLFlux2Config), ("AutoencoderTiny", TinyConfig)):
-        theirs = {
+        reference = {
             k: v.default
             for k, v in inspect.signature(getattr(diffusers, name).__init__).parameters.items()
             if k != "self"
         }
-        ours = config().to_dict()
-        assert {k: ours[k] for k in theirs} == {
-            k: list(v) if k.endswith("_types") else v for k, v in theirs.items()
+        actual = config().to_dict()
+        assert {k: actual[k] for k in reference} == {
+            k: list(v) if k.endswith("_types") else v for k, v in reference.items()
         }
-    theirs = {
+    reference = {
         k: v.default
         for k, v in inspect.signature(diffusers.VQModel.__init__).parameters.items()
         if k != "self"
@@ -549,7 +552,7 @@ def test_defaults_are_theirs() -> None:
         "down_block_types": (NEAR,) * 2,
         "up_block_types": (UP,) * 2,
     }
-    ours = VQConfig.from_dict(dict(levels)).to_dict()
-    assert {k: ours[k] for k in theirs if k not in levels} == {
-        k: v for k, v in theirs.items() if k not in levels
+    actual = VQConfig.from_dict(dict(levels)).to_dict()
+    assert {k: actual[k] for k in reference if k not in levels} == {
+        k: v for k, v in reference.items() if k not in levels
     }

@@ -40,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def ours(folders: dict[str, Path]) -> dict[str, ClipText]:
+def actual(folders: dict[str, Path]) -> dict[str, ClipText]:
     """Brackets are text in diffusers."""
     return {kind: plain(ClipText.from_folder(folder)) for kind, folder in folders.items()}
 
@@ -78,13 +78,13 @@ def pipeline(kind: str, folder: Path | None = None) -> Any:
     return cls(**parts, **clip_encoders.KINDS[kind][1], **rest)
 
 
-def close(found: Tensor | None, theirs: Tensor) -> None:
+def close(result: Tensor | None, reference: Tensor) -> None:
     assert (
-        found is not None
-        and found.shape == theirs.shape
-        and found.dtype == theirs.dtype == torch.float32
+        result is not None
+        and result.shape == reference.shape
+        and result.dtype == reference.dtype == torch.float32
     )
-    assert float((found - theirs).abs().max()) <= 1e-6 * float(theirs.abs().max())
+    assert float((result - reference).abs().max()) <= 1e-6 * float(reference.abs().max())
 
 
 def ask(pipe: Any, prompt: Any, negative: Any = None, **more: Any) -> Any:
@@ -100,57 +100,57 @@ def ask(pipe: Any, prompt: Any, negative: Any = None, **more: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
-def test_one_encoder(kind: str, ours: dict[str, ClipText]) -> None:
+def test_one_encoder(kind: str, actual: dict[str, ClipText]) -> None:
     negative = ["ugly"] * (len(PROMPTS) - 1) + ["a dog"]
-    theirs = ask(pipeline(kind), PROMPTS, negative)
-    for prompts, tokens in zip((PROMPTS, negative), theirs, strict=True):
-        found = ours[kind](prompts)
-        close(found.tokens, tokens)
-        assert found.mask is None and found.vector is None
+    reference = ask(pipeline(kind), PROMPTS, negative)
+    for prompts, tokens in zip((PROMPTS, negative), reference, strict=True):
+        result = actual[kind](prompts)
+        close(result.tokens, tokens)
+        assert result.mask is None and result.vector is None
     # no negative prompt is an empty one
-    close(ours[kind].null(2).tokens, ask(pipeline(kind), ["a", "b"])[1])
+    close(actual[kind].null(2).tokens, ask(pipeline(kind), ["a", "b"])[1])
 
 
 @pytest.mark.parametrize("skip", [0, 1, 2])
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
-def test_clip_skip(kind: str, skip: int, ours: dict[str, ClipText]) -> None:
+def test_clip_skip(kind: str, skip: int, actual: dict[str, ClipText]) -> None:
     pipe = pipeline(kind)
     # diffusers 0.42 looks for the norm where transformers 4 had it
     pipe.text_encoder.__dict__["text_model"] = pipe.text_encoder
-    theirs = ask(pipe, PROMPTS, clip_skip=skip)[0]
-    close(plain(ours[kind], clip_skip=skip)(PROMPTS).tokens, theirs)
+    reference = ask(pipe, PROMPTS, clip_skip=skip)[0]
+    close(plain(actual[kind], clip_skip=skip)(PROMPTS).tokens, reference)
     if skip:
-        assert not torch.allclose(theirs, ours[kind](PROMPTS).tokens, atol=1e-3)
+        assert not torch.allclose(reference, actual[kind](PROMPTS).tokens, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", [*BOTH, "refiner"])
 @pytest.mark.parametrize("skip", [None, 0, 1])
 def test_two_encoders_and_the_refiner(
-    kind: str, skip: int | None, ours: dict[str, ClipText]
+    kind: str, skip: int | None, actual: dict[str, ClipText]
 ) -> None:
-    theirs = ask(pipeline(kind), PROMPTS, ["ugly, red"] * len(PROMPTS), clip_skip=skip)
-    found = plain(ours[kind], clip_skip=skip)(PROMPTS, PICTURE)
-    close(found.tokens, theirs[0])
-    assert found.vector is not None
-    close(found.vector[:, :10], theirs[2])
+    reference = ask(pipeline(kind), PROMPTS, ["ugly, red"] * len(PROMPTS), clip_skip=skip)
+    result = plain(actual[kind], clip_skip=skip)(PROMPTS, PICTURE)
+    close(result.tokens, reference[0])
+    assert result.vector is not None
+    close(result.vector[:, :10], reference[2])
     # theirs knows no clip_skip for negative prompts
-    negative = ours[kind](["ugly, red"] * len(PROMPTS), PICTURE)
+    negative = actual[kind](["ugly, red"] * len(PROMPTS), PICTURE)
     assert negative.vector is not None
-    close(negative.tokens, theirs[1])
-    close(negative.vector[:, :10], theirs[3])
+    close(negative.tokens, reference[1])
+    close(negative.vector[:, :10], reference[3])
 
 
 @pytest.mark.parametrize("kind", [*BOTH, "refiner"])
 def test_no_prompt_is_zeros_where_the_model_says_so_and_an_empty_prompt_is_text(
-    kind: str, ours: dict[str, ClipText]
+    kind: str, actual: dict[str, ClipText]
 ) -> None:
-    for asked, given in ((None, None), ("", "")):
-        _, tokens, _, pooled = ask(pipeline(kind), "a cat", asked)
-        found = ours[kind]([given], PICTURE)
-        assert found.vector is not None
-        torch.testing.assert_close(found.tokens, tokens, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(found.vector[:, :10], pooled, rtol=1e-6, atol=1e-6)
-        assert (not tokens.any()) == (asked is None and kind != "sdxl_text")
+    for options, inputs in ((None, None), ("", "")):
+        _, tokens, _, pooled = ask(pipeline(kind), "a cat", options)
+        result = actual[kind]([inputs], PICTURE)
+        assert result.vector is not None
+        torch.testing.assert_close(result.tokens, tokens, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(result.vector[:, :10], pooled, rtol=1e-6, atol=1e-6)
+        assert (not tokens.any()) == (options is None and kind != "sdxl_text")
 
 
 def network(numbers: int) -> Any:
@@ -170,72 +170,74 @@ def network(numbers: int) -> Any:
         ImageSpec(64, 64, negative_original_size=(32, 33), negative_target_size=(64, 63)),
     ],
 )
-def test_sizes_and_crops(picture: ImageSpec, ours: dict[str, ClipText]) -> None:
+def test_sizes_and_crops(picture: ImageSpec, actual: dict[str, ClipText]) -> None:
     import diffusers
 
     pipe = SimpleNamespace(unet=network(6))
     method: Any = diffusers.StableDiffusionXLPipeline._get_add_time_ids
-    given = [
+    inputs = [
         picture.original_size or picture.size,
         picture.crop,
         picture.target_size or picture.size,
     ]
-    theirs = method(pipe, *given, dtype=torch.float32, text_encoder_projection_dim=10)
-    found = ours["sdxl"](["a", "b"], picture).vector
-    assert found is not None and torch.equal(found[:, 10:], theirs.expand(2, -1))
-    given = [
-        picture.negative_original_size or given[0],
+    reference = method(pipe, *inputs, dtype=torch.float32, text_encoder_projection_dim=10)
+    result = actual["sdxl"](["a", "b"], picture).vector
+    assert result is not None and torch.equal(result[:, 10:], reference.expand(2, -1))
+    inputs = [
+        picture.negative_original_size or inputs[0],
         picture.crop,
-        picture.negative_target_size or given[2],
+        picture.negative_target_size or inputs[2],
     ]
-    theirs = method(pipe, *given, dtype=torch.float32, text_encoder_projection_dim=10)
-    found = ours["sdxl"].null(1, picture.negative).vector
-    assert found is not None and torch.equal(found[:, 10:], theirs) and not found[:, :10].any()
+    reference = method(pipe, *inputs, dtype=torch.float32, text_encoder_projection_dim=10)
+    result = actual["sdxl"].null(1, picture.negative).vector
+    assert (
+        result is not None and torch.equal(result[:, 10:], reference) and not result[:, :10].any()
+    )
 
 
-def test_the_refiners_score(ours: dict[str, ClipText]) -> None:
+def test_the_refiners_score(actual: dict[str, ClipText]) -> None:
     import diffusers
 
     pipe = SimpleNamespace(unet=network(5), config=SimpleNamespace(requires_aesthetics_score=True))
     sizes = [PICTURE.original_size, PICTURE.crop, PICTURE.target_size]
     scores = [PICTURE.aesthetic_score, PICTURE.negative_aesthetic_score]
     method: Any = diffusers.StableDiffusionXLImg2ImgPipeline._get_add_time_ids
-    theirs = method(
+    reference = method(
         pipe, *sizes, *scores, *sizes, dtype=torch.float32, text_encoder_projection_dim=10
     )
-    for picture, numbers in zip((PICTURE, PICTURE.negative), theirs, strict=True):
-        found = ours["refiner"](["a"], picture).vector
-        assert found is not None and torch.equal(found[:, 10:], numbers)
+    for picture, numbers in zip((PICTURE, PICTURE.negative), reference, strict=True):
+        result = actual["refiner"](["a"], picture).vector
+        assert result is not None and torch.equal(result[:, 10:], numbers)
 
 
 @pytest.mark.parametrize("kind", clip_encoders.KINDS)
 def test_what_is_saved_opens_in_diffusers_and_here(
-    kind: str, ours: dict[str, ClipText], tmp_path: Path
+    kind: str, actual: dict[str, ClipText], tmp_path: Path
 ) -> None:
-    ours[kind].save(tmp_path)
+    actual[kind].save(tmp_path)
     (tmp_path / "model_index.json").write_text(
-        json.dumps({"_class_name": type(pipeline(kind)).__name__, **ours[kind].index()})
+        json.dumps({"_class_name": type(pipeline(kind)).__name__, **actual[kind].index()})
     )
     before, after = (
         ask(pipe, PROMPTS, PROMPTS) for pipe in (pipeline(kind), pipeline(kind, tmp_path))
     )
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     again = ClipText.from_folder(tmp_path)
-    assert again.config == ours[kind].config and again.identity() == ours[kind].identity()
+    assert again.config == actual[kind].config and again.identity() == actual[kind].identity()
     assert all(
         torch.equal(a, b)
         for a, b in zip(
-            again(PROMPTS, PICTURE).tensors, ours[kind](PROMPTS, PICTURE).tensors, strict=True
+            again(PROMPTS, PICTURE).tensors, actual[kind](PROMPTS, PICTURE).tensors, strict=True
         )
     )
-    assert again.tensors().keys() == ours[kind].tensors().keys()
+    assert again.tensors().keys() == actual[kind].tensors().keys()
     assert all(
-        torch.equal(tensor, ours[kind].tensors()[key]) for key, tensor in again.tensors().items()
+        torch.equal(tensor, actual[kind].tensors()[key]) for key, tensor in again.tensors().items()
     )
 
 
 def test_folders_of_older_versions_open(
-    folders: dict[str, Path], ours: dict[str, ClipText], tmp_path: Path
+    folders: dict[str, Path], actual: dict[str, ClipText], tmp_path: Path
 ) -> None:
     """vocab.json and merges.txt without tokenizer.json, "text_model." before the keys, position_ids
     among them, and a .bin.
@@ -277,17 +279,17 @@ def test_folders_of_older_versions_open(
         {**tensors, "text_model.embeddings.position_ids": torch.arange(77)[None]},
         tmp_path / "text_encoder" / "pytorch_model.bin",
     )
-    found = plain(ClipText.from_folder(tmp_path))
-    assert torch.equal(found(PROMPTS).tensors[0], ours["sd1"](PROMPTS).tensors[0])
-    assert found.identity() == ours["sd1"].identity() and found.config == ClipTextConfig(
+    result = plain(ClipText.from_folder(tmp_path))
+    assert torch.equal(result(PROMPTS).tensors[0], actual["sd1"](PROMPTS).tensors[0])
+    assert result.identity() == actual["sd1"].identity() and result.config == ClipTextConfig(
         weighting=False
     )
 
 
-def test_the_real_tokenizers_rules_are_transformers_own(ours: dict[str, ClipText]) -> None:
+def test_the_real_tokenizers_rules_are_transformers_own(actual: dict[str, ClipText]) -> None:
     """Begin, words, end, padding: built here by hand, by theirs with its template."""
-    encoder = ours["sd2"].encoder
+    encoder = actual["sd2"].encoder
     assert encoder is not None and encoder.tokenizer.pad_token_id == 0
     for prompt in PROMPTS:
-        theirs = encoder.tokenizer(prompt).input_ids
-        assert [token.id for token in encoder.tokens([(prompt, 1.0)])] == theirs[1:-1]
+        reference = encoder.tokenizer(prompt).input_ids
+        assert [token.id for token in encoder.tokens([(prompt, 1.0)])] == reference[1:-1]

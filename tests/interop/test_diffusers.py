@@ -85,15 +85,15 @@ AUTOENCODERS: dict[str, dict[str, Any]] = {
 }
 
 
-def same_autoencoder(ours: Any, theirs: Any) -> None:
+def same_autoencoder(actual: Any, peer: Any) -> None:
     """Equal keys, moments and pictures."""
-    assert ours.state_dict().keys() == theirs.state_dict().keys() and norms(ours) == norms(theirs)
-    image = normal(2, ours.channels, 64, 32)
-    expected = theirs.encode(image).latent_dist
-    found = ours.posterior(image)
-    assert_close(found.mean, expected.mean)
-    assert_close(found.std, expected.std)
-    assert_close(ours.reconstruct(found.mean), theirs.decode(expected.mean).sample)
+    assert actual.state_dict().keys() == peer.state_dict().keys() and norms(actual) == norms(peer)
+    image = normal(2, actual.channels, 64, 32)
+    expected = peer.encode(image).latent_dist
+    result = actual.posterior(image)
+    assert_close(result.mean, expected.mean)
+    assert_close(result.std, expected.std)
+    assert_close(actual.reconstruct(result.mean), peer.decode(expected.mean).sample)
     for name in (
         "scaling_factor",
         "shift_factor",
@@ -101,7 +101,7 @@ def same_autoencoder(ours: Any, theirs: Any) -> None:
         "latent_channels",
         "block_out_channels",
     ):
-        assert getattr(ours.config, name) == _tuples(theirs.config[name])
+        assert getattr(actual.config, name) == _tuples(peer.config[name])
 
 
 def _tuples(value: Any) -> Any:
@@ -112,19 +112,19 @@ def _tuples(value: Any) -> Any:
 @torch.inference_mode()
 def test_autoencoders_in_both_directions_through_folders(name: str, tmp_path: Path) -> None:
     values = SMALL | AUTOENCODERS[name]
-    ours = randomised(AutoencoderKL(KLConfig(**values)))
-    save_part(tmp_path / "ours", ours)
-    same_autoencoder(ours, diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours"))
+    actual = randomised(AutoencoderKL(KLConfig(**values)))
+    save_part(tmp_path / "ours", actual)
+    same_autoencoder(actual, diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours"))
     count = len(values["block_out_channels"])
     blocks = {
         "down_block_types": ("DownEncoderBlock2D",) * count,
         "up_block_types": ("UpDecoderBlock2D",) * count,
     }
-    theirs = randomised(diffusers.AutoencoderKL(**values, **blocks), seed=1)
-    theirs.save_pretrained(tmp_path / "theirs")
+    peer = randomised(diffusers.AutoencoderKL(**values, **blocks), seed=1)
+    peer.save_pretrained(tmp_path / "theirs")
     loaded = load_part(tmp_path / "theirs", "AutoencoderKL")
-    same_autoencoder(loaded, theirs)
-    assert loaded.config == ours.config  # pyright: ignore[reportAttributeAccessIssue]
+    same_autoencoder(loaded, peer)
+    assert loaded.config == actual.config  # pyright: ignore[reportAttributeAccessIssue]
 
 
 # ---- U-Nets --------------------------------------------------------------------------------------
@@ -305,51 +305,51 @@ def inputs(
     elif config.num_class_embeds:
         vector, their_labels = torch.eye(config.num_class_embeds)[labels], labels
     concat = normal(2, config.in_channels - 3, *size, seed=3) if config.in_channels > 3 else None
-    ours = Conditioning(tokens=tokens, mask=kept, vector=vector, concat=concat)
-    theirs = {
+    actual = Conditioning(tokens=tokens, mask=kept, vector=vector, concat=concat)
+    peer = {
         "encoder_hidden_states": tokens,
         "encoder_attention_mask": kept,
         "class_labels": their_labels,
         "added_cond_kwargs": added,
     }
-    return normal(2, 3, *size), torch.tensor([999.0, 333.25]), ours, theirs
+    return normal(2, 3, *size), torch.tensor([999.0, 333.25]), actual, peer
 
 
-def same_unet(ours: Any, theirs: Any, size: tuple[int, int] = (8, 8), mask: bool = False) -> None:
-    assert ours.state_dict().keys() == theirs.state_dict().keys() and norms(ours) == norms(theirs)
-    x, timestep, cond, words = inputs(ours.config, size, mask)
+def same_unet(actual: Any, peer: Any, size: tuple[int, int] = (8, 8), mask: bool = False) -> None:
+    assert actual.state_dict().keys() == peer.state_dict().keys() and norms(actual) == norms(peer)
+    x, timestep, cond, words = inputs(actual.config, size, mask)
     joined = x if cond.concat is None else torch.cat([x, cond.concat], 1)
-    assert_close(ours(x, timestep, cond), theirs(joined, timestep, **words).sample)
+    assert_close(actual(x, timestep, cond), peer(joined, timestep, **words).sample)
 
 
 @pytest.mark.parametrize("name", UNETS)
 @torch.inference_mode()
 def test_unets_in_both_directions_through_folders(name: str, tmp_path: Path) -> None:
     values = TINY | UNETS[name]
-    ours = randomised(UNet(UNetConfig(**values)))
-    save_part(tmp_path / "ours", ours)
-    theirs = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "ours")
-    same_unet(ours, theirs)
+    actual = randomised(UNet(UNetConfig(**values)))
+    save_part(tmp_path / "ours", actual)
+    peer = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "ours")
+    same_unet(actual, peer)
     # odd maps fail in their AttnUpBlock2D
     sizes = [(4, 12)] if "AttnUpBlock2D" in values["up_block_types"] else [(7, 7), (6, 9)]
     for size in sizes:
         # there their first attention takes no mask
-        same_unet(ours, theirs, size, mask="only_cross_attention" not in values)
-    theirs = randomised(diffusers.UNet2DConditionModel(**values), seed=1)
-    theirs.save_pretrained(tmp_path / "theirs")
+        same_unet(actual, peer, size, mask="only_cross_attention" not in values)
+    peer = randomised(diffusers.UNet2DConditionModel(**values), seed=1)
+    peer.save_pretrained(tmp_path / "theirs")
     loaded = load_part(tmp_path / "theirs", "UNet2DConditionModel")
-    same_unet(loaded, theirs)
-    assert loaded.config == ours.config  # pyright: ignore[reportAttributeAccessIssue]
+    same_unet(loaded, peer)
+    assert loaded.config == actual.config  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @torch.inference_mode()
-def test_odd_maps_where_theirs_fail() -> None:
+def test_odd_maps_where_diffusers_fails() -> None:
     """AttnUpBlock2D doubles to the skip's own size: padding the input by hand and cropping would be
     the alternative.
     """
-    ours = randomised(UNet(UNetConfig(**(TINY | SELF | MIDDLE))))
-    x, timestep, cond, _ = inputs(ours.config, (7, 5))
-    assert ours(x, timestep, cond).shape == (2, 3, 7, 5)
+    actual = randomised(UNet(UNetConfig(**(TINY | SELF | MIDDLE))))
+    x, timestep, cond, _ = inputs(actual.config, (7, 5))
+    assert actual(x, timestep, cond).shape == (2, 3, 7, 5)
 
 
 @torch.inference_mode()
@@ -357,7 +357,7 @@ def test_every_input_shows_in_the_output() -> None:
     """Without this, parity could hold because nothing matters: tokens, mask, vector, time, concat
     each change y.
     """
-    ours = randomised(
+    actual = randomised(
         UNet(
             UNetConfig(
                 **(
@@ -368,12 +368,12 @@ def test_every_input_shows_in_the_output() -> None:
             )
         )
     )
-    x, timestep, cond, _ = inputs(ours.config, (8, 8), mask=True)
-    y = ours(x, timestep, cond)
+    x, timestep, cond, _ = inputs(actual.config, (8, 8), mask=True)
+    y = actual(x, timestep, cond)
     assert cond.tokens is not None and cond.concat is not None
     unmasked = cond.tokens.clone()
     unmasked[0, 4] += 5  # a token that is masked out
-    assert torch.equal(ours(x, timestep, replace(cond, tokens=unmasked)), y)
+    assert torch.equal(actual(x, timestep, replace(cond, tokens=unmasked)), y)
     changes = [
         {"tokens": cond.tokens + 1},
         {"mask": None},
@@ -381,12 +381,12 @@ def test_every_input_shows_in_the_output() -> None:
         {"concat": cond.concat + 1},
     ]
     for change in changes:
-        assert (ours(x, timestep, replace(cond, **change)) - y).abs().max() > 1e-3, change
-    assert (ours(x, timestep - 100, cond) - y).abs().max() > 1e-3
+        assert (actual(x, timestep, replace(cond, **change)) - y).abs().max() > 1e-3, change
+    assert (actual(x, timestep - 100, cond) - y).abs().max() > 1e-3
     missing = [{"tokens": None}, {"vector": None}]
     for change in missing:
         with pytest.raises(UserError, match="is missing"):
-            ours(x, timestep, replace(cond, **change))
+            actual(x, timestep, replace(cond, **change))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 7)])
@@ -396,27 +396,25 @@ def test_controlnet_residuals(size: tuple[int, int]) -> None:
     blocks' in order, then the middle's.
     """
     values = TINY | CROSS | {"mid_block_type": "UNetMidBlock2DCrossAttn"}
-    ours = randomised(UNet(UNetConfig(**values)))
-    theirs = diffusers.UNet2DConditionModel(**values).eval()
-    theirs.load_state_dict(ours.state_dict())
-    control = randomised(
-        diffusers.ControlNetModel.from_unet(theirs, conditioning_channels=3), seed=2
-    )
-    x, timestep, cond, words = inputs(ours.config, size)
+    actual = randomised(UNet(UNetConfig(**values)))
+    peer = diffusers.UNet2DConditionModel(**values).eval()
+    peer.load_state_dict(actual.state_dict())
+    control = randomised(diffusers.ControlNetModel.from_unet(peer, conditioning_channels=3), seed=2)
+    x, timestep, cond, words = inputs(actual.config, size)
     picture = normal(2, 3, 8 * size[0], 8 * size[1], seed=4)
     down, middle = control(x, timestep, words["encoder_hidden_states"], picture, return_dict=False)
-    expected = theirs(
+    expected = peer(
         x,
         timestep,
         **words,
         down_block_additional_residuals=down,
         mid_block_additional_residual=middle,
     ).sample
-    assert_close(ours(x, timestep, replace(cond, residuals=(*down, middle))), expected)
-    assert (expected - ours(x, timestep, cond)).abs().max() > 1e-2
+    assert_close(actual(x, timestep, replace(cond, residuals=(*down, middle))), expected)
+    assert (expected - actual(x, timestep, cond)).abs().max() > 1e-2
     for wrong in ((*down[1:], middle), (*down, middle, middle), (*down, middle[:, :8])):
         with pytest.raises(UserError, match="do not fit this U-Net: expected"):
-            ours(x, timestep, replace(cond, residuals=wrong))
+            actual(x, timestep, replace(cond, residuals=wrong))
 
 
 # ---- configs -------------------------------------------------------------------------------------
@@ -427,18 +425,18 @@ def defaults_of(config: type) -> dict[str, Any]:
 
 
 def test_we_know_every_field_of_their_configs_with_its_default() -> None:
-    theirs = {
+    peer = {
         k: p.default
         for k, p in inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters.items()
         if k != "self"
     }
-    assert defaults_of(UNetConfig) | FIXED == theirs
-    theirs = {
+    assert defaults_of(UNetConfig) | FIXED == peer
+    peer = {
         k: p.default
         for k, p in inspect.signature(diffusers.AutoencoderKL.__init__).parameters.items()
         if k != "self"
     }
-    assert {*defaults_of(KLConfig), "act_fn", "down_block_types", "up_block_types"} == theirs.keys()
+    assert {*defaults_of(KLConfig), "act_fn", "down_block_types", "up_block_types"} == peer.keys()
 
 
 def another(value: Any) -> Any:
@@ -526,7 +524,7 @@ def their_scheduler(process: Process) -> Any:
 
 
 @pytest.mark.parametrize("kind", THEIR_NAMES)
-def test_tables_equal_theirs(kind: str) -> None:
+def test_tables_equal_diffusers(kind: str) -> None:
     """alpha^2 and sigma^2 at every grid point, to 1e-6 plus what they lose by float32: each beta is
     rounded to 2^-24 of itself.
 
@@ -534,8 +532,8 @@ def test_tables_equal_theirs(kind: str) -> None:
     of rounding, checked last.
     """
     process = Process(schedule(kind), parameterization("v"))
-    theirs = their_scheduler(process)
-    betas = theirs.betas.double()
+    peer = their_scheduler(process)
+    betas = peer.betas.double()
     products = torch.log1p(-betas).cumsum(0)
     lost = 1e-6 + (2**-24 * betas / (1 - betas)).cumsum(0)
     alpha, sigma = process.schedule.at(process.schedule.time(torch.arange(1000)))
@@ -543,7 +541,7 @@ def test_tables_equal_theirs(kind: str) -> None:
     assert ((sigma.square() / -torch.expm1(products) - 1).abs() < lost).all()
     # only the last beta of cosine, 0.999, costs more
     assert lost[:-1].max() < 2e-6 and lost[-1] < 1e-4
-    torch.testing.assert_close(alpha.square().float(), theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(alpha.square().float(), peer.alphas_cumprod, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", THEIR_NAMES)
@@ -555,13 +553,13 @@ def test_scheduler_configs_in_both_directions_through_folders(
     process = Process(schedule(kind, steps=500, **options), parameterization(name))
     config = to_scheduler_config(process)
     (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
-    theirs = getattr(diffusers, config["_class_name"]).from_pretrained(tmp_path)
+    peer = getattr(diffusers, config["_class_name"]).from_pretrained(tmp_path)
     assert (
-        theirs.config.prediction_type == THEIR_TYPES[name]
-        and theirs.config.beta_schedule == THEIR_NAMES[kind]
+        peer.config.prediction_type == THEIR_TYPES[name]
+        and peer.config.beta_schedule == THEIR_NAMES[kind]
     )
-    assert len(theirs.alphas_cumprod) == 500 and not theirs.config.clip_sample
-    theirs.save_pretrained(tmp_path / "again")
+    assert len(peer.alphas_cumprod) == 500 and not peer.config.clip_sample
+    peer.save_pretrained(tmp_path / "again")
     assert (
         from_scheduler_config(
             json.loads((tmp_path / "again" / "scheduler_config.json").read_text())
@@ -573,8 +571,8 @@ def test_scheduler_configs_in_both_directions_through_folders(
 
 def test_flow_scheduler_in_both_directions(tmp_path: Path) -> None:
     process = Process(schedule("flow"), parameterization("flow"))
-    theirs = their_scheduler(process)
-    theirs.save_pretrained(tmp_path)
+    peer = their_scheduler(process)
+    peer.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "scheduler_config.json").read_text())
     assert len(values) > 12 and from_scheduler_config(values) == process
     # no scheduler of theirs stands for it: a config of our own does
@@ -625,7 +623,7 @@ def test_schedulers_we_would_not_honour_are_refused(
 # ---- whole models --------------------------------------------------------------------------------
 
 
-class Theirs(nn.Module):
+class Reference(nn.Module):
     """A model folder opened with diffusers, and a sampling loop by hand."""
 
     def __init__(self, folder: Path) -> None:
@@ -684,21 +682,21 @@ def test_a_whole_model_makes_the_same_latents_and_pictures(
     process = Process(schedule(pair[0]), parameterization(pair[1]))
     model = replace(model, denoiser=Denoiser(model.denoiser.network, process))
     model.save(tmp_path / "model")
-    theirs, names = Theirs(tmp_path / "model"), model.class_names
+    peer, names = Reference(tmp_path / "model"), model.class_names
     noise = SeededNoise((2, 8, 8), [11, 12, 13])()
     labels = [0, 2, 1]
     settings = {"prompt": [names[k] for k in labels], "seed": 11, "steps": 5, "guidance": weight}
-    ours = model.generate(**settings, output="latent")
-    expected = theirs(noise, labels, len(names), 5, weight)
-    assert_close(ours, expected, 1e-4)
+    actual = model.generate(**settings, output="latent")
+    expected = peer(noise, labels, len(names), 5, weight)
+    assert_close(actual, expected, 1e-4)
     # a random network's eps errors are divided by alpha(1): those latents are far out of any
     # picture's range
     if pair[1] != "eps":
         pictures = model.generate(**settings, output="tensor")
-        assert (pictures - theirs.decode(expected)).abs().max() < 1e-3
+        assert (pictures - peer.decode(expected)).abs().max() < 1e-3
         assert pictures.std() > 0.01
     again = load(tmp_path / "model")  # what was read from the folder is the model that was written
-    assert torch.equal(again.generate(**settings, output="latent"), ours)
+    assert torch.equal(again.generate(**settings, output="latent"), actual)
 
 
 @pytest.mark.parametrize(
@@ -715,10 +713,10 @@ def test_rescaled_and_own_tables_in_both_directions(chosen: Any, parameter: str)
     """
     process = Process(chosen, parameterization(parameter))
     config = to_scheduler_config(process)
-    theirs: Any = diffusers.DDIMScheduler.from_config(config)
+    peer: Any = diffusers.DDIMScheduler.from_config(config)
     grid = torch.arange(1, chosen.grid + 1, dtype=torch.float64) / chosen.grid
     torch.testing.assert_close(
-        theirs.alphas_cumprod.double(), chosen.at(grid)[0].square(), rtol=1e-4, atol=1e-6
+        peer.alphas_cumprod.double(), chosen.at(grid)[0].square(), rtol=1e-4, atol=1e-6
     )
     again = from_scheduler_config(json.loads(json.dumps(config)))
     assert again.parameterization == process.parameterization and again.schedule.at(
@@ -729,8 +727,8 @@ def test_rescaled_and_own_tables_in_both_directions(chosen: Any, parameter: str)
 def test_a_shifted_flow_in_both_directions() -> None:
     process = Process(Shifted(schedule("flow"), 3.0), parameterization("flow"))
     config = to_scheduler_config(process)
-    theirs: Any = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
-    theirs.set_timesteps(sigmas=np.linspace(1, 0.1, 10))
-    ours = [process.schedule.point(t)[1] for t in timesteps("trailing", 10, process.schedule)]
-    np.testing.assert_allclose(theirs.sigmas.numpy(), ours, atol=1e-6)
+    peer: Any = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+    peer.set_timesteps(sigmas=np.linspace(1, 0.1, 10))
+    actual = [process.schedule.point(t)[1] for t in timesteps("trailing", 10, process.schedule)]
+    np.testing.assert_allclose(peer.sigmas.numpy(), actual, atol=1e-6)
     assert from_scheduler_config(config) == process

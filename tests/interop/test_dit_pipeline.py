@@ -27,7 +27,7 @@ LABELS = {
 }
 
 
-def theirs(**shape: Any) -> Any:
+def reference(**shape: Any) -> Any:
     """A small random DiTPipeline. DiT's own has a thousand classes: that the next is none is
     written into it.
     """
@@ -63,60 +63,64 @@ def labelled(folder: Path, labels: Any = None) -> Path:
     return folder
 
 
-def same(ours: Any, pipe: Any, **asked: Any) -> None:
+def same(actual: Any, pipe: Any, **options: Any) -> None:
     """With and without guidance, and by the model's defaults."""
     prompts, classes = ["tench", "Carassius auratus", "7", "517"], [0, 1, 7, 517]
     for guidance in (4.0, 1.0, 1.5):
         expected = pipeline_images(pipe, classes, guidance_scale=guidance, num_inference_steps=5)
-        found = ours.generate(prompts, guidance=guidance, steps=5, output="tensor")
+        result = actual.generate(prompts, guidance=guidance, steps=5, output="tensor")
         assert expected.shape == (4, 3, 16, 16) and (expected[0] - expected[1]).abs().max() > 0.05
-        assert_same_images(found, expected)
+        assert_same_images(result, expected)
     expected = pipeline_images(pipe, classes[:2])
-    assert (ours.generate(prompts[:2], output="tensor") - expected).abs().max() < 1e-3
+    assert (actual.generate(prompts[:2], output="tensor") - expected).abs().max() < 1e-3
     assert (
-        ours.generate(prompts[:2], guidance=1, output="tensor") - expected
+        actual.generate(prompts[:2], guidance=1, output="tensor") - expected
     ).abs().max() > 0.01, "guidance shows"
 
 
 def test_what_diffusers_saved(tmp_path: Path) -> None:
-    pipe = theirs()
+    pipe = reference()
     pipe.save_pretrained(tmp_path)
-    ours = load(labelled(tmp_path))
-    assert (ours.defaults.steps, ours.defaults.guidance, ours.defaults.sampler) == (50, 4.0, "ddim")
-    assert len(ours.class_names) == 1000 and ours.class_names[:2] == (
+    actual = load(labelled(tmp_path))
+    assert (actual.defaults.steps, actual.defaults.guidance, actual.defaults.sampler) == (
+        50,
+        4.0,
+        "ddim",
+    )
+    assert len(actual.class_names) == 1000 and actual.class_names[:2] == (
         "tench, Tinca tinca",
         LABELS["1"],
     )
-    assert (ours.class_names[7], ours.class_names[134], ours.class_names[517]) == (
+    assert (actual.class_names[7], actual.class_names[134], actual.class_names[517]) == (
         "7",
         "crane (134)",
         "crane (517)",
     )
-    same(ours, pipe)
+    same(actual, pipe)
 
 
 def test_what_we_save(tmp_path: Path) -> None:
-    theirs().save_pretrained(tmp_path / "theirs")
-    ours = load(labelled(tmp_path / "theirs"))
-    ours.save(tmp_path / "ours")
+    reference().save_pretrained(tmp_path / "theirs")
+    actual = load(labelled(tmp_path / "theirs"))
+    actual.save(tmp_path / "ours")
     again = load(tmp_path / "ours")
     assert (
-        again.hash == ours.hash
-        and again.defaults == ours.defaults
-        and again.conditioner == ours.conditioner
+        again.hash == actual.hash
+        and again.defaults == actual.defaults
+        and again.conditioner == actual.conditioner
     )
     pipe = open_pipeline(tmp_path / "ours")
     assert type(pipe).__name__ == "DiTPipeline" and pipe.get_label_ids(
         ["Tinca tinca", "toilet tissue"]
     ) == [0, 999]
     same(again, pipe)
-    ours.save(tmp_path / "ours.safetensors")
-    assert load(tmp_path / "ours.safetensors").hash == ours.hash
+    actual.save(tmp_path / "ours.safetensors")
+    assert load(tmp_path / "ours.safetensors").hash == actual.hash
 
 
 def test_folders_of_the_first_class(tmp_path: Path) -> None:
     """facebook/DiT-XL-2-256 names Transformer2DModel, and has pickled weights or safetensors."""
-    pipe = theirs()
+    pipe = reference()
     pipe.save_pretrained(tmp_path)
     for file, change in (
         ("model_index.json", {"transformer": ["diffusers", "Transformer2DModel"]}),
@@ -138,32 +142,32 @@ def test_folders_of_the_first_class(tmp_path: Path) -> None:
 
 def test_another_scheduler(tmp_path: Path) -> None:
     """The sampler of the folder is the run's, also after we saved it."""
-    pipe = theirs()
+    pipe = reference()
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.save_pretrained(tmp_path / "theirs")
     expected = pipeline_images(pipe, [3, 5], num_inference_steps=10)
-    ours = load(tmp_path / "theirs")
-    ours.save(tmp_path / "ours")
+    actual = load(tmp_path / "theirs")
+    actual.save(tmp_path / "ours")
     again = open_pipeline(tmp_path / "ours", "DiTPipeline")
     assert (pipeline_images(again, [3, 5], num_inference_steps=10) - expected).abs().max() < 1e-3
-    for model in (ours, load(tmp_path / "ours")):
+    for model in (actual, load(tmp_path / "ours")):
         assert (model.generate(["3", "5"], steps=10, output="tensor") - expected).abs().max() < 1e-3
 
 
 def test_other_sizes(tmp_path: Path) -> None:
     """diffusers' DiT draws squares of one size only."""
-    theirs().save_pretrained(tmp_path)
-    ours = load(tmp_path)
-    picture = ours.generate("3", steps=2, height=18, width=33, output="tensor")
+    reference().save_pretrained(tmp_path)
+    actual = load(tmp_path)
+    picture = actual.generate("3", steps=2, height=18, width=33, output="tensor")
     assert picture.shape == (1, 3, 18, 33) and torch.isfinite(picture).all()
-    together = ours.generate(["3", "4", None], steps=2, height=18, width=33, output="tensor")
+    together = actual.generate(["3", "4", None], steps=2, height=18, width=33, output="tensor")
     assert torch.equal(together[:1], picture), "a picture of a batch is the one that it is alone"
 
 
 def test_other_numbers_of_classes_are_not_for_their_pipeline(tmp_path: Path) -> None:
     """It takes class 1000 for none, whatever the table: such models are saved as ours."""
-    theirs().save_pretrained(tmp_path / "theirs")
-    ours = load(tmp_path / "theirs")
+    reference().save_pretrained(tmp_path / "theirs")
+    actual = load(tmp_path / "theirs")
     network = randomised(
         DiT(
             DiTConfig(
@@ -177,11 +181,11 @@ def test_other_numbers_of_classes_are_not_for_their_pipeline(tmp_path: Path) -> 
         3,
         0.15,
     )
-    few = type(ours)(
-        ours.autoencoder,
-        Denoiser(network, ours.denoiser.process),
+    few = type(actual)(
+        actual.autoencoder,
+        Denoiser(network, actual.denoiser.process),
         ClassLabels(("shoe, boot", "bag")),
-        ours.defaults,
+        actual.defaults,
         "few",
     )
     few.save(tmp_path / "few")
@@ -209,7 +213,7 @@ def test_other_numbers_of_classes_are_not_for_their_pipeline(tmp_path: Path) -> 
     ],
 )
 def test_labels_that_are_none(labels: Any, sentence: str, tmp_path: Path) -> None:
-    theirs(num_layers=1).save_pretrained(tmp_path)
+    reference(num_layers=1).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=sentence) as refused:
         load(labelled(tmp_path, labels))
     assert "model_index.json" in str(refused.value)
@@ -238,12 +242,12 @@ def test_prompts(prompt: str | None, label: int) -> None:
         "crane",
         "crane",
     )
-    found = ClassLabels((*labels, "maillot", "maillot, tank suit", "9", "last"))([prompt]).vector
+    result = ClassLabels((*labels, "maillot", "maillot, tank suit", "9", "last"))([prompt]).vector
     assert (
-        found is not None
-        and found.shape == (1, 11)
-        and found.argmax() == label
-        and found.sum() == 1
+        result is not None
+        and result.shape == (1, 11)
+        and result.argmax() == label
+        and result.sum() == 1
     )
 
 
@@ -264,6 +268,6 @@ def test_prompts_that_mean_no_class_or_several(prompt: str, sentence: str) -> No
 
 
 @pytest.mark.parametrize("wrong", [(), ("",), ("a", " "), ("a", "a", "a (1)")])
-def test_labels_that_cannot_be_told_apart(wrong: tuple[str, ...]) -> None:
+def test_ambiguous_labels(wrong: tuple[str, ...]) -> None:
     with pytest.raises(UserError, match="class labels"):
         ClassLabels(wrong)

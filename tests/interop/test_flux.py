@@ -77,7 +77,7 @@ SIZES = [(8, 8), (4, 10), (7, 5)]
 T = torch.tensor([1000.0, 250.0])
 
 
-def theirs(name: str) -> Any:
+def peer(name: str) -> Any:
     """diffusers' model with weights large enough that every one of them shows."""
     kind = (
         diffusers.FluxTransformer2DModel if "FLUX.1" in name else diffusers.Flux2Transformer2DModel
@@ -85,17 +85,17 @@ def theirs(name: str) -> Any:
     return random_network(lambda: kind(**FLUX[name]))
 
 
-def ours(name: str) -> Any:
+def actual(name: str) -> Any:
     """The same weights in our network, without a file between."""
     network_class, config_class = registered()[
         "FluxTransformer2DModel" if "FLUX.1" in name else "Flux2Transformer2DModel"
     ]
     network = network_class(config_class(**FLUX[name]))
-    network.load_state_dict(theirs(name).state_dict())
+    network.load_state_dict(peer(name).state_dict())
     return network.eval().requires_grad_(False)
 
 
-def asked(
+def options(
     network: Any,
     size: tuple[int, int],
     count: int = 2,
@@ -134,29 +134,29 @@ def _flux(model: Any, x: Tensor, t: Tensor, cond: Conditioning, control: tuple[A
         return FluxPipeline._pack_latents(m, *m.shape)
 
     def ids(m: Tensor, which: int) -> Tensor:
-        found = FluxPipeline._prepare_latent_image_ids(
+        result = FluxPipeline._prepare_latent_image_ids(
             len(m), m.shape[2] // 2, m.shape[3] // 2, "cpu", m.dtype
         )
-        found[:, 0] = which  # as pipeline_flux_kontext.py does
-        return found
+        result[:, 0] = which  # as pipeline_flux_kontext.py does
+        return result
 
     picture, joined, references = (
         whole(x),
         [] if cond.concat is None else [whole(cond.concat)],
         [whole(r) for r in cond.references or ()],
     )
-    told, pooled = cond.vector, model.config.pooled_projection_dim
-    assert told is not None and cond.tokens is not None
+    settings, pooled = cond.vector, model.config.pooled_projection_dim
+    assert settings is not None and cond.tokens is not None
     y = model(
         hidden_states=torch.cat(
             [torch.cat([tokens(m) for m in (picture, *joined)], 2), *map(tokens, references)], 1
         ),
         encoder_hidden_states=cond.tokens,
-        pooled_projections=told[:, :pooled],
+        pooled_projections=settings[:, :pooled],
         timestep=t / 1000,
         img_ids=torch.cat([ids(m, k) for k, m in enumerate((picture, *references))]),
         txt_ids=torch.zeros(cond.tokens.shape[1], 3),
-        guidance=told[:, -1] if model.config.guidance_embeds else None,
+        guidance=settings[:, -1] if model.config.guidance_embeds else None,
         controlnet_block_samples=control[0],
         controlnet_single_block_samples=control[1],
     ).sample
@@ -170,7 +170,7 @@ def _flux2(
     model: Any, x: Tensor, t: Tensor, cond: Conditioning, control: tuple[Any, Any]
 ) -> Tensor:
     del control
-    references, told = list(cond.references or ()), cond.vector
+    references, settings = list(cond.references or ()), cond.vector
     ids = [Flux2Pipeline._prepare_latent_ids(x)]
     if references:
         ids.append(
@@ -182,7 +182,7 @@ def _flux2(
         timestep=t / 1000,
         img_ids=torch.cat(ids, 1),
         txt_ids=Flux2Pipeline._prepare_text_ids(cond.tokens),
-        guidance=None if told is None else told[:, -1],
+        guidance=None if settings is None else settings[:, -1],
     ).sample
     return torch.stack(
         Flux2Pipeline._unpack_latents_with_ids(y[:, : x.shape[2] * x.shape[3]], ids[0]).unbind()
@@ -195,7 +195,7 @@ def _flux2(
 @pytest.mark.parametrize("name", FLUX)
 @torch.inference_mode()
 def test_parity_in_both_directions_through_folders(name: str, tmp_path: Path) -> None:
-    reference = theirs(name)
+    reference = peer(name)
     reference.save_pretrained(tmp_path / "theirs")
     network: Any = load_part(tmp_path / "theirs")
     assert {k: v.shape for k, v in network.state_dict().items()} == {
@@ -209,7 +209,7 @@ def test_parity_in_both_directions_through_folders(name: str, tmp_path: Path) ->
     )
     assert {k: v for k, v in written.items() if k != "_diffusers_version"} == read
     for size in SIZES:
-        x, cond = asked(network, size)
+        x, cond = options(network, size)
         y = answer(reference, x, T, cond)
         assert_close(network(x, T, cond), y)
         assert torch.equal(answer(back, x, T, cond), y)
@@ -221,14 +221,14 @@ def test_references(name: str) -> None:
     """Other sizes than x, smaller and larger; FLUX.1 reads one, FLUX.2 several. They count, and so
     does their order.
     """
-    network, reference = ours(name), theirs(name)
+    network, reference = actual(name), peer(name)
     for references in [((4, 6),), ((9, 7),), ((4, 6), (3, 9), (4, 6))]:
         if len(references) > 1 and "FLUX.1" in name:
             continue
-        x, cond = asked(network, (6, 4), references=references)
+        x, cond = options(network, (6, 4), references=references)
         y = network(x, T, cond)
         assert_close(y, answer(reference, x, T, cond))
-        without = network(x, T, asked(network, (6, 4))[1])
+        without = network(x, T, options(network, (6, 4))[1])
         assert float((y - without).abs().max()) > 1e-3
         if len(references) > 1:
             pictures = cond.references or ()
@@ -242,22 +242,22 @@ def test_references(name: str) -> None:
 @torch.inference_mode()
 def test_many_tokens_and_one_image(name: str) -> None:
     """More tokens than go through a feed-forward layer at a time."""
-    network, reference = ours(name), theirs(name)
+    network, reference = actual(name), peer(name)
     size = (60, 80) if "FLUX.1" in name else (30, 40)
     for count in (1, 2):
-        x, cond = asked(network, size, count)
+        x, cond = options(network, size, count)
         assert_close(network(x, T[:count], cond), answer(reference, x, T[:count], cond))
 
 
 @torch.inference_mode()
 def test_residuals_of_a_controlnet() -> None:
     name = "FLUX.1 dev"
-    network, reference = ours(name), theirs(name)
-    x, cond = asked(network, (4, 6))
+    network, reference = actual(name), peer(name)
+    x, cond = options(network, (4, 6))
     maps = [normal(2, 6, 32, seed=k) for k in range(4)]
-    for given, theirs_too in [(maps, (maps[:2], maps[2:])), (maps[:2], (maps[:2], None))]:
-        y = network(x, T, Conditioning(cond.tokens, vector=cond.vector, residuals=tuple(given)))
-        assert_close(y, answer(reference, x, T, cond, theirs_too))
+    for inputs, reference_too in [(maps, (maps[:2], maps[2:])), (maps[:2], (maps[:2], None))]:
+        y = network(x, T, Conditioning(cond.tokens, vector=cond.vector, residuals=tuple(inputs)))
+        assert_close(y, answer(reference, x, T, cond, reference_too))
     with_reference = Conditioning(
         cond.tokens, vector=cond.vector, residuals=tuple(maps), references=(normal(2, 4, 4, 4),)
     )
@@ -392,8 +392,8 @@ def test_masks_hide_text(name: str) -> None:
     """Of two texts, one is shorter: what stands behind its end does not matter, and it is as if
     nothing stood there.
     """
-    network = ours(name)
-    x, cond = asked(network, (6, 8), references=((4, 4),))
+    network = actual(name)
+    x, cond = options(network, (6, 8), references=((4, 4),))
     mask = torch.arange(LENGTH) < torch.tensor([[LENGTH], [4]])
     masked = Conditioning(cond.tokens, mask=mask, vector=cond.vector, references=cond.references)
     y = network(x, T, masked)
@@ -418,10 +418,10 @@ def test_masks_hide_text(name: str) -> None:
 )
 @torch.inference_mode()
 def test_bits_do_not_depend_on_the_batch(name: str) -> None:
-    count, network = 18, ours(name)
+    count, network = 18, actual(name)
     for size in [(7, 9), (6, 4)]:
         references = () if network.in_channels > network.channels else ((3, 5),)
-        x, cond = asked(network, size, count, references)
+        x, cond = options(network, size, count, references)
         mask = (normal(count, LENGTH, seed=9) > -0.5) | (torch.arange(LENGTH) == 0)
         cond = Conditioning(cond.tokens, mask, cond.vector, cond.concat, references=cond.references)
         t = torch.linspace(1000.0, 1.0, count)
@@ -436,8 +436,8 @@ def test_bits_do_not_depend_on_the_batch(name: str) -> None:
 @pytest.mark.parametrize("name", ["FLUX.1 dev", "FLUX.2 dev"])
 @torch.inference_mode()
 def test_bits_with_many_tokens(name: str) -> None:
-    network = ours(name)
-    x, cond = asked(network, (62, 70) if "FLUX.1" in name else (31, 35), 3)
+    network = actual(name)
+    x, cond = options(network, (62, 70) if "FLUX.1" in name else (31, 35), 3)
     t = torch.tensor([900.0, 500.0, 20.0])
     together = network(x, t, cond)
     for i in range(3):
@@ -452,8 +452,8 @@ def test_bits_with_many_tokens(name: str) -> None:
 @pytest.mark.parametrize("name", ["FLUX.1 dev", "FLUX.2 dev"])
 @torch.inference_mode()
 def test_prepared_for_inference(name: str) -> None:
-    network = ours(name)
-    x, cond = asked(network, (6, 8))
+    network = actual(name)
+    x, cond = options(network, (6, 8))
     assert can_prepack(network)
     assert_close(prepack(network)(x, T, cond), network(x, T, cond), 1e-5)
 
@@ -462,8 +462,8 @@ def test_prepared_for_inference(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.inference_mode()
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
-    network = ours(name)
-    x, cond = asked(network, (6, 8))
+    network = actual(name)
+    x, cond = options(network, (6, 8))
     y, half = network(x, T, cond), network.to(dtype)(x.to(dtype), T, cond.to(dtype=dtype))
     assert half.dtype == dtype
     assert float((half.float() - y).norm() / y.norm()) < (0.03 if dtype == torch.bfloat16 else 0.01)
@@ -480,8 +480,8 @@ def test_float16_stays_finite() -> None:
 
 @pytest.mark.parametrize("name", FLUX)
 def test_every_weight_gets_a_gradient(name: str) -> None:
-    network = ours(name).requires_grad_(True).train()
-    x, cond = asked(
+    network = actual(name).requires_grad_(True).train()
+    x, cond = options(
         network, (5, 4), references=() if network.in_channels > network.channels else ((3, 3),)
     )
     y = network(x, T, cond)
@@ -521,8 +521,8 @@ def test_positions_are_cached_and_no_part_of_the_weights() -> None:
 
 def test_exported() -> None:
     """A program of it holds no places of its own, and leaves none behind."""
-    network = ours("FLUX.2 dev")
-    x, cond = asked(network, (6, 4))
+    network = actual("FLUX.2 dev")
+    x, cond = options(network, (6, 4))
 
     class Bare(torch.nn.Module):
         def __init__(self) -> None:
@@ -532,11 +532,11 @@ def test_exported() -> None:
         def forward(self, x: Tensor, t: Tensor, tokens: Tensor, vector: Tensor) -> Tensor:
             return self.network(x, t, Conditioning(tokens, vector=vector))
 
-    given = (x, T, cond.tokens, cond.vector)
+    inputs = (x, T, cond.tokens, cond.vector)
     _flux_base._cached_rope.cache_clear()
     with torch.no_grad():
-        program = torch.export.export(Bare(), given, strict=False)
-        assert_close(program.module()(*given), network(x, T, cond))
+        program = torch.export.export(Bare(), inputs, strict=False)
+        assert_close(program.module()(*inputs), network(x, T, cond))
 
 
 COMPILED = """
@@ -583,15 +583,15 @@ def test_one_graph_for_compilers() -> None:
     ],
 )
 @pytest.mark.parametrize("which", [1, 2])
-def test_configs_are_refused(change: dict[str, Any], said: str, which: int) -> None:
-    if which == 2 and ("channels" in said or "even" in said):
-        change, said = (
+def test_configs_are_refused(change: dict[str, Any], message: str, which: int) -> None:
+    if which == 2 and ("channels" in message or "even" in message):
+        change, message = (
             {"out_channels": 0, "timestep_guidance_channels": 5},
-            "out_channels=0" if "channels" in said else "axes",
+            "out_channels=0" if "channels" in message else "axes",
         )
-        change |= {"axes_dims_rope": (3, 5, 4, 4)} if said == "axes" else {}
+        change |= {"axes_dims_rope": (3, 5, 4, 4)} if message == "axes" else {}
     config, values = (FluxConfig, TINY) if which == 1 else (Flux2Config, TINY2)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         config.from_dict(values | change)
 
 
@@ -606,8 +606,8 @@ def test_flux2_configs_are_refused(field: str, value: float) -> None:
 
 @pytest.mark.parametrize("name", ["FLUX.1 dev", "FLUX.2 dev"])
 def test_missing_doors_are_refused(name: str) -> None:
-    network = ours(name)
-    x, cond = asked(network, (4, 4))
+    network = actual(name)
+    x, cond = options(network, (4, 4))
     tokens, vector = cond.tokens, cond.vector
     assert tokens is not None and vector is not None
     wrong = [
@@ -624,10 +624,10 @@ def test_missing_doors_are_refused(name: str) -> None:
     masked = Conditioning(tokens, vector=vector)
     # the test run would check the shape here already
     object.__setattr__(masked, "mask", torch.ones(2, 3, dtype=torch.bool))
-    for given, said in [*wrong, (masked, "mask")]:
-        with pytest.raises(UserError, match=said) as found:
-            network(x, T, given)
-        assert str(found.value).count("\n") == 0
-    fill = ours("FLUX.1 fill")
+    for inputs, message in [*wrong, (masked, "mask")]:
+        with pytest.raises(UserError, match=message) as result:
+            network(x, T, inputs)
+        assert str(result.value).count("\n") == 0
+    fill = actual("FLUX.1 fill")
     with pytest.raises(UserError, match="takes 24 channels"):
-        fill(normal(2, 4, 4, 4), T, Conditioning(tokens, vector=asked(fill, (4, 4))[1].vector))
+        fill(normal(2, 4, 4, 4), T, Conditioning(tokens, vector=options(fill, (4, 4))[1].vector))

@@ -63,7 +63,7 @@ def autoencoder() -> Any:
     return vae
 
 
-def theirs(kind: str, scratch: Path) -> Any:
+def reference(kind: str, scratch: Path) -> Any:
     numbers = {
         "in_channels": 32,
         "num_layers": 1,
@@ -93,15 +93,15 @@ def theirs(kind: str, scratch: Path) -> Any:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_pipelines(
-        lambda kind: theirs(kind, tmp_path_factory.mktemp("scratch")), KINDS, tmp_path_factory
+        lambda kind: reference(kind, tmp_path_factory.mktemp("scratch")), KINDS, tmp_path_factory
     )
 
 
 compare = partial(assert_same_images, tolerance=1e-4, contrast=0.02)
 
 
-def pictures(pipe: Any, count: int = 2, **asked: Any) -> Tensor:
-    return pipeline_images(pipe, n=count, **({"prompt": PROMPTS[:count]} | asked))
+def pictures(pipe: Any, count: int = 2, **options: Any) -> Tensor:
+    return pipeline_images(pipe, n=count, **({"prompt": PROMPTS[:count]} | options))
 
 
 def photo(seed: int = 5, height: int = 64, width: int = 96) -> Any:
@@ -142,8 +142,8 @@ def test_times_of_large_pictures(
     )
     even = torch.linspace(1, 1 / steps, steps).tolist()
     scheduler.set_timesteps(sigmas=even, mu=compute_empirical_mu(height * width // 256, steps))
-    found = torch.tensor(model.plan(Request(steps=steps, height=height, width=width)).timesteps)
-    assert (found - scheduler.sigmas).abs().max() < 1e-6
+    result = torch.tensor(model.plan(Request(steps=steps, height=height, width=width)).timesteps)
+    assert (result - scheduler.sigmas).abs().max() < 1e-6
 
 
 def test_another_rule_is_refused(folders: dict[str, Path]) -> None:
@@ -160,47 +160,47 @@ def test_defaults(folders: dict[str, Path]) -> None:
     """
     models = {kind: load(folder) for kind, folder in folders.items()}
     assert [model.sample_size for model in models.values()] == [1024] * 3
-    found = {kind: model.defaults for kind, model in models.items()}
-    assert [(d.steps, d.guidance, d.max_reference_images) for d in found.values()] == [
+    result = {kind: model.defaults for kind, model in models.items()}
+    assert [(d.steps, d.guidance, d.max_reference_images) for d in result.values()] == [
         (50, 1.0, 10),
         (50, 4.0, 4),
         (4, 1.0, 4),
     ]
-    assert found["dev"].distilled_guidance == 4.0
-    assert {(d.sampler, d.spacing) for d in found.values()} == {("euler", "dynamic:rule=flux2")}
+    assert result["dev"].distilled_guidance == 4.0
+    assert {(d.sampler, d.spacing) for d in result.values()} == {("euler", "dynamic:rule=flux2")}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", SIZES)
 def test_text_to_image(kind: str, size: tuple[int, int], folders: dict[str, Path]) -> None:
     pipe, model = open_pipeline(folders[kind]), load(folders[kind])
-    asked: dict[str, Any] = {"height": size[0], "width": size[1]}
+    options: dict[str, Any] = {"height": size[0], "width": size[1]}
     compare(
-        model.generate(PROMPTS, steps=3, output="tensor", **asked),
-        pictures(pipe, num_inference_steps=3, **asked),
+        model.generate(PROMPTS, steps=3, output="tensor", **options),
+        pictures(pipe, num_inference_steps=3, **options),
     )
 
 
 def test_strengths_of_guidance(folders: dict[str, Path]) -> None:
-    asked: dict[str, Any] = {"height": 32, "width": 32}
+    options: dict[str, Any] = {"height": 32, "width": 32}
     for kind, scale in (("dev", 1.5), ("klein", 2.0), ("klein", 1.0)):
         pipe, model = open_pipeline(folders[kind]), load(folders[kind])
-        expected = pictures(pipe, num_inference_steps=2, guidance_scale=scale, **asked)
+        expected = pictures(pipe, num_inference_steps=2, guidance_scale=scale, **options)
         compare(
-            model.generate(PROMPTS, steps=2, guidance=scale, output="tensor", **asked), expected
+            model.generate(PROMPTS, steps=2, guidance=scale, output="tensor", **options), expected
         )
-        assert (expected - pictures(pipe, num_inference_steps=2, **asked)).abs().max() > 1e-3, (
+        assert (expected - pictures(pipe, num_inference_steps=2, **options)).abs().max() > 1e-3, (
             "guidance shows"
         )
 
 
 def test_another_negative_prompt(folders: dict[str, Path]) -> None:
     pipe, model = open_pipeline(folders["klein"]), load(folders["klein"])
-    asked: dict[str, Any] = {"height": 32, "width": 32}
+    options: dict[str, Any] = {"height": 32, "width": 32}
     tokens, _ = pipe.encode_prompt(["a dog"] * 2)
-    expected = pictures(pipe, num_inference_steps=2, negative_prompt_embeds=tokens, **asked)
+    expected = pictures(pipe, num_inference_steps=2, negative_prompt_embeds=tokens, **options)
     compare(
-        model.generate(PROMPTS, steps=2, negative_prompt="a dog", output="tensor", **asked),
+        model.generate(PROMPTS, steps=2, negative_prompt="a dog", output="tensor", **options),
         expected,
     )
 
@@ -221,13 +221,13 @@ def test_pictures_that_are_read(kind: str, count: int, folders: dict[str, Path])
     """One picture and two, of another size than what is drawn."""
     pipe, model = open_pipeline(folders[kind]), load(folders[kind])
     read = [photo(5), photo(6, 80, 64)][:count]
-    asked: dict[str, Any] = {"height": 48, "width": 32}
-    expected = pictures(pipe, image=list(read), num_inference_steps=2, **asked)
-    found = model.run(
-        edit(model, read[0], Request(PROMPTS, steps=2, **asked), also=read[1:]), output="tensor"
+    options: dict[str, Any] = {"height": 48, "width": 32}
+    expected = pictures(pipe, image=list(read), num_inference_steps=2, **options)
+    result = model.run(
+        edit(model, read[0], Request(PROMPTS, steps=2, **options), also=read[1:]), output="tensor"
     )
-    compare(found, expected)
-    assert (expected - pictures(pipe, num_inference_steps=2, **asked)).abs().max() > 1e-3, (
+    compare(result, expected)
+    assert (expected - pictures(pipe, num_inference_steps=2, **options)).abs().max() > 1e-3, (
         "the pictures show"
     )
 
@@ -284,14 +284,14 @@ def test_what_we_save(kind: str, folders: dict[str, Path], tmp_path: Path) -> No
     )
     assert pipe.config.get("is_distilled") == before.config.get("is_distilled")
     for name in PARTS:
-        ours, published = (getattr(which, name).state_dict() for which in (pipe, before))
-        assert ours.keys() == published.keys() and all(
-            torch.equal(ours[key], published[key]) for key in ours
+        actual, published = (getattr(which, name).state_dict() for which in (pipe, before))
+        assert actual.keys() == published.keys() and all(
+            torch.equal(actual[key], published[key]) for key in actual
         ), name
     assert pipe.scheduler.config["use_dynamic_shifting"]
     index = json.loads((tmp_path / "ours" / "model_index.json").read_text())
     assert {key for key in index if not key.startswith("_")} == {
         key for key in pipe.config if not key.startswith("_")
     }
-    asked: dict[str, Any] = {"num_inference_steps": 2, "height": 32, "width": 32}
-    assert torch.equal(pictures(pipe, **asked), pictures(before, **asked))
+    options: dict[str, Any] = {"num_inference_steps": 2, "height": 32, "width": 32}
+    assert torch.equal(pictures(pipe, **options), pictures(before, **options))

@@ -82,7 +82,7 @@ def parts() -> dict[str, Any]:
     return {"vae": vae}
 
 
-def theirs(kind: str, scratch: Path) -> Any:
+def reference(kind: str, scratch: Path) -> Any:
     name, extra, guided = NAMES[kind]
     numbers = {
         "in_channels": 4 * (16 + extra),
@@ -119,7 +119,7 @@ def theirs(kind: str, scratch: Path) -> Any:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_pipelines(
-        lambda kind: theirs(kind, tmp_path_factory.mktemp("scratch")), NAMES, tmp_path_factory
+        lambda kind: reference(kind, tmp_path_factory.mktemp("scratch")), NAMES, tmp_path_factory
     )
 
 
@@ -127,8 +127,8 @@ photo = partial(smooth_image, **SIZE)
 compare = partial(assert_same_images, tolerance=1e-4, contrast=0.02)
 
 
-def pictures(pipe: Any, count: int = 2, **asked: Any) -> Tensor:
-    return pipeline_images(pipe, n=count, **({"prompt": PROMPTS[:count]} | asked))
+def pictures(pipe: Any, count: int = 2, **requested: Any) -> Tensor:
+    return pipeline_images(pipe, n=count, **({"prompt": PROMPTS[:count]} | requested))
 
 
 def twice(picture: Tensor) -> Tensor:
@@ -162,9 +162,9 @@ def test_convert_keeps_the_pipeline(
     """diffusers' folder -> file -> folder: the same pipeline, run in the same way; what sfumato
     saved goes the same way.
     """
-    wanted = load(folders[kind])
-    wanted.save(tmp_path / "saved.safetensors")
-    wanted.save(tmp_path / "saved")
+    target = load(folders[kind])
+    target.save(tmp_path / "saved.safetensors")
+    target.save(tmp_path / "saved")
     index = read_index(folders[kind])
     for k, source in enumerate((folders[kind], tmp_path / "saved.safetensors", tmp_path / "saved")):
         file, folder = tmp_path / f"{k}.safetensors", tmp_path / str(k)
@@ -173,7 +173,7 @@ def test_convert_keeps_the_pipeline(
             and main(["convert", str(file), str(folder)]) == 0
         ), capsys.readouterr().err
         for model in (load(file), load(folder)):
-            assert (model.hash, model.defaults) == (wanted.hash, wanted.defaults), (kind, source)
+            assert (model.hash, model.defaults) == (target.hash, target.defaults), (kind, source)
         assert (
             read_index(folder) == index and type(open_pipeline(folder)).__name__ == NAMES[kind][0]
         )
@@ -191,7 +191,7 @@ def test_defaults(kind: str, steps: int, folders: dict[str, Path], tmp_path: Pat
     """
     model = load(folders[kind])
     defaults = model.defaults
-    assert model.sample_size == theirs(kind, tmp_path).default_sample_size * 8 == 1024
+    assert model.sample_size == reference(kind, tmp_path).default_sample_size * 8 == 1024
     assert (defaults.steps, defaults.sampler, defaults.guidance) == (steps, "euler", 1.0)
     assert defaults.spacing == ("trailing" if kind == "schnell" else "dynamic")
     assert defaults.max_reference_images == (1 if kind == "kontext" else 0)
@@ -202,15 +202,15 @@ def test_defaults(kind: str, steps: int, folders: dict[str, Path], tmp_path: Pat
 @pytest.mark.parametrize("size", [(32, 48), (64, 32)])
 def test_text_to_image(kind: str, size: tuple[int, int], folders: dict[str, Path]) -> None:
     pipe, model = open_pipeline(folders[kind]), load(folders[kind])
-    asked: dict[str, Any] = {"height": size[0], "width": size[1]}
-    theirs = asked | (FEW if kind == "schnell" else {})
+    requested: dict[str, Any] = {"height": size[0], "width": size[1]}
+    reference = requested | (FEW if kind == "schnell" else {})
     compare(
-        model.generate(PROMPTS, steps=3, output="tensor", **asked),
-        pictures(pipe, num_inference_steps=3, **theirs),
+        model.generate(PROMPTS, steps=3, output="tensor", **requested),
+        pictures(pipe, num_inference_steps=3, **reference),
     )
     compare(
-        model.generate("a cat", steps=2, output="tensor", **asked),
-        pictures(pipe, 1, prompt="a cat", num_inference_steps=2, **theirs),
+        model.generate("a cat", steps=2, output="tensor", **requested),
+        pictures(pipe, 1, prompt="a cat", num_inference_steps=2, **reference),
     )
 
 
@@ -228,7 +228,7 @@ def test_learned_guidance_and_a_second_pass(folders: dict[str, Path]) -> None:
     twice = pictures(
         pipe, num_inference_steps=3, guidance_scale=2.5, true_cfg_scale=2.0, **words, **SIZE
     )
-    found = model.generate(
+    result = model.generate(
         PROMPTS,
         steps=3,
         guidance=2.0,
@@ -237,7 +237,7 @@ def test_learned_guidance_and_a_second_pass(folders: dict[str, Path]) -> None:
         output="tensor",
         **SIZE,
     )
-    compare(found, twice)
+    compare(result, twice)
     assert (plain - twice).abs().max() > 0.01
 
 
@@ -264,7 +264,7 @@ def test_streamed(folders: dict[str, Path]) -> None:
     """The networks' weights read from the files as they are needed: the same pictures to the last
     bit.
     """
-    asked: dict[str, Any] = {
+    requested: dict[str, Any] = {
         "steps": 2,
         "guidance": 2.0,
         "distilled_guidance": 3.0,
@@ -273,7 +273,9 @@ def test_streamed(folders: dict[str, Path]) -> None:
         **SIZE,
     }
     whole, streamed = load(folders["dev"]), load(folders["dev"], memory="64GB")
-    assert torch.equal(streamed.generate(PROMPTS, **asked), whole.generate(PROMPTS, **asked))
+    assert torch.equal(
+        streamed.generate(PROMPTS, **requested), whole.generate(PROMPTS, **requested)
+    )
 
 
 # ---- with pictures -------------------------------------------------------------------------------
@@ -283,24 +285,26 @@ def test_streamed(folders: dict[str, Path]) -> None:
     ("kind", "strength", "ours"),
     [("dev", 0.5, 0.5), ("dev", 1.0, 1.0), ("dev", 0.6, 0.75), ("schnell", 0.75, 0.75)],
 )
-def test_image_to_image(kind: str, strength: float, ours: float, folders: dict[str, Path]) -> None:
+def test_image_to_image(
+    kind: str, strength: float, actual: float, folders: dict[str, Path]
+) -> None:
     """Where the strength is no whole number of steps we round down, and they up: 0.6 of four are
     three.
     """
     pipe, model = open_pipeline(folders[kind], "FluxImg2ImgPipeline"), load(folders[kind])
-    asked = SIZE | (FEW if kind == "schnell" else {})
+    requested = SIZE | (FEW if kind == "schnell" else {})
     expected = pictures(
         pipe,
         image=twice(photo()),
         strength=strength,
         num_inference_steps=4,
         guidance_scale=3.5,
-        **asked,
+        **requested,
     )
     request = Request(PROMPTS, steps=4)
     compare(
         model.run(
-            image_to_image(model, photo() * 2 - 1, request, strength=ours, posterior="sample"),
+            image_to_image(model, photo() * 2 - 1, request, strength=actual, posterior="sample"),
             output="tensor",
         ),
         expected,
@@ -310,13 +314,13 @@ def test_image_to_image(kind: str, strength: float, ours: float, folders: dict[s
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_inpainting_with_an_ordinary_model(strength: float, folders: dict[str, Path]) -> None:
     pipe, model = open_pipeline(folders["dev"], "FluxInpaintPipeline"), load(folders["dev"])
-    asked: dict[str, Any] = {
+    requested: dict[str, Any] = {
         "image": twice(photo()),
         "mask_image": twice(hole()),
         "strength": strength,
         "guidance_scale": 3.5,
     }
-    expected = pictures(pipe, num_inference_steps=4, **asked, **SIZE)
+    expected = pictures(pipe, num_inference_steps=4, **requested, **SIZE)
     task = {
         "strength": strength,
         "posterior": "sample",
@@ -346,9 +350,9 @@ def test_fill(folders: dict[str, Path]) -> None:
     pipe, model = open_pipeline(folders["fill"]), load(folders["fill"])
     mask = hole()
     mask[:, :, 3:9, 5:11] = 1
-    asked: dict[str, Any] = {"image": twice(photo()), "mask_image": twice(mask)}
+    requested: dict[str, Any] = {"image": twice(photo()), "mask_image": twice(mask)}
     expected = pictures(
-        pipe, num_inference_steps=4, guidance_scale=10.0, strength=0.5, **asked, **SIZE
+        pipe, num_inference_steps=4, guidance_scale=10.0, strength=0.5, **requested, **SIZE
     )
     compare(
         fill(
@@ -360,7 +364,7 @@ def test_fill(folders: dict[str, Path]) -> None:
         ),
         expected,
     )
-    expected = pictures(settled(pipe), num_inference_steps=3, **asked, **SIZE)
+    expected = pictures(settled(pipe), num_inference_steps=3, **requested, **SIZE)
     compare(fill(model, Request(PROMPTS, steps=3), mask=mask), expected)
 
 
@@ -407,34 +411,36 @@ def test_kontext(size: tuple[int, int], folders: dict[str, Path]) -> None:
     passes; no picture.
     """
     pipe, model = open_pipeline(folders["kontext"]), load(folders["kontext"])
-    asked: dict[str, Any] = {"height": size[0], "width": size[1]}
-    given: dict[str, Any] = {
+    requested: dict[str, Any] = {"height": size[0], "width": size[1]}
+    inputs: dict[str, Any] = {
         "image": photo(),
         "_auto_resize": False,
         "max_area": size[0] * size[1],
         "num_inference_steps": 3,
-    } | asked
-    request = Request(PROMPTS, steps=3, **asked)
+    } | requested
+    request = Request(PROMPTS, steps=3, **requested)
     compare(
-        model.run(edit(model, photo() * 2 - 1, request), output="tensor"), pictures(pipe, **given)
+        model.run(edit(model, photo() * 2 - 1, request), output="tensor"), pictures(pipe, **inputs)
     )
     other = torch.cat([photo(), photo(6)])
     compare(
         model.run(edit(model, other * 2 - 1, request), output="tensor"),
-        pictures(pipe, **{**given, "image": other}),
+        pictures(pipe, **{**inputs, "image": other}),
     )
     expected = pictures(
-        pipe, negative_prompt=["ugly"] * 2, true_cfg_scale=2.0, guidance_scale=4.0, **given
+        pipe, negative_prompt=["ugly"] * 2, true_cfg_scale=2.0, guidance_scale=4.0, **inputs
     )
     request = Request(
-        PROMPTS, steps=3, guidance=2.0, distilled_guidance=4.0, negative_prompt="ugly", **asked
+        PROMPTS, steps=3, guidance=2.0, distilled_guidance=4.0, negative_prompt="ugly", **requested
     )
     compare(model.run(edit(model, photo() * 2 - 1, request), output="tensor"), expected)
-    del given["image"]
-    compare(model.generate(PROMPTS, steps=3, output="tensor", **asked), pictures(pipe, **given))
+    del inputs["image"]
+    compare(
+        model.generate(PROMPTS, steps=3, output="tensor", **requested), pictures(pipe, **inputs)
+    )
 
 
-def test_inversion_is_told_the_learned_guidance(folders: dict[str, Path]) -> None:
+def test_inversion_takes_the_distilled_guidance(folders: dict[str, Path]) -> None:
     """The noise of a picture gives the picture back, under the strength that is told in both ways;
     two passes are off unless asked for.
     """
@@ -513,9 +519,9 @@ def test_what_we_save(kind: str, folders: dict[str, Path], tmp_path: Path) -> No
         and again.defaults == model.defaults
     )
     for name in PARTS:
-        ours, published = (getattr(which, name).state_dict() for which in (pipe, before))
-        assert ours.keys() == published.keys() and all(
-            torch.equal(ours[key], published[key]) for key in ours
+        actual, published = (getattr(which, name).state_dict() for which in (pipe, before))
+        assert actual.keys() == published.keys() and all(
+            torch.equal(actual[key], published[key]) for key in actual
         ), name
     for name in (
         "use_dynamic_shifting",
@@ -529,9 +535,9 @@ def test_what_we_save(kind: str, folders: dict[str, Path], tmp_path: Path) -> No
     assert {key for key in index if not key.startswith("_")} == {
         key for key in pipe.config if not key.startswith("_")
     }
-    asked: dict[str, Any] = {"num_inference_steps": 2, "max_sequence_length": 64, **SIZE}
-    asked |= {
+    requested: dict[str, Any] = {"num_inference_steps": 2, "max_sequence_length": 64, **SIZE}
+    requested |= {
         "fill": {"image": photo(), "mask_image": hole()},
         "control": {"control_image": photo() * 2 - 1},
     }.get(kind, {})
-    assert torch.equal(pictures(pipe, **asked), pictures(before, **asked))
+    assert torch.equal(pictures(pipe, **requested), pictures(before, **requested))

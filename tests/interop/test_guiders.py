@@ -42,35 +42,35 @@ def predictions(count: int, seed: int = 0) -> tuple[Tensor, list[Prediction]]:
 
 def begun(name: str, **options: Any) -> Callable[..., Prediction]:
     join = find("predict.guidance.rules", name)(**options).begin()
-    return lambda x, given, w, index=0: join(x, Moment(0.5, *POINT, index), given, w)
+    return lambda x, inputs, w, index=0: join(x, Moment(0.5, *POINT, index), inputs, w)
 
 
-def close(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+def close(actual: Tensor, reference: Tensor) -> None:
+    torch.testing.assert_close(actual, reference, rtol=2e-5, atol=2e-5)
 
 
 @SCALES
 def test_classifier_free_guidance(w: float) -> None:
-    x, given = predictions(2)
-    found = begun("linear")(x, given, w)
+    x, inputs = predictions(2)
+    result = begun("linear")(x, inputs, w)
     guider = guiders.ClassifierFreeGuidance(guidance_scale=w)
-    for ours, c, u in (
-        (found.x0, given[0].x0, given[1].x0),
-        (found.eps, given[0].eps, given[1].eps),
+    for actual, c, u in (
+        (result.x0, inputs[0].x0, inputs[1].x0),
+        (result.eps, inputs[0].eps, inputs[1].eps),
     ):
-        close(ours, guider.forward(c, u).pred)
+        close(actual, guider.forward(c, u).pred)
 
 
 @SCALES
 @pytest.mark.parametrize("phi", [0.3, 0.7, 1.0])
 def test_rescale(w: float, phi: float) -> None:
-    x, given = predictions(2)
-    theirs = (
+    x, inputs = predictions(2)
+    reference = (
         guiders.ClassifierFreeGuidance(guidance_scale=w, guidance_rescale=phi)
-        .forward(given[0].x0, given[1].x0)
+        .forward(inputs[0].x0, inputs[1].x0)
         .pred
     )
-    close(begun("rescale", phi=phi)(x, given, w).x0, theirs)
+    close(begun("rescale", phi=phi)(x, inputs, w).x0, reference)
 
 
 @SCALES
@@ -96,8 +96,8 @@ def test_adaptive_projected_guidance(w: float, options: dict[str, float]) -> Non
     guider.momentum_buffer = MomentumBuffer(options["momentum"]) if "momentum" in options else None
     join = begun("project", **options)
     for step in range(4):
-        x, given = predictions(2, seed=10 * step)
-        close(join(x, given, w).x0, guider.forward(given[0].x0, given[1].x0).pred)
+        x, inputs = predictions(2, seed=10 * step)
+        close(join(x, inputs, w).x0, guider.forward(inputs[0].x0, inputs[1].x0).pred)
 
 
 @SCALES
@@ -105,10 +105,10 @@ def test_zero_star(w: float) -> None:
     guider = guiders.ClassifierFreeZeroStarGuidance(guidance_scale=w, zero_init_steps=1)
     join = begun("zero_star")
     for step in range(3):
-        x, given = predictions(2, seed=10 * step)
+        x, inputs = predictions(2, seed=10 * step)
         guider.set_state(step, 3, torch.tensor(0))
-        found = join(x, given, w, index=step)
-        close(found.eps - found.x0, guider.forward(*(p.eps - p.x0 for p in given)).pred)
+        result = join(x, inputs, w, index=step)
+        close(result.eps - result.x0, guider.forward(*(p.eps - p.x0 for p in inputs)).pred)
 
 
 @pytest.mark.parametrize(("w", "second"), [(2.0, 3.8), (7.5, 1.5)])
@@ -116,7 +116,7 @@ def test_away_from_two(w: float, second: float) -> None:
     """Their perturbed-attention guider with classifier-free guidance; scales from the conditional
     prediction, where off is 0.
     """
-    x, given = predictions(3)
+    x, inputs = predictions(3)
     guider = guiders.PerturbedAttentionGuidance(
         guidance_scale=w - 1,
         perturbed_guidance_scale=second - 1,
@@ -125,17 +125,17 @@ def test_away_from_two(w: float, second: float) -> None:
     )
     guider.set_state(1, 10, torch.tensor(0))
     close(
-        begun("dual", kind="away", second=second)(x, given, w).x0,
-        guider.forward(*(p.x0 for p in given)).pred,
+        begun("dual", kind="away", second=second)(x, inputs, w).x0,
+        guider.forward(*(p.x0 for p in inputs)).pred,
     )
 
 
 @torch.inference_mode()
 def test_autoguidance() -> None:
-    x, given = predictions(2)
+    x, inputs = predictions(2)
     guider = guiders.AutoGuidance(guidance_scale=2.4, auto_guidance_layers=[0], dropout=0.1)
     guider.set_state(1, 10, torch.tensor(0))
-    close(begun("linear")(x, given, 2.4).x0, guider.forward(given[0].x0, given[1].x0).pred)
+    close(begun("linear")(x, inputs, 2.4).x0, guider.forward(inputs[0].x0, inputs[1].x0).pred)
 
 
 VALUES: dict[str, Any] = {
@@ -158,10 +158,10 @@ SELF |= {"mid_block_type": "UNetMidBlock2D"}
 
 
 def unets(values: dict[str, Any]) -> tuple[UNet, Any]:
-    theirs = randomised(diffusers.UNet2DConditionModel(**values))
-    ours = UNet(UNetConfig(**values))
-    ours.load_state_dict(theirs.state_dict())
-    return ours.eval(), theirs
+    reference = randomised(diffusers.UNet2DConditionModel(**values))
+    actual = UNet(UNetConfig(**values))
+    actual.load_state_dict(reference.state_dict())
+    return actual.eval(), reference
 
 
 @pytest.mark.parametrize(
@@ -178,43 +178,45 @@ def test_perturbed_attention(values: dict[str, Any], layers: list[str]) -> None:
     """Their processor perturbs the second half of a doubled batch, in the layers that it is set
     in.
     """
-    ours, theirs = unets(VALUES | values)
+    actual, reference = unets(VALUES | values)
     processors = {
         name: PAGIdentitySelfAttnProcessor2_0()
         if any(name.startswith(layer + ".") for layer in layers) and "attn2" not in name
         else processor
-        for name, processor in theirs.attn_processors.items()
+        for name, processor in reference.attn_processors.items()
     }
-    theirs.set_attn_processor(processors)
+    reference.set_attn_processor(processors)
     x, timestep, tokens = normal(2, 3, 8, 8), torch.tensor([999.0, 333.0]), normal(2, 5, 12, seed=1)
-    doubled = theirs(
+    doubled = reference(
         x.repeat(2, 1, 1, 1), timestep.repeat(2), encoder_hidden_states=tokens.repeat(2, 1, 1)
     ).sample
-    given = Conditioning(tokens=tokens)
-    close(ours(x, timestep, given), doubled[:2])
-    found = replace_layers(ours, layers, self_attentions, "layer")(x, timestep, given)
-    close(found, doubled[2:])
-    assert (found - doubled[:2]).abs().max() > 1e-3
+    inputs = Conditioning(tokens=tokens)
+    close(actual(x, timestep, inputs), doubled[:2])
+    result = replace_layers(actual, layers, self_attentions, "layer")(x, timestep, inputs)
+    close(result, doubled[2:])
+    assert (result - doubled[:2]).abs().max() > 1e-3
 
 
 @torch.inference_mode()
 def test_layers_left_out() -> None:
     """Their U-Net with the forward of the same blocks replaced by hand."""
-    ours, theirs = unets(VALUES | CROSS)
+    actual, reference = unets(VALUES | CROSS)
     x, timestep, tokens = normal(2, 3, 8, 8), torch.tensor([999.0, 333.0]), normal(2, 5, 12, seed=1)
-    theirs.mid_block.attentions[0].forward = lambda hidden_states, *rest, **named: (hidden_states,)
-    block = theirs.down_blocks[1].resnets[0]
+    reference.mid_block.attentions[0].forward = lambda hidden_states, *rest, **named: (
+        hidden_states,
+    )
+    block = reference.down_blocks[1].resnets[0]
     block.forward = lambda hidden_states, *rest, **named: block.conv_shortcut(hidden_states)
-    theirs.up_blocks[1].attentions[0].transformer_blocks[0].attn1.forward = (
+    reference.up_blocks[1].attentions[0].transformer_blocks[0].attn1.forward = (
         lambda hidden_states, **named: torch.zeros_like(hidden_states)
     )
-    expected = theirs(x, timestep, encoder_hidden_states=tokens).sample
+    expected = reference(x, timestep, encoder_hidden_states=tokens).sample
     layers = [
         "mid_block.attentions",
         "down_blocks.1.resnets.0",
         "up_blocks.1.attentions.0.transformer_blocks.0.attn1",
     ]
-    given = Conditioning(tokens=tokens)
-    found = replace_layers(ours, layers, branches, "layer")(x, timestep, given)
-    close(found, expected)
-    assert (found - ours(x, timestep, given)).abs().max() > 1e-3
+    inputs = Conditioning(tokens=tokens)
+    result = replace_layers(actual, layers, branches, "layer")(x, timestep, inputs)
+    close(result, expected)
+    assert (result - actual(x, timestep, inputs)).abs().max() > 1e-3

@@ -49,7 +49,7 @@ ABSENT = "k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1
 
 
 @pytest.fixture(scope="module")
-def theirs() -> Iterator[Any]:
+def reference() -> Iterator[Any]:
     """Its sampling.py alone. What the file imports and the samplers here never call is stood in
     for, so that nothing else is installed.
     """
@@ -143,10 +143,10 @@ def their_run(
     return [*seen, result]
 
 
-def compare(ours: list[Tensor], theirs: list[Tensor], relative: float = 1e-9) -> float:
+def compare(actual: list[Tensor], reference: list[Tensor], relative: float = 1e-9) -> float:
     """The largest difference of any latent, relative to its size."""
-    assert len(ours) == len(theirs)
-    worst = max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
+    assert len(actual) == len(reference)
+    worst = max(float((a - b).norm() / b.norm()) for a, b in zip(actual, reference, strict=True))
     assert worst < relative, worst
     return worst
 
@@ -215,7 +215,7 @@ def spaced(name: str, steps: int, chosen: Schedule) -> list[float]:
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_samplers(theirs: Any, name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samplers(reference: Any, name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every latent that the network is asked about, and the last; the spacings in turns."""
     sampler, function, our_options, their_options = SAMPLERS[name]
     chosen = SCHEDULES[kind]
@@ -227,7 +227,7 @@ def test_samplers(theirs: Any, name: str, kind: str, monkeypatch: pytest.MonkeyP
     start = noises()[-1] * levels[0]
     compare(
         our_run(sampler, chosen, times, start, **our_options),
-        their_run(getattr(theirs, function), levels, start, monkeypatch, **their_options),
+        their_run(getattr(reference, function), levels, start, monkeypatch, **their_options),
     )
 
 
@@ -236,7 +236,7 @@ def test_samplers(theirs: Any, name: str, kind: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("churn", [1.0, 40.0])
 @pytest.mark.parametrize("name", ["euler", "heun"])
 def test_churn(
-    theirs: Any, name: str, churn: float, kind: str, monkeypatch: pytest.MonkeyPatch
+    reference: Any, name: str, churn: float, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within limits of noise levels, and with the noise scaled."""
     chosen = SCHEDULES[kind]
@@ -249,7 +249,7 @@ def test_churn(
     unused = [not limits[0] <= level <= limits[1] for level in levels[:-1]]
     draws = [noise for noise, skip in zip(noises(), unused, strict=False) if not skip]
     monkeypatch.setattr(sys.modules[__name__], "noises", lambda count=64: [*draws, start])
-    ours = our_run(
+    actual = our_run(
         {"euler": euler, "heun": edm}[name],
         chosen,
         times,
@@ -261,12 +261,14 @@ def test_churn(
     )
     monkeypatch.undo()
     compare(
-        ours,
-        their_run(getattr(theirs, f"sample_{name}"), levels, start, monkeypatch, **their_options),
+        actual,
+        their_run(
+            getattr(reference, f"sample_{name}"), levels, start, monkeypatch, **their_options
+        ),
     )
 
 
-def test_churn_stops_at_the_highest_level(theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_churn_stops_at_the_highest_level(reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Theirs raises the noise above sigma_max in the first step; ours has no time to go to and
     leaves it.
     """
@@ -274,9 +276,9 @@ def test_churn_stops_at_the_highest_level(theirs: Any, monkeypatch: pytest.Monke
     times = timesteps("karras", 5, chosen)
     levels = [chosen.noise_level(t) for t in times]
     start = noises()[-1] * levels[0]
-    ours = our_run(euler, chosen, times, start, churn=40.0)
-    other = their_run(theirs.sample_euler, levels, start, monkeypatch, s_churn=40.0)
-    assert torch.equal(ours[0], start)
+    actual = our_run(euler, chosen, times, start, churn=40.0)
+    other = their_run(reference.sample_euler, levels, start, monkeypatch, s_churn=40.0)
+    assert torch.equal(actual[0], start)
     raised = levels[0] * math.sqrt(2)
     torch.testing.assert_close(
         other[0], start + noises()[0] * math.sqrt(raised**2 - levels[0] ** 2)
@@ -285,7 +287,7 @@ def test_churn_stops_at_the_highest_level(theirs: Any, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("steps", [1, 2, 5, 18, 40])
-def test_spacings(theirs: Any, steps: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spacings(reference: Any, steps: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Karras, exponential and polyexponential levels from the schedule's highest to the least that
     its network knows.
     """
@@ -298,19 +300,19 @@ def test_spacings(theirs: Any, steps: int, kind: str, monkeypatch: pytest.Monkey
     )
     chosen = SCHEDULES[kind]
     high, low = chosen.noise_level(1.0), chosen.noise_level(chosen.first)
-    wanted = {
-        "karras": theirs.get_sigmas_karras(steps, low, high),
-        "exponential": theirs.get_sigmas_exponential(steps, low, high),
-        "polyexponential": theirs.get_sigmas_polyexponential(steps, low, high, rho=1.7),
+    expected = {
+        "karras": reference.get_sigmas_karras(steps, low, high),
+        "exponential": reference.get_sigmas_exponential(steps, low, high),
+        "polyexponential": reference.get_sigmas_polyexponential(steps, low, high, rho=1.7),
     }
-    for name, sigmas in wanted.items():
-        ours = torch.tensor(
+    for name, sigmas in expected.items():
+        actual = torch.tensor(
             [chosen.noise_level(t) for t in spaced(name, steps, chosen)], dtype=torch.float64
         )
-        torch.testing.assert_close(ours, sigmas, rtol=1e-9, atol=0)
+        torch.testing.assert_close(actual, sigmas, rtol=1e-9, atol=0)
 
 
-def test_vp_spacing(theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vp_spacing(reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their levels of the continuous VP process are even times of it."""
     monkeypatch.setattr(
         torch,
@@ -320,7 +322,7 @@ def test_vp_spacing(theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     )
     chosen = SCHEDULES["vp"]
-    ours = torch.tensor(
+    actual = torch.tensor(
         [chosen.noise_level(t) for t in timesteps("linspace", 12, chosen)], dtype=torch.float64
     )
-    torch.testing.assert_close(ours, theirs.get_sigmas_vp(12), rtol=1e-9, atol=0)
+    torch.testing.assert_close(actual, reference.get_sigmas_vp(12), rtol=1e-9, atol=0)

@@ -202,14 +202,14 @@ def test_text_transformer() -> None:
         tokens = torch.randint(0, 30, (2, 7))
         assert relative_error(names.bert(tokens, 3, 8), network(tokens)[0]) < 1e-5
     assert names.taken | {"to_logits.weight", "to_logits.bias"} == names.tensors.keys()
-    found = (
+    result = (
         by_name("ldm-text")
         .towers[0]
         .config(Shapes({k: tuple(v.shape) for k, v in tensors.items()}, prefix, "file"))
     )
     again = LDMBertModel(
         LDMBertConfig(
-            **{k: v for k, v in found.items() if k not in ("architectures", "model_type")}
+            **{k: v for k, v in result.items() if k not in ("architectures", "model_type")}
         )
     ).eval()
     again.load_state_dict(

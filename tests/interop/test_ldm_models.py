@@ -102,11 +102,11 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_unet_without_tokens(kind: str, tmp_path: Path) -> None:
     """The same folder, the same numbers, ours from theirs and theirs from ours."""
-    theirs = randomised(diffusers.UNet2DModel(**{**SMALL, **KINDS[kind]}), 1)
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = load_part(tmp_path / "theirs", "UNet2DModel")
-    assert isinstance(ours, UNet)
-    save_part(tmp_path / "ours", ours)
+    reference = randomised(diffusers.UNet2DModel(**{**SMALL, **KINDS[kind]}), 1)
+    reference.save_pretrained(tmp_path / "theirs")
+    actual = load_part(tmp_path / "theirs", "UNet2DModel")
+    assert isinstance(actual, UNet)
+    save_part(tmp_path / "ours", actual)
     assert (
         json.loads((tmp_path / "ours" / "config.json").read_text())["_class_name"] == "UNet2DModel"
     )
@@ -114,21 +114,21 @@ def test_unet_without_tokens(kind: str, tmp_path: Path) -> None:
     for side in (8, 12):
         x, t = torch.randn(2, 3, side, 8), torch.tensor([981.0, 7.0])
         with torch.no_grad():
-            expected = theirs(x, t).sample
+            expected = reference(x, t).sample
             # where weights lie in memory decides how sums are rounded
             assert relative_error(again(x, t).sample, expected) < 1e-6
-        assert relative_error(ours(x, t, Conditioning()), expected) < 1e-5
+        assert relative_error(actual(x, t, Conditioning()), expected) < 1e-5
 
 
-def test_every_default_is_theirs() -> None:
+def test_every_default_equals_diffusers() -> None:
     config = UNet2DConfig.from_dict({"_class_name": "UNet2DModel"})
     written = {k: list(v) if isinstance(v, tuple) else v for k, v in config.to_dict().items()}
-    theirs = {
+    reference = {
         k: list(v) if isinstance(v, tuple) else v
         for k, v in diffusers.UNet2DModel().config.items()
         if k[0] != "_"
     }
-    assert {k: v for k, v in written.items() if k != "_class_name"} == theirs
+    assert {k: v for k, v in written.items() if k != "_class_name"} == reference
 
 
 @pytest.mark.parametrize(
@@ -187,14 +187,15 @@ def test_steps_by_residual_blocks_with_tokens() -> None:
         "layers_per_block": 1,
     }
     shape |= {"up_block_types": ("CrossAttnUpBlock2D", "ResnetUpsampleBlock2D")}
-    theirs = randomised(diffusers.UNet2DConditionModel(**shape), 1)
-    ours = UNet(UNetConfig(**shape)).eval()
-    ours.load_state_dict(theirs.state_dict())
+    reference = randomised(diffusers.UNet2DConditionModel(**shape), 1)
+    actual = UNet(UNetConfig(**shape)).eval()
+    actual.load_state_dict(reference.state_dict())
     x, tokens = torch.randn(2, 3, 8, 8), torch.randn(2, 5, 6)
     with torch.no_grad():
         assert (
             relative_error(
-                ours(x, torch.full((2,), 7.0), Conditioning(tokens)), theirs(x, 7, tokens).sample
+                actual(x, torch.full((2,), 7.0), Conditioning(tokens)),
+                reference(x, 7, tokens).sample,
             )
             < 1e-5
         )
@@ -221,18 +222,18 @@ def test_text_transformer() -> None:
         "d_model": 24,
     }
     config = LDMBertConfig(**small)
-    theirs = randomised(LDMBertModel(config), 1)
-    ours = build_bert(
+    reference = randomised(LDMBertModel(config), 1)
+    actual = build_bert(
         config.to_diff_dict(),
-        theirs.state_dict(),
+        reference.state_dict(),
         torch.float32,
         Path("config.json"),
         Path("weights"),
     )
     tokens = torch.randint(0, 40, (2, 77))
     with torch.no_grad():
-        assert relative_error(ours(tokens), theirs(tokens)[0]) < 1e-5
-        assert relative_error(ours(tokens[:, :9]), theirs(tokens[:, :9])[0]) < 1e-5
+        assert relative_error(actual(tokens), reference(tokens)[0]) < 1e-5
+        assert relative_error(actual(tokens[:, :9]), reference(tokens[:, :9])[0]) < 1e-5
     for field, value in (
         ("activation_function", "relu"),
         ("scale_embedding", True),
@@ -242,7 +243,7 @@ def test_text_transformer() -> None:
         with pytest.raises(UserError, match=field):
             build_bert(
                 {**small, field: value},
-                theirs.state_dict(),
+                reference.state_dict(),
                 torch.float32,
                 Path("config.json"),
                 Path("weights"),
@@ -433,9 +434,9 @@ def yaml_of(name: str, levels: int, **more: Any) -> dict[str, Any]:
 
 
 def config_of(name: str) -> UNet2DConfig:
-    given, kept = PUBLISHED[name]
-    widths = tuple(given["model_channels"] * m for m in given["channel_mult"])
-    attends = [2**k in given["attention_resolutions"] for k in range(len(widths))]
+    inputs, kept = PUBLISHED[name]
+    widths = tuple(inputs["model_channels"] * m for m in inputs["channel_mult"])
+    attends = [2**k in inputs["attention_resolutions"] for k in range(len(widths))]
     rest = (
         ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
         if kept["downsample_type"] == "resnet"
@@ -447,7 +448,7 @@ def config_of(name: str) -> UNet2DConfig:
         down_block_types=tuple("AttnDownBlock2D" if a else rest[0] for a in attends),
         up_block_types=tuple("AttnUpBlock2D" if a else rest[1] for a in reversed(attends)),
         upsample_type=kept["downsample_type"],
-        resnet_time_scale_shift="scale_shift" if given.get("use_scale_shift_norm") else "default",
+        resnet_time_scale_shift="scale_shift" if inputs.get("use_scale_shift_norm") else "default",
         **kept,
     )
 
@@ -481,30 +482,34 @@ def ldm_nothing() -> Any:
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("new_order", [False, True])
 def test_original_layout_without_tokens(name: str, new_order: bool) -> None:
-    config, given = config_of(name), PUBLISHED[name][0]
+    config, inputs = config_of(name), PUBLISHED[name][0]
     network = randomised(UNet(config), 1)
     tensors = load_tensors(
         store_all(unet_map(config.to_dict(), new_order), from_tensors(network.state_dict()))
     )
-    original = Original(tensors, given.get("num_heads"), given.get("num_head_channels"), new_order)
+    original = Original(
+        tensors, inputs.get("num_heads"), inputs.get("num_head_channels"), new_order
+    )
     x, t = torch.randn(2, 3, 8, 16), torch.tensor([981.0, 7.0])
     with torch.no_grad():
         assert relative_error(network(x, t, Conditioning()), original.run(x, t)) < 1e-5
     assert original.taken == tensors.keys()
     file = {f"model.diffusion_model.{k}": v for k, v in tensors.items()}
-    said = from_yaml(yaml_of(name, 3, use_new_attention_order=new_order))
-    for reading in (ReadOptions(new_attention_order=new_order), ReadOptions(original_config=said)):
-        found = single.split_tensors(file | ae_tensors(3), {}, "file", reading).components["unet"]
-        assert {k: found.config.get(k) for k in PUBLISHED[name][1]} == PUBLISHED[name][1], (
+    text = from_yaml(yaml_of(name, 3, use_new_attention_order=new_order))
+    for reading in (ReadOptions(new_attention_order=new_order), ReadOptions(original_config=text)):
+        result = single.split_tensors(file | ae_tensors(3), {}, "file", reading).components["unet"]
+        assert {k: result.config.get(k) for k in PUBLISHED[name][1]} == PUBLISHED[name][1], (
             "the rule of the published models, or the YAML's"
         )
-        assert all(torch.equal(v, found.tensors[k].load()) for k, v in network.state_dict().items())
-        assert found.config["sample_size"] == 64 and found.config["down_block_types"] == list(
+        assert all(
+            torch.equal(v, result.tensors[k].load()) for k, v in network.state_dict().items()
+        )
+        assert result.config["sample_size"] == 64 and result.config["down_block_types"] == list(
             config.down_block_types
         )
-        rebuilt = found.build(Path("file"))
+        rebuilt = result.build(Path("file"))
         assert torch.equal(rebuilt(x, t, Conditioning()), network(x, t, Conditioning()))
-    if given.get("num_heads", 2) > 1:  # the orders differ, and so does what comes out
+    if inputs.get("num_heads", 2) > 1:  # the orders differ, and so does what comes out
         other = load_tensors(
             load_all(unet_map(config.to_dict(), not new_order), from_tensors(tensors), "file")
         )
@@ -537,11 +542,11 @@ def vq(levels: int = 2, **fields: Any) -> Any:
         "latent_channels": 3,
         **fields,
     }
-    found = randomised(diffusers.VQModel(**shape), 2)
-    found.quantize.embedding.weight.copy_(
+    result = randomised(diffusers.VQModel(**shape), 2)
+    result.quantize.embedding.weight.copy_(
         torch.randn(40, 3, generator=torch.Generator().manual_seed(5))
     )
-    return found
+    return result
 
 
 def their_unconditional(**fields: Any) -> Any:
@@ -556,31 +561,31 @@ def drawn(pipe: Any, *prompts: list[str], **options: Any) -> Tensor:
     return images
 
 
-def compare(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape and (found - expected).abs().max() < 1e-3, float(
-        (found - expected).abs().max()
+def compare(result: Tensor, expected: Tensor) -> None:
+    assert result.shape == expected.shape and (result - expected).abs().max() < 1e-3, float(
+        (result - expected).abs().max()
     )
 
 
 @pytest.mark.parametrize("kind", ["CelebA-HQ, FFHQ, bedrooms", "churches"])
 def test_unconditional_pictures(kind: str, tmp_path: Path) -> None:
     """What diffusers saved we open, what we save diffusers opens; the default run is theirs too."""
-    theirs = their_unconditional(**KINDS[kind])
-    theirs.save_pretrained(tmp_path / "theirs")
-    expected = drawn(theirs, batch_size=2)
-    ours = load(tmp_path / "theirs")
-    assert ours.defaults == Defaults(steps=50, guidance=1.0, spacing=LEADING)
-    compare(ours.generate(n=2, steps=5, output="tensor"), expected)
-    ours.save(tmp_path / "ours")
+    reference = their_unconditional(**KINDS[kind])
+    reference.save_pretrained(tmp_path / "theirs")
+    expected = drawn(reference, batch_size=2)
+    actual = load(tmp_path / "theirs")
+    assert actual.defaults == Defaults(steps=50, guidance=1.0, spacing=LEADING)
+    compare(actual.generate(n=2, steps=5, output="tensor"), expected)
+    actual.save(tmp_path / "ours")
     again = load(tmp_path / "ours")
-    assert again.hash == ours.hash and again.defaults == ours.defaults
+    assert again.hash == actual.hash and again.defaults == actual.defaults
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe = open_pipeline(tmp_path / "ours")
     assert isinstance(pipe, LDMPipeline)
     compare(drawn(pipe, batch_size=2), expected)
     with pytest.raises(UserError, match="this model is unconditional"):
-        ours.generate("a face", steps=1)
+        actual.generate("a face", steps=1)
 
 
 def test_folders_of_the_first_hour(tmp_path: Path) -> None:
@@ -588,8 +593,8 @@ def test_folders_of_the_first_hour(tmp_path: Path) -> None:
     came later left out. The scale of latents is one of them: 1, where today's diffusers takes
     0.18215.
     """
-    theirs = their_unconditional()
-    theirs.save_pretrained(tmp_path / "old", safe_serialization=False)
+    reference = their_unconditional()
+    reference.save_pretrained(tmp_path / "old", safe_serialization=False)
     new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     for part, late in (
         ("unet", ["add_attention", "downsample_type", "upsample_type", "attn_norm_num_groups"]),
@@ -621,11 +626,11 @@ def test_folders_of_the_first_hour(tmp_path: Path) -> None:
         "timestep_values": None,
     }
     (tmp_path / "old" / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    ours = load(tmp_path / "old")
-    theirs.scheduler = diffusers.DDIMScheduler.from_config(
+    actual = load(tmp_path / "old")
+    reference.scheduler = diffusers.DDIMScheduler.from_config(
         {k: v for k, v in scheduler.items() if k != "timestep_values"}
     )
-    compare(ours.generate(n=2, steps=5, output="tensor"), drawn(theirs, batch_size=2))
+    compare(actual.generate(n=2, steps=5, output="tensor"), drawn(reference, batch_size=2))
 
 
 TEXT_UNET = {
@@ -675,26 +680,26 @@ PROMPTS = ["a red cat, (very:1.3) red", "Two DOGS"]
 
 
 def test_text_to_image_pictures(tmp_path: Path) -> None:
-    theirs = their_text_model()
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = load(tmp_path / "theirs")
-    assert ours.defaults == Defaults(steps=50, guidance=1.0, spacing=LEADING)
-    assert ours.describe()["parts"].keys() == {"autoencoder", "denoiser", "text_encoder"}
-    ours.save(tmp_path / "ours")
+    reference = their_text_model()
+    reference.save_pretrained(tmp_path / "theirs")
+    actual = load(tmp_path / "theirs")
+    assert actual.defaults == Defaults(steps=50, guidance=1.0, spacing=LEADING)
+    assert actual.describe()["parts"].keys() == {"autoencoder", "denoiser", "text_encoder"}
+    actual.save(tmp_path / "ours")
     again = load(tmp_path / "ours")
-    assert again.hash == ours.hash and again.defaults == ours.defaults
+    assert again.hash == actual.hash and again.defaults == actual.defaults
     pipe = open_pipeline(tmp_path / "ours")
     assert isinstance(pipe, LDMTextToImagePipeline)
     for guidance, height in ((1.0, 32), (5.0, 32), (3.0, 64)):
-        asked: dict[str, Any] = {"height": height, "width": 32}
-        expected = drawn(theirs, PROMPTS, guidance_scale=guidance, **asked)
-        compare(drawn(pipe, PROMPTS, guidance_scale=guidance, **asked), expected)
-        for model in (ours, again):
+        request: dict[str, Any] = {"height": height, "width": 32}
+        expected = drawn(reference, PROMPTS, guidance_scale=guidance, **request)
+        compare(drawn(pipe, PROMPTS, guidance_scale=guidance, **request), expected)
+        for model in (actual, again):
             compare(
-                model.generate(PROMPTS, steps=5, guidance=guidance, output="tensor", **asked),
+                model.generate(PROMPTS, steps=5, guidance=guidance, output="tensor", **request),
                 expected,
             )
-    other = ours.generate(
+    other = actual.generate(
         PROMPTS,
         steps=5,
         guidance=5.0,
@@ -704,7 +709,8 @@ def test_text_to_image_pictures(tmp_path: Path) -> None:
         width=32,
     )
     assert (
-        other - ours.generate(PROMPTS, steps=5, guidance=5.0, output="tensor", height=32, width=32)
+        other
+        - actual.generate(PROMPTS, steps=5, guidance=5.0, output="tensor", height=32, width=32)
     ).abs().max() > 1e-3
 
 
@@ -714,11 +720,11 @@ def test_text_to_image_pictures(tmp_path: Path) -> None:
 WIDE = {"norm_num_groups": 32, "block_out_channels": (32, 64), "attention_head_dim": 8}
 
 
-def same_pictures(a: LatentDiffusion, b: LatentDiffusion, **asked: Any) -> None:
-    found = [m.generate(steps=3, output="tensor", seed=4, **asked) for m in (a, b)]
+def same_pictures(a: LatentDiffusion, b: LatentDiffusion, **request: Any) -> None:
+    result = [m.generate(steps=3, output="tensor", seed=4, **request) for m in (a, b)]
     # Not to the last bit: how weights lie to cache lines in a file decides how a product of few
     # rows is rounded.
-    assert (found[0] - found[1]).abs().max() < 1e-5 and found[0].std() > 0.01
+    assert (result[0] - result[1]).abs().max() < 1e-5 and result[0].std() > 0.01
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
@@ -785,16 +791,16 @@ def test_wrappers_and_references_of_a_network_without_tokens() -> None:
     every way runs.
     """
     model = unconditional("churches")
-    asked: dict[str, Any] = {"height": 32, "width": 32, "steps": 3, "seed": 4, "output": "latent"}
-    whole = model.generate(**asked)
-    assert torch.equal(model.generate(cache=1, **asked), whole)
+    request: dict[str, Any] = {"height": 32, "width": 32, "steps": 3, "seed": 4, "output": "latent"}
+    whole = model.generate(**request)
+    assert torch.equal(model.generate(cache=1, **request), whole)
     for other in (
         {"cache": 2},
         {"guidance": "2 perturbed_attention"},
         {"guidance": "2 skip_layers:layers=up_blocks.0"},
     ):
-        found = model.generate(**other, **asked)
-        assert found.isfinite().all() and not torch.equal(found, whole), other
+        result = model.generate(**other, **request)
+        assert result.isfinite().all() and not torch.equal(result, whole), other
     names = {name for name, _ in branches(model.denoiser.network)}
     assert "down_blocks.0.resnets.0" in names and "down_blocks.0.downsamplers.0" not in names
 
@@ -826,15 +832,15 @@ def test_class_conditional_models(tmp_path: Path, names: tuple[str, ...]) -> Non
     the parts put together by hand.
     """
     model = class_conditional(class_names=names)
-    asked: dict[str, Any] = {"height": 16, "width": 16, "steps": 5, "seed": 4, "output": "latent"}
-    found = model.generate("2", guidance=3.0, **asked)
+    request: dict[str, Any] = {"height": 16, "width": 16, "steps": 5, "seed": 4, "output": "latent"}
+    result = model.generate("2", guidance=3.0, **request)
     table = model.conditioner.table
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
-        told, free = (
+        settings, free = (
             model.denoiser.network(x, t, Conditioning(table[k][None, None])) for k in (2, 4)
         )
-        return free + 3.0 * (told - free)
+        return free + 3.0 * (settings - free)
 
     z = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(4))
     scheduler = ddim()
@@ -842,10 +848,10 @@ def test_class_conditional_models(tmp_path: Path, names: tuple[str, ...]) -> Non
     with torch.no_grad():
         for t in scheduler.timesteps:
             z = scheduler.step(guided(z, t[None].float()), t, z).prev_sample
-    assert relative_error(found, z) < 1e-4
-    assert not torch.allclose(found, model.generate("1", guidance=3.0, **asked))
+    assert relative_error(result, z) < 1e-4
+    assert not torch.allclose(result, model.generate("1", guidance=3.0, **request))
     if names:
-        assert torch.equal(model.generate("sharks", guidance=3.0, **asked), found)
+        assert torch.equal(model.generate("sharks", guidance=3.0, **request), result)
     for path in (tmp_path / "folder", tmp_path / "one.safetensors"):
         model.save(path)
         again = load(path)
@@ -864,9 +870,9 @@ def test_class_conditional_models(tmp_path: Path, names: tuple[str, ...]) -> Non
     save_file(bare, tmp_path / "bare.safetensors")
     with pytest.raises(UserError, match="give heads, or its YAML"):
         load(tmp_path / "bare.safetensors")
-    told = load(tmp_path / "bare.safetensors", reading=ReadOptions(heads=1, class_names=names))
-    assert told.class_names == model.class_names
-    same_pictures(model, told, prompt="2", guidance=3.0, height=16, width=16)
+    settings = load(tmp_path / "bare.safetensors", reading=ReadOptions(heads=1, class_names=names))
+    assert settings.class_names == model.class_names
+    same_pictures(model, settings, prompt="2", guidance=3.0, height=16, width=16)
 
 
 def test_a_table_without_a_row_for_none(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ CONFIG = DiTConfig(
     sample_size=8,
     num_embeds_ada_norm=5,
 )
-GIVEN, NONE = (Conditioning(vector=torch.eye(6)[rows]) for rows in ([0, 3], [5, 5]))
+INPUTS, NONE = (Conditioning(vector=torch.eye(6)[rows]) for rows in ([0, 3], [5, 5]))
 LEARNED: dict[str, Any] = {
     "_class_name": "DDPMScheduler",
     "variance_type": "learned_range",
@@ -53,14 +53,14 @@ def network() -> DiT:
     return random_network(lambda: DiT(CONFIG), 1, 0.15)
 
 
-def theirs(scheduler: Any, network: DiT, start: Tensor, w: float) -> Tensor:
+def reference(scheduler: Any, network: DiT, start: Tensor, w: float) -> Tensor:
     """DiT's guided loop: the target is guided, the variance behind it is the condition's
     (forward_with_cfg of its code).
     """
 
     def guided(x: Tensor, timestep: float) -> Tensor:
         t = torch.full((2,), timestep)
-        y, none = network(x, t, GIVEN), network(x, t, NONE)
+        y, none = network(x, t, INPUTS), network(x, t, NONE)
         return torch.cat([none[:, :4] + w * (y[:, :4] - none[:, :4]), y[:, 4:]], 1)
 
     return step_scheduler(scheduler, guided, start)[-1]
@@ -96,11 +96,11 @@ def test_the_same_run(
     times = timesteps(spacing, steps, process.schedule, **spaced)
     start = next(noise)
     ask = build(
-        Guidance.parse(w), Denoiser(network, process), GIVEN, [NONE], process.schedule.point, None
+        Guidance.parse(w), Denoiser(network, process), INPUTS, [NONE], process.schedule.point, None
     )
     run = sampler(start, times, process.schedule, lambda: next(noise), **options)
     with torch.inference_mode():
-        ours = drive(
+        actual = drive(
             sampler_coroutine(run, ask, calls(sampler, times, process.schedule, **options)),
             evaluate_calls,
         )
@@ -111,8 +111,8 @@ def test_the_same_run(
         "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(again)
     )
     scheduler.set_timesteps(steps)
-    expected = theirs(scheduler, network, next(again), w)
-    assert ours is not None and float((ours - expected).norm() / expected.norm()) < 1e-4
+    expected = reference(scheduler, network, next(again), w)
+    assert actual is not None and float((actual - expected).norm() / expected.norm()) < 1e-4
     fixed, others = (
         diffusers.DDPMScheduler.from_config(LEARNED | config | {"variance_type": "fixed_small"}),
         noise_stream(*SHAPE, seed=5),
@@ -123,7 +123,8 @@ def test_the_same_run(
     fixed.set_timesteps(steps)
     plain = Plain(fixed)
     assert (
-        float((theirs(plain, network, next(others), w) - expected).norm() / expected.norm()) > 2e-3
+        float((reference(plain, network, next(others), w) - expected).norm() / expected.norm())
+        > 2e-3
     ), "the variance shows"
 
 
@@ -138,7 +139,7 @@ class Plain:
 
 
 @pytest.mark.parametrize("spacing", [LEADING, LINSPACE, TRAILING], ids=str)
-def test_the_config_that_we_write_is_theirs(spacing: dict[str, Any]) -> None:
+def test_the_written_config_equals_diffusers(spacing: dict[str, Any]) -> None:
     recipe = read_scheduler(LEARNED | spacing)
     written = write_scheduler(recipe.process, recipe.sampler, recipe.spacing)
     assert "_sfumato" not in written and read_scheduler(written) == recipe

@@ -62,7 +62,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_pipelines(tiny_pipeline, FAMILY_NAMES, tmp_path_factory)
 
 
-def ours(folder: Path) -> LatentDiffusion:
+def actual(folder: Path) -> LatentDiffusion:
     return without_prompt_weights(load(folder))
 
 
@@ -77,19 +77,19 @@ def test_hand_over_to_a_refiner(
     base, second = open_pipeline(folders["SDXL"], BASE), open_pipeline(folders["refiner"], REFINER)
     for pipe in (base, second):
         pipe.scheduler.register_to_config(steps_offset=offset)
-    asked: dict[str, Any] = {
+    options: dict[str, Any] = {
         "guidance_scale": SCALE,
         "num_inference_steps": steps,
         "negative_prompt": ["ugly"] * 2,
     }
     latents = base(
-        PROMPTS, generator=seeded_generators(2), denoising_end=at, output_type="latent", **asked
+        PROMPTS, generator=seeded_generators(2), denoising_end=at, output_type="latent", **options
     ).images
-    expected = pipeline_images(second, PROMPTS, image=latents, denoising_start=at, **asked)
+    expected = pipeline_images(second, PROMPTS, image=latents, denoising_start=at, **options)
     request = replace(
         REQUEST, steps=steps, spacing=f"leading:offset={offset}", negative_prompt="ugly"
     )
-    first, last = ours(folders["SDXL"]), ours(folders["refiner"])
+    first, last = actual(folders["SDXL"]), actual(folders["refiner"])
     plans = handover(first, last, request, at=at)
     begun = first.run(plans.first, output="latent")
     assert (begun - latents).abs().max() < 1e-4
@@ -103,16 +103,16 @@ def test_hand_over_to_a_refiner(
 def test_hand_over_without_a_word_about_samplers(folders: dict[str, Path], tmp_path: Path) -> None:
     """As published: Euler's method for both models, whose latents diffusers scales by 1/alpha."""
     published = published_schedulers()["SDXL"]
-    asked: dict[str, Any] = {"num_inference_steps": 10}
+    options: dict[str, Any] = {"num_inference_steps": 10}
     pipes = [open_pipeline(folders["SDXL"], BASE), open_pipeline(folders["refiner"], REFINER)]
     for name, pipe in zip(("base", "refiner"), pipes, strict=True):
         pipe.scheduler = type(published).from_config(published.config)
         pipe.save_pretrained(tmp_path / name)
     latents = pipes[0](
-        PROMPTS, generator=seeded_generators(2), denoising_end=0.7, output_type="latent", **asked
+        PROMPTS, generator=seeded_generators(2), denoising_end=0.7, output_type="latent", **options
     ).images
-    expected = pipeline_images(pipes[1], PROMPTS, image=latents, denoising_start=0.7, **asked)
-    base, second = ours(tmp_path / "base"), ours(tmp_path / "refiner")
+    expected = pipeline_images(pipes[1], PROMPTS, image=latents, denoising_start=0.7, **options)
+    base, second = actual(tmp_path / "base"), actual(tmp_path / "refiner")
     assert base.defaults.sampler.startswith("euler") and second.defaults.guidance == 5.0
     assert_same_images(
         second.run(refine(base, second, Request(PROMPTS, steps=10), at=0.7), output="tensor"),
@@ -123,7 +123,7 @@ def test_hand_over_without_a_word_about_samplers(folders: dict[str, Path], tmp_p
 @pytest.mark.parametrize("strength", [0.3, 0.8])
 def test_a_refiner_begins_with_a_picture(strength: float, folders: dict[str, Path]) -> None:
     image = smooth_image()
-    asked: dict[str, Any] = {
+    options: dict[str, Any] = {
         "image": image.expand(2, -1, -1, -1),
         "strength": strength,
         "guidance_scale": SCALE,
@@ -131,9 +131,9 @@ def test_a_refiner_begins_with_a_picture(strength: float, folders: dict[str, Pat
     }
     scores: dict[str, Any] = {"aesthetic_score": 7.5, "negative_aesthetic_score": 1.5}
     expected = pipeline_images(
-        open_pipeline(folders["refiner"], REFINER), PROMPTS, **asked, **scores
+        open_pipeline(folders["refiner"], REFINER), PROMPTS, **options, **scores
     )
-    model = ours(folders["refiner"])
+    model = actual(folders["refiner"])
     request = replace(REQUEST, steps=10, image_spec=ImageSpec(24, 16, **scores))
     assert_same_images(
         model.run(
@@ -153,7 +153,7 @@ def test_a_refiner_begins_with_a_picture(strength: float, folders: dict[str, Pat
 
 
 def test_a_refiner_is_saved_and_opened(folders: dict[str, Path], tmp_path: Path) -> None:
-    model = ours(folders["refiner"])
+    model = actual(folders["refiner"])
     model.save(tmp_path / "ours")
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
     assert type(pipe).__name__ == REFINER and load(tmp_path / "ours").hash == model.hash
@@ -175,16 +175,16 @@ def test_a_refiner_is_saved_and_opened(folders: dict[str, Path], tmp_path: Path)
 def test_inpainting(family: str, name: str, strength: float, folders: dict[str, Path]) -> None:
     """Ordinary models at full strength: told to, the first look is at noise alone, as theirs."""
     image, mask = smooth_image(), rectangle_mask()
-    asked: dict[str, Any] = {
+    options: dict[str, Any] = {
         "height": 24,
         "width": 16,
         "strength": strength,
         "guidance_scale": SCALE,
         "num_inference_steps": 5,
     }
-    asked |= {"image": image.expand(2, -1, -1, -1), "mask_image": mask.expand(2, -1, -1, -1)}
-    expected = pipeline_images(open_pipeline(folders[family], name), PROMPTS, **asked)
-    model, blind = ours(folders[family]), strength == 1 and "inpainting" not in family
+    options |= {"image": image.expand(2, -1, -1, -1), "mask_image": mask.expand(2, -1, -1, -1)}
+    expected = pipeline_images(open_pipeline(folders[family], name), PROMPTS, **options)
+    model, blind = actual(folders[family]), strength == 1 and "inpainting" not in family
     task = {"strength": strength, "posterior": "sample", "paste": False, "noise_only_start": blind}
     assert_same_images(
         model.run(inpaint(model, image * 2 - 1, mask, REQUEST, **task), output="tensor"), expected
@@ -200,7 +200,7 @@ def test_a_blind_start_is_for_ordinary_models_at_full_strength(folders: dict[str
     for family, strength in (("SDXL inpainting", 1.0), ("SDXL", 0.6)):
         with pytest.raises(UserError, match="noise_only_start=True with strength"):
             inpaint(
-                ours(folders[family]),
+                actual(folders[family]),
                 smooth_image() * 2 - 1,
                 rectangle_mask(),
                 REQUEST,
@@ -213,7 +213,7 @@ def test_a_blind_start_is_for_ordinary_models_at_full_strength(folders: dict[str
 
 
 def test_each_encoder_reads_its_own_prompt(folders: dict[str, Path]) -> None:
-    pipe, model = open_pipeline(folders["SDXL"], BASE), ours(folders["SDXL"])
+    pipe, model = open_pipeline(folders["SDXL"], BASE), actual(folders["SDXL"])
     words = {
         "prompt": "a cat",
         "prompt_2": "a red dog",
@@ -228,10 +228,10 @@ def test_each_encoder_reads_its_own_prompt(folders: dict[str, Path]) -> None:
         ("a cat", "a red dog", tokens, pooled),
         ("dog", "red", not_tokens, not_pooled),
     ):
-        found = model.conditioner([one], ImageSpec(16, 16), [two])
-        assert found.tokens is not None and found.vector is not None
-        assert (found.tokens - expected).abs().max() < 1e-5 and (
-            found.vector[:, :10] - vector
+        result = model.conditioner([one], ImageSpec(16, 16), [two])
+        assert result.tokens is not None and result.vector is not None
+        assert (result.tokens - expected).abs().max() < 1e-5 and (
+            result.vector[:, :10] - vector
         ).abs().max() < 1e-5
     pictures = pipe(
         **words,
@@ -245,7 +245,7 @@ def test_each_encoder_reads_its_own_prompt(folders: dict[str, Path]) -> None:
 
 
 def test_second_prompts_that_nobody_reads(folders: dict[str, Path]) -> None:
-    for family, asked, said in (
+    for family, options, message in (
         ("SD 1", {"prompt_2": "a dog"}, "this model has no second text encoder to read it"),
         ("refiner", {"prompt_2": "a dog"}, "this model has no second text encoder to read it"),
         (
@@ -265,13 +265,13 @@ def test_second_prompts_that_nobody_reads(folders: dict[str, Path]) -> None:
             "nothing is moved away from it",
         ),
     ):
-        request = replace(Request("a cat", steps=1, guidance=2.0), **asked)
-        with pytest.raises(UserError, match=said):
-            ours(folders[family]).run(request)
+        request = replace(Request("a cat", steps=1, guidance=2.0), **options)
+        with pytest.raises(UserError, match=message):
+            actual(folders[family]).run(request)
 
 
 def test_a_refiner_reads_the_first_prompt(folders: dict[str, Path]) -> None:
-    base, second = ours(folders["SDXL"]), ours(folders["refiner"])
+    base, second = actual(folders["SDXL"]), actual(folders["refiner"])
     request = replace(REQUEST, prompt="a cat", prompt_2="a red dog")
     handed = refine(base, second, request, at=0.5).request
     assert handed.prompt == "a cat" and handed.prompt_2 is None
@@ -286,15 +286,15 @@ def test_a_series_between_a_short_and_a_long_prompt(family: str, folders: dict[s
     """One chunk of 77 tokens and three: both ends are the plain pictures, and nothing jumps beside
     them.
     """
-    model, long = ours(folders[family]), " ".join(["a red dog"] * 50)
-    asked = Request("a cat", n=3, steps=3, guidance=SCALE, seed=4)
-    series = model.run(interpolate(asked, to_prompt=long), output="tensor")
-    for found, words in ((series[0], "a cat"), (series[-1], long)):
+    model, long = actual(folders[family]), " ".join(["a red dog"] * 50)
+    options = Request("a cat", n=3, steps=3, guidance=SCALE, seed=4)
+    series = model.run(interpolate(options, to_prompt=long), output="tensor")
+    for result, words in ((series[0], "a cat"), (series[-1], long)):
         assert (
-            found - model.run(replace(asked, n=1, prompt=words), output="tensor")[0]
+            result - model.run(replace(options, n=1, prompt=words), output="tensor")[0]
         ).abs().max() < 1e-5
     assert not torch.equal(series[0], series[1]) and not torch.equal(series[1], series[2])
-    near = replace(asked, n=2, prompt_mix=(long, [0.0, 1e-4]), noise_mix=([4, 4], [0.0, 0.0]))
+    near = replace(options, n=2, prompt_mix=(long, [0.0, 1e-4]), noise_mix=([4, 4], [0.0, 0.0]))
     first, beside = model.run(near, output="tensor")
     assert 0 < (first - beside).abs().max() < 1e-2
 
@@ -304,7 +304,7 @@ def test_the_other_tasks_with_refiners_inpainting_and_instructions(
 ) -> None:
     """Variations and series are for networks that take the latent alone; the others say so."""
     for family in ("SDXL inpainting", "InstructPix2Pix"):
-        model = ours(folders[family])
+        model = actual(folders[family])
         for way in ("noise", "inversion"):
             with pytest.raises(UserError, match="channels beside the latent"):
                 variations(model, smooth_image() * 2 - 1, way=way)
@@ -312,9 +312,9 @@ def test_the_other_tasks_with_refiners_inpainting_and_instructions(
                 interpolate_images(
                     model, smooth_image() * 2 - 1, smooth_image(6) * 2 - 1, Request(n=2), way=way
                 )
-    second = ours(folders["refiner"])
-    found = second.run(vary(Request("a cat", n=2, steps=2), strength=0.3), output="tensor")
-    assert torch.isfinite(found).all() and not torch.equal(found[0], found[1])
+    second = actual(folders["refiner"])
+    result = second.run(vary(Request("a cat", n=2, steps=2), strength=0.3), output="tensor")
+    assert torch.isfinite(result).all() and not torch.equal(result[0], result[1])
 
 
 # ---- on the command line -------------------------------------------------------------------------
@@ -338,24 +338,24 @@ def test_commands_with_text_models(
         "--model",
         str(folders["SDXL"]),
     ]
-    asked = Request(
+    options = Request(
         "a cat", steps=4, prompt_2="a red dog", negative_prompt="dog", negative_prompt_2="red"
     )
     assert main(["generate", *words, *out]) == 0
-    assert same(made, xl.run(asked)[0]) and read_parameters(made)["prompt_2"] == "a red dog"
+    assert same(made, xl.run(options)[0]) and read_parameters(made)["prompt_2"] == "a red dog"
     assert main(
         ["generate", "--from", str(made), "--out", str(tmp_path / "again.png")]
-    ) == 0 and same(tmp_path / "again.png", xl.run(asked)[0])
+    ) == 0 and same(tmp_path / "again.png", xl.run(options)[0])
     assert (
         main(["generate", *words, *out, "--refiner", str(folders["refiner"]), "--handover", "0.5"])
         == 0
     )
-    assert same(made, second.run(refine(xl, second, asked, at=0.5))[0])
+    assert same(made, second.run(refine(xl, second, options, at=0.5))[0])
     assert main(["edit", photo, *words, *out, "--strength", "0.5"]) == 0, (
         "style transfer: an ordinary model and a description"
     )
-    assert same(made, xl.run(image_to_image(xl, picture_of(photo), asked, strength=0.5))[0])
-    for arguments, said in (
+    assert same(made, xl.run(image_to_image(xl, picture_of(photo), options, strength=0.5))[0])
+    for arguments, message in (
         (
             ["edit", photo, "red", "--strength", "0.5", "--model", str(folders["InstructPix2Pix"])],
             "this model follows instructions",
@@ -383,13 +383,13 @@ def test_commands_with_text_models(
     ):
         made.unlink(missing_ok=True)
         assert main([*arguments, *out]) == 2 and not made.exists()
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def picture_of(path: str) -> Image.Image:
-    with Image.open(path) as found:
-        found.load()
-        return found
+    with Image.open(path) as result:
+        result.load()
+        return result
 
 
 def same(path: Path, expected: Image.Image) -> bool:

@@ -57,7 +57,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_pipelines(tiny_pipeline, families, tmp_path_factory)
 
 
-def same(ours: LatentDiffusion, pipe: Any, spacing: str = "leading:offset=1") -> None:
+def same(actual: LatentDiffusion, pipe: Any, spacing: str = "leading:offset=1") -> None:
     """Prompts, a negative prompt or none, guidance on and off, another size. 5 divides 1000: their
     DDIM steps by 1000 // steps.
     """
@@ -68,7 +68,7 @@ def same(ours: LatentDiffusion, pipe: Any, spacing: str = "leading:offset=1") ->
         (None, 1.0, 16),
         ("dog", 3.0, 24),
     ):
-        asked: dict[str, Any] = {"height": size, "width": 16}
+        options: dict[str, Any] = {"height": size, "width": 16}
         their_negative = None if negative is None else [negative] * 2
         if guidance == 1:
             negative = their_negative = None
@@ -78,9 +78,9 @@ def same(ours: LatentDiffusion, pipe: Any, spacing: str = "leading:offset=1") ->
             negative_prompt=their_negative,
             guidance_scale=guidance,
             num_inference_steps=5,
-            **asked,
+            **options,
         )
-        found = without_prompt_weights(ours).generate(
+        result = without_prompt_weights(actual).generate(
             prompts,
             negative_prompt=negative,
             guidance=guidance,
@@ -88,9 +88,9 @@ def same(ours: LatentDiffusion, pipe: Any, spacing: str = "leading:offset=1") ->
             sampler="ddim",
             spacing=spacing,
             output="tensor",
-            **asked,
+            **options,
         )
-        assert_same_images(found, expected)
+        assert_same_images(result, expected)
 
 
 @pytest.mark.parametrize("family", TEXT_TO_IMAGE)
@@ -104,10 +104,10 @@ def test_what_diffusers_saved(family: str, folders: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("family", TEXT_TO_IMAGE)
 def test_what_we_save(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    ours = load(folders[family])
-    ours.save(tmp_path / "ours")
+    actual = load(folders[family])
+    actual.save(tmp_path / "ours")
     again = load(tmp_path / "ours")
-    assert again.hash == ours.hash and again.defaults == ours.defaults
+    assert again.hash == actual.hash and again.defaults == actual.defaults
     pipe = open_pipeline(tmp_path / "ours")
     assert type(pipe).__name__ == FAMILIES[family][0]
     pipe.scheduler = diffusers.DDIMScheduler(**{**SCALED, **FAMILIES[family][2]})
@@ -125,14 +125,14 @@ def test_runs_without_a_word_about_samplers(family: str, tmp_path: Path) -> None
     pipe = tiny_pipeline(family)
     pipe.scheduler = PUBLISHED[family]
     pipe.save_pretrained(tmp_path / "theirs")
-    ours = load(tmp_path / "theirs")
-    ours.save(tmp_path / "ours")
+    actual = load(tmp_path / "theirs")
+    actual.save(tmp_path / "ours")
     again = open_pipeline(tmp_path / "ours", type(pipe).__name__)
     expected = pipeline_images(pipe, ["a red cat", "a dog"], num_inference_steps=10)
     assert (
         pipeline_images(again, ["a red cat", "a dog"], num_inference_steps=10) - expected
     ).abs().max() < 1e-3
-    for model in (ours, load(tmp_path / "ours")):
+    for model in (actual, load(tmp_path / "ours")):
         assert_same_images(
             without_prompt_weights(model).generate(
                 ["a red cat", "a dog"], steps=10, output="tensor"
@@ -171,24 +171,27 @@ REQUEST = Request(
 @pytest.mark.parametrize("strength", [0.4, 0.8, 1.0])
 def test_image_to_image(family: str, name: str, strength: float, folders: dict[str, Path]) -> None:
     image = smooth_image()
-    asked = {
+    options = {
         "image": image.expand(2, -1, -1, -1),
         "strength": strength,
         "guidance_scale": 4.0,
         "num_inference_steps": 5,
     }
     expected = pipeline_images(
-        open_pipeline(folders[family], name), REQUEST.prompt, negative_prompt=["ugly"] * 2, **asked
+        open_pipeline(folders[family], name),
+        REQUEST.prompt,
+        negative_prompt=["ugly"] * 2,
+        **options,
     )
-    ours = without_prompt_weights(load(folders[family]))
+    actual = without_prompt_weights(load(folders[family]))
     request = image_to_image(
-        ours,
+        actual,
         image * 2 - 1,
         replace(REQUEST, negative_prompt="ugly"),
         strength=strength,
         posterior="sample",
     )
-    assert_same_images(ours.run(request, output="tensor"), expected)
+    assert_same_images(actual.run(request, output="tensor"), expected)
 
 
 @pytest.mark.parametrize(
@@ -197,21 +200,28 @@ def test_image_to_image(family: str, name: str, strength: float, folders: dict[s
 def test_inpainting(family: str, strength: float, folders: dict[str, Path]) -> None:
     """With an ordinary model, and with one that is told the mask and the rest of the picture."""
     image, mask = smooth_image(), rectangle_mask()
-    asked: dict[str, Any] = {"height": 24, "width": 16, "strength": strength, "guidance_scale": 4.0}
+    options: dict[str, Any] = {
+        "height": 24,
+        "width": 16,
+        "strength": strength,
+        "guidance_scale": 4.0,
+    }
     # one a prompt: each from its own generator
-    asked |= {"image": image.expand(2, -1, -1, -1), "mask_image": mask.expand(2, -1, -1, -1)}
+    options |= {"image": image.expand(2, -1, -1, -1), "mask_image": mask.expand(2, -1, -1, -1)}
     expected = pipeline_images(
         open_pipeline(folders[family], "StableDiffusionInpaintPipeline"),
         REQUEST.prompt,
         num_inference_steps=5,
-        **asked,
+        **options,
     )
-    ours = without_prompt_weights(load(folders[family]))
+    actual = without_prompt_weights(load(folders[family]))
     request = inpaint(
-        ours, image * 2 - 1, mask, REQUEST, strength=strength, posterior="sample", paste=False
+        actual, image * 2 - 1, mask, REQUEST, strength=strength, posterior="sample", paste=False
     )
-    assert_same_images(ours.run(request, output="tensor"), expected)
-    kept = ours.run(inpaint(ours, image * 2 - 1, mask, REQUEST, strength=strength), output="tensor")
+    assert_same_images(actual.run(request, output="tensor"), expected)
+    kept = actual.run(
+        inpaint(actual, image * 2 - 1, mask, REQUEST, strength=strength), output="tensor"
+    )
     outside = (mask == 0).expand(2, 3, -1, -1)
     assert torch.equal(
         kept[outside], (image * 2 - 1).add(1).div(2).expand(2, -1, -1, -1)[outside]
@@ -230,9 +240,10 @@ def test_instructions(folders: dict[str, Path]) -> None:
         image_guidance_scale=1.7,
         num_inference_steps=5,
     )
-    ours = without_prompt_weights(load(folders["InstructPix2Pix"]))
+    actual = without_prompt_weights(load(folders["InstructPix2Pix"]))
     assert_same_images(
-        ours.run(edit(ours, image * 2 - 1, REQUEST, image_guidance=1.7), output="tensor"), expected
+        actual.run(edit(actual, image * 2 - 1, REQUEST, image_guidance=1.7), output="tensor"),
+        expected,
     )
 
 
@@ -241,7 +252,7 @@ def test_enlarging(folders: dict[str, Path], tmp_path: Path) -> None:
     And as we save it.
     """
     image = smooth_image(height=14, width=10)
-    asked = {
+    options = {
         "image": image.expand(2, -1, -1, -1) * 2 - 1,
         "noise_level": 37,
         "guidance_scale": 4.0,
@@ -250,21 +261,21 @@ def test_enlarging(folders: dict[str, Path], tmp_path: Path) -> None:
     expected = pipeline_images(
         open_pipeline(folders["x4 upscaler"], "StableDiffusionUpscalePipeline"),
         REQUEST.prompt,
-        **asked,
+        **options,
     )
-    ours = without_prompt_weights(load(folders["x4 upscaler"]))
-    ours.save(tmp_path / "ours")
+    actual = without_prompt_weights(load(folders["x4 upscaler"]))
+    actual.save(tmp_path / "ours")
     again = without_prompt_weights(load(tmp_path / "ours"))
-    assert again.hash == ours.hash and again.low_res == ours.low_res is not None
-    for model in (ours, again):
-        found = model.run(upscale(model, image * 2 - 1, REQUEST, noise_level=37), output="tensor")
-        assert found.shape == (2, 3, 28, 20)
-        assert_same_images(found, expected)
+    assert again.hash == actual.hash and again.low_res == actual.low_res is not None
+    for model in (actual, again):
+        result = model.run(upscale(model, image * 2 - 1, REQUEST, noise_level=37), output="tensor")
+        assert result.shape == (2, 3, 28, 20)
+        assert_same_images(result, expected)
     pipe = open_pipeline(tmp_path / "ours")
     pipe.scheduler = diffusers.DDIMScheduler(**{**SCALED, "prediction_type": "v_prediction"})
-    assert_same_images(pipeline_images(pipe, REQUEST.prompt, **asked), expected)
+    assert_same_images(pipeline_images(pipe, REQUEST.prompt, **options), expected)
     with pytest.raises(UserError, match="noise_level=1000: expected a whole number from 0 to 999"):
-        upscale(ours, image * 2 - 1, noise_level=1000)
+        upscale(actual, image * 2 - 1, noise_level=1000)
     with pytest.raises(UserError, match="was not trained to enlarge pictures"):
         upscale(load(folders["SD 1"]), image * 2 - 1)
 
@@ -355,24 +366,24 @@ def test_single_files_both_ways(family: str, tmp_path: Path) -> None:
         "how prompts are read is not lost"
     )
     folder.save(tmp_path / "one.safetensors")
-    ours = load(tmp_path / "one.safetensors")
-    found = [
+    actual = load(tmp_path / "one.safetensors")
+    result = [
         m.generate("a (red:1.2) cat", steps=3, height=16, width=24, seed=4, output="tensor")
-        for m in (folder, ours)
+        for m in (folder, actual)
     ]
     # Not to the last bit: how weights lie to cache lines in a file decides how a product of one row
     # (a pooled text) is rounded.
-    assert (found[0] - found[1]).abs().max() < (1e-5 if batch_invariant.FIXED_ORDER else 5e-5)
-    assert ours.denoiser.process == folder.denoiser.process
-    theirs = type(pipe).from_single_file(
+    assert (result[0] - result[1]).abs().max() < (1e-5 if batch_invariant.FIXED_ORDER else 5e-5)
+    assert actual.denoiser.process == folder.denoiser.process
+    reference = type(pipe).from_single_file(
         tmp_path / "one.safetensors", config=str(tmp_path / "folder"), local_files_only=True
     )
-    quiet(theirs)
-    theirs.scheduler = pipe.scheduler
+    quiet(reference)
+    reference.scheduler = pipe.scheduler
     expected = pipeline_images(
-        theirs, ["a red cat"], num_inference_steps=5, guidance_scale=4.0, height=16, width=24
+        reference, ["a red cat"], num_inference_steps=5, guidance_scale=4.0, height=16, width=24
     )
-    asked: dict[str, Any] = {
+    options: dict[str, Any] = {
         "steps": 5,
         "sampler": "ddim",
         "spacing": "leading:offset=1",
@@ -381,5 +392,5 @@ def test_single_files_both_ways(family: str, tmp_path: Path) -> None:
         "width": 24,
     }
     assert_same_images(
-        without_prompt_weights(ours).generate(["a red cat"], output="tensor", **asked), expected
+        without_prompt_weights(actual).generate(["a red cat"], output="tensor", **options), expected
     )

@@ -49,7 +49,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 PROMPTS = [" A red CAT", "a dog, (very) red"]
 
 
-def theirs(kind: str, scratch: Path) -> Any:
+def reference(kind: str, scratch: Path) -> Any:
     """diffusers' pipeline with small random parts; the scheduler is that of the published folders
     (huggingface.co/PixArt-alpha).
     """
@@ -81,16 +81,16 @@ def theirs(kind: str, scratch: Path) -> Any:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_pipelines(
-        lambda kind: theirs(kind, tmp_path_factory.mktemp("scratch")), KINDS, tmp_path_factory
+        lambda kind: reference(kind, tmp_path_factory.mktemp("scratch")), KINDS, tmp_path_factory
     )
 
 
-def their_pictures(pipe: Any, prompts: list[str], **asked: Any) -> Tensor:
+def their_pictures(pipe: Any, prompts: list[str], **options: Any) -> Tensor:
     """Images of the size asked for, not of the nearest trained one, and of prompts that are not
     cleaned like captions from the web.
     """
     return pipeline_images(
-        pipe, prompts, **({"use_resolution_binning": False, "clean_caption": False} | asked)
+        pipe, prompts, **({"use_resolution_binning": False, "clean_caption": False} | options)
     )
 
 
@@ -99,7 +99,7 @@ def compare(images: Tensor, expected: Tensor) -> None:
     assert (expected[0] - expected[1]).abs().max() > 0.05
 
 
-def same(ours: LatentDiffusion, pipe: Any) -> None:
+def same(actual: LatentDiffusion, pipe: Any) -> None:
     """Guidance on and off, a negative prompt or none, sizes and shapes, an odd and an even number
     of steps.
     """
@@ -108,7 +108,7 @@ def same(ours: LatentDiffusion, pipe: Any) -> None:
         (1.0, None, 4, 24, 8),
         (3.0, "the lazy dog", 4, 8, 40),
     ):
-        asked: dict[str, Any] = {"height": height, "width": width}
+        options: dict[str, Any] = {"height": height, "width": width}
         their_negative: dict[str, Any] = {} if negative is None else {"negative_prompt": negative}
         expected = their_pictures(
             pipe,
@@ -116,16 +116,16 @@ def same(ours: LatentDiffusion, pipe: Any) -> None:
             guidance_scale=guidance,
             num_inference_steps=steps,
             **their_negative,
-            **asked,
+            **options,
         )
         compare(
-            ours.generate(
+            actual.generate(
                 PROMPTS,
                 guidance=guidance,
                 steps=steps,
                 negative_prompt=negative,
                 output="tensor",
-                **asked,
+                **options,
             ),
             expected,
         )
@@ -135,23 +135,23 @@ def same(ours: LatentDiffusion, pipe: Any) -> None:
 def test_what_diffusers_saved_and_what_we_save(
     kind: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    ours, name = load(folders[kind]), KINDS[kind][0]
-    assert (ours.defaults.steps, ours.defaults.guidance, ours.defaults.sampler) == (
+    actual, name = load(folders[kind]), KINDS[kind][0]
+    assert (actual.defaults.steps, actual.defaults.guidance, actual.defaults.sampler) == (
         20,
         4.5,
         "dpmpp_2m",
     )
-    assert ours.sample_size == 2 * KINDS[kind][1]["sample_size"]
-    same(ours, open_pipeline(folders[kind], name))
-    ours.save(tmp_path / "ours")
+    assert actual.sample_size == 2 * KINDS[kind][1]["sample_size"]
+    same(actual, open_pipeline(folders[kind], name))
+    actual.save(tmp_path / "ours")
     again = load(tmp_path / "ours")
-    assert again.hash == ours.hash and again.defaults == ours.defaults
+    assert again.hash == actual.hash and again.defaults == actual.defaults
     second = open_pipeline(tmp_path / "ours")
     assert type(second).__name__ == name
     same(again, second)
     assert count_equal_weight_files(folders[kind], tmp_path / "ours") == 3
     again.save(tmp_path / "ours.safetensors")
-    assert load(tmp_path / "ours.safetensors").hash == ours.hash
+    assert load(tmp_path / "ours.safetensors").hash == actual.hash
 
 
 def test_by_the_models_own_settings(folders: dict[str, Path]) -> None:
@@ -163,23 +163,23 @@ def test_by_the_models_own_settings(folders: dict[str, Path]) -> None:
     )
 
 
-def test_the_size_is_told(folders: dict[str, Path]) -> None:
+def test_the_size_reaches_the_network(folders: dict[str, Path]) -> None:
     """Alpha's model for 1024 pixels draws another picture where it is told another size; and it
     begins with a picture as others do.
     """
-    ours = load(folders["alpha, 1024 pixels"])
+    actual = load(folders["alpha, 1024 pixels"])
     size: dict[str, Any] = {"height": 16, "width": 24}
     usual, other = (
-        ours.generate("a cat", steps=3, output="tensor", image_spec=p, **size)
+        actual.generate("a cat", steps=3, output="tensor", image_spec=p, **size)
         for p in (None, ImageSpec(1024, 512))
     )
     assert (usual - other).abs().max() > 1e-3
     image = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(3)) * 2 - 1
-    found = ours.run(
-        image_to_image(ours, image, Request("a cat", steps=4), strength=0.5), output="tensor"
+    result = actual.run(
+        image_to_image(actual, image, Request("a cat", steps=4), strength=0.5), output="tensor"
     )
     assert (
-        found.shape == (1, 3, 16, 24)
-        and torch.isfinite(found).all()
-        and (found - usual).abs().max() > 1e-3
+        result.shape == (1, 3, 16, 24)
+        and torch.isfinite(result).all()
+        and (result - usual).abs().max() > 1e-3
     )

@@ -151,12 +151,14 @@ def their_run(
     return [*shown, x * last], scheduler.timesteps.tolist()
 
 
-def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+def difference(actual: list[Tensor], reference: list[Tensor]) -> float:
     """The largest difference of any latent, relative to its size."""
-    assert len(ours) == len(theirs)
+    assert len(actual) == len(reference)
     # NaN if any is
     return float(
-        torch.stack([(a - b).norm() / b.norm() for a, b in zip(ours, theirs, strict=True)]).max()
+        torch.stack(
+            [(a - b).norm() / b.norm() for a, b in zip(actual, reference, strict=True)]
+        ).max()
     )
 
 
@@ -198,43 +200,43 @@ class Case:
     scaled      their latents are x/alpha
     """
 
-    theirs: str
+    reference: str
     sampler: Any
     spacing: str = "trailing"
     config: dict[str, Any] = field(default_factory=dict)
     space: dict[str, Any] = field(default_factory=dict)
-    ours: dict[str, Any] = field(default_factory=dict)
+    actual: dict[str, Any] = field(default_factory=dict)
     step: dict[str, Any] = field(default_factory=dict)
     steps: int = 10
     our_steps: int = 0
     end: float = 0.0
     again: bool = False
-    told: bool = False
+    settings: bool = False
     scaled: bool = False
     predictions: tuple[str, ...] = tuple(PREDICTIONS)
 
     def __str__(self) -> str:
         options = {**self.config, **self.step, "end": self.end, "steps": self.steps}
-        return f"{self.theirs}-{self.spacing}-" + ",".join(
+        return f"{self.reference}-{self.spacing}-" + ",".join(
             f"{k}={v}" for k, v in options.items() if v not in (0.0, False, 10)
         )
 
-    def scheduler(self, found: Any, kind: str, prediction: str) -> Any:
+    def scheduler(self, output: Any, kind: str, prediction: str) -> Any:
         values = {
             "num_train_timesteps": 1000,
             **TABLES[kind][0],
             "prediction_type": prediction,
             **self.config,
         }
-        if self.theirs in NEVER_CLIP:
+        if self.reference in NEVER_CLIP:
             values["clip_sample"] = False
-        made = found(**values)
+        made = output(**values)
         made.set_timesteps(self.steps)
         return made
 
     def times(self, chosen: Schedule) -> list[float]:
-        found = timesteps(self.spacing, self.our_steps or self.steps, chosen, **self.space)
-        return found if self.end == 0 else [t for t in found if t > self.end] + [self.end]
+        output = timesteps(self.spacing, self.our_steps or self.steps, chosen, **self.space)
+        return output if self.end == 0 else [t for t in output if t > self.end] + [self.end]
 
 
 def at(timestep: float) -> float:
@@ -277,14 +279,14 @@ SIGMAS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
 
 def cases(
     spacings: Sequence[Any],
-    theirs: str,
+    reference: str,
     sampler: Any,
     config: dict[str, Any] | None = None,
     **rest: Any,
 ) -> list[Case]:
     """One case a spacing."""
     return [
-        replace(Case(theirs, sampler, spacing, {**(config or {}), **their}, our, **rest), **more)
+        replace(Case(reference, sampler, spacing, {**(config or {}), **their}, our, **rest), **more)
         for spacing, their, our, more in spacings
     ]
 
@@ -300,12 +302,12 @@ CASES: list[Case] = [
         "DDPM",
         ddpm,
         {"variance_type": "fixed_large"},
-        ours={"variance": "large"},
+        actual={"variance": "large"},
     ),
     *(
         case
         for eta in (0.0, 0.5, 1.0)
-        for case in cases(WHOLE[:3], "DDIM", ddim, step={"eta": eta}, ours={"eta": eta})
+        for case in cases(WHOLE[:3], "DDIM", ddim, step={"eta": eta}, actual={"eta": eta})
     ),
     *cases(WHOLE[2:3], "DDIM", ddim, {"set_alpha_to_one": False}, end=at(0)),
     *cases(WHOLE[1:2], "DDIM", ddim, {"set_alpha_to_one": False}, end=at(0), again=True),
@@ -343,9 +345,9 @@ CASES: list[Case] = [
     *cases(WHOLE, "EulerAncestralDiscrete", euler_ancestral, scaled=True, **OUT),
     *cases(SIGMAS, "HeunDiscrete", heun, scaled=True),
     *cases(SIGMAS, "LMSDiscrete", lms, scaled=True),
-    *cases(WHOLE[:1], "LMSDiscrete", lms, step={"order": 2}, ours={"order": 2}, scaled=True),
+    *cases(WHOLE[:1], "LMSDiscrete", lms, step={"order": 2}, actual={"order": 2}, scaled=True),
     *cases(WHOLE, "KDPM2Discrete", dpm_solver_2, scaled=True, **OUT),
-    *cases(SIGMAS[4:8], "KDPM2Discrete", dpm_solver_2, scaled=True, told=True, **OUT),
+    *cases(SIGMAS[4:8], "KDPM2Discrete", dpm_solver_2, scaled=True, settings=True, **OUT),
     *cases(MULTISTEP, "DPMSolverMultistep", dpmpp_2m),
     *cases(MULTISTEP[:5], "DPMSolverMultistep", dpmpp_2m, {"lower_order_final": False}, steps=12),
     *cases(
@@ -353,21 +355,21 @@ CASES: list[Case] = [
         "DPMSolverMultistep",
         dpmpp_3m,
         {"solver_order": 3},
-        ours={"solver": "midpoint", "lower_order_final": True},
+        actual={"solver": "midpoint", "lower_order_final": True},
     ),
     *cases(
         MULTISTEP,
         "DPMSolverMultistep",
         dpmpp_3m,
         {"solver_order": 3, "lower_order_final": False},
-        ours={"solver": "midpoint"},
+        actual={"solver": "midpoint"},
     ),
     *cases(
         MULTISTEP,
         "DPMSolverMultistep",
         dpmpp_3m,
         {"solver_order": 3, "solver_type": "heun"},
-        ours={"lower_order_final": True},
+        actual={"lower_order_final": True},
     ),
     # from 15 steps on theirs lowers nothing but the step to 0
     *cases(
@@ -375,7 +377,7 @@ CASES: list[Case] = [
         "DPMSolverMultistep",
         dpmpp_3m,
         {"solver_order": 3},
-        ours={"solver": "midpoint"},
+        actual={"solver": "midpoint"},
         steps=20,
     ),
     *cases(MULTISTEP, "DPMSolverMultistep", dpmpp_2m_sde, {"algorithm_type": "sde-dpmsolver++"}),
@@ -384,7 +386,7 @@ CASES: list[Case] = [
         "DPMSolverMultistep",
         dpmpp_2m_sde,
         {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"},
-        ours={"solver": "heun"},
+        actual={"solver": "heun"},
     ),
     *cases(MULTISTEP[:1], "DPMSolverMultistep", ddim, {"solver_order": 1}),
     *cases(
@@ -392,19 +394,19 @@ CASES: list[Case] = [
         "DPMSolverMultistep",
         dpmpp_2m_sde,
         {"solver_type": "heun"},
-        ours={"eta": 0.0, "solver": "heun"},
+        actual={"eta": 0.0, "solver": "heun"},
     ),
-    Case("DPMSolverMultistep", dpmpp_2m, "log_snr", {"use_lu_lambdas": True}, told=True),
+    Case("DPMSolverMultistep", dpmpp_2m, "log_snr", {"use_lu_lambdas": True}, settings=True),
     *(
         case
         for final in (True, False)
-        for order, sampler, ours in ((2, dpmpp_2m, {}), (3, dpmpp_3m, {"solver": "midpoint"}))
+        for order, sampler, actual in ((2, dpmpp_2m, {}), (3, dpmpp_3m, {"solver": "midpoint"}))
         for case in cases(
             MULTISTEP[:4],
             "DPMSolverMultistep",
             sampler,
             {"final_sigmas_type": "sigma_min", "lower_order_final": final, "solver_order": order},
-            ours={**ours, "lower_order_final": final},
+            actual={**actual, "lower_order_final": final},
             end=at(0),
         )
     ),
@@ -417,7 +419,7 @@ CASES: list[Case] = [
         {"use_exponential_sigmas": True},
         steps=9,
         our_steps=5,
-        told=True,
+        settings=True,
     ),
     Case(
         "DPMSolverSinglestep",
@@ -432,7 +434,7 @@ CASES: list[Case] = [
         our_steps=5,
         end=at(0),
         again=True,
-        told=True,
+        settings=True,
     ),
     Case("DPMSolverSinglestep", ddim, "linspace", {"solver_order": 1}, {"drop_last": True}),
     *(
@@ -444,7 +446,7 @@ CASES: list[Case] = [
             "UniPCMultistep",
             unipc,
             {"solver_order": order, "solver_type": kind, "final_sigmas_type": "sigma_min"},
-            ours={"order": order, "variant": kind},
+            actual={"order": order, "variant": kind},
             end=at(0),
         )
     ),
@@ -452,7 +454,7 @@ CASES: list[Case] = [
         case
         for order in (1, 2, 3)
         for case in cases(
-            MULTISTEP, "UniPCMultistep", unipc, {"solver_order": order}, ours={"order": order}
+            MULTISTEP, "UniPCMultistep", unipc, {"solver_order": order}, actual={"order": order}
         )
     ),
     *cases(
@@ -460,7 +462,7 @@ CASES: list[Case] = [
         "UniPCMultistep",
         unipc,
         {"disable_corrector": list(range(20))},
-        ours={"corrector": False},
+        actual={"corrector": False},
     ),
     *(
         case
@@ -470,7 +472,7 @@ CASES: list[Case] = [
             "DEISMultistep",
             deis,
             {"solver_order": order},
-            ours={"order": order},
+            actual={"order": order},
             end=at(0),
         )
     ),
@@ -482,14 +484,14 @@ CASES: list[Case] = [
             "DEISMultistep",
             deis,
             {"solver_order": order, "lower_order_final": False},
-            ours={"order": order, "lower_order_final": False},
+            actual={"order": order, "lower_order_final": False},
             end=at(0),
             again=True,
         )
     ),
     *(Case("LCM", lcm, "lcm", steps=steps) for steps in (1, 4, 8)),
     *(
-        Case("TCD", tcd, "lcm", step={"eta": eta}, ours={"eta": eta}, steps=steps, end=at(0))
+        Case("TCD", tcd, "lcm", step={"eta": eta}, actual={"eta": eta}, steps=steps, end=at(0))
         for eta in (0.0, 0.3, 0.33)
         for steps in (1, 4, 8)
     ),
@@ -513,11 +515,11 @@ def rotated() -> list[Any]:
     """Each case with one table and one prediction type, in turns; the first of each scheduler and
     sampler with all of them.
     """
-    found, seen = [], set()
+    output, seen = [], set()
     for turn, case in enumerate(CASES):
-        first = (case.theirs, case.sampler) not in seen
-        kinds = [kind for kind in TABLES if kind != "sigmoid" or case.theirs == "DDPM"]
-        seen.add((case.theirs, case.sampler))
+        first = (case.reference, case.sampler) not in seen
+        kinds = [kind for kind in TABLES if kind != "sigmoid" or case.reference == "DDPM"]
+        seen.add((case.reference, case.sampler))
         for i in range(turn, turn + (len(kinds) if first else 1)):
             kind, prediction = kinds[i % len(kinds)], case.predictions[i % len(case.predictions)]
             if kind == "cosine" and (
@@ -526,8 +528,8 @@ def rotated() -> list[Any]:
                 # their levels go up to 20,000 there, ours do not: see
                 # their_steps_from_nothing_overshoot
                 kind = "linear"
-            found.append(pytest.param(case, kind, prediction, id=f"{case}-{kind}-{prediction}"))
-    return found
+            output.append(pytest.param(case, kind, prediction, id=f"{case}-{kind}-{prediction}"))
+    return output
 
 
 @pytest.mark.parametrize(("case", "kind", "prediction"), rotated())
@@ -535,29 +537,29 @@ def test_tables(case: Case, kind: str, prediction: str, double: Callable[[str], 
     """Every latent that the network is shown, the timestep that it is told, and the result."""
     chosen = TABLES[kind][1]
     scheduler, times = (
-        case.scheduler(double(case.theirs + "Scheduler"), kind, prediction),
+        case.scheduler(double(case.reference + "Scheduler"), kind, prediction),
         case.times(chosen),
     )
     start, their_start, last = coordinates(case, chosen, times)
-    theirs, told = their_run(scheduler, their_start, last, **case.step)
+    reference, settings = their_run(scheduler, their_start, last, **case.step)
     if case.again:
-        theirs, told = [*theirs[:-2], theirs[-1]], told[:-1]
+        reference, settings = [*reference[:-2], reference[-1]], settings[:-1]
     process = Process(chosen, parameterization(PREDICTIONS[prediction]))
-    ours, heard = our_run(
-        case.sampler, process, times, start, told if case.told else None, **case.ours
+    actual, heard = our_run(
+        case.sampler, process, times, start, settings if case.settings else None, **case.actual
     )
-    np.testing.assert_allclose(heard, told, atol=1e-6)
-    assert difference(ours, theirs) < 1e-9
+    np.testing.assert_allclose(heard, settings, atol=1e-6)
+    assert difference(actual, reference) < 1e-9
 
 
 def shipped() -> list[Any]:
     """One case a scheduler, sampler and kind of spacing."""
-    found = {
-        (case.theirs, case.sampler, case.spacing): case
+    output = {
+        (case.reference, case.sampler, case.spacing): case
         for case in CASES
         if (case.steps, case.end) == (10, 0.0)
     }
-    return [case for (_, _, spacing), case in found.items() if spacing in ("trailing", "karras")]
+    return [case for (_, _, spacing), case in output.items() if spacing in ("trailing", "karras")]
 
 
 @pytest.mark.parametrize("case", shipped(), ids=str)
@@ -568,7 +570,7 @@ def test_as_shipped(case: Case) -> None:
     # v, where they have it: in x0 eps's rounding is divided by alpha, 1/15 at the first step
     prediction = case.predictions[-1]
     scheduler = case.scheduler(
-        getattr(diffusers, case.theirs + "Scheduler"), "scaled_linear", prediction
+        getattr(diffusers, case.reference + "Scheduler"), "scaled_linear", prediction
     )
     noise, module = noise_draws(), sys.modules[type(scheduler).__module__]
     chosen = TABLES["scaled_linear"][1]
@@ -577,10 +579,10 @@ def test_as_shipped(case: Case) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if hasattr(module, "randn_tensor"):
             patch.setattr(module, "randn_tensor", lambda *_, **__: next(noise).float())
-        theirs, told = their_run(scheduler, their_start.float(), last, **case.step)
+        reference, settings = their_run(scheduler, their_start.float(), last, **case.step)
     process = Process(chosen, parameterization(PREDICTIONS[prediction]))
-    ours, _ = our_run(case.sampler, process, times, start, told, **case.ours)
-    assert difference(ours, theirs) < 1e-5
+    actual, _ = our_run(case.sampler, process, times, start, settings, **case.actual)
+    assert difference(actual, reference) < 1e-5
 
 
 # ---- zero terminal SNR ---------------------------------------------------------------------------
@@ -627,12 +629,12 @@ def test_zero_terminal_snr(
     ).times(chosen)
     for prediction in ("sample", "v_prediction"):
         start = next(noise_draws(9))
-        theirs, told = their_run(zero_snr(name, double, prediction, kind), start)
-        ours, heard = our_run(
+        reference, settings = their_run(zero_snr(name, double, prediction, kind), start)
+        actual, heard = our_run(
             sampler, Process(chosen, parameterization(PREDICTIONS[prediction])), times, start
         )
-        np.testing.assert_allclose(heard, told, atol=1e-6)
-        assert difference(ours, theirs) < 1e-9
+        np.testing.assert_allclose(heard, settings, atol=1e-6)
+        assert difference(actual, reference) < 1e-9
 
 
 NEARLY = [
@@ -660,14 +662,14 @@ def test_nearly_zero_terminal_snr(
     products = scheduler.alphas_cumprod.tolist()
     same = table([1 - products[0], *(1 - b / a for a, b in pairwise(products))])
     scaled, start = name.startswith("Euler"), next(noise_draws(9))
-    theirs, told = their_run(scheduler, start / same.point(1.0)[0] if scaled else start)
+    reference, settings = their_run(scheduler, start / same.point(1.0)[0] if scaled else start)
     times = timesteps("trailing", 10, same)
-    ours, heard = our_run(sampler, Process(same, parameterization("v")), times, start, **options)
-    np.testing.assert_allclose(heard, told, atol=1e-6)
-    assert difference(ours, theirs) < 1e-9
+    actual, heard = our_run(sampler, Process(same, parameterization("v")), times, start, **options)
+    np.testing.assert_allclose(heard, settings, atol=1e-6)
+    assert difference(actual, reference) < 1e-9
     smooth = ZeroTerminalSNR(TABLES["scaled_linear"][1], last=2**-24)
     other, _ = our_run(sampler, Process(smooth, parameterization("v")), times, start, **options)
-    assert 1e-7 < difference(other, theirs) < 2e-3
+    assert 1e-7 < difference(other, reference) < 2e-3
 
 
 # ---- inversion -----------------------------------------------------------------------------------
@@ -684,17 +686,17 @@ def test_inversion(clean: bool, offset: int, double: Callable[[str], Any]) -> No
     scheduler = double("DDIMInverseScheduler")(**TABLES["scaled_linear"][0], **options)
     scheduler.set_timesteps(10)
     start = next(noise_draws(9))
-    theirs, told = their_run(scheduler, start)
+    reference, settings = their_run(scheduler, start)
     times = [t for t in timesteps("leading", 10, chosen, offset=offset) if t > 0]
     if clean:
         times.append(0.0)
     elif offset:
         times.append(at(0))
     else:  # theirs begins with a step of no length
-        theirs, told = theirs[1:], told[1:]
-    ours, heard = our_run(ddim_inversion, Process(chosen, parameterization("eps")), times, start)
-    np.testing.assert_allclose(heard, told, atol=1e-6)
-    assert difference(ours, theirs) < 1e-9
+        reference, settings = reference[1:], settings[1:]
+    actual, heard = our_run(ddim_inversion, Process(chosen, parameterization("eps")), times, start)
+    np.testing.assert_allclose(heard, settings, atol=1e-6)
+    assert difference(actual, reference) < 1e-9
 
 
 # ---- flows ---------------------------------------------------------------------------------------
@@ -751,15 +753,15 @@ def test_flow_euler(stochastic: bool, name: str, double: Callable[[str], Any]) -
     scheduler = double("FlowMatchEulerDiscreteScheduler")(stochastic_sampling=stochastic, **config)
     scheduler.set_timesteps(10, **spacing_options)
     start = next(noise_draws(9))
-    theirs, told = flow_run(scheduler, start)
-    ours, heard = our_run(
+    reference, settings = flow_run(scheduler, start)
+    actual, heard = our_run(
         consistency if stochastic else euler,
         FLOW,
         timesteps(spacing, 10, FLOW.schedule, **space),
         start,
     )
-    np.testing.assert_allclose(heard, told, atol=1e-6)
-    assert difference(ours, theirs) < 1e-9
+    np.testing.assert_allclose(heard, settings, atol=1e-6)
+    assert difference(actual, reference) < 1e-9
 
 
 def flow_run(scheduler: Any, start: Tensor) -> tuple[list[Tensor], list[float]]:
@@ -773,12 +775,12 @@ def test_flow_heun(shift: float, double: Callable[[str], Any]) -> None:
     scheduler = double("FlowMatchHeunDiscreteScheduler")(shift=shift)
     scheduler.set_timesteps(8)
     start = next(noise_draws(9))
-    theirs, told = flow_run(scheduler, start)
-    ours, heard = our_run(
+    reference, settings = flow_run(scheduler, start)
+    actual, heard = our_run(
         heun, FLOW, timesteps("shifted", 8, FLOW.schedule, shift=shift, end=twice(shift)), start
     )
-    np.testing.assert_allclose(heard, told, atol=1e-6)
-    assert difference(ours, theirs) < 1e-9
+    np.testing.assert_allclose(heard, settings, atol=1e-6)
+    assert difference(actual, reference) < 1e-9
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -796,7 +798,7 @@ def test_flow_multistep(order: int, shift: float, double: Callable[[str], Any]) 
     start = next(noise_draws(9))
     scheduler = double("DPMSolverMultistepScheduler")(**values)
     scheduler.set_timesteps(10)
-    theirs, told = their_run(scheduler, start)
+    reference, settings = their_run(scheduler, start)
     times = timesteps("shifted", 10, FLOW.schedule, start=shifted_time(0.999, shift), shift=shift)
     samplers: dict[int, tuple[Any, dict[str, Any]]] = {
         1: (euler, {}),
@@ -804,18 +806,18 @@ def test_flow_multistep(order: int, shift: float, double: Callable[[str], Any]) 
         3: (dpmpp_3m, {"solver": "midpoint", "lower_order_final": True}),
     }
     sampler, options = samplers[order]
-    ours, _ = our_run(sampler, FLOW, times, start, told, **options)
-    assert difference(ours, theirs) < 1e-9
-    assert told == [math.floor(1000 * t) for t in times[:-1]]
+    actual, _ = our_run(sampler, FLOW, times, start, settings, **options)
+    assert difference(actual, reference) < 1e-9
+    assert settings == [math.floor(1000 * t) for t in times[:-1]]
 
     scheduler = double("UniPCMultistepScheduler")(**values)
     scheduler.set_timesteps(10)
-    theirs, told = their_run(scheduler, start)
+    reference, settings = their_run(scheduler, start)
     times = timesteps("shifted", 11, FLOW.schedule, shift=shift, end=shifted_time(0.001, shift))
     times = [1 - 1e-6, *times[1:10], 0.0]
-    ours, _ = our_run(unipc, FLOW, times, start, told, order=order)
-    assert difference(ours, theirs) < 1e-8
-    assert told == [math.floor(1000 * t) for t in times[:-1]]
+    actual, _ = our_run(unipc, FLOW, times, start, settings, order=order)
+    assert difference(actual, reference) < 1e-8
+    assert settings == [math.floor(1000 * t) for t in times[:-1]]
 
 
 # ---- schedulers of noise levels ------------------------------------------------------------------
@@ -847,7 +849,7 @@ def test_edm(
     name: str,
     sampler: Any,
     config: dict[str, Any],
-    ours: dict[str, Any],
+    actual: dict[str, Any],
     kind: str,
     double: Callable[[str], Any],
 ) -> None:
@@ -856,10 +858,10 @@ def test_edm(
     scheduler = double(name + "Scheduler")(sigma_schedule=kind, **config)
     scheduler.set_timesteps(10)
     start = 80 * next(noise_draws(9))
-    theirs, told = their_run(scheduler, start)
-    mine, heard = our_run(sampler, process, timesteps(kind, 10, process.schedule), start, **ours)
-    np.testing.assert_allclose(heard, told, atol=1e-6)
-    assert difference(mine, theirs) < 1e-9
+    reference, settings = their_run(scheduler, start)
+    mine, heard = our_run(sampler, process, timesteps(kind, 10, process.schedule), start, **actual)
+    np.testing.assert_allclose(heard, settings, atol=1e-6)
+    assert difference(mine, reference) < 1e-9
 
 
 def test_score_sde_ve(double: Callable[[str], Any]) -> None:
@@ -873,25 +875,25 @@ def test_score_sde_ve(double: Callable[[str], Any]) -> None:
     times = timesteps("exponential", 12, chosen, end=chosen.at_noise_level(0.02))
     levels = [chosen.noise_level(t) for t in times]
     np.testing.assert_allclose(scheduler.discrete_sigmas.flip(0), levels[:-1], rtol=1e-9)
-    x, theirs, result = 40 * next(noise_draws(9)), [], None
+    x, reference, result = 40 * next(noise_draws(9)), [], None
     start = x
     for timestep, level in zip(scheduler.timesteps, levels, strict=False):
-        theirs.append(x)
+        reference.append(x)
         score = -network(x / 40, level) / level
         x, result = scheduler.step_pred(score, timestep, x, return_dict=False)
     # without the last noise, which theirs adds and its pipeline leaves out
     assert result is not None
-    noise, ours = noise_draws(), []
+    noise, actual = noise_draws(), []
 
     def denoise(x: Tensor, t: float) -> Any:
-        ours.append(x)
+        actual.append(x)
         level = chosen.noise_level(t)
         return Process(chosen, parameterization("eps")).split(x, network(x / 40, level), t)
 
     end = run_sampler(
         ddpm(start, times, chosen, lambda: next(noise), variance="large"), denoise, 12
     )
-    assert end is not None and difference([*ours, end], [*theirs, result]) < 1e-9
+    assert end is not None and difference([*actual, end], [*reference, result]) < 1e-9
     torch.testing.assert_close(
         x - result, 0.02 * [n for n, _ in zip(noise_draws(), range(12), strict=False)][-1]
     )
@@ -907,7 +909,7 @@ def test_consistency_models(double: Callable[[str], Any]) -> None:
     scheduler = double("CMStochasticIterativeScheduler")(clip_denoised=False)
     scheduler.set_timesteps(4)
     start = 80 * next(noise_draws(9))
-    theirs, told = their_run(scheduler, start)
+    reference, settings = their_run(scheduler, start)
     chosen, levels = schedule("edm"), scheduler.sigmas.tolist()
     times = [
         chosen.at_noise_level(level)
@@ -916,7 +918,7 @@ def test_consistency_models(double: Callable[[str], Any]) -> None:
     noise, shown = noise_draws(), []
 
     def denoise(x: Tensor, t: float) -> Any:
-        sigma, timestep = levels[len(shown)], told[len(shown)]
+        sigma, timestep = levels[len(shown)], settings[len(shown)]
         shown.append(x / math.hypot(sigma, 0.5))
         skip, out = (
             0.25 / ((sigma - 0.002) ** 2 + 0.25),
@@ -927,7 +929,7 @@ def test_consistency_models(double: Callable[[str], Any]) -> None:
 
     result = run_sampler(consistency(start, times, chosen, lambda: next(noise)), denoise, 4)
     assert result is not None and times[-1] == 0
-    assert difference([*shown, result], theirs) < 1e-9
+    assert difference([*shown, result], reference) < 1e-9
 
 
 # ---- which times ---------------------------------------------------------------------------------
@@ -953,10 +955,10 @@ def test_trailing_timesteps(steps: int) -> None:
     """Theirs are rounded to whole timesteps; ours are where that is asked for, as the schedule is
     continuous.
     """
-    theirs = their_timesteps("DDIM", steps, **TRAILING)
-    np.testing.assert_allclose(our_timesteps("trailing", steps, whole=True), theirs, atol=1e-9)
+    reference = their_timesteps("DDIM", steps, **TRAILING)
+    np.testing.assert_allclose(our_timesteps("trailing", steps, whole=True), reference, atol=1e-9)
     np.testing.assert_allclose(
-        our_timesteps("trailing", steps), theirs, atol=1e-9 if 1000 % steps == 0 else 0.5 + 1e-9
+        our_timesteps("trailing", steps), reference, atol=1e-9 if 1000 % steps == 0 else 0.5 + 1e-9
     )
 
 
@@ -966,18 +968,18 @@ def test_leading_timesteps(steps: int, offset: int) -> None:
     """Where an offset takes theirs beyond the table (1000 steps, offset 1: timestep 1000, issue
     10003), ours are refused.
     """
-    theirs = their_timesteps("DDIM", steps, steps_offset=offset, **LEADING)
-    if theirs.max() > 999:
+    reference = their_timesteps("DDIM", steps, steps_offset=offset, **LEADING)
+    if reference.max() > 999:
         with pytest.raises(UserError, match="has no 1000 different times"):
             our_timesteps("leading", steps, offset=offset)
     else:
         np.testing.assert_allclose(
-            our_timesteps("leading", steps, offset=offset), theirs, atol=1e-9
+            our_timesteps("leading", steps, offset=offset), reference, atol=1e-9
         )
     if steps + 1 + offset <= 1000:
-        theirs = their_timesteps("DPMSolverMultistep", steps, steps_offset=offset, **LEADING)
+        reference = their_timesteps("DPMSolverMultistep", steps, steps_offset=offset, **LEADING)
         np.testing.assert_allclose(
-            our_timesteps("leading", steps, offset=offset, drop_last=True), theirs, atol=1e-9
+            our_timesteps("leading", steps, offset=offset, drop_last=True), reference, atol=1e-9
         )
 
 
@@ -986,11 +988,11 @@ def test_linspace_timesteps(steps: int) -> None:
     """For a single step theirs begins at timestep 0, where there is nothing left to remove; ours at
     the full noise.
     """
-    ours, theirs = our_timesteps("linspace", steps), their_timesteps("DDIM", steps, **LINSPACE)
+    actual, reference = our_timesteps("linspace", steps), their_timesteps("DDIM", steps, **LINSPACE)
     if steps == 1:
-        assert (ours, theirs) == ([999], [0])
+        assert (actual, reference) == ([999], [0])
     else:
-        np.testing.assert_allclose(ours, theirs, atol=1e-9)
+        np.testing.assert_allclose(actual, reference, atol=1e-9)
         np.testing.assert_allclose(
             our_timesteps("linspace", steps, whole=False),
             their_timesteps("EulerDiscrete", steps),
@@ -1006,11 +1008,11 @@ def test_linspace_timesteps(steps: int) -> None:
 
 def test_halves_are_rounded_alike() -> None:
     """Where a timestep falls between two whole ones, at a third of all numbers of steps."""
-    chosen, wanted = TABLES["linear"][1], diffusers.DPMSolverMultistepScheduler()
+    chosen, expected = TABLES["linear"][1], diffusers.DPMSolverMultistepScheduler()
     for steps in range(1, 1000, 3):
-        wanted.set_timesteps(steps)
-        ours = np.array(timesteps("linspace", steps, chosen, drop_last=True)[:-1]) * 1000 - 1
-        np.testing.assert_allclose(ours, wanted.timesteps, atol=1e-9)
+        expected.set_timesteps(steps)
+        actual = np.array(timesteps("linspace", steps, chosen, drop_last=True)[:-1]) * 1000 - 1
+        np.testing.assert_allclose(actual, expected.timesteps, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["linear", "scaled_linear"])
@@ -1064,8 +1066,8 @@ def test_they_step_by_a_fixed_stride(name: str, double: Callable[[str], Any]) ->
         timestep: our_run(ddim, process, [1.0, at(timestep)], start)[0][-1]
         for timestep in (899, 888)
     }
-    theirs = first_step(scheduler, start)
-    assert difference([to[899]], [theirs]) < 1e-9 and difference([to[888]], [theirs]) > 1e-2
+    reference = first_step(scheduler, start)
+    assert difference([to[899]], [reference]) < 1e-9 and difference([to[888]], [reference]) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -1080,11 +1082,13 @@ def test_they_leave_noise_at_the_end(
     case = Case("DDPM", ddpm, spacing, {"variance_type": "fixed_large", **config}, space)
     scheduler = case.scheduler(double("DDPMScheduler"), "scaled_linear", "v_prediction")
     start, times = next(noise_draws(9)), case.times(SCALED)
-    theirs, _ = their_run(scheduler, start)
-    ours, _ = our_run(ddpm, Process(SCALED, parameterization("v")), times, start, variance="large")
-    assert difference(ours[:-1], theirs[:-1]) < 1e-9
+    reference, _ = their_run(scheduler, start)
+    actual, _ = our_run(
+        ddpm, Process(SCALED, parameterization("v")), times, start, variance="large"
+    )
+    assert difference(actual[:-1], reference[:-1]) < 1e-9
     last = [noise for noise, _ in zip(noise_draws(), range(10), strict=False)][-1]
-    torch.testing.assert_close(theirs[-1] - ours[-1], SCALED.point(times[-2])[1] * last)
+    torch.testing.assert_close(reference[-1] - actual[-1], SCALED.point(times[-2])[1] * last)
 
 
 @pytest.mark.parametrize("name", ["EulerDiscrete", "HeunDiscrete", "LMSDiscrete"])
@@ -1095,22 +1099,24 @@ def test_between_timesteps_they_interpolate_sigma(name: str, double: Callable[[s
     scheduler = double(name + "Scheduler")(**SD_TABLE)
     scheduler.set_timesteps(8)
     times = timesteps("linspace", 8, SCALED, whole=False)
-    told = list(dict.fromkeys(scheduler.timesteps.tolist()))
+    settings = list(dict.fromkeys(scheduler.timesteps.tolist()))
     np.testing.assert_allclose(
-        SCALED.timestep(torch.tensor(times[:-1], dtype=DOUBLE)), told, atol=1e-9
+        SCALED.timestep(torch.tensor(times[:-1], dtype=DOUBLE)), settings, atol=1e-9
     )
     sigmas = list(dict.fromkeys(scheduler.sigmas.tolist()))
     apart = np.abs(np.array([SCALED.noise_level(t) for t in times[:-1]]) / sigmas[:-1] - 1)
     assert 1e-7 < apart.max() < 1e-3
     start, process = next(noise_draws(9)), Process(SCALED, parameterization("eps"))
     same = [1.0, *(SCALED.at_noise_level(sigma) for sigma in sigmas[1:])]
-    theirs, told = their_run(scheduler, start / SCALED.point(1.0)[0])
-    ours, _ = our_run({"E": euler, "H": heun, "L": lms}[name[0]], process, same, start, told)
-    assert difference(ours, theirs) < 1e-9
+    reference, settings = their_run(scheduler, start / SCALED.point(1.0)[0])
+    actual, _ = our_run({"E": euler, "H": heun, "L": lms}[name[0]], process, same, start, settings)
+    assert difference(actual, reference) < 1e-9
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistep", "UniPCMultistep", "DEISMultistep"])
-def test_their_networks_are_told_whole_timesteps(name: str, double: Callable[[str], Any]) -> None:
+def test_networks_of_diffusers_take_whole_timesteps(
+    name: str, double: Callable[[str], Any]
+) -> None:
     """By noise level: the latents are at the levels asked for, and the network is told the timestep
     nearest (Karras) or below (others).
     """
@@ -1148,10 +1154,10 @@ def test_their_steps_from_nothing_overshoot(name: str, sampler: Callable[..., An
         alpha, sigma = process.schedule.point(t)
         return Prediction(alpha * x, sigma * x)
 
-    ours = run_sampler(
+    actual = run_sampler(
         sampler(start, timesteps("trailing", steps, chosen), chosen, lambda: start), exact, 1
     )
-    assert ours is not None and float(ours.abs().max()) < 1.5 * float(
+    assert actual is not None and float(actual.abs().max()) < 1.5 * float(
         start.abs().max()
     ) < 0.4 * float(x.abs().max())
 
@@ -1193,17 +1199,17 @@ def test_their_third_order_sde_has_a_sign_wrong(double: Callable[[str], Any]) ->
     )
     scheduler = case.scheduler(double("DPMSolverMultistepScheduler"), "scaled_linear", "sample")
     times, start = timesteps("trailing", 10, SCALED), next(noise_draws(9))
-    theirs, told = their_run(scheduler, start)
-    ours, _ = our_run(
+    reference, settings = their_run(scheduler, start)
+    actual, _ = our_run(
         dpmpp_3m_sde, Process(SCALED, parameterization("x0")), times, start, solver="midpoint"
     )
-    assert difference(ours[:3], theirs[:3]) < 1e-9
-    x0 = [network(x, timestep) for x, timestep in zip(ours[:3], told, strict=False)]
+    assert difference(actual[:3], reference[:3]) < 1e-9
+    x0 = [network(x, timestep) for x, timestep in zip(actual[:3], settings, strict=False)]
     at_log = [-math.log(SCALED.noise_level(t)) for t in times[:4]]
     h = [b - a for a, b in pairwise(at_log)]
     slopes = (x0[2] - x0[1]) * (h[2] / h[1]), (x0[1] - x0[0]) * (h[2] / h[0])
     second = (slopes[0] - slopes[1]) / ((h[1] + h[0]) / h[2])
-    torch.testing.assert_close(ours[3] - theirs[3], SCALED.point(times[3])[0] * second)
+    torch.testing.assert_close(actual[3] - reference[3], SCALED.point(times[3])[0] * second)
 
 
 def test_their_third_order_sde_of_edm_is_missing(double: Callable[[str], Any]) -> None:
@@ -1223,7 +1229,7 @@ def test_their_third_order_sde_of_edm_is_missing(double: Callable[[str], Any]) -
     ],
 )
 def test_their_unipc_is_not_finite_at_zero(
-    config: dict[str, Any], ours: dict[str, Any], double: Callable[[str], Any]
+    config: dict[str, Any], actual: dict[str, Any], double: Callable[[str], Any]
 ) -> None:
     """At sigma 0 the step in log-SNR is infinite, and B(h) = -h of "bh1" with it, or the ratios to
     it of the second order: inf times 0.
@@ -1233,16 +1239,16 @@ def test_their_unipc_is_not_finite_at_zero(
     scheduler = double("UniPCMultistepScheduler")(**SD_TABLE, **TRAILING, **config)
     scheduler.set_timesteps(10)
     start = next(noise_draws(9))
-    theirs, _ = their_run(scheduler, start)
+    reference, _ = their_run(scheduler, start)
     mine, _ = our_run(
         unipc,
         Process(SCALED, parameterization("eps")),
         timesteps("trailing", 10, SCALED),
         start,
-        **ours,
+        **actual,
     )
-    assert difference(mine[:-1], theirs[:-1]) < 1e-9
-    assert not bool(theirs[-1].isfinite().any()) and bool(mine[-1].isfinite().all())
+    assert difference(mine[:-1], reference[:-1]) < 1e-9
+    assert not bool(reference[-1].isfinite().any()) and bool(mine[-1].isfinite().all())
 
 
 def test_their_third_order_singlestep(double: Callable[[str], Any]) -> None:
@@ -1258,15 +1264,24 @@ def test_their_third_order_singlestep(double: Callable[[str], Any]) -> None:
     )
     scheduler.set_timesteps(7)
     start = next(noise_draws(9))
-    theirs, told = their_run(scheduler, start)
+    reference, settings = their_run(scheduler, start)
     times = [*timesteps("exponential", 3, SCALED)[:2], at(0)]
     process = Process(SCALED, parameterization("eps"))
-    ours, _ = our_run(dpm_solver_3, process, times, start, told)
-    assert difference(ours[:2], theirs[:2]) < 1e-9 < 1e-2 < difference(ours[2:3], theirs[2:3])
-    midpoint, _ = our_run(
-        dpm_solver_2, process, [1.0, SCALED.at_noise_level(float(scheduler.sigmas[2]))], start, told
+    actual, _ = our_run(dpm_solver_3, process, times, start, settings)
+    assert (
+        difference(actual[:2], reference[:2])
+        < 1e-9
+        < 1e-2
+        < difference(actual[2:3], reference[2:3])
     )
-    assert difference(midpoint[2:], theirs[2:3]) < 1e-9
+    midpoint, _ = our_run(
+        dpm_solver_2,
+        process,
+        [1.0, SCALED.at_noise_level(float(scheduler.sigmas[2]))],
+        start,
+        settings,
+    )
+    assert difference(midpoint[2:], reference[2:3]) < 1e-9
     scheduler = double("DPMSolverSinglestepScheduler")(
         **SD_TABLE, solver_order=3, lower_order_final=True
     )
@@ -1284,18 +1299,18 @@ def test_their_churn_comes_after_the_network(double: Callable[[str], Any]) -> No
     sigma, after = float(scheduler.sigmas[0]), float(scheduler.sigmas[1])
     higher = sigma * math.sqrt(2)
     answer = network(scheduler.scale_model_input(start, timestep), 999)
-    theirs = scheduler.step(answer, timestep, start, s_churn=40.0).prev_sample
+    reference = scheduler.step(answer, timestep, start, s_churn=40.0).prev_sample
     noisy = start + next(noise_draws()) * math.sqrt(higher**2 - sigma**2)
-    torch.testing.assert_close(theirs, noisy + (after - higher) * answer)
+    torch.testing.assert_close(reference, noisy + (after - higher) * answer)
     # and a v is read at the level that the latent no longer has
     scheduler = double("EulerDiscreteScheduler")(
         **SD_TABLE, **TRAILING, prediction_type="v_prediction"
     )
     scheduler.set_timesteps(10)
     scheduler.scale_model_input(start, timestep)
-    theirs = scheduler.step(answer, timestep, start, s_churn=40.0).prev_sample
+    reference = scheduler.step(answer, timestep, start, s_churn=40.0).prev_sample
     x0 = noisy / (sigma**2 + 1) - answer * sigma / math.sqrt(sigma**2 + 1)
-    torch.testing.assert_close(theirs, noisy + (after - higher) * (noisy - x0) / higher)
+    torch.testing.assert_close(reference, noisy + (after - higher) * (noisy - x0) / higher)
 
 
 def test_their_flows_are_shifted_twice(double: Callable[[str], Any]) -> None:
@@ -1313,8 +1328,8 @@ def test_their_flows_are_shifted_twice(double: Callable[[str], Any]) -> None:
 
 def test_eps_at_zero_terminal_snr(double: Callable[[str], Any]) -> None:
     """Issue 3851: theirs divides by 0 and goes on; ours does not build such a process."""
-    theirs, _ = their_run(zero_snr("DDIM", double, "epsilon"), next(noise_draws(9)))
-    assert not bool(theirs[1].isfinite().any())
+    reference, _ = their_run(zero_snr("DDIM", double, "epsilon"), next(noise_draws(9)))
+    assert not bool(reference[1].isfinite().any())
     with pytest.raises(UserError, match="cannot be solved"):
         Process(ZeroTerminalSNR(SCALED), parameterization("eps"))
 
@@ -1332,8 +1347,8 @@ def test_their_nearly_zero_snr_can_rise_again(double: Callable[[str], Any]) -> N
         and float(levels[-2]) > 15000
         and float(levels[-3]) > 7000
     )
-    ours = ZeroTerminalSNR(TABLES["linear"][1], last=2**-24)
-    assert ours.noise_level(1.0) == pytest.approx(4096) and ours.noise_level(at(998)) < 4096
+    actual = ZeroTerminalSNR(TABLES["linear"][1], last=2**-24)
+    assert actual.noise_level(1.0) == pytest.approx(4096) and actual.noise_level(at(998)) < 4096
 
 
 @pytest.mark.parametrize("sampler", [plms, pndm])
@@ -1349,9 +1364,14 @@ def test_their_pndm_reads_v_at_one_point(sampler: Any, double: Callable[[str], A
     )
     scheduler = case.scheduler(double("PNDMScheduler"), "scaled_linear", "v_prediction")
     start = next(noise_draws(9))
-    theirs, _ = their_run(scheduler, start)
-    ours, _ = our_run(sampler, Process(SCALED, parameterization("v")), case.times(SCALED), start)
-    assert difference(ours[:2], theirs[:2]) < 1e-9 < 1e-4 < difference(ours[2:3], theirs[2:3])
+    reference, _ = their_run(scheduler, start)
+    actual, _ = our_run(sampler, Process(SCALED, parameterization("v")), case.times(SCALED), start)
+    assert (
+        difference(actual[:2], reference[:2])
+        < 1e-9
+        < 1e-4
+        < difference(actual[2:3], reference[2:3])
+    )
 
 
 def test_their_inversion_reads_v_at_the_wrong_end(double: Callable[[str], Any]) -> None:
@@ -1364,12 +1384,14 @@ def test_their_inversion_reads_v_at_the_wrong_end(double: Callable[[str], Any]) 
     scheduler.set_timesteps(10)
     x, timestep = next(noise_draws(9)), scheduler.timesteps[5]
     y, here, there = network(x, float(timestep)), SCALED.point(at(400)), SCALED.point(at(500))
-    theirs = scheduler.step(y, timestep, x).prev_sample
+    reference = scheduler.step(y, timestep, x).prev_sample
     torch.testing.assert_close(
-        theirs, there[0] * (here[0] * x - here[1] * y) + there[1] * (here[0] * y + here[1] * x)
+        reference, there[0] * (here[0] * x - here[1] * y) + there[1] * (here[0] * y + here[1] * x)
     )
-    ours, _ = our_run(ddim_inversion, Process(SCALED, parameterization("v")), [at(500), at(400)], x)
-    assert difference(ours[-1:], [theirs]) > 1e-2
+    actual, _ = our_run(
+        ddim_inversion, Process(SCALED, parameterization("v")), [at(500), at(400)], x
+    )
+    assert difference(actual[-1:], [reference]) > 1e-2
 
 
 def test_their_tcd_with_eta_one_keeps_the_least_noise(double: Callable[[str], Any]) -> None:
@@ -1379,11 +1401,11 @@ def test_their_tcd_with_eta_one_keeps_the_least_noise(double: Callable[[str], An
     case = Case("TCD", tcd, "lcm", steps=4, end=at(0))
     scheduler = case.scheduler(double("TCDScheduler"), "scaled_linear", "v_prediction")
     start, process = next(noise_draws(9)), Process(SCALED, parameterization("v"))
-    theirs, _ = their_run(scheduler, start, eta=1.0)
-    ours, _ = our_run(tcd, process, case.times(SCALED), start, eta=1.0)
+    reference, _ = their_run(scheduler, start, eta=1.0)
+    actual, _ = our_run(tcd, process, case.times(SCALED), start, eta=1.0)
     plain, _ = our_run(consistency, process, [*case.times(SCALED)[:-1], 0.0], start)
-    assert difference(ours[:-1], plain[:-1]) < 1e-12
-    assert 1e-4 < difference(ours[:-1], theirs[:-1]) < 0.05
+    assert difference(actual[:-1], plain[:-1]) < 1e-12
+    assert 1e-4 < difference(actual[:-1], reference[:-1]) < 0.05
 
 
 @pytest.mark.parametrize(("config", "size"), [(TRAILING, 14.6), (LINSPACE, 14.6), (LEADING, 12.0)])
@@ -1395,8 +1417,8 @@ def test_their_first_noise(config: dict[str, Any], size: float) -> None:
     scheduler.set_timesteps(10)
     sigma = float(scheduler.sigmas[0])
     assert sigma == pytest.approx(size, abs=4)
-    theirs = float(scheduler.init_noise_sigma) / math.sqrt(sigma**2 + 1)  # times alpha
-    assert theirs == pytest.approx(1 if config is LEADING else sigma / math.sqrt(sigma**2 + 1))
+    reference = float(scheduler.init_noise_sigma) / math.sqrt(sigma**2 + 1)  # times alpha
+    assert reference == pytest.approx(1 if config is LEADING else sigma / math.sqrt(sigma**2 + 1))
 
 
 def test_their_deis_repeats_its_last_level(double: Callable[[str], Any]) -> None:

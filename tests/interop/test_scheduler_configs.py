@@ -114,7 +114,7 @@ def apart(
     made: Any,
     values: Mapping[str, Any],
     steps: int,
-    told: bool = False,
+    stated: bool = False,
     even: bool | None = None,
     **spaced: Any,
 ) -> float:
@@ -136,11 +136,11 @@ def apart(
     )
     start = start * math.hypot(*first)
     scaled = made.__name__.startswith(SCALED)
-    theirs = their_run(scheduler, recipe.process, start / first[0] if scaled else start) * (
+    reference = their_run(scheduler, recipe.process, start / first[0] if scaled else start) * (
         last[0] if scaled else 1
     )
-    ours = our_run(recipe, times, start, scheduler.timesteps.tolist() if told else None)
-    return float((ours - theirs).norm() / theirs.norm())
+    actual = our_run(recipe, times, start, scheduler.timesteps.tolist() if stated else None)
+    return float((actual - reference).norm() / reference.norm())
 
 
 # ---- the same run from the same config -----------------------------------------------------------
@@ -154,7 +154,7 @@ class Case:
 
     name: str
     fields: dict[str, Any] = field(default_factory=dict)
-    told: bool = False
+    stated: bool = False
     within: float = 1e-9
     why: str = ""
     steps: tuple[int, ...] = (7, 20)
@@ -247,7 +247,7 @@ CASES: list[Case] = [
         for s, p in zip(SPACINGS, ({}, V, {}, V), strict=True)
     ),
     *(
-        Case(name, s | level, told=name.startswith("KDPM2"))
+        Case(name, s | level, stated=name.startswith("KDPM2"))
         for name in OLD_LEVELS
         for i, level in enumerate(LEVELS)
         for s in ((SPACINGS[i], LINSPACE) if name == "EulerDiscrete" else (SPACINGS[i],))
@@ -272,7 +272,7 @@ CASES: list[Case] = [
         for s in (SPACINGS if not more else SPACINGS[i % 4 :][:1])
     ),
     *(
-        Case(name, x | more, told=True)
+        Case(name, x | more, stated=True)
         for i, (name, more) in enumerate(MULTISTEP)
         for x in (LEVELS if not more else LEVELS[i % 3 :][:1])
     ),
@@ -286,14 +286,17 @@ CASES: list[Case] = [
         for name in ("DPMSolverMultistep", "DEISMultistep")
     ),  # on either side of 15
     Case("UniPCMultistep", TRAILING | TO_NOISE | {"solver_type": "bh1"}),
-    Case("DPMSolverMultistep", {"use_lu_lambdas": True}, told=True),
+    Case("DPMSolverMultistep", {"use_lu_lambdas": True}, stated=True),
     Case("DPMSolverSinglestep", {"solver_order": 1}),
-    *(Case("DPMSolverMultistep", FLOW | {"solver_order": k}, told=True, **LATE) for k in (1, 2, 3)),
+    *(
+        Case("DPMSolverMultistep", FLOW | {"solver_order": k}, stated=True, **LATE)
+        for k in (1, 2, 3)
+    ),
     *(
         Case(
             "UniPCMultistep",
             FLOW | {"solver_order": k},
-            told=True,
+            stated=True,
             within=1e-3,
             why="theirs begins at 1 - 1e-6",
         )
@@ -331,11 +334,11 @@ CASES: list[Case] = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_theirs_and_ours_end_alike(case: Case, double: Callable[[str], Any]) -> None:
+def test_both_libraries_end_alike(case: Case, double: Callable[[str], Any]) -> None:
     assert not read_scheduler(case.config, strict=True).notes
     for steps in case.steps:
         assert (
-            apart(double(case.name + "Scheduler"), case.config, steps, case.told) < case.within
+            apart(double(case.name + "Scheduler"), case.config, steps, case.stated) < case.within
         ), case.why
 
 
@@ -356,7 +359,7 @@ DIFFERENT: list[tuple[Case, str]] = [
 
 
 @pytest.mark.parametrize(("case", "why"), DIFFERENT, ids=lambda value: str(value)[:60])
-def test_where_ours_is_chosen(case: Case, why: str, double: Callable[[str], Any]) -> None:
+def test_the_choice_of_cpu_attention(case: Case, why: str, double: Callable[[str], Any]) -> None:
     """Defects of theirs that are not copied: this fails when they are mended, or when ours moves
     without a word.
     """
@@ -404,9 +407,9 @@ def test_a_flow_shifted_by_the_images_size(
         np.testing.assert_allclose(times_of(recipe, steps, tokens), scheduler.sigmas, atol=1e-9)
     assert recipe.dynamic is not None and recipe.spacing == recipe.spacing_for(high)
     start = next(noise_draws(9))
-    theirs = their_run(scheduler, recipe.process, start)
-    ours = our_run(recipe, times_of(recipe, 20, tokens), start)
-    assert float((ours - theirs).norm() / theirs.norm()) < 1e-9
+    reference = their_run(scheduler, recipe.process, start)
+    actual = our_run(recipe, times_of(recipe, 20, tokens), start)
+    assert float((actual - reference).norm() / reference.norm()) < 1e-9
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -573,7 +576,7 @@ def test_published_families(family: str, double: Callable[[str], Any]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_what_is_read_is_written_so_that_theirs_makes_the_same_run(
+def test_a_read_config_is_written_so_that_diffusers_makes_the_same_run(
     case: Case, double: Callable[[str], Any]
 ) -> None:
     """Their class built from what we write has the same times and levels as from the config that we
@@ -613,7 +616,7 @@ def test_what_is_read_is_written_so_that_theirs_makes_the_same_run(
             )
 
 
-NOT_THEIRS: list[tuple[Process, str, str]] = [
+NOT_REFERENCE: list[tuple[Process, str, str]] = [
     (Process(schedule("flow"), parameterization("flow")), "euler", "trailing"),
     (Process(schedule("flow"), parameterization("flow")), "unipc", "karras:rho=5"),
     (Process(schedule("flow"), parameterization("v")), "heun", "linspace"),
@@ -643,7 +646,7 @@ NOT_THEIRS: list[tuple[Process, str, str]] = [
 
 @pytest.mark.parametrize(
     ("process", "sampler", "spacing"),
-    NOT_THEIRS,
+    NOT_REFERENCE,
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_runs_that_diffusers_has_not_come_back_too(
@@ -660,11 +663,13 @@ def test_runs_that_diffusers_has_not_come_back_too(
     assert spacing_of(spacing) == spacing_of(read.spacing)
     if written["_class_name"] == "SfumatoProcess":
         return
-    theirs: Any = getattr(diffusers, written["_class_name"]).from_pretrained(tmp_path)
-    theirs.set_timesteps(5)
+    reference: Any = getattr(diffusers, written["_class_name"]).from_pretrained(tmp_path)
+    reference.set_timesteps(5)
     chosen = process.schedule
     if isinstance(chosen, BetaTable):
-        torch.testing.assert_close(theirs.betas, torch.tensor(chosen.betas), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            reference.betas, torch.tensor(chosen.betas), rtol=1e-4, atol=1e-7
+        )
 
 
 def test_a_note_is_dropped_when_the_fields_beside_it_change() -> None:
@@ -703,13 +708,13 @@ def test_dynamic_shifts_come_back(dynamic: DynamicShift) -> None:
 
 def test_we_know_every_field_of_their_classes_with_its_default() -> None:
     """A field or a default that theirs changes is seen here."""
-    for name, ours in CLASSES.items():
-        theirs = {
+    for name, actual in CLASSES.items():
+        reference = {
             k: p.default
             for k, p in inspect.signature(scheduler_class(name).__init__).parameters.items()
             if k != "self"
         }
-        assert ours == theirs, name
+        assert actual == reference, name
 
 
 NOTED: list[tuple[str, dict[str, Any], str, str]] = [
@@ -747,7 +752,7 @@ NOTED: list[tuple[str, dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("name", "fields", "sampler", "words"), NOTED)
-def test_what_is_done_otherwise_is_said(
+def test_differences_are_reported(
     name: str, fields: dict[str, Any], sampler: str, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A warning with the nearest; an error where that is asked for; nothing where only the process
@@ -809,7 +814,7 @@ def test_what_we_do_not_stand_for_is_refused(name: str, fields: dict[str, Any], 
     assert "\n" not in str(caught.value)
 
 
-def test_classes_that_are_not_known() -> None:
+def test_unknown_classes() -> None:
     for name in ("EulerScheduler", "IPNDMScheduler", None, 3, ["DDIMScheduler"]):
         with pytest.raises(UserError, match="is not known: ") as caught:
             read_scheduler({"_class_name": name})
@@ -818,7 +823,7 @@ def test_classes_that_are_not_known() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_fields_of_sister_classes_are_passed_over_as_theirs_does() -> None:
+def test_fields_of_sister_classes_are_ignored_as_in_diffusers() -> None:
     """SDXL's Euler config has fields of PNDM and DDIM."""
     config = {
         **PUBLISHED["sdxl"],
@@ -906,7 +911,7 @@ def test_both_ways_for_processes_alone() -> None:
         "num_train_timesteps": 1000,
         "shift": 1.0,
     }
-    for process, _, _ in NOT_THEIRS:
+    for process, _, _ in NOT_REFERENCE:
         assert (
             from_scheduler_config(json.loads(json.dumps(to_scheduler_config(process)))) == process
         )
@@ -920,7 +925,7 @@ def test_a_flow_trained_here_runs_there_with_our_defaults(double: Callable[[str]
         Process(schedule("flow"), parameterization("flow")), "ddim", "trailing"
     )
     assert written["_class_name"] == "DPMSolverMultistepScheduler" and "_sfumato" not in written
-    assert apart(double("DPMSolverMultistepScheduler"), written, 20, told=True) < 1e-3
+    assert apart(double("DPMSolverMultistepScheduler"), written, 20, stated=True) < 1e-3
 
 
 @pytest.mark.parametrize("kind", ["scaled_linear", "cosine", "flow", "edm"])
@@ -939,8 +944,8 @@ def test_every_spacing_may_end_early_and_by_level_between_others(name: str, kind
         for even, offset in (("leading", 1), ("trailing", 0)):
             spaced: dict[str, Any] = {"offset": offset} if even == "leading" else {"whole": True}
             ends = timesteps(even, 10, chosen, **spaced)
-            found = timesteps(name, 10, chosen, between=even, offset=offset, **options)
-            assert found[0] == ends[0] and chosen.noise_level(found[-2]) == pytest.approx(
+            result = timesteps(name, 10, chosen, between=even, offset=offset, **options)
+            assert result[0] == ends[0] and chosen.noise_level(result[-2]) == pytest.approx(
                 chosen.noise_level(ends[-2]), abs=1e-9
             )
         with pytest.raises(UserError, match="unknown between 'linspace'"):

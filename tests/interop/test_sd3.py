@@ -93,19 +93,19 @@ FULL["SD 3.5 large"] = (_LARGE, 8_056_627_520, 8_146_280_768, 8.1)
 every = pytest.mark.parametrize("kind", KINDS)
 
 
-def ours_of(kind: str, seed: int = 0, **more: Any) -> SD3:
+def actual_of(kind: str, seed: int = 0, **more: Any) -> SD3:
     # Buffers too: a positional table that is computed anew instead of being read would not show.
     return randomised(SD3(SD3Config(**(SMALL | KINDS[kind] | more))), seed, buffers=True)
 
 
-def theirs_of(ours: SD3) -> Any:
-    values = {k: v for k, v in ours.config.to_dict().items() if k != "_class_name"}
-    theirs = diffusers.SD3Transformer2DModel(**values).eval().requires_grad_(False)
-    theirs.load_state_dict(ours.state_dict())
-    return theirs
+def reference_of(actual: SD3) -> Any:
+    values = {k: v for k, v in actual.config.to_dict().items() if k != "_class_name"}
+    peer = diffusers.SD3Transformer2DModel(**values).eval().requires_grad_(False)
+    peer.load_state_dict(actual.state_dict())
+    return peer
 
 
-def asked(
+def options(
     network: SD3, size: tuple[int, int], count: int = 2, length: int = 5
 ) -> tuple[Tensor, Tensor, Conditioning]:
     """x, timesteps and conditionings that differ from image to image."""
@@ -114,20 +114,20 @@ def asked(
     return normal(count, network.config.in_channels, *size, seed=3), t, cond
 
 
-def said(cond: Conditioning, t: Tensor) -> dict[str, Any]:
+def message(cond: Conditioning, t: Tensor) -> dict[str, Any]:
     """The same in their words."""
     return {"encoder_hidden_states": cond.tokens, "pooled_projections": cond.vector, "timestep": t}
 
 
-def same(ours: Any, theirs: Any) -> None:
+def same(actual: Any, peer: Any) -> None:
     """Equal keys and shapes, and answers at several sizes and aspects."""
     mine, others = (
-        {k: v.shape for k, v in network.state_dict().items()} for network in (ours, theirs)
+        {k: v.shape for k, v in network.state_dict().items()} for network in (actual, peer)
     )
     assert mine == others
-    for size in SIZES[ours.patch]:
-        x, t, cond = asked(ours, size)
-        assert_close(ours(x, t, cond), theirs(x, **said(cond, t)).sample)
+    for size in SIZES[actual.patch]:
+        x, t, cond = options(actual, size)
+        assert_close(actual(x, t, cond), peer(x, **message(cond, t)).sample)
 
 
 # ---- parity --------------------------------------------------------------------------------------
@@ -136,18 +136,18 @@ def same(ours: Any, theirs: Any) -> None:
 @every
 @torch.inference_mode()
 def test_in_both_directions_through_folders(kind: str, tmp_path: Path) -> None:
-    ours = ours_of(kind)
-    save_part(tmp_path / "ours", ours)
-    theirs = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "ours")
-    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
-    same(ours, theirs)
-    theirs = randomised(
+    actual = actual_of(kind)
+    save_part(tmp_path / "ours", actual)
+    peer = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "ours")
+    assert all(torch.equal(v, peer.state_dict()[k]) for k, v in actual.state_dict().items())
+    same(actual, peer)
+    peer = randomised(
         diffusers.SD3Transformer2DModel(**(SMALL | KINDS[kind])), seed=1, buffers=True
     )
-    theirs.save_pretrained(tmp_path / "theirs")
+    peer.save_pretrained(tmp_path / "theirs")
     loaded = load_part(tmp_path / "theirs", "SD3Transformer2DModel")
-    assert isinstance(loaded, SD3) and loaded.config == ours.config
-    same(loaded, theirs)
+    assert isinstance(loaded, SD3) and loaded.config == actual.config
+    same(loaded, peer)
 
 
 @pytest.mark.parametrize(
@@ -157,13 +157,13 @@ def test_in_both_directions_through_folders(kind: str, tmp_path: Path) -> None:
 )
 def test_the_table_of_places_of_a_new_network(values: dict[str, Any]) -> None:
     """Theirs are rounded to float32 on the way."""
-    ours, theirs = (
+    actual, peer = (
         SD3(SD3Config(**(SMALL | values))),
         diffusers.SD3Transformer2DModel(**(SMALL | values)),
     )
     torch.testing.assert_close(
-        ours.state_dict()["pos_embed.pos_embed"],
-        theirs.state_dict()["pos_embed.pos_embed"],
+        actual.state_dict()["pos_embed.pos_embed"],
+        peer.state_dict()["pos_embed.pos_embed"],
         rtol=0,
         atol=1e-6,
     )
@@ -173,25 +173,25 @@ def test_the_table_of_places_of_a_new_network(values: dict[str, Any]) -> None:
 def test_full_sizes(name: str) -> None:
     values, parameters, numbers, billions = FULL[name]
     with torch.device("meta"):
-        ours, theirs = SD3(SD3Config(**values)), diffusers.SD3Transformer2DModel(**values)
-    shapes = {k: v.shape for k, v in ours.state_dict().items()}
-    assert shapes == {k: v.shape for k, v in theirs.state_dict().items()}
-    assert sum(p.numel() for p in ours.parameters()) == parameters
+        actual, peer = SD3(SD3Config(**values)), diffusers.SD3Transformer2DModel(**values)
+    shapes = {k: v.shape for k, v in actual.state_dict().items()}
+    assert shapes == {k: v.shape for k, v in peer.state_dict().items()}
+    assert sum(p.numel() for p in actual.parameters()) == parameters
     assert sum(s.numel() for s in shapes.values()) == numbers
     assert abs(numbers / 1e9 - billions) < 0.1
-    assert SD3Config.from_dict(dict(theirs.config)) == ours.config
+    assert SD3Config.from_dict(dict(peer.config)) == actual.config
 
 
 @torch.inference_mode()
 def test_sides_that_are_no_whole_patches() -> None:
     """The map's edge goes on until they are, and what is made of it is cut off again."""
-    ours = ours_of("SD 3.5 medium")
-    theirs = theirs_of(ours)
+    actual = actual_of("SD 3.5 medium")
+    peer = reference_of(actual)
     for size in ((7, 9), (1, 1), (8, 5)):
-        x, t, cond = asked(ours, size)
+        x, t, cond = options(actual, size)
         whole = torch.nn.functional.pad(x, (0, size[1] % 2, 0, size[0] % 2), mode="replicate")
         assert_close(
-            ours(x, t, cond), theirs(whole, **said(cond, t)).sample[:, :, : size[0], : size[1]]
+            actual(x, t, cond), peer(whole, **message(cond, t)).sample[:, :, : size[0], : size[1]]
         )
 
 
@@ -199,35 +199,35 @@ def test_sides_that_are_no_whole_patches() -> None:
 @torch.inference_mode()
 def test_a_masked_token_is_as_none(kind: str) -> None:
     """Theirs has no mask: it is given the shorter text."""
-    ours = ours_of(kind)
-    theirs = theirs_of(ours)
-    x, t, cond = asked(ours, SIZES[ours.patch][0])
+    actual = actual_of(kind)
+    peer = reference_of(actual)
+    x, t, cond = options(actual, SIZES[actual.patch][0])
     lengths = (3, 5)
     mask = torch.arange(5) < torch.tensor(lengths)[:, None]
-    found = ours(x, t, replace(cond, mask=mask))
+    result = actual(x, t, replace(cond, mask=mask))
     for i, length in enumerate(lengths):
         alone = replace(cond[i : i + 1], tokens=cond[i : i + 1].tokens[:, :length])  # pyright: ignore[reportOptionalSubscript]
-        assert_close(found[i : i + 1], theirs(x[i : i + 1], **said(alone, t[i : i + 1])).sample)
-    assert (found[0] - ours(x, t, cond)[0]).abs().max() > 1e-3
+        assert_close(result[i : i + 1], peer(x[i : i + 1], **message(alone, t[i : i + 1])).sample)
+    assert (result[0] - actual(x, t, cond)[0]).abs().max() > 1e-3
 
 
 @torch.inference_mode()
 def test_every_input_shows_in_the_output() -> None:
-    ours = ours_of("SD 3.5 medium", in_channels=6)
-    x, t, cond = asked(ours, (8, 8))
+    actual = actual_of("SD 3.5 medium", in_channels=6)
+    x, t, cond = options(actual, (8, 8))
     x, cond = x[:, :4], replace(cond, concat=x[:, 4:])
     assert cond.tokens is not None and cond.vector is not None and cond.concat is not None
-    y = ours(x, t, cond)
-    assert torch.equal(y, ours(torch.cat([x, cond.concat], 1), t, replace(cond, concat=None)))
+    y = actual(x, t, cond)
+    assert torch.equal(y, actual(torch.cat([x, cond.concat], 1), t, replace(cond, concat=None)))
     changes: list[dict[str, Any]] = [
         {"tokens": cond.tokens + 1},
         {"vector": cond.vector + 1},
         {"concat": cond.concat + 1},
     ]
     for change in changes:
-        assert (ours(x, t, replace(cond, **change)) - y).abs().max() > 1e-3, change
-    assert (ours(x, t - 0.4, cond) - y).abs().max() > 1e-4
-    assert (ours(x.roll(2, dims=3), t, cond).roll(-2, dims=3) - y).abs().max() > 1e-3, (
+        assert (actual(x, t, replace(cond, **change)) - y).abs().max() > 1e-3, change
+    assert (actual(x, t - 0.4, cond) - y).abs().max() > 1e-4
+    assert (actual(x.roll(2, dims=3), t, cond).roll(-2, dims=3) - y).abs().max() > 1e-3, (
         "places count"
     )
 
@@ -239,28 +239,30 @@ def test_every_input_shows_in_the_output() -> None:
 @torch.inference_mode()
 def test_a_controlnets_residuals(layers: int) -> None:
     """Of a real ControlNet, through `Conditioning.residuals`."""
-    ours = ours_of("SD 3", num_layers=4)
-    theirs = theirs_of(ours)
+    actual = actual_of("SD 3", num_layers=4)
+    peer = reference_of(actual)
     made = {
         "num_layers": layers,
         "num_extra_conditioning_channels": 0,
         "load_weights_from_transformer": False,
     }
     control = randomised(
-        diffusers.SD3ControlNetModel.from_transformer(theirs, **made), seed=2, buffers=True
+        diffusers.SD3ControlNetModel.from_transformer(peer, **made), seed=2, buffers=True
     )
-    x, t, cond = asked(ours, (6, 14))
+    x, t, cond = options(actual, (6, 14))
     residuals = control(
         x,
         controlnet_cond=normal(2, 4, 6, 14, seed=5),
         conditioning_scale=0.7,
         return_dict=False,
-        **said(cond, t),
+        **message(cond, t),
     )[0]
     assert len(residuals) == layers
-    found = ours(x, t, replace(cond, residuals=tuple(residuals)))
-    assert_close(found, theirs(x, block_controlnet_hidden_states=residuals, **said(cond, t)).sample)
-    assert (found - ours(x, t, cond)).abs().max() > 1e-3
+    result = actual(x, t, replace(cond, residuals=tuple(residuals)))
+    assert_close(
+        result, peer(x, block_controlnet_hidden_states=residuals, **message(cond, t)).sample
+    )
+    assert (result - actual(x, t, cond)).abs().max() > 1e-3
 
 
 @torch.inference_mode()
@@ -268,23 +270,23 @@ def test_residuals_of_every_number() -> None:
     """n of them for m blocks, where n does not divide m too: the one that theirs takes is added
     behind each block.
     """
-    ours = ours_of("SD 3", num_layers=7)
-    theirs = theirs_of(ours)
-    x, t, cond = asked(ours, (4, 4))
+    actual = actual_of("SD 3", num_layers=7)
+    peer = reference_of(actual)
+    x, t, cond = options(actual, (4, 4))
     for count in range(1, 8):
         residuals = tuple(normal(2, 4, 32, seed=10 + i) for i in range(count))
         assert_close(
-            ours(x, t, replace(cond, residuals=residuals)),
-            theirs(x, block_controlnet_hidden_states=list(residuals), **said(cond, t)).sample,
+            actual(x, t, replace(cond, residuals=residuals)),
+            peer(x, block_controlnet_hidden_states=list(residuals), **message(cond, t)).sample,
         )
-    assert torch.equal(ours(x, t, replace(cond, residuals=())), ours(x, t, cond))
+    assert torch.equal(actual(x, t, replace(cond, residuals=())), actual(x, t, cond))
     wrong = [(normal(2, 4, 32),) * 8, (normal(2, 5, 32),), (normal(2, 4, 32), normal(2, 4, 31))]
     for residuals in wrong:
         with pytest.raises(
             UserError,
             match=rf"{len(residuals)} residuals of shapes .*expected at most 7 of \(2, 4, 32\)",
         ):
-            ours(x, t, replace(cond, residuals=residuals))
+            actual(x, t, replace(cond, residuals=residuals))
 
 
 # ---- guidance by a weaker network ----------------------------------------------------------------
@@ -300,30 +302,30 @@ def test_skipped_blocks(layers: tuple[int, ...]) -> None:
     """As diffusers' pipeline has it: y + scale (y - y without the blocks). The last one, and blocks
     before a residual, too.
     """
-    ours = ours_of("SD 3.5 medium", num_layers=4)
-    theirs, denoiser = theirs_of(ours), denoiser_of(ours)
-    x, _, cond = asked(ours, (8, 6))
+    actual = actual_of("SD 3.5 medium", num_layers=4)
+    peer, denoiser = reference_of(actual), denoiser_of(actual)
+    x, _, cond = options(actual, (8, 6))
     names = "+".join(f"transformer_blocks.{i}" for i in layers)
-    for given in (
+    for inputs in (
         cond,
         replace(cond, residuals=(normal(2, 12, 32, seed=7), normal(2, 12, 32, seed=8))),
     ):
-        words: dict[str, Any] = said(given, torch.full((2,), 400.0))
-        words |= {"block_controlnet_hidden_states": given.residuals}
+        words: dict[str, Any] = message(inputs, torch.full((2,), 400.0))
+        words |= {"block_controlnet_hidden_states": inputs.residuals}
         whole, without = (
-            theirs(x, **words).sample,
-            theirs(x, **words, skip_layers=list(layers)).sample,
+            peer(x, **words).sample,
+            peer(x, **words, skip_layers=list(layers)).sample,
         )
         ask = build(
             Guidance.parse(f"3.8 skip_layers:layers={names}"),
             denoiser,
-            given,
-            given,
+            inputs,
+            inputs,
             denoiser.process.schedule.point,
         )
-        found = drive(ask(x, 0.4), evaluate_calls)
+        result = drive(ask(x, 0.4), evaluate_calls)
         expected = denoiser.process.split(x, whole + 2.8 * (whole - without), 0.4)
-        assert_close(found.x0, expected.x0, 2e-5)
+        assert_close(result.x0, expected.x0, 2e-5)
         assert (whole - without).abs().max() > 1e-3
 
 
@@ -332,23 +334,29 @@ def test_away_from_no_condition_and_from_skipped_blocks() -> None:
     """Both at once, as diffusers' pipeline does from 1 to 20 % of its steps: y_0 + 7 (y - y_0) +
     2.8 (y - y without the blocks).
     """
-    ours = ours_of("SD 3.5 medium")
-    theirs, denoiser, (x, _, cond) = theirs_of(ours), denoiser_of(ours), asked(ours, (8, 6))
+    actual = actual_of("SD 3.5 medium")
+    peer, denoiser, (x, _, cond) = (
+        reference_of(actual),
+        denoiser_of(actual),
+        options(actual, (8, 6)),
+    )
     none, t = (
         Conditioning(tokens=normal(2, 5, 12, seed=8), vector=normal(2, 10, seed=9)),
         torch.full((2,), 400.0),
     )
     y, off, without = (
-        theirs(x, **said(c, t), skip_layers=s).sample
+        peer(x, **message(c, t), skip_layers=s).sample
         for c, s in ((cond, None), (none, None), (cond, [1]))
     )
     words = "7 dual:kind=away,second=3.8 condition skip_layers:layers=transformer_blocks.1"
-    found = drive(
+    result = drive(
         build(Guidance.parse(words), denoiser, cond, none, denoiser.process.schedule.point)(x, 0.4),
         evaluate_calls,
     )
     assert_close(
-        found.x0, denoiser.process.split(x, off + 7 * (y - off) + 2.8 * (y - without), 0.4).x0, 5e-5
+        result.x0,
+        denoiser.process.split(x, off + 7 * (y - off) + 2.8 * (y - without), 0.4).x0,
+        5e-5,
     )
 
 
@@ -363,8 +371,8 @@ def test_parts_of_a_block_are_left_out() -> None:
         "transformer_blocks.1.ff_context": ["ff_context.net.2"],
     }
     for layer, last in silent.items():
-        network = ours_of("SD 3.5 medium")
-        denoiser, (x, _, cond) = denoiser_of(network), asked(network, (8, 8))
+        network = actual_of("SD 3.5 medium")
+        denoiser, (x, _, cond) = denoiser_of(network), options(network, (8, 8))
         (reference,) = Guidance.parse(f"2 skip_layers:layers={layer}").parts()[2]
         whom, _ = reference.pair(denoiser, cond, cond, None)
         assert (whom(x, 0.5, cond).x0 - denoiser(x, 0.5, cond).x0).abs().max() > 1e-5
@@ -381,24 +389,24 @@ def test_perturbed_attention() -> None:
     """Against diffusers' processor, which is given the plain path and the perturbed one as one
     batch (and passes over norms: SD 3 only).
     """
-    ours = ours_of("SD 3")
-    theirs = theirs_of(ours)
+    actual = actual_of("SD 3")
+    peer = reference_of(actual)
     x, text = normal(2, 6, 32), normal(2, 5, 32, seed=1)
     for layer in (1, 2):
         name = f"transformer_blocks.{layer}.attn"
-        attention = theirs.get_submodule(name)
+        attention = peer.get_submodule(name)
         attention.set_processor(PAGJointAttnProcessor2_0())
         expected, of_text = (
             y[2:] for y in attention(x.repeat(2, 1, 1), encoder_hidden_states=text.repeat(2, 1, 1))
         )
-        found, found_text = replace_layers(ours, [name], self_attentions, "layer").get_submodule(
-            name
-        )(x, text)
-        assert_close(found, expected)
-        assert (found - ours.get_submodule(name)(x, text)[0]).abs().max() > 1e-3
-        assert (found_text is None) == (layer == 2)
-        if found_text is not None:
-            assert_close(found_text, of_text)
+        result, result_text = replace_layers(
+            actual, [name], self_attentions, "layer"
+        ).get_submodule(name)(x, text)
+        assert_close(result, expected)
+        assert (result - actual.get_submodule(name)(x, text)[0]).abs().max() > 1e-3
+        assert (result_text is None) == (layer == 2)
+        if result_text is not None:
+            assert_close(result_text, of_text)
 
 
 @torch.inference_mode()
@@ -409,8 +417,12 @@ def test_away_from_no_condition_and_from_perturbed_attention() -> None:
     Theirs knows no dual blocks: there it takes the second attention, which has no text, for a joint
     one, and fails.
     """
-    ours = ours_of("SD 3", num_layers=4)
-    theirs, denoiser, (x, _, cond) = theirs_of(ours), denoiser_of(ours), asked(ours, (8, 6))
+    actual = actual_of("SD 3", num_layers=4)
+    peer, denoiser, (x, _, cond) = (
+        reference_of(actual),
+        denoiser_of(actual),
+        options(actual, (8, 6)),
+    )
     none, point = (
         Conditioning(tokens=normal(2, 5, 12, seed=8), vector=normal(2, 10, seed=9)),
         denoiser.process.schedule.point,
@@ -418,18 +430,20 @@ def test_away_from_no_condition_and_from_perturbed_attention() -> None:
 
     def their_parts(processor: Any, *conds: Conditioning) -> tuple[Tensor, ...]:
         for layer in (1, 2):
-            theirs.transformer_blocks[layer].attn.set_processor(processor)
-        words = said(Conditioning.cat(conds), torch.full((2 * len(conds),), 400.0))
-        return theirs(x.repeat(len(conds), 1, 1, 1), **words).sample.chunk(len(conds))
+            peer.transformer_blocks[layer].attn.set_processor(processor)
+        words = message(Conditioning.cat(conds), torch.full((2 * len(conds),), 400.0))
+        return peer(x.repeat(len(conds), 1, 1, 1), **words).sample.chunk(len(conds))
 
     off, y, worse = their_parts(PAGCFGJointAttnProcessor2_0(), none, cond, cond)
     words = "7 dual:kind=away,second=4 condition perturbed_attention:layers=transformer_blocks.1-2"
-    found = drive(build(Guidance.parse(words), denoiser, cond, none, point)(x, 0.4), evaluate_calls)
+    result = drive(
+        build(Guidance.parse(words), denoiser, cond, none, point)(x, 0.4), evaluate_calls
+    )
     assert_close(
-        found.x0, denoiser.process.split(x, off + 7 * (y - off) + 3 * (y - worse), 0.4).x0, 5e-5
+        result.x0, denoiser.process.split(x, off + 7 * (y - off) + 3 * (y - worse), 0.4).x0, 5e-5
     )
     y, worse = their_parts(PAGJointAttnProcessor2_0(), cond, cond)
-    found = drive(
+    result = drive(
         build(
             Guidance.parse("4 perturbed_attention:layers=transformer_blocks.1-2"),
             denoiser,
@@ -439,7 +453,7 @@ def test_away_from_no_condition_and_from_perturbed_attention() -> None:
         )(x, 0.4),
         evaluate_calls,
     )
-    assert_close(found.x0, denoiser.process.split(x, y + 3 * (y - worse), 0.4).x0, 2e-5)
+    assert_close(result.x0, denoiser.process.split(x, y + 3 * (y - worse), 0.4).x0, 2e-5)
     assert (y - worse).abs().max() > 1e-3
 
 
@@ -451,15 +465,17 @@ def test_perturbed_attention_is_attention_under_a_map(
     """The plain layer, with minus infinity between a place of the picture and every other, and
     where the text is masked.
     """
-    ours, name = ours_of(kind), "transformer_blocks.1.attn"
+    actual, name = actual_of(kind), "transformer_blocks.1.attn"
     x, text, mask = (
         normal(2, 6, 32),
         normal(2, 5, 32, seed=1),
         torch.arange(11) < torch.tensor([9, 11])[:, None],
     )
-    perturbed = replace_layers(ours, [name], self_attentions, "layer").get_submodule(name)
-    found, found_text = perturbed(x, text, mask)
-    assert_close(found_text, ours.get_submodule(name)(x, text, mask)[1], 1e-6)  # the text sees all
+    perturbed = replace_layers(actual, [name], self_attentions, "layer").get_submodule(name)
+    result, result_text = perturbed(x, text, mask)
+    assert_close(
+        result_text, actual.get_submodule(name)(x, text, mask)[1], 1e-6
+    )  # the text sees all
 
     def seen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, picture: int) -> Tensor:
         allowed = torch.ones(11, 11, dtype=torch.bool)
@@ -472,20 +488,20 @@ def test_perturbed_attention_is_attention_under_a_map(
             .flatten(2)
         )
 
-    monkeypatch.setattr(ours.get_submodule(name), "find", seen)
-    assert_close(found, ours.get_submodule(name)(x, text, mask)[0])
+    monkeypatch.setattr(actual.get_submodule(name), "find", seen)
+    assert_close(result, actual.get_submodule(name)(x, text, mask)[0])
 
 
 @torch.inference_mode()
 def test_the_second_attention_is_perturbed_to_its_values() -> None:
-    ours = ours_of("SD 3.5 medium")
+    actual = actual_of("SD 3.5 medium")
     x = normal(2, 6, 32)
-    plain = ours.get_submodule("transformer_blocks.0.attn2")
+    plain = actual.get_submodule("transformer_blocks.0.attn2")
     perturbed = replace_layers(
-        ours, ["transformer_blocks.0"], self_attentions, "layer"
+        actual, ["transformer_blocks.0"], self_attentions, "layer"
     ).get_submodule("transformer_blocks.0.attn2")
     assert_close(perturbed(x), plain.to_out[0](plain.to_v(x)))  # pyright: ignore[reportCallIssue, reportIndexIssue]
-    network, (image, _, cond) = denoiser_of(ours), asked(ours, (8, 8))
+    network, (image, _, cond) = denoiser_of(actual), options(actual, (8, 8))
     ask = build(
         Guidance.parse("3 perturbed_attention"), network, cond, cond, network.process.schedule.point
     )
@@ -505,7 +521,7 @@ def test_the_second_attention_is_perturbed_to_its_values() -> None:
     ],
 )
 def test_bits_do_not_depend_on_the_batch(kind: str, prepare: Callable[[Any], Any]) -> None:
-    plain = ours_of(kind)
+    plain = actual_of(kind)
     if prepare is prepack and not can_prepack(plain):
         pytest.skip("this torch has no oneDNN")
     network, count = prepare(plain), 7
@@ -526,9 +542,9 @@ def test_bits_do_not_depend_on_the_batch(kind: str, prepare: Callable[[Any], Any
 @pytest.mark.invariance
 def test_bits_of_a_perturbed_network_do_not_depend_on_the_batch() -> None:
     network = replace_layers(
-        ours_of("SD 3.5 medium"), ["transformer_blocks"], self_attentions, "layer"
+        actual_of("SD 3.5 medium"), ["transformer_blocks"], self_attentions, "layer"
     )
-    x, t, cond = asked(ours_of("SD 3.5 medium"), (6, 14), count=3)
+    x, t, cond = options(actual_of("SD 3.5 medium"), (6, 14), count=3)
     with torch.inference_mode():
         together = network(x, t, cond)
         assert all(
@@ -548,44 +564,44 @@ def test_wide_layers_and_more_rows_than_are_taken_at_a_time() -> None:
         "caption_projection_dim": 256,
         "pos_embed_max_size": 40,
     }
-    ours = ours_of("SD 3.5 medium", **wide)
-    x, t, cond = asked(ours, (66, 64), length=77)
-    expected = theirs_of(ours)(x, **said(cond, t)).sample
-    assert_close(ours(x, t, cond), expected)
-    assert torch.equal(ours(x, t, cond)[1:], ours(x[1:], t[1:], cond[1:]))
-    if can_prepack(ours):
-        quick = prepack(ours)
+    actual = actual_of("SD 3.5 medium", **wide)
+    x, t, cond = options(actual, (66, 64), length=77)
+    expected = reference_of(actual)(x, **message(cond, t)).sample
+    assert_close(actual(x, t, cond), expected)
+    assert torch.equal(actual(x, t, cond)[1:], actual(x[1:], t[1:], cond[1:]))
+    if can_prepack(actual):
+        quick = prepack(actual)
         assert_close(quick(x, t, cond), expected)
         assert torch.equal(quick(x, t, cond)[1:], quick(x[1:], t[1:], cond[1:]))
-        assert all(torch.equal(v, ours.state_dict()[k]) for k, v in quick.state_dict().items())
+        assert all(torch.equal(v, actual.state_dict()[k]) for k, v in quick.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["SD 3", "SD 3.5 medium"])
 @torch.inference_mode()
 def test_bfloat16(kind: str) -> None:
     """As near to float32 as theirs."""
-    exact = ours_of(kind)
-    x, t, cond = asked(exact, (8, 8))
+    exact = actual_of(kind)
+    x, t, cond = options(exact, (8, 8))
     y = exact(x, t, cond)
-    ours, narrow, small = (
+    actual, narrow, small = (
         copy.deepcopy(exact).bfloat16(),
         cond.to("cpu", torch.bfloat16),
         x.bfloat16(),
     )
     assert narrow.vector is not None and narrow.vector.dtype == torch.float32
-    found, words = (
-        ours(small, t, narrow),
-        said(narrow, t) | {"pooled_projections": narrow.vector.bfloat16()},
+    result, words = (
+        actual(small, t, narrow),
+        message(narrow, t) | {"pooled_projections": narrow.vector.bfloat16()},
     )
-    expected = theirs_of(exact).bfloat16()(small, **words)
-    assert found.dtype == torch.bfloat16
+    expected = reference_of(exact).bfloat16()(small, **words)
+    assert result.dtype == torch.bfloat16
     assert (
-        (found - y).square().mean()
+        (result - y).square().mean()
         < 1.5 * (expected.sample - y).square().mean()
         < 1e-3 * y.square().mean()
     )
-    if can_prepack(ours):
-        assert (prepack(ours)(small, t, narrow) - y).square().mean() < 1.5 * (
+    if can_prepack(actual):
+        assert (prepack(actual)(small, t, narrow) - y).square().mean() < 1.5 * (
             expected.sample - y
         ).square().mean()
 
@@ -596,25 +612,25 @@ def test_bfloat16(kind: str) -> None:
 @every
 def test_every_parameter_that_is_used_gets_a_gradient(kind: str) -> None:
     """All but the text's queries in the last block, whose answers nobody reads: nor do theirs."""
-    ours = ours_of(kind).requires_grad_(True).train()
-    x, t, cond = asked(ours, SIZES[ours.patch][0])
-    ours(x, t, cond).square().mean().backward()
-    idle = {name for name, p in ours.named_parameters() if p.grad is None}
+    actual = actual_of(kind).requires_grad_(True).train()
+    x, t, cond = options(actual, SIZES[actual.patch][0])
+    actual(x, t, cond).square().mean().backward()
+    idle = {name for name, p in actual.named_parameters() if p.grad is None}
     assert idle == {
-        name for name, p in SD3(ours.config).named_parameters() if not p.requires_grad
+        name for name, p in SD3(actual.config).named_parameters() if not p.requires_grad
     }, "nobody waits for what never comes"
-    last = f"transformer_blocks.{ours.config.num_layers - 1}.attn"
+    last = f"transformer_blocks.{actual.config.num_layers - 1}.attn"
     assert idle == {f"{last}.add_q_proj.weight", f"{last}.add_q_proj.bias"} | (
-        {f"{last}.norm_added_q.weight"} if ours.config.qk_norm else set()
+        {f"{last}.norm_added_q.weight"} if actual.config.qk_norm else set()
     )
     assert not [
-        name for name, p in ours.named_parameters() if p.grad is not None and not p.grad.any()
+        name for name, p in actual.named_parameters() if p.grad is not None and not p.grad.any()
     ]
-    theirs = theirs_of(ours).requires_grad_(True)
-    theirs(x, **said(cond, t)).sample.square().mean().backward()
+    peer = reference_of(actual).requires_grad_(True)
+    peer(x, **message(cond, t)).sample.square().mean().backward()
     for (name, p), q in zip(
-        sorted(ours.named_parameters()),
-        (q for _, q in sorted(theirs.named_parameters())),
+        sorted(actual.named_parameters()),
+        (q for _, q in sorted(peer.named_parameters())),
         strict=True,
     ):
         # without norms all keys move by it together, which nothing shows
@@ -627,7 +643,7 @@ def test_every_parameter_that_is_used_gets_a_gradient(kind: str) -> None:
 def test_a_new_network_answers_nothing_and_learns() -> None:
     """adaLN-Zero: gates and the last layer begin at 0."""
     network = SD3(SD3Config(**(SMALL | KINDS["SD 3.5 medium"])))
-    x, t, cond = asked(network, (8, 8))
+    x, t, cond = options(network, (8, 8))
     assert not network(x, t, cond).any()
     optimizer, losses = torch.optim.AdamW(network.parameters(), 1e-2), []
     for _ in range(8):
@@ -640,27 +656,27 @@ def test_a_new_network_answers_nothing_and_learns() -> None:
 
 def test_training_in_mixed_precision() -> None:
     """Under autocast, as in the training loop: gradients near float32's."""
-    network = ours_of("SD 3.5 medium").requires_grad_(True).train()
-    x, t, cond = asked(network, (8, 8))
-    found = []
+    network = actual_of("SD 3.5 medium").requires_grad_(True).train()
+    x, t, cond = options(network, (8, 8))
+    result = []
     for mixed in (False, True):
         network.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             loss = (network(x, t, cond).float() - x).square().mean()
         loss.backward()
-        found.append(
+        result.append(
             torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
         )
-    assert torch.cosine_similarity(*found, dim=0) > 0.999
+    assert torch.cosine_similarity(*result, dim=0) > 0.999
 
 
 # ---- bad input -----------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def test_what_is_missing_or_does_not_fit_is_said() -> None:
-    network = ours_of("SD 3")
-    x, t, cond = asked(network, (8, 8))
+def test_missing_or_mismatched_parts_are_named() -> None:
+    network = actual_of("SD 3")
+    x, t, cond = options(network, (8, 8))
     wrong: list[tuple[Tensor, dict[str, Any], str]] = [
         (
             x,
@@ -725,7 +741,7 @@ def test_configs_that_are_refused(values: dict[str, Any], expected: str) -> None
 
 
 def test_what_the_house_asks_a_network() -> None:
-    network = ours_of("other channels out")
+    network = actual_of("other channels out")
     assert (network.channels, network.in_channels, network.patch, network.part) == (
         5,
         7,

@@ -66,7 +66,7 @@ PROMPTS = ["a red cat", "a dog, (very) red"]
 LAYERS = "transformer_blocks.0+transformer_blocks.2"
 
 
-def theirs(kind: str, scratch: Path) -> Any:
+def reference(kind: str, scratch: Path) -> Any:
     """diffusers' pipeline with small random parts."""
     texts, shape, scheduler = KINDS[kind]
     space = {
@@ -99,7 +99,7 @@ def theirs(kind: str, scratch: Path) -> Any:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_pipelines(
-        lambda kind: theirs(kind, tmp_path_factory.mktemp("scratch")), KINDS, tmp_path_factory
+        lambda kind: reference(kind, tmp_path_factory.mktemp("scratch")), KINDS, tmp_path_factory
     )
 
 
@@ -115,7 +115,7 @@ def compare(images: Tensor, expected: Tensor) -> None:
     assert (expected[0] - expected[1]).abs().max() > 0.05
 
 
-def same(ours: LatentDiffusion, pipe: Any) -> None:
+def same(actual: LatentDiffusion, pipe: Any) -> None:
     """Guidance on and off, a negative prompt or none, other words for the second encoder, other
     sizes.
     """
@@ -133,16 +133,16 @@ def same(ours: LatentDiffusion, pipe: Any) -> None:
         ),
     )
     for guidance, words, size in cases:
-        said = {key: [value] * 2 for key, value in words.items()}
+        message = {key: [value] * 2 for key, value in words.items()}
         # T5 reads what the second CLIP reads
-        said |= {
-            key.replace("_2", "_3"): value for key, value in said.items() if key.endswith("_2")
+        message |= {
+            key.replace("_2", "_3"): value for key, value in message.items() if key.endswith("_2")
         }
         expected = pipeline_images(
-            pipe, PROMPTS, guidance_scale=guidance, num_inference_steps=3, **said, **size
+            pipe, PROMPTS, guidance_scale=guidance, num_inference_steps=3, **message, **size
         )
         compare(
-            ours.run(
+            actual.run(
                 Request(PROMPTS, guidance=guidance, steps=3, **words, **size), output="tensor"
             ),
             expected,
@@ -153,17 +153,17 @@ def same(ours: LatentDiffusion, pipe: Any) -> None:
 def test_what_diffusers_saved_and_what_we_save(
     kind: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    ours = load(folders[kind])
+    actual = load(folders[kind])
     assert (
-        ours.defaults.steps,
-        ours.defaults.guidance,
-        ours.defaults.sampler,
-        ours.defaults.max_reference_images,
+        actual.defaults.steps,
+        actual.defaults.guidance,
+        actual.defaults.sampler,
+        actual.defaults.max_reference_images,
     ) == (28, 7.0, "euler", 0)
-    same(ours, opened(folders[kind]))
-    ours.save(tmp_path / "ours")
+    same(actual, opened(folders[kind]))
+    actual.save(tmp_path / "ours")
     again = load(tmp_path / "ours")
-    assert again.hash == ours.hash and again.defaults == ours.defaults
+    assert again.hash == actual.hash and again.defaults == actual.defaults
     pipe = opened(tmp_path / "ours", "DiffusionPipeline")
     assert type(pipe).__name__ == "StableDiffusion3Pipeline"
     same(again, pipe)
@@ -173,7 +173,7 @@ def test_what_diffusers_saved_and_what_we_save(
         "without" in KINDS[kind][0]
     )
     again.save(tmp_path / "ours.safetensors")
-    assert load(tmp_path / "ours.safetensors").hash == ours.hash
+    assert load(tmp_path / "ours.safetensors").hash == actual.hash
 
 
 @pytest.mark.parametrize("kind", ["SD 3", "SD 3.5 without T5"])
@@ -186,9 +186,9 @@ def test_convert_keeps_the_pipeline(kind: str, folders: dict[str, Path], tmp_pat
         main(["convert", str(folders[kind]), str(file)]) == 0
         and main(["convert", str(file), str(folder)]) == 0
     )
-    wanted = load(folders[kind])
+    target = load(folders[kind])
     for model in (load(file), load(folder)):
-        assert (model.hash, model.defaults) == (wanted.hash, wanted.defaults)
+        assert (model.hash, model.defaults) == (target.hash, target.defaults)
     one, two = (
         (place / "model_index.json").read_text().replace("T5TokenizerFast", "T5Tokenizer")
         for place in (folder, folders[kind])
@@ -218,8 +218,8 @@ def test_away_from_skipped_layers(
     between two shares of the run, we between two times.
     """
     kind = "SD 3.5 without T5"
-    pipe, ours, (start, stop) = opened(folders[kind]), load(folders[kind]), part
-    asked: dict[str, Any] = {"height": 16, "width": 12}
+    pipe, actual, (start, stop) = opened(folders[kind]), load(folders[kind]), part
+    options: dict[str, Any] = {"height": 16, "width": 12}
     skipped = {
         "skip_guidance_layers": [0, 2],
         "skip_layer_guidance_scale": 1.8,
@@ -232,14 +232,14 @@ def test_away_from_skipped_layers(
         num_inference_steps=5,
         skip_layer_guidance_stop=stop,
         **skipped,
-        **asked,
+        **options,
     )
-    times = ours.plan(Request(steps=5, **asked)).timesteps
+    times = actual.plan(Request(steps=5, **options)).timesteps
     between = interval.format(low=(times[3] + times[4]) / 2, high=(times[0] + times[1]) / 2)
     words = f"4 dual:kind=away,second=2.8{between} condition skip_layers:layers={LAYERS}"
-    compare(ours.generate(PROMPTS, guidance=words, steps=5, output="tensor", **asked), expected)
+    compare(actual.generate(PROMPTS, guidance=words, steps=5, output="tensor", **options), expected)
     assert (
-        ours.generate(PROMPTS, guidance=4, steps=5, output="tensor", **asked) - expected
+        actual.generate(PROMPTS, guidance=4, steps=5, output="tensor", **options) - expected
     ).abs().max() > 0.01, "it shows"
 
 
@@ -247,7 +247,7 @@ def test_away_from_skipped_layers(
 
 
 REQUEST = Request(PROMPTS, steps=5, guidance=4.0, negative_prompt="ugly")
-ASKED: Mapping[str, Any] = {
+OPTIONS: Mapping[str, Any] = {
     "guidance_scale": 4.0,
     "num_inference_steps": 5,
     "negative_prompt": ["ugly"] * 2,
@@ -263,12 +263,12 @@ def test_image_to_image(kind: str, strength: float, folders: dict[str, Path]) ->
     image = smooth_image()
     pipe = opened(folders[kind], "StableDiffusion3Img2ImgPipeline")
     expected = pipeline_images(
-        pipe, PROMPTS, image=image.expand(2, -1, -1, -1), strength=strength, **ASKED
+        pipe, PROMPTS, image=image.expand(2, -1, -1, -1), strength=strength, **OPTIONS
     )
-    ours = load(folders[kind])
+    actual = load(folders[kind])
     compare(
-        ours.run(
-            image_to_image(ours, image * 2 - 1, REQUEST, strength=strength, posterior="sample"),
+        actual.run(
+            image_to_image(actual, image * 2 - 1, REQUEST, strength=strength, posterior="sample"),
             output="tensor",
         ),
         expected,
@@ -294,12 +294,12 @@ def test_inpainting(kind: str, strength: float, folders: dict[str, Path]) -> Non
         output_type="latent",
         strength=strength,
         **pair,
-        **ASKED,
+        **OPTIONS,
     ).images
-    ours = load(folders[kind])
+    actual = load(folders[kind])
     blind = kind != "inpainting" and strength == 1
     request = inpaint(
-        ours,
+        actual,
         image * 2 - 1,
         mask,
         REQUEST,
@@ -308,7 +308,7 @@ def test_inpainting(kind: str, strength: float, folders: dict[str, Path]) -> Non
         paste=False,
         noise_only_start=blind,
     )
-    compare(ours.run(request, output="latent"), expected)
+    compare(actual.run(request, output="latent"), expected)
 
 
 def test_on_the_command_line(
@@ -345,7 +345,7 @@ def test_on_the_command_line(
     ]
     assert main(["generate", "a red cat", "--model", str(folder), *flags]) == 0
     with Image.open(tmp_path / "cat.png") as image:
-        found = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+        result = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
     expected = pipeline_images(
         opened(folder),
         PROMPTS[:1],
@@ -354,5 +354,5 @@ def test_on_the_command_line(
         width=20,
         negative_prompt=["ugly"],
     )[0]
-    assert found.shape == expected.shape and expected.std() > 0.05
-    assert (found - expected).abs().max() < 0.5 / 255 + 1e-3
+    assert result.shape == expected.shape and expected.std() > 0.05
+    assert (result - expected).abs().max() < 0.5 / 255 + 1e-3

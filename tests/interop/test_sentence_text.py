@@ -20,18 +20,18 @@ LONG = "the red cat " * 40
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As transformers and sentence-transformers save: all side by side, with a pooler."""
-    found = tmp_path_factory.mktemp("encoder")
-    text_encoders.bert_model(heads=True).save_pretrained(found)
-    text_encoders.bert_tokenizer().save_pretrained(found)
-    return found
+    result = tmp_path_factory.mktemp("encoder")
+    text_encoders.bert_model(heads=True).save_pretrained(result)
+    text_encoders.bert_tokenizer().save_pretrained(result)
+    return result
 
 
 @pytest.fixture(scope="module")
-def ours(folder: Path) -> SentenceText:
+def actual(folder: Path) -> SentenceText:
     return SentenceText.from_encoder(folder)
 
 
-def theirs(
+def reference(
     folder: Path,
     prompts: list[str],
     masked: bool = True,
@@ -57,56 +57,58 @@ def theirs(
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_states_and_mask_are_transformers_own(
-    masked: bool, folder: Path, ours: SentenceText
+    masked: bool, folder: Path, actual: SentenceText
 ) -> None:
-    found = replace(ours, config=SentenceTextConfig(mask_padding=masked))(PROMPTS)
-    states, mask = theirs(folder, PROMPTS, masked)
-    assert found.tokens.dtype == torch.float32 and found.tokens.shape == (6, 64, 24) == (
+    result = replace(actual, config=SentenceTextConfig(mask_padding=masked))(PROMPTS)
+    states, mask = reference(folder, PROMPTS, masked)
+    assert result.tokens.dtype == torch.float32 and result.tokens.shape == (6, 64, 24) == (
         len(PROMPTS),
         64,
-        ours.width,
+        actual.width,
     )
-    assert float((found.tokens - states).abs().max()) <= 1e-6 * float(states.abs().max())
-    assert found.vector is None and (
-        torch.equal(found.mask, mask) if masked else found.mask is None
+    assert float((result.tokens - states).abs().max()) <= 1e-6 * float(states.abs().max())
+    assert result.vector is None and (
+        torch.equal(result.mask, mask) if masked else result.mask is None
     )
-    assert torch.equal(found.tokens[0], found.tokens[3]) and not torch.allclose(
-        found.tokens[0], found.tokens[1], atol=1e-3
+    assert torch.equal(result.tokens[0], result.tokens[3]) and not torch.allclose(
+        result.tokens[0], result.tokens[1], atol=1e-3
     )
 
 
-def test_a_long_prompt_is_cut_where_transformers_cuts_it(folder: Path, ours: SentenceText) -> None:
-    found = replace(ours, config=SentenceTextConfig(truncation="cut"))([LONG])
-    states, mask = theirs(folder, [LONG])
-    assert mask.all() and torch.equal(found.mask, mask)
-    assert float((found.tokens - states).abs().max()) <= 1e-6 * float(states.abs().max())
+def test_a_long_prompt_is_cut_where_transformers_cuts_it(
+    folder: Path, actual: SentenceText
+) -> None:
+    result = replace(actual, config=SentenceTextConfig(truncation="cut"))([LONG])
+    states, mask = reference(folder, [LONG])
+    assert mask.all() and torch.equal(result.mask, mask)
+    assert float((result.tokens - states).abs().max()) <= 1e-6 * float(states.abs().max())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_transformers_own(dtype: torch.dtype, folder: Path) -> None:
     """The same numbers in the same order, so the same bits."""
-    found = SentenceText.from_encoder(folder, dtype=dtype)
-    assert found.encoder.model.dtype == dtype
-    assert torch.equal(found(["a cat"]).tokens, theirs(folder, ["a cat"], dtype=dtype)[0])
+    result = SentenceText.from_encoder(folder, dtype=dtype)
+    assert result.encoder.model.dtype == dtype
+    assert torch.equal(result(["a cat"]).tokens, reference(folder, ["a cat"], dtype=dtype)[0])
 
 
-def test_what_is_saved_opens_in_transformers(ours: SentenceText, tmp_path: Path) -> None:
+def test_what_is_saved_opens_in_transformers(actual: SentenceText, tmp_path: Path) -> None:
     import transformers
 
-    ours.save(tmp_path)
-    for part, (library, name) in ours.index().items():
+    actual.save(tmp_path)
+    for part, (library, name) in actual.index().items():
         assert library == "transformers" and getattr(transformers, name).from_pretrained(
             tmp_path / part
         )
-    states, mask = theirs(
+    states, mask = reference(
         tmp_path / "text_encoder",
         PROMPTS,
         tokenizer=tmp_path / "tokenizer",
         add_pooling_layer=False,
     )
-    found = ours(PROMPTS)
-    assert torch.equal(found.mask, mask) and float(
-        (found.tokens - states).abs().max()
+    result = actual(PROMPTS)
+    assert torch.equal(result.mask, mask) and float(
+        (result.tokens - states).abs().max()
     ) <= 1e-6 * float(states.abs().max())
 
 
@@ -115,7 +117,7 @@ def test_a_model_that_keeps_case_keeps_it(tmp_path: Path) -> None:
     text_encoders.bert_tokenizer(do_lower_case=False, strip_accents=False).save_pretrained(tmp_path)
     cased = SentenceText.from_encoder(tmp_path)
     assert not torch.allclose(*cased(["Red FHR", "red fhr"]).tokens, atol=1e-3)
-    assert float((cased(PROMPTS).tokens - theirs(tmp_path, PROMPTS)[0]).abs().max()) <= 1e-5
+    assert float((cased(PROMPTS).tokens - reference(tmp_path, PROMPTS)[0]).abs().max()) <= 1e-5
     cased.save(tmp_path / "model")
     again = SentenceText.from_folder(tmp_path / "model")
     assert again.identity() == cased.identity() and torch.equal(

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers.loaders import single_file_utils as theirs
+from diffusers.loaders import single_file_utils as reference
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -175,32 +175,32 @@ def converted(
     name: str, networks: dict[str, nn.Module], tensors: dict[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
     """The parts, as diffusers' own converters make them of a file."""
-    found = {
-        "unet": theirs.convert_ldm_unet_checkpoint(dict(tensors), dict(networks["unet"].config)),
-        "vae": theirs.convert_ldm_vae_checkpoint(dict(tensors), dict(networks["vae"].config)),
+    result = {
+        "unet": reference.convert_ldm_unet_checkpoint(dict(tensors), dict(networks["unet"].config)),
+        "vae": reference.convert_ldm_vae_checkpoint(dict(tensors), dict(networks["vae"].config)),
     }
     if name.startswith(("sd1", "sdxl")) and "text_encoder" in networks:
-        found["text_encoder"] = theirs.convert_ldm_clip_checkpoint(dict(tensors))
+        result["text_encoder"] = reference.convert_ldm_clip_checkpoint(dict(tensors))
     elif "text_encoder" in networks:
-        found["text_encoder"] = theirs.convert_open_clip_checkpoint(
+        result["text_encoder"] = reference.convert_open_clip_checkpoint(
             networks["text_encoder"], dict(tensors)
         )
     if "text_encoder_2" in networks:
         prefix = f"conditioner.embedders.{int('text_encoder' in networks)}.model."
-        found["text_encoder_2"] = theirs.convert_open_clip_checkpoint(
+        result["text_encoder_2"] = reference.convert_open_clip_checkpoint(
             networks["text_encoder_2"], dict(tensors), prefix
         )
-    return found
+    return result
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_diffusers_converts_what_join_writes(name: str) -> None:
     networks, parts = build(name)
     assert parts.kind == name
-    found = converted(name, networks, single.join(parts))
-    assert found.keys() == parts.components.keys()
+    result = converted(name, networks, single.join(parts))
+    assert result.keys() == parts.components.keys()
     for key, expected in parts.components.items():
-        assert equal_tensors(found[key], single.weights(expected)), key
+        assert equal_tensors(result[key], single.weights(expected)), key
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -211,9 +211,9 @@ def test_split_is_the_inverse_of_join(name: str, tmp_path: Path) -> None:
     assert again.kind == name
     for key, expected in parts.components.items():
         assert equal_tensors(single.weights(again.components[key]), single.weights(expected)), key
-    given, found = parts.components["unet"].config, again.components["unet"].config
-    levels = len(given["block_out_channels"])
-    for field in given.keys() - {
+    arguments, result = parts.components["unet"].config, again.components["unet"].config
+    levels = len(arguments["block_out_channels"])
+    for field in arguments.keys() - {
         "sample_size",
         "upcast_attention",
         "dropout",
@@ -223,7 +223,7 @@ def test_split_is_the_inverse_of_join(name: str, tmp_path: Path) -> None:
         if not field.startswith("_"):
             a, b = (
                 list(v) if isinstance(v, list | tuple) else [v] * levels
-                for v in (given[field], found[field])
+                for v in (arguments[field], result[field])
             )
             assert a == b, field
     assert again.schedulers["scheduler"]["prediction_type"] == FAMILIES[name][1]
@@ -393,7 +393,7 @@ def test_published_structures_are_covered_key_by_key(name: str) -> None:
     assert len(rows) == len({r.source for r in rows}) == count
     assert held(rows) == {k: tuple(v.shape) for k, v in network.state_dict().items()}
     file = {f"model.diffusion_model.{r.source}": torch.empty(r.stored, device="meta") for r in rows}
-    there = theirs.convert_ldm_unet_checkpoint(file, dict(network.config))
+    there = reference.convert_ldm_unet_checkpoint(file, dict(network.config))
     assert {k: tuple(v.shape) for k, v in there.items()} == held(rows)
 
 
@@ -418,11 +418,11 @@ def test_published_autoencoder_and_text_encoders() -> None:
                 "num_hidden_layers": layers,
                 "num_attention_heads": width // 64,
             }
-            given = part(kind(CLIPTextConfig(**sizes, projection_dim=width)))
-            shapes = {k: v.shape for k, v in given.tensors.items()}
+            arguments = part(kind(CLIPTextConfig(**sizes, projection_dim=width)))
+            shapes = {k: v.shape for k, v in arguments.tensors.items()}
             assert (
-                held(single.clip_map(given.config))
-                == held(single.open_clip_map(given.config))
+                held(single.clip_map(arguments.config))
+                == held(single.open_clip_map(arguments.config))
                 == shapes
             )
             assert count is None or len(shapes) == count
@@ -473,13 +473,13 @@ def test_running_averages_are_read_on_request_only() -> None:
     )
     config = parts.components["unet"].config
     for ema in (False, True):
-        found = single.split_tensors(file, {}, "file", ReadOptions(ema=ema)).components["unet"]
-        found = single.weights(found)
+        result = single.split_tensors(file, {}, "file", ReadOptions(ema=ema)).components["unet"]
+        result = single.weights(result)
         assert equal_tensors(
-            found, theirs.convert_ldm_unet_checkpoint(dict(file), config, extract_ema=ema)
+            result, reference.convert_ldm_unet_checkpoint(dict(file), config, extract_ema=ema)
         )
         assert torch.equal(
-            found["conv_in.bias"],
+            result["conv_in.bias"],
             single.weights(parts.components["unet"])["conv_in.bias"] + int(ema),
         )
 

@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers.loaders import single_file_utils as theirs
+from diffusers.loaders import single_file_utils as reference
 from torch import Tensor, nn
 
 from helpers.tensors import equal_tensors
@@ -32,9 +32,9 @@ Layout = TransformerFamily
 
 
 def write_transformer(
-    layout: Layout, config: dict[str, Any], ours: dict[str, LazyTensor], where: str
+    layout: Layout, config: dict[str, Any], actual: dict[str, LazyTensor], where: str
 ) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    raw = layout.write(Checkpoint({"transformer": Component(config, ours)}, path=Path(where)))
+    raw = layout.write(Checkpoint({"transformer": Component(config, actual)}, path=Path(where)))
     return dict(raw.tensors), dict(raw.metadata)
 
 
@@ -46,16 +46,16 @@ def read_transformer(
     notes: dict[str, str] | None = None,
 ) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     raw = RawCheckpoint(tensors, notes or {}, Path(where))
-    found = layout.read(raw, None, {} if config is None else {"transformer": config}).components[
+    result = layout.read(raw, None, {} if config is None else {"transformer": config}).components[
         "transformer"
     ]
-    return found.config, dict(found.tensors)
+    return result.config, dict(result.tensors)
 
 
 def detected(tensors: dict[str, Tensor]) -> Layout:
-    found = families.candidates({k: tuple(v.shape) for k, v in tensors.items()}, "file")[0]
-    assert isinstance(found, TransformerFamily)
-    return found
+    result = families.candidates({k: tuple(v.shape) for k, v in tensors.items()}, "file")[0]
+    assert isinstance(result, TransformerFamily)
+    return result
 
 
 SD3 = {
@@ -129,9 +129,9 @@ MODELS: dict[str, tuple[str, type[nn.Module], dict[str, Any]]] = {
     "pixart-512": ("pixart", diffusers.PixArtTransformer2DModel, PIXART | {"sample_size": 64}),
 }
 CONVERTERS = {
-    "sd3": theirs.convert_sd3_transformer_checkpoint_to_diffusers,
-    "flux": theirs.convert_flux_transformer_checkpoint_to_diffusers,
-    "flux2": theirs.convert_flux2_transformer_checkpoint_to_diffusers,
+    "sd3": reference.convert_sd3_transformer_checkpoint_to_diffusers,
+    "flux": reference.convert_flux_transformer_checkpoint_to_diffusers,
+    "flux2": reference.convert_flux2_transformer_checkpoint_to_diffusers,
 }
 # The published configs, as in diffusers' folders (stabilityai/stable-diffusion-3.5-*,
 # black-forest-labs/FLUX.*, facebook/DiT-XL-2-256, PixArt-alpha/*).
@@ -240,21 +240,21 @@ def build(name: str) -> tuple[Layout, dict[str, Any], dict[str, Tensor]]:
 
 
 def written(name: str) -> tuple[Layout, dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    layout, config, ours = build(name)
+    layout, config, actual = build(name)
     return (
         layout,
         config,
-        ours,
+        actual,
         {
             k: v.load()
-            for k, v in write_transformer(layout, config, from_tensors(ours), name)[0].items()
+            for k, v in write_transformer(layout, config, from_tensors(actual), name)[0].items()
         },
     )
 
 
 @pytest.mark.parametrize("name", [n for n, (kind, *_) in MODELS.items() if kind in CONVERTERS])
 def test_diffusers_reads_what_is_written(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout, config, ours, original = written(name)
+    layout, config, actual, original = written(name)
     # diffusers' converter knows FLUX's own width only; the very same cut at ours
     if layout.name == "flux":
         split = torch.split
@@ -264,27 +264,27 @@ def test_diffusers_reads_what_is_written(name: str, monkeypatch: pytest.MonkeyPa
             "split",
             lambda t, sizes, dim=0: split(t, [s * width // 3072 for s in sizes], dim),
         )
-    assert equal_tensors(CONVERTERS[layout.name](dict(original)), ours)
+    assert equal_tensors(CONVERTERS[layout.name](dict(original)), actual)
 
 
 @pytest.mark.parametrize("prefix", ["", PREFIX])
 @pytest.mark.parametrize("name", MODELS)
 def test_back_again(name: str, prefix: str) -> None:
-    layout, config, ours, original = written(name)
+    layout, config, actual, original = written(name)
     file = {prefix + k: v for k, v in original.items()}
     assert detected(file) is layout
-    known = config if name == "pixart-512" else None
-    told, again = read_transformer(layout, from_tensors(file), name, known)
+    available = config if name == "pixart-512" else None
+    settings, again = read_transformer(layout, from_tensors(file), name, available)
     beside = RawCheckpoint(
         from_tensors(file | {"first_stage_model.x": torch.ones(1)}), {}, Path(name)
     )
-    assert layout.read_network(beside, known or told).tensors.keys() == again.keys()
-    assert equal_tensors({k: v.load() for k, v in again.items()}, ours)
-    assert all(v.dtype == ours[k].dtype and v.shape == ours[k].shape for k, v in again.items())
-    network = MODELS[name][1](**{k: v for k, v in told.items() if not k.startswith("_")})
-    network.load_state_dict(ours)  # the config that was read builds the same network
-    assert told["_class_name"] == layout.class_name
-    for key, value in told.items():
+    assert layout.read_network(beside, available or settings).tensors.keys() == again.keys()
+    assert equal_tensors({k: v.load() for k, v in again.items()}, actual)
+    assert all(v.dtype == actual[k].dtype and v.shape == actual[k].shape for k, v in again.items())
+    network = MODELS[name][1](**{k: v for k, v in settings.items() if not k.startswith("_")})
+    network.load_state_dict(actual)  # the config that was read builds the same network
+    assert settings["_class_name"] == layout.class_name
+    for key, value in settings.items():
         if key not in ("_class_name", "sample_size", "norm_eps") and config[key] is not None:
             assert (
                 list(config[key]) if isinstance(config[key], tuple) else config[key]
@@ -297,18 +297,19 @@ def test_full_size(name: str) -> None:
     kind, network_class, fields = FULL[name]
     with torch.device("meta"):
         network = network_class(**fields)
-    layout, config, ours = KINDS[kind], dict(network.config), network.state_dict()
-    original, notes = write_transformer(layout, config, from_tensors(ours), name)
+    layout, config, actual = KINDS[kind], dict(network.config), network.state_dict()
+    original, notes = write_transformer(layout, config, from_tensors(actual), name)
     assert not json.loads(notes.get(NOTE, "{}")).keys() - {"sample_size", "norm_eps"}, notes
-    told, again = read_transformer(
+    settings, again = read_transformer(
         layout,
         {k: v for k, v in original.items() if k != "pos_embed" or kind != "dit"}
         | _table(kind, config),
         name,
     )
-    assert {k: v.shape for k, v in again.items()} == {k: tuple(v.shape) for k, v in ours.items()}
+    assert {k: v.shape for k, v in again.items()} == {k: tuple(v.shape) for k, v in actual.items()}
     assert [
-        told[k] for k in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels")
+        settings[k]
+        for k in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels")
     ] == [
         config[k]
         for k in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels")
@@ -319,7 +320,7 @@ def test_full_size(name: str) -> None:
             for k, v in CONVERTERS[kind](
                 {k: torch.empty(v.shape, dtype=v.dtype, device="meta") for k, v in original.items()}
             ).items()
-        } == {k: v.shape for k, v in ours.items()}
+        } == {k: v.shape for k, v in actual.items()}
 
 
 def _table(kind: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -337,7 +338,7 @@ def test_table_of_places_is_diffusers() -> None:
 
 
 def test_dit_with_another_table_or_unlike_copies_is_refused() -> None:
-    layout, config, ours, original = written("dit")
+    layout, config, actual, original = written("dit")
     for change in (lambda t: t.flip(1), lambda t: t[:, :9]):
         with pytest.raises(UserError, match="pos_embed is not the table"):
             read_transformer(
@@ -346,7 +347,7 @@ def test_dit_with_another_table_or_unlike_copies_is_refused() -> None:
                 "file",
                 config,
             )
-    ours["transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"] = torch.zeros(
+    actual["transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"] = torch.zeros(
         8, 144
     )
     with pytest.raises(
@@ -354,28 +355,28 @@ def test_dit_with_another_table_or_unlike_copies_is_refused() -> None:
     ):
         [
             v.load()
-            for v in write_transformer(layout, config, from_tensors(ours), "folder")[0].values()
+            for v in write_transformer(layout, config, from_tensors(actual), "folder")[0].values()
         ]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_tables_are_inverses(name: str) -> None:
-    layout, config, ours, original = written(name)
+    layout, config, actual, original = written(name)
     maps = layout.weight_map(config)
-    assert equal_tensors(load_tensors(store_all(maps, from_tensors(ours))), original)
-    assert equal_tensors(load_tensors(load_all(maps, from_tensors(original), name)), ours)
+    assert equal_tensors(load_tensors(store_all(maps, from_tensors(actual))), original)
+    assert equal_tensors(load_tensors(load_all(maps, from_tensors(original), name)), actual)
     for m in maps:  # tensor by tensor
         values = m.load(original[m.source])
         assert all(
-            torch.equal(value, ours[key]) for key, value in zip(m.targets, values, strict=True)
+            torch.equal(value, actual[key]) for key, value in zip(m.targets, values, strict=True)
         )
         assert torch.equal(m.store(values), original[m.source])
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_wrong_is_said_in_one_message(name: str) -> None:
+def test_all_errors_are_in_one_message(name: str) -> None:
     layout, config, _, original = written(name)
-    given = config if layout.name == "pixart" else None
+    inputs = config if layout.name == "pixart" else None
     keys = sorted(
         k
         for k in original
@@ -387,20 +388,20 @@ def test_what_is_wrong_is_said_in_one_message(name: str) -> None:
         bent: original[bent][:, :-1],
     }
     with pytest.raises(UserError) as error:
-        read_transformer(layout, from_tensors(table), "a.safetensors", given)
-    said = str(error.value)
+        read_transformer(layout, from_tensors(table), "a.safetensors", inputs)
+    message = str(error.value)
     if lost not in ("double_blocks.0.img_mlp.2.weight",):  # by which FLUX.2's MLPs are measured
         assert (
-            f"1 missing ({lost})" in said
-            and "1 not expected (one.more)" in said
-            and f"1 of another shape ({bent}" in said
+            f"1 missing ({lost})" in message
+            and "1 not expected (one.more)" in message
+            and f"1 of another shape ({bent}" in message
         )
     with pytest.raises(UserError, match="not of floating-point numbers"):
         read_transformer(
             layout,
             from_tensors(original | {bent: original[bent].to(torch.int8)}),
             "a.safetensors",
-            given,
+            inputs,
         )
 
 
@@ -418,17 +419,18 @@ def test_what_is_wrong_is_said_in_one_message(name: str) -> None:
 )
 def test_what_keys_do_not_tell_is_noted(name: str, fields: dict[str, Any]) -> None:
     """With the note the config comes back; without it, another, or a sentence that asks for it."""
-    layout, config, ours = build(name)
+    layout, config, actual = build(name)
     config |= fields
-    original, notes = write_transformer(layout, config, from_tensors(ours), name)
-    told, again = read_transformer(layout, original, name, notes=notes)
+    original, notes = write_transformer(layout, config, from_tensors(actual), name)
+    settings, again = read_transformer(layout, original, name, notes=notes)
     assert all(
-        told[k] == list(v) if isinstance(v, tuple) else told[k] == v for k, v in fields.items()
+        settings[k] == list(v) if isinstance(v, tuple) else settings[k] == v
+        for k, v in fields.items()
     )
-    assert equal_tensors({k: v.load() for k, v in again.items()}, ours)
+    assert equal_tensors({k: v.load() for k, v in again.items()}, actual)
     try:
         other, _ = read_transformer(layout, original, name)
-        assert any(other[k] != told[k] for k in fields)
+        assert any(other[k] != settings[k] for k in fields)
     except UserError as error:
         assert "--config" in str(error)
     for note in ("[1]", "{"):

@@ -17,7 +17,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from diffusers.loaders import single_file_utils as theirs
+from diffusers.loaders import single_file_utils as reference
 from gguf import GGMLQuantizationType as Kind
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -32,7 +32,7 @@ from sfumato.checkpoints import families
 from sfumato.checkpoints.checkpoint import Checkpoint, Component, RawCheckpoint, ReadOptions
 from sfumato.checkpoints.families import FLOW, Family, TransformerFamily
 from sfumato.checkpoints.families.flux import DYNAMIC
-from sfumato.checkpoints.formats.folded import KEY as KEY_OF_OURS
+from sfumato.checkpoints.formats.folded import KEY as KEY_OF_ACTUAL
 from sfumato.checkpoints.lazy_tensor import LazyTensor, from_tensors
 from sfumato.checkpoints.metadata import CONFIGS, TOKENIZERS
 from sfumato.checkpoints.metadata import TRANSFORMER as NOTE
@@ -84,8 +84,8 @@ FLUX |= {
 CLASSES = {"sd3": ("SD3Transformer2DModel", SD3), "flux": ("FluxTransformer2DModel", FLUX)}
 CLASSES |= {"schnell": ("FluxTransformer2DModel", FLUX | {"guidance_embeds": False})}
 CONVERTERS = {
-    "sd3": theirs.convert_sd3_transformer_checkpoint_to_diffusers,
-    "flux": theirs.convert_flux_transformer_checkpoint_to_diffusers,
+    "sd3": reference.convert_sd3_transformer_checkpoint_to_diffusers,
+    "flux": reference.convert_flux_transformer_checkpoint_to_diffusers,
 }
 DIT: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -234,10 +234,10 @@ def saved(
 
     @cache
     def place(name: str) -> Path:
-        found = tmp_path_factory.mktemp(name)
-        models[name].save(found / "folder")
-        models[name].save(found / "a.safetensors")
-        return found
+        result = tmp_path_factory.mktemp(name)
+        models[name].save(result / "folder")
+        models[name].save(result / "a.safetensors")
+        return result
 
     return place
 
@@ -294,15 +294,15 @@ def test_others_read_the_file(
         converted(name, below(file, PREFIX), monkeypatch), dict(model.denoiser.network.state_dict())
     )
     assert equal_tensors(
-        theirs.convert_ldm_vae_checkpoint(dict(file), model.autoencoder.to_config()),
+        reference.convert_ldm_vae_checkpoint(dict(file), model.autoencoder.to_config()),
         dict(model.autoencoder.state_dict()),
     )
     if name == "sd3":
         for part, tower in (("", "clip_l"), ("_2", "clip_g")):
-            found = theirs.convert_ldm_clip_checkpoint(
+            result = reference.convert_ldm_clip_checkpoint(
                 dict(file), f"text_encoders.{tower}.transformer."
             )
-            assert equal_tensors(found, model.conditioner.encoders[part].tensors())
+            assert equal_tensors(result, model.conditioner.encoders[part].tensors())
         assert equal_tensors(
             below(file, "text_encoders.t5xxl.transformer."), model.conditioner.encoder_3.tensors()
         )
@@ -325,10 +325,10 @@ def test_files_of_others(
         sfumato.load(tmp_path / "bare.safetensors")
     with pytest.raises(UserError, match="has no folder tokenizer"):
         sfumato.load(tmp_path / "bare.safetensors", tokenizer=tmp_path)
-    found = sfumato.load(tmp_path / "bare.safetensors", tokenizer=saved(name) / "folder")
-    assert found.defaults == model.defaults and found.denoiser.process == model.denoiser.process
-    assert found.conditioner.to_config() == model.conditioner.to_config() and found.name == "bare"
-    assert same(picture(found), picture(model))
+    result = sfumato.load(tmp_path / "bare.safetensors", tokenizer=saved(name) / "folder")
+    assert result.defaults == model.defaults and result.denoiser.process == model.denoiser.process
+    assert result.conditioner.to_config() == model.conditioner.to_config() and result.name == "bare"
+    assert same(picture(result), picture(model))
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
@@ -349,14 +349,14 @@ def test_convert_keeps_what_draws(
     assert main(["convert", str(saved(name) / "a.safetensors"), str(tmp_path / "other")]) == 0
     model = models[name]
     for place in (one, folder, tmp_path / "other"):
-        found = sfumato.load(place)
-        assert (found.hash, found.name, found.defaults) == (
+        result = sfumato.load(place)
+        assert (result.hash, result.name, result.defaults) == (
             model.hash,
             model.name,
             model.defaults,
         ), place
-        assert found.conditioner.to_config() == model.conditioner.to_config()
-    assert same(picture(found), picture(model))
+        assert result.conditioner.to_config() == model.conditioner.to_config()
+    assert same(picture(result), picture(model))
     entries = [
         json.loads((path / "model_index.json").read_text())
         for path in (folder, saved(name) / "folder")
@@ -423,9 +423,9 @@ def test_what_the_layout_cannot_tell(
     for k, other in enumerate((flat, norm, axes, eps)):
         path = tmp_path / f"{k}.safetensors"
         other.save(path)
-        assert KEY_OF_OURS in notes_of(path), k
+        assert KEY_OF_ACTUAL in notes_of(path), k
         assert sfumato.load(path).hash == other.hash
-    assert KEY_OF_OURS not in notes_of(saved("flux") / "a.safetensors")
+    assert KEY_OF_ACTUAL not in notes_of(saved("flux") / "a.safetensors")
 
 
 def test_damaged_files(saved: Callable[[str], Path], tmp_path: Path) -> None:
@@ -458,9 +458,11 @@ def test_damaged_files(saved: Callable[[str], Path], tmp_path: Path) -> None:
         (file, notes | {"sfumato.scheduler": '{"_class_name": "DDIMSchedule"}'}, "DDIMSchedule"),
         (file, notes | {"sfumato.model": '{"defaults": {"steps": -1}}'}, "steps"),
     ]
-    for tensors, given, said in tables:
-        save_file(tensors, bad, given)
-        with pytest.raises(UserError, match=f"(?s)bad.safetensors.*{said}|{said}.*bad.safetensors"):
+    for tensors, inputs, message in tables:
+        save_file(tensors, bad, inputs)
+        with pytest.raises(
+            UserError, match=f"(?s)bad.safetensors.*{message}|{message}.*bad.safetensors"
+        ):
             sfumato.load(bad)
     with pytest.raises(UserError, match="reading="):
         sfumato.load(good, reading=ReadOptions(ema=True))
@@ -496,11 +498,11 @@ def test_a_network_beside_a_folder(
         sfumato.load(base)
     for prefix in ("", PREFIX):
         tensors = lone(model, "flux", tmp_path / "net.safetensors", prefix)
-        found = sfumato.load(base, transformer=tmp_path / "net.safetensors")
+        result = sfumato.load(base, transformer=tmp_path / "net.safetensors")
         assert (
-            found.hash == model.hash
-            and found.defaults == model.defaults
-            and same(picture(found), picture(model))
+            result.hash == model.hash
+            and result.defaults == model.defaults
+            and same(picture(result), picture(model))
         )
     torch.save({"state_dict": tensors}, tmp_path / "net.pt")
     assert sfumato.load(base, transformer=str(tmp_path / "net.pt")).hash == model.hash
@@ -513,27 +515,29 @@ def test_quantised_networks(
 ) -> None:
     """GGUF's Q8_0, whose numbers are written out here, and eight bits with scales."""
     tensors = lone(models["flux"], "flux", tmp_path / "net.safetensors")
-    writer, wanted = gguf.GGUFWriter(tmp_path / "net.gguf", "flux"), {}
+    writer, expected = gguf.GGUFWriter(tmp_path / "net.gguf", "flux"), {}
     for key, tensor in tensors.items():
         data = tensor.numpy()
         if tensor.ndim == 2:
             blocks = data.reshape(-1, 32)
             scale = (np.abs(blocks).max(1, keepdims=True) / 127).astype(np.float16)
             numbers = np.round(blocks / scale.astype(np.float32)).astype(np.int8)
-            wanted[key] = torch.from_numpy((scale.astype(np.float32) * numbers).reshape(data.shape))
+            expected[key] = torch.from_numpy(
+                (scale.astype(np.float32) * numbers).reshape(data.shape)
+            )
             packed = np.concatenate([scale.view(np.uint8), numbers.view(np.uint8)], 1).reshape(
                 data.shape[0], -1
             )
             writer.add_tensor(key, packed, raw_dtype=Kind.Q8_0)
         else:
-            wanted[key] = tensor
+            expected[key] = tensor
             writer.add_tensor(key, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    found = sfumato.load(base, transformer=tmp_path / "net.gguf").denoiser.network
-    assert equal_tensors(dict(found.state_dict()), converted("flux", wanted, monkeypatch))
+    result = sfumato.load(base, transformer=tmp_path / "net.gguf").denoiser.network
+    assert equal_tensors(dict(result.state_dict()), converted("flux", expected, monkeypatch))
     with pytest.raises(UserError, match=r"net\.gguf holds a network alone"):
         sfumato.load(tmp_path / "net.gguf")
     eights: dict[str, Tensor] = {}
@@ -551,8 +555,8 @@ def test_quantised_networks(
         for k, v in eights.items()
         if not k.endswith("scale_weight")
     }
-    found = sfumato.load(base, transformer=tmp_path / "fp8.safetensors").denoiser.network
-    assert equal_tensors(dict(found.state_dict()), converted("flux", scaled, monkeypatch))
+    result = sfumato.load(base, transformer=tmp_path / "fp8.safetensors").denoiser.network
+    assert equal_tensors(dict(result.state_dict()), converted("flux", scaled, monkeypatch))
     for name in ("net.gguf", "fp8.safetensors"):
         with pytest.raises(UserError, match="cannot be streamed"):
             sfumato.load(base, transformer=tmp_path / name, memory="64GB")
@@ -598,7 +602,7 @@ def test_networks_that_do_not_belong(
     lone(models["sd3"], "sd3", tmp_path / "sd3.safetensors")
     lone(models["schnell"], "flux", tmp_path / "schnell.safetensors")
     save_file({"a": torch.ones(2)}, tmp_path / "odd.safetensors")
-    for name, said in (
+    for name, message in (
         (
             "sd3",
             "holds a SD3Transformer2DModel, and the given config is of a FluxTransformer2DModel",
@@ -608,7 +612,7 @@ def test_networks_that_do_not_belong(
         ("none", "was not found"),
     ):
         with pytest.raises(
-            UserError, match=rf"{name}\.safetensors.*{said}|{said}.*{name}\.safetensors"
+            UserError, match=rf"{name}\.safetensors.*{message}|{message}.*{name}\.safetensors"
         ):
             sfumato.load(base, transformer=tmp_path / f"{name}.safetensors")
     with pytest.raises(UserError, match="expected a model's folder"):
@@ -626,11 +630,12 @@ def test_streamed(
     """The same pictures with weights that stay in the files."""
     model = models["flux"]
     lone(model, "flux", tmp_path / "net.safetensors")
-    wanted = picture(model)
+    expected = picture(model)
     assert same(
-        picture(sfumato.load(base, transformer=tmp_path / "net.safetensors", memory="64GB")), wanted
+        picture(sfumato.load(base, transformer=tmp_path / "net.safetensors", memory="64GB")),
+        expected,
     )
-    assert same(picture(sfumato.load(saved("flux") / "a.safetensors", memory="64GB")), wanted)
+    assert same(picture(sfumato.load(saved("flux") / "a.safetensors", memory="64GB")), expected)
 
 
 def test_command_line(
@@ -764,22 +769,22 @@ def test_sit_is_the_papers_network_as_a_flow() -> None:
         velocity = published(file, 2, x, 1 - t, label)
         assert float((y + velocity).norm() / velocity.norm()) < 1e-5
         denoiser = Denoiser(net, Process(schedule("flow"), parameterization("flow")))
-        said = denoiser(x, 0.5, Conditioning(vector=torch.eye(6)[label]))
+        message = denoiser(x, 0.5, Conditioning(vector=torch.eye(6)[label]))
         half = published(file, 2, x, torch.full((3,), 0.5), label)
     # z = x + (1 - s) v and eps = x - s v
-    torch.testing.assert_close(said.x0, x + 0.5 * half, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(said.eps, x - 0.5 * half, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(message.x0, x + 0.5 * half, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(message.eps, x - 0.5 * half, atol=1e-4, rtol=1e-4)
 
 
-def test_sit_is_told_from_dit_by_its_class() -> None:
+def test_the_class_name_distinguishes_sit_from_dit() -> None:
     net, file, notes = sit_file()
     assert json.loads(notes[NOTE])["_class_name"] == "SfumatoSiT"
-    found = (
+    result = (
         families.by_name("sit").read(RawCheckpoint(from_tensors(file))).components["transformer"]
     )
-    values = found.config
+    values = result.config
     assert SiTConfig.from_dict(values) == net.config
-    assert equal_tensors({k: v.load() for k, v in found.tensors.items()}, dict(net.state_dict()))
+    assert equal_tensors({k: v.load() for k, v in result.tensors.items()}, dict(net.state_dict()))
     with pytest.raises(UserError, match="holds a SfumatoSiT, and the given config is of a DiT"):
         other = {"transformer": {**values, "_class_name": "DiTTransformer2DModel"}}
         families.by_name("dit").read(RawCheckpoint(from_tensors(file), notes), None, other)

@@ -44,12 +44,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def ours(folders: dict[str, Path]) -> dict[str, Any]:
+def actual(folders: dict[str, Path]) -> dict[str, Any]:
     return {kind: named(kind).from_folder(folder) for kind, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """diffusers' pipelines of the same parts, which went through no file."""
     return {
         kind: pipeline(kind, text_encoders.parts(kind, tmp_path_factory.mktemp("parts") / kind))
@@ -70,18 +70,18 @@ def empty(kind: str) -> dict[str, Any]:
 def pipeline(kind: str, parts: dict[str, Any]) -> Any:
     import diffusers
 
-    found = object.__new__(getattr(diffusers, text_encoders.PIPELINES[kind]))
+    result = object.__new__(getattr(diffusers, text_encoders.PIPELINES[kind]))
     # the stand-in for a network is not a model that could be registered
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            type(found), "register_modules", lambda self, **modules: self.__dict__.update(modules)
+            type(result), "register_modules", lambda self, **modules: self.__dict__.update(modules)
         )
-        patch.setattr(type(found), "register_to_config", lambda self, **values: None)
-        found.__init__(**parts, **empty(kind))
-    return found
+        patch.setattr(type(result), "register_to_config", lambda self, **values: None)
+        result.__init__(**parts, **empty(kind))
+    return result
 
 
-def asked(
+def options(
     pipe: Any,
     kind: str,
     prompts: list[str],
@@ -95,14 +95,14 @@ def asked(
         if kind.startswith("pixart"):
             length = 120 if kind == "pixart_alpha" else 300
             say = {"negative_prompt": prompts} if negative else {}
-            found = pipe.encode_prompt(
+            result = pipe.encode_prompt(
                 ["a"] * len(prompts) if negative else prompts,
                 negative,
                 device="cpu",
                 max_sequence_length=length,
                 **say,
             )
-            tokens, mask = found[2:4] if negative else found[:2]
+            tokens, mask = result[2:4] if negative else result[:2]
             return Conditioning(tokens, mask.bool())
         if kind.startswith("sd3"):
             say = {"negative_prompt": prompts} if negative else {}
@@ -124,103 +124,103 @@ def asked(
         return Conditioning(tokens, vector=pooled)
 
 
-def close(found: Conditioning, theirs: Conditioning) -> None:
+def close(result: Conditioning, reference: Conditioning) -> None:
     for name in ("tokens", "vector"):
-        a, b = getattr(found, name), getattr(theirs, name)
+        a, b = getattr(result, name), getattr(reference, name)
         assert (a is None) == (b is None), name
         if a is not None:
             assert a.shape == b.shape and a.dtype == b.dtype == torch.float32, name
             assert float((a - b).abs().max()) <= 1e-5 * float(b.abs().max()), name
-    assert (found.mask is None) == (theirs.mask is None)
-    assert found.mask is None or theirs.mask is None or torch.equal(found.mask, theirs.mask)
+    assert (result.mask is None) == (reference.mask is None)
+    assert result.mask is None or reference.mask is None or torch.equal(result.mask, reference.mask)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_are_read_as_diffusers_reads_them(
-    kind: str, ours: dict[str, Any], theirs: dict[str, Any]
+    kind: str, actual: dict[str, Any], reference: dict[str, Any]
 ) -> None:
-    found = ours[kind](PROMPTS)
-    close(found, asked(theirs[kind], kind, PROMPTS))
-    assert torch.equal(found.tokens[0], found.tokens[3]) and not torch.allclose(
-        found.tokens[0], found.tokens[1], atol=1e-3
+    result = actual[kind](PROMPTS)
+    close(result, options(reference[kind], kind, PROMPTS))
+    assert torch.equal(result.tokens[0], result.tokens[3]) and not torch.allclose(
+        result.tokens[0], result.tokens[1], atol=1e-3
     )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_prompt_is_the_empty_one_as_the_negative_prompt_is_there(
-    kind: str, ours: dict[str, Any], theirs: dict[str, Any]
+    kind: str, actual: dict[str, Any], reference: dict[str, Any]
 ) -> None:
     negative = kind.startswith(("pixart", "sd3"))
-    close(ours[kind].null(2), asked(theirs[kind], kind, ["", ""], negative=negative))
+    close(actual[kind].null(2), options(reference[kind], kind, ["", ""], negative=negative))
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_second_prompts_go_where_diffusers_sends_them(
-    kind: str, ours: dict[str, Any], theirs: dict[str, Any]
+    kind: str, actual: dict[str, Any], reference: dict[str, Any]
 ) -> None:
     second = ["two dogs", "a fox", "", "mat", "a cat", "runs"]
-    close(ours[kind](PROMPTS, None, second), asked(theirs[kind], kind, PROMPTS, second))
-    same = ours[kind](PROMPTS, None, [None] * len(PROMPTS))
+    close(actual[kind](PROMPTS, None, second), options(reference[kind], kind, PROMPTS, second))
+    same = actual[kind](PROMPTS, None, [None] * len(PROMPTS))
     assert all(
-        torch.equal(a, b) for a, b in zip(same.tensors, ours[kind](PROMPTS).tensors, strict=True)
+        torch.equal(a, b) for a, b in zip(same.tensors, actual[kind](PROMPTS).tensors, strict=True)
     )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_long_prompt_is_cut_where_diffusers_cuts_it(
-    kind: str, ours: dict[str, Any], theirs: dict[str, Any]
+    kind: str, actual: dict[str, Any], reference: dict[str, Any]
 ) -> None:
-    cut = replace(ours[kind], config=replace(ours[kind].config, truncation="cut"))
+    cut = replace(actual[kind], config=replace(actual[kind].config, truncation="cut"))
     close(
         cut(["a cat", LONG, LONG + "and a dog"]),
-        asked(theirs[kind], kind, ["a cat", LONG, LONG + "and a dog"]),
+        options(reference[kind], kind, ["a cat", LONG, LONG + "and a dog"]),
     )
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_what_clip_does_not_read_t5_does_and_the_log_says_so(
-    kind: str, ours: dict[str, Any], theirs: dict[str, Any], caplog: pytest.LogCaptureFixture
+    kind: str, actual: dict[str, Any], reference: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     prompt = "a cat and a red dog " * 12 + "fox"
     with caplog.at_level(logging.INFO):
-        found = ours[kind]([prompt])
+        result = actual[kind]([prompt])
     assert any("CLIP reads the first 75 of" in record.message for record in caplog.records)
-    close(found, asked(theirs[kind], kind, [prompt]))
-    shorter = ours[kind]([prompt.removesuffix("fox")])
-    assert torch.equal(found.vector, shorter.vector) and not torch.equal(
-        found.tokens, shorter.tokens
+    close(result, options(reference[kind], kind, [prompt]))
+    shorter = actual[kind]([prompt.removesuffix("fox")])
+    assert torch.equal(result.vector, shorter.vector) and not torch.equal(
+        result.tokens, shorter.tokens
     )
 
 
 @pytest.mark.parametrize("kind", ["pixart_alpha", "pixart_sigma"])
-def test_pixart_is_told_the_picture_as_diffusers_tells_it(kind: str, ours: dict[str, Any]) -> None:
+def test_pixart_takes_the_image_spec_as_in_diffusers(kind: str, actual: dict[str, Any]) -> None:
     """added_cond_kwargs of a network for 1024 pixels: resolution (height, width) and aspect_ratio
     height / width.
     """
     height, width = 832, 1216
-    theirs = torch.cat(
+    reference = torch.cat(
         [
             torch.tensor([height, width]).repeat(2, 1),
             torch.tensor([float(height / width)]).repeat(2, 1),
         ],
         1,
     )
-    for found in (
-        ours[kind](["a cat", ""], ImageSpec(height, width)),
-        ours[kind].null(2, ImageSpec(height, width)),
+    for result in (
+        actual[kind](["a cat", ""], ImageSpec(height, width)),
+        actual[kind].null(2, ImageSpec(height, width)),
     ):
-        assert found.vector.dtype == torch.float32 and torch.equal(found.vector, theirs)
-    assert ours[kind](["a cat"]).vector is None
+        assert result.vector.dtype == torch.float32 and torch.equal(result.vector, reference)
+    assert actual[kind](["a cat"]).vector is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_saved_opens_in_diffusers_and_here(
-    kind: str, ours: dict[str, Any], theirs: dict[str, Any], tmp_path: Path
+    kind: str, actual: dict[str, Any], reference: dict[str, Any], tmp_path: Path
 ) -> None:
     import diffusers
 
-    ours[kind].save(tmp_path)
-    index = {"_class_name": text_encoders.PIPELINES[kind], **ours[kind].index()}
+    actual[kind].save(tmp_path)
+    index = {"_class_name": text_encoders.PIPELINES[kind], **actual[kind].index()}
     assert index.keys() - {"_class_name"} == text_encoders.parts(kind, tmp_path / "scratch").keys()
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     rest = dict.fromkeys(
@@ -230,28 +230,28 @@ def test_what_is_saved_opens_in_diffusers_and_here(
         tmp_path, local_files_only=True, **rest
     )
     parts = {name: getattr(loaded, name) for name in index if name != "_class_name"}
-    close(asked(pipeline(kind, parts), kind, PROMPTS), asked(theirs[kind], kind, PROMPTS))
+    close(options(pipeline(kind, parts), kind, PROMPTS), options(reference[kind], kind, PROMPTS))
     again = named(kind).from_folder(tmp_path)
     assert (
-        again.config == ours[kind].config
-        and again.identity() == ours[kind].identity()
-        and again.index() == ours[kind].index()
+        again.config == actual[kind].config
+        and again.identity() == actual[kind].identity()
+        and again.index() == actual[kind].index()
     )
     assert all(
         torch.equal(a, b)
-        for a, b in zip(again(PROMPTS).tensors, ours[kind](PROMPTS).tensors, strict=True)
+        for a, b in zip(again(PROMPTS).tensors, actual[kind](PROMPTS).tensors, strict=True)
     )
-    written, kept = again.tensors(), ours[kind].tensors()
+    written, kept = again.tensors(), actual[kind].tensors()
     assert written.keys() == kept.keys() and all(
         torch.equal(tensor, kept[key]) for key, tensor in written.items()
     )
 
 
 @pytest.mark.parametrize("kind", ["pixart_alpha", "sd3", "flux", "flux2_dev", "flux2_klein"])
-def test_the_widths_that_networks_are_told(kind: str, ours: dict[str, Any]) -> None:
-    found = ours[kind](["a"])
-    assert found.tokens.shape[-1] == ours[kind].width
-    assert ours[kind].device == torch.device("cpu")
+def test_the_conditioning_widths_of_networks(kind: str, actual: dict[str, Any]) -> None:
+    result = actual[kind](["a"])
+    assert result.tokens.shape[-1] == actual[kind].width
+    assert actual[kind].device == torch.device("cpu")
 
 
 def old(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -312,7 +312,7 @@ def with_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_files_with_other_names_are_the_same_weights(
     kind: str,
     change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-    ours: dict[str, Any],
+    actual: dict[str, Any],
     folders: dict[str, Path],
     tmp_path: Path,
 ) -> None:
@@ -326,18 +326,18 @@ def test_files_with_other_names_are_the_same_weights(
     changed = change(tensors)
     assert changed.keys() != tensors.keys()
     save_file(changed, file, {"format": "pt"})
-    found = named(kind).from_folder(folder)
-    assert torch.equal(found(PROMPTS[:1]).tokens, ours[kind](PROMPTS[:1]).tokens)
+    result = named(kind).from_folder(folder)
+    assert torch.equal(result(PROMPTS[:1]).tokens, actual[kind](PROMPTS[:1]).tokens)
 
 
-def test_a_spiece_and_a_tokenizer_json_read_alike(ours: dict[str, Any]) -> None:
+def test_a_spiece_and_a_tokenizer_json_read_alike(actual: dict[str, Any]) -> None:
     from_spiece, from_json = (
-        ours["pixart_alpha"].encoder.tokenizer,
-        ours["flux"].encoder_2.tokenizer,
+        actual["pixart_alpha"].encoder.tokenizer,
+        actual["flux"].encoder_2.tokenizer,
     )
     assert (
-        ours["pixart_alpha"].encoder.identity()["tokenizer"]
-        == ours["flux"].encoder_2.identity()["tokenizer"]
+        actual["pixart_alpha"].encoder.identity()["tokenizer"]
+        == actual["flux"].encoder_2.identity()["tokenizer"]
     )
     for prompt in [*PROMPTS, LONG]:
         assert from_spiece(prompt).input_ids == from_json(prompt).input_ids
@@ -348,14 +348,14 @@ def test_half_precision_is_transformers_own(dtype: torch.dtype, folders: dict[st
     """In float16 the same weights stay in float32, and the states are the same bits."""
     from transformers import T5EncoderModel
 
-    found = named("pixart_alpha").from_folder(folders["pixart_alpha"], dtype)
+    result = named("pixart_alpha").from_folder(folders["pixart_alpha"], dtype)
     model = T5EncoderModel.from_pretrained(folders["pixart_alpha"] / "text_encoder", dtype=dtype)
     kinds = {key: tensor.dtype for key, tensor in model.state_dict().items()}
-    assert {key: tensor.dtype for key, tensor in found.encoder.model.state_dict().items()} == kinds
+    assert {key: tensor.dtype for key, tensor in result.encoder.model.state_dict().items()} == kinds
     assert (torch.float32 in kinds.values()) == (dtype == torch.float16)
-    ids = found.encoder.tokenizer(
+    ids = result.encoder.tokenizer(
         "a cat", padding="max_length", max_length=120, return_tensors="pt"
     )
     with torch.no_grad():
         states = model(ids.input_ids, attention_mask=ids.attention_mask).last_hidden_state
-    assert torch.equal(found(["a cat"]).tokens, states.float())
+    assert torch.equal(result(["a cat"]).tokens, states.float())

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers.loaders import single_file_utils as theirs
+from diffusers.loaders import single_file_utils as reference
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -158,9 +158,9 @@ def test_whole_and_back(family: str) -> None:
     file = file_of(networks)
     parts = read_whole(from_tensors(file), {}, "file")
     assert parts.keys() == networks.keys()
-    for name, found in parts.items():
+    for name, result in parts.items():
         assert equal_tensors(
-            {k: v.load() for k, v in found.tensors.items()}, names(networks[name])
+            {k: v.load() for k, v in result.tensors.items()}, names(networks[name])
         ), name
     for name in networks:  # the configs that were read build the same networks
         network, config = networks[name], parts[name].config
@@ -189,19 +189,23 @@ def test_whole_and_back(family: str) -> None:
 def test_diffusers_reads_the_parts_of_sd3() -> None:
     networks = models("sd3")
     file = file_of(networks)
-    found = theirs.convert_ldm_vae_checkpoint(dict(file), networks["vae"].config)
-    assert equal_tensors(found, names(networks["vae"]))
+    result = reference.convert_ldm_vae_checkpoint(dict(file), networks["vae"].config)
+    assert equal_tensors(result, names(networks["vae"]))
     for part_name, name in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g")):
-        tower = theirs.convert_ldm_clip_checkpoint(dict(file), f"text_encoders.{name}.transformer.")
-        wanted = names(networks[part_name])
+        tower = reference.convert_ldm_clip_checkpoint(
+            dict(file), f"text_encoders.{name}.transformer."
+        )
+        expected = names(networks[part_name])
         assert equal_tensors(
-            tower | ({"text_projection.weight": torch.eye(64)} if name == "clip_l" else {}), wanted
+            tower | ({"text_projection.weight": torch.eye(64)} if name == "clip_l" else {}),
+            expected,
         )
     assert equal_tensors(
-        theirs.convert_sd3_t5_checkpoint_to_diffusers(dict(file)), names(networks["text_encoder_3"])
+        reference.convert_sd3_t5_checkpoint_to_diffusers(dict(file)),
+        names(networks["text_encoder_3"]),
     )
     assert equal_tensors(
-        theirs.convert_sd3_transformer_checkpoint_to_diffusers(
+        reference.convert_sd3_transformer_checkpoint_to_diffusers(
             below(file, "model.diffusion_model.")
         ),
         names(networks["transformer"]),
@@ -267,23 +271,23 @@ def test_autoencoder_alone(family: str) -> None:
     # of others `convert` asks for the config
     assert families.detect(shapes, "file").tells_latents is (family == "flux2")
     config = None if family == "flux2" else {"vae": dict(network.config)}
-    for given in (file, {k: v for k, v in file.items() if k != BATCHES}):
-        found = read_whole(from_tensors(given), {}, "file", config)["vae"]
-        assert equal_tensors({k: v.load() for k, v in found.tensors.items()}, network.state_dict())
+    for inputs in (file, {k: v for k, v in file.items() if k != BATCHES}):
+        result = read_whole(from_tensors(inputs), {}, "file", config)["vae"]
+        assert equal_tensors({k: v.load() for k, v in result.tensors.items()}, network.state_dict())
     if family == "flux2":
         assert all(
-            list(v) == found.config[k] if isinstance(v, tuple) else v == found.config[k]
+            list(v) == result.config[k] if isinstance(v, tuple) else v == result.config[k]
             for k, v in network.config.items()
-            if k in found.config
+            if k in result.config
         )
         assert (
             file["encoder.quant_conv.weight"] is not None
             and file["decoder.post_quant_conv.bias"] is not None
         )
-        assert found.config["_class_name"] == "AutoencoderKLFlux2"
+        assert result.config["_class_name"] == "AutoencoderKLFlux2"
     else:
         assert equal_tensors(
-            theirs.convert_ldm_vae_checkpoint(dict(file), network.config), network.state_dict()
+            reference.convert_ldm_vae_checkpoint(dict(file), network.config), network.state_dict()
         )
 
 

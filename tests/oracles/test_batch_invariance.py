@@ -328,11 +328,11 @@ def test_the_plain_layers_differ() -> None:
         "3x3": normal(COUNT, 12, 7, 7),
         "1x1": normal(COUNT, 128, 7, 7),
     }
-    found = [
+    result = [
         batch_dependent(lambda rows, x=inputs[name], layer=layer: layer(x[rows]), SOME)
         for name, layer in plain.items()
     ]
-    if not any(found):
+    if not any(result):
         pytest.skip(
             "the kernels of this machine give plain layers' rows the same bits, so that they cannot show a difference"
         )
@@ -351,14 +351,14 @@ def test_training_is_torchs_own() -> None:
         ),
         (batch_invariant.Conv2d(6, 8, 1), nn.Conv2d(6, 8, 1), normal(1, 6, 5, 5)),
     ]
-    for ours, theirs, x in pairs:
-        theirs.load_state_dict(ours.state_dict())
-        a, b = ours(x), theirs(x)
+    for actual, reference, x in pairs:
+        reference.load_state_dict(actual.state_dict())
+        a, b = actual(x), reference(x)
         a.square().sum().backward()
         b.square().sum().backward()
         assert torch.equal(a, b) and all(
             torch.equal(p.grad, q.grad)
-            for p, q in zip(ours.parameters(), theirs.parameters(), strict=True)
+            for p, q in zip(actual.parameters(), reference.parameters(), strict=True)
         )
 
 

@@ -137,8 +137,8 @@ def test_the_nearest_bucket_crops_least() -> None:
     sizes, draw = bucket_sizes(256, 16, 2.0), np.random.default_rng(0)
     shapes = draw.integers(1, 3000, (300, 2)).tolist() + [list(s) for s in sizes]
     for height, width in shapes:
-        found = nearest_bucket(height, width, sizes)
-        assert kept(height, width, found) >= max(kept(height, width, s) for s in sizes) - 1e-12
+        result = nearest_bucket(height, width, sizes)
+        assert kept(height, width, result) >= max(kept(height, width, s) for s in sizes) - 1e-12
     assert all(nearest_bucket(3 * h, 3 * w, sizes) == (h, w) for h, w in sizes)
 
 
@@ -161,9 +161,9 @@ def test_an_oblong_is_the_centre_of_the_whole_resized(
     whole = np.asarray(Image.fromarray(pixels).resize((w, h), Image.Resampling.LANCZOS))[
         top : top + size[0], left : left + size[1]
     ]
-    found = Transform(size=size).to_pixels(pixels)
-    assert found.shape == (3, *size)
-    assert np.abs(found.transpose(1, 2, 0).astype(int) - whole).max() <= 1
+    result = Transform(size=size).to_pixels(pixels)
+    assert result.shape == (3, *size)
+    assert np.abs(result.transpose(1, 2, 0).astype(int) - whole).max() <= 1
 
 
 def test_boxes_of_any_proportion_stay_inside_the_picture() -> None:
@@ -172,7 +172,7 @@ def test_boxes_of_any_proportion_stay_inside_the_picture() -> None:
         assert Transform(size=(a, b)).to_pixels(noise(h, w)).shape == (3, a, b)
 
 
-def test_a_square_keeps_its_hash_however_it_is_said() -> None:
+def test_a_square_size_keeps_its_hash_in_every_spelling() -> None:
     """The key of latent caches that there are: a hash of exactly these four."""
     old = hash_json({"size": 32, "channels": 3, "crop": "center", "interpolation": "lanczos"})
     assert Transform(32, 3).hash == Transform((32, 32), 3).hash == old
@@ -232,19 +232,19 @@ def upright(k: int) -> np.ndarray:
     return np.rot90(noise(*SHAPES[k], k), -1).copy() if k % 3 == 1 else noise(*SHAPES[k], k)
 
 
-def number_of(found: BucketedImages) -> list[int]:
-    assert found.captions is not None
-    return [int(c) for c in found.captions]
+def number_of(result: BucketedImages) -> list[int]:
+    assert result.captions is not None
+    return [int(c) for c in result.captions]
 
 
-def check(found: BucketedImages, side: int = 16, step: int = 4) -> None:
+def check(result: BucketedImages, side: int = 16, step: int = 4) -> None:
     """Every picture once, in the bucket of least crop of its upright self, with its own label and
     pixels.
     """
-    sizes, numbers = bucket_sizes(side, step), number_of(found)
-    assert sorted(numbers) == sorted(set(numbers)) and found.labels is not None
-    assert [CLASSES[i] for i in found.labels.tolist()] == [CLASSES[k % 3] for k in numbers]
-    for images_, group in zip(found.sets, found.groups, strict=True):
+    sizes, numbers = bucket_sizes(side, step), number_of(result)
+    assert sorted(numbers) == sorted(set(numbers)) and result.labels is not None
+    assert [CLASSES[i] for i in result.labels.tolist()] == [CLASSES[k % 3] for k in numbers]
+    for images_, group in zip(result.sets, result.groups, strict=True):
         assert len(images_) == len(group) > 0
         for row, k in enumerate(numbers[group.start : group.stop]):
             pixels = upright(k)
@@ -262,17 +262,17 @@ def test_every_picture_is_in_the_bucket_of_least_crop_once(
     monkeypatch.setattr(
         images, "decode", lambda picture: seen.update([str(picture)]) or decode(picture)
     )
-    found = open_buckets(folder, side=16, step=4)
-    assert len(found) == len(SHAPES) and set(number_of(found)) == set(range(len(SHAPES)))
-    assert len(found.sets) == 3 and found.class_names == CLASSES and found.skipped == []
-    assert sorted(found.places.tolist()) == list(range(len(SHAPES)))
-    check(found)
+    result = open_buckets(folder, side=16, step=4)
+    assert len(result) == len(SHAPES) and set(number_of(result)) == set(range(len(SHAPES)))
+    assert len(result.sets) == 3 and result.class_names == CLASSES and result.skipped == []
+    assert sorted(result.places.tolist()) == list(range(len(SHAPES)))
+    check(result)
     assert len(seen) == len(SHAPES) and set(seen.values()) == {1}, (
         "decoded once each, batches and all"
     )
     squares = open_images(folder, size=16)
     assert squares.captions is not None
-    assert [squares.captions[i] for i in found.places.tolist()] == found.captions
+    assert [squares.captions[i] for i in result.places.tolist()] == result.captions
 
 
 def test_the_memory_limit_is_for_all_buckets_together(
@@ -291,11 +291,11 @@ def test_broken_pictures_are_left_out_or_named(folder: Path) -> None:
     (folder / "cat" / "03.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"03\.png cannot be read"):
         open_buckets(folder, side=16, step=4)
-    found = open_buckets(folder, side=16, step=4, on_error="skip")
-    assert [Path(name).name for name, _ in found.skipped] == ["03.png"]
-    assert set(number_of(found)) == set(range(len(SHAPES))) - {3}
-    assert sorted(found.places.tolist()) == list(range(len(SHAPES) - 1))
-    check(found)
+    result = open_buckets(folder, side=16, step=4, on_error="skip")
+    assert [Path(name).name for name, _ in result.skipped] == ["03.png"]
+    assert set(number_of(result)) == set(range(len(SHAPES))) - {3}
+    assert sorted(result.places.tolist()) == list(range(len(SHAPES) - 1))
+    check(result)
 
 
 def test_one_grey_picture_does_not_make_its_bucket_grey(folder: Path) -> None:
@@ -305,13 +305,13 @@ def test_one_grey_picture_does_not_make_its_bucket_grey(folder: Path) -> None:
 
 
 def test_a_subset_keeps_pictures_with_their_words(folder: Path) -> None:
-    found = open_buckets(folder, side=16, step=4)
-    few = found.subset([7, 0, 11])
-    assert number_of(few) == [number_of(found)[i] for i in (0, 7, 11)]
+    result = open_buckets(folder, side=16, step=4)
+    few = result.subset([7, 0, 11])
+    assert number_of(few) == [number_of(result)[i] for i in (0, 7, 11)]
     check(few)
-    assert few.places.tolist() == found.places[[0, 7, 11]].tolist()
+    assert few.places.tolist() == result.places[[0, 7, 11]].tolist()
     with pytest.raises(UserError, match="at least one"):
-        found.subset([])
+        result.subset([])
 
 
 def test_the_pictures_held_out_are_those_of_the_squares(folder: Path) -> None:
@@ -327,8 +327,8 @@ def test_the_pictures_held_out_are_those_of_the_squares(folder: Path) -> None:
 )
 def test_real_clothing() -> None:
     pytest.importorskip("datasets")
-    found = open_buckets(CLOTHING, side=64, step=16, limit=60)
-    assert len(found) == 60 and sorted(found.places.tolist()) == list(range(60))
+    result = open_buckets(CLOTHING, side=64, step=16, limit=60)
+    assert len(result) == 60 and sorted(result.places.tolist()) == list(range(60))
 
 
 # ---- latents -------------------------------------------------------------------------------------
@@ -342,31 +342,31 @@ def encode(image: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def latents(folder: Path, tmp_path: Path) -> tuple[BucketedImages, BucketedLatents]:
-    found = open_buckets(folder, side=16, step=4)
-    return found, BucketedLatents(
-        [cache_latents(s, encode, "toy", tmp_path / "latents") for s in found.sets]
+    result = open_buckets(folder, side=16, step=4)
+    return result, BucketedLatents(
+        [cache_latents(s, encode, "toy", tmp_path / "latents") for s in result.sets]
     )
 
 
 def test_latents_have_the_images_numbers(latents: tuple[BucketedImages, BucketedLatents]) -> None:
-    found, cached = latents
+    result, cached = latents
     assert (
-        len(cached) == len(found)
-        and cached.groups == found.groups
-        and cached.captions == found.captions
+        len(cached) == len(result)
+        and cached.groups == result.groups
+        and cached.captions == result.captions
     )
     assert (
-        found.labels is not None
+        result.labels is not None
         and cached.labels is not None
-        and torch.equal(cached.labels, found.labels)
+        and torch.equal(cached.labels, result.labels)
     )
-    assert [i for g in cached.groups for i in g] == list(range(len(found)))
-    for images_, group in zip(found.sets, cached.groups, strict=True):
+    assert [i for g in cached.groups for i in g] == list(range(len(result)))
+    for images_, group in zip(result.sets, cached.groups, strict=True):
         backwards = list(reversed(group))
         batch = cached.batch(backwards)
         mean, std = encode(images_.batch([i - group.start for i in backwards])["image"])
         assert torch.equal(batch["mean"], mean) and torch.equal(batch["std"], std)
-        assert torch.equal(batch["label"], found.labels[backwards])
+        assert torch.equal(batch["label"], result.labels[backwards])
 
 
 def test_a_batch_of_two_shapes_is_refused(latents: tuple[BucketedImages, BucketedLatents]) -> None:
@@ -390,13 +390,13 @@ def test_statistics_count_every_cell_once(latents: tuple[BucketedImages, Buckete
         torch.cat([p[name].double().transpose(0, 1).flatten(1) for p in parts], 1)
         for name in ("mean", "std")
     )
-    found = cached.statistics()
-    assert found[0] == pytest.approx(mean.mean(1).tolist(), rel=1e-9)
-    assert found[1] == pytest.approx(
+    result = cached.statistics()
+    assert result[0] == pytest.approx(mean.mean(1).tolist(), rel=1e-9)
+    assert result[1] == pytest.approx(
         (mean.var(1, correction=0) + std.square().mean(1)).sqrt().tolist(), rel=1e-9
     )
     unweighted = torch.stack([p["mean"].double().mean((0, 2, 3)) for p in parts]).mean(0)
-    assert found[0] != pytest.approx(unweighted.tolist(), rel=1e-3), (
+    assert result[0] != pytest.approx(unweighted.tolist(), rel=1e-3), (
         "the groups differ in size, and the check sees it"
     )
 
@@ -495,9 +495,9 @@ def objective(
         batch = made.batch
 
         def watched(indices: Tensor, draw: Draw) -> dict[str, Tensor]:
-            found = batch(indices, draw)
-            shapes.append(tuple(found["mean"].shape))
-            return found
+            result = batch(indices, draw)
+            shapes.append(tuple(result["mean"].shape))
+            return result
 
         made.batch = watched  # type: ignore[method-assign]
     return made

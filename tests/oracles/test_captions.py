@@ -44,10 +44,10 @@ class Letters(Conditioner):
     name = "letters"
 
     def __init__(self, masked: bool = True):
-        self.masked, self.asked = masked, []
+        self.masked, self.options = masked, []
 
     def encode(self, prompts: Sequence[str | None], image_spec: Any, second: Any) -> Conditioning:
-        self.asked += prompts
+        self.options += prompts
         codes = [[float(ord(c)) for c in f"^{p or ''}"] for p in prompts]
         tokens = torch.tensor([c + [-1e3] * (12 - len(c)) for c in codes])[
             ..., None
@@ -59,24 +59,24 @@ class Letters(Conditioner):
         return {"scale": torch.tensor([1.0, 2.0, 0.5])}
 
 
-def test_every_caption_is_read_once_and_told_by_its_number() -> None:
+def test_every_caption_is_read_once_and_indexed() -> None:
     captions, reader = ["abc", "", "z", "abc", "abcdef"], Letters()
-    told = Captions(reader, captions, batch_size=2)
-    assert sorted(reader.asked) == ["", "abc", "abcdef", "z"]
+    settings = Captions(reader, captions, batch_size=2)
+    assert sorted(reader.options) == ["", "abc", "abcdef", "z"]
     numbers = torch.tensor([4, 0, 3, 1, 2, 2])
-    found, expected = told.from_labels(numbers), Letters()([captions[int(k)] for k in numbers])
+    result, expected = settings.from_labels(numbers), Letters()([captions[int(k)] for k in numbers])
     assert (
-        found.tokens is not None
-        and found.mask is not None
+        result.tokens is not None
+        and result.mask is not None
         and expected.tokens is not None
         and expected.mask is not None
     )
-    assert found.tokens.shape[1] == 7, "the longest caption has six letters and a mark"
-    assert torch.equal(found.tokens, expected.tokens[:, :7]) and torch.equal(
-        found.mask, expected.mask[:, :7]
+    assert result.tokens.shape[1] == 7, "the longest caption has six letters and a mark"
+    assert torch.equal(result.tokens, expected.tokens[:, :7]) and torch.equal(
+        result.mask, expected.mask[:, :7]
     )
     assert not expected.mask[:, 7:].any()
-    nothing = told.null(3)
+    nothing = settings.null(3)
     assert nothing.tokens is not None and torch.equal(
         nothing.tokens, Letters()(["", "", ""]).tokens[:, :7]
     )  # pyright: ignore

@@ -91,9 +91,9 @@ def test_tiles_are_the_whole_where_the_overlap_covers_what_a_pixel_sees(
     expected = whole(autoencoder, z)
     assert expected.abs().max() < 1  # nothing is clamped
     autoencoder.seen.clear()
-    found = tiled(autoencoder, z, tile=tile, overlap=overlap)
-    assert found.dtype == torch.float32 and found.shape == (2, 3, 2 * size[0], 2 * size[1])
-    assert (found - expected).abs().max() < 1e-5
+    result = tiled(autoencoder, z, tile=tile, overlap=overlap)
+    assert result.dtype == torch.float32 and result.shape == (2, 3, 2 * size[0], 2 * size[1])
+    assert (result - expected).abs().max() < 1e-5
     # memory is bounded by the tile
     assert len(autoencoder.seen) > 1 and all(h <= tile and w <= tile for h, w in autoencoder.seen)
 
@@ -137,14 +137,14 @@ def test_no_step_at_the_borders_of_tiles(part: str, monkeypatch: pytest.MonkeyPa
 
     def steps() -> tuple[float, float]:
         """The largest mean change from a row or column to the next: at borders, elsewhere."""
-        found = (
+        result = (
             tiled(autoencoder, z, tile, overlap)
             if decodes
             else tiled_posterior(autoencoder, image, tile, overlap).mean
         )
         at, elsewhere = [0.0], [0.0]
         for d, side in ((2, size[0]), (3, size[1])):
-            changes = (found - expected).diff(dim=d).abs().transpose(0, d).flatten(1).mean(1)
+            changes = (result - expected).diff(dim=d).abs().transpose(0, d).flatten(1).mean(1)
             starts = _starts(side, tile, tile - overlap)
             borders = {place * cell - 1 for start in starts for place in (start, start + tile)}
             for k in range(overlap * cell - 1, (side - overlap) * cell):

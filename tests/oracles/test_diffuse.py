@@ -167,9 +167,9 @@ def test_log_snr_and_timestep_have_inverses(kind: str, t: float, steps: int) -> 
     )
     assert float(chosen.from_log_snr(chosen.log_snr(t))) == pytest.approx(t, abs=1e-7)
     # networks know no noise below the first
-    known = max(t, chosen.first if chosen.grid or kind in EXPLODING else 0.0)
+    available = max(t, chosen.first if chosen.grid or kind in EXPLODING else 0.0)
     assert float(chosen.time(chosen.timestep(torch.tensor(t, dtype=F64)))) == pytest.approx(
-        known, abs=1e-7
+        available, abs=1e-7
     )
     many = torch.tensor([[t, 0.5], [1.0, t / 2]], dtype=F64)
     assert torch.allclose(chosen.from_log_snr(chosen.log_snr(many)), many, atol=1e-7)  # any shape
@@ -208,9 +208,9 @@ def test_zero_terminal_snr_is_lins_algorithm(kind: str) -> None:
     grid = torch.arange(1, 1001, dtype=F64) / 1000
     root = torch.tensor(closed_form(kind, 1000), dtype=F64).exp().sqrt()
     expected = (root - root[-1]) * root[0] / (root[0] - root[-1])
-    found = ZeroTerminalSNR(base)
-    torch.testing.assert_close(found.at(grid)[0], expected, rtol=1e-9, atol=1e-12)
-    assert torch.equal(found.timestep(grid), base.timestep(grid))
+    output = ZeroTerminalSNR(base)
+    torch.testing.assert_close(output.at(grid)[0], expected, rtol=1e-9, atol=1e-12)
+    assert torch.equal(output.timestep(grid), base.timestep(grid))
     nearly = ZeroTerminalSNR(base, last=2.0**-24)
     assert nearly.point(1.0)[0] == pytest.approx(2.0**-12) and nearly.point(0.001)[
         0
@@ -223,8 +223,8 @@ def test_zero_terminal_snr_is_lins_algorithm(kind: str) -> None:
     with pytest.raises(UserError, match="last="):
         ZeroTerminalSNR(base, last=0.9)
     with pytest.raises(UserError, match="'eps' cannot be solved at t = 1"):
-        Process(found, parameterization("eps"))
-    Process(found, parameterization("v")), Process(nearly, parameterization("eps"))
+        Process(output, parameterization("eps"))
+    Process(output, parameterization("v")), Process(nearly, parameterization("eps"))
 
 
 def test_shift_divides_the_signal_to_noise_ratio_of_a_flow() -> None:
@@ -233,15 +233,15 @@ def test_shift_divides_the_signal_to_noise_ratio_of_a_flow() -> None:
     """
     t = torch.linspace(0.01, 1, 50, dtype=F64)
     for shift in (0.5, 3.0):
-        found, base = Shifted(schedule("flow"), shift), schedule("flow")
-        alpha, sigma = found.at(t)
+        output, base = Shifted(schedule("flow"), shift), schedule("flow")
+        alpha, sigma = output.at(t)
         torch.testing.assert_close(sigma, shift * t / (1 + (shift - 1) * t), rtol=1e-12, atol=0)
         torch.testing.assert_close(alpha / sigma, (1 - t) / t / shift, rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(found.timestep(t), 1000 * sigma, rtol=1e-12, atol=0)
+        torch.testing.assert_close(output.timestep(t), 1000 * sigma, rtol=1e-12, atol=0)
         # Even steps of the shifted schedule are the shifted steps of the plain one.
         shifted_steps = [base.point(v) for v in timesteps("shifted", 7, base, shift=shift)]
         assert np.allclose(
-            shifted_steps, [found.point(v) for v in timesteps("trailing", 7, found)], atol=1e-12
+            shifted_steps, [output.point(v) for v in timesteps("trailing", 7, output)], atol=1e-12
         )
     with pytest.raises(UserError, match="shift=0"):
         Shifted(schedule("flow"), 0)
@@ -329,15 +329,15 @@ def test_split_inverts_add_noise_and_target(kind: str, name: str, dtype: torch.d
     )
     z, eps = (normal(6, 3, 4, 5, seed=s, dtype=dtype) for s in (0, 1))
     x, y = process.add_noise(z, eps, t), process.target(z, eps, t)
-    found = process.split(x, y, t)
+    output = process.split(x, y, t)
     condition = 1 / process.parameterization.determinant(*process.schedule.at(t)).abs()
     size = process.schedule.at(t)[1].clamp(min=1)  # x is as large as the noise
     bound = (20 * torch.finfo(dtype).eps * condition.clamp_min(1) * size).reshape(-1, 1, 1, 1)
-    assert found.x0.dtype == found.eps.dtype == dtype
-    assert ((found.x0 - z).abs() < bound).all() and ((found.eps - eps).abs() < bound).all()
+    assert output.x0.dtype == output.eps.dtype == dtype
+    assert ((output.x0 - z).abs() < bound).all() and ((output.eps - eps).abs() < bound).all()
     for i, one in enumerate(t.tolist()):  # a t an image is the same as each image with its own t
         alone = process.split(x[i : i + 1], y[i : i + 1], one)
-        assert torch.equal(alone.x0, found.x0[i : i + 1]) and torch.equal(
+        assert torch.equal(alone.x0, output.x0[i : i + 1]) and torch.equal(
             process.add_noise(z, eps, one)[i], x[i]
         )
 
@@ -377,14 +377,14 @@ def test_what_is_worked_out_late_is_what_the_pair_gives(kind: str, name: str) ->
                 assert torch.allclose(now.at(alpha, sigma, 0.6, place), expected, **close)
         for scale in (1.5, w):
             for one, two in ((late, reference), (now, then), (late, then), (now, reference)):
-                found = one.away(two, scale)
-                assert torch.allclose(found.x0, then.x0 + scale * (now.x0 - then.x0), **close)
-                assert torch.allclose(found.eps, then.eps + scale * (now.eps - then.eps), **close)
+                output = one.away(two, scale)
+                assert torch.allclose(output.x0, then.x0 + scale * (now.x0 - then.x0), **close)
+                assert torch.allclose(output.eps, then.eps + scale * (now.eps - then.eps), **close)
             # asked elsewhere, or of a network that speaks otherwise: not one line through one x
             for far in moved:
-                found = late.away(far, scale)
+                output = late.away(far, scale)
                 assert torch.allclose(
-                    found.x0, far.x0 + scale * (now.x0 - far.x0), rtol=1e-9, atol=1e-6
+                    output.x0, far.x0 + scale * (now.x0 - far.x0), rtol=1e-9, atol=1e-6
                 )
     for bad in (float("nan"), float("inf"), -float("inf")):
         wrong = y.clone()
@@ -532,8 +532,8 @@ def test_samples_have_the_mixtures_mean_covariance_and_mode_weights(kind: str, n
         1,
     )
     assert end is not None
-    found = features(end.flatten(1))
-    score = (found.mean(0) - truth()) / (found.std(0) / math.sqrt(count))
+    output = features(end.flatten(1))
+    score = (output.mean(0) - truth()) / (output.std(0) / math.sqrt(count))
     assert score.abs().max() < 5, score
 
 
@@ -541,8 +541,10 @@ def test_the_statistical_test_can_fail() -> None:
     """Half of DDPM's noise left out is seen at once."""
     chosen, count = schedule("cosine"), 1000
     draw = stream((count, 2, 1, 1))
-    found = features(solve(ddpm, chosen, 50, start(chosen, count), lambda: 0.5 * draw()).flatten(1))
-    assert ((found.mean(0) - truth()) / (found.std(0) / math.sqrt(count))).abs().max() > 10
+    output = features(
+        solve(ddpm, chosen, 50, start(chosen, count), lambda: 0.5 * draw()).flatten(1)
+    )
+    assert ((output.mean(0) - truth()) / (output.std(0) / math.sqrt(count))).abs().max() > 10
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
@@ -564,16 +566,16 @@ def test_ddim_is_euler_in_sigma_over_alpha(kind: str) -> None:
     chosen = schedule(kind)
     denoise, times = exact_denoiser(chosen), timesteps("trailing", 20, chosen, start=0.98)
     x = start(chosen, 20)
-    found = run_sampler(ddim(x, times, chosen, never), denoise, 20)
+    output = run_sampler(ddim(x, times, chosen, never), denoise, 20)
     y, flow = x, x
     for t, s in pairwise(times):
         (a_t, s_t), (a_s, s_s) = chosen.at(t), chosen.at(s)
         y = a_s * (y / a_t + (s_s / a_s - s_t / a_t) * denoise(y, t).eps)
         p = denoise(flow, t)
         flow = flow + (s - t) * (p.eps - p.x0)
-    torch.testing.assert_close(found, y, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(output, y, rtol=1e-9, atol=1e-10)
     if kind == "flow":
-        torch.testing.assert_close(found, flow, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(output, flow, rtol=1e-9, atol=1e-10)
 
 
 def linear_response(sampler, chosen, t: float, s: float, denoise, **options) -> tuple[float, float]:
@@ -703,10 +705,10 @@ def test_a_number_that_is_not_finite_stops_the_run(part: str, value: float) -> N
     oracle = exact_denoiser(chosen, calls)
 
     def broken(x: Tensor, t: float) -> Prediction:
-        found = oracle(x, t)
+        output = oracle(x, t)
         if len(calls) == 3:
-            getattr(found, part)[0, 0, 0, 0] = value
-        return Prediction(found.x0.float(), found.eps.float())
+            getattr(output, part)[0, 0, 0, 0] = value
+        return Prediction(output.x0.float(), output.eps.float())
 
     with pytest.raises(
         NumericalError, match=r"1 of 6 numbers .* step 3 of 8 \(t = 0\.75\) \(float32\)"
@@ -790,7 +792,7 @@ def test_times_fall_strictly_for_every_spacing_and_number_of_steps(
     steps=st.integers(1, 300),
     first=st.floats(0.31, 1.0),
 )
-def test_times_begin_at_the_start_that_is_asked_for(
+def test_times_begin_at_the_requested_start(
     spacing: str, kind: str, steps: int, first: float
 ) -> None:
     steps = min(steps, largest(spacing, ALL[kind]) // 5)
@@ -852,7 +854,7 @@ def test_align_your_steps_is_its_table_at_ten_steps_and_log_linear_elsewhere() -
         )
 
 
-def test_truncated_runs_begin_where_they_are_told() -> None:
+def test_truncated_runs_begin_at_the_requested_time() -> None:
     times = [1.0, 0.75, 0.5, 0.25, 0.0]
     assert (
         truncate(times, 0.6) == [0.6, 0.5, 0.25, 0.0]
@@ -916,8 +918,8 @@ def test_min_snr_is_the_published_closed_form(kind: str) -> None:
     else:
         del expected["flow"]
     for name, values in expected.items():
-        found = loss_weight("min_snr", Process(chosen, parameterization(name)), t)
-        torch.testing.assert_close(found, values, rtol=1e-9, atol=0)
+        output = loss_weight("min_snr", Process(chosen, parameterization(name)), t)
+        torch.testing.assert_close(output, values, rtol=1e-9, atol=0)
         assert torch.equal(
             loss_weight("plain", Process(chosen, parameterization(name)), t),
             torch.ones(200, dtype=F64),

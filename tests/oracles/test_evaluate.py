@@ -45,11 +45,11 @@ def test_frechet_of_commuting_covariances() -> None:
     rotation = torch.linalg.qr(noise(6, 6))[0]
     a, b = uniform(6, seed=1).double() + 0.1, uniform(6, seed=2).double() * 4
     shift = noise(6, seed=3)
-    found = frechet_distance(
+    result = frechet_distance(
         made(torch.zeros(6), rotation @ a.diag() @ rotation.T),
         made(shift, rotation @ b.diag() @ rotation.T),
     )
-    assert found == pytest.approx(
+    assert result == pytest.approx(
         float(shift.square().sum() + (a.sqrt() - b.sqrt()).square().sum()), rel=1e-12
     )
 
@@ -131,11 +131,11 @@ def test_manifold_of_points_on_a_line() -> None:
     """
     real = torch.tensor([0.0, 1, 2, 3, 10])[:, None]
     samples = torch.tensor([0.5, 2.5, 20, 21])[:, None]
-    found = manifold(real, samples, k=1)
-    assert found.precision == 0.5  # 20 and 21 lie in no real ball (10 reaches 17)
-    assert found.recall == 0.8  # 10 lies in no sample's ball
-    assert found.density == (2 + 2 + 0 + 0) / 4  # 2.5 lies 7.5 from 10, whose ball reaches 3
-    assert found.coverage == 0.8
+    result = manifold(real, samples, k=1)
+    assert result.precision == 0.5  # 20 and 21 lie in no real ball (10 reaches 17)
+    assert result.recall == 0.8  # 10 lies in no sample's ball
+    assert result.density == (2 + 2 + 0 + 0) / 4  # 2.5 lies 7.5 from 10, whose ball reaches 3
+    assert result.coverage == 0.8
 
 
 def test_manifold_for_equal_distributions_has_the_published_expectations() -> None:
@@ -161,15 +161,15 @@ def test_dropped_modes_cost_recall_and_coverage_and_not_precision() -> None:
 
 def test_manifold_ignores_order_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     real, samples = noise(150, 6), noise(120, 6, seed=1)
-    found = manifold(real, samples)
+    result = manifold(real, samples)
     assert (
         manifold(
             real.flip(0), samples[torch.randperm(120, generator=torch.Generator().manual_seed(3))]
         )
-        == found
+        == result
     )
     monkeypatch.setattr("sfumato.evaluate.precision_recall.ENTRIES", 700)
-    assert manifold(real, samples) == found
+    assert manifold(real, samples) == result
 
 
 def test_one_outlier_inflates_recall_and_not_coverage() -> None:
@@ -180,9 +180,9 @@ def test_one_outlier_inflates_recall_and_not_coverage() -> None:
     samples = 1e-3 * noise(100, 4, seed=1)
     collapsed = manifold(real, samples)
     samples[-1] += 1e3
-    found = manifold(real, samples)
-    assert collapsed.recall < 0.02 < 0.4 < found.recall
-    assert collapsed.coverage == found.coverage < 0.2
+    result = manifold(real, samples)
+    assert collapsed.recall < 0.02 < 0.4 < result.recall
+    assert collapsed.coverage == result.coverage < 0.2
 
 
 def test_nearest_against_cdist_and_exact_for_duplicates() -> None:
@@ -251,8 +251,8 @@ def test_ssim_against_torchmetrics(shape: tuple[int, ...]) -> None:
 
 def test_ssim_of_constants_is_the_luminance_term() -> None:
     a, b, c1 = 0.25, 0.5, 0.01**2
-    found = ssim(torch.full((1, 1, 11, 11), a), torch.full((1, 1, 11, 11), b))
-    assert found == pytest.approx((2 * a * b + c1) / (a * a + b * b + c1), rel=1e-9)
+    result = ssim(torch.full((1, 1, 11, 11), a), torch.full((1, 1, 11, 11), b))
+    assert result == pytest.approx((2 * a * b + c1) / (a * a + b * b + c1), rel=1e-9)
 
 
 # Classes and speed
@@ -260,11 +260,11 @@ def test_ssim_of_constants_is_the_luminance_term() -> None:
 
 def test_classes_counts_and_accuracy() -> None:
     logits = torch.nn.functional.one_hot(torch.tensor([0, 0, 1, 1, 1, 2]), 4).float()
-    found = classes(logits, torch.tensor([0, 1, 1, 1, 0, 2]))
-    assert found.accuracy == pytest.approx(4 / 6)
-    assert found.by_class == pytest.approx((0.5, 2 / 3, 1.0, None))
-    assert found.counts == (2, 3, 1, 0)
-    assert found.deviation == pytest.approx(100)  # 3 and 0 where 1.5 would be even
+    result = classes(logits, torch.tensor([0, 1, 1, 1, 0, 2]))
+    assert result.accuracy == pytest.approx(4 / 6)
+    assert result.by_class == pytest.approx((0.5, 2 / 3, 1.0, None))
+    assert result.counts == (2, 3, 1, 0)
+    assert result.deviation == pytest.approx(100)  # 3 and 0 where 1.5 would be even
     assert deviation_from_even(torch.tensor([5, 5, 5])) == 0
     assert deviation_from_even(torch.tensor([0, 0, 9])) == pytest.approx(200)
 
@@ -272,10 +272,10 @@ def test_classes_counts_and_accuracy() -> None:
 def test_speed_is_the_median_after_the_warm_up() -> None:
     times = iter([0.0, 1.0, 10.0, 19.0, 20.0, 22.0])
     calls: list[int] = []
-    found = measure_speed(
+    result = measure_speed(
         lambda: calls.append(0), images=4, calls=3, warmup=2, clock=lambda: next(times)
     )
-    assert (found.seconds_per_call, found.seconds_per_image, found.fastest_call, len(calls)) == (
+    assert (result.seconds_per_call, result.seconds_per_image, result.fastest_call, len(calls)) == (
         2.0,
         0.5,
         1.0,
@@ -317,11 +317,11 @@ def test_report_is_the_same_to_the_last_digit() -> None:
         for _ in range(2)
     ]
     assert texts[0] == texts[1]
-    found = json.loads(texts[0])
+    result = json.loads(texts[0])
     names = "frechet_distance precision recall density coverage memorisation_ratio memorisation_share class_accuracy psnr psnr_mean ssim"
-    assert {*names.split(), "reconstruction_frechet_distance"} == set(found["metrics"])
-    assert all(isinstance(m["floor"], float) for m in found["metrics"].values())
-    assert found["settings"] == {
+    assert {*names.split(), "reconstruction_frechet_distance"} == set(result["metrics"])
+    assert all(isinstance(m["floor"], float) for m in result["metrics"].values())
+    assert result["settings"] == {
         "n": 40,
         "floor_n": 40,
         "seed": 0,
@@ -329,7 +329,7 @@ def test_report_is_the_same_to_the_last_digit() -> None:
         "steps": 4,
         "reconstruction_n": 20,
     }
-    assert found["features"]["hash"] == "0" * 64 and set(found["data"]) == {
+    assert result["features"]["hash"] == "0" * 64 and set(result["data"]) == {
         "samples",
         "train",
         "test",
@@ -359,13 +359,13 @@ def test_samples_from_a_function_and_the_order_of_samples() -> None:
         assert (n, batch, seed) == (40, 100, 0)
         return uniform(40, 3, 16, 16, seed=1)
 
-    given = report_parts()
-    assert report_parts(samples=make, n=40).to_json() == given.to_json()
+    inputs = report_parts()
+    assert report_parts(samples=make, n=40).to_json() == inputs.to_json()
     order = torch.randperm(40, generator=torch.Generator().manual_seed(5))
     moved = report_parts(
         samples=uniform(40, 3, 16, 16, seed=1)[order], labels=(torch.arange(40) % 8)[order]
     )
-    for metric in given.metrics:
+    for metric in inputs.metrics:
         assert moved[metric.name].value == pytest.approx(metric.value, rel=1e-9), metric.name
 
 

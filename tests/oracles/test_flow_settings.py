@@ -41,20 +41,20 @@ def drawn(name: str, **options: float) -> Tensor:
 
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-0.5, 0.8)])
 def test_logits_are_normal(mean: float, std: float) -> None:
-    found = drawn("logit_normal", mean=mean, std=std)
-    assert stats.kstest(torch.logit(found).numpy(), "norm", (mean, std)).pvalue > 0.01
+    result = drawn("logit_normal", mean=mean, std=std)
+    assert stats.kstest(torch.logit(result).numpy(), "norm", (mean, std)).pvalue > 0.01
 
 
 @pytest.mark.parametrize("scale", [-1.0, 0.8, 1.29, MODE_SCALES[1]])
 def test_mode_is_the_image_of_the_uniform_distribution(scale: float) -> None:
     """The map falls from 1 at u = 0 to 0 at u = 1, so that P(t <= f(u)) = 1 - u."""
-    found = drawn("mode", scale=scale)
+    result = drawn("mode", scale=scale)
     for u in (0.1, 0.35, 0.5, 0.8):
         place = 1 - u - scale * (math.cos(math.pi * u / 2) ** 2 - 1 + u)
-        assert float((found <= place).double().mean()) == pytest.approx(1 - u, abs=0.001)
-    middle = float(((found > 0.3) & (found < 0.7)).double().mean())
+        assert float((result <= place).double().mean()) == pytest.approx(1 - u, abs=0.001)
+    middle = float(((result > 0.3) & (result < 0.7)).double().mean())
     assert middle > 0.45 if scale > 0 else middle < 0.4
-    assert float(found.min()) > 0 and float(found.max()) <= 1
+    assert float(result.min()) > 0 and float(result.max()) <= 1
 
 
 @pytest.mark.parametrize("shift", [0.5, 3.0])
@@ -122,7 +122,7 @@ def test_larger_pictures_are_shifted_further() -> None:
         all(b > a for a, b in zip(small[1:-1], large[1:-1], strict=True))
         and small[0] == large[0] == 1
     )
-    said = list(
+    message = list(
         model.plan(
             Request(
                 steps=4,
@@ -132,7 +132,7 @@ def test_larger_pictures_are_shifted_further() -> None:
             )
         ).timesteps
     )
-    assert said == large
+    assert message == large
 
 
 def test_a_saved_model_keeps_its_dynamic_shift(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_saved_model_keeps_its_dynamic_shift(tmp_path: Path) -> None:
 # ---- learned guidance ----------------------------------------------------------------------------
 
 
-class Told(Network):
+class Settings(Network):
     """A network that answers with the last number of its vector, and counts its calls."""
 
     def __init__(self) -> None:
@@ -175,14 +175,14 @@ class Told(Network):
         return {"_class_name": "Told"}
 
 
-def listening(**defaults: Any) -> tuple[LatentDiffusion, Told]:
-    model, network = tiny_model("flow"), Told()
+def listening(**defaults: Any) -> tuple[LatentDiffusion, Settings]:
+    model, network = tiny_model("flow"), Settings()
     denoiser = replace(model.denoiser, network=network)
     return replace(model, denoiser=denoiser, defaults=Defaults(steps=2, **defaults)), network
 
 
 @pytest.mark.parametrize(
-    "asked, heard, passes",
+    "requested, heard, passes",
     [
         ({}, 3.5, 1),
         ({"guidance": 2.0}, 2.0, 1),
@@ -192,13 +192,13 @@ def listening(**defaults: Any) -> tuple[LatentDiffusion, Told]:
         ({"guidance": "2 interval:low=0.0,high=1.0"}, 3.5, 2),
     ],
 )
-def test_a_number_is_told_to_a_network_that_learned_guidance(
-    asked: dict[str, Any], heard: float, passes: int
+def test_distilled_guidance_reaches_the_network(
+    requested: dict[str, Any], heard: float, passes: int
 ) -> None:
     model, network = listening()
-    model.generate("bag", output="latent", **asked)
+    model.generate("bag", output="latent", **requested)
     assert set(network.heard) == {heard} and network.rows == 2 * passes
-    assert model.settings(**asked)["distilled_guidance"] == heard
+    assert model.settings(**requested)["distilled_guidance"] == heard
 
 
 def test_a_models_own_strength_is_its_default_and_predict_tells_it() -> None:

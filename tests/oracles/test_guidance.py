@@ -98,9 +98,9 @@ def setup(
 def test_calls_are_counted(weight: float) -> None:
     """w = 1 is one pass of B; anything else is one pass of 2B, never two passes."""
     denoiser, x, conditioning, reference = setup()
-    found = classifier_free(denoiser, reference, weight)(x, 0.4, conditioning)
+    result = classifier_free(denoiser, reference, weight)(x, 0.4, conditioning)
     assert denoiser.network.calls == ([3] if weight == 1 else [6])
-    assert found.x0.shape == found.eps.shape == x.shape
+    assert result.x0.shape == result.eps.shape == x.shape
 
 
 def condition(process: Process, t: float) -> float:
@@ -128,14 +128,14 @@ def test_the_combination_does_not_depend_on_the_parameterization(
     """
     denoiser, x, conditioning, reference = setup(kind, name)
     t = 0.4
-    ours, theirs = (denoiser.output(x, t, c).double() for c in (conditioning, reference))
-    expected = denoiser.process.split(x.double(), theirs + weight * (ours - theirs), t)
-    found = classifier_free(denoiser, reference, weight)(x, t, conditioning)
+    actual, peer = (denoiser.output(x, t, c).double() for c in (conditioning, reference))
+    expected = denoiser.process.split(x.double(), peer + weight * (actual - peer), t)
+    result = classifier_free(denoiser, reference, weight)(x, t, conditioning)
     size = 2e-6 * (1 + weight) * condition(denoiser.process, t)
-    for a, b in ((found.x0, expected.x0), (found.eps, expected.eps)):
+    for a, b in ((result.x0, expected.x0), (result.eps, expected.eps)):
         assert (a - b).abs().max() < size * max(1.0, float(b.abs().max()))
     # and what it claims is consistent: x = alpha*x0 + sigma*eps
-    assert torch.allclose(denoiser.process.add_noise(found.x0, found.eps, t), x, atol=1e-4)
+    assert torch.allclose(denoiser.process.add_noise(result.x0, result.eps, t), x, atol=1e-4)
 
 
 def test_weight_one_is_the_condition_and_weight_zero_the_reference() -> None:
@@ -159,8 +159,8 @@ def test_the_combination_is_linear_in_its_weight(weight: float, seed: int) -> No
     denoiser, _, conditioning, reference = setup()
     x = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
     at = [classifier_free(denoiser, reference, w)(x, 0.7, conditioning) for w in (0.0, 1.0, weight)]
-    for zero, one, found in zip(*((p.x0, p.eps) for p in at), strict=True):
-        assert torch.allclose(found, (1 - weight) * zero + weight * one, atol=1e-5 * (1 + weight))
+    for zero, one, result in zip(*((p.x0, p.eps) for p in at), strict=True):
+        assert torch.allclose(result, (1 - weight) * zero + weight * one, atol=1e-5 * (1 + weight))
     same = classifier_free(denoiser, conditioning, weight)(x, 0.7, conditioning)
     assert torch.allclose(same.x0, at[1].x0, atol=1e-5 * (1 + weight))
 
@@ -188,12 +188,12 @@ def test_guidance_sharpens_a_gaussian_as_its_formula_says() -> None:
         Conditioning(vector=torch.eye(3, dtype=torch.float64)[[0] * 9]),
         Conditioning(vector=torch.eye(3, dtype=torch.float64)[[2] * 9]),
     )
-    found = classifier_free(denoise, both[1], weight)(x, t, both[0])
+    result = classifier_free(denoise, both[1], weight)(x, t, both[0])
     points = x.clone().requires_grad_()
     log_p = -points.square() / 2 + torch.log(torch.cosh(alpha * m * points)) - (alpha * m) ** 2 / 2
     log_class = torch.nn.functional.logsigmoid(2 * alpha * m * points)
     (score,) = torch.autograd.grad((log_p + weight * log_class).sum(), points)
-    torch.testing.assert_close(found.eps, -sigma * score, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(result.eps, -sigma * score, rtol=1e-9, atol=1e-9)
 
 
 def test_a_batch_is_guided_row_by_row() -> None:
@@ -224,7 +224,7 @@ class Open(nn.Module):
         return 0.3 * x + sum(pulls, torch.zeros(()))
 
 
-def test_conditions_with_different_doors_are_asked_in_two_passes() -> None:
+def test_conditions_of_different_inputs_take_two_passes() -> None:
     """An image prompt against no image prompt, say: questions whose open doors differ cannot be one
     batch, and need not be.
     """
@@ -233,11 +233,11 @@ def test_conditions_with_different_doors_are_asked_in_two_passes() -> None:
     nothing, tokens = Conditioning(), Conditioning(tokens=torch.ones(3, 2, 2))
     for reference, calls in ((other, [6]), (nothing, [3, 3]), (tokens, [3, 3])):
         denoiser.network.calls.clear()
-        found = classifier_free(denoiser, reference, 2.0)(x, 0.4, conditioning)
+        result = classifier_free(denoiser, reference, 2.0)(x, 0.4, conditioning)
         assert denoiser.network.calls == calls
         on, off = denoiser(x, 0.4, conditioning), denoiser(x, 0.4, reference)
-        torch.testing.assert_close(found.x0, off.x0 + 2.0 * (on.x0 - off.x0))
-        torch.testing.assert_close(found.eps, off.eps + 2.0 * (on.eps - off.eps))
+        torch.testing.assert_close(result.x0, off.x0 + 2.0 * (on.x0 - off.x0))
+        torch.testing.assert_close(result.eps, off.eps + 2.0 * (on.eps - off.eps))
 
 
 class InItsOwnDtype(nn.Module):
@@ -259,12 +259,12 @@ def test_the_denoiser_casts_for_the_network_and_back(dtype: torch.dtype) -> None
     network = InItsOwnDtype(dtype)
     denoiser = Denoiser(network, Process(schedule("linear"), parameterization("v")))
     x = torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(0))
-    found = denoiser(x, 0.5, Conditioning(vector=torch.ones(2, 3)))
+    result = denoiser(x, 0.5, Conditioning(vector=torch.ones(2, 3)))
     # Timesteps and the vector, which may hold sizes in pixels, stay exact: 999 is no bfloat16.
     assert network.seen == (dtype, torch.float32, torch.float32, [499.0, 499.0])
-    assert found.x0.dtype == found.eps.dtype == torch.float32
+    assert result.x0.dtype == result.eps.dtype == torch.float32
     alpha, sigma = (float(v) for v in denoiser.process.schedule.at(0.5))
-    assert torch.allclose(found.x0, alpha * x) and torch.allclose(found.eps, sigma * x)  # v = 0
+    assert torch.allclose(result.x0, alpha * x) and torch.allclose(result.eps, sigma * x)  # v = 0
     denoiser(x, torch.tensor([0.001, 1.0]), Conditioning(vector=torch.ones(2, 3)))
     assert network.seen[3] == pytest.approx([0.0, 999.0], abs=1e-4)
 
@@ -351,8 +351,8 @@ def join(
     return find("predict.guidance.rules", name)(**options).begin()(*given, w)
 
 
-def near(found: Prediction, expected: Prediction, tolerance: float = 1e-10) -> None:
-    for a, b in ((found.x0, expected.x0), (found.eps, expected.eps)):
+def near(result: Prediction, expected: Prediction, tolerance: float = 1e-10) -> None:
+    for a, b in ((result.x0, expected.x0), (result.eps, expected.eps)):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -363,17 +363,17 @@ def test_rescale_keeps_the_conditionals_contrast(point: tuple[float, float], phi
     at phi 0 that of plain guidance.
     """
     given = predictions(point)
-    found, (conditional, _), plain = (
+    result, (conditional, _), plain = (
         join("rescale", given, 5.0, phi=phi),
         given[2],
         join("linear", given, 5.0),
     )
-    width, wide, kept = (p.x0.flatten(1).std(1) for p in (found, plain, conditional))
+    width, wide, kept = (p.x0.flatten(1).std(1) for p in (result, plain, conditional))
     torch.testing.assert_close(width, phi * kept + (1 - phi) * wide)
-    direction = [(p.x0 / p.x0.flatten(1).norm(dim=1)[:, None, None, None]) for p in (found, plain)]
+    direction = [(p.x0 / p.x0.flatten(1).norm(dim=1)[:, None, None, None]) for p in (result, plain)]
     torch.testing.assert_close(*direction)  # only the length changes
     if phi == 0:
-        near(found, plain, 1e-8)
+        near(result, plain, 1e-8)
 
 
 @points
@@ -417,9 +417,9 @@ def test_projection_bounds_its_step_and_remembers() -> None:
         torch.testing.assert_close(size, 2.0 * torch.minimum(bound, steps[0][k].norm()))
     combine = find("predict.guidance.rules", "project")(eta=1.0, momentum=-0.5).begin()
     for k in range(3):
-        found = combine(*given[k], 3.0)
+        result = combine(*given[k], 3.0)
         torch.testing.assert_close(
-            found.x0 - given[k][2][0].x0,
+            result.x0 - given[k][2][0].x0,
             2.0 * sum((-0.5) ** (k - j) * steps[j] for j in range(k + 1)),
         )
 
@@ -433,20 +433,20 @@ def test_zero_star_scales_the_reference_as_well_as_can_be(
     the residual is orthogonal to v_ref.
     """
     given = predictions(point)
-    found = join("zero_star", given, w, zero_steps=0)
-    ours, theirs = (p.eps - p.x0 for p in given[2])
-    flat = [v.flatten(1) for v in (ours, theirs)]
+    result = join("zero_star", given, w, zero_steps=0)
+    actual, peer = (p.eps - p.x0 for p in given[2])
+    flat = [v.flatten(1) for v in (actual, peer)]
     s = torch.stack(
         [
             torch.linalg.lstsq(b[:, None], a[:, None]).solution[0, 0]
             for a, b in zip(*flat, strict=True)
         ]
     )[:, None, None, None]
-    torch.testing.assert_close(found.eps - found.x0, (1 - w) * s * theirs + w * ours)
-    left = (ours - s * theirs).flatten(1)
+    torch.testing.assert_close(result.eps - result.x0, (1 - w) * s * peer + w * actual)
+    left = (actual - s * peer).flatten(1)
     assert torch.linalg.vecdot(left, flat[1]).abs().max() < 1e-10
     assert all(
-        (left.norm(dim=1) <= (ours - (s + d) * theirs).flatten(1).norm(dim=1)).all()
+        (left.norm(dim=1) <= (actual - (s + d) * peer).flatten(1).norm(dim=1)).all()
         for d in (-0.1, -1e-3, 1e-3, 0.1)
     )
 
@@ -458,10 +458,10 @@ def test_zero_star_begins_without_moving(point: tuple[float, float]) -> None:
     """
     x, _, given = predictions(point)
     for index in range(3):
-        found = join("zero_star", (x, Moment(0.5, *point, index), given), 3.0, zero_steps=2)
-        assert torch.allclose(found.x0, found.eps) == (index < 2)
+        result = join("zero_star", (x, Moment(0.5, *point, index), given), 3.0, zero_steps=2)
+        assert torch.allclose(result.x0, result.eps) == (index < 2)
         if index < 2:
-            torch.testing.assert_close(0.3 * found.x0 + 0.7 * found.eps, x / sum(point))
+            torch.testing.assert_close(0.3 * result.x0 + 0.7 * result.eps, x / sum(point))
 
 
 def test_zero_steps_are_those_of_the_run_and_not_of_the_guidance() -> None:
@@ -477,8 +477,8 @@ def test_zero_steps_are_those_of_the_run_and_not_of_the_guidance() -> None:
     ask = guide(denoiser, conditioning, [(denoiser, reference)], weight, combine, point)
 
     def stands(ask: DenoiseFn, t: float) -> bool:
-        found = drive(ask(x, t), evaluate_calls)
-        return torch.equal(found.x0, found.eps)
+        result = drive(ask(x, t), evaluate_calls)
+        return torch.equal(result.x0, result.eps)
 
     assert not any(stands(ask, t) for t in (1.0, 0.7, 0.5, 0.2))
     always = guide(denoiser, conditioning, [(denoiser, reference)], Constant(3.0), combine, point)
@@ -523,8 +523,8 @@ def test_two_references(point: tuple[float, float], kind: str) -> None:
         "sum": lambda c, a, b: a + 7.0 * (c - a) + 2.5 * (b - a),
         "away": lambda c, a, b: c + 6.0 * (c - a) + 1.5 * (c - b),
     }[kind]
-    found = join("dual", given, 7.0, kind=kind, second=2.5)
-    near(found, Prediction(expected(c.x0, one.x0, two.x0), expected(c.eps, one.eps, two.eps)))
+    result = join("dual", given, 7.0, kind=kind, second=2.5)
+    near(result, Prediction(expected(c.x0, one.x0, two.x0), expected(c.eps, one.eps, two.eps)))
     same = join("dual", (x, moment, [c, one, one]), 7.0, kind=kind, second=2.5)
     near(same, join("linear", (x, moment, [c, one]), 8.5 if kind == "away" else 7.0))
 
@@ -541,7 +541,7 @@ def test_what_is_linear_is_the_same_in_every_parameterization(
     x, _, (c, one, two) = given = predictions(point, 3, seed)
     v = [alpha * p.eps - sigma * p.x0 for p in (c, one, two)]
     for name, count, mix in (("linear", 2, (w, 1 - w, 0.0)), ("dual", 3, (w, 2.0 - w, -1.0))):
-        found = join(
+        result = join(
             name,
             (x, given[1], [c, one, two][:count]),
             w,
@@ -549,7 +549,7 @@ def test_what_is_linear_is_the_same_in_every_parameterization(
         )
         output = sum(k * value for k, value in zip(mix, v, strict=True))
         torch.testing.assert_close(
-            alpha * found.eps - sigma * found.x0, output, rtol=1e-9, atol=1e-8
+            alpha * result.eps - sigma * result.x0, output, rtol=1e-9, atol=1e-8
         )
 
 

@@ -83,8 +83,8 @@ def test_perturbed_attention_is_attention_by_the_identity(
     """
     denoiser, x, given = setup(kind)
     whom = weaker(PerturbedAttention(tuple(ATTENTION[kind])), denoiser, given)
-    found, plain = whom(x, 0.5, given), denoiser(x, 0.5, given)
-    assert (found.x0 - plain.x0).abs().max() > 1e-3
+    result, plain = whom(x, 0.5, given), denoiser(x, 0.5, given)
+    assert (result.x0 - plain.x0).abs().max() > 1e-3
 
     def identity(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         # to itself: the condition has five tokens, feature maps have 16 or 64 places
@@ -95,7 +95,7 @@ def test_perturbed_attention_is_attention_by_the_identity(
     true = F.scaled_dot_product_attention
     monkeypatch.setattr(sfumato.kernels.batch_invariant.F, "scaled_dot_product_attention", identity)
     forced = denoiser(x, 0.5, given)
-    torch.testing.assert_close(found.x0, forced.x0, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.x0, forced.x0, rtol=1e-5, atol=1e-5)
     again = whom(x, 0.5, given)
     # where maps are the identity it changes nothing
     torch.testing.assert_close(again.x0, forced.x0, rtol=1e-5, atol=1e-5)
@@ -129,9 +129,9 @@ def test_a_copy_shares_every_parameter_and_leaves_the_original_alone(
     before = {name: id(module) for name, module in denoiser.network.named_modules()}
     plain = denoiser(x, 0.5, given)
     whom = weaker(reference, denoiser, given)
-    ours = {id(p) for p in denoiser.network.parameters()}
+    actual = {id(p) for p in denoiser.network.parameters()}
     assert (
-        all(id(p) in ours for p in whom.network.parameters()) and whom.process is denoiser.process
+        all(id(p) in actual for p in whom.network.parameters()) and whom.process is denoiser.process
     )
     modules = {id(m) for m in denoiser.network.modules()}
     assert not any(id(m) in modules for m in whom.network.modules()), (
@@ -234,9 +234,9 @@ def test_a_block_is_left_out_with_all_that_is_in_it(kind: str) -> None:
         ("cross", SkipLayers(("",)), "unknown layer that can be left out ''"),
     ],
 )
-def test_layers_that_are_not_there_are_refused(kind: str, reference: Any, said: str) -> None:
+def test_layers_that_are_not_there_are_refused(kind: str, reference: Any, message: str) -> None:
     denoiser, _, given = setup(kind)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         weaker(reference, denoiser, given)
 
 
@@ -363,7 +363,7 @@ def counting(passes: list[list[int]]) -> Callable[[list[DenoiserCall]], list]:
 
 
 @torch.inference_mode()
-def test_weaker_networks_are_asked_where_they_count_and_runs_share_them() -> None:
+def test_weaker_networks_are_evaluated_where_they_count_and_runs_share_them() -> None:
     denoiser, x, given = setup("cross")
     point = denoiser.process.schedule.point
     guidance = Guidance.parse("3 perturbed_attention interval:low=0.3,high=0.7")
@@ -381,11 +381,11 @@ def test_weaker_networks_are_asked_where_they_count_and_runs_share_them() -> Non
         point,
     )
     passes.clear()
-    found = drive(dual(x, 0.5), counting(passes))
+    result = drive(dual(x, 0.5), counting(passes))
     assert passes == [[6, 3]]
     on, off = denoiser(x, 0.5, given), denoiser(x, 0.5, Conditioning(tokens=0 * given.tokens))
     bad = weaker(SkipLayers(), denoiser, given)(x, 0.5, given)
-    torch.testing.assert_close(found.x0, on.x0 + 2 * (on.x0 - off.x0) + (on.x0 - bad.x0))
+    torch.testing.assert_close(result.x0, on.x0 + 2 * (on.x0 - off.x0) + (on.x0 - bad.x0))
 
 
 @torch.inference_mode()
@@ -403,8 +403,8 @@ def test_autoguidance_is_the_line_through_two_models() -> None:
             denoiser.process.schedule.point,
             guide_model=small,
         )
-        found = drive(ask(x, 0.4), evaluate_calls)
-        for a, b, c in ((found.x0, on.x0, off.x0), (found.eps, on.eps, off.eps)):
+        result = drive(ask(x, 0.4), evaluate_calls)
+        for a, b, c in ((result.x0, on.x0, off.x0), (result.eps, on.eps, off.eps)):
             torch.testing.assert_close(a, c + w * (b - c), rtol=1e-5, atol=1e-5)
     with pytest.raises(
         UserError, match=r"a weaker model \(small\) needs that model's denoiser: none was given"

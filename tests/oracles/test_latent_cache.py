@@ -75,11 +75,11 @@ def same(latents: LatentSet, images: ImageSet, shift: float = 0.0) -> bool:
     )
     with torch.no_grad():
         mean, std = Encoder(shift=shift)(images.batch(order)["image"])
-    found = latents.batch(order)
+    result = latents.batch(order)
     return (
-        torch.equal(found["mean"], mean)
-        and torch.equal(found["std"], std)
-        and torch.equal(found["label"], images.batch(order)["label"])
+        torch.equal(result["mean"], mean)
+        and torch.equal(result["std"], std)
+        and torch.equal(result["label"], images.batch(order)["label"])
     )
 
 
@@ -125,16 +125,16 @@ def test_statistics_are_those_of_the_whole(tmp_path: Path, offset: float) -> Non
     every = latents.batch(range(2500))
     mean = every["mean"].double().numpy().transpose(1, 0, 2, 3).reshape(4, -1)
     noise = every["std"].double().numpy().transpose(1, 0, 2, 3).reshape(4, -1)
-    found_mean, found_std = latents.statistics()
-    assert np.allclose(found_mean, mean.mean(1), rtol=1e-12, atol=1e-9)
-    assert np.allclose(found_std, np.sqrt(mean.var(1) + (noise**2).mean(1)), rtol=1e-9)
+    result_mean, result_std = latents.statistics()
+    assert np.allclose(result_mean, mean.mean(1), rtol=1e-12, atol=1e-9)
+    assert np.allclose(result_std, np.sqrt(mean.var(1) + (noise**2).mean(1)), rtol=1e-9)
     z = (
         torch.randn(every["mean"].shape, generator=torch.Generator().manual_seed(1)) * every["std"]
         + every["mean"]
     )
     drawn = z.double().numpy().transpose(1, 0, 2, 3).reshape(4, -1)
     # and what training will draw has that std
-    assert np.allclose(found_std, drawn.std(1), rtol=0.02)
+    assert np.allclose(result_std, drawn.std(1), rtol=0.02)
 
 
 def test_pixels_transform_and_encoder_are_the_key(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def damage(folder: Path, how: str) -> None:
         ("index longer", 0),
     ],
 )
-def test_damage_is_found_and_repaired(tmp_path: Path, how: str, images_again: int) -> None:
+def test_damage_is_detected_and_repaired(tmp_path: Path, how: str, images_again: int) -> None:
     images = digits(tmp_path / "data")
     latents = build(images, tmp_path / "cache")
     damage(tmp_path / "cache" / latents.key[:16], how)

@@ -161,13 +161,13 @@ def test_the_bound_is_least_at_the_true_variance(kind: str, spread: float) -> No
             torch.tensor([t], dtype=DOUBLE),
         )
         variance = torch.full_like(z, v, requires_grad=True)
-        found = bound(process, z, torch.zeros_like(z), variance, at)
-        (slope,) = torch.autograd.grad(found.sum(), variance)
+        result = bound(process, z, torch.zeros_like(z), variance, at)
+        (slope,) = torch.autograd.grad(result.sum(), variance)
         above, below = (
             bound(process, z, torch.zeros_like(z), torch.full_like(z, v + by), at)
             for by in (0.05, -0.05)
         )
-        width = float(above - found), float(below - found)
+        width = float(above - result), float(below - result)
         assert min(width) > 0 and abs(float(slope)) < 1e-4 * min(width) / 0.05
 
 
@@ -311,7 +311,7 @@ def test_flows_train_the_mean_alone_or_not_at_all() -> None:
     ]
 
 
-def test_what_is_said_of_a_run_is_as_before_for_others() -> None:
+def test_metadata_of_other_runs_is_as_before() -> None:
     """Runs of other networks go on from where they were: the weight is none of their settings."""
     process = process_of("cosine")
     assert "variance" not in objective(Maps(0, False), process, DenoiserLoss()).identity["loss"]
@@ -352,9 +352,9 @@ def test_few_steps_have_the_datas_variance(kind: str) -> None:
             lambda: torch.randn(x.shape, generator=noise, dtype=DOUBLE),
             variance=kind,
         )  # type: ignore[arg-type]
-        found = run_sampler(run, denoise, 4)
-        assert found is not None
-        return float(found.var())
+        result = run_sampler(run, denoise, 4)
+        assert result is not None
+        return float(result.var())
 
     alpha, sigma = chosen.point(times[-1])
     true = (alpha * spread) ** 2 + sigma**2
@@ -369,11 +369,11 @@ def test_its_ends_are_the_fixed_variances() -> None:
     def end(kind: str, v: float = 0.0) -> Tensor:
         noise = SeededNoise((1, 4, 4), [0, 1])
         run = ddpm(x, times, chosen, noise, variance=kind)  # type: ignore[arg-type]
-        found = run_sampler(
+        result = run_sampler(
             run, lambda x, t: Prediction(0.5 * x.tanh(), x.sin(), torch.full_like(x, v)), 5
         )
-        assert found is not None
-        return found
+        assert result is not None
+        return result
 
     torch.testing.assert_close(end("learned", -1.0), end("small"), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(end("learned", 1.0), end("large"), rtol=1e-5, atol=1e-6)
@@ -428,23 +428,23 @@ def test_a_prediction_has_the_networks_variance(name: str) -> None:
     model = model_of(CONFIGS[name], process_of("cosine"))
     network: Any = model.denoiser.network
     assert network.learned_variance and network.channels == CHANNELS == network.in_channels
-    x, given = normal(2, CHANNELS, 8, 8), model.conditioner(["boot", "bag"])
-    found = model.predict(x, 0.4, given)
+    x, inputs = normal(2, CHANNELS, 8, 8), model.conditioner(["boot", "bag"])
+    result = model.predict(x, 0.4, inputs)
     with torch.inference_mode():
-        y = network(x, model.denoiser.process.timestep(0.4, x.device).expand(2), given)
-        assert found.variance is not None and torch.equal(found.variance, y[:, CHANNELS:])
-        assert found.x0.shape == x.shape and float(found.variance.std()) > 0.01
+        y = network(x, model.denoiser.process.timestep(0.4, x.device).expand(2), inputs)
+        assert result.variance is not None and torch.equal(result.variance, y[:, CHANNELS:])
+        assert result.x0.shape == x.shape and float(result.variance.std()) > 0.01
         queries = [
-            DenoiserCall(model.denoiser, x, 0.4, given),
-            DenoiserCall(model.denoiser, x[:1] + 1, 0.7, given[:1]),
+            DenoiserCall(model.denoiser, x, 0.4, inputs),
+            DenoiserCall(model.denoiser, x[:1] + 1, 0.7, inputs[:1]),
         ]
         for rows in (None, 2):
-            for query, asked in zip(queries, evaluate_calls(queries, rows), strict=True):
+            for query, options in zip(queries, evaluate_calls(queries, rows), strict=True):
                 alone = model.denoiser(query.x, query.t, query.conditioning).variance
                 assert (
-                    asked.variance is not None
+                    options.variance is not None
                     and alone is not None
-                    and torch.equal(asked.variance, alone)
+                    and torch.equal(options.variance, alone)
                 )
 
 
@@ -462,25 +462,25 @@ def test_a_prediction_has_the_networks_variance(name: str) -> None:
 )
 def test_guided_predictions_have_the_conditions_variance(name: str, guidance: str) -> None:
     model = model_of(CONFIGS[name], process_of("cosine"))
-    x, given, none = (
+    x, inputs, none = (
         normal(2, CHANNELS, 8, 8),
         model.conditioner(["boot", "bag"]),
         model.conditioner([None, None]),
     )
     schedule = model.denoiser.process.schedule
     questions = build(
-        Guidance.parse(guidance), model.denoiser, given, [none], schedule.point, None
+        Guidance.parse(guidance), model.denoiser, inputs, [none], schedule.point, None
     )(x, 0.4)
     with torch.inference_mode():
-        found = drive(questions, evaluate_calls)
-        expected, other = model.denoiser(x, 0.4, given), model.denoiser(x, 0.4, none)
+        result = drive(questions, evaluate_calls)
+        expected, other = model.denoiser(x, 0.4, inputs), model.denoiser(x, 0.4, none)
     assert (
-        found.variance is not None and expected.variance is not None and other.variance is not None
+        result.variance is not None and expected.variance is not None and other.variance is not None
     )
-    assert torch.equal(found.variance, expected.variance) and not torch.equal(
-        found.variance, other.variance
+    assert torch.equal(result.variance, expected.variance) and not torch.equal(
+        result.variance, other.variance
     )
-    assert guidance == "1" or not torch.equal(found.x0, expected.x0)
+    assert guidance == "1" or not torch.equal(result.x0, expected.x0)
 
 
 def test_images_without_a_condition_have_their_own_variance() -> None:
@@ -488,7 +488,7 @@ def test_images_without_a_condition_have_their_own_variance() -> None:
     apart.
     """
     model = model_of(CONFIGS["DiT"], process_of("cosine"))
-    x, given, none = (
+    x, inputs, none = (
         normal(2, CHANNELS, 8, 8),
         model.conditioner(["boot", None]),
         model.conditioner([None, None]),
@@ -496,7 +496,7 @@ def test_images_without_a_condition_have_their_own_variance() -> None:
     point, weight, combine = model.denoiser.process.schedule.point, Constant(3.0), Linear()
     ask = guide(
         model.denoiser,
-        given,
+        inputs,
         [(model.denoiser, none)],
         weight,
         combine,
@@ -504,12 +504,14 @@ def test_images_without_a_condition_have_their_own_variance() -> None:
         torch.tensor([False, True]),
     )
     with torch.inference_mode():
-        found, expected = drive(ask(x, 0.4), evaluate_calls), model.denoiser(x, 0.4, given)
+        result, expected = drive(ask(x, 0.4), evaluate_calls), model.denoiser(x, 0.4, inputs)
     assert (
-        isinstance(found, Selected) and found.variance is not None and expected.variance is not None
+        isinstance(result, Selected)
+        and result.variance is not None
+        and expected.variance is not None
     )
-    assert torch.equal(found.variance, expected.variance) and not torch.equal(
-        found.x0[0], expected.x0[0]
+    assert torch.equal(result.variance, expected.variance) and not torch.equal(
+        result.x0[0], expected.x0[0]
     )
 
 
@@ -517,13 +519,13 @@ def test_images_without_a_condition_have_their_own_variance() -> None:
 @every
 def test_an_image_is_the_image_of_its_seed_alone(name: str) -> None:
     model = model_of(CONFIGS[name], process_of("cosine"))
-    asked: dict[str, Any] = {"sampler": LEARNED, "guidance": 2.0, "steps": 4, "output": "latent"}
-    whole = model.generate(["boot", "bag", "boot"], seed=5, **asked)
+    options: dict[str, Any] = {"sampler": LEARNED, "guidance": 2.0, "steps": 4, "output": "latent"}
+    whole = model.generate(["boot", "bag", "boot"], seed=5, **options)
     assert torch.isfinite(whole).all()
     for k, prompt in enumerate(("boot", "bag", "boot")):
-        assert torch.equal(model.generate(prompt, seed=5 + k, **asked)[0], whole[k])
-    asked["sampler"] = "ddpm"
-    small = model.generate(["boot", "bag", "boot"], seed=5, **asked)
+        assert torch.equal(model.generate(prompt, seed=5 + k, **options)[0], whole[k])
+    options["sampler"] = "ddpm"
+    small = model.generate(["boot", "bag", "boot"], seed=5, **options)
     assert (small - whole).abs().max() > 0.01
 
 
@@ -555,7 +557,7 @@ def test_wrappers_hand_it_on() -> None:
     def ask(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
         return (yield [DenoiserCall(None, x, t, Conditioning())])[0]
 
-    def asked(wrapped: DenoiseFn, variance: bool) -> Prediction:
+    def options(wrapped: DenoiseFn, variance: bool) -> Prediction:
         return drive(
             wrapped(x, 0.5),
             lambda queries: [
@@ -563,11 +565,13 @@ def test_wrappers_hand_it_on() -> None:
             ],
         )
 
-    known = known_region(ask, z, mask, process.schedule.point)
+    available = known_region(ask, z, mask, process.schedule.point)
     canvas = multidiffusion(ask, 4, 2)
-    assert asked(known, False).variance is None and asked(canvas, False).variance is None
-    torch.testing.assert_close(asked(known, True).variance, torch.where(mask == 1, -1.0, 0.1 * x))
-    torch.testing.assert_close(asked(canvas, True).variance, 0.1 * x)
+    assert options(available, False).variance is None and options(canvas, False).variance is None
+    torch.testing.assert_close(
+        options(available, True).variance, torch.where(mask == 1, -1.0, 0.1 * x)
+    )
+    torch.testing.assert_close(options(canvas, True).variance, 0.1 * x)
 
 
 # ---- a model's way -------------------------------------------------------------------------------
@@ -623,10 +627,10 @@ def test_a_recipe_trains_a_model_that_samples_with_it(
     assert torch.isfinite(z).all() and not torch.equal(
         z, model.generate("bag", seed=3, sampler="ddpm", output="latent")
     )
-    theirs = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler")
+    reference = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler")
     assert (
-        theirs.config["variance_type"] == "learned_range"
-        and theirs.config["prediction_type"] == "v_prediction"
+        reference.config["variance_type"] == "learned_range"
+        and reference.config["prediction_type"] == "v_prediction"
     )
     with pytest.raises(UserError, match="expected variance=0 in the loss"):
         replace(recipe, schedule="flow", parameterization="flow").run(tmp_path / "flow")

@@ -55,9 +55,9 @@ NAMES = ("classes", "text")
 
 def streams(model: LatentDiffusion) -> list[WeightStreamer]:
     return [
-        found
+        result
         for network in offloadable_networks(model).values()
-        if (found := streamer_of(network)) is not None
+        if (result := streamer_of(network)) is not None
     ]
 
 
@@ -103,11 +103,11 @@ def folders(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[
         Defaults(steps=3, guidance=2.0),
         "texts",
     )
-    found = {"classes": sfumato.load(tiny), "text": model}
-    for name, one in found.items():
+    result = {"classes": sfumato.load(tiny), "text": model}
+    for name, one in result.items():
         for kind, dtype in KINDS.items():
             one.save(root / f"{name}-{kind}", dtype)
-    return {(name, kind): root / f"{name}-{kind}" for name in found for kind in KINDS}
+    return {(name, kind): root / f"{name}-{kind}" for name in result for kind in KINDS}
 
 
 # ---- whole models --------------------------------------------------------------------------------
@@ -134,12 +134,12 @@ def test_the_same_pictures_and_hash(
     expected = plain.generate(prompt, output="tensor", n=2, seed=3)
     assert torch.equal(other.generate(prompt, output="tensor", n=2, seed=3), expected)
     assert torch.equal(other.generate(prompt, output="tensor", n=2, seed=3), expected)
-    asked: dict[str, Any]
-    for asked in ({"decoding": "exact"}, {"cache": 2, "steps": 2}):
+    options: dict[str, Any]
+    for options in ({"decoding": "exact"}, {"cache": 2, "steps": 2}):
         assert torch.equal(
-            other.generate(prompt, output="tensor", **asked),
-            plain.generate(prompt, output="tensor", **asked),
-        ), asked
+            other.generate(prompt, output="tensor", **options),
+            plain.generate(prompt, output="tensor", **options),
+        ), options
     denoiser = streamer_of(other.denoiser.network)
     assert denoiser is not None and all(layer.stays for layer in denoiser.layers), (
         "there was plenty"
@@ -272,13 +272,13 @@ def deep(path: Path, dtype: torch.dtype, width: int = 1024, depth: int = 16) -> 
 
 def resident(path: Path) -> int:
     """Bytes of a file's pages that are this process's, by Linux."""
-    found, inside = 0, False
+    result, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if "-" in line.split(maxsplit=1)[0]:
             inside = line.endswith(str(path))
         elif inside and line.startswith("Rss:"):
-            found += int(line.split()[1]) * 1024
-    return found
+            result += int(line.split()[1]) * 1024
+    return result
 
 
 @torch.inference_mode()
@@ -286,20 +286,20 @@ def test_pages_of_two_layers_are_there_at_most(tmp_path: Path) -> None:
     path = tmp_path / "deep.safetensors"
     x = torch.randn(4, 1024)
     expected = deep(path, torch.float32)(x)
-    found = stream_weights(deep(path, torch.float32), MemoryBudget(1, CPU), torch.float32, path)
+    result = stream_weights(deep(path, torch.float32), MemoryBudget(1, CPU), torch.float32, path)
     assert resident(path) < 2**21, (
         "the mapping of the first is gone, nothing of the second has been read"
     )
-    (made,) = [streamer_of(found)]
+    (made,) = [streamer_of(result)]
     assert (
         made is not None and len(made.layers) == 16 and all(layer.mapped for layer in made.layers)
     )
     layer = made.layers[0].size
     seen: list[int] = []
-    for block in found.blocks:  # pyright: ignore[reportGeneralTypeIssues]
+    for block in result.blocks:  # pyright: ignore[reportGeneralTypeIssues]
         block.register_forward_hook(lambda *_: seen.append(resident(path)))
     for _ in range(3):
-        assert torch.equal(found(x), expected)
+        assert torch.equal(result(x), expected)
     assert layer <= max(seen) <= 3 * layer + 2**20, "two wait to be dropped while one runs"
     made.memory.release()
     assert resident(path) < 2**20
@@ -391,43 +391,43 @@ def test_t5(tmp_path: Path, dtype: torch.dtype) -> None:
             block.layer[-1].DenseReluDense.wo = original.layer[-1].DenseReluDense.wo
     expected = plain(ids).last_hidden_state
     with torch.device("meta"):
-        found: Any = transformers.T5EncoderModel(config)
+        result: Any = transformers.T5EncoderModel(config)
     stored = read_tensors(tmp_path / "t5.safetensors")
-    found.load_state_dict(
+    result.load_state_dict(
         {**stored, "encoder.embed_tokens.weight": stored["shared.weight"]}, assign=True
     )
     made = streamer_of(
-        stream_weights(found.requires_grad_(False), MemoryBudget(1, CPU), dtype, tmp_path)
+        stream_weights(result.requires_grad_(False), MemoryBudget(1, CPU), dtype, tmp_path)
     )
     assert made is not None and len(made.layers) > 15
     assert all(
         layer.mapped == (dtype == torch.float32 or (dtype == torch.float16 and ".wo" in layer.name))
         for layer in made.layers
     )
-    assert found.device == CPU and found.dtype == dtype
+    assert result.device == CPU and result.dtype == dtype
     for _ in range(2):
-        assert torch.equal(found(ids).last_hidden_state, expected)
+        assert torch.equal(result(ids).last_hidden_state, expected)
 
 
 @torch.inference_mode()
 def test_threads_do_not_take_each_others_weights(tmp_path: Path) -> None:
     path = tmp_path / "deep.safetensors"
     network = deep(path, torch.bfloat16, 128, 8)
-    asked = [torch.randn(4, 128) for _ in range(4)]
-    expected = [copy.deepcopy(network).float()(x) for x in asked]
+    options = [torch.randn(4, 128) for _ in range(4)]
+    expected = [copy.deepcopy(network).float()(x) for x in options]
     stream_weights(network, MemoryBudget(1, CPU), torch.float32, path)
-    found: dict[int, bool] = {}
+    result: dict[int, bool] = {}
 
     @torch.inference_mode()
     def run(k: int) -> None:
-        found[k] = all(torch.equal(network(asked[k]), expected[k]) for _ in range(10))
+        result[k] = all(torch.equal(network(options[k]), expected[k]) for _ in range(10))
 
     threads = [threading.Thread(target=run, args=(k,)) for k in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == dict.fromkeys(range(4), True)
+    assert result == dict.fromkeys(range(4), True)
 
 
 # ---- the ring ------------------------------------------------------------------------------------
@@ -547,7 +547,7 @@ def test_what_needs_all_weights_is_refused(
 
 @pytest.mark.usefixtures("all_layers")
 @pytest.mark.parametrize("dtype", KINDS)
-def test_damaged_weights_are_found_when_they_are_used(
+def test_damaged_weights_are_detected_when_they_are_used(
     folders: dict[tuple[str, str], Path], tmp_path: Path, dtype: str
 ) -> None:
     folder, file = tmp_path / "model", "unet/diffusion_pytorch_model.safetensors"
@@ -602,22 +602,22 @@ def test_sizes_are_those_of_the_files(
     folders: dict[tuple[str, str], Path], name: str, stored: str
 ) -> None:
     folder = folders[name, stored]
-    found, model = parts_of(folder), sfumato.load(folder)
+    result, model = parts_of(folder), sfumato.load(folder)
     files = {path.parent.name: path for path in folder.glob("*/*.safetensors")}
-    assert files.keys() == found.keys() >= {"vae", "unet"}
+    assert files.keys() == result.keys() >= {"vae", "unet"}
     for part, path in files.items():
         tensors = read_tensors(path)
-        assert found[part].stored == sum(t.nbytes for t in tensors.values())
-        assert path.stat().st_size == found[part].stored + 8 + int.from_bytes(
+        assert result[part].stored == sum(t.nbytes for t in tensors.values())
+        assert path.stat().st_size == result[part].stored + 8 + int.from_bytes(
             path.read_bytes()[:8], "little"
         )
-        assert found[part].numbers == sum(
+        assert result[part].numbers == sum(
             t.numel() for t in tensors.values() if t.is_floating_point()
         )
     sizes = {"unet": model.denoiser.network, "vae": model.autoencoder}
     for part, network in sizes.items():
-        assert found[part].numbers == sum(p.numel() for p in network.parameters())
-        assert found[part].largest == max(
+        assert result[part].numbers == sum(p.numel() for p in network.parameters())
+        assert result[part].largest == max(
             sum(p.numel() for p in m.parameters(recurse=False)) for m in network.modules()
         )
 
@@ -694,15 +694,15 @@ def test_a_step_is_counted(folders: dict[tuple[str, str], Path], name: str) -> N
 
 def test_what_fits(folders: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folders["text", "bfloat16"]
-    said = report(folder)
-    assert said is not None and report(Path("owner/name")) is None
-    ways, parts = said["ways"], parts_of(folder)
+    message = report(folder)
+    assert message is not None and report(Path("owner/name")) is None
+    ways, parts = message["ways"], parts_of(folder)
     numbers, largest = (
         sum(p.numbers for p in parts.values()),
         max(p.largest for p in parts.values()),
     )
     for dtype, width in (("float32", 4), ("bfloat16", 2)):
-        beside = max(said["beside"][dtype].values())
+        beside = max(message["beside"][dtype].values())
         assert ways[f"in memory, {dtype}"]["needs"] == width * numbers + beside
         assert ways[f"streamed, {dtype}"]["needs"] == 2 * width * largest + beside
     monkeypatch.setattr(
@@ -753,7 +753,7 @@ def test_info_tells_it(
 def test_generate_streams(
     folders: dict[tuple[str, str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = [
+    options = [
         "generate",
         "bag",
         "--model",
@@ -764,20 +764,20 @@ def test_generate_streams(
         "1",
     ]
     outs = [tmp_path / "plain.png", tmp_path / "streamed.png"]
-    assert main([*asked, "--out", str(outs[0])]) == 0
+    assert main([*options, "--out", str(outs[0])]) == 0
     assert "of memory" not in capsys.readouterr().out
-    assert main([*asked, "--out", str(outs[1]), "--memory", "64GB"]) == 0
+    assert main([*options, "--out", str(outs[1]), "--memory", "64GB"]) == 0
     assert "at most" in (text := capsys.readouterr().out) and text.rstrip().endswith("of memory")
     assert outs[0].read_bytes() == outs[1].read_bytes(), (
         "also what the PNG remembers: it is the same request"
     )
-    assert main([*asked, "--memory", "lots"]) == 2 and main([*asked, "--memory", "1MB"]) == 2
+    assert main([*options, "--memory", "lots"]) == 2 and main([*options, "--memory", "1MB"]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2 and "'3GB'" in errors[0] and "too little" in errors[1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's accounts of memory")
-def test_memory_is_told() -> None:
+def test_memory_is_reported() -> None:
     now, peak, free = (
         host_memory.resident_bytes(),
         host_memory.resident_bytes(peak=True),

@@ -57,7 +57,7 @@ def unet(name: str, dtype: torch.dtype = torch.float32) -> UNet:
     return randomised(UNet(config)).to(dtype).requires_grad_(True)
 
 
-def asked(count: int, *size: int) -> tuple[Tensor, Tensor, Conditioning]:
+def options(count: int, *size: int) -> tuple[Tensor, Tensor, Conditioning]:
     generator = torch.Generator().manual_seed(1)
     x, tokens = (
         torch.randn(count, 3, *size, generator=generator),
@@ -80,9 +80,9 @@ def test_the_same_to_rounding(name: str, size: tuple[int, int]) -> None:
         assert not any(isinstance(m, Winograd) for m in coarse.modules()), (
             "they round more there: only where they save most"
         )
-    x, t, cond = asked(2, *size)
-    expected, found = network(x, t, cond), quick(x, t, cond)
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    x, t, cond = options(2, *size)
+    expected, result = network(x, t, cond), quick(x, t, cond)
+    assert (result - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.invariance
@@ -91,7 +91,7 @@ def test_the_same_to_rounding(name: str, size: tuple[int, int]) -> None:
 def test_bits_do_not_depend_on_the_batch(name: str) -> None:
     quick = prepack(unet(name))
     for size in ((8, 8), (40, 36)):
-        x, t, cond = asked(5, *size)
+        x, t, cond = options(5, *size)
         together = quick(x, t, cond)
         for i in (0, 4):
             assert torch.equal(quick(x[i : i + 1], t[i : i + 1], cond[i : i + 1])[0], together[i])
@@ -104,9 +104,9 @@ def test_the_plain_weights_come_back(dtype: torch.dtype, name: str) -> None:
     if not can_prepack(network):
         pytest.skip(f"this processor has no products of {dtype}")
     quick = prepack(network)
-    given, found = network.state_dict(), quick.state_dict()
-    assert list(found) == list(given)
-    assert all(torch.equal(found[k], given[k]) and found[k].dtype == dtype for k in given)
+    inputs, result = network.state_dict(), quick.state_dict()
+    assert list(result) == list(inputs)
+    assert all(torch.equal(result[k], inputs[k]) and result[k].dtype == dtype for k in inputs)
     assert sum(p.numel() for p in quick.parameters()) == sum(
         p.numel() for p in network.parameters()
     )
@@ -117,7 +117,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_network() -> None:
     network = unet("convolutions around transformers", torch.bfloat16)
     if not can_prepack(network):
         pytest.skip("this processor has no products of bfloat16")
-    x, t, cond = asked(2, 16, 16)
+    x, t, cond = options(2, 16, 16)
     small, narrow = x.bfloat16(), cond.to("cpu", torch.bfloat16)
     wide = Conditioning(tokens=None if narrow.tokens is None else narrow.tokens.float())
     quick = prepack(network)(small, t, narrow).float()
@@ -142,9 +142,9 @@ def test_fewer_products_are_the_same_convolution(size: tuple[int, int]) -> None:
         y = rows @ u[i][j].T + (bias if (i, j) in ((0, 1), (3, 1)) else 0)
         return y if added is None else y + added
 
-    found = winograd.convolve(x, 5, product, plus)
+    result = winograd.convolve(x, 5, product, plus)
     expected = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1).permute(0, 2, 3, 1) + plus
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(result, expected, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(
         winograd.convolve(x, 5, product), expected - plus, atol=1e-12, rtol=1e-12
     )
@@ -155,8 +155,8 @@ def test_fewer_products_are_as_exact_as_the_kernel_they_replace() -> None:
     conv, x = nn.Conv2d(256, 320, 3, padding=1), torch.randn(2, 256, 20, 22)
     exact = conv.double()(x.double())
     conv.float()
-    plain, found = Convolution(conv)(x) - exact, Winograd(conv)(x) - exact
-    assert found.square().mean() < plain.square().mean()
+    plain, result = Convolution(conv)(x) - exact, Winograd(conv)(x) - exact
+    assert result.square().mean() < plain.square().mean()
 
 
 @torch.inference_mode()
@@ -172,7 +172,7 @@ def test_it_is_a_copy_for_inference() -> None:
     that would be silently wrong.
     """
     network = unet("convolutions around transformers")
-    quick, (x, t, cond) = prepack(network), asked(1, 8, 8)
+    quick, (x, t, cond) = prepack(network), options(1, 8, 8)
     with torch.no_grad():
         before = quick(x, t, cond)
         for p in network.parameters():
@@ -198,9 +198,9 @@ def test_a_model_made_ready(fashion: Any) -> None:
     ready = replace(fashion).optimized()
     assert ready.hash == fashion.hash and ready.describe()["parts"] == fashion.describe()["parts"]
     words = {"steps": 3, "seed": 5, "output": "tensor"}
-    expected, found = fashion.generate("bag", n=3, **words), ready.generate("bag", n=3, **words)
-    assert (found - expected).abs().max() < 1e-4
-    assert torch.equal(ready.generate("bag", **words | {"seed": 7})[0], found[2])
+    expected, result = fashion.generate("bag", n=3, **words), ready.generate("bag", n=3, **words)
+    assert (result - expected).abs().max() < 1e-4
+    assert torch.equal(ready.generate("bag", **words | {"seed": 7})[0], result[2])
     assert not any(p.is_mkldnn for p in fashion.denoiser.network.parameters())
 
 
@@ -216,7 +216,7 @@ def test_a_copy_of_a_compiled_network_is_its_own() -> None:
     """Guidance weakens copies; one that still called the compiled network would not be weaker, and
     nobody would see it.
     """
-    network, (x, t, cond) = unet("convolutions around transformers"), asked(1, 8, 8)
+    network, (x, t, cond) = unet("convolutions around transformers"), options(1, 8, 8)
     changed, expected = copy.deepcopy(compile_network(network)), copy.deepcopy(network)
     for one in (changed, expected):
         one.get_parameter("conv_out.bias").add_(1)

@@ -116,9 +116,9 @@ def joined(pieces: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
 @quick
 @given(trees)
 def test_weights_nest_and_multiply_and_all_text_survives(forest: list[Tree]) -> None:
-    found = parse("".join(map(written, forest)))
-    assert joined(found) == joined([piece for tree in forest for piece in weights(tree)])
-    assert all(a[1] != b[1] for a, b in pairwise(found)) and len(found) >= 1
+    result = parse("".join(map(written, forest)))
+    assert joined(result) == joined([piece for tree in forest for piece in weights(tree)])
+    assert all(a[1] != b[1] for a, b in pairwise(result)) and len(result) >= 1
 
 
 @quick
@@ -209,15 +209,15 @@ def sdxl(sd: ClipText) -> ClipText:
 
 
 def tokens(conditioner: ClipText, *prompts: str | None) -> Tensor:
-    found = conditioner(prompts, PICTURE).tokens
-    assert found is not None
-    return found
+    result = conditioner(prompts, PICTURE).tokens
+    assert result is not None
+    return result
 
 
 def pooled(conditioner: ClipText, *prompts: str | None) -> Tensor:
-    found = conditioner(prompts, PICTURE).vector
-    assert found is not None
-    return found[:, :10]
+    result = conditioner(prompts, PICTURE).vector
+    assert result is not None
+    return result[:, :10]
 
 
 CATS, DOGS = "cat " * 75, "dog " * 75
@@ -247,16 +247,16 @@ def test_a_long_prompt_is_its_chunks_each_encoded_alone(
 @pytest.mark.invariance
 def test_rows_are_what_they_are_alone_and_the_mask_says_where_they_end(sdxl: ClipText) -> None:
     prompts = ["red dog", CATS + DOGS + "red", None, CATS + "red", "red dog", ""]
-    found, lengths = sdxl(prompts, PICTURE), [77, 231, 77, 154, 77, 77]
-    assert found.mask is not None and found.tokens is not None and found.vector is not None
-    assert found.mask.sum(1).tolist() == lengths
+    result, lengths = sdxl(prompts, PICTURE), [77, 231, 77, 154, 77, 77]
+    assert result.mask is not None and result.tokens is not None and result.vector is not None
+    assert result.mask.sum(1).tolist() == lengths
     for k, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
         alone = sdxl([prompt], PICTURE)
         assert alone.mask is None and alone.tokens is not None and alone.vector is not None
-        assert torch.equal(found.tokens[k, :length], alone.tokens[0]) and torch.equal(
-            found.vector[k], alone.vector[0]
+        assert torch.equal(result.tokens[k, :length], alone.tokens[0]) and torch.equal(
+            result.vector[k], alone.vector[0]
         )
-        assert not found.tokens[k, length:].any() and found.mask[k, :length].all()
+        assert not result.tokens[k, length:].any() and result.mask[k, :length].all()
     assert sdxl(["a", "b", None], PICTURE).mask is None
 
 
@@ -304,7 +304,7 @@ def test_weights_multiply_states_and_restore_the_mean(
     kind: str, request: pytest.FixtureRequest
 ) -> None:
     conditioner: ClipText = request.getfixturevalue(kind)
-    plain, found = (
+    plain, result = (
         tokens(conditioner, "a cat, red dog")[0],
         tokens(conditioner, "a (cat:1.5), [red dog]")[0],
     )
@@ -313,11 +313,11 @@ def test_weights_multiply_states_and_restore_the_mean(
     for width in (slice(0, 16), slice(16, 40))[: 1 + (kind == "sdxl")]:  # each encoder for itself
         by_hand = plain[:, width].double() * column
         by_hand *= plain[:, width].double().mean() / by_hand.mean()
-        torch.testing.assert_close(found[:, width].double(), by_hand, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(result[:, width].double(), by_hand, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(
-            found[:, width].mean(), plain[:, width].mean(), rtol=1e-4, atol=1e-7
+            result[:, width].mean(), plain[:, width].mean(), rtol=1e-4, atol=1e-7
         )
-    assert not torch.allclose(found, plain, rtol=1e-2)
+    assert not torch.allclose(result, plain, rtol=1e-2)
     if kind == "sdxl":
         assert torch.equal(
             pooled(conditioner, "a (cat:1.5), [red dog]"), pooled(conditioner, "a cat, red dog")
@@ -349,12 +349,12 @@ def test_half_precision_gives_float32_near_by(sdxl: ClipText) -> None:
         replace(e, model=clip_encoders.encoder(e.projected, int(e.projected)).to(torch.bfloat16))
         for e in (sdxl.encoder, sdxl.encoder_2)
     ]
-    found = ClipText(encoders[0], encoders[1], sdxl.config)(
+    result = ClipText(encoders[0], encoders[1], sdxl.config)(
         ["a (cat:1.5)", CATS + "red", None], PICTURE
     )
     exact = sdxl(["a (cat:1.5)", CATS + "red", None], PICTURE)
-    assert [t.dtype for t in found.tensors] == [torch.float32, torch.bool, torch.float32]
-    for ours, theirs in zip(found.tensors, exact.tensors, strict=True):
-        assert float((ours.float() - theirs.float()).abs().max()) <= 0.1 * float(
-            theirs.float().abs().max()
+    assert [t.dtype for t in result.tensors] == [torch.float32, torch.bool, torch.float32]
+    for actual, reference in zip(result.tensors, exact.tensors, strict=True):
+        assert float((actual.float() - reference.float()).abs().max()) <= 0.1 * float(
+            reference.float().abs().max()
         )

@@ -108,9 +108,9 @@ def other(kind: str, dtype: torch.dtype = torch.float64) -> SequentialAutoencode
     return randomised(OTHERS[kind](), 3).to(dtype)
 
 
-def apart(found: Tensor, expected: Tensor) -> float:
-    assert found.dtype == expected.dtype
-    return relative_error(found, expected)
+def apart(result: Tensor, expected: Tensor) -> float:
+    assert result.dtype == expected.dtype
+    return relative_error(result, expected)
 
 
 def cut(x: Tensor, rows: int) -> by.Strips:
@@ -182,9 +182,9 @@ def test_moments_are_those_of_the_whole_map(rows: int, offset: float) -> None:
     assert (moments.mean - x.double().mean((2, 3))).abs().max() < 1e-6 * (1 + offset)
     assert apart(moments.squares / x[0, 0].numel(), x.double().var((2, 3), correction=0)) < 1e-5
     expected = F.silu(norm.double()(x.double())).float()
-    found = joined(moments.norm(norm.float(), silu=True)(cut(x, 4)))
+    result = joined(moments.norm(norm.float(), silu=True)(cut(x, 4)))
     # x itself is rounded to 1e-3 of its spread there
-    assert apart(found, expected) < (1e-6 if offset == 0 else 1e-2)
+    assert apart(result, expected) < (1e-6 if offset == 0 else 1e-2)
 
 
 @settings(max_examples=50, deadline=None)
@@ -266,9 +266,9 @@ def strips_are_the_whole(autoencoder: SequentialAutoencoder, memory: int | None)
         expected = autoencoder.posterior(image.tanh())
         for rows in (1, 3, None):
             assert apart(reconstruct(autoencoder, raw, rows, memory), image) < 1e-10
-            found = posterior(autoencoder, image.tanh(), rows, memory)
-            assert apart(found.mean, expected.mean) < 1e-10
-            assert torch.equal(found.std, expected.std) or apart(found.std, expected.std) < 1e-10
+            result = posterior(autoencoder, image.tanh(), rows, memory)
+            assert apart(result.mean, expected.mean) < 1e-10
+            assert torch.equal(result.std, expected.std) or apart(result.std, expected.std) < 1e-10
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -331,19 +331,19 @@ def test_exact_is_whole_in_the_dtype_of_the_weights(dtype: torch.dtype, limit: f
     """
     autoencoder, z = kl(dtype), 0.2 * normal(2, 3, 9, 7)
     expected = whole(autoencoder, z)
-    found = exact(autoencoder, z, rows=2)
-    assert expected.std() > 0.1 and apart(found, expected) < limit
+    result = exact(autoencoder, z, rows=2)
+    assert expected.std() > 0.1 and apart(result, expected) < limit
     image = expected.clone()
     mean, again = (
         autoencoder.posterior(image.to(dtype)).mean,
         exact_posterior(autoencoder, image, rows=3).mean,
     )
     assert again.dtype == dtype and apart(again.float(), mean.float()) < limit
-    assert not found.is_inference() and not found.requires_grad
+    assert not result.is_inference() and not result.requires_grad
 
 
 @pytest.mark.invariance
-def test_no_image_depends_on_the_batch_and_nothing_given_is_changed() -> None:
+def test_no_image_depends_on_the_batch_and_no_input_is_changed() -> None:
     autoencoder, z = kl(torch.float32), normal(3, 3, 6, 5)
     before, image = z.clone(), exact(autoencoder, z, rows=2)
     assert torch.equal(z, before)
@@ -361,7 +361,7 @@ class Alive(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.known: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.available: dict[int, tuple[StorageWeakRef, int]] = {}
         self.most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -369,9 +369,9 @@ class Alive(TorchDispatchMode):
         for tensor in torch.utils._pytree.tree_leaves(out):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                self.known[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.known = {k: v for k, v in self.known.items() if not v[0].expired()}
-        self.most = max(self.most, sum(size for _, size in self.known.values()))
+                self.available[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.available = {k: v for k, v in self.available.items() if not v[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.available.values()))
         return out
 
 
@@ -428,11 +428,11 @@ def test_more_memory_saves_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _products(autoencoder: AutoencoderKL, raw: Tensor) -> list[int]:
     """Multiplications of each convolution of a whole run, doublings counted as four 2x2 kernels."""
-    found: list[int] = []
+    result: list[int] = []
     doubled = {m.conv for m in autoencoder.modules() if isinstance(m, Upsample)}
 
     def count(module: nn.Module, _: Any, y: Tensor) -> None:
-        found.append(y.numel() * module.weight[0].numel() * (4 if module in doubled else 9) // 9)  # pyright: ignore
+        result.append(y.numel() * module.weight[0].numel() * (4 if module in doubled else 9) // 9)  # pyright: ignore
 
     convolutions = {k: m for k, m in autoencoder.named_modules() if isinstance(m, nn.Conv2d)}
     # called as they are
@@ -440,7 +440,7 @@ def _products(autoencoder: AutoencoderKL, raw: Tensor) -> list[int]:
     autoencoder.reconstruct(raw)
     for hook in hooks:
         hook.remove()
-    return found
+    return result
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -509,11 +509,11 @@ class Other(Autoencoder):
 
 def test_one_tile_that_covers_everything_encodes_the_whole() -> None:
     autoencoder, image = kl(torch.float32), normal(2, 3, 20, 32)
-    expected, found = (
+    expected, result = (
         autoencoder.posterior(image),
         tiled_posterior(autoencoder, image, tile=8, overlap=3),
     )
-    assert apart(found.mean, expected.mean) < 1e-6 and apart(found.std, expected.std) < 1e-6
+    assert apart(result.mean, expected.mean) < 1e-6 and apart(result.std, expected.std) < 1e-6
 
 
 def test_tiles_encode_the_whole_where_the_overlap_covers_what_a_cell_sees(
@@ -531,9 +531,10 @@ def test_tiles_encode_the_whole_where_the_overlap_covers_what_a_cell_sees(
             if isinstance(getattr(block, name, None), nn.GroupNorm):
                 setattr(block, name, nn.Identity())
     expected = autoencoder.posterior(image)
-    found = tiled_posterior(autoencoder, image, tile=64, overlap=48)
+    result = tiled_posterior(autoencoder, image, tile=64, overlap=48)
     assert (
-        found.mean.shape == expected.mean.shape and apart(found.mean, expected.mean.float()) < 1e-5
+        result.mean.shape == expected.mean.shape
+        and apart(result.mean, expected.mean.float()) < 1e-5
     )
     # so it can fail
     assert (

@@ -549,11 +549,11 @@ def test_ema_is_its_recursion(decay: float) -> None:
             for name, p in network.named_parameters()
         }
     for name, value in expected.items():
-        found = ema.network.get_parameter(name)
-        torch.testing.assert_close(found.double(), value, rtol=1e-5, atol=1e-6)
+        result = ema.network.get_parameter(name)
+        torch.testing.assert_close(result.double(), value, rtol=1e-5, atol=1e-6)
         assert (
-            torch.equal(found, network.get_parameter(name)) is (decay == 0)
-            and not found.requires_grad
+            torch.equal(result, network.get_parameter(name)) is (decay == 0)
+            and not result.requires_grad
         )
     assert (ema.state()["1.running_mean"] == 29).all()
 
@@ -561,15 +561,15 @@ def test_ema_is_its_recursion(decay: float) -> None:
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
 def test_the_learning_rate_in_closed_form(decay: Any) -> None:
     s = LoopSettings(steps=110, warmup=10, lr=2.0, decay=decay, final_lr=0.1)
-    found = [s.lr_at(k) for k in range(110)]
-    assert found[:10] == pytest.approx([0.2 * (k + 1) for k in range(10)])  # linear warm-up
+    result = [s.lr_at(k) for k in range(110)]
+    assert result[:10] == pytest.approx([0.2 * (k + 1) for k in range(10)])  # linear warm-up
     u = np.arange(100) / 100
     fall = {
         "constant": np.ones(100),
         "linear": 1 - 0.9 * u,
         "cosine": 0.1 + 0.45 * (1 + np.cos(np.pi * u)),
     }[decay]
-    assert found[10:] == pytest.approx(list(2.0 * fall))
+    assert result[10:] == pytest.approx(list(2.0 * fall))
     assert LoopSettings(warmup=0, decay="constant", lr=3.0).lr_at(0) == 3.0
 
 
@@ -880,12 +880,12 @@ def test_a_denoiser_learns_one_latent_by_heart(tmp_path: Path) -> None:
     )
     z = objective.space.standardise(mean)
     draw = SeededNoise((2, 8, 8), [0, 1], torch.device("cpu"))
-    found = Denoiser(network, process)
+    result = Denoiser(network, process)
     nothing = Conditioning()
     with torch.no_grad():
         drawn = run_sampler(
             ddim(draw(), timesteps("trailing", 5, process.schedule), process.schedule, draw),
-            lambda x, t: found(x, t, nothing),
+            lambda x, t: result(x, t, nothing),
             5,
         )
     assert drawn is not None

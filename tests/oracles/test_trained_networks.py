@@ -49,15 +49,15 @@ NETWORKS: dict[str, tuple[Any, str | None, dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `captioned` writes, a folder with FLUX's text encoders, and pictures of two classes."""
-    found = captioned_images.write(tmp_path_factory.mktemp("networks") / "parts")
-    text_encoders.write(found / "flux", "flux")
+    result = captioned_images.write(tmp_path_factory.mktemp("networks") / "parts")
+    text_encoders.write(result / "flux", "flux")
     for name, value in (("red", 40), ("blue", 200)):
-        (found / "classes" / name).mkdir(parents=True)
+        (result / "classes" / name).mkdir(parents=True)
         for k in range(4):
             Image.fromarray(np.full((16, 16, 3), value + k, dtype=np.uint8)).save(
-                found / "classes" / name / f"{k}.png"
+                result / "classes" / name / f"{k}.png"
             )
-    return found
+    return result
 
 
 def recipe(
@@ -90,10 +90,10 @@ def recipe(
 @pytest.mark.parametrize("name", NETWORKS)
 def test_any_network_is_trained_by_a_recipe(name: str, place: Path, tmp_path: Path) -> None:
     """The folder opens, and draws a picture of training's size if nobody says another."""
-    network, text, told = NETWORKS[name]
+    network, text, settings = NETWORKS[name]
     folder = recipe(place, network, text).run(tmp_path / "run")
     config = json.loads((folder / "transformer" / "config.json").read_text())
-    assert {key: config[key] for key in told} == told
+    assert {key: config[key] for key in settings} == settings
     model = sfumato.load(folder)
     assert model.class_names == (() if text else ("blue", "red")) and model.sample_size == 16
     (picture,) = model.generate(captioned_images.WORDS[0] if text else "red")
@@ -129,7 +129,7 @@ def test_any_network_is_trained_by_a_recipe(name: str, place: Path, tmp_path: Pa
         ),
     ],
 )
-def test_what_cannot_be_trained_is_said_before_pictures_are_encoded(
+def test_untrainable_settings_are_refused_before_images_are_encoded(
     network: Any, text: str | None, source: str | None, words: str, place: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=words):

@@ -92,11 +92,11 @@ def test_modulation_begins_where_its_weights_say() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rms_norm_is_torchs(dtype: torch.dtype) -> None:
-    ours, x = RMSNorm(16, eps=1e-5), (3 * normal(4, 7, 16)).to(dtype)
+    actual, x = RMSNorm(16, eps=1e-5), (3 * normal(4, 7, 16)).to(dtype)
     with torch.no_grad():
-        ours.weight.copy_(normal(16, seed=1))
-    expected = F.rms_norm(x.double(), (16,), ours.weight.double(), 1e-5)
-    error = (ours.to(dtype)(x).double() - expected).norm() / expected.norm()
+        actual.weight.copy_(normal(16, seed=1))
+    expected = F.rms_norm(x.double(), (16,), actual.weight.double(), 1e-5)
+    error = (actual.to(dtype)(x).double() - expected).norm() / expected.norm()
     assert float(error) < (1e-6 if dtype == torch.float32 else 6e-3)
 
 
@@ -125,18 +125,18 @@ def test_attention_in_training_is_attention_in_inference(masked: bool) -> None:
     """
     q, k, v = (normal(2, count, 3, 16, seed=s) for s, count in ((0, 20), (1, 30), (2, 30)))
     mask = (torch.arange(30) < torch.tensor([[30], [11]])) if masked else None
-    found = []
+    result = []
     for dtype in (torch.float32, torch.bfloat16):
         leaves = [p.to(dtype).detach().clone().requires_grad_() for p in (q, k, v)]
         y = batch_invariant.attend(*leaves, mask)
         (y.float() * normal(*y.shape, seed=5)).sum().backward()
-        found.append([y.detach(), *(p.grad for p in leaves)])
-    for exact, half in zip(*found, strict=True):
+        result.append([y.detach(), *(p.grad for p in leaves)])
+    for exact, half in zip(*result, strict=True):
         assert half is not None and half.dtype == torch.bfloat16
         assert float((half.float() - exact).norm() / exact.norm()) < 0.02
     with torch.inference_mode():
         torch.testing.assert_close(
-            batch_invariant.attend(q, k, v, mask), found[0][0], atol=1e-5, rtol=1e-5
+            batch_invariant.attend(q, k, v, mask), result[0][0], atol=1e-5, rtol=1e-5
         )
 
 
@@ -154,11 +154,11 @@ def test_attention_in_blocks_is_attention(width: int, count: int, masked: bool) 
         exact = batch_invariant.attend(q.double(), k.double(), v.double(), mask)
         with torch.inference_mode():
             assert cpu_attention.fits(q, k)
-            ours = batch_invariant.onednn()
-            found = (
+            actual = batch_invariant.onednn()
+            result = (
                 None
-                if ours is None or not ours._is_mkldnn_bf16_supported()
-                else cpu_attention.attend(q, k, v, mask, ours)
+                if actual is None or not actual._is_mkldnn_bf16_supported()
+                else cpu_attention.attend(q, k, v, mask, actual)
             )
             used = batch_invariant.attend(q, k, v, mask)
         bits = mask is None and F.scaled_dot_product_attention(
@@ -169,11 +169,11 @@ def test_attention_in_blocks_is_attention(width: int, count: int, masked: bool) 
             if mask is not None
             else 2.5 * float((bits.double() - exact).norm() / exact.norm())
         )  # pyright: ignore
-        for y in (used, found):
+        for y in (used, result):
             assert y is None or float((y.double() - exact).norm() / exact.norm()) < max(
                 limit, 0.004
             )
-        assert found is None if strength == 8.0 else (found is None or torch.equal(found, used))
+        assert result is None if strength == 8.0 else (result is None or torch.equal(result, used))
 
 
 def test_attention_in_blocks_does_not_touch_what_it_should_not() -> None:
@@ -186,7 +186,7 @@ def test_attention_in_blocks_does_not_touch_what_it_should_not() -> None:
     assert not cpu_attention.fits(q.bfloat16(), q.bfloat16())  # a gradient may be wanted
 
 
-def test_the_way_that_attention_takes_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_attention_backend_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     attention_backend._log_once.cache_clear()
     q = normal(1, 1024, 1, 16)
     with caplog.at_level("INFO", logger="sfumato"), torch.inference_mode():
@@ -202,7 +202,7 @@ def test_the_way_that_attention_takes_is_said_once(caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_is_said_of_attention_that_is_only_counted(
+def test_counting_attention_reports_nothing(
     dtype: torch.dtype, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On the meta device, on which `sfumato info` runs networks, torch has its plain way for

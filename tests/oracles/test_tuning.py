@@ -63,18 +63,18 @@ def sharp() -> LatentDiffusion:
 
 
 def test_tuned_times_beat_every_fixed_spacing_on_unseen_images(sharp: LatentDiffusion) -> None:
-    (found,) = tune_timesteps(sharp, [4], images=24, reference_steps=100, iterations=5)
-    assert 0 < found.times[0] <= 1 and found.times[-1] == 0 and len(found.times) == 5
-    assert found.errors["tuned"] < 0.97 * min(
-        error for name, error in found.errors.items() if name != "tuned"
-    ), found.errors
+    (result,) = tune_timesteps(sharp, [4], images=24, reference_steps=100, iterations=5)
+    assert 0 < result.times[0] <= 1 and result.times[-1] == 0 and len(result.times) == 5
+    assert result.errors["tuned"] < 0.97 * min(
+        error for name, error in result.errors.items() if name != "tuned"
+    ), result.errors
     # The judge's figure is what a user gets: seeds that the search did not see, against the long
     # run.
     prompts, options = [None] * 24, {"sampler": "ddim", "seed": 24, "output": "latent"}
     end = sharp.generate(prompts, steps=100, **options)
-    mine = sharp.generate(prompts, timesteps=found.times, **options)
+    mine = sharp.generate(prompts, timesteps=result.times, **options)
     assert float((mine - end).square().mean().sqrt()) == pytest.approx(
-        found.errors["tuned"], rel=1e-5
+        result.errors["tuned"], rel=1e-5
     )
 
 
@@ -98,9 +98,7 @@ def test_the_shortest_path_is_the_best_of_all_paths(sharp: LatentDiffusion) -> N
     assert _shortest_path(reference, sharp, 3) == [times[k] for k in best]
 
 
-def test_what_is_found_is_kept_beside_what_was_there(
-    sharp: LatentDiffusion, tmp_path: Path
-) -> None:
+def test_tuned_times_are_kept_beside_earlier_ones(sharp: LatentDiffusion, tmp_path: Path) -> None:
     model = tiny_model("flow")
     model.save(tmp_path / "model")
     before = {
@@ -157,8 +155,13 @@ def test_the_command_stores_times_that_generate_uses(
         sfumato.cli.main(["tune-timesteps", str(tmp_path / "model"), "--steps", "2", "3", *few])
         == 0
     )
-    said = capsys.readouterr().out
-    assert "tuned" in said and "trailing" in said and "2 steps" in said and "3 steps" in said
+    message = capsys.readouterr().out
+    assert (
+        "tuned" in message
+        and "trailing" in message
+        and "2 steps" in message
+        and "3 steps" in message
+    )
     notes = json.loads((tmp_path / "model" / "model_index.json").read_text())["_sfumato"][
         "defaults"
     ]["tuned_timesteps"]

@@ -76,7 +76,7 @@ ELSEWHERE = {("lcm", "ve"), ("lcm", "edm"), ("pndm", "cosine")}
 @pytest.mark.parametrize(
     ("name", "kind"), [pair for pair in product(DOWNWARD, SCHEDULES) if pair not in ELSEWHERE]
 )
-def test_the_known_part_is_z_with_the_right_noise_at_every_level_and_z_at_the_end(
+def test_the_known_region_is_z_with_the_right_noise_at_every_level_and_z_at_the_end(
     name: str, kind: str
 ) -> None:
     """Without noise on the way: alpha z + sigma times the run's first noise, to rounding. With it:
@@ -97,31 +97,33 @@ def test_the_known_part_is_z_with_the_right_noise_at_every_level_and_z_at_the_en
     run = SAMPLERS[name](
         x, times, chosen, lambda: torch.randn(first.shape, generator=generator, dtype=torch.float64)
     )
-    found = drive(
+    result = drive(
         sampler_coroutine(
             run, known_region(tangled(chosen), z, mask, chosen.point), 8, steps.append
         ),
         evaluate_calls,
     )
-    known, tolerance = mask.bool().expand_as(z), 1e-8
+    available, tolerance = mask.bool().expand_as(z), 1e-8
     for step in steps:
         alpha, sigma = chosen.point(step.t)
         if not traits_of(SAMPLERS[name]).noise:
-            assert ((step.x - alpha * z - sigma * first)[known]).abs().max() < tolerance * (
+            assert ((step.x - alpha * z - sigma * first)[available]).abs().max() < tolerance * (
                 alpha + sigma
             )
         else:
-            noise = ((step.x - alpha * z) / sigma)[known]
+            noise = ((step.x - alpha * z) / sigma)[available]
             assert abs(float(noise.mean())) < 5.5 / math.sqrt(len(noise))
             assert abs(float(noise.var()) - 1) < 5.5 * math.sqrt(2 / len(noise))
-        assert torch.equal(step.prediction.x0[known], z[known])
-    assert ((found - z)[known]).abs().max() < (1e-3 if name == "lcm" else tolerance)
-    whole = finish(found, z, mask)
-    assert torch.equal(whole[known], z[known]) and torch.equal(whole[~known], found[~known])
-    assert (found - z)[~known].abs().max() > 0.1
+        assert torch.equal(step.prediction.x0[available], z[available])
+    assert ((result - z)[available]).abs().max() < (1e-3 if name == "lcm" else tolerance)
+    whole = finish(result, z, mask)
+    assert torch.equal(whole[available], z[available]) and torch.equal(
+        whole[~available], result[~available]
+    )
+    assert (result - z)[~available].abs().max() > 0.1
 
 
-def test_where_nothing_is_known_a_run_starts_where_it_would_and_where_all_is_it_ends_at_z() -> None:
+def test_an_empty_known_region_changes_no_start_and_a_full_one_ends_at_z() -> None:
     noise, z = normal(2, 1, 3, 3), normal(1, 1, 3, 3, seed=1)
     for t in (1.0, 0.4):
         alpha, sigma = FLOW.point(t)
@@ -142,9 +144,9 @@ def test_a_soft_mask_blends_the_predictions_and_they_still_add_up_to_x() -> None
         torch.rand(2, 1, 4, 4).double(),
     )
     plain = drive(tangled(FLOW)(x, 0.3), evaluate_calls)
-    found = drive(known_region(tangled(FLOW), z, mask, FLOW.point)(x, 0.3), evaluate_calls)
-    assert torch.allclose(found.x0, mask * z + (1 - mask) * plain.x0, atol=1e-12)
-    assert torch.allclose(0.7 * found.x0 + 0.3 * found.eps, x, atol=1e-12)
+    result = drive(known_region(tangled(FLOW), z, mask, FLOW.point)(x, 0.3), evaluate_calls)
+    assert torch.allclose(result.x0, mask * z + (1 - mask) * plain.x0, atol=1e-12)
+    assert torch.allclose(0.7 * result.x0 + 0.3 * result.eps, x, atol=1e-12)
 
 
 def two_pixels(rho: float, chosen: Schedule) -> DenoiseFn:
@@ -209,13 +211,13 @@ def test_what_it_can_and_cannot_do_without_noise_on_the_way(kind: str, rho: floa
     noise = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64).reshape(
         3, 1, 1, 2
     )
-    found = inpainted(rho, z, noise, "ddim", 1000, kind)[:, 0, 0, 1].tolist()
+    result = inpainted(rho, z, noise, "ddim", 1000, kind)[:, 0, 0, 1].tolist()
     angle = torch.linspace(0, math.pi / 2, 20001, dtype=torch.float64)[1:-1]  # r = tan(angle)
     r, width = angle.tan(), (math.pi / 2 / 20000) / angle.cos().square()
     below, corner = ((1 + r.square()).square() - rho**2) ** -1.25, (1 - rho**2) ** 0.25
     expected = [rho * corner * float((below * r**k * width).sum()) for k in (1, 2)] + [corner]
-    assert found == pytest.approx(expected, abs=5e-3)
-    slope, spread = found[0], found[1] ** 2 + found[2] ** 2
+    assert result == pytest.approx(expected, abs=5e-3)
+    slope, spread = result[0], result[1] ** 2 + result[2] ** 2
     if rho:
         # the docstring's: 0.8 and 0.36 would be exact
         assert abs(slope - 0.343) < 0.005 and abs(spread - 0.67) < 0.01
@@ -245,12 +247,12 @@ def test_noise_on_the_way_brings_it_nearer(
         normal(20_000, 1, 1, 2, dtype=torch.float64),
         normal(20_000, 1, 1, 2, seed=1, dtype=torch.float64),
     )
-    known, found = inpainted(rho, z, noise, sampler, 100, "cosine")[:, 0, 0].T
-    measured = float((known * found).mean() / known.square().mean())
+    available, result = inpainted(rho, z, noise, sampler, 100, "cosine")[:, 0, 0].T
+    measured = float((available * result).mean() / available.square().mean())
     assert abs(measured - slope) < 0.02 + 4 / math.sqrt(20_000)
-    assert abs(float((found - measured * known).var()) - spread) < 0.02 + 4 * spread * math.sqrt(
-        2 / 20_000
-    )
+    assert abs(
+        float((result - measured * available).var()) - spread
+    ) < 0.02 + 4 * spread * math.sqrt(2 / 20_000)
 
 
 @pytest.mark.parametrize(
@@ -314,15 +316,15 @@ def test_a_denoiser_of_single_cells_is_what_it_would_be_on_the_whole(
     weights: str, around: bool, size: Any, stride: Any
 ) -> None:
     x = normal(2, 3, 9, 14)
-    found = drive(
+    result = drive(
         multidiffusion(asking(pixelwise), size, stride, weights, around)(x, 0.5), evaluate_calls
     )
-    assert torch.allclose(found.x0, 0.3 * x, atol=1e-6) and torch.allclose(
-        found.eps, 0.7 * x, atol=1e-6
+    assert torch.allclose(result.x0, 0.3 * x, atol=1e-6) and torch.allclose(
+        result.eps, 0.7 * x, atol=1e-6
     )
     # the first of each four cells lie in one window each: all its own
     if (size, stride, around) == (4, 4, False):
-        assert torch.equal(found.x0[:, :, :4, :8], (0.3 * x)[:, :, :4, :8])
+        assert torch.equal(result.x0[:, :, :4, :8], (0.3 * x)[:, :, :4, :8])
 
 
 @pytest.mark.parametrize("weights", ["uniform", "smooth"])
@@ -331,7 +333,7 @@ def test_it_is_the_weighted_average_of_what_the_windows_say(weights: str, around
     """Eq. 5 cell by cell, with windows that disagree: each answers with its number."""
     count = iter(range(100))
     x = torch.zeros(1, 1, 5, 9)
-    found = drive(
+    result = drive(
         multidiffusion(
             asking(lambda x, t: Prediction(x + (n := next(count)), x - n)),
             (3, 4),
@@ -355,8 +357,8 @@ def test_it_is_the_weighted_average_of_what_the_windows_say(weights: str, around
         for (i, a), (j, b) in product(enumerate(profile[0]), enumerate(profile[1])):
             top[row + i, cells[j]] += a * b * n
             bottom[row + i, cells[j]] += a * b
-    assert torch.allclose(found.x0[0, 0], top / bottom, atol=1e-5) and torch.allclose(
-        found.eps, -found.x0, atol=1e-6
+    assert torch.allclose(result.x0[0, 0], top / bottom, atol=1e-5) and torch.allclose(
+        result.eps, -result.x0, atol=1e-6
     )
 
 
@@ -396,16 +398,16 @@ def test_guidance_inside_and_conditioning_that_is_cut_as_x_is() -> None:
         Conditioning(vector=torch.eye(3)[[a, b]], concat=concat) for a, b in ((0, 1), (2, 2))
     )
     ask = multidiffusion(guided(denoiser, conditioning, null), 4, 2)
-    found = drive(ask(x, 0.6), evaluate_calls)
+    result = drive(ask(x, 0.6), evaluate_calls)
     # 2 rows and 4 columns of windows, 2 images, 2 classes: one pass
     assert network.calls == [(2 * 4 * 2 * 2, 3, 4, 4)]
     whole = drive(guided(denoiser, conditioning, null)(x, 0.6), evaluate_calls)
-    assert torch.allclose(found.x0, whole.x0, atol=1e-5) and torch.allclose(
-        found.eps, whole.eps, atol=1e-5
+    assert torch.allclose(result.x0, whole.x0, atol=1e-5) and torch.allclose(
+        result.eps, whole.eps, atol=1e-5
     )
     for k in range(2):
         alone = multidiffusion(guided(denoiser, conditioning[k : k + 1], null[k : k + 1]), 4, 2)
-        assert torch.equal(drive(alone(x[k : k + 1], 0.6), evaluate_calls).x0[0], found.x0[k])
+        assert torch.equal(drive(alone(x[k : k + 1], 0.6), evaluate_calls).x0[0], result.x0[k])
 
 
 def test_a_canvas_that_goes_around_has_no_place_where_it_begins() -> None:
@@ -574,11 +576,11 @@ def test_it_is_deepcache_written_out_by_hand(every: Any, keys: Any, skips: int) 
             velocity.append(network.shallow_up(kept[branch], layers, time, cond))
         x = x + (times[call + 1] - t) * (velocity[1] + 3.0 * (velocity[0] - velocity[1]))
     ask = feature_cache(guided(denoiser, classes(0, 1), classes(2, 2)), every, skips=skips)
-    found = drive(
+    result = drive(
         sampler_coroutine(SAMPLERS["euler"](first, times, FLOW, lambda: first), ask, 7),
         evaluate_calls,
     )
-    assert torch.allclose(found, x, atol=2e-5)
+    assert torch.allclose(result, x, atol=2e-5)
     exact = drive(
         sampler_coroutine(
             SAMPLERS["euler"](first, times, FLOW, lambda: first),
@@ -587,7 +589,7 @@ def test_it_is_deepcache_written_out_by_hand(every: Any, keys: Any, skips: int) 
         ),
         evaluate_calls,
     )
-    assert torch.equal(found, exact) if every == 1 else (found - exact).abs().max() > 1e-3
+    assert torch.equal(result, exact) if every == 1 else (result - exact).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp_sde", "unipc"])
@@ -598,7 +600,7 @@ def test_every_call_whole_changes_no_bit(sampler: str) -> None:
         ran(sampler, guided(denoiser, classes(0, 1), classes(2, 2)), [0, 1]), evaluate_calls
     )
     for options in ({"every": 1}, {"every": None, "threshold": 0.0}, {"every": 1, "skips": 3}):
-        found = drive(
+        result = drive(
             ran(
                 sampler,
                 feature_cache(guided(denoiser, classes(0, 1), classes(2, 2)), **options),
@@ -606,7 +608,7 @@ def test_every_call_whole_changes_no_bit(sampler: str) -> None:
             ),
             evaluate_calls,
         )
-        assert torch.equal(found, plain)
+        assert torch.equal(result, plain)
 
 
 @torch.inference_mode()
@@ -665,11 +667,11 @@ def test_the_threshold_decides_for_each_image_alone(
         ask = guided(denoiser, words, nothing)
         return drive(ran("ddim", feature_cache(ask, None, 0.35), seeds, 15), evaluate_calls)
 
-    found = run([0, 1], [0, 1])
+    result = run([0, 1], [0, 1])
     # some rows, not all
-    assert found is not None and counting.rows[0] == 4 and any(n < 4 for n in counting.rows[1:])
+    assert result is not None and counting.rows[0] == 4 and any(n < 4 for n in counting.rows[1:])
     for k in range(2):
-        assert same(run([k], [k]), found[k : k + 1])
+        assert same(run([k], [k]), result[k : k + 1])
 
 
 @torch.inference_mode()
@@ -705,7 +707,7 @@ def test_where_guidance_stops_and_begins_again_nobody_takes_anothers_features(
     # at the first call of each kind; then nothing is due for a hundred calls
     assert seen == [[0, 2] * 4, [0] * 4]
     seen.clear()
-    found = drive(
+    result = drive(
         sampler_coroutine(
             SAMPLERS["ddim"](draw(), times, FLOW, draw), feature_cache(inside, 4), 10
         ),
@@ -713,7 +715,7 @@ def test_where_guidance_stops_and_begins_again_nobody_takes_anothers_features(
     )
     # calls 0 to 2 with both, 3 to 6 with one, 7 to 9 with both
     assert seen == [[0, 2] * 4, [0] * 4, [0, 2] * 4]
-    assert torch.isfinite(found).all()
+    assert torch.isfinite(result).all()
 
 
 @torch.inference_mode()
@@ -773,8 +775,8 @@ def test_they_stack() -> None:
         )
 
     steps: list[Step] = []
-    found, known = run([0, 1], [0, 1], steps), mask.bool().expand(2, 2, -1, -1)
-    assert len(steps) == 6 and torch.equal(found[known], z.expand(2, -1, -1, -1)[known])
-    assert (found - z)[~known].abs().max() > 0.1
+    result, available = run([0, 1], [0, 1], steps), mask.bool().expand(2, 2, -1, -1)
+    assert len(steps) == 6 and torch.equal(result[available], z.expand(2, -1, -1, -1)[available])
+    assert (result - z)[~available].abs().max() > 0.1
     for k in range(2):
-        assert same(run([k], [k], []), found[k : k + 1])
+        assert same(run([k], [k], []), result[k : k + 1])
