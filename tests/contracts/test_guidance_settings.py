@@ -294,7 +294,7 @@ BAD: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("value", "said"), BAD, ids=[str(b[0]) for b in BAD])
+@pytest.mark.parametrize(("value", "message"), BAD, ids=[str(b[0]) for b in BAD])
 def test_what_cannot_be_is_refused(value: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         Guidance.parse(value)

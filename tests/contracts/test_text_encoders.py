@@ -344,9 +344,9 @@ def test_a_setting_of_any_value_is_taken_or_refused(
     config: Any, field: str, value: Any, tmp_path: Path
 ) -> None:
     """By way of conditioner/config.json, as users write it."""
-    table(ACTUAL, _class_name="ours", **{field: value})(tmp_path)
+    table(ACTUAL, _class_name="sfumato", **{field: value})(tmp_path)
     try:
-        result = read_settings(config, "ours", tmp_path, {})
+        result = read_settings(config, "sfumato", tmp_path, {})
     except UserError as error:
         assert "\n" not in str(error) and field.split("_")[0] in str(error)
     else:

@@ -258,7 +258,7 @@ def test_a_second_model_finishes(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["generate", "--variation-seed", "3"], "--variation-seed 3 without --variation-strength"),
         (

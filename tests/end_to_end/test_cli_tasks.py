@@ -203,7 +203,7 @@ def test_the_mask_of_what_grows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["inpaint", "photo.png"], "inpaint needs --mask"),
         (["inpaint", "photo.png", "--mask", "gone.png"], "gone.png is missing: expected a picture"),

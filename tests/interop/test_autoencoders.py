@@ -216,15 +216,15 @@ def test_in_both_directions_through_folders(name: str, tmp_path: Path) -> None:
     network, config, values = pair(name)
     kind: Any = getattr(diffusers, FAMILIES[name][0])
     actual = randomise(network(config.from_dict(values)))
-    save_part(tmp_path / "ours", actual)
-    same(actual, kind.from_pretrained(tmp_path / "ours"))
+    save_part(tmp_path / "sfumato", actual)
+    same(actual, kind.from_pretrained(tmp_path / "sfumato"))
     reference = randomise(kind(**values), seed=1)
-    reference.save_pretrained(tmp_path / "theirs")
-    loaded: Any = load_part(tmp_path / "theirs", FAMILIES[name][0])
+    reference.save_pretrained(tmp_path / "diffusers")
+    loaded: Any = load_part(tmp_path / "diffusers", FAMILIES[name][0])
     same(loaded, reference)
     assert loaded.config == actual.config
     written, read = (
-        json.loads((tmp_path / k / "config.json").read_text()) for k in ("ours", "theirs")
+        json.loads((tmp_path / k / "config.json").read_text()) for k in ("sfumato", "diffusers")
     )
     # AutoencoderTiny notes these by itself
     available = read.keys() - {"block_out_channels"} if name.startswith("t") else read.keys()

@@ -113,16 +113,16 @@ def _tuples(value: Any) -> Any:
 def test_autoencoders_in_both_directions_through_folders(name: str, tmp_path: Path) -> None:
     values = SMALL | AUTOENCODERS[name]
     actual = randomised(AutoencoderKL(KLConfig(**values)))
-    save_part(tmp_path / "ours", actual)
-    same_autoencoder(actual, diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours"))
+    save_part(tmp_path / "sfumato", actual)
+    same_autoencoder(actual, diffusers.AutoencoderKL.from_pretrained(tmp_path / "sfumato"))
     count = len(values["block_out_channels"])
     blocks = {
         "down_block_types": ("DownEncoderBlock2D",) * count,
         "up_block_types": ("UpDecoderBlock2D",) * count,
     }
     peer = randomised(diffusers.AutoencoderKL(**values, **blocks), seed=1)
-    peer.save_pretrained(tmp_path / "theirs")
-    loaded = load_part(tmp_path / "theirs", "AutoencoderKL")
+    peer.save_pretrained(tmp_path / "diffusers")
+    loaded = load_part(tmp_path / "diffusers", "AutoencoderKL")
     same_autoencoder(loaded, peer)
     assert loaded.config == actual.config  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -327,8 +327,8 @@ def same_unet(actual: Any, peer: Any, size: tuple[int, int] = (8, 8), mask: bool
 def test_unets_in_both_directions_through_folders(name: str, tmp_path: Path) -> None:
     values = TINY | UNETS[name]
     actual = randomised(UNet(UNetConfig(**values)))
-    save_part(tmp_path / "ours", actual)
-    peer = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "ours")
+    save_part(tmp_path / "sfumato", actual)
+    peer = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "sfumato")
     same_unet(actual, peer)
     # odd maps fail in their AttnUpBlock2D
     sizes = [(4, 12)] if "AttnUpBlock2D" in values["up_block_types"] else [(7, 7), (6, 9)]
@@ -336,8 +336,8 @@ def test_unets_in_both_directions_through_folders(name: str, tmp_path: Path) -> 
         # there their first attention takes no mask
         same_unet(actual, peer, size, mask="only_cross_attention" not in values)
     peer = randomised(diffusers.UNet2DConditionModel(**values), seed=1)
-    peer.save_pretrained(tmp_path / "theirs")
-    loaded = load_part(tmp_path / "theirs", "UNet2DConditionModel")
+    peer.save_pretrained(tmp_path / "diffusers")
+    loaded = load_part(tmp_path / "diffusers", "UNet2DConditionModel")
     same_unet(loaded, peer)
     assert loaded.config == actual.config  # pyright: ignore[reportAttributeAccessIssue]
 

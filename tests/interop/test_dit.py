@@ -146,9 +146,9 @@ def their_answer(network: Any, x: Tensor, timestep: Tensor, cond: Conditioning) 
 @torch.inference_mode()
 def test_parity_and_folders_in_both_directions(name: str, tmp_path: Path) -> None:
     network = reference(name)
-    actual = opened(network, tmp_path / "theirs")
-    save_part(tmp_path / "ours", actual)
-    again = type(network).from_pretrained(tmp_path / "ours")
+    actual = opened(network, tmp_path / "diffusers")
+    save_part(tmp_path / "sfumato", actual)
+    again = type(network).from_pretrained(tmp_path / "sfumato")
     before, after = network.state_dict(), again.state_dict()
     assert actual.state_dict().keys() == before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -187,7 +187,7 @@ def test_a_dit_with_modulation_layers_in_each_block(tmp_path: Path) -> None:
     them before, and back again.
     """
     network = reference("DiT", alike=False)
-    actual = opened(network, tmp_path / "theirs")
+    actual = opened(network, tmp_path / "diffusers")
     x, timestep, cond = options(actual, (8, 8))
     assert_close(actual(x, timestep, cond), their_answer(network, x, timestep, cond))
     first, second = (block.norm1.emb for block in actual.transformer_blocks)
@@ -196,8 +196,8 @@ def test_a_dit_with_modulation_layers_in_each_block(tmp_path: Path) -> None:
     assert shared.transformer_blocks[0].norm1.emb is shared.transformer_blocks[1].norm1.emb
     shared.load_state_dict(network.state_dict())
     assert_close(shared(x, timestep, cond), their_answer(network, x, timestep, cond))
-    save_part(tmp_path / "ours", shared)
-    again = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "ours")
+    save_part(tmp_path / "sfumato", shared)
+    again = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "sfumato")
     assert_close(
         their_answer(again, x, timestep, cond), their_answer(network, x, timestep, cond), 0
     )

@@ -100,16 +100,16 @@ def test_what_diffusers_saved(tmp_path: Path) -> None:
 
 
 def test_what_we_save(tmp_path: Path) -> None:
-    reference().save_pretrained(tmp_path / "theirs")
-    actual = load(labelled(tmp_path / "theirs"))
-    actual.save(tmp_path / "ours")
-    again = load(tmp_path / "ours")
+    reference().save_pretrained(tmp_path / "diffusers")
+    actual = load(labelled(tmp_path / "diffusers"))
+    actual.save(tmp_path / "sfumato")
+    again = load(tmp_path / "sfumato")
     assert (
         again.hash == actual.hash
         and again.defaults == actual.defaults
         and again.conditioner == actual.conditioner
     )
-    pipe = open_pipeline(tmp_path / "ours")
+    pipe = open_pipeline(tmp_path / "sfumato")
     assert type(pipe).__name__ == "DiTPipeline" and pipe.get_label_ids(
         ["Tinca tinca", "toilet tissue"]
     ) == [0, 999]
@@ -144,13 +144,13 @@ def test_another_scheduler(tmp_path: Path) -> None:
     """The sampler of the folder is the run's, also after we saved it."""
     pipe = reference()
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    pipe.save_pretrained(tmp_path / "theirs")
+    pipe.save_pretrained(tmp_path / "diffusers")
     expected = pipeline_images(pipe, [3, 5], num_inference_steps=10)
-    actual = load(tmp_path / "theirs")
-    actual.save(tmp_path / "ours")
-    again = open_pipeline(tmp_path / "ours", "DiTPipeline")
+    actual = load(tmp_path / "diffusers")
+    actual.save(tmp_path / "sfumato")
+    again = open_pipeline(tmp_path / "sfumato", "DiTPipeline")
     assert (pipeline_images(again, [3, 5], num_inference_steps=10) - expected).abs().max() < 1e-3
-    for model in (actual, load(tmp_path / "ours")):
+    for model in (actual, load(tmp_path / "sfumato")):
         assert (model.generate(["3", "5"], steps=10, output="tensor") - expected).abs().max() < 1e-3
 
 
@@ -166,8 +166,8 @@ def test_other_sizes(tmp_path: Path) -> None:
 
 def test_other_numbers_of_classes_are_not_for_their_pipeline(tmp_path: Path) -> None:
     """It takes class 1000 for none, whatever the table: such models are saved as ours."""
-    reference().save_pretrained(tmp_path / "theirs")
-    actual = load(tmp_path / "theirs")
+    reference().save_pretrained(tmp_path / "diffusers")
+    actual = load(tmp_path / "diffusers")
     network = randomised(
         DiT(
             DiTConfig(

@@ -196,16 +196,17 @@ def _flux2(
 @torch.inference_mode()
 def test_parity_in_both_directions_through_folders(name: str, tmp_path: Path) -> None:
     reference = peer(name)
-    reference.save_pretrained(tmp_path / "theirs")
-    network: Any = load_part(tmp_path / "theirs")
+    reference.save_pretrained(tmp_path / "diffusers")
+    network: Any = load_part(tmp_path / "diffusers")
     assert {k: v.shape for k, v in network.state_dict().items()} == {
         k: v.shape for k, v in reference.state_dict().items()
     }
-    save_part(tmp_path / "ours", network)
-    back, notes = type(reference).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    save_part(tmp_path / "sfumato", network)
+    back, notes = type(reference).from_pretrained(tmp_path / "sfumato", output_loading_info=True)
     assert not any(notes.values()), notes
     read, written = (
-        json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("ours", "theirs")
+        json.loads((tmp_path / folder / "config.json").read_text())
+        for folder in ("sfumato", "diffusers")
     )
     assert {k: v for k, v in written.items() if k != "_diffusers_version"} == read
     for size in SIZES:
@@ -568,7 +569,7 @@ def test_one_graph_for_compilers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"in_channels": 18}, "in_channels=18"),
         ({"out_channels": 6}, "out_channels=6"),

@@ -271,10 +271,10 @@ def test_pictures_that_are_too_large(
 def test_what_we_save(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """The same class, the same tensors under the same names, and the same pictures."""
     model = load(folders[kind])
-    model.save(tmp_path / "ours")
+    model.save(tmp_path / "sfumato")
     again, pipe, before = (
-        load(tmp_path / "ours"),
-        open_pipeline(tmp_path / "ours"),
+        load(tmp_path / "sfumato"),
+        open_pipeline(tmp_path / "sfumato"),
         open_pipeline(folders[kind]),
     )
     assert (
@@ -289,7 +289,7 @@ def test_what_we_save(kind: str, folders: dict[str, Path], tmp_path: Path) -> No
             torch.equal(actual[key], published[key]) for key in actual
         ), name
     assert pipe.scheduler.config["use_dynamic_shifting"]
-    index = json.loads((tmp_path / "ours" / "model_index.json").read_text())
+    index = json.loads((tmp_path / "sfumato" / "model_index.json").read_text())
     assert {key for key in index if not key.startswith("_")} == {
         key for key in pipe.config if not key.startswith("_")
     }

@@ -282,7 +282,7 @@ def test_streamed(folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "strength", "ours"),
+    ("kind", "strength", "actual"),
     [("dev", 0.5, 0.5), ("dev", 1.0, 1.0), ("dev", 0.6, 0.75), ("schnell", 0.75, 0.75)],
 )
 def test_image_to_image(
@@ -507,10 +507,10 @@ def test_what_we_save(kind: str, folders: dict[str, Path], tmp_path: Path) -> No
     same pictures.
     """
     model = load(folders[kind])
-    model.save(tmp_path / "ours")
+    model.save(tmp_path / "sfumato")
     again, pipe, before = (
-        load(tmp_path / "ours"),
-        open_pipeline(tmp_path / "ours"),
+        load(tmp_path / "sfumato"),
+        open_pipeline(tmp_path / "sfumato"),
         open_pipeline(folders[kind]),
     )
     assert (
@@ -531,7 +531,7 @@ def test_what_we_save(kind: str, folders: dict[str, Path], tmp_path: Path) -> No
         "max_image_seq_len",
     ):
         assert pipe.scheduler.config[name] == before.scheduler.config[name]
-    index = json.loads((tmp_path / "ours" / "model_index.json").read_text())
+    index = json.loads((tmp_path / "sfumato" / "model_index.json").read_text())
     assert {key for key in index if not key.startswith("_")} == {
         key for key in pipe.config if not key.startswith("_")
     }

@@ -103,14 +103,15 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_unet_without_tokens(kind: str, tmp_path: Path) -> None:
     """The same folder, the same numbers, ours from theirs and theirs from ours."""
     reference = randomised(diffusers.UNet2DModel(**{**SMALL, **KINDS[kind]}), 1)
-    reference.save_pretrained(tmp_path / "theirs")
-    actual = load_part(tmp_path / "theirs", "UNet2DModel")
+    reference.save_pretrained(tmp_path / "diffusers")
+    actual = load_part(tmp_path / "diffusers", "UNet2DModel")
     assert isinstance(actual, UNet)
-    save_part(tmp_path / "ours", actual)
+    save_part(tmp_path / "sfumato", actual)
     assert (
-        json.loads((tmp_path / "ours" / "config.json").read_text())["_class_name"] == "UNet2DModel"
+        json.loads((tmp_path / "sfumato" / "config.json").read_text())["_class_name"]
+        == "UNet2DModel"
     )
-    again = diffusers.UNet2DModel.from_pretrained(tmp_path / "ours")
+    again = diffusers.UNet2DModel.from_pretrained(tmp_path / "sfumato")
     for side in (8, 12):
         x, t = torch.randn(2, 3, side, 8), torch.tensor([981.0, 7.0])
         with torch.no_grad():
@@ -571,17 +572,17 @@ def compare(result: Tensor, expected: Tensor) -> None:
 def test_unconditional_pictures(kind: str, tmp_path: Path) -> None:
     """What diffusers saved we open, what we save diffusers opens; the default run is theirs too."""
     reference = their_unconditional(**KINDS[kind])
-    reference.save_pretrained(tmp_path / "theirs")
+    reference.save_pretrained(tmp_path / "diffusers")
     expected = drawn(reference, batch_size=2)
-    actual = load(tmp_path / "theirs")
+    actual = load(tmp_path / "diffusers")
     assert actual.defaults == Defaults(steps=50, guidance=1.0, spacing=LEADING)
     compare(actual.generate(n=2, steps=5, output="tensor"), expected)
-    actual.save(tmp_path / "ours")
-    again = load(tmp_path / "ours")
+    actual.save(tmp_path / "sfumato")
+    again = load(tmp_path / "sfumato")
     assert again.hash == actual.hash and again.defaults == actual.defaults
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipe = open_pipeline(tmp_path / "ours")
+        pipe = open_pipeline(tmp_path / "sfumato")
     assert isinstance(pipe, LDMPipeline)
     compare(drawn(pipe, batch_size=2), expected)
     with pytest.raises(UserError, match="this model is unconditional"):
@@ -681,14 +682,14 @@ PROMPTS = ["a red cat, (very:1.3) red", "Two DOGS"]
 
 def test_text_to_image_pictures(tmp_path: Path) -> None:
     reference = their_text_model()
-    reference.save_pretrained(tmp_path / "theirs")
-    actual = load(tmp_path / "theirs")
+    reference.save_pretrained(tmp_path / "diffusers")
+    actual = load(tmp_path / "diffusers")
     assert actual.defaults == Defaults(steps=50, guidance=1.0, spacing=LEADING)
     assert actual.describe()["parts"].keys() == {"autoencoder", "denoiser", "text_encoder"}
-    actual.save(tmp_path / "ours")
-    again = load(tmp_path / "ours")
+    actual.save(tmp_path / "sfumato")
+    again = load(tmp_path / "sfumato")
     assert again.hash == actual.hash and again.defaults == actual.defaults
-    pipe = open_pipeline(tmp_path / "ours")
+    pipe = open_pipeline(tmp_path / "sfumato")
     assert isinstance(pipe, LDMTextToImagePipeline)
     for guidance, height in ((1.0, 32), (5.0, 32), (3.0, 64)):
         request: dict[str, Any] = {"height": height, "width": 32}

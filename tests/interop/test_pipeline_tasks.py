@@ -154,9 +154,9 @@ def test_a_refiner_begins_with_a_picture(strength: float, folders: dict[str, Pat
 
 def test_a_refiner_is_saved_and_opened(folders: dict[str, Path], tmp_path: Path) -> None:
     model = actual(folders["refiner"])
-    model.save(tmp_path / "ours")
-    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
-    assert type(pipe).__name__ == REFINER and load(tmp_path / "ours").hash == model.hash
+    model.save(tmp_path / "sfumato")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "sfumato")
+    assert type(pipe).__name__ == REFINER and load(tmp_path / "sfumato").hash == model.hash
 
 
 # ---- inpainting ----------------------------------------------------------------------------------

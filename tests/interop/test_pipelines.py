@@ -105,10 +105,10 @@ def test_what_diffusers_saved(family: str, folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize("family", TEXT_TO_IMAGE)
 def test_what_we_save(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     actual = load(folders[family])
-    actual.save(tmp_path / "ours")
-    again = load(tmp_path / "ours")
+    actual.save(tmp_path / "sfumato")
+    again = load(tmp_path / "sfumato")
     assert again.hash == actual.hash and again.defaults == actual.defaults
-    pipe = open_pipeline(tmp_path / "ours")
+    pipe = open_pipeline(tmp_path / "sfumato")
     assert type(pipe).__name__ == FAMILIES[family][0]
     pipe.scheduler = diffusers.DDIMScheduler(**{**SCALED, **FAMILIES[family][2]})
     same(again, pipe, STEPS.get(family, "leading:offset=1"))
@@ -124,15 +124,15 @@ def test_runs_without_a_word_about_samplers(family: str, tmp_path: Path) -> None
     """
     pipe = tiny_pipeline(family)
     pipe.scheduler = PUBLISHED[family]
-    pipe.save_pretrained(tmp_path / "theirs")
-    actual = load(tmp_path / "theirs")
-    actual.save(tmp_path / "ours")
-    again = open_pipeline(tmp_path / "ours", type(pipe).__name__)
+    pipe.save_pretrained(tmp_path / "diffusers")
+    actual = load(tmp_path / "diffusers")
+    actual.save(tmp_path / "sfumato")
+    again = open_pipeline(tmp_path / "sfumato", type(pipe).__name__)
     expected = pipeline_images(pipe, ["a red cat", "a dog"], num_inference_steps=10)
     assert (
         pipeline_images(again, ["a red cat", "a dog"], num_inference_steps=10) - expected
     ).abs().max() < 1e-3
-    for model in (actual, load(tmp_path / "ours")):
+    for model in (actual, load(tmp_path / "sfumato")):
         assert_same_images(
             without_prompt_weights(model).generate(
                 ["a red cat", "a dog"], steps=10, output="tensor"
@@ -264,14 +264,14 @@ def test_enlarging(folders: dict[str, Path], tmp_path: Path) -> None:
         **options,
     )
     actual = without_prompt_weights(load(folders["x4 upscaler"]))
-    actual.save(tmp_path / "ours")
-    again = without_prompt_weights(load(tmp_path / "ours"))
+    actual.save(tmp_path / "sfumato")
+    again = without_prompt_weights(load(tmp_path / "sfumato"))
     assert again.hash == actual.hash and again.low_res == actual.low_res is not None
     for model in (actual, again):
         result = model.run(upscale(model, image * 2 - 1, REQUEST, noise_level=37), output="tensor")
         assert result.shape == (2, 3, 28, 20)
         assert_same_images(result, expected)
-    pipe = open_pipeline(tmp_path / "ours")
+    pipe = open_pipeline(tmp_path / "sfumato")
     pipe.scheduler = diffusers.DDIMScheduler(**{**SCALED, "prediction_type": "v_prediction"})
     assert_same_images(pipeline_images(pipe, REQUEST.prompt, **options), expected)
     with pytest.raises(UserError, match="noise_level=1000: expected a whole number from 0 to 999"):

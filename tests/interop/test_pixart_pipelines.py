@@ -143,13 +143,13 @@ def test_what_diffusers_saved_and_what_we_save(
     )
     assert actual.sample_size == 2 * KINDS[kind][1]["sample_size"]
     same(actual, open_pipeline(folders[kind], name))
-    actual.save(tmp_path / "ours")
-    again = load(tmp_path / "ours")
+    actual.save(tmp_path / "sfumato")
+    again = load(tmp_path / "sfumato")
     assert again.hash == actual.hash and again.defaults == actual.defaults
-    second = open_pipeline(tmp_path / "ours")
+    second = open_pipeline(tmp_path / "sfumato")
     assert type(second).__name__ == name
     same(again, second)
-    assert count_equal_weight_files(folders[kind], tmp_path / "ours") == 3
+    assert count_equal_weight_files(folders[kind], tmp_path / "sfumato") == 3
     again.save(tmp_path / "ours.safetensors")
     assert load(tmp_path / "ours.safetensors").hash == actual.hash
 

@@ -7,7 +7,7 @@ unchanged, then agrees with ours to 1e-9 (most of it to 1e-12; only what divides
 levels loses more). `test_as_shipped` runs them as they are, within 1e-5. Noise is handed to both
 from one list. Some of theirs work in x/alpha; what is compared is what the network is shown, and
 the result. Their networks are told whole timesteps where levels lie between them: ours is then told
-the same (`Case.told`), and a test says so.
+the same (`Case.whole_timesteps`), and a test says so.
 
 What differs, and why; each has a test below that fails when theirs changes (numbers are diffusers'
 issues):
@@ -195,7 +195,7 @@ class Case:
     end         where the run ends, for schedulers that do not go to t = 0
     again       theirs asks the network once more at the end, for a step of no length
     our_steps   where theirs counts network calls and ours steps
-    told        their network is told a timestep that is not that of its noise level (rounded to
+    whole_timesteps  their network is told a timestep that is not that of its noise level (rounded to
                 whole ones): ours is then told the same
     scaled      their latents are x/alpha
     """
@@ -211,7 +211,7 @@ class Case:
     our_steps: int = 0
     end: float = 0.0
     again: bool = False
-    settings: bool = False
+    whole_timesteps: bool = False
     scaled: bool = False
     predictions: tuple[str, ...] = tuple(PREDICTIONS)
 
@@ -259,9 +259,9 @@ MULTISTEP: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("leading", LEADING, {"drop_last": True}, {}),
     ("leading", SD, {"offset": 1, "drop_last": True}, {}),
     ("linspace", LINSPACE, {"drop_last": True}, {}),
-    ("karras", {"use_karras_sigmas": True}, {}, {"told": True}),
-    ("exponential", {"use_exponential_sigmas": True}, {}, {"told": True}),
-    ("beta", {"use_beta_sigmas": True}, {"over": "noise"}, {"told": True}),
+    ("karras", {"use_karras_sigmas": True}, {}, {"whole_timesteps": True}),
+    ("exponential", {"use_exponential_sigmas": True}, {}, {"whole_timesteps": True}),
+    ("beta", {"use_beta_sigmas": True}, {"over": "noise"}, {"whole_timesteps": True}),
 ]
 SIGMAS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     *WHOLE,
@@ -347,7 +347,7 @@ CASES: list[Case] = [
     *cases(SIGMAS, "LMSDiscrete", lms, scaled=True),
     *cases(WHOLE[:1], "LMSDiscrete", lms, step={"order": 2}, actual={"order": 2}, scaled=True),
     *cases(WHOLE, "KDPM2Discrete", dpm_solver_2, scaled=True, **OUT),
-    *cases(SIGMAS[4:8], "KDPM2Discrete", dpm_solver_2, scaled=True, settings=True, **OUT),
+    *cases(SIGMAS[4:8], "KDPM2Discrete", dpm_solver_2, scaled=True, whole_timesteps=True, **OUT),
     *cases(MULTISTEP, "DPMSolverMultistep", dpmpp_2m),
     *cases(MULTISTEP[:5], "DPMSolverMultistep", dpmpp_2m, {"lower_order_final": False}, steps=12),
     *cases(
@@ -396,7 +396,7 @@ CASES: list[Case] = [
         {"solver_type": "heun"},
         actual={"eta": 0.0, "solver": "heun"},
     ),
-    Case("DPMSolverMultistep", dpmpp_2m, "log_snr", {"use_lu_lambdas": True}, settings=True),
+    Case("DPMSolverMultistep", dpmpp_2m, "log_snr", {"use_lu_lambdas": True}, whole_timesteps=True),
     *(
         case
         for final in (True, False)
@@ -419,7 +419,7 @@ CASES: list[Case] = [
         {"use_exponential_sigmas": True},
         steps=9,
         our_steps=5,
-        settings=True,
+        whole_timesteps=True,
     ),
     Case(
         "DPMSolverSinglestep",
@@ -434,7 +434,7 @@ CASES: list[Case] = [
         our_steps=5,
         end=at(0),
         again=True,
-        settings=True,
+        whole_timesteps=True,
     ),
     Case("DPMSolverSinglestep", ddim, "linspace", {"solver_order": 1}, {"drop_last": True}),
     *(
@@ -541,14 +541,19 @@ def test_tables(case: Case, kind: str, prediction: str, double: Callable[[str], 
         case.times(chosen),
     )
     start, their_start, last = coordinates(case, chosen, times)
-    reference, settings = their_run(scheduler, their_start, last, **case.step)
+    reference, reference_timesteps = their_run(scheduler, their_start, last, **case.step)
     if case.again:
-        reference, settings = [*reference[:-2], reference[-1]], settings[:-1]
+        reference, reference_timesteps = [*reference[:-2], reference[-1]], reference_timesteps[:-1]
     process = Process(chosen, parameterization(PREDICTIONS[prediction]))
     actual, heard = our_run(
-        case.sampler, process, times, start, settings if case.settings else None, **case.actual
+        case.sampler,
+        process,
+        times,
+        start,
+        reference_timesteps if case.whole_timesteps else None,
+        **case.actual,
     )
-    np.testing.assert_allclose(heard, settings, atol=1e-6)
+    np.testing.assert_allclose(heard, reference_timesteps, atol=1e-6)
     assert difference(actual, reference) < 1e-9
 
 
@@ -579,9 +584,11 @@ def test_as_shipped(case: Case) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if hasattr(module, "randn_tensor"):
             patch.setattr(module, "randn_tensor", lambda *_, **__: next(noise).float())
-        reference, settings = their_run(scheduler, their_start.float(), last, **case.step)
+        reference, reference_timesteps = their_run(
+            scheduler, their_start.float(), last, **case.step
+        )
     process = Process(chosen, parameterization(PREDICTIONS[prediction]))
-    actual, _ = our_run(case.sampler, process, times, start, settings, **case.actual)
+    actual, _ = our_run(case.sampler, process, times, start, reference_timesteps, **case.actual)
     assert difference(actual, reference) < 1e-5
 
 
@@ -629,11 +636,11 @@ def test_zero_terminal_snr(
     ).times(chosen)
     for prediction in ("sample", "v_prediction"):
         start = next(noise_draws(9))
-        reference, settings = their_run(zero_snr(name, double, prediction, kind), start)
+        reference, reference_timesteps = their_run(zero_snr(name, double, prediction, kind), start)
         actual, heard = our_run(
             sampler, Process(chosen, parameterization(PREDICTIONS[prediction])), times, start
         )
-        np.testing.assert_allclose(heard, settings, atol=1e-6)
+        np.testing.assert_allclose(heard, reference_timesteps, atol=1e-6)
         assert difference(actual, reference) < 1e-9
 
 
@@ -662,10 +669,12 @@ def test_nearly_zero_terminal_snr(
     products = scheduler.alphas_cumprod.tolist()
     same = table([1 - products[0], *(1 - b / a for a, b in pairwise(products))])
     scaled, start = name.startswith("Euler"), next(noise_draws(9))
-    reference, settings = their_run(scheduler, start / same.point(1.0)[0] if scaled else start)
+    reference, reference_timesteps = their_run(
+        scheduler, start / same.point(1.0)[0] if scaled else start
+    )
     times = timesteps("trailing", 10, same)
     actual, heard = our_run(sampler, Process(same, parameterization("v")), times, start, **options)
-    np.testing.assert_allclose(heard, settings, atol=1e-6)
+    np.testing.assert_allclose(heard, reference_timesteps, atol=1e-6)
     assert difference(actual, reference) < 1e-9
     smooth = ZeroTerminalSNR(TABLES["scaled_linear"][1], last=2**-24)
     other, _ = our_run(sampler, Process(smooth, parameterization("v")), times, start, **options)
@@ -686,16 +695,16 @@ def test_inversion(clean: bool, offset: int, double: Callable[[str], Any]) -> No
     scheduler = double("DDIMInverseScheduler")(**TABLES["scaled_linear"][0], **options)
     scheduler.set_timesteps(10)
     start = next(noise_draws(9))
-    reference, settings = their_run(scheduler, start)
+    reference, reference_timesteps = their_run(scheduler, start)
     times = [t for t in timesteps("leading", 10, chosen, offset=offset) if t > 0]
     if clean:
         times.append(0.0)
     elif offset:
         times.append(at(0))
     else:  # theirs begins with a step of no length
-        reference, settings = reference[1:], settings[1:]
+        reference, reference_timesteps = reference[1:], reference_timesteps[1:]
     actual, heard = our_run(ddim_inversion, Process(chosen, parameterization("eps")), times, start)
-    np.testing.assert_allclose(heard, settings, atol=1e-6)
+    np.testing.assert_allclose(heard, reference_timesteps, atol=1e-6)
     assert difference(actual, reference) < 1e-9
 
 
@@ -753,14 +762,14 @@ def test_flow_euler(stochastic: bool, name: str, double: Callable[[str], Any]) -
     scheduler = double("FlowMatchEulerDiscreteScheduler")(stochastic_sampling=stochastic, **config)
     scheduler.set_timesteps(10, **spacing_options)
     start = next(noise_draws(9))
-    reference, settings = flow_run(scheduler, start)
+    reference, reference_timesteps = flow_run(scheduler, start)
     actual, heard = our_run(
         consistency if stochastic else euler,
         FLOW,
         timesteps(spacing, 10, FLOW.schedule, **space),
         start,
     )
-    np.testing.assert_allclose(heard, settings, atol=1e-6)
+    np.testing.assert_allclose(heard, reference_timesteps, atol=1e-6)
     assert difference(actual, reference) < 1e-9
 
 
@@ -775,11 +784,11 @@ def test_flow_heun(shift: float, double: Callable[[str], Any]) -> None:
     scheduler = double("FlowMatchHeunDiscreteScheduler")(shift=shift)
     scheduler.set_timesteps(8)
     start = next(noise_draws(9))
-    reference, settings = flow_run(scheduler, start)
+    reference, reference_timesteps = flow_run(scheduler, start)
     actual, heard = our_run(
         heun, FLOW, timesteps("shifted", 8, FLOW.schedule, shift=shift, end=twice(shift)), start
     )
-    np.testing.assert_allclose(heard, settings, atol=1e-6)
+    np.testing.assert_allclose(heard, reference_timesteps, atol=1e-6)
     assert difference(actual, reference) < 1e-9
 
 
@@ -798,7 +807,7 @@ def test_flow_multistep(order: int, shift: float, double: Callable[[str], Any]) 
     start = next(noise_draws(9))
     scheduler = double("DPMSolverMultistepScheduler")(**values)
     scheduler.set_timesteps(10)
-    reference, settings = their_run(scheduler, start)
+    reference, reference_timesteps = their_run(scheduler, start)
     times = timesteps("shifted", 10, FLOW.schedule, start=shifted_time(0.999, shift), shift=shift)
     samplers: dict[int, tuple[Any, dict[str, Any]]] = {
         1: (euler, {}),
@@ -806,18 +815,18 @@ def test_flow_multistep(order: int, shift: float, double: Callable[[str], Any]) 
         3: (dpmpp_3m, {"solver": "midpoint", "lower_order_final": True}),
     }
     sampler, options = samplers[order]
-    actual, _ = our_run(sampler, FLOW, times, start, settings, **options)
+    actual, _ = our_run(sampler, FLOW, times, start, reference_timesteps, **options)
     assert difference(actual, reference) < 1e-9
-    assert settings == [math.floor(1000 * t) for t in times[:-1]]
+    assert reference_timesteps == [math.floor(1000 * t) for t in times[:-1]]
 
     scheduler = double("UniPCMultistepScheduler")(**values)
     scheduler.set_timesteps(10)
-    reference, settings = their_run(scheduler, start)
+    reference, reference_timesteps = their_run(scheduler, start)
     times = timesteps("shifted", 11, FLOW.schedule, shift=shift, end=shifted_time(0.001, shift))
     times = [1 - 1e-6, *times[1:10], 0.0]
-    actual, _ = our_run(unipc, FLOW, times, start, settings, order=order)
+    actual, _ = our_run(unipc, FLOW, times, start, reference_timesteps, order=order)
     assert difference(actual, reference) < 1e-8
-    assert settings == [math.floor(1000 * t) for t in times[:-1]]
+    assert reference_timesteps == [math.floor(1000 * t) for t in times[:-1]]
 
 
 # ---- schedulers of noise levels ------------------------------------------------------------------
@@ -825,7 +834,7 @@ def test_flow_multistep(order: int, shift: float, double: Callable[[str], Any]) 
 
 @pytest.mark.parametrize("kind", ["karras", "exponential"])
 @pytest.mark.parametrize(
-    ("name", "sampler", "config", "ours"),
+    ("name", "sampler", "config", "actual"),
     [
         ("EDMEuler", euler, {}, {}),
         ("EDMDPMSolverMultistep", euler, {"solver_order": 1}, {}),
@@ -858,9 +867,9 @@ def test_edm(
     scheduler = double(name + "Scheduler")(sigma_schedule=kind, **config)
     scheduler.set_timesteps(10)
     start = 80 * next(noise_draws(9))
-    reference, settings = their_run(scheduler, start)
+    reference, reference_timesteps = their_run(scheduler, start)
     mine, heard = our_run(sampler, process, timesteps(kind, 10, process.schedule), start, **actual)
-    np.testing.assert_allclose(heard, settings, atol=1e-6)
+    np.testing.assert_allclose(heard, reference_timesteps, atol=1e-6)
     assert difference(mine, reference) < 1e-9
 
 
@@ -909,7 +918,7 @@ def test_consistency_models(double: Callable[[str], Any]) -> None:
     scheduler = double("CMStochasticIterativeScheduler")(clip_denoised=False)
     scheduler.set_timesteps(4)
     start = 80 * next(noise_draws(9))
-    reference, settings = their_run(scheduler, start)
+    reference, reference_timesteps = their_run(scheduler, start)
     chosen, levels = schedule("edm"), scheduler.sigmas.tolist()
     times = [
         chosen.at_noise_level(level)
@@ -918,7 +927,7 @@ def test_consistency_models(double: Callable[[str], Any]) -> None:
     noise, shown = noise_draws(), []
 
     def denoise(x: Tensor, t: float) -> Any:
-        sigma, timestep = levels[len(shown)], settings[len(shown)]
+        sigma, timestep = levels[len(shown)], reference_timesteps[len(shown)]
         shown.append(x / math.hypot(sigma, 0.5))
         skip, out = (
             0.25 / ((sigma - 0.002) ** 2 + 0.25),
@@ -1099,17 +1108,19 @@ def test_between_timesteps_they_interpolate_sigma(name: str, double: Callable[[s
     scheduler = double(name + "Scheduler")(**SD_TABLE)
     scheduler.set_timesteps(8)
     times = timesteps("linspace", 8, SCALED, whole=False)
-    settings = list(dict.fromkeys(scheduler.timesteps.tolist()))
+    reference_timesteps = list(dict.fromkeys(scheduler.timesteps.tolist()))
     np.testing.assert_allclose(
-        SCALED.timestep(torch.tensor(times[:-1], dtype=DOUBLE)), settings, atol=1e-9
+        SCALED.timestep(torch.tensor(times[:-1], dtype=DOUBLE)), reference_timesteps, atol=1e-9
     )
     sigmas = list(dict.fromkeys(scheduler.sigmas.tolist()))
     apart = np.abs(np.array([SCALED.noise_level(t) for t in times[:-1]]) / sigmas[:-1] - 1)
     assert 1e-7 < apart.max() < 1e-3
     start, process = next(noise_draws(9)), Process(SCALED, parameterization("eps"))
     same = [1.0, *(SCALED.at_noise_level(sigma) for sigma in sigmas[1:])]
-    reference, settings = their_run(scheduler, start / SCALED.point(1.0)[0])
-    actual, _ = our_run({"E": euler, "H": heun, "L": lms}[name[0]], process, same, start, settings)
+    reference, reference_timesteps = their_run(scheduler, start / SCALED.point(1.0)[0])
+    actual, _ = our_run(
+        {"E": euler, "H": heun, "L": lms}[name[0]], process, same, start, reference_timesteps
+    )
     assert difference(actual, reference) < 1e-9
 
 
@@ -1199,12 +1210,14 @@ def test_their_third_order_sde_has_a_sign_wrong(double: Callable[[str], Any]) ->
     )
     scheduler = case.scheduler(double("DPMSolverMultistepScheduler"), "scaled_linear", "sample")
     times, start = timesteps("trailing", 10, SCALED), next(noise_draws(9))
-    reference, settings = their_run(scheduler, start)
+    reference, reference_timesteps = their_run(scheduler, start)
     actual, _ = our_run(
         dpmpp_3m_sde, Process(SCALED, parameterization("x0")), times, start, solver="midpoint"
     )
     assert difference(actual[:3], reference[:3]) < 1e-9
-    x0 = [network(x, timestep) for x, timestep in zip(actual[:3], settings, strict=False)]
+    x0 = [
+        network(x, timestep) for x, timestep in zip(actual[:3], reference_timesteps, strict=False)
+    ]
     at_log = [-math.log(SCALED.noise_level(t)) for t in times[:4]]
     h = [b - a for a, b in pairwise(at_log)]
     slopes = (x0[2] - x0[1]) * (h[2] / h[1]), (x0[1] - x0[0]) * (h[2] / h[0])
@@ -1222,7 +1235,7 @@ def test_their_third_order_sde_of_edm_is_missing(double: Callable[[str], Any]) -
 
 
 @pytest.mark.parametrize(
-    ("config", "ours"),
+    ("config", "actual"),
     [
         ({"solver_type": "bh1"}, {"variant": "bh1"}),
         ({"lower_order_final": False}, {"lower_order_final": False}),
@@ -1264,10 +1277,10 @@ def test_their_third_order_singlestep(double: Callable[[str], Any]) -> None:
     )
     scheduler.set_timesteps(7)
     start = next(noise_draws(9))
-    reference, settings = their_run(scheduler, start)
+    reference, reference_timesteps = their_run(scheduler, start)
     times = [*timesteps("exponential", 3, SCALED)[:2], at(0)]
     process = Process(SCALED, parameterization("eps"))
-    actual, _ = our_run(dpm_solver_3, process, times, start, settings)
+    actual, _ = our_run(dpm_solver_3, process, times, start, reference_timesteps)
     assert (
         difference(actual[:2], reference[:2])
         < 1e-9
@@ -1279,7 +1292,7 @@ def test_their_third_order_singlestep(double: Callable[[str], Any]) -> None:
         process,
         [1.0, SCALED.at_noise_level(float(scheduler.sigmas[2]))],
         start,
-        settings,
+        reference_timesteps,
     )
     assert difference(midpoint[2:], reference[2:3]) < 1e-9
     scheduler = double("DPMSolverSinglestepScheduler")(

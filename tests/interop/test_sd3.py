@@ -137,15 +137,15 @@ def same(actual: Any, peer: Any) -> None:
 @torch.inference_mode()
 def test_in_both_directions_through_folders(kind: str, tmp_path: Path) -> None:
     actual = actual_of(kind)
-    save_part(tmp_path / "ours", actual)
-    peer = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "ours")
+    save_part(tmp_path / "sfumato", actual)
+    peer = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "sfumato")
     assert all(torch.equal(v, peer.state_dict()[k]) for k, v in actual.state_dict().items())
     same(actual, peer)
     peer = randomised(
         diffusers.SD3Transformer2DModel(**(SMALL | KINDS[kind])), seed=1, buffers=True
     )
-    peer.save_pretrained(tmp_path / "theirs")
-    loaded = load_part(tmp_path / "theirs", "SD3Transformer2DModel")
+    peer.save_pretrained(tmp_path / "diffusers")
+    loaded = load_part(tmp_path / "diffusers", "SD3Transformer2DModel")
     assert isinstance(loaded, SD3) and loaded.config == actual.config
     same(loaded, peer)
 

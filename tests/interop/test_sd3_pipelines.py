@@ -161,15 +161,15 @@ def test_what_diffusers_saved_and_what_we_save(
         actual.defaults.max_reference_images,
     ) == (28, 7.0, "euler", 0)
     same(actual, opened(folders[kind]))
-    actual.save(tmp_path / "ours")
-    again = load(tmp_path / "ours")
+    actual.save(tmp_path / "sfumato")
+    again = load(tmp_path / "sfumato")
     assert again.hash == actual.hash and again.defaults == actual.defaults
-    pipe = opened(tmp_path / "ours", "DiffusionPipeline")
+    pipe = opened(tmp_path / "sfumato", "DiffusionPipeline")
     assert type(pipe).__name__ == "StableDiffusion3Pipeline"
     same(again, pipe)
     first, second = (one.scheduler.config for one in (opened(folders[kind]), pipe))
     assert all(second[key] == value for key, value in first.items() if not key.startswith("_"))
-    assert count_equal_weight_files(folders[kind], tmp_path / "ours") == 5 - (
+    assert count_equal_weight_files(folders[kind], tmp_path / "sfumato") == 5 - (
         "without" in KINDS[kind][0]
     )
     again.save(tmp_path / "ours.safetensors")

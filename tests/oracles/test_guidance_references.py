@@ -199,7 +199,7 @@ def test_a_block_is_left_out_with_all_that_is_in_it(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "reference", "said"),
+    ("kind", "reference", "message"),
     [
         (
             "self",
