@@ -313,8 +313,7 @@ def test_the_sampler_of_contributing_is_of_order_two(recipe: ModuleType) -> None
 
 @pytest.mark.parametrize("recipe", ["Renorm"], indirect=True)
 def test_the_rule_of_contributing_bounds_the_norm(recipe: ModuleType) -> None:
-    from sfumato.predict.guidance.guide import Moment
-    from sfumato.types import Prediction
+    from sfumato.predict.guidance.rules import Moment, Prediction, Rule
 
     draw = torch.Generator().manual_seed(0)
     x, first, second = (
@@ -324,6 +323,7 @@ def test_the_rule_of_contributing_bounds_the_norm(recipe: ModuleType) -> None:
     conditional, baseline = (
         Prediction(x0, (x - moment.alpha * x0) / moment.sigma) for x0 in (first, second)
     )
+    assert issubclass(recipe.Renorm, Rule)
     guided = recipe.Renorm().begin()(x, moment, [conditional, baseline], 3.0)
     torch.testing.assert_close(recipe.norm(guided.x0), recipe.norm(conditional.x0))
     torch.testing.assert_close(moment.alpha * guided.x0 + moment.sigma * guided.eps, x)
