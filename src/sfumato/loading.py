@@ -162,7 +162,7 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> LatentDiffusion:
         }
         own = {} if family is None else family.guidance(conditioner)
         run: dict[str, Any] = (
-            pipeline_defaults(index, network)
+            pipeline_defaults(index, network, checkpoint.schedulers["scheduler"])
             | own
             | {"sampler": spec.sampler, "spacing": spacing}
             | saved

@@ -39,6 +39,7 @@ from sfumato.checkpoints.metadata import (
     FOLDER_FILES,
     KEPT,
     MODEL,
+    SCHEDULER,
     TOKENIZERS,
     network_class,
     read_configs,
@@ -308,7 +309,8 @@ def _folder_notes(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> dic
     index = read_table(folder / "model_index.json")
     family = families.by_pipeline(str(index.get("_class_name")))
     learned = bool(configs.get("transformer", {}).get("guidance_embeds"))
-    model = {"defaults": {} if family is None else family.defaults(index, learned)}
+    scheduler = json.loads(metadata.get(SCHEDULER, "{}"))
+    model = {"defaults": {} if family is None else family.defaults(index, learned, scheduler)}
     return metadata | {
         MODEL: json.dumps({k: v for k, v in index.get("_sfumato", model).items() if k != "version"})
     }

@@ -47,10 +47,12 @@ def pipeline_index(network: Any, conditioner: Any, defaults: Any) -> dict[str, A
     return {"_class_name": name, **conditioner.index()}
 
 
-def pipeline_defaults(index: Mapping[str, Any], network: Any) -> dict[str, Any]:
+def pipeline_defaults(
+    index: Mapping[str, Any], network: Any, scheduler: Mapping[str, Any]
+) -> dict[str, Any]:
     """Steps and guidance with which diffusers runs a folder's pipeline."""
     family = families.by_pipeline(str(index.get("_class_name")))
-    own = {} if family is None else family.defaults(index, network.guidance_embeds)
+    own = {} if family is None else family.defaults(index, network.guidance_embeds, scheduler)
     return {"steps": 50, "guidance": 1.0 if network.part == "transformer" else 7.5} | own
 
 

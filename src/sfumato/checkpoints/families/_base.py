@@ -260,12 +260,13 @@ class Family(ABC):
     def require_whole(self, checkpoint: Checkpoint) -> None:
         """`UserError` for a single file that lacks parts of a model."""
 
-    def defaults(self, index: Config, learned_guidance: bool = True) -> dict[str, Any]:
+    def defaults(self, index: Config, learned_guidance: bool, scheduler: Config) -> dict[str, Any]:
         """What a run of a pipeline begins with, where that differs from its kind of network.
 
         Args:
             index: model_index.json, with its `_class_name`
             learned_guidance: whether the network has a guidance embedding
+            scheduler: scheduler_config.json
         """
         pipeline = str(index.get("_class_name"))
         starts = [start for start in self.pipelines if pipeline.startswith(start)]

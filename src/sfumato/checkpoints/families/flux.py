@@ -125,10 +125,12 @@ class Flux(TransformerFamily):
             else {}
         )
 
-    def defaults(self, index: Config, learned_guidance: bool = True) -> dict[str, Any]:
+    def defaults(self, index: Config, learned_guidance: bool, scheduler: Config) -> dict[str, Any]:
         """schnell, which has no guidance embedding, takes four steps."""
         schnell = index.get("_class_name") == "FluxPipeline" and not learned_guidance
-        return super().defaults(index, learned_guidance) | ({"steps": 4} if schnell else {})
+        return super().defaults(index, learned_guidance, scheduler) | (
+            {"steps": 4} if schnell else {}
+        )
 
 
 FAMILIES = (Flux(),)

@@ -147,12 +147,12 @@ class Flux2(TransformerFamily):
         """Whether klein was distilled, so that it runs without guidance."""
         return {"is_distilled": guidance == 1} if pipeline == "Flux2KleinPipeline" else {}
 
-    def defaults(self, index: Config, learned_guidance: bool = True) -> dict[str, Any]:
+    def defaults(self, index: Config, learned_guidance: bool, scheduler: Config) -> dict[str, Any]:
         """A distilled klein takes four steps, as on its card."""
         distilled = str(index.get("_class_name")).startswith("Flux2Klein") and index.get(
             "is_distilled"
         )
-        return super().defaults(index, learned_guidance) | (
+        return super().defaults(index, learned_guidance, scheduler) | (
             {"steps": 4, "guidance": 1.0} if distilled else {}
         )
 
