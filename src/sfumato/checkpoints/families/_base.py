@@ -108,6 +108,7 @@ class Family(ABC):
         title: for messages
         alone: classes ("_class_name") of networks that have files of their own
         towers: text encoders of its single files
+        conditioner_class: the conditioner of its models
         pipelines: beginnings of diffusers' pipeline classes, and what a run of them begins with
             there, other than 50 steps; the longest that fits counts
         even_times: whether diffusers' pipeline gives a flow's scheduler its own even times; None:
@@ -124,6 +125,7 @@ class Family(ABC):
     title: ClassVar[str]
     alone: ClassVar[tuple[str, ...]] = ()
     towers: ClassVar[tuple[Tower, ...]] = ()
+    conditioner_class: ClassVar[type | None] = None
     pipelines: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     even_times: ClassVar[bool | None] = None
     is_transformer: ClassVar[bool] = False

@@ -53,7 +53,6 @@ class TransformerFamily(Family):
         mark: a key that networks of this family alone have
         unread: keys that a network's file may hold and that are not read
         latents: scale and shift of latents, which no file holds; None: there are no whole files
-        conditioner_class: the conditioner of its models
         optional: towers that a whole file may lack
     """
 
@@ -62,7 +61,6 @@ class TransformerFamily(Family):
     mark: ClassVar[str]
     unread: ClassVar[tuple[str, ...]] = ()
     latents: ClassVar[tuple[float, float] | None] = None
-    conditioner_class: ClassVar[type | None] = None
     optional: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:

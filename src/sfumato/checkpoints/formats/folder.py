@@ -252,15 +252,16 @@ def _read_conditioner(path: Path, index: dict[str, Any], network: Any, options: 
     need none.
     """
     encoders = text_encoder_classes(index, path / "model_index.json")
+    family = families.by_pipeline(str(index.get("_class_name")))
     if encoders:
-        return text_conditioner_class(encoders, path).from_folder(
+        preferred = None if family is None else family.conditioner_class
+        return text_conditioner_class(encoders, path, preferred).from_folder(
             path, options.opened, options.variant
         )
     config = path / "conditioner" / "config.json"
     if not config.exists() and not network.is_conditional:
         return Unconditional()
     if not config.exists():
-        family = families.by_pipeline(str(index.get("_class_name")))
         with explained(path / "model_index.json"):
             conditioner = None if family is None else family.folder_conditioner(index, network)
         if conditioner is not None:
