@@ -439,7 +439,7 @@ def test_even_times_of_a_flow(shift: float, double: Callable[[str], Any]) -> Non
 # stabilityai/stable-diffusion-2-1, -xl-base-1.0, -xl-refiner-1.0, sdxl-turbo, sd-turbo,
 # -x4-upscaler, -3-medium, -3.5-large, SimianLuo/LCM_Dreamshaper_v7, black-forest-labs/FLUX.1-dev
 # and -schnell, cosxl, playground-v2.5. FLUX.1-schnell's pipeline gives it even times
-# (`gives_even_times`).
+# (`Family.even_times`).
 SD_LEADING = SD | {"timestep_spacing": "leading", "steps_offset": 1, "prediction_type": "epsilon"}
 SD_DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False}
 FLOW_EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}

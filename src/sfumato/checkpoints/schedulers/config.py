@@ -49,20 +49,6 @@ from sfumato.errors import UserError
 log = logging.getLogger("sfumato")
 
 _FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
-_EVEN_PIPELINES = (
-    "Flux",
-    "QwenImage",
-    "Chroma",
-    "Lumina2",
-    "ZImage",
-    "Bria",
-    "OvisImage",
-    "VisualCloze",
-    "LTX",
-)
-"""Pipelines that pass even times, down to one step from 0, to their flow's scheduler."""
-_OWN_PIPELINES = ("StableDiffusion3",)
-"""Pipelines that leave the times to the scheduler."""
 
 
 @dataclass(frozen=True)
@@ -94,20 +80,6 @@ class SchedulerSpec:
         return self.spacing if self.dynamic is None else self.dynamic.spacing_for(tokens)
 
 
-def gives_even_times(pipeline: str) -> bool | None:
-    """Return True for a pipeline that passes even times to a flow's scheduler.
-
-    Args:
-        pipeline: `_class_name` of model_index.json.
-
-    Returns:
-        False for one that leaves the times to the scheduler, None for an unknown one.
-    """
-    if pipeline.startswith(_OWN_PIPELINES):
-        return False
-    return True if pipeline.startswith(_EVEN_PIPELINES) else None
-
-
 def read_scheduler(
     values: Mapping[str, Any], even: bool | None = None, strict: bool = False
 ) -> SchedulerSpec:
@@ -115,8 +87,8 @@ def read_scheduler(
 
     Args:
         values: The JSON object of scheduler_config.json.
-        even: The pipeline passes even times to a flow's scheduler (`gives_even_times`); None: it
-            does where the shift is dynamic.
+        even: The pipeline passes even times, down to one step from 0, to a flow's scheduler;
+            None: it does where the shift is dynamic.
         strict: Raise for a sampler or an option that is not here. Otherwise the nearest is taken,
             and the logger "sfumato" warns.
 
