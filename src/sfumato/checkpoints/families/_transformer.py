@@ -54,6 +54,8 @@ class TransformerFamily(Family):
         unread: keys that a network's file may hold and that are not read
         latents: scale and shift of latents, which no file holds; None: there are no whole files
         optional: towers that a whole file may lack
+        layers_field: the config's number of layers, which keys always tell: a note that has it is
+            the whole config
     """
 
     is_transformer = True
@@ -62,6 +64,7 @@ class TransformerFamily(Family):
     unread: ClassVar[tuple[str, ...]] = ()
     latents: ClassVar[tuple[float, float] | None] = None
     optional: ClassVar[tuple[str, ...]] = ()
+    layers_field: ClassVar[str] = "num_layers"
 
     def __init_subclass__(cls) -> None:
         """Networks of this class have files of their own."""
@@ -138,7 +141,7 @@ class TransformerFamily(Family):
                 )
             return {"_class_name": self.class_name, **config}
         fields = notes.read_network_fields(metadata, shapes.where)
-        if "num_layers" in fields:  # the whole config
+        if self.layers_field in fields:  # the whole config
             return {"_class_name": self.class_name, **fields}
         return self.config(shapes) | fields
 
