@@ -336,9 +336,8 @@ def _write_folder_files(checkpoint: Checkpoint, folder: Path) -> None:
             path: json.loads(metadata[key]) for key, path in FOLDER_FILES.items() if key in metadata
         }
         for name in unpack_folders(metadata, None, folder) if TOKENIZERS in metadata else ():
-            encoder = checkpoint.components.get(name.replace("tokenizer", "text_encoder"))
-            t5 = encoder is not None and encoder.config.get("model_type") == "t5"
-            index[name] = ["transformers", "T5TokenizerFast" if t5 else "CLIPTokenizer"]
+            tower = next(t for t in family.towers if f"tokenizer{t.end}" == name)
+            index[name] = ["transformers", tower.tokenizer_class]
         if "name" in note:  # else the defaults are the pipeline's
             index["_sfumato"] = note
     for path, values in {"model_index.json": index, **files}.items():

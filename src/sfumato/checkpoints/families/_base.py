@@ -49,7 +49,15 @@ class Section:
 
 @dataclass(frozen=True)
 class Tower(ABC):
-    """A text encoder in single files: the part that it becomes, and its prefix."""
+    """A text encoder in single files: the part that it becomes, and its prefix.
+
+    Attributes:
+        decisive: fields of the config that change states and that no tensor's shape shows
+        tokenizer_class: of its tokenizer in model_index.json
+    """
+
+    decisive: ClassVar[tuple[str, ...]]
+    tokenizer_class: ClassVar[str]
 
     part: str
     prefix: str

@@ -32,8 +32,6 @@ from sfumato.predict.text_encoders.clip import (
 )
 
 PROJECTION = "text_projection.weight"
-DECISIVE = ("architectures", "hidden_act", "layer_norm_eps", "num_attention_heads")
-"""Fields that change states; sizes are held against the tensors."""
 
 
 def projects(config: Config) -> bool:
@@ -80,6 +78,8 @@ def clip_config(
 class _ClipTower(Tower):
     """A CLIP text tower. pad: the token that fills up prompts, as it was trained."""
 
+    decisive = ("architectures", "hidden_act", "layer_norm_eps", "num_attention_heads")
+    tokenizer_class = "CLIPTokenizer"
     pad: ClassVar[str]
 
     def named(self, tensors: LazyTensors) -> dict[str, LazyTensor]:

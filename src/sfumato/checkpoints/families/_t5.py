@@ -24,19 +24,19 @@ from sfumato.predict.text_encoders.t5 import (
     load_tokenizer,
 )
 
-DECISIVE = (
-    "feed_forward_proj",
-    "layer_norm_epsilon",
-    "num_heads",
-    "relative_attention_num_buckets",
-    "relative_attention_max_distance",
-)
-"""Fields that change states; sizes are held against the tensors."""
-
 
 @dataclass(frozen=True)
 class T5Tower(Tower):
     """T5's encoder, version 1.1."""
+
+    decisive = (
+        "feed_forward_proj",
+        "layer_norm_epsilon",
+        "num_heads",
+        "relative_attention_num_buckets",
+        "relative_attention_max_distance",
+    )
+    tokenizer_class = "T5TokenizerFast"
 
     def config(self, shapes: Shapes) -> dict[str, Any]:
         """transformers' fields of T5EncoderModel."""

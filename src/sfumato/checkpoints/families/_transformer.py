@@ -19,7 +19,7 @@ from sfumato.checkpoints.checkpoint import (
     RawCheckpoint,
     ReadOptions,
 )
-from sfumato.checkpoints.families import _clip, _t5, _vae
+from sfumato.checkpoints.families import _vae
 from sfumato.checkpoints.families._base import (
     AUTOENCODERS,
     NETWORK,
@@ -344,8 +344,9 @@ class TransformerFamily(Family):
         except UserError:
             return None
         fields = json.loads(raw.metadata.get(notes.TRANSFORMER, "{}")).keys()
+        decisive = {tower.part: tower.decisive for tower in self.towers}
         same = all(
-            _alike(name, part.config, again[name].config)
+            _alike(part.config, again[name].config, decisive.get(name))
             for name, part in checkpoint.components.items()
             if name != "transformer"
         )
@@ -432,15 +433,16 @@ def _differ(value: Any, told: Any) -> bool:
     return (list(value) if isinstance(value, tuple) else value) != told
 
 
-def _alike(part: str, config: Config, told: Config) -> bool:
-    """Whether a config means what a file tells."""
-    if part == "vae":
+def _alike(config: Config, told: Config, decisive: tuple[str, ...] | None) -> bool:
+    """Whether a config means what a file tells. decisive: fields of a text encoder; None: of an
+    autoencoder.
+    """
+    if decisive is None:
         try:
             return _autoencoder_values(config) == _autoencoder_values(told)
         except UserError:  # what a reader takes for granted (groups of 32) does not even fit
             return False
-    fields = _t5.DECISIVE if config.get("model_type") == "t5" else _clip.DECISIVE
-    return all(config.get(field) == told.get(field) for field in fields)
+    return all(config.get(field) == told.get(field) for field in decisive)
 
 
 def _autoencoder_values(config: Config) -> Any:
