@@ -19,7 +19,6 @@ from sfumato.checkpoints.checkpoint import Checkpoint, Component, RawCheckpoint
 from sfumato.checkpoints.families import (
     AUTOENCODERS,
     NETWORK,
-    TEXTS,
     TransformerFamily,
     untold_latents,
 )
@@ -240,7 +239,7 @@ def to_file(
             raise UserError("--dtype fp8-scaled is for a transformer alone: give its folder")
         tensors = quantize_scaled(raw.tensors)
     else:
-        tensors = _cast_file(raw.tensors, options.dtype)
+        tensors = _cast_file(raw.tensors, options.dtype, source.components)
     noted = source.checkpoint.metadata
     metadata = {**raw.metadata, **{key: text for key, text in noted.items() if key in KEPT}}
     if source.folder is not None and _is_complete(source.folder, source.components):
@@ -257,14 +256,18 @@ def to_file(
     return {name: len(part.tensors) for name, part in source.components.items()}
 
 
-def _cast_file(table: LazyTensors, dtype: torch.dtype | None) -> dict[str, Any]:
+def _cast_file(
+    table: LazyTensors, dtype: torch.dtype | None, components: Mapping[str, Component]
+) -> dict[str, Any]:
     """In eight bits the transformer and T5 are stored, what is small and counts (the autoencoder,
     CLIP) in bfloat16.
     """
     if dtype not in EIGHTS:
         return cast_for_storage(table, dtype)
     lone = any(key.startswith("decoder.conv_in.") for key in table)
-    small = "" if lone else (*AUTOENCODERS, f"{TEXTS}clip_")
+    family = families.by_components(components)
+    towers = () if family is None else family.towers
+    small = "" if lone else (*AUTOENCODERS, *(t.prefix for t in towers if not t.eight_bits))
     return {
         key: cast_for_storage({key: lazy}, torch.bfloat16 if key.startswith(small) else dtype)[key]
         for key, lazy in table.items()

@@ -54,10 +54,12 @@ class Tower(ABC):
     Attributes:
         decisive: fields of the config that change states and that no tensor's shape shows
         tokenizer_class: of its tokenizer in model_index.json
+        eight_bits: whether its matrices are stored in eight bits where those of the transformer are
     """
 
     decisive: ClassVar[tuple[str, ...]]
     tokenizer_class: ClassVar[str]
+    eight_bits: ClassVar[bool] = False
 
     part: str
     prefix: str

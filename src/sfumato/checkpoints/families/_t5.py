@@ -37,6 +37,7 @@ class T5Tower(Tower):
         "relative_attention_max_distance",
     )
     tokenizer_class = "T5TokenizerFast"
+    eight_bits = True
 
     def config(self, shapes: Shapes) -> dict[str, Any]:
         """transformers' fields of T5EncoderModel."""
