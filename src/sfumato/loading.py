@@ -162,7 +162,8 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> LatentDiffusion:
             spacing = pipeline_spacing(spec.default_spacing, family)
             own = {} if family is None else family.guidance(conditioner)
             run = {"sampler": spec.sampler, "spacing": spacing}
-            saved = pipeline_defaults(index, network) | own | run | saved
+            base = pipeline_defaults(index, network, checkpoint.schedulers["scheduler"])
+            saved = base | own | run | saved
         # Else sfumato wrote the folder: defaults that it omits are those of `Defaults`.
         defaults = Defaults.from_json(saved)
     _check_parts(path, autoencoder, network, conditioner)

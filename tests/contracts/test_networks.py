@@ -7,6 +7,7 @@ names (see SMALL).
 
 import copy
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from sfumato.errors import UserError
 from sfumato.inference.prepack import can_prepack, prepack
 from sfumato.kernels import batch_invariant
 from sfumato.predict.denoiser import Denoiser
-from sfumato.predict.guidance_models.perturbed_attention import PerturbedAttention
+from sfumato.predict.guidance_models.perturbed_attention import PerturbedAttention, self_attentions
 from sfumato.predict.guidance_models.skip_layers import SkipLayers, branches
 from sfumato.predict.networks.base import Network, build, registered
 from sfumato.types import Conditioning
@@ -66,7 +67,8 @@ UNHEARD = {"SD3Transformer2DModel": "transformer_blocks.1.attn.add_q_proj"}
 NETWORKS = sorted(name for name, (_, config) in registered().items() if is_dataclass(config))
 SIZES = [(8, 8), (12, 6), (7, 9)]
 TRANSFORMERS = [name for name in NETWORKS if registered()[name][0].part == "transformer"]
-GROUPS = ("transformer_blocks", "single_transformer_blocks")
+PARTS = ("attn", "attn1", "attn2", "attention", "ff", "ff_context", "feed_forward")
+"""Names of a block's attention and feed-forward layers."""
 
 
 def small(name: str) -> Network:
@@ -284,9 +286,7 @@ def test_blocks_can_be_left_out(name: str) -> None:
     network = small(name)
     x, t, cond = inputs(network)
     denoiser = Denoiser(network, Process(schedule("flow"), parameterization("flow")))
-    for group in GROUPS:
-        if not hasattr(network, group):
-            continue
+    for group in groups_of(network):
         weaker, _ = SkipLayers((f"{group}.0",)).pair(denoiser, cond, cond, None)
         shorter = copy.deepcopy(network)
         del getattr(shorter, group)[0]
@@ -298,14 +298,20 @@ def test_blocks_can_be_left_out(name: str) -> None:
 # ---- weaker copies -------------------------------------------------------------------------------
 
 
-def blocks_of(network: Network) -> list[str]:
-    """The names of a transformer's blocks, in the order in which they are asked."""
-    return [
-        f"{group}.{i}"
-        for group in GROUPS
-        if hasattr(network, group)
-        for i in range(len(getattr(network, group)))
-    ]
+def blocks_of(
+    network: Network, find: Callable[[nn.Module], Iterable[tuple[str, nn.Module]]] = branches
+) -> list[str]:
+    """The names of a transformer's blocks, in the order in which they run. find: of those only that
+    hold one of its layers.
+    """
+    blocks = [name for name, module in network.named_modules() if hasattr(module, "streams")]
+    layers = [name for name, _ in find(network)]
+    return [block for block in blocks if any(name.startswith(f"{block}.") for name in layers)]
+
+
+def groups_of(network: Network) -> list[str]:
+    """The names of the lists of blocks."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in blocks_of(network)))
 
 
 def weakened(
@@ -324,12 +330,14 @@ def test_perturbed_attention_is_attention_under_a_map(
     mask stays.
     """
     network = small(name)
-    x, t, cond = inputs(network, 3, (8, 6))
+    x, t, cond = inputs(network, 3, (16, 12))
     if cond.tokens is not None:
         cond = replace(cond, mask=torch.arange(5) < torch.tensor([[5], [2], [4]]))
     if name.startswith("Flux"):
         cond = replace(cond, references=(normal(3, network.in_channels, 4, 4, seed=4),))
-    picture, names = (8 // network.patch) * (6 // network.patch), blocks_of(network)
+    # more tokens than a text's with its padding
+    picture = (16 // network.patch) * (12 // network.patch)
+    names = blocks_of(network, self_attentions)
 
     def seen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         allowed = torch.ones(1, 1, q.shape[1], k.shape[1], dtype=torch.bool)
@@ -357,13 +365,14 @@ def test_perturbed_attention_is_attention_under_a_map(
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_picture_of_one_token_has_nothing_to_perturb(name: str) -> None:
     network = small(name)
+    names = tuple(blocks_of(network, self_attentions))
     with torch.inference_mode():
         for cells, same in ((1, True), (2, False)):
             x, t, cond = inputs(network, 2, (network.patch, cells * network.patch))
             result, plain = (
                 net(x, t, cond)
                 for net in (
-                    weakened(network, PerturbedAttention(tuple(blocks_of(network))), cond),
+                    weakened(network, PerturbedAttention(names), cond),
                     network,
                 )
             )
@@ -374,9 +383,9 @@ def test_a_picture_of_one_token_has_nothing_to_perturb(name: str) -> None:
 def test_no_layers_means_the_block_in_the_middle(name: str) -> None:
     network = small(name)
     x, t, cond = inputs(network)
-    names = blocks_of(network)
     with torch.inference_mode():
-        for kind in (PerturbedAttention, SkipLayers):
+        for kind, find in ((PerturbedAttention, self_attentions), (SkipLayers, branches)):
+            names = blocks_of(network, find)
             result = weakened(network, kind(), cond)(x, t, cond)
             assert torch.equal(
                 result, weakened(network, kind((names[len(names) // 2],)), cond)(x, t, cond)
@@ -394,7 +403,7 @@ def test_parts_of_blocks_can_be_left_out(name: str) -> None:
         f"{layer}.{part}"
         for layer, block in blocks.items()
         for part, _ in block.named_children()
-        if part.startswith(("attn", "ff"))
+        if part in PARTS
     }
     assert parts == {layer for layer, _ in branches(network)} - blocks.keys()
 
@@ -416,11 +425,7 @@ def test_parts_of_blocks_can_be_left_out(name: str) -> None:
 def test_layers_that_are_not_there_are_refused_by_those_that_are(name: str) -> None:
     network = small(name)
     _, _, cond = inputs(network)
-    last = (
-        "single_transformer_blocks"
-        if hasattr(network, "single_transformer_blocks")
-        else "transformer_blocks"
-    )
+    last = groups_of(network)[-1]
     for kind, message in (
         (PerturbedAttention, "layer with self-attention"),
         (SkipLayers, "layer that can be left out"),
@@ -428,7 +433,7 @@ def test_layers_that_are_not_there_are_refused_by_those_that_are(name: str) -> N
         for wrong in (f"{last}.2", f"{last}.1-2", f"{last}.1-0", "proj_out"):
             with pytest.raises(
                 UserError,
-                match=rf"^unknown {message} '\w+[.0-9-]*': .*known are .*\b{last}\.0-1, {last}\.0-1\.attn",
+                match=rf"^unknown {message} '\w+[.0-9-]*': .*known are .*\b{last}\.0-1, {last}\.0-1\.att",
             ):
                 weakened(network, kind((wrong,)), cond)
         every = weakened(network, kind((f"{last}.0-1",)), cond)

@@ -18,7 +18,6 @@ from sfumato.checkpoints.checkpoint import Checkpoint, Component, RawCheckpoint
 from sfumato.checkpoints.families import (
     AUTOENCODERS,
     NETWORK,
-    TEXTS,
     TransformerFamily,
     untold_latents,
 )
@@ -37,6 +36,7 @@ from sfumato.checkpoints.metadata import (
     FOLDER_FILES,
     KEPT,
     MODEL,
+    SCHEDULER,
     TOKENIZERS,
     network_class,
     read_configs,
@@ -251,7 +251,10 @@ def to_file(
         tensors = quantize_scaled(raw.tensors)
     else:
         lone_autoencoder = any(key.startswith("decoder.conv_in.") for key in raw.tensors)
-        wide = ("",) if lone_autoencoder else (*AUTOENCODERS, f"{TEXTS}clip_")
+        family = families.by_components(source.components)
+        towers = () if family is None else family.towers
+        wide = tuple(tower.prefix for tower in towers if not tower.eight_bits)
+        wide = ("",) if lone_autoencoder else (*AUTOENCODERS, *wide)
         tensors = cast_for_storage(raw.tensors, options.dtype, wide)
     metadata = source.checkpoint.metadata
     if (folder := source.complete_folder) is not None:
@@ -302,7 +305,8 @@ def _folder_notes(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> dic
     index = read_table(folder / "model_index.json")
     family = families.by_pipeline(str(index.get("_class_name")))
     learned = bool(configs.get("transformer", {}).get("guidance_embeds"))
-    model = {"defaults": {} if family is None else family.defaults(index, learned)}
+    scheduler = json.loads(metadata.get(SCHEDULER, "{}"))
+    model = {"defaults": {} if family is None else family.defaults(index, learned, scheduler)}
     model = {k: v for k, v in index.get("_sfumato", model).items() if k != "version"}
     return metadata | {MODEL: json.dumps(model)}
 
@@ -326,9 +330,8 @@ def _write_folder_files(checkpoint: Checkpoint, folder: Path) -> None:
             path: json.loads(metadata[key]) for key, path in FOLDER_FILES.items() if key in metadata
         }
         for name in unpack_folders(metadata, None, folder) if TOKENIZERS in metadata else ():
-            encoder = checkpoint.components.get(name.replace("tokenizer", "text_encoder"))
-            t5 = encoder is not None and encoder.config.get("model_type") == "t5"
-            index[name] = ["transformers", "T5TokenizerFast" if t5 else "CLIPTokenizer"]
+            tower = next(t for t in family.towers if f"tokenizer{t.end}" == name)
+            index[name] = ["transformers", tower.tokenizer_class]
         if "name" in note:  # else the defaults are the pipeline's
             index["_sfumato"] = note
     for path, values in {"model_index.json": index, **files}.items():

@@ -60,15 +60,18 @@ def pipeline_index(network: Network, conditioner: Conditioner, defaults: Any) ->
     return {"_class_name": name, **family.index(name, conditioner, defaults.guidance)}
 
 
-def pipeline_defaults(index: Mapping[str, Any], network: Network) -> dict[str, Any]:
+def pipeline_defaults(
+    index: Mapping[str, Any], network: Network, scheduler: Mapping[str, Any]
+) -> dict[str, Any]:
     """Steps and guidance with which diffusers runs a folder's pipeline.
 
     Args:
         index: model_index.json.
         network: The model's.
+        scheduler: scheduler_config.json.
     """
     family = families.by_pipeline(str(index.get("_class_name")))
-    own = {} if family is None else family.defaults(index, network.guidance_embeds)
+    own = {} if family is None else family.defaults(index, network.guidance_embeds, scheduler)
     return {"steps": 50, "guidance": 1.0 if network.part == "transformer" else 7.5} | own
 
 

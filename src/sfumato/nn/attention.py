@@ -142,7 +142,14 @@ class GELU(nn.Module):
 _INNER = {"geglu": GEGLU, "gelu": GELU, "swiglu": SwiGLU}
 
 
-class FeedForward(nn.Module):
+class Branch(nn.Module):
+    """Base of feed-forward layers, whose output is added to a residual stream.
+
+    Skip-layer guidance leaves out layers of this class.
+    """
+
+
+class FeedForward(Branch):
     """Feed-forward layer: (..., D) -> (..., D).
 
     Args:

@@ -55,7 +55,7 @@ def gated(
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, with the mean in float32.
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, the mean at least in float32.
 
     Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4. torch's own is up to 18 times slower on the CPU
     in bfloat16 (4.6 k tokens of 24 heads of 128: 70 ms).
@@ -68,7 +68,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Normalise the last axis."""
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
         factor = (size.square() / x.shape[-1] + self.eps).rsqrt()
         y = x * factor.to(x.dtype) if x.dtype != torch.float16 else (x * factor).to(x.dtype)
         return y * self.weight.to(y.dtype)

@@ -17,13 +17,12 @@ from sfumato.checkpoints.families._registry import (
     registered,
     write,
 )
-from sfumato.checkpoints.families._transformer import FLOW, TEXTS, TransformerFamily, untold_latents
+from sfumato.checkpoints.families._transformer import FLOW, TransformerFamily, untold_latents
 
 __all__ = [
     "AUTOENCODERS",
     "FLOW",
     "NETWORK",
-    "TEXTS",
     "Family",
     "TransformerFamily",
     "by_components",

@@ -63,7 +63,17 @@ class Section:
 
 @dataclass(frozen=True)
 class Tower(ABC):
-    """A text encoder in single files: the part that it becomes, and its prefix."""
+    """A text encoder in single files: the part that it becomes, and its prefix.
+
+    Attributes:
+        decisive: fields of the config that change states and that no tensor's shape shows
+        tokenizer_class: of its tokenizer in model_index.json
+        eight_bits: whether its matrices are stored in eight bits where those of the transformer are
+    """
+
+    decisive: ClassVar[tuple[str, ...]]
+    tokenizer_class: ClassVar[str]
+    eight_bits: ClassVar[bool] = False
 
     part: str
     prefix: str
@@ -130,6 +140,7 @@ class Family(ABC):
         title: The models' name, for messages.
         alone: Classes ("_class_name") of networks that have files of their own.
         towers: Text encoders of its single files.
+        conditioner_class: The conditioner of its models.
         pipelines: Beginnings of diffusers' pipeline classes, with the defaults of a run there,
             other than 50 steps. The longest that fits counts.
         even_times: Whether diffusers' pipeline gives a flow's scheduler its own even times; None:
@@ -147,6 +158,7 @@ class Family(ABC):
     title: ClassVar[str]
     alone: ClassVar[tuple[str, ...]] = ()
     towers: ClassVar[tuple[Tower, ...]] = ()
+    conditioner_class: ClassVar[type | None] = None
     pipelines: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     even_times: ClassVar[bool | None] = None
     is_transformer: ClassVar[bool] = False
@@ -310,12 +322,13 @@ class Family(ABC):
     def require_whole(self, checkpoint: Checkpoint) -> None:
         """Raise `UserError` for a single file that lacks parts of a model."""
 
-    def defaults(self, index: Config, learned_guidance: bool = True) -> dict[str, Any]:
+    def defaults(self, index: Config, learned_guidance: bool, scheduler: Config) -> dict[str, Any]:
         """Defaults of a pipeline's run, where they differ from those of its kind of network.
 
         Args:
             index: model_index.json, with its `_class_name`.
             learned_guidance: Whether the network has a guidance embedding.
+            scheduler: scheduler_config.json.
         """
         pipeline = str(index.get("_class_name"))
         starts = [start for start in self.pipelines if pipeline.startswith(start)]

@@ -26,8 +26,6 @@ from sfumato.predict.text_encoders import clip
 from sfumato.predict.text_encoders.clip import CLASSES, PREFIX
 
 PROJECTION = "text_projection.weight"
-DECISIVE = ("architectures", "hidden_act", "layer_norm_eps", "num_attention_heads")
-"""Fields that change states; sizes are held against the tensors."""
 
 
 def projects(config: Config) -> bool:
@@ -74,6 +72,8 @@ class _ClipTower(Tower):
         pad: The token that fills up prompts, as it was trained.
     """
 
+    decisive = ("architectures", "hidden_act", "layer_norm_eps", "num_attention_heads")
+    tokenizer_class = "CLIPTokenizer"
     pad: ClassVar[str]
 
     def named(self, tensors: LazyTensors) -> dict[str, LazyTensor]:

@@ -16,16 +16,18 @@ from sfumato.checkpoints.weight_map import WeightMap, weight
 from sfumato.errors import explained
 from sfumato.predict.text_encoders import t5
 
-DECISIVE = (
-    *("feed_forward_proj", "layer_norm_epsilon", "num_heads"),
-    *("relative_attention_num_buckets", "relative_attention_max_distance"),
-)
-"""Fields that change states; sizes are held against the tensors."""
 _BIAS = "SelfAttention.relative_attention_bias.weight"
 
 
 class T5Tower(Tower):
     """T5's encoder, version 1.1."""
+
+    decisive = (
+        *("feed_forward_proj", "layer_norm_epsilon", "num_heads"),
+        *("relative_attention_num_buckets", "relative_attention_max_distance"),
+    )
+    tokenizer_class = "T5TokenizerFast"
+    eight_bits = True
 
     def config(self, shapes: Shapes) -> dict[str, Any]:
         """Config in the fields of transformers' T5EncoderModel."""

@@ -19,7 +19,7 @@ from sfumato.checkpoints.checkpoint import (
     RawCheckpoint,
     ReadOptions,
 )
-from sfumato.checkpoints.families import _clip, _t5, _vae
+from sfumato.checkpoints.families import _vae
 from sfumato.checkpoints.families._base import (
     AUTOENCODERS,
     NETWORK,
@@ -59,8 +59,9 @@ class TransformerFamily(Family):
         mark: A key that networks of this family alone have.
         unread: Keys that a network's file may hold and that are not read.
         latents: Scale and shift of latents, which no file holds; None: there are no whole files.
-        conditioner_class: The conditioner of its models.
         optional: Towers that a whole file may lack.
+        layers_field: The config's number of layers, which follows from the keys: metadata with this
+            field holds the whole config.
     """
 
     is_transformer = True
@@ -68,8 +69,8 @@ class TransformerFamily(Family):
     mark: ClassVar[str]
     unread: ClassVar[tuple[str, ...]] = ()
     latents: ClassVar[tuple[float, float] | None] = None
-    conditioner_class: ClassVar[type | None] = None
     optional: ClassVar[tuple[str, ...]] = ()
+    layers_field: ClassVar[str] = "num_layers"
 
     def __init_subclass__(cls) -> None:
         """Networks of this class have files of their own."""
@@ -148,7 +149,7 @@ class TransformerFamily(Family):
                 )
             return {"_class_name": self.class_name, **config}
         fields = notes.read_network_fields(metadata, shapes.where)
-        if "num_layers" in fields:  # the whole config
+        if self.layers_field in fields:  # the whole config
             return {"_class_name": self.class_name, **fields}
         return self.config(shapes) | fields
 
@@ -318,8 +319,9 @@ class TransformerFamily(Family):
         except UserError:
             return None
         fields = notes.read_json(raw.metadata, notes.TRANSFORMER).keys()
+        decisive = {tower.part: tower.decisive for tower in self.towers}
         same = all(
-            _alike(name, part.config, again[name].config)
+            _alike(part.config, again[name].config, decisive.get(name))
             for name, part in checkpoint.components.items()
             if name != "transformer"
         )
@@ -429,15 +431,20 @@ def _differ(value: Any, inferred: Any) -> bool:
     return (list(value) if isinstance(value, tuple) else value) != inferred
 
 
-def _alike(part: str, config: Config, inferred: Config) -> bool:
-    """True where a config has the same meaning as the one that is inferred from a file."""
-    if part == "vae":
+def _alike(config: Config, inferred: Config, decisive: tuple[str, ...] | None) -> bool:
+    """True where a config has the same meaning as the one that is inferred from a file.
+
+    Args:
+        config: The config.
+        inferred: The inferred one.
+        decisive: The fields that count for a text encoder; None: an autoencoder.
+    """
+    if decisive is None:
         try:
             return _autoencoder_values(config) == _autoencoder_values(inferred)
         except UserError:  # the reader's groups of 32 do not even fit
             return False
-    fields = _t5.DECISIVE if config.get("model_type") == "t5" else _clip.DECISIVE
-    return all(config.get(field) == inferred.get(field) for field in fields)
+    return all(config.get(field) == inferred.get(field) for field in decisive)
 
 
 def _autoencoder_values(config: Config) -> tuple[Any, ...]:

@@ -141,10 +141,12 @@ class Flux(TransformerFamily):
             return {}
         return {"image_encoder": ABSENT, "feature_extractor": ABSENT}
 
-    def defaults(self, index: Config, learned_guidance: bool = True) -> dict[str, Any]:
+    def defaults(self, index: Config, learned_guidance: bool, scheduler: Config) -> dict[str, Any]:
         """Four steps for schnell, which has no guidance embedding."""
         schnell = index.get("_class_name") == "FluxPipeline" and not learned_guidance
-        return super().defaults(index, learned_guidance) | ({"steps": 4} if schnell else {})
+        return super().defaults(index, learned_guidance, scheduler) | (
+            {"steps": 4} if schnell else {}
+        )
 
 
 FAMILIES = (Flux(),)

@@ -155,11 +155,11 @@ class Flux2(TransformerFamily):
         """A note whether klein was distilled, so that it runs without guidance."""
         return {"is_distilled": guidance == 1} if pipeline == "Flux2KleinPipeline" else {}
 
-    def defaults(self, index: Config, learned_guidance: bool = True) -> dict[str, Any]:
+    def defaults(self, index: Config, learned_guidance: bool, scheduler: Config) -> dict[str, Any]:
         """Four steps for a distilled klein, as on its card."""
         klein = str(index.get("_class_name")).startswith("Flux2Klein")
         distilled = {"steps": 4, "guidance": 1.0} if klein and index.get("is_distilled") else {}
-        return super().defaults(index, learned_guidance) | distilled
+        return super().defaults(index, learned_guidance, scheduler) | distilled
 
 
 FAMILIES = (Flux2(),)

@@ -275,14 +275,15 @@ def _read_conditioner(
     need none.
     """
     encoders = text_encoder_classes(index, path / "model_index.json")
+    family = families.by_pipeline(str(index.get("_class_name")))
     if encoders:
-        kind = text_conditioner_class(encoders, path)
+        preferred = None if family is None else family.conditioner_class
+        kind = text_conditioner_class(encoders, path, preferred)
         return kind.from_folder(path, options.opened, options.variant)
     config = path / "conditioner" / "config.json"
     if not config.exists() and not network.is_conditional:
         return Unconditional()
     if not config.exists():
-        family = families.by_pipeline(str(index.get("_class_name")))
         with explained(path / "model_index.json"):
             conditioner = None if family is None else family.folder_conditioner(index, network)
         if conditioner is not None:

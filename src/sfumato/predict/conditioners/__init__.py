@@ -32,23 +32,31 @@ def conditioner_class(name: str) -> type[Conditioner]:
     return find(_PACKAGE, _RENAMED.get(name, name))
 
 
-def text_conditioner_class(encoders: Mapping[str, str], source: object) -> type[Conditioner]:
+def text_conditioner_class(
+    encoders: Mapping[str, str], source: object, preferred: type | None = None
+) -> type[Conditioner]:
     """The class of the conditioner that has these text encoders.
 
     Args:
         encoders: {name in model_index.json: class of the network}, as `text_encoder_classes` gives
             it.
         source: Where they are from, for the message.
+        preferred: The class to take if it has them; otherwise the first one by name that has them.
 
     Raises:
         UserError: For a combination that no conditioner has, with the known ones.
     """
-    rows = []
-    for file in names(_PACKAGE):
-        for row in getattr(module_of(_PACKAGE, file), "ENCODERS", ()):
-            if row == encoders:
-                return find(_PACKAGE, file)
-            rows.append(" and ".join(f"{part} {kind}" for part, kind in row.items()))
+    entries = [
+        (row, file)
+        for file in names(_PACKAGE)
+        for row in getattr(module_of(_PACKAGE, file), "ENCODERS", ())
+    ]
+    classes = [find(_PACKAGE, file) for row, file in entries if row == encoders]
+    if classes:
+        return preferred if preferred in classes else classes[0]
+    rows = dict.fromkeys(
+        " and ".join(f"{part} {kind}" for part, kind in row.items()) for row, _ in entries
+    )
     listed = " and ".join(f"{part} {kind}" for part, kind in sorted(encoders.items()))
     raise UserError(f"{source} has the text encoders {listed}: expected {'; or '.join(rows)}")
 

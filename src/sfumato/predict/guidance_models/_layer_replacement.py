@@ -23,8 +23,6 @@ from sfumato.types import Conditioning
 FindLayers = Callable[[nn.Module], Iterator[tuple[str, nn.Module]]]
 """network -> (name of a layer, its replacement), for all layers that may be replaced."""
 
-_BLOCK = re.compile(r"\w*transformer_blocks\.\d+")
-"""A transformer's block; those of U-Nets are inside other blocks."""
 _RANGE = re.compile(r"(?<=\.)(\d+)-(\d+)(?=\.|$)")
 
 # A cache and not a state: its entries can be made again, and go when their denoiser goes.
@@ -86,7 +84,8 @@ def replace_layers(
     """
     clone = clone_sharing_weights(network)
     replacements = dict(find(clone))
-    layers = layers or default_layers(replacements)
+    blocks = [name for name, module in clone.named_modules() if hasattr(module, "streams")]
+    layers = layers or default_layers(replacements, blocks)
     chosen: set[str] = set()
     for layer in (one for name in layers for one in expand_range(name)):
         inside = {name for name in replacements if _within(name, layer)}
@@ -103,17 +102,22 @@ def replace_layers(
     return clone
 
 
-def default_layers(replaceable: Iterable[str]) -> list[str]:
+def default_layers(replaceable: Iterable[str], blocks: Iterable[str]) -> list[str]:
     """Return the layers to replace where none are named: the middle of the network.
 
     Of a transformer, the block in the middle of those with replaceable layers, single ones after
     double ones. Of a U-Net, the layers of the middle block; without any there, those of the last
     block of the way down; else the middle one of all. Attention goes before other layers.
+
+    Args:
+        replaceable: Names of the layers that may be replaced.
+        blocks: Names of a transformer's blocks, which have the attribute `streams`; none for a
+            U-Net.
     """
     names = list(replaceable)
-    blocks = list(dict.fromkeys(block[0] for name in names if (block := _BLOCK.match(name))))
-    if blocks:
-        return [blocks[len(blocks) // 2]]
+    around = [block for block in blocks if any(_within(name, block) for name in names)]
+    if around:
+        return [around[len(around) // 2]]
     names = [name for name in names if "attention" in name or "attn" in name] or names
     for prefix in ("mid_block.", *(f"down_blocks.{i}." for i in reversed(range(10)))):
         inside = [name for name in names if name.startswith(prefix)]

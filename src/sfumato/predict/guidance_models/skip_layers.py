@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sfumato.nn.attention import (
     Attention,
-    FeedForward,
+    Branch,
     PictureAttention,
     SpatialAttention,
     SpatialTransformer,
@@ -87,9 +87,7 @@ def branches(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, Identity(module.conv_shortcut)
         elif isinstance(module, JointAttention):
             yield name, ZeroStreams()
-        elif isinstance(module, Attention | PictureAttention | FeedForward) or name.rpartition(".")[
-            2
-        ] in ("ff", "ff_context"):
+        elif isinstance(module, Attention | PictureAttention | Branch):
             yield name, ZeroBranch()
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import UserError
 from sfumato.kernels import batch_invariant
+from sfumato.nn.attention import Branch
 from sfumato.nn.embeddings import TimeEmbedding
 from sfumato.nn.mmdit import JointAttention
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
@@ -99,7 +100,7 @@ def _swiglu(x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
     return batch_invariant.silu(gate) * value
 
 
-class FeedForward(nn.Module):
+class FeedForward(Branch):
     """SwiGLU and an output projection, without biases: (..., D) -> (..., D)."""
 
     def __init__(self, width: int, inner: int):

@@ -40,6 +40,9 @@ from sfumato.validate import number_in
 
 CLASSES = {"mistral3": "Mistral3ForConditionalGeneration", "qwen3": "Qwen3ForCausalLM"}
 """The model's class by the `model_type` of its config."""
+BASES = {"qwen3": "Qwen3Model"}
+"""The class without the head, by `model_type`; names of its weights may lack `PREFIX`."""
+PREFIX = "model."
 CONFIGS = {"mistral3": "Mistral3Config", "qwen3": "Qwen3Config"}
 HEAD = "lm_head.weight"
 NAMES = (
@@ -105,15 +108,15 @@ class LanguageModel(Encoder):
         """Number of layers."""
         return self.text_config.num_hidden_layers
 
-    def apply_template(self, prompt: str, system: str | None) -> str:
+    def apply_template(self, prompt: str, system: str | None, thinking: bool = False) -> str:
         """A prompt in the chat template.
 
-        Mistral's begins with the system message. Qwen's ends where an answer without thinking would
-        begin.
+        Mistral's begins with the system message. Qwen's ends where the answer would begin.
 
         Args:
             prompt: The user's message.
             system: The system message; None leaves it out.
+            thinking: Whether Qwen's answer would begin with thinking.
 
         Raises:
             UserError: For a template that fails.
@@ -123,7 +126,7 @@ class LanguageModel(Encoder):
                 [{"role": "system", "content": system}] if system is not None else []
             )
             messages += [{"role": "user", "content": prompt}]
-            options: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": False}
+            options: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": thinking}
         else:
             texts = [("system", system), ("user", prompt.replace(IMAGE_TOKEN, ""))]
             messages = [
@@ -142,15 +145,24 @@ class LanguageModel(Encoder):
         begin = self.tokenizer.bos_token
         return begin is None or not text.startswith(begin)
 
-    def check(self, prompt: str, system: str | None, length: int, truncation: str) -> None:
+    def check(
+        self, prompt: str, system: str | None, length: int, truncation: str, thinking: bool = False
+    ) -> None:
         """Raise every `UserError` of `encode`, without running the network."""
-        text = self.apply_template(prompt, system)
+        text = self.apply_template(prompt, system, thinking)
         if truncation == "refuse":
             check_length(self.tokenizer, text, length, prompt, self._adds_special_tokens(text))
 
     @torch.no_grad()
     def encode(
-        self, prompt: str, system: str | None, layers: Sequence[int], length: int, truncation: str
+        self,
+        prompt: str,
+        system: str | None,
+        layers: Sequence[int],
+        length: int,
+        truncation: str,
+        thinking: bool = False,
+        padding: bool = True,
     ) -> tuple[Float[Tensor, "L D"], Bool[Tensor, " L"]]:
         """One prompt -> hidden states (L, layers * width) in float32 and a mask (L,).
 
@@ -162,15 +174,19 @@ class LanguageModel(Encoder):
             layers: The layers whose states stand side by side; 1 is the first.
             length: Positions L, those of the template among them.
             truncation: "refuse" a longer text, or "cut" it.
+            thinking: Whether Qwen's answer would begin with thinking.
+            padding: Whether the network runs on padding too; without it L is the text's own length.
 
         Raises:
             UserError: For a template that fails, and a longer text that is not cut.
             NumericalError: For states beyond the range of the network's dtype.
         """
-        self.check(prompt, system, length, truncation)
-        text = self.apply_template(prompt, system)
-        encoding = tokenize(self.tokenizer, text, length, self._adds_special_tokens(text))
-        ids, mask = (part.to(self.model.device) for part in encoding)
+        self.check(prompt, system, length, truncation, thinking)
+        text = self.apply_template(prompt, system, thinking)
+        ids, mask = tokenize(self.tokenizer, text, length, self._adds_special_tokens(text))
+        if not padding:
+            ids, mask = ids[mask], mask[mask]
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         # without the head, and without Mistral's vision tower
         network = getattr(self.model.model, "language_model", self.model.model)
         # One row at a time: a matrix product of several rows may round otherwise, and a prompt's
@@ -243,7 +259,15 @@ def load_language_model(
         UserError: For files that are missing, of another kind, or not finite.
     """
     require_transformers()
-    model = load_network(encoder, dtype, variant, build_language_model)
+    return with_tokenizer(load_network(encoder, dtype, variant, build_language_model), tokenizer)
+
+
+def with_tokenizer(model: Any, tokenizer: Path) -> LanguageModel:
+    """A network of `build_language_model` with the tokenizer of a folder.
+
+    Raises:
+        UserError: For a folder without tokenizer or chat template, or of another model.
+    """
     extra_files = {
         name: (tokenizer / name).read_bytes() for name in PROCESSOR if (tokenizer / name).exists()
     }
@@ -292,19 +316,23 @@ def build_language_model(
     import transformers
 
     kind = values.get("model_type")
-    if kind not in CLASSES or values.get("architectures", [CLASSES[kind]]) not in (
+    if kind not in CLASSES or values.get("architectures") not in (
         None,
         [CLASSES[kind]],
+        [BASES.get(kind, CLASSES[kind])],
     ):
         raise UserError(
             f"{path} is of type {kind!r}, {values.get('architectures')}: expected one of "
             f"{', '.join(CLASSES.values())}"
         )
     _check_fields(values, kind, path)
-    embed, weights = "model.embed_tokens.weight", tensors
+    embed = f"{PREFIX}embed_tokens.weight"
+    weights: Mapping[str, Tensor] = tensors
     if kind == "mistral3":
-        embed = "model.language_model.embed_tokens.weight"
+        embed = f"{PREFIX}language_model.embed_tokens.weight"
         weights = {_renamed(key, NAMES): tensor for key, tensor in tensors.items()}
+    elif embed.removeprefix(PREFIX) in tensors:
+        weights = {PREFIX + key: tensor for key, tensor in tensors.items()}
 
     def build() -> Any:
         config = getattr(transformers, CONFIGS[kind]).from_dict(values)
