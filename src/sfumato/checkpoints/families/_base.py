@@ -158,7 +158,7 @@ class Family(ABC):
     title: ClassVar[str]
     alone: ClassVar[tuple[str, ...]] = ()
     towers: ClassVar[tuple[Tower, ...]] = ()
-    conditioner_class: ClassVar[type | None] = None
+    conditioner_class: ClassVar[type[Conditioner] | None] = None
     pipelines: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     even_times: ClassVar[bool | None] = None
     is_transformer: ClassVar[bool] = False

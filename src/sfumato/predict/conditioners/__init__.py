@@ -33,7 +33,7 @@ def conditioner_class(name: str) -> type[Conditioner]:
 
 
 def text_conditioner_class(
-    encoders: Mapping[str, str], source: object, preferred: type | None = None
+    encoders: Mapping[str, str], source: object, preferred: type[Conditioner] | None = None
 ) -> type[Conditioner]:
     """The class of the conditioner that has these text encoders.
 
@@ -52,8 +52,10 @@ def text_conditioner_class(
         for row in getattr(module_of(_PACKAGE, file), "ENCODERS", ())
     ]
     classes = [find(_PACKAGE, file) for row, file in entries if row == encoders]
+    if preferred is not None and preferred in classes:
+        return preferred
     if classes:
-        return preferred if preferred in classes else classes[0]
+        return classes[0]
     rows = dict.fromkeys(
         " and ".join(f"{part} {kind}" for part, kind in row.items()) for row, _ in entries
     )
