@@ -37,6 +37,7 @@ FOLDERS = {
 }
 FOLDERS |= {"flux_text": (text_encoders, "flux"), "flux2_text": (text_encoders, "flux2_klein")}
 FOLDERS |= {"sentence_text": (text_encoders, "sentence")}
+FOLDERS |= {"z_image_text": (text_encoders, "flux2_klein")}
 every = pytest.mark.parametrize("name", CONDITIONERS)
 labelled = pytest.mark.parametrize(
     "name", [name for name, c in CONDITIONERS.items() if issubclass(c, ClassConditioner)]

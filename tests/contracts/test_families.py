@@ -25,6 +25,7 @@ NETWORKS = {
     "sd3": reference.convert_sd3_transformer_checkpoint_to_diffusers,
     "flux": reference.convert_flux_transformer_checkpoint_to_diffusers,
     "flux2": reference.convert_flux2_transformer_checkpoint_to_diffusers,
+    "z_image": reference.convert_z_image_transformer_checkpoint_to_diffusers,
 }
 """diffusers' converters of transformers; it has none for DiT, SiT and PixArt."""
 

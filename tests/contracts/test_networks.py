@@ -51,6 +51,13 @@ SMALL: dict[str, Any] = {
     "pos_embed_max_size": 12,
     "axes_dims_rope": (4, 6, 6),
     "num_embeds_ada_norm": 5,
+    "dim": 32,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "cap_feat_dim": 12,
+    "axes_dims": (4, 6, 6),
 }
 ONE_OF: dict[str, dict[str, Any]] = {
     "UNet2DModel": {"attention_head_dim": 8, "num_attention_heads": None}

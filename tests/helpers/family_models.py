@@ -16,6 +16,8 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
 )
@@ -89,6 +91,15 @@ PIXART: dict[str, Any] = {
     "cross_attention_dim": 144,
     "caption_channels": 24,
 }
+Z_IMAGE: dict[str, Any] = {
+    "in_channels": 16,
+    "dim": 64,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+}
+Z_IMAGE |= {"cap_feat_dim": 24, "axes_dims": (8, 12, 12), "axes_lens": (1536, 512, 512)}
 
 
 def unet(levels: str, widths: tuple[int, ...], **fields: Any) -> nn.Module:
@@ -158,6 +169,19 @@ def t5() -> nn.Module:
     return T5EncoderModel(
         T5Config(**sizes, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     )
+
+
+def qwen3() -> nn.Module:
+    """A language model whose head is its table of tokens."""
+    sizes = {
+        "vocab_size": 30,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    return Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=8, tie_word_embeddings=True))
 
 
 def _sd1(**fields: Any) -> dict[str, nn.Module]:
@@ -235,6 +259,14 @@ def _flux() -> dict[str, nn.Module]:
     }
 
 
+def _z_image() -> dict[str, nn.Module]:
+    return {
+        "transformer": diffusers.ZImageTransformer2DModel(**Z_IMAGE),
+        "vae": _latents16(0.3611, 0.1159),
+        "text_encoder": qwen3(),
+    }
+
+
 def _latents16(scale: float, shift: float) -> nn.Module:
     bare = {"use_quant_conv": False, "use_post_quant_conv": False}
     return vae(latent_channels=16, scaling_factor=scale, shift_factor=shift, **bare)
@@ -294,6 +326,7 @@ MODELS: dict[str, Callable[[], dict[str, nn.Module]]] = {
     "sdxl-refiner": lambda: _sdxl(5, "DCD", transformer_layers_per_block=2),
     "sit": lambda: {"transformer": diffusers.DiTTransformer2DModel(**DIT)},
     "x4-upscaler": _upscaler,
+    "z_image": _z_image,
 }
 """By the names of families."""
 VARIANTS: dict[str, Callable[[], dict[str, nn.Module]]] = {
@@ -324,6 +357,8 @@ def scheduler(name: str, prediction: str | None = None) -> dict[str, Any]:
 def tensors_of(network: nn.Module) -> dict[str, Tensor]:
     """A network's weights as files hold them."""
     state = network.state_dict()
+    if isinstance(network, Qwen3ForCausalLM):
+        return {k: v for k, v in state.items() if k != "lm_head.weight"}
     tensors = {
         k: v
         for k, v in state.items()

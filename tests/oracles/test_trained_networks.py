@@ -20,6 +20,7 @@ from sfumato.predict.networks.modern_dit import ModernDiTConfig
 from sfumato.predict.networks.pixart import PixArtConfig
 from sfumato.predict.networks.sd3 import SD3Config
 from sfumato.predict.networks.sit import SiTConfig
+from sfumato.predict.networks.z_image import ZImageConfig
 from sfumato.sampling import Defaults
 from sfumato.train.loop import LoopSettings
 from sfumato.train.objectives.denoiser import DenoiserLoss
@@ -42,6 +43,13 @@ NETWORKS: dict[str, tuple[Any, str | None, dict[str, Any]]] = {
     "FLUX.1": (FluxConfig(**FLUX, axes_dims_rope=(4, 6, 6)), "flux", {"in_channels": 16, "joint_attention_dim": 48, "pooled_projection_dim": 16}),
     "FLUX.2": (
         Flux2Config(**FLUX, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False), "t5", {"in_channels": 4, "joint_attention_dim": 48},
+    ),
+    "Z-Image": (
+        ZImageConfig(
+            dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, axes_dims=(4, 6, 6)
+        ),
+        "t5",
+        {"in_channels": 4, "cap_feat_dim": 48},
     ),
 }  # fmt: skip
 
