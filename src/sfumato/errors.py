@@ -39,9 +39,8 @@ def unknown(kind: str, value: object, choices: Iterable[str]) -> UserError:
     close = [n for best in near for n in names if n.lower() == best]  # the nearest first
     hint = f"did you mean {' or '.join(repr(n) for n in close)}? " if close else ""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return UserError(
-        f"unknown {kind} {value!r}: {hint}known are {', '.join(names[:SHOWN]) or 'none'}{more}"
-    )
+    listed = f"expected one of {', '.join(names[:SHOWN])}{more}" if names else "there are none"
+    return UserError(f"unknown {kind} {value!r}: {hint}{listed}")
 
 
 def quoted(text: str) -> str:

@@ -315,7 +315,7 @@ KINDS = [
         "force_zeros_for_empty_prompt='no': expected true or false",
     ),
     ("ClipTextConfig(clip_skip=1.0)", "clip_skip=1.0: expected a whole number of layers"),
-    ("ClipTextConfig(truncation=None)", "unknown truncation None: known are chunks, refuse"),
+    ("ClipTextConfig(truncation=None)", "unknown truncation None: expected one of chunks, refuse"),
     (
         "model(['a', b'b'])",
         "prompts ['a', b'b']: expected a list of at least one, each a text or None",
@@ -395,7 +395,10 @@ def test_the_picture_of_the_reference() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"truncation": "truncate"}, "unknown truncation 'truncate': .*known are chunks, refuse"),
+        (
+            {"truncation": "truncate"},
+            "unknown truncation 'truncate': .*expected one of chunks, refuse",
+        ),
         ({"clip_skip": -1}, "clip_skip=-1: expected a whole number of layers"),
         ({"clip_skip": True}, "clip_skip=True"),
     ],

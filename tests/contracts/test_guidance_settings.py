@@ -204,10 +204,10 @@ BAD: list[tuple[Any, str]] = [
     ("2 rescale project", "two of one kind, rescale and project: expected one rule"),
     (
         "2 interval:lo=0.2",
-        "unknown option of guidance weight interval 'lo': did you mean 'low'.*known are high, low",
+        "unknown option of guidance weight interval 'lo': did you mean 'low'.*expected one of high, low",
     ),
     ("2 interval:scale=3", "unknown option of guidance weight interval 'scale'"),
-    ("2 linear:phi=1", "unknown option of guidance rule linear 'phi': known are none"),
+    ("2 linear:phi=1", "unknown option of guidance rule linear 'phi': there are none"),
     ("2 interval:low=a", "interval:low='a': expected a number"),
     ("2 interval:low=0.1,low=0.2", "gives low twice"),
     ("2 interval:", "expected NAME or NAME:OPTION=VALUE"),
@@ -218,7 +218,7 @@ BAD: list[tuple[Any, str]] = [
     ("2 interval:high=1.5", "high=1.5"),
     (
         "2 ramp:shape=square",
-        "unknown shape of a guidance ramp 'square': known are cosine, linear, power",
+        "unknown shape of a guidance ramp 'square': expected one of cosine, linear, power",
     ),
     ("2 ramp:power=0", "ramp power=0.0: expected a number above 0"),
     ("2 ramp:first=inf", "guidance ramp first=inf: expected a finite number"),

@@ -54,9 +54,9 @@ SENTENCES: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: one_of("solver", "hen", ("heun", "midpoint")),
-        "unknown solver 'hen': did you mean 'heun'? known are heun, midpoint",
+        "unknown solver 'hen': did you mean 'heun'? expected one of heun, midpoint",
     ),
-    (lambda: one_of("solver", None, {"heun": 1}), "unknown solver None: known are heun"),
+    (lambda: one_of("solver", None, {"heun": 1}), "unknown solver None: expected one of heun"),
 ]
 
 

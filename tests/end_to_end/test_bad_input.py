@@ -597,7 +597,7 @@ def test_arguments_that_do_not_parse(saved: Path, child: Child, tmp_path: Path, 
     ("prompt", "words"),
     [
         ("ankel boot", "did you mean 'ankle boot'"),
-        ("quux", "known are ankle boot, bag, t-shirt/top"),
+        ("quux", "expected one of ankle boot, bag, t-shirt/top"),
         ("../../etc/passwd", "unknown class"),
     ],
 )

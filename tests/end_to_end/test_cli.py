@@ -92,7 +92,7 @@ class StubModel:
         if prompt == "crash":
             raise RuntimeError("deep\ninside")
         if rest["sampler"] == "bogus":
-            raise UserError("unknown sampler 'bogus': known are ddim")
+            raise UserError("unknown sampler 'bogus': expected one of ddim")
         for k in range(rest["steps"]):
             assert on_step(types.SimpleNamespace(index=k, count=rest["steps"])) is None
         # n takes part: arithmetic may depend on the batch, so an image of a batch must be made

@@ -204,7 +204,7 @@ def test_a_block_is_left_out_with_all_that_is_in_it(kind: str) -> None:
         (
             "self",
             PerturbedAttention(("mid_block",)),
-            "unknown layer with self-attention 'mid_block': .*known are down_blocks.1, down_blocks.1.attentions.0, up_bl",
+            "unknown layer with self-attention 'mid_block': .*expected one of down_blocks.1, down_blocks.1.attentions.0, up_bl",
         ),
         (
             "cross",
@@ -229,7 +229,7 @@ def test_a_block_is_left_out_with_all_that_is_in_it(kind: str) -> None:
         (
             "cross",
             SkipLayers(("conv_in",)),
-            "unknown layer that can be left out 'conv_in': .*known are down_blocks.0",
+            "unknown layer that can be left out 'conv_in': .*expected one of down_blocks.0",
         ),
         ("cross", SkipLayers(("",)), "unknown layer that can be left out ''"),
     ],
@@ -305,7 +305,8 @@ def test_a_first_attention_to_the_condition_alone_is_not_perturbed() -> None:
     """`only_cross_attention`: it is no attention of the picture to itself."""
     denoiser, x, given = setup("cross", only_cross_attention=(True, False))
     with pytest.raises(
-        UserError, match=r"unknown layer with self-attention 'down_blocks.0': .*known are mid_block"
+        UserError,
+        match=r"unknown layer with self-attention 'down_blocks.0': .*expected one of mid_block",
     ):
         weaker(PerturbedAttention(("down_blocks.0",)), denoiser, given)
     assert weaker(PerturbedAttention(), denoiser, given)(x, 0.5, given).x0.isfinite().all()

@@ -77,7 +77,7 @@ class Report:
             if metric.name == name:
                 return metric
         names = ", ".join(m.name for m in self.metrics)
-        raise KeyError(f"{name!r} was not measured: known are {names}")
+        raise KeyError(f"{name!r} was not measured: expected one of {names}")
 
     def join(self, other: "Report") -> "Report":
         """Both reports as one; the title and, where keys agree, the settings are of this one."""

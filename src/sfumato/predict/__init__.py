@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sfumato.predict.conditioners.sentence_text import SentenceText, SentenceTextConfig
     from sfumato.predict.conditioners.t5_text import T5Text, T5TextConfig
     from sfumato.predict.conditioners.unconditional import Unconditional
+    from sfumato.predict.conditioners.z_image_text import ZImageText, ZImageTextConfig
     from sfumato.predict.denoiser import Denoiser, evaluate_calls
     from sfumato.predict.guidance.guide import Moment, guide
     from sfumato.predict.guidance.rules import Rule
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from sfumato.predict.networks.sd3 import SD3, SD3Config
     from sfumato.predict.networks.sit import SiTConfig, SiTTransformer
     from sfumato.predict.networks.unet import UNet, UNetConfig
+    from sfumato.predict.networks.z_image import ZImageConfig, ZImageTransformer
     from sfumato.predict.wrappers.feature_cache import feature_cache
     from sfumato.predict.wrappers.known_region import known_region
     from sfumato.predict.wrappers.multidiffusion import multidiffusion
@@ -85,6 +87,10 @@ __all__ = [
     "UNetConfig",
     "Unconditional",
     "Weight",
+    "ZImageConfig",
+    "ZImageText",
+    "ZImageTextConfig",
+    "ZImageTransformer",
     "conditioner_class",
     "evaluate_calls",
     "feature_cache",
@@ -109,6 +115,7 @@ __getattr__, __dir__ = lazy_exports(
         "conditioners.sentence_text": ("SentenceText", "SentenceTextConfig"),
         "conditioners.t5_text": ("T5Text", "T5TextConfig"),
         "conditioners.unconditional": ("Unconditional",),
+        "conditioners.z_image_text": ("ZImageText", "ZImageTextConfig"),
         "denoiser": ("Denoiser", "evaluate_calls"),
         "guidance.guide": ("Moment", "guide"),
         "guidance.rules": ("Rule",),
@@ -124,6 +131,7 @@ __getattr__, __dir__ = lazy_exports(
         "networks.sd3": ("SD3", "SD3Config"),
         "networks.sit": ("SiTConfig", "SiTTransformer"),
         "networks.unet": ("UNet", "UNetConfig"),
+        "networks.z_image": ("ZImageConfig", "ZImageTransformer"),
         "wrappers.feature_cache": ("feature_cache",),
         "wrappers.known_region": ("known_region",),
         "wrappers.multidiffusion": ("multidiffusion",),
