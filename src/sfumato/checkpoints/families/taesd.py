@@ -171,7 +171,7 @@ def config_of(tensors: dict[str, Tensor]) -> TinyConfig:
         if len(widths) > 1:
             raise UserError(
                 f"this {half} has convolutions of widths {sorted(widths)}: a variant of TAESD that "
-                "is not supported; known are those of one width, taesd, taesdxl, taesd3, taef1 and "
+                "is not supported; expected one width, as in taesd, taesdxl, taesd3, taef1 and "
                 "taef2"
             )
     encoder, decoder = convs["encoder"], convs["decoder"]
