@@ -46,7 +46,8 @@ def main() -> None:
 
         make(arguments.out)
         return
-    from _behaviour.cases import Context, cases
+    from _behaviour.cases import cases
+    from _behaviour.context import Context
 
     words = [word.strip() for word in arguments.only.split(",")]
     scratch = arguments.out / "scratch"

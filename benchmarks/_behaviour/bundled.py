@@ -11,7 +11,7 @@ from _behaviour import names
 from _behaviour.outcome import Case
 
 if TYPE_CHECKING:
-    from _behaviour.cases import Context
+    from _behaviour.context import Context
 
 SAMPLERS = (
     "ddim:eta=0.5",

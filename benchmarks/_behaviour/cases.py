@@ -1,52 +1,13 @@
 """All cases, in the order in which they run."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from PIL import Image
-
+from _behaviour import bundled, command_line, families, pictures, stored, training
+from _behaviour.context import Context
 from _behaviour.outcome import Case
-
-OPEN = 24
-"""Models that are kept open."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """Folders of a run, and models that are open.
-
-    fixtures: read by both versions. scratch: written by cases. checkout: the code that runs.
-    """
-
-    fixtures: Path
-    scratch: Path
-    checkout: Path
-    models: dict[Any, Any] = field(default_factory=dict)
-
-    def load(self, source: str | Path, **options: Any) -> Any:
-        """A model, opened once for the cases that use it one after the other."""
-        import sfumato
-        from _behaviour.names import call
-
-        key = (str(source), tuple(sorted((name, str(value)) for name, value in options.items())))
-        if key not in self.models:
-            while len(self.models) >= OPEN:
-                del self.models[next(iter(self.models))]
-            self.models[key] = call(sfumato.load, source, **options)
-        return self.models[key]
-
-    def picture(self, name: str) -> Image.Image:
-        """A picture of the fixtures."""
-        with Image.open(self.fixtures / "pictures" / f"{name}.png") as opened:
-            opened.load()
-            return opened
 
 
 def cases(context: Context) -> Iterator[Case]:
     """Every case. Building the list computes nothing."""
-    from _behaviour import bundled, command_line, families, pictures, stored, training
-
     for group in (bundled, families, stored, command_line, pictures, training):
         yield from group.cases(context)

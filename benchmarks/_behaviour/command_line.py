@@ -10,7 +10,7 @@ from _behaviour.outcome import Case, Notes
 from _behaviour.stored import stored
 
 if TYPE_CHECKING:
-    from _behaviour.cases import Context
+    from _behaviour.context import Context
 
 
 def cases(context: "Context") -> Iterator[Case]:

@@ -13,7 +13,7 @@ from _behaviour.outcome import Case, Notes
 from _behaviour.stored import KEPT_AS_FOLDERS
 
 if TYPE_CHECKING:
-    from _behaviour.cases import Context
+    from _behaviour.context import Context
 
 TEXT = ["a red cat", "two (dogs:1.3), [3 cats]"]
 CLASSES: list[str | None] = ["cat", "owl"]

@@ -9,7 +9,7 @@ from _behaviour import names
 from _behaviour.outcome import Case
 
 if TYPE_CHECKING:
-    from _behaviour.cases import Context
+    from _behaviour.context import Context
 
 
 def cases(context: "Context") -> Iterator[Case]:

@@ -13,7 +13,7 @@ from _behaviour import commands
 from _behaviour.outcome import Case, Hashed, Notes
 
 if TYPE_CHECKING:
-    from _behaviour.cases import Context
+    from _behaviour.context import Context
 
 KEPT_AS_FOLDERS = ("sd1-narrow", "sd1-taesd")
 """Models that a single file can't tell."""

@@ -16,7 +16,7 @@ from _behaviour.outcome import Case, Hashed, Notes
 from _behaviour.stored import tensors_of
 
 if TYPE_CHECKING:
-    from _behaviour.cases import Context
+    from _behaviour.context import Context
 
 STEPS, STOP = 5, 3
 """Of a run, and where it is interrupted: a checkpoint is written at each second step."""

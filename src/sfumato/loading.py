@@ -125,7 +125,8 @@ def _open_file(path: Path, options: LoadOptions) -> LatentDiffusion:
 
 def assemble(checkpoint: Checkpoint, options: LoadOptions) -> LatentDiffusion:
     """Build the model of a checkpoint's parts; `UserError` where they do not fit each other."""
-    path, family, components = checkpoint.path, checkpoint.family, checkpoint.components
+    path, components = checkpoint.path, checkpoint.components
+    family = None if checkpoint.family is None else families.by_name(checkpoint.family)
     part = next(name for name in folders.NETWORKS if name in components)
     autoencoder, network = (components[name].build(path, options.opened) for name in ("vae", part))
     if not isinstance(autoencoder, Autoencoder):

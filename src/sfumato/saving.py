@@ -4,7 +4,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +23,11 @@ from sfumato.compress.tiny import AutoencoderTiny
 from sfumato.errors import UserError
 from sfumato.io.atomic import atomic_folder, write_json
 from sfumato.predict.networks.base import Network
-
-if TYPE_CHECKING:
-    import sfumato.model
+from sfumato.sampling.request import Model
 
 
 def save_model(
-    model: "sfumato.model.LatentDiffusion",
+    model: Model,
     place: str | Path,
     dtype: torch.dtype | None,
     source: Path | None = None,
@@ -66,7 +64,7 @@ def save_model(
         write_file(place, raw.tensors, {**raw.metadata, **notes})
 
 
-def _network(model: "sfumato.model.LatentDiffusion") -> Network:
+def _network(model: Model) -> Network:
     """Return the network of a model; one of another class has no config to save."""
     network = model.denoiser.network
     if not isinstance(network, Network):
@@ -78,7 +76,7 @@ def _network(model: "sfumato.model.LatentDiffusion") -> Network:
 
 
 def disassemble(
-    model: "sfumato.model.LatentDiffusion",
+    model: Model,
     family: Family,
     dtype: torch.dtype | None,
     source: Path | None = None,
@@ -100,7 +98,7 @@ def disassemble(
         schedulers,
         defaults=model.defaults.to_json(),
         name=model.name,
-        family=family,
+        family=None if family is None else family.name,
         conditioner=lambda network, options: model.conditioner,
         path=Path("the model"),
     )
@@ -119,7 +117,7 @@ def _component(
 
 
 def _save_folder(
-    model: "sfumato.model.LatentDiffusion",
+    model: Model,
     folder: str | Path,
     dtype: torch.dtype | None,
     source: Path | None = None,
@@ -149,7 +147,7 @@ def _save_folder(
         write_json(temporary / "model_index.json", index)
 
 
-def scheduler_config(model: "sfumato.model.LatentDiffusion") -> dict[str, Any]:
+def scheduler_config(model: Model) -> dict[str, Any]:
     """Return scheduler_config.json of a model.
 
     Published kinds of models and those with a learned variance have their run in it, others the

@@ -14,7 +14,8 @@ from torch import Tensor
 from sfumato.batching import drive
 from sfumato.errors import UserError
 from sfumato.predict.denoiser import evaluate_calls
-from sfumato.predict.guidance.guide import Moment, guide
+from sfumato.predict.guidance.guide import guide
+from sfumato.predict.guidance.moment import Moment
 from sfumato.predict.guidance.settings import Guidance
 from sfumato.predict.guidance_models import ALIASES
 from sfumato.registry import find, names

@@ -13,7 +13,8 @@ a folder counts as importing it.
 """
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "nn": (*BOTTOM, "kernels"),
     "inference": (*BOTTOM, "kernels", "nn"),
     # a whole model is offloaded by its conditioner's encoders
-    "inference.offload.model": (*BOTTOM, "kernels", "nn", "inference", "predict", "model"),
+    "inference.offload.model": (*BOTTOM, "kernels", "nn", "inference", "predict", "sampling"),
     "compress": (*BOTTOM, "kernels", "nn", "inference"),
     "diffuse": BOTTOM,
     "diffuse.samplers": (*BOTTOM, "diffuse.schedule"),
@@ -65,7 +66,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "decode": (*BOTTOM, "compress"),
     "checkpoints": (*BOTTOM, *ACTS),
     "sampling": (*BOTTOM, *ACTS),
-    "saving": (*BOTTOM, *ACTS, "checkpoints", "model"),
+    "saving": (*BOTTOM, *ACTS, "checkpoints", "sampling"),
     "model": (*BOTTOM, *ACTS, "images", "inference", "checkpoints", "sampling", "saving"),
     "loading": (*BOTTOM, *ACTS, "inference", "checkpoints", "sampling", "model"),
     "data": BOTTOM,
@@ -151,10 +152,11 @@ def zone_of(module: str) -> str | None:
 
 
 def imports(
-    tree: ast.Module, module: str, is_package: bool, available: set[str]
+    tree: ast.Module, module: str, is_package: bool, available: set[str], lookups: bool = True
 ) -> Iterator[tuple[int, str]]:
-    """(line, absolute module name) of everything a file imports, dynamic imports with a literal
-    name included.
+    """(line, absolute module name) of everything a file imports.
+
+    Dynamic imports with a literal name are included, and lookups in a registry where `lookups`.
     """
     package = module if is_package else module.rpartition(".")[0]
     for node in ast.walk(tree):
@@ -188,7 +190,7 @@ def imports(
             )
             if name in ("import_module", "__import__"):
                 yield node.lineno, node.args[0].value
-            elif name in ("find", "names") and node.args[0].value in available:
+            elif lookups and name in ("find", "names") and node.args[0].value in available:
                 yield node.lineno, f"sfumato.{node.args[0].value}"
 
 
@@ -330,3 +332,43 @@ def test_the_law_can_be_broken(module: str, text: str) -> None:
 )
 def test_what_the_law_allows(module: str, text: str) -> None:
     assert not offences(text, module, available=AVAILABLE)
+
+
+def import_graph(texts: Mapping[str, str]) -> dict[str, set[str]]:
+    """The files that each file imports by a statement, wherever the statement stands.
+
+    Lookups in a registry are no statements: a folder's base class finds its subclasses by them.
+    """
+    graph = {}
+    for module, text in texts.items():
+        tree = ast.parse(text)
+        targets = {
+            target.removeprefix("sfumato").removeprefix(".")
+            for _, target in imports(tree, module, module in PACKAGES, set(texts), lookups=False)
+            if target.split(".")[0] == "sfumato"
+        }
+        graph[module] = (targets & texts.keys()) - {module}
+    return graph
+
+
+PACKAGES = {module for module, file in FILES.items() if file.name == "__init__.py"}
+
+
+def test_imports_have_no_circle() -> None:
+    """Not even by imports inside functions or under TYPE_CHECKING."""
+    graph = import_graph({module: file.read_text() for module, file in FILES.items()})
+    assert sum(map(len, graph.values())) > 1000
+    TopologicalSorter(graph).prepare()  # a CycleError lists the circle
+
+
+def test_a_circle_is_an_error() -> None:
+    texts = {
+        "a": "from sfumato.b import f",
+        "b": "def f():\n    import sfumato.c",
+        "c": "if TYPE_CHECKING:\n    from sfumato.a import g",
+    }
+    assert import_graph(texts) == {"a": {"b"}, "b": {"c"}, "c": {"a"}}
+    with pytest.raises(CycleError):
+        TopologicalSorter(import_graph(texts)).prepare()
+    texts["c"] = "from sfumato.registry import names\nnames('a')"
+    TopologicalSorter(import_graph(texts)).prepare()

@@ -35,7 +35,7 @@ def gather(components: dict[str, Component], schedulers: dict[str, Any]) -> Chec
         if "unet" in components
         else family.name
     )
-    return Checkpoint(components, schedulers, family=family, kind=kind)
+    return Checkpoint(components, schedulers, family=family.name, kind=kind)
 
 
 def join(checkpoint: Checkpoint) -> dict[str, Tensor]:

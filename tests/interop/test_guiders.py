@@ -18,7 +18,7 @@ from torch import Tensor
 
 from helpers.models import randomised
 from helpers.tensors import normal
-from sfumato.predict.guidance.guide import Moment
+from sfumato.predict.guidance.moment import Moment
 from sfumato.predict.guidance_models._layer_replacement import replace_layers
 from sfumato.predict.guidance_models.perturbed_attention import self_attentions
 from sfumato.predict.guidance_models.skip_layers import branches

@@ -18,7 +18,8 @@ from sfumato.diffuse.schedule import SCHEDULES, schedule
 from sfumato.errors import UserError
 from sfumato.predict.denoiser import Denoiser, evaluate_calls
 from sfumato.predict.guidance.algebra import total
-from sfumato.predict.guidance.guide import Moment, guide
+from sfumato.predict.guidance.guide import guide
+from sfumato.predict.guidance.moment import Moment
 from sfumato.predict.guidance.rules.linear import Linear
 from sfumato.predict.guidance.settings import Guidance, build
 from sfumato.predict.guidance.weights.constant import Constant

@@ -25,7 +25,8 @@ from sfumato.diffuse.schedule import SCHEDULES, Schedule, schedule
 from sfumato.diffuse.timesteps import timesteps
 from sfumato.errors import UserError
 from sfumato.predict.denoiser import Denoiser, evaluate_calls
-from sfumato.predict.guidance.guide import Moment, guide
+from sfumato.predict.guidance.guide import guide
+from sfumato.predict.guidance.moment import Moment
 from sfumato.predict.guidance.rules.linear import Linear
 from sfumato.predict.guidance.weights.constant import Constant
 from sfumato.predict.networks.unet import UNet, UNetConfig

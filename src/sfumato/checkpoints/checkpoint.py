@@ -10,7 +10,7 @@ and back: `saving.disassemble`, then `family.write` or `formats.folder`.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,6 @@ from sfumato.io.safetensors import cast, check_keys, looked_at, require_finite
 from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.networks.base import Network
 from sfumato.predict.networks.base import registered as networks
-
-if TYPE_CHECKING:
-    from sfumato.checkpoints.families import Family
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -240,7 +237,7 @@ class Checkpoint:
         index: model_index.json; None: a file has none.
         defaults: Fields of `sampling.Defaults` that are noted.
         name: The model's.
-        family: Its family; None for a model that no other library publishes.
+        family: Name of its family; None for a model that no other library publishes.
         kind: The family's name with the network's inputs, such as "sd1-inpainting".
         conditioner: Builds the conditioner for a network.
         path: The place it was read from; tensors are views of its files.
@@ -252,7 +249,7 @@ class Checkpoint:
     index: dict[str, Any] | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     name: str = "model"
-    family: "Family | None" = None
+    family: str | None = None
     kind: str = ""
     conditioner: Callable[[Network, LoadOptions], Conditioner] | None = None
     path: Path = Path("the checkpoint")

@@ -313,7 +313,8 @@ def _folder_notes(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> dic
 
 def _write_folder_files(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the other files of a model's folder, by the file's metadata or as published."""
-    family, metadata = checkpoint.family, checkpoint.metadata
+    family = None if checkpoint.family is None else families.by_name(checkpoint.family)
+    metadata = checkpoint.metadata
     network = checkpoint.components.get("transformer")
     if not isinstance(family, TransformerFamily) or family.latents is None or network is None:
         return

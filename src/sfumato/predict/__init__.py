@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from sfumato.predict.conditioners.unconditional import Unconditional
     from sfumato.predict.conditioners.z_image_text import ZImageText, ZImageTextConfig
     from sfumato.predict.denoiser import Denoiser, evaluate_calls
-    from sfumato.predict.guidance.guide import Moment, guide
+    from sfumato.predict.guidance.guide import guide
+    from sfumato.predict.guidance.moment import Moment
     from sfumato.predict.guidance.rules import Rule
     from sfumato.predict.guidance.settings import Guidance
     from sfumato.predict.guidance.weights import TimeWeight, Weight
@@ -117,7 +118,8 @@ __getattr__, __dir__ = lazy_exports(
         "conditioners.unconditional": ("Unconditional",),
         "conditioners.z_image_text": ("ZImageText", "ZImageTextConfig"),
         "denoiser": ("Denoiser", "evaluate_calls"),
-        "guidance.guide": ("Moment", "guide"),
+        "guidance.guide": ("guide",),
+        "guidance.moment": ("Moment",),
         "guidance.rules": ("Rule",),
         "guidance.settings": ("Guidance",),
         "guidance.weights": ("TimeWeight", "Weight"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sfumato.compress.base import Autoencoder
+from sfumato.diffuse.process import Process
 from sfumato.diffuse.samplers import Sampler, get_sampler
 from sfumato.diffuse.timesteps import SPACINGS, check_times
 from sfumato.errors import UserError, unknown
@@ -110,7 +111,7 @@ class Defaults:
 
 @runtime_checkable
 class Model(Protocol):
-    """The parts of a `LatentDiffusion` that sampling and tasks read."""
+    """The parts of a `LatentDiffusion` that sampling, saving and offload read."""
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -130,6 +131,16 @@ class Model(Protocol):
     @property
     def defaults(self) -> Defaults:
         """Settings that apply where a request leaves them open."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        ...
+
+    @property
+    def low_res(self) -> Process | None:
+        """Process that noises small images, for networks that upscale them; else None."""
         ...
 
     @property

@@ -249,7 +249,7 @@ class Family(ABC):
             schedulers,
             defaults=note.get("defaults", {}),
             name=str(note.get("name", raw.path.stem)),
-            family=self,
+            family=self.name,
             kind=kind,
             conditioner=partial(self.read_conditioner, raw, components),
             path=raw.path,

@@ -214,7 +214,7 @@ def read(path: Path, name: str, options: LoadOptions) -> Checkpoint:
         index=index,
         defaults=run,
         name=model_name,
-        family=family,
+        family=None if family is None else family.name,
         conditioner=partial(_read_conditioner, path, index),
         path=path,
     )

@@ -5,7 +5,7 @@ inference/offload/streaming.py does it for one network.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,14 @@ from sfumato.inference.offload.streaming import (
 from sfumato.inference.prepack import clone_sharing_weights
 from sfumato.io.host_memory import can_drop_pages
 from sfumato.predict.conditioners.base import Conditioner
+from sfumato.sampling.request import Model
 
-if TYPE_CHECKING:
-    import sfumato.model
-
+M = TypeVar("M", bound=Model)
 ROOM = 2**25
 """Least bytes for anything besides weights."""
 
 
-def offloadable_networks(model: "sfumato.model.LatentDiffusion") -> dict[str, nn.Module]:
+def offloadable_networks(model: Model) -> dict[str, nn.Module]:
     """Return the networks of a model that can be offloaded, by component name."""
     encoders = {
         f"encoder{end}": encoder.model for end, encoder in model.conditioner.encoders.items()
@@ -37,12 +36,12 @@ def offloadable_networks(model: "sfumato.model.LatentDiffusion") -> dict[str, nn
     return {"autoencoder": model.autoencoder, "denoiser": model.denoiser.network, **encoders}
 
 
-def denoiser_streamer(model: "sfumato.model.LatentDiffusion") -> WeightStreamer | None:
+def denoiser_streamer(model: Model) -> WeightStreamer | None:
     """Return the streamer of the denoiser's network, None for models in memory."""
     return streamer_of(model.denoiser.network)
 
 
-def require_resident(model: "sfumato.model.LatentDiffusion", subject: str, instead: str) -> None:
+def require_resident(model: Model, subject: str, instead: str) -> None:
     """Check that a model is not offloaded.
 
     Args:
@@ -60,11 +59,11 @@ def require_resident(model: "sfumato.model.LatentDiffusion", subject: str, inste
 
 
 def offload_model(
-    model: "sfumato.model.LatentDiffusion",
+    model: M,
     limit: int,
     dtype: torch.dtype | None,
     device: str | torch.device,
-) -> "sfumato.model.LatentDiffusion":
+) -> M:
     """Return a model that streams its weights, see `LatentDiffusion.streamed`.
 
     Args:
@@ -103,7 +102,7 @@ def offload_model(
     if where.type != "cpu" and not encoders:
         conditioner = conditioner.to(where)
     offloaded = replace(
-        model,
+        cast(Any, model),
         autoencoder=streaming(model.autoencoder, "autoencoder"),
         denoiser=replace(model.denoiser, network=streaming(model.denoiser.network, "denoiser")),
         conditioner=conditioner,

@@ -7,7 +7,7 @@ Everything is finite at both ends: alpha = 0 (a flow at t = 1, zero terminal SNR
 import torch
 from torch import Tensor
 
-from sfumato.predict.guidance.guide import Moment
+from sfumato.predict.guidance.moment import Moment
 from sfumato.types import Prediction
 
 

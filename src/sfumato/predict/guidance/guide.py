@@ -2,52 +2,25 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from jaxtyping import Bool
 from torch import Tensor
 
 from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall, DenoiserLike
 from sfumato.errors import UserError
+from sfumato.predict.guidance.moment import Moment
+from sfumato.predict.guidance.rules import Rule
+from sfumato.predict.guidance.weights import Weight
 from sfumato.prediction import Selected
 from sfumato.types import Conditioning, Prediction
-
-if TYPE_CHECKING:
-    from sfumato.predict.guidance.rules import Rule
-    from sfumato.predict.guidance.weights import Weight
-
-
-@dataclass(frozen=True)
-class Moment:
-    """A time of a run: x = alpha*z + sigma*eps.
-
-    Attributes:
-        t: Time in (0, 1].
-        alpha: Weight of the clean latent.
-        sigma: Weight of the noise.
-        index: Number of times that the run has visited before.
-    """
-
-    t: float
-    alpha: float
-    sigma: float
-    index: int = 0
-
-    @property
-    def log_snr(self) -> float:
-        """log(alpha^2/sigma^2); -inf without signal, inf without noise."""
-        if self.alpha == 0 or self.sigma == 0:
-            return -math.inf if self.alpha == 0 else math.inf
-        return 2 * (math.log(self.alpha) - math.log(self.sigma))
 
 
 def guide(
     denoiser: DenoiserLike,
     conditioning: Conditioning,
     baselines: Sequence[tuple[DenoiserLike, Conditioning]],
-    weight: "Weight",
-    rule: "Rule",
+    weight: Weight,
+    rule: Rule,
     point: Callable[[float], tuple[float, float]],
     unguided: Bool[Tensor, " B"] | None = None,
 ) -> DenoiseFn:

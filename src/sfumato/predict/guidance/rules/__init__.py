@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sfumato.predict.guidance.guide import Moment
+from sfumato.predict.guidance.moment import Moment
 from sfumato.types import Prediction
 
 Predictions = Sequence[Prediction]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sfumato.predict.guidance.guide import Moment
+from sfumato.predict.guidance.moment import Moment
 from sfumato.types import Prediction
 from sfumato.validate import number_in
 
