@@ -584,7 +584,7 @@ def test_flow_scheduler_in_both_directions(tmp_path: Path) -> None:
     )
     for change, words in (
         ({"schedule": {"class": "Flow"}}, "expected a class of"),
-        ({"shift": 3}, "'shift' is not known"),
+        ({"shift": 3}, "field shift=3 is not known"),
     ):
         with pytest.raises(UserError, match=words):
             from_scheduler_config({**config, **change})
