@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sfumato.checkpoints.checkpoint import Component, LoadOptions, RawCheckpoint
-from sfumato.checkpoints.families._base import NETWORK, Config, Tower
+from sfumato.checkpoints.families._base import NETWORK, Config, Encoders, Tower
 from sfumato.checkpoints.families._transformer import FLOW, SINUSOIDAL, TransformerFamily, axes
 from sfumato.checkpoints.lazy_tensor import LazyTensors, load_tensors
 from sfumato.checkpoints.shapes import Shapes
 from sfumato.checkpoints.weight_map import WeightMap, chunked, linear, weight
 from sfumato.predict.conditioners.z_image_text import ZImageText, ZImageTextConfig
+from sfumato.predict.networks.base import Network
 from sfumato.predict.networks.z_image import ZImageConfig
 from sfumato.predict.text_encoders.language_model import (
     BASES,
@@ -154,15 +155,9 @@ class ZImage(TransformerFamily):
         """Turbo's flow."""
         return FLOW | {"shift": _TURBO_SHIFT}
 
-    def conditioner(
-        self, encoders: Mapping[str, Any], network: Any, settings: Config
-    ) -> ZImageText:
+    def conditioner(self, encoders: Encoders, network: Network, settings: Config) -> ZImageText:
         """Qwen3 with the settings of the file."""
         return ZImageText(encoders[""], ZImageTextConfig.from_dict(settings))
-
-    def pipeline(self, network: Any, conditioner: Any, references: int) -> str | None:
-        """One pipeline for both."""
-        return _PIPELINE if self.fits(network, conditioner) else None
 
     def file_pipeline(self, config: Config, references: int) -> str:
         """One pipeline for both."""
