@@ -257,13 +257,14 @@ class ModernDiT(PatchNetwork):
         self, x: Float[Tensor, "B N D"], cond: Conditioning
     ) -> tuple[Float[Tensor, "B M D"], Bool[Tensor, "B L"] | None]:
         """Registers and text tokens, and the mask of all tokens (None: nothing is masked)."""
-        parts, mask = [x[:, :0]], None
+        parts: list[Tensor] = []
+        mask = None
         if self.config.register_tokens:
             parts.append(self.registers.to(x.dtype).expand(len(x), -1, -1))
         if self.config.caption_channels:
             parts.append(self.caption_projection(self.caption_norm(cond.tokens)))
             mask = with_picture(cond.mask, x.shape[1] + self.config.register_tokens)
-        return torch.cat(parts, dim=1), mask
+        return torch.cat(parts, dim=1) if parts else x[:, :0], mask
 
     @property
     def learned_variance(self) -> bool:
