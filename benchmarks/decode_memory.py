@@ -68,7 +68,8 @@ class Settings:
     def title(self) -> str:
         """What every way has in common."""
         return (
-            f"{self.size}x{self.size}, {self.dtype}, tiles of {self.tile} cells, seed {self.seed}, {torch.__version__}, "
+            f"{self.size}x{self.size}, {self.dtype}, tiles of {self.tile} cells, seed {self.seed}, "
+            f"{torch.__version__}, "
             f"{self.threads} threads"
         )
 
@@ -174,7 +175,8 @@ def results(settings: Settings, way: str, part: str, folder: Path) -> tuple[dict
     result = json.loads(numbers.read_text())
     if result["title"] != settings.title:
         raise SystemExit(
-            f"{folder} is of another run ({result['title']}): give another folder to keep this one in ({settings.title})"
+            f"{folder} is of another run ({result['title']}): give another folder to keep this one "
+            f"in ({settings.title})"
         )
     return result, load_file(folder / "made.safetensors")["made"]
 
@@ -238,7 +240,8 @@ def main() -> None:
                     else ""
                 )
                 below.append(
-                    f"{part} {settings.ways[0]}: standard deviation {float(first[1].std()):.3f}{limited}"
+                    f"{part} {settings.ways[0]}: standard deviation "
+                    f"{float(first[1].std()):.3f}{limited}"
                 )
     console.print(table)
     console.print("\n".join(below))

@@ -97,7 +97,8 @@ def main(settings: Settings) -> None:
     ]
     run(model, settings, 2)  # the first pass of a process is slower
     table = Table(
-        title=f"{settings.model}, {settings.n} images, {settings.steps} steps, seed {settings.seed}, {torch.__version__}, 1 thread"
+        title=f"{settings.model}, {settings.n} images, {settings.steps} steps, seed "
+        f"{settings.seed}, {torch.__version__}, 1 thread"
     )
     for column in (
         "key calls",

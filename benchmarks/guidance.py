@@ -98,7 +98,8 @@ def main() -> None:
         return torch.cat(parts)
 
     print(
-        f"{options.samples} samples, {options.sampler}, {options.steps} steps, {options.spacing or 'default spacing'}, seed {options.seed}\n"
+        f"{options.samples} samples, {options.sampler}, {options.steps} steps, "
+        f"{options.spacing or 'default spacing'}, seed {options.seed}\n"
     )
     print_header(
         "guidance",

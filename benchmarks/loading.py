@@ -87,7 +87,8 @@ def main() -> None:
             getattr(torch, settings.stored),
         )
         print(
-            f"{weights_size(folder):.2f} GB in {settings.stored}, opened in {settings.dtype}; torch {torch.__version__}\n"
+            f"{weights_size(folder):.2f} GB in {settings.stored}, opened in {settings.dtype}; "
+            f"torch {torch.__version__}\n"
         )
         costs: dict[str, list[list[float]]] = {way: [] for way in settings.ways}
         for turn in range(settings.repeats + 1):  # the first turn fills the page cache

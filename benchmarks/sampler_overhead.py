@@ -55,7 +55,8 @@ def main() -> None:
     network.forward = timed_forward
     noise = torch.randn(options.n, *(12, 7, 7), generator=torch.Generator().manual_seed(0))
     print(
-        f"n={options.n}, {options.steps} steps, {torch.get_num_threads()} threads, torch {torch.__version__}, median of {options.repeats} runs\n"
+        f"n={options.n}, {options.steps} steps, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, median of {options.repeats} runs\n"
     )
     print_header("sampler", "calls", "ms a call in the network", "ms beside it", "share")
 

@@ -367,9 +367,8 @@ def network(settings: Settings, promised: dict[str, Traits]) -> list[list[str]]:
                 for n in range(1, budget + 1)
                 if calls(sampler, timesteps("trailing", n, chosen), chosen) <= budget
             )
-            cells.append(
-                f"{distance(run(name, x, timesteps('trailing', steps, chosen), chosen, denoise), end):.3f}"
-            )
+            result = run(name, x, timesteps("trailing", steps, chosen), chosen, denoise)
+            cells.append(f"{distance(result, end):.3f}")
         rows.append([f"`{name}`", *cells])
     return rows
 
@@ -566,7 +565,10 @@ def picture(
         axes.grid(alpha=0.25, which="major", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8.5)
-    words = "A Gaussian mixture's exact denoiser, flow schedule. Colour: promised order (grey 1, blue 2, orange 3, green 4); dashed: several calls a step"
+    words = (
+        "A Gaussian mixture's exact denoiser, flow schedule. Colour: "
+        "promised order (grey 1, blue 2, orange 3, green 4); dashed: several calls a step"
+    )
     figure.text(0.055, 0.945, words, fontsize=10)
     settings.picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(settings.picture, dpi=110)
@@ -589,7 +591,10 @@ def main(settings: Settings) -> None:
     smooth["dpmpp_3m:published=true"] = Traits(order=2)  # as other implementations have it
     if settings.model:
         shown = ", ".join(map(str, settings.budgets[:4]))
-        title = f"{settings.model}: error of latents at {shown} calls, 20 images, spacing trailing, seed {settings.seed}"
+        title = (
+            f"{settings.model}: error of latents at {shown} calls, 20 images, spacing "
+            f"trailing, seed {settings.seed}"
+        )
         table(title, ["sampler", *map(str, settings.budgets[:4])], network(settings, smooth))
         return
     part, runs, columns = (
@@ -614,7 +619,10 @@ def main(settings: Settings) -> None:
     shown = rough | {name: smooth[name] for name in ("ddim", "dpmpp_2m", "unipc")}
     samples, floor = stochastic(settings, shown)
     rows = [[f"`{name}`", *(cells(samples.at[name, *r]) for r in RUNS)] for name in shown]
-    title = f"Wasserstein-1 distance of {settings.samples:,} samples at {budgets} calls; ten exact draws {min(floor):.3f} to {max(floor):.3f}"
+    title = (
+        f"Wasserstein-1 distance of {settings.samples:,} samples at {budgets} calls; "
+        f"ten exact draws {min(floor):.3f} to {max(floor):.3f}"
+    )
     table(title, ["sampler", *columns], rows)
     title = "The same in 1, 2 and 4 calls for samplers of distilled models, over a flow"
     table(

@@ -114,7 +114,8 @@ def main(settings: StepSettings) -> None:
     reference.load_state_dict(actual.state_dict(), assign=True)
     reference.eval().requires_grad_(False)
     print(
-        f"torch {torch.__version__}, diffusers {diffusers.__version__}, {settings.device}, {torch.get_num_threads()} threads\n"
+        f"torch {torch.__version__}, diffusers {diffusers.__version__}, {settings.device}, "
+        f"{torch.get_num_threads()} threads\n"
     )
     print_header(
         "dtype",

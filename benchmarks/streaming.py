@@ -186,10 +186,14 @@ def main() -> None:
     with TemporaryDirectory() as temporary:
         begin = perf_counter()
         folder = write(settings.folder or Path(temporary) / "model", settings.weights)
-        weights = f"{weights_size(folder):.2f} GB of weights in bfloat16 (written in {perf_counter() - begin:.0f} s)"
+        weights = (
+            f"{weights_size(folder):.2f} GB of weights in bfloat16 (written in "
+            f"{perf_counter() - begin:.0f} s)"
+        )
         print(f"{weights}, {settings.size} pixels, {settings.steps} steps, ")
         print(
-            f"guidance 7.5, {settings.threads} threads, memory={settings.memory}; torch {torch.__version__}\n"
+            f"guidance 7.5, {settings.threads} threads, memory={settings.memory}; "
+            f"torch {torch.__version__}\n"
         )
         print_header(
             "way",

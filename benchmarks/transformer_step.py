@@ -118,7 +118,8 @@ def calls(
                 .reshape(batch, half * half, 64)
             )
             y = net(
-                tokens_of_x, encoder_hidden_states=tokens.to(like), pooled_projections=pooled.to(like), timestep=t.to(like) / 1000,
+                tokens_of_x, encoder_hidden_states=tokens.to(like),
+                pooled_projections=pooled.to(like), timestep=t.to(like) / 1000,
                 img_ids=ids, txt_ids=text_ids, guidance=strength.to(like),
             ).sample  # fmt: skip
             return (

@@ -83,7 +83,8 @@ def modules(name: str) -> list[ModuleType]:
                 raise
     if not result:
         raise ModuleNotFoundError(
-            f"sfumato has none of {', '.join((*MODULES.get(name, ()), name))}: add its new name to names.MODULES"
+            f"sfumato has none of {', '.join((*MODULES.get(name, ()), name))}: "
+            "add its new name to names.MODULES"
         )
     return result
 
@@ -95,7 +96,8 @@ def attribute(home: str, name: str) -> Any:
             if hasattr(module, candidate):
                 return getattr(module, candidate)
     raise AttributeError(
-        f"{home} has no {name}: add its new name to names.ATTRIBUTES, or its new home to names.MODULES"
+        f"{home} has no {name}: add its new name to names.ATTRIBUTES, or its new home to "
+        "names.MODULES"
     )
 
 
@@ -140,7 +142,8 @@ def renamed(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
         )
         if parameter is None:
             raise AttributeError(
-                f"no parameter {name} among {', '.join(sorted(there))}: add its new name to names.OPTIONS"
+                f"no parameter {name} among {', '.join(sorted(there))}: "
+                "add its new name to names.OPTIONS"
             )
         result[parameter] = value
     return result

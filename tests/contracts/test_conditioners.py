@@ -363,7 +363,8 @@ def test_settings_by_the_names_of_earlier_versions(name: str, tmp_path: Path) ->
     ("prompt", "label"),
     [
         *[(name, i) for i, name in enumerate(LABELS)],
-        ("Ankle Boot", 1), ("ankle_boots", 1), ("ankle-boot", 1), ("T-shirt", 0), ("top", 0), ("tops", 0), ("T-Shirt/Top", 0),
+        ("Ankle Boot", 1), ("ankle_boots", 1), ("ankle-boot", 1), ("T-shirt", 0), ("top", 0),
+        ("tops", 0), ("T-Shirt/Top", 0),
         ("bags", 2), ("dresses", 3), (" bag ", 2), (None, 4), ("", 4),
     ],
 )  # fmt: skip

@@ -65,7 +65,8 @@ def random_inception(path: Path) -> str:
 def shipped(_: Path) -> str:
     if not (SHIPPED / "model.safetensors").exists():
         pytest.skip(
-            "the classifier src/sfumato/bundled/fashion/classifier has not been trained into this checkout"
+            "the classifier src/sfumato/bundled/fashion/classifier has not been trained into this "
+            "checkout"
         )
     return "fashion"
 

@@ -364,7 +364,8 @@ def test_the_evaluated_denoisers() -> None:
         options_by("2 model:path=elsewhere", one)
     with pytest.raises(
         UserError,
-        match="3 conditionings to move away from, for guidance 2 dual condition condition: expected 2",
+        match="3 conditionings to move away from, for guidance 2 dual condition condition: "
+        "expected 2",
     ):
         options_by("2 dual condition condition", [one, two, one])
 

@@ -39,7 +39,8 @@ def offences(text: str, *, may_print: bool = False) -> list[str]:
             pair = (called.value.id, called.attr)
             if pair in PICKLERS:
                 result.append(
-                    f"{node.lineno}: {'.'.join(pair)} writes a pickle or a bare array: write safetensors (sfumato.io.atomic.write_tensors)"
+                    f"{node.lineno}: {'.'.join(pair)} writes a pickle or a bare array: "
+                    "write safetensors (sfumato.io.atomic.write_tensors)"
                 )
             if pair == ("torch", "load") and not any(
                 k.arg == "weights_only"

@@ -1,14 +1,16 @@
-"""The import law: who may know whom, read from the syntax tree of every file of the library
-(nothing is imported).
+"""The import law: which room may import which.
 
-    types, batching, prediction, spec, validate, registry, errors, io <- kernels <- nn <- inference <- compress, predict
+It is read from the syntax tree of every file of the library; nothing is imported.
+
+    types, batching, prediction, spec, validate, registry, errors, io
+        <- kernels <- nn <- inference <- compress, predict
     compress and diffuse never meet; diffuse knows no nn
     diffuse.process <- predict      compress <- decode
     the four acts <- checkpoints <- model <- tasks <- deploy, cli
-    acts + data + evaluate + checkpoints + model <- train            evaluate imports no act, data
-    neither
+    acts + data + evaluate + checkpoints + model <- train
+    evaluate imports no act, and data none either
 
-Imports inside functions and under TYPE_CHECKING count: knowing is knowing. Asking the registry for
+Imports inside functions and under TYPE_CHECKING count too. Asking the registry for
 a folder counts as importing it.
 """
 
@@ -213,12 +215,14 @@ def offences(
         # and a zone knows itself.
         if not any(within(inner, allowed) for allowed in (zone, *LAW[zone])):
             result.append(
-                f"{line}: sfumato.{module} may not know {target} (zone {zone or 'sfumato'!r} may know {', '.join(LAW[zone]) or 'nobody'})"
+                f"{line}: sfumato.{module} may not know {target} (zone {zone or 'sfumato'!r} may "
+                f"know {', '.join(LAW[zone]) or 'nobody'})"
             )
     for line, target in imports_at_load(tree):
         if target.split(".")[0] in HEAVY:
             result.append(
-                f"{line}: {target} is imported when the file is: move it into the function that needs it"
+                f"{line}: {target} is imported when the file is: "
+                "move it into the function that needs it"
             )
     return result
 
@@ -308,7 +312,8 @@ def test_the_law_can_be_broken(module: str, text: str) -> None:
     [
         (
             "diffuse.process",
-            "from sfumato.diffuse.schedule import Schedule\nfrom .schedule import Schedule\nfrom sfumato.types import Prediction",
+            "from sfumato.diffuse.schedule import Schedule\nfrom .schedule import Schedule\nfrom "
+            "sfumato.types import Prediction",
         ),
         (
             "diffuse.samplers.ddim",

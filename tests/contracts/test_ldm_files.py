@@ -644,7 +644,8 @@ def test_damaged_folders_of_text(tmp_path: Path) -> None:
         weights,
     )
     refused(
-        f"1 missing \\({key}\\); 1 not expected \\(model.odd\\); 1 of another shape \\(to_logits.bias "
+        f"1 missing \\({key}\\); 1 not expected \\(model.odd\\); "
+        "1 of another shape \\(to_logits.bias "
     )
     save_file({**whole, key: torch.full_like(whole[key], torch.inf)}, weights)
     refused(f"{key} has NaN or infinite numbers")

@@ -748,7 +748,8 @@ def test_defaults_are_those_of_the_model(model: LatentDiffusion) -> None:
     assert not torch.equal(latents(tuned, "bag"), latents(tuned, "bag", spacing="trailing"))
     with pytest.raises(
         UserError,
-        match="'tuned' for ddim in 4 steps: this model has tuned times for ddim in 2 steps, heun in 3 steps",
+        match="'tuned' for ddim in 4 steps: this model has tuned times for ddim in 2 steps, heun "
+        "in 3 steps",
     ):
         tuned.times(4, spacing="tuned")
     with pytest.raises(UserError, match="fall strictly"):

@@ -428,7 +428,8 @@ def test_layers_that_are_not_there_are_refused_by_those_that_are(name: str) -> N
         for wrong in (f"{last}.2", f"{last}.1-2", f"{last}.1-0", "proj_out"):
             with pytest.raises(
                 UserError,
-                match=rf"^unknown {message} '\w+[.0-9-]*': .*known are .*\b{last}\.0-1, {last}\.0-1\.attn",
+                match=rf"^unknown {message} '\w+[.0-9-]*': .*known are .*\b{last}\.0-1, "
+                rf"{last}\.0-1\.attn",
             ):
                 weakened(network, kind((wrong,)), cond)
         every = weakened(network, kind((f"{last}.0-1",)), cond)

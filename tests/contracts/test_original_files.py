@@ -204,8 +204,10 @@ def test_missing_extra_misshapen_and_integer_keys_are_in_one_message() -> None:
     text = str(caught.value)
     for piece in (
         "some.safetensors",
-        "2 missing (first_stage_model.decoder.mid.attn_1.q.weight, model.diffusion_model.output_blocks.1.0.in_layers.0.bias)",
-        "2 not expected (cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc9.bias, somewhere.else)",
+        "2 missing (first_stage_model.decoder.mid.attn_1.q.weight, "
+        "model.diffusion_model.output_blocks.1.0.in_layers.0.bias)",
+        "2 not expected (cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc9.bias, "
+        "somewhere.else)",
         f"1 of another shape ({wide} (32, 64, 3, 3) instead of (64, 32, 3, 3))",
         "1 not of floating-point numbers (model.diffusion_model.out.2.weight int64)",
     ):
@@ -472,15 +474,16 @@ model:
     conditioning_key: crossattn
     unet_config:
       target: ldm.modules.diffusionmodules.openaimodel.UNetModel
-      params: {image_size: 8, in_channels: 4, out_channels: 4, model_channels: 32, attention_resolutions: [1], num_res_blocks: 1,
-        channel_mult: [1, 2], num_head_channels: 32, use_spatial_transformer: true, transformer_depth: 1, context_dim: 64}
+      params: {image_size: 8, in_channels: 4, out_channels: 4, model_channels: 32,
+        attention_resolutions: [1], num_res_blocks: 1, channel_mult: [1, 2], num_head_channels: 32,
+        use_spatial_transformer: true, transformer_depth: 1, context_dim: 64}
     first_stage_config:
       target: ldm.models.autoencoder.VQModelInterface
       params:
         embed_dim: 4
         n_embed: 11
-        ddconfig: {double_z: false, z_channels: 4, resolution: 16, in_channels: 3, out_ch: 3, ch: 32, ch_mult: [1, 2],
-          num_res_blocks: 1, attn_resolutions: [8], dropout: 0.0}
+        ddconfig: {double_z: false, z_channels: 4, resolution: 16, in_channels: 3, out_ch: 3,
+          ch: 32, ch_mult: [1, 2], num_res_blocks: 1, attn_resolutions: [8], dropout: 0.0}
         lossconfig: {target: torch.nn.Identity}
     cond_stage_config:
       target: ldm.modules.encoders.modules.ClassEmbedder

@@ -290,7 +290,8 @@ def test_run_recipe_runs_a_file(three: Path, tmp_path: Path) -> None:
         "from sfumato.compress.kl import KLConfig\n"
         "from sfumato.train.loop import LoopSettings\n"
         "from sfumato.train.recipe import AutoencoderRecipe, DataSettings\n"
-        f"autoencoder = AutoencoderRecipe(DataSettings({str(three)!r}, size=16), KLConfig(block_out_channels=(8, 16), layers_per_block=1, "
+        f"autoencoder = AutoencoderRecipe(DataSettings({str(three)!r}, size=16), "
+        "KLConfig(block_out_channels=(8, 16), layers_per_block=1, "
         "latent_channels=2, norm_num_groups=4), loop=LoopSettings(steps=1, batch_size=2))\n"
     )
     folder = run_recipe(tmp_path / "mine.py", "autoencoder", tmp_path / "run")

@@ -179,7 +179,8 @@ def test_a_value_of_another_type_is_refused(key: str, values: list[Any], expecte
 def test_an_unknown_option_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(
         UserError,
-        match=r"unknown option of sampler x 'amuont': did you mean 'amount'.*known are amount, count, end",
+        match=r"unknown option of sampler x 'amuont': did you mean 'amount'.*known are amount, "
+        r"count, end",
     ):
         typed_values("sampler x", {"amuont": "1"}, DEFAULTS)
 

@@ -47,7 +47,10 @@ for line in sys.stdin:
             status = 0
             try:
                 sys.argv = ["sfumato", *arguments]
-                exec(code) if code else runpy.run_module("sfumato", run_name="__main__", alter_sys=True)
+                if code:
+                    exec(code)
+                else:
+                    runpy.run_module("sfumato", run_name="__main__", alter_sys=True)
             except SystemExit as stop:
                 status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
             except BaseException:
@@ -300,7 +303,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         content(
             SCHEDULER,
             lambda b: (
-                b'{"_class_name": "DDIMScheduler", "clip_sample": false, "num_train_timesteps": "many"}'
+                b'{"_class_name": "DDIMScheduler", "clip_sample": false, "num_train_timesteps": '
+                b'"many"}'
             ),
         ),
         "num_train_timesteps='many'",
@@ -309,7 +313,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         content(
             SCHEDULER,
             lambda b: (
-                b'{"_class_name": "DDIMScheduler", "clip_sample": false, "beta_start": 2.0, "beta_end": 3.0}'
+                b'{"_class_name": "DDIMScheduler", "clip_sample": false, "beta_start": '
+                b'2.0, "beta_end": 3.0}'
             ),
         ),
         "beta_start=2.0, beta_end=3.0: expected numbers between 0 and 1",
@@ -666,7 +671,8 @@ WRONG_KINDS = {
     "model.compress(torch.zeros(1, 1, 16, 16, dtype=torch.uint8))": "torch.uint8",
     "model.decode(torch.zeros(8, 8))": "shape (8, 8)",
     "sfumato.load('nope', device='toaster')": "'nope'",
-    "DataSettings(source='.', on_error='skp').open()": "unknown on_error 'skp': did you mean 'skip'",
+    "DataSettings(source='.', on_error='skp').open()": "unknown on_error 'skp': "
+    "did you mean 'skip'",
 }
 
 
@@ -776,7 +782,9 @@ RECIPE = """
 from sfumato.compress.kl import KLConfig
 from sfumato.train.recipe import AutoencoderRecipe, DataSettings
 
-network = KLConfig(block_out_channels=(8, 16), layers_per_block=1, latent_channels=2, norm_num_groups=4)
+network = KLConfig(
+    block_out_channels=(8, 16), layers_per_block=1, latent_channels=2, norm_num_groups=4
+)
 autoencoder = AutoencoderRecipe(data=DataSettings(source="pictures"), network=network)
 """
 
@@ -1001,7 +1009,10 @@ def test_importing_the_library_imports_nothing_heavy() -> None:
     heavy = (
         "('torch', 'numpy', 'PIL', 'jaxtyping', 'safetensors', 'huggingface_hub', 'tyro', 'rich')"
     )
-    program = f"import sys, sfumato; assert 'load' in dir(sfumato); print(sorted({{m.split('.')[0] for m in sys.modules}} & set({heavy})))"
+    program = (
+        "import sys, sfumato; assert 'load' in dir(sfumato); "
+        f"print(sorted({{m.split('.')[0] for m in sys.modules}} & set({heavy})))"
+    )
     assert run_python("-c", program).stdout.strip() == "[]"
 
 
@@ -1033,8 +1044,12 @@ def test_making_pictures_imports_no_more_than_it_needs(
     code = f"""
 import sfumato
 sfumato.load({str(saved)!r}).generate("bag")
-print(json.dumps([m for m in ("torch._dynamo", "torch._inductor", "sympy", "huggingface_hub", "datasets", "transformers", "accelerate",
-    "torchmetrics", "matplotlib", "scipy", "pandas", "sfumato.train", "sfumato.evaluate", "sfumato.data", "beartype") if m in sys.modules]))
+heavy = (
+    "torch._dynamo", "torch._inductor", "sympy", "huggingface_hub", "datasets", "transformers",
+    "accelerate", "torchmetrics", "matplotlib", "scipy", "pandas", "sfumato.train",
+    "sfumato.evaluate", "sfumato.data", "beartype",
+)
+print(json.dumps([m for m in heavy if m in sys.modules]))
 """
     status, out, err = child(code=code, folder=tmp_path)
     assert status == 0, err

@@ -154,7 +154,10 @@ def test_generate_writes_a_grid_named_after_the_prompt(
 
 
 def test_every_flag_reaches_the_model_and_the_png(stub: dict[str, StubModel]) -> None:
-    flags = "--model other --n 2 --steps 5 --sampler heun --spacing karras:rho=5 --guidance 1.5 --negative-prompt sole --height 4 --width 6 --seed 9 --out a/b.png"
+    flags = (
+        "--model other --n 2 --steps 5 --sampler heun --spacing karras:rho=5 --guidance 1.5 "
+        "--negative-prompt sole --height 4 --width 6 --seed 9 --out a/b.png"
+    )
     assert run("generate", "boot", *flags.split()) == 0
     options = {
         "prompt": "boot",
@@ -425,8 +428,9 @@ class Settings(AutoencoderRecipe):
 
     def run(self, out, resume=True):
         out.mkdir(parents=True)
-        given = asdict(self)
-        (out / "ran.json").write_text(json.dumps([{name: given[name] for name in ("steps", "rate", "network")}, resume]))
+        values = asdict(self)
+        settings = {name: values[name] for name in ("steps", "rate", "network")}
+        (out / "ran.json").write_text(json.dumps([settings, resume]))
         return out
 
 autoencoder = Settings(steps=20, network=Network(width=8))
@@ -641,12 +645,14 @@ def test_help_answers_without_torch(arguments: str) -> None:
 import contextlib, io, json, sys, time
 start = time.process_time()
 from sfumato.cli import main
-with contextlib.redirect_stdout(io.StringIO()) as said:
+with contextlib.redirect_stdout(io.StringIO()) as help_text:
     try:
         code = main({arguments.split()!r})
     except SystemExit as stop:
         code = stop.code
-print(json.dumps([code, time.process_time() - start, len(said.getvalue()), [m for m in ("torch", "numpy", "PIL") if m in sys.modules]]))
+seconds = time.process_time() - start
+heavy = [m for m in ("torch", "numpy", "PIL") if m in sys.modules]
+print(json.dumps([code, seconds, len(help_text.getvalue()), heavy]))
 """
     answers = [json.loads(run_python("-c", program).stdout) for _ in range(3)]
     for code, _, length, heavy in answers:
@@ -657,7 +663,10 @@ print(json.dumps([code, time.process_time() - start, len(said.getvalue()), [m fo
 
 def test_importing_sfumato_costs_nothing() -> None:
     watched = ("torch", "numpy", "PIL", "tyro", "rich", "sfumato")
-    program = f"import sys, sfumato; print(sorted(m for m in sys.modules if m.split('.')[0] in {watched}))"
+    program = (
+        "import sys, sfumato; print(sorted(m for m in sys.modules if m.split('.')[0] in "
+        f"{watched}))"
+    )
     assert run_python("-c", program).stdout.strip() == "['sfumato']"
 
 

@@ -395,7 +395,8 @@ def test_little_memory(working_folder: Path) -> None:
 import sys, threading
 from pathlib import Path
 def held():
-    return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("RssAnon")).split()[1])
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(l for l in lines if l.startswith("RssAnon")).split()[1])
 import torch
 import sfumato.checkpoints.convert, sfumato.loading, sfumato.saving
 from sfumato.cli import main

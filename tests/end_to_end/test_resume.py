@@ -525,9 +525,13 @@ from sfumato.train.recipe import AutoencoderRecipe, DataSettings
 
 autoencoder = AutoencoderRecipe(
     data=DataSettings(source={data!r}, flip=True),
-    network=KLConfig(block_out_channels=(8, 16), layers_per_block=1, latent_channels=2, norm_num_groups=4),
+    network=KLConfig(
+        block_out_channels=(8, 16), layers_per_block=1, latent_channels=2, norm_num_groups=4
+    ),
     loss=AutoencoderLoss(adversarial=0.5, adversarial_start=3, discriminator_width=8),
-    loop=LoopSettings(steps=60, batch_size=4, lr=1e-3, warmup=2, ema=0.9, save_every=1, show_every=20, log_every=1),
+    loop=LoopSettings(
+        steps=60, batch_size=4, lr=1e-3, warmup=2, ema=0.9, save_every=1, show_every=20, log_every=1
+    ),
 )
 """
 

@@ -298,7 +298,8 @@ def test_the_class_of_the_first_files(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
         UserError,
-        match="norm_type 'ada_norm' of Transformer2DModel is not supported: expected one of ada_norm_zero",
+        match="norm_type 'ada_norm' of Transformer2DModel is not supported: "
+        "expected one of ada_norm_zero",
     ):
         load_part(tmp_path)
 
@@ -460,7 +461,8 @@ def test_doors_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:
         (
             pixart,
             {"vector": None},
-            r"conditioned on the image's height, width and height/width: Conditioning.vector \(B, 3\) is missing",
+            r"conditioned on the image's height, width and height/width: "
+            r"Conditioning.vector \(B, 3\) is missing",
         ),
         (pixart, {"vector": normal(2, 2)}, r"Conditioning.vector \(B, 3\) has 2 numbers"),
         (
@@ -487,7 +489,8 @@ def test_doors_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:
         ({"out_channels": 3}, "out_channels=3: expected a whole number of at least 4"),
         (
             {"attention_head_dim": 7},
-            "num_attention_heads \\* attention_head_dim is 21: expected a multiple of 4, for sine positions",
+            "num_attention_heads \\* attention_head_dim is 21: expected a multiple of 4, for sine "
+            "positions",
         ),
         ({"activation_fn": "relu"}, "activation_fn 'relu' is not supported"),
         ({"norm_eps": 0.0}, r"norm_eps=0.0: expected a number in \(0, 1\)"),
@@ -543,7 +546,8 @@ def test_impossible_configs_of_pixart_alone() -> None:
                 "cross_attention_dim": 16,
                 "use_additional_conditions": True,
             },
-            "use_additional_conditions with a width of 16: height, width and aspect need a third of it each",
+            "use_additional_conditions with a width of 16: height, width and aspect need a third "
+            "of it each",
         ),
     ):
         with pytest.raises(UserError, match=sentence):

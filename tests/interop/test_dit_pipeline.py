@@ -225,8 +225,10 @@ def test_labels_that_are_none(labels: Any, sentence: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("prompt", "label"),
     [
-        ("tench, Tinca tinca", 0), ("tench", 0), ("Tinca tinca", 0), (" TENCH ", 0), ("tinca  tinca", 0), ("0", 0), ("4", 4), ("5", 5),
-        ("sunglass", 1), ("Cardigan", 2), ("cardigan", 3), ("CARDIGAN", 3), ("crane (4)", 4), ("crane (5)", 5), ("maillot", 6),
+        ("tench, Tinca tinca", 0), ("tench", 0), ("Tinca tinca", 0), (" TENCH ", 0),
+        ("tinca  tinca", 0), ("0", 0), ("4", 4), ("5", 5),
+        ("sunglass", 1), ("Cardigan", 2), ("cardigan", 3), ("CARDIGAN", 3), ("crane (4)", 4),
+        ("crane (5)", 5), ("maillot", 6),
         ("tank suit", 7), ("9", 8), ("8", 8), (None, 10), ("", 10),
     ],
 )  # fmt: skip

@@ -547,14 +547,19 @@ from sfumato.predict.networks.flux2 import Flux2Config, Flux2Transformer
 from sfumato.types import Conditioning
 
 torch.manual_seed(0)
-small = dict(attention_head_dim=16, num_attention_heads=2, joint_attention_dim=12, in_channels=8, num_layers=1, num_single_layers=1)
-network = Flux2Transformer(Flux2Config(**small, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False)).eval()
-x, t, cond = torch.randn(2, 8, 6, 4), torch.tensor([10.0, 900.0]), Conditioning(torch.randn(2, 5, 12), references=(torch.randn(2, 8, 3, 3),))
+config = Flux2Config(
+    attention_head_dim=16, num_attention_heads=2, joint_attention_dim=12, in_channels=8,
+    num_layers=1, num_single_layers=1, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+)
+network = Flux2Transformer(config).eval()
+x, t = torch.randn(2, 8, 6, 4), torch.tensor([10.0, 900.0])
+cond = Conditioning(torch.randn(2, 5, 12), references=(torch.randn(2, 8, 3, 3),))
 with torch.no_grad():
-    found = torch.compile(network, backend="eager", fullgraph=True)(x, t, cond)
-    assert _flux_base._cached_rope.cache_info().currsize == 0, "nothing of the compiler's is remembered"
+    result = torch.compile(network, backend="eager", fullgraph=True)(x, t, cond)
+    assert _flux_base._cached_rope.cache_info().currsize == 0, "the compiler's rows are cached"
     expected = network(x, t, cond)
-assert (found - expected).abs().max() < 1e-5 * expected.abs().max(), (found - expected).abs().max()
+error = (result - expected).abs().max()
+assert error < 1e-5 * expected.abs().max(), error
 """
 
 

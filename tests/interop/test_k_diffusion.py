@@ -45,7 +45,10 @@ from sfumato.diffuse.timesteps import timesteps
 from sfumato.types import Prediction
 
 SHAPE = (2, 3, 4, 4)
-ABSENT = "k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1 (without what it asks for: one file of it is read)"
+ABSENT = (
+    "k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1 (without "
+    "what it asks for: one file of it is read)"
+)
 
 
 @pytest.fixture(scope="module")

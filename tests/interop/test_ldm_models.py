@@ -16,9 +16,7 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.pipelines.deprecated.latent_diffusion_uncond.pipeline_latent_diffusion_uncond import (
-    LDMPipeline,
-)
+from diffusers import LDMPipeline
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
     LDMBertConfig,
     LDMBertModel,

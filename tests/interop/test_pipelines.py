@@ -326,8 +326,10 @@ def original(family: str) -> Any:
     for key in [k for k in parts if k.startswith("text_encoder")]:
         two = key.endswith("_2")
         values = CLIPTextConfig(
-            vocab_size=size, hidden_size=128 if two else 64, intermediate_size=512 if two else 256, num_hidden_layers=3,
-            num_attention_heads=2 if two else 1, projection_dim=128 if two else 64, hidden_act="gelu" if two else act,
+            vocab_size=size, hidden_size=128 if two else 64, intermediate_size=512 if two else 256,
+            num_hidden_layers=3,
+            num_attention_heads=2 if two else 1, projection_dim=128 if two else 64,
+            hidden_act="gelu" if two else act,
             bos_token_id=size - 2, eos_token_id=size - 1,
         )  # fmt: skip
         parts[key] = randomised(

@@ -190,14 +190,14 @@ NEVER_CLIP = ("DDIM", "DDPM", "DDIMInverse", "LCM", "TCD", "HeunDiscrete")
 
 @dataclass(frozen=True)
 class Case:
-    """A scheduler with its options, and what ours is called with to do the same.
+    """A scheduler of diffusers with its options, and sfumato's call for the same run.
 
-    end         where the run ends, for schedulers that do not go to t = 0
-    again       theirs asks the network once more at the end, for a step of no length
-    our_steps   where theirs counts network calls and ours steps
-    whole_timesteps  their network is told a timestep that is not that of its noise level (rounded to
-                whole ones): ours is then told the same
-    scaled      their latents are x/alpha
+    end              where the run ends, for schedulers that do not go to t = 0
+    again            diffusers evaluates the network once more at the end, for a step of no length
+    our_steps        sfumato's number of steps, where diffusers counts network calls
+    whole_timesteps  diffusers rounds the network's timestep to a whole one, which is not that of
+                     its noise level: sfumato's network then takes the same
+    scaled           diffusers' latents are x/alpha
     """
 
     reference: str

@@ -699,7 +699,8 @@ def test_missing_or_mismatched_parts_are_named() -> None:
         (
             normal(2, 4, 26, 8),
             {},
-            "a latent of 26 x 8 cells: this MMDiT has positions for 24 x 24 at most; generate a smaller image",
+            "a latent of 26 x 8 cells: this MMDiT has positions for 24 x 24 at most; "
+            "generate a smaller image",
         ),
         (normal(2, 4, 8, 25), {}, "a latent of 8 x 25 cells"),
     ]
@@ -716,7 +717,8 @@ def test_missing_or_mismatched_parts_are_named() -> None:
         ({"out_channels": 0}, "out_channels=0: expected a whole number"),
         (
             {"caption_projection_dim": 33},
-            r"caption_projection_dim 33: expected 32, which is attention_head_dim 8 \* num_attention_heads 4",
+            r"caption_projection_dim 33: expected 32, which is attention_head_dim 8 \* "
+            r"num_attention_heads 4",
         ),
         (
             {"qk_norm": "layer_norm"},

@@ -121,7 +121,8 @@ def network(name: str, **fields: Any) -> Any:
 
 def autoencoder(scale: float, shift: float | None, channels: int = 16) -> AutoencoderKL:
     config = KLConfig(
-        block_out_channels=(32, 32), layers_per_block=1, latent_channels=channels, scaling_factor=scale, shift_factor=shift,
+        block_out_channels=(32, 32), layers_per_block=1, latent_channels=channels,
+        scaling_factor=scale, shift_factor=shift,
         use_quant_conv=False, use_post_quant_conv=False, sample_size=16,
     )  # fmt: skip
     return random_network(lambda: AutoencoderKL(config), 2)
@@ -857,6 +858,7 @@ def test_a_sit_draws_with_a_folder(tmp_path: Path) -> None:
     place.write_text(json.dumps({"_class_name": "DDIMScheduler", "beta_schedule": "linear"}))
     with pytest.raises(
         UserError,
-        match=r"scheduler_config\.json is of a process with target 'eps', and a SiTTransformer answers 'flow'",
+        match=r"scheduler_config\.json is of a process with target 'eps', and a SiTTransformer "
+        r"answers 'flow'",
     ):
         sfumato.load(tmp_path / "folder")

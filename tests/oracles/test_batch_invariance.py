@@ -334,7 +334,8 @@ def test_the_plain_layers_differ() -> None:
     ]
     if not any(result):
         pytest.skip(
-            "the kernels of this machine give plain layers' rows the same bits, so that they cannot show a difference"
+            "the kernels of this machine give plain layers' rows the same bits, so that they "
+            "cannot show a difference"
         )
 
 

@@ -120,7 +120,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(place: Path, **changes: Any) -> DenoiserRecipe:
     return DenoiserRecipe(
-        autoencoder=place / "tiny", data=DataSettings(source=str(place / "pictures"), size=16, held_out=0.1), network=NETWORK, text=place / "t5",
+        autoencoder=place / "tiny",
+        data=DataSettings(source=str(place / "pictures"), size=16, held_out=0.1), network=NETWORK,
+        text=place / "t5",
         schedule="flow", parameterization="flow", loop=LOOP, defaults=Defaults(steps=2), **changes,
     )  # fmt: skip
 
@@ -183,11 +185,13 @@ def test_a_run_that_stopped_goes_on_with_the_same_captions(place: Path, tmp_path
         ),
         (
             {"text": "tiny"},
-            "expected a model's folder with text encoders, or a sentence encoder's, which has a config.json",
+            "expected a model's folder with text encoders, or a sentence encoder's, which has a "
+            "config.json",
         ),
         (
             {"autoencoder": "pictures"},
-            "has no trained autoencoder: run `sfumato train autoencoder` first, or give --autoencoder",
+            "has no trained autoencoder: run `sfumato train autoencoder` first, or give "
+            "--autoencoder",
         ),
         (
             {"autoencoder": "t5/text_encoder"},

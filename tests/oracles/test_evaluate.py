@@ -318,7 +318,10 @@ def test_report_is_the_same_to_the_last_digit() -> None:
     ]
     assert texts[0] == texts[1]
     result = json.loads(texts[0])
-    names = "frechet_distance precision recall density coverage memorisation_ratio memorisation_share class_accuracy psnr psnr_mean ssim"
+    names = (
+        "frechet_distance precision recall density coverage memorisation_ratio "
+        "memorisation_share class_accuracy psnr psnr_mean ssim"
+    )
     assert {*names.split(), "reconstruction_frechet_distance"} == set(result["metrics"])
     assert all(isinstance(m["floor"], float) for m in result["metrics"].values())
     assert result["settings"] == {

@@ -204,7 +204,8 @@ def test_a_block_is_left_out_with_all_that_is_in_it(kind: str) -> None:
         (
             "self",
             PerturbedAttention(("mid_block",)),
-            "unknown layer with self-attention 'mid_block': .*known are down_blocks.1, down_blocks.1.attentions.0, up_bl",
+            "unknown layer with self-attention 'mid_block': "
+            ".*known are down_blocks.1, down_blocks.1.attentions.0, up_bl",
         ),
         (
             "cross",

@@ -232,13 +232,18 @@ from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.types import Conditioning
 
 torch.manual_seed(0)
-small = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4, "mid_block_type": "UNetMidBlock2D"}
-network = UNet(UNetConfig(in_channels=3, out_channels=3, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), **small)).eval()
+config = UNetConfig(
+    in_channels=3, out_channels=3, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+    down_block_types=("DownBlock2D",), mid_block_type="UNetMidBlock2D",
+    up_block_types=("UpBlock2D",),
+)
+network = UNet(config).eval()
 x, t, cond = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 900.0]), Conditioning()
 with torch.inference_mode():
     quick, expected = compile_network(network), network(x, t, cond)
-    found = quick(x, t, cond)
-assert (found - expected).abs().max() < 1e-5 * expected.abs().max(), (found - expected).abs().max()
+    result = quick(x, t, cond)
+error = (result - expected).abs().max()
+assert error < 1e-5 * expected.abs().max(), error
 assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "it was compiled, in one piece"
 assert list(quick.state_dict()) == list(network.state_dict())
 """
@@ -247,6 +252,7 @@ assert list(quick.state_dict()) == list(network.state_dict())
 KERNELS = """
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from sfumato.kernels import cpu_attention
 from sfumato.kernels import batch_invariant
 from sfumato.nn.attention import Attention
@@ -267,18 +273,20 @@ with torch.inference_mode():
         exact = network.to(dtype)
         quick = compile_network(exact)
         for batch, count in ((2, 1030), (3, 1100), (1, 12)):  # the second is compiled for any size
-            x, mask = torch.randn(batch, count, 320).to(dtype), torch.arange(count) < torch.tensor([[count], [count // 2], [3]])[:batch]
+            x = torch.randn(batch, count, 320).to(dtype)
+            mask = torch.arange(count) < torch.tensor([[count], [count // 2], [3]])[:batch]
             expected = exact(x, mask)
             quick(x, mask)
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-                found = quick(x, mask)
-            error = (found - expected).abs().max() / expected.abs().max()
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                result = quick(x, mask)
+            error = (result - expected).abs().max() / expected.abs().max()
             assert error < least, (dtype, batch, count, error)
-            ran = {event.key for event in profile.key_averages()}
+            ran = {event.key for event in profiler.key_averages()}
             if batch_invariant.onednn() is not None:
                 assert ("sfumato::product" in ran) == (dtype == torch.float32), ran
             if batch_invariant._BFLOAT16:
-                assert ("sfumato::attend" in ran) == (dtype == torch.bfloat16 and count >= 1024), ran
+                long = count >= 1024
+                assert ("sfumato::attend" in ran) == (dtype == torch.bfloat16 and long), ran
 """
 
 

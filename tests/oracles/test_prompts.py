@@ -292,7 +292,8 @@ def test_a_long_prompt_can_be_refused_and_nothing_is_cut_off(sd: ClipText) -> No
     assert torch.equal(tokens(strict, CATS), tokens(sd, CATS))
     with pytest.raises(
         UserError,
-        match=r"prompt 'cat cat .* dog' has 76 tokens: expected at most 75; shorten it, or set truncation='chunks'",
+        match=r"prompt 'cat cat .* dog' has 76 tokens: expected at most 75; "
+        r"shorten it, or set truncation='chunks'",
     ):
         strict(["cat", CATS + "dog"])
     for count in (74, 75, 76, 149, 150, 151):  # the last word always shows

@@ -480,7 +480,8 @@ def test_wrong_input_is_refused() -> None:
         exact(autoencoder, torch.zeros(1, 3, 0, 4))
     with pytest.raises(
         UserError,
-        match="Other is not a SequentialAutoencoder and cannot be run in strips: use whole or tiled",
+        match="Other is not a SequentialAutoencoder and cannot be run in strips: "
+        "use whole or tiled",
     ):
         exact(Other(), torch.zeros(1, 3, 4, 4))
     with pytest.raises(UserError, match="Linear cannot be run in strips"):

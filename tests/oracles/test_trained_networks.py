@@ -36,12 +36,18 @@ FLUX: dict[str, Any] = {
 NETWORKS: dict[str, tuple[Any, str | None, dict[str, Any]]] = {
     "DiT": (DiTConfig(**SMALL), None, {"num_embeds_ada_norm": 2, "sample_size": 8}),
     "SiT": (SiTConfig(**SMALL), None, {"num_embeds_ada_norm": 2, "sample_size": 8}),
-    "sfumato": (ModernDiTConfig(**SMALL, patch_size=2), None, {"num_class_embeds": 3, "sample_size": 8}),
-    "PixArt": (PixArtConfig(**(SMALL | {"num_attention_heads": 3, "out_channels": 4}), cross_attention_dim=24), "t5", {"caption_channels": 48, "sample_size": 8}),
-    "SD3": (SD3Config(**SMALL, caption_projection_dim=16, pos_embed_max_size=8), "flux", {"joint_attention_dim": 48, "pooled_projection_dim": 16, "in_channels": 4}),
-    "FLUX.1": (FluxConfig(**FLUX, axes_dims_rope=(4, 6, 6)), "flux", {"in_channels": 16, "joint_attention_dim": 48, "pooled_projection_dim": 16}),
+    "sfumato": (ModernDiTConfig(**SMALL, patch_size=2), None,
+                {"num_class_embeds": 3, "sample_size": 8}),
+    "PixArt": (PixArtConfig(**(SMALL | {"num_attention_heads": 3, "out_channels": 4}),
+                            cross_attention_dim=24), "t5",
+                            {"caption_channels": 48, "sample_size": 8}),
+    "SD3": (SD3Config(**SMALL, caption_projection_dim=16, pos_embed_max_size=8), "flux",
+            {"joint_attention_dim": 48, "pooled_projection_dim": 16, "in_channels": 4}),
+    "FLUX.1": (FluxConfig(**FLUX, axes_dims_rope=(4, 6, 6)), "flux",
+               {"in_channels": 16, "joint_attention_dim": 48, "pooled_projection_dim": 16}),
     "FLUX.2": (
-        Flux2Config(**FLUX, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False), "t5", {"in_channels": 4, "joint_attention_dim": 48},
+        Flux2Config(**FLUX, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False), "t5",
+        {"in_channels": 4, "joint_attention_dim": 48},
     ),
 }  # fmt: skip
 
@@ -125,7 +131,8 @@ def test_any_network_is_trained_by_a_recipe(name: str, place: Path, tmp_path: Pa
             Flux2Config(),
             "flux",
             None,
-            "guidance_embeds=True: the strength of guidance is learned from another model, not from data",
+            "guidance_embeds=True: the strength of guidance is learned from another model, not "
+            "from data",
         ),
     ],
 )
