@@ -191,7 +191,7 @@ def test_a_config_with_any_value_opens_or_is_refused(
         assert result.tokens is not None and torch.isfinite(result.tokens).all()
 
 
-def test_without_transformers_a_sentence_says_what_to_install(
+def test_missing_transformers_names_the_package_to_install(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)

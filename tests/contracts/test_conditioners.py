@@ -264,7 +264,7 @@ CALLS: list[tuple[Any, ...]] = [
 
 
 @every
-def test_check_refuses_what_a_call_refuses_and_uses_no_weight(name: str) -> None:
+def test_check_raises_the_errors_of_a_call_and_reads_no_weight(name: str) -> None:
     conditioner = strict(build(name))
     away = weightless(conditioner)
     sentences = []

@@ -159,7 +159,7 @@ def test_channels() -> None:
     assert Transform(size=6, channels=1).to_pixels(colour).shape == (1, 6, 6)
 
 
-def test_transform_hash_is_what_the_pixels_depend_on() -> None:
+def test_transform_hash_depends_on_all_that_changes_pixels() -> None:
     base = Transform(size=32, channels=3)
     assert base.hash == Transform(32, 3, flip=True).hash
     others = [

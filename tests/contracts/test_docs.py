@@ -84,7 +84,7 @@ def mistakes(text: str) -> list[str]:
     return faults
 
 
-def test_every_sampler_has_a_row_that_says_what_its_traits_promise() -> None:
+def test_every_sampler_has_a_row_with_its_traits() -> None:
     assert not mistakes((DOCS / "reference" / "samplers.md").read_text())
 
 

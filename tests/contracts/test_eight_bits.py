@@ -140,7 +140,7 @@ def test_scaled_weights_keep_their_digits() -> None:
         assert torch.equal(back["z.weight"], torch.zeros(2, 2))
 
 
-def test_what_is_stored_in_eight_bits() -> None:
+def test_only_weights_of_layers_are_stored_in_eight_bits() -> None:
     table = {
         "a.weight": torch.ones(2, 2),
         "a.bias": torch.ones(2),

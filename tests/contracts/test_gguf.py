@@ -169,7 +169,7 @@ def test_notes_and_shapes(tmp_path: Path) -> None:
         )
 
 
-def test_what_is_no_gguf(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     good = write(
         tmp_path / "good.gguf",
         {"w": (raw(Kind.Q8_0, 4, 2), Kind.Q8_0), "v": (np.ones(40, np.float32), None)},

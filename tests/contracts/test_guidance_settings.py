@@ -295,7 +295,7 @@ BAD: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("value", "message"), BAD, ids=[str(b[0]) for b in BAD])
-def test_what_cannot_be_is_refused(value: Any, message: str) -> None:
+def test_bad_settings_are_refused(value: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         Guidance.parse(value)
     assert "\n" not in str(error.value)
@@ -388,7 +388,7 @@ def test_nothing_is_guided_by_its_own_condition(line: str) -> None:
     assert options_by(line, vector(1.0)) == [1]
 
 
-def test_off_and_consistent_say_what_the_caller_needs_to_know() -> None:
+def test_off_and_consistent() -> None:
     assert (
         Guidance.parse(1).off
         and Guidance.parse("1 ramp").off

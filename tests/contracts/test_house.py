@@ -85,7 +85,7 @@ def test_the_check_lets_good_files_pass() -> None:
     assert not offences('"""d"""\nprint(1)', may_print=True)
 
 
-def test_what_travels_in_the_wheel_is_small() -> None:
+def test_files_of_the_wheel_are_small() -> None:
     files = [f for f in SOURCE.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
     total = sum(f.stat().st_size for f in files)
     assert total < WHEEL_LIMIT, (

@@ -333,5 +333,5 @@ def test_the_law_can_be_broken(module: str, text: str) -> None:
         ("model", "find('diffuse.samplers', name)"),
     ],
 )
-def test_what_the_law_allows(module: str, text: str) -> None:
+def test_allowed_imports(module: str, text: str) -> None:
     assert not offences(text, module, available=AVAILABLE)

@@ -356,7 +356,7 @@ def test_heads_that_do_not_divide_and_notes_that_are_none() -> None:
     assert settings["attention_head_dim"] is None
 
 
-def test_what_the_layout_cannot_tell_of_a_network_without_tokens() -> None:
+def test_fields_outside_the_layout_of_a_network_without_tokens() -> None:
     parts = single.split_tensors(plain(), {}, "file")
     for field, value in (
         ("freq_shift", 1),

@@ -380,7 +380,7 @@ def test_half_precision_that_overflows_is_decoded_again(
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_timesteps_are_what_steps_stand_for(each: LatentDiffusion, sampler: str) -> None:
+def test_timesteps_replace_steps(each: LatentDiffusion, sampler: str) -> None:
     times = each.times(4)
     assert times == [1.0, 0.75, 0.5, 0.25, 0.0]
     expected = latents(each, steps=4, sampler=sampler)
@@ -671,7 +671,7 @@ def with_weight(model: LatentDiffusion, part: str) -> LatentDiffusion:
     return other
 
 
-def test_the_hash_is_of_what_decides_an_image(
+def test_the_hash_covers_all_that_changes_an_image(
     model: LatentDiffusion, models: dict[str, LatentDiffusion]
 ) -> None:
     assert len(model.hash) == 64 and model.hash == tiny_model().hash == model.to("cpu").hash
@@ -910,7 +910,7 @@ def test_a_full_disk_loses_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["m"], "and leaves nothing behind"
 
 
-def test_saving_does_not_remove_what_is_not_a_model(
+def test_saving_leaves_other_folders_and_files_alone(
     model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     thesis = tmp_path / "documents" / "thesis.txt"
@@ -932,7 +932,7 @@ def test_saving_does_not_remove_what_is_not_a_model(
     assert sfumato.load(tmp_path / "new" / "folders" / "m").hash == model.hash
 
 
-def test_a_name_that_is_nowhere_lists_what_there_is() -> None:
+def test_an_unknown_name_lists_the_bundled_models() -> None:
     from sfumato.loading import bundled
 
     with pytest.raises(UserError) as caught:
@@ -1147,7 +1147,7 @@ MIXED = [
 
 
 @pytest.mark.parametrize("rows", [None, 1, 3])
-def test_many_requests_get_what_each_would_have_alone(
+def test_many_requests_get_the_images_of_each_alone(
     model: LatentDiffusion, rows: int | None
 ) -> None:
     """Different steps, samplers, spacings, guidance, seeds, sizes: bit for bit, in fewer forward
@@ -1221,7 +1221,7 @@ def test_inversion_finds_the_noise_that_makes_the_image_again(fashion: LatentDif
 
 @pytest.mark.parametrize("combine", names("predict.guidance.rules"))
 @pytest.mark.parametrize("weight", names("predict.guidance.weights"))
-def test_what_is_guided_does_not_depend_on_its_neighbours(
+def test_guided_images_do_not_depend_on_their_batch(
     model: LatentDiffusion, combine: str, weight: str
 ) -> None:
     """An image without a condition has nothing to move away from, beside guided ones as alone

@@ -240,7 +240,7 @@ def test_half_precision_is_near(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_it_says_of_itself(name: str) -> None:
+def test_attributes(name: str) -> None:
     network = small(name)
     assert network.part in ("unet", "transformer")
     assert (

@@ -337,7 +337,7 @@ def test_the_parameterization_comes_from_caller_file_or_default(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_what_is_predicted_survives_the_file(tmp_path: Path, prediction: str) -> None:
+def test_the_prediction_type_survives_the_file(tmp_path: Path, prediction: str) -> None:
     for make in (sd1, sd2):
         parts = single.split_tensors(make(), {}, "file", ReadOptions(prediction_type=prediction))
         single.save(tmp_path / "a.safetensors", parts)
@@ -366,7 +366,7 @@ def test_requested_running_averages_are_absent() -> None:
         ("text_encoder", "layer_norm_eps", 1e-6),
     ],
 )
-def test_join_refuses_what_the_layout_cannot_tell(part: str, field: str, value: Any) -> None:
+def test_join_refuses_fields_outside_the_layout(part: str, field: str, value: Any) -> None:
     parts = single.split_tensors(sd1(), {}, "file")
     single.join(parts)
     parts.components[part].config[field] = value
@@ -501,7 +501,7 @@ def sentence(**changes: tuple[str, str]) -> OriginalConfig:
     return from_yaml(yaml.safe_load(text))
 
 
-def test_yaml_says_what_keys_do_not(tmp_path: Path) -> None:
+def test_yaml_sets_fields_that_keys_do_not_determine(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(YAML)
     read = read_yaml(tmp_path / "config.yaml")
     result = single.split_tensors(ldm_class(), {}, "file", ReadOptions(original_config=read))

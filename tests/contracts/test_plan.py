@@ -146,7 +146,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("values", "words"), REFUSED, ids=[words for _, words in REFUSED])
-def test_a_plan_refuses_what_a_run_would_refuse(
+def test_a_plan_raises_the_errors_of_a_run(
     model: LatentDiffusion, empty: LatentDiffusion, values: dict[str, Any], words: str
 ) -> None:
     """The same sentence from a model without weights, from one with them, and from a run."""
@@ -188,7 +188,7 @@ def test_a_plan_of_a_possible_request_needs_no_weight(
     )
 
 
-def test_a_plan_holds_what_the_run_uses(model: LatentDiffusion) -> None:
+def test_a_plan_holds_the_values_of_the_run(model: LatentDiffusion) -> None:
     plan = model.plan(Request("bag", n=2, steps=4, sampler="ddim:eta=0.5", seed=5, guidance=3))
     assert plan.timesteps == tuple(timesteps("trailing", 4, model.denoiser.process.schedule))
     assert (plan.sampler_function.__name__, plan.options, plan.seeds) == (

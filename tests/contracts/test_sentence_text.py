@@ -91,7 +91,7 @@ def test_a_row_has_no_neighbours(opened: SentenceText) -> None:
             )
 
 
-def test_the_mean_of_what_counts_is_what_the_network_takes(opened: SentenceText) -> None:
+def test_the_network_takes_the_mean_of_unmasked_tokens(opened: SentenceText) -> None:
     """A caption's padding changes nothing in a picture either."""
     network = dit().denoiser.network
     x, t = (
@@ -103,7 +103,7 @@ def test_the_mean_of_what_counts_is_what_the_network_takes(opened: SentenceText)
     assert not torch.allclose(few, network(x, t, opened(["the dog"])), atol=1e-4)
 
 
-def test_what_it_cannot_read_is_refused_in_a_sentence(opened: SentenceText) -> None:
+def test_unreadable_prompts_are_refused(opened: SentenceText) -> None:
     with pytest.raises(
         UserError,
         match=r"prompt 'dog dog .* has 70 tokens: expected at most 62; "

@@ -297,7 +297,7 @@ def test_a_config_with_any_value_opens_or_is_refused(
         assert torch.isfinite(result.tokens).all()
 
 
-def test_without_their_packages_a_sentence_says_what_to_install(
+def test_missing_packages_are_named_for_installation(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for package, kinds in (

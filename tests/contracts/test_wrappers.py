@@ -133,7 +133,7 @@ def test_tensors_that_come_in_are_not_written_to(name: str) -> None:
 
 
 @every
-def test_what_is_inside_is_closed_and_its_errors_come_out(name: str) -> None:
+def test_inner_denoisers_are_closed_and_their_errors_propagate(name: str) -> None:
     closed: list[bool] = []
     x = torch.zeros(1, *SHAPE)
 

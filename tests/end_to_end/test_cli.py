@@ -494,7 +494,7 @@ def test_train_lists_the_recipes_settings(
         ("train", "STAGE"),
     ],
 )
-def test_train_explains_what_is_wrong(
+def test_train_explains_errors(
     working_folder: Path, capsys: pytest.CaptureFixture[str], arguments: str, words: str
 ) -> None:
     Path("toy.py").write_text(RECIPE)
@@ -518,7 +518,7 @@ def test_train_explains_what_is_wrong(
         ("--data d --features bogus", "'bogus'"),
     ],
 )
-def test_evaluate_explains_what_is_wrong(
+def test_evaluate_explains_errors(
     stub: dict[str, Any], capsys: pytest.CaptureFixture[str], arguments: str, words: str
 ) -> None:
     Path("file").touch()
@@ -530,7 +530,7 @@ def test_evaluate_explains_what_is_wrong(
 # ---- info ----------------------------------------------------------------------------------------
 
 
-def test_info_tells_what_the_model_says(
+def test_info_prints_the_description_of_the_model(
     stub: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("folder/vae").mkdir(parents=True)

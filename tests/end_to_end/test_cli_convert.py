@@ -317,7 +317,9 @@ def test_autoencoder_alone(
     )
 
 
-def test_what_cannot_be(flux: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_conversions_are_refused(
+    flux: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("flux", "a.safetensors") == 0
     before = Path("a.safetensors").read_bytes()
     assert "a.safetensors exists" in refused(capsys, "flux", "a.safetensors")

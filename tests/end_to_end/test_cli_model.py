@@ -363,7 +363,7 @@ def test_evaluate_a_real_model(tiny: Path, data: Path, capsys: pytest.CaptureFix
     assert "<html" in Path("report/report.html").read_text()
 
 
-def test_evaluate_holds_out_what_the_recipe_held_out(
+def test_evaluate_holds_out_the_images_of_the_recipe(
     tiny: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Data without a test split: the floor is of the pictures that no training saw, and the

@@ -344,7 +344,7 @@ def test_a_second_model_finishes(tiny: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_sentence(
+def test_bad_arguments_are_refused_in_one_sentence(
     words: list[str], message: str, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(*(str(tiny) if word == "SELF" else word for word in words), model=tiny) == 2

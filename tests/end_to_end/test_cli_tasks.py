@@ -111,7 +111,7 @@ def test_pictures_of_tasks_are_not_made_again_by_generate(
     assert "was made by `sfumato edit` from 'photo.png'" in capsys.readouterr().err
 
 
-def test_tasks_remember_what_they_were_computed_in(tiny: Path) -> None:
+def test_tasks_record_their_dtype(tiny: Path) -> None:
     options = ["edit", "photo.png", "boot", "--model", str(tiny), "--seed", "2"]
     assert (
         main([*options, "--dtype", "bf16", "--out", "half.png"]) == 0
@@ -193,7 +193,7 @@ def test_outpainting_keeps_the_picture(tiny: Path) -> None:
     )
 
 
-def test_the_mask_of_what_grows() -> None:
+def test_the_mask_of_a_grown_image() -> None:
     mask = outpaint_mask(
         torch.zeros(1, 1, 4, 5), {"left": 2, "right": 0, "top": 0, "bottom": 1, "overlap": 2}
     )[0, 0]
@@ -229,7 +229,7 @@ def test_the_mask_of_what_grows() -> None:
         ),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_sentence(
+def test_bad_arguments_are_refused_in_one_sentence(
     words: list[str], message: str, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.new("L", (4, 4)).save("small.png")

@@ -125,7 +125,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return binaries
 
 
-def test_the_wheel_is_small_and_carries_what_is_bundled(wheel: Path) -> None:
+def test_the_wheel_is_small_and_carries_the_bundled_files(wheel: Path) -> None:
     assert wheel.stat().st_size <= WHEEL_LIMIT, (
         f"{wheel.name} weighs {wheel.stat().st_size / 2**20:.1f} MiB"
     )

@@ -499,7 +499,7 @@ def test_a_kill_at_any_access_leaves_the_old_folder_or_the_new(
     assert (absent == 0) if swaps else (absent > 0)
 
 
-def test_what_a_living_process_writes_is_not_swept(tmp_path: Path) -> None:
+def test_folders_of_running_processes_are_not_swept(tmp_path: Path) -> None:
     actual, peer, gone = (
         tmp_path / f".a.{pid}.tmp" for pid in (os.getpid(), os.getppid(), wait_for_a_number())
     )
@@ -967,7 +967,7 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("cut", [0, 13])
-def test_two_processes_train_what_one_would(cut: int, tmp_path: Path) -> None:
+def test_two_processes_train_the_weights_of_one(cut: int, tmp_path: Path) -> None:
     """The same batch, the same noise, the mean gradient: equal up to rounding, also when a run goes
     over from one to two.
     """

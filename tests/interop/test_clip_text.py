@@ -211,7 +211,7 @@ def test_the_refiners_score(actual: dict[str, ClipText]) -> None:
 
 
 @pytest.mark.parametrize("kind", clip_encoders.KINDS)
-def test_what_is_saved_opens_in_diffusers_and_here(
+def test_saved_folders_open_in_diffusers_and_sfumato(
     kind: str, actual: dict[str, ClipText], tmp_path: Path
 ) -> None:
     actual[kind].save(tmp_path)

@@ -78,7 +78,7 @@ def same(actual: Any, pipe: Any, **options: Any) -> None:
     ).abs().max() > 0.01, "guidance shows"
 
 
-def test_what_diffusers_saved(tmp_path: Path) -> None:
+def test_folders_of_diffusers_open(tmp_path: Path) -> None:
     pipe = reference()
     pipe.save_pretrained(tmp_path)
     actual = load(labelled(tmp_path))
@@ -99,7 +99,7 @@ def test_what_diffusers_saved(tmp_path: Path) -> None:
     same(actual, pipe)
 
 
-def test_what_we_save(tmp_path: Path) -> None:
+def test_saved_folders_open_in_diffusers(tmp_path: Path) -> None:
     reference().save_pretrained(tmp_path / "diffusers")
     actual = load(labelled(tmp_path / "diffusers"))
     actual.save(tmp_path / "sfumato")

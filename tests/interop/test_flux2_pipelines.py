@@ -268,7 +268,9 @@ def test_pictures_that_are_too_large(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_we_save(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_saved_folders_open_in_diffusers(
+    kind: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     """The same class, the same tensors under the same names, and the same pictures."""
     model = load(folders[kind])
     model.save(tmp_path / "sfumato")

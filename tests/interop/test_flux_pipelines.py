@@ -502,7 +502,9 @@ def test_tasks_on_the_command_line(
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_what_we_save(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_saved_folders_open_in_diffusers(
+    kind: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     """The same class, the same tensors under the same names, the same configs of networks, and the
     same pictures.
     """

@@ -166,7 +166,9 @@ def test_every_default_equals_diffusers() -> None:
         ),
     ],
 )
-def test_what_a_unet_without_tokens_cannot_be(fields: dict[str, Any], message: str) -> None:
+def test_bad_configs_of_a_unet_without_tokens_are_refused(
+    fields: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         UNet2DConfig.from_dict({"_class_name": "UNet2DModel", **SMALL, **fields})
 

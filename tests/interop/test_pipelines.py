@@ -94,7 +94,7 @@ def same(actual: LatentDiffusion, pipe: Any, spacing: str = "leading:offset=1") 
 
 
 @pytest.mark.parametrize("family", TEXT_TO_IMAGE)
-def test_what_diffusers_saved(family: str, folders: dict[str, Path]) -> None:
+def test_folders_of_diffusers_open(family: str, folders: dict[str, Path]) -> None:
     same(
         load(folders[family]),
         open_pipeline(folders[family], FAMILIES[family][0]),
@@ -103,7 +103,9 @@ def test_what_diffusers_saved(family: str, folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("family", TEXT_TO_IMAGE)
-def test_what_we_save(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_saved_folders_open_in_diffusers(
+    family: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     actual = load(folders[family])
     actual.save(tmp_path / "sfumato")
     again = load(tmp_path / "sfumato")

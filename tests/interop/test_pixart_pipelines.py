@@ -132,7 +132,7 @@ def same(actual: LatentDiffusion, pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_diffusers_saved_and_what_we_save(
+def test_folders_open_in_both_libraries(
     kind: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     actual, name = load(folders[kind]), KINDS[kind][0]

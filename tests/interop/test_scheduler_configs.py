@@ -806,7 +806,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("name", "fields", "words"), REFUSED)
-def test_what_we_do_not_stand_for_is_refused(name: str, fields: dict[str, Any], words: str) -> None:
+def test_unsupported_fields_are_refused(name: str, fields: dict[str, Any], words: str) -> None:
     good = Case(name, {}).config
     read_scheduler(good, strict=True)
     with pytest.raises(UserError, match=words) as caught:

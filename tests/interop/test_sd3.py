@@ -742,7 +742,7 @@ def test_configs_that_are_refused(values: dict[str, Any], expected: str) -> None
         SD3Config.from_dict({"_class_name": "SD3Transformer2DModel", **SMALL, **values})
 
 
-def test_what_the_house_asks_a_network() -> None:
+def test_attributes_of_the_network() -> None:
     network = actual_of("other channels out")
     assert (network.channels, network.in_channels, network.patch, network.part) == (
         5,

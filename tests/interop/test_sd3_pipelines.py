@@ -150,7 +150,7 @@ def same(actual: LatentDiffusion, pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["SD 3", "SD 3.5 without T5", "dynamic shift"])
-def test_what_diffusers_saved_and_what_we_save(
+def test_folders_open_in_both_libraries(
     kind: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     actual = load(folders[kind])

@@ -92,7 +92,7 @@ def test_half_precision_is_transformers_own(dtype: torch.dtype, folder: Path) ->
     assert torch.equal(result(["a cat"]).tokens, reference(folder, ["a cat"], dtype=dtype)[0])
 
 
-def test_what_is_saved_opens_in_transformers(actual: SentenceText, tmp_path: Path) -> None:
+def test_saved_folders_open_in_transformers(actual: SentenceText, tmp_path: Path) -> None:
     import transformers
 
     actual.save(tmp_path)

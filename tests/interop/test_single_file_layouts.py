@@ -194,7 +194,7 @@ def converted(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_diffusers_converts_what_join_writes(name: str) -> None:
+def test_diffusers_converts_the_files_of_join(name: str) -> None:
     networks, parts = build(name)
     assert parts.kind == name
     result = converted(name, networks, single.join(parts))

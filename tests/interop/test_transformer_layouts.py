@@ -253,7 +253,7 @@ def written(name: str) -> tuple[Layout, dict[str, Any], dict[str, Tensor], dict[
 
 
 @pytest.mark.parametrize("name", [n for n, (kind, *_) in MODELS.items() if kind in CONVERTERS])
-def test_diffusers_reads_what_is_written(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diffusers_reads_written_files(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layout, config, actual, original = written(name)
     # diffusers' converter knows FLUX's own width only; the very same cut at ours
     if layout.name == "flux":
@@ -417,7 +417,7 @@ def test_all_errors_are_in_one_message(name: str) -> None:
         ("pixart-512", {}),
     ],
 )
-def test_what_keys_do_not_tell_is_noted(name: str, fields: dict[str, Any]) -> None:
+def test_fields_that_keys_do_not_determine_are_noted(name: str, fields: dict[str, Any]) -> None:
     """With the note the config comes back; without it, another, or a sentence that asks for it."""
     layout, config, actual = build(name)
     config |= fields
@@ -455,6 +455,6 @@ def test_a_config_of_another_class_is_refused() -> None:
         read_transformer(layout, from_tensors(original), "file", {})
 
 
-def test_what_is_none() -> None:
+def test_other_files_are_not_detected() -> None:
     keys = ["model.diffusion_model.input_blocks.0.0.weight", "double_blocks.0.img_attn.qkv.weight"]
     assert not any(kind.detect(Shapes(dict.fromkeys(keys, ()))) for kind in KINDS.values())

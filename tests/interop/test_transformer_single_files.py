@@ -333,7 +333,7 @@ def test_files_of_others(
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_convert_keeps_what_draws(
+def test_convert_keeps_all_that_changes_an_image(
     name: str, models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """`sfumato convert` from a folder to a file, to another, and back: each opens alone, with its
@@ -397,7 +397,7 @@ def test_sd3_without_t5(
     )
 
 
-def test_what_the_layout_cannot_tell(
+def test_models_outside_the_layout(
     models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Heads, latents or text encoders that others would take for published ones: our own layout,

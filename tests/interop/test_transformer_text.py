@@ -178,7 +178,7 @@ def test_a_long_prompt_is_cut_where_diffusers_cuts_it(
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
-def test_what_clip_does_not_read_t5_does_and_the_log_says_so(
+def test_t5_reads_the_tokens_that_clip_cuts_and_the_log_notes_it(
     kind: str, actual: dict[str, Any], reference: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     prompt = "a cat and a red dog " * 12 + "fox"
@@ -214,7 +214,7 @@ def test_pixart_takes_the_image_spec_as_in_diffusers(kind: str, actual: dict[str
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_saved_opens_in_diffusers_and_here(
+def test_saved_folders_open_in_diffusers_and_sfumato(
     kind: str, actual: dict[str, Any], reference: dict[str, Any], tmp_path: Path
 ) -> None:
     import diffusers

@@ -291,7 +291,7 @@ def test_autoencoder_alone(family: str) -> None:
         )
 
 
-def test_what_has_no_place_is_refused() -> None:
+def test_parts_without_a_place_are_refused() -> None:
     networks = models("flux")
     with pytest.raises(UserError, match="text_encoder_3 has no place"):
         write_whole(

@@ -84,7 +84,7 @@ def test_every_caption_is_read_once_and_indexed() -> None:
     assert plain.mask is None and plain.tokens is not None and plain.tokens.shape[1] == 12
 
 
-def test_what_is_cut_off_changes_no_answer() -> None:
+def test_cut_padding_changes_no_prediction() -> None:
     torch.manual_seed(0)
     network = ModernDiT(replace(NETWORK, in_channels=2, sample_size=4, caption_channels=3)).eval()
     for weight in network.parameters():
@@ -199,7 +199,7 @@ def test_a_run_that_stopped_goes_on_with_the_same_captions(place: Path, tmp_path
         ),
     ],
 )
-def test_what_cannot_be_is_explained(
+def test_bad_recipes_are_explained(
     place: Path, tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
     made = recipe(place)

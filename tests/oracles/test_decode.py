@@ -83,7 +83,7 @@ def test_one_tile_that_covers_everything_is_the_whole_exactly(size: tuple[int, i
 
 @pytest.mark.parametrize("size", [(40, 33), (12, 50), (18, 12), (64, 7)])
 @pytest.mark.parametrize(("tile", "overlap"), [(12, 8), (16, 8), (17, 9), (12, 11)])
-def test_tiles_are_the_whole_where_the_overlap_covers_what_a_pixel_sees(
+def test_tiles_are_the_whole_where_the_overlap_covers_the_receptive_field(
     size: tuple[int, int], tile: int, overlap: int
 ) -> None:
     """Linear() looks 2 cells far: a quarter of every overlap here."""

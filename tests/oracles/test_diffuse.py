@@ -343,7 +343,7 @@ def test_split_inverts_add_noise_and_target(kind: str, name: str, dtype: torch.d
 
 
 @pytest.mark.parametrize(("kind", "name"), PAIRS)
-def test_what_is_worked_out_late_is_what_the_pair_gives(kind: str, name: str) -> None:
+def test_late_predictions_equal_those_of_the_pair(kind: str, name: str) -> None:
     """Combinations, lines through two predictions, and the finite check of a `LinearPrediction`
     against those of its x0 and eps.
     """
@@ -737,7 +737,7 @@ def test_image_k_of_a_batch_has_the_noise_of_its_own_seed() -> None:
     assert not torch.equal(first[0], first[1])
 
 
-def test_noise_is_what_torch_draws_from_the_seed_one_draw_after_the_other() -> None:
+def test_noise_equals_successive_draws_of_torch_from_the_seed() -> None:
     """As with `torch.Generator().manual_seed(seed)` in other libraries, whatever is drawn in
     advance; odd sizes too.
     """
@@ -1025,10 +1025,10 @@ def test_samplers_that_are_one_and_the_same(
     x = math.hypot(*chosen.point(1.0)) * normal(20, 2, 1, 1)
     ends = [
         run_sampler(
-            find("diffuse.samplers", name)(x, times, chosen, stream(x.shape), **given),
+            find("diffuse.samplers", name)(x, times, chosen, stream(x.shape), **values),
             exact_denoiser(chosen),
             1,
         )
-        for name, given in ((one, options), (other, others))
+        for name, values in ((one, options), (other, others))
     ]
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-7, atol=1e-7)

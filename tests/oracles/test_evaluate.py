@@ -220,7 +220,7 @@ def test_psnr_of_a_constant_offset() -> None:
     assert psnr(a, a) == math.inf
 
 
-def test_both_psnr_are_what_they_say() -> None:
+def test_psnr_of_the_mean_error_and_mean_psnr() -> None:
     a = torch.zeros(2, 1, 12, 12)
     b = torch.stack([torch.full((1, 12, 12), 0.5), torch.full((1, 12, 12), 0.0625)])
     assert psnr(a, b) == pytest.approx(-10 * math.log10((0.25 + 0.0625**2) / 2))

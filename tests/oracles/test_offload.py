@@ -477,7 +477,7 @@ def test_a_room_goes_back_to_the_system() -> None:
 # ---- refusals ------------------------------------------------------------------------------------
 
 
-def test_too_little_memory_says_what_works(
+def test_too_little_memory_names_a_budget_that_works(
     folders: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = host_memory.resident_bytes()
@@ -517,7 +517,7 @@ def test_sizes(text: str | int, size: int) -> None:
 
 @pytest.mark.usefixtures("all_layers")
 @pytest.mark.parametrize("stored", KINDS)
-def test_what_needs_all_weights_is_refused(
+def test_calls_that_need_all_weights_are_refused(
     folders: dict[tuple[str, str], Path], tmp_path: Path, stored: str
 ) -> None:
     model = sfumato.load(folders["classes", stored], memory=PLENTY)
@@ -631,7 +631,7 @@ def test_shards_and_old_single_files(tmp_path: Path) -> None:
         )
     places = {
         "weight_map": {
-            f"{k}.{what}": f"{k}.safetensors" for k in (1, 2) for what in ("weight", "bias")
+            f"{k}.{kind}": f"{k}.safetensors" for k in (1, 2) for kind in ("weight", "bias")
         }
     }
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(
@@ -658,7 +658,7 @@ def test_shards_and_old_single_files(tmp_path: Path) -> None:
         parts_of(tmp_path / "cut.safetensors")
 
 
-def test_what_lives_at_the_same_time_is_counted() -> None:
+def test_peak_of_living_tensors() -> None:
     """By hand: 1000 numbers are there before, then one and two and one more tensor of them."""
     x = torch.empty(1000, device="meta")
 
@@ -692,7 +692,9 @@ def test_a_step_is_counted(folders: dict[tuple[str, str], Path], name: str) -> N
     )
 
 
-def test_what_fits(folders: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_report(
+    folders: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = folders["text", "bfloat16"]
     message = report(folder)
     assert message is not None and report(Path("owner/name")) is None

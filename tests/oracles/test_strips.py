@@ -189,7 +189,7 @@ def test_moments_are_those_of_the_whole_map(rows: int, offset: float) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 13), st.integers(1, 13))
-def test_what_is_put_in_comes_out_in_order(height: int, slab: int, rows: int, again: int) -> None:
+def test_stores_return_rows_in_order(height: int, slab: int, rows: int, again: int) -> None:
     """A store, whatever the slabs; read once or twice; and the rows that wait beside a branch."""
     x = normal(1, 2, height, 3)
     with pytest.MonkeyPatch.context() as patch:
@@ -350,9 +350,9 @@ def test_no_image_depends_on_the_batch_and_no_input_is_changed() -> None:
     assert all(
         torch.equal(exact(autoencoder, z[k : k + 1], rows=2), image[k : k + 1]) for k in range(3)
     )
-    given = image.clone()
+    unchanged = image.clone()
     exact_posterior(autoencoder, image, rows=2, memory=10**9)
-    assert torch.equal(image, given)
+    assert torch.equal(image, unchanged)
     assert exact(autoencoder, z[:0]).shape == (0, 3, 24, 20)
 
 
@@ -517,7 +517,7 @@ def test_one_tile_that_covers_everything_encodes_the_whole() -> None:
     assert apart(result.mean, expected.mean) < 1e-6 and apart(result.std, expected.std) < 1e-6
 
 
-def test_tiles_encode_the_whole_where_the_overlap_covers_what_a_cell_sees(
+def test_tiles_encode_the_whole_where_the_overlap_covers_the_receptive_field(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without norms and attention (here the norms do nothing) a cell depends on its neighbourhood

@@ -676,7 +676,7 @@ def infinite_gradient(loss: Tensor, step: int) -> Tensor:
     ],
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_is_not_finite_stops_the_run(
+def test_numbers_that_are_not_finite_stop_the_run(
     tmp_path: Path, change: Any, words: str, precision: Any
 ) -> None:
     """The sentence names stage, phase, step and dtype; the last checkpoint is good, and the run
@@ -818,7 +818,7 @@ def test_a_line_of_the_log_is_the_mean_over_the_steps_since_the_last(tmp_path: P
     assert third[3]["autoencoder/loss"] != pytest.approx(losses[-1], rel=1e-4)
 
 
-def test_what_a_device_has_is_summed_there() -> None:
+def test_losses_are_summed_on_their_device() -> None:
     """The device without numbers: whoever asks for one stumbles."""
     means, loss = Means(), torch.zeros((), device="meta", requires_grad=True)
     for _ in range(3):

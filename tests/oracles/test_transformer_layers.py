@@ -176,7 +176,7 @@ def test_attention_in_blocks_is_attention(width: int, count: int, masked: bool) 
         assert result is None if strength == 8.0 else (result is None or torch.equal(result, used))
 
 
-def test_attention_in_blocks_does_not_touch_what_it_should_not() -> None:
+def test_attention_in_blocks_leaves_other_inputs_to_torch() -> None:
     q = normal(1, 1024, 1, 128)
     with torch.inference_mode():
         assert not cpu_attention.fits(q, q) and not cpu_attention.fits(
@@ -237,7 +237,7 @@ def test_padding_goes_on_with_the_edge() -> None:
     assert padded(x, 1) is x
 
 
-def test_places_are_stretched_over_what_was_trained() -> None:
+def test_positions_are_stretched_over_the_trained_ones() -> None:
     """A map twice as large has every trained place, and places between them."""
     small, large = sincos_2d(16, 4, 4, 4), sincos_2d(16, 8, 8, 4)
     torch.testing.assert_close(large.reshape(8, 8, 16)[::2, ::2].flatten(0, 1), small)

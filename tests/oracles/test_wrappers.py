@@ -197,7 +197,7 @@ def inpainted(
 
 @pytest.mark.parametrize("kind", ["flow", "cosine"])
 @pytest.mark.parametrize("rho", [0.0, 0.8])
-def test_what_it_can_and_cannot_do_without_noise_on_the_way(kind: str, rho: float) -> None:
+def test_error_of_a_run_without_added_noise(kind: str, rho: float) -> None:
     """x_2 is linear in z_1, the known noise n_1 and its own n_2, with coefficients that solve a
     linear ODE in r = sigma/alpha:
 
@@ -312,7 +312,7 @@ def pixelwise(x: Tensor, t: float) -> Prediction:
 @pytest.mark.parametrize("weights", ["uniform", "smooth"])
 @pytest.mark.parametrize("around", [False, True])
 @pytest.mark.parametrize(("size", "stride"), [(4, 3), ((4, 6), (2, 5)), (4, 4), (3, 1)])
-def test_a_denoiser_of_single_cells_is_what_it_would_be_on_the_whole(
+def test_a_denoiser_of_single_cells_gives_the_same_on_the_whole(
     weights: str, around: bool, size: Any, stride: Any
 ) -> None:
     x = normal(2, 3, 9, 14)
@@ -329,7 +329,7 @@ def test_a_denoiser_of_single_cells_is_what_it_would_be_on_the_whole(
 
 @pytest.mark.parametrize("weights", ["uniform", "smooth"])
 @pytest.mark.parametrize("around", [False, True])
-def test_it_is_the_weighted_average_of_what_the_windows_say(weights: str, around: bool) -> None:
+def test_the_result_is_the_weighted_average_of_the_windows(weights: str, around: bool) -> None:
     """Eq. 5 cell by cell, with windows that disagree: each answers with its number."""
     count = iter(range(100))
     x = torch.zeros(1, 1, 5, 9)
@@ -531,17 +531,20 @@ class Counting:
 @torch.inference_mode()
 def test_a_network_cut_anywhere_is_the_network(config: UNetConfig, size: int) -> None:
     network, x, timestep = unet(config), normal(2, 2, size, size), torch.tensor([10.0, 700.0])
-    given = replace(
+    conditioning = replace(
         classes(0, 1),
         tokens=normal(2, 5, 6, seed=1),
         mask=torch.arange(5)[None] < torch.tensor([[3], [5]]),
     )
-    top, _ = network.shallow_down(x, timestep, given, len(network._way_up()))
+    top, _ = network.shallow_down(x, timestep, conditioning, len(network._way_up()))
     middle = network._descend(
-        top[-1], network._way_down()[len(top) - 1 :], network.embed(timestep, given, x.dtype), given
+        top[-1],
+        network._way_down()[len(top) - 1 :],
+        network.embed(timestep, conditioning, x.dtype),
+        conditioning,
     )[-1]
     residuals = tuple(normal(*v.shape, seed=k) for k, v in enumerate((*top, middle)))
-    for cond in (given, replace(given, residuals=residuals)):
+    for cond in (conditioning, replace(conditioning, residuals=residuals)):
         expected = network(x, timestep, cond)
         for count in range(1, len(top) + 1):
             skips, time = network.shallow_down(x, timestep, cond, count)
@@ -551,9 +554,9 @@ def test_a_network_cut_anywhere_is_the_network(config: UNetConfig, size: int) ->
                 expected,
             )
     with pytest.raises(UserError, match="do not fit this U-Net"):
-        network.deep(top[-1], time, replace(given, residuals=residuals[:-1]), len(top))
+        network.deep(top[-1], time, replace(conditioning, residuals=residuals[:-1]), len(top))
     with pytest.raises(UserError, match="which is how many this U-Net has"):
-        network.shallow_down(x, timestep, given, len(top) + 1)
+        network.shallow_down(x, timestep, conditioning, len(top) + 1)
 
 
 @pytest.mark.parametrize("skips", [1, 2, 4])
