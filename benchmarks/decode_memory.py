@@ -17,9 +17,9 @@ The autoencoder has the shape of Stable Diffusion's and random weights, as its n
 are there whatever the weights; the latent is normal noise, the image to encode uniform noise. Each
 way runs in a process of its own. Its peak is the largest resident memory (VmHWM of Linux) above
 what was resident before: weights, libraries and a first small run. diffusers, if it is installed,
-has the same weights; its tiles are as large as ours. Errors are of images in [-1, 1], or of the
-posterior's means (of its own units), against the first way; PSNR is 10 log10(range^2 / mean squared
-error), where the range is 2 for pixels, and from the lowest to the highest for means.
+has the same weights; its tiles are as large as those of sfumato. Errors are of images in [-1, 1],
+or of the posterior's means (of its own units), against the first way; PSNR is 10 log10(range^2 /
+mean squared error), where the range is 2 for pixels, and from the lowest to the highest for means.
 """
 
 import json
@@ -88,16 +88,16 @@ def build(settings: Settings) -> AutoencoderKL:
     return autoencoder.eval().requires_grad_(False).to(getattr(torch, settings.dtype))
 
 
-def reference(autoencoder: AutoencoderKL, settings: Settings, tiles: bool) -> Any:
+def diffusers_autoencoder(autoencoder: AutoencoderKL, settings: Settings, tiles: bool) -> Any:
     """diffusers' autoencoder with the same weights."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Reference
+    import diffusers
 
     config = {
         k: v
         for k, v in autoencoder.to_config().items()
         if k not in ("_class_name", "latents_mean", "latents_std")
     }
-    other: Any = Reference.from_config(config)
+    other: Any = diffusers.AutoencoderKL.from_config(config)
     other.load_state_dict(autoencoder.state_dict())
     if tiles:
         other.enable_tiling()
@@ -111,7 +111,7 @@ def runner(settings: Settings, way: str, part: str) -> Callable[[Tensor], Tensor
     autoencoder, decodes = build(settings), part == "decode"
     kind, *numbers = way.split()
     if kind == "diffusers":
-        other = reference(autoencoder, settings, tiles="tiled" in numbers)
+        other = diffusers_autoencoder(autoencoder, settings, tiles="tiled" in numbers)
         if decodes:
             return lambda z: other.decode(z.to(other.dtype)).sample.float().clamp(-1, 1)
         return lambda image: other.encode(image.to(other.dtype)).latent_dist.mean.float()

@@ -46,7 +46,7 @@ class Settings:
     folder: Path | None = None
     """Where the model is written, and kept; found there, it is used again. Default: a temporary
     folder."""
-    ways: tuple[str, ...] = ("diffusers", "ours", "ours optimized")
+    ways: tuple[str, ...] = ("diffusers", "sfumato", "sfumato optimized")
 
 
 def run(way: str, folder: Path, settings: Settings, out: Path) -> None:

@@ -69,7 +69,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     groups = {"quick": [FIXED[0], VARYING[1]], "all": FIXED + VARYING + OTHERS}
-    request = groups.get(options.settings) or [text.strip() for text in options.settings.split(";")]
+    lines = groups.get(options.settings) or [text.strip() for text in options.settings.split(";")]
 
     model, features = load(options.model), load_features("fashion")
     images = {
@@ -120,7 +120,7 @@ def main() -> None:
         *[""] * 6,
     )
     first: Tensor | None = None
-    for text in request:
+    for text in lines:
         passes[0], begin = 0, time.perf_counter()
         samples = draw(text, options.samples, options.seed)
         seconds, calls = time.perf_counter() - begin, passes[0] / options.samples

@@ -343,7 +343,7 @@ def network(settings: Settings, promised: dict[str, Traits]) -> list[list[str]]:
     """Errors with a trained network, against the flow that it defines itself."""
     model = load(settings.model)
     chosen, classes = model.denoiser.process.schedule, model.class_names or [None]
-    inputs = model.conditioner([classes[k % len(classes)] for k in range(20)])
+    cond = model.conditioner([classes[k % len(classes)] for k in range(20)])
     side = model.sample_size // model.autoencoder.space.factor
     generator = torch.Generator().manual_seed(settings.seed)
     x = math.hypot(*chosen.point(1.0)) * torch.randn(
@@ -351,7 +351,7 @@ def network(settings: Settings, promised: dict[str, Traits]) -> list[list[str]]:
     )
 
     def denoise(x: Tensor, t: float) -> Prediction:
-        return model.denoiser(x, t, inputs)
+        return model.denoiser(x, t, cond)
 
     def ask(y: Tensor, alpha: float, sigma: float) -> Tensor:
         t = 1.0 if alpha == 0 else chosen.at_noise_level(sigma / alpha)

@@ -1,6 +1,6 @@
 """Names of the public Python API in every version.
 
-A case is written with the oldest name. The newer names are tried first, so that one case runs with
+A case is written with one name. The others in a table are tried first, so that one case runs with
 every version. A name that changes is added to a table here, and nowhere else.
 """
 
@@ -20,7 +20,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "canvas": ("tiles",),
     "decoding": ("decoder",),
     "drawn": ("noise_offset",),
-    "known": ("known_region", "masked_latents"),
+    "known_region": ("masked_latents", "known"),
     "largest": ("max_pixels",),
     "learned_guidance": ("distilled_guidance",),
     "other_noise": ("noise_mix",),
@@ -34,7 +34,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "way": ("method", "mode"),
     "weaker": ("guide_model",),
 }
-"""Fields of a request and parameters of functions, by the oldest name: newer names."""
+"""Fields of a request and parameters of functions: name in the cases, names of other versions."""
 
 MODULES: dict[str, tuple[str, ...]] = {
     "checkpoints.folder": ("checkpoints.formats.folder",),
